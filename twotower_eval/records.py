@@ -1,0 +1,369 @@
+"""Every noun of the project, as frozen records. Standard library only; records know nothing of their display.
+
+Units and counts live in field names (``wall_s``, ``num_tokens``). Absence is ``None`` with a reason beside it,
+never 0 or NaN. Each record turns into a JSON object with :func:`to_json` and back with :func:`from_json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+SCHEMA_VERSION = 1
+
+FinishReason = Literal["eos", "stop", "length"]
+LikelihoodKind = Literal["exact", "context_tower", "denoiser_left_to_right", "bound"]
+SpeedPhase = Literal["warmup", "measure"]
+WorkloadKind = Literal["task", "fixed", "answer"]
+Arm = Literal["baseline", "candidate"]
+Outcome = Literal["SUPPORTED", "REFUTED", "INCONCLUSIVE", "INVALID", "NOT_MEASURED"]
+
+Params = Mapping[str, "str | int | float | bool | None"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Identity of a set of weights, stated and never inferred from a path.
+
+    ``digest`` is a sha256 over the tensors' content; ``tower`` is ``None`` for a whole checkpoint and
+    ``"context"`` where only the context tower of a pair is used (the AR baseline ``context-tower``).
+    """
+
+    name: str
+    family: str
+    source: str
+    digest: str
+    dtype: str
+    devices: tuple[str, ...]
+    tower: Literal["context"] | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSpec:
+    """A decoder's kind, its full parameters and the version that is raised when its outputs may change."""
+
+    kind: str
+    params: Params = field(default_factory=dict)
+    version: int = 1
+
+    @property
+    def label(self) -> str:
+        """Short name, parameters in their own order, as in ``block_diffusion(block_size=16, threshold=0.8)``."""
+        inside = ", ".join(f"{key}={value}" for key, value in self.params.items())
+        return f"{self.kind}({inside})" if inside else self.kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt. ``seed`` makes sampling independent of the batch a prompt happens to be in."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    text: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What a cell is made to do: a task with its documents' digest, or a timed workload."""
+
+    kind: WorkloadKind
+    name: str
+    digest: str
+    max_new_tokens: int | None = None
+    batch_size: int | None = None  # only for timed workloads: quality must not depend on it
+    prompt_tokens: int | None = None
+    num_devices: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One checkpoint, one decoder, one workload. ``id`` comes from :func:`cell_id`."""
+
+    id: str
+    arm: Arm
+    checkpoint: Checkpoint
+    decoder: DecoderSpec
+    workload: Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitStep:
+    """One denoiser call on one block: which positions it committed, of them how many the step floor forced."""
+
+    block: int
+    step: int
+    positions: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    confidences: tuple[float, ...]
+    num_forced: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What one prompt gave. Useful tokens only: those before the first EOS or stop string, neither counted.
+
+    ``num_context_forwards`` counts the prefill as one and each extension as one; ``num_denoiser_forwards`` (NFE)
+    counts denoiser calls. ``num_forced_commits`` counts tokens that the step floor committed although their
+    confidence did not exceed the threshold (``None`` where the decoder has no threshold).
+    """
+
+    prompt_id: str
+    token_ids: tuple[int, ...]
+    text: str | None
+    finish: FinishReason
+    num_prompt_tokens: int
+    num_tokens: int
+    num_discarded_tokens: int
+    num_context_forwards: int
+    num_denoiser_forwards: int
+    num_forced_commits: int | None = None
+    finish_s: float | None = None
+    trace: tuple[CommitStep, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """Log-likelihood (nats) of a continuation; ``stderr_nats`` only for a Monte-Carlo bound, over ``num_draws``."""
+
+    logprob_nats: float
+    is_greedy: bool
+    kind: LikelihoodKind
+    stderr_nats: float | None = None
+    num_draws: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRow:
+    """One line of ``generations.jsonl``. Key: cell, task, doc_id, request_index, repeat."""
+
+    cell: str
+    task: str
+    doc_id: int
+    request_index: int
+    repeat: int
+    prompt_sha256: str
+    generation: Generation
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodRow:
+    """One line of ``likelihoods.jsonl``. Key: cell, task, doc_id, request_index, repeat.
+
+    ``request`` says which lm-eval request it answers; ``num_tokens`` is the continuation's length.
+    """
+
+    cell: str
+    task: str
+    doc_id: int
+    request_index: int
+    repeat: int
+    request: Literal["loglikelihood", "loglikelihood_rolling"]
+    prompt_sha256: str
+    num_tokens: int
+    likelihood: Likelihood
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One line of ``scores.jsonl``: a document's score under one metric and one filter.
+
+    ``arm`` and ``decoder`` are found through the cell. ``value`` is ``None`` only with ``missing_reason``.
+    ``scored_by`` names how: ``generation`` or a likelihood kind. ``doc_sha256``, ``prompt_sha256`` and
+    ``target_sha256`` must agree between baseline and candidate.
+    """
+
+    cell: str
+    task: str
+    doc_id: int
+    cluster_id: str
+    doc_sha256: str
+    prompt_sha256: str
+    target_sha256: str
+    metric: str
+    filter: str
+    higher_is_better: bool
+    headline: bool
+    scored_by: str
+    value: float | None
+    missing_reason: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTiming:
+    """Counts of one prompt within one timed call; ``finish_s`` is from the call's start to its last useful id."""
+
+    prompt_id: str
+    num_prompt_tokens: int
+    num_tokens: int
+    num_discarded_tokens: int
+    num_context_forwards: int
+    num_denoiser_forwards: int
+    num_forced_commits: int | None
+    finish: FinishReason
+    finish_s: float
+    tokens_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedSample:
+    """One timed call: one ``generate`` on one batch, prompt ids on host to last useful id on host."""
+
+    call_id: str
+    launch_id: str
+    cell: str
+    replica: int  # 0, or 1 for the second copy of the baseline in the A/A null
+    round: int
+    phase: SpeedPhase
+    batch_size: int
+    wall_s: float
+    prefill_s: float | None
+    first_output_s: float | None
+    peak_memory_bytes: int | None
+    peak_memory_reason: str | None
+    started_at: str
+    prompts: tuple[PromptTiming, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunManifest:
+    """First file of a run, written once. ``plan`` is the resolved plan as JSON; ``packages`` name -> version."""
+
+    schema: int
+    run_id: str
+    verb: Literal["run", "speed"]
+    argv: tuple[str, ...]
+    plan: Mapping[str, Any]
+    plan_sha256: str
+    cells: tuple[Cell, ...]
+    started_at: str
+    project_version: str
+    commit: str | None
+    dirty: bool | None
+    packages: Mapping[str, str]
+    machine: Mapping[str, Any]
+    seeds: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A number with its two-sided interval at ``level``, its sample size and how it was obtained."""
+
+    value: float
+    low: float
+    high: float
+    level: float
+    n: int
+    method: str
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim written down before measuring. ``operating_point`` is a full decoder spec with batch and devices."""
+
+    name: str
+    quantity: str
+    subject: str
+    baseline: str
+    scope: tuple[str, ...]
+    averaging: str
+    relation: Literal["at_least", "at_most", "equal"]
+    expected: float
+    margin: float
+    operating_point: Params
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the evidence says of a claim, and on which runs it rests."""
+
+    claim: str
+    outcome: Outcome
+    estimate: Estimate | None
+    reason: str
+    evidence: tuple[str, ...]
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces, so that equal values give equal bytes. NaN is refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def sha256_text(text: str) -> str:
+    """Hex sha256 of the UTF-8 bytes of ``text``."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cell_id(checkpoint: Checkpoint, decoder: DecoderSpec, workload: Workload, extra: Params | None = None) -> str:
+    """First 12 hex digits over everything that may change a cell's outputs, and nothing else.
+
+    Device type counts (numerics), device index does not; batch size counts only for timed workloads.
+    ``extra`` holds whatever else a verb lets change outputs (seed, likelihood kind).
+    """
+    identity = {
+        "checkpoint": [checkpoint.digest, checkpoint.tower, checkpoint.dtype, checkpoint.devices[0].split(":")[0]],
+        "decoder": to_json(decoder),
+        "workload": to_json(workload),
+        "extra": dict(extra or {}),
+    }
+    return sha256_text(canonical_json(identity))[:12]
+
+
+def to_json(record: Any) -> dict[str, Any]:
+    """A record as a plain JSON object, field order kept."""
+    return typing.cast(dict[str, Any], _plain(record))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+T = TypeVar("T")
+
+
+def from_json(cls: type[T], data: Mapping[str, Any]) -> T:
+    """Rebuild a record of class ``cls``; an unknown or missing field is a ValueError that names it."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise ValueError(f"{cls.__name__}: unknown field(s) {', '.join(unknown)}")
+    required = {
+        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    missing = sorted(required - set(data))
+    if missing:
+        raise ValueError(f"{cls.__name__}: missing field(s) {', '.join(missing)}")
+    return cls(**{name: _rebuild(hints[name], value) for name, value in data.items()})
+
+
+def _rebuild(hint: Any, value: Any) -> Any:
+    """Turn plain JSON back into what ``hint`` says: nested records and tuples; all else stays as it is."""
+    if value is None:
+        return None
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        return _rebuild(inner[0], value) if len(inner) == 1 else value
+    if origin is tuple:
+        return tuple(_rebuild(typing.get_args(hint)[0], item) for item in value)
+    if dataclasses.is_dataclass(hint):
+        return from_json(typing.cast(type, hint), value)
+    return value
