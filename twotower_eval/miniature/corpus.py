@@ -1,0 +1,270 @@
+"""The miniature's corpus: five kinds of generated task whose answers are checked exactly.
+
+Every document is a prompt that ends with "=" and an answer that starts right after it; the end of the answer is the
+EOS token, which is not part of the text. Each kind spans a range of difficulty, so that a model of a million
+parameters neither fails nor saturates, and its answers mix copied and templated text (which a parallel decoder can
+commit many tokens at a time) with results that have to be worked out.
+
+Training and evaluation draw from different seeds, and `training_documents` drops any document whose prompt is in the
+evaluation set, however it was reached.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+from random import Random
+
+from twotower_eval.miniature.english import COLOURS, FORMS
+from twotower_eval.miniature.tokenizer import CHARACTERS, SPECIAL_TOKENS, decode, encode, write_tokenizer
+
+__all__ = [
+    "CHARACTERS",
+    "EVAL_SEED",
+    "KINDS",
+    "SPECIAL_TOKENS",
+    "TRAIN_SEED_BASE",
+    "Document",
+    "decode",
+    "documents",
+    "encode",
+    "evaluation_documents",
+    "evaluation_prompts",
+    "is_evaluation_prompt",
+    "sample",
+    "training_documents",
+    "write_tokenizer",
+]
+
+TRAIN_SEED_BASE = 1_000_000  # training uses TRAIN_SEED_BASE + its own seed, 0 or more
+EVAL_SEED = 77  # every evaluation document comes from seeds derived from this one
+EVALUATION_DOCUMENTS_PER_KIND = 500  # more than the tasks use, so that tasks can grow without a new training
+
+CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One task with its answer. A model's answer is right when its text equals `answer`, ended by EOS."""
+
+    kind: str
+    prompt: str
+    answer: str
+
+
+def arithmetic(rng: Random) -> Document:
+    """Addition and subtraction of up to five digits, and products with one digit, column by column."""
+    write = rng.choice((_addition, _subtraction, _product))
+    prompt, columns, result = write(rng)
+    return Document(kind="arithmetic", prompt=prompt, answer=f"{' '.join(columns)} so {result}")
+
+
+def _number(rng: Random, fewest_digits: int, most_digits: int) -> int:
+    digits = rng.randint(fewest_digits, most_digits)
+    return rng.randrange(10 ** (digits - 1), 10**digits)
+
+
+def _digit_pairs(longer: int, shorter: int) -> list[tuple[int, int]]:
+    """The digits of both from the right, the shorter one filled up with zeros."""
+    digits = str(longer)
+    return [(int(a), int(b)) for a, b in zip(digits[::-1], str(shorter).zfill(len(digits))[::-1], strict=True)]
+
+
+def _addition(rng: Random) -> tuple[str, list[str], int]:
+    first, second = _number(rng, 3, 5), _number(rng, 2, 5)
+    carry, columns = 0, []
+    for a, b in _digit_pairs(max(first, second), min(first, second)):
+        total = a + b + carry
+        columns.append(f"{a}+{b}+1={total}" if carry else f"{a}+{b}={total}")
+        carry = total // 10
+    return f"add {max(first, second)} {min(first, second)}=", columns, first + second
+
+
+def _subtraction(rng: Random) -> tuple[str, list[str], int]:
+    first, second = _number(rng, 3, 5), _number(rng, 2, 5)
+    longer, shorter = max(first, second), min(first, second)
+    borrow, columns = 0, []
+    for digit, b in _digit_pairs(longer, shorter):
+        a = digit - borrow
+        borrow = int(a < b)
+        a += 10 * borrow
+        columns.append(f"{a}-{b}={a - b}")
+    return f"sub {longer} {shorter}=", columns, longer - shorter
+
+
+def _product(rng: Random) -> tuple[str, list[str], int]:
+    number, factor = _number(rng, 3, 5), rng.randint(2, 9)
+    carry, columns = 0, []
+    for digit in map(int, reversed(str(number))):
+        total = digit * factor + carry
+        columns.append(f"{digit}*{factor}+{carry}={total}" if carry else f"{digit}*{factor}={total}")
+        carry = total // 10
+    return f"mul {number} {factor}=", columns, number * factor
+
+
+def recall(rng: Random) -> Document:
+    """Look-ups in a table of made-up names: by name, by colour, or along a chain from row to row."""
+    rows = rng.randint(4, 6)
+    names: list[str] = []
+    while len(names) < rows:
+        name = rng.choice(CONSONANTS) + rng.choice(VOWELS) + rng.choice(CONSONANTS)
+        if name not in names:
+            names.append(name)
+    numbers = rng.sample(range(100, 1000), rows)
+    asked = rng.sample(range(rows), rng.randint(2, 3))
+    question = rng.choice(("has", "who", "walk"))
+    if question == "walk":
+        return _walk(rng, names, numbers, len(asked) + 1)
+    colours = rng.sample(COLOURS, rows)
+    table = ", ".join(f"{name} {number} {c}" for name, number, c in zip(names, numbers, colours, strict=True))
+    if question == "has":
+        keys, facts = names, [f"{names[i]} has {numbers[i]} {colours[i]}" for i in asked]
+    else:
+        keys, facts = colours, [f"{colours[i]} is {names[i]} at {numbers[i]}" for i in asked]
+    prompt = f"{table}; {question} {' '.join(keys[i] for i in asked)}="
+    return Document(kind="recall", prompt=prompt, answer=", ".join(facts))
+
+
+def _walk(rng: Random, names: Sequence[str], numbers: Sequence[int], stops: int) -> Document:
+    """Each row names the next one; the answer follows the chain, all rows being on one circle."""
+    circle = rng.sample(range(len(names)), len(names))
+    successor = dict(zip(circle, circle[1:] + circle[:1], strict=True))
+    table = ", ".join(f"{name} {numbers[i]} {names[successor[i]]}" for i, name in enumerate(names))
+    route = circle[:stops]
+    facts = [f"{names[i]} at {numbers[i]}" for i in route]
+    return Document(kind="recall", prompt=f"{table}; walk {names[route[0]]} {stops}=", answer=", ".join(facts))
+
+
+def sort(rng: Random) -> Document:
+    """Five to ten two-digit numbers, up or down, then the extremes and their difference."""
+    numbers = rng.sample(range(10, 100), rng.randint(5, 10))
+    downwards = rng.random() < 0.5
+    ordered = sorted(numbers, reverse=downwards)
+    low, high = min(numbers), max(numbers)
+    prompt = f"sort {'down' if downwards else 'up'} {' '.join(map(str, numbers))}="
+    return Document(
+        kind="sort", prompt=prompt, answer=f"{' '.join(map(str, ordered))} low {low} high {high} gap {high - low}"
+    )
+
+
+def program(rng: Random) -> Document:
+    """What a small program prints: a counting loop, a two-variable loop, string operations, or a filter."""
+    prompt, printed = rng.choice((_counter, _pair_loop, _string_program, _filter))(rng)
+    return Document(kind="program", prompt=f"run {prompt}=", answer=printed)
+
+
+def _counter(rng: Random) -> tuple[str, str]:
+    variable, loops, step = rng.choice(CONSONANTS), rng.randint(3, 6), rng.randint(2, 99)
+    if rng.random() < 0.5:
+        step, start = -step, rng.randint(step * loops, step * loops + 399)
+    else:
+        start = rng.randint(1, 499)
+    values = [start + step * (i + 1) for i in range(loops)]
+    return f"{variable}={start} loop {loops} {variable}{step:+d}", " ".join(f"{variable}={value}" for value in values)
+
+
+def _pair_loop(rng: Random) -> tuple[str, str]:
+    first, second = rng.sample(CONSONANTS, 2)
+    a, b, loops = rng.randint(1, 99), rng.randint(1, 99), rng.randint(2, 4)
+    prompt = f"{first}={a} {second}={b} loop {loops} {first}+{second} swap"
+    printed = []
+    for _ in range(loops):
+        a, b = b, a + b
+        printed.append(f"{first}={a} {second}={b}")
+    return prompt, " ".join(printed)
+
+
+STRING_OPERATIONS: dict[str, Callable[[str], str]] = {
+    "rev": lambda s: s[::-1],
+    "rot": lambda s: s[1:] + s[:1],
+    "ends": lambda s: s[-1] + s[1:-1] + s[0],
+    "cut": lambda s: s[1:],
+    "up": str.upper,
+    "twice": lambda s: s + s,
+}
+
+
+def _string_program(rng: Random) -> tuple[str, str]:
+    text = "".join(rng.choices(CONSONANTS + VOWELS, k=rng.randint(4, 7)))
+    names = rng.sample(list(STRING_OPERATIONS), rng.randint(3, 4))
+    prompt, printed = f"{text} {' '.join(names)}", []
+    for name in names:
+        text = STRING_OPERATIONS[name](text)
+        printed.append(text)
+    return prompt, " ".join(printed)
+
+
+def _filter(rng: Random) -> tuple[str, str]:
+    """Draws again until at least three numbers stay, so that no answer is short."""
+    while True:
+        numbers = rng.sample(range(10, 100), rng.randint(6, 10))
+        bound, condition = rng.randint(30, 70), rng.choice(("even", "odd", "over", "under"))
+        kept = [n for n in numbers if _keeps(condition, n, bound)]
+        if len(kept) >= 3:
+            shown = f"{condition} {bound}" if condition in ("over", "under") else condition
+            return f"keep {shown} of {' '.join(map(str, numbers))}", f"{' '.join(map(str, kept))} count {len(kept)}"
+
+
+def _keeps(condition: str, number: int, bound: int) -> bool:
+    if condition in ("over", "under"):
+        return number > bound if condition == "over" else number < bound
+    return number % 2 == (condition == "odd")
+
+
+def english(rng: Random) -> Document:
+    """Facts in short form, to be told in whole sentences with a small conclusion."""
+    prompt, told = rng.choice(FORMS)(rng)
+    return Document(kind="english", prompt=f"{prompt}=", answer=told)
+
+
+KINDS: dict[str, Callable[[Random], Document]] = {
+    "arithmetic": arithmetic,
+    "recall": recall,
+    "sort": sort,
+    "program": program,
+    "english": english,
+}
+
+
+def sample(kind: str, rng: Random) -> Document:
+    """One document of a kind. An unknown kind is a ValueError."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r} of miniature document; choose from {', '.join(KINDS)}")
+    return KINDS[kind](rng)
+
+
+def documents(seed: int, kinds: Sequence[str] | None = None) -> Iterator[Document]:
+    """An endless stream of documents, each kind equally often; the same seed gives the same stream."""
+    rng = Random(seed)
+    chosen = tuple(kinds or KINDS)
+    while True:
+        yield sample(rng.choice(chosen), rng)
+
+
+def training_documents(seed: int = 0, kinds: Sequence[str] | None = None) -> Iterator[Document]:
+    """The stream for training: `documents` from a training seed, without the evaluation prompts."""
+    assert seed >= 0, "training seeds count from 0"
+    stream = documents(TRAIN_SEED_BASE + seed, kinds)
+    return (document for document in stream if not is_evaluation_prompt(document.prompt))
+
+
+@cache
+def evaluation_documents(kind: str) -> tuple[Document, ...]:
+    """The held-out documents of one kind, all prompts different, always the same ones."""
+    rng = Random(f"{EVAL_SEED} {kind}")
+    by_prompt: dict[str, Document] = {}
+    while len(by_prompt) < EVALUATION_DOCUMENTS_PER_KIND:
+        document = sample(kind, rng)
+        by_prompt.setdefault(document.prompt, document)
+    return tuple(islice(by_prompt.values(), EVALUATION_DOCUMENTS_PER_KIND))
+
+
+@cache
+def evaluation_prompts() -> frozenset[str]:
+    """Every held-out prompt, of all kinds."""
+    return frozenset(document.prompt for kind in KINDS for document in evaluation_documents(kind))
+
+
+def is_evaluation_prompt(prompt: str) -> bool:
+    """Whether training has to leave this prompt out."""
+    return prompt in evaluation_prompts()
