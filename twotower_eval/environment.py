@@ -1,0 +1,126 @@
+"""What a run was made on: machine, driver, packages, commit. Facts are ``None`` where the system does not tell.
+
+Torch is asked only when something else has imported it already, so that the reading arm stays free of it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "lm-eval",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "pandas",
+    "matplotlib",
+    "mamba-ssm",
+    "causal-conv1d",
+    "flash-attn",
+    "ray",
+)
+GIT_TIMEOUT_S = 10.0
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the installed packages that can change results; a package that is absent has no entry."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_machine(devices: Sequence[str] = ("cpu",)) -> dict[str, Any]:
+    """The machine as far as it bears on results: no host name, nothing that changes between two calls."""
+    torch = sys.modules.get("torch")
+    return {
+        "system": platform.system(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "architecture": platform.machine(),
+        "cpu": _cpu_name(),
+        "num_cores": _num_usable_cores(),
+        "memory_bytes": _memory_bytes(),
+        "num_threads": torch.get_num_threads() if torch else None,
+        "cuda": torch.version.cuda if torch else None,
+        "driver": _nvidia_driver(),
+        "devices": [_describe_device(device) for device in devices],
+    }
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """Commit of the checkout this package runs from and whether it has changes; ``(None, None)`` in a wheel."""
+    root = Path(__file__).resolve().parent.parent
+    top = _git(root, "rev-parse", "--show-toplevel")
+    # An environment inside somebody else's repository must not lend its commit to this package.
+    if top is None or Path(top).resolve() != root:
+        return None, None
+    commit = _git(root, "rev-parse", "HEAD")
+    status = _git(root, "status", "--porcelain")
+    return commit, None if status is None else bool(status)
+
+
+def _git(folder: Path, *args: str) -> str | None:
+    command = ["git", "-C", str(folder), *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_name() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or None
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
+    return names[0] if names else platform.processor() or None
+
+
+def _num_usable_cores() -> int | None:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _nvidia_driver() -> str | None:
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return text.splitlines()[0].removeprefix("NVRM version:").strip()
+
+
+def _describe_device(device: str) -> dict[str, Any]:
+    torch = sys.modules.get("torch")
+    if not device.startswith("cuda") or torch is None or not torch.cuda.is_available():
+        return {"device": device}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "device": device,
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+    }

@@ -1,0 +1,130 @@
+"""Journals and whole files that survive a kill: append-only JSONL by whole lines, and atomic replacement.
+
+A line counts once its newline is written: what follows the last newline is a torn write and dropped on reading.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+FSYNC_INTERVAL_S = 0.5
+LOCK = "writer.lock"
+
+
+class Journal:
+    """A journal open for appending: whole lines or nothing, fsync at most every ``FSYNC_INTERVAL_S``."""
+
+    def __init__(self, path: Path) -> None:
+        new = not path.exists()
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._size = os.fstat(self._descriptor).st_size
+        self._synced_size = self._size
+        self._synced_s = time.monotonic()
+        if new:
+            fsync_folder(path.parent)
+
+    def append(self, value: dict[str, Any]) -> None:
+        """Write one line; NaN and infinity are a ValueError."""
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        line = text.encode("utf-8", "surrogatepass") + b"\n"
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self._descriptor, line[written:])
+            self._size += len(line)
+        except BaseException:
+            # A full disk must not leave half a line in the middle of the file for the next append to follow.
+            os.ftruncate(self._descriptor, self._size)
+            raise
+        if time.monotonic() - self._synced_s >= FSYNC_INTERVAL_S:
+            self.sync()
+
+    def sync(self) -> None:
+        """Bring all lines to disk."""
+        if self._synced_size != self._size:
+            os.fsync(self._descriptor)
+        self._synced_size, self._synced_s = self._size, time.monotonic()
+
+    def close(self) -> None:
+        """Bring all lines to disk and close the file."""
+        self.sync()
+        os.close(self._descriptor)
+
+
+def lock_run(path: Path) -> int:
+    """Lock the run folder ``path`` for this writer until the returned descriptor is closed; ValueError if taken."""
+    # A file of its own, opened for writing: flock on a folder or a read-only descriptor fails on NFS.
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise ValueError(f"run {path} is being written by another process: wait for it or stop it") from error
+    return descriptor
+
+
+def read_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers from 1 and JSON objects of a journal; nothing where it does not exist."""
+    content = file.read_bytes() if file.exists() else b""
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        try:
+            data = json.loads(line.decode("utf-8", "surrogatepass"), parse_constant=refuse_constant)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: not valid JSON ({error})") from error
+        if not isinstance(data, dict):
+            raise ValueError(f"{file}, line {number}: not a JSON object")
+        yield number, data
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """For ``json.loads(parse_constant=…)``: NaN and infinities are not JSON."""
+    raise ValueError(f"{name} is not allowed")
+
+
+def truncate_torn_line(file: Path) -> None:
+    """Cut off what follows the last newline."""
+    if not file.exists():
+        return
+    content = file.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(file, whole)
+
+
+def summarise(file: Path) -> dict[str, Any]:
+    """Number of lines and sha256 of a journal."""
+    content = file.read_bytes()
+    return {"rows": content.count(b"\n"), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write ``text`` and a newline so that readers see the whole file or none, also after a power cut."""
+    temporary = file.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        stream.write(text + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.rename(temporary, file)
+    fsync_folder(file.parent)
+
+
+def fsync_folder(path: Path) -> None:
+    """Make new, renamed and removed names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def now_text() -> str:
+    """The time in UTC, ISO 8601 with milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,259 @@
+"""A plan: what is to be run or timed, from TOML and the command line, checked before anything is loaded.
+
+Nothing here imports torch; :func:`cross_decoders` asks the decoders for their own defaults only when called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from twotower_eval.records import DecoderSpec, LikelihoodKind
+
+Steps = int | Literal["auto"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+CONTEXT_TOWER = "context-tower"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What ``twotower-eval run`` does.
+
+    ``model`` is a checkpoint folder, ``None`` the shipped miniature. ``baseline`` is a checkpoint folder, a Hugging
+    Face model folder, or ``context-tower``: the context tower of ``model`` decoded autoregressively. Block sizes,
+    steps and thresholds are crossed; steps ``auto`` means the block size. ``samples`` per problem and
+    ``max_new_tokens`` are what the suite and the task say unless given. ``limit`` is documents per task.
+    """
+
+    model: str | None = None
+    baseline: str = CONTEXT_TOWER
+    tasks: tuple[str, ...] = ("miniature",)
+    decoder: str = "block_diffusion"
+    block_sizes: tuple[int, ...] = (16,)
+    steps: tuple[Steps, ...] = ("auto",)
+    thresholds: tuple[float, ...] = (0.8,)
+    temperature: float = 0.0
+    samples: int | None = None
+    batch_size: int = 8
+    limit: int | None = None
+    seed: int = 0
+    likelihood: LikelihoodKind = "context_tower"
+    dtype: Dtype = "float32"
+    devices: tuple[str, ...] = ("cpu",)
+    data_dir: str | None = None
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        _check_at_least(self, 1, "samples", "batch_size", "limit", "max_new_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedPlan:
+    """What ``twotower-eval speed`` does; model, baseline and decoder options mean what they mean in RunPlan.
+
+    ``fixed`` workloads make exactly ``new_tokens`` tokens whatever the model says; ``answer`` workloads stop where
+    the task stops, at ``new_tokens`` at the latest, or at the task's own budget where it is ``None``.
+    ``prompt_tokens`` cuts or repeats prompts to that length in tokens (``fixed`` only). Rounds go on until both
+    ``min_rounds`` and ``min_seconds`` are reached.
+    """
+
+    model: str | None = None
+    baseline: str = CONTEXT_TOWER
+    tasks: tuple[str, ...] = ("miniature",)
+    decoder: str = "block_diffusion"
+    block_sizes: tuple[int, ...] = (16,)
+    steps: tuple[Steps, ...] = ("auto",)
+    thresholds: tuple[float, ...] = (0.8,)
+    temperature: float = 0.0
+    batch_sizes: tuple[int, ...] = (1,)
+    workload: Literal["fixed", "answer"] = "answer"
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
+    num_prompts: int = 16
+    min_rounds: int = 5
+    min_seconds: float = 0.0
+    warmup_rounds: int = 1
+    seed: int = 0
+    dtype: Dtype = "float32"
+    devices: tuple[str, ...] = ("cpu",)
+    data_dir: str | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        _check_at_least(self, 1, "batch_sizes", "prompt_tokens", "new_tokens", "num_prompts", "min_rounds", "threads")
+        _check_at_least(self, 0, "min_seconds", "warmup_rounds")
+        if self.workload == "answer" and self.prompt_tokens is not None:
+            raise ValueError("prompt_tokens has no effect on the answer workload: drop it or take workload fixed")
+        if self.workload == "fixed" and self.new_tokens is None:
+            raise ValueError("the fixed workload needs new_tokens: say how many tokens each prompt shall produce")
+
+
+Plan = RunPlan | SpeedPlan
+P = TypeVar("P", RunPlan, SpeedPlan)
+
+
+def load_plan(path: Path, cls: type[P]) -> P:
+    """Read a plan from a TOML file; an unknown key, a wrong type or a missing file is a ValueError."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read plan {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"plan {path} is not valid TOML: {error}") from error
+    try:
+        return plan_from_json(cls, values)
+    except ValueError as error:
+        raise ValueError(f"plan {path}: {error}") from error
+
+
+def plan_from_json(cls: type[P], values: Mapping[str, Any]) -> P:
+    """A plan from plain values, as TOML or a run's manifest holds them; lists become tuples."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            raise ValueError(f"unknown key {key!r}{did_you_mean(key, names)}")
+    arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return cls(**arguments)
+
+
+def merge(plan: P, overrides: Mapping[str, Any]) -> P:
+    """``plan`` with every override that is not ``None`` put in its place, checked like any plan."""
+    given = {key: value for key, value in overrides.items() if value is not None}
+    held = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    return plan_from_json(type(plan), held | given)
+
+
+def cross_decoders(plan: Plan) -> tuple[DecoderSpec, ...]:
+    """Every decoder setting the plan asks for, crossed in the plan's order, equal ones once.
+
+    A setting that the decoder does not have is left out where it stands at its default and refused otherwise:
+    nothing given is ever ignored.
+    """
+    from twotower_eval.decoders import DECODERS, decoder_spec
+
+    if ":" not in plan.decoder and plan.decoder not in DECODERS:
+        raise ValueError(f"unknown decoder {plan.decoder!r}{did_you_mean(plan.decoder, DECODERS)}")
+    params_cls = resolve(DECODERS.get(plan.decoder, plan.decoder)).Params
+    known = {field.name for field in dataclasses.fields(params_cls)}
+    for key, param in _DECODER_AXES.items():
+        if param not in known and getattr(plan, key) != _default(type(plan), key):
+            raise ValueError(f"decoder {plan.decoder!r} has no {param}: drop {key.replace('_', '-')} or change decoder")
+    specs: dict[tuple[tuple[str, Any], ...], DecoderSpec] = {}
+    for block_size, steps, threshold in product(plan.block_sizes, plan.steps, plan.thresholds):
+        params = {
+            "block_size": block_size,
+            "steps_per_block": block_size if steps == "auto" else steps,
+            "threshold": threshold,
+            "temperature": plan.temperature,
+        }
+        spec = decoder_spec(plan.decoder, **{key: value for key, value in params.items() if key in known})
+        specs.setdefault(tuple(spec.params.items()), spec)
+    return tuple(specs.values())
+
+
+_DECODER_AXES = {
+    "block_sizes": "block_size",
+    "steps": "steps_per_block",
+    "thresholds": "threshold",
+    "temperature": "temperature",
+}
+
+
+def data_path(*parts: str) -> Path:
+    """Where the package's data lies, in a checkout and in an installed wheel alike.
+
+    ``data_path("tasks", …)`` is beside the package in a checkout and inside it in a wheel; everything else, such as
+    ``data_path("miniature", "pair")``, lies inside the package in both.
+    """
+    package = Path(__file__).resolve().parent
+    if parts[:1] != ("tasks",):
+        return package.joinpath(*parts)
+    shipped = package / "_data" / "tasks"
+    return (shipped if shipped.is_dir() else package.parent / "tasks").joinpath(*parts[1:])
+
+
+def resolve(name: str) -> Any:
+    """The object that ``"package.module:attribute"`` names; a ValueError says which half is wrong."""
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
+        raise ValueError(f"{name!r} is not of the form package.module:attribute")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"cannot import {module_name!r} (named by {name!r}): {error}") from error
+    if not hasattr(module, attribute):
+        raise ValueError(f"module {module_name!r} has no {attribute!r}{did_you_mean(attribute, dir(module))}")
+    return getattr(module, attribute)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` where ``known`` holds something near ``word``, else the whole list if it is short."""
+    names = list(known)
+    near = difflib.get_close_matches(word, names, n=1)
+    if near:
+        return f" (did you mean {near[0]!r}?)"
+    return f" (known: {', '.join(names)})" if 0 < len(names) <= 30 else ""
+
+
+def _default(cls: type[Plan], name: str) -> Any:
+    return next(field.default for field in dataclasses.fields(cls) if field.name == name)
+
+
+def _check_fields(plan: Plan) -> None:
+    hints = typing.get_type_hints(type(plan))
+    for field in dataclasses.fields(plan):
+        value = getattr(plan, field.name)
+        if not _fits(value, hints[field.name]):
+            raise ValueError(f"{field.name} must be {_in_words(hints[field.name])}, not {value!r}")
+        if isinstance(value, tuple):
+            if not value:
+                raise ValueError(f"{field.name} is empty: name at least one")
+            twice = sorted({str(item) for item in value if value.count(item) > 1})
+            if twice:
+                raise ValueError(f"{field.name} names {', '.join(twice)} twice")
+    _check_at_least(plan, 1, "block_sizes", "steps")
+    _check_at_least(plan, 0, "temperature", "thresholds", "seed")
+
+
+def _check_at_least(plan: Plan, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(plan, name)
+        for item in value if isinstance(value, tuple) else (value,):
+            # "not >=" and not "<", so that NaN is refused too.
+            if isinstance(item, (int, float)) and not least <= item < float("inf"):
+                raise ValueError(f"{name} must be {least} or more, not {item}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, arg) for arg in typing.get_args(hint))
+    if origin is Literal:
+        return isinstance(value, str) and value in typing.get_args(hint)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint) and not isinstance(value, bool)
+
+
+def _in_words(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_in_words(arg) for arg in args if arg is not type(None))
+    if origin is Literal:
+        return " or ".join(str(arg) for arg in args)
+    if origin is tuple:
+        return f"a list of {_in_words(args[0])}"
+    return {int: "a whole number", float: "a number", str: "a text"}[hint]

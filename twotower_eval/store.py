@@ -1,0 +1,332 @@
+"""A run on disk: a manifest written once, append-only journals, and a closing file that says the run is complete.
+
+A run folder holds ``manifest.json`` (first, atomic, never edited), one JSONL journal per kind of row, ``events.jsonl``
+and, last, ``done.json`` with row counts and sha256 of every journal. A line counts once its newline is written: what
+follows the last newline is a torn write and dropped; any other bad line is an error that names file and line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar, cast
+
+from twotower_eval.journal import (
+    Journal,
+    fsync_folder,
+    lock_run,
+    now_text,
+    read_objects,
+    refuse_constant,
+    summarise,
+    truncate_torn_line,
+    write_atomically,
+)
+from twotower_eval.records import (
+    SCHEMA_VERSION,
+    Cell,
+    GenerationRow,
+    LikelihoodRow,
+    RunManifest,
+    Score,
+    SpeedSample,
+    from_json,
+    to_json,
+)
+
+MANIFEST, EVENTS, DONE = "manifest.json", "events.jsonl", "done.json"
+PACKAGES_THAT_MUST_AGREE = ("torch", "transformers", "lm-eval", "mamba-ssm", "causal-conv1d", "flash-attn")
+
+Row = GenerationRow | LikelihoodRow | Score | SpeedSample
+Key = tuple[str | int, ...]
+R = TypeVar("R", bound=Row)
+
+
+def _request_key(row: GenerationRow | LikelihoodRow) -> Key:
+    return (row.cell, row.task, row.doc_id, row.request_index, row.repeat)
+
+
+def _score_key(row: Score) -> Key:
+    return (row.cell, row.task, row.doc_id, row.metric, row.filter)
+
+
+def _speed_key(row: SpeedSample) -> Key:
+    return (row.launch_id, row.cell, row.replica, row.phase, row.round, row.call_id)
+
+
+JOURNALS: dict[type[Row], tuple[str, Callable[[Any], Key]]] = {
+    GenerationRow: ("generations.jsonl", _request_key),
+    LikelihoodRow: ("likelihoods.jsonl", _request_key),
+    Score: ("scores.jsonl", _score_key),
+    SpeedSample: ("speed.jsonl", _speed_key),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run folder holds. ``complete`` means ``done.json`` is there and agrees with every journal."""
+
+    path: Path
+    manifest: RunManifest
+    generations: list[GenerationRow]
+    likelihoods: list[LikelihoodRow]
+    scores: list[Score]
+    speed: list[SpeedSample]
+    events: list[dict[str, Any]]
+    complete: bool
+
+    @property
+    def cells(self) -> dict[str, Cell]:
+        """The manifest's cells by id."""
+        return {cell.id: cell for cell in self.manifest.cells}
+
+
+def new_run_id(verb: str, now: datetime | None = None) -> str:
+    """``20261123T101500Z-run-3f9a1c``: time in UTC, verb, six random hex digits."""
+    return f"{(now or datetime.now(UTC)).astimezone(UTC):%Y%m%dT%H%M%SZ}-{verb}-{secrets.token_hex(3)}"
+
+
+def create(root: Path, manifest: RunManifest) -> RunWriter:
+    """Make the folder ``root/run_id``, its manifest first, and open it for writing."""
+    text = json.dumps(to_json(manifest), indent=1, ensure_ascii=False, allow_nan=False)
+    path = root / manifest.run_id
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError as error:
+        raise ValueError(f"run folder {path} exists already: resume it or write elsewhere") from error
+    except OSError as error:
+        raise ValueError(f"cannot make run folder {path}: {error.strerror or error}") from error
+    lock = lock_run(path)
+    write_atomically(path / MANIFEST, text)
+    writer = RunWriter(load(path), lock)
+    writer.event("started")
+    return writer
+
+
+def resume(path: Path, manifest: RunManifest) -> RunWriter:
+    """Open a run that was begun before, after checking that ``manifest`` would produce the same rows.
+
+    The folder's own manifest stays. Differences that would mix unlike rows are a ValueError that lists them all;
+    another commit or an edited checkout is only noted, in the ``resumed`` event and in ``writer.warnings``. Torn
+    last lines are cut off; ``done.json`` is taken away until the run is finished again.
+    """
+    _read_manifest(path)  # before the lock, so that a wrong path leaves no lock file behind
+    lock = lock_run(path)
+    try:
+        run = load(path)
+        differences = _differences(run.manifest, manifest)
+        if differences:
+            listed = "; ".join(differences)
+            raise ValueError(f"cannot resume {path}, its rows would not be comparable: {listed}. Start a new run.")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path / DONE)
+            fsync_folder(path)
+        warnings = _warnings(run.manifest, manifest)
+        writer = RunWriter(run, lock, warnings)
+        writer.event("resumed", commit=manifest.commit, dirty=manifest.dirty, warnings=list(warnings))
+    except BaseException:
+        os.close(lock)
+        raise
+    return writer
+
+
+def load(path: Path) -> Run:
+    """Read a run without changing it; a torn last line is dropped, anything else that is wrong is a ValueError."""
+    manifest = _read_manifest(path)
+    cells = {cell.id for cell in manifest.cells}
+    return Run(
+        path=path,
+        manifest=manifest,
+        generations=_read_rows(path, GenerationRow, cells),
+        likelihoods=_read_rows(path, LikelihoodRow, cells),
+        scores=_read_rows(path, Score, cells),
+        speed=_read_rows(path, SpeedSample, cells),
+        events=[event for _, event in read_objects(path / EVENTS)],
+        complete=_agrees_with_done(path),
+    )
+
+
+def find_runs(root: Path, verb: str | None = None) -> list[Path]:
+    """Run folders directly under ``root``, newest first; folders without a manifest are no runs."""
+    if not root.is_dir():
+        return []
+    manifests = [(_read_manifest(path.parent), path.parent) for path in root.glob(f"*/{MANIFEST}")]
+    wanted = [(m.started_at, m.run_id, path) for m, path in manifests if verb in (None, m.verb)]
+    return [path for _, _, path in sorted(wanted, reverse=True)]
+
+
+class RunWriter:
+    """Appends rows and events to one run; holds the run's lock until closed. Use it as a context manager.
+
+    ``run`` is what was there when the run was opened. Rows survive the process being killed as soon as ``append``
+    returns, and a power cut after ``FSYNC_INTERVAL_S`` or the next event.
+    """
+
+    def __init__(self, run: Run, lock: int, warnings: tuple[str, ...] = ()) -> None:
+        self.run = run
+        self.path = run.path
+        self.warnings = warnings
+        self._lock = lock
+        self._cells = set(run.cells)
+        self._files: dict[str, Journal] = {}
+        rows: tuple[Row, ...] = (*run.generations, *run.likelihoods, *run.scores, *run.speed)
+        self._keys = {(type(row), *JOURNALS[type(row)][1](row)) for row in rows}
+        for name in (EVENTS, *(name for name, _ in JOURNALS.values())):
+            truncate_torn_line(self.path / name)
+
+    def append(self, row: Row) -> None:
+        """Write one row to the journal of its kind; a key that is there already is a ValueError."""
+        name, key_of = JOURNALS[type(row)]
+        key = (type(row), *key_of(row))
+        if key in self._keys:
+            raise ValueError(f"{self.path / name}: row {key[1:]} is there already")
+        if row.cell not in self._cells:
+            raise ValueError(f"{self.path / name}: cell {row.cell!r} is not in the run's manifest")
+        self._file(name).append(to_json(row))
+        self._keys.add(key)
+
+    def event(self, kind: str, **detail: Any) -> None:
+        """Note that something happened, with the time; rows written before it are on disk when this returns."""
+        self._sync()
+        file = self._file(EVENTS)
+        file.append({"at": now_text(), "kind": kind, **detail})
+        file.sync()
+
+    def finish(self) -> None:
+        """Close the journals and write ``done.json``: the run is complete."""
+        self._close_files()
+        journals = [*(name for name, _ in JOURNALS.values()), EVENTS]
+        files = {name: summarise(self.path / name) for name in journals if (self.path / name).exists()}
+        done = {"schema": SCHEMA_VERSION, "finished_at": now_text(), "files": files}
+        done["manifest_sha256"] = hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
+        write_atomically(self.path / DONE, json.dumps(done, indent=1))
+
+    def close(self) -> None:
+        """Bring everything to disk and let go of the lock; calling it twice is fine."""
+        self._close_files()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is not None:
+                self.event("failed", error=type(error).__name__, message=str(error))
+        finally:
+            self.close()
+
+    def _file(self, name: str) -> Journal:
+        if self._lock < 0:
+            raise ValueError(f"run {self.path} is closed")
+        if name not in self._files:
+            self._files[name] = Journal(self.path / name)
+        return self._files[name]
+
+    def _sync(self) -> None:
+        for file in self._files.values():
+            file.sync()
+
+    def _close_files(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+
+def _read_manifest(path: Path) -> RunManifest:
+    file = path / MANIFEST
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse_constant)
+    except OSError as error:
+        raise ValueError(f"{path} is no run folder: cannot read {MANIFEST} ({error.strerror or error})") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA_VERSION:
+        raise ValueError(f"{file}: schema {schema!r}; this version reads schema {SCHEMA_VERSION} only")
+    try:
+        return from_json(RunManifest, data)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _read_rows(path: Path, cls: type[R], cells: set[str]) -> list[R]:
+    name, key_of = JOURNALS[cast(type[Row], cls)]
+    rows: list[R] = []
+    lines: dict[Key, int] = {}
+    for number, data in read_objects(path / name):
+        where = f"{path / name}, line {number}"
+        try:
+            row = from_json(cls, data)
+            key = key_of(row)
+            earlier = lines.setdefault(key, number)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where}: {error}") from error
+        if earlier != number:
+            raise ValueError(f"{where}: repeats the row of line {earlier}, key {key}")
+        if row.cell not in cells:
+            raise ValueError(f"{where}: cell {row.cell!r} is not in the run's manifest")
+        rows.append(row)
+    return rows
+
+
+def _agrees_with_done(path: Path) -> bool:
+    file = path / DONE
+    if not file.exists():
+        return False
+    try:
+        done = json.loads(file.read_text(encoding="utf-8"))
+        recorded = {MANIFEST: done["manifest_sha256"]} | {n: f["sha256"] for n, f in done["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: not a valid closing file ({error})") from error
+    journals = [EVENTS, *(name for name, _ in JOURNALS.values())]
+    for name in {*recorded, *(name for name in journals if (path / name).exists())}:
+        there = (path / name).exists()
+        if not there or hashlib.sha256((path / name).read_bytes()).hexdigest() != recorded.get(name):
+            state = "changed" if there else "was lost"
+            raise ValueError(f"{path / name}: {state} after the run was finished ({DONE} has another sha256)")
+    return True
+
+
+def _differences(old: RunManifest, new: RunManifest) -> list[str]:
+    """What forbids adding rows made under ``new`` to a run begun under ``old``, in words."""
+    pairs: list[tuple[str, Any, Any]] = [
+        ("verb", old.verb, new.verb),
+        ("twotower-eval", old.project_version, new.project_version),
+        *((name, old.packages.get(name), new.packages.get(name)) for name in PACKAGES_THAT_MUST_AGREE),
+        ("active kernels", old.machine.get("kernels"), new.machine.get("kernels")),
+    ]
+    if old.verb == "speed":
+        keys = sorted(({*old.machine} | {*new.machine}) - {"kernels"})
+        pairs += [(f"machine {key}", old.machine.get(key), new.machine.get(key)) for key in keys]
+    found = [f"{name} was {before}, is {after}" for name, before, after in pairs if before != after]
+    old_cells, new_cells = ({cell.id: cell for cell in manifest.cells} for manifest in (old, new))
+    for have, lack, words in ((old_cells, new_cells, "no longer has"), (new_cells, old_cells, "newly has")):
+        found += [f"the plan {words} {_cell_text(have[name])}" for name in have if name not in lack]
+    return found
+
+
+def _cell_text(cell: Cell) -> str:
+    decoder = f"{cell.decoder.label} version {cell.decoder.version}"
+    return f"cell {cell.id} ({cell.arm} {cell.checkpoint.name}, {decoder}, {cell.workload.name})"
+
+
+def _warnings(old: RunManifest, new: RunManifest) -> tuple[str, ...]:
+    found = []
+    if old.commit != new.commit:
+        found.append(f"begun at commit {old.commit}, resumed at {new.commit}")
+    if new.dirty:
+        found.append("the checkout has uncommitted changes")
+    return tuple(found)
