@@ -1,4 +1,4 @@
-"""The miniature's corpus: answers are right by a second computation, nothing leaks, tasks and tokenizer agree."""
+"""The miniature's corpus: answers are right by a second computation, nothing leaks, the tasks are its output."""
 
 import json
 import operator
@@ -14,16 +14,10 @@ import yaml
 from twotower_eval.miniature import corpus
 from twotower_eval.miniature.corpus import KINDS, Document, documents, sample, training_documents
 from twotower_eval.miniature.task_files import distractors, write_tasks
-from twotower_eval.miniature.tokenizer import CHARACTERS, SPECIAL_TOKENS, VOCABULARY, decode, encode, write_tokenizer
+from twotower_eval.miniature.tokenizer import CHARACTERS, encode
 
 TASKS = Path(__file__).parents[1] / "tasks" / "miniature"
 GENERATION_TASKS = [f"miniature_{kind}" for kind in KINDS]
-AWKWARD_TEXTS = [
-    "  two  spaces , a comma , it 's n't . \n\n and\nlines \n",
-    "<s>marks</s> inside<mask> the text<pad>",
-    "outside: é ß \t 日本 ~",
-    "",
-]
 
 
 def draw(kind: str, count: int = 1000) -> list[Document]:
@@ -268,37 +262,3 @@ def test_distractors_differ_from_the_answer_in_one_word(kind):
         for option in distractors(document, Random(1)):
             differing = [a != b for a, b in zip(right, re.findall(r"\w+", option), strict=True)]
             assert sum(differing) == 1
-
-
-# --- tokenizer ---
-
-
-def test_vocabulary_has_no_double_and_fixed_special_ids():
-    assert len(set(VOCABULARY)) == len(VOCABULARY) == 96
-    assert encode("".join(SPECIAL_TOKENS)) == [0, 1, 2, 3, 4]
-    assert SPECIAL_TOKENS[:4] == ("<pad>", "<s>", "</s>", "<mask>")
-
-
-def test_every_character_survives_encoding():
-    assert decode(encode(CHARACTERS)) == CHARACTERS
-    assert len(encode(CHARACTERS)) == len(CHARACTERS)
-
-
-def test_hugging_face_tokenizers_agree_with_encode_and_decode(tmp_path):
-    from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
-
-    write_tokenizer(tmp_path)
-    fast = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    auto = AutoTokenizer.from_pretrained(str(tmp_path))
-    texts = AWKWARD_TEXTS + [d.prompt + d.answer + "</s>" for d in islice(documents(9), 200)]
-    for text in texts:
-        ids = encode(text)
-        assert fast.encode(text).ids == ids
-        assert auto.encode(text) == ids == auto.encode(text, add_special_tokens=False)
-        assert decode(ids) == fast.decode(ids, skip_special_tokens=False) == auto.decode(ids)
-        if set(text) <= set(CHARACTERS):
-            assert decode(ids) == text
-    assert (auto.pad_token_id, auto.bos_token_id, auto.eos_token_id, auto.mask_token_id) == (0, 1, 2, 3)
-    assert len(auto) == len(VOCABULARY)
-    assert auto.decode(encode("a b</s>"), skip_special_tokens=True) == "a b"
