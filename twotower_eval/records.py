@@ -7,6 +7,7 @@ never 0 or NaN. Each record turns into a JSON object with :func:`to_json` and ba
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import types
@@ -340,7 +341,7 @@ T = TypeVar("T")
 
 def from_json(cls: type[T], data: Mapping[str, Any]) -> T:
     """Rebuild a record of class ``cls``; an unknown or missing field is a ValueError that names it."""
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(data) - set(fields))
     if unknown:
@@ -352,6 +353,12 @@ def from_json(cls: type[T], data: Mapping[str, Any]) -> T:
     if missing:
         raise ValueError(f"{cls.__name__}: missing field(s) {', '.join(missing)}")
     return cls(**{name: _rebuild(hints[name], value) for name, value in data.items()})
+
+
+@functools.cache
+def _type_hints(cls: type) -> dict[str, Any]:
+    # Evaluating annotations takes 100 times longer than using them, and journals have many rows.
+    return typing.get_type_hints(cls)
 
 
 def _rebuild(hint: Any, value: Any) -> Any:

@@ -1,0 +1,33 @@
+"""Shared fixtures: golden and benchmark folders found through environment variables, the hub always off."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: a missing set then fails at once
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+
+
+def _folder_named_by(variable: str, what: str) -> Path:
+    value = os.environ.get(variable)
+    if not value:
+        pytest.skip(f"{variable} is not set: it names the folder with {what}")
+    folder = Path(value)
+    if not folder.is_dir():
+        pytest.fail(f"{variable} names {folder}, which is no folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Folder of reference checkpoints and outputs; skips where the environment names none."""
+    return _folder_named_by("TWOTOWER_EVAL_GOLDEN", "reference checkpoints and their outputs")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of published benchmark files; skips where the environment names none."""
+    return _folder_named_by("TWOTOWER_EVAL_DATA", "published benchmark files")

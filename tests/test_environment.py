@@ -1,0 +1,57 @@
+"""What is recorded about the machine and the code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from twotower_eval import environment
+
+
+def test_facts_are_json_and_stay_the_same_between_calls() -> None:
+    facts = environment.describe_machine(("cpu",))
+    assert json.loads(json.dumps(facts, allow_nan=False)) == facts == environment.describe_machine(("cpu",))
+    assert facts["num_cores"] >= 1
+    assert facts["devices"] == [{"device": "cpu"}]
+
+
+def test_versions_name_what_can_change_results() -> None:
+    versions = environment.package_versions()
+    assert {"torch", "transformers", "lm-eval"} <= set(versions)
+    assert "ray" in environment.PACKAGES
+
+
+def test_asking_imports_no_torch() -> None:
+    code = "import sys; from twotower_eval import environment; environment.describe_machine(('cuda:0',)); "
+    code += "print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def git(folder: Path, *args: str) -> None:
+    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@example.org", *args]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def test_commit_and_dirty_are_those_of_this_checkout_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "checkout" / "twotower_eval"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(environment, "__file__", str(package / "environment.py"))
+    assert environment.git_state() == (None, None)
+    git(package.parent, "init", "-q")
+    (package / "a.py").write_text("1\n")
+    git(package.parent, "add", ".")
+    git(package.parent, "commit", "-qm", "one")
+    commit, dirty = environment.git_state()
+    assert commit is not None
+    assert len(commit) == 40
+    assert dirty is False
+    (package / "b.py").write_text("2\n")
+    assert environment.git_state() == (commit, True)
+    # A package installed inside somebody's repository is not that repository.
+    inner = package.parent / "venv" / "site-packages" / "twotower_eval"
+    inner.mkdir(parents=True)
+    monkeypatch.setattr(environment, "__file__", str(inner / "environment.py"))
+    assert environment.git_state() == (None, None)
