@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from twotower_eval import plan as plans
+from twotower_eval.names import resolve
 from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders, load_plan, merge, plan_from_json
 from twotower_eval.records import to_json
 
@@ -114,13 +115,13 @@ def test_a_decoder_from_another_package_is_crossed_by_its_own_params(monkeypatch
 
 
 def test_resolve_names_the_half_that_is_wrong() -> None:
-    assert plans.resolve("twotower_eval.plan:RunPlan") is RunPlan
+    assert resolve("twotower_eval.plan:RunPlan") is RunPlan
     with pytest.raises(ValueError, match="not of the form"):
-        plans.resolve("twotower_eval.plan")
+        resolve("twotower_eval.plan")
     with pytest.raises(ValueError, match=r"cannot import 'twotower_eval\.plam'"):
-        plans.resolve("twotower_eval.plam:RunPlan")
+        resolve("twotower_eval.plam:RunPlan")
     with pytest.raises(ValueError, match="did you mean 'RunPlan'"):
-        plans.resolve("twotower_eval.plan:RunPlam")
+        resolve("twotower_eval.plan:RunPlam")
 
 
 def test_data_path_finds_tasks_beside_or_inside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

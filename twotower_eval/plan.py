@@ -6,17 +6,16 @@ Nothing here imports torch; :func:`cross_decoders` asks the decoders for their o
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from twotower_eval.names import did_you_mean, resolve
 from twotower_eval.records import DecoderSpec, LikelihoodKind
 
 Steps = int | Literal["auto"]
@@ -181,29 +180,6 @@ def data_path(*parts: str) -> Path:
         return package.joinpath(*parts)
     shipped = package / "_data" / "tasks"
     return (shipped if shipped.is_dir() else package.parent / "tasks").joinpath(*parts[1:])
-
-
-def resolve(name: str) -> Any:
-    """The object that ``"package.module:attribute"`` names; a ValueError says which half is wrong."""
-    module_name, colon, attribute = name.partition(":")
-    if not (module_name and colon and attribute):
-        raise ValueError(f"{name!r} is not of the form package.module:attribute")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"cannot import {module_name!r} (named by {name!r}): {error}") from error
-    if not hasattr(module, attribute):
-        raise ValueError(f"module {module_name!r} has no {attribute!r}{did_you_mean(attribute, dir(module))}")
-    return getattr(module, attribute)
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` where ``known`` holds something near ``word``, else the whole list if it is short."""
-    names = list(known)
-    near = difflib.get_close_matches(word, names, n=1)
-    if near:
-        return f" (did you mean {near[0]!r}?)"
-    return f" (known: {', '.join(names)})" if 0 < len(names) <= 30 else ""
 
 
 def _default(cls: type[Plan], name: str) -> Any:

@@ -1,0 +1,50 @@
+# make demo: evaluate and time the shipped miniature, write a report.   make test: all tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# More options for pip where torch is installed, e.g. --index-url https://download.pytorch.org/whl/cpu
+TORCH_PIP_ARGS ?=
+TORCH := $(shell grep '^torch==' constraints.txt)
+INSTALLED := $(VENV)/.installed
+INSTALLED_REAL := $(VENV)/.installed-real
+DEMO_LIMIT ?= 24
+EVAL := $(BIN)/twotower-eval
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: install demo test test-real lint clean
+
+install: $(INSTALLED)
+
+# torch alone and first: resolved together with the rest, pip may fetch gigabytes of CUDA.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH_PIP_ARGS) "$(TORCH)"
+	$(PIP) -c constraints.txt -e '.[test]'
+	touch $@
+
+$(INSTALLED_REAL): $(INSTALLED)
+	$(PIP) -c constraints.txt -e '.[test,real]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(EVAL) run --tasks miniature --limit $(DEMO_LIMIT) --thresholds 0.8,0.9
+	$(EVAL) speed --tasks miniature --thresholds 0.8,0.9
+	$(EVAL) report
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-real: $(INSTALLED_REAL)
+	$(BIN)/python -m pytest -m real $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

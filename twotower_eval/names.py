@@ -1,0 +1,31 @@
+"""Names that users give: resolved to objects, and answered with the nearest known one where they are wrong."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+
+def resolve(name: str) -> Any:
+    """The object that ``"package.module:attribute"`` names; a ValueError says which half is wrong."""
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
+        raise ValueError(f"{name!r} is not of the form package.module:attribute")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"cannot import {module_name!r} (named by {name!r}): {error}") from error
+    if not hasattr(module, attribute):
+        raise ValueError(f"module {module_name!r} has no {attribute!r}{did_you_mean(attribute, dir(module))}")
+    return getattr(module, attribute)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` where ``known`` holds something near ``word``, else the whole list if it is short."""
+    names = list(known)
+    near = difflib.get_close_matches(word, names, n=1)
+    if near:
+        return f" (did you mean {near[0]!r}?)"
+    return f" (known: {', '.join(names)})" if 0 < len(names) <= 30 else ""
