@@ -1,0 +1,95 @@
+"""Model families behind one protocol, and the one way to load them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from twotower_eval.names import resolve
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from twotower_eval.models.tokenizer import Tokenizer
+    from twotower_eval.records import Checkpoint
+
+FAMILIES = {
+    "nemotron_h": "twotower_eval.models.checkpoint:load",
+    "transformers": "twotower_eval.models.transformers_ar:load",
+}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class ContextLike(Protocol):
+    """What decoders may ask of a context."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]: ...
+    @property
+    def batch_size(self) -> int: ...
+    def select(self, rows: Sequence[int]) -> Any: ...
+
+
+class CausalModel(Protocol):
+    """What the autoregressive decoder and the causal scorers need. B batch, S prompt, K block, V vocabulary."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    max_length: int | None
+    eos_token_ids: tuple[int, ...]
+    mask_token_id: int | None
+    has_denoiser: bool
+    context_digest: str
+
+    def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Any: ...
+    def extend(self, context: Any, ids_BK: Tensor) -> Any: ...
+    def next_logits(self, context: Any) -> Tensor: ...
+    def context_logits(
+        self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None, *, last: int | None = None
+    ) -> Tensor: ...
+
+
+class TwoTowerModel(CausalModel, Protocol):
+    """A causal model with a denoiser that reads its context."""
+
+    def denoise(self, block_BK: Tensor, context: Any, t_B: Tensor | Sequence[float] | float | None) -> Tensor: ...
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    devices: Sequence[str] | None = None,
+    tower: Literal["context"] | None = None,
+    family: str | None = None,
+) -> Any:
+    """Load a checkpoint folder.
+
+    A pair gives a :class:`TwoTowerModel`, an AR base checkpoint, ``tower="context"`` or any Hugging Face causal LM a
+    :class:`CausalModel`. ``devices`` places the towers, context first. ``family`` is a key of ``FAMILIES`` or a
+    ``"module:function"``; by default the folder's config.json decides. Raises ValueError with one line that says
+    what is wrong with the checkpoint.
+    """
+    import torch
+
+    from twotower_eval.models.checkpoint import read_json
+
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such checkpoint folder")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+    if family is None:
+        is_ours = read_json(folder / "config.json").get("model_type") == "nemotron_h"
+        family = "nemotron_h" if is_ours else "transformers"
+    if family not in FAMILIES and ":" not in family:
+        raise ValueError(f"model family {family!r} is unknown; choose from {', '.join(FAMILIES)} or name module:function")
+    places = tuple(devices) if devices else (device,)
+    if len(places) > 2:
+        raise ValueError(f"a pair has two towers, but {len(places)} devices are named")
+    load = resolve(FAMILIES.get(family, family))
+    with torch.inference_mode(False):
+        return load(folder, devices=places, dtype=getattr(torch, dtype), tower=tower)

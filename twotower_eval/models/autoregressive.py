@@ -1,0 +1,147 @@
+"""The context tower with its head: a causal language model, alone the autoregressive baseline of a pair.
+
+Shape letters: see ops/__init__.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from twotower_eval.models.base import LanguageModel
+from twotower_eval.models.config import NemotronHConfig
+from twotower_eval.models.context import Context, KeyValueBuffer, writable_buffer, write_at
+from twotower_eval.models.nemotron_h import Attention, Mamba, MambaState, Tower, run_layers
+from twotower_eval.ops.attention import attention
+
+
+class ContextTower(LanguageModel):
+    """Causal tower and head. Rows of a batch are right-padded; what is behind ``lengths_B`` changes nothing."""
+
+    def __init__(self, config: NemotronHConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tower = Tower(config)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this tower's weights are."""
+        return self.head.weight.device
+
+    def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Context:
+        """Run the tower over prompts. A length of 0 is legal and gives the empty context."""
+        lengths = host_lengths(ids_BS, lengths_B)
+        ids_BS = ids_BS[:, : max(lengths)]
+        empty = self.empty_context(ids_BS.shape[0])
+        return self._advance(empty, ids_BS, lengths)[0] if max(lengths) else empty
+
+    def extend(self, context: Context, ids_BK: Tensor) -> Context:
+        """The context after K more tokens in every row. ``context`` itself stays valid."""
+        return self._advance(context, ids_BK, (ids_BK.shape[1],) * ids_BK.shape[0])[0]
+
+    def next_logits(self, context: Context) -> Tensor:
+        """Logits of each row's next token, (B, V) float32."""
+        return self._logits(context.last_hidden_BH)
+
+    def context_logits(
+        self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None, *, last: int | None = None
+    ) -> Tensor:
+        """Logits after every position, (B, S, V) float32; with ``last`` = n only after each row's last n, (B, n, V).
+
+        Rows shorter than n repeat their first position on the left.
+        """
+        lengths = host_lengths(ids_BS, lengths_B)
+        _, hidden_BSH = self._advance(self.empty_context(ids_BS.shape[0]), ids_BS, lengths)
+        if last is not None:
+            ends_B = torch.tensor(lengths, device=hidden_BSH.device)
+            columns_BS = (ends_B[:, None] + torch.arange(-last, 0, device=hidden_BSH.device)).clamp(min=0)
+            hidden_BSH = hidden_BSH.gather(1, columns_BS[..., None].expand(-1, -1, hidden_BSH.shape[-1]))
+        return self._logits(hidden_BSH)
+
+    def empty_context(self, batch_size: int) -> Context:
+        """The context of no tokens; its next-token logits are those of a zero hidden state and mean nothing."""
+        cfg, weight = self.config, self.head.weight
+        shape = (batch_size, cfg.num_key_value_heads, 0, cfg.head_dim)
+        mixers = {i: layer.mixer for i, layer in enumerate(self.tower.layers)}
+        attentions = [i for i, mixer in mixers.items() if isinstance(mixer, Attention)]
+        return Context(
+            lengths=(0,) * batch_size,
+            buffer=KeyValueBuffer(
+                {i: weight.new_empty(shape) for i in attentions}, {i: weight.new_empty(shape) for i in attentions}, 0
+            ),
+            write_mark=0,
+            mamba={i: mixer.empty_state(batch_size) for i, mixer in mixers.items() if isinstance(mixer, Mamba)},
+            last_hidden_BH=weight.new_zeros(batch_size, cfg.hidden_size),
+        )
+
+    def _advance(self, context: Context, ids_BS: Tensor, new_lengths: tuple[int, ...]) -> tuple[Context, Tensor]:
+        """The context after the new tokens, and their hidden states (B, S, H) before the final norm."""
+        num_new, device = ids_BS.shape[1], self.device
+        padded = any(length != num_new for length in new_lengths)
+        new_lengths_B = torch.tensor(new_lengths, device=device) if padded else None
+        valid_BS = torch.arange(num_new, device=device) < new_lengths_B[:, None] if new_lengths_B is not None else None
+        buffer = writable_buffer(context, num_new)
+        mask, causal = _causal_mask(context, num_new, device)
+        end = context.max_length + num_new
+        mamba: dict[int, MambaState] = {}
+
+        def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            write_at(buffer.keys[index], k, context.lengths)
+            write_at(buffer.values[index], v, context.lengths)
+            keys, values = buffer.keys[index][:, :, :end], buffer.values[index][:, :, :end]
+            return attention(q, keys, values, mask, is_causal=causal)
+
+        def mix(index: int, mixer: Mamba, x: Tensor) -> Tensor:
+            y, mamba[index] = mixer(x, context.mamba[index], valid_BS, new_lengths_B)
+            return y
+
+        x_BSH = self.tower.embed(ids_BS.to(device=device, dtype=torch.int64))
+        x_BSH = run_layers(self.tower, x_BSH, attend=attend, mix=mix)
+        buffer.num_writes += 1
+        extended = Context(
+            lengths=tuple(old + new for old, new in zip(context.lengths, new_lengths, strict=True)),
+            buffer=buffer,
+            write_mark=buffer.num_writes,
+            mamba=mamba,
+            last_hidden_BH=_last_hidden(x_BSH, new_lengths_B, context),
+        )
+        return extended, x_BSH
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.tower.norm_f(hidden))
+        return logits.float()
+
+
+def _causal_mask(context: Context, num_new: int, device: torch.device) -> tuple[Tensor | None, bool]:
+    """Mask (B, 1, S, T) or None, and whether plain causality says it all. Slots below a query's position are real."""
+    if context.uniform and num_new == 1:
+        return None, False
+    if context.max_length == 0:
+        return None, True
+    ends_B = torch.tensor(context.lengths, device=device)
+    position_BS = ends_B[:, None] + torch.arange(num_new, device=device)
+    slots_T = torch.arange(context.max_length + num_new, device=device)
+    return (slots_T <= position_BS[..., None])[:, None], False
+
+
+def _last_hidden(x_BSH: Tensor, new_lengths_B: Tensor | None, context: Context) -> Tensor:
+    """Each row's hidden state at its last real token; rows without new tokens keep their old one."""
+    if new_lengths_B is None:
+        return x_BSH[:, -1]
+    index_B = (new_lengths_B - 1).clamp(min=0)
+    last_BH = x_BSH.gather(1, index_B[:, None, None].expand(-1, 1, x_BSH.shape[-1]))[:, 0]
+    return torch.where(new_lengths_B[:, None] > 0, last_BH, context.last_hidden_BH.to(last_BH.dtype))
+
+
+def host_lengths(ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None) -> tuple[int, ...]:
+    """Lengths as host integers, checked against the batch; None means that all rows are full."""
+    batch_size, width = ids_BS.shape
+    if lengths_B is None:
+        return (width,) * batch_size
+    lengths = tuple(int(n) for n in (lengths_B.tolist() if isinstance(lengths_B, Tensor) else lengths_B))
+    if len(lengths) != batch_size or any(not 0 <= n <= width for n in lengths):
+        raise ValueError(f"lengths {lengths} do not fit token ids of shape {tuple(ids_BS.shape)}")
+    return lengths

@@ -1,0 +1,270 @@
+"""Reads the released checkpoint layout: safetensors only, one file or sharded, memory-mapped, checked by name and shape.
+
+Models are built without memory (meta device); each tensor goes straight to its place on its tower's device. Files are
+mapped for a small batch of tensors at a time, so that pages already copied do not pile up in host memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from twotower_eval.models.autoregressive import ContextTower
+from twotower_eval.models.base import LanguageModel
+from twotower_eval.models.config import NemotronHConfig, parse_config
+from twotower_eval.models.nemotron_h import MixtureOfExperts, Tower
+from twotower_eval.models.tokenizer import load_tokenizer
+from twotower_eval.models.twotower import TwoTower
+from twotower_eval.records import Checkpoint
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+MAPPED_BYTES = 64 << 20  # bytes of tensors read per mapping of a file
+FLOAT32_PARAMETERS = ("gate.weight", "gate.e_score_correction_bias")  # in every dtype, as in the reference
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a checkpoint tensor goes: a parameter, or one expert's slice of a stacked one.
+
+    ``canonical`` is its name in the pair's layout, so that digests of a pair and of its baseline can be compared.
+    """
+
+    parameter: nn.Parameter
+    expert: int | None
+    canonical: str
+
+    @property
+    def target(self) -> Tensor:
+        """The tensor to fill."""
+        return self.parameter.data if self.expert is None else self.parameter.data[self.expert]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; ValueError with one line if it is missing or malformed."""
+    if not file.is_file():
+        raise ValueError(f"{file}: not found")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{file}: expected a JSON object")
+    return data
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file that holds it. Pickles are refused, a missing shard is named."""
+    if (folder / INDEX_FILE).exists():
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{folder / INDEX_FILE}: has no weight_map")
+        files = {str(name): folder / str(file) for name, file in weight_map.items()}
+        missing = sorted({file.name for file in files.values() if not file.is_file()})
+        if missing:
+            raise ValueError(f"{folder / INDEX_FILE}: names a shard that is not there: {missing[0]}")
+        _check_index(folder, files)
+        return files
+    single = folder / SINGLE_FILE
+    if single.is_file():
+        with _opened(single) as handle:
+            return dict.fromkeys(handle.keys(), single)
+    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+    if pickles:
+        raise ValueError(f"{folder}: only pickled weights ({pickles[0]}); convert them to safetensors first")
+    raise ValueError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} found")
+
+
+def _check_index(folder: Path, files: Mapping[str, Path]) -> None:
+    """The index and the shards must name the same tensors."""
+    for file in sorted(set(files.values())):
+        named = {name for name, where in files.items() if where == file}
+        with _opened(file) as handle:
+            held = set(handle.keys())
+        if named - held:
+            raise ValueError(f"{folder / INDEX_FILE}: {file.name} does not hold {min(named - held)}")
+        if held - named:
+            raise ValueError(f"{folder / INDEX_FILE}: does not name {min(held - named)} of {file.name}")
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error}); fetch it again") from error
+
+
+def context_slots(model: ContextTower, *, prefix: str, head: str) -> dict[str, Slot]:
+    """Checkpoint name -> slot for a causal tower and its head."""
+    slots = dict(_tower_slots(model.tower, prefix, "context_tower."))
+    slots[head] = Slot(model.head.weight, None, "context_lm_head.weight")
+    return slots
+
+
+def pair_slots(model: TwoTower) -> dict[str, Slot]:
+    """Checkpoint name -> slot for a whole pair, time modules and tables included."""
+    slots = context_slots(model.context_tower, prefix="context_tower.", head="context_lm_head.weight")
+    denoiser = model.denoiser
+    slots.update(_tower_slots(denoiser.tower, "denoiser_tower.", "denoiser_tower."))
+    slots["lm_head.weight"] = Slot(denoiser.head.weight, None, "lm_head.weight")
+    for part in ("t_embedder", "t_block", "scale_shift_tables"):
+        for name, parameter in denoiser.get_submodule(part).named_parameters():
+            slots[f"{part}.{name}"] = Slot(parameter, None, f"{part}.{name}")
+    return slots
+
+
+def _tower_slots(tower: Tower, prefix: str, canonical: str) -> Iterator[tuple[str, Slot]]:
+    stacked = {}
+    for index, layer in enumerate(tower.layers):
+        if isinstance(layer.mixer, MixtureOfExperts):
+            stacked[f"layers.{index}.mixer.experts_up_EIH"] = "up_proj"
+            stacked[f"layers.{index}.mixer.experts_down_EHI"] = "down_proj"
+    for name, parameter in tower.named_parameters():
+        if name not in stacked:
+            yield prefix + name, Slot(parameter, None, canonical + name)
+            continue
+        for expert in range(parameter.shape[0]):
+            own = f"{name.rsplit('.', 1)[0]}.experts.{expert}.{stacked[name]}.weight"
+            yield prefix + own, Slot(parameter, expert, canonical + own)
+
+
+def build(
+    config: NemotronHConfig, kind: Literal["pair", "context"], dtype: torch.dtype, devices: tuple[str, ...]
+) -> TwoTower | ContextTower:
+    """An uninitialised model in ``dtype``, router weights in float32, each tower on its own device.
+
+    With ``devices=("meta",)`` nothing is allocated.
+    """
+    with torch.device("meta"):
+        model = TwoTower(config) if kind == "pair" else ContextTower(config)
+    parts = [(model.context_tower, devices[0]), (model.denoiser, devices[-1])] if isinstance(model, TwoTower) else []
+    for part, device in parts or [(model, devices[0])]:
+        for module in part.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                wanted = torch.float32 if type(module).__name__ == "Gate" else dtype
+                empty = torch.empty(parameter.shape, dtype=wanted, device=device)
+                replacement = nn.Parameter(empty, requires_grad=False)
+                setattr(module, name, replacement) if not isinstance(
+                    module, nn.ParameterList
+                ) else module.__setitem__(int(name), replacement)
+    return model.eval()
+
+
+def fill(slots: Mapping[str, Slot], files: Mapping[str, Path], *, ignore: tuple[str, ...] = ()) -> dict[str, str]:
+    """Copy every tensor into its slot; canonical name -> sha256 of name, dtype, shape and bytes as stored.
+
+    Raises ValueError for missing or unexpected names (but those starting with ``ignore``), wrong shapes, NaN or
+    infinite weights.
+    """
+    names = {name for name in files if not name.startswith(ignore)} if ignore else set(files)
+    _check_names(set(slots), names)
+    digests: dict[str, str] = {}
+    for file in sorted({files[name] for name in names}):
+        held = sorted(name for name in names if files[name] == file)
+        while held:
+            held = _fill_batch(file, held, slots, digests)
+    return digests
+
+
+def _fill_batch(file: Path, names: list[str], slots: Mapping[str, Slot], digests: dict[str, str]) -> list[str]:
+    """Map the file once, read up to MAPPED_BYTES, unmap; the names still to be read."""
+    num_bytes = 0
+    with _opened(file) as handle:
+        for position, name in enumerate(names):
+            if num_bytes >= MAPPED_BYTES:
+                return names[position:]
+            slot = slots[name]
+            shape = tuple(handle.get_slice(name).get_shape())
+            if shape != tuple(slot.target.shape):
+                raise ValueError(f"{file}: {name} has shape {shape}, the config asks for {tuple(slot.target.shape)}")
+            tensor = handle.get_tensor(name)
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{file}: {name} holds NaN or infinite values")
+            digests[slot.canonical] = tensor_digest(slot.canonical, tensor)
+            slot.target.copy_(tensor)
+            num_bytes += tensor.nbytes
+    return []
+
+
+def tensor_digest(name: str, tensor: Tensor) -> str:
+    """Hex sha256 of a tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+    digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def joint_digest(digests: Mapping[str, str], prefix: tuple[str, ...] = ("",)) -> str:
+    """One digest over all tensors whose canonical names start with ``prefix``."""
+    lines = [f"{name} {value}\n" for name, value in sorted(digests.items()) if name.startswith(prefix)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _check_names(expected: set[str], found: set[str]) -> None:
+    for problem, names in (("lacks", expected - found), ("has unexpected", found - expected)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"checkpoint {problem} tensor {min(names)}{more}; it does not fit its config.json")
+
+
+def load(
+    folder: Path, *, devices: tuple[str, ...], dtype: torch.dtype, tower: Literal["context"] | None = None
+) -> LanguageModel:
+    """A pair, its context tower alone (``tower="context"``), or an AR base checkpoint (``backbone.*`` names)."""
+    config = parse_config(read_json(folder / "config.json"))
+    files = tensor_files(folder)
+    if any(name.startswith("backbone.") for name in files):
+        model: TwoTower | ContextTower = build(config, "context", dtype, devices)
+        assert isinstance(model, ContextTower)
+        digests = fill(context_slots(model, prefix="backbone.", head="lm_head.weight"), files)
+    elif tower == "context":
+        model = build(config, "context", dtype, devices[:1])
+        assert isinstance(model, ContextTower)
+        slots = context_slots(model, prefix="context_tower.", head="context_lm_head.weight")
+        others = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
+        digests = fill(slots, files, ignore=others)
+    else:
+        model = build(config, "pair", dtype, devices)
+        assert isinstance(model, TwoTower)
+        digests = fill(pair_slots(model), files)
+    _identify(model, folder, config, digests, tower=tower, devices=devices, dtype=dtype)
+    return model
+
+
+def _identify(
+    model: TwoTower | ContextTower,
+    folder: Path,
+    config: NemotronHConfig,
+    digests: Mapping[str, str],
+    *,
+    tower: Literal["context"] | None,
+    devices: tuple[str, ...],
+    dtype: torch.dtype,
+) -> None:
+    """Attach identity, tokenizer and limits."""
+    is_pair = isinstance(model, TwoTower)
+    model.context_digest = joint_digest(digests, ("context_",))
+    model.checkpoint = Checkpoint(
+        name=folder.resolve().name,
+        family="nemotron_h",
+        source=str(folder),
+        digest=joint_digest(digests),
+        dtype=str(dtype).removeprefix("torch."),
+        devices=devices if is_pair else devices[:1],
+        tower=tower,
+    )
+    model.tokenizer = load_tokenizer(folder, vocab_size=config.vocab_size)
+    model.vocab_size = config.vocab_size
+    model.max_length = config.max_position_embeddings
+    from_tokenizer = model.tokenizer.eos_token_id if model.tokenizer else None
+    model.eos_token_ids = config.eos_token_id or (() if from_tokenizer is None else (from_tokenizer,))
+    model.mask_token_id = config.mask_token_id if is_pair else None
+    model.has_denoiser = is_pair

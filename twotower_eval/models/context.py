@@ -1,0 +1,127 @@
+"""What the context tower remembers of its tokens: keys and values, Mamba states, the last hidden state.
+
+Contexts behave as values: extending one leaves it usable. Yet keys and values are not copied for each token: several
+contexts of one line share a buffer, and the newest of them appends in place (as slices of growing arrays do); an
+older one that is extended again gets a copy of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from twotower_eval.models.nemotron_h import MambaState
+
+MIN_SPARE = 64  # token slots allocated beyond what is needed, so that most extensions write in place
+
+
+@dataclass
+class KeyValueBuffer:
+    """Keys and values (B, J, T, D) by layer; ``num_writes`` tells who wrote last."""
+
+    keys: dict[int, Tensor]
+    values: dict[int, Tensor]
+    capacity: int
+    num_writes: int = 0
+
+
+@dataclass
+class Context:
+    """B rows of committed tokens. ``lengths`` are host integers, so that nothing waits for a device."""
+
+    lengths: tuple[int, ...]
+    buffer: KeyValueBuffer
+    write_mark: int
+    mamba: dict[int, MambaState]
+    last_hidden_BH: Tensor
+    _mirrors: dict[torch.device, Context] = field(default_factory=dict, repr=False)
+
+    @property
+    def lengths_B(self) -> Tensor:
+        """Tokens per row, int64, on the context tower's device."""
+        return torch.tensor(self.lengths, device=self.last_hidden_BH.device)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return len(self.lengths)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows are equally long, so that no mask is needed."""
+        return len(set(self.lengths)) == 1
+
+    def select(self, rows: Sequence[int]) -> Context:
+        """A context of the given rows, in that order; a row may be repeated."""
+        index = torch.tensor(list(rows), device=self.last_hidden_BH.device)
+        length = max((self.lengths[row] for row in rows), default=0)
+        keys = {i: k[:, :, :length].index_select(0, index) for i, k in self.buffer.keys.items()}
+        values = {i: v[:, :, :length].index_select(0, index) for i, v in self.buffer.values.items()}
+        mamba = {i: MambaState(*(t.index_select(0, index) for t in state)) for i, state in self.mamba.items()}
+        return Context(
+            lengths=tuple(self.lengths[row] for row in rows),
+            buffer=KeyValueBuffer(keys, values, length),
+            write_mark=0,
+            mamba=mamba,
+            last_hidden_BH=self.last_hidden_BH.index_select(0, index),
+        )
+
+    def on(self, device: torch.device) -> Context:
+        """This context's tensors on ``device`` (itself where they are there already); copied once."""
+        if self.last_hidden_BH.device == device:
+            return self
+        if device not in self._mirrors:
+            length = self.max_length
+            self._mirrors[device] = Context(
+                lengths=self.lengths,
+                buffer=KeyValueBuffer(
+                    {i: k[:, :, :length].to(device) for i, k in self.buffer.keys.items()},
+                    {i: v[:, :, :length].to(device) for i, v in self.buffer.values.items()},
+                    length,
+                ),
+                write_mark=0,
+                mamba={i: MambaState(*(t.to(device) for t in state)) for i, state in self.mamba.items()},
+                last_hidden_BH=self.last_hidden_BH.to(device),
+            )
+        return self._mirrors[device]
+
+
+def writable_buffer(context: Context, num_new: int) -> KeyValueBuffer:
+    """A buffer with room for ``num_new`` more tokens per row, shared if ``context`` is its newest user."""
+    buffer, needed = context.buffer, context.max_length + num_new
+    if buffer.capacity >= needed and buffer.num_writes == context.write_mark:
+        return buffer
+    capacity = needed + max(MIN_SPARE, needed // 4)
+    length = min(context.max_length, buffer.capacity)
+    return KeyValueBuffer(
+        keys={i: _grown(k, length, capacity) for i, k in buffer.keys.items()},
+        values={i: _grown(v, length, capacity) for i, v in buffer.values.items()},
+        capacity=capacity,
+    )
+
+
+def _grown(old_BJTD: Tensor, length: int, capacity: int) -> Tensor:
+    """A copy with ``capacity`` slots. Zeros, not garbage: padding may be read, and must then be finite."""
+    batch_size, heads, _, dim = old_BJTD.shape
+    new = old_BJTD.new_zeros(batch_size, heads, capacity, dim)
+    new[:, :, :length] = old_BJTD[:, :, :length]
+    return new
+
+
+def write_at(slots_BJTD: Tensor, new_BJSD: Tensor, lengths: tuple[int, ...]) -> None:
+    """Put S new columns behind each row's own end, in place."""
+    num_new = new_BJSD.shape[2]
+    if len(set(lengths)) == 1:
+        slots_BJTD[:, :, lengths[0] : lengths[0] + num_new] = new_BJSD
+        return
+    ends_B = torch.tensor(lengths, device=new_BJSD.device)
+    columns_BS = ends_B[:, None] + torch.arange(num_new, device=new_BJSD.device)
+    slots_BJTD.scatter_(2, columns_BS[:, None, :, None].expand_as(new_BJSD), new_BJSD)

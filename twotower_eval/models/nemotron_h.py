@@ -1,0 +1,271 @@
+"""NemotronH: one tower of Mamba-2 (M), attention (*), mixture-of-experts (E) and plain MLP (-) layers.
+
+Parameter names follow the released checkpoint, but for the routed experts, which are stacked into one tensor each
+way. Shape letters: see ops/__init__.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from twotower_eval.models.config import NemotronHConfig
+from twotower_eval.ops import conv, moe, norm, ssd
+
+
+class MambaState(NamedTuple):
+    """What a Mamba layer carries: the last W raw convolution inputs (B, C, W) and the float32 SSM state."""
+
+    conv_BCW: Tensor
+    ssm_BhPN: Tensor
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a weight; float32 inside, result in the weight's dtype."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norm.rms_norm(x, self.weight, self.eps).to(self.weight.dtype)
+
+
+class Mamba(nn.Module):
+    """Mamba-2 mixer. ``forward`` continues from a state; the steps are public because training needs the states
+    at block boundaries too."""
+
+    def __init__(self, config: NemotronHConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads, inner, channels = config.mamba_num_heads, config.mamba_inner_size, config.conv_channels
+        self.A_log = nn.Parameter(torch.zeros(heads))
+        self.D = nn.Parameter(torch.ones(heads))
+        self.dt_bias = nn.Parameter(torch.zeros(heads))
+        self.conv1d = nn.Conv1d(
+            channels, channels, config.conv_kernel, groups=channels, bias=config.use_conv_bias, padding=0
+        )
+        self.in_proj = nn.Linear(config.hidden_size, inner + channels + heads, bias=False)
+        self.norm = RMSNorm(inner, config.layer_norm_epsilon)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def empty_state(self, batch_size: int) -> MambaState:
+        """The state before the first token: zeros."""
+        cfg, weight = self.config, self.in_proj.weight
+        conv_BCW = torch.zeros(batch_size, cfg.conv_channels, cfg.conv_kernel, dtype=weight.dtype, device=weight.device)
+        shape = (batch_size, cfg.mamba_num_heads, cfg.mamba_head_dim, cfg.ssm_state_size)
+        return MambaState(conv_BCW, torch.zeros(shape, dtype=torch.float32, device=weight.device))
+
+    def forward(
+        self, x_BSH: Tensor, state: MambaState, valid_BS: Tensor | None = None, lengths_B: Tensor | None = None
+    ) -> tuple[Tensor, MambaState]:
+        """Mix S positions. ``valid_BS`` and ``lengths_B`` say which are real; padding leaves the state alone."""
+        z, u_BSC, delta_BSh = self.project(x_BSH, valid_BS)
+        x, b, c = self.convolve(u_BSC, state.conv_BCW)
+        y, ssm_BhPN = ssd.ssd(x, delta_BSh, self.decay_rate(), b, c, state.ssm_BhPN)
+        return self.finish(y, x, z), MambaState(conv.next_conv_state(u_BSC, state.conv_BCW, lengths_B), ssm_BhPN)
+
+    def project(self, x_BSH: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate z (B, S, di), raw convolution inputs u (B, S, C) and step sizes delta (B, S, h), float32."""
+        cfg = self.config
+        z, u, dt = self.in_proj(x_BSH).split([cfg.mamba_inner_size, cfg.conv_channels, cfg.mamba_num_heads], dim=-1)
+        delta = functional.softplus(dt.float() + self.dt_bias.float())
+        if cfg.time_step_limit is not None:
+            delta = delta.clamp(*cfg.time_step_limit)
+        if valid_BS is not None:
+            delta = delta * valid_BS[..., None]
+            u = u * valid_BS[..., None]
+        return z, u, delta
+
+    def convolve(self, u_BSC: Tensor, conv_BCW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, S, h, P), b and c (B, S, G, N), float32."""
+        cfg = self.config
+        mixed = conv.causal_conv(u_BSC, conv_BCW, self.conv1d.weight[:, 0], self.conv1d.bias).float()
+        state_size = cfg.n_groups * cfg.ssm_state_size
+        x, b, c = mixed.split([cfg.mamba_inner_size, state_size, state_size], dim=-1)
+        groups = (cfg.n_groups, cfg.ssm_state_size)
+        return x.unflatten(-1, (cfg.mamba_num_heads, -1)), b.unflatten(-1, groups), c.unflatten(-1, groups)
+
+    def decay_rate(self) -> Tensor:
+        """A (h,), negative, float32."""
+        return -torch.exp(self.A_log.float())
+
+    def finish(self, y_BShP: Tensor, x_BShP: Tensor, z: Tensor) -> Tensor:
+        """Skip connection, gate, group norm, output projection."""
+        y = (y_BShP + self.D.float()[:, None] * x_BShP).flatten(-2)
+        normed = norm.gated_group_rms_norm(y, z, self.norm.weight, self.norm.eps, self.config.n_groups)
+        out: Tensor = self.out_proj(normed)
+        return out
+
+
+class Attention(nn.Module):
+    """Projections of grouped-query attention; who sees which key is the caller's matter."""
+
+    def __init__(self, config: NemotronHConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden, dim = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * dim, bias=False)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * dim, bias=False)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * dim, hidden, bias=False)
+
+    def project(self, x_BSH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, Q, S, D), keys and values (B, J, S, D)."""
+        heads = (-1, self.config.head_dim)
+        q, k, v = (p(x_BSH).unflatten(-1, heads).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return q, k, v
+
+    def finish(self, o_BQSD: Tensor) -> Tensor:
+        """Join heads and project out, (B, S, H)."""
+        out: Tensor = self.o_proj(o_BQSD.transpose(1, 2).flatten(-2))
+        return out
+
+
+class Mlp(nn.Module):
+    """``down(relu(up x)^2)``."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return moe.mlp(x, self.up_proj.weight, self.down_proj.weight)
+
+
+class Gate(nn.Module):
+    """The router's weights, float32 whatever the rest is."""
+
+    def __init__(self, num_experts: int, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden, dtype=torch.float32))
+        self.e_score_correction_bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32), requires_grad=False)
+
+
+class MixtureOfExperts(nn.Module):
+    """Routed experts plus the shared expert, which is neither scaled nor gated."""
+
+    def __init__(self, config: NemotronHConfig) -> None:
+        super().__init__()
+        num_experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.routing = config.routing
+        self.gate = Gate(num_experts, hidden)
+        self.experts_up_EIH = nn.Parameter(torch.empty(num_experts, width, hidden))
+        self.experts_down_EHI = nn.Parameter(torch.empty(num_experts, hidden, width))
+        self.shared_experts = Mlp(hidden, config.moe_shared_expert_intermediate_size)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        x_RH = x_BSH.flatten(0, -2)
+        chosen_RA, weights_RA = moe.route(x_RH, self.gate.weight, self.gate.e_score_correction_bias, self.routing)
+        routed_RH = moe.experts(x_RH, chosen_RA, weights_RA, self.experts_up_EIH, self.experts_down_EHI)
+        shared: Tensor = self.shared_experts(x_BSH)
+        return routed_RH.view_as(x_BSH) + shared
+
+
+class Layer(nn.Module):
+    """A norm and a mixer of the kind that the pattern's letter names."""
+
+    def __init__(self, kind: str, config: NemotronHConfig) -> None:
+        super().__init__()
+        self.kind = kind
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = _make_mixer(kind, config)
+
+
+def _make_mixer(kind: str, config: NemotronHConfig) -> nn.Module:
+    match kind:
+        case "M":
+            return Mamba(config)
+        case "*":
+            return Attention(config)
+        case "E":
+            return MixtureOfExperts(config)
+        case "-":
+            return Mlp(config.hidden_size, config.intermediate_size)
+    raise AssertionError(f"layer kind {kind!r} should have been refused with the config")
+
+
+class Tower(nn.Module):
+    """Embeddings, layers and the final norm; heads belong to the models built from towers."""
+
+    def __init__(self, config: NemotronHConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Layer(kind, config) for kind in config.pattern])
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+
+    def embed(self, ids_BS: Tensor) -> Tensor:
+        """The residual stream's start, (B, S, H); float32 if the config keeps the residual so."""
+        x: Tensor = self.embeddings(ids_BS)
+        return x.float() if self.config.residual_in_fp32 else x
+
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q_BQSD, k_BJSD, v_BJSD -> o_BQSD
+Mix = Callable[[int, Mamba, Tensor], Tensor]  # layer, mixer, x_BSH -> y_BSH
+
+
+def run_layers(tower: Tower, x_BSH: Tensor, *, attend: Attend, mix: Mix, modulation: Modulation | None = None) -> Tensor:
+    """The residual stream after all layers, (B, S, H).
+
+    ``attend`` and ``mix`` bring what depends on the past: who sees which keys, and from which state Mamba goes on.
+    With ``modulation`` the layers are adaptive (adaLN), in the reference's order: M and * modulate before the norm,
+    E and - after it.
+    """
+    for index, layer in enumerate(tower.layers):
+        if modulation is None:
+            x_BSH = x_BSH + _mixed(layer, index, layer.norm(x_BSH), attend, mix)
+            continue
+        shift, scale, gate = modulation(index)
+        if layer.kind in "M*":
+            normed = layer.norm(x_BSH * (1 + scale) + shift)
+        else:
+            normed = layer.norm(x_BSH) * (1 + scale) + shift
+        x_BSH = x_BSH + gate * _mixed(layer, index, normed, attend, mix)
+    return x_BSH
+
+
+Modulation = Callable[[int], tuple[Tensor, Tensor, Tensor]]  # layer -> shift, scale, gate, each (B, 1, H)
+
+
+def _mixed(layer: nn.Module, index: int, x_BSH: Tensor, attend: Attend, mix: Mix) -> Tensor:
+    mixer = layer.mixer
+    if isinstance(mixer, Mamba):
+        return mix(index, mixer, x_BSH)
+    if isinstance(mixer, Attention):
+        return mixer.finish(attend(index, *mixer.project(x_BSH)))
+    out: Tensor = mixer(x_BSH)
+    return out
+
+
+@torch.no_grad()
+def initialise(tower: Tower, generator: torch.Generator) -> None:
+    """Random weights for a tower to be trained: normal(0, initializer_range), outputs shrunk with depth, Mamba's
+    step sizes log-uniform between ``time_step_min`` and ``time_step_max`` (arXiv 2312.00752, section 3.6)."""
+    config = tower.config
+    for name, parameter in tower.named_parameters():
+        if name.endswith(("norm.weight", "norm_f.weight", ".D")):
+            parameter.fill_(1.0)
+        elif name.endswith("A_log"):
+            parameter.copy_(torch.arange(1, config.mamba_num_heads + 1).log())
+        elif name.endswith("dt_bias"):
+            low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+            step = torch.empty_like(parameter).uniform_(low, high, generator=generator).exp()
+            step = step.clamp(min=config.time_step_floor)
+            parameter.copy_(step + torch.log(-torch.expm1(-step)))
+        elif name.endswith(("conv1d.bias", "e_score_correction_bias")):
+            parameter.zero_()
+        elif name.endswith("conv1d.weight"):
+            bound = 1 / math.sqrt(config.conv_kernel)
+            parameter.uniform_(-bound, bound, generator=generator)
+        else:
+            out = name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight", "experts_down_EHI"))
+            shrink = math.sqrt(len(config.pattern)) if out else 1.0
+            parameter.normal_(0.0, config.initializer_range / shrink, generator=generator)

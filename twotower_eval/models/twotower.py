@@ -1,0 +1,164 @@
+"""The two-tower model: a causal context tower and a denoiser tower that reads its states layer by layer.
+
+Mathematics and names after the released model (arXiv 2606.26493). Shape letters: see ops/__init__.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from twotower_eval.models.autoregressive import ContextTower
+from twotower_eval.models.base import LanguageModel
+from twotower_eval.models.config import NemotronHConfig
+from twotower_eval.models.context import Context
+from twotower_eval.models.nemotron_h import Mamba, MambaState, Modulation, Tower, run_layers
+from twotower_eval.ops.attention import attention
+
+SINUSOID_SIZE = 256
+TIME_SCALE = 1000.0
+MAX_PERIOD = 10_000.0
+
+
+class TimeEmbedder(nn.Module):
+    """Mask fraction t -> r (B, H): a sinusoid of 1000 t, then two linear layers with SiLU between."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(SINUSOID_SIZE, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        dtype = self.mlp[0].weight.dtype
+        out: Tensor = self.mlp(sinusoid(t_B, dtype).to(dtype))
+        return out
+
+
+def sinusoid(t_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 256) float32: cosines, then sines, of ``1000 t * 10000^(-i/128)``.
+
+    As in the reference, t is rounded to the model's ``dtype`` and multiplied by 1000 in it (in bfloat16 0.1875 gives
+    188, not 187.5); the rest is float32.
+    """
+    scaled_B = (t_B.to(dtype) * TIME_SCALE).float()
+    angles = scaled_B[:, None] * frequencies(t_B.device)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+@cache
+def frequencies(device: torch.device) -> Tensor:
+    """``10000^(-i/128)``, i = 0..127, float32, correctly rounded.
+
+    Float32 exponentials differ in the last bit between processors, and angles of up to 1000 magnify that to 3e-5;
+    rounding from float64 gives the same bits everywhere.
+    """
+    half = SINUSOID_SIZE // 2
+    exponents = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32) / half
+    return exponents.double().exp().float().to(device)
+
+
+class Denoiser(nn.Module):
+    """Denoiser tower, head, and the time modules with one (3, H) table per layer."""
+
+    def __init__(self, config: NemotronHConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.tower = Tower(config)
+        self.head = nn.Linear(hidden, config.vocab_size, bias=False)
+        self.t_embedder = TimeEmbedder(hidden)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 3 * hidden))
+        self.scale_shift_tables = nn.ParameterList([torch.zeros(3, hidden) for _ in config.pattern])
+
+    def modulation(self, t_B: Tensor) -> Modulation:
+        """Layer -> shift, scale, gate (B, 1, H) for mask fractions ``t_B``."""
+        time_B3H = self.t_block(self.t_embedder(t_B)).unflatten(-1, (3, -1))
+
+        def of_layer(index: int) -> tuple[Tensor, Tensor, Tensor]:
+            shift, scale, gate = (self.scale_shift_tables[index] + time_B3H)[:, :, None].unbind(1)
+            return shift, scale, gate
+
+        return of_layer
+
+    def logits(self, x_BKH: Tensor) -> Tensor:
+        """Final norm (no adaLN) and head, float32."""
+        out: Tensor = self.head(self.tower.norm_f(x_BKH))
+        return out.float()
+
+
+class TwoTower(LanguageModel):
+    """A pair: ``prefill`` and ``extend`` run the context tower, ``denoise`` the denoiser on one block."""
+
+    def __init__(self, config: NemotronHConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.context_tower = ContextTower(config)
+        self.denoiser = Denoiser(config)
+
+    def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Context:
+        """See :meth:`ContextTower.prefill`."""
+        return self.context_tower.prefill(ids_BS, lengths_B)
+
+    def extend(self, context: Context, ids_BK: Tensor) -> Context:
+        """See :meth:`ContextTower.extend`."""
+        return self.context_tower.extend(context, ids_BK)
+
+    def next_logits(self, context: Context) -> Tensor:
+        """See :meth:`ContextTower.next_logits`."""
+        return self.context_tower.next_logits(context)
+
+    def context_logits(
+        self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None, *, last: int | None = None
+    ) -> Tensor:
+        """See :meth:`ContextTower.context_logits`."""
+        return self.context_tower.context_logits(ids_BS, lengths_B, last=last)
+
+    def denoise(self, block_BK: Tensor, context: Context, t_B: Tensor | Sequence[float] | float | None) -> Tensor:
+        """Denoiser logits (B, K, V) float32 for one noisy block per row; ``context`` is not changed.
+
+        ``t_B`` is each row's mask fraction; None means no time conditioning at all, which is not the same as t = 0.
+        Attention sees the row's whole context and the whole block; Mamba runs causally over the block from the
+        context's state.
+        """
+        denoiser = self.denoiser
+        device = denoiser.head.weight.device
+        context = context.on(device)
+        block_BK = block_BK.to(device=device, dtype=torch.int64)
+        mask = _block_mask(context, block_BK.shape[1], device)
+        length = context.max_length
+
+        def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys = torch.cat([context.buffer.keys[index][:, :, :length], k], dim=2)
+            values = torch.cat([context.buffer.values[index][:, :, :length], v], dim=2)
+            return attention(q, keys, values, mask)
+
+        def mix(index: int, mixer: Mamba, x: Tensor) -> Tensor:
+            y, _ = mixer(x, MambaState(*context.mamba[index]))
+            out: Tensor = y
+            return out
+
+        modulation = None if t_B is None else denoiser.modulation(_time_tensor(t_B, block_BK.shape[0], device))
+        x_BKH = run_layers(
+            denoiser.tower, denoiser.tower.embed(block_BK), attend=attend, mix=mix, modulation=modulation
+        )
+        return denoiser.logits(x_BKH)
+
+
+def _time_tensor(t_B: Tensor | Sequence[float] | float, batch_size: int, device: torch.device) -> Tensor:
+    """One mask fraction per row, float32; a single one is meant for all rows."""
+    t = torch.as_tensor(t_B, dtype=torch.float32, device=device).flatten()
+    if t.numel() not in (1, batch_size):
+        raise ValueError(f"t_B has {t.numel()} entries for {batch_size} rows")
+    return t.expand(batch_size)
+
+
+def _block_mask(context: Context, block_size: int, device: torch.device) -> Tensor | None:
+    """(B, 1, 1, T + K), True at a row's own context and at the block; None when rows are equally long."""
+    if context.uniform:
+        return None
+    ends_B1 = torch.tensor(context.lengths, device=device)[:, None]
+    seen_BT = torch.arange(context.max_length, device=device) < ends_B1
+    return functional.pad(seen_BT, (0, block_size), value=True)[:, None, None]

@@ -1,0 +1,49 @@
+"""Causal depthwise convolution seeded with the raw inputs before it. Shape letters: see ops/__init__.
+
+The carried state is the last W raw inputs as (B, C, W), zero-padded on the left, of which the convolution needs the
+last W - 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def causal_conv(u_BSC: Tensor, state_BCW: Tensor, weight_CW: Tensor, bias_C: Tensor | None) -> Tensor:
+    """Convolve and apply SiLU; (B, S, C) in ``u_BSC.dtype``.
+
+    Written as W shifted products: no transposes, no im2col, and it fuses under a compiler.
+    """
+    num_taps, num_positions = weight_CW.shape[1], u_BSC.shape[1]
+    padded = torch.cat([state_BCW[:, :, 1:].transpose(1, 2).to(u_BSC.dtype), u_BSC], dim=1)
+    out = padded[:, :num_positions] * weight_CW[:, 0]
+    for tap in range(1, num_taps):
+        out = out + padded[:, tap : tap + num_positions] * weight_CW[:, tap]
+    if bias_C is not None:
+        out = out + bias_C
+    return functional.silu(out)
+
+
+def causal_conv_reference(u_BSC: Tensor, state_BCW: Tensor, weight_CW: Tensor, bias_C: Tensor | None) -> Tensor:
+    """One position at a time, from a window of W raw inputs."""
+    window_BCW = state_BCW.to(u_BSC.dtype)
+    outputs = []
+    for position in range(u_BSC.shape[1]):
+        window_BCW = torch.cat([window_BCW[:, :, 1:], u_BSC[:, position, :, None]], dim=2)
+        out_BC = (window_BCW * weight_CW).sum(-1)
+        outputs.append(out_BC if bias_C is None else out_BC + bias_C)
+    stacked = torch.stack(outputs, dim=1)
+    return stacked * torch.sigmoid(stacked)
+
+
+def next_conv_state(u_BSC: Tensor, state_BCW: Tensor, lengths_B: Tensor | None) -> Tensor:
+    """The last W raw inputs after ``lengths_B`` (None: all) of the new positions, (B, C, W)."""
+    num_taps = state_BCW.shape[2]
+    joined_BCT = torch.cat([state_BCW, u_BSC.transpose(1, 2).to(state_BCW.dtype)], dim=2)
+    if lengths_B is None:
+        return joined_BCT[:, :, -num_taps:].contiguous()
+    columns_BW = lengths_B[:, None] + torch.arange(num_taps, device=lengths_B.device)
+    index_BCW = columns_BW[:, None, :].expand(-1, joined_BCT.shape[1], -1)
+    return joined_BCT.gather(2, index_BCW)

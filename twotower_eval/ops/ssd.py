@@ -1,0 +1,105 @@
+"""The Mamba-2 state space recurrence, seeded and carried. Shape letters: see ops/__init__.
+
+For each head, with ``a = exp(delta * A)``: ``state = state * a + delta * x (outer) b`` and ``y = state @ c``
+(state-space duality, arXiv 2405.21060, section 6). All in float32. ``delta == 0`` leaves the state as it is, which
+is how padding is skipped.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK = 32  # measured: 16-32 beats one long quadratic scan on a CPU; the result does not depend on it
+
+
+def ssd(
+    x_BShP: Tensor, delta_BSh: Tensor, a_h: Tensor, b_BSGN: Tensor, c_BSGN: Tensor, state_BhPN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Outputs (B, S, h, P) and the state after the last position (B, h, P, N)."""
+    if x_BShP.shape[1] == 1:
+        return ssd_step(x_BShP, delta_BSh, a_h, b_BSGN, c_BSGN, state_BhPN)
+    y_BShP, boundaries_BchPN = ssd_chunked(x_BShP, delta_BSh, a_h, b_BSGN, c_BSGN, state_BhPN, chunk=CHUNK)
+    return y_BShP, boundaries_BchPN[:, -1]
+
+
+def ssd_reference(
+    x_BShP: Tensor, delta_BSh: Tensor, a_h: Tensor, b_BSGN: Tensor, c_BSGN: Tensor, state_BhPN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The recurrence as it is written, one position at a time."""
+    heads_per_group = x_BShP.shape[2] // b_BSGN.shape[2]
+    outputs, state = [], state_BhPN
+    for s in range(x_BShP.shape[1]):
+        b_BhN = b_BSGN[:, s].repeat_interleave(heads_per_group, dim=1)
+        c_BhN = c_BSGN[:, s].repeat_interleave(heads_per_group, dim=1)
+        delta_Bh = delta_BSh[:, s]
+        decay_Bh = torch.exp(delta_Bh * a_h)
+        state = state * decay_Bh[..., None, None] + (delta_Bh[..., None] * x_BShP[:, s])[..., None] * b_BhN[:, :, None]
+        outputs.append((state * c_BhN[:, :, None]).sum(-1))
+    return torch.stack(outputs, dim=1), state
+
+
+def ssd_step(
+    x_BShP: Tensor, delta_BSh: Tensor, a_h: Tensor, b_BSGN: Tensor, c_BSGN: Tensor, state_BhPN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One position (S = 1), heads kept in their groups so that nothing is repeated."""
+    num_groups = b_BSGN.shape[2]
+    delta_Bh1 = delta_BSh[:, 0, :, None]
+    decay_Bh11 = torch.exp(delta_Bh1 * a_h[:, None])[..., None]
+    grouped = (num_groups, -1)
+    weighted_BGhP1 = (delta_Bh1 * x_BShP[:, 0]).unflatten(1, grouped)[..., None]
+    state_BGhPN = (state_BhPN * decay_Bh11).unflatten(1, grouped) + weighted_BGhP1 * b_BSGN[:, 0, :, None, None, :]
+    y_BGhP = (state_BGhPN @ c_BSGN[:, 0, :, None, :, None])[..., 0]
+    return y_BGhP.flatten(1, 2)[:, None], state_BGhPN.flatten(1, 2)
+
+
+def ssd_chunked(
+    x_BShP: Tensor,
+    delta_BSh: Tensor,
+    a_h: Tensor,
+    b_BSGN: Tensor,
+    c_BSGN: Tensor,
+    state_BhPN: Tensor,
+    *,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """Outputs (B, S, h, P) and the states before each chunk and after the last one, (B, c + 1, h, P, N).
+
+    Quadratic inside a chunk, a recurrence between chunks. The last chunk is padded with delta 0.
+    """
+    num_positions, num_groups = x_BShP.shape[1], b_BSGN.shape[2]
+    chunk = min(chunk, num_positions)
+    padding = -num_positions % chunk
+    x, delta, b, c = (
+        torch.nn.functional.pad(t, (0, 0) * (t.ndim - 2) + (0, padding)).unflatten(1, (-1, chunk)) if padding
+        else t.unflatten(1, (-1, chunk))
+        for t in (x_BShP, delta_BSh, b_BSGN, c_BSGN)
+    )  # fmt: skip
+    heads = (num_groups, -1)
+    log_decay_BchS = (delta * a_h).permute(0, 1, 3, 2)  # (B, c, h, L)
+    cumulative_BchS = log_decay_BchS.cumsum(-1)
+    weighted_BcGhSP = (delta[..., None] * x).permute(0, 1, 3, 2, 4).unflatten(2, heads)
+    b_BcGSN, c_BcGSN = b.permute(0, 1, 3, 2, 4), c.permute(0, 1, 3, 2, 4)
+
+    causal_SS = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
+    difference = cumulative_BchS[..., :, None] - cumulative_BchS[..., None, :]
+    decay_BcGhSS = difference.masked_fill(~causal_SS, -torch.inf).exp().unflatten(2, heads)
+    mixing_BcGhSS = (c_BcGSN @ b_BcGSN.transpose(-1, -2))[:, :, :, None] * decay_BcGhSS
+    y_BcGhSP = mixing_BcGhSS @ weighted_BcGhSP
+
+    to_end_BcGhS = (cumulative_BchS[..., -1:] - cumulative_BchS).exp().unflatten(2, heads)
+    added_BcGhPN = (weighted_BcGhSP * to_end_BcGhS[..., None]).transpose(-1, -2) @ b_BcGSN[:, :, :, None]
+    boundaries_BchPN = _carry(added_BcGhPN.flatten(2, 3), cumulative_BchS[..., -1].exp(), state_BhPN)
+    before_BcGhPN = boundaries_BchPN[:, :-1].unflatten(2, heads)
+    from_state = c_BcGSN[:, :, :, None] @ before_BcGhPN.transpose(-1, -2)
+    y_BcGhSP = y_BcGhSP + from_state * cumulative_BchS.exp().unflatten(2, heads)[..., None]
+    y_BShP = y_BcGhSP.flatten(2, 3).permute(0, 1, 3, 2, 4).flatten(1, 2)
+    return y_BShP[:, :num_positions], boundaries_BchPN
+
+
+def _carry(added_BchPN: Tensor, decay_Bch: Tensor, state_BhPN: Tensor) -> Tensor:
+    """Run the recurrence between chunks: the seed, then the state after each chunk."""
+    states = [state_BhPN]
+    for index in range(added_BchPN.shape[1]):
+        states.append(states[-1] * decay_Bch[:, index, :, None, None] + added_BchPN[:, index])
+    return torch.stack(states, dim=1)
