@@ -1,0 +1,61 @@
+"""Pieces that quality and speed statistics share: intervals from bootstrap draws, exact bounds, Holm's correction.
+
+Shape letters of this package: Q bootstrap draws, N documents, C clusters, L tasks and members of grouped tasks
+("leaves"), K tasks that count once in an average, R rounds, P timed calls (one batch of prompts each).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import betaincinv, ndtr, stdtrit
+
+NUM_RESAMPLES = 10_000
+LEVEL = 0.95
+FEW = 5  # fewer discordant clusters, successes or launches than this: no bootstrap over them
+
+Floats = NDArray[np.float64]
+
+
+def t_quantile(level: float, dof: float) -> float:
+    """Half-width in standard errors of a two-sided interval at ``level`` with ``dof`` degrees of freedom."""
+    return float(stdtrit(min(dof, 1e9), (1 + level) / 2))
+
+
+def widened_percentiles(
+    low_draws_Q: Floats, high_draws_Q: Floats, *, level: float, dof: float, inflation: float
+) -> tuple[float, float]:
+    """Percentile interval whose tail is shrunk so that few clusters do not make it too narrow.
+
+    A plain percentile interval acts like a normal interval with the variance divided by n instead of n - 1. The tail
+    used is that of a normal deviate as far out as Student's t times ``inflation`` (Hesterberg 2015, "What teachers
+    should know about the bootstrap", section 5.3). The two draws differ only where a draw is undefined.
+    """
+    tail = float(ndtr(-t_quantile(level, dof) * inflation))
+    low = float(np.quantile(low_draws_Q, tail, method="inverted_cdf"))
+    high = float(np.quantile(high_draws_Q, 1 - tail, method="inverted_cdf"))
+    return low, high
+
+
+def binomial_upper_bound(num_events: int, n: int, alpha: float = 0.05) -> float:
+    """Clopper-Pearson: one-sided upper bound at level ``1 - alpha`` of a rate seen ``num_events`` times in ``n``.
+
+    For no event it is ``1 - alpha ** (1 / n)``.
+    """
+    if n < 1 or not 0 <= num_events <= n:
+        raise ValueError(f"{num_events} events in {n} trials: a rate needs at least one trial and no more events")
+    if num_events == n:
+        return 1.0
+    return float(betaincinv(num_events + 1, n - num_events, 1 - alpha))
+
+
+def holm(p_values: Sequence[float]) -> tuple[float, ...]:
+    """P-values adjusted by Holm's step-down method, in the order given (the family is the whole sequence)."""
+    p_K = np.asarray(p_values, dtype=float)
+    order_K = np.argsort(p_K, kind="stable")
+    stepped_K = np.maximum.accumulate(p_K[order_K] * np.arange(len(p_K), 0, -1))
+    adjusted_K = np.empty_like(p_K)
+    adjusted_K[order_K] = np.minimum(stepped_K, 1.0)
+    return tuple(float(p) for p in adjusted_K)

@@ -1,0 +1,174 @@
+"""Scores of two models on the same documents: sums per cluster and task, and bootstrap draws of the task means.
+
+Shape letters as in ``intervals``. All of it is pure, and nothing depends on the order of the documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twotower_eval.stats.intervals import NUM_RESAMPLES, Floats
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairedScores:
+    """One entry per document that both models answered; the order of entries has no influence on any result.
+
+    ``tasks`` and ``groups`` name the task and what counts once in an average: the task itself, or, for a member of a
+    multi-language task, that task. Documents of one cluster (same problem, passage or parallel item) share a name in
+    ``clusters``, also across tasks. Scores are finite, at least 0, and higher is better.
+    """
+
+    tasks: Sequence[str]
+    groups: Sequence[str]
+    clusters: Sequence[str]
+    baseline: Sequence[float]
+    candidate: Sequence[float]
+
+    @cached_property
+    def table(self) -> ScoreTable:
+        """The sums that everything else is computed from; a ValueError says what is wrong with the scores."""
+        return _tabulate(self)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoreTable:
+    """Per cluster and leaf: number of documents and sums of scores, of losses and of gains."""
+
+    tasks: tuple[str, ...]
+    leaves: tuple[str, ...]
+    task_of_leaf_L: Ints
+    stratum_C: Ints
+    count_CL: Floats
+    baseline_CL: Floats
+    candidate_CL: Floats
+    loss_CL: Floats
+    gain_CL: Floats
+    largest_score: float
+
+    @cached_property
+    def averaging_KL(self) -> Floats:
+        """Maps leaf means to task means: a task of several members is the mean over them."""
+        member_KL = (np.arange(len(self.tasks))[:, None] == self.task_of_leaf_L).astype(float)
+        averaging_KL: Floats = member_KL / member_KL.sum(axis=1, keepdims=True)
+        return averaging_KL
+
+    def leaf_means_L(self, sums_CL: Floats) -> Floats:
+        """Mean over documents in each leaf."""
+        means_L: Floats = sums_CL.sum(axis=0) / self.count_CL.sum(axis=0)
+        return means_L
+
+    def task_means_K(self, sums_CL: Floats) -> Floats:
+        """Mean of each task, over its documents or, if it has members, over their means."""
+        means_K: Floats = self.averaging_KL @ self.leaf_means_L(sums_CL)
+        return means_K
+
+    def weights_K(self, tasks: Sequence[str] | None = None) -> Floats:
+        """Equal weights that sum to one over ``tasks``, by default over all."""
+        chosen = set(self.tasks if tasks is None else tasks)
+        unknown = sorted(chosen - set(self.tasks))
+        if unknown or not chosen:
+            raise ValueError(f"no scores for task(s) {', '.join(unknown)}" if unknown else "no task to average over")
+        weights_K: Floats = np.array([task in chosen for task in self.tasks], dtype=float) / len(chosen)
+        return weights_K
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Draws:
+    """Task means of every bootstrap draw, the same resampled clusters for both models."""
+
+    baseline_QK: Floats
+    candidate_QK: Floats
+    seed: int
+
+
+def draw_task_means(table: ScoreTable, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Draws:
+    """Resample clusters with replacement within each stratum (the set of tasks a cluster touches)."""
+    rng = np.random.default_rng(seed)
+    num_leaves = len(table.leaves)
+    sums_Q3L = np.zeros((num_resamples, 3, num_leaves))
+    for stratum in range(int(table.stratum_C.max()) + 1):
+        rows = np.flatnonzero(table.stratum_C == stratum)
+        leaves = np.flatnonzero(table.count_CL[rows[0]])
+        values = np.stack(
+            [sums[np.ix_(rows, leaves)] for sums in (table.count_CL, table.baseline_CL, table.candidate_CL)], axis=1
+        )
+        drawn = _resampled_sums(rng, values.reshape(len(rows), -1), num_resamples)
+        sums_Q3L[:, :, leaves] += drawn.reshape(num_resamples, 3, len(leaves))
+    means_Q2L = sums_Q3L[:, 1:] / sums_Q3L[:, :1]
+    return Draws(
+        baseline_QK=means_Q2L[:, 0] @ table.averaging_KL.T,
+        candidate_QK=means_Q2L[:, 1] @ table.averaging_KL.T,
+        seed=seed,
+    )
+
+
+def _tabulate(scores: PairedScores) -> ScoreTable:
+    columns = [np.asarray(names, dtype=str) for names in (scores.tasks, scores.groups, scores.clusters)]
+    baseline_N, candidate_N = np.asarray(scores.baseline, float), np.asarray(scores.candidate, float)
+    num = len(baseline_N)
+    if any(len(column) != num for column in (*columns, candidate_N)):
+        raise ValueError("paired scores: the columns have different lengths")
+    if num == 0:
+        raise ValueError("paired scores: no documents, so there is no accuracy")
+    values_2N = np.stack([baseline_N, candidate_N])
+    if not np.isfinite(values_2N).all() or (values_2N < 0).any():
+        raise ValueError("paired scores: every score must be finite and at least 0")
+    leaves, leaf_N = np.unique(columns[0], return_inverse=True)
+    tasks, task_N = np.unique(columns[1], return_inverse=True)
+    _, cluster_N = np.unique(columns[2], return_inverse=True)
+    task_of_leaf_L = np.zeros(len(leaves), dtype=np.int64)
+    task_of_leaf_L[leaf_N] = task_N
+    if (task_of_leaf_L[leaf_N] != task_N).any():
+        raise ValueError("paired scores: a task belongs to two groups")
+    shape = (int(cluster_N.max()) + 1, len(leaves))
+
+    def summed(values_N: Floats) -> Floats:
+        sums_CL = np.zeros(shape)
+        np.add.at(sums_CL, (cluster_N, leaf_N), values_N)
+        return sums_CL
+
+    count_CL = summed(np.ones(num))
+    _, stratum_C = np.unique(np.packbits(count_CL > 0, axis=1), axis=0, return_inverse=True)
+    return ScoreTable(
+        tasks=tuple(map(str, tasks)),
+        leaves=tuple(map(str, leaves)),
+        task_of_leaf_L=task_of_leaf_L,
+        stratum_C=stratum_C.reshape(-1),
+        count_CL=count_CL,
+        baseline_CL=summed(baseline_N),
+        candidate_CL=summed(candidate_N),
+        loss_CL=summed(np.maximum(baseline_N - candidate_N, 0)),
+        gain_CL=summed(np.maximum(candidate_N - baseline_N, 0)),
+        largest_score=float(values_2N.max()),
+    )
+
+
+def _resampled_sums(rng: np.random.Generator, values_CV: Floats, num_resamples: int) -> Floats:
+    """Sums over C clusters drawn with replacement, for each resample: (Q, V).
+
+    Equal clusters are counted, not drawn one by one: the counts are multinomial, which for right-or-wrong scores
+    leaves four cells a task. Where most clusters differ, indices are drawn in chunks that stay in cache.
+    """
+    patterns_PV, counts_P = np.unique(values_CV, axis=0, return_counts=True)
+    num = len(values_CV)
+    if len(patterns_PV) * 8 <= num or num < 8:
+        drawn: Floats = rng.multinomial(num, counts_P / num, size=num_resamples) @ patterns_PV
+        return drawn
+    sorted_CV = np.repeat(patterns_PV, counts_P, axis=0)  # not the given order, which must not matter
+    chunk = max(1, 500_000 // num)
+    sums_QV = np.empty((num_resamples, values_CV.shape[1]))
+    for start in range(0, num_resamples, chunk):
+        rows = min(chunk, num_resamples - start)
+        index = rng.integers(0, num, size=(rows, num), dtype=np.uint32).astype(np.int64)
+        index += np.arange(rows)[:, None] * num
+        times = np.bincount(index.ravel(), minlength=rows * num).reshape(rows, num)
+        sums_QV[start : start + rows] = times.astype(float) @ sorted_CV
+    return sums_QV

@@ -1,0 +1,174 @@
+"""Speedups from interleaved timed calls: ratios of sums on the log scale, by the crossed paired bootstrap.
+
+Each replicate draws one set of calls (batches of prompts), shared by all rounds and both arms, and one set of rounds,
+shared by both arms. On a ``fixed`` workload the calls are a fixed factor. The crossed bootstrap alone is biased with
+few rounds: its variance lacks the factor n / (n - 1) and counts the residual up to three times (Owen 2007, "The
+pigeonhole bootstrap"). Its standard error is therefore scaled to the unbiased two-way variance of the linearised
+ratio, and the interval uses Student's t with Satterthwaite's degrees of freedom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import exp, sqrt
+from typing import Literal
+
+import numpy as np
+
+from twotower_eval.records import Estimate
+from twotower_eval.stats.intervals import FEW, LEVEL, NUM_RESAMPLES, Floats, t_quantile
+
+NULL_LEVEL = 0.99  # of the A/A null's interval
+Quantity = Literal["time", "throughput", "length", "baseline_rate", "candidate_rate"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TimedCalls:
+    """Both arms of the same calls in the same rounds: seconds and useful tokens, each (R, P).
+
+    ``launches`` names the launch of each round; ``fixed`` says that the calls are not a sample of prompts.
+    """
+
+    baseline_s: Floats
+    candidate_s: Floats
+    baseline_tokens: Floats
+    candidate_tokens: Floats
+    launches: Sequence[str]
+    fixed: bool
+
+    def __post_init__(self) -> None:
+        arrays = (self.baseline_s, self.candidate_s, self.baseline_tokens, self.candidate_tokens)
+        if any(array.shape != self.baseline_s.shape or array.ndim != 2 for array in arrays):
+            raise ValueError("timed calls: both arms need the same rounds and the same calls")
+        if self.baseline_s.size == 0:
+            raise ValueError("timed calls: there are none, so there is no speedup")
+        if len(self.launches) != len(self.baseline_s):
+            raise ValueError("timed calls: every round needs its launch")
+        if not all(np.isfinite(array).all() for array in arrays) or min(array.min() for array in arrays) < 0:
+            raise ValueError("timed calls: times and token counts must be finite and at least 0")
+
+
+def speedup(
+    calls: TimedCalls,
+    quantity: Quantity = "time",
+    *,
+    level: float = LEVEL,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """A ratio of sums with its interval; ``n`` counts pairs of timed calls.
+
+    ``time``: seconds of the baseline over those of the candidate. ``throughput``: useful tokens per second, candidate
+    over baseline. ``length``: useful tokens, candidate over baseline. ``baseline_rate``, ``candidate_rate``: useful
+    tokens per second of one arm. ValueError where there is one round only, or where a sum is 0.
+    """
+    crossing = _Crossing(calls, num_resamples, seed)
+    log_value, log_Q, influence_UP = 0.0, np.zeros(num_resamples), np.zeros(crossing.shape)
+    for sign, values_RP in _terms(calls, quantity):
+        values_UP = crossing.by_unit(values_RP)
+        total, total_Q = values_UP.sum(), crossing.draw(values_UP)
+        if total <= 0 or (total_Q <= 0).any():
+            raise ValueError("no useful tokens, or no time passed: the ratio is undefined")
+        log_value += sign * float(np.log(total))
+        log_Q += sign * np.log(total_Q)
+        influence_UP += sign * values_UP.size * values_UP / total
+    return crossing.estimate(log_value, log_Q, influence_UP, level)
+
+
+def geometric_speedup(
+    calls: TimedCalls, *, level: float = LEVEL, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> Estimate:
+    """Geometric mean of the calls' own time ratios, baseline over candidate: every call weighs the same (secondary)."""
+    if min(calls.baseline_s.min(), calls.candidate_s.min()) <= 0:
+        raise ValueError("a timed call took no time: its ratio is undefined")
+    crossing = _Crossing(calls, num_resamples, seed)
+    sums_UP = crossing.by_unit(np.log(calls.baseline_s / calls.candidate_s))
+    counts_UP = crossing.by_unit(np.ones_like(calls.baseline_s))
+    log_value = float(sums_UP.sum() / counts_UP.sum())
+    influence_UP = sums_UP.size * (sums_UP - log_value * counts_UP) / counts_UP.sum()
+    return crossing.estimate(log_value, crossing.draw(sums_UP) / crossing.draw(counts_UP), influence_UP, level)
+
+
+def resamples_launches(launches: Sequence[str]) -> bool:
+    """Whether there are enough launches to resample them; otherwise variation between launches is not measured."""
+    return len(set(launches)) >= FEW
+
+
+class _Crossing:
+    """One set of drawn rounds (or launches) and one of drawn calls, applied alike to every sum."""
+
+    def __init__(self, calls: TimedCalls, num_resamples: int, seed: int) -> None:
+        names = list(calls.launches) if resamples_launches(calls.launches) else range(len(calls.launches))
+        _, self._unit_R = np.unique(np.asarray(names), return_inverse=True)
+        self.shape = (int(self._unit_R.max()) + 1, calls.baseline_s.shape[1])
+        num_units, num_calls = self.shape
+        if num_units < 2:
+            raise ValueError("one measured round only: its variation is unknown, so there is no interval")
+        self._crossed = not calls.fixed and num_calls > 1
+        rng = np.random.default_rng(seed)
+        self._draws_QU = rng.multinomial(num_units, [1 / num_units] * num_units, size=num_resamples).astype(float)
+        self._draws_QP = np.ones((num_resamples, num_calls))
+        if self._crossed:
+            self._draws_QP = rng.multinomial(num_calls, [1 / num_calls] * num_calls, size=num_resamples).astype(float)
+        drawn = "launches" if resamples_launches(calls.launches) else "rounds"
+        what = f"{num_units} {drawn} x {num_calls} calls" if self._crossed else f"{num_units} {drawn}"
+        self._method = f"crossed paired bootstrap of {what}, {num_resamples:,} resamples, t interval on the log"
+        self._seed = seed
+        self._n = calls.baseline_s.size
+
+    def by_unit(self, values_RP: Floats) -> Floats:
+        summed_UP = np.zeros(self.shape)
+        np.add.at(summed_UP, self._unit_R, values_RP)
+        return summed_UP
+
+    def draw(self, values_UP: Floats) -> Floats:
+        drawn_Q: Floats = ((self._draws_QU @ values_UP) * self._draws_QP).sum(axis=1)
+        return drawn_Q
+
+    def estimate(self, log_value: float, log_Q: Floats, influence_UP: Floats, level: float) -> Estimate:
+        scale, dof = _correction(influence_UP, crossed=self._crossed)
+        half = t_quantile(level, dof) * scale * float(np.std(log_Q))
+        return Estimate(
+            value=exp(log_value),
+            low=exp(log_value - half),
+            high=exp(log_value + half),
+            level=level,
+            n=self._n,
+            method=self._method,
+            seed=self._seed,
+        )
+
+
+def _correction(influence_UP: Floats, *, crossed: bool) -> tuple[float, float]:
+    """Factor from the crossed bootstrap's standard error to the unbiased one, and degrees of freedom."""
+    num_units, num_calls = influence_UP.shape
+    of_units = float(influence_UP.mean(axis=1).var(ddof=1)) / num_units
+    if not crossed:
+        return sqrt(num_units / (num_units - 1)), num_units - 1
+    of_calls = float(influence_UP.mean(axis=0).var(ddof=1)) / num_calls
+    rows_UP, columns_UP = influence_UP.mean(axis=1, keepdims=True), influence_UP.mean(axis=0, keepdims=True)
+    residual_UP = influence_UP - rows_UP - columns_UP + influence_UP.mean()
+    num_free = (num_units - 1) * (num_calls - 1)
+    of_residual = float((residual_UP**2).sum()) / num_free / influence_UP.size
+    # Both margins hold the residual, so it is counted twice in their sum.
+    unbiased = max(of_units, of_calls, of_units + of_calls - of_residual)
+    by_bootstrap = of_units * (num_units - 1) / num_units + of_calls * (num_calls - 1) / num_calls
+    by_bootstrap += of_residual * num_free / influence_UP.size
+    squares = of_units**2 / (num_units - 1) + of_calls**2 / (num_calls - 1) + of_residual**2 / num_free
+    if unbiased <= 0 or squares <= 0 or by_bootstrap <= 0:
+        return 1.0, 1e9
+    return sqrt(unbiased / by_bootstrap), max(unbiased**2 / squares, min(num_units, num_calls) - 1)
+
+
+def _terms(calls: TimedCalls, quantity: Quantity) -> tuple[tuple[int, Floats], ...]:
+    """Signed logarithms of sums that make up a quantity."""
+    of_baseline, of_candidate = (1, calls.baseline_tokens), (1, calls.candidate_tokens)
+    terms: dict[Quantity, tuple[tuple[int, Floats], ...]] = {
+        "time": ((1, calls.baseline_s), (-1, calls.candidate_s)),
+        "throughput": (of_candidate, (-1, calls.candidate_s), (-1, calls.baseline_tokens), (1, calls.baseline_s)),
+        "length": (of_candidate, (-1, calls.baseline_tokens)),
+        "baseline_rate": (of_baseline, (-1, calls.baseline_s)),
+        "candidate_rate": (of_candidate, (-1, calls.candidate_s)),
+    }
+    return terms[quantity]
