@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"ops"},
     "decoders": {"models"},
     "suitefiles": {"plan"},
-    "suites": {"plan", "suitefiles"},
+    "suites": {"datafiles", "plan", "suitefiles"},
     "datafiles": {"plan"},
     "harness": {"plan", "store", "journal", "environment", "progress", "suites", "suitefiles", *PRODUCING},
     "speed": {"plan", "store", "journal", "environment", "progress", *PRODUCING},
