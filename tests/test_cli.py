@@ -1,0 +1,204 @@
+"""The command line: what it accepts, one-line errors, instant help, and how it ends after Ctrl-C."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from twotower_eval import cli, store
+from twotower_eval.plan import RunPlan, SpeedPlan
+from twotower_eval.records import RunManifest, to_json
+
+HEAVY = {"torch", "lm_eval", "pandas", "matplotlib", "transformers", "datasets", "numpy"}
+VERBS = [[], ["run"], ["speed"], ["report"], ["train"], ["train", "miniature"], ["data"], ["data", "prepare"]]
+
+
+def fail(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Run what must fail with exit code 2 and one line; give that line."""
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: " ".join(verb) or "none")
+def test_every_verb_has_help(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*verb, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(" ".join(["Usage: twotower-eval", *verb]))
+    assert err == ""
+
+
+def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    assert "Commands:" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == "0.1.0\n"
+
+
+@pytest.mark.parametrize("verb", [[], ["run"], ["speed"], ["report"]], ids=lambda verb: " ".join(verb) or "none")
+def test_help_imports_nothing_heavy(verb: list[str], record_property: Any) -> None:
+    code = f"import sys; from twotower_eval.cli import main; main({[*verb, '--help']!r}); print(*sys.modules)"
+    began_s = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    record_property("wall_s", time.perf_counter() - began_s)
+    assert not {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()} & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["rum"], "Did you mean 'run'"),
+        (["run", "--block-size", "8"], "--block-sizes"),
+        (["run", "--block-sizes", "eight"], "--block-sizes wants numbers separated by commas, not 'eight'"),
+        (["run", "--steps", "auto,all"], "--steps wants numbers"),
+        (["run", "--thresholds", ","], "thresholds is empty"),
+        (["run", "--limit", "0"], "limit must be 1 or more"),
+        (["run", "--dtype", "float8"], "dtype must be float32"),
+        (["run", "--plan", "nowhere.toml"], "cannot read plan nowhere.toml"),
+        (["run", "--resume", "nothing"], "'nothing' is no run"),
+        (["speed", "--workload", "fast"], "workload must be fixed or answer"),
+        (["speed", "--workload", "fixed"], "needs new_tokens"),
+        (["report", "nothing"], "'nothing' is no run"),
+        (["report"], "no runs in results"),
+        (["data", "prepare", "nowhere"], "Missing argument"),
+        (["data", "prepare", "nowhere", "there"], "nowhere"),
+        (["train", "minature"], "miniature"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_two(
+    argv: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert words in fail(capsys, *argv)
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+def test_the_traceback_is_there_for_who_wants_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
+    with pytest.raises(ValueError, match="is no run"):
+        cli.main(["report", str(tmp_path)])
+
+
+def capture_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunPlan, Path, Path | None]]:
+    """Put a recorder in the place of the harness."""
+    from twotower_eval import harness
+
+    calls: list[tuple[RunPlan, Path, Path | None]] = []
+
+    def recorded(plan: RunPlan, *, root: Path, resume: Path | None, progress: object) -> Path:
+        calls.append((plan, root, resume))
+        return root / "done"
+
+    monkeypatch.setattr(harness, "run", recorded)
+    return calls
+
+
+def test_run_options_reach_the_plan_over_the_toml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = capture_runs(monkeypatch)
+    toml = tmp_path / "plan.toml"
+    toml.write_text('tasks = ["gsm8k"]\nlimit = 9\nblock_sizes = [4]\nseed = 3\n')
+    options = "--limit 5 --block-sizes 8,16 --steps auto,4 --thresholds 0.8,0.9 --device cuda:0,cuda:1 --dtype bfloat16"
+    more = "--samples 2 --batch-size 3 --likelihood exact --max-new-tokens 7 --data-dir d --model m --baseline b"
+    argv = ["run", "--plan", str(toml), *options.split(), *more.split(), "--temperature", "0.5", "--out", "r"]
+    assert cli.main(argv) == 0
+    expected = RunPlan(
+        tasks=("gsm8k",), limit=5, block_sizes=(8, 16), steps=("auto", 4), thresholds=(0.8, 0.9), seed=3,
+        devices=("cuda:0", "cuda:1"), dtype="bfloat16", samples=2, batch_size=3, likelihood="exact",
+        max_new_tokens=7, data_dir="d", model="m", baseline="b", temperature=0.5,
+    )  # fmt: skip
+    assert calls == [(expected, Path("r"), None)]
+    assert capsys.readouterr().out.strip() == "r/done"
+
+
+def test_every_field_of_both_plans_is_an_option() -> None:
+    for cls, verb in ((RunPlan, "run"), (SpeedPlan, "speed")):
+        done = subprocess.run(
+            [sys.executable, "-m", "twotower_eval.cli", verb, "--help"], capture_output=True, text=True, check=True
+        )
+        for field in dataclasses.fields(cls):
+            assert f"--{field.name.replace('_', '-')} " in done.stdout.replace(",", " "), field.name
+
+
+def make_run(root: Path, plan: RunPlan) -> Path:
+    manifest = RunManifest(
+        schema=1, run_id=store.new_run_id("run"), verb="run", argv=(), plan=to_json(plan), plan_sha256="", cells=(),
+        started_at="2026-11-23T10:15:00+00:00", project_version="0.1.0", commit=None, dirty=None, packages={},
+        machine={}, seeds={},
+    )  # fmt: skip
+    with store.create(root, manifest) as writer:
+        return writer.path
+
+
+def test_resume_takes_the_plan_from_the_run_by_folder_or_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = capture_runs(monkeypatch)
+    plan = RunPlan(tasks=("a", "b"), thresholds=(0.7,), limit=4)
+    path = make_run(tmp_path, plan)
+    assert cli.main(["run", "--resume", str(path), "--out", str(tmp_path)]) == 0
+    assert cli.main(["run", "--resume", path.name, "--out", str(tmp_path), "--batch-size", "2"]) == 0
+    assert calls == [(plan, tmp_path, path), (dataclasses.replace(plan, batch_size=2), tmp_path, path)]
+    capsys.readouterr()
+    assert "drop --plan" in fail(capsys, "run", "--resume", str(path), "--plan", "p.toml")
+
+
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from twotower_eval import harness
+
+    make_run(tmp_path, RunPlan())  # an older run that must not be named
+
+    def interrupted(plan: RunPlan, *, root: Path, resume: Path | None, progress: object) -> Path:
+        make_run(root, plan)
+        raise KeyboardInterrupt
+
+    old = set(tmp_path.iterdir())
+    monkeypatch.setattr(harness, "run", interrupted)
+    assert cli.main(["run", "--out", str(tmp_path)]) == 130
+    [begun] = set(tmp_path.iterdir()) - old
+    assert f"twotower-eval run --resume {begun}\n" in capsys.readouterr().err
+
+
+def test_a_real_ctrl_c_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
+    code = "import sys, time; from twotower_eval import cli, plan\n"
+    code += "def wait(*args): print('waiting', flush=True); time.sleep(60)\n"
+    code += "cli._resolve_plan = wait; sys.exit(cli.main(['run', '--out', sys.argv[1]]))"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting\n"
+        os.kill(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err == "interrupted before anything was begun\n"
+
+
+def test_report_takes_the_newest_run_of_each_verb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from twotower_eval import report
+
+    calls: list[Any] = []
+    monkeypatch.setattr(report, "write", lambda paths, out: calls.append((list(paths), out)) or out / "report.md")
+    path = make_run(tmp_path / "results", RunPlan())
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report"]) == 0
+    assert cli.main(["report", path.name, "--out", "elsewhere"]) == 0
+    there = Path("results") / path.name
+    assert calls == [([there], Path("reports")), ([there], Path("elsewhere"))]
+    assert capsys.readouterr().out == "reports/report.md\nelsewhere/report.md\n"
