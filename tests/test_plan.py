@@ -91,7 +91,7 @@ def test_a_setting_the_decoder_lacks_is_refused_unless_it_is_the_default() -> No
 
 
 def test_an_unknown_decoder_gets_a_near_miss_hint() -> None:
-    with pytest.raises(ValueError, match="did you mean 'block_diffusion'"):
+    with pytest.raises(ValueError, match="did you mean block_diffusion"):
         cross_decoders(RunPlan(decoder="block_difusion"))
 
 

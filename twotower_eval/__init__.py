@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from twotower_eval.decoders import make_decoder
-    from twotower_eval.decoders.likelihood import ScoreRequest, make_scorer
+    from twotower_eval.decoders import make_decoder, make_scorer
+    from twotower_eval.decoders.likelihood import ScoreRequest
     from twotower_eval.models import load_model
     from twotower_eval.records import DecoderSpec, Generation, Likelihood, Prompt
 
@@ -33,7 +33,7 @@ _HOMES = {
     "ScoreRequest": "twotower_eval.decoders.likelihood",
     "load_model": "twotower_eval.models",
     "make_decoder": "twotower_eval.decoders",
-    "make_scorer": "twotower_eval.decoders.likelihood",
+    "make_scorer": "twotower_eval.decoders",
 }
 
 

@@ -17,7 +17,7 @@ from twotower_eval.progress import choose_progress
 
 P = TypeVar("P", RunPlan, SpeedPlan)
 Item = TypeVar("Item")
-RESULTS, REPORTS = Path("results"), Path("reports")
+RESULTS, REPORTS, TRAINING = Path("results"), Path("reports"), Path("training/miniature")
 TRACEBACK_VARIABLE = "TWOTOWER_EVAL_TRACEBACK"
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 
@@ -162,7 +162,7 @@ def _time_and_score(plan: SpeedPlan, out: Path) -> Path:
     progress = choose_progress()
     built = suites.resolve_tasks(plan.tasks, data_dir=plan.data_dir, seed=plan.seed)
     requests = suites.build_requests(built, plan.num_prompts)
-    path = speed_room.run(plan, requests, root=out, progress=progress)
+    path: Path = speed_room.run(plan, requests, root=out, progress=progress)
     if plan.workload == "answer":
         harness.score_journal(path)
     return path
@@ -184,12 +184,22 @@ def report(
     typer.echo(report_room.write(paths, out))
 
 
-@train_app.command(help="Train the miniature pair from nothing; resumes where it was stopped.")
-def miniature() -> None:
+@train_app.command(help="Train the miniature pair from nothing; the same command goes on where it was stopped.")
+def miniature(
+    out: Annotated[Path, _option("Folder of the training state and the pair.", metavar="DIR")] = TRAINING,
+    recipe: Annotated[Path | None, _option("TOML recipe [the shipped one].", metavar="FILE")] = None,
+    threads: Annotated[int, _option("CPU threads [2].", metavar="N")] = 2,
+    device: Annotated[str | None, _option("Device [a GPU if there is one].", metavar="D")] = None,
+) -> None:
     """Verb ``train miniature``."""
     from twotower_eval.miniature import train
 
-    train.main()
+    try:
+        pair = train.train_pair(out, recipe_file=recipe, threads=threads, device=device)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; to go on: twotower-eval train miniature --out {out}", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    typer.echo(pair)
 
 
 @data_app.command(help="Make DIR/TASK/SPLIT.jsonl for --data-dir from the files that benchmarks publish.")

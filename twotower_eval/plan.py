@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from twotower_eval.names import did_you_mean, resolve
+from twotower_eval.names import did_you_mean
 from twotower_eval.records import DecoderSpec, LikelihoodKind
 
 Steps = int | Literal["auto"]
@@ -139,12 +139,9 @@ def cross_decoders(plan: Plan) -> tuple[DecoderSpec, ...]:
     A setting that the decoder does not have is left out where it stands at its default and refused otherwise:
     nothing given is ever ignored.
     """
-    from twotower_eval.decoders import DECODERS, decoder_spec
+    from twotower_eval.decoders import decoder_class, decoder_spec
 
-    if ":" not in plan.decoder and plan.decoder not in DECODERS:
-        raise ValueError(f"unknown decoder {plan.decoder!r}{did_you_mean(plan.decoder, DECODERS)}")
-    params_cls = resolve(DECODERS.get(plan.decoder, plan.decoder)).Params
-    known = {field.name for field in dataclasses.fields(params_cls)}
+    known = {field.name for field in dataclasses.fields(decoder_class(plan.decoder).Params)}
     for key, param in _DECODER_AXES.items():
         if param not in known and getattr(plan, key) != _default(type(plan), key):
             raise ValueError(f"decoder {plan.decoder!r} has no {param}: drop {key.replace('_', '-')} or change decoder")

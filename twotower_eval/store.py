@@ -23,13 +23,13 @@ from twotower_eval.journal import (
     Journal,
     fsync_folder,
     lock_run,
-    now_text,
     read_objects,
     refuse_constant,
     summarise,
     truncate_torn_line,
     write_atomically,
 )
+from twotower_eval.journal import now_text as now_text
 from twotower_eval.records import (
     SCHEMA_VERSION,
     Cell,
