@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: a missing set then fails at once
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make tiny models many times slower
 
 from pathlib import Path
 
@@ -19,6 +20,15 @@ def _folder_named_by(variable: str, what: str) -> Path:
     if not folder.is_dir():
         pytest.fail(f"{variable} names {folder}, which is no folder")
     return folder
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked ``real`` download a pretrained model: only when they are asked for by name of the marker."""
+    if "real" in config.option.markexpr:
+        return
+    for item in items:
+        if item.get_closest_marker("real"):
+            item.add_marker(pytest.mark.skip(reason="downloads a pretrained model: make test-real"))
 
 
 @pytest.fixture(scope="session")
