@@ -86,7 +86,9 @@ def load_model(
         is_ours = read_json(folder / "config.json").get("model_type") == "nemotron_h"
         family = "nemotron_h" if is_ours else "transformers"
     if family not in FAMILIES and ":" not in family:
-        raise ValueError(f"model family {family!r} is unknown; choose from {', '.join(FAMILIES)} or name module:function")
+        raise ValueError(
+            f"model family {family!r} is unknown; choose from {', '.join(FAMILIES)} or name module:function"
+        )
     places = tuple(devices) if devices else (device,)
     if len(places) > 2:
         raise ValueError(f"a pair has two towers, but {len(places)} devices are named")

@@ -153,9 +153,9 @@ def build(
                 wanted = torch.float32 if type(module).__name__ == "Gate" else dtype
                 empty = torch.empty(parameter.shape, dtype=wanted, device=device)
                 replacement = nn.Parameter(empty, requires_grad=False)
-                setattr(module, name, replacement) if not isinstance(
-                    module, nn.ParameterList
-                ) else module.__setitem__(int(name), replacement)
+                setattr(module, name, replacement) if not isinstance(module, nn.ParameterList) else module.__setitem__(
+                    int(name), replacement
+                )
     return model.eval()
 
 

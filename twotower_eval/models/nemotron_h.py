@@ -212,7 +212,9 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q_BQSD, k_BJS
 Mix = Callable[[int, Mamba, Tensor], Tensor]  # layer, mixer, x_BSH -> y_BSH
 
 
-def run_layers(tower: Tower, x_BSH: Tensor, *, attend: Attend, mix: Mix, modulation: Modulation | None = None) -> Tensor:
+def run_layers(
+    tower: Tower, x_BSH: Tensor, *, attend: Attend, mix: Mix, modulation: Modulation | None = None
+) -> Tensor:
     """The residual stream after all layers, (B, S, H).
 
     ``attend`` and ``mix`` bring what depends on the past: who sees which keys, and from which state Mamba goes on.

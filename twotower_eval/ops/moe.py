@@ -65,27 +65,21 @@ def experts_reference(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EI
     return out_RH.to(x_RH.dtype)
 
 
-def _experts_gathered(
-    x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor, down_EHI: Tensor
-) -> Tensor:
+def _experts_gathered(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
     """Few rows: fetch each row's experts and multiply as one batch."""
     inner_RAI = (up_EIH[chosen_RA] @ x_RH[:, None, :, None])[..., 0]
     out_RAH = (down_EHI[chosen_RA] @ functional.relu(inner_RAI).square()[..., None])[..., 0]
     return (out_RAH.float() * weights_RA[..., None]).sum(1).to(x_RH.dtype)
 
 
-def _experts_sorted(
-    x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor, down_EHI: Tensor
-) -> Tensor:
+def _experts_sorted(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
     """Many rows: sort the (row, expert) pairs by expert, one dense product for each expert in use."""
     per_token = chosen_RA.shape[1]
     order = chosen_RA.flatten().argsort(stable=True)
     rows = order // per_token
     counts = torch.bincount(chosen_RA.flatten(), minlength=up_EIH.shape[0]).tolist()
     pieces = x_RH[rows].split(counts)
-    outputs = [
-        mlp(piece, up_EIH[expert], down_EHI[expert]) for expert, piece in enumerate(pieces) if counts[expert]
-    ]
+    outputs = [mlp(piece, up_EIH[expert], down_EHI[expert]) for expert, piece in enumerate(pieces) if counts[expert]]
     weighted = torch.cat(outputs).float() * weights_RA.flatten()[order, None]
     out_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
     return out_RH.index_add(0, rows, weighted).to(x_RH.dtype)

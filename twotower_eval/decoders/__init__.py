@@ -1,0 +1,90 @@
+"""Decoders behind one protocol: prompts in, generations out. Short names live in ``DECODERS``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from twotower_eval.names import resolve
+from twotower_eval.records import DecoderSpec, Generation, Likelihood, LikelihoodKind, Prompt
+
+DECODERS = {
+    "autoregressive": "twotower_eval.decoders.autoregressive:Autoregressive",
+    "mock_ar": "twotower_eval.decoders.mock_ar:MockAR",
+    "block_diffusion": "twotower_eval.decoders.block_diffusion:BlockDiffusion",
+    "reference": "twotower_eval.decoders.reference:Reference",
+}
+
+Clock = Callable[[], float]  # seconds, after all devices have finished their work
+
+
+class Decoder(Protocol):
+    """Any number of prompts as one batch. No row depends on its neighbours."""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        eos_token_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
+    ) -> list[Generation]: ...
+
+
+class Scorer(Protocol):
+    """Log-likelihoods of continuations, in the order of the requests."""
+
+    def score(self, requests: Sequence[Any]) -> list[Likelihood]: ...
+
+
+def decoder_class(kind: str) -> Any:
+    """The class behind a short name or a ``"module:Class"``; ValueError with a near-miss hint."""
+    if kind not in DECODERS and ":" not in kind:
+        near = difflib.get_close_matches(kind, DECODERS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(DECODERS)}"
+        raise ValueError(f"decoder {kind!r} is unknown{hint}")
+    return resolve(DECODERS.get(kind, kind))
+
+
+def decoder_spec(kind: str, **params: Any) -> DecoderSpec:
+    """A full specification: parameters checked, defaults filled in, version from the class."""
+    cls = decoder_class(kind)
+    filled = dataclasses.asdict(_checked(cls, kind, params))
+    return DecoderSpec(kind=kind, params=filled, version=cls.VERSION)
+
+
+def make_decoder(model: Any, kind: str, *, clock: Clock | None = None, **params: Any) -> Decoder:
+    """A decoder for ``model``. With a ``clock`` each generation's ``finish_s`` is filled in.
+
+    ValueError for an unknown kind or parameter, a bad value, or a model that lacks what the decoder needs.
+    """
+    cls = decoder_class(kind)
+    decoder: Decoder = cls(model, _checked(cls, kind, params), clock=clock)
+    return decoder
+
+
+def from_spec(model: Any, spec: DecoderSpec, *, clock: Clock | None = None) -> Decoder:
+    """The decoder that a specification names; ValueError if it was written for another version."""
+    version = decoder_class(spec.kind).VERSION
+    if spec.version != version:
+        raise ValueError(f"decoder {spec.kind}: version {spec.version} was asked for, this is version {version}")
+    return make_decoder(model, spec.kind, clock=clock, **spec.params)
+
+
+def make_scorer(model: Any, kind: LikelihoodKind, *, block_size: int = 16, num_draws: int = 32) -> Scorer:
+    """A scorer of the given kind; see ``decoders.likelihood``."""
+    from twotower_eval.decoders import likelihood
+
+    return likelihood.make(model, kind, block_size=block_size, num_draws=num_draws)
+
+
+def _checked(cls: Any, kind: str, params: dict[str, Any]) -> Any:
+    known = [f.name for f in dataclasses.fields(cls.Params)]
+    for name in params:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
+            raise ValueError(f"decoder {kind} has no parameter {name!r}; {hint}")
+    return cls.Params(**params)

@@ -1,0 +1,187 @@
+"""Block diffusion: a block of masks is denoised in parallel steps, then the context tower absorbs it.
+
+Arithmetic of a step is in :mod:`commit`; here is the loop. Each row has its own mask fraction, steps and end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twotower_eval.decoders import Clock
+from twotower_eval.decoders.commit import commit
+from twotower_eval.decoders.finish import Rules, check_prompts, generation, is_finished, make_rules
+from twotower_eval.decoders.rows import RowNoise, check_temperature, choose, padded_ids
+from twotower_eval.models.counting import CountedContext, CountingModel
+from twotower_eval.records import CommitStep, Generation, Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """``steps_per_block`` None means the block size. ``batch_mean_t`` feeds every row the batch's mean mask fraction,
+    as the released sampler does: rows then depend on their neighbours, so it is for parity only."""
+
+    block_size: int = 16
+    steps_per_block: int | None = None
+    threshold: float = 0.8
+    temperature: float = 0.0
+    batch_mean_t: bool = False
+    trace: bool = False
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+        for name in ("block_size", "steps_per_block"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if not self.threshold >= 0:
+            raise ValueError(f"threshold must be a number of at least 0, not {self.threshold}")
+
+    @property
+    def num_steps(self) -> int:
+        """Steps per block, resolved."""
+        return self.steps_per_block or self.block_size
+
+
+@dataclass
+class _Row:
+    """What one prompt has so far."""
+
+    produced: list[int]
+    steps: list[CommitStep]
+    num_forced: int = 0
+    finish_s: float | None = None
+
+
+class BlockDiffusion:
+    """No extension of the context behind the last block; the last block is K long like the others."""
+
+    Params = Params
+    VERSION = 1
+
+    def __init__(self, model: Any, params: Params, *, clock: Clock | None = None) -> None:
+        if not model.has_denoiser:
+            raise ValueError("block_diffusion needs a two-tower checkpoint; this one has no denoiser")
+        self.model, self.params, self.clock = model, params, clock
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        eos_token_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
+    ) -> list[Generation]:
+        """See :class:`twotower_eval.decoders.Decoder`."""
+        rules = make_rules(self.model, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, stop=stop)
+        check_prompts(self.model, prompts)
+        if not prompts:
+            return []
+        started = self.clock() if self.clock else 0.0
+        counted, noise = CountingModel(self.model, len(prompts)), RowNoise(prompts)
+        rows = [_Row([], []) for _ in prompts]
+        context = counted.prefill(*padded_ids([prompt.token_ids for prompt in prompts]))
+        block = 0
+        while True:
+            block_BK = self._denoise_block(counted, context, noise, rows, block)
+            going = self._absorb(block_BK, context, rows, rules, started)
+            if not going:
+                break
+            context = counted.extend(context.select(going), block_BK[going])
+            block += 1
+        return [self._generation(prompt, rows[i], counted, i, rules) for i, prompt in enumerate(prompts)]
+
+    def _denoise_block(
+        self, counted: CountingModel, context: CountedContext, noise: RowNoise, rows: list[_Row], block: int
+    ) -> Tensor:
+        """Denoise one block of every row of ``context``; (B, K) token ids."""
+        params, mask_id = self.params, self.model.mask_token_id
+        num_rows = len(context.rows)
+        block_BK = torch.full((num_rows, params.block_size), mask_id)
+        masked_BK = torch.ones_like(block_BK, dtype=torch.bool)
+        active, view = list(range(num_rows)), context
+        for step in range(params.num_steps):
+            still = [row for row in active if masked_BK[row].any()]
+            if not still:
+                break
+            if still != active:
+                view = view.select([active.index(row) for row in still])
+                active = still
+            fractions_B = masked_BK.float().mean(1)
+            t = [float(fractions_B.mean())] * len(active) if params.batch_mean_t else fractions_B[active].tolist()
+            logits_BKV = counted.denoise(block_BK[active], view, t)
+            tokens_BK, confidence_BK = _predict(logits_BKV, mask_id, params.temperature, noise, view.rows)
+            steps_left_B = torch.full((len(active),), params.num_steps - step)
+            taken_BK, forced_B = commit(confidence_BK, masked_BK[active], steps_left_B, params.threshold)
+            block_BK[active] = torch.where(taken_BK, tokens_BK, block_BK[active])
+            masked_BK[active] &= ~taken_BK
+            self._record(rows, view.rows, block, step, taken_BK, tokens_BK, confidence_BK, forced_B)
+        return block_BK
+
+    def _record(
+        self,
+        rows: list[_Row],
+        batch_rows: Sequence[int],
+        block: int,
+        step: int,
+        taken_BK: Tensor,
+        tokens_BK: Tensor,
+        confidence_BK: Tensor,
+        forced_B: Tensor,
+    ) -> None:
+        """Count forced commits, and keep the step if a trace is wanted."""
+        for position, (row, num_forced) in enumerate(zip(batch_rows, forced_B.tolist(), strict=True)):
+            rows[row].num_forced += num_forced
+            if self.params.trace:
+                where = taken_BK[position].nonzero().flatten()
+                rows[row].steps.append(
+                    CommitStep(
+                        block=block,
+                        step=step,
+                        positions=tuple(where.tolist()),
+                        token_ids=tuple(tokens_BK[position][where].tolist()),
+                        confidences=tuple(confidence_BK[position][where].tolist()),
+                        num_forced=num_forced,
+                    )
+                )
+
+    def _absorb(
+        self, block_BK: Tensor, context: CountedContext, rows: list[_Row], rules: Rules, started: float
+    ) -> list[int]:
+        """Add the block to its rows; positions of the rows that go on."""
+        going = []
+        for position, (row, tokens) in enumerate(zip(context.rows, block_BK.tolist(), strict=True)):
+            rows[row].produced.extend(tokens)
+            if not is_finished(rows[row].produced, len(tokens), rules):
+                going.append(position)
+            elif self.clock:
+                rows[row].finish_s = self.clock() - started
+        return going
+
+    def _generation(self, prompt: Prompt, row: _Row, counted: CountingModel, index: int, rules: Rules) -> Generation:
+        return generation(
+            prompt,
+            row.produced,
+            rules,
+            num_context_forwards=counted.num_context_forwards[index],
+            num_denoiser_forwards=counted.num_denoiser_forwards[index],
+            num_forced_commits=row.num_forced,
+            finish_s=row.finish_s,
+            trace=tuple(row.steps) if self.params.trace else None,
+        )
+
+
+def _predict(
+    logits_BKV: Tensor, mask_id: int, temperature: float, noise: RowNoise, rows: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Tokens and their probabilities at temperature 1, mask excluded, (B, K) each, on the host."""
+    logits_BKV[..., mask_id] = -torch.inf
+    probability_BKV = logits_BKV.float().softmax(-1)
+    tokens_BK = choose(logits_BKV, temperature, noise, rows) if temperature > 0 else probability_BKV.argmax(-1)
+    confidence_BK = probability_BKV.gather(-1, tokens_BK[..., None])[..., 0]
+    return tokens_BK.cpu(), confidence_BK.cpu()

@@ -1,0 +1,113 @@
+"""When a row is finished, and what of it is useful: everything before the first EOS or stop string, neither counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from twotower_eval.records import FinishReason, Generation, Prompt
+
+STOP_WINDOW_SPARE = 8  # tokens decoded beyond a stop string's bytes when looking for it at the end
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Stop events of one call, the same for all rows and all decoders."""
+
+    max_new_tokens: int
+    eos_token_ids: frozenset[int]
+    stop: tuple[str, ...]
+    tokenizer: Any | None
+
+    @property
+    def stop_window(self) -> int:
+        """How many tokens at the end surely hold a stop string that has just been completed."""
+        return max(len(text.encode()) for text in self.stop) + STOP_WINDOW_SPARE
+
+
+def make_rules(model: Any, *, max_new_tokens: int, eos_token_ids: Sequence[int], stop: Sequence[str]) -> Rules:
+    """Check the stop events. String stops need the model's tokenizer."""
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens!r}")
+    if isinstance(stop, str):
+        raise ValueError("stop must be a sequence of strings, not one string")
+    if stop and model.tokenizer is None:
+        raise ValueError("stop strings need a tokenizer, and this checkpoint has none; use eos_token_ids")
+    if any(not text for text in stop):
+        raise ValueError("an empty stop string would stop everything; leave it out")
+    return Rules(max_new_tokens, frozenset(eos_token_ids), tuple(stop), model.tokenizer)
+
+
+def check_prompts(model: Any, prompts: Sequence[Prompt]) -> None:
+    """Prompts of at least one token, all within the vocabulary."""
+    for prompt in prompts:
+        if not prompt.token_ids:
+            raise ValueError(f"prompt {prompt.id!r} is empty; give it at least one token")
+        if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < model.vocab_size:
+            raise ValueError(f"prompt {prompt.id!r} has a token id outside the vocabulary of {model.vocab_size}")
+
+
+def is_finished(token_ids: Sequence[int], num_new: int, rules: Rules) -> bool:
+    """Whether a row may stop, given that only its last ``num_new`` tokens have not been looked at before.
+
+    For stop strings this looks at the end of the text only; :func:`cut` has the last word.
+    """
+    if len(token_ids) >= rules.max_new_tokens:
+        return True
+    if any(token in rules.eos_token_ids for token in token_ids[-num_new:]):
+        return True
+    if not rules.stop:
+        return False
+    assert rules.tokenizer is not None
+    tail = rules.tokenizer.decode(token_ids[-(num_new + rules.stop_window) :])
+    return any(text in tail for text in rules.stop)
+
+
+def cut(token_ids: Sequence[int], rules: Rules) -> tuple[tuple[int, ...], str | None, FinishReason]:
+    """Useful tokens, their text up to the stop, and why the row ended.
+
+    A token straddling the start of a stop string is not useful, but its text before the stop is kept.
+    """
+    kept = list(token_ids[: rules.max_new_tokens])
+    finish: FinishReason = "length"
+    for position, token in enumerate(kept):
+        if token in rules.eos_token_ids:
+            kept, finish = kept[:position], "eos"
+            break
+    if rules.tokenizer is None:
+        return tuple(kept), None, finish
+    text: str = rules.tokenizer.decode(kept)
+    starts = [start for start in (text.find(stop) for stop in rules.stop) if start >= 0]
+    if not starts:
+        return tuple(kept), text, finish
+    text = text[: min(starts)]
+    num_useful = len(kept)
+    while num_useful and len(rules.tokenizer.decode(kept[:num_useful])) > len(text):
+        num_useful -= 1
+    return tuple(kept[:num_useful]), text, "stop"
+
+
+def generation(
+    prompt: Prompt,
+    produced: Sequence[int],
+    rules: Rules,
+    *,
+    num_context_forwards: int,
+    num_denoiser_forwards: int,
+    **more: Any,
+) -> Generation:
+    """The record of one row; whatever was produced behind the cut is counted as discarded."""
+    token_ids, text, finish = cut(produced, rules)
+    return Generation(
+        prompt_id=prompt.id,
+        token_ids=token_ids,
+        text=text,
+        finish=finish,
+        num_prompt_tokens=len(prompt.token_ids),
+        num_tokens=len(token_ids),
+        num_discarded_tokens=len(produced) - len(token_ids),
+        num_context_forwards=num_context_forwards,
+        num_denoiser_forwards=num_denoiser_forwards,
+        **more,
+    )

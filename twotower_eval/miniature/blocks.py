@@ -1,0 +1,169 @@
+"""The towers as training sees them: the context tower over whole documents, the denoiser over all blocks at once.
+
+Inference runs one block per row on a stored context; training needs, for every block of a document, the context's
+state before that block. Keys and values are a slice (a mask, here); Mamba states at block boundaries come out of the
+chunked scan. N documents, S columns, K block size, D noise draws; other shape letters: see ops/__init__.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twotower_eval.miniature.batches import FILLER_WEIGHT, PROMPT_WEIGHT, Batch
+from twotower_eval.models.autoregressive import ContextTower
+from twotower_eval.models.nemotron_h import Mamba, MambaState, run_layers
+from twotower_eval.models.twotower import Denoiser, TwoTower
+from twotower_eval.ops import ssd
+from twotower_eval.ops.attention import attention
+
+
+@dataclass(frozen=True)
+class CleanStates:
+    """What the denoiser reads of the clean documents: keys and values (N, J, S, D) and, before each block that
+    starts at or behind the prompt's end, the Mamba states (N, blocks, ...)."""
+
+    keys: dict[int, Tensor]
+    values: dict[int, Tensor]
+    mamba: dict[int, MambaState]
+
+
+def run_clean(model: ContextTower, batch: Batch, block_size: int | None) -> tuple[Tensor, CleanStates]:
+    """Hidden states (N, S, H) of the context tower, and with a ``block_size`` the states that blocks start from."""
+    ids_NS, valid_NS = batch.ids_NS, batch.valid_NS
+    width = ids_NS.shape[1]
+    causal_SS = torch.ones(width, width, dtype=torch.bool, device=ids_NS.device).tril()
+    itself_SS = torch.eye(width, dtype=torch.bool, device=ids_NS.device)
+    mask_N1SS = ((causal_SS & valid_NS[:, None]) | itself_SS)[:, None]
+    states = CleanStates({}, {}, {})
+    chunk = block_size or ssd.CHUNK
+
+    def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        states.keys[index], states.values[index] = k, v
+        return attention(q, k, v, mask_N1SS)
+
+    def mix(index: int, mixer: Mamba, x: Tensor) -> Tensor:
+        start = mixer.empty_state(x.shape[0])
+        z, u, delta = mixer.project(x, valid_NS)
+        xs, b, c = mixer.convolve(u, start.conv_BCW)
+        y, boundaries = ssd.ssd_chunked(xs, delta, mixer.decay_rate(), b, c, start.ssm_BhPN, chunk=chunk)
+        if block_size is not None:
+            first = batch.num_prompt_columns // block_size
+            tails = _conv_tails(u, mixer.config.conv_kernel, batch.num_prompt_columns, block_size)
+            states.mamba[index] = MambaState(tails, boundaries[:, first:-1])
+        return mixer.finish(y, xs, z)
+
+    x_NSH = run_layers(model.tower, model.tower.embed(ids_NS), attend=attend, mix=mix)
+    return x_NSH, states
+
+
+def _conv_tails(u_NSC: Tensor, num_taps: int, first_column: int, block_size: int) -> Tensor:
+    """The last W raw inputs before each block, (N, blocks, C, W)."""
+    starts = torch.arange(first_column, u_NSC.shape[1], block_size, device=u_NSC.device)
+    columns = starts[:, None] + torch.arange(-num_taps, 0, device=u_NSC.device)
+    return u_NSC[:, columns].transpose(2, 3)
+
+
+def autoregressive_loss(model: ContextTower, batch: Batch) -> Tensor:
+    """Mean negative log-likelihood (nats) of the next token; prompts count little, filler not at all."""
+    hidden_NSH, _ = run_clean(model, batch, None)
+    width, start = batch.ids_NS.shape[1], batch.num_prompt_columns
+    column_S = torch.arange(width, device=batch.ids_NS.device)
+    weights_NS = torch.where(
+        column_S < start, PROMPT_WEIGHT, (column_S < start + batch.answer_lengths_N[:, None]) * 1.0
+    )
+    weights_NS = weights_NS[:, 1:] * batch.valid_NS[:, :-1]
+    chosen = weights_NS > 0
+    logits_RV = model.head(model.tower.norm_f(hidden_NSH[:, :-1][chosen])).float()
+    losses_R = torch.nn.functional.cross_entropy(logits_RV, batch.ids_NS[:, 1:][chosen], reduction="none")
+    return (losses_R * weights_NS[chosen]).sum() / weights_NS.sum()
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Masked answers: ids (D, N, blocks, K), which are masked, the mask fraction of each block (D, N, blocks)."""
+
+    ids: Tensor
+    masked: Tensor
+    t: Tensor
+
+
+def draw_noise(
+    batch: Batch, block_size: int, num_draws: int, full_share: float, mask_id: int, generator: torch.Generator
+) -> Noise:
+    """Mask every block's tokens with a probability of its own, uniform in (0, 1); a ``full_share`` of blocks wholly.
+
+    Every decoded block starts wholly masked, so that state deserves more than its measure zero under uniform t. At
+    least one token is masked, so that every block teaches something.
+    """
+    answers = batch.ids_NS[:, batch.num_prompt_columns :].unflatten(1, (-1, block_size))
+    shape = (num_draws, *answers.shape)
+    device = answers.device
+    rate = torch.rand(shape[:-1], generator=generator, device=device)
+    full = torch.rand(shape[:-1], generator=generator, device=device) < full_share
+    noise = torch.rand(shape, generator=generator, device=device)
+    masked = (noise < torch.where(full, 1.0, rate)[..., None]) | (noise == noise.amin(-1, keepdim=True))
+    ids = torch.where(masked, mask_id, answers.expand(shape))
+    return Noise(ids, masked, masked.float().mean(-1))
+
+
+def denoiser_loss(model: TwoTower, batch: Batch, states: CleanStates, noise: Noise) -> tuple[Tensor, Tensor]:
+    """Mean negative log-likelihood (nats) at masked positions, and the share of them predicted right.
+
+    The 1/t weight of the bound is dropped. Blocks of nothing but filler do not count.
+    """
+    draws, documents, blocks, block_size = noise.ids.shape
+    logits = denoise_blocks(model.denoiser, batch, states, noise).view(draws, documents, blocks, block_size, -1)
+    targets = batch.ids_NS[:, batch.num_prompt_columns :].unflatten(1, (-1, block_size)).expand(noise.ids.shape)
+    column = torch.arange(blocks * block_size, device=targets.device).view(blocks, block_size)
+    lengths = batch.answer_lengths_N[:, None, None]
+    weights = torch.where(column < lengths, 1.0, FILLER_WEIGHT) * (column[:, :1] < lengths)
+    weights = weights * noise.masked
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 3), targets.flatten(), reduction="none")
+    flat = weights.flatten()
+    right = (logits.flatten(0, 3).argmax(-1) == targets.flatten()) * flat
+    return (losses * flat).sum() / flat.sum(), right.sum() / flat.sum()
+
+
+def denoise_blocks(denoiser: Denoiser, batch: Batch, states: CleanStates, noise: Noise) -> Tensor:
+    """Logits (D * N * blocks, K, V) for every block of every document under every draw, in one pass."""
+    draws, documents, blocks, block_size = noise.ids.shape
+    mask = _block_mask(batch, blocks, block_size).repeat(draws, 1, 1, 1)
+
+    def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (_join_blocks(t, draws * documents) for t in (q, k, v))
+        keys = torch.cat([states.keys[index].repeat(draws, 1, 1, 1), k], dim=2)
+        values = torch.cat([states.values[index].repeat(draws, 1, 1, 1), v], dim=2)
+        return _split_blocks(attention(q, keys, values, mask), blocks)
+
+    def mix(index: int, mixer: Mamba, x: Tensor) -> Tensor:
+        seed = MambaState(*(t.flatten(0, 1).repeat(draws, *[1] * (t.ndim - 2)) for t in states.mamba[index]))
+        y, _ = mixer(x, seed)
+        out: Tensor = y
+        return out
+
+    x = denoiser.tower.embed(noise.ids.flatten(0, 2))
+    x = run_layers(denoiser.tower, x, attend=attend, mix=mix, modulation=denoiser.modulation(noise.t.flatten()))
+    return denoiser.logits(x)
+
+
+def _join_blocks(heads: Tensor, rows: int) -> Tensor:
+    """(rows * blocks, heads, K, D) -> (rows, heads, blocks * K, D)."""
+    return heads.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _split_blocks(heads: Tensor, blocks: int) -> Tensor:
+    """(rows, heads, blocks * K, D) -> (rows * blocks, heads, K, D)."""
+    return heads.unflatten(2, (blocks, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _block_mask(batch: Batch, blocks: int, block_size: int) -> Tensor:
+    """(N, 1, blocks * K, S + blocks * K): a noisy block sees the clean past before it, and all of itself."""
+    device = batch.ids_NS.device
+    block = torch.arange(blocks, device=device).repeat_interleave(block_size)
+    clean_block = (torch.arange(batch.ids_NS.shape[1], device=device) - batch.num_prompt_columns) // block_size
+    past = (clean_block < block[:, None])[None] & batch.valid_NS[:, None]
+    own = (block[:, None] == block)[None].expand(past.shape[0], -1, -1)
+    return torch.cat([past, own], dim=2)[:, None]

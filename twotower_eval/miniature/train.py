@@ -1,0 +1,305 @@
+"""Train the miniature pair: first the context tower as a causal model, then the denoiser on the frozen tower.
+
+Recipe (recipe.toml): AdamW with a warmup-stable-decay schedule; the denoiser starts as a copy of the context tower
+and trains on a curriculum of block sizes with several noise draws of each batch (arXiv 2606.26493). Micro-batches of
+a step run in threads beside each other. State is saved every few minutes; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twotower_eval.miniature.batches import Batch, training_batches
+from twotower_eval.miniature.blocks import autoregressive_loss, denoiser_loss, draw_noise, run_clean
+from twotower_eval.miniature.export import RECIPE_FILE, config_json, export_pair
+from twotower_eval.models.config import NemotronHConfig, parse_config
+from twotower_eval.models.nemotron_h import MixtureOfExperts, initialise
+from twotower_eval.models.twotower import TwoTower
+from twotower_eval.ops import moe
+
+SAVE_EVERY_S = 180.0
+LOG_EVERY_STEPS = 20
+POOL_SIZE = 1024  # documents sorted by shape at a time
+BIAS_STEP = 1e-3  # of the router's correction bias, per step, towards equal load (arXiv 2408.15664)
+CLIP_NORM = 1.0
+TIME_TABLE_STD = 0.02
+STAGES = ("context", "denoiser")
+
+
+@dataclass
+class Stage:
+    """One stage under way: what trains, how far it is, and its optimiser."""
+
+    name: str
+    settings: Mapping[str, Any]
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+
+def learning_rate(settings: Mapping[str, Any], step: int) -> float:
+    """Warmup-stable-decay: linear up, flat, linear down over the last ``decay_share`` of the steps."""
+    peak, final, steps = settings["learning_rate"], settings["final_learning_rate"], settings["steps"]
+    decay_steps = max(1, round(settings["decay_share"] * steps))
+    if step < settings["warmup_steps"]:
+        return float(peak * (step + 1) / settings["warmup_steps"])
+    remaining = (steps - step) / decay_steps
+    return float(final + (peak - final) * min(1.0, remaining))
+
+
+def block_size_at(settings: Mapping[str, Any], step: int) -> int:
+    """The curriculum's block size: shares of the steps, in order."""
+    end = 0.0
+    for block_size, share in settings["curriculum"]:
+        end += share * settings["steps"]
+        if step < end:
+            return int(block_size)
+    return int(settings["curriculum"][-1][0])
+
+
+def new_pair(recipe: Mapping[str, Any]) -> TwoTower:
+    """A randomly initialised pair of the recipe's sizes, from its seed."""
+    model = TwoTower(parse_config(config_json(recipe)))
+    generator = torch.Generator().manual_seed(recipe["seed"])
+    initialise(model.context_tower.tower, generator)
+    with torch.no_grad():
+        model.context_tower.head.weight.normal_(0.0, model.config.initializer_range, generator=generator)
+    return model
+
+
+@torch.no_grad()
+def start_denoiser(model: TwoTower, seed: int) -> None:
+    """The denoiser starts as a copy of the context tower; time tables start so that a layer keeps its gate open."""
+    model.denoiser.tower.load_state_dict(model.context_tower.tower.state_dict())
+    model.denoiser.head.load_state_dict(model.context_tower.head.state_dict())
+    generator = torch.Generator().manual_seed(seed)
+    for table in model.denoiser.scale_shift_tables:
+        table.zero_()
+        table[2] = 1.0
+    for module in (model.denoiser.t_embedder, model.denoiser.t_block):
+        for name, parameter in module.named_parameters():
+            parameter.zero_() if name.endswith("bias") else parameter.normal_(0.0, TIME_TABLE_STD, generator=generator)
+
+
+def make_stage(name: str, model: TwoTower, settings: Mapping[str, Any]) -> Stage:
+    """The stage at its first step."""
+    trained: nn.Module = model.context_tower if name == "context" else model.denoiser
+    parameters = [p for n, p in trained.named_parameters() if not n.endswith("e_score_correction_bias")]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    return Stage(name, settings, parameters, torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95)))
+
+
+Loss = Callable[[Batch, int, torch.Generator], tuple[Tensor, int, float | None]]
+
+
+def stage_loss(name: str, model: TwoTower, settings: Mapping[str, Any]) -> Loss:
+    """Batch, step, generator -> loss (nats), tokens it was computed over, share predicted right (denoiser only)."""
+
+    def context(batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, int, float | None]:
+        return autoregressive_loss(model.context_tower, batch), batch.num_tokens, None
+
+    def denoiser(batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, int, float | None]:
+        block_size, draws = block_size_at(settings, step), settings["draws"]
+        with torch.no_grad():
+            _, states = run_clean(model.context_tower, batch, block_size)
+        noise = draw_noise(batch, block_size, draws, settings["full_share"], model.config.mask_token_id, generator)
+        loss, right = denoiser_loss(model, batch, states, noise)
+        return loss, draws * int(batch.answer_lengths_N.sum()), float(right)
+
+    return context if name == "context" else denoiser
+
+
+class LoadCounter:
+    """Counts how many tokens each expert of the trained tower got, through hooks, to balance the routers."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        self.mixers = [m for m in tower.modules() if isinstance(m, MixtureOfExperts)]
+        self.loads = [torch.zeros(m.gate.weight.shape[0]) for m in self.mixers]
+        for mixer, load in zip(self.mixers, self.loads, strict=True):
+            mixer.register_forward_pre_hook(_counting_hook(load))
+
+    @torch.no_grad()
+    def balance(self) -> None:
+        """Move each correction bias one step towards equal load and start counting anew."""
+        for mixer, load in zip(self.mixers, self.loads, strict=True):
+            direction = torch.sign(load.mean() - load).to(mixer.gate.weight.device)
+            mixer.gate.e_score_correction_bias.add_(BIAS_STEP * direction)
+            load.zero_()
+
+
+def _counting_hook(load: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    @torch.no_grad()
+    def hook(mixer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(mixer, MixtureOfExperts)
+        x_RH = inputs[0].flatten(0, -2)
+        chosen, _ = moe.route(x_RH, mixer.gate.weight, mixer.gate.e_score_correction_bias, mixer.routing)
+        load.add_(torch.bincount(chosen.flatten(), minlength=load.shape[0]).cpu())
+
+    return hook
+
+
+def train_step(
+    stage: Stage, loss_of: Loss, batches: Sequence[Batch], seed: int, workers: ThreadPoolExecutor
+) -> dict[str, Any]:
+    """One optimiser step over the micro-batches, computed in threads beside each other."""
+
+    def gradients(position: int) -> tuple[tuple[Tensor | None, ...], float, int, float | None]:
+        generator = torch.Generator(device=batches[position].ids_NS.device)
+        generator.manual_seed(hash((seed, stage.step, position)) % 2**63)
+        loss, tokens, right = loss_of(batches[position], stage.step, generator)
+        grads = torch.autograd.grad(loss, stage.parameters, allow_unused=True)
+        return grads, float(loss.detach()), tokens, right
+
+    results = list(workers.map(gradients, range(len(batches))))
+    for parameter, *grads in zip(stage.parameters, *(result[0] for result in results), strict=True):
+        present = [g for g in grads if g is not None]
+        parameter.grad = torch.stack(present).sum(0).div_(len(batches)) if present else None
+    norm = nn.utils.clip_grad_norm_(stage.parameters, CLIP_NORM)
+    rate = learning_rate(stage.settings, stage.step)
+    for group in stage.optimizer.param_groups:
+        group["lr"] = rate
+    stage.optimizer.step()
+    stage.step += 1
+    stage.num_tokens += sum(result[2] for result in results)
+    rights = [result[3] for result in results if result[3] is not None]
+    return {
+        "loss_nats": sum(result[1] for result in results) / len(results),
+        "accuracy": sum(rights) / len(rights) if rights else None,
+        "gradient_norm": float(norm),
+        "learning_rate": rate,
+    }
+
+
+def run_stage(stage: Stage, model: TwoTower, seed: int, folder: Path, device: torch.device, threads: int) -> None:
+    """Train until the stage's last step, logging and saving on the way. Ctrl-C saves, then stops."""
+    per_step = stage.settings["batches_per_step"]
+    trained = model.context_tower.tower if stage.name == "context" else model.denoiser.tower
+    multiple = max(size for size, _ in stage.settings.get("curriculum", [[16, 1.0]]))
+    stream = _stream_from(stage, seed, multiple)
+    counter, loss_of = LoadCounter(trained), stage_loss(stage.name, model, stage.settings)
+    saved_at = started = time.monotonic()
+    before_s, totals = stage.seconds, []
+    with ThreadPoolExecutor(threads) as workers:
+        try:
+            while stage.step < stage.settings["steps"]:
+                batches = [batch.to(device) for batch in islice(stream, per_step)]
+                totals.append(train_step(stage, loss_of, batches, seed, workers))
+                counter.balance()
+                stage.seconds = before_s + time.monotonic() - started
+                if stage.step % LOG_EVERY_STEPS == 0 or stage.step == stage.settings["steps"]:
+                    _log(stage, totals, folder)
+                    totals = []
+                if time.monotonic() - saved_at > SAVE_EVERY_S:
+                    save_state(folder, model, stage)
+                    saved_at = time.monotonic()
+        finally:
+            save_state(folder, model, stage)
+
+
+def _stream_from(stage: Stage, seed: int, multiple: int) -> Iterator[Batch]:
+    """The stage's batches, going on after those already used. Stages draw from different seeds."""
+    stream = training_batches(
+        2 * seed + STAGES.index(stage.name),
+        columns_per_batch=stage.settings["columns_per_batch"],
+        multiple=multiple,
+        pool_size=POOL_SIZE,
+    )
+    return islice(stream, stage.step * stage.settings["batches_per_step"], None)
+
+
+def _log(stage: Stage, totals: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    mean = {key: sum(t[key] for t in totals) / len(totals) for key in totals[0] if totals[0][key] is not None}
+    row = {
+        "stage": stage.name,
+        "step": stage.step,
+        "num_tokens": stage.num_tokens,
+        "seconds": round(stage.seconds, 1),
+        **{key: float(f"{value:.5g}") for key, value in mean.items()},
+    }
+    stage.log.append(row)
+    with (folder / "training_log.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+def save_state(folder: Path, model: TwoTower, stage: Stage) -> None:
+    """Everything that resuming needs, written beside and moved into place."""
+    state = {
+        "model": model.state_dict(),
+        "optimizer": stage.optimizer.state_dict(),
+        "stage": stage.name,
+        "step": stage.step,
+        "num_tokens": stage.num_tokens,
+        "seconds": stage.seconds,
+    }
+    torch.save(state, folder / "state.tmp")
+    os.replace(folder / "state.tmp", folder / "state.pt")
+
+
+def load_state(folder: Path, model: TwoTower, recipe: Mapping[str, Any]) -> Stage | None:
+    """The stage to go on with, or None where nothing was saved. Our own file: loaded with weights_only."""
+    file = folder / "state.pt"
+    if not file.exists():
+        return None
+    state = torch.load(file, weights_only=True, map_location="cpu")
+    model.load_state_dict(state["model"])
+    stage = make_stage(state["stage"], model, recipe[state["stage"]])
+    stage.optimizer.load_state_dict(state["optimizer"])
+    stage.step, stage.num_tokens, stage.seconds = state["step"], state["num_tokens"], state["seconds"]
+    return stage
+
+
+def read_recipe(file: Path | None) -> dict[str, Any]:
+    """The recipe as plain data; the shipped one by default."""
+    path = file or RECIPE_FILE
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path}: no readable recipe ({error})") from error
+
+
+def train_pair(folder: Path, *, recipe_file: Path | None = None, threads: int = 2, device: str | None = None) -> Path:
+    """Train both stages in ``folder``, resuming what is there; the folder of the exported pair.
+
+    ``threads`` micro-batches run beside each other on a CPU, each on one core; on a GPU (used if there is one) one.
+    """
+    recipe = read_recipe(recipe_file)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = new_pair(recipe).to(place)
+    stage = load_state(folder, model, recipe) or make_stage("context", model, recipe["context"])
+    while True:
+        run_stage(stage, model, recipe["seed"], folder, place, threads if place.type == "cpu" else 1)
+        if stage.name == STAGES[-1]:
+            break
+        start_denoiser(model, recipe["seed"])
+        stage = make_stage("denoiser", model, recipe["denoiser"])
+        save_state(folder, model, stage)
+    return export_pair(model, recipe, folder)
+
+
+def config_of(recipe: Mapping[str, Any]) -> NemotronHConfig:
+    """The recipe's model sizes as a checked config."""
+    return parse_config(config_json(recipe))

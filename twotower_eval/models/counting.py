@@ -1,0 +1,71 @@
+"""Counts forwards per sequence, the only place where they are counted.
+
+A prefill counts one context forward for each row, an extension one, a denoiser call one denoiser forward. Decoders
+name the rows that a call serves by selecting them; a row that has finished is no longer selected, so it no longer
+counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class CountedContext:
+    """A model's context and the batch rows that it holds."""
+
+    inner: Any
+    rows: tuple[int, ...]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens per row."""
+        lengths: tuple[int, ...] = self.inner.lengths
+        return lengths
+
+    def select(self, positions: Sequence[int]) -> CountedContext:
+        """The context of some of these rows, by position within this context."""
+        if tuple(positions) == tuple(range(len(self.rows))):
+            return self
+        return CountedContext(self.inner.select(positions), tuple(self.rows[p] for p in positions))
+
+
+class CountingModel:
+    """A model as decoders see it, with ``num_context_forwards`` and ``num_denoiser_forwards`` for each batch row."""
+
+    def __init__(self, model: Any, num_rows: int) -> None:
+        self.model = model
+        self.num_context_forwards = [0] * num_rows
+        self.num_denoiser_forwards = [0] * num_rows
+
+    def prefill(self, ids_BS: Tensor, lengths: Sequence[int]) -> CountedContext:
+        """Prompts of all rows of the batch."""
+        rows = tuple(range(len(lengths)))
+        context = self.model.prefill(ids_BS, lengths)
+        self._count(self.num_context_forwards, rows)
+        return CountedContext(context, rows)
+
+    def extend(self, context: CountedContext, ids_BK: Tensor) -> CountedContext:
+        """K more tokens for each row of the context."""
+        extended = self.model.extend(context.inner, ids_BK)
+        self._count(self.num_context_forwards, context.rows)
+        return CountedContext(extended, context.rows)
+
+    def denoise(self, block_BK: Tensor, context: CountedContext, t_B: Sequence[float] | None) -> Tensor:
+        """Denoiser logits (B, K, V) for each row of the context."""
+        logits: Tensor = self.model.denoise(block_BK, context.inner, t_B)
+        self._count(self.num_denoiser_forwards, context.rows)
+        return logits
+
+    def next_logits(self, context: CountedContext) -> Tensor:
+        """Logits (B, V) from the context as it is: no forward of a tower, not counted."""
+        logits: Tensor = self.model.next_logits(context.inner)
+        return logits
+
+    def _count(self, counts: list[int], rows: Sequence[int]) -> None:
+        for row in rows:
+            counts[row] += 1
