@@ -16,10 +16,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from twotower_eval import lm_tasks
-from twotower_eval.plan import did_you_mean
+from twotower_eval.names import did_you_mean
 from twotower_eval.records import canonical_json, sha256_text
-from twotower_eval.suitefiles import SuiteTask, cluster_id, load_suite, suite_names
+from twotower_eval.suites import lm_tasks
+from twotower_eval.suites.files import SuiteTask, cluster_id, load_suite, suite_names
 
 DEFAULT_MAX_NEW_TOKENS = 256  # for tasks that name no budget; lm-eval's own models default to the same
 FEWSHOT_SEED = 1234  # lm-eval's own default, so that seed 0 gives the prompts that lm-eval gives
@@ -201,6 +201,7 @@ def _build_part(name: str, group: str | None, lm_eval_name: str, member: SuiteTa
         identity.append(_identity(source, docs))
         kept += docs[: wishes.limit]
     metric, filter_ = _headline(name, member, sources[0])
+    _check_samples(name, sources[0], samples or 1)
     return BuiltTask(
         name=name,
         group=group,
@@ -269,20 +270,27 @@ def _generates(instance: Any) -> bool:
     return bool(instance.request_type == "generate_until")
 
 
+def stops_and_budget(settings: Mapping[str, Any], default_budget: int) -> tuple[tuple[str, ...], int]:
+    """Stop strings and token budget in lm-eval's settings of a generation, under any of the names it goes by."""
+    until = settings.get("until") or []
+    stops = [until] if isinstance(until, str) else until
+    budgets = (settings.get(name) for name in BUDGET_NAMES)
+    return tuple(stop for stop in stops if stop), next((int(b) for b in budgets if b is not None), default_budget)
+
+
 def _generation_settings(own: Mapping[str, Any], member: SuiteTask, wishes: _Wishes) -> dict[str, Any]:
     """lm-eval's settings of one generation with the stops and the budget that hold here."""
-    budgets = [wishes.max_new_tokens, member.max_new_tokens, *(own.get(key) for key in BUDGET_NAMES)]
-    stops = own.get("until") if member.stop is None else member.stop
-    stops = [stops] if isinstance(stops, str) else list(stops or [])
+    stops, own_budget = stops_and_budget(own, DEFAULT_MAX_NEW_TOKENS)
     kept = {key: value for key, value in own.items() if key not in BUDGET_NAMES}
-    budget = next((int(budget) for budget in budgets if budget is not None), DEFAULT_MAX_NEW_TOKENS)
-    return {**kept, "until": [stop for stop in stops if stop], "max_gen_toks": budget}
+    budget = wishes.max_new_tokens or member.max_new_tokens or own_budget
+    return {**kept, "until": list(stops if member.stop is None else member.stop), "max_gen_toks": budget}
 
 
 def _identity(source: Any, docs: Sequence[BuiltDoc]) -> list[Any]:
     """All that makes two results comparable but the budget, which the workload names."""
-    config = source.dump_config()
-    scoring = json.dumps([config.get(key) for key in ("output_type", "metric_list", "filter_list")], default=str)
+    config = source.config
+    parts = [config.output_type, config.metric_list, config.filter_list]
+    scoring = json.dumps(parts, default=lambda part: getattr(part, "__qualname__", type(part).__name__))
     stops = sorted({canonical_json(i.args[1]["until"]) for doc in docs for i in doc.instances if _generates(i)})
     return [scoring, stops, [[doc.doc_sha256, doc.prompt_sha256, doc.target_sha256] for doc in docs]]
 
@@ -294,3 +302,14 @@ def _headline(name: str, member: SuiteTask, source: Any) -> tuple[str, str]:
         if wanted is not None and wanted not in known:
             raise ValueError(f"task {name!r} has no {kind} {wanted!r}{did_you_mean(wanted, known)}")
     return member.metric or metrics[0], member.filter or filters[0]
+
+
+def _check_samples(name: str, source: Any, samples: int) -> None:
+    """A filter that picks k samples of each problem needs them."""
+    steps = [(f["name"], step) for f in source.config.filter_list or [] for step in f["filter"]]
+    for filter_name, step in steps:
+        if step["function"] == "take_first_k" and step["k"] > samples:
+            raise ValueError(
+                f"task {name!r}: filter {filter_name!r} needs {step['k']} samples of each problem: "
+                f"give --samples {step['k']} and a --temperature above 0"
+            )

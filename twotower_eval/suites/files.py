@@ -96,7 +96,7 @@ def _suite_task(entry: Mapping[str, Any], path: Path) -> SuiteTask:
     for key in entry:
         if key not in known:
             raise ValueError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
     if not isinstance(values.get("name"), str) or ("lm_eval" in values) == ("parts" in values):
         raise ValueError(f"{where}: it needs a name and one of lm_eval (a task) and parts (label -> task)")
     values.setdefault("parts", {"": values.pop("lm_eval", None)})
@@ -114,9 +114,10 @@ def _suite_task(entry: Mapping[str, Any], path: Path) -> SuiteTask:
 def cluster_id(task: str, lm_eval_name: str, doc: Mapping[str, Any], index: int, doc_id: int) -> str:
     """The problem a document belongs to, across languages and tasks; by default the document itself.
 
-    ``index`` is its position within its lm-eval task, ``doc_id`` its id within ``task``. A document can name its cluster in
-    a column ``cluster``. GSM8K items are known by the hash of their question, the English MGSM items among them;
-    in other languages an MGSM item is the item of the same position. Global-MMLU items share ``sample_id``.
+    ``index`` is its position within its lm-eval task, ``doc_id`` its id within ``task``. A document can name its
+    cluster in a column ``cluster``. GSM8K items are known by the hash of their question, and so are the English MGSM
+    items, which are GSM8K items; in other languages an MGSM item is the item of the same position. Global-MMLU items
+    share ``sample_id``, RACE questions their article.
     """
     if isinstance(doc.get("cluster"), str):
         return str(doc["cluster"])

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from twotower_eval.datafiles import folders, read_jsonl
-from twotower_eval.plan import data_path, did_you_mean
+from twotower_eval.names import did_you_mean
+from twotower_eval.plan import data_path
 
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
@@ -83,7 +84,7 @@ def load_task(name: str, settings: Mapping[str, Any], data_dir: Path | None) -> 
 
     try:
         task = TaskManager(include_defaults=False).load(config)["tasks"][name]
-    except (OSError, _network_error()) as error:
+    except OSError as error:
         if data_dir is not None or "custom_dataset" in config:
             raise ValueError(f"{where}: {error}") from error
         raise ValueError(
@@ -155,14 +156,14 @@ def _on_files(config: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str,
 
 
 def _read_dataset(files: Mapping[str, Path], **_metadata: Any) -> Any:
-    import pyarrow
     from datasets import Dataset, DatasetDict
+    from pyarrow import ArrowInvalid, ArrowTypeError
 
     splits = {}
     for split, path in files.items():
         try:
             splits[split] = Dataset.from_list(read_jsonl(path))
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+        except (ArrowInvalid, ArrowTypeError) as error:
             raise ValueError(f"{path}: a column holds values of different types ({_first_line(error)})") from error
     return DatasetDict(splits)
 
@@ -179,12 +180,6 @@ def _misfits() -> tuple[type[Exception], ...]:
     from jinja2 import TemplateError
 
     return (TemplateError, KeyError, IndexError, TypeError, AttributeError, AssertionError)
-
-
-def _network_error() -> type[Exception]:
-    import httpx
-
-    return httpx.HTTPError
 
 
 def _first_line(error: BaseException) -> str:

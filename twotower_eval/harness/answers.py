@@ -1,0 +1,62 @@
+"""Answers of one cell, and the small rules about them: their keys, their seeds, their sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from twotower_eval.records import (
+    GenerationRow,
+    Likelihood,
+    LikelihoodKind,
+    LikelihoodRow,
+    canonical_json,
+    sha256_text,
+)
+
+Key = tuple[str, int, int, int]  # task, doc_id, request_index, repeat
+
+
+@dataclass(kw_only=True, eq=False)
+class CellJournal:
+    """The rows of one cell: those on disk, and where new ones go."""
+
+    cell: str
+    append: Callable[[GenerationRow | LikelihoodRow], None] = lambda row: None
+    generations: dict[Key, GenerationRow] = field(default_factory=dict)
+    likelihoods: dict[Key, LikelihoodRow] = field(default_factory=dict)
+
+    def add(self, row: GenerationRow | LikelihoodRow) -> None:
+        """Write a row, then keep it."""
+        self.append(row)
+        self.keep(row)
+
+    def keep(self, row: GenerationRow | LikelihoodRow) -> None:
+        """Take up a row that is on disk."""
+        key = (row.task, row.doc_id, row.request_index, row.repeat)
+        if isinstance(row, GenerationRow):
+            self.generations[key] = row
+        else:
+            self.likelihoods[key] = row
+
+
+def derive_seed(*parts: Any) -> int:
+    """63 bits that depend on all parts and nothing else, so that no answer depends on its batch or on a resume."""
+    return int(sha256_text(canonical_json(list(parts)))[:16], 16) >> 1
+
+
+def join_likelihoods(likelihoods: Sequence[Likelihood], kind: LikelihoodKind) -> Likelihood:
+    """The likelihood of pieces that follow each other; their errors are independent."""
+    if len(likelihoods) == 1:
+        return likelihoods[0]
+    errors = [piece.stderr_nats for piece in likelihoods if piece.stderr_nats is not None]
+    draws = {piece.num_draws for piece in likelihoods}
+    return Likelihood(
+        logprob_nats=math.fsum(piece.logprob_nats for piece in likelihoods),
+        is_greedy=all(piece.is_greedy for piece in likelihoods),
+        kind=kind,
+        stderr_nats=math.sqrt(math.fsum(error**2 for error in errors)) if errors else None,
+        num_draws=draws.pop() if len(draws) == 1 else None,
+    )

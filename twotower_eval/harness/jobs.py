@@ -1,0 +1,200 @@
+"""A plan's cells: which model, decoder and task each one is, and whose log-likelihoods serve it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twotower_eval import __version__, store
+from twotower_eval.environment import describe_machine, git_state, package_versions
+from twotower_eval.harness.answers import Key
+from twotower_eval.journal import now_text
+from twotower_eval.plan import CONTEXT_TOWER, RunPlan, data_path
+from twotower_eval.records import (
+    SCHEMA_VERSION,
+    Arm,
+    Cell,
+    DecoderSpec,
+    LikelihoodKind,
+    RunManifest,
+    Workload,
+    canonical_json,
+    cell_id,
+    sha256_text,
+    to_json,
+)
+from twotower_eval.suites import FEWSHOT_SEED, BuiltTask
+
+DENOISER_KINDS: tuple[LikelihoodKind, ...] = ("denoiser_left_to_right", "bound")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """A cell with what it takes to fill it. ``model`` answers, by likelihoods of ``kind`` where it does not generate.
+
+    ``likelihoods_of`` is the cell whose log-likelihoods this one is scored by, itself or one with equal tensors.
+    """
+
+    cell: Cell
+    task: BuiltTask
+    model: Any
+    kind: LikelihoodKind
+    likelihoods_of: str
+
+    @property
+    def requests(self) -> list[tuple[Any, Key]]:
+        """lm-eval's requests with their keys, each as often as there are samples; none where another cell answers."""
+        if not self.task.generates and self.likelihoods_of != self.cell.id:
+            return []
+        repeats = self.task.samples if self.task.generates else 1
+        instances = [instance for doc in self.task.docs for instance in doc.instances]
+        return [(i, (self.task.name, i.doc_id, i.idx, repeat)) for i in instances for repeat in range(repeats)]
+
+    @property
+    def costs_like(self) -> tuple[Any, ...]:
+        """Jobs that agree in this take about the same time per request."""
+        way = self.cell.decoder.label if self.task.generates else self.kind
+        return (self.cell.checkpoint.digest, way, self.task.request)
+
+
+def check_scorers(plan: RunPlan, tasks: Sequence[BuiltTask]) -> None:
+    """Known before any weights load: a decoder without a denoiser has no denoiser likelihood."""
+    needy = [task.name for task in tasks if not task.generates]
+    if needy and plan.likelihood in DENOISER_KINDS and plan.decoder == "autoregressive":
+        raise ValueError(
+            f"{', '.join(needy)} need log-likelihoods, and decoder 'autoregressive' has none of kind "
+            f"{plan.likelihood!r}: take --likelihood context_tower or another decoder"
+        )
+
+
+def load_models(plan: RunPlan) -> tuple[Any, Any]:
+    """Baseline and candidate; one object where they are the same, shared tensors where one is part of the other."""
+    from twotower_eval.models import load_model
+
+    path = Path(plan.model) if plan.model is not None else data_path("miniature", "pair")
+    candidate = load_model(path, dtype=plan.dtype, devices=plan.devices)
+    if plan.baseline == CONTEXT_TOWER:
+        return _context_tower(candidate), candidate
+    if Path(plan.baseline).resolve() == path.resolve():
+        return candidate, candidate
+    return load_model(Path(plan.baseline), dtype=plan.dtype, devices=plan.devices[:1]), candidate
+
+
+def _context_tower(pair: Any) -> Any:
+    """The pair's context tower as a model of its own, on the same tensors; a causal model is its own."""
+    if not pair.has_denoiser:
+        return pair
+    tower = pair.context_tower
+    devices = pair.checkpoint.devices[:1]
+    tower.checkpoint = dataclasses.replace(
+        pair.checkpoint, digest=pair.context_digest, tower="context", devices=devices
+    )
+    for name in ("tokenizer", "vocab_size", "max_length", "eos_token_ids", "context_digest"):
+        setattr(tower, name, getattr(pair, name))
+    tower.mask_token_id, tower.has_denoiser = None, False
+    return tower
+
+
+def make_jobs(
+    plan: RunPlan, tasks: Sequence[BuiltTask], specs: Sequence[DecoderSpec], baseline: Any, candidate: Any
+) -> list[Job]:
+    """Every cell of the plan, task by task, the baseline first. ValueError if a model cannot score as asked."""
+    from twotower_eval.decoders import decoder_spec
+
+    autoregressive = decoder_spec("autoregressive", temperature=plan.temperature)
+    arms: list[tuple[Arm, Any, DecoderSpec]] = [("baseline", baseline, autoregressive)]
+    arms += [("candidate", candidate, spec) for spec in specs]
+    shared = plan.likelihood == "context_tower" and _equal_context(baseline, candidate, tasks)
+    jobs: dict[str, Job] = {}
+    first_with: dict[tuple[Any, ...], str] = {}
+    for task in tasks:
+        for arm, model, spec in arms:
+            kind = _kind(plan, arm, model, shared)
+            cell = _cell(plan, arm, model, spec, task, kind)
+            by_denoiser = kind in DENOISER_KINDS
+            tensors = model.checkpoint.digest if by_denoiser else model.context_digest
+            alike = (task.name, kind, tensors, spec.params.get("block_size") if by_denoiser else None)
+            donor = first_with.setdefault(alike, cell.id)
+            answering = candidate if shared and not task.generates else model
+            if not task.generates:
+                make_scorer_of(answering, kind, spec)  # now, not hours into the run
+            # An AR model compared with itself is one cell, not two.
+            jobs.setdefault(cell.id, Job(cell=cell, task=task, model=answering, kind=kind, likelihoods_of=donor))
+    return list(jobs.values())
+
+
+def make_scorer_of(model: Any, kind: LikelihoodKind, spec: DecoderSpec) -> Any:
+    """A scorer of the kind; the denoiser's read blocks as long as the decoder's."""
+    from twotower_eval.decoders import make_scorer
+
+    block_size = spec.params.get("block_size")
+    if kind in DENOISER_KINDS and isinstance(block_size, int):
+        return make_scorer(model, kind, block_size=block_size)
+    return make_scorer(model, kind)
+
+
+def _equal_context(baseline: Any, candidate: Any, tasks: Sequence[BuiltTask]) -> bool:
+    """Whether both causal towers hold the same tensors and read the same tokens, so that one answer serves both."""
+    if not candidate.has_denoiser or baseline.context_digest != candidate.context_digest:
+        return False
+    texts = [task.docs[0].instances[0].args[0] for task in tasks]
+    own, other = baseline.tokenizer, candidate.tokenizer
+    return own is other or (own and other and all(own.encode(text) == other.encode(text) for text in texts))
+
+
+def _kind(plan: RunPlan, arm: Arm, model: Any, shared: bool) -> LikelihoodKind:
+    """How a model's log-likelihoods are computed, as it will be named beside every score."""
+    if arm == "candidate" and (model.has_denoiser or plan.likelihood in DENOISER_KINDS):
+        return plan.likelihood
+    return "context_tower" if shared or model.has_denoiser else "exact"
+
+
+def _cell(plan: RunPlan, arm: Arm, model: Any, spec: DecoderSpec, task: BuiltTask, kind: LikelihoodKind) -> Cell:
+    workload = Workload(kind="task", name=task.name, digest=task.digest, max_new_tokens=task.max_new_tokens)
+    random = (task.generates and plan.temperature > 0) or (not task.generates and kind == "bound")
+    extra = {
+        "seed": plan.seed if random else None,
+        "likelihood": None if task.generates else kind,
+        "samples": task.samples,
+    }
+    return Cell(
+        id=cell_id(model.checkpoint, spec, workload, extra),
+        arm=arm,
+        checkpoint=model.checkpoint,
+        decoder=spec,
+        workload=workload,
+    )
+
+
+def make_manifest(plan: RunPlan, jobs: Sequence[Job], tasks: Sequence[BuiltTask], resume: Path | None) -> RunManifest:
+    commit, dirty = git_state()
+    plan_json = to_json(plan)
+    return RunManifest(
+        schema=SCHEMA_VERSION,
+        run_id=store.new_run_id("run") if resume is None else resume.name,
+        verb="run",
+        argv=tuple(sys.argv),
+        plan=plan_json,
+        plan_sha256=sha256_text(canonical_json(plan_json)),
+        cells=tuple(job.cell for job in jobs),
+        started_at=now_text(),
+        project_version=__version__,
+        commit=commit,
+        dirty=dirty,
+        packages=package_versions(),
+        machine=describe_machine(plan.devices),
+        seeds={"run": plan.seed, "fewshot": FEWSHOT_SEED + plan.seed},
+        notes=tuple(_notes(plan, jobs, tasks)),
+    )
+
+
+def _notes(plan: RunPlan, jobs: Sequence[Job], tasks: Sequence[BuiltTask]) -> Iterator[str]:
+    if any(job.likelihoods_of != job.cell.id and not job.task.generates for job in jobs):
+        yield "Log-likelihoods of equal tensors, scored alike, were computed once and serve every cell they belong to."
+    several = [task.name for task in tasks if (task.spec.samples or 1) > 1]
+    if several and plan.temperature == 0:
+        yield f"At temperature 0 one sample stands for the several that the suite asks for: {', '.join(several)}."

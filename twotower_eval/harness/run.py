@@ -1,0 +1,178 @@
+"""The ``run`` verb: every cell's requests are answered, journalled and scored. And the scoring of timed answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from twotower_eval import store
+from twotower_eval.harness.adapter import HarnessLM
+from twotower_eval.harness.answers import CellJournal, Key
+from twotower_eval.harness.jobs import (
+    Job,
+    check_scorers,
+    load_models,
+    make_jobs,
+    make_manifest,
+    make_scorer_of,
+)
+from twotower_eval.harness.scoring import Row, score_rows
+from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders, plan_from_json
+from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
+from twotower_eval.records import Score
+from twotower_eval.suites import BuiltTask, resolve_tasks
+
+
+def run(plan: RunPlan, *, root: Path, resume: Path | None = None, progress: Progress | None = None) -> Path:
+    """Evaluate both arms of a plan on its tasks and return the run's folder.
+
+    ``resume`` goes on with a run: nothing that its journals hold is computed again. Raises ValueError for whatever
+    the user can mend, before weights load where it can be known by then. An interrupted run can be resumed.
+    """
+    progress = progress or SilentProgress()
+    tasks = _tasks(plan)
+    specs = cross_decoders(plan)
+    check_scorers(plan, tasks)
+    baseline, candidate = load_models(plan)
+    jobs = make_jobs(plan, tasks, specs, baseline, candidate)
+    manifest = make_manifest(plan, jobs, tasks, resume)
+    writer = store.create(root, manifest) if resume is None else store.resume(resume, manifest)
+    with writer:
+        for warning in writer.warnings:
+            progress.note(f"warning: {warning}")
+        _Evaluation(plan, writer, jobs, progress).run()
+        writer.finish()
+    return writer.path
+
+
+def score_journal(path: Path) -> Path:
+    """Score the generations that a speed run of the answer workload journalled, with the code that scores runs."""
+    found = store.load(path)
+    if found.manifest.verb != "speed":
+        raise ValueError(f"{path} is a {found.manifest.verb!r} run: only timed answers are scored afterwards")
+    plan = plan_from_json(SpeedPlan, found.manifest.plan)
+    if plan.workload != "answer":
+        raise ValueError(f"{path} timed the {plan.workload!r} workload, whose texts answer nothing")
+    tasks = resolve_tasks(plan.tasks, data_dir=plan.data_dir, seed=plan.seed)
+    with store.resume(path, found.manifest) as writer:
+        there = {_score_key(score) for score in found.scores}
+        for cell in found.manifest.cells:
+            rows = [row for row in found.generations if row.cell == cell.id]
+            for task in tasks:
+                for score in score_rows(task, cell.id, rows):
+                    if _score_key(score) not in there:
+                        writer.append(score)
+        writer.finish()
+    return path
+
+
+def _tasks(plan: RunPlan) -> list[BuiltTask]:
+    if plan.temperature == 0 and (plan.samples or 1) > 1:
+        raise ValueError(
+            f"{plan.samples} samples at temperature 0 are {plan.samples} times the same: set --temperature"
+        )
+    return resolve_tasks(
+        plan.tasks,
+        data_dir=plan.data_dir,
+        limit=plan.limit,
+        seed=plan.seed,
+        samples=1 if plan.temperature == 0 else plan.samples,
+        max_new_tokens=plan.max_new_tokens,
+    )
+
+
+class _Evaluation:
+    """One pass over a run's jobs: answers what is missing, scores what is complete."""
+
+    def __init__(self, plan: RunPlan, writer: store.RunWriter, jobs: Sequence[Job], progress: Progress) -> None:
+        self._plan = plan
+        self._writer = writer
+        self._jobs = jobs
+        self._progress = progress
+        self._there = {_score_key(score) for score in writer.run.scores}
+        self._journals = {job.cell.id: CellJournal(cell=job.cell.id, append=writer.append) for job in jobs}
+        rows: list[Row] = [*writer.run.generations, *writer.run.likelihoods]
+        for row in rows:
+            self._journals[row.cell].keep(row)
+
+    def run(self) -> None:
+        """Answer and score every job; the estimate comes from the first batch of each kind of job."""
+        total = sum(len(job.requests) for job in self._jobs)
+        num_tasks = len({job.task.name for job in self._jobs})
+        self._progress.note(f"{len(self._jobs)} cells over {num_tasks} tasks, {total} requests")
+        self._estimate()
+        with self._progress.track(total, "run") as advance:
+            for number, job in enumerate(self._jobs, start=1):
+                started_s = time.monotonic()
+                self._answer(job, job.requests, advance)
+                headline = self._score(job)
+                took = duration_text(time.monotonic() - started_s)
+                name = f"{job.cell.arm} {job.cell.decoder.label}"
+                self._progress.note(f"[{number}/{len(self._jobs)}] {job.task.name}, {name}: {headline} in {took}")
+
+    def _estimate(self) -> None:
+        """Answer a first batch for each kind of job and say how long the rest will take."""
+        left_s = 0.0
+        per_request_s: dict[tuple[Any, ...], float] = {}
+        for job in self._jobs:
+            pending = [asked for asked in job.requests if asked[1] not in self._answered(job)]
+            if not pending:
+                continue
+            if job.costs_like not in per_request_s:
+                batch = pending[: self._plan.batch_size]
+                started_s = time.monotonic()
+                self._answer(job, batch)
+                per_request_s[job.costs_like] = (time.monotonic() - started_s) / len(batch)
+                pending = pending[len(batch) :]
+            left_s += len(pending) * per_request_s[job.costs_like]
+        if per_request_s:
+            self._progress.note(f"estimated duration: about {duration_text(left_s)}")
+
+    def _journal(self, job: Job) -> CellJournal:
+        return self._journals[job.cell.id if job.task.generates else job.likelihoods_of]
+
+    def _answered(self, job: Job) -> Mapping[Key, Any]:
+        journal = self._journal(job)
+        return journal.generations if job.task.generates else journal.likelihoods
+
+    def _answer(self, job: Job, asked: Sequence[tuple[Any, Key]], advance: Advance = lambda num=1, /: None) -> None:
+        """Have the model answer what the journal does not answer yet."""
+        from twotower_eval.decoders import from_spec
+
+        missing = any(key not in self._answered(job) for _, key in asked)
+        spec = job.cell.decoder
+        lm = HarnessLM(
+            job.model,
+            decoder=from_spec(job.model, spec) if missing and job.task.generates else None,
+            scorer=make_scorer_of(job.model, job.kind, spec) if missing and not job.task.generates else None,
+            kind=job.kind,
+            batch_size=self._plan.batch_size,
+            seed=self._plan.seed,
+            journal=self._journal(job),
+            advance=advance,
+        )
+        if job.task.generates:
+            lm.answer_generations(asked)
+        else:
+            lm.answer_likelihoods(asked, job.task.request)
+        if lm.num_truncated:
+            self._writer.event("truncated", cell=job.cell.id, num_requests=lm.num_truncated)
+
+    def _score(self, job: Job) -> str:
+        """Write the job's scores, if they are not there yet, and return the headline for people."""
+        scores = score_rows(job.task, job.cell.id, self._answered(job).values())
+        for score in scores:
+            if _score_key(score) not in self._there:
+                self._writer.append(score)
+        self._writer.event("cell_done", cell=job.cell.id, task=job.task.name, num_documents=len(job.task.docs))
+        chosen = (job.task.metric, job.task.filter)
+        values = [s.value for s in scores if (s.metric, s.filter) == chosen and s.value is not None]
+        if not values:
+            return f"{job.task.metric} without a value"
+        return f"{job.task.metric} {sum(values) / len(values):.4g} over {len(values)} documents"
+
+
+def _score_key(score: Score) -> tuple[Any, ...]:
+    return (score.cell, score.task, score.doc_id, score.metric, score.filter)

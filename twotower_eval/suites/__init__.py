@@ -1,0 +1,32 @@
+"""Suites and tasks: which documents and requests a name stands for, the same for every model."""
+
+from twotower_eval.suites.build import (
+    DEFAULT_MAX_NEW_TOKENS,
+    FEWSHOT_SEED,
+    BuiltDoc,
+    BuiltTask,
+    TimedPrompt,
+    build_requests,
+    instance_sha256,
+    resolve_tasks,
+    select,
+    stops_and_budget,
+)
+from twotower_eval.suites.files import Suite, SuiteTask, load_suite, suite_names
+
+__all__ = [
+    "DEFAULT_MAX_NEW_TOKENS",
+    "FEWSHOT_SEED",
+    "BuiltDoc",
+    "BuiltTask",
+    "Suite",
+    "SuiteTask",
+    "TimedPrompt",
+    "build_requests",
+    "instance_sha256",
+    "load_suite",
+    "resolve_tasks",
+    "select",
+    "stops_and_budget",
+    "suite_names",
+]
