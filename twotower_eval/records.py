@@ -341,7 +341,7 @@ T = TypeVar("T")
 
 def from_json(cls: type[T], data: Mapping[str, Any]) -> T:
     """Rebuild a record of class ``cls``; an unknown or missing field is a ValueError that names it."""
-    hints = _type_hints(cls)
+    hints = _type_hints(typing.cast(type, cls))
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(data) - set(fields))
     if unknown:
