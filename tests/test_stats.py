@@ -180,7 +180,7 @@ def test_a_collapsed_candidate_does_not_get_an_interval_without_width() -> None:
     [
         ([], "no documents"),
         ([("t", "c", float("nan"), 1.0)], "finite"),
-        ([("t", "c", -1.0, 1.0)], "at least 0"),
+        ([("t", "c", -1.0, 1.0)], "below 0"),
         ([("t", str(i), 0.0, float(i % 2)) for i in range(20)], "undefined"),
         ([("t", str(i), float(i < 2), float(i % 2)) for i in range(20)], "too few for a ratio"),
         ([("t", str(i), 50.0, 50.0) for i in range(20)], "between 0 and 1"),
@@ -243,9 +243,9 @@ def test_ten_thousand_resamples_over_the_full_suite_take_under_two_seconds() -> 
         baseline=rng.random(14_300), candidate=rng.random(14_300),
     )  # fmt: skip
     for case in (scores, graded):
-        begun_s = time.perf_counter()
+        begun_s = time.process_time()
         stats.retention(case.table, stats.draw_task_means(case.table))
-        assert time.perf_counter() - begun_s < 2
+        assert time.process_time() - begun_s < 2
 
 
 # --- bounds, tests, corrections ------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ class PairedScores:
 
     ``tasks`` and ``groups`` name the task and what counts once in an average: the task itself, or, for a member of a
     multi-language task, that task. Documents of one cluster (same problem, passage or parallel item) share a name in
-    ``clusters``, also across tasks. Scores are finite, at least 0, and higher is better.
+    ``clusters``, also across tasks. Scores are finite.
     """
 
     tasks: Sequence[str]
@@ -51,6 +51,7 @@ class ScoreTable:
     candidate_CL: Floats
     loss_CL: Floats
     gain_CL: Floats
+    smallest_score: float
     largest_score: float
 
     @cached_property
@@ -119,8 +120,8 @@ def _tabulate(scores: PairedScores) -> ScoreTable:
     if num == 0:
         raise ValueError("paired scores: no documents, so there is no accuracy")
     values_2N = np.stack([baseline_N, candidate_N])
-    if not np.isfinite(values_2N).all() or (values_2N < 0).any():
-        raise ValueError("paired scores: every score must be finite and at least 0")
+    if not np.isfinite(values_2N).all():
+        raise ValueError("paired scores: every score must be finite")
     leaves, leaf_N = np.unique(columns[0], return_inverse=True)
     tasks, task_N = np.unique(columns[1], return_inverse=True)
     _, cluster_N = np.unique(columns[2], return_inverse=True)
@@ -147,6 +148,7 @@ def _tabulate(scores: PairedScores) -> ScoreTable:
         candidate_CL=summed(candidate_N),
         loss_CL=summed(np.maximum(baseline_N - candidate_N, 0)),
         gain_CL=summed(np.maximum(candidate_N - baseline_N, 0)),
+        smallest_score=float(values_2N.min()),
         largest_score=float(values_2N.max()),
     )
 

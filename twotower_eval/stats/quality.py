@@ -26,6 +26,8 @@ def retention(table: ScoreTable, draws: Draws, weights_K: Floats | None = None, 
     """
     weights_K = table.weights_K() if weights_K is None else weights_K
     scope = _Scope(table, weights_K)
+    if table.smallest_score < 0:
+        raise ValueError("some scores are below 0: their ratio is no retention")
     if scope.baseline <= EPSILON:
         raise ValueError("the baseline scores 0 everywhere: retention is undefined")
     if scope.num_discordant < FEW:

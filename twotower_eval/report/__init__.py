@@ -1,0 +1,79 @@
+"""Reports from run folders: Markdown and PNG, from the files alone, without torch or lm-eval.
+
+A section is a function ``render(runs) -> Section``; :data:`SECTIONS` holds the shipped ones in their order, and any
+``package.module:function`` can be added to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from twotower_eval import store
+from twotower_eval.names import did_you_mean, resolve
+from twotower_eval.records import sha256_text
+from twotower_eval.report.runs import Runs, Section
+from twotower_eval.report.text import escape
+
+__all__ = ["SECTIONS", "Runs", "Section", "report_id", "write"]
+
+SECTIONS = {
+    "headline": "twotower_eval.report.text:headline",
+    "quality": "twotower_eval.report.tables:quality",
+    "speed": "twotower_eval.report.speed_tables:speed",
+    "tradeoff": "twotower_eval.report.plots:tradeoff",
+    "sweeps": "twotower_eval.report.plots:sweeps",
+    "latency": "twotower_eval.report.speed_tables:latency",
+    "setup": "twotower_eval.report.provenance:setup",
+    "reproduce": "twotower_eval.report.provenance:reproduce",
+}
+
+
+def write(run_paths: Sequence[Path], out_root: Path, *, sections: Sequence[str] | None = None) -> Path:
+    """Write ``out_root/<id>/report.md`` and its pictures; return the folder.
+
+    The id follows from the run ids, and the same runs give the same bytes. ``sections`` names entries of
+    :data:`SECTIONS` or ``package.module:function``; by default all shipped ones. Raises ValueError where the runs
+    cannot be read or their arms are no pair.
+    """
+    runs = Runs([store.load(Path(path)) for path in run_paths])
+    rendered = [_renderer(name)(runs) for name in sections or SECTIONS]
+    folder = Path(out_root) / report_id([run.manifest.run_id for run in runs])
+    files: dict[str, bytes] = {}
+    for section in rendered:
+        clash = sorted(files.keys() & section.files.keys())
+        if clash:
+            raise ValueError(f"two sections of the report write {clash[0]}")
+        files.update(section.files)
+    body = "\n".join(f"## {section.title}\n\n{section.markdown.strip()}\n" for section in rendered)
+    files["report.md"] = f"# {_title(runs)}\n\n{body}".encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def report_id(run_ids: Sequence[str]) -> str:
+    """A single run's own id; for several, the newest one's time with the verbs and a hash over all ids."""
+    ordered = sorted(run_ids)
+    if len(ordered) == 1:
+        return ordered[0]
+    verbs = {part for run_id in ordered for part in run_id.split("-")[1:2]}
+    return "-".join([ordered[-1].split("-")[0], *sorted(verbs), sha256_text(" ".join(ordered))[:6]])
+
+
+def _renderer(name: str) -> Callable[[Runs], Section]:
+    if ":" not in name and name not in SECTIONS:
+        raise ValueError(f"unknown report section {name!r}{did_you_mean(name, SECTIONS)}")
+    render: Callable[[Runs], Section] = resolve(SECTIONS.get(name, name))
+    return render
+
+
+def _title(runs: Runs) -> str:
+    """Who is compared with whom."""
+    cells = [cell for run in runs for cell in run.manifest.cells]
+    candidate, baseline = (
+        " and ".join(sorted({escape(cell.checkpoint.name) for cell in cells if cell.arm == arm})) or f"no {arm}"
+        for arm in ("candidate", "baseline")
+    )
+    return f"{candidate} against {baseline}"

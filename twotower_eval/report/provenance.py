@@ -1,0 +1,126 @@
+"""Sections that say what was run on what, and how to do it again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from twotower_eval.records import Cell, Checkpoint
+from twotower_eval.report.runs import Runs, Section
+from twotower_eval.report.text import NONE, bullets, code, count, details, escape, run_list, table
+from twotower_eval.store import Run
+
+QUIET_EVENTS = {"started", "cell_done", "done"}
+
+
+def setup(runs: Runs) -> Section:
+    """Checkpoints with their digests, documents, machine, packages, commit and seeds of every run."""
+    parts = ["Checkpoints, each with the sha256 of its tensors:\n", _checkpoints(runs)]
+    parts += [_run(run) for run in runs]
+    return Section(title="What was run on what", markdown="\n".join(parts))
+
+
+def reproduce(runs: Runs) -> Section:
+    """The command lines, in order, and how to get back to the code."""
+    lines = []
+    for run in runs:
+        commit = run.manifest.commit
+        where = f"commit {commit}" if commit else f"version {run.manifest.project_version}"
+        lines.append(f"# {run.manifest.run_id}, {where}{', edited checkout' if run.manifest.dirty else ''}")
+        lines.append(shlex.join(_plain_argv(run.manifest.argv)))
+    lines.append("# this report, from the run folders")
+    lines.append(shlex.join(["twotower-eval", "report", *(run.manifest.run_id for run in runs)]))
+    text = "\n".join(line.replace("```", "` ` `") for line in lines)
+    return Section(title="How to reproduce it", markdown=f"```sh\n{text}\n```\n")
+
+
+def _plain_argv(argv: tuple[str, ...]) -> list[str]:
+    """The command as one types it: where the script was installed is nobody's business."""
+    return [argv[0].rsplit("/", 1)[-1], *argv[1:]] if argv else []
+
+
+def _checkpoints(runs: Runs) -> str:
+    used: dict[Checkpoint, set[str]] = {}
+    for run in runs:
+        for cell in run.manifest.cells:
+            used.setdefault(cell.checkpoint, set()).add(cell.arm)
+    rows = []
+    for checkpoint, arms in used.items():
+        tower = f" ({checkpoint.tower} tower only)" if checkpoint.tower else ""
+        rows.append(
+            [
+                escape(checkpoint.name) + tower,
+                " and ".join(sorted(arms)),
+                escape(checkpoint.family),
+                escape(checkpoint.source),
+                code(checkpoint.revision) if checkpoint.revision else NONE,
+                code(checkpoint.digest),
+                escape(checkpoint.dtype),
+                escape(", ".join(checkpoint.devices)),
+            ]
+        )
+    header = ["checkpoint", "arm", "family", "source", "revision", "sha256", "dtype", "devices"]
+    return table(header, rows, left=len(header))
+
+
+def _run(run: Run) -> str:
+    manifest = run.manifest
+    state = "complete" if run.complete else "**INCOMPLETE**"
+    commit = code(manifest.commit) if manifest.commit else "unknown (installed package)"
+    edited = {True: ", with uncommitted changes", False: "", None: ""}[manifest.dirty]
+    events = [str(event.get("kind")) for event in run.events if event.get("kind") not in QUIET_EVENTS]
+    facts = [
+        f"verb {code(manifest.verb)}, started {escape(manifest.started_at)}, {state}",
+        f"twotower-eval {escape(manifest.project_version)}, commit {commit}{edited}",
+        f"machine: {_flat(manifest.machine)}",
+        f"packages: {_flat(manifest.packages)}",
+        f"seeds: {_flat(manifest.seeds)}",
+        f"documents: {_documents(run)}",
+        *(f"note: {escape(note)}" for note in manifest.notes),
+    ]
+    if events:
+        tally = ", ".join(f"{escape(kind)} {events.count(kind)}x" for kind in sorted(set(events)))
+        facts.append(f"on the way: {tally}")
+    plan = json.dumps(dict(manifest.plan), indent=1, sort_keys=True, ensure_ascii=False).replace("```", "` ` `")
+    folded = details(f"plan (sha256 {code(manifest.plan_sha256[:16])})", f"```json\n{plan}\n```")
+    return f"### Run {code(manifest.run_id)}\n\n{bullets(facts)}\n{folded}"
+
+
+def _flat(values: Mapping[str, Any]) -> str:
+    """Nested facts on one line; what the system does not tell is said so."""
+    parts = [f"{name.replace('_', ' ')} {_value(name, value)}" for name, value in values.items()]
+    return escape("; ".join(parts)) or "none recorded"
+
+
+def _value(name: str, value: Any) -> str:
+    if value is None:
+        return "not told"
+    if name.endswith("_bytes") and isinstance(value, int):
+        return f"{value / 2**30:.1f} GiB"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{inner} {_value(inner, item)}" for inner, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return " and ".join(_value(name, item) for item in value)
+    return str(value)
+
+
+def _documents(run: Run) -> str:
+    """Documents per task as scored (or prompts as timed), with the digest of the workload they are from."""
+    cells = {cell.id: cell for cell in run.manifest.cells if cell.arm == "baseline"}
+    texts = [_documents_of(run, cell) for cell in cells.values()]
+    return "; ".join(texts) if texts else f"no baseline cell among {run_list([run.manifest.run_id])}"
+
+
+def _documents_of(run: Run, cell: Cell) -> str:
+    tasks: dict[str, set[int]] = {}
+    for score in run.scores:
+        if score.cell == cell.id:
+            tasks.setdefault(score.task, set()).add(score.doc_id)
+    prompts = {prompt.prompt_id for sample in run.speed if sample.cell == cell.id for prompt in sample.prompts}
+    counted = [f"{escape(task)} {count(len(ids))} documents" for task, ids in tasks.items()]
+    if prompts:
+        counted.append(f"{count(len(prompts))} prompts timed in batches of {cell.workload.batch_size}")
+    digest = f"workload {escape(cell.workload.name)} {code(cell.workload.digest[:16])}"
+    return f"{', '.join(counted) or 'nothing yet'} ({digest})"

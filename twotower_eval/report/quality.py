@@ -1,0 +1,328 @@
+"""From score rows to what a report says of quality: baseline and candidate paired document by document.
+
+An operating point is a checkpoint and a decoder; its cells, one a task (or one timed ``answer`` workload), are paired
+with the baseline cells of the same run and workload. Scores that cannot be paired are errors, not omissions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from twotower_eval import stats
+from twotower_eval.records import Cell, Estimate, Score, Workload, canonical_json, to_json
+from twotower_eval.report.counts import Counts, count
+from twotower_eval.store import Run
+
+NOT_EXERCISING = ("context_tower", "exact")  # likelihoods in which the parallel decoder has no part
+STDERR_TOLERANCE = 0.2
+
+PointKey = tuple[str, str | None, str]
+Pair = tuple[Score, Score]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """An estimate, or the reason why there is none."""
+
+    estimate: Estimate | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskQuality:
+    """One task that counts once in the average; ``members`` are (name, documents, baseline, candidate) if it has any.
+
+    ``scored_by`` is the candidate's. Means lie between 0 and 1 for the usual metrics.
+    """
+
+    name: str
+    metric: str
+    filter: str
+    scored_by: str
+    num_documents: int
+    num_clusters: int
+    num_discordant: int
+    baseline: float
+    candidate: float
+    retention: Measured
+    members: tuple[tuple[str, int, float, float], ...]
+    flips: stats.Flips
+
+    @property
+    def exercises_decoder(self) -> bool:
+        """Whether the candidate's decoder had a part in these scores."""
+        return self.scored_by not in NOT_EXERCISING
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherScore:
+    """A score outside retention: another metric or filter, or one of which less is better."""
+
+    task: str
+    metric: str
+    filter: str
+    scored_by: str
+    higher_is_better: bool
+    num_documents: int
+    baseline: float
+    candidate: float
+    difference: Estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class MissingScore:
+    """A headline or other score that one arm does not have, and why."""
+
+    arm: str
+    task: str
+    doc_id: int
+    metric: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityPoint:
+    """Quality at one operating point within one run."""
+
+    run_id: str
+    complete: bool
+    baseline: Cell
+    candidate: Cell
+    tasks: tuple[TaskQuality, ...]
+    headline: Measured
+    exercised: Measured
+    mean_of_ratios: Measured
+    leave_one_out: tuple[tuple[str, float], ...]
+    others: tuple[OtherScore, ...]
+    missing: tuple[MissingScore, ...]
+    warnings: tuple[str, ...]
+    counts: Counts
+    baseline_counts: Counts
+
+    @property
+    def key(self) -> PointKey:
+        """Joins quality and speed of the same weights and decoder."""
+        return point_key(self.candidate)
+
+    @property
+    def timed(self) -> bool:
+        """Whether these are the scored outputs of timed calls."""
+        return self.candidate.workload.kind != "task"
+
+    @property
+    def all_exercise_decoder(self) -> bool:
+        """Whether every task's score went through the decoder, so that one retention says it all."""
+        return all(task.exercises_decoder for task in self.tasks)
+
+    @property
+    def equal_by_construction(self) -> bool:
+        """Whether context-tower likelihoods come from the very same tensors in both arms."""
+        same = self.baseline.checkpoint.digest == self.candidate.checkpoint.digest
+        return same and self.baseline.checkpoint.tower == "context"
+
+
+def point_key(cell: Cell) -> PointKey:
+    """Identity of an operating point apart from its workload: weights and full decoder."""
+    return (cell.checkpoint.digest, cell.checkpoint.tower, canonical_json(to_json(cell.decoder)))
+
+
+def baseline_of(run: Run, candidate: Cell) -> Cell:
+    """The baseline cell on the same workload (device count apart); a ValueError if there is not exactly one."""
+    found = [
+        cell
+        for cell in run.manifest.cells
+        if cell.arm == "baseline" and _comparable(cell.workload) == _comparable(candidate.workload)
+    ]
+    if len(found) != 1:
+        what = f"{candidate.workload.name!r} of cell {candidate.id}"
+        raise ValueError(f"run {run.manifest.run_id}: {len(found)} baseline cells for workload {what}, not one")
+    return found[0]
+
+
+def _comparable(workload: Workload) -> Workload:
+    return dataclasses.replace(workload, num_devices=None)
+
+
+def quality_points(run: Run) -> list[QualityPoint]:
+    """Every operating point of a run that has scores, in the manifest's order."""
+    by_cell: dict[str, list[Score]] = defaultdict(list)
+    for score in run.scores:
+        by_cell[score.cell].append(score)
+    groups: dict[tuple[PointKey, str, int | None], list[Cell]] = defaultdict(list)
+    for cell in run.manifest.cells:
+        if cell.arm == "candidate":
+            kind = "task" if cell.workload.kind == "task" else cell.workload.name
+            groups[point_key(cell), kind, cell.workload.batch_size].append(cell)
+    return [_point(run, cells, by_cell) for cells in groups.values() if any(cell.id in by_cell for cell in cells)]
+
+
+def _point(run: Run, cells: list[Cell], by_cell: dict[str, list[Score]]) -> QualityPoint:
+    pairs: list[Pair] = []
+    unpaired = 0
+    baselines = [baseline_of(run, cell) for cell in cells]
+    for cell, baseline in zip(cells, baselines, strict=True):
+        found, alone = _paired(run, by_cell[baseline.id], by_cell[cell.id])
+        pairs += found
+        unpaired += alone
+    missing = tuple(_missing(pairs))
+    usable = [(a, b) for a, b in pairs if a.value is not None and b.value is not None]
+    headline = [pair for pair in usable if pair[0].headline and pair[0].higher_is_better]
+    others = [pair for pair in usable if not (pair[0].headline and pair[0].higher_is_better)]
+    found_tasks = _headline_quality(headline)
+    warnings = list(found_tasks.pop("warnings"))
+    if unpaired:
+        warnings.append(f"{unpaired} scores have no partner in the other arm yet and are left out")
+    if missing:
+        warnings.append(f"{len(missing)} scores are missing, and their documents left out of both arms")
+    ids, baseline_ids = {cell.id for cell in cells}, {cell.id for cell in baselines}
+    generations = [(row.cell, row.generation) for row in run.generations]
+    return QualityPoint(
+        run_id=run.manifest.run_id,
+        complete=run.complete,
+        baseline=baselines[0],
+        candidate=cells[0],
+        others=tuple(_others(others)),
+        missing=missing,
+        warnings=tuple(warnings),
+        counts=count(generation for cell_id, generation in generations if cell_id in ids),
+        baseline_counts=count(generation for cell_id, generation in generations if cell_id in baseline_ids),
+        **found_tasks,
+    )
+
+
+def _paired(run: Run, baseline: list[Score], candidate: list[Score]) -> tuple[list[Pair], int]:
+    """Pairs of the same document, metric and filter; and the number of scores without a partner (unfinished runs)."""
+    by_key = [{(s.task, s.doc_id, s.metric, s.filter): s for s in scores} for scores in (baseline, candidate)]
+    alone = sorted(by_key[0].keys() ^ by_key[1].keys())
+    if alone and run.complete:
+        task, doc_id, metric, _ = alone[0]
+        where = f"task {task!r}, document {doc_id}, metric {metric!r}"
+        raise ValueError(f"run {run.manifest.run_id}: {where} is scored in one arm only: the runs are no pair")
+    pairs = [(by_key[0][key], by_key[1][key]) for key in sorted(by_key[0].keys() & by_key[1].keys())]
+    for a, b in pairs:
+        for name in ("doc_sha256", "prompt_sha256", "target_sha256", "cluster_id", "group", "headline"):
+            if getattr(a, name) != getattr(b, name):
+                where = f"task {a.task!r}, document {a.doc_id}"
+                raise ValueError(f"run {run.manifest.run_id}: {where}: {name} differs between baseline and candidate")
+    return pairs, len(alone)
+
+
+def _missing(pairs: Iterable[Pair]) -> Iterator[MissingScore]:
+    for pair in pairs:
+        for arm, score in zip(("baseline", "candidate"), pair, strict=True):
+            if score.value is None:
+                reason = score.missing_reason or "no reason recorded"
+                yield MissingScore(arm=arm, task=score.task, doc_id=score.doc_id, metric=score.metric, reason=reason)
+
+
+def _scores(pairs: list[Pair]) -> stats.PairedScores:
+    return stats.PairedScores(
+        tasks=[a.task for a, _ in pairs],
+        groups=[a.group or a.task for a, _ in pairs],
+        clusters=[a.cluster_id for a, _ in pairs],
+        baseline=[a.value for a, _ in pairs if a.value is not None],
+        candidate=[b.value for _, b in pairs if b.value is not None],
+    )
+
+
+def measured(compute: Callable[[], Estimate]) -> Measured:
+    """What ``compute`` gives, or the reason in its ValueError."""
+    try:
+        return Measured(estimate=compute())
+    except ValueError as error:
+        return Measured(estimate=None, reason=str(error))
+
+
+def _headline_quality(pairs: list[Pair]) -> dict[str, Any]:
+    """Everything about retention, as fields of a QualityPoint."""
+    if not pairs:
+        none = Measured(estimate=None, reason="no task with a headline score")
+        fields = {"headline": none, "exercised": none, "mean_of_ratios": none, "leave_one_out": ()}
+        return {"tasks": (), "warnings": (), **fields}
+    scores = _scores(pairs)
+    table, draws = scores.table, stats.draw_task_means(scores.table)
+    flips = {found.task: found for found in stats.flips(scores)}
+    tasks = tuple(_task_quality(name, pairs, table, draws, flips[name]) for name in table.tasks)
+    exercising = [task.name for task in tasks if task.exercises_decoder]
+    exercised = Measured(estimate=None, reason="no task is scored through the candidate's decoder")
+    if exercising:
+        exercised = measured(lambda: stats.retention(table, draws, table.weights_K(exercising)))
+    return {
+        "tasks": tasks,
+        "headline": measured(lambda: stats.retention(table, draws)),
+        "exercised": exercised,
+        "mean_of_ratios": measured(lambda: stats.mean_of_ratios(table, draws)),
+        "leave_one_out": stats.leave_one_out(table),
+        "warnings": tuple(_interval_warnings(table, draws)),
+    }
+
+
+def _task_quality(
+    name: str, pairs: list[Pair], table: stats.ScoreTable, draws: stats.Draws, flips: stats.Flips
+) -> TaskQuality:
+    here = [(a, b) for a, b in pairs if (a.group or a.task) == name]
+    per_leaf = {
+        member: {(a.metric, a.filter) for a, _ in here if a.task == member} for member in {a.task for a, _ in here}
+    }
+    for member, metrics in per_leaf.items():
+        if len(metrics) > 1:
+            listed = ", ".join(" / ".join(metric) for metric in sorted(metrics))
+            raise ValueError(f"task {member!r} has several headline scores ({listed}): mark one")
+    metric, filter_ = min(min(metrics) for metrics in per_leaf.values())
+    weights_K = table.weights_K([name])
+    num_discordant, num_clusters = stats.num_discordant(table, weights_K)
+    k = table.tasks.index(name)
+    means_L = table.leaf_means_L(table.baseline_CL), table.leaf_means_L(table.candidate_CL)
+    members = [
+        (leaf, int(table.count_CL[:, i].sum()), float(means_L[0][i]), float(means_L[1][i]))
+        for i, leaf in enumerate(table.leaves)
+        if table.task_of_leaf_L[i] == k
+    ]
+    return TaskQuality(
+        name=name,
+        metric=metric,
+        filter=filter_,
+        scored_by=" + ".join(sorted({b.scored_by for _, b in here})),
+        num_documents=len(here),
+        num_clusters=num_clusters,
+        num_discordant=num_discordant,
+        baseline=float(table.task_means_K(table.baseline_CL)[k]),
+        candidate=float(table.task_means_K(table.candidate_CL)[k]),
+        retention=measured(lambda: stats.retention(table, draws, weights_K)),
+        members=tuple(members) if len(members) > 1 else (),
+        flips=flips,
+    )
+
+
+def _interval_warnings(table: stats.ScoreTable, draws: stats.Draws) -> Iterator[str]:
+    weights_K = table.weights_K()
+    drawn, linear = stats.bootstrap_stderr(draws, weights_K), stats.linear_stderr(table, weights_K)
+    if drawn is not None and linear > 0 and abs(drawn / linear - 1) > STDERR_TOLERANCE:
+        figures = f"{100 * drawn:.2f} points by bootstrap, {100 * linear:.2f} by linearisation"
+        yield f"two ways to the headline's standard error differ by more than 20 %: {figures}"
+    lone = stats.num_lone_clusters(table)
+    if lone:
+        yield f"{lone} clusters are alone in touching their set of tasks: the intervals do not see them vary"
+
+
+def _others(pairs: list[Pair]) -> Iterator[OtherScore]:
+    groups: dict[tuple[str, str, str], list[Pair]] = defaultdict(list)
+    for a, b in pairs:
+        groups[a.task, a.metric, a.filter].append((a, b))
+    for (task, metric, filter_), here in sorted(groups.items()):
+        table = _scores(here).table
+        yield OtherScore(
+            task=task,
+            metric=metric,
+            filter=filter_,
+            scored_by=" + ".join(sorted({b.scored_by for _, b in here})),
+            higher_is_better=here[0][0].higher_is_better,
+            num_documents=len(here),
+            baseline=float(table.task_means_K(table.baseline_CL)[0]),
+            candidate=float(table.task_means_K(table.candidate_CL)[0]),
+            difference=stats.difference(table, stats.draw_task_means(table)),
+        )

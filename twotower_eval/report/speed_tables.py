@@ -1,0 +1,163 @@
+"""The speed and latency sections: speedups, what they are made of, and how long a prompt waits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from twotower_eval.report.counts import Counts
+from twotower_eval.report.runs import Runs, Section
+from twotower_eval.report.text import (
+    NONE,
+    bullets,
+    code,
+    count,
+    escape,
+    percent,
+    rate,
+    run_list,
+    seconds,
+    table,
+    times,
+)
+from twotower_eval.report.timing import Latency, SpeedPoint
+
+
+def speed(runs: Runs) -> Section:
+    """Speedups, and what they are made of."""
+    if not runs.speed:
+        lines = bullets(escape(gap) for gap in runs.speed_gaps)
+        text = f"Nothing has been timed completely. `twotower-eval speed` times baseline and candidate.\n\n{lines}"
+        return Section(title="Speed", markdown=text + _scored_cost(runs))
+    parts = [
+        "S_time is the baseline's seconds over the candidate's for the same prompts; S_throughput compares useful "
+        "tokens per second, so it differs where answers differ in length (length ratio: useful tokens, candidate over "
+        "baseline). A/A null is the baseline against itself and should hold 1. Workload `fixed` makes a fixed number "
+        "of tokens, `answer` stops where the task stops.",
+        _speedups(runs),
+        bullets(_speed_remarks(runs)),
+        "What it costs. A forward is one pass of either tower for one prompt, NFE one pass of the denoiser; discarded "
+        "tokens were denoised past an answer's end and are never counted as output; forced commits are those that the "
+        "step limit made below the threshold, as a share of all committed tokens.",
+        _timed_cost(runs),
+    ]
+    return Section(title="Speed", markdown="\n\n".join(part for part in parts if part) + "\n" + _scored_cost(runs))
+
+
+def _order(point: SpeedPoint) -> tuple[str, int]:
+    return (point.candidate.workload.name, point.batch_size)
+
+
+def _speedups(runs: Runs) -> str:
+    per_device = any(point.device_ratio not in (None, 1.0) for point in runs.speed)
+    header = ["block, steps, threshold", "workload", "batch", "rounds x calls", "S_time [95 %]", "S_throughput [95 %]"]
+    header += ["length ratio [95 %]", "geometric mean [95 %]", "A/A null [99 %]"] + ["S_time per device"] * per_device
+    rows = []
+    for point in sorted(runs.speed, key=_order):
+        row = [
+            escape(runs.name(point.candidate)),
+            f"{point.workload}: {escape(point.candidate.workload.name)}",
+            count(point.batch_size),
+            f"{point.num_rounds} x {point.num_calls}",
+            times(point.time),
+            times(point.throughput),
+            times(point.length).replace("x", ""),
+            times(point.geometric),
+            times(point.null),
+        ]
+        if per_device:
+            scale, found = point.device_ratio, point.time.estimate
+            row.append(f"{scale * found.value:.2f}x" if scale and found else NONE)
+        rows.append(row)
+    return table(header, rows, left=2)
+
+
+def _speed_remarks(runs: Runs) -> Iterator[str]:
+    run_ids = [run_id for point in runs.speed for run_id in point.run_ids]
+    yield f"{'Runs' if len(set(run_ids)) > 1 else 'Run'} {run_list(run_ids)}. Warm-up rounds are not in these figures."
+    methods = sorted({point.time.estimate.method for point in runs.speed if point.time.estimate})
+    yield from (f"{method[0].upper()}{method[1:]}." for method in methods)
+    launches = min(point.num_launches for point in runs.speed)
+    if launches < 5:
+        yield f"{launches} launch{'es' * (launches > 1)}: variation between launches was not measured."
+    for point in runs.speed:
+        name = f"{escape(runs.name(point.candidate))}, {point.workload}, batch {point.batch_size}"
+        if not point.complete:
+            yield f"{name}: **the run is INCOMPLETE**."
+        yield from (f"{name}: {warning}." for warning in point.warnings)
+    reasons = {m.reason for p in runs.speed for m in (p.time, p.throughput, p.null) if m.reason}
+    yield from (f"{NONE}: {escape(reason)}." for reason in sorted(reasons))
+    yield from (f"{escape(gap)}." for gap in runs.speed_gaps)
+
+
+COST_HEADER = ["tokens per forward", "tokens per NFE", "denoiser forwards (NFE)", "context forwards"]
+COST_HEADER += ["useful tokens", "discarded tokens", "forced commits", "ended by EOS / stop / length"]
+
+
+def _cost(counts: Counts) -> list[str]:
+    ends = " / ".join(count(counts.num_finished[reason]) for reason in ("eos", "stop", "length"))
+    return [
+        _optional(counts.tokens_per_forward),
+        _optional(counts.tokens_per_nfe),
+        count(counts.num_denoiser_forwards) if counts.num_denoiser_forwards else NONE,
+        count(counts.num_context_forwards),
+        count(counts.num_tokens),
+        count(counts.num_discarded_tokens),
+        NONE if counts.forced_share is None else percent(counts.forced_share),
+        ends,
+    ]
+
+
+def _optional(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}"
+
+
+def _timed_cost(runs: Runs) -> str:
+    header = ["block, steps, threshold", "workload", "batch", "prompts timed", "useful tokens/s [95 %]", *COST_HEADER]
+    rows, baselines = [], set()
+    for point in sorted(runs.speed, key=_order):
+        setting = [f"{point.workload}", count(point.batch_size)]
+        same = (point.baseline.id, point.run_ids)
+        if same not in baselines:
+            baselines.add(same)
+            counts = point.baseline_counts
+            rows.append(["baseline", *setting, count(counts.num_prompts), rate(point.baseline_rate), *_cost(counts)])
+        name = escape(runs.name(point.candidate))
+        rows.append([name, *setting, count(point.counts.num_prompts), rate(point.candidate_rate), *_cost(point.counts)])
+    return table(header, rows, left=2)
+
+
+def _scored_cost(runs: Runs) -> str:
+    """The same counts for the outputs that retention rests on."""
+    points = [point for point in runs.quality if point.counts.num_prompts and not point.timed]
+    if not points:
+        return ""
+    rows: list[list[str]] = []
+    for point in points:
+        if all(other.baseline_counts != point.baseline_counts for other in points[: points.index(point)]):
+            counts = point.baseline_counts
+            rows.append(["baseline", count(counts.num_prompts), *_cost(counts), code(point.run_id)])
+        name = escape(runs.name(point.candidate))
+        rows.append([name, count(point.counts.num_prompts), *_cost(point.counts), code(point.run_id)])
+    text = table(["block, steps, threshold", "outputs", *COST_HEADER, "run"], rows)
+    return f"\nThe same counts for the outputs that retention rests on:\n\n{text}"
+
+
+def latency(runs: Runs) -> Section:
+    """How long one prompt waits for its last useful token: not the wall-clock time of its batch."""
+    if not runs.speed:
+        return Section(title="Latency", markdown="Nothing has been timed completely.\n")
+    rows, baselines = [], set()
+    for point in sorted(runs.speed, key=_order):
+        arms: list[tuple[str, Latency]] = []
+        same = (point.baseline.id, point.run_ids)
+        if same not in baselines:
+            baselines.add(same)
+            arms.append(("baseline", point.baseline_latency))
+        arms.append((escape(runs.name(point.candidate)), point.latency))
+        for name, found in arms:
+            setting = [point.workload, count(point.batch_size), count(found.n)]
+            rows.append([name, *setting, seconds(found.median_s), seconds(found.p95_s)])
+    text = "Time from the start of a prompt's batch to its last useful token, all prompts of all measured rounds.\n\n"
+    text += table(["block, steps, threshold", "workload", "batch", "n", "median", "95th percentile"], rows, left=2)
+    text += f"\nRuns: {run_list(run_id for point in runs.speed for run_id in point.run_ids)}.\n"
+    return Section(title="Latency", markdown=text)

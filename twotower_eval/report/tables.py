@@ -1,0 +1,183 @@
+"""The quality section: retention by task and by operating point. Every table says which run it is from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from twotower_eval.report.quality import OtherScore, QualityPoint, TaskQuality, point_key
+from twotower_eval.report.runs import Runs, Section
+from twotower_eval.report.text import (
+    NONE,
+    SCORED_BY,
+    bullets,
+    code,
+    count,
+    details,
+    escape,
+    percent,
+    retention,
+    significant,
+    table,
+)
+
+MAX_MISSING_LISTED = 20
+
+
+def quality(runs: Runs) -> Section:
+    """Retention by task at the headline's operating point, and of all points in one grid."""
+    if not runs.quality:
+        text = "Nothing has been scored in both arms. `twotower-eval run` scores baseline and candidate.\n"
+        return Section(title="Quality: retention", markdown=text)
+    first = runs.quality_at(runs.chosen) if runs.chosen else None
+    first = first or runs.quality[0]
+    parts = [
+        "Retention is the candidate's mean score over the baseline's on the same documents; the headline averages "
+        "tasks, each weighing the same, before it divides. Lost and gained count documents that only the baseline or "
+        "only the candidate got right, p is exact and Holm-adjusted over the tasks. An interval comes from "
+        "resampling clusters (problems, passages), or is an exact bound where fewer than five clusters differ.",
+        _point(runs, first),
+    ]
+    rest = [point for point in runs.quality if point is not first]
+    if rest:
+        parts += ["### All operating points", _grid(runs)]
+        parts.append(details("Task by task at the other points", "\n\n".join(_point(runs, point) for point in rest)))
+    return Section(title="Quality: retention", markdown="\n\n".join(parts) + "\n")
+
+
+def _point(runs: Runs, point: QualityPoint) -> str:
+    kind = f"timed outputs, batch {point.candidate.workload.batch_size}" if point.timed else "whole tasks"
+    state = "" if point.complete else " (INCOMPLETE run)"
+    title = f"### {escape(runs.name(point.candidate))}: {kind}{state}\n"
+    parts = [title, _task_table(point), bullets(_remarks(runs, point))]
+    if point.others:
+        parts.append("Other scores, which are not part of retention:\n\n" + _other_table(point.others))
+    if point.missing:
+        parts.append(_missing(point))
+    return "\n".join(part for part in parts if part)
+
+
+def _task_table(point: QualityPoint) -> str:
+    header = ["task", "scored by", "metric (filter)", "n (clusters)", "baseline", "candidate", "retention [95 %]"]
+    header.append("lost / gained (p)")
+    rows = [row for task in point.tasks for row in _task_rows(task)]
+    rows.append(_total_row("**headline**", point.tasks, retention(point.headline)))
+    if not point.all_exercise_decoder:
+        exercising = tuple(task for task in point.tasks if task.exercises_decoder)
+        rows.append(_total_row("**decoder-exercised**", exercising, retention(point.exercised)))
+    return table(header, rows, left=3)
+
+
+def _task_rows(task: TaskQuality) -> Iterator[list[str]]:
+    flips = f"{task.flips.num_lost} / {task.flips.num_gained} ({significant(max(task.flips.p_holm, 1e-4), 2)})"
+    filtered = f" ({escape(task.filter)})" if task.filter != "none" else ""
+    yield [
+        escape(task.name) + (f" (mean of {len(task.members)})" if task.members else ""),
+        " + ".join(SCORED_BY.get(kind, escape(kind)) for kind in task.scored_by.split(" + ")),
+        escape(task.metric) + filtered,
+        f"{count(task.num_documents)} ({count(task.num_clusters)})",
+        percent(task.baseline),
+        percent(task.candidate),
+        retention(task.retention),
+        flips,
+    ]
+    for name, num_documents, baseline, candidate in task.members:
+        yield [f"{NONE} {escape(name)}", "", "", count(num_documents), percent(baseline), percent(candidate), "", ""]
+
+
+def _total_row(name: str, tasks: tuple[TaskQuality, ...], kept: str) -> list[str]:
+    if not tasks:
+        return [name, "", "", "0", NONE, NONE, NONE, ""]
+    baseline = sum(task.baseline for task in tasks) / len(tasks)
+    candidate = sum(task.candidate for task in tasks) / len(tasks)
+    num_documents = count(sum(task.num_documents for task in tasks))
+    means = [f"**{percent(baseline)}**", f"**{percent(candidate)}**"]
+    return [f"{name} ({len(tasks)} tasks)", "", "", num_documents, *means, f"**{kept}**", ""]
+
+
+def _remarks(runs: Runs, point: QualityPoint) -> Iterator[str]:
+    yield f"Run {code(point.run_id)}. Mean of the tasks' own ratios: {retention(point.mean_of_ratios)}."
+    if len(point.leave_one_out) > 1:
+        (low_task, low), *_, (high_task, high) = point.leave_one_out
+        yield (
+            f"Leaving one task out: from {percent(low)} (without {escape(low_task)}) to {percent(high)} "
+            f"(without {escape(high_task)})."
+        )
+    shared = [task.name for task in point.tasks if task.scored_by == "context_tower"]
+    if shared and point.equal_by_construction:
+        yield f"{escape(', '.join(shared))}: equal by construction, both arms share the context tower's tensors."
+    estimates = [found.estimate for found in (point.headline, point.exercised) if found.estimate]
+    methods = sorted({e.method + (f", seed {e.seed}" if e.seed is not None else "") for e in estimates})
+    if methods:
+        yield f"Intervals of the averages: {'; '.join(methods)}."
+    if point.headline.reason:
+        yield f"No headline: {escape(point.headline.reason)}."
+    for task in point.tasks:
+        if task.retention.estimate is None:
+            yield f"{escape(task.name)}: no retention, {escape(task.retention.reason)}."
+        elif "exact" in task.retention.estimate.method:
+            yield f"{escape(task.name)}: {task.retention.estimate.method}."
+    yield from (f"{warning}." for warning in point.warnings)
+    yield from _bound_draws(runs, point)
+
+
+def _bound_draws(runs: Runs, point: QualityPoint) -> Iterator[str]:
+    """How many draws a Monte-Carlo bound rests on, and how well it is known."""
+    run = next(run for run in runs if run.manifest.run_id == point.run_id)
+    cells = {cell.id for cell in run.manifest.cells if cell.arm == "candidate" and point_key(cell) == point.key}
+    bounds = [row.likelihood for row in run.likelihoods if row.cell in cells and row.likelihood.kind == "bound"]
+    errors = [bound.stderr_nats for bound in bounds if bound.stderr_nats is not None]
+    if bounds and errors:
+        draws = ", ".join(sorted({str(bound.num_draws) for bound in bounds}))
+        mean_nats = significant(sum(errors) / len(errors))
+        yield f"Denoiser bounds: {draws} draws a continuation, mean standard error {mean_nats} nats."
+
+
+def _other_table(others: Iterable[OtherScore]) -> str:
+    header = ["task", "scored by", "metric (filter)", "better", "n", "baseline", "candidate", "difference [95 %]"]
+    rows = []
+    for other in others:
+        filtered = f" ({escape(other.filter)})" if other.filter != "none" else ""
+        change = other.difference
+        rows.append(
+            [
+                escape(other.task),
+                " + ".join(SCORED_BY.get(kind, escape(kind)) for kind in other.scored_by.split(" + ")),
+                escape(other.metric) + filtered,
+                "higher" if other.higher_is_better else "lower",
+                count(other.num_documents),
+                significant(other.baseline, 4),
+                significant(other.candidate, 4),
+                f"{change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}]",
+            ]
+        )
+    return table(header, rows, left=4)
+
+
+def _missing(point: QualityPoint) -> str:
+    shown = point.missing[:MAX_MISSING_LISTED]
+    lines = [f"{escape(m.task)}, document {m.doc_id}, {m.arm}, {escape(m.metric)}: {escape(m.reason)}" for m in shown]
+    if len(point.missing) > len(shown):
+        lines.append(f"and {len(point.missing) - len(shown)} more")
+    return f"Missing scores ({len(point.missing)}):\n\n{bullets(lines)}"
+
+
+def _grid(runs: Runs) -> str:
+    header = ["block, steps, threshold", "outputs", "tasks", "n", "headline [95 %]", "decoder-exercised [95 %]"]
+    header += ["mean of ratios [95 %]", "leaving one out", "run"]
+    rows = []
+    for point in runs.quality:
+        ends = [ratio for _, ratio in point.leave_one_out]
+        rows.append(
+            [
+                escape(runs.name(point.candidate)),
+                f"timed, batch {point.candidate.workload.batch_size}" if point.timed else "whole tasks",
+                count(len(point.tasks)),
+                count(sum(task.num_documents for task in point.tasks)),
+                retention(point.headline),
+                retention(point.exercised),
+                retention(point.mean_of_ratios),
+                f"{percent(ends[0])} to {percent(ends[-1])}" if len(ends) > 1 else NONE,
+                code(point.run_id),
+            ]
+        )
+    return table(header, rows, left=2)

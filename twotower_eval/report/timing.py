@@ -1,0 +1,203 @@
+"""From timed calls to what a report says of speed: arms paired call by call and round by round.
+
+Runs of the same cells on the same machine with the same packages are pooled, each launch with its own rounds; other
+runs stay apart. Warm-ups are never in a figure.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from twotower_eval import stats
+from twotower_eval.records import Cell, SpeedSample, canonical_json
+from twotower_eval.report.counts import Counts, count
+from twotower_eval.report.quality import Measured, PointKey, baseline_of, measured, point_key
+from twotower_eval.store import Run
+
+Round = tuple[str, int]  # launch, number
+Call = tuple[str, ...]  # prompt ids
+Grid = dict[tuple[Round, Call], SpeedSample]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Seconds from a call's start to a prompt's last useful token, over all prompts of the measured rounds."""
+
+    median_s: float
+    p95_s: float
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedPoint:
+    """Speed of one candidate cell against its baseline cell; ``null`` is the baseline against itself."""
+
+    run_ids: tuple[str, ...]
+    complete: bool
+    baseline: Cell
+    candidate: Cell
+    num_rounds: int
+    num_calls: int
+    num_launches: int
+    time: Measured
+    throughput: Measured
+    length: Measured
+    geometric: Measured
+    null: Measured
+    baseline_rate: Measured
+    candidate_rate: Measured
+    counts: Counts
+    baseline_counts: Counts
+    latency: Latency
+    baseline_latency: Latency
+    warnings: tuple[str, ...]
+
+    @property
+    def key(self) -> PointKey:
+        """Joins quality and speed of the same weights and decoder."""
+        return point_key(self.candidate)
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts per timed call."""
+        return self.candidate.workload.batch_size or 1
+
+    @property
+    def workload(self) -> str:
+        """``fixed`` or ``answer``."""
+        return self.candidate.workload.kind
+
+    @property
+    def device_ratio(self) -> float | None:
+        """Devices of the baseline over those of the candidate; ``None`` where a run does not say."""
+        counts = (self.baseline.workload.num_devices, self.candidate.workload.num_devices)
+        return counts[0] / counts[1] if counts[0] and counts[1] else None
+
+
+def speed_points(runs: Sequence[Run]) -> tuple[tuple[SpeedPoint, ...], tuple[str, ...]]:
+    """Every timed candidate cell, pooled over runs that differ in nothing but their launch; and what is not there yet.
+
+    A cell of an unfinished run without one complete round gives a line of the second kind.
+    """
+    pools: dict[tuple[str, str], list[tuple[Run, Cell]]] = defaultdict(list)
+    for run in runs:
+        setting = canonical_json([run.manifest.machine, run.manifest.packages, run.manifest.project_version])
+        timed = {sample.cell for sample in run.speed}
+        for cell in run.manifest.cells:
+            if cell.arm == "candidate" and cell.id in timed:
+                pools[cell.id, setting].append((run, cell))
+    found = [_point([run for run, _ in pool], pool[0][1]) for pool in pools.values()]
+    points = tuple(point for point in found if isinstance(point, SpeedPoint))
+    return points, tuple(gap for gap in found if isinstance(gap, str))
+
+
+def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
+    baseline = baseline_of(runs[0], candidate)
+    grids = (_grid(runs, baseline, 0), _grid(runs, candidate, 0))
+    _check_prompts(runs, *grids)
+    rounds, calls, dropped = _complete_rounds(*grids)
+    warnings = [f"{dropped} rounds are not complete in both arms and are left out"] if dropped else []
+    if not rounds:
+        return f"{_names(runs)}: cell {candidate.id} ({candidate.decoder.label}) has no complete measured round"
+    samples = [[grid[r, c] for r in rounds for c in calls] for grid in grids]
+    timed = _timed(*grids, rounds=rounds, calls=calls, fixed=candidate.workload.kind == "fixed")
+    length = measured(lambda: stats.speedup(timed, "length"))
+    if length.estimate and not 0.9 <= length.estimate.value <= 1.1:
+        warnings.append("the arms' outputs differ in length by more than a tenth: read S_throughput, not S_time alone")
+    return SpeedPoint(
+        run_ids=tuple(run.manifest.run_id for run in runs),
+        complete=all(run.complete for run in runs),
+        baseline=baseline,
+        candidate=candidate,
+        num_rounds=len(rounds),
+        num_calls=len(calls),
+        num_launches=len({launch for launch, _ in rounds}),
+        time=measured(lambda: stats.speedup(timed)),
+        throughput=measured(lambda: stats.speedup(timed, "throughput")),
+        length=length,
+        geometric=measured(lambda: stats.geometric_speedup(timed)),
+        null=_null(runs, baseline),
+        baseline_rate=measured(lambda: stats.speedup(timed, "baseline_rate")),
+        candidate_rate=measured(lambda: stats.speedup(timed, "candidate_rate")),
+        counts=count(prompt for sample in samples[1] for prompt in sample.prompts),
+        baseline_counts=count(prompt for sample in samples[0] for prompt in sample.prompts),
+        latency=_latency(samples[1]),
+        baseline_latency=_latency(samples[0]),
+        warnings=tuple(warnings),
+    )
+
+
+def _grid(runs: list[Run], cell: Cell, replica: int) -> Grid:
+    grid: Grid = {}
+    for run in runs:
+        for sample in run.speed:
+            if sample.cell == cell.id and sample.replica == replica and sample.phase == "measure":
+                key = ((sample.launch_id, sample.round), tuple(prompt.prompt_id for prompt in sample.prompts))
+                if key in grid:
+                    raise ValueError(f"{_names(runs)}: cell {cell.id} timed the same prompts twice in {key[0]}")
+                grid[key] = sample
+    return grid
+
+
+def _check_prompts(runs: list[Run], baseline: Grid, candidate: Grid) -> None:
+    """Both arms must have been given the same prompts, in the same batches."""
+    calls = [{call for _, call in grid} for grid in (baseline, candidate)]
+    # A killed run may have stopped before one arm saw a batch; that is no mismatch.
+    if calls[0] != calls[1] and all(run.complete for run in runs):
+        raise ValueError(f"{_names(runs)}: baseline and candidate were timed on different prompts: they are no pair")
+    cells = {sample.cell for grid in (baseline, candidate) for sample in grid.values()}
+    hashes: dict[tuple[str, int, int], str] = {}
+    for row in (row for run in runs for row in run.generations if row.cell in cells):
+        known = hashes.setdefault((row.task, row.doc_id, row.request_index), row.prompt_sha256)
+        if known != row.prompt_sha256:
+            where = f"task {row.task!r}, document {row.doc_id}"
+            raise ValueError(f"{_names(runs)}: {where}: prompt_sha256 differs between timed generations")
+
+
+def _complete_rounds(*grids: Grid) -> tuple[list[Round], list[Call], int]:
+    calls = sorted({call for grid in grids for _, call in grid})
+    rounds = sorted({round_ for grid in grids for round_, _ in grid})
+    whole = [r for r in rounds if all((r, call) in grid for grid in grids for call in calls)]
+    return whole, calls, len(rounds) - len(whole)
+
+
+def _timed(baseline: Grid, candidate: Grid, *, rounds: list[Round], calls: list[Call], fixed: bool) -> stats.TimedCalls:
+    def seconds(grid: Grid) -> list[list[float]]:
+        return [[grid[r, c].wall_s for c in calls] for r in rounds]
+
+    def tokens(grid: Grid) -> list[list[int]]:
+        return [[sum(prompt.num_tokens for prompt in grid[r, c].prompts) for c in calls] for r in rounds]
+
+    return stats.TimedCalls(
+        baseline_s=np.array(seconds(baseline), dtype=float),
+        candidate_s=np.array(seconds(candidate), dtype=float),
+        baseline_tokens=np.array(tokens(baseline), dtype=float),
+        candidate_tokens=np.array(tokens(candidate), dtype=float),
+        launches=[launch for launch, _ in rounds],
+        fixed=fixed,
+    )
+
+
+def _null(runs: list[Run], baseline: Cell) -> Measured:
+    grids = (_grid(runs, baseline, 0), _grid(runs, baseline, 1))
+    if not grids[1]:
+        return Measured(estimate=None, reason="the baseline was not timed against itself")
+    rounds, calls, _ = _complete_rounds(*grids)
+    if not rounds:
+        return Measured(estimate=None, reason="no round holds both copies of the baseline")
+    timed = _timed(*grids, rounds=rounds, calls=calls, fixed=baseline.workload.kind == "fixed")
+    return measured(lambda: stats.speedup(timed, level=stats.NULL_LEVEL))
+
+
+def _latency(samples: list[SpeedSample]) -> Latency:
+    finish_s = np.array([prompt.finish_s for sample in samples for prompt in sample.prompts])
+    median_s, p95_s = (float(np.quantile(finish_s, q)) for q in (0.5, 0.95))
+    return Latency(median_s=median_s, p95_s=p95_s, n=len(finish_s))
+
+
+def _names(runs: Sequence[Run]) -> str:
+    return "run " + ", ".join(run.manifest.run_id for run in runs)
