@@ -342,6 +342,20 @@ def test_a_complete_run_may_be_resumed_and_is_complete_only_once_finished_again(
     assert len(run.scores) == 1
 
 
+def test_nothing_is_written_after_the_end(tmp_path: Path) -> None:
+    """A row after done.json would make the run unreadable."""
+
+    def failing_after_the_end() -> None:
+        with store.create(tmp_path, make_manifest()) as writer:
+            writer.finish()
+            writer.append(make_row())
+
+    with pytest.raises(ValueError, match="is finished: resume it"):
+        failing_after_the_end()
+    [path] = store.find_runs(tmp_path)
+    assert store.load(path).complete
+
+
 @pytest.mark.parametrize("name", ["generations.jsonl", "scores.jsonl", "events.jsonl", "manifest.json"])
 def test_a_file_changed_after_the_end_is_noticed(tmp_path: Path, name: str) -> None:
     path = write_run(tmp_path, [make_row()], finish=True)

@@ -175,6 +175,7 @@ class RunWriter:
         self.path = run.path
         self.warnings = warnings
         self._lock = lock
+        self._finished = False
         self._cells = set(run.cells)
         self._files: dict[str, Journal] = {}
         rows: tuple[Row, ...] = (*run.generations, *run.likelihoods, *run.scores, *run.speed)
@@ -201,8 +202,9 @@ class RunWriter:
         file.sync()
 
     def finish(self) -> None:
-        """Close the journals and write ``done.json``: the run is complete."""
+        """Close the journals and write ``done.json``: the run is complete and takes nothing more."""
         self._close_files()
+        self._finished = True
         journals = [*(name for name, _ in JOURNALS.values()), EVENTS]
         files = {name: summarise(self.path / name) for name in journals if (self.path / name).exists()}
         done = {"schema": SCHEMA_VERSION, "finished_at": now_text(), "files": files}
@@ -223,14 +225,16 @@ class RunWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            if error is not None:
+            if error is not None and not self._finished:
                 self.event("failed", error=type(error).__name__, message=str(error))
         finally:
             self.close()
 
     def _file(self, name: str) -> Journal:
-        if self._lock < 0:
-            raise ValueError(f"run {self.path} is closed")
+        if self._finished or self._lock < 0:
+            raise ValueError(
+                f"run {self.path} is {'finished' if self._finished else 'closed'}: resume it to write more"
+            )
         if name not in self._files:
             self._files[name] = Journal(self.path / name)
         return self._files[name]
