@@ -194,11 +194,16 @@ def test_report_takes_the_newest_run_of_each_verb(
     from twotower_eval import report
 
     calls: list[Any] = []
-    monkeypatch.setattr(report, "write", lambda paths, out: calls.append((list(paths), out)) or out / "report.md")
+
+    def write(paths: list[Path], out: Path, *, sections: list[str] | None) -> Path:
+        calls.append((list(paths), out, sections))
+        return out / "id"
+
+    monkeypatch.setattr(report, "write", write)
     path = make_run(tmp_path / "results", RunPlan())
     monkeypatch.chdir(tmp_path)
     assert cli.main(["report"]) == 0
-    assert cli.main(["report", path.name, "--out", "elsewhere"]) == 0
+    assert cli.main(["report", path.name, "--out", "elsewhere", "--section", "a:b", "--section", "c"]) == 0
     there = Path("results") / path.name
-    assert calls == [([there], Path("reports")), ([there], Path("elsewhere"))]
-    assert capsys.readouterr().out == "reports/report.md\nelsewhere/report.md\n"
+    assert calls == [([there], Path("reports"), None), ([there], Path("elsewhere"), ["a:b", "c"])]
+    assert capsys.readouterr().out == "reports/id/report.md\nelsewhere/id/report.md\n"

@@ -176,12 +176,16 @@ def report(
     ] = None,
     results: Annotated[Path, _option("Folder that run ids are looked up in [results].", metavar="DIR")] = RESULTS,
     out: Annotated[Path, _option("Folder that reports are made in [reports].", metavar="DIR")] = REPORTS,
+    section: Annotated[
+        list[str] | None,
+        _option("A section, by name or package.module:function; may be given several times [all].", metavar="NAME"),
+    ] = None,
 ) -> None:
     """Verb ``report``."""
     paths = [_run_path(name, results) for name in runs] if runs else _newest_of_each_verb(results)
     from twotower_eval import report as report_room
 
-    typer.echo(report_room.write(paths, out))
+    typer.echo(report_room.write(paths, out, sections=section or None) / "report.md")
 
 
 @train_app.command(help="Train the miniature pair from nothing; the same command goes on where it was stopped.")
