@@ -137,7 +137,7 @@ def test_run_ids_sort_by_time_and_name_the_verb() -> None:
 texts = st.text(st.characters(codec="utf-8"), max_size=40) | st.sampled_from(["\u2028\x85\r\n\x00", "\ud800"])
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(first=texts, last=texts)
 def test_whatever_a_kill_leaves_of_the_last_line_the_rest_is_whole(
     tmp_path_factory: pytest.TempPathFactory, first: str, last: str
