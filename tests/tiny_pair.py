@@ -1,4 +1,4 @@
-"""A two-tower pair of random weights, small enough to answer a question in a millisecond, with the character tokenizer."""
+"""A two-tower pair of random weights with the character tokenizer, small enough to answer in a millisecond."""
 
 import json
 from pathlib import Path

@@ -6,14 +6,16 @@ finish reasons and traces stay in the journal.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from twotower_eval.harness.answers import CellJournal, Key, derive_seed, join_likelihoods
+from twotower_eval.harness.answers import CellJournal, Key, cut, derive_seed, join_likelihoods, with_repeats
 from twotower_eval.progress import Advance
 from twotower_eval.records import (
     Generation,
@@ -26,6 +28,7 @@ from twotower_eval.records import (
 from twotower_eval.suites import DEFAULT_MAX_NEW_TOKENS, instance_sha256, stops_and_budget
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # context ids, continuation ids
+Batch = Callable[[], None]  # answers some requests and journals them
 
 
 class Decoder(Protocol):
@@ -40,6 +43,15 @@ class Scorer(Protocol):
     """What makes log-likelihoods."""
 
     def score(self, requests: Sequence[Any]) -> list[Likelihood]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A likelihood request as pairs of ids: one, or the windows of a long text."""
+
+    request: Any
+    key: Key
+    pairs: Sequence[Pair]
 
 
 class HarnessLM(TemplateLM):  # type: ignore[misc]
@@ -72,7 +84,9 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         self.seed = seed
         self.journal = journal or CellJournal(cell="")
         self.num_truncated = 0
-        self._advance = advance
+        # The choices of one question share their context, which is most of what there is to encode.
+        self._encode = lru_cache(maxsize=16)(lambda text, special: model.tokenizer.encode(text, special))
+        self.advance = advance
 
     @property
     def eot_token_id(self) -> int:
@@ -88,35 +102,44 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         bos = self.model.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
-    @property
-    def tokenizer_name(self) -> str:
-        """Name of the tokenizer."""
-        return str(self.model.tokenizer.name)
-
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
         """Token ids, with the special tokens that the tokenizer adds by itself unless told otherwise."""
         special = True if add_special_tokens is None else add_special_tokens
-        return list(self.model.tokenizer.encode(string, add_special_tokens=special))
+        return list(self._encode(string, special))
 
     # Generation
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts of the requests' continuations; a request given several times is answered by as many samples."""
-        numbered = _with_repeats(requests)
-        self.answer_generations(numbered)
+        numbered = with_repeats(requests)
+        for answer in self.batches(numbered):
+            answer()
         return [self.journal.generations[key].generation.text or "" for _, key in numbered]
 
-    def answer_generations(self, numbered: Sequence[tuple[Any, Key]]) -> None:
-        """Generate and journal what the journal does not hold."""
-        pending = self._pending(numbered, self.journal.generations)
+    def batches(self, numbered: Sequence[tuple[Any, Key]]) -> list[Batch]:
+        """What is to be called, in order, to have every request answered and journalled; nothing where all are.
+
+        Batches are made from all requests, answered or not: after a resume the rest are the ones that an
+        uninterrupted run would have computed, and give the same bits.
+        """
+        kinds = {request.request_type for request, _ in numbered}
+        assert len(kinds) <= 1, kinds
+        if kinds == {"generate_until"}:
+            return list(self._generation_batches(numbered))
+        return list(self._likelihood_batches(numbered, *kinds)) if kinds else []
+
+    def _generation_batches(self, numbered: Sequence[tuple[Any, Key]]) -> Iterator[Batch]:
+        missing = self._missing(numbered, self.journal.generations)
         groups: dict[tuple[int, tuple[str, ...]], list[tuple[Any, Prompt, Key]]] = defaultdict(list)
-        for request, key in pending:
+        for request, key in numbered if missing else ():
             stop, budget = stops_and_budget(request.args[1], DEFAULT_MAX_NEW_TOKENS)
             groups[budget, stop].append((request, self._prompt(request.args[0], key, budget), key))
         for (budget, stop), items in groups.items():
             items.sort(key=lambda item: (-len(item[1].token_ids), item[2]))
-            for batch in _batches(items, self.batch_size):
-                self._generate_batch(batch, budget, stop)
+            for batch in cut(items, self.batch_size):
+                left = [item for item in batch if item[2] in missing]
+                if left:
+                    yield partial(self._generate, left, budget, stop)
 
     def _prompt(self, text: str, key: Key, budget: int) -> Prompt:
         ids = self.tok_encode(text) or [self.prefix_token_id]
@@ -131,7 +154,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         name = "/".join(str(part) for part in key)
         return Prompt(id=name, token_ids=tuple(ids), text=text, seed=derive_seed(self.seed, *key))
 
-    def _generate_batch(self, batch: Sequence[tuple[Any, Prompt, Key]], budget: int, stop: tuple[str, ...]) -> None:
+    def _generate(self, batch: Sequence[tuple[Any, Prompt, Key]], budget: int, stop: tuple[str, ...]) -> None:
         assert self.decoder is not None, "a generation task without a decoder"
         prompts = [prompt for _, prompt, _ in batch]
         answers = self.decoder.generate(
@@ -148,52 +171,75 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
                 generation=generation,
             )
             self.journal.add(row)
-        self._advance(len(batch))
+        self.advance(len(batch))
 
     # Log-likelihoods
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-probability in nats of each continuation given its context, and whether greedy decoding would give it."""
-        numbered = _with_repeats(requests)
-        self.answer_likelihoods(numbered, "loglikelihood")
-        found = [self.journal.likelihoods[key].likelihood for _, key in numbered]
-        return [(likelihood.logprob_nats, likelihood.is_greedy) for likelihood in found]
+        return [(found.logprob_nats, found.is_greedy) for found in self._likelihoods(requests)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability in nats of each whole text, in windows where it is longer than the model reads."""
-        numbered = _with_repeats(requests)
-        self.answer_likelihoods(numbered, "loglikelihood_rolling")
-        return [self.journal.likelihoods[key].likelihood.logprob_nats for _, key in numbered]
+        return [found.logprob_nats for found in self._likelihoods(requests)]
+
+    def _likelihoods(self, requests: Sequence[Any]) -> list[Likelihood]:
+        numbered = with_repeats(requests)
+        for answer in self.batches(numbered):
+            answer()
+        return [self.journal.likelihoods[key].likelihood for _, key in numbered]
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_options: Any) -> list[tuple[float, bool]]:
-        pairs = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
-        found: dict[int, Likelihood] = {}
-        self._score([[pair] for pair in pairs], lambda at, likelihoods: found.update({at: likelihoods[0]}))
-        return [(found[at].logprob_nats, found[at].is_greedy) for at in range(len(pairs))]
+        found = self._score([(tuple(context), tuple(continuation)) for _, context, continuation in requests])
+        return [(likelihood.logprob_nats, likelihood.is_greedy) for likelihood in found]
 
-    def answer_likelihoods(self, numbered: Sequence[tuple[Any, Key]], kind: Any) -> None:
-        """Score and journal what the journal does not hold; ``kind`` is lm-eval's name of the request."""
-        pending = self._pending(numbered, self.journal.likelihoods)
-        split = self._windows if kind == "loglikelihood_rolling" else self._context_and_continuation
-        pieces = [split(*request.args) for request, _ in pending]
+    def _likelihood_batches(self, numbered: Sequence[tuple[Any, Key]], request_type: str) -> Iterator[Batch]:
+        """Every distinct pair of context and continuation is scored once, whoever asks for it."""
+        missing = self._missing(numbered, self.journal.likelihoods)
+        split = self._windows if request_type == "loglikelihood_rolling" else self._context_and_continuation
+        asked = [_Asked(request, key, split(*request.args)) for request, key in numbered] if missing else []
+        askers: dict[Pair, list[_Asked]] = defaultdict(list)
+        for one in asked:
+            for pair in one.pairs:
+                askers[pair].append(one)
+        known = {pair: Likelihood(logprob_nats=0.0, is_greedy=True, kind=self.kind) for pair in askers if not pair[1]}
+        waiting = [one for one in asked if one.key in missing]
+        certain = [one for one in waiting if all(pair in known for pair in one.pairs)]
+        if certain:
+            yield partial(self._finish, certain, known)
+        pairs = sorted((pair for pair in askers if pair[1]), key=lambda pair: (-len(pair[0]) - len(pair[1]), pair))
+        for batch in cut(pairs, self.batch_size):
+            left = [pair for pair in batch if any(one.key in missing for one in askers[pair])]
+            if left:
+                yield partial(self._score_and_finish, left, known, askers, missing)
 
-        def finished(at: int, likelihoods: Sequence[Likelihood]) -> None:
-            request, (task, doc_id, index, repeat) = pending[at]
+    def _score_and_finish(
+        self,
+        batch: Sequence[Pair],
+        known: dict[Pair, Likelihood],
+        askers: Mapping[Pair, Sequence[_Asked]],
+        missing: Set[Key],
+    ) -> None:
+        known.update(zip(batch, self._score(batch), strict=True))
+        touched = {one.key: one for pair in batch for one in askers[pair] if one.key in missing}
+        self._finish([one for one in touched.values() if all(pair in known for pair in one.pairs)], known)
+
+    def _finish(self, asked: Sequence[_Asked], known: Mapping[Pair, Likelihood]) -> None:
+        for one in asked:
+            task, doc_id, index, repeat = one.key
             row = LikelihoodRow(
                 cell=self.journal.cell,
                 task=task,
                 doc_id=doc_id,
                 request_index=index,
                 repeat=repeat,
-                request=kind,
-                prompt_sha256=instance_sha256(request),
-                num_tokens=sum(len(continuation) for _, continuation in pieces[at]),
-                likelihood=join_likelihoods(likelihoods, self.kind),
+                request=one.request.request_type,
+                prompt_sha256=instance_sha256(one.request),
+                num_tokens=sum(len(continuation) for _, continuation in one.pairs),
+                likelihood=join_likelihoods([known[pair] for pair in one.pairs], self.kind),
             )
             self.journal.add(row)
-            self._advance(1)
-
-        self._score(pieces, finished)
+        self.advance(len(asked))
 
     def _context_and_continuation(self, context: str, continuation: str) -> list[Pair]:
         if context == "":
@@ -212,28 +258,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         windows = get_rolling_token_windows(ids, self.prefix_token_id, width, 1)
         return [(tuple(before), tuple(after)) for before, after in map(make_disjoint_window, windows)]
 
-    def _score(self, pieces: Sequence[Sequence[Pair]], finished: Callable[[int, list[Likelihood]], None]) -> None:
-        """Score every distinct pair once, and report each list of pairs as soon as all of it is there."""
-        users = defaultdict(set)
-        for at, pairs in enumerate(pieces):
-            for pair in pairs:
-                users[pair].add(at)
-        known: dict[Pair, Likelihood] = {
-            pair: Likelihood(logprob_nats=0.0, is_greedy=True, kind=self.kind) for pair in users if not pair[1]
-        }
-        waiting = {at: {pair for pair in pairs if pair not in known} for at, pairs in enumerate(pieces)}
-        for at in [at for at, missing in waiting.items() if not missing]:
-            finished(at, [known[pair] for pair in pieces[at]])
-        todo = sorted((pair for pair in users if pair not in known), key=lambda p: (-len(p[0]) - len(p[1]), p))
-        for batch in _batches(todo, self.batch_size):
-            for pair, likelihood in zip(batch, self._score_batch(batch), strict=True):
-                known[pair] = likelihood
-                for at in sorted(users[pair]):
-                    waiting[at].discard(pair)
-                    if not waiting[at]:
-                        finished(at, [known[piece] for piece in pieces[at]])
-
-    def _score_batch(self, pairs: Sequence[Pair]) -> list[Likelihood]:
+    def _score(self, pairs: Sequence[Pair]) -> list[Likelihood]:
         from twotower_eval.decoders.likelihood import ScoreRequest
 
         assert self.scorer is not None, "a likelihood task without a scorer"
@@ -255,31 +280,16 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         self.num_truncated += 1
         return context[-room:]
 
-    def _pending(
+    def _missing(
         self, numbered: Sequence[tuple[Any, Key]], rows: Mapping[Key, GenerationRow | LikelihoodRow]
-    ) -> list[tuple[Any, Key]]:
-        """What is not journalled yet. A journalled answer to another prompt is a ValueError."""
-        pending = []
+    ) -> set[Key]:
+        """Keys that are not journalled yet. A journalled answer to another prompt is a ValueError."""
+        missing = set()
         for request, key in numbered:
             row = rows.get(key)
             if row is None:
-                pending.append((request, key))
+                missing.add(key)
             elif row.prompt_sha256 != instance_sha256(request):
                 raise ValueError(f"the journal answers {'/'.join(map(str, key))} for another prompt: start a new run")
-        self._advance(len(numbered) - len(pending))
-        return pending
-
-
-def _with_repeats(requests: Iterable[Any]) -> list[tuple[Any, Key]]:
-    """Each request with its key; the same one again is the next sample."""
-    seen: Counter[tuple[str, int, int]] = Counter()
-    numbered = []
-    for request in requests:
-        name = (request.task_name, request.doc_id, request.idx)
-        numbered.append((request, (*name, seen[name])))
-        seen[name] += 1
-    return numbered
-
-
-def _batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
+        self.advance(len(numbered) - len(missing))
+        return missing

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,3 +61,19 @@ def join_likelihoods(likelihoods: Sequence[Likelihood], kind: LikelihoodKind) ->
         stderr_nats=math.sqrt(math.fsum(error**2 for error in errors)) if errors else None,
         num_draws=draws.pop() if len(draws) == 1 else None,
     )
+
+
+def with_repeats(requests: Iterable[Any]) -> list[tuple[Any, Key]]:
+    """Each request with its key; the same one again is the next sample."""
+    seen: Counter[tuple[str, int, int]] = Counter()
+    numbered = []
+    for request in requests:
+        name = (request.task_name, request.doc_id, request.idx)
+        numbered.append((request, (*name, seen[name])))
+        seen[name] += 1
+    return numbered
+
+
+def cut(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Consecutive pieces of at most ``size`` items."""
+    return (items[start : start + size] for start in range(0, len(items), size))

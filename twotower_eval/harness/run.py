@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower_eval import store
-from twotower_eval.harness.adapter import HarnessLM
+from twotower_eval.harness.adapter import Batch, HarnessLM
 from twotower_eval.harness.answers import CellJournal, Key
 from twotower_eval.harness.jobs import (
     Job,
@@ -91,6 +91,9 @@ class _Evaluation:
         self._writer = writer
         self._jobs = jobs
         self._progress = progress
+        self._prepared: dict[str, list[Batch]] = {}
+        self._advance: Advance | None = None
+        self._num_done = 0
         self._there = {_score_key(score) for score in writer.run.scores}
         self._journals = {job.cell.id: CellJournal(cell=job.cell.id, append=writer.append) for job in jobs}
         rows: list[Row] = [*writer.run.generations, *writer.run.likelihoods]
@@ -98,37 +101,48 @@ class _Evaluation:
             self._journals[row.cell].keep(row)
 
     def run(self) -> None:
-        """Answer and score every job; the estimate comes from the first batch of each kind of job."""
+        """Answer and score every job; the estimate comes from one batch of each kind of job."""
         total = sum(len(job.requests) for job in self._jobs)
         num_tasks = len({job.task.name for job in self._jobs})
         self._progress.note(f"{len(self._jobs)} cells over {num_tasks} tasks, {total} requests")
         self._estimate()
         with self._progress.track(total, "run") as advance:
+            advance(self._num_done)
+            self._advance = advance
             for number, job in enumerate(self._jobs, start=1):
                 started_s = time.monotonic()
-                self._answer(job, job.requests, advance)
+                for answer in self._prepared.pop(job.cell.id, None) or self._batches(job):
+                    answer()
                 headline = self._score(job)
                 took = duration_text(time.monotonic() - started_s)
                 name = f"{job.cell.arm} {job.cell.decoder.label}"
                 self._progress.note(f"[{number}/{len(self._jobs)}] {job.task.name}, {name}: {headline} in {took}")
 
     def _estimate(self) -> None:
-        """Answer a first batch for each kind of job and say how long the rest will take."""
+        """Have one batch of middling length answered for each kind of job, and say how long the rest will take."""
         left_s = 0.0
-        per_request_s: dict[tuple[Any, ...], float] = {}
+        per_batch_s: dict[tuple[Any, ...], float] = {}
         for job in self._jobs:
-            pending = [asked for asked in job.requests if asked[1] not in self._answered(job)]
-            if not pending:
+            num_missing = sum(key not in self._answered(job) for _, key in job.requests)
+            if not num_missing:
                 continue
-            if job.costs_like not in per_request_s:
-                batch = pending[: self._plan.batch_size]
+            num_batches = -(-num_missing // self._plan.batch_size)
+            if job.costs_like not in per_batch_s:
+                batches = self._prepared[job.cell.id] = self._batches(job)
                 started_s = time.monotonic()
-                self._answer(job, batch)
-                per_request_s[job.costs_like] = (time.monotonic() - started_s) / len(batch)
-                pending = pending[len(batch) :]
-            left_s += len(pending) * per_request_s[job.costs_like]
-        if per_request_s:
+                batches.pop(len(batches) // 2)()
+                per_batch_s[job.costs_like] = time.monotonic() - started_s
+                num_batches = len(batches)
+            left_s += num_batches * per_batch_s[job.costs_like]
+        if per_batch_s:
             self._progress.note(f"estimated duration: about {duration_text(left_s)}")
+
+    def _advanced(self, num: int = 1, /) -> None:
+        """Pass on to the bar, or remember until there is one."""
+        if self._advance is None:
+            self._num_done += num
+        else:
+            self._advance(num)
 
     def _journal(self, job: Job) -> CellJournal:
         return self._journals[job.cell.id if job.task.generates else job.likelihoods_of]
@@ -137,28 +151,28 @@ class _Evaluation:
         journal = self._journal(job)
         return journal.generations if job.task.generates else journal.likelihoods
 
-    def _answer(self, job: Job, asked: Sequence[tuple[Any, Key]], advance: Advance = lambda num=1, /: None) -> None:
-        """Have the model answer what the journal does not answer yet."""
+    def _batches(self, job: Job) -> list[Batch]:
+        """What is left of a job, batch by batch."""
         from twotower_eval.decoders import from_spec
 
-        missing = any(key not in self._answered(job) for _, key in asked)
-        spec = job.cell.decoder
+        if all(key in self._answered(job) for _, key in job.requests):
+            self._advanced(len(job.requests))
+            return []
+        spec, generates = job.cell.decoder, job.task.generates
         lm = HarnessLM(
             job.model,
-            decoder=from_spec(job.model, spec) if missing and job.task.generates else None,
-            scorer=make_scorer_of(job.model, job.kind, spec) if missing and not job.task.generates else None,
+            decoder=from_spec(job.model, spec) if generates else None,
+            scorer=None if generates else make_scorer_of(job.model, job.kind, spec),
             kind=job.kind,
             batch_size=self._plan.batch_size,
             seed=self._plan.seed,
             journal=self._journal(job),
-            advance=advance,
+            advance=self._advanced,
         )
-        if job.task.generates:
-            lm.answer_generations(asked)
-        else:
-            lm.answer_likelihoods(asked, job.task.request)
+        batches = lm.batches(job.requests)
         if lm.num_truncated:
             self._writer.event("truncated", cell=job.cell.id, num_requests=lm.num_truncated)
+        return batches
 
     def _score(self, job: Job) -> str:
         """Write the job's scores, if they are not there yet, and return the headline for people."""

@@ -1,15 +1,11 @@
 """Suites and tasks: which documents and requests a name stands for, the same for every model."""
 
-from twotower_eval.suites.build import (
+from twotower_eval.suites.build import BuiltTask, TimedPrompt, build_requests, resolve_tasks, select
+from twotower_eval.suites.documents import (
     DEFAULT_MAX_NEW_TOKENS,
     FEWSHOT_SEED,
     BuiltDoc,
-    BuiltTask,
-    TimedPrompt,
-    build_requests,
     instance_sha256,
-    resolve_tasks,
-    select,
     stops_and_budget,
 )
 from twotower_eval.suites.files import Suite, SuiteTask, load_suite, suite_names

@@ -7,10 +7,7 @@ and only then cut to ``limit``: a document has the same prompt whatever the limi
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -19,25 +16,8 @@ from typing import Any
 from twotower_eval.names import did_you_mean
 from twotower_eval.records import canonical_json, sha256_text
 from twotower_eval.suites import lm_tasks
-from twotower_eval.suites.files import SuiteTask, cluster_id, load_suite, suite_names
-
-DEFAULT_MAX_NEW_TOKENS = 256  # for tasks that name no budget; lm-eval's own models default to the same
-FEWSHOT_SEED = 1234  # lm-eval's own default, so that seed 0 gives the prompts that lm-eval gives
-BUDGET_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class BuiltDoc:
-    """A document with its requests; ``source`` is the lm-eval task that it comes from and that scores it."""
-
-    doc_id: int
-    doc: Mapping[str, Any]
-    source: Any
-    instances: tuple[Any, ...]
-    cluster_id: str
-    doc_sha256: str
-    prompt_sha256: str
-    target_sha256: str
+from twotower_eval.suites.documents import BuiltDoc, Wishes, build_docs, generates, identity
+from twotower_eval.suites.files import SuiteTask, load_suite, suite_names
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,7 +73,7 @@ def resolve_tasks(
     task is a group). ``seed`` moves the few-shot examples of tasks that draw them. Raises ValueError for unknown
     names, tasks that execute model output, and data that is missing or does not fit.
     """
-    wishes = _Wishes(None if data_dir is None else Path(data_dir), limit, seed, samples, max_new_tokens)
+    wishes = Wishes(None if data_dir is None else Path(data_dir), limit, seed, samples, max_new_tokens)
     with lm_tasks.quiet():
         built = [task for member in select(names) for task in _build(member, wishes)]
     twice = {task.name for task in built if sum(other.name == task.name for other in built) > 1}
@@ -168,26 +148,15 @@ def _named(name: str) -> Sequence[SuiteTask]:
     return [SuiteTask(name=one, parts={"": one}, executes_code=lm_tasks.executes_code(one)) for one in single]
 
 
-@dataclass(frozen=True)
-class _Wishes:
-    """What the caller of :func:`resolve_tasks` asks for beside the names."""
-
-    data_dir: Path | None
-    limit: int | None
-    seed: int
-    samples: int | None
-    max_new_tokens: int | None
-
-
-def _build(member: SuiteTask, wishes: _Wishes) -> Iterator[BuiltTask]:
+def _build(member: SuiteTask, wishes: Wishes) -> Iterator[BuiltTask]:
     for label, lm_eval_name in member.parts.items():
         name = f"{member.name}_{label}" if label else member.name
         yield _build_part(name, member.name if label else None, lm_eval_name, member, wishes)
 
 
-def _build_part(name: str, group: str | None, lm_eval_name: str, member: SuiteTask, wishes: _Wishes) -> BuiltTask:
+def _build_part(name: str, group: str | None, lm_eval_name: str, member: SuiteTask, wishes: Wishes) -> BuiltTask:
     kept: list[BuiltDoc] = []
-    identity: list[Any] = []
+    identities: list[Any] = []
     sources = []
     num_docs = 0
     samples = wishes.samples or member.samples
@@ -195,10 +164,10 @@ def _build_part(name: str, group: str | None, lm_eval_name: str, member: SuiteTa
         shots = {} if member.num_fewshot is None else {"num_fewshot": member.num_fewshot}
         source = lm_tasks.load_task(leaf, {**overrides, **shots}, wishes.data_dir)
         samples = samples or source.config.repeats
-        docs = _docs(name, leaf, source, num_docs, member, wishes)
+        docs = build_docs(name, leaf, source, num_docs, member, wishes)
         sources.append(source)
         num_docs += len(docs)
-        identity.append(_identity(source, docs))
+        identities.append(identity(source, docs))
         kept += docs[: wishes.limit]
     metric, filter_ = _headline(name, member, sources[0])
     _check_samples(name, sources[0], samples or 1)
@@ -210,89 +179,15 @@ def _build_part(name: str, group: str | None, lm_eval_name: str, member: SuiteTa
         num_docs_in_all=num_docs,
         samples=samples or 1,
         max_new_tokens=max(
-            (i.args[1]["max_gen_toks"] for d in kept for i in d.instances if _generates(i)), default=None
+            (i.args[1]["max_gen_toks"] for d in kept for i in d.instances if generates(i)), default=None
         ),
         metric=metric,
         filter=filter_,
-        headline=member.headline,
-        digest=sha256_text(canonical_json(identity)),
+        # A ratio of scores where lower is better belongs into no retention.
+        headline=member.headline and sources[0].higher_is_better()[metric] is not False,
+        digest=sha256_text(canonical_json(identities)),
         spec=member,
     )
-
-
-def _docs(name: str, leaf: str, source: Any, first_id: int, member: SuiteTask, wishes: _Wishes) -> list[BuiltDoc]:
-    by_doc = defaultdict(list)
-    for instance in lm_tasks.build_instances(leaf, source, FEWSHOT_SEED + wishes.seed):
-        by_doc[instance.doc_id].append(instance)
-    docs = []
-    for index in sorted(by_doc):
-        instances = sorted(by_doc[index], key=lambda instance: instance.idx)
-        for instance in instances:
-            instance.metadata = (name, first_id + index, 1)
-            instance.task_name, instance.doc_id, instance.repeats = instance.metadata
-            if _generates(instance):
-                instance.arguments = (instance.args[0], _generation_settings(instance.args[1], member, wishes))
-        docs.append(_doc(name, leaf, source, index, instances))
-    return docs
-
-
-def _doc(name: str, leaf: str, source: Any, index: int, instances: Sequence[Any]) -> BuiltDoc:
-    # doc and target hashes are lm-eval's own, so that they can be compared with its sample logs.
-    from lm_eval.utils import handle_non_serializable
-
-    doc, doc_id = instances[0].doc, instances[0].doc_id
-    text = json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
-    prompts = [instance_sha256(instance) for instance in instances]
-    return BuiltDoc(
-        doc_id=doc_id,
-        doc=doc,
-        source=source,
-        instances=tuple(instances),
-        cluster_id=cluster_id(name, leaf, doc, index, doc_id),
-        doc_sha256=_sha256(text),
-        prompt_sha256=prompts[0] if len(prompts) == 1 else sha256_text("".join(prompts)),
-        target_sha256=_sha256(str(source.doc_to_target(doc))),
-    )
-
-
-def instance_sha256(instance: Any) -> str:
-    """Hash of what a model is asked: the prompt of a generation, else all texts of the request."""
-    texts = [arg for arg in instance.args if isinstance(arg, str)]
-    return _sha256(texts[0]) if len(texts) == 1 else _sha256(canonical_json(texts))
-
-
-def _sha256(text: str) -> str:
-    # Web text may hold half of a surrogate pair, which strict UTF-8 refuses.
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _generates(instance: Any) -> bool:
-    return bool(instance.request_type == "generate_until")
-
-
-def stops_and_budget(settings: Mapping[str, Any], default_budget: int) -> tuple[tuple[str, ...], int]:
-    """Stop strings and token budget in lm-eval's settings of a generation, under any of the names it goes by."""
-    until = settings.get("until") or []
-    stops = [until] if isinstance(until, str) else until
-    budgets = (settings.get(name) for name in BUDGET_NAMES)
-    return tuple(stop for stop in stops if stop), next((int(b) for b in budgets if b is not None), default_budget)
-
-
-def _generation_settings(own: Mapping[str, Any], member: SuiteTask, wishes: _Wishes) -> dict[str, Any]:
-    """lm-eval's settings of one generation with the stops and the budget that hold here."""
-    stops, own_budget = stops_and_budget(own, DEFAULT_MAX_NEW_TOKENS)
-    kept = {key: value for key, value in own.items() if key not in BUDGET_NAMES}
-    budget = wishes.max_new_tokens or member.max_new_tokens or own_budget
-    return {**kept, "until": list(stops if member.stop is None else member.stop), "max_gen_toks": budget}
-
-
-def _identity(source: Any, docs: Sequence[BuiltDoc]) -> list[Any]:
-    """All that makes two results comparable but the budget, which the workload names."""
-    config = source.config
-    parts = [config.output_type, config.metric_list, config.filter_list]
-    scoring = json.dumps(parts, default=lambda part: getattr(part, "__qualname__", type(part).__name__))
-    stops = sorted({canonical_json(i.args[1]["until"]) for doc in docs for i in doc.instances if _generates(i)})
-    return [scoring, stops, [[doc.doc_sha256, doc.prompt_sha256, doc.target_sha256] for doc in docs]]
 
 
 def _headline(name: str, member: SuiteTask, source: Any) -> tuple[str, str]:

@@ -1,0 +1,579 @@
+"""Evaluation: the adapter against direct computation and lm-eval's evaluator; resume, kill, sharing, samples."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval.evaluator
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.utils import get_rolling_token_windows
+
+from tests.tiny_pair import write_pair
+from twotower_eval import decoders, harness, store, suites
+from twotower_eval.harness import jobs
+from twotower_eval.harness.adapter import HarnessLM
+from twotower_eval.harness.answers import derive_seed
+from twotower_eval.harness.scoring import score_rows
+from twotower_eval.models import load_model
+from twotower_eval.plan import RunPlan, SpeedPlan
+from twotower_eval.records import (
+    Cell,
+    Generation,
+    GenerationRow,
+    Prompt,
+    RunManifest,
+    Score,
+    Workload,
+    to_json,
+)
+from twotower_eval.suites import lm_tasks
+
+TASKS = ("miniature_sort", "miniature_choice", "miniature_perplexity")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def model(pair: Path) -> Any:
+    return load_model(pair)
+
+
+@pytest.fixture
+def plan(pair: Path) -> RunPlan:
+    return RunPlan(model=str(pair), tasks=TASKS, limit=4, max_new_tokens=12, block_sizes=(4,), batch_size=3)
+
+
+def values(path: Path) -> dict[tuple[Any, ...], float | None]:
+    """All scores of a run by what they are scores of."""
+    run = store.load(path)
+    return {(run.cells[s.cell].arm, *_key(s)): s.value for s in run.scores}
+
+
+def _key(score: Score) -> tuple[Any, ...]:
+    return (score.cell, score.task, score.doc_id, score.metric, score.filter)
+
+
+def ask(kind: str, *args: Any, doc_id: int = 0, idx: int = 0) -> Instance:
+    return Instance(request_type=kind, doc={}, arguments=args, idx=idx, metadata=("t", doc_id, 1))  # type: ignore[arg-type]
+
+
+def exact(model: Any) -> Any:
+    return decoders.make_scorer(model, "context_tower")
+
+
+def direct(model: Any, context: Sequence[int], continuation: Sequence[int]) -> float:
+    """Log-probability computed straight from the logits, one token after the other."""
+    ids = [*context, *continuation]
+    logits_SV = model.context_logits(torch.tensor([ids]))[0].log_softmax(-1)
+    return sum(float(logits_SV[at - 1, ids[at]]) for at in range(len(context), len(ids)))
+
+
+# The adapter
+
+
+def test_loglikelihood_equals_direct_computation(model: Any) -> None:
+    lm = HarnessLM(model, scorer=exact(model), batch_size=2)
+    asked = [("sort up 3 1=", "1 3"), ("sort", " up"), ("a ", "b c"), ("sort up 3 1=", "3")]
+    found = lm.loglikelihood([ask("loglikelihood", *args, doc_id=i) for i, args in enumerate(asked)])
+    for (context, continuation), (logprob, _) in zip(asked, found, strict=True):
+        whole, head = lm.tok_encode(context + continuation), lm.tok_encode(context.rstrip())
+        assert logprob == pytest.approx(direct(model, head, whole[len(head) :]), abs=1e-4)
+
+
+def test_is_greedy_means_that_greedy_decoding_gives_it(model: Any) -> None:
+    ids = model.tokenizer.encode("sort up")
+    [generation] = decoders.make_decoder(model, "autoregressive").generate(
+        [Prompt(id="p", token_ids=tuple(ids))], max_new_tokens=3
+    )
+    lm = HarnessLM(model, scorer=exact(model))
+    found = lm._loglikelihood_tokens(
+        [(("", ""), ids, list(generation.token_ids)), (("", ""), ids, [generation.token_ids[0] ^ 1])]
+    )
+    assert [greedy for _, greedy in found] == [True, False]
+
+
+def test_empty_context_is_the_prefix_token_and_empty_continuation_costs_nothing(model: Any) -> None:
+    lm = HarnessLM(model, scorer=exact(model))
+    bos = model.tokenizer.bos_token_id
+    assert lm.prefix_token_id == bos
+    found = lm.loglikelihood(
+        [
+            ask("loglikelihood", "", "abc", doc_id=0),
+            ask("loglikelihood", "", "<s>abc", doc_id=1),
+            ask("loglikelihood", "  ", "x", doc_id=2),
+            ask("loglikelihood", "ab", "", doc_id=3),
+            ask("loglikelihood", "", "", doc_id=4),
+        ]
+    )
+    ids = model.tokenizer.encode("abc")
+    expected = direct(model, [bos], ids)
+    assert found[0][0] == pytest.approx(expected, abs=1e-4)
+    # A continuation that begins with the prefix token brings its own context.
+    assert found[1][0] == pytest.approx(expected, abs=1e-4)
+    # Blanks alone move to the continuation, which leaves no context.
+    assert found[2][0] == pytest.approx(direct(model, [bos], model.tokenizer.encode("  x")), abs=1e-4)
+    assert found[3:] == [(0.0, True), (0.0, True)]
+
+
+def test_equal_requests_are_scored_once(model: Any) -> None:
+    calls: list[int] = []
+    scorer = exact(model)
+
+    class Counting:
+        def score(self, requests: Sequence[Any]) -> Any:
+            calls.append(len(requests))
+            return scorer.score(requests)
+
+    lm = HarnessLM(model, scorer=Counting(), batch_size=64)
+    found = lm.loglikelihood([ask("loglikelihood", "ab", "cd", doc_id=i) for i in range(5)])
+    assert sum(calls) == 1
+    assert len(set(found)) == 1
+    assert len(lm.journal.likelihoods) == 5
+
+
+@pytest.mark.parametrize("text", ["", "a", "sort up 3 1=1 3", "abc" * 15])
+def test_rolling_windows(model: Any, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Every token is predicted exactly once, with lm-eval's windows of at most 16 tokens."""
+    lm = HarnessLM(model, scorer=exact(model))
+    ids = model.tokenizer.encode(text)
+    bos = model.tokenizer.bos_token_id
+    whole = lm.loglikelihood_rolling([ask("loglikelihood_rolling", text)])[0]
+    assert whole == pytest.approx(direct(model, [bos], ids) if ids else 0.0, abs=1e-3)
+    monkeypatch.setattr(model, "max_length", 16)
+    windowed = HarnessLM(model, scorer=exact(model))
+    found = windowed.loglikelihood_rolling([ask("loglikelihood_rolling", text)])[0]
+    expected = 0.0
+    for before, after in get_rolling_token_windows(ids, bos, 16, 1):
+        expected += direct(model, before[: len(before) - len(after) + 1], after)
+    assert found == pytest.approx(expected, abs=1e-3)
+    [row] = windowed.journal.likelihoods.values()
+    assert row.num_tokens == len(ids)
+
+
+def test_long_contexts_are_cut_from_the_left_as_lm_eval_does(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "max_length", 8)
+    lm = HarnessLM(model, scorer=exact(model), decoder=decoders.make_decoder(model, "autoregressive"))
+    context, continuation = "0123456789", "abc"
+    [(found, _)] = lm.loglikelihood([ask("loglikelihood", context, continuation)])
+    ids = model.tokenizer.encode(context + continuation)[-9:]
+    assert found == pytest.approx(direct(model, ids[:-3], ids[-3:]), abs=1e-4)
+    lm.generate_until([ask("generate_until", context, {"until": [], "max_gen_toks": 5}, doc_id=1)])
+    assert lm.num_truncated == 2
+    assert [row.generation.num_prompt_tokens for row in lm.journal.generations.values()] == [3]
+    with pytest.raises(ValueError, match="leaves no room in 8 tokens"):
+        lm.generate_until([ask("generate_until", context, {"until": [], "max_gen_toks": 8}, doc_id=2)])
+    with pytest.raises(ValueError, match="does not fit into 8 tokens"):
+        lm.loglikelihood([ask("loglikelihood", "a", "0123456789", doc_id=3)])
+
+
+def test_budget_aliases_and_the_default(model: Any) -> None:
+    decoder = decoders.make_decoder(model, "autoregressive")
+    lm = HarnessLM(model, decoder=decoder)
+    lm.generate_until(
+        [
+            ask("generate_until", "a", {"until": [], "max_new_tokens": 3}, doc_id=0),
+            ask("generate_until", "", {"max_tokens": 4, "until": "\n"}, doc_id=1),
+            ask("generate_until", "b", {}, doc_id=2),
+        ]
+    )
+    rows = {key[1]: row.generation for key, row in lm.journal.generations.items()}
+    assert rows[0].num_tokens + rows[0].num_discarded_tokens == 3
+    assert rows[1].num_prompt_tokens == 1
+    assert rows[2].num_tokens + rows[2].num_discarded_tokens <= 256
+
+
+def test_a_checkpoint_without_tokenizer_is_one_line(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (pair / name).unlink()
+    with pytest.raises(ValueError, match="no tokenizer files"):
+        harness.run(RunPlan(model=str(pair), tasks=("miniature_sort",), limit=1), root=tmp_path)
+
+
+def test_scores_equal_lm_evals_own_evaluator(model: Any, plan: RunPlan, tmp_path: Path) -> None:
+    """The adapter given to lm-eval's evaluate, against our own journalled and filtered path."""
+    path = harness.run(plan, root=tmp_path)
+    run = store.load(path)
+    with lm_tasks.quiet():
+        sources = {name: lm_tasks.load_task(name, {}, None) for name in TASKS}
+    for name, source in sources.items():
+        if name == "miniature_sort":
+            source.config.generation_kwargs["max_gen_toks"] = 12
+    lm = HarnessLM(
+        model, decoder=decoders.make_decoder(model, "block_diffusion", block_size=4), scorer=exact(model), batch_size=5
+    )
+    results = lm_eval.evaluator.evaluate(lm, {"tasks": sources}, limit=4, bootstrap_iters=0)
+    samples = {name: {s["doc_id"]: s for s in found} for name, found in results["samples"].items()}
+    compared = 0
+    for score in run.scores:
+        if run.cells[score.cell].arm != "candidate":
+            continue
+        theirs = samples[score.task][score.doc_id]
+        assert score.doc_sha256 == theirs["doc_hash"]
+        assert score.target_sha256 == theirs["target_hash"]
+        if score.task != "miniature_perplexity":
+            assert score.value == theirs[score.metric]
+        if score.task == "miniature_sort":
+            assert score.prompt_sha256 == theirs["prompt_hash"]
+        compared += 1
+    assert compared == 4 + 4 + 3 * 4
+    bits = [s for s in run.scores if s.metric == "bits_per_byte"]
+    for score in bits:
+        nats, num_bytes = samples[score.task][score.doc_id]["bits_per_byte"]
+        assert score.value == pytest.approx(-nats / num_bytes / 0.6931471805599453)
+
+
+# Runs
+
+
+def test_a_run_is_complete_and_says_how_everything_was_scored(plan: RunPlan, tmp_path: Path) -> None:
+    run = store.load(harness.run(plan, root=tmp_path))
+    assert run.complete
+    assert [(cell.arm, cell.workload.name) for cell in run.manifest.cells] == [
+        (arm, task) for task in TASKS for arm in ("baseline", "candidate")
+    ]
+    assert Counter((s.task, s.scored_by, s.headline) for s in run.scores) == {
+        ("miniature_sort", "generation", True): 2 * 4,
+        ("miniature_choice", "context_tower", True): 2 * 4,
+        ("miniature_perplexity", "context_tower", False): 2 * 4 * 3,
+    }
+    assert run.manifest.seeds == {"run": 0, "fewshot": 1234}
+    assert [event["kind"] for event in run.events].count("cell_done") == 6
+    for cell in run.manifest.cells:
+        asked = {row.prompt_sha256 for row in run.generations if row.cell == cell.id}
+        assert cell.workload.name != "miniature_sort" or len(asked) == 4
+
+
+def test_both_arms_see_the_same_documents_and_prompts(plan: RunPlan, tmp_path: Path) -> None:
+    run = store.load(harness.run(plan, root=tmp_path))
+    by_arm: dict[str, set[Any]] = {"baseline": set(), "candidate": set()}
+    for s in run.scores:
+        by_arm[run.cells[s.cell].arm].add(
+            (s.task, s.doc_id, s.metric, s.doc_sha256, s.prompt_sha256, s.target_sha256, s.cluster_id)
+        )
+    assert by_arm["baseline"] == by_arm["candidate"]
+
+
+def test_scores_do_not_depend_on_the_batch_size(plan: RunPlan, tmp_path: Path) -> None:
+    paths = [harness.run(dataclasses.replace(plan, batch_size=n), root=tmp_path / str(n)) for n in (1, 4)]
+    assert values(paths[0]) == pytest.approx(values(paths[1]), rel=1e-4)
+    runs = [store.load(path) for path in paths]
+    texts = [{(r.cell, r.doc_id): r.generation for r in run.generations} for run in runs]
+    assert texts[0] == texts[1]
+
+
+def test_a_limit_changes_neither_cells_nor_answers(plan: RunPlan, tmp_path: Path) -> None:
+    few, more = (store.load(harness.run(dataclasses.replace(plan, limit=n), root=tmp_path / str(n))) for n in (2, 4))
+    assert few.cells.keys() == more.cells.keys()
+    answers = {(r.cell, r.doc_id): r.generation for r in more.generations}
+    assert all(answers[r.cell, r.doc_id] == r.generation for r in few.generations)
+
+
+def test_resume_may_raise_the_limit(plan: RunPlan, tmp_path: Path) -> None:
+    path = harness.run(dataclasses.replace(plan, limit=2), root=tmp_path)
+    assert harness.run(plan, root=tmp_path, resume=path) == path
+    assert values(path) == pytest.approx(values(harness.run(plan, root=tmp_path / "whole")), rel=1e-4)
+
+
+class _Interrupting:
+    """Counts prompts and raises Ctrl-C at the nth batch of block diffusion."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at_batch: int | None = None) -> None:
+        from twotower_eval.decoders.block_diffusion import BlockDiffusion
+        from twotower_eval.decoders.likelihood import CausalScorer
+
+        self.prompts: list[str] = []
+        self.scored = 0
+        generate, score = BlockDiffusion.generate, CausalScorer.score
+        batches = 0
+
+        def counted(decoder: Any, prompts: Sequence[Prompt], **options: Any) -> Any:
+            nonlocal batches
+            batches += 1
+            if batches == at_batch:
+                raise KeyboardInterrupt
+            self.prompts += [prompt.id for prompt in prompts]
+            return generate(decoder, prompts, **options)
+
+        def counted_score(scorer: Any, requests: Sequence[Any]) -> Any:
+            self.scored += len(requests)
+            return score(scorer, requests)
+
+        monkeypatch.setattr(BlockDiffusion, "generate", counted)
+        monkeypatch.setattr(CausalScorer, "score", counted_score)
+
+
+@pytest.mark.parametrize("at_batch", [1, 2, 3])
+def test_resume_recomputes_nothing_and_gives_the_same_scores(plan: RunPlan, tmp_path: Path, at_batch: int) -> None:
+    plan = dataclasses.replace(plan, batch_size=2, limit=5)
+    whole = harness.run(plan, root=tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        first = _Interrupting(patch, at_batch)
+        with pytest.raises(KeyboardInterrupt):
+            harness.run(plan, root=tmp_path)
+    [path] = store.find_runs(tmp_path)
+    assert not store.load(path).complete
+    with pytest.MonkeyPatch.context() as patch:
+        second = _Interrupting(patch)
+        harness.run(plan, root=tmp_path, resume=path)
+    assert sorted(first.prompts + second.prompts) == [f"miniature_sort/{i}/0/0" for i in range(5)]
+    assert set(first.prompts) & set(second.prompts) == set()
+    assert store.load(path).complete
+    assert values(path) == values(whole)
+
+
+def test_resuming_a_complete_run_computes_nothing(plan: RunPlan, tmp_path: Path) -> None:
+    path = harness.run(plan, root=tmp_path)
+    before = values(path)
+    with pytest.MonkeyPatch.context() as patch:
+        again = _Interrupting(patch)
+        harness.run(plan, root=tmp_path, resume=path)
+    assert (again.prompts, again.scored) == ([], 0)
+    assert values(path) == before
+    assert store.load(path).complete
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from twotower_eval import harness
+from twotower_eval.decoders.block_diffusion import BlockDiffusion
+from twotower_eval.plan import RunPlan
+generate, batches = BlockDiffusion.generate, []
+def killed(decoder, prompts, **options):
+    batches.append(0)
+    if len(batches) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return generate(decoder, prompts, **options)
+BlockDiffusion.generate = killed
+plan = RunPlan(model=sys.argv[1], tasks=("miniature_sort", "miniature_choice"), limit=6, max_new_tokens=12,
+               block_sizes=(4,), batch_size=2)
+harness.run(plan, root=Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_run_goes_on_where_it_was(pair: Path, tmp_path: Path) -> None:
+    """kill -9 leaves no time for any clean-up: what was journalled must be enough, a half-written line no harm."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(pair), str(tmp_path)], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    [path] = store.find_runs(tmp_path)
+    num_kept = len(store.load(path).generations)
+    with (path / "generations.jsonl").open("a") as stream:
+        stream.write('{"cell": "half a li')
+    plan = RunPlan(
+        **{"model": str(pair), "tasks": ("miniature_sort", "miniature_choice"), "limit": 6},
+        **{"max_new_tokens": 12, "block_sizes": (4,), "batch_size": 2},  # type: ignore[arg-type]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        rest = _Interrupting(patch)
+        harness.run(plan, root=tmp_path, resume=path)
+    run = store.load(path)
+    assert len(rest.prompts) == 6 - 4
+    assert num_kept > 4
+    assert values(path) == values(harness.run(plan, root=tmp_path / "whole"))
+    assert run.complete
+
+
+def test_a_resumed_run_refuses_another_plan(plan: RunPlan, tmp_path: Path) -> None:
+    path = harness.run(plan, root=tmp_path)
+    with pytest.raises(ValueError, match="cannot resume"):
+        harness.run(dataclasses.replace(plan, thresholds=(0.5,)), root=tmp_path, resume=path)
+
+
+def test_an_answer_to_another_prompt_is_an_error(plan: RunPlan, tmp_path: Path) -> None:
+    path = harness.run(plan, root=tmp_path)
+    (path / "done.json").unlink()
+    journal = path / "generations.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    lines[0]["prompt_sha256"] = "0" * 64
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match="another prompt"):
+        harness.run(plan, root=tmp_path, resume=path)
+    [task] = suites.resolve_tasks(["miniature_sort"], limit=4)
+    with pytest.raises(ValueError, match="belongs to another prompt"):
+        score_rows(task, lines[0]["cell"], [r for r in store.load(path).generations if r.cell == lines[0]["cell"]])
+
+
+# Whose likelihoods
+
+
+def test_context_tower_likelihoods_are_computed_once_for_equal_tensors(plan: RunPlan, tmp_path: Path) -> None:
+    plan = dataclasses.replace(plan, thresholds=(0.5, 0.8), tasks=("miniature_choice",))
+    with pytest.MonkeyPatch.context() as patch:
+        counted = _Interrupting(patch)
+        run = store.load(harness.run(plan, root=tmp_path))
+    num_pairs = len({row.prompt_sha256 for row in run.likelihoods})
+    assert counted.scored == num_pairs == len(run.likelihoods)
+    assert len(run.manifest.cells) == 3
+    assert len({row.cell for row in run.likelihoods}) == 1
+    assert {s.scored_by for s in run.scores} == {"context_tower"}
+    assert any("computed once" in note for note in run.manifest.notes)
+
+
+def test_another_baseline_is_scored_by_its_own_tensors(plan: RunPlan, tmp_path: Path) -> None:
+    other = write_pair(tmp_path / "other", seed=1)
+    run = store.load(
+        harness.run(dataclasses.replace(plan, baseline=str(other), tasks=("miniature_choice",)), root=tmp_path / "r")
+    )
+    assert len({row.cell for row in run.likelihoods}) == 2
+    by_cell = {cell: [r.likelihood.logprob_nats for r in run.likelihoods if r.cell == cell] for cell in run.cells}
+    assert by_cell[run.manifest.cells[0].id] != by_cell[run.manifest.cells[1].id]
+
+
+@pytest.mark.parametrize("kind", ["denoiser_left_to_right", "bound"])
+def test_denoiser_likelihoods_are_the_candidates_and_are_named(plan: RunPlan, tmp_path: Path, kind: Any) -> None:
+    plan = dataclasses.replace(plan, likelihood=kind, tasks=("miniature_choice", "miniature_perplexity"), limit=2)
+    run = store.load(harness.run(plan, root=tmp_path))
+    by_arm = {(run.cells[s.cell].arm, s.scored_by) for s in run.scores}
+    assert by_arm == {("baseline", "exact"), ("candidate", kind)}
+    errors = [r.likelihood.stderr_nats for r in run.likelihoods if r.likelihood.kind == kind]
+    assert errors
+    assert all((error is not None) == (kind == "bound") for error in errors)
+
+
+def test_a_scorer_that_the_decoder_lacks_fails_before_weights_load(plan: RunPlan, tmp_path: Path) -> None:
+    plan = RunPlan(model=str(tmp_path / "nowhere"), tasks=TASKS, decoder="autoregressive", likelihood="bound", limit=1)
+    with pytest.raises(ValueError, match="miniature_choice, miniature_perplexity need log-likelihoods"):
+        harness.run(plan, root=tmp_path)
+    assert not store.find_runs(tmp_path)
+
+
+def test_an_ar_model_against_itself_is_one_cell(plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def context_alone(path: Path, **options: Any) -> Any:
+        return load_model(path, tower="context", **options)
+
+    monkeypatch.setattr("twotower_eval.models.load_model", context_alone)
+    plan = RunPlan(model=plan.model, tasks=TASKS, decoder="autoregressive", limit=2, max_new_tokens=8)
+    run = store.load(harness.run(plan, root=tmp_path))
+    assert [cell.arm for cell in run.manifest.cells] == ["baseline"] * 3
+    assert {s.scored_by for s in run.scores} == {"generation", "exact"}
+
+
+def test_the_context_tower_baseline_is_what_loading_it_alone_gives(pair: Path) -> None:
+    plan = RunPlan(model=str(pair))
+    baseline, candidate = jobs.load_models(plan)
+    alone = load_model(pair, tower="context")
+    assert baseline.checkpoint == alone.checkpoint
+    assert baseline.context_digest == alone.context_digest == candidate.context_digest
+    assert candidate.has_denoiser
+    assert not baseline.has_denoiser
+    ids = torch.tensor([[7, 8, 9]])
+    assert torch.equal(baseline.context_logits(ids), alone.context_logits(ids))
+
+
+# Samples
+
+
+def test_a_documents_value_is_the_mean_over_its_samples(plan: RunPlan, tmp_path: Path) -> None:
+    sampled = dataclasses.replace(plan, temperature=1.5, samples=3, tasks=("miniature_sort",), limit=3)
+    runs = [store.load(harness.run(dataclasses.replace(sampled, batch_size=n), root=tmp_path / str(n))) for n in (2, 5)]
+    texts = [{(r.cell, r.doc_id, r.repeat): r.generation.text for r in run.generations} for run in runs]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 2 * 3 * 3
+    assert len(set(texts[0].values())) > 6
+    assert len(runs[0].scores) == 2 * 3
+
+
+def test_samples_are_scored_one_by_one() -> None:
+    [task] = suites.resolve_tasks(["miniature_sort"], limit=2)
+    rows = []
+    for doc, answers in zip(task.docs, (("right", "wrong", "right", "wrong"), ("wrong", "wrong")), strict=True):
+        for repeat, answer in enumerate(answers):
+            text = doc.doc["answer"] if answer == "right" else "no"
+            rows.append(_row(task, doc, repeat, text))
+    scores = score_rows(task, "c", rows)
+    assert [score.value for score in scores] == [0.5, 0.0]
+    assert {score.headline for score in scores} == {True}
+
+
+def _row(task: suites.BuiltTask, doc: suites.BuiltDoc, repeat: int, text: str, cell: str = "c") -> GenerationRow:
+    generation = Generation(
+        **{"prompt_id": "p", "token_ids": (), "text": text, "finish": "eos", "num_prompt_tokens": 1, "num_tokens": 0},
+        **{"num_discarded_tokens": 0, "num_context_forwards": 1, "num_denoiser_forwards": 0},  # type: ignore[arg-type]
+    )
+    key = {"task": task.name, "doc_id": doc.doc_id, "request_index": 0, "repeat": repeat}
+    return GenerationRow(cell=cell, prompt_sha256=doc.prompt_sha256, generation=generation, **key)  # type: ignore[arg-type]
+
+
+def test_several_samples_at_temperature_zero_are_refused(plan: RunPlan, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="3 samples at temperature 0"):
+        harness.run(dataclasses.replace(plan, samples=3), root=tmp_path)
+
+
+def test_seeds_depend_on_every_part() -> None:
+    seeds = {derive_seed(*parts) for parts in ((0, "t", 1), (1, "t", 1), (0, "u", 1), (0, "t", 2), (0, "t", "1"))}
+    assert len(seeds) == 5
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_metric_of_the_whole_task_is_missing_with_its_reason() -> None:
+    from twotower_eval.harness.scoring import _number
+
+    class Source:
+        @staticmethod
+        def aggregation() -> dict[str, Any]:
+            return {"word_perplexity": lambda items: 1 / 0}
+
+    assert "whole task only" in str(_number(Source, "f1", (1, 0)))
+    assert "ZeroDivisionError" in str(_number(Source, "word_perplexity", (-1.0, 0)))
+    assert "is nan" in str(_number(Source, "acc", float("nan")))
+    assert _number(Source, "acc", True) == 1.0
+
+
+# Timed answers
+
+
+def _speed_run(root: Path, plan: SpeedPlan, rows: Sequence[GenerationRow], cell: Cell) -> Path:
+    manifest = RunManifest(
+        **{"schema": 1, "run_id": "20260101T000000Z-speed-000000", "verb": "speed", "argv": (), "plan": to_json(plan)},
+        **{"plan_sha256": "", "cells": (cell,), "started_at": "", "project_version": "0", "commit": None},
+        **{"dirty": None, "packages": {}, "machine": {}, "seeds": {}},  # type: ignore[arg-type]
+    )
+    with store.create(root, manifest) as writer:
+        for row in rows:
+            writer.append(row)
+        writer.finish()
+    return writer.path
+
+
+def test_timed_answers_are_scored_by_the_same_code(model: Any, tmp_path: Path) -> None:
+    task, other = suites.resolve_tasks(["miniature_sort", "miniature_recall"], limit=3)
+    spec = decoders.decoder_spec("autoregressive")
+    workload = Workload(kind="answer", name="miniature", digest="d", batch_size=1)
+    cell = Cell(id="abc", arm="baseline", checkpoint=model.checkpoint, decoder=spec, workload=workload)
+    rows = [_row(task, doc, 0, doc.doc["answer"], "abc") for doc in task.docs]
+    rows.append(_row(other, other.docs[1], 0, "no", "abc"))
+    plan = SpeedPlan(tasks=("miniature_sort", "miniature_recall"))
+    path = _speed_run(tmp_path, plan, rows, cell)
+    for _ in range(2):  # a second time adds nothing
+        assert harness.score_journal(path) == path
+        run = store.load(path)
+        assert run.complete
+        assert {(s.task, s.doc_id): s.value for s in run.scores} == {
+            **{("miniature_sort", i): 1.0 for i in range(3)},
+            ("miniature_recall", 1): 0.0,
+        }
+
+
+def test_only_timed_answers_can_be_scored_afterwards(model: Any, plan: RunPlan, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="only timed answers"):
+        harness.score_journal(harness.run(dataclasses.replace(plan, limit=1), root=tmp_path))
+    spec = decoders.decoder_spec("autoregressive")
+    workload = Workload(kind="fixed", name="miniature", digest="d", batch_size=1)
+    cell = Cell(id="abc", arm="baseline", checkpoint=model.checkpoint, decoder=spec, workload=workload)
+    path = _speed_run(tmp_path / "s", SpeedPlan(workload="fixed", new_tokens=4), [], cell)
+    with pytest.raises(ValueError, match="'fixed' workload"):
+        harness.score_journal(path)

@@ -1,0 +1,121 @@
+"""Documents with their requests: made by lm-eval, numbered, hashed, with the stops and the budget that hold here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twotower_eval.records import canonical_json, sha256_text
+from twotower_eval.suites import lm_tasks
+from twotower_eval.suites.files import SuiteTask, cluster_id
+
+DEFAULT_MAX_NEW_TOKENS = 256  # for tasks that name no budget; lm-eval's own models default to the same
+FEWSHOT_SEED = 1234  # lm-eval's own default, so that seed 0 gives the prompts that lm-eval gives
+BUDGET_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BuiltDoc:
+    """A document with its requests; ``source`` is the lm-eval task that it comes from and that scores it."""
+
+    doc_id: int
+    doc: Mapping[str, Any]
+    source: Any
+    instances: tuple[Any, ...]
+    cluster_id: str
+    doc_sha256: str
+    prompt_sha256: str
+    target_sha256: str
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the caller of :func:`resolve_tasks` asks for beside the names."""
+
+    data_dir: Path | None
+    limit: int | None
+    seed: int
+    samples: int | None
+    max_new_tokens: int | None
+
+
+def build_docs(name: str, leaf: str, source: Any, first_id: int, member: SuiteTask, wishes: Wishes) -> list[BuiltDoc]:
+    """All documents of the lm-eval task ``leaf``, numbered from ``first_id`` on as documents of ``name``."""
+    by_doc = defaultdict(list)
+    for instance in lm_tasks.build_instances(leaf, source, FEWSHOT_SEED + wishes.seed):
+        by_doc[instance.doc_id].append(instance)
+    docs = []
+    for index in sorted(by_doc):
+        instances = sorted(by_doc[index], key=lambda instance: instance.idx)
+        for instance in instances:
+            instance.metadata = (name, first_id + index, 1)
+            instance.task_name, instance.doc_id, instance.repeats = instance.metadata
+            if generates(instance):
+                instance.arguments = (instance.args[0], _generation_settings(instance.args[1], member, wishes))
+        docs.append(_doc(name, leaf, source, index, instances))
+    return docs
+
+
+def _doc(name: str, leaf: str, source: Any, index: int, instances: Sequence[Any]) -> BuiltDoc:
+    # doc and target hashes are lm-eval's own, so that they can be compared with its sample logs.
+    from lm_eval.utils import handle_non_serializable
+
+    doc, doc_id = instances[0].doc, instances[0].doc_id
+    text = json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    prompts = [instance_sha256(instance) for instance in instances]
+    return BuiltDoc(
+        doc_id=doc_id,
+        doc=doc,
+        source=source,
+        instances=tuple(instances),
+        cluster_id=cluster_id(name, leaf, doc, index, doc_id),
+        doc_sha256=_sha256(text),
+        prompt_sha256=prompts[0] if len(prompts) == 1 else sha256_text("".join(prompts)),
+        target_sha256=_sha256(str(source.doc_to_target(doc))),
+    )
+
+
+def instance_sha256(instance: Any) -> str:
+    """Hash of what a model is asked: the prompt of a generation, else all texts of the request."""
+    texts = [arg for arg in instance.args if isinstance(arg, str)]
+    return _sha256(texts[0]) if len(texts) == 1 else _sha256(canonical_json(texts))
+
+
+def _sha256(text: str) -> str:
+    # Web text may hold half of a surrogate pair, which strict UTF-8 refuses.
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def generates(instance: Any) -> bool:
+    """Whether a request is answered in text."""
+    return bool(instance.request_type == "generate_until")
+
+
+def stops_and_budget(settings: Mapping[str, Any], default_budget: int) -> tuple[tuple[str, ...], int]:
+    """Stop strings and token budget in lm-eval's settings of a generation, under any of the names it goes by."""
+    until = settings.get("until") or []
+    stops = [until] if isinstance(until, str) else until
+    budgets = (settings.get(name) for name in BUDGET_NAMES)
+    return tuple(stop for stop in stops if stop), next((int(b) for b in budgets if b is not None), default_budget)
+
+
+def _generation_settings(own: Mapping[str, Any], member: SuiteTask, wishes: Wishes) -> dict[str, Any]:
+    """lm-eval's settings of one generation with the stops and the budget that hold here."""
+    stops, own_budget = stops_and_budget(own, DEFAULT_MAX_NEW_TOKENS)
+    kept = {key: value for key, value in own.items() if key not in BUDGET_NAMES}
+    budget = wishes.max_new_tokens or member.max_new_tokens or own_budget
+    return {**kept, "until": list(stops if member.stop is None else member.stop), "max_gen_toks": budget}
+
+
+def identity(source: Any, docs: Sequence[BuiltDoc]) -> list[Any]:
+    """All that makes two results comparable but the budget, which the workload names."""
+    config = source.config
+    parts = [config.output_type, config.metric_list, config.filter_list]
+    scoring = json.dumps(parts, default=lambda part: getattr(part, "__qualname__", type(part).__name__))
+    stops = sorted({canonical_json(i.args[1]["until"]) for doc in docs for i in doc.instances if generates(i)})
+    return [scoring, stops, [[doc.doc_sha256, doc.prompt_sha256, doc.target_sha256] for doc in docs]]
