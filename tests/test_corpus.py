@@ -32,16 +32,16 @@ def rows(task: str) -> list[dict]:
 
 
 def test_arithmetic_columns_and_result_are_right():
-    compute = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "+": operator.add, "-": operator.sub}
+    compute = {"add": operator.add, "sub": operator.sub, "+": operator.add, "-": operator.sub}
     for document in draw("arithmetic"):
         verb, first, second = re.fullmatch(r"(\w+) (\d+) (\d+)=", document.prompt).groups()
         columns, result = document.answer.split(" so ")
         assert int(result) == compute[verb](int(first), int(second))
         values = []
         for column in columns.split():
-            left, carried, right = re.fullmatch(r"(\d+[-+*]\d)(\+\d)?=(\d+)", column).groups()
+            left, carried, right = re.fullmatch(r"(\d+[-+]\d)(\+\d)?=(\d+)", column).groups()
             a, sign, b = re.fullmatch(r"(\d+)(.)(\d)", left).groups()
-            values.append(compute.get(sign, operator.mul)(int(a), int(b)) + int(carried or 0))
+            values.append(compute[sign](int(a), int(b)) + int(carried or 0))
             assert values[-1] == int(right)
         digits = [value % 10 for value in values[:-1]] + [values[-1]]
         assert int("".join(map(str, reversed(digits)))) == int(result), "the columns do not spell the result"
@@ -52,28 +52,19 @@ def test_recall_facts_stand_in_the_table():
         table_text, question = document.prompt.removesuffix("=").split("; ")
         table = [row.split() for row in table_text.split(", ")]
         verb, *asked = question.split()
-        if verb == "walk":
-            number_of, next_of = ({row[0]: row[column] for row in table} for column in (1, 2))
-            route = [asked[0]]
-            while len(route) < int(asked[1]):
-                route.append(next_of[route[-1]])
-            assert document.answer == ", ".join(f"{name} at {number_of[name]}" for name in route)
-            assert len(set(route)) == len(route), "the chain runs in a circle"
-        else:
-            key, form = (0, "{0} has {1} {2}") if verb == "has" else (2, "{2} is {0} at {1}")
-            found = [next(row for row in table if row[key] == value) for value in asked]
-            assert document.answer == ", ".join(form.format(*row) for row in found)
+        key, form = (0, "{0} has {1} {2}") if verb == "has" else (2, "{2} is {0} at {1}")
+        found = [next(row for row in table if row[key] == value) for value in asked]
+        assert document.answer == ", ".join(form.format(*row) for row in found)
 
 
-def test_sort_orders_and_sums_up():
+def test_sort_orders_and_names_the_extremes():
     for document in draw("sort"):
         _, direction, *numbers = document.prompt.removesuffix("=").split()
-        ordered, low, high, gap = re.fullmatch(r"(.*) low (\d+) high (\d+) gap (\d+)", document.answer).groups()
+        ordered, low, high = re.fullmatch(r"(.*) low (\d+) high (\d+)", document.answer).groups()
         assert Counter(ordered.split()) == Counter(numbers)
         in_order = operator.lt if direction == "up" else operator.gt
         assert all(in_order(int(a), int(b)) for a, b in pairwise(ordered.split()))
         assert (int(low), int(high)) == (min(map(int, numbers)), max(map(int, numbers)))
-        assert int(high) - int(low) == int(gap)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +72,6 @@ def test_sort_orders_and_sums_up():
     [
         ("run h=459 loop 5 h+17=", "h=476 h=493 h=510 h=527 h=544"),
         ("run h=309 loop 6 h-49=", "h=260 h=211 h=162 h=113 h=64 h=15"),
-        ("run b=3 c=5 loop 3 b+c swap=", "b=5 c=8 b=8 c=13 b=13 c=21"),
         ("run gkba twice up ends=", "gkbagkba GKBAGKBA AKBAGKBG"),
         ("run abcd rev rot cut=", "dcba cbad bad"),
         ("run keep even of 14 71 41 61 63 95 32 56 80 99=", "14 32 56 80 count 4"),
@@ -110,12 +100,6 @@ def interpret(prompt: str) -> str:
         }[words[1]]
         kept = [word for word in words[middle + 1 :] if test(int(word))]
         return f"{' '.join(kept)} count {len(kept)}"
-    if words[-1] == "swap":
-        (x, a), (y, b), loops = words[0].split("="), words[1].split("="), int(words[3])
-        values = [int(a), int(b)]
-        for _ in range(loops):
-            values.append(values[-2] + values[-1])
-        return " ".join(f"{x}={values[i]} {y}={values[i + 1]}" for i in range(1, loops + 1))
     if "=" in words[0]:
         (name, start), step = words[0].split("="), int(words[3][1:])
         return " ".join(f"{name}={int(start) + step * i}" for i in range(1, int(words[2]) + 1))
@@ -148,14 +132,13 @@ def test_english_draws_the_right_conclusions():
             ages = dict(zip(names, given, strict=True))
             first = (max if verb == "older" else min)(names, key=ages.__getitem__)
             assert document.answer.startswith(f"{first} the ")
-            assert told == [abs(given[0] - given[1])]
-            assert ("year " in document.answer) == (told == [1])
+            assert f" is {verb} than " in document.answer
         elif verb == "order":
             assert told == sorted(given)
             pairs = dict(re.findall(r"(\w+) (\d+)", document.prompt.removeprefix("order ")))
             assert dict(re.findall(r"(\w+) is (\d+)", document.answer)) == pairs
         elif verb == "gift":
-            assert told == [given[2], given[0] - given[2], given[1] + given[2]]
+            assert told == [given[1], given[0] - given[1]]
             assert min(told) > 0
         else:
             assert told == [sum(given)]

@@ -27,36 +27,33 @@ THINGS = tuple(PLURAL_OF_THING)
 
 def portrait(rng: Random) -> tuple[str, str]:
     name, colour, animal, place = map(rng.choice, (NAMES, COLOURS, ANIMALS, PLACES))
-    age, years = rng.randint(1, 60), rng.randint(2, 39)
-    told = f"{name} the {colour} {animal} lives in the {place} and will be {age + years}."
-    return f"tell {name} {colour} {animal} {age} {place} in {years}", told
+    age = rng.randint(2, 99)
+    told = f"{name} the {colour} {animal} is {age} years old and lives in the {place}."
+    return f"tell {name} {colour} {animal} {age} {place}", told
 
 
 def comparison(rng: Random) -> tuple[str, str]:
     (name, other), (animal, second) = rng.sample(NAMES, 2), rng.sample(ANIMALS, 2)
     age, other_age = rng.sample(range(2, 100), 2)
-    years, word = abs(age - other_age), rng.choice(("older", "younger"))
+    word = rng.choice(("older", "younger"))
     one, two = f"{name} the {animal}", f"{other} the {second}"
     if (age > other_age) != (word == "older"):
         one, two = two, one
-    unit = "year" if years == 1 else "years"
-    return f"{word} {name} {animal} {age}, {other} {second} {other_age}", f"{one} is {years} {unit} {word} than {two}."
+    return f"{word} {name} {animal} {age}, {other} {second} {other_age}", f"{one} is {word} than {two}."
 
 
 def total(rng: Random) -> tuple[str, str]:
     (name, other), thing, place = rng.sample(NAMES, 2), rng.choice(THINGS), rng.choice(PLACES)
-    first, second = rng.randint(2, 99), rng.randint(2, 99)
+    first, second = rng.randint(1, 9), rng.randint(1, 9)
     told = f"{name} and {other} saw {first + second} {PLURAL_OF_THING[thing]} in the {place}."
     return f"total {name} {first}, {other} {second} {thing} {place}", told
 
 
 def gift(rng: Random) -> tuple[str, str]:
     (name, other), thing = rng.sample(NAMES, 2), rng.choice(THINGS)
-    owned, others = rng.randint(12, 99), rng.randint(2, 60)
-    given = rng.randint(2, owned - 2)
-    moved = f"{name} gives {given} {PLURAL_OF_THING[thing]} to {other} and keeps {owned - given}."
-    told = f"{moved} {other} has {others + given}."
-    return f"gift {name} {owned} {thing}, {other} {others}, {given} moved", told
+    owned, given = rng.randint(5, 18), rng.randint(2, 4)
+    told = f"{name} gives {given} {PLURAL_OF_THING[thing]} to {other} and keeps {owned - given}."
+    return f"gift {name} {owned} {thing}, {other} gets {given}", told
 
 
 def order(rng: Random) -> tuple[str, str]:
