@@ -19,6 +19,7 @@ from twotower_eval.records import (
     DecoderSpec,
     Generation,
     GenerationRow,
+    Likelihood,
     LikelihoodRow,
     PromptTiming,
     RunManifest,
@@ -35,7 +36,7 @@ Edit = Callable[[Row], Row | None]
 PAIR = Checkpoint(
     name="pair", family="twotower", source="pair", digest=sha256_text("pair"), dtype="float32", devices=("cpu",)
 )
-CONTEXT = dataclasses.replace(PAIR, name="pair, context tower", tower="context")
+CONTEXT = dataclasses.replace(PAIR, digest=sha256_text("context tower"), tower="context")
 AUTOREGRESSIVE = DecoderSpec(kind="autoregressive", params={"temperature": 0.0})
 RUN_ID, SPEED_ID = "20261101T120000Z-run-aaaaaa", "20261102T120000Z-speed-bbbbbb"
 # Task: (group, metric, scored by, share right, share lost per unit of haste, share gained)
@@ -207,6 +208,8 @@ def _score_rows(cell: Cell, task: str, value_N: np.ndarray, group: str | None) -
             group=group,
         )
         rows.append(score)
+        if scored_by == "context_tower" and cell.arm == "baseline":  # computed once, as the tensors are shared
+            rows.append(_likelihood(cell, task, doc_id))
         if metric == "acc":
             rows.append(dataclasses.replace(score, metric="acc_norm", headline=False))
         if scored_by == "generation":
@@ -223,6 +226,20 @@ def _score_rows(cell: Cell, task: str, value_N: np.ndarray, group: str | None) -
                 )
             )
     return rows
+
+
+def _likelihood(cell: Cell, task: str, doc_id: int) -> LikelihoodRow:
+    return LikelihoodRow(
+        cell=cell.id,
+        task=task,
+        doc_id=doc_id,
+        request_index=0,
+        repeat=0,
+        request="loglikelihood",
+        prompt_sha256=sha256_text(f"prompt {task}{doc_id}"),
+        num_tokens=3,
+        likelihood=Likelihood(logprob_nats=-1.5, is_greedy=False, kind="context_tower"),
+    )
 
 
 def _perplexity(cell: Cell, doc_id: int, value: float) -> Score:

@@ -12,7 +12,7 @@ from pathlib import Path
 from twotower_eval import store
 from twotower_eval.names import did_you_mean, resolve
 from twotower_eval.records import sha256_text
-from twotower_eval.report.runs import Runs, Section
+from twotower_eval.report.runs import Runs, Section, checkpoint_name
 from twotower_eval.report.text import escape
 
 __all__ = ["SECTIONS", "Runs", "Section", "report_id", "write"]
@@ -72,8 +72,7 @@ def _renderer(name: str) -> Callable[[Runs], Section]:
 def _title(runs: Runs) -> str:
     """Who is compared with whom."""
     cells = [cell for run in runs for cell in run.manifest.cells]
-    candidate, baseline = (
-        " and ".join(sorted({escape(cell.checkpoint.name) for cell in cells if cell.arm == arm})) or f"no {arm}"
-        for arm in ("candidate", "baseline")
-    )
-    return f"{candidate} against {baseline}"
+    named: dict[str, set[str]] = {"candidate": set(), "baseline": set()}
+    for cell in cells:
+        named[cell.arm].add(escape(checkpoint_name(cell.checkpoint)))
+    return " against ".join(" and ".join(sorted(names)) or f"no {arm}" for arm, names in named.items())

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
+Label = tuple[float, float, str]  # x, y, name
+
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GREY = "#666666"
 STYLE: dict[Any, Any] = {
@@ -38,7 +40,7 @@ STYLE: dict[Any, Any] = {
     "savefig.dpi": 150,
 }
 AXES = {"block_size": "block size (tokens)", "steps_per_block": "steps per block", "threshold": "confidence threshold"}
-LABEL_SPOTS = ((6, 5), (6, -11), (-6, 5), (-6, -11), (0, 10), (0, -16), (14, 14), (-14, 14), (14, -20), (-14, -20))
+LABEL_SPOTS = ((6, 4), (6, -10), (-6, 4), (-6, -10), (16, 14), (-16, 14), (16, -20), (-16, -20), (24, 26), (-24, -30))
 
 
 def _png(draw: Callable[[Figure], None], *, columns: int = 1, rows: int = 1) -> bytes:
@@ -73,8 +75,9 @@ def tradeoff(runs: Runs) -> Section:
     run_ids |= {found.run_id for point in used if (found := runs.quality_at(point.key))}
     text = (
         "![Retention against speedup](tradeoff.png)\n\n"
-        "Each point is named by block size / steps / threshold; its box spans both 95 % intervals. Up and to the right "
-        f"is better; the baseline stands at 1x and 100 %. Hollow: answers differ in length by more than a tenth. "
+        "Each point is named by block size / steps / threshold (left out where there is no room); its box spans both "
+        "95 % intervals. Up and to the right is better; the baseline stands at 1x and 100 %. Hollow: answers differ in "
+        "length by more than a tenth. "
         f"Retention is that of {_source(runs, used)}. Runs: {run_list(run_ids)}.\n"
     )
     return Section(title=title, markdown=text, files={"tradeoff.png": picture})
@@ -98,18 +101,28 @@ def _panels(runs: Runs) -> list[list[SpeedPoint]]:
 def _draw_tradeoff(figure: Figure, runs: Runs, panels: list[list[SpeedPoint]]) -> None:
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    blocks = sorted({setting(point.candidate.decoder, "block_size") or 0 for panel in panels for point in panel})
+    families = sorted({_family(point.candidate.decoder) for panel in panels for point in panel})
     named = []
     for i, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, i + 1)
-        named.append((axes, _draw_panel(axes, runs, panel, blocks)))
+        named.append((axes, _draw_panel(axes, runs, panel, families)))
         axes.set_title(f"{panel[0].workload} workload, batch {panel[0].batch_size}", loc="left", fontsize=9)
+    handles: dict[Any, Any] = {}
+    for axes, _ in named:
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(handles)), fontsize=8)
     figure.draw_without_rendering()  # names are placed in pixels, so the layout must stand
     for axes, names in named:
         _place_labels(axes, names)
 
 
-def _draw_panel(axes: Axes, runs: Runs, panel: list[SpeedPoint], blocks: list[Any]) -> list[tuple[float, float, str]]:
+def _family(decoder: DecoderSpec) -> tuple[int, str]:
+    """What shares a colour, in the order of the legend."""
+    block = setting(decoder, "block_size")
+    return (0, decoder.kind) if block is None else (int(block), f"block {block}")
+
+
+def _draw_panel(axes: Axes, runs: Runs, panel: list[SpeedPoint], families: list[tuple[int, str]]) -> list[Label]:
     from matplotlib.patches import Rectangle
 
     axes.axhline(100, color=GREY, linewidth=0.8, linestyle="--", zorder=1)
@@ -123,42 +136,56 @@ def _draw_panel(axes: Axes, runs: Runs, panel: list[SpeedPoint], blocks: list[An
         kept, faster = quality.headline.estimate, point.time.estimate
         assert kept is not None
         assert faster is not None
-        block = setting(point.candidate.decoder, "block_size") or 0
-        colour = COLOURS[blocks.index(block) % len(COLOURS)]
+        family = _family(point.candidate.decoder)
+        index = families.index(family)
+        colour = COLOURS[index % len(COLOURS)]
         corner, width, height = (faster.low, 100 * kept.low), faster.high - faster.low, 100 * (kept.high - kept.low)
         axes.add_patch(Rectangle(corner, width, height, facecolor=colour, alpha=0.13, edgecolor=colour, linewidth=0.6))
         uneven = point.length.estimate is not None and not 0.9 <= point.length.estimate.value <= 1.1
         axes.plot(
             [faster.value],
             [100 * kept.value],
-            marker=MARKERS[blocks.index(block) % len(MARKERS)],
+            marker=MARKERS[index % len(MARKERS)],
             color=colour,
             markerfacecolor="white" if uneven else colour,
             linestyle="none",
             markersize=5,
-            label=None if block in shown else f"block {block}",
+            label=None if family in shown else family[1],
             zorder=3,
         )
-        shown.add(block)
+        shown.add(family)
         labels.append((faster.value, 100 * kept.value, runs.name(point.candidate, short=True)))
     axes.set_xlabel("speedup in wall-clock time, S_time (x)")
     axes.set_ylabel("retention of quality (%)")
     axes.margins(0.08)
-    axes.legend(loc="best", fontsize=8)
     return labels
 
 
-def _place_labels(axes: Axes, labels: list[tuple[float, float, str]]) -> None:
+def _place_labels(axes: Axes, labels: list[Label]) -> None:
     """Put each name beside its point, at the first spot where it covers no other name and no point."""
+    from matplotlib.text import Text
+
     taken: list[Any] = []
-    dots = [tuple(axes.transData.transform((x, y))) for x, y, _ in labels]
+    inside = axes.get_window_extent()
+    dots = [tuple(axes.transData.transform((x, y))) for x, y, _ in [(1.0, 100.0, ""), *labels]]
     for x, y, text in labels:
         for spot in LABEL_SPOTS:
             side = "left" if spot[0] > 0 else "right" if spot[0] < 0 else "center"
-            note = axes.annotate(text, (x, y), xytext=spot, textcoords="offset points", ha=side, fontsize=7)
-            box = note.get_window_extent()
-            clear = not any(box.overlaps(other) for other in taken)
-            if clear and not any(box.x0 <= dx <= box.x1 and box.y0 <= dy <= box.y1 for dx, dy in dots):
+            far = abs(spot[0]) > 6 or abs(spot[1]) > 11
+            note = axes.annotate(
+                text,
+                (x, y),
+                xytext=spot,
+                textcoords="offset points",
+                ha=side,
+                fontsize=7,
+                parse_math=False,
+                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkA": 0} if far else None,
+            )
+            note.get_window_extent()  # moves the text to its spot; its own extent would hold the line as well
+            box = Text.get_window_extent(note)
+            covers = any(box.overlaps(other) for other in taken) or any(box.contains(*dot) for dot in dots)
+            if not covers and inside.containsx(box.x0) and inside.containsx(box.x1):
                 taken.append(box)
                 break
             note.remove()  # a name without a free spot is left out: the tables have them all
@@ -183,13 +210,13 @@ def sweeps(runs: Runs) -> Section:
     decoders = {key: cell.decoder for key, cell in runs.points.items() if "block_size" in cell.decoder.params}
     measures = [measure for measure in _measures(runs) if measure.values]
     for name, label in AXES.items():
-        values = sorted({value for decoder in decoders.values() if (value := setting(decoder, name)) is not None})
-        if len(values) < 2 or not measures:
-            held = f"only {values[0]:g} was measured" if values else "no decoder that was measured has it"
-            parts.append(f"Over {label}: {held}, so there is no plot.")
+        lines = _lines(name, decoders)
+        values = sorted({x for points in lines.values() for x, _ in points})
+        if not measures or all(len(points) < 2 for points in lines.values()):
+            parts.append(f"Over {label}: {_why_no_plot(values)}, so there is no plot.")
             continue
         file = f"over_{name}.png"
-        draw = partial(_draw_sweep, name=name, decoders=decoders, measures=measures)
+        draw = partial(_draw_sweep, label=label, lines=lines, measures=measures, logarithmic=name != "threshold")
         files[file] = _png(draw, columns=len(measures))
         parts.append(f"![Over {label}]({file})")
     if files:
@@ -199,6 +226,14 @@ def sweeps(runs: Runs) -> Section:
             f"Runs: {run_list(run_ids)}."
         )
     return Section(title="Over block size, steps and threshold", markdown="\n\n".join(parts) + "\n", files=files)
+
+
+def _why_no_plot(values: Sequence[float]) -> str:
+    if not values:
+        return "no decoder that was measured has it"
+    if len(values) == 1:
+        return f"only {values[0]:g} was measured"
+    return f"{', '.join(f'{value:g}' for value in values)} were measured, but never with the other settings kept"
 
 
 def _speed_setting(runs: Runs) -> str:
@@ -244,24 +279,33 @@ def _lines(name: str, decoders: dict[PointKey, DecoderSpec]) -> dict[str, list[t
     return {label: sorted(points) for label, points in lines.items()}
 
 
-def _draw_sweep(figure: Figure, *, name: str, decoders: dict[PointKey, DecoderSpec], measures: list[_Measure]) -> None:
-    lines = _lines(name, decoders)
+def _draw_sweep(
+    figure: Figure,
+    *,
+    label: str,
+    lines: dict[str, list[tuple[float, PointKey]]],
+    measures: list[_Measure],
+    logarithmic: bool,
+) -> None:
     ticks = sorted({x for points in lines.values() for x, _ in points})
     handles: dict[str, Any] = {}
     for i, measure in enumerate(measures):
         axes = figure.add_subplot(1, len(measures), i + 1)
         if measure.reference is not None:
             axes.axhline(measure.reference, color=GREY, linewidth=0.8, linestyle="--", zorder=1)
-        for j, (label, points) in enumerate(lines.items()):
-            found = [(x, *measure.values[key]) for x, key in points if key in measure.values]
+        for j, (name, points) in enumerate(lines.items()):
+            # A little to the side of each other, so that no line hides another.
+            aside = (j - (len(lines) - 1) / 2) / max(len(lines) - 1, 1)
+            factor, offset = (2 ** (0.24 * aside), 0.0) if logarithmic else (1.0, 0.06 * aside * (ticks[-1] - ticks[0]))
+            found = [(factor * x + offset, *measure.values[key]) for x, key in points if key in measure.values]
             if found:
-                handles.setdefault(label, _draw_line(axes, found, j, measure.scale))
-        if name != "threshold":
+                handles.setdefault(name, _draw_line(axes, found, j, measure.scale))
+        if logarithmic:
             axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.margins(x=0.12)
-        axes.set_xlabel(AXES[name])
+        axes.set_xlabel(label)
         axes.set_ylabel(measure.label)
     columns = 3 if len(measures) > 1 else 1
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from twotower_eval.records import Cell, Checkpoint
-from twotower_eval.report.runs import Runs, Section
+from twotower_eval.report.runs import Runs, Section, checkpoint_name
 from twotower_eval.report.text import NONE, bullets, code, count, details, escape, run_list, table
 from twotower_eval.store import Run
 
@@ -48,10 +48,9 @@ def _checkpoints(runs: Runs) -> str:
             used.setdefault(cell.checkpoint, set()).add(cell.arm)
     rows = []
     for checkpoint, arms in used.items():
-        tower = f" ({checkpoint.tower} tower only)" if checkpoint.tower else ""
         rows.append(
             [
-                escape(checkpoint.name) + tower,
+                escape(checkpoint_name(checkpoint)),
                 " and ".join(sorted(arms)),
                 escape(checkpoint.family),
                 escape(checkpoint.source),
@@ -99,6 +98,9 @@ def _value(name: str, value: Any) -> str:
         return "not told"
     if name.endswith("_bytes") and isinstance(value, int):
         return f"{value / 2**30:.1f} GiB"
+    if isinstance(value, Mapping) and "device" in value:
+        facts = ", ".join(f"{inner} {_value(inner, item)}" for inner, item in value.items() if inner != "device")
+        return f"{value['device']} ({facts})" if facts else str(value["device"])
     if isinstance(value, Mapping):
         return ", ".join(f"{inner} {_value(inner, item)}" for inner, item in value.items())
     if isinstance(value, (list, tuple)):

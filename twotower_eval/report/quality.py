@@ -36,7 +36,8 @@ class Measured:
 class TaskQuality:
     """One task that counts once in the average; ``members`` are (name, documents, baseline, candidate) if it has any.
 
-    ``scored_by`` is the candidate's. Means lie between 0 and 1 for the usual metrics.
+    ``scored_by`` is the candidate's. Means lie between 0 and 1 for the usual metrics. ``equal_by_construction``: both
+    arms were scored by one computation, on the tensors that they share.
     """
 
     name: str
@@ -46,6 +47,7 @@ class TaskQuality:
     num_documents: int
     num_clusters: int
     num_discordant: int
+    equal_by_construction: bool
     baseline: float
     candidate: float
     retention: Measured
@@ -75,13 +77,15 @@ class OtherScore:
 
 @dataclass(frozen=True, kw_only=True)
 class MissingScore:
-    """A headline or other score that one arm does not have, and why."""
+    """Documents of a task that one arm has no value for, for one and the same reason."""
 
     arm: str
     task: str
-    doc_id: int
     metric: str
+    filter: str
+    headline: bool
     reason: str
+    doc_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +123,9 @@ class QualityPoint:
         return all(task.exercises_decoder for task in self.tasks)
 
     @property
-    def equal_by_construction(self) -> bool:
-        """Whether context-tower likelihoods come from the very same tensors in both arms."""
-        same = self.baseline.checkpoint.digest == self.candidate.checkpoint.digest
-        return same and self.baseline.checkpoint.tower == "context"
+    def equal_tasks(self) -> tuple[str, ...]:
+        """Tasks that cannot differ between the arms."""
+        return tuple(task.name for task in self.tasks if task.equal_by_construction)
 
 
 def point_key(cell: Cell) -> PointKey:
@@ -172,12 +175,13 @@ def _point(run: Run, cells: list[Cell], by_cell: dict[str, list[Score]]) -> Qual
     usable = [(a, b) for a, b in pairs if a.value is not None and b.value is not None]
     headline = [pair for pair in usable if pair[0].headline and pair[0].higher_is_better]
     others = [pair for pair in usable if not (pair[0].headline and pair[0].higher_is_better)]
-    found_tasks = _headline_quality(headline)
+    found_tasks = _headline_quality(headline, _tasks_answered_once(run, cells, baselines))
     warnings = list(found_tasks.pop("warnings"))
     if unpaired:
         warnings.append(f"{unpaired} scores have no partner in the other arm yet and are left out")
-    if missing:
-        warnings.append(f"{len(missing)} scores are missing, and their documents left out of both arms")
+    num_missing = len({(gap.task, doc_id) for gap in missing if gap.headline for doc_id in gap.doc_ids})
+    if num_missing:
+        warnings.append(f"{num_missing} documents have no headline score in one arm and are left out of both")
     ids, baseline_ids = {cell.id for cell in cells}, {cell.id for cell in baselines}
     generations = [(row.cell, row.generation) for row in run.generations]
     return QualityPoint(
@@ -212,11 +216,22 @@ def _paired(run: Run, baseline: list[Score], candidate: list[Score]) -> tuple[li
 
 
 def _missing(pairs: Iterable[Pair]) -> Iterator[MissingScore]:
+    found: dict[tuple[str, str, str, str, bool, str], list[int]] = defaultdict(list)
     for pair in pairs:
         for arm, score in zip(("baseline", "candidate"), pair, strict=True):
             if score.value is None:
                 reason = score.missing_reason or "no reason recorded"
-                yield MissingScore(arm=arm, task=score.task, doc_id=score.doc_id, metric=score.metric, reason=reason)
+                found[arm, score.task, score.metric, score.filter, score.headline, reason].append(score.doc_id)
+    for (arm, task, metric, filter_, headline, reason), doc_ids in found.items():
+        yield MissingScore(
+            arm=arm,
+            task=task,
+            metric=metric,
+            filter=filter_,
+            headline=headline,
+            reason=reason,
+            doc_ids=tuple(doc_ids),
+        )
 
 
 def _scores(pairs: list[Pair]) -> stats.PairedScores:
@@ -237,7 +252,18 @@ def measured(compute: Callable[[], Estimate]) -> Measured:
         return Measured(estimate=None, reason=str(error))
 
 
-def _headline_quality(pairs: list[Pair]) -> dict[str, Any]:
+def _tasks_answered_once(run: Run, cells: list[Cell], baselines: list[Cell]) -> set[str]:
+    """Tasks whose log-likelihoods were computed for the baseline only and serve both arms: the tensors are equal."""
+    answering = {row.cell for row in run.likelihoods}
+    once = set()
+    for cell, baseline in zip(cells, baselines, strict=True):
+        others = {other.id for other in run.manifest.cells if other.workload == cell.workload} - {baseline.id}
+        if baseline.id in answering and not others & answering:
+            once.add(cell.workload.name)
+    return once
+
+
+def _headline_quality(pairs: list[Pair], answered_once: set[str]) -> dict[str, Any]:
     """Everything about retention, as fields of a QualityPoint."""
     if not pairs:
         none = Measured(estimate=None, reason="no task with a headline score")
@@ -246,7 +272,7 @@ def _headline_quality(pairs: list[Pair]) -> dict[str, Any]:
     scores = _scores(pairs)
     table, draws = scores.table, stats.draw_task_means(scores.table)
     flips = {found.task: found for found in stats.flips(scores)}
-    tasks = tuple(_task_quality(name, pairs, table, draws, flips[name]) for name in table.tasks)
+    tasks = tuple(_task_quality(name, pairs, table, draws, flips[name], answered_once) for name in table.tasks)
     exercising = [task.name for task in tasks if task.exercises_decoder]
     exercised = Measured(estimate=None, reason="no task is scored through the candidate's decoder")
     if exercising:
@@ -262,7 +288,12 @@ def _headline_quality(pairs: list[Pair]) -> dict[str, Any]:
 
 
 def _task_quality(
-    name: str, pairs: list[Pair], table: stats.ScoreTable, draws: stats.Draws, flips: stats.Flips
+    name: str,
+    pairs: list[Pair],
+    table: stats.ScoreTable,
+    draws: stats.Draws,
+    flips: stats.Flips,
+    answered_once: set[str],
 ) -> TaskQuality:
     here = [(a, b) for a, b in pairs if (a.group or a.task) == name]
     per_leaf = {
@@ -290,6 +321,7 @@ def _task_quality(
         num_documents=len(here),
         num_clusters=num_clusters,
         num_discordant=num_discordant,
+        equal_by_construction=num_discordant == 0 and per_leaf.keys() <= answered_once,
         baseline=float(table.task_means_K(table.baseline_CL)[k]),
         candidate=float(table.task_means_K(table.candidate_CL)[k]),
         retention=measured(lambda: stats.retention(table, draws, weights_K)),

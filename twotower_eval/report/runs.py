@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, overload
 
-from twotower_eval.records import Cell, DecoderSpec
+from twotower_eval.records import Cell, Checkpoint, DecoderSpec
 from twotower_eval.report.quality import PointKey, QualityPoint, quality_points
 from twotower_eval.report.timing import SpeedPoint, speed_points
 from twotower_eval.store import Run
@@ -99,7 +99,12 @@ class Runs(Sequence[Run]):
         """An operating point's name; with the checkpoint's where the report has several."""
         checkpoints = {key[:2] for key in self.points}
         text = short_name(cell.decoder) if short else long_name(cell.decoder)
-        return text if len(checkpoints) == 1 else f"{cell.checkpoint.name}: {text}"
+        return text if len(checkpoints) == 1 else f"{checkpoint_name(cell.checkpoint)}: {text}"
+
+
+def checkpoint_name(checkpoint: Checkpoint) -> str:
+    """A checkpoint's name, and which of its towers if only one is meant."""
+    return f"{checkpoint.name} ({checkpoint.tower} tower)" if checkpoint.tower else checkpoint.name
 
 
 def is_claimed(decoder: DecoderSpec) -> bool:
@@ -118,7 +123,7 @@ def setting(decoder: DecoderSpec, name: str) -> Any:
 def long_name(decoder: DecoderSpec) -> str:
     """``block 16, 16 steps, threshold 0.8`` for what has these; parameters off their default follow."""
     if "block_size" not in decoder.params:
-        return decoder.label
+        return ", ".join(_unusual(decoder))
     parts = [f"block {setting(decoder, 'block_size')}", f"{setting(decoder, 'steps_per_block')} steps"]
     if "threshold" in decoder.params:
         parts.append(f"threshold {decoder.params['threshold']:g}")

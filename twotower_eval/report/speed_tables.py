@@ -40,7 +40,9 @@ def speed(runs: Runs) -> Section:
         "step limit made below the threshold, as a share of all committed tokens.",
         _timed_cost(runs),
     ]
-    return Section(title="Speed", markdown="\n\n".join(part for part in parts if part) + "\n" + _scored_cost(runs))
+    return Section(
+        title="Speed", markdown="\n\n".join(part.strip() for part in parts if part) + "\n" + _scored_cost(runs)
+    )
 
 
 def _order(point: SpeedPoint) -> tuple[str, int]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
-from twotower_eval.report.quality import OtherScore, QualityPoint, TaskQuality, point_key
+from twotower_eval import stats
+from twotower_eval.records import Score
+from twotower_eval.report.quality import OtherScore, QualityPoint, TaskQuality, measured, point_key
 from twotower_eval.report.runs import Runs, Section
 from twotower_eval.report.text import (
     NONE,
@@ -20,14 +23,14 @@ from twotower_eval.report.text import (
     table,
 )
 
-MAX_MISSING_LISTED = 20
+MAX_LISTED = 20
 
 
 def quality(runs: Runs) -> Section:
     """Retention by task at the headline's operating point, and of all points in one grid."""
     if not runs.quality:
         text = "Nothing has been scored in both arms. `twotower-eval run` scores baseline and candidate.\n"
-        return Section(title="Quality: retention", markdown=text)
+        return Section(title="Quality: retention", markdown=text + _single_arm(runs))
     first = runs.quality_at(runs.chosen) if runs.chosen else None
     first = first or runs.quality[0]
     parts = [
@@ -42,6 +45,27 @@ def quality(runs: Runs) -> Section:
         parts += ["### All operating points", _grid(runs)]
         parts.append(details("Task by task at the other points", "\n\n".join(_point(runs, point) for point in rest)))
     return Section(title="Quality: retention", markdown="\n\n".join(parts) + "\n")
+
+
+def _single_arm(runs: Runs) -> str:
+    """Mean scores where there is one model only, or one arm so far."""
+    groups: dict[tuple[str, str, str, str, str, str], list[Score]] = {}
+    for run in runs:
+        for score in run.scores:
+            arm = f"{run.cells[score.cell].arm}, {run.cells[score.cell].decoder.label}"
+            key = (run.manifest.run_id, arm, score.task, score.metric, score.filter, score.scored_by)
+            groups.setdefault(key, []).append(score)
+    rows = []
+    for (run_id, arm, task, metric, filter_, scored_by), scores in groups.items():
+        values = [score.value for score in scores if score.value is not None]
+        clusters = [score.cluster_id for score in scores if score.value is not None]
+        found = measured(partial(stats.mean_score, values, clusters)).estimate
+        shown = NONE if found is None else f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]"
+        named = escape(metric) + (f" ({escape(filter_)})" if filter_ != "none" else "")
+        how = SCORED_BY.get(scored_by, escape(scored_by))
+        rows.append([escape(task), named, how, escape(arm), code(run_id), count(len(values)), shown])
+    header = ["task", "metric (filter)", "scored by", "model", "run", "n", "mean [95 %]"]
+    return f"\nWhat has been scored:\n\n{table(header, rows, left=5)}" if rows else ""
 
 
 def _point(runs: Runs, point: QualityPoint) -> str:
@@ -77,7 +101,7 @@ def _task_rows(task: TaskQuality) -> Iterator[list[str]]:
         f"{count(task.num_documents)} ({count(task.num_clusters)})",
         percent(task.baseline),
         percent(task.candidate),
-        retention(task.retention),
+        "100 % by construction" if task.equal_by_construction else retention(task.retention),
         flips,
     ]
     for name, num_documents, baseline, candidate in task.members:
@@ -102,9 +126,9 @@ def _remarks(runs: Runs, point: QualityPoint) -> Iterator[str]:
             f"Leaving one task out: from {percent(low)} (without {escape(low_task)}) to {percent(high)} "
             f"(without {escape(high_task)})."
         )
-    shared = [task.name for task in point.tasks if task.scored_by == "context_tower"]
-    if shared and point.equal_by_construction:
-        yield f"{escape(', '.join(shared))}: equal by construction, both arms share the context tower's tensors."
+    if point.equal_tasks:
+        names = escape(", ".join(point.equal_tasks))
+        yield f"{names}: one computation scores both arms, on the context tower's tensors that they share."
     estimates = [found.estimate for found in (point.headline, point.exercised) if found.estimate]
     methods = sorted({e.method + (f", seed {e.seed}" if e.seed is not None else "") for e in estimates})
     if methods:
@@ -112,6 +136,8 @@ def _remarks(runs: Runs, point: QualityPoint) -> Iterator[str]:
     if point.headline.reason:
         yield f"No headline: {escape(point.headline.reason)}."
     for task in point.tasks:
+        if task.equal_by_construction:
+            continue
         if task.retention.estimate is None:
             yield f"{escape(task.name)}: no retention, {escape(task.retention.reason)}."
         elif "exact" in task.retention.estimate.method:
@@ -154,11 +180,15 @@ def _other_table(others: Iterable[OtherScore]) -> str:
 
 
 def _missing(point: QualityPoint) -> str:
-    shown = point.missing[:MAX_MISSING_LISTED]
-    lines = [f"{escape(m.task)}, document {m.doc_id}, {m.arm}, {escape(m.metric)}: {escape(m.reason)}" for m in shown]
-    if len(point.missing) > len(shown):
-        lines.append(f"and {len(point.missing) - len(shown)} more")
-    return f"Missing scores ({len(point.missing)}):\n\n{bullets(lines)}"
+    """What has no value and why; documents of headline scores by number."""
+    lines = []
+    for gap in point.missing:
+        named = escape(gap.metric) + (f" ({escape(gap.filter)})" if gap.filter != "none" else "")
+        listed = ", ".join(map(str, gap.doc_ids[:MAX_LISTED])) + (", ..." if len(gap.doc_ids) > MAX_LISTED else "")
+        which = f" (headline; documents {listed})" if gap.headline else ""
+        number = f"{count(len(gap.doc_ids))} of the {gap.arm}'s"
+        lines.append(f"{escape(gap.task)}, {named}: {number}{which}: {escape(gap.reason)}")
+    return f"Scores without a value:\n\n{bullets(lines)}"
 
 
 def _grid(runs: Runs) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 from twotower_eval.records import Cell, Estimate
 from twotower_eval.report.quality import Measured, QualityPoint
-from twotower_eval.report.runs import Runs, Section
+from twotower_eval.report.runs import Runs, Section, checkpoint_name, long_name
 from twotower_eval.report.timing import SpeedPoint
 from twotower_eval.store import Run
 
@@ -81,10 +82,9 @@ def _interval(value: Measured, decimals: Callable[[Estimate], int], *, scale: fl
 
 def escape(text: object) -> str:
     """Text that Markdown and HTML take for nothing but text, on one line."""
-    plain = " ".join(str(text).split())
-    for mark in "\\`*_[]<>|#~":
-        plain = plain.replace(mark, "\\" + mark) if mark not in "<>" else plain.replace(mark, f"&#{ord(mark)};")
-    return plain
+    plain = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # An underscore within a word, as in exact_match, is plain text to Markdown already.
+    return re.sub(r"([\\`*\[\]|~$]|(?<!\w)[_#]|_(?!\w))", r"\\\1", plain)
 
 
 def code(text: object) -> str:
@@ -140,7 +140,7 @@ def _incomplete(run: Run) -> str:
 
 
 def _sentence(runs: Runs, candidate: Cell, quality: QualityPoint | None, speed: SpeedPoint | None) -> str:
-    who = f"{escape(candidate.checkpoint.name)} decoding with {escape(runs.name(candidate))}"
+    who = f"{escape(checkpoint_name(candidate.checkpoint))} decoding with {escape(runs.name(candidate))}"
     kept = _kept(quality)
     faster = _faster(speed)
     if kept and faster:
@@ -158,27 +158,16 @@ def _sentence(runs: Runs, candidate: Cell, quality: QualityPoint | None, speed: 
 def _kept(quality: QualityPoint | None) -> str | None:
     if quality is None or quality.headline.estimate is None:
         return None
-    num_documents = sum(task.num_documents for task in quality.tasks)
-    what = f"{_plural(len(quality.tasks), 'task')}, {_plural(num_documents, 'document')}"
-    text = f"{retention(quality.headline)} of the baseline's quality ({what}"
+    text = f"{retention(quality.headline)} of the baseline's quality"
     if not quality.all_exercise_decoder and quality.exercised.estimate:
-        num_exercising = sum(task.exercises_decoder for task in quality.tasks)
-        text += f"; {retention(quality.exercised)} on the {num_exercising} that its decoder answers"
-    return text + ")"
+        text += f" ({retention(quality.exercised)} on the tasks that its decoder answers)"
+    return text
 
 
 def _faster(speed: SpeedPoint | None) -> str | None:
     if speed is None or speed.time.estimate is None:
         return None
-    setting = f"{speed.workload} workload, batch {speed.batch_size}, {_rounds(speed)}"
-    text = f"{times(speed.time)} its speed in wall-clock time ({setting}"
-    if speed.workload == "answer" and speed.throughput.estimate:
-        text += f"; {times(speed.throughput)} in useful tokens per second"
-    return text + ")"
-
-
-def _rounds(speed: SpeedPoint) -> str:
-    return f"{_plural(speed.num_rounds, 'round')} of {_plural(speed.num_calls, 'call')}"
+    return f"{times(speed.time)} its wall-clock speed"
 
 
 def _plural(number: int, noun: str) -> str:
@@ -189,18 +178,30 @@ def _caveats(runs: Runs, quality: QualityPoint | None, speed: SpeedPoint | None)
     lines = []
     point = quality or speed
     if point is not None:
-        arms = f"Baseline: {escape(point.baseline.checkpoint.name)}, {escape(point.baseline.decoder.label)}."
-        run_ids = ([quality.run_id] if quality else []) + list(speed.run_ids if speed else [])
-        lines.append(f"{arms} Brackets hold 95 % intervals. Runs: {run_list(run_ids)}.")
+        who = f"{escape(checkpoint_name(point.baseline.checkpoint))}, {escape(long_name(point.baseline.decoder))}"
+        lines.append(f"The baseline is {who}. Brackets hold 95 % intervals.")
+    if quality and quality.tasks:
+        num_documents = sum(task.num_documents for task in quality.tasks)
+        num_exercising = sum(task.exercises_decoder for task in quality.tasks)
+        what = f"{_plural(len(quality.tasks), 'task')}, {_plural(num_documents, 'document')}"
+        lines.append(f"Quality: {what}; {num_exercising} answered by the decoder. Run {run_list([quality.run_id])}.")
+    if speed and speed.time.estimate:
+        setting = f"{speed.workload} workload, batch {speed.batch_size}"
+        size = f"{_plural(speed.num_rounds, 'round')} of {_plural(speed.num_calls, 'timed call')}"
+        useful = ""
+        if speed.workload == "answer" and speed.throughput.estimate:
+            useful = f"; {times(speed.throughput)} in useful tokens per second"
+        lines.append(f"Speed: {setting}, {size}{useful}. Run {run_list(speed.run_ids)}.")
     if len(runs.points) > 1:
         lines.append(
             f"{len(runs.points)} operating points were measured. The one above was chosen without a look at the "
             "results; a point picked from the tables below needs a new run on other documents before it is quoted."
         )
-    if quality and quality.equal_by_construction and not quality.all_exercise_decoder:
+    if quality and quality.equal_tasks:
+        names = escape(", ".join(quality.equal_tasks))
         lines.append(
-            "Tasks scored by context-tower likelihood are equal by construction: both arms share these tensors. They "
-            "pull the headline towards 100 %."
+            f"Equal by construction: {names}, scored by the context tower that both arms share. This pulls the "
+            "headline towards 100 %."
         )
     lines += [f"Quality: {warning}." for warning in (quality.warnings if quality else ())]
     lines += [f"Speed: {warning}." for warning in (speed.warnings if speed else ())]

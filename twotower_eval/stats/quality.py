@@ -7,12 +7,13 @@ headline (all tasks alike), one task, the tasks that exercise the decoder, all t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 
 from twotower_eval.records import Estimate
-from twotower_eval.stats.intervals import FEW, LEVEL, Floats, binomial_upper_bound, widened_percentiles
+from twotower_eval.stats.intervals import FEW, LEVEL, Floats, binomial_upper_bound, t_quantile, widened_percentiles
 from twotower_eval.stats.paired import Draws, Ints, ScoreTable
 
 EPSILON = 1e-12
@@ -83,6 +84,29 @@ def leave_one_out(table: ScoreTable) -> tuple[tuple[str, float], ...]:
     without_K = [(baseline_K.sum() - a, candidate_K.sum() - b) for a, b in zip(baseline_K, candidate_K, strict=True)]
     ratios = [(t, float(b / a)) for t, (a, b) in zip(table.tasks, without_K, strict=True) if a > EPSILON]
     return tuple(sorted(ratios, key=lambda item: (item[1], item[0])))
+
+
+def mean_score(values: Sequence[float], clusters: Sequence[str], *, level: float = LEVEL) -> Estimate:
+    """Mean score of one model alone: exact binomial interval for one right-or-wrong score a cluster, else Student's t.
+
+    ValueError for no scores, and for graded scores of a single cluster.
+    """
+    value_N = np.asarray(values, dtype=float)
+    if len(value_N) == 0:
+        raise ValueError("no scores, so there is no mean")
+    _, code_N = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
+    n, mean = int(code_N.max()) + 1, float(value_N.mean())
+    if n == len(value_N) and np.isin(value_N, (0.0, 1.0)).all():
+        right, alpha = int(value_N.sum()), (1 - level) / 2
+        low, high = 1 - binomial_upper_bound(n - right, n, alpha), binomial_upper_bound(right, n, alpha)
+        return Estimate(value=mean, low=low, high=high, level=level, n=n, method="exact binomial interval")
+    if n < 2:
+        raise ValueError("one cluster only: its variation is unknown, so there is no interval")
+    z_C = np.zeros(n)
+    np.add.at(z_C, code_N, (value_N - mean) / len(value_N))
+    half = t_quantile(level, n - 1) * float(np.sqrt(n / (n - 1) * (z_C**2).sum()))
+    method = "t interval over clusters"
+    return Estimate(value=mean, low=mean - half, high=mean + half, level=level, n=n, method=method)
 
 
 def difference(table: ScoreTable, draws: Draws, weights_K: Floats | None = None, *, level: float = LEVEL) -> Estimate:

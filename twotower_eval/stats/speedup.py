@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import exp, sqrt
 from typing import Literal
 
@@ -106,11 +107,10 @@ class _Crossing:
         if num_units < 2:
             raise ValueError("one measured round only: its variation is unknown, so there is no interval")
         self._crossed = not calls.fixed and num_calls > 1
-        rng = np.random.default_rng(seed)
-        self._draws_QU = rng.multinomial(num_units, [1 / num_units] * num_units, size=num_resamples).astype(float)
+        self._draws_QU = _multiplicities(num_units, num_resamples, seed)
         self._draws_QP = np.ones((num_resamples, num_calls))
         if self._crossed:
-            self._draws_QP = rng.multinomial(num_calls, [1 / num_calls] * num_calls, size=num_resamples).astype(float)
+            self._draws_QP = _multiplicities(num_calls, num_resamples, seed + 1)
         drawn = "launches" if resamples_launches(calls.launches) else "rounds"
         what = f"{num_units} {drawn} x {num_calls} calls" if self._crossed else f"{num_units} {drawn}"
         self._method = f"crossed paired bootstrap of {what}, {num_resamples:,} resamples, t interval on the log"
@@ -138,6 +138,15 @@ class _Crossing:
             method=self._method,
             seed=self._seed,
         )
+
+
+@lru_cache(maxsize=16)
+def _multiplicities(num: int, num_resamples: int, seed: int) -> Floats:
+    """How often each of ``num`` items is drawn, per resample: (Q, num). The same for every figure of a report."""
+    rng = np.random.default_rng(seed)
+    times_QI: Floats = rng.multinomial(num, [1 / num] * num, size=num_resamples).astype(float)
+    times_QI.flags.writeable = False
+    return times_QI
 
 
 def _correction(influence_UP: Floats, *, crossed: bool) -> tuple[float, float]:

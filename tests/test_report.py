@@ -1,0 +1,592 @@
+"""Reports from synthetic runs: the numbers, what is refused, what is said when something is missing, the bytes."""
+
+import dataclasses
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import report_fixture as made
+
+from twotower_eval import report, stats, store
+from twotower_eval.records import Estimate, GenerationRow, Score, SpeedSample
+from twotower_eval.report import text
+from twotower_eval.report.quality import Measured
+from twotower_eval.report.runs import Runs, Section
+
+
+def write(out: Path, *paths: Path, **options) -> str:
+    return (report.write(paths, out, **options) / "report.md").read_text(encoding="utf-8")
+
+
+def row_of(markdown: str, *starts: str) -> list[str]:
+    """Cells of the first table row whose leading cells start so."""
+    for line in markdown.splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+        if line.startswith("|") and len(cells) >= len(starts) and all(map(str.startswith, cells, starts)):
+            return cells
+    raise AssertionError(f"no table row {starts} in:\n{markdown}")
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory) -> tuple[Path, Path, Path]:
+    """A run, a speed run, and the folder of their report."""
+    root = tmp_path_factory.mktemp("usual")
+    paths = made.quality_run(root), made.speed_run(root)
+    return (*paths, report.write(paths, root / "reports"))
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory) -> Path:
+    """The report of a sweep over three block sizes, two ways to set steps, three thresholds."""
+    root = tmp_path_factory.mktemp("swept")
+    runs = made.quality_run(root, decoders=made.sweep(), num_docs=60)
+    speeds = made.speed_run(root, decoders=made.sweep(), batch_sizes=(1, 4), num_rounds=3, num_calls=4)
+    return report.write([runs, speeds], root / "reports")
+
+
+def markdown_of(folder: Path) -> str:
+    return (folder / "report.md").read_text(encoding="utf-8")
+
+
+# --- the numbers ---------------------------------------------------------------------------------------------------
+
+
+def scores_of(path: Path, arm: str, task: str) -> np.ndarray:
+    run = store.load(path)
+    rows = [s for s in run.scores if run.cells[s.cell].arm == arm and s.task == task and s.headline]
+    return np.array([s.value for s in sorted(rows, key=lambda s: s.doc_id)])
+
+
+def test_retention_table_holds_what_the_rows_say(usual) -> None:
+    path, _, folder = usual
+    markdown = markdown_of(folder)
+    means = {(arm, task): scores_of(path, arm, task).mean() for arm in ("baseline", "candidate") for task in made.TASKS}
+    row = row_of(markdown, "arithmetic", "generation")
+    assert row[1:4] == ["generation", "exact_match", "150 (150)"]
+    assert row[4] == f"{100 * means['baseline', 'arithmetic']:.1f} %"
+    assert row[6].startswith(f"{100 * means['candidate', 'arithmetic'] / means['baseline', 'arithmetic']:.1f} % [")
+    lost = (scores_of(path, "baseline", "arithmetic") > scores_of(path, "candidate", "arithmetic")).sum()
+    assert row[7].startswith(f"{lost} / ")
+
+    def averaged(arm: str, tasks: list[str]) -> float:
+        words = (means[arm, "words_de"] + means[arm, "words_en"]) / 2
+        return float(np.mean([words if task == "words" else means[arm, task] for task in tasks]))
+
+    for name, tasks in (
+        ("**headline**", ["arithmetic", "sorting", "words", "choice"]),
+        ("**decoder-exercised**", ["arithmetic", "sorting", "words"]),
+    ):
+        total = row_of(markdown, name)
+        assert f"({len(tasks)} tasks)" in total[0]
+        assert total[4] == f"**{100 * averaged('baseline', tasks):.1f} %**"
+        assert total[6].startswith(f"**{100 * averaged('candidate', tasks) / averaged('baseline', tasks):.1f} % [")
+
+
+def test_grouped_task_counts_once_and_shows_its_members(usual) -> None:
+    markdown = markdown_of(usual[2])
+    group = row_of(markdown, "words (mean of 2)")
+    assert group[3] == "300 (150)"  # the same item in both languages is one cluster
+    members = [row_of(markdown, f"{text.NONE} words_{language}") for language in ("de", "en")]
+    mean = np.mean([float(member[4].removesuffix(" %")) for member in members])
+    assert float(group[4].removesuffix(" %")) == pytest.approx(mean, abs=0.1)
+
+
+def test_what_cannot_differ_is_named_and_kept_apart(usual) -> None:
+    markdown = markdown_of(usual[2])
+    assert row_of(markdown, "choice", "context-tower likelihood")[6] == "100 % by construction"
+    assert "Equal by construction: choice" in markdown
+    assert "on the tasks that its decoder answers)" in markdown
+
+
+def test_likelihoods_computed_for_both_arms_are_not_called_equal_by_construction(tmp_path) -> None:
+    path = made.quality_run(tmp_path, tasks=["arithmetic", "choice"], edit=lambda r: None if is_likelihood(r) else r)
+    row = row_of(write(tmp_path, path), "choice", "context-tower likelihood")
+    assert row[6].startswith("100.0 % [")
+
+
+def is_likelihood(row) -> bool:
+    return hasattr(row, "likelihood")
+
+
+def test_perplexity_stands_apart_from_retention(usual) -> None:
+    markdown = markdown_of(usual[2])
+    row = row_of(markdown, "prose", "context-tower likelihood")
+    assert row[2:5] == ["bits_per_byte", "lower", "40"]
+    assert row[7].startswith("+0.0020 [")
+    assert "4 tasks, 750 documents" in markdown
+    assert row_of(markdown, "choice", "context-tower likelihood", "acc_norm")[3] == "higher"
+
+
+def seconds_of(path: Path, arm: str, replica: int = 0) -> float:
+    run = store.load(path)
+    return sum(
+        s.wall_s for s in run.speed if run.cells[s.cell].arm == arm and s.replica == replica and s.phase == "measure"
+    )
+
+
+def test_speed_table_holds_what_the_rows_say(usual) -> None:
+    _, path, folder = usual
+    markdown = markdown_of(folder)
+    row = row_of(markdown, "block 16", "answer: answer of four tasks")
+    baseline_s, candidate_s = seconds_of(path, "baseline"), seconds_of(path, "candidate")
+    assert row[3] == "6 x 8"
+    assert row[4].startswith(f"{baseline_s / candidate_s:.2f}x [")
+    assert row[6] == "1.000 [1.000, 1.000]"
+    assert row[8].startswith(f"{baseline_s / seconds_of(path, 'baseline', replica=1):.3f}x [")
+    samples = [s for s in store.load(path).speed if s.phase == "measure" and s.replica == 0]
+    cells = store.load(path).cells
+    prompts = [p for s in samples if cells[s.cell].arm == "candidate" for p in s.prompts]
+    useful, denoiser = sum(p.num_tokens for p in prompts), sum(p.num_denoiser_forwards for p in prompts)
+    forwards = denoiser + sum(p.num_context_forwards for p in prompts)
+    cost = row_of(markdown, "block 16", "answer", "1", "48")
+    assert cost[4].startswith(f"{useful / candidate_s:.3g} [")
+    assert cost[5:10] == [
+        f"{useful / forwards:.2f}",
+        f"{useful / denoiser:.2f}",
+        f"{denoiser:,}",
+        f"{forwards - denoiser:,}",
+        f"{useful:,}",
+    ]
+    assert cost[10] == "96"
+    assert cost[12] == "48 / 0 / 0"
+    assert row_of(markdown, "baseline", "answer", "1", "48")[6] == text.NONE
+    assert "1 launch: variation between launches was not measured." in markdown
+
+
+def test_latency_is_tabled_apart(usual) -> None:
+    _, path, folder = usual
+    run = store.load(path)
+    finish_s = [
+        p.finish_s
+        for s in run.speed
+        for p in s.prompts
+        if run.cells[s.cell].arm == "candidate" and s.phase == "measure"
+    ]
+    section = markdown_of(folder).partition("## Latency")[2]
+    row = row_of(section, "block 16", "answer")
+    assert row[3:] == ["48", text.seconds(float(np.quantile(finish_s, 0.5))), text.seconds(np.quantile(finish_s, 0.95))]
+
+
+def test_fixed_workload_resamples_rounds_only(tmp_path) -> None:
+    markdown = write(tmp_path, made.speed_run(tmp_path, workload="fixed"))
+    assert "Crossed paired bootstrap of 6 rounds, " in markdown
+    assert "fixed workload, batch 1, 6 rounds of 8 timed calls" in markdown
+
+
+def test_speedup_per_device_is_printed_where_the_arms_use_different_numbers(tmp_path) -> None:
+    path = made.speed_run(tmp_path / "a")
+    run = store.load(path)
+    cells = tuple(
+        dataclasses.replace(c, workload=dataclasses.replace(c.workload, num_devices=2 if c.arm == "candidate" else 1))
+        for c in run.manifest.cells
+    )
+    other = made.write(tmp_path / "b", dataclasses.replace(run.manifest, cells=cells), run.speed)
+    row = row_of(write(tmp_path, other), "block 16", "answer:")
+    assert float(row[9].removesuffix("x")) == pytest.approx(float(row[4].partition("x")[0]) / 2, abs=0.011)
+    assert len(row_of(write(tmp_path, path), "block 16", "answer:")) == 9
+
+
+def test_launches_are_pooled_unless_the_machine_differs(tmp_path) -> None:
+    first = made.speed_run(tmp_path)
+
+    def second(run_id: str, **changes) -> Path:
+        def relabel(row):
+            return dataclasses.replace(row, launch_id="launch-2")
+
+        return made.speed_run(tmp_path, run_id=run_id, edit=relabel, **changes)
+
+    pooled = write(tmp_path, first, second("20261103T120000Z-speed-cccccc"))
+    assert row_of(pooled, "block 16", "answer:")[3] == "12 x 8"
+    assert "2 launches: variation between launches was not measured." in pooled
+    machine = {"system": "Linux", "cpu": "Another"}
+    apart = write(tmp_path, first, second("20261104T120000Z-speed-dddddd", machine=machine))
+    assert row_of(apart, "block 16", "answer:")[3] == "6 x 8"
+    assert apart.count("answer: answer of four tasks") == 2
+
+
+def test_outputs_of_another_length_carry_a_warning(tmp_path) -> None:
+    def shorten(row):
+        if not isinstance(row, SpeedSample) or row.prompts[0].num_denoiser_forwards == 0:
+            return row
+        short = [dataclasses.replace(p, num_tokens=p.num_tokens // 2) for p in row.prompts]
+        return dataclasses.replace(row, prompts=tuple(short))
+
+    markdown = write(tmp_path, made.speed_run(tmp_path, edit=shorten))
+    assert "read S_throughput, not S_time alone" in markdown
+    assert row_of(markdown, "block 16", "answer:")[6].startswith("0.49")
+
+
+def test_timed_outputs_that_were_scored_stand_in_for_a_run(tmp_path) -> None:
+    path = made.speed_run(tmp_path, scored=True)
+    markdown = write(tmp_path, path)
+    assert "timed outputs, batch 1" in markdown
+    assert re.search(r"keeps 87\.5 % \[[\d., ]+\] of the baseline's quality at [\d.]+x \[[\d., ]+\] its", markdown)
+    assert "Retention is that of the timed outputs themselves." in markdown
+    whole = made.quality_run(tmp_path)
+    assert "Retention is that of the scored run." in write(tmp_path, path, whole)
+
+
+# --- the sentence --------------------------------------------------------------------------------------------------
+
+
+def sentence(markdown: str) -> str:
+    return next(line for line in markdown.splitlines() if line.startswith("**"))
+
+
+def test_headline_joins_both_and_says_what_is_missing(usual, tmp_path) -> None:
+    run, speed, folder = usual
+    number = r"\d+\.\d %? ?\[\d+\.\d, \d+\.\d\]"
+    pattern = rf"\*\*pair decoding with block 16, 16 steps, threshold 0\.8 keeps {number} of the baseline's quality "
+    assert re.match(
+        pattern + r".* at \d\.\d\dx \[\d\.\d\d, \d\.\d\d\] its wall-clock speed\.\*\*$", sentence(markdown_of(folder))
+    )
+    assert "Its speed: not measured; `twotower-eval speed` measures it." in sentence(write(tmp_path, run))
+    assert "Its quality: not measured; `twotower-eval run` measures it." in sentence(write(tmp_path, speed))
+
+
+def test_headline_is_the_claimed_point_and_not_the_best(swept) -> None:
+    markdown = markdown_of(swept)
+    assert sentence(markdown).startswith("**pair decoding with block 16, 16 steps, threshold 0.8 keeps")
+    assert "18 operating points were measured." in markdown
+    best = max(float(x) for x in re.findall(r"\| block [^|]+\| whole tasks \| 4 \| \d+ \| ([\d.]+) %", markdown))
+    assert f"keeps {best} %" not in sentence(markdown)
+
+
+def test_headline_is_the_plans_first_where_the_claimed_point_was_not_measured(tmp_path) -> None:
+    decoders = (made.block_diffusion(32), made.block_diffusion(8))
+    runs = made.quality_run(tmp_path, decoders=decoders, num_docs=40), made.speed_run(tmp_path, decoders=decoders)
+    assert "decoding with block 32, 32 steps" in sentence(write(tmp_path, *runs))
+
+
+def test_a_sweep_lists_every_point_and_every_task_of_it(swept) -> None:
+    markdown = markdown_of(swept)
+    assert len(re.findall(r"^\| block \d+, \d+ steps, threshold 0\.\d \| whole tasks", markdown, re.M)) == 18
+    assert len(re.findall(r"^\| arithmetic \| generation", markdown, re.M)) == 18
+    assert len(re.findall(r"^\| block [^|]+\| answer: ", markdown, re.M)) == 36
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["doc_sha256", "prompt_sha256", "target_sha256", "cluster_id"])
+def test_arms_with_other_documents_are_no_pair(tmp_path, name: str) -> None:
+    spoilt = set()
+
+    def spoil(row):
+        if isinstance(row, Score) and (row.task, row.doc_id) == ("sorting", 3) and not spoilt:
+            spoilt.add(row.cell)
+            return dataclasses.replace(row, **{name: "other"})
+        return row
+
+    path = made.quality_run(tmp_path, edit=spoil)
+    with pytest.raises(ValueError, match=f"task 'sorting', document 3: {name} differs") as caught:
+        write(tmp_path, path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_document_scored_in_one_arm_only_is_refused(tmp_path) -> None:
+    dropped: list[Score] = []
+
+    def cut(row):
+        last = isinstance(row, Score) and (row.task, row.doc_id) == ("sorting", 149)
+        return None if last and drop(row) else row
+
+    def drop(row: Score) -> bool:
+        dropped.append(row)
+        return len(dropped) == 2  # the candidate's
+
+    path = made.quality_run(tmp_path, edit=cut)
+    with pytest.raises(ValueError, match="'sorting', document 149, metric 'exact_match' is scored in one arm only"):
+        write(tmp_path, path)
+
+
+def test_arms_timed_on_other_prompts_are_no_pair(tmp_path) -> None:
+    def rename(row):
+        if isinstance(row, SpeedSample) and row.prompts[0].num_denoiser_forwards and row.call_id == "0":
+            return dataclasses.replace(row, prompts=(dataclasses.replace(row.prompts[0], prompt_id="other"),))
+        return row
+
+    with pytest.raises(ValueError, match="timed on different prompts"):
+        write(tmp_path, made.speed_run(tmp_path, edit=rename))
+
+
+def test_timed_generations_of_other_prompts_are_no_pair(tmp_path) -> None:
+    def other_prompt(row):
+        if isinstance(row, GenerationRow) and row.generation.num_denoiser_forwards and row.doc_id == 5:
+            return dataclasses.replace(row, prompt_sha256="other")
+        return row
+
+    with pytest.raises(ValueError, match="task 'sorting', document 5: prompt_sha256 differs between timed"):
+        write(tmp_path, made.speed_run(tmp_path, scored=True, edit=other_prompt))
+
+
+def test_two_headline_scores_for_one_task_are_refused(tmp_path) -> None:
+    def both(row):
+        return dataclasses.replace(row, headline=True) if getattr(row, "metric", "") == "acc_norm" else row
+
+    with pytest.raises(ValueError, match="'choice' has several headline scores"):
+        write(tmp_path, made.quality_run(tmp_path, edit=both))
+
+
+def test_no_runs_same_run_twice_and_unknown_sections_are_refused(usual, tmp_path) -> None:
+    with pytest.raises(ValueError, match="no run to report on"):
+        report.write([], tmp_path)
+    with pytest.raises(ValueError, match="named twice"):
+        report.write([usual[0], usual[0]], tmp_path)
+    with pytest.raises(ValueError, match=r"unknown report section 'lattency'.*'latency'"):
+        report.write([usual[0]], tmp_path, sections=["lattency"])
+
+
+# --- what is missing -----------------------------------------------------------------------------------------------
+
+
+def test_missing_scores_are_left_out_of_both_arms_and_listed(tmp_path) -> None:
+    def lose(row):
+        if isinstance(row, Score) and row.task == "sorting" and row.doc_id in (3, 4) and row.cell == candidate.id:
+            return dataclasses.replace(row, value=None, missing_reason="the sandbox | timed out")
+        return row
+
+    work = store.load(made.quality_run(tmp_path / "whole")).manifest.cells
+    candidate = next(c for c in work if c.arm == "candidate" and c.workload.name == "sorting")
+    markdown = write(tmp_path, made.quality_run(tmp_path / "cut", edit=lose))
+    assert row_of(markdown, "sorting", "generation")[3] == "148 (148)"
+    assert "2 documents have no headline score in one arm and are left out of both" in markdown
+    assert "2 of the candidate's (headline; documents 3, 4): the sandbox \\| timed out" in markdown
+
+
+def test_metrics_without_values_per_document_do_not_cry_wolf(tmp_path) -> None:
+    def lose(row):
+        if isinstance(row, Score) and row.metric == "acc_norm":
+            return dataclasses.replace(row, value=None, missing_reason="for the whole task only")
+        return row
+
+    markdown = write(tmp_path, made.quality_run(tmp_path, edit=lose))
+    assert "no headline score" not in markdown
+    assert "choice, acc_norm: 150 of the baseline's: for the whole task only" in markdown
+
+
+def test_an_unfinished_run_says_so_first(tmp_path) -> None:
+    seen: list[Score] = []
+
+    def stop_early(row):
+        seen.append(row)
+        return row if len(seen) < 400 else None
+
+    path = made.quality_run(tmp_path, complete=False, edit=stop_early, tasks=["arithmetic"], perplexity=False)
+    markdown = write(tmp_path, path)
+    assert "> **INCOMPLETE: run `20261101T120000Z-run-aaaaaa` has not finished.**" in markdown
+    assert "have no partner in the other arm yet" in markdown
+    assert row_of(markdown, "arithmetic")[3].startswith("50 ")
+
+
+def test_an_unfinished_speed_run_uses_whole_rounds_only(tmp_path) -> None:
+    def late(row):
+        return None if isinstance(row, SpeedSample) and row.round == 5 and row.call_id == "7" else row
+
+    markdown = write(tmp_path / "a", made.speed_run(tmp_path / "a", complete=False, edit=late))
+    assert row_of(markdown, "block 16", "answer:")[3] == "5 x 8"
+    assert "1 rounds are not complete in both arms" in markdown
+
+    def first(row):
+        return None if isinstance(row, SpeedSample) and row.call_id == "7" and row.replica == 0 else row
+
+    cut = made.speed_run(tmp_path / "b", complete=False, num_rounds=1, edit=lambda r: drop_candidate(r, first))
+    markdown = write(tmp_path / "b", cut)
+    assert "has no complete measured round" in markdown
+    assert "nothing to quote" in markdown
+
+
+def drop_candidate(row, other):
+    denoised = isinstance(row, SpeedSample) and row.prompts[0].num_denoiser_forwards > 0
+    return other(row) if denoised else row
+
+
+def test_one_round_gives_no_interval_and_no_number(tmp_path) -> None:
+    markdown = write(tmp_path, made.speed_run(tmp_path, num_rounds=1))
+    assert row_of(markdown, "block 16", "answer:")[4] == text.NONE
+    assert "one measured round only" in markdown
+
+
+def test_a_null_that_was_not_measured_is_said_to_be_missing(tmp_path) -> None:
+    def alone(row):
+        return None if isinstance(row, SpeedSample) and row.replica == 1 else row
+
+    markdown = write(tmp_path, made.speed_run(tmp_path, edit=alone))
+    assert row_of(markdown, "block 16", "answer:")[8] == text.NONE
+    assert "the baseline was not timed against itself" in markdown
+
+
+def test_one_model_alone_still_has_its_scores_tabled(tmp_path) -> None:
+    run = store.load(made.quality_run(tmp_path / "pair"))
+    kept = [cell for cell in run.manifest.cells if cell.arm == "baseline"]
+    ids = {cell.id for cell in kept}
+    header = dataclasses.replace(run.manifest, cells=tuple(kept))
+    path = made.write(tmp_path / "alone", header, [score for score in run.scores if score.cell in ids])
+    markdown = write(tmp_path, path)
+    assert "nothing to quote" in markdown
+    values = scores_of(path, "baseline", "arithmetic")
+    low = 1 - stats.binomial_upper_bound(int(150 - values.sum()), 150, 0.025)
+    assert row_of(markdown, "arithmetic", "exact")[6].startswith(f"{values.mean():.4f} [{low:.4f}, ")
+
+
+def test_a_baseline_of_zero_is_a_reason_and_not_a_number(tmp_path) -> None:
+    def zero(row):
+        wrong = isinstance(row, Score) and row.task == "sorting" and row.cell in bases
+        return dataclasses.replace(row, value=0.0) if wrong else row
+
+    whole = store.load(made.quality_run(tmp_path / "whole"))
+    bases = {cell.id for cell in whole.manifest.cells if cell.arm == "baseline"}
+    markdown = write(tmp_path, made.quality_run(tmp_path / "zero", edit=zero))
+    assert row_of(markdown, "sorting", "generation")[6] == text.NONE
+    assert "sorting: no retention, the baseline scores 0 everywhere" in markdown
+
+
+# --- pictures, bytes, provenance -----------------------------------------------------------------------------------
+
+
+def chunks(png: bytes) -> list[str]:
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    names, at = [], 8
+    while at < len(png):
+        (length,) = struct.unpack(">I", png[at : at + 4])
+        names.append(png[at + 4 : at + 8].decode())
+        at += 12 + length
+    return names
+
+
+def test_a_sweep_draws_a_picture_for_each_setting(swept) -> None:
+    pictures = {"tradeoff.png", "over_block_size.png", "over_steps_per_block.png", "over_threshold.png"}
+    assert {file.name for file in swept.iterdir()} == {"report.md", *pictures}
+    markdown = markdown_of(swept)
+    for name in pictures:
+        assert f"({name})" in markdown
+        assert set(chunks((swept / name).read_bytes())) == {"IHDR", "pHYs", "IDAT", "IEND"}  # no dates, no versions
+
+
+def test_one_value_is_a_line_of_text_and_no_picture(usual) -> None:
+    markdown = markdown_of(usual[2])
+    assert "Over block size (tokens): only 16 was measured, so there is no plot." in markdown
+    assert {file.name for file in usual[2].iterdir()} == {"report.md", "tradeoff.png"}
+
+
+def test_steps_that_only_follow_the_block_size_are_no_sweep_of_steps(tmp_path) -> None:
+    decoders = tuple(made.block_diffusion(block_size) for block_size in (8, 16))
+    markdown = write(tmp_path, made.quality_run(tmp_path, decoders=decoders, num_docs=40))
+    assert "Over steps per block: 8, 16 were measured, but never with the other settings kept" in markdown
+    assert "(over_block_size.png)" in markdown
+    assert "No operating point has both a retention and a speedup" in markdown
+
+
+def test_the_same_runs_give_the_same_bytes_in_any_order_and_process(usual, tmp_path) -> None:
+    run, speed, folder = usual
+    code = "import sys; from pathlib import Path; from twotower_eval import report; "
+    code += "print(report.write([Path(p) for p in sys.argv[2:]], Path(sys.argv[1])))"
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "MPLBACKEND": "svg"}
+    command = [sys.executable, "-c", code, str(tmp_path), str(speed), str(run)]
+    again = Path(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip())
+    assert again.name == folder.name
+    assert sorted(f.name for f in again.iterdir()) == sorted(f.name for f in folder.iterdir())
+    for file in folder.iterdir():
+        assert (again / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_report_needs_neither_torch_nor_lm_eval(usual, tmp_path) -> None:
+    code = "import sys; from pathlib import Path; from twotower_eval import report; "
+    code += "report.write([Path(p) for p in sys.argv[2:]], Path(sys.argv[1])); "
+    code += "print(*{name.split('.')[0] for name in sys.modules})"
+    command = [sys.executable, "-c", code, str(tmp_path), str(usual[0]), str(usual[1])]
+    loaded = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert "matplotlib" in loaded
+    assert not loaded & {"torch", "lm_eval", "transformers", "datasets"}
+
+
+def test_report_ids() -> None:
+    assert report.report_id([made.RUN_ID]) == made.RUN_ID
+    both = report.report_id([made.SPEED_ID, made.RUN_ID])
+    assert both == report.report_id([made.RUN_ID, made.SPEED_ID])
+    assert re.fullmatch(r"20261102T120000Z-run-speed-[0-9a-f]{6}", both)
+
+
+def test_provenance_names_everything(usual) -> None:
+    markdown = markdown_of(usual[2])
+    for expected in (
+        made.PAIR.digest,
+        made.CONTEXT.digest,
+        "pair (context tower)",
+        "0123456789abcdef0123456789abcdef01234567",
+        "cpu Some CPU \\| 3 GHz",
+        "torch 2.9.0",
+        "seed 7",
+        "arithmetic 150 documents",
+        "8 prompts timed in batches of 1",
+        "twotower-eval run --tasks arithmetic,sorting,words,choice --out 'my results'",
+        f"twotower-eval report {made.RUN_ID} {made.SPEED_ID}",
+    ):
+        assert expected in markdown
+
+
+def test_names_cannot_break_out_of_their_place(tmp_path) -> None:
+    run = store.load(made.quality_run(tmp_path / "plain", num_docs=30))
+    evil = "a|b <script>`$x$ [l](u)\n# no"
+    swap = {cell.id: dataclasses.replace(cell.checkpoint, name=evil, source=evil) for cell in run.manifest.cells}
+    cells = tuple(dataclasses.replace(cell, checkpoint=swap[cell.id]) for cell in run.manifest.cells)
+    header = dataclasses.replace(run.manifest, cells=cells, argv=("/home/me/bin/twotower-eval", "```", "x\ny"))
+    rows = [*run.scores, *run.generations, *run.likelihoods]
+    markdown = write(tmp_path, made.write(tmp_path / "evil", header, rows))
+    assert "<script" not in markdown
+    assert "\n# no" not in markdown
+    assert "a\\|b &lt;script&gt;" in markdown
+    assert "/home/me" not in markdown
+    assert markdown.count("```sh") == 1
+    assert "\n```\n" in markdown.partition("```sh")[2]
+
+
+def marker(runs: Runs) -> Section:
+    return Section(title="Mine", markdown=f"{len(runs)} runs, {len(runs.quality)} points", files={"mine.txt": b"x"})
+
+
+def test_a_section_of_ones_own(usual, tmp_path) -> None:
+    sections = ["headline", f"{__name__}:marker"]
+    folder = report.write(usual[:2], tmp_path, sections=sections)
+    assert "## Mine\n\n2 runs, 1 points\n" in markdown_of(folder)
+    assert (folder / "mine.txt").read_bytes() == b"x"
+    with pytest.raises(ValueError, match=r"two sections of the report write mine\.txt"):
+        report.write(usual[:2], tmp_path, sections=[sections[1]] * 2)
+
+
+@pytest.mark.parametrize("name", sorted(report.SECTIONS))
+def test_every_section_renders_alone_and_of_either_verb(usual, tmp_path, name: str) -> None:
+    for paths in (usual[:2], usual[:1], usual[1:2]):
+        folder = report.write(paths, tmp_path, sections=[name])
+        assert len(markdown_of(folder).splitlines()) > 4
+        for link in re.findall(r"\]\(([\w.]+)\)", markdown_of(folder)):
+            assert (folder / link).exists()
+
+
+# --- formats -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.012345, "0.0123"), (4.5678, "4.57"), (99.96, "100"), (12345.0, "12,300"), (0.0, "0"), (9.999, "10.0")],
+)
+def test_significant_digits(value: float, shown: str) -> None:
+    assert text.significant(value) == shown
+
+
+def test_intervals_have_as_many_digits_as_they_deserve() -> None:
+    def estimate(value: float, low: float, high: float) -> Measured:
+        return Measured(estimate=Estimate(value=value, low=low, high=high, level=0.95, n=9, method="any"))
+
+    assert text.retention(estimate(0.9867, 0.97, 1.003)) == "98.7 % [97.0, 100.3]"
+    assert text.retention(estimate(0.9867, 0.9862, 0.9872)) == "98.67 % [98.62, 98.72]"
+    assert text.times(estimate(2.4234, 2.3, 2.5)) == "2.42x [2.30, 2.50]"
+    assert text.times(estimate(1.0012, 0.9954, 1.0071)) == "1.001x [0.995, 1.007]"
+    assert text.rate(estimate(1234.5, 1200, 1250)) == "1,230 [1,200, 1,250]"
+    assert text.retention(Measured(estimate=None, reason="none")) == text.NONE
+    assert (text.seconds(0.0123), text.seconds(2.3456)) == ("12.3 ms", "2.35 s")
