@@ -21,7 +21,6 @@ from tests.tiny_pair import write_pair
 from twotower_eval import decoders, harness, store, suites
 from twotower_eval.harness import jobs
 from twotower_eval.harness.adapter import HarnessLM
-from twotower_eval.harness.answers import derive_seed
 from twotower_eval.harness.scoring import score_rows
 from twotower_eval.models import load_model
 from twotower_eval.plan import RunPlan, SpeedPlan
@@ -33,6 +32,7 @@ from twotower_eval.records import (
     RunManifest,
     Score,
     Workload,
+    derive_seed,
     to_json,
 )
 from twotower_eval.suites import lm_tasks

@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "names": set(),
     "journal": set(),
     "progress": set(),
-    "environment": set(),
+    "environment": {"journal"},
     "plan": {"decoders"},
     "store": {"journal"},
     "ops": set(),

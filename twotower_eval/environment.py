@@ -10,9 +10,13 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from twotower_eval import __version__
+from twotower_eval.journal import now_text
+from twotower_eval.records import SCHEMA_VERSION, Cell, RunManifest, canonical_json, sha256_text, to_json
 
 PACKAGES = (
     "torch",
@@ -31,6 +35,38 @@ PACKAGES = (
     "ray",
 )
 GIT_TIMEOUT_S = 10.0
+
+
+def new_manifest(
+    verb: Literal["run", "speed"],
+    *,
+    run_id: str,
+    plan: Any,
+    cells: Sequence[Cell],
+    devices: Sequence[str],
+    seeds: Mapping[str, int],
+    notes: Sequence[str] = (),
+) -> RunManifest:
+    """The manifest of a run that begins now, here, with this command line. ``plan`` is a record."""
+    commit, dirty = git_state()
+    plan_json = to_json(plan)
+    return RunManifest(
+        schema=SCHEMA_VERSION,
+        run_id=run_id,
+        verb=verb,
+        argv=tuple(sys.argv),
+        plan=plan_json,
+        plan_sha256=sha256_text(canonical_json(plan_json)),
+        cells=tuple(cells),
+        started_at=now_text(),
+        project_version=__version__,
+        commit=commit,
+        dirty=dirty,
+        packages=package_versions(),
+        machine=describe_machine(devices),
+        seeds=seeds,
+        notes=tuple(notes),
+    )
 
 
 def package_versions() -> dict[str, str]:

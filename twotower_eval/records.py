@@ -306,6 +306,11 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def derive_seed(*parts: Any) -> int:
+    """63 bits that depend on all parts and nothing else, so that no answer depends on its batch or on a resume."""
+    return int(sha256_text(canonical_json(list(parts)))[:16], 16) >> 1
+
+
 def cell_id(checkpoint: Checkpoint, decoder: DecoderSpec, workload: Workload, extra: Params | None = None) -> str:
     """First 12 hex digits over everything that may change a cell's outputs, and nothing else.
 

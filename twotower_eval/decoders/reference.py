@@ -16,7 +16,6 @@ from torch import Tensor
 from twotower_eval.decoders import Clock
 from twotower_eval.decoders.finish import check_prompts, generation, is_finished, make_rules
 from twotower_eval.decoders.rows import check_temperature
-from twotower_eval.models.counting import CountingModel
 from twotower_eval.records import Generation, Prompt
 
 MODES = ("autoregressive", "mock_ar", "block_diffusion")
@@ -38,13 +37,16 @@ class Params:
             raise ValueError(f"mode {self.mode!r} is unknown; choose from {', '.join(MODES)}")
 
 
+_Params = Params  # inside the class its attribute hides the name
+
+
 class Reference:
     """Greedy or sampled, with the same random streams as the fast decoders."""
 
     Params = Params
     VERSION = 1
 
-    def __init__(self, model: Any, params: Params, *, clock: Clock | None = None) -> None:
+    def __init__(self, model: Any, params: _Params, *, clock: Clock | None = None) -> None:
         if params.mode != "autoregressive" and not model.has_denoiser:
             raise ValueError(f"{params.mode} needs a two-tower checkpoint; this one has no denoiser")
         self.model, self.params, self.clock = model, params, clock

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from twotower_eval.harness.answers import CellJournal, Key, cut, derive_seed, join_likelihoods, with_repeats
+from twotower_eval.harness.answers import CellJournal, Key, cut, join_likelihoods, with_repeats
 from twotower_eval.progress import Advance
 from twotower_eval.records import (
     Generation,
@@ -24,6 +24,7 @@ from twotower_eval.records import (
     LikelihoodKind,
     LikelihoodRow,
     Prompt,
+    derive_seed,
 )
 from twotower_eval.suites import DEFAULT_MAX_NEW_TOKENS, instance_sha256, stops_and_budget
 

@@ -13,8 +13,6 @@ from twotower_eval.records import (
     Likelihood,
     LikelihoodKind,
     LikelihoodRow,
-    canonical_json,
-    sha256_text,
 )
 
 Key = tuple[str, int, int, int]  # task, doc_id, request_index, repeat
@@ -41,11 +39,6 @@ class CellJournal:
             self.generations[key] = row
         else:
             self.likelihoods[key] = row
-
-
-def derive_seed(*parts: Any) -> int:
-    """63 bits that depend on all parts and nothing else, so that no answer depends on its batch or on a resume."""
-    return int(sha256_text(canonical_json(list(parts)))[:16], 16) >> 1
 
 
 def join_likelihoods(likelihoods: Sequence[Likelihood], kind: LikelihoodKind) -> Likelihood:

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twotower_eval import __version__, store
-from twotower_eval.environment import describe_machine, git_state, package_versions
+from twotower_eval import store
+from twotower_eval.environment import new_manifest
 from twotower_eval.harness.answers import Key
-from twotower_eval.journal import now_text
 from twotower_eval.plan import CONTEXT_TOWER, RunPlan, data_path
 from twotower_eval.records import (
-    SCHEMA_VERSION,
     Arm,
     Cell,
     DecoderSpec,
     LikelihoodKind,
     RunManifest,
     Workload,
-    canonical_json,
     cell_id,
-    sha256_text,
-    to_json,
 )
 from twotower_eval.suites import FEWSHOT_SEED, BuiltTask
 
@@ -72,31 +65,12 @@ def check_scorers(plan: RunPlan, tasks: Sequence[BuiltTask]) -> None:
 
 
 def load_models(plan: RunPlan) -> tuple[Any, Any]:
-    """Baseline and candidate; one object where they are the same, shared tensors where one is part of the other."""
-    from twotower_eval.models import load_model
+    """Baseline and candidate; see :func:`twotower_eval.models.arms.load_arms`."""
+    from twotower_eval.models.arms import load_arms
 
-    path = Path(plan.model) if plan.model is not None else data_path("miniature", "pair")
-    candidate = load_model(path, dtype=plan.dtype, devices=plan.devices)
-    if plan.baseline == CONTEXT_TOWER:
-        return _context_tower(candidate), candidate
-    if Path(plan.baseline).resolve() == path.resolve():
-        return candidate, candidate
-    return load_model(Path(plan.baseline), dtype=plan.dtype, devices=plan.devices[:1]), candidate
-
-
-def _context_tower(pair: Any) -> Any:
-    """The pair's context tower as a model of its own, on the same tensors; a causal model is its own."""
-    if not pair.has_denoiser:
-        return pair
-    tower = pair.context_tower
-    devices = pair.checkpoint.devices[:1]
-    tower.checkpoint = dataclasses.replace(
-        pair.checkpoint, digest=pair.context_digest, tower="context", devices=devices
-    )
-    for name in ("tokenizer", "vocab_size", "max_length", "eos_token_ids", "context_digest"):
-        setattr(tower, name, getattr(pair, name))
-    tower.mask_token_id, tower.has_denoiser = None, False
-    return tower
+    model = Path(plan.model) if plan.model is not None else data_path("miniature", "pair")
+    baseline = None if plan.baseline == CONTEXT_TOWER else Path(plan.baseline)
+    return load_arms(model, baseline, dtype=plan.dtype, devices=plan.devices)
 
 
 def make_jobs(
@@ -171,22 +145,12 @@ def _cell(plan: RunPlan, arm: Arm, model: Any, spec: DecoderSpec, task: BuiltTas
 
 
 def make_manifest(plan: RunPlan, jobs: Sequence[Job], tasks: Sequence[BuiltTask], resume: Path | None) -> RunManifest:
-    commit, dirty = git_state()
-    plan_json = to_json(plan)
-    return RunManifest(
-        schema=SCHEMA_VERSION,
+    return new_manifest(
+        "run",
         run_id=store.new_run_id("run") if resume is None else resume.name,
-        verb="run",
-        argv=tuple(sys.argv),
-        plan=plan_json,
-        plan_sha256=sha256_text(canonical_json(plan_json)),
-        cells=tuple(job.cell for job in jobs),
-        started_at=now_text(),
-        project_version=__version__,
-        commit=commit,
-        dirty=dirty,
-        packages=package_versions(),
-        machine=describe_machine(plan.devices),
+        plan=plan,
+        cells=[job.cell for job in jobs],
+        devices=plan.devices,
         seeds={"run": plan.seed, "fewshot": FEWSHOT_SEED + plan.seed},
         notes=tuple(_notes(plan, jobs, tasks)),
     )
