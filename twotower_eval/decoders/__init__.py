@@ -75,9 +75,10 @@ def from_spec(model: Any, spec: DecoderSpec, *, clock: Clock | None = None) -> D
 
 def make_scorer(model: Any, kind: LikelihoodKind, *, block_size: int = 16, num_draws: int = 32) -> Scorer:
     """A scorer of the given kind; see ``decoders.likelihood``."""
-    from twotower_eval.decoders import likelihood
+    from twotower_eval.decoders.likelihood import make
 
-    return likelihood.make(model, kind, block_size=block_size, num_draws=num_draws)
+    scorer: Scorer = make(model, kind, block_size=block_size, num_draws=num_draws)
+    return scorer
 
 
 def _checked(cls: Any, kind: str, params: dict[str, Any]) -> Any:

@@ -25,13 +25,16 @@ class Params:
         check_temperature(self.temperature)
 
 
+_Params = Params  # inside the class its attribute hides the name
+
+
 class Autoregressive:
     """n useful tokens cost n context forwards: the prefill gives the first, each extension one more."""
 
     Params = Params
     VERSION = 1
 
-    def __init__(self, model: Any, params: Params, *, clock: Clock | None = None) -> None:
+    def __init__(self, model: Any, params: _Params, *, clock: Clock | None = None) -> None:
         self.model, self.params, self.clock = model, params, clock
 
     @torch.inference_mode()

@@ -57,13 +57,16 @@ class _Row:
     finish_s: float | None = None
 
 
+_Params = Params  # inside the class its attribute hides the name
+
+
 class BlockDiffusion:
     """No extension of the context behind the last block; the last block is K long like the others."""
 
     Params = Params
     VERSION = 1
 
-    def __init__(self, model: Any, params: Params, *, clock: Clock | None = None) -> None:
+    def __init__(self, model: Any, params: _Params, *, clock: Clock | None = None) -> None:
         if not model.has_denoiser:
             raise ValueError("block_diffusion needs a two-tower checkpoint; this one has no denoiser")
         self.model, self.params, self.clock = model, params, clock

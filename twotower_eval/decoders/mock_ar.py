@@ -28,13 +28,16 @@ class Params:
         check_temperature(self.temperature)
 
 
+_Params = Params  # inside the class its attribute hides the name
+
+
 class MockAR:
     """One denoiser and one context forward per token."""
 
     Params = Params
     VERSION = 1
 
-    def __init__(self, model: Any, params: Params, *, clock: Clock | None = None) -> None:
+    def __init__(self, model: Any, params: _Params, *, clock: Clock | None = None) -> None:
         if not model.has_denoiser:
             raise ValueError("mock_ar needs a two-tower checkpoint; this one has no denoiser")
         self.model, self.params, self.clock = model, params, clock

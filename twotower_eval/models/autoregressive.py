@@ -95,6 +95,7 @@ class ContextTower(LanguageModel):
             return attention(q, keys, values, mask, is_causal=causal)
 
         def mix(index: int, mixer: Mamba, x: Tensor) -> Tensor:
+            y: Tensor
             y, mamba[index] = mixer(x, context.mamba[index], valid_BS, new_lengths_B)
             return y
 

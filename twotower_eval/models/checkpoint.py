@@ -1,4 +1,4 @@
-"""Reads the released checkpoint layout: safetensors only, one file or sharded, memory-mapped, checked by name and shape.
+"""Reads the released checkpoint layout: safetensors, one file or sharded, memory-mapped, checked by name and shape.
 
 Models are built without memory (meta device); each tensor goes straight to its place on its tower's device. Files are
 mapped for a small batch of tensors at a time, so that pages already copied do not pile up in host memory.
@@ -39,7 +39,7 @@ class Slot:
     ``canonical`` is its name in the pair's layout, so that digests of a pair and of its baseline can be compared.
     """
 
-    parameter: nn.Parameter
+    parameter: Tensor
     expert: int | None
     canonical: str
 
@@ -198,7 +198,7 @@ def _fill_batch(file: Path, names: list[str], slots: Mapping[str, Slot], digests
 def tensor_digest(name: str, tensor: Tensor) -> str:
     """Hex sha256 of a tensor's name, dtype, shape and bytes."""
     digest = hashlib.sha256(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-    digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

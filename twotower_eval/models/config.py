@@ -126,7 +126,14 @@ def _check(config: NemotronHConfig, data: Mapping[str, Any]) -> None:
 
 def _check_sizes(config: NemotronHConfig) -> None:
     needed = {"E": ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"), "-": ("intermediate_size",)}
-    always = ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "mamba_num_heads")
+    always: tuple[str, ...] = (
+        "hidden_size",
+        "vocab_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "mamba_num_heads",
+    )
     always += ("mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "n_group", "topk_group")
     for name in always + tuple(n for letter, names in needed.items() if letter in config.pattern for n in names):
         value = getattr(config, name)

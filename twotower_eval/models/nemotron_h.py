@@ -7,8 +7,8 @@ way. Shape letters: see ops/__init__.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -221,7 +221,7 @@ def run_layers(
     With ``modulation`` the layers are adaptive (adaLN), in the reference's order: M and * modulate before the norm,
     E and - after it.
     """
-    for index, layer in enumerate(tower.layers):
+    for index, layer in enumerate(cast(Iterable[Layer], tower.layers)):
         if modulation is None:
             x_BSH = x_BSH + _mixed(layer, index, layer.norm(x_BSH), attend, mix)
             continue
@@ -237,7 +237,7 @@ def run_layers(
 Modulation = Callable[[int], tuple[Tensor, Tensor, Tensor]]  # layer -> shift, scale, gate, each (B, 1, H)
 
 
-def _mixed(layer: nn.Module, index: int, x_BSH: Tensor, attend: Attend, mix: Mix) -> Tensor:
+def _mixed(layer: Layer, index: int, x_BSH: Tensor, attend: Attend, mix: Mix) -> Tensor:
     mixer = layer.mixer
     if isinstance(mixer, Mamba):
         return mix(index, mixer, x_BSH)

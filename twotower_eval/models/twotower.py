@@ -33,7 +33,7 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(SINUSOID_SIZE, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
 
     def forward(self, t_B: Tensor) -> Tensor:
-        dtype = self.mlp[0].weight.dtype
+        dtype = self.get_parameter("mlp.0.weight").dtype
         out: Tensor = self.mlp(sinusoid(t_B, dtype).to(dtype))
         return out
 
