@@ -109,13 +109,16 @@ def draw_noise(
     return Noise(ids, masked, masked.float().mean(-1))
 
 
-def denoiser_loss(model: TwoTower, batch: Batch, states: CleanStates, noise: Noise) -> tuple[Tensor, Tensor]:
+def denoiser_loss(
+    model: TwoTower, batch: Batch, states: CleanStates, noise: Noise, *, mixed_precision: bool = False
+) -> tuple[Tensor, Tensor]:
     """Mean negative log-likelihood (nats) at masked positions, and the share of them predicted right.
 
     The 1/t weight of the bound is dropped. Blocks of nothing but filler do not count.
     """
     draws, documents, blocks, block_size = noise.ids.shape
-    logits = denoise_blocks(model.denoiser, batch, states, noise).view(draws, documents, blocks, block_size, -1)
+    logits = denoise_blocks(model.denoiser, batch, states, noise, mixed_precision=mixed_precision)
+    logits = logits.view(draws, documents, blocks, block_size, -1)
     targets = batch.ids_NS[:, batch.num_prompt_columns :].unflatten(1, (-1, block_size)).expand(noise.ids.shape)
     column = torch.arange(blocks * block_size, device=targets.device).view(blocks, block_size)
     lengths = batch.answer_lengths_N[:, None, None]
@@ -127,36 +130,50 @@ def denoiser_loss(model: TwoTower, batch: Batch, states: CleanStates, noise: Noi
     return (losses * flat).sum() / flat.sum(), right.sum() / flat.sum()
 
 
-def denoise_blocks(denoiser: Denoiser, batch: Batch, states: CleanStates, noise: Noise) -> Tensor:
-    """Logits (D * N * blocks, K, V) for every block of every document under every draw, in one pass."""
+def denoise_blocks(
+    denoiser: Denoiser, batch: Batch, states: CleanStates, noise: Noise, *, mixed_precision: bool = False
+) -> Tensor:
+    """Logits (D * N * blocks, K, V) for every block of every document under every draw, in one pass.
+
+    With ``mixed_precision`` the linear layers multiply in bfloat16; the scan, attention, residual stream and head
+    stay in float32.
+    """
     draws, documents, blocks, block_size = noise.ids.shape
     mask = _block_mask(batch, blocks, block_size).repeat(draws, 1, 1, 1)
+    device = batch.ids_NS.device.type
 
     def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (_join_blocks(t, draws * documents) for t in (q, k, v))
+        q, k, v = (_join_blocks(t.float(), draws * documents) for t in (q, k, v))
         keys = torch.cat([states.keys[index].repeat(draws, 1, 1, 1), k], dim=2)
         values = torch.cat([states.values[index].repeat(draws, 1, 1, 1), v], dim=2)
-        return _split_blocks(attention(q, keys, values, mask), blocks)
+        with torch.autocast(device, enabled=False):
+            return _split_blocks(attention(q, keys, values, mask), blocks)
 
     def mix(index: int, mixer: Mamba, x: Tensor) -> Tensor:
         seed = MambaState(*(t.flatten(0, 1).repeat(draws, *[1] * (t.ndim - 2)) for t in states.mamba[index]))
-        y, _ = mixer(x, seed)
-        out: Tensor = y
-        return out
+        z, u, delta = mixer.project(x)
+        with torch.autocast(device, enabled=False):
+            xs, b, c = mixer.convolve(u.float(), seed.conv_BCW)
+            y, _ = ssd.ssd(xs, delta, mixer.decay_rate(), b, c, seed.ssm_BhPN)
+        return mixer.finish(y, xs, z)
 
     x = denoiser.tower.embed(noise.ids.flatten(0, 2))
-    x = run_layers(denoiser.tower, x, attend=attend, mix=mix, modulation=denoiser.modulation(noise.t.flatten()))
+    modulation = denoiser.modulation(noise.t.flatten())
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=mixed_precision):
+        x = run_layers(denoiser.tower, x, attend=attend, mix=mix, modulation=modulation)
     return denoiser.logits(x)
 
 
 def _join_blocks(heads: Tensor, rows: int) -> Tensor:
     """(rows * blocks, heads, K, D) -> (rows, heads, blocks * K, D)."""
-    return heads.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2, 3)
+    joined: Tensor = heads.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2, 3)
+    return joined
 
 
 def _split_blocks(heads: Tensor, blocks: int) -> Tensor:
     """(rows, heads, blocks * K, D) -> (rows * blocks, heads, K, D)."""
-    return heads.unflatten(2, (blocks, -1)).transpose(1, 2).flatten(0, 1)
+    split: Tensor = heads.unflatten(2, (blocks, -1)).transpose(1, 2).flatten(0, 1)
+    return split
 
 
 def _block_mask(batch: Batch, blocks: int, block_size: int) -> Tensor:

@@ -17,6 +17,7 @@ from twotower_eval.models.twotower import TwoTower
 
 RECIPE_FILE = Path(__file__).with_name("recipe.toml")
 PAIR_FOLDER = Path(__file__).with_name("pair")
+LOG_FILE = "training_log.jsonl"
 
 
 def config_json(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,7 +53,6 @@ def export_pair(model: TwoTower, recipe: Mapping[str, Any], folder: Path) -> Pat
     save_file(tensors, pair / "model.safetensors", metadata={"format": "pt"})
     (pair / "config.json").write_text(json.dumps(config_json(recipe), indent=1) + "\n", encoding="utf-8")
     write_tokenizer(pair)
-    log = folder / "training_log.jsonl"
-    if log.exists():
-        shutil.copyfile(log, pair / "training_log.jsonl")
+    if (folder / LOG_FILE).exists():
+        shutil.copyfile(folder / LOG_FILE, pair / LOG_FILE)
     return pair

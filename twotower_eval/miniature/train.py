@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 
 from twotower_eval.miniature.batches import Batch, training_batches
 from twotower_eval.miniature.blocks import autoregressive_loss, denoiser_loss, draw_noise, run_clean
-from twotower_eval.miniature.export import RECIPE_FILE, config_json, export_pair
+from twotower_eval.miniature.evaluate import context_point, learning_point
+from twotower_eval.miniature.export import LOG_FILE, RECIPE_FILE, config_json, export_pair
 from twotower_eval.models.config import NemotronHConfig, parse_config
 from twotower_eval.models.nemotron_h import MixtureOfExperts, initialise
 from twotower_eval.models.twotower import TwoTower
@@ -49,7 +51,7 @@ class Stage:
     step: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
-    log: list[dict[str, Any]] = field(default_factory=list)
+    ar_accuracy: dict[str, float] = field(default_factory=dict)
 
 
 def learning_rate(settings: Mapping[str, Any], step: int) -> float:
@@ -124,7 +126,7 @@ def stage_loss(name: str, model: TwoTower, settings: Mapping[str, Any]) -> Loss:
         with torch.no_grad():
             _, states = run_clean(model.context_tower, batch, block_size)
         noise = draw_noise(batch, block_size, draws, settings["full_share"], model.config.mask_token_id, generator)
-        loss, right = denoiser_loss(model, batch, states, noise)
+        loss, right = denoiser_loss(model, batch, states, noise, mixed_precision=settings["mixed_precision"])
         return loss, draws * int(batch.answer_lengths_N.sum()), float(right)
 
     return context if name == "context" else denoiser
@@ -166,7 +168,7 @@ def train_step(
 
     def gradients(position: int) -> tuple[tuple[Tensor | None, ...], float, int, float | None]:
         generator = torch.Generator(device=batches[position].ids_NS.device)
-        generator.manual_seed(hash((seed, stage.step, position)) % 2**63)
+        generator.manual_seed((seed * 1_000_003 + stage.step) * 64 + position)
         loss, tokens, right = loss_of(batches[position], stage.step, generator)
         grads = torch.autograd.grad(loss, stage.parameters, allow_unused=True)
         return grads, float(loss.detach()), tokens, right
@@ -185,7 +187,7 @@ def train_step(
     rights = [result[3] for result in results if result[3] is not None]
     return {
         "loss_nats": sum(result[1] for result in results) / len(results),
-        "accuracy": sum(rights) / len(rights) if rights else None,
+        "masked_accuracy": sum(rights) / len(rights) if rights else None,
         "gradient_norm": float(norm),
         "learning_rate": rate,
     }
@@ -207,6 +209,8 @@ def run_stage(stage: Stage, model: TwoTower, seed: int, folder: Path, device: to
                 totals.append(train_step(stage, loss_of, batches, seed, workers))
                 counter.balance()
                 stage.seconds = before_s + time.monotonic() - started
+                if stage.step % stage.settings["evaluate_every"] == 0 or stage.step == stage.settings["steps"]:
+                    _evaluate(stage, model, folder)
                 if stage.step % LOG_EVERY_STEPS == 0 or stage.step == stage.settings["steps"]:
                     _log(stage, totals, folder)
                     totals = []
@@ -228,6 +232,22 @@ def _stream_from(stage: Stage, seed: int, multiple: int) -> Iterator[Batch]:
     return islice(stream, stage.step * stage.settings["batches_per_step"], None)
 
 
+def _evaluate(stage: Stage, model: TwoTower, folder: Path) -> None:
+    """Add a point of the learning curve to the log. The frozen tower's accuracy is measured once per launch."""
+    if stage.name == "context":
+        point = context_point(model)
+    else:
+        stage.ar_accuracy = stage.ar_accuracy or context_point(model)["ar_accuracy"]
+        point = learning_point(model, stage.ar_accuracy)
+    _append(folder, {"stage": stage.name, "step": stage.step, "num_tokens": stage.num_tokens, **point})
+
+
+def _append(folder: Path, row: Mapping[str, Any]) -> None:
+    with (folder / LOG_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
 def _log(stage: Stage, totals: Sequence[Mapping[str, Any]], folder: Path) -> None:
     mean = {key: sum(t[key] for t in totals) / len(totals) for key in totals[0] if totals[0][key] is not None}
     row = {
@@ -237,10 +257,7 @@ def _log(stage: Stage, totals: Sequence[Mapping[str, Any]], folder: Path) -> Non
         "seconds": round(stage.seconds, 1),
         **{key: float(f"{value:.5g}") for key, value in mean.items()},
     }
-    stage.log.append(row)
-    with (folder / "training_log.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row), flush=True)
+    _append(folder, row)
 
 
 def save_state(folder: Path, model: TwoTower, stage: Stage) -> None:
@@ -284,6 +301,8 @@ def train_pair(folder: Path, *, recipe_file: Path | None = None, threads: int = 
 
     ``threads`` micro-batches run beside each other on a CPU, each on one core; on a GPU (used if there is one) one.
     """
+    for name in (signal.SIGINT, signal.SIGTERM):  # both save first, also where a shell made background jobs deaf to one
+        signal.signal(name, signal.default_int_handler)
     recipe = read_recipe(recipe_file)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.set_num_threads(1)
