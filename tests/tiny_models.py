@@ -35,12 +35,14 @@ SIZES = {
     "moe_shared_expert_intermediate_size": 24,
     "routed_scaling_factor": 2.5,
     "initializer_range": 0.25,
+    "time_step_min": 0.02,  # states that matter after a few tokens, so that masked positions differ from each other
+    "time_step_max": 0.3,
     "mask_token_id": 3,
 }
 # Name -> what differs from SIZES: every layer kind alone or mixed, groups dropped by the router, other head sizes.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "all kinds": {"hybrid_override_pattern": "ME*-M"},
-    "attention only": {"hybrid_override_pattern": "*-*", "num_key_value_heads": 1, "head_dim": 12},
+    "mostly attention": {"hybrid_override_pattern": "*M-*", "num_key_value_heads": 1, "head_dim": 12},
     "mamba only": {"hybrid_override_pattern": "MM", "n_groups": 1, "conv_kernel": 2, "mask_token_id": 39},
     "router groups": {
         "hybrid_override_pattern": "E*ME",
@@ -82,18 +84,25 @@ def tiny_pair(name: str = "all kinds", dtype: torch.dtype = torch.float32) -> Tw
 
 @torch.no_grad()
 def randomise(model: TwoTower, generator: torch.Generator) -> None:
-    """Fill all weights so that layers, time and router biases matter."""
+    """Fill all weights so that tokens, layers, time and router biases all matter."""
     for tower in (model.context_tower.tower, model.denoiser.tower):
         initialise(tower, generator)
         for parameter_name, parameter in tower.named_parameters():
-            if parameter_name.endswith("e_score_correction_bias"):
+            if parameter_name.endswith("embeddings.weight"):
+                parameter.normal_(0.0, 1.0, generator=generator)
+            elif parameter_name.endswith("e_score_correction_bias"):
                 parameter.normal_(-0.3, 0.3, generator=generator)
             elif parameter_name.endswith("conv1d.bias"):
                 parameter.normal_(0.0, 0.2, generator=generator)
-    heads = [*model.context_tower.head.parameters(), *model.denoiser.head.parameters()]
-    times = [*model.denoiser.t_embedder.parameters(), *model.denoiser.t_block.parameters()]
-    for parameter in [*heads, *times, *model.denoiser.scale_shift_tables]:
-        parameter.normal_(0.0, 0.3, generator=generator)
+            elif parameter_name.endswith("mixer.D"):
+                parameter.normal_(0.0, 0.3, generator=generator)
+    for head in (model.context_tower.head, model.denoiser.head):
+        head.weight.normal_(0.0, 0.4, generator=generator)
+    for parameter in [*model.denoiser.t_embedder.parameters(), *model.denoiser.t_block.parameters()]:
+        parameter.normal_(0.0, 0.15, generator=generator)
+    for table in model.denoiser.scale_shift_tables:
+        table.normal_(0.0, 0.1, generator=generator)
+        table[2] += 1.0  # gates open
 
 
 @dataclass(frozen=True)
