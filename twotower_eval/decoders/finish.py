@@ -51,7 +51,8 @@ def check_prompts(model: Any, prompts: Sequence[Prompt]) -> None:
 def is_finished(token_ids: Sequence[int], num_new: int, rules: Rules) -> bool:
     """Whether a row may stop, given that only its last ``num_new`` tokens have not been looked at before.
 
-    For stop strings this looks at the end of the text only; :func:`cut` has the last word.
+    A stop string is looked for at the end of the text first, then :func:`cut` has the last word: some tokenizers write
+    the first token of a text differently, so that an end alone may show what the whole does not hold.
     """
     if len(token_ids) >= rules.max_new_tokens:
         return True
@@ -61,7 +62,7 @@ def is_finished(token_ids: Sequence[int], num_new: int, rules: Rules) -> bool:
         return False
     assert rules.tokenizer is not None
     tail = rules.tokenizer.decode(token_ids[-(num_new + rules.stop_window) :])
-    return any(text in tail for text in rules.stop)
+    return any(text in tail for text in rules.stop) and cut(token_ids, rules)[2] == "stop"
 
 
 def cut(token_ids: Sequence[int], rules: Rules) -> tuple[tuple[int, ...], str | None, FinishReason]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from twotower_eval.decoders import Clock
+from twotower_eval.decoders.block_diffusion import Params as BlockParams
 from twotower_eval.decoders.finish import check_prompts, generation, is_finished, make_rules
 from twotower_eval.decoders.rows import check_temperature
 from twotower_eval.records import Generation, Prompt
@@ -35,6 +36,7 @@ class Params:
         check_temperature(self.temperature)
         if self.mode not in MODES:
             raise ValueError(f"mode {self.mode!r} is unknown; choose from {', '.join(MODES)}")
+        BlockParams(block_size=self.block_size, steps_per_block=self.steps_per_block, threshold=self.threshold)
 
 
 _Params = Params  # inside the class its attribute hides the name
