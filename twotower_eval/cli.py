@@ -140,6 +140,7 @@ def speed(
     data_dir: DataDir = None,
     plan: PlanFile = None,
     out: Out = RESULTS,
+    resume: Resume = None,
 ) -> None:
     """Verb ``speed``."""
     given = {
@@ -149,23 +150,21 @@ def speed(
         **{"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "num_prompts": num_prompts},
         **{"min_rounds": min_rounds, "min_seconds": min_seconds, "warmup_rounds": warmup_rounds, "threads": threads},
     }
-    with _resumable("speed", out, None):
-        resolved = _resolve_plan(SpeedPlan, plan, None, given)
-        path = _time_and_score(resolved, out)
+    resumed = _run_path(resume, out) if resume else None
+    with _resumable("speed", out, resumed):
+        path = _time_and_score(_resolve_plan(SpeedPlan, plan, resumed, given), out, resumed)
     typer.echo(path)
 
 
-def _time_and_score(plan: SpeedPlan, out: Path) -> Path:
+def _time_and_score(plan: SpeedPlan, out: Path, resumed: Path | None) -> Path:
     from twotower_eval import harness, suites
     from twotower_eval import speed as speed_room
 
-    progress = choose_progress()
-    built = suites.resolve_tasks(plan.tasks, data_dir=plan.data_dir, seed=plan.seed)
-    requests = suites.build_requests(built, plan.num_prompts)
-    path: Path = speed_room.run(plan, requests, root=out, progress=progress)
-    if plan.workload == "answer":
-        harness.score_journal(path)
-    return path
+    tasks = suites.resolve_tasks(plan.tasks, data_dir=plan.data_dir, seed=plan.seed)
+    num_documents = sum(len(task.docs) for task in tasks if task.generates)
+    requests = suites.build_requests(tasks, num_documents)  # the plan's number is chosen from all of them
+    path = speed_room.run(plan, requests, root=out, resume=resumed, progress=choose_progress())
+    return harness.score_journal(path) if plan.workload == "answer" else path
 
 
 @app.command(help="Write a report with tables and plots from run folders; needs neither torch nor a GPU.")
@@ -259,11 +258,9 @@ def _resumable(verb: str, out: Path, resumed: Path | None) -> Iterator[None]:
         begun = resumed or next(iter(sorted(_run_folders(out) - before, reverse=True)), None)
         if begun is None:
             typer.echo("interrupted before anything was begun", err=True)
-        elif verb == "run":
-            hint = f"twotower-eval run --resume {begun}"
-            typer.echo(f"interrupted; what is finished is kept. To go on: {hint}", err=True)
         else:
-            typer.echo(f"interrupted; whole rounds are kept in {begun}", err=True)
+            hint = f"twotower-eval {verb} --resume {begun}"
+            typer.echo(f"interrupted; what is finished is kept. To go on: {hint}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
