@@ -15,7 +15,7 @@ import report_fixture as made
 from twotower_eval import report, stats, store
 from twotower_eval.records import Estimate, GenerationRow, Score, SpeedSample
 from twotower_eval.report import text
-from twotower_eval.report.quality import Measured
+from twotower_eval.report.evidence import Measured
 from twotower_eval.report.runs import Runs, Section
 
 
@@ -189,6 +189,23 @@ def test_speedup_per_device_is_printed_where_the_arms_use_different_numbers(tmp_
     row = row_of(write(tmp_path, other), "block 16", "answer:")
     assert float(row[9].removesuffix("x")) == pytest.approx(float(row[4].partition("x")[0]) / 2, abs=0.011)
     assert len(row_of(write(tmp_path, path), "block 16", "answer:")) == 9
+
+
+@pytest.mark.parametrize(
+    ("factor", "words"),
+    [
+        (lambda row: 1.05, "INVALID: the baseline timed against itself is off by more than 2 %"),
+        (lambda row: 1.0 + 0.3 * (row.round % 2), "of 3 % and a quarter of the speedup judged: time more rounds"),
+    ],
+)
+def test_a_null_that_is_off_or_too_wide_invalidates(tmp_path, factor, words: str) -> None:
+    def slow_down(row):
+        copied = isinstance(row, SpeedSample) and row.replica == 1
+        return dataclasses.replace(row, wall_s=row.wall_s * factor(row)) if copied else row
+
+    assert "INVALID" not in write(tmp_path / "plain", made.speed_run(tmp_path / "plain"))
+    markdown = write(tmp_path / "bent", made.speed_run(tmp_path / "bent", edit=slow_down))
+    assert words in markdown.partition("## Quality")[0]
 
 
 def test_launches_are_pooled_unless_the_machine_differs(tmp_path) -> None:
@@ -573,7 +590,15 @@ def test_every_section_renders_alone_and_of_either_verb(usual, tmp_path, name: s
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0.012345, "0.0123"), (4.5678, "4.57"), (99.96, "100"), (12345.0, "12,300"), (0.0, "0"), (9.999, "10.0")],
+    [
+        (0.012345, "0.0123"),
+        (4.5678, "4.57"),
+        (99.96, "100"),
+        (12345.0, "12,300"),
+        (4.818e13, "4.82e+13"),
+        (0.0, "0"),
+        (9.999, "10.0"),
+    ],
 )
 def test_significant_digits(value: float, shown: str) -> None:
     assert text.significant(value) == shown

@@ -22,7 +22,7 @@ SECTIONS = {
     "quality": "twotower_eval.report.tables:quality",
     "speed": "twotower_eval.report.speed_tables:speed",
     "tradeoff": "twotower_eval.report.plots:tradeoff",
-    "sweeps": "twotower_eval.report.plots:sweeps",
+    "sweeps": "twotower_eval.report.sweeps:sweeps",
     "latency": "twotower_eval.report.speed_tables:latency",
     "setup": "twotower_eval.report.provenance:setup",
     "reproduce": "twotower_eval.report.provenance:reproduce",

@@ -6,148 +6,29 @@ with the baseline cells of the same run and workload. Scores that cannot be pair
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from twotower_eval import stats
-from twotower_eval.records import Cell, Estimate, Score, Workload, canonical_json, to_json
-from twotower_eval.report.counts import Counts, count
+from twotower_eval.records import Cell, Score
+from twotower_eval.report.counts import count
+from twotower_eval.report.evidence import (
+    Measured,
+    MissingScore,
+    OtherScore,
+    PointKey,
+    QualityPoint,
+    TaskQuality,
+    baseline_of,
+    measured,
+    point_key,
+)
 from twotower_eval.store import Run
 
-NOT_EXERCISING = ("context_tower", "exact")  # likelihoods in which the parallel decoder has no part
 STDERR_TOLERANCE = 0.2
 
-PointKey = tuple[str, str | None, str]
 Pair = tuple[Score, Score]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """An estimate, or the reason why there is none."""
-
-    estimate: Estimate | None
-    reason: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskQuality:
-    """One task that counts once in the average; ``members`` are (name, documents, baseline, candidate) if it has any.
-
-    ``scored_by`` is the candidate's. Means lie between 0 and 1 for the usual metrics. ``equal_by_construction``: both
-    arms were scored by one computation, on the tensors that they share.
-    """
-
-    name: str
-    metric: str
-    filter: str
-    scored_by: str
-    num_documents: int
-    num_clusters: int
-    num_discordant: int
-    equal_by_construction: bool
-    baseline: float
-    candidate: float
-    retention: Measured
-    members: tuple[tuple[str, int, float, float], ...]
-    flips: stats.Flips
-
-    @property
-    def exercises_decoder(self) -> bool:
-        """Whether the candidate's decoder had a part in these scores."""
-        return self.scored_by not in NOT_EXERCISING
-
-
-@dataclass(frozen=True, kw_only=True)
-class OtherScore:
-    """A score outside retention: another metric or filter, or one of which less is better."""
-
-    task: str
-    metric: str
-    filter: str
-    scored_by: str
-    higher_is_better: bool
-    num_documents: int
-    baseline: float
-    candidate: float
-    difference: Estimate
-
-
-@dataclass(frozen=True, kw_only=True)
-class MissingScore:
-    """Documents of a task that one arm has no value for, for one and the same reason."""
-
-    arm: str
-    task: str
-    metric: str
-    filter: str
-    headline: bool
-    reason: str
-    doc_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class QualityPoint:
-    """Quality at one operating point within one run."""
-
-    run_id: str
-    complete: bool
-    baseline: Cell
-    candidate: Cell
-    tasks: tuple[TaskQuality, ...]
-    headline: Measured
-    exercised: Measured
-    mean_of_ratios: Measured
-    leave_one_out: tuple[tuple[str, float], ...]
-    others: tuple[OtherScore, ...]
-    missing: tuple[MissingScore, ...]
-    warnings: tuple[str, ...]
-    counts: Counts
-    baseline_counts: Counts
-
-    @property
-    def key(self) -> PointKey:
-        """Joins quality and speed of the same weights and decoder."""
-        return point_key(self.candidate)
-
-    @property
-    def timed(self) -> bool:
-        """Whether these are the scored outputs of timed calls."""
-        return self.candidate.workload.kind != "task"
-
-    @property
-    def all_exercise_decoder(self) -> bool:
-        """Whether every task's score went through the decoder, so that one retention says it all."""
-        return all(task.exercises_decoder for task in self.tasks)
-
-    @property
-    def equal_tasks(self) -> tuple[str, ...]:
-        """Tasks that cannot differ between the arms."""
-        return tuple(task.name for task in self.tasks if task.equal_by_construction)
-
-
-def point_key(cell: Cell) -> PointKey:
-    """Identity of an operating point apart from its workload: weights and full decoder."""
-    return (cell.checkpoint.digest, cell.checkpoint.tower, canonical_json(to_json(cell.decoder)))
-
-
-def baseline_of(run: Run, candidate: Cell) -> Cell:
-    """The baseline cell on the same workload (device count apart); a ValueError if there is not exactly one."""
-    found = [
-        cell
-        for cell in run.manifest.cells
-        if cell.arm == "baseline" and _comparable(cell.workload) == _comparable(candidate.workload)
-    ]
-    if len(found) != 1:
-        what = f"{candidate.workload.name!r} of cell {candidate.id}"
-        raise ValueError(f"run {run.manifest.run_id}: {len(found)} baseline cells for workload {what}, not one")
-    return found[0]
-
-
-def _comparable(workload: Workload) -> Workload:
-    return dataclasses.replace(workload, num_devices=None)
 
 
 def quality_points(run: Run) -> list[QualityPoint]:
@@ -242,14 +123,6 @@ def _scores(pairs: list[Pair]) -> stats.PairedScores:
         baseline=[a.value for a, _ in pairs if a.value is not None],
         candidate=[b.value for _, b in pairs if b.value is not None],
     )
-
-
-def measured(compute: Callable[[], Estimate]) -> Measured:
-    """What ``compute`` gives, or the reason in its ValueError."""
-    try:
-        return Measured(estimate=compute())
-    except ValueError as error:
-        return Measured(estimate=None, reason=str(error))
 
 
 def _tasks_answered_once(run: Run, cells: list[Cell], baselines: list[Cell]) -> set[str]:

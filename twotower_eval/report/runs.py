@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import Any, overload
 
 from twotower_eval.records import Cell, Checkpoint, DecoderSpec
-from twotower_eval.report.quality import PointKey, QualityPoint, quality_points
+from twotower_eval.report.evidence import PointKey, QualityPoint
+from twotower_eval.report.quality import quality_points
 from twotower_eval.report.timing import SpeedPoint, speed_points
 from twotower_eval.store import Run
 

@@ -35,9 +35,7 @@ def speed(runs: Runs) -> Section:
         "of tokens, `answer` stops where the task stops.",
         _speedups(runs),
         bullets(_speed_remarks(runs)),
-        "What it costs. A forward is one pass of either tower for one prompt, NFE one pass of the denoiser; discarded "
-        "tokens were denoised past an answer's end and are never counted as output; forced commits are those that the "
-        "step limit made below the threshold, as a share of all committed tokens.",
+        COST_WORDS,
         _timed_cost(runs),
     ]
     return Section(
@@ -91,6 +89,11 @@ def _speed_remarks(runs: Runs) -> Iterator[str]:
     yield from (f"{escape(gap)}." for gap in runs.speed_gaps)
 
 
+COST_WORDS = (
+    "What it costs. A forward is one pass of either tower for one prompt, NFE one pass of the denoiser; discarded "
+    "tokens were denoised past an answer's end and are never counted as output; forced commits are those that the step "
+    "limit made below the threshold, as a share of all committed tokens."
+)
 COST_HEADER = ["tokens per forward", "tokens per NFE", "denoiser forwards (NFE)", "context forwards"]
 COST_HEADER += ["useful tokens", "discarded tokens", "forced commits", "ended by EOS / stop / length"]
 
@@ -141,7 +144,8 @@ def _scored_cost(runs: Runs) -> str:
         name = escape(runs.name(point.candidate))
         rows.append([name, count(point.counts.num_prompts), *_cost(point.counts), code(point.run_id)])
     text = table(["block, steps, threshold", "outputs", *COST_HEADER, "run"], rows)
-    return f"\nThe same counts for the outputs that retention rests on:\n\n{text}"
+    lead = "The same counts for the scored runs:" if runs.speed else f"{COST_WORDS} In the scored runs:"
+    return f"\n{lead}\n\n{text}"
 
 
 def latency(runs: Runs) -> Section:

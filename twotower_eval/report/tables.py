@@ -7,7 +7,7 @@ from functools import partial
 
 from twotower_eval import stats
 from twotower_eval.records import Score
-from twotower_eval.report.quality import OtherScore, QualityPoint, TaskQuality, measured, point_key
+from twotower_eval.report.evidence import OtherScore, QualityPoint, TaskQuality, measured, point_key
 from twotower_eval.report.runs import Runs, Section
 from twotower_eval.report.text import (
     NONE,
@@ -35,9 +35,10 @@ def quality(runs: Runs) -> Section:
     first = first or runs.quality[0]
     parts = [
         "Retention is the candidate's mean score over the baseline's on the same documents; the headline averages "
-        "tasks, each weighing the same, before it divides. Lost and gained count documents that only the baseline or "
-        "only the candidate got right, p is exact and Holm-adjusted over the tasks. An interval comes from "
-        "resampling clusters (problems, passages), or is an exact bound where fewer than five clusters differ.",
+        "tasks, each weighing the same, before it divides. Intervals come from resampling clusters (problems, "
+        "passages), or are exact bounds where fewer than five clusters differ. Lost and gained count documents that "
+        "only the baseline or only the candidate got right, with McNemar's exact p (by sign flips where a cluster has "
+        "several scores), Holm-adjusted over the tasks.",
         _point(runs, first),
     ]
     rest = [point for point in runs.quality if point is not first]
@@ -119,7 +120,8 @@ def _total_row(name: str, tasks: tuple[TaskQuality, ...], kept: str) -> list[str
 
 
 def _remarks(runs: Runs, point: QualityPoint) -> Iterator[str]:
-    yield f"Run {code(point.run_id)}. Mean of the tasks' own ratios: {retention(point.mean_of_ratios)}."
+    reason = f" ({escape(point.mean_of_ratios.reason)})" if point.mean_of_ratios.reason else ""
+    yield f"Run {code(point.run_id)}. Mean of the tasks' own ratios: {retention(point.mean_of_ratios)}{reason}."
     if len(point.leave_one_out) > 1:
         (low_task, low), *_, (high_task, high) = point.leave_one_out
         yield (
@@ -135,13 +137,13 @@ def _remarks(runs: Runs, point: QualityPoint) -> Iterator[str]:
         yield f"Intervals of the averages: {'; '.join(methods)}."
     if point.headline.reason:
         yield f"No headline: {escape(point.headline.reason)}."
+    notes: dict[str, list[str]] = {}
     for task in point.tasks:
-        if task.equal_by_construction:
-            continue
         if task.retention.estimate is None:
-            yield f"{escape(task.name)}: no retention, {escape(task.retention.reason)}."
-        elif "exact" in task.retention.estimate.method:
-            yield f"{escape(task.name)}: {task.retention.estimate.method}."
+            notes.setdefault(f"no retention, {escape(task.retention.reason)}", []).append(escape(task.name))
+        elif "exact" in task.retention.estimate.method and not task.equal_by_construction:
+            notes.setdefault(task.retention.estimate.method, []).append(escape(task.name))
+    yield from (f"{', '.join(names)}: {note}." for note, names in notes.items())
     yield from (f"{warning}." for warning in point.warnings)
     yield from _bound_draws(runs, point)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from twotower_eval.records import Cell, Estimate
-from twotower_eval.report.quality import Measured, QualityPoint
+from twotower_eval.report.evidence import Measured, QualityPoint
 from twotower_eval.report.runs import Runs, Section, checkpoint_name, long_name
 from twotower_eval.report.timing import SpeedPoint
 from twotower_eval.store import Run
@@ -30,7 +30,9 @@ def percent(value: float) -> str:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """A number with so many significant digits and no exponent: ``0.0123``, ``4.56``, ``12,300``."""
+    """A number with so many significant digits: ``0.0123``, ``4.56``, ``12,300``; an exponent from 10 million."""
+    if abs(value) >= 1e7:
+        return f"{value:.{digits - 1}e}"
     rounded = float(f"{value:.{digits - 1}e}")
     decimals = max(0, digits - 1 - int(f"{rounded:e}".partition("e")[2])) if rounded else 0
     return f"{rounded:,.{decimals}f}"

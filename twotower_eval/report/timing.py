@@ -7,20 +7,25 @@ runs stay apart. Warm-ups are never in a figure.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import log
 
 import numpy as np
 
 from twotower_eval import stats
 from twotower_eval.records import Cell, SpeedSample, canonical_json
 from twotower_eval.report.counts import Counts, count
-from twotower_eval.report.quality import Measured, PointKey, baseline_of, measured, point_key
+from twotower_eval.report.evidence import Measured, PointKey, baseline_of, measured, point_key
 from twotower_eval.store import Run
 
 Round = tuple[str, int]  # launch, number
 Call = tuple[str, ...]  # prompt ids
 Grid = dict[tuple[Round, Call], SpeedSample]
+
+
+NULL_OFFSET = 0.02  # the gate's limits, on the log scale
+NULL_HALF_WIDTH = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +113,8 @@ def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
     length = measured(lambda: stats.speedup(timed, "length"))
     if length.estimate and not 0.9 <= length.estimate.value <= 1.1:
         warnings.append("the arms' outputs differ in length by more than a tenth: read S_throughput, not S_time alone")
+    null, time = _null(runs, baseline), measured(lambda: stats.speedup(timed))
+    warnings += _null_warnings(null, time)
     return SpeedPoint(
         run_ids=tuple(run.manifest.run_id for run in runs),
         complete=all(run.complete for run in runs),
@@ -116,11 +123,11 @@ def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
         num_rounds=len(rounds),
         num_calls=len(calls),
         num_launches=len({launch for launch, _ in rounds}),
-        time=measured(lambda: stats.speedup(timed)),
+        time=time,
         throughput=measured(lambda: stats.speedup(timed, "throughput")),
         length=length,
         geometric=measured(lambda: stats.geometric_speedup(timed)),
-        null=_null(runs, baseline),
+        null=null,
         baseline_rate=measured(lambda: stats.speedup(timed, "baseline_rate")),
         candidate_rate=measured(lambda: stats.speedup(timed, "candidate_rate")),
         counts=count(prompt for sample in samples[1] for prompt in sample.prompts),
@@ -191,6 +198,22 @@ def _null(runs: list[Run], baseline: Cell) -> Measured:
         return Measured(estimate=None, reason="no round holds both copies of the baseline")
     timed = _timed(*grids, rounds=rounds, calls=calls, fixed=baseline.workload.kind == "fixed")
     return measured(lambda: stats.speedup(timed, level=stats.NULL_LEVEL))
+
+
+def _null_warnings(null: Measured, time: Measured) -> Iterator[str]:
+    """What PROTOCOL's A/A gate finds wrong: a baseline that differs from itself, or a null too wide to judge by."""
+    if null.estimate is None:
+        return
+    low, high = log(null.estimate.low), log(null.estimate.high)
+    if low > NULL_OFFSET or high < -NULL_OFFSET:
+        yield "INVALID: the baseline timed against itself is off by more than 2 %"
+    widest = NULL_HALF_WIDTH
+    if time.estimate is not None:
+        widest = min(widest, abs(log(time.estimate.value)) / 4)
+    half = (high - low) / 2
+    if half > widest:
+        limit = f"{100 * widest:.1f} %, the least of 3 % and a quarter of the speedup judged"
+        yield f"INVALID: the null's half-width of {100 * half:.1f} % is above {limit}: time more rounds"
 
 
 def _latency(samples: list[SpeedSample]) -> Latency:
