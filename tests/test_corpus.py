@@ -52,9 +52,9 @@ def test_recall_facts_stand_in_the_table():
         table_text, question = document.prompt.removesuffix("=").split("; ")
         table = [row.split() for row in table_text.split(", ")]
         verb, *asked = question.split()
-        key, form = (0, "{0} has {1} {2}") if verb == "has" else (2, "{2} is {0} at {1}")
-        found = [next(row for row in table if row[key] == value) for value in asked]
-        assert document.answer == ", ".join(form.format(*row) for row in found)
+        assert verb == "has"
+        found = [next(row for row in table if row[0] == name) for name in asked]
+        assert document.answer == ", ".join("{} has {} {}".format(*row) for row in found)
 
 
 def test_sort_orders_and_names_the_extremes():
@@ -72,10 +72,11 @@ def test_sort_orders_and_names_the_extremes():
     [
         ("run h=459 loop 5 h+17=", "h=476 h=493 h=510 h=527 h=544"),
         ("run h=309 loop 6 h-49=", "h=260 h=211 h=162 h=113 h=64 h=15"),
-        ("run gkba twice up ends=", "gkbagkba GKBAGKBA AKBAGKBG"),
-        ("run abcd rev rot cut=", "dcba cbad bad"),
-        ("run keep even of 14 71 41 61 63 95 32 56 80 99=", "14 32 56 80 count 4"),
-        ("run keep under 69 of 61 18 50 86 68 24=", "61 18 50 68 24 count 5"),
+        ("run gkba twice ends=", "gkbagkba then akbagkbg end"),
+        ("run abcd rev rot=", "dcba then cbad end"),
+        ("run abcd up cut=", "ABCD then BCD end"),
+        ("run keep even of 14 71 41 61 63 95 32 56 80 99=", "14 32 56 80 end"),
+        ("run keep under 69 of 61 18 50 86 68 24=", "61 18 50 68 24 end"),
     ],
 )
 def test_interpreter_of_the_tests_knows_the_language(prompt, answer):
@@ -99,7 +100,7 @@ def interpret(prompt: str) -> str:
             "under": lambda n: n < int(words[2]),
         }[words[1]]
         kept = [word for word in words[middle + 1 :] if test(int(word))]
-        return f"{' '.join(kept)} count {len(kept)}"
+        return f"{' '.join(kept)} end"
     if "=" in words[0]:
         (name, start), step = words[0].split("="), int(words[3][1:])
         return " ".join(f"{name}={int(start) + step * i}" for i in range(1, int(words[2]) + 1))
@@ -119,7 +120,7 @@ def interpret(prompt: str) -> str:
             assert word == "twice"
             text *= 2
         printed.append("".join(text))
-    return " ".join(printed)
+    return f"{' then '.join(printed)} end"
 
 
 def test_english_draws_the_right_conclusions():

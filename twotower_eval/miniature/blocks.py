@@ -30,8 +30,13 @@ class CleanStates:
     mamba: dict[int, MambaState]
 
 
-def run_clean(model: ContextTower, batch: Batch, block_size: int | None) -> tuple[Tensor, CleanStates]:
-    """Hidden states (N, S, H) of the context tower, and with a ``block_size`` the states that blocks start from."""
+def run_clean(
+    model: ContextTower, batch: Batch, block_size: int | None, *, mixed_precision: bool = False
+) -> tuple[Tensor, CleanStates]:
+    """Hidden states (N, S, H) of the context tower, and with a ``block_size`` the states that blocks start from.
+
+    With ``mixed_precision`` the linear layers multiply in bfloat16; scan, attention and residual stay in float32.
+    """
     ids_NS, valid_NS = batch.ids_NS, batch.valid_NS
     width = ids_NS.shape[1]
     causal_SS = torch.ones(width, width, dtype=torch.bool, device=ids_NS.device).tril()
@@ -39,23 +44,27 @@ def run_clean(model: ContextTower, batch: Batch, block_size: int | None) -> tupl
     mask_N1SS = ((causal_SS & valid_NS[:, None]) | itself_SS)[:, None]
     states = CleanStates({}, {}, {})
     chunk = block_size or ssd.CHUNK
+    device = ids_NS.device.type
 
     def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         states.keys[index], states.values[index] = k, v
-        return attention(q, k, v, mask_N1SS)
+        with torch.autocast(device, enabled=False):
+            return attention(q.float(), k.float(), v.float(), mask_N1SS)
 
     def mix(index: int, mixer: Mamba, x: Tensor) -> Tensor:
         start = mixer.empty_state(x.shape[0])
         z, u, delta = mixer.project(x, valid_NS)
-        xs, b, c = mixer.convolve(u, start.conv_BCW)
-        y, boundaries = ssd.ssd_chunked(xs, delta, mixer.decay_rate(), b, c, start.ssm_BhPN, chunk=chunk)
+        with torch.autocast(device, enabled=False):
+            xs, b, c = mixer.convolve(u.float(), start.conv_BCW)
+            y, boundaries = ssd.ssd_chunked(xs, delta, mixer.decay_rate(), b, c, start.ssm_BhPN, chunk=chunk)
         if block_size is not None:
             first = batch.num_prompt_columns // block_size
             tails = _conv_tails(u, mixer.config.conv_kernel, batch.num_prompt_columns, block_size)
             states.mamba[index] = MambaState(tails, boundaries[:, first:-1])
         return mixer.finish(y, xs, z)
 
-    x_NSH = run_layers(model.tower, model.tower.embed(ids_NS), attend=attend, mix=mix)
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=mixed_precision):
+        x_NSH = run_layers(model.tower, model.tower.embed(ids_NS), attend=attend, mix=mix)
     return x_NSH, states
 
 
@@ -66,9 +75,9 @@ def _conv_tails(u_NSC: Tensor, num_taps: int, first_column: int, block_size: int
     return u_NSC[:, columns].transpose(2, 3)
 
 
-def autoregressive_loss(model: ContextTower, batch: Batch) -> Tensor:
+def autoregressive_loss(model: ContextTower, batch: Batch, *, mixed_precision: bool = False) -> Tensor:
     """Mean negative log-likelihood (nats) of the next token; prompts count little, filler not at all."""
-    hidden_NSH, _ = run_clean(model, batch, None)
+    hidden_NSH, _ = run_clean(model, batch, None, mixed_precision=mixed_precision)
     width, start = batch.ids_NS.shape[1], batch.num_prompt_columns
     column_S = torch.arange(width, device=batch.ids_NS.device)
     weights_NS = torch.where(

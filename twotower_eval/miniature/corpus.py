@@ -53,7 +53,7 @@ class Document:
 
 
 def arithmetic(rng: Random) -> Document:
-    """Addition and subtraction of up to four digits, column by column."""
+    """Addition and subtraction of up to five digits, column by column."""
     write = rng.choice((_addition, _subtraction))
     prompt, columns, result = write(rng)
     return Document(kind="arithmetic", prompt=prompt, answer=f"{' '.join(columns)} so {result}")
@@ -71,7 +71,7 @@ def _digit_pairs(longer: int, shorter: int) -> list[tuple[int, int]]:
 
 
 def _addition(rng: Random) -> tuple[str, list[str], int]:
-    first, second = _number(rng, 3, 4), _number(rng, 2, 4)
+    first, second = _number(rng, 3, 5), _number(rng, 2, 5)
     carry, columns = 0, []
     for a, b in _digit_pairs(max(first, second), min(first, second)):
         total = a + b + carry
@@ -81,7 +81,7 @@ def _addition(rng: Random) -> tuple[str, list[str], int]:
 
 
 def _subtraction(rng: Random) -> tuple[str, list[str], int]:
-    first, second = _number(rng, 3, 4), _number(rng, 2, 4)
+    first, second = _number(rng, 3, 5), _number(rng, 2, 5)
     longer, shorter = max(first, second), min(first, second)
     borrow, columns = 0, []
     for digit, b in _digit_pairs(longer, shorter):
@@ -93,29 +93,24 @@ def _subtraction(rng: Random) -> tuple[str, list[str], int]:
 
 
 def recall(rng: Random) -> Document:
-    """Look-ups in a table of made-up names: by name or by colour."""
-    rows = rng.randint(3, 5)
+    """Look-ups by name in a table of made-up names."""
+    rows = rng.randint(3, 6)
     names: list[str] = []
     while len(names) < rows:
         name = rng.choice(CONSONANTS) + rng.choice(VOWELS) + rng.choice(CONSONANTS)
         if name not in names:
             names.append(name)
-    numbers = rng.sample(range(100, 1000), rows)
+    numbers, colours = rng.sample(range(100, 1000), rows), rng.sample(COLOURS, rows)
     asked = rng.sample(range(rows), rng.randint(2, 3))
-    question = rng.choice(("has", "who"))
-    colours = rng.sample(COLOURS, rows)
     table = ", ".join(f"{name} {number} {c}" for name, number, c in zip(names, numbers, colours, strict=True))
-    if question == "has":
-        keys, facts = names, [f"{names[i]} has {numbers[i]} {colours[i]}" for i in asked]
-    else:
-        keys, facts = colours, [f"{colours[i]} is {names[i]} at {numbers[i]}" for i in asked]
-    prompt = f"{table}; {question} {' '.join(keys[i] for i in asked)}="
+    facts = [f"{names[i]} has {numbers[i]} {colours[i]}" for i in asked]
+    prompt = f"{table}; has {' '.join(names[i] for i in asked)}="
     return Document(kind="recall", prompt=prompt, answer=", ".join(facts))
 
 
 def sort(rng: Random) -> Document:
-    """Four to eight two-digit numbers, up or down, then the extremes."""
-    numbers = rng.sample(range(10, 100), rng.randint(4, 8))
+    """Five to nine two-digit numbers, up or down, then the extremes."""
+    numbers = rng.sample(range(10, 100), rng.randint(5, 9))
     downwards = rng.random() < 0.5
     ordered = " ".join(map(str, sorted(numbers, reverse=downwards)))
     prompt = f"sort {'down' if downwards else 'up'} {' '.join(map(str, numbers))}="
@@ -130,8 +125,9 @@ def program(rng: Random) -> Document:
 
 def _counter(rng: Random) -> tuple[str, str]:
     variable, loops, step = rng.choice(CONSONANTS), rng.randint(3, 5), rng.randint(2, 9)
-    start = rng.randint(100, 949)
-    step *= rng.choice((1, -1))
+    start = rng.randint(10, 50)
+    if start > step * loops:
+        step *= rng.choice((1, -1))
     values = [start + step * (i + 1) for i in range(loops)]
     return f"{variable}={start} loop {loops} {variable}{step:+d}", " ".join(f"{variable}={value}" for value in values)
 
@@ -148,23 +144,23 @@ STRING_OPERATIONS: dict[str, Callable[[str], str]] = {
 
 def _string_program(rng: Random) -> tuple[str, str]:
     text = "".join(rng.choices(CONSONANTS + VOWELS, k=rng.randint(4, 6)))
-    names = rng.sample(list(STRING_OPERATIONS), 3)
+    names = rng.sample(list(STRING_OPERATIONS), 2)
     prompt, printed = f"{text} {' '.join(names)}", []
     for name in names:
         text = STRING_OPERATIONS[name](text)
         printed.append(text)
-    return prompt, " ".join(printed)
+    return prompt, f"{' then '.join(printed)} end"
 
 
 def _filter(rng: Random) -> tuple[str, str]:
     """Draws again until at least three numbers stay, so that no answer is short."""
     while True:
-        numbers = rng.sample(range(10, 100), rng.randint(5, 8))
+        numbers = rng.sample(range(10, 100), rng.randint(4, 7))
         bound, condition = rng.randint(30, 70), rng.choice(("even", "odd", "over", "under"))
         kept = [n for n in numbers if _keeps(condition, n, bound)]
         if len(kept) >= 3:
             shown = f"{condition} {bound}" if condition in ("over", "under") else condition
-            return f"keep {shown} of {' '.join(map(str, numbers))}", f"{' '.join(map(str, kept))} count {len(kept)}"
+            return f"keep {shown} of {' '.join(map(str, numbers))}", f"{' '.join(map(str, kept))} end"
 
 
 def _keeps(condition: str, number: int, bound: int) -> bool:

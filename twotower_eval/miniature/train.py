@@ -119,7 +119,8 @@ def stage_loss(name: str, model: TwoTower, settings: Mapping[str, Any]) -> Loss:
     """Batch, step, generator -> loss (nats), tokens it was computed over, share predicted right (denoiser only)."""
 
     def context(batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, int, float | None]:
-        return autoregressive_loss(model.context_tower, batch), batch.num_tokens, None
+        loss = autoregressive_loss(model.context_tower, batch, mixed_precision=settings["mixed_precision"])
+        return loss, batch.num_tokens, None
 
     def denoiser(batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, int, float | None]:
         block_size, draws = block_size_at(settings, step), settings["draws"]
