@@ -78,7 +78,12 @@ def tiny_pair(name: str = "all kinds", dtype: torch.dtype = torch.float32) -> Tw
         model = narrow
     assert isinstance(model, TwoTower)
     model.vocab_size, model.mask_token_id, model.has_denoiser = config.vocab_size, config.mask_token_id, True
-    model.checkpoint = Checkpoint(name=name, family="nemotron_h", source="", digest=name, dtype="", devices=("cpu",))
+    tower = model.context_tower
+    tower.vocab_size, tower.mask_token_id = config.vocab_size, None
+    for part in (model, tower):
+        part.checkpoint = Checkpoint(
+            name=name, family="nemotron_h", source="", digest=name, dtype=str(dtype), devices=("cpu",)
+        )
     return model
 
 
