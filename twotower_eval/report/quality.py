@@ -205,7 +205,8 @@ def _task_quality(
 
 def _interval_warnings(table: stats.ScoreTable, draws: stats.Draws) -> Iterator[str]:
     weights_K = table.weights_K()
-    drawn, linear = stats.bootstrap_stderr(draws, weights_K), stats.linear_stderr(table, weights_K)
+    drawn = stats.bootstrap_stderr(draws, weights_K)
+    linear = 0.0 if drawn is None else stats.linear_stderr(table, weights_K)  # the baseline may be 0 everywhere
     if drawn is not None and linear > 0 and abs(drawn / linear - 1) > STDERR_TOLERANCE:
         figures = f"{100 * drawn:.2f} points by bootstrap, {100 * linear:.2f} by linearisation"
         yield f"two ways to the headline's standard error differ by more than 20 %: {figures}"
