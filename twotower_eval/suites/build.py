@@ -82,13 +82,13 @@ def resolve_tasks(
     return built
 
 
-def build_requests(tasks: Sequence[BuiltTask], num: int) -> list[TimedPrompt]:
-    """``num`` prompts of the generation tasks, one task after the other in turn, documents in their order."""
+def build_requests(tasks: Sequence[BuiltTask], num: int | None = None) -> list[TimedPrompt]:
+    """``num`` prompts (``None``: all) of the generation tasks, one task after the other in turn, documents in order."""
     by_task = [[(task, doc) for doc in task.docs] for task in tasks if task.generates]
     if not by_task:
         raise ValueError(f"none of the tasks {', '.join(t.name for t in tasks)} generates text: nothing to time")
     in_turn = [pair for round_ in zip_longest(*by_task) for pair in round_ if pair is not None]
-    if len(in_turn) < num:
+    if num is not None and len(in_turn) < num:
         raise ValueError(f"only {len(in_turn)} prompts in the tasks, {num} wanted: name more tasks or ask for fewer")
     prompts = []
     for task, doc in in_turn[:num]:

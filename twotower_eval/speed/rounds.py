@@ -1,0 +1,229 @@
+"""The ``speed`` verb: warm-up, then interleaved rounds in which every lane times every call of its batch size.
+
+A round takes the calls in shuffled order, and for each call the lanes in shuffled order, so that whatever drifts hits
+all alike and paired calls lie close in time. Rounds never repeat a number, not even after an interruption: a launch
+that goes on leaves the torn round behind and begins a new one.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from twotower_eval import store
+from twotower_eval.environment import new_manifest
+from twotower_eval.journal import now_text
+from twotower_eval.plan import CONTEXT_TOWER, SpeedPlan, cross_decoders, data_path
+from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
+from twotower_eval.records import (
+    Generation,
+    GenerationRow,
+    PromptTiming,
+    RunManifest,
+    SpeedPhase,
+    SpeedSample,
+    canonical_json,
+    derive_seed,
+    sha256_text,
+)
+from twotower_eval.speed.clock import CallClock, Devices, torch_threads
+from twotower_eval.speed.lanes import Lane, Timing, make_lanes
+from twotower_eval.speed.workloads import Call, Calls, Request, make_calls
+
+NOTES = (
+    "Timed answers of the measured rounds are journalled, the round as the sample's number; warm-ups and the second "
+    "copy of the baseline leave their counts and the hash of their tokens only.",
+    "Peak memory is that of the process on the cell's devices: weights of both arms that lie there are in it.",
+)
+
+
+def run(
+    plan: SpeedPlan,
+    requests: Sequence[Request],
+    *,
+    root: Path,
+    resume: Path | None = None,
+    progress: Progress | None = None,
+    now: Callable[[], float] = time.perf_counter,
+) -> Path:
+    """Time both arms of a plan on prompts chosen from ``requests`` and return the run's folder.
+
+    ``resume`` goes on with a run on the same machine: whole rounds count, a torn one is begun anew. ``now`` gives
+    seconds. Raises ValueError for whatever the user can mend, before weights load where it can be known by then.
+    """
+    from twotower_eval.models.arms import load_arms
+
+    progress = progress or SilentProgress()
+    specs = cross_decoders(plan)
+    calls = make_calls(plan, requests)
+    devices = Devices(plan.devices)
+    with torch_threads(plan.threads):
+        model = Path(plan.model) if plan.model is not None else data_path("miniature", "pair")
+        baseline = None if plan.baseline == CONTEXT_TOWER else Path(plan.baseline)
+        models = load_arms(model, baseline, dtype=plan.dtype, devices=plan.devices)
+        lanes = make_lanes(plan, calls, requests, specs, models, CallClock(devices, now))
+        manifest = _manifest(plan, [lane for of_size in lanes.values() for lane in of_size], resume)
+        writer = store.create(root, manifest) if resume is None else store.resume(resume, manifest)
+        with writer:
+            for warning in writer.warnings:
+                progress.note(f"warning: {warning}")
+            _Session(plan, writer, calls, lanes, progress).run()
+            writer.finish()
+    return writer.path
+
+
+def _manifest(plan: SpeedPlan, lanes: Sequence[Lane], resume: Path | None) -> RunManifest:
+    return new_manifest(
+        "speed",
+        run_id=store.new_run_id("speed") if resume is None else resume.name,
+        plan=plan,
+        cells=[lane.cell for lane in lanes if lane.replica == 0],
+        devices=plan.devices,
+        seeds={"run": plan.seed},
+        notes=NOTES,
+    )
+
+
+class _Session:
+    """One launch: its warm-up and its rounds."""
+
+    def __init__(
+        self,
+        plan: SpeedPlan,
+        writer: store.RunWriter,
+        calls: Calls,
+        lanes: dict[int, tuple[Lane, ...]],
+        progress: Progress,
+    ) -> None:
+        self._plan, self._writer, self._calls, self._lanes, self._progress = plan, writer, calls, lanes, progress
+        earlier = writer.run.speed
+        self._launch_id = f"{writer.run.manifest.run_id}/{len({sample.launch_id for sample in earlier}) + 1}"
+        self._calls_per_round = sum(len(calls[size]) * len(lanes[size]) for size in calls)
+        whole = _whole_rounds(earlier, self._calls_per_round)
+        self._num_done, self._timed_s = len(whole), sum(whole)
+        begun = [s.round for s in earlier if s.phase == "measure"] + [row.repeat for row in writer.run.generations]
+        self._next_round = 1 + max(begun, default=-1)
+
+    def run(self) -> None:
+        """Warm up, say how long it will take, and measure until there is enough."""
+        self._announce()
+        if not self._is_enough():
+            self._measure(self._warm_up())
+        rounds = f"{self._num_done} rounds of {self._calls_per_round} timed calls"
+        self._progress.note(f"{rounds}, {duration_text(self._timed_s)} on the clock")
+        self._writer.event("measured", num_rounds=self._num_done, timed_s=self._timed_s)
+
+    def _announce(self) -> None:
+        sizes = ", ".join(map(str, self._lanes))
+        num_lanes = sum(map(len, self._lanes.values()))
+        num_cells = sum(lane.replica == 0 for lanes in self._lanes.values() for lane in lanes)
+        self._progress.note(
+            f"{num_cells} cells and {num_lanes - num_cells} copies of the baseline, {self._plan.workload} workload, "
+            f"batch sizes {sizes}; {self._plan.num_prompts} prompts, {self._calls_per_round} timed calls a round"
+        )
+        if self._num_done:
+            self._progress.note(f"{self._num_done} whole rounds are there already")
+
+    def _warm_up(self) -> float | None:
+        """Duration of a round by the last warm-up, everything around the timed calls included."""
+        duration_s = None
+        with self._progress.track(self._plan.warmup_rounds * self._calls_per_round, "warm-up") as advance:
+            for number in range(self._plan.warmup_rounds):
+                began_s = time.monotonic()
+                self._round("warmup", number, advance)
+                duration_s = time.monotonic() - began_s
+        return duration_s
+
+    def _measure(self, round_s: float | None) -> None:
+        num_left = max(0, self._plan.min_rounds - self._num_done)
+        if round_s:
+            num_left = max(num_left, round((self._plan.min_seconds - self._timed_s) / round_s))
+            self._progress.note(f"estimated duration: about {duration_text(num_left * round_s)} for {num_left} rounds")
+        with self._progress.track(num_left * self._calls_per_round, "measure") as advance:
+            while not self._is_enough():
+                self._timed_s += self._round("measure", self._next_round, advance)
+                self._next_round += 1
+                self._num_done += 1
+
+    def _is_enough(self) -> bool:
+        return self._num_done >= self._plan.min_rounds and self._timed_s >= self._plan.min_seconds
+
+    def _round(self, phase: SpeedPhase, number: int, advance: Advance) -> float:
+        """Every lane times every call; seconds on the clock."""
+        order = random.Random(derive_seed(self._plan.seed, phase, number))
+        positions = [(size, call) for size, calls in self._calls.items() for call in calls]
+        order.shuffle(positions)
+        timed_s = 0.0
+        gc.collect()
+        for size, call in positions:
+            for lane in order.sample(self._lanes[size], len(self._lanes[size])):
+                started_at = now_text()
+                timing = lane.time(call, number)
+                self._write(lane, call, phase, number, started_at, timing)
+                timed_s += timing.wall_s
+                advance()
+        return timed_s
+
+    def _write(self, lane: Lane, call: Call, phase: SpeedPhase, number: int, started_at: str, timing: Timing) -> None:
+        # Generations first: a sample on disk then means that all of its call is.
+        if phase == "measure" and lane.replica == 0 and self._plan.workload == "answer":
+            for request, generation in zip(call.requests, timing.generations, strict=True):
+                self._writer.append(_generation_row(lane, request, generation, number))
+        sample = SpeedSample(
+            call_id=call.id,
+            launch_id=self._launch_id,
+            cell=lane.cell.id,
+            replica=lane.replica,
+            round=number,
+            phase=phase,
+            batch_size=len(call.requests),
+            wall_s=timing.wall_s,
+            prefill_s=timing.prefill_s,
+            first_output_s=timing.first_output_s,
+            peak_memory_bytes=timing.peak_memory_bytes,
+            peak_memory_reason=timing.peak_memory_reason,
+            started_at=started_at,
+            prompts=tuple(_prompt_timing(generation, timing.wall_s) for generation in timing.generations),
+        )
+        self._writer.append(sample)
+
+
+def _whole_rounds(samples: Sequence[SpeedSample], calls_per_round: int) -> list[float]:
+    """Seconds on the clock of every measured round that is complete."""
+    rounds: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for sample in samples:
+        if sample.phase == "measure":
+            rounds[sample.launch_id, sample.round].append(sample.wall_s)
+    return [sum(walls_s) for walls_s in rounds.values() if len(walls_s) == calls_per_round]
+
+
+def _generation_row(lane: Lane, request: Request, generation: Generation, number: int) -> GenerationRow:
+    return GenerationRow(
+        cell=lane.cell.id,
+        task=request.task,
+        doc_id=request.doc_id,
+        request_index=0,
+        repeat=number,
+        prompt_sha256=request.prompt_sha256,
+        generation=generation,
+    )
+
+
+def _prompt_timing(generation: Generation, wall_s: float) -> PromptTiming:
+    """A decoder that does not say when a prompt was finished hands it over at the end of the call."""
+    return PromptTiming(
+        prompt_id=generation.prompt_id,
+        num_prompt_tokens=generation.num_prompt_tokens,
+        num_tokens=generation.num_tokens,
+        num_discarded_tokens=generation.num_discarded_tokens,
+        num_context_forwards=generation.num_context_forwards,
+        num_denoiser_forwards=generation.num_denoiser_forwards,
+        num_forced_commits=generation.num_forced_commits,
+        finish=generation.finish,
+        finish_s=wall_s if generation.finish_s is None else generation.finish_s,
+        tokens_sha256=sha256_text(canonical_json(list(generation.token_ids))),
+    )

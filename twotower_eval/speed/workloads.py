@@ -1,0 +1,172 @@
+"""What is timed: task prompts cut into calls, the same for every cell of a batch size and in every round."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, cycle
+from typing import Any, Protocol
+
+from twotower_eval.plan import SpeedPlan
+from twotower_eval.records import Workload, canonical_json, sha256_text
+
+
+class Request(Protocol):
+    """A task's prompt with what ends its answer, as ``suites.build_requests`` gives it."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def doc_id(self) -> int: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def stop(self) -> tuple[str, ...]: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def prompt_sha256(self) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """Prompts that are decoded together, and what ends them: ``stop`` strings, EOS unless ignored, the budget."""
+
+    id: str
+    requests: tuple[Request, ...]
+    stop: tuple[str, ...]
+    ignore_eos: bool
+    max_new_tokens: int
+
+
+Calls = Mapping[int, tuple[Call, ...]]  # by batch size
+
+
+def make_calls(plan: SpeedPlan, requests: Sequence[Request]) -> Calls:
+    """Choose ``plan.num_prompts`` prompts and cut them into calls of each batch size: the same prompts for all sizes.
+
+    On the ``answer`` workload prompts of one call share stops and budget; tasks take turns. ValueError where whole
+    batches are impossible.
+    """
+    together = math.lcm(*plan.batch_sizes)
+    if plan.num_prompts % together:
+        sizes = ", ".join(map(str, plan.batch_sizes))
+        fitting = math.ceil(plan.num_prompts / together) * together
+        raise ValueError(
+            f"{plan.num_prompts} prompts cannot be cut into whole batches of {sizes}: take --num-prompts {fitting}"
+        )
+    alike = plan.workload == "answer"
+    chosen = _in_turn(requests, together) if alike else list(requests)
+    if len(chosen) < plan.num_prompts:
+        batches = f" in batches of {together} from one task" if alike and together > 1 else ""
+        raise ValueError(f"{plan.num_prompts} prompts wanted{batches}, the tasks give {len(chosen)}: name more tasks")
+    chosen = chosen[: plan.num_prompts]
+    return {size: _cut(plan, chosen, size) for size in plan.batch_sizes}
+
+
+def _in_turn(requests: Sequence[Request], together: int) -> list[Request]:
+    """Prompts in groups of ``together`` that share task, stops and budget; tasks in turn; leftovers are left out."""
+    by_kind: dict[tuple[str, tuple[str, ...], int], list[Request]] = defaultdict(list)
+    for request in requests:
+        by_kind[request.task, request.stop, request.max_new_tokens].append(request)
+    longest = max((len(group) for group in by_kind.values()), default=0)
+    starts = range(0, longest, together)
+    pieces = (group[start : start + together] for start in starts for group in by_kind.values())
+    return list(chain.from_iterable(piece for piece in pieces if len(piece) == together))
+
+
+def _cut(plan: SpeedPlan, chosen: Sequence[Request], size: int) -> tuple[Call, ...]:
+    calls = []
+    for index, start in enumerate(range(0, len(chosen), size)):
+        batch = tuple(chosen[start : start + size])
+        fixed = plan.workload == "fixed"
+        call = Call(
+            id=f"b{size}-{index}",
+            requests=batch,
+            stop=() if fixed else batch[0].stop,
+            ignore_eos=fixed,
+            max_new_tokens=plan.new_tokens or batch[0].max_new_tokens,
+        )
+        calls.append(call)
+    return tuple(calls)
+
+
+def make_workload(plan: SpeedPlan, calls: Sequence[Call], size: int, num_devices: int) -> Workload:
+    """The workload of a cell; its digest covers the prompts and what ends them, not the cut into batches."""
+    asked = [[r.task, r.doc_id, r.prompt_sha256, c.stop, c.max_new_tokens] for c in calls for r in c.requests]
+    return Workload(
+        kind=plan.workload,
+        name=f"{plan.workload}: {', '.join(plan.tasks)}",
+        digest=sha256_text(canonical_json(asked)),
+        max_new_tokens=max(call.max_new_tokens for call in calls),
+        batch_size=size,
+        prompt_tokens=plan.prompt_tokens,
+        num_devices=num_devices,
+    )
+
+
+def encode_calls(
+    plan: SpeedPlan, calls: Calls, requests: Sequence[Request], model: Any
+) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """A model's token ids of every prompt, by call id. ValueError where the model has no tokenizer or no room."""
+    if model.tokenizer is None:
+        raise ValueError(f"checkpoint {model.checkpoint.name} has no tokenizer files: prompts are text, it needs one")
+    known: dict[tuple[str, int], tuple[int, ...]] = {}
+    encoded = {}
+    for call in chain.from_iterable(calls.values()):
+        for request in call.requests:
+            key = (request.task, request.doc_id)
+            if key not in known:
+                fixed = plan.workload == "fixed"
+                known[key] = _fixed_ids(plan, request, requests, model) if fixed else _answer_ids(call, request, model)
+        encoded[call.id] = tuple(known[request.task, request.doc_id] for request in call.requests)
+    return encoded
+
+
+def _answer_ids(call: Call, request: Request, model: Any) -> tuple[int, ...]:
+    """As in an evaluation of the same prompt: its end, where the model has no room for the whole."""
+    ids = _encode(model, request.text)
+    if model.max_length is None:
+        return tuple(ids)
+    room = model.max_length - call.max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"task {request.task!r}: a budget of {call.max_new_tokens} leaves no room in {model.max_length} tokens"
+        )
+    return tuple(ids[-room:])
+
+
+def _fixed_ids(plan: SpeedPlan, request: Request, requests: Sequence[Request], model: Any) -> tuple[int, ...]:
+    """A prompt of ``plan.prompt_tokens`` tokens: this one and those after it, around and around, cut at the end.
+
+    Natural text, because models degenerate on random ids, and a mixture of experts then routes as it never would.
+    """
+    ids = _encode(model, request.text)
+    if plan.prompt_tokens is not None:
+        first = next(i for i, other in enumerate(requests) if other is request)
+        for other in cycle([*requests[first + 1 :], *requests[: first + 1]]):
+            if len(ids) >= plan.prompt_tokens:
+                break
+            ids = [*ids, *(model.tokenizer.encode(f"\n{other.text}") or ids[:1])]
+        ids = ids[: plan.prompt_tokens]
+    needed = len(ids) + (plan.new_tokens or 0)
+    if model.max_length is not None and needed > model.max_length:
+        raise ValueError(
+            f"{needed} tokens of prompt and output do not fit into {model.max_length} tokens of {model.checkpoint.name}"
+        )
+    return tuple(ids)
+
+
+def _encode(model: Any, text: str) -> list[int]:
+    """With the special tokens that the tokenizer adds by itself; an empty prompt is BOS, or EOS where there is none."""
+    ids: list[int] = model.tokenizer.encode(text, add_special_tokens=True)
+    if ids:
+        return ids
+    bos = model.tokenizer.bos_token_id
+    candidates = [bos] if bos is not None else [*model.eos_token_ids, model.tokenizer.eos_token_id]
+    prefix = next((token for token in candidates if token is not None), None)
+    if prefix is None:
+        raise ValueError(f"checkpoint {model.checkpoint.name} names no EOS token, which empty prompts need")
+    return [int(prefix)]
