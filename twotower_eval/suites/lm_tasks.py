@@ -141,13 +141,15 @@ def _with_data(name: str, config: dict[str, Any], data_dir: Path | None) -> dict
 
 def _check_splits(name: str, config: Mapping[str, Any], files: Mapping[str, Path], there: Mapping[str, Path]) -> None:
     """Documents and few-shot examples must come from the split that the stock task takes them from, or fail."""
-    needed = [config.get("test_split") or config.get("validation_split")]
-    if config.get("num_fewshot") and not (config.get("fewshot_config") or {}).get("samples"):
+    documents = config.get("test_split") or config.get("validation_split") or ""
+    if documents not in there:
+        raise ValueError(f"task {name!r}: file {files.get(documents, 'with its documents')} is missing")
+    shots = config.get("num_fewshot")
+    if shots and not (config.get("fewshot_config") or {}).get("samples"):
         order = ("fewshot_split", "training_split", "validation_split", "test_split")
-        needed.append(next((config[key] for key in order if config.get(key)), None))
-    for split in needed:
-        if split is not None and split not in there:
-            raise ValueError(f"task {name!r}: file {files[split]} is missing")
+        split = next((config[key] for key in order if config.get(key)), "")
+        if split not in there:
+            raise ValueError(f"task {name!r}: file {files[split]} is missing, which its {shots} examples come from")
 
 
 def _on_files(config: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:
