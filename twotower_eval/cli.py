@@ -161,8 +161,7 @@ def _time_and_score(plan: SpeedPlan, out: Path, resumed: Path | None) -> Path:
     from twotower_eval import speed as speed_room
 
     tasks = suites.resolve_tasks(plan.tasks, data_dir=plan.data_dir, seed=plan.seed)
-    num_documents = sum(len(task.docs) for task in tasks if task.generates)
-    requests = suites.build_requests(tasks, num_documents)  # the plan's number is chosen from all of them
+    requests = suites.build_requests(tasks)  # the plan's number is chosen from all of them
     path = speed_room.run(plan, requests, root=out, resume=resumed, progress=choose_progress())
     return harness.score_journal(path) if plan.workload == "answer" else path
 
