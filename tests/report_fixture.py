@@ -166,7 +166,7 @@ def speed_run(
     for batch_size in batch_sizes:
         work = Workload(
             kind=workload,
-            name=f"{workload} of four tasks",
+            name=f"{workload}: four tasks",
             digest=sha256_text("prompts"),
             max_new_tokens=64,
             batch_size=batch_size,

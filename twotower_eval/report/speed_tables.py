@@ -55,7 +55,7 @@ def _speedups(runs: Runs) -> str:
     for point in sorted(runs.speed, key=_order):
         row = [
             escape(runs.name(point.candidate)),
-            f"{point.workload}: {escape(point.candidate.workload.name)}",
+            escape(point.candidate.workload.name),
             count(point.batch_size),
             f"{point.num_rounds} x {point.num_calls}",
             times(point.time),
@@ -79,11 +79,15 @@ def _speed_remarks(runs: Runs) -> Iterator[str]:
     launches = min(point.num_launches for point in runs.speed)
     if launches < 5:
         yield f"{launches} launch{'es' * (launches > 1)}: variation between launches was not measured."
+    concerned: dict[str, list[str]] = {}
     for point in runs.speed:
-        name = f"{escape(runs.name(point.candidate))}, {point.workload}, batch {point.batch_size}"
-        if not point.complete:
-            yield f"{name}: **the run is INCOMPLETE**."
-        yield from (f"{name}: {warning}." for warning in point.warnings)
+        unfinished = () if point.complete else ("**the run is INCOMPLETE**",)
+        for warning in (*unfinished, *point.warnings):
+            name = f"{escape(runs.name(point.candidate))}, {point.workload}, batch {point.batch_size}"
+            concerned.setdefault(warning, []).append(name)
+    for warning, names in concerned.items():
+        who = "every point" if len(names) == len(runs.speed) > 1 else "; ".join(names)
+        yield f"{who}: {warning}."
     reasons = {m.reason for p in runs.speed for m in (p.time, p.throughput, p.null) if m.reason}
     yield from (f"{NONE}: {escape(reason)}." for reason in sorted(reasons))
     yield from (f"{escape(gap)}." for gap in runs.speed_gaps)

@@ -75,8 +75,13 @@ def _interval(value: Measured, decimals: Callable[[Estimate], int], *, scale: fl
     if found is None:
         return NONE
     places = decimals(found)
-    middle, low, high = (f"{scale * number:.{places}f}" for number in (found.value, found.low, found.high))
+    middle, low, high = (_capped(scale * number, places) for number in (found.value, found.low, found.high))
     return f"{middle}{unit} [{low}, {high}]"
+
+
+def _capped(number: float, places: int) -> str:
+    """A number, or only that it is large: the ends of an interval from next to no data can lie anywhere."""
+    return f"{number:.{places}f}" if number < 1000 else "over 1000"
 
 
 # --- Markdown ------------------------------------------------------------------------------------------------------
@@ -169,7 +174,8 @@ def _kept(quality: QualityPoint | None) -> str | None:
 def _faster(speed: SpeedPoint | None) -> str | None:
     if speed is None or speed.time.estimate is None:
         return None
-    return f"{times(speed.time)} its wall-clock speed"
+    invalid = any(warning.startswith("INVALID") for warning in speed.warnings)
+    return f"{times(speed.time)} its wall-clock speed" + (" (INVALID timing, see below)" if invalid else "")
 
 
 def _plural(number: int, noun: str) -> str:
