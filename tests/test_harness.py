@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from twotower_eval.harness.adapter import HarnessLM
 from twotower_eval.harness.scoring import score_rows
 from twotower_eval.models import load_model
 from twotower_eval.plan import RunPlan, SpeedPlan
+from twotower_eval.progress import Advance
 from twotower_eval.records import (
     Cell,
     Generation,
@@ -332,6 +334,40 @@ def test_resume_recomputes_nothing_and_gives_the_same_scores(plan: RunPlan, tmp_
     assert set(first.prompts) & set(second.prompts) == set()
     assert store.load(path).complete
     assert values(path) == values(whole)
+
+
+class _Recorder:
+    """Keeps what a progress display is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.total = self.done = 0
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    @contextmanager
+    def track(self, total: int, description: str) -> Iterator[Advance]:
+        self.total = total
+        yield self._advance
+
+    def _advance(self, num: int = 1, /) -> None:
+        self.done += num
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_progress_counts_every_request_once(plan: RunPlan, tmp_path: Path, batch_size: int) -> None:
+    """The batch that the estimate takes was once counted twice where it was the only one."""
+    plan = dataclasses.replace(plan, batch_size=batch_size)
+    first, again = _Recorder(), _Recorder()
+    path = harness.run(plan, root=tmp_path, progress=first)
+    harness.run(plan, root=tmp_path, resume=path, progress=again)
+    total = 2 * 4 + 4 * 4 + 4
+    assert (first.total, first.done) == (again.total, again.done) == (total, total)
+    assert first.notes[0] == f"6 cells over 3 tasks, {total} requests"
+    assert first.notes[1].startswith("estimated duration: about")
+    assert [note.startswith(f"[{at}/6]") for at, note in enumerate(first.notes[2:], start=1)] == [True] * 6
+    assert not any("estimated" in note for note in again.notes)
 
 
 def test_resuming_a_complete_run_computes_nothing(plan: RunPlan, tmp_path: Path) -> None:

@@ -111,7 +111,8 @@ class _Evaluation:
             self._advance = advance
             for number, job in enumerate(self._jobs, start=1):
                 started_s = time.monotonic()
-                for answer in self._prepared.pop(job.cell.id, None) or self._batches(job):
+                batches = self._prepared.pop(job.cell.id) if job.cell.id in self._prepared else self._batches(job)
+                for answer in batches:
                     answer()
                 headline = self._score(job)
                 took = duration_text(time.monotonic() - started_s)
