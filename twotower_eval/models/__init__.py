@@ -92,6 +92,12 @@ def load_model(
     places = tuple(devices) if devices else (device,)
     if len(places) > 2:
         raise ValueError(f"a pair has two towers, but {len(places)} devices are named")
+    for place in places:
+        try:
+            torch.empty(0, device=place)
+        except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"device {place!r} cannot be used here: {reason}") from error
     load = resolve(FAMILIES.get(family, family))
     with torch.inference_mode(False):
         return load(folder, devices=places, dtype=getattr(torch, dtype), tower=tower)

@@ -29,6 +29,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 MAPPED_BYTES = 64 << 20  # bytes of tensors read per mapping of a file
+STORED_DTYPES = ("BF16", "F16", "F32", "F64")
+DENOISER_PREFIXES = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
 FLOAT32_PARAMETERS = ("gate.weight", "gate.e_score_correction_bias")  # in every dtype, as in the reference
 
 
@@ -159,17 +161,36 @@ def build(
     return model.eval()
 
 
-def fill(slots: Mapping[str, Slot], files: Mapping[str, Path], *, ignore: tuple[str, ...] = ()) -> dict[str, str]:
+def check(slots: Mapping[str, Slot], files: Mapping[str, Path]) -> None:
+    """Names, shapes and dtypes of a checkpoint against the slots, from the files' headers alone; ValueError if wrong.
+
+    The slots may be those of a model on the meta device, so that nothing is allocated for a checkpoint that is wrong.
+    """
+    for problem, names in (("lacks", slots.keys() - files.keys()), ("has unexpected", files.keys() - slots.keys())):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"checkpoint {problem} tensor {min(names)}{more}; it does not fit its config.json")
+    for file in sorted(set(files.values())):
+        with _opened(file) as handle:
+            for name in sorted(name for name, where in files.items() if where == file):
+                stored, wanted = handle.get_slice(name), tuple(slots[name].target.shape)
+                if tuple(stored.get_shape()) != wanted:
+                    shape = tuple(stored.get_shape())
+                    raise ValueError(f"{file}: {name} has shape {shape}, the config asks for {wanted}")
+                if stored.get_dtype() not in STORED_DTYPES:
+                    raise ValueError(
+                        f"{file}: {name} is stored as {stored.get_dtype()}; supported are {', '.join(STORED_DTYPES)}"
+                    )
+
+
+def fill(slots: Mapping[str, Slot], files: Mapping[str, Path]) -> dict[str, str]:
     """Copy every tensor into its slot; canonical name -> sha256 of name, dtype, shape and bytes as stored.
 
-    Raises ValueError for missing or unexpected names (but those starting with ``ignore``), wrong shapes, NaN or
-    infinite weights.
+    The slots must have passed :func:`check`. Raises ValueError for NaN or infinite weights.
     """
-    names = {name for name in files if not name.startswith(ignore)} if ignore else set(files)
-    _check_names(set(slots), names)
     digests: dict[str, str] = {}
-    for file in sorted({files[name] for name in names}):
-        held = sorted(name for name in names if files[name] == file)
+    for file in sorted(set(files.values())):
+        held = sorted(name for name, where in files.items() if where == file)
         while held:
             held = _fill_batch(file, held, slots, digests)
     return digests
@@ -183,9 +204,6 @@ def _fill_batch(file: Path, names: list[str], slots: Mapping[str, Slot], digests
             if num_bytes >= MAPPED_BYTES:
                 return names[position:]
             slot = slots[name]
-            shape = tuple(handle.get_slice(name).get_shape())
-            if shape != tuple(slot.target.shape):
-                raise ValueError(f"{file}: {name} has shape {shape}, the config asks for {tuple(slot.target.shape)}")
             tensor = handle.get_tensor(name)
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{file}: {name} holds NaN or infinite values")
@@ -208,33 +226,28 @@ def joint_digest(digests: Mapping[str, str], prefix: tuple[str, ...] = ("",)) ->
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _check_names(expected: set[str], found: set[str]) -> None:
-    for problem, names in (("lacks", expected - found), ("has unexpected", found - expected)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"checkpoint {problem} tensor {min(names)}{more}; it does not fit its config.json")
-
-
 def load(
     folder: Path, *, devices: tuple[str, ...], dtype: torch.dtype, tower: Literal["context"] | None = None
 ) -> LanguageModel:
     """A pair, its context tower alone (``tower="context"``), or an AR base checkpoint (``backbone.*`` names)."""
     config = parse_config(read_json(folder / "config.json"))
     files = tensor_files(folder)
-    if any(name.startswith("backbone.") for name in files):
-        model: TwoTower | ContextTower = build(config, "context", dtype, devices)
-        assert isinstance(model, ContextTower)
-        digests = fill(context_slots(model, prefix="backbone.", head="lm_head.weight"), files)
-    elif tower == "context":
-        model = build(config, "context", dtype, devices[:1])
-        assert isinstance(model, ContextTower)
-        slots = context_slots(model, prefix="context_tower.", head="context_lm_head.weight")
-        others = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
-        digests = fill(slots, files, ignore=others)
-    else:
-        model = build(config, "pair", dtype, devices)
-        assert isinstance(model, TwoTower)
-        digests = fill(pair_slots(model), files)
+    is_base = any(name.startswith("backbone.") for name in files)
+    kind: Literal["pair", "context"] = "context" if is_base or tower else "pair"
+    if tower and not is_base:
+        files = {name: file for name, file in files.items() if not name.startswith(DENOISER_PREFIXES)}
+
+    def slots_of(model: TwoTower | ContextTower) -> dict[str, Slot]:
+        if isinstance(model, TwoTower):
+            return pair_slots(model)
+        prefix, head = ("backbone.", "lm_head.weight") if is_base else ("context_tower.", "context_lm_head.weight")
+        return context_slots(model, prefix=prefix, head=head)
+
+    check(slots_of(build(config, kind, dtype, ("meta",))), files)
+    tokenizer = load_tokenizer(folder, vocab_size=config.vocab_size)
+    model = build(config, kind, dtype, devices)
+    digests = fill(slots_of(model), files)
+    model.tokenizer = tokenizer
     _identify(model, folder, config, digests, tower=tower, devices=devices, dtype=dtype)
     return model
 
@@ -249,7 +262,7 @@ def _identify(
     devices: tuple[str, ...],
     dtype: torch.dtype,
 ) -> None:
-    """Attach identity, tokenizer and limits."""
+    """Attach identity and limits."""
     is_pair = isinstance(model, TwoTower)
     model.context_digest = joint_digest(digests, ("context_",))
     model.checkpoint = Checkpoint(
@@ -261,7 +274,6 @@ def _identify(
         devices=devices if is_pair else devices[:1],
         tower=tower,
     )
-    model.tokenizer = load_tokenizer(folder, vocab_size=config.vocab_size)
     model.vocab_size = config.vocab_size
     model.max_length = config.max_position_embeddings
     from_tokenizer = model.tokenizer.eos_token_id if model.tokenizer else None

@@ -11,6 +11,15 @@ from typing import Any
 from twotower_eval.ops.moe import Routing
 
 LAYER_KINDS = {"M": "Mamba-2", "*": "attention", "E": "mixture of experts", "-": "MLP"}
+UNSUPPORTED = (  # true, or anything else but 0 and null, means another model
+    "attention_bias",
+    "mlp_bias",
+    "use_bias",
+    "mamba_proj_bias",
+    "tie_word_embeddings",
+    "sliding_window",
+    "moe_latent_size",
+)
 DEFAULT_MASK_TOKEN_ID = 3  # absent in the released config; 3 by convention
 
 
@@ -87,19 +96,42 @@ def parse_config(data: Mapping[str, Any]) -> NemotronHConfig:
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
     values = {name: data[name] for name in names if data.get(name) is not None}
+    if "time_step_limit" in values:
+        values["time_step_limit"] = _as_interval(values["time_step_limit"])
     values["eos_token_id"] = _as_ids(data.get("eos_token_id"))
-    if data.get("time_step_limit") is not None:
-        low, high = data["time_step_limit"]
-        values["time_step_limit"] = (float(low), float(high))
+    for name, value in values.items():
+        _check_type(name, value, str(names[name].type))
     config = NemotronHConfig(**values)
     _check(config, data)
     return config
 
 
-def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+def _as_ids(value: Any) -> tuple[int, ...]:
+    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        raise ValueError(f"config.json: eos_token_id must be a token id or a list of them, not {value!r}")
+    return ids
+
+
+def _as_interval(value: Any) -> tuple[float, float]:
+    """Two numbers; newer configs write infinity as ``{"__float__": "Infinity"}``."""
+    ends = [v.get("__float__") if isinstance(v, dict) else v for v in value] if isinstance(value, list) else []
+    numbers = [float(v) for v in ends if v == "Infinity" or (isinstance(v, int | float) and not isinstance(v, bool))]
+    if len(numbers) != 2 or len(ends) != 2 or not numbers[0] <= numbers[1]:
+        raise ValueError(f"config.json: time_step_limit must be an interval [low, high], not {value!r}")
+    return numbers[0], numbers[1]
+
+
+def _check_type(name: str, value: Any, wanted: str) -> None:
+    """JSON gives numbers, texts and true or false; ``wanted`` is a field's annotation."""
+    if wanted.startswith("tuple"):
+        return  # made above
+    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+    kind = wanted.removesuffix(" | None")
+    fits = isinstance(value, kinds[kind]) and (kind == "bool" or not isinstance(value, bool))
+    if not fits or (kind == "float" and not math.isfinite(value)):
+        words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+        raise ValueError(f"config.json: {name} must be {words[kind]}, not {value!r}")
 
 
 def _check(config: NemotronHConfig, data: Mapping[str, Any]) -> None:
@@ -115,17 +147,24 @@ def _check(config: NemotronHConfig, data: Mapping[str, Any]) -> None:
         raise ValueError(f"config.json: num_hidden_layers is {num_layers}, but the pattern has {len(config.pattern)}")
     if not 0 <= config.mask_token_id < config.vocab_size:
         raise ValueError(f"config.json: mask_token_id {config.mask_token_id} is outside vocab_size {config.vocab_size}")
-    for name in ("attention_bias", "mlp_bias", "use_bias", "mamba_proj_bias", "tie_word_embeddings"):
+    for name in UNSUPPORTED:
         if data.get(name):
-            raise ValueError(f"config.json: {name} = true is not part of the released model and is not supported")
+            raise ValueError(f"config.json: {name} = {data[name]!r} is not part of the released model; not supported")
     if data.get("mlp_hidden_act", "relu2") != "relu2" or data.get("mamba_hidden_act", "silu") != "silu":
         raise ValueError("config.json: only mlp_hidden_act = relu2 and mamba_hidden_act = silu are supported")
+    if config.layer_norm_epsilon < 0:
+        raise ValueError(f"config.json: layer_norm_epsilon must not be negative, as {config.layer_norm_epsilon} is")
     _check_sizes(config)
-    _check_limit(config)
 
 
 def _check_sizes(config: NemotronHConfig) -> None:
-    needed = {"E": ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"), "-": ("intermediate_size",)}
+    experts = (
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "moe_shared_expert_intermediate_size",
+    )
+    needed = {"E": experts, "-": ("intermediate_size",)}
     always: tuple[str, ...] = (
         "hidden_size",
         "vocab_size",
@@ -137,7 +176,7 @@ def _check_sizes(config: NemotronHConfig) -> None:
     always += ("mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "n_group", "topk_group")
     for name in always + tuple(n for letter, names in needed.items() if letter in config.pattern for n in names):
         value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
+        if value < 1:
             raise ValueError(f"config.json: {name} must be a positive whole number, not {value!r}")
     pairs = (
         ("num_attention_heads", "num_key_value_heads"),
@@ -151,11 +190,3 @@ def _check_sizes(config: NemotronHConfig) -> None:
         raise ValueError("config.json: num_experts_per_tok exceeds n_routed_experts")
     if "E" in config.pattern and config.topk_group > config.n_group:
         raise ValueError("config.json: topk_group exceeds n_group")
-
-
-def _check_limit(config: NemotronHConfig) -> None:
-    if config.time_step_limit is None:
-        return
-    low, high = config.time_step_limit
-    if math.isnan(low) or math.isnan(high) or low > high:
-        raise ValueError(f"config.json: time_step_limit {config.time_step_limit} is no interval")

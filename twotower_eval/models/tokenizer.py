@@ -43,9 +43,8 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
     file = folder / "tokenizer.json"
     if not file.exists():
         return None
-    text = file.read_text(encoding="utf-8")
     try:
-        inner = tokenizers.Tokenizer.from_str(text)
+        inner = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception for a malformed file; said, not hidden
         raise ValueError(f"{file}: not a readable tokenizer.json ({error})") from error
     settings = _settings(folder / "tokenizer_config.json")
@@ -67,9 +66,11 @@ def _settings(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file}: expected a JSON object")
     return settings
 
 
