@@ -36,7 +36,7 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], num_shards: int = 3) 
     names, weight_map = sorted(tensors), {}
     for shard in range(num_shards):
         file = f"model-{shard + 1:05}-of-{num_shards:05}.safetensors"
-        own = {name: tensors[name] for name in names[shard::num_shards]}
+        own = {name: tensors[name].clone() for name in names[shard::num_shards]}
         save_file(own, str(folder / file))
         weight_map.update(dict.fromkeys(own, file))
     total = sum(t.nbytes for t in tensors.values())
