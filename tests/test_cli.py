@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -133,9 +133,10 @@ def test_every_field_of_both_plans_is_an_option() -> None:
             assert f"--{field.name.replace('_', '-')} " in done.stdout.replace(",", " "), field.name
 
 
-def make_run(root: Path, plan: RunPlan) -> Path:
+def make_run(root: Path, plan: RunPlan | SpeedPlan) -> Path:
+    verb: Literal["run", "speed"] = "run" if isinstance(plan, RunPlan) else "speed"
     manifest = RunManifest(
-        schema=1, run_id=store.new_run_id("run"), verb="run", argv=(), plan=to_json(plan), plan_sha256="", cells=(),
+        schema=1, run_id=store.new_run_id(verb), verb=verb, argv=(), plan=to_json(plan), plan_sha256="", cells=(),
         started_at="2026-11-23T10:15:00+00:00", project_version="0.1.0", commit=None, dirty=None, packages={},
         machine={}, seeds={},
     )  # fmt: skip
@@ -172,6 +173,64 @@ def test_ctrl_c_says_how_to_go_on(
     assert cli.main(["run", "--out", str(tmp_path)]) == 130
     [begun] = set(tmp_path.iterdir()) - old
     assert f"twotower-eval run --resume {begun}\n" in capsys.readouterr().err
+
+
+def capture_speed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Put recorders in the place of timing and of scoring."""
+    from twotower_eval import harness, speed
+
+    calls: list[Any] = []
+
+    def timed(plan: SpeedPlan, requests: list[Any], *, root: Path, resume: Path | None, progress: object) -> Path:
+        calls.append(("timed", plan, len(requests), resume))
+        return root / "timed"
+
+    def scored(path: Path) -> Path:
+        calls.append(("scored", path))
+        return path
+
+    monkeypatch.setattr(speed, "run", timed)
+    monkeypatch.setattr(harness, "score_journal", scored)
+    return calls
+
+
+def test_speed_options_reach_the_plan_and_answers_are_scored_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = capture_speed(monkeypatch)
+    options = "--tasks miniature_sort --batch-sizes 1,4 --block-sizes 8 --steps 4 --thresholds 0.9 --num-prompts 8"
+    more = "--min-rounds 3 --min-seconds 1.5 --warmup-rounds 2 --threads 1 --seed 5 --new-tokens 9"
+    assert cli.main(["speed", *options.split(), *more.split(), "--out", str(tmp_path)]) == 0
+    expected = SpeedPlan(
+        tasks=("miniature_sort",), batch_sizes=(1, 4), block_sizes=(8,), steps=(4,), thresholds=(0.9,), num_prompts=8,
+        min_rounds=3, min_seconds=1.5, warmup_rounds=2, threads=1, seed=5, new_tokens=9,
+    )  # fmt: skip
+    [(_, plan, num_requests, resume), scored] = calls
+    assert (plan, resume) == (expected, None)
+    assert num_requests >= 200, "prompts are chosen from all documents"
+    assert scored == ("scored", tmp_path / "timed")
+    assert capsys.readouterr().out == f"{tmp_path / 'timed'}\n"
+
+
+def test_fixed_workloads_answer_nothing_and_are_not_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = capture_speed(monkeypatch)
+    options = "--tasks miniature_sort --workload fixed --new-tokens 9 --prompt-tokens 32"
+    assert cli.main(["speed", *options.split(), "--out", str(tmp_path)]) == 0
+    assert [call[0] for call in calls] == ["timed"]
+    assert calls[0][1].prompt_tokens == 32
+
+
+def test_speed_resumes_with_its_own_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = capture_speed(monkeypatch)
+    plan = SpeedPlan(tasks=("miniature_sort",), num_prompts=4)
+    path = make_run(tmp_path, plan)
+    assert cli.main(["speed", "--resume", str(path), "--out", str(tmp_path)]) == 0
+    assert calls[0][1:] == (plan, calls[0][2], path)
+
+
+def test_a_run_is_not_resumed_as_the_other_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make_run(tmp_path, RunPlan())
+    assert "is a 'run', not a 'speed'" in fail(capsys, "speed", "--resume", str(path))
 
 
 def test_a_real_ctrl_c_ends_with_130_and_no_traceback(tmp_path: Path) -> None:

@@ -287,7 +287,13 @@ def _resolve_plan(cls: type[P], plan_file: Path | None, resumed: Path | None, gi
     if resumed is not None:
         if plan_file is not None:
             raise ValueError("--resume takes the plan from the run: drop --plan")
-        return merge(plan_from_json(cls, store.load(resumed).manifest.plan), given)
+        manifest = store.load(resumed).manifest
+        verb = "run" if cls is RunPlan else "speed"
+        if manifest.verb != verb:
+            raise ValueError(
+                f"{resumed} is a {manifest.verb!r}, not a {verb!r}: twotower-eval {manifest.verb} --resume …"
+            )
+        return merge(plan_from_json(cls, manifest.plan), given)
     return merge(load_plan(plan_file, cls) if plan_file is not None else cls(), given)
 
 
