@@ -85,7 +85,6 @@ def describe_machine(devices: Sequence[str] = ("cpu",)) -> dict[str, Any]:
     torch = sys.modules.get("torch")
     return {
         "system": platform.system(),
-        "kernel": platform.release(),
         "python": platform.python_version(),
         "architecture": platform.machine(),
         "cpu": _cpu_name(),

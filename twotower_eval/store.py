@@ -43,6 +43,7 @@ from twotower_eval.records import (
 )
 
 MANIFEST, EVENTS, DONE = "manifest.json", "events.jsonl", "done.json"
+TRAINING_LOG = "training_log.jsonl"  # a copy of what lies beside a trained checkpoint; no journal of ours
 PACKAGES_THAT_MUST_AGREE = ("torch", "transformers", "lm-eval", "mamba-ssm", "causal-conv1d", "flash-attn")
 
 Row = GenerationRow | LikelihoodRow | Score | SpeedSample

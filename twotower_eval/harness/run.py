@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from twotower_eval.harness.scoring import Row, score_rows
 from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders, plan_from_json
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import Score
+from twotower_eval.store import TRAINING_LOG
 from twotower_eval.suites import BuiltTask, resolve_tasks
 
 
@@ -42,9 +44,17 @@ def run(plan: RunPlan, *, root: Path, resume: Path | None = None, progress: Prog
     with writer:
         for warning in writer.warnings:
             progress.note(f"warning: {warning}")
+        _keep_training_log(Path(candidate.checkpoint.source), writer.path)
         _Evaluation(plan, writer, jobs, progress).run()
         writer.finish()
     return writer.path
+
+
+def _keep_training_log(checkpoint: Path, run_folder: Path) -> None:
+    """Copy the log that lies beside a pair trained here, so that a report needs the run's folder and nothing else."""
+    log = checkpoint / TRAINING_LOG
+    if log.is_file():
+        shutil.copyfile(log, run_folder / TRAINING_LOG)
 
 
 def score_journal(path: Path) -> Path:

@@ -5,26 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twotower_eval.report.plots import COLOURS, GREY, png
 from twotower_eval.report.runs import Runs, Section
+from twotower_eval.store import TRAINING_LOG
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LOG_FILE = "training_log.jsonl"
 Row = Mapping[str, Any]
 
 
 def training(runs: Runs) -> Section:
     """Loss curves and the learning curve in the terms of the claim; nothing for a checkpoint without a log."""
     title = "How the candidate learned"
-    logs = sorted({cell.checkpoint.source for run in runs for cell in run.manifest.cells if cell.arm == "candidate"})
-    files = [file for source in logs if (file := Path(source) / LOG_FILE).is_file()]
+    files = [file for run in runs if (file := run.path / TRAINING_LOG).is_file()]
     if not files:
-        return Section(title=title, markdown="No training log lies beside the candidate's weights.\n")
+        return Section(title=title, markdown="No training log lay beside the candidate's weights.\n")
     rows = [json.loads(line) for line in files[0].read_text(encoding="utf-8").splitlines()]
     points = [row for row in rows if row.get("retention") is not None]
     text = "![Loss, retention and tokens per denoiser forward while training](training.png)\n\n"
