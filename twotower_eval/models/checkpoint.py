@@ -78,7 +78,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         return files
     single = folder / SINGLE_FILE
     if single.is_file():
-        with _opened(single) as handle:
+        with opened(single) as handle:
             return dict.fromkeys(handle.keys(), single)
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     if pickles:
@@ -90,7 +90,7 @@ def _check_index(folder: Path, files: Mapping[str, Path]) -> None:
     """The index and the shards must name the same tensors."""
     for file in sorted(set(files.values())):
         named = {name for name, where in files.items() if where == file}
-        with _opened(file) as handle:
+        with opened(file) as handle:
             held = set(handle.keys())
         if named - held:
             raise ValueError(f"{folder / INDEX_FILE}: {file.name} does not hold {min(named - held)}")
@@ -98,7 +98,8 @@ def _check_index(folder: Path, files: Mapping[str, Path]) -> None:
             raise ValueError(f"{folder / INDEX_FILE}: does not name {min(held - named)} of {file.name}")
 
 
-def _opened(file: Path) -> Any:
+def opened(file: Path) -> Any:
+    """A safetensors file, memory-mapped; ValueError with one line if it is none or not whole."""
     try:
         return safe_open(str(file), framework="pt")
     except (SafetensorError, OSError) as error:
@@ -171,7 +172,7 @@ def check(slots: Mapping[str, Slot], files: Mapping[str, Path]) -> None:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ValueError(f"checkpoint {problem} tensor {min(names)}{more}; it does not fit its config.json")
     for file in sorted(set(files.values())):
-        with _opened(file) as handle:
+        with opened(file) as handle:
             for name in sorted(name for name, where in files.items() if where == file):
                 stored, wanted = handle.get_slice(name), tuple(slots[name].target.shape)
                 if tuple(stored.get_shape()) != wanted:
@@ -199,7 +200,7 @@ def fill(slots: Mapping[str, Slot], files: Mapping[str, Path]) -> dict[str, str]
 def _fill_batch(file: Path, names: list[str], slots: Mapping[str, Slot], digests: dict[str, str]) -> list[str]:
     """Map the file once, read up to MAPPED_BYTES, unmap; the names still to be read."""
     num_bytes = 0
-    with _opened(file) as handle:
+    with opened(file) as handle:
         for position, name in enumerate(names):
             if num_bytes >= MAPPED_BYTES:
                 return names[position:]

@@ -71,6 +71,12 @@ class Mamba(nn.Module):
         y, ssm_BhPN = ssd.ssd(x, delta_BSh, self.decay_rate(), b, c, state.ssm_BhPN)
         return self.finish(y, x, z), MambaState(conv.next_conv_state(u_BSC, state.conv_BCW, lengths_B), ssm_BhPN)
 
+    def outputs(self, x_BSH: Tensor, state: MambaState) -> Tensor:
+        """What :meth:`forward` gives, for whoever needs no state after it."""
+        z, u_BSC, delta_BSh = self.project(x_BSH)
+        x, b, c = self.convolve(u_BSC, state.conv_BCW)
+        return self.finish(ssd.ssd_outputs(x, delta_BSh, self.decay_rate(), b, c, state.ssm_BhPN), x, z)
+
     def project(self, x_BSH: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Gate z (B, S, di), raw convolution inputs u (B, S, C) and step sizes delta (B, S, h), float32."""
         cfg = self.config

@@ -17,7 +17,7 @@ from twotower_eval.models.autoregressive import ContextTower
 from twotower_eval.models.base import LanguageModel
 from twotower_eval.models.config import NemotronHConfig
 from twotower_eval.models.context import Context
-from twotower_eval.models.nemotron_h import Mamba, MambaState, Modulation, Tower, run_layers
+from twotower_eval.models.nemotron_h import Mamba, Modulation, Tower, run_layers
 from twotower_eval.ops.attention import attention
 
 SINUSOID_SIZE = 256
@@ -136,9 +136,7 @@ class TwoTower(LanguageModel):
             return attention(q, keys, values, mask)
 
         def mix(index: int, mixer: Mamba, x: Tensor) -> Tensor:
-            y, _ = mixer(x, MambaState(*context.mamba[index]))
-            out: Tensor = y
-            return out
+            return mixer.outputs(x, context.mamba[index])
 
         modulation = None if t_B is None else denoiser.modulation(_time_tensor(t_B, block_BK.shape[0], device))
         x_BKH = run_layers(

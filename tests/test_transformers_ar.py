@@ -1,0 +1,229 @@
+"""Hugging Face models as baselines: tokens as transformers' own generate makes them, rows as if alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hf_models import CONFIGS, VOCAB, save_tiny
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from twotower_eval.decoders import make_decoder, make_scorer
+from twotower_eval.decoders.likelihood import ScoreRequest
+from twotower_eval.models import load_model
+from twotower_eval.records import Prompt
+
+ATOL = 2e-5
+EVERY_MODEL = pytest.mark.parametrize("name", CONFIGS)
+ROWS = [[5, 6, 7], [9], list(range(20, 38)), [3, 4, 5, 6, 7, 8], [11, 12, 13]]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: save_tiny(name, tmp_path_factory.mktemp(name)) for name in CONFIGS}
+
+
+@pytest.fixture(scope="module")
+def models(folders: dict[str, Path]) -> dict[str, Any]:
+    return {name: load_model(folder) for name, folder in folders.items()}
+
+
+def padded(rows: list[list[int]]) -> tuple[Tensor, list[int]]:
+    width = max(map(len, rows))
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows]), [len(row) for row in rows]
+
+
+@EVERY_MODEL
+def test_tokens_are_those_of_generate(name: str, folders: dict[str, Path], models: dict[str, Any]) -> None:
+    """Greedy, one prompt at a time, past the sliding window."""
+    native = transformers.AutoModelForCausalLM.from_pretrained(folders[name]).eval()
+    decoder = make_decoder(models[name], "autoregressive")
+    for i, row in enumerate(ROWS):
+        out = native.generate(
+            torch.tensor([row]),
+            attention_mask=torch.ones(1, len(row), dtype=torch.long),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        [g] = decoder.generate([Prompt(id=str(i), token_ids=tuple(row))], max_new_tokens=12)
+        assert list(g.token_ids) == out[0, len(row) :].tolist()
+        assert (g.num_context_forwards, g.num_denoiser_forwards, g.finish) == (12, 0, "length")
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_row_gives_in_a_batch_what_it_gives_alone(name: str, temperature: float, models: dict[str, Any]) -> None:
+    """Unequal prompts, rows that stop early and leave the batch."""
+    decoder = make_decoder(models[name], "autoregressive", temperature=temperature)
+    prompts = [Prompt(id=str(i), token_ids=tuple(row), seed=i) for i, row in enumerate(ROWS)]
+    free = decoder.generate(prompts, max_new_tokens=10)
+    eos = [free[0].token_ids[3], free[2].token_ids[1]]
+    together = decoder.generate(prompts, max_new_tokens=10, eos_token_ids=eos)
+    assert {g.finish for g in together} >= {"eos"}
+    for prompt, ours in zip(prompts, together, strict=True):
+        assert ours == decoder.generate([prompt], max_new_tokens=10, eos_token_ids=eos)[0]
+
+
+@EVERY_MODEL
+def test_extending_is_prefilling_more(name: str, models: dict[str, Any]) -> None:
+    model = models[name]
+    context = model.prefill(*padded(ROWS))
+    new = torch.arange(4 * len(ROWS)).view(len(ROWS), 4) + 7
+    context = model.extend(model.extend(context, new[:, :3]), new[:, 3:])
+    assert context.lengths == tuple(len(row) + 4 for row in ROWS)
+    assert context.lengths_B.tolist() == list(context.lengths)
+    for i, row in enumerate(ROWS):
+        whole = model.prefill(torch.tensor([row + new[i].tolist()]))
+        assert torch.allclose(model.next_logits(context)[i], model.next_logits(whole)[0], atol=ATOL)
+
+
+@EVERY_MODEL
+def test_contexts_are_values(name: str, models: dict[str, Any]) -> None:
+    """Extending one context twice, and a selection of it, changes none of them."""
+    model = models[name]
+    old = model.prefill(*padded(ROWS))
+    before = model.next_logits(old).clone()
+    chosen = old.select([4, 1, 1])
+    assert (chosen.lengths, chosen.batch_size) == ((3, 1, 1), 3)
+    assert torch.equal(model.next_logits(chosen), before[[4, 1, 1]])
+    tokens = [torch.full((len(ROWS), 1), token) for token in (7, 8)]
+    first = model.extend(old, tokens[0])
+    first_logits = model.next_logits(first).clone()
+    second = model.extend(old, tokens[1])
+    model.extend(chosen, tokens[0][:3])
+    assert torch.equal(model.next_logits(old), before)
+    assert torch.equal(model.next_logits(first), first_logits)
+    for context, token in ((first, 7), (second, 8)):
+        after = model.next_logits(model.extend(context, torch.full((len(ROWS), 1), 9)))
+        for i, row in enumerate(ROWS):
+            alone = model.next_logits(model.prefill(torch.tensor([[*row, token, 9]])))
+            assert torch.allclose(after[i], alone[0], atol=ATOL)
+
+
+@EVERY_MODEL
+def test_context_logits(name: str, models: dict[str, Any]) -> None:
+    """All positions, and each row's last n; nothing is seen of the padding."""
+    model = models[name]
+    every, last = model.context_logits(*padded(ROWS)), model.context_logits(*padded(ROWS), last=4)
+    assert (every.shape, last.shape) == ((5, 18, VOCAB), (5, 4, VOCAB))
+    for i, row in enumerate(ROWS):
+        alone = model.context_logits(torch.tensor([row]))[0]
+        assert torch.allclose(every[i, : len(row)], alone, atol=ATOL)
+        columns = [max(0, len(row) - 4 + k) for k in range(4)]
+        assert torch.allclose(last[i], alone[columns], atol=ATOL)
+        assert torch.allclose(model.next_logits(model.prefill(torch.tensor([row])))[0], alone[-1], atol=ATOL)
+
+
+@EVERY_MODEL
+def test_likelihoods(name: str, models: dict[str, Any]) -> None:
+    requests = [ScoreRequest(context_ids=tuple(row), continuation_ids=(8, 9, 10)) for row in ROWS]
+    for request, ours in zip(requests, make_scorer(models[name], "exact").score(requests), strict=True):
+        ids = torch.tensor([request.context_ids + request.continuation_ids])
+        logprobs = models[name].context_logits(ids)[0].log_softmax(-1)
+        start = len(request.context_ids) - 1
+        wanted = sum(float(logprobs[start + i, token]) for i, token in enumerate(request.continuation_ids))
+        assert ours.logprob_nats == pytest.approx(wanted, abs=1e-4)
+        assert ours.kind == "exact"
+
+
+def test_identity(folders: dict[str, Path], models: dict[str, Any], tmp_path: Path) -> None:
+    model = models["llama"]
+    assert (model.checkpoint.family, model.checkpoint.devices, model.checkpoint.tower) == (
+        "transformers",
+        ("cpu",),
+        None,
+    )
+    assert (model.vocab_size, model.max_length, model.eos_token_ids) == (VOCAB, 128, (2,))
+    assert (model.has_denoiser, model.mask_token_id, model.tokenizer) == (False, None, None)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    copied = copy_of(folders["llama"], tmp_path / "copy")
+    assert load_model(copied).checkpoint.digest == model.checkpoint.digest == model.context_digest
+    assert models["gpt2"].checkpoint.digest != model.checkpoint.digest
+    assert models["gpt2"].max_length == 128
+
+
+def test_tied_embeddings_are_stored_once_and_loaded(folders: dict[str, Path], models: dict[str, Any]) -> None:
+    assert not any("lm_head" in name for name in load_file(folders["gpt2"] / "model.safetensors"))
+    inner = models["gpt2"].inner
+    assert torch.equal(inner.get_output_embeddings().weight, inner.get_input_embeddings().weight)
+
+
+def test_bfloat16(folders: dict[str, Path], models: dict[str, Any]) -> None:
+    narrow = load_model(folders["llama"], dtype="bfloat16")
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
+    logits, wanted = (m.context_logits(torch.tensor(ROWS[:1])) for m in (narrow, models["llama"]))
+    assert logits.dtype == torch.float32
+    assert float((logits - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
+
+
+def test_which_models_pad(models: dict[str, Any]) -> None:
+    """Those that carry states must not."""
+    assert {name for name, model in models.items() if model.pads_left} == {"llama", "gpt2", "mistral"}
+
+
+def test_an_empty_prompt_is_refused(models: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        models["llama"].prefill(torch.zeros(2, 3, dtype=torch.int64), [3, 0])
+
+
+def copy_of(source: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def reconfigure(folder: Path, **changes: Any) -> None:
+    data = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**data, **changes}))
+
+
+def rewrite(folder: Path, changes: dict[str, Tensor | None]) -> None:
+    tensors = {**load_file(folder / "model.safetensors"), **changes}
+    save_file({k: v for k, v in tensors.items() if v is not None}, folder / "model.safetensors", {"format": "pt"})
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "pattern"),
+    [
+        (lambda f: reconfigure(f, model_type="no_such_model"), "has no causal language model 'no_such_model'$"),
+        (
+            lambda f: reconfigure(f, model_type="foreign", auto_map={"AutoModelForCausalLM": "x.Y"}),
+            "needs code of its own, which is never run",
+        ),
+        (lambda f: reconfigure(f, model_type="t5"), "has no causal language model 't5'"),
+        (lambda f: reconfigure(f, quantization_config={"quant_method": "fp8"}), "quantised weights"),
+        (lambda f: rewrite(f, {NORM: None}), f"lacks tensor {NORM}"),
+        (lambda f: rewrite(f, {"extra.weight": torch.ones(2)}), "has unexpected tensor extra.weight"),
+        (lambda f: rewrite(f, {NORM: torch.ones(31)}), "cannot load it"),
+        (lambda f: rewrite(f, {NORM: torch.full((32,), float("nan"))}), f"{NORM} holds NaN"),
+        (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"xx" * 50), "not a whole safetensors file"),
+        (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+        (lambda f: reconfigure(f, num_attention_heads="x"), "cannot load it"),
+    ],
+)
+def test_wrong_folders_get_one_line(spoil: Any, pattern: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy_of(folders["llama"], tmp_path / "wrong")
+    spoil(folder)
+    with pytest.raises(ValueError, match=pattern) as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_there_is_no_context_tower_in_it(folders: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="is no two-tower checkpoint"):
+        load_model(folders["llama"], tower="context")
+
+
+def test_loading_is_silent(folders: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    load_model(folders["llama"])
+    assert capfd.readouterr() == ("", "")
