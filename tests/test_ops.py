@@ -43,6 +43,7 @@ def test_ssd(S: int, G: int) -> None:
     (y, state), (wanted_y, wanted_state) = ssd.ssd(*inputs), ssd.ssd_reference(*inputs)
     assert close(y, wanted_y)
     assert close(state, wanted_state)
+    assert close(ssd.ssd_outputs(*inputs), wanted_y)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 16, 50, 64])
@@ -85,18 +86,21 @@ def test_ssd_passes_over_padding(S: int) -> None:
 
 def test_ssd_with_strong_decay_stays_finite() -> None:
     """Decay to exp(-8000) within a chunk: differences of logarithms, never quotients of underflowed products."""
-    x, delta, rate, b, c, state = ssd_inputs(64)
-    y, end = ssd.ssd(x, delta.clamp(min=1) * 50, rate.clamp(max=-5), b, c, state)
-    wanted_y, wanted_end = ssd.ssd_reference(x, delta.clamp(min=1) * 50, rate.clamp(max=-5), b, c, state)
-    assert close(y, wanted_y)
-    assert close(end, wanted_end)
+    for S in (16, 64):
+        x, delta, rate, b, c, state = ssd_inputs(S)
+        inputs = (x, delta.clamp(min=1) * 50, rate.clamp(max=-5), b, c, state)
+        (y, end), (wanted_y, wanted_end) = ssd.ssd(*inputs), ssd.ssd_reference(*inputs)
+        assert close(y, wanted_y)
+        assert close(end, wanted_end)
+        assert close(ssd.ssd_outputs(*inputs), wanted_y)
 
 
 # --- convolution
 
 
-@pytest.mark.parametrize(("S", "W", "bias"), [*itertools.product([1, 2, 3, 4, 11], [2, 3, 4], [True, False])])
+@pytest.mark.parametrize(("S", "W", "bias"), [*itertools.product([1, 2, 3, 4, 11, 40], [2, 3, 4], [True, False])])
 def test_causal_conv(S: int, W: int, bias: bool) -> None:
+    """For few positions (one product of windows) and for many (shifted products)."""
     u, state, weight = noise(3, S, 10), noise(3, 10, W, seed=1), noise(10, W, seed=2)
     b = noise(10, seed=3) if bias else None
     assert close(conv.causal_conv(u, state, weight, b), conv.causal_conv_reference(u, state, weight, b))
@@ -259,6 +263,8 @@ def test_experts(R: int, per_token: int) -> None:
     wanted = moe.experts_reference(x, chosen, weights, up, down)
     for ours in (moe.experts, moe._experts_gathered, moe._experts_sorted):
         assert close(ours(x, chosen, weights, up, down), wanted)
+    one = moe._experts_in_turn(x[:1], chosen[:1], weights[:1], up, down)
+    assert close(one, moe.experts_reference(x[:1], chosen[:1], weights[:1], up, down))
 
 
 def test_experts_bfloat16() -> None:

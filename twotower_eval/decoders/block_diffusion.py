@@ -109,20 +109,24 @@ class BlockDiffusion:
         masked_BK = torch.ones_like(block_BK, dtype=torch.bool)
         active, view = list(range(num_rows)), context
         for step in range(params.num_steps):
-            still = [row for row in active if masked_BK[row].any()]
+            num_masked = masked_BK.sum(1).tolist()
+            still = [row for row in active if num_masked[row]]
             if not still:
                 break
             if still != active:
                 view = view.select([active.index(row) for row in still])
                 active = still
-            fractions_B = masked_BK.float().mean(1)
-            t = [float(fractions_B.mean())] * len(active) if params.batch_mean_t else fractions_B[active].tolist()
-            logits_BKV = counted.denoise(block_BK[active], view, t)
+            # All rows, as is usual, are a slice: an index would copy them.
+            these = slice(None) if len(active) == num_rows else torch.tensor(active)
+            t = [num_masked[row] / params.block_size for row in active]
+            if params.batch_mean_t:
+                t = [float(masked_BK.float().mean(1).mean())] * len(active)
+            logits_BKV = counted.denoise(block_BK[these], view, t)
             tokens_BK, confidence_BK = _predict(logits_BKV, mask_id, params.temperature, noise, view.rows)
             steps_left_B = torch.full((len(active),), params.num_steps - step)
-            taken_BK, forced_B = commit(confidence_BK, masked_BK[active], steps_left_B, params.threshold)
-            block_BK[active] = torch.where(taken_BK, tokens_BK, block_BK[active])
-            masked_BK[active] &= ~taken_BK
+            taken_BK, forced_B = commit(confidence_BK, masked_BK[these], steps_left_B, params.threshold)
+            block_BK[these] = torch.where(taken_BK, tokens_BK, block_BK[these])
+            masked_BK[these] &= ~taken_BK
             self._record(rows, view.rows, block, step, taken_BK, tokens_BK, confidence_BK, forced_B)
         return block_BK
 

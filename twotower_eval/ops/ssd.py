@@ -23,6 +23,29 @@ def ssd(
     return y_BShP, boundaries_BchPN[:, -1]
 
 
+def ssd_outputs(
+    x_BShP: Tensor, delta_BSh: Tensor, a_h: Tensor, b_BSGN: Tensor, c_BSGN: Tensor, state_BhPN: Tensor
+) -> Tensor:
+    """Outputs (B, S, h, P) alone, where nothing goes on from the last position: one chunk, and no state after it."""
+    num_positions, heads = x_BShP.shape[1], (b_BSGN.shape[2], -1)
+    if not 1 < num_positions <= CHUNK:
+        return ssd(x_BShP, delta_BSh, a_h, b_BSGN, c_BSGN, state_BhPN)[0]
+    cumulative_BSh = (delta_BSh * a_h).cumsum(1)
+    cumulative_BhS = cumulative_BSh.transpose(1, 2)
+    decay_BhSS = (cumulative_BhS[..., :, None] - cumulative_BhS[..., None, :]).tril().exp()
+    c_BGSN = c_BSGN.transpose(1, 2)
+    scores_BGSS = (c_BGSN @ b_BSGN.permute(0, 2, 3, 1)).tril()
+    mixing_BhSS = (scores_BGSS[:, :, None] * decay_BhSS.unflatten(1, heads)).flatten(1, 2)
+    y_BhSP = mixing_BhSS @ (delta_BSh[..., None] * x_BShP).transpose(1, 2)
+    # All heads of a group read one c, so that their states are one matrix.
+    states_BGnN = state_BhPN.unflatten(1, heads).flatten(2, 3)
+    from_state_BGSn = c_BGSN @ states_BGnN.transpose(-1, -2)
+    from_state_BShP = from_state_BGSn.transpose(1, 2).reshape(x_BShP.shape)
+    # Not addcmul, whose fused rounding would make the bits differ from those of the chunked form.
+    y_BShP: Tensor = y_BhSP.transpose(1, 2) + from_state_BShP * cumulative_BSh.exp()[..., None]
+    return y_BShP
+
+
 def ssd_reference(
     x_BShP: Tensor, delta_BSh: Tensor, a_h: Tensor, b_BSGN: Tensor, c_BSGN: Tensor, state_BhPN: Tensor
 ) -> tuple[Tensor, Tensor]:
