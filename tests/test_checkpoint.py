@@ -243,6 +243,10 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
         "model-00003-of-00003.safetensors: not a whole safetensors file",
     ),
     "unknown layer letter": (configured(hybrid_override_pattern="MEX-M"), "unknown layer letter 'X' .* known are M"),
+    "unknown layer type": (
+        configured(hybrid_override_pattern=None, layers_block_type=["mamba", "rnn"]),
+        "unknown layers_block_type 'rnn'; known are linear_attention, mamba",
+    ),
     "layer count": (configured(num_hidden_layers=7), "num_hidden_layers is 7, but the pattern has 5"),
     "mask outside": (configured(mask_token_id=VOCAB), "mask_token_id 40 is outside vocab_size 40"),
     "negative mask": (configured(mask_token_id=-1), "mask_token_id -1 is outside"),

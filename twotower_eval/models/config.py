@@ -11,6 +11,14 @@ from typing import Any
 from twotower_eval.ops.moe import Routing
 
 LAYER_KINDS = {"M": "Mamba-2", "*": "attention", "E": "mixture of experts", "-": "MLP"}
+LAYER_TYPES = {  # as configs written by transformers 5 spell them, in layers_block_type
+    "linear_attention": "M",
+    "mamba": "M",
+    "full_attention": "*",
+    "attention": "*",
+    "moe": "E",
+    "mlp": "-",
+}
 UNSUPPORTED = (  # true, or anything else but 0 and null, means another model
     "attention_bias",
     "mlp_bias",
@@ -90,6 +98,7 @@ def parse_config(data: Mapping[str, Any]) -> NemotronHConfig:
     """Check a ``config.json`` and keep what the model needs; ValueError says what is wrong and with which field."""
     if data.get("model_type") != "nemotron_h":
         raise ValueError(f"config.json: model_type is {data.get('model_type')!r}, expected 'nemotron_h'")
+    data = _with_pattern(data)
     names = {f.name: f for f in dataclasses.fields(NemotronHConfig)}
     required = [name for name, f in names.items() if f.default is dataclasses.MISSING]
     missing = [name for name in required if data.get(name) is None]
@@ -104,6 +113,17 @@ def parse_config(data: Mapping[str, Any]) -> NemotronHConfig:
     config = NemotronHConfig(**values)
     _check(config, data)
     return config
+
+
+def _with_pattern(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config with a layer pattern, made from ``layers_block_type`` where it has only that."""
+    kinds = data.get("layers_block_type")
+    if data.get("hybrid_override_pattern") is not None or kinds is None:
+        return data
+    unknown = [kind for kind in kinds if kind not in LAYER_TYPES] if isinstance(kinds, list) else [kinds]
+    if unknown:
+        raise ValueError(f"config.json: unknown layers_block_type {unknown[0]!r}; known are {', '.join(LAYER_TYPES)}")
+    return {**data, "hybrid_override_pattern": "".join(LAYER_TYPES[kind] for kind in kinds)}
 
 
 def _as_ids(value: Any) -> tuple[int, ...]:

@@ -180,6 +180,8 @@ def _check_config(folder: Path, data: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{folder}: transformers {transformers.__version__} has no causal language model {kind!r}{own}"
         )
+    if kind == "nemotron_h":  # transformers clamps its time steps otherwise than the released model
+        raise ValueError(f"{folder}: nemotron_h is read by this project's own family; leave family out")
     if data.get("quantization_config"):
         raise ValueError(f"{folder}: quantised weights are not supported; give the full-precision checkpoint")
 
