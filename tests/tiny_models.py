@@ -66,6 +66,7 @@ def tiny_config(name: str = "all kinds", **changes: Any) -> NemotronHConfig:
 
 
 @functools.cache
+@torch.inference_mode(False)
 def tiny_pair(name: str = "all kinds", dtype: torch.dtype = torch.float32) -> TwoTower:
     """A pair of random weights, time modules and tables too. Shared: do not change it."""
     config = tiny_config(name)
