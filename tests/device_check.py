@@ -143,7 +143,9 @@ def sweep(device: str, out: Path, model: str | None, quick: bool) -> None:
     place = ["--devices", device, "--dtype", "float32", "--out", str(out)]
     grid = ["--block-sizes", "16"] if quick else ["--block-sizes", "8,16,32", "--thresholds", "0.7,0.8,0.9,0.95"]
     size = ["--limit", "2"] if quick else []
-    rounds = ["--num-prompts", "2", "--min-rounds", "2", "--tasks", "miniature_sort"] if quick else ["--min-rounds", "8"]
+    rounds = (
+        ["--num-prompts", "2", "--min-rounds", "2", "--tasks", "miniature_sort"] if quick else ["--min-rounds", "8"]
+    )
     batches = [] if quick else ["--batch-sizes", "1,8"]
     run = _command("run", "--tasks", "miniature", *chosen, *place, *grid, *size)
     timed = _command("speed", *chosen, *place, *grid, *rounds, *batches)
