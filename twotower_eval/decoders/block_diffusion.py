@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from twotower_eval.decoders import Clock
+from twotower_eval.decoders.batch import BatchDecoder, Call, Row
 from twotower_eval.decoders.commit import commit
-from twotower_eval.decoders.finish import Rules, check_prompts, generation, is_finished, make_rules
-from twotower_eval.decoders.rows import RowNoise, check_temperature, choose, padded_ids
-from twotower_eval.models.counting import CountedContext, CountingModel
-from twotower_eval.records import CommitStep, Generation, Prompt
+from twotower_eval.decoders.rows import RowNoise, check_temperature, choose
+from twotower_eval.models.counting import CountedContext
+from twotower_eval.records import CommitStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,61 +45,27 @@ class Params:
         return self.steps_per_block or self.block_size
 
 
-@dataclass
-class _Row:
-    """What one prompt has so far."""
-
-    produced: list[int]
-    steps: list[CommitStep]
-    num_forced: int = 0
-    finish_s: float | None = None
-
-
-_Params = Params  # inside the class its attribute hides the name
-
-
-class BlockDiffusion:
+class BlockDiffusion(BatchDecoder):
     """No extension of the context behind the last block; the last block is K long like the others."""
 
+    KIND = "block_diffusion"
     Params = Params
     VERSION = 1
 
-    def __init__(self, model: Any, params: _Params, *, clock: Clock | None = None) -> None:
-        if not model.has_denoiser:
-            raise ValueError("block_diffusion needs a two-tower checkpoint; this one has no denoiser")
-        self.model, self.params, self.clock = model, params, clock
-
-    @torch.inference_mode()
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        max_new_tokens: int,
-        eos_token_ids: Sequence[int] = (),
-        stop: Sequence[str] = (),
-    ) -> list[Generation]:
-        """See :class:`twotower_eval.decoders.Decoder`."""
-        rules = make_rules(self.model, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, stop=stop)
-        check_prompts(self.model, prompts)
-        if not prompts:
-            return []
-        started = self.clock() if self.clock else 0.0
-        counted, noise = CountingModel(self.model, len(prompts)), RowNoise(prompts)
-        rows = [_Row([], []) for _ in prompts]
-        context = counted.prefill(*padded_ids([prompt.token_ids for prompt in prompts]))
+    def _decode(self, call: Call) -> None:
+        for row in call.rows:
+            row.num_forced, row.steps = 0, [] if self.params.trace else None
+        context = call.prefill()
         block = 0
         while True:
-            block_BK = self._denoise_block(counted, context, noise, rows, block)
-            going = self._absorb(block_BK, context, rows, rules, started)
+            block_BK = self._denoise_block(call, context, block)
+            going = call.absorb(context.rows, block_BK.tolist())
             if not going:
-                break
-            context = counted.extend(context.select(going), block_BK[going])
+                return
+            context = call.counted.extend(context.select(going), block_BK[going])
             block += 1
-        return [self._generation(prompt, rows[i], counted, i, rules) for i, prompt in enumerate(prompts)]
 
-    def _denoise_block(
-        self, counted: CountingModel, context: CountedContext, noise: RowNoise, rows: list[_Row], block: int
-    ) -> Tensor:
+    def _denoise_block(self, call: Call, context: CountedContext, block: int) -> Tensor:
         """Denoise one block of every row of ``context``; (B, K) token ids."""
         params, mask_id = self.params, self.model.mask_token_id
         num_rows = len(context.rows)
@@ -121,66 +85,40 @@ class BlockDiffusion:
             t = [num_masked[row] / params.block_size for row in active]
             if params.batch_mean_t:
                 t = [float(masked_BK.float().mean(1).mean())] * len(active)
-            logits_BKV = counted.denoise(block_BK[these], view, t)
-            tokens_BK, confidence_BK = _predict(logits_BKV, mask_id, params.temperature, noise, view.rows)
+            logits_BKV = call.counted.denoise(block_BK[these], view, t)
+            tokens_BK, confidence_BK = _predict(logits_BKV, mask_id, params.temperature, call.noise, view.rows)
             steps_left_B = torch.full((len(active),), params.num_steps - step)
             taken_BK, forced_B = commit(confidence_BK, masked_BK[these], steps_left_B, params.threshold)
             block_BK[these] = torch.where(taken_BK, tokens_BK, block_BK[these])
             masked_BK[these] &= ~taken_BK
-            self._record(rows, view.rows, block, step, taken_BK, tokens_BK, confidence_BK, forced_B)
+            _record([call.rows[row] for row in view.rows], block, step, taken_BK, tokens_BK, confidence_BK, forced_B)
         return block_BK
 
-    def _record(
-        self,
-        rows: list[_Row],
-        batch_rows: Sequence[int],
-        block: int,
-        step: int,
-        taken_BK: Tensor,
-        tokens_BK: Tensor,
-        confidence_BK: Tensor,
-        forced_B: Tensor,
-    ) -> None:
-        """Count forced commits, and keep the step if a trace is wanted."""
-        for position, (row, num_forced) in enumerate(zip(batch_rows, forced_B.tolist(), strict=True)):
-            rows[row].num_forced += num_forced
-            if self.params.trace:
-                where = taken_BK[position].nonzero().flatten()
-                rows[row].steps.append(
-                    CommitStep(
-                        block=block,
-                        step=step,
-                        positions=tuple(where.tolist()),
-                        token_ids=tuple(tokens_BK[position][where].tolist()),
-                        confidences=tuple(confidence_BK[position][where].tolist()),
-                        num_forced=num_forced,
-                    )
+
+def _record(
+    rows: Sequence[Row],
+    block: int,
+    step: int,
+    taken_BK: Tensor,
+    tokens_BK: Tensor,
+    confidence_BK: Tensor,
+    forced_B: Tensor,
+) -> None:
+    """Count forced commits, and keep the step if a trace is wanted."""
+    for position, (row, num_forced) in enumerate(zip(rows, forced_B.tolist(), strict=True)):
+        row.num_forced = (row.num_forced or 0) + num_forced
+        if row.steps is not None:
+            where = taken_BK[position].nonzero().flatten()
+            row.steps.append(
+                CommitStep(
+                    block=block,
+                    step=step,
+                    positions=tuple(where.tolist()),
+                    token_ids=tuple(tokens_BK[position][where].tolist()),
+                    confidences=tuple(confidence_BK[position][where].tolist()),
+                    num_forced=num_forced,
                 )
-
-    def _absorb(
-        self, block_BK: Tensor, context: CountedContext, rows: list[_Row], rules: Rules, started: float
-    ) -> list[int]:
-        """Add the block to its rows; positions of the rows that go on."""
-        going = []
-        for position, (row, tokens) in enumerate(zip(context.rows, block_BK.tolist(), strict=True)):
-            rows[row].produced.extend(tokens)
-            if not is_finished(rows[row].produced, len(tokens), rules):
-                going.append(position)
-            elif self.clock:
-                rows[row].finish_s = self.clock() - started
-        return going
-
-    def _generation(self, prompt: Prompt, row: _Row, counted: CountingModel, index: int, rules: Rules) -> Generation:
-        return generation(
-            prompt,
-            row.produced,
-            rules,
-            num_context_forwards=counted.num_context_forwards[index],
-            num_denoiser_forwards=counted.num_denoiser_forwards[index],
-            num_forced_commits=row.num_forced,
-            finish_s=row.finish_s,
-            trace=tuple(row.steps) if self.params.trace else None,
-        )
+            )
 
 
 def _predict(

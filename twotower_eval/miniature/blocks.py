@@ -100,12 +100,20 @@ class Noise:
 
 
 def draw_noise(
-    batch: Batch, block_size: int, num_draws: int, full_share: float, mask_id: int, generator: torch.Generator
+    batch: Batch,
+    block_size: int,
+    num_draws: int,
+    mask_id: int,
+    generator: torch.Generator,
+    *,
+    full_share: float,
+    suffix_share: float,
 ) -> Noise:
-    """Mask every block's tokens with a probability of its own, uniform in (0, 1); a ``full_share`` of blocks wholly.
+    """Mask every block's tokens with a probability of its own, uniform in (0, 1); but a ``full_share`` of blocks
+    wholly, and a ``suffix_share`` of the others from a random position on.
 
-    Every decoded block starts wholly masked, so that state deserves more than its measure zero under uniform t. At
-    least one token is masked, so that every block teaches something.
+    Decoding starts from blocks masked wholly and mostly fills them from the left, which scattered masks hardly ever
+    show. At least one token is masked, so that every block teaches something.
     """
     answers = batch.ids_NS[:, batch.num_prompt_columns :].unflatten(1, (-1, block_size))
     shape = (num_draws, *answers.shape)
@@ -114,6 +122,11 @@ def draw_noise(
     full = torch.rand(shape[:-1], generator=generator, device=device) < full_share
     noise = torch.rand(shape, generator=generator, device=device)
     masked = (noise < torch.where(full, 1.0, rate)[..., None]) | (noise == noise.amin(-1, keepdim=True))
+    if suffix_share > 0:
+        from_left = ~full & (torch.rand(shape[:-1], generator=generator, device=device) < suffix_share)
+        first = torch.randint(block_size, shape[:-1], generator=generator, device=device)
+        suffix = torch.arange(block_size, device=device) >= first[..., None]
+        masked = torch.where(from_left[..., None], suffix, masked)
     ids = torch.where(masked, mask_id, answers.expand(shape))
     return Noise(ids, masked, masked.float().mean(-1))
 

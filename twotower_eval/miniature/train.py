@@ -126,7 +126,9 @@ def stage_loss(name: str, model: TwoTower, settings: Mapping[str, Any]) -> Loss:
         block_size, draws = block_size_at(settings, step), settings["draws"]
         with torch.no_grad():
             _, states = run_clean(model.context_tower, batch, block_size)
-        noise = draw_noise(batch, block_size, draws, settings["full_share"], model.config.mask_token_id, generator)
+        mask_id, from_left = model.config.mask_token_id, step >= settings["suffix_from"] * settings["steps"]
+        shares = {"full_share": settings["full_share"], "suffix_share": settings["suffix_share"] if from_left else 0.0}
+        noise = draw_noise(batch, block_size, draws, mask_id, generator, **shares)
         loss, right = denoiser_loss(model, batch, states, noise, mixed_precision=settings["mixed_precision"])
         return loss, draws * int(batch.answer_lengths_N.sum()), float(right)
 
