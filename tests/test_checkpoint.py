@@ -115,8 +115,8 @@ def test_each_tower_on_its_own_device(tmp_path: Path) -> None:
 
 
 def test_time_step_limit_of_newer_configs() -> None:
-    limit = [0.0, {"__float__": "Infinity"}]
-    assert tiny_config(time_step_limit=limit).time_step_limit == (0.0, float("inf"))
+    for limit in ([0.0, {"__float__": "Infinity"}], [0.0, float("inf")], ["0.0", "inf"], [0, "Infinity"]):
+        assert tiny_config(time_step_limit=limit).time_step_limit == (0.0, float("inf"))
     assert tiny_config(time_step_limit=[0, 1]).time_step_limit == (0.0, 1.0)
     assert tiny_config().time_step_limit is None
 
@@ -308,12 +308,18 @@ def test_bad_arguments(tmp_path: Path) -> None:
         (tmp_path / "nowhere", {}, "no such checkpoint folder"),
         (folder, {"dtype": "float8"}, "dtype 'float8' is unknown; choose from"),
         (folder, {"devices": ("cpu", "cpu", "cpu")}, "two towers, but 3 devices"),
+        (folder, {"devices": "cpu"}, "devices names one for each tower"),
         (folder, {"device": "tpux"}, "device 'tpux' cannot be used here"),
         (folder, {"family": "nemotron"}, "model family 'nemotron' is unknown; choose from"),
     ):
         with pytest.raises(ValueError, match=pattern) as caught:
             load_model(path, **options)
         assert "\n" not in str(caught.value)
+
+
+def test_torchs_own_devices_and_dtypes_will_do(tmp_path: Path) -> None:
+    model = load_model(write_checkpoint(tmp_path), device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert (model.checkpoint.devices, model.checkpoint.dtype) == (("cpu",), "bfloat16")
 
 
 def test_build_leaves_nothing_uninitialised_on_meta() -> None:

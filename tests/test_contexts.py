@@ -107,6 +107,16 @@ def test_contexts_are_values(name: str, lengths: list[int]) -> None:
         assert torch.allclose(answers(model, first_longer)[row], alone(model, tokens), atol=ATOL)
 
 
+def test_contexts_leave_inference_mode() -> None:
+    """What inference mode made can be extended outside it."""
+    model = tiny_pair("all kinds")
+    with torch.inference_mode():
+        context = model.extend(model.prefill(ids(2, 6), [6, 2]), ids(2, K, seed=1))
+    longer = model.extend(context, ids(2, 1, seed=2))
+    tokens = [*ids(2, 6)[1, :2].tolist(), *ids(2, K, seed=1)[1].tolist(), *ids(2, 1, seed=2)[1].tolist()]
+    assert torch.allclose(answers(model, longer)[1], alone(model, tokens), atol=ATOL)
+
+
 @EVERY_MODEL
 def test_denoising_changes_nothing(name: str) -> None:
     model = tiny_pair(name)

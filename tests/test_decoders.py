@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from golden_files import Spy
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -194,6 +195,13 @@ def test_sampling_depends_on_the_prompts_seed(kind: str) -> None:
     first, other, again = decoder.generate(prompts, max_new_tokens=20)
     assert first.token_ids == again.token_ids
     assert first.token_ids != other.token_ids
+
+
+def test_a_prompts_tokens_may_be_a_list_or_a_tensor() -> None:
+    wanted = Prompt(id="p", token_ids=(5, 6, 7))
+    for ids in ([5, 6, 7], torch.tensor([5, 6, 7], dtype=torch.int32), torch.tensor([5, 6, 7]).numpy()):
+        given_otherwise: Any = ids
+        assert Prompt(id="p", token_ids=given_otherwise) == wanted
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "reference"])

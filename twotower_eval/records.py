@@ -63,12 +63,18 @@ class DecoderSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One prompt. ``seed`` makes sampling independent of the batch a prompt happens to be in."""
+    """One prompt. ``seed`` makes sampling independent of the batch a prompt happens to be in.
+
+    ``token_ids`` may be given as any sequence of whole numbers, a tensor included.
+    """
 
     id: str
     token_ids: tuple[int, ...]
     text: str | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", tuple(int(token) for token in self.token_ids))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from twotower_eval.names import resolve
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from twotower_eval.models.tokenizer import Tokenizer
@@ -60,9 +61,9 @@ class TwoTowerModel(CausalModel, Protocol):
 def load_model(
     path: str | Path,
     *,
-    device: str = "cpu",
-    dtype: str = "float32",
-    devices: Sequence[str] | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    devices: Sequence[str | torch.device] | None = None,
     tower: Literal["context"] | None = None,
     family: str | None = None,
 ) -> Any:
@@ -80,6 +81,7 @@ def load_model(
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such checkpoint folder")
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
     if family is None:
@@ -89,7 +91,9 @@ def load_model(
         raise ValueError(
             f"model family {family!r} is unknown; choose from {', '.join(FAMILIES)} or name module:function"
         )
-    places = tuple(devices) if devices else (device,)
+    if isinstance(devices, str):
+        raise ValueError(f"devices names one for each tower, as in ({devices!r},): for a single one take device")
+    places = tuple(str(place) for place in devices or (device,))
     if len(places) > 2:
         raise ValueError(f"a pair has two towers, but {len(places)} devices are named")
     for place in places:

@@ -134,12 +134,15 @@ def _as_ids(value: Any) -> tuple[int, ...]:
 
 
 def _as_interval(value: Any) -> tuple[float, float]:
-    """Two numbers; newer configs write infinity as ``{"__float__": "Infinity"}``."""
+    """Two numbers; infinity has no JSON number, so that they may be texts, or ``{"__float__": "Infinity"}``."""
     ends = [v.get("__float__") if isinstance(v, dict) else v for v in value] if isinstance(value, list) else []
-    numbers = [float(v) for v in ends if v == "Infinity" or (isinstance(v, int | float) and not isinstance(v, bool))]
-    if len(numbers) != 2 or len(ends) != 2 or not numbers[0] <= numbers[1]:
+    try:
+        low, high = (float(v) for v in ends if isinstance(v, int | float | str) and not isinstance(v, bool))
+    except ValueError:
+        low, high = math.nan, math.nan
+    if len(ends) != 2 or not low <= high:
         raise ValueError(f"config.json: time_step_limit must be an interval [low, high], not {value!r}")
-    return numbers[0], numbers[1]
+    return low, high
 
 
 def _check_type(name: str, value: Any, wanted: str) -> None:

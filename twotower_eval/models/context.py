@@ -97,7 +97,7 @@ class Context:
 def writable_buffer(context: Context, num_new: int) -> KeyValueBuffer:
     """A buffer with room for ``num_new`` more tokens per row, shared if ``context`` is its newest user."""
     buffer, needed = context.buffer, context.max_length + num_new
-    if buffer.capacity >= needed and buffer.num_writes == context.write_mark:
+    if buffer.capacity >= needed and buffer.num_writes == context.write_mark and _may_write(buffer):
         return buffer
     capacity = needed + max(MIN_SPARE, needed // 4)
     length = min(context.max_length, buffer.capacity)
@@ -106,6 +106,11 @@ def writable_buffer(context: Context, num_new: int) -> KeyValueBuffer:
         values={i: _grown(v, length, capacity) for i, v in buffer.values.items()},
         capacity=capacity,
     )
+
+
+def _may_write(buffer: KeyValueBuffer) -> bool:
+    """Tensors made in inference mode cannot be written to outside it."""
+    return torch.is_inference_mode_enabled() or not any(keys.is_inference() for keys in buffer.keys.values())
 
 
 def _grown(old_BJTD: Tensor, length: int, capacity: int) -> Tensor:
