@@ -17,6 +17,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows
+from safetensors.torch import load_file, save_file
 
 from tests.tiny_pair import write_pair
 from twotower_eval import decoders, harness, store, suites
@@ -201,7 +202,18 @@ def test_a_checkpoint_without_tokenizer_is_one_line(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (pair / name).unlink()
     with pytest.raises(ValueError, match="no tokenizer files"):
-        harness.run(RunPlan(model=str(pair), tasks=("miniature_sort",), limit=1), root=tmp_path)
+        harness.run(RunPlan(model=str(pair), tasks=("miniature_sort",), limit=1), root=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists(), "what cannot be run leaves no run folder"
+
+
+def test_a_decoder_that_the_model_cannot_serve_is_refused_before_the_run_begins(tmp_path: Path) -> None:
+    causal = write_pair(tmp_path / "causal")
+    weights, prefix = load_file(str(causal / "model.safetensors")), "context_tower."
+    base = {"backbone." + name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
+    save_file({**base, "lm_head.weight": weights["context_lm_head.weight"]}, str(causal / "model.safetensors"))
+    with pytest.raises(ValueError, match="block_diffusion needs a two-tower checkpoint"):
+        harness.run(RunPlan(model=str(causal), tasks=("miniature_sort",), limit=1), root=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_scores_equal_lm_evals_own_evaluator(model: Any, plan: RunPlan, tmp_path: Path) -> None:

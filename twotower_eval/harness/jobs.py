@@ -70,14 +70,18 @@ def load_models(plan: RunPlan) -> tuple[Any, Any]:
 
     model = Path(plan.model) if plan.model is not None else data_path("miniature", "pair")
     baseline = None if plan.baseline == CONTEXT_TOWER else Path(plan.baseline)
-    return load_arms(model, baseline, dtype=plan.dtype, devices=plan.devices)
+    arms = load_arms(model, baseline, dtype=plan.dtype, devices=plan.devices)
+    for arm in arms:
+        if arm.tokenizer is None:
+            raise ValueError(f"checkpoint {arm.checkpoint.name} has no tokenizer files: tasks are text, it needs one")
+    return arms
 
 
 def make_jobs(
     plan: RunPlan, tasks: Sequence[BuiltTask], specs: Sequence[DecoderSpec], baseline: Any, candidate: Any
 ) -> list[Job]:
     """Every cell of the plan, task by task, the baseline first. ValueError if a model cannot score as asked."""
-    from twotower_eval.decoders import decoder_spec
+    from twotower_eval.decoders import decoder_spec, from_spec
 
     autoregressive = decoder_spec("autoregressive", temperature=plan.temperature)
     arms: list[tuple[Arm, Any, DecoderSpec]] = [("baseline", baseline, autoregressive)]
@@ -94,8 +98,11 @@ def make_jobs(
             alike = (task.name, kind, tensors, spec.params.get("block_size") if by_denoiser else None)
             donor = first_with.setdefault(alike, cell.id)
             answering = candidate if shared and not task.generates else model
-            if not task.generates:
-                make_scorer_of(answering, kind, spec)  # now, not hours into the run
+            # A model that cannot answer is refused now, not hours into the run.
+            if task.generates:
+                from_spec(answering, spec)
+            else:
+                make_scorer_of(answering, kind, spec)
             # An AR model compared with itself is one cell, not two.
             jobs.setdefault(cell.id, Job(cell=cell, task=task, model=answering, kind=kind, likelihoods_of=donor))
     return list(jobs.values())
