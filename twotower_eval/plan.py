@@ -179,6 +179,11 @@ def data_path(*parts: str) -> Path:
     return (shipped if shipped.is_dir() else package.parent / "tasks").joinpath(*parts[1:])
 
 
+def model_folder(plan: Plan) -> Path:
+    """The checkpoint that a plan is about: the shipped miniature pair unless it names another."""
+    return data_path("miniature", "pair") if plan.model is None else Path(plan.model)
+
+
 def _default(cls: type[Plan], name: str) -> Any:
     return next(field.default for field in dataclasses.fields(cls) if field.name == name)
 

@@ -20,7 +20,7 @@ from twotower_eval.harness.jobs import (
     make_scorer_of,
 )
 from twotower_eval.harness.scoring import Row, score_rows
-from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders, plan_from_json
+from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders, model_folder, plan_from_json
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import Score
 from twotower_eval.store import TRAINING_LOG
@@ -44,7 +44,7 @@ def run(plan: RunPlan, *, root: Path, resume: Path | None = None, progress: Prog
     with writer:
         for warning in writer.warnings:
             progress.note(f"warning: {warning}")
-        _keep_training_log(Path(candidate.checkpoint.source), writer.path)
+        _keep_training_log(model_folder(plan), writer.path)
         _Evaluation(plan, writer, jobs, progress).run()
         writer.finish()
     return writer.path

@@ -23,6 +23,7 @@ LOG_FILE = "training_log.jsonl"
 def config_json(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of the recipe's pair, in the released layout."""
     return {
+        "_name_or_path": "miniature",
         "architectures": ["NemotronHTwoTowerForCausalLM"],
         "model_type": "nemotron_h",
         "vocab_size": len(VOCABULARY),

@@ -103,5 +103,10 @@ def load_model(
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"device {place!r} cannot be used here: {reason}") from error
     load = resolve(FAMILIES.get(family, family))
-    with torch.inference_mode(False):
-        return load(folder, devices=places, dtype=getattr(torch, dtype), tower=tower)
+    try:
+        with torch.inference_mode(False):
+            return load(folder, devices=places, dtype=getattr(torch, dtype), tower=tower)
+    except ValueError as error:
+        if str(folder) in str(error):
+            raise
+        raise ValueError(f"{folder}: {error}") from error

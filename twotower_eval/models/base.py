@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import nn
 
 from twotower_eval.models.tokenizer import Tokenizer
 from twotower_eval.records import Checkpoint
+
+PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+
+
+def source_text(folder: Path) -> str:
+    """Where a checkpoint came from, as records say it; for what the package ships, wherever it is installed, the
+    place inside the package."""
+    inside = folder.resolve().is_relative_to(PACKAGE_PARENT / "twotower_eval")
+    return folder.resolve().relative_to(PACKAGE_PARENT).as_posix() if inside else str(folder)
 
 
 class LanguageModel(nn.Module):

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from twotower_eval.models.autoregressive import ContextTower
-from twotower_eval.models.base import LanguageModel
+from twotower_eval.models.base import LanguageModel, source_text
 from twotower_eval.models.config import NemotronHConfig, parse_config
 from twotower_eval.models.nemotron_h import MixtureOfExperts, Tower
 from twotower_eval.models.tokenizer import load_tokenizer
@@ -231,7 +231,8 @@ def load(
     folder: Path, *, devices: tuple[str, ...], dtype: torch.dtype, tower: Literal["context"] | None = None
 ) -> LanguageModel:
     """A pair, its context tower alone (``tower="context"``), or an AR base checkpoint (``backbone.*`` names)."""
-    config = parse_config(read_json(folder / "config.json"))
+    data = read_json(folder / "config.json")
+    config = parse_config(data)
     files = tensor_files(folder)
     is_base = any(name.startswith("backbone.") for name in files)
     kind: Literal["pair", "context"] = "context" if is_base or tower else "pair"
@@ -249,12 +250,14 @@ def load(
     model = build(config, kind, dtype, devices)
     digests = fill(slots_of(model), files)
     model.tokenizer = tokenizer
-    _identify(model, folder, config, digests, tower=tower, devices=devices, dtype=dtype)
+    name = str(data.get("_name_or_path") or folder.resolve().name)
+    _identify(model, name, folder, config, digests, tower=tower, devices=devices, dtype=dtype)
     return model
 
 
 def _identify(
     model: TwoTower | ContextTower,
+    name: str,
     folder: Path,
     config: NemotronHConfig,
     digests: Mapping[str, str],
@@ -267,9 +270,9 @@ def _identify(
     is_pair = isinstance(model, TwoTower)
     model.context_digest = joint_digest(digests, ("context_",))
     model.checkpoint = Checkpoint(
-        name=folder.resolve().name,
+        name=name,
         family="nemotron_h",
-        source=str(folder),
+        source=source_text(folder),
         digest=joint_digest(digests),
         dtype=str(dtype).removeprefix("torch."),
         devices=devices if is_pair else devices[:1],

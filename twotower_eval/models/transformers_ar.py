@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from twotower_eval.models.autoregressive import host_lengths
-from twotower_eval.models.base import LanguageModel
+from twotower_eval.models.base import LanguageModel, source_text
 from twotower_eval.models.checkpoint import joint_digest, opened, read_json, tensor_digest, tensor_files
 from twotower_eval.models.tokenizer import load_tokenizer
 from twotower_eval.models.transformers_context import CacheContext, Part, forked
@@ -160,7 +160,7 @@ def load(
     model.checkpoint = Checkpoint(
         name=folder.resolve().name,
         family="transformers",
-        source=str(folder),
+        source=source_text(folder),
         digest=joint_digest(digests),
         dtype=str(dtype).removeprefix("torch."),
         devices=devices[:1],

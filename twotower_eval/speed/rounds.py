@@ -17,7 +17,7 @@ from pathlib import Path
 from twotower_eval import store
 from twotower_eval.environment import new_manifest
 from twotower_eval.journal import now_text
-from twotower_eval.plan import CONTEXT_TOWER, SpeedPlan, cross_decoders, data_path
+from twotower_eval.plan import CONTEXT_TOWER, SpeedPlan, cross_decoders, model_folder
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import (
     Generation,
@@ -62,9 +62,8 @@ def run(
     calls = make_calls(plan, requests)
     devices = Devices(plan.devices)
     with torch_threads(plan.threads):
-        model = Path(plan.model) if plan.model is not None else data_path("miniature", "pair")
         baseline = None if plan.baseline == CONTEXT_TOWER else Path(plan.baseline)
-        models = load_arms(model, baseline, dtype=plan.dtype, devices=plan.devices)
+        models = load_arms(model_folder(plan), baseline, dtype=plan.dtype, devices=plan.devices)
         lanes = make_lanes(plan, calls, requests, specs, models, CallClock(devices, now))
         manifest = _manifest(plan, [lane for of_size in lanes.values() for lane in of_size], resume)
         writer = store.create(root, manifest) if resume is None else store.resume(resume, manifest)
