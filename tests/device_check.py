@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 import twotower_eval as tt
+from twotower_eval.miniature import evaluate
 from twotower_eval.miniature.train import read_recipe, train_pair
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "public"
@@ -117,6 +118,7 @@ def train(device: str, folder: Path, quick: bool) -> None:
     """The shipped recipe on the device; with ``quick`` a few steps of it."""
     recipe = None
     if quick:
+        evaluate.DOCUMENTS_PER_KIND = 1
         folder.mkdir(parents=True, exist_ok=True)
         recipe = folder / "recipe.toml"
         recipe.write_text(_short_recipe(), encoding="utf-8")
