@@ -16,7 +16,6 @@ from twotower_eval.models.checkpoint import FLOAT32_PARAMETERS, pair_slots
 from twotower_eval.models.twotower import TwoTower
 
 RECIPE_FILE = Path(__file__).with_name("recipe.toml")
-PAIR_FOLDER = Path(__file__).with_name("pair")
 LOG_FILE = "training_log.jsonl"
 
 

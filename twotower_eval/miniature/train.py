@@ -26,7 +26,7 @@ from twotower_eval.miniature.batches import Batch, training_batches
 from twotower_eval.miniature.blocks import autoregressive_loss, denoiser_loss, draw_noise, run_clean
 from twotower_eval.miniature.evaluate import context_point, learning_point
 from twotower_eval.miniature.export import LOG_FILE, RECIPE_FILE, config_json, export_pair
-from twotower_eval.models.config import NemotronHConfig, parse_config
+from twotower_eval.models.config import parse_config
 from twotower_eval.models.nemotron_h import MixtureOfExperts, initialise
 from twotower_eval.models.twotower import TwoTower
 from twotower_eval.ops import moe
@@ -320,8 +320,3 @@ def train_pair(folder: Path, *, recipe_file: Path | None = None, threads: int = 
         stage = make_stage("denoiser", model, recipe["denoiser"])
         save_state(folder, model, stage)
     return export_pair(model, recipe, folder)
-
-
-def config_of(recipe: Mapping[str, Any]) -> NemotronHConfig:
-    """The recipe's model sizes as a checked config."""
-    return parse_config(config_json(recipe))

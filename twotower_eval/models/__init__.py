@@ -22,16 +22,6 @@ FAMILIES = {
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-class ContextLike(Protocol):
-    """What decoders may ask of a context."""
-
-    @property
-    def lengths(self) -> tuple[int, ...]: ...
-    @property
-    def batch_size(self) -> int: ...
-    def select(self, rows: Sequence[int]) -> Any: ...
-
-
 class CausalModel(Protocol):
     """What the autoregressive decoder and the causal scorers need. B batch, S prompt, K block, V vocabulary."""
 
