@@ -1,0 +1,76 @@
+"""Timed phases: they do what decoders do, count their repetitions, and leave the context they start from alone."""
+
+import torch
+from tiny_models import tiny_pair
+
+from twotower_eval.speed import phases
+from twotower_eval.speed.clock import CallClock, Devices
+
+
+class Ticks:
+    """A clock of whole seconds that moves by one each time something asks the model for something."""
+
+    def __init__(self) -> None:
+        self.s = 0.0
+
+    def __call__(self) -> float:
+        return self.s
+
+
+class Spy:
+    """A model that notes each call and its widths, and lets a second pass."""
+
+    def __init__(self, model, ticks):
+        self.model, self.ticks, self.calls = model, ticks, []
+
+    def __getattr__(self, name):
+        value = getattr(self.model, name)
+        if name not in ("prefill", "extend", "denoise", "next_logits"):
+            return value
+
+        def noted(*args):
+            self.ticks.s += 1
+            length = args[0].max_length if name in ("extend", "next_logits") else None
+            self.calls.append((name, length))
+            return value(*args)
+
+        return noted
+
+
+def made_ready():
+    ticks = Ticks()
+    spy = Spy(tiny_pair(), ticks)
+    with torch.inference_mode():
+        context = tiny_pair().prefill(torch.full((2, 6), 5))
+    return spy, context, CallClock(Devices(["cpu"]), ticks)
+
+
+def test_a_prefill_reads_and_chooses():
+    spy, _, clock = made_ready()
+    walls_s = phases.time_repeats(phases.prefill(spy, torch.full((2, 6), 5)), clock, 3)
+    assert walls_s == (2.0, 2.0, 2.0)
+    assert [name for name, _ in spy.calls] == ["prefill", "next_logits"] * 3
+
+
+def test_an_ar_step_goes_on_where_the_last_one_ended_and_copies_off_the_clock():
+    spy, context, clock = made_ready()
+    step = phases.ar_step(spy, context, torch.full((2, 1), 5))
+    assert spy.calls == [("extend", 6)]
+    assert phases.time_repeats(step, clock, 2) == (2.0, 2.0)
+    assert spy.calls[1:] == [("extend", 7), ("next_logits", 8), ("extend", 8), ("next_logits", 9)]
+    assert context.max_length == 6
+
+
+def test_a_context_pass_takes_whole_blocks_and_no_logits():
+    spy, context, clock = made_ready()
+    passes = phases.context_pass(spy, context, torch.full((2, 4), 5))
+    assert phases.time_repeats(passes, clock, 2) == (1.0, 1.0)
+    assert spy.calls == [("extend", 6), ("extend", 10), ("extend", 14)]
+
+
+def test_a_denoise_step_leaves_the_context_as_it_was():
+    spy, context, clock = made_ready()
+    block_BK = torch.full((2, 4), spy.mask_token_id)
+    before = tiny_pair().denoise(block_BK, context, 1.0)
+    assert phases.time_repeats(phases.denoise(spy, context, block_BK, 1.0), clock, 3) == (1.0, 1.0, 1.0)
+    assert torch.equal(tiny_pair().denoise(block_BK, context, 1.0), before)

@@ -1,0 +1,87 @@
+"""The four phases that decoding is made of, each measured alone: prefill, AR step, denoise step, context pass.
+
+A phase is made ready off the clock, as a function of one repetition, and repeated on it. Each repetition does what a
+decoder does there, the choice of tokens on the device and its way to the host included, so that seconds times counts
+predict a whole call. Shape letters: see ops/__init__; all rows of a batch are equally long here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twotower_eval.speed.clock import CallClock, no_garbage_collection
+
+Repeat = Callable[[], None]  # one repetition of a phase
+
+
+def prefill(model: Any, ids_BS: Tensor) -> Repeat:
+    """Read the prompts and choose the first token of each."""
+
+    def repeat() -> None:
+        _choose(model.next_logits(model.prefill(ids_BS)))
+
+    return repeat
+
+
+def ar_step(model: Any, context: Any, ids_B1: Tensor) -> Repeat:
+    """Extend by one token, logits, choice. Each repetition goes on where the last ended, one token further."""
+    with torch.inference_mode():
+        # The first extension copies the keys and values that others may still read: not part of any later step.
+        newest = model.extend(context, ids_B1)
+
+    def repeat() -> None:
+        nonlocal newest
+        newest = model.extend(newest, ids_B1)
+        _choose(model.next_logits(newest))
+
+    return repeat
+
+
+def denoise(model: Any, context: Any, block_BK: Tensor, t_B: Sequence[float] | float | None) -> Repeat:
+    """One denoiser pass over a block, and the choice of a token with its probability at every position.
+
+    ``t_B`` is the mask fraction that the denoiser is told, as in :meth:`TwoTower.denoise`.
+    """
+
+    def repeat() -> None:
+        _choose_confident(model.denoise(block_BK, context, t_B), model.mask_token_id)
+
+    return repeat
+
+
+def context_pass(model: Any, context: Any, block_BK: Tensor) -> Repeat:
+    """Extend by a whole block, no logits. Each repetition goes on where the last ended, one block further."""
+    with torch.inference_mode():
+        newest = model.extend(context, block_BK)
+
+    def repeat() -> None:
+        nonlocal newest
+        newest = model.extend(newest, block_BK)
+
+    return repeat
+
+
+def time_repeats(repeat: Repeat, clock: CallClock, num_repeats: int) -> tuple[float, ...]:
+    """Seconds of each repetition, every device waited for before and after it."""
+    walls_s = []
+    with torch.inference_mode(), no_garbage_collection():
+        for _ in range(num_repeats):
+            started_s = clock()
+            repeat()
+            walls_s.append(clock() - started_s)
+    return tuple(walls_s)
+
+
+def _choose(logits_BV: Tensor) -> None:
+    logits_BV.argmax(-1).cpu()
+
+
+def _choose_confident(logits_BKV: Tensor, mask_token_id: int) -> None:
+    """As block diffusion chooses at temperature 0; what it then does on the host costs microseconds."""
+    logits_BKV[..., mask_token_id] = -torch.inf
+    confidence_BK, tokens_BK = logits_BKV.float().softmax(-1).max(-1)
+    tokens_BK.cpu(), confidence_BK.cpu()
