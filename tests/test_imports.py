@@ -33,9 +33,10 @@ ALLOWED: dict[str, set[str]] = {
     "speed": {"plan", "store", "journal", "environment", "progress", *PRODUCING},
     "miniature": {"plan", "progress", "journal", "environment", *PRODUCING},
     "stats": {"store"},
-    "claims": {"store", "stats"},
-    "report": {"store", "stats", "claims", "plan"},
-    "cli": {"plan", "store", "progress", "suites", "harness", "speed", "report", "miniature", "datafiles"},
+    "evidence": {"store", "stats"},
+    "claims": {"plan", "store", "stats", "evidence"},
+    "report": {"store", "stats", "evidence", "claims", "plan"},
+    "cli": {"plan", "store", "progress", "suites", "harness", "speed", "claims", "report", "miniature", "datafiles"},
 }
 # Packages that cost or weigh something -> the only rooms that may import them, anywhere in their files.
 HEAVY = {

@@ -13,10 +13,11 @@ import pytest
 import report_fixture as made
 
 from twotower_eval import report, stats, store
+from twotower_eval.evidence.points import Measured
+from twotower_eval.evidence.runs import Runs
 from twotower_eval.records import Estimate, GenerationRow, Score, SpeedSample
 from twotower_eval.report import text
-from twotower_eval.report.evidence import Measured
-from twotower_eval.report.runs import Runs, Section
+from twotower_eval.report.section import Section
 
 
 def write(out: Path, *paths: Path, **options) -> str:

@@ -15,13 +15,13 @@ from tests.fake_decoder import DECODING_S, FIRST_S, PREFILL_S, REST_S, TIME
 from tests.tiny_pair import write_pair
 from twotower_eval import cli, harness, speed, store, suites
 from twotower_eval.decoders import decoder_spec, from_spec
+from twotower_eval.evidence.timing import speed_points
 from twotower_eval.models import load_model
 from twotower_eval.models.arms import load_arms
 from twotower_eval.models.tokenizer import Tokenizer
 from twotower_eval.plan import RunPlan, SpeedPlan, plan_from_json
 from twotower_eval.progress import SilentProgress
 from twotower_eval.records import Prompt, SpeedSample, canonical_json, sha256_text
-from twotower_eval.report.timing import speed_points
 from twotower_eval.speed.clock import CallClock, Devices, TimedModel, torch_threads
 from twotower_eval.speed.workloads import encode_calls, make_calls
 

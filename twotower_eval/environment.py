@@ -12,11 +12,11 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from twotower_eval import __version__
 from twotower_eval.journal import now_text
-from twotower_eval.records import SCHEMA_VERSION, Cell, RunManifest, canonical_json, sha256_text, to_json
+from twotower_eval.records import SCHEMA_VERSION, Cell, RunManifest, Verb, canonical_json, sha256_text, to_json
 
 PACKAGES = (
     "torch",
@@ -38,7 +38,7 @@ GIT_TIMEOUT_S = 10.0
 
 
 def new_manifest(
-    verb: Literal["run", "speed"],
+    verb: Verb,
     *,
     run_id: str,
     plan: Any,

@@ -21,7 +21,10 @@ SCHEMA_VERSION = 1
 FinishReason = Literal["eos", "stop", "length"]
 LikelihoodKind = Literal["exact", "context_tower", "denoiser_left_to_right", "bound"]
 SpeedPhase = Literal["warmup", "measure"]
-WorkloadKind = Literal["task", "fixed", "answer"]
+WorkloadKind = Literal["task", "fixed", "answer", "costs", "checks"]
+CostPart = Literal["prefill", "ar_step", "denoise", "context_pass"]
+CheckOutcome = Literal["passed", "failed", "not_checked"]
+Verb = Literal["run", "speed", "verify"]
 Arm = Literal["baseline", "candidate"]
 Outcome = Literal["SUPPORTED", "REFUTED", "INCONCLUSIVE", "INVALID", "NOT_MEASURED"]
 
@@ -241,12 +244,55 @@ class SpeedSample:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CostSample:
+    """One line of ``costs.jsonl``: one part of decoding timed by itself, ``num_repeats`` times in a row.
+
+    ``prefill`` reads ``context_tokens`` per row, ``ar_step`` makes one token and extends by it, ``denoise`` is one
+    denoiser call on a block, ``context_pass`` extends by a finished block; ``block_size`` is ``None`` for the first
+    two. ``wall_s`` is for all repeats together. ``routing`` and ``num_experts_touched`` (mean over layers) belong to
+    forced routing on random weights, ``num_layers`` to models cut short; all three are ``None`` otherwise.
+    """
+
+    cell: str
+    launch_id: str
+    round: int
+    phase: SpeedPhase
+    part: CostPart
+    replica: int  # as in SpeedSample
+    batch_size: int
+    context_tokens: int
+    block_size: int | None
+    num_repeats: int
+    wall_s: float
+    started_at: str
+    routing: str | None = None
+    num_experts_touched: float | None = None
+    num_layers: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One line of ``checks.jsonl``: one thing that ``verify`` looked at before anything is measured.
+
+    ``value`` is what was measured and ``limit`` what it is held against, each ``None`` where there is no number.
+    ``not_checked`` carries its reason in ``detail``.
+    """
+
+    cell: str
+    name: str
+    outcome: CheckOutcome
+    detail: str
+    value: float | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunManifest:
     """First file of a run, written once. ``plan`` is the resolved plan as JSON; ``packages`` name -> version."""
 
     schema: int
     run_id: str
-    verb: Literal["run", "speed"]
+    verb: Verb
     argv: tuple[str, ...]
     plan: Mapping[str, Any]
     plan_sha256: str

@@ -33,6 +33,8 @@ from twotower_eval.journal import now_text as now_text
 from twotower_eval.records import (
     SCHEMA_VERSION,
     Cell,
+    Check,
+    CostSample,
     GenerationRow,
     LikelihoodRow,
     RunManifest,
@@ -46,7 +48,7 @@ MANIFEST, EVENTS, DONE = "manifest.json", "events.jsonl", "done.json"
 TRAINING_LOG = "training_log.jsonl"  # a copy of what lies beside a trained checkpoint; no journal of ours
 PACKAGES_THAT_MUST_AGREE = ("torch", "transformers", "lm-eval", "mamba-ssm", "causal-conv1d", "flash-attn")
 
-Row = GenerationRow | LikelihoodRow | Score | SpeedSample
+Row = GenerationRow | LikelihoodRow | Score | SpeedSample | CostSample | Check
 Key = tuple[str | int, ...]
 R = TypeVar("R", bound=Row)
 
@@ -63,11 +65,22 @@ def _speed_key(row: SpeedSample) -> Key:
     return (row.launch_id, row.cell, row.replica, row.phase, row.round, row.call_id)
 
 
+def _cost_key(row: CostSample) -> Key:
+    sizes = (row.batch_size, row.context_tokens, row.block_size or 0, row.routing or "", row.num_layers or 0)
+    return (row.launch_id, row.cell, row.replica, row.phase, row.round, row.part, *sizes)
+
+
+def _check_key(row: Check) -> Key:
+    return (row.cell, row.name)
+
+
 JOURNALS: dict[type[Row], tuple[str, Callable[[Any], Key]]] = {
     GenerationRow: ("generations.jsonl", _request_key),
     LikelihoodRow: ("likelihoods.jsonl", _request_key),
     Score: ("scores.jsonl", _score_key),
     SpeedSample: ("speed.jsonl", _speed_key),
+    CostSample: ("costs.jsonl", _cost_key),
+    Check: ("checks.jsonl", _check_key),
 }
 
 
@@ -81,6 +94,8 @@ class Run:
     likelihoods: list[LikelihoodRow]
     scores: list[Score]
     speed: list[SpeedSample]
+    costs: list[CostSample]
+    checks: list[Check]
     events: list[dict[str, Any]]
     complete: bool
 
@@ -150,6 +165,8 @@ def load(path: Path) -> Run:
         likelihoods=_read_rows(path, LikelihoodRow, cells),
         scores=_read_rows(path, Score, cells),
         speed=_read_rows(path, SpeedSample, cells),
+        costs=_read_rows(path, CostSample, cells),
+        checks=_read_rows(path, Check, cells),
         events=[event for _, event in read_objects(path / EVENTS)],
         complete=_agrees_with_done(path),
     )
@@ -179,7 +196,7 @@ class RunWriter:
         self._finished = False
         self._cells = set(run.cells)
         self._files: dict[str, Journal] = {}
-        rows: tuple[Row, ...] = (*run.generations, *run.likelihoods, *run.scores, *run.speed)
+        rows: tuple[Row, ...] = (*run.generations, *run.likelihoods, *run.scores, *run.speed, *run.costs, *run.checks)
         self._keys = {(type(row), *JOURNALS[type(row)][1](row)) for row in rows}
         for name in (EVENTS, *(name for name, _ in JOURNALS.values())):
             truncate_torn_line(self.path / name)

@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from twotower_eval import store
+from twotower_eval.evidence.naming import checkpoint_name
+from twotower_eval.evidence.runs import Runs
 from twotower_eval.names import did_you_mean, resolve
 from twotower_eval.records import sha256_text
-from twotower_eval.report.runs import Runs, Section, checkpoint_name
+from twotower_eval.report.section import Section
 from twotower_eval.report.text import escape
 
 __all__ = ["SECTIONS", "Runs", "Section", "report_id", "write"]

@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from twotower_eval.evidence.naming import setting
+from twotower_eval.evidence.runs import Runs
+from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.records import DecoderSpec
-from twotower_eval.report.runs import Runs, Section, setting
+from twotower_eval.report.section import Section
 from twotower_eval.report.text import run_list
-from twotower_eval.report.timing import SpeedPoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,10 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from twotower_eval.evidence.naming import checkpoint_name
+from twotower_eval.evidence.runs import Runs
 from twotower_eval.records import Cell, Checkpoint
-from twotower_eval.report.runs import Runs, Section, checkpoint_name
+from twotower_eval.report.section import Section
 from twotower_eval.report.text import NONE, bullets, code, count, details, escape, run_list, table
 from twotower_eval.store import Run
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from twotower_eval.report.counts import Counts
-from twotower_eval.report.runs import Runs, Section
+from twotower_eval.evidence.counts import Counts
+from twotower_eval.evidence.runs import Runs
+from twotower_eval.evidence.timing import Latency, SpeedPoint
+from twotower_eval.report.section import Section
 from twotower_eval.report.text import (
     NONE,
     bullets,
@@ -19,7 +21,6 @@ from twotower_eval.report.text import (
     table,
     times,
 )
-from twotower_eval.report.timing import Latency, SpeedPoint
 
 
 def speed(runs: Runs) -> Section:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from twotower_eval.evidence.naming import setting, short_name
+from twotower_eval.evidence.points import PointKey
+from twotower_eval.evidence.runs import Runs
 from twotower_eval.records import DecoderSpec, Estimate
-from twotower_eval.report.evidence import PointKey
 from twotower_eval.report.plots import COLOURS, GREY, MARKERS, png
-from twotower_eval.report.runs import Runs, Section, setting, short_name
+from twotower_eval.report.section import Section
 from twotower_eval.report.text import run_list
 
 if TYPE_CHECKING:

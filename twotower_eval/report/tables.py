@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 
 from twotower_eval import stats
+from twotower_eval.evidence.points import OtherScore, QualityPoint, TaskQuality, measured, point_key
+from twotower_eval.evidence.runs import Runs
 from twotower_eval.records import Score
-from twotower_eval.report.evidence import OtherScore, QualityPoint, TaskQuality, measured, point_key
-from twotower_eval.report.runs import Runs, Section
+from twotower_eval.report.section import Section
 from twotower_eval.report.text import (
     NONE,
     SCORED_BY,

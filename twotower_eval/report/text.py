@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 
+from twotower_eval.evidence.naming import checkpoint_name, long_name
+from twotower_eval.evidence.points import Measured, QualityPoint
+from twotower_eval.evidence.runs import Runs
+from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.records import Cell, Estimate
-from twotower_eval.report.evidence import Measured, QualityPoint
-from twotower_eval.report.runs import Runs, Section, checkpoint_name, long_name
-from twotower_eval.report.timing import SpeedPoint
+from twotower_eval.report.section import Section
 from twotower_eval.store import Run
 
 NONE = "\u2013"  # a dash: there is no such number

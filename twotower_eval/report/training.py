@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from twotower_eval.evidence.runs import Runs
 from twotower_eval.report.plots import COLOURS, GREY, png
-from twotower_eval.report.runs import Runs, Section
+from twotower_eval.report.section import Section
 from twotower_eval.store import TRAINING_LOG
 
 if TYPE_CHECKING:

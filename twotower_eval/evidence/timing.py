@@ -14,9 +14,9 @@ from math import log
 import numpy as np
 
 from twotower_eval import stats
+from twotower_eval.evidence.counts import Counts, count
+from twotower_eval.evidence.points import Measured, PointKey, baseline_of, measured, point_key
 from twotower_eval.records import Cell, SpeedSample, canonical_json
-from twotower_eval.report.counts import Counts, count
-from twotower_eval.report.evidence import Measured, PointKey, baseline_of, measured, point_key
 from twotower_eval.store import Run
 
 Round = tuple[str, int]  # launch, number

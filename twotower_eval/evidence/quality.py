@@ -11,9 +11,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from twotower_eval import stats
-from twotower_eval.records import Cell, Score
-from twotower_eval.report.counts import count
-from twotower_eval.report.evidence import (
+from twotower_eval.evidence.counts import count
+from twotower_eval.evidence.points import (
     Measured,
     MissingScore,
     OtherScore,
@@ -24,6 +23,7 @@ from twotower_eval.report.evidence import (
     measured,
     point_key,
 )
+from twotower_eval.records import Cell, Score
 from twotower_eval.store import Run
 
 STDERR_TOLERANCE = 0.2

@@ -1,30 +1,17 @@
-"""What every section of a report reads: the runs, and what they say of quality and speed, computed once."""
+"""What verdicts and reports read: the runs, and what they say of quality and speed, computed once."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, overload
+from typing import overload
 
-from twotower_eval.records import Cell, Checkpoint, DecoderSpec
-from twotower_eval.report.evidence import PointKey, QualityPoint
-from twotower_eval.report.quality import quality_points
-from twotower_eval.report.timing import SpeedPoint, speed_points
+from twotower_eval.evidence.naming import checkpoint_name, is_claimed, long_name, short_name
+from twotower_eval.evidence.points import PointKey, QualityPoint
+from twotower_eval.evidence.quality import quality_points
+from twotower_eval.evidence.timing import SpeedPoint, speed_points
+from twotower_eval.records import Cell
 from twotower_eval.store import Run
-
-# The operating point that the published claim is about: named before anything is measured.
-CLAIMED_POINT = {"block_size": 16, "steps_per_block": 16, "threshold": 0.8, "temperature": 0.0}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """One part of a report: a title, Markdown below it, and the files that the Markdown links to."""
-
-    title: str
-    markdown: str
-    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class Runs(Sequence[Run]):
@@ -101,48 +88,3 @@ class Runs(Sequence[Run]):
         checkpoints = {key[:2] for key in self.points}
         text = short_name(cell.decoder) if short else long_name(cell.decoder)
         return text if len(checkpoints) == 1 else f"{checkpoint_name(cell.checkpoint)}: {text}"
-
-
-def checkpoint_name(checkpoint: Checkpoint) -> str:
-    """A checkpoint's name, and which of its towers if only one is meant."""
-    return f"{checkpoint.name} ({checkpoint.tower} tower)" if checkpoint.tower else checkpoint.name
-
-
-def is_claimed(decoder: DecoderSpec) -> bool:
-    """Whether a decoder stands at the published claim's settings."""
-    return decoder.kind == "block_diffusion" and all(
-        setting(decoder, name) == value for name, value in CLAIMED_POINT.items()
-    )
-
-
-def setting(decoder: DecoderSpec, name: str) -> Any:
-    """A decoder's parameter, ``None`` without it; steps left open are the block size."""
-    value = decoder.params.get(name)
-    return decoder.params.get("block_size") if name == "steps_per_block" and value is None else value
-
-
-def long_name(decoder: DecoderSpec) -> str:
-    """``block 16, 16 steps, threshold 0.8`` for what has these; parameters off their default follow."""
-    if "block_size" not in decoder.params:
-        return ", ".join(_unusual(decoder))
-    parts = [f"block {setting(decoder, 'block_size')}", f"{setting(decoder, 'steps_per_block')} steps"]
-    if "threshold" in decoder.params:
-        parts.append(f"threshold {decoder.params['threshold']:g}")
-    return ", ".join([*parts, *_unusual(decoder)])
-
-
-def short_name(decoder: DecoderSpec) -> str:
-    """``16/16/0.8``: block size, steps, threshold."""
-    if "block_size" not in decoder.params:
-        return decoder.kind
-    parts = [f"{setting(decoder, name)}" for name in ("block_size", "steps_per_block")]
-    if "threshold" in decoder.params:
-        parts.append(f"{decoder.params['threshold']:g}")
-    return ", ".join(["/".join(parts), *_unusual(decoder)])
-
-
-def _unusual(decoder: DecoderSpec) -> list[str]:
-    named = ("block_size", "steps_per_block", "threshold")
-    kind = [] if decoder.kind == "block_diffusion" else [decoder.kind]
-    rest = {name: value for name, value in decoder.params.items() if name not in named and value}
-    return kind + [f"{name.replace('_', ' ')} {json.dumps(value)}" for name, value in rest.items() if name != "trace"]

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from twotower_eval import stats
+from twotower_eval.evidence.counts import Counts
 from twotower_eval.records import Cell, Estimate, Workload, canonical_json, to_json
-from twotower_eval.report.counts import Counts
 from twotower_eval.store import Run
 
 NOT_EXERCISING = ("context_tower", "exact")  # likelihoods in which the parallel decoder has no part
