@@ -22,7 +22,7 @@ FinishReason = Literal["eos", "stop", "length"]
 LikelihoodKind = Literal["exact", "context_tower", "denoiser_left_to_right", "bound"]
 SpeedPhase = Literal["warmup", "measure"]
 WorkloadKind = Literal["task", "fixed", "answer", "costs", "checks"]
-CostPart = Literal["prefill", "ar_step", "denoise", "context_pass"]
+CostPart = Literal["prefill", "ar_step", "denoise", "context_pass", "forced_block"]
 CheckOutcome = Literal["passed", "failed", "not_checked"]
 Verb = Literal["run", "speed", "verify"]
 Arm = Literal["baseline", "candidate"]
@@ -249,8 +249,12 @@ class CostSample:
 
     ``prefill`` reads ``context_tokens`` per row, ``ar_step`` makes one token and extends by it, ``denoise`` is one
     denoiser call on a block, ``context_pass`` extends by a finished block; ``block_size`` is ``None`` for the first
-    two. ``wall_s`` is for all repeats together. ``routing`` and ``num_experts_touched`` (mean over layers) belong to
-    forced routing on random weights, ``num_layers`` to models cut short; all three are ``None`` otherwise.
+    two. ``wall_s`` is for all repeats together.
+
+    What follows ``started_at`` belongs to random weights and is ``None`` otherwise: ``routing`` that was forced,
+    distinct ``num_experts_touched`` per layer and step (mean over layers), the ``pattern`` of the layers that each
+    tower had, and the ``num_steps`` of ``forced_block``: one whole block, its commits forced into so many denoiser
+    calls, then its context pass.
     """
 
     cell: str
@@ -267,7 +271,8 @@ class CostSample:
     started_at: str
     routing: str | None = None
     num_experts_touched: float | None = None
-    num_layers: int | None = None
+    pattern: str | None = None
+    num_steps: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,7 +66,7 @@ def _speed_key(row: SpeedSample) -> Key:
 
 
 def _cost_key(row: CostSample) -> Key:
-    sizes = (row.batch_size, row.context_tokens, row.block_size or 0, row.routing or "", row.num_layers or 0)
+    sizes = (row.batch_size, row.context_tokens, row.block_size or 0, row.routing or "", row.num_steps or 0)
     return (row.launch_id, row.cell, row.replica, row.phase, row.round, row.part, *sizes)
 
 
