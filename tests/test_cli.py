@@ -16,7 +16,17 @@ from twotower_eval.plan import RunPlan, SpeedPlan
 from twotower_eval.records import RunManifest, to_json
 
 HEAVY = {"torch", "lm_eval", "pandas", "matplotlib", "transformers", "datasets", "numpy"}
-VERBS = [[], ["run"], ["speed"], ["report"], ["train"], ["train", "miniature"], ["data"], ["data", "prepare"]]
+VERBS = [
+    [],
+    ["run"],
+    ["speed"],
+    ["report"],
+    ["bench"],
+    ["train"],
+    ["train", "miniature"],
+    ["data"],
+    ["data", "prepare"],
+]
 
 
 def fail(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -72,6 +82,8 @@ def test_help_imports_nothing_heavy(verb: list[str], record_property: Any) -> No
         (["speed", "--workload", "fixed"], "needs new_tokens"),
         (["report", "nothing"], "'nothing' is no run"),
         (["report"], "no runs in results"),
+        (["bench", "engin"], "did you mean 'engine'?"),
+        (["bench", "engine", "--rounds", "0"], "rounds must be 1 or more"),
         (["data", "prepare", "nowhere"], "Missing argument"),
         (["data", "prepare", "nowhere", "there"], "nowhere"),
         (["train", "minature"], "miniature"),

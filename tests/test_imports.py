@@ -32,17 +32,19 @@ ALLOWED: dict[str, set[str]] = {
     "harness": {"plan", "store", "journal", "environment", "progress", "suites", *PRODUCING},
     "speed": {"plan", "store", "journal", "environment", "progress", *PRODUCING},
     "miniature": {"plan", "progress", "journal", "environment", *PRODUCING},
+    "bench": {"environment", "speed", *PRODUCING},
     "stats": {"store"},
     "evidence": {"store", "stats"},
     "claims": {"plan", "store", "stats", "evidence"},
     "report": {"store", "stats", "evidence", "claims", "plan"},
-    "cli": {"plan", "store", "progress", "suites", "harness", "speed", "claims", "report", "miniature", "datafiles"},
+    "cli": {"plan", "store", "progress", "suites", "harness", "speed", "claims", "report", "miniature", "datafiles"}
+    | {"bench"},
 }
 # Packages that cost or weigh something -> the only rooms that may import them, anywhere in their files.
 HEAVY = {
-    "torch": {"ops", "models", "decoders", "speed", "harness", "miniature"},
-    "transformers": {"models", "miniature"},
-    "safetensors": {"models", "miniature"},
+    "torch": {"ops", "models", "decoders", "speed", "harness", "miniature", "bench"},
+    "transformers": {"models", "miniature", "bench"},
+    "safetensors": {"models", "miniature", "bench"},
     "tokenizers": {"models", "miniature"},
     "lm_eval": {"harness", "suites"},
     "datasets": {"harness", "suites"},

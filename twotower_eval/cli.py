@@ -204,6 +204,20 @@ def miniature(
     typer.echo(pair)
 
 
+@app.command(help="Time the package's own machinery against what it replaces, side by side in one run.")
+def bench(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Benches [all].", metavar="[NAMES]...", show_default=False)
+    ] = None,
+    threads: Annotated[int, _option("CPU threads [1].", metavar="N")] = 1,
+    rounds: Annotated[int, _option("Timed rounds; in each, every arm is timed once [9].", metavar="N")] = 9,
+) -> None:
+    """Verb ``bench``."""
+    from twotower_eval import bench as bench_room
+
+    bench_room.run(names or (), threads=threads, rounds=rounds, say=typer.echo)
+
+
 @data_app.command(help="Make DIR/TASK/SPLIT.jsonl for --data-dir from the files that benchmarks publish.")
 def prepare(
     source: Annotated[Path, typer.Argument(help="Folder with gsm8k/, mgsm/, mmlu/, …", metavar="SOURCE")],
