@@ -276,7 +276,7 @@ def _generation(cell: Cell, doc_id: int) -> Generation:
     return Generation(
         prompt_id=str(doc_id),
         token_ids=tuple(range(num_tokens)),
-        text="x" * num_tokens,
+        text=" ".join(str(doc_id * n * n % 97) for n in range(num_tokens // 3)),
         finish="eos",
         num_prompt_tokens=12,
         num_tokens=num_tokens,

@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from twotower_eval.records import Generation
@@ -82,20 +83,24 @@ class Loop:
 
 def flags(generation: Generation) -> Flags:
     """Flags of one output, from its useful tokens and text."""
-    text = generation.text
-    words: Sequence[Any] = generation.token_ids if text is None else _WORDS.findall(text)
+    return _flags(generation.text, generation.token_ids, generation.finish == "length")
+
+
+@lru_cache(maxsize=100_000)  # greedy decoding gives the same output in every round
+def _flags(text: str | None, token_ids: tuple[int, ...], unended: bool) -> Flags:
+    words: Sequence[Any] = token_ids if text is None else _WORDS.findall(text)
     of_text = None if text is None else periodic_tail(text, MIN_TEXT_SPAN)
-    loop = of_text or periodic_tail(generation.token_ids, MIN_TOKEN_SPAN)
+    loop = of_text or periodic_tail(token_ids, MIN_TOKEN_SPAN)
     head: Sequence[Any] = ""
     if loop is not None:
-        head = text[: loop.start] if text is not None and of_text else generation.token_ids[: loop.start]
-    compression, repeated_share = compression_ratio(_raw(generation)), repeated_ngram_share(words)
+        head = text[: loop.start] if text is not None and of_text else token_ids[: loop.start]
+    compression, repeated_share = compression_ratio(_raw(text, token_ids)), repeated_ngram_share(words)
     return Flags(
-        empty=not generation.token_ids or (text is not None and not text.strip()),
+        empty=not token_ids or (text is not None and not text.strip()),
         periodic_tail=loop is not None,
         compressible=compression is not None and compression < MAX_COMPRESSION,
         repeated_ngrams=repeated_share is not None and repeated_share > MAX_REPEATED,
-        junk_after_answer=_holds_something(head) or (generation.finish == "length" and _goes_on(text)),
+        junk_after_answer=_holds_something(head) or (unended and _goes_on(text)),
         period=loop.period if loop else None,
         num_repeats=loop.num_repeats if loop else None,
         compression=compression,
@@ -150,8 +155,8 @@ def _goes_on(text: str | None) -> bool:
     return found is not None and text is not None and bool(text[: found.start()].strip())
 
 
-def _raw(generation: Generation) -> bytes:
+def _raw(text: str | None, token_ids: Sequence[int]) -> bytes:
     """What is compressed. Spaces are collapsed: deep indentation is no loop, and one of spaces is a periodic tail."""
-    if generation.text is None:
-        return b"".join(token.to_bytes(4, "little") for token in generation.token_ids)
-    return _SPACES.sub(" ", generation.text).encode("utf-8", "surrogatepass")
+    if text is None:
+        return b"".join(token.to_bytes(4, "little") for token in token_ids)
+    return _SPACES.sub(" ", text).encode("utf-8", "surrogatepass")

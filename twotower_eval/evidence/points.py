@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from twotower_eval import stats
+from twotower_eval.evidence.clean import CleanQuality, Flagged
 from twotower_eval.evidence.counts import Counts
+from twotower_eval.evidence.measured import Measured as Measured
+from twotower_eval.evidence.measured import measured as measured
 from twotower_eval.records import Cell, Estimate, Workload, canonical_json, to_json
 from twotower_eval.store import Run
 
 NOT_EXERCISING = ("context_tower", "exact")  # likelihoods in which the parallel decoder has no part
 
 PointKey = tuple[str, str | None, str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """An estimate, or the reason why there is none."""
-
-    estimate: Estimate | None
-    reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +92,8 @@ class QualityPoint:
     warnings: tuple[str, ...]
     counts: Counts
     baseline_counts: Counts
+    flagged: Flagged
+    clean: CleanQuality
 
     @property
     def key(self) -> PointKey:
@@ -140,11 +136,3 @@ def baseline_of(run: Run, candidate: Cell) -> Cell:
 
 def _comparable(workload: Workload) -> Workload:
     return dataclasses.replace(workload, num_devices=None)
-
-
-def measured(compute: Callable[[], Estimate]) -> Measured:
-    """What ``compute`` gives, or the reason in its ValueError."""
-    try:
-        return Measured(estimate=compute())
-    except ValueError as error:
-        return Measured(estimate=None, reason=str(error))

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from twotower_eval import stats
+from twotower_eval.evidence.clean import CleanQuality, clean_quality, flagged, flagged_documents, outputs
 from twotower_eval.evidence.counts import count
 from twotower_eval.evidence.points import (
     Measured,
@@ -65,6 +66,8 @@ def _point(run: Run, cells: list[Cell], by_cell: dict[str, list[Score]]) -> Qual
         warnings.append(f"{num_missing} documents have no headline score in one arm and are left out of both")
     ids, baseline_ids = {cell.id for cell in cells}, {cell.id for cell in baselines}
     generations = [(row.cell, row.generation) for row in run.generations]
+    by_arm = [outputs(run.manifest.run_id, run.generations, arm) for arm in (baseline_ids, ids)]
+    clusters = {(a.task, a.doc_id): a.cluster_id for a, _ in pairs}
     return QualityPoint(
         run_id=run.manifest.run_id,
         complete=run.complete,
@@ -75,6 +78,8 @@ def _point(run: Run, cells: list[Cell], by_cell: dict[str, list[Score]]) -> Qual
         warnings=tuple(warnings),
         counts=count(generation for cell_id, generation in generations if cell_id in ids),
         baseline_counts=count(generation for cell_id, generation in generations if cell_id in baseline_ids),
+        flagged=flagged(by_arm[0], by_arm[1], clusters),
+        clean=_clean(headline, [flagged_documents(arm) for arm in by_arm]),
         **found_tasks,
     )
 
@@ -201,6 +206,11 @@ def _task_quality(
         members=tuple(members) if len(members) > 1 else (),
         flips=flips,
     )
+
+
+def _clean(headline: list[Pair], dropped: list[set[tuple[str, int]]]) -> CleanQuality:
+    documents = [(a.task, a.doc_id) for a, _ in headline]
+    return clean_quality(_scores(headline), documents, (dropped[0], dropped[1]))
 
 
 def _interval_warnings(table: stats.ScoreTable, draws: stats.Draws) -> Iterator[str]:

@@ -14,7 +14,17 @@ from math import log
 import numpy as np
 
 from twotower_eval import stats
+from twotower_eval.evidence.clean import (
+    CleanSpeed,
+    Flagged,
+    OutputKey,
+    clean_speed,
+    flagged,
+    flagged_documents,
+    outputs,
+)
 from twotower_eval.evidence.counts import Counts, count
+from twotower_eval.evidence.degenerate import Flags
 from twotower_eval.evidence.points import Measured, PointKey, baseline_of, measured, point_key
 from twotower_eval.records import Cell, SpeedSample, canonical_json
 from twotower_eval.store import Run
@@ -59,6 +69,8 @@ class SpeedPoint:
     baseline_counts: Counts
     latency: Latency
     baseline_latency: Latency
+    flagged: Flagged
+    clean: CleanSpeed
     warnings: tuple[str, ...]
 
     @property
@@ -114,6 +126,7 @@ def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
     if length.estimate and not 0.9 <= length.estimate.value <= 1.1:
         warnings.append("the arms' outputs differ in length by more than a tenth: read S_throughput, not S_time alone")
     null, time = _null(runs, baseline), measured(lambda: stats.speedup(timed))
+    by_arm = [_outputs(runs, cell, rounds) for cell in (baseline, candidate)]
     warnings += _null_warnings(null, time)
     return SpeedPoint(
         run_ids=tuple(run.manifest.run_id for run in runs),
@@ -134,6 +147,8 @@ def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
         baseline_counts=count(prompt for sample in samples[0] for prompt in sample.prompts),
         latency=_latency(samples[1]),
         baseline_latency=_latency(samples[0]),
+        flagged=flagged(by_arm[0], by_arm[1]),
+        clean=clean_speed(timed, _dropped_calls(by_arm, calls)),
         warnings=tuple(warnings),
     )
 
@@ -214,6 +229,26 @@ def _null_warnings(null: Measured, time: Measured) -> Iterator[str]:
     if half > widest:
         limit = f"{100 * widest:.1f} %, the least of 3 % and a quarter of the speedup judged"
         yield f"INVALID: the null's half-width of {100 * half:.1f} % is above {limit}: time more rounds"
+
+
+def _outputs(runs: list[Run], cell: Cell, rounds: list[Round]) -> dict[OutputKey, Flags]:
+    """Flags of the cell's outputs in the rounds that are complete; none where a workload's outputs are not kept."""
+    numbers = {number for _, number in rounds}
+    found: dict[OutputKey, Flags] = {}
+    for run in runs:
+        found |= outputs(run.manifest.run_id, (row for row in run.generations if row.repeat in numbers), {cell.id})
+    return found
+
+
+def _dropped_calls(by_arm: list[dict[OutputKey, Flags]], calls: list[Call]) -> tuple[list[bool], list[bool]] | None:
+    """Per arm and call, whether one of its prompts was ever answered degenerately; ``None`` without the outputs."""
+    prompts = {prompt for call in calls for prompt in call}
+    kept = [{f"{task}/{doc_id}" for _, task, doc_id, _ in arm} for arm in by_arm]
+    if not all(prompts <= arm for arm in kept):
+        return None
+    bad = [{f"{task}/{doc_id}" for task, doc_id in flagged_documents(arm)} for arm in by_arm]
+    baseline, candidate = ([not arm.isdisjoint(call) for call in calls] for arm in bad)
+    return baseline, candidate
 
 
 def _latency(samples: list[SpeedSample]) -> Latency:

@@ -1,0 +1,24 @@
+"""An estimate that may be missing, never without its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from twotower_eval.records import Estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """An estimate, or the reason why there is none."""
+
+    estimate: Estimate | None
+    reason: str | None = None
+
+
+def measured(compute: Callable[[], Estimate]) -> Measured:
+    """What ``compute`` gives, or the reason in its ValueError."""
+    try:
+        return Measured(estimate=compute())
+    except ValueError as error:
+        return Measured(estimate=None, reason=str(error))
