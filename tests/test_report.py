@@ -188,7 +188,7 @@ def test_speedup_per_device_is_printed_where_the_arms_use_different_numbers(tmp_
     )
     other = made.write(tmp_path / "b", dataclasses.replace(run.manifest, cells=cells), run.speed)
     row = row_of(write(tmp_path, other), "block 16", "answer:")
-    assert float(row[9].removesuffix("x")) == pytest.approx(float(row[4].partition("x")[0]) / 2, abs=0.011)
+    assert float(row[9].partition("x")[0]) == pytest.approx(float(row[4].partition("x")[0]) / 2, abs=0.011)
     assert len(row_of(write(tmp_path, path), "block 16", "answer:")) == 9
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import log
 
 import numpy as np
 
@@ -32,10 +31,6 @@ from twotower_eval.store import Run
 Round = tuple[str, int]  # launch, number
 Call = tuple[str, ...]  # prompt ids
 Grid = dict[tuple[Round, Call], SpeedSample]
-
-
-NULL_OFFSET = 0.02  # the gate's limits, on the log scale
-NULL_HALF_WIDTH = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +84,21 @@ class SpeedPoint:
         return self.candidate.workload.kind
 
     @property
-    def device_ratio(self) -> float | None:
-        """Devices of the baseline over those of the candidate; ``None`` where a run does not say."""
-        counts = (self.baseline.workload.num_devices, self.candidate.workload.num_devices)
-        return counts[0] / counts[1] if counts[0] and counts[1] else None
+    def time_per_device(self) -> Measured:
+        """Speedup in time for each device that an arm uses."""
+        baseline, candidate = self.baseline.workload.num_devices, self.candidate.workload.num_devices
+        if not baseline or not candidate:
+            return Measured(estimate=None, reason="the run does not say how many devices each arm used")
+        if self.time.estimate is None:
+            return self.time
+        found = stats.per_device(self.time.estimate, baseline_devices=baseline, candidate_devices=candidate)
+        return Measured(estimate=found)
+
+    @property
+    def equal_devices(self) -> bool:
+        """Whether both arms use as many devices, as far as the run says."""
+        baseline, candidate = self.baseline.workload.num_devices, self.candidate.workload.num_devices
+        return not baseline or not candidate or baseline == candidate
 
 
 def speed_points(runs: Sequence[Run]) -> tuple[tuple[SpeedPoint, ...], tuple[str, ...]]:
@@ -219,13 +225,9 @@ def _null_warnings(null: Measured, time: Measured) -> Iterator[str]:
     """What PROTOCOL's A/A gate finds wrong: a baseline that differs from itself, or a null too wide to judge by."""
     if null.estimate is None:
         return
-    low, high = log(null.estimate.low), log(null.estimate.high)
-    if low > NULL_OFFSET or high < -NULL_OFFSET:
-        yield "INVALID: the baseline timed against itself is off by more than 2 %"
-    widest = NULL_HALF_WIDTH
-    if time.estimate is not None:
-        widest = min(widest, abs(log(time.estimate.value)) / 4)
-    half = (high - low) / 2
+    if stats.is_off(null.estimate):
+        yield f"INVALID: the baseline timed against itself is off by more than {100 * stats.NULL_OFFSET:g} %"
+    half, widest = stats.half_width(null.estimate), stats.widest_null(time.estimate)
     if half > widest:
         limit = f"{100 * widest:.1f} %, the least of 3 % and a quarter of the speedup judged"
         yield f"INVALID: the null's half-width of {100 * half:.1f} % is above {limit}: time more rounds"

@@ -49,9 +49,11 @@ def _order(point: SpeedPoint) -> tuple[str, int]:
 
 
 def _speedups(runs: Runs) -> str:
-    per_device = any(point.device_ratio not in (None, 1.0) for point in runs.speed)
+    per_device = not all(point.equal_devices for point in runs.speed)
     header = ["block, steps, threshold", "workload", "batch", "rounds x calls", "S_time [95 %]", "S_throughput [95 %]"]
-    header += ["length ratio [95 %]", "geometric mean [95 %]", "A/A null [99 %]"] + ["S_time per device"] * per_device
+    header += ["length ratio [95 %]", "geometric mean [95 %]", "A/A null [99 %]"] + [
+        "S_time per device [95 %]"
+    ] * per_device
     rows = []
     for point in sorted(runs.speed, key=_order):
         row = [
@@ -66,8 +68,7 @@ def _speedups(runs: Runs) -> str:
             times(point.null),
         ]
         if per_device:
-            scale, found = point.device_ratio, point.time.estimate
-            row.append(f"{scale * found.value:.2f}x" if scale and found else NONE)
+            row.append(times(point.time_per_device))
         rows.append(row)
     return table(header, rows, left=2)
 

@@ -10,7 +10,7 @@ ratio, and the interval uses Student's t with Satterthwaite's degrees of freedom
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import exp, sqrt
 from typing import Literal
@@ -89,6 +89,20 @@ def geometric_speedup(
     log_value = float(sums_UP.sum() / counts_UP.sum())
     influence_UP = sums_UP.size * (sums_UP - log_value * counts_UP) / counts_UP.sum()
     return crossing.estimate(log_value, crossing.draw(sums_UP) / crossing.draw(counts_UP), influence_UP, level)
+
+
+def per_device(estimate: Estimate, *, baseline_devices: int, candidate_devices: int) -> Estimate:
+    """Speedup for each device used: two devices that are 2.42x as fast as one are 1.21x per device."""
+    if min(baseline_devices, candidate_devices) < 1:
+        raise ValueError("every arm runs on at least one device")
+    scale = baseline_devices / candidate_devices
+    return replace(
+        estimate,
+        value=scale * estimate.value,
+        low=scale * estimate.low,
+        high=scale * estimate.high,
+        method=f"{estimate.method}, times {baseline_devices} / {candidate_devices} devices",
+    )
 
 
 def resamples_launches(launches: Sequence[str]) -> bool:

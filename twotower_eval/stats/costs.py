@@ -1,0 +1,204 @@
+"""From measured phases and counts to predicted times: does the sum of the parts explain the whole?
+
+A timed call is a prefill and then, for AR, one step per further token; for block diffusion, denoiser passes and one
+context pass after every block but the last. Costs are seconds per pass of a batch, measured at some context lengths:
+between two of them they are interpolated linearly, beyond them the nearest holds, and the share of passes beyond is
+kept. What the parts do not explain stays unexplained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import bdtr
+
+from twotower_eval.records import CostPart, Estimate
+from twotower_eval.stats.figure import Figure
+from twotower_eval.stats.intervals import LEVEL, Floats
+
+_Passes = tuple[CostPart, int | None, Floats, float]
+EXPLAINED = 0.10  # largest residual, as a share of the measured time, that counts as explained
+
+
+def median(values: Sequence[float], *, level: float = LEVEL) -> Estimate:
+    """Median of independent values with its order-statistic interval, free of assumptions on their distribution.
+
+    With few values the widest such interval, their range, covers less than ``level``: the estimate then carries the
+    level that it reaches, e.g. 93.75 % for 5 values. ValueError for no value.
+    """
+    sorted_N = np.sort(np.asarray(values, dtype=float))
+    n = len(sorted_N)
+    if n == 0:
+        raise ValueError("no values, so there is no median")
+    # The interval from the r-th smallest to the r-th largest misses with probability 2 P(Binomial(n, 1/2) < r).
+    missed = [2 * float(bdtr(r - 1, n, 0.5)) for r in range(1, n // 2 + 1)]
+    rank = max(sum(miss <= 1 - level for miss in missed), 1)
+    reached = level if missed and missed[rank - 1] <= 1 - level else 1 - (missed[0] if missed else 1.0)
+    return Estimate(
+        value=float(np.median(sorted_N)),
+        low=float(sorted_N[rank - 1]),
+        high=float(sorted_N[n - rank]),
+        level=reached,
+        n=n,
+        method=f"median of {n}, order-statistic interval",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseCost:
+    """Seconds of one pass of a part of decoding, for a batch, with ``context_tokens`` per row before it.
+
+    ``prefill`` reads ``context_tokens`` per row. ``block_size`` is ``None`` for ``prefill`` and ``ar_step``.
+    """
+
+    part: CostPart
+    block_size: int | None
+    context_tokens: int
+    seconds: Estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallCounts:
+    """What one timed call did: sequential passes of the whole batch, not sums over its rows.
+
+    ``prompt_tokens`` per row (the longest). AR: ``num_steps`` AR steps and no block. Block diffusion: ``num_steps``
+    denoiser passes over blocks of ``block_size``, and ``num_context_passes``.
+    """
+
+    prompt_tokens: int
+    num_steps: int
+    block_size: int | None = None
+    num_context_passes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Predicted seconds of a set of calls, in all and by part, and the share of passes beyond measured contexts."""
+
+    total_s: float
+    by_part_s: dict[CostPart, float]
+    share_beyond: float
+
+
+class CostTable:
+    """Measured costs of one batch size, to be looked up at any context length; several of one point are an error."""
+
+    def __init__(self, costs: Sequence[PhaseCost]) -> None:
+        self._points: dict[tuple[CostPart, int | None], list[tuple[int, float]]] = {}
+        for cost in sorted(costs, key=lambda cost: cost.context_tokens):
+            points = self._points.setdefault((cost.part, cost.block_size), [])
+            if points and points[-1][0] == cost.context_tokens:
+                raise ValueError(f"{_name(cost.part, cost.block_size)} at {cost.context_tokens} tokens: several costs")
+            points.append((cost.context_tokens, cost.seconds.value))
+
+    def seconds_N(self, part: CostPart, block_size: int | None, contexts_N: Floats) -> tuple[Floats, int]:
+        """Seconds of a pass at each context length, and how many of these lie beyond what was measured."""
+        points = self._points.get((part, block_size))
+        if not points:
+            raise ValueError(f"{_name(part, block_size)} was not measured, so no time can be predicted")
+        lengths, seconds = zip(*points, strict=True)
+        beyond = int(((contexts_N < lengths[0]) | (contexts_N > lengths[-1])).sum())
+        found_N: Floats = np.interp(contexts_N, lengths, seconds)
+        return found_N, beyond
+
+    def seconds(self, part: CostPart, block_size: int | None, context_tokens: float) -> float:
+        """Seconds of a pass at one context length."""
+        return float(self.seconds_N(part, block_size, np.array([float(context_tokens)]))[0][0])
+
+
+def predict(table: CostTable, calls: Sequence[CallCounts]) -> Prediction:
+    """Sum the measured parts over calls; ValueError where a part that they need was not measured."""
+    by_part: dict[CostPart, float] = {}
+    num_passes = num_beyond = 0
+    for call in calls:
+        for part, block_size, contexts_N, repeats in _passes(call):
+            if len(contexts_N) == 0:
+                continue
+            seconds_N, beyond = table.seconds_N(part, block_size, contexts_N)
+            by_part[part] = by_part.get(part, 0.0) + float(seconds_N.sum()) * repeats
+            num_passes += len(contexts_N)
+            num_beyond += beyond
+    if not num_passes:
+        raise ValueError("no call to predict the time of")
+    return Prediction(total_s=sum(by_part.values()), by_part_s=by_part, share_beyond=num_beyond / num_passes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Measured against predicted seconds; ``residual`` is the share of the measured time that the parts lack."""
+
+    measured_s: float
+    predicted_s: float
+    residual: float
+    explained: bool
+
+
+def explain(measured_s: float, predicted_s: float, *, limit: float = EXPLAINED) -> Explanation:
+    """Compare; a residual above ``limit`` either way is unexplained."""
+    if measured_s <= 0:
+        raise ValueError("no time was measured, so there is nothing to explain")
+    residual = (measured_s - predicted_s) / measured_s
+    return Explanation(
+        measured_s=measured_s, predicted_s=predicted_s, residual=residual, explained=abs(residual) <= limit
+    )
+
+
+def break_even(*, ar_step_s: float, denoise_s: float, context_pass_s: float, blocks_per_nfe: float) -> float:
+    """Tokens per NFE at which block diffusion is as fast as AR: ``(c_den + c_ctx * blocks / NFE) / c_AR``."""
+    _check_costs(ar_step_s, denoise_s, context_pass_s)
+    return (denoise_s + context_pass_s * blocks_per_nfe) / ar_step_s
+
+
+def predicted_speedup(
+    tokens_per_nfe: float, *, ar_step_s: float, denoise_s: float, context_pass_s: float, block_size: int
+) -> float:
+    """Speedup of decoding (no prefill) at this many useful tokens per denoiser pass, whole blocks being useful.
+
+    Every block of K tokens costs one context pass, so blocks / NFE = tokens per NFE / K.
+    """
+    _check_costs(ar_step_s, denoise_s, context_pass_s)
+    if not 0 < tokens_per_nfe <= block_size:
+        raise ValueError(f"{tokens_per_nfe:g} tokens per NFE: a block gives above 0 and at most its size, {block_size}")
+    return tokens_per_nfe * ar_step_s / (denoise_s + context_pass_s * tokens_per_nfe / block_size)
+
+
+def needed_tokens_per_nfe(
+    speedup: float, *, ar_step_s: float, denoise_s: float, context_pass_s: float, block_size: int
+) -> Figure:
+    """Tokens per NFE that a speedup of decoding takes; no value where no number of tokens in a block gives it."""
+    _check_costs(ar_step_s, denoise_s, context_pass_s)
+    if speedup <= 0:
+        raise ValueError(f"a speedup of {speedup:g} is none: give one above 0")
+    most = predicted_speedup(
+        block_size, ar_step_s=ar_step_s, denoise_s=denoise_s, context_pass_s=context_pass_s, block_size=block_size
+    )
+    if most < speedup:
+        return Figure(value=None, reason=f"a block of {block_size} committed in one pass gives only {most:.3g}x")
+    return Figure(value=speedup * denoise_s / (ar_step_s - speedup * context_pass_s / block_size))
+
+
+def _passes(call: CallCounts) -> list[_Passes]:
+    """Part, block size, context lengths at which it ran, and how often at each."""
+    start, steps = float(call.prompt_tokens), call.num_steps
+    prefill: _Passes = ("prefill", None, np.array([start]), 1.0)
+    if call.block_size is None:
+        return [prefill, ("ar_step", None, start + np.arange(steps, dtype=float), 1.0)]
+    num_blocks = call.num_context_passes + 1 if steps else 0
+    contexts_N = start + call.block_size * np.arange(num_blocks, dtype=float)
+    return [
+        prefill,
+        # Which block took how many passes is not counted: they are spread evenly.
+        ("denoise", call.block_size, contexts_N, steps / num_blocks if num_blocks else 0.0),
+        ("context_pass", call.block_size, contexts_N[: call.num_context_passes], 1.0),
+    ]
+
+
+def _check_costs(ar_step_s: float, denoise_s: float, context_pass_s: float) -> None:
+    if min(ar_step_s, denoise_s) <= 0 or context_pass_s < 0:
+        raise ValueError("the costs of a step and of a pass must be above 0 seconds")
+
+
+def _name(part: CostPart, block_size: int | None) -> str:
+    return part if block_size is None else f"{part} of blocks of {block_size}"
