@@ -12,14 +12,14 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from twotower_eval import __version__, store
-from twotower_eval.plan import RunPlan, SpeedPlan, load_plan, merge, plan_from_json
+from twotower_eval.plan import RunPlan, SpeedPlan, VerifyPlan, load_plan, merge, plan_from_json
 from twotower_eval.progress import choose_progress
 
 P = TypeVar("P", RunPlan, SpeedPlan)
 Item = TypeVar("Item")
 RESULTS, REPORTS, TRAINING = Path("results"), Path("reports"), Path("training/miniature")
 TRACEBACK_VARIABLE = "TWOTOWER_EVAL_TRACEBACK"
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_USER_ERROR, EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 2, 5, 130
 
 app = typer.Typer(
     help="Does a parallel decoder keep its quality, and is it faster? Evaluate, time and report two-tower models.",
@@ -166,6 +166,32 @@ def _time_and_score(plan: SpeedPlan, out: Path, resumed: Path | None) -> Path:
     return harness.score_journal(path) if plan.workload == "answer" else path
 
 
+@app.command(help="Check a checkpoint, its kernels and its decoding before anything is measured.")
+def verify(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Checkpoint folder [the shipped miniature].", metavar="[CKPT]", show_default=False),
+    ] = None,
+    golden: Annotated[
+        str | None, _option("Folder of reference outputs, with the checkpoint they belong to.", metavar="DIR")
+    ] = None,
+    seed: Seed = None,
+    dtype: Dtype = None,
+    devices: Devices = None,
+    out: Out = RESULTS,
+) -> None:
+    """Verb ``verify``."""
+    from twotower_eval import verify as verify_room
+
+    given = {"model": model, "golden": golden, "seed": seed, "dtype": dtype, "devices": _texts(devices)}
+    path = verify_room.verify(merge(VerifyPlan(), given), root=out)
+    checks = store.load(path).checks
+    typer.echo(verify_room.table(checks))
+    typer.echo(f"{path}: {verify_room.summary(checks)}")
+    if any(check.outcome == "failed" for check in checks):
+        raise typer.Exit(EXIT_CHECK_FAILED)
+
+
 @app.command(help="Write a report with tables and plots from run folders; needs neither torch nor a GPU.")
 def report(
     runs: Annotated[
@@ -239,7 +265,7 @@ def _global(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Run the command line and return its exit code: 0; 2: mend the input; 5: a check failed; 130: Ctrl-C."""
     # Spinning OpenMP threads make small models many times slower where cores are shared; read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if argv is None else argv)

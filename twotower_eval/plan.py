@@ -24,6 +24,21 @@ CONTEXT_TOWER = "context-tower"
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerifyPlan:
+    """What ``twotower-eval verify`` does; ``golden`` is a folder of reference outputs."""
+
+    model: str | None = None
+    golden: str | None = None
+    seed: int = 0
+    dtype: Dtype = "float32"
+    devices: tuple[str, ...] = ("cpu",)
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        _check_at_least(self, 0, "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunPlan:
     """What ``twotower-eval run`` does.
 
@@ -53,6 +68,7 @@ class RunPlan:
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        _check_decoders(self)
         _check_at_least(self, 1, "samples", "batch_size", "limit", "max_new_tokens")
 
 
@@ -90,6 +106,7 @@ class SpeedPlan:
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        _check_decoders(self)
         _check_at_least(self, 1, "batch_sizes", "prompt_tokens", "new_tokens", "num_prompts", "min_rounds", "threads")
         _check_at_least(self, 0, "min_seconds", "warmup_rounds")
         if self.workload == "answer" and self.prompt_tokens is not None:
@@ -99,7 +116,7 @@ class SpeedPlan:
 
 
 Plan = RunPlan | SpeedPlan
-P = TypeVar("P", RunPlan, SpeedPlan)
+P = TypeVar("P", RunPlan, SpeedPlan, VerifyPlan)
 
 
 def load_plan(path: Path, cls: type[P]) -> P:
@@ -179,7 +196,7 @@ def data_path(*parts: str) -> Path:
     return (shipped if shipped.is_dir() else package.parent / "tasks").joinpath(*parts[1:])
 
 
-def model_folder(plan: Plan) -> Path:
+def model_folder(plan: Plan | VerifyPlan) -> Path:
     """The checkpoint that a plan is about: the shipped miniature pair unless it names another."""
     return data_path("miniature", "pair") if plan.model is None else Path(plan.model)
 
@@ -188,7 +205,7 @@ def _default(cls: type[Plan], name: str) -> Any:
     return next(field.default for field in dataclasses.fields(cls) if field.name == name)
 
 
-def _check_fields(plan: Plan) -> None:
+def _check_fields(plan: Plan | VerifyPlan) -> None:
     hints = typing.get_type_hints(type(plan))
     for field in dataclasses.fields(plan):
         value = getattr(plan, field.name)
@@ -200,11 +217,14 @@ def _check_fields(plan: Plan) -> None:
             twice = sorted({str(item) for item in value if value.count(item) > 1})
             if twice:
                 raise ValueError(f"{field.name} names {', '.join(twice)} twice")
+
+
+def _check_decoders(plan: Plan) -> None:
     _check_at_least(plan, 1, "block_sizes", "steps")
     _check_at_least(plan, 0, "temperature", "thresholds", "seed")
 
 
-def _check_at_least(plan: Plan, least: int, *names: str) -> None:
+def _check_at_least(plan: Plan | VerifyPlan, least: int, *names: str) -> None:
     for name in names:
         value = getattr(plan, name)
         for item in value if isinstance(value, tuple) else (value,):
