@@ -57,7 +57,7 @@ def sleepy(plan: SpeedPlan, monkeypatch: pytest.MonkeyPatch) -> SpeedPlan:
         return plain(self, token_ids)
 
     monkeypatch.setattr(Tokenizer, "decode", slow)
-    return dataclasses.replace(plan, decoder=SLEEPY, block_sizes=(16,), thresholds=(0.8,))
+    return dataclasses.replace(plan, decoder=SLEEPY, block_sizes=(16,), thresholds=(0.8,), costs=False)
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,9 @@ def speed(
     min_rounds: Annotated[int | None, option("Rounds at the least [5].", metavar="R")] = None,
     min_seconds: Annotated[float | None, option("Seconds of rounds at the least [0].", metavar="S")] = None,
     warmup_rounds: Annotated[int | None, option("Rounds before, kept and flagged [1].", metavar="R")] = None,
+    costs: Annotated[
+        bool | None, option("Time the parts of decoding alone, in the same rounds [costs].", "--costs/--no-costs")
+    ] = None,
     threads: Annotated[int | None, option("CPU threads [torch's own choice].", metavar="N")] = None,
     seed: Seed = None,
     dtype: Dtype = None,
@@ -70,6 +73,7 @@ def speed(
         **{"batch_sizes": numbers(batch_sizes, int, "--batch-sizes"), "workload": workload},
         **{"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "num_prompts": num_prompts},
         **{"min_rounds": min_rounds, "min_seconds": min_seconds, "warmup_rounds": warmup_rounds, "threads": threads},
+        "costs": costs,
     }
     resumed = run_path(resume, out) if resume else None
     with resumable("speed", out, resumed):
