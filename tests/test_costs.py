@@ -1,4 +1,4 @@
-"""The parts of decoding: timed in the rounds, journalled, joined with counts; residual and break-even of known truth."""
+"""The parts of decoding: timed in the rounds, journalled, joined with counts; residuals, break-even of known truth."""
 
 import dataclasses
 from collections import Counter

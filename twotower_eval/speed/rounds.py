@@ -69,6 +69,8 @@ def run(
         clock = CallClock(devices, now)
         lanes = make_lanes(plan, calls, requests, specs, models, clock)
         costs = make_items(calls, lanes, models) if plan.costs else ()
+        if resume is not None:
+            _check_unscored(plan, store.load(resume), _calls_per_round(calls, lanes))
         manifest = _manifest(plan, [lane for of_size in lanes.values() for lane in of_size], resume)
         writer = store.create(root, manifest) if resume is None else store.resume(resume, manifest)
         with writer:
@@ -77,6 +79,27 @@ def run(
             _Session(plan, writer, calls, lanes, costs, clock, progress).run()
             writer.finish()
     return writer.path
+
+
+def _calls_per_round(calls: Calls, lanes: dict[int, tuple[Lane, ...]]) -> int:
+    return sum(len(calls[size]) * len(lanes[size]) for size in calls)
+
+
+def _is_enough(plan: SpeedPlan, num_rounds: int, timed_s: float) -> bool:
+    return num_rounds >= plan.min_rounds and timed_s >= plan.min_seconds
+
+
+def _check_unscored(plan: SpeedPlan, found: store.Run, calls_per_round: int) -> None:
+    """ValueError where more rounds are wanted of a run whose answers are scored: the scores would leave them out.
+
+    Besides, what is added after a look at the result is another run (PROTOCOL); reports pool runs of the same cells.
+    """
+    whole = _whole_rounds(found.speed, calls_per_round)
+    if found.scores and not _is_enough(plan, len(whole), sum(whole)):
+        raise ValueError(
+            f"{found.path} has {len(whole)} rounds whose answers are scored already: time more rounds in a new run, "
+            "without --resume; reports take both together"
+        )
 
 
 def _manifest(plan: SpeedPlan, lanes: Sequence[Lane], resume: Path | None) -> RunManifest:
@@ -109,7 +132,7 @@ class _Session:
         earlier = writer.run.speed
         timed: list[SpeedSample | CostSample] = [*earlier, *writer.run.costs]
         self._launch_id = f"{writer.run.manifest.run_id}/{len({sample.launch_id for sample in timed}) + 1}"
-        self._calls_per_round = sum(len(calls[size]) * len(lanes[size]) for size in calls)
+        self._calls_per_round = _calls_per_round(calls, lanes)
         whole = _whole_rounds(earlier, self._calls_per_round)
         self._num_done, self._timed_s = len(whole), sum(whole)
         begun = [s.round for s in timed if s.phase == "measure"] + [row.repeat for row in writer.run.generations]
@@ -161,7 +184,7 @@ class _Session:
         return self._calls_per_round + len(self._costs)
 
     def _is_enough(self) -> bool:
-        return self._num_done >= self._plan.min_rounds and self._timed_s >= self._plan.min_seconds
+        return _is_enough(self._plan, self._num_done, self._timed_s)
 
     def _round(self, phase: SpeedPhase, number: int, advance: Advance) -> float:
         """Every lane times every call, and every part is timed alone; seconds on the clock, without the parts."""
