@@ -26,6 +26,7 @@ from twotower_eval.evidence.costs import Costs, costs
 from twotower_eval.evidence.counts import Counts, count
 from twotower_eval.evidence.degenerate import Flags
 from twotower_eval.evidence.points import Measured, PointKey, baseline_of, measured, point_key
+from twotower_eval.evidence.samples import Sample, answer_samples
 from twotower_eval.records import Cell, SpeedSample, canonical_json
 from twotower_eval.store import Run
 
@@ -68,6 +69,7 @@ class SpeedPoint:
     flagged: Flagged
     clean: CleanSpeed
     costs: Costs
+    samples: tuple[Sample, ...]
     warnings: tuple[str, ...]
 
     @property
@@ -158,6 +160,7 @@ def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
         flagged=flagged(by_arm[0], by_arm[1]),
         clean=clean_speed(timed, _dropped_calls(by_arm, calls)),
         costs=costs(runs, baseline, candidate, (samples[0], samples[1])),
+        samples=answer_samples(runs, (baseline, candidate), (samples[0], samples[1])),
         warnings=tuple(warnings),
     )
 
