@@ -46,7 +46,7 @@ class Params:
 
 
 class Blocks:
-    """The block that each prompt is at, R prompts in all, on the host: tokens, what is masked, blocks and steps done."""
+    """The block that each of R prompts is at, on the host: its tokens, what is masked, blocks and steps done."""
 
     def __init__(self, num_prompts: int, block_size: int, mask_id: int) -> None:
         self.mask_id = mask_id
@@ -77,7 +77,7 @@ class BlockDiffusion(BatchDecoder):
 
     @property
     def _depends_on_neighbours(self) -> bool:
-        return self.params.batch_mean_t
+        return bool(self.params.batch_mean_t)
 
     def _decode(self, call: Call) -> None:
         for row in call.rows:
@@ -111,9 +111,7 @@ class BlockDiffusion(BatchDecoder):
             blocks.num_steps[row] += 1
 
 
-def _next_blocks(
-    call: Call, blocks: Blocks, context: CountedContext, open_: Sequence[int]
-) -> CountedContext | None:
+def _next_blocks(call: Call, blocks: Blocks, context: CountedContext, open_: Sequence[int]) -> CountedContext | None:
     """Have the finished blocks absorbed; the context of the rows that go on, None where none does."""
     finished = context.select([position for position in range(len(context.rows)) if position not in open_])
     tokens_BK = blocks.tokens_RK[list(finished.rows)]
