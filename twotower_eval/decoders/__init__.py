@@ -22,7 +22,7 @@ OnFinish = Callable[[Generation], None]  # hears of every row as it finishes
 
 
 class Decoder(Protocol):
-    """Any number of prompts, at most ``max_batch_size`` of them at a time (None: all). No row depends on its
+    """Any number of prompts, of which a forward serves at most ``max_batch_size`` (None: all). No row depends on its
     neighbours, so whatever finishes makes room for the next prompt, and neither order nor width changes an answer.
 
     Generations come back in the order of the prompts; ``on_finish`` gets each as soon as it is there, and

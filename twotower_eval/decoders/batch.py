@@ -33,8 +33,8 @@ class Call:
     """The batch while it is decoded. Rows that have finished leave it, those that go on are selected by position, and
     prompts that wait take the freed places.
 
-    ``width`` is the most rows that run at a time. ``steady`` keeps rows together that began together: prompts that
-    wait come in only when the last row of the batch has finished.
+    ``width`` is the most rows that a forward serves, ``capacity`` the most that are under way. ``steady`` keeps rows
+    together that began together: prompts that wait come in only when the last row of the batch has finished.
     """
 
     def __init__(
@@ -45,11 +45,12 @@ class Call:
         clock: Clock | None,
         *,
         width: int,
+        capacity: int,
         steady: bool,
         on_finish: OnFinish | None,
     ) -> None:
         self.prompts, self.rules, self.clock = prompts, rules, clock
-        self.width, self.steady, self.on_finish = width, steady, on_finish
+        self.width, self.capacity, self.steady, self.on_finish = width, capacity, steady, on_finish
         self.started = clock() if clock else 0.0
         self.counted = CountingModel(model, len(prompts))
         self.noise = RowNoise(prompts)
@@ -57,14 +58,18 @@ class Call:
         self.num_admitted = 0
         self.generations: dict[int, Generation] = {}
 
-    def admit(self, running: CountedContext | None = None, *, without_last: int = 0) -> CountedContext | None:
+    def admit(
+        self, running: CountedContext | None = None, *, without_last: int = 0, at_least: int = 1
+    ) -> CountedContext | None:
         """The running rows and as many waiting prompts, but for their last tokens, as there is room for.
 
-        None where nothing runs and nothing waits: all is done.
+        Beside running rows no fewer than ``at_least`` are taken at a time, unless they are the last. None where
+        nothing runs and nothing waits: all is done.
         """
-        room = self.width - (len(running.rows) if running else 0)
-        new = range(self.num_admitted, min(self.num_admitted + room, len(self.prompts)))
-        if not new or (running and self.steady):
+        num_waiting = len(self.prompts) - self.num_admitted
+        room = min(self.width, self.capacity - (len(running.rows) if running else 0))
+        new = range(self.num_admitted, self.num_admitted + min(room, num_waiting))
+        if not new or (running and (self.steady or len(new) < min(at_least, num_waiting))):
             return running
         self.num_admitted = new.stop
         ids = [self.prompts[row].token_ids for row in new]
@@ -135,7 +140,17 @@ class BatchDecoder:
         check_prompts(self.model, prompts)
         width = check_batch_size(max_batch_size) or len(prompts)
         steady = self._depends_on_neighbours or (len(prompts) > 1 and not self.model.joins_contexts)
-        call = Call(self.model, prompts, rules, self.clock, width=width, steady=steady, on_finish=on_finish)
+        capacity = width if steady else self._capacity(width)
+        call = Call(
+            self.model,
+            prompts,
+            rules,
+            self.clock,
+            width=width,
+            capacity=capacity,
+            steady=steady,
+            on_finish=on_finish,
+        )
         if prompts:
             self._decode(call)
         return [call.generations[index] for index in range(len(prompts))]
@@ -144,6 +159,10 @@ class BatchDecoder:
     def _depends_on_neighbours(self) -> bool:
         """Whether a row's tokens depend on what runs beside it, so that batches must stay as they began."""
         return False
+
+    def _capacity(self, width: int) -> int:
+        """Rows that may be under way where ``width`` of them run at a time."""
+        return width
 
     def _decode(self, call: Call) -> None:
         """Give every row tokens until none goes on."""
