@@ -55,7 +55,7 @@ class Call:
         self.counted = CountingModel(model, len(prompts))
         self.noise = RowNoise(prompts)
         self.rows = [Row() for _ in prompts]
-        self.num_admitted = 0
+        self.waiting = list(range(len(prompts)))
         self.generations: dict[int, Generation] = {}
 
     def admit(
@@ -66,12 +66,11 @@ class Call:
         Beside running rows no fewer than ``at_least`` are taken at a time, unless they are the last. None where
         nothing runs and nothing waits: all is done.
         """
-        num_waiting = len(self.prompts) - self.num_admitted
         room = min(self.width, self.capacity - (len(running.rows) if running else 0))
-        new = range(self.num_admitted, self.num_admitted + min(room, num_waiting))
-        if not new or (running and (self.steady or len(new) < min(at_least, num_waiting))):
+        new = self.waiting[:room]
+        if not new or (running and (self.steady or len(new) < min(at_least, len(self.waiting)))):
             return running
-        self.num_admitted = new.stop
+        del self.waiting[:room]
         ids = [self.prompts[row].token_ids for row in new]
         context = self.counted.prefill(new, *padded_ids([row[: len(row) - without_last] for row in ids]))
         return running.join(context) if running else context
@@ -151,6 +150,9 @@ class BatchDecoder:
             steady=steady,
             on_finish=on_finish,
         )
+        if width < len(prompts) and not self._depends_on_neighbours:
+            # Prompts of like length are prefilled together without padding, and the longest do not come last.
+            call.waiting.sort(key=lambda row: -len(prompts[row].token_ids))
         if prompts:
             self._decode(call)
         return [call.generations[index] for index in range(len(prompts))]

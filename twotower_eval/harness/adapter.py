@@ -65,8 +65,8 @@ class _Asked:
 class HarnessLM(TemplateLM):  # type: ignore[misc]
     """lm-eval's view of a model with a decoder and a scorer.
 
-    ``seed`` is the run's: every prompt gets one of its own, derived from it. ``batch_size`` requests run at a time,
-    longest first; answers do not depend on either. ``advance`` hears of every finished request.
+    ``seed`` is the run's: every prompt gets one of its own, derived from it. ``batch_size`` requests run at a time;
+    answers do not depend on it. ``advance`` hears of every finished request.
     """
 
     def __init__(
@@ -144,9 +144,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             stop, budget = stops_and_budget(request.args[1], DEFAULT_MAX_NEW_TOKENS)
             groups[budget, stop].append((request, self._prompt(request.args[0], key, budget), key))
         for (budget, stop), items in groups.items():
-            left = sorted(
-                (item for item in items if item[2] in missing), key=lambda item: (-len(item[1].token_ids), item[2])
-            )
+            left = [item for item in items if item[2] in missing]
             if left:
                 yield partial(self._generate, left, budget, stop)
 
