@@ -118,10 +118,14 @@ def _findings(wall_s: dict[str, list[float]], found: dict[str, dict[str, Any]]) 
                 f"{tokens_per_s:.0f}",
                 f"{speedup['median']:.2f}x",
                 f"{speedup['low']:.2f}–{speedup['high']:.2f}",
-                f"{100 * counted['useful_share_of_steps']:.0f} %",
-                f"{100 * counted['useful_share_of_extensions']:.0f} %",
+                _percent(counted["useful_share_of_steps"]),
+                _percent(counted["useful_share_of_extensions"]),
             )
         )
         figures[way.name] = {**counted, "wall_s": spread(wall_s[way.name]), "speedup_over_one_row": speedup}
     summary = {"num_prompts": NUM_PROMPTS, "max_new_tokens": MAX_NEW_TOKENS, "figures": figures}
     return Findings(header=HEADER, rows=tuple(rows), summary=summary)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f} %"
