@@ -40,6 +40,15 @@ block_params = st.fixed_dictionaries(
         "threshold": st.sampled_from([0.0, 0.1, 0.3, 0.6, 1.0]),
     }
 )
+ANY_CALL: dict[str, st.SearchStrategy[Any]] = {
+    "prompts": prompt_lists,
+    "budget": budgets,
+    "params": block_params,
+    "temperature": temperatures,
+    "eos": eos_sets,
+    "stop": stop_lists,
+    "kind": st.sampled_from(KINDS),
+}
 
 
 def model_with_text(name: str) -> Any:
@@ -69,15 +78,7 @@ def assert_same(ours: Generation, other: Generation) -> None:
 
 @EVERY_MODEL
 @FEW
-@given(
-    prompts=prompt_lists,
-    budget=budgets,
-    params=block_params,
-    temperature=temperatures,
-    eos=eos_sets,
-    stop=stop_lists,
-    kind=st.sampled_from(KINDS),
-)
+@given(**ANY_CALL)
 def test_a_row_gives_in_a_batch_what_it_gives_alone(
     name: str,
     prompts: list[Prompt],
@@ -100,17 +101,7 @@ def test_a_row_gives_in_a_batch_what_it_gives_alone(
 
 @EVERY_MODEL
 @FEW
-@given(
-    prompts=prompt_lists,
-    budget=budgets,
-    params=block_params,
-    temperature=temperatures,
-    eos=eos_sets,
-    stop=stop_lists,
-    kind=st.sampled_from(KINDS),
-    width=st.integers(1, 4),
-    order=st.randoms(use_true_random=False),
-)
+@given(**ANY_CALL, width=st.integers(1, 4), order=st.randoms(use_true_random=False))
 def test_neither_width_nor_order_changes_a_row(
     name: str,
     prompts: list[Prompt],
@@ -202,15 +193,7 @@ def test_bad_batch_sizes(kind: str, width: Any) -> None:
 
 @EVERY_MODEL
 @FEW
-@given(
-    prompts=prompt_lists,
-    budget=budgets,
-    params=block_params,
-    temperature=temperatures,
-    eos=eos_sets,
-    stop=stop_lists,
-    kind=st.sampled_from(KINDS),
-)
+@given(**ANY_CALL)
 def test_the_slow_decoder_agrees(
     name: str,
     prompts: list[Prompt],
