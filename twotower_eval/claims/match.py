@@ -37,20 +37,30 @@ def gather(runs: Sequence[Run]) -> Evidence:
     for run in ordered:
         try:
             quality += quality_points(run)
-            speed_points([run])
         except ArmsDifferError as error:
             differing[run.manifest.run_id] = str(error)
-    kept = [run for run in ordered if run.manifest.run_id not in differing]
-    try:
-        speed = speed_points(kept)[0]
-    except ArmsDifferError as error:  # each run agrees with itself, but what was pooled does not
-        timed = [run.manifest.run_id for run in kept if run.speed]
-        return _without(kept, quality, differing | dict.fromkeys(timed, str(error)))
+    speed = _speed_of([run for run in ordered if run.manifest.run_id not in differing], differing)
     return Evidence(runs=tuple(ordered), quality=_agreeing(quality, differing), speed=speed, differing=differing)
 
 
-def _without(runs: Sequence[Run], quality: Sequence[QualityPoint], differing: Mapping[str, str]) -> Evidence:
-    return Evidence(runs=tuple(runs), quality=_agreeing(quality, differing), speed=(), differing=differing)
+def _speed_of(runs: Sequence[Run], differing: dict[str, str]) -> tuple[SpeedPoint, ...]:
+    """Speed of the runs that agree; the others are added to ``differing``."""
+    try:
+        return speed_points(runs)[0]
+    except ArmsDifferError as error:
+        found = {run.manifest.run_id: str(reason) for run in runs if (reason := _difference(run))}
+        # Each may agree with itself and not with what it is pooled with: then none can be trusted.
+        found = found or {run.manifest.run_id: str(error) for run in runs if run.speed}
+    differing.update(found)
+    return _speed_of([run for run in runs if run.manifest.run_id not in found], differing)
+
+
+def _difference(run: Run) -> ArmsDifferError | None:
+    try:
+        speed_points([run])
+    except ArmsDifferError as error:
+        return error
+    return None
 
 
 def _agreeing(points: Iterable[QualityPoint], differing: Mapping[str, str]) -> tuple[QualityPoint, ...]:
