@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from twotower_eval.evidence import ArmsDifferError, PointKey, QualityPoint, SpeedPoint
+from twotower_eval.evidence import ArmsDifferError, PointKey, QualityPoint, Runs, SpeedPoint
 from twotower_eval.evidence.naming import checkpoint_name, long_name
 from twotower_eval.evidence.quality import quality_points
 from twotower_eval.evidence.timing import speed_points
@@ -30,8 +30,20 @@ class Evidence:
 
 
 def gather(runs: Sequence[Run]) -> Evidence:
-    """Points of all runs; a run whose arms were not given the same speaks for nothing, and is named."""
-    ordered = sorted(runs, key=lambda run: run.manifest.run_id)
+    """Points of all runs; a run whose arms were not given the same speaks for nothing, and is named.
+
+    Of ``Runs`` that a report has computed already nothing is computed again.
+    """
+    together = runs if isinstance(runs, Runs) else Runs(runs)
+    ordered = list(together)
+    try:
+        return Evidence(runs=tuple(ordered), quality=together.quality, speed=together.speed, differing={})
+    except ArmsDifferError:
+        return _apart(ordered)
+
+
+def _apart(ordered: list[Run]) -> Evidence:
+    """Run by run, so that those which differ are found."""
     differing: dict[str, str] = {}
     quality: list[QualityPoint] = []
     for run in ordered:
