@@ -1,0 +1,127 @@
+"""Planted faults, end to end: decoders that pad, end at once, stop early or loop, timed and scored like any other.
+
+All of them are many times as fast as the baseline. Beside them one that gives the baseline's own answers without
+computing them, which is what a speedup should look like. The clock counts forwards, so that no machine's mood matters.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.planted_decoders import KIND, TRICKS, Forwards, remember
+from twotower_eval import harness, speed, store, suites
+from twotower_eval.decoders import make_decoder
+from twotower_eval.evidence import QualityPoint, Runs, SpeedPoint
+from twotower_eval.models import load_model
+from twotower_eval.plan import SpeedPlan, data_path
+from twotower_eval.records import Prompt
+
+TASKS = ("miniature_sort", "miniature_recall")
+NUM_PROMPTS, BATCH, BUDGET = 24, 4, 96
+SETTING = {
+    "tasks": TASKS, "num_prompts": NUM_PROMPTS, "batch_sizes": (BATCH,), "min_rounds": 4, "warmup_rounds": 0,
+    "new_tokens": BUDGET, "costs": False, "threads": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clock() -> Iterator[Forwards]:
+    forwards = Forwards()
+    with pytest.MonkeyPatch.context() as patch:
+        forwards.watch(patch)
+        yield forwards
+
+
+def measure(plan: SpeedPlan, clock: Forwards, root: Path) -> store.Run:
+    requests = suites.build_requests(suites.resolve_tasks(TASKS))
+    path = speed.run(plan, requests, root=root, now=clock)
+    return store.load(harness.score_journal(path) if plan.workload == "answer" else path)
+
+
+@pytest.fixture(scope="module")
+def planted(clock: Forwards, tmp_path_factory: pytest.TempPathFactory) -> store.Run:
+    """All tricks in one run of the answer workload on the shipped pair."""
+    model = load_model(data_path("miniature", "pair"))
+    requests = suites.build_requests(suites.resolve_tasks(TASKS), NUM_PROMPTS)
+    prompts = [Prompt(id=str(i), token_ids=model.tokenizer.encode(r.text)) for i, r in enumerate(requests)]
+    with torch.inference_mode():
+        answers = make_decoder(model, "autoregressive").generate(
+            prompts, max_new_tokens=BUDGET, eos_token_ids=model.eos_token_ids
+        )
+    remember({prompt.token_ids: answer.token_ids for prompt, answer in zip(prompts, answers, strict=True)})
+    plan = SpeedPlan(decoder=KIND, block_sizes=tuple(TRICKS), **SETTING)  # type: ignore[arg-type]
+    return measure(plan, clock, tmp_path_factory.mktemp("planted"))
+
+
+@pytest.fixture(scope="module")
+def broken(clock: Forwards, tmp_path_factory: pytest.TempPathFactory) -> store.Run:
+    """Blocks of 64 in 4 steps on a pair trained with blocks of 16."""
+    plan = SpeedPlan(block_sizes=(64,), steps=(4,), **SETTING)  # type: ignore[arg-type]
+    return measure(plan, clock, tmp_path_factory.mktemp("broken"))
+
+
+def points(run: store.Run) -> dict[str, tuple[SpeedPoint, QualityPoint]]:
+    runs = Runs([run])
+    found = {}
+    for point in runs.speed:
+        quality = next(q for q in runs.quality if q.candidate == point.candidate)
+        found[TRICKS.get(int(point.candidate.decoder.params["block_size"] or 0), "block")] = (point, quality)
+    return found
+
+
+def test_every_trick_is_fast_and_only_the_honest_one_is_right(planted: store.Run) -> None:
+    found = points(planted)
+    assert set(found) == set(TRICKS.values())
+    for trick, (point, quality) in found.items():
+        assert point.time.estimate is not None
+        assert point.time.estimate.low > 2, trick
+        retention = quality.headline.estimate
+        assert retention is not None
+        if trick == "honest":
+            assert (retention.value, point.flagged.candidate) == (1.0, point.flagged.baseline)
+            assert point.length.estimate is not None
+            assert point.length.estimate.value == 1.0
+        else:
+            assert retention.high < 0.5, trick
+
+
+@pytest.mark.parametrize(
+    ("trick", "flag"),
+    [
+        ("pads", "periodic_tail"), ("writes padding as spaces", "periodic_tail"), ("emits EOS", "empty"),
+        ("loops", "periodic_tail"), ("answers, then loops", "junk_after_answer"),
+    ],
+)  # fmt: skip
+def test_loops_and_padding_are_flagged_and_leave_no_clean_speedup(planted: store.Run, trick: str, flag: str) -> None:
+    point, _ = points(planted)[trick]
+    assert point.flagged.candidate is not None
+    assert point.flagged.candidate > 0.9
+    assert point.flagged.by_flag[flag][1] > 0.9 * point.flagged.num_outputs
+    assert point.flagged.difference.estimate is not None
+    assert point.flagged.difference.estimate.low > 0.5
+    assert point.clean.time.estimate is None or point.clean.num_calls <= 1
+    assert point.clean.dropped_candidate is not None
+    assert point.clean.dropped_candidate > 0.8
+
+
+def test_ends_that_come_too_early_show_in_length_and_throughput(planted: store.Run) -> None:
+    """No flag needed: there is nothing wrong with the text but that most of it is missing."""
+    point, quality = points(planted)["stops early"]
+    assert point.length.estimate is not None
+    assert point.length.estimate.high < 0.9
+    assert any("differ in length" in warning for warning in point.warnings)
+    assert quality.clean.headline.estimate is not None
+    assert quality.clean.headline.estimate.value == 0.0
+
+
+def test_a_block_of_64_on_a_pair_trained_with_16_is_fast_and_broken(broken: store.Run) -> None:
+    point, quality = points(broken)["block"]
+    assert point.time.estimate is not None
+    assert point.time.estimate.low > 2
+    assert quality.headline.estimate is not None
+    assert quality.headline.estimate.high < 0.5
+    assert {sample.candidate.score for sample in point.samples} == {0.0}
+    assert point.counts.forced_share is not None
+    assert point.counts.forced_share > 0.2
