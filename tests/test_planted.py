@@ -12,16 +12,17 @@ import torch
 
 from tests.planted_decoders import KIND, TRICKS, Forwards, remember
 from twotower_eval import harness, speed, store, suites
+from twotower_eval.claims import judge
 from twotower_eval.decoders import make_decoder
 from twotower_eval.evidence import QualityPoint, Runs, SpeedPoint
 from twotower_eval.models import load_model
 from twotower_eval.plan import SpeedPlan, data_path
-from twotower_eval.records import Prompt
+from twotower_eval.records import Claim, OperatingPoint, Prompt, Quantity, Verdict
 
 TASKS = ("miniature_sort", "miniature_recall")
-NUM_PROMPTS, BATCH, BUDGET = 24, 4, 96
+NUM_PROMPTS, BATCH, BUDGET = 20, 4, 96
 SETTING = {
-    "tasks": TASKS, "num_prompts": NUM_PROMPTS, "batch_sizes": (BATCH,), "min_rounds": 4, "warmup_rounds": 0,
+    "tasks": TASKS, "num_prompts": NUM_PROMPTS, "batch_sizes": (BATCH,), "min_rounds": 3, "warmup_rounds": 0,
     "new_tokens": BUDGET, "costs": False, "threads": 1,
 }  # fmt: skip
 
@@ -44,7 +45,8 @@ def measure(plan: SpeedPlan, clock: Forwards, root: Path) -> store.Run:
 def planted(clock: Forwards, tmp_path_factory: pytest.TempPathFactory) -> store.Run:
     """All tricks in one run of the answer workload on the shipped pair."""
     model = load_model(data_path("miniature", "pair"))
-    requests = suites.build_requests(suites.resolve_tasks(TASKS), NUM_PROMPTS)
+    # More than are timed: whole batches are taken from each task in turn.
+    requests = suites.build_requests(suites.resolve_tasks(TASKS), NUM_PROMPTS + 2 * BATCH)
     prompts = [Prompt(id=str(i), token_ids=model.tokenizer.encode(r.text)) for i, r in enumerate(requests)]
     with torch.inference_mode():
         answers = make_decoder(model, "autoregressive").generate(
@@ -69,6 +71,61 @@ def points(run: store.Run) -> dict[str, tuple[SpeedPoint, QualityPoint]]:
         quality = next(q for q in runs.quality if q.candidate == point.candidate)
         found[TRICKS.get(int(point.candidate.decoder.params["block_size"] or 0), "block")] = (point, quality)
     return found
+
+
+# What claims make of it
+
+
+def verdicts(run: store.Run, quantity: Quantity, expected: float = 1.5) -> dict[str, Verdict]:
+    """A claim of that speedup for every point of a run, judged on the run alone."""
+    found = {}
+    for cell in run.manifest.cells:
+        if cell.arm == "candidate":
+            decoder, work = cell.decoder, cell.workload
+            claim = Claim(
+                name="fast", quantity=quantity, subject=cell.checkpoint.name, baseline="context-tower", source="us",
+                point=OperatingPoint(
+                    name="here", decoder=decoder, batch_size=work.batch_size, num_devices=1, workload=work.kind,
+                ),
+                expected=expected, margin=0.05,
+            )  # fmt: skip
+            (found[TRICKS.get(int(decoder.params["block_size"] or 0), "block")],) = judge([claim], [run])
+    return found
+
+
+@pytest.mark.parametrize("quantity", ["speedup_time", "speedup_throughput"])
+def test_no_trick_ever_gains_a_supported_speedup_and_honesty_does(planted: store.Run, quantity: Quantity) -> None:
+    found = verdicts(planted, quantity)
+    assert found.pop("honest").outcome == "SUPPORTED"
+    assert {trick: verdict.outcome for trick, verdict in found.items() if verdict.outcome == "SUPPORTED"} == {}
+    for trick in ("pads", "writes padding as spaces", "emits EOS", "loops", "answers, then loops"):
+        assert found[trick].outcome == "INVALID"
+        assert "fast and broken" in found[trick].reason
+    for trick in ("stops early", "stops early after padding"):
+        assert found[trick].outcome == "INVALID"
+        assert "floor" in found[trick].reason
+
+
+def test_a_block_of_64_is_judged_invalid_as_fast_and_broken(broken: store.Run) -> None:
+    verdict = verdicts(broken, "speedup_time")["block"]
+    assert verdict.outcome == "INVALID"
+    assert "fast and broken" in verdict.reason
+    assert verdict.estimate is not None
+    assert verdict.estimate.low > 1.5  # fast it is
+
+
+def test_a_fixed_number_of_tokens_supports_no_speedup_by_itself(
+    planted: store.Run, clock: Forwards, tmp_path: Path
+) -> None:
+    """With EOS ignored every output is padding after its end; without answers of the same point nothing is known."""
+    assert planted.complete
+    fixed = {**SETTING, "num_prompts": 8, "min_rounds": 2, "new_tokens": 24}
+    plan = SpeedPlan(decoder=KIND, block_sizes=tuple(TRICKS), workload="fixed", **fixed)  # type: ignore[arg-type]
+    found = verdicts(measure(plan, clock, tmp_path), "speedup_time")
+    assert {verdict.outcome for verdict in found.values()} <= {"INCONCLUSIVE", "INVALID"}
+
+
+# What the evidence says
 
 
 def test_every_trick_is_fast_and_only_the_honest_one_is_right(planted: store.Run) -> None:
