@@ -7,9 +7,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from twotower_eval.decoders.batch import BatchDecoder, Call
+from twotower_eval.decoders.finish import generation, make_rules
+from twotower_eval.decoders.rows import padded_ids
 from twotower_eval.models.autoregressive import ContextTower
 from twotower_eval.models.twotower import TwoTower
+from twotower_eval.records import Generation, Prompt
 
 KIND = "tests.planted_decoders:Planted"
 TRICKS = {1: "honest", 2: "pads", 3: "writes padding as spaces", 4: "emits EOS", 5: "stops early", 6: "loops"}
@@ -49,21 +51,32 @@ class Params:
     block_size: int = 1
 
 
-class Planted(BatchDecoder):
+class Planted:
     """One prefill, then a made-up answer; the honest one gives the baseline's own answers, remembered."""
 
-    KIND = "planted"
-    NEEDS_DENOISER = False
     Params = Params
     VERSION = 1
     known: ClassVar[dict[tuple[int, ...], tuple[int, ...]]] = {}
 
-    def _decode(self, call: Call) -> None:
-        context = call.prefill()
-        budget = call.rules.max_new_tokens
-        eos = list(self.model.eos_token_ids[:1]) if call.rules.eos_token_ids else []
-        answers = [self._answer(prompt.token_ids, budget) for prompt in call.prompts]
-        call.absorb(context.rows, [self._trick(answer, budget, eos)[:budget] for answer in answers])
+    def __init__(self, model: Any, params: Params, **_: Any) -> None:
+        self.model, self.params = model, params
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        eos_token_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        **_: Any,
+    ) -> list[Generation]:
+        rules = make_rules(self.model, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, stop=stop)
+        self.model.prefill(*padded_ids([prompt.token_ids for prompt in prompts]))
+        made = [self._trick(self.known[p.token_ids], max_new_tokens, [*eos_token_ids][:1]) for p in prompts]
+        return [
+            generation(prompt, tokens[:max_new_tokens], rules, num_context_forwards=1, num_denoiser_forwards=0)
+            for prompt, tokens in zip(prompts, made, strict=True)
+        ]
 
     def _trick(self, answer: Sequence[int], budget: int, eos: list[int]) -> list[int]:
         space = self.model.tokenizer.encode(" ")
@@ -78,10 +91,6 @@ class Planted(BatchDecoder):
             "stops early after padding": [*answer[:2], *space * 6, *eos],
         }[TRICKS[self.params.block_size]]
         return made if eos else [*made, *space * budget]
-
-    def _answer(self, ids: tuple[int, ...], budget: int) -> tuple[int, ...]:
-        """The baseline's answer, from the cache that :func:`remember` filled."""
-        return self.known[ids][:budget]
 
 
 def remember(answers: dict[tuple[int, ...], tuple[int, ...]]) -> None:
