@@ -66,10 +66,22 @@ class Mamba(nn.Module):
         self, x_BSH: Tensor, state: MambaState, valid_BS: Tensor | None = None, lengths_B: Tensor | None = None
     ) -> tuple[Tensor, MambaState]:
         """Mix S positions. ``valid_BS`` and ``lengths_B`` say which are real; padding leaves the state alone."""
+        if x_BSH.shape[1] == 1 and valid_BS is None:
+            return self.step(x_BSH, state)
         z, u_BSC, delta_BSh = self.project(x_BSH, valid_BS)
         x, b, c = self.convolve(u_BSC, state.conv_BCW)
         y, ssm_BhPN = ssd.ssd(x, delta_BSh, self.decay_rate(), b, c, state.ssm_BhPN)
         return self.finish(y, x, z), MambaState(conv.next_conv_state(u_BSC, state.conv_BCW, lengths_B), ssm_BhPN)
+
+    def step(self, x_B1H: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        """What :meth:`forward` gives for one position, in fewer calls."""
+        z, u_B1C, delta_B1h = self.project(x_B1H)
+        mixed_BC, conv_BCW = conv.causal_conv_step(
+            u_B1C[:, 0], state.conv_BCW, self.conv1d.weight[:, 0], self.conv1d.bias
+        )
+        x, b, c = self.split_mixed(mixed_BC[:, None].float())
+        y, ssm_BhPN = ssd.ssd_step(x, delta_B1h, self.decay_rate(), b, c, state.ssm_BhPN)
+        return self.finish(y, x, z), MambaState(conv_BCW, ssm_BhPN)
 
     def outputs(self, x_BSH: Tensor, state: MambaState) -> Tensor:
         """What :meth:`forward` gives, for whoever needs no state after it."""
@@ -91,8 +103,11 @@ class Mamba(nn.Module):
 
     def convolve(self, u_BSC: Tensor, conv_BCW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, S, h, P), b and c (B, S, G, N), float32."""
+        return self.split_mixed(conv.causal_conv(u_BSC, conv_BCW, self.conv1d.weight[:, 0], self.conv1d.bias).float())
+
+    def split_mixed(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The convolution's output as heads of x and groups of b and c."""
         cfg = self.config
-        mixed = conv.causal_conv(u_BSC, conv_BCW, self.conv1d.weight[:, 0], self.conv1d.bias).float()
         state_size = cfg.n_groups * cfg.ssm_state_size
         x, b, c = mixed.split([cfg.mamba_inner_size, state_size, state_size], dim=-1)
         groups = (cfg.n_groups, cfg.ssm_state_size)
@@ -104,7 +119,7 @@ class Mamba(nn.Module):
 
     def finish(self, y_BShP: Tensor, x_BShP: Tensor, z: Tensor) -> Tensor:
         """Skip connection, gate, group norm, output projection."""
-        y = (y_BShP + self.D.float()[:, None] * x_BShP).flatten(-2)
+        y = torch.addcmul(y_BShP, x_BShP, self.D.float()[:, None]).flatten(-2)
         normed = norm.gated_group_rms_norm(y, z, self.norm.weight, self.norm.eps, self.config.n_groups)
         out: Tensor = self.out_proj(normed)
         return out

@@ -32,6 +32,15 @@ def causal_conv(u_BSC: Tensor, state_BCW: Tensor, weight_CW: Tensor, bias_C: Ten
     return functional.silu(out)
 
 
+def causal_conv_step(
+    u_BC: Tensor, state_BCW: Tensor, weight_CW: Tensor, bias_C: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One position: the convolution with SiLU (B, C), and the state after it, which is the window itself."""
+    window_BCW = torch.cat([state_BCW[:, :, 1:], u_BC[..., None].to(state_BCW.dtype)], dim=2)
+    out_BC = (window_BCW.to(u_BC.dtype) * weight_CW).sum(-1)
+    return functional.silu(out_BC if bias_C is None else out_BC + bias_C), window_BCW
+
+
 def causal_conv_reference(u_BSC: Tensor, state_BCW: Tensor, weight_CW: Tensor, bias_C: Tensor | None) -> Tensor:
     """One position at a time, from a window of W raw inputs."""
     window_BCW = state_BCW.to(u_BSC.dtype)
