@@ -246,16 +246,16 @@ def run_layers(
         if modulation is None:
             x_BSH = x_BSH + _mixed(layer, index, layer.norm(x_BSH), attend, mix)
             continue
-        shift, scale, gate = modulation(index)
+        shift, gain, gate = modulation(index)
         if layer.kind in "M*":
-            normed = layer.norm(x_BSH * (1 + scale) + shift)
+            normed = layer.norm(x_BSH * gain + shift)
         else:
-            normed = layer.norm(x_BSH) * (1 + scale) + shift
+            normed = layer.norm(x_BSH) * gain + shift
         x_BSH = x_BSH + gate * _mixed(layer, index, normed, attend, mix)
     return x_BSH
 
 
-Modulation = Callable[[int], tuple[Tensor, Tensor, Tensor]]  # layer -> shift, scale, gate, each (B, 1, H)
+Modulation = Callable[[int], tuple[Tensor, Tensor, Tensor]]  # layer -> shift, 1 + scale, gate, each (B, 1, H)
 
 
 def _mixed(layer: Layer, index: int, x_BSH: Tensor, attend: Attend, mix: Mix) -> Tensor:

@@ -74,14 +74,11 @@ class Denoiser(nn.Module):
         self.scale_shift_tables = nn.ParameterList([torch.zeros(3, hidden) for _ in config.pattern])
 
     def modulation(self, t_B: Tensor) -> Modulation:
-        """Layer -> shift, scale, gate (B, 1, H) for mask fractions ``t_B``."""
+        """Layer -> shift, 1 + scale, gate (B, 1, H) for mask fractions ``t_B``; of all layers at once."""
         time_B3H = self.t_block(self.t_embedder(t_B)).unflatten(-1, (3, -1))
-
-        def of_layer(index: int) -> tuple[Tensor, Tensor, Tensor]:
-            shift, scale, gate = (self.scale_shift_tables[index] + time_B3H)[:, :, None].unbind(1)
-            return shift, scale, gate
-
-        return of_layer
+        tables_L13H = torch.stack(list(self.scale_shift_tables))[:, None]
+        shift, scale, gate = (tables_L13H + time_B3H)[:, :, :, None].unbind(2)
+        return list(zip(shift.unbind(0), (1 + scale).unbind(0), gate.unbind(0), strict=True)).__getitem__
 
     def logits(self, x_BKH: Tensor) -> Tensor:
         """Final norm (no adaLN) and head, float32."""
