@@ -247,10 +247,8 @@ def run_layers(
             x_BSH = x_BSH + _mixed(layer, index, layer.norm(x_BSH), attend, mix)
             continue
         shift, gain, gate = modulation(index)
-        if layer.kind in "M*":
-            normed = layer.norm(x_BSH * gain + shift)
-        else:
-            normed = layer.norm(x_BSH) * gain + shift
+        before = layer.kind in "M*"
+        normed = layer.norm(x_BSH * gain + shift) if before else layer.norm(x_BSH) * gain + shift
         x_BSH = x_BSH + gate * _mixed(layer, index, normed, attend, mix)
     return x_BSH
 

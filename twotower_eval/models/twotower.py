@@ -16,7 +16,7 @@ from torch.nn import functional
 from twotower_eval.models.autoregressive import ContextTower
 from twotower_eval.models.base import LanguageModel
 from twotower_eval.models.config import NemotronHConfig
-from twotower_eval.models.context import Context
+from twotower_eval.models.context import Context, room_for_block
 from twotower_eval.models.nemotron_h import Mamba, Modulation, Tower, run_layers
 from twotower_eval.ops.attention import attention
 
@@ -125,11 +125,17 @@ class TwoTower(LanguageModel):
         context = context.on(device)
         block_BK = block_BK.to(device=device, dtype=torch.int64)
         mask = _block_mask(context, block_BK.shape[1], device)
-        length = context.max_length
+        length, end = context.max_length, context.max_length + block_BK.shape[1]
+        appended = None if torch.is_grad_enabled() else room_for_block(context, block_BK.shape[1])
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys = torch.cat([context.buffer.keys[index][:, :, :length], k], dim=2)
-            values = torch.cat([context.buffer.values[index][:, :, :length], v], dim=2)
+            if appended is None:  # gradients need each call's own
+                keys = torch.cat([context.buffer.keys[index][:, :, :length], k], dim=2)
+                values = torch.cat([context.buffer.values[index][:, :, :length], v], dim=2)
+                return attention(q, keys, values, mask)
+            keys, values = appended.keys[index][:, :, :end], appended.values[index][:, :, :end]
+            keys[:, :, length:] = k
+            values[:, :, length:] = v
             return attention(q, keys, values, mask)
 
         def mix(index: int, mixer: Mamba, x: Tensor) -> Tensor:
