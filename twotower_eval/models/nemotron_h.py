@@ -34,7 +34,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return norm.rms_norm(x, self.weight, self.eps).to(self.weight.dtype)
+        weight = self.weight
+        return norm.rms_norm(x, weight, self.eps).to(weight.dtype)
 
 
 class Mamba(nn.Module):
@@ -45,6 +46,8 @@ class Mamba(nn.Module):
         super().__init__()
         self.config = config
         heads, inner, channels = config.mamba_num_heads, config.mamba_inner_size, config.conv_channels
+        states = config.n_groups * config.ssm_state_size
+        self.in_sizes, self.mixed_sizes = (inner, channels, heads), (inner, states, states)
         self.A_log = nn.Parameter(torch.zeros(heads))
         self.D = nn.Parameter(torch.ones(heads))
         self.dt_bias = nn.Parameter(torch.zeros(heads))
@@ -66,7 +69,7 @@ class Mamba(nn.Module):
         self, x_BSH: Tensor, state: MambaState, valid_BS: Tensor | None = None, lengths_B: Tensor | None = None
     ) -> tuple[Tensor, MambaState]:
         """Mix S positions. ``valid_BS`` and ``lengths_B`` say which are real; padding leaves the state alone."""
-        if x_BSH.shape[1] == 1 and valid_BS is None:
+        if x_BSH.shape[1] == 1 and valid_BS is None and x_BSH.device.type == "cpu":
             return self.step(x_BSH, state)
         z, u_BSC, delta_BSh = self.project(x_BSH, valid_BS)
         x, b, c = self.convolve(u_BSC, state.conv_BCW)
@@ -91,11 +94,10 @@ class Mamba(nn.Module):
 
     def project(self, x_BSH: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Gate z (B, S, di), raw convolution inputs u (B, S, C) and step sizes delta (B, S, h), float32."""
-        cfg = self.config
-        z, u, dt = self.in_proj(x_BSH).split([cfg.mamba_inner_size, cfg.conv_channels, cfg.mamba_num_heads], dim=-1)
+        z, u, dt = functional.linear(x_BSH, self.in_proj.weight).split_with_sizes(self.in_sizes, dim=-1)
         delta = functional.softplus(dt.float() + self.dt_bias.float())
-        if cfg.time_step_limit is not None:
-            delta = delta.clamp(*cfg.time_step_limit)
+        if self.config.time_step_limit is not None:
+            delta = delta.clamp(*self.config.time_step_limit)
         if valid_BS is not None:
             delta = delta * valid_BS[..., None]
             u = u * valid_BS[..., None]
@@ -108,8 +110,7 @@ class Mamba(nn.Module):
     def split_mixed(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The convolution's output as heads of x and groups of b and c."""
         cfg = self.config
-        state_size = cfg.n_groups * cfg.ssm_state_size
-        x, b, c = mixed.split([cfg.mamba_inner_size, state_size, state_size], dim=-1)
+        x, b, c = mixed.split_with_sizes(self.mixed_sizes, dim=-1)
         groups = (cfg.n_groups, cfg.ssm_state_size)
         return x.unflatten(-1, (cfg.mamba_num_heads, -1)), b.unflatten(-1, groups), c.unflatten(-1, groups)
 
@@ -121,8 +122,7 @@ class Mamba(nn.Module):
         """Skip connection, gate, group norm, output projection."""
         y = torch.addcmul(y_BShP, x_BShP, self.D.float()[:, None]).flatten(-2)
         normed = norm.gated_group_rms_norm(y, z, self.norm.weight, self.norm.eps, self.config.n_groups)
-        out: Tensor = self.out_proj(normed)
-        return out
+        return functional.linear(normed, self.out_proj.weight)
 
 
 class Attention(nn.Module):
@@ -139,14 +139,13 @@ class Attention(nn.Module):
 
     def project(self, x_BSH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, Q, S, D), keys and values (B, J, S, D)."""
-        heads = (-1, self.config.head_dim)
-        q, k, v = (p(x_BSH).unflatten(-1, heads).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        heads, weights = (-1, self.config.head_dim), (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        q, k, v = (functional.linear(x_BSH, weight).unflatten(-1, heads).transpose(1, 2) for weight in weights)
         return q, k, v
 
     def finish(self, o_BQSD: Tensor) -> Tensor:
         """Join heads and project out, (B, S, H)."""
-        out: Tensor = self.o_proj(o_BQSD.transpose(1, 2).flatten(-2))
-        return out
+        return functional.linear(o_BQSD.transpose(1, 2).flatten(-2), self.o_proj.weight)
 
 
 class Mlp(nn.Module):

@@ -12,6 +12,8 @@ from torch.nn import functional
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """``w * x / sqrt(mean(x^2) + eps)`` over the last dimension, computed in float32, cast back to ``x.dtype``."""
     wide = x.float()
+    if wide.numel() == x.shape[-1] and not x.is_cuda and not wide.requires_grad and x.dtype == weight_H.dtype:
+        return _rms_norm_of_one(wide, weight_H, eps).to(x.dtype)
     if x.is_cuda or wide.requires_grad or weight_H.requires_grad:
         return functional.rms_norm(wide, (x.shape[-1],), weight_H.float(), eps).to(x.dtype)
     return (wide * _inverse_rms(wide, eps)).mul_(weight_H).to(x.dtype)
@@ -41,6 +43,13 @@ def gated_group_rms_norm_reference(y: Tensor, z: Tensor, weight: Tensor, eps: fl
     gated = y.float() * (z.float() * torch.sigmoid(z.float()))
     groups = [g / torch.sqrt((g * g).mean(-1, keepdim=True) + eps) for g in gated.chunk(num_groups, dim=-1)]
     return (torch.cat(groups, dim=-1) * weight.float()).to(z.dtype)
+
+
+def _rms_norm_of_one(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """A single row: its mean square is a number on the host, and one call does the rest."""
+    flat = x.view(-1)
+    mean_square = torch.dot(flat, flat).item() / flat.shape[0]
+    return torch.addcmul(_constant(0.0, x.device), x, weight_H, value=(mean_square + eps) ** -0.5)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
