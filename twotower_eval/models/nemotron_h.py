@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,44 @@ class MambaState(NamedTuple):
     ssm_BhPN: Tensor
 
 
-class RMSNorm(nn.Module):
+class Direct(nn.Module):
+    """A module whose parameters and parts are plain attributes once they have been looked up.
+
+    nn.Module looks for them in three dictionaries, which costs 0.7 us, two hundred times a token. Assignment and
+    deletion take the plain attribute away again, and so does whatever moves or converts the module.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if name in self._parameters or name in self._modules:
+            self.__dict__[name] = value
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self._parameters or name in self._modules:
+            self.__dict__.pop(name, None)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._parameters or name in self._modules:
+            self.__dict__.pop(name, None)
+        super().__delattr__(name)
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        for name in (*self._parameters, *self._modules):
+            self.__dict__.pop(name, None)
+        return super()._apply(*args, **options)  # type: ignore[no-untyped-call]
+
+
+class Linear(Direct, nn.Linear):
+    """See :class:`Direct`."""
+
+
+class Conv1d(Direct, nn.Conv1d):
+    """See :class:`Direct`."""
+
+
+class RMSNorm(Direct):
     """Root-mean-square norm with a weight; float32 inside, result in the weight's dtype."""
 
     def __init__(self, size: int, eps: float) -> None:
@@ -34,11 +71,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        return norm.rms_norm(x, weight, self.eps).to(weight.dtype)
+        normed = norm.rms_norm(x, self.weight, self.eps)
+        return normed if normed.dtype == self.weight.dtype else normed.to(self.weight.dtype)
 
 
-class Mamba(nn.Module):
+class Mamba(Direct):
     """Mamba-2 mixer. ``forward`` continues from a state; the steps are public because training needs the states
     at block boundaries too."""
 
@@ -51,12 +88,12 @@ class Mamba(nn.Module):
         self.A_log = nn.Parameter(torch.zeros(heads))
         self.D = nn.Parameter(torch.ones(heads))
         self.dt_bias = nn.Parameter(torch.zeros(heads))
-        self.conv1d = nn.Conv1d(
+        self.conv1d = Conv1d(
             channels, channels, config.conv_kernel, groups=channels, bias=config.use_conv_bias, padding=0
         )
-        self.in_proj = nn.Linear(config.hidden_size, inner + channels + heads, bias=False)
+        self.in_proj = Linear(config.hidden_size, inner + channels + heads, bias=False)
         self.norm = RMSNorm(inner, config.layer_norm_epsilon)
-        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        self.out_proj = Linear(inner, config.hidden_size, bias=False)
 
     def empty_state(self, batch_size: int) -> MambaState:
         """The state before the first token: zeros."""
@@ -125,17 +162,17 @@ class Mamba(nn.Module):
         return functional.linear(normed, self.out_proj.weight)
 
 
-class Attention(nn.Module):
+class Attention(Direct):
     """Projections of grouped-query attention; who sees which key is the caller's matter."""
 
     def __init__(self, config: NemotronHConfig) -> None:
         super().__init__()
         self.config = config
         hidden, dim = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * dim, bias=False)
-        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * dim, bias=False)
-        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * dim, hidden, bias=False)
+        self.q_proj = Linear(hidden, config.num_attention_heads * dim, bias=False)
+        self.k_proj = Linear(hidden, config.num_key_value_heads * dim, bias=False)
+        self.v_proj = Linear(hidden, config.num_key_value_heads * dim, bias=False)
+        self.o_proj = Linear(config.num_attention_heads * dim, hidden, bias=False)
 
     def project(self, x_BSH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, Q, S, D), keys and values (B, J, S, D)."""
@@ -148,19 +185,19 @@ class Attention(nn.Module):
         return functional.linear(o_BQSD.transpose(1, 2).flatten(-2), self.o_proj.weight)
 
 
-class Mlp(nn.Module):
+class Mlp(Direct):
     """``down(relu(up x)^2)``."""
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(hidden, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = Linear(hidden, width, bias=False)
+        self.down_proj = Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return moe.mlp(x, self.up_proj.weight, self.down_proj.weight)
 
 
-class Gate(nn.Module):
+class Gate(Direct):
     """The router's weights, float32 whatever the rest is."""
 
     def __init__(self, num_experts: int, hidden: int) -> None:
@@ -169,7 +206,7 @@ class Gate(nn.Module):
         self.e_score_correction_bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32), requires_grad=False)
 
 
-class MixtureOfExperts(nn.Module):
+class MixtureOfExperts(Direct):
     """Routed experts plus the shared expert, which is neither scaled nor gated."""
 
     def __init__(self, config: NemotronHConfig) -> None:
@@ -189,7 +226,7 @@ class MixtureOfExperts(nn.Module):
         return routed_RH.view_as(x_BSH) + shared
 
 
-class Layer(nn.Module):
+class Layer(Direct):
     """A norm and a mixer of the kind that the pattern's letter names."""
 
     def __init__(self, kind: str, config: NemotronHConfig) -> None:
@@ -212,7 +249,7 @@ def _make_mixer(kind: str, config: NemotronHConfig) -> nn.Module:
     raise AssertionError(f"layer kind {kind!r} should have been refused with the config")
 
 
-class Tower(nn.Module):
+class Tower(Direct):
     """Embeddings, layers and the final norm; heads belong to the models built from towers."""
 
     def __init__(self, config: NemotronHConfig) -> None:
