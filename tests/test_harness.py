@@ -1,6 +1,7 @@
 """Evaluation: the adapter against direct computation and lm-eval's evaluator; resume, kill, sharing, samples."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -135,9 +136,9 @@ def test_equal_requests_are_scored_once(model: Any) -> None:
     scorer = exact(model)
 
     class Counting:
-        def score(self, requests: Sequence[Any]) -> Any:
+        def plan(self, requests: Sequence[Any], batch_size: int) -> Any:
             calls.append(len(requests))
-            return scorer.score(requests)
+            return scorer.plan(requests, batch_size)
 
     lm = HarnessLM(model, scorer=Counting(), batch_size=64)
     found = lm.loglikelihood([ask("loglikelihood", "ab", "cd", doc_id=i) for i in range(5)])
@@ -302,15 +303,18 @@ def test_resume_may_raise_the_limit(plan: RunPlan, tmp_path: Path) -> None:
 
 
 class _Interrupting:
-    """Keeps the prompts that are answered and raises Ctrl-C before the nth answer of block diffusion."""
+    """Keeps the prompts that are answered; Ctrl-C before the nth answer of block diffusion or the nth scored piece."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, at_answer: int | None = None) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, at_answer: int | None = None, at_piece: int | None = None
+    ) -> None:
         from twotower_eval.decoders.block_diffusion import BlockDiffusion
         from twotower_eval.decoders.likelihood import CausalScorer
 
         self.prompts: list[str] = []
-        self.scored = 0
-        generate, score = BlockDiffusion.generate, CausalScorer.score
+        self.scored = self.num_pieces = 0
+        self.at_piece = at_piece
+        generate, plan = BlockDiffusion.generate, CausalScorer.plan
 
         def counted(decoder: Any, prompts: Sequence[Prompt], *, on_finish: Any, **options: Any) -> Any:
             def finished(generation: Generation) -> None:
@@ -321,12 +325,21 @@ class _Interrupting:
 
             return generate(decoder, prompts, on_finish=finished, **options)
 
-        def counted_score(scorer: Any, requests: Sequence[Any]) -> Any:
-            self.scored += len(requests)
-            return score(scorer, requests)
+        def counted_plan(scorer: Any, requests: Sequence[Any], batch_size: int) -> Any:
+            return [
+                dataclasses.replace(piece, score=functools.partial(self._scored, piece))
+                for piece in plan(scorer, requests, batch_size)
+            ]
 
         monkeypatch.setattr(BlockDiffusion, "generate", counted)
-        monkeypatch.setattr(CausalScorer, "score", counted_score)
+        monkeypatch.setattr(CausalScorer, "plan", counted_plan)
+
+    def _scored(self, piece: Any) -> Any:
+        self.num_pieces += 1
+        if self.num_pieces == self.at_piece:
+            raise KeyboardInterrupt
+        self.scored += len(piece.requests)
+        return piece.score()
 
 
 @pytest.mark.parametrize("at_answer", [1, 2, 3, 5])
@@ -457,6 +470,52 @@ def test_an_answer_to_another_prompt_is_an_error(plan: RunPlan, tmp_path: Path) 
     [task] = suites.resolve_tasks(["miniature_sort"], limit=4)
     with pytest.raises(ValueError, match="belongs to another prompt"):
         score_rows(task, lines[0]["cell"], [r for r in store.load(path).generations if r.cell == lines[0]["cell"]])
+
+
+@pytest.mark.parametrize("kind", ["context_tower", "bound"])
+def test_likelihoods_go_on_in_the_middle_of_a_piece(
+    plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    """Only what the journal lacks is scored, whatever it was scored with before; what it holds stays as it is."""
+    monkeypatch.setattr("twotower_eval.models.twotower.TwoTower.branch_tokens", 60)
+    monkeypatch.setattr("twotower_eval.decoders.denoiser_likelihood.MAX_TOKENS", 100)
+    tasks = ("miniature_choice", "miniature_perplexity")
+    plan = dataclasses.replace(plan, tasks=tasks, likelihood=kind)
+    path = harness.run(plan, root=tmp_path)
+    whole = values(path)
+    before = store.load(path).likelihoods
+    for name in ("done.json", "scores.jsonl"):
+        (path / name).unlink()
+    journal = path / "likelihoods.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    lost = set(range(1, len(lines), 3))
+    journal.write_text("".join(line for at, line in enumerate(lines) if at not in lost))
+    with pytest.MonkeyPatch.context() as patch:
+        again = _Interrupting(patch)
+        harness.run(plan, root=tmp_path, resume=path)
+    after = store.load(path).likelihoods
+    kept = [row for at, row in enumerate(before) if at not in lost]
+    assert after[: len(kept)] == kept
+    assert len(after) == len(before)
+    assert values(path) == pytest.approx(whole, rel=1e-4)
+    if kind == "context_tower":
+        assert 0 < again.scored == len({row.prompt_sha256 for at, row in enumerate(before) if at in lost})
+
+
+def test_ctrl_c_keeps_the_pieces_that_are_done(plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twotower_eval.models.twotower.TwoTower.branch_tokens", 60)
+    plan = dataclasses.replace(plan, tasks=("miniature_choice",), limit=8)
+    with pytest.MonkeyPatch.context() as patch:
+        first = _Interrupting(patch, at_piece=3)
+        with pytest.raises(KeyboardInterrupt):
+            harness.run(plan, root=tmp_path)
+    [path] = store.find_runs(tmp_path)
+    assert 0 < len(store.load(path).likelihoods) == first.scored < 32
+    with pytest.MonkeyPatch.context() as patch:
+        second = _Interrupting(patch)
+        harness.run(plan, root=tmp_path, resume=path)
+    assert first.scored + second.scored == 32
+    assert values(path) == values(harness.run(plan, root=tmp_path / "whole"))
 
 
 # Whose likelihoods

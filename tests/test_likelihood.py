@@ -9,7 +9,8 @@ import torch
 from tiny_models import ARCHITECTURES, VOCAB, tiny_pair
 
 from twotower_eval.decoders import make_scorer
-from twotower_eval.decoders.likelihood import MAX_ROWS, ScoreRequest
+from twotower_eval.decoders.denoiser_likelihood import MAX_ROWS
+from twotower_eval.decoders.pieces import ScoreRequest, target_logprobs
 
 EVERY_MODEL = pytest.mark.parametrize("name", ARCHITECTURES)
 K = 3
@@ -90,6 +91,67 @@ def test_context_tower(name: str) -> None:
             total, greedy = causal_by_hand(model, request)
             assert ours.logprob_nats == pytest.approx(total, abs=ATOL)
             assert (ours.is_greedy, ours.kind, ours.stderr_nats, ours.num_draws) == (greedy, kind, None, None)
+
+
+SHARED = tuple(range(4, 19))
+MANY = tuple(  # a common beginning, questions on it, options on them; one within another, one twice, one alone
+    ScoreRequest(context_ids=SHARED + question, continuation_ids=option, seed=seed)
+    for seed, (question, option) in enumerate(
+        itertools.product(
+            [(), (20,), (20, 21, *range(22, 33)), (5,) * 9],
+            [(8,), (9,), (8, 9, 10, 11), (8, 9, 12), tuple(range(4, 13))],
+        )
+    )
+)
+MANY = (*MANY, MANY[3], ScoreRequest(context_ids=(30, 31), continuation_ids=(8, 9), seed=99))
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("max_tokens", [1, 30])
+@pytest.mark.parametrize("kind", ["context_tower", "denoiser_left_to_right", "bound"])
+def test_what_is_shared_changes_nothing(name: str, kind: Any, max_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces large and small, contexts kept or not: every request has the likelihood that it has alone."""
+    model = tiny_pair(name)
+    scorer = make_scorer(model, kind, block_size=K, num_draws=4)
+    alone = [scorer.score([request])[0] for request in MANY]
+    monkeypatch.setattr(model, "branch_tokens", max_tokens)
+    monkeypatch.setattr("twotower_eval.decoders.denoiser_likelihood.MAX_TOKENS", max_tokens)
+    for ours, wanted in zip(scorer.score(MANY), alone, strict=True):
+        assert ours.logprob_nats == pytest.approx(wanted.logprob_nats, abs=ATOL)
+        assert ours.is_greedy == wanted.is_greedy
+        assert (ours.stderr_nats or 0) == pytest.approx(wanted.stderr_nats or 0, abs=ATOL)
+
+
+@EVERY_MODEL
+def test_trees_and_rows_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without the model's way to read trees."""
+    model = tiny_pair(name)
+    by_tree = make_scorer(model, "context_tower").score(MANY)
+    monkeypatch.setattr(model, "branch_tokens", 0)
+    for ours, wanted in zip(by_tree, make_scorer(model, "context_tower").score(MANY), strict=True):
+        assert ours.logprob_nats == pytest.approx(wanted.logprob_nats, abs=ATOL)
+        assert ours.is_greedy == wanted.is_greedy
+
+
+def test_pieces_may_be_called_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run takes a middle one first, for its estimate; a resumed one leaves some out."""
+    model = tiny_pair()
+    monkeypatch.setattr(model, "branch_tokens", 12)
+    scorer = make_scorer(model, "context_tower")
+    wanted = scorer.score(MANY)
+    pieces = scorer.plan(MANY, 1)
+    assert len(pieces) > 3
+    for piece in [pieces[3], pieces[0], *pieces[:0:-1]]:
+        for index, found in zip(piece.requests, piece.score(), strict=True):
+            assert found.logprob_nats == pytest.approx(wanted[index].logprob_nats, abs=ATOL)
+
+
+def test_of_equal_logits_the_first_is_the_greedy_one() -> None:
+    """As argmax has it, in lm-eval too; in bfloat16 equal logits are common."""
+    logits = torch.tensor([[0.0, 1.0, 1.0, -1.0]])
+    found = list(target_logprobs(logits, [0, 0, 0], [1, 2, 0]))
+    assert [greedy for _, greedy in found] == [True, False, False]
+    assert [logprob for logprob, _ in found] == pytest.approx(logits.log_softmax(-1)[0, [1, 2, 0]].tolist())
 
 
 @EVERY_MODEL

@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from twotower_eval.decoders import make_decoder, make_scorer
-from twotower_eval.decoders.likelihood import ScoreRequest
+from twotower_eval.decoders.pieces import ScoreRequest
 from twotower_eval.models import load_model
 from twotower_eval.models.counting import WatchedModel
+from twotower_eval.models.token_tree import Segment
+from twotower_eval.models.transformers_tree import may_pack, packing_agrees
 from twotower_eval.records import Prompt
 
 ATOL = 2e-5
@@ -166,6 +168,60 @@ def test_likelihoods(name: str, models: dict[str, Any]) -> None:
         wanted = sum(float(logprobs[start + i, token]) for i, token in enumerate(request.continuation_ids))
         assert ours.logprob_nats == pytest.approx(wanted, abs=1e-4)
         assert ours.kind == "exact"
+
+
+SHARED = tuple(range(20, 45))
+MANY = [
+    ScoreRequest(context_ids=SHARED[:cut] + question, continuation_ids=option)
+    for cut in (25, 9)
+    for question in ((), (5, 6, 7), tuple(range(3, 20)))
+    for option in ((8,), (9,), (8, 9, 10), (8, 9, 11, 12))
+]
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("max_tokens", [6, 30, 512])
+def test_shared_beginnings_change_no_likelihood(
+    name: str, max_tokens: int, models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trees packed into one row where attention is all there is and sees everything; rows alone elsewhere."""
+    model = models[name]
+    assert (model.branch_tokens > 0) == (name in ("llama", "gpt2"))
+    monkeypatch.setattr(model, "branch_tokens", min(max_tokens, model.branch_tokens))
+    found = make_scorer(model, "exact").score(MANY)
+    monkeypatch.setattr(model, "branch_tokens", 0)
+    for ours, wanted in zip(found, make_scorer(model, "exact").score(MANY), strict=True):
+        assert ours.logprob_nats == pytest.approx(wanted.logprob_nats, abs=1e-4)
+        assert ours.is_greedy == wanted.is_greedy
+
+
+def test_models_that_misread_a_tree_get_none(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that takes no mask of ours, or makes its own of it, is found out when the model is loaded."""
+    model = models["llama"]
+    assert packing_agrees(model)
+    right = model.tree_logits
+
+    def blind(context: Any, segments: Any) -> Tensor:
+        """As if every token saw all before it: branches see each other."""
+        line = [Segment(i - 1, segment.tokens, segment.wanted) for i, segment in enumerate(segments)]
+        found: Tensor = right(context, line)
+        return found
+
+    def refusing(context: Any, segments: Any) -> Tensor:
+        raise ValueError("attention masks have two dimensions here")
+
+    for wrong in (blind, refusing):
+        monkeypatch.setattr(model, "tree_logits", wrong)
+        assert not packing_agrees(model)
+
+
+def test_positions_that_depend_on_the_length_are_not_shared() -> None:
+    layers = transformers.DynamicCache(config=CONFIGS["llama"]).layers
+    assert may_pack(CONFIGS["llama"], layers)
+    dynamic = transformers.LlamaConfig(
+        **{**CONFIGS["llama"].to_dict(), "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
+    )
+    assert not may_pack(dynamic, layers)
 
 
 def test_identity(folders: dict[str, Path], models: dict[str, Any], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from twotower_eval.decoders import make_decoder, make_scorer
-    from twotower_eval.decoders.likelihood import ScoreRequest
+    from twotower_eval.decoders.pieces import ScoreRequest
     from twotower_eval.models import load_model
     from twotower_eval.records import DecoderSpec, Generation, Likelihood, Prompt
 
@@ -30,7 +30,7 @@ _HOMES = {
     "Generation": "twotower_eval.records",
     "Likelihood": "twotower_eval.records",
     "Prompt": "twotower_eval.records",
-    "ScoreRequest": "twotower_eval.decoders.likelihood",
+    "ScoreRequest": "twotower_eval.decoders.pieces",
     "load_model": "twotower_eval.models",
     "make_decoder": "twotower_eval.decoders",
     "make_scorer": "twotower_eval.decoders",

@@ -1,11 +1,13 @@
 """Benchmarks of this package's own machinery: ratios measured side by side in one run. Names live in ``BENCHES``.
 
 A bench is a function ``run(*, rounds, say) -> Findings``: it says what it will measure before it measures, runs its
-arms interleaved round by round, and gives a table for people and a summary for machines.
+arms interleaved round by round, and gives a table for people and a summary for machines. Further keywords of the
+function are its options; those without a default must be given.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from twotower_eval.names import did_you_mean, resolve
 BENCHES = {
     "engine": "twotower_eval.bench.engine:run",
     "batching": "twotower_eval.bench.batching:run",
+    "scoring": "twotower_eval.bench.scoring:run",
 }
 
 Say = Callable[[str], None]
@@ -31,10 +34,11 @@ class Findings:
     summary: dict[str, Any]
 
 
-def run(names: Sequence[str], *, threads: int, rounds: int, say: Say) -> None:
-    """Run benches by name (none: all), saying for each its card, its table and one JSON line.
+def run(names: Sequence[str], *, threads: int, rounds: int, say: Say, **options: Any) -> None:
+    """Run benches by name (none: all that have what they need), saying for each its card, its table and one JSON line.
 
-    ValueError for an unknown name (a ``"module:function"`` is taken literally) or counts below 1.
+    ValueError for an unknown name (a ``"module:function"`` is taken literally), counts below 1, and ``options`` (None:
+    not given) that a bench lacks or that none of them takes.
     """
     for option, value in (("threads", threads), ("rounds", rounds)):
         if value < 1:
@@ -44,14 +48,37 @@ def run(names: Sequence[str], *, threads: int, rounds: int, say: Say) -> None:
             raise ValueError(f"bench {name!r} is unknown{did_you_mean(name, BENCHES)}")
     from twotower_eval.speed.clock import torch_threads
 
-    for name in names or list(BENCHES):
-        bench = resolve(BENCHES.get(name, name))
+    given = {option: value for option, value in options.items() if value is not None}
+    for name, bench, own in _chosen(names, given, say):
         with torch_threads(threads):
-            findings: Findings = bench(rounds=rounds, say=say)
+            findings: Findings = bench(rounds=rounds, say=say, **own)
         say(markdown(findings.header, findings.rows))
         conditions = {"machine": describe_machine(), "packages": package_versions()}
         line = {"bench": name, "threads": threads, "rounds": rounds, **findings.summary, **conditions}
         say("\n" + json.dumps(line, allow_nan=False))
+
+
+def _chosen(names: Sequence[str], given: dict[str, Any], say: Say) -> list[tuple[str, Any, dict[str, Any]]]:
+    """Name, function and options of each bench to run."""
+    chosen = []
+    for name in names or list(BENCHES):
+        bench = resolve(BENCHES.get(name, name))
+        parameters = [p for p in inspect.signature(bench).parameters.values() if p.name not in ("rounds", "say")]
+        lacking = [_flag(p.name) for p in parameters if p.default is p.empty and p.name not in given]
+        if not lacking:
+            chosen.append((name, bench, {p.name: given[p.name] for p in parameters if p.name in given}))
+        elif names:
+            raise ValueError(f"bench {name} needs {' and '.join(lacking)}")
+        else:
+            say(f"bench {name} left out: it needs {' and '.join(lacking)}\n")
+    for option in given:
+        if not any(option in own for *_, own in chosen):
+            raise ValueError(f"{_flag(option)} would be ignored: no bench chosen here takes it")
+    return chosen
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

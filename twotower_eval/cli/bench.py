@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,8 +16,12 @@ def bench(
     ] = None,
     threads: Annotated[int, option("CPU threads [1].", metavar="N")] = 1,
     rounds: Annotated[int, option("Timed rounds; in each, every arm is timed once [9].", metavar="N")] = 9,
+    model: Annotated[Path | None, option("scoring: a Hugging Face causal model's folder.", metavar="DIR")] = None,
+    data_dir: Annotated[Path | None, option("scoring: files made by data prepare.", metavar="DIR")] = None,
+    limit: Annotated[int | None, option("scoring: questions per task [200].", metavar="N")] = None,
 ) -> None:
     """Verb ``bench``."""
     from twotower_eval import bench as bench_room
 
-    bench_room.run(names or (), threads=threads, rounds=rounds, say=typer.echo)
+    options = {"model": model, "data_dir": data_dir, "limit": limit}
+    bench_room.run(names or (), threads=threads, rounds=rounds, say=typer.echo, **options)

@@ -42,9 +42,10 @@ class Decoder(Protocol):
 
 
 class Scorer(Protocol):
-    """Log-likelihoods of continuations, in the order of the requests."""
+    """Log-likelihoods of continuations, in the order of the requests; or in pieces, each to be journalled when done."""
 
     def score(self, requests: Sequence[Any]) -> list[Likelihood]: ...
+    def plan(self, requests: Sequence[Any], batch_size: int) -> list[Any]: ...
 
 
 def decoder_class(kind: str) -> Any:

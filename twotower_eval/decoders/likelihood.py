@@ -10,27 +10,19 @@ fraction fed is the actual one, and the mask token is excluded from the softmax.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from twotower_eval.decoders.denoiser_likelihood import BoundScorer, LeftToRightScorer
+from twotower_eval.decoders.pieces import PathContexts, Piece, Scorer, ScoreRequest, check_requests, target_logprobs
+from twotower_eval.decoders.prefixes import Chunk, Row, plan
 from twotower_eval.decoders.rows import padded_ids
 from twotower_eval.records import Likelihood, LikelihoodKind
-
-MAX_ROWS = 64  # denoiser rows per call
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreRequest:
-    """How likely is ``continuation_ids`` behind ``context_ids``? ``seed`` fixes the draws of a bound."""
-
-    context_ids: tuple[int, ...]
-    continuation_ids: tuple[int, ...]
-    seed: int = 0
 
 
 def make(model: Any, kind: LikelihoodKind, *, block_size: int, num_draws: int) -> Any:
@@ -53,154 +45,57 @@ def make(model: Any, kind: LikelihoodKind, *, block_size: int, num_draws: int) -
     return LeftToRightScorer(model, block_size)
 
 
-class CausalScorer:
-    """One causal pass over context and continuation, a batch at a time."""
+class CausalScorer(Scorer):
+    """Causal passes: over what requests share once, where the model can branch; else over each request, in batches."""
 
     def __init__(self, model: Any, kind: LikelihoodKind) -> None:
         self.model, self.kind = model, kind
+        self._contexts = PathContexts(model)
+
+    def plan(self, requests: Sequence[ScoreRequest], batch_size: int) -> list[Piece]:
+        """See :meth:`Scorer.plan`; contexts must not be empty."""
+        check_requests(requests, self.model, needs_context=True)
+        max_tokens = getattr(self.model, "branch_tokens", 0)
+        if max_tokens:
+            chunks = plan([_causal_row(request) for request in requests], max_tokens)
+            return [Piece(tuple(chunk.places), partial(self._score_chunk, chunk, requests)) for chunk in chunks]
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].context_ids + requests[i].continuation_ids))
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        return [Piece(tuple(batch), partial(self._score_rows, [requests[i] for i in batch])) for batch in batches]
 
     @torch.inference_mode()
-    def score(self, requests: Sequence[ScoreRequest]) -> list[Likelihood]:
-        """One likelihood per request; the context must not be empty."""
-        if not requests:
-            return []
-        _check(requests, self.model, needs_context=True)
-        rows = [[*r.context_ids, *r.continuation_ids][:-1] for r in requests]
-        ids_BS, lengths = padded_ids(rows)
-        last = max(len(r.continuation_ids) for r in requests)
+    def _score_chunk(self, chunk: Chunk, requests: Sequence[ScoreRequest]) -> list[Likelihood]:
+        context = self._contexts.at(chunk.path)
+        logits = [] if context is None else [self.model.next_logits(context)]
+        if chunk.segments:
+            logits.append(self.model.tree_logits(context, chunk.segments))
+        # Where there is no path, result 0 is nothing that anyone asks for.
+        places = [[place - (context is None) for place in chunk.places[index]] for index in chunk.places]
+        targets = [requests[index].continuation_ids for index in chunk.places]
+        return self._likelihoods(torch.cat(logits), places, targets)
+
+    @torch.inference_mode()
+    def _score_rows(self, requests: Sequence[ScoreRequest]) -> list[Likelihood]:
+        ids_BS, lengths = padded_ids([_causal_row(request).tokens for request in requests])
+        last = max(len(request.continuation_ids) for request in requests)
         logits_BLV = self.model.context_logits(ids_BS, lengths, last=last)
+        targets = [request.continuation_ids for request in requests]
+        places = [[(row + 1) * last - len(own) + i for i in range(len(own))] for row, own in enumerate(targets)]
+        return self._likelihoods(logits_BLV.flatten(0, 1), places, targets)
+
+    def _likelihoods(
+        self, logits_MV: Tensor, places: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
+    ) -> list[Likelihood]:
+        """One for each list of targets, whose logits stand at the places."""
+        found = target_logprobs(logits_MV, [p for own in places for p in own], [t for own in targets for t in own])
         results = []
-        for request, logits_LV in zip(requests, logits_BLV, strict=True):
-            targets = torch.tensor(request.continuation_ids, device=logits_LV.device)
-            own_LV = logits_LV[last - len(targets) :].log_softmax(-1)
-            total = own_LV.gather(1, targets[:, None]).double().sum()
-            greedy = bool((own_LV.argmax(-1) == targets).all())
-            results.append(Likelihood(logprob_nats=float(total), is_greedy=greedy, kind=self.kind))
+        for own in targets:
+            logprobs, likeliest = zip(*(next(found) for _ in own), strict=True)
+            results.append(Likelihood(logprob_nats=math.fsum(logprobs), is_greedy=all(likeliest), kind=self.kind))
         return results
 
 
-@dataclass(frozen=True)
-class _Query:
-    """One denoiser row: a noisy block on a known prefix, and the positions whose tokens are asked for."""
-
-    request: int
-    draw: int
-    prefix: tuple[int, ...]
-    block: tuple[int, ...]
-    num_true: int
-    masked: int
-    positions: tuple[int, ...]
-    targets: tuple[int, ...]
-
-
-class _DenoiserScorer:
-    """Runs queries in batches of rows; subclasses say which queries a request needs and how to add them up."""
-
-    def __init__(self, model: Any, block_size: int) -> None:
-        self.model, self.block_size = model, block_size
-
-    def _blocks(self, request: ScoreRequest) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Prefix and true tokens (at most K) of every block of the continuation."""
-        for start in range(0, len(request.continuation_ids), self.block_size):
-            end = start + self.block_size
-            yield request.context_ids + request.continuation_ids[:start], request.continuation_ids[start:end]
-
-    def _logprobs(self, queries: Sequence[_Query]) -> list[tuple[list[float], bool]]:
-        """For each query the log-probabilities (nats) of its targets, and whether all are the likeliest."""
-        results = []
-        for start in range(0, len(queries), MAX_ROWS):
-            results.extend(self._batch(queries[start : start + MAX_ROWS]))
-        return results
-
-    def _batch(self, queries: Sequence[_Query]) -> list[tuple[list[float], bool]]:
-        prefixes = list(dict.fromkeys(query.prefix for query in queries))
-        context = self.model.prefill(*padded_ids(prefixes))
-        context = context.select([prefixes.index(query.prefix) for query in queries])
-        blocks_BK = torch.tensor([query.block for query in queries])
-        fractions = [query.masked / self.block_size for query in queries]
-        logits_BKV: Tensor = self.model.denoise(blocks_BK, context, fractions)
-        logits_BKV[..., self.model.mask_token_id] = -torch.inf
-        results = []
-        for query, logits_KV in zip(queries, logits_BKV, strict=True):
-            targets = torch.tensor(query.targets, device=logits_KV.device)
-            own = logits_KV[list(query.positions)].log_softmax(-1)
-            logprobs = own.gather(1, targets[:, None])[:, 0].tolist()
-            results.append((logprobs, bool((own.argmax(-1) == targets).all())))
-        return results
-
-
-class LeftToRightScorer(_DenoiserScorer):
-    """Exact chain rule: each token given the context and the committed part of its block, the rest masked."""
-
-    @torch.inference_mode()
-    def score(self, requests: Sequence[ScoreRequest]) -> list[Likelihood]:
-        """One likelihood per request."""
-        _check(requests, self.model, needs_context=False)
-        queries = [query for i, request in enumerate(requests) for query in self._queries(i, request)]
-        totals, greedy = [0.0] * len(requests), [True] * len(requests)
-        for query, (logprobs, likeliest) in zip(queries, self._logprobs(queries), strict=True):
-            totals[query.request] += sum(logprobs)
-            greedy[query.request] &= likeliest
-        return [
-            Likelihood(logprob_nats=total, is_greedy=g, kind="denoiser_left_to_right")
-            for total, g in zip(totals, greedy, strict=True)
-        ]
-
-    def _queries(self, index: int, request: ScoreRequest) -> Iterator[_Query]:
-        mask = self.model.mask_token_id
-        for prefix, truth in self._blocks(request):
-            for position, token in enumerate(truth):
-                open_count = self.block_size - position
-                block = truth[:position] + (mask,) * open_count
-                yield _Query(index, 0, prefix, block, len(truth), open_count, (position,), (token,))
-
-
-class BoundScorer(_DenoiserScorer):
-    """Per block with m tokens: draw n in 1..m, mask n of them, estimate (m/n) times the sum of -log p over these."""
-
-    def __init__(self, model: Any, block_size: int, num_draws: int) -> None:
-        super().__init__(model, block_size)
-        self.num_draws = num_draws
-
-    @torch.inference_mode()
-    def score(self, requests: Sequence[ScoreRequest]) -> list[Likelihood]:
-        """Mean over draws, with its standard error. ``is_greedy``: every masked target of every draw was likeliest."""
-        _check(requests, self.model, needs_context=False)
-        queries = [query for i, request in enumerate(requests) for query in self._queries(i, request)]
-        draws = [[0.0] * self.num_draws for _ in requests]
-        greedy = [True] * len(requests)
-        for query, (logprobs, likeliest) in zip(queries, self._logprobs(queries), strict=True):
-            draws[query.request][query.draw] += query.num_true / len(query.targets) * sum(logprobs)
-            greedy[query.request] &= likeliest
-        return [
-            Likelihood(
-                logprob_nats=statistics.fmean(values),
-                is_greedy=g,
-                kind="bound",
-                stderr_nats=statistics.stdev(values) / len(values) ** 0.5,
-                num_draws=len(values),
-            )
-            for values, g in zip(draws, greedy, strict=True)
-        ]
-
-    def _queries(self, index: int, request: ScoreRequest) -> Iterator[_Query]:
-        mask, generator = self.model.mask_token_id, torch.Generator().manual_seed(request.seed)
-        for prefix, truth in self._blocks(request):
-            padding = self.block_size - len(truth)
-            for draw in range(self.num_draws):
-                num_masked = int(torch.randint(1, len(truth) + 1, (1,), generator=generator))
-                chosen = torch.randperm(len(truth), generator=generator)[:num_masked].sort().values.tolist()
-                block = tuple(mask if i in chosen else token for i, token in enumerate(truth)) + (mask,) * padding
-                targets = tuple(truth[i] for i in chosen)
-                yield _Query(index, draw, prefix, block, len(truth), num_masked + padding, tuple(chosen), targets)
-
-
-def _check(requests: Sequence[ScoreRequest], model: Any, *, needs_context: bool) -> None:
-    for request in requests:
-        if not request.continuation_ids:
-            raise ValueError("a continuation to be scored must have at least one token")
-        if needs_context and not request.context_ids:
-            raise ValueError("a causal likelihood needs at least one context token; put BOS or EOS in front")
-        ids = request.context_ids + request.continuation_ids
-        if not 0 <= min(ids) <= max(ids) < model.vocab_size:
-            raise ValueError(f"a request has a token id outside the vocabulary of {model.vocab_size}")
+def _causal_row(request: ScoreRequest) -> Row:
+    """What is read and behind what; the last token is predicted, never read."""
+    tokens = (*request.context_ids, *request.continuation_ids)[:-1]
+    return Row(tokens, tuple(range(len(request.context_ids) - 1, len(tokens))))

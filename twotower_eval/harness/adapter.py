@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from twotower_eval.harness.answers import CellJournal, Key, cut, join_likelihoods, with_repeats
+from twotower_eval.harness.answers import CellJournal, Key, join_likelihoods, with_repeats
 from twotower_eval.progress import Advance
 from twotower_eval.records import (
     Generation,
@@ -48,9 +48,10 @@ class Decoder(Protocol):
 
 
 class Scorer(Protocol):
-    """What makes log-likelihoods."""
+    """What makes log-likelihoods, all at once or in pieces that share the most work."""
 
     def score(self, requests: Sequence[Any]) -> list[Likelihood]: ...
+    def plan(self, requests: Sequence[Any], batch_size: int) -> list[Any]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +66,9 @@ class _Asked:
 class HarnessLM(TemplateLM):  # type: ignore[misc]
     """lm-eval's view of a model with a decoder and a scorer.
 
-    ``seed`` is the run's: every prompt gets one of its own, derived from it. ``batch_size`` requests run at a time;
-    answers do not depend on it. ``advance`` hears of every finished request.
+    ``seed`` is the run's: every prompt gets one of its own, derived from it. ``batch_size`` requests for text run at a
+    time, those for log-likelihoods in the pieces that the scorer plans; answers do not depend on either. ``advance``
+    hears of every finished request.
     """
 
     def __init__(
@@ -205,7 +207,9 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         return [self.journal.likelihoods[key].likelihood for _, key in numbered]
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_options: Any) -> list[tuple[float, bool]]:
-        found = self._score([(tuple(context), tuple(continuation)) for _, context, continuation in requests])
+        assert self.scorer is not None, "a likelihood task without a scorer"
+        pairs = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        found = self.scorer.score(self._score_requests(pairs))
         return [(likelihood.logprob_nats, likelihood.is_greedy) for likelihood in found]
 
     def _likelihood_batches(self, numbered: Sequence[tuple[Any, Key]], request_type: str) -> Iterator[Batch]:
@@ -222,20 +226,27 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         certain = [one for one in waiting if all(pair in known for pair in one.pairs)]
         if certain:
             yield partial(self._finish, certain, known)
-        pairs = sorted((pair for pair in askers if pair[1]), key=lambda pair: (-len(pair[0]) - len(pair[1]), pair))
-        for batch in cut(pairs, self.batch_size):
-            left = [pair for pair in batch if any(one.key in missing for one in askers[pair])]
-            if left:
-                yield partial(self._score_and_finish, left, known, askers, missing)
+        for pairs, piece in self._pieces([pair for pair in askers if pair[1]]):
+            left = [pair for pair in pairs if any(one.key in missing for one in askers[pair])]
+            whole = len(left) == len(pairs)
+            for part, rest in [(pairs, piece)] if whole else self._pieces(left):
+                yield partial(self._score_and_finish, part, rest, known, askers, missing)
+
+    def _pieces(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[Pair], Any]]:
+        """Pairs that the scorer takes together, and its piece for them."""
+        assert self.scorer is not None, "a likelihood task without a scorer"
+        for piece in self.scorer.plan(self._score_requests(pairs), self.batch_size) if pairs else ():
+            yield [pairs[index] for index in piece.requests], piece
 
     def _score_and_finish(
         self,
         batch: Sequence[Pair],
+        piece: Any,
         known: dict[Pair, Likelihood],
         askers: Mapping[Pair, Sequence[_Asked]],
         missing: Set[Key],
     ) -> None:
-        known.update(zip(batch, self._score(batch), strict=True))
+        known.update(zip(batch, piece.score(), strict=True))
         touched = {one.key: one for pair in batch for one in askers[pair] if one.key in missing}
         self._finish([one for one in touched.values() if all(pair in known for pair in one.pairs)], known)
 
@@ -273,16 +284,15 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         windows = get_rolling_token_windows(ids, self.prefix_token_id, width, 1)
         return [(tuple(before), tuple(after)) for before, after in map(make_disjoint_window, windows)]
 
-    def _score(self, pairs: Sequence[Pair]) -> list[Likelihood]:
-        from twotower_eval.decoders.likelihood import ScoreRequest
+    def _score_requests(self, pairs: Sequence[Pair]) -> list[Any]:
+        from twotower_eval.decoders.pieces import ScoreRequest
 
-        assert self.scorer is not None, "a likelihood task without a scorer"
         requests = []
         for context, continuation in pairs:
             kept = self._room_for(context, continuation)
             seed = derive_seed(self.seed, context, continuation)
             requests.append(ScoreRequest(context_ids=kept, continuation_ids=continuation, seed=seed))
-        return self.scorer.score(requests)
+        return requests
 
     def _room_for(self, context: tuple[int, ...], continuation: tuple[int, ...]) -> tuple[int, ...]:
         """The end of the context that fits before the continuation; the last token is predicted, never read."""

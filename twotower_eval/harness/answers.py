@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,8 +65,3 @@ def with_repeats(requests: Iterable[Any]) -> list[tuple[Any, Key]]:
         numbered.append((request, (*name, seen[name])))
         seen[name] += 1
     return numbered
-
-
-def cut(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Consecutive pieces of at most ``size`` items."""
-    return (items[start : start + size] for start in range(0, len(items), size))

@@ -140,33 +140,33 @@ class _Evaluation:
     def _estimate(self) -> None:
         """Have a few requests of middling length answered for each kind of job, and say how long the rest will take."""
         left_s = 0.0
-        per_piece_s: dict[tuple[Any, ...], float] = {}
+        per_request_s: dict[tuple[Any, ...], float] = {}
         for job in self._jobs:
             num_missing = len(self._missing(job))
             if not num_missing:
                 continue
-            num_pieces = -(-num_missing // self._plan.batch_size)
-            if job.costs_like not in per_piece_s:
+            if job.costs_like not in per_request_s:
                 started_s = time.monotonic()
-                num_pieces = self._answer_some(job)
-                per_piece_s[job.costs_like] = time.monotonic() - started_s
-            left_s += num_pieces * per_piece_s[job.costs_like]
-        if per_piece_s:
+                self._answer_some(job)
+                took_s, num_left = time.monotonic() - started_s, len(self._missing(job))
+                per_request_s[job.costs_like] = took_s / max(1, num_missing - num_left)
+                num_missing = num_left
+            left_s += num_missing * per_request_s[job.costs_like]
+        if per_request_s:
             self._progress.note(f"estimated duration: about {duration_text(left_s)}")
 
-    def _answer_some(self, job: Job) -> int:
-        """Answer one batch's worth of requests, and say how many times as much is left."""
+    def _answer_some(self, job: Job) -> None:
+        """Answer a batch's worth of requests, or a piece of those that are scored together."""
         if not job.task.generates:
             batches = self._prepared[job.cell.id] = self._batches(job)
             batches.pop(len(batches) // 2)()
-            return len(batches)
+            return
         size = self._plan.batch_size
         missing = sorted(self._missing(job), key=lambda item: len(item[0].args[0]))
         start = max(0, len(missing) - size) // 2
         # Whoever prepares the whole job reports these answers as progress.
         for answer in self._model_of(job, advance=lambda num=1, /: None).batches(missing[start : start + size]):
             answer()
-        return -(-len(self._missing(job)) // size)
 
     def _advanced(self, num: int = 1, /) -> None:
         """Pass on to the bar, or remember until there is one."""

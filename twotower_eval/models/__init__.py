@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from twotower_eval.models.token_tree import Segment
     from twotower_eval.models.tokenizer import Tokenizer
     from twotower_eval.records import Checkpoint
 
@@ -43,9 +44,19 @@ class CausalModel(Protocol):
     ) -> Tensor: ...
 
 
-class TwoTowerModel(CausalModel, Protocol):
-    """A causal model with a denoiser that reads its context."""
+class BranchingModel(CausalModel, Protocol):
+    """A causal model that reads what several sequences share once; see models.token_tree. Others have no such method
+    and ``branch_tokens`` of 0, or none."""
 
+    branch_tokens: int
+
+    def tree_logits(self, context: Any, segments: Sequence[Segment]) -> Tensor: ...
+
+
+class TwoTowerModel(CausalModel, Protocol):
+    """A causal model with a denoiser that reads its context; rows may be extended by unequal numbers of tokens."""
+
+    def extend(self, context: Any, ids_BK: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Any: ...
     def denoise(self, block_BK: Tensor, context: Any, t_B: Tensor | Sequence[float] | float | None) -> Tensor: ...
 
 

@@ -14,6 +14,7 @@ from twotower_eval.models.base import LanguageModel
 from twotower_eval.models.config import NemotronHConfig
 from twotower_eval.models.context import Context, KeyValueBuffer, writable_buffer, write_at
 from twotower_eval.models.nemotron_h import Attention, Mamba, MambaState, Tower, run_layers
+from twotower_eval.models.token_tree import Segment, logits_by_rows
 from twotower_eval.ops.attention import attention
 
 PIECE_ROWS, MIN_PIECE = 256, 64  # token rows that a CPU takes at once; positions of a piece, however many its rows
@@ -21,6 +22,8 @@ PIECE_ROWS, MIN_PIECE = 256, 64  # token rows that a CPU takes at once; position
 
 class ContextTower(LanguageModel):
     """Causal tower and head. Rows of a batch are right-padded; what is behind ``lengths_B`` changes nothing."""
+
+    branch_tokens = 2048
 
     def __init__(self, config: NemotronHConfig) -> None:
         super().__init__()
@@ -40,9 +43,24 @@ class ContextTower(LanguageModel):
         empty = self.empty_context(ids_BS.shape[0])
         return self._advance(empty, ids_BS, lengths)[0] if max(lengths) else empty
 
-    def extend(self, context: Context, ids_BK: Tensor) -> Context:
-        """The context after K more tokens in every row. ``context`` itself stays valid."""
-        return self._advance(context, ids_BK, (ids_BK.shape[1],) * ids_BK.shape[0])[0]
+    def extend(self, context: Context, ids_BK: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Context:
+        """The context after K more tokens in every row, or ``lengths_B`` of them. ``context`` itself stays valid."""
+        return self._advance(context, ids_BK, host_lengths(ids_BK, lengths_B))[0]
+
+    def extend_logits(
+        self, context: Context, ids_BK: Tensor, lengths_B: Sequence[int], wanted: Sequence[tuple[int, int]]
+    ) -> tuple[Context, Tensor]:
+        """See :meth:`extend`; and logits (M, V) float32 behind the ``wanted`` (row, column) among the new tokens."""
+        extended, hidden_BKH = self._advance(context, ids_BK, host_lengths(ids_BK, lengths_B))
+        places_M2 = torch.tensor(wanted, dtype=torch.int64, device=hidden_BKH.device).view(-1, 2)
+        return extended, self._logits(hidden_BKH[places_M2[:, 0], places_M2[:, 1]])
+
+    def tree_logits(self, context: Context | None, segments: Sequence[Segment]) -> Tensor:
+        """Logits (M, V) float32 behind the wanted positions of a token tree on a context of one row, in their order.
+
+        ``None`` is the empty context.
+        """
+        return logits_by_rows(self, self.empty_context(1) if context is None else context, segments)
 
     def next_logits(self, context: Context) -> Tensor:
         """Logits of each row's next token, (B, V) float32."""

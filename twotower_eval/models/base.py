@@ -25,6 +25,8 @@ class LanguageModel(nn.Module):
     ``context_digest`` covers the tensors of the causal tower alone, under the names of the pair's layout, so that a
     pair and its baseline can be shown to share them. ``joins_contexts``: contexts have ``join``, and joined rows run
     together as well as rows that were prefilled together, so that a batch may take up new rows as others finish.
+    ``branch_tokens`` is about how many tokens of a tree one call of ``tree_logits`` serves best; 0 where the model has
+    no such method.
     """
 
     checkpoint: Checkpoint
@@ -36,3 +38,4 @@ class LanguageModel(nn.Module):
     has_denoiser: bool = False
     joins_contexts: bool = True
     context_digest: str
+    branch_tokens: int = 0

@@ -23,8 +23,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from twotower_eval.models.autoregressive import host_lengths
 from twotower_eval.models.base import LanguageModel, source_text
 from twotower_eval.models.checkpoint import joint_digest, opened, read_json, tensor_digest, tensor_files
+from twotower_eval.models.token_tree import Segment
 from twotower_eval.models.tokenizer import load_tokenizer
 from twotower_eval.models.transformers_context import CacheContext, Part, can_join, forked
+from twotower_eval.models.transformers_tree import may_pack, packed, packing_agrees
 from twotower_eval.records import Checkpoint
 
 LOAD_ERRORS = (  # what transformers raises for folders that are wrong in one way or another
@@ -37,6 +39,7 @@ LOAD_ERRORS = (  # what transformers raises for folders that are wrong in one wa
     ImportError,
     StrictDataclassError,
 )
+BRANCH_TOKENS = 512  # more fill the processor no better, while each sees the others' keys behind its mask
 CACHE_ARGUMENTS = ("past_key_values", "cache_params")  # what a model's forward may call its cache
 
 
@@ -125,6 +128,23 @@ class TransformersModel(LanguageModel):
         picked: Tensor = logits_BUV.gather(1, index_BLV)
         return picked.float()
 
+    def tree_logits(self, context: CacheContext | None, segments: Sequence[Segment]) -> Tensor:
+        """Logits (M, V) float32 behind the wanted positions of a token tree on a context of one row (``None``: none at
+        all), in their order. Only where ``branch_tokens`` is not 0."""
+        known = 0 if context is None else context.lengths[0]
+        tensors = packed(segments, known, self.inner.dtype)
+        ids_1N, position_1N, mask, columns_M = (tensor.to(self.device) for tensor in tensors)
+        more = {"logits_to_keep": columns_M} if self.keeps_logits else {}
+        logits: Tensor = self.inner(
+            input_ids=ids_1N,
+            attention_mask=mask,
+            position_ids=position_1N,
+            past_key_values=self._new_cache() if context is None else forked(context.parts[0].cache),
+            use_cache=True,
+            **more,
+        ).logits
+        return (logits[0] if self.keeps_logits else logits[0, columns_M]).float()
+
     def _new_cache(self) -> Any:
         return transformers.DynamicCache(config=self.inner.config)
 
@@ -168,6 +188,8 @@ def load(
     )
     text_config = inner.config.get_text_config()
     model.vocab_size = inner.get_output_embeddings().weight.shape[0]
+    if model.pads_left and may_pack(inner.config, model._new_cache().layers) and packing_agrees(model):
+        model.branch_tokens = BRANCH_TOKENS
     model.tokenizer = load_tokenizer(folder, vocab_size=model.vocab_size)
     model.max_length = getattr(text_config, "max_position_embeddings", None)
     model.eos_token_ids = _eos_ids(inner, model)

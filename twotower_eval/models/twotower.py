@@ -18,6 +18,7 @@ from twotower_eval.models.base import LanguageModel
 from twotower_eval.models.config import NemotronHConfig
 from twotower_eval.models.context import Context, room_for_block
 from twotower_eval.models.nemotron_h import Mamba, Modulation, Tower, run_layers
+from twotower_eval.models.token_tree import Segment
 from twotower_eval.ops.attention import attention
 
 SINUSOID_SIZE = 256
@@ -89,6 +90,8 @@ class Denoiser(nn.Module):
 class TwoTower(LanguageModel):
     """A pair: ``prefill`` and ``extend`` run the context tower, ``denoise`` the denoiser on one block."""
 
+    branch_tokens = ContextTower.branch_tokens
+
     def __init__(self, config: NemotronHConfig) -> None:
         super().__init__()
         self.config = config
@@ -99,9 +102,13 @@ class TwoTower(LanguageModel):
         """See :meth:`ContextTower.prefill`."""
         return self.context_tower.prefill(ids_BS, lengths_B)
 
-    def extend(self, context: Context, ids_BK: Tensor) -> Context:
+    def extend(self, context: Context, ids_BK: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Context:
         """See :meth:`ContextTower.extend`."""
-        return self.context_tower.extend(context, ids_BK)
+        return self.context_tower.extend(context, ids_BK, lengths_B)
+
+    def tree_logits(self, context: Context | None, segments: Sequence[Segment]) -> Tensor:
+        """See :meth:`ContextTower.tree_logits`."""
+        return self.context_tower.tree_logits(context, segments)
 
     def next_logits(self, context: Context) -> Tensor:
         """See :meth:`ContextTower.next_logits`."""
