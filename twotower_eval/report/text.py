@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Callable, Iterable, Sequence
 
@@ -96,6 +97,14 @@ def escape(text: object) -> str:
     return re.sub(r"([\\`*\[\]|~$]|(?<!\w)[_#]|_(?!\w))", r"\\\1", plain)
 
 
+def lines_of(text: str) -> str:
+    """A text within a table cell with its own lines and indentation; empty for one of blanks only."""
+    lines = [line.replace("\t", "    ") for line in text.strip("\n").splitlines()]
+    indents = ["&nbsp;" * (len(line) - len(line.lstrip(" "))) for line in lines]
+    shown = [indent + escape(line) for indent, line in zip(indents, lines, strict=True)]
+    return "<br>".join(shown) if text.strip() else ""
+
+
 def code(text: object) -> str:
     """Text in a code span, which nothing in it can end."""
     plain = " ".join(str(text).split()).replace("|", "\\|")
@@ -116,8 +125,14 @@ def bullets(lines: Iterable[str]) -> str:
 
 
 def details(summary: str, body: str) -> str:
-    """A part that is folded away at first."""
-    return f"<details><summary>{summary}</summary>\n\n{body.rstrip()}\n\n</details>\n"
+    """A part that is folded away at first. The summary is plain text: Markdown is not read within raw HTML."""
+    plain = html.escape(" ".join(summary.split()), quote=False)
+    return f"<details><summary>{plain}</summary>\n\n{body.rstrip()}\n\n</details>\n"
+
+
+def scored_by_words(kinds: str) -> str:
+    """How a task was scored, for people; a task of several members may have several kinds."""
+    return " + ".join(SCORED_BY.get(kind, escape(kind)) for kind in kinds.split(" + "))
 
 
 def run_list(run_ids: Iterable[str]) -> str:
@@ -138,7 +153,7 @@ def headline(runs: Runs) -> Section:
     else:
         lines.append(_sentence(runs, runs.points[key], quality, speed))
     lines.append(bullets(_caveats(runs, quality, speed)))
-    return Section(title="In one sentence", markdown="\n\n".join(line for line in lines if line) + "\n")
+    return Section(title="Verdict", markdown="\n\n".join(line for line in lines if line) + "\n")
 
 
 def _incomplete(run: Run) -> str:
