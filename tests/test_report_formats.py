@@ -18,7 +18,6 @@ from twotower_eval import report, store
 from twotower_eval.cli import main
 from twotower_eval.records import Check, CommitStep, GenerationRow, Score, to_json
 from twotower_eval.report.page import page
-from twotower_eval.report.plots import front
 from twotower_eval.report.provenance import plain_argv
 from twotower_eval.report.text import details, escape, lines_of, table
 from twotower_eval.report.traces import Committed, committed
@@ -224,15 +223,6 @@ def test_positions_of_a_trace_count_over_blocks() -> None:
         Committed(position=32, step=3, confidence=0.5),
         Committed(position=37, step=3, confidence=1.0),
     ]
-
-
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12))
-def test_the_front_is_what_nothing_beats(points) -> None:
-    kept = front(points)
-    assert [points[i][0] for i in kept] == sorted(points[i][0] for i in kept)
-    for i, point in enumerate(points):
-        beaten = any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in points)
-        assert (point in [points[k] for k in kept]) == (not beaten), (i, point)
 
 
 def test_fast_and_broken_is_said(tmp_path) -> None:

@@ -23,6 +23,10 @@ def report(
         list[str] | None,
         option("A section, by name or package.module:function; may be given several times [all].", metavar="NAME"),
     ] = None,
+    claims: Annotated[
+        str | None,
+        option("Claim file, or the name of a shipped one [a shipped one about this model].", metavar="FILE"),
+    ] = None,
     html: Annotated[bool, typer.Option("--html", help="Also one self-contained HTML file.")] = False,
     format: Annotated[str | None, option("csv: also the tables, with all their digits.", metavar="csv")] = None,
     publish: Annotated[
@@ -32,10 +36,10 @@ def report(
     """Verb ``report``."""
     if format not in (None, "csv"):
         raise ValueError(f"--format can be csv, not {format!r}: Markdown is always written, --html adds HTML")
-    paths = [run_path(name, results) for name in runs] if runs else newest_of_each_verb(results, ("run", "speed", "verify"))
+    paths = [run_path(name, results) for name in runs] if runs else newest_of_each_verb(results)
     from twotower_eval import report as report_room
 
-    folder = report_room.write(paths, out, sections=section or None, html=html, csv=format == "csv")
+    folder = report_room.write(paths, out, sections=section or None, claims=claims, html=html, csv=format == "csv")
     typer.echo(folder / ("report.html" if html else "report.md"))
     if publish:
         loaded = [store.load(path) for path in paths]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from twotower_eval import store
+from twotower_eval.claims import load_claims
 from twotower_eval.evidence.naming import checkpoint_name
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.names import did_you_mean, resolve
@@ -18,11 +19,13 @@ from twotower_eval.records import sha256_text
 from twotower_eval.report.publishing import publish
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import escape
+from twotower_eval.report.verdicts import JudgedRuns, shipped_claims
 
 __all__ = ["SECTIONS", "Runs", "Section", "publish", "report_id", "write"]
 
 SECTIONS = {
-    "headline": "twotower_eval.report.text:headline",
+    "headline": "twotower_eval.report.headline:headline",
+    "claims": "twotower_eval.report.verdicts:claims",
     "quality": "twotower_eval.report.tables:quality",
     "speed": "twotower_eval.report.speed_tables:speed",
     "tradeoff": "twotower_eval.report.plots:tradeoff",
@@ -44,17 +47,20 @@ def write(
     out_root: Path,
     *,
     sections: Sequence[str] | None = None,
+    claims: str | None = None,
     html: bool = False,
     csv: bool = False,
 ) -> Path:
     """Write ``out_root/<id>/report.md`` and its pictures; return the folder.
 
     The id follows from the run ids, and the same runs give the same bytes. ``sections`` names entries of
-    :data:`SECTIONS` or ``package.module:function``; by default all shipped ones. ``html`` adds ``report.html``, all in
+    :data:`SECTIONS` or ``package.module:function``; by default all shipped ones. ``claims`` is a claim file or the name
+    of a shipped one, by default the shipped one about a candidate of these runs. ``html`` adds ``report.html``, all in
     one file; ``csv`` adds the tables with all their digits under ``tables/``. Raises ValueError where the runs cannot
     be read or their arms are no pair.
     """
-    runs = Runs([store.load(Path(path)) for path in run_paths])
+    loaded = [store.load(Path(path)) for path in run_paths]
+    runs = JudgedRuns(loaded, shipped_claims(loaded) if claims is None else load_claims(claims))
     rendered = [_renderer(name)(runs) for name in sections or SECTIONS]
     files: dict[str, bytes] = {}
     for section in rendered:

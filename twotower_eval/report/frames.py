@@ -19,6 +19,7 @@ from twotower_eval.evidence.points import Measured, QualityPoint
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.records import Cell, CostSample, Generation
+from twotower_eval.report.verdicts import JudgedRuns
 
 Row = dict[str, Any]
 SETTINGS = ("block_size", "steps_per_block", "threshold")
@@ -31,6 +32,8 @@ def tables(runs: Runs) -> dict[str, bytes]:
         "speed.csv": [_speed(point) for point in runs.speed],
         "documents.csv": [_sample(p, s) for p in runs.quality for s in document_pairs(runs, p)],
         "flips.csv": [_flip(p, s) for p in runs.quality for s in document_pairs(runs, p) if s.change],
+        "answers.csv": [row for point in runs.speed for row in _answers(point)],
+        "verdicts.csv": _verdicts(runs),
         "costs.csv": [row for run in runs for row in _costs(run.manifest.run_id, run.cells, run.costs)],
         "checks.csv": [
             {"run": run.manifest.run_id, **_operating_point(run.cells[check.cell]), **_check(check)}
@@ -173,6 +176,50 @@ def _flip(point: QualityPoint, sample: DocumentPair) -> Row:
         "candidate_score": sample.candidate_score,
         **{name: None if made is None else made.text for name, made in texts.items()},
     }
+
+
+def _answers(point: SpeedPoint) -> Iterator[Row]:
+    """Timed answers one by one: what the very same outputs cost and were worth, means over rounds."""
+    for sample in point.samples:
+        row = {
+            "runs": " ".join(point.run_ids),
+            **_operating_point(point.candidate),
+            "batch_size": point.batch_size,
+            "task": sample.task,
+            "doc_id": sample.doc_id,
+            "speedup": sample.speedup,
+        }
+        for arm, found in (("baseline", sample.baseline), ("candidate", sample.candidate)):
+            row |= {
+                f"{arm}_wall_s": found.wall_s,
+                f"{arm}_finish_s": found.finish_s,
+                f"{arm}_num_tokens": found.num_tokens,
+                f"{arm}_num_forwards": found.num_forwards,
+                f"{arm}_num_rounds": found.num_rounds,
+                f"{arm}_score": found.score,
+                f"{arm}_flags": " ".join(found.flags),
+            }
+        yield row
+
+
+def _verdicts(runs: Runs) -> list[Row]:
+    return [
+        {
+            "claim": claim.name,
+            "outcome": verdict.outcome,
+            "quantity": claim.quantity,
+            "relation": claim.relation,
+            "expected": claim.expected,
+            "margin": claim.margin,
+            **measured_columns("measured", Measured(estimate=verdict.estimate)),
+            "reason": verdict.reason,
+            "runs": " ".join(verdict.evidence),
+            "num_points": verdict.num_points,
+            "num_looks": verdict.num_looks,
+            "source": claim.source,
+        }
+        for claim, verdict in (runs.verdicts if isinstance(runs, JudgedRuns) else ())
+    ]
 
 
 def _costs(run_id: str, cells: Mapping[str, Cell], measured: Sequence[CostSample]) -> Iterator[Row]:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twotower_eval.evidence.naming import setting
+from twotower_eval.evidence.pareto import front
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.records import DecoderSpec
@@ -62,16 +63,6 @@ def png(draw: Callable[[Figure], None], *, columns: int = 1, rows: int = 1, row_
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
-
-
-def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Positions of the (speed, quality) points that no other one beats in both, from slow to fast."""
-    order = sorted(range(len(points)), key=lambda i: (-points[i][0], -points[i][1]))
-    kept: list[int] = []
-    for i in order:
-        if not kept or points[i][1] > points[kept[-1]][1]:
-            kept.append(i)
-    return kept[::-1]
 
 
 def tradeoff(runs: Runs) -> Section:
@@ -170,10 +161,11 @@ def _draw_panel(axes: Axes, runs: Runs, panel: list[SpeedPoint], families: list[
         )
         shown.add(family)
         labels.append((faster.value, 100 * kept.value, runs.name(point.candidate, short=True)))
-    best = front([(1.0, 100.0), *((x, y) for x, y, _ in labels)])
-    corners = [((1.0, 100.0) if i == 0 else labels[i - 1][:2]) for i in best]
-    axes.plot(*zip(*corners, strict=True), color=GREY, linewidth=1, zorder=2, label="Pareto front")
-    labels = [labels[i - 1] for i in best if i] + [label for i, label in enumerate(labels, 1) if i not in best]
+    corners = [(1.0, 100.0), *((x, y) for x, y, _ in labels)]
+    on_front = front([(y, x) for x, y in corners])
+    line = sorted(corner for corner, on in zip(corners, on_front, strict=True) if on)
+    axes.plot(*zip(*line, strict=True), color=GREY, linewidth=1, zorder=2, label="Pareto front")
+    labels.sort(key=lambda label: label[:2] not in line)  # those on the front find a place for their names first
     axes.set_xlabel("speedup in wall-clock time, S_time (x)")
     axes.set_ylabel("retention of quality (%)")
     axes.margins(0.08)

@@ -84,7 +84,7 @@ def _speedups(runs: Runs, points: Sequence[SpeedPoint]) -> str:
         if per_device:
             row.append(times(point.time_per_device))
         rows.append(row)
-    return table(header, rows)
+    return table(header, rows, texts=("workload",))
 
 
 def _speed_remarks(runs: Runs) -> Iterator[str]:

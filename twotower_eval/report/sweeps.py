@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from twotower_eval.evidence.naming import setting, short_name
 from twotower_eval.evidence.points import PointKey
 from twotower_eval.evidence.runs import Runs
-from twotower_eval.records import DecoderSpec, Estimate
+from twotower_eval.records import DecoderSpec, Estimate, GateLimits
 from twotower_eval.report.plots import COLOURS, GREY, MARKERS, png
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import bullets, escape, retention, run_list, times
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BROKEN = 0.5  # retention whose whole interval lies below it
+BROKEN = GateLimits().min_retention  # broken: the whole interval of retention lies below it
 AXES = {"block_size": "block size (tokens)", "steps_per_block": "steps per block", "threshold": "confidence threshold"}
 
 
@@ -71,8 +71,12 @@ def _collapsed(runs: Runs) -> str:
             figures = f"{times(speed.time)} at {retention(quality.headline)} of the quality"
             found.append(f"{escape(runs.name(cell))}: {figures}")
     if not found:
-        return f"No measured point is fast and broken: faster than the baseline, surely less than {BROKEN:.0%} kept."
-    return f"**Fast and broken**: faster than the baseline, surely less than {BROKEN:.0%} kept.\n\n{bullets(found)}"
+        return (
+            f"No measured point is fast and broken: faster than the baseline, surely less than {100 * BROKEN:g} % kept."
+        )
+    return (
+        f"**Fast and broken**: faster than the baseline, surely less than {100 * BROKEN:g} % kept.\n\n{bullets(found)}"
+    )
 
 
 def _why_no_plot(values: Sequence[float]) -> str:

@@ -91,7 +91,7 @@ def _task_table(point: QualityPoint) -> str:
     if not point.all_exercise_decoder:
         exercising = tuple(task for task in point.tasks if task.exercises_decoder)
         rows.append(_total_row("**decoder-exercised**", exercising, retention(point.exercised)))
-    return table(header, rows, left=1)
+    return table(header, rows, texts=("scored by", "metric (filter)"))
 
 
 def _task_rows(task: TaskQuality) -> Iterator[list[str]]:
