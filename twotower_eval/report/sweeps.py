@@ -61,6 +61,7 @@ def sweeps(runs: Runs) -> Section:
 
 def _collapsed(runs: Runs) -> str:
     """Which points are fast and broken, so that no speedup is read without its quality."""
+    what = f"faster than the baseline, surely less than {100 * BROKEN:g} % of its quality kept"
     found = []
     for key, cell in runs.points.items():
         quality, speed = runs.quality_at(key), runs.speed_at(key)
@@ -71,12 +72,8 @@ def _collapsed(runs: Runs) -> str:
             figures = f"{times(speed.time)} at {retention(quality.headline)} of the quality"
             found.append(f"{escape(runs.name(cell))}: {figures}")
     if not found:
-        return (
-            f"No measured point is fast and broken: faster than the baseline, surely less than {100 * BROKEN:g} % kept."
-        )
-    return (
-        f"**Fast and broken**: faster than the baseline, surely less than {100 * BROKEN:g} % kept.\n\n{bullets(found)}"
-    )
+        return f"No measured point is fast and broken: {what}."
+    return f"**Fast and broken**: {what}.\n\n{bullets(found)}"
 
 
 def _why_no_plot(values: Sequence[float]) -> str:
