@@ -311,8 +311,8 @@ def test_headline_is_the_plans_first_where_the_claimed_point_was_not_measured(tm
 def test_a_sweep_lists_every_point_and_every_task_of_it(swept) -> None:
     markdown = markdown_of(swept)
     assert len(re.findall(r"^\| block \d+, \d+ steps, threshold 0\.\d \| whole tasks \|", markdown, re.M)) == 18
-    assert len(re.findall(r"^\| arithmetic \| generation", markdown, re.M)) == 18
-    assert len(re.findall(r"^\| block [^|]+\| answer: ", markdown, re.M)) == 36
+    assert len(re.findall(r"^\| arithmetic \| \d[\d.]* %", markdown, re.M)) == 18
+    assert len(re.findall(r"^\| block [^|]+\|[^|]+x [^|]+\|[^|]+\| answer: ", markdown, re.M)) == 36
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------

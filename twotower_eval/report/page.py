@@ -55,11 +55,13 @@ img { display: block; max-width: 100%; height: auto; margin: .8rem 0; background
 blockquote { margin: .8rem 0; padding: .1rem .8rem; border-left: .25rem solid #d9822b; }
 details { margin: .8rem 0; }
 summary { cursor: pointer; color: var(--accent); }
-@media (max-width: 40rem) { body { padding: .8rem; } h1 { font-size: 1.2rem; } table { font-size: .8rem; }
+td:nth-child(n + 4):not(.number) { min-width: 11rem; }
+@media (max-width: 40rem) { p:has(> img) { overflow-x: auto; } p > img { max-width: none; width: 36rem; }
+  body { padding: .8rem; } h1 { font-size: 1.2rem; } table { font-size: .8rem; }
   th, td { padding: .3rem .45rem; } td:first-child:not(:only-child) { min-width: 7rem; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; }
   .table { overflow: visible; border: 0; } table { font-size: 7.5pt; } .number { white-space: normal; }
-  td, td:first-child:not(:only-child), .texts td { min-width: 0 !important; }
+  td, td:first-child:not(:only-child), .texts td, td:nth-child(n + 4):not(.number) { min-width: 0 !important; }
   h2, h3, summary { break-after: avoid; } img, tr { break-inside: avoid; } }
 """
 
