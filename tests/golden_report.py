@@ -5,7 +5,7 @@ import re
 RUN_ID = re.compile(r"\d{8}T\d{6}Z-(run|speed|verify)-[0-9a-f]{6}")
 DIGEST = re.compile(r"\b[0-9a-f]{64}\b|`[0-9a-f]{16}`|sha256 [0-9a-f]{16}")
 OUTCOME = re.compile(r"SUPPORTED|REFUTED|INCONCLUSIVE|INVALID|NOT MEASURED")
-NUMBER = re.compile(r"[+-]?\d[\d.,]*(e[+-]?\d+)?(,? (ms|s)\b)?")
+NUMBER = re.compile(r"(over )?[+-]?\d[\d.,]*(e[+-]?\d+)?(,? (ms|s)\b)?")
 # Sections in which times, or what follows from them, stand: they keep their words and lose their numbers.
 TIMED = ("Verdict", "Claimed", "Speed", "Quality against", "Collapse", "Gates", "Latency")
 
