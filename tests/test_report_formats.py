@@ -320,3 +320,56 @@ def test_command_lines_are_made_plain() -> None:
 def test_an_unknown_format_is_refused(capsys) -> None:
     assert main(["report", "--format", "pdf"]) == 2
     assert "--format can be csv, not 'pdf'" in capsys.readouterr().err
+
+
+# --- claims --------------------------------------------------------------------------------------------------------
+
+CLAIMS = """
+title = "The pair <b>of</b> the tests"
+
+[[point]]
+name = "named"
+decoder = { kind = "block_diffusion", block_size = 16, steps_per_block = 16, threshold = 0.8, temperature = 0.0 }
+
+[[claim]]
+name = "kept"
+quantity = "retention"
+subject = "pair"
+baseline = "context-tower"
+point = "named"
+scope = ["arithmetic", "sorting"]
+expected = 0.5
+source = "https://evil.example | <script>"
+
+[[claim]]
+name = "never"
+quantity = "retention"
+subject = "pair"
+baseline = "context-tower"
+point = "named"
+scope = ["arithmetic", "sorting"]
+expected = 1.5
+source = "nobody"
+"""
+
+
+def test_the_verdict_stands_first_and_every_claim_has_its_row(usual, tmp_path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(CLAIMS, encoding="utf-8")
+    folder = report.write(usual[:2], tmp_path, claims=str(file), html=True, csv=True)
+    markdown = read(folder, "report.md")
+    first = markdown.partition("## Verdict")[2].strip().splitlines()[0]
+    assert first.startswith("**SUPPORTED**: the claim of retention at least 50 % (kept): ")
+    kept = r"\| kept \| \*\*SUPPORTED\*\* \| [\d.]+ % \[[\d., ]+\] \| retention at least 50 % \(margin 0.5 points\) \|"
+    assert re.search(kept, markdown)
+    assert re.search(r"\| never \| \*\*REFUTED\*\* \| [\d.]+ % \[", markdown)
+    assert "&lt;b&gt;of&lt;/b&gt;" in markdown
+    assert_harmless(read(folder, "report.html"))
+    verdicts = frame(folder, "verdicts.csv").set_index("claim")
+    assert dict(verdicts.outcome) == {"kept": "SUPPORTED", "never": "REFUTED"}
+    assert verdicts.loc["kept", "runs"] == made.RUN_ID
+    assert verdicts.loc["kept", "measured_level"] == 0.9
+
+
+def test_without_a_claim_file_the_report_says_so(usual) -> None:
+    assert "No claim file names a checkpoint of these runs" in read(usual[2], "report.md")

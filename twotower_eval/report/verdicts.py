@@ -44,7 +44,7 @@ class JudgedRuns(Runs):
         """Every claim with its verdict, in the file's order."""
         if self.claims is None:
             return ()
-        return tuple(zip(self.claims.claims, judge(self.claims.claims, list(self)), strict=True))
+        return tuple(zip(self.claims.claims, judge(self.claims.claims, self), strict=True))
 
 
 def shipped_claims(runs: Iterable[Run]) -> ClaimFile | None:
