@@ -276,8 +276,8 @@ def test_report_takes_the_newest_run_of_each_verb(
 
     calls: list[Any] = []
 
-    def write(paths: list[Path], out: Path, *, sections: list[str] | None) -> Path:
-        calls.append((list(paths), out, sections))
+    def write(paths: list[Path], out: Path, **options: Any) -> Path:
+        calls.append((list(paths), out, options))
         return out / "id"
 
     monkeypatch.setattr(report, "write", write)
@@ -285,6 +285,12 @@ def test_report_takes_the_newest_run_of_each_verb(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["report"]) == 0
     assert cli.main(["report", path.name, "--out", "elsewhere", "--section", "a:b", "--section", "c"]) == 0
+    assert cli.main(["report", "--html", "--format", "csv", "--claims", "mine.toml"]) == 0
     there = Path("results") / path.name
-    assert calls == [([there], Path("reports"), None), ([there], Path("elsewhere"), ["a:b", "c"])]
-    assert capsys.readouterr().out == "reports/id/report.md\nelsewhere/id/report.md\n"
+    plain = {"sections": None, "claims": None, "html": False, "csv": False}
+    assert calls == [
+        ([there], Path("reports"), plain),
+        ([there], Path("elsewhere"), plain | {"sections": ["a:b", "c"]}),
+        ([there], Path("reports"), plain | {"html": True, "csv": True, "claims": "mine.toml"}),
+    ]
+    assert capsys.readouterr().out == "reports/id/report.md\nelsewhere/id/report.md\nreports/id/report.html\n"

@@ -285,15 +285,45 @@ def test_scores_do_not_depend_on_the_batch_size(plan: RunPlan, tmp_path: Path) -
     paths = [harness.run(dataclasses.replace(plan, batch_size=n), root=tmp_path / str(n)) for n in (1, 4)]
     assert values(paths[0]) == pytest.approx(values(paths[1]), rel=1e-4)
     runs = [store.load(path) for path in paths]
-    texts = [{(r.cell, r.doc_id): r.generation for r in run.generations} for run in runs]
+    texts = [{(r.cell, r.doc_id): discrete(r.generation) for r in run.generations} for run in runs]
     assert texts[0] == texts[1]
+
+
+def discrete(generation: Generation) -> Generation:
+    """Without a trace's confidences, whose last bits depend on the batch; what was committed when must not."""
+    steps = [dataclasses.replace(step, confidences=()) for step in generation.trace or ()]
+    return dataclasses.replace(generation, trace=tuple(steps))
 
 
 def test_a_limit_changes_neither_cells_nor_answers(plan: RunPlan, tmp_path: Path) -> None:
     few, more = (store.load(harness.run(dataclasses.replace(plan, limit=n), root=tmp_path / str(n))) for n in (2, 4))
     assert few.cells.keys() == more.cells.keys()
-    answers = {(r.cell, r.doc_id): r.generation for r in more.generations}
-    assert all(answers[r.cell, r.doc_id] == r.generation for r in few.generations)
+    answers = {(r.cell, r.doc_id): discrete(r.generation) for r in more.generations}
+    assert all(answers[r.cell, r.doc_id] == discrete(r.generation) for r in few.generations)
+
+
+def test_traces_of_the_first_documents_change_neither_cells_nor_tokens(plan: RunPlan, tmp_path: Path) -> None:
+    """Two documents of each task have their denoising traced, unless a plan says otherwise."""
+    runs = [
+        store.load(harness.run(dataclasses.replace(plan, trace=number), root=tmp_path / str(number)))
+        for number in (0, plan.trace)
+    ]
+    assert plan.trace == 2
+    assert runs[0].manifest.cells == runs[1].manifest.cells
+    assert not any(row.generation.trace for row in runs[0].generations)
+    traced = [row for row in runs[1].generations if row.generation.trace]
+    assert {row.doc_id for row in traced} == {0, 1}
+    assert {runs[1].cells[row.cell].arm for row in traced} == {"candidate"}
+    for row in traced:
+        steps = row.generation.trace or ()
+        assert len(steps) == row.generation.num_denoiser_forwards
+        num_committed = sum(len(step.positions) for step in steps)
+        assert num_committed == row.generation.num_tokens + row.generation.num_discarded_tokens
+    outputs = [
+        {(r.cell, r.task, r.doc_id): dataclasses.replace(r.generation, trace=None) for r in run.generations}
+        for run in runs
+    ]
+    assert outputs[0] == outputs[1]
 
 
 def test_resume_may_raise_the_limit(plan: RunPlan, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "stats": {"store"},
     "evidence": {"store", "stats"},
     "claims": {"plan", "store", "stats", "evidence"},
-    "report": {"store", "stats", "evidence", "claims", "plan"},
+    "report": {"store", "journal", "stats", "evidence", "claims", "plan"},
     "cli": {"plan", "store", "progress", "suites", "harness", "speed", "claims", "report", "miniature", "datafiles"}
     | {"bench", "verify"},
 }
@@ -52,6 +52,7 @@ HEAVY = {
     "pandas": {"stats", "report"},
     "matplotlib": {"report", "miniature"},
     "scipy": {"stats", "claims", "report"},
+    "markdown_it": {"report"},
     "typer": {"cli"},
     "rich": {"cli", "progress"},
 }

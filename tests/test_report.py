@@ -33,6 +33,30 @@ def row_of(markdown: str, *starts: str) -> list[str]:
     raise AssertionError(f"no table row {starts} in:\n{markdown}")
 
 
+def named(markdown: str, start: str, column: str) -> dict[str, str]:
+    """Cells by their column's name: of the first row that starts so in a table that has this column."""
+    header: list[str] = []
+    lines = markdown.splitlines()
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        cells = [cell.strip() for cell in line.removeprefix("|").removesuffix("|").split(" | ")]
+        if following.startswith(("| :-", "| --")):
+            header = cells
+        elif line.startswith("|") and column in header and cells[0].startswith(start):
+            return dict(zip(header, cells, strict=True))
+    raise AssertionError(f"no row {start!r} in a table with {column!r} in:\n{markdown}")
+
+
+def kept(markdown: str, task: str) -> dict[str, str]:
+    return named(markdown, task, KEPT)
+
+
+def faster(markdown: str, point: str = "block 16") -> dict[str, str]:
+    return named(markdown, point, "rounds x calls")
+
+
+KEPT, TIME = "retention [95 %]", "S_time [95 %]"
+
+
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory) -> tuple[Path, Path, Path]:
     """A run, a speed run, and the folder of their report."""
@@ -67,12 +91,12 @@ def test_retention_table_holds_what_the_rows_say(usual) -> None:
     path, _, folder = usual
     markdown = markdown_of(folder)
     means = {(arm, task): scores_of(path, arm, task).mean() for arm in ("baseline", "candidate") for task in made.TASKS}
-    row = row_of(markdown, "arithmetic", "generation")
-    assert row[1:4] == ["generation", "exact_match", "150 (150)"]
-    assert row[4] == f"{100 * means['baseline', 'arithmetic']:.1f} %"
-    assert row[6].startswith(f"{100 * means['candidate', 'arithmetic'] / means['baseline', 'arithmetic']:.1f} % [")
+    row = kept(markdown, "arithmetic")
+    assert (row["scored by"], row["metric (filter)"], row["n (clusters)"]) == ("generation", "exact_match", "150 (150)")
+    assert row["baseline"] == f"{100 * means['baseline', 'arithmetic']:.1f} %"
+    assert row[KEPT].startswith(f"{100 * means['candidate', 'arithmetic'] / means['baseline', 'arithmetic']:.1f} % [")
     lost = (scores_of(path, "baseline", "arithmetic") > scores_of(path, "candidate", "arithmetic")).sum()
-    assert row[7].startswith(f"{lost} / ")
+    assert row["lost / gained (p)"].startswith(f"{lost} / ")
 
     def averaged(arm: str, tasks: list[str]) -> float:
         words = (means[arm, "words_de"] + means[arm, "words_en"]) / 2
@@ -82,32 +106,32 @@ def test_retention_table_holds_what_the_rows_say(usual) -> None:
         ("**headline**", ["arithmetic", "sorting", "words", "choice"]),
         ("**decoder-exercised**", ["arithmetic", "sorting", "words"]),
     ):
-        total = row_of(markdown, name)
-        assert f"({len(tasks)} tasks)" in total[0]
-        assert total[4] == f"**{100 * averaged('baseline', tasks):.1f} %**"
-        assert total[6].startswith(f"**{100 * averaged('candidate', tasks) / averaged('baseline', tasks):.1f} % [")
+        total = kept(markdown, name)
+        assert f"({len(tasks)} tasks)" in total["task"]
+        assert total["baseline"] == f"**{100 * averaged('baseline', tasks):.1f} %**"
+        assert total[KEPT].startswith(f"**{100 * averaged('candidate', tasks) / averaged('baseline', tasks):.1f} % [")
 
 
 def test_grouped_task_counts_once_and_shows_its_members(usual) -> None:
     markdown = markdown_of(usual[2])
-    group = row_of(markdown, "words (mean of 2)")
-    assert group[3] == "300 (150)"  # the same item in both languages is one cluster
-    members = [row_of(markdown, f"{text.NONE} words_{language}") for language in ("de", "en")]
-    mean = np.mean([float(member[4].removesuffix(" %")) for member in members])
-    assert float(group[4].removesuffix(" %")) == pytest.approx(mean, abs=0.1)
+    group = kept(markdown, "words (mean of 2)")
+    assert group["n (clusters)"] == "300 (150)"  # the same item in both languages is one cluster
+    members = [kept(markdown, f"{text.NONE} words_{language}") for language in ("de", "en")]
+    mean = np.mean([float(member["baseline"].removesuffix(" %")) for member in members])
+    assert float(group["baseline"].removesuffix(" %")) == pytest.approx(mean, abs=0.1)
 
 
 def test_what_cannot_differ_is_named_and_kept_apart(usual) -> None:
     markdown = markdown_of(usual[2])
-    assert row_of(markdown, "choice", "context-tower likelihood")[6] == "100 % by construction"
+    assert kept(markdown, "choice")[KEPT] == "100 % by construction"
     assert "Equal by construction: choice" in markdown
     assert "on the tasks that its decoder answers)" in markdown
 
 
 def test_likelihoods_computed_for_both_arms_are_not_called_equal_by_construction(tmp_path) -> None:
     path = made.quality_run(tmp_path, tasks=["arithmetic", "choice"], edit=lambda r: None if is_likelihood(r) else r)
-    row = row_of(write(tmp_path, path), "choice", "context-tower likelihood")
-    assert row[6].startswith("100.0 % [")
+    row = kept(write(tmp_path, path), "choice")
+    assert row[KEPT].startswith("100.0 % [")
 
 
 def is_likelihood(row) -> bool:
@@ -133,12 +157,13 @@ def seconds_of(path: Path, arm: str, replica: int = 0) -> float:
 def test_speed_table_holds_what_the_rows_say(usual) -> None:
     _, path, folder = usual
     markdown = markdown_of(folder)
-    row = row_of(markdown, "block 16", "answer: four tasks")
+    row = faster(markdown)
+    assert row["workload"] == "answer: four tasks"
     baseline_s, candidate_s = seconds_of(path, "baseline"), seconds_of(path, "candidate")
-    assert row[3] == "6 x 8"
-    assert row[4].startswith(f"{baseline_s / candidate_s:.2f}x [")
-    assert row[6] == "1.000 [1.000, 1.000]"
-    assert row[8].startswith(f"{baseline_s / seconds_of(path, 'baseline', replica=1):.3f}x [")
+    assert row["rounds x calls"] == "6 x 8"
+    assert row[TIME].startswith(f"{baseline_s / candidate_s:.2f}x [")
+    assert row["length ratio [95 %]"] == "1.000 [1.000, 1.000]"
+    assert row["A/A null [99 %]"].startswith(f"{baseline_s / seconds_of(path, 'baseline', replica=1):.3f}x [")
     samples = [s for s in store.load(path).speed if s.phase == "measure" and s.replica == 0]
     cells = store.load(path).cells
     prompts = [p for s in samples if cells[s.cell].arm == "candidate" for p in s.prompts]
@@ -187,9 +212,10 @@ def test_speedup_per_device_is_printed_where_the_arms_use_different_numbers(tmp_
         for c in run.manifest.cells
     )
     other = made.write(tmp_path / "b", dataclasses.replace(run.manifest, cells=cells), run.speed)
-    row = row_of(write(tmp_path, other), "block 16", "answer:")
-    assert float(row[9].partition("x")[0]) == pytest.approx(float(row[4].partition("x")[0]) / 2, abs=0.011)
-    assert len(row_of(write(tmp_path, path), "block 16", "answer:")) == 9
+    row = faster(write(tmp_path, other))
+    per_device = "S_time per device [95 %]"
+    assert float(row[per_device].partition("x")[0]) == pytest.approx(float(row[TIME].partition("x")[0]) / 2, abs=0.011)
+    assert per_device not in faster(write(tmp_path, path))
 
 
 @pytest.mark.parametrize(
@@ -220,11 +246,11 @@ def test_launches_are_pooled_unless_the_machine_differs(tmp_path) -> None:
         return made.speed_run(tmp_path, run_id=run_id, edit=relabel, **changes)
 
     pooled = write(tmp_path, first, second("20261103T120000Z-speed-cccccc"))
-    assert row_of(pooled, "block 16", "answer:")[3] == "12 x 8"
+    assert faster(pooled)["rounds x calls"] == "12 x 8"
     assert "2 launches: variation between launches was not measured." in pooled
     machine = {"system": "Linux", "cpu": "Another"}
     apart = write(tmp_path, first, second("20261104T120000Z-speed-dddddd", machine=machine))
-    assert row_of(apart, "block 16", "answer:")[3] == "6 x 8"
+    assert faster(apart)["rounds x calls"] == "6 x 8"
     assert apart.count("| answer: four tasks |") == 2
 
 
@@ -237,7 +263,7 @@ def test_outputs_of_another_length_carry_a_warning(tmp_path) -> None:
 
     markdown = write(tmp_path, made.speed_run(tmp_path, edit=shorten))
     assert "read S_throughput, not S_time alone" in markdown
-    assert row_of(markdown, "block 16", "answer:")[6].startswith("0.49")
+    assert faster(markdown)["length ratio [95 %]"].startswith("0.49")
 
 
 def test_timed_outputs_that_were_scored_stand_in_for_a_run(tmp_path) -> None:
@@ -284,9 +310,9 @@ def test_headline_is_the_plans_first_where_the_claimed_point_was_not_measured(tm
 
 def test_a_sweep_lists_every_point_and_every_task_of_it(swept) -> None:
     markdown = markdown_of(swept)
-    assert len(re.findall(r"^\| block \d+, \d+ steps, threshold 0\.\d \| whole tasks", markdown, re.M)) == 18
-    assert len(re.findall(r"^\| arithmetic \| generation", markdown, re.M)) == 18
-    assert len(re.findall(r"^\| block [^|]+\| answer: ", markdown, re.M)) == 36
+    assert len(re.findall(r"^\| block \d+, \d+ steps, threshold 0\.\d \| whole tasks \|", markdown, re.M)) == 18
+    assert len(re.findall(r"^\| arithmetic \| \d[\d.]* %", markdown, re.M)) == 18
+    assert len(re.findall(r"^\| block [^|]+\|[^|]+x [^|]+\|[^|]+\| answer: ", markdown, re.M)) == 36
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
@@ -373,7 +399,7 @@ def test_missing_scores_are_left_out_of_both_arms_and_listed(tmp_path) -> None:
     work = store.load(made.quality_run(tmp_path / "whole")).manifest.cells
     candidate = next(c for c in work if c.arm == "candidate" and c.workload.name == "sorting")
     markdown = write(tmp_path, made.quality_run(tmp_path / "cut", edit=lose))
-    assert row_of(markdown, "sorting", "generation")[3] == "148 (148)"
+    assert kept(markdown, "sorting")["n (clusters)"] == "148 (148)"
     assert "2 documents have no headline score in one arm and are left out of both" in markdown
     assert "2 of the candidate's (headline; documents 3, 4): the sandbox \\| timed out" in markdown
 
@@ -400,7 +426,7 @@ def test_an_unfinished_run_says_so_first(tmp_path) -> None:
     markdown = write(tmp_path, path)
     assert "> **INCOMPLETE: run `20261101T120000Z-run-aaaaaa` has not finished.**" in markdown
     assert "have no partner in the other arm yet" in markdown
-    assert row_of(markdown, "arithmetic")[3].startswith("50 ")
+    assert kept(markdown, "arithmetic")["n (clusters)"].startswith("50 ")
 
 
 def test_an_unfinished_speed_run_uses_whole_rounds_only(tmp_path) -> None:
@@ -408,7 +434,7 @@ def test_an_unfinished_speed_run_uses_whole_rounds_only(tmp_path) -> None:
         return None if isinstance(row, SpeedSample) and row.round == 5 and row.call_id == "7" else row
 
     markdown = write(tmp_path / "a", made.speed_run(tmp_path / "a", complete=False, edit=late))
-    assert row_of(markdown, "block 16", "answer:")[3] == "5 x 8"
+    assert faster(markdown)["rounds x calls"] == "5 x 8"
     assert "1 rounds are not complete in both arms" in markdown
 
     def first(row):
@@ -427,7 +453,7 @@ def drop_candidate(row, other):
 
 def test_one_round_gives_no_interval_and_no_number(tmp_path) -> None:
     markdown = write(tmp_path, made.speed_run(tmp_path, num_rounds=1))
-    assert row_of(markdown, "block 16", "answer:")[4] == text.NONE
+    assert faster(markdown)[TIME] == text.NONE
     assert "one measured round only" in markdown
 
 
@@ -436,7 +462,7 @@ def test_a_null_that_was_not_measured_is_said_to_be_missing(tmp_path) -> None:
         return None if isinstance(row, SpeedSample) and row.replica == 1 else row
 
     markdown = write(tmp_path, made.speed_run(tmp_path, edit=alone))
-    assert row_of(markdown, "block 16", "answer:")[8] == text.NONE
+    assert faster(markdown)["A/A null [99 %]"] == text.NONE
     assert "the baseline was not timed against itself" in markdown
 
 
@@ -461,7 +487,7 @@ def test_a_baseline_of_zero_is_a_reason_and_not_a_number(tmp_path) -> None:
     whole = store.load(made.quality_run(tmp_path / "whole"))
     bases = {cell.id for cell in whole.manifest.cells if cell.arm == "baseline"}
     markdown = write(tmp_path, made.quality_run(tmp_path / "zero", edit=zero))
-    assert row_of(markdown, "sorting", "generation")[6] == text.NONE
+    assert kept(markdown, "sorting")[KEPT] == text.NONE
     assert "sorting: no retention, the baseline scores 0 everywhere" in markdown
 
 

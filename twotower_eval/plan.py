@@ -45,7 +45,8 @@ class RunPlan:
     ``model`` is a checkpoint folder, ``None`` the shipped miniature. ``baseline`` is a checkpoint folder, a Hugging
     Face model folder, or ``context-tower``: the context tower of ``model`` decoded autoregressively. Block sizes,
     steps and thresholds are crossed; steps ``auto`` means the block size. ``samples`` per problem and
-    ``max_new_tokens`` are what the suite and the task say unless given. ``limit`` is documents per task.
+    ``max_new_tokens`` are what the suite and the task say unless given. ``limit`` is documents per task, ``trace`` how
+    many of them have their denoising traces journalled.
     """
 
     model: str | None = None
@@ -65,11 +66,13 @@ class RunPlan:
     devices: tuple[str, ...] = ("cpu",)
     data_dir: str | None = None
     max_new_tokens: int | None = None
+    trace: int = 2
 
     def __post_init__(self) -> None:
         _check_fields(self)
         _check_decoders(self)
         _check_at_least(self, 1, "samples", "batch_size", "limit", "max_new_tokens")
+        _check_at_least(self, 0, "trace")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,13 +80,15 @@ class DecoderSpec:
 class Prompt:
     """One prompt. ``seed`` makes sampling independent of the batch a prompt happens to be in.
 
-    ``token_ids`` may be given as any sequence of whole numbers, a tensor included.
+    ``trace`` asks for the trace of its generation, which changes no token. ``token_ids`` may be given as any sequence
+    of whole numbers, a tensor included.
     """
 
     id: str
     token_ids: tuple[int, ...]
     text: str | None = None
     seed: int = 0
+    trace: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", tuple(int(token) for token in self.token_ids))

@@ -32,9 +32,7 @@ def check(
     wanted = claims_room.select(asked.claims, claim or ())
     if not wanted:
         raise ValueError(f"{file} holds no claims: `twotower-eval claims audit` reads its published numbers")
-    names = (
-        [run_path(name, results) for name in runs] if runs else newest_of_each_verb(results, ("run", "speed", "verify"))
-    )
+    names = [run_path(name, results) for name in runs] if runs else newest_of_each_verb(results)
     loaded = [store.load(path) for path in names]
     verdicts = claims_room.judge(asked.claims, loaded, claim or ())
     for line in claims_room.verdict_lines(asked.claims, verdicts):

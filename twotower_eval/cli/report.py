@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from twotower_eval import store
 from twotower_eval.cli.options import REPORTS, RESULTS, option
 from twotower_eval.cli.runs import newest_of_each_verb, run_path
 
@@ -22,9 +23,25 @@ def report(
         list[str] | None,
         option("A section, by name or package.module:function; may be given several times [all].", metavar="NAME"),
     ] = None,
+    claims: Annotated[
+        str | None,
+        option("Claim file, or the name of a shipped one [a shipped one about this model].", metavar="FILE"),
+    ] = None,
+    html: Annotated[bool, typer.Option("--html", help="Also one self-contained HTML file.")] = False,
+    format: Annotated[str | None, option("csv: also the tables, with all their digits.", metavar="csv")] = None,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Copy the runs and the report to published/ in their folders.")
+    ] = False,
 ) -> None:
     """Verb ``report``."""
+    if format not in (None, "csv"):
+        raise ValueError(f"--format can be csv, not {format!r}: Markdown is always written, --html adds HTML")
     paths = [run_path(name, results) for name in runs] if runs else newest_of_each_verb(results)
     from twotower_eval import report as report_room
 
-    typer.echo(report_room.write(paths, out, sections=section or None) / "report.md")
+    folder = report_room.write(paths, out, sections=section or None, claims=claims, html=html, csv=format == "csv")
+    typer.echo(folder / ("report.html" if html else "report.md"))
+    if publish:
+        loaded = [store.load(path) for path in paths]
+        for target in report_room.publish(loaded, folder, results=results, reports=out, say=typer.echo):
+            typer.echo(target)

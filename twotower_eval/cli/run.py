@@ -45,6 +45,9 @@ def run(
     batch_size: Annotated[int | None, option("Prompts per batch; scores do not depend on it [8].", metavar="N")] = None,
     limit: Annotated[int | None, option("First N documents of each task only.", metavar="N")] = None,
     max_new_tokens: Annotated[int | None, option("Budget of every task [the task's own].", metavar="N")] = None,
+    trace: Annotated[
+        int | None, option("Documents of each task whose denoising is traced for the report [2].", metavar="N")
+    ] = None,
     likelihood: Annotated[
         str | None,
         option("context_tower, exact, denoiser_left_to_right or bound [context_tower].", metavar="KIND"),
@@ -62,7 +65,7 @@ def run(
         **shared(model, baseline, tasks, decoder, block_sizes, steps, thresholds, temperature),
         **{"seed": seed, "dtype": dtype, "devices": texts(devices), "data_dir": data_dir},
         **{"samples": samples, "batch_size": batch_size, "limit": limit, "max_new_tokens": max_new_tokens},
-        "likelihood": likelihood,
+        **{"likelihood": likelihood, "trace": trace},
     }
     resumed = run_path(resume, out) if resume else None
     with resumable("run", out, resumed):

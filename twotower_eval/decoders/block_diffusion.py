@@ -84,8 +84,8 @@ class BlockDiffusion(BatchDecoder):
         return 2 * width - 1
 
     def _decode(self, call: Call) -> None:
-        for row in call.rows:
-            row.num_forced, row.steps = 0, [] if self.params.trace else None
+        for row, prompt in zip(call.rows, call.prompts, strict=True):
+            row.num_forced, row.steps = 0, [] if self.params.trace or prompt.trace else None
         blocks = Blocks(len(call.rows), self.params.block_size, self.model.mask_token_id)
         context = call.admit()
         while context is not None:

@@ -66,9 +66,15 @@ class _Asked:
 class HarnessLM(TemplateLM):  # type: ignore[misc]
     """lm-eval's view of a model with a decoder and a scorer.
 
+<<<<<<< HEAD
     ``seed`` is the run's: every prompt gets one of its own, derived from it. ``batch_size`` requests for text run at a
     time, those for log-likelihoods in the pieces that the scorer plans; answers do not depend on either. ``advance``
     hears of every finished request.
+=======
+    ``seed`` is the run's: every prompt gets one of its own, derived from it. ``batch_size`` requests run at a time;
+    answers do not depend on it. ``advance`` hears of every finished request. Documents in ``traced`` have their
+    denoising traces journalled.
+>>>>>>> report
     """
 
     def __init__(
@@ -82,6 +88,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         seed: int = 0,
         journal: CellJournal | None = None,
         advance: Advance = lambda num=1, /: None,
+        traced: Set[int] = frozenset(),
     ) -> None:
         super().__init__()
         if model.tokenizer is None:
@@ -97,6 +104,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         # The choices of one question share their context, which is most of what there is to encode.
         self._encode = lru_cache(maxsize=16)(lambda text, special: model.tokenizer.encode(text, special))
         self.advance = advance
+        self.traced = traced
 
     @property
     def eot_token_id(self) -> int:
@@ -161,7 +169,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             self.num_truncated += len(ids) > room
             ids = ids[-room:]
         name = "/".join(str(part) for part in key)
-        return Prompt(id=name, token_ids=tuple(ids), text=text, seed=derive_seed(self.seed, *key))
+        traced = key[1] in self.traced
+        return Prompt(id=name, token_ids=tuple(ids), text=text, seed=derive_seed(self.seed, *key), trace=traced)
 
     def _generate(self, items: Sequence[tuple[Any, Prompt, Key]], budget: int, stop: tuple[str, ...]) -> None:
         assert self.decoder is not None, "a generation task without a decoder"

@@ -212,6 +212,7 @@ class _Evaluation:
             seed=self._plan.seed,
             journal=self._journal(job),
             advance=advance,
+            traced=_first_documents(job, self._plan.trace),
         )
 
     def _score(self, job: Job) -> str:
@@ -226,6 +227,11 @@ class _Evaluation:
         if not values:
             return f"{job.task.metric} without a value"
         return f"{job.task.metric} {sum(values) / len(values):.4g} over {len(values)} documents"
+
+
+def _first_documents(job: Job, number: int) -> frozenset[int]:
+    """The lowest document numbers of a job."""
+    return frozenset(sorted({doc_id for _, (_, doc_id, _, _) in job.requests})[:number])
 
 
 def _score_key(score: Score) -> tuple[Any, ...]:

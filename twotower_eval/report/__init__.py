@@ -1,7 +1,8 @@
 """Reports from run folders: Markdown and PNG, from the files alone, without torch or lm-eval.
 
 A section is a function ``render(runs) -> Section``; :data:`SECTIONS` holds the shipped ones in their order, and any
-``package.module:function`` can be added to them.
+``package.module:function`` can be added to them. Beside the Markdown there may be one HTML page of it and the tables
+as CSV.
 """
 
 from __future__ import annotations
@@ -10,38 +11,57 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from twotower_eval import store
+from twotower_eval.claims import load_claims
 from twotower_eval.evidence.naming import checkpoint_name
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.names import did_you_mean, resolve
 from twotower_eval.records import sha256_text
+from twotower_eval.report.publishing import publish
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import escape
+from twotower_eval.report.verdicts import JudgedRuns, shipped_claims
 
-__all__ = ["SECTIONS", "Runs", "Section", "report_id", "write"]
+__all__ = ["SECTIONS", "Runs", "Section", "publish", "report_id", "write"]
 
 SECTIONS = {
-    "headline": "twotower_eval.report.text:headline",
+    "headline": "twotower_eval.report.headline:headline",
+    "claims": "twotower_eval.report.verdicts:claims",
     "quality": "twotower_eval.report.tables:quality",
     "speed": "twotower_eval.report.speed_tables:speed",
     "tradeoff": "twotower_eval.report.plots:tradeoff",
     "sweeps": "twotower_eval.report.sweeps:sweeps",
+    "traces": "twotower_eval.report.traces:traces",
+    "flips": "twotower_eval.report.flips:flips",
+    "scoring": "twotower_eval.report.gates:scoring",
+    "gates": "twotower_eval.report.gates:gates",
     "latency": "twotower_eval.report.speed_tables:latency",
     "training": "twotower_eval.report.training:training",
     "setup": "twotower_eval.report.provenance:setup",
     "reproduce": "twotower_eval.report.provenance:reproduce",
 }
+MARKDOWN, PAGE, TABLES = "report.md", "report.html", "tables"
 
 
-def write(run_paths: Sequence[Path], out_root: Path, *, sections: Sequence[str] | None = None) -> Path:
+def write(
+    run_paths: Sequence[Path],
+    out_root: Path,
+    *,
+    sections: Sequence[str] | None = None,
+    claims: str | None = None,
+    html: bool = False,
+    csv: bool = False,
+) -> Path:
     """Write ``out_root/<id>/report.md`` and its pictures; return the folder.
 
     The id follows from the run ids, and the same runs give the same bytes. ``sections`` names entries of
-    :data:`SECTIONS` or ``package.module:function``; by default all shipped ones. Raises ValueError where the runs
-    cannot be read or their arms are no pair.
+    :data:`SECTIONS` or ``package.module:function``; by default all shipped ones. ``claims`` is a claim file or the name
+    of a shipped one, by default the shipped one about a candidate of these runs. ``html`` adds ``report.html``, all in
+    one file; ``csv`` adds the tables with all their digits under ``tables/``. Raises ValueError where the runs cannot
+    be read or their arms are no pair.
     """
-    runs = Runs([store.load(Path(path)) for path in run_paths])
+    loaded = [store.load(Path(path)) for path in run_paths]
+    runs = JudgedRuns(loaded, shipped_claims(loaded) if claims is None else load_claims(claims))
     rendered = [_renderer(name)(runs) for name in sections or SECTIONS]
-    folder = Path(out_root) / report_id([run.manifest.run_id for run in runs])
     files: dict[str, bytes] = {}
     for section in rendered:
         clash = sorted(files.keys() & section.files.keys())
@@ -49,9 +69,20 @@ def write(run_paths: Sequence[Path], out_root: Path, *, sections: Sequence[str] 
             raise ValueError(f"two sections of the report write {clash[0]}")
         files.update(section.files)
     body = "\n".join(f"## {section.title}\n\n{section.markdown.strip()}\n" for section in rendered)
-    files["report.md"] = f"# {_title(runs)}\n\n{body}".encode()
-    folder.mkdir(parents=True, exist_ok=True)
+    markdown = f"# {_title(runs)}\n\n{body}"
+    pictures = dict(files)
+    files[MARKDOWN] = markdown.encode()
+    if html:
+        from twotower_eval.report.page import page
+
+        files[PAGE] = page(markdown, pictures).encode()
+    if csv:
+        from twotower_eval.report.frames import tables
+
+        files |= {f"{TABLES}/{name}": content for name, content in tables(runs).items()}
+    folder = Path(out_root) / report_id([run.manifest.run_id for run in runs])
     for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return folder
 

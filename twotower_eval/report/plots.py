@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twotower_eval.evidence.naming import setting
+from twotower_eval.evidence.pareto import front
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.records import DecoderSpec
@@ -43,8 +44,11 @@ STYLE: dict[Any, Any] = {
 LABEL_SPOTS = ((6, 4), (6, -10), (-6, 4), (-6, -10), (16, 14), (-16, 14), (16, -20), (-16, -20), (24, 26), (-24, -30))
 
 
-def png(draw: Callable[[Figure], None], *, columns: int = 1, rows: int = 1) -> bytes:
-    """A PNG of what ``draw`` puts on a figure with room for so many panels; no date and no version in it."""
+def png(draw: Callable[[Figure], None], *, columns: int = 1, rows: int = 1, row_height: float | None = None) -> bytes:
+    """A PNG of what ``draw`` puts on a figure with room for so many panels; no date and no version in it.
+
+    ``row_height`` in inches is for panels that are flatter than usual.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -53,7 +57,7 @@ def png(draw: Callable[[Figure], None], *, columns: int = 1, rows: int = 1) -> b
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         width, height = {1: (6.4, 4.6), 2: (10.4, 4.2)}.get(columns, (11.4, 4.0))
-        figure = Figure(figsize=(width, height * rows), layout="constrained")
+        figure = Figure(figsize=(width, (row_height or height) * rows), layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
         buffer = io.BytesIO()
@@ -63,7 +67,7 @@ def png(draw: Callable[[Figure], None], *, columns: int = 1, rows: int = 1) -> b
 
 def tradeoff(runs: Runs) -> Section:
     """Quality against speed: one panel for each workload and batch size, one box for each operating point."""
-    title = "Quality against speed"
+    title = "Quality against speed: the Pareto front"
     panels = _panels(runs)
     if not panels:
         text = "No operating point has both a retention and a speedup, so there is no plot: run both verbs on it.\n"
@@ -77,8 +81,9 @@ def tradeoff(runs: Runs) -> Section:
     text = (
         "![Retention against speedup](tradeoff.png)\n\n"
         "Each point is named by block size / steps / threshold (left out where there is no room); its box spans both "
-        "95 % intervals. Up and to the right is better; the baseline stands at 1x and 100 %. Hollow: answers differ in "
-        "length by more than a tenth. "
+        "95 % intervals. Up and to the right is better; the baseline stands at 1x and 100 %. The line is the Pareto "
+        "front: no other point measured, the baseline included, is both faster and better by its estimate. Hollow: "
+        "answers differ in length by more than a tenth. "
         f"Retention is that of {_source(runs, used)}. Runs: {run_list(run_ids)}.\n"
     )
     return Section(title=title, markdown=text, files={"tradeoff.png": picture})
@@ -156,6 +161,11 @@ def _draw_panel(axes: Axes, runs: Runs, panel: list[SpeedPoint], families: list[
         )
         shown.add(family)
         labels.append((faster.value, 100 * kept.value, runs.name(point.candidate, short=True)))
+    corners = [(1.0, 100.0), *((x, y) for x, y, _ in labels)]
+    on_front = front([(y, x) for x, y in corners])
+    line = sorted(corner for corner, on in zip(corners, on_front, strict=True) if on)
+    axes.plot(*zip(*line, strict=True), color=GREY, linewidth=1, zorder=2, label="Pareto front")
+    labels.sort(key=lambda label: label[:2] not in line)  # those on the front find a place for their names first
     axes.set_xlabel("speedup in wall-clock time, S_time (x)")
     axes.set_ylabel("retention of quality (%)")
     axes.margins(0.08)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from twotower_eval.evidence.naming import checkpoint_name
@@ -15,13 +16,14 @@ from twotower_eval.report.text import NONE, bullets, code, count, details, escap
 from twotower_eval.store import Run
 
 QUIET_EVENTS = {"started", "cell_done", "done"}
+HOME = re.compile(r"(?:/home/[^/,=]+|/Users/[^/,=]+|/root)(?=/|$)")
 
 
 def setup(runs: Runs) -> Section:
     """Checkpoints with their digests, documents, machine, packages, commit and seeds of every run."""
     parts = ["Checkpoints, each with the sha256 of its tensors:\n", _checkpoints(runs)]
     parts += [_run(run) for run in runs]
-    return Section(title="What was run on what", markdown="\n".join(parts))
+    return Section(title="Environment: what was run on what", markdown="\n".join(parts))
 
 
 def reproduce(runs: Runs) -> Section:
@@ -31,16 +33,16 @@ def reproduce(runs: Runs) -> Section:
         commit = run.manifest.commit
         where = f"commit {commit}" if commit else f"version {run.manifest.project_version}"
         lines.append(f"# {run.manifest.run_id}, {where}{', edited checkout' if run.manifest.dirty else ''}")
-        lines.append(shlex.join(_plain_argv(run.manifest.argv)))
+        lines.append(shlex.join(plain_argv(run.manifest.argv)))
     lines.append("# this report, from the run folders")
     lines.append(shlex.join(["twotower-eval", "report", *(run.manifest.run_id for run in runs)]))
     text = "\n".join(line.replace("```", "` ` `") for line in lines)
     return Section(title="How to reproduce it", markdown=f"```sh\n{text}\n```\n")
 
 
-def _plain_argv(argv: tuple[str, ...]) -> list[str]:
-    """The command as one types it: where the script was installed is nobody's business."""
-    return [argv[0].rsplit("/", 1)[-1], *argv[1:]] if argv else []
+def plain_argv(argv: Sequence[str]) -> list[str]:
+    """The command as one types it: where the script was installed, and whose home it was, is nobody's business."""
+    return [argv[0].rsplit("/", 1)[-1], *(HOME.sub("~", argument) for argument in argv[1:])] if argv else []
 
 
 def _checkpoints(runs: Runs) -> str:
@@ -85,7 +87,7 @@ def _run(run: Run) -> str:
         tally = ", ".join(f"{escape(kind)} {events.count(kind)}x" for kind in sorted(set(events)))
         facts.append(f"on the way: {tally}")
     plan = json.dumps(dict(manifest.plan), indent=1, sort_keys=True, ensure_ascii=False).replace("```", "` ` `")
-    folded = details(f"plan (sha256 {code(manifest.plan_sha256[:16])})", f"```json\n{plan}\n```")
+    folded = details(f"plan (sha256 {manifest.plan_sha256[:16]})", f"```json\n{plan}\n```")
     return f"### Run {code(manifest.run_id)}\n\n{bullets(facts)}\n{folded}"
 
 

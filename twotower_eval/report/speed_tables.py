@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from twotower_eval.evidence.counts import Counts
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import Latency, SpeedPoint
+from twotower_eval.report.costs import explanation
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import (
     NONE,
     bullets,
     code,
     count,
+    details,
     escape,
     percent,
     rate,
@@ -22,47 +24,59 @@ from twotower_eval.report.text import (
     times,
 )
 
+MAX_SHOWN = 6  # timed points; of more than these, only the headline's stay unfolded
+READING = (
+    "S_time is the baseline's seconds over the candidate's for the same prompts; S_throughput compares useful tokens "
+    "per second, so it differs where answers differ in length (length ratio: useful tokens, candidate over baseline). "
+    "A/A null is the baseline against itself and should hold 1. Workload `fixed` makes a fixed number of tokens, "
+    "`answer` stops where the task stops."
+)
+
 
 def speed(runs: Runs) -> Section:
     """Speedups, and what they are made of."""
     if not runs.speed:
         lines = bullets(escape(gap) for gap in runs.speed_gaps)
         text = f"Nothing has been timed completely. `twotower-eval speed` times baseline and candidate.\n\n{lines}"
-        return Section(title="Speed", markdown=text + _scored_cost(runs))
+        return Section(title="Speed", markdown=text + _counts(_scored_cost(runs)))
+    ordered = sorted(runs.speed, key=_order)
+    shown = ordered if len(ordered) <= MAX_SHOWN else [point for point in ordered if point.key == runs.chosen]
+    rest = [point for point in ordered if point not in shown]
     parts = [
-        "S_time is the baseline's seconds over the candidate's for the same prompts; S_throughput compares useful "
-        "tokens per second, so it differs where answers differ in length (length ratio: useful tokens, candidate over "
-        "baseline). A/A null is the baseline against itself and should hold 1. Workload `fixed` makes a fixed number "
-        "of tokens, `answer` stops where the task stops.",
-        _speedups(runs),
+        _speedups(runs, shown) if shown else "",
+        details(f"The other {len(rest)} timed points", _speedups(runs, rest)) if rest else "",
         bullets(_speed_remarks(runs)),
-        COST_WORDS,
-        _timed_cost(runs),
+        explanation(runs, shown or ordered),
+        details("How to read this table", READING),
+        _counts(_timed_cost(runs), _scored_cost(runs)),
     ]
-    return Section(
-        title="Speed", markdown="\n\n".join(part.strip() for part in parts if part) + "\n" + _scored_cost(runs)
-    )
+    return Section(title="Speed", markdown="\n\n".join(part.strip() for part in parts if part) + "\n")
+
+
+def _counts(*tables: str) -> str:
+    """Tokens and forwards, folded away: they explain the speedup and are many."""
+    body = "\n\n".join(part.strip() for part in (COST_WORDS, *tables) if part)
+    return details("Tokens and forwards", body) if any(tables) else ""
 
 
 def _order(point: SpeedPoint) -> tuple[str, int]:
     return (point.candidate.workload.name, point.batch_size)
 
 
-def _speedups(runs: Runs) -> str:
+def _speedups(runs: Runs, points: Sequence[SpeedPoint]) -> str:
     per_device = not all(point.equal_devices for point in runs.speed)
-    header = ["block, steps, threshold", "workload", "batch", "rounds x calls", "S_time [95 %]", "S_throughput [95 %]"]
-    header += ["length ratio [95 %]", "geometric mean [95 %]", "A/A null [99 %]"] + [
-        "S_time per device [95 %]"
-    ] * per_device
+    header = ["block, steps, threshold", "S_time [95 %]", "S_throughput [95 %]", "workload", "batch", "rounds x calls"]
+    header += ["length ratio [95 %]", "geometric mean [95 %]", "A/A null [99 %]"]
+    header += ["S_time per device [95 %]"] * per_device
     rows = []
-    for point in sorted(runs.speed, key=_order):
+    for point in points:
         row = [
             escape(runs.name(point.candidate)),
+            times(point.time),
+            times(point.throughput),
             escape(point.candidate.workload.name),
             count(point.batch_size),
             f"{point.num_rounds} x {point.num_calls}",
-            times(point.time),
-            times(point.throughput),
             times(point.length).replace("x", ""),
             times(point.geometric),
             times(point.null),
@@ -70,7 +84,7 @@ def _speedups(runs: Runs) -> str:
         if per_device:
             row.append(times(point.time_per_device))
         rows.append(row)
-    return table(header, rows, left=2)
+    return table(header, rows, texts=("workload",))
 
 
 def _speed_remarks(runs: Runs) -> Iterator[str]:
@@ -150,8 +164,7 @@ def _scored_cost(runs: Runs) -> str:
         name = escape(runs.name(point.candidate))
         rows.append([name, count(point.counts.num_prompts), *_cost(point.counts), code(point.run_id)])
     text = table(["block, steps, threshold", "outputs", *COST_HEADER, "run"], rows)
-    lead = "The same counts for the scored runs:" if runs.speed else f"{COST_WORDS} In the scored runs:"
-    return f"\n{lead}\n\n{text}"
+    return f"In the scored runs:\n\n{text}"
 
 
 def latency(runs: Runs) -> Section:
@@ -170,6 +183,7 @@ def latency(runs: Runs) -> Section:
             setting = [point.workload, count(point.batch_size), count(found.n)]
             rows.append([name, *setting, seconds(found.median_s), seconds(found.p95_s)])
     text = "Time from the start of a prompt's batch to its last useful token, all prompts of all measured rounds.\n\n"
-    text += table(["block, steps, threshold", "workload", "batch", "n", "median", "95th percentile"], rows, left=2)
+    body = table(["block, steps, threshold", "workload", "batch", "n", "median", "95th percentile"], rows, left=2)
+    text += body if len(rows) <= MAX_SHOWN + 1 else details(f"Latency at {len(runs.speed)} timed points", body)
     text += f"\nRuns: {run_list(run_id for point in runs.speed for run_id in point.run_ids)}.\n"
     return Section(title="Latency", markdown=text)

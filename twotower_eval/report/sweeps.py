@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 from twotower_eval.evidence.naming import setting, short_name
 from twotower_eval.evidence.points import PointKey
 from twotower_eval.evidence.runs import Runs
-from twotower_eval.records import DecoderSpec, Estimate
+from twotower_eval.records import DecoderSpec, Estimate, GateLimits
 from twotower_eval.report.plots import COLOURS, GREY, MARKERS, png
 from twotower_eval.report.section import Section
-from twotower_eval.report.text import run_list
+from twotower_eval.report.text import bullets, escape, retention, run_list, times
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+BROKEN = GateLimits().min_retention  # broken: the whole interval of retention lies below it
 AXES = {"block_size": "block size (tokens)", "steps_per_block": "steps per block", "threshold": "confidence threshold"}
 
 
@@ -53,7 +54,26 @@ def sweeps(runs: Runs) -> Section:
             f"Bars are 95 % intervals; lines join points that differ in nothing else. {_speed_setting(runs)}"
             f"Runs: {run_list(run_ids)}."
         )
-    return Section(title="Over block size, steps and threshold", markdown="\n\n".join(parts) + "\n", files=files)
+    parts[:0] = [_collapsed(runs)] if files else []
+    title = "Collapse: over block size, steps and threshold"
+    return Section(title=title, markdown="\n\n".join(parts) + "\n", files=files)
+
+
+def _collapsed(runs: Runs) -> str:
+    """Which points are fast and broken, so that no speedup is read without its quality."""
+    what = f"faster than the baseline, surely less than {100 * BROKEN:g} % of its quality kept"
+    found = []
+    for key, cell in runs.points.items():
+        quality, speed = runs.quality_at(key), runs.speed_at(key)
+        kept, faster = quality and quality.headline.estimate, speed and speed.time.estimate
+        if kept and faster and kept.high < BROKEN and faster.value > 1:
+            assert quality is not None
+            assert speed is not None
+            figures = f"{times(speed.time)} at {retention(quality.headline)} of the quality"
+            found.append(f"{escape(runs.name(cell))}: {figures}")
+    if not found:
+        return f"No measured point is fast and broken: {what}."
+    return f"**Fast and broken**: {what}.\n\n{bullets(found)}"
 
 
 def _why_no_plot(values: Sequence[float]) -> str:

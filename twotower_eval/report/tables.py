@@ -20,33 +20,34 @@ from twotower_eval.report.text import (
     escape,
     percent,
     retention,
+    scored_by_words,
     significant,
     table,
 )
 
 MAX_LISTED = 20
+READING = (
+    "Retention is the candidate's mean score over the baseline's on the same documents; the headline averages tasks, "
+    "each weighing the same, before it divides. Intervals come from resampling clusters (problems, passages), or are "
+    "exact bounds where fewer than five clusters differ. Lost and gained count documents that only the baseline or "
+    "only the candidate got right, with McNemar's exact p (by sign flips where a cluster has several scores), "
+    "Holm-adjusted over the tasks."
+)
 
 
 def quality(runs: Runs) -> Section:
     """Retention by task at the headline's operating point, and of all points in one grid."""
     if not runs.quality:
         text = "Nothing has been scored in both arms. `twotower-eval run` scores baseline and candidate.\n"
-        return Section(title="Quality: retention", markdown=text + _single_arm(runs))
+        return Section(title="Retention: is the quality kept?", markdown=text + _single_arm(runs))
     first = runs.quality_at(runs.chosen) if runs.chosen else None
     first = first or runs.quality[0]
-    parts = [
-        "Retention is the candidate's mean score over the baseline's on the same documents; the headline averages "
-        "tasks, each weighing the same, before it divides. Intervals come from resampling clusters (problems, "
-        "passages), or are exact bounds where fewer than five clusters differ. Lost and gained count documents that "
-        "only the baseline or only the candidate got right, with McNemar's exact p (by sign flips where a cluster has "
-        "several scores), Holm-adjusted over the tasks.",
-        _point(runs, first),
-    ]
+    parts = [_point(runs, first), details("How to read this table", READING)]
     rest = [point for point in runs.quality if point is not first]
     if rest:
-        parts += ["### All operating points", _grid(runs)]
+        parts.append(details(f"All {len(runs.quality)} measured points", _grid(runs)))
         parts.append(details("Task by task at the other points", "\n\n".join(_point(runs, point) for point in rest)))
-    return Section(title="Quality: retention", markdown="\n\n".join(parts) + "\n")
+    return Section(title="Retention: is the quality kept?", markdown="\n\n".join(parts) + "\n")
 
 
 def _single_arm(runs: Runs) -> str:
@@ -76,21 +77,21 @@ def _point(runs: Runs, point: QualityPoint) -> str:
     title = f"### {escape(runs.name(point.candidate))}: {kind}{state}\n"
     parts = [title, _task_table(point), bullets(_remarks(runs, point))]
     if point.others:
-        parts.append("Other scores, which are not part of retention:\n\n" + _other_table(point.others))
+        parts.append(details("Other scores, which are not part of retention", _other_table(point.others)))
     if point.missing:
         parts.append(_missing(point))
     return "\n".join(part for part in parts if part)
 
 
 def _task_table(point: QualityPoint) -> str:
-    header = ["task", "scored by", "metric (filter)", "n (clusters)", "baseline", "candidate", "retention [95 %]"]
-    header.append("lost / gained (p)")
+    header = ["task", "retention [95 %]", "baseline", "candidate", "lost / gained (p)", "n (clusters)", "scored by"]
+    header.append("metric (filter)")
     rows = [row for task in point.tasks for row in _task_rows(task)]
     rows.append(_total_row("**headline**", point.tasks, retention(point.headline)))
     if not point.all_exercise_decoder:
         exercising = tuple(task for task in point.tasks if task.exercises_decoder)
         rows.append(_total_row("**decoder-exercised**", exercising, retention(point.exercised)))
-    return table(header, rows, left=3)
+    return table(header, rows, texts=("scored by", "metric (filter)"))
 
 
 def _task_rows(task: TaskQuality) -> Iterator[list[str]]:
@@ -98,26 +99,26 @@ def _task_rows(task: TaskQuality) -> Iterator[list[str]]:
     filtered = f" ({escape(task.filter)})" if task.filter != "none" else ""
     yield [
         escape(task.name) + (f" (mean of {len(task.members)})" if task.members else ""),
-        " + ".join(SCORED_BY.get(kind, escape(kind)) for kind in task.scored_by.split(" + ")),
-        escape(task.metric) + filtered,
-        f"{count(task.num_documents)} ({count(task.num_clusters)})",
+        "100 % by construction" if task.equal_by_construction else retention(task.retention),
         percent(task.baseline),
         percent(task.candidate),
-        "100 % by construction" if task.equal_by_construction else retention(task.retention),
         flips,
+        f"{count(task.num_documents)} ({count(task.num_clusters)})",
+        scored_by_words(task.scored_by),
+        escape(task.metric) + filtered,
     ]
     for name, num_documents, baseline, candidate in task.members:
-        yield [f"{NONE} {escape(name)}", "", "", count(num_documents), percent(baseline), percent(candidate), "", ""]
+        yield [f"{NONE} {escape(name)}", "", percent(baseline), percent(candidate), "", count(num_documents), "", ""]
 
 
 def _total_row(name: str, tasks: tuple[TaskQuality, ...], kept: str) -> list[str]:
     if not tasks:
-        return [name, "", "", "0", NONE, NONE, NONE, ""]
+        return [name, NONE, NONE, NONE, "", "0", "", ""]
     baseline = sum(task.baseline for task in tasks) / len(tasks)
     candidate = sum(task.candidate for task in tasks) / len(tasks)
     num_documents = count(sum(task.num_documents for task in tasks))
     means = [f"**{percent(baseline)}**", f"**{percent(candidate)}**"]
-    return [f"{name} ({len(tasks)} tasks)", "", "", num_documents, *means, f"**{kept}**", ""]
+    return [f"{name} ({len(tasks)} tasks)", f"**{kept}**", *means, "", num_documents, "", ""]
 
 
 def _remarks(runs: Runs, point: QualityPoint) -> Iterator[str]:
@@ -170,7 +171,7 @@ def _other_table(others: Iterable[OtherScore]) -> str:
         rows.append(
             [
                 escape(other.task),
-                " + ".join(SCORED_BY.get(kind, escape(kind)) for kind in other.scored_by.split(" + ")),
+                scored_by_words(other.scored_by),
                 escape(other.metric) + filtered,
                 "higher" if other.higher_is_better else "lower",
                 count(other.num_documents),

@@ -1,0 +1,246 @@
+"""The tables of a report as CSV files: raw numbers with their units in the column names, nothing rounded.
+
+An empty field is a number that does not exist; where there is a reason, it stands in a column of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import pandas as pd
+
+from twotower_eval.evidence.counts import Counts
+from twotower_eval.evidence.degenerate import flags
+from twotower_eval.evidence.documents import DocumentPair, document_pairs
+from twotower_eval.evidence.naming import checkpoint_name, setting
+from twotower_eval.evidence.points import Measured, QualityPoint
+from twotower_eval.evidence.runs import Runs
+from twotower_eval.evidence.timing import SpeedPoint
+from twotower_eval.records import Cell, CostSample, Generation
+from twotower_eval.report.verdicts import JudgedRuns
+
+Row = dict[str, Any]
+SETTINGS = ("block_size", "steps_per_block", "threshold")
+
+
+def tables(runs: Runs) -> dict[str, bytes]:
+    """File name -> CSV, for every table that has a row."""
+    found = {
+        "retention.csv": [row for point in runs.quality for row in _retention(point)],
+        "speed.csv": [_speed(point) for point in runs.speed],
+        "documents.csv": [_sample(p, s) for p in runs.quality for s in document_pairs(runs, p)],
+        "flips.csv": [_flip(p, s) for p in runs.quality for s in document_pairs(runs, p) if s.change],
+        "answers.csv": [row for point in runs.speed for row in _answers(point)],
+        "verdicts.csv": _verdicts(runs),
+        "costs.csv": [row for run in runs for row in _costs(run.manifest.run_id, run.cells, run.costs)],
+        "checks.csv": [
+            {"run": run.manifest.run_id, **_operating_point(run.cells[check.cell]), **_check(check)}
+            for run in runs
+            for check in run.checks
+        ],
+    }
+    return {name: csv(rows) for name, rows in found.items() if rows}
+
+
+def csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows with the same keys as CSV, one line each."""
+    return str(pd.DataFrame.from_records(list(rows)).to_csv(index=False, lineterminator="\n")).encode()
+
+
+def measured_columns(name: str, found: Measured) -> Row:
+    """An estimate as four columns and the reason where there is none."""
+    estimate = found.estimate
+    numbers = (None,) * 4 if estimate is None else (estimate.value, estimate.low, estimate.high, estimate.level)
+    values = dict(zip((name, f"{name}_low", f"{name}_high", f"{name}_level"), numbers, strict=True))
+    return {**values, f"{name}_method": estimate.method if estimate else None, f"{name}_missing_reason": found.reason}
+
+
+def _operating_point(cell: Cell) -> Row:
+    named = {name: setting(cell.decoder, name) for name in SETTINGS}
+    return {"checkpoint": checkpoint_name(cell.checkpoint), "decoder": cell.decoder.label, **named}
+
+
+def _outputs(point: QualityPoint) -> Row:
+    return {"outputs": "timed" if point.timed else "whole_tasks", "batch_size": point.candidate.workload.batch_size}
+
+
+def _retention(point: QualityPoint) -> Iterator[Row]:
+    start = {"run": point.run_id, "complete": point.complete, **_operating_point(point.candidate), **_outputs(point)}
+    for task in point.tasks:
+        yield {
+            **start,
+            "task": task.name,
+            "metric": task.metric,
+            "filter": task.filter,
+            "scored_by": task.scored_by,
+            "num_documents": task.num_documents,
+            "num_clusters": task.num_clusters,
+            "baseline_mean": task.baseline,
+            "candidate_mean": task.candidate,
+            **measured_columns("retention", task.retention),
+            "equal_by_construction": task.equal_by_construction,
+            "num_lost": task.flips.num_lost,
+            "num_gained": task.flips.num_gained,
+            "p_holm": task.flips.p_holm,
+        }
+    averages = {
+        "headline": point.headline,
+        "decoder_exercised": point.exercised,
+        "mean_of_ratios": point.mean_of_ratios,
+    }
+    for name, found in averages.items():
+        used = [task for task in point.tasks if task.exercises_decoder or name != "decoder_exercised"]
+        num_documents = sum(task.num_documents for task in used)
+        yield {**start, "task": f"({name})", "num_documents": num_documents, **measured_columns("retention", found)}
+
+
+def _speed(point: SpeedPoint) -> Row:
+    return {
+        "runs": " ".join(point.run_ids),
+        "complete": point.complete,
+        **_operating_point(point.candidate),
+        "workload": point.workload,
+        "batch_size": point.batch_size,
+        "num_rounds": point.num_rounds,
+        "num_calls": point.num_calls,
+        "num_launches": point.num_launches,
+        **measured_columns("time_speedup", point.time),
+        **measured_columns("throughput_speedup", point.throughput),
+        **measured_columns("length_ratio", point.length),
+        **measured_columns("geometric_speedup", point.geometric),
+        **measured_columns("baseline_against_itself", point.null),
+        **measured_columns("baseline_tokens_per_s", point.baseline_rate),
+        **measured_columns("candidate_tokens_per_s", point.candidate_rate),
+        **_counts("baseline", point.baseline_counts),
+        **_counts("candidate", point.counts),
+        "baseline_latency_median_s": point.baseline_latency.median_s,
+        "baseline_latency_p95_s": point.baseline_latency.p95_s,
+        "candidate_latency_median_s": point.latency.median_s,
+        "candidate_latency_p95_s": point.latency.p95_s,
+        "baseline_degenerate_share": point.flagged.baseline,
+        "candidate_degenerate_share": point.flagged.candidate,
+        "warnings": "; ".join(point.warnings),
+    }
+
+
+def _counts(arm: str, counts: Counts) -> Row:
+    return {
+        f"{arm}_num_prompts": counts.num_prompts,
+        f"{arm}_num_tokens": counts.num_tokens,
+        f"{arm}_num_discarded_tokens": counts.num_discarded_tokens,
+        f"{arm}_num_context_forwards": counts.num_context_forwards,
+        f"{arm}_num_denoiser_forwards": counts.num_denoiser_forwards,
+        f"{arm}_num_forced_commits": counts.num_forced_commits,
+    }
+
+
+def _sample(point: QualityPoint, sample: DocumentPair) -> Row:
+    return {
+        "run": sample.run_id,
+        **_operating_point(point.candidate),
+        **_outputs(point),
+        "task": sample.task,
+        "doc_id": sample.doc_id,
+        "cluster": sample.cluster_id,
+        "metric": sample.metric,
+        "baseline_score": sample.baseline_score,
+        "candidate_score": sample.candidate_score,
+        "change": sample.change,
+        **_output("baseline", sample.baseline),
+        **_output("candidate", sample.candidate),
+    }
+
+
+def _output(arm: str, made: Generation | None) -> Row:
+    return {
+        f"{arm}_num_tokens": None if made is None else made.num_tokens,
+        f"{arm}_num_context_forwards": None if made is None else made.num_context_forwards,
+        f"{arm}_num_denoiser_forwards": None if made is None else made.num_denoiser_forwards,
+        f"{arm}_finish": None if made is None else made.finish,
+        f"{arm}_flags": None if made is None else " ".join(flags(made).names),
+    }
+
+
+def _flip(point: QualityPoint, sample: DocumentPair) -> Row:
+    texts = {"baseline_text": sample.baseline, "candidate_text": sample.candidate}
+    return {
+        "run": sample.run_id,
+        **_operating_point(point.candidate),
+        **_outputs(point),
+        "task": sample.task,
+        "doc_id": sample.doc_id,
+        "change": sample.change,
+        "baseline_score": sample.baseline_score,
+        "candidate_score": sample.candidate_score,
+        **{name: None if made is None else made.text for name, made in texts.items()},
+    }
+
+
+def _answers(point: SpeedPoint) -> Iterator[Row]:
+    """Timed answers one by one: what the very same outputs cost and were worth, means over rounds."""
+    for sample in point.samples:
+        row = {
+            "runs": " ".join(point.run_ids),
+            **_operating_point(point.candidate),
+            "batch_size": point.batch_size,
+            "task": sample.task,
+            "doc_id": sample.doc_id,
+            "speedup": sample.speedup,
+        }
+        for arm, found in (("baseline", sample.baseline), ("candidate", sample.candidate)):
+            row |= {
+                f"{arm}_wall_s": found.wall_s,
+                f"{arm}_finish_s": found.finish_s,
+                f"{arm}_num_tokens": found.num_tokens,
+                f"{arm}_num_forwards": found.num_forwards,
+                f"{arm}_num_rounds": found.num_rounds,
+                f"{arm}_score": found.score,
+                f"{arm}_flags": " ".join(found.flags),
+            }
+        yield row
+
+
+def _verdicts(runs: Runs) -> list[Row]:
+    return [
+        {
+            "claim": claim.name,
+            "outcome": verdict.outcome,
+            "quantity": claim.quantity,
+            "relation": claim.relation,
+            "expected": claim.expected,
+            "margin": claim.margin,
+            **measured_columns("measured", Measured(estimate=verdict.estimate)),
+            "reason": verdict.reason,
+            "runs": " ".join(verdict.evidence),
+            "num_points": verdict.num_points,
+            "num_looks": verdict.num_looks,
+            "source": claim.source,
+        }
+        for claim, verdict in (runs.verdicts if isinstance(runs, JudgedRuns) else ())
+    ]
+
+
+def _costs(run_id: str, cells: Mapping[str, Cell], measured: Sequence[CostSample]) -> Iterator[Row]:
+    """Each part of decoding once: the median over rounds of its seconds per repeat."""
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for cost in measured:
+        if cost.phase == "measure":
+            sizes = (cost.batch_size, cost.context_tokens, cost.block_size, cost.routing, cost.pattern, cost.num_steps)
+            groups.setdefault((cost.cell, cost.part, cost.replica, *sizes), []).append(cost.wall_s / cost.num_repeats)
+    names = ("part", "replica", "batch_size", "context_tokens", "block_size_timed", "routing", "pattern", "num_steps")
+    for (cell, *rest), times_s in groups.items():
+        yield {
+            "run": run_id,
+            **_operating_point(cells[cell]),
+            **dict(zip(names, rest, strict=True)),
+            "num_rounds": len(times_s),
+            "median_s": median(times_s),
+            "least_s": min(times_s),
+            "most_s": max(times_s),
+        }
+
+
+def _check(check: Any) -> Row:
+    return {name: getattr(check, name) for name in ("name", "outcome", "value", "limit", "detail")}

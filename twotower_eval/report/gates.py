@@ -1,0 +1,153 @@
+"""The gates section: what must hold before a number is believed. And how each task was scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from twotower_eval.evidence.clean import Flagged
+from twotower_eval.evidence.points import Measured, QualityPoint
+from twotower_eval.evidence.runs import Runs
+from twotower_eval.evidence.timing import SpeedPoint
+from twotower_eval.records import Check
+from twotower_eval.report.section import Section
+from twotower_eval.report.text import (
+    NONE,
+    bullets,
+    code,
+    count,
+    details,
+    escape,
+    percent,
+    retention,
+    scored_by_words,
+    significant,
+    table,
+    times,
+)
+
+Row = list[str]
+GATE_HEADER = ["gate", "outcome", "what was found", "run"]
+OUTCOMES = {"passed": "passed", "failed": "**FAILED**", "not_checked": "not checked"}
+
+
+def gates(runs: Runs) -> Section:
+    """One row for each gate, then the shares of degenerate outputs with the figures on clean ones."""
+    rows = [*_hashes(runs), *_nulls(runs), *_checks(runs)]
+    verified = any(run.manifest.verb == "verify" for run in runs)
+    missing = "" if verified else "Parity and batch logic were not checked: `twotower-eval verify` does it.\n"
+    parts = [table(GATE_HEADER, rows, left=len(GATE_HEADER)), missing, _degenerate(runs)]
+    return Section(title="Gates", markdown="\n".join(part for part in parts if part))
+
+
+def _hashes(runs: Runs) -> Iterator[Row]:
+    """Pairs with unlike hashes are an error before any report, so what is here has passed."""
+    for run in runs:
+        num_scores = len({(score.task, score.doc_id) for score in run.scores})
+        if num_scores:
+            found = f"documents, prompts and targets of {count(num_scores)} items agree between the arms"
+            yield ["same documents, same prompts", "passed", found, code(run.manifest.run_id)]
+
+
+def _nulls(runs: Runs) -> Iterator[Row]:
+    seen = set()
+    for point in runs.speed:
+        if (point.baseline.id, point.run_ids) in seen:
+            continue
+        seen.add((point.baseline.id, point.run_ids))
+        same = [
+            other for other in runs.speed if (other.baseline.id, other.run_ids) == (point.baseline.id, point.run_ids)
+        ]
+        yield _null(point, same)
+
+
+def _null(point: SpeedPoint, same: list[SpeedPoint]) -> Row:
+    """The null of one baseline cell. Its width is judged against each speedup, so it may fail for some only."""
+    failing = [other for other in same if any(warning.startswith("INVALID") for warning in other.warnings)]
+    found = f"baseline against itself {times(point.null)} (99 %), {point.num_rounds} rounds of {point.num_calls} calls"
+    outcome = "passed"
+    if point.null.estimate is None:
+        outcome, found = "not checked", escape(point.null.reason or "")
+    elif failing:
+        outcome = OUTCOMES["failed"] + (
+            f" for {len(failing)} of {len(same)} points" if len(failing) < len(same) else ""
+        )
+        reasons = sorted({w.removeprefix("INVALID: ") for p in failing for w in p.warnings if w.startswith("INVALID")})
+        found += "; " + escape(reasons[0]) + (f" (and {len(reasons) - 1} like it)" if len(reasons) > 1 else "")
+    gate = f"A/A null, {point.workload}, batch {point.batch_size}"
+    return [gate, outcome, found, code(" ".join(point.run_ids))]
+
+
+def _checks(runs: Runs) -> Iterator[Row]:
+    for run in runs:
+        for check in run.checks:
+            name = escape(check.name.replace("_", " "))
+            yield [name, OUTCOMES[check.outcome], _found(check), code(run.manifest.run_id)]
+
+
+def _found(check: Check) -> str:
+    numbers = [
+        f"{word} {significant(v)}" for word, v in (("value", check.value), ("limit", check.limit)) if v is not None
+    ]
+    return escape(check.detail) + (f" ({', '.join(numbers)})" if numbers else "")
+
+
+def _degenerate(runs: Runs) -> str:
+    rows = [row for point in runs.quality if point.flagged.num_outputs for row in [_flag_row(runs, point)]]
+    rows += [row for point in runs.speed if point.flagged.num_outputs for row in [_flag_row(runs, point)]]
+    if not rows:
+        return "No outputs were kept, so none was looked at for degeneration.\n"
+    lead = (
+        "Degenerate outputs: empty, ending in a loop, compressible like one, full of repeated n-grams, or going on "
+        "with junk behind the answer. Figures on clean outputs leave out whatever is flagged in either arm; they are "
+        "*conditional, diagnostic only*, and no verdict rests on them.\n"
+    )
+    header = ["block, steps, threshold", "outputs", "n", "baseline flagged", "candidate flagged", "difference [95 %]"]
+    header += ["on all outputs", "on clean outputs", "run"]
+    body = table(header, rows, left=2)
+    return f"{lead}\n{body if len(rows) <= 4 else details(f'Flagged shares at {len(rows)} points', body)}"
+
+
+def _flag_row(runs: Runs, point: QualityPoint | SpeedPoint) -> Row:
+    if isinstance(point, QualityPoint):
+        kind = f"timed, batch {point.candidate.workload.batch_size}: scores" if point.timed else "whole tasks: scores"
+        figures, run_ids = [retention(point.headline), retention(point.clean.headline)], [point.run_id]
+    else:
+        kind = f"{point.workload}, batch {point.batch_size}: S_time"
+        figures, run_ids = [times(point.time), times(point.clean.time)], list(point.run_ids)
+    return [escape(runs.name(point.candidate)), kind, *_shares(point.flagged), *figures, code(" ".join(run_ids))]
+
+
+def _shares(flagged: Flagged) -> Row:
+    shares = [NONE if share is None else percent(share) for share in (flagged.baseline, flagged.candidate)]
+    return [count(flagged.num_outputs), *shares, _points(flagged.difference)]
+
+
+def _points(difference: Measured) -> str:
+    found = difference.estimate
+    if found is None:
+        return NONE
+    return f"{100 * found.value:+.1f} points [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+
+
+def scoring(runs: Runs) -> Section:
+    """How each task was scored, once per task."""
+    title = "How each task was scored"
+    rows: list[Row] = []
+    for point in runs.quality:
+        for task in point.tasks:
+            filtered = f" ({escape(task.filter)})" if task.filter != "none" else ""
+            part = "yes" if task.exercises_decoder else "no"
+            if task.equal_by_construction:
+                part += ": equal by construction"
+            row = [escape(task.name), scored_by_words(task.scored_by), escape(task.metric) + filtered, part]
+            if row not in rows:
+                rows.append(row)
+    if not rows:
+        return Section(title=title, markdown="Nothing has been scored in both arms.\n")
+    header = ["task", "scored by", "metric (filter)", "candidate's decoder has a part in it"]
+    remarks = [
+        "Scored by generation: the candidate's decoder wrote the text that is scored.",
+        "Scored by the context tower's likelihood: the decoder has no part in it; where the tower's tensors are the "
+        "baseline's own, one computation serves both arms and retention is 100 % by construction.",
+    ]
+    return Section(title=title, markdown=f"{table(header, sorted(rows), left=len(header))}\n{bullets(remarks)}")

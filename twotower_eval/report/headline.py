@@ -1,0 +1,103 @@
+"""The headline: the verdict and one sentence to quote, and what a reader must know before quoting it."""
+
+from __future__ import annotations
+
+from twotower_eval.evidence.naming import checkpoint_name, long_name
+from twotower_eval.evidence.points import QualityPoint
+from twotower_eval.evidence.runs import Runs
+from twotower_eval.evidence.timing import SpeedPoint
+from twotower_eval.records import Cell
+from twotower_eval.report.section import Section
+from twotower_eval.report.text import bullets, code, escape, retention, run_list, times
+from twotower_eval.report.verdicts import verdict_line
+from twotower_eval.store import Run
+
+
+def headline(runs: Runs) -> Section:
+    """One sentence to quote, and what a reader must know before quoting it."""
+    key = runs.chosen
+    quality, speed = (None, None) if key is None else (runs.quality_at(key), runs.speed_at(key))
+    lines = [verdict_line(runs), *(_incomplete(run) for run in runs if not run.complete)]
+    if key is None:
+        lines.append("**Nothing has been scored or timed completely yet, so there is nothing to quote.**")
+    else:
+        lines.append(_sentence(runs, runs.points[key], quality, speed))
+    lines.append(bullets(_caveats(runs, quality, speed)))
+    return Section(title="Verdict", markdown="\n\n".join(line for line in lines if line) + "\n")
+
+
+def _incomplete(run: Run) -> str:
+    rows = f"{len(run.scores):,} scores, {len(run.generations):,} generations, {len(run.speed):,} timed calls"
+    return (
+        f"> **INCOMPLETE: run {code(run.manifest.run_id)} has not finished.** So far: {rows}. Figures may still move."
+    )
+
+
+def _sentence(runs: Runs, candidate: Cell, quality: QualityPoint | None, speed: SpeedPoint | None) -> str:
+    who = f"{escape(checkpoint_name(candidate.checkpoint))} decoding with {escape(runs.name(candidate))}"
+    kept = _kept(quality)
+    faster = _faster(speed)
+    if kept and faster:
+        return f"**{who} keeps {kept} at {faster}.**"
+    if kept:
+        reason = (speed and speed.time.reason) or "not measured; `twotower-eval speed` measures it"
+        return f"**{who} keeps {kept}.** Its speed: {reason}."
+    if faster:
+        reason = (quality and quality.headline.reason) or "not measured; `twotower-eval run` measures it"
+        return f"**{who} runs at {faster}.** Its quality: {reason}."
+    reasons = {reason for reason in (quality and quality.headline.reason, speed and speed.time.reason) if reason}
+    return f"**{who}: nothing to quote.** {'; '.join(sorted(reasons))}."
+
+
+def _kept(quality: QualityPoint | None) -> str | None:
+    if quality is None or quality.headline.estimate is None:
+        return None
+    text = f"{retention(quality.headline)} of the baseline's quality"
+    if not quality.all_exercise_decoder and quality.exercised.estimate:
+        text += f" ({retention(quality.exercised)} on the tasks that its decoder answers)"
+    return text
+
+
+def _faster(speed: SpeedPoint | None) -> str | None:
+    if speed is None or speed.time.estimate is None:
+        return None
+    invalid = any(warning.startswith("INVALID") for warning in speed.warnings)
+    return f"{times(speed.time)} its wall-clock speed" + (" (INVALID timing, see below)" if invalid else "")
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _caveats(runs: Runs, quality: QualityPoint | None, speed: SpeedPoint | None) -> list[str]:
+    lines = []
+    point = quality or speed
+    if point is not None:
+        who = f"{escape(checkpoint_name(point.baseline.checkpoint))}, {escape(long_name(point.baseline.decoder))}"
+        lines.append(f"The baseline is {who}. Brackets hold 95 % intervals.")
+    if quality and quality.tasks:
+        num_documents = sum(task.num_documents for task in quality.tasks)
+        num_exercising = sum(task.exercises_decoder for task in quality.tasks)
+        what = f"{_plural(len(quality.tasks), 'task')}, {_plural(num_documents, 'document')}"
+        lines.append(f"Quality: {what}; {num_exercising} answered by the decoder. Run {run_list([quality.run_id])}.")
+    if speed and speed.time.estimate:
+        setting = f"{speed.workload} workload, batch {speed.batch_size}"
+        size = f"{_plural(speed.num_rounds, 'round')} of {_plural(speed.num_calls, 'timed call')}"
+        useful = ""
+        if speed.workload == "answer" and speed.throughput.estimate:
+            useful = f"; {times(speed.throughput)} in useful tokens per second"
+        lines.append(f"Speed: {setting}, {size}{useful}. Run {run_list(speed.run_ids)}.")
+    if len(runs.points) > 1:
+        lines.append(
+            f"{len(runs.points)} operating points were measured. The one above was chosen without a look at the "
+            "results; a point picked from the tables below needs a new run on other documents before it is quoted."
+        )
+    if quality and quality.equal_tasks:
+        names = escape(", ".join(quality.equal_tasks))
+        lines.append(
+            f"Equal by construction: {names}, scored by the context tower that both arms share. This pulls the "
+            "headline towards 100 %."
+        )
+    lines += [f"Quality: {warning}." for warning in (quality.warnings if quality else ())]
+    lines += [f"Speed: {warning}." for warning in (speed.warnings if speed else ())]
+    return lines

@@ -1,0 +1,119 @@
+"""The claims section: what was claimed against what was measured, with its verdict; and the verdict's line on top."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+from twotower_eval.claims import ClaimFile, judge, load_claims
+from twotower_eval.claims.files import SPEED_QUANTITIES
+from twotower_eval.claims.judge import said
+from twotower_eval.claims.match import names_subject
+from twotower_eval.claims.text import count_line, estimate_text, looks_text
+from twotower_eval.evidence.naming import long_name
+from twotower_eval.evidence.runs import Runs
+from twotower_eval.plan import data_path
+from twotower_eval.records import Claim, OperatingPoint, Verdict
+from twotower_eval.report.section import Section
+from twotower_eval.report.text import NONE, bullets, details, escape, run_list, table
+from twotower_eval.store import Run
+
+RELATIONS = {"at_least": "at least", "at_most": "at most", "equal": "equal to"}
+QUANTITIES = {
+    "retention": "retention",
+    "decoder_exercised_retention": "decoder-exercised retention",
+    "score": "score",
+    "score_difference": "score difference",
+    "speedup_time": "S_time",
+    "speedup_throughput": "S_throughput",
+    "speedup_time_per_device": "S_time per device",
+    "joint": "joint claim",
+}
+
+
+class JudgedRuns(Runs):
+    """Runs with the claims that they are held against, if any."""
+
+    def __init__(self, runs: Sequence[Run], claims: ClaimFile | None = None) -> None:
+        super().__init__(runs)
+        self.claims = claims
+
+    @cached_property
+    def verdicts(self) -> tuple[tuple[Claim, Verdict], ...]:
+        """Every claim with its verdict, in the file's order."""
+        if self.claims is None:
+            return ()
+        return tuple(zip(self.claims.claims, judge(self.claims.claims, self), strict=True))
+
+
+def shipped_claims(runs: Iterable[Run]) -> ClaimFile | None:
+    """The shipped claim file about a candidate of these runs: the first one by name, ``None`` if there is none."""
+    candidates = {cell.checkpoint for run in runs for cell in run.manifest.cells if cell.arm == "candidate"}
+    for path in sorted(data_path("tasks", "claims").glob("*.toml")):
+        found = load_claims(path)
+        if any(names_subject(claim, checkpoint) for claim in found.claims for checkpoint in candidates):
+            return found
+    return None
+
+
+def verdict_line(runs: Runs) -> str:
+    """The verdict to quote first: that of the first joint claim, else of the first claim; empty without claims."""
+    judged = runs.verdicts if isinstance(runs, JudgedRuns) else ()
+    if not judged:
+        return ""
+    claim, verdict = next((pair for pair in judged if pair[0].quantity == "joint"), judged[0])
+    parts = [part for part, _ in judged if part.name in claim.parts] or [claim]
+    claimed = " and ".join(_claimed(part) for part in parts)
+    return f"**{said(verdict.outcome)}**: the claim of {claimed} ({escape(claim.name)}): {escape(verdict.reason)}."
+
+
+def claims(runs: Runs) -> Section:
+    """One row for each claim of the file, then its reasons and sources."""
+    title = "Claimed against measured"
+    if not isinstance(runs, JudgedRuns) or runs.claims is None:
+        text = "No claim file names a checkpoint of these runs; `twotower-eval report --claims FILE` judges one.\n"
+        return Section(title=title, markdown=text)
+    rows = [_row(claim, verdict) for claim, verdict in runs.verdicts]
+    header = ["claim", "verdict", "measured", "claimed", "at"]
+    looks = {looks_text(verdict).strip(" ()") for _, verdict in runs.verdicts} - {""}
+    parts = [
+        f"{escape(runs.claims.title)}. {escape(count_line([verdict for _, verdict in runs.verdicts]))}.",
+        table(header, rows, left=len(header)),
+        details("Reasons, evidence and sources", bullets(_reason(*pair) for pair in runs.verdicts)),
+        f"Looks: {escape('; '.join(sorted(looks)))}." if looks else "",
+    ]
+    return Section(title=title, markdown="\n\n".join(part.strip() for part in parts if part) + "\n")
+
+
+def _row(claim: Claim, verdict: Verdict) -> list[str]:
+    shown = estimate_text(claim, verdict.estimate).rstrip(":") or NONE
+    outcome = said(verdict.outcome)
+    return [escape(claim.name), f"**{outcome}**", shown, _claimed(claim, margin=True), _at(claim.point)]
+
+
+def _claimed(claim: Claim, *, margin: bool = False) -> str:
+    """``retention at least 98.7 % (margin 0.5 points)``; a joint claim has its parts."""
+    if claim.expected is None or claim.margin is None:
+        return escape(" and ".join(claim.parts))
+    expected, unit = f"{100 * claim.expected:g} %", "points"
+    if claim.quantity in SPEED_QUANTITIES:
+        expected, unit = f"{claim.expected:g}x", "%"
+    if claim.quantity == "score_difference":
+        expected = f"{100 * claim.expected:g} points"
+    allowed = f" (margin {100 * claim.margin:g} {unit})" if margin else ""
+    return f"{QUANTITIES[claim.quantity]} {RELATIONS[claim.relation]} {expected}{allowed}"
+
+
+def _at(point: OperatingPoint) -> str:
+    settings: list[tuple[str, Any]] = [("batch", point.batch_size), ("workload", point.workload)]
+    settings += [("devices", point.num_devices), ("on", point.hardware)]
+    named = [f"{name} {value}" for name, value in settings if value is not None]
+    return escape(", ".join([long_name(point.decoder), *named]))
+
+
+def _reason(claim: Claim, verdict: Verdict) -> str:
+    evidence = f"Runs {run_list(verdict.evidence)}." if verdict.evidence else "No run."
+    n = f", n {verdict.estimate.n:,}, {verdict.estimate.method}" if verdict.estimate else ""
+    reason = escape(f"{verdict.reason}{n}")
+    return f"**{escape(claim.name)}** {said(verdict.outcome)}: {reason}. {evidence} Source: {escape(claim.source)}."
