@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from twotower_eval import calibration, stats
-from twotower_eval.calibration import quality_worlds, simulate, speed_worlds, tables
+from twotower_eval.calibration import simulate, tables
+from twotower_eval.calibration.quality_worlds import QualityWorld, quality_worlds, samples
+from twotower_eval.calibration.speed_worlds import SpeedWorld, noise, null_worlds, sampled, speed_worlds
+from twotower_eval.records import Estimate
 
 
 def tally(**changes) -> simulate.Tally:
@@ -16,24 +19,19 @@ def tally(**changes) -> simulate.Tally:
     return simulate.Tally(name="retention: w", size="9 clusters", **{**fields, "num_exact": 0, **changes})
 
 
-@pytest.mark.parametrize("world", quality_worlds.quality_worlds()[::4], ids=lambda world: world.name)
-def test_the_stated_retention_is_the_ratio_of_expected_scores(world: quality_worlds.QualityWorld) -> None:
+@pytest.mark.parametrize("world", quality_worlds()[::4], ids=lambda world: world.name)
+def test_the_stated_retention_is_the_ratio_of_expected_scores(world: QualityWorld) -> None:
     rng = np.random.default_rng(3)
-    means_2R = np.array(
-        [
-            [t.task_means_K(sums).mean() for sums in (t.baseline_CL, t.candidate_CL)]
-            for t in map(world.draw, [rng] * 400)
-        ]
-    ).T
+    tables_R = [world.draw(rng) for _ in range(400)]
+    columns = ([t.baseline_CL for t in tables_R], [t.candidate_CL for t in tables_R])
+    means_2R = np.array([[t.task_means_K(x).mean() for t, x in zip(tables_R, xs, strict=True)] for xs in columns])
     found = means_2R[1].mean() / means_2R[0].mean()
     error = (means_2R[1] - found * means_2R[0]).std() / means_2R[0].mean() / 20
     assert abs(found - world.truth) <= 4 * error + 1e-12
 
 
-@pytest.mark.parametrize(
-    "world", [speed_worlds.speed_worlds()[k] for k in (1, 10, 13, 20, 26)], ids=lambda world: world.name
-)
-def test_the_stated_speedup_is_the_ratio_of_expected_sums(world: speed_worlds.SpeedWorld) -> None:
+@pytest.mark.parametrize("world", [speed_worlds()[k] for k in (1, 10, 13, 20, 26)], ids=lambda world: world.name)
+def test_the_stated_speedup_is_the_ratio_of_expected_sums(world: SpeedWorld) -> None:
     rng, sums = np.random.default_rng(4), np.zeros(4)
     for _ in range(1_500):
         calls = world.draw(rng)
@@ -52,17 +50,17 @@ def test_the_stated_speedup_is_the_ratio_of_expected_sums(world: speed_worlds.Sp
 def test_noise_has_mean_one() -> None:
     rng = np.random.default_rng(5)
     for kind, size in (("lognormal", 0.2), ("heavy tail", 0.1), ("stalls", 0.03)):
-        assert speed_worlds.noise(rng, kind, size, (400_000,)).mean() == pytest.approx(1, abs=0.003)
+        assert noise(rng, kind, size, (400_000,)).mean() == pytest.approx(1, abs=0.003)
 
 
-def judge(world: speed_worlds.SpeedWorld, num: int = 150) -> tables.Row:
+def judge(world: SpeedWorld, num: int = 150) -> tables.Row:
     found = simulate.calibrate_speed(world, num=num, num_resamples=300, seed=1, advance=lambda *_: None)
     return tables.rows([found])[0]
 
 
 def test_a_nested_bootstrap_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls resampled within rounds, as if each round had prompts of its own, cover far less than they say."""
-    world = speed_worlds.sampled("time", 12, 16, "lognormal", 0.05, 0.2)
+    world = sampled("time", 12, 16, "lognormal", 0.05, 0.2)
     assert not judge(world).missed
 
     def nested(calls, quantity="time", *, level=0.95, num_resamples=300, seed=0):
@@ -72,11 +70,6 @@ def test_a_nested_bootstrap_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         sums = [np.take_along_axis(x[None], index_QRP, 2).sum((1, 2)) for x in (calls.baseline_s, calls.candidate_s)]
         low, high = np.quantile(sums[0] / sums[1], [(1 - level) / 2, (1 + level) / 2])
         value = calls.baseline_s.sum() / calls.candidate_s.sum()
-        return stats_estimate(value, low, high, level)
-
-    from twotower_eval.records import Estimate
-
-    def stats_estimate(value, low, high, level):
         return Estimate(value=value, low=low, high=high, level=level, n=1, method="nested")
 
     monkeypatch.setattr(stats, "speedup", nested)
@@ -87,7 +80,7 @@ def test_a_nested_bootstrap_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ignored_clusters_are_caught() -> None:
     """Twenty samples of a problem taken for twenty problems."""
-    whole = quality_worlds.samples(60, 20, 0.9)
+    whole = samples(60, 20, 0.9)
 
     def alone(rng: np.random.Generator) -> stats.ScoreTable:
         ability_C1 = rng.beta(0.6, 0.4, (60, 1))
@@ -97,7 +90,7 @@ def test_ignored_clusters_are_caught() -> None:
             tasks=names, groups=names, clusters=[str(i) for i in range(1_200)], baseline=a_N, candidate=b_N
         ).table
 
-    naive = quality_worlds.QualityWorld(name="naive", truth=0.9, num_clusters=1_200, draw=alone)
+    naive = QualityWorld(name="naive", truth=0.9, num_clusters=1_200, draw=alone)
     run = {"num": 200, "num_resamples": 300, "seed": 0, "advance": lambda *_: None}
     good, bad = (simulate.calibrate_quality(world, **run) for world in (whole, naive))
     assert good.num_covered >= 180
@@ -143,10 +136,10 @@ def test_the_report_says_what_was_found() -> None:
 
 
 def test_the_same_seed_gives_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    worlds = quality_worlds.quality_worlds()[1:3]
+    worlds, speed, null = quality_worlds()[1:3], speed_worlds()[:1], null_worlds()[:1]
     monkeypatch.setattr(calibration, "quality_worlds", lambda: worlds)
-    monkeypatch.setattr(calibration, "speed_worlds", lambda: speed_worlds.speed_worlds()[:1])
-    monkeypatch.setattr(calibration, "null_worlds", lambda: speed_worlds.null_worlds()[:1])
+    monkeypatch.setattr(calibration, "speed_worlds", lambda: speed)
+    monkeypatch.setattr(calibration, "null_worlds", lambda: null)
     texts = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         path = calibration.calibrate(tmp_path / name, num_repetitions=8, num_resamples=200, seed=seed)

@@ -180,8 +180,9 @@ class _Scope:
     def _moments(self) -> tuple[Ints, Floats, Floats, Floats]:
         """Strata of two clusters or more: their clusters, sums of squares, cubes and fourth powers of the parts."""
         many_H = self._size_H > 1
-        squares_H, cubes_H, fourths_H = (np.bincount(self._code_C, self._centred_C**k)[many_H] for k in (2, 3, 4))
-        return self._size_H[many_H], squares_H, cubes_H, fourths_H
+        centred_C, code_C = self._centred_C, self._code_C
+        powers = [np.bincount(code_C, centred_C**k).astype(np.float64)[many_H] for k in (2, 3, 4)]
+        return self._size_H[many_H].astype(np.int64), powers[0], powers[1], powers[2]
 
     @cached_property
     def _centred_C(self) -> Floats:
