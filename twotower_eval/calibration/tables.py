@@ -86,7 +86,11 @@ def as_markdown(
     num = max((row.tally.num for row in found), default=0)
     missed = sum(row.missed for row in found)
     too_few = f"{num} repetitions are too few to tell (at least {ENOUGH:,})"
-    verdict = f"{missed} of {len(found)} worlds miss what is required" if missed else "No world misses what is required"
+    verdict = (
+        f"{missed} of {len(found)} worlds miss what is required"
+        if missed
+        else "No world is shown to miss what is required, though these repetitions cannot rule out small misses"
+    )
     verdict = verdict if num >= ENOUGH or missed else too_few
     lowest = min((row.coverage.value for row in found if row.coverage.value is not None), default=0.0)
     most = [max((rate.value or 0.0 for rate in rates), default=0.0) for rates in _wrong(found)]
