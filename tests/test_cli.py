@@ -22,6 +22,7 @@ VERBS = [
     ["speed"],
     ["report"],
     ["bench"],
+    ["calibrate"],
     ["claims"],
     ["claims", "check"],
     ["claims", "audit"],

@@ -35,11 +35,12 @@ ALLOWED: dict[str, set[str]] = {
     "miniature": {"plan", "progress", "journal", "environment", *PRODUCING},
     "bench": {"environment", "plan", "journal", "speed", "suites", "datafiles", "harness", *PRODUCING},
     "stats": {"store"},
+    "calibration": {"stats", "progress"},
     "evidence": {"store", "stats"},
     "claims": {"plan", "store", "stats", "evidence"},
     "report": {"store", "journal", "stats", "evidence", "claims", "plan"},
     "cli": {"plan", "store", "progress", "suites", "harness", "speed", "claims", "report", "miniature", "datafiles"}
-    | {"bench", "verify"},
+    | {"bench", "verify", "calibration"},
 }
 # Packages that cost or weigh something -> the only rooms that may import them, anywhere in their files.
 HEAVY = {

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from twotower_eval import __version__
-from twotower_eval.cli import bench, claims, data, report, run, speed, train, verify
+from twotower_eval.cli import bench, calibrate, claims, data, report, run, speed, train, verify
 from twotower_eval.cli.runs import EXIT_INTERRUPTED
 
 TRACEBACK_VARIABLE = "TWOTOWER_EVAL_TRACEBACK"
@@ -31,6 +31,9 @@ app.command(help="Time baseline and candidate in interleaved rounds; timed answe
 app.command(help="Check a checkpoint, its kernels and its decoding before anything is measured.")(verify.verify)
 app.command(help="Write a report with tables and plots from run folders; needs neither torch nor a GPU.")(report.report)
 app.command(help="Time the package's own machinery against what it replaces, side by side in one run.")(bench.bench)
+app.command(help="Simulate worlds with known truth: how often intervals cover it and verdicts are wrong.")(
+    calibrate.calibrate
+)
 
 claims_app = typer.Typer(help="Judge claims that were written before measuring.", rich_markup_mode=None)
 claims_app.command(

@@ -19,7 +19,16 @@ from twotower_eval.stats.costs import (
     predict,
     predicted_speedup,
 )
-from twotower_eval.stats.decide import DECISION_LEVEL, MIN_CLUSTERS, MIN_ROUNDS, Decision, Relation, decide, too_few
+from twotower_eval.stats.decide import (
+    DECISION_LEVEL,
+    MIN_CALLS,
+    MIN_CLUSTERS,
+    MIN_ROUNDS,
+    Decision,
+    Relation,
+    decide,
+    too_few,
+)
 from twotower_eval.stats.figure import Figure
 from twotower_eval.stats.flips import Flips, flips, mcnemar, sign_flip_test
 from twotower_eval.stats.granularity import possible_counts, smallest_samples
@@ -59,6 +68,7 @@ __all__ = [
     "ASSUMED_DISCORDANCE",
     "DECISION_LEVEL",
     "LEVEL",
+    "MIN_CALLS",
     "MIN_CLUSTERS",
     "MIN_ROUNDS",
     "NULL_LEVEL",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import betaincinv, ndtr, stdtrit
+from scipy.special import betaincinv, ndtr, ndtri, stdtrit
 
 NUM_RESAMPLES = 10_000
 LEVEL = 0.95
@@ -24,19 +24,36 @@ def t_quantile(level: float, dof: float) -> float:
     return float(stdtrit(min(dof, 1e9), (1 + level) / 2))
 
 
-def widened_percentiles(
-    low_draws_Q: Floats, high_draws_Q: Floats, *, level: float, dof: float, inflation: float
+def corrected_percentiles(
+    low_draws_Q: Floats, high_draws_Q: Floats, value: float, *, level: float, dof: float, inflation: float, skew: float
 ) -> tuple[float, float]:
-    """Percentile interval whose tail is shrunk so that few clusters do not make it too narrow.
+    """Percentile interval, corrected for skewness and for few clusters.
 
-    A plain percentile interval acts like a normal interval with the variance divided by n instead of n - 1. The tail
-    used is that of a normal deviate as far out as Student's t times ``inflation`` (Hesterberg 2015, "What teachers
-    should know about the bootstrap", section 5.3). The two draws differ only where a draw is undefined.
+    Skewness: BCa (Efron 1987, "Better bootstrap confidence intervals"), the acceleration being a sixth of the
+    estimate's ``skew``, the bias that of the draws' median against ``value``. Without it, bounds from few and
+    one-sided flips are wrong more often than they say. Few clusters: a plain percentile interval acts like a normal
+    interval with the variance divided by n instead of n - 1, so the normal deviate put into BCa is as far out as
+    Student's t times ``inflation`` (Hesterberg 2015, "What teachers should know about the bootstrap", section 5.3).
+    The two draws differ only where a draw is undefined.
     """
-    tail = float(ndtr(-t_quantile(level, dof) * inflation))
-    low = float(np.quantile(low_draws_Q, tail, method="inverted_cdf"))
-    high = float(np.quantile(high_draws_Q, 1 - tail, method="inverted_cdf"))
+    reach = t_quantile(level, dof) * inflation
+    low, high = (
+        float(np.quantile(draws_Q, _bca_tail(draws_Q, value, deviate, skew / 6), method="inverted_cdf"))
+        for draws_Q, deviate in ((low_draws_Q, -reach), (high_draws_Q, reach))
+    )
     return low, high
+
+
+def _bca_tail(draws_Q: Floats, value: float, deviate: float, acceleration: float) -> float:
+    """Share of draws below the bound that lies ``deviate`` standard errors out."""
+    tolerance = 1e-12 * max(1.0, abs(value))
+    below, at_most = (draws_Q < value - tolerance).mean(), (draws_Q <= value + tolerance).mean()
+    # Never further than what the draws can tell: half of one beyond the last.
+    edge = 0.5 / len(draws_Q)
+    bias = float(ndtri(min(max((below + at_most) / 2, edge), 1 - edge)))
+    shifted = bias + deviate
+    stretch = max(1 - acceleration * shifted, 0.1)
+    return float(ndtr(bias + shifted / stretch))
 
 
 def binomial_upper_bound(num_events: int, n: int, alpha: float = 0.05) -> float:

@@ -13,10 +13,12 @@ from functools import cached_property
 import numpy as np
 
 from twotower_eval.records import Estimate
-from twotower_eval.stats.intervals import FEW, LEVEL, Floats, binomial_upper_bound, t_quantile, widened_percentiles
+from twotower_eval.stats.intervals import FEW, LEVEL, Floats, binomial_upper_bound, corrected_percentiles, t_quantile
 from twotower_eval.stats.paired import Draws, Ints, ScoreTable
 
 EPSILON = 1e-12
+SPARSE = 15  # fewer discordant clusters in a stratum than this: one more is added to its variance
+SMALL = 40  # fewer clusters in a stratum than this: one more like the worst is added
 
 
 def retention(table: ScoreTable, draws: Draws, weights_K: Floats | None = None, *, level: float = LEVEL) -> Estimate:
@@ -54,7 +56,7 @@ def linear_stderr(table: ScoreTable, weights_K: Floats | None = None) -> float:
     stratum adds nothing here and never varies in the bootstrap.
     """
     scope = _Scope(table, table.weights_K() if weights_K is None else weights_K)
-    return float(np.sqrt(scope.variance_components[0].sum()) / scope.baseline)
+    return float(np.sqrt(scope.variance_H.sum()) / scope.baseline)
 
 
 def bootstrap_stderr(draws: Draws, weights_K: Floats) -> float | None:
@@ -114,8 +116,8 @@ def difference(table: ScoreTable, draws: Draws, weights_K: Floats | None = None,
     weights_K = table.weights_K() if weights_K is None else weights_K
     delta_Q = (draws.candidate_QK - draws.baseline_QK) @ weights_K
     scope = _Scope(table, weights_K, ratio=1.0)
-    low, high = widened_percentiles(delta_Q, delta_Q, level=level, dof=scope.dof, inflation=scope.inflation)
     value = scope.candidate - scope.baseline
+    low, high = scope.corrected_percentiles(delta_Q, delta_Q, value, level)
     method = f"paired clustered bootstrap, {len(delta_Q):,} resamples"
     return Estimate(
         value=value, low=min(low, value), high=max(high, value), level=level, n=scope.n, method=method, seed=draws.seed
@@ -141,18 +143,23 @@ class _Scope:
         per_document_L = leaf_weights_L / table.count_CL.sum(axis=0)
         inside_C = table.count_CL @ (leaf_weights_L > 0) > 0
         self.n = int(inside_C.sum())
-        self._stratum_C = table.stratum_C[inside_C]
+        _, self._code_C, self._size_H = np.unique(table.stratum_C[inside_C], return_inverse=True, return_counts=True)
         self._baseline_C = table.baseline_CL[inside_C] @ per_document_L
         self._candidate_C = table.candidate_CL[inside_C] @ per_document_L
         self.largest_score = table.largest_score
-        self._largest_weight = float((table.count_CL[inside_C] @ per_document_L).max())
+        weight_C = table.count_CL[inside_C] @ per_document_L
+        self._largest_weight = float(weight_C.max())
+        self._heaviest_H = np.zeros(len(self._size_H))
+        np.maximum.at(self._heaviest_H, self._code_C, weight_C)
         self.baseline, self.candidate = float(self._baseline_C.sum()), float(self._candidate_C.sum())
         self._given_ratio = ratio
         self.ceiling = float(weights_K.sum())  # the weighted mean if every score were 1
         weighted_L = leaf_weights_L > 0
         loss_C, gain_C = (sums[inside_C][:, weighted_L].sum(axis=1) for sums in (table.loss_CL, table.gain_CL))
         self.num_harmed, self.num_helped = int((loss_C > EPSILON).sum()), int((gain_C > EPSILON).sum())
-        self.num_discordant = int((loss_C + gain_C > EPSILON).sum())
+        discordant_C = loss_C + gain_C > EPSILON
+        self.num_discordant = int(discordant_C.sum())
+        self._discordant_H = np.bincount(self._code_C, discordant_C)
         self.num_baseline_successes = int((self._baseline_C > EPSILON).sum())
         self.num_candidate_successes = int((self._candidate_C > EPSILON).sum())
 
@@ -164,30 +171,68 @@ class _Scope:
         """Most that clusters hit at this mean rate can weigh in the mean, as if all were as heavy as the heaviest."""
         return rate * self.n * self._largest_weight
 
+    def corrected_percentiles(self, low_Q: Floats, high_Q: Floats, value: float, level: float) -> tuple[float, float]:
+        """Interval from draws, by what these clusters say of skewness and degrees of freedom."""
+        corrections = {"dof": self.dof, "inflation": self.inflation, "skew": self.skew}
+        return corrected_percentiles(low_Q, high_Q, value, level=level, **corrections)
+
     @cached_property
-    def variance_components(self) -> tuple[Floats, Ints]:
-        """Per stratum of two clusters or more: estimated variance of its part of the numerator, and its clusters."""
+    def _moments(self) -> tuple[Ints, Floats, Floats, Floats]:
+        """Strata of two clusters or more: their clusters, sums of squares, cubes and fourth powers of the parts."""
+        many_H = self._size_H > 1
+        centred_C, code_C = self._centred_C, self._code_C
+        powers = [np.bincount(code_C, centred_C**k).astype(np.float64)[many_H] for k in (2, 3, 4)]
+        return self._size_H[many_H].astype(np.int64), powers[0], powers[1], powers[2]
+
+    @cached_property
+    def _centred_C(self) -> Floats:
+        """What each cluster adds to the linearised numerator, less the mean of its stratum."""
         z_C = self._candidate_C - self.ratio * self._baseline_C
-        _, codes_C, sizes_H = np.unique(self._stratum_C, return_inverse=True, return_counts=True)
-        mean_H = np.bincount(codes_C, z_C) / sizes_H
-        squares_H = np.bincount(codes_C, (z_C - mean_H[codes_C]) ** 2)
-        many_H = sizes_H > 1
-        sizes = sizes_H[many_H]
-        return sizes / (sizes - 1) * squares_H[many_H], sizes
+        centred_C: Floats = z_C - (np.bincount(self._code_C, z_C) / self._size_H)[self._code_C]
+        return centred_C
+
+    @property
+    def variance_H(self) -> Floats:
+        """Estimated variance of each stratum's part of the numerator."""
+        sizes_H, squares_H, *_ = self._moments
+        return sizes_H / (sizes_H - 1) * squares_H
+
+    @property
+    def skew(self) -> float:
+        """Skewness of the estimate, 0 where nothing varies; strata of two clusters say nothing of theirs."""
+        sizes_H, _, cubes_H, _ = self._moments
+        factor_H = np.where(sizes_H > 2, sizes_H**2 / np.maximum((sizes_H - 1) * (sizes_H - 2), 1), 0.0)
+        variance = float(self.variance_H.sum())
+        return float((factor_H * cubes_H).sum()) / variance**1.5 if variance > 0 else 0.0
 
     @property
     def dof(self) -> float:
-        """Satterthwaite's degrees of freedom over strata."""
-        variance_H, sizes_H = self.variance_components
-        squared = float((variance_H**2 / (sizes_H - 1)).sum())
-        return float(variance_H.sum()) ** 2 / squared if squared > 0 else 1e9
+        """Degrees of freedom of the variance: twice its square over its own variance.
+
+        That variance is Satterthwaite's for strata of normal parts, or what the parts' fourth powers say if that is
+        more: k flips of one weight among very many documents are worth 2 k degrees of freedom, not thousands.
+        """
+        sizes_H, squares_H, _, fourths_H = self._moments
+        as_normal = float((2 * self.variance_H**2 / (sizes_H - 1)).sum())
+        scale_H = sizes_H / (sizes_H - 1)
+        as_seen = float((scale_H**2 * (fourths_H - squares_H**2 / sizes_H)).sum())
+        spread = max(as_normal, as_seen)
+        return max(1.0, 2 * float(self.variance_H.sum()) ** 2 / spread) if spread > 0 else 1e9
 
     @property
     def inflation(self) -> float:
-        """How much wider the standard error is than the bootstrap's, which divides by C instead of C - 1."""
-        variance_H, sizes_H = self.variance_components
-        shrunk = float((variance_H * (sizes_H - 1) / sizes_H).sum())
-        return float(np.sqrt(variance_H.sum() / shrunk)) if shrunk > 0 else 1.0
+        """How much wider the standard error is than the bootstrap's, which divides by C instead of C - 1.
+
+        A stratum with few discordant clusters may have shown so few by luck: one more, as heavy as its heaviest, is
+        added to its variance. Few clusters may lack the rare large loss: one more like the worst seen is added.
+        """
+        squares_H, many_H = self._moments[1], self._size_H > 1
+        worst_H = np.zeros(len(self._size_H))
+        np.maximum.at(worst_H, self._code_C, self._centred_C**2)
+        seen_H = np.where(self._size_H < SMALL, worst_H, 0.0)
+        unseen_H = np.where(self._discordant_H < SPARSE, self._heaviest_H**2, seen_H)[many_H]
+        shrunk = float(squares_H.sum())
+        return float(np.sqrt((self.variance_H + unseen_H).sum() / shrunk)) if shrunk > 0 else 1.0
 
 
 def _bootstrap_interval(scope: _Scope, baseline_QK: Floats, candidate_QK: Floats, level: float) -> tuple[float, float]:
@@ -196,7 +241,7 @@ def _bootstrap_interval(scope: _Scope, baseline_QK: Floats, candidate_QK: Floats
     ratio_QK = candidate_QK / np.where(undefined_QK, 1.0, baseline_QK)
     # A draw without any baseline success counts as the worst on either side.
     low_Q, high_Q = (np.where(undefined_QK, worst, ratio_QK).mean(axis=1) for worst in (0.0, np.inf))
-    low, high = widened_percentiles(low_Q, high_Q, level=level, dof=scope.dof, inflation=scope.inflation)
+    low, high = scope.corrected_percentiles(low_Q, high_Q, scope.ratio, level)
     if not np.isfinite(high):
         share = f"{int(undefined_QK.any(axis=1).sum()):,} of {len(low_Q):,} resamples"
         raise ValueError(f"the baseline scores 0 in {share}: the ratio has no finite interval")

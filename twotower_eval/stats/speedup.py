@@ -4,7 +4,9 @@ Each replicate draws one set of calls (batches of prompts), shared by all rounds
 shared by both arms. On a ``fixed`` workload the calls are a fixed factor. The crossed bootstrap alone is biased with
 few rounds: its variance lacks the factor n / (n - 1) and counts the residual up to three times (Owen 2007, "The
 pigeonhole bootstrap"). Its standard error is therefore scaled to the unbiased two-way variance of the linearised
-ratio, and the interval uses Student's t with Satterthwaite's degrees of freedom.
+ratio, and the interval uses Student's t with Satterthwaite's degrees of freedom. Calls of unlike length make skew sums,
+of which few calls show too little: one more call like the most telling one is added to the variance, and the calls'
+degrees of freedom are those that their fourth powers leave.
 """
 
 from __future__ import annotations
@@ -164,7 +166,7 @@ def _multiplicities(num: int, num_resamples: int, seed: int) -> Floats:
 
 
 def _correction(influence_UP: Floats, *, crossed: bool) -> tuple[float, float]:
-    """Factor from the crossed bootstrap's standard error to the unbiased one, and degrees of freedom."""
+    """Factor from the crossed bootstrap's standard error to the one used, and degrees of freedom."""
     num_units, num_calls = influence_UP.shape
     of_units = float(influence_UP.mean(axis=1).var(ddof=1)) / num_units
     if not crossed:
@@ -174,14 +176,27 @@ def _correction(influence_UP: Floats, *, crossed: bool) -> tuple[float, float]:
     residual_UP = influence_UP - rows_UP - columns_UP + influence_UP.mean()
     num_free = (num_units - 1) * (num_calls - 1)
     of_residual = float((residual_UP**2).sum()) / num_free / influence_UP.size
+    call_dof, worst = _shape(columns_UP.ravel())
     # Both margins hold the residual, so it is counted twice in their sum.
-    unbiased = max(of_units, of_calls, of_units + of_calls - of_residual)
+    unbiased = max(of_residual, of_units + of_calls - of_residual)
     by_bootstrap = of_units * (num_units - 1) / num_units + of_calls * (num_calls - 1) / num_calls
     by_bootstrap += of_residual * num_free / influence_UP.size
-    squares = of_units**2 / (num_units - 1) + of_calls**2 / (num_calls - 1) + of_residual**2 / num_free
+    squares = of_units**2 / (num_units - 1) + of_calls**2 / call_dof + of_residual**2 / num_free
     if unbiased <= 0 or squares <= 0 or by_bootstrap <= 0:
         return 1.0, 1e9
-    return sqrt(unbiased / by_bootstrap), max(unbiased**2 / squares, min(num_units, num_calls) - 1)
+    dof = max(unbiased**2 / squares, min(num_units - 1, call_dof))
+    own = max(0.0, of_calls - of_residual) / of_calls if of_calls > 0 else 0.0  # share that is not noise
+    return sqrt((unbiased + own * worst) / by_bootstrap), dof
+
+
+def _shape(of_call_P: Floats) -> tuple[float, float]:
+    """Degrees of freedom of the variance of a mean over calls, and what the most telling call adds to it."""
+    num = len(of_call_P)
+    squares_P = (of_call_P - of_call_P.mean()) ** 2
+    total = float(squares_P.sum())
+    spread = float((squares_P**2).sum()) - total**2 / num
+    dof = min(num - 1.0, max(1.0, 2 * total**2 / spread)) if spread > 0 else num - 1.0
+    return dof, float(squares_P.max()) / num**2
 
 
 def _terms(calls: TimedCalls, quantity: Quantity) -> tuple[tuple[int, Floats], ...]:

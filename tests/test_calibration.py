@@ -1,0 +1,150 @@
+"""The simulation itself: its truths, its counting, its tables; and that it catches a broken method."""
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from twotower_eval import calibration, stats
+from twotower_eval.calibration import simulate, tables
+from twotower_eval.calibration.quality_worlds import QualityWorld, quality_worlds, samples
+from twotower_eval.calibration.speed_worlds import SpeedWorld, noise, null_worlds, sampled, speed_worlds
+from twotower_eval.records import Estimate
+
+
+def tally(**changes) -> simulate.Tally:
+    fields = {"num": 1_000, "num_found": 1_000, "num_covered": 950, "num_supported": 50, "num_refuted": 50}
+    return simulate.Tally(name="retention: w", size="9 clusters", **{**fields, "num_exact": 0, **changes})
+
+
+@pytest.mark.parametrize("world", quality_worlds()[::4], ids=lambda world: world.name)
+def test_the_stated_retention_is_the_ratio_of_expected_scores(world: QualityWorld) -> None:
+    rng = np.random.default_rng(3)
+    tables_R = [world.draw(rng) for _ in range(400)]
+    columns = ([t.baseline_CL for t in tables_R], [t.candidate_CL for t in tables_R])
+    means_2R = np.array([[t.task_means_K(x).mean() for t, x in zip(tables_R, xs, strict=True)] for xs in columns])
+    found = means_2R[1].mean() / means_2R[0].mean()
+    error = (means_2R[1] - found * means_2R[0]).std() / means_2R[0].mean() / 20
+    assert abs(found - world.truth) <= 4 * error + 1e-12
+
+
+@pytest.mark.parametrize("world", [speed_worlds()[k] for k in (1, 10, 13, 20, 26)], ids=lambda world: world.name)
+def test_the_stated_speedup_is_the_ratio_of_expected_sums(world: SpeedWorld) -> None:
+    rng, sums = np.random.default_rng(4), np.zeros(4)
+    for _ in range(1_500):
+        calls = world.draw(rng)
+        sums += [
+            calls.baseline_s.sum(),
+            calls.candidate_s.sum(),
+            calls.baseline_tokens.sum(),
+            calls.candidate_tokens.sum(),
+        ]
+    time, length = sums[0] / sums[1], sums[3] / sums[2]
+    assert {"time": time, "length": length, "throughput": time * length}[world.quantity] == pytest.approx(
+        world.truth, rel=0.01
+    )
+
+
+def test_noise_has_mean_one() -> None:
+    rng = np.random.default_rng(5)
+    for kind, size in (("lognormal", 0.2), ("heavy tail", 0.1), ("stalls", 0.03)):
+        assert noise(rng, kind, size, (400_000,)).mean() == pytest.approx(1, abs=0.003)
+
+
+def judge(world: SpeedWorld, num: int = 150) -> tables.Row:
+    found = simulate.calibrate_speed(world, num=num, num_resamples=300, seed=1, advance=lambda *_: None)
+    return tables.rows([found])[0]
+
+
+def test_a_nested_bootstrap_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls resampled within rounds, as if each round had prompts of its own, cover far less than they say."""
+    world = sampled("time", 12, 16, "lognormal", 0.05, 0.2)
+    assert not judge(world).missed
+
+    def nested(calls, quantity="time", *, level=0.95, num_resamples=300, seed=0):
+        rng = np.random.default_rng(seed)
+        shape = calls.baseline_s.shape
+        index_QRP = rng.integers(0, shape[1], (num_resamples, *shape))
+        sums = [np.take_along_axis(x[None], index_QRP, 2).sum((1, 2)) for x in (calls.baseline_s, calls.candidate_s)]
+        low, high = np.quantile(sums[0] / sums[1], [(1 - level) / 2, (1 + level) / 2])
+        value = calls.baseline_s.sum() / calls.candidate_s.sum()
+        return Estimate(value=value, low=low, high=high, level=level, n=1, method="nested")
+
+    monkeypatch.setattr(stats, "speedup", nested)
+    broken = judge(world)
+    assert broken.remark == "MISSED: coverage"
+    assert (broken.coverage.value or 1) < 0.75
+
+
+def test_ignored_clusters_are_caught() -> None:
+    """Twenty samples of a problem taken for twenty problems."""
+    whole = samples(60, 20, 0.9)
+
+    def alone(rng: np.random.Generator) -> stats.ScoreTable:
+        ability_C1 = rng.beta(0.6, 0.4, (60, 1))
+        a_N, b_N = ((rng.random((60, 20)) < ability_C1 * k).astype(float).ravel() for k in (1.0, 0.9))
+        names = ["t"] * 1_200
+        return stats.PairedScores(
+            tasks=names, groups=names, clusters=[str(i) for i in range(1_200)], baseline=a_N, candidate=b_N
+        ).table
+
+    naive = QualityWorld(name="naive", truth=0.9, num_clusters=1_200, draw=alone)
+    run = {"num": 200, "num_resamples": 300, "seed": 0, "advance": lambda *_: None}
+    good, bad = (simulate.calibrate_quality(world, **run) for world in (whole, naive))
+    assert good.num_covered >= 180
+    assert bad.num_covered <= good.num_covered
+
+
+def test_misses_are_beyond_chance_and_conservative_ones_are_marked() -> None:
+    good, low, wrong, exact, some = tables.rows(
+        [
+            tally(),
+            tally(num_covered=890),
+            tally(num_refuted=90),
+            tally(num_covered=1_000, num_exact=600),
+            tally(num_found=900, num_covered=850),
+        ]
+    )
+    assert (good.remark, good.missed) == ("", False)
+    assert (low.remark, low.missed) == ("MISSED: coverage", True)
+    assert wrong.remark == "MISSED: wrong verdicts"
+    assert exact.remark == "conservative: exact bound in 60 %"
+    assert some.remark == "no interval in 10.0 %, so no verdict"
+    assert not tables.rows([tally(num_refuted=56)])[0].missed
+
+
+def test_the_report_says_what_was_found() -> None:
+    nulls = [simulate.NullTally(name="noise", size="5 rounds x 16 calls", num=1_000, num_off=4, num_wide=30)]
+    found = tables.rows([tally(), tally(num_covered=890)])
+    text = tables.as_markdown(found, nulls, num_resamples=300, seed=7, version="1")
+    assert "**1 of 2 worlds miss what is required**" in text
+    assert "| retention: w | 9 clusters | 95.0 [93.5, 96.3] | 5.0 [3.7, 6.5] |" in text
+    assert "| noise | 5 rounds x 16 calls | 0.4 [0.1, 1.0] | 3.0 [2.0, 4.3] |" in text
+    few = tables.as_markdown(
+        tables.rows([tally(num=20, num_found=20, num_covered=19, num_supported=1, num_refuted=1)]),
+        [],
+        num_resamples=300,
+        seed=7,
+        version="1",
+    )
+    assert "too few to tell" in few
+    table = list(csv.DictReader(io.StringIO(tables.as_csv(found, nulls))))
+    assert [row["covered"] for row in table] == ["950", "890", ""]
+    assert table[2]["null_off"] == "4"
+
+
+def test_the_same_seed_gives_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worlds, speed, null = quality_worlds()[1:3], speed_worlds()[:1], null_worlds()[:1]
+    monkeypatch.setattr(calibration, "quality_worlds", lambda: worlds)
+    monkeypatch.setattr(calibration, "speed_worlds", lambda: speed)
+    monkeypatch.setattr(calibration, "null_worlds", lambda: null)
+    texts = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        path = calibration.calibrate(tmp_path / name, num_repetitions=8, num_resamples=200, seed=seed)
+        texts.append((tmp_path / name / "calibration.csv").read_text())
+        assert path.read_text().startswith("# Calibration")
+    assert texts[0] == texts[1] != texts[2]
+    with pytest.raises(ValueError, match="at least 1 repetition"):
+        calibration.calibrate(tmp_path, num_repetitions=0)
