@@ -155,11 +155,19 @@ class Gate(nn.Module):
         self.e_score_correction_bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32), requires_grad=False)
 
 
+Steer = Callable[[Tensor, torch.Size], Tensor]  # chosen_RA, shape (B, S) of the rows -> chosen_RA
+
+
 class MixtureOfExperts(nn.Module):
-    """Routed experts plus the shared expert, which is neither scaled nor gated."""
+    """Routed experts plus the shared expert, which is neither scaled nor gated.
+
+    ``steer`` puts other experts in the place of those that the router chose: random weights are timed at forced
+    routings (models/routing.py). Checkpoints have none.
+    """
 
     def __init__(self, config: NemotronHConfig) -> None:
         super().__init__()
+        self.steer: Steer | None = None
         num_experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.routing = config.routing
         self.gate = Gate(num_experts, hidden)
@@ -170,6 +178,8 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BSH: Tensor) -> Tensor:
         x_RH = x_BSH.flatten(0, -2)
         chosen_RA, weights_RA = moe.route(x_RH, self.gate.weight, self.gate.e_score_correction_bias, self.routing)
+        if self.steer is not None:
+            chosen_RA = self.steer(chosen_RA, x_BSH.shape[:-1])
         routed_RH = moe.experts(x_RH, chosen_RA, weights_RA, self.experts_up_EIH, self.experts_down_EHI)
         shared: Tensor = self.shared_experts(x_BSH)
         return routed_RH.view_as(x_BSH) + shared
