@@ -53,6 +53,7 @@ class RunPlan:
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        _check_decoders(self)
         _check_at_least(self, 1, "samples", "batch_size", "limit", "max_new_tokens")
 
 
@@ -90,6 +91,7 @@ class SpeedPlan:
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        _check_decoders(self)
         _check_at_least(self, 1, "batch_sizes", "prompt_tokens", "new_tokens", "num_prompts", "min_rounds", "threads")
         _check_at_least(self, 0, "min_seconds", "warmup_rounds")
         if self.workload == "answer" and self.prompt_tokens is not None:
@@ -98,8 +100,45 @@ class SpeedPlan:
             raise ValueError("the fixed workload needs new_tokens: say how many tokens each prompt shall produce")
 
 
-Plan = RunPlan | SpeedPlan
-P = TypeVar("P", RunPlan, SpeedPlan)
+@dataclass(frozen=True, kw_only=True)
+class ScalePlan:
+    """What ``twotower-eval speed --random-weights`` does: costs of a size of model, without its weights.
+
+    ``random_weights`` is a ``config.json``. ``layers`` builds the first so many of each tower and measures parts of
+    them, to extrapolate; ``None`` builds all. ``share_towers`` gives both towers one set of weights. Commits follow
+    every rate of ``tokens_per_nfe`` that a block size can have, and the blocks that the run folder ``profile`` holds.
+    Contexts are ``prompt_tokens`` long. A timed sample is ``repeats`` repetitions; rounds as in SpeedPlan.
+    """
+
+    random_weights: str
+    layers: int | None = None
+    share_towers: bool = False
+    block_sizes: tuple[int, ...] = (16,)
+    batch_sizes: tuple[int, ...] = (1,)
+    prompt_tokens: int = 512
+    tokens_per_nfe: tuple[float, ...] = (1.5, 2.5, 4.0)
+    profile: str | None = None
+    repeats: int = 8
+    min_rounds: int = 5
+    min_seconds: float = 0.0
+    warmup_rounds: int = 1
+    seed: int = 0
+    dtype: Dtype = "bfloat16"
+    devices: tuple[str, ...] = ("cpu",)
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        _check_at_least(self, 1, "layers", "block_sizes", "batch_sizes", "prompt_tokens", "tokens_per_nfe", "repeats")
+        _check_at_least(self, 1, "min_rounds", "threads")
+        _check_at_least(self, 0, "min_seconds", "warmup_rounds", "seed")
+        if self.share_towers and len(self.devices) > 1:
+            raise ValueError("share_towers puts both towers on one device: name one device")
+
+
+Plan = RunPlan | SpeedPlan  # those that decode
+AnyPlan = Plan | ScalePlan
+P = TypeVar("P", RunPlan, SpeedPlan, ScalePlan)
 
 
 def load_plan(path: Path, cls: type[P]) -> P:
@@ -188,7 +227,7 @@ def _default(cls: type[Plan], name: str) -> Any:
     return next(field.default for field in dataclasses.fields(cls) if field.name == name)
 
 
-def _check_fields(plan: Plan) -> None:
+def _check_fields(plan: AnyPlan) -> None:
     hints = typing.get_type_hints(type(plan))
     for field in dataclasses.fields(plan):
         value = getattr(plan, field.name)
@@ -200,11 +239,14 @@ def _check_fields(plan: Plan) -> None:
             twice = sorted({str(item) for item in value if value.count(item) > 1})
             if twice:
                 raise ValueError(f"{field.name} names {', '.join(twice)} twice")
+
+
+def _check_decoders(plan: Plan) -> None:
     _check_at_least(plan, 1, "block_sizes", "steps")
     _check_at_least(plan, 0, "temperature", "thresholds", "seed")
 
 
-def _check_at_least(plan: Plan, least: int, *names: str) -> None:
+def _check_at_least(plan: AnyPlan, least: int, *names: str) -> None:
     for name in names:
         value = getattr(plan, name)
         for item in value if isinstance(value, tuple) else (value,):
@@ -223,7 +265,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, hint) and not isinstance(value, bool)
+    return isinstance(value, hint) and isinstance(value, bool) == (hint is bool)
 
 
 def _in_words(hint: Any) -> str:
@@ -234,4 +276,4 @@ def _in_words(hint: Any) -> str:
         return " or ".join(str(arg) for arg in args)
     if origin is tuple:
         return f"a list of {_in_words(args[0])}"
-    return {int: "a whole number", float: "a number", str: "a text"}[hint]
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[hint]
