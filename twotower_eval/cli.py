@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +13,10 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from twotower_eval import __version__, store
-from twotower_eval.plan import RunPlan, SpeedPlan, load_plan, merge, plan_from_json
+from twotower_eval.plan import RunPlan, ScalePlan, SpeedPlan, is_scale_plan, load_plan, merge, plan_from_json
 from twotower_eval.progress import choose_progress
 
-P = TypeVar("P", RunPlan, SpeedPlan)
+P = TypeVar("P", RunPlan, SpeedPlan, ScalePlan)
 Item = TypeVar("Item")
 RESULTS, REPORTS, TRAINING = Path("results"), Path("reports"), Path("training/miniature")
 TRACEBACK_VARIABLE = "TWOTOWER_EVAL_TRACEBACK"
@@ -134,6 +135,21 @@ def speed(
     min_seconds: Annotated[float | None, _option("Seconds of rounds at the least [0].", metavar="S")] = None,
     warmup_rounds: Annotated[int | None, _option("Rounds before, kept and flagged [1].", metavar="R")] = None,
     threads: Annotated[int | None, _option("CPU threads [torch's own choice].", metavar="N")] = None,
+    random_weights: Annotated[
+        str | None,
+        _option("Measure what this size of model costs, without its weights: a config.json.", metavar="CONFIG"),
+    ] = None,
+    layers: Annotated[int | None, _option("Build the first N layers, extrapolate [all].", metavar="N")] = None,
+    share_towers: Annotated[
+        bool | None, _option("One set of random weights for both towers: half the memory.", "--share-towers")
+    ] = None,
+    tokens_per_nfe: Annotated[
+        str | None, _option("Rates that random weights' commits follow [1.5,2.5,4].", metavar="X,X")
+    ] = None,
+    profile: Annotated[
+        str | None, _option("Run whose blocks random weights' commits follow, too.", metavar="RUN")
+    ] = None,
+    repeats: Annotated[int | None, _option("Repetitions per timed cost [8].", metavar="N")] = None,
     seed: Seed = None,
     dtype: Dtype = None,
     devices: Devices = None,
@@ -149,11 +165,39 @@ def speed(
         **{"batch_sizes": _numbers(batch_sizes, int, "--batch-sizes"), "workload": workload},
         **{"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "num_prompts": num_prompts},
         **{"min_rounds": min_rounds, "min_seconds": min_seconds, "warmup_rounds": warmup_rounds, "threads": threads},
+        **{"random_weights": random_weights, "layers": layers, "share_towers": share_towers},
+        **{"tokens_per_nfe": _numbers(tokens_per_nfe, float, "--tokens-per-nfe"), "repeats": repeats},
+        "profile": None if profile is None else str(_run_path(profile, out)),
     }
     resumed = _run_path(resume, out) if resume else None
     with _resumable("speed", out, resumed):
-        path = _time_and_score(_resolve_plan(SpeedPlan, plan, resumed, given), out, resumed)
+        if _is_scale(given, plan, resumed):
+            _refuse_foreign(ScalePlan, given, "has no use for random weights: drop it")
+            path = _measure_scale(_resolve_plan(ScalePlan, plan, resumed, given), out, resumed)
+        else:
+            _refuse_foreign(SpeedPlan, given, "belongs to --random-weights CONFIG: add that, or drop it")
+            path = _time_and_score(_resolve_plan(SpeedPlan, plan, resumed, given), out, resumed)
     typer.echo(path)
+
+
+def _is_scale(given: dict[str, Any], plan_file: Path | None, resumed: Path | None) -> bool:
+    """Whether random weights are to be measured, as the command line, the plan or the resumed run says."""
+    if resumed is not None:
+        return "random_weights" in store.load(resumed).manifest.plan
+    return given["random_weights"] is not None or (plan_file is not None and is_scale_plan(plan_file))
+
+
+def _refuse_foreign(cls: type[Any], given: dict[str, Any], words: str) -> None:
+    known = {field.name for field in dataclasses.fields(cls)}
+    foreign = [key for key, value in given.items() if value is not None and key not in known]
+    if foreign:
+        raise ValueError(f"--{foreign[0].replace('_', '-')} {words}")
+
+
+def _measure_scale(plan: ScalePlan, out: Path, resumed: Path | None) -> Path:
+    from twotower_eval.speed import scale
+
+    return scale.run(plan, root=out, resume=resumed, progress=choose_progress())
 
 
 def _time_and_score(plan: SpeedPlan, out: Path, resumed: Path | None) -> Path:
@@ -308,7 +352,9 @@ def _resolve_plan(cls: type[P], plan_file: Path | None, resumed: Path | None, gi
                 f"{resumed} is a {manifest.verb!r}, not a {verb!r}: twotower-eval {manifest.verb} --resume …"
             )
         return merge(plan_from_json(cls, manifest.plan), given)
-    return merge(load_plan(plan_file, cls) if plan_file is not None else cls(), given)
+    if plan_file is not None:
+        return merge(load_plan(plan_file, cls), given)
+    return plan_from_json(cls, {key: value for key, value in given.items() if value is not None})
 
 
 def _shared(

@@ -110,7 +110,7 @@ class ScalePlan:
     Contexts are ``prompt_tokens`` long. A timed sample is ``repeats`` repetitions; rounds as in SpeedPlan.
     """
 
-    random_weights: str
+    random_weights: str = ""
     layers: int | None = None
     share_towers: bool = False
     block_sizes: tuple[int, ...] = (16,)
@@ -129,11 +129,15 @@ class ScalePlan:
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        if not self.random_weights:
+            raise ValueError("random_weights names no config.json")
         _check_at_least(self, 1, "layers", "block_sizes", "batch_sizes", "prompt_tokens", "tokens_per_nfe", "repeats")
         _check_at_least(self, 1, "min_rounds", "threads")
         _check_at_least(self, 0, "min_seconds", "warmup_rounds", "seed")
         if self.share_towers and len(self.devices) > 1:
             raise ValueError("share_towers puts both towers on one device: name one device")
+        if len(self.devices) > 2:
+            raise ValueError(f"a pair has two towers, but {len(self.devices)} devices are named")
 
 
 Plan = RunPlan | SpeedPlan  # those that decode
@@ -143,16 +147,25 @@ P = TypeVar("P", RunPlan, SpeedPlan, ScalePlan)
 
 def load_plan(path: Path, cls: type[P]) -> P:
     """Read a plan from a TOML file; an unknown key, a wrong type or a missing file is a ValueError."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read plan {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"plan {path} is not valid TOML: {error}") from error
+    values = _read_toml(path)
     try:
         return plan_from_json(cls, values)
     except ValueError as error:
         raise ValueError(f"plan {path}: {error}") from error
+
+
+def is_scale_plan(path: Path) -> bool:
+    """Whether a plan file is about random weights."""
+    return "random_weights" in _read_toml(path)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read plan {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"plan {path} is not valid TOML: {error}") from error
 
 
 def plan_from_json(cls: type[P], values: Mapping[str, Any]) -> P:

@@ -33,26 +33,29 @@ class Probe:
 
 def probe(device: str, dtype: torch.dtype) -> Probe:
     """Copy, multiply, and ask how much memory is free."""
+    copy_s, product_s = _copy_s(device), _product_s(device, dtype)
     kind = torch.device(device).type
-    clock = Devices([device])
-    num_elements = COPY_BYTES[kind] // 4
-    source = torch.ones(num_elements, device=device)
-    target = torch.empty_like(source)
-    copy_s = _best_s(clock, lambda: target.copy_(source))
-    del source, target
-    size = PRODUCT_SIZE[kind]
-    left = torch.ones(size, size, dtype=dtype, device=device)
-    product_s = _best_s(clock, lambda: left @ left)
-    del left
     free_bytes, reason = free_memory(device)
     return Probe(
         device=device,
         dtype=str(dtype).removeprefix("torch."),
         bytes_per_s=2 * COPY_BYTES[kind] / copy_s,
-        flops_per_s=2 * size**3 / product_s,
+        flops_per_s=2 * PRODUCT_SIZE[kind] ** 3 / product_s,
         free_bytes=free_bytes,
         free_reason=reason,
     )
+
+
+def _copy_s(device: str) -> float:
+    source = torch.ones(COPY_BYTES[torch.device(device).type] // 4, device=device)
+    target = torch.empty_like(source)
+    return _best_s(device, lambda: target.copy_(source))
+
+
+def _product_s(device: str, dtype: torch.dtype) -> float:
+    size = PRODUCT_SIZE[torch.device(device).type]
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    return _best_s(device, lambda: matrix @ matrix)
 
 
 def free_memory(device: str) -> tuple[int | None, str | None]:
@@ -70,8 +73,8 @@ def free_memory(device: str) -> tuple[int | None, str | None]:
     return int(kilobytes) * 1024, None
 
 
-def _best_s(devices: Devices, action: Callable[[], object]) -> float:
-    walls_s = []
+def _best_s(device: str, action: Callable[[], object]) -> float:
+    devices, walls_s = Devices([device]), []
     for _ in range(NUM_TRIALS + 1):  # the first one warms up, and is no better than the rest
         devices.synchronise()
         started_s = time.perf_counter()
