@@ -65,7 +65,7 @@ def with_layers(pair: TwoTower, kept: Sequence[int]) -> TwoTower:
     small.denoiser.scale_shift_tables = nn.ParameterList(tables)
     before = pair.checkpoint
     digest = sha256_text(canonical_json([before.digest, list(kept)]))
-    small.checkpoint = dataclasses.replace(before, name=f"{before.name}, layers {pattern}", digest=digest)
+    small.checkpoint = dataclasses.replace(before, revision=f"layers {pattern or 'none'}", digest=digest)
     _limits(small)
     return small.eval()
 

@@ -26,6 +26,7 @@ SECTIONS = {
     "tradeoff": "twotower_eval.report.plots:tradeoff",
     "sweeps": "twotower_eval.report.sweeps:sweeps",
     "latency": "twotower_eval.report.speed_tables:latency",
+    "scale": "twotower_eval.report.scale:scale",
     "training": "twotower_eval.report.training:training",
     "setup": "twotower_eval.report.provenance:setup",
     "reproduce": "twotower_eval.report.provenance:reproduce",

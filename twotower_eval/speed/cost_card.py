@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -177,11 +176,6 @@ def _needed(plan: ScalePlan, config: NemotronHConfig, num_patterns: int, dtype: 
     tower = sizes.tower_bytes(config, dtype.itemsize)
     weights = [whole] if len(plan.devices) == 1 else [tower, whole - tower]
     return tuple(int((1 + SPARE) * held) + contexts + logits for held in weights)
-
-
-def card_json(card: CostCard) -> dict[str, Any]:
-    """The card as it is journalled, plain values only."""
-    return dataclasses.asdict(card)
 
 
 def _gib(num_bytes: float) -> str:

@@ -7,8 +7,8 @@ def measured_layers(pattern: str, num_layers: int | None) -> tuple[tuple[int, ..
     """Layer indices of every part to be measured, the largest first.
 
     All layers where they are all built. Else the first ``num_layers``, the same with every second layer of one kind
-    left out, for each kind, and the first half, which no fit needs and which therefore tests it. ValueError where the
-    first layers lack a kind that the others have, so that nothing could be said of it.
+    left out, for each kind, no layer at all, and the first half, which no fit needs and which therefore tests it.
+    ValueError where the first layers lack a kind that the others have, so that nothing could be said of it.
     """
     if num_layers is None or num_layers == len(pattern):
         return (tuple(range(len(pattern))),)
@@ -25,7 +25,7 @@ def measured_layers(pattern: str, num_layers: int | None) -> tuple[tuple[int, ..
     parts = [tuple(range(num_layers))]
     parts += [_thinned(first, kind) for kind in sorted(set(first))]
     half = tuple(range(num_layers // 2))
-    return tuple(part for part in dict.fromkeys([*parts, half]) if part)
+    return tuple(dict.fromkeys([*parts, half, ()]))
 
 
 def _thinned(pattern: str, kind: str) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ twice in each for the A/A null; a launch that goes on begins a new round.
 from __future__ import annotations
 
 import gc
-import json
 import random
 import time
 from collections import defaultdict
@@ -27,10 +26,10 @@ from twotower_eval.models.random_weights import build_random_pair, steer, with_l
 from twotower_eval.models.routing import ForcedRouting
 from twotower_eval.plan import ScalePlan
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
-from twotower_eval.records import CostSample, RunManifest, SpeedPhase, derive_seed
+from twotower_eval.records import CostSample, RunManifest, SpeedPhase, derive_seed, to_json
 from twotower_eval.speed import phases
 from twotower_eval.speed.clock import CallClock, Devices, torch_threads
-from twotower_eval.speed.cost_card import CostCard, card_json, cut, describe, make_card, refuse_if_too_large
+from twotower_eval.speed.cost_card import CostCard, cut, describe, make_card, refuse_if_too_large
 from twotower_eval.speed.items import Item, Rig, make_items, make_rigs
 from twotower_eval.speed.parts import measured_layers
 from twotower_eval.speed.probe import probe
@@ -74,8 +73,8 @@ def run(
         with writer:
             for warning in writer.warnings:
                 progress.note(f"warning: {warning}")
-            _journal_card(writer, card, profiles)
             items = make_items(plan, rigs, profiles)
+            _journal_card(writer, card, profiles, num_items=sum(map(len, items)))
             clock = CallClock(Devices(plan.devices), now)
             _Session(plan, writer, items, routing, clock, progress).run()
             writer.finish()
@@ -149,9 +148,9 @@ def _manifest(plan: ScalePlan, rigs: Sequence[Rig], resume: Path | None) -> RunM
     )
 
 
-def _journal_card(writer: store.RunWriter, card: CostCard, profiles: Sequence[Profile]) -> None:
+def _journal_card(writer: store.RunWriter, card: CostCard, profiles: Sequence[Profile], *, num_items: int) -> None:
     """What the report needs beside the costs: floors, sizes, and which profile a number of steps stands for."""
-    writer.event("cost_card", card=json.loads(json.dumps(card_json(card))))
+    writer.event("cost_card", card=to_json(card), num_items=num_items)
     for profile in profiles:
         writer.event(
             "profile",
