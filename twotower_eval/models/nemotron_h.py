@@ -68,7 +68,8 @@ class Mamba(nn.Module):
         """Mix S positions. ``valid_BS`` and ``lengths_B`` say which are real; padding leaves the state alone."""
         z, u_BSC, delta_BSh = self.project(x_BSH, valid_BS)
         x, b, c = self.convolve(u_BSC, state.conv_BCW)
-        y, ssm_BhPN = ssd.ssd(x, delta_BSh, self.decay_rate(), b, c, state.ssm_BhPN)
+        precision = self.out_proj.weight.dtype
+        y, ssm_BhPN = ssd.ssd(x, delta_BSh, self.decay_rate(), b, c, state.ssm_BhPN, precision=precision)
         return self.finish(y, x, z), MambaState(conv.next_conv_state(u_BSC, state.conv_BCW, lengths_B), ssm_BhPN)
 
     def outputs(self, x_BSH: Tensor, state: MambaState) -> Tensor:

@@ -13,7 +13,7 @@ from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.scale import CLAIMED_SPEEDUP, ScalePoint, ScaleRun, StepCost, is_scale_run
 from twotower_eval.report.plots import COLOURS, GREY, MARKERS, png
 from twotower_eval.report.section import Section
-from twotower_eval.report.text import NONE, bullets, code, count, escape, percent, seconds, significant, table, times
+from twotower_eval.report.text import NONE, bullets, code, count, escape, percent, seconds, table, times
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,7 +113,7 @@ def _time(value: Measured) -> str:
     found = value.estimate
     if found is None:
         return NONE
-    return f"{seconds(found.value)} [{significant(1000 * found.low)}, {significant(1000 * found.high)} ms]"
+    return f"{seconds(found.value)} [{seconds(found.low)}, {seconds(found.high)}]"
 
 
 def _needs(found: ScaleRun) -> str:
