@@ -6,6 +6,7 @@ Shape letters: see ops/__init__.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from twotower_eval.models.context import Context, KeyValueBuffer, writable_buffe
 from twotower_eval.models.nemotron_h import Attention, Mamba, MambaState, Tower, run_layers
 from twotower_eval.ops.attention import attention
 
+if TYPE_CHECKING:
+    from twotower_eval.models.graphs import StepGraphs
+
 
 class ContextTower(LanguageModel):
     """Causal tower and head. Rows of a batch are right-padded; what is behind ``lengths_B`` changes nothing."""
@@ -23,6 +27,7 @@ class ContextTower(LanguageModel):
     def __init__(self, config: NemotronHConfig) -> None:
         super().__init__()
         self.config = config
+        self.graphs: StepGraphs | None = None
         self.tower = Tower(config)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -40,6 +45,8 @@ class ContextTower(LanguageModel):
 
     def extend(self, context: Context, ids_BK: Tensor) -> Context:
         """The context after K more tokens in every row. ``context`` itself stays valid."""
+        if self.graphs is not None and self.graphs.serves(*ids_BK.shape):
+            return self.graphs.extend(self, context, ids_BK)
         return self._advance(context, ids_BK, (ids_BK.shape[1],) * ids_BK.shape[0])[0]
 
     def next_logits(self, context: Context) -> Tensor:
