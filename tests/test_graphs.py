@@ -67,9 +67,9 @@ def test_decoders_give_the_same_tokens(arms):
 
 
 @torch.inference_mode()
-def test_few_graphs_are_kept_and_large_steps_are_plain(arms, monkeypatch):
-    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+def test_few_graphs_are_kept_and_large_steps_are_plain(arms):
     _, stepped = arms
+    stepped.graphs.max_graphs = 2
     context = stepped.prefill(torch.full((1, 3), 5))
     for width in (1, 2, 3, 65):
         stepped.extend(context, torch.full((1, width), 5))

@@ -224,6 +224,7 @@ def test_the_command_line_measures_and_reports(config, tmp_path, capsys):
         (["--random-weights", "CONFIG", "--tokens-per-nfe", "20"], "20 tokens per NFE do not fit into blocks of 16"),
         (["--random-weights", "CONFIG", "--share-towers", "--devices", "cpu,cpu:0"], "on one device"),
         (["--random-weights", "CONFIG", "--devices", "tpu"], "tpu"),
+        (["--random-weights", "CONFIG", "--cuda-graphs"], "CUDA graphs need CUDA devices"),
         (["--random-weights", "no.json"], "no.json: not found"),
     ],
 )

@@ -143,6 +143,9 @@ def speed(
     share_towers: Annotated[
         bool | None, _option("One set of random weights for both towers: half the memory.", "--share-towers")
     ] = None,
+    cuda_graphs: Annotated[
+        bool | None, _option("Launch small steps of random weights as CUDA graphs.", "--cuda-graphs")
+    ] = None,
     tokens_per_nfe: Annotated[
         str | None, _option("Rates that random weights' commits follow [1.5,2.5,4].", metavar="X,X")
     ] = None,
@@ -166,6 +169,7 @@ def speed(
         **{"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "num_prompts": num_prompts},
         **{"min_rounds": min_rounds, "min_seconds": min_seconds, "warmup_rounds": warmup_rounds, "threads": threads},
         **{"random_weights": random_weights, "layers": layers, "share_towers": share_towers},
+        "cuda_graphs": cuda_graphs,
         **{"tokens_per_nfe": _numbers(tokens_per_nfe, float, "--tokens-per-nfe"), "repeats": repeats},
         "profile": None if profile is None else str(_run_path(profile, out)),
     }

@@ -105,14 +105,16 @@ class ScalePlan:
     """What ``twotower-eval speed --random-weights`` does: costs of a size of model, without its weights.
 
     ``random_weights`` is a ``config.json``. ``layers`` builds the first so many of each tower and measures parts of
-    them, to extrapolate; ``None`` builds all. ``share_towers`` gives both towers one set of weights. Commits follow
-    every rate of ``tokens_per_nfe`` that a block size can have, and the blocks that the run folder ``profile`` holds.
-    Contexts are ``prompt_tokens`` long. A timed sample is ``repeats`` repetitions; rounds as in SpeedPlan.
+    them, to extrapolate; ``None`` builds all. ``share_towers`` gives both towers one set of weights; ``cuda_graphs``
+    launches each small step as a whole. Commits follow every rate of ``tokens_per_nfe`` that a block size can have,
+    and the blocks that the run folder ``profile`` holds. Contexts are ``prompt_tokens`` long. A timed sample is
+    ``repeats`` repetitions; rounds as in SpeedPlan.
     """
 
     random_weights: str = ""
     layers: int | None = None
     share_towers: bool = False
+    cuda_graphs: bool = False
     block_sizes: tuple[int, ...] = (16,)
     batch_sizes: tuple[int, ...] = (1,)
     prompt_tokens: int = 512

@@ -24,7 +24,7 @@ from twotower_eval.models.twotower import Denoiser, TwoTower
 from twotower_eval.ops.attention import attention
 
 MIN_SLOTS = 256  # slots are a power of two, so that a growing context changes graphs seldom
-MAX_GRAPHS = 8  # kept at once, the least recently used given up
+MAX_GRAPHS = 8  # kept at once unless said otherwise, the least recently used given up
 WARMUPS = 3  # before a capture: lazy initialisation must not be captured
 MAX_NEW = 64  # token rows of a step: more of them keep a GPU busy without a graph
 
@@ -192,14 +192,14 @@ class DenoiseStep:
 
 
 class StepGraphs:
-    """The steps of one pair by their sizes, made when first asked for, within MAX_GRAPHS.
+    """The steps of one pair by their sizes, made when first asked for, at most ``max_graphs`` of them.
 
     ``variant`` tells apart what is not in the sizes: forced routing changes what a step does. None there means that
     no graph is to be used.
     """
 
-    def __init__(self, variant: Callable[[], Hashable] = lambda: "own") -> None:
-        self.variant = variant
+    def __init__(self, variant: Callable[[], Hashable] = lambda: "own", max_graphs: int = MAX_GRAPHS) -> None:
+        self.variant, self.max_graphs = variant, max_graphs
         self._steps: OrderedDict[Hashable, Any] = OrderedDict()
         self._pools: dict[torch.device, Any] = {}
 
@@ -228,7 +228,7 @@ class StepGraphs:
 
     def _step(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if key not in self._steps:
-            if len(self._steps) >= MAX_GRAPHS:
+            if len(self._steps) >= self.max_graphs:
                 self._steps.popitem(last=False)
             self._steps[key] = make()
         self._steps.move_to_end(key)
@@ -240,12 +240,12 @@ class StepGraphs:
         return self._pools.get(device)
 
 
-def use_graphs(pair: TwoTower, variant: Callable[[], Hashable] = lambda: "own") -> None:
+def use_graphs(pair: TwoTower, variant: Callable[[], Hashable] = lambda: "own", max_graphs: int = MAX_GRAPHS) -> None:
     """From now on take the pair's small steps from graphs. ValueError where a tower is on no CUDA device."""
     for device in (pair.context_tower.device, pair.denoiser.head.weight.device):
         if device.type != "cuda":
             raise ValueError(f"CUDA graphs need CUDA devices, a tower is on {device}: drop --cuda-graphs")
-    pair.graphs = pair.context_tower.graphs = StepGraphs(variant)
+    pair.graphs = pair.context_tower.graphs = StepGraphs(variant, max_graphs)
 
 
 def _num_slots(needed: int) -> int:

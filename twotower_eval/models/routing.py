@@ -40,6 +40,10 @@ class ForcedRouting:
             if isinstance(layer.mixer, MixtureOfExperts):
                 layer.mixer.steer = partial(self._steer, index)
 
+    def variant(self) -> str | None:
+        """What a captured step must not be mixed up with; None while experts are counted, which no replay does."""
+        return None if self._touched is not None else self.kind or "own"
+
     def count_touched(self) -> None:
         """Begin to note which experts are touched; ask :meth:`mean_touched` afterwards."""
         self._touched = []

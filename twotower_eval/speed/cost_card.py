@@ -85,6 +85,11 @@ def make_card(
     )
 
 
+def graphs_needed(plan: ScalePlan) -> int:
+    """Sizes and routings of steps that a round goes through: AR, and both passes of a block at every routing."""
+    return len(plan.batch_sizes) * (1 + 2 * len(ROUTINGS) * len(plan.block_sizes))
+
+
 def cut(config: NemotronHConfig, pattern: str) -> NemotronHConfig:
     """The config with other layers."""
     return dataclasses.replace(config, hybrid_override_pattern=pattern)
@@ -168,6 +173,8 @@ def _floor(plan: ScalePlan, config: NemotronHConfig, step: Step, probes: Sequenc
 def _needed(plan: ScalePlan, config: NemotronHConfig, num_patterns: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Bytes on each device: weights, contexts of all batch sizes, logits of the largest block."""
     rows = sum(plan.batch_sizes) * num_patterns + CONTEXTS_HELD * max(plan.batch_sizes)
+    if plan.cuda_graphs:  # each holds a context of its own
+        rows += sum(plan.batch_sizes) * num_patterns * graphs_needed(plan) // len(plan.batch_sizes)
     room = plan.prompt_tokens + (1 + plan.repeats) * max(plan.block_sizes)
     of_row = int(1.25 * room) * sizes.key_value_bytes(config, dtype.itemsize)
     contexts = rows * (of_row + sizes.state_bytes(config, dtype.itemsize))

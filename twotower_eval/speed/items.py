@@ -90,10 +90,13 @@ def _rig(plan: ScalePlan, pair: TwoTower) -> Rig:
 
 
 def _cell(plan: ScalePlan, arm: Arm, checkpoint: Checkpoint, decoder: DecoderSpec) -> Cell:
+    # All that makes up a round: one that goes on with another would not be comparable.
+    asked = [plan.prompt_tokens, plan.seed, plan.batch_sizes, plan.repeats, plan.cuda_graphs]
+    asked += [plan.tokens_per_nfe, plan.profile]
     workload = Workload(
         kind="costs",
         name="random weights",
-        digest=sha256_text(canonical_json([plan.prompt_tokens, plan.seed])),
+        digest=sha256_text(canonical_json(asked)),
         prompt_tokens=plan.prompt_tokens,
         num_devices=len(checkpoint.devices),
     )

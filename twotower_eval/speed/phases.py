@@ -51,6 +51,8 @@ def denoise(model: Any, context: Any, block_BK: Tensor, t_B: Sequence[float] | f
     def repeat() -> None:
         _choose_confident(model.denoise(block_BK, context, t_B), model.mask_token_id)
 
+    with torch.inference_mode():
+        repeat()  # a first step may have things to make ready that no later one has
     return repeat
 
 
@@ -74,7 +76,9 @@ def forced_block(model: Any, context: Any, block_size: int, blocks: Sequence[Seq
     """
     schedules = itertools.cycle(blocks)
     with torch.inference_mode():
-        newest = model.extend(context, torch.full((len(context.lengths), block_size), model.mask_token_id))
+        masks_BK = torch.full((len(context.lengths), block_size), model.mask_token_id)
+        newest = model.extend(context, masks_BK)
+        model.denoise(masks_BK, newest, [1.0] * len(context.lengths))
 
     def repeat() -> None:
         nonlocal newest

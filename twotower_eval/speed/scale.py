@@ -22,6 +22,7 @@ from twotower_eval.environment import new_manifest
 from twotower_eval.journal import now_text
 from twotower_eval.models.checkpoint import read_json
 from twotower_eval.models.config import NemotronHConfig, parse_config
+from twotower_eval.models.graphs import use_graphs
 from twotower_eval.models.random_weights import build_random_pair, steer, with_layers
 from twotower_eval.models.routing import ForcedRouting
 from twotower_eval.plan import ScalePlan
@@ -29,7 +30,7 @@ from twotower_eval.progress import Advance, Progress, SilentProgress, duration_t
 from twotower_eval.records import CostSample, RunManifest, SpeedPhase, derive_seed, to_json
 from twotower_eval.speed import phases
 from twotower_eval.speed.clock import CallClock, Devices, torch_threads
-from twotower_eval.speed.cost_card import CostCard, cut, describe, make_card, refuse_if_too_large
+from twotower_eval.speed.cost_card import CostCard, cut, describe, graphs_needed, make_card, refuse_if_too_large
 from twotower_eval.speed.items import Item, Rig, make_items, make_rigs
 from twotower_eval.speed.parts import measured_layers
 from twotower_eval.speed.probe import probe
@@ -61,6 +62,8 @@ def run(
     parts = measured_layers(config.pattern, plan.layers)
     profiles = make_profiles(plan)
     dtype: torch.dtype = getattr(torch, plan.dtype)
+    if plan.cuda_graphs and any(torch.device(device).type != "cuda" for device in plan.devices):
+        raise ValueError("CUDA graphs need CUDA devices: name some with --devices, or drop --cuda-graphs")
     with torch_threads(plan.threads):
         patterns = ["".join(config.pattern[index] for index in part) for part in parts]
         card = make_card(plan, config, patterns, [_probe(device, dtype) for device in plan.devices], dtype)
@@ -132,8 +135,11 @@ def _build(
     except torch.OutOfMemoryError as error:
         raise ValueError(f"{file}: out of memory while building: take --layers or --share-towers") from error
     routing = steer(pair, plan.seed)
-    smaller = [with_layers(pair, part) for part in parts[1:]]
-    return make_rigs(plan, [pair, *smaller]), routing
+    pairs = [pair, *(with_layers(pair, part) for part in parts[1:])]
+    if plan.cuda_graphs:
+        for each in pairs:
+            use_graphs(each, routing.variant, graphs_needed(plan))
+    return make_rigs(plan, pairs), routing
 
 
 def _manifest(plan: ScalePlan, rigs: Sequence[Rig], resume: Path | None) -> RunManifest:
