@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "datafiles": {"plan"},
     "harness": {"plan", "store", "journal", "environment", "progress", "suites", *PRODUCING},
     "speed": {"plan", "store", "journal", "environment", "progress", *PRODUCING},
+    "verify": {"plan", "store", "environment", *PRODUCING},
     "miniature": {"plan", "progress", "journal", "environment", *PRODUCING},
     "bench": {"environment", "speed", *PRODUCING},
     "stats": {"store"},
@@ -38,13 +39,13 @@ ALLOWED: dict[str, set[str]] = {
     "claims": {"plan", "store", "stats", "evidence"},
     "report": {"store", "stats", "evidence", "claims", "plan"},
     "cli": {"plan", "store", "progress", "suites", "harness", "speed", "claims", "report", "miniature", "datafiles"}
-    | {"bench"},
+    | {"bench", "verify"},
 }
 # Packages that cost or weigh something -> the only rooms that may import them, anywhere in their files.
 HEAVY = {
-    "torch": {"ops", "models", "decoders", "speed", "harness", "miniature", "bench"},
+    "torch": {"ops", "models", "decoders", "speed", "harness", "miniature", "bench", "verify"},
     "transformers": {"models", "miniature", "bench"},
-    "safetensors": {"models", "miniature", "bench"},
+    "safetensors": {"models", "miniature", "bench", "verify"},
     "tokenizers": {"models", "miniature"},
     "lm_eval": {"harness", "suites"},
     "datasets": {"harness", "suites"},

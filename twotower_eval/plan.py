@@ -24,6 +24,21 @@ CONTEXT_TOWER = "context-tower"
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerifyPlan:
+    """What ``twotower-eval verify`` does; ``golden`` is a folder of reference outputs."""
+
+    model: str | None = None
+    golden: str | None = None
+    seed: int = 0
+    dtype: Dtype = "float32"
+    devices: tuple[str, ...] = ("cpu",)
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        _check_at_least(self, 0, "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunPlan:
     """What ``twotower-eval run`` does.
 
@@ -143,8 +158,8 @@ class ScalePlan:
 
 
 Plan = RunPlan | SpeedPlan  # those that decode
-AnyPlan = Plan | ScalePlan
-P = TypeVar("P", RunPlan, SpeedPlan, ScalePlan)
+AnyPlan = Plan | ScalePlan | VerifyPlan
+P = TypeVar("P", RunPlan, SpeedPlan, ScalePlan, VerifyPlan)
 
 
 def load_plan(path: Path, cls: type[P]) -> P:
@@ -233,7 +248,7 @@ def data_path(*parts: str) -> Path:
     return (shipped if shipped.is_dir() else package.parent / "tasks").joinpath(*parts[1:])
 
 
-def model_folder(plan: Plan) -> Path:
+def model_folder(plan: Plan | VerifyPlan) -> Path:
     """The checkpoint that a plan is about: the shipped miniature pair unless it names another."""
     return data_path("miniature", "pair") if plan.model is None else Path(plan.model)
 

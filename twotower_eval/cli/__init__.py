@@ -1,0 +1,73 @@
+"""The command line: parse, build, call, print. Heavy imports stay inside the verbs, so that help is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from twotower_eval import __version__
+from twotower_eval.cli import bench, data, report, run, speed, train, verify
+from twotower_eval.cli.runs import EXIT_INTERRUPTED
+
+TRACEBACK_VARIABLE = "TWOTOWER_EVAL_TRACEBACK"
+EXIT_USER_ERROR = 2
+
+app = typer.Typer(
+    help="Does a parallel decoder keep its quality, and is it faster? Evaluate, time and report two-tower models.",
+    epilog=f"Errors are one line; set {TRACEBACK_VARIABLE}=1 for the whole traceback.",
+    add_completion=False,
+    rich_markup_mode=None,  # rich would cost a third of the help's time
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+app.command(help="Score baseline and candidate on the same documents; goes on where it was stopped with --resume.")(
+    run.run
+)
+app.command(help="Time baseline and candidate in interleaved rounds; timed answers are scored afterwards.")(speed.speed)
+app.command(help="Check a checkpoint, its kernels and its decoding before anything is measured.")(verify.verify)
+app.command(help="Write a report with tables and plots from run folders; needs neither torch nor a GPU.")(report.report)
+app.command(help="Time the package's own machinery against what it replaces, side by side in one run.")(bench.bench)
+
+train_app = typer.Typer(help="Train the models that the project ships.", rich_markup_mode=None)
+train_app.command(help="Train the miniature pair from nothing; the same command goes on where it was stopped.")(
+    train.miniature
+)
+app.add_typer(train_app, name="train")
+
+data_app = typer.Typer(help="Make benchmark files ready for use.", rich_markup_mode=None)
+data_app.command(help="Make DIR/TASK/SPLIT.jsonl for --data-dir from the files that benchmarks publish.")(data.prepare)
+app.add_typer(data_app, name="data")
+
+
+@app.callback(invoke_without_command=True)
+def _global(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0; 2: mend the input; 5: a check failed; 130: Ctrl-C."""
+    # Spinning OpenMP threads make small models many times slower where cores are shared; read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = app(arguments or ["--help"], prog_name="twotower-eval", standalone_mode=False)
+    except typer.TyperException as error:
+        return _fail(error.format_message())
+    except (ValueError, OSError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        return _fail(str(error) or type(error).__name__)
+    except typer.Abort:
+        return EXIT_INTERRUPTED
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str) -> int:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return EXIT_USER_ERROR

@@ -1,0 +1,70 @@
+"""Run folders as the command line names them: found, resumed, and resumable after Ctrl-C."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import typer
+
+from twotower_eval import store
+from twotower_eval.plan import RunPlan, ScalePlan, SpeedPlan, load_plan, merge, plan_from_json
+
+P = TypeVar("P", RunPlan, SpeedPlan, ScalePlan)
+EXIT_INTERRUPTED = 130
+
+
+@contextmanager
+def resumable(verb: str, out: Path, resumed: Path | None) -> Iterator[None]:
+    """On Ctrl-C say how to go on with the run that was being written, if one was begun."""
+    before = _run_folders(out)
+    try:
+        yield
+    except KeyboardInterrupt:
+        begun = resumed or next(iter(sorted(_run_folders(out) - before, reverse=True)), None)
+        if begun is None:
+            typer.echo("interrupted before anything was begun", err=True)
+        else:
+            hint = f"twotower-eval {verb} --resume {begun}"
+            typer.echo(f"interrupted; what is finished is kept. To go on: {hint}", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _run_folders(out: Path) -> set[Path]:
+    return {manifest.parent for manifest in out.glob(f"*/{store.MANIFEST}")}
+
+
+def run_path(name: str, out: Path) -> Path:
+    """A run named by its folder or by its id under ``out``."""
+    for path in (Path(name), out / name):
+        if (path / store.MANIFEST).is_file():
+            return path
+    raise ValueError(f"{name!r} is no run: there is no {store.MANIFEST} in it or in {out / name}")
+
+
+def newest_of_each_verb(results: Path) -> list[Path]:
+    """What a reading verb reads when nothing is named."""
+    found = [store.find_runs(results, verb) for verb in ("run", "speed")]
+    newest = [paths[0] for paths in found if paths]
+    if not newest:
+        raise ValueError(f"no runs in {results}: make one with `twotower-eval run`, or name run folders")
+    return newest
+
+
+def resolve_plan(cls: type[P], plan_file: Path | None, resumed: Path | None, given: dict[str, Any]) -> P:
+    """The plan of a resumed run or of a file, or the defaults, with the options given laid over it."""
+    if resumed is not None:
+        if plan_file is not None:
+            raise ValueError("--resume takes the plan from the run: drop --plan")
+        manifest = store.load(resumed).manifest
+        verb = "run" if cls is RunPlan else "speed"
+        if manifest.verb != verb:
+            raise ValueError(
+                f"{resumed} is a {manifest.verb!r}, not a {verb!r}: twotower-eval {manifest.verb} --resume …"
+            )
+        return merge(plan_from_json(cls, manifest.plan), given)
+    if plan_file is not None:
+        return merge(load_plan(plan_file, cls), given)
+    return plan_from_json(cls, {key: value for key, value in given.items() if value is not None})

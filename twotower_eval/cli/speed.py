@@ -1,0 +1,101 @@
+"""``twotower-eval speed``: time, then score what was timed; or measure a size of model on random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from twotower_eval.cli import scale
+from twotower_eval.cli.options import (
+    RESULTS,
+    Baseline,
+    BlockSizes,
+    DataDir,
+    Decoder,
+    Devices,
+    Dtype,
+    Model,
+    Out,
+    PlanFile,
+    Resume,
+    Seed,
+    Steps,
+    Tasks,
+    Temperature,
+    Thresholds,
+    numbers,
+    option,
+    shared,
+    texts,
+)
+from twotower_eval.cli.runs import resolve_plan, resumable, run_path
+from twotower_eval.plan import ScalePlan, SpeedPlan
+from twotower_eval.progress import choose_progress
+
+
+def speed(
+    model: Model = None,
+    baseline: Baseline = None,
+    tasks: Tasks = None,
+    decoder: Decoder = None,
+    block_sizes: BlockSizes = None,
+    steps: Steps = None,
+    thresholds: Thresholds = None,
+    temperature: Temperature = None,
+    batch_sizes: Annotated[str | None, option("Prompts per timed call, crossed [1].", metavar="N,N")] = None,
+    workload: Annotated[
+        str | None,
+        option("answer: stop where the task stops; fixed: exactly --new-tokens [answer].", metavar="KIND"),
+    ] = None,
+    prompt_tokens: Annotated[int | None, option("Exact prompt length (fixed only).", metavar="N")] = None,
+    new_tokens: Annotated[int | None, option("Tokens to make [answer: the task's budget].", metavar="N")] = None,
+    num_prompts: Annotated[int | None, option("Prompts per cell and round [16].", metavar="N")] = None,
+    min_rounds: Annotated[int | None, option("Rounds at the least [5].", metavar="R")] = None,
+    min_seconds: Annotated[float | None, option("Seconds of rounds at the least [0].", metavar="S")] = None,
+    warmup_rounds: Annotated[int | None, option("Rounds before, kept and flagged [1].", metavar="R")] = None,
+    threads: Annotated[int | None, option("CPU threads [torch's own choice].", metavar="N")] = None,
+    random_weights: scale.RandomWeights = None,
+    layers: scale.Layers = None,
+    share_towers: scale.ShareTowers = None,
+    cuda_graphs: scale.CudaGraphs = None,
+    tokens_per_nfe: scale.TokensPerNfe = None,
+    profile: scale.Profile = None,
+    repeats: scale.Repeats = None,
+    seed: Seed = None,
+    dtype: Dtype = None,
+    devices: Devices = None,
+    data_dir: DataDir = None,
+    plan: PlanFile = None,
+    out: Out = RESULTS,
+    resume: Resume = None,
+) -> None:
+    """Verb ``speed``."""
+    given = {
+        **shared(model, baseline, tasks, decoder, block_sizes, steps, thresholds, temperature),
+        **{"seed": seed, "dtype": dtype, "devices": texts(devices), "data_dir": data_dir},
+        **{"batch_sizes": numbers(batch_sizes, int, "--batch-sizes"), "workload": workload},
+        **{"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "num_prompts": num_prompts},
+        **{"min_rounds": min_rounds, "min_seconds": min_seconds, "warmup_rounds": warmup_rounds, "threads": threads},
+        **{"random_weights": random_weights, "layers": layers, "share_towers": share_towers},
+        **{"tokens_per_nfe": numbers(tokens_per_nfe, float, "--tokens-per-nfe"), "repeats": repeats},
+        **{"cuda_graphs": cuda_graphs, "profile": None if profile is None else str(run_path(profile, out))},
+    }
+    resumed = run_path(resume, out) if resume else None
+    with resumable("speed", out, resumed):
+        if scale.is_scale(given, plan, resumed):
+            path = scale.measure(resolve_plan(ScalePlan, plan, resumed, given), out, resumed)
+        else:
+            path = _time_and_score(resolve_plan(SpeedPlan, plan, resumed, given), out, resumed)
+    typer.echo(path)
+
+
+def _time_and_score(plan: SpeedPlan, out: Path, resumed: Path | None) -> Path:
+    from twotower_eval import harness, suites
+    from twotower_eval import speed as speed_room
+
+    tasks = suites.resolve_tasks(plan.tasks, data_dir=plan.data_dir, seed=plan.seed)
+    requests = suites.build_requests(tasks)  # the plan's number is chosen from all of them
+    path = speed_room.run(plan, requests, root=out, resume=resumed, progress=choose_progress())
+    return harness.score_journal(path) if plan.workload == "answer" else path

@@ -1,0 +1,124 @@
+"""All checks of a checkpoint, journalled as a run of its own, and how they read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twotower_eval import store
+from twotower_eval.environment import new_manifest, package_versions
+from twotower_eval.plan import VerifyPlan, model_folder
+from twotower_eval.records import Cell, Check, Prompt, RunManifest, Workload, canonical_json, cell_id, sha256_text
+from twotower_eval.verify.batches import batch_logic, batch_numerics
+from twotower_eval.verify.decoding import block_sample, mock_ar_agreement
+from twotower_eval.verify.finding import Finding, not_checked, told
+from twotower_eval.verify.golden import NAMES as GOLDEN_NAMES
+from twotower_eval.verify.golden import Golden, golden_findings, load_golden
+from twotower_eval.verify.numerics import blockwise_context, finite_logits, seeded_scan
+from twotower_eval.verify.prompts import make_prompts
+
+KERNELS = ("mamba-ssm", "causal-conv1d", "flash-attn")
+
+
+def verify(plan: VerifyPlan, *, root: Path) -> Path:
+    """Check a checkpoint and return the run's folder, whose ``checks.jsonl`` says what was found.
+
+    A failed check is no error here. Raises ValueError for whatever the user can mend.
+    """
+    from twotower_eval.models import load_model
+
+    with torch.inference_mode():
+        model = load_model(model_folder(plan), dtype=plan.dtype, devices=plan.devices)
+        golden = None if plan.golden is None else load_golden(Path(plan.golden), model, plan.devices[0])
+        prompts = make_prompts(model, plan.seed)
+        cell = _cell(plan, model, prompts)
+        with store.create(root, _manifest(plan, cell)) as writer:
+            for finding in _findings(plan, model, prompts, golden):
+                writer.append(Check(cell=cell.id, **dataclasses.asdict(finding)))
+            writer.finish()
+    return writer.path
+
+
+def _findings(plan: VerifyPlan, model: Any, prompts: Sequence[Prompt], golden: Golden | None) -> Iterator[Finding]:
+    yield finite_logits(model, prompts)
+    yield seeded_scan(model, plan.seed)
+    yield blockwise_context(model, prompts, plan.dtype)
+    yield _batch_gate(plan, model, prompts)
+    yield batch_numerics(model, prompts, plan.dtype)
+    yield mock_ar_agreement(model, prompts)
+    yield from block_sample(model, prompts)
+    if golden is None:
+        yield from (not_checked(name, "no reference outputs named: --golden DIR") for name in GOLDEN_NAMES)
+    else:
+        yield from golden_findings(golden)
+    yield _kernels(plan)
+
+
+def _batch_gate(plan: VerifyPlan, model: Any, prompts: Sequence[Prompt]) -> Finding:
+    """On the model itself in float32, else on a float32 copy, where there is memory for one."""
+    if plan.dtype == "float32":
+        return batch_logic(model, prompts)
+    from twotower_eval.models import load_model
+
+    try:
+        copy = load_model(model_folder(plan), dtype="float32", devices=plan.devices)
+        return batch_logic(copy, prompts)
+    except torch.OutOfMemoryError:
+        return not_checked("batch_equals_single", "no memory for a float32 copy: verify with --dtype float32 elsewhere")
+
+
+def _kernels(plan: VerifyPlan) -> Finding:
+    versions = package_versions()
+    absent = [name for name in KERNELS if name not in versions]
+    there = [f"{name} {versions[name]}" for name in ("torch", *KERNELS) if name in versions]
+    without = f"; not installed: {', '.join(absent)}" if absent else ""
+    return told("kernels", f"the project's own operations in {plan.dtype} on {', '.join(there)}{without}")
+
+
+def _cell(plan: VerifyPlan, model: Any, prompts: Sequence[Prompt]) -> Cell:
+    from twotower_eval.decoders import decoder_spec
+
+    spec = decoder_spec("block_diffusion" if model.has_denoiser else "autoregressive")
+    asked = canonical_json([list(prompt.token_ids) for prompt in prompts])
+    workload = Workload(kind="checks", name="checks", digest=sha256_text(asked), num_devices=len(plan.devices))
+    return Cell(
+        id=cell_id(model.checkpoint, spec, workload),
+        arm="candidate",
+        checkpoint=model.checkpoint,
+        decoder=spec,
+        workload=workload,
+    )
+
+
+def _manifest(plan: VerifyPlan, cell: Cell) -> RunManifest:
+    return new_manifest(
+        "verify",
+        run_id=store.new_run_id("verify"),
+        plan=plan,
+        cells=[cell],
+        devices=plan.devices,
+        seeds={"run": plan.seed},
+    )
+
+
+def table(checks: Sequence[Check]) -> str:
+    """A line for each check: outcome, name, value against its limit, what was looked at."""
+    width = max(len(check.name) for check in checks)
+    lines = []
+    for check in checks:
+        value = "" if check.value is None else f"{check.value:.3g}"
+        limit = "" if check.limit is None else f" (limit {check.limit:g})"
+        lines.append(f"{check.outcome.replace('_', ' '):11}  {check.name:{width}}  {value + limit:24}  {check.detail}")
+    return "\n".join(lines)
+
+
+def summary(checks: Sequence[Check]) -> str:
+    """One sentence on all of them."""
+    failed = [check.name for check in checks if check.outcome == "failed"]
+    num = {outcome: sum(check.outcome == outcome for check in checks) for outcome in ("passed", "not_checked")}
+    rest = f"{num['passed']} passed, {num['not_checked']} not checked"
+    return f"FAILED: {', '.join(failed)}; {rest}" if failed else f"nothing failed: {rest}"
