@@ -5,9 +5,10 @@
     python tests/device_check.py --device cpu --quick            # the same code in minutes; `make test` runs this
 
 Steps: parity (float32 and bfloat16 against reference outputs), kernels (which prove themselves, which are refused),
-sweep (quality and speed of the miniature), scale (AR and denoise steps of the released size on random weights, beside
-the floor), native (AR against transformers' own generate on the same config), report (one over all runs, with the run
-folders beside it, ready to be published). `train` (the shipped recipe on the device) runs only when it is named.
+graphs (captured steps give the same tokens, and how much faster), sweep (quality and speed of the miniature), scale
+and scale_graphs (AR and denoise steps of the released size on random weights, beside the floor), native (AR against
+transformers' own generate on the same config), report (one over all runs, with the run folders beside it, ready to be
+published). `train` (the shipped recipe on the device) runs only when it is named.
 
 Each step prints one JSON line. A failed parity check ends with exit code 1.
 """
@@ -21,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from twotower_eval.miniature import evaluate
 from twotower_eval.miniature.train import read_recipe, train_pair
 from twotower_eval.models.checkpoint import read_json
 from twotower_eval.models.config import NemotronHConfig, parse_config
+from twotower_eval.models.graphs import StepGraphs
 from twotower_eval.models.random_weights import build_random_pair
 from twotower_eval.ops import kernels as kernel_room
 from twotower_eval.plan import data_path
@@ -180,6 +182,29 @@ def kernels(options: argparse.Namespace) -> bool:
     return True
 
 
+def graphs(options: argparse.Namespace) -> bool:
+    """Greedy tokens with captured steps equal those without, in float32; seconds of both."""
+    tokens: dict[str, list[tuple[int, ...]]] = {}
+    seconds: dict[str, float] = {}
+    clock = CallClock(Devices([options.device]), time.perf_counter)
+    for arm in ("plain", "captured"):
+        model = tt.load_model(GOLDEN, device=options.device, dtype="float32")
+        if arm == "captured":
+            # Without a GPU the steps run from their fixed buffers, uncaptured.
+            model.graphs = model.context_tower.graphs = StepGraphs()
+        ask = [tt.Prompt(id="p", token_ids=tuple(range(4, 21)))]
+        for kind in ("autoregressive", "block_diffusion"):
+            decoder = tt.make_decoder(model, kind)
+            decoder.generate(ask, max_new_tokens=48)  # captures
+            started_s = clock()
+            [answer] = decoder.generate(ask, max_new_tokens=48)
+            seconds[f"{arm} {kind}"] = clock() - started_s
+            tokens.setdefault(arm, []).append(answer.token_ids)
+    held = tokens["plain"] == tokens["captured"]
+    say("graphs", device=options.device, held=held, seconds=seconds)
+    return held
+
+
 def sweep(options: argparse.Namespace) -> bool:
     """Quality and speed of the pair on the device, by the commands that everybody uses."""
     chosen = ["--model", options.model] if options.model else []
@@ -198,11 +223,25 @@ def sweep(options: argparse.Namespace) -> bool:
 
 def scale(options: argparse.Namespace) -> bool:
     """Steps of the released size on random weights, all layers if both towers or one set of weights fit, else some."""
+    return _scale(options)
+
+
+def scale_graphs(options: argparse.Namespace) -> bool:
+    """The same, each small step launched as a CUDA graph."""
+    if torch.device(options.device).type != "cuda":
+        say("scale_graphs", device=options.device, skipped="a CPU has no CUDA graphs")
+        return True
+    return _scale(options, "--cuda-graphs")
+
+
+def _scale(options: argparse.Namespace, *more: str) -> bool:
     if options.quick:
         small = [str(_small_config(options.out)), "--dtype", "float32", "--repeats", "2", "--prompt-tokens", "32"]
-        run = _command("speed", "--random-weights", *small, "--layers", "8", "--min-rounds", "2", *_place(options))
+        run = _command(
+            "speed", "--random-weights", *small, "--layers", "8", "--min-rounds", "2", *more, *_place(options)
+        )
     else:
-        run = _largest_that_fits(options)
+        run = _largest_that_fits(options, more)
     found = ScaleRun(store.load(Path(run)))
     for step in found.steps:
         value = step.seconds.estimate
@@ -211,16 +250,33 @@ def scale(options: argparse.Namespace) -> bool:
             ratio = value.value / step.floor_s
             facts |= {"ms": 1000 * value.value, "floor_ms": 1000 * step.floor_s, "times_floor": ratio}
             say("floor", device=options.device, extrapolated=step.extrapolated, aim=AIMS[step.part], **facts)
-    say("scale", device=options.device, run=run, layers=len(found.pattern), of=len(found.full_pattern))
+    say(
+        "scale_graphs" if more else "scale",
+        device=options.device,
+        run=run,
+        layers=len(found.pattern),
+        of=len(found.full_pattern),
+    )
     return True
 
 
-def _largest_that_fits(options: argparse.Namespace) -> str:
+def _largest_that_fits(options: argparse.Namespace, more: Sequence[str]) -> str:
     """Two towers, else one set of weights for both, else the first 26, 13 or 6 layers."""
-    sizes = ["--batch-sizes", "1,8", "--block-sizes", "16", "--prompt-tokens", "512", "--min-rounds", "5"]
+    sizes = [
+        "--batch-sizes",
+        "1,8",
+        "--block-sizes",
+        "16",
+        "--prompt-tokens",
+        "512",
+        "--min-rounds",
+        "4",
+        "--repeats",
+        "4",
+    ]
     ways: list[list[str]] = [[], ["--share-towers"], *(["--layers", str(n)] for n in (26, 13, 6))]
     for way in ways:
-        done = _run_verb("speed", "--random-weights", str(RELEASED), *sizes, *way, *_place(options))
+        done = _run_verb("speed", "--random-weights", str(RELEASED), *sizes, *way, *more, *_place(options))
         if done.returncode == 0:
             return str(done.stdout.strip().splitlines()[-1])
         if "free: take" not in done.stderr:
@@ -317,8 +373,10 @@ def _run_verb(*arguments: str) -> subprocess.CompletedProcess[str]:
 STEPS: dict[str, Callable[[argparse.Namespace], bool]] = {
     "parity": parity,
     "kernels": kernels,
+    "graphs": graphs,
     "sweep": sweep,
     "scale": scale,
+    "scale_graphs": scale_graphs,
     "native": native,
     "report": report,
 }
