@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from twotower_eval.records import Generation, PromptTiming, derive_seed
+from twotower_eval.records import DecoderSpec, Generation, PromptTiming, derive_seed
 from twotower_eval.store import Run
 
 Block = tuple[int, ...]  # tokens committed by each denoiser call; together the block size
@@ -57,13 +57,13 @@ def recorded_profiles(run: Run, block_size: int, num_blocks: int, seed: int) -> 
     Where generations carry traces their steps are taken as they were; elsewhere each prompt's calls per block, spread
     evenly. ValueError where the run has no such block.
     """
-    pools = {cell.decoder.label: _blocks(run, cell.id, block_size) for cell in run.manifest.cells
+    pools = {_label(cell.decoder): _blocks(run, cell.id, block_size) for cell in run.manifest.cells
              if cell.decoder.params.get("block_size") == block_size}  # fmt: skip
     profiles = []
     for label, pool in pools.items():
         if pool:
             chosen = random.Random(derive_seed(seed, "profile", label, block_size)).choices(pool, k=num_blocks)
-            name = f"run {run.manifest.run_id}, {label}"
+            name = f"{label}, run {run.manifest.run_id}"
             profiles.append(Profile(name=name, block_size=block_size, blocks=tuple(chosen)))
     if not profiles:
         sizes = sorted({str(cell.decoder.params.get("block_size")) for cell in run.manifest.cells} - {"None"})
@@ -72,6 +72,13 @@ def recorded_profiles(run: Run, block_size: int, num_blocks: int, seed: int) -> 
             f"it has blocks of {', '.join(sizes) or 'no size at all'}"
         )
     return tuple(profiles)
+
+
+def _label(decoder: DecoderSpec) -> str:
+    """What a block's commits depend on, in short."""
+    named = {"steps_per_block": "steps", "threshold": "threshold", "temperature": "temperature"}
+    given = [f"{word} {decoder.params[key]:g}" for key, word in named.items() if decoder.params.get(key)]
+    return ", ".join([decoder.kind.replace("_", " "), *given])
 
 
 def _blocks(run: Run, cell_id: str, block_size: int) -> list[Block]:
