@@ -616,6 +616,22 @@ def test_timed_answers_are_scored_by_the_same_code(model: Any, tmp_path: Path) -
         }
 
 
+def test_scores_that_leave_out_later_rounds_are_refused(model: Any, tmp_path: Path) -> None:
+    """Scored after one round, timed again: the old scores stayed, and spoke of one round only."""
+    (task,) = suites.resolve_tasks(["miniature_sort"], limit=1)
+    workload = Workload(kind="answer", name="miniature", digest="d", batch_size=1)
+    spec = decoders.decoder_spec("autoregressive")
+    cell = Cell(id="abc", arm="baseline", checkpoint=model.checkpoint, decoder=spec, workload=workload)
+    rows = [_row(task, task.docs[0], 0, task.docs[0].doc["answer"], "abc")]
+    path = harness.score_journal(_speed_run(tmp_path, SpeedPlan(tasks=("miniature_sort",)), rows, cell))
+    with store.resume(path, store.load(path).manifest) as writer:
+        writer.append(_row(task, task.docs[0], 1, "wrong", "abc"))
+        writer.finish()
+    with pytest.raises(ValueError, match="document 0 was scored before its last rounds were timed"):
+        harness.score_journal(path)
+    assert store.load(path).complete
+
+
 def test_only_timed_answers_can_be_scored_afterwards(model: Any, plan: RunPlan, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="only timed answers"):
         harness.score_journal(harness.run(dataclasses.replace(plan, limit=1), root=tmp_path))

@@ -57,7 +57,7 @@ def sleepy(plan: SpeedPlan, monkeypatch: pytest.MonkeyPatch) -> SpeedPlan:
         return plain(self, token_ids)
 
     monkeypatch.setattr(Tokenizer, "decode", slow)
-    return dataclasses.replace(plan, decoder=SLEEPY, block_sizes=(16,), thresholds=(0.8,))
+    return dataclasses.replace(plan, decoder=SLEEPY, block_sizes=(16,), thresholds=(0.8,), costs=False)
 
 
 @pytest.fixture(scope="module")
@@ -482,6 +482,24 @@ def test_an_interrupted_run_goes_on_with_a_new_round(
     assert sum(s.phase == "warmup" and s.launch_id == second for s in run.speed) == per_round, "warmed up again"
     assert speed.run(plan, requests, root=tmp_path, resume=path, now=TIME) == path
     assert len(store.load(path).speed) == len(run.speed), "there is nothing left to do"
+
+
+def test_a_scored_run_takes_no_more_rounds(plan: SpeedPlan, requests: Any, tmp_path: Path) -> None:
+    """Scores are means over a run's rounds and cannot be changed: rounds added later were timed but never scored."""
+    plan = dataclasses.replace(plan, min_rounds=1, warmup_rounds=0, costs=False)
+    path = speed.run(plan, requests, root=tmp_path)
+    more = dataclasses.replace(plan, min_rounds=2)
+    assert speed.run(more, requests, root=tmp_path, resume=path) == path  # not scored yet
+    harness.score_journal(path)
+    before = store.load(path)
+    with pytest.raises(ValueError, match="2 rounds whose answers are scored already"):
+        speed.run(dataclasses.replace(plan, min_rounds=3), requests, root=tmp_path, resume=path)
+    after = store.load(path)
+    assert after.complete
+    assert (after.speed, after.scores, after.events) == (before.speed, before.scores, before.events)
+    assert speed.run(more, requests, root=tmp_path, resume=path) == path  # nothing to add
+    assert harness.score_journal(path) == path
+    assert store.load(path).scores == before.scores
 
 
 def test_a_resumed_run_must_be_the_same(plan: SpeedPlan, requests: Any, tmp_path: Path) -> None:

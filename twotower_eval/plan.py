@@ -79,7 +79,7 @@ class SpeedPlan:
     ``fixed`` workloads make exactly ``new_tokens`` tokens whatever the model says; ``answer`` workloads stop where
     the task stops, at ``new_tokens`` at the latest, or at the task's own budget where it is ``None``.
     ``prompt_tokens`` cuts or repeats prompts to that length in tokens (``fixed`` only). Rounds go on until both
-    ``min_rounds`` and ``min_seconds`` are reached.
+    ``min_rounds`` and ``min_seconds`` are reached. ``costs`` times the parts of decoding alone in the same rounds.
     """
 
     model: str | None = None
@@ -98,6 +98,7 @@ class SpeedPlan:
     min_rounds: int = 5
     min_seconds: float = 0.0
     warmup_rounds: int = 1
+    costs: bool = True
     seed: int = 0
     dtype: Dtype = "float32"
     devices: tuple[str, ...] = ("cpu",)
@@ -293,9 +294,11 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, str) and value in typing.get_args(hint)
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if hint is bool:
+        return isinstance(value, bool)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, hint) and isinstance(value, bool) == (hint is bool)
+    return isinstance(value, hint) and not isinstance(value, bool)
 
 
 def _in_words(hint: Any) -> str:
@@ -306,4 +309,4 @@ def _in_words(hint: Any) -> str:
         return " or ".join(str(arg) for arg in args)
     if origin is tuple:
         return f"a list of {_in_words(args[0])}"
-    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[hint]
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[hint]

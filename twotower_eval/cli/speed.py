@@ -55,6 +55,9 @@ def speed(
     min_rounds: Annotated[int | None, option("Rounds at the least [5].", metavar="R")] = None,
     min_seconds: Annotated[float | None, option("Seconds of rounds at the least [0].", metavar="S")] = None,
     warmup_rounds: Annotated[int | None, option("Rounds before, kept and flagged [1].", metavar="R")] = None,
+    costs: Annotated[
+        bool | None, option("Time the parts of decoding alone, in the same rounds [costs].", "--costs/--no-costs")
+    ] = None,
     threads: Annotated[int | None, option("CPU threads [torch's own choice].", metavar="N")] = None,
     random_weights: scale.RandomWeights = None,
     layers: scale.Layers = None,
@@ -81,6 +84,7 @@ def speed(
         **{"random_weights": random_weights, "layers": layers, "share_towers": share_towers},
         **{"tokens_per_nfe": numbers(tokens_per_nfe, float, "--tokens-per-nfe"), "repeats": repeats},
         **{"cuda_graphs": cuda_graphs, "profile": None if profile is None else str(run_path(profile, out))},
+        "costs": costs,
     }
     resumed = run_path(resume, out) if resume else None
     with resumable("speed", out, resumed):

@@ -3,8 +3,27 @@
 Claims judge it and reports show it; neither computes it again. Needs neither torch nor lm-eval.
 """
 
+from twotower_eval.evidence.clean import CleanQuality, CleanSpeed, Flagged
+from twotower_eval.evidence.costs import Costs
+from twotower_eval.evidence.degenerate import Flags
+from twotower_eval.evidence.pareto import TradeOff
 from twotower_eval.evidence.points import Measured, PointKey, QualityPoint, TaskQuality
 from twotower_eval.evidence.runs import Runs
+from twotower_eval.evidence.samples import Sample
 from twotower_eval.evidence.timing import SpeedPoint
 
-__all__ = ["Measured", "PointKey", "QualityPoint", "Runs", "SpeedPoint", "TaskQuality"]
+__all__ = [
+    "CleanQuality",
+    "CleanSpeed",
+    "Costs",
+    "Flagged",
+    "Flags",
+    "Measured",
+    "PointKey",
+    "QualityPoint",
+    "Runs",
+    "Sample",
+    "SpeedPoint",
+    "TaskQuality",
+    "TradeOff",
+]

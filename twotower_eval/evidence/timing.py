@@ -22,9 +22,11 @@ from twotower_eval.evidence.clean import (
     flagged_documents,
     outputs,
 )
+from twotower_eval.evidence.costs import Costs, costs
 from twotower_eval.evidence.counts import Counts, count
 from twotower_eval.evidence.degenerate import Flags
 from twotower_eval.evidence.points import Measured, PointKey, baseline_of, measured, point_key
+from twotower_eval.evidence.samples import Sample, answer_samples
 from twotower_eval.records import Cell, SpeedSample, canonical_json
 from twotower_eval.store import Run
 
@@ -66,6 +68,8 @@ class SpeedPoint:
     baseline_latency: Latency
     flagged: Flagged
     clean: CleanSpeed
+    costs: Costs
+    samples: tuple[Sample, ...]
     warnings: tuple[str, ...]
 
     @property
@@ -155,6 +159,8 @@ def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
         baseline_latency=_latency(samples[0]),
         flagged=flagged(by_arm[0], by_arm[1]),
         clean=clean_speed(timed, _dropped_calls(by_arm, calls)),
+        costs=costs(runs, baseline, candidate, (samples[0], samples[1])),
+        samples=answer_samples(runs, (baseline, candidate), (samples[0], samples[1])),
         warnings=tuple(warnings),
     )
 

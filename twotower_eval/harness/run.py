@@ -66,14 +66,22 @@ def score_journal(path: Path) -> Path:
     if plan.workload != "answer":
         raise ValueError(f"{path} timed the {plan.workload!r} workload, whose texts answer nothing")
     tasks = resolve_tasks(plan.tasks, data_dir=plan.data_dir, seed=plan.seed)
+    there = {_score_key(score): score for score in found.scores}
+    new = []
+    for cell in found.manifest.cells:
+        rows = [row for row in found.generations if row.cell == cell.id]
+        for score in (score for task in tasks for score in score_rows(task, cell.id, rows)):
+            known = there.get(_score_key(score))
+            if known is None:
+                new.append(score)
+            elif known.value != score.value:
+                where = f"task {score.task!r}, document {score.doc_id}"
+                raise ValueError(
+                    f"{path}: {where} was scored before its last rounds were timed: time anew, in a new run"
+                )
     with store.resume(path, found.manifest) as writer:
-        there = {_score_key(score) for score in found.scores}
-        for cell in found.manifest.cells:
-            rows = [row for row in found.generations if row.cell == cell.id]
-            for task in tasks:
-                for score in score_rows(task, cell.id, rows):
-                    if _score_key(score) not in there:
-                        writer.append(score)
+        for score in new:
+            writer.append(score)
         writer.finish()
     return path
 

@@ -20,6 +20,7 @@ from twotower_eval.journal import now_text
 from twotower_eval.plan import CONTEXT_TOWER, SpeedPlan, cross_decoders, model_folder
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import (
+    CostSample,
     Generation,
     GenerationRow,
     PromptTiming,
@@ -31,6 +32,7 @@ from twotower_eval.records import (
     sha256_text,
 )
 from twotower_eval.speed.clock import CallClock, Devices, torch_threads
+from twotower_eval.speed.costs import CostItem, make_items
 from twotower_eval.speed.lanes import Lane, Timing, make_lanes
 from twotower_eval.speed.workloads import Call, Calls, Request, make_calls
 
@@ -64,15 +66,40 @@ def run(
     with torch_threads(plan.threads):
         baseline = None if plan.baseline == CONTEXT_TOWER else Path(plan.baseline)
         models = load_arms(model_folder(plan), baseline, dtype=plan.dtype, devices=plan.devices)
-        lanes = make_lanes(plan, calls, requests, specs, models, CallClock(devices, now))
+        clock = CallClock(devices, now)
+        lanes = make_lanes(plan, calls, requests, specs, models, clock)
+        costs = make_items(calls, lanes, models) if plan.costs else ()
+        if resume is not None:
+            _check_unscored(plan, store.load(resume), _calls_per_round(calls, lanes))
         manifest = _manifest(plan, [lane for of_size in lanes.values() for lane in of_size], resume)
         writer = store.create(root, manifest) if resume is None else store.resume(resume, manifest)
         with writer:
             for warning in writer.warnings:
                 progress.note(f"warning: {warning}")
-            _Session(plan, writer, calls, lanes, progress).run()
+            _Session(plan, writer, calls, lanes, costs, clock, progress).run()
             writer.finish()
     return writer.path
+
+
+def _calls_per_round(calls: Calls, lanes: dict[int, tuple[Lane, ...]]) -> int:
+    return sum(len(calls[size]) * len(lanes[size]) for size in calls)
+
+
+def _is_enough(plan: SpeedPlan, num_rounds: int, timed_s: float) -> bool:
+    return num_rounds >= plan.min_rounds and timed_s >= plan.min_seconds
+
+
+def _check_unscored(plan: SpeedPlan, found: store.Run, calls_per_round: int) -> None:
+    """ValueError where more rounds are wanted of a run whose answers are scored: the scores would leave them out.
+
+    Besides, what is added after a look at the result is another run (PROTOCOL); reports pool runs of the same cells.
+    """
+    whole = _whole_rounds(found.speed, calls_per_round)
+    if found.scores and not _is_enough(plan, len(whole), sum(whole)):
+        raise ValueError(
+            f"{found.path} has {len(whole)} rounds whose answers are scored already: time more rounds in a new run, "
+            "without --resume; reports take both together"
+        )
 
 
 def _manifest(plan: SpeedPlan, lanes: Sequence[Lane], resume: Path | None) -> RunManifest:
@@ -96,15 +123,19 @@ class _Session:
         writer: store.RunWriter,
         calls: Calls,
         lanes: dict[int, tuple[Lane, ...]],
+        costs: Sequence[CostItem],
+        clock: CallClock,
         progress: Progress,
     ) -> None:
         self._plan, self._writer, self._calls, self._lanes, self._progress = plan, writer, calls, lanes, progress
+        self._costs, self._clock = costs, clock
         earlier = writer.run.speed
-        self._launch_id = f"{writer.run.manifest.run_id}/{len({sample.launch_id for sample in earlier}) + 1}"
-        self._calls_per_round = sum(len(calls[size]) * len(lanes[size]) for size in calls)
+        timed: list[SpeedSample | CostSample] = [*earlier, *writer.run.costs]
+        self._launch_id = f"{writer.run.manifest.run_id}/{len({sample.launch_id for sample in timed}) + 1}"
+        self._calls_per_round = _calls_per_round(calls, lanes)
         whole = _whole_rounds(earlier, self._calls_per_round)
         self._num_done, self._timed_s = len(whole), sum(whole)
-        begun = [s.round for s in earlier if s.phase == "measure"] + [row.repeat for row in writer.run.generations]
+        begun = [s.round for s in timed if s.phase == "measure"] + [row.repeat for row in writer.run.generations]
         self._next_round = 1 + max(begun, default=-1)
 
     def run(self) -> None:
@@ -130,7 +161,7 @@ class _Session:
     def _warm_up(self) -> float | None:
         """Duration of a round by the last warm-up, everything around the timed calls included."""
         duration_s = None
-        with self._progress.track(self._plan.warmup_rounds * self._calls_per_round, "warm-up") as advance:
+        with self._progress.track(self._plan.warmup_rounds * self._steps_per_round, "warm-up") as advance:
             for number in range(self._plan.warmup_rounds):
                 began_s = time.monotonic()
                 self._round("warmup", number, advance)
@@ -142,23 +173,33 @@ class _Session:
         if round_s:
             num_left = max(num_left, round((self._plan.min_seconds - self._timed_s) / round_s))
             self._progress.note(f"estimated duration: about {duration_text(num_left * round_s)} for {num_left} rounds")
-        with self._progress.track(num_left * self._calls_per_round, "measure") as advance:
+        with self._progress.track(num_left * self._steps_per_round, "measure") as advance:
             while not self._is_enough():
                 self._timed_s += self._round("measure", self._next_round, advance)
                 self._next_round += 1
                 self._num_done += 1
 
+    @property
+    def _steps_per_round(self) -> int:
+        return self._calls_per_round + len(self._costs)
+
     def _is_enough(self) -> bool:
-        return self._num_done >= self._plan.min_rounds and self._timed_s >= self._plan.min_seconds
+        return _is_enough(self._plan, self._num_done, self._timed_s)
 
     def _round(self, phase: SpeedPhase, number: int, advance: Advance) -> float:
-        """Every lane times every call; seconds on the clock."""
+        """Every lane times every call, and every part is timed alone; seconds on the clock, without the parts."""
         order = random.Random(derive_seed(self._plan.seed, phase, number))
         positions = [(size, call) for size, calls in self._calls.items() for call in calls]
-        order.shuffle(positions)
+        steps: list[tuple[int, Call] | CostItem] = [*positions, *self._costs]
+        order.shuffle(steps)
         timed_s = 0.0
         gc.collect()
-        for size, call in positions:
+        for step in steps:
+            if isinstance(step, CostItem):
+                self._time_part(step, phase, number)
+                advance()
+                continue
+            size, call = step
             for lane in order.sample(self._lanes[size], len(self._lanes[size])):
                 started_at = now_text()
                 timing = lane.time(call, number)
@@ -166,6 +207,24 @@ class _Session:
                 timed_s += timing.wall_s
                 advance()
         return timed_s
+
+    def _time_part(self, item: CostItem, phase: SpeedPhase, number: int) -> None:
+        started_at = now_text()
+        sample = CostSample(
+            cell=item.cell,
+            launch_id=self._launch_id,
+            round=number,
+            phase=phase,
+            part=item.part,
+            replica=0,
+            batch_size=item.batch_size,
+            context_tokens=item.context_tokens,
+            block_size=item.block_size,
+            num_repeats=item.num_repeats,
+            wall_s=item.time(self._clock),
+            started_at=started_at,
+        )
+        self._writer.append(sample)
 
     def _write(self, lane: Lane, call: Call, phase: SpeedPhase, number: int, started_at: str, timing: Timing) -> None:
         # Generations first: a sample on disk then means that all of its call is.
