@@ -15,16 +15,9 @@ import numpy as np
 
 from twotower_eval.evidence.points import Measured, measured
 from twotower_eval.records import CostPart, CostSample
+from twotower_eval.stats.costs import needed_tokens_per_nfe, predicted_speedup
 from twotower_eval.stats.intervals import Floats
-from twotower_eval.stats.scaling import (
-    BlockCosts,
-    fit_layers,
-    layer_counts,
-    needed_rate,
-    round_draws,
-    round_estimate,
-    speedup_curve,
-)
+from twotower_eval.stats.scaling import fit_layers, layer_counts, round_draws, round_estimate
 from twotower_eval.stats.speedup import NULL_LEVEL
 from twotower_eval.store import Run
 
@@ -48,6 +41,21 @@ class StepCost:
     seconds: Measured
     floor_s: float | None
     num_experts_touched: float | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockCosts:
+    """Seconds of an AR step, a denoise step and a context pass, (Q,) each: as measured first, then bootstrap draws."""
+
+    ar_Q: Floats
+    denoise_Q: Floats
+    context_Q: Floats
+    block_size: int
+
+    def draw(self, row: int) -> dict[str, Any]:
+        """One row, as the statistics of costs want it."""
+        seconds = {"ar_step_s": self.ar_Q, "denoise_s": self.denoise_Q, "context_pass_s": self.context_Q}
+        return {"block_size": self.block_size, **{name: float(of_row[row]) for name, of_row in seconds.items()}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +83,9 @@ class RoutingCurve:
     break_even: Measured
     needed: Measured  # for CLAIMED_SPEEDUP
 
-    def speedups(self, rates_X: Sequence[float]) -> Floats:
-        """As measured, (X,)."""
-        curve: Floats = speedup_curve(self.costs, rates_X)[0]
-        return curve
+    def speedup(self, tokens_per_nfe: float) -> float:
+        """Of decoding, prefill left out."""
+        return predicted_speedup(tokens_per_nfe, **self.costs.draw(0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,15 +219,19 @@ class ScaleRun:
             denoise_Q=seconds(("denoise", 0, batch_size, block_size, routing, None)),
             context_Q=seconds(("context_pass", 0, batch_size, block_size, routing, None)),
             block_size=block_size,
-            num_rounds=len(self.rounds),
-            seed=SEED,
         )
 
     def _curve(self, batch_size: int, block_size: int, routing: str) -> RoutingCurve:
         costs = self._costs(batch_size, block_size, routing)
-        rates = (needed_rate(costs, speedup) for speedup in (1.0, CLAIMED_SPEEDUP))
-        break_even, needed = (measured(lambda rate_Q=rate_Q: costs.estimate(rate_Q)) for rate_Q in rates)  # type: ignore[misc]
+        break_even, needed = (self._needed(costs, speedup) for speedup in (1.0, CLAIMED_SPEEDUP))
         return RoutingCurve(routing=routing, costs=costs, break_even=break_even, needed=needed)
+
+    def _needed(self, costs: BlockCosts, speedup: float) -> Measured:
+        """Tokens per NFE that the speedup takes; a resample in which no rate gives it counts as infinitely many."""
+        figures = [needed_tokens_per_nfe(speedup, **costs.draw(row)) for row in range(len(costs.ar_Q))]
+        if figures[0].value is None:
+            return Measured(estimate=None, reason=figures[0].reason)
+        return self._measured(np.array([np.inf if f.value is None else f.value for f in figures]))
 
     def _block(self, item: Item) -> ForcedBlock:
         _, _, batch_size, block_size, routing, num_steps = item
@@ -238,8 +249,8 @@ class ScaleRun:
             profile=name,
             routing=routing,
             tokens_per_nfe=rate,
-            speedup=measured(lambda: costs.estimate(speedup_Q)),
-            predicted=float(speedup_curve(costs, [rate])[0, 0]),
+            speedup=self._measured(speedup_Q),
+            predicted=predicted_speedup(rate, **costs.draw(0)),
         )
 
     def _measured(self, values_Q: Floats, level: float = 0.95) -> Measured:

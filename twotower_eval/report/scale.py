@@ -122,17 +122,14 @@ def _needs(found: ScaleRun) -> str:
     rows = []
     for point in found.points:
         for curve in point.curves:
-            most = curve.speedups([point.block_size])[0]
-            needs = [_rate(value, point.block_size) for value in (curve.break_even, curve.needed)]
+            most = curve.speedup(point.block_size)
+            needs = [_rate(value) for value in (curve.break_even, curve.needed)]
             rows.append([count(point.batch_size), count(point.block_size), curve.routing, *needs, f"{most:.2f}x"])
     return table(header, rows)
 
 
-def _rate(value: Measured, block_size: int) -> str:
-    if value.estimate is None:
-        return escape(value.reason)
-    text = times(value).replace("x", "")
-    return text if value.estimate.value <= block_size else f"{text}: more than the block holds"
+def _rate(value: Measured) -> str:
+    return escape(value.reason) if value.estimate is None else times(value).replace("x", "")
 
 
 def _blocks(found: ScaleRun) -> str:
@@ -194,8 +191,8 @@ def _draw(figure: Figure, points: Sequence[ScalePoint], columns: int, dots: bool
 
 def _draw_band(axes: Axes, point: ScalePoint, dots: bool) -> None:
     """Three curves and the area between the outer ones; ``dots`` are whole blocks as measured."""
-    rates_X = np.geomspace(1, max(point.block_size, 1.01), NUM_RATES)
-    curves = {curve.routing: curve.speedups(list(rates_X)) for curve in point.curves}
+    rates_X = np.minimum(np.geomspace(1, point.block_size, NUM_RATES), point.block_size)
+    curves = {curve.routing: [curve.speedup(float(rate)) for rate in rates_X] for curve in point.curves}
     axes.fill_between(rates_X, curves["independent"], curves["shared"], color=COLOURS[0], alpha=0.13, linewidth=0)
     for index, (routing, speedups_X) in enumerate(curves.items()):
         axes.plot(rates_X, speedups_X, color=COLOURS[index], linewidth=1.3, label=f"{routing} experts")

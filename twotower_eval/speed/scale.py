@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from twotower_eval.speed import phases
 from twotower_eval.speed.clock import CallClock, Devices, torch_threads
 from twotower_eval.speed.cost_card import CostCard, cut, describe, graphs_needed, make_card, refuse_if_too_large
 from twotower_eval.speed.items import Item, Rig, make_items, make_rigs
+from twotower_eval.speed.loop import RoundLoop, whole_rounds
 from twotower_eval.speed.parts import measured_layers
 from twotower_eval.speed.probe import probe
 from twotower_eval.speed.profiles import Profile, even_profile, recorded_profiles
@@ -184,7 +184,7 @@ class _Touched:
         return self.counts[item]
 
 
-class _Session:
+class _Session(RoundLoop):
     """One launch: its warm-up and its rounds."""
 
     def __init__(
@@ -196,46 +196,26 @@ class _Session:
         clock: CallClock,
         progress: Progress,
     ) -> None:
-        self._plan, self._writer, self._groups, self._clock, self._progress = plan, writer, groups, clock, progress
+        self._plan, self._writer, self._groups, self._clock = plan, writer, groups, clock
         self._routing = routing
         self._touched = _Touched(routing, {})
         earlier = writer.run.costs
         self._launch_id = f"{writer.run.manifest.run_id}/{len({sample.launch_id for sample in earlier}) + 1}"
-        self._items_per_round = sum(map(len, groups))
-        whole = _whole_rounds(earlier, self._items_per_round)
-        self._num_done, self._timed_s = len(whole), sum(whole)
-        self._next_round = 1 + max((s.round for s in earlier if s.phase == "measure"), default=-1)
+        num_items = sum(map(len, groups))
+        super().__init__(
+            plan,
+            progress,
+            whole_s=whole_rounds(earlier, num_items),
+            next_round=1 + max((s.round for s in earlier if s.phase == "measure"), default=-1),
+            steps_per_round=num_items,
+        )
 
     def run(self) -> None:
         """Warm up, say how long it will take, and measure until there is enough."""
-        self._progress.note(f"{self._items_per_round} timed items a round, {self._num_done} whole rounds are there")
-        if not self._is_enough():
-            self._measure(self._warm_up())
+        self._progress.note(f"{self._steps_per_round} timed items a round, {self._num_done} whole rounds are there")
+        self._rounds()
         self._progress.note(f"{self._num_done} rounds, {duration_text(self._timed_s)} on the clock")
         self._writer.event("measured", num_rounds=self._num_done, timed_s=self._timed_s)
-
-    def _warm_up(self) -> float | None:
-        duration_s = None
-        with self._progress.track(self._plan.warmup_rounds * self._items_per_round, "warm-up") as advance:
-            for number in range(self._plan.warmup_rounds):
-                began_s = time.monotonic()
-                self._round("warmup", number, advance)
-                duration_s = time.monotonic() - began_s
-        return duration_s
-
-    def _measure(self, round_s: float | None) -> None:
-        num_left = max(0, self._plan.min_rounds - self._num_done)
-        if round_s:
-            num_left = max(num_left, round((self._plan.min_seconds - self._timed_s) / round_s))
-            self._progress.note(f"estimated duration: at most {duration_text(num_left * round_s)}")
-        with self._progress.track(num_left * self._items_per_round, "measure") as advance:
-            while not self._is_enough():
-                self._timed_s += self._round("measure", self._next_round, advance)
-                self._next_round += 1
-                self._num_done += 1
-
-    def _is_enough(self) -> bool:
-        return self._num_done >= self._plan.min_rounds and self._timed_s >= self._plan.min_seconds
 
     def _round(self, phase: SpeedPhase, number: int, advance: Advance) -> float:
         """Every item once; what is compared with each other lies close in time. Seconds on the clock."""
@@ -277,12 +257,3 @@ class _Session:
         )
         self._writer.append(sample)
         return wall_s
-
-
-def _whole_rounds(samples: Sequence[CostSample], items_per_round: int) -> list[float]:
-    """Seconds on the clock of every measured round that is complete."""
-    rounds: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for sample in samples:
-        if sample.phase == "measure":
-            rounds[sample.launch_id, sample.round].append(sample.wall_s)
-    return [sum(walls_s) for walls_s in rounds.values() if len(walls_s) == items_per_round]
