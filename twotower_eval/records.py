@@ -27,6 +27,18 @@ CheckOutcome = Literal["passed", "failed", "not_checked"]
 Verb = Literal["run", "speed", "verify"]
 Arm = Literal["baseline", "candidate"]
 Outcome = Literal["SUPPORTED", "REFUTED", "INCONCLUSIVE", "INVALID", "NOT_MEASURED"]
+Relation = Literal["at_least", "at_most", "equal"]
+Averaging = Literal["ratio_of_means", "mean_of_ratios"]
+Quantity = Literal[
+    "retention",
+    "decoder_exercised_retention",
+    "speedup_time",
+    "speedup_throughput",
+    "speedup_time_per_device",
+    "score",
+    "score_difference",
+    "joint",
+]
 
 Params = Mapping[str, "str | int | float | bool | None"]
 
@@ -326,31 +338,91 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Claim:
-    """A claim written down before measuring. ``operating_point`` is a full decoder spec with batch and devices."""
+class OperatingPoint:
+    """Where a claim holds: one full decoder setting and, for speed, how it was timed.
+
+    A decoder parameter that is not named has to be off (0, false, absent) in what is measured. ``dtype`` and
+    ``hardware`` (part of a device's name, such as ``H100``) are ``None`` where the claim leaves them open.
+    """
 
     name: str
-    quantity: str
+    decoder: DecoderSpec
+    batch_size: int | None = None
+    num_devices: int | None = None
+    workload: Literal["fixed", "answer"] | None = None
+    dtype: str | None = None
+    hardware: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateLimits:
+    """What has to hold before a claim can be SUPPORTED; the A/A null's limits are on the log scale.
+
+    ``degenerate_share``: how far the candidate's share of degenerate outputs may lie above the baseline's.
+    ``min_retention``: floor under which outputs are no answers, whatever their speed. Outside ``min_length_ratio`` to
+    ``max_length_ratio`` neither reading of a speedup suffices alone.
+    """
+
+    null_offset: float = 0.02
+    null_half_width: float = 0.03
+    null_share: float = 0.25
+    degenerate_share: float = 0.05
+    min_retention: float = 0.5
+    min_length_ratio: float = 0.9
+    max_length_ratio: float = 1.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim written down before measuring.
+
+    ``subject`` and ``baseline`` name checkpoints (or begin their digests; ``context-tower`` is the subject's own).
+    ``scope`` names the tasks of a quality claim. ``expected`` is a fraction of 1, or a factor for speedups;
+    ``margin`` is in the same unit, for speedups a share of ``expected``. A ``joint`` claim has ``parts``, the names
+    of other claims at the same point, and neither ``expected`` nor ``margin``.
+    """
+
+    name: str
+    quantity: Quantity
     subject: str
     baseline: str
-    scope: tuple[str, ...]
-    averaging: str
-    relation: Literal["at_least", "at_most", "equal"]
-    expected: float
-    margin: float
-    operating_point: Params
+    point: OperatingPoint
     source: str
+    scope: tuple[str, ...] = ()
+    averaging: Averaging = "ratio_of_means"
+    relation: Relation = "at_least"
+    expected: float | None = None
+    margin: float | None = None
+    parts: tuple[str, ...] = ()
+    limits: GateLimits = field(default_factory=GateLimits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """One thing that has to be in order before the evidence may speak; ``not_checked`` says why in ``detail``."""
+
+    name: str
+    outcome: CheckOutcome
+    detail: str
+    evidence: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the evidence says of a claim, and on which runs it rests."""
+    """What the evidence says of a claim, and on which runs it rests.
+
+    ``estimate`` is at level 0.90: either end is a one-sided 95 % bound. ``num_points`` operating points of the subject
+    were measured in the runs looked at, and the claim's own ``num_looks`` times.
+    """
 
     claim: str
     outcome: Outcome
     estimate: Estimate | None
     reason: str
     evidence: tuple[str, ...]
+    gates: tuple[Gate, ...] = ()
+    num_points: int = 0
+    num_looks: int = 0
 
 
 def canonical_json(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from twotower_eval import __version__
-from twotower_eval.cli import bench, data, report, run, speed, train, verify
+from twotower_eval.cli import bench, claims, data, report, run, speed, train, verify
 from twotower_eval.cli.runs import EXIT_INTERRUPTED
 
 TRACEBACK_VARIABLE = "TWOTOWER_EVAL_TRACEBACK"
@@ -32,6 +32,16 @@ app.command(help="Check a checkpoint, its kernels and its decoding before anythi
 app.command(help="Write a report with tables and plots from run folders; needs neither torch nor a GPU.")(report.report)
 app.command(help="Time the package's own machinery against what it replaces, side by side in one run.")(bench.bench)
 
+claims_app = typer.Typer(help="Judge claims that were written before measuring.", rich_markup_mode=None)
+claims_app.command(
+    help="Verdicts: exit code 0 supported, 3 refuted, 5 invalid, 4 inconclusive, 6 not measured; of several, the "
+    "first in the order refuted, invalid, inconclusive, not measured, supported."
+)(claims.check)
+claims_app.command(help="Recompute published numbers from one another; exit code 3 if a stated one does not follow.")(
+    claims.audit
+)
+app.add_typer(claims_app, name="claims")
+
 train_app = typer.Typer(help="Train the models that the project ships.", rich_markup_mode=None)
 train_app.command(help="Train the miniature pair from nothing; the same command goes on where it was stopped.")(
     train.miniature
@@ -51,7 +61,10 @@ def _global(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0; 2: mend the input; 5: a check failed; 130: Ctrl-C."""
+    """Run the command line and return its exit code: 0; 2: mend the input; 130: Ctrl-C.
+
+    ``verify`` ends with 5 where a check failed; ``claims`` with 3 to 6, as its help says.
+    """
     # Spinning OpenMP threads make small models many times slower where cores are shared; read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if argv is None else argv)

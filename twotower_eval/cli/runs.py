@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,9 +44,9 @@ def run_path(name: str, out: Path) -> Path:
     raise ValueError(f"{name!r} is no run: there is no {store.MANIFEST} in it or in {out / name}")
 
 
-def newest_of_each_verb(results: Path) -> list[Path]:
+def newest_of_each_verb(results: Path, verbs: Sequence[str] = ("run", "speed")) -> list[Path]:
     """What a reading verb reads when nothing is named."""
-    found = [store.find_runs(results, verb) for verb in ("run", "speed")]
+    found = [store.find_runs(results, verb) for verb in verbs]
     newest = [paths[0] for paths in found if paths]
     if not newest:
         raise ValueError(f"no runs in {results}: make one with `twotower-eval run`, or name run folders")

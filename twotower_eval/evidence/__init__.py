@@ -6,6 +6,7 @@ Claims judge it and reports show it; neither computes it again. Needs neither to
 from twotower_eval.evidence.clean import CleanQuality, CleanSpeed, Flagged
 from twotower_eval.evidence.costs import Costs
 from twotower_eval.evidence.degenerate import Flags
+from twotower_eval.evidence.measured import ArmsDifferError
 from twotower_eval.evidence.pareto import TradeOff
 from twotower_eval.evidence.points import Measured, PointKey, QualityPoint, TaskQuality
 from twotower_eval.evidence.runs import Runs
@@ -13,6 +14,7 @@ from twotower_eval.evidence.samples import Sample
 from twotower_eval.evidence.timing import SpeedPoint
 
 __all__ = [
+    "ArmsDifferError",
     "CleanQuality",
     "CleanSpeed",
     "Costs",

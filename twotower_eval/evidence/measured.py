@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from twotower_eval.records import Estimate
 
 
+class ArmsDifferError(ValueError):
+    """Baseline and candidate were not given the same: what they did cannot be compared."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """An estimate, or the reason why there is none."""

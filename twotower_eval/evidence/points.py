@@ -76,7 +76,7 @@ class MissingScore:
 
 @dataclass(frozen=True, kw_only=True)
 class QualityPoint:
-    """Quality at one operating point within one run."""
+    """Quality at one operating point within one run; ``scores`` are what retention rests on, ``None`` without any."""
 
     run_id: str
     complete: bool
@@ -94,6 +94,7 @@ class QualityPoint:
     baseline_counts: Counts
     flagged: Flagged
     clean: CleanQuality
+    scores: stats.PairedScores | None
 
     @property
     def key(self) -> PointKey:

@@ -13,6 +13,7 @@ from typing import Any
 from twotower_eval import stats
 from twotower_eval.evidence.clean import CleanQuality, clean_quality, flagged, flagged_documents, outputs
 from twotower_eval.evidence.counts import count
+from twotower_eval.evidence.measured import ArmsDifferError
 from twotower_eval.evidence.points import (
     Measured,
     MissingScore,
@@ -80,6 +81,7 @@ def _point(run: Run, cells: list[Cell], by_cell: dict[str, list[Score]]) -> Qual
         baseline_counts=count(generation for cell_id, generation in generations if cell_id in baseline_ids),
         flagged=flagged(by_arm[0], by_arm[1], clusters),
         clean=_clean(headline, [flagged_documents(arm) for arm in by_arm]),
+        scores=_scores(headline) if headline else None,
         **found_tasks,
     )
 
@@ -91,13 +93,14 @@ def _paired(run: Run, baseline: list[Score], candidate: list[Score]) -> tuple[li
     if alone and run.complete:
         task, doc_id, metric, _ = alone[0]
         where = f"task {task!r}, document {doc_id}, metric {metric!r}"
-        raise ValueError(f"run {run.manifest.run_id}: {where} is scored in one arm only: the runs are no pair")
+        raise ArmsDifferError(f"run {run.manifest.run_id}: {where} is scored in one arm only: the runs are no pair")
     pairs = [(by_key[0][key], by_key[1][key]) for key in sorted(by_key[0].keys() & by_key[1].keys())]
     for a, b in pairs:
         for name in ("doc_sha256", "prompt_sha256", "target_sha256", "cluster_id", "group", "headline"):
             if getattr(a, name) != getattr(b, name):
                 where = f"task {a.task!r}, document {a.doc_id}"
-                raise ValueError(f"run {run.manifest.run_id}: {where}: {name} differs between baseline and candidate")
+                what = f"{name} differs between baseline and candidate"
+                raise ArmsDifferError(f"run {run.manifest.run_id}: {where}: {what}")
     return pairs, len(alone)
 
 

@@ -25,6 +25,7 @@ from twotower_eval.evidence.clean import (
 from twotower_eval.evidence.costs import Costs, costs
 from twotower_eval.evidence.counts import Counts, count
 from twotower_eval.evidence.degenerate import Flags
+from twotower_eval.evidence.measured import ArmsDifferError
 from twotower_eval.evidence.points import Measured, PointKey, baseline_of, measured, point_key
 from twotower_eval.evidence.samples import Sample, answer_samples
 from twotower_eval.records import Cell, SpeedSample, canonical_json
@@ -46,7 +47,10 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedPoint:
-    """Speed of one candidate cell against its baseline cell; ``null`` is the baseline against itself."""
+    """Speed of one candidate cell against its baseline cell; ``null`` is the baseline against itself.
+
+    ``timed`` and ``null_timed`` are the calls that these figures rest on, for other levels.
+    """
 
     run_ids: tuple[str, ...]
     complete: bool
@@ -71,6 +75,8 @@ class SpeedPoint:
     costs: Costs
     samples: tuple[Sample, ...]
     warnings: tuple[str, ...]
+    timed: stats.TimedCalls
+    null_timed: stats.TimedCalls | None
 
     @property
     def key(self) -> PointKey:
@@ -135,7 +141,8 @@ def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
     length = measured(lambda: stats.speedup(timed, "length"))
     if length.estimate and not 0.9 <= length.estimate.value <= 1.1:
         warnings.append("the arms' outputs differ in length by more than a tenth: read S_throughput, not S_time alone")
-    null, time = _null(runs, baseline), measured(lambda: stats.speedup(timed))
+    null_timed = _null_calls(runs, baseline)
+    null, time = _null(null_timed), measured(lambda: stats.speedup(timed))
     by_arm = [_outputs(runs, cell, rounds) for cell in (baseline, candidate)]
     warnings += _null_warnings(null, time)
     return SpeedPoint(
@@ -162,6 +169,8 @@ def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
         costs=costs(runs, baseline, candidate, (samples[0], samples[1])),
         samples=answer_samples(runs, (baseline, candidate), (samples[0], samples[1])),
         warnings=tuple(warnings),
+        timed=timed,
+        null_timed=null_timed,
     )
 
 
@@ -182,14 +191,15 @@ def _check_prompts(runs: list[Run], baseline: Grid, candidate: Grid) -> None:
     calls = [{call for _, call in grid} for grid in (baseline, candidate)]
     # A killed run may have stopped before one arm saw a batch; that is no mismatch.
     if calls[0] != calls[1] and all(run.complete for run in runs):
-        raise ValueError(f"{_names(runs)}: baseline and candidate were timed on different prompts: they are no pair")
+        what = "baseline and candidate were timed on different prompts: they are no pair"
+        raise ArmsDifferError(f"{_names(runs)}: {what}")
     cells = {sample.cell for grid in (baseline, candidate) for sample in grid.values()}
     hashes: dict[tuple[str, int, int], str] = {}
     for row in (row for run in runs for row in run.generations if row.cell in cells):
         known = hashes.setdefault((row.task, row.doc_id, row.request_index), row.prompt_sha256)
         if known != row.prompt_sha256:
             where = f"task {row.task!r}, document {row.doc_id}"
-            raise ValueError(f"{_names(runs)}: {where}: prompt_sha256 differs between timed generations")
+            raise ArmsDifferError(f"{_names(runs)}: {where}: prompt_sha256 differs between timed generations")
 
 
 def _complete_rounds(*grids: Grid) -> tuple[list[Round], list[Call], int]:
@@ -216,14 +226,18 @@ def _timed(baseline: Grid, candidate: Grid, *, rounds: list[Round], calls: list[
     )
 
 
-def _null(runs: list[Run], baseline: Cell) -> Measured:
+def _null_calls(runs: list[Run], baseline: Cell) -> stats.TimedCalls | None:
+    """The baseline's two copies as the two arms; ``None`` where no round holds both."""
     grids = (_grid(runs, baseline, 0), _grid(runs, baseline, 1))
-    if not grids[1]:
-        return Measured(estimate=None, reason="the baseline was not timed against itself")
     rounds, calls, _ = _complete_rounds(*grids)
-    if not rounds:
-        return Measured(estimate=None, reason="no round holds both copies of the baseline")
-    timed = _timed(*grids, rounds=rounds, calls=calls, fixed=baseline.workload.kind == "fixed")
+    if not grids[1] or not rounds:
+        return None
+    return _timed(*grids, rounds=rounds, calls=calls, fixed=baseline.workload.kind == "fixed")
+
+
+def _null(timed: stats.TimedCalls | None) -> Measured:
+    if timed is None:
+        return Measured(estimate=None, reason="the baseline was not timed against itself in any whole round")
     return measured(lambda: stats.speedup(timed, level=stats.NULL_LEVEL))
 
 

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isclose, isfinite
-from typing import Literal
 
 from twotower_eval.records import Estimate, Outcome
+from twotower_eval.records import Relation as Relation
 
 DECISION_LEVEL = 0.90
 MIN_CLUSTERS = 20  # fewer cannot support a claim
 MIN_ROUNDS = 2  # a lone round cannot either: its variation is unknown
-
-Relation = Literal["at_least", "at_most", "equal"]
 
 
 @dataclass(frozen=True, kw_only=True)

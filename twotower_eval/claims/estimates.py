@@ -1,0 +1,78 @@
+"""A claim's quantity, estimated from the evidence at its point, with one-sided 95 % bounds on either side."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from twotower_eval import stats
+from twotower_eval.evidence import Measured, QualityPoint, SpeedPoint
+from twotower_eval.evidence.measured import measured
+from twotower_eval.records import Claim, Estimate
+from twotower_eval.stats.decide import DECISION_LEVEL
+
+MIN_DISCORDANT = 5  # fewer clusters that differ: no interval of a difference
+
+
+def quality_estimate(claim: Claim, point: QualityPoint) -> Estimate:
+    """The claim's quantity over its own scope, at the level that verdicts need; ValueError where there is none."""
+    scope = set(claim.scope)
+    if claim.quantity == "decoder_exercised_retention":
+        scope = {task.name for task in point.tasks if task.name in scope and task.exercises_decoder}
+    if point.scores is None or not scope:
+        raise ValueError("no task in scope is scored through the candidate's decoder")
+    scores = _within(point.scores, scope)
+    if claim.quantity == "score":
+        if len(set(scores.tasks)) > 1:
+            raise ValueError("a score is of one task without members: claim a retention over several")
+        return stats.mean_score(scores.candidate, scores.clusters, level=DECISION_LEVEL)
+    table = scores.table
+    draws = stats.draw_task_means(table)
+    if claim.quantity == "score_difference":
+        num_discordant, num_clusters = stats.num_discordant(table)
+        if num_discordant < MIN_DISCORDANT:
+            raise ValueError(f"{num_discordant} of {num_clusters} clusters differ: too few for an interval")
+        return stats.difference(table, draws, level=DECISION_LEVEL)
+    if claim.averaging == "mean_of_ratios":
+        return stats.mean_of_ratios(table, draws, level=DECISION_LEVEL)
+    return stats.retention(table, draws, level=DECISION_LEVEL)
+
+
+def _within(scores: stats.PairedScores, scope: set[str]) -> stats.PairedScores:
+    kept = [i for i, group in enumerate(scores.groups) if group in scope]
+    return stats.PairedScores(
+        tasks=[scores.tasks[i] for i in kept],
+        groups=[scores.groups[i] for i in kept],
+        clusters=[scores.clusters[i] for i in kept],
+        baseline=[scores.baseline[i] for i in kept],
+        candidate=[scores.candidate[i] for i in kept],
+    )
+
+
+def speed_readings(claim: Claim, point: SpeedPoint) -> list[Measured]:
+    """The reading that the claim means; behind it, where the arms' lengths differ much, the other one as well."""
+    time = measured(lambda: _scaled(claim, point, _speedup(point, "time")))
+    throughput = measured(lambda: _scaled(claim, point, _speedup(point, "throughput")))
+    both = [throughput, time] if claim.quantity == "speedup_throughput" else [time, throughput]
+    length, limits = point.length.estimate, claim.limits
+    alike = length is not None and limits.min_length_ratio <= length.value <= limits.max_length_ratio
+    return both[:1] if alike else both
+
+
+def _speedup(point: SpeedPoint, quantity: Literal["time", "throughput"]) -> Estimate:
+    return stats.speedup(point.timed, quantity, level=DECISION_LEVEL)
+
+
+def _scaled(claim: Claim, point: SpeedPoint, estimate: Estimate) -> Estimate:
+    if claim.quantity != "speedup_time_per_device":
+        return estimate
+    devices = point.baseline.workload.num_devices, point.candidate.workload.num_devices
+    if devices[0] is None or devices[1] is None:
+        raise ValueError("the run does not say how many devices each arm used")
+    return stats.per_device(estimate, baseline_devices=devices[0], candidate_devices=devices[1])
+
+
+def calls_speedup(claim: Claim, point: SpeedPoint, estimate: Estimate) -> Estimate:
+    """The speedup that a null is held against: that of the calls, not that per device."""
+    if claim.quantity != "speedup_time_per_device":
+        return estimate
+    return _speedup(point, "time")

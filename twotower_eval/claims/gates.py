@@ -1,0 +1,160 @@
+"""What has to be in order before evidence may speak. A failed gate makes a claim INVALID.
+
+A gate that could not be checked is said and, where a speedup would lean on it, keeps the claim from SUPPORTED:
+see ``NEEDED_FOR_SPEED``. Loops, padding and early ends are the fastest outputs there are, so a speedup always answers
+for the outputs that it was timed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from twotower_eval import stats
+from twotower_eval.claims.match import Evidence
+from twotower_eval.evidence import Measured, QualityPoint, SpeedPoint
+from twotower_eval.evidence.clean import Flagged
+from twotower_eval.evidence.measured import measured
+from twotower_eval.records import CheckOutcome, Estimate, Gate, GateLimits
+from twotower_eval.stats.decide import DECISION_LEVEL
+
+BROKEN = "fast and broken"
+NEEDED_FOR_SPEED = ("degenerate outputs", "answers are answers")
+
+
+def complete_gate(point: QualityPoint | SpeedPoint) -> Gate:
+    """The run went to its end: what is missing from it may not be missing by chance."""
+    run_ids = (point.run_id,) if isinstance(point, QualityPoint) else point.run_ids
+    detail = "the run went to its end" if point.complete else "the run did not go to its end: resume it"
+    return Gate(name="complete run", outcome="passed" if point.complete else "failed", detail=detail, evidence=run_ids)
+
+
+def scored_gate(point: QualityPoint, scope: Sequence[str]) -> Gate:
+    """No document of the scope was left out for want of a score: those left out need not be like the others."""
+    named = set(scope) | {member for task in point.tasks if task.name in scope for member, *_ in task.members}
+    gone = {(gap.task, doc) for gap in point.missing if gap.headline and gap.task in named for doc in gap.doc_ids}
+    detail = f"{len(gone)} documents have no score in one arm" if gone else "every document is scored in both arms"
+    return Gate(name="all scored", outcome="failed" if gone else "passed", detail=detail, evidence=(point.run_id,))
+
+
+def same_inputs_gate(differing: dict[str, str], run_ids: Sequence[str]) -> Gate:
+    """Both arms were given the same documents and prompts, by their hashes."""
+    if differing:
+        return Gate(
+            name="same inputs", outcome="failed", detail="; ".join(differing.values()), evidence=tuple(differing)
+        )
+    return Gate(name="same inputs", outcome="passed", detail="hashes agree between the arms", evidence=tuple(run_ids))
+
+
+def verify_gate(evidence: Evidence, digest: str) -> Gate:
+    """What the newest ``verify`` of the same weights found."""
+    runs = [run for run in evidence.runs if any(c.checkpoint.digest == digest for c in run.manifest.cells)]
+    found = [run for run in runs if run.manifest.verb == "verify" and run.checks]
+    if not found:
+        detail = "no verify run of these weights is among the runs: kernels and batches are taken on trust"
+        return Gate(name="verify", outcome="not_checked", detail=detail)
+    newest = found[-1]
+    failed = [check for check in newest.checks if check.outcome == "failed"]
+    unchecked = [check.name for check in newest.checks if check.outcome == "not_checked"]
+    detail = f"{len(newest.checks) - len(unchecked) - len(failed)} checks passed"
+    if unchecked:
+        detail += f", not checked: {', '.join(unchecked)}"
+    if failed:
+        detail = "failed: " + "; ".join(f"{check.name} ({check.detail})" for check in failed)
+    elif not newest.complete:
+        detail = f"verify did not go to its end; {detail}"
+    outcome: CheckOutcome = "failed" if failed else "passed" if newest.complete else "not_checked"
+    return Gate(name="verify", outcome=outcome, detail=detail, evidence=(newest.manifest.run_id,))
+
+
+def null_gate(point: SpeedPoint, others: Iterable[SpeedPoint], judged: Estimate, limits: GateLimits) -> Gate:
+    """PROTOCOL "Speed" 5: the baseline timed against itself is 1, and narrowly. A null that is missing fails.
+
+    Holm's correction goes over the nulls of all workloads and batch sizes among ``others``.
+    """
+    name, null = "A/A null", point.null.estimate
+    if null is None or point.null_timed is None:
+        detail = f"without a null no speedup can be trusted: {point.null.reason}"
+        return Gate(name=name, outcome="failed", detail=detail, evidence=point.run_ids)
+    pairs = {
+        (other.baseline.id, other.run_ids): other.null_timed
+        for other in (*others, point)
+        if other.null_timed is not None and other.null.estimate is not None
+    }
+    intervals = [lambda level, timed=timed: stats.speedup(timed, level=level) for timed in pairs.values()]
+    off = dict(zip(pairs, stats.off_nulls(intervals, offset=limits.null_offset), strict=True))
+    shown = f"{null.value:.3f} [{null.low:.3f}, {null.high:.3f}]"
+    if off[point.baseline.id, point.run_ids]:
+        detail = f"the baseline against itself is {shown}, off by more than {100 * limits.null_offset:g} %"
+        return Gate(name=name, outcome="failed", detail=detail, evidence=point.run_ids)
+    allowed = stats.NullLimits(offset=limits.null_offset, half_width=limits.null_half_width, share=limits.null_share)
+    half, widest = stats.half_width(null), stats.widest_null(judged, allowed)
+    if half > widest:
+        detail = f"the null {shown} is +-{100 * half:.1f} % wide, above {100 * widest:.1f} %: time more rounds"
+        return Gate(name=name, outcome="failed", detail=detail, evidence=point.run_ids)
+    return Gate(name=name, outcome="passed", detail=f"the baseline against itself is {shown}", evidence=point.run_ids)
+
+
+def degenerate_gate(point: SpeedPoint, quality: Sequence[QualityPoint], limits: GateLimits) -> Gate:
+    """The timed outputs are not loops, padding or nothing more often than the baseline's.
+
+    Outputs of the ``fixed`` workload go on past their end by design, so there the point's own answers are looked at.
+    """
+    seen = [(point.flagged, point.run_ids)] if point.workload == "answer" else []
+    seen += [(one.flagged, (one.run_id,)) for one in quality if not seen or not one.timed]
+    shares = [(*_shares(flagged), run_ids) for flagged, run_ids in seen if flagged.num_outputs]
+    name, run_ids = "degenerate outputs", tuple(run_id for *_, ids in shares for run_id in ids)
+    if not shares:
+        return Gate(name=name, outcome="not_checked", detail="no output of this point was kept, so none was looked at")
+    baseline, candidate, _ = max(shares, key=lambda share: share[1] - share[0])
+    detail = f"{100 * candidate:.1f} % of the outputs are degenerate, of the baseline's {100 * baseline:.1f} %"
+    if candidate - baseline > limits.degenerate_share:
+        return Gate(name=name, outcome="failed", detail=f"{BROKEN}: {detail}", evidence=run_ids)
+    return Gate(name=name, outcome="passed", detail=detail, evidence=run_ids)
+
+
+def _shares(flagged: Flagged) -> tuple[float, float]:
+    return flagged.baseline or 0.0, flagged.candidate or 0.0
+
+
+def floor_gate(quality: Sequence[QualityPoint], limits: GateLimits) -> Gate:
+    """The outputs are answers: their retention, on tasks that exercise the decoder, lies above the floor.
+
+    Fails where any upper bound lies below it. Passes on the timed answers' lower bound, where these are enough to
+    judge by, else on that of the same point's whole tasks.
+    """
+    name, floor = "answers are answers", limits.min_retention
+    found = [(one, exercised_retention(one)) for one in quality]
+    judged = [(one, est.estimate) for one, est in found if est.estimate is not None]
+    below = [(one, est) for one, est in judged if est.high < floor]
+    if below:
+        one, est = below[0]
+        detail = f"{BROKEN}: retention {_percent(est)} is below the floor of {100 * floor:g} %"
+        return Gate(name=name, outcome="failed", detail=detail, evidence=(one.run_id,))
+    enough = sorted((pair for pair in judged if pair[1].n >= stats.MIN_CLUSTERS), key=lambda pair: not pair[0].timed)
+    if not enough:
+        reasons = [str(est.reason) for _, est in found if est.reason] or ["no quality was measured at this point"]
+        if judged:
+            reasons = [f"retention rests on {judged[0][1].n} clusters, fewer than {stats.MIN_CLUSTERS}"]
+        detail = f"whether the outputs are answers is not known: {reasons[0]}"
+        return Gate(name=name, outcome="not_checked", detail=detail, evidence=tuple(one.run_id for one, _ in found))
+    one, est = enough[0]
+    if est.low <= floor:
+        detail = f"retention {_percent(est)} does not clear the floor of {100 * floor:g} %"
+        return Gate(name=name, outcome="not_checked", detail=detail, evidence=(one.run_id,))
+    detail = f"retention {_percent(est)} is above the floor of {100 * floor:g} %"
+    return Gate(name=name, outcome="passed", detail=detail, evidence=(one.run_id,))
+
+
+def exercised_retention(point: QualityPoint) -> Measured:
+    """Retention over the tasks that go through the decoder, with one-sided 95 % bounds."""
+    names = [task.name for task in point.tasks if task.exercises_decoder]
+    if point.scores is None or not names:
+        return Measured(estimate=None, reason="no task is scored through the candidate's decoder")
+    table = point.scores.table
+    weights_K = table.weights_K(names)
+    return measured(lambda: stats.retention(table, stats.draw_task_means(table), weights_K, level=DECISION_LEVEL))
+
+
+def _percent(estimate: Estimate) -> str:
+    low, value, high = (100 * number for number in (estimate.low, estimate.value, estimate.high))
+    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"

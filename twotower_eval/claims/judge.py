@@ -1,0 +1,252 @@
+"""Claims and evidence -> verdicts (PROTOCOL "Claims and verdicts").
+
+A failed gate is INVALID, no data at the claim's own operating point NOT_MEASURED; else the pure rule of
+``stats.decide`` speaks, on one-sided 95 % bounds. Where a point was measured several times the newest run is judged
+and the looks are counted. What cannot be computed is INCONCLUSIVE: an error is never a yes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from twotower_eval import stats
+from twotower_eval.claims import gates
+from twotower_eval.claims.estimates import calls_speedup, quality_estimate, speed_readings
+from twotower_eval.claims.files import SPEED_QUANTITIES, select
+from twotower_eval.claims.match import (
+    Evidence,
+    differing_at,
+    gather,
+    measured_points,
+    nearby,
+    quality_at,
+    same_point,
+    speed_at,
+)
+from twotower_eval.evidence import Measured, PointKey, QualityPoint, SpeedPoint
+from twotower_eval.evidence.measured import measured
+from twotower_eval.records import Claim, Estimate, Gate, Outcome, Verdict
+from twotower_eval.store import Run
+
+EXIT_CODES: Mapping[Outcome, int] = {
+    "REFUTED": 3,
+    "INVALID": 5,
+    "INCONCLUSIVE": 4,
+    "NOT_MEASURED": 6,
+    "SUPPORTED": 0,
+}  # in the order in which several outcomes make one
+
+
+def judge(claims: Sequence[Claim], runs: Sequence[Run], names: Sequence[str] = ()) -> tuple[Verdict, ...]:
+    """A verdict for each claim named (all without names), in the file's order."""
+    evidence = gather(runs)
+    wanted = select(claims, names)
+    needed = {claim.name for claim in wanted} | {part for claim in wanted for part in claim.parts}
+    single = {
+        claim.name: _judge_one(claim, evidence)
+        for claim in claims
+        if claim.name in needed and claim.quantity != "joint"
+    }
+    judged = [single.get(claim.name) or _joined(claim, [single[part] for part in claim.parts]) for claim in wanted]
+    return tuple(found.verdict for found in judged)
+
+
+def first_outcome(outcomes: Sequence[Outcome]) -> Outcome:
+    """The one that several together come to; nothing is NOT_MEASURED, never SUPPORTED."""
+    return next((outcome for outcome in EXIT_CODES if outcome in outcomes), "NOT_MEASURED")
+
+
+def exit_code(verdicts: Sequence[Verdict]) -> int:
+    """Of the first outcome present in the order refuted, invalid, inconclusive, not measured, supported."""
+    return EXIT_CODES[first_outcome([verdict.outcome for verdict in verdicts])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judged:
+    """A verdict and the weights and decoder that it is about."""
+
+    verdict: Verdict
+    key: PointKey | None
+
+
+def _judge_one(claim: Claim, evidence: Evidence) -> _Judged:
+    judge_it = _judge_speed if claim.quantity in SPEED_QUANTITIES else _judge_quality
+    judged = judge_it(claim, evidence)
+    return dataclasses.replace(
+        judged, verdict=dataclasses.replace(judged.verdict, num_points=measured_points(claim, evidence))
+    )
+
+
+def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:
+    found, differing = quality_at(claim, evidence), differing_at(claim, evidence, "run")
+    if differing and (not found or max(differing) > found[0].run_id):
+        return _invalid_inputs(claim, differing)
+    if not found:
+        return _not_measured(claim, nearby(claim, evidence.quality))
+    point = found[0]
+    checks = (
+        gates.complete_gate(point),
+        gates.same_inputs_gate({}, (point.run_id,)),
+        gates.scored_gate(point, claim.scope),
+        gates.verify_gate(evidence, point.candidate.checkpoint.digest),
+    )
+    estimated = measured(lambda: quality_estimate(claim, point))
+    num = None if estimated.estimate is None else estimated.estimate.n
+    return _ruled(claim, point, (point.run_id,), len(found), checks, [estimated], num_clusters=num)
+
+
+def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
+    found, differing = speed_at(claim, evidence), differing_at(claim, evidence, "speed")
+    if differing and (not found or max(differing) > max(found[0].run_ids)):
+        return _invalid_inputs(claim, differing)
+    if not found:
+        return _not_measured(claim, nearby(claim, evidence.speed))
+    point = found[0]
+    quality = same_point(evidence.quality, point.key)
+    readings = speed_readings(claim, point)
+    first = readings[0].estimate
+    checks = [gates.complete_gate(point), gates.same_inputs_gate({}, point.run_ids)]
+    if first is not None:
+        checks.append(gates.null_gate(point, evidence.speed, calls_speedup(claim, point, first), claim.limits))
+    checks.append(gates.degenerate_gate(point, quality, claim.limits))
+    checks.append(gates.floor_gate(quality, claim.limits))
+    checks.append(gates.verify_gate(evidence, point.candidate.checkpoint.digest))
+    num_looks = len({run_id for one in found for run_id in one.run_ids})
+    rounds = point.num_launches if stats.resamples_launches(point.timed.launches) else point.num_rounds
+    return _ruled(claim, point, point.run_ids, num_looks, tuple(checks), readings, num_rounds=rounds)
+
+
+def _ruled(
+    claim: Claim,
+    point: QualityPoint | SpeedPoint,
+    run_ids: tuple[str, ...],
+    num_looks: int,
+    checks: tuple[Gate, ...],
+    readings: Sequence[Measured],
+    *,
+    num_clusters: int | None = None,
+    num_rounds: int | None = None,
+) -> _Judged:
+    """The verdict of gates and readings. Several readings must all clear; the first one is the claim's own."""
+    outcome, reason = _outcome(claim, checks, readings, num_clusters, num_rounds)
+    evidence = sorted({*run_ids, *(run_id for gate in checks for run_id in gate.evidence)})
+    verdict = Verdict(
+        claim=claim.name,
+        outcome=outcome,
+        estimate=readings[0].estimate,
+        reason=reason,
+        evidence=tuple(evidence),
+        gates=checks,
+        num_looks=num_looks,
+    )
+    return _Judged(verdict=verdict, key=point.key)
+
+
+def _outcome(
+    claim: Claim,
+    checks: Sequence[Gate],
+    readings: Sequence[Measured],
+    num_clusters: int | None,
+    num_rounds: int | None,
+) -> tuple[Outcome, str]:
+    failed = [gate for gate in checks if gate.outcome == "failed"]
+    if failed:
+        return "INVALID", "; ".join(f"{gate.name}: {gate.detail}" for gate in failed)
+    decided: list[tuple[Outcome, str]] = []
+    for reading in readings:
+        if reading.estimate is None:
+            decided.append(("INCONCLUSIVE", str(reading.reason)))
+            continue
+        decided.append(_decided(claim, reading.estimate, num_clusters=num_clusters, num_rounds=num_rounds))
+    outcome, reason = decided[0]
+    if outcome != "SUPPORTED":
+        return outcome, reason
+    if len(decided) > 1 and decided[1][0] != "SUPPORTED":
+        other = "S_time" if claim.quantity == "speedup_throughput" else "S_throughput"
+        return "INCONCLUSIVE", f"the arms' outputs differ in length, so {other} has to clear too: {decided[1][1]}"
+    open_gates = [gate for gate in checks if gate.outcome == "not_checked" and gate.name in gates.NEEDED_FOR_SPEED]
+    if num_rounds is not None and open_gates:
+        return "INCONCLUSIVE", "; ".join(gate.detail for gate in open_gates)
+    return outcome, reason
+
+
+def _decided(
+    claim: Claim, estimate: Estimate, *, num_clusters: int | None, num_rounds: int | None
+) -> tuple[Outcome, str]:
+    """The pure rule; INCONCLUSIVE says how much evidence would decide."""
+    if claim.expected is None or claim.margin is None:
+        raise ValueError(f"claim {claim.name!r} has no expected value with its margin")
+    is_speed = claim.quantity in SPEED_QUANTITIES
+    relation, expected = claim.relation, claim.expected
+    margin = claim.margin * expected if is_speed else claim.margin
+    decision = stats.decide(
+        estimate,
+        relation=relation,
+        expected=expected,
+        margin=margin,
+        num_clusters=num_clusters,
+        num_rounds=num_rounds,
+    )
+    if decision.outcome != "INCONCLUSIVE":
+        return decision.outcome, decision.reason
+    needed = stats.still_needed(
+        estimate,
+        relation=relation,
+        expected=expected,
+        margin=margin,
+        n=num_rounds,
+        log_scale=is_speed,
+        least_n=stats.MIN_ROUNDS if is_speed else stats.MIN_CLUSTERS,
+    )
+    if needed.more is None or needed.total is None:
+        return "INCONCLUSIVE", f"{decision.reason}; {needed.reason}"
+    unit = "rounds" if is_speed else "clusters"
+    there = f"{needed.total - needed.more:,} were measured"
+    return "INCONCLUSIVE", f"{decision.reason}; about {needed.total:,} {unit} would decide, {there}"
+
+
+def _invalid_inputs(claim: Claim, differing: dict[str, str]) -> _Judged:
+    gate = gates.same_inputs_gate(differing, ())
+    verdict = Verdict(
+        claim=claim.name,
+        outcome="INVALID",
+        estimate=None,
+        reason=f"{gate.name}: {gate.detail}",
+        evidence=gate.evidence,
+        gates=(gate,),
+        num_looks=len(differing),
+    )
+    return _Judged(verdict=verdict, key=None)
+
+
+def _not_measured(claim: Claim, reason: str) -> _Judged:
+    verdict = Verdict(claim=claim.name, outcome="NOT_MEASURED", estimate=None, reason=reason, evidence=())
+    return _Judged(verdict=verdict, key=None)
+
+
+def _joined(claim: Claim, parts: Sequence[_Judged]) -> _Judged:
+    """All parts at one point: SUPPORTED only if each is, on the very same weights."""
+    verdicts = [part.verdict for part in parts]
+    outcome = first_outcome([verdict.outcome for verdict in verdicts])
+    reason = "; ".join(f"{verdict.claim} {said(verdict.outcome)}" for verdict in verdicts)
+    keys = {part.key for part in parts}
+    if outcome == "SUPPORTED" and len(keys) > 1:
+        outcome, reason = "NOT_MEASURED", f"the parts were measured on different weights, not at one point: {reason}"
+    verdict = Verdict(
+        claim=claim.name,
+        outcome=outcome,
+        estimate=None,
+        reason=reason,
+        evidence=tuple(sorted({run_id for one in verdicts for run_id in one.evidence})),
+        gates=tuple(gate for one in verdicts for gate in one.gates if gate.outcome == "failed"),
+        num_points=max((one.num_points for one in verdicts), default=0),
+        num_looks=max((one.num_looks for one in verdicts), default=0),
+    )
+    return _Judged(verdict=verdict, key=next(iter(keys), None))
+
+
+def said(outcome: Outcome) -> str:
+    """An outcome as it is printed."""
+    return outcome.replace("_", " ")

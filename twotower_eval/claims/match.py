@@ -1,0 +1,179 @@
+"""The evidence at a claim's own operating point: exactly there, never merely near it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from twotower_eval.evidence import ArmsDifferError, PointKey, QualityPoint, SpeedPoint
+from twotower_eval.evidence.naming import checkpoint_name, long_name
+from twotower_eval.evidence.quality import quality_points
+from twotower_eval.evidence.timing import speed_points
+from twotower_eval.records import Cell, Checkpoint, Claim
+from twotower_eval.store import Run
+
+CONTEXT_TOWER = "context-tower"
+MIN_DIGEST = 8  # hex digits of a digest that name a checkpoint
+SHOWN = 4
+UNSTATED = (None, False, 0, 0.0)
+WITHOUT_EFFECT = ("trace",)  # keeps a record of decoding and changes nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Every run, the points of those that can be compared, and why others cannot (run id -> reason)."""
+
+    runs: tuple[Run, ...]
+    quality: tuple[QualityPoint, ...]
+    speed: tuple[SpeedPoint, ...]
+    differing: Mapping[str, str]
+
+
+def gather(runs: Sequence[Run]) -> Evidence:
+    """Points of all runs; a run whose arms were not given the same speaks for nothing, and is named."""
+    ordered = sorted(runs, key=lambda run: run.manifest.run_id)
+    differing: dict[str, str] = {}
+    quality: list[QualityPoint] = []
+    for run in ordered:
+        try:
+            quality += quality_points(run)
+            speed_points([run])
+        except ArmsDifferError as error:
+            differing[run.manifest.run_id] = str(error)
+    kept = [run for run in ordered if run.manifest.run_id not in differing]
+    try:
+        speed = speed_points(kept)[0]
+    except ArmsDifferError as error:  # each run agrees with itself, but what was pooled does not
+        timed = [run.manifest.run_id for run in kept if run.speed]
+        return _without(kept, quality, differing | dict.fromkeys(timed, str(error)))
+    return Evidence(runs=tuple(ordered), quality=_agreeing(quality, differing), speed=speed, differing=differing)
+
+
+def _without(runs: Sequence[Run], quality: Sequence[QualityPoint], differing: Mapping[str, str]) -> Evidence:
+    return Evidence(runs=tuple(runs), quality=_agreeing(quality, differing), speed=(), differing=differing)
+
+
+def _agreeing(points: Iterable[QualityPoint], differing: Mapping[str, str]) -> tuple[QualityPoint, ...]:
+    return tuple(point for point in points if point.run_id not in differing)
+
+
+def quality_at(claim: Claim, evidence: Evidence) -> list[QualityPoint]:
+    """Quality at the claim's decoder, with its whole scope: whole tasks before timed answers, newest first."""
+    found = [
+        point
+        for point in evidence.quality
+        if _cell_fits(claim, point.candidate) and names_baseline(claim, point.baseline.checkpoint)
+        if set(claim.scope) <= {task.name for task in point.tasks}
+    ]
+    return sorted(sorted(found, key=lambda point: point.run_id, reverse=True), key=lambda point: point.timed)
+
+
+def speed_at(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
+    """Speed at the claim's whole operating point, newest first."""
+    found = [
+        point
+        for point in evidence.speed
+        if _cell_fits(claim, point.candidate) and names_baseline(claim, point.baseline.checkpoint)
+        if _timing_fits(claim, point) and _hardware_fits(claim, point, evidence)
+    ]
+    return sorted(found, key=lambda point: max(point.run_ids), reverse=True)
+
+
+def differing_at(claim: Claim, evidence: Evidence, verb: str) -> dict[str, str]:
+    """Runs of the verb with the claim's point in their plan whose arms were not given the same."""
+    return {
+        run.manifest.run_id: evidence.differing[run.manifest.run_id]
+        for run in evidence.runs
+        if run.manifest.run_id in evidence.differing and run.manifest.verb == verb
+        if any(cell.arm == "candidate" and _cell_fits(claim, cell) for cell in run.manifest.cells)
+    }
+
+
+def same_point(quality: Iterable[QualityPoint], key: PointKey) -> list[QualityPoint]:
+    """Quality of the very weights and decoder of another point."""
+    return [point for point in quality if point.key == key]
+
+
+def names_subject(claim: Claim, checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is the one that the claim is about."""
+    return _names(claim.subject, checkpoint)
+
+
+def names_baseline(claim: Claim, checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is the claim's baseline; ``context-tower`` is the subject's own context tower."""
+    if claim.baseline == CONTEXT_TOWER:
+        return checkpoint.tower == "context"
+    return _names(claim.baseline, checkpoint)
+
+
+def _names(name: str, checkpoint: Checkpoint) -> bool:
+    by_digest = len(name) >= MIN_DIGEST and checkpoint.digest.startswith(name.lower())
+    return by_digest or name in (checkpoint.name, checkpoint_name(checkpoint))
+
+
+def _cell_fits(claim: Claim, cell: Cell) -> bool:
+    wanted, decoder = claim.point.decoder, cell.decoder
+    if not names_subject(claim, cell.checkpoint) or decoder.kind != wanted.kind:
+        return False
+    if claim.point.dtype not in (None, cell.checkpoint.dtype):
+        return False
+    if any(name not in decoder.params or decoder.params[name] != value for name, value in wanted.params.items()):
+        return False
+    rest = {name: value for name, value in decoder.params.items() if name not in wanted.params}
+    return all(value in UNSTATED for name, value in rest.items() if name not in WITHOUT_EFFECT)
+
+
+def _timing_fits(claim: Claim, point: SpeedPoint) -> bool:
+    workload = point.candidate.workload
+    asked = (claim.point.batch_size, claim.point.num_devices, claim.point.workload)
+    return asked == (point.batch_size, workload.num_devices, point.workload)
+
+
+def _hardware_fits(claim: Claim, point: SpeedPoint, evidence: Evidence) -> bool:
+    if claim.point.hardware is None:
+        return True
+    machines = [run.manifest.machine for run in evidence.runs if run.manifest.run_id in point.run_ids]
+    described = [str(device.get("name", device)) for machine in machines for device in machine.get("devices", [])]
+    return bool(described) and all(claim.point.hardware.lower() in text.lower() for text in described)
+
+
+def measured_points(claim: Claim, evidence: Evidence) -> int:
+    """Different operating points of the claim's subject in all runs: decoders, and for speed how they were timed."""
+    points: list[QualityPoint | SpeedPoint] = [*evidence.quality, *evidence.speed]
+    decoders = {point.key for point in points if names_subject(claim, _of(point))}
+    timed = {
+        (point.key, point.workload, point.batch_size) for point in evidence.speed if names_subject(claim, _of(point))
+    }
+    return max(len(decoders), len(timed))
+
+
+def nearby(claim: Claim, points: Sequence[QualityPoint | SpeedPoint]) -> str:
+    """In words, what was measured instead: points of the same subject, nearest first; else the other subjects."""
+    own = [point for point in points if names_subject(claim, _of(point))]
+    if not own:
+        others = sorted({checkpoint_name(_of(point)) for point in points})
+        return f"measured were only {', '.join(others)}" if others else "nothing of the kind was measured"
+    ordered = list(dict.fromkeys(_described(point) for point in sorted(own, key=lambda p: _num_apart(claim, p))))
+    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
+    return f"measured were: {'; '.join(ordered[:SHOWN])}{more}"
+
+
+def _num_apart(claim: Claim, point: QualityPoint | SpeedPoint) -> int:
+    """In how many settings a point differs from the claim's."""
+    params = point.candidate.decoder.params
+    apart = sum(params.get(name) != value for name, value in claim.point.decoder.params.items())
+    return apart + (isinstance(point, SpeedPoint) and not _timing_fits(claim, point))
+
+
+def _described(point: QualityPoint | SpeedPoint) -> str:
+    cell = point.candidate
+    parts = [long_name(cell.decoder) or cell.decoder.kind, cell.checkpoint.dtype]
+    if isinstance(point, SpeedPoint):
+        parts += [f"{point.workload} workload", f"batch {point.batch_size}", f"{cell.workload.num_devices} device(s)"]
+    else:
+        parts.append("on " + ", ".join(task.name for task in point.tasks))
+    return ", ".join(parts)
+
+
+def _of(point: QualityPoint | SpeedPoint) -> Checkpoint:
+    return point.candidate.checkpoint

@@ -1,0 +1,49 @@
+"""Values out of TOML tables, with errors that say where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from twotower_eval.names import did_you_mean
+
+_WORDS = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    dict: "a table",
+    list: "a list",
+    bool: "true or false",
+}
+_NEEDED: Any = object()
+
+
+def within(where: str, table: Any, known: Iterable[str]) -> None:
+    """ValueError for what is no table, and for a key that is not known, with a near-miss hint."""
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{where} must be a table")
+    names = list(known)
+    for key in table:
+        if key not in names:
+            raise ValueError(f"{where}: unknown key {key!r}{did_you_mean(key, names)}")
+
+
+def value_of(where: str, table: Mapping[str, Any], key: str, kind: type[Any], default: Any = _NEEDED) -> Any:
+    """The value of a key, of the type asked for; a whole number is a number, a truth value is neither."""
+    if key not in table:
+        if default is _NEEDED:
+            raise ValueError(f"{where}: {key} is missing")
+        return default
+    value: Any = table[key]
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{where}: {key} must be {_WORDS[kind]}, not {value!r}")
+    return float(value) if kind is float else value
+
+
+def texts(where: str, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """A list of different texts, empty without the key."""
+    found = value_of(where, table, key, list, [])
+    if not all(isinstance(item, str) for item in found) or len(set(found)) != len(found):
+        raise ValueError(f"{where}: {key} must be a list of different texts")
+    return tuple(found)
