@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, tiny_pair
+from tiny_models import ARCHITECTURES, VOCAB, tiny_config, tiny_pair
 
 from twotower_eval import make_decoder
 from twotower_eval.models import graphs
-from twotower_eval.models.graphs import StepGraphs, use_graphs
+from twotower_eval.models.checkpoint import build
+from twotower_eval.models.graphs import DenoiseStep, ExtendStep, StepGraphs, use_graphs
 from twotower_eval.records import Prompt
 
 
@@ -90,3 +91,18 @@ def test_graphs_need_a_gpu():
     with pytest.raises(ValueError, match="CUDA graphs need CUDA devices, a tower is on cpu"):
         use_graphs(tiny_pair())
     assert tiny_pair().graphs is None
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("num_new", [1, 8])
+@torch.inference_mode()
+def test_no_step_asks_the_device_anything(name, num_new):
+    """On the meta device nothing has a value: whatever would wait for one fails there, as it would in a capture."""
+    pair = build(tiny_config(name), "pair", torch.bfloat16, ("meta",))
+    extend = ExtendStep(pair.context_tower, 2, num_new, 256, None)
+    hidden_BH, new_keys, _ = extend.launch()
+    assert hidden_BH.shape == (2, 32)
+    assert sorted(new_keys) == [i for i, kind in enumerate(pair.config.pattern) if kind == "*"]
+    for timed in (True, False):
+        denoise = DenoiseStep(pair.denoiser, pair.config, 2, num_new, 256, timed, None)
+        assert denoise.launch().shape == (2, num_new, VOCAB)

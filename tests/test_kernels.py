@@ -176,3 +176,13 @@ def test_wrappers_equal_the_reference_when_called_by_themselves():
     weight, bias = torch.randn(6, 4), torch.randn(6)
     ours = conv.conv_by_kernel(u, state, weight, bias, correct_convolution)
     torch.testing.assert_close(ours, conv.causal_conv_reference(u, state, weight, bias))
+
+
+def test_paths_for_gpus_ask_the_device_nothing():
+    x, up, down = (
+        torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((7, 16), (5, 24, 16), (5, 16, 24))
+    )
+    chosen = torch.empty(7, 2, dtype=torch.int64, device="meta")
+    weights = torch.empty(7, 2, device="meta")
+    assert moe.experts_padded(x, chosen, weights, up, down).shape == (7, 16)
+    assert moe.experts_grouped(x, chosen, weights, up, down, functional.grouped_mm).shape == (7, 16)
