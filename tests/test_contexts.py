@@ -141,6 +141,26 @@ def test_selection_keeps_order_and_repeats(name: str) -> None:
 
 
 @EVERY_MODEL
+@pytest.mark.parametrize("first", [[5, 2, 7], [1], [0, 3]])
+@pytest.mark.parametrize("second", [[9, 4], [1], [0]])
+def test_joined_rows_are_those_of_both(name: str, first: list[int], second: list[int]) -> None:
+    """Contexts of any lengths, the empty one too, joined and extended; neither part changes."""
+    model, rows = tiny_pair(name), ids(5, 9)
+    parts = [model.prefill(rows[: len(first)], first), model.prefill(rows[3 : 3 + len(second)], second)]
+    before = [answers(model, part) for part in parts]
+    joined = parts[0].join(parts[1])
+    assert joined.lengths == (*first, *second)
+    assert torch.allclose(answers(model, joined), torch.cat(before), atol=ATOL)
+    new = ids(joined.batch_size, K, seed=2)
+    grown = model.extend(joined, new)
+    for part, before_BKV in zip(parts, before, strict=True):
+        assert torch.equal(answers(model, part), before_BKV)
+    for i, row in enumerate([*range(len(first)), *range(3, 3 + len(second))]):
+        tokens = rows[row, : joined.lengths[i]].tolist() + new[i].tolist()
+        assert torch.allclose(answers(model, grown)[i], alone(model, tokens), atol=ATOL)
+
+
+@EVERY_MODEL
 def test_context_logits_of_unequal_rows(name: str) -> None:
     """All positions or each row's last n; rows shorter than n repeat their first position on the left."""
     model, lengths, rows = tiny_pair(name), [6, 2, 4], ids(3, 6)

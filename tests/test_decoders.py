@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, VOCAB, Pieces, tiny_pair
 
-from twotower_eval.decoders import make_decoder
+from twotower_eval.decoders import DECODERS, make_decoder
+from twotower_eval.models.counting import WatchedModel
 from twotower_eval.records import Generation, Prompt
 
 EVERY_MODEL = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -38,6 +40,15 @@ block_params = st.fixed_dictionaries(
         "threshold": st.sampled_from([0.0, 0.1, 0.3, 0.6, 1.0]),
     }
 )
+ANY_CALL: dict[str, st.SearchStrategy[Any]] = {
+    "prompts": prompt_lists,
+    "budget": budgets,
+    "params": block_params,
+    "temperature": temperatures,
+    "eos": eos_sets,
+    "stop": stop_lists,
+    "kind": st.sampled_from(KINDS),
+}
 
 
 def model_with_text(name: str) -> Any:
@@ -67,15 +78,7 @@ def assert_same(ours: Generation, other: Generation) -> None:
 
 @EVERY_MODEL
 @FEW
-@given(
-    prompts=prompt_lists,
-    budget=budgets,
-    params=block_params,
-    temperature=temperatures,
-    eos=eos_sets,
-    stop=stop_lists,
-    kind=st.sampled_from(KINDS),
-)
+@given(**ANY_CALL)
 def test_a_row_gives_in_a_batch_what_it_gives_alone(
     name: str,
     prompts: list[Prompt],
@@ -98,15 +101,99 @@ def test_a_row_gives_in_a_batch_what_it_gives_alone(
 
 @EVERY_MODEL
 @FEW
-@given(
-    prompts=prompt_lists,
-    budget=budgets,
-    params=block_params,
-    temperature=temperatures,
-    eos=eos_sets,
-    stop=stop_lists,
-    kind=st.sampled_from(KINDS),
-)
+@given(**ANY_CALL, width=st.integers(1, 4), order=st.randoms(use_true_random=False))
+def test_neither_width_nor_order_changes_a_row(
+    name: str,
+    prompts: list[Prompt],
+    budget: int,
+    params: dict[str, Any],
+    temperature: float,
+    eos: Sequence[int],
+    stop: Sequence[str],
+    kind: str,
+    width: int,
+    order: random.Random,
+) -> None:
+    """Prompts that take the places of finished ones give what they give alone, in every field; each is heard of once,
+    when it finishes; and every row that a forward serves is one of some generation's forwards."""
+    more = {**params, "trace": True} if kind == "block_diffusion" else {}
+    model = WatchedModel(model_with_text(name))
+    decoder = make_decoder(model, kind, temperature=temperature, **more)
+    arguments: dict[str, Any] = {"max_new_tokens": budget, "eos_token_ids": eos, "stop": stop}
+    alone = {prompt.id: decoder.generate([prompt], **arguments)[0] for prompt in prompts}
+    order.shuffle(prompts)
+    for forwards in (model.prefills, model.extensions, model.denoisings):
+        forwards.rows.clear()
+    heard: list[Generation] = []
+    together = decoder.generate(prompts, max_batch_size=width, on_finish=heard.append, **arguments)
+    assert [g.prompt_id for g in together] == [prompt.id for prompt in prompts]
+    assert sorted(map(id, heard)) == sorted(map(id, together))
+    for ours in together:
+        assert_same(ours, alone[ours.prompt_id])
+    assert max(model.prefills.rows + model.extensions.rows + model.denoisings.rows) <= width
+    assert sum(model.denoisings.rows) == sum(g.num_denoiser_forwards for g in together)
+    context_rows = sum(model.prefills.rows + model.extensions.rows)
+    assert context_rows == sum(g.num_context_forwards for g in together)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_free_place_is_taken_at_once(kind: str) -> None:
+    """As long as prompts wait, every step serves as many rows as there is room for, whenever its rows began."""
+    model = WatchedModel(tiny_pair())
+    prompts = [Prompt(id=str(i), token_ids=tuple(range(1, 2 + i % 9)), seed=i) for i in range(40)]
+    more = {"block_size": 4, "threshold": 0.3} if kind == "block_diffusion" else {}
+    decoder = make_decoder(model, kind, temperature=0.9, **more)
+    finished = 0
+    full_until: list[int] = []
+    steps = model.extensions if kind == "autoregressive" else model.denoisings
+
+    def on_finish(_: Generation) -> None:
+        nonlocal finished
+        finished += 1
+        if finished == len(prompts) - 3:
+            full_until.append(len(steps.rows))
+
+    generations = decoder.generate(
+        prompts, max_new_tokens=40, eos_token_ids=(1, 2), max_batch_size=4, on_finish=on_finish
+    )
+    assert len({g.num_tokens for g in generations}) > 3
+    if kind != "autoregressive":  # there the first token comes with the prompt: new rows may finish without a step
+        assert set(steps.rows[: full_until[0]]) == {4}
+    share = steps.share(4)
+    assert share is not None
+    assert 0.8 < share <= 1
+
+
+def test_rows_that_depend_on_their_neighbours_keep_them() -> None:
+    """With the batch's mean mask fraction, batches run one after the other: each as if it were alone."""
+    prompts = [Prompt(id=str(i), token_ids=(5 + i, 6, 7 + 3 * i)) for i in range(5)]
+    decoder = make_decoder(tiny_pair(), "block_diffusion", batch_mean_t=True, block_size=6, threshold=0.4)
+    together = decoder.generate(prompts, max_new_tokens=24, max_batch_size=2)
+    apart = [g for i in (0, 2, 4) for g in decoder.generate(prompts[i : i + 2], max_new_tokens=24)]
+    assert together == apart
+    assert together != decoder.generate(prompts, max_new_tokens=24)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_each_row_is_heard_of_when_it_finishes(kind: str) -> None:
+    prompts = [Prompt(id=str(i), token_ids=(5, 6 + i)) for i in range(4)]
+    heard: list[Generation] = []
+    decoder = make_decoder(tiny_pair(), kind)
+    generations = decoder.generate(prompts, max_new_tokens=5, max_batch_size=2, on_finish=heard.append)
+    assert [g.prompt_id for g in generations] == ["0", "1", "2", "3"]
+    assert sorted(heard, key=lambda g: g.prompt_id) == generations
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize("width", [0, -1, 2.0, True])
+def test_bad_batch_sizes(kind: str, width: Any) -> None:
+    with pytest.raises(ValueError, match="max_batch_size must be a whole number of at least 1"):
+        make_decoder(tiny_pair(), kind).generate([], max_new_tokens=4, max_batch_size=width)
+
+
+@EVERY_MODEL
+@FEW
+@given(**ANY_CALL)
 def test_the_slow_decoder_agrees(
     name: str,
     prompts: list[Prompt],

@@ -39,6 +39,7 @@ class Replay:
 
     tokenizer = None
     has_denoiser = True
+    joins_contexts = True
 
     def __init__(self, name: str, first_row: int = 0) -> None:
         self.mask_token_id = CASES[name]["mask_token_id"]

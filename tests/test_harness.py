@@ -302,24 +302,24 @@ def test_resume_may_raise_the_limit(plan: RunPlan, tmp_path: Path) -> None:
 
 
 class _Interrupting:
-    """Counts prompts and raises Ctrl-C at the nth batch of block diffusion."""
+    """Keeps the prompts that are answered and raises Ctrl-C before the nth answer of block diffusion."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, at_batch: int | None = None) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at_answer: int | None = None) -> None:
         from twotower_eval.decoders.block_diffusion import BlockDiffusion
         from twotower_eval.decoders.likelihood import CausalScorer
 
         self.prompts: list[str] = []
         self.scored = 0
         generate, score = BlockDiffusion.generate, CausalScorer.score
-        batches = 0
 
-        def counted(decoder: Any, prompts: Sequence[Prompt], **options: Any) -> Any:
-            nonlocal batches
-            batches += 1
-            if batches == at_batch:
-                raise KeyboardInterrupt
-            self.prompts += [prompt.id for prompt in prompts]
-            return generate(decoder, prompts, **options)
+        def counted(decoder: Any, prompts: Sequence[Prompt], *, on_finish: Any, **options: Any) -> Any:
+            def finished(generation: Generation) -> None:
+                if len(self.prompts) + 1 == at_answer:
+                    raise KeyboardInterrupt
+                self.prompts.append(generation.prompt_id)
+                on_finish(generation)
+
+            return generate(decoder, prompts, on_finish=finished, **options)
 
         def counted_score(scorer: Any, requests: Sequence[Any]) -> Any:
             self.scored += len(requests)
@@ -329,16 +329,18 @@ class _Interrupting:
         monkeypatch.setattr(CausalScorer, "score", counted_score)
 
 
-@pytest.mark.parametrize("at_batch", [1, 2, 3])
-def test_resume_recomputes_nothing_and_gives_the_same_scores(plan: RunPlan, tmp_path: Path, at_batch: int) -> None:
+@pytest.mark.parametrize("at_answer", [1, 2, 3, 5])
+def test_resume_recomputes_nothing_and_gives_the_same_scores(plan: RunPlan, tmp_path: Path, at_answer: int) -> None:
+    """What was finished before Ctrl-C is in the journal, though its batch was not."""
     plan = dataclasses.replace(plan, batch_size=2, limit=5)
     whole = harness.run(plan, root=tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
-        first = _Interrupting(patch, at_batch)
+        first = _Interrupting(patch, at_answer)
         with pytest.raises(KeyboardInterrupt):
             harness.run(plan, root=tmp_path)
     [path] = store.find_runs(tmp_path)
     assert not store.load(path).complete
+    assert len(first.prompts) == at_answer - 1
     with pytest.MonkeyPatch.context() as patch:
         second = _Interrupting(patch)
         harness.run(plan, root=tmp_path, resume=path)
@@ -399,12 +401,14 @@ from pathlib import Path
 from twotower_eval import harness
 from twotower_eval.decoders.block_diffusion import BlockDiffusion
 from twotower_eval.plan import RunPlan
-generate, batches = BlockDiffusion.generate, []
-def killed(decoder, prompts, **options):
-    batches.append(0)
-    if len(batches) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return generate(decoder, prompts, **options)
+generate, answers = BlockDiffusion.generate, []
+def killed(decoder, prompts, *, on_finish, **options):
+    def finished(generation):
+        answers.append(0)
+        if len(answers) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        on_finish(generation)
+    return generate(decoder, prompts, on_finish=finished, **options)
 BlockDiffusion.generate = killed
 plan = RunPlan(model=sys.argv[1], tasks=("miniature_sort", "miniature_choice"), limit=6, max_new_tokens=12,
                block_sizes=(4,), batch_size=2)

@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "speed": {"plan", "store", "journal", "environment", "progress", *PRODUCING},
     "verify": {"plan", "store", "environment", *PRODUCING},
     "miniature": {"plan", "progress", "journal", "environment", *PRODUCING},
-    "bench": {"environment", "speed", *PRODUCING},
+    "bench": {"environment", "plan", "suites", "speed", *PRODUCING},
     "stats": {"store"},
     "evidence": {"store", "stats"},
     "claims": {"plan", "store", "stats", "evidence"},

@@ -14,6 +14,7 @@ from torch import Tensor
 from twotower_eval.decoders import make_decoder, make_scorer
 from twotower_eval.decoders.likelihood import ScoreRequest
 from twotower_eval.models import load_model
+from twotower_eval.models.counting import WatchedModel
 from twotower_eval.records import Prompt
 
 ATOL = 2e-5
@@ -70,6 +71,25 @@ def test_a_row_gives_in_a_batch_what_it_gives_alone(name: str, temperature: floa
 
 
 @EVERY_MODEL
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_neither_width_nor_order_changes_a_row(name: str, width: int, models: dict[str, Any]) -> None:
+    """Attention caches are joined as rows finish; states cannot be, so there each batch ends before the next begins."""
+    model = WatchedModel(models[name])
+    decoder = make_decoder(model, "autoregressive", temperature=0.9)
+    prompts = [Prompt(id=str(i), token_ids=tuple(row), seed=i) for i, row in enumerate([*ROWS, *ROWS])]
+    arguments: dict[str, Any] = {"max_new_tokens": 14, "eos_token_ids": range(2, 12)}
+    alone = {prompt.id: decoder.generate([prompt], **arguments)[0] for prompt in prompts}
+    assert len({g.num_tokens for g in alone.values()}) > 3
+    for order in (prompts, prompts[::-1]):
+        model.prefills.rows.clear()
+        together = decoder.generate(order, max_batch_size=width, **arguments)
+        assert together == [alone[prompt.id] for prompt in order]
+        assert model.joins_contexts is (name in {"llama", "gpt2", "mistral"})
+        if width == 3:
+            assert (len(model.prefills.rows) == 4) is not model.joins_contexts
+
+
+@EVERY_MODEL
 def test_extending_is_prefilling_more(name: str, models: dict[str, Any]) -> None:
     model = models[name]
     context = model.prefill(*padded(ROWS))
@@ -103,6 +123,23 @@ def test_contexts_are_values(name: str, models: dict[str, Any]) -> None:
         for i, row in enumerate(ROWS):
             alone = model.next_logits(model.prefill(torch.tensor([[*row, token, 9]])))
             assert torch.allclose(after[i], alone[0], atol=ATOL)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+def test_joined_contexts_go_on_as_apart(name: str, models: dict[str, Any]) -> None:
+    """Long before short and short before long, past a sliding window; padding that no row needs any more goes."""
+    model = models[name]
+    long, short = (model.prefill(*padded(rows)) for rows in (ROWS[:3], [ROWS[4], ROWS[1]]))
+    for first, second in ((long, short), (short, long), (long.select([1]), short), (short, long.select([0, 1]))):
+        joined = first.join(second)
+        assert joined.lengths == first.lengths + second.lengths
+        assert min(joined.parts[0].padding) == 0
+        apart = torch.cat([model.next_logits(context) for context in (first, second)])
+        assert torch.equal(model.next_logits(joined), apart)
+        new = torch.arange(3 * joined.batch_size).view(-1, 3) + 9
+        n = first.batch_size
+        apart = torch.cat([model.next_logits(model.extend(c, ids)) for c, ids in ((first, new[:n]), (second, new[n:]))])
+        assert torch.allclose(model.next_logits(model.extend(joined, new)), apart, atol=ATOL)
 
 
 @EVERY_MODEL

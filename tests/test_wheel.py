@@ -48,7 +48,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_carries_package_tasks_suites_and_miniature_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    for folder in ("tasks", "tasks/suites", "tasks/miniature"):
+    for folder in ("tasks", "tasks/suites", "tasks/claims", "tasks/miniature"):
         shipped = {path.name for path in (ROOT / folder).iterdir() if path.is_file()}
         prefix = f"twotower_eval/_data/{folder}/"
         assert {name.removeprefix(prefix) for name in names if name.startswith(prefix)} >= shipped

@@ -126,6 +126,7 @@ class Scripted:
 
     tokenizer: Any = None
     has_denoiser = True
+    joins_contexts = True
     vocab_size = 10
     mask_token_id = 9
 

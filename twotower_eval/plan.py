@@ -165,7 +165,7 @@ P = TypeVar("P", RunPlan, SpeedPlan, ScalePlan, VerifyPlan)
 
 def load_plan(path: Path, cls: type[P]) -> P:
     """Read a plan from a TOML file; an unknown key, a wrong type or a missing file is a ValueError."""
-    values = _read_toml(path)
+    values = read_toml(path, "plan")
     try:
         return plan_from_json(cls, values)
     except ValueError as error:
@@ -174,16 +174,17 @@ def load_plan(path: Path, cls: type[P]) -> P:
 
 def is_scale_plan(path: Path) -> bool:
     """Whether a plan file is about random weights."""
-    return "random_weights" in _read_toml(path)
+    return "random_weights" in read_toml(path, "plan")
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The values of a TOML file; a missing or broken one is a ValueError that says what it was read as."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"cannot read plan {path}: {error.strerror or error}") from error
+        raise ValueError(f"cannot read {what} {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"plan {path} is not valid TOML: {error}") from error
+        raise ValueError(f"{what} {path} is not valid TOML: {error}") from error
 
 
 def plan_from_json(cls: type[P], values: Mapping[str, Any]) -> P:

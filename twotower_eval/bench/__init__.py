@@ -16,6 +16,7 @@ from twotower_eval.names import did_you_mean, resolve
 
 BENCHES = {
     "engine": "twotower_eval.bench.engine:run",
+    "batching": "twotower_eval.bench.batching:run",
 }
 
 Say = Callable[[str], None]

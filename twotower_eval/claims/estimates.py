@@ -6,6 +6,7 @@ from typing import Literal
 
 from twotower_eval import stats
 from twotower_eval.evidence import Measured, QualityPoint, SpeedPoint
+from twotower_eval.evidence.clean import subset
 from twotower_eval.evidence.measured import measured
 from twotower_eval.records import Claim, Estimate
 from twotower_eval.stats.decide import DECISION_LEVEL
@@ -20,7 +21,7 @@ def quality_estimate(claim: Claim, point: QualityPoint) -> Estimate:
         scope = {task.name for task in point.tasks if task.name in scope and task.exercises_decoder}
     if point.scores is None or not scope:
         raise ValueError("no task in scope is scored through the candidate's decoder")
-    scores = _within(point.scores, scope)
+    scores = subset(point.scores, [i for i, group in enumerate(point.scores.groups) if group in scope])
     if claim.quantity == "score":
         if len(set(scores.tasks)) > 1:
             raise ValueError("a score is of one task without members: claim a retention over several")
@@ -35,17 +36,6 @@ def quality_estimate(claim: Claim, point: QualityPoint) -> Estimate:
     if claim.averaging == "mean_of_ratios":
         return stats.mean_of_ratios(table, draws, level=DECISION_LEVEL)
     return stats.retention(table, draws, level=DECISION_LEVEL)
-
-
-def _within(scores: stats.PairedScores, scope: set[str]) -> stats.PairedScores:
-    kept = [i for i, group in enumerate(scores.groups) if group in scope]
-    return stats.PairedScores(
-        tasks=[scores.tasks[i] for i in kept],
-        groups=[scores.groups[i] for i in kept],
-        clusters=[scores.clusters[i] for i in kept],
-        baseline=[scores.baseline[i] for i in kept],
-        candidate=[scores.candidate[i] for i in kept],
-    )
 
 
 def speed_readings(claim: Claim, point: SpeedPoint) -> list[Measured]:

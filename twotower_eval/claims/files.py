@@ -7,7 +7,6 @@ A file holds ``[[point]]`` (operating points, named once), ``[[claim]]`` (each a
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 from twotower_eval.claims.published import Published, published_from
 from twotower_eval.claims.reading import texts, value_of, within
 from twotower_eval.names import did_you_mean
-from twotower_eval.plan import data_path
+from twotower_eval.plan import data_path, read_toml
 from twotower_eval.records import Averaging, Claim, DecoderSpec, GateLimits, OperatingPoint, Quantity, Relation
 
 QUANTITIES, RELATIONS, AVERAGINGS = (typing.get_args(kind) for kind in (Quantity, Relation, Averaging))
@@ -39,12 +38,7 @@ class ClaimFile:
 def load_claims(name: str | Path) -> ClaimFile:
     """Read a claim file by its path or, for shipped ones, by its name. Every fault is a ValueError of one line."""
     path = _find(name)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read claims {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"claims {path} is not valid TOML: {error}") from error
+    values = read_toml(path, "claims")
     try:
         return claims_from(path.stem, values)
     except ValueError as error:

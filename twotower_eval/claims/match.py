@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from twotower_eval.evidence import ArmsDifferError, PointKey, QualityPoint, SpeedPoint
+from twotower_eval.evidence import ArmsDifferError, PointKey, QualityPoint, Runs, SpeedPoint
 from twotower_eval.evidence.naming import checkpoint_name, long_name
 from twotower_eval.evidence.quality import quality_points
 from twotower_eval.evidence.timing import speed_points
@@ -30,27 +30,49 @@ class Evidence:
 
 
 def gather(runs: Sequence[Run]) -> Evidence:
-    """Points of all runs; a run whose arms were not given the same speaks for nothing, and is named."""
-    ordered = sorted(runs, key=lambda run: run.manifest.run_id)
+    """Points of all runs; a run whose arms were not given the same speaks for nothing, and is named.
+
+    Of ``Runs`` that a report has computed already nothing is computed again.
+    """
+    together = runs if isinstance(runs, Runs) else Runs(runs)
+    ordered = list(together)
+    try:
+        return Evidence(runs=tuple(ordered), quality=together.quality, speed=together.speed, differing={})
+    except ArmsDifferError:
+        return _apart(ordered)
+
+
+def _apart(ordered: list[Run]) -> Evidence:
+    """Run by run, so that those which differ are found."""
     differing: dict[str, str] = {}
     quality: list[QualityPoint] = []
     for run in ordered:
         try:
             quality += quality_points(run)
-            speed_points([run])
         except ArmsDifferError as error:
             differing[run.manifest.run_id] = str(error)
-    kept = [run for run in ordered if run.manifest.run_id not in differing]
-    try:
-        speed = speed_points(kept)[0]
-    except ArmsDifferError as error:  # each run agrees with itself, but what was pooled does not
-        timed = [run.manifest.run_id for run in kept if run.speed]
-        return _without(kept, quality, differing | dict.fromkeys(timed, str(error)))
+    speed = _speed_of([run for run in ordered if run.manifest.run_id not in differing], differing)
     return Evidence(runs=tuple(ordered), quality=_agreeing(quality, differing), speed=speed, differing=differing)
 
 
-def _without(runs: Sequence[Run], quality: Sequence[QualityPoint], differing: Mapping[str, str]) -> Evidence:
-    return Evidence(runs=tuple(runs), quality=_agreeing(quality, differing), speed=(), differing=differing)
+def _speed_of(runs: Sequence[Run], differing: dict[str, str]) -> tuple[SpeedPoint, ...]:
+    """Speed of the runs that agree; the others are added to ``differing``."""
+    try:
+        return speed_points(runs)[0]
+    except ArmsDifferError as error:
+        found = {run.manifest.run_id: str(reason) for run in runs if (reason := _difference(run))}
+        # Each may agree with itself and not with what it is pooled with: then none can be trusted.
+        found = found or {run.manifest.run_id: str(error) for run in runs if run.speed}
+    differing.update(found)
+    return _speed_of([run for run in runs if run.manifest.run_id not in found], differing)
+
+
+def _difference(run: Run) -> ArmsDifferError | None:
+    try:
+        speed_points([run])
+    except ArmsDifferError as error:
+        return error
+    return None
 
 
 def _agreeing(points: Iterable[QualityPoint], differing: Mapping[str, str]) -> tuple[QualityPoint, ...]:

@@ -18,10 +18,16 @@ DECODERS = {
 }
 
 Clock = Callable[[], float]  # seconds, after all devices have finished their work
+OnFinish = Callable[[Generation], None]  # hears of every row as it finishes
 
 
 class Decoder(Protocol):
-    """Any number of prompts as one batch. No row depends on its neighbours."""
+    """Any number of prompts, of which a forward serves at most ``max_batch_size`` (None: all). No row depends on its
+    neighbours, so whatever finishes makes room for the next prompt, and neither order nor width changes an answer.
+
+    Generations come back in the order of the prompts; ``on_finish`` gets each as soon as it is there, and
+    ``finish_s`` counts from the start of the call, a prompt's wait for its place included.
+    """
 
     def generate(
         self,
@@ -30,6 +36,8 @@ class Decoder(Protocol):
         max_new_tokens: int,
         eos_token_ids: Sequence[int] = (),
         stop: Sequence[str] = (),
+        max_batch_size: int | None = None,
+        on_finish: OnFinish | None = None,
     ) -> list[Generation]: ...
 
 

@@ -27,11 +27,9 @@ class Autoregressive(BatchDecoder):
     VERSION = 1
 
     def _decode(self, call: Call) -> None:
-        context = call.prefill()
-        while True:
+        context = call.admit()
+        while context is not None:
             tokens_B = choose(call.counted.next_logits(context), self.params.temperature, call.noise, context.rows)
             tokens_B1 = tokens_B[:, None].cpu()
             going = call.absorb(context.rows, tokens_B1.tolist())
-            if not going:
-                return
-            context = call.counted.extend(context.select(going), tokens_B1[going])
+            context = call.admit(call.extended(context, going, tokens_B1))

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from twotower_eval.decoders import Clock
-from twotower_eval.decoders.finish import Rules, check_prompts, generation, is_finished, make_rules
+from twotower_eval.decoders import Clock, OnFinish
+from twotower_eval.decoders.finish import Rules, check_batch_size, check_prompts, generation, is_finished, make_rules
 from twotower_eval.decoders.rows import RowNoise, padded_ids
 from twotower_eval.models.counting import CountedContext, CountingModel
 from twotower_eval.records import CommitStep, Generation, Prompt
@@ -24,58 +25,95 @@ class Row:
     trace."""
 
     produced: list[int] = field(default_factory=list)
-    finish_s: float | None = None
     num_forced: int | None = None
     steps: list[CommitStep] | None = None
 
 
 class Call:
-    """The batch while it is decoded. Rows that have finished leave it; those that go on are selected by position."""
+    """The batch while it is decoded. Rows that have finished leave it, those that go on are selected by position, and
+    prompts that wait take the freed places.
 
-    def __init__(self, model: Any, prompts: Sequence[Prompt], rules: Rules, clock: Clock | None) -> None:
+    ``width`` is the most rows that a forward serves, ``capacity`` the most that are under way. ``steady`` keeps rows
+    together that began together: prompts that wait come in only when the last row of the batch has finished.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Prompt],
+        rules: Rules,
+        clock: Clock | None,
+        *,
+        width: int,
+        capacity: int,
+        steady: bool,
+        on_finish: OnFinish | None,
+    ) -> None:
         self.prompts, self.rules, self.clock = prompts, rules, clock
+        self.width, self.capacity, self.steady, self.on_finish = width, capacity, steady, on_finish
         self.started = clock() if clock else 0.0
         self.counted = CountingModel(model, len(prompts))
         self.noise = RowNoise(prompts)
         self.rows = [Row() for _ in prompts]
+        self.waiting = list(range(len(prompts)))
+        self.generations: dict[int, Generation] = {}
 
-    def prefill(self, *, without_last: int = 0) -> CountedContext:
-        """The context of all prompts, but for their last tokens."""
-        return self.counted.prefill(
-            *padded_ids([prompt.token_ids[: len(prompt.token_ids) - without_last] for prompt in self.prompts])
-        )
+    def admit(
+        self, running: CountedContext | None = None, *, without_last: int = 0, at_least: int = 1
+    ) -> CountedContext | None:
+        """The running rows and as many waiting prompts, but for their last tokens, as there is room for.
+
+        Beside running rows no fewer than ``at_least`` are taken at a time, unless they are the last. None where
+        nothing runs and nothing waits: all is done.
+        """
+        room = min(self.width, self.capacity - (len(running.rows) if running else 0))
+        new = self.waiting[:room]
+        if not new or (running and (self.steady or len(new) < min(at_least, len(self.waiting)))):
+            return running
+        del self.waiting[:room]
+        ids = [self.prompts[row].token_ids for row in new]
+        context = self.counted.prefill(new, *padded_ids([row[: len(row) - without_last] for row in ids]))
+        return running.join(context) if running else context
+
+    def extended(self, context: CountedContext, going: Sequence[int], ids_BK: Tensor) -> CountedContext | None:
+        """The context of the rows at ``going`` after their ids; None where no row goes on."""
+        return self.counted.extend(context.select(going), ids_BK[going]) if going else None
 
     def absorb(self, rows: Sequence[int], new_tokens: Sequence[Sequence[int]]) -> list[int]:
-        """Add each row's new tokens; positions, within ``rows``, of those that go on."""
+        """Add each row's new tokens; positions, within ``rows``, of those that go on. The others are finished."""
         going = []
         for position, (index, tokens) in enumerate(zip(rows, new_tokens, strict=True)):
-            row = self.rows[index]
-            row.produced.extend(tokens)
-            if not is_finished(row.produced, len(tokens), self.rules):
+            produced = self.rows[index].produced
+            produced.extend(tokens)
+            if not is_finished(produced, len(tokens), self.rules):
                 going.append(position)
-            elif self.clock:
-                row.finish_s = self.clock() - self.started
+            else:
+                self._finish(index)
         return going
 
-    def generations(self) -> list[Generation]:
-        """The finished rows as records, in the order of the prompts."""
-        return [
-            generation(
-                prompt,
-                row.produced,
-                self.rules,
-                num_context_forwards=self.counted.num_context_forwards[index],
-                num_denoiser_forwards=self.counted.num_denoiser_forwards[index],
-                num_forced_commits=row.num_forced,
-                finish_s=row.finish_s,
-                trace=None if row.steps is None else tuple(row.steps),
-            )
-            for index, (prompt, row) in enumerate(zip(self.prompts, self.rows, strict=True))
-        ]
+    def last_token(self, row: int) -> int:
+        """The last token that a row has, of its prompt where it has made none."""
+        return (self.rows[row].produced or self.prompts[row].token_ids)[-1]
+
+    def _finish(self, index: int) -> None:
+        """Make the record of a row, and tell whoever waits for it."""
+        row = self.rows[index]
+        made = self.generations[index] = generation(
+            self.prompts[index],
+            row.produced,
+            self.rules,
+            num_context_forwards=self.counted.num_context_forwards[index],
+            num_denoiser_forwards=self.counted.num_denoiser_forwards[index],
+            num_forced_commits=row.num_forced,
+            finish_s=self.clock() - self.started if self.clock else None,
+            trace=None if row.steps is None else tuple(row.steps),
+        )
+        if self.on_finish:
+            self.on_finish(made)
 
 
 class BatchDecoder:
-    """Base of the decoders that run all prompts of a call beside each other."""
+    """Base of the decoders that run the prompts of a call beside each other."""
 
     KIND: ClassVar[str]
     NEEDS_DENOISER: ClassVar[bool] = True
@@ -93,15 +131,40 @@ class BatchDecoder:
         max_new_tokens: int,
         eos_token_ids: Sequence[int] = (),
         stop: Sequence[str] = (),
+        max_batch_size: int | None = None,
+        on_finish: OnFinish | None = None,
     ) -> list[Generation]:
         """See :class:`twotower_eval.decoders.Decoder`."""
         rules = make_rules(self.model, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, stop=stop)
         check_prompts(self.model, prompts)
-        if not prompts:
-            return []
-        call = Call(self.model, prompts, rules, self.clock)
-        self._decode(call)
-        return call.generations()
+        width = check_batch_size(max_batch_size) or len(prompts)
+        steady = self._depends_on_neighbours or (len(prompts) > 1 and not self.model.joins_contexts)
+        capacity = width if steady else self._capacity(width)
+        call = Call(
+            self.model,
+            prompts,
+            rules,
+            self.clock,
+            width=width,
+            capacity=capacity,
+            steady=steady,
+            on_finish=on_finish,
+        )
+        if width < len(prompts) and not self._depends_on_neighbours:
+            # Prompts of like length are prefilled together without padding, and the longest do not come last.
+            call.waiting.sort(key=lambda row: -len(prompts[row].token_ids))
+        if prompts:
+            self._decode(call)
+        return [call.generations[index] for index in range(len(prompts))]
+
+    @property
+    def _depends_on_neighbours(self) -> bool:
+        """Whether a row's tokens depend on what runs beside it, so that batches must stay as they began."""
+        return False
+
+    def _capacity(self, width: int) -> int:
+        """Rows that may be under way where ``width`` of them run at a time."""
+        return width
 
     def _decode(self, call: Call) -> None:
         """Give every row tokens until none goes on."""

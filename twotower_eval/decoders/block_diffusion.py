@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twotower_eval.decoders.batch import BatchDecoder, Call, Row
+from twotower_eval.decoders.batch import BatchDecoder, Call
 from twotower_eval.decoders.commit import commit
 from twotower_eval.decoders.rows import RowNoise, check_temperature, choose
 from twotower_eval.models.counting import CountedContext
@@ -45,74 +45,128 @@ class Params:
         return self.steps_per_block or self.block_size
 
 
+class Blocks:
+    """The block that each of R prompts is at, on the host: its tokens, what is masked, blocks and steps done."""
+
+    def __init__(self, num_prompts: int, block_size: int, mask_id: int) -> None:
+        self.mask_id = mask_id
+        self.tokens_RK = torch.full((num_prompts, block_size), mask_id)
+        self.masked_RK = torch.ones_like(self.tokens_RK, dtype=torch.bool)
+        self.num_blocks = [0] * num_prompts
+        self.num_steps = [0] * num_prompts
+
+    def renew(self, rows: Sequence[int]) -> None:
+        """The rows' next blocks: all mask."""
+        self.tokens_RK[list(rows)] = self.mask_id
+        self.masked_RK[list(rows)] = True
+        for row in rows:
+            self.num_blocks[row] += 1
+            self.num_steps[row] = 0
+
+
 class BlockDiffusion(BatchDecoder):
-    """No extension of the context behind the last block; the last block is K long like the others."""
+    """No extension of the context behind the last block; the last block is K long like the others.
+
+    Rows are at steps and blocks of their own. A row whose block is finished waits for others, so that the extension
+    of their contexts is a full batch too; others are denoised meanwhile. So fewer than twice as many rows are under
+    way as a forward serves.
+    """
 
     KIND = "block_diffusion"
     Params = Params
     VERSION = 1
 
+    @property
+    def _depends_on_neighbours(self) -> bool:
+        return bool(self.params.batch_mean_t)
+
+    def _capacity(self, width: int) -> int:
+        return 2 * width - 1
+
     def _decode(self, call: Call) -> None:
         for row in call.rows:
             row.num_forced, row.steps = 0, [] if self.params.trace else None
-        context = call.prefill()
-        block = 0
-        while True:
-            block_BK = self._denoise_block(call, context, block)
-            going = call.absorb(context.rows, block_BK.tolist())
-            if not going:
-                return
-            context = call.counted.extend(context.select(going), block_BK[going])
-            block += 1
+        blocks = Blocks(len(call.rows), self.params.block_size, self.model.mask_token_id)
+        context = call.admit()
+        while context is not None:
+            still_open = blocks.masked_RK[list(context.rows)].any(1).tolist()
+            open_ = [position for position, is_open in enumerate(still_open) if is_open]
+            closed = [position for position, is_open in enumerate(still_open) if not is_open]
+            if len(open_) < call.width:
+                more = call.admit(context, at_least=(call.width + 1) // 2)
+                if more is not context:
+                    context = more
+                    continue
+            if open_ and (len(open_) >= call.width or call.steady or not closed):
+                self._denoise(call, blocks, context, open_[: call.width])
+                context = _without_ended(call, blocks, context, open_[: call.width]) or call.admit()
+            else:
+                context = _extended(call, blocks, context, closed[: call.width])
 
-    def _denoise_block(self, call: Call, context: CountedContext, block: int) -> Tensor:
-        """Denoise one block of every row of ``context``; (B, K) token ids."""
-        params, mask_id = self.params, self.model.mask_token_id
-        num_rows = len(context.rows)
-        block_BK = torch.full((num_rows, params.block_size), mask_id)
-        masked_BK = torch.ones_like(block_BK, dtype=torch.bool)
-        active, view = list(range(num_rows)), context
-        for step in range(params.num_steps):
-            num_masked = masked_BK.sum(1).tolist()
-            still = [row for row in active if num_masked[row]]
-            if not still:
-                break
-            if still != active:
-                view = view.select([active.index(row) for row in still])
-                active = still
-            # All rows, as is usual, are a slice: an index would copy them.
-            these = slice(None) if len(active) == num_rows else torch.tensor(active)
-            t = [num_masked[row] / params.block_size for row in active]
-            if params.batch_mean_t:
-                t = [float(masked_BK.float().mean(1).mean())] * len(active)
-            logits_BKV = call.counted.denoise(block_BK[these], view, t)
-            tokens_BK, confidence_BK = _predict(logits_BKV, mask_id, params.temperature, call.noise, view.rows)
-            steps_left_B = torch.full((len(active),), params.num_steps - step)
-            taken_BK, forced_B = commit(confidence_BK, masked_BK[these], steps_left_B, params.threshold)
-            block_BK[these] = torch.where(taken_BK, tokens_BK, block_BK[these])
-            masked_BK[these] &= ~taken_BK
-            _record([call.rows[row] for row in view.rows], block, step, taken_BK, tokens_BK, confidence_BK, forced_B)
-        return block_BK
+    def _denoise(self, call: Call, blocks: Blocks, context: CountedContext, positions: Sequence[int]) -> None:
+        """One pass for the rows at ``positions``, each at its own step of its own block."""
+        params, view = self.params, context.select(positions)
+        rows = list(view.rows)
+        masked_BK = blocks.masked_RK[rows]
+        t = (masked_BK.sum(1) / params.block_size).tolist()
+        if params.batch_mean_t:
+            t = [float(blocks.masked_RK[list(context.rows)].float().mean(1).mean())] * len(rows)
+        logits_BKV = call.counted.denoise(blocks.tokens_RK[rows], view, t)
+        tokens_BK, confidence_BK = _predict(logits_BKV, blocks.mask_id, params.temperature, call.noise, rows)
+        steps_left_B = torch.tensor([params.num_steps - blocks.num_steps[row] for row in rows])
+        taken_BK, forced_B = commit(confidence_BK, masked_BK, steps_left_B, params.threshold)
+        blocks.tokens_RK[rows] = torch.where(taken_BK, tokens_BK, blocks.tokens_RK[rows])
+        blocks.masked_RK[rows] = masked_BK & ~taken_BK
+        _record(call, blocks, rows, taken_BK, tokens_BK, confidence_BK, forced_B)
+        for row in rows:
+            blocks.num_steps[row] += 1
+
+
+def _without_ended(
+    call: Call, blocks: Blocks, context: CountedContext, denoised: Sequence[int]
+) -> CountedContext | None:
+    """Look at the blocks that a pass has finished; the context of the rows that go on, None where none does.
+
+    Rows that depend on each other are looked at together, when all their blocks are finished.
+    """
+    still_open = blocks.masked_RK[list(context.rows)].any(1).tolist()
+    if call.steady:
+        denoised = [] if any(still_open) else range(len(context.rows))
+    finished = [position for position in denoised if not still_open[position]]
+    rows = [context.rows[position] for position in finished]
+    going = {finished[i] for i in call.absorb(rows, blocks.tokens_RK[rows].tolist())}
+    kept = [position for position in range(len(context.rows)) if position in going or position not in finished]
+    return context.select(kept) if kept else None
+
+
+def _extended(call: Call, blocks: Blocks, context: CountedContext, positions: Sequence[int]) -> CountedContext:
+    """The context after the rows at ``positions`` have absorbed their blocks; these rows stand last."""
+    view = context.select(positions)
+    extended = call.counted.extend(view, blocks.tokens_RK[list(view.rows)])
+    blocks.renew(view.rows)
+    others = [position for position in range(len(context.rows)) if position not in positions]
+    return context.select(others).join(extended) if others else extended
 
 
 def _record(
-    rows: Sequence[Row],
-    block: int,
-    step: int,
+    call: Call,
+    blocks: Blocks,
+    rows: Sequence[int],
     taken_BK: Tensor,
     tokens_BK: Tensor,
     confidence_BK: Tensor,
     forced_B: Tensor,
 ) -> None:
     """Count forced commits, and keep the step if a trace is wanted."""
-    for position, (row, num_forced) in enumerate(zip(rows, forced_B.tolist(), strict=True)):
+    for position, (index, num_forced) in enumerate(zip(rows, forced_B.tolist(), strict=True)):
+        row = call.rows[index]
         row.num_forced = (row.num_forced or 0) + num_forced
         if row.steps is not None:
             where = taken_BK[position].nonzero().flatten()
             row.steps.append(
                 CommitStep(
-                    block=block,
-                    step=step,
+                    block=blocks.num_blocks[index],
+                    step=blocks.num_steps[index],
                     positions=tuple(where.tolist()),
                     token_ids=tuple(tokens_BK[position][where].tolist()),
                     confidences=tuple(confidence_BK[position][where].tolist()),

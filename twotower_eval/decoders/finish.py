@@ -39,6 +39,15 @@ def make_rules(model: Any, *, max_new_tokens: int, eos_token_ids: Sequence[int],
     return Rules(max_new_tokens, frozenset(eos_token_ids), tuple(stop), model.tokenizer)
 
 
+def check_batch_size(max_batch_size: int | None) -> int | None:
+    """The same, or ValueError where it is no width of a batch."""
+    if max_batch_size is None:
+        return None
+    if isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int) or max_batch_size < 1:
+        raise ValueError(f"max_batch_size must be a whole number of at least 1, not {max_batch_size!r}")
+    return max_batch_size
+
+
 def check_prompts(model: Any, prompts: Sequence[Prompt]) -> None:
     """Prompts of at least one token, all within the vocabulary."""
     for prompt in prompts:

@@ -20,13 +20,10 @@ class MockAR(BatchDecoder):
     VERSION = 1
 
     def _decode(self, call: Call) -> None:
-        context = call.prefill(without_last=1)
-        last_B1 = torch.tensor([prompt.token_ids[-1:] for prompt in call.prompts])
-        while True:
+        context = call.admit(without_last=1)
+        while context is not None:
+            last_B1 = torch.tensor([[call.last_token(row)] for row in context.rows])
             logits_BV = call.counted.denoise(last_B1, context, None)[:, 0]
             tokens_B1 = choose(logits_BV, self.params.temperature, call.noise, context.rows)[:, None].cpu()
             going = call.absorb(context.rows, tokens_B1.tolist())
-            if not going:
-                return
-            context = call.counted.extend(context.select(going), last_B1[going])
-            last_B1 = tokens_B1[going]
+            context = call.admit(call.extended(context, going, last_B1), without_last=1)

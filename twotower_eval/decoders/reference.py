@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from twotower_eval.decoders import Clock
+from twotower_eval.decoders import Clock, OnFinish
 from twotower_eval.decoders.block_diffusion import Params as BlockParams
-from twotower_eval.decoders.finish import check_prompts, generation, is_finished, make_rules
+from twotower_eval.decoders.finish import check_batch_size, check_prompts, generation, is_finished, make_rules
 from twotower_eval.decoders.rows import check_temperature
 from twotower_eval.records import Generation, Prompt
 
@@ -61,8 +61,11 @@ class Reference:
         max_new_tokens: int,
         eos_token_ids: Sequence[int] = (),
         stop: Sequence[str] = (),
+        max_batch_size: int | None = None,
+        on_finish: OnFinish | None = None,
     ) -> list[Generation]:
-        """See :class:`twotower_eval.decoders.Decoder`."""
+        """See :class:`twotower_eval.decoders.Decoder`; one prompt at a time is within any ``max_batch_size``."""
+        check_batch_size(max_batch_size)
         rules = make_rules(self.model, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, stop=stop)
         check_prompts(self.model, prompts)
         started = self.clock() if self.clock else 0.0
@@ -94,6 +97,8 @@ class Reference:
                     finish_s=self.clock() - started if self.clock else None,
                 )
             )
+            if on_finish:
+                on_finish(generations[-1])
         return generations
 
     def _one(self, known: list[int], generator: torch.Generator) -> int:

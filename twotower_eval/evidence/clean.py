@@ -144,7 +144,7 @@ def clean_quality(
     tasks: tuple[CleanTask, ...] = ()
     headline = Measured(estimate=None, reason="no document on which neither arm is flagged")
     if kept:
-        table = _subset(scores, kept).table
+        table = subset(scores, kept).table
         draws = stats.draw_task_means(table)
         headline = measured(lambda: stats.retention(table, draws))
         tasks = tuple(_clean_task(table, draws, name) for name in table.tasks)
@@ -172,7 +172,8 @@ def _clean_task(table: stats.ScoreTable, draws: stats.Draws, name: str) -> Clean
     )
 
 
-def _subset(scores: stats.PairedScores, kept: list[int]) -> stats.PairedScores:
+def subset(scores: stats.PairedScores, kept: list[int]) -> stats.PairedScores:
+    """The scores at these places."""
     return stats.PairedScores(
         tasks=[scores.tasks[i] for i in kept],
         groups=[scores.groups[i] for i in kept],

@@ -33,10 +33,17 @@ Batch = Callable[[], None]  # answers some requests and journals them
 
 
 class Decoder(Protocol):
-    """What makes text."""
+    """What makes text; see ``decoders.Decoder``."""
 
     def generate(
-        self, prompts: Sequence[Prompt], *, max_new_tokens: int, eos_token_ids: Sequence[int], stop: Sequence[str]
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        eos_token_ids: Sequence[int],
+        stop: Sequence[str],
+        max_batch_size: int,
+        on_finish: Callable[[Generation], None],
     ) -> list[Generation]: ...
 
 
@@ -58,8 +65,8 @@ class _Asked:
 class HarnessLM(TemplateLM):  # type: ignore[misc]
     """lm-eval's view of a model with a decoder and a scorer.
 
-    ``seed`` is the run's: every prompt gets one of its own, derived from it. Requests go in batches of
-    ``batch_size``, longest first; answers do not depend on either. ``advance`` hears of every finished request.
+    ``seed`` is the run's: every prompt gets one of its own, derived from it. ``batch_size`` requests run at a time;
+    answers do not depend on it. ``advance`` hears of every finished request.
     """
 
     def __init__(
@@ -120,8 +127,9 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     def batches(self, numbered: Sequence[tuple[Any, Key]]) -> list[Batch]:
         """What is to be called, in order, to have every request answered and journalled; nothing where all are.
 
-        Batches are made from all requests, answered or not: after a resume the rest are the ones that an
-        uninterrupted run would have computed, and give the same bits.
+        Generations of one budget are one batch: its rows are journalled as they finish, and others take their places.
+        Log-likelihoods' batches are made from all requests, answered or not: after a resume the rest are the ones
+        that an uninterrupted run would have computed, and give the same bits.
         """
         kinds = {request.request_type for request, _ in numbered}
         assert len(kinds) <= 1, kinds
@@ -136,11 +144,9 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             stop, budget = stops_and_budget(request.args[1], DEFAULT_MAX_NEW_TOKENS)
             groups[budget, stop].append((request, self._prompt(request.args[0], key, budget), key))
         for (budget, stop), items in groups.items():
-            items.sort(key=lambda item: (-len(item[1].token_ids), item[2]))
-            for batch in cut(items, self.batch_size):
-                left = [item for item in batch if item[2] in missing]
-                if left:
-                    yield partial(self._generate, left, budget, stop)
+            left = [item for item in items if item[2] in missing]
+            if left:
+                yield partial(self._generate, left, budget, stop)
 
     def _prompt(self, text: str, key: Key, budget: int) -> Prompt:
         ids = self.tok_encode(text) or [self.prefix_token_id]
@@ -155,13 +161,12 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         name = "/".join(str(part) for part in key)
         return Prompt(id=name, token_ids=tuple(ids), text=text, seed=derive_seed(self.seed, *key))
 
-    def _generate(self, batch: Sequence[tuple[Any, Prompt, Key]], budget: int, stop: tuple[str, ...]) -> None:
+    def _generate(self, items: Sequence[tuple[Any, Prompt, Key]], budget: int, stop: tuple[str, ...]) -> None:
         assert self.decoder is not None, "a generation task without a decoder"
-        prompts = [prompt for _, prompt, _ in batch]
-        answers = self.decoder.generate(
-            prompts, max_new_tokens=budget, eos_token_ids=self.model.eos_token_ids, stop=stop
-        )
-        for (request, _, (task, doc_id, index, repeat)), generation in zip(batch, answers, strict=True):
+        asked = {prompt.id: (request, key) for request, prompt, key in items}
+
+        def journal(generation: Generation) -> None:
+            request, (task, doc_id, index, repeat) = asked[generation.prompt_id]
             row = GenerationRow(
                 cell=self.journal.cell,
                 task=task,
@@ -172,7 +177,16 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
                 generation=generation,
             )
             self.journal.add(row)
-        self.advance(len(batch))
+            self.advance()
+
+        self.decoder.generate(
+            [prompt for _, prompt, _ in items],
+            max_new_tokens=budget,
+            eos_token_ids=self.model.eos_token_ids,
+            stop=stop,
+            max_batch_size=self.batch_size,
+            on_finish=journal,
+        )
 
     # Log-likelihoods
 

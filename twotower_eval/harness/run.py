@@ -138,23 +138,35 @@ class _Evaluation:
                 self._progress.note(f"[{number}/{len(self._jobs)}] {job.task.name}, {name}: {headline} in {took}")
 
     def _estimate(self) -> None:
-        """Have one batch of middling length answered for each kind of job, and say how long the rest will take."""
+        """Have a few requests of middling length answered for each kind of job, and say how long the rest will take."""
         left_s = 0.0
-        per_batch_s: dict[tuple[Any, ...], float] = {}
+        per_piece_s: dict[tuple[Any, ...], float] = {}
         for job in self._jobs:
-            num_missing = sum(key not in self._answered(job) for _, key in job.requests)
+            num_missing = len(self._missing(job))
             if not num_missing:
                 continue
-            num_batches = -(-num_missing // self._plan.batch_size)
-            if job.costs_like not in per_batch_s:
-                batches = self._prepared[job.cell.id] = self._batches(job)
+            num_pieces = -(-num_missing // self._plan.batch_size)
+            if job.costs_like not in per_piece_s:
                 started_s = time.monotonic()
-                batches.pop(len(batches) // 2)()
-                per_batch_s[job.costs_like] = time.monotonic() - started_s
-                num_batches = len(batches)
-            left_s += num_batches * per_batch_s[job.costs_like]
-        if per_batch_s:
+                num_pieces = self._answer_some(job)
+                per_piece_s[job.costs_like] = time.monotonic() - started_s
+            left_s += num_pieces * per_piece_s[job.costs_like]
+        if per_piece_s:
             self._progress.note(f"estimated duration: about {duration_text(left_s)}")
+
+    def _answer_some(self, job: Job) -> int:
+        """Answer one batch's worth of requests, and say how many times as much is left."""
+        if not job.task.generates:
+            batches = self._prepared[job.cell.id] = self._batches(job)
+            batches.pop(len(batches) // 2)()
+            return len(batches)
+        size = self._plan.batch_size
+        missing = sorted(self._missing(job), key=lambda item: len(item[0].args[0]))
+        start = max(0, len(missing) - size) // 2
+        # Whoever prepares the whole job reports these answers as progress.
+        for answer in self._model_of(job, advance=lambda num=1, /: None).batches(missing[start : start + size]):
+            answer()
+        return -(-len(self._missing(job)) // size)
 
     def _advanced(self, num: int = 1, /) -> None:
         """Pass on to the bar, or remember until there is one."""
@@ -170,15 +182,28 @@ class _Evaluation:
         journal = self._journal(job)
         return journal.generations if job.task.generates else journal.likelihoods
 
+    def _missing(self, job: Job) -> list[tuple[Any, Key]]:
+        """The job's requests without an answer."""
+        answered = self._answered(job)
+        return [(request, key) for request, key in job.requests if key not in answered]
+
     def _batches(self, job: Job) -> list[Batch]:
         """What is left of a job, batch by batch."""
-        from twotower_eval.decoders import from_spec
-
-        if all(key in self._answered(job) for _, key in job.requests):
+        if not self._missing(job):
             self._advanced(len(job.requests))
             return []
+        lm = self._model_of(job, self._advanced)
+        batches = lm.batches(job.requests)
+        if lm.num_truncated:
+            self._writer.event("truncated", cell=job.cell.id, num_requests=lm.num_truncated)
+        return batches
+
+    def _model_of(self, job: Job, advance: Advance) -> HarnessLM:
+        """What answers the job's requests, into its journal."""
+        from twotower_eval.decoders import from_spec
+
         spec, generates = job.cell.decoder, job.task.generates
-        lm = HarnessLM(
+        return HarnessLM(
             job.model,
             decoder=from_spec(job.model, spec) if generates else None,
             scorer=None if generates else make_scorer_of(job.model, job.kind, spec),
@@ -186,12 +211,8 @@ class _Evaluation:
             batch_size=self._plan.batch_size,
             seed=self._plan.seed,
             journal=self._journal(job),
-            advance=self._advanced,
+            advance=advance,
         )
-        batches = lm.batches(job.requests)
-        if lm.num_truncated:
-            self._writer.event("truncated", cell=job.cell.id, num_requests=lm.num_truncated)
-        return batches
 
     def _score(self, job: Job) -> str:
         """Write the job's scores, if they are not there yet, and return the headline for people."""

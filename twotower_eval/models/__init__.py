@@ -32,6 +32,7 @@ class CausalModel(Protocol):
     eos_token_ids: tuple[int, ...]
     mask_token_id: int | None
     has_denoiser: bool
+    joins_contexts: bool
     context_digest: str
 
     def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Any: ...

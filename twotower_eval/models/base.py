@@ -23,7 +23,8 @@ class LanguageModel(nn.Module):
     """Base of all families. The attributes are set by the family's loader.
 
     ``context_digest`` covers the tensors of the causal tower alone, under the names of the pair's layout, so that a
-    pair and its baseline can be shown to share them.
+    pair and its baseline can be shown to share them. ``joins_contexts``: contexts have ``join``, and joined rows run
+    together as well as rows that were prefilled together, so that a batch may take up new rows as others finish.
     """
 
     checkpoint: Checkpoint
@@ -33,4 +34,5 @@ class LanguageModel(nn.Module):
     eos_token_ids: tuple[int, ...] = ()
     mask_token_id: int | None = None
     has_denoiser: bool = False
+    joins_contexts: bool = True
     context_digest: str

@@ -74,6 +74,27 @@ class Context:
             last_hidden_BH=self.last_hidden_BH.index_select(0, index),
         )
 
+    def join(self, other: Context) -> Context:
+        """The context of these rows, then of the other's, with room for more tokens."""
+        capacity = roomy(max(self.max_length, other.max_length))
+
+        def slots(ours: dict[int, Tensor], theirs: dict[int, Tensor]) -> dict[int, Tensor]:
+            rows = ((self.max_length, ours), (other.max_length, theirs))
+            return {i: _stacked([(length, layers[i]) for length, layers in rows], capacity) for i in ours}
+
+        mamba = {
+            i: MambaState(*(torch.cat(pair) for pair in zip(state, other.mamba[i], strict=True)))
+            for i, state in self.mamba.items()
+        }
+        ours, theirs = self.buffer, other.buffer
+        return Context(
+            lengths=self.lengths + other.lengths,
+            buffer=KeyValueBuffer(slots(ours.keys, theirs.keys), slots(ours.values, theirs.values), capacity),
+            write_mark=0,
+            mamba=mamba,
+            last_hidden_BH=torch.cat([self.last_hidden_BH, other.last_hidden_BH]),
+        )
+
     def on(self, device: torch.device) -> Context:
         """This context's tensors on ``device`` (itself where they are there already); copied once."""
         if self.last_hidden_BH.device == device:
@@ -99,7 +120,7 @@ def writable_buffer(context: Context, num_new: int) -> KeyValueBuffer:
     buffer, needed = context.buffer, context.max_length + num_new
     if buffer.capacity >= needed and buffer.num_writes == context.write_mark and _may_write(buffer):
         return buffer
-    capacity = needed + max(MIN_SPARE, needed // 4)
+    capacity = roomy(needed)
     length = min(context.max_length, buffer.capacity)
     return KeyValueBuffer(
         keys={i: _grown(k, length, capacity) for i, k in buffer.keys.items()},
@@ -108,16 +129,33 @@ def writable_buffer(context: Context, num_new: int) -> KeyValueBuffer:
     )
 
 
+def roomy(needed: int) -> int:
+    """Token slots to allocate where so many are needed."""
+    return needed + max(MIN_SPARE, needed // 4)
+
+
 def _may_write(buffer: KeyValueBuffer) -> bool:
     """Tensors made in inference mode cannot be written to outside it."""
     return torch.is_inference_mode_enabled() or not any(keys.is_inference() for keys in buffer.keys.values())
 
 
 def _grown(old_BJTD: Tensor, length: int, capacity: int) -> Tensor:
-    """A copy with ``capacity`` slots. Zeros, not garbage: padding may be read, and must then be finite."""
-    batch_size, heads, _, dim = old_BJTD.shape
-    new = old_BJTD.new_zeros(batch_size, heads, capacity, dim)
-    new[:, :, :length] = old_BJTD[:, :, :length]
+    """A copy with ``capacity`` slots."""
+    return _stacked([(length, old_BJTD)], capacity)
+
+
+def _stacked(parts: Sequence[tuple[int, Tensor]], capacity: int) -> Tensor:
+    """The first slots of each part, so many as it names, its rows below the last part's.
+
+    Zeros behind them, not garbage: padding may be read, and must then be finite.
+    """
+    first = parts[0][1]
+    num_rows = sum(part.shape[0] for _, part in parts)
+    new = first.new_zeros(num_rows, first.shape[1], capacity, first.shape[3])
+    row = 0
+    for length, old_BJTD in parts:
+        new[row : row + old_BJTD.shape[0], :, :length] = old_BJTD[:, :, :length]
+        row += old_BJTD.shape[0]
     return new
 
 

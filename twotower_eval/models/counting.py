@@ -1,4 +1,4 @@
-"""Counts forwards per sequence, the only place where they are counted.
+"""Counts forwards, the only place where they are counted: per sequence, and how many sequences shared each.
 
 A prefill counts one context forward for each row, an extension one, a denoiser call one denoiser forward. Decoders
 name the rows that a call serves by selecting them; a row that has finished is no longer selected, so it no longer
@@ -8,7 +8,7 @@ counts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +33,10 @@ class CountedContext:
             return self
         return CountedContext(self.inner.select(positions), tuple(self.rows[p] for p in positions))
 
+    def join(self, other: CountedContext) -> CountedContext:
+        """The context of these rows, then of the other's."""
+        return CountedContext(self.inner.join(other.inner), self.rows + other.rows)
+
 
 class CountingModel:
     """A model as decoders see it, with ``num_context_forwards`` and ``num_denoiser_forwards`` for each batch row."""
@@ -42,12 +46,11 @@ class CountingModel:
         self.num_context_forwards = [0] * num_rows
         self.num_denoiser_forwards = [0] * num_rows
 
-    def prefill(self, ids_BS: Tensor, lengths: Sequence[int]) -> CountedContext:
-        """Prompts of all rows of the batch."""
-        rows = tuple(range(len(lengths)))
+    def prefill(self, rows: Sequence[int], ids_BS: Tensor, lengths: Sequence[int]) -> CountedContext:
+        """Prompts of the given rows."""
         context = self.model.prefill(ids_BS, lengths)
         self._count(self.num_context_forwards, rows)
-        return CountedContext(context, rows)
+        return CountedContext(context, tuple(rows))
 
     def extend(self, context: CountedContext, ids_BK: Tensor) -> CountedContext:
         """K more tokens for each row of the context."""
@@ -69,3 +72,44 @@ class CountingModel:
     def _count(self, counts: list[int], rows: Sequence[int]) -> None:
         for row in rows:
             counts[row] += 1
+
+
+@dataclass
+class RowSteps:
+    """Rows that each forward of a kind served, in order."""
+
+    rows: list[int] = field(default_factory=list)
+
+    def share(self, width: int) -> float | None:
+        """Row-steps that served a sequence, of all that ``width`` slots had; None where there was no forward."""
+        return sum(self.rows) / (width * len(self.rows)) if self.rows else None
+
+
+class WatchedModel:
+    """A model that notes how many rows each of its forwards serves. Decoders made for it decode as for the model.
+
+    Decoders never give a finished row to a forward, so every row here is work: it is one of a generation's forwards.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.prefills, self.extensions, self.denoisings = RowSteps(), RowSteps(), RowSteps()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def prefill(self, ids_BS: Tensor, *more: Any) -> Any:
+        """The model's own, noted."""
+        self.prefills.rows.append(ids_BS.shape[0])
+        return self._model.prefill(ids_BS, *more)
+
+    def extend(self, context: Any, ids_BK: Tensor) -> Any:
+        """The model's own, noted."""
+        self.extensions.rows.append(ids_BK.shape[0])
+        return self._model.extend(context, ids_BK)
+
+    def denoise(self, block_BK: Tensor, *more: Any) -> Tensor:
+        """The model's own, noted."""
+        self.denoisings.rows.append(block_BK.shape[0])
+        logits: Tensor = self._model.denoise(block_BK, *more)
+        return logits

@@ -24,7 +24,7 @@ from twotower_eval.models.autoregressive import host_lengths
 from twotower_eval.models.base import LanguageModel, source_text
 from twotower_eval.models.checkpoint import joint_digest, opened, read_json, tensor_digest, tensor_files
 from twotower_eval.models.tokenizer import load_tokenizer
-from twotower_eval.models.transformers_context import CacheContext, Part, forked
+from twotower_eval.models.transformers_context import CacheContext, Part, can_join, forked
 from twotower_eval.records import Checkpoint
 
 LOAD_ERRORS = (  # what transformers raises for folders that are wrong in one way or another
@@ -56,6 +56,7 @@ class TransformersModel(LanguageModel):
             and all(isinstance(layer, DynamicLayer) for layer in layers)
             and not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
         )
+        self.joins_contexts = self.pads_left and can_join(layers)
 
     @property
     def device(self) -> torch.device:

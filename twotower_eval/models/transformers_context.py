@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from torch.nn import functional
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,44 @@ class CacheContext:
             wanted.setdefault(row, []).append(new)
         parts = [part.select(wanted) for part in self.parts]
         return CacheContext(tuple(self.lengths[row] for row in rows), tuple(part for part in parts if part))
+
+    def join(self, other: CacheContext) -> CacheContext:
+        """The context of these rows, then of the other's; for caches of attention layers alone, padded on the left."""
+        [ours], [theirs] = self.parts, other.parts
+        lengths = self.lengths + other.lengths
+        width = max(lengths)
+        rows = (*ours.rows, *(self.batch_size + row for row in theirs.rows))
+        cache = forked(ours.cache)
+        cache.layers = [
+            _joined_layer(*pair, width) for pair in zip(ours.cache.layers, theirs.cache.layers, strict=True)
+        ]
+        padding = tuple(width - lengths[row] for row in rows)
+        last_logits_BV = torch.cat([ours.last_logits_BV, theirs.last_logits_BV])
+        return CacheContext(lengths, (Part(rows, cache, padding, last_logits_BV),))
+
+
+def can_join(layers: Sequence[Any]) -> bool:
+    """Whether caches of such layers can be joined: attention over all columns, or over a window of the last ones."""
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def _joined_layer(ours: Any, theirs: Any, width: int) -> Any:
+    """Rows of both, all ``width`` columns wide: padding that nobody needs goes, what is missing is put on the left."""
+    layer = copy.copy(ours)
+    if not ours.is_initialized:  # a layer that shares another's keys keeps none
+        return layer
+    kept = width
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        kept, layer.cumulative_length = min(width, layer.sliding_window - 1), width
+    layer.keys = torch.cat([_fitted(ours.keys, kept), _fitted(theirs.keys, kept)])
+    layer.values = torch.cat([_fitted(ours.values, kept), _fitted(theirs.values, kept)])
+    return layer
+
+
+def _fitted(columns_BJTD: Tensor, num_columns: int) -> Tensor:
+    """The last columns, with zeros before them where there are too few."""
+    missing = num_columns - columns_BJTD.shape[2]
+    return functional.pad(columns_BJTD, (0, 0, missing, 0))  # negative: cut off
 
 
 def forked(cache: Any) -> Any:

@@ -1,0 +1,394 @@
+"""Verdicts on runs of known truth: what supports a claim, and everything that must keep one from being supported."""
+
+import dataclasses
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from report_fixture import (
+    PAIR,
+    RUN_ID,
+    SPEED_ID,
+    Row,
+    block_diffusion,
+    make_cell,
+    manifest,
+    quality_run,
+    speed_run,
+    write,
+)
+
+from twotower_eval import cli, store
+from twotower_eval.claims import EXIT_CODES, exit_code, judge, verdict_lines
+from twotower_eval.claims.files import claims_from
+from twotower_eval.records import (
+    Check,
+    Claim,
+    GenerationRow,
+    Outcome,
+    Score,
+    SpeedSample,
+    Verdict,
+    Workload,
+    sha256_text,
+)
+from twotower_eval.store import Run
+
+POINT: dict[str, Any] = {
+    "name": "here",
+    "decoder": {
+        "kind": "block_diffusion",
+        "block_size": 16,
+        "steps_per_block": "auto",
+        "threshold": 0.8,
+        "temperature": 0.0,
+    },
+    "batch_size": 1,
+    "num_devices": 1,
+    "workload": "answer",
+}
+COMMON = {"subject": "pair", "baseline": "context-tower", "point": "here", "source": "a test"}
+KEPT = {"name": "kept", "quantity": "retention", "scope": ["arithmetic", "sorting"], "expected": 0.9, **COMMON}
+FAST = {"name": "fast", "quantity": "speedup_time", "expected": 1.2, **COMMON}
+BOTH = {"name": "both", "quantity": "joint", "parts": ["kept", "fast"], **COMMON}
+
+
+def claims_of(*tables: dict[str, Any], **point: Any) -> tuple[Claim, ...]:
+    return claims_from("test", {"title": "t", "point": [{**POINT, **point}], "claim": list(tables)}).claims
+
+
+def verdict_on(table: dict[str, Any], runs: Sequence[Run], **point: Any) -> Verdict:
+    [verdict] = judge(claims_of(table, **point), runs)
+    return verdict
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    """A quality run and a scored speed run in which all is in order."""
+    root = tmp_path_factory.mktemp("good")
+    return [store.load(quality_run(root)), store.load(speed_run(root, scored=True))]
+
+
+def arms(good: list[Run]) -> dict[str, str]:
+    return {cell.id: cell.arm for run in good for cell in run.manifest.cells}
+
+
+def test_what_holds_is_supported_with_its_gates_and_its_bounds(good: list[Run]) -> None:
+    kept, fast, both = judge(claims_of(KEPT, FAST, BOTH), good)
+    assert [one.outcome for one in (kept, fast, both)] == ["SUPPORTED"] * 3
+    assert kept.estimate is not None
+    assert kept.estimate.level == 0.9
+    assert {gate.name for gate in fast.gates} == {
+        "complete run", "same inputs", "A/A null", "degenerate outputs", "answers are answers", "verify",
+    }  # fmt: skip
+    assert kept.evidence == (RUN_ID,)
+    assert set(fast.evidence) == {RUN_ID, SPEED_ID}
+    assert exit_code([kept, fast, both]) == 0
+
+
+def test_what_does_not_hold_is_refuted_and_takes_the_joint_claim_with_it(good: list[Run]) -> None:
+    kept, fast, both = judge(claims_of(KEPT, {**FAST, "expected": 3.0}, BOTH), good)
+    assert [one.outcome for one in (kept, fast, both)] == ["SUPPORTED", "REFUTED", "REFUTED"]
+    assert both.reason == "kept SUPPORTED; fast REFUTED"
+
+
+def test_at_the_boundary_it_is_inconclusive_and_says_how_much_would_decide(good: list[Run]) -> None:
+    fine = verdict_on(KEPT, good)
+    assert fine.estimate is not None
+    verdict = verdict_on({**KEPT, "expected": round(fine.estimate.value, 3)}, good)
+    assert verdict.outcome == "INCONCLUSIVE"
+    assert "clusters would decide" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("quantity", "changes", "value"),
+    [
+        ("decoder_exercised_retention", {"scope": ["sorting", "choice"]}, "sorting"),
+        ("score", {"scope": ["choice"], "margin": 0.01, "expected": 0.3}, "choice"),
+        ("score_difference", {"scope": ["sorting"], "margin": 0.01, "expected": -0.2}, "difference"),
+        ("retention", {"scope": ["sorting"], "averaging": "mean_of_ratios"}, "sorting"),
+    ],
+)
+def test_every_quality_quantity_is_over_its_own_scope(
+    good: list[Run], quantity: str, changes: dict[str, Any], value: str
+) -> None:
+    verdict = verdict_on({**KEPT, "quantity": quantity, "expected": 0.5, **changes}, good)
+    rows = [row for row in good[0].scores if row.headline and row.task == changes["scope"][0]]
+    by_arm = [[row.value or 0.0 for row in rows if arms(good)[row.cell] == arm] for arm in ("baseline", "candidate")]
+    means = [sum(values) / len(values) for values in by_arm]
+    expected = {"sorting": means[1] / means[0], "choice": means[1], "difference": means[1] - means[0]}[value]
+    assert verdict.estimate is not None
+    assert verdict.estimate.value == pytest.approx(expected)
+    assert verdict.outcome == "SUPPORTED"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"batch_size": 4}, "answer workload, batch 1"),
+        ({"workload": "fixed"}, "answer workload"),
+        ({"num_devices": 2}, "1 device(s)"),
+        ({"dtype": "bfloat16"}, "float32"),
+        ({"hardware": "H100"}, "measured were"),
+        ({"decoder": {**POINT["decoder"], "threshold": 0.9}}, "threshold 0.8"),
+        ({"decoder": {**POINT["decoder"], "batch_mean_t": True}}, "threshold 0.8"),
+        ({"decoder": {"kind": "block_diffusion", "block_size": 16, "steps_per_block": 16}}, "threshold 0.8"),
+    ],
+)
+def test_near_an_operating_point_is_not_at_it(good: list[Run], change: dict[str, Any], words: str) -> None:
+    verdict = verdict_on(FAST, good, **change)
+    assert verdict.outcome == "NOT_MEASURED"
+    assert words in verdict.reason
+    assert verdict.estimate is None
+
+
+def test_other_models_and_other_tasks_are_not_the_claims(good: list[Run]) -> None:
+    other = verdict_on({**KEPT, "subject": "another"}, good)
+    assert (other.outcome, other.reason) == ("NOT_MEASURED", "measured were only pair")
+    assert verdict_on({**KEPT, "baseline": "another"}, good).outcome == "NOT_MEASURED"
+    assert verdict_on({**KEPT, "scope": ["arithmetic", "poetry"]}, good).outcome == "NOT_MEASURED"
+    assert verdict_on({**KEPT, "subject": PAIR.digest[:12]}, good).outcome == "SUPPORTED"
+    assert verdict_on(FAST, good[:1]).reason == "nothing of the kind was measured"
+
+
+def edited_speed(root: Path, good: list[Run], change: Any, **options: Any) -> list[Run]:
+    """The good quality run with a speed run changed row by row: ``change(row, arm)``."""
+    by_cell = arms(good)
+    edit = None if change is None else lambda row: change(row, by_cell[row.cell])
+    return [good[0], store.load(speed_run(root, **{"scored": True, "edit": edit, **options}))]
+
+
+def null_off(row: Row, arm: str) -> Row:
+    return dataclasses.replace(row, wall_s=row.wall_s * 1.1) if getattr(row, "replica", 0) else row
+
+
+def null_gone(row: Row, arm: str) -> Row | None:
+    return None if getattr(row, "replica", 0) else row
+
+
+def null_wild(row: Row, arm: str) -> Row:
+    return dataclasses.replace(row, wall_s=row.wall_s * (1 + row.round % 2)) if getattr(row, "replica", 0) else row
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(null_off, "off by more than 2 %"), (null_gone, "without a null"), (null_wild, "time more rounds")],
+)
+def test_without_a_good_null_no_speed_is_judged(tmp_path: Path, good: list[Run], change: Any, words: str) -> None:
+    verdict = verdict_on(FAST, edited_speed(tmp_path, good, change))
+    assert verdict.outcome == "INVALID"
+    assert words in verdict.reason
+
+
+def test_the_limits_of_the_gates_are_the_claims(tmp_path: Path, good: list[Run]) -> None:
+    loose = {**FAST, "limits": {"null_offset": 0.2, "null_half_width": 0.5, "null_share": 5.0}}
+    assert verdict_on(loose, edited_speed(tmp_path, good, null_off)).outcome == "SUPPORTED"
+    strict = {**FAST, "limits": {"min_retention": 0.99}}
+    assert verdict_on(strict, good).outcome in ("INVALID", "INCONCLUSIVE")
+
+
+def looping(row: Row, arm: str) -> Row:
+    if isinstance(row, GenerationRow) and arm == "candidate":
+        loop = dataclasses.replace(row.generation, text="so it is, and " * 30, token_ids=(5, 6, 7) * 20)
+        return dataclasses.replace(row, generation=loop)
+    return row
+
+
+def empty(row: Row, arm: str) -> Row:
+    if isinstance(row, GenerationRow) and arm == "candidate":
+        return dataclasses.replace(row, generation=dataclasses.replace(row.generation, text="", token_ids=()))
+    return row
+
+
+def wrong(row: Row, arm: str) -> Row:
+    return dataclasses.replace(row, value=0.0) if isinstance(row, Score) and arm == "candidate" else row
+
+
+@pytest.mark.parametrize("change", [looping, empty, wrong])
+def test_outputs_that_are_no_answers_are_fast_and_broken(tmp_path: Path, good: list[Run], change: Any) -> None:
+    verdict = verdict_on(FAST, edited_speed(tmp_path, good, change))
+    assert verdict.outcome == "INVALID"
+    assert "fast and broken" in verdict.reason
+
+
+def test_without_answers_a_speedup_is_at_most_inconclusive(tmp_path: Path, good: list[Run]) -> None:
+    unscored = edited_speed(tmp_path, good, None, scored=False)
+    alone = verdict_on(FAST, unscored[1:])
+    assert alone.outcome == "INCONCLUSIVE"
+    assert "no quality was measured at this point" in alone.reason
+    assert verdict_on({**FAST, "expected": 3.0}, unscored[1:]).outcome == "REFUTED"
+    assert verdict_on(FAST, unscored).outcome == "SUPPORTED", "the same point's own run says that they are answers"
+
+
+def stops_early(row: Row, arm: str) -> Row:
+    if isinstance(row, SpeedSample) and arm == "candidate":
+        cut = [dataclasses.replace(prompt, num_tokens=prompt.num_tokens // 4) for prompt in row.prompts]
+        return dataclasses.replace(row, wall_s=row.wall_s / 2, prompts=tuple(cut))
+    return row
+
+
+@pytest.mark.parametrize("quantity", ["speedup_time", "speedup_throughput"])
+def test_stopping_early_is_no_speedup(tmp_path: Path, good: list[Run], quantity: str) -> None:
+    verdict = verdict_on({**FAST, "quantity": quantity}, edited_speed(tmp_path, good, stops_early))
+    assert verdict.outcome == ("INCONCLUSIVE" if quantity == "speedup_time" else "REFUTED")
+    if quantity == "speedup_time":
+        assert "S_throughput has to clear too" in verdict.reason
+
+
+def pads(row: Row, arm: str) -> Row:
+    if isinstance(row, SpeedSample) and arm == "candidate":
+        more = [dataclasses.replace(prompt, num_tokens=prompt.num_tokens * 4) for prompt in row.prompts]
+        return dataclasses.replace(row, wall_s=row.wall_s * 2, prompts=tuple(more))
+    return row
+
+
+def test_padding_is_no_speedup_either(tmp_path: Path, good: list[Run]) -> None:
+    verdict = verdict_on({**FAST, "quantity": "speedup_throughput"}, edited_speed(tmp_path, good, pads))
+    assert verdict.outcome == "INCONCLUSIVE"
+    assert "S_time has to clear too" in verdict.reason
+
+
+def test_one_round_or_few_documents_support_nothing(tmp_path: Path, good: list[Run]) -> None:
+    once = verdict_on(FAST, edited_speed(tmp_path, good, None, num_rounds=1))
+    assert once.outcome in ("INVALID", "INCONCLUSIVE")
+    few = [store.load(quality_run(tmp_path, num_docs=9, tasks=("choice",), perplexity=False))]
+    verdict = verdict_on({**KEPT, "scope": ["choice"], "expected": 0.1}, few)
+    assert verdict.outcome == "INCONCLUSIVE"
+    assert "fewer than 20" in verdict.reason
+
+
+def test_arms_that_were_asked_differently_are_invalid_there_and_only_there(tmp_path: Path, good: list[Run]) -> None:
+    """A prompt hash that differs is the one ValueError of the evidence that makes a verdict."""
+    by_cell = arms(good)
+
+    def other_prompt(row: Row) -> Row:
+        differs = isinstance(row, Score) and by_cell[row.cell] == "candidate" and row.doc_id == 3
+        return dataclasses.replace(row, prompt_sha256="0" * 64) if differs else row
+
+    runs = [store.load(quality_run(tmp_path, edit=other_prompt)), good[1]]
+    kept, fast, both = judge(claims_of(KEPT, FAST, BOTH), runs)
+    assert kept.outcome == "INVALID"
+    assert "prompt_sha256 differs" in kept.reason
+    assert fast.outcome == "SUPPORTED"
+    assert both.outcome == "INVALID"
+
+
+def test_what_is_not_finished_or_not_scored_is_invalid(tmp_path: Path, good: list[Run]) -> None:
+    by_cell = arms(good)
+
+    def unscored(row: Row) -> Row:
+        gone = isinstance(row, Score) and by_cell[row.cell] == "candidate" and row.task == "sorting" and row.doc_id < 9
+        return dataclasses.replace(row, value=None, missing_reason="no sandbox") if gone else row
+
+    stopped = store.load(quality_run(tmp_path / "stopped", complete=False))
+    assert "did not go to its end" in verdict_on(KEPT, [stopped]).reason
+    holes = store.load(quality_run(tmp_path / "holes", edit=unscored))
+    verdict = verdict_on(KEPT, [holes])
+    assert (verdict.outcome, verdict.reason) == ("INVALID", "all scored: 9 documents have no score in one arm")
+    assert verdict_on({**KEPT, "scope": ["arithmetic"], "expected": 0.5}, [holes]).outcome == "SUPPORTED"
+
+
+@pytest.mark.parametrize(("outcome", "expected"), [("failed", "INVALID"), ("not_checked", "SUPPORTED")])
+def test_verify_runs_of_the_same_weights_are_a_gate(
+    tmp_path: Path, good: list[Run], outcome: Any, expected: Outcome
+) -> None:
+    cell = make_cell("candidate", block_diffusion(), Workload(kind="checks", name="checks", digest=sha256_text("c")))
+    check = Check(cell=cell.id, name="batch_equals_single", outcome=outcome, detail="2 of 8 rows differ")
+    path = write(tmp_path, manifest("20261103T120000Z-verify-cccccc", "verify", [cell]), [check])
+    for table in (KEPT, FAST):
+        verdict = verdict_on(table, [*good, store.load(path)])
+        assert verdict.outcome == expected
+        [gate] = [gate for gate in verdict.gates if gate.name == "verify"]
+        assert "batch_equals_single" in gate.detail
+
+
+def test_timed_answers_to_other_prompts_are_invalid(tmp_path: Path, good: list[Run]) -> None:
+    def other_prompts(row: Row, arm: str) -> Row:
+        if isinstance(row, SpeedSample) and arm == "candidate":
+            renamed = [dataclasses.replace(prompt, prompt_id=f"x{prompt.prompt_id}") for prompt in row.prompts]
+            return dataclasses.replace(row, prompts=tuple(renamed))
+        return row
+
+    kept, fast = judge(claims_of(KEPT, FAST), edited_speed(tmp_path, good, other_prompts))
+    assert (kept.outcome, fast.outcome) == ("SUPPORTED", "INVALID")
+    assert "timed on different prompts" in fast.reason
+
+
+def test_looks_are_counted(tmp_path: Path, good: list[Run]) -> None:
+    again = store.load(quality_run(tmp_path, run_id="20261105T120000Z-run-dddddd"))
+    verdict = verdict_on(KEPT, [*good, again])
+    assert (verdict.num_points, verdict.num_looks) == (1, 2)
+    assert verdict.evidence == ("20261105T120000Z-run-dddddd",), "the newest run is judged"
+    line = verdict_lines(claims_of(KEPT), [verdict])[0]
+    assert line.endswith("(measured in 2 runs)")
+    swept = [block_diffusion(), block_diffusion(8), block_diffusion(32)]
+    sweep = store.load(quality_run(tmp_path / "sweep", decoders=swept))
+    assert verdict_on(KEPT, [sweep]).num_points == 3
+
+
+def plain(outcome: Outcome) -> Verdict:
+    return Verdict(claim="c", outcome=outcome, estimate=None, reason="r", evidence=())
+
+
+@given(st.lists(st.sampled_from(list(EXIT_CODES)), max_size=6))
+def test_the_exit_code_is_that_of_the_first_outcome_present(outcomes: list[Outcome]) -> None:
+    code = exit_code([plain(outcome) for outcome in outcomes])
+    order = [("REFUTED", 3), ("INVALID", 5), ("INCONCLUSIVE", 4), ("NOT_MEASURED", 6)]
+    expected = next((number for outcome, number in order if outcome in outcomes), None)
+    assert code == (expected if expected is not None else 0 if outcomes else 6)
+
+
+def test_a_joint_claim_is_supported_only_if_all_of_it_is(tmp_path: Path, good: list[Run]) -> None:
+    """Every pair of outcomes that runs can give; the joint code is that of both together."""
+    quality = {"SUPPORTED": KEPT, "REFUTED": {**KEPT, "expected": 1.2}, "NOT_MEASURED": {**KEPT, "scope": ["poetry"]}}
+    speed = {"SUPPORTED": FAST, "REFUTED": {**FAST, "expected": 3.0}}
+    for (one, kept), (other, fast) in product(quality.items(), speed.items()):
+        *parts, joint = judge(claims_of(kept, fast, BOTH), good)
+        assert [part.outcome for part in parts] == [one, other]
+        assert exit_code([joint]) == exit_code(parts)
+        assert (joint.outcome == "SUPPORTED") == (one == other == "SUPPORTED")
+
+
+def test_check_prints_a_line_a_claim_and_ends_with_the_code(
+    tmp_path: Path, good: list[Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        """title = "mine"
+[[point]]
+name = "here"
+decoder = { kind = "block_diffusion", block_size = 16, steps_per_block = 16, threshold = 0.8, temperature = 0.0 }
+batch_size = 1
+num_devices = 1
+workload = "answer"
+[[claim]]
+name = "kept"
+quantity = "retention"
+subject = "pair"
+baseline = "context-tower"
+point = "here"
+scope = ["arithmetic", "sorting"]
+expected = 0.9
+source = "a test"
+[[claim]]
+name = "fast"
+quantity = "speedup_time"
+subject = "pair"
+baseline = "context-tower"
+point = "here"
+expected = 3.0
+source = "a test"
+"""
+    )
+    runs = [str(run.path) for run in good]
+    assert cli.main(["claims", "check", str(file), *runs]) == 3
+    first, second, counts = capsys.readouterr().out.splitlines()
+    assert first.startswith("SUPPORTED     kept  9")
+    assert second.startswith("REFUTED       fast  1.4")
+    assert counts == "2 claims: 1 REFUTED, 1 SUPPORTED; brackets hold one-sided 95 % bounds"
+    assert cli.main(["claims", "check", str(file), *runs, "--claim", "kept"]) == 0
+    assert cli.main(["claims", "check", str(file), runs[0], "--claim", "fast"]) == 6
