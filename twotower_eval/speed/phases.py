@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twotower_eval.decoders.rows import on_host
 from twotower_eval.speed.clock import CallClock, no_garbage_collection
 
 Repeat = Callable[[], None]  # one repetition of a phase
@@ -116,4 +117,4 @@ def _choose_confident(logits_BKV: Tensor, mask_token_id: int) -> tuple[Tensor, T
     """Tokens and confidences (B, K) on the host, as block diffusion chooses at temperature 0."""
     logits_BKV[..., mask_token_id] = -torch.inf
     confidence_BK, tokens_BK = logits_BKV.float().softmax(-1).max(-1)
-    return tokens_BK.cpu(), confidence_BK.cpu()
+    return on_host(tokens_BK, confidence_BK)
