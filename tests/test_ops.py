@@ -10,6 +10,7 @@ from torch import Tensor
 from twotower_eval.ops import attention, conv, moe, norm, ssd
 
 FLOAT32_RTOL = 2e-6  # of the largest value; sums in another order
+DTYPES = [torch.float32, torch.bfloat16]
 BFLOAT16_RTOL = 2e-2  # of the largest value: 8 bits of mantissa, a few roundings
 
 
@@ -17,6 +18,7 @@ def close(ours: Tensor, reference: Tensor, rtol: float = FLOAT32_RTOL) -> bool:
     """Whether the largest difference is within ``rtol`` of the largest value."""
     assert ours.shape == reference.shape
     assert ours.dtype == reference.dtype
+    ours, reference = ours.detach(), reference.detach()
     scale = float(reference.abs().max()) or 1.0
     return float((ours.double() - reference.double()).abs().max()) <= rtol * scale
 
@@ -106,6 +108,17 @@ def test_causal_conv(S: int, W: int, bias: bool) -> None:
     assert close(conv.causal_conv(u, state, weight, b), conv.causal_conv_reference(u, state, weight, b))
 
 
+@pytest.mark.parametrize(("B", "bias", "dtype"), [*itertools.product([1, 3], [True, False], DTYPES)])
+def test_causal_conv_step(B: int, bias: bool, dtype: torch.dtype) -> None:
+    """One position is the convolution of one position, and leaves the state that this leaves."""
+    u, state, weight = (noise(*shape, seed=i, dtype=dtype) for i, shape in enumerate([(B, 10), (B, 10, 4), (10, 4)]))
+    b = noise(10, seed=3, dtype=dtype) if bias else None
+    out, after = conv.causal_conv_step(u, state, weight, b)
+    wanted = conv.causal_conv_reference(u[:, None], state, weight, b)[:, 0]
+    assert close(out, wanted, FLOAT32_RTOL if dtype == torch.float32 else BFLOAT16_RTOL)
+    assert torch.equal(after, conv.next_conv_state(u[:, None], state, None))
+
+
 def test_causal_conv_bfloat16() -> None:
     u, state, weight, b = (t.bfloat16() for t in (noise(2, 9, 10), noise(2, 10, 4), noise(10, 4), noise(10)))
     ours = conv.causal_conv(u, state, weight, b)
@@ -138,9 +151,11 @@ def test_conv_state_with_lengths() -> None:
 # --- norms
 
 
-@pytest.mark.parametrize("shape", [(1, 5), (2, 3, 64), (4, 1, 7)])
-def test_rms_norm(shape: tuple[int, ...]) -> None:
-    x, weight = noise(*shape) * 3, noise(shape[-1], seed=1)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("shape", [(1, 5), (1, 1, 256), (2, 3, 64), (4, 1, 7)])
+def test_rms_norm(shape: tuple[int, ...], trained: bool) -> None:
+    """One row, several, and where gradients are wanted: three ways to compute it."""
+    x, weight = noise(*shape) * 3, noise(shape[-1], seed=1).requires_grad_(trained)
     assert close(norm.rms_norm(x, weight, 1e-5), norm.rms_norm_reference(x, weight, 1e-5))
     half = norm.rms_norm(x.bfloat16(), weight.bfloat16(), 1e-5)
     # float32 inside: only the last rounding is bfloat16's
@@ -161,6 +176,15 @@ def test_eps_counts_where_values_are_small() -> None:
     x, weight = noise(2, 16) * 1e-3, torch.ones(16)
     assert close(norm.rms_norm(x, weight, 1e-2), norm.rms_norm_reference(x, weight, 1e-2))
     assert not close(norm.rms_norm(x, weight, 1e-2), norm.rms_norm_reference(x, weight, 1e-5), 0.1)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_norm_of_zeros(rows: int) -> None:
+    """Zeros stay zeros. With eps 0 they are 0 / 0 in every row count, never an error on the host."""
+    x, weight = torch.zeros(rows, 16), noise(16)
+    assert torch.equal(norm.rms_norm(x, weight, 1e-5), x)
+    assert norm.rms_norm(x, weight, 0.0).isnan().all()
+    assert norm.rms_norm_reference(x, weight, 0.0).isnan().all()
 
 
 # --- attention
@@ -273,6 +297,28 @@ def test_experts_bfloat16() -> None:
     wanted = moe.experts_reference(x.float(), chosen, weights, up.float(), down.float())
     for ours in (moe._experts_gathered, moe._experts_sorted, moe.experts_reference):
         assert close(ours(x, chosen, weights, up, down).float(), wanted, BFLOAT16_RTOL)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_row_of_experts_in_turn(dtype: torch.dtype) -> None:
+    """Weighted by the product itself in float32; in bfloat16 an expert's output is rounded before it is weighted."""
+    x, up, down = noise(1, 8, dtype=dtype), noise(6, 10, 8, seed=1, dtype=dtype), noise(6, 8, 10, seed=2, dtype=dtype)
+    for chosen in ([[4, 1, 3]], [[0, 5, 2]]):
+        given = (x, torch.tensor(chosen), torch.tensor([[0.7, 1.9, 0.01]]), up, down)
+        rtol = FLOAT32_RTOL if dtype == torch.float32 else BFLOAT16_RTOL
+        assert close(moe.experts(*given), moe.experts_reference(*given), rtol)
+
+
+def test_experts_can_be_trained() -> None:
+    """One row too: what is written in place for speed must not be needed by the gradient."""
+    up, down = noise(6, 10, 8, seed=1).requires_grad_(), noise(6, 8, 10, seed=2).requires_grad_()
+    for rows in (1, 5):
+        given = (noise(rows, 8), noise(rows, 6, seed=3).topk(2).indices, noise(rows, 2, seed=4).abs(), up, down)
+        found = [
+            torch.autograd.grad(function(*given).square().sum(), (up, down))
+            for function in (moe.experts, moe.experts_reference)
+        ]
+        assert all(close(ours, wanted, 1e-5) for ours, wanted in zip(*found, strict=True))
 
 
 def test_mlp_is_squared_relu() -> None:

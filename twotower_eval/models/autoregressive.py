@@ -20,6 +20,8 @@ from twotower_eval.ops.attention import attention
 if TYPE_CHECKING:
     from twotower_eval.models.graphs import StepGraphs
 
+PIECE_ROWS, MIN_PIECE = 256, 64  # token rows that a CPU takes at once; positions of a piece, however many its rows
+
 
 class ContextTower(LanguageModel):
     """Causal tower and head. Rows of a batch are right-padded; what is behind ``lengths_B`` changes nothing."""
@@ -85,7 +87,24 @@ class ContextTower(LanguageModel):
         )
 
     def _advance(self, context: Context, ids_BS: Tensor, new_lengths: tuple[int, ...]) -> tuple[Context, Tensor]:
-        """The context after the new tokens, and their hidden states (B, S, H) before the final norm."""
+        """The context after the new tokens, and their hidden states (B, S, H) before the final norm.
+
+        On a CPU in pieces: what a piece needs stays in its cache, and the peak of memory does not grow with S.
+        """
+        num_new, width = ids_BS.shape[1], max(MIN_PIECE, PIECE_ROWS // ids_BS.shape[0])
+        if self.device.type != "cpu" or num_new <= width:
+            return self._advance_at_once(context, ids_BS, new_lengths)
+        hidden = []
+        for start in range(0, num_new, width):
+            piece_BS = ids_BS[:, start : start + width]
+            lengths = tuple(min(max(length - start, 0), piece_BS.shape[1]) for length in new_lengths)
+            context, hidden_BSH = self._advance_at_once(context, piece_BS, lengths)
+            hidden.append(hidden_BSH)
+        return context, torch.cat(hidden, dim=1)
+
+    def _advance_at_once(
+        self, context: Context, ids_BS: Tensor, new_lengths: tuple[int, ...]
+    ) -> tuple[Context, Tensor]:
         num_new, device = ids_BS.shape[1], self.device
         padded = any(length != num_new for length in new_lengths)
         new_lengths_B = torch.tensor(new_lengths, device=device) if padded else None

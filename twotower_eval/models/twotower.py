@@ -17,7 +17,7 @@ from torch.nn import functional
 from twotower_eval.models.autoregressive import ContextTower
 from twotower_eval.models.base import LanguageModel
 from twotower_eval.models.config import NemotronHConfig
-from twotower_eval.models.context import Context
+from twotower_eval.models.context import Context, room_for_block
 from twotower_eval.models.nemotron_h import Mamba, Modulation, Tower, run_layers
 from twotower_eval.ops.attention import attention
 
@@ -78,14 +78,11 @@ class Denoiser(nn.Module):
         self.scale_shift_tables = nn.ParameterList([torch.zeros(3, hidden) for _ in config.pattern])
 
     def modulation(self, t_B: Tensor) -> Modulation:
-        """Layer -> shift, scale, gate (B, 1, H) for mask fractions ``t_B``."""
+        """Layer -> shift, 1 + scale, gate (B, 1, H) for mask fractions ``t_B``; of all layers at once."""
         time_B3H = self.t_block(self.t_embedder(t_B)).unflatten(-1, (3, -1))
-
-        def of_layer(index: int) -> tuple[Tensor, Tensor, Tensor]:
-            shift, scale, gate = (self.scale_shift_tables[index] + time_B3H)[:, :, None].unbind(1)
-            return shift, scale, gate
-
-        return of_layer
+        tables_L13H = torch.stack(list(self.scale_shift_tables))[:, None]
+        shift, scale, gate = (tables_L13H + time_B3H)[:, :, :, None].unbind(2)
+        return list(zip(shift.unbind(0), (1 + scale).unbind(0), gate.unbind(0), strict=True)).__getitem__
 
     def logits(self, x_BKH: Tensor) -> Tensor:
         """Final norm (no adaLN) and head, float32."""
@@ -136,11 +133,17 @@ class TwoTower(LanguageModel):
             time_B = None if t_B is None else _time_tensor(t_B, block_BK.shape[0], device)
             return self.graphs.denoise(self, block_BK, context, time_B)
         mask = _block_mask(context, block_BK.shape[1], device)
-        length = context.max_length
+        length, end = context.max_length, context.max_length + block_BK.shape[1]
+        appended = None if torch.is_grad_enabled() else room_for_block(context, block_BK.shape[1])
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys = torch.cat([context.buffer.keys[index][:, :, :length], k], dim=2)
-            values = torch.cat([context.buffer.values[index][:, :, :length], v], dim=2)
+            if appended is None:  # gradients need each call's own
+                keys = torch.cat([context.buffer.keys[index][:, :, :length], k], dim=2)
+                values = torch.cat([context.buffer.values[index][:, :, :length], v], dim=2)
+                return attention(q, keys, values, mask)
+            keys, values = appended.keys[index][:, :, :end], appended.values[index][:, :, :end]
+            keys[:, :, length:] = k
+            values[:, :, length:] = v
             return attention(q, keys, values, mask)
 
         def mix(index: int, mixer: Mamba, x: Tensor) -> Tensor:
