@@ -1,19 +1,28 @@
-"""Everything that wants a GPU, in one script: parity on the device, the miniature trained there, its sweep, a report.
+"""Everything that wants a GPU, in one script of named steps, each resumable by itself and under ten minutes.
 
-    python tests/device_check.py --device cuda:0            # the whole of it, about 20 minutes on one large GPU
-    python tests/device_check.py --device cpu --quick       # the same code in two minutes; `make test` runs this
+    python tests/device_check.py --device cuda:0                 # all steps, under 25 minutes on one large GPU
+    python tests/device_check.py --device cuda:0 --step scale    # one of them; --step may be given several times
+    python tests/device_check.py --device cpu --quick            # the same code in minutes; `make test` runs this
 
-Each step prints one JSON line. Runs and the report go to ``--out``; a failed parity check ends with exit code 1.
+Steps: parity (float32 and bfloat16 against reference outputs), kernels (which prove themselves, which are refused),
+graphs (captured steps give the same tokens, and how much faster), sweep (quality and speed of the miniature), scale
+and scale_graphs (AR and denoise steps of the released size on random weights, beside the floor), native (AR against
+transformers' own generate on the same config), report (one over all runs, with the run folders beside it, ready to be
+published). `train` (the shipped recipe on the device) runs only when it is named.
+
+Each step prints one JSON line. A failed parity check ends with exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +30,31 @@ import torch
 from safetensors.torch import load_file
 
 import twotower_eval as tt
+from twotower_eval import report as report_room
+from twotower_eval import store
+from twotower_eval.bench import native as theirs
+from twotower_eval.evidence.scale import ScaleRun, is_scale_run
 from twotower_eval.miniature import evaluate
 from twotower_eval.miniature.train import read_recipe, train_pair
+from twotower_eval.models.checkpoint import read_json
+from twotower_eval.models.config import NemotronHConfig, parse_config
+from twotower_eval.models.graphs import StepGraphs
+from twotower_eval.models.random_weights import build_random_pair
+from twotower_eval.ops import kernels as kernel_room
+from twotower_eval.plan import data_path
+from twotower_eval.speed.clock import CallClock, Devices
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "public"
+RELEASED = data_path("tasks", "configs", "nemotron-labs-twotower-30b-a3b.config.json")
 # Float32: the reference ran on a CPU; a GPU sums in another order. Largest absolute difference of a logit.
 FLOAT32_LIMITS = {"cpu": {"context": 1e-4, "denoiser": 2e-4}, "cuda": {"context": 1e-3, "denoiser": 2e-3}}
 # Bfloat16: random routers flip experts on rounding, so single logits may be far off. Mean over cases of the
 # root-mean-square error relative to the logits' spread (measured on a CPU: 0.07 and 0.11), and of equal argmaxes.
 BFLOAT16_ERROR = {"context": 0.15, "denoiser": 0.25}
 BFLOAT16_AGREEMENT = {"context": 0.90, "denoiser": 0.80}
+STEP_LIMIT_S = 570  # of one verb; what it had is kept, and --resume goes on
+AIMS = {"ar_step": 1.5, "denoise": 2.0}  # times the floor, at batch 1
+NATIVE_LAYERS, NATIVE_PROMPT, NATIVE_NEW, NATIVE_ROUNDS = 13, 64, 64, 5
 
 
 def main() -> int:
@@ -39,11 +63,15 @@ def main() -> int:
     parser.add_argument("--device", required=True, help="cpu, cuda:0, ...")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for runs, training and report")
     parser.add_argument("--model", help="pair to sweep [the shipped miniature]")
-    parser.add_argument("--quick", action="store_true", help="a few steps and documents of everything")
+    parser.add_argument("--step", action="append", choices=[*STEPS, "train"], help="one step [all but train]")
+    parser.add_argument("--quick", action="store_true", help="a few layers, rounds and documents of everything")
     options = parser.parse_args()
-    held = [parity(options.device, dtype) for dtype in ("float32", "bfloat16")]
-    train(options.device, options.out / "device-training", options.quick)
-    sweep(options.device, options.out, options.model, options.quick)
+    options.out.mkdir(parents=True, exist_ok=True)
+    held = []
+    for name in options.step or STEPS:
+        started = time.perf_counter()
+        held.append(ALL_STEPS[name](options))
+        say("timing", of=name, seconds=round(time.perf_counter() - started, 1))
     return 0 if all(held) else 1
 
 
@@ -52,8 +80,14 @@ def say(step: str, **facts: Any) -> None:
     print(json.dumps({"step": step, **facts}), flush=True)
 
 
+def parity(options: argparse.Namespace) -> bool:
+    """In both precisions."""
+    held = [parity_in(options.device, dtype) for dtype in ("float32", "bfloat16")]
+    return all(held)
+
+
 @torch.no_grad()
-def parity(device: str, dtype: str) -> bool:
+def parity_in(device: str, dtype: str) -> bool:
     """Context and denoiser logits and greedy tokens on the device against the reference outputs."""
     model = tt.load_model(GOLDEN, device=device, dtype=dtype)
     largest, errors, agreements = {}, {}, {}
@@ -114,17 +148,18 @@ def _token_share(model: Any) -> float:
     return sum(equal) / len(equal)
 
 
-def train(device: str, folder: Path, quick: bool) -> None:
-    """The shipped recipe on the device; with ``quick`` a few steps of it."""
-    recipe = None
-    if quick:
+def train(options: argparse.Namespace) -> bool:
+    """The shipped recipe on the device; with ``--quick`` a few steps of it."""
+    recipe, folder = None, options.out / "device-training"
+    if options.quick:
         evaluate.DOCUMENTS_PER_KIND = 1
         folder.mkdir(parents=True, exist_ok=True)
         recipe = folder / "recipe.toml"
         recipe.write_text(_short_recipe(), encoding="utf-8")
     started = time.perf_counter()
-    pair = train_pair(folder, recipe_file=recipe, device=device)
-    say("train", device=device, seconds=round(time.perf_counter() - started, 1), pair=str(pair))
+    pair = train_pair(folder, recipe_file=recipe, device=options.device)
+    say("train", device=options.device, seconds=round(time.perf_counter() - started, 1), pair=str(pair))
+    return True
 
 
 def _short_recipe() -> str:
@@ -139,28 +174,213 @@ def _short_recipe() -> str:
     return "\n".join(lines) + "\n"
 
 
-def sweep(device: str, out: Path, model: str | None, quick: bool) -> None:
-    """Quality, speed and report of the pair on the device, by the commands that everybody uses."""
-    chosen = ["--model", model] if model else []
-    place = ["--devices", device, "--dtype", "float32", "--out", str(out)]
-    grid = ["--block-sizes", "16"] if quick else ["--block-sizes", "8,16,32", "--thresholds", "0.7,0.8,0.9,0.95"]
-    size = ["--limit", "2"] if quick else []
-    rounds = (
-        ["--num-prompts", "2", "--min-rounds", "2", "--tasks", "miniature_sort"] if quick else ["--min-rounds", "8"]
-    )
-    batches = [] if quick else ["--batch-sizes", "1,8"]
+def kernels(options: argparse.Namespace) -> bool:
+    """Which foreign kernels prove themselves here, in which precision; the others with the reason. None is needed."""
+    for dtype in ("float32", "bfloat16"):
+        told = kernel_room.describe([options.device], dtype)
+        say("kernels", device=options.device, dtype=dtype, kernels=told or "a CPU has none")
+    return True
+
+
+def graphs(options: argparse.Namespace) -> bool:
+    """Greedy tokens with captured steps equal those without, in float32; seconds of both."""
+    tokens: dict[str, list[tuple[int, ...]]] = {}
+    seconds: dict[str, float] = {}
+    clock = CallClock(Devices([options.device]), time.perf_counter)
+    for arm in ("plain", "captured"):
+        model = tt.load_model(GOLDEN, device=options.device, dtype="float32")
+        if arm == "captured":
+            # Without a GPU the steps run from their fixed buffers, uncaptured.
+            model.graphs = model.context_tower.graphs = StepGraphs()
+        ask = [tt.Prompt(id="p", token_ids=tuple(range(4, 21)))]
+        for kind in ("autoregressive", "block_diffusion"):
+            decoder = tt.make_decoder(model, kind)
+            decoder.generate(ask, max_new_tokens=48)  # captures
+            started_s = clock()
+            [answer] = decoder.generate(ask, max_new_tokens=48)
+            seconds[f"{arm} {kind}"] = clock() - started_s
+            tokens.setdefault(arm, []).append(answer.token_ids)
+    held = tokens["plain"] == tokens["captured"]
+    say("graphs", device=options.device, held=held, seconds=seconds)
+    return held
+
+
+def sweep(options: argparse.Namespace) -> bool:
+    """Quality and speed of the pair on the device, by the commands that everybody uses."""
+    chosen = ["--model", options.model] if options.model else []
+    place = ["--devices", options.device, "--dtype", "float32", "--out", str(options.out)]
+    if options.quick:
+        grid, size = ["--block-sizes", "16"], ["--limit", "2"]
+        rounds = ["--num-prompts", "2", "--min-rounds", "2", "--tasks", "miniature_sort"]
+    else:
+        grid, size = ["--block-sizes", "8,16,32", "--thresholds", "0.8,0.95"], ["--limit", "100"]
+        rounds = ["--min-rounds", "6", "--batch-sizes", "1,8"]
     run = _command("run", "--tasks", "miniature", *chosen, *place, *grid, *size)
-    timed = _command("speed", *chosen, *place, *grid, *rounds, *batches)
-    report = _command("report", run, timed, "--out", str(out / "reports"))
-    say("sweep", device=device, run=run, speed=timed, report=report)
+    timed = _command("speed", *chosen, *place, *grid, *rounds)
+    say("sweep", device=options.device, run=run, speed=timed)
+    return True
+
+
+def scale(options: argparse.Namespace) -> bool:
+    """Steps of the released size on random weights, all layers if both towers or one set of weights fit, else some."""
+    return _scale(options)
+
+
+def scale_graphs(options: argparse.Namespace) -> bool:
+    """The same, each small step launched as a CUDA graph."""
+    if torch.device(options.device).type != "cuda":
+        say("scale_graphs", device=options.device, skipped="a CPU has no CUDA graphs")
+        return True
+    return _scale(options, "--cuda-graphs")
+
+
+def _scale(options: argparse.Namespace, *more: str) -> bool:
+    if options.quick:
+        small = [str(_small_config(options.out)), "--dtype", "float32", "--repeats", "2", "--prompt-tokens", "32"]
+        run = _command(
+            "speed", "--random-weights", *small, "--layers", "8", "--min-rounds", "2", *more, *_place(options)
+        )
+    else:
+        run = _largest_that_fits(options, more)
+    found = ScaleRun(store.load(Path(run)))
+    for step in found.steps:
+        value = step.seconds.estimate
+        if step.batch_size == 1 and step.part in AIMS and value is not None and step.floor_s:
+            facts = {"part": step.part, "routing": step.routing, "block_size": step.block_size}
+            ratio = value.value / step.floor_s
+            facts |= {"ms": 1000 * value.value, "floor_ms": 1000 * step.floor_s, "times_floor": ratio}
+            say("floor", device=options.device, extrapolated=step.extrapolated, aim=AIMS[step.part], **facts)
+    say(
+        "scale_graphs" if more else "scale",
+        device=options.device,
+        run=run,
+        layers=len(found.pattern),
+        of=len(found.full_pattern),
+    )
+    return True
+
+
+def _largest_that_fits(options: argparse.Namespace, more: Sequence[str]) -> str:
+    """Two towers, else one set of weights for both, else the first 26, 13 or 6 layers."""
+    sizes = [
+        "--batch-sizes",
+        "1,8",
+        "--block-sizes",
+        "16",
+        "--prompt-tokens",
+        "512",
+        "--min-rounds",
+        "4",
+        "--repeats",
+        "4",
+    ]
+    ways: list[list[str]] = [[], ["--share-towers"], *(["--layers", str(n)] for n in (26, 13, 6))]
+    for way in ways:
+        done = _run_verb("speed", "--random-weights", str(RELEASED), *sizes, *way, *more, *_place(options))
+        if done.returncode == 0:
+            return str(done.stdout.strip().splitlines()[-1])
+        if "free: take" not in done.stderr:
+            raise RuntimeError(done.stderr)
+    raise RuntimeError(f"not even 6 layers fit on {options.device}")
+
+
+def _place(options: argparse.Namespace) -> list[str]:
+    return ["--devices", options.device, "--out", str(options.out)]
+
+
+def _small_config(out: Path) -> Path:
+    """The released config, a hundredth as wide, twelve layers long."""
+    config = read_json(RELEASED) | {"hybrid_override_pattern": "MEM*EMEM*EME", "num_hidden_layers": 12}
+    config |= {"hidden_size": 64, "vocab_size": 512, "num_attention_heads": 4, "head_dim": 16, "ssm_state_size": 16}
+    config |= {"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "n_routed_experts": 8}
+    config |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 64}
+    file = out / "small.config.json"
+    file.write_text(json.dumps(config), encoding="utf-8")
+    return file
+
+
+def native(options: argparse.Namespace) -> bool:
+    """Greedy AR, batch 1, by our decoder and by transformers' generate: same sizes, random weights of their own."""
+    file = _small_config(options.out) if options.quick else RELEASED
+    dtype = torch.float32 if options.quick else torch.bfloat16
+    values = read_json(file)
+    pattern = values["hybrid_override_pattern"][: 8 if options.quick else NATIVE_LAYERS]
+    values |= {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
+    num_new = 8 if options.quick else NATIVE_NEW
+    arms = {"ours": _our_arm(parse_config(values), options.device, dtype, num_new),
+            "transformers": _native_arm(values, options.device, dtype, num_new)}  # fmt: skip
+    clock = CallClock(Devices([options.device]), time.perf_counter)
+    wall_s: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(1 + (2 if options.quick else NATIVE_ROUNDS)):
+        for name in arms if number % 2 else reversed(arms):
+            started_s = clock()
+            arms[name]()
+            if number:  # the first warms up
+                wall_s[name].append(clock() - started_s)
+    rates = {name: num_new / statistics.median(times_s) for name, times_s in wall_s.items()}
+    facts = {"tokens_per_s": rates, "ratio": rates["ours"] / rates["transformers"], "layers": pattern}
+    say("native", device=options.device, dtype=str(dtype), wall_s=wall_s, **facts)
+    return True
+
+
+def _our_arm(config: NemotronHConfig, device: str, dtype: torch.dtype, num_new: int) -> Callable[[], object]:
+    pair = build_random_pair(config, name="native", dtype=dtype, devices=(device,), seed=0, share_towers=True)
+    decoder = tt.make_decoder(pair, "autoregressive")
+    prompts = [tt.Prompt(id="p", token_ids=tuple(range(4, 4 + NATIVE_PROMPT)))]
+    return lambda: decoder.generate(prompts, max_new_tokens=num_new)
+
+
+def _native_arm(values: dict[str, Any], device: str, dtype: torch.dtype, num_new: int) -> Callable[[], object]:
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**{k: v for k, v in values.items() if k != "auto_map"})
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    ids_BS = torch.arange(4, 4 + NATIVE_PROMPT, device=device)[None]
+    return lambda: theirs.generate(model, ids_BS, num_new)
+
+
+def report(options: argparse.Namespace) -> bool:
+    """One report over all runs under ``--out``, and the run folders beside it: what is published."""
+    runs = store.find_runs(options.out)
+    if not runs:
+        raise SystemExit(f"no runs in {options.out}: take the steps sweep and scale first")
+    scaled = [path for path in runs if is_scale_run(store.load(path))]
+    decoded = [path for path in runs if path not in scaled]
+    folder = options.out / "published"
+    # A report is about one pair; random weights are another.
+    reports = [report_room.write(group, folder) / "report.md" for group in (decoded, scaled) if group]
+    for path in runs:
+        shutil.copytree(path, folder / path.name / "run", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.lock"))
+    say("report", reports=[str(path) for path in reports], runs=[path.name for path in runs])
+    return True
 
 
 def _command(*arguments: str) -> str:
-    """Run one verb in a process of its own; the path that it prints last."""
-    command = [sys.executable, "-m", "twotower_eval.cli", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return done.stdout.strip().splitlines()[-1]
+    """Run one verb; the path that it prints last."""
+    done = _run_verb(*arguments)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return str(done.stdout.strip().splitlines()[-1])
 
+
+def _run_verb(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """One verb in a process of its own."""
+    command = [sys.executable, "-m", "twotower_eval.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=STEP_LIMIT_S)
+
+
+STEPS: dict[str, Callable[[argparse.Namespace], bool]] = {
+    "parity": parity,
+    "kernels": kernels,
+    "graphs": graphs,
+    "sweep": sweep,
+    "scale": scale,
+    "scale_graphs": scale_graphs,
+    "native": native,
+    "report": report,
+}
+ALL_STEPS = STEPS | {"train": train}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import Pieces, Scripted, tiny_pair
 from torch import Tensor
 
 from twotower_eval.decoders import DECODERS, decoder_spec, from_spec, make_decoder
 from twotower_eval.decoders.finish import cut, is_finished, make_rules
+from twotower_eval.decoders.rows import packed, unpacked
 from twotower_eval.records import Generation, Prompt
 
 PROMPT = Prompt(id="p", token_ids=(1, 2))
@@ -231,3 +234,19 @@ def test_specifications() -> None:
 def test_a_causal_model_has_no_denoiser(kind: str) -> None:
     with pytest.raises(ValueError, match="needs a two-tower checkpoint"):
         make_decoder(tiny_pair().context_tower, kind)
+
+
+@given(
+    tokens=st.lists(st.integers(0, 2**31), min_size=1, max_size=8),
+    confidences=st.lists(st.floats(0, 1, width=32), min_size=8, max_size=8),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_tokens_and_confidences_travel_together_unchanged(
+    tokens: list[int], confidences: list[float], dtype: torch.dtype
+) -> None:
+    given_tokens = torch.tensor(tokens)
+    given_confidence = torch.tensor(confidences[: len(tokens)], dtype=dtype)
+    ours = unpacked(packed(given_tokens, given_confidence), dtype)
+    assert torch.equal(ours[0], given_tokens)
+    assert torch.equal(ours[1], given_confidence)
+    assert ours[1].dtype == dtype

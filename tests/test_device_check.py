@@ -10,13 +10,33 @@ SCRIPT = Path(__file__).with_name("device_check.py")
 
 
 def test_every_step_runs_on_a_cpu(tmp_path):
+    steps = ["parity", "kernels", "graphs", "sweep", "scale", "scale_graphs", "native", "train", "report"]
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--quick", "--out", str(tmp_path)]
+    command += [word for step in steps for word in ("--step", step)]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"step": "')]
-    assert [row["step"] for row in rows] == ["parity", "parity", "train", "sweep"]
-    assert all(row["held"] for row in rows[:2])
-    assert rows[0]["equal_greedy_runs"] == 1.0
-    assert Path(rows[-1]["report"]).is_file()
+    names = list(dict.fromkeys(row["step"] for row in rows if row["step"] != "timing"))
+    assert names == [
+        "parity",
+        "kernels",
+        "graphs",
+        "sweep",
+        "floor",
+        "scale",
+        "scale_graphs",
+        "native",
+        "train",
+        "report",
+    ]
+    assert [row["of"] for row in rows if row["step"] == "timing"] == steps
+    of = {name: [row for row in rows if row["step"] == name] for name in names}
+    assert [row["held"] for row in (*of["parity"], *of["graphs"])] == [True, True, True]
+    assert of["parity"][0]["equal_greedy_runs"] == 1.0
+    assert {row["part"] for row in of["floor"]} == {"ar_step", "denoise"}
+    assert of["native"][0]["ratio"] > 0
+    assert len(of["report"][0]["reports"]) == 2
+    assert all(Path(path).is_file() for path in of["report"][0]["reports"])
+    assert len(of["report"][0]["runs"]) == 3

@@ -74,3 +74,21 @@ def test_a_denoise_step_leaves_the_context_as_it_was():
     before = tiny_pair().denoise(block_BK, context, 1.0)
     assert phases.time_repeats(phases.denoise(spy, context, block_BK, 1.0), clock, 3) == (1.0, 1.0, 1.0)
     assert torch.equal(tiny_pair().denoise(block_BK, context, 1.0), before)
+
+
+def test_a_forced_block_commits_what_it_is_told_and_is_absorbed():
+    spy, context, clock = made_ready()
+    absorbed = []
+    extend = spy.model.extend
+
+    class Keeping(Spy):
+        def extend(self, context, ids_BK):
+            absorbed.append(ids_BK.clone())
+            self.ticks.s += 1
+            return extend(context, ids_BK)
+
+    spy = Keeping(spy.model, spy.ticks)
+    block = phases.forced_block(spy, context, 4, [(1, 3), (2, 1, 1)])
+    assert phases.time_repeats(block, clock, 3) == (3.0, 4.0, 3.0)
+    assert len(absorbed) == 4
+    assert all(bool((ids != spy.mask_token_id).all()) for ids in absorbed[1:])

@@ -63,7 +63,7 @@ def new_manifest(
         commit=commit,
         dirty=dirty,
         packages=package_versions(),
-        machine=describe_machine(devices),
+        machine=describe_machine(devices) | {"kernels": _active_kernels(devices, plan_json.get("dtype"))},
         seeds=seeds,
         notes=tuple(notes),
     )
@@ -95,6 +95,13 @@ def describe_machine(devices: Sequence[str] = ("cpu",)) -> dict[str, Any]:
         "driver": _nvidia_driver(),
         "devices": [_describe_device(device) for device in devices],
     }
+
+
+def _active_kernels(devices: Sequence[str], dtype: str | None) -> dict[str, str] | None:
+    """Which foreign kernels have proved themselves, asked of the ops where something has loaded them."""
+    ops = sys.modules.get("twotower_eval.ops.kernels")
+    told: dict[str, str] | None = ops.describe(devices, dtype) if ops and dtype else None
+    return told
 
 
 def git_state() -> tuple[str | None, bool | None]:

@@ -119,8 +119,51 @@ class SpeedPlan:
             raise ValueError("the fixed workload needs new_tokens: say how many tokens each prompt shall produce")
 
 
-Plan = RunPlan | SpeedPlan
-P = TypeVar("P", RunPlan, SpeedPlan, VerifyPlan)
+@dataclass(frozen=True, kw_only=True)
+class ScalePlan:
+    """What ``twotower-eval speed --random-weights`` does: costs of a size of model, without its weights.
+
+    ``random_weights`` is a ``config.json``. ``layers`` builds the first so many of each tower and measures parts of
+    them, to extrapolate; ``None`` builds all. ``share_towers`` gives both towers one set of weights; ``cuda_graphs``
+    launches each small step as a whole. Commits follow every rate of ``tokens_per_nfe`` that a block size can have,
+    and the blocks that the run folder ``profile`` holds. Contexts are ``prompt_tokens`` long. A timed sample is
+    ``repeats`` repetitions; rounds as in SpeedPlan.
+    """
+
+    random_weights: str = ""
+    layers: int | None = None
+    share_towers: bool = False
+    cuda_graphs: bool = False
+    block_sizes: tuple[int, ...] = (16,)
+    batch_sizes: tuple[int, ...] = (1,)
+    prompt_tokens: int = 512
+    tokens_per_nfe: tuple[float, ...] = (1.5, 2.5, 4.0)
+    profile: str | None = None
+    repeats: int = 8
+    min_rounds: int = 5
+    min_seconds: float = 0.0
+    warmup_rounds: int = 1
+    seed: int = 0
+    dtype: Dtype = "bfloat16"
+    devices: tuple[str, ...] = ("cpu",)
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        if not self.random_weights:
+            raise ValueError("random_weights names no config.json")
+        _check_at_least(self, 1, "layers", "block_sizes", "batch_sizes", "prompt_tokens", "tokens_per_nfe", "repeats")
+        _check_at_least(self, 1, "min_rounds", "threads")
+        _check_at_least(self, 0, "min_seconds", "warmup_rounds", "seed")
+        if self.share_towers and len(self.devices) > 1:
+            raise ValueError("share_towers puts both towers on one device: name one device")
+        if len(self.devices) > 2:
+            raise ValueError(f"a pair has two towers, but {len(self.devices)} devices are named")
+
+
+Plan = RunPlan | SpeedPlan  # those that decode
+AnyPlan = Plan | ScalePlan | VerifyPlan
+P = TypeVar("P", RunPlan, SpeedPlan, ScalePlan, VerifyPlan)
 
 
 def load_plan(path: Path, cls: type[P]) -> P:
@@ -130,6 +173,11 @@ def load_plan(path: Path, cls: type[P]) -> P:
         return plan_from_json(cls, values)
     except ValueError as error:
         raise ValueError(f"plan {path}: {error}") from error
+
+
+def is_scale_plan(path: Path) -> bool:
+    """Whether a plan file is about random weights."""
+    return "random_weights" in read_toml(path, "plan")
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
@@ -214,7 +262,7 @@ def _default(cls: type[Plan], name: str) -> Any:
     return next(field.default for field in dataclasses.fields(cls) if field.name == name)
 
 
-def _check_fields(plan: Plan | VerifyPlan) -> None:
+def _check_fields(plan: AnyPlan) -> None:
     hints = typing.get_type_hints(type(plan))
     for field in dataclasses.fields(plan):
         value = getattr(plan, field.name)
@@ -233,7 +281,7 @@ def _check_decoders(plan: Plan) -> None:
     _check_at_least(plan, 0, "temperature", "thresholds", "seed")
 
 
-def _check_at_least(plan: Plan | VerifyPlan, least: int, *names: str) -> None:
+def _check_at_least(plan: AnyPlan, least: int, *names: str) -> None:
     for name in names:
         value = getattr(plan, name)
         for item in value if isinstance(value, tuple) else (value,):

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import typer
 
 from twotower_eval import store
-from twotower_eval.plan import RunPlan, SpeedPlan, load_plan, merge, plan_from_json
+from twotower_eval.plan import RunPlan, ScalePlan, SpeedPlan, load_plan, merge, plan_from_json
 
-P = TypeVar("P", RunPlan, SpeedPlan)
+P = TypeVar("P", RunPlan, SpeedPlan, ScalePlan)
 EXIT_INTERRUPTED = 130
 
 
@@ -65,4 +65,6 @@ def resolve_plan(cls: type[P], plan_file: Path | None, resumed: Path | None, giv
                 f"{resumed} is a {manifest.verb!r}, not a {verb!r}: twotower-eval {manifest.verb} --resume …"
             )
         return merge(plan_from_json(cls, manifest.plan), given)
-    return merge(load_plan(plan_file, cls) if plan_file is not None else cls(), given)
+    if plan_file is not None:
+        return merge(load_plan(plan_file, cls), given)
+    return plan_from_json(cls, {key: value for key, value in given.items() if value is not None})

@@ -1,4 +1,4 @@
-"""``twotower-eval speed``: time, then score what was timed."""
+"""``twotower-eval speed``: time, then score what was timed; or measure a size of model on random weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from twotower_eval.cli import scale
 from twotower_eval.cli.options import (
     RESULTS,
     Baseline,
@@ -30,7 +31,7 @@ from twotower_eval.cli.options import (
     texts,
 )
 from twotower_eval.cli.runs import resolve_plan, resumable, run_path
-from twotower_eval.plan import SpeedPlan
+from twotower_eval.plan import ScalePlan, SpeedPlan
 from twotower_eval.progress import choose_progress
 
 
@@ -58,6 +59,13 @@ def speed(
         bool | None, option("Time the parts of decoding alone, in the same rounds [costs].", "--costs/--no-costs")
     ] = None,
     threads: Annotated[int | None, option("CPU threads [torch's own choice].", metavar="N")] = None,
+    random_weights: scale.RandomWeights = None,
+    layers: scale.Layers = None,
+    share_towers: scale.ShareTowers = None,
+    cuda_graphs: scale.CudaGraphs = None,
+    tokens_per_nfe: scale.TokensPerNfe = None,
+    profile: scale.Profile = None,
+    repeats: scale.Repeats = None,
     seed: Seed = None,
     dtype: Dtype = None,
     devices: Devices = None,
@@ -73,11 +81,17 @@ def speed(
         **{"batch_sizes": numbers(batch_sizes, int, "--batch-sizes"), "workload": workload},
         **{"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "num_prompts": num_prompts},
         **{"min_rounds": min_rounds, "min_seconds": min_seconds, "warmup_rounds": warmup_rounds, "threads": threads},
+        **{"random_weights": random_weights, "layers": layers, "share_towers": share_towers},
+        **{"tokens_per_nfe": numbers(tokens_per_nfe, float, "--tokens-per-nfe"), "repeats": repeats},
+        **{"cuda_graphs": cuda_graphs, "profile": None if profile is None else str(run_path(profile, out))},
         "costs": costs,
     }
     resumed = run_path(resume, out) if resume else None
     with resumable("speed", out, resumed):
-        path = _time_and_score(resolve_plan(SpeedPlan, plan, resumed, given), out, resumed)
+        if scale.is_scale(given, plan, resumed):
+            path = scale.measure(resolve_plan(ScalePlan, plan, resumed, given), out, resumed)
+        else:
+            path = _time_and_score(resolve_plan(SpeedPlan, plan, resumed, given), out, resumed)
     typer.echo(path)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from twotower_eval.decoders.batch import BatchDecoder, Call
 from twotower_eval.decoders.commit import commit
-from twotower_eval.decoders.rows import RowNoise, check_temperature, choose
+from twotower_eval.decoders.rows import RowNoise, check_temperature, choose, on_host
 from twotower_eval.models.counting import CountedContext
 from twotower_eval.records import CommitStep
 
@@ -183,4 +183,4 @@ def _predict(
     probability_BKV = logits_BKV.float().softmax(-1)
     tokens_BK = choose(logits_BKV, temperature, noise, rows) if temperature > 0 else probability_BKV.argmax(-1)
     confidence_BK = probability_BKV.gather(-1, tokens_BK[..., None])[..., 0]
-    return tokens_BK.cpu(), confidence_BK.cpu()
+    return on_host(tokens_BK, confidence_BK)

@@ -23,6 +23,23 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
 
 
+def on_host(tokens: Tensor, confidence: Tensor) -> tuple[Tensor, Tensor]:
+    """Both on the host, with a single wait for the device: all that a denoiser step waits for."""
+    if tokens.device.type == "cpu":
+        return tokens, confidence
+    return unpacked(packed(tokens, confidence).cpu(), confidence.dtype)
+
+
+def packed(tokens: Tensor, confidence: Tensor) -> Tensor:
+    """Token ids and confidences in one float64 tensor (2, ...), which holds both exactly."""
+    return torch.stack([tokens.double(), confidence.double()])
+
+
+def unpacked(both: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What was :func:`packed`: int64 ids, and confidences of ``dtype``."""
+    return both[0].to(torch.int64), both[1].to(dtype)
+
+
 class RowNoise:
     """Gumbel noise from one generator per row, seeded by its prompt, so that a row never depends on its neighbours.
 

@@ -6,6 +6,7 @@ Shape letters: see ops/__init__.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from twotower_eval.models.context import Context, KeyValueBuffer, writable_buffe
 from twotower_eval.models.nemotron_h import Attention, Mamba, MambaState, Tower, run_layers
 from twotower_eval.models.token_tree import Segment, logits_by_rows
 from twotower_eval.ops.attention import attention
+
+if TYPE_CHECKING:
+    from twotower_eval.models.graphs import StepGraphs
 
 PIECE_ROWS, MIN_PIECE = 256, 64  # token rows that a CPU takes at once; positions of a piece, however many its rows
 
@@ -28,6 +32,7 @@ class ContextTower(LanguageModel):
     def __init__(self, config: NemotronHConfig) -> None:
         super().__init__()
         self.config = config
+        self.graphs: StepGraphs | None = None
         self.tower = Tower(config)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -45,6 +50,8 @@ class ContextTower(LanguageModel):
 
     def extend(self, context: Context, ids_BK: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Context:
         """The context after K more tokens in every row, or ``lengths_B`` of them. ``context`` itself stays valid."""
+        if lengths_B is None and self.graphs is not None and self.graphs.serves(*ids_BK.shape):
+            return self.graphs.extend(self, context, ids_BK)
         return self._advance(context, ids_BK, host_lengths(ids_BK, lengths_B))[0]
 
     def extend_logits(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from twotower_eval.models.autoregressive import ContextTower
 from twotower_eval.models.base import LanguageModel, source_text
 from twotower_eval.models.config import NemotronHConfig, parse_config
-from twotower_eval.models.nemotron_h import MixtureOfExperts, Tower
+from twotower_eval.models.nemotron_h import Gate, MixtureOfExperts, Tower
 from twotower_eval.models.tokenizer import load_tokenizer
 from twotower_eval.models.twotower import TwoTower
 from twotower_eval.records import Checkpoint
@@ -149,17 +149,27 @@ def build(
     """
     with torch.device("meta"):
         model = TwoTower(config) if kind == "pair" else ContextTower(config)
-    parts = [(model.context_tower, devices[0]), (model.denoiser, devices[-1])] if isinstance(model, TwoTower) else []
-    for part, device in parts or [(model, devices[0])]:
-        for module in part.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                wanted = torch.float32 if type(module).__name__ == "Gate" else dtype
-                empty = _allocate(module, parameter.shape, wanted, device)
-                replacement = nn.Parameter(empty, requires_grad=False)
-                setattr(module, name, replacement) if not isinstance(module, nn.ParameterList) else module.__setitem__(
-                    int(name), replacement
-                )
+    if isinstance(model, TwoTower):
+        materialise(model.context_tower, dtype, devices[0])
+        materialise(model.denoiser, dtype, devices[-1])
+    else:
+        materialise(model, dtype, devices[0])
     return model.eval()
+
+
+def materialise(part: nn.Module, dtype: torch.dtype, device: str) -> None:
+    """Give memory on ``device`` to the parameters that have none yet; routers are float32 in every dtype."""
+    for module in part.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                continue
+            wanted = torch.float32 if isinstance(module, Gate) else dtype
+            empty = _allocate(module, parameter.shape, wanted, device)
+            replacement = nn.Parameter(empty, requires_grad=False)
+            if isinstance(module, nn.ParameterList):
+                module[int(name)] = replacement
+            else:
+                setattr(module, name, replacement)
 
 
 def _allocate(module: nn.Module, shape: torch.Size, dtype: torch.dtype, device: str) -> Tensor:

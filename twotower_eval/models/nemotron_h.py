@@ -110,7 +110,8 @@ class Mamba(Direct):
             return self.step(x_BSH, state)
         z, u_BSC, delta_BSh = self.project(x_BSH, valid_BS)
         x, b, c = self.convolve(u_BSC, state.conv_BCW)
-        y, ssm_BhPN = ssd.ssd(x, delta_BSh, self.decay_rate(), b, c, state.ssm_BhPN)
+        precision = self.out_proj.weight.dtype
+        y, ssm_BhPN = ssd.ssd(x, delta_BSh, self.decay_rate(), b, c, state.ssm_BhPN, precision=precision)
         return self.finish(y, x, z), MambaState(conv.next_conv_state(u_BSC, state.conv_BCW, lengths_B), ssm_BhPN)
 
     def step(self, x_B1H: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
@@ -206,11 +207,19 @@ class Gate(Direct):
         self.e_score_correction_bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32), requires_grad=False)
 
 
+Steer = Callable[[Tensor, torch.Size], Tensor]  # chosen_RA, shape (B, S) of the rows -> chosen_RA
+
+
 class MixtureOfExperts(Direct):
-    """Routed experts plus the shared expert, which is neither scaled nor gated."""
+    """Routed experts plus the shared expert, which is neither scaled nor gated.
+
+    ``steer`` puts other experts in the place of those that the router chose: random weights are timed at forced
+    routings (models/routing.py). Checkpoints have none.
+    """
 
     def __init__(self, config: NemotronHConfig) -> None:
         super().__init__()
+        self.steer: Steer | None = None
         num_experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.routing = config.routing
         self.gate = Gate(num_experts, hidden)
@@ -221,6 +230,8 @@ class MixtureOfExperts(Direct):
     def forward(self, x_BSH: Tensor) -> Tensor:
         x_RH = x_BSH.flatten(0, -2)
         chosen_RA, weights_RA = moe.route(x_RH, self.gate.weight, self.gate.e_score_correction_bias, self.routing)
+        if self.steer is not None:
+            chosen_RA = self.steer(chosen_RA, x_BSH.shape[:-1])
         routed_RH = moe.experts(x_RH, chosen_RA, weights_RA, self.experts_up_EIH, self.experts_down_EHI)
         shared: Tensor = self.shared_experts(x_BSH)
         return routed_RH.view_as(x_BSH) + shared

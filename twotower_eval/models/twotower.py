@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from twotower_eval.models.context import Context, room_for_block
 from twotower_eval.models.nemotron_h import Mamba, Modulation, Tower, run_layers
 from twotower_eval.models.token_tree import Segment
 from twotower_eval.ops.attention import attention
+
+if TYPE_CHECKING:
+    from twotower_eval.models.graphs import StepGraphs
 
 SINUSOID_SIZE = 256
 TIME_SCALE = 1000.0
@@ -95,6 +99,7 @@ class TwoTower(LanguageModel):
     def __init__(self, config: NemotronHConfig) -> None:
         super().__init__()
         self.config = config
+        self.graphs: StepGraphs | None = None
         self.context_tower = ContextTower(config)
         self.denoiser = Denoiser(config)
 
@@ -131,6 +136,9 @@ class TwoTower(LanguageModel):
         device = denoiser.head.weight.device
         context = context.on(device)
         block_BK = block_BK.to(device=device, dtype=torch.int64)
+        if self.graphs is not None and self.graphs.serves(*block_BK.shape):
+            time_B = None if t_B is None else _time_tensor(t_B, block_BK.shape[0], device)
+            return self.graphs.denoise(self, block_BK, context, time_B)
         mask = _block_mask(context, block_BK.shape[1], device)
         length, end = context.max_length, context.max_length + block_BK.shape[1]
         appended = None if torch.is_grad_enabled() else room_for_block(context, block_BK.shape[1])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-GATHER_MAX_ROWS = 4  # up to this many rows, gathering weights beats waiting for the device to say who chose what
+from twotower_eval.ops import kernels
+
+GATHER_MAX_ROWS = 4  # up to this many rows, gathering weights beats reading all experts
+PADDED_MAX_ROWS = 64  # up to this many, reading all experts beats waiting for the device to say who chose what
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +61,13 @@ def experts(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor,
         trained = x_RH.requires_grad or up_EIH.requires_grad
         path = _experts_in_turn if x_RH.shape[0] == 1 and not trained else _experts_sorted
         return path(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
+    grouped_product = GROUPED_PRODUCT.on(x_RH.device, x_RH.dtype)
+    if grouped_product is not None and kernels.without_gradients(x_RH, up_EIH):
+        return experts_grouped(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI, grouped_product)
     if x_RH.shape[0] <= GATHER_MAX_ROWS:
         return _experts_gathered(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
+    if x_RH.shape[0] <= PADDED_MAX_ROWS:
+        return experts_padded(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
     return _experts_sorted(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
 
 
@@ -103,3 +113,72 @@ def _experts_sorted(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH:
     weighted = torch.cat(outputs).float() * weights_RA.flatten().index_select(0, order)[:, None]
     out_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
     return out_RH.index_add_(0, rows, weighted).to(x_RH.dtype)
+
+
+def experts_grouped(
+    x_RH: Tensor,
+    chosen_RA: Tensor,
+    weights_RA: Tensor,
+    up_EIH: Tensor,
+    down_EHI: Tensor,
+    product: Callable[..., Any],
+) -> Tensor:
+    """Pairs sorted by expert, all experts in one grouped product each way: no copy of weights, no wait for the device.
+
+    ``product`` is torch's grouped matrix product: rows (M, K), groups (E, K, N) and the end of each group (E,).
+    """
+    order, ends_E = _sorted_pairs(chosen_RA, up_EIH.shape[0])
+    x_MH = x_RH.index_select(0, order // chosen_RA.shape[1])
+    inner_MI = product(x_MH, up_EIH.transpose(1, 2), offs=ends_E).relu()
+    out_MH = product(inner_MI * inner_MI, down_EHI.transpose(1, 2), offs=ends_E)
+    # Back in the order of the tokens, so that sums run in one order however the pairs were sorted.
+    out_RAH = torch.empty_like(out_MH).index_copy_(0, order, out_MH).view(*chosen_RA.shape, -1)
+    return (out_RAH.float() * weights_RA[..., None]).sum(1).to(x_RH.dtype)
+
+
+def experts_padded(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
+    """R slots for every expert, most of them empty: two batched products over all experts, no wait for the device."""
+    num_rows, num_experts = x_RH.shape[0], up_EIH.shape[0]
+    # A token takes an expert at most once, so that its row is its slot.
+    slots_RA = chosen_RA * num_rows + torch.arange(num_rows, device=x_RH.device)[:, None]
+    x_SH = x_RH.new_zeros(num_experts * num_rows, x_RH.shape[1])
+    x_SH.index_copy_(0, slots_RA.flatten(), x_RH.repeat_interleave(chosen_RA.shape[1], dim=0))
+    inner_ERI = torch.bmm(x_SH.view(num_experts, num_rows, -1), up_EIH.transpose(1, 2)).relu()
+    out_ERH = torch.bmm(inner_ERI * inner_ERI, down_EHI.transpose(1, 2))
+    out_RAH = out_ERH.flatten(0, 1).index_select(0, slots_RA.flatten()).view(*chosen_RA.shape, -1)
+    return (out_RAH.float() * weights_RA[..., None]).sum(1).to(x_RH.dtype)
+
+
+def _sorted_pairs(chosen_RA: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The (row, expert) pairs in the order of their experts, and where each expert's pairs end, int32."""
+    experts_M, order = chosen_RA.flatten().sort(stable=True)
+    bounds_E = torch.arange(num_experts, device=chosen_RA.device, dtype=experts_M.dtype)
+    return order, torch.searchsorted(experts_M, bounds_E, right=True).to(torch.int32)
+
+
+def _load_grouped_product() -> Callable[..., Any]:
+    product: Callable[..., Any] | None = getattr(functional, "grouped_mm", getattr(torch, "_grouped_mm", None))
+    if product is None:
+        raise ImportError("this torch has no grouped matrix product")
+    return product
+
+
+def _grouped_pairs(
+    product: Callable[..., Any], device: torch.device, precision: torch.dtype
+) -> Sequence[tuple[Tensor, Tensor]]:
+    """One row, a block and a prompt, most experts left out in the first two. Widths as kernels want them aligned."""
+    found = []
+    for num_rows, num_experts in ((1, 32), (16, 64), (200, 32)):
+        x_RH = kernels.seeded((num_rows, 64), device, precision, seed=num_rows)
+        up_EIH = kernels.seeded((num_experts, 96, 64), device, precision, seed=1) / 8
+        down_EHI = kernels.seeded((num_experts, 64, 96), device, precision, seed=2) / 8
+        scores_RE = kernels.seeded((num_rows, num_experts), device, torch.float32, seed=3)
+        weights_RA, chosen_RA = scores_RE.softmax(-1).topk(4, dim=-1)
+        ours = experts_grouped(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI, product)
+        found.append((ours, _experts_gathered(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)))
+    return found
+
+
+GROUPED_PRODUCT = kernels.register(
+    kernels.Kernel(name="torch grouped_mm", load=_load_grouped_product, pairs=_grouped_pairs)
+)

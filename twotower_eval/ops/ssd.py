@@ -7,16 +7,37 @@ is how padding is skipped.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from twotower_eval.ops import kernels
 
 CHUNK = 32  # measured: 16-32 beats one long quadratic scan on a CPU; the result does not depend on it
 
 
 def ssd(
-    x_BShP: Tensor, delta_BSh: Tensor, a_h: Tensor, b_BSGN: Tensor, c_BSGN: Tensor, state_BhPN: Tensor
+    x_BShP: Tensor,
+    delta_BSh: Tensor,
+    a_h: Tensor,
+    b_BSGN: Tensor,
+    c_BSGN: Tensor,
+    state_BhPN: Tensor,
+    *,
+    precision: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs (B, S, h, P) and the state after the last position (B, h, P, N)."""
+    """Outputs (B, S, h, P) and the state after the last position (B, h, P, N).
+
+    ``precision`` is the model's: how exact a foreign kernel must be to be used on a GPU.
+    """
+    if x_BShP.is_cuda and kernels.without_gradients(x_BShP, a_h):
+        step = x_BShP.shape[1] == 1
+        kernel = (STATE_UPDATE if step else CHUNK_SCAN).on(x_BShP.device, precision)
+        if kernel is not None:
+            by_kernel = step_by_kernel if step else scan_by_kernel
+            return by_kernel(x_BShP, delta_BSh, a_h, b_BSGN, c_BSGN, state_BhPN, kernel)
     if x_BShP.shape[1] == 1:
         return ssd_step(x_BShP, delta_BSh, a_h, b_BSGN, c_BSGN, state_BhPN)
     y_BShP, boundaries_BchPN = ssd_chunked(x_BShP, delta_BSh, a_h, b_BSGN, c_BSGN, state_BhPN, chunk=CHUNK)
@@ -130,3 +151,93 @@ def _carry(added_BchPN: Tensor, decay_Bch: Tensor, state_BhPN: Tensor) -> Tensor
     for index in range(added_BchPN.shape[1]):
         states.append(states[-1] * decay_Bch[:, index, :, None, None] + added_BchPN[:, index])
     return torch.stack(states, dim=1)
+
+
+def step_by_kernel(
+    x_BShP: Tensor,
+    delta_BSh: Tensor,
+    a_h: Tensor,
+    b_BSGN: Tensor,
+    c_BSGN: Tensor,
+    state_BhPN: Tensor,
+    kernel: Callable[..., Any],
+) -> tuple[Tensor, Tensor]:
+    """:func:`ssd_step` by mamba-ssm's kernel, which updates a state in place."""
+    state = state_BhPN.clone()
+    heads, dim, state_size = state.shape[1:]
+    delta_BhP = delta_BSh[:, 0, :, None].expand(-1, -1, dim)
+    a_hPN = a_h[:, None, None].expand(heads, dim, state_size)
+    y_BhP: Tensor = kernel(state, x_BShP[:, 0], delta_BhP, a_hPN, b_BSGN[:, 0], c_BSGN[:, 0], dt_softplus=False)
+    return y_BhP[:, None].float(), state
+
+
+def scan_by_kernel(
+    x_BShP: Tensor,
+    delta_BSh: Tensor,
+    a_h: Tensor,
+    b_BSGN: Tensor,
+    c_BSGN: Tensor,
+    state_BhPN: Tensor,
+    kernel: Callable[..., Any],
+) -> tuple[Tensor, Tensor]:
+    """:func:`ssd_chunked` by mamba-ssm's kernel. Its chunks are no longer than the sequence: longer ones were seen to
+    go wrong behind a seed."""
+    chunk = max(16, min(KERNEL_CHUNK, 1 << (x_BShP.shape[1].bit_length() - 1)))
+    y_BShP, state = kernel(
+        x_BShP, delta_BSh, a_h, b_BSGN, c_BSGN, chunk,
+        initial_states=state_BhPN, dt_softplus=False, return_final_states=True,
+    )  # fmt: skip
+    return y_BShP.float(), state.float()
+
+
+KERNEL_CHUNK = 128
+
+
+def _load_state_update() -> Callable[..., Any]:
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    function: Callable[..., Any] = selective_state_update
+    return function
+
+
+def _load_chunk_scan() -> Callable[..., Any]:
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    function: Callable[..., Any] = mamba_chunk_scan_combined
+    return function
+
+
+def _proof_pairs(
+    by_kernel: Callable[..., tuple[Tensor, Tensor]],
+    lengths: Sequence[int],
+    kernel: Callable[..., Any],
+    device: torch.device,
+) -> Sequence[tuple[Tensor, Tensor]]:
+    """Outputs and states behind a seed, beside those of the recurrence as it is written."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for length in lengths:
+        x_BShP = kernels.seeded((2, length, 8, 64), device, torch.float32, seed=length)
+        delta_BSh = kernels.seeded((2, length, 8), device, torch.float32, seed=1).abs() / 10
+        a_h = -kernels.seeded((8,), device, torch.float32, seed=2).exp()
+        b_BSGN, c_BSGN = (kernels.seeded((2, length, 2, 128), device, torch.float32, seed=seed) for seed in (3, 4))
+        state_BhPN = kernels.seeded((2, 8, 64, 128), device, torch.float32, seed=5)
+        given = (x_BShP, delta_BSh, a_h, b_BSGN, c_BSGN, state_BhPN)
+        found += zip(by_kernel(*given, kernel), ssd_reference(*given), strict=True)
+    return found
+
+
+STATE_UPDATE = kernels.register(
+    kernels.Kernel(
+        name="mamba-ssm state update",
+        load=_load_state_update,
+        pairs=lambda kernel, device, _precision: _proof_pairs(step_by_kernel, (1,), kernel, device),
+    )
+)
+CHUNK_SCAN = kernels.register(
+    kernels.Kernel(
+        name="mamba-ssm chunk scan",
+        load=_load_chunk_scan,
+        # A block shorter than the usual chunk, one of odd length, and a prompt of several chunks.
+        pairs=lambda kernel, device, _precision: _proof_pairs(scan_by_kernel, (8, 16, 23, 300), kernel, device),
+    )
+)

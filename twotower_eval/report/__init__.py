@@ -35,6 +35,7 @@ SECTIONS = {
     "scoring": "twotower_eval.report.gates:scoring",
     "gates": "twotower_eval.report.gates:gates",
     "latency": "twotower_eval.report.speed_tables:latency",
+    "scale": "twotower_eval.report.scale:scale",
     "training": "twotower_eval.report.training:training",
     "setup": "twotower_eval.report.provenance:setup",
     "reproduce": "twotower_eval.report.provenance:reproduce",

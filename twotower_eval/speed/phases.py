@@ -1,4 +1,4 @@
-"""The four phases that decoding is made of, each measured alone: prefill, AR step, denoise step, context pass.
+"""The phases that decoding is made of, each measured alone: prefill, AR step, denoise step, context pass.
 
 A phase is made ready off the clock, as a function of one repetition, and repeated on it. Each repetition does what a
 decoder does there, the choice of tokens on the device and its way to the host included, so that seconds times counts
@@ -7,12 +7,14 @@ predict a whole call. Shape letters: see ops/__init__; all rows of a batch are e
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from twotower_eval.decoders.rows import on_host
 from twotower_eval.speed.clock import CallClock, no_garbage_collection
 
 Repeat = Callable[[], None]  # one repetition of a phase
@@ -50,6 +52,8 @@ def denoise(model: Any, context: Any, block_BK: Tensor, t_B: Sequence[float] | f
     def repeat() -> None:
         _choose_confident(model.denoise(block_BK, context, t_B), model.mask_token_id)
 
+    with torch.inference_mode():
+        repeat()  # a first step may have things to make ready that no later one has
     return repeat
 
 
@@ -60,6 +64,35 @@ def context_pass(model: Any, context: Any, block_BK: Tensor) -> Repeat:
 
     def repeat() -> None:
         nonlocal newest
+        newest = model.extend(newest, block_BK)
+
+    return repeat
+
+
+def forced_block(model: Any, context: Any, block_size: int, blocks: Sequence[Sequence[int]]) -> Repeat:
+    """Denoise a whole block and absorb it, each denoiser call committing as many tokens as it is told.
+
+    ``blocks`` holds the commits per call of the first, second, ... repetition, the same for all rows. The most
+    confident positions are committed, as a decoder would.
+    """
+    schedules = itertools.cycle(blocks)
+    with torch.inference_mode():
+        masks_BK = torch.full((len(context.lengths), block_size), model.mask_token_id)
+        newest = model.extend(context, masks_BK)
+        model.denoise(masks_BK, newest, [1.0] * len(context.lengths))
+
+    def repeat() -> None:
+        nonlocal newest
+        block_BK = torch.full((len(newest.lengths), block_size), model.mask_token_id)
+        masked_BK = torch.ones_like(block_BK, dtype=torch.bool)
+        num_masked = block_size
+        for num_commits in next(schedules):
+            logits_BKV = model.denoise(block_BK, newest, [num_masked / block_size] * len(newest.lengths))
+            tokens_BK, confidence_BK = _choose_confident(logits_BKV, model.mask_token_id)
+            best_BC = confidence_BK.masked_fill(~masked_BK, -torch.inf).topk(num_commits, dim=1).indices
+            block_BK.scatter_(1, best_BC, tokens_BK.gather(1, best_BC))
+            masked_BK.scatter_(1, best_BC, False)
+            num_masked -= num_commits
         newest = model.extend(newest, block_BK)
 
     return repeat
@@ -80,8 +113,8 @@ def _choose(logits_BV: Tensor) -> None:
     logits_BV.argmax(-1).cpu()
 
 
-def _choose_confident(logits_BKV: Tensor, mask_token_id: int) -> None:
-    """As block diffusion chooses at temperature 0; what it then does on the host costs microseconds."""
+def _choose_confident(logits_BKV: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
+    """Tokens and confidences (B, K) on the host, as block diffusion chooses at temperature 0."""
     logits_BKV[..., mask_token_id] = -torch.inf
     confidence_BK, tokens_BK = logits_BKV.float().softmax(-1).max(-1)
-    tokens_BK.cpu(), confidence_BK.cpu()
+    return on_host(tokens_BK, confidence_BK)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from twotower_eval.records import (
 from twotower_eval.speed.clock import CallClock, Devices, torch_threads
 from twotower_eval.speed.costs import CostItem, make_items
 from twotower_eval.speed.lanes import Lane, Timing, make_lanes
+from twotower_eval.speed.loop import RoundLoop, is_enough, whole_rounds
 from twotower_eval.speed.workloads import Call, Calls, Request, make_calls
 
 NOTES = (
@@ -85,17 +85,13 @@ def _calls_per_round(calls: Calls, lanes: dict[int, tuple[Lane, ...]]) -> int:
     return sum(len(calls[size]) * len(lanes[size]) for size in calls)
 
 
-def _is_enough(plan: SpeedPlan, num_rounds: int, timed_s: float) -> bool:
-    return num_rounds >= plan.min_rounds and timed_s >= plan.min_seconds
-
-
 def _check_unscored(plan: SpeedPlan, found: store.Run, calls_per_round: int) -> None:
     """ValueError where more rounds are wanted of a run whose answers are scored: the scores would leave them out.
 
     Besides, what is added after a look at the result is another run (PROTOCOL); reports pool runs of the same cells.
     """
-    whole = _whole_rounds(found.speed, calls_per_round)
-    if found.scores and not _is_enough(plan, len(whole), sum(whole)):
+    whole = whole_rounds(found.speed, calls_per_round)
+    if found.scores and not is_enough(plan, len(whole), sum(whole)):
         raise ValueError(
             f"{found.path} has {len(whole)} rounds whose answers are scored already: time more rounds in a new run, "
             "without --resume; reports take both together"
@@ -114,7 +110,7 @@ def _manifest(plan: SpeedPlan, lanes: Sequence[Lane], resume: Path | None) -> Ru
     )
 
 
-class _Session:
+class _Session(RoundLoop):
     """One launch: its warm-up and its rounds."""
 
     def __init__(
@@ -127,22 +123,25 @@ class _Session:
         clock: CallClock,
         progress: Progress,
     ) -> None:
-        self._plan, self._writer, self._calls, self._lanes, self._progress = plan, writer, calls, lanes, progress
+        self._plan, self._writer, self._calls, self._lanes = plan, writer, calls, lanes
         self._costs, self._clock = costs, clock
         earlier = writer.run.speed
         timed: list[SpeedSample | CostSample] = [*earlier, *writer.run.costs]
         self._launch_id = f"{writer.run.manifest.run_id}/{len({sample.launch_id for sample in timed}) + 1}"
         self._calls_per_round = _calls_per_round(calls, lanes)
-        whole = _whole_rounds(earlier, self._calls_per_round)
-        self._num_done, self._timed_s = len(whole), sum(whole)
         begun = [s.round for s in timed if s.phase == "measure"] + [row.repeat for row in writer.run.generations]
-        self._next_round = 1 + max(begun, default=-1)
+        super().__init__(
+            plan,
+            progress,
+            whole_s=whole_rounds(earlier, self._calls_per_round),
+            next_round=1 + max(begun, default=-1),
+            steps_per_round=self._calls_per_round + len(costs),
+        )
 
     def run(self) -> None:
         """Warm up, say how long it will take, and measure until there is enough."""
         self._announce()
-        if not self._is_enough():
-            self._measure(self._warm_up())
+        self._rounds()
         rounds = f"{self._num_done} rounds of {self._calls_per_round} timed calls"
         self._progress.note(f"{rounds}, {duration_text(self._timed_s)} on the clock")
         self._writer.event("measured", num_rounds=self._num_done, timed_s=self._timed_s)
@@ -157,34 +156,6 @@ class _Session:
         )
         if self._num_done:
             self._progress.note(f"{self._num_done} whole rounds are there already")
-
-    def _warm_up(self) -> float | None:
-        """Duration of a round by the last warm-up, everything around the timed calls included."""
-        duration_s = None
-        with self._progress.track(self._plan.warmup_rounds * self._steps_per_round, "warm-up") as advance:
-            for number in range(self._plan.warmup_rounds):
-                began_s = time.monotonic()
-                self._round("warmup", number, advance)
-                duration_s = time.monotonic() - began_s
-        return duration_s
-
-    def _measure(self, round_s: float | None) -> None:
-        num_left = max(0, self._plan.min_rounds - self._num_done)
-        if round_s:
-            num_left = max(num_left, round((self._plan.min_seconds - self._timed_s) / round_s))
-            self._progress.note(f"estimated duration: about {duration_text(num_left * round_s)} for {num_left} rounds")
-        with self._progress.track(num_left * self._steps_per_round, "measure") as advance:
-            while not self._is_enough():
-                self._timed_s += self._round("measure", self._next_round, advance)
-                self._next_round += 1
-                self._num_done += 1
-
-    @property
-    def _steps_per_round(self) -> int:
-        return self._calls_per_round + len(self._costs)
-
-    def _is_enough(self) -> bool:
-        return _is_enough(self._plan, self._num_done, self._timed_s)
 
     def _round(self, phase: SpeedPhase, number: int, advance: Advance) -> float:
         """Every lane times every call, and every part is timed alone; seconds on the clock, without the parts."""
@@ -248,15 +219,6 @@ class _Session:
             prompts=tuple(_prompt_timing(generation, timing.wall_s) for generation in timing.generations),
         )
         self._writer.append(sample)
-
-
-def _whole_rounds(samples: Sequence[SpeedSample], calls_per_round: int) -> list[float]:
-    """Seconds on the clock of every measured round that is complete."""
-    rounds: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for sample in samples:
-        if sample.phase == "measure":
-            rounds[sample.launch_id, sample.round].append(sample.wall_s)
-    return [sum(walls_s) for walls_s in rounds.values() if len(walls_s) == calls_per_round]
 
 
 def _generation_row(lane: Lane, request: Request, generation: Generation, number: int) -> GenerationRow:

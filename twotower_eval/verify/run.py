@@ -11,6 +11,7 @@ import torch
 
 from twotower_eval import store
 from twotower_eval.environment import new_manifest, package_versions
+from twotower_eval.ops import kernels
 from twotower_eval.plan import VerifyPlan, model_folder
 from twotower_eval.records import Cell, Check, Prompt, RunManifest, Workload, canonical_json, cell_id, sha256_text
 from twotower_eval.verify.batches import batch_logic, batch_numerics
@@ -76,7 +77,9 @@ def _kernels(plan: VerifyPlan) -> Finding:
     absent = [name for name in KERNELS if name not in versions]
     there = [f"{name} {versions[name]}" for name in ("torch", *KERNELS) if name in versions]
     without = f"; not installed: {', '.join(absent)}" if absent else ""
-    return told("kernels", f"the project's own operations in {plan.dtype} on {', '.join(there)}{without}")
+    found = kernels.describe(plan.devices, plan.dtype) or {}
+    proofs = "".join(f"; {name} {state}" for name, state in found.items())
+    return told("kernels", f"the project's own operations in {plan.dtype} on {', '.join(there)}{without}{proofs}")
 
 
 def _cell(plan: VerifyPlan, model: Any, prompts: Sequence[Prompt]) -> Cell:

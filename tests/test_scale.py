@@ -1,0 +1,332 @@
+"""Costs on random weights: what is refused, what is timed, how it is resumed, what the report makes of it.
+
+Time is a count of the layers that were run, so that every figure has a known true value.
+"""
+
+import dataclasses
+import json
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.tiny_models import SIZES
+from twotower_eval import cli, report, store
+from twotower_eval.evidence.scale import ScaleRun
+from twotower_eval.models.random_weights import build_random_pair
+from twotower_eval.plan import ScalePlan
+from twotower_eval.progress import SilentProgress
+from twotower_eval.records import CommitStep, Generation
+from twotower_eval.speed import probe, scale
+from twotower_eval.speed.parts import measured_layers
+from twotower_eval.speed.profiles import even_profile, recorded_profiles
+from twotower_eval.stats.scaling import fit_layers, round_draws, round_estimate
+
+PATTERN = "MEM*EMEM*EME"
+LAYER_S = {"M": 1.0, "E": 2.0, "*": 5.0}
+HEAD_S = 3.0
+EMBED_S = 0.5
+
+
+class Ticks:
+    """Seconds that pass when a layer or a head runs: thrice as many for several tokens a row as for one."""
+
+    def __init__(self):
+        self.s = 0.0
+
+    def __call__(self):
+        return self.s
+
+    def attach(self, pair):
+        for part in (pair.context_tower, pair.denoiser):
+            for layer in part.tower.layers:
+                layer.norm.register_forward_pre_hook(self._passing(LAYER_S[layer.kind]))
+            part.tower.embeddings.register_forward_pre_hook(self._passing(EMBED_S, whatever=True))
+            part.head.register_forward_pre_hook(self._passing(HEAD_S))
+        return pair
+
+    def _passing(self, seconds, whatever=False):
+        def pass_time(_module, inputs):
+            several = not whatever and inputs[0].ndim == 3 and inputs[0].shape[1] > 1
+            self.s += seconds * (3 if several else 1)
+
+        return pass_time
+
+
+@pytest.fixture
+def ticks(monkeypatch):
+    clock = Ticks()
+    monkeypatch.setattr(
+        scale, "build_random_pair", lambda *args, **options: clock.attach(build_random_pair(*args, **options))
+    )
+    return clock
+
+
+@pytest.fixture
+def config(tmp_path):
+    file = tmp_path / "small.config.json"
+    file.write_text(json.dumps(SIZES | {"hybrid_override_pattern": PATTERN}))
+    return str(file)
+
+
+@pytest.fixture
+def plan(config):
+    return ScalePlan(
+        random_weights=config, block_sizes=(8,), batch_sizes=(1, 2), prompt_tokens=5, tokens_per_nfe=(2.0, 3.0),
+        repeats=3, min_rounds=2, dtype="float32", threads=1,
+    )  # fmt: skip
+
+
+def measure(plan, tmp_path, ticks, **options):
+    return store.load(scale.run(plan, root=tmp_path / "results", now=ticks, **options))
+
+
+def layers_s(pattern):
+    return sum(LAYER_S[kind] for kind in pattern)
+
+
+def seconds_of(run, **wanted):
+    found = [s.wall_s / s.num_repeats for s in run.costs if all(getattr(s, k) == v for k, v in wanted.items())]
+    assert found
+    return set(found)
+
+
+def test_a_round_times_every_part_at_every_forced_routing(plan, tmp_path, ticks):
+    run = measure(plan, tmp_path, ticks)
+    assert run.complete
+    whole = layers_s(PATTERN)
+    assert seconds_of(run, part="ar_step") == {whole + HEAD_S + EMBED_S}
+    assert seconds_of(run, part="denoise") == {3 * (whole + HEAD_S) + EMBED_S}
+    assert seconds_of(run, part="context_pass") == {3 * whole + EMBED_S}
+    assert seconds_of(run, part="prefill") == {3 * whole + HEAD_S + EMBED_S}
+    for profile in (even_profile(2.0, 8, 3), even_profile(3.0, 8, 3)):
+        expected_s = (3 * (whole + HEAD_S) + EMBED_S) * profile.num_steps / 3 + 3 * whole + EMBED_S
+        found = seconds_of(run, part="forced_block", num_steps=profile.num_steps)
+        assert all(value == pytest.approx(expected_s) for value in found)
+    touched = {s.routing: s.num_experts_touched for s in run.costs if s.part == "denoise" and s.batch_size == 1}
+    assert touched["shared"] == 2 < touched["half"] <= touched["independent"] <= 8
+    assert all(s.num_experts_touched == 2 for s in run.costs if s.part == "ar_step" and s.batch_size == 1)
+    per_round = {(s.phase, s.round) for s in run.costs}
+    assert per_round == {("warmup", 0), ("measure", 0), ("measure", 1)}
+
+
+def test_layers_that_were_not_built_are_extrapolated_exactly(plan, tmp_path, ticks):
+    whole = ScaleRun(measure(dataclasses.replace(plan, batch_sizes=(1,)), tmp_path, ticks))
+    cut = ScaleRun(measure(dataclasses.replace(plan, batch_sizes=(1,), layers=8), tmp_path, ticks))
+    assert (whole.extrapolated, cut.extrapolated) == (False, True)
+    assert cut.held_out == PATTERN[:4]
+    for ours, true in zip(cut.steps, whole.steps, strict=True):
+        assert (ours.part, ours.routing) == (true.part, true.routing)
+        assert ours.seconds.estimate.value == pytest.approx(true.seconds.estimate.value)
+        assert ours.extrapolated
+    item = ("denoise", 0, 1, 8, "half", None)
+    assert all(abs(error) < 1e-9 for error in cut.fit_residuals(item).values())
+    [point], [true] = cut.points, whole.points
+    whole_s, block = layers_s(PATTERN), 8
+    left_s = whole_s + HEAD_S + EMBED_S - (3 * whole_s + EMBED_S) / block
+    expected = (3 * (whole_s + HEAD_S) + EMBED_S) / left_s
+    for curve in (*point.curves, *true.curves):
+        assert curve.break_even.estimate.value == pytest.approx(expected)
+    assert all(abs(b.residual) < 1e-9 for b in (*point.blocks, *true.blocks))
+    assert whole.nulls[1].estimate.value == 1.0
+
+
+class Stops(SilentProgress):
+    """Interrupts after so many items."""
+
+    def __init__(self, after):
+        self.left = after
+
+    @contextmanager
+    def track(self, total, description):
+        def advance(*_args):
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+        yield advance
+
+
+def test_a_torn_round_is_begun_anew(plan, tmp_path, ticks):
+    plan = dataclasses.replace(plan, batch_sizes=(1,), warmup_rounds=0)
+    num_items = 3 + 3 * (2 + 2)
+    with pytest.raises(KeyboardInterrupt):
+        measure(plan, tmp_path, ticks, progress=Stops(num_items + 4))
+    [folder] = store.find_runs(tmp_path / "results")
+    assert len(store.load(folder).costs) == num_items + 4
+    assert len(ScaleRun(store.load(folder)).rounds) == 1
+    run = measure(plan, tmp_path, ticks, resume=folder)
+    assert run.complete
+    assert sorted({(s.launch_id[-1], s.round) for s in run.costs}) == [("1", 0), ("1", 1), ("2", 2)]
+    assert len(ScaleRun(run).rounds) == 2
+
+
+def test_a_run_without_a_whole_round_says_so_in_its_report(plan, tmp_path, ticks):
+    with pytest.raises(KeyboardInterrupt):
+        measure(plan, tmp_path, ticks, progress=Stops(3))
+    [folder] = store.find_runs(tmp_path / "results")
+    text = (report.write([folder], tmp_path, sections=["scale"]) / "report.md").read_text()
+    assert "has no complete measured round yet" in text
+
+
+def test_what_does_not_fit_is_refused_after_its_card(plan, tmp_path, ticks, monkeypatch):
+    monkeypatch.setattr(probe, "free_memory", lambda device: (100_000, None))
+    notes = []
+    progress = SilentProgress()
+    monkeypatch.setattr(progress, "note", notes.append)
+    with pytest.raises(ValueError, match=r"needs about .* take --share-towers, a second device or --layers \d+"):
+        measure(plan, tmp_path, ticks, progress=progress)
+    assert "RANDOM WEIGHTS" in notes[0]
+    assert any(line.startswith("floor of denoise, batch 2, block 8, half experts") for line in notes)
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_command_line_measures_and_reports(config, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "results")]
+    small = [
+        "--prompt-tokens",
+        "5",
+        "--repeats",
+        "2",
+        "--min-rounds",
+        "2",
+        "--block-sizes",
+        "4,8",
+        "--layers",
+        "6",
+        "--threads",
+        "1",
+    ]
+    assert cli.main(["speed", "--random-weights", config, "--dtype", "float32", *small, *out]) == 0
+    run = capsys.readouterr().out.strip()
+    assert cli.main(["report", run, "--out", str(tmp_path / "reports")]) == 0
+    text = (tmp_path / "reports" / run.rsplit("/", 1)[-1] / "report.md").read_text()
+    section = text.partition("## True scale, on random weights")[2].partition("\n## ")[0]
+    paragraphs = [part for part in section.split("\n\n") if part.strip() and not part.lstrip().startswith(("|", "-"))]
+    assert all("andom weights" in part for part in paragraphs)
+    assert "6 of 12 layers a tower" in section
+    assert "extrapolated 2.0-fold" in section
+    assert "| 4 | half |" in section
+    assert cli.main(["speed", "--resume", run, "--min-rounds", "3"]) == 0
+    assert {s.round for s in store.load(tmp_path / "results" / run.rsplit("/", 1)[-1]).costs} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--layers", "3"], "--layers belongs to --random-weights"),
+        (["--random-weights", "CONFIG", "--tasks", "arc"], "--tasks has no use for random weights"),
+        (["--random-weights", "CONFIG", "--layers", "3"], "the first 3 layers (MEM) have no * layer"),
+        (["--random-weights", "CONFIG", "--layers", "99"], "the config has 12 layers"),
+        (["--random-weights", "CONFIG", "--tokens-per-nfe", "20"], "20 tokens per NFE do not fit into blocks of 16"),
+        (["--random-weights", "CONFIG", "--share-towers", "--devices", "cpu,cpu:0"], "on one device"),
+        (["--random-weights", "CONFIG", "--devices", "tpu"], "tpu"),
+        (["--random-weights", "CONFIG", "--cuda-graphs"], "CUDA graphs need CUDA devices"),
+        (["--random-weights", "no.json"], "no.json: not found"),
+    ],
+)
+def test_bad_requests_are_one_line(arguments, words, config, tmp_path, capsys):
+    arguments = [config if word == "CONFIG" else word for word in arguments]
+    assert cli.main(["speed", *arguments, "--out", str(tmp_path / "results")]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_plan_file_may_be_about_random_weights(config, tmp_path, capsys):
+    file = tmp_path / "plan.toml"
+    file.write_text(f'random_weights = "{config}"\nlayers = 40\n')
+    assert cli.main(["speed", "--plan", str(file)]) == 2
+    assert "the config has 12 layers" in capsys.readouterr().err
+
+
+@given(st.integers(2, 40), st.integers(1, 12), st.floats(1, 40))
+def test_even_profiles_commit_whole_blocks_at_the_rate(block_size, num_blocks, rate):
+    if rate > block_size:
+        with pytest.raises(ValueError, match="tokens per denoiser call"):
+            even_profile(rate, block_size, num_blocks)
+        return
+    profile = even_profile(rate, block_size, num_blocks)
+    assert all(sum(block) == block_size and min(block) >= 1 for block in profile.blocks)
+    assert len(profile.blocks) == num_blocks
+    assert abs(profile.num_steps - num_blocks * block_size / rate) <= 0.5
+
+
+def traced(commits):
+    return tuple(
+        CommitStep(block=0, step=j, positions=tuple(range(n)), token_ids=(1,) * n, confidences=(0.5,) * n, num_forced=0)
+        for j, n in enumerate(commits)
+    )
+
+
+def generation(trace, **changes):
+    values = {
+        "prompt_id": "p", "token_ids": (), "text": None, "finish": "length", "num_prompt_tokens": 1, "num_tokens": 8,
+        "num_discarded_tokens": 0, "num_context_forwards": 2, "num_denoiser_forwards": 5, "trace": trace,
+    }  # fmt: skip
+    return Generation(**(values | changes))
+
+
+@dataclasses.dataclass
+class Row:
+    cell: str
+    generation: Generation
+
+
+def recorded(run, *generations):
+    """The run with these generations in its candidate cell of block size 8."""
+    cell = next(cell.id for cell in run.manifest.cells if cell.decoder.params.get("block_size") == 8)
+    return dataclasses.replace(run, generations=[Row(cell, g) for g in generations])
+
+
+def test_profiles_are_recorded_from_traces_or_else_from_counts(plan, tmp_path, ticks):
+    run = measure(plan, tmp_path, ticks)
+    [profile] = recorded_profiles(recorded(run, generation(traced([1, 5, 2]))), 8, 4, 0)
+    assert profile.blocks == ((1, 5, 2),) * 4
+    [profile] = recorded_profiles(recorded(run, generation(None)), 8, 50, 0)
+    assert set(profile.blocks) == {(4, 4), (2, 3, 3)}
+    assert run.manifest.run_id in profile.name
+    with pytest.raises(ValueError, match=r"has no denoised block of 4 tokens .* it has blocks of 8"):
+        recorded_profiles(run, 4, 1, 0)
+    with pytest.raises(ValueError, match="has no denoised block of 8 tokens"):
+        recorded_profiles(recorded(run), 8, 1, 0)
+
+
+def test_parts_of_the_layers_tell_the_kinds_apart():
+    assert measured_layers("MEM*", None) == ((0, 1, 2, 3),)
+    assert measured_layers("MEM*", 4) == ((0, 1, 2, 3),)
+    parts = measured_layers(PATTERN, 8)
+    patterns = ["".join(PATTERN[i] for i in part) for part in parts]
+    assert patterns == ["MEM*EMEM", "MEMEMEM", "MM*EMM", "EM*EEM", "MEM*", ""]
+    kinds, _ = fit_layers(patterns, np.ones((1, len(patterns))))
+    assert set(kinds) == set("ME*")
+    with pytest.raises(ValueError, match="cannot tell 3 kinds of layers apart"):
+        fit_layers(["ME*", "MEME**"], np.ones((1, 2)))
+
+
+def test_intervals_over_rounds_hold_what_they_are_about():
+    seconds_RF = np.array([[1.0, 2.0], [1.2, 2.4], [0.8, 1.6]])
+    draws_QF = round_draws(seconds_RF, seed=0)
+    assert draws_QF[0] == pytest.approx([1.0, 2.0])
+    assert draws_QF[:, 1] == pytest.approx(2 * draws_QF[:, 0])  # rounds are drawn alike for all
+    estimate = round_estimate(draws_QF[:, 0], num_rounds=3, seed=0)
+    assert (estimate.value, estimate.n) == (pytest.approx(1.0), 3)
+    assert estimate.low < 0.95 < 1.05 < estimate.high
+    with pytest.raises(ValueError, match="one round gives no interval"):
+        round_estimate(draws_QF[:, 0], num_rounds=1, seed=0)
+
+
+def test_a_speedup_out_of_reach_has_a_reason(plan, tmp_path, ticks):
+    """Here a block's context pass alone costs more than three eighths of its AR steps, so that 2.42x needs too much."""
+    [point] = ScaleRun(measure(dataclasses.replace(plan, batch_sizes=(1,)), tmp_path, ticks)).points
+    assert {curve.needed.estimate for curve in point.curves} == {None}
+    assert all("a block of 8 committed in one pass gives only" in curve.needed.reason for curve in point.curves)
+
+
+def test_a_probe_finds_a_device_that_does_something():
+    found = probe.probe("cpu", torch.float32)
+    assert 1e8 < found.bytes_per_s < 1e13
+    assert 1e8 < found.flops_per_s < 1e15
+    assert found.free_bytes is None or found.free_bytes > 0

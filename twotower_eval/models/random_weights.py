@@ -1,0 +1,111 @@
+"""Pairs of random weights, made on their devices: for measuring what a step costs where there is no checkpoint.
+
+Nothing of what such a pair says means anything, and its checkpoint's name says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from twotower_eval.models.checkpoint import materialise
+from twotower_eval.models.config import NemotronHConfig
+from twotower_eval.models.nemotron_h import initialise
+from twotower_eval.models.routing import ForcedRouting
+from twotower_eval.models.twotower import TwoTower
+from twotower_eval.records import Checkpoint, canonical_json, sha256_text
+
+
+def build_random_pair(
+    config: NemotronHConfig, *, name: str, dtype: torch.dtype, devices: tuple[str, ...], seed: int, share_towers: bool
+) -> TwoTower:
+    """A pair of seeded random weights, each made on the device where it stays.
+
+    With ``share_towers`` both towers are one set of layers, which takes half the memory: a step runs one tower, and
+    reads as much of it whether or not the other has weights of its own. That needs a single device.
+    """
+    if share_towers and len(set(devices)) > 1:
+        raise ValueError("towers that share their weights are on one device: name one, or drop --share-towers")
+    with torch.device("meta"):
+        pair = TwoTower(config)
+    if share_towers:
+        pair.denoiser.tower = pair.context_tower.tower
+    materialise(pair.context_tower, dtype, devices[0])
+    materialise(pair.denoiser, dtype, devices[-1])
+    _fill(pair, seed)
+    _identify(pair, name, dtype, devices, seed, share_towers)
+    return pair.eval()
+
+
+def steer(pair: TwoTower, seed: int) -> ForcedRouting:
+    """The forced routing of both towers' experts, attached."""
+    routing = ForcedRouting(pair.config.n_routed_experts, seed)
+    for tower in (pair.context_tower.tower, pair.denoiser.tower):
+        routing.attach(tower)
+    return routing
+
+
+def with_layers(pair: TwoTower, kept: Sequence[int]) -> TwoTower:
+    """A pair of some of the layers, on the same tensors: its steps cost what those layers cost."""
+    config = pair.config
+    pattern = "".join(config.pattern[index] for index in kept)
+    config = dataclasses.replace(config, hybrid_override_pattern=pattern)
+    with torch.device("meta"):
+        small = TwoTower(config)
+    towers = ((small.context_tower.tower, pair.context_tower.tower), (small.denoiser.tower, pair.denoiser.tower))
+    for ours, whole in towers:
+        ours.embeddings, ours.norm_f = whole.embeddings, whole.norm_f
+        ours.layers = nn.ModuleList([whole.layers[index] for index in kept])
+    small.context_tower.head, small.denoiser.head = pair.context_tower.head, pair.denoiser.head
+    small.denoiser.t_embedder, small.denoiser.t_block = pair.denoiser.t_embedder, pair.denoiser.t_block
+    tables = [pair.denoiser.scale_shift_tables[index] for index in kept]
+    small.denoiser.scale_shift_tables = nn.ParameterList(tables)
+    before = pair.checkpoint
+    digest = sha256_text(canonical_json([before.digest, list(kept)]))
+    small.checkpoint = dataclasses.replace(before, revision=f"layers {pattern or 'none'}", digest=digest)
+    _limits(small)
+    return small.eval()
+
+
+@torch.no_grad()
+def _fill(pair: TwoTower, seed: int) -> None:
+    """Every weight from a generator on its own device; gates of the time tables at 1, so that all layers count."""
+    config, denoiser = pair.config, pair.denoiser
+    for offset, (tower, head) in enumerate(
+        ((pair.context_tower.tower, pair.context_tower.head), (denoiser.tower, denoiser.head))
+    ):
+        generator = torch.Generator(head.weight.device).manual_seed(seed + offset)
+        if offset == 0 or tower is not pair.context_tower.tower:
+            initialise(tower, generator)
+        head.weight.normal_(0.0, config.initializer_range, generator=generator)
+    for parameter in [*denoiser.t_embedder.parameters(), *denoiser.t_block.parameters()]:
+        parameter.normal_(0.0, config.initializer_range, generator=generator)
+    for table_3H in denoiser.scale_shift_tables:
+        table_3H.zero_()
+        table_3H[2] = 1.0
+
+
+def _identify(
+    pair: TwoTower, name: str, dtype: torch.dtype, devices: tuple[str, ...], seed: int, share_towers: bool
+) -> None:
+    identity = ["random weights", dataclasses.asdict(pair.config), seed, share_towers]
+    digest = sha256_text(canonical_json(identity))
+    towers = ", one set for both towers" if share_towers else ""
+    pair.checkpoint = Checkpoint(
+        name=f"{name} (random weights{towers})",
+        family="nemotron_h",
+        source=f"random weights, seed {seed}",
+        digest=digest,
+        dtype=str(dtype).removeprefix("torch."),
+        devices=devices,
+    )
+    _limits(pair)
+
+
+def _limits(pair: TwoTower) -> None:
+    pair.context_digest = sha256_text(canonical_json([pair.checkpoint.digest, "context"]))
+    pair.vocab_size, pair.max_length = pair.config.vocab_size, pair.config.max_position_embeddings
+    pair.mask_token_id, pair.has_denoiser = pair.config.mask_token_id, True

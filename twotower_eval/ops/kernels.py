@@ -1,0 +1,111 @@
+"""Kernels that are not ours, used only where they have just proved to compute what our reference computes.
+
+That a package is installed proves nothing: kernels are wrong for some shapes, some devices and some versions. Each is
+run beside the reference on the device and in the precision that are wanted, once per process, and refused with one
+line that says why. The manifest records which are active.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Root-mean-square error relative to the reference's own root mean square. TF32 products pass for bfloat16 models only.
+LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """Whether a kernel may be used; ``reason`` says why, in the same words from run to run."""
+
+    function: Callable[..., Any] | None
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Kernel:
+    """One function from elsewhere.
+
+    ``load`` imports it (ImportError where it is absent). ``pairs`` runs it beside the reference on a device and in a
+    precision, and gives what each of them computed.
+    """
+
+    name: str
+    load: Callable[[], Callable[..., Any]]
+    pairs: Callable[[Callable[..., Any], torch.device, torch.dtype], Sequence[tuple[Tensor, Tensor]]]
+    device_types: tuple[str, ...] = ("cuda",)
+    _proofs: dict[tuple[torch.device, torch.dtype], Proof] = field(default_factory=dict)
+
+    def on(self, device: torch.device, precision: torch.dtype) -> Callable[..., Any] | None:
+        """The function where it has proved itself, else None."""
+        return self.proof(device, precision).function
+
+    def proof(self, device: torch.device, precision: torch.dtype) -> Proof:
+        """Looked up, or made now."""
+        key = (device, precision)
+        if key not in self._proofs:
+            self._proofs[key] = self._prove(device, precision)
+        return self._proofs[key]
+
+    def _prove(self, device: torch.device, precision: torch.dtype) -> Proof:
+        if device.type not in self.device_types:
+            return Proof(function=None, reason=f"not for {device.type}")
+        try:
+            function = self.load()
+            with torch.inference_mode():
+                found = self.pairs(function, device, precision)
+                apart = max(relative_error(ours, reference) for ours, reference in found)
+        except ImportError:
+            return Proof(function=None, reason="not installed")
+        except Exception as error:  # whatever foreign code raises is the reason for doing without it
+            return Proof(function=None, reason=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        limit = LIMITS[precision]
+        if not apart <= limit:  # not ">", so that NaN is refused
+            return Proof(function=None, reason=f"differs from the reference by more than {limit:.0e}")
+        return Proof(function=function, reason=f"agrees with the reference to {limit:.0e}")
+
+
+KERNELS: dict[str, Kernel] = {}
+
+
+def register(kernel: Kernel) -> Kernel:
+    """Make a kernel known to :func:`describe`."""
+    KERNELS[kernel.name] = kernel
+    return kernel
+
+
+def describe(devices: Sequence[str], dtype: str) -> dict[str, str] | None:
+    """Kernel -> ``active`` or why it is refused, the same from run to run; None where all devices are CPUs."""
+    places = {torch.device(name) for name in devices if torch.device(name).type != "cpu"}
+    if not places:
+        return None
+    precision: torch.dtype = getattr(torch, dtype)
+    told = {}
+    for name, kernel in sorted(KERNELS.items()):
+        proofs = [kernel.proof(place, precision) for place in sorted(places, key=str)]
+        told[name] = "; ".join(dict.fromkeys(f"{_state(proof)}: {proof.reason}" for proof in proofs))
+    return told
+
+
+def _state(proof: Proof) -> str:
+    return "refused" if proof.function is None else "active"
+
+
+def relative_error(ours: Tensor, reference: Tensor) -> float:
+    """Root-mean-square difference over the reference's root mean square."""
+    wide = reference.double()
+    return float((ours.double() - wide).square().mean().sqrt() / wide.square().mean().sqrt())
+
+
+def without_gradients(*tensors: Tensor) -> bool:
+    """Whether nothing has to be differentiated: foreign kernels need not know how to."""
+    return not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors)
+
+
+def seeded(shape: Sequence[int], device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
+    """Normal numbers for a proof, the same on every device."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device=device, dtype=dtype)

@@ -1,0 +1,189 @@
+"""The cost card: what a pair of a given size weighs, whether it fits, and how fast its steps can be at best.
+
+Printed before anything is built, from the config and a short probe of the device alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from twotower_eval.models import sizes
+from twotower_eval.models.config import NemotronHConfig
+from twotower_eval.models.routing import ROUTINGS
+from twotower_eval.models.sizes import Step
+from twotower_eval.plan import ScalePlan
+from twotower_eval.speed.probe import Probe
+
+GIB, MIB = 2**30, 2**20
+SPARE = 0.05  # of the weights: allocator, kernels' workspaces, activations
+CONTEXTS_HELD = 3  # the one that steps start from, the one they go on with, and the copy in between
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floor:
+    """Least seconds of one repetition: what it must read at the probed bandwidth, or compute at the probed rate."""
+
+    pattern: str
+    part: str
+    batch_size: int
+    block_size: int | None
+    routing: str
+    num_experts_touched: float
+    bytes_read: float
+    flops: float
+    floor_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostCard:
+    """What is known before building. ``needed_bytes`` and ``fits`` are per device, in the order of the plan's."""
+
+    config: str
+    pattern: str
+    built_pattern: str
+    shared_towers: bool
+    probes: tuple[Probe, ...]
+    weight_bytes: int
+    full_weight_bytes: int
+    key_value_bytes_per_token: int
+    state_bytes_per_row: int
+    needed_bytes: tuple[int, ...]
+    floors: tuple[Floor, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether every device has room, as far as is known."""
+        pairs = zip(self.needed_bytes, self.probes, strict=True)
+        return all(probe.free_bytes is None or needed <= probe.free_bytes for needed, probe in pairs)
+
+
+def make_card(
+    plan: ScalePlan, config: NemotronHConfig, patterns: Sequence[str], probes: Sequence[Probe], dtype: torch.dtype
+) -> CostCard:
+    """The card for towers of ``patterns[0]``, and floors for all the patterns and for the whole config's."""
+    built = cut(config, patterns[0])
+    weigh = {p: sizes.pair_bytes(cut(config, p), dtype.itemsize, share_towers=plan.share_towers)
+             for p in (patterns[0], config.pattern)}  # fmt: skip
+    floors = [_floor(plan, cut(config, p), step, probes, dtype)
+              for p in dict.fromkeys([*patterns, config.pattern]) for step in _steps(plan)]  # fmt: skip
+    return CostCard(
+        config=plan.random_weights,
+        pattern=config.pattern,
+        built_pattern=patterns[0],
+        shared_towers=plan.share_towers,
+        probes=tuple(probes),
+        weight_bytes=weigh[patterns[0]],
+        full_weight_bytes=weigh[config.pattern],
+        key_value_bytes_per_token=sizes.key_value_bytes(built, dtype.itemsize),
+        state_bytes_per_row=sizes.state_bytes(built, dtype.itemsize),
+        needed_bytes=_needed(plan, built, len(patterns), dtype),
+        floors=tuple(floors),
+    )
+
+
+def graphs_needed(plan: ScalePlan) -> int:
+    """Sizes and routings of steps that a round goes through: AR, and both passes of a block at every routing."""
+    return len(plan.batch_sizes) * (1 + 2 * len(ROUTINGS) * len(plan.block_sizes))
+
+
+def cut(config: NemotronHConfig, pattern: str) -> NemotronHConfig:
+    """The config with other layers."""
+    return dataclasses.replace(config, hybrid_override_pattern=pattern)
+
+
+def describe(card: CostCard) -> Iterator[str]:
+    """The card in lines for people."""
+    layers = f"{len(card.built_pattern)} of {len(card.pattern)} layers a tower"
+    towers = "one set of weights for both towers" if card.shared_towers else "two towers"
+    yield f"cost card of {card.config}: RANDOM WEIGHTS, {layers}, {towers}"
+    whole = f" (all layers: {_gib(card.full_weight_bytes)})" if card.built_pattern != card.pattern else ""
+    yield (
+        f"weights {_gib(card.weight_bytes)}{whole}; keys and values {card.key_value_bytes_per_token / 1024:.1f} KiB a "
+        f"token; Mamba states {card.state_bytes_per_row / MIB:.1f} MiB a row"
+    )
+    for probe, needed in zip(card.probes, card.needed_bytes, strict=True):
+        free = probe.free_reason if probe.free_bytes is None else f"{_gib(probe.free_bytes)} free"
+        yield (
+            f"{probe.device}: {probe.bytes_per_s / 1e9:.0f} GB/s copied, {probe.flops_per_s / 1e12:.3g} TFLOP/s in "
+            f"{probe.dtype}; needs about {_gib(needed)}, {free}"
+        )
+    for floor in card.floors:
+        if floor.pattern == card.pattern and floor.part in ("ar_step", "denoise"):
+            block = "" if floor.block_size is None else f", block {floor.block_size}, {floor.routing} experts"
+            yield (
+                f"floor of {floor.part}, batch {floor.batch_size}{block}: {1000 * floor.floor_s:.3g} ms "
+                f"({floor.bytes_read / 1e9:.3g} GB, {floor.flops / 1e9:.3g} GFLOP, "
+                f"{floor.num_experts_touched:.1f} experts a layer)"
+            )
+
+
+def refuse_if_too_large(card: CostCard) -> None:
+    """ValueError that says by how much, and what would fit."""
+    if card.fits:
+        return
+    short = next(
+        (probe, needed)
+        for probe, needed in zip(card.probes, card.needed_bytes, strict=True)
+        if probe.free_bytes is not None and needed > probe.free_bytes
+    )
+    probe, needed = short
+    assert probe.free_bytes is not None
+    # Layers differ in weight; three quarters of the share that fits is a guess on the safe side.
+    layers = int(0.75 * len(card.built_pattern) * probe.free_bytes / needed)
+    shared = "" if card.shared_towers or len(card.probes) > 1 else "--share-towers, "
+    raise ValueError(
+        f"{card.config} with {len(card.built_pattern)} layers needs about {_gib(needed)} on {probe.device}, which has "
+        f"{_gib(probe.free_bytes)} free: take {shared}a second device or --layers {max(layers, 1)}"
+    )
+
+
+def _steps(plan: ScalePlan) -> Iterator[Step]:
+    """Every repetition that is timed, the forced blocks apart."""
+    for size in plan.batch_sizes:
+        length = plan.prompt_tokens
+        yield Step(part="prefill", batch_size=size, num_tokens=length, context_tokens=0, routing="independent")
+        yield Step(part="ar_step", batch_size=size, num_tokens=1, context_tokens=length, routing="independent")
+        for block in plan.block_sizes:
+            for routing in ROUTINGS:
+                sized = {"batch_size": size, "num_tokens": block, "context_tokens": length}
+                yield Step(part="denoise", routing=routing, **sized)
+                yield Step(part="context_pass", routing=routing, **sized)
+
+
+def _floor(plan: ScalePlan, config: NemotronHConfig, step: Step, probes: Sequence[Probe], dtype: torch.dtype) -> Floor:
+    probe = probes[-1] if step.part == "denoise" else probes[0]
+    num_bytes, flops = sizes.step_bytes(step, config, dtype.itemsize), sizes.step_flops(step, config)
+    return Floor(
+        pattern=config.pattern,
+        part=step.part,
+        batch_size=step.batch_size,
+        block_size=step.num_tokens if step.part in ("denoise", "context_pass") else None,
+        routing=step.routing,
+        num_experts_touched=sizes.touched_experts(step, config) if "E" in config.pattern else 0.0,
+        bytes_read=num_bytes,
+        flops=flops,
+        floor_s=max(num_bytes / probe.bytes_per_s, flops / probe.flops_per_s),
+    )
+
+
+def _needed(plan: ScalePlan, config: NemotronHConfig, num_patterns: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Bytes on each device: weights, contexts of all batch sizes, logits of the largest block."""
+    rows = sum(plan.batch_sizes) * num_patterns + CONTEXTS_HELD * max(plan.batch_sizes)
+    if plan.cuda_graphs:  # each holds a context of its own
+        rows += sum(plan.batch_sizes) * num_patterns * graphs_needed(plan) // len(plan.batch_sizes)
+    room = plan.prompt_tokens + (1 + plan.repeats) * max(plan.block_sizes)
+    of_row = int(1.25 * room) * sizes.key_value_bytes(config, dtype.itemsize)
+    contexts = rows * (of_row + sizes.state_bytes(config, dtype.itemsize))
+    logits = 3 * max(plan.batch_sizes) * max(plan.block_sizes) * config.vocab_size * sizes.FLOAT32_BYTES
+    whole = sizes.pair_bytes(config, dtype.itemsize, share_towers=plan.share_towers)
+    tower = sizes.tower_bytes(config, dtype.itemsize)
+    weights = [whole] if len(plan.devices) == 1 else [tower, whole - tower]
+    return tuple(int((1 + SPARE) * held) + contexts + logits for held in weights)
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.1f} GiB"

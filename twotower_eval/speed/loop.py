@@ -1,0 +1,77 @@
+"""Warm-up and rounds of one launch, whatever a round times: as many as the plan asks for, never a number twice."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Protocol
+
+from twotower_eval.progress import Advance, Progress, duration_text
+from twotower_eval.records import CostSample, SpeedPhase, SpeedSample
+
+
+class HowLong(Protocol):
+    """What a plan says of its rounds."""
+
+    @property
+    def min_rounds(self) -> int: ...
+    @property
+    def min_seconds(self) -> float: ...
+    @property
+    def warmup_rounds(self) -> int: ...
+
+
+class RoundLoop:
+    """Base of the sessions. ``whole_s`` are the seconds on the clock of the rounds that are there already."""
+
+    def __init__(
+        self, how_long: HowLong, progress: Progress, *, whole_s: Sequence[float], next_round: int, steps_per_round: int
+    ) -> None:
+        self._how_long, self._progress = how_long, progress
+        self._num_done, self._timed_s = len(whole_s), sum(whole_s)
+        self._next_round, self._steps_per_round = next_round, steps_per_round
+
+    def _rounds(self) -> None:
+        """Warm up, say how long it will take, and measure until there is enough; nothing where there is."""
+        if not is_enough(self._how_long, self._num_done, self._timed_s):
+            self._measure(self._warm_up())
+
+    def _warm_up(self) -> float | None:
+        """Duration of a round by the last warm-up, everything around the clock included."""
+        duration_s = None
+        with self._progress.track(self._how_long.warmup_rounds * self._steps_per_round, "warm-up") as advance:
+            for number in range(self._how_long.warmup_rounds):
+                began_s = time.monotonic()
+                self._round("warmup", number, advance)
+                duration_s = time.monotonic() - began_s
+        return duration_s
+
+    def _measure(self, round_s: float | None) -> None:
+        num_left = max(0, self._how_long.min_rounds - self._num_done)
+        if round_s:
+            num_left = max(num_left, round((self._how_long.min_seconds - self._timed_s) / round_s))
+            self._progress.note(f"estimated duration: about {duration_text(num_left * round_s)} for {num_left} rounds")
+        with self._progress.track(num_left * self._steps_per_round, "measure") as advance:
+            while not is_enough(self._how_long, self._num_done, self._timed_s):
+                self._timed_s += self._round("measure", self._next_round, advance)
+                self._next_round += 1
+                self._num_done += 1
+
+    def _round(self, phase: SpeedPhase, number: int, advance: Advance) -> float:
+        """Time everything once; seconds on the clock."""
+        raise AssertionError(f"{type(self).__name__} says nothing about what a round times")
+
+
+def is_enough(how_long: HowLong, num_rounds: int, timed_s: float) -> bool:
+    """Whether both the least number of rounds and the least time on the clock are reached."""
+    return num_rounds >= how_long.min_rounds and timed_s >= how_long.min_seconds
+
+
+def whole_rounds(samples: Sequence[SpeedSample] | Sequence[CostSample], samples_per_round: int) -> list[float]:
+    """Seconds on the clock of every measured round that is complete."""
+    rounds: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for sample in samples:
+        if sample.phase == "measure":
+            rounds[sample.launch_id, sample.round].append(sample.wall_s)
+    return [sum(walls_s) for walls_s in rounds.values() if len(walls_s) == samples_per_round]

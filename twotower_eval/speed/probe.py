@@ -1,0 +1,84 @@
+"""What a device can do at best, found out in a moment: bytes per second of a copy, operations per second of a product.
+
+Measured on the device itself, because tables of peak figures know neither its clocks nor its neighbours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from twotower_eval.speed.clock import Devices
+
+NUM_TRIALS = 5
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}  # well beyond any cache
+PRODUCT_SIZE = {"cuda": 8192, "cpu": 768}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """The best of a few trials each: a floor built from it errs on the side of asking too much of the model."""
+
+    device: str
+    dtype: str
+    bytes_per_s: float
+    flops_per_s: float
+    free_bytes: int | None
+    free_reason: str | None
+
+
+def probe(device: str, dtype: torch.dtype) -> Probe:
+    """Copy, multiply, and ask how much memory is free."""
+    copy_s, product_s = _copy_s(device), _product_s(device, dtype)
+    kind = torch.device(device).type
+    free_bytes, reason = free_memory(device)
+    return Probe(
+        device=device,
+        dtype=str(dtype).removeprefix("torch."),
+        bytes_per_s=2 * COPY_BYTES[kind] / copy_s,
+        flops_per_s=2 * PRODUCT_SIZE[kind] ** 3 / product_s,
+        free_bytes=free_bytes,
+        free_reason=reason,
+    )
+
+
+def _copy_s(device: str) -> float:
+    source = torch.ones(COPY_BYTES[torch.device(device).type] // 4, device=device)
+    target = torch.empty_like(source)
+    return _best_s(device, lambda: target.copy_(source))
+
+
+def _product_s(device: str, dtype: torch.dtype) -> float:
+    size = PRODUCT_SIZE[torch.device(device).type]
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    return _best_s(device, lambda: matrix @ matrix)
+
+
+def free_memory(device: str) -> tuple[int | None, str | None]:
+    """Bytes that can still be taken on a device, or why that is not known."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0], None
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None, "the system does not tell how much memory is free"
+    kilobytes = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    if kilobytes is None:
+        return None, "the system does not tell how much memory is free"
+    return int(kilobytes) * 1024, None
+
+
+def _best_s(device: str, action: Callable[[], object]) -> float:
+    devices, walls_s = Devices([device]), []
+    for _ in range(NUM_TRIALS + 1):  # the first one warms up, and is no better than the rest
+        devices.synchronise()
+        started_s = time.perf_counter()
+        action()
+        devices.synchronise()
+        walls_s.append(time.perf_counter() - started_s)
+    return min(walls_s)

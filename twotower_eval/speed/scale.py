@@ -1,0 +1,259 @@
+"""``speed --random-weights``: what the parts of decoding cost at a size of model whose weights are not at hand.
+
+Costs only: nothing that such a model says means anything. Interleaved rounds as for real checkpoints, the AR step
+twice in each for the A/A null; a launch that goes on begins a new round.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twotower_eval import store
+from twotower_eval.environment import new_manifest
+from twotower_eval.journal import now_text
+from twotower_eval.models.checkpoint import read_json
+from twotower_eval.models.config import NemotronHConfig, parse_config
+from twotower_eval.models.graphs import use_graphs
+from twotower_eval.models.random_weights import build_random_pair, steer, with_layers
+from twotower_eval.models.routing import ForcedRouting
+from twotower_eval.plan import ScalePlan
+from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
+from twotower_eval.records import CostSample, RunManifest, SpeedPhase, derive_seed, to_json
+from twotower_eval.speed import phases
+from twotower_eval.speed.clock import CallClock, Devices, torch_threads
+from twotower_eval.speed.cost_card import CostCard, cut, describe, graphs_needed, make_card, refuse_if_too_large
+from twotower_eval.speed.items import Item, Rig, make_items, make_rigs
+from twotower_eval.speed.loop import RoundLoop, whole_rounds
+from twotower_eval.speed.parts import measured_layers
+from twotower_eval.speed.probe import probe
+from twotower_eval.speed.profiles import Profile, even_profile, recorded_profiles
+
+NOTES = (
+    "RANDOM WEIGHTS: every figure is a cost of the model's size; its outputs mean nothing and are not kept.",
+    "Experts were forced: shared (one set for all tokens of a row's block), half (half of a set in common), "
+    "independent (each token its own). The AR step and the prefill were timed with independent ones.",
+    "All rows of a batch have contexts of the same length and follow the same commits.",
+)
+
+
+def run(
+    plan: ScalePlan,
+    *,
+    root: Path,
+    resume: Path | None = None,
+    progress: Progress | None = None,
+    now: Callable[[], float] = time.perf_counter,
+) -> Path:
+    """Measure a config's costs and return the run's folder.
+
+    ``resume`` goes on with a run on the same machine by whole rounds. ``now`` gives seconds. ValueError for whatever
+    the user can mend, before anything is built where it can be known by then.
+    """
+    progress = progress or SilentProgress()
+    config = read_config(plan)
+    parts = measured_layers(config.pattern, plan.layers)
+    profiles = make_profiles(plan)
+    dtype: torch.dtype = getattr(torch, plan.dtype)
+    if plan.cuda_graphs and any(torch.device(device).type != "cuda" for device in plan.devices):
+        raise ValueError("CUDA graphs need CUDA devices: name some with --devices, or drop --cuda-graphs")
+    with torch_threads(plan.threads):
+        patterns = ["".join(config.pattern[index] for index in part) for part in parts]
+        card = make_card(plan, config, patterns, [_probe(device, dtype) for device in plan.devices], dtype)
+        for line in describe(card):
+            progress.note(line)
+        refuse_if_too_large(card)
+        rigs, routing = _build(plan, config, parts, dtype)
+        manifest = _manifest(plan, rigs, resume)
+        writer = store.create(root, manifest) if resume is None else store.resume(resume, manifest)
+        with writer:
+            for warning in writer.warnings:
+                progress.note(f"warning: {warning}")
+            items = make_items(plan, rigs, profiles)
+            _journal_card(writer, card, profiles, num_items=sum(map(len, items)))
+            clock = CallClock(Devices(plan.devices), now)
+            _Session(plan, writer, items, routing, clock, progress).run()
+            writer.finish()
+    return writer.path
+
+
+def read_config(plan: ScalePlan) -> NemotronHConfig:
+    """The config that the plan names; ValueError with the file's name if it is none."""
+    file = Path(plan.random_weights)
+    data = read_json(file)
+    try:
+        return parse_config(data)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def make_profiles(plan: ScalePlan) -> tuple[Profile, ...]:
+    """Commit profiles for every block size, equal ones once; ValueError where a rate fits no block size."""
+    unfit = [rate for rate in plan.tokens_per_nfe if rate > max(plan.block_sizes)]
+    if unfit:
+        raise ValueError(f"{unfit[0]:g} tokens per NFE do not fit into blocks of {max(plan.block_sizes)}")
+    recorded = None if plan.profile is None else store.load(Path(plan.profile))
+    found: dict[tuple[int, int], Profile] = {}
+    for size in plan.block_sizes:
+        profiles = [even_profile(rate, size, plan.repeats) for rate in plan.tokens_per_nfe if rate <= size]
+        if recorded is not None:
+            profiles += recorded_profiles(recorded, size, plan.repeats, plan.seed)
+        for profile in profiles:
+            found.setdefault((size, profile.num_steps), profile)  # time follows the number of calls
+    return tuple(found.values())
+
+
+def _probe(device: str, dtype: torch.dtype) -> Any:
+    try:
+        return probe(device, dtype)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here: {reason}") from error
+
+
+def _build(
+    plan: ScalePlan, config: NemotronHConfig, parts: Sequence[Sequence[int]], dtype: torch.dtype
+) -> tuple[list[Rig], ForcedRouting]:
+    """The largest part with weights of its own, the others on the same ones; forced routing attached to all."""
+    file = Path(plan.random_weights)
+    try:
+        pair = build_random_pair(
+            cut(config, config.pattern[: len(parts[0])]),
+            name=file.name.removesuffix(".json").removesuffix(".config"),
+            dtype=dtype,
+            devices=plan.devices,
+            seed=plan.seed,
+            share_towers=plan.share_towers,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{file}: out of memory while building: take --layers or --share-towers") from error
+    routing = steer(pair, plan.seed)
+    pairs = [pair, *(with_layers(pair, part) for part in parts[1:])]
+    if plan.cuda_graphs:
+        for each in pairs:
+            use_graphs(each, routing.variant, graphs_needed(plan))
+    return make_rigs(plan, pairs), routing
+
+
+def _manifest(plan: ScalePlan, rigs: Sequence[Rig], resume: Path | None) -> RunManifest:
+    return new_manifest(
+        "speed",
+        run_id=store.new_run_id("speed") if resume is None else resume.name,
+        plan=plan,
+        cells=[cell for rig in rigs for cell in rig.cells],
+        devices=plan.devices,
+        seeds={"run": plan.seed},
+        notes=NOTES,
+    )
+
+
+def _journal_card(writer: store.RunWriter, card: CostCard, profiles: Sequence[Profile], *, num_items: int) -> None:
+    """What the report needs beside the costs: floors, sizes, and which profile a number of steps stands for."""
+    writer.event("cost_card", card=to_json(card), num_items=num_items)
+    for profile in profiles:
+        writer.event(
+            "profile",
+            name=profile.name,
+            block_size=profile.block_size,
+            num_blocks=len(profile.blocks),
+            num_steps=profile.num_steps,
+        )
+
+
+@dataclass
+class _Touched:
+    """Distinct experts per layer and step of every item, counted off the clock the first time it comes up."""
+
+    routing: ForcedRouting
+    counts: dict[Item, float | None]
+
+    def of(self, item: Item) -> float | None:
+        if item not in self.counts:
+            self.routing.count_touched()
+            repeat = item.make_ready()
+            with torch.inference_mode():
+                repeat()
+            self.counts[item] = self.routing.mean_touched()
+        return self.counts[item]
+
+
+class _Session(RoundLoop):
+    """One launch: its warm-up and its rounds."""
+
+    def __init__(
+        self,
+        plan: ScalePlan,
+        writer: store.RunWriter,
+        groups: Sequence[Sequence[Item]],
+        routing: ForcedRouting,
+        clock: CallClock,
+        progress: Progress,
+    ) -> None:
+        self._plan, self._writer, self._groups, self._clock = plan, writer, groups, clock
+        self._routing = routing
+        self._touched = _Touched(routing, {})
+        earlier = writer.run.costs
+        self._launch_id = f"{writer.run.manifest.run_id}/{len({sample.launch_id for sample in earlier}) + 1}"
+        num_items = sum(map(len, groups))
+        super().__init__(
+            plan,
+            progress,
+            whole_s=whole_rounds(earlier, num_items),
+            next_round=1 + max((s.round for s in earlier if s.phase == "measure"), default=-1),
+            steps_per_round=num_items,
+        )
+
+    def run(self) -> None:
+        """Warm up, say how long it will take, and measure until there is enough."""
+        self._progress.note(f"{self._steps_per_round} timed items a round, {self._num_done} whole rounds are there")
+        self._rounds()
+        self._progress.note(f"{self._num_done} rounds, {duration_text(self._timed_s)} on the clock")
+        self._writer.event("measured", num_rounds=self._num_done, timed_s=self._timed_s)
+
+    def _round(self, phase: SpeedPhase, number: int, advance: Advance) -> float:
+        """Every item once; what is compared with each other lies close in time. Seconds on the clock."""
+        order = random.Random(derive_seed(self._plan.seed, phase, number))
+        timed_s = 0.0
+        gc.collect()
+        for group in order.sample(self._groups, len(self._groups)):
+            for item in order.sample(group, len(group)):
+                timed_s += self._time(item, phase, number)
+                advance()
+        return timed_s
+
+    def _time(self, item: Item, phase: SpeedPhase, number: int) -> float:
+        self._routing.kind = item.routing
+        touched = self._touched.of(item)
+        repeat = item.make_ready()
+        started_at = now_text()
+        try:
+            wall_s = sum(phases.time_repeats(repeat, self._clock, item.num_repeats))
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"{item.part}, batch {item.batch_size}: out of memory: take smaller batches") from error
+        sample = CostSample(
+            cell=item.cell_id,
+            launch_id=self._launch_id,
+            round=number,
+            phase=phase,
+            part=item.part,
+            replica=item.replica,
+            batch_size=item.batch_size,
+            context_tokens=self._plan.prompt_tokens,
+            block_size=item.block_size,
+            num_repeats=item.num_repeats,
+            wall_s=wall_s,
+            started_at=started_at,
+            routing=item.routing,
+            num_experts_touched=touched,
+            pattern=item.pattern,
+            num_steps=item.num_steps,
+        )
+        self._writer.append(sample)
+        return wall_s
