@@ -66,15 +66,9 @@ class _Asked:
 class HarnessLM(TemplateLM):  # type: ignore[misc]
     """lm-eval's view of a model with a decoder and a scorer.
 
-    <<<<<<< HEAD
-        ``seed`` is the run's: every prompt gets one of its own, derived from it. ``batch_size`` requests for text run at a
-        time, those for log-likelihoods in the pieces that the scorer plans; answers do not depend on either. ``advance``
-        hears of every finished request.
-    =======
-        ``seed`` is the run's: every prompt gets one of its own, derived from it. ``batch_size`` requests run at a time;
-        answers do not depend on it. ``advance`` hears of every finished request. Documents in ``traced`` have their
-        denoising traces journalled.
-    >>>>>>> report
+    ``seed`` is the run's: every prompt gets one of its own, derived from it. ``batch_size`` requests for text run at a
+    time, those for log-likelihoods in the pieces that the scorer plans; answers do not depend on either. ``advance``
+    hears of every finished request. Documents in ``traced`` have their denoising traces journalled.
     """
 
     def __init__(

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy.optimize import nnls
+from scipy.special import ndtr
 
 from twotower_eval.records import Estimate
-from twotower_eval.stats.intervals import LEVEL, Floats, widened_percentiles
+from twotower_eval.stats.intervals import LEVEL, Floats, t_quantile
 
 NUM_SCALING_DRAWS = 2_000
 
@@ -28,8 +29,9 @@ def round_estimate(values_Q: Floats, *, num_rounds: int, seed: int, level: float
     if num_rounds < 2:
         raise ValueError("one round gives no interval: measure more")
     inflation = (num_rounds / (num_rounds - 1)) ** 0.5
-    draws_Q = values_Q[1:]
-    low, high = widened_percentiles(draws_Q, draws_Q, level=level, dof=num_rounds - 1, inflation=inflation)
+    # No BCa: it compares draws with the value, and either may be infinite here.
+    tail = float(ndtr(-t_quantile(level, num_rounds - 1) * inflation))
+    low, high = (float(np.quantile(values_Q[1:], share, method="inverted_cdf")) for share in (tail, 1 - tail))
     method = "bootstrap over rounds, Student tails"
     return Estimate(value=float(values_Q[0]), low=low, high=high, level=level, n=num_rounds, method=method, seed=seed)
 
