@@ -14,6 +14,7 @@ from twotower_eval import store
 from twotower_eval.claims import load_claims
 from twotower_eval.evidence.naming import checkpoint_name
 from twotower_eval.evidence.runs import Runs
+from twotower_eval.evidence.scale import is_scale_run
 from twotower_eval.names import did_you_mean, resolve
 from twotower_eval.records import sha256_text
 from twotower_eval.report.publishing import publish
@@ -62,7 +63,7 @@ def write(
     """
     loaded = [store.load(Path(path)) for path in run_paths]
     runs = JudgedRuns(loaded, shipped_claims(loaded) if claims is None else load_claims(claims))
-    rendered = [_renderer(name)(runs) for name in sections or SECTIONS]
+    rendered = [_renderer(name)(runs) for name in sections or _concerning(runs)]
     files: dict[str, bytes] = {}
     for section in rendered:
         clash = sorted(files.keys() & section.files.keys())
@@ -86,6 +87,11 @@ def write(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return folder
+
+
+def _concerning(runs: Runs) -> list[str]:
+    """Shipped sections; that on random weights only where a run has them, which few do."""
+    return [name for name in SECTIONS if name != "scale" or any(is_scale_run(run) for run in runs)]
 
 
 def report_id(run_ids: Sequence[str]) -> str:
