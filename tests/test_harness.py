@@ -182,6 +182,19 @@ def test_long_contexts_are_cut_from_the_left_as_lm_eval_does(model: Any, monkeyp
         lm.loglikelihood([ask("loglikelihood", "a", "0123456789", doc_id=3)])
 
 
+def test_a_resumed_run_counts_a_cut_context_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was left of a piece was planned anew after a resume, and its cut contexts were counted once more."""
+    monkeypatch.setattr(model, "max_length", 8)
+    asked = [ask("loglikelihood", f"0123456789{i}", "abc", doc_id=i) for i in range(3)]
+    lm = HarnessLM(model, scorer=exact(model))
+    lm.loglikelihood(asked)
+    assert lm.num_truncated == 3
+    resumed = HarnessLM(model, scorer=exact(model))
+    resumed.journal.likelihoods |= dict(list(lm.journal.likelihoods.items())[:1])
+    resumed.loglikelihood(asked)
+    assert resumed.num_truncated == 3
+
+
 def test_budget_aliases_and_the_default(model: Any) -> None:
     decoder = decoders.make_decoder(model, "autoregressive")
     lm = HarnessLM(model, decoder=decoder)

@@ -10,11 +10,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Protocol
+from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from twotower_eval.decoders import Decoder, Scorer
 from twotower_eval.harness.answers import CellJournal, Key, join_likelihoods, with_repeats
 from twotower_eval.progress import Advance
 from twotower_eval.records import (
@@ -30,28 +31,6 @@ from twotower_eval.suites import DEFAULT_MAX_NEW_TOKENS, instance_sha256, stops_
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # context ids, continuation ids
 Batch = Callable[[], None]  # answers some requests and journals them
-
-
-class Decoder(Protocol):
-    """What makes text; see ``decoders.Decoder``."""
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        max_new_tokens: int,
-        eos_token_ids: Sequence[int],
-        stop: Sequence[str],
-        max_batch_size: int,
-        on_finish: Callable[[Generation], None],
-    ) -> list[Generation]: ...
-
-
-class Scorer(Protocol):
-    """What makes log-likelihoods, all at once or in pieces that share the most work."""
-
-    def score(self, requests: Sequence[Any]) -> list[Likelihood]: ...
-    def plan(self, requests: Sequence[Any], batch_size: int) -> list[Any]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,6 +203,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         for one in asked:
             for pair in one.pairs:
                 askers[pair].append(one)
+        self.num_truncated += sum(self._room_for(*pair) != pair[0] for pair in askers if pair[1])
         known = {pair: Likelihood(logprob_nats=0.0, is_greedy=True, kind=self.kind) for pair in askers if not pair[1]}
         waiting = [one for one in asked if one.key in missing]
         certain = [one for one in waiting if all(pair in known for pair in one.pairs)]
@@ -305,7 +285,6 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         room = longest + 1 - len(continuation)
         if room < 1:
             raise ValueError(f"a continuation of {len(continuation)} tokens does not fit into {longest} tokens")
-        self.num_truncated += 1
         return context[-room:]
 
     def _missing(
