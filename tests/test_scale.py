@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 from tests.tiny_models import SIZES
 from twotower_eval import cli, report, store
 from twotower_eval.evidence.scale import ScaleRun
+from twotower_eval.models.config import parse_config
 from twotower_eval.models.random_weights import build_random_pair
-from twotower_eval.plan import ScalePlan
+from twotower_eval.plan import ScalePlan, data_path
 from twotower_eval.progress import SilentProgress
 from twotower_eval.records import CommitStep, Generation
-from twotower_eval.speed import probe, scale
+from twotower_eval.speed import cost_card, probe, scale
+from twotower_eval.speed.cost_card import make_card, refuse_if_too_large
 from twotower_eval.speed.parts import measured_layers
+from twotower_eval.speed.probe import Probe
 from twotower_eval.speed.profiles import even_profile, recorded_profiles
 from twotower_eval.stats.scaling import fit_layers, round_draws, round_estimate
 
@@ -68,7 +71,7 @@ def ticks(monkeypatch):
 @pytest.fixture
 def config(tmp_path):
     file = tmp_path / "small.config.json"
-    file.write_text(json.dumps(SIZES | {"hybrid_override_pattern": PATTERN}))
+    file.write_text(json.dumps(SIZES | {"hybrid_override_pattern": PATTERN, "max_position_embeddings": 4096}))
     return str(file)
 
 
@@ -177,11 +180,69 @@ def test_what_does_not_fit_is_refused_after_its_card(plan, tmp_path, ticks, monk
     notes = []
     progress = SilentProgress()
     monkeypatch.setattr(progress, "note", notes.append)
-    with pytest.raises(ValueError, match=r"needs about .* take --share-towers, a second device or --layers \d+"):
+    with pytest.raises(ValueError, match=r"needs about .* take more memory, .*: no number of layers fits"):
         measure(plan, tmp_path, ticks, progress=progress)
     assert "RANDOM WEIGHTS" in notes[0]
     assert any(line.startswith("floor of denoise, batch 2, block 8, half experts") for line in notes)
     assert not (tmp_path / "results").exists()
+
+
+RELEASED = "tasks/configs/nemotron-labs-twotower-30b-a3b.config.json"
+
+
+@pytest.mark.parametrize("free_gib", [200, 70, 40, 22, 10, 2])
+def test_what_a_refusal_proposes_is_not_refused_in_its_turn(free_gib, monkeypatch):
+    """On a laptop with 22 GiB free the released size was answered with "take --share-towers, a second device or
+    --layers 7": shared towers need 62 GiB, and a guess at the layers could be fewer than show every kind."""
+    config = parse_config(json.loads(data_path(*RELEASED.split("/")).read_text()))
+    free = Probe(device="cpu", dtype="bfloat16", bytes_per_s=1e10, flops_per_s=1e11, free_bytes=free_gib << 30,
+                 free_reason=None)  # fmt: skip
+
+    def refusal(**changes):
+        plan = ScalePlan(random_weights="released.json", **changes)
+        parts = measured_layers(config.pattern, plan.layers)
+        patterns = ["".join(config.pattern[i] for i in part) for part in parts]
+        card = make_card(plan, config, patterns, [free], torch.bfloat16)
+        try:
+            refuse_if_too_large(card, plan, config, torch.bfloat16)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    said = refusal()
+    assert (said is None) == (free_gib == 200)
+    if said is None:
+        return
+    assert "second device" not in said  # there is but one CPU
+    assert ("no number of layers fits" in said) == (free_gib == 2)
+    for way in said.partition(": take ")[2].split(" or ") if "--" in said else ():
+        words = way.split()
+        layers = int(words[-1]) if "--layers" in words else None
+        shared = "--share-towers" in words
+        assert refusal(layers=layers, share_towers=shared) is None
+        if layers is not None:  # and no more would do
+            assert refusal(layers=layers + 1, share_towers=shared) is not None
+
+
+def test_memory_that_a_system_does_not_tell_is_bounded_by_what_it_has(monkeypatch):
+    """Without /proc/meminfo (macOS) free memory was unknown, so that 118 GiB of weights were begun on any laptop."""
+
+    def missing(self, **_options):
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(probe.Path, "read_text", missing)
+    num_bytes, reason = probe.free_memory("cpu")
+    assert num_bytes is not None
+    assert num_bytes >= 1 << 28
+    assert "if nothing else" in reason
+    monkeypatch.delattr(probe.os, "sysconf")
+    assert probe.free_memory("cpu") == (None, "the system does not tell how much memory is free")
+
+
+def test_a_card_is_read_without_exponents_and_zeros():
+    """A small model's card said "weights 0.0 GiB", the released one's on a CPU "1.1e+03 ms"."""
+    assert [cost_card._size(n) for n in (512, 3 << 20, 118 << 30)] == ["0.5 KiB", "3.0 MiB", "118.0 GiB"]
+    assert [cost_card._milliseconds(s) for s in (5.41e-5, 0.0123456, 1.1)] == ["0.0541 ms", "12.3 ms", "1100 ms"]
 
 
 def test_the_command_line_measures_and_reports(config, tmp_path, capsys):
@@ -224,6 +285,13 @@ def test_the_command_line_measures_and_reports(config, tmp_path, capsys):
         (["--random-weights", "CONFIG", "--tokens-per-nfe", "20"], "20 tokens per NFE do not fit into blocks of 16"),
         (["--random-weights", "CONFIG", "--share-towers", "--devices", "cpu,cpu:0"], "on one device"),
         (["--random-weights", "CONFIG", "--devices", "tpu"], "tpu"),
+        # Were a KeyError with its traceback, 'mps' what a newcomer on an Apple laptop tries first.
+        (["--random-weights", "CONFIG", "--devices", "mps"], "cannot wait for a device of type 'mps'"),
+        (["--random-weights", "CONFIG", "--devices", "meta"], "cannot wait for a device of type 'meta'"),
+        # Was named --costs, which nobody had given.
+        (["--random-weights", "CONFIG", "--no-costs"], "--no-costs has no use for random weights"),
+        # Was measured, for as long as it took.
+        (["--random-weights", "CONFIG", "--prompt-tokens", "100000000"], "tokens at most"),
         (["--random-weights", "CONFIG", "--cuda-graphs"], "CUDA graphs need CUDA devices"),
         (["--random-weights", "no.json"], "no.json: not found"),
     ],

@@ -44,7 +44,8 @@ def _refuse_foreign(cls: type[Any], given: dict[str, Any], words: str) -> None:
     known = {field.name for field in dataclasses.fields(cls)}
     foreign = [key for key, value in given.items() if value is not None and key not in known]
     if foreign:
-        raise ValueError(f"--{foreign[0].replace('_', '-')} {words}")
+        no = "no-" if given[foreign[0]] is False else ""
+        raise ValueError(f"--{no}{foreign[0].replace('_', '-')} {words}")
 
 
 def measure(plan: ScalePlan, out: Path, resumed: Path | None) -> Path:

@@ -16,6 +16,7 @@ from twotower_eval.models.config import NemotronHConfig
 from twotower_eval.models.routing import ROUTINGS
 from twotower_eval.models.sizes import Step
 from twotower_eval.plan import ScalePlan
+from twotower_eval.speed.parts import measured_layers
 from twotower_eval.speed.probe import Probe
 
 GIB, MIB = 2**30, 2**20
@@ -100,45 +101,77 @@ def describe(card: CostCard) -> Iterator[str]:
     layers = f"{len(card.built_pattern)} of {len(card.pattern)} layers a tower"
     towers = "one set of weights for both towers" if card.shared_towers else "two towers"
     yield f"cost card of {card.config}: RANDOM WEIGHTS, {layers}, {towers}"
-    whole = f" (all layers: {_gib(card.full_weight_bytes)})" if card.built_pattern != card.pattern else ""
+    whole = f" (all layers: {_size(card.full_weight_bytes)})" if card.built_pattern != card.pattern else ""
     yield (
-        f"weights {_gib(card.weight_bytes)}{whole}; keys and values {card.key_value_bytes_per_token / 1024:.1f} KiB a "
-        f"token; Mamba states {card.state_bytes_per_row / MIB:.1f} MiB a row"
+        f"weights {_size(card.weight_bytes)}{whole}; keys and values {_size(card.key_value_bytes_per_token)} a "
+        f"token; Mamba states {_size(card.state_bytes_per_row)} a row"
     )
     for probe, needed in zip(card.probes, card.needed_bytes, strict=True):
-        free = probe.free_reason if probe.free_bytes is None else f"{_gib(probe.free_bytes)} free"
+        known = [] if probe.free_bytes is None else [f"{_size(probe.free_bytes)} free"]
+        free = ", ".join([*known, *([probe.free_reason] if probe.free_reason else [])])
         yield (
             f"{probe.device}: {probe.bytes_per_s / 1e9:.0f} GB/s copied, {probe.flops_per_s / 1e12:.3g} TFLOP/s in "
-            f"{probe.dtype}; needs about {_gib(needed)}, {free}"
+            f"{probe.dtype}; needs about {_size(needed)}, {free}"
         )
     for floor in card.floors:
         if floor.pattern == card.pattern and floor.part in ("ar_step", "denoise"):
             block = "" if floor.block_size is None else f", block {floor.block_size}, {floor.routing} experts"
             yield (
-                f"floor of {floor.part}, batch {floor.batch_size}{block}: {1000 * floor.floor_s:.3g} ms "
+                f"floor of {floor.part}, batch {floor.batch_size}{block}: {_milliseconds(floor.floor_s)} "
                 f"({floor.bytes_read / 1e9:.3g} GB, {floor.flops / 1e9:.3g} GFLOP, "
                 f"{floor.num_experts_touched:.1f} experts a layer)"
             )
 
 
-def refuse_if_too_large(card: CostCard) -> None:
+def refuse_if_too_large(card: CostCard, plan: ScalePlan, config: NemotronHConfig, dtype: torch.dtype) -> None:
     """ValueError that says by how much, and what would fit."""
     if card.fits:
         return
-    short = next(
-        (probe, needed)
+    probe, needed, free = next(
+        (probe, needed, probe.free_bytes)
         for probe, needed in zip(card.probes, card.needed_bytes, strict=True)
         if probe.free_bytes is not None and needed > probe.free_bytes
     )
-    probe, needed = short
-    assert probe.free_bytes is not None
-    # Layers differ in weight; three quarters of the share that fits is a guess on the safe side.
-    layers = int(0.75 * len(card.built_pattern) * probe.free_bytes / needed)
-    shared = "" if card.shared_towers or len(card.probes) > 1 else "--share-towers, "
+    nothing = "more memory, or shorter prompts and smaller batches: no number of layers fits"
+    ways = list(_ways_to_fit(plan, config, len(card.built_pattern), card.probes, dtype))
     raise ValueError(
-        f"{card.config} with {len(card.built_pattern)} layers needs about {_gib(needed)} on {probe.device}, which has "
-        f"{_gib(probe.free_bytes)} free: take {shared}a second device or --layers {max(layers, 1)}"
+        f"{card.config} with {len(card.built_pattern)} layers needs about {_size(needed)} on {probe.device}, which has "
+        f"{_size(free)} free: take {' or '.join(ways) or nothing}"
     )
+
+
+def _ways_to_fit(
+    plan: ScalePlan, config: NemotronHConfig, num_layers: int, probes: Sequence[Probe], dtype: torch.dtype
+) -> Iterator[str]:
+    """What could be asked for instead; nothing that would be refused in its turn."""
+    # A step on shared towers costs what it does on two, so all of the layers shared come before fewer of them.
+    alone = len(plan.devices) == 1 and not plan.share_towers
+    shared = dataclasses.replace(plan, share_towers=True) if alone else plan
+    all_shared = alone and _fits(shared, config, num_layers, probes, dtype)
+    if all_shared:
+        yield "--share-towers"
+    if alone and probes[0].device.startswith("cuda"):
+        doubled = dataclasses.replace(plan, devices=("cuda:0", "cuda:1"))
+        if _fits(doubled, config, num_layers, (probes[0], probes[0]), dtype):
+            yield "a second device like it"
+    most = 0
+    for words, asked in (("", plan),) if all_shared else (("", plan), ("--share-towers ", shared)):
+        more = next((n for n in range(num_layers - 1, most, -1) if _fits(asked, config, n, probes, dtype)), None)
+        if more is not None:
+            yield f"{words}--layers {more}"
+            most = more
+
+
+def _fits(
+    plan: ScalePlan, config: NemotronHConfig, num_layers: int, probes: Sequence[Probe], dtype: torch.dtype
+) -> bool:
+    """Whether so many of the layers can be built, and measured to extrapolate."""
+    try:
+        num_parts = len(measured_layers(config.pattern, num_layers))
+    except ValueError:  # they lack a kind
+        return False
+    needed = _needed(plan, cut(config, config.pattern[:num_layers]), num_parts, dtype)
+    return all(p.free_bytes is None or n <= p.free_bytes for n, p in zip(needed, probes, strict=True))
 
 
 def _steps(plan: ScalePlan) -> Iterator[Step]:
@@ -185,5 +218,14 @@ def _needed(plan: ScalePlan, config: NemotronHConfig, num_patterns: int, dtype: 
     return tuple(int((1 + SPARE) * held) + contexts + logits for held in weights)
 
 
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.1f} GiB"
+def _size(num_bytes: float) -> str:
+    """Bytes for people, in the largest unit of which there is at least one."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes / 1024:.1f} KiB"
+
+
+def _milliseconds(seconds: float) -> str:
+    """Three figures, and never an exponent."""
+    return f"{1000 * seconds:.0f} ms" if seconds >= 0.1 else f"{1000 * seconds:.3g} ms"

@@ -5,6 +5,7 @@ Measured on the device itself, because tables of peak figures know neither its c
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,10 @@ PRODUCT_SIZE = {"cuda": 8192, "cpu": 768}
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """The best of a few trials each: a floor built from it errs on the side of asking too much of the model."""
+    """The best of a few trials each: a floor built from it errs on the side of asking too much of the model.
+
+    ``free_reason`` says why ``free_bytes`` are unknown, or how they are to be read.
+    """
 
     device: str
     dtype: str
@@ -33,7 +37,8 @@ class Probe:
 
 def probe(device: str, dtype: torch.dtype) -> Probe:
     """Copy, multiply, and ask how much memory is free."""
-    copy_s, product_s = _copy_s(device), _product_s(device, dtype)
+    devices = Devices([device])  # refuses what nobody can wait for
+    copy_s, product_s = _copy_s(device, devices), _product_s(device, devices, dtype)
     kind = torch.device(device).type
     free_bytes, reason = free_memory(device)
     return Probe(
@@ -46,35 +51,41 @@ def probe(device: str, dtype: torch.dtype) -> Probe:
     )
 
 
-def _copy_s(device: str) -> float:
+def _copy_s(device: str, devices: Devices) -> float:
     source = torch.ones(COPY_BYTES[torch.device(device).type] // 4, device=device)
     target = torch.empty_like(source)
-    return _best_s(device, lambda: target.copy_(source))
+    return _best_s(devices, lambda: target.copy_(source))
 
 
-def _product_s(device: str, dtype: torch.dtype) -> float:
+def _product_s(device: str, devices: Devices, dtype: torch.dtype) -> float:
     size = PRODUCT_SIZE[torch.device(device).type]
     matrix = torch.ones(size, size, dtype=dtype, device=device)
-    return _best_s(device, lambda: matrix @ matrix)
+    return _best_s(devices, lambda: matrix @ matrix)
 
 
 def free_memory(device: str) -> tuple[int | None, str | None]:
-    """Bytes that can still be taken on a device, or why that is not known."""
+    """Bytes that can still be taken on a device; a reason where they are not known, or not well."""
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0], None
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return None, "the system does not tell how much memory is free"
+        return _whole_memory()
     kilobytes = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    if kilobytes is None:
+    return _whole_memory() if kilobytes is None else (int(kilobytes) * 1024, None)
+
+
+def _whole_memory() -> tuple[int | None, str]:
+    """The machine's memory, where the system does not tell how much of it is free: more can never be taken."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "if nothing else used this machine's memory"
+    except (AttributeError, ValueError, OSError):  # Windows has no such call, others may not know the names
         return None, "the system does not tell how much memory is free"
-    return int(kilobytes) * 1024, None
 
 
-def _best_s(device: str, action: Callable[[], object]) -> float:
-    devices, walls_s = Devices([device]), []
+def _best_s(devices: Devices, action: Callable[[], object]) -> float:
+    walls_s = []
     for _ in range(NUM_TRIALS + 1):  # the first one warms up, and is no better than the rest
         devices.synchronise()
         started_s = time.perf_counter()

@@ -69,7 +69,7 @@ def run(
         card = make_card(plan, config, patterns, [_probe(device, dtype) for device in plan.devices], dtype)
         for line in describe(card):
             progress.note(line)
-        refuse_if_too_large(card)
+        refuse_if_too_large(card, plan, config, dtype)
         rigs, routing = _build(plan, config, parts, dtype)
         manifest = _manifest(plan, rigs, resume)
         writer = store.create(root, manifest) if resume is None else store.resume(resume, manifest)
@@ -89,9 +89,13 @@ def read_config(plan: ScalePlan) -> NemotronHConfig:
     file = Path(plan.random_weights)
     data = read_json(file)
     try:
-        return parse_config(data)
+        config = parse_config(data)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    longest = config.max_position_embeddings
+    if longest is not None and plan.prompt_tokens > longest:
+        raise ValueError(f"prompt_tokens {plan.prompt_tokens}: {file} reads {longest} tokens at most")
+    return config
 
 
 def make_profiles(plan: ScalePlan) -> tuple[Profile, ...]:
