@@ -104,6 +104,7 @@ class ExtendStep:
         """As :meth:`ContextTower.extend`."""
         self.past.load(context)
         self.ids_BS.copy_(ids_BS)
+        self.past.holds = None  # should anything fail from here on, the buffers are nobody's context
         hidden_BH, new_keys, new_values = self.launch()
         buffer = writable_buffer(context, ids_BS.shape[1])
         for index in self.past.attentions:
