@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from twotower_eval.names import did_you_mean
+from twotower_eval.plan_fields import check_at_least, check_fields
 from twotower_eval.records import DecoderSpec, LikelihoodKind
 
 Steps = int | Literal["auto"]
@@ -34,8 +33,8 @@ class VerifyPlan:
     devices: tuple[str, ...] = ("cpu",)
 
     def __post_init__(self) -> None:
-        _check_fields(self)
-        _check_at_least(self, 0, "seed")
+        check_fields(self)
+        check_at_least(self, 0, "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +68,10 @@ class RunPlan:
     trace: int = 2
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        check_fields(self)
         _check_decoders(self)
-        _check_at_least(self, 1, "samples", "batch_size", "limit", "max_new_tokens")
-        _check_at_least(self, 0, "trace")
+        check_at_least(self, 1, "samples", "batch_size", "limit", "max_new_tokens")
+        check_at_least(self, 0, "trace")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +108,10 @@ class SpeedPlan:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        check_fields(self)
         _check_decoders(self)
-        _check_at_least(self, 1, "batch_sizes", "prompt_tokens", "new_tokens", "num_prompts", "min_rounds", "threads")
-        _check_at_least(self, 0, "min_seconds", "warmup_rounds")
+        check_at_least(self, 1, "batch_sizes", "prompt_tokens", "new_tokens", "num_prompts", "min_rounds", "threads")
+        check_at_least(self, 0, "min_seconds", "warmup_rounds")
         if self.workload == "answer" and self.prompt_tokens is not None:
             raise ValueError("prompt_tokens has no effect on the answer workload: drop it or take workload fixed")
         if self.workload == "fixed" and self.new_tokens is None:
@@ -149,12 +148,12 @@ class ScalePlan:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        check_fields(self)
         if not self.random_weights:
             raise ValueError("random_weights names no config.json")
-        _check_at_least(self, 1, "layers", "block_sizes", "batch_sizes", "prompt_tokens", "tokens_per_nfe", "repeats")
-        _check_at_least(self, 1, "min_rounds", "threads")
-        _check_at_least(self, 0, "min_seconds", "warmup_rounds", "seed")
+        check_at_least(self, 1, "layers", "block_sizes", "batch_sizes", "prompt_tokens", "tokens_per_nfe", "repeats")
+        check_at_least(self, 1, "min_rounds", "threads")
+        check_at_least(self, 0, "min_seconds", "warmup_rounds", "seed")
         if self.share_towers and len(self.devices) > 1:
             raise ValueError("share_towers puts both towers on one device: name one device")
         if len(self.devices) > 2:
@@ -262,55 +261,6 @@ def _default(cls: type[Plan], name: str) -> Any:
     return next(field.default for field in dataclasses.fields(cls) if field.name == name)
 
 
-def _check_fields(plan: AnyPlan) -> None:
-    hints = typing.get_type_hints(type(plan))
-    for field in dataclasses.fields(plan):
-        value = getattr(plan, field.name)
-        if not _fits(value, hints[field.name]):
-            raise ValueError(f"{field.name} must be {_in_words(hints[field.name])}, not {value!r}")
-        if isinstance(value, tuple):
-            if not value:
-                raise ValueError(f"{field.name} is empty: name at least one")
-            twice = sorted({str(item) for item in value if value.count(item) > 1})
-            if twice:
-                raise ValueError(f"{field.name} names {', '.join(twice)} twice")
-
-
 def _check_decoders(plan: Plan) -> None:
-    _check_at_least(plan, 1, "block_sizes", "steps")
-    _check_at_least(plan, 0, "temperature", "thresholds", "seed")
-
-
-def _check_at_least(plan: AnyPlan, least: int, *names: str) -> None:
-    for name in names:
-        value = getattr(plan, name)
-        for item in value if isinstance(value, tuple) else (value,):
-            # "not >=" and not "<", so that NaN is refused too.
-            if isinstance(item, (int, float)) and not least <= item < float("inf"):
-                raise ValueError(f"{name} must be {least} or more, not {item}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, arg) for arg in typing.get_args(hint))
-    if origin is Literal:
-        return isinstance(value, str) and value in typing.get_args(hint)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, hint) and not isinstance(value, bool)
-
-
-def _in_words(hint: Any) -> str:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_in_words(arg) for arg in args if arg is not type(None))
-    if origin is Literal:
-        return " or ".join(str(arg) for arg in args)
-    if origin is tuple:
-        return f"a list of {_in_words(args[0])}"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[hint]
+    check_at_least(plan, 1, "block_sizes", "steps")
+    check_at_least(plan, 0, "temperature", "thresholds", "seed")
