@@ -279,7 +279,7 @@ def _largest_that_fits(options: argparse.Namespace, more: Sequence[str]) -> str:
         done = _run_verb("speed", "--random-weights", str(RELEASED), *sizes, *way, *more, *_place(options))
         if done.returncode == 0:
             return str(done.stdout.strip().splitlines()[-1])
-        if "free: take" not in done.stderr:
+        if "free: take" not in done.stderr and "out of memory" not in done.stderr:
             raise RuntimeError(done.stderr)
     raise RuntimeError(f"not even 6 layers fit on {options.device}")
 

@@ -18,6 +18,7 @@ from twotower_eval import cli, report, store
 from twotower_eval.evidence.scale import ScaleRun
 from twotower_eval.models.config import parse_config
 from twotower_eval.models.random_weights import build_random_pair
+from twotower_eval.models.twotower import TwoTower
 from twotower_eval.plan import ScalePlan, data_path
 from twotower_eval.progress import SilentProgress
 from twotower_eval.records import CommitStep, Generation
@@ -185,6 +186,25 @@ def test_what_does_not_fit_is_refused_after_its_card(plan, tmp_path, ticks, monk
     assert "RANDOM WEIGHTS" in notes[0]
     assert any(line.startswith("floor of denoise, batch 2, block 8, half experts") for line in notes)
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ("prefill", "out of memory while building"),
+        ("denoise", "(forced_block|denoise), batch .: out of memory: take smaller"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line_wherever_it_does(plan, tmp_path, ticks, monkeypatch, step, words):
+    """Only building weights and the clocked repetitions were looked after; contexts and a part's first step, which
+    comes before the clock, gave a traceback."""
+
+    def full(*_arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TwoTower, step, full)
+    with pytest.raises(ValueError, match=words):
+        measure(plan, tmp_path, ticks)
 
 
 RELEASED = "tasks/configs/nemotron-labs-twotower-30b-a3b.config.json"

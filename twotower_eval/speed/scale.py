@@ -136,14 +136,16 @@ def _build(
             seed=plan.seed,
             share_towers=plan.share_towers,
         )
+        routing = steer(pair, plan.seed)
+        pairs = [pair, *(with_layers(pair, part) for part in parts[1:])]
+        if plan.cuda_graphs:
+            for each in pairs:
+                use_graphs(each, routing.variant, graphs_needed(plan))
+        return make_rigs(plan, pairs), routing
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"{file}: out of memory while building: take --layers or --share-towers") from error
-    routing = steer(pair, plan.seed)
-    pairs = [pair, *(with_layers(pair, part) for part in parts[1:])]
-    if plan.cuda_graphs:
-        for each in pairs:
-            use_graphs(each, routing.variant, graphs_needed(plan))
-    return make_rigs(plan, pairs), routing
+        raise ValueError(
+            f"{file}: out of memory while building: take fewer --layers, --share-towers or smaller batches"
+        ) from error
 
 
 def _manifest(plan: ScalePlan, rigs: Sequence[Rig], resume: Path | None) -> RunManifest:
@@ -234,10 +236,10 @@ class _Session(RoundLoop):
 
     def _time(self, item: Item, phase: SpeedPhase, number: int) -> float:
         self._routing.kind = item.routing
-        touched = self._touched.of(item)
-        repeat = item.make_ready()
-        started_at = now_text()
         try:
+            touched = self._touched.of(item)
+            repeat = item.make_ready()
+            started_at = now_text()
             wall_s = sum(phases.time_repeats(repeat, self._clock, item.num_repeats))
         except torch.OutOfMemoryError as error:
             raise ValueError(f"{item.part}, batch {item.batch_size}: out of memory: take smaller batches") from error
