@@ -261,6 +261,34 @@ def test_one_round_or_few_documents_support_nothing(tmp_path: Path, good: list[R
     assert "fewer than 20" in verdict.reason
 
 
+@pytest.mark.parametrize(("workload", "few"), [("answer", "INCONCLUSIVE"), ("fixed", "SUPPORTED")])
+def test_few_calls_of_sampled_prompts_support_nothing(
+    tmp_path: Path, good: list[Run], workload: str, few: Outcome
+) -> None:
+    """The judge did not pass on how many calls there were, so that four sampled prompts could support a speedup."""
+    table = {**FAST, "expected": 0.5, "limits": {"null_half_width": 0.5, "null_share": 5.0}}
+    for num_calls, outcome in ((7, few), (8, "SUPPORTED")):
+        path = speed_run(tmp_path / str(num_calls), workload=workload, num_calls=num_calls)
+        verdict = verdict_on(table, [good[0], store.load(path)], workload=workload)
+        assert verdict.outcome == outcome
+        if outcome == "INCONCLUSIVE":
+            assert verdict.reason == "7 calls of sampled prompts: fewer than 8 cannot support a claim"
+
+
+def test_what_would_decide_names_its_unit(tmp_path: Path, good: list[Run]) -> None:
+    """Launches were called rounds, and that sampled prompts have to grow along was left out."""
+    fast = verdict_on(FAST, good)
+    assert fast.estimate is not None
+    near = {**FAST, "expected": 0.97 * fast.estimate.value / 0.95}
+    assert "rounds on as many times more prompts would decide, 6 were measured" in verdict_on(near, good).reason
+    launches = edited_speed(tmp_path, good, lambda row, _: of_launch(row))
+    assert "launches on as many times more prompts would decide, 6 were measured" in verdict_on(near, launches).reason
+
+
+def of_launch(row: Row) -> Row:
+    return dataclasses.replace(row, launch_id=f"launch {row.round}") if isinstance(row, SpeedSample) else row
+
+
 def test_arms_that_were_asked_differently_are_invalid_there_and_only_there(tmp_path: Path, good: list[Run]) -> None:
     """A prompt hash that differs is the one ValueError of the evidence that makes a verdict."""
     by_cell = arms(good)

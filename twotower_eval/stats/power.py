@@ -116,12 +116,13 @@ def planned_stderr(tasks: Sequence[PlannedTask], retention: float) -> float:
 class Needed:
     """How much evidence would decide if the estimate stayed where it is: in all, and beyond what there is.
 
-    ``None`` with a reason where no amount would, or where it is decided already.
+    ``None`` with a reason where no amount would, or where the interval has ``decided`` already.
     """
 
     total: int | None
     more: int | None
     reason: str | None = None
+    decided: bool = False
 
 
 def still_needed(
@@ -166,7 +167,7 @@ def still_needed(
         )
     total = max(ceil(total_n), least_n if holds else 0)
     if total <= n:
-        return Needed(total=None, more=None, reason="decided already")
+        return Needed(total=None, more=None, reason="decided already", decided=True)
     return Needed(total=total, more=total - n)
 
 
