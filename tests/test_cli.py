@@ -120,7 +120,7 @@ def capture_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunPlan, Path, P
 
     calls: list[tuple[RunPlan, Path, Path | None]] = []
 
-    def recorded(plan: RunPlan, *, root: Path, resume: Path | None, progress: object) -> Path:
+    def recorded(plan: RunPlan, *, root: Path, resume: Path | None, **_: object) -> Path:
         calls.append((plan, root, resume))
         return root / "done"
 
@@ -187,7 +187,7 @@ def test_ctrl_c_says_how_to_go_on(
 
     make_run(tmp_path, RunPlan())  # an older run that must not be named
 
-    def interrupted(plan: RunPlan, *, root: Path, resume: Path | None, progress: object) -> Path:
+    def interrupted(plan: RunPlan, *, root: Path, resume: Path | None, **_: object) -> Path:
         make_run(root, plan)
         raise KeyboardInterrupt
 
@@ -204,7 +204,7 @@ def capture_speed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     calls: list[Any] = []
 
-    def timed(plan: SpeedPlan, requests: list[Any], *, root: Path, resume: Path | None, progress: object) -> Path:
+    def timed(plan: SpeedPlan, requests: list[Any], *, root: Path, resume: Path | None, **_: object) -> Path:
         calls.append(("timed", plan, len(requests), resume))
         return root / "timed"
 

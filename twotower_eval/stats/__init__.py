@@ -37,12 +37,14 @@ from twotower_eval.stats.mean import mean_score
 from twotower_eval.stats.nulls import NULL_OFFSET, NullLimits, half_width, is_off, off_nulls, widest_null
 from twotower_eval.stats.paired import Draws, PairedScores, ScoreTable, draw_task_means
 from twotower_eval.stats.power import (
+    ASSUMED_ACCURACY,
     ASSUMED_DISCORDANCE,
     Needed,
     PlannedTask,
     PowerPlan,
     planned_stderr,
     power_plan,
+    power_text,
     still_needed,
 )
 from twotower_eval.stats.quality import (
@@ -65,6 +67,7 @@ from twotower_eval.stats.speedup import (
 )
 
 __all__ = [
+    "ASSUMED_ACCURACY",
     "ASSUMED_DISCORDANCE",
     "DECISION_LEVEL",
     "LEVEL",
@@ -117,6 +120,7 @@ __all__ = [
     "planned_stderr",
     "possible_counts",
     "power_plan",
+    "power_text",
     "predict",
     "predicted_speedup",
     "resamples_launches",

@@ -19,6 +19,7 @@ from twotower_eval.stats.figure import Figure
 from twotower_eval.stats.intervals import FEW
 
 ASSUMED_DISCORDANCE = 0.10  # of right-or-wrong clusters; published flips of quantised or distilled models are 5 to 15 %
+ASSUMED_ACCURACY = 0.80  # of the baseline; published tables of this kind average 82 %
 POWER = 0.80
 TOO_MANY = 1_000  # times the evidence there is: no advice any more
 ALPHA = 0.05  # one-sided, as verdicts are
@@ -91,6 +92,20 @@ def power_plan(tasks: Sequence[PlannedTask], least: float, *, power: float = POW
         refuted_at=_figure(refuted, reason, unreachable),
         supported_at=_figure(supported, few, "not even a doubled score would be enough"),
     )
+
+
+def power_text(plan: PowerPlan) -> str:
+    """The plan in one line for who starts a run, with what it assumes of tasks at the assumed rates."""
+    assumed = (
+        f"assuming that {100 * ASSUMED_DISCORDANCE:g} % of the answers differ and that the baseline is right in "
+        f"{100 * ASSUMED_ACCURACY:g} %"
+    )
+    size = f"{plan.num_clusters:,} independent documents"
+    drop = plan.smallest_drop
+    if drop.value is None:
+        return f"power plan: {size} cannot show a drop of retention, {assumed}: {drop.reason}"
+    can = f"{size} can show a drop of retention by {100 * drop.value:.2g} points or more"
+    return f"power plan: {can} with {100 * POWER:g} % power, one-sided {100 * ALPHA:g} %, {assumed}"
 
 
 def planned_stderr(tasks: Sequence[PlannedTask], retention: float) -> float:
