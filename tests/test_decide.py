@@ -180,6 +180,11 @@ def test_evidence_still_needed() -> None:
     assert stats.still_needed(bounds(0.985, 0.99, 1.0), **claim).reason == "decided already"
     few = stats.still_needed(bounds(0.985, 0.99, 1.0, n=12), **claim)
     assert (few.total, few.more) == (20, 8)
+    none = ["t"] * 40, [str(i) for i in range(40)], [1.0] * 40
+    same = stats.PairedScores(tasks=none[0], groups=none[0], clusters=none[1], baseline=none[2], candidate=none[2])
+    lossless = stats.retention(same.table, stats.draw_task_means(same.table), level=stats.DECISION_LEVEL)
+    enough = stats.still_needed(lossless, relation="at_least", expected=1.0, margin=0.02).total
+    assert enough == pytest.approx(math.log(0.05) / math.log(0.98), rel=0.03)  # none of n: 1 - 0.05^(1/n)
     both = stats.still_needed(bounds(0.97, 0.987, 1.004), relation="equal", expected=0.987, margin=0.005)
     assert both.total == math.ceil(100 * 3.4**2)
 

@@ -23,6 +23,7 @@ ASSUMED_ACCURACY = 0.80  # of the baseline; published tables of this kind averag
 POWER = 0.80
 TOO_MANY = 1_000  # times the evidence there is: no advice any more
 ALPHA = 0.05  # one-sided, as verdicts are
+NONE_DIFFERS = "exact binomial bound, 0 of "  # how the method of such an estimate begins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +153,8 @@ def still_needed(
 ) -> Needed:
     """Clusters (or, with ``n`` rounds and ``log_scale``, rounds) at which an inconclusive verdict would be decided.
 
-    Scales the estimate's own distance to its bounds by 1 / sqrt(n). For speed that takes prompts to grow with the
+    Scales the estimate's own distance to its bounds by 1 / sqrt(n), that of an exact bound on no difference at all,
+    as long as none shows up, by 1 / n. For speed that takes prompts to grow with the
     rounds where prompts are sampled. ``least_n`` is the smallest number that can support a claim at all.
     """
     n = estimate.n if n is None else n
@@ -173,7 +175,7 @@ def still_needed(
         factor = max(support / inside for inside, support, _ in sides)
     else:
         factor = min(refute / -inside for inside, _, refute in sides if inside < 0)
-    total_n = n * factor**2
+    total_n = n * (factor if estimate.method.startswith(NONE_DIFFERS) else factor**2)
     if total_n > TOO_MANY * n:
         return Needed(
             total=None,
