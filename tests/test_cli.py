@@ -147,6 +147,27 @@ def test_run_options_reach_the_plan_over_the_toml(
     assert capsys.readouterr().out.strip() == "r/done"
 
 
+def test_a_run_begins_with_its_power_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest drop that these documents can show was computed nowhere before a run."""
+    from twotower_eval import harness, stats, suites
+
+    lines = []
+
+    def announced(plan: RunPlan, *, root: Path, announce: Any, **_: object) -> Path:
+        tasks = suites.resolve_tasks(plan.tasks, limit=plan.limit)
+        lines.append(announce(tasks, {"miniature_choice"}))
+        return root
+
+    monkeypatch.setattr(harness, "run", announced)
+    assert cli.main(["run", "--tasks", "miniature_sort,miniature_choice,miniature_perplexity", "--limit", "100"]) == 0
+    own = stats.PlannedTask(name="sort", num_clusters=100, accuracy=stats.ASSUMED_ACCURACY)
+    shared = dataclasses.replace(own, name="choice", discordance=0.0)
+    assert lines == [stats.power_text(stats.power_plan([own, shared], 1.0))]
+    assert "200 independent documents can show a drop of retention by" in lines[0]
+    assert cli.main(["run", "--tasks", "miniature_perplexity", "--limit", "100"]) == 0
+    assert lines[1] is None
+
+
 def test_every_field_of_both_plans_is_an_option() -> None:
     for cls, verb in ((RunPlan, "run"), (SpeedPlan, "speed")):
         done = subprocess.run(
