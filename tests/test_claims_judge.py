@@ -22,12 +22,16 @@ from report_fixture import (
     write,
 )
 
-from twotower_eval import cli, store
-from twotower_eval.claims import EXIT_CODES, exit_code, judge, verdict_lines
+from twotower_eval import cli, stats, store
+from twotower_eval.claims import EXIT_CODES, exit_code, gates, judge, verdict_lines
 from twotower_eval.claims.files import claims_from
+from twotower_eval.evidence import SpeedPoint, nulls
+from twotower_eval.evidence.measured import Measured
+from twotower_eval.evidence.timing import speed_points
 from twotower_eval.records import (
     Check,
     Claim,
+    GateLimits,
     GenerationRow,
     Outcome,
     Score,
@@ -259,6 +263,74 @@ def test_one_round_or_few_documents_support_nothing(tmp_path: Path, good: list[R
     verdict = verdict_on({**KEPT, "scope": ["choice"], "expected": 0.1}, few)
     assert verdict.outcome == "INCONCLUSIVE"
     assert "fewer than 20" in verdict.reason
+
+
+def shifted(point: SpeedPoint, factor: float) -> SpeedPoint:
+    """The point with a null in which the second copy is slower."""
+    assert point.null_timed is not None
+    timed = dataclasses.replace(point.null_timed, candidate_s=point.null_timed.candidate_s * factor)
+    null = stats.speedup(timed, level=stats.NULL_LEVEL)
+    return dataclasses.replace(point, null_timed=timed, null=Measured(estimate=null))
+
+
+def test_nulls_are_corrected_over_all_pairs_for_report_and_verdict_alike(tmp_path: Path) -> None:
+    """The report judged each null alone, where verdicts and PROTOCOL take Holm's correction over pairs."""
+    run = store.load(speed_run(tmp_path, batch_sizes=(1, 2, 4, 8), num_rounds=3))
+    points = speed_points([run])[0]
+    first, *rest = points
+    factors = [1.02 + 0.0005 * step for step in range(400)]
+    alone = next(bent for factor in factors if nulls.fault(bent := shifted(first, factor), [], None) is not None)
+    assert "off by more than 2 %" in (nulls.fault(alone, [], None) or "")
+    wide = stats.NullLimits(half_width=1.0)
+    assert nulls.fault(alone, [alone, *rest], None, wide) is None
+    limits = GateLimits(null_half_width=1.0)
+    judged = dataclasses.replace(stats.speedup(alone.timed), value=100.0)
+    assert gates.null_gate(alone, rest, judged, limits).outcome == "passed"
+    far = next(bent for factor in reversed(factors) if (bent := shifted(first, factor)))
+    assert "off by more than 2 %" in (nulls.fault(far, [far, *rest], None, wide) or "")
+    assert gates.null_gate(far, rest, judged, limits).outcome == "failed"
+
+
+def test_a_verify_that_was_stopped_takes_back_no_failure(tmp_path: Path, good: list[Run]) -> None:
+    """The newest verify was judged, so that one interrupted after a failed one put the weights back in order."""
+    cell = make_cell("candidate", block_diffusion(), Workload(kind="checks", name="checks", digest=sha256_text("c")))
+    failed = Check(cell=cell.id, name="batch_equals_single", outcome="failed", detail="2 of 8 rows differ")
+    passed = dataclasses.replace(failed, name="finite_logits", outcome="passed", detail="finite")
+    made = [
+        write(tmp_path, manifest(f"2026110{day}T120000Z-verify-cccccc", "verify", [cell]), [check], complete=complete)
+        for day, check, complete in ((3, failed, True), (4, passed, False))
+    ]
+    assert verdict_on(KEPT, [*good, *map(store.load, made)]).outcome == "INVALID"
+    mended = write(tmp_path, manifest("20261105T120000Z-verify-cccccc", "verify", [cell]), [passed])
+    assert verdict_on(KEPT, [*good, *map(store.load, [*made, mended])]).outcome == "SUPPORTED"
+
+
+@pytest.mark.parametrize(("workload", "few"), [("answer", "INCONCLUSIVE"), ("fixed", "SUPPORTED")])
+def test_few_calls_of_sampled_prompts_support_nothing(
+    tmp_path: Path, good: list[Run], workload: str, few: Outcome
+) -> None:
+    """The judge did not pass on how many calls there were, so that four sampled prompts could support a speedup."""
+    table = {**FAST, "expected": 0.5, "limits": {"null_half_width": 0.5, "null_share": 5.0}}
+    for num_calls, outcome in ((7, few), (8, "SUPPORTED")):
+        path = speed_run(tmp_path / str(num_calls), workload=workload, num_calls=num_calls)
+        verdict = verdict_on(table, [good[0], store.load(path)], workload=workload)
+        assert verdict.outcome == outcome
+        if outcome == "INCONCLUSIVE":
+            assert verdict.reason == "7 calls of sampled prompts: fewer than 8 cannot support a claim"
+
+
+def test_what_would_decide_names_its_unit(tmp_path: Path, good: list[Run]) -> None:
+    """Launches were called rounds, and that sampled prompts have to grow along was left out."""
+    fast = verdict_on(FAST, good)
+    assert fast.estimate is not None
+    near = {**FAST, "expected": 0.97 * fast.estimate.value / 0.95}
+    assert "rounds on as many times more prompts would decide, 6 were measured" in verdict_on(near, good).reason
+    launches = edited_speed(tmp_path, good, lambda row, _: of_launch(row))
+    assert "launches on as many times more prompts would decide, 6 were measured" in verdict_on(near, launches).reason
+
+
+def of_launch(row: Row) -> Row:
+    return dataclasses.replace(row, launch_id=f"launch {row.round}") if isinstance(row, SpeedSample) else row
 
 
 def test_arms_that_were_asked_differently_are_invalid_there_and_only_there(tmp_path: Path, good: list[Run]) -> None:

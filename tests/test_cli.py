@@ -120,7 +120,7 @@ def capture_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunPlan, Path, P
 
     calls: list[tuple[RunPlan, Path, Path | None]] = []
 
-    def recorded(plan: RunPlan, *, root: Path, resume: Path | None, progress: object) -> Path:
+    def recorded(plan: RunPlan, *, root: Path, resume: Path | None, **_: object) -> Path:
         calls.append((plan, root, resume))
         return root / "done"
 
@@ -145,6 +145,27 @@ def test_run_options_reach_the_plan_over_the_toml(
     )  # fmt: skip
     assert calls == [(expected, Path("r"), None)]
     assert capsys.readouterr().out.strip() == "r/done"
+
+
+def test_a_run_begins_with_its_power_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest drop that these documents can show was computed nowhere before a run."""
+    from twotower_eval import harness, stats, suites
+
+    lines = []
+
+    def announced(plan: RunPlan, *, root: Path, announce: Any, **_: object) -> Path:
+        tasks = suites.resolve_tasks(plan.tasks, limit=plan.limit)
+        lines.append(announce(tasks, {"miniature_choice"}))
+        return root
+
+    monkeypatch.setattr(harness, "run", announced)
+    assert cli.main(["run", "--tasks", "miniature_sort,miniature_choice,miniature_perplexity", "--limit", "100"]) == 0
+    own = stats.PlannedTask(name="sort", num_clusters=100, accuracy=stats.ASSUMED_ACCURACY)
+    shared = dataclasses.replace(own, name="choice", discordance=0.0)
+    assert lines == [stats.power_text(stats.power_plan([own, shared], 1.0))]
+    assert "200 independent documents can show a drop of retention by" in lines[0]
+    assert cli.main(["run", "--tasks", "miniature_perplexity", "--limit", "100"]) == 0
+    assert lines[1] is None
 
 
 def test_every_field_of_both_plans_is_an_option() -> None:
@@ -187,7 +208,7 @@ def test_ctrl_c_says_how_to_go_on(
 
     make_run(tmp_path, RunPlan())  # an older run that must not be named
 
-    def interrupted(plan: RunPlan, *, root: Path, resume: Path | None, progress: object) -> Path:
+    def interrupted(plan: RunPlan, *, root: Path, resume: Path | None, **_: object) -> Path:
         make_run(root, plan)
         raise KeyboardInterrupt
 
@@ -204,7 +225,7 @@ def capture_speed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     calls: list[Any] = []
 
-    def timed(plan: SpeedPlan, requests: list[Any], *, root: Path, resume: Path | None, progress: object) -> Path:
+    def timed(plan: SpeedPlan, requests: list[Any], *, root: Path, resume: Path | None, **_: object) -> Path:
         calls.append(("timed", plan, len(requests), resume))
         return root / "timed"
 

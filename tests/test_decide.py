@@ -1,5 +1,6 @@
 """What follows from estimates: verdicts, power, granularity of published figures, costs, the A/A gate."""
 
+import dataclasses
 import math
 from dataclasses import replace
 
@@ -179,6 +180,11 @@ def test_evidence_still_needed() -> None:
     assert stats.still_needed(bounds(0.985, 0.99, 1.0), **claim).reason == "decided already"
     few = stats.still_needed(bounds(0.985, 0.99, 1.0, n=12), **claim)
     assert (few.total, few.more) == (20, 8)
+    none = ["t"] * 40, [str(i) for i in range(40)], [1.0] * 40
+    same = stats.PairedScores(tasks=none[0], groups=none[0], clusters=none[1], baseline=none[2], candidate=none[2])
+    lossless = stats.retention(same.table, stats.draw_task_means(same.table), level=stats.DECISION_LEVEL)
+    enough = stats.still_needed(lossless, relation="at_least", expected=1.0, margin=0.02).total
+    assert enough == pytest.approx(math.log(0.05) / math.log(0.98), rel=0.03)  # none of n: 1 - 0.05^(1/n)
     both = stats.still_needed(bounds(0.97, 0.987, 1.004), relation="equal", expected=0.987, margin=0.005)
     assert both.total == math.ceil(100 * 3.4**2)
 
@@ -297,3 +303,15 @@ def test_limits_of_the_null_follow_the_speedup_judged() -> None:
     assert stats.widest_null(bounds(1.0, 1.1, 1.2)) == pytest.approx(math.log(1.1) / 4)
     assert stats.widest_null(bounds(1.0, 2.0, 4.0), stats.NullLimits(half_width=0.01)) == 0.01
     assert stats.half_width(bounds(math.exp(-0.1), 1.0, math.exp(0.3))) == pytest.approx(0.2)
+
+
+def test_the_plan_is_one_line_that_says_what_it_assumes() -> None:
+    tasks = [stats.PlannedTask(name="t", num_clusters=1_000, accuracy=stats.ASSUMED_ACCURACY)]
+    plan = stats.power_plan(tasks, 1.0)
+    assert plan.smallest_drop.value is not None
+    line = stats.power_text(plan)
+    assert f"1,000 independent documents can show a drop of retention by {100 * plan.smallest_drop.value:.2g} " in line
+    assert line.endswith("assuming that 10 % of the answers differ and that the baseline is right in 80 %")
+    few = stats.power_text(stats.power_plan([dataclasses.replace(tasks[0], num_clusters=12)], 1.0))
+    assert "12 independent documents cannot show a drop" in few
+    assert few.endswith("1.2 discordant clusters expected, fewer than 5: only an exact bound would apply")

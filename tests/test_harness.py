@@ -440,6 +440,23 @@ def test_progress_counts_every_request_once(plan: RunPlan, tmp_path: Path, batch
     assert not any("estimated" in note for note in again.notes)
 
 
+def test_what_is_announced_is_noted_before_anything_is_computed(plan: RunPlan, tmp_path: Path) -> None:
+    given: list[tuple[list[str], set[str]]] = []
+
+    def announce(tasks: Any, scored_once: Any) -> str:
+        given.append(([task.name for task in tasks], set(scored_once)))
+        return "a plan"
+
+    recorder = _Recorder()
+    run = store.load(harness.run(plan, root=tmp_path, progress=recorder, announce=announce))
+    assert recorder.notes[0] == "a plan"
+    [(names, scored_once)] = given
+    assert names == list(plan.tasks)
+    cells = {name: {cell.id for cell in run.manifest.cells if cell.workload.name == name} for name in names}
+    likely = {name for name in names if cells[name] & {row.cell for row in run.likelihoods}}
+    assert scored_once == likely != set(), "equal context towers: one cell answers for all"
+
+
 def test_resuming_a_complete_run_computes_nothing(plan: RunPlan, tmp_path: Path) -> None:
     path = harness.run(plan, root=tmp_path)
     before = values(path)

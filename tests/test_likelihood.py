@@ -273,3 +273,16 @@ def test_kinds_that_do_not_fit_the_model() -> None:
     for arguments in ({"block_size": 0}, {"num_draws": 1}):
         with pytest.raises(ValueError, match="at least"):
             make_scorer(pair, "bound", **arguments)
+
+
+@pytest.mark.parametrize("kind", ["denoiser_left_to_right", "bound"])
+def test_a_continuation_with_the_mask_token_is_one_line(kind: Any) -> None:
+    """The bound's standard error over draws of minus infinity ended in an AttributeError of the statistics module."""
+    model = tiny_pair("mamba only")
+    scorer = make_scorer(model, kind, block_size=K)
+    masked = ScoreRequest(context_ids=(5,), continuation_ids=(6, model.mask_token_id, 7), seed=0)
+    with pytest.raises(ValueError, match=f"holds the mask token {model.mask_token_id}.*--likelihood context_tower"):
+        scorer.score([REQUESTS[0], masked])
+    inside = ScoreRequest(context_ids=(5, model.mask_token_id), continuation_ids=(6, 7), seed=0)
+    [found] = scorer.score([inside])
+    assert math.isfinite(found.logprob_nats)

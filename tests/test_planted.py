@@ -20,7 +20,7 @@ from twotower_eval.plan import SpeedPlan, data_path
 from twotower_eval.records import Claim, OperatingPoint, Prompt, Quantity, Verdict
 
 TASKS = ("miniature_sort", "miniature_recall")
-NUM_PROMPTS, BATCH, BUDGET = 20, 4, 96
+NUM_PROMPTS, BATCH, BUDGET = 32, 4, 96  # 8 calls: fewer of sampled prompts support nothing
 SETTING = {
     "tasks": TASKS, "num_prompts": NUM_PROMPTS, "batch_sizes": (BATCH,), "min_rounds": 3, "warmup_rounds": 0,
     "new_tokens": BUDGET, "costs": False, "threads": 1,

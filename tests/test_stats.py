@@ -402,3 +402,44 @@ def test_the_null_of_a_model_against_itself_covers_one() -> None:
         covered += found.low <= 1 <= found.high
         assert found.level == 0.99
     assert covered >= 145
+
+
+def test_a_dozen_flips_are_not_called_a_loss() -> None:
+    """With 13 of 300 answers flipped, as many lost as gained, percentiles alone refuted "nothing is lost" in 6.9 %."""
+    rng, refuted = np.random.default_rng(8), 0
+    names = [str(i) for i in range(300)]
+    for _ in range(600):
+        baseline = (rng.random(300) < 0.9).astype(float)
+        flips = rng.random(300) < np.where(baseline == 1, 13 / 600 / 0.9, 13 / 600 / 0.1)
+        scores = stats.PairedScores(
+            tasks=["t"] * 300, groups=["t"] * 300, clusters=names, baseline=baseline, candidate=np.abs(baseline - flips)
+        )
+        draws = stats.draw_task_means(scores.table, num_resamples=500)
+        refuted += stats.retention(scores.table, draws, level=stats.DECISION_LEVEL).high < 1
+    assert refuted <= 30
+
+
+def test_the_mean_of_ratios_varies_by_each_tasks_own_ratio() -> None:
+    """One ratio for all tasks made a task that keeps everything vary, as if its answers had differed."""
+    kept = [float(i % 2) for i in range(100)]
+    lost = [1.0] * 100, [float(i % 2) for i in range(100)]
+    tasks, clusters = ["a"] * 100 + ["b"] * 100, [str(i) for i in range(200)]
+    scores = stats.PairedScores(
+        tasks=tasks, groups=tasks, clusters=clusters, baseline=kept + lost[0], candidate=kept + lost[1]
+    )
+    draws = stats.draw_task_means(scores.table)
+    found = stats.mean_of_ratios(scores.table, draws)
+    drawn = np.std((draws.candidate_QK / draws.baseline_QK).mean(axis=1))
+    assert found.high - found.low == pytest.approx(2 * 1.98 * drawn, rel=0.1)
+
+
+def test_a_mean_at_the_edge_is_never_certain() -> None:
+    """Thirty problems of five samples each, all right: the t interval had no width at all."""
+    clusters = [str(i // 5) for i in range(150)]
+    found = stats.mean_score([1.0] * 150, clusters, level=stats.DECISION_LEVEL)
+    assert (found.value, found.high) == (1.0, 1.0)
+    assert found.low == pytest.approx(0.05 ** (1 / 30))
+    one_off = stats.mean_score([0.0] * 149 + [1.0], clusters, level=stats.DECISION_LEVEL)
+    assert one_off.high == pytest.approx(stats.binomial_upper_bound(1, 30))
+    seconds = stats.mean_score([2.0, 2.5, 3.0], ["a", "b", "c"])
+    assert seconds.method == "t interval over clusters"

@@ -1,6 +1,7 @@
 """The parity preflight: passes what is sound, catches planted faults, says what it could not check."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,23 @@ def test_a_batch_whose_rows_depend_on_each_other_fails() -> None:
     assert found.outcome == "failed"
     assert found.value is not None
     assert found.value > batches.MARGIN
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_failure_without_a_finite_value_reaches_the_journal(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    """An output that ends early in a batch has no margin: writing infinity raised, the run held no failed check, and
+    claims took it for one that was stopped."""
+    monkeypatch.setattr(batches, "_margin", lambda *args: value)
+    monkeypatch.setattr(batches, "_both", lambda model, kind, prompts: [different(prompt) for prompt in prompts])
+    found = batches.batch_logic(tiny_pair(), PROMPTS)
+    assert (found.outcome, found.value, found.limit) == ("failed", None, batches.MARGIN)
+    assert found.detail.endswith("; the value is not finite")
+    json.dumps(dataclasses.asdict(found), allow_nan=False)
+
+
+def different(prompt: Prompt) -> tuple[Prompt, Generation, Generation]:
+    whole = _generation(tiny_pair(), prompt)
+    return prompt, dataclasses.replace(whole, token_ids=whole.token_ids[:3]), whole
 
 
 def test_a_difference_within_the_margin_passes_and_one_outside_fails() -> None:

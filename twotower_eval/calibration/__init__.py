@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from twotower_eval import __version__
-from twotower_eval.calibration.quality_worlds import quality_worlds
+from twotower_eval.calibration.quality_worlds import fresh_quality_worlds, quality_worlds
 from twotower_eval.calibration.simulate import calibrate_null, calibrate_quality, calibrate_speed
-from twotower_eval.calibration.speed_worlds import null_worlds, speed_worlds
+from twotower_eval.calibration.speed_worlds import fresh_speed_worlds, null_worlds, speed_worlds
 from twotower_eval.calibration.tables import as_csv, as_markdown, rows
 from twotower_eval.progress import Progress, SilentProgress
 
@@ -34,16 +34,26 @@ def calibrate(
     if num_repetitions < 1 or num_resamples < 100 or seed < 0:
         raise ValueError("calibrate needs at least 1 repetition, 100 resamples and a seed of at least 0")
     progress = progress or SilentProgress()
-    quality, speed, nulls = quality_worlds(), speed_worlds(), null_worlds()
+    known, fresh, nulls = (
+        (quality_worlds(), speed_worlds()),
+        (fresh_quality_worlds(), fresh_speed_worlds()),
+        null_worlds(),
+    )
     size = {"num": num_repetitions, "num_resamples": num_resamples, "seed": seed}
-    total = num_repetitions * (len(quality) + len(speed) + len(nulls))
+    total = num_repetitions * (sum(len(worlds) for worlds in (*known, *fresh)) + len(nulls))
     with progress.track(total, "repetitions") as advance:
-        tallies = [calibrate_quality(world, **size, advance=advance) for world in quality]
-        tallies += [calibrate_speed(world, **size, advance=advance) for world in speed]
+        tallies = [
+            [
+                *(calibrate_quality(world, **size, advance=advance) for world in quality),
+                *(calibrate_speed(world, **size, advance=advance) for world in speed),
+            ]
+            for quality, speed in (known, fresh)
+        ]
         null_tallies = [calibrate_null(world, **size, advance=advance) for world in nulls]
-    found = rows(tallies)
+    found = rows([*tallies[0], *tallies[1]])
     out.mkdir(parents=True, exist_ok=True)
-    text = as_markdown(found, null_tallies, num_resamples=num_resamples, seed=seed, version=__version__)
+    parts = found[: len(tallies[0])], found[len(tallies[0]) :]
+    text = as_markdown(parts, null_tallies, num_resamples=num_resamples, seed=seed, version=__version__)
     path = out / "calibration.md"
     path.write_text(text, encoding="utf-8")
     (out / "calibration.csv").write_text(as_csv(found, null_tallies), encoding="utf-8")

@@ -176,6 +176,19 @@ def speed_worlds() -> tuple[SpeedWorld, ...]:
     )
 
 
+def fresh_speed_worlds() -> tuple[SpeedWorld, ...]:
+    """Worlds that no method was chosen or tuned on: other rounds, calls, noises and spreads."""
+    return (
+        fixed(7, 12, "heavy tail", 0.2),
+        fixed(9, 20, "lognormal", 0.1),
+        fixed(24, 10, "stalls", 0.05),
+        sampled("time", 8, 12, "lognormal", 0.1, 0.3),
+        sampled("time", 20, 32, "stalls", 0.02, 0.15),
+        sampled("throughput", 6, 24, "heavy tail", 0.05, 0.25),
+        sampled("length", 9, 40, "lognormal", 0.03, 0.15),
+    )
+
+
 def null_worlds() -> tuple[SpeedWorld, ...]:
     """A baseline against itself on machines of every kind."""
     kinds: tuple[tuple[Noise, float], ...] = (

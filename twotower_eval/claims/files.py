@@ -178,6 +178,8 @@ def _check_speed(where: str, claim: Claim, table: Mapping[str, Any]) -> None:
             raise ValueError(f"{where}: {key} has no effect on a speedup: drop it")
     if claim.expected == 0:
         raise ValueError(f"{where}: a speedup of 0 cannot be claimed")
+    if claim.margin is not None and claim.margin >= 1:
+        raise ValueError(f"{where}: margin is a share of the speedup, 0.05 for 5 %: {claim.margin:g} leaves no claim")
     for key in ("batch_size", "num_devices", "workload"):
         if getattr(claim.point, key) is None:
             raise ValueError(f"{where}: point {claim.point.name!r} lacks {key}: a speedup holds at one only")

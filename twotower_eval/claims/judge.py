@@ -64,6 +64,19 @@ def exit_code(verdicts: Sequence[Verdict]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Amount:
+    """What an estimate rests on: clusters, or rounds (``unit`` says if they are launches) and calls of each.
+
+    ``num_calls`` is ``None`` where the prompts are no sample.
+    """
+
+    unit: str
+    num_clusters: int | None = None
+    num_rounds: int | None = None
+    num_calls: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Judged:
     """A verdict and the weights and decoder that it is about."""
 
@@ -93,8 +106,8 @@ def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:
         gates.verify_gate(evidence, point.candidate.checkpoint.digest),
     )
     estimated = measured(lambda: quality_estimate(claim, point))
-    num = None if estimated.estimate is None else estimated.estimate.n
-    return _ruled(claim, point, (point.run_id,), len(found), checks, [estimated], num_clusters=num)
+    amount = _Amount(unit="clusters", num_clusters=None if estimated.estimate is None else estimated.estimate.n)
+    return _ruled(claim, point, (point.run_id,), len(found), checks, [estimated], amount)
 
 
 def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
@@ -114,8 +127,14 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
     checks.append(gates.floor_gate(quality, claim.limits))
     checks.append(gates.verify_gate(evidence, point.candidate.checkpoint.digest))
     num_looks = len({run_id for one in found for run_id in one.run_ids})
-    rounds = point.num_launches if stats.resamples_launches(point.timed.launches) else point.num_rounds
-    return _ruled(claim, point, point.run_ids, num_looks, tuple(checks), readings, num_rounds=rounds)
+    return _ruled(claim, point, point.run_ids, num_looks, tuple(checks), readings, _timed_amount(point))
+
+
+def _timed_amount(point: SpeedPoint) -> _Amount:
+    calls = None if point.timed.fixed else point.num_calls
+    if stats.resamples_launches(point.timed.launches):
+        return _Amount(unit="launches", num_rounds=point.num_launches, num_calls=calls)
+    return _Amount(unit="rounds", num_rounds=point.num_rounds, num_calls=calls)
 
 
 def _ruled(
@@ -125,12 +144,10 @@ def _ruled(
     num_looks: int,
     checks: tuple[Gate, ...],
     readings: Sequence[Measured],
-    *,
-    num_clusters: int | None = None,
-    num_rounds: int | None = None,
+    amount: _Amount,
 ) -> _Judged:
     """The verdict of gates and readings. Several readings must all clear; the first one is the claim's own."""
-    outcome, reason = _outcome(claim, checks, readings, num_clusters, num_rounds)
+    outcome, reason = _outcome(claim, checks, readings, amount)
     evidence = sorted({*run_ids, *(run_id for gate in checks for run_id in gate.evidence)})
     verdict = Verdict(
         claim=claim.name,
@@ -145,11 +162,7 @@ def _ruled(
 
 
 def _outcome(
-    claim: Claim,
-    checks: Sequence[Gate],
-    readings: Sequence[Measured],
-    num_clusters: int | None,
-    num_rounds: int | None,
+    claim: Claim, checks: Sequence[Gate], readings: Sequence[Measured], amount: _Amount
 ) -> tuple[Outcome, str]:
     failed = [gate for gate in checks if gate.outcome == "failed"]
     if failed:
@@ -159,7 +172,7 @@ def _outcome(
         if reading.estimate is None:
             decided.append(("INCONCLUSIVE", str(reading.reason)))
             continue
-        decided.append(_decided(claim, reading.estimate, num_clusters=num_clusters, num_rounds=num_rounds))
+        decided.append(_decided(claim, reading.estimate, amount))
     outcome, reason = decided[0]
     if outcome != "SUPPORTED":
         return outcome, reason
@@ -167,14 +180,12 @@ def _outcome(
         other = "S_time" if claim.quantity == "speedup_throughput" else "S_throughput"
         return "INCONCLUSIVE", f"the arms' outputs differ in length, so {other} has to clear too: {decided[1][1]}"
     open_gates = [gate for gate in checks if gate.outcome == "not_checked" and gate.name in gates.NEEDED_FOR_SPEED]
-    if num_rounds is not None and open_gates:
+    if claim.quantity in SPEED_QUANTITIES and open_gates:
         return "INCONCLUSIVE", "; ".join(gate.detail for gate in open_gates)
     return outcome, reason
 
 
-def _decided(
-    claim: Claim, estimate: Estimate, *, num_clusters: int | None, num_rounds: int | None
-) -> tuple[Outcome, str]:
+def _decided(claim: Claim, estimate: Estimate, amount: _Amount) -> tuple[Outcome, str]:
     """The pure rule; INCONCLUSIVE says how much evidence would decide."""
     if claim.expected is None or claim.margin is None:
         raise ValueError(f"claim {claim.name!r} has no expected value with its margin")
@@ -186,8 +197,9 @@ def _decided(
         relation=relation,
         expected=expected,
         margin=margin,
-        num_clusters=num_clusters,
-        num_rounds=num_rounds,
+        num_clusters=amount.num_clusters,
+        num_rounds=amount.num_rounds,
+        num_calls=amount.num_calls,
     )
     if decision.outcome != "INCONCLUSIVE":
         return decision.outcome, decision.reason
@@ -196,15 +208,22 @@ def _decided(
         relation=relation,
         expected=expected,
         margin=margin,
-        n=num_rounds,
+        n=amount.num_rounds,
         log_scale=is_speed,
         least_n=stats.MIN_ROUNDS if is_speed else stats.MIN_CLUSTERS,
     )
+    return "INCONCLUSIVE", f"{decision.reason}{_needed_text(needed, amount)}"
+
+
+def _needed_text(needed: stats.Needed, amount: _Amount) -> str:
+    """What would decide, behind the reason why nothing is decided; nothing where that reason has said it all."""
+    if needed.decided:
+        return ""
     if needed.more is None or needed.total is None:
-        return "INCONCLUSIVE", f"{decision.reason}; {needed.reason}"
-    unit = "rounds" if is_speed else "clusters"
+        return f"; {needed.reason}"
+    more_prompts = "" if amount.num_calls is None else " on as many times more prompts"
     there = f"{needed.total - needed.more:,} were measured"
-    return "INCONCLUSIVE", f"{decision.reason}; about {needed.total:,} {unit} would decide, {there}"
+    return f"; about {needed.total:,} {amount.unit}{more_prompts} would decide, {there}"
 
 
 def _invalid_inputs(claim: Claim, differing: dict[str, str]) -> _Judged:

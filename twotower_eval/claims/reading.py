@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import isfinite
 from typing import Any
 
 from twotower_eval.names import did_you_mean
@@ -38,6 +39,8 @@ def value_of(where: str, table: Mapping[str, Any], key: str, kind: type[Any], de
     fits = isinstance(value, (int, float) if kind is float else kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{where}: {key} must be {_WORDS[kind]}, not {value!r}")
+    if kind is float and not isfinite(value):
+        raise ValueError(f"{where}: {key} must be a finite number, not {value!r}")
     return float(value) if kind is float else value
 
 

@@ -57,8 +57,18 @@ class _DenoiserScorer(Scorer):
         raise NotImplementedError
 
     def plan(self, requests: Sequence[ScoreRequest], batch_size: int) -> list[Piece]:
-        """See :meth:`Scorer.plan`; contexts may be empty."""
+        """See :meth:`Scorer.plan`; contexts may be empty.
+
+        ValueError for a continuation with the mask token: no denoiser writes it, so its log-likelihood is minus
+        infinity, which no record can hold.
+        """
         check_requests(requests, self.model, needs_context=False)
+        mask = self.model.mask_token_id
+        if any(mask in request.continuation_ids for request in requests):
+            raise ValueError(
+                f"a continuation to be scored holds the mask token {mask}, which a denoiser never writes: its "
+                "likelihood there is 0. Score it by --likelihood context_tower, or leave its task out"
+            )
         chunks = plan([self._row(request) for request in requests], MAX_TOKENS)
         return [Piece(tuple(chunk.places), partial(self._score_chunk, chunk, requests)) for chunk in chunks]
 

@@ -7,8 +7,8 @@ runs stay apart. Warm-ups are never in a figure.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from twotower_eval.evidence.costs import Costs, costs
 from twotower_eval.evidence.counts import Counts, count
 from twotower_eval.evidence.degenerate import Flags
 from twotower_eval.evidence.measured import ArmsDifferError
+from twotower_eval.evidence.nulls import INVALID, fault
 from twotower_eval.evidence.points import Measured, PointKey, baseline_of, measured, point_key
 from twotower_eval.evidence.samples import Sample, answer_samples
 from twotower_eval.records import Cell, SpeedSample, canonical_json
@@ -124,8 +125,14 @@ def speed_points(runs: Sequence[Run]) -> tuple[tuple[SpeedPoint, ...], tuple[str
             if cell.arm == "candidate" and cell.id in timed:
                 pools[cell.id, setting].append((run, cell))
     found = [_point([run for run, _ in pool], pool[0][1]) for pool in pools.values()]
-    points = tuple(point for point in found if isinstance(point, SpeedPoint))
-    return points, tuple(gap for gap in found if isinstance(gap, str))
+    points = [point for point in found if isinstance(point, SpeedPoint)]
+    return tuple(_gated(point, points) for point in points), tuple(gap for gap in found if isinstance(gap, str))
+
+
+def _gated(point: SpeedPoint, points: Sequence[SpeedPoint]) -> SpeedPoint:
+    """With a warning where its null fails. A null that was not measured is said where nulls are listed."""
+    found = None if point.null.estimate is None else fault(point, points, point.time.estimate)
+    return point if found is None else replace(point, warnings=(*point.warnings, f"{INVALID}: {found}"))
 
 
 def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
@@ -142,9 +149,7 @@ def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
     if length.estimate and not 0.9 <= length.estimate.value <= 1.1:
         warnings.append("the arms' outputs differ in length by more than a tenth: read S_throughput, not S_time alone")
     null_timed = _null_calls(runs, baseline)
-    null, time = _null(null_timed), measured(lambda: stats.speedup(timed))
     by_arm = [_outputs(runs, cell, rounds) for cell in (baseline, candidate)]
-    warnings += _null_warnings(null, time)
     return SpeedPoint(
         run_ids=tuple(run.manifest.run_id for run in runs),
         complete=all(run.complete for run in runs),
@@ -153,11 +158,11 @@ def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
         num_rounds=len(rounds),
         num_calls=len(calls),
         num_launches=len({launch for launch, _ in rounds}),
-        time=time,
+        time=measured(lambda: stats.speedup(timed)),
         throughput=measured(lambda: stats.speedup(timed, "throughput")),
         length=length,
         geometric=measured(lambda: stats.geometric_speedup(timed)),
-        null=null,
+        null=_null(null_timed),
         baseline_rate=measured(lambda: stats.speedup(timed, "baseline_rate")),
         candidate_rate=measured(lambda: stats.speedup(timed, "candidate_rate")),
         counts=count(prompt for sample in samples[1] for prompt in sample.prompts),
@@ -239,18 +244,6 @@ def _null(timed: stats.TimedCalls | None) -> Measured:
     if timed is None:
         return Measured(estimate=None, reason="the baseline was not timed against itself in any whole round")
     return measured(lambda: stats.speedup(timed, level=stats.NULL_LEVEL))
-
-
-def _null_warnings(null: Measured, time: Measured) -> Iterator[str]:
-    """What PROTOCOL's A/A gate finds wrong: a baseline that differs from itself, or a null too wide to judge by."""
-    if null.estimate is None:
-        return
-    if stats.is_off(null.estimate):
-        yield f"INVALID: the baseline timed against itself is off by more than {100 * stats.NULL_OFFSET:g} %"
-    half, widest = stats.half_width(null.estimate), stats.widest_null(time.estimate)
-    if half > widest:
-        limit = f"{100 * widest:.1f} %, the least of 3 % and a quarter of the speedup judged"
-        yield f"INVALID: the null's half-width of {100 * half:.1f} % is above {limit}: time more rounds"
 
 
 def _outputs(runs: list[Run], cell: Cell, rounds: list[Round]) -> dict[OutputKey, Flags]:

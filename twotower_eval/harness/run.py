@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,21 @@ from twotower_eval.records import Score
 from twotower_eval.store import TRAINING_LOG
 from twotower_eval.suites import BuiltTask, resolve_tasks
 
+Announce = Callable[[Sequence[BuiltTask], Collection[str]], str | None]
 
-def run(plan: RunPlan, *, root: Path, resume: Path | None = None, progress: Progress | None = None) -> Path:
+
+def run(
+    plan: RunPlan,
+    *,
+    root: Path,
+    resume: Path | None = None,
+    progress: Progress | None = None,
+    announce: Announce | None = None,
+) -> Path:
     """Evaluate both arms of a plan on its tasks and return the run's folder.
+
+    ``announce`` is given the tasks and the names of those that one computation scores for both arms; what it returns
+    is noted before anything is computed.
 
     ``resume`` goes on with a run: nothing that its journals hold is computed again. Raises ValueError for whatever
     the user can mend, before weights load where it can be known by then. An interrupted run can be resumed.
@@ -41,13 +54,24 @@ def run(plan: RunPlan, *, root: Path, resume: Path | None = None, progress: Prog
     jobs = make_jobs(plan, tasks, specs, baseline, candidate)
     manifest = make_manifest(plan, jobs, tasks, resume)
     writer = store.create(root, manifest) if resume is None else store.resume(resume, manifest)
+    said = announce(tasks, _scored_once(jobs)) if announce else None
     with writer:
+        if said:
+            progress.note(said)
         for warning in writer.warnings:
             progress.note(f"warning: {warning}")
         _keep_training_log(model_folder(plan), writer.path)
         _Evaluation(plan, writer, jobs, progress).run()
         writer.finish()
     return writer.path
+
+
+def _scored_once(jobs: Sequence[Job]) -> set[str]:
+    """Tasks whose log-likelihoods one cell answers for all: nothing in them can differ."""
+    donors: dict[str, set[str]] = defaultdict(set)
+    for job in jobs:
+        donors[job.task.name].add(job.cell.id if job.task.generates else job.likelihoods_of)
+    return {name for name, cells in donors.items() if len(cells) == 1}
 
 
 def _keep_training_log(checkpoint: Path, run_folder: Path) -> None:

@@ -33,15 +33,18 @@ from twotower_eval.stats.figure import Figure
 from twotower_eval.stats.flips import Flips, flips, mcnemar, sign_flip_test
 from twotower_eval.stats.granularity import possible_counts, smallest_samples
 from twotower_eval.stats.intervals import LEVEL, NUM_RESAMPLES, binomial_upper_bound, holm
+from twotower_eval.stats.mean import mean_score
 from twotower_eval.stats.nulls import NULL_OFFSET, NullLimits, half_width, is_off, off_nulls, widest_null
 from twotower_eval.stats.paired import Draws, PairedScores, ScoreTable, draw_task_means
 from twotower_eval.stats.power import (
+    ASSUMED_ACCURACY,
     ASSUMED_DISCORDANCE,
     Needed,
     PlannedTask,
     PowerPlan,
     planned_stderr,
     power_plan,
+    power_text,
     still_needed,
 )
 from twotower_eval.stats.quality import (
@@ -50,7 +53,6 @@ from twotower_eval.stats.quality import (
     leave_one_out,
     linear_stderr,
     mean_of_ratios,
-    mean_score,
     num_discordant,
     num_lone_clusters,
     retention,
@@ -65,6 +67,7 @@ from twotower_eval.stats.speedup import (
 )
 
 __all__ = [
+    "ASSUMED_ACCURACY",
     "ASSUMED_DISCORDANCE",
     "DECISION_LEVEL",
     "LEVEL",
@@ -117,6 +120,7 @@ __all__ = [
     "planned_stderr",
     "possible_counts",
     "power_plan",
+    "power_text",
     "predict",
     "predicted_speedup",
     "resamples_launches",

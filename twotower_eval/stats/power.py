@@ -19,9 +19,11 @@ from twotower_eval.stats.figure import Figure
 from twotower_eval.stats.intervals import FEW
 
 ASSUMED_DISCORDANCE = 0.10  # of right-or-wrong clusters; published flips of quantised or distilled models are 5 to 15 %
+ASSUMED_ACCURACY = 0.80  # of the baseline; published tables of this kind average 82 %
 POWER = 0.80
 TOO_MANY = 1_000  # times the evidence there is: no advice any more
 ALPHA = 0.05  # one-sided, as verdicts are
+NONE_DIFFERS = "exact binomial bound, 0 of "  # how the method of such an estimate begins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,20 @@ def power_plan(tasks: Sequence[PlannedTask], least: float, *, power: float = POW
     )
 
 
+def power_text(plan: PowerPlan) -> str:
+    """The plan in one line for who starts a run, with what it assumes of tasks at the assumed rates."""
+    assumed = (
+        f"assuming that {100 * ASSUMED_DISCORDANCE:g} % of the answers differ and that the baseline is right in "
+        f"{100 * ASSUMED_ACCURACY:g} %"
+    )
+    size = f"{plan.num_clusters:,} independent documents"
+    drop = plan.smallest_drop
+    if drop.value is None:
+        return f"power plan: {size} cannot show a drop of retention, {assumed}: {drop.reason}"
+    can = f"{size} can show a drop of retention by {100 * drop.value:.2g} points or more"
+    return f"power plan: {can} with {100 * POWER:g} % power, one-sided {100 * ALPHA:g} %, {assumed}"
+
+
 def planned_stderr(tasks: Sequence[PlannedTask], retention: float) -> float:
     """Standard error of retention by linearisation, for right-or-wrong clusters and a true ``retention``.
 
@@ -116,12 +132,13 @@ def planned_stderr(tasks: Sequence[PlannedTask], retention: float) -> float:
 class Needed:
     """How much evidence would decide if the estimate stayed where it is: in all, and beyond what there is.
 
-    ``None`` with a reason where no amount would, or where it is decided already.
+    ``None`` with a reason where no amount would, or where the interval has ``decided`` already.
     """
 
     total: int | None
     more: int | None
     reason: str | None = None
+    decided: bool = False
 
 
 def still_needed(
@@ -136,7 +153,8 @@ def still_needed(
 ) -> Needed:
     """Clusters (or, with ``n`` rounds and ``log_scale``, rounds) at which an inconclusive verdict would be decided.
 
-    Scales the estimate's own distance to its bounds by 1 / sqrt(n). For speed that takes prompts to grow with the
+    Scales the estimate's own distance to its bounds by 1 / sqrt(n), that of an exact bound on no difference at all,
+    as long as none shows up, by 1 / n. For speed that takes prompts to grow with the
     rounds where prompts are sampled. ``least_n`` is the smallest number that can support a claim at all.
     """
     n = estimate.n if n is None else n
@@ -157,7 +175,7 @@ def still_needed(
         factor = max(support / inside for inside, support, _ in sides)
     else:
         factor = min(refute / -inside for inside, _, refute in sides if inside < 0)
-    total_n = n * factor**2
+    total_n = n * (factor if estimate.method.startswith(NONE_DIFFERS) else factor**2)
     if total_n > TOO_MANY * n:
         return Needed(
             total=None,
@@ -166,7 +184,7 @@ def still_needed(
         )
     total = max(ceil(total_n), least_n if holds else 0)
     if total <= n:
-        return Needed(total=None, more=None, reason="decided already")
+        return Needed(total=None, more=None, reason="decided already", decided=True)
     return Needed(total=total, more=total - n)
 
 

@@ -3,11 +3,14 @@
 Every estimand here is a ratio ``R = sum_t v_t b_t / sum_t v_t a_t`` of weighted means of task means (a baseline, b
 candidate), so one table of sums, one set of bootstrap draws and one rule for the interval serve them all: the
 headline (all tasks alike), one task, the tasks that exercise the decoder, all tasks but one.
+
+The interval is the wider, end by end, of the bootstrap's corrected percentiles and of the linearised t interval. Where
+answers differ in a dozen clusters the ratio takes few values, and either one alone was now and then a step too narrow:
+the calibration found up to 6.9 % of verdicts wrong. With many clusters that differ the two agree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -40,7 +43,7 @@ def retention(table: ScoreTable, draws: Draws, weights_K: Floats | None = None, 
         raise ValueError(f"the baseline scores above 0 in {few}: too few for a ratio")
     columns = (draws.baseline_QK @ weights_K[:, None], draws.candidate_QK @ weights_K[:, None])
     low, high = _bootstrap_interval(scope, *columns, level)
-    method = f"paired clustered bootstrap, {len(draws.baseline_QK):,} resamples"
+    method = _method(len(draws.baseline_QK))
     if scope.num_candidate_successes < FEW:
         rate = binomial_upper_bound(scope.num_candidate_successes, scope.n, (1 - level) / 2)
         low, high = 0.0, max(high, scope.worst_case(rate) / scope.baseline)
@@ -72,11 +75,13 @@ def mean_of_ratios(table: ScoreTable, draws: Draws, *, level: float = LEVEL) -> 
     baseline_K = table.task_means_K(table.baseline_CL)
     if (baseline_K <= EPSILON).any():
         raise ValueError("a task's baseline is 0: the mean of per-task ratios is undefined")
-    scope = _Scope(table, 1 / (len(baseline_K) * baseline_K))
+    scope = _Scope(
+        table, 1 / (len(baseline_K) * baseline_K), ratios_K=table.task_means_K(table.candidate_CL) / baseline_K
+    )
     if scope.num_discordant < FEW:
         return _exact_retention(scope, level)
     low, high = _bootstrap_interval(scope, draws.baseline_QK, draws.candidate_QK, level)
-    method = f"paired clustered bootstrap, {len(draws.baseline_QK):,} resamples"
+    method = _method(len(draws.baseline_QK))
     return Estimate(value=scope.ratio, low=low, high=high, level=level, n=scope.n, method=method, seed=draws.seed)
 
 
@@ -88,40 +93,15 @@ def leave_one_out(table: ScoreTable) -> tuple[tuple[str, float], ...]:
     return tuple(sorted(ratios, key=lambda item: (item[1], item[0])))
 
 
-def mean_score(values: Sequence[float], clusters: Sequence[str], *, level: float = LEVEL) -> Estimate:
-    """Mean score of one model alone: exact binomial interval for one right-or-wrong score a cluster, else Student's t.
-
-    ValueError for no scores, and for graded scores of a single cluster.
-    """
-    value_N = np.asarray(values, dtype=float)
-    if len(value_N) == 0:
-        raise ValueError("no scores, so there is no mean")
-    _, code_N = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
-    n, mean = int(code_N.max()) + 1, float(value_N.mean())
-    if n == len(value_N) and np.isin(value_N, (0.0, 1.0)).all():
-        right, alpha = int(value_N.sum()), (1 - level) / 2
-        low, high = 1 - binomial_upper_bound(n - right, n, alpha), binomial_upper_bound(right, n, alpha)
-        return Estimate(value=mean, low=low, high=high, level=level, n=n, method="exact binomial interval")
-    if n < 2:
-        raise ValueError("one cluster only: its variation is unknown, so there is no interval")
-    z_C = np.zeros(n)
-    np.add.at(z_C, code_N, (value_N - mean) / len(value_N))
-    half = t_quantile(level, n - 1) * float(np.sqrt(n / (n - 1) * (z_C**2).sum()))
-    method = "t interval over clusters"
-    return Estimate(value=mean, low=mean - half, high=mean + half, level=level, n=n, method=method)
-
-
 def difference(table: ScoreTable, draws: Draws, weights_K: Floats | None = None, *, level: float = LEVEL) -> Estimate:
     """Difference of weighted mean scores, candidate minus baseline, in the scores' own unit."""
     weights_K = table.weights_K() if weights_K is None else weights_K
     delta_Q = (draws.candidate_QK - draws.baseline_QK) @ weights_K
-    scope = _Scope(table, weights_K, ratio=1.0)
+    scope = _Scope(table, weights_K, ratios_K=np.ones(len(table.tasks)))
     value = scope.candidate - scope.baseline
-    low, high = scope.corrected_percentiles(delta_Q, delta_Q, value, level)
-    method = f"paired clustered bootstrap, {len(delta_Q):,} resamples"
-    return Estimate(
-        value=value, low=min(low, value), high=max(high, value), level=level, n=scope.n, method=method, seed=draws.seed
-    )
+    low, high = scope.interval(delta_Q, delta_Q, value, level, unit=1.0)
+    method = _method(len(delta_Q))
+    return Estimate(value=value, low=low, high=high, level=level, n=scope.n, method=method, seed=draws.seed)
 
 
 def num_discordant(table: ScoreTable, weights_K: Floats | None = None) -> tuple[int, int]:
@@ -136,9 +116,13 @@ def num_lone_clusters(table: ScoreTable) -> int:
 
 
 class _Scope:
-    """The clusters that touch the weighted tasks, and what the interval rules need to know of them."""
+    """The clusters that touch the weighted tasks, and what the interval rules need to know of them.
 
-    def __init__(self, table: ScoreTable, weights_K: Floats, ratio: float | None = None) -> None:
+    ``ratios_K`` are what the baseline's scores are multiplied by in the linearised numerator, task by task: by default
+    the ratio of the weighted means.
+    """
+
+    def __init__(self, table: ScoreTable, weights_K: Floats, ratios_K: Floats | None = None) -> None:
         leaf_weights_L = weights_K @ table.averaging_KL
         per_document_L = leaf_weights_L / table.count_CL.sum(axis=0)
         inside_C = table.count_CL @ (leaf_weights_L > 0) > 0
@@ -152,7 +136,9 @@ class _Scope:
         self._heaviest_H = np.zeros(len(self._size_H))
         np.maximum.at(self._heaviest_H, self._code_C, weight_C)
         self.baseline, self.candidate = float(self._baseline_C.sum()), float(self._candidate_C.sum())
-        self._given_ratio = ratio
+        self.ratio = self.candidate / self.baseline if self.baseline > EPSILON else 1.0
+        ratios_L = self.ratio if ratios_K is None else ratios_K @ (table.averaging_KL > 0)
+        self._expected_C = table.baseline_CL[inside_C] @ (per_document_L * ratios_L)
         self.ceiling = float(weights_K.sum())  # the weighted mean if every score were 1
         weighted_L = leaf_weights_L > 0
         loss_C, gain_C = (sums[inside_C][:, weighted_L].sum(axis=1) for sums in (table.loss_CL, table.gain_CL))
@@ -163,18 +149,21 @@ class _Scope:
         self.num_baseline_successes = int((self._baseline_C > EPSILON).sum())
         self.num_candidate_successes = int((self._candidate_C > EPSILON).sum())
 
-    @property
-    def ratio(self) -> float:
-        return self.candidate / self.baseline if self._given_ratio is None else self._given_ratio
-
     def worst_case(self, rate: float) -> float:
         """Most that clusters hit at this mean rate can weigh in the mean, as if all were as heavy as the heaviest."""
         return rate * self.n * self._largest_weight
 
-    def corrected_percentiles(self, low_Q: Floats, high_Q: Floats, value: float, level: float) -> tuple[float, float]:
-        """Interval from draws, by what these clusters say of skewness and degrees of freedom."""
+    def interval(
+        self, low_Q: Floats, high_Q: Floats, value: float, level: float, *, unit: float
+    ) -> tuple[float, float]:
+        """The wider of both intervals, by what these clusters say of skewness and degrees of freedom.
+
+        ``unit`` is what the linearised numerator is divided by.
+        """
         corrections = {"dof": self.dof, "inflation": self.inflation, "skew": self.skew}
-        return corrected_percentiles(low_Q, high_Q, value, level=level, **corrections)
+        low, high = corrected_percentiles(low_Q, high_Q, value, level=level, **corrections)
+        half = t_quantile(level, self.dof) * float(np.sqrt((self.variance_H + self._unseen_H).sum())) / unit
+        return min(low, value - half), max(high, value + half)
 
     @cached_property
     def _moments(self) -> tuple[Ints, Floats, Floats, Floats]:
@@ -187,7 +176,7 @@ class _Scope:
     @cached_property
     def _centred_C(self) -> Floats:
         """What each cluster adds to the linearised numerator, less the mean of its stratum."""
-        z_C = self._candidate_C - self.ratio * self._baseline_C
+        z_C = self._candidate_C - self._expected_C
         centred_C: Floats = z_C - (np.bincount(self._code_C, z_C) / self._size_H)[self._code_C]
         return centred_C
 
@@ -221,18 +210,26 @@ class _Scope:
 
     @property
     def inflation(self) -> float:
-        """How much wider the standard error is than the bootstrap's, which divides by C instead of C - 1.
+        """How much wider the standard error is than the bootstrap's, which divides by C instead of C - 1."""
+        shrunk = float(self._moments[1].sum())
+        return float(np.sqrt((self.variance_H + self._unseen_H).sum() / shrunk)) if shrunk > 0 else 1.0
+
+    @property
+    def _unseen_H(self) -> Floats:
+        """What is added to the variance of each stratum for what it may have failed to show.
 
         A stratum with few discordant clusters may have shown so few by luck: one more, as heavy as its heaviest, is
-        added to its variance. Few clusters may lack the rare large loss: one more like the worst seen is added.
+        added. Few clusters may lack the rare large loss: one more like the worst seen is added.
         """
-        squares_H, many_H = self._moments[1], self._size_H > 1
         worst_H = np.zeros(len(self._size_H))
         np.maximum.at(worst_H, self._code_C, self._centred_C**2)
         seen_H = np.where(self._size_H < SMALL, worst_H, 0.0)
-        unseen_H = np.where(self._discordant_H < SPARSE, self._heaviest_H**2, seen_H)[many_H]
-        shrunk = float(squares_H.sum())
-        return float(np.sqrt((self.variance_H + unseen_H).sum() / shrunk)) if shrunk > 0 else 1.0
+        unseen_H: Floats = np.where(self._discordant_H < SPARSE, self._heaviest_H**2, seen_H)[self._size_H > 1]
+        return unseen_H
+
+
+def _method(num_resamples: int) -> str:
+    return f"paired clustered bootstrap, {num_resamples:,} resamples, or linearised t interval where wider"
 
 
 def _bootstrap_interval(scope: _Scope, baseline_QK: Floats, candidate_QK: Floats, level: float) -> tuple[float, float]:
@@ -241,11 +238,11 @@ def _bootstrap_interval(scope: _Scope, baseline_QK: Floats, candidate_QK: Floats
     ratio_QK = candidate_QK / np.where(undefined_QK, 1.0, baseline_QK)
     # A draw without any baseline success counts as the worst on either side.
     low_Q, high_Q = (np.where(undefined_QK, worst, ratio_QK).mean(axis=1) for worst in (0.0, np.inf))
-    low, high = scope.corrected_percentiles(low_Q, high_Q, scope.ratio, level)
+    low, high = scope.interval(low_Q, high_Q, scope.ratio, level, unit=scope.baseline)
     if not np.isfinite(high):
         share = f"{int(undefined_QK.any(axis=1).sum()):,} of {len(low_Q):,} resamples"
         raise ValueError(f"the baseline scores 0 in {share}: the ratio has no finite interval")
-    return min(low, scope.ratio), max(high, scope.ratio)
+    return max(low, 0.0), high
 
 
 def _exact_retention(scope: _Scope, level: float) -> Estimate:

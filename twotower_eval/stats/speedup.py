@@ -5,8 +5,10 @@ shared by both arms. On a ``fixed`` workload the calls are a fixed factor. The c
 few rounds: its variance lacks the factor n / (n - 1) and counts the residual up to three times (Owen 2007, "The
 pigeonhole bootstrap"). Its standard error is therefore scaled to the unbiased two-way variance of the linearised
 ratio, and the interval uses Student's t with Satterthwaite's degrees of freedom. Calls of unlike length make skew sums,
-of which few calls show too little: one more call like the most telling one is added to the variance, and the calls'
-degrees of freedom are those that their fourth powers leave.
+of which few calls show too little: one more call like the most telling one is added to the variance. The degrees of
+freedom of calls, and of rounds where calls are fixed, are those that their fourth powers leave. On a fixed workload the
+interval is, end by end, the wider of this one and of the bootstrap's percentiles corrected for skewness: a stall now
+and then skews even sums over many calls.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from twotower_eval.records import Estimate
-from twotower_eval.stats.intervals import FEW, LEVEL, NUM_RESAMPLES, Floats, t_quantile
+from twotower_eval.stats.intervals import FEW, LEVEL, NUM_RESAMPLES, Floats, corrected_percentiles, t_quantile
 
 NULL_LEVEL = 0.99  # of the A/A null's interval
 Quantity = Literal["time", "throughput", "length", "baseline_rate", "candidate_rate"]
@@ -145,10 +147,16 @@ class _Crossing:
     def estimate(self, log_value: float, log_Q: Floats, influence_UP: Floats, level: float) -> Estimate:
         scale, dof = _correction(influence_UP, crossed=self._crossed)
         half = t_quantile(level, dof) * scale * float(np.std(log_Q))
+        low, high = log_value - half, log_value + half
+        if not self._crossed:
+            skew = _skew_of_mean(influence_UP.mean(axis=1))
+            corrections = {"level": level, "dof": dof, "inflation": scale, "skew": skew}
+            skewed_low, skewed_high = corrected_percentiles(log_Q, log_Q, log_value, **corrections)
+            low, high = min(low, skewed_low), max(high, skewed_high)
         return Estimate(
             value=exp(log_value),
-            low=exp(log_value - half),
-            high=exp(log_value + half),
+            low=exp(low),
+            high=exp(high),
             level=level,
             n=self._n,
             method=self._method,
@@ -170,7 +178,7 @@ def _correction(influence_UP: Floats, *, crossed: bool) -> tuple[float, float]:
     num_units, num_calls = influence_UP.shape
     of_units = float(influence_UP.mean(axis=1).var(ddof=1)) / num_units
     if not crossed:
-        return sqrt(num_units / (num_units - 1)), num_units - 1
+        return sqrt(num_units / (num_units - 1)), _shape(influence_UP.mean(axis=1))[0]
     of_calls = float(influence_UP.mean(axis=0).var(ddof=1)) / num_calls
     rows_UP, columns_UP = influence_UP.mean(axis=1, keepdims=True), influence_UP.mean(axis=0, keepdims=True)
     residual_UP = influence_UP - rows_UP - columns_UP + influence_UP.mean()
@@ -189,14 +197,24 @@ def _correction(influence_UP: Floats, *, crossed: bool) -> tuple[float, float]:
     return sqrt((unbiased + own * worst) / by_bootstrap), dof
 
 
-def _shape(of_call_P: Floats) -> tuple[float, float]:
-    """Degrees of freedom of the variance of a mean over calls, and what the most telling call adds to it."""
-    num = len(of_call_P)
-    squares_P = (of_call_P - of_call_P.mean()) ** 2
-    total = float(squares_P.sum())
-    spread = float((squares_P**2).sum()) - total**2 / num
+def _shape(values_I: Floats) -> tuple[float, float]:
+    """Degrees of freedom of the variance of a mean over calls, or rounds, and what the most telling one adds to it."""
+    num = len(values_I)
+    squares_I = (values_I - values_I.mean()) ** 2
+    total = float(squares_I.sum())
+    spread = float((squares_I**2).sum()) - total**2 / num
     dof = min(num - 1.0, max(1.0, 2 * total**2 / spread)) if spread > 0 else num - 1.0
-    return dof, float(squares_P.max()) / num**2
+    return dof, float(squares_I.max()) / num**2
+
+
+def _skew_of_mean(of_unit_U: Floats) -> float:
+    """Skewness of the mean of independent values; 0 where two or equal ones say nothing of it."""
+    num, centred_U = len(of_unit_U), of_unit_U - of_unit_U.mean()
+    squares, cubes = float((centred_U**2).sum()), float((centred_U**3).sum())
+    if num < 3 or squares <= 0:
+        return 0.0
+    variance = num / (num - 1) * squares
+    return num**2 / ((num - 1) * (num - 2)) * cubes / float(variance**1.5)
 
 
 def _terms(calls: TimedCalls, quantity: Quantity) -> tuple[tuple[int, Floats], ...]:

@@ -29,6 +29,7 @@ def batch_logic(model: Any, prompts: Sequence[Prompt]) -> Finding:
         for prompt, batched, alone in _both(model, kind, prompts)
         if batched.token_ids != alone.token_ids
     ]
+    margins = [margin if margin == margin else float("inf") for margin in margins]  # NaN is above no limit
     num_bad = sum(margin > MARGIN for margin in margins)
     compared = f"{len(prompts)} prompts, {' and '.join(_kinds(model))}"
     close = f"{len(margins) - num_bad} of {len(margins)} differences lie within a margin of {MARGIN:g}"

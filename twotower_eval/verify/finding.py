@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 from twotower_eval.records import CheckOutcome
 
@@ -19,7 +20,9 @@ class Finding:
 
 
 def judged(name: str, ok: bool, detail: str, *, value: float | None = None, limit: float | None = None) -> Finding:
-    """A check that can fail."""
+    """A check that can fail. A value that is not finite has failed, and is said in words: no journal can hold it."""
+    if value is not None and not isfinite(value):
+        ok, value, detail = False, None, f"{detail}; the value is not finite"
     return Finding(name=name, outcome="passed" if ok else "failed", detail=detail, value=value, limit=limit)
 
 

@@ -1,0 +1,56 @@
+"""The A/A gate on evidence (PROTOCOL "Speed" 5): one rule for what claims judge and what reports warn of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from twotower_eval import stats
+from twotower_eval.records import Estimate
+
+if TYPE_CHECKING:
+    from twotower_eval.evidence.timing import SpeedPoint
+
+LIMITS = stats.NullLimits()
+INVALID = "INVALID"  # how a warning begins that forbids to read a speedup
+
+
+def fault(
+    point: SpeedPoint,
+    others: Iterable[SpeedPoint],
+    judged: Estimate | None,
+    limits: stats.NullLimits = LIMITS,
+) -> str | None:
+    """Why the point's null forbids to judge a speedup by it, in words; ``None`` where nothing does.
+
+    A null that is missing does. That a baseline differs from itself is tested with Holm's correction over the nulls
+    of all workloads and batch sizes among ``others``, each pair once. ``judged`` is the speedup, of which a null may
+    be no wider than a share.
+    """
+    null = point.null.estimate
+    if null is None or point.null_timed is None:
+        return f"without a null no speedup can be trusted: {point.null.reason}"
+    pairs = {
+        _pair(other): other.null_timed
+        for other in (*others, point)
+        if other.null_timed is not None and other.null.estimate is not None
+    }
+    intervals = [partial(_speedup_at, timed) for timed in pairs.values()]
+    off = dict(zip(pairs, stats.off_nulls(intervals, offset=limits.offset), strict=True))
+    if off[_pair(point)]:
+        return f"the baseline timed against itself is off by more than {100 * limits.offset:g} %"
+    half, widest = stats.half_width(null), stats.widest_null(judged, limits)
+    if half > widest:
+        share = f"{100 * limits.share:g} % of the log speedup judged"
+        limit = f"{100 * widest:.1f} %, the least of {100 * limits.half_width:g} % and {share}"
+        return f"the null's half-width of {100 * half:.1f} % is above {limit}: time more rounds"
+    return None
+
+
+def _pair(point: SpeedPoint) -> tuple[str, tuple[str, ...]]:
+    return (point.baseline.id, point.run_ids)
+
+
+def _speedup_at(timed: stats.TimedCalls, level: float) -> Estimate:
+    return stats.speedup(timed, level=level)
