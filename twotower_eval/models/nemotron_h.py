@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from twotower_eval.models.config import NemotronHConfig
-from twotower_eval.ops import conv, moe, norm, ssd
+from twotower_eval.ops import conv, moe, norm, product, ssd
 
 
 class MambaState(NamedTuple):
@@ -132,7 +132,7 @@ class Mamba(Direct):
 
     def project(self, x_BSH: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Gate z (B, S, di), raw convolution inputs u (B, S, C) and step sizes delta (B, S, h), float32."""
-        z, u, dt = functional.linear(x_BSH, self.in_proj.weight).split_with_sizes(self.in_sizes, dim=-1)
+        z, u, dt = product.linear(x_BSH, self.in_proj.weight).split_with_sizes(self.in_sizes, dim=-1)
         delta = functional.softplus(dt.float() + self.dt_bias.float())
         if self.config.time_step_limit is not None:
             delta = delta.clamp(*self.config.time_step_limit)
@@ -160,7 +160,7 @@ class Mamba(Direct):
         """Skip connection, gate, group norm, output projection."""
         y = torch.addcmul(y_BShP, x_BShP, self.D.float()[:, None]).flatten(-2)
         normed = norm.gated_group_rms_norm(y, z, self.norm.weight, self.norm.eps, self.config.n_groups)
-        return functional.linear(normed, self.out_proj.weight)
+        return product.linear(normed, self.out_proj.weight)
 
 
 class Attention(Direct):
@@ -178,12 +178,12 @@ class Attention(Direct):
     def project(self, x_BSH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, Q, S, D), keys and values (B, J, S, D)."""
         heads, weights = (-1, self.config.head_dim), (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
-        q, k, v = (functional.linear(x_BSH, weight).unflatten(-1, heads).transpose(1, 2) for weight in weights)
+        q, k, v = (product.linear(x_BSH, weight).unflatten(-1, heads).transpose(1, 2) for weight in weights)
         return q, k, v
 
     def finish(self, o_BQSD: Tensor) -> Tensor:
         """Join heads and project out, (B, S, H)."""
-        return functional.linear(o_BQSD.transpose(1, 2).flatten(-2), self.o_proj.weight)
+        return product.linear(o_BQSD.transpose(1, 2).flatten(-2), self.o_proj.weight)
 
 
 class Mlp(Direct):

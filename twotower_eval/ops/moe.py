@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from twotower_eval.ops import kernels
+from twotower_eval.ops import kernels, product
 
 GATHER_MAX_ROWS = 4  # up to this many rows, gathering weights beats reading all experts
 PADDED_MAX_ROWS = 64  # up to this many, reading all experts beats waiting for the device to say who chose what
@@ -50,8 +50,8 @@ def route(x_RH: Tensor, gate_EH: Tensor, bias_E: Tensor, routing: Routing) -> tu
 
 def mlp(x: Tensor, up_IH: Tensor, down_HI: Tensor) -> Tensor:
     """``down(relu(up x)^2)``, no biases."""
-    inner = functional.linear(x, up_IH).relu_()
-    return functional.linear(inner * inner, down_HI)
+    inner = product.linear(x, up_IH).relu_()
+    return product.linear(inner * inner, down_HI)
 
 
 def experts(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
