@@ -12,6 +12,7 @@ from twotower_eval.bench.subject import random_pair
 from twotower_eval.decoders import make_decoder
 from twotower_eval.models import autoregressive
 from twotower_eval.models.checkpoint import build
+from twotower_eval.models.derived import Derived
 from twotower_eval.models.nemotron_h import Linear, RMSNorm
 from twotower_eval.records import Prompt
 
@@ -123,6 +124,34 @@ def test_a_converted_model_computes_with_its_new_weights() -> None:
     with torch.inference_mode():
         assert torch.equal(fresh.context_logits(ids(1, 7)), rounded)
     assert not torch.equal(before, rounded)
+
+
+def test_what_is_derived_follows_its_weight() -> None:
+    """In-place changes, assignment and conversion to and fro; computed once otherwise, and never kept in training."""
+    calls = []
+    module: Any = Linear(3, 2, bias=False)
+    module.weight.requires_grad_(False)
+    module.doubled = Derived(lambda weight: calls.append(1) or 2 * weight)
+
+    def follows() -> bool:
+        return torch.equal(module.doubled(module.weight), 2 * module.weight)
+
+    assert all([follows(), follows()])
+    assert len(calls) == 1
+    with torch.inference_mode():
+        module.weight.add_(1.0)
+        assert follows()
+    assert not module.doubled(module.weight).is_inference()
+    module.weight = torch.nn.Parameter(torch.ones(2, 3) / 3, requires_grad=False)
+    assert follows()
+    module.to(torch.bfloat16).to(torch.float32)
+    assert follows()
+    twin = copy.deepcopy(module)
+    twin.weight.mul_(3.0)
+    assert torch.equal(twin.doubled(twin.weight), 2 * twin.weight)
+    assert follows()
+    module.weight.requires_grad_()
+    assert module.doubled(module.weight).requires_grad
 
 
 @pytest.mark.parametrize(("mode", "new"), [("autoregressive", 20), ("block_diffusion", 16)])

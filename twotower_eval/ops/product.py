@@ -14,6 +14,8 @@ Shape letters: see ops/__init__; O outputs, I inputs of the weight.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -28,28 +30,33 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     if num_rows > FEW_ROWS or not _reads_fast(x, weight_OI):
         return functional.linear(x, weight_OI)
     if num_rows == 1 and num_outputs % 2 == 0:
-        return of_row(x, weight_OI).view(*x.shape[:-1], num_outputs)
+        return torch.bmm(in_halves(weight_OI), as_columns(x)).view(*x.shape[:-1], num_outputs)
     out_OR = torch.mm(weight_OI, x.reshape(num_rows, num_inputs).t())
     return out_OR.t().contiguous().view(*x.shape[:-1], num_outputs)
 
 
-def of_row(x: Tensor, weight_OI: Tensor) -> Tensor:
-    """One row, contiguous, times a contiguous weight with an even number of outputs: (2, O / 2, 1)."""
-    return torch.bmm(weight_OI.view(2, -1, weight_OI.shape[1]), as_columns(x))
+def reads_halves(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether these weights, (O, I) or stacks of such, can be multiplied with one row half by half."""
+    return all(weight.shape[-2] % 2 == 0 and _reads_fast(x, weight) for weight in weights)
+
+
+def in_halves(weight_OI: Tensor) -> Tensor:
+    """The upper and the lower half of a contiguous weight, (2, O / 2, I)."""
+    return weight_OI.view(2, -1, weight_OI.shape[1])
 
 
 def as_columns(x: Tensor) -> Tensor:
     """One contiguous row of I as a column for each half of a weight, (2, I, 1), without a copy. Strides of a row, not
     of a column: MKL goes a slower way with those."""
-    num_inputs = x.shape[-1]
+    num_inputs = x.numel()
     return x.as_strided((2, num_inputs, 1), (0, 1, num_inputs))
 
 
-def _reads_fast(x: Tensor, weight_OI: Tensor) -> bool:
+def _reads_fast(x: Tensor, weight: Tensor) -> bool:
     return (
         x.is_cpu
-        and x.dtype == weight_OI.dtype == torch.float32
+        and x.dtype == weight.dtype == torch.float32
         and x.is_contiguous()
-        and weight_OI.is_contiguous()
-        and not (x.requires_grad or weight_OI.requires_grad)
+        and weight.is_contiguous()
+        and not (x.requires_grad or weight.requires_grad)
     )
