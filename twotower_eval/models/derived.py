@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -36,3 +36,32 @@ class Derived(Generic[T]):
     def drop(self) -> None:
         """Make it anew at the next call."""
         self._kept = None
+
+
+class DerivedByKey(Generic[T]):
+    """What is computed from several weights and a number, for the last few numbers; as :class:`Derived`."""
+
+    def __init__(self, max_kept: int) -> None:
+        self._max_kept = max_kept
+        self._stamp: list[tuple[Tensor, int]] = []
+        self._kept: dict[float, T] = {}
+
+    def __call__(self, key: float, weights: Sequence[Tensor], make: Callable[[], T]) -> T:
+        if any(weight.requires_grad or weight.device.type != "cpu" or weight.is_inference() for weight in weights):
+            return make()
+        if len(self._stamp) != len(weights) or any(
+            kept is not weight or version != weight._version
+            for (kept, version), weight in zip(self._stamp, weights, strict=True)
+        ):
+            self.drop()
+            self._stamp = [(weight, weight._version) for weight in weights]
+        if key not in self._kept:
+            if len(self._kept) >= self._max_kept:
+                self._kept.pop(next(iter(self._kept)))
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept[key] = make()
+        return self._kept[key]
+
+    def drop(self) -> None:
+        """Make all anew at the next calls."""
+        self._stamp, self._kept = [], {}
