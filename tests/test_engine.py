@@ -12,7 +12,9 @@ from twotower_eval.bench.subject import random_pair
 from twotower_eval.decoders import make_decoder
 from twotower_eval.models import autoregressive
 from twotower_eval.models.checkpoint import build
+from twotower_eval.models.derived import Derived
 from twotower_eval.models.nemotron_h import Linear, RMSNorm
+from twotower_eval.models.twotower import MAX_TIMES
 from twotower_eval.records import Prompt
 
 ATOL = 2e-5
@@ -123,6 +125,67 @@ def test_a_converted_model_computes_with_its_new_weights() -> None:
     with torch.inference_mode():
         assert torch.equal(fresh.context_logits(ids(1, 7)), rounded)
     assert not torch.equal(before, rounded)
+
+
+def test_what_is_derived_follows_its_weight() -> None:
+    """In-place changes, assignment and conversion to and fro; computed once otherwise, and never kept in training."""
+    calls = []
+    module: Any = Linear(3, 2, bias=False)
+    module.weight.requires_grad_(False)
+    module.doubled = Derived(lambda weight: calls.append(1) or 2 * weight)
+
+    def follows() -> bool:
+        return torch.equal(module.doubled(module.weight), 2 * module.weight)
+
+    assert all([follows(), follows()])
+    assert len(calls) == 1
+    with torch.inference_mode():
+        module.weight.add_(1.0)
+        assert follows()
+    assert not module.doubled(module.weight).is_inference()
+    module.weight = torch.nn.Parameter(torch.ones(2, 3) / 3, requires_grad=False)
+    assert follows()
+    module.to(torch.bfloat16).to(torch.float32)
+    assert follows()
+    twin = copy.deepcopy(module)
+    twin.weight.mul_(3.0)
+    assert torch.equal(twin.doubled(twin.weight), 2 * twin.weight)
+    assert follows()
+    module.weight.requires_grad_()
+    assert module.doubled(module.weight).requires_grad
+
+
+def test_modulation_is_kept_until_its_weights_change() -> None:
+    """Whichever of them, in place, by assignment or by conversion; few mask fractions, and none in training."""
+    model = copy.deepcopy(tiny_pair("all kinds"))
+    denoiser, block = model.denoiser, ids(1, 4)
+    context = model.prefill(ids(1, 5))
+
+    def denoised(t: Any) -> Tensor:
+        with torch.inference_mode():
+            return model.denoise(block, context, t)
+
+    for change in (
+        lambda: denoiser.t_embedder.mlp[0].bias.add_(0.3),
+        lambda: denoiser.t_block[1].weight.mul_(1.5),
+        lambda: denoiser.scale_shift_tables[1].add_(0.2),
+        lambda: denoiser.scale_shift_tables.__setitem__(
+            0, torch.nn.Parameter(denoiser.scale_shift_tables[0] + 0.1, requires_grad=False)
+        ),
+        lambda: denoiser.to(torch.bfloat16).to(torch.float32),
+    ):
+        before = denoised([0.5])
+        with torch.no_grad():
+            change()
+        for t in (0.5, 0.75, 0.5):
+            assert torch.allclose(denoised([t]), denoised(torch.tensor([t])), atol=ATOL)
+        assert not torch.equal(before, denoised([0.5]))
+    for n in range(MAX_TIMES + 5):
+        denoised([n / 100])
+    assert len(denoiser._kept_modulation._kept) == MAX_TIMES
+    denoiser.requires_grad_()
+    model.denoise(block, context, [0.5]).sum().backward()
+    assert denoiser.t_block[1].weight.grad is not None
 
 
 @pytest.mark.parametrize(("mode", "new"), [("autoregressive", 20), ("block_diffusion", 16)])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from twotower_eval.ops import attention, conv, moe, norm, ssd
+from twotower_eval.ops import attention, conv, moe, norm, product, ssd
 
 FLOAT32_RTOL = 2e-6  # of the largest value; sums in another order
 DTYPES = [torch.float32, torch.bfloat16]
@@ -111,12 +111,19 @@ def test_causal_conv(S: int, W: int, bias: bool) -> None:
 @pytest.mark.parametrize(("B", "bias", "dtype"), [*itertools.product([1, 3], [True, False], DTYPES)])
 def test_causal_conv_step(B: int, bias: bool, dtype: torch.dtype) -> None:
     """One position is the convolution of one position, and leaves the state that this leaves."""
-    u, state, weight = (noise(*shape, seed=i, dtype=dtype) for i, shape in enumerate([(B, 10), (B, 10, 4), (10, 4)]))
+    shapes = [(B, 1, 10), (B, 10, 4), (10, 4)]
+    u, state, weight = (noise(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes))
     b = noise(10, seed=3, dtype=dtype) if bias else None
     out, after = conv.causal_conv_step(u, state, weight, b)
-    wanted = conv.causal_conv_reference(u[:, None], state, weight, b)[:, 0]
+    wanted = conv.causal_conv_reference(u, state, weight, b)
     assert close(out, wanted, FLOAT32_RTOL if dtype == torch.float32 else BFLOAT16_RTOL)
-    assert torch.equal(after, conv.next_conv_state(u[:, None], state, None))
+    assert torch.equal(after, conv.next_conv_state(u, state, None))
+    again, _ = conv.causal_conv_step(u, after, weight, b)
+    assert close(
+        again,
+        conv.causal_conv_reference(u, after, weight, b),
+        FLOAT32_RTOL if dtype == torch.float32 else BFLOAT16_RTOL,
+    )
 
 
 def test_causal_conv_bfloat16() -> None:
@@ -287,8 +294,6 @@ def test_experts(R: int, per_token: int) -> None:
     wanted = moe.experts_reference(x, chosen, weights, up, down)
     for ours in (moe.experts, moe._experts_gathered, moe._experts_sorted):
         assert close(ours(x, chosen, weights, up, down), wanted)
-    one = moe._experts_in_turn(x[:1], chosen[:1], weights[:1], up, down)
-    assert close(one, moe.experts_reference(x[:1], chosen[:1], weights[:1], up, down))
 
 
 def test_experts_bfloat16() -> None:
@@ -299,14 +304,30 @@ def test_experts_bfloat16() -> None:
         assert close(ours(x, chosen, weights, up, down).float(), wanted, BFLOAT16_RTOL)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_one_row_of_experts_in_turn(dtype: torch.dtype) -> None:
-    """Weighted by the product itself in float32; in bfloat16 an expert's output is rounded before it is weighted."""
-    x, up, down = noise(1, 8, dtype=dtype), noise(6, 10, 8, seed=1, dtype=dtype), noise(6, 8, 10, seed=2, dtype=dtype)
-    for chosen in ([[4, 1, 3]], [[0, 5, 2]]):
-        given = (x, torch.tensor(chosen), torch.tensor([[0.7, 1.9, 0.01]]), up, down)
-        rtol = FLOAT32_RTOL if dtype == torch.float32 else BFLOAT16_RTOL
-        assert close(moe.experts(*given), moe.experts_reference(*given), rtol)
+@pytest.mark.parametrize(("per_token", "normalise"), [(1, False), (3, True), (3, False)])
+def test_one_row_routed_on_the_host(per_token: int, normalise: bool) -> None:
+    """The same experts with the same weights, biases that change the choice included."""
+    rule = moe.Routing(experts_per_token=per_token, num_groups=1, top_groups=1, normalise=normalise, scale=2.5)
+    gate, bias = noise(12, 8), noise(12, seed=1)
+    for seed in range(20):
+        x = noise(1, 8, seed=100 + seed)
+        chosen_RA, weights_RA = moe.route(x, gate, bias, rule)
+        ours = dict(moe.route_row(x, gate.double(), bias.tolist(), rule))
+        assert ours.keys() == set(chosen_RA[0].tolist())
+        for expert, weight in zip(chosen_RA[0].tolist(), weights_RA[0].tolist(), strict=True):
+            assert ours[expert] == pytest.approx(weight, rel=1e-6)
+
+
+def test_one_row_of_experts() -> None:
+    """The shared expert and the chosen ones, whichever they are."""
+    x, up, down = noise(1, 8), noise(6, 10, 8, seed=1), noise(6, 8, 10, seed=2)
+    shared_up, shared_down = noise(14, 8, seed=3), noise(8, 14, seed=4)
+    for chosen in ([4, 1, 3], [0, 5, 2]):
+        weights = [0.7, 1.9, 0.01]
+        routed = moe.experts_reference(x, torch.tensor([chosen]), torch.tensor([weights]), up, down)
+        pairs = list(zip(chosen, weights, strict=True))
+        ours = moe.experts_of_row(x, pairs, up, down, shared_up, shared_down)
+        assert close(ours, routed + moe.mlp(x, shared_up, shared_down))
 
 
 def test_experts_can_be_trained() -> None:
@@ -319,6 +340,27 @@ def test_experts_can_be_trained() -> None:
             for function in (moe.experts, moe.experts_reference)
         ]
         assert all(close(ours, wanted, 1e-5) for ours, wanted in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 2, product.FEW_ROWS, product.FEW_ROWS + 1])
+@pytest.mark.parametrize(("outputs", "turned", "dtype"), [*itertools.product([6, 7], [True, False], DTYPES)])
+def test_products_of_few_rows(rows: int, outputs: int, turned: bool, dtype: torch.dtype) -> None:
+    """In halves, the other way round, and plainly; of rows that lie apart too; contiguous whatever the way."""
+    weight = noise(outputs, 5, seed=1, dtype=dtype)
+    weight = weight.t().contiguous().t() if turned else weight
+    for x in (noise(rows, 5, dtype=dtype), noise(rows, 11, dtype=dtype)[:, 3:8], noise(1, rows, 5, dtype=dtype)):
+        ours = product.linear(x, weight)
+        assert ours.shape == (*x.shape[:-1], outputs)
+        assert ours.is_contiguous()
+        assert close(ours, x @ weight.t(), FLOAT32_RTOL if dtype == torch.float32 else BFLOAT16_RTOL)
+
+
+def test_products_of_few_rows_can_be_trained() -> None:
+    for rows in (1, 3):
+        x, weight = noise(rows, 5), noise(6, 5, seed=1).requires_grad_()
+        [ours] = torch.autograd.grad(product.linear(x, weight).square().sum(), [weight])
+        [wanted] = torch.autograd.grad((x @ weight.t()).square().sum(), [weight])
+        assert close(ours, wanted)
 
 
 def test_mlp_is_squared_relu() -> None:

@@ -16,6 +16,7 @@ from twotower_eval.models.config import NemotronHConfig
 from twotower_eval.models.context import Context, KeyValueBuffer, writable_buffer, write_at
 from twotower_eval.models.nemotron_h import Attention, Mamba, MambaState, Tower, run_layers
 from twotower_eval.models.token_tree import Segment, logits_by_rows
+from twotower_eval.ops import product
 from twotower_eval.ops.attention import attention
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class ContextTower(LanguageModel):
         return extended, x_BSH
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.tower.norm_f(hidden))
+        logits = product.linear(self.tower.norm_f(hidden), self.head.weight)
         return logits.float()
 
 

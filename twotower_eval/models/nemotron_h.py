@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from twotower_eval.models.config import NemotronHConfig
-from twotower_eval.ops import conv, moe, norm, ssd
+from twotower_eval.models.derived import Derived
+from twotower_eval.ops import conv, moe, norm, product, ssd
 
 
 class MambaState(NamedTuple):
@@ -51,6 +52,9 @@ class Direct(nn.Module):
     def _apply(self, *args: Any, **options: Any) -> Any:
         for name in (*self._parameters, *self._modules):
             self.__dict__.pop(name, None)
+        for value in self.__dict__.values():
+            if isinstance(value, Derived):
+                value.drop()
         return super()._apply(*args, **options)  # type: ignore[no-untyped-call]
 
 
@@ -94,6 +98,9 @@ class Mamba(Direct):
         self.in_proj = Linear(config.hidden_size, inner + channels + heads, bias=False)
         self.norm = RMSNorm(inner, config.layer_norm_epsilon)
         self.out_proj = Linear(inner, config.hidden_size, bias=False)
+        self._decay_rate = Derived(lambda A_log: -torch.exp(A_log.float()))
+        # (C, W) laid out tap by tap: strided taps would not be multiplied in vectors.
+        self._taps_CW = Derived(lambda weight: weight[:, 0].t().contiguous().t())
 
     def empty_state(self, batch_size: int) -> MambaState:
         """The state before the first token: zeros."""
@@ -117,10 +124,9 @@ class Mamba(Direct):
     def step(self, x_B1H: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """What :meth:`forward` gives for one position, in fewer calls."""
         z, u_B1C, delta_B1h = self.project(x_B1H)
-        mixed_BC, conv_BCW = conv.causal_conv_step(
-            u_B1C[:, 0], state.conv_BCW, self.conv1d.weight[:, 0], self.conv1d.bias
-        )
-        x, b, c = self.split_mixed(mixed_BC[:, None].float())
+        taps_CW = self._taps_CW(self.conv1d.weight)
+        mixed_B1C, conv_BCW = conv.causal_conv_step(u_B1C, state.conv_BCW, taps_CW, self.conv1d.bias)
+        x, b, c = self.split_mixed(mixed_B1C.float())
         y, ssm_BhPN = ssd.ssd_step(x, delta_B1h, self.decay_rate(), b, c, state.ssm_BhPN)
         return self.finish(y, x, z), MambaState(conv_BCW, ssm_BhPN)
 
@@ -132,7 +138,7 @@ class Mamba(Direct):
 
     def project(self, x_BSH: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Gate z (B, S, di), raw convolution inputs u (B, S, C) and step sizes delta (B, S, h), float32."""
-        z, u, dt = functional.linear(x_BSH, self.in_proj.weight).split_with_sizes(self.in_sizes, dim=-1)
+        z, u, dt = product.linear(x_BSH, self.in_proj.weight).split_with_sizes(self.in_sizes, dim=-1)
         delta = functional.softplus(dt.float() + self.dt_bias.float())
         if self.config.time_step_limit is not None:
             delta = delta.clamp(*self.config.time_step_limit)
@@ -143,24 +149,25 @@ class Mamba(Direct):
 
     def convolve(self, u_BSC: Tensor, conv_BCW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, S, h, P), b and c (B, S, G, N), float32."""
-        return self.split_mixed(conv.causal_conv(u_BSC, conv_BCW, self.conv1d.weight[:, 0], self.conv1d.bias).float())
+        taps_CW = self._taps_CW(self.conv1d.weight)
+        return self.split_mixed(conv.causal_conv(u_BSC, conv_BCW, taps_CW, self.conv1d.bias).float())
 
     def split_mixed(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The convolution's output as heads of x and groups of b and c."""
         cfg = self.config
         x, b, c = mixed.split_with_sizes(self.mixed_sizes, dim=-1)
-        groups = (cfg.n_groups, cfg.ssm_state_size)
-        return x.unflatten(-1, (cfg.mamba_num_heads, -1)), b.unflatten(-1, groups), c.unflatten(-1, groups)
+        groups = (*mixed.shape[:-1], cfg.n_groups, cfg.ssm_state_size)
+        return x.view(*mixed.shape[:-1], cfg.mamba_num_heads, -1), b.view(groups), c.view(groups)
 
     def decay_rate(self) -> Tensor:
         """A (h,), negative, float32."""
-        return -torch.exp(self.A_log.float())
+        return self._decay_rate(self.A_log)
 
     def finish(self, y_BShP: Tensor, x_BShP: Tensor, z: Tensor) -> Tensor:
         """Skip connection, gate, group norm, output projection."""
         y = torch.addcmul(y_BShP, x_BShP, self.D.float()[:, None]).flatten(-2)
         normed = norm.gated_group_rms_norm(y, z, self.norm.weight, self.norm.eps, self.config.n_groups)
-        return functional.linear(normed, self.out_proj.weight)
+        return product.linear(normed, self.out_proj.weight)
 
 
 class Attention(Direct):
@@ -178,12 +185,12 @@ class Attention(Direct):
     def project(self, x_BSH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, Q, S, D), keys and values (B, J, S, D)."""
         heads, weights = (-1, self.config.head_dim), (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
-        q, k, v = (functional.linear(x_BSH, weight).unflatten(-1, heads).transpose(1, 2) for weight in weights)
+        q, k, v = (product.linear(x_BSH, weight).unflatten(-1, heads).transpose(1, 2) for weight in weights)
         return q, k, v
 
     def finish(self, o_BQSD: Tensor) -> Tensor:
         """Join heads and project out, (B, S, H)."""
-        return functional.linear(o_BQSD.transpose(1, 2).flatten(-2), self.o_proj.weight)
+        return product.linear(o_BQSD.transpose(1, 2).flatten(-2), self.o_proj.weight)
 
 
 class Mlp(Direct):
@@ -205,6 +212,16 @@ class Gate(Direct):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden, dtype=torch.float32))
         self.e_score_correction_bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32), requires_grad=False)
+        self._wide_EH = Derived(Tensor.double)
+        self._biases = Derived(Tensor.tolist)
+
+    def wide_EH(self) -> Tensor:
+        """The weight in float64, in which scores are computed."""
+        return self._wide_EH(self.weight)
+
+    def biases(self) -> list[float]:
+        """The bias on the host."""
+        return self._biases(self.e_score_correction_bias)
 
 
 Steer = Callable[[Tensor, torch.Size], Tensor]  # chosen_RA, shape (B, S) of the rows -> chosen_RA
@@ -228,8 +245,14 @@ class MixtureOfExperts(Direct):
         self.shared_experts = Mlp(hidden, config.moe_shared_expert_intermediate_size)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
+        if self.steer is None and x_BSH.numel() == x_BSH.shape[-1] and x_BSH.is_cpu and self.routing.num_groups == 1:
+            shared_IH, shared_HI = self.shared_experts.up_proj.weight, self.shared_experts.down_proj.weight
+            weights = (self.experts_up_EIH, self.experts_down_EHI, shared_IH, shared_HI)
+            if product.reads_halves(x_BSH, weights):
+                chosen = moe.route_row(x_BSH, self.gate.wide_EH(), self.gate.biases(), self.routing)
+                return moe.experts_of_row(x_BSH, chosen, *weights)
         x_RH = x_BSH.flatten(0, -2)
-        chosen_RA, weights_RA = moe.route(x_RH, self.gate.weight, self.gate.e_score_correction_bias, self.routing)
+        chosen_RA, weights_RA = moe.route(x_RH, self.gate.wide_EH(), self.gate.e_score_correction_bias, self.routing)
         if self.steer is not None:
             chosen_RA = self.steer(chosen_RA, x_BSH.shape[:-1])
         routed_RH = moe.experts(x_RH, chosen_RA, weights_RA, self.experts_up_EIH, self.experts_down_EHI)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from twotower_eval.models.autoregressive import ContextTower
 from twotower_eval.models.base import LanguageModel
 from twotower_eval.models.config import NemotronHConfig
 from twotower_eval.models.context import Context, room_for_block
+from twotower_eval.models.derived import DerivedByKey
 from twotower_eval.models.nemotron_h import Mamba, Modulation, Tower, run_layers
 from twotower_eval.models.token_tree import Segment
 from twotower_eval.ops.attention import attention
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 SINUSOID_SIZE = 256
 TIME_SCALE = 1000.0
 MAX_PERIOD = 10_000.0
+MAX_TIMES = 64  # mask fractions whose modulation is kept
 
 
 class TimeEmbedder(nn.Module):
@@ -77,6 +79,20 @@ class Denoiser(nn.Module):
         self.t_embedder = TimeEmbedder(hidden)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 3 * hidden))
         self.scale_shift_tables = nn.ParameterList([torch.zeros(3, hidden) for _ in config.pattern])
+        self._kept_modulation: DerivedByKey[Modulation] = DerivedByKey(MAX_TIMES)
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        self._kept_modulation.drop()
+        return super()._apply(*args, **options)  # type: ignore[no-untyped-call]
+
+    def modulation_at(self, t: float) -> Modulation:
+        """What :meth:`modulation` gives for a row, to be broadcast over rows that are all at ``t``: a block has few
+        mask fractions, so that they are computed once."""
+        device = self.head.weight.device
+        first, _, last = self.t_embedder.mlp
+        parts = (first, last, self.t_block[1], self.scale_shift_tables)
+        weights = [weight for part in parts for weight in part._parameters.values() if weight is not None]
+        return self._kept_modulation(t, weights, lambda: self.modulation(_time_tensor(t, 1, device)))
 
     def modulation(self, t_B: Tensor) -> Modulation:
         """Layer -> shift, 1 + scale, gate (B, 1, H) for mask fractions ``t_B``; of all layers at once."""
@@ -158,11 +174,20 @@ class TwoTower(LanguageModel):
         def mix(index: int, mixer: Mamba, x: Tensor) -> Tensor:
             return mixer.outputs(x, context.mamba[index])
 
-        modulation = None if t_B is None else denoiser.modulation(_time_tensor(t_B, block_BK.shape[0], device))
+        modulation = None if t_B is None else _modulation(denoiser, t_B, block_BK.shape[0], device)
         x_BKH = run_layers(
             denoiser.tower, denoiser.tower.embed(block_BK), attend=attend, mix=mix, modulation=modulation
         )
         return denoiser.logits(x_BKH)
+
+
+def _modulation(
+    denoiser: Denoiser, t_B: Tensor | Sequence[float] | float, batch_size: int, device: torch.device
+) -> Modulation:
+    """One for all rows where all are at one mask fraction that the host knows."""
+    if isinstance(t_B, float) or (isinstance(t_B, list) and len(t_B) == batch_size and len(set(t_B)) == 1):
+        return denoiser.modulation_at(t_B if isinstance(t_B, float) else t_B[0])
+    return denoiser.modulation(_time_tensor(t_B, batch_size, device))
 
 
 def _time_tensor(t_B: Tensor | Sequence[float] | float, batch_size: int, device: torch.device) -> Tensor:

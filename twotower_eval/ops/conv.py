@@ -33,7 +33,7 @@ def causal_conv(u_BSC: Tensor, state_BCW: Tensor, weight_CW: Tensor, bias_C: Ten
     if u_BSC.shape[0] * num_positions <= WINDOWS_MAX_ROWS:
         out = (padded.unfold(1, num_taps, 1) * weight_CW).sum(-1)
         return functional.silu(out if bias_C is None else out + bias_C)
-    taps_WC = weight_CW.t().contiguous()  # strided taps would not be multiplied in vectors
+    taps_WC = weight_CW.t().contiguous()
     first = padded[:, :num_positions]
     out = first * taps_WC[0] if bias_C is None else torch.addcmul(bias_C, first, taps_WC[0])
     for tap in range(1, num_taps):
@@ -42,12 +42,15 @@ def causal_conv(u_BSC: Tensor, state_BCW: Tensor, weight_CW: Tensor, bias_C: Ten
 
 
 def causal_conv_step(
-    u_BC: Tensor, state_BCW: Tensor, weight_CW: Tensor, bias_C: Tensor | None
+    u_B1C: Tensor, state_BCW: Tensor, weight_CW: Tensor, bias_C: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One position: the convolution with SiLU (B, C), and the state after it, which is the window itself."""
-    window_BCW = torch.cat([state_BCW[:, :, 1:], u_BC[..., None].to(state_BCW.dtype)], dim=2)
-    out_BC = (window_BCW.to(u_BC.dtype) * weight_CW).sum(-1)
-    return functional.silu(out_BC if bias_C is None else out_BC + bias_C), window_BCW
+    """One position: the convolution with SiLU (B, 1, C), and the state after it, which is the window itself, laid out
+    tap by tap."""
+    window_BWC = torch.cat([state_BCW.transpose(1, 2)[:, 1:], u_B1C.to(state_BCW.dtype)], dim=1)
+    out_B1C = (window_BWC.to(u_B1C.dtype) * weight_CW.t()).sum(1, keepdim=True)
+    if bias_C is not None:
+        out_B1C = out_B1C.add_(bias_C) if not out_B1C.requires_grad else out_B1C + bias_C
+    return functional.silu(out_B1C), window_BWC.transpose(1, 2)
 
 
 def causal_conv_reference(u_BSC: Tensor, state_BCW: Tensor, weight_CW: Tensor, bias_C: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from twotower_eval.ops import kernels
+from twotower_eval.ops import kernels, product
 
 GATHER_MAX_ROWS = 4  # up to this many rows, gathering weights beats reading all experts
 PADDED_MAX_ROWS = 64  # up to this many, reading all experts beats waiting for the device to say who chose what
@@ -50,17 +50,15 @@ def route(x_RH: Tensor, gate_EH: Tensor, bias_E: Tensor, routing: Routing) -> tu
 
 def mlp(x: Tensor, up_IH: Tensor, down_HI: Tensor) -> Tensor:
     """``down(relu(up x)^2)``, no biases."""
-    inner = functional.linear(x, up_IH).relu_()
-    return functional.linear(inner * inner, down_HI)
+    inner = product.linear(x, up_IH).relu_()
+    return product.linear(inner * inner, down_HI)
 
 
 def experts(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
     """Weighted sum of the chosen experts, (R, H) in ``x_RH.dtype``; accumulated in float32."""
     if x_RH.device.type == "cpu":
-        # Copying weights costs more than anything here: 68 us at one row, against 19 in turn and 35 sorted.
-        trained = x_RH.requires_grad or up_EIH.requires_grad
-        path = _experts_in_turn if x_RH.shape[0] == 1 and not trained else _experts_sorted
-        return path(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
+        # Copying weights costs more than anything here.
+        return _experts_sorted(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
     grouped_product = GROUPED_PRODUCT.on(x_RH.device, x_RH.dtype)
     if grouped_product is not None and kernels.without_gradients(x_RH, up_EIH):
         return experts_grouped(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI, grouped_product)
@@ -81,17 +79,35 @@ def experts_reference(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EI
     return out_RH.to(x_RH.dtype)
 
 
-def _experts_in_turn(x_1H: Tensor, chosen_1A: Tensor, weights_1A: Tensor, up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
-    """One row: its experts one after the other, each added with its weight by the product itself."""
-    out_1H = torch.zeros_like(x_1H, dtype=torch.float32)
-    for expert, weight in zip(chosen_1A[0].tolist(), weights_1A[0].tolist(), strict=True):
-        inner_1I = torch.mm(x_1H, up_EIH[expert].t()).relu_()
-        inner_1I = inner_1I.mul_(inner_1I)
-        if x_1H.dtype == torch.float32:
-            out_1H = out_1H.addmm_(inner_1I, down_EHI[expert].t(), alpha=weight)
-        else:  # an expert's output is rounded before it is weighted
-            out_1H = out_1H.add_(torch.mm(inner_1I, down_EHI[expert].t()), alpha=weight)
-    return out_1H.to(x_1H.dtype)
+def route_row(x: Tensor, gate_EH: Tensor, biases: Sequence[float], routing: Routing) -> list[tuple[int, float]]:
+    """:func:`route` for one row on the host: experts, most wanted first, and their weights."""
+    scores = torch.mv(gate_EH, x.view(-1).double()).sigmoid_().tolist()
+    choice = [score + bias for score, bias in zip(scores, biases, strict=True)]
+    chosen = sorted(range(len(choice)), key=choice.__getitem__, reverse=True)[: routing.experts_per_token]
+    scale = routing.scale / (sum(scores[expert] for expert in chosen) + 1e-20) if routing.normalise else routing.scale
+    return [(expert, scores[expert] * scale) for expert in chosen]
+
+
+def experts_of_row(
+    x: Tensor,
+    chosen: Sequence[tuple[int, float]],
+    up_EIH: Tensor,
+    down_EHI: Tensor,
+    shared_IH: Tensor,
+    shared_HI: Tensor,
+) -> Tensor:
+    """One row: the shared expert, then the chosen ones, each added with its weight by the product itself.
+
+    For what :func:`product.reads_halves` says can be multiplied so.
+    """
+    columns, (num_experts, width, hidden) = product.as_columns(x), up_EIH.shape
+    inner = torch.bmm(product.in_halves(shared_IH), columns).relu_()
+    out = torch.bmm(product.in_halves(shared_HI), product.as_columns(inner.mul_(inner)))
+    ups, downs = up_EIH.view(2 * num_experts, -1, hidden), down_EHI.view(2 * num_experts, -1, width)
+    for expert, weight in chosen:
+        inner = torch.bmm(ups.narrow(0, 2 * expert, 2), columns).relu_()
+        out.baddbmm_(downs.narrow(0, 2 * expert, 2), product.as_columns(inner.mul_(inner)), alpha=weight)
+    return out.view(x.shape)
 
 
 def _experts_gathered(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
