@@ -13,7 +13,7 @@ from twotower_eval.decoders import make_decoder
 from twotower_eval.models import autoregressive
 from twotower_eval.models.checkpoint import build
 from twotower_eval.models.derived import Derived
-from twotower_eval.models.nemotron_h import Linear, RMSNorm
+from twotower_eval.models.direct import Linear, RMSNorm
 from twotower_eval.models.twotower import MAX_TIMES
 from twotower_eval.records import Prompt
 

@@ -49,7 +49,8 @@ class Ticks:
             for layer in part.tower.layers:
                 layer.norm.register_forward_pre_hook(self._passing(LAYER_S[layer.kind]))
             part.tower.embeddings.register_forward_pre_hook(self._passing(EMBED_S, whatever=True))
-            part.head.register_forward_pre_hook(self._passing(HEAD_S))
+            # A head of few rows is a bare product; the norm before it runs as often.
+            part.tower.norm_f.register_forward_pre_hook(self._passing(HEAD_S))
         return pair
 
     def _passing(self, seconds, whatever=False):

@@ -27,7 +27,8 @@ from twotower_eval.miniature.blocks import autoregressive_loss, denoiser_loss, d
 from twotower_eval.miniature.evaluate import context_point, learning_point
 from twotower_eval.miniature.export import LOG_FILE, RECIPE_FILE, config_json, export_pair
 from twotower_eval.models.config import parse_config
-from twotower_eval.models.nemotron_h import MixtureOfExperts, initialise
+from twotower_eval.models.initial import initialise
+from twotower_eval.models.nemotron_h import MixtureOfExperts
 from twotower_eval.models.twotower import TwoTower
 from twotower_eval.ops import moe
 

@@ -6,9 +6,8 @@ way. Shape letters: see ops/__init__.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch.nn import functional
 
 from twotower_eval.models.config import NemotronHConfig
 from twotower_eval.models.derived import Derived
+from twotower_eval.models.direct import Conv1d, Direct, Linear, RMSNorm
 from twotower_eval.ops import conv, moe, norm, product, ssd
 
 
@@ -24,59 +24,6 @@ class MambaState(NamedTuple):
 
     conv_BCW: Tensor
     ssm_BhPN: Tensor
-
-
-class Direct(nn.Module):
-    """A module whose parameters and parts are plain attributes once they have been looked up.
-
-    nn.Module looks for them in three dictionaries, which costs 0.7 us, two hundred times a token. Assignment and
-    deletion take the plain attribute away again, and so does whatever moves or converts the module.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
-        if name in self._parameters or name in self._modules:
-            self.__dict__[name] = value
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in self._parameters or name in self._modules:
-            self.__dict__.pop(name, None)
-
-    def __delattr__(self, name: str) -> None:
-        if name in self._parameters or name in self._modules:
-            self.__dict__.pop(name, None)
-        super().__delattr__(name)
-
-    def _apply(self, *args: Any, **options: Any) -> Any:
-        for name in (*self._parameters, *self._modules):
-            self.__dict__.pop(name, None)
-        for value in self.__dict__.values():
-            if isinstance(value, Derived):
-                value.drop()
-        return super()._apply(*args, **options)  # type: ignore[no-untyped-call]
-
-
-class Linear(Direct, nn.Linear):
-    """See :class:`Direct`."""
-
-
-class Conv1d(Direct, nn.Conv1d):
-    """See :class:`Direct`."""
-
-
-class RMSNorm(Direct):
-    """Root-mean-square norm with a weight; float32 inside, result in the weight's dtype."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = norm.rms_norm(x, self.weight, self.eps)
-        return normed if normed.dtype == self.weight.dtype else normed.to(self.weight.dtype)
 
 
 class Mamba(Direct):
@@ -334,29 +281,3 @@ def _mixed(layer: Layer, index: int, x_BSH: Tensor, attend: Attend, mix: Mix) ->
         return mixer.finish(attend(index, *mixer.project(x_BSH)))
     out: Tensor = mixer(x_BSH)
     return out
-
-
-@torch.no_grad()
-def initialise(tower: Tower, generator: torch.Generator) -> None:
-    """Random weights for a tower to be trained: normal(0, initializer_range), outputs shrunk with depth, Mamba's
-    step sizes log-uniform between ``time_step_min`` and ``time_step_max`` (arXiv 2312.00752, section 3.6)."""
-    config = tower.config
-    for name, parameter in tower.named_parameters():
-        if name.endswith(("norm.weight", "norm_f.weight", ".D")):
-            parameter.fill_(1.0)
-        elif name.endswith("A_log"):
-            parameter.copy_(torch.arange(1, config.mamba_num_heads + 1).log())
-        elif name.endswith("dt_bias"):
-            low, high = math.log(config.time_step_min), math.log(config.time_step_max)
-            step = torch.empty_like(parameter).uniform_(low, high, generator=generator).exp()
-            step = step.clamp(min=config.time_step_floor)
-            parameter.copy_(step + torch.log(-torch.expm1(-step)))
-        elif name.endswith(("conv1d.bias", "e_score_correction_bias")):
-            parameter.zero_()
-        elif name.endswith("conv1d.weight"):
-            bound = 1 / math.sqrt(config.conv_kernel)
-            parameter.uniform_(-bound, bound, generator=generator)
-        else:
-            out = name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight", "experts_down_EHI"))
-            shrink = math.sqrt(len(config.pattern)) if out else 1.0
-            parameter.normal_(0.0, config.initializer_range / shrink, generator=generator)

@@ -13,7 +13,7 @@ from torch import nn
 
 from twotower_eval.models.checkpoint import materialise
 from twotower_eval.models.config import NemotronHConfig
-from twotower_eval.models.nemotron_h import initialise
+from twotower_eval.models.initial import initialise
 from twotower_eval.models.routing import ForcedRouting
 from twotower_eval.models.twotower import TwoTower
 from twotower_eval.records import Checkpoint, canonical_json, sha256_text
