@@ -49,7 +49,7 @@ def test_the_bench_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     bench.run(["batching"], threads=torch.get_num_threads(), rounds=1, say=said.append)
     figures = json.loads(said[-1])["figures"]
-    assert len(figures) == 6
+    assert len(figures) == 8
     for name, found in figures.items():
         assert 0 < found["useful_share_of_steps"] <= 1
         assert found["num_tokens"] > 0

@@ -33,8 +33,9 @@ class Call:
     """The batch while it is decoded. Rows that have finished leave it, those that go on are selected by position, and
     prompts that wait take the freed places.
 
-    ``width`` is the most rows that a forward serves, ``capacity`` the most that are under way. ``steady`` keeps rows
-    together that began together: prompts that wait come in only when the last row of the batch has finished.
+    ``width`` is the most rows that a forward serves, ``capacity`` the most that are under way. Prompts are read
+    ``width`` at a time, so that up to as many contexts wait for a place. ``steady`` keeps rows together that began
+    together: prompts that wait come in only when the last row of the batch has finished.
     """
 
     def __init__(
@@ -56,24 +57,33 @@ class Call:
         self.noise = RowNoise(prompts)
         self.rows = [Row() for _ in prompts]
         self.waiting = list(range(len(prompts)))
+        self._read: CountedContext | None = None  # prompts that have been read, of which the first have places
+        self._num_placed = 0
         self.generations: dict[int, Generation] = {}
 
-    def admit(
-        self, running: CountedContext | None = None, *, without_last: int = 0, at_least: int = 1
-    ) -> CountedContext | None:
+    def admit(self, running: CountedContext | None = None, *, without_last: int = 0) -> CountedContext | None:
         """The running rows and as many waiting prompts, but for their last tokens, as there is room for.
 
-        Beside running rows no fewer than ``at_least`` are taken at a time, unless they are the last. None where
-        nothing runs and nothing waits: all is done.
+        None where nothing runs and nothing waits: all is done.
         """
-        room = min(self.width, self.capacity - (len(running.rows) if running else 0))
-        new = self.waiting[:room]
-        if not new or (running and (self.steady or len(new) < min(at_least, len(self.waiting)))):
-            return running
-        del self.waiting[:room]
+        room = 0 if running and self.steady else self.capacity - (len(running.rows) if running else 0)
+        room = min(self.width, room)
+        while room > 0 and (self._read or self.waiting):
+            if self._read is None:
+                self._read, self._num_placed = self._prefill(without_last), 0
+            placed = range(self._num_placed, min(self._num_placed + room, len(self._read.rows)))
+            context, self._num_placed = self._read.select(placed), placed.stop
+            room -= len(placed)
+            if placed.stop == len(self._read.rows):
+                self._read = None
+            running = running.join(context) if running else context
+        return running
+
+    def _prefill(self, without_last: int) -> CountedContext:
+        """Read as many prompts as a forward serves."""
+        new, self.waiting = self.waiting[: self.width], self.waiting[self.width :]
         ids = [self.prompts[row].token_ids for row in new]
-        context = self.counted.prefill(new, *padded_ids([row[: len(row) - without_last] for row in ids]))
-        return running.join(context) if running else context
+        return self.counted.prefill(new, *padded_ids([row[: len(row) - without_last] for row in ids]))
 
     def extended(self, context: CountedContext, going: Sequence[int], ids_BK: Tensor) -> CountedContext | None:
         """The context of the rows at ``going`` after their ids; None where no row goes on."""

@@ -93,7 +93,7 @@ class BlockDiffusion(BatchDecoder):
             open_ = [position for position, is_open in enumerate(still_open) if is_open]
             closed = [position for position, is_open in enumerate(still_open) if not is_open]
             if len(open_) < call.width:
-                more = call.admit(context, at_least=(call.width + 1) // 2)
+                more = call.admit(context)
                 if more is not context:
                     context = more
                     continue

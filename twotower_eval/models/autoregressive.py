@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from twotower_eval.models.base import LanguageModel
 from twotower_eval.models.config import NemotronHConfig
-from twotower_eval.models.context import Context, KeyValueBuffer, writable_buffer, write_at
+from twotower_eval.models.context import Context, KeyValueBuffer, Writer, writable_buffer
 from twotower_eval.models.nemotron_h import Attention, Mamba, MambaState, Tower, run_layers
 from twotower_eval.models.token_tree import Segment, logits_by_rows
 from twotower_eval.ops import product
@@ -128,14 +128,14 @@ class ContextTower(LanguageModel):
         padded = any(length != num_new for length in new_lengths)
         new_lengths_B = torch.tensor(new_lengths, device=device) if padded else None
         valid_BS = torch.arange(num_new, device=device) < new_lengths_B[:, None] if new_lengths_B is not None else None
-        buffer = writable_buffer(context, num_new)
+        buffer, write = writable_buffer(context, num_new), Writer(context.lengths, num_new, device)
         mask, causal = _causal_mask(context, num_new, device)
         end = context.max_length + num_new
         mamba: dict[int, MambaState] = {}
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            write_at(buffer.keys[index], k, context.lengths)
-            write_at(buffer.values[index], v, context.lengths)
+            write(buffer.keys[index], k)
+            write(buffer.values[index], v)
             keys, values = buffer.keys[index][:, :, :end], buffer.values[index][:, :, :end]
             return attention(q, keys, values, mask, is_causal=causal)
 

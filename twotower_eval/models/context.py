@@ -171,12 +171,19 @@ def _stacked(parts: Sequence[tuple[int, Tensor]], capacity: int) -> Tensor:
     return new
 
 
-def write_at(slots_BJTD: Tensor, new_BJSD: Tensor, lengths: tuple[int, ...]) -> None:
-    """Put S new columns behind each row's own end, in place."""
-    num_new = new_BJSD.shape[2]
-    if len(set(lengths)) == 1:
-        slots_BJTD[:, :, lengths[0] : lengths[0] + num_new] = new_BJSD
-        return
-    ends_B = torch.tensor(lengths, device=new_BJSD.device)
-    columns_BS = ends_B[:, None] + torch.arange(num_new, device=new_BJSD.device)
-    slots_BJTD.scatter_(2, columns_BS[:, None, :, None].expand_as(new_BJSD), new_BJSD)
+class Writer:
+    """Puts S new columns behind each row's own end, in place; where these lie is worked out once for all layers."""
+
+    def __init__(self, lengths: tuple[int, ...], num_new: int, device: torch.device) -> None:
+        self._slots = slice(lengths[0], lengths[0] + num_new)
+        self._columns_B1S1: Tensor | None = None
+        if len(set(lengths)) > 1:
+            starts_B1 = torch.tensor(lengths, device=device)[:, None]
+            self._columns_B1S1 = (starts_B1 + torch.arange(num_new, device=device))[:, None, :, None]
+
+    def __call__(self, slots_BJTD: Tensor, new_BJSD: Tensor) -> None:
+        """Write one layer's keys or values."""
+        if self._columns_B1S1 is None:
+            slots_BJTD[:, :, self._slots] = new_BJSD
+        else:
+            slots_BJTD.scatter_(2, self._columns_B1S1.expand_as(new_BJSD), new_BJSD)

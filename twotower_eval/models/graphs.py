@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from twotower_eval.models.autoregressive import ContextTower
 from twotower_eval.models.config import NemotronHConfig
-from twotower_eval.models.context import Context, writable_buffer, write_at
+from twotower_eval.models.context import Context, Writer, writable_buffer
 from twotower_eval.models.nemotron_h import Mamba, MambaState, run_layers
 from twotower_eval.models.twotower import Denoiser, TwoTower
 from twotower_eval.ops.attention import attention
@@ -107,9 +107,10 @@ class ExtendStep:
         self.past.holds = None  # should anything fail from here on, the buffers are nobody's context
         hidden_BH, new_keys, new_values = self.launch()
         buffer = writable_buffer(context, ids_BS.shape[1])
+        write = Writer(context.lengths, ids_BS.shape[1], self.ids_BS.device)
         for index in self.past.attentions:
-            write_at(buffer.keys[index], new_keys[index], context.lengths)
-            write_at(buffer.values[index], new_values[index], context.lengths)
+            write(buffer.keys[index], new_keys[index])
+            write(buffer.values[index], new_values[index])
         buffer.num_writes += 1
         conv_LBCW, ssm_LBhPN = self.past.conv_LBCW.clone(), self.past.ssm_LBhPN.clone()
         states = zip(self.past.mambas, conv_LBCW.unbind(0), ssm_LBhPN.unbind(0), strict=True)

@@ -14,6 +14,8 @@ from twotower_eval.ops import kernels, product
 
 GATHER_MAX_ROWS = 4  # up to this many rows, gathering weights beats reading all experts
 PADDED_MAX_ROWS = 64  # up to this many, reading all experts beats waiting for the device to say who chose what
+# On a CPU: experts so small (numbers of one direction) that a call for each of them costs more than reading them all.
+SMALL_EXPERTS, SMALL_MAX_ROWS = 1 << 18, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,8 @@ def mlp(x: Tensor, up_IH: Tensor, down_HI: Tensor) -> Tensor:
 def experts(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
     """Weighted sum of the chosen experts, (R, H) in ``x_RH.dtype``; accumulated in float32."""
     if x_RH.device.type == "cpu":
+        if x_RH.shape[0] <= SMALL_MAX_ROWS and up_EIH.numel() <= SMALL_EXPERTS:
+            return experts_padded(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
         # Copying weights costs more than anything here.
         return _experts_sorted(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
     grouped_product = GROUPED_PRODUCT.on(x_RH.device, x_RH.dtype)
