@@ -30,9 +30,10 @@ $(INSTALLED_REAL): $(INSTALLED)
 	touch $@
 
 demo: $(INSTALLED)
+	$(EVAL) verify
 	$(EVAL) run --tasks miniature --limit $(DEMO_LIMIT) --thresholds 0.99,0.9
 	$(EVAL) speed --tasks miniature --thresholds 0.99,0.9 --threads 1 --min-rounds 15
-	$(EVAL) report
+	$(EVAL) report --html
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

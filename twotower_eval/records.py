@@ -71,8 +71,11 @@ class DecoderSpec:
 
     @property
     def label(self) -> str:
-        """Short name, parameters in their own order, as in ``block_diffusion(block_size=16, threshold=0.8)``."""
-        inside = ", ".join(f"{key}={value}" for key, value in self.params.items())
+        """Short name, parameters in their own order, as in ``block_diffusion(block_size=16, threshold=0.8)``.
+
+        Switches that are off go unsaid.
+        """
+        inside = ", ".join(f"{key}={value}" for key, value in self.params.items() if value is not False)
         return f"{self.kind}({inside})" if inside else self.kind
 
 
