@@ -5,6 +5,7 @@ Time is a count of the layers that were run, so that every figure has a known tr
 
 import dataclasses
 import json
+import re
 from contextlib import contextmanager
 
 import numpy as np
@@ -286,6 +287,15 @@ def test_the_command_line_measures_and_reports(config, tmp_path, capsys):
     run = capsys.readouterr().out.strip()
     assert cli.main(["report", run, "--out", str(tmp_path / "reports")]) == 0
     text = (tmp_path / "reports" / run.rsplit("/", 1)[-1] / "report.md").read_text()
+    assert text.startswith("# What decoding would cost: small (random weights)")
+    assert re.findall("^## (.*)$", text, re.MULTILINE) == [
+        "True scale, on random weights",
+        "Environment: what was run on what",
+        "How to reproduce it",
+    ]
+    assert re.search(
+        r"\*\*Batch 1, blocks of 4: break-even at (([\d.]+|no rate)[ /]*){3} tokens per NFE, 2.42x at", text
+    )
     section = text.partition("## True scale, on random weights")[2].partition("\n## ")[0]
     paragraphs = [part for part in section.split("\n\n") if part.strip() and not part.lstrip().startswith(("|", "-"))]
     assert all("andom weights" in part for part in paragraphs)

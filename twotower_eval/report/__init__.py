@@ -90,8 +90,11 @@ def write(
 
 
 def _concerning(runs: Runs) -> list[str]:
-    """Shipped sections; that on random weights only where a run has them, which few do."""
-    return [name for name in SECTIONS if name != "scale" or any(is_scale_run(run) for run in runs)]
+    """Shipped sections; that on random weights only where a run has them, and alone where none has anything else."""
+    on_random_weights = [is_scale_run(run) for run in runs]
+    if all(on_random_weights):
+        return ["scale", "setup", "reproduce"]
+    return [name for name in SECTIONS if name != "scale" or any(on_random_weights)]
 
 
 def report_id(run_ids: Sequence[str]) -> str:
@@ -116,4 +119,6 @@ def _title(runs: Runs) -> str:
     named: dict[str, set[str]] = {"candidate": set(), "baseline": set()}
     for cell in cells:
         named[cell.arm].add(escape(checkpoint_name(cell.checkpoint)))
+    if all(is_scale_run(run) for run in runs):
+        return f"What decoding would cost: {' and '.join(sorted(named['candidate']))}"
     return " against ".join(" and ".join(sorted(names)) or f"no {arm}" for arm, names in named.items())

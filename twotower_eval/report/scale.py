@@ -64,6 +64,7 @@ def _of_run(found: ScaleRun, picture: str) -> list[str]:
     )
     whole = "extrapolated to all layers" if found.extrapolated else "measured"
     return [
+        bullets(_in_short(found)),
         head,
         f"What each step costs (random weights; {whole}), beside the floor that probed bandwidth and arithmetic set.",
         _steps(found.steps),
@@ -77,6 +78,25 @@ def _of_run(found: ScaleRun, picture: str) -> list[str]:
         _blocks(found),
         bullets(_remarks(found)),
     ]
+
+
+def _in_short(found: ScaleRun) -> Iterator[str]:
+    """What a speedup takes at each batch and block size, from the cheapest forced routing to the dearest."""
+    for point in found.points if len(found.rounds) > 1 else ():
+        even, claimed = (
+            [_rounded(measured) for measured in needs]
+            for needs in zip(*((curve.break_even, curve.needed) for curve in point.curves), strict=True)
+        )
+        routings = " / ".join(curve.routing for curve in point.curves)
+        yield (
+            f"**Batch {count(point.batch_size)}, blocks of {count(point.block_size)}: break-even at "
+            f"{' / '.join(even)} tokens per NFE, {CLAIMED_SPEEDUP}x at {' / '.join(claimed)}** "
+            f"({routings} experts; costs on random weights)"
+        )
+
+
+def _rounded(rate: Measured) -> str:
+    return "no rate" if rate.estimate is None else f"{rate.estimate.value:.1f}"
 
 
 def _steps(steps: Sequence[StepCost]) -> str:
