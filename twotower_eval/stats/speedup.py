@@ -9,12 +9,12 @@ of rounds where calls are fixed, are those that their fourth powers leave.
 
 Both kinds of workload have sums that are skew, and a symmetric interval then supports too often what is false. On a
 fixed workload, where a stall now and then skews even sums over many calls, the interval is, end by end, the wider of
-the symmetric one and of the bootstrap's percentiles corrected for skewness. Where prompts are sampled, answers of unlike
-length are what skews, and few calls show too little of it. So the variance between calls is the jackknife's, which
-knows how much a long call bends the ratio; one more call like the most telling one is added to variance and skewness,
-less and less the more calls carry them; and the end on the side of the tail is moved out by what skewness does to
-Student's t (Johnson 1978, "Modified t tests and confidence intervals for asymmetrical populations"). The other end
-stays: to move it in would trust an estimated skewness too far.
+the symmetric one and of the bootstrap's percentiles corrected for skewness. Where prompts are sampled, answers of
+unlike length are what skews, and few calls show too little of it. So the variance between calls is the jackknife's,
+which knows how much a long call bends the ratio; one more call like the most telling one is added to variance and
+skewness, less and less the more calls carry them; and the end on the side of the tail is moved out by what skewness
+does to Student's t (Johnson 1978, "Modified t tests and confidence intervals for asymmetrical populations"). The other
+end stays: to move it in would trust an estimated skewness too far.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def speedup(
 
     ``time``: seconds of the baseline over those of the candidate. ``throughput``: useful tokens per second, candidate
     over baseline. ``length``: useful tokens, candidate over baseline. ``baseline_rate``, ``candidate_rate``: useful
-    tokens per second of one arm. ValueError where there is one round only, or where a sum is 0.
+    tokens per second of one arm. ValueError where there is one round only, or one call of sampled prompts, or where a
+    sum is 0.
     """
     crossing = _Crossing(calls, num_resamples, seed)
     log_value, log_Q, influence_UP = 0.0, np.zeros(num_resamples), np.zeros(crossing.shape)
@@ -87,7 +88,7 @@ def speedup(
         log_Q += sign * np.log(total_Q)
         influence_UP += sign * values_UP.size * values_UP / total
         if crossing.crossed:
-            without_P += sign * np.log(total - values_UP.sum(axis=0))
+            without_P += sign * np.log(_others(values_UP))
     return crossing.estimate(log_value, log_Q, influence_UP, without_P, level)
 
 
@@ -104,7 +105,7 @@ def geometric_speedup(
     influence_UP = sums_UP.size * (sums_UP - log_value * counts_UP) / counts_UP.sum()
     without_P = np.zeros(crossing.shape[1])
     if crossing.crossed:
-        without_P = (sums_UP.sum() - sums_UP.sum(axis=0)) / (counts_UP.sum() - counts_UP.sum(axis=0))
+        without_P = _others(sums_UP) / _others(counts_UP)
     log_Q = crossing.draw(sums_UP) / crossing.draw(counts_UP)
     return crossing.estimate(log_value, log_Q, influence_UP, without_P, level)
 
@@ -138,7 +139,10 @@ class _Crossing:
         num_units, num_calls = self.shape
         if num_units < 2:
             raise ValueError("one measured round only: its variation is unknown, so there is no interval")
-        self.crossed = not calls.fixed and num_calls > 1
+        self.crossed = not calls.fixed
+        if self.crossed and num_calls < 2:
+            why = "how prompts differ is unknown, so there is no interval: time more of them"
+            raise ValueError(f"one call of sampled prompts only: {why}")
         self._draws_QU = _multiplicities(num_units, num_resamples, seed)
         self._draws_QP = np.ones((num_resamples, num_calls))
         if self.crossed:
@@ -167,7 +171,7 @@ class _Crossing:
         reach, stderr = t_quantile(level, spread.dof), spread.scale * float(np.std(log_Q))
         low, high = log_value - reach * stderr, log_value + reach * stderr
         if self.crossed:
-            # Johnson's shift at the normal quantile, stretched as Student's is: his square of t runs away with few rounds.
+            # Johnson's shift at the normal quantile, stretched as Student's is: the square of t runs away.
             normal = t_quantile(level, inf)
             shift = spread.skew / 6 * (1 / normal + 2 * normal) * reach * stderr
             low, high = low + min(shift, 0.0), high + max(shift, 0.0)
@@ -236,6 +240,13 @@ def _of_both(influence_UP: Floats, without_P: Floats) -> _Spread:
     cubes = _third_cumulant(rows_UP) + _third_cumulant(columns_UP) + more * worst**3
     skew = cubes / unbiased**1.5
     return _Spread(scale=sqrt((unbiased + unseen) / by_bootstrap), dof=dof, skew=skew)
+
+
+def _others(values_UP: Floats) -> Floats:
+    """For each call, the sum over all others; added up, as a difference may leave nothing of a small sum."""
+    of_call_P: Floats = values_UP.sum(axis=0)
+    others_P: Floats = of_call_P @ (1 - np.eye(len(of_call_P)))
+    return others_P
 
 
 def _dof(values_I: Floats) -> float:
