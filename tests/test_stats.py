@@ -445,6 +445,20 @@ def test_the_mean_of_ratios_varies_by_each_tasks_own_ratio() -> None:
     assert found.high - found.low == pytest.approx(2 * 1.98 * drawn, rel=0.1)
 
 
+def test_the_mean_of_skew_scores_supports_no_more_than_it_may() -> None:
+    """Student's t supported a mean at its very limit in 10 % where most of 25 graded scores are 1."""
+    rng, above = np.random.default_rng(12), 0
+    for _ in range(2_000):
+        found = stats.mean_score(1 - rng.beta(0.5, 4, 25), [str(i) for i in range(25)], level=stats.DECISION_LEVEL)
+        above += found.low > 1 - 0.5 / 4.5
+    assert above / 2_000 < 0.06  # one standard deviation is 0.005
+
+
+def test_two_values_are_not_taken_for_skew() -> None:
+    found = stats.mean_score([1.0, 3.0], ["a", "b"])
+    assert found.high - found.value == pytest.approx(found.value - found.low)
+
+
 def test_a_mean_at_the_edge_is_never_certain() -> None:
     """Thirty problems of five samples each, all right: the t interval had no width at all."""
     clusters = [str(i // 5) for i in range(150)]

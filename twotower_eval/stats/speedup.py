@@ -12,9 +12,8 @@ fixed workload, where a stall now and then skews even sums over many calls, the 
 the symmetric one and of the bootstrap's percentiles corrected for skewness. Where prompts are sampled, answers of
 unlike length are what skews, and few calls show too little of it. So the variance between calls is the jackknife's,
 which knows how much a long call bends the ratio; one more call like the most telling one is added to variance and
-skewness, less and less the more calls carry them; and the end on the side of the tail is moved out by what skewness
-does to Student's t (Johnson 1978, "Modified t tests and confidence intervals for asymmetrical populations"). The other
-end stays: to move it in would trust an estimated skewness too far.
+skewness, less and less the more calls carry them; and the end on the side of the tail is moved out (see
+``skewed_t_interval``).
 """
 
 from __future__ import annotations
@@ -22,16 +21,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import exp, inf, sqrt
+from math import exp, sqrt
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from twotower_eval.records import Estimate
-from twotower_eval.stats.intervals import FEW, LEVEL, NUM_RESAMPLES, Floats, corrected_percentiles, t_quantile
+from twotower_eval.stats.intervals import (
+    FEW,
+    LEVEL,
+    NUM_RESAMPLES,
+    Floats,
+    corrected_percentiles,
+    dof_of_mean,
+    one_more,
+    skewed_t_interval,
+    third_cumulant,
+)
 
 NULL_LEVEL = 0.99  # of the A/A null's interval
-SMALL = 16  # degrees of freedom of calls up to which one more like the most telling one is added in full
 Quantity = Literal["time", "throughput", "length", "baseline_rate", "candidate_rate"]
 
 
@@ -168,14 +176,10 @@ class _Crossing:
     ) -> Estimate:
         """The value with its interval; ``without_P``: the value without each call in turn, where calls are drawn."""
         spread = _of_both(influence_UP, without_P) if self.crossed else _of_units(influence_UP.mean(axis=1))
-        reach, stderr = t_quantile(level, spread.dof), spread.scale * float(np.std(log_Q))
-        low, high = log_value - reach * stderr, log_value + reach * stderr
-        if self.crossed:
-            # Johnson's shift at the normal quantile, stretched as Student's is: the square of t runs away.
-            normal = t_quantile(level, inf)
-            shift = spread.skew / 6 * (1 / normal + 2 * normal) * reach * stderr
-            low, high = low + min(shift, 0.0), high + max(shift, 0.0)
-        else:
+        stderr = spread.scale * float(np.std(log_Q))
+        skew = spread.skew if self.crossed else 0.0
+        low, high = skewed_t_interval(log_value, stderr, level=level, dof=spread.dof, skew=skew)
+        if not self.crossed:
             corrections = {"dof": spread.dof, "inflation": spread.scale, "skew": spread.skew}
             skewed_low, skewed_high = corrected_percentiles(log_Q, log_Q, log_value, level=level, **corrections)
             low, high = min(low, skewed_low), max(high, skewed_high)
@@ -211,8 +215,8 @@ def _of_units(of_unit_U: Floats) -> _Spread:
     """Where only rounds, or launches, vary."""
     num = len(of_unit_U)
     variance = float(of_unit_U.var(ddof=1)) / num
-    skew = _third_cumulant(of_unit_U) / variance**1.5 if variance > 0 else 0.0
-    return _Spread(scale=sqrt(num / (num - 1)), dof=_dof(of_unit_U), skew=skew)
+    skew = third_cumulant(of_unit_U) / variance**1.5 if variance > 0 else 0.0
+    return _Spread(scale=sqrt(num / (num - 1)), dof=dof_of_mean(of_unit_U), skew=skew)
 
 
 def _of_both(influence_UP: Floats, without_P: Floats) -> _Spread:
@@ -225,7 +229,7 @@ def _of_both(influence_UP: Floats, without_P: Floats) -> _Spread:
     of_residual = float((residual_UP**2).sum()) / num_free / influence_UP.size
     pseudo_P = (num_calls - 1) * (without_P.mean() - without_P)
     bent = max(0.0, float(pseudo_P.var(ddof=1)) / num_calls - of_calls)
-    call_dof, worst = _dof(pseudo_P), float(pseudo_P[np.argmax(np.abs(pseudo_P))]) / num_calls
+    call_dof, (square, cube) = dof_of_mean(pseudo_P), one_more(pseudo_P)
     # Both margins hold the residual, so it is counted twice in their sum.
     unbiased = max(of_residual, of_units + of_calls - of_residual)
     by_bootstrap = of_units * (num_units - 1) / num_units + of_calls * (num_calls - 1) / num_calls
@@ -234,12 +238,16 @@ def _of_both(influence_UP: Floats, without_P: Floats) -> _Spread:
     if unbiased <= 0 or squares <= 0 or by_bootstrap <= 0:
         return _Spread(scale=1.0, dof=1e9, skew=0.0)
     dof = max(unbiased**2 / squares, min(num_units - 1, call_dof))
-    own = max(0.0, of_calls - of_residual) / of_calls if of_calls > 0 else 0.0  # share that is not noise
-    more = own * min(1.0, SMALL / call_dof)
-    unseen = own * bent + more * worst**2
-    cubes = _third_cumulant(rows_UP) + _third_cumulant(columns_UP) + more * worst**3
-    skew = cubes / unbiased**1.5
+    own = _own(of_calls, of_residual)
+    unseen = own * (bent + square)
+    cubes = _own(of_units, of_residual) * third_cumulant(rows_UP) + own * third_cumulant(columns_UP)
+    skew = (cubes + own * cube) / (unbiased + unseen) ** 1.5
     return _Spread(scale=sqrt((unbiased + unseen) / by_bootstrap), dof=dof, skew=skew)
+
+
+def _own(of_margin: float, of_residual: float) -> float:
+    """Share of a margin's variance that is its own and not noise of single timings, whose skewness averages out."""
+    return max(0.0, of_margin - of_residual) / of_margin if of_margin > 0 else 0.0
 
 
 def _others(values_UP: Floats) -> Floats:
@@ -247,22 +255,6 @@ def _others(values_UP: Floats) -> Floats:
     of_call_P: Floats = values_UP.sum(axis=0)
     others_P: Floats = of_call_P @ (1 - np.eye(len(of_call_P)))
     return others_P
-
-
-def _dof(values_I: Floats) -> float:
-    """Degrees of freedom of the variance of a mean over calls, or rounds."""
-    num = len(values_I)
-    squares_I = (values_I - values_I.mean()) ** 2
-    total = float(squares_I.sum())
-    spread = float((squares_I**2).sum()) - total**2 / num
-    return min(num - 1.0, max(1.0, 2 * total**2 / spread)) if spread > 0 else num - 1.0
-
-
-def _third_cumulant(values_I: Floats) -> float:
-    """Third cumulant of the mean of independent values; 0 where two or fewer say nothing of it."""
-    num = values_I.size
-    cubes = float(((values_I - values_I.mean()) ** 3).sum())
-    return cubes / ((num - 1) * (num - 2) * num) if num > 2 else 0.0
 
 
 def _terms(calls: TimedCalls, quantity: Quantity) -> tuple[tuple[int, Floats], ...]:
