@@ -11,24 +11,25 @@ from twotower_eval.claims.published import Published, published_from
 
 GOLDEN = """\
 CONFIRMS     headline: stated 98.7 % is the ratio of the unweighted means or the mean of per-task ratios of 11 tasks: \
-ratio of the unweighted means 98.67 %, mean of per-task ratios 98.65 %; the means are 79.251 and 80.318
+ratio of the unweighted means 98.67 %, mean of per-task ratios 98.65 %; the means are 79.251 % and 80.318 %
 REMARK       multiple choice (5 tasks: MMLU, ARC-Challenge, WinoGrande, RACE, MMLU Global Lite): retention 100.14 %
 REMARK       generative (6 tasks: MMLU-Pro, HumanEval, MBPP-Sanitized, GSM8K, MATH-500, MGSM): retention 97.40 %
 REMARK       code (2 tasks: HumanEval, MBPP-Sanitized): retention 97.32 %
 REMARK       math (2 tasks: GSM8K, MATH-500): retention 96.52 %
 REMARK       code + math (4 tasks: HumanEval, MBPP-Sanitized, GSM8K, MATH-500): retention 96.90 %
-REMARK       ARC-Challenge: 91.72 (AR baseline) = 1075/1172, 92.66 (candidate) = 1086/1172: as from one greedy run
-REMARK       WinoGrande: 76.09 (AR baseline) = 964/1267, 76.09 (candidate) = 964/1267: as from one greedy run
-REMARK       HumanEval: 79.27 (AR baseline) = 130/164: as from one greedy run
-REMARK       HumanEval: 75.58 (candidate), 76.40 (block 16), 19.85 (block 64) are no k/164: \
-20 samples a problem are the fewest that fit all of them
-REMARK       MBPP-Sanitized: 74.71 (AR baseline) = 192/257: as from one greedy run
-REMARK       MBPP-Sanitized: 74.28 (candidate) is no k/257: 9 samples a problem are the fewest that fit
-REMARK       GSM8K: 92.49 (AR baseline) = 1220/1319, 90.14 (candidate) = 1189/1319, 89.84 (block 16) = 1185/1319, \
-2.20 (block 64) = 29/1319: as from one greedy run
-REMARK       MATH-500: 84.40 (AR baseline) = 422/500, 80.60 (candidate) = 403/500, 2.20 (block 64) = 11/500: \
+REMARK       ARC-Challenge: 91.72 % (AR baseline) = 1075/1172, 92.66 % (candidate) = 1086/1172: \
 as from one greedy run
-REMARK       MATH-500: 81.05 (block 16) is no k/500: 4 samples a problem are the fewest that fit
+REMARK       WinoGrande: 76.09 % (AR baseline) = 964/1267, 76.09 % (candidate) = 964/1267: as from one greedy run
+REMARK       HumanEval: 79.27 % (AR baseline) = 130/164: as from one greedy run
+REMARK       HumanEval: 75.58 % (candidate), 76.40 % (block 16), 19.85 % (block 64) are no k/164: \
+20 samples a problem are the fewest that fit all of them
+REMARK       MBPP-Sanitized: 74.71 % (AR baseline) = 192/257: as from one greedy run
+REMARK       MBPP-Sanitized: 74.28 % (candidate) is no k/257: 9 samples a problem are the fewest that fit
+REMARK       GSM8K: 92.49 % (AR baseline) = 1220/1319, 90.14 % (candidate) = 1189/1319, \
+89.84 % (block 16) = 1185/1319, 2.20 % (block 64) = 29/1319: as from one greedy run
+REMARK       MATH-500: 84.40 % (AR baseline) = 422/500, 80.60 % (candidate) = 403/500, 2.20 % (block 64) = 11/500: \
+as from one greedy run
+REMARK       MATH-500: 81.05 % (block 16) is no k/500: 4 samples a problem are the fewest that fit
 REMARK       WinoGrande, RACE: identical in both columns, very likely scored by the context tower that both share
 REMARK       headline: 2.42x on 2 devices against 1 is 1.21x per device
 REMARK       block 16 is stated at 2.42x (headline), 2.02x (block-size table): \
@@ -68,6 +69,17 @@ def test_an_aggregate_under_no_reading_contradicts(percent: float, kind: str, co
 def test_the_reading_that_fits_is_named() -> None:
     assert "is the mean of per-task ratios of 2 tasks" in audit(table(percent=90.0))[0].text
     assert "is the ratio of the unweighted means of 2 tasks" in audit(table(percent=92.3))[0].text
+
+
+def test_what_contradicts_never_looks_like_what_it_contradicts() -> None:
+    """A stated 92.31 % was contradicted by "92.31 %": one decimal too few of 120 / 130 = 92.308 % held to 92.312 %."""
+    text = audit(table(percent=92.312, decimals=3))[0].text
+    assert "stated 92.312 %" in text
+    assert "the unweighted means 92.3077 %" in text
+    stated = [{"name": n, "factor": f, "block_size": 16} for n, f in (("abstract", 2.421), ("table", 2.42))]
+    one = {"name": "one", "shots": 0, "metric": "acc", "kinds": [], "baseline": 5.0, "candidate": 5.0}
+    apart = audit(published_from({"decimals": 2, "task": [one], "speedup": stated}))[-1].text
+    assert apart.startswith("block 16 is stated at 2.421x (abstract), 2.42x (table)")
 
 
 def test_nothing_published_is_nothing_to_audit() -> None:

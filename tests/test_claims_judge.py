@@ -1,6 +1,7 @@
 """Verdicts on runs of known truth: what supports a claim, and everything that must keep one from being supported."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -316,7 +317,28 @@ def test_few_calls_of_sampled_prompts_support_nothing(
         verdict = verdict_on(table, [good[0], store.load(path)], workload=workload)
         assert verdict.outcome == outcome
         if outcome == "INCONCLUSIVE":
-            assert verdict.reason == "7 calls of sampled prompts: fewer than 8 cannot support a claim"
+            few_calls = "7 calls of sampled prompts: fewer than 8 cannot support a claim, time more prompts"
+            assert verdict.reason == few_calls
+
+
+def test_one_call_of_sampled_prompts_says_nothing_of_other_prompts(tmp_path: Path, good: list[Run]) -> None:
+    """Its interval was that over rounds alone: it covered the truth in 12 %, and refuted what was true in 40 %."""
+    for workload, outcome in (("answer", "INCONCLUSIVE"), ("fixed", "REFUTED")):
+        path = speed_run(tmp_path / workload, workload=workload, num_calls=1)
+        table = {**FAST, "expected": 9.0, "limits": {"null_half_width": 0.5, "null_share": 5.0}}
+        verdict = verdict_on(table, [good[0], store.load(path)], workload=workload)
+        assert verdict.outcome == outcome
+        assert (verdict.estimate is None) == (workload == "answer")
+
+
+def test_reasons_are_in_the_unit_of_the_claim(good: list[Run]) -> None:
+    """They were raw decimals: "the upper bound 0.900901 is below 0.982"."""
+    kept = verdict_on({**KEPT, "expected": 1.487}, good).reason
+    assert re.fullmatch(r"the upper bound \d\d\.\d % is below 148\.2 %", kept)
+    fast = verdict_on({**FAST, "expected": 3.0}, good).reason
+    assert re.fullmatch(r"the upper bound 1\.\d\dx is below 2\.85x", fast)
+    apart = {**KEPT, "quantity": "score_difference", "scope": ["sorting"], "expected": -0.5, "margin": 0.0}
+    assert re.fullmatch(r"the lower bound -?\d\.\d points is above -50\.0 points", verdict_on(apart, good).reason)
 
 
 def test_what_would_decide_names_its_unit(tmp_path: Path, good: list[Run]) -> None:

@@ -20,7 +20,7 @@ def bounds(low: float, value: float, high: float, *, n: int = 100, level: float 
 def outcome(low: float, high: float, relation: stats.Relation = "at_least", *, num_clusters: int = 100) -> str:
     estimate = bounds(low, (low + high) / 2, high)
     decision = stats.decide(estimate, relation=relation, expected=0.987, margin=0.005, num_clusters=num_clusters)
-    assert decision.reason
+    assert decision.comparisons
     return decision.outcome
 
 
@@ -80,6 +80,16 @@ def test_equal_is_both_one_sided_claims(low: float, width: float, expected: floa
     )
     assert (equal == "SUPPORTED") == (least == most == "SUPPORTED")
     assert (equal == "REFUTED") == ("REFUTED" in (least, most))
+
+
+def test_a_decision_says_which_bound_met_which_limit() -> None:
+    estimate = bounds(0.95, 0.97, 0.99)
+    judged = {"expected": 0.987, "margin": 0.005, "num_clusters": 100}
+    equal = stats.decide(estimate, relation="equal", **judged)
+    assert equal.comparisons == (stats.Comparison(bound="lower", value=0.95, stands="open", limit=0.987 - 0.005),)
+    most = stats.decide(estimate, relation="at_most", **{**judged, "num_clusters": 5})
+    assert most.comparisons == (stats.Comparison(bound="upper", value=0.99, stands="below", limit=0.987 + 0.005),)
+    assert (most.outcome, most.few) == ("INCONCLUSIVE", "5 clusters: fewer than 20 cannot support a claim")
 
 
 # --- granularity ---------------------------------------------------------------------------------------------------

@@ -352,6 +352,7 @@ def test_five_launches_are_resampled_fewer_are_not() -> None:
         (lambda: timed(np.zeros((0, 3)), np.zeros((0, 3))), "none"),
         (lambda: timed(np.ones((2, 3)), np.ones((2, 2))), "same rounds"),
         (lambda: timed([[1.0], [-1.0]], [[1.0], [1.0]]), "at least 0"),
+        (lambda: timed([[1.0], [1.1]], [[1.0], [1.0]]), "one call of sampled prompts"),
     ],
 )
 def test_no_speedup_where_there_is_none(calls, words: str) -> None:
@@ -393,6 +394,17 @@ def test_speedup_intervals_cover_the_truth(
     assert 180 <= covered <= 199
 
 
+def test_the_end_on_the_side_of_the_tail_is_further_out() -> None:
+    """One call in sixteen gains far less than the others: more such calls may be missing from the sample."""
+    seconds = np.full((4, 16), 1.0) * np.exp(np.linspace(0, 0.02, 4))[:, None]
+    gains = np.where(np.arange(16) == 3, 0.7, 2.0 + 0.02 * np.arange(16))
+    found = stats.speedup(timed(seconds, seconds / gains))
+    below, beyond = math.log(found.value / found.low), math.log(found.high / found.value)
+    assert below > 1.2 * beyond
+    mirrored = stats.speedup(timed(seconds / gains, seconds))
+    assert math.log(mirrored.high / mirrored.value) == pytest.approx(below, rel=0.05)
+
+
 def test_the_null_of_a_model_against_itself_covers_one() -> None:
     rng, covered = np.random.default_rng(9), 0
     for _ in range(150):
@@ -431,6 +443,20 @@ def test_the_mean_of_ratios_varies_by_each_tasks_own_ratio() -> None:
     found = stats.mean_of_ratios(scores.table, draws)
     drawn = np.std((draws.candidate_QK / draws.baseline_QK).mean(axis=1))
     assert found.high - found.low == pytest.approx(2 * 1.98 * drawn, rel=0.1)
+
+
+def test_the_mean_of_skew_scores_supports_no_more_than_it_may() -> None:
+    """Student's t supported a mean at its very limit in 10 % where most of 25 graded scores are 1."""
+    rng, above = np.random.default_rng(12), 0
+    for _ in range(2_000):
+        found = stats.mean_score(1 - rng.beta(0.5, 4, 25), [str(i) for i in range(25)], level=stats.DECISION_LEVEL)
+        above += found.low > 1 - 0.5 / 4.5
+    assert above / 2_000 < 0.06  # one standard deviation is 0.005
+
+
+def test_two_values_are_not_taken_for_skew() -> None:
+    found = stats.mean_score([1.0, 3.0], ["a", "b"])
+    assert found.high - found.value == pytest.approx(found.value - found.low)
 
 
 def test_a_mean_at_the_edge_is_never_certain() -> None:

@@ -169,6 +169,7 @@ def speed_worlds() -> tuple[SpeedWorld, ...]:
             for rounds, calls in ((3, 16), (5, 16), (15, 16), (12, 64))
         ),
         *(sampled("time", rounds, calls, "stalls", 0.03, 0.1) for rounds, calls in ((5, 16), (15, 16), (12, 64))),
+        *(sampled("time", 5, calls, "lognormal", 0.05, spread) for calls, spread in ((8, 0.3), (16, 0.5), (64, 0.5))),
         sampled("time", 5, 16, "lognormal", 0.2, 0.01),
         sampled("time", 15, 4, "lognormal", 0.05, 0.2),
         *(sampled("throughput", rounds, calls, "lognormal", 0.05, 0.2) for rounds, calls in ((5, 16), (12, 64))),
@@ -183,6 +184,7 @@ def fresh_speed_worlds() -> tuple[SpeedWorld, ...]:
         fixed(9, 20, "lognormal", 0.1),
         fixed(24, 10, "stalls", 0.05),
         sampled("time", 8, 12, "lognormal", 0.1, 0.3),
+        sampled("time", 7, 20, "heavy tail", 0.08, 0.4),
         sampled("time", 20, 32, "stalls", 0.02, 0.15),
         sampled("throughput", 6, 24, "heavy tail", 0.05, 0.25),
         sampled("length", 9, 40, "lognormal", 0.03, 0.15),

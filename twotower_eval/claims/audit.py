@@ -13,6 +13,7 @@ from typing import Literal
 
 from twotower_eval import stats
 from twotower_eval.claims.published import Published, PublishedAggregate, PublishedSpeedup, PublishedTask
+from twotower_eval.evidence.numbers import TIMES
 
 EXIT_CONTRADICTED = 3
 Kind = Literal["CONFIRMS", "CONTRADICTS", "REMARK"]
@@ -71,13 +72,14 @@ def _aggregates(published: Published) -> Iterator[Finding]:
         values = {name: reading(tasks) for name, reading in READINGS.items()}
         fitting = [name for name, value in values.items() if _rounds_to(value, aggregate)]
         stated = f"{aggregate.name}: stated {aggregate.percent:.{aggregate.decimals}f} %"
-        listed = ", ".join(f"{name} {value:.2f} %" for name, value in values.items())
+        decimals = max(2, aggregate.decimals + 1)  # one more than stated, so that what contradicts looks different
+        listed = ", ".join(f"{name} {value:.{decimals}f} %" for name, value in values.items())
         if not fitting:
             yield Finding(kind="CONTRADICTS", text=f"{stated} over {len(tasks)} tasks, recomputed {listed}")
             continue
         means = [sum(getattr(task, arm) for task in tasks) / len(tasks) for arm in ("candidate", "baseline")]
         text = f"{stated} is the {' or the '.join(fitting)} of {len(tasks)} tasks: {listed}"
-        yield Finding(kind="CONFIRMS", text=f"{text}; the means are {means[0]:.3f} and {means[1]:.3f}")
+        yield Finding(kind="CONFIRMS", text=f"{text}; the means are {means[0]:.3f} % and {means[1]:.3f} %")
 
 
 def _rounds_to(value: float, aggregate: PublishedAggregate) -> bool:
@@ -113,14 +115,16 @@ def _task_granularity(task: PublishedTask, places: dict[str, float], decimals: i
     assert n is not None, "the caller leaves out tasks of unknown size"
     counts = {where: stats.possible_counts(percent, decimals, n) for where, percent in places.items()}
     fitting = [
-        f"{places[where]:.{decimals}f} ({where}) = {found[0]}/{n}" for where, found in counts.items() if len(found) == 1
+        f"{places[where]:.{decimals}f} % ({where}) = {found[0]}/{n}"
+        for where, found in counts.items()
+        if len(found) == 1
     ]
     if fitting:
         yield Finding(kind="REMARK", text=f"{task.name}: {', '.join(fitting)}: as from one greedy run")
     odd = [where for where, found in counts.items() if not found]
     if not odd:
         return
-    shown = ", ".join(f"{places[where]:.{decimals}f} ({where})" for where in odd)
+    shown = ", ".join(f"{places[where]:.{decimals}f} % ({where})" for where in odd)
     smallest = stats.smallest_samples([places[where] for where in odd], decimals, n)
     verb = "is" if len(odd) == 1 else "are"
     fits = f"{smallest} samples a problem are the fewest that fit{' all of them' if len(odd) > 1 else ''}"
@@ -140,16 +144,22 @@ def _speedups(speedups: Sequence[PublishedSpeedup]) -> Iterator[Finding]:
         devices = speedup.baseline_devices, speedup.candidate_devices
         if devices[0] and devices[1] and devices[0] != devices[1]:
             each = speedup.factor * devices[0] / devices[1]
-            text = f"{speedup.name}: {speedup.factor:.2f}x on {devices[1]} devices against {devices[0]}"
+            text = f"{speedup.name}: {_factor(speedup)} on {devices[1]} devices against {devices[0]}"
             yield Finding(kind="REMARK", text=f"{text} is {each:.2f}x per device")
     by_block: dict[int, list[PublishedSpeedup]] = defaultdict(list)
     for speedup in speedups:
         by_block[speedup.block_size].append(speedup)
     for block_size, found in by_block.items():
         if len({speedup.factor for speedup in found}) > 1:
-            listed = ", ".join(f"{speedup.factor:.2f}x ({speedup.name})" for speedup in found)
+            listed = ", ".join(f"{_factor(speedup)} ({speedup.name})" for speedup in found)
             text = f"block {block_size} is stated at {listed}: they differ in something that is not stated"
             yield Finding(kind="REMARK", text=text)
+
+
+def _factor(speedup: PublishedSpeedup) -> str:
+    """As printed: two decimals, more where it has more."""
+    decimals = next(places for places in range(2, 16) if round(speedup.factor, places) == speedup.factor)
+    return TIMES.text(speedup.factor, decimals)
 
 
 def _gaps(published: Published) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from twotower_eval.claims.match import Evidence
 from twotower_eval.evidence import Measured, QualityPoint, SpeedPoint, nulls
 from twotower_eval.evidence.clean import Flagged
 from twotower_eval.evidence.measured import measured
+from twotower_eval.evidence.numbers import PERCENT, interval
 from twotower_eval.records import CheckOutcome, Estimate, Gate, GateLimits
 from twotower_eval.stats.decide import DECISION_LEVEL
 
@@ -112,7 +113,7 @@ def floor_gate(quality: Sequence[QualityPoint], limits: GateLimits) -> Gate:
     below = [(one, est) for one, est in judged if est.high < floor]
     if below:
         one, est = below[0]
-        detail = f"{BROKEN}: retention {_percent(est)} is below the floor of {100 * floor:g} %"
+        detail = f"{BROKEN}: retention {interval(PERCENT, est, against=floor)} is below the floor of {100 * floor:g} %"
         return Gate(name=name, outcome="failed", detail=detail, evidence=(one.run_id,))
     enough = sorted((pair for pair in judged if pair[1].n >= stats.MIN_CLUSTERS), key=lambda pair: not pair[0].timed)
     if not enough:
@@ -123,9 +124,9 @@ def floor_gate(quality: Sequence[QualityPoint], limits: GateLimits) -> Gate:
         return Gate(name=name, outcome="not_checked", detail=detail, evidence=tuple(one.run_id for one, _ in found))
     one, est = enough[0]
     if est.low <= floor:
-        detail = f"retention {_percent(est)} does not clear the floor of {100 * floor:g} %"
+        detail = f"retention {interval(PERCENT, est, against=floor)} does not clear the floor of {100 * floor:g} %"
         return Gate(name=name, outcome="not_checked", detail=detail, evidence=(one.run_id,))
-    detail = f"retention {_percent(est)} is above the floor of {100 * floor:g} %"
+    detail = f"retention {interval(PERCENT, est, against=floor)} is above the floor of {100 * floor:g} %"
     return Gate(name=name, outcome="passed", detail=detail, evidence=(one.run_id,))
 
 
@@ -137,8 +138,3 @@ def exercised_retention(point: QualityPoint) -> Measured:
     table = point.scores.table
     weights_K = table.weights_K(names)
     return measured(lambda: stats.retention(table, stats.draw_task_means(table), weights_K, level=DECISION_LEVEL))
-
-
-def _percent(estimate: Estimate) -> str:
-    low, value, high = (100 * number for number in (estimate.low, estimate.value, estimate.high))
-    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"

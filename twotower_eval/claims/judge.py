@@ -25,6 +25,7 @@ from twotower_eval.claims.match import (
     same_point,
     speed_at,
 )
+from twotower_eval.claims.reasons import decision_text
 from twotower_eval.evidence import Measured, PointKey, QualityPoint, SpeedPoint
 from twotower_eval.evidence.measured import measured
 from twotower_eval.records import Claim, Estimate, Gate, Outcome, Verdict
@@ -202,7 +203,7 @@ def _decided(claim: Claim, estimate: Estimate, amount: _Amount) -> tuple[Outcome
         num_calls=amount.num_calls,
     )
     if decision.outcome != "INCONCLUSIVE":
-        return decision.outcome, decision.reason
+        return decision.outcome, decision_text(claim.quantity, decision)
     needed = stats.still_needed(
         estimate,
         relation=relation,
@@ -212,7 +213,7 @@ def _decided(claim: Claim, estimate: Estimate, amount: _Amount) -> tuple[Outcome
         log_scale=is_speed,
         least_n=stats.MIN_ROUNDS if is_speed else stats.MIN_CLUSTERS,
     )
-    return "INCONCLUSIVE", f"{decision.reason}{_needed_text(needed, amount)}"
+    return "INCONCLUSIVE", f"{decision_text(claim.quantity, decision)}{_needed_text(needed, amount)}"
 
 
 def _needed_text(needed: stats.Needed, amount: _Amount) -> str:

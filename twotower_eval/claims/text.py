@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from twotower_eval.claims.audit import Finding
-from twotower_eval.claims.files import SPEED_QUANTITIES
 from twotower_eval.claims.judge import EXIT_CODES, said
+from twotower_eval.claims.reasons import UNITS
+from twotower_eval.evidence.numbers import interval
 from twotower_eval.records import Claim, Estimate, Verdict
 
 BOUNDS = "brackets hold one-sided 95 % bounds"
@@ -28,11 +29,7 @@ def estimate_text(claim: Claim, estimate: Estimate | None) -> str:
     """``98.9 % [98.2, 99.6]:`` or ``2.41x [2.30, 2.53]:``; nothing without an estimate."""
     if estimate is None:
         return ""
-    if claim.quantity in SPEED_QUANTITIES:
-        return f"{estimate.value:.2f}x [{estimate.low:.2f}, {estimate.high:.2f}]:"
-    value, low, high = (100 * number for number in (estimate.value, estimate.low, estimate.high))
-    unit = "points" if claim.quantity == "score_difference" else "%"
-    return f"{value:.1f} {unit} [{low:.1f}, {high:.1f}]:"
+    return f"{interval(UNITS[claim.quantity], estimate)}:"
 
 
 def looks_text(verdict: Verdict) -> str:

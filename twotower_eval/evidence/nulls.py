@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from twotower_eval import stats
+from twotower_eval.evidence.numbers import PERCENT, compared
 from twotower_eval.records import Estimate
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ def fault(
     half, widest = stats.half_width(null), stats.widest_null(judged, limits)
     if half > widest:
         share = f"{100 * limits.share:g} % of the log speedup judged"
-        limit = f"{100 * widest:.1f} %, the least of {100 * limits.half_width:g} % and {share}"
-        return f"the null's half-width of {100 * half:.1f} % is above {limit}: time more rounds"
+        width, limit = compared(PERCENT, half, widest)
+        least = f"the least of {100 * limits.half_width:g} % and {share}"
+        return f"the null's half-width of {width} is above {limit}, {least}: time more rounds"
     return None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isclose, isfinite
+from typing import Literal
 
 from twotower_eval.records import Estimate, Outcome
 from twotower_eval.records import Relation as Relation
@@ -20,12 +21,26 @@ MIN_ROUNDS = 2  # a lone round cannot either: its variation is unknown
 MIN_CALLS = 8  # of sampled prompts: with 4, the calibration found 7 % of false claims supported at the limit
 
 
+Stands = Literal["above", "below", "open"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One bound of the interval against one limit of the claim; ``open``: it does not clear it."""
+
+    bound: Literal["lower", "upper"]
+    value: float
+    stands: Stands
+    limit: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """SUPPORTED, REFUTED or INCONCLUSIVE, and why, in words without units."""
+    """SUPPORTED, REFUTED or INCONCLUSIVE, and the comparisons that say why; ``few``: why so little supports nothing."""
 
     outcome: Outcome
-    reason: str
+    comparisons: tuple[Comparison, ...]
+    few: str | None = None
 
 
 def limits(relation: Relation, expected: float, margin: float) -> tuple[float | None, float | None]:
@@ -62,15 +77,14 @@ def decide(
         )
     few = too_few(num_clusters=num_clusters, num_rounds=num_rounds, num_calls=num_calls)
     least, largest = limits(relation, expected, margin)
-    refuted = _refuted(estimate, least, largest)
+    cleared, opened, refuted = _compared(estimate, least, largest)
     if refuted:
-        return Decision(outcome="REFUTED", reason=refuted)
-    unclear = _unclear(estimate, least, largest)
-    if unclear:
-        return Decision(outcome="INCONCLUSIVE", reason=unclear)
+        return Decision(outcome="REFUTED", comparisons=refuted)
+    if opened:
+        return Decision(outcome="INCONCLUSIVE", comparisons=opened)
     if few:
-        return Decision(outcome="INCONCLUSIVE", reason=few)
-    return Decision(outcome="SUPPORTED", reason=_supported(estimate, least, largest))
+        return Decision(outcome="INCONCLUSIVE", comparisons=cleared, few=few)
+    return Decision(outcome="SUPPORTED", comparisons=cleared)
 
 
 def too_few(
@@ -84,28 +98,27 @@ def too_few(
     if num_rounds is not None and num_rounds < MIN_ROUNDS:
         return f"{num_rounds} measured round(s): fewer than {MIN_ROUNDS} cannot support a claim"
     if num_calls is not None and num_calls < MIN_CALLS:
-        return f"{num_calls} calls of sampled prompts: fewer than {MIN_CALLS} cannot support a claim"
+        return f"{num_calls} calls of sampled prompts: fewer than {MIN_CALLS} cannot support a claim, time more prompts"
     return None
 
 
-def _refuted(estimate: Estimate, least: float | None, largest: float | None) -> str | None:
-    if least is not None and estimate.high < least:
-        return f"the upper bound {estimate.high:.6g} is below {least:.6g}"
-    if largest is not None and estimate.low > largest:
-        return f"the lower bound {estimate.low:.6g} is above {largest:.6g}"
-    return None
-
-
-def _unclear(estimate: Estimate, least: float | None, largest: float | None) -> str | None:
-    open_ends = []
-    if least is not None and not estimate.low > least:
-        open_ends.append(f"the lower bound {estimate.low:.6g} does not clear {least:.6g}")
-    if largest is not None and not estimate.high < largest:
-        open_ends.append(f"the upper bound {estimate.high:.6g} does not stay below {largest:.6g}")
-    return " and ".join(open_ends) or None
-
-
-def _supported(estimate: Estimate, least: float | None, largest: float | None) -> str:
-    cleared = [] if least is None else [f"the lower bound {estimate.low:.6g} is above {least:.6g}"]
-    cleared += [] if largest is None else [f"the upper bound {estimate.high:.6g} is below {largest:.6g}"]
-    return " and ".join(cleared)
+def _compared(
+    estimate: Estimate, least: float | None, largest: float | None
+) -> tuple[tuple[Comparison, ...], tuple[Comparison, ...], tuple[Comparison, ...]]:
+    """What clears a limit, what leaves one open, and what lies wholly beyond one."""
+    cleared: list[Comparison] = []
+    opened: list[Comparison] = []
+    refuted: list[Comparison] = []
+    if least is not None:
+        stands: Stands = "above" if estimate.low > least else "open"
+        inside = Comparison(bound="lower", value=estimate.low, stands=stands, limit=least)
+        (cleared if stands == "above" else opened).append(inside)
+        if estimate.high < least:
+            refuted.append(Comparison(bound="upper", value=estimate.high, stands="below", limit=least))
+    if largest is not None:
+        stands = "below" if estimate.high < largest else "open"
+        inside = Comparison(bound="upper", value=estimate.high, stands=stands, limit=largest)
+        (cleared if stands == "below" else opened).append(inside)
+        if estimate.low > largest:
+            refuted.append(Comparison(bound="lower", value=estimate.low, stands="above", limit=largest))
+    return tuple(cleared), tuple(opened), tuple(refuted)

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from twotower_eval.records import Estimate
-from twotower_eval.stats.intervals import FEW, LEVEL, Floats, binomial_upper_bound, t_quantile
+from twotower_eval.stats.intervals import (
+    FEW,
+    LEVEL,
+    Floats,
+    binomial_upper_bound,
+    dof_of_mean,
+    one_more,
+    skewed_t_interval,
+    third_cumulant,
+)
 from twotower_eval.stats.paired import Ints
 
 EPSILON = 1e-12
@@ -16,9 +25,10 @@ EPSILON = 1e-12
 def mean_score(values: Sequence[float], clusters: Sequence[str], *, level: float = LEVEL) -> Estimate:
     """Mean score of one model alone: exact binomial interval for one right-or-wrong score a cluster, else Student's t.
 
-    Where scores lie between 0 and 1 and fewer than 5 of many clusters are not all 0, or not all 1, the t interval says
-    too little of the others: an exact bound, as if every cluster were as heavy as the heaviest, widens it. ValueError
-    for no scores, and for graded scores of a single cluster.
+    The latter is corrected for skewness: without that, the mean of 25 graded scores near 1 supported what is false in
+    10 %. Where scores lie between 0 and 1 and fewer than 5 of many clusters are not all 0, or not all 1, the t interval
+    says too little of the others: an exact bound, as if every cluster were as heavy as the heaviest, widens it.
+    ValueError for no scores, and for graded scores of a single cluster.
     """
     value_N = np.asarray(values, dtype=float)
     if len(value_N) == 0:
@@ -33,11 +43,20 @@ def mean_score(values: Sequence[float], clusters: Sequence[str], *, level: float
         raise ValueError("one cluster only: its variation is unknown, so there is no interval")
     z_C = np.zeros(n)
     np.add.at(z_C, code_N, (value_N - mean) / len(value_N))
-    half = t_quantile(level, n - 1) * float(np.sqrt(n / (n - 1) * (z_C**2).sum()))
+    low, high = _t_interval(mean, n * z_C, level)
     below, above = (_extreme_bound(edge_N, code_N, level) for edge_N in (value_N, 1 - value_N))
-    low, high = min(mean - half, 1 - above), max(mean + half, below)
-    method = "t interval over clusters" + (", widened to the exact bound" if max(above, below) > 0 else "")
+    low, high = min(low, 1 - above), max(high, below)
+    widened = ", widened to the exact bound" if max(above, below) > 0 else ""
+    method = f"t interval over clusters, corrected for skewness{widened}"
     return Estimate(value=mean, low=low, high=high, level=level, n=n, method=method)
+
+
+def _t_interval(mean: float, parts_C: Floats, level: float) -> tuple[float, float]:
+    """Interval of a mean of independent ``parts_C``; one more like the most telling one is added where few tell."""
+    square, cube = one_more(parts_C)
+    variance = float(parts_C.var(ddof=1)) / len(parts_C) + square
+    skew = (third_cumulant(parts_C) + cube) / variance**1.5 if variance > 0 else 0.0
+    return skewed_t_interval(mean, variance**0.5, level=level, dof=dof_of_mean(parts_C), skew=skew)
 
 
 def _extreme_bound(value_N: Floats, code_N: Ints, level: float) -> float:

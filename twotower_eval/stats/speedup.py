@@ -4,11 +4,16 @@ Each replicate draws one set of calls (batches of prompts), shared by all rounds
 shared by both arms. On a ``fixed`` workload the calls are a fixed factor. The crossed bootstrap alone is biased with
 few rounds: its variance lacks the factor n / (n - 1) and counts the residual up to three times (Owen 2007, "The
 pigeonhole bootstrap"). Its standard error is therefore scaled to the unbiased two-way variance of the linearised
-ratio, and the interval uses Student's t with Satterthwaite's degrees of freedom. Calls of unlike length make skew sums,
-of which few calls show too little: one more call like the most telling one is added to the variance. The degrees of
-freedom of calls, and of rounds where calls are fixed, are those that their fourth powers leave. On a fixed workload the
-interval is, end by end, the wider of this one and of the bootstrap's percentiles corrected for skewness: a stall now
-and then skews even sums over many calls.
+ratio, and the interval uses Student's t with Satterthwaite's degrees of freedom. The degrees of freedom of calls, and
+of rounds where calls are fixed, are those that their fourth powers leave.
+
+Both kinds of workload have sums that are skew, and a symmetric interval then supports too often what is false. On a
+fixed workload, where a stall now and then skews even sums over many calls, the interval is, end by end, the wider of
+the symmetric one and of the bootstrap's percentiles corrected for skewness. Where prompts are sampled, answers of
+unlike length are what skews, and few calls show too little of it. So the variance between calls is the jackknife's,
+which knows how much a long call bends the ratio; one more call like the most telling one is added to variance and
+skewness, less and less the more calls carry them; and the end on the side of the tail is moved out (see
+``skewed_t_interval``).
 """
 
 from __future__ import annotations
@@ -17,12 +22,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import exp, sqrt
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from twotower_eval.records import Estimate
-from twotower_eval.stats.intervals import FEW, LEVEL, NUM_RESAMPLES, Floats, corrected_percentiles, t_quantile
+from twotower_eval.stats.intervals import (
+    FEW,
+    LEVEL,
+    NUM_RESAMPLES,
+    Floats,
+    corrected_percentiles,
+    dof_of_mean,
+    one_more,
+    skewed_t_interval,
+    third_cumulant,
+)
 
 NULL_LEVEL = 0.99  # of the A/A null's interval
 Quantity = Literal["time", "throughput", "length", "baseline_rate", "candidate_rate"]
@@ -66,10 +81,12 @@ def speedup(
 
     ``time``: seconds of the baseline over those of the candidate. ``throughput``: useful tokens per second, candidate
     over baseline. ``length``: useful tokens, candidate over baseline. ``baseline_rate``, ``candidate_rate``: useful
-    tokens per second of one arm. ValueError where there is one round only, or where a sum is 0.
+    tokens per second of one arm. ValueError where there is one round only, or one call of sampled prompts, or where a
+    sum is 0.
     """
     crossing = _Crossing(calls, num_resamples, seed)
     log_value, log_Q, influence_UP = 0.0, np.zeros(num_resamples), np.zeros(crossing.shape)
+    without_P = np.zeros(crossing.shape[1])
     for sign, values_RP in _terms(calls, quantity):
         values_UP = crossing.by_unit(values_RP)
         total, total_Q = values_UP.sum(), crossing.draw(values_UP)
@@ -78,7 +95,9 @@ def speedup(
         log_value += sign * float(np.log(total))
         log_Q += sign * np.log(total_Q)
         influence_UP += sign * values_UP.size * values_UP / total
-    return crossing.estimate(log_value, log_Q, influence_UP, level)
+        if crossing.crossed:
+            without_P += sign * np.log(_others(values_UP))
+    return crossing.estimate(log_value, log_Q, influence_UP, without_P, level)
 
 
 def geometric_speedup(
@@ -92,7 +111,11 @@ def geometric_speedup(
     counts_UP = crossing.by_unit(np.ones_like(calls.baseline_s))
     log_value = float(sums_UP.sum() / counts_UP.sum())
     influence_UP = sums_UP.size * (sums_UP - log_value * counts_UP) / counts_UP.sum()
-    return crossing.estimate(log_value, crossing.draw(sums_UP) / crossing.draw(counts_UP), influence_UP, level)
+    without_P = np.zeros(crossing.shape[1])
+    if crossing.crossed:
+        without_P = _others(sums_UP) / _others(counts_UP)
+    log_Q = crossing.draw(sums_UP) / crossing.draw(counts_UP)
+    return crossing.estimate(log_value, log_Q, influence_UP, without_P, level)
 
 
 def per_device(estimate: Estimate, *, baseline_devices: int, candidate_devices: int) -> Estimate:
@@ -124,14 +147,18 @@ class _Crossing:
         num_units, num_calls = self.shape
         if num_units < 2:
             raise ValueError("one measured round only: its variation is unknown, so there is no interval")
-        self._crossed = not calls.fixed and num_calls > 1
+        self.crossed = not calls.fixed
+        if self.crossed and num_calls < 2:
+            why = "how prompts differ is unknown, so there is no interval: time more of them"
+            raise ValueError(f"one call of sampled prompts only: {why}")
         self._draws_QU = _multiplicities(num_units, num_resamples, seed)
         self._draws_QP = np.ones((num_resamples, num_calls))
-        if self._crossed:
+        if self.crossed:
             self._draws_QP = _multiplicities(num_calls, num_resamples, seed + 1)
         drawn = "launches" if resamples_launches(calls.launches) else "rounds"
-        what = f"{num_units} {drawn} x {num_calls} calls" if self._crossed else f"{num_units} {drawn}"
-        self._method = f"crossed paired bootstrap of {what}, {num_resamples:,} resamples, t interval on the log"
+        what = f"{num_units} {drawn} x {num_calls} calls" if self.crossed else f"{num_units} {drawn}"
+        self._method = f"crossed paired bootstrap of {what}, {num_resamples:,} resamples, t interval on the log, "
+        self._method += "corrected for skewness"
         self._seed = seed
         self._n = calls.baseline_s.size
 
@@ -144,14 +171,17 @@ class _Crossing:
         drawn_Q: Floats = ((self._draws_QU @ values_UP) * self._draws_QP).sum(axis=1)
         return drawn_Q
 
-    def estimate(self, log_value: float, log_Q: Floats, influence_UP: Floats, level: float) -> Estimate:
-        scale, dof = _correction(influence_UP, crossed=self._crossed)
-        half = t_quantile(level, dof) * scale * float(np.std(log_Q))
-        low, high = log_value - half, log_value + half
-        if not self._crossed:
-            skew = _skew_of_mean(influence_UP.mean(axis=1))
-            corrections = {"level": level, "dof": dof, "inflation": scale, "skew": skew}
-            skewed_low, skewed_high = corrected_percentiles(log_Q, log_Q, log_value, **corrections)
+    def estimate(
+        self, log_value: float, log_Q: Floats, influence_UP: Floats, without_P: Floats, level: float
+    ) -> Estimate:
+        """The value with its interval; ``without_P``: the value without each call in turn, where calls are drawn."""
+        spread = _of_both(influence_UP, without_P) if self.crossed else _of_units(influence_UP.mean(axis=1))
+        stderr = spread.scale * float(np.std(log_Q))
+        skew = spread.skew if self.crossed else 0.0
+        low, high = skewed_t_interval(log_value, stderr, level=level, dof=spread.dof, skew=skew)
+        if not self.crossed:
+            corrections = {"dof": spread.dof, "inflation": spread.scale, "skew": spread.skew}
+            skewed_low, skewed_high = corrected_percentiles(log_Q, log_Q, log_value, level=level, **corrections)
             low, high = min(low, skewed_low), max(high, skewed_high)
         return Estimate(
             value=exp(log_value),
@@ -173,48 +203,58 @@ def _multiplicities(num: int, num_resamples: int, seed: int) -> Floats:
     return times_QI
 
 
-def _correction(influence_UP: Floats, *, crossed: bool) -> tuple[float, float]:
-    """Factor from the crossed bootstrap's standard error to the one used, and degrees of freedom."""
+class _Spread(NamedTuple):
+    """Factor from the bootstrap's standard error to the one used, its degrees of freedom, skewness of the estimate."""
+
+    scale: float
+    dof: float
+    skew: float
+
+
+def _of_units(of_unit_U: Floats) -> _Spread:
+    """Where only rounds, or launches, vary."""
+    num = len(of_unit_U)
+    variance = float(of_unit_U.var(ddof=1)) / num
+    skew = third_cumulant(of_unit_U) / variance**1.5 if variance > 0 else 0.0
+    return _Spread(scale=sqrt(num / (num - 1)), dof=dof_of_mean(of_unit_U), skew=skew)
+
+
+def _of_both(influence_UP: Floats, without_P: Floats) -> _Spread:
+    """Where calls are drawn as well; ``without_P``: the estimate without each call in turn."""
     num_units, num_calls = influence_UP.shape
-    of_units = float(influence_UP.mean(axis=1).var(ddof=1)) / num_units
-    if not crossed:
-        return sqrt(num_units / (num_units - 1)), _shape(influence_UP.mean(axis=1))[0]
-    of_calls = float(influence_UP.mean(axis=0).var(ddof=1)) / num_calls
     rows_UP, columns_UP = influence_UP.mean(axis=1, keepdims=True), influence_UP.mean(axis=0, keepdims=True)
     residual_UP = influence_UP - rows_UP - columns_UP + influence_UP.mean()
     num_free = (num_units - 1) * (num_calls - 1)
+    of_units, of_calls = float(rows_UP.var(ddof=1)) / num_units, float(columns_UP.var(ddof=1)) / num_calls
     of_residual = float((residual_UP**2).sum()) / num_free / influence_UP.size
-    call_dof, worst = _shape(columns_UP.ravel())
+    pseudo_P = (num_calls - 1) * (without_P.mean() - without_P)
+    bent = max(0.0, float(pseudo_P.var(ddof=1)) / num_calls - of_calls)
+    call_dof, (square, cube) = dof_of_mean(pseudo_P), one_more(pseudo_P)
     # Both margins hold the residual, so it is counted twice in their sum.
     unbiased = max(of_residual, of_units + of_calls - of_residual)
     by_bootstrap = of_units * (num_units - 1) / num_units + of_calls * (num_calls - 1) / num_calls
     by_bootstrap += of_residual * num_free / influence_UP.size
     squares = of_units**2 / (num_units - 1) + of_calls**2 / call_dof + of_residual**2 / num_free
     if unbiased <= 0 or squares <= 0 or by_bootstrap <= 0:
-        return 1.0, 1e9
+        return _Spread(scale=1.0, dof=1e9, skew=0.0)
     dof = max(unbiased**2 / squares, min(num_units - 1, call_dof))
-    own = max(0.0, of_calls - of_residual) / of_calls if of_calls > 0 else 0.0  # share that is not noise
-    return sqrt((unbiased + own * worst) / by_bootstrap), dof
+    own = _own(of_calls, of_residual)
+    unseen = own * (bent + square)
+    cubes = _own(of_units, of_residual) * third_cumulant(rows_UP) + own * third_cumulant(columns_UP)
+    skew = (cubes + own * cube) / (unbiased + unseen) ** 1.5
+    return _Spread(scale=sqrt((unbiased + unseen) / by_bootstrap), dof=dof, skew=skew)
 
 
-def _shape(values_I: Floats) -> tuple[float, float]:
-    """Degrees of freedom of the variance of a mean over calls, or rounds, and what the most telling one adds to it."""
-    num = len(values_I)
-    squares_I = (values_I - values_I.mean()) ** 2
-    total = float(squares_I.sum())
-    spread = float((squares_I**2).sum()) - total**2 / num
-    dof = min(num - 1.0, max(1.0, 2 * total**2 / spread)) if spread > 0 else num - 1.0
-    return dof, float(squares_I.max()) / num**2
+def _own(of_margin: float, of_residual: float) -> float:
+    """Share of a margin's variance that is its own and not noise of single timings, whose skewness averages out."""
+    return max(0.0, of_margin - of_residual) / of_margin if of_margin > 0 else 0.0
 
 
-def _skew_of_mean(of_unit_U: Floats) -> float:
-    """Skewness of the mean of independent values; 0 where two or equal ones say nothing of it."""
-    num, centred_U = len(of_unit_U), of_unit_U - of_unit_U.mean()
-    squares, cubes = float((centred_U**2).sum()), float((centred_U**3).sum())
-    if num < 3 or squares <= 0:
-        return 0.0
-    variance = num / (num - 1) * squares
-    return num**2 / ((num - 1) * (num - 2)) * cubes / float(variance**1.5)
+def _others(values_UP: Floats) -> Floats:
+    """For each call, the sum over all others; added up, as a difference may leave nothing of a small sum."""
+    of_call_P: Floats = values_UP.sum(axis=0)
+    others_P: Floats = of_call_P @ (1 - np.eye(len(of_call_P)))
+    return others_P
 
 
 def _terms(calls: TimedCalls, quantity: Quantity) -> tuple[tuple[int, Floats], ...]:

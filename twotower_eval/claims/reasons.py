@@ -1,0 +1,31 @@
+"""Why a claim was decided as it was, in words, and in the unit of its quantity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from twotower_eval import stats
+from twotower_eval.evidence.numbers import PERCENT, POINTS, TIMES, Unit, compared
+from twotower_eval.records import Quantity
+
+UNITS: Mapping[Quantity, Unit] = {
+    "retention": PERCENT,
+    "decoder_exercised_retention": PERCENT,
+    "score": PERCENT,
+    "score_difference": POINTS,
+    "speedup_time": TIMES,
+    "speedup_throughput": TIMES,
+    "speedup_time_per_device": TIMES,
+}
+
+
+def decision_text(quantity: Quantity, decision: stats.Decision) -> str:
+    """``the upper bound 90.1 % is below 98.2 %``; with too little evidence, what there is too little of."""
+    return decision.few or " and ".join(_comparison(UNITS[quantity], one) for one in decision.comparisons)
+
+
+def _comparison(unit: Unit, found: stats.Comparison) -> str:
+    bound, limit = compared(unit, found.value, found.limit)
+    falls_short = "does not clear" if found.bound == "lower" else "does not stay below"
+    how = falls_short if found.stands == "open" else f"is {found.stands}"
+    return f"the {found.bound} bound {bound} {how} {limit}"
