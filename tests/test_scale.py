@@ -324,7 +324,7 @@ def test_the_command_line_measures_and_reports(config, tmp_path, capsys):
         # Was measured, for as long as it took.
         (["--random-weights", "CONFIG", "--prompt-tokens", "100000000"], "tokens at most"),
         (["--random-weights", "CONFIG", "--cuda-graphs"], "CUDA graphs need CUDA devices"),
-        (["--random-weights", "no.json"], "no.json: not found"),
+        (["--random-weights", "no.json"], "shipped are nemotron-labs-twotower-30b-a3b"),
     ],
 )
 def test_bad_requests_are_one_line(arguments, words, config, tmp_path, capsys):
