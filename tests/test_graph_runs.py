@@ -28,6 +28,8 @@ from twotower_eval.speed.workloads import Call
 
 TASKS = ("miniature_sort", "miniature_recall")
 BLOCK = 4
+SETTINGS: dict[str, Any] = {"tasks": TASKS, "block_sizes": (BLOCK,), "thresholds": (0.1, 0.9), "batch_sizes": (1, 2)}
+SETTINGS |= {"num_prompts": 4, "new_tokens": 9, "min_rounds": 2}
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +48,7 @@ def requests() -> list[suites.TimedPrompt]:
 
 @pytest.fixture
 def plan(pair: Path) -> SpeedPlan:
-    return SpeedPlan(
-        model=str(pair), tasks=TASKS, block_sizes=(BLOCK,), thresholds=(0.1, 0.9), batch_sizes=(1, 2), num_prompts=4,
-        new_tokens=9, min_rounds=2,
-    )  # fmt: skip
+    return SpeedPlan(model=str(pair), **SETTINGS)
 
 
 @pytest.fixture
