@@ -5,10 +5,11 @@
     python tests/device_check.py --device cpu --quick            # the same code in minutes; `make test` runs this
 
 Steps: parity (float32 and bfloat16 against reference outputs), kernels (which prove themselves, which are refused),
-graphs (captured steps give the same tokens, and how much faster), sweep (quality and speed of the miniature), scale
-and scale_graphs (AR and denoise steps of the released size on random weights, beside the floor), native (AR against
-transformers' own generate on the same config), report (one over all runs, with the run folders beside it, ready to be
-published). `train` (the shipped recipe on the device) runs only when it is named.
+graphs (captured steps give the same tokens, and how much faster), sweep and sweep_graphs (quality and speed of the
+miniature, both arms without CUDA graphs and with them), scale and scale_graphs (AR and denoise steps of the released
+size on random weights, beside the floor), native (AR against transformers' own generate on the same config), report
+(one over all runs, with the run folders beside it, ready to be published).
+`train` (the shipped recipe on the device) runs only when it is named.
 
 Each step prints one JSON line. A failed parity check ends with exit code 1.
 """
@@ -41,11 +42,12 @@ from twotower_eval.models.config import NemotronHConfig, parse_config
 from twotower_eval.models.graphs import StepGraphs
 from twotower_eval.models.random_weights import build_random_pair
 from twotower_eval.ops import kernels as kernel_room
-from twotower_eval.plan import data_path
 from twotower_eval.speed.clock import CallClock, Devices
+from twotower_eval.speed.configs import config_file
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "public"
-RELEASED = data_path("tasks", "configs", "nemotron-labs-twotower-30b-a3b.config.json")
+RELEASED_NAME = "nemotron-labs-twotower-30b-a3b"
+RELEASED = config_file(RELEASED_NAME)
 # Float32: the reference ran on a CPU; a GPU sums in another order. Largest absolute difference of a logit.
 FLOAT32_LIMITS = {"cpu": {"context": 1e-4, "denoiser": 2e-4}, "cuda": {"context": 1e-3, "denoiser": 2e-3}}
 # Bfloat16: random routers flip experts on rounding, so single logits may be far off. Mean over cases of the
@@ -207,6 +209,18 @@ def graphs(options: argparse.Namespace) -> bool:
 
 def sweep(options: argparse.Namespace) -> bool:
     """Quality and speed of the pair on the device, by the commands that everybody uses."""
+    return _sweep(options, "sweep")
+
+
+def sweep_graphs(options: argparse.Namespace) -> bool:
+    """The same, the small steps of both arms launched as CUDA graphs."""
+    if torch.device(options.device).type != "cuda":
+        say("sweep_graphs", device=options.device, skipped="a CPU has no CUDA graphs")
+        return True
+    return _sweep(options, "sweep_graphs", "--cuda-graphs")
+
+
+def _sweep(options: argparse.Namespace, step: str, *more: str) -> bool:
     chosen = ["--model", options.model] if options.model else []
     place = ["--devices", options.device, "--dtype", "float32", "--out", str(options.out)]
     if options.quick:
@@ -215,9 +229,10 @@ def sweep(options: argparse.Namespace) -> bool:
     else:
         grid, size = ["--block-sizes", "8,16,32", "--thresholds", "0.8,0.95"], ["--limit", "100"]
         rounds = ["--min-rounds", "6", "--batch-sizes", "1,8"]
-    run = _command("run", "--tasks", "miniature", *chosen, *place, *grid, *size)
-    timed = _command("speed", *chosen, *place, *grid, *rounds)
-    say("sweep", device=options.device, run=run, speed=timed)
+    run = _command("run", "--tasks", "miniature", *chosen, *place, *grid, *size, *more)
+    timed = _command("speed", *chosen, *place, *grid, *rounds, *more)
+    captured = [event for event in store.load(Path(timed)).events if event["kind"] == "timed_again"]
+    say(step, timed_again=len(captured), device=options.device, run=run, speed=timed)
     return True
 
 
@@ -276,7 +291,7 @@ def _largest_that_fits(options: argparse.Namespace, more: Sequence[str]) -> str:
     ]
     ways: list[list[str]] = [[], ["--share-towers"], *(["--layers", str(n)] for n in (26, 13, 6))]
     for way in ways:
-        done = _run_verb("speed", "--random-weights", str(RELEASED), *sizes, *way, *more, *_place(options))
+        done = _run_verb("speed", "--random-weights", RELEASED_NAME, *sizes, *way, *more, *_place(options))
         if done.returncode == 0:
             return str(done.stdout.strip().splitlines()[-1])
         if "free: take" not in done.stderr and "out of memory" not in done.stderr:
@@ -375,6 +390,7 @@ STEPS: dict[str, Callable[[argparse.Namespace], bool]] = {
     "kernels": kernels,
     "graphs": graphs,
     "sweep": sweep,
+    "sweep_graphs": sweep_graphs,
     "scale": scale,
     "scale_graphs": scale_graphs,
     "native": native,

@@ -7,6 +7,7 @@ from tiny_models import ARCHITECTURES, VOCAB, tiny_config, tiny_pair
 from twotower_eval import make_decoder
 from twotower_eval.models import graphs
 from twotower_eval.models.checkpoint import build
+from twotower_eval.models.fixed import Remembered
 from twotower_eval.models.graphs import DenoiseStep, ExtendStep, StepGraphs, use_graphs
 from twotower_eval.records import Prompt
 
@@ -72,8 +73,11 @@ def test_few_graphs_are_kept_and_large_steps_are_plain(arms):
     _, stepped = arms
     stepped.graphs.max_graphs = 2
     context = stepped.prefill(torch.full((1, 3), 5))
-    for width in (1, 2, 3, 65):
+    for width in (1, 2, 3, 257):
         stepped.extend(context, torch.full((1, width), 5))
+    assert [key[3] for key in stepped.graphs._steps] == [2, 3]
+    stepped.graphs.widths = {1, 4}  # what is no step of a decoder is a piece of a prompt, as long as it comes
+    stepped.extend(context, torch.full((1, 5), 5))
     assert [key[3] for key in stepped.graphs._steps] == [2, 3]
 
 
@@ -99,10 +103,11 @@ def test_graphs_need_a_gpu():
 def test_no_step_asks_the_device_anything(name, num_new):
     """On the meta device nothing has a value: whatever would wait for one fails there, as it would in a capture."""
     pair = build(tiny_config(name), "pair", torch.bfloat16, ("meta",))
-    extend = ExtendStep(pair.context_tower, 2, num_new, 256, None)
+    past = Remembered(pair.config, 2, 256, pair.context_tower.head.weight)
+    extend = ExtendStep(pair.context_tower, past, num_new, None)
     hidden_BH, new_keys, _ = extend.launch()
     assert hidden_BH.shape == (2, 32)
     assert sorted(new_keys) == [i for i, kind in enumerate(pair.config.pattern) if kind == "*"]
     for timed in (True, False):
-        denoise = DenoiseStep(pair.denoiser, pair.config, 2, num_new, 256, timed, None)
+        denoise = DenoiseStep(pair.denoiser, past, num_new, timed, None)
         assert denoise.launch().shape == (2, num_new, VOCAB)

@@ -15,21 +15,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny_models import SIZES
-from twotower_eval import cli, report, store
+from twotower_eval import cli, plan_fields, report, store
 from twotower_eval.evidence.scale import ScaleRun
+from twotower_eval.models import graphs
 from twotower_eval.models.config import parse_config
+from twotower_eval.models.graphs import use_graphs
 from twotower_eval.models.random_weights import build_random_pair
 from twotower_eval.models.twotower import TwoTower
 from twotower_eval.plan import ScalePlan, data_path
 from twotower_eval.progress import SilentProgress
 from twotower_eval.records import CommitStep, Generation
 from twotower_eval.speed import cost_card, probe, scale
+from twotower_eval.speed.configs import config_file
 from twotower_eval.speed.cost_card import make_card, refuse_if_too_large
 from twotower_eval.speed.parts import measured_layers
 from twotower_eval.speed.probe import Probe
 from twotower_eval.speed.profiles import even_profile, recorded_profiles
 from twotower_eval.stats.scaling import fit_layers, round_draws, round_estimate
 
+RELEASED_NAME = "nemotron-labs-twotower-30b-a3b"
 PATTERN = "MEM*EMEM*EME"
 LAYER_S = {"M": 1.0, "E": 2.0, "*": 5.0}
 HEAD_S = 3.0
@@ -324,7 +328,7 @@ def test_the_command_line_measures_and_reports(config, tmp_path, capsys):
         # Was measured, for as long as it took.
         (["--random-weights", "CONFIG", "--prompt-tokens", "100000000"], "tokens at most"),
         (["--random-weights", "CONFIG", "--cuda-graphs"], "CUDA graphs need CUDA devices"),
-        (["--random-weights", "no.json"], "no.json: not found"),
+        (["--random-weights", "no.json"], "shipped are nemotron-labs-twotower-30b-a3b"),
     ],
 )
 def test_bad_requests_are_one_line(arguments, words, config, tmp_path, capsys):
@@ -332,6 +336,45 @@ def test_bad_requests_are_one_line(arguments, words, config, tmp_path, capsys):
     assert cli.main(["speed", *arguments, "--out", str(tmp_path / "results")]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
+
+
+def test_the_released_size_by_its_name_on_a_small_machine_is_one_line_that_helps(tmp_path, capsys, monkeypatch):
+    """Was to be named by a path inside the package. What is proposed is no more than what fits."""
+    monkeypatch.setattr(probe, "free_memory", lambda device: (16 << 30, None))
+    assert cli.main(["speed", "--random-weights", RELEASED_NAME, "--out", str(tmp_path / "results")]) == 2
+    *card, error = capsys.readouterr().err.splitlines()
+    assert card[0].startswith(f"cost card of {RELEASED_NAME}: RANDOM WEIGHTS, 52 of 52 layers")
+    assert error.startswith(f"error: {RELEASED_NAME} with 52 layers needs about 123.8 GiB on cpu, which has 16.0 GiB")
+    assert error.endswith("take --layers 6 or --share-towers --layers 13")
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_file_comes_before_a_shipped_config_of_its_name(tmp_path, monkeypatch):
+    assert config_file(RELEASED_NAME) == data_path("tasks", "configs", f"{RELEASED_NAME}.config.json")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / RELEASED_NAME).write_text("{}")
+    assert config_file(RELEASED_NAME).read_text() == "{}"
+
+
+@pytest.mark.parametrize(("prompt_tokens", "num_slots"), [(4, 1), (20, 2)])
+def test_contexts_that_outgrow_their_slots_cost_no_captures_in_the_rounds(
+    config, tmp_path, monkeypatch, prompt_tokens, num_slots
+):
+    """Graphs were counted as if contexts never grew: where repetitions crossed a power of two, steps were given up
+    and captured anew in every round, on the clock."""
+    monkeypatch.setattr(plan_fields, "GRAPH_DEVICES", ("cpu",))
+    monkeypatch.setattr(graphs, "CAPTURES_ON", ("cpu",))
+    monkeypatch.setattr(graphs, "MIN_SLOTS", 32)
+    made = []
+    monkeypatch.setattr(scale, "use_graphs", lambda *args: made.append(use_graphs(*args)))
+    plan = ScalePlan(
+        random_weights=str(config), dtype="float32", block_sizes=(4,), prompt_tokens=prompt_tokens, repeats=4,
+        tokens_per_nfe=(2.0,), min_rounds=2, cuda_graphs=True,
+    )  # fmt: skip
+    run = store.load(scale.run(plan, root=tmp_path))
+    assert not [event for event in run.events if event["kind"] == "timed_again"]
+    assert all(len(each._steps) == each.num_made <= each.max_graphs for each in made)
+    assert {key[4] for each in made for key in each._steps} == {32 << doubled for doubled in range(num_slots)}
 
 
 def test_a_plan_file_may_be_about_random_weights(config, tmp_path, capsys):

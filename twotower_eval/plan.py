@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from twotower_eval.names import did_you_mean
-from twotower_eval.plan_fields import check_at_least, check_fields
+from twotower_eval.plan_fields import check_at_least, check_cuda_graphs, check_fields
 from twotower_eval.records import DecoderSpec, LikelihoodKind
 
 Steps = int | Literal["auto"]
@@ -45,7 +45,8 @@ class RunPlan:
     Face model folder, or ``context-tower``: the context tower of ``model`` decoded autoregressively. Block sizes,
     steps and thresholds are crossed; steps ``auto`` means the block size. ``samples`` per problem and
     ``max_new_tokens`` are what the suite and the task say unless given. ``limit`` is documents per task, ``trace`` how
-    many of them have their denoising traces journalled.
+    many of them have their denoising traces journalled. ``cuda_graphs`` launches each small step of both arms as a
+    whole.
     """
 
     model: str | None = None
@@ -63,12 +64,14 @@ class RunPlan:
     likelihood: LikelihoodKind = "context_tower"
     dtype: Dtype = "float32"
     devices: tuple[str, ...] = ("cpu",)
+    cuda_graphs: bool = False
     data_dir: str | None = None
     max_new_tokens: int | None = None
     trace: int = 2
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_cuda_graphs(self)
         _check_decoders(self)
         check_at_least(self, 1, "samples", "batch_size", "limit", "max_new_tokens")
         check_at_least(self, 0, "trace")
@@ -76,7 +79,7 @@ class RunPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedPlan:
-    """What ``twotower-eval speed`` does; model, baseline and decoder options mean what they mean in RunPlan.
+    """What ``twotower-eval speed`` does; model, baseline, decoder options and graphs mean what they do in RunPlan.
 
     ``fixed`` workloads make exactly ``new_tokens`` tokens whatever the model says; ``answer`` workloads stop where
     the task stops, at ``new_tokens`` at the latest, or at the task's own budget where it is ``None``.
@@ -104,11 +107,13 @@ class SpeedPlan:
     seed: int = 0
     dtype: Dtype = "float32"
     devices: tuple[str, ...] = ("cpu",)
+    cuda_graphs: bool = False
     data_dir: str | None = None
     threads: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_cuda_graphs(self)
         _check_decoders(self)
         check_at_least(self, 1, "batch_sizes", "prompt_tokens", "new_tokens", "num_prompts", "min_rounds", "threads")
         check_at_least(self, 0, "min_seconds", "warmup_rounds")
@@ -149,6 +154,7 @@ class ScalePlan:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_cuda_graphs(self)
         if not self.random_weights:
             raise ValueError("random_weights names no config.json")
         check_at_least(self, 1, "layers", "block_sizes", "batch_sizes", "prompt_tokens", "tokens_per_nfe", "repeats")

@@ -7,6 +7,8 @@ import types
 import typing
 from typing import Any, Literal
 
+GRAPH_DEVICES = ("cuda",)  # types that can be given a whole step at once
+
 
 def check_fields(plan: Any) -> None:
     """ValueError for a value of another type than its field's, and for a list that is empty or names one twice."""
@@ -31,6 +33,12 @@ def check_at_least(plan: Any, least: int, *names: str) -> None:
             # "not >=" and not "<", so that NaN is refused too.
             if isinstance(item, (int, float)) and not least <= item < float("inf"):
                 raise ValueError(f"{name} must be {least} or more, not {item}")
+
+
+def check_cuda_graphs(plan: Any) -> None:
+    """ValueError for graphs on devices that have none: known from the plan, so before anything is loaded."""
+    if plan.cuda_graphs and any(device.partition(":")[0] not in GRAPH_DEVICES for device in plan.devices):
+        raise ValueError("CUDA graphs need CUDA devices: name some with --devices, or drop --cuda-graphs")
 
 
 def _fits(value: Any, hint: Any) -> bool:

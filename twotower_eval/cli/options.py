@@ -36,6 +36,7 @@ Devices = Annotated[
     str | None,
     option("Devices, the context tower's first, e.g. cuda:0,cuda:1 [cpu].", "--devices", "--device", metavar="D,D"),
 ]
+CudaGraphs = Annotated[bool | None, option("Launch small steps, of both arms, as CUDA graphs.", "--cuda-graphs")]
 DataDir = Annotated[
     str | None, option("Folder with TASK/SPLIT.jsonl, as `data prepare` makes it.", "--data-dir", metavar="DIR")
 ]

@@ -11,6 +11,7 @@ from twotower_eval.cli.options import (
     RESULTS,
     Baseline,
     BlockSizes,
+    CudaGraphs,
     DataDir,
     Decoder,
     Devices,
@@ -59,6 +60,7 @@ def run(
     seed: Seed = None,
     dtype: Dtype = None,
     devices: Devices = None,
+    cuda_graphs: CudaGraphs = None,
     data_dir: DataDir = None,
     plan: PlanFile = None,
     out: Out = RESULTS,
@@ -69,7 +71,7 @@ def run(
         **shared(model, baseline, tasks, decoder, block_sizes, steps, thresholds, temperature),
         **{"seed": seed, "dtype": dtype, "devices": texts(devices), "data_dir": data_dir},
         **{"samples": samples, "batch_size": batch_size, "limit": limit, "max_new_tokens": max_new_tokens},
-        **{"likelihood": likelihood, "trace": trace},
+        **{"likelihood": likelihood, "trace": trace, "cuda_graphs": cuda_graphs},
     }
     resumed = run_path(resume, out) if resume else None
     with resumable("run", out, resumed):

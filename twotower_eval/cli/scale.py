@@ -12,13 +12,16 @@ from twotower_eval.plan import ScalePlan, SpeedPlan, is_scale_plan
 from twotower_eval.progress import choose_progress
 
 RandomWeights = Annotated[
-    str | None, option("Measure what this size of model costs, without its weights: a config.json.", metavar="CONFIG")
+    str | None,
+    option(
+        "Measure what this size of model costs, without its weights: a config.json, or a shipped one's name.",
+        metavar="CONFIG",
+    ),
 ]
 Layers = Annotated[int | None, option("Build the first N layers, extrapolate [all].", metavar="N")]
 ShareTowers = Annotated[
     bool | None, option("One set of random weights for both towers: half the memory.", "--share-towers")
 ]
-CudaGraphs = Annotated[bool | None, option("Launch small steps of random weights as CUDA graphs.", "--cuda-graphs")]
 TokensPerNfe = Annotated[str | None, option("Rates that random weights' commits follow [1.5,2.5,4].", metavar="X,X")]
 Profile = Annotated[str | None, option("Run whose blocks random weights' commits follow, too.", metavar="RUN")]
 Repeats = Annotated[int | None, option("Repetitions per timed cost [8].", metavar="N")]

@@ -12,6 +12,7 @@ from twotower_eval.cli.options import (
     RESULTS,
     Baseline,
     BlockSizes,
+    CudaGraphs,
     DataDir,
     Decoder,
     Devices,
@@ -62,13 +63,13 @@ def speed(
     random_weights: scale.RandomWeights = None,
     layers: scale.Layers = None,
     share_towers: scale.ShareTowers = None,
-    cuda_graphs: scale.CudaGraphs = None,
     tokens_per_nfe: scale.TokensPerNfe = None,
     profile: scale.Profile = None,
     repeats: scale.Repeats = None,
     seed: Seed = None,
     dtype: Dtype = None,
     devices: Devices = None,
+    cuda_graphs: CudaGraphs = None,
     data_dir: DataDir = None,
     plan: PlanFile = None,
     out: Out = RESULTS,
@@ -83,8 +84,8 @@ def speed(
         **{"min_rounds": min_rounds, "min_seconds": min_seconds, "warmup_rounds": warmup_rounds, "threads": threads},
         **{"random_weights": random_weights, "layers": layers, "share_towers": share_towers},
         **{"tokens_per_nfe": numbers(tokens_per_nfe, float, "--tokens-per-nfe"), "repeats": repeats},
-        **{"cuda_graphs": cuda_graphs, "profile": None if profile is None else str(run_path(profile, out))},
-        "costs": costs,
+        **{"costs": costs, "cuda_graphs": cuda_graphs},
+        "profile": None if profile is None else str(run_path(profile, out)),
     }
     resumed = run_path(resume, out) if resume else None
     with resumable("speed", out, resumed):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,12 +65,25 @@ class Blocks:
             self.num_steps[row] = 0
 
 
+class Predicted(NamedTuple):
+    """What a pass says of some rows: a token and its probability at every position, on the denoiser's device."""
+
+    rows: list[int]
+    tokens_BK: Tensor
+    confidence_BK: Tensor
+
+
 class BlockDiffusion(BatchDecoder):
     """No extension of the context behind the last block; the last block is K long like the others.
 
     Rows are at steps and blocks of their own. A row whose block is finished waits for others, so that the extension
     of their contexts is a full batch too; others are denoised meanwhile. So fewer than twice as many rows are under
     way as a forward serves.
+
+    With the towers on two devices both work at a time: rows whose blocks are finished are extended while the others
+    are denoised, both passes on their way before the host waits for either. Rows never depend on each other, so no
+    token changes. A row alone, or rows that finish their blocks together, have nothing to overlap: each pass needs
+    the one before it. Nor do a prompt that is read, or what moves contexts between the devices.
     """
 
     KIND = "block_diffusion"
@@ -97,24 +111,42 @@ class BlockDiffusion(BatchDecoder):
                 if more is not context:
                     context = more
                     continue
-            if open_ and (len(open_) >= call.width or call.steady or not closed):
-                self._denoise(call, blocks, context, open_[: call.width])
-                context = _without_ended(call, blocks, context, open_[: call.width]) or call.admit()
+            open_, closed = open_[: call.width], closed[: call.width]
+            if open_ and closed and not call.steady and getattr(self.model, "towers_apart", False):
+                context = self._both(call, blocks, context, open_, closed)
+            elif open_ and (len(open_) >= call.width or call.steady or not closed):
+                self._commit(call, blocks, self._denoise(call, blocks, context, open_))
+                context = _without_ended(call, blocks, context, open_) or call.admit()
             else:
-                context = _extended(call, blocks, context, closed[: call.width])
+                context = _extended(call, blocks, context, closed)
 
-    def _denoise(self, call: Call, blocks: Blocks, context: CountedContext, positions: Sequence[int]) -> None:
-        """One pass for the rows at ``positions``, each at its own step of its own block."""
+    def _both(
+        self, call: Call, blocks: Blocks, context: CountedContext, open_: Sequence[int], closed: Sequence[int]
+    ) -> CountedContext | None:
+        """Denoise some rows while others absorb their blocks."""
+        denoised = self._denoise(call, blocks, context, open_)
+        context = _extended(call, blocks, context, closed)
+        self._commit(call, blocks, denoised)
+        positions = [context.rows.index(row) for row in denoised.rows]
+        return _without_ended(call, blocks, context, positions) or call.admit()
+
+    def _denoise(self, call: Call, blocks: Blocks, context: CountedContext, positions: Sequence[int]) -> Predicted:
+        """One pass for the rows at ``positions``, each at its own step of its own block; not waited for."""
         params, view = self.params, context.select(positions)
         rows = list(view.rows)
-        masked_BK = blocks.masked_RK[rows]
-        t = (masked_BK.sum(1) / params.block_size).tolist()
+        t = (blocks.masked_RK[rows].sum(1) / params.block_size).tolist()
         if params.batch_mean_t:
             t = [float(blocks.masked_RK[list(context.rows)].float().mean(1).mean())] * len(rows)
         logits_BKV = call.counted.denoise(blocks.tokens_RK[rows], view, t)
-        tokens_BK, confidence_BK = _predict(logits_BKV, blocks.mask_id, params.temperature, call.noise, rows)
-        steps_left_B = torch.tensor([params.num_steps - blocks.num_steps[row] for row in rows])
-        taken_BK, forced_B = commit(confidence_BK, masked_BK, steps_left_B, params.threshold)
+        return Predicted(rows, *_predict(logits_BKV, blocks.mask_id, params.temperature, call.noise, rows))
+
+    def _commit(self, call: Call, blocks: Blocks, predicted: Predicted) -> None:
+        """Wait for a pass, and take the tokens that it is sure of."""
+        rows = predicted.rows
+        tokens_BK, confidence_BK = on_host(predicted.tokens_BK, predicted.confidence_BK)
+        masked_BK = blocks.masked_RK[rows]
+        steps_left_B = torch.tensor([self.params.num_steps - blocks.num_steps[row] for row in rows])
+        taken_BK, forced_B = commit(confidence_BK, masked_BK, steps_left_B, self.params.threshold)
         blocks.tokens_RK[rows] = torch.where(taken_BK, tokens_BK, blocks.tokens_RK[rows])
         blocks.masked_RK[rows] = masked_BK & ~taken_BK
         _record(call, blocks, rows, taken_BK, tokens_BK, confidence_BK, forced_B)
@@ -178,9 +210,8 @@ def _record(
 def _predict(
     logits_BKV: Tensor, mask_id: int, temperature: float, noise: RowNoise, rows: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Tokens and their probabilities at temperature 1, mask excluded, (B, K) each, on the host."""
+    """Tokens and their probabilities at temperature 1, mask excluded, (B, K) each, where the logits are."""
     logits_BKV[..., mask_id] = -torch.inf
     probability_BKV = logits_BKV.float().softmax(-1)
     tokens_BK = choose(logits_BKV, temperature, noise, rows) if temperature > 0 else probability_BKV.argmax(-1)
-    confidence_BK = probability_BKV.gather(-1, tokens_BK[..., None])[..., 0]
-    return on_host(tokens_BK, confidence_BK)
+    return tokens_BK, probability_BKV.gather(-1, tokens_BK[..., None])[..., 0]

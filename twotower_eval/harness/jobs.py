@@ -69,11 +69,27 @@ def load_models(plan: RunPlan) -> tuple[Any, Any]:
     from twotower_eval.models.arms import load_arms
 
     baseline = None if plan.baseline == CONTEXT_TOWER else Path(plan.baseline)
-    arms = load_arms(model_folder(plan), baseline, dtype=plan.dtype, devices=plan.devices)
+    arms = load_arms(model_folder(plan), baseline, dtype=plan.dtype, devices=plan.devices, cuda_graphs=plan.cuda_graphs)
     for arm in arms:
         if arm.tokenizer is None:
             raise ValueError(f"checkpoint {arm.checkpoint.name} has no tokenizer files: tasks are text, it needs one")
     return arms
+
+
+def use_graphs(plan: RunPlan, tasks: Sequence[BuiltTask], arms: tuple[Any, Any]) -> None:
+    """Have both arms take small steps from graphs, where the plan says so: as many kept as its requests can ask for."""
+    from twotower_eval.models.arms import give_graphs
+    from twotower_eval.models.fixed import MAX_NEW
+
+    if not plan.cuda_graphs:
+        return
+    texts = ("".join(map(str, i.args)) for task in tasks for doc in task.docs for i in doc.instances)
+    # Tokens are not known yet; a text has no more of them than bytes, and a model reads no more than it can.
+    longest = max((len(text.encode()) for text in texts), default=0) + max(plan.block_sizes)
+    longest += max((task.max_new_tokens or 0 for task in tasks), default=0)
+    longest = min(longest, *(arm.max_length or longest for arm in arms))
+    # Scorers choose how many rows they read at once.
+    give_graphs(arms, max_rows=MAX_NEW, block_sizes=plan.block_sizes, longest=longest)
 
 
 def make_jobs(
@@ -140,6 +156,7 @@ def _cell(plan: RunPlan, arm: Arm, model: Any, spec: DecoderSpec, task: BuiltTas
         "seed": plan.seed if random else None,
         "likelihood": None if task.generates else kind,
         "samples": task.samples,
+        **({"cuda_graphs": True} if plan.cuda_graphs else {}),  # sums may run in another order
     }
     return Cell(
         id=cell_id(model.checkpoint, spec, workload, extra),

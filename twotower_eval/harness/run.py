@@ -19,6 +19,7 @@ from twotower_eval.harness.jobs import (
     make_jobs,
     make_manifest,
     make_scorer_of,
+    use_graphs,
 )
 from twotower_eval.harness.scoring import Row, score_rows
 from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders, model_folder, plan_from_json
@@ -50,7 +51,8 @@ def run(
     tasks = _tasks(plan)
     specs = cross_decoders(plan)
     check_scorers(plan, tasks)
-    baseline, candidate = load_models(plan)
+    baseline, candidate = arms = load_models(plan)
+    use_graphs(plan, tasks, arms)
     jobs = make_jobs(plan, tasks, specs, baseline, candidate)
     manifest = make_manifest(plan, jobs, tasks, resume)
     writer = store.create(root, manifest) if resume is None else store.resume(resume, manifest)

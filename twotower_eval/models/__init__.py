@@ -60,6 +60,21 @@ class TwoTowerModel(CausalModel, Protocol):
     def denoise(self, block_BK: Tensor, context: Any, t_B: Tensor | Sequence[float] | float | None) -> Tensor: ...
 
 
+def family_of(path: str | Path) -> str:
+    """The family that a checkpoint folder's config.json names; ValueError where there is none."""
+    from twotower_eval.models.checkpoint import read_json
+
+    is_ours = read_json(_existing(path) / "config.json").get("model_type") == "nemotron_h"
+    return "nemotron_h" if is_ours else "transformers"
+
+
+def _existing(path: str | Path) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such checkpoint folder")
+    return folder
+
+
 def load_model(
     path: str | Path,
     *,
@@ -78,17 +93,12 @@ def load_model(
     """
     import torch
 
-    from twotower_eval.models.checkpoint import read_json
-
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such checkpoint folder")
+    folder = _existing(path)
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
     if family is None:
-        is_ours = read_json(folder / "config.json").get("model_type") == "nemotron_h"
-        family = "nemotron_h" if is_ours else "transformers"
+        family = family_of(folder)
     if family not in FAMILIES and ":" not in family:
         raise ValueError(
             f"model family {family!r} is unknown; choose from {', '.join(FAMILIES)} or name module:function"

@@ -8,19 +8,54 @@ from pathlib import Path
 from typing import Any
 
 from twotower_eval import models
+from twotower_eval.models.graphs import StepGraphs, num_sizes, use_graphs
 
 
-def load_arms(model: Path, baseline: Path | None, *, dtype: str, devices: Sequence[str]) -> tuple[Any, Any]:
+def load_arms(
+    model: Path, baseline: Path | None, *, dtype: str, devices: Sequence[str], cuda_graphs: bool = False
+) -> tuple[Any, Any]:
     """Baseline and candidate; one object where they are the same, shared tensors where one is part of the other.
 
     Without ``baseline`` it is the candidate's own context tower. A baseline of its own goes on the first device.
+    ``cuda_graphs`` says that steps are to come from graphs: ValueError, before anything loads, where one arm cannot.
     """
+    if cuda_graphs:
+        _refuse_without_graphs([model, *([] if baseline is None else [baseline])])
     candidate = models.load_model(model, dtype=dtype, devices=devices)
     if baseline is None:
         return context_tower(candidate), candidate
     if baseline.resolve() == model.resolve():
         return candidate, candidate
     return models.load_model(baseline, dtype=dtype, devices=devices[:1]), candidate
+
+
+def _refuse_without_graphs(folders: Sequence[Path]) -> None:
+    """Graphs in one arm alone would be a handicap of the other."""
+    for folder in folders:
+        family = models.family_of(folder)
+        if family != "nemotron_h":
+            raise ValueError(
+                f"checkpoint {folder.name} is of family {family}, whose steps cannot come from CUDA graphs, and in the "
+                "other arm alone they would handicap this one: drop --cuda-graphs"
+            )
+
+
+def give_graphs(
+    arms: Sequence[Any], *, max_rows: int, block_sizes: Sequence[int], longest: int
+) -> tuple[StepGraphs, ...]:
+    """Have both arms take their small steps from graphs, and return these, each once.
+
+    None is ever given up while batches have up to ``max_rows`` rows and contexts up to ``longest`` tokens. A pair's
+    context tower as the other arm shares the pair's.
+    """
+    widths = {1, *block_sizes}
+    max_graphs = num_sizes(max_rows, widths, longest)
+    found: dict[int, StepGraphs] = {}
+    # The pair first: its graphs are its context tower's, too.
+    for model in sorted(arms, key=lambda model: not model.has_denoiser):
+        graphs = model.graphs if id(model.graphs) in found else use_graphs(model, max_graphs=max_graphs, widths=widths)
+        found[id(graphs)] = graphs
+    return tuple(found.values())
 
 
 def context_tower(pair: Any) -> Any:

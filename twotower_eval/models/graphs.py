@@ -9,8 +9,9 @@ Shape letters: see ops/__init__; L Mamba layers.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -19,86 +20,25 @@ from torch.nn import functional
 from twotower_eval.models.autoregressive import ContextTower
 from twotower_eval.models.config import NemotronHConfig
 from twotower_eval.models.context import Context, Writer, writable_buffer
+from twotower_eval.models.fixed import MAX_NEW, Launch, Remembered
 from twotower_eval.models.nemotron_h import Mamba, MambaState, run_layers
 from twotower_eval.models.twotower import Denoiser, TwoTower
 from twotower_eval.ops.attention import attention
 
 MIN_SLOTS = 256  # slots are a power of two, so that a growing context changes graphs seldom
 MAX_GRAPHS = 8  # kept at once unless said otherwise, the least recently used given up
-WARMUPS = 3  # before a capture: lazy initialisation must not be captured
-MAX_NEW = 64  # token rows of a step: more of them keep a GPU busy without a graph
-
-
-class Remembered:
-    """A context at fixed places: keys and values with room, Mamba states of all layers in two tensors."""
-
-    def __init__(self, config: NemotronHConfig, batch_size: int, num_slots: int, like: Tensor) -> None:
-        self.attentions = [i for i, kind in enumerate(config.pattern) if kind == "*"]
-        self.mambas = [i for i, kind in enumerate(config.pattern) if kind == "M"]
-        slots = (batch_size, config.num_key_value_heads, num_slots, config.head_dim)
-        self.keys = {i: like.new_zeros(slots) for i in self.attentions}
-        self.values = {i: like.new_zeros(slots) for i in self.attentions}
-        self.conv_LBCW = like.new_zeros(len(self.mambas), batch_size, config.conv_channels, config.conv_kernel)
-        heads = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
-        self.ssm_LBhPN = like.new_zeros(len(self.mambas), batch_size, *heads, dtype=torch.float32)
-        self.ends_B = torch.zeros(batch_size, dtype=torch.int64, device=like.device)
-        self.holds: Context | None = None
-
-    def load(self, context: Context) -> None:
-        """Copy a context in, unless it is there already."""
-        if self.holds is context:
-            return
-        length = context.max_length
-        for index in self.attentions:
-            self.keys[index][:, :, :length].copy_(context.buffer.keys[index][:, :, :length])
-            self.values[index][:, :, :length].copy_(context.buffer.values[index][:, :, :length])
-        for position, index in enumerate(self.mambas):
-            self.conv_LBCW[position].copy_(context.mamba[index].conv_BCW)
-            self.ssm_LBhPN[position].copy_(context.mamba[index].ssm_BhPN)
-        self.ends_B.copy_(torch.tensor(context.lengths))
-        self.holds = context
-
-    def state(self, index: int) -> MambaState:
-        """A layer's state, where it lies."""
-        position = self.mambas.index(index)
-        return MambaState(self.conv_LBCW[position], self.ssm_LBhPN[position])
-
-
-class Launch:
-    """A function of no arguments over fixed buffers: captured on a GPU, called elsewhere."""
-
-    def __init__(self, body: Callable[[], Any], device: torch.device, pool: Any) -> None:
-        self._body, self._graph = body, None
-        if device.type != "cuda":
-            return
-        with torch.cuda.device(device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARMUPS):
-                    body()
-            torch.cuda.current_stream().wait_stream(side)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=pool):
-                self._result = body()
-
-    def __call__(self) -> Any:
-        """What the body gives; on a GPU tensors that the next call overwrites."""
-        if self._graph is None:
-            return self._body()
-        self._graph.replay()
-        return self._result
+KINDS = 3  # of steps: the extension, the denoiser with time and without
+CAPTURES_ON = ("cuda",)  # types of devices; tests add others, on which the same code runs without a capture
 
 
 class ExtendStep:
     """The context tower over S more tokens in every row: the AR step, and the context pass of a block."""
 
-    def __init__(self, tower: ContextTower, batch_size: int, num_new: int, num_slots: int, pool: Any) -> None:
-        self.tower, self.num_slots = tower, num_slots
-        weight = tower.head.weight
-        self.past = Remembered(tower.config, batch_size, num_slots, weight)
-        self.ids_BS = torch.zeros(batch_size, num_new, dtype=torch.int64, device=weight.device)
-        self.launch = Launch(self._body, weight.device, pool)
+    def __init__(self, tower: ContextTower, past: Remembered, num_new: int, pool: Any) -> None:
+        self.tower, self.past = tower, past
+        device = past.ends_B.device
+        self.ids_BS = torch.zeros(len(past.ends_B), num_new, dtype=torch.int64, device=device)
+        self.launch = Launch(self._body, past, device, pool)
 
     def __call__(self, context: Context, ids_BS: Tensor) -> Context:
         """As :meth:`ContextTower.extend`."""
@@ -128,7 +68,7 @@ class ExtendStep:
     def _body(self) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
         past, num_new = self.past, self.ids_BS.shape[1]
         columns_BS = past.ends_B[:, None] + torch.arange(num_new, device=past.ends_B.device)
-        slots_T = torch.arange(self.num_slots, device=past.ends_B.device)
+        slots_T = torch.arange(past.num_slots, device=past.ends_B.device)
         mask = (slots_T <= columns_BS[..., None])[:, None]
         new_keys, new_values = {}, {}
 
@@ -136,7 +76,7 @@ class ExtendStep:
             where = columns_BS[:, None, :, None].expand_as(k)
             keys, values = past.keys[index].scatter_(2, where, k), past.values[index].scatter_(2, where, v)
             new_keys[index], new_values[index] = k, v
-            return attention(q, keys, values, mask)
+            return attention(q, keys[:, :, : past.num_slots], values[:, :, : past.num_slots], mask)
 
         def mix(index: int, mixer: Mamba, x: Tensor) -> Tensor:
             before = past.state(index)
@@ -154,16 +94,12 @@ class ExtendStep:
 class DenoiseStep:
     """The denoiser over one block of K in every row."""
 
-    def __init__(
-        self, denoiser: Denoiser, config: NemotronHConfig, batch_size: int, block_size: int, num_slots: int,
-        timed: bool, pool: Any,
-    ) -> None:  # fmt: skip
-        self.denoiser, self.num_slots, self.timed = denoiser, num_slots, timed
-        weight = denoiser.head.weight
-        self.past = Remembered(config, batch_size, num_slots + block_size, weight)
-        self.block_BK = torch.zeros(batch_size, block_size, dtype=torch.int64, device=weight.device)
-        self.t_B = torch.zeros(batch_size, dtype=torch.float32, device=weight.device)
-        self.launch = Launch(self._body, weight.device, pool)
+    def __init__(self, denoiser: Denoiser, past: Remembered, block_size: int, timed: bool, pool: Any) -> None:
+        self.denoiser, self.past, self.timed = denoiser, past, timed
+        batch_size, device = len(past.ends_B), past.ends_B.device
+        self.block_BK = torch.zeros(batch_size, block_size, dtype=torch.int64, device=device)
+        self.t_B = torch.zeros(batch_size, dtype=torch.float32, device=device)
+        self.launch = Launch(self._body, past, device, pool)
 
     def __call__(self, block_BK: Tensor, context: Context, t_B: Tensor | None) -> Tensor:
         """As :meth:`TwoTower.denoise`."""
@@ -175,15 +111,16 @@ class DenoiseStep:
         return logits_BKV.clone()
 
     def _body(self) -> Tensor:
-        past, num_slots = self.past, self.num_slots
+        past, num_slots, block_size = self.past, self.past.num_slots, self.block_BK.shape[1]
         seen_BT = torch.arange(num_slots, device=past.ends_B.device) < past.ends_B[:, None]
-        mask = functional.pad(seen_BT, (0, self.block_BK.shape[1]), value=True)[:, None, None]
+        mask = functional.pad(seen_BT, (0, block_size), value=True)[:, None, None]
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             # The block's own always lie behind all slots, whatever the context's length.
-            past.keys[index][:, :, num_slots:].copy_(k)
-            past.values[index][:, :, num_slots:].copy_(v)
-            return attention(q, past.keys[index], past.values[index], mask)
+            keys, values = (slots[index][:, :, : num_slots + block_size] for slots in (past.keys, past.values))
+            keys[:, :, num_slots:].copy_(k)
+            values[:, :, num_slots:].copy_(v)
+            return attention(q, keys, values, mask)
 
         def mix(index: int, mixer: Mamba, x: Tensor) -> Tensor:
             return mixer.outputs(x, past.state(index))
@@ -195,37 +132,51 @@ class DenoiseStep:
 
 
 class StepGraphs:
-    """The steps of one pair by their sizes, made when first asked for, at most ``max_graphs`` of them.
+    """The steps of one model by their sizes, made when first asked for, at most ``max_graphs`` of them.
 
     ``variant`` tells apart what is not in the sizes: forced routing changes what a step does. None there means that
-    no graph is to be used.
+    no graph is to be used. ``widths`` are the numbers of new tokens that recur: pieces of prompts have any, each once,
+    and are no steps; None takes all for steps. ``num_made`` counts the steps made so far: on a GPU each is a capture,
+    which takes longer than many steps.
     """
 
-    def __init__(self, variant: Callable[[], Hashable] = lambda: "own", max_graphs: int = MAX_GRAPHS) -> None:
-        self.variant, self.max_graphs = variant, max_graphs
+    def __init__(
+        self,
+        variant: Callable[[], Hashable] = lambda: "own",
+        max_graphs: int = MAX_GRAPHS,
+        widths: Collection[int] | None = None,
+    ) -> None:
+        self.variant, self.max_graphs, self.widths, self.num_made = variant, max_graphs, widths, 0
         self._steps: OrderedDict[Hashable, Any] = OrderedDict()
+        self._pasts: WeakValueDictionary[Hashable, Remembered] = WeakValueDictionary()
         self._pools: dict[torch.device, Any] = {}
 
     def serves(self, batch_size: int, num_new: int) -> bool:
         """Whether a step of this size is to come from here. Only without gradients; large ones gain nothing."""
-        small = batch_size * num_new <= MAX_NEW
+        small = batch_size * num_new <= MAX_NEW and (self.widths is None or num_new in self.widths)
         return small and torch.is_inference_mode_enabled() and self.variant() is not None
 
     def extend(self, tower: ContextTower, context: Context, ids_BS: Tensor) -> Context:
         """See :class:`ExtendStep`."""
-        (batch_size, num_new), slots = ids_BS.shape, _num_slots(context.max_length + ids_BS.shape[1])
-        key = ("extend", self.variant(), batch_size, num_new, slots)
-        step = self._step(key, lambda: ExtendStep(tower, batch_size, num_new, slots, self._pool(tower.device)))
-        extended: Context = step(context, ids_BS)
+        (batch_size, num_new), slots = ids_BS.shape, slots_for(context.max_length + ids_BS.shape[1])
+
+        def make() -> ExtendStep:
+            past = self._past(tower.config, batch_size, slots, tower.head.weight)
+            return ExtendStep(tower, past, num_new, self._pool(tower.device))
+
+        extended: Context = self._step(("extend", self.variant(), batch_size, num_new, slots), make)(context, ids_BS)
         return extended
 
     def denoise(self, pair: TwoTower, block_BK: Tensor, context: Context, t_B: Tensor | None) -> Tensor:
         """See :class:`DenoiseStep`; the context is on the denoiser's device."""
-        (batch_size, block_size), slots = block_BK.shape, _num_slots(context.max_length)
-        timed, pool = t_B is not None, self._pool(pair.denoiser.head.weight.device)
-        key = ("denoise", self.variant(), batch_size, block_size, slots, timed)
-        sizes = (batch_size, block_size, slots, timed)
-        step = self._step(key, lambda: DenoiseStep(pair.denoiser, pair.config, *sizes, pool))
+        (batch_size, block_size), slots = block_BK.shape, slots_for(context.max_length)
+        timed, weight = t_B is not None, pair.denoiser.head.weight
+
+        def make() -> DenoiseStep:
+            past = self._past(pair.config, batch_size, slots, weight)
+            return DenoiseStep(pair.denoiser, past, block_size, timed, self._pool(weight.device))
+
+        step = self._step(("denoise", self.variant(), batch_size, block_size, slots, timed), make)
         logits_BKV: Tensor = step(block_BK, context, t_B)
         return logits_BKV
 
@@ -234,8 +185,17 @@ class StepGraphs:
             if len(self._steps) >= self.max_graphs:
                 self._steps.popitem(last=False)
             self._steps[key] = make()
+            self.num_made += 1
         self._steps.move_to_end(key)
         return self._steps[key]
+
+    def _past(self, config: NemotronHConfig, batch_size: int, slots: int, like: Tensor) -> Remembered:
+        """Kept by the steps that use it, as long as there are any."""
+        key = (like.device, batch_size, slots)
+        past = self._pasts.get(key)
+        if past is None:
+            past = self._pasts[key] = Remembered(config, batch_size, slots, like)
+        return past
 
     def _pool(self, device: torch.device) -> Any:
         if device.type == "cuda" and device not in self._pools:
@@ -243,13 +203,40 @@ class StepGraphs:
         return self._pools.get(device)
 
 
-def use_graphs(pair: TwoTower, variant: Callable[[], Hashable] = lambda: "own", max_graphs: int = MAX_GRAPHS) -> None:
-    """From now on take the pair's small steps from graphs. ValueError where a tower is on no CUDA device."""
-    for device in (pair.context_tower.device, pair.denoiser.head.weight.device):
-        if device.type != "cuda":
+def use_graphs(
+    model: TwoTower | ContextTower,
+    variant: Callable[[], Hashable] = lambda: "own",
+    max_graphs: int = MAX_GRAPHS,
+    widths: Collection[int] | None = None,
+) -> StepGraphs:
+    """From now on take the small steps of a pair, or of a context tower alone, from graphs, and return these.
+
+    See :class:`StepGraphs`. ValueError where a tower is on no CUDA device.
+    """
+    tower = model.context_tower if isinstance(model, TwoTower) else model
+    devices = [tower.device, *([model.denoiser.head.weight.device] if isinstance(model, TwoTower) else [])]
+    for device in devices:
+        if device.type not in CAPTURES_ON:
             raise ValueError(f"CUDA graphs need CUDA devices, a tower is on {device}: drop --cuda-graphs")
-    pair.graphs = pair.context_tower.graphs = StepGraphs(variant, max_graphs)
+    model.graphs = tower.graphs = StepGraphs(variant, max_graphs, widths)
+    return model.graphs
 
 
-def _num_slots(needed: int) -> int:
-    return max(MIN_SLOTS, 1 << (needed - 1).bit_length()) if needed > 0 else MIN_SLOTS
+def slots_for(num_tokens: int) -> int:
+    """Slots of the steps that work on contexts of up to so many tokens."""
+    return max(MIN_SLOTS, 1 << (num_tokens - 1).bit_length()) if num_tokens > 0 else MIN_SLOTS
+
+
+def num_slot_counts(shortest: int, longest: int) -> int:
+    """How many numbers of slots contexts go through that grow from so many tokens to so many."""
+    return (slots_for(longest) // slots_for(shortest)).bit_length()
+
+
+def num_sizes(max_rows: int, widths: Collection[int], longest: int) -> int:
+    """The most steps that there can be of up to ``max_rows`` rows: there are fewer as they finish, one by one.
+
+    ``widths`` are the new tokens of a row: 1, and block sizes. Contexts have up to ``longest`` tokens, those of the
+    last step included.
+    """
+    of_rows = sum(min(max_rows, MAX_NEW // width) for width in set(widths))
+    return KINDS * of_rows * num_slot_counts(0, longest)

@@ -121,6 +121,11 @@ class TwoTower(LanguageModel):
         self.context_tower = ContextTower(config)
         self.denoiser = Denoiser(config)
 
+    @property
+    def towers_apart(self) -> bool:
+        """Whether each tower has a device of its own, so that both may work at a time."""
+        return self.context_tower.device != self.denoiser.head.weight.device
+
     def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Context:
         """See :meth:`ContextTower.prefill`."""
         return self.context_tower.prefill(ids_BS, lengths_B)

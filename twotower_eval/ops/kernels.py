@@ -7,7 +7,9 @@ line that says why. The manifest records which are active.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,6 +106,22 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
 def without_gradients(*tensors: Tensor) -> bool:
     """Whether nothing has to be differentiated: foreign kernels need not know how to."""
     return not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors)
+
+
+@contextmanager
+def no_waiting(device: torch.device) -> Iterator[None]:
+    """On a GPU raise where the host waits for it: such a kernel would hold up every step, and fail in a capture."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it does not see every wait
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
 
 def seeded(shape: Sequence[int], device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:

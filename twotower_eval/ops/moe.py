@@ -68,7 +68,8 @@ def experts(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor,
         return experts_grouped(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI, grouped_product)
     if x_RH.shape[0] <= GATHER_MAX_ROWS:
         return _experts_gathered(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
-    if x_RH.shape[0] <= PADDED_MAX_ROWS:
+    # A capture must not wait for the device either.
+    if x_RH.shape[0] <= PADDED_MAX_ROWS or torch.cuda.is_current_stream_capturing():
         return experts_padded(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
     return _experts_sorted(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
 
@@ -194,7 +195,8 @@ def _grouped_pairs(
         down_EHI = kernels.seeded((num_experts, 64, 96), device, precision, seed=2) / 8
         scores_RE = kernels.seeded((num_rows, num_experts), device, torch.float32, seed=3)
         weights_RA, chosen_RA = scores_RE.softmax(-1).topk(4, dim=-1)
-        ours = experts_grouped(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI, product)
+        with kernels.no_waiting(device):  # in some precisions torch asks the device where the groups end
+            ours = experts_grouped(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI, product)
         found.append((ours, _experts_gathered(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)))
     return found
 

@@ -79,6 +79,7 @@ def _run(run: Run) -> str:
         f"twotower-eval {escape(manifest.project_version)}, commit {commit}{edited}",
         f"machine: {_flat(manifest.machine)}",
         f"packages: {_flat(manifest.packages)}",
+        *([f"steps: {_steps(manifest.plan)}"] if "cuda_graphs" in manifest.plan else []),
         f"seeds: {_flat(manifest.seeds)}",
         f"documents: {_documents(run)}",
         *(f"note: {escape(note)}" for note in manifest.notes),
@@ -89,6 +90,11 @@ def _run(run: Run) -> str:
     plan = json.dumps(dict(manifest.plan), indent=1, sort_keys=True, ensure_ascii=False).replace("```", "` ` `")
     folded = details(f"plan (sha256 {manifest.plan_sha256[:16]})", f"```json\n{plan}\n```")
     return f"### Run {code(manifest.run_id)}\n\n{bullets(facts)}\n{folded}"
+
+
+def _steps(plan: Mapping[str, Any]) -> str:
+    """Whether small steps were launched as a whole."""
+    return "small ones of both arms from CUDA graphs" if plan["cuda_graphs"] else "not from CUDA graphs"
 
 
 def _flat(values: Mapping[str, Any]) -> str:

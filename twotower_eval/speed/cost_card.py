@@ -13,6 +13,7 @@ import torch
 
 from twotower_eval.models import sizes
 from twotower_eval.models.config import NemotronHConfig
+from twotower_eval.models.graphs import num_slot_counts
 from twotower_eval.models.routing import ROUTINGS
 from twotower_eval.models.sizes import Step
 from twotower_eval.plan import ScalePlan
@@ -88,7 +89,16 @@ def make_card(
 
 def graphs_needed(plan: ScalePlan) -> int:
     """Sizes and routings of steps that a round goes through: AR, and both passes of a block at every routing."""
-    return len(plan.batch_sizes) * (1 + 2 * len(ROUTINGS) * len(plan.block_sizes))
+    return len(plan.batch_sizes) * (1 + 2 * len(ROUTINGS) * len(plan.block_sizes)) * _num_slot_counts(plan)
+
+
+def _num_slot_counts(plan: ScalePlan) -> int:
+    return num_slot_counts(plan.prompt_tokens, _longest(plan))
+
+
+def _longest(plan: ScalePlan) -> int:
+    """Tokens of a context behind the last repetition; one comes before them, off the clock."""
+    return plan.prompt_tokens + (1 + plan.repeats) * max(plan.block_sizes)
 
 
 def cut(config: NemotronHConfig, pattern: str) -> NemotronHConfig:
@@ -206,10 +216,9 @@ def _floor(plan: ScalePlan, config: NemotronHConfig, step: Step, probes: Sequenc
 def _needed(plan: ScalePlan, config: NemotronHConfig, num_patterns: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Bytes on each device: weights, contexts of all batch sizes, logits of the largest block."""
     rows = sum(plan.batch_sizes) * num_patterns + CONTEXTS_HELD * max(plan.batch_sizes)
-    if plan.cuda_graphs:  # each holds a context of its own
-        rows += sum(plan.batch_sizes) * num_patterns * graphs_needed(plan) // len(plan.batch_sizes)
-    room = plan.prompt_tokens + (1 + plan.repeats) * max(plan.block_sizes)
-    of_row = int(1.25 * room) * sizes.key_value_bytes(config, dtype.itemsize)
+    if plan.cuda_graphs:  # for each size a context at a fixed place, with up to twice the slots
+        rows += 2 * sum(plan.batch_sizes) * num_patterns * _num_slot_counts(plan)
+    of_row = int(1.25 * _longest(plan)) * sizes.key_value_bytes(config, dtype.itemsize)
     contexts = rows * (of_row + sizes.state_bytes(config, dtype.itemsize))
     logits = 3 * max(plan.batch_sizes) * max(plan.block_sizes) * config.vocab_size * sizes.FLOAT32_BYTES
     whole = sizes.pair_bytes(config, dtype.itemsize, share_towers=plan.share_towers)

@@ -11,6 +11,7 @@ import gc
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from twotower_eval import store
@@ -30,6 +31,7 @@ from twotower_eval.records import (
     derive_seed,
     sha256_text,
 )
+from twotower_eval.speed.captures import Captures, graphs_for, refuse_uneven
 from twotower_eval.speed.clock import CallClock, Devices, torch_threads
 from twotower_eval.speed.costs import CostItem, make_items
 from twotower_eval.speed.lanes import Lane, Timing, make_lanes
@@ -62,13 +64,20 @@ def run(
     progress = progress or SilentProgress()
     specs = cross_decoders(plan)
     calls = make_calls(plan, requests)
+    if plan.cuda_graphs:
+        refuse_uneven(
+            plan.batch_sizes, [size for spec in specs if isinstance(size := spec.params.get("block_size"), int)]
+        )
     devices = Devices(plan.devices)
     with torch_threads(plan.threads):
         baseline = None if plan.baseline == CONTEXT_TOWER else Path(plan.baseline)
-        models = load_arms(model_folder(plan), baseline, dtype=plan.dtype, devices=plan.devices)
+        models = load_arms(
+            model_folder(plan), baseline, dtype=plan.dtype, devices=plan.devices, cuda_graphs=plan.cuda_graphs
+        )
         clock = CallClock(devices, now)
         lanes = make_lanes(plan, calls, requests, specs, models, clock)
         costs = make_items(calls, lanes, models) if plan.costs else ()
+        graphs = graphs_for(plan, calls, lanes, models)
         if resume is not None:
             _check_unscored(plan, store.load(resume), _calls_per_round(calls, lanes))
         manifest = _manifest(plan, [lane for of_size in lanes.values() for lane in of_size], resume)
@@ -76,7 +85,7 @@ def run(
         with writer:
             for warning in writer.warnings:
                 progress.note(f"warning: {warning}")
-            _Session(plan, writer, calls, lanes, costs, clock, progress).run()
+            _Session(plan, writer, calls, lanes, costs, clock, Captures(graphs, writer), progress).run()
             writer.finish()
     return writer.path
 
@@ -121,10 +130,11 @@ class _Session(RoundLoop):
         lanes: dict[int, tuple[Lane, ...]],
         costs: Sequence[CostItem],
         clock: CallClock,
+        captures: Captures,
         progress: Progress,
     ) -> None:
         self._plan, self._writer, self._calls, self._lanes = plan, writer, calls, lanes
-        self._costs, self._clock = costs, clock
+        self._costs, self._clock, self._captures = costs, clock, captures
         earlier = writer.run.speed
         timed: list[SpeedSample | CostSample] = [*earlier, *writer.run.costs]
         self._launch_id = f"{writer.run.manifest.run_id}/{len({sample.launch_id for sample in timed}) + 1}"
@@ -172,15 +182,16 @@ class _Session(RoundLoop):
                 continue
             size, call = step
             for lane in order.sample(self._lanes[size], len(self._lanes[size])):
-                started_at = now_text()
-                timing = lane.time(call, number)
+                what = f"{lane.name}, call {call.id}"
+                started_at, timing = self._captures.outside(phase, number, what, partial(_begun, lane, call, number))
                 self._write(lane, call, phase, number, started_at, timing)
                 timed_s += timing.wall_s
                 advance()
         return timed_s
 
     def _time_part(self, item: CostItem, phase: SpeedPhase, number: int) -> None:
-        started_at = now_text()
+        what = f"{item.part}, batch size {item.batch_size}, {item.context_tokens} tokens"
+        started_at, wall_s = self._captures.outside(phase, number, what, lambda: (now_text(), item.time(self._clock)))
         sample = CostSample(
             cell=item.cell,
             launch_id=self._launch_id,
@@ -192,7 +203,7 @@ class _Session(RoundLoop):
             context_tokens=item.context_tokens,
             block_size=item.block_size,
             num_repeats=item.num_repeats,
-            wall_s=item.time(self._clock),
+            wall_s=wall_s,
             started_at=started_at,
         )
         self._writer.append(sample)
@@ -219,6 +230,11 @@ class _Session(RoundLoop):
             prompts=tuple(_prompt_timing(generation, timing.wall_s) for generation in timing.generations),
         )
         self._writer.append(sample)
+
+
+def _begun(lane: Lane, call: Call, number: int) -> tuple[str, Timing]:
+    """When the call began, and its timing."""
+    return now_text(), lane.time(call, number)
 
 
 def _generation_row(lane: Lane, request: Request, generation: Generation, number: int) -> GenerationRow:

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ from twotower_eval.plan import ScalePlan
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import CostSample, RunManifest, SpeedPhase, derive_seed, to_json
 from twotower_eval.speed import phases
+from twotower_eval.speed.captures import Captures, refuse_uneven
 from twotower_eval.speed.clock import CallClock, Devices, torch_threads
+from twotower_eval.speed.configs import config_file, config_name
 from twotower_eval.speed.cost_card import CostCard, cut, describe, graphs_needed, make_card, refuse_if_too_large
 from twotower_eval.speed.items import Item, Rig, make_items, make_rigs
 from twotower_eval.speed.loop import RoundLoop, whole_rounds
@@ -62,8 +65,8 @@ def run(
     parts = measured_layers(config.pattern, plan.layers)
     profiles = make_profiles(plan)
     dtype: torch.dtype = getattr(torch, plan.dtype)
-    if plan.cuda_graphs and any(torch.device(device).type != "cuda" for device in plan.devices):
-        raise ValueError("CUDA graphs need CUDA devices: name some with --devices, or drop --cuda-graphs")
+    if plan.cuda_graphs:
+        refuse_uneven(plan.batch_sizes, plan.block_sizes)
     with torch_threads(plan.threads):
         patterns = ["".join(config.pattern[index] for index in part) for part in parts]
         card = make_card(plan, config, patterns, [_probe(device, dtype) for device in plan.devices], dtype)
@@ -79,14 +82,15 @@ def run(
             items = make_items(plan, rigs, profiles)
             _journal_card(writer, card, profiles, num_items=sum(map(len, items)))
             clock = CallClock(Devices(plan.devices), now)
-            _Session(plan, writer, items, routing, clock, progress).run()
+            captures = Captures([rig.pair.graphs for rig in rigs if rig.pair.graphs is not None], writer)
+            _Session(plan, writer, items, routing, clock, captures, progress).run()
             writer.finish()
     return writer.path
 
 
 def read_config(plan: ScalePlan) -> NemotronHConfig:
     """The config that the plan names; ValueError with the file's name if it is none."""
-    file = Path(plan.random_weights)
+    file = config_file(plan.random_weights)
     data = read_json(file)
     try:
         config = parse_config(data)
@@ -126,11 +130,11 @@ def _build(
     plan: ScalePlan, config: NemotronHConfig, parts: Sequence[Sequence[int]], dtype: torch.dtype
 ) -> tuple[list[Rig], ForcedRouting]:
     """The largest part with weights of its own, the others on the same ones; forced routing attached to all."""
-    file = Path(plan.random_weights)
+    file = config_file(plan.random_weights)
     try:
         pair = build_random_pair(
             cut(config, config.pattern[: len(parts[0])]),
-            name=file.name.removesuffix(".json").removesuffix(".config"),
+            name=config_name(file),
             dtype=dtype,
             devices=plan.devices,
             seed=plan.seed,
@@ -200,10 +204,11 @@ class _Session(RoundLoop):
         groups: Sequence[Sequence[Item]],
         routing: ForcedRouting,
         clock: CallClock,
+        captures: Captures,
         progress: Progress,
     ) -> None:
         self._plan, self._writer, self._groups, self._clock = plan, writer, groups, clock
-        self._routing = routing
+        self._routing, self._captures = routing, captures
         self._touched = _Touched(routing, {})
         earlier = writer.run.costs
         self._launch_id = f"{writer.run.manifest.run_id}/{len({sample.launch_id for sample in earlier}) + 1}"
@@ -234,13 +239,17 @@ class _Session(RoundLoop):
                 advance()
         return timed_s
 
+    def _begun(self, item: Item) -> tuple[str, float]:
+        """When the repetitions began, and their seconds."""
+        repeat = item.make_ready()
+        return now_text(), sum(phases.time_repeats(repeat, self._clock, item.num_repeats))
+
     def _time(self, item: Item, phase: SpeedPhase, number: int) -> float:
         self._routing.kind = item.routing
         try:
             touched = self._touched.of(item)
-            repeat = item.make_ready()
-            started_at = now_text()
-            wall_s = sum(phases.time_repeats(repeat, self._clock, item.num_repeats))
+            what = f"{item.part}, batch size {item.batch_size}, {item.pattern}"
+            started_at, wall_s = self._captures.outside(phase, number, what, partial(self._begun, item))
         except torch.OutOfMemoryError as error:
             raise ValueError(f"{item.part}, batch {item.batch_size}: out of memory: take smaller batches") from error
         sample = CostSample(

@@ -96,9 +96,11 @@ def _cut(plan: SpeedPlan, chosen: Sequence[Request], size: int) -> tuple[Call, .
 def make_workload(plan: SpeedPlan, calls: Sequence[Call], size: int, num_devices: int) -> Workload:
     """The workload of a cell; its digest covers the prompts and what ends them, not the cut into batches."""
     asked = [[r.task, r.doc_id, r.prompt_sha256, c.stop, c.max_new_tokens] for c in calls for r in c.requests]
+    # Part of the name, and so of the cell: times with and without graphs are never pooled, and tables tell them apart.
+    graphs = ", CUDA graphs" if plan.cuda_graphs else ""
     return Workload(
         kind=plan.workload,
-        name=f"{plan.workload}: {', '.join(plan.tasks)}",
+        name=f"{plan.workload}: {', '.join(plan.tasks)}{graphs}",
         digest=sha256_text(canonical_json(asked)),
         max_new_tokens=max(call.max_new_tokens for call in calls),
         batch_size=size,
