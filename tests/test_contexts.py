@@ -46,7 +46,6 @@ def test_prefill_of_unequal_rows(name: str) -> None:
     rows = ids(4, 45)
     context = model.prefill(rows, lengths)
     assert context.lengths == tuple(lengths)
-    assert context.lengths_B.tolist() == lengths
     got = answers(model, context)
     for row, length in enumerate(lengths):
         assert torch.allclose(got[row], alone(model, rows[row, :length].tolist()), atol=ATOL)

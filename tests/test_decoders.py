@@ -136,6 +136,24 @@ def test_neither_width_nor_order_changes_a_row(
     assert context_rows == sum(g.num_context_forwards for g in together)
 
 
+def test_blocks_of_rows_that_began_together_are_absorbed_together() -> None:
+    """Where no prompt waited, each finished block was absorbed by itself: three times the passes that are needed."""
+    model = WatchedModel(tiny_pair())
+    prompts = [Prompt(id=str(i), token_ids=tuple(range(1, 4 + i)), seed=i) for i in range(8)]
+    decoder = make_decoder(model, "block_diffusion", block_size=8, threshold=0.3, temperature=0.9)
+    extensions_before_an_end: list[int] = []
+
+    def on_finish(_: Generation) -> None:
+        extensions_before_an_end.append(len(model.extensions.rows))
+
+    together = decoder.generate(prompts, max_new_tokens=48, on_finish=on_finish)
+    rows = model.extensions.rows[: extensions_before_an_end[0]]
+    assert len(rows) >= 5
+    assert min(rows) >= 4
+    for prompt, ours in zip(prompts, together, strict=True):
+        assert_same(ours, decoder.generate([prompt], max_new_tokens=48)[0])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_free_place_is_taken_at_once(kind: str) -> None:
     """As long as prompts wait, every step serves as many rows as there is room for, whenever its rows began."""
@@ -150,7 +168,7 @@ def test_a_free_place_is_taken_at_once(kind: str) -> None:
     def on_finish(_: Generation) -> None:
         nonlocal finished
         finished += 1
-        if finished == len(prompts) - 3:
+        if finished == len(prompts) - 4:  # the rows that are left have places, and wait for each other
             full_until.append(len(steps.rows))
 
     generations = decoder.generate(

@@ -77,8 +77,9 @@ class BlockDiffusion(BatchDecoder):
     """No extension of the context behind the last block; the last block is K long like the others.
 
     Rows are at steps and blocks of their own. A row whose block is finished waits for others, so that the extension
-    of their contexts is a full batch too; others are denoised meanwhile. So fewer than twice as many rows are under
-    way as a forward serves.
+    of their contexts serves as many as it can; others are denoised meanwhile. So fewer than twice as many rows are
+    under way as a forward serves. The last rows of a call, and all rows of one whose prompts have places from the
+    start, absorb their blocks when at least half of them have finished one.
 
     With the towers on two devices both work at a time: rows whose blocks are finished are extended while the others
     are denoised, both passes on their way before the host waits for either. Rows never depend on each other, so no
@@ -111,10 +112,12 @@ class BlockDiffusion(BatchDecoder):
                 if more is not context:
                     context = more
                     continue
+            last_rows = len(context.rows) <= call.width  # all of them, and none waits for a place
+            gathering = call.steady or (last_rows and len(closed) < len(open_)) or not closed
             open_, closed = open_[: call.width], closed[: call.width]
             if open_ and closed and not call.steady and getattr(self.model, "towers_apart", False):
                 context = self._both(call, blocks, context, open_, closed)
-            elif open_ and (len(open_) >= call.width or call.steady or not closed):
+            elif open_ and (len(open_) >= call.width or gathering):
                 self._commit(call, blocks, self._denoise(call, blocks, context, open_))
                 context = _without_ended(call, blocks, context, open_) or call.admit()
             else:

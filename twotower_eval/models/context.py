@@ -40,11 +40,6 @@ class Context:
     _mirrors: dict[torch.device, Context] = field(default_factory=dict, repr=False)
 
     @property
-    def lengths_B(self) -> Tensor:
-        """Tokens per row, int64, on the context tower's device."""
-        return torch.tensor(self.lengths, device=self.last_hidden_BH.device)
-
-    @property
     def batch_size(self) -> int:
         """Number of rows."""
         return len(self.lengths)
@@ -61,7 +56,7 @@ class Context:
 
     def select(self, rows: Sequence[int]) -> Context:
         """A context of the given rows, in that order; a row may be repeated."""
-        index = torch.tensor(list(rows), device=self.last_hidden_BH.device)
+        index = torch.tensor(list(rows), dtype=torch.int64, device=self.last_hidden_BH.device)
         length = max((self.lengths[row] for row in rows), default=0)
         keys = {i: k[:, :, :length].index_select(0, index) for i, k in self.buffer.keys.items()}
         values = {i: v[:, :, :length].index_select(0, index) for i, v in self.buffer.values.items()}

@@ -21,12 +21,6 @@ class CountedContext:
     inner: Any
     rows: tuple[int, ...]
 
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens per row."""
-        lengths: tuple[int, ...] = self.inner.lengths
-        return lengths
-
     def select(self, positions: Sequence[int]) -> CountedContext:
         """The context of some of these rows, by position within this context."""
         if tuple(positions) == tuple(range(len(self.rows))):

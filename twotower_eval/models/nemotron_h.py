@@ -192,11 +192,14 @@ class MixtureOfExperts(Direct):
         self.shared_experts = Mlp(hidden, config.moe_shared_expert_intermediate_size)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
-        if self.steer is None and x_BSH.numel() == x_BSH.shape[-1] and x_BSH.is_cpu and self.routing.num_groups == 1:
+        if x_BSH.numel() == x_BSH.shape[-1] and x_BSH.is_cpu and self.routing.num_groups == 1:
             shared_IH, shared_HI = self.shared_experts.up_proj.weight, self.shared_experts.down_proj.weight
             weights = (self.experts_up_EIH, self.experts_down_EHI, shared_IH, shared_HI)
             if product.reads_halves(x_BSH, weights):
                 chosen = moe.route_row(x_BSH, self.gate.wide_EH(), self.gate.biases(), self.routing)
+                if self.steer is not None:
+                    experts_1A = self.steer(torch.tensor([[expert for expert, _ in chosen]]), x_BSH.shape[:-1])
+                    chosen = [(int(expert), weight) for expert, (_, weight) in zip(experts_1A[0], chosen, strict=True)]
                 return moe.experts_of_row(x_BSH, chosen, *weights)
         x_RH = x_BSH.flatten(0, -2)
         chosen_RA, weights_RA = moe.route(x_RH, self.gate.wide_EH(), self.gate.e_score_correction_bias, self.routing)

@@ -45,11 +45,6 @@ class CacheContext:
     parts: tuple[Part, ...]
 
     @property
-    def lengths_B(self) -> Tensor:
-        """Tokens per row, int64, on the model's device."""
-        return torch.tensor(self.lengths, device=self.parts[0].last_logits_BV.device)
-
-    @property
     def batch_size(self) -> int:
         """Number of rows."""
         return len(self.lengths)

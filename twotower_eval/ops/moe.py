@@ -15,7 +15,7 @@ from twotower_eval.ops import kernels, product
 GATHER_MAX_ROWS = 4  # up to this many rows, gathering weights beats reading all experts
 PADDED_MAX_ROWS = 64  # up to this many, reading all experts beats waiting for the device to say who chose what
 # On a CPU: experts so small (numbers of one direction) that a call for each of them costs more than reading them all.
-SMALL_EXPERTS, SMALL_MAX_ROWS = 1 << 18, 16
+SMALL_EXPERTS, SMALL_MAX_ROWS = 1 << 17, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def experts(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor,
         # Copying weights costs more than anything here.
         return _experts_sorted(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
     grouped_product = GROUPED_PRODUCT.on(x_RH.device, x_RH.dtype)
-    if grouped_product is not None and kernels.without_gradients(x_RH, up_EIH):
+    if grouped_product is not None and _aligned(up_EIH) and kernels.without_gradients(x_RH, up_EIH):
         return experts_grouped(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI, grouped_product)
     if x_RH.shape[0] <= GATHER_MAX_ROWS:
         return _experts_gathered(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
@@ -72,6 +72,11 @@ def experts(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor,
     if x_RH.shape[0] <= PADDED_MAX_ROWS or torch.cuda.is_current_stream_capturing():
         return experts_padded(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
     return _experts_sorted(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
+
+
+def _aligned(up_EIH: Tensor) -> bool:
+    """Whether rows of both directions begin at multiples of 16 bytes, as torch's grouped product wants them."""
+    return all(size * up_EIH.element_size() % 16 == 0 for size in up_EIH.shape[1:])
 
 
 def experts_reference(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
