@@ -468,4 +468,4 @@ def test_a_mean_at_the_edge_is_never_certain() -> None:
     one_off = stats.mean_score([0.0] * 149 + [1.0], clusters, level=stats.DECISION_LEVEL)
     assert one_off.high == pytest.approx(stats.binomial_upper_bound(1, 30))
     seconds = stats.mean_score([2.0, 2.5, 3.0], ["a", "b", "c"])
-    assert seconds.method == "t interval over clusters"
+    assert seconds.method == "t interval over clusters, corrected for skewness"
