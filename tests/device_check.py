@@ -77,6 +77,15 @@ def main() -> int:
     return 0 if all(held) else 1
 
 
+def command() -> int:
+    """:func:`main`; what the user can mend is one line and exit code 2."""
+    try:
+        return main()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
 def say(step: str, **facts: Any) -> None:
     """One JSON line."""
     print(json.dumps({"step": step, **facts}), flush=True)
@@ -295,7 +304,7 @@ def _largest_that_fits(options: argparse.Namespace, more: Sequence[str]) -> str:
         if done.returncode == 0:
             return str(done.stdout.strip().splitlines()[-1])
         if "free: take" not in done.stderr and "out of memory" not in done.stderr:
-            raise RuntimeError(done.stderr)
+            raise _failure(done)
     raise RuntimeError(f"not even 6 layers fit on {options.device}")
 
 
@@ -371,11 +380,18 @@ def report(options: argparse.Namespace) -> bool:
     return True
 
 
+def _failure(done: subprocess.CompletedProcess[str]) -> Exception:
+    """What a verb said: its one line where the user can mend it, else all of it."""
+    if done.returncode == 2:
+        return ValueError(done.stderr.strip().splitlines()[-1])
+    return RuntimeError(done.stderr)
+
+
 def _command(*arguments: str) -> str:
     """Run one verb; the path that it prints last."""
     done = _run_verb(*arguments)
     if done.returncode:
-        raise RuntimeError(done.stderr)
+        raise _failure(done)
     return str(done.stdout.strip().splitlines()[-1])
 
 
@@ -399,4 +415,4 @@ STEPS: dict[str, Callable[[argparse.Namespace], bool]] = {
 ALL_STEPS = STEPS | {"train": train}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

@@ -452,7 +452,8 @@ def test_the_verb_times_scores_and_prints_the_folder(
     points, gaps = speed_points([run])
     assert gaps == ()
     assert [(point.batch_size, point.num_rounds, point.num_calls) for point in points] == [(1, 2, 2), (2, 2, 1)]
-    assert all(point.null.estimate is not None for point in points)
+    # One call a round says nothing of other prompts.
+    assert [point.null.estimate is not None for point in points] == [True, False]
 
 
 # Interruptions

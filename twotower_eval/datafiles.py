@@ -56,6 +56,8 @@ def prepare(source: Path, target: Path, names: Sequence[str] | None = None) -> l
         if name not in BENCHMARKS:
             raise ValueError(f"unknown benchmark {name!r}{did_you_mean(name, BENCHMARKS)}")
     chosen = list(names or [name for name in BENCHMARKS if (source / name).is_dir()])
+    if not source.is_dir():
+        raise ValueError(f"{source}: no such folder")
     if not chosen:
         raise ValueError(f"{source} has none of the folders {', '.join(BENCHMARKS)}")
     written = []

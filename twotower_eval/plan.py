@@ -270,3 +270,5 @@ def _default(cls: type[Plan], name: str) -> Any:
 def _check_decoders(plan: Plan) -> None:
     check_at_least(plan, 1, "block_sizes", "steps")
     check_at_least(plan, 0, "temperature", "thresholds", "seed")
+    if max(plan.thresholds) > 1:
+        raise ValueError(f"a threshold is a probability, {max(plan.thresholds):g} is above 1: take 1 for the strictest")

@@ -127,11 +127,11 @@ def create(root: Path, manifest: RunManifest) -> RunWriter:
     return writer
 
 
-def resume(path: Path, manifest: RunManifest) -> RunWriter:
+def resume(path: Path, manifest: RunManifest, *, event: str = "resumed") -> RunWriter:
     """Open a run that was begun before, after checking that ``manifest`` would produce the same rows.
 
     The folder's own manifest stays. Differences that would mix unlike rows are a ValueError that lists them all;
-    another commit or an edited checkout is only noted, in the ``resumed`` event and in ``writer.warnings``. Torn
+    another commit or an edited checkout is only noted, in the ``event`` and in ``writer.warnings``. Torn
     last lines are cut off; ``done.json`` is taken away until the run is finished again.
     """
     _read_manifest(path)  # before the lock, so that a wrong path leaves no lock file behind
@@ -147,7 +147,7 @@ def resume(path: Path, manifest: RunManifest) -> RunWriter:
             fsync_folder(path)
         warnings = _warnings(run.manifest, manifest)
         writer = RunWriter(run, lock, warnings)
-        writer.event("resumed", commit=manifest.commit, dirty=manifest.dirty, warnings=list(warnings))
+        writer.event(event, commit=manifest.commit, dirty=manifest.dirty, warnings=list(warnings))
     except BaseException:
         os.close(lock)
         raise
@@ -318,7 +318,9 @@ def _agrees_with_done(path: Path) -> bool:
         there = (path / name).exists()
         if not there or hashlib.sha256((path / name).read_bytes()).hexdigest() != recorded.get(name):
             state = "changed" if there else "was lost"
-            raise ValueError(f"{path / name}: {state} after the run was finished ({DONE} has another sha256)")
+            raise ValueError(
+                f"{path / name}: {state} after the run was finished ({DONE} has another sha256): restore it or run anew"
+            )
     return True
 
 
@@ -334,10 +336,34 @@ def _differences(old: RunManifest, new: RunManifest) -> list[str]:
         keys = sorted(({*old.machine} | {*new.machine}) - {"kernels"})
         pairs += [(f"machine {key}", old.machine.get(key), new.machine.get(key)) for key in keys]
     found = [f"{name} was {before}, is {after}" for name, before, after in pairs if before != after]
+    return found + _cell_differences(old, new)
+
+
+def _cell_differences(old: RunManifest, new: RunManifest) -> list[str]:
+    """Cells that only one of two plans has: the plans' own words where these differ, and an example."""
     old_cells, new_cells = ({cell.id: cell for cell in manifest.cells} for manifest in (old, new))
-    for have, lack, words in ((old_cells, new_cells, "no longer has"), (new_cells, old_cells, "newly has")):
-        found += [f"the plan {words} {_cell_text(have[name])}" for name in have if name not in lack]
-    return found
+    gone, added = (
+        [have[name] for name in have if name not in lack]
+        for have, lack in ((old_cells, new_cells), (new_cells, old_cells))
+    )
+    if not gone and not added:
+        return []
+    fields = sorted({*old.plan} | {*new.plan})
+    told = [
+        f"{name} was {_plain(old.plan.get(name))}, is {_plain(new.plan.get(name))}"
+        for name in fields
+        if old.plan.get(name) != new.plan.get(name)
+    ]
+    for cells, words in ((gone, "no longer has"), (added, "newly has")):
+        if cells:
+            more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
+            told.append(f"the plan {words} {_cell_text(cells[0])}{more}")
+    return told
+
+
+def _plain(value: Any) -> str:
+    """A plan's value as one gives it."""
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _cell_text(cell: Cell) -> str:

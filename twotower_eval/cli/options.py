@@ -81,4 +81,5 @@ def numbers(text: str | None, parse: Callable[[str], Item], option: str) -> tupl
     try:
         return None if parts is None else tuple(parse(part) for part in parts)
     except ValueError as error:
-        raise ValueError(f"{option} wants numbers separated by commas, not {text!r}") from error
+        kind = "whole numbers" if parse is int else "numbers"
+        raise ValueError(f"{option} wants {kind} separated by commas, not {text!r}") from error

@@ -105,7 +105,7 @@ def score_journal(path: Path) -> Path:
                 raise ValueError(
                     f"{path}: {where} was scored before its last rounds were timed: time anew, in a new run"
                 )
-    with store.resume(path, found.manifest) as writer:
+    with store.resume(path, found.manifest, event="scored") as writer:
         for score in new:
             writer.append(score)
         writer.finish()

@@ -73,7 +73,10 @@ def run(
         for line in describe(card):
             progress.note(line)
         refuse_if_too_large(card, plan, config, dtype)
+        began_s = time.monotonic()
+        progress.note("making the weights: nothing else is printed until they are there")
         rigs, routing = _build(plan, config, parts, dtype)
+        progress.note(f"weights made in {duration_text(time.monotonic() - began_s)}")
         manifest = _manifest(plan, rigs, resume)
         writer = store.create(root, manifest) if resume is None else store.resume(resume, manifest)
         with writer:
