@@ -108,7 +108,7 @@ class ContextTower(LanguageModel):
     def _advance(self, context: Context, ids_BS: Tensor, new_lengths: tuple[int, ...]) -> tuple[Context, Tensor]:
         """The context after the new tokens, and their hidden states (B, S, H) before the final norm.
 
-        On a CPU in pieces: what a piece needs stays in its cache, and the peak of memory does not grow with S.
+        On a CPU in pieces: what a piece needs stays in its cache, and memory grows with S by hidden states alone.
         """
         num_new, width = ids_BS.shape[1], max(MIN_PIECE, PIECE_ROWS // ids_BS.shape[0])
         if self.device.type != "cpu" or num_new <= width:
