@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
+from twotower_eval import comparability
 from twotower_eval.journal import (
     Journal,
     fsync_folder,
@@ -46,7 +47,6 @@ from twotower_eval.records import (
 
 MANIFEST, EVENTS, DONE = "manifest.json", "events.jsonl", "done.json"
 TRAINING_LOG = "training_log.jsonl"  # a copy of what lies beside a trained checkpoint; no journal of ours
-PACKAGES_THAT_MUST_AGREE = ("torch", "transformers", "lm-eval", "mamba-ssm", "causal-conv1d", "flash-attn")
 
 Row = GenerationRow | LikelihoodRow | Score | SpeedSample | CostSample | Check
 Key = tuple[str | int, ...]
@@ -138,14 +138,14 @@ def resume(path: Path, manifest: RunManifest, *, event: str = "resumed") -> RunW
     lock = lock_run(path)
     try:
         run = load(path)
-        differences = _differences(run.manifest, manifest)
+        differences = comparability.differences(run.manifest, manifest)
         if differences:
             listed = "; ".join(differences)
             raise ValueError(f"cannot resume {path}, its rows would not be comparable: {listed}. Start a new run.")
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path / DONE)
             fsync_folder(path)
-        warnings = _warnings(run.manifest, manifest)
+        warnings = comparability.warnings(run.manifest, manifest)
         writer = RunWriter(run, lock, warnings)
         writer.event(event, commit=manifest.commit, dirty=manifest.dirty, warnings=list(warnings))
     except BaseException:
@@ -322,59 +322,3 @@ def _agrees_with_done(path: Path) -> bool:
                 f"{path / name}: {state} after the run was finished ({DONE} has another sha256): restore it or run anew"
             )
     return True
-
-
-def _differences(old: RunManifest, new: RunManifest) -> list[str]:
-    """What forbids adding rows made under ``new`` to a run begun under ``old``, in words."""
-    pairs: list[tuple[str, Any, Any]] = [
-        ("verb", old.verb, new.verb),
-        ("twotower-eval", old.project_version, new.project_version),
-        *((name, old.packages.get(name), new.packages.get(name)) for name in PACKAGES_THAT_MUST_AGREE),
-        ("active kernels", old.machine.get("kernels"), new.machine.get("kernels")),
-    ]
-    if old.verb == "speed":
-        keys = sorted(({*old.machine} | {*new.machine}) - {"kernels"})
-        pairs += [(f"machine {key}", old.machine.get(key), new.machine.get(key)) for key in keys]
-    found = [f"{name} was {before}, is {after}" for name, before, after in pairs if before != after]
-    return found + _cell_differences(old, new)
-
-
-def _cell_differences(old: RunManifest, new: RunManifest) -> list[str]:
-    """Cells that only one of two plans has: the plans' own words where these differ, and an example."""
-    old_cells, new_cells = ({cell.id: cell for cell in manifest.cells} for manifest in (old, new))
-    gone, added = (
-        [have[name] for name in have if name not in lack]
-        for have, lack in ((old_cells, new_cells), (new_cells, old_cells))
-    )
-    if not gone and not added:
-        return []
-    fields = sorted({*old.plan} | {*new.plan})
-    told = [
-        f"{name} was {_plain(old.plan.get(name))}, is {_plain(new.plan.get(name))}"
-        for name in fields
-        if old.plan.get(name) != new.plan.get(name)
-    ]
-    for cells, words in ((gone, "no longer has"), (added, "newly has")):
-        if cells:
-            more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
-            told.append(f"the plan {words} {_cell_text(cells[0])}{more}")
-    return told
-
-
-def _plain(value: Any) -> str:
-    """A plan's value as one gives it."""
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _cell_text(cell: Cell) -> str:
-    decoder = f"{cell.decoder.label} version {cell.decoder.version}"
-    return f"cell {cell.id} ({cell.arm} {cell.checkpoint.name}, {decoder}, {cell.workload.name})"
-
-
-def _warnings(old: RunManifest, new: RunManifest) -> tuple[str, ...]:
-    found = []
-    if old.commit != new.commit:
-        found.append(f"begun at commit {old.commit}, resumed at {new.commit}")
-    if new.dirty:
-        found.append("the checkout has uncommitted changes")
-    return tuple(found)

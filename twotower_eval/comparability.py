@@ -1,0 +1,66 @@
+"""Whether rows made now may join a run begun before: what two manifests say differently, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twotower_eval.records import Cell, RunManifest
+
+PACKAGES_THAT_MUST_AGREE = ("torch", "transformers", "lm-eval", "mamba-ssm", "causal-conv1d", "flash-attn")
+
+
+def differences(old: RunManifest, new: RunManifest) -> list[str]:
+    """What forbids adding rows made under ``new`` to a run begun under ``old``, in words."""
+    pairs: list[tuple[str, Any, Any]] = [
+        ("verb", old.verb, new.verb),
+        ("twotower-eval", old.project_version, new.project_version),
+        *((name, old.packages.get(name), new.packages.get(name)) for name in PACKAGES_THAT_MUST_AGREE),
+        ("active kernels", old.machine.get("kernels"), new.machine.get("kernels")),
+    ]
+    if old.verb == "speed":
+        keys = sorted(({*old.machine} | {*new.machine}) - {"kernels"})
+        pairs += [(f"machine {key}", old.machine.get(key), new.machine.get(key)) for key in keys]
+    found = [f"{name} was {before}, is {after}" for name, before, after in pairs if before != after]
+    return found + _cell_differences(old, new)
+
+
+def warnings(old: RunManifest, new: RunManifest) -> tuple[str, ...]:
+    """What is worth a note, though it forbids nothing: another commit, an edited checkout."""
+    found = []
+    if old.commit != new.commit:
+        found.append(f"begun at commit {old.commit}, resumed at {new.commit}")
+    if new.dirty:
+        found.append("the checkout has uncommitted changes")
+    return tuple(found)
+
+
+def _cell_differences(old: RunManifest, new: RunManifest) -> list[str]:
+    """Cells that only one of two plans has: the plans' own words where these differ, and an example."""
+    old_cells, new_cells = ({cell.id: cell for cell in manifest.cells} for manifest in (old, new))
+    gone, added = (
+        [have[name] for name in have if name not in lack]
+        for have, lack in ((old_cells, new_cells), (new_cells, old_cells))
+    )
+    if not gone and not added:
+        return []
+    fields = sorted({*old.plan} | {*new.plan})
+    told = [
+        f"{name} was {_plain(old.plan.get(name))}, is {_plain(new.plan.get(name))}"
+        for name in fields
+        if old.plan.get(name) != new.plan.get(name)
+    ]
+    for cells, words in ((gone, "no longer has"), (added, "newly has")):
+        if cells:
+            more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
+            told.append(f"the plan {words} {_cell_text(cells[0])}{more}")
+    return told
+
+
+def _plain(value: Any) -> str:
+    """A plan's value as one gives it."""
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _cell_text(cell: Cell) -> str:
+    decoder = f"{cell.decoder.label} version {cell.decoder.version}"
+    return f"cell {cell.id} ({cell.arm} {cell.checkpoint.name}, {decoder}, {cell.workload.name})"
