@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from twotower_eval.evidence.naming import checkpoint_name, long_name
+from twotower_eval.evidence.nulls import is_invalid
 from twotower_eval.evidence.points import QualityPoint
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint
@@ -61,8 +62,8 @@ def _kept(quality: QualityPoint | None) -> str | None:
 def _faster(speed: SpeedPoint | None) -> str | None:
     if speed is None or speed.time.estimate is None:
         return None
-    invalid = any(warning.startswith("INVALID") for warning in speed.warnings)
-    return f"{times(speed.time)} its wall-clock speed" + (" (INVALID timing, see below)" if invalid else "")
+    invalid = " (INVALID timing, see below)" if is_invalid(speed.warnings) else ""
+    return f"{times(speed.time)} its wall-clock speed{invalid}"
 
 
 def _plural(number: int, noun: str) -> str:
