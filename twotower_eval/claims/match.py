@@ -160,13 +160,9 @@ def _hardware_fits(claim: Claim, point: SpeedPoint, evidence: Evidence) -> bool:
 
 
 def measured_points(claim: Claim, evidence: Evidence) -> int:
-    """Different operating points of the claim's subject in all runs: decoders, and for speed how they were timed."""
+    """Different operating points (decoder settings) of the claim's subject in all runs."""
     points: list[QualityPoint | SpeedPoint] = [*evidence.quality, *evidence.speed]
-    decoders = {point.key for point in points if names_subject(claim, _of(point))}
-    timed = {
-        (point.key, point.workload, point.batch_size) for point in evidence.speed if names_subject(claim, _of(point))
-    }
-    return max(len(decoders), len(timed))
+    return len({point.key for point in points if names_subject(claim, _of(point))})
 
 
 def nearby(claim: Claim, points: Sequence[QualityPoint | SpeedPoint]) -> str:

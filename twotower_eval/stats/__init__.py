@@ -28,6 +28,7 @@ from twotower_eval.stats.decide import (
     Decision,
     Relation,
     decide,
+    limits,
     too_few,
 )
 from twotower_eval.stats.figure import Figure
@@ -49,8 +50,10 @@ from twotower_eval.stats.power import (
     still_needed,
 )
 from twotower_eval.stats.quality import (
+    EQUAL,
     bootstrap_stderr,
     difference,
+    equal_by_construction,
     leave_one_out,
     linear_stderr,
     mean_of_ratios,
@@ -71,6 +74,7 @@ __all__ = [
     "ASSUMED_ACCURACY",
     "ASSUMED_DISCORDANCE",
     "DECISION_LEVEL",
+    "EQUAL",
     "LEVEL",
     "MIN_CALLS",
     "MIN_CLUSTERS",
@@ -102,6 +106,7 @@ __all__ = [
     "decide",
     "difference",
     "draw_task_means",
+    "equal_by_construction",
     "explain",
     "flips",
     "geometric_speedup",
@@ -109,6 +114,7 @@ __all__ = [
     "holm",
     "is_off",
     "leave_one_out",
+    "limits",
     "linear_stderr",
     "mcnemar",
     "mean_of_ratios",

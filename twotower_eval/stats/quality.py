@@ -20,6 +20,7 @@ from twotower_eval.stats.intervals import FEW, LEVEL, Floats, binomial_upper_bou
 from twotower_eval.stats.paired import Draws, Ints, ScoreTable
 
 EPSILON = 1e-12
+EQUAL = "equal by construction: one computation scores both arms"
 SPARSE = 15  # fewer discordant clusters in a stratum than this: one more is added to its variance
 SMALL = 40  # fewer clusters in a stratum than this: one more like the worst is added
 
@@ -49,6 +50,11 @@ def retention(table: ScoreTable, draws: Draws, weights_K: Floats | None = None, 
         low, high = 0.0, max(high, scope.worst_case(rate) / scope.baseline)
         method += f", exact bound where the candidate scores in {scope.num_candidate_successes} of {scope.n} clusters"
     return Estimate(value=scope.ratio, low=low, high=high, level=level, n=scope.n, method=method, seed=draws.seed)
+
+
+def equal_by_construction(value: float, n: int, *, level: float = LEVEL) -> Estimate:
+    """What one computation that scores both arms leaves no doubt of: a retention of 1, or a difference of 0."""
+    return Estimate(value=value, low=value, high=value, level=level, n=n, method=EQUAL)
 
 
 def linear_stderr(table: ScoreTable, weights_K: Floats | None = None) -> float:
