@@ -153,11 +153,18 @@ def test_near_an_operating_point_is_not_at_it(good: list[Run], change: dict[str,
 
 def test_other_models_and_other_tasks_are_not_the_claims(good: list[Run]) -> None:
     other = verdict_on({**KEPT, "subject": "another"}, good)
-    assert (other.outcome, other.reason) == ("NOT_MEASURED", "measured were only pair")
+    assert (other.outcome, other.reason) == (
+        "NOT_MEASURED",
+        "measured were only pair; `twotower-eval run --model CKPT --tasks arithmetic,sorting "
+        "--block-sizes 16 --steps 16 --thresholds 0.8` measures it",
+    )
     assert verdict_on({**KEPT, "baseline": "another"}, good).outcome == "NOT_MEASURED"
     assert verdict_on({**KEPT, "scope": ["arithmetic", "poetry"]}, good).outcome == "NOT_MEASURED"
     assert verdict_on({**KEPT, "subject": PAIR.digest[:12]}, good).outcome == "SUPPORTED"
-    assert verdict_on(FAST, good[:1]).reason == "nothing of the kind was measured"
+    missing = verdict_on(FAST, good[:1]).reason
+    assert missing.startswith("nothing of the kind was measured; `twotower-eval speed --model CKPT --block-sizes 16 ")
+    other_place = verdict_on(FAST, good[:1], workload="fixed", batch_size=4, num_devices=2, dtype="bfloat16")
+    assert "--dtype bfloat16 --batch-sizes 4 --workload fixed --devices D,D` measures it" in other_place.reason
 
 
 def edited_speed(root: Path, good: list[Run], change: Any, **options: Any) -> list[Run]:

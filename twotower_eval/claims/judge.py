@@ -20,16 +20,8 @@ from twotower_eval.claims.estimates import (
     speed_readings,
 )
 from twotower_eval.claims.files import SPEED_QUANTITIES, select
-from twotower_eval.claims.match import (
-    Evidence,
-    differing_at,
-    gather,
-    measured_points,
-    nearby,
-    quality_at,
-    same_point,
-    speed_at,
-)
+from twotower_eval.claims.match import Evidence, differing_at, gather, measured_points, quality_at, same_point, speed_at
+from twotower_eval.claims.missing import missing
 from twotower_eval.claims.reasons import decision_text
 from twotower_eval.evidence import Measured, PointKey, QualityPoint, SpeedPoint
 from twotower_eval.evidence.measured import measured
@@ -104,7 +96,7 @@ def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:
     if differing and (not found or max(differing) > found[0].run_id):
         return _invalid_inputs(claim, differing)
     if not found:
-        return _not_measured(claim, nearby(claim, evidence.quality))
+        return _not_measured(claim, missing(claim, evidence.quality))
     point = found[0]
     checks = (
         gates.complete_gate(point),
@@ -126,7 +118,7 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
     if differing and (not found or max(differing) > max(found[0].run_ids)):
         return _invalid_inputs(claim, differing)
     if not found:
-        return _not_measured(claim, nearby(claim, evidence.speed))
+        return _not_measured(claim, missing(claim, evidence.speed))
     point = found[0]
     quality = same_point(evidence.quality, point.key)
     readings = speed_readings(claim, point)

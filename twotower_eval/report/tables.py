@@ -46,7 +46,9 @@ def quality(runs: Runs) -> Section:
     rest = [point for point in runs.quality if point is not first]
     if rest:
         parts.append(details(f"All {len(runs.quality)} measurements of retention", _grid(runs)))
-        parts.append(details("Task by task in the other measurements", "\n\n".join(_point(runs, point) for point in rest)))
+        parts.append(
+            details("Task by task in the other measurements", "\n\n".join(_point(runs, point) for point in rest))
+        )
     return Section(title="Retention: is the quality kept?", markdown="\n\n".join(parts) + "\n")
 
 

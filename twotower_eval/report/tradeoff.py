@@ -224,7 +224,7 @@ def _place_numbers(axes: Axes, dots: Sequence[_Dot]) -> None:
     pixels = figure.dpi / 72
     inside = axes.get_window_extent()
     middles = [tuple(axes.transData.transform(place)) for place in [(1.0, 100.0), *(dot.place for dot in dots)]]
-    blocked = [_square(*middle, MARKER_ROOM * pixels) for middle in middles]
+    blocked = [_square(x, y, MARKER_ROOM * pixels) for x, y in middles]
     for dot, (x, y) in zip(dots, middles[1:], strict=True):
         half_w, half_h = (2.4 * len(str(dot.number)) + 0.8) * pixels, 3.8 * pixels
         spots = [(reach * cos(radians(a)), reach * sin(radians(a))) for reach in NUMBER_REACH for a in NUMBER_ANGLES]

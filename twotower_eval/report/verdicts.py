@@ -65,7 +65,8 @@ def verdict_line(runs: Runs) -> str:
     claim, verdict = next((pair for pair in judged if pair[0].quantity == "joint"), judged[0])
     parts = [part for part, _ in judged if part.name in claim.parts] or [claim]
     claimed = " and ".join(_claimed(part) for part in parts)
-    outcome, at = said(verdict.outcome), _short_at(claim.point, any(part.quantity in SPEED_QUANTITIES for part in parts))
+    timed = any(part.quantity in SPEED_QUANTITIES for part in parts)
+    outcome, at = said(verdict.outcome), _short_at(claim.point, timed)
     return f"**{outcome}**: the claim of {claimed} at {at} ({escape(claim.name)}): {escape(verdict.reason)}."
 
 
@@ -95,9 +96,9 @@ def claims(runs: Runs) -> Section:
 
 
 def _looks(runs: JudgedRuns) -> str:
-    """How many points and runs the verdicts had to choose from; nothing where there was no choice."""
+    """How the verdicts chose among points and runs; nothing where there was no choice."""
     again = [(claim.name, verdict.num_looks) for claim, verdict in runs.verdicts if verdict.num_looks > 1]
-    text = f"{points_text(runs)}; each claim is judged at its own point alone. " if len(runs.points) > 1 else ""
+    text = "Each claim is judged at its own point alone. " if len(runs.points) > 1 else ""
     if again:
         most = max(num for _, num in again)
         named = f"{len(again)} of {len(runs.verdicts)} claims" if len(again) > 1 else f"Claim {escape(again[0][0])}"

@@ -256,7 +256,8 @@ def _exact_retention(scope: _Scope, level: float) -> Estimate:
 
     The number of harmed clusters has a lighter lower tail than a binomial with the same mean (Hoeffding 1956), and a
     cluster costs at most its weight: so the bound is exact for equal clusters and on the safe side for others. The
-    baseline's mean is taken as known.
+    baseline's mean is taken as known. Where it leaves helped clusters so little room that their bound could only be the
+    largest possible ratio, the candidate's own successes bound it instead: all of 4 clusters lost is not 0 to 100 %.
     """
     if scope.largest_score > 1 + EPSILON:
         raise ValueError(f"scores reach {scope.largest_score:g}: the exact bound needs scores between 0 and 1")
@@ -264,6 +265,10 @@ def _exact_retention(scope: _Scope, level: float) -> Estimate:
     harmed, helped = (binomial_upper_bound(k, scope.n, alpha) for k in (scope.num_harmed, scope.num_helped))
     low = max(0.0, 1 - scope.worst_case(harmed) / scope.baseline)
     high = min(1 + scope.worst_case(helped) / scope.baseline, scope.ceiling / scope.baseline)
+    # Decided by the baseline and the number of clusters alone, so that no bound is picked by what the candidate did.
+    if scope.baseline + scope.worst_case(binomial_upper_bound(0, scope.n, alpha)) >= scope.ceiling - EPSILON:
+        scored = binomial_upper_bound(scope.num_candidate_successes, scope.n, alpha)
+        high = min(high, scope.worst_case(scored) / scope.baseline)
     method = f"exact binomial bound, {scope.num_discordant} of {scope.n} clusters discordant"
     value = scope.ratio
     return Estimate(
