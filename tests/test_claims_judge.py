@@ -153,11 +153,18 @@ def test_near_an_operating_point_is_not_at_it(good: list[Run], change: dict[str,
 
 def test_other_models_and_other_tasks_are_not_the_claims(good: list[Run]) -> None:
     other = verdict_on({**KEPT, "subject": "another"}, good)
-    assert (other.outcome, other.reason) == ("NOT_MEASURED", "measured were only pair")
+    assert (other.outcome, other.reason) == (
+        "NOT_MEASURED",
+        "measured were only pair; `twotower-eval run --model CKPT --tasks arithmetic,sorting "
+        "--block-sizes 16 --steps 16 --thresholds 0.8` measures it",
+    )
     assert verdict_on({**KEPT, "baseline": "another"}, good).outcome == "NOT_MEASURED"
     assert verdict_on({**KEPT, "scope": ["arithmetic", "poetry"]}, good).outcome == "NOT_MEASURED"
     assert verdict_on({**KEPT, "subject": PAIR.digest[:12]}, good).outcome == "SUPPORTED"
-    assert verdict_on(FAST, good[:1]).reason == "nothing of the kind was measured"
+    missing = verdict_on(FAST, good[:1]).reason
+    assert missing.startswith("nothing of the kind was measured; `twotower-eval speed --model CKPT --block-sizes 16 ")
+    other_place = verdict_on(FAST, good[:1], workload="fixed", batch_size=4, num_devices=2, dtype="bfloat16")
+    assert "--dtype bfloat16 --batch-sizes 4 --workload fixed --devices D,D` measures it" in other_place.reason
 
 
 def edited_speed(root: Path, good: list[Run], change: Any, **options: Any) -> list[Run]:
@@ -241,7 +248,7 @@ def test_stopping_early_is_no_speedup(tmp_path: Path, good: list[Run], quantity:
     verdict = verdict_on({**FAST, "quantity": quantity}, edited_speed(tmp_path, good, stops_early))
     assert verdict.outcome == ("INCONCLUSIVE" if quantity == "speedup_time" else "REFUTED")
     if quantity == "speedup_time":
-        assert "S_throughput has to clear too" in verdict.reason
+        assert "the speedup in useful tokens per second has to clear too" in verdict.reason
 
 
 def pads(row: Row, arm: str) -> Row:
@@ -254,14 +261,14 @@ def pads(row: Row, arm: str) -> Row:
 def test_padding_is_no_speedup_either(tmp_path: Path, good: list[Run]) -> None:
     verdict = verdict_on({**FAST, "quantity": "speedup_throughput"}, edited_speed(tmp_path, good, pads))
     assert verdict.outcome == "INCONCLUSIVE"
-    assert "S_time has to clear too" in verdict.reason
+    assert "the wall-clock speedup has to clear too" in verdict.reason
 
 
 def test_one_round_or_few_documents_support_nothing(tmp_path: Path, good: list[Run]) -> None:
     once = verdict_on(FAST, edited_speed(tmp_path, good, None, num_rounds=1))
     assert once.outcome in ("INVALID", "INCONCLUSIVE")
-    few = [store.load(quality_run(tmp_path, num_docs=9, tasks=("choice",), perplexity=False))]
-    verdict = verdict_on({**KEPT, "scope": ["choice"], "expected": 0.1}, few)
+    few = [store.load(quality_run(tmp_path, num_docs=9, tasks=("sorting",), perplexity=False))]
+    verdict = verdict_on({**KEPT, "scope": ["sorting"], "expected": 0.1}, few)
     assert verdict.outcome == "INCONCLUSIVE"
     assert "fewer than 20" in verdict.reason
 
@@ -486,3 +493,16 @@ source = "a test"
     assert counts == "2 claims: 1 REFUTED, 1 SUPPORTED; brackets hold one-sided 95 % bounds"
     assert cli.main(["claims", "check", str(file), *runs, "--claim", "kept"]) == 0
     assert cli.main(["claims", "check", str(file), runs[0], "--claim", "fast"]) == 6
+
+
+def test_what_one_computation_scores_is_decided_without_a_sample(good: list[Run]) -> None:
+    """A claim whose whole scope the shared tower scores was INCONCLUSIVE on its binomial bound, 100 % [88.3, 100]."""
+    shared = {**KEPT, "scope": ["choice"], "relation": "equal", "expected": 1.0, "margin": 0.0}
+    verdict = verdict_on(shared, good)
+    assert (verdict.outcome, verdict.reason) == ("SUPPORTED", stats.EQUAL)
+    assert verdict.estimate is not None
+    assert (verdict.estimate.low, verdict.estimate.high) == (1.0, 1.0)
+    assert verdict_on({**shared, "relation": "at_least", "expected": 1.001}, good).outcome == "REFUTED"
+    mixed = verdict_on({**shared, "scope": ["choice", "sorting"]}, good)
+    assert mixed.estimate is not None
+    assert mixed.estimate.low < mixed.estimate.high, "only the whole scope makes it known"

@@ -240,6 +240,7 @@ def test_a_null_that_is_off_or_too_wide_invalidates(tmp_path, factor, words: str
     markdown = write(tmp_path / "bent", made.speed_run(tmp_path / "bent", edit=slow_down))
     assert words in markdown.partition("## Quality")[0]
     assert "(INVALID timing, see below)" in sentence(markdown)
+    assert faster(markdown)[TIME].endswith("] **INVALID**"), "a row is read without the bullets below it"
 
 
 def test_launches_are_pooled_unless_the_machine_differs(tmp_path) -> None:
@@ -268,7 +269,7 @@ def test_outputs_of_another_length_carry_a_warning(tmp_path) -> None:
         return dataclasses.replace(row, prompts=tuple(short))
 
     markdown = write(tmp_path, made.speed_run(tmp_path, edit=shorten))
-    assert "read S_throughput, not S_time alone" in markdown
+    assert "read the speedup in useful tokens per second, " in markdown
     assert faster(markdown)["length ratio [95 %]"].startswith("0.49")
 
 
@@ -276,7 +277,9 @@ def test_timed_outputs_that_were_scored_stand_in_for_a_run(tmp_path) -> None:
     path = made.speed_run(tmp_path, scored=True)
     markdown = write(tmp_path, path)
     assert "timed outputs, batch 1" in markdown
-    assert re.search(r"keeps 87\.5 % \[[\d., ]+\] of the baseline's quality at [\d.]+x \[[\d., ]+\] its", markdown)
+    assert re.search(
+        r"keeps 87\.5 % \[[\d., ]+\] of the baseline's quality on 60 documents at [\d.]+x \[[\d., ]+\] its", markdown
+    )
     assert "Retention is that of the timed outputs themselves." in markdown
     whole = made.quality_run(tmp_path)
     assert "Retention is that of the scored run." in write(tmp_path, path, whole)
@@ -293,6 +296,7 @@ def test_headline_joins_both_and_says_what_is_missing(usual, tmp_path) -> None:
     run, speed, folder = usual
     number = r"\d+\.\d %? ?\[\d+\.\d, \d+\.\d\]"
     pattern = rf"\*\*pair decoding with block 16, 16 steps, threshold 0\.8 keeps {number} of the baseline's quality "
+    pattern += "on 750 documents "
     assert re.match(
         pattern + r".* at \d\.\d\dx \[\d\.\d\d, \d\.\d\d\] its wall-clock speed\.\*\*$", sentence(markdown_of(folder))
     )
@@ -300,10 +304,19 @@ def test_headline_joins_both_and_says_what_is_missing(usual, tmp_path) -> None:
     assert "Its quality: not measured; `twotower-eval run` measures it." in sentence(write(tmp_path, speed))
 
 
+def test_the_report_is_reproduced_from_where_its_runs_were_made(tmp_path) -> None:
+    """Runs made with `--out` were named by their bare id, which `report` looks up in results/ and did not find."""
+    argv = ("/usr/bin/twotower-eval", "run", "--tasks", "miniature", "--out", "/tmp/elsewhere/")
+    path = made.quality_run(tmp_path, argv=argv)
+    last = [line for line in write(tmp_path, path).splitlines() if line.startswith("twotower-eval report ")][-1]
+    assert last == f"twotower-eval report /tmp/elsewhere/{path.name}"
+
+
 def test_headline_is_the_claimed_point_and_not_the_best(swept) -> None:
     markdown = markdown_of(swept)
     assert sentence(markdown).startswith("**pair decoding with block 16, 16 steps, threshold 0.8 keeps")
-    assert "18 operating points were measured." in markdown
+    counted = "18 operating points (decoder settings) were measured: 18 measurements of retention and 36 of speed"
+    assert markdown.count(counted) == 1
     best = max(float(x) for x in re.findall(r"\| block [^|]+\| whole tasks \| 4 \| \d+ \| ([\d.]+) %", markdown))
     assert f"keeps {best} %" not in sentence(markdown)
 
@@ -576,7 +589,7 @@ def test_provenance_names_everything(usual) -> None:
         "arithmetic 150 documents",
         "8 prompts timed in batches of 1",
         "twotower-eval run --tasks arithmetic,sorting,words,choice --out 'my results'",
-        f"twotower-eval report {made.RUN_ID} {made.SPEED_ID}",
+        f"twotower-eval report 'my results/{made.RUN_ID}' 'my results/{made.SPEED_ID}'",
     ):
         assert expected in markdown
 

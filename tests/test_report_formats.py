@@ -359,7 +359,9 @@ def test_the_verdict_stands_first_and_every_claim_has_its_row(usual, tmp_path) -
     folder = report.write(usual[:2], tmp_path, claims=str(file), html=True, csv=True)
     markdown = read(folder, "report.md")
     first = markdown.partition("## Verdict")[2].strip().splitlines()[0]
-    assert first.startswith("**SUPPORTED**: the claim of retention at least 50 % (kept): ")
+    assert first.startswith(
+        "**SUPPORTED**: the claim of retention at least 50 % at 16/16/0.8 (block/steps/threshold) (kept): "
+    )
     kept = r"\| kept \| \*\*SUPPORTED\*\* \| [\d.]+ % \[[\d., ]+\] \| retention at least 50 % \(margin 0.5 points\) \|"
     assert re.search(kept, markdown)
     assert re.search(r"\| never \| \*\*REFUTED\*\* \| [\d.]+ % \[", markdown)

@@ -14,6 +14,13 @@ from twotower_eval.stats.decide import DECISION_LEVEL
 MIN_DISCORDANT = 5  # fewer clusters that differ: no interval of a difference
 
 
+def is_equal_by_construction(claim: Claim, point: QualityPoint) -> bool:
+    """Whether one computation scored both arms in the claim's whole scope, so that nothing is left to estimate."""
+    comparing = claim.quantity in ("retention", "score_difference")
+    scoring = all(task.baseline > 0 for task in point.tasks if task.name in claim.scope)
+    return comparing and scoring and bool(claim.scope) and set(claim.scope) <= set(point.equal_tasks)
+
+
 def quality_estimate(claim: Claim, point: QualityPoint) -> Estimate:
     """The claim's quantity over its own scope, at the level that verdicts need; ValueError where there is none."""
     scope = set(claim.scope)
@@ -26,6 +33,9 @@ def quality_estimate(claim: Claim, point: QualityPoint) -> Estimate:
         if len(set(scores.tasks)) > 1:
             raise ValueError("a score is of one task without members: claim a retention over several")
         return stats.mean_score(scores.candidate, scores.clusters, level=DECISION_LEVEL)
+    if is_equal_by_construction(claim, point):
+        value = 1.0 if claim.quantity == "retention" else 0.0
+        return stats.equal_by_construction(value, len(set(scores.clusters)), level=DECISION_LEVEL)
     table = scores.table
     draws = stats.draw_task_means(table)
     if claim.quantity == "score_difference":

@@ -13,18 +13,15 @@ from dataclasses import dataclass
 
 from twotower_eval import stats
 from twotower_eval.claims import gates
-from twotower_eval.claims.estimates import calls_speedup, quality_estimate, speed_readings
-from twotower_eval.claims.files import SPEED_QUANTITIES, select
-from twotower_eval.claims.match import (
-    Evidence,
-    differing_at,
-    gather,
-    measured_points,
-    nearby,
-    quality_at,
-    same_point,
-    speed_at,
+from twotower_eval.claims.estimates import (
+    calls_speedup,
+    is_equal_by_construction,
+    quality_estimate,
+    speed_readings,
 )
+from twotower_eval.claims.files import SPEED_QUANTITIES, select
+from twotower_eval.claims.match import Evidence, differing_at, gather, measured_points, quality_at, same_point, speed_at
+from twotower_eval.claims.missing import missing
 from twotower_eval.claims.reasons import decision_text
 from twotower_eval.evidence import Measured, PointKey, QualityPoint, SpeedPoint
 from twotower_eval.evidence.measured import measured
@@ -68,13 +65,14 @@ def exit_code(verdicts: Sequence[Verdict]) -> int:
 class _Amount:
     """What an estimate rests on: clusters, or rounds (``unit`` says if they are launches) and calls of each.
 
-    ``num_calls`` is ``None`` where the prompts are no sample.
+    ``num_calls`` is ``None`` where the prompts are no sample. ``by_construction``: one computation scored both arms.
     """
 
     unit: str
     num_clusters: int | None = None
     num_rounds: int | None = None
     num_calls: int | None = None
+    by_construction: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +96,7 @@ def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:
     if differing and (not found or max(differing) > found[0].run_id):
         return _invalid_inputs(claim, differing)
     if not found:
-        return _not_measured(claim, nearby(claim, evidence.quality))
+        return _not_measured(claim, missing(claim, evidence.quality))
     point = found[0]
     checks = (
         gates.complete_gate(point),
@@ -107,7 +105,11 @@ def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:
         gates.verify_gate(evidence, point.candidate.checkpoint.digest),
     )
     estimated = measured(lambda: quality_estimate(claim, point))
-    amount = _Amount(unit="clusters", num_clusters=None if estimated.estimate is None else estimated.estimate.n)
+    amount = _Amount(
+        unit="clusters",
+        num_clusters=None if estimated.estimate is None else estimated.estimate.n,
+        by_construction=is_equal_by_construction(claim, point),
+    )
     return _ruled(claim, point, (point.run_id,), len(found), checks, [estimated], amount)
 
 
@@ -116,7 +118,7 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
     if differing and (not found or max(differing) > max(found[0].run_ids)):
         return _invalid_inputs(claim, differing)
     if not found:
-        return _not_measured(claim, nearby(claim, evidence.speed))
+        return _not_measured(claim, missing(claim, evidence.speed))
     point = found[0]
     quality = same_point(evidence.quality, point.key)
     readings = speed_readings(claim, point)
@@ -178,7 +180,8 @@ def _outcome(
     if outcome != "SUPPORTED":
         return outcome, reason
     if len(decided) > 1 and decided[1][0] != "SUPPORTED":
-        other = "S_time" if claim.quantity == "speedup_throughput" else "S_throughput"
+        throughput_claimed = claim.quantity == "speedup_throughput"
+        other = "the wall-clock speedup" if throughput_claimed else "the speedup in useful tokens per second"
         return "INCONCLUSIVE", f"the arms' outputs differ in length, so {other} has to clear too: {decided[1][1]}"
     open_gates = [gate for gate in checks if gate.outcome == "not_checked" and gate.name in gates.NEEDED_FOR_SPEED]
     if claim.quantity in SPEED_QUANTITIES and open_gates:
@@ -193,6 +196,8 @@ def _decided(claim: Claim, estimate: Estimate, amount: _Amount) -> tuple[Outcome
     is_speed = claim.quantity in SPEED_QUANTITIES
     relation, expected = claim.relation, claim.expected
     margin = claim.margin * expected if is_speed else claim.margin
+    if amount.by_construction:
+        return _decided_by_construction(estimate.value, *stats.limits(relation, expected, margin))
     decision = stats.decide(
         estimate,
         relation=relation,
@@ -214,6 +219,12 @@ def _decided(claim: Claim, estimate: Estimate, amount: _Amount) -> tuple[Outcome
         least_n=stats.MIN_ROUNDS if is_speed else stats.MIN_CLUSTERS,
     )
     return "INCONCLUSIVE", f"{decision_text(claim.quantity, decision)}{_needed_text(needed, amount)}"
+
+
+def _decided_by_construction(value: float, least: float | None, largest: float | None) -> tuple[Outcome, str]:
+    """No sample and no bound: the value is known, and the claim holds at its limits as well."""
+    holds = (least is None or value >= least) and (largest is None or value <= largest)
+    return "SUPPORTED" if holds else "REFUTED", stats.EQUAL
 
 
 def _needed_text(needed: stats.Needed, amount: _Amount) -> str:

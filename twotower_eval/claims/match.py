@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from twotower_eval.evidence import ArmsDifferError, PointKey, QualityPoint, Runs, SpeedPoint
-from twotower_eval.evidence.naming import checkpoint_name, long_name
+from twotower_eval.evidence.naming import checkpoint_name
 from twotower_eval.evidence.quality import quality_points
 from twotower_eval.evidence.timing import speed_points
 from twotower_eval.records import Cell, Checkpoint, Claim
@@ -14,7 +14,6 @@ from twotower_eval.store import Run
 
 CONTEXT_TOWER = "context-tower"
 MIN_DIGEST = 8  # hex digits of a digest that name a checkpoint
-SHOWN = 4
 UNSTATED = (None, False, 0, 0.0)
 WITHOUT_EFFECT = ("trace",)  # keeps a record of decoding and changes nothing
 
@@ -96,7 +95,7 @@ def speed_at(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
         point
         for point in evidence.speed
         if _cell_fits(claim, point.candidate) and names_baseline(claim, point.baseline.checkpoint)
-        if _timing_fits(claim, point) and _hardware_fits(claim, point, evidence)
+        if timing_fits(claim, point) and _hardware_fits(claim, point, evidence)
     ]
     return sorted(found, key=lambda point: max(point.run_ids), reverse=True)
 
@@ -145,7 +144,8 @@ def _cell_fits(claim: Claim, cell: Cell) -> bool:
     return all(value in UNSTATED for name, value in rest.items() if name not in WITHOUT_EFFECT)
 
 
-def _timing_fits(claim: Claim, point: SpeedPoint) -> bool:
+def timing_fits(claim: Claim, point: SpeedPoint) -> bool:
+    """Whether a point was timed as the claim says: its batch, its devices, its workload."""
     workload = point.candidate.workload
     asked = (claim.point.batch_size, claim.point.num_devices, claim.point.workload)
     return asked == (point.batch_size, workload.num_devices, point.workload)
@@ -160,42 +160,11 @@ def _hardware_fits(claim: Claim, point: SpeedPoint, evidence: Evidence) -> bool:
 
 
 def measured_points(claim: Claim, evidence: Evidence) -> int:
-    """Different operating points of the claim's subject in all runs: decoders, and for speed how they were timed."""
+    """Different operating points (decoder settings) of the claim's subject in all runs."""
     points: list[QualityPoint | SpeedPoint] = [*evidence.quality, *evidence.speed]
-    decoders = {point.key for point in points if names_subject(claim, _of(point))}
-    timed = {
-        (point.key, point.workload, point.batch_size) for point in evidence.speed if names_subject(claim, _of(point))
-    }
-    return max(len(decoders), len(timed))
+    return len({point.key for point in points if names_subject(claim, subject_of(point))})
 
 
-def nearby(claim: Claim, points: Sequence[QualityPoint | SpeedPoint]) -> str:
-    """In words, what was measured instead: points of the same subject, nearest first; else the other subjects."""
-    own = [point for point in points if names_subject(claim, _of(point))]
-    if not own:
-        others = sorted({checkpoint_name(_of(point)) for point in points})
-        return f"measured were only {', '.join(others)}" if others else "nothing of the kind was measured"
-    ordered = list(dict.fromkeys(_described(point) for point in sorted(own, key=lambda p: _num_apart(claim, p))))
-    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
-    return f"measured were: {'; '.join(ordered[:SHOWN])}{more}"
-
-
-def _num_apart(claim: Claim, point: QualityPoint | SpeedPoint) -> int:
-    """In how many settings a point differs from the claim's."""
-    params = point.candidate.decoder.params
-    apart = sum(params.get(name) != value for name, value in claim.point.decoder.params.items())
-    return apart + (isinstance(point, SpeedPoint) and not _timing_fits(claim, point))
-
-
-def _described(point: QualityPoint | SpeedPoint) -> str:
-    cell = point.candidate
-    parts = [long_name(cell.decoder) or cell.decoder.kind, cell.checkpoint.dtype]
-    if isinstance(point, SpeedPoint):
-        parts += [f"{point.workload} workload", f"batch {point.batch_size}", f"{cell.workload.num_devices} device(s)"]
-    else:
-        parts.append("on " + ", ".join(task.name for task in point.tasks))
-    return ", ".join(parts)
-
-
-def _of(point: QualityPoint | SpeedPoint) -> Checkpoint:
+def subject_of(point: QualityPoint | SpeedPoint) -> Checkpoint:
+    """The candidate's weights."""
     return point.candidate.checkpoint

@@ -34,7 +34,7 @@ def estimate_text(claim: Claim, estimate: Estimate | None) -> str:
 
 def looks_text(verdict: Verdict) -> str:
     """How many points and runs there were to choose from; nothing where there was no choice."""
-    looks = [f"one of {verdict.num_points} measured points"] if verdict.num_points > 1 and verdict.num_looks else []
+    looks = [f"one of {verdict.num_points} operating points"] if verdict.num_points > 1 and verdict.num_looks else []
     looks += [f"measured in {verdict.num_looks} runs"] if verdict.num_looks > 1 else []
     return f" ({'; '.join(looks)})" if looks else ""
 

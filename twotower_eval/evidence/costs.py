@@ -102,14 +102,11 @@ def _phases(parts: Iterable[CostSample]) -> tuple[stats.PhaseCost, ...]:
         of_point = seconds[sample.part, sample.block_size, sample.context_tokens]
         of_point[f"{sample.launch_id} {sample.round}"] = sample.wall_s / sample.num_repeats
     return tuple(
-        stats.PhaseCost(part=part, block_size=size, context_tokens=tokens, seconds=_mean(by_round))
+        stats.PhaseCost(
+            part=part, block_size=size, context_tokens=tokens, seconds=stats.mean_time(list(by_round.values()))
+        )
         for (part, size, tokens), by_round in sorted(seconds.items(), key=lambda item: (item[0][0], item[0][2]))
     )
-
-
-def _mean(by_round: dict[str, float]) -> Estimate:
-    values = list(by_round.values())
-    return stats.mean_score(values, list(by_round)) if len(values) > 1 else stats.median(values)
 
 
 def _counts(sample: SpeedSample, block_size: int | None) -> stats.CallCounts:

@@ -17,6 +17,11 @@ LIMITS = stats.NullLimits()
 INVALID = "INVALID"  # how a warning begins that forbids to read a speedup
 
 
+def is_invalid(warnings: Iterable[str]) -> bool:
+    """Whether one of a point's warnings forbids to read its speedup."""
+    return any(warning.startswith(INVALID) for warning in warnings)
+
+
 def fault(
     point: SpeedPoint,
     others: Iterable[SpeedPoint],

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from twotower_eval.evidence.naming import long_name
-from twotower_eval.records import Cell, Estimate
+from twotower_eval.records import Cell, Estimate, GateLimits
 
 if TYPE_CHECKING:
     from twotower_eval.evidence.points import QualityPoint
     from twotower_eval.evidence.timing import SpeedPoint
+
+BROKEN = GateLimits().min_retention  # broken: the whole interval of retention lies below it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,11 @@ def front(points: Sequence[tuple[float, float]]) -> tuple[bool, ...]:
 
 def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
     return one != other and one[0] >= other[0] and one[1] >= other[1]
+
+
+def is_fast_and_broken(retention: Estimate, speedup: Estimate) -> bool:
+    """Faster than the baseline, and surely less than ``BROKEN`` of its quality kept."""
+    return speedup.value > 1 and retention.high < BROKEN
 
 
 def trade_offs(pairs: Sequence[tuple[QualityPoint, SpeedPoint]]) -> tuple[TradeOff, ...]:

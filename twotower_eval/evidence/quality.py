@@ -58,7 +58,8 @@ def _point(run: Run, cells: list[Cell], by_cell: dict[str, list[Score]]) -> Qual
     usable = [(a, b) for a, b in pairs if a.value is not None and b.value is not None]
     headline = [pair for pair in usable if pair[0].headline and pair[0].higher_is_better]
     others = [pair for pair in usable if not (pair[0].headline and pair[0].higher_is_better)]
-    found_tasks = _headline_quality(headline, _tasks_answered_once(run, cells, baselines))
+    answered_once = _tasks_answered_once(run, cells, baselines)
+    found_tasks = _headline_quality(headline, answered_once)
     warnings = list(found_tasks.pop("warnings"))
     if unpaired:
         warnings.append(f"{unpaired} scores have no partner in the other arm yet and are left out")
@@ -74,7 +75,7 @@ def _point(run: Run, cells: list[Cell], by_cell: dict[str, list[Score]]) -> Qual
         complete=run.complete,
         baseline=baselines[0],
         candidate=cells[0],
-        others=tuple(_others(others)),
+        others=tuple(_others(others, answered_once)),
         missing=missing,
         warnings=tuple(warnings),
         counts=count(generation for cell_id, generation in generations if cell_id in ids),
@@ -155,14 +156,16 @@ def _headline_quality(pairs: list[Pair], answered_once: set[str]) -> dict[str, A
     flips = {found.task: found for found in stats.flips(scores)}
     tasks = tuple(_task_quality(name, pairs, table, draws, flips[name], answered_once) for name in table.tasks)
     exercising = [task.name for task in tasks if task.exercises_decoder]
+    all_equal = all(task.equal_by_construction and task.baseline > 0 for task in tasks)
     exercised = Measured(estimate=None, reason="no task is scored through the candidate's decoder")
     if exercising:
         exercised = measured(lambda: stats.retention(table, draws, table.weights_K(exercising)))
+    equal = Measured(estimate=stats.equal_by_construction(1.0, len(table.stratum_C)))
     return {
         "tasks": tasks,
-        "headline": measured(lambda: stats.retention(table, draws)),
+        "headline": equal if all_equal else measured(lambda: stats.retention(table, draws)),
         "exercised": exercised,
-        "mean_of_ratios": measured(lambda: stats.mean_of_ratios(table, draws)),
+        "mean_of_ratios": equal if all_equal else measured(lambda: stats.mean_of_ratios(table, draws)),
         "leave_one_out": stats.leave_one_out(table),
         "warnings": tuple(_interval_warnings(table, draws)),
     }
@@ -194,6 +197,8 @@ def _task_quality(
         for i, leaf in enumerate(table.leaves)
         if table.task_of_leaf_L[i] == k
     ]
+    equal = num_discordant == 0 and per_leaf.keys() <= answered_once
+    known = Measured(estimate=stats.equal_by_construction(1.0, num_clusters)) if equal and means_L[0].any() else None
     return TaskQuality(
         name=name,
         metric=metric,
@@ -202,10 +207,10 @@ def _task_quality(
         num_documents=len(here),
         num_clusters=num_clusters,
         num_discordant=num_discordant,
-        equal_by_construction=num_discordant == 0 and per_leaf.keys() <= answered_once,
+        equal_by_construction=equal,
         baseline=float(table.task_means_K(table.baseline_CL)[k]),
         candidate=float(table.task_means_K(table.candidate_CL)[k]),
-        retention=measured(lambda: stats.retention(table, draws, weights_K)),
+        retention=known or measured(lambda: stats.retention(table, draws, weights_K)),
         members=tuple(members) if len(members) > 1 else (),
         flips=flips,
     )
@@ -228,12 +233,14 @@ def _interval_warnings(table: stats.ScoreTable, draws: stats.Draws) -> Iterator[
         yield f"{lone} clusters are alone in touching their set of tasks: the intervals do not see them vary"
 
 
-def _others(pairs: list[Pair]) -> Iterator[OtherScore]:
+def _others(pairs: list[Pair], answered_once: set[str]) -> Iterator[OtherScore]:
     groups: dict[tuple[str, str, str], list[Pair]] = defaultdict(list)
     for a, b in pairs:
         groups[a.task, a.metric, a.filter].append((a, b))
     for (task, metric, filter_), here in sorted(groups.items()):
         table = _scores(here).table
+        equal = task in answered_once and all(a.value == b.value for a, b in here)
+        known = stats.equal_by_construction(0.0, len(table.stratum_C)) if equal else None
         yield OtherScore(
             task=task,
             metric=metric,
@@ -243,5 +250,5 @@ def _others(pairs: list[Pair]) -> Iterator[OtherScore]:
             num_documents=len(here),
             baseline=float(table.task_means_K(table.baseline_CL)[0]),
             candidate=float(table.task_means_K(table.candidate_CL)[0]),
-            difference=stats.difference(table, stats.draw_task_means(table)),
+            difference=known or stats.difference(table, stats.draw_task_means(table)),
         )

@@ -147,7 +147,10 @@ def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
     timed = _timed(*grids, rounds=rounds, calls=calls, fixed=candidate.workload.kind == "fixed")
     length = measured(lambda: stats.speedup(timed, "length"))
     if length.estimate and not 0.9 <= length.estimate.value <= 1.1:
-        warnings.append("the arms' outputs differ in length by more than a tenth: read S_throughput, not S_time alone")
+        warnings.append(
+            "the arms' outputs differ in length by more than a tenth: read the speedup in useful tokens per second, "
+            "not the wall-clock one alone"
+        )
     null_timed = _null_calls(runs, baseline)
     by_arm = [_outputs(runs, cell, rounds) for cell in (baseline, candidate)]
     return SpeedPoint(

@@ -29,7 +29,7 @@ SECTIONS = {
     "claims": "twotower_eval.report.verdicts:claims",
     "quality": "twotower_eval.report.tables:quality",
     "speed": "twotower_eval.report.speed_tables:speed",
-    "tradeoff": "twotower_eval.report.plots:tradeoff",
+    "tradeoff": "twotower_eval.report.tradeoff:tradeoff",
     "sweeps": "twotower_eval.report.sweeps:sweeps",
     "traces": "twotower_eval.report.traces:traces",
     "flips": "twotower_eval.report.flips:flips",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from twotower_eval.evidence.naming import checkpoint_name, long_name
+from twotower_eval.evidence.nulls import is_invalid
 from twotower_eval.evidence.points import QualityPoint
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.records import Cell
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import bullets, code, escape, retention, run_list, times
-from twotower_eval.report.verdicts import verdict_line
+from twotower_eval.report.verdicts import points_text, verdict_line
 from twotower_eval.store import Run
 
 
@@ -52,7 +53,8 @@ def _sentence(runs: Runs, candidate: Cell, quality: QualityPoint | None, speed: 
 def _kept(quality: QualityPoint | None) -> str | None:
     if quality is None or quality.headline.estimate is None:
         return None
-    text = f"{retention(quality.headline)} of the baseline's quality"
+    num_documents = sum(task.num_documents for task in quality.tasks)
+    text = f"{retention(quality.headline)} of the baseline's quality on {_plural(num_documents, 'document')}"
     if not quality.all_exercise_decoder and quality.exercised.estimate:
         text += f" ({retention(quality.exercised)} on the tasks that its decoder answers)"
     return text
@@ -61,8 +63,8 @@ def _kept(quality: QualityPoint | None) -> str | None:
 def _faster(speed: SpeedPoint | None) -> str | None:
     if speed is None or speed.time.estimate is None:
         return None
-    invalid = any(warning.startswith("INVALID") for warning in speed.warnings)
-    return f"{times(speed.time)} its wall-clock speed" + (" (INVALID timing, see below)" if invalid else "")
+    invalid = " (INVALID timing, see below)" if is_invalid(speed.warnings) else ""
+    return f"{times(speed.time)} its wall-clock speed{invalid}"
 
 
 def _plural(number: int, noun: str) -> str:
@@ -89,7 +91,7 @@ def _caveats(runs: Runs, quality: QualityPoint | None, speed: SpeedPoint | None)
         lines.append(f"Speed: {setting}, {size}{useful}. Run {run_list(speed.run_ids)}.")
     if len(runs.points) > 1:
         lines.append(
-            f"{len(runs.points)} operating points were measured. The one above was chosen without a look at the "
+            f"{points_text(runs)}. The one above was chosen without a look at the "
             "results; a point picked from the tables below needs a new run on other documents before it is quoted."
         )
     if quality and quality.equal_tasks:

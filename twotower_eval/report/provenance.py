@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from twotower_eval.evidence.naming import checkpoint_name
@@ -35,9 +36,17 @@ def reproduce(runs: Runs) -> Section:
         lines.append(f"# {run.manifest.run_id}, {where}{', edited checkout' if run.manifest.dirty else ''}")
         lines.append(shlex.join(plain_argv(run.manifest.argv)))
     lines.append("# this report, from the run folders")
-    lines.append(shlex.join(["twotower-eval", "report", *(run.manifest.run_id for run in runs)]))
+    lines.append(shlex.join(["twotower-eval", "report", *(_folder(run) for run in runs)]))
     text = "\n".join(line.replace("```", "` ` `") for line in lines)
     return Section(title="How to reproduce it", markdown=f"```sh\n{text}\n```\n")
+
+
+def _folder(run: Run) -> str:
+    """What `report` finds a run by: its id, with the folder in front that its command made it in."""
+    given = plain_argv(run.manifest.argv)
+    outs = [value for option, value in pairwise(given) if option == "--out"]
+    outs += [option.removeprefix("--out=") for option in given if option.startswith("--out=")]
+    return f"{outs[-1].rstrip('/')}/{run.manifest.run_id}" if outs else run.manifest.run_id
 
 
 def plain_argv(argv: Sequence[str]) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from twotower_eval.evidence.counts import Counts
+from twotower_eval.evidence.nulls import INVALID, is_invalid
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import Latency, SpeedPoint
 from twotower_eval.report.costs import explanation
@@ -24,9 +26,14 @@ from twotower_eval.report.text import (
     times,
 )
 
-MAX_SHOWN = 6  # timed points; of more than these, only the headline's stay unfolded
+MAX_SHOWN = 6  # measurements; of more than these, only the headline's stay unfolded
+LEAD = (
+    "S_time is the wall-clock speedup: the baseline's seconds over the candidate's for the same prompts, so above 1x "
+    "the candidate is faster.\n\n"
+)
+FIGURE = re.compile(r"\d[\d.,]*")
 READING = (
-    "S_time is the baseline's seconds over the candidate's for the same prompts; S_throughput compares useful tokens "
+    "S_throughput compares useful tokens "
     "per second, so it differs where answers differ in length (length ratio: useful tokens, candidate over baseline). "
     "A/A null is the baseline against itself and should hold 1. Workload `fixed` makes a fixed number of tokens, "
     "`answer` stops where the task stops."
@@ -43,8 +50,8 @@ def speed(runs: Runs) -> Section:
     shown = ordered if len(ordered) <= MAX_SHOWN else [point for point in ordered if point.key == runs.chosen]
     rest = [point for point in ordered if point not in shown]
     parts = [
-        _speedups(runs, shown) if shown else "",
-        details(f"The other {len(rest)} timed points", _speedups(runs, rest)) if rest else "",
+        LEAD + (_speedups(runs, shown) if shown else ""),
+        details(f"The other {len(rest)} of {len(ordered)} measurements", _speedups(runs, rest)) if rest else "",
         bullets(_speed_remarks(runs)),
         explanation(runs, shown or ordered),
         details("How to read this table", READING),
@@ -72,7 +79,7 @@ def _speedups(runs: Runs, points: Sequence[SpeedPoint]) -> str:
     for point in points:
         row = [
             escape(runs.name(point.candidate)),
-            times(point.time),
+            times(point.time) + (f" **{INVALID}**" if is_invalid(point.warnings) else ""),
             times(point.throughput),
             escape(point.candidate.workload.name),
             count(point.batch_size),
@@ -95,18 +102,27 @@ def _speed_remarks(runs: Runs) -> Iterator[str]:
     launches = min(point.num_launches for point in runs.speed)
     if launches < 5:
         yield f"{launches} launch{'es' * (launches > 1)}: variation between launches was not measured."
-    concerned: dict[str, list[str]] = {}
-    for point in runs.speed:
-        unfinished = () if point.complete else ("**the run is INCOMPLETE**",)
-        for warning in (*unfinished, *point.warnings):
-            name = f"{escape(runs.name(point.candidate))}, {point.workload}, batch {point.batch_size}"
-            concerned.setdefault(warning, []).append(name)
-    for warning, names in concerned.items():
-        who = "every point" if len(names) == len(runs.speed) > 1 else "; ".join(names)
-        yield f"{who}: {warning}."
+    yield from _warnings(runs)
     reasons = {m.reason for p in runs.speed for m in (p.time, p.throughput, p.null) if m.reason}
     yield from (f"{NONE}: {escape(reason)}." for reason in sorted(reasons))
     yield from (f"{escape(gap)}." for gap in runs.speed_gaps)
+
+
+def _warnings(runs: Runs) -> Iterator[str]:
+    """One line for each reason: how many measurements it concerns, and of which one the figures in it are."""
+    concerned: dict[str, list[tuple[str, SpeedPoint]]] = {}
+    for point in runs.speed:
+        unfinished = () if point.complete else ("**the run is INCOMPLETE**",)
+        for warning in (*unfinished, *point.warnings):
+            concerned.setdefault(FIGURE.sub("#", warning), []).append((warning, point))
+    for found in concerned.values():
+        first, point = found[0]
+        name = f"{escape(runs.name(point.candidate))}, {point.workload}, batch {point.batch_size}"
+        differing = len({warning for warning, _ in found}) > 1
+        figures = f" (the figures of {name}; those of the others differ)" if differing else ""
+        every = f"every one of {len(found)} measurements" if len(found) > 1 else name
+        some = f"{len(found)} of {len(runs.speed)} measurements" if len(found) > 1 else name
+        yield f"{every if len(found) == len(runs.speed) else some}: {first}{figures}."
 
 
 COST_WORDS = (
@@ -184,6 +200,6 @@ def latency(runs: Runs) -> Section:
             rows.append([name, *setting, seconds(found.median_s), seconds(found.p95_s)])
     text = "Time from the start of a prompt's batch to its last useful token, all prompts of all measured rounds.\n\n"
     body = table(["block, steps, threshold", "workload", "batch", "n", "median", "95th percentile"], rows, left=2)
-    text += body if len(rows) <= MAX_SHOWN + 1 else details(f"Latency at {len(runs.speed)} timed points", body)
+    text += body if len(rows) <= MAX_SHOWN + 1 else details(f"Latency in {len(runs.speed)} measurements", body)
     text += f"\nRuns: {run_list(run_id for point in runs.speed for run_id in point.run_ids)}.\n"
     return Section(title="Latency", markdown=text)

@@ -8,9 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twotower_eval.evidence.naming import setting, short_name
+from twotower_eval.evidence.pareto import BROKEN, is_fast_and_broken
 from twotower_eval.evidence.points import PointKey
 from twotower_eval.evidence.runs import Runs
-from twotower_eval.records import DecoderSpec, Estimate, GateLimits
+from twotower_eval.records import DecoderSpec, Estimate
 from twotower_eval.report.plots import COLOURS, GREY, MARKERS, png
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import bullets, escape, retention, run_list, times
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BROKEN = GateLimits().min_retention  # broken: the whole interval of retention lies below it
 AXES = {"block_size": "block size (tokens)", "steps_per_block": "steps per block", "threshold": "confidence threshold"}
 
 
@@ -66,7 +66,7 @@ def _collapsed(runs: Runs) -> str:
     for key, cell in runs.points.items():
         quality, speed = runs.quality_at(key), runs.speed_at(key)
         kept, faster = quality and quality.headline.estimate, speed and speed.time.estimate
-        if kept and faster and kept.high < BROKEN and faster.value > 1:
+        if kept and faster and is_fast_and_broken(kept, faster):
             assert quality is not None
             assert speed is not None
             figures = f"{times(speed.time)} at {retention(quality.headline)} of the quality"

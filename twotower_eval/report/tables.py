@@ -45,8 +45,10 @@ def quality(runs: Runs) -> Section:
     parts = [_point(runs, first), details("How to read this table", READING)]
     rest = [point for point in runs.quality if point is not first]
     if rest:
-        parts.append(details(f"All {len(runs.quality)} measured points", _grid(runs)))
-        parts.append(details("Task by task at the other points", "\n\n".join(_point(runs, point) for point in rest)))
+        parts.append(details(f"All {len(runs.quality)} measurements of retention", _grid(runs)))
+        parts.append(
+            details("Task by task in the other measurements", "\n\n".join(_point(runs, point) for point in rest))
+        )
     return Section(title="Retention: is the quality kept?", markdown="\n\n".join(parts) + "\n")
 
 
@@ -143,7 +145,7 @@ def _remarks(runs: Runs, point: QualityPoint) -> Iterator[str]:
     for task in point.tasks:
         if task.retention.estimate is None:
             notes.setdefault(f"no retention, {escape(task.retention.reason)}", []).append(escape(task.name))
-        elif "exact" in task.retention.estimate.method and not task.equal_by_construction:
+        elif "exact" in task.retention.estimate.method:
             notes.setdefault(task.retention.estimate.method, []).append(escape(task.name))
     yield from (f"{', '.join(names)}: {note}." for note, names in notes.items())
     yield from (f"{warning}." for warning in point.warnings)
@@ -177,7 +179,9 @@ def _other_table(others: Iterable[OtherScore]) -> str:
                 count(other.num_documents),
                 significant(other.baseline, 4),
                 significant(other.candidate, 4),
-                f"{change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}]",
+                "0 by construction"
+                if change.method == stats.EQUAL
+                else f"{change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}]",
             ]
         )
     return table(header, rows, left=4)

@@ -10,8 +10,8 @@ from twotower_eval.claims import ClaimFile, judge, load_claims
 from twotower_eval.claims.files import SPEED_QUANTITIES
 from twotower_eval.claims.judge import said
 from twotower_eval.claims.match import names_subject
-from twotower_eval.claims.text import count_line, estimate_text, looks_text
-from twotower_eval.evidence.naming import long_name
+from twotower_eval.claims.text import count_line, estimate_text
+from twotower_eval.evidence.naming import long_name, short_name
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.plan import data_path
 from twotower_eval.records import Claim, OperatingPoint, Verdict
@@ -25,9 +25,9 @@ QUANTITIES = {
     "decoder_exercised_retention": "decoder-exercised retention",
     "score": "score",
     "score_difference": "score difference",
-    "speedup_time": "S_time",
-    "speedup_throughput": "S_throughput",
-    "speedup_time_per_device": "S_time per device",
+    "speedup_time": "wall-clock speedup",
+    "speedup_throughput": "speedup in useful tokens per second",
+    "speedup_time_per_device": "wall-clock speedup per device",
     "joint": "joint claim",
 }
 
@@ -65,7 +65,17 @@ def verdict_line(runs: Runs) -> str:
     claim, verdict = next((pair for pair in judged if pair[0].quantity == "joint"), judged[0])
     parts = [part for part, _ in judged if part.name in claim.parts] or [claim]
     claimed = " and ".join(_claimed(part) for part in parts)
-    return f"**{said(verdict.outcome)}**: the claim of {claimed} ({escape(claim.name)}): {escape(verdict.reason)}."
+    timed = any(part.quantity in SPEED_QUANTITIES for part in parts)
+    outcome, at = said(verdict.outcome), _short_at(claim.point, timed)
+    return f"**{outcome}**: the claim of {claimed} at {at} ({escape(claim.name)}): {escape(verdict.reason)}."
+
+
+def points_text(runs: Runs) -> str:
+    """How much there was to choose from: operating points, and the measurements of them."""
+    return (
+        f"{len(runs.points)} operating points (decoder settings) were measured: {len(runs.quality)} measurements of "
+        f"retention and {len(runs.speed)} of speed, counting batch sizes and workloads"
+    )
 
 
 def claims(runs: Runs) -> Section:
@@ -76,14 +86,25 @@ def claims(runs: Runs) -> Section:
         return Section(title=title, markdown=text)
     rows = [_row(claim, verdict) for claim, verdict in runs.verdicts]
     header = ["claim", "verdict", "measured", "claimed", "at"]
-    looks = {looks_text(verdict).strip(" ()") for _, verdict in runs.verdicts} - {""}
     parts = [
         f"{escape(runs.claims.title)}. {escape(count_line([verdict for _, verdict in runs.verdicts]))}.",
         table(header, rows, left=len(header)),
         details("Reasons, evidence and sources", bullets(_reason(*pair) for pair in runs.verdicts)),
-        f"Looks: {escape('; '.join(sorted(looks)))}." if looks else "",
+        _looks(runs),
     ]
     return Section(title=title, markdown="\n\n".join(part.strip() for part in parts if part) + "\n")
+
+
+def _looks(runs: JudgedRuns) -> str:
+    """How the verdicts chose among points and runs; nothing where there was no choice."""
+    again = [(claim.name, verdict.num_looks) for claim, verdict in runs.verdicts if verdict.num_looks > 1]
+    text = "Each claim is judged at its own point alone. " if len(runs.points) > 1 else ""
+    if again:
+        most = max(num for _, num in again)
+        named = f"{len(again)} of {len(runs.verdicts)} claims" if len(again) > 1 else f"Claim {escape(again[0][0])}"
+        were = "were each" if len(again) > 1 else "was"
+        text += f"{named} {were} measured in several runs (up to {most}): the newest one is judged."
+    return text
 
 
 def _row(claim: Claim, verdict: Verdict) -> list[str]:
@@ -103,6 +124,16 @@ def _claimed(claim: Claim, *, margin: bool = False) -> str:
         expected = f"{100 * claim.expected:g} points"
     allowed = f" (margin {100 * claim.margin:g} {unit})" if margin else ""
     return f"{QUANTITIES[claim.quantity]} {RELATIONS[claim.relation]} {expected}{allowed}"
+
+
+def _short_at(point: OperatingPoint, timed: bool) -> str:
+    """``16/16/0.8 (block/steps/threshold), batch 1, answer workload``; the latter two where speed is claimed."""
+    names = ["block", "steps", *(["threshold"] if "threshold" in point.decoder.params else [])]
+    parts = [short_name(point.decoder) + (f" ({'/'.join(names)})" if "block_size" in point.decoder.params else "")]
+    if timed:
+        parts += [f"batch {point.batch_size}"] if point.batch_size is not None else []
+        parts += [f"{point.workload} workload"] if point.workload is not None else []
+    return escape(", ".join(parts))
 
 
 def _at(point: OperatingPoint) -> str:

@@ -20,6 +20,7 @@ from twotower_eval.stats.intervals import FEW, LEVEL, Floats, binomial_upper_bou
 from twotower_eval.stats.paired import Draws, Ints, ScoreTable
 
 EPSILON = 1e-12
+EQUAL = "equal by construction: one computation scores both arms"
 SPARSE = 15  # fewer discordant clusters in a stratum than this: one more is added to its variance
 SMALL = 40  # fewer clusters in a stratum than this: one more like the worst is added
 
@@ -49,6 +50,11 @@ def retention(table: ScoreTable, draws: Draws, weights_K: Floats | None = None, 
         low, high = 0.0, max(high, scope.worst_case(rate) / scope.baseline)
         method += f", exact bound where the candidate scores in {scope.num_candidate_successes} of {scope.n} clusters"
     return Estimate(value=scope.ratio, low=low, high=high, level=level, n=scope.n, method=method, seed=draws.seed)
+
+
+def equal_by_construction(value: float, n: int, *, level: float = LEVEL) -> Estimate:
+    """What one computation that scores both arms leaves no doubt of: a retention of 1, or a difference of 0."""
+    return Estimate(value=value, low=value, high=value, level=level, n=n, method=EQUAL)
 
 
 def linear_stderr(table: ScoreTable, weights_K: Floats | None = None) -> float:
@@ -250,7 +256,8 @@ def _exact_retention(scope: _Scope, level: float) -> Estimate:
 
     The number of harmed clusters has a lighter lower tail than a binomial with the same mean (Hoeffding 1956), and a
     cluster costs at most its weight: so the bound is exact for equal clusters and on the safe side for others. The
-    baseline's mean is taken as known.
+    baseline's mean is taken as known. Where it leaves helped clusters so little room that their bound could only be the
+    largest possible ratio, the candidate's own successes bound it instead: all of 4 clusters lost is not 0 to 100 %.
     """
     if scope.largest_score > 1 + EPSILON:
         raise ValueError(f"scores reach {scope.largest_score:g}: the exact bound needs scores between 0 and 1")
@@ -258,6 +265,10 @@ def _exact_retention(scope: _Scope, level: float) -> Estimate:
     harmed, helped = (binomial_upper_bound(k, scope.n, alpha) for k in (scope.num_harmed, scope.num_helped))
     low = max(0.0, 1 - scope.worst_case(harmed) / scope.baseline)
     high = min(1 + scope.worst_case(helped) / scope.baseline, scope.ceiling / scope.baseline)
+    # Decided by the baseline and the number of clusters alone, so that no bound is picked by what the candidate did.
+    if scope.baseline + scope.worst_case(binomial_upper_bound(0, scope.n, alpha)) >= scope.ceiling - EPSILON:
+        scored = binomial_upper_bound(scope.num_candidate_successes, scope.n, alpha)
+        high = min(high, scope.worst_case(scored) / scope.baseline)
     method = f"exact binomial bound, {scope.num_discordant} of {scope.n} clusters discordant"
     value = scope.ratio
     return Estimate(

@@ -1,0 +1,69 @@
+"""What to say of a claim that nothing was measured for: what there is instead, and the command that measures it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from twotower_eval.claims.files import SPEED_QUANTITIES
+from twotower_eval.claims.match import names_subject, subject_of, timing_fits
+from twotower_eval.evidence import QualityPoint, SpeedPoint
+from twotower_eval.evidence.naming import checkpoint_name, long_name
+from twotower_eval.records import Claim
+
+SHOWN = 4
+SHIPPED = "miniature"  # what the commands measure where no checkpoint is named
+OPTIONS = {"block_size": "--block-sizes", "steps_per_block": "--steps", "threshold": "--thresholds"}
+
+
+def missing(claim: Claim, points: Sequence[QualityPoint | SpeedPoint]) -> str:
+    """Why a claim is NOT MEASURED, in words."""
+    return f"{_nearby(claim, points)}; `{shlex.join(measuring_command(claim))}` measures it"
+
+
+def measuring_command(claim: Claim) -> list[str]:
+    """The command line that measures a claim at its own point; words in capitals are for the reader to fill in."""
+    timed, point = claim.quantity in SPEED_QUANTITIES, claim.point
+    words = ["twotower-eval", "speed" if timed else "run"]
+    words += [] if claim.subject == SHIPPED else ["--model", "CKPT"]
+    words += ["--tasks", ",".join(claim.scope)] if claim.scope else []
+    words += [] if point.decoder.kind == "block_diffusion" else ["--decoder", point.decoder.kind]
+    for name, option in OPTIONS.items():
+        if name in point.decoder.params:
+            words += [option, f"{point.decoder.params[name]}"]
+    if point.decoder.params.get("temperature"):
+        words += ["--temperature", f"{point.decoder.params['temperature']}"]
+    words += [] if point.dtype in (None, "float32") else ["--dtype", str(point.dtype)]
+    if not timed:
+        return words
+    words += [] if point.batch_size in (None, 1) else ["--batch-sizes", str(point.batch_size)]
+    words += [] if point.workload in (None, "answer") else ["--workload", str(point.workload)]
+    return words if (point.num_devices or 1) < 2 else [*words, "--devices", "D,D"]
+
+
+def _nearby(claim: Claim, points: Sequence[QualityPoint | SpeedPoint]) -> str:
+    """In words, what was measured instead: points of the same subject, nearest first; else the other subjects."""
+    own = [point for point in points if names_subject(claim, subject_of(point))]
+    if not own:
+        others = sorted({checkpoint_name(subject_of(point)) for point in points})
+        return f"measured were only {', '.join(others)}" if others else "nothing of the kind was measured"
+    ordered = list(dict.fromkeys(_described(point) for point in sorted(own, key=lambda p: _num_apart(claim, p))))
+    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
+    return f"measured were: {'; '.join(ordered[:SHOWN])}{more}"
+
+
+def _num_apart(claim: Claim, point: QualityPoint | SpeedPoint) -> int:
+    """In how many settings a point differs from the claim's."""
+    params = point.candidate.decoder.params
+    apart = sum(params.get(name) != value for name, value in claim.point.decoder.params.items())
+    return apart + (isinstance(point, SpeedPoint) and not timing_fits(claim, point))
+
+
+def _described(point: QualityPoint | SpeedPoint) -> str:
+    cell = point.candidate
+    parts = [long_name(cell.decoder) or cell.decoder.kind, cell.checkpoint.dtype]
+    if isinstance(point, SpeedPoint):
+        parts += [f"{point.workload} workload", f"batch {point.batch_size}", f"{cell.workload.num_devices} device(s)"]
+    else:
+        parts.append("on " + ", ".join(task.name for task in point.tasks))
+    return ", ".join(parts)
