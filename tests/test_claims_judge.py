@@ -293,10 +293,10 @@ def test_nulls_are_corrected_over_all_pairs_for_report_and_verdict_alike(tmp_pat
     assert nulls.fault(alone, [alone, *rest], None, wide) is None
     limits = GateLimits(null_half_width=1.0)
     judged = dataclasses.replace(stats.speedup(alone.timed), value=100.0)
-    assert gates.null_gate(alone, rest, judged, limits).outcome == "passed"
+    assert gates.null_gate(alone, rest, judged, None, limits).outcome == "passed"
     far = next(bent for factor in reversed(factors) if (bent := shifted(first, factor)))
     assert "off by more than 2 %" in (nulls.fault(far, [far, *rest], None, wide) or "")
-    assert gates.null_gate(far, rest, judged, limits).outcome == "failed"
+    assert gates.null_gate(far, rest, judged, None, limits).outcome == "failed"
 
 
 def test_a_verify_that_was_stopped_takes_back_no_failure(tmp_path: Path, good: list[Run]) -> None:

@@ -310,9 +310,19 @@ def test_off_nulls_are_corrected_over_pairs() -> None:
 def test_limits_of_the_null_follow_the_speedup_judged() -> None:
     assert stats.widest_null(None) == 0.03
     assert stats.widest_null(bounds(1.0, 2.0, 4.0)) == 0.03
-    assert stats.widest_null(bounds(1.0, 1.1, 1.2)) == pytest.approx(math.log(1.1) / 4)
+    assert stats.widest_null(bounds(1.05, 1.07, 1.1)) == pytest.approx(math.log(1.1) / 4)
+    assert stats.widest_null(bounds(0.9, 0.92, 0.95)) == pytest.approx(0.1 / 4, abs=0.002)
     assert stats.widest_null(bounds(1.0, 2.0, 4.0), stats.NullLimits(half_width=0.01)) == 0.01
     assert stats.half_width(bounds(math.exp(-0.1), 1.0, math.exp(0.3))) == pytest.approx(0.2)
+
+
+def test_a_speedup_of_one_can_be_judged() -> None:
+    """A quarter of |log S| alone left no width at all to a null where the arms are equally fast: always INVALID."""
+    same = bounds(0.99, 1.0, 1.01)
+    assert stats.widest_null(same) == pytest.approx(0.01 / 4, rel=0.01)
+    assert stats.widest_null(same, claimed=2.42) == 0.03
+    assert stats.widest_null(same, claimed=1.05) == pytest.approx(math.log(1.05) / 4)
+    assert stats.widest_null(bounds(0.88, 1.01, 1.15)) == 0.03
 
 
 def test_the_plan_is_one_line_that_says_what_it_assumes() -> None:

@@ -125,7 +125,8 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
     first = readings[0].estimate
     checks = [gates.complete_gate(point), gates.same_inputs_gate({}, point.run_ids)]
     if first is not None:
-        checks.append(gates.null_gate(point, evidence.speed, calls_speedup(claim, point, first), claim.limits))
+        judged = calls_speedup(claim, point, first)
+        checks.append(gates.null_gate(point, evidence.speed, judged, claim.expected, claim.limits))
     checks.append(gates.degenerate_gate(point, quality, claim.limits))
     checks.append(gates.floor_gate(quality, claim.limits))
     checks.append(gates.verify_gate(evidence, point.candidate.checkpoint.digest))

@@ -27,12 +27,13 @@ def fault(
     others: Iterable[SpeedPoint],
     judged: Estimate | None,
     limits: stats.NullLimits = LIMITS,
+    claimed: float | None = None,
 ) -> str | None:
     """Why the point's null forbids to judge a speedup by it, in words; ``None`` where nothing does.
 
     A null that is missing does. That a baseline differs from itself is tested with Holm's correction over the nulls
-    of all workloads and batch sizes among ``others``, each pair once. ``judged`` is the speedup, of which a null may
-    be no wider than a share.
+    of all workloads and batch sizes among ``others``, each pair once. ``judged`` is the speedup, ``claimed`` what
+    is claimed of it: a null may be no wider than a share of what is at stake.
     """
     null = point.null.estimate
     if null is None or point.null_timed is None:
@@ -46,9 +47,9 @@ def fault(
     off = dict(zip(pairs, stats.off_nulls(intervals, offset=limits.offset), strict=True))
     if off[_pair(point)]:
         return f"the baseline timed against itself is off by more than {100 * limits.offset:g} %"
-    half, widest = stats.half_width(null), stats.widest_null(judged, limits)
+    half, widest = stats.half_width(null), stats.widest_null(judged, limits, claimed=claimed)
     if half > widest:
-        share = f"{100 * limits.share:g} % of the log speedup judged"
+        share = f"{100 * limits.share:g} % of the log speedup at stake"
         width, limit = compared(PERCENT, half, widest)
         least = f"the least of {100 * limits.half_width:g} % and {share}"
         return f"the null's half-width of {width} is above {limit}, {least}: time more rounds"

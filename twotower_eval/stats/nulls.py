@@ -23,7 +23,7 @@ NULL_SHARE = 0.25  # of the log speedup that is judged
 class NullLimits:
     """How far a baseline may be from itself, and how wide its null may be to judge by; on the log scale.
 
-    ``share``: largest half-width as a share of the |log speedup| that is judged.
+    ``share``: largest half-width as a share of the largest |log speedup| that is at stake, see ``widest_null``.
     """
 
     offset: float = NULL_OFFSET
@@ -54,9 +54,16 @@ def is_off(null: Estimate, offset: float = NULL_OFFSET) -> bool:
     return log(null.low) > offset or log(null.high) < -offset
 
 
-def widest_null(judged: Estimate | None, limits: NullLimits = NullLimits()) -> float:
-    """Largest half-width of a null, on the log scale, that a speedup can be judged by."""
-    return limits.half_width if judged is None else min(limits.half_width, limits.share * abs(log(judged.value)))
+def widest_null(judged: Estimate | None, limits: NullLimits = NullLimits(), *, claimed: float | None = None) -> float:
+    """Largest half-width of a null, on the log scale, that a speedup can be judged by.
+
+    At stake is the end of the judged interval that is farther from 1, or the claimed speedup if that is farther still:
+    a speedup of 1.00 does not ask for a null without any width, and a claim of 2x is refuted by it.
+    """
+    if judged is None:
+        return limits.half_width
+    at_stake = [judged.low, judged.high, *([] if claimed is None else [claimed])]
+    return min(limits.half_width, limits.share * max(abs(log(end)) for end in at_stake))
 
 
 def half_width(null: Estimate) -> float:
