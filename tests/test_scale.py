@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from tests.tiny_models import SIZES
 from twotower_eval import cli, plan_fields, report, store
+from twotower_eval.evidence.measured import measured
 from twotower_eval.evidence.scale import ScaleRun
 from twotower_eval.models import graphs
 from twotower_eval.models.config import parse_config
@@ -24,7 +25,7 @@ from twotower_eval.models.random_weights import build_random_pair
 from twotower_eval.models.twotower import TwoTower
 from twotower_eval.plan import ScalePlan, data_path
 from twotower_eval.progress import SilentProgress
-from twotower_eval.records import CommitStep, Generation
+from twotower_eval.records import CommitStep, Estimate, Generation
 from twotower_eval.speed import cost_card, probe, scale
 from twotower_eval.speed.configs import config_file
 from twotower_eval.speed.cost_card import make_card, refuse_if_too_large
@@ -142,6 +143,29 @@ def test_layers_that_were_not_built_are_extrapolated_exactly(plan, tmp_path, tic
         assert curve.break_even.estimate.value == pytest.approx(expected)
     assert all(abs(b.residual) < 1e-9 for b in (*point.blocks, *true.blocks))
     assert whole.nulls[1].estimate.value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words", "invalid"),
+    [
+        (0.99, 1.01, "it holds 1", False),
+        (0.9, 1.12, "within 10.9 % of 1 at best", False),
+        (1.05, 1.3, "**INVALID**: off by more than 2.0 %", True),
+    ],
+)
+def test_a_null_that_is_off_marks_what_the_costs_say(plan, tmp_path, ticks, monkeypatch, low, high, words, invalid):
+    """Break-even was quoted with no mark while the AR step timed against itself was 10 % off."""
+    monkeypatch.setattr(ScaleRun, "nulls", dict.fromkeys((1, 2), measured(lambda: null_between(low, high))))
+    measure(plan, tmp_path, ticks)
+    [folder] = store.find_runs(tmp_path / "results")
+    markdown = (report.write([folder], tmp_path, sections=["scale"]) / "report.md").read_text(encoding="utf-8")
+    assert words in markdown
+    assert ("**INVALID**: see the A/A null" in markdown) is invalid
+
+
+def null_between(low: float, high: float) -> Estimate:
+    middle = (low * high) ** 0.5
+    return Estimate(value=middle, low=low, high=high, level=0.99, n=5, method="a test", seed=None)
 
 
 class Stops(SilentProgress):

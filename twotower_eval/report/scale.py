@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from twotower_eval import stats
 from twotower_eval.evidence.points import Measured
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.scale import CLAIMED_SPEEDUP, ScalePoint, ScaleRun, StepCost, is_scale_run
@@ -92,6 +93,7 @@ def _in_short(found: ScaleRun) -> Iterator[str]:
             f"**Batch {count(point.batch_size)}, blocks of {count(point.block_size)}: break-even at "
             f"{' / '.join(even)} tokens per NFE, {CLAIMED_SPEEDUP}x at {' / '.join(claimed)}** "
             f"({routings} experts; costs on random weights)"
+            + (" **INVALID**: see the A/A null" if _null_is_off(found.nulls.get(point.batch_size)) else "")
         )
 
 
@@ -169,7 +171,7 @@ def _blocks(found: ScaleRun) -> str:
 
 def _remarks(found: ScaleRun) -> Iterator[str]:
     for batch_size, null in found.nulls.items():
-        yield f"A/A null, the AR step over itself, batch {batch_size}: {times(null)} (99 %); it should hold 1"
+        yield f"A/A null, the AR step over itself, batch {batch_size}: {times(null)} (99 %), {_of_null(null)}"
     devices = len(found.run.manifest.plan["devices"])
     if devices > 1:
         yield f"the candidate has {devices} devices where the baseline needs one: per device it is 1/{devices} of this"
@@ -178,6 +180,22 @@ def _remarks(found: ScaleRun) -> Iterator[str]:
     reasons = {step.seconds.reason for step in found.steps if step.seconds.reason}
     yield from (f"{NONE}: {escape(reason)}" for reason in sorted(reasons))
     yield "rows of a batch commit in step; rows of a real batch differ, and then a batch waits for its slowest row"
+
+
+def _null_is_off(null: Measured | None) -> bool:
+    return null is not None and null.estimate is not None and stats.is_off(null.estimate)
+
+
+def _of_null(null: Measured) -> str:
+    """What the AR step timed against itself says of the other times."""
+    limits = stats.NullLimits()
+    if null.estimate is None:
+        return "so nothing says how far the machine was quiet"
+    if _null_is_off(null):
+        return f"**INVALID**: off by more than {percent(limits.offset)}, so the machine was not quiet: time it again"
+    if (half := stats.half_width(null.estimate)) > limits.half_width:
+        return f"within {percent(half)} of 1 at best: differences of that size are not shown, more rounds show them"
+    return "it holds 1"
 
 
 def _fit_remarks(found: ScaleRun) -> Iterator[str]:
