@@ -8,6 +8,8 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 INSTALLED := $(VENV)/.installed
 INSTALLED_REAL := $(VENV)/.installed-real
 DEMO_LIMIT ?= 24
+# Files of tests on so many cores; PYTEST_ARGS come after them.
+PYTEST_WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
 EVAL := $(BIN)/twotower-eval
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
@@ -36,7 +38,7 @@ demo: $(INSTALLED)
 	$(EVAL) report --html
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 test-real: $(INSTALLED_REAL)
 	$(BIN)/python -m pytest -m real $(PYTEST_ARGS)
