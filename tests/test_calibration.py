@@ -1,6 +1,7 @@
 """The simulation itself: its truths, its counting, its tables; and that it catches a broken method."""
 
 import csv
+import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,12 @@ import pytest
 
 from twotower_eval import calibration, stats
 from twotower_eval.calibration import simulate, tables
-from twotower_eval.calibration.quality_worlds import QualityWorld, fresh_quality_worlds, quality_worlds
+from twotower_eval.calibration.quality_worlds import (
+    QualityWorld,
+    fresh_quality_worlds,
+    other_quality_worlds,
+    quality_worlds,
+)
 from twotower_eval.calibration.speed_worlds import (
     SpeedWorld,
     fresh_speed_worlds,
@@ -28,15 +34,34 @@ def tally(**changes) -> simulate.Tally:
     return simulate.Tally(name="retention: w", size="9 clusters", **{**fields, "num_exact": 0, **changes})
 
 
-@pytest.mark.parametrize("world", [*quality_worlds()[::4], *fresh_quality_worlds()[2::3]], ids=lambda world: world.name)
-def test_the_stated_retention_is_the_ratio_of_expected_scores(world: QualityWorld) -> None:
+@pytest.mark.parametrize(
+    "world",
+    [*quality_worlds()[::4], *fresh_quality_worlds()[2:10:3], *other_quality_worlds()],
+    ids=lambda world: f"{world.quantity}: {world.name}",
+)
+def test_what_a_world_states_is_what_its_scores_come_to(world: QualityWorld) -> None:
     rng = np.random.default_rng(3)
     tables_R = [world.draw(rng) for _ in range(400)]
-    columns = ([t.baseline_CL for t in tables_R], [t.candidate_CL for t in tables_R])
-    means_2R = np.array([[t.task_means_K(x).mean() for t, x in zip(tables_R, xs, strict=True)] for xs in columns])
-    found = means_2R[1].mean() / means_2R[0].mean()
-    error = (means_2R[1] - found * means_2R[0]).std() / means_2R[0].mean() / 20
+    baseline_RK, candidate_RK = (
+        np.array([table.task_means_K(getattr(table, name)) for table in tables_R])
+        for name in ("baseline_CL", "candidate_CL")
+    )
+    if world.quantity in ("score", "score difference"):
+        values_R = candidate_RK.mean(axis=1) - (world.quantity == "score difference") * baseline_RK.mean(axis=1)
+        found, error = values_R.mean(), values_R.std() / 20
+    else:
+        each = world.quantity == "mean of ratios"
+        a_RK, b_RK = (x_RK if each else x_RK.mean(axis=1, keepdims=True) for x_RK in (baseline_RK, candidate_RK))
+        ratio_K = b_RK.mean(axis=0) / a_RK.mean(axis=0)
+        found = ratio_K.mean()
+        error = ((b_RK - ratio_K * a_RK) / a_RK.mean(axis=0)).mean(axis=1).std() / 20
     assert abs(found - world.truth) <= 4 * error + 1e-12
+
+
+def test_every_quantity_of_a_claim_about_quality_is_calibrated() -> None:
+    """Scores, their differences and the mean of ratios were claimed and never calibrated."""
+    worlds = [*quality_worlds(), *fresh_quality_worlds()]
+    assert {world.quantity for world in worlds} == {"retention", "mean of ratios", "score difference", "score"}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +140,8 @@ def lost_whole(*, clustered: bool) -> QualityWorld:
         )
         return scores.table
 
-    return QualityWorld(name="lost whole", truth=0.85 + 0.15 * 0.2, num_clusters=len(set(clusters)), draw=draw)
+    means = {"baseline": 0.8, "candidate": 0.8 * (0.85 + 0.15 * 0.2)}
+    return dataclasses.replace(quality_worlds()[0], name="lost whole", **means, clusters=clusters, draw=draw)
 
 
 def test_ignored_clusters_are_caught() -> None:

@@ -1,13 +1,14 @@
-"""Worlds in which retention is known: documents, clusters and tasks as benchmarks have them, scores drawn at random.
+"""Worlds in which scores are known: documents, clusters and tasks as benchmarks have them, scores drawn at random.
 
 Each world keeps its documents and draws new scores for every repetition, independently from cluster to cluster, so
-that the true retention is the ratio of the expected scores. Shape letters as in ``stats.intervals``.
+that the true retention is the ratio of the expected scores, and so on. Shape letters as in ``stats.intervals``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from twotower_eval import stats
 
 Floats = NDArray[np.float64]
 Scores = tuple[Floats, Floats]  # baseline, candidate: one entry per document
+Quantity = Literal["retention", "mean of ratios", "score difference", "score"]
 PAPER = (  # accuracy of the baseline in percent, and documents, of the published 11 tasks; the largest cut to 2,000
     *((78.56, 2_000), (62.59, 2_000), (91.72, 1_172), (76.09, 1_267), (88.90, 1_000), (79.27, 164), (74.71, 257)),
     *((92.49, 1_319), (84.40, 500), (73.97, 1_000), (80.80, 250)),
@@ -24,22 +26,42 @@ PAPER = (  # accuracy of the baseline in percent, and documents, of the publishe
 
 @dataclass(frozen=True, kw_only=True)
 class QualityWorld:
-    """A scenario: its true retention, its clusters, and how a repetition's scores are drawn."""
+    """A scenario: what its scores are on average, how a repetition's are drawn, and what is asked of them.
+
+    ``baseline`` and ``candidate`` are expected means over tasks, ``mean_ratio`` that of the tasks' own ratios where it
+    is another than theirs. A ``score`` is the candidate's alone.
+    """
 
     name: str
-    truth: float
-    num_clusters: int
+    baseline: float
+    candidate: float
+    mean_ratio: float | None = None
+    clusters: Sequence[str]
+    draw_scores: Callable[[np.random.Generator], Scores]
     draw: Callable[[np.random.Generator], stats.ScoreTable]
+    quantity: Quantity = "retention"
+
+    @property
+    def truth(self) -> float:
+        """The true value of the quantity."""
+        ratio = self.candidate / self.baseline
+        return {
+            "retention": ratio,
+            "mean of ratios": ratio if self.mean_ratio is None else self.mean_ratio,
+            "score difference": self.candidate - self.baseline,
+            "score": self.candidate,
+        }[self.quantity]
 
 
 def world(
     name: str,
-    truth: float,
+    means: tuple[float, float],
     draw_scores: Callable[[np.random.Generator], Scores],
     *,
     tasks: Sequence[str],
     clusters: Sequence[str],
     groups: Sequence[str] | None = None,
+    mean_ratio: float | None = None,
 ) -> QualityWorld:
     """A world with one entry of ``tasks`` and ``clusters`` per document. Only the sums of scores change in a draw."""
     zeros = [0.0] * len(tasks)
@@ -65,7 +87,10 @@ def world(
             largest_score=float(max(a_N.max(), b_N.max())),
         )
 
-    return QualityWorld(name=name, truth=truth, num_clusters=len(blank.count_CL), draw=draw)
+    return QualityWorld(
+        name=name, baseline=means[0], candidate=means[1], mean_ratio=mean_ratio,
+        clusters=clusters, draw_scores=draw_scores, draw=draw,
+    )  # fmt: skip
 
 
 def flipped(rng: np.random.Generator, a_N: Floats, lost: float | Floats, gained: float | Floats) -> Floats:
@@ -83,8 +108,7 @@ def one_task(n: int, accuracy: float, lost: float, gained: float) -> QualityWorl
         return a_N, flipped(rng, a_N, lost / accuracy, gained / (1 - accuracy) if accuracy < 1 else 0.0)
 
     name = f"1 task, accuracy {accuracy:g}, lost {100 * lost:g} %, gained {100 * gained:g} %"
-    truth = (accuracy - lost + gained) / accuracy
-    return world(name, truth, draw, tasks=["t"] * n, clusters=[str(i) for i in range(n)])
+    return world(name, (accuracy, accuracy - lost + gained), draw, tasks=["t"] * n, clusters=[str(i) for i in range(n)])
 
 
 def many_tasks(name: str, tasks: Sequence[tuple[float, int]], lost: float, gained: float) -> QualityWorld:
@@ -96,8 +120,11 @@ def many_tasks(name: str, tasks: Sequence[tuple[float, int]], lost: float, gaine
         a_N = (rng.random(len(p_N)) < p_N).astype(float)
         return a_N, flipped(rng, a_N, lost, gained)
 
-    a, b = sum(p for p, _ in tasks), sum(p * (1 - lost) + (1 - p) * gained for p, _ in tasks)
-    return world(name, b / a, draw, tasks=names, clusters=[f"{t}/{i}" for i, t in enumerate(names)])
+    a_K = np.array([p for p, _ in tasks])
+    b_K = a_K * (1 - lost) + (1 - a_K) * gained
+    means, ratio = (float(a_K.mean()), float(b_K.mean())), float((b_K / a_K).mean())
+    clusters = [f"{t}/{i}" for i, t in enumerate(names)]
+    return world(name, means, draw, tasks=names, clusters=clusters, mean_ratio=ratio)
 
 
 def samples(num_problems: int, num_samples: int, scale: float) -> QualityWorld:
@@ -110,7 +137,8 @@ def samples(num_problems: int, num_samples: int, scale: float) -> QualityWorld:
 
     num = num_problems * num_samples
     clusters = [str(i // num_samples) for i in range(num)]
-    return world(f"{num_samples} samples a problem, alike within it", scale, draw, tasks=["t"] * num, clusters=clusters)
+    name, mean = f"{num_samples} samples a problem, alike within it", 0.6 / (0.6 + 0.4)
+    return world(name, (mean, scale * mean), draw, tasks=["t"] * num, clusters=clusters)
 
 
 def languages(num_items: int, num_languages: int, num_more: int, lost: float, gained: float) -> QualityWorld:
@@ -129,7 +157,7 @@ def languages(num_items: int, num_languages: int, num_more: int, lost: float, ga
     p = (hard + easy) / 2
     return world(
         f"{num_languages} languages of {num_items} items, shared with a task of {num_items + num_more}",
-        (p * (1 - lost) + (1 - p) * gained) / p,
+        (p, p * (1 - lost) + (1 - p) * gained),
         draw,
         tasks=tasks,
         groups=["multi" if task != "big" else "big" for task in tasks],
@@ -149,22 +177,23 @@ def passages(num_passages: int, lost: float, gained: float) -> QualityWorld:
         return a_N, flipped(rng, a_N, lost_C[passage_N], gained)
 
     clusters = [str(i) for i in passage_N]
-    truth = (0.8 * (1 - lost) + 0.2 * gained) / 0.8
-    return world("passages of 1 to 8 questions", truth, draw, tasks=["t"] * len(clusters), clusters=clusters)
+    means = (0.8, 0.8 * (1 - lost) + 0.2 * gained)
+    return world("passages of 1 to 8 questions", means, draw, tasks=["t"] * len(clusters), clusters=clusters)
 
 
-def graded(n: int, truth: float) -> QualityWorld:
+def graded(n: int, kept: float) -> QualityWorld:
     """Scores between 0 and 1 with a heavy share at 1, multiplied by a noisy factor for the candidate."""
 
     def draw(rng: np.random.Generator) -> Scores:
         a_N = np.minimum(1.0, 1.3 * rng.beta(2, 1, n))
-        return a_N, a_N * rng.beta(18 * truth, 18 * (1 - truth), n)
+        return a_N, a_N * rng.beta(18 * kept, 18 * (1 - kept), n)
 
-    return world("graded scores", truth, draw, tasks=["t"] * n, clusters=[str(i) for i in range(n)])
+    mean = 2 * 1.3 / 3 / 1.3**3 + 1 - 1 / 1.3**2  # of min(1, 1.3 x) where x has the density 2 x
+    return world("graded scores", (mean, kept * mean), draw, tasks=["t"] * n, clusters=[str(i) for i in range(n)])
 
 
 def quality_worlds() -> tuple[QualityWorld, ...]:
-    """Small and large n, accuracies from 0.02 to 0.99, few and many flips, one-sided flips, every kind of cluster."""
+    """Retention at small and large n, accuracies 0.02 to 0.99, few, many and one-sided flips, all kinds of cluster."""
     published = [(percent / 100, n) for percent, n in PAPER]
     tiny = [(0.8, 5), (0.6, 8), (0.9, 12), (0.5, 10)]
     return (
@@ -193,8 +222,23 @@ def quality_worlds() -> tuple[QualityWorld, ...]:
     )
 
 
+def other_quality_worlds() -> tuple[QualityWorld, ...]:
+    """The other quantities that a claim may be about; no method was chosen or tuned on these either."""
+    published = many_tasks("11 tasks as published", [(percent / 100, n) for percent, n in PAPER], 0.04, 0.08)
+    tiny = many_tasks("4 tasks of 20 to 60 documents", [(0.8, 20), (0.6, 30), (0.9, 40), (0.5, 60)], 0.1, 0.1)
+    uneven = many_tasks("3 tasks of accuracy 0.15 to 0.9", [(0.15, 200), (0.5, 300), (0.9, 400)], 0.1, 0.05)
+    clustered = (samples(30, 5, 0.9), samples(164, 20, 0.97), passages(40, 0.05, 0.05), passages(300, 0.05, 0.05))
+    alone = (*(one_task(n, 0.8, 0.10, 0.05) for n in (30, 164, 1_319)), one_task(164, 0.98, 0.01, 0.005))
+    by_quantity: dict[Quantity, tuple[QualityWorld, ...]] = {
+        "mean of ratios": (published, tiny, uneven),
+        "score difference": (*alone, *clustered, published, graded(25, 0.95), graded(500, 0.95)),
+        "score": (*alone, *clustered, graded(25, 0.95), graded(120, 0.9), graded(500, 0.95)),
+    }
+    return tuple(replace(one, quantity=quantity) for quantity, worlds in by_quantity.items() for one in worlds)
+
+
 def fresh_quality_worlds() -> tuple[QualityWorld, ...]:
-    """Worlds that no method was chosen or tuned on: other sizes, accuracies, flips and clusters."""
+    """Worlds that no method was chosen or tuned on: other sizes, accuracies, flips and clusters; other quantities."""
     mixed = [(0.35, 90), (0.97, 700), (0.6, 45), (0.85, 260), (0.75, 1_000)]
     return (
         one_task(73, 0.65, 0.12, 0.07),
@@ -207,4 +251,5 @@ def fresh_quality_worlds() -> tuple[QualityWorld, ...]:
         languages(120, 8, 400, 0.04, 0.06),
         passages(120, 0.04, 0.06),
         graded(120, 0.9),
+        *other_quality_worlds(),
     )

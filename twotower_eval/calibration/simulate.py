@@ -53,17 +53,29 @@ Look = tuple[Estimate, str]  # at 95 %, and the verdict
 
 
 def calibrate_quality(world: QualityWorld, *, num: int, num_resamples: int, seed: int, advance: Advance) -> Tally:
-    """Retention at 95 % and the verdict at the boundary, ``num`` times over."""
+    """The world's quantity at 95 % and the verdict at the boundary, ``num`` times over."""
 
     def look(rng: np.random.Generator) -> Look:
-        table = world.draw(rng)
-        draws = stats.draw_task_means(table, num_resamples=num_resamples, seed=int(rng.integers(2**32)))
-        bounds = stats.retention(table, draws, level=stats.DECISION_LEVEL)
+        at = _estimator(world, rng, num_resamples)
+        bounds = at(stats.DECISION_LEVEL)
         decision = stats.decide(bounds, relation="at_least", expected=world.truth, margin=0.0, num_clusters=bounds.n)
-        return stats.retention(table, draws), decision.outcome
+        return at(stats.LEVEL), decision.outcome
 
-    size = f"{world.num_clusters:,} clusters"
-    return _tally(f"retention: {world.name}", size, world.truth, look, num=num, seed=seed, advance=advance)
+    size = f"{len(set(world.clusters)):,} clusters"
+    return _tally(f"{world.quantity}: {world.name}", size, world.truth, look, num=num, seed=seed, advance=advance)
+
+
+def _estimator(world: QualityWorld, rng: np.random.Generator, num_resamples: int) -> Callable[[float], Estimate]:
+    """From a level to the estimate, of one repetition's scores, as claims ask for it."""
+    if world.quantity == "score":
+        _, scores_N = world.draw_scores(rng)
+        return lambda level: stats.mean_score(scores_N.tolist(), world.clusters, level=level)
+    table = world.draw(rng)
+    draws = stats.draw_task_means(table, num_resamples=num_resamples, seed=int(rng.integers(2**32)))
+    if world.quantity == "score difference":
+        return lambda level: stats.difference(table, draws, level=level, min_discordant=stats.MIN_DISCORDANT)
+    ratio = {"retention": stats.retention, "mean of ratios": stats.mean_of_ratios}[world.quantity]
+    return lambda level: ratio(table, draws, level=level)
 
 
 def calibrate_speed(world: SpeedWorld, *, num: int, num_resamples: int, seed: int, advance: Advance) -> Tally:

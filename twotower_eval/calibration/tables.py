@@ -99,13 +99,13 @@ def as_markdown(
 **{_verdict(found, num)}** {_extremes(found)}
 
 {num:,} repetitions per world, {num_resamples:,} resamples per interval, seed {seed}, version {version}. Every
-repetition goes through the functions that reports and claims use: `stats.retention`, `stats.speedup`, `stats.decide`.
-The claim judged is that the quantity is at least its true value, with no margin. *Wrong SUPPORTED* is the share
-supported, as if the truth lay a hair below the limit; *wrong REFUTED* the share refuted, as if it lay on it. Brackets
-hold 95 % Monte-Carlo intervals. *Missed*: coverage below 93 % or wrong verdicts above 5 % by more than chance allows
-over all {3 * len(found)} rates. With fewer than 5 clusters that differ the interval is an exact bound, which covers
-more than it says. Fewer than {stats.MIN_CLUSTERS} clusters or {stats.MIN_CALLS} calls of sampled prompts are never
-supported.
+repetition goes through the functions that reports and claims use: `stats.retention`, `mean_of_ratios`, `difference`,
+`mean_score`, `speedup` and `decide`. The claim judged is that the quantity is at least its true value, with no
+margin. *Wrong SUPPORTED* is the share supported, as if the truth lay a hair below the limit; *wrong REFUTED* the
+share refuted, as if it lay on it. Brackets hold 95 % Monte-Carlo intervals. *Missed*: coverage below 93 % or wrong
+verdicts above 5 % by more than chance allows over all {3 * len(found)} rates. With fewer than 5 clusters that differ
+the interval is an exact bound, which covers more than it says. Fewer than {stats.MIN_CLUSTERS} clusters or
+{stats.MIN_CALLS} calls of sampled prompts are never supported.
 """
     lines = [head]
     titles = ("Worlds that the methods were chosen on", "Fresh worlds, on which nothing was tuned")

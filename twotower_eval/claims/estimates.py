@@ -11,8 +11,6 @@ from twotower_eval.evidence.measured import measured
 from twotower_eval.records import Claim, Estimate
 from twotower_eval.stats.decide import DECISION_LEVEL
 
-MIN_DISCORDANT = 5  # fewer clusters that differ: no interval of a difference
-
 
 def is_equal_by_construction(claim: Claim, point: QualityPoint) -> bool:
     """Whether one computation scored both arms in the claim's whole scope, so that nothing is left to estimate."""
@@ -39,10 +37,7 @@ def quality_estimate(claim: Claim, point: QualityPoint) -> Estimate:
     table = scores.table
     draws = stats.draw_task_means(table)
     if claim.quantity == "score_difference":
-        num_discordant, num_clusters = stats.num_discordant(table)
-        if num_discordant < MIN_DISCORDANT:
-            raise ValueError(f"{num_discordant} of {num_clusters} clusters differ: too few for an interval")
-        return stats.difference(table, draws, level=DECISION_LEVEL)
+        return stats.difference(table, draws, level=DECISION_LEVEL, min_discordant=stats.MIN_DISCORDANT)
     if claim.averaging == "mean_of_ratios":
         return stats.mean_of_ratios(table, draws, level=DECISION_LEVEL)
     return stats.retention(table, draws, level=DECISION_LEVEL)

@@ -52,6 +52,7 @@ from twotower_eval.stats.power import (
 )
 from twotower_eval.stats.quality import (
     EQUAL,
+    MIN_DISCORDANT,
     bootstrap_stderr,
     difference,
     equal_by_construction,
@@ -79,6 +80,7 @@ __all__ = [
     "LEVEL",
     "MIN_CALLS",
     "MIN_CLUSTERS",
+    "MIN_DISCORDANT",
     "MIN_ROUNDS",
     "NULL_LEVEL",
     "NULL_OFFSET",

@@ -22,6 +22,7 @@ from twotower_eval.stats.paired import Draws, Ints, ScoreTable
 EPSILON = 1e-12
 EQUAL = "equal by construction: one computation scores both arms"
 SPARSE = 15  # fewer discordant clusters in a stratum than this: one more is added to its variance
+MIN_DISCORDANT = 5  # fewer clusters that differ: no verdict on a difference of scores
 SMALL = 40  # fewer clusters in a stratum than this: one more like the worst is added
 
 
@@ -99,11 +100,18 @@ def leave_one_out(table: ScoreTable) -> tuple[tuple[str, float], ...]:
     return tuple(sorted(ratios, key=lambda item: (item[1], item[0])))
 
 
-def difference(table: ScoreTable, draws: Draws, weights_K: Floats | None = None, *, level: float = LEVEL) -> Estimate:
-    """Difference of weighted mean scores, candidate minus baseline, in the scores' own unit."""
+def difference(
+    table: ScoreTable, draws: Draws, weights_K: Floats | None = None, *, level: float = LEVEL, min_discordant: int = 0
+) -> Estimate:
+    """Difference of weighted mean scores, candidate minus baseline, in the scores' own unit.
+
+    ValueError where fewer than ``min_discordant`` clusters differ; a verdict needs ``MIN_DISCORDANT``.
+    """
     weights_K = table.weights_K() if weights_K is None else weights_K
     delta_Q = (draws.candidate_QK - draws.baseline_QK) @ weights_K
     scope = _Scope(table, weights_K, ratios_K=np.ones(len(table.tasks)))
+    if scope.num_discordant < min_discordant:
+        raise ValueError(f"{scope.num_discordant} of {scope.n} clusters differ: too few for an interval")
     value = scope.candidate - scope.baseline
     low, high = scope.interval(delta_Q, delta_Q, value, level, unit=1.0)
     method = _method(len(delta_Q))
