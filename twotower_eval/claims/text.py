@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from twotower_eval import stats
 from twotower_eval.claims.audit import Finding
 from twotower_eval.claims.judge import EXIT_CODES, said
 from twotower_eval.claims.reasons import UNITS
@@ -26,10 +27,12 @@ def verdict_lines(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> list[
 
 
 def estimate_text(claim: Claim, estimate: Estimate | None) -> str:
-    """``98.9 % [98.2, 99.6]:`` or ``2.41x [2.30, 2.53]:``; nothing without an estimate."""
+    """``98.9 % [98.2, 99.6]:`` or ``2.41x [2.30, 2.53]:``; no bounds of what is known; nothing without an estimate."""
     if estimate is None:
         return ""
-    return f"{interval(UNITS[claim.quantity], estimate)}:"
+    unit = UNITS[claim.quantity]
+    known = estimate.method == stats.EQUAL
+    return f"{unit.text(estimate.value) if known else interval(unit, estimate)}:"
 
 
 def looks_text(verdict: Verdict) -> str:
