@@ -502,7 +502,9 @@ def test_what_one_computation_scores_is_decided_without_a_sample(good: list[Run]
     assert (verdict.outcome, verdict.reason) == ("SUPPORTED", stats.EQUAL)
     assert verdict.estimate is not None
     assert (verdict.estimate.low, verdict.estimate.high) == (1.0, 1.0)
-    assert verdict_lines(claims_of(shared), [verdict])[0].startswith("SUPPORTED     kept  100.0 %: equal by construction")
+    assert verdict_lines(claims_of(shared), [verdict])[0].startswith(
+        "SUPPORTED     kept  100.0 %: equal by construction"
+    )
     assert verdict_on({**shared, "relation": "at_least", "expected": 1.001}, good).outcome == "REFUTED"
     mixed = verdict_on({**shared, "scope": ["choice", "sorting"]}, good)
     assert mixed.estimate is not None

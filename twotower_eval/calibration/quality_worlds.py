@@ -111,6 +111,17 @@ def one_task(n: int, accuracy: float, lost: float, gained: float) -> QualityWorl
     return world(name, (accuracy, accuracy - lost + gained), draw, tasks=["t"] * n, clusters=[str(i) for i in range(n)])
 
 
+def equal_arms(n: int, accuracy: float) -> QualityWorld:
+    """Two models that are equally good and have nothing else in common, near the ceiling: retention is 1."""
+
+    def draw(rng: np.random.Generator) -> Scores:
+        a_N, b_N = ((rng.random(n) < accuracy).astype(float) for _ in range(2))
+        return a_N, b_N
+
+    name = f"1 task, two equal and independent models of accuracy {accuracy:g}"
+    return world(name, (accuracy, accuracy), draw, tasks=["t"] * n, clusters=[str(i) for i in range(n)])
+
+
 def many_tasks(name: str, tasks: Sequence[tuple[float, int]], lost: float, gained: float) -> QualityWorld:
     """Tasks of (accuracy, documents), a share of all right answers lost and of all wrong ones gained in each."""
     p_N = np.concatenate([np.full(n, p) for p, n in tasks])
@@ -208,6 +219,7 @@ def quality_worlds() -> tuple[QualityWorld, ...]:
         one_task(1_000, 0.8, 0.002, 0.001),
         *(one_task(n, 0.8, 0.79, 0.0) for n in (164, 1_000)),
         one_task(164, 0.8, 0.8, 0.0),
+        *(equal_arms(n, accuracy) for n, accuracy in ((20, 0.95), (50, 0.98), (164, 0.99), (1_000, 0.98))),
         many_tasks("4 tasks of 5 to 12 documents", tiny, 0.15, 0.15),
         many_tasks("11 tasks as published", published, 0.04, 0.08),
         many_tasks("11 tasks as published, few flips", published, 0.002, 0.002),

@@ -9,7 +9,7 @@ kept. What the parts do not explain stays unexplained.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import bdtr
@@ -17,7 +17,7 @@ from scipy.special import bdtr
 from twotower_eval.records import CostPart, Estimate
 from twotower_eval.stats.figure import Figure
 from twotower_eval.stats.intervals import LEVEL, Floats
-from twotower_eval.stats.mean import mean_score
+from twotower_eval.stats.mean import t_interval_of_mean
 
 _Passes = tuple[CostPart, int | None, Floats, float]
 EXPLAINED = 0.10  # largest residual, as a share of the measured time, that counts as explained
@@ -50,16 +50,26 @@ def median(values: Sequence[float], *, level: float = LEVEL) -> Estimate:
 def mean_time(values_s: Sequence[float], *, level: float = LEVEL) -> Estimate:
     """Mean of times above 0, with an interval that stays above 0 as well.
 
-    The t interval's half-widths are taken as shares of the mean and laid out on the log scale. One or two values have
-    their range instead, at the level that it reaches. ValueError for no value and for times that are not above 0.
+    Student's t, corrected for skewness; its lower half-width is taken as a share of the mean and laid out on the log
+    scale, which moves a low end up by little where it is near the mean and keeps it above 0 where it is not. One or two
+    values have their range instead, at the level that it reaches. ValueError for no value and for times that are not
+    above 0.
     """
     if min(values_s, default=1.0) <= 0:
         raise ValueError("a time is above 0 seconds")
     if len(values_s) < 3:
         return median(values_s, level=level)
-    found = mean_score(values_s, [str(i) for i in range(len(values_s))], level=level)
-    low, high = (found.value * float(np.exp(end / found.value - 1)) for end in (found.low, found.high))
-    return replace(found, low=low, high=high, method=f"mean of {found.n}, t interval on the log scale")
+    times_I = np.asarray(values_s, dtype=float)
+    mean = float(times_I.mean())
+    low, high = t_interval_of_mean(mean, times_I, level)
+    return Estimate(
+        value=mean,
+        low=mean * float(np.exp(low / mean - 1)),
+        high=high,
+        level=level,
+        n=len(times_I),
+        method=f"mean of {len(times_I)}, t interval corrected for skewness, its low end on the log scale",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ NUM_RESAMPLES = 10_000
 LEVEL = 0.95
 FEW = 5  # fewer discordant clusters, successes or launches than this: no bootstrap over them
 FULL_DOF = 16  # degrees of freedom up to which one more value like the most telling one is added in full
+EVEN = 1e-9  # as a share of the range: how unlike the distances of the farthest values may be to count as alike
 
 Floats = NDArray[np.float64]
 
@@ -49,12 +50,14 @@ def one_more(values_I: Floats) -> tuple[float, float]:
     """Variance and third cumulant that one more value like the most telling one adds to those of the mean.
 
     Few values may lack the rare large one. It counts in full up to ``FULL_DOF`` degrees of freedom, less and less
-    beyond. Two values do not say on which side more would lie.
+    beyond. Two values, or the farthest two as far out on either side, do not say on which side more would lie.
     """
-    num, centred_I = values_I.size, values_I - values_I.mean()
-    worst = float(centred_I[np.argmax(np.abs(centred_I))]) / num
+    centred_I = (values_I - values_I.mean()) / values_I.size
+    low, high = float(centred_I.min()), float(centred_I.max())
+    worst = high if high > -low else low
     share = min(1.0, FULL_DOF / dof_of_mean(values_I))
-    return share * worst**2, share * worst**3 if num > 2 else 0.0
+    even = abs(high + low) <= EVEN * (high - low)
+    return share * worst**2, 0.0 if even else share * worst**3
 
 
 def dof_of_mean(values_I: Floats) -> float:

@@ -43,7 +43,7 @@ def mean_score(values: Sequence[float], clusters: Sequence[str], *, level: float
         raise ValueError("one cluster only: its variation is unknown, so there is no interval")
     z_C = np.zeros(n)
     np.add.at(z_C, code_N, (value_N - mean) / len(value_N))
-    low, high = _t_interval(mean, n * z_C, level)
+    low, high = t_interval_of_mean(mean, n * z_C, level)
     below, above = (_extreme_bound(edge_N, code_N, level) for edge_N in (value_N, 1 - value_N))
     low, high = min(low, 1 - above), max(high, below)
     widened = ", widened to the exact bound" if max(above, below) > 0 else ""
@@ -51,8 +51,11 @@ def mean_score(values: Sequence[float], clusters: Sequence[str], *, level: float
     return Estimate(value=mean, low=low, high=high, level=level, n=n, method=method)
 
 
-def _t_interval(mean: float, parts_C: Floats, level: float) -> tuple[float, float]:
-    """Interval of a mean of independent ``parts_C``; one more like the most telling one is added where few tell."""
+def t_interval_of_mean(mean: float, parts_C: Floats, level: float) -> tuple[float, float]:
+    """Interval of a mean of independent ``parts_C``, corrected for skewness.
+
+    One more part like the most telling one is added where few tell.
+    """
     square, cube = one_more(parts_C)
     variance = float(parts_C.var(ddof=1)) / len(parts_C) + square
     skew = (third_cumulant(parts_C) + cube) / variance**1.5 if variance > 0 else 0.0

@@ -153,7 +153,8 @@ class _Scope:
         self.ratio = self.candidate / self.baseline if self.baseline > EPSILON else 1.0
         ratios_L = self.ratio if ratios_K is None else ratios_K @ (table.averaging_KL > 0)
         self._expected_C = table.baseline_CL[inside_C] @ (per_document_L * ratios_L)
-        self.ceiling = float(weights_K.sum())  # the weighted mean if every score were 1
+        # The weighted mean if every score were 1; a baseline that is there already may be a rounding error above it.
+        self.ceiling = max(float(weights_K.sum()), self.baseline)
         weighted_L = leaf_weights_L > 0
         loss_C, gain_C = (sums[inside_C][:, weighted_L].sum(axis=1) for sums in (table.loss_CL, table.gain_CL))
         self.num_harmed, self.num_helped = int((loss_C > EPSILON).sum()), int((gain_C > EPSILON).sum())
@@ -264,8 +265,8 @@ def _exact_retention(scope: _Scope, level: float) -> Estimate:
 
     The number of harmed clusters has a lighter lower tail than a binomial with the same mean (Hoeffding 1956), and a
     cluster costs at most its weight: so the bound is exact for equal clusters and on the safe side for others. The
-    baseline's mean is taken as known. Where it leaves helped clusters so little room that their bound could only be the
-    largest possible ratio, the candidate's own successes bound it instead: all of 4 clusters lost is not 0 to 100 %.
+    baseline's mean is taken as known, which is why nothing narrower stands on it: near its ceiling a baseline is often
+    the luckier of two equal models, and an interval of all clusters lost reaches to 100 % while they are so few.
     """
     if scope.largest_score > 1 + EPSILON:
         raise ValueError(f"scores reach {scope.largest_score:g}: the exact bound needs scores between 0 and 1")
@@ -273,10 +274,6 @@ def _exact_retention(scope: _Scope, level: float) -> Estimate:
     harmed, helped = (binomial_upper_bound(k, scope.n, alpha) for k in (scope.num_harmed, scope.num_helped))
     low = max(0.0, 1 - scope.worst_case(harmed) / scope.baseline)
     high = min(1 + scope.worst_case(helped) / scope.baseline, scope.ceiling / scope.baseline)
-    # Decided by the baseline and the number of clusters alone, so that no bound is picked by what the candidate did.
-    if scope.baseline + scope.worst_case(binomial_upper_bound(0, scope.n, alpha)) >= scope.ceiling - EPSILON:
-        scored = binomial_upper_bound(scope.num_candidate_successes, scope.n, alpha)
-        high = min(high, scope.worst_case(scored) / scope.baseline)
     method = f"exact binomial bound, {scope.num_discordant} of {scope.n} clusters discordant"
     value = scope.ratio
     return Estimate(
