@@ -25,10 +25,12 @@ from report_fixture import (
 
 from twotower_eval import cli, stats, store
 from twotower_eval.claims import EXIT_CODES, exit_code, gates, judge, verdict_lines
-from twotower_eval.claims.files import claims_from
+from twotower_eval.claims.files import claims_from, load_claims
+from twotower_eval.claims.missing import measuring_command
 from twotower_eval.evidence import SpeedPoint, nulls
 from twotower_eval.evidence.measured import Measured
 from twotower_eval.evidence.timing import speed_points
+from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders
 from twotower_eval.records import (
     Check,
     Claim,
@@ -69,6 +71,37 @@ def claims_of(*tables: dict[str, Any], **point: Any) -> tuple[Claim, ...]:
 def verdict_on(table: dict[str, Any], runs: Sequence[Run], **point: Any) -> Verdict:
     [verdict] = judge(claims_of(table, **point), runs)
     return verdict
+
+
+@pytest.mark.parametrize(
+    "claim", [claim for claim in load_claims("miniature").claims if not claim.parts], ids=lambda claim: claim.name
+)
+def test_the_command_of_what_is_missing_measures_the_claims_point(claim: Claim, monkeypatch: Any, capsys: Any) -> None:
+    """It recommended commands that never looked at the claim's baseline, tasks or settings."""
+    plans: list[RunPlan | SpeedPlan] = []
+    monkeypatch.setattr("twotower_eval.harness.run", lambda plan, **_: plans.append(plan))
+    monkeypatch.setattr("twotower_eval.cli.speed._time_and_score", lambda plan, *_: plans.append(plan))
+    words = measuring_command(claim)
+    assert words is not None
+    assert cli.main(words[1:]) == 0
+    [plan] = plans
+    [decoder] = [spec for spec in cross_decoders(plan) if spec.kind == claim.point.decoder.kind]
+    wanted = dict(claim.point.decoder.params)
+    assert {name: value for name, value in decoder.params.items() if value or name in wanted} == wanted
+    assert (plan.model, plan.baseline, plan.dtype) == (None, "context-tower", claim.point.dtype)
+    if isinstance(plan, SpeedPlan):
+        assert (plan.batch_sizes, plan.workload) == ((claim.point.batch_size,), claim.point.workload)
+        assert len(plan.devices) == claim.point.num_devices
+    else:
+        assert plan.tasks == claim.scope
+
+
+def test_what_no_option_says_has_no_command(good: list[Run]) -> None:
+    reason = verdict_on(FAST, good[:1], decoder={**POINT["decoder"], "batch_mean_t": True}).reason
+    assert "measures it" not in reason
+    other = {**KEPT, "baseline": "another"}
+    assert " --baseline BASELINE --tasks arithmetic,sorting " in verdict_on(other, good).reason
+    assert "` on H100 measures it" in verdict_on(FAST, good, hardware="H100").reason
 
 
 @pytest.fixture(scope="module")
@@ -156,13 +189,16 @@ def test_other_models_and_other_tasks_are_not_the_claims(good: list[Run]) -> Non
     assert (other.outcome, other.reason) == (
         "NOT_MEASURED",
         "measured were only pair; `twotower-eval run --model CKPT --tasks arithmetic,sorting "
-        "--block-sizes 16 --steps 16 --thresholds 0.8` measures it",
+        "--block-sizes 16 --steps 16 --thresholds 0.8` measures it; tasks whose scoring executes what a model wrote "
+        "are refused",
     )
     assert verdict_on({**KEPT, "baseline": "another"}, good).outcome == "NOT_MEASURED"
     assert verdict_on({**KEPT, "scope": ["arithmetic", "poetry"]}, good).outcome == "NOT_MEASURED"
     assert verdict_on({**KEPT, "subject": PAIR.digest[:12]}, good).outcome == "SUPPORTED"
     missing = verdict_on(FAST, good[:1]).reason
-    assert missing.startswith("nothing of the kind was measured; `twotower-eval speed --model CKPT --block-sizes 16 ")
+    assert missing.startswith(
+        "nothing of the kind was measured; `twotower-eval speed --model CKPT --tasks TASKS --block-"
+    )
     other_place = verdict_on(FAST, good[:1], workload="fixed", batch_size=4, num_devices=2, dtype="bfloat16")
     assert "--dtype bfloat16 --batch-sizes 4 --workload fixed --devices D,D` measures it" in other_place.reason
 

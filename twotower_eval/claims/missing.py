@@ -6,33 +6,48 @@ import shlex
 from collections.abc import Sequence
 
 from twotower_eval.claims.files import SPEED_QUANTITIES
-from twotower_eval.claims.match import names_subject, subject_of, timing_fits
+from twotower_eval.claims.match import CONTEXT_TOWER, UNSTATED, names_subject, subject_of, timing_fits
 from twotower_eval.evidence import QualityPoint, SpeedPoint
 from twotower_eval.evidence.naming import checkpoint_name, long_name
 from twotower_eval.records import Claim
 
 SHOWN = 4
-SHIPPED = "miniature"  # what the commands measure where no checkpoint is named
-OPTIONS = {"block_size": "--block-sizes", "steps_per_block": "--steps", "threshold": "--thresholds"}
+SHIPPED = "miniature"  # what the commands measure where no checkpoint and no tasks are named
+OPTIONS = {
+    "block_size": "--block-sizes",
+    "steps_per_block": "--steps",
+    "threshold": "--thresholds",
+    "temperature": "--temperature",
+}
 
 
 def missing(claim: Claim, points: Sequence[QualityPoint | SpeedPoint]) -> str:
-    """Why a claim is NOT MEASURED, in words."""
-    return f"{_nearby(claim, points)}; `{shlex.join(measuring_command(claim))}` measures it"
+    """Why a claim is NOT MEASURED, in words, and what measures it."""
+    found, words = _nearby(claim, points), measuring_command(claim)
+    if words is None:
+        return found
+    where = f" on {claim.point.hardware}" if claim.point.hardware else ""
+    refused = "" if claim.subject == SHIPPED else "; tasks whose scoring executes what a model wrote are refused"
+    return f"{found}; `{shlex.join(words)}`{where} measures it{refused if claim.scope else ''}"
 
 
-def measuring_command(claim: Claim) -> list[str]:
-    """The command line that measures a claim at its own point; words in capitals are for the reader to fill in."""
-    timed, point = claim.quantity in SPEED_QUANTITIES, claim.point
+def measuring_command(claim: Claim) -> list[str] | None:
+    """The command line that measures a claim at its own point; words in capitals are for the reader to fill in.
+
+    ``None`` where the decoder has a setting that no option says: that takes a plan file.
+    """
+    timed, point, shipped = claim.quantity in SPEED_QUANTITIES, claim.point, claim.subject == SHIPPED
+    params = {name: value for name, value in point.decoder.params.items() if value not in UNSTATED}
+    if not params.keys() <= OPTIONS.keys():
+        return None
     words = ["twotower-eval", "speed" if timed else "run"]
-    words += [] if claim.subject == SHIPPED else ["--model", "CKPT"]
-    words += ["--tasks", ",".join(claim.scope)] if claim.scope else []
+    words += [] if shipped else ["--model", "CKPT"]
+    words += [] if claim.baseline == CONTEXT_TOWER else ["--baseline", "BASELINE"]
+    tasks = ",".join(claim.scope) or ("" if shipped else "TASKS")
+    words += ["--tasks", tasks] if tasks else []
     words += [] if point.decoder.kind == "block_diffusion" else ["--decoder", point.decoder.kind]
     for name, option in OPTIONS.items():
-        if name in point.decoder.params:
-            words += [option, f"{point.decoder.params[name]}"]
-    if point.decoder.params.get("temperature"):
-        words += ["--temperature", f"{point.decoder.params['temperature']}"]
+        words += [option, f"{params[name]}"] if name in params else []
     words += [] if point.dtype in (None, "float32") else ["--dtype", str(point.dtype)]
     if not timed:
         return words
