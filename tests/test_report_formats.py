@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from twotower_eval import report, store
 from twotower_eval.cli import main
-from twotower_eval.records import Check, CommitStep, GenerationRow, Score, to_json
+from twotower_eval.records import Check, CommitStep, GenerationRow, Score, SpeedSample, to_json
 from twotower_eval.report.page import page
 from twotower_eval.report.provenance import plain_argv
 from twotower_eval.report.text import details, escape, lines_of, table
@@ -351,6 +351,50 @@ scope = ["arithmetic", "sorting"]
 expected = 1.5
 source = "nobody"
 """
+
+
+TWICE = """
+title = "Twice as fast"
+
+[[point]]
+name = "named"
+decoder = { kind = "block_diffusion", block_size = 16, steps_per_block = 16, threshold = 0.8, temperature = 0.0 }
+batch_size = 1
+num_devices = 1
+workload = "answer"
+
+[[claim]]
+name = "twice"
+quantity = "speedup_time"
+subject = "pair"
+baseline = "context-tower"
+point = "named"
+expected = 2.0
+source = "nobody"
+"""
+
+
+def test_arms_of_equal_speed_refute_a_claim_and_no_line_contradicts_it(tmp_path) -> None:
+    """The verdict was REFUTED, and the sentence, the row, the gate and the picture called the same timing INVALID."""
+    plain = store.load(made.speed_run(tmp_path / "plain", num_rounds=30))
+    cells = plain.cells
+    total = {
+        arm: sum(s.wall_s for s in plain.speed if cells[s.cell].arm == arm and not s.replica and s.phase == "measure")
+        for arm in ("baseline", "candidate")
+    }
+
+    def level(row):
+        slow = isinstance(row, SpeedSample) and row.prompts[0].num_denoiser_forwards
+        return dataclasses.replace(row, wall_s=row.wall_s * total["baseline"] / total["candidate"]) if slow else row
+
+    claims = tmp_path / "twice.toml"
+    claims.write_text(TWICE, encoding="utf-8")
+    runs = [made.quality_run(tmp_path), made.speed_run(tmp_path / "level", num_rounds=30, scored=True, edit=level)]
+    markdown = read(report.write(runs, tmp_path, claims=str(claims)), "report.md")
+    assert "**REFUTED**: the claim of wall-clock speedup at least 2x" in markdown
+    assert "at 1.00x [" in markdown
+    assert "INVALID" not in markdown.partition("## Quality against speed")[0]
+    assert "FAILED" not in markdown
 
 
 def test_the_verdict_stands_first_and_every_claim_has_its_row(usual, tmp_path) -> None:

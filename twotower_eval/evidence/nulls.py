@@ -49,11 +49,29 @@ def fault(
         return f"the baseline timed against itself is off by more than {100 * limits.offset:g} %"
     half, widest = stats.half_width(null), stats.widest_null(judged, limits, claimed=claimed)
     if half > widest:
-        share = f"{100 * limits.share:g} % of the log speedup at stake"
+        share = "" if judged is None else f", the least of {100 * limits.half_width:g} % and {_share(limits)} at stake"
         width, limit = compared(PERCENT, half, widest)
-        least = f"the least of {100 * limits.half_width:g} % and {share}"
-        return f"the null's half-width of {width} is above {limit}, {least}: time more rounds"
+        return f"the null's half-width of {width} is above {limit}{share}: time more rounds"
     return None
+
+
+def caution(point: SpeedPoint, limits: stats.NullLimits = LIMITS) -> str | None:
+    """What to say beside a speedup whose null is good enough in itself and yet wide for so small a difference."""
+    null, found = point.null.estimate, point.time.estimate
+    if null is None or found is None:
+        return None
+    half, widest = stats.half_width(null), stats.widest_null(found, limits)
+    if half <= widest:
+        return None
+    width, limit = compared(PERCENT, half, widest)
+    return (
+        f"near 1x for its A/A null, whose half-width of {width} is above {limit}, {_share(limits)}: noise may be "
+        "a good part of the difference, more rounds tell"
+    )
+
+
+def _share(limits: stats.NullLimits) -> str:
+    return f"{100 * limits.share:g} % of the log speedup"
 
 
 def _pair(point: SpeedPoint) -> tuple[str, tuple[str, ...]]:

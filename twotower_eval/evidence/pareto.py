@@ -44,7 +44,7 @@ def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
 
 
 def is_fast_and_broken(retention: Estimate, speedup: Estimate) -> bool:
-    """Faster than the baseline, and surely less than ``BROKEN`` of its quality kept."""
+    """Faster than the baseline by its estimate, and surely less than ``BROKEN`` of its quality kept."""
     return speedup.value > 1 and retention.high < BROKEN
 
 

@@ -26,7 +26,7 @@ from twotower_eval.evidence.costs import Costs, costs
 from twotower_eval.evidence.counts import Counts, count
 from twotower_eval.evidence.degenerate import Flags
 from twotower_eval.evidence.measured import ArmsDifferError
-from twotower_eval.evidence.nulls import INVALID, fault
+from twotower_eval.evidence.nulls import INVALID, caution, fault
 from twotower_eval.evidence.points import Measured, PointKey, baseline_of, measured, point_key
 from twotower_eval.evidence.samples import Sample, answer_samples
 from twotower_eval.records import Cell, SpeedSample, canonical_json
@@ -130,9 +130,13 @@ def speed_points(runs: Sequence[Run]) -> tuple[tuple[SpeedPoint, ...], tuple[str
 
 
 def _gated(point: SpeedPoint, points: Sequence[SpeedPoint]) -> SpeedPoint:
-    """With a warning where its null fails. A null that was not measured is said where nulls are listed."""
-    found = None if point.null.estimate is None else fault(point, points, point.time.estimate)
-    return point if found is None else replace(point, warnings=(*point.warnings, f"{INVALID}: {found}"))
+    """With a warning where its null fails by itself, or is wide for this speedup; a claim judges by what it claims.
+
+    A null that was not measured is said where nulls are listed.
+    """
+    found = None if point.null.estimate is None else fault(point, points, None)
+    warning = caution(point) if found is None else f"{INVALID}: {found}"
+    return point if warning is None else replace(point, warnings=(*point.warnings, warning))
 
 
 def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:

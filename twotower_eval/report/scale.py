@@ -92,8 +92,7 @@ def _in_short(found: ScaleRun) -> Iterator[str]:
         yield (
             f"**Batch {count(point.batch_size)}, blocks of {count(point.block_size)}: break-even at "
             f"{' / '.join(even)} tokens per NFE, {CLAIMED_SPEEDUP}x at {' / '.join(claimed)}** "
-            f"({routings} experts; costs on random weights)"
-            + (" **INVALID**: see the A/A null" if _null_is_off(found.nulls.get(point.batch_size)) else "")
+            f"({routings} experts; costs on random weights)" + _mark(found.nulls[point.batch_size])
         )
 
 
@@ -182,8 +181,11 @@ def _remarks(found: ScaleRun) -> Iterator[str]:
     yield "rows of a batch commit in step; rows of a real batch differ, and then a batch waits for its slowest row"
 
 
-def _null_is_off(null: Measured | None) -> bool:
-    return null is not None and null.estimate is not None and stats.is_off(null.estimate)
+def _mark(null: Measured) -> str:
+    """What stands behind a finding whose null does not hold."""
+    if null.estimate is None:
+        return " (without an A/A null)"
+    return " **INVALID**: see the A/A null" if stats.is_off(null.estimate) else ""
 
 
 def _of_null(null: Measured) -> str:
@@ -191,10 +193,10 @@ def _of_null(null: Measured) -> str:
     limits = stats.NullLimits()
     if null.estimate is None:
         return "so nothing says how far the machine was quiet"
-    if _null_is_off(null):
+    if stats.is_off(null.estimate):
         return f"**INVALID**: off by more than {percent(limits.offset)}, so the machine was not quiet: time it again"
     if (half := stats.half_width(null.estimate)) > limits.half_width:
-        return f"within {percent(half)} of 1 at best: differences of that size are not shown, more rounds show them"
+        return f"which should be 1 and is known to +-{percent(half)} only: smaller differences are not shown here"
     return "it holds 1"
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twotower_eval.evidence.naming import setting, short_name
+from twotower_eval.evidence.nulls import is_invalid
 from twotower_eval.evidence.pareto import BROKEN, is_fast_and_broken
 from twotower_eval.evidence.points import PointKey
 from twotower_eval.evidence.runs import Runs
@@ -61,7 +62,7 @@ def sweeps(runs: Runs) -> Section:
 
 def _collapsed(runs: Runs) -> str:
     """Which points are fast and broken, so that no speedup is read without its quality."""
-    what = f"faster than the baseline, surely less than {100 * BROKEN:g} % of its quality kept"
+    what = f"faster than the baseline by its estimate, surely less than {100 * BROKEN:g} % of its quality kept"
     found = []
     for key, cell in runs.points.items():
         quality, speed = runs.quality_at(key), runs.speed_at(key)
@@ -69,7 +70,8 @@ def _collapsed(runs: Runs) -> str:
         if kept and faster and is_fast_and_broken(kept, faster):
             assert quality is not None
             assert speed is not None
-            figures = f"{times(speed.time)} at {retention(quality.headline)} of the quality"
+            invalid = " (INVALID timing)" if is_invalid(speed.warnings) else ""
+            figures = f"{times(speed.time)}{invalid} at {retention(quality.headline)} of the quality"
             found.append(f"{escape(runs.name(cell))}: {figures}")
     if not found:
         return f"No measured point is fast and broken: {what}."
