@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import report_fixture as made
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from twotower_eval import store
 from twotower_eval.evidence import Runs
 from twotower_eval.evidence.pareto import front
-from twotower_eval.records import Generation, GenerationRow, Score
+from twotower_eval.records import Generation, GenerationRow, Score, SpeedSample
+from twotower_eval.report.tradeoff import corners
 
 GRID = st.tuples(st.integers(0, 4), st.integers(0, 4)).map(lambda p: (p[0] / 4, p[1] / 4))
 
@@ -29,19 +31,64 @@ def test_a_point_is_on_the_front_if_and_only_if_nothing_beats_it(points: list[tu
     assert all(a == b or (a[0] < b[0] and a[1] > b[1]) for a, b in itertools.pairwise(kept))
 
 
-def test_operating_points_are_named_and_boxed(tmp_path: Path) -> None:
+def swept(tmp_path: Path, **options: Any) -> Runs:
     decoders = (made.block_diffusion(8), made.block_diffusion(16), made.block_diffusion(32, threshold=0.7))
-    paths = [made.quality_run(tmp_path, decoders=decoders), made.speed_run(tmp_path, decoders=decoders)]
-    found = Runs([store.load(path) for path in paths]).trade_offs
-    assert [point.name for point in found] == [
-        "block 8, 8 steps, threshold 0.8", "block 16, 16 steps, threshold 0.8", "block 32, 32 steps, threshold 0.7",
+    paths = [
+        made.quality_run(tmp_path, decoders=decoders),
+        made.speed_run(tmp_path, decoders=decoders, batch_sizes=(1, 4), **options),
+    ]
+    return Runs([store.load(path) for path in paths])
+
+
+def test_points_that_were_timed_alike_share_a_panel(tmp_path: Path) -> None:
+    runs = swept(tmp_path)
+    assert [(panel.workload, panel.batch_size, panel.same_outputs) for panel in runs.trade_offs] == [
+        ("answer", 1, False), ("answer", 4, False),
     ]  # fmt: skip
-    assert [p.on_front for p in found] == list(front([(p.retention.value, p.speedup.value) for p in found]))
-    assert any(point.on_front for point in found)
-    assert not any(point.same_outputs for point in found)
-    for point in found:
-        assert point.retention.low <= point.retention.value <= point.retention.high
-        assert not (point.on_front and point.surely_beaten)
+    for panel in runs.trade_offs:
+        assert [p.candidate.decoder.params["block_size"] for p in panel.points] == [8, 16, 32]
+        values = [(p.retention.value, p.speedup.value) for p in panel.points]
+        assert [p.on_front for p in panel.points] == list(front([*values, (1.0, 1.0)]))[:3]
+        assert any(p.on_front for p in panel.points)
+        assert not any(p.invalid for p in panel.points)
+        assert {run.manifest.run_id for run in runs} == panel.run_ids
+
+
+def test_invalid_timings_are_never_on_the_front_and_beat_nobody(tmp_path: Path) -> None:
+    def slow_copy(row: Any) -> Any:
+        bent = isinstance(row, SpeedSample) and row.replica == 1 and row.batch_size == 4
+        return dataclasses.replace(row, wall_s=1.1 * row.wall_s) if bent else row
+
+    good, bad = swept(tmp_path, edit=slow_copy).trade_offs
+    assert all(point.invalid and not point.on_front for point in bad.points)
+    assert corners(bad.points) == [(1.0, 100.0)]
+    assert corners(good.points)[0] == (1.0, 100.0)
+    assert len(corners(good.points)) == 1 + sum(point.on_front for point in good.points)
+
+
+def test_the_baseline_stands_on_the_front_unless_it_is_beaten(tmp_path: Path) -> None:
+    point = swept(tmp_path).trade_offs[0].points[0]
+    better = dataclasses.replace(
+        point,
+        retention=dataclasses.replace(point.retention, value=1.02),
+        speedup=dataclasses.replace(point.speedup, value=1.5),
+        on_front=True,
+    )
+    assert corners([better]) == [(1.5, 102.0)]
+
+
+def test_retentions_of_two_kinds_make_no_front(tmp_path: Path) -> None:
+    """One point stood with the retention of whole tasks beside others with that of a few timed answers."""
+    decoders = (made.block_diffusion(8), made.block_diffusion(16))
+    paths = [
+        made.quality_run(tmp_path, decoders=decoders[:1]),
+        made.speed_run(tmp_path, decoders=decoders, scored=True),
+    ]
+    runs = Runs([store.load(path) for path in paths])
+    [panel] = runs.trade_offs
+    assert panel.same_outputs
+    of_timed = {q.candidate.id: q.headline.estimate for q in runs.quality if q.timed}
+    assert [point.retention for point in panel.points] == [of_timed[point.candidate.id] for point in panel.points]
 
 
 def answered(tmp_path: Path, *, scored: bool = True) -> Runs:
@@ -106,8 +153,9 @@ def test_each_timed_answer_has_its_time_its_score_and_its_flags(tmp_path: Path) 
         measured = [s for s in calls if s.phase == "measure" and s.replica == 0]
         assert total_s == pytest.approx(sum(s.wall_s for s in measured))
     assert all(sample.speedup and sample.speedup > 0 for sample in point.samples)
-    (trade_off,) = runs.trade_offs
-    assert trade_off.same_outputs
+    (panel,) = runs.trade_offs
+    assert panel.same_outputs
+    (trade_off,) = panel.points
     assert trade_off.retention.value == pytest.approx(7 / 8)
 
 

@@ -282,7 +282,9 @@ def test_timed_outputs_that_were_scored_stand_in_for_a_run(tmp_path) -> None:
     )
     assert "Retention is that of the timed outputs themselves." in markdown
     whole = made.quality_run(tmp_path)
-    assert "Retention is that of the scored run." in write(tmp_path, path, whole)
+    assert "Retention is that of the timed outputs themselves." in write(tmp_path, path, whole), "of what was timed"
+    unscored = made.speed_run(tmp_path / "unscored")
+    assert "Retention is that of the scored run, of whole tasks." in write(tmp_path, unscored, whole)
 
 
 # --- the sentence --------------------------------------------------------------------------------------------------

@@ -234,9 +234,10 @@ def _needed_text(needed: stats.Needed, amount: _Amount) -> str:
         return ""
     if needed.more is None or needed.total is None:
         return f"; {needed.reason}"
-    more_prompts = "" if amount.num_calls is None else " on as many times more prompts"
-    there = f"{needed.total - needed.more:,} were measured"
-    return f"; about {needed.total:,} {amount.unit}{more_prompts} would decide, {there}"
+    there = needed.total - needed.more
+    if amount.num_calls is None:
+        return f"; about {needed.total:,} {amount.unit} would decide, {there:,} were measured"
+    return f"; about {needed.total / there:.1f} times the {there:,} {amount.unit} and times the prompts would decide"
 
 
 def _invalid_inputs(claim: Claim, differing: dict[str, str]) -> _Judged:

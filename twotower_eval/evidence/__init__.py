@@ -7,7 +7,7 @@ from twotower_eval.evidence.clean import CleanQuality, CleanSpeed, Flagged
 from twotower_eval.evidence.costs import Costs
 from twotower_eval.evidence.degenerate import Flags
 from twotower_eval.evidence.measured import ArmsDifferError
-from twotower_eval.evidence.pareto import TradeOff
+from twotower_eval.evidence.pareto import Panel, TradeOff
 from twotower_eval.evidence.points import Measured, PointKey, QualityPoint, TaskQuality
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.samples import Sample
@@ -21,6 +21,7 @@ __all__ = [
     "Flagged",
     "Flags",
     "Measured",
+    "Panel",
     "PointKey",
     "QualityPoint",
     "Runs",

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import overload
 
 from twotower_eval.evidence.naming import checkpoint_name, is_claimed, long_name, short_name
-from twotower_eval.evidence.pareto import TradeOff, trade_offs
+from twotower_eval.evidence.pareto import Panel, panels
 from twotower_eval.evidence.points import PointKey, QualityPoint
 from twotower_eval.evidence.quality import quality_points
 from twotower_eval.evidence.timing import SpeedPoint, speed_points
@@ -85,16 +85,9 @@ class Runs(Sequence[Run]):
         return min(found, key=lambda point: (point.workload != "answer", point.batch_size), default=None)
 
     @cached_property
-    def trade_offs(self) -> tuple[TradeOff, ...]:
-        """Retention and speedup of every point that has both: of the same outputs where timed answers were scored."""
-        pairs = []
-        for key in self.points:
-            speed = self.speed_at(key)
-            own = [q for q in self.quality if speed and q.candidate == speed.candidate and q.run_id in speed.run_ids]
-            quality = next(iter(own), None) or self.quality_at(key)
-            if quality and speed:
-                pairs.append((quality, speed))
-        return trade_offs(pairs)
+    def trade_offs(self) -> tuple[Panel, ...]:
+        """Retention and speedup of every point that has both, by how it was timed."""
+        return panels(self.speed, self.quality)
 
     def name(self, cell: Cell, *, short: bool = False) -> str:
         """An operating point's name; with the checkpoint's where the report has several."""

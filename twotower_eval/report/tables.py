@@ -128,10 +128,11 @@ def _remarks(runs: Runs, point: QualityPoint) -> Iterator[str]:
     yield f"Run {code(point.run_id)}. Mean of the tasks' own ratios: {retention(point.mean_of_ratios)}{reason}."
     if len(point.leave_one_out) > 1:
         (low_task, low), *_, (high_task, high) = point.leave_one_out
-        yield (
-            f"Leaving one task out: from {percent(low)} (without {escape(low_task)}) to {percent(high)} "
-            f"(without {escape(high_task)})."
-        )
+        if percent(low) != percent(high):
+            yield (
+                f"Leaving one task out: from {percent(low)} (without {escape(low_task)}) to {percent(high)} "
+                f"(without {escape(high_task)})."
+            )
     if point.equal_tasks:
         names = escape(", ".join(point.equal_tasks))
         yield f"{names}: one computation scores both arms, on the context tower's tensors that they share."

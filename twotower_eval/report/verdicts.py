@@ -67,7 +67,7 @@ def verdict_line(runs: Runs) -> str:
     claimed = " and ".join(_claimed(part) for part in parts)
     timed = any(part.quantity in SPEED_QUANTITIES for part in parts)
     outcome, at = said(verdict.outcome), _short_at(claim.point, timed)
-    return f"**{outcome}**: the claim of {claimed} at {at} ({escape(claim.name)}): {escape(verdict.reason)}."
+    return f"**{outcome}**: claim {escape(claim.name)}, {claimed} at {at}: {escape(verdict.reason)}."
 
 
 def points_text(runs: Runs) -> str:
@@ -145,6 +145,8 @@ def _at(point: OperatingPoint) -> str:
 
 def _reason(claim: Claim, verdict: Verdict) -> str:
     evidence = f"Runs {run_list(verdict.evidence)}." if verdict.evidence else "No run."
-    n = f", n {verdict.estimate.n:,}, {verdict.estimate.method}" if verdict.estimate else ""
+    n = f", n {verdict.estimate.n:,}" if verdict.estimate else ""
+    if verdict.estimate and verdict.estimate.method != verdict.reason:
+        n += f", {verdict.estimate.method}"
     reason = escape(f"{verdict.reason}{n}")
     return f"**{escape(claim.name)}** {said(verdict.outcome)}: {reason}. {evidence} Source: {escape(claim.source)}."
