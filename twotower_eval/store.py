@@ -130,7 +130,7 @@ def create(root: Path, manifest: RunManifest) -> RunWriter:
 def resume(path: Path, manifest: RunManifest, *, event: str = "resumed") -> RunWriter:
     """Open a run that was begun before, after checking that ``manifest`` would produce the same rows.
 
-    The folder's own manifest stays. Differences that would mix unlike rows are a ValueError that lists them all;
+    The folder's own manifest stays. Differences that would mix unlike rows are a ValueError that names them;
     another commit or an edited checkout is only noted, in the ``event`` and in ``writer.warnings``. Torn
     last lines are cut off; ``done.json`` is taken away until the run is finished again.
     """
