@@ -274,6 +274,11 @@ def test_gates_table_has_hashes_null_and_checks(usual, tmp_path) -> None:
 # --- publishing ----------------------------------------------------------------------------------------------------
 
 
+def figures(markdown: str) -> str:
+    """What a report says before it names the machine and the command lines."""
+    return markdown.partition("## Environment")[0]
+
+
 def test_publishing_copies_runs_and_report_and_says_what_it_changed(usual, tmp_path, capsys) -> None:
     run, _, _ = usual
     loaded = store.load(run)
@@ -296,6 +301,19 @@ def test_publishing_copies_runs_and_report_and_says_what_it_changed(usual, tmp_p
     expected = {**to_json(header), "argv": list(copied.manifest.argv), "notes": list(copied.manifest.notes)}
     assert json.loads((folder / made.RUN_ID / "manifest.json").read_text()) == expected
     assert (tmp_path / "reports" / "published" / folder.name / "report.md").is_file()
+    names = {file.name for file in (folder / made.RUN_ID).iterdir()}
+    assert {"scores.jsonl.xz", "manifest.json", "done.json", "events.jsonl"} <= names
+    assert "scores.jsonl" not in names
+    again = report.write([folder / made.RUN_ID], tmp_path / "again")
+    assert figures(read(again, "report.md")) == figures(
+        read(tmp_path / "reports" / "published" / folder.name, "report.md")
+    )
+    with pytest.raises(ValueError, match="is packed, as published runs are"):
+        store.resume(folder / made.RUN_ID, copied.manifest)
+    packed = folder / made.RUN_ID / "scores.jsonl.xz"
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"scores.jsonl.xz: cannot be unpacked .*: restore it"):
+        store.load(folder / made.RUN_ID)
     assert main(["report", *options]) == 2
     assert "exists already and nothing published is overwritten" in capsys.readouterr().err
 
@@ -306,7 +324,7 @@ def test_what_is_unfinished_or_too_large_is_not_published(tmp_path, monkeypatch,
     with pytest.raises(ValueError, match="is not complete: finish it"):
         report.publish([unfinished], usual[2], **places)
     monkeypatch.setattr("twotower_eval.report.publishing.MAX_BYTES", 1000)
-    with pytest.raises(ValueError, match=r"the runs are \d\.\d MiB, more than .* publish fewer runs"):
+    with pytest.raises(ValueError, match=r"the runs are \d\.\d MiB when packed, more than .* publish fewer runs"):
         report.publish([store.load(usual[0])], usual[2], **places)
     assert not (tmp_path / "published").exists()
 

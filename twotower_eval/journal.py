@@ -1,6 +1,7 @@
 """Journals and whole files that survive a kill: append-only JSONL by whole lines, and atomic replacement.
 
-A line counts once its newline is written: what follows the last newline is a torn write and dropped on reading.
+A line counts once its newline is written: what follows the last newline is a torn write and dropped on reading. A
+published journal may be packed, as ``NAME.jsonl.xz``: it reads like the file that it was, and takes no more lines.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import lzma
 import os
 import time
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from typing import Any, NoReturn
 
 FSYNC_INTERVAL_S = 0.5
 LOCK = "writer.lock"
+PACKED = ".xz"
 
 
 class Journal:
@@ -71,9 +74,35 @@ def lock_run(path: Path) -> int:
     return descriptor
 
 
+def packed(content: bytes) -> bytes:
+    """What a packed file holds; the same content gives the same bytes."""
+    return lzma.compress(content)
+
+
+def packed_path(file: Path) -> Path:
+    """Where a packed copy of a file lies."""
+    return file.with_name(file.name + PACKED)
+
+
+def content_of(file: Path) -> bytes | None:
+    """The bytes of a file, or of its packed copy where only that is there; ``None`` where neither is.
+
+    ValueError where the packed copy is broken.
+    """
+    if file.exists():
+        return file.read_bytes()
+    copy = packed_path(file)
+    if not copy.exists():
+        return None
+    try:
+        return lzma.decompress(copy.read_bytes())
+    except lzma.LZMAError as error:
+        raise ValueError(f"{copy}: cannot be unpacked ({error}): restore it") from error
+
+
 def read_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers from 1 and JSON objects of a journal; nothing where it does not exist."""
-    content = file.read_bytes() if file.exists() else b""
+    content = content_of(file) or b""
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             data = json.loads(line.decode("utf-8", "surrogatepass"), parse_constant=refuse_constant)

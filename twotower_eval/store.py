@@ -21,7 +21,9 @@ from typing import Any, TypeVar, cast
 
 from twotower_eval import comparability
 from twotower_eval.journal import (
+    PACKED,
     Journal,
+    content_of,
     fsync_folder,
     lock_run,
     read_objects,
@@ -135,6 +137,10 @@ def resume(path: Path, manifest: RunManifest, *, event: str = "resumed") -> RunW
     last lines are cut off; ``done.json`` is taken away until the run is finished again.
     """
     _read_manifest(path)  # before the lock, so that a wrong path leaves no lock file behind
+    if sorted(path.glob(f"*{PACKED}")):
+        raise ValueError(
+            f"run {path} is packed, as published runs are, and takes no more: unpack a copy of it with `xz -d`"
+        )
     lock = lock_run(path)
     try:
         run = load(path)
@@ -314,10 +320,12 @@ def _agrees_with_done(path: Path) -> bool:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: not a valid closing file ({error})") from error
     journals = [EVENTS, *(name for name, _ in JOURNALS.values())]
-    for name in {*recorded, *(name for name in journals if (path / name).exists())}:
-        there = (path / name).exists()
-        if not there or hashlib.sha256((path / name).read_bytes()).hexdigest() != recorded.get(name):
-            state = "changed" if there else "was lost"
+    contents = {name: content_of(path / name) for name in {*recorded, *journals}}
+    for name, content in contents.items():
+        if content is None and name not in recorded:
+            continue
+        if content is None or hashlib.sha256(content).hexdigest() != recorded.get(name):
+            state = "was lost" if content is None else "changed"
             raise ValueError(
                 f"{path / name}: {state} after the run was finished ({DONE} has another sha256): restore it or run anew"
             )

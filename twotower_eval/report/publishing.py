@@ -7,26 +7,27 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from twotower_eval.evidence.runs import Runs
-from twotower_eval.journal import LOCK, summarise
+from twotower_eval.journal import LOCK, packed, packed_path, summarise
 from twotower_eval.report.provenance import plain_argv
 from twotower_eval.store import DONE, MANIFEST, Run
 
 PUBLISHED = "published"
-MAX_BYTES = 20 * 2**20  # what a repository carries without pain
+MAX_BYTES = 20 * 2**20  # packed: what a repository carries without pain
+PACKED_FROM = 64 * 2**10  # bytes from which on a journal is packed: smaller ones are read as they are
 Say = Callable[[str], None]
 
 
 def publish(runs: Sequence[Run], report: Path, *, results: Path, reports: Path, say: Say) -> tuple[Path, Path]:
     """Copy run folders to ``results/published/NAME/RUN`` and a report to ``reports/published/NAME``; the two folders.
 
-    NAME is ``<model>_<hardware>_<date>``. ValueError where a run is incomplete, where the runs together are larger
-    than :data:`MAX_BYTES`, or where either folder exists already.
+    Long journals are packed; every reader of runs takes them for the journals themselves. NAME is
+    ``<model>_<hardware>_<date>``. ValueError where a run is incomplete, where the runs together are larger than
+    :data:`MAX_BYTES`, or where either folder exists already.
     """
     name = published_name(Runs(runs))
     targets = (results / PUBLISHED / name, reports / PUBLISHED / name)
@@ -36,9 +37,9 @@ def publish(runs: Sequence[Run], report: Path, *, results: Path, reports: Path, 
     for target in targets:
         if target.exists():
             raise ValueError(f"{target} exists already and nothing published is overwritten: move it away first")
-    num_bytes = sum(file.stat().st_size for run in runs for file in _files(run.path))
+    num_bytes = sum(len(_carried(file)[1]) for run in runs for file in _files(run.path))
     if num_bytes > MAX_BYTES:
-        sizes = f"{num_bytes / 2**20:.1f} MiB, more than the {MAX_BYTES / 2**20:.0f} MiB that are published"
+        sizes = f"{num_bytes / 2**20:.1f} MiB when packed, more than the {MAX_BYTES / 2**20:.0f} MiB that are published"
         raise ValueError(f"the runs are {sizes}: publish fewer runs or ones of fewer documents")
     for run in runs:
         _copy(run.path, targets[0] / run.manifest.run_id)
@@ -76,9 +77,18 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _copy(source: Path, target: Path) -> None:
     for file in _files(source):
-        place = target / file.relative_to(source)
+        name, content = _carried(file)
+        place = (target / file.relative_to(source)).with_name(name)
         place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, place)
+        place.write_bytes(content)
+
+
+def _carried(file: Path) -> tuple[str, bytes]:
+    """Under which name a file is published, and its bytes there."""
+    content = file.read_bytes()
+    if file.suffix != ".jsonl" or len(content) < PACKED_FROM:
+        return file.name, content
+    return packed_path(file).name, packed(content)
 
 
 def _make_plain(manifest: Path) -> Iterator[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twotower_eval.evidence.runs import Runs
+from twotower_eval.journal import read_objects
 from twotower_eval.report.plots import COLOURS, GREY, png
 from twotower_eval.report.section import Section
 from twotower_eval.store import TRAINING_LOG
@@ -21,10 +21,9 @@ Row = Mapping[str, Any]
 def training(runs: Runs) -> Section:
     """Loss curves and the learning curve in the terms of the claim; nothing for a checkpoint without a log."""
     title = "How the candidate learned"
-    files = [file for run in runs if (file := run.path / TRAINING_LOG).is_file()]
-    if not files:
+    rows = next(filter(None, ([row for _, row in read_objects(run.path / TRAINING_LOG)] for run in runs)), None)
+    if rows is None:
         return Section(title=title, markdown="No training log lay beside the candidate's weights.\n")
-    rows = [json.loads(line) for line in files[0].read_text(encoding="utf-8").splitlines()]
     points = [row for row in rows if row.get("retention") is not None]
     text = "![Loss, retention and tokens per denoiser forward while training](training.png)\n\n"
     if points:
