@@ -280,7 +280,9 @@ def test_a_run_is_not_resumed_as_the_other_verb(tmp_path: Path, capsys: pytest.C
 
 
 def test_a_real_ctrl_c_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
-    code = "import sys, time; from twotower_eval import cli, plan\n"
+    code = "import signal, sys, time; from twotower_eval import cli, plan\n"
+    # A job that a script put into the background, such as this suite itself, ignores the signal otherwise.
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "def wait(*args): print('waiting', flush=True); time.sleep(60)\n"
     code += "cli.run.resolve_plan = wait; sys.exit(cli.main(['run', '--out', sys.argv[1]]))"
     command = [sys.executable, "-c", code, str(tmp_path)]
