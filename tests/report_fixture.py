@@ -181,7 +181,7 @@ def speed_run(
             for round_, call in product(range(-1, num_rounds), range(num_calls)):
                 lengths = [40] * batch_size if workload == "fixed" else length_P[call * batch_size :][:batch_size]
                 rows.append(_sample(rng, cell, replica, round_, call, [int(n) for n in lengths]))
-            if scored and replica == 0 and batch_size == batch_sizes[0]:
+            if scored and replica == 0:
                 rows += _score_rows(cell, "sorting", (np.arange(60) % 10 < (8 if arm == "baseline" else 7)) * 1.0, None)
     return write(root, manifest(run_id, "speed", cells, **changes), rows, complete=complete, edit=edit)
 

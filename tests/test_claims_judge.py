@@ -465,6 +465,9 @@ def test_looks_are_counted(tmp_path: Path, good: list[Run]) -> None:
     swept = [block_diffusion(), block_diffusion(8), block_diffusion(32)]
     sweep = store.load(quality_run(tmp_path / "sweep", decoders=swept))
     assert verdict_on(KEPT, [sweep]).num_points == 3
+    timed = store.load(speed_run(tmp_path / "timed", scored=True, batch_sizes=(1, 4)))
+    claim = {**KEPT, "scope": ["sorting"]}
+    assert verdict_on(claim, [timed]).num_looks == 1, "answers timed at two batch sizes are of one run"
 
 
 def plain(outcome: Outcome) -> Verdict:

@@ -110,7 +110,8 @@ def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:
         num_clusters=None if estimated.estimate is None else estimated.estimate.n,
         by_construction=is_equal_by_construction(claim, point),
     )
-    return _ruled(claim, point, (point.run_id,), len(found), checks, [estimated], amount)
+    num_looks = len({one.run_id for one in found})  # outputs timed at several batch sizes are of one run
+    return _ruled(claim, point, (point.run_id,), num_looks, checks, [estimated], amount)
 
 
 def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
