@@ -36,6 +36,7 @@ demo: $(INSTALLED)
 	$(EVAL) run --tasks miniature --limit $(DEMO_LIMIT) --thresholds 0.99,0.9
 	$(EVAL) speed --tasks miniature --thresholds 0.99,0.9 --threads 1 --min-rounds 15
 	$(EVAL) report --html
+	@sed -n '/^## Verdict/,/^- /p' "$$(ls -t reports/*/report.md | head -1)"
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)

@@ -389,9 +389,9 @@ def test_what_would_decide_names_its_unit(tmp_path: Path, good: list[Run]) -> No
     fast = verdict_on(FAST, good)
     assert fast.estimate is not None
     near = {**FAST, "expected": 0.97 * fast.estimate.value / 0.95}
-    assert "times the 6 rounds and times the prompts would decide" in verdict_on(near, good).reason
+    assert "times the 6 rounds, each on " in verdict_on(near, good).reason
     launches = edited_speed(tmp_path, good, lambda row, _: of_launch(row))
-    assert "times the 6 launches and times the prompts would decide" in verdict_on(near, launches).reason
+    assert "times the 6 launches, each on " in verdict_on(near, launches).reason
 
 
 def of_launch(row: Row) -> Row:

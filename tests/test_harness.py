@@ -345,6 +345,18 @@ def test_resume_may_raise_the_limit(plan: RunPlan, tmp_path: Path) -> None:
     assert values(path) == pytest.approx(values(harness.run(plan, root=tmp_path / "whole")), rel=1e-4)
 
 
+def test_resume_takes_neither_fewer_documents_nor_another_seed(plan: RunPlan, tmp_path: Path) -> None:
+    """A stopped run of 24 documents, resumed with a limit of 3, was closed as complete; another seed was ignored."""
+    path = harness.run(plan, root=tmp_path)
+    assert plan.limit is not None
+    for change, words in (
+        ({"limit": plan.limit - 1}, r"limit was \d+, is \d+ \(it may only be raised\)"),
+        ({"seed": plan.seed + 1}, "seed was 0, is 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            harness.run(dataclasses.replace(plan, **change), root=tmp_path, resume=path)
+
+
 class _Interrupting:
     """Keeps the prompts that are answered; Ctrl-C before the nth answer of block diffusion or the nth scored piece."""
 

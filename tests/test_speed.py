@@ -497,6 +497,9 @@ def test_a_scored_run_takes_no_more_rounds(plan: SpeedPlan, requests: Any, tmp_p
     before = store.load(path)
     with pytest.raises(ValueError, match="2 rounds whose answers are scored already"):
         speed.run(dataclasses.replace(plan, min_rounds=3), requests, root=tmp_path, resume=path)
+    assert plan.num_prompts > 2
+    with pytest.raises(ValueError, match=rf"num_prompts was {plan.num_prompts}, is 2"):  # it said 0 rounds were there
+        speed.run(dataclasses.replace(more, num_prompts=2), requests, root=tmp_path, resume=path)
     after = store.load(path)
     assert after.complete
     assert (after.speed, after.scores, after.events) == (before.speed, before.scores, before.events)

@@ -17,10 +17,15 @@ def differences(old: RunManifest, new: RunManifest) -> list[str]:
         *((name, old.packages.get(name), new.packages.get(name)) for name in PACKAGES_THAT_MUST_AGREE),
         ("active kernels", old.machine.get("kernels"), new.machine.get("kernels")),
     ]
+    if old.verb == "run":  # what cells do not tell, or not where decoding is greedy
+        pairs.append(("seed", old.plan.get("seed"), new.plan.get("seed")))
     if old.verb == "speed":
         keys = sorted(({*old.machine} | {*new.machine}) - {"kernels"})
         pairs += [(f"machine {key}", old.machine.get(key), new.machine.get(key)) for key in keys]
     found = [f"{name} was {before}, is {after}" for name, before, after in pairs if before != after]
+    before, after = (float("inf") if m.plan.get("limit") is None else m.plan["limit"] for m in (old, new))
+    if old.verb == "run" and after < before:  # fewer documents would close the run before it is complete
+        found.append(f"limit was {old.plan.get('limit')}, is {new.plan['limit']} (it may only be raised)")
     return found + _cell_differences(old, new)
 
 

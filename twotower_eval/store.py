@@ -144,10 +144,7 @@ def resume(path: Path, manifest: RunManifest, *, event: str = "resumed") -> RunW
     lock = lock_run(path)
     try:
         run = load(path)
-        differences = comparability.differences(run.manifest, manifest)
-        if differences:
-            listed = "; ".join(differences)
-            raise ValueError(f"cannot resume {path}, its rows would not be comparable: {listed}. Start a new run.")
+        check_comparable(run, manifest)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path / DONE)
             fsync_folder(path)
@@ -158,6 +155,14 @@ def resume(path: Path, manifest: RunManifest, *, event: str = "resumed") -> RunW
         os.close(lock)
         raise
     return writer
+
+
+def check_comparable(run: Run, manifest: RunManifest) -> None:
+    """ValueError that names the differences where ``manifest`` would not produce the same rows as the run's own."""
+    differences = comparability.differences(run.manifest, manifest)
+    if differences:
+        listed = "; ".join(differences)
+        raise ValueError(f"cannot resume {run.path}, its rows would not be comparable: {listed}. Start a new run.")
 
 
 def load(path: Path) -> Run:

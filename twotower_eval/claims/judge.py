@@ -238,7 +238,8 @@ def _needed_text(needed: stats.Needed, amount: _Amount) -> str:
     there = needed.total - needed.more
     if amount.num_calls is None:
         return f"; about {needed.total:,} {amount.unit} would decide, {there:,} were measured"
-    return f"; about {needed.total / there:.1f} times the {there:,} {amount.unit} and times the prompts would decide"
+    factor = f"{needed.total / there:.1f}"
+    return f"; about {factor} times the {there:,} {amount.unit}, each on {factor} times the prompts, would decide"
 
 
 def _invalid_inputs(claim: Claim, differing: dict[str, str]) -> _Judged:

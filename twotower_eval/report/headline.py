@@ -91,8 +91,8 @@ def _caveats(runs: Runs, quality: QualityPoint | None, speed: SpeedPoint | None)
         lines.append(f"Speed: {setting}, {size}{useful}. Run {run_list(speed.run_ids)}.")
     if len(runs.points) > 1:
         lines.append(
-            f"{points_text(runs)}. The one above was chosen without a look at the "
-            "results; a point picked from the tables below needs a new run on other documents before it is quoted."
+            f"{points_text(runs)}. The one above was picked by rule, not by its "
+            "result; a point picked from the tables below needs a new run on other documents before it is quoted."
         )
     if quality and quality.equal_tasks:
         names = escape(", ".join(quality.equal_tasks))

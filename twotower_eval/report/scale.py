@@ -73,9 +73,9 @@ def _of_run(found: ScaleRun, picture: str) -> list[str]:
         f"and one context pass against K AR steps; a rate above K cannot be had.",
         _needs(found),
         f"![Speedup over tokens per NFE, random weights]({picture})",
-        f"Whole blocks with forced commits, on the {len(found.pattern)} layers that were built (random weights): dots "
-        "in the picture where all layers were built. Predicted from the single steps above them; residual: predicted "
-        "over measured.",
+        f"Whole blocks with forced commits, on the {len(found.pattern)} layers that were built (random weights): "
+        f"{'not in the picture, which is about all layers' if found.extrapolated else 'the dots in the picture'}. "
+        "Residual: what the single steps, timed apart, predict over what was measured.",
         _blocks(found),
         bullets(_remarks(found)),
     ]

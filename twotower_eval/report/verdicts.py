@@ -103,7 +103,10 @@ def _looks(runs: JudgedRuns) -> str:
         most = max(num for _, num in again)
         named = f"{len(again)} of {len(runs.verdicts)} claims" if len(again) > 1 else f"Claim {escape(again[0][0])}"
         were = "were each" if len(again) > 1 else "was"
-        text += f"{named} {were} measured in several runs (up to {most}): the newest one is judged."
+        text += (
+            f"{named} {were} measured in several runs (up to {most}): whole tasks are judged before timed answers, and "
+            "among equals the newest run."
+        )
     return text
 
 

@@ -78,9 +78,11 @@ def run(
         lanes = make_lanes(plan, calls, requests, specs, models, clock)
         costs = make_items(calls, lanes, models) if plan.costs else ()
         graphs = graphs_for(plan, calls, lanes, models)
-        if resume is not None:
-            _check_unscored(plan, store.load(resume), _calls_per_round(calls, lanes))
         manifest = _manifest(plan, [lane for of_size in lanes.values() for lane in of_size], resume)
+        if resume is not None:
+            found = store.load(resume)
+            store.check_comparable(found, manifest)  # first: what is whole cannot be counted by another plan
+            _check_unscored(plan, found, _calls_per_round(calls, lanes))
         writer = store.create(root, manifest) if resume is None else store.resume(resume, manifest)
         with writer:
             for warning in writer.warnings:
