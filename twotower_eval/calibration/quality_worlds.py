@@ -204,7 +204,7 @@ def graded(n: int, kept: float) -> QualityWorld:
 
 
 def quality_worlds() -> tuple[QualityWorld, ...]:
-    """Retention at small and large n, accuracies 0.02 to 0.99, few, many and one-sided flips, all kinds of cluster."""
+    """Small and large n, accuracies 0.02 to 0.99, few, many and one-sided flips, all kinds of cluster and quantity."""
     published = [(percent / 100, n) for percent, n in PAPER]
     tiny = [(0.8, 5), (0.6, 8), (0.9, 12), (0.5, 10)]
     return (
@@ -231,11 +231,12 @@ def quality_worlds() -> tuple[QualityWorld, ...]:
         passages(300, 0.05, 0.05),
         graded(25, 0.95),
         graded(500, 0.95),
+        *other_quality_worlds(),
     )
 
 
 def other_quality_worlds() -> tuple[QualityWorld, ...]:
-    """The other quantities that a claim may be about; no method was chosen or tuned on these either."""
+    """The other quantities that a claim may be about, mostly on documents that methods for retention were chosen on."""
     published = many_tasks("11 tasks as published", [(percent / 100, n) for percent, n in PAPER], 0.04, 0.08)
     tiny = many_tasks("4 tasks of 20 to 60 documents", [(0.8, 20), (0.6, 30), (0.9, 40), (0.5, 60)], 0.1, 0.1)
     uneven = many_tasks("3 tasks of accuracy 0.15 to 0.9", [(0.15, 200), (0.5, 300), (0.9, 400)], 0.1, 0.05)
@@ -250,7 +251,7 @@ def other_quality_worlds() -> tuple[QualityWorld, ...]:
 
 
 def fresh_quality_worlds() -> tuple[QualityWorld, ...]:
-    """Worlds that no method was chosen or tuned on: other sizes, accuracies, flips and clusters; other quantities."""
+    """Worlds that no method was chosen or tuned on: other sizes, accuracies, flips and clusters."""
     mixed = [(0.35, 90), (0.97, 700), (0.6, 45), (0.85, 260), (0.75, 1_000)]
     return (
         one_task(73, 0.65, 0.12, 0.07),
@@ -263,5 +264,4 @@ def fresh_quality_worlds() -> tuple[QualityWorld, ...]:
         languages(120, 8, 400, 0.04, 0.06),
         passages(120, 0.04, 0.06),
         graded(120, 0.9),
-        *other_quality_worlds(),
     )

@@ -38,6 +38,8 @@ def measuring_command(claim: Claim) -> list[str] | None:
     """
     timed, point, shipped = claim.quantity in SPEED_QUANTITIES, claim.point, claim.subject == SHIPPED
     params = {name: value for name, value in point.decoder.params.items() if value not in UNSTATED}
+    if point.decoder.kind == "block_diffusion":  # a threshold that is not named is off, and off is not the default
+        params["threshold"] = point.decoder.params.get("threshold") or 0.0
     if not params.keys() <= OPTIONS.keys():
         return None
     words = ["twotower-eval", "speed" if timed else "run"]

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from twotower_eval.evidence.timing import SpeedPoint
 
 BROKEN = GateLimits().min_retention  # broken: the whole interval of retention lies below it
-LENGTHS = (GateLimits().min_length_ratio, GateLimits().max_length_ratio)  # outside: one speedup does not say all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +120,7 @@ def _trade_offs(timed: Sequence[SpeedPoint], quality: Sequence[QualityPoint]) ->
             speedup=box[1],
             invalid=not ok,
             broken=is_fast_and_broken(*box),
-            uneven=(length := point.length.estimate) is not None and not LENGTHS[0] <= length.value <= LENGTHS[1],
+            uneven=point.lengths_differ,
             on_front=ok and (box[0].value, box[1].value) in best,
         )
         for point, box, ok in zip(timed, boxes, valid, strict=True)

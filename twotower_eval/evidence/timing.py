@@ -29,7 +29,7 @@ from twotower_eval.evidence.measured import ArmsDifferError
 from twotower_eval.evidence.nulls import INVALID, caution, fault
 from twotower_eval.evidence.points import Measured, PointKey, baseline_of, measured, point_key
 from twotower_eval.evidence.samples import Sample, answer_samples
-from twotower_eval.records import Cell, SpeedSample, canonical_json
+from twotower_eval.records import Cell, GateLimits, SpeedSample, canonical_json
 from twotower_eval.store import Run
 
 Round = tuple[str, int]  # launch, number
@@ -95,6 +95,11 @@ class SpeedPoint:
         return self.candidate.workload.kind
 
     @property
+    def lengths_differ(self) -> bool:
+        """Whether the arms' outputs differ so much in length that the wall-clock speedup does not say all."""
+        return lengths_differ(self.length)
+
+    @property
     def time_per_device(self) -> Measured:
         """Speedup in time for each device that an arm uses."""
         baseline, candidate = self.baseline.workload.num_devices, self.candidate.workload.num_devices
@@ -110,6 +115,12 @@ class SpeedPoint:
         """Whether both arms use as many devices, as far as the run says."""
         baseline, candidate = self.baseline.workload.num_devices, self.candidate.workload.num_devices
         return not baseline or not candidate or baseline == candidate
+
+
+def lengths_differ(length: Measured) -> bool:
+    """Whether a length ratio lies outside what a claim allows by default."""
+    limits, found = GateLimits(), length.estimate
+    return found is not None and not limits.min_length_ratio <= found.value <= limits.max_length_ratio
 
 
 def speed_points(runs: Sequence[Run]) -> tuple[tuple[SpeedPoint, ...], tuple[str, ...]]:
@@ -150,7 +161,7 @@ def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
     samples = [[grid[r, c] for r in rounds for c in calls] for grid in grids]
     timed = _timed(*grids, rounds=rounds, calls=calls, fixed=candidate.workload.kind == "fixed")
     length = measured(lambda: stats.speedup(timed, "length"))
-    if length.estimate and not 0.9 <= length.estimate.value <= 1.1:
+    if lengths_differ(length):
         warnings.append(
             "the arms' outputs differ in length by more than a tenth: read the speedup in useful tokens per second, "
             "not the wall-clock one alone"

@@ -130,8 +130,10 @@ def _value(name: str, value: Any) -> str:
 
 def _documents(run: Run) -> str:
     """Documents per task as scored (or prompts as timed), with the digest of the workload they are from."""
+    if is_scale_run(run):
+        return "none: random weights answer nothing"
     cells = {cell.id: cell for cell in run.manifest.cells if cell.arm == "baseline"}
-    texts = list(dict.fromkeys(_documents_of(run, cell) for cell in cells.values()))
+    texts = [_documents_of(run, cell) for cell in cells.values()]
     return "; ".join(texts) if texts else f"no baseline cell among {run_list([run.manifest.run_id])}"
 
 
@@ -141,8 +143,6 @@ def _documents_of(run: Run, cell: Cell) -> str:
         if score.cell == cell.id:
             tasks.setdefault(score.task, set()).add(score.doc_id)
     prompts = {prompt.prompt_id for sample in run.speed if sample.cell == cell.id for prompt in sample.prompts}
-    if is_scale_run(run):
-        return "none: random weights answer nothing"
     counted = [f"{escape(task)} {count(len(ids))} documents" for task, ids in tasks.items()]
     if prompts:
         counted.append(f"{count(len(prompts))} prompts timed in batches of {cell.workload.batch_size}")
