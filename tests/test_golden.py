@@ -89,7 +89,7 @@ def test_residual_entering_each_layer(folder: Path, name: str) -> None:
     gold = golden(folder)
     tower: Tower = gold.model.context_tower.tower
     seen: list[Tensor] = []
-    hooks = [layer.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0][0])) for layer in tower.layers]
+    hooks = [layer.register_forward_hook(lambda _, __, made: seen.append(made[0][0])) for layer in tower.layers]
     gold.model.prefill(gold[f"{name}.ids"])
     for hook in hooks:
         hook.remove()

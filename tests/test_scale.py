@@ -53,7 +53,7 @@ class Ticks:
     def attach(self, pair):
         for part in (pair.context_tower, pair.denoiser):
             for layer in part.tower.layers:
-                layer.norm.register_forward_pre_hook(self._passing(LAYER_S[layer.kind]))
+                layer.register_forward_pre_hook(self._passing(LAYER_S[layer.kind]))
             part.tower.embeddings.register_forward_pre_hook(self._passing(EMBED_S, whatever=True))
             # A head of few rows is a bare product; the norm before it runs as often.
             part.tower.norm_f.register_forward_pre_hook(self._passing(HEAD_S))

@@ -34,6 +34,7 @@ class Remembered:
         self.keys = {i: like.new_zeros(slots) for i in self.attentions}
         self.values = {i: like.new_zeros(slots) for i in self.attentions}
         self.conv_LBCW = like.new_zeros(len(self.mambas), batch_size, config.conv_channels, config.conv_kernel)
+        self.conv_after_LBCW = torch.empty_like(self.conv_LBCW)
         heads = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
         self.ssm_LBhPN = like.new_zeros(len(self.mambas), batch_size, *heads, dtype=torch.float32)
         self.ends_B = torch.zeros(batch_size, dtype=torch.int64, device=like.device)
@@ -62,6 +63,10 @@ class Remembered:
         """A layer's state, where it lies."""
         position = self.mambas.index(index)
         return MambaState(self.conv_LBCW[position], self.ssm_LBhPN[position])
+
+    def conv_after(self, index: int) -> Tensor:
+        """Where a step leaves a layer's window (B, C, W) until all of it has been read."""
+        return self.conv_after_LBCW[self.mambas.index(index)]
 
 
 class Launch:

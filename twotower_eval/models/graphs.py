@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable
-from typing import Any, cast
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from twotower_eval.models.autoregressive import ContextTower
 from twotower_eval.models.config import NemotronHConfig
@@ -23,7 +22,7 @@ from twotower_eval.models.context import Context, Writer, writable_buffer
 from twotower_eval.models.fixed import MAX_NEW, Launch, Remembered
 from twotower_eval.models.nemotron_h import Mamba, MambaState, run_layers
 from twotower_eval.models.twotower import Denoiser, TwoTower
-from twotower_eval.ops.attention import attention
+from twotower_eval.ops.attention import attend as attend_to
 
 MIN_SLOTS = 256  # slots are a power of two, so that a growing context changes graphs seldom
 MAX_GRAPHS = 8  # kept at once unless said otherwise, the least recently used given up
@@ -68,25 +67,22 @@ class ExtendStep:
     def _body(self) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
         past, num_new = self.past, self.ids_BS.shape[1]
         columns_BS = past.ends_B[:, None] + torch.arange(num_new, device=past.ends_B.device)
-        slots_T = torch.arange(past.num_slots, device=past.ends_B.device)
-        mask = (slots_T <= columns_BS[..., None])[:, None]
         new_keys, new_values = {}, {}
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             where = columns_BS[:, None, :, None].expand_as(k)
             keys, values = past.keys[index].scatter_(2, where, k), past.values[index].scatter_(2, where, v)
             new_keys[index], new_values[index] = k, v
-            return attention(q, keys[:, :, : past.num_slots], values[:, :, : past.num_slots], mask)
+            return attend_to(q, keys, values, past.ends_B, past.num_slots, behind=False)
 
         def mix(index: int, mixer: Mamba, x: Tensor) -> Tensor:
             before = past.state(index)
-            y, after = mixer(x, before)
-            before.conv_BCW.copy_(after.conv_BCW)
-            before.ssm_BhPN.copy_(after.ssm_BhPN)
-            return cast(Tensor, y)
+            # A window is read by several programs at once: the new one lies elsewhere until the step is over.
+            return mixer.advance(x, before, MambaState(past.conv_after(index), before.ssm_BhPN))
 
         tower = self.tower.tower
         x_BSH = run_layers(tower, tower.embed(self.ids_BS), attend=attend, mix=mix)
+        past.conv_LBCW.copy_(past.conv_after_LBCW)
         past.ends_B.add_(num_new)
         return x_BSH[:, -1], new_keys, new_values
 
@@ -112,15 +108,13 @@ class DenoiseStep:
 
     def _body(self) -> Tensor:
         past, num_slots, block_size = self.past, self.past.num_slots, self.block_BK.shape[1]
-        seen_BT = torch.arange(num_slots, device=past.ends_B.device) < past.ends_B[:, None]
-        mask = functional.pad(seen_BT, (0, block_size), value=True)[:, None, None]
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             # The block's own always lie behind all slots, whatever the context's length.
             keys, values = (slots[index][:, :, : num_slots + block_size] for slots in (past.keys, past.values))
             keys[:, :, num_slots:].copy_(k)
             values[:, :, num_slots:].copy_(v)
-            return attention(q, keys, values, mask)
+            return attend_to(q, keys, values, past.ends_B, num_slots, behind=True)
 
         def mix(index: int, mixer: Mamba, x: Tensor) -> Tensor:
             return mixer.outputs(x, past.state(index))

@@ -7,7 +7,7 @@ way. Shape letters: see ops/__init__.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.nn import functional
 from twotower_eval.models.config import NemotronHConfig
 from twotower_eval.models.derived import Derived
 from twotower_eval.models.direct import Conv1d, Direct, Linear, RMSNorm
-from twotower_eval.ops import conv, moe, norm, product, ssd
+from twotower_eval.ops import conv, kernels, mamba, moe, norm, product, ssd
 
 
 class MambaState(NamedTuple):
@@ -60,6 +60,10 @@ class Mamba(Direct):
         self, x_BSH: Tensor, state: MambaState, valid_BS: Tensor | None = None, lengths_B: Tensor | None = None
     ) -> tuple[Tensor, MambaState]:
         """Mix S positions. ``valid_BS`` and ``lengths_B`` say which are real; padding leaves the state alone."""
+        scan = self._kernel(x_BSH) if valid_BS is None else None
+        if scan is not None:
+            after = MambaState(torch.empty_like(state.conv_BCW), torch.empty_like(state.ssm_BhPN))
+            return self._by_kernel(scan, x_BSH, state, after), after
         if x_BSH.shape[1] == 1 and valid_BS is None and x_BSH.device.type == "cpu":
             return self.step(x_BSH, state)
         z, u_BSC, delta_BSh = self.project(x_BSH, valid_BS)
@@ -77,11 +81,43 @@ class Mamba(Direct):
         y, ssm_BhPN = ssd.ssd_step(x, delta_B1h, self.decay_rate(), b, c, state.ssm_BhPN)
         return self.finish(y, x, z), MambaState(conv_BCW, ssm_BhPN)
 
+    def advance(self, x_BSH: Tensor, state: MambaState, after: MambaState) -> Tensor:
+        """What :meth:`forward` gives, the state after it left in ``after``, whose SSM state may be the one read."""
+        scan = self._kernel(x_BSH)
+        if scan is not None:
+            return self._by_kernel(scan, x_BSH, state, after)
+        y_BSH, made = self.forward(x_BSH, state)
+        after.conv_BCW.copy_(made.conv_BCW)
+        after.ssm_BhPN.copy_(made.ssm_BhPN)
+        return y_BSH
+
     def outputs(self, x_BSH: Tensor, state: MambaState) -> Tensor:
         """What :meth:`forward` gives, for whoever needs no state after it."""
+        scan = self._kernel(x_BSH)
+        if scan is not None:
+            return self._by_kernel(scan, x_BSH, state, None)
         z, u_BSC, delta_BSh = self.project(x_BSH)
         x, b, c = self.convolve(u_BSC, state.conv_BCW)
         return self.finish(ssd.ssd_outputs(x, delta_BSh, self.decay_rate(), b, c, state.ssm_BhPN), x, z)
+
+    def _kernel(self, x_BSH: Tensor) -> Callable[..., Any] | None:
+        """One for the middle of the layer, where it serves these positions and has proved itself."""
+        if not kernels.may_serve(x_BSH, self.in_proj.weight):
+            return None
+        if not mamba.fits(x_BSH.shape[1], self.config.mamba_head_dim, self.config.ssm_state_size):
+            return None
+        return mamba.SCAN.on(x_BSH.device, self.in_proj.weight.dtype)
+
+    def _by_kernel(
+        self, scan: Callable[..., Any], x_BSH: Tensor, state: MambaState, after: MambaState | None
+    ) -> Tensor:
+        cfg, convolution = self.config, self.conv1d
+        projected_BSZ = product.linear(x_BSH, self.in_proj.weight)
+        y_BSI = scan(
+            projected_BSZ, *state, convolution.weight, convolution.bias, self.A_log, self.D, self.dt_bias,
+            cfg.n_groups, cfg.time_step_limit, after,
+        )  # fmt: skip
+        return self._gated(y_BSI, projected_BSZ[..., : self.in_sizes[0]])
 
     def project(self, x_BSH: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Gate z (B, S, di), raw convolution inputs u (B, S, C) and step sizes delta (B, S, h), float32."""
@@ -112,7 +148,10 @@ class Mamba(Direct):
 
     def finish(self, y_BShP: Tensor, x_BShP: Tensor, z: Tensor) -> Tensor:
         """Skip connection, gate, group norm, output projection."""
-        y = torch.addcmul(y_BShP, x_BShP, self.D.float()[:, None]).flatten(-2)
+        return self._gated(torch.addcmul(y_BShP, x_BShP, self.D.float()[:, None]).flatten(-2), z)
+
+    def _gated(self, y: Tensor, z: Tensor) -> Tensor:
+        """Gate, group norm, output projection."""
         normed = norm.gated_group_rms_norm(y, z, self.norm.weight, self.norm.eps, self.config.n_groups)
         return product.linear(normed, self.out_proj.weight)
 
@@ -202,12 +241,20 @@ class MixtureOfExperts(Direct):
                     chosen = [(int(expert), weight) for expert, (_, weight) in zip(experts_1A[0], chosen, strict=True)]
                 return moe.experts_of_row(x_BSH, chosen, *weights)
         x_RH = x_BSH.flatten(0, -2)
-        chosen_RA, weights_RA = moe.route(x_RH, self.gate.wide_EH(), self.gate.e_score_correction_bias, self.routing)
+        gate_EH = self.gate.wide_EH() if x_RH.is_cpu else self.gate.weight
+        chosen_RA, weights_RA = moe.route(x_RH, gate_EH, self.gate.e_score_correction_bias, self.routing)
         if self.steer is not None:
             chosen_RA = self.steer(chosen_RA, x_BSH.shape[:-1])
-        routed_RH = moe.experts(x_RH, chosen_RA, weights_RA, self.experts_up_EIH, self.experts_down_EHI)
-        shared: Tensor = self.shared_experts(x_BSH)
-        return routed_RH.view_as(x_BSH) + shared
+        out_RH = moe.experts_and_shared(
+            x_RH,
+            chosen_RA,
+            weights_RA,
+            self.experts_up_EIH,
+            self.experts_down_EHI,
+            self.shared_experts.up_proj.weight,
+            self.shared_experts.down_proj.weight,
+        )
+        return out_RH.view_as(x_BSH)
 
 
 class Layer(Direct):
@@ -218,6 +265,20 @@ class Layer(Direct):
         self.kind = kind
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = _make_mixer(kind, config)
+
+    def forward(
+        self,
+        x_BSH: Tensor,
+        mixed_BSH: Tensor | None,
+        gate_B1H: Tensor | None,
+        shift_B1H: Tensor | None,
+        gain_B1H: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual that enters this layer, with what the last one's mixer made and its gate, and what goes into
+        this one's mixer. Adaptive layers (adaLN) are modulated in the reference's order: M and * before the norm, E
+        and - behind it."""
+        weight_H, eps, before = self.norm.weight, self.norm.eps, self.kind in "M*"
+        return norm.add_norm(x_BSH, mixed_BSH, gate_B1H, weight_H, eps, shift_B1H, gain_B1H, before)
 
 
 def _make_mixer(kind: str, config: NemotronHConfig) -> nn.Module:
@@ -259,18 +320,17 @@ def run_layers(
     """The residual stream after all layers, (B, S, H).
 
     ``attend`` and ``mix`` bring what depends on the past: who sees which keys, and from which state Mamba goes on.
-    With ``modulation`` the layers are adaptive (adaLN), in the reference's order: M and * modulate before the norm,
-    E and - after it.
+    With ``modulation`` the layers are adaptive, see :meth:`Layer.forward`.
     """
+    mixed_BSH: Tensor | None = None
+    gate_B1H: Tensor | None = None
     for index, layer in enumerate(cast(Iterable[Layer], tower.layers)):
-        if modulation is None:
-            x_BSH = x_BSH + _mixed(layer, index, layer.norm(x_BSH), attend, mix)
-            continue
-        shift, gain, gate = modulation(index)
-        before = layer.kind in "M*"
-        normed = layer.norm(x_BSH * gain + shift) if before else layer.norm(x_BSH) * gain + shift
-        x_BSH = x_BSH + gate * _mixed(layer, index, normed, attend, mix)
-    return x_BSH
+        shift, gain, gate = (None, None, None) if modulation is None else modulation(index)
+        x_BSH, normed_BSH = layer(x_BSH, mixed_BSH, gate_B1H, shift, gain)
+        mixed_BSH, gate_B1H = _mixed(layer, index, normed_BSH, attend, mix), gate
+    if mixed_BSH is None:
+        return x_BSH
+    return x_BSH + (mixed_BSH if gate_B1H is None else gate_B1H * mixed_BSH)
 
 
 Modulation = Callable[[int], tuple[Tensor, Tensor, Tensor]]  # layer -> shift, 1 + scale, gate, each (B, 1, H)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from twotower_eval.ops import kernels
+
+KERNEL_MAX_ROWS, KERNEL_MAX_SLOTS = 512, 1 << 15  # queries of all rows, and keys, that the kernel for few serves
 
 
 def attention(
@@ -35,3 +41,68 @@ def attention_reference(
     if mask is not None:
         scores_BQST = scores_BQST.masked_fill(~mask, -torch.inf)
     return (scores_BQST.softmax(-1) @ v.float()).to(q_BQSD.dtype)
+
+
+def attend(q_BQSD: Tensor, k_BJTD: Tensor, v_BJTD: Tensor, ends_B: Tensor, num_slots: int, *, behind: bool) -> Tensor:
+    """Attention of S new positions where a row's context takes up the first of ``num_slots`` slots, its length on the
+    device in ``ends_B``; (B, Q, S, D).
+
+    The new keys lie right behind each row's context, and a query sees those up to its own; or, with ``behind``, they
+    are the S slots behind ``num_slots``, and every query sees all of them. All slots hold finite numbers.
+    """
+    if kernels.may_serve(q_BQSD) and _few(q_BQSD, num_slots):
+        kernel = FEW_QUERIES.on(q_BQSD.device, q_BQSD.dtype)
+        if kernel is not None:
+            fused: Tensor = kernel(q_BQSD, k_BJTD, v_BJTD, ends_B, num_slots, behind=behind)
+            return fused
+    num_keys, mask = _seen(q_BQSD, ends_B, num_slots, behind)
+    return attention(q_BQSD, k_BJTD[:, :, :num_keys], v_BJTD[:, :, :num_keys], mask)
+
+
+def attend_reference(
+    q_BQSD: Tensor, k_BJTD: Tensor, v_BJTD: Tensor, ends_B: Tensor, num_slots: int, *, behind: bool
+) -> Tensor:
+    """The same by the softmax that is written out."""
+    num_keys, mask = _seen(q_BQSD, ends_B, num_slots, behind)
+    return attention_reference(q_BQSD, k_BJTD[:, :, :num_keys], v_BJTD[:, :, :num_keys], mask)
+
+
+def _few(q_BQSD: Tensor, num_slots: int) -> bool:
+    batch_size, _, num_new, dim = q_BQSD.shape
+    return batch_size * num_new <= KERNEL_MAX_ROWS and num_slots <= KERNEL_MAX_SLOTS and dim in (16, 32, 64, 128)
+
+
+def _seen(q_BQSD: Tensor, ends_B: Tensor, num_slots: int, behind: bool) -> tuple[int, Tensor]:
+    """Number of slots, and the mask (B, 1, S or 1, T) of those that a query sees."""
+    num_new, slots_T = q_BQSD.shape[2], torch.arange(num_slots, device=ends_B.device)
+    if behind:
+        seen_BT = functional.pad(slots_T < ends_B[:, None], (0, num_new), value=True)
+        return num_slots + num_new, seen_BT[:, None, None]
+    columns_BS = ends_B[:, None] + torch.arange(num_new, device=ends_B.device)
+    return num_slots, (slots_T <= columns_BS[..., None])[:, None]
+
+
+def _load_few_queries() -> Callable[..., Any]:
+    from twotower_eval.ops.fused import attention
+
+    return attention.attend
+
+
+def _few_queries_pairs(
+    kernel: Callable[..., Any], device: torch.device, precision: torch.dtype
+) -> Sequence[tuple[Tensor, Tensor]]:
+    """A token, a block and an odd number, of contexts of one key, some, and nearly all; both places of new keys."""
+    found = []
+    ends_B = torch.tensor([1, 130, 290], device=device)
+    for num_new in (1, 5, 16):
+        for behind in (False, True):
+            q_BSQD = kernels.seeded((3, num_new, 8, 64), device, precision, seed=num_new)
+            k_BJTD, v_BJTD = (kernels.seeded((3, 2, 340, 64), device, precision, seed) for seed in (1, 2))
+            given = (q_BSQD.transpose(1, 2), k_BJTD, v_BJTD, ends_B, 310)
+            found.append((kernel(*given, behind=behind), attend_reference(*given, behind=behind)))
+    return found
+
+
+FEW_QUERIES = kernels.register(
+    kernels.Kernel(name="fused attention of few queries", load=_load_few_queries, pairs=_few_queries_pairs)
+)

@@ -24,7 +24,7 @@ def causal_conv(u_BSC: Tensor, state_BCW: Tensor, weight_CW: Tensor, bias_C: Ten
     Few rows (B S) as one product of windows, which is fewest calls; many as W shifted products added up in place: no
     transposes, no im2col.
     """
-    if u_BSC.is_cuda and kernels.without_gradients(u_BSC, weight_CW):
+    if kernels.may_serve(u_BSC, weight_CW):
         kernel = CONVOLUTION.on(u_BSC.device, u_BSC.dtype)
         if kernel is not None:
             return conv_by_kernel(u_BSC, state_BCW, weight_CW, bias_C, kernel)

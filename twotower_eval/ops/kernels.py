@@ -1,4 +1,4 @@
-"""Kernels that are not ours, used only where they have just proved to compute what our reference computes.
+"""Kernels for GPUs, others' and our own, used only where they have just proved to compute what our reference computes.
 
 That a package is installed proves nothing: kernels are wrong for some shapes, some devices and some versions. Each is
 run beside the reference on the device and in the precision that are wanted, once per process, and refused with one
@@ -30,7 +30,7 @@ class Proof:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Kernel:
-    """One function from elsewhere.
+    """One function, from elsewhere or from ops/fused.
 
     ``load`` imports it (ImportError where it is absent). ``pairs`` runs it beside the reference on a device and in a
     precision, and gives what each of them computed.
@@ -72,6 +72,12 @@ class Kernel:
 
 
 KERNELS: dict[str, Kernel] = {}
+ON_ANY_DEVICE = False  # tests set it: Triton's interpreter runs ops/fused on a CPU
+
+
+def may_serve(x: Tensor, *weights: Tensor) -> bool:
+    """Whether a kernel can take these: on a GPU, and nothing to be differentiated."""
+    return (x.is_cuda or ON_ANY_DEVICE) and without_gradients(x, *weights)
 
 
 def register(kernel: Kernel) -> Kernel:

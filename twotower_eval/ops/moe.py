@@ -16,6 +16,7 @@ GATHER_MAX_ROWS = 4  # up to this many rows, gathering weights beats reading all
 PADDED_MAX_ROWS = 64  # up to this many, reading all experts beats waiting for the device to say who chose what
 # On a CPU: experts so small (numbers of one direction) that a call for each of them costs more than reading them all.
 SMALL_EXPERTS, SMALL_MAX_ROWS = 1 << 17, 16
+KERNEL_PAIRS = 1024  # of a row and an expert that the fused kernel looks through
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,18 @@ def route(x_RH: Tensor, gate_EH: Tensor, bias_E: Tensor, routing: Routing) -> tu
     Choice uses the bias-corrected scores; weights are the uncorrected ones. Experts of dropped groups keep a choice
     score of 0.0 (the reference's habit, not -inf), so a negative bias can let one of them through.
     """
+    if routing.num_groups == 1 and kernels.may_serve(x_RH, gate_EH):
+        kernel = ROUTER.on(x_RH.device, x_RH.dtype)
+        if kernel is not None:
+            fused: tuple[Tensor, Tensor] = kernel(
+                x_RH, gate_EH, bias_E, routing.experts_per_token, routing.normalise, routing.scale
+            )
+            return fused
+    return route_plainly(x_RH, gate_EH, bias_E, routing)
+
+
+def route_plainly(x_RH: Tensor, gate_EH: Tensor, bias_E: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """:func:`route` by torch's own operations."""
     scores_RE = torch.sigmoid(x_RH.double() @ gate_EH.double().T)
     choice_RE = scores_RE + bias_E.double()
     if routing.num_groups > 1:
@@ -72,6 +85,24 @@ def experts(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor,
     if x_RH.shape[0] <= PADDED_MAX_ROWS or torch.cuda.is_current_stream_capturing():
         return experts_padded(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
     return _experts_sorted(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
+
+
+def experts_and_shared(
+    x_RH: Tensor,
+    chosen_RA: Tensor,
+    weights_RA: Tensor,
+    up_EIH: Tensor,
+    down_EHI: Tensor,
+    shared_IH: Tensor,
+    shared_HI: Tensor,
+) -> Tensor:
+    """:func:`experts` plus the shared expert, which is neither scaled nor gated."""
+    if kernels.may_serve(x_RH, up_EIH) and chosen_RA.numel() <= KERNEL_PAIRS:
+        kernel = FUSED_EXPERTS.on(x_RH.device, x_RH.dtype)
+        if kernel is not None:
+            fused: Tensor = kernel(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI, shared_IH, shared_HI)
+            return fused
+    return experts(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI) + mlp(x_RH, shared_IH, shared_HI)
 
 
 def _aligned(up_EIH: Tensor) -> bool:
@@ -208,4 +239,55 @@ def _grouped_pairs(
 
 GROUPED_PRODUCT = kernels.register(
     kernels.Kernel(name="torch grouped_mm", load=_load_grouped_product, pairs=_grouped_pairs)
+)
+
+
+def _load_router() -> Callable[..., Any]:
+    from twotower_eval.ops.fused import router
+
+    return router.route
+
+
+def _router_pairs(
+    kernel: Callable[..., Any], device: torch.device, precision: torch.dtype
+) -> Sequence[tuple[Tensor, Tensor]]:
+    """Which experts, and their weights, with and without normalising; a number that is no power of two."""
+    found: list[tuple[Tensor, Tensor]] = []
+    x_RH = kernels.seeded((9, 200), device, precision, seed=0)
+    gate_EH = kernels.seeded((24, 200), device, torch.float32, seed=1) / 8
+    bias_E = kernels.seeded((24,), device, torch.float32, seed=2) / 8
+    for normalise in (True, False):
+        routing = Routing(experts_per_token=6, num_groups=1, top_groups=1, normalise=normalise, scale=2.5)
+        ours = kernel(x_RH, gate_EH, bias_E, 6, normalise, 2.5)
+        found += zip(ours, route_plainly(x_RH, gate_EH, bias_E, routing), strict=True)
+    return found
+
+
+def _load_fused_experts() -> Callable[..., Any]:
+    from twotower_eval.ops.fused import product
+
+    return product.experts
+
+
+def _fused_expert_pairs(
+    kernel: Callable[..., Any], device: torch.device, precision: torch.dtype
+) -> Sequence[tuple[Tensor, Tensor]]:
+    """One row, rows of which some share experts, and more rows than a tile; sizes that no tile divides."""
+    found = []
+    shapes = ((24, 72, 200), (24, 200, 72), (136, 200), (200, 136))
+    weights = [kernels.seeded(shape, device, precision, seed) / 8 for seed, shape in enumerate(shapes)]
+    for num_rows in (1, 7, 16, 40, 150):
+        x_RH = kernels.seeded((num_rows, 200), device, precision, seed=num_rows)
+        scores_RE = kernels.seeded((num_rows, 24), device, torch.float32, seed=4)
+        scores_RE[num_rows // 2 :, 3] += 10  # more rows of one expert than a tile has
+        weights_RA, chosen_RA = scores_RE.softmax(-1).topk(6, dim=-1)
+        routed_RH = _experts_gathered(x_RH, chosen_RA, weights_RA, *weights[:2])
+        shared_RH = functional.linear(functional.relu(functional.linear(x_RH, weights[2])).square(), weights[3])
+        found.append((kernel(x_RH, chosen_RA, weights_RA, *weights), routed_RH + shared_RH))
+    return found
+
+
+ROUTER = kernels.register(kernels.Kernel(name="fused router", load=_load_router, pairs=_router_pairs))
+FUSED_EXPERTS = kernels.register(
+    kernels.Kernel(name="fused experts", load=_load_fused_experts, pairs=_fused_expert_pairs)
 )

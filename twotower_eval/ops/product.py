@@ -14,19 +14,28 @@ Shape letters: see ops/__init__; O outputs, I inputs of the weight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from twotower_eval.ops import kernels
+
 FEW_ROWS = 8
+KERNEL_ROWS = 16  # of a tile of the kernel for GPUs
 
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     """``x @ weight.T``, contiguous, (..., O)."""
     num_outputs, num_inputs = weight_OI.shape
     num_rows = x.numel() // num_inputs
+    if num_rows <= KERNEL_ROWS and kernels.may_serve(x, weight_OI):
+        kernel = FEW_ROWS_PRODUCT.on(x.device, x.dtype)
+        if kernel is not None:
+            fused: Tensor = kernel(x, weight_OI)
+            return fused
     if num_rows > FEW_ROWS or not _reads_fast(x, weight_OI):
         return functional.linear(x, weight_OI)
     if num_rows == 1 and num_outputs % 2 == 0:
@@ -60,3 +69,26 @@ def _reads_fast(x: Tensor, weight: Tensor) -> bool:
         and weight.is_contiguous()
         and not (x.requires_grad or weight.requires_grad)
     )
+
+
+def _load_few_rows() -> Callable[..., Any]:
+    from twotower_eval.ops.fused import product
+
+    return product.linear
+
+
+def _few_rows_pairs(
+    kernel: Callable[..., Any], device: torch.device, precision: torch.dtype
+) -> Sequence[tuple[Tensor, Tensor]]:
+    """One row, some, and a whole tile, sizes that no tile divides."""
+    found = []
+    weight_OI = kernels.seeded((330, 200), device, precision, seed=0)
+    for num_rows in (1, 5, KERNEL_ROWS):
+        x_RI = kernels.seeded((num_rows, 200), device, precision, seed=num_rows)
+        found.append((kernel(x_RI, weight_OI), (x_RI.double() @ weight_OI.double().T).to(precision)))
+    return found
+
+
+FEW_ROWS_PRODUCT = kernels.register(
+    kernels.Kernel(name="fused product of few rows", load=_load_few_rows, pairs=_few_rows_pairs)
+)

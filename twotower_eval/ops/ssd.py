@@ -32,7 +32,7 @@ def ssd(
 
     ``precision`` is the model's: how exact a foreign kernel must be to be used on a GPU.
     """
-    if x_BShP.is_cuda and kernels.without_gradients(x_BShP, a_h):
+    if kernels.may_serve(x_BShP, a_h):
         step = x_BShP.shape[1] == 1
         kernel = (STATE_UPDATE if step else CHUNK_SCAN).on(x_BShP.device, precision)
         if kernel is not None:
