@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from twotower_eval.models.base import LanguageModel
 from twotower_eval.models.config import NemotronHConfig
-from twotower_eval.models.context import Context, KeyValueBuffer, Writer, writable_buffer
+from twotower_eval.models.context import Context, KeyValueBuffer, Writer, ends_of, writable_buffer
 from twotower_eval.models.nemotron_h import Attention, Mamba, MambaState, Tower, run_layers
 from twotower_eval.models.token_tree import Segment, logits_by_rows
-from twotower_eval.ops import product
-from twotower_eval.ops.attention import attention
+from twotower_eval.ops import kernels, product
+from twotower_eval.ops.attention import are_few, attention
+from twotower_eval.ops.attention import attend as attend_to
 
 if TYPE_CHECKING:
     from twotower_eval.models.graphs import StepGraphs
@@ -129,14 +130,18 @@ class ContextTower(LanguageModel):
         new_lengths_B = torch.tensor(new_lengths, device=device) if padded else None
         valid_BS = torch.arange(num_new, device=device) < new_lengths_B[:, None] if new_lengths_B is not None else None
         buffer, write = writable_buffer(context, num_new), Writer(context.lengths, num_new, device)
-        mask, causal = _causal_mask(context, num_new, device)
         end = context.max_length + num_new
+        few_on_gpu = are_few(context.batch_size, num_new) and kernels.may_serve(self.head.weight)
+        ends_B = ends_of(context, device) if few_on_gpu else None
+        mask, causal = (None, False) if few_on_gpu else _causal_mask(context, num_new, device)
         mamba: dict[int, MambaState] = {}
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             write(buffer.keys[index], k)
             write(buffer.values[index], v)
             keys, values = buffer.keys[index][:, :, :end], buffer.values[index][:, :, :end]
+            if ends_B is not None:
+                return attend_to(q, keys, values, ends_B, end, behind=False)
             return attention(q, keys, values, mask, is_causal=causal)
 
         def mix(index: int, mixer: Mamba, x: Tensor) -> Tensor:

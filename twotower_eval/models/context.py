@@ -110,6 +110,13 @@ class Context:
         return self._mirrors[device]
 
 
+def ends_of(context: Context, device: torch.device) -> Tensor:
+    """Lengths (B,) int64 on a device, which is not waited for where all rows are equally long."""
+    if context.uniform:
+        return torch.full((context.batch_size,), context.max_length, dtype=torch.int64, device=device)
+    return torch.tensor(context.lengths, dtype=torch.int64, device=device)
+
+
 def writable_buffer(context: Context, num_new: int) -> KeyValueBuffer:
     """A buffer with room for ``num_new`` more tokens per row, shared if ``context`` is its newest user."""
     buffer, needed = context.buffer, context.max_length + num_new

@@ -17,11 +17,13 @@ from torch.nn import functional
 from twotower_eval.models.autoregressive import ContextTower
 from twotower_eval.models.base import LanguageModel
 from twotower_eval.models.config import NemotronHConfig
-from twotower_eval.models.context import Context, room_for_block
+from twotower_eval.models.context import Context, ends_of, room_for_block
 from twotower_eval.models.derived import DerivedByKey
 from twotower_eval.models.nemotron_h import Mamba, Modulation, Tower, run_layers
 from twotower_eval.models.token_tree import Segment
-from twotower_eval.ops.attention import attention
+from twotower_eval.ops import kernels
+from twotower_eval.ops.attention import are_few, attention
+from twotower_eval.ops.attention import attend as attend_to
 
 if TYPE_CHECKING:
     from twotower_eval.models.graphs import StepGraphs
@@ -162,7 +164,9 @@ class TwoTower(LanguageModel):
         if self.graphs is not None and self.graphs.serves(*block_BK.shape):
             time_B = None if t_B is None else _time_tensor(t_B, block_BK.shape[0], device)
             return self.graphs.denoise(self, block_BK, context, time_B)
-        mask = _block_mask(context, block_BK.shape[1], device)
+        few_on_gpu = are_few(*block_BK.shape) and kernels.may_serve(denoiser.head.weight)
+        ends_B = ends_of(context, device) if few_on_gpu else None
+        mask = None if few_on_gpu else _block_mask(context, block_BK.shape[1], device)
         length, end = context.max_length, context.max_length + block_BK.shape[1]
         appended = None if torch.is_grad_enabled() else room_for_block(context, block_BK.shape[1])
 
@@ -174,6 +178,8 @@ class TwoTower(LanguageModel):
             keys, values = appended.keys[index][:, :, :end], appended.values[index][:, :, :end]
             keys[:, :, length:] = k
             values[:, :, length:] = v
+            if ends_B is not None:
+                return attend_to(q, keys, values, ends_B, length, behind=True)
             return attention(q, keys, values, mask)
 
         def mix(index: int, mixer: Mamba, x: Tensor) -> Tensor:

@@ -9,10 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from twotower_eval.ops import kernels
 
-KERNEL_MAX_ROWS, KERNEL_MAX_SLOTS = 512, 1 << 15  # queries of all rows, and keys, that the kernel for few serves
+# What the kernel for few queries serves: new positions of a row and of all rows, and keys.
+KERNEL_MAX_NEW, KERNEL_MAX_ROWS, KERNEL_MAX_SLOTS = 64, 512, 1 << 15
+# Of torch's own for GPUs, without cuDNN's: that plans anew for every number of keys, some 8 ms each, measured on an
+# H200, which made a decoder without CUDA graphs fifteen times slower.
+GPU_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attention(
@@ -23,6 +28,14 @@ def attention(
     ``mask`` is boolean, True where a query may look, broadcastable to (B, 1, S, T); every query must see a key.
     """
     grouped = q_BQSD.shape[1] != k_BJTD.shape[1]
+    if q_BQSD.is_cuda:
+        if grouped and mask is not None:  # else torch writes all scores out
+            repeats, grouped = q_BQSD.shape[1] // k_BJTD.shape[1], False
+            k_BJTD, v_BJTD = (t.repeat_interleave(repeats, dim=1) for t in (k_BJTD, v_BJTD))
+        with sdpa_kernel(GPU_BACKENDS):
+            return functional.scaled_dot_product_attention(
+                q_BQSD, k_BJTD, v_BJTD, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped
+            )
     return functional.scaled_dot_product_attention(
         q_BQSD, k_BJTD, v_BJTD, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped
     )
@@ -50,7 +63,8 @@ def attend(q_BQSD: Tensor, k_BJTD: Tensor, v_BJTD: Tensor, ends_B: Tensor, num_s
     The new keys lie right behind each row's context, and a query sees those up to its own; or, with ``behind``, they
     are the S slots behind ``num_slots``, and every query sees all of them. All slots hold finite numbers.
     """
-    if kernels.may_serve(q_BQSD) and _few(q_BQSD, num_slots):
+    batch_size, _, num_new, _ = q_BQSD.shape
+    if kernels.may_serve(q_BQSD) and are_few(batch_size, num_new) and _fits(q_BQSD, num_slots):
         kernel = FEW_QUERIES.on(q_BQSD.device, q_BQSD.dtype)
         if kernel is not None:
             fused: Tensor = kernel(q_BQSD, k_BJTD, v_BJTD, ends_B, num_slots, behind=behind)
@@ -67,9 +81,13 @@ def attend_reference(
     return attention_reference(q_BQSD, k_BJTD[:, :, :num_keys], v_BJTD[:, :, :num_keys], mask)
 
 
-def _few(q_BQSD: Tensor, num_slots: int) -> bool:
-    batch_size, _, num_new, dim = q_BQSD.shape
-    return batch_size * num_new <= KERNEL_MAX_ROWS and num_slots <= KERNEL_MAX_SLOTS and dim in (16, 32, 64, 128)
+def are_few(batch_size: int, num_new: int) -> bool:
+    """Whether so many new positions in so many rows are few."""
+    return num_new <= KERNEL_MAX_NEW and batch_size * num_new <= KERNEL_MAX_ROWS
+
+
+def _fits(q_BQSD: Tensor, num_slots: int) -> bool:
+    return num_slots <= KERNEL_MAX_SLOTS and q_BQSD.shape[3] in (16, 32, 64, 128)
 
 
 def _seen(q_BQSD: Tensor, ends_B: Tensor, num_slots: int, behind: bool) -> tuple[int, Tensor]:

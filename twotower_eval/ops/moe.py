@@ -264,9 +264,9 @@ def _router_pairs(
 
 
 def _load_fused_experts() -> Callable[..., Any]:
-    from twotower_eval.ops.fused import product
+    from twotower_eval.ops.fused import experts
 
-    return product.experts
+    return experts.experts
 
 
 def _fused_expert_pairs(

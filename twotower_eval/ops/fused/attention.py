@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower_eval.ops.fused.overlap import let_next_begin, overlapping, wait_for_previous
+
 PIECE = 128  # keys of a program
 
 
@@ -21,8 +23,10 @@ def _piece_kernel(
     q_stride_b, q_stride_q, q_stride_s, k_stride_b, k_stride_j, k_stride_t, v_stride_b, v_stride_j, v_stride_t,
     num_slots, scale,
     NEW: tl.constexpr, BEHIND: tl.constexpr, SHARING: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
-    PIECE: tl.constexpr, KEYS: tl.constexpr, NUM_HEADS: tl.constexpr,
+    PIECE: tl.constexpr, KEYS: tl.constexpr, NUM_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_begin(OVERLAP)
+    wait_for_previous(OVERLAP)
     batch, head = (tl.program_id(0) // NUM_HEADS).to(tl.int64), tl.program_id(0) % NUM_HEADS
     piece, num_pieces = tl.program_id(2), tl.num_programs(2)
     rows, dims = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
@@ -64,8 +68,10 @@ def _piece_kernel(
 @triton.jit
 def _join_kernel(
     sums_ptr, tops_ptr, totals_ptr, out_ptr, num_pieces, num_positions, num_queries, DIM: tl.constexpr,
-    PIECES: tl.constexpr,
+    PIECES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_begin(OVERLAP)
+    wait_for_previous(OVERLAP)
     row, pieces, dims = tl.program_id(0).to(tl.int64), tl.arange(0, PIECES), tl.arange(0, DIM)
     there = pieces < num_pieces
     at = row * num_pieces + pieces
@@ -95,11 +101,11 @@ def attend(q_BQSD: Tensor, k_BJTD: Tensor, v_BJTD: Tensor, ends_B: Tensor, num_s
         q_BQSD, k_BJTD, v_BJTD, ends_B, sums, tops, totals,
         *q_BQSD.stride()[:3], *k_BJTD.stride()[:3], *v_BJTD.stride()[:3], num_slots, 1 / math.sqrt(dim),
         NEW=num_new, BEHIND=behind, SHARING=sharing, DIM=dim, ROWS=rows, PIECE=PIECE, KEYS=64, NUM_HEADS=num_heads,
-        num_warps=4, num_stages=1,
+        num_warps=4, num_stages=1, **overlapping(q_BQSD.device),
     )  # fmt: skip
     out_BSQD = torch.empty(batch_size, num_new, num_queries, dim, dtype=q_BQSD.dtype, device=q_BQSD.device)
     _join_kernel[(all_rows,)](
         sums, tops, totals, out_BSQD, num_pieces, num_new, num_queries,
-        DIM=dim, PIECES=triton.next_power_of_2(num_pieces), num_warps=2,
+        DIM=dim, PIECES=triton.next_power_of_2(num_pieces), num_warps=2, **overlapping(q_BQSD.device),
     )  # fmt: skip
     return out_BSQD.transpose(1, 2)

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower_eval.ops.fused.overlap import let_next_begin, overlapping, wait_for_previous
+
 MAX_POSITIONS = 64  # of a block: the quadratic form of one piece
 
 
@@ -60,8 +62,10 @@ def _one_kernel(
     projected_stride, conv_stride_b, conv_stride_c, conv_stride_w, after_stride_b, after_stride_c, after_stride_w,
     ssm_stride_b, ssm_after_stride_b, smallest, largest,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, STATE: tl.constexpr, TAPS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TILE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_begin(OVERLAP)
+    wait_for_previous(OVERLAP)
     batch, head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     inner: tl.constexpr = HEADS * DIM
     channels: tl.constexpr = inner + 2 * GROUPS * STATE
@@ -146,7 +150,10 @@ def _block_kernel(
     after_stride_b, after_stride_c, after_stride_w, ssm_stride_b, ssm_after_stride_b, smallest, largest,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, STATE: tl.constexpr, TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr, TILE: tl.constexpr, POSITIONS: tl.constexpr, WITH_STATE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_begin(OVERLAP)
+    wait_for_previous(OVERLAP)
     batch, head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     inner: tl.constexpr = HEADS * DIM
     channels: tl.constexpr = inner + 2 * GROUPS * STATE
@@ -240,7 +247,7 @@ def scan(
     between = (0.0, math.inf) if limits is None else limits
     sizes = {
         "HEADS": heads, "GROUPS": num_groups, "DIM": dim, "STATE": state_size, "TAPS": weight_C1W.shape[2],
-        "HAS_BIAS": bias_C is not None,
+        "HAS_BIAS": bias_C is not None, **overlapping(ssm_BhPN.device),
     }  # fmt: skip
     if num_positions == 1 and after is not None:
         tile = min(dim, 16)
@@ -251,6 +258,6 @@ def scan(
         tile, positions = min(dim, 32), max(16, triton.next_power_of_2(num_positions))
         _block_kernel[(batch_size, heads, dim // tile)](
             *given, num_positions, projected_BSZ.stride(0), projected_BSZ.stride(1), *strides, *between, **sizes,
-            TILE=tile, POSITIONS=positions, WITH_STATE=after is not None, num_warps=4,
+            TILE=tile, POSITIONS=positions, WITH_STATE=after is not None, num_warps=8,
         )  # fmt: skip
     return y_BSI

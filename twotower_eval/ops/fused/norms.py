@@ -7,14 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower_eval.ops.fused.overlap import let_next_begin, overlapping, wait_for_previous
+
 
 @triton.jit
 def _add_norm_kernel(
     x_ptr, mixed_ptr, gate_ptr, shift_ptr, gain_ptr, weight_ptr, sum_ptr, normed_ptr,
-    gate_stride, modulation_stride, num_positions, hidden, eps,
+    gate_stride, shift_stride, gain_stride, num_positions, hidden, eps,
     HAS_MIXED: tl.constexpr, HAS_GATE: tl.constexpr, MODULATED: tl.constexpr, BEFORE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_begin(OVERLAP)
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     batch = row // num_positions
     columns = tl.arange(0, BLOCK)
@@ -32,8 +36,8 @@ def _add_norm_kernel(
         tl.store(sum_ptr + row * hidden + columns, x, mask=inside)
         x = x.to(tl.float32)
     if MODULATED:
-        gain = tl.load(gain_ptr + batch * modulation_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        shift = tl.load(shift_ptr + batch * modulation_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        gain = tl.load(gain_ptr + batch * gain_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + batch * shift_stride + columns, mask=inside, other=0.0).to(tl.float32)
         if BEFORE:
             x = ((x * gain).to(residual_type).to(tl.float32) + shift).to(residual_type).to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
@@ -71,6 +75,7 @@ def add_norm(
         sum_BSH,
         normed_BSH,
         _batch_stride(gate_B1H),
+        _batch_stride(shift_B1H),
         _batch_stride(gain_B1H),
         num_positions,
         hidden,
@@ -81,6 +86,7 @@ def add_norm(
         BEFORE=before,
         BLOCK=block,
         num_warps=8 if block >= 2048 else 4,
+        **overlapping(x_BSH.device),
     )
     return sum_BSH, normed_BSH
 
@@ -92,8 +98,11 @@ def _batch_stride(rows_B1H: Tensor | None) -> int:
 
 @triton.jit
 def _gated_norm_kernel(
-    y_ptr, z_ptr, weight_ptr, out_ptr, z_stride, inner, group_size, eps, BLOCK: tl.constexpr
+    y_ptr, z_ptr, weight_ptr, out_ptr, z_stride, inner, group_size, eps,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_begin(OVERLAP)
+    wait_for_previous(OVERLAP)
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tl.arange(0, BLOCK)
     inside = columns < group_size
@@ -116,6 +125,6 @@ def gated_group_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, num_g
     block = triton.next_power_of_2(group_size)
     _gated_norm_kernel[(len(y_RI), num_groups)](
         y_RI, z_RI, weight, out_RI, z_RI.stride(0), inner, group_size, eps,
-        BLOCK=block, num_warps=4 if block >= 512 else 1,
+        BLOCK=block, num_warps=4 if block >= 512 else 1, **overlapping(z.device),
     )  # fmt: skip
     return out_RI.view(z.shape)

@@ -1,0 +1,38 @@
+"""A kernel that begins while the one before it ends (programmatic dependent launch, Hopper and later).
+
+Launched so, a kernel may read weights at once, which nobody writes, and waits before it touches anything else; the
+stream of weights then does not pause between kernels. All kernels of ops/fused wait, so that none overtakes another.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+FIRST_CAPABILITY = (9, 0)
+
+
+@triton.jit
+def let_next_begin(OVERLAP: tl.constexpr):
+    """The next kernel may begin when all programs have come here: what it waits for is the end of this one."""
+    if OVERLAP:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(OVERLAP: tl.constexpr):
+    """From here on everything that earlier kernels wrote is there."""
+    if OVERLAP:
+        gdc_wait()
+
+
+@cache
+def overlapping(device: torch.device) -> dict[str, Any]:
+    """Arguments of a launch on this device."""
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
+    return {"OVERLAP": able, "launch_pdl": able} if able else {"OVERLAP": False}
