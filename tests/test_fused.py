@@ -30,7 +30,7 @@ def load_ids(folder, name):
 PLACES = {
     "ADD_NORM": norm,
     "GATED_NORM": norm,
-    "FEW_ROWS_PRODUCT": product,
+    "ROW_PRODUCT": product,
     "ROUTER": moe,
     "FUSED_EXPERTS": moe,
     "SCAN": mamba,

@@ -24,15 +24,15 @@ from torch.nn import functional
 from twotower_eval.ops import kernels
 
 FEW_ROWS = 8
-KERNEL_ROWS = 16  # of a tile of the kernel for GPUs
+KERNEL_MAX_INPUTS = 8192  # of the kernel for one row on a GPU
 
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     """``x @ weight.T``, contiguous, (..., O)."""
     num_outputs, num_inputs = weight_OI.shape
     num_rows = x.numel() // num_inputs
-    if num_rows <= KERNEL_ROWS and kernels.may_serve(x, weight_OI):
-        kernel = FEW_ROWS_PRODUCT.on(x.device, x.dtype)
+    if num_rows == 1 and num_inputs <= KERNEL_MAX_INPUTS and kernels.may_serve(x, weight_OI):
+        kernel = ROW_PRODUCT.on(x.device, x.dtype)
         if kernel is not None:
             fused: Tensor = kernel(x, weight_OI)
             return fused
@@ -71,24 +71,24 @@ def _reads_fast(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _load_few_rows() -> Callable[..., Any]:
+def _load_row_product() -> Callable[..., Any]:
     from twotower_eval.ops.fused import product
 
-    return product.linear
+    return product.linear_of_row
 
 
-def _few_rows_pairs(
+def _row_product_pairs(
     kernel: Callable[..., Any], device: torch.device, precision: torch.dtype
 ) -> Sequence[tuple[Tensor, Tensor]]:
-    """One row, some, and a whole tile, sizes that no tile divides."""
+    """Few outputs, more than there are programs, and a row of several shapes; sizes that no tile divides."""
     found = []
-    weight_OI = kernels.seeded((330, 200), device, precision, seed=0)
-    for num_rows in (1, 5, KERNEL_ROWS):
-        x_RI = kernels.seeded((num_rows, 200), device, precision, seed=num_rows)
-        found.append((kernel(x_RI, weight_OI), (x_RI.double() @ weight_OI.double().T).to(precision)))
+    for num_outputs, num_inputs in ((3, 40), (330, 200), (40_000, 100), (2000, 4096)):
+        weight_OI = kernels.seeded((num_outputs, num_inputs), device, precision, seed=num_outputs)
+        x_11I = kernels.seeded((1, 1, num_inputs), device, precision, seed=1)
+        found.append((kernel(x_11I, weight_OI), (x_11I.double() @ weight_OI.double().T).to(precision)))
     return found
 
 
-FEW_ROWS_PRODUCT = kernels.register(
-    kernels.Kernel(name="fused product of few rows", load=_load_few_rows, pairs=_few_rows_pairs)
+ROW_PRODUCT = kernels.register(
+    kernels.Kernel(name="fused product of a row", load=_load_row_product, pairs=_row_product_pairs)
 )
