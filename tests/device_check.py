@@ -1,14 +1,15 @@
 """Everything that wants a GPU, in one script of named steps, each resumable by itself and under ten minutes.
 
     python tests/device_check.py --device cuda:0                 # all steps, under 25 minutes on one large GPU
+    python tests/device_check.py --device cuda:0 --brief         # the same with smaller sweeps: some 5 minutes
     python tests/device_check.py --device cuda:0 --step scale    # one of them; --step may be given several times
     python tests/device_check.py --device cpu --quick            # the same code in minutes; `make test` runs this
 
 Steps: parity (float32 and bfloat16 against reference outputs), kernels (which prove themselves, which are refused),
-graphs (captured steps give the same tokens, and how much faster), sweep and sweep_graphs (quality and speed of the
-miniature, both arms without CUDA graphs and with them), scale and scale_graphs (AR and denoise steps of the released
-size on random weights, beside the floor), native (AR against transformers' own generate on the same config), report
-(one over all runs, with the run folders beside it, ready to be published).
+graphs (captured steps give the same tokens, and how much faster), quality, sweep and sweep_graphs (quality of the
+miniature, its speed with both arms without CUDA graphs and with them), scale and scale_graphs (AR and denoise steps of
+the released size on random weights, beside the floor), native (AR against transformers' own generate on the same
+config), report (one over all runs, with the run folders beside it, ready to be published).
 `train` (the shipped recipe on the device) runs only when it is named.
 
 Each step prints one JSON line. A failed parity check ends with exit code 1.
@@ -39,7 +40,7 @@ from twotower_eval.miniature import evaluate
 from twotower_eval.miniature.train import read_recipe, train_pair
 from twotower_eval.models.checkpoint import read_json
 from twotower_eval.models.config import NemotronHConfig, parse_config
-from twotower_eval.models.graphs import StepGraphs
+from twotower_eval.models.graphs import StepGraphs, use_graphs
 from twotower_eval.models.random_weights import build_random_pair
 from twotower_eval.ops import kernels as kernel_room
 from twotower_eval.speed.clock import CallClock, Devices
@@ -66,11 +67,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for runs, training and report")
     parser.add_argument("--model", help="pair to sweep [the shipped miniature]")
     parser.add_argument("--step", action="append", choices=[*STEPS, "train"], help="one step [all but train]")
+    parser.add_argument(
+        "--brief", action="store_true", help="one block size, fewer prompts; no run without CUDA graphs"
+    )
     parser.add_argument("--quick", action="store_true", help="a few layers, rounds and documents of everything")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     held = []
-    for name in options.step or STEPS:
+    steps = [name for name in STEPS if not (options.brief and name in EAGER)]
+    for name in options.step or steps:
         started = time.perf_counter()
         held.append(ALL_STEPS[name](options))
         say("timing", of=name, seconds=round(time.perf_counter() - started, 1))
@@ -216,8 +221,16 @@ def graphs(options: argparse.Namespace) -> bool:
     return held
 
 
+def quality(options: argparse.Namespace) -> bool:
+    """Quality of the pair on the device, by the command that everybody uses."""
+    size = ["--limit", "2"] if options.quick else ["--limit", "100", "--batch-size", "32"]
+    run = _command("run", "--tasks", "miniature", *_pair(options), *_grid(options), *size)
+    say("quality", device=options.device, run=run)
+    return True
+
+
 def sweep(options: argparse.Namespace) -> bool:
-    """Quality and speed of the pair on the device, by the commands that everybody uses."""
+    """Speed of the pair on the device, by the command that everybody uses."""
     return _sweep(options, "sweep")
 
 
@@ -230,19 +243,26 @@ def sweep_graphs(options: argparse.Namespace) -> bool:
 
 
 def _sweep(options: argparse.Namespace, step: str, *more: str) -> bool:
-    chosen = ["--model", options.model] if options.model else []
-    place = ["--devices", options.device, "--dtype", "float32", "--out", str(options.out)]
     if options.quick:
-        grid, size = ["--block-sizes", "16"], ["--limit", "2"]
         rounds = ["--num-prompts", "2", "--min-rounds", "2", "--tasks", "miniature_sort"]
     else:
-        grid, size = ["--block-sizes", "8,16,32", "--thresholds", "0.8,0.95"], ["--limit", "100"]
-        rounds = ["--min-rounds", "6", "--batch-sizes", "1,8"]
-    run = _command("run", "--tasks", "miniature", *chosen, *place, *grid, *size, *more)
-    timed = _command("speed", *chosen, *place, *grid, *rounds, *more)
+        rounds = ["--min-rounds", "6", "--batch-sizes", "1,8", "--tasks", "miniature"]
+        rounds += ["--num-prompts", "16" if options.brief else "64"]
+    timed = _command("speed", *_pair(options), *_grid(options), *rounds, *more)
     captured = [event for event in store.load(Path(timed)).events if event["kind"] == "timed_again"]
-    say(step, timed_again=len(captured), device=options.device, run=run, speed=timed)
+    say(step, timed_again=len(captured), device=options.device, speed=timed)
     return True
+
+
+def _pair(options: argparse.Namespace) -> list[str]:
+    chosen = ["--model", options.model] if options.model else []
+    return [*chosen, "--dtype", "float32", *_place(options)]
+
+
+def _grid(options: argparse.Namespace) -> list[str]:
+    """Block sizes and thresholds of the miniature, which is right at high thresholds only."""
+    sizes = "16" if options.quick or options.brief else "8,16,32"
+    return ["--block-sizes", sizes, "--thresholds", "0.9" if options.quick else "0.99,0.9"]
 
 
 def scale(options: argparse.Namespace) -> bool:
@@ -286,18 +306,8 @@ def _scale(options: argparse.Namespace, *more: str) -> bool:
 
 def _largest_that_fits(options: argparse.Namespace, more: Sequence[str]) -> str:
     """Two towers, else one set of weights for both, else the first 26, 13 or 6 layers."""
-    sizes = [
-        "--batch-sizes",
-        "1,8",
-        "--block-sizes",
-        "16",
-        "--prompt-tokens",
-        "512",
-        "--min-rounds",
-        "4",
-        "--repeats",
-        "4",
-    ]
+    sizes = ["--batch-sizes", "1,8", "--block-sizes", "16", "--prompt-tokens", "512", "--repeats", "4"]
+    sizes += ["--min-rounds", "5" if options.brief else "10"]
     ways: list[list[str]] = [[], ["--share-towers"], *(["--layers", str(n)] for n in (26, 13, 6))]
     for way in ways:
         done = _run_verb("speed", "--random-weights", RELEASED_NAME, *sizes, *way, *more, *_place(options))
@@ -331,8 +341,10 @@ def native(options: argparse.Namespace) -> bool:
     pattern = values["hybrid_override_pattern"][: 8 if options.quick else NATIVE_LAYERS]
     values |= {"hybrid_override_pattern": pattern, "num_hidden_layers": len(pattern)}
     num_new = 8 if options.quick else NATIVE_NEW
-    arms = {"ours": _our_arm(parse_config(values), options.device, dtype, num_new),
+    arms = {"ours": _our_arm(parse_config(values), options.device, dtype, num_new, captured=False),
             "transformers": _native_arm(values, options.device, dtype, num_new)}  # fmt: skip
+    if torch.device(options.device).type == "cuda":
+        arms["ours, CUDA graphs"] = _our_arm(parse_config(values), options.device, dtype, num_new, captured=True)
     clock = CallClock(Devices([options.device]), time.perf_counter)
     wall_s: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(1 + (2 if options.quick else NATIVE_ROUNDS)):
@@ -342,13 +354,18 @@ def native(options: argparse.Namespace) -> bool:
             if number:  # the first warms up
                 wall_s[name].append(clock() - started_s)
     rates = {name: num_new / statistics.median(times_s) for name, times_s in wall_s.items()}
-    facts = {"tokens_per_s": rates, "ratio": rates["ours"] / rates["transformers"], "layers": pattern}
+    ratios = {name: rate / rates["transformers"] for name, rate in rates.items() if name != "transformers"}
+    facts = {"tokens_per_s": rates, "ratios": ratios, "layers": pattern}
     say("native", device=options.device, dtype=str(dtype), wall_s=wall_s, **facts)
     return True
 
 
-def _our_arm(config: NemotronHConfig, device: str, dtype: torch.dtype, num_new: int) -> Callable[[], object]:
+def _our_arm(
+    config: NemotronHConfig, device: str, dtype: torch.dtype, num_new: int, *, captured: bool
+) -> Callable[[], object]:
     pair = build_random_pair(config, name="native", dtype=dtype, devices=(device,), seed=0, share_towers=True)
+    if captured:
+        use_graphs(pair)
     decoder = tt.make_decoder(pair, "autoregressive")
     prompts = [tt.Prompt(id="p", token_ids=tuple(range(4, 4 + NATIVE_PROMPT)))]
     return lambda: decoder.generate(prompts, max_new_tokens=num_new)
@@ -405,6 +422,7 @@ STEPS: dict[str, Callable[[argparse.Namespace], bool]] = {
     "parity": parity,
     "kernels": kernels,
     "graphs": graphs,
+    "quality": quality,
     "sweep": sweep,
     "sweep_graphs": sweep_graphs,
     "scale": scale,
@@ -412,6 +430,7 @@ STEPS: dict[str, Callable[[argparse.Namespace], bool]] = {
     "native": native,
     "report": report,
 }
+EAGER = ("sweep", "scale")  # left out with --brief
 ALL_STEPS = STEPS | {"train": train}
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ SCRIPT = Path(__file__).with_name("device_check.py")
 
 
 def test_every_step_runs_on_a_cpu(tmp_path):
-    steps = ["parity", "kernels", "graphs", "sweep", "sweep_graphs", "scale", "scale_graphs", "native", "train"]
+    steps = ["parity", "kernels", "graphs", "quality", "sweep", "sweep_graphs", "scale", "scale_graphs", "native", "train"]
     steps += ["report"]
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--quick", "--out", str(tmp_path)]
     command += [word for step in steps for word in ("--step", step)]
@@ -24,6 +24,7 @@ def test_every_step_runs_on_a_cpu(tmp_path):
         "parity",
         "kernels",
         "graphs",
+        "quality",
         "sweep",
         "sweep_graphs",
         "floor",
@@ -38,7 +39,7 @@ def test_every_step_runs_on_a_cpu(tmp_path):
     assert [row["held"] for row in (*of["parity"], *of["graphs"])] == [True, True, True]
     assert of["parity"][0]["equal_greedy_runs"] == 1.0
     assert {row["part"] for row in of["floor"]} == {"ar_step", "denoise"}
-    assert of["native"][0]["ratio"] > 0
+    assert of["native"][0]["ratios"]["ours"] > 0
     assert len(of["report"][0]["reports"]) == 2
     assert all(Path(path).is_file() for path in of["report"][0]["reports"])
     assert len(of["report"][0]["runs"]) == 3

@@ -32,6 +32,7 @@ PACKAGES = (
     "mamba-ssm",
     "causal-conv1d",
     "flash-attn",
+    "triton",
     "ray",
 )
 GIT_TIMEOUT_S = 10.0

@@ -118,7 +118,8 @@ def outputs_of_row(
     out_AH, shared_out_1H = x_1H.new_empty(per_token, hidden), torch.empty_like(x_1H)
     device, most = x_1H.device, num_at_once(product.PER_PROCESSOR, x_1H.device)
     sizes = {"width": width, "shared_width": shared_width, "hidden": hidden, "PER_TOKEN": per_token}
-    sizes |= {"num_warps": product.NUM_WARPS} | overlapping(device)
+    sizes |= {"num_warps": product.NUM_WARPS} | overlapping(device, up_EIH, down_EHI, shared_IH, shared_HI)
+    up_EIH, down_EHI, shared_IH, shared_HI = (t.contiguous() for t in (up_EIH, down_EHI, shared_IH, shared_HI))
     outputs, inputs = product.tile(hidden)
     num_tiles = triton.cdiv(shared_width, outputs) + per_token * triton.cdiv(width, outputs)
     _up_row_kernel[(num_programs(num_tiles, most),)](

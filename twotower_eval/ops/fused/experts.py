@@ -187,7 +187,6 @@ def experts(
 ) -> Tensor:
     """See :func:`twotower_eval.ops.moe.experts_and_shared`; (R, H)."""
     x_RH, chosen_RA, weights_RA = x_RH.contiguous(), chosen_RA.contiguous(), weights_RA.contiguous()
-    up_EIH, down_EHI, shared_IH, shared_HI = (t.contiguous() for t in (up_EIH, down_EHI, shared_IH, shared_HI))
     weights = (up_EIH, down_EHI, shared_IH, shared_HI)
     if len(x_RH) == 1:
         out_MH, shared_out_RH = outputs_of_row(x_RH, chosen_RA, *weights)
@@ -214,14 +213,15 @@ def _outputs_of_rows(
     """Outputs of each pair's expert (R A, H) and of the shared one (R, H)."""
     num_rows, (num_experts, width, hidden), shared_width = len(x_RH), up_EIH.shape, shared_IH.shape[0]
     num_pairs, with_shared, device = chosen_RA.numel(), num_rows <= ROWS, x_RH.device
-    tile = tile or TILES[min(x_RH.element_size(), 4)]
+    tile, overlap = tile or TILES[min(x_RH.element_size(), 4)], overlapping(device)
+    up_EIH, down_EHI, shared_IH, shared_HI = (t.contiguous() for t in (up_EIH, down_EHI, shared_IH, shared_HI))
     order_M, starts_E, used_E = (
         torch.empty(length, dtype=torch.int32, device=device)
         for length in (num_pairs, num_experts + 1, num_experts + 1)
     )
     _plan_kernel[(num_experts,)](
         chosen_RA, order_M, starts_E, used_E, num_pairs, num_experts, PAIRS=max(16, triton.next_power_of_2(num_pairs)),
-        EXPERTS=triton.next_power_of_2(num_experts + 1), num_warps=4, **overlapping(device),
+        EXPERTS=triton.next_power_of_2(num_experts + 1), num_warps=4, **overlap,
     )  # fmt: skip
     inner_MI, out_MH = x_RH.new_empty(num_pairs, width), x_RH.new_empty(num_pairs, hidden)
     if with_shared:
@@ -232,7 +232,7 @@ def _outputs_of_rows(
     sizes = {
         "width": width, "shared_width": shared_width, "hidden": hidden, "WITH_SHARED": with_shared, "ROWS": ROWS,
         "OUTPUTS": tile.outputs, "INPUTS": tile.inputs, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
-    } | overlapping(device)  # fmt: skip
+    } | overlap  # fmt: skip
     most, most_experts = num_at_once(tile.per_processor, device), min(num_experts, num_pairs)
     shared_tiles = [triton.cdiv(size, tile.outputs) if with_shared else 0 for size in (shared_width, hidden)]
     routed_tiles = [most_experts * triton.cdiv(size, tile.outputs) for size in (width, hidden)]

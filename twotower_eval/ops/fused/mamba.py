@@ -241,6 +241,7 @@ def scan(
     """See :func:`twotower_eval.ops.mamba.scan_reference`."""
     batch_size, num_positions, _ = projected_BSZ.shape
     heads, dim, state_size = ssm_BhPN.shape[1:]
+    overlap = overlapping(ssm_BhPN.device, weight_C1W)
     projected_BSZ, ssm_BhPN, weight_C1W = projected_BSZ.contiguous(), ssm_BhPN.contiguous(), weight_C1W.contiguous()
     y_BSI = torch.empty(batch_size, num_positions, heads * dim, dtype=torch.float32, device=projected_BSZ.device)
     conv_after, ssm_after = after or (conv_BCW, ssm_BhPN)  # not written to without an after
@@ -252,7 +253,7 @@ def scan(
     between = (0.0, math.inf) if limits is None else limits
     sizes = {
         "HEADS": heads, "GROUPS": num_groups, "DIM": dim, "STATE": state_size, "TAPS": weight_C1W.shape[2],
-        "HAS_BIAS": bias_C is not None, **overlapping(ssm_BhPN.device),
+        "HAS_BIAS": bias_C is not None, **overlap,
     }  # fmt: skip
     if num_positions == 1 and after is not None:
         tile = min(dim, 16)

@@ -32,11 +32,15 @@ def wait_for_previous(OVERLAP: tl.constexpr):
         gdc_wait()
 
 
-@cache
-def overlapping(device: torch.device) -> dict[str, Any]:
-    """Arguments of a launch on this device."""
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
+def overlapping(device: torch.device, *weights: torch.Tensor) -> dict[str, Any]:
+    """Arguments of a launch on this device; weights that have to be laid out anew first are not there at once."""
+    able = _can_overlap(device) and all(weight.is_contiguous() for weight in weights)
     return {"OVERLAP": able, "launch_pdl": able} if able else {"OVERLAP": False}
+
+
+@cache
+def _can_overlap(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
 
 
 def num_programs(num_tiles: int, most: int) -> int:

@@ -69,6 +69,6 @@ def linear_of_row(x: Tensor, weight_OI: Tensor) -> Tensor:
     out = torch.empty(*x.shape[:-1], num_outputs, dtype=x.dtype, device=x.device)
     _row_kernel[(num_programs(triton.cdiv(num_outputs, outputs), num_at_once(PER_PROCESSOR, x.device)),)](
         x.contiguous(), weight_OI.contiguous(), out, num_outputs, num_inputs,
-        OUTPUTS=outputs, INPUTS=inputs, num_warps=NUM_WARPS, **overlapping(x.device),
+        OUTPUTS=outputs, INPUTS=inputs, num_warps=NUM_WARPS, **overlapping(x.device, weight_OI),
     )  # fmt: skip
     return out
