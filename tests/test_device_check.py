@@ -10,7 +10,18 @@ SCRIPT = Path(__file__).with_name("device_check.py")
 
 
 def test_every_step_runs_on_a_cpu(tmp_path):
-    steps = ["parity", "kernels", "graphs", "quality", "sweep", "sweep_graphs", "scale", "scale_graphs", "native", "train"]
+    steps = [
+        "parity",
+        "kernels",
+        "graphs",
+        "quality",
+        "sweep",
+        "sweep_graphs",
+        "scale",
+        "scale_graphs",
+        "native",
+        "train",
+    ]
     steps += ["report"]
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--quick", "--out", str(tmp_path)]
     command += [word for step in steps for word in ("--step", step)]

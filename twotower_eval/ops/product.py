@@ -24,14 +24,13 @@ from torch.nn import functional
 from twotower_eval.ops import kernels
 
 FEW_ROWS = 8
-KERNEL_MAX_INPUTS = 8192  # of the kernel for one row on a GPU
 
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     """``x @ weight.T``, contiguous, (..., O)."""
     num_outputs, num_inputs = weight_OI.shape
     num_rows = x.numel() // num_inputs
-    if num_rows == 1 and num_inputs <= KERNEL_MAX_INPUTS and kernels.may_serve(x, weight_OI):
+    if num_rows == 1 and kernels.may_serve(x, weight_OI):
         kernel = ROW_PRODUCT.on(x.device, x.dtype)
         if kernel is not None:
             fused: Tensor = kernel(x, weight_OI)
@@ -80,9 +79,9 @@ def _load_row_product() -> Callable[..., Any]:
 def _row_product_pairs(
     kernel: Callable[..., Any], device: torch.device, precision: torch.dtype
 ) -> Sequence[tuple[Tensor, Tensor]]:
-    """Few outputs, more than there are programs, and a row of several shapes; sizes that no tile divides."""
+    """Few outputs and many, rows of less than a piece, of one, and of more; sizes that no tile divides."""
     found = []
-    for num_outputs, num_inputs in ((3, 40), (330, 200), (40_000, 100), (2000, 4096)):
+    for num_outputs, num_inputs in ((3, 40), (330, 200), (50, 4096), (50, 5000)):
         weight_OI = kernels.seeded((num_outputs, num_inputs), device, precision, seed=num_outputs)
         x_11I = kernels.seeded((1, 1, num_inputs), device, precision, seed=1)
         found.append((kernel(x_11I, weight_OI), (x_11I.double() @ weight_OI.double().T).to(precision)))

@@ -48,7 +48,7 @@ def _piece_kernel(
         there = (keys < num_slots + (NEW if BEHIND else 0))[:, None]
         k_at = batch * k_stride_b + head * k_stride_j + keys[:, None] * k_stride_t + dims[None, :]
         k = tl.load(k_ptr + k_at, mask=there, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen so far
@@ -56,7 +56,7 @@ def _piece_kernel(
         shrunk = tl.exp(top - base)
         v_at = batch * v_stride_b + head * v_stride_j + keys[:, None] * v_stride_t + dims[None, :]
         v = tl.load(v_ptr + v_at, mask=there, other=0.0)
-        sums = sums * shrunk[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="tf32x3")
+        sums = sums * shrunk[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         total = total * shrunk + tl.sum(weights, axis=1)
         top = higher
     out = ((batch * NUM_HEADS * SHARING + query) * NEW + position) * num_pieces + piece

@@ -27,37 +27,32 @@ def _step_size(dt, bias, smallest, largest):
 
 
 @triton.jit
-def _filters(weight_ptr, channels, TAPS: tl.constexpr, SPAN: tl.constexpr):
-    """Weights of some channels, (channels, SPAN), float32."""
-    taps = tl.arange(0, SPAN)
-    at = channels[:, None] * TAPS + taps[None, :]
-    return tl.load(weight_ptr + at, mask=(taps < TAPS)[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _window(u_ptr, state_ptr, channels, stride_c, stride_w, TAPS: tl.constexpr, SPAN: tl.constexpr):
-    """The inputs of one position, (channels, SPAN): those before it from the state, then its own."""
-    taps = tl.arange(0, SPAN)
-    at = channels[:, None] * stride_c + (taps + 1)[None, :] * stride_w
-    before = tl.load(state_ptr + at, mask=(taps < TAPS - 1)[None, :], other=0.0)
-    return tl.where((taps == TAPS - 1)[None, :], tl.load(u_ptr + channels)[:, None], before)
-
-
-@triton.jit
-def _keep_window(after_ptr, window, channels, stride_c, stride_w, TAPS: tl.constexpr, SPAN: tl.constexpr):
-    """The window after one position is that position's own."""
-    taps = tl.arange(0, SPAN)
-    at = channels[:, None] * stride_c + taps[None, :] * stride_w
-    tl.store(after_ptr + at, window.to(after_ptr.dtype.element_ty), mask=(taps < TAPS)[None, :])
-
-
-@triton.jit
-def _convolved_one(window, filters, bias_ptr, channels, HAS_BIAS: tl.constexpr):
+def _convolved_one(
+    u_ptr, state_ptr, weight_ptr, bias_ptr, channels, state_stride_c, state_stride_w,
+    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
     """One position of some channels, SiLU applied, rounded to the input's type."""
-    out = tl.sum(window.to(tl.float32) * filters, axis=1)
+    newest = tl.load(u_ptr + channels)
+    out = newest.to(tl.float32) * tl.load(weight_ptr + channels * TAPS + TAPS - 1).to(tl.float32)
+    for tap in tl.static_range(TAPS - 1):
+        before = tl.load(state_ptr + channels * state_stride_c + (tap + 1) * state_stride_w)
+        out += before.to(tl.float32) * tl.load(weight_ptr + channels * TAPS + tap).to(tl.float32)
     if HAS_BIAS:
         out += tl.load(bias_ptr + channels).to(tl.float32)
-    return (out * tl.sigmoid(out)).to(window.dtype).to(tl.float32)
+    return (out * tl.sigmoid(out)).to(u_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _keep_one(
+    u_ptr, state_ptr, after_ptr, channels, state_stride_c, state_stride_w, after_stride_c, after_stride_w,
+    TAPS: tl.constexpr,
+):  # fmt: skip
+    """The window after one position."""
+    for tap in tl.static_range(TAPS - 1):
+        before = tl.load(state_ptr + channels * state_stride_c + (tap + 1) * state_stride_w)
+        tl.store(after_ptr + channels * after_stride_c + tap * after_stride_w, before)
+    newest = tl.load(u_ptr + channels).to(after_ptr.dtype.element_ty)
+    tl.store(after_ptr + channels * after_stride_c + (TAPS - 1) * after_stride_w, newest)
 
 
 @triton.jit
@@ -67,9 +62,10 @@ def _one_kernel(
     projected_stride, conv_stride_b, conv_stride_c, conv_stride_w, after_stride_b, after_stride_c, after_stride_w,
     ssm_stride_b, ssm_after_stride_b, smallest, largest,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, STATE: tl.constexpr, TAPS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr, OVERLAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_next_begin(OVERLAP)
+    wait_for_previous(OVERLAP)
     batch, head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     inner: tl.constexpr = HEADS * DIM
     channels: tl.constexpr = inner + 2 * GROUPS * STATE
@@ -84,31 +80,30 @@ def _one_kernel(
     x_channels = head * DIM + dims
     b_channels = inner + group * STATE + states
     c_channels = b_channels + GROUPS * STATE
-    # Weights, which nobody writes, then all that was computed before, then arithmetic.
-    x_filters = _filters(weight_ptr, x_channels, TAPS, SPAN)
-    b_filters = _filters(weight_ptr, b_channels, TAPS, SPAN)
-    c_filters = _filters(weight_ptr, c_channels, TAPS, SPAN)
-    dt_bias, a_log = tl.load(dt_bias_ptr + head), tl.load(a_log_ptr + head).to(tl.float32)
-    skip = tl.load(skip_ptr + head).to(tl.float32)
-    wait_for_previous(OVERLAP)
-    at = (head * DIM + dims)[:, None] * STATE + states[None, :]
-    state = tl.load(ssm_ptr + batch * ssm_stride_b + at)
-    x_window = _window(u_ptr, conv_ptr, x_channels, conv_stride_c, conv_stride_w, TAPS, SPAN)
-    b_window = _window(u_ptr, conv_ptr, b_channels, conv_stride_c, conv_stride_w, TAPS, SPAN)
-    c_window = _window(u_ptr, conv_ptr, c_channels, conv_stride_c, conv_stride_w, TAPS, SPAN)
-    dt = tl.load(u_ptr + channels + head)
+    x = _convolved_one(u_ptr, conv_ptr, weight_ptr, bias_ptr, x_channels, conv_stride_c, conv_stride_w, TAPS, HAS_BIAS)
+    b = _convolved_one(u_ptr, conv_ptr, weight_ptr, bias_ptr, b_channels, conv_stride_c, conv_stride_w, TAPS, HAS_BIAS)
+    c = _convolved_one(u_ptr, conv_ptr, weight_ptr, bias_ptr, c_channels, conv_stride_c, conv_stride_w, TAPS, HAS_BIAS)
 
-    x = _convolved_one(x_window, x_filters, bias_ptr, x_channels, HAS_BIAS)
-    b = _convolved_one(b_window, b_filters, bias_ptr, b_channels, HAS_BIAS)
-    c = _convolved_one(c_window, c_filters, bias_ptr, c_channels, HAS_BIAS)
-    delta = _step_size(dt, dt_bias, smallest, largest)
-    state = state * tl.exp(-delta * tl.exp(a_log)) + (delta * x)[:, None] * b[None, :]
+    delta = _step_size(tl.load(u_ptr + channels + head), tl.load(dt_bias_ptr + head), smallest, largest)
+    decay = tl.exp(-delta * tl.exp(tl.load(a_log_ptr + head).to(tl.float32)))
+    at = (head * DIM + dims)[:, None] * STATE + states[None, :]
+    state = tl.load(ssm_ptr + batch * ssm_stride_b + at) * decay + (delta * x)[:, None] * b[None, :]
     tl.store(ssm_after_ptr + batch * ssm_after_stride_b + at, state)
-    tl.store(y_ptr + batch * inner + x_channels, tl.sum(state * c[None, :], axis=1) + skip * x)
-    _keep_window(conv_after_ptr, x_window, x_channels, after_stride_c, after_stride_w, TAPS, SPAN)
+    y = tl.sum(state * c[None, :], axis=1) + tl.load(skip_ptr + head).to(tl.float32) * x
+    tl.store(y_ptr + batch * inner + x_channels, y)
+
+    _keep_one(
+        u_ptr, conv_ptr, conv_after_ptr, x_channels, conv_stride_c, conv_stride_w, after_stride_c, after_stride_w, TAPS
+    )
     if (head % of_group == 0) and (tile == 0):
-        _keep_window(conv_after_ptr, b_window, b_channels, after_stride_c, after_stride_w, TAPS, SPAN)
-        _keep_window(conv_after_ptr, c_window, c_channels, after_stride_c, after_stride_w, TAPS, SPAN)
+        _keep_one(
+            u_ptr, conv_ptr, conv_after_ptr, b_channels,
+            conv_stride_c, conv_stride_w, after_stride_c, after_stride_w, TAPS,
+        )  # fmt: skip
+        _keep_one(
+            u_ptr, conv_ptr, conv_after_ptr, c_channels,
+            conv_stride_c, conv_stride_w, after_stride_c, after_stride_w, TAPS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -140,10 +135,11 @@ def _keep(
     """The window after all positions."""
     for tap in tl.static_range(TAPS):
         source = num_positions - TAPS + tap
-        kept = tl.load(u_ptr + source * u_stride + channels, mask=(channels >= 0) & (source >= 0), other=0.0)
+        from_block = channels * 0 + source >= 0
+        kept = tl.load(u_ptr + source * u_stride + channels, mask=from_block, other=0.0)
         earlier_ptr = state_ptr + channels * state_stride_c + (source + TAPS) * state_stride_w
-        earlier = tl.load(earlier_ptr, mask=(channels >= 0) & (source < 0), other=0.0)
-        value = tl.where(source >= 0, kept.to(tl.float32), earlier.to(tl.float32))
+        earlier = tl.load(earlier_ptr, mask=channels * 0 + source < 0, other=0.0)
+        value = tl.where(from_block, kept.to(tl.float32), earlier.to(tl.float32))
         tl.store(after_ptr + channels * after_stride_c + tap * after_stride_w, value.to(after_ptr.dtype.element_ty))
 
 
@@ -258,9 +254,8 @@ def scan(
     if num_positions == 1 and after is not None:
         tile = min(dim, 16)
         _one_kernel[(batch_size, heads, dim // tile)](
-            *given, projected_BSZ.stride(0), *strides, *between, **sizes, TILE=tile,
-            SPAN=triton.next_power_of_2(weight_C1W.shape[2]), num_warps=2,
-        )  # fmt: skip
+            *given, projected_BSZ.stride(0), *strides, *between, **sizes, TILE=tile, num_warps=2
+        )
     else:
         tile, positions = min(dim, 32), max(16, triton.next_power_of_2(num_positions))
         _block_kernel[(batch_size, heads, dim // tile)](

@@ -1,8 +1,7 @@
-"""How kernels follow each other: as many programs as the device holds at once, the next ones beginning as these end.
+"""A kernel that begins while the one before it ends (programmatic dependent launch, Hopper and later).
 
-Launched for overlap (programmatic dependent launch, Hopper and later), a kernel may read weights at once, which nobody
-writes, and waits before it touches anything else; the stream of weights then does not pause between kernels. All
-kernels of ops/fused wait, so that none overtakes another.
+Launched so, a kernel may read weights at once, which nobody writes, and waits before it touches anything else; the
+stream of weights then does not pause between kernels. All kernels of ops/fused wait, so that none overtakes another.
 """
 
 from __future__ import annotations
@@ -41,15 +40,3 @@ def overlapping(device: torch.device, *weights: torch.Tensor) -> dict[str, Any]:
 @cache
 def _can_overlap(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
-
-
-def num_programs(num_tiles: int, most: int) -> int:
-    """Programs for so many tiles: at most so many, and each as many tiles as the others, but for the last."""
-    return -(-num_tiles // -(-num_tiles // most))
-
-
-@cache
-def num_at_once(per_processor: int, device: torch.device) -> int:
-    """Programs that a device holds at once."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return int(processors * per_processor)

@@ -9,27 +9,23 @@ from torch import Tensor
 
 from twotower_eval.ops.fused.overlap import let_next_begin, overlapping, wait_for_previous
 
-ROWS, COLUMNS = 4, 1024  # that a program reads at a time
+COLUMNS = 1024  # that a program reads at a time
 
 
 @triton.jit
 def _scores_kernel(
-    x_ptr, gate_ptr, out_ptr, num_rows, num_experts, hidden: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
+    x_ptr, gate_ptr, out_ptr, num_experts, hidden: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
     let_next_begin(OVERLAP)
-    expert, rows = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    real = rows < num_rows
-    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float64)
+    row, expert = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    total = tl.zeros([COLUMNS], dtype=tl.float64)
     wait_for_previous(OVERLAP)
     for start in tl.static_range(0, hidden, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         inside = columns < hidden
         gate = tl.load(gate_ptr + expert * hidden + columns, mask=inside, other=0.0).to(tl.float64)
-        x_at = rows[:, None] * hidden + columns[None, :]
-        x = tl.load(x_ptr + x_at, mask=real[:, None] & inside[None, :], other=0.0).to(tl.float64)
-        total += gate[None, :] * x
-    tl.store(out_ptr + rows * num_experts + expert, tl.sum(total, axis=1), mask=real)
+        total += gate * tl.load(x_ptr + row * hidden + columns, mask=inside, other=0.0).to(tl.float64)
+    tl.store(out_ptr + row * num_experts + expert, tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -70,11 +66,9 @@ def route(
     chosen_RA = torch.empty(num_rows, experts_per_token, dtype=torch.int64, device=x_RH.device)
     weights_RA = torch.empty(num_rows, experts_per_token, dtype=torch.float32, device=x_RH.device)
     overlap = overlapping(x_RH.device)
-    rows = min(ROWS, triton.next_power_of_2(num_rows))
-    _scores_kernel[(num_experts, triton.cdiv(num_rows, rows))](
-        x_RH, gate_EH, scores_RE, num_rows, num_experts,
-        hidden=hidden, ROWS=rows, COLUMNS=COLUMNS, num_warps=4, **overlap,
-    )  # fmt: skip
+    _scores_kernel[(num_rows, num_experts)](
+        x_RH, gate_EH, scores_RE, num_experts, hidden=hidden, COLUMNS=COLUMNS, num_warps=4, **overlap
+    )
     _choose_kernel[(num_rows,)](
         scores_RE, bias_E, chosen_RA, weights_RA, num_experts, scale,
         PER_TOKEN=experts_per_token, SLOTS=triton.next_power_of_2(experts_per_token), NORMALISE=normalise,
