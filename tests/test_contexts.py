@@ -181,6 +181,22 @@ def test_rows_gathered_from_several_contexts(name: str) -> None:
 
 
 @EVERY_MODEL
+def test_the_last_position_alone(name: str) -> None:
+    """Layers that serve each row's last position alone give it what it has among all; rows without new tokens keep
+    theirs. In several pieces too."""
+    model, rows = tiny_pair(name), ids(3, 150)
+    for lengths in ([150, 150, 150], [150, 2, 70], [9, 64, 65]):
+        context = model.prefill(rows, lengths)
+        wanted = model.context_logits(rows, lengths, last=1)[:, 0]
+        assert torch.allclose(model.next_logits(context), wanted, atol=1e-4)
+        longer = model.extend(context, ids(3, K, seed=1), [0, K, 1])
+        assert torch.equal(longer.last_hidden_BH[0], context.last_hidden_BH[0])
+        for row, num_new in ((1, K), (2, 1)):
+            tokens = rows[row, : lengths[row]].tolist() + ids(3, K, seed=1)[row, :num_new].tolist()
+            assert torch.allclose(answers(model, longer)[row], alone(model, tokens), atol=1e-4)
+
+
+@EVERY_MODEL
 def test_context_logits_of_unequal_rows(name: str) -> None:
     """All positions or each row's last n; rows shorter than n repeat their first position on the left."""
     model, lengths, rows = tiny_pair(name), [6, 2, 4], ids(3, 6)
