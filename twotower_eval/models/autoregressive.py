@@ -27,7 +27,11 @@ PIECE_ROWS, MIN_PIECE = 256, 64  # token rows that a CPU takes at once; position
 
 
 class ContextTower(LanguageModel):
-    """Causal tower and head. Rows of a batch are right-padded; what is behind ``lengths_B`` changes nothing."""
+    """Causal tower and head. Rows of a batch are right-padded; what is behind ``lengths_B`` changes nothing.
+
+    ``last_alone``: where only the last position is asked for, a CPU leaves the others out of the layers behind the last
+    that mixes positions.
+    """
 
     branch_tokens = 2048
 
@@ -35,6 +39,7 @@ class ContextTower(LanguageModel):
         super().__init__()
         self.config = config
         self.graphs: StepGraphs | None = None
+        self.last_alone = True
         self.tower = Tower(config)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -153,7 +158,7 @@ class ContextTower(LanguageModel):
             return y
 
         x_BSH = self.tower.embed(ids_BS.to(device=device, dtype=torch.int64))
-        alone = last and num_new > 1 and device.type == "cpu"  # on a GPU a position more costs nothing
+        alone = last and self.last_alone and num_new > 1 and device.type == "cpu"
         wanted = (lambda x: _last_column(x, new_lengths_B)) if alone else None
         x_BSH = run_layers(self.tower, x_BSH, attend=attend, mix=mix, wanted=wanted)
         last_BH = x_BSH[:, -1] if x_BSH.shape[1] == 1 else _last_column(x_BSH, new_lengths_B)[:, 0]
