@@ -160,6 +160,43 @@ def test_joined_rows_are_those_of_both(name: str, first: list[int], second: list
 
 
 @EVERY_MODEL
+def test_rows_gathered_from_several_contexts(name: str) -> None:
+    """In any order, from buffers of several sizes, with rows of no tokens; what they came from does not change."""
+    model, rows = tiny_pair(name), ids(9, 90)
+    long = model.prefill(rows[:3], [80, 3, 90])
+    grown = model.extend(model.prefill(rows[3:6], [2, 20, 7]), ids(3, K, seed=1))
+    parts = [(long, [1, 0]), (grown, [2]), (model.prefill(rows[6:], [5, 0, 9]), [2, 1]), (long, [2])]
+    before = [answers(model, part) for part, _ in parts]
+    gathered = long.gathered(parts)
+    assert gathered.lengths == (3, 80, 11, 9, 0, 90)
+    wanted = torch.cat([before_BKV[chosen] for before_BKV, (_, chosen) in zip(before, parts, strict=True)])
+    assert torch.allclose(answers(model, gathered), wanted, atol=ATOL)
+    new = ids(6, 20, seed=2)
+    longer = model.extend(gathered, new)
+    for (part, _), before_BKV in zip(parts, before, strict=True):
+        assert torch.equal(answers(model, part), before_BKV)
+    of_grown = [*rows[5, :7].tolist(), *ids(3, K, seed=1)[2].tolist()]
+    for i, tokens in enumerate([rows[1, :3].tolist(), rows[0, :80].tolist(), of_grown, rows[8, :9].tolist(), []]):
+        assert torch.allclose(answers(model, longer)[i], alone(model, tokens + new[i].tolist()), atol=1e-4)
+
+
+@EVERY_MODEL
+def test_the_last_position_alone(name: str) -> None:
+    """Layers that serve each row's last position alone give it what it has among all; rows without new tokens keep
+    theirs. In several pieces too."""
+    model, rows = tiny_pair(name), ids(3, 150)
+    for lengths in ([150, 150, 150], [150, 2, 70], [9, 64, 65]):
+        context = model.prefill(rows, lengths)
+        wanted = model.context_logits(rows, lengths, last=1)[:, 0]
+        assert torch.allclose(model.next_logits(context), wanted, atol=1e-4)
+        longer = model.extend(context, ids(3, K, seed=1), [0, K, 1])
+        assert torch.equal(longer.last_hidden_BH[0], context.last_hidden_BH[0])
+        for row, num_new in ((1, K), (2, 1)):
+            tokens = rows[row, : lengths[row]].tolist() + ids(3, K, seed=1)[row, :num_new].tolist()
+            assert torch.allclose(answers(model, longer)[row], alone(model, tokens), atol=1e-4)
+
+
+@EVERY_MODEL
 def test_context_logits_of_unequal_rows(name: str) -> None:
     """All positions or each row's last n; rows shorter than n repeat their first position on the left."""
     model, lengths, rows = tiny_pair(name), [6, 2, 4], ids(3, 6)

@@ -179,6 +179,10 @@ def test_modulation_is_kept_until_its_weights_change() -> None:
             change()
         for t in (0.5, 0.75, 0.5):
             assert torch.allclose(denoised([t]), denoised(torch.tensor([t])), atol=ATOL)
+        with torch.inference_mode():
+            rows = model.denoise(block.expand(3, -1), context.select([0, 0, 0]), [0.75, 0.5, 0.75])
+        for row, t in enumerate((0.75, 0.5, 0.75)):
+            assert torch.allclose(rows[row], denoised([t])[0], atol=ATOL)
         assert not torch.equal(before, denoised([0.5]))
     for n in range(MAX_TIMES + 5):
         denoised([n / 100])

@@ -287,12 +287,12 @@ def test_dropped_groups_let_experts_through_where_the_bias_is_very_negative() ->
 @pytest.mark.parametrize("R", [1, 3, moe.GATHER_MAX_ROWS, moe.GATHER_MAX_ROWS + 1, 40])
 @pytest.mark.parametrize("per_token", [1, 3])
 def test_experts(R: int, per_token: int) -> None:
-    """Gathered, sorted and one by one, with experts that nobody chose."""
+    """Gathered, sorted, all of them and one by one, with experts that nobody chose."""
     x, up, down = noise(R, 8), noise(6, 10, 8, seed=1), noise(6, 8, 10, seed=2)
     chosen = noise(R, 5, seed=3).topk(per_token).indices
     weights = noise(R, per_token, seed=4).abs()
     wanted = moe.experts_reference(x, chosen, weights, up, down)
-    for ours in (moe.experts, moe._experts_gathered, moe._experts_sorted):
+    for ours in (moe.experts, moe._experts_gathered, moe._experts_sorted, moe._experts_in_place, moe._experts_all):
         assert close(ours(x, chosen, weights, up, down), wanted)
 
 
@@ -300,7 +300,13 @@ def test_experts_bfloat16() -> None:
     x, up, down = noise(7, 8).bfloat16(), noise(6, 10, 8, seed=1).bfloat16(), noise(6, 8, 10, seed=2).bfloat16()
     chosen, weights = noise(7, 6, seed=3).topk(2).indices, noise(7, 2, seed=4).abs()
     wanted = moe.experts_reference(x.float(), chosen, weights, up.float(), down.float())
-    for ours in (moe._experts_gathered, moe._experts_sorted, moe.experts_reference):
+    for ours in (
+        moe._experts_gathered,
+        moe._experts_sorted,
+        moe._experts_in_place,
+        moe._experts_all,
+        moe.experts_reference,
+    ):
         assert close(ours(x, chosen, weights, up, down).float(), wanted, BFLOAT16_RTOL)
 
 

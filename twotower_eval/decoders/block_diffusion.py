@@ -118,8 +118,10 @@ class BlockDiffusion(BatchDecoder):
             if open_ and closed and not call.steady and getattr(self.model, "towers_apart", False):
                 context = self._both(call, blocks, context, open_, closed)
             elif open_ and (len(open_) >= call.width or gathering):
-                self._commit(call, blocks, self._denoise(call, blocks, context, open_))
-                context = _without_ended(call, blocks, context, open_) or call.admit()
+                view = context.select(open_)
+                self._commit(call, blocks, self._denoise(call, blocks, context, view))
+                context, denoised = _kept_together(blocks, context, view, open_)
+                context = _without_ended(call, blocks, context, denoised) or call.admit()
             else:
                 context = _extended(call, blocks, context, closed)
 
@@ -127,16 +129,16 @@ class BlockDiffusion(BatchDecoder):
         self, call: Call, blocks: Blocks, context: CountedContext, open_: Sequence[int], closed: Sequence[int]
     ) -> CountedContext | None:
         """Denoise some rows while others absorb their blocks."""
-        denoised = self._denoise(call, blocks, context, open_)
+        denoised = self._denoise(call, blocks, context, context.select(open_))
         context = _extended(call, blocks, context, closed)
         self._commit(call, blocks, denoised)
         positions = [context.rows.index(row) for row in denoised.rows]
         return _without_ended(call, blocks, context, positions) or call.admit()
 
-    def _denoise(self, call: Call, blocks: Blocks, context: CountedContext, positions: Sequence[int]) -> Predicted:
-        """One pass for the rows at ``positions``, each at its own step of its own block; not waited for."""
-        params, view = self.params, context.select(positions)
-        rows = list(view.rows)
+    def _denoise(self, call: Call, blocks: Blocks, context: CountedContext, view: CountedContext) -> Predicted:
+        """One pass for the rows of ``view``, some of the context's, each at its own step of its own block; not waited
+        for."""
+        params, rows = self.params, list(view.rows)
         t = (blocks.masked_RK[rows].sum(1) / params.block_size).tolist()
         if params.batch_mean_t:
             t = [float(blocks.masked_RK[list(context.rows)].float().mean(1).mean())] * len(rows)
@@ -155,6 +157,17 @@ class BlockDiffusion(BatchDecoder):
         _record(call, blocks, rows, taken_BK, tokens_BK, confidence_BK, forced_B)
         for row in rows:
             blocks.num_steps[row] += 1
+
+
+def _kept_together(
+    blocks: Blocks, context: CountedContext, view: CountedContext, positions: Sequence[int]
+) -> tuple[CountedContext, Sequence[int]]:
+    """The context with the rows of ``view``, which stand at ``positions``, as they were gathered for a pass, if just
+    these rows are to be denoised again; and where they stand then."""
+    if view is context or not all(blocks.masked_RK[list(view.rows)].any(1).tolist()):
+        return context, positions
+    others = context.select([position for position in range(len(context.rows)) if position not in positions])
+    return view.join(others), range(len(positions))
 
 
 def _without_ended(

@@ -27,7 +27,11 @@ PIECE_ROWS, MIN_PIECE = 256, 64  # token rows that a CPU takes at once; position
 
 
 class ContextTower(LanguageModel):
-    """Causal tower and head. Rows of a batch are right-padded; what is behind ``lengths_B`` changes nothing."""
+    """Causal tower and head. Rows of a batch are right-padded; what is behind ``lengths_B`` changes nothing.
+
+    ``last_alone``: where only the last position is asked for, a CPU leaves the others out of the layers behind the last
+    that mixes positions.
+    """
 
     branch_tokens = 2048
 
@@ -35,6 +39,7 @@ class ContextTower(LanguageModel):
         super().__init__()
         self.config = config
         self.graphs: StepGraphs | None = None
+        self.last_alone = True
         self.tower = Tower(config)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -48,13 +53,13 @@ class ContextTower(LanguageModel):
         lengths = host_lengths(ids_BS, lengths_B)
         ids_BS = ids_BS[:, : max(lengths)]
         empty = self.empty_context(ids_BS.shape[0])
-        return self._advance(empty, ids_BS, lengths)[0] if max(lengths) else empty
+        return self._advance(empty, ids_BS, lengths, last=True)[0] if max(lengths) else empty
 
     def extend(self, context: Context, ids_BK: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Context:
         """The context after K more tokens in every row, or ``lengths_B`` of them. ``context`` itself stays valid."""
         if lengths_B is None and self.graphs is not None and self.graphs.serves(*ids_BK.shape):
             return self.graphs.extend(self, context, ids_BK)
-        return self._advance(context, ids_BK, host_lengths(ids_BK, lengths_B))[0]
+        return self._advance(context, ids_BK, host_lengths(ids_BK, lengths_B), last=True)[0]
 
     def extend_logits(
         self, context: Context, ids_BK: Tensor, lengths_B: Sequence[int], wanted: Sequence[tuple[int, int]]
@@ -106,24 +111,27 @@ class ContextTower(LanguageModel):
             last_hidden_BH=weight.new_zeros(batch_size, cfg.hidden_size),
         )
 
-    def _advance(self, context: Context, ids_BS: Tensor, new_lengths: tuple[int, ...]) -> tuple[Context, Tensor]:
-        """The context after the new tokens, and their hidden states (B, S, H) before the final norm.
+    def _advance(
+        self, context: Context, ids_BS: Tensor, new_lengths: tuple[int, ...], *, last: bool = False
+    ) -> tuple[Context, Tensor]:
+        """The context after the new tokens, and their hidden states (B, S, H) before the final norm, or with ``last``
+        as many of them as were computed for each row's last token.
 
         On a CPU in pieces: what a piece needs stays in its cache, and memory grows with S by hidden states alone.
         """
         num_new, width = ids_BS.shape[1], max(MIN_PIECE, PIECE_ROWS // ids_BS.shape[0])
         if self.device.type != "cpu" or num_new <= width:
-            return self._advance_at_once(context, ids_BS, new_lengths)
+            return self._advance_at_once(context, ids_BS, new_lengths, last)
         hidden = []
         for start in range(0, num_new, width):
             piece_BS = ids_BS[:, start : start + width]
             lengths = tuple(min(max(length - start, 0), piece_BS.shape[1]) for length in new_lengths)
-            context, hidden_BSH = self._advance_at_once(context, piece_BS, lengths)
+            context, hidden_BSH = self._advance_at_once(context, piece_BS, lengths, last)
             hidden.append(hidden_BSH)
-        return context, torch.cat(hidden, dim=1)
+        return context, context.last_hidden_BH[:, None] if last else torch.cat(hidden, dim=1)
 
     def _advance_at_once(
-        self, context: Context, ids_BS: Tensor, new_lengths: tuple[int, ...]
+        self, context: Context, ids_BS: Tensor, new_lengths: tuple[int, ...], last: bool
     ) -> tuple[Context, Tensor]:
         num_new, device = ids_BS.shape[1], self.device
         padded = any(length != num_new for length in new_lengths)
@@ -150,14 +158,17 @@ class ContextTower(LanguageModel):
             return y
 
         x_BSH = self.tower.embed(ids_BS.to(device=device, dtype=torch.int64))
-        x_BSH = run_layers(self.tower, x_BSH, attend=attend, mix=mix)
+        alone = last and self.last_alone and num_new > 1 and device.type == "cpu"
+        wanted = (lambda x: _last_column(x, new_lengths_B)) if alone else None
+        x_BSH = run_layers(self.tower, x_BSH, attend=attend, mix=mix, wanted=wanted)
+        last_BH = x_BSH[:, -1] if x_BSH.shape[1] == 1 else _last_column(x_BSH, new_lengths_B)[:, 0]
         buffer.num_writes += 1
         extended = Context(
             lengths=tuple(old + new for old, new in zip(context.lengths, new_lengths, strict=True)),
             buffer=buffer,
             write_mark=buffer.num_writes,
             mamba=mamba,
-            last_hidden_BH=_last_hidden(x_BSH, new_lengths_B, context),
+            last_hidden_BH=_last_hidden(last_BH, new_lengths_B, context),
         )
         return extended, x_BSH
 
@@ -178,12 +189,18 @@ def _causal_mask(context: Context, num_new: int, device: torch.device) -> tuple[
     return (slots_T <= position_BS[..., None])[:, None], False
 
 
-def _last_hidden(x_BSH: Tensor, new_lengths_B: Tensor | None, context: Context) -> Tensor:
+def _last_column(x_BSH: Tensor, new_lengths_B: Tensor | None) -> Tensor:
+    """Each row's last real position, (B, 1, H); the first one of rows without any."""
+    if new_lengths_B is None:
+        return x_BSH[:, -1:]
+    index_B = (new_lengths_B - 1).clamp(min=0)
+    return x_BSH.gather(1, index_B[:, None, None].expand(-1, 1, x_BSH.shape[-1]))
+
+
+def _last_hidden(last_BH: Tensor, new_lengths_B: Tensor | None, context: Context) -> Tensor:
     """Each row's hidden state at its last real token; rows without new tokens keep their old one."""
     if new_lengths_B is None:
-        return x_BSH[:, -1]
-    index_B = (new_lengths_B - 1).clamp(min=0)
-    last_BH = x_BSH.gather(1, index_B[:, None, None].expand(-1, 1, x_BSH.shape[-1]))[:, 0]
+        return last_BH
     return torch.where(new_lengths_B[:, None] > 0, last_BH, context.last_hidden_BH.to(last_BH.dtype))
 
 

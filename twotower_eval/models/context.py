@@ -16,6 +16,8 @@ from torch import Tensor
 from twotower_eval.models.nemotron_h import MambaState
 
 MIN_SPARE = 64  # token slots allocated beyond what is needed, so that most extensions write in place
+LEAST_SPARE = 16  # the same where rows are gathered, which is soon done again
+CAPACITY_STEP = 32  # of which their capacity is a multiple, so that most agree in it
 
 
 @dataclass
@@ -56,38 +58,60 @@ class Context:
 
     def select(self, rows: Sequence[int]) -> Context:
         """A context of the given rows, in that order; a row may be repeated."""
-        index = torch.tensor(list(rows), dtype=torch.int64, device=self.last_hidden_BH.device)
-        length = max((self.lengths[row] for row in rows), default=0)
-        keys = {i: k[:, :, :length].index_select(0, index) for i, k in self.buffer.keys.items()}
-        values = {i: v[:, :, :length].index_select(0, index) for i, v in self.buffer.values.items()}
-        mamba = {i: MambaState(*(t.index_select(0, index) for t in state)) for i, state in self.mamba.items()}
-        return Context(
-            lengths=tuple(self.lengths[row] for row in rows),
-            buffer=KeyValueBuffer(keys, values, length),
-            write_mark=0,
-            mamba=mamba,
-            last_hidden_BH=self.last_hidden_BH.index_select(0, index),
-        )
+        return Context.gathered([(self, rows)])
 
     def join(self, other: Context) -> Context:
-        """The context of these rows, then of the other's, with room for more tokens."""
-        capacity = roomy(max(self.max_length, other.max_length))
+        """The context of these rows, then of the other's."""
+        return Context.gathered([(part, range(part.batch_size)) for part in (self, other)])
 
-        def slots(ours: dict[int, Tensor], theirs: dict[int, Tensor]) -> dict[int, Tensor]:
-            rows = ((self.max_length, ours), (other.max_length, theirs))
-            return {i: _stacked([(length, layers[i]) for length, layers in rows], capacity) for i in ours}
+    @staticmethod
+    def gathered(parts: Sequence[tuple[Context, Sequence[int]]]) -> Context:
+        """The context of the given rows of several others, with room for some more tokens; each is copied once."""
+        first, num_rows = parts[0][0], sum(len(rows) for _, rows in parts)
+        lengths = [tuple(part.lengths[row] for row in rows) for part, rows in parts]
+        longest = [max(of_part, default=0) for of_part in lengths]
+        capacity = -(-(max(longest) + LEAST_SPARE) // CAPACITY_STEP) * CAPACITY_STEP
+        taken = []
+        start = 0
+        for part, rows in parts:
+            index = torch.tensor(list(rows), dtype=torch.int64, device=part.last_hidden_BH.device)
+            taken.append((slice(start, start + len(rows)), index))
+            start += len(rows)
 
-        mamba = {
-            i: MambaState(*(torch.cat(pair) for pair in zip(state, other.mamba[i], strict=True)))
-            for i, state in self.mamba.items()
-        }
-        ours, theirs = self.buffer, other.buffer
+        def stacked(of_parts: Sequence[Tensor]) -> Tensor:
+            if len(of_parts) == 1:
+                return of_parts[0].index_select(0, taken[0][1])
+            new = of_parts[0].new_empty(num_rows, *of_parts[0].shape[1:])
+            for (place, index), old in zip(taken, of_parts, strict=True):
+                _copy_rows(new[place], old, index)
+            return new
+
+        def slots(of_parts: Sequence[Tensor]) -> Tensor:
+            if all(old_BJTD.shape[2] == capacity for old_BJTD in of_parts):
+                return stacked(of_parts)  # whole rows are copied faster than their beginnings
+            _, num_heads, _, dim = of_parts[0].shape
+            new_BJTD = of_parts[0].new_empty(num_rows, num_heads, capacity, dim)
+            for (place, index), length, old_BJTD in zip(taken, longest, of_parts, strict=True):
+                _copy_rows(new_BJTD[place, :, :length], old_BJTD[:, :, :length], index)
+                new_BJTD[place, :, length:] = 0  # not garbage: padding may be read, and must then be finite
+            return new_BJTD
+
+        buffers = [part.buffer for part, _ in parts]
         return Context(
-            lengths=self.lengths + other.lengths,
-            buffer=KeyValueBuffer(slots(ours.keys, theirs.keys), slots(ours.values, theirs.values), capacity),
+            lengths=tuple(length for of_part in lengths for length in of_part),
+            buffer=KeyValueBuffer(
+                {i: slots([buffer.keys[i] for buffer in buffers]) for i in first.buffer.keys},
+                {i: slots([buffer.values[i] for buffer in buffers]) for i in first.buffer.values},
+                capacity,
+            ),
             write_mark=0,
-            mamba=mamba,
-            last_hidden_BH=torch.cat([self.last_hidden_BH, other.last_hidden_BH]),
+            mamba={
+                i: MambaState(
+                    *(stacked(tensors) for tensors in zip(*(part.mamba[i] for part, _ in parts), strict=True))
+                )
+                for i in first.mamba
+            },
+            last_hidden_BH=stacked([part.last_hidden_BH for part, _ in parts]),
         )
 
     def on(self, device: torch.device) -> Context:
@@ -154,23 +178,20 @@ def _may_write(buffer: KeyValueBuffer) -> bool:
 
 
 def _grown(old_BJTD: Tensor, length: int, capacity: int) -> Tensor:
-    """A copy with ``capacity`` slots."""
-    return _stacked([(length, old_BJTD)], capacity)
+    """A copy with ``capacity`` slots. Zeros behind the copied ones, not garbage: padding may be read, and must then be
+    finite."""
+    num_rows, num_heads, _, dim = old_BJTD.shape
+    new_BJTD = old_BJTD.new_zeros(num_rows, num_heads, capacity, dim)
+    new_BJTD[:, :, :length] = old_BJTD[:, :, :length]
+    return new_BJTD
 
 
-def _stacked(parts: Sequence[tuple[int, Tensor]], capacity: int) -> Tensor:
-    """The first slots of each part, so many as it names, its rows below the last part's.
-
-    Zeros behind them, not garbage: padding may be read, and must then be finite.
-    """
-    first = parts[0][1]
-    num_rows = sum(part.shape[0] for _, part in parts)
-    new = first.new_zeros(num_rows, first.shape[1], capacity, first.shape[3])
-    row = 0
-    for length, old_BJTD in parts:
-        new[row : row + old_BJTD.shape[0], :, :length] = old_BJTD[:, :, :length]
-        row += old_BJTD.shape[0]
-    return new
+def _copy_rows(new: Tensor, old: Tensor, index: Tensor) -> None:
+    """Put the rows of ``old`` that ``index`` names into ``new``."""
+    if old.is_cpu and not old.requires_grad:
+        torch.index_select(old, 0, index, out=new)
+    else:
+        new.copy_(old.index_select(0, index))
 
 
 class Writer:

@@ -8,28 +8,94 @@ counts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+MAX_HELD = 2  # times as many rows as are meant
 
-@dataclass
+
 class CountedContext:
-    """A model's context and the batch rows that it holds."""
+    """Batch rows, and the model's contexts that hold them.
 
-    inner: Any
-    rows: tuple[int, ...]
+    Selecting and joining only note which rows of which contexts are meant; they are gathered when a model is called,
+    in one copy, or when most of what is held is rows that nobody means any more.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = tuple(parts)
+        self.rows = tuple(row for part in parts for row in part.rows)
+
+    @property
+    def inner(self) -> Any:
+        """The model's context of just these rows."""
+        if len(self._parts) > 1 or not self._parts[0].is_whole:
+            self._gather()
+        return self._parts[0].context
 
     def select(self, positions: Sequence[int]) -> CountedContext:
-        """The context of some of these rows, by position within this context."""
-        if tuple(positions) == tuple(range(len(self.rows))):
+        """The context of some of these rows, by ascending position within this context."""
+        if len(positions) == len(self.rows):
             return self
-        return CountedContext(self.inner.select(positions), tuple(self.rows[p] for p in positions))
+        chosen, start = [], 0
+        for part in self._parts:
+            within = [position - start for position in positions if 0 <= position - start < len(part.rows)]
+            start += len(part.rows)
+            if within:
+                chosen.append(part.select(within))
+        return CountedContext(chosen)
 
     def join(self, other: CountedContext) -> CountedContext:
         """The context of these rows, then of the other's."""
-        return CountedContext(self.inner.join(other.inner), self.rows + other.rows)
+        joined = CountedContext(self._parts + other._parts)
+        if joined.num_held > MAX_HELD * len(joined.rows):
+            joined._gather()
+        return joined
+
+    @property
+    def num_held(self) -> int:
+        """Rows of all contexts that hold these."""
+        return sum({id(part.context): part.size for part in self._parts}.values())
+
+    def _gather(self) -> None:
+        context = _gathered(self._parts)
+        self._parts = (whole(context, self.rows),)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a model's context of ``size`` rows: their numbers in the batch and their positions in it."""
+
+    context: Any
+    size: int
+    rows: tuple[int, ...]
+    positions: tuple[int, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all rows of the context."""
+        return len(self.positions) == self.size
+
+    def select(self, which: Sequence[int]) -> Part:
+        """Some of these rows."""
+        return replace(self, rows=tuple(self.rows[i] for i in which), positions=tuple(self.positions[i] for i in which))
+
+
+def whole(context: Any, rows: Sequence[int]) -> Part:
+    """A context of just these rows."""
+    return Part(context, len(rows), tuple(rows), tuple(range(len(rows))))
+
+
+def _gathered(parts: Sequence[Part]) -> Any:
+    """One context of the parts' rows; in a single copy where the model's contexts know how to."""
+    in_one_copy = getattr(parts[0].context, "gathered", None)
+    if in_one_copy is not None:
+        return in_one_copy([(part.context, part.positions) for part in parts])
+    first, *others = (part.context if part.is_whole else part.context.select(part.positions) for part in parts)
+    for other in others:
+        first = first.join(other)
+    return first
 
 
 class CountingModel:
@@ -44,13 +110,13 @@ class CountingModel:
         """Prompts of the given rows."""
         context = self.model.prefill(ids_BS, lengths)
         self._count(self.num_context_forwards, rows)
-        return CountedContext(context, tuple(rows))
+        return CountedContext([whole(context, rows)])
 
     def extend(self, context: CountedContext, ids_BK: Tensor) -> CountedContext:
         """K more tokens for each row of the context."""
         extended = self.model.extend(context.inner, ids_BK)
         self._count(self.num_context_forwards, context.rows)
-        return CountedContext(extended, context.rows)
+        return CountedContext([whole(extended, context.rows)])
 
     def denoise(self, block_BK: Tensor, context: CountedContext, t_B: Sequence[float] | None) -> Tensor:
         """Denoiser logits (B, K, V) for each row of the context."""

@@ -315,22 +315,32 @@ Mix = Callable[[int, Mamba, Tensor], Tensor]  # layer, mixer, x_BSH -> y_BSH
 
 
 def run_layers(
-    tower: Tower, x_BSH: Tensor, *, attend: Attend, mix: Mix, modulation: Modulation | None = None
+    tower: Tower,
+    x_BSH: Tensor,
+    *,
+    attend: Attend,
+    mix: Mix,
+    modulation: Modulation | None = None,
+    wanted: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The residual stream after all layers, (B, S, H).
 
     ``attend`` and ``mix`` bring what depends on the past: who sees which keys, and from which state Mamba goes on.
-    With ``modulation`` the layers are adaptive, see :meth:`Layer.forward`.
+    With ``modulation`` the layers are adaptive, see :meth:`Layer.forward`. ``wanted`` takes the only positions whose
+    stream is asked for: layers behind the last that mixes positions (M, *) serve these alone.
     """
+    num_mixing = 1 + max(tower.config.pattern.rfind(kind) for kind in "M*")
     mixed_BSH: Tensor | None = None
     gate_B1H: Tensor | None = None
     for index, layer in enumerate(cast(Iterable[Layer], tower.layers)):
+        if wanted is not None and index == num_mixing:
+            x_BSH, mixed_BSH = wanted(x_BSH), None if mixed_BSH is None else wanted(mixed_BSH)
         shift, gain, gate = (None, None, None) if modulation is None else modulation(index)
         x_BSH, normed_BSH = layer(x_BSH, mixed_BSH, gate_B1H, shift, gain)
         mixed_BSH, gate_B1H = _mixed(layer, index, normed_BSH, attend, mix), gate
-    if mixed_BSH is None:
-        return x_BSH
-    return x_BSH + (mixed_BSH if gate_B1H is None else gate_B1H * mixed_BSH)
+    if mixed_BSH is not None:
+        x_BSH = x_BSH + (mixed_BSH if gate_B1H is None else gate_B1H * mixed_BSH)
+    return wanted(x_BSH) if wanted is not None and num_mixing == len(tower.layers) else x_BSH
 
 
 Modulation = Callable[[int], tuple[Tensor, Tensor, Tensor]]  # layer -> shift, 1 + scale, gate, each (B, 1, H)

@@ -41,7 +41,9 @@ def build_random_pair(
 
 
 def steer(pair: TwoTower, seed: int) -> ForcedRouting:
-    """The forced routing of both towers' experts, attached."""
+    """The forced routing of both towers' experts, attached; every layer serves all positions, wherever it stands, so
+    that layers that are not built cost what those cost that are."""
+    pair.context_tower.last_alone = False
     routing = ForcedRouting(pair.config.n_routed_experts, seed)
     for tower in (pair.context_tower.tower, pair.denoiser.tower):
         routing.attach(tower)
@@ -59,6 +61,7 @@ def with_layers(pair: TwoTower, kept: Sequence[int]) -> TwoTower:
     for ours, whole in towers:
         ours.embeddings, ours.norm_f = whole.embeddings, whole.norm_f
         ours.layers = nn.ModuleList([whole.layers[index] for index in kept])
+    small.context_tower.last_alone = pair.context_tower.last_alone
     small.context_tower.head, small.denoiser.head = pair.context_tower.head, pair.denoiser.head
     small.denoiser.t_embedder, small.denoiser.t_block = pair.denoiser.t_embedder, pair.denoiser.t_block
     tables = [pair.denoiser.scale_shift_tables[index] for index in kept]

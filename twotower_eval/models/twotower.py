@@ -81,7 +81,7 @@ class Denoiser(nn.Module):
         self.t_embedder = TimeEmbedder(hidden)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 3 * hidden))
         self.scale_shift_tables = nn.ParameterList([torch.zeros(3, hidden) for _ in config.pattern])
-        self._kept_modulation: DerivedByKey[Modulation] = DerivedByKey(MAX_TIMES)
+        self._kept_modulation: DerivedByKey[tuple[Tensor, Modulation]] = DerivedByKey(MAX_TIMES)
 
     def _apply(self, *args: Any, **options: Any) -> Any:
         self._kept_modulation.drop()
@@ -90,11 +90,30 @@ class Denoiser(nn.Module):
     def modulation_at(self, t: float) -> Modulation:
         """What :meth:`modulation` gives for a row, to be broadcast over rows that are all at ``t``: a block has few
         mask fractions, so that they are computed once."""
-        device = self.head.weight.device
+        return self._kept(t, self._time_weights())[1]
+
+    def modulation_of_rows(self, times: Sequence[float]) -> Modulation:
+        """What :meth:`modulation` gives for rows whose mask fractions the host knows; computed once for each of
+        them."""
+        weights = self._time_weights()
+        tables = {t: self._kept(t, weights)[0] for t in set(times)}
+        of_layers_L3B1H = torch.cat([tables[t] for t in times], dim=2)
+        shift, gain, gate = of_layers_L3B1H.unbind(1)
+        return list(zip(shift.unbind(0), gain.unbind(0), gate.unbind(0), strict=True)).__getitem__
+
+    def _kept(self, t: float, weights: Sequence[Tensor]) -> tuple[Tensor, Modulation]:
+        def make() -> tuple[Tensor, Modulation]:
+            modulation = self.modulation(_time_tensor(t, 1, self.head.weight.device))
+            layers = [torch.stack(modulation(index)) for index in range(len(self.scale_shift_tables))]
+            return torch.stack(layers) if layers else self.head.weight.new_empty(0, 3, 1, 1, 0), modulation
+
+        return self._kept_modulation(t, weights, make)
+
+    def _time_weights(self) -> Sequence[Tensor]:
+        """All that a modulation is computed from."""
         first, _, last = self.t_embedder.mlp
         parts = (first, last, self.t_block[1], self.scale_shift_tables)
-        weights = [weight for part in parts for weight in part._parameters.values() if weight is not None]
-        return self._kept_modulation(t, weights, lambda: self.modulation(_time_tensor(t, 1, device)))
+        return [weight for part in parts for weight in part._parameters.values() if weight is not None]
 
     def modulation(self, t_B: Tensor) -> Modulation:
         """Layer -> shift, 1 + scale, gate (B, 1, H) for mask fractions ``t_B``; of all layers at once."""
@@ -195,9 +214,12 @@ class TwoTower(LanguageModel):
 def _modulation(
     denoiser: Denoiser, t_B: Tensor | Sequence[float] | float, batch_size: int, device: torch.device
 ) -> Modulation:
-    """One for all rows where all are at one mask fraction that the host knows."""
+    """On a CPU what is kept from earlier passes, where the host knows the mask fractions; one for all rows where all
+    are at the same."""
     if isinstance(t_B, float) or (isinstance(t_B, list) and len(t_B) == batch_size and len(set(t_B)) == 1):
         return denoiser.modulation_at(t_B if isinstance(t_B, float) else t_B[0])
+    if isinstance(t_B, list) and len(t_B) == batch_size and device.type == "cpu":
+        return denoiser.modulation_of_rows(t_B)
     return denoiser.modulation(_time_tensor(t_B, batch_size, device))
 
 

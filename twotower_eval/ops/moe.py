@@ -66,15 +66,19 @@ def route_plainly(x_RH: Tensor, gate_EH: Tensor, bias_E: Tensor, routing: Routin
 def mlp(x: Tensor, up_IH: Tensor, down_HI: Tensor) -> Tensor:
     """``down(relu(up x)^2)``, no biases."""
     inner = product.linear(x, up_IH).relu_()
-    return product.linear(inner * inner, down_HI)
+    return product.linear(inner * inner if inner.requires_grad else inner.mul_(inner), down_HI)
 
 
 def experts(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
     """Weighted sum of the chosen experts, (R, H) in ``x_RH.dtype``; accumulated in float32."""
     if x_RH.device.type == "cpu":
         if x_RH.shape[0] <= SMALL_MAX_ROWS and up_EIH.numel() <= SMALL_EXPERTS:
+            if x_RH.shape[0] <= product.FEW_ROWS and kernels.without_gradients(x_RH, up_EIH, down_EHI):
+                return _experts_all(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
             return experts_padded(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
         # Copying weights costs more than anything here.
+        if kernels.without_gradients(x_RH, up_EIH, down_EHI):
+            return _experts_in_place(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
         return _experts_sorted(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
     grouped_product = GROUPED_PRODUCT.on(x_RH.device, x_RH.dtype)
     if grouped_product is not None and _aligned(up_EIH) and kernels.without_gradients(x_RH, up_EIH):
@@ -158,6 +162,17 @@ def _experts_gathered(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EI
     return (out_RAH.float() * weights_RA[..., None]).sum(1).to(x_RH.dtype)
 
 
+def _experts_all(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
+    """Few rows of small experts: all of these, with weight 0 where they were not chosen; fewest calls. Without
+    gradients."""
+    num_experts, width, hidden = up_EIH.shape
+    weights_RE = weights_RA.new_zeros(x_RH.shape[0], num_experts).scatter_(1, chosen_RA, weights_RA)
+    inner_RM = torch.mm(x_RH, up_EIH.view(num_experts * width, hidden).t()).relu_()
+    inner_REI = inner_RM.mul_(inner_RM).view(-1, num_experts, width)
+    out_ERH = torch.bmm(inner_REI.transpose(0, 1), down_EHI.transpose(1, 2))
+    return (out_ERH.float() * weights_RE.t()[..., None]).sum(0).to(x_RH.dtype)
+
+
 def _experts_sorted(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
     """Many rows: sort the (row, expert) pairs by expert, one dense product for each expert in use."""
     per_token = chosen_RA.shape[1]
@@ -170,6 +185,26 @@ def _experts_sorted(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH:
     weighted = torch.cat(outputs).float() * weights_RA.flatten().index_select(0, order)[:, None]
     out_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
     return out_RH.index_add_(0, rows, weighted).to(x_RH.dtype)
+
+
+def _experts_in_place(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
+    """:func:`_experts_sorted` in fewer calls: products write into one tensor each way, and what is between them is
+    done for all experts at once. Without gradients."""
+    order = chosen_RA.flatten().argsort(stable=True)
+    rows_M = order.div(chosen_RA.shape[1], rounding_mode="floor")
+    counts = torch.bincount(chosen_RA.flatten(), minlength=up_EIH.shape[0]).tolist()
+    used = [expert for expert, count in enumerate(counts) if count]
+    x_MH, inner_MI = x_RH.index_select(0, rows_M), x_RH.new_empty(len(rows_M), up_EIH.shape[1])
+    pieces, inner = x_MH.split(counts), inner_MI.split(counts)
+    ups_HI, downs_IH = up_EIH.transpose(1, 2).unbind(0), down_EHI.transpose(1, 2).unbind(0)
+    for expert in used:
+        torch.mm(pieces[expert], ups_HI[expert], out=inner[expert])
+    inner_MI.relu_().mul_(inner_MI)
+    for expert in used:  # what went in is no longer needed where it comes out
+        torch.mm(inner[expert], downs_IH[expert], out=pieces[expert])
+    weighted_MH = x_MH.float().mul_(weights_RA.flatten().index_select(0, order)[:, None])
+    out_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)
+    return out_RH.index_add_(0, rows_M, weighted_MH).to(x_RH.dtype)
 
 
 def experts_grouped(

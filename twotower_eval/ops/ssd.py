@@ -41,6 +41,8 @@ def ssd(
             return by_kernel(x_BShP, delta_BSh, a_h, b_BSGN, c_BSGN, state_BhPN, kernel)
     if x_BShP.shape[1] == 1:
         return ssd_step(x_BShP, delta_BSh, a_h, b_BSGN, c_BSGN, state_BhPN)
+    if x_BShP.is_cpu and kernels.without_gradients(x_BShP, delta_BSh, a_h, state_BhPN):
+        return ssd_by_chunks(x_BShP, delta_BSh, a_h, b_BSGN, c_BSGN, state_BhPN)
     y_BShP, boundaries_BchPN = ssd_chunked(x_BShP, delta_BSh, a_h, b_BSGN, c_BSGN, state_BhPN, chunk=CHUNK)
     return y_BShP, boundaries_BchPN[:, -1]
 
@@ -49,22 +51,55 @@ def ssd_outputs(
     x_BShP: Tensor, delta_BSh: Tensor, a_h: Tensor, b_BSGN: Tensor, c_BSGN: Tensor, state_BhPN: Tensor
 ) -> Tensor:
     """Outputs (B, S, h, P) alone, where nothing goes on from the last position: one chunk, and no state after it."""
-    num_positions, heads = x_BShP.shape[1], (b_BSGN.shape[2], -1)
-    if not 1 < num_positions <= CHUNK:
+    without_gradients = kernels.without_gradients(x_BShP, delta_BSh, a_h, state_BhPN)
+    if not (1 < x_BShP.shape[1] <= CHUNK and without_gradients):
         return ssd(x_BShP, delta_BSh, a_h, b_BSGN, c_BSGN, state_BhPN)[0]
     cumulative_BSh = (delta_BSh * a_h).cumsum(1)
+    return _chunk_outputs(delta_BSh[..., None] * x_BShP, cumulative_BSh, b_BSGN, c_BSGN, state_BhPN)
+
+
+def ssd_by_chunks(
+    x_BShP: Tensor, delta_BSh: Tensor, a_h: Tensor, b_BSGN: Tensor, c_BSGN: Tensor, state_BhPN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Outputs (B, S, h, P) and the state after the last position: one chunk after the other, so that what a chunk needs
+    stays in a CPU's cache. Without gradients."""
+    outputs = []
+    for start in range(0, x_BShP.shape[1], CHUNK):
+        x, delta, b, c = (
+            t if t.shape[1] <= CHUNK else t[:, start : start + CHUNK] for t in (x_BShP, delta_BSh, b_BSGN, c_BSGN)
+        )
+        cumulative_BSh = (delta * a_h).cumsum(1)
+        weighted_BShP = delta[..., None] * x
+        outputs.append(_chunk_outputs(weighted_BShP, cumulative_BSh, b, c, state_BhPN))
+        last_B1h = cumulative_BSh[:, -1:]
+        to_end_BShP = weighted_BShP.mul_((last_B1h - cumulative_BSh).exp_()[..., None])
+        # All heads of a group read one b, so that what they add to their states is one matrix.
+        to_end_BGnS = to_end_BShP.view(*b.shape[:3], -1).permute(0, 2, 3, 1)
+        added_BGnN = to_end_BGnS @ b.transpose(1, 2)
+        decayed_BhPN = state_BhPN * last_B1h.exp().view(*state_BhPN.shape[:2], 1, 1)
+        state_BhPN = decayed_BhPN.add_(added_BGnN.view(state_BhPN.shape))
+    return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], state_BhPN
+
+
+def _chunk_outputs(
+    weighted_BShP: Tensor, cumulative_BSh: Tensor, b_BSGN: Tensor, c_BSGN: Tensor, state_BhPN: Tensor
+) -> Tensor:
+    """Outputs (B, S, h, P) of one chunk, of x weighted by delta and the sums of its logarithmic decays."""
+    heads = (b_BSGN.shape[2], -1)
     cumulative_BhS = cumulative_BSh.transpose(1, 2)
-    decay_BhSS = (cumulative_BhS[..., :, None] - cumulative_BhS[..., None, :]).tril().exp()
+    if cumulative_BhS.is_cpu:  # what is made of it is then laid out alike, and computed in vectors
+        cumulative_BhS = cumulative_BhS.contiguous()
+    decay_BhSS = (cumulative_BhS[..., :, None] - cumulative_BhS[..., None, :]).tril_().exp_()
     c_BGSN = c_BSGN.transpose(1, 2)
-    scores_BGSS = (c_BGSN @ b_BSGN.permute(0, 2, 3, 1)).tril()
-    mixing_BhSS = (scores_BGSS[:, :, None] * decay_BhSS.unflatten(1, heads)).flatten(1, 2)
-    y_BhSP = mixing_BhSS @ (delta_BSh[..., None] * x_BShP).transpose(1, 2)
+    scores_BGSS = (c_BGSN @ b_BSGN.permute(0, 2, 3, 1)).tril_()
+    mixing_BhSS = decay_BhSS.unflatten(1, heads).mul_(scores_BGSS[:, :, None]).flatten(1, 2)
+    y_BhSP = mixing_BhSS @ weighted_BShP.transpose(1, 2)
     # All heads of a group read one c, so that their states are one matrix.
     states_BGnN = state_BhPN.unflatten(1, heads).flatten(2, 3)
     from_state_BGSn = c_BGSN @ states_BGnN.transpose(-1, -2)
-    from_state_BShP = from_state_BGSn.transpose(1, 2).reshape(x_BShP.shape)
+    from_state_BShP = from_state_BGSn.transpose(1, 2).reshape(weighted_BShP.shape)
     # Not addcmul, whose fused rounding would make the bits differ from those of the chunked form.
-    y_BShP: Tensor = y_BhSP.transpose(1, 2) + from_state_BShP * cumulative_BSh.exp()[..., None]
+    y_BShP: Tensor = (from_state_BShP * cumulative_BSh.exp()[..., None]).add_(y_BhSP.transpose(1, 2))
     return y_BShP
 
 
