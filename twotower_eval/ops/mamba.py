@@ -17,7 +17,7 @@ from twotower_eval.ops import kernels
 from twotower_eval.ops.conv import causal_conv_reference, next_conv_state
 from twotower_eval.ops.ssd import ssd_reference
 
-MAX_POSITIONS = 64  # of the kernel, which holds a block's quadratic form at once
+MAX_POSITIONS = 32  # of the kernel, which holds a block's quadratic form at once
 
 
 def scan_reference(

@@ -73,7 +73,7 @@ def experts(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor,
     """Weighted sum of the chosen experts, (R, H) in ``x_RH.dtype``; accumulated in float32."""
     if x_RH.device.type == "cpu":
         if x_RH.shape[0] <= SMALL_MAX_ROWS and up_EIH.numel() <= SMALL_EXPERTS:
-            if x_RH.shape[0] <= product.FEW_ROWS and kernels.without_gradients(x_RH, up_EIH, down_EHI):
+            if kernels.without_gradients(x_RH, up_EIH, down_EHI):
                 return _experts_all(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
             return experts_padded(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
         # Copying weights costs more than anything here.

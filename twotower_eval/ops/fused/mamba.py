@@ -15,8 +15,6 @@ from torch import Tensor
 
 from twotower_eval.ops.fused.overlap import let_next_begin, overlapping, wait_for_previous
 
-MAX_POSITIONS = 64  # of a block: the quadratic form of one piece
-
 
 @triton.jit
 def _step_size(dt, bias, smallest, largest):
@@ -128,11 +126,9 @@ def _convolved(
 
 
 @triton.jit
-def _keep(
-    u_ptr, state_ptr, after_ptr, channels, num_positions, u_stride, state_stride_c, state_stride_w,
-    after_stride_c, after_stride_w, TAPS: tl.constexpr,
-):  # fmt: skip
+def _keep(u_ptr, state_ptr, after_ptr, channels, num_positions, strides, TAPS: tl.constexpr):
     """The window after all positions."""
+    u_stride, state_stride_c, state_stride_w, after_stride_c, after_stride_w = strides
     for tap in tl.static_range(TAPS):
         source = num_positions - TAPS + tap
         from_block = channels * 0 + source >= 0
@@ -144,10 +140,22 @@ def _keep(
 
 
 @triton.jit
+def _outputs(x_SP, b_SN, c_SN, state_PN, delta, cumulative, positions):
+    """What a block's positions give each other and what the state gives them, (S, P)."""
+    causal = positions[:, None] >= positions[None, :]
+    difference = tl.where(causal, cumulative[:, None] - cumulative[None, :], 0.0)
+    scores_SS = tl.dot(c_SN, tl.trans(b_SN), input_precision="tf32x3")
+    mixing_SS = tl.where(causal, scores_SS * tl.exp(difference), 0.0)
+    y_SP = tl.dot(mixing_SS, delta[:, None] * x_SP, input_precision="tf32x3")
+    from_state_SP = tl.dot(c_SN, tl.trans(state_PN), input_precision="tf32x3")
+    return y_SP + from_state_SP * tl.exp(cumulative)[:, None]
+
+
+@triton.jit
 def _block_kernel(
     projected_ptr, conv_ptr, conv_after_ptr, ssm_ptr, ssm_after_ptr, y_ptr,
     weight_ptr, bias_ptr, a_log_ptr, skip_ptr, dt_bias_ptr,
-    num_positions, projected_stride_b, projected_stride_s, conv_stride_b, conv_stride_c, conv_stride_w,
+    num_positions, stride_b, stride_s, conv_stride_b, conv_stride_c, conv_stride_w,
     after_stride_b, after_stride_c, after_stride_w, ssm_stride_b, ssm_after_stride_b, smallest, largest,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, STATE: tl.constexpr, TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr, TILE: tl.constexpr, POSITIONS: tl.constexpr, WITH_STATE: tl.constexpr,
@@ -160,65 +168,41 @@ def _block_kernel(
     channels: tl.constexpr = inner + 2 * GROUPS * STATE
     of_group: tl.constexpr = HEADS // GROUPS
     group = head // of_group
-    projected_ptr += batch * projected_stride_b
+    u_ptr = projected_ptr + batch * stride_b + inner
     conv_ptr += batch * conv_stride_b
     conv_after_ptr += batch * after_stride_b
-    u_ptr = projected_ptr + inner
-
     positions, dims, states = tl.arange(0, POSITIONS), tile * TILE + tl.arange(0, TILE), tl.arange(0, STATE)
-    x_channels = head * DIM + dims
-    b_channels = inner + group * STATE + states
-    c_channels = b_channels + GROUPS * STATE
-    x_SP = _convolved(
-        u_ptr, conv_ptr, weight_ptr, bias_ptr, x_channels, positions, num_positions, projected_stride_s,
-        conv_stride_c, conv_stride_w, TAPS, HAS_BIAS,
-    )  # fmt: skip
-    b_SN = _convolved(
-        u_ptr, conv_ptr, weight_ptr, bias_ptr, b_channels, positions, num_positions, projected_stride_s,
-        conv_stride_c, conv_stride_w, TAPS, HAS_BIAS,
-    )  # fmt: skip
-    c_SN = _convolved(
-        u_ptr, conv_ptr, weight_ptr, bias_ptr, c_channels, positions, num_positions, projected_stride_s,
-        conv_stride_c, conv_stride_w, TAPS, HAS_BIAS,
-    )  # fmt: skip
-
+    x_at, b_at = head * DIM + dims, inner + group * STATE + states
+    c_at = b_at + GROUPS * STATE
+    # fmt: off
+    x_SP = _convolved(u_ptr, conv_ptr, weight_ptr, bias_ptr, x_at, positions, num_positions, stride_s,
+                      conv_stride_c, conv_stride_w, TAPS, HAS_BIAS)
+    b_SN = _convolved(u_ptr, conv_ptr, weight_ptr, bias_ptr, b_at, positions, num_positions, stride_s,
+                      conv_stride_c, conv_stride_w, TAPS, HAS_BIAS)
+    c_SN = _convolved(u_ptr, conv_ptr, weight_ptr, bias_ptr, c_at, positions, num_positions, stride_s,
+                      conv_stride_c, conv_stride_w, TAPS, HAS_BIAS)
+    # fmt: on
     real = positions < num_positions
-    dt = tl.load(u_ptr + positions * projected_stride_s + channels + head, mask=real, other=0.0)
+    dt = tl.load(u_ptr + positions * stride_s + channels + head, mask=real, other=0.0)
     delta = tl.where(real, _step_size(dt, tl.load(dt_bias_ptr + head), smallest, largest), 0.0)
     log_decay = -delta * tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
     cumulative = tl.cumsum(log_decay, axis=0)
-    weighted_SP = delta[:, None] * x_SP
-
-    causal = positions[:, None] >= positions[None, :]
-    difference = tl.where(causal, cumulative[:, None] - cumulative[None, :], 0.0)
-    scores_SS = tl.dot(c_SN, tl.trans(b_SN), input_precision="tf32x3")
-    mixing_SS = tl.where(causal, scores_SS * tl.exp(difference), 0.0)
-    at = (head * DIM + dims)[:, None] * STATE + states[None, :]
-    state_PN = tl.load(ssm_ptr + batch * ssm_stride_b + at)
-    y_SP = tl.dot(mixing_SS, weighted_SP, input_precision="tf32x3")
-    y_SP += tl.dot(c_SN, tl.trans(state_PN), input_precision="tf32x3") * tl.exp(cumulative)[:, None]
+    state_at = x_at[:, None] * STATE + states[None, :]
+    state_PN = tl.load(ssm_ptr + batch * ssm_stride_b + state_at)
+    y_SP = _outputs(x_SP, b_SN, c_SN, state_PN, delta, cumulative, positions)
     y_SP += tl.load(skip_ptr + head).to(tl.float32) * x_SP
-    y_at = (batch * num_positions + positions)[:, None] * inner + x_channels[None, :]
+    y_at = (batch * num_positions + positions)[:, None] * inner + x_at[None, :]
     tl.store(y_ptr + y_at, y_SP, mask=real[:, None])
-
     if WITH_STATE:
         total = tl.sum(log_decay, axis=0)
-        to_end_SP = weighted_SP * tl.exp(total - cumulative)[:, None]
-        added_PN = tl.dot(tl.trans(to_end_SP), b_SN, input_precision="tf32x3")
-        tl.store(ssm_after_ptr + batch * ssm_after_stride_b + at, state_PN * tl.exp(total) + added_PN)
-        _keep(
-            u_ptr, conv_ptr, conv_after_ptr, x_channels, num_positions, projected_stride_s,
-            conv_stride_c, conv_stride_w, after_stride_c, after_stride_w, TAPS,
-        )  # fmt: skip
+        to_end_SP = (delta * tl.exp(total - cumulative))[:, None] * x_SP
+        state_PN = state_PN * tl.exp(total) + tl.dot(tl.trans(to_end_SP), b_SN, input_precision="tf32x3")
+        tl.store(ssm_after_ptr + batch * ssm_after_stride_b + state_at, state_PN)
+        strides = (stride_s, conv_stride_c, conv_stride_w, after_stride_c, after_stride_w)
+        _keep(u_ptr, conv_ptr, conv_after_ptr, x_at, num_positions, strides, TAPS)
         if (head % of_group == 0) and (tile == 0):
-            _keep(
-                u_ptr, conv_ptr, conv_after_ptr, b_channels, num_positions, projected_stride_s,
-                conv_stride_c, conv_stride_w, after_stride_c, after_stride_w, TAPS,
-            )  # fmt: skip
-            _keep(
-                u_ptr, conv_ptr, conv_after_ptr, c_channels, num_positions, projected_stride_s,
-                conv_stride_c, conv_stride_w, after_stride_c, after_stride_w, TAPS,
-            )  # fmt: skip
+            _keep(u_ptr, conv_ptr, conv_after_ptr, b_at, num_positions, strides, TAPS)
+            _keep(u_ptr, conv_ptr, conv_after_ptr, c_at, num_positions, strides, TAPS)
 
 
 def scan(
