@@ -23,6 +23,7 @@ from twotower_eval.models import graphs, load_model
 from twotower_eval.models.graphs import StepGraphs, num_sizes
 from twotower_eval.plan import RunPlan, SpeedPlan
 from twotower_eval.records import Prompt
+from twotower_eval.speed import captures
 from twotower_eval.speed.lanes import Lane, Timing
 from twotower_eval.speed.workloads import Call
 
@@ -259,3 +260,12 @@ def test_the_option_is_a_field_of_plan_files(pair, tmp_path, capsys):
     file.write_text(f'model = "{pair}"\ncuda_graphs = true\n')
     assert cli.main(["speed", "--plan", str(file)]) == 2
     assert "CUDA graphs need CUDA devices" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("devices", "cuda_graphs", "said"),
+    [(("cuda:0",), False, True), (("cuda:0",), True, False), (("cpu",), False, False)],
+)
+def test_a_gpu_without_graphs_is_told_of_them(devices, cuda_graphs, said):
+    hint = captures.hint(SpeedPlan(devices=devices, cuda_graphs=cuda_graphs))
+    assert (hint is not None and "without --cuda-graphs" in hint) == said

@@ -31,7 +31,7 @@ from twotower_eval.records import (
     derive_seed,
     sha256_text,
 )
-from twotower_eval.speed.captures import Captures, graphs_for, refuse_uneven
+from twotower_eval.speed.captures import Captures, graphs_for, hint, refuse_uneven
 from twotower_eval.speed.clock import CallClock, Devices, torch_threads
 from twotower_eval.speed.costs import CostItem, make_items
 from twotower_eval.speed.lanes import Lane, Timing, make_lanes
@@ -68,6 +68,8 @@ def run(
         refuse_uneven(
             plan.batch_sizes, [size for spec in specs if isinstance(size := spec.params.get("block_size"), int)]
         )
+    if said := hint(plan):
+        progress.note(said)
     devices = Devices(plan.devices)
     with torch_threads(plan.threads):
         baseline = None if plan.baseline == CONTEXT_TOWER else Path(plan.baseline)

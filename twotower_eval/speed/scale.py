@@ -29,7 +29,7 @@ from twotower_eval.plan import ScalePlan
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import CostSample, RunManifest, SpeedPhase, derive_seed, to_json
 from twotower_eval.speed import phases
-from twotower_eval.speed.captures import Captures, refuse_uneven
+from twotower_eval.speed.captures import Captures, hint, refuse_uneven
 from twotower_eval.speed.clock import CallClock, Devices, torch_threads
 from twotower_eval.speed.configs import config_file, config_name
 from twotower_eval.speed.cost_card import CostCard, cut, describe, graphs_needed, make_card, refuse_if_too_large
@@ -67,6 +67,8 @@ def run(
     dtype: torch.dtype = getattr(torch, plan.dtype)
     if plan.cuda_graphs:
         refuse_uneven(plan.batch_sizes, plan.block_sizes)
+    if said := hint(plan):
+        progress.note(said)
     with torch_threads(plan.threads):
         patterns = ["".join(config.pattern[index] for index in part) for part in parts]
         card = make_card(plan, config, patterns, [_probe(device, dtype) for device in plan.devices], dtype)
