@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # More options for pip where torch is installed, e.g. --index-url https://download.pytorch.org/whl/cpu
 TORCH_PIP_ARGS ?=
 TORCH := $(shell grep '^torch==' constraints.txt)
+# CUDA builds of torch bring their own; beside a CPU build its interpreter runs the GPU kernels in tests.
+TRITON := triton==3.9.0
 INSTALLED := $(VENV)/.installed
 INSTALLED_REAL := $(VENV)/.installed-real
 DEMO_LIMIT ?= 24
@@ -25,6 +27,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH_PIP_ARGS) "$(TORCH)"
 	$(PIP) -c constraints.txt -e '.[test]'
+	test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) "$(TRITON)"
 	touch $@
 
 $(INSTALLED_REAL): $(INSTALLED)
