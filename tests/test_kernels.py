@@ -126,10 +126,13 @@ def test_the_manifest_tells_which_are_active(monkeypatch):
     })  # fmt: skip
 
     def absent():
-        raise ImportError("no such package")
+        raise ModuleNotFoundError("no such package", name="absent")
 
     told = environment._active_kernels(["meta"], "bfloat16")
-    assert told == {"good": "active: agrees with the reference to 1e-02", "absent": "refused: not installed"}
+    assert told == {
+        "good": "active: agrees with the reference to 1e-02",
+        "absent": "refused: not installed: no module absent",
+    }
 
 
 def test_kernels_are_loaded_from_where_the_packages_have_them(monkeypatch):

@@ -12,7 +12,10 @@ from twotower_eval.cli.options import option
 
 def bench(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Benches [all].", metavar="[NAMES]...", show_default=False)
+        list[str] | None,
+        typer.Argument(
+            help="engine, batching, scoring [all that have what they need].", metavar="[NAMES]...", show_default=False
+        ),
     ] = None,
     threads: Annotated[int, option("CPU threads [1].", metavar="N")] = 1,
     rounds: Annotated[int, option("Timed rounds; in each, every arm is timed once [9].", metavar="N")] = 9,

@@ -16,9 +16,9 @@ from twotower_eval.models.config import NemotronHConfig
 from twotower_eval.models.context import Context, KeyValueBuffer, Writer, ends_of, writable_buffer
 from twotower_eval.models.nemotron_h import Attention, Mamba, MambaState, Tower, run_layers
 from twotower_eval.models.token_tree import Segment, logits_by_rows
-from twotower_eval.ops import kernels, product
-from twotower_eval.ops.attention import are_few, attention
+from twotower_eval.ops import product
 from twotower_eval.ops.attention import attend as attend_to
+from twotower_eval.ops.attention import attention, kernel_for_few
 
 if TYPE_CHECKING:
     from twotower_eval.models.graphs import StepGraphs
@@ -139,9 +139,9 @@ class ContextTower(LanguageModel):
         valid_BS = torch.arange(num_new, device=device) < new_lengths_B[:, None] if new_lengths_B is not None else None
         buffer, write = writable_buffer(context, num_new), Writer(context.lengths, num_new, device)
         end = context.max_length + num_new
-        few_on_gpu = are_few(context.batch_size, num_new) and kernels.may_serve(self.head.weight)
-        ends_B = ends_of(context, device) if few_on_gpu else None
-        mask, causal = (None, False) if few_on_gpu else _causal_mask(context, num_new, device)
+        few = kernel_for_few(self.head.weight, context.batch_size, num_new, end, self.config.head_dim) is not None
+        ends_B = ends_of(context, device) if few else None
+        mask, causal = (None, False) if few else _causal_mask(context, num_new, device)
         mamba: dict[int, MambaState] = {}
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

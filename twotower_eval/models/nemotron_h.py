@@ -60,9 +60,9 @@ class Mamba(Direct):
         self, x_BSH: Tensor, state: MambaState, valid_BS: Tensor | None = None, lengths_B: Tensor | None = None
     ) -> tuple[Tensor, MambaState]:
         """Mix S positions. ``valid_BS`` and ``lengths_B`` say which are real; padding leaves the state alone."""
-        scan = self._kernel(x_BSH) if valid_BS is None else None
+        scan = self._kernel(x_BSH, state) if valid_BS is None else None
         if scan is not None:
-            after = MambaState(torch.empty_like(state.conv_BCW), torch.empty_like(state.ssm_BhPN))
+            after = MambaState(*(tensor.new_empty(tensor.shape) for tensor in state))
             return self._by_kernel(scan, x_BSH, state, after), after
         if x_BSH.shape[1] == 1 and valid_BS is None and x_BSH.device.type == "cpu":
             return self.step(x_BSH, state)
@@ -83,7 +83,7 @@ class Mamba(Direct):
 
     def advance(self, x_BSH: Tensor, state: MambaState, after: MambaState) -> Tensor:
         """What :meth:`forward` gives, the state after it left in ``after``, whose SSM state may be the one read."""
-        scan = self._kernel(x_BSH)
+        scan = self._kernel(x_BSH, state)
         if scan is not None:
             return self._by_kernel(scan, x_BSH, state, after)
         y_BSH, made = self.forward(x_BSH, state)
@@ -93,16 +93,17 @@ class Mamba(Direct):
 
     def outputs(self, x_BSH: Tensor, state: MambaState) -> Tensor:
         """What :meth:`forward` gives, for whoever needs no state after it."""
-        scan = self._kernel(x_BSH)
+        scan = self._kernel(x_BSH, state)
         if scan is not None:
             return self._by_kernel(scan, x_BSH, state, None)
         z, u_BSC, delta_BSh = self.project(x_BSH)
         x, b, c = self.convolve(u_BSC, state.conv_BCW)
         return self.finish(ssd.ssd_outputs(x, delta_BSh, self.decay_rate(), b, c, state.ssm_BhPN), x, z)
 
-    def _kernel(self, x_BSH: Tensor) -> Callable[..., Any] | None:
+    def _kernel(self, x_BSH: Tensor, state: MambaState) -> Callable[..., Any] | None:
         """One for the middle of the layer, where it serves these positions and has proved itself."""
-        if not kernels.may_serve(x_BSH, self.in_proj.weight):
+        convolution = (self.conv1d.weight, self.conv1d.bias)
+        if not kernels.may_serve(x_BSH, self.in_proj.weight, *convolution, self.A_log, self.D, self.dt_bias, *state):
             return None
         if not mamba.fits(x_BSH.shape[1], self.config.mamba_head_dim, self.config.ssm_state_size):
             return None

@@ -21,9 +21,8 @@ from twotower_eval.models.context import Context, ends_of, room_for_block
 from twotower_eval.models.derived import DerivedByKey
 from twotower_eval.models.nemotron_h import Mamba, Modulation, Tower, run_layers
 from twotower_eval.models.token_tree import Segment
-from twotower_eval.ops import kernels
-from twotower_eval.ops.attention import are_few, attention
 from twotower_eval.ops.attention import attend as attend_to
+from twotower_eval.ops.attention import attention, kernel_for_few
 
 if TYPE_CHECKING:
     from twotower_eval.models.graphs import StepGraphs
@@ -183,20 +182,22 @@ class TwoTower(LanguageModel):
         if self.graphs is not None and self.graphs.serves(*block_BK.shape):
             time_B = None if t_B is None else _time_tensor(t_B, block_BK.shape[0], device)
             return self.graphs.denoise(self, block_BK, context, time_B)
-        few_on_gpu = are_few(*block_BK.shape) and kernels.may_serve(denoiser.head.weight)
-        ends_B = ends_of(context, device) if few_on_gpu else None
-        mask = None if few_on_gpu else _block_mask(context, block_BK.shape[1], device)
         length, end = context.max_length, context.max_length + block_BK.shape[1]
+        batch_size, block_size = block_BK.shape
+        head_dim, like = self.config.head_dim, denoiser.head.weight
+        few = kernel_for_few(like, batch_size, block_size, length, head_dim) is not None
+        ends_B = ends_of(context, device) if few else None
+        mask = None if few else _block_mask(context, block_BK.shape[1], device)
         appended = None if torch.is_grad_enabled() else room_for_block(context, block_BK.shape[1])
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if appended is None:  # gradients need each call's own
                 keys = torch.cat([context.buffer.keys[index][:, :, :length], k], dim=2)
                 values = torch.cat([context.buffer.values[index][:, :, :length], v], dim=2)
-                return attention(q, keys, values, mask)
-            keys, values = appended.keys[index][:, :, :end], appended.values[index][:, :, :end]
-            keys[:, :, length:] = k
-            values[:, :, length:] = v
+            else:
+                keys, values = appended.keys[index][:, :, :end], appended.values[index][:, :, :end]
+                keys[:, :, length:] = k
+                values[:, :, length:] = v
             if ends_B is not None:
                 return attend_to(q, keys, values, ends_B, length, behind=True)
             return attention(q, keys, values, mask)

@@ -13,8 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from twotower_eval.ops import kernels
 
-# What the kernel for few queries serves: new positions of a row and of all rows, and keys.
-KERNEL_MAX_NEW, KERNEL_MAX_ROWS, KERNEL_MAX_SLOTS = 64, 512, 1 << 15
+# What the kernel for few queries serves: new positions of a row and of all rows, keys, and pairs of a new position and
+# a key, for each of which it keeps 1/128 of all heads' sums.
+KERNEL_MAX_NEW, KERNEL_MAX_ROWS, KERNEL_MAX_SLOTS, KERNEL_MAX_PAIRS = 64, 512, 1 << 15, 1 << 20
+KERNEL_DIMS = (16, 32, 64, 128)  # of a head
 # Of torch's own for GPUs, without cuDNN's, which plans anew for every number of keys. Seen on an H200 without CUDA
 # graphs: 54 ms for an AR step beside 15 ms for a denoise step, whose keys do not grow; without it 24 ms beside 27.
 GPU_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -63,12 +65,10 @@ def attend(q_BQSD: Tensor, k_BJTD: Tensor, v_BJTD: Tensor, ends_B: Tensor, num_s
     The new keys lie right behind each row's context, and a query sees those up to its own; or, with ``behind``, they
     are the S slots behind ``num_slots``, and every query sees all of them. All slots hold finite numbers.
     """
-    batch_size, _, num_new, _ = q_BQSD.shape
-    if kernels.may_serve(q_BQSD) and are_few(batch_size, num_new) and _fits(q_BQSD, num_slots):
-        kernel = FEW_QUERIES.on(q_BQSD.device, q_BQSD.dtype)
-        if kernel is not None:
-            fused: Tensor = kernel(q_BQSD, k_BJTD, v_BJTD, ends_B, num_slots, behind=behind)
-            return fused
+    kernel = kernel_for_few(q_BQSD, q_BQSD.shape[0], q_BQSD.shape[2], num_slots, q_BQSD.shape[3])
+    if kernel is not None:
+        fused: Tensor = kernel(q_BQSD, k_BJTD, v_BJTD, ends_B, num_slots, behind=behind)
+        return fused
     num_keys, mask = _seen(q_BQSD, ends_B, num_slots, behind)
     return attention(q_BQSD, k_BJTD[:, :, :num_keys], v_BJTD[:, :, :num_keys], mask)
 
@@ -81,13 +81,14 @@ def attend_reference(
     return attention_reference(q_BQSD, k_BJTD[:, :, :num_keys], v_BJTD[:, :, :num_keys], mask)
 
 
-def are_few(batch_size: int, num_new: int) -> bool:
-    """Whether so many new positions in so many rows are few."""
-    return num_new <= KERNEL_MAX_NEW and batch_size * num_new <= KERNEL_MAX_ROWS
-
-
-def _fits(q_BQSD: Tensor, num_slots: int) -> bool:
-    return num_slots <= KERNEL_MAX_SLOTS and q_BQSD.shape[3] in (16, 32, 64, 128)
+def kernel_for_few(
+    like: Tensor, batch_size: int, num_new: int, num_slots: int, head_dim: int
+) -> Callable[..., Any] | None:
+    """One for so many new positions behind so many slots, on the device and in the precision of ``like``; None where
+    they are not few, or it has not proved itself."""
+    few = num_new <= KERNEL_MAX_NEW and batch_size * num_new <= KERNEL_MAX_ROWS and num_slots <= KERNEL_MAX_SLOTS
+    small = batch_size * num_new * num_slots <= KERNEL_MAX_PAIRS and head_dim in KERNEL_DIMS
+    return FEW_QUERIES.on(like.device, like.dtype) if few and small and kernels.may_serve(like) else None
 
 
 def _seen(q_BQSD: Tensor, ends_B: Tensor, num_slots: int, behind: bool) -> tuple[int, Tensor]:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
@@ -57,12 +58,12 @@ class Kernel:
         if device.type not in self.device_types:
             return Proof(function=None, reason=f"not for {device.type}")
         try:
-            function = self.load()
+            function = _on_device(self.load(), device)
             with torch.inference_mode():
                 found = self.pairs(function, device, precision)
                 apart = max(relative_error(ours, reference) for ours, reference in found)
-        except ImportError:
-            return Proof(function=None, reason="not installed")
+        except ModuleNotFoundError as error:
+            return Proof(function=None, reason=f"not installed: no module {error.name}")
         except Exception as error:  # whatever foreign code raises is the reason for doing without it
             return Proof(function=None, reason=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
         limit = LIMITS[precision]
@@ -71,13 +72,26 @@ class Kernel:
         return Proof(function=function, reason=f"agrees with the reference to {limit:.0e}")
 
 
+def _on_device(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """The function with the device made current: kernels are launched on that, wherever their tensors lie."""
+    if device.type != "cuda":
+        return function
+
+    @wraps(function)
+    def launched(*args: Any, **options: Any) -> Any:
+        with torch.cuda.device(device):
+            return function(*args, **options)
+
+    return launched
+
+
 KERNELS: dict[str, Kernel] = {}
 ON_ANY_DEVICE = False  # tests set it: Triton's interpreter runs ops/fused on a CPU
 
 
-def may_serve(x: Tensor, *weights: Tensor) -> bool:
+def may_serve(x: Tensor, *others: Tensor | None) -> bool:
     """Whether a kernel can take these: on a GPU, and nothing to be differentiated."""
-    return (x.is_cuda or ON_ANY_DEVICE) and without_gradients(x, *weights)
+    return (x.is_cuda or ON_ANY_DEVICE) and without_gradients(x, *others)
 
 
 def register(kernel: Kernel) -> Kernel:
@@ -109,9 +123,9 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
     return float((ours.double() - wide).square().mean().sqrt() / wide.square().mean().sqrt())
 
 
-def without_gradients(*tensors: Tensor) -> bool:
-    """Whether nothing has to be differentiated: foreign kernels need not know how to."""
-    return not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors)
+def without_gradients(*tensors: Tensor | None) -> bool:
+    """Whether nothing has to be differentiated: kernels need not know how to."""
+    return not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 @contextmanager

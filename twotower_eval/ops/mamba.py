@@ -17,6 +17,7 @@ from twotower_eval.ops import kernels
 from twotower_eval.ops.conv import causal_conv_reference, next_conv_state
 from twotower_eval.ops.ssd import ssd_reference
 
+MAX_SIZE = 128  # of a head and of its state: more would not fit into a processor's shared memory
 MAX_POSITIONS = 32  # of the kernel, which holds a block's quadratic form at once
 
 
@@ -58,7 +59,7 @@ def scan_reference(
 
 def fits(num_positions: int, head_dim: int, state_size: int) -> bool:
     """Whether the kernel takes such a block: its tiles are powers of two."""
-    powers = all(size >= 16 and size & (size - 1) == 0 for size in (head_dim, state_size))
+    powers = all(16 <= size <= MAX_SIZE and size & (size - 1) == 0 for size in (head_dim, state_size))
     return num_positions <= MAX_POSITIONS and powers
 
 
@@ -71,11 +72,13 @@ def _load_scan() -> Callable[..., Any]:
 def _scan_pairs(
     kernel: Callable[..., Any], device: torch.device, precision: torch.dtype
 ) -> Sequence[tuple[Tensor, Tensor]]:
-    """A token, blocks of even and odd length and of more than one tile, behind a seed: outputs and states."""
+    """A token, blocks of even and odd length and the longest, behind a seed: outputs and states, with and without
+    limits of the step sizes (the released config has none) and a bias."""
     found: list[tuple[Tensor, Tensor]] = []
     heads, dim, groups, state_size, taps = 8, 64, 2, 128, 4
     channels = heads * dim + 2 * groups * state_size
-    for num_positions, wants_state in ((1, True), (8, True), (16, True), (16, False), (23, False)):
+    for num_positions, wants_state in ((1, True), (8, True), (16, True), (16, False), (23, False), (32, True)):
+        limits = (1e-3, 0.5) if num_positions in (1, 23) else None
 
         def given(*shape: int, seed: int, dtype: torch.dtype = precision) -> Tensor:
             return kernels.seeded(shape, device, dtype, seed)
@@ -83,7 +86,8 @@ def _scan_pairs(
         projected_BSZ = given(2, num_positions, heads * dim + channels + heads, seed=num_positions)
         conv_BCW = given(2, channels, taps, seed=1)
         ssm_BhPN = given(2, heads, dim, state_size, seed=2, dtype=torch.float32)
-        weight_C1W, bias_C = given(channels, 1, taps, seed=3) / 2, given(channels, seed=4)
+        weight_C1W = given(channels, 1, taps, seed=3) / 2
+        bias_C = None if num_positions == 8 else given(channels, seed=4)
         A_log_h, D_h, dt_bias_h = (given(heads, seed=seed) for seed in (5, 6, 7))
         outputs = []
         for scan in (kernel, scan_reference):
@@ -99,7 +103,7 @@ def _scan_pairs(
                 D_h,
                 dt_bias_h,
                 groups,
-                (1e-3, 0.5),
+                limits,
                 after,
             )
             outputs.append((y_BSI, ssm_after, *((conv_after,) if wants_state else ())))

@@ -16,7 +16,8 @@ GATHER_MAX_ROWS = 4  # up to this many rows, gathering weights beats reading all
 PADDED_MAX_ROWS = 64  # up to this many, reading all experts beats waiting for the device to say who chose what
 # On a CPU: experts so small (numbers of one direction) that a call for each of them costs more than reading them all.
 SMALL_EXPERTS, SMALL_MAX_ROWS = 1 << 17, 16
-KERNEL_PAIRS = 1024  # of a row and an expert that the fused kernel looks through
+# Of the fused kernels: rows of the router, each of which reads the gate again, and pairs of a row and an expert.
+KERNEL_ROWS, KERNEL_PAIRS = 256, 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,8 @@ def route(x_RH: Tensor, gate_EH: Tensor, bias_E: Tensor, routing: Routing) -> tu
     Choice uses the bias-corrected scores; weights are the uncorrected ones. Experts of dropped groups keep a choice
     score of 0.0 (the reference's habit, not -inf), so a negative bias can let one of them through.
     """
-    if routing.num_groups == 1 and kernels.may_serve(x_RH, gate_EH):
+    few = x_RH.shape[0] <= KERNEL_ROWS and routing.num_groups == 1
+    if few and kernels.may_serve(x_RH, gate_EH):
         kernel = ROUTER.on(x_RH.device, x_RH.dtype)
         if kernel is not None:
             fused: tuple[Tensor, Tensor] = kernel(
@@ -73,7 +75,8 @@ def experts(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor,
     """Weighted sum of the chosen experts, (R, H) in ``x_RH.dtype``; accumulated in float32."""
     if x_RH.device.type == "cpu":
         if x_RH.shape[0] <= SMALL_MAX_ROWS and up_EIH.numel() <= SMALL_EXPERTS:
-            if kernels.without_gradients(x_RH, up_EIH, down_EHI):
+            # What an expert makes of rows that are not its own counts 0 times, and must be finite for that.
+            if x_RH.dtype != torch.float16 and kernels.without_gradients(x_RH, up_EIH, down_EHI):
                 return _experts_all(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
             return experts_padded(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
         # Copying weights costs more than anything here.
@@ -101,7 +104,8 @@ def experts_and_shared(
     shared_HI: Tensor,
 ) -> Tensor:
     """:func:`experts` plus the shared expert, which is neither scaled nor gated."""
-    if kernels.may_serve(x_RH, up_EIH) and chosen_RA.numel() <= KERNEL_PAIRS:
+    tensors = (weights_RA, up_EIH, down_EHI, shared_IH, shared_HI)
+    if chosen_RA.numel() <= KERNEL_PAIRS and kernels.may_serve(x_RH, *tensors):
         kernel = FUSED_EXPERTS.on(x_RH.device, x_RH.dtype)
         if kernel is not None:
             fused: Tensor = kernel(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI, shared_IH, shared_HI)

@@ -39,7 +39,7 @@ def add_norm(
     ``x + gate * mixed``, and its norm, scaled and shifted ``before`` the norm or behind it (adaLN); None leaves out.
     Rows of gate, shift and gain are a batch row's, or one for all.
     """
-    if kernels.may_serve(x_BSH, weight_H):
+    if kernels.may_serve(x_BSH, weight_H, mixed_BSH, gate_B1H, shift_B1H, gain_B1H):
         kernel = ADD_NORM.on(x_BSH.device, weight_H.dtype)
         if kernel is not None:
             fused: tuple[Tensor, Tensor] = kernel(
@@ -156,7 +156,9 @@ def _add_norm_pairs(
     found: list[tuple[Tensor, Tensor]] = []
     x_BSH, mixed_BSH = (kernels.seeded((3, 5, 320), device, precision, seed) for seed in (0, 1))
     weight_H = kernels.seeded((320,), device, precision, seed=2)
-    gate_B1H, shift_B1H, gain_B1H = (kernels.seeded((3, 1, 320), device, precision, seed) for seed in (3, 4, 5))
+    # Shift and gate lie apart, between each other, as a model has them; the gain is a tensor of its own.
+    shift_B1H, gain_B1H, gate_B1H = kernels.seeded((3, 3, 1, 320), device, precision, seed=3).unbind(1)
+    gain_B1H = gain_B1H.contiguous()
     none = (None, None)
     for given in (
         (x_BSH, None, None, weight_H, 1e-5, *none, False),

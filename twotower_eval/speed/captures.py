@@ -52,8 +52,8 @@ def hint(plan: SpeedPlan | ScalePlan) -> str | None:
     if plan.cuda_graphs or not any(device.startswith("cuda") for device in plan.devices):
         return None
     return (
-        "without --cuda-graphs the host launches every kernel of a step by itself: small steps then take its time, on "
-        "one H200 seven to ten times the GPU's own, in both arms"
+        "without --cuda-graphs small steps last as long as the host needs to launch their kernels, in both arms "
+        "(on one H200 24 ms for an AR step instead of 2.4)"
     )
 
 

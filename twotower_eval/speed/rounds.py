@@ -68,14 +68,14 @@ def run(
         refuse_uneven(
             plan.batch_sizes, [size for spec in specs if isinstance(size := spec.params.get("block_size"), int)]
         )
-    if said := hint(plan):
-        progress.note(said)
     devices = Devices(plan.devices)
     with torch_threads(plan.threads):
         baseline = None if plan.baseline == CONTEXT_TOWER else Path(plan.baseline)
         models = load_arms(
             model_folder(plan), baseline, dtype=plan.dtype, devices=plan.devices, cuda_graphs=plan.cuda_graphs
         )
+        if said := hint(plan):
+            progress.note(said)
         clock = CallClock(devices, now)
         lanes = make_lanes(plan, calls, requests, specs, models, clock)
         costs = make_items(calls, lanes, models) if plan.costs else ()

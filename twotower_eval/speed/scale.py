@@ -67,14 +67,14 @@ def run(
     dtype: torch.dtype = getattr(torch, plan.dtype)
     if plan.cuda_graphs:
         refuse_uneven(plan.batch_sizes, plan.block_sizes)
-    if said := hint(plan):
-        progress.note(said)
     with torch_threads(plan.threads):
         patterns = ["".join(config.pattern[index] for index in part) for part in parts]
         card = make_card(plan, config, patterns, [_probe(device, dtype) for device in plan.devices], dtype)
         for line in describe(card):
             progress.note(line)
         refuse_if_too_large(card, plan, config, dtype)
+        if said := hint(plan):
+            progress.note(said)
         began_s = time.monotonic()
         progress.note("making the weights: nothing else is printed until they are there")
         rigs, routing = _build(plan, config, parts, dtype)

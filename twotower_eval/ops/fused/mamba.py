@@ -20,7 +20,9 @@ from twotower_eval.ops.fused.overlap import let_next_begin, overlapping, wait_fo
 def _step_size(dt, bias, smallest, largest):
     """Softplus, beyond 20 the number itself as torch has it, within the limits."""
     raw = dt.to(tl.float32) + bias.to(tl.float32)
-    soft = tl.where(raw > 20.0, raw, tl.log(1.0 + tl.exp(tl.minimum(raw, 20.0))))
+    grown = tl.exp(tl.minimum(raw, 20.0))
+    # Where almost nothing is added to 1, the series of the logarithm: the sum would lose it.
+    soft = tl.where(raw > 20.0, raw, tl.where(raw < -7.0, grown - grown * grown / 2, tl.log(1.0 + grown)))
     return tl.minimum(tl.maximum(soft, smallest), largest)
 
 
@@ -221,7 +223,6 @@ def scan(
     """See :func:`twotower_eval.ops.mamba.scan_reference`."""
     batch_size, num_positions, _ = projected_BSZ.shape
     heads, dim, state_size = ssm_BhPN.shape[1:]
-    overlap = overlapping(ssm_BhPN.device, weight_C1W)
     projected_BSZ, ssm_BhPN, weight_C1W = projected_BSZ.contiguous(), ssm_BhPN.contiguous(), weight_C1W.contiguous()
     y_BSI = torch.empty(batch_size, num_positions, heads * dim, dtype=torch.float32, device=projected_BSZ.device)
     conv_after, ssm_after = after or (conv_BCW, ssm_BhPN)  # not written to without an after
@@ -233,7 +234,7 @@ def scan(
     between = (0.0, math.inf) if limits is None else limits
     sizes = {
         "HEADS": heads, "GROUPS": num_groups, "DIM": dim, "STATE": state_size, "TAPS": weight_C1W.shape[2],
-        "HAS_BIAS": bias_C is not None, **overlap,
+        "HAS_BIAS": bias_C is not None, **overlapping(ssm_BhPN.device),
     }  # fmt: skip
     if num_positions == 1 and after is not None:
         tile = min(dim, 16)

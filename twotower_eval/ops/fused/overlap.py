@@ -2,6 +2,8 @@
 
 Launched so, a kernel may read weights at once, which nobody writes, and waits before it touches anything else; the
 stream of weights then does not pause between kernels. All kernels of ops/fused wait, so that none overtakes another.
+One exception: what was written before the kernel ahead began may be read at once too, if that one lets the next begin
+only when it has waited itself (who was chosen, in experts.py).
 """
 
 from __future__ import annotations
@@ -39,4 +41,8 @@ def overlapping(device: torch.device, *weights: torch.Tensor) -> dict[str, Any]:
 
 @cache
 def _can_overlap(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
+    )
