@@ -319,4 +319,10 @@ def test_report_takes_the_newest_run_of_each_verb(
         ([there], Path("elsewhere"), plain | {"sections": ["a:b", "c"]}),
         ([there], Path("reports"), plain | {"html": True, "csv": True, "claims": "mine.toml"}),
     ]
-    assert capsys.readouterr().out == "reports/id/report.md\nelsewhere/id/report.md\nreports/id/report.html\n"
+    said = capsys.readouterr()
+    assert said.out == "reports/id/report.md\nelsewhere/id/report.md\nreports/id/report.html\n"
+    assert said.err == 2 * f"the newest of each verb: {path.name}\n"
+    make_run(tmp_path / "results", RunPlan())
+    assert cli.main(["report"]) == 0
+    taken = calls[-1][0][0].name
+    assert capsys.readouterr().err == f"the newest of each verb: {taken}; left out, name runs to choose: 1 in results\n"

@@ -39,8 +39,8 @@ def report(
     paths = [run_path(name, results) for name in runs] if runs else newest_of_each_verb(results)
     if not runs:
         num_others = len(store.find_runs(results)) - len(paths)
-        others = f"; {num_others} others in {results} are left out, name runs to choose" if num_others else ""
-        typer.echo(f"on the newest of each verb: {', '.join(path.name for path in paths)}{others}", err=True)
+        others = f"; left out, name runs to choose: {num_others} in {results}" if num_others else ""
+        typer.echo(f"the newest of each verb: {', '.join(path.name for path in paths)}{others}", err=True)
     from twotower_eval import report as report_room
 
     folder = report_room.write(paths, out, sections=section or None, claims=claims, html=html, csv=format == "csv")
