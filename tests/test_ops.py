@@ -292,8 +292,19 @@ def test_experts(R: int, per_token: int) -> None:
     chosen = noise(R, 5, seed=3).topk(per_token).indices
     weights = noise(R, per_token, seed=4).abs()
     wanted = moe.experts_reference(x, chosen, weights, up, down)
-    for ours in (moe.experts, moe._experts_gathered, moe._experts_sorted, moe._experts_in_place, moe._experts_all):
+    for ours in (moe.experts, moe._experts_gathered, moe._experts_sorted, moe._experts_in_place):
         assert close(ours(x, chosen, weights, up, down), wanted)
+
+
+def test_small_experts_and_the_shared_one_as_one() -> None:
+    x, up, down = noise(5, 8), noise(6, 10, 8, seed=1), noise(6, 8, 10, seed=2)
+    shared_up, shared_down = noise(14, 8, seed=5), noise(8, 14, seed=6)
+    chosen, weights = noise(5, 6, seed=3).topk(2).indices, noise(5, 2, seed=4).abs()
+    wanted = moe.experts_reference(x, chosen, weights, up, down) + moe.mlp(x, shared_up, shared_down)
+    given = (up, down, shared_up, shared_down)
+    assert moe.serves_joined(x, *given)
+    assert close(moe.experts_joined(x, chosen, weights, moe.join(*given)), wanted)
+    assert close(moe.experts_and_shared(x, chosen, weights, *given), wanted)
 
 
 def test_experts_bfloat16() -> None:
@@ -304,7 +315,6 @@ def test_experts_bfloat16() -> None:
         moe._experts_gathered,
         moe._experts_sorted,
         moe._experts_in_place,
-        moe._experts_all,
         moe.experts_reference,
     ):
         assert close(ours(x, chosen, weights, up, down).float(), wanted, BFLOAT16_RTOL)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twotower_eval.models.derived import Derived
+from twotower_eval.models.derived import Derived, DerivedByKey
 from twotower_eval.ops import norm
 
 
@@ -39,7 +39,7 @@ class Direct(nn.Module):
         for name in (*self._parameters, *self._modules):
             self.__dict__.pop(name, None)
         for value in self.__dict__.values():
-            if isinstance(value, Derived):
+            if isinstance(value, (Derived, DerivedByKey)):
                 value.drop()
         return super()._apply(*args, **options)  # type: ignore[no-untyped-call]
 

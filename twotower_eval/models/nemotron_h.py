@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from twotower_eval.models.config import NemotronHConfig
-from twotower_eval.models.derived import Derived
+from twotower_eval.models.derived import Derived, DerivedByKey
 from twotower_eval.models.direct import Conv1d, Direct, Linear, RMSNorm
 from twotower_eval.ops import conv, kernels, mamba, moe, norm, product, ssd
 
@@ -230,6 +230,7 @@ class MixtureOfExperts(Direct):
         self.experts_up_EIH = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.experts_down_EHI = nn.Parameter(torch.empty(num_experts, hidden, width))
         self.shared_experts = Mlp(hidden, config.moe_shared_expert_intermediate_size)
+        self._joined: DerivedByKey[moe.Joined] = DerivedByKey(1)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         if x_BSH.numel() == x_BSH.shape[-1] and x_BSH.is_cpu and self.routing.num_groups == 1:
@@ -246,15 +247,13 @@ class MixtureOfExperts(Direct):
         chosen_RA, weights_RA = moe.route(x_RH, gate_EH, self.gate.e_score_correction_bias, self.routing)
         if self.steer is not None:
             chosen_RA = self.steer(chosen_RA, x_BSH.shape[:-1])
-        out_RH = moe.experts_and_shared(
-            x_RH,
-            chosen_RA,
-            weights_RA,
-            self.experts_up_EIH,
-            self.experts_down_EHI,
-            self.shared_experts.up_proj.weight,
-            self.shared_experts.down_proj.weight,
-        )
+        shared = self.shared_experts
+        weights = (self.experts_up_EIH, self.experts_down_EHI, shared.up_proj.weight, shared.down_proj.weight)
+        if moe.serves_joined(x_RH, *weights):
+            joined = self._joined(0.0, weights, lambda: moe.join(*weights))
+            out_RH = moe.experts_joined(x_RH, chosen_RA, weights_RA, joined)
+        else:
+            out_RH = moe.experts_and_shared(x_RH, chosen_RA, weights_RA, *weights)
         return out_RH.view_as(x_BSH)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,9 +75,6 @@ def experts(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor,
     """Weighted sum of the chosen experts, (R, H) in ``x_RH.dtype``; accumulated in float32."""
     if x_RH.device.type == "cpu":
         if x_RH.shape[0] <= SMALL_MAX_ROWS and up_EIH.numel() <= SMALL_EXPERTS:
-            # What an expert makes of rows that are not its own counts 0 times, and must be finite for that.
-            if x_RH.dtype != torch.float16 and kernels.without_gradients(x_RH, up_EIH, down_EHI):
-                return _experts_all(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
             return experts_padded(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI)
         # Copying weights costs more than anything here.
         if kernels.without_gradients(x_RH, up_EIH, down_EHI):
@@ -111,6 +108,40 @@ def experts_and_shared(
             fused: Tensor = kernel(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI, shared_IH, shared_HI)
             return fused
     return experts(x_RH, chosen_RA, weights_RA, up_EIH, down_EHI) + mlp(x_RH, shared_IH, shared_HI)
+
+
+class Joined(NamedTuple):
+    """Small experts and the shared one as one, M wide: theirs side by side, then its own."""
+
+    up_MH: Tensor
+    down_MH: Tensor
+    num_experts: int
+    width: int
+
+
+def join(up_EIH: Tensor, down_EHI: Tensor, shared_IH: Tensor, shared_HI: Tensor) -> Joined:
+    """Copies of the weights, each direction in one."""
+    up_MH = torch.cat([up_EIH.flatten(0, 1), shared_IH])
+    down_MH = torch.cat([down_EHI.transpose(1, 2).flatten(0, 1), shared_HI.t()])
+    return Joined(up_MH, down_MH, *up_EIH.shape[:2])
+
+
+def serves_joined(x_RH: Tensor, *weights: Tensor) -> bool:
+    """Whether these are few rows of small experts on a CPU, all of which cost less than a call for each that was
+    chosen."""
+    few = x_RH.shape[0] <= SMALL_MAX_ROWS and weights[0].numel() <= SMALL_EXPERTS
+    return few and x_RH.is_cpu and x_RH.dtype == torch.float32 and kernels.without_gradients(x_RH, *weights)
+
+
+def experts_joined(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, joined: Joined) -> Tensor:
+    """:func:`experts_and_shared` in a product each way; experts that were not chosen weigh 0."""
+    weights_RE1 = weights_RA.new_zeros(len(x_RH), joined.num_experts, 1).scatter_(
+        1, chosen_RA[..., None], weights_RA[..., None]
+    )
+    inner_RM = torch.mm(x_RH, joined.up_MH.t()).relu_()
+    inner_RM.mul_(inner_RM)
+    inner_RM[:, : joined.num_experts * joined.width].unflatten(1, (-1, joined.width)).mul_(weights_RE1)
+    return torch.mm(inner_RM, joined.down_MH)
 
 
 def _aligned(up_EIH: Tensor) -> bool:
@@ -164,17 +195,6 @@ def _experts_gathered(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EI
     inner_RAI = (up_EIH[chosen_RA] @ x_RH[:, None, :, None])[..., 0]
     out_RAH = (down_EHI[chosen_RA] @ functional.relu(inner_RAI).square()[..., None])[..., 0]
     return (out_RAH.float() * weights_RA[..., None]).sum(1).to(x_RH.dtype)
-
-
-def _experts_all(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
-    """Few rows of small experts: all of these, with weight 0 where they were not chosen; fewest calls. Without
-    gradients."""
-    num_experts, width, hidden = up_EIH.shape
-    weights_RE = weights_RA.new_zeros(x_RH.shape[0], num_experts).scatter_(1, chosen_RA, weights_RA)
-    inner_RM = torch.mm(x_RH, up_EIH.view(num_experts * width, hidden).t()).relu_()
-    inner_REI = inner_RM.mul_(inner_RM).view(-1, num_experts, width)
-    out_ERH = torch.bmm(inner_REI.transpose(0, 1), down_EHI.transpose(1, 2))
-    return (out_ERH.float() * weights_RE.t()[..., None]).sum(0).to(x_RH.dtype)
 
 
 def _experts_sorted(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EIH: Tensor, down_EHI: Tensor) -> Tensor:
