@@ -1,7 +1,7 @@
 """Everything that wants a GPU, in one script of named steps, each resumable by itself and under ten minutes.
 
-    python tests/device_check.py --device cuda:0                 # all steps, under 25 minutes on one large GPU
-    python tests/device_check.py --device cuda:0 --brief         # the same with smaller sweeps: some 5 minutes
+    python tests/device_check.py --device cuda:0                 # all steps; by estimate under 25 minutes
+    python tests/device_check.py --device cuda:0 --brief         # with smaller sweeps; by estimate some 5
     python tests/device_check.py --device cuda:0 --step scale    # one of them; --step may be given several times
     python tests/device_check.py --device cpu --quick            # the same code in minutes; `make test` runs this
 
