@@ -68,9 +68,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for runs, training and report")
     parser.add_argument("--model", help="pair to sweep [the shipped miniature]")
     parser.add_argument("--step", action="append", choices=[*STEPS, "train"], help="one step [all but train]")
-    parser.add_argument(
-        "--brief", action="store_true", help="one block size, fewer prompts; no run without CUDA graphs"
-    )
+    parser.add_argument("--brief", action="store_true", help="one block size, fewer rounds; no run without CUDA graphs")
     parser.add_argument("--quick", action="store_true", help="a few layers, rounds and documents of everything")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -251,7 +249,6 @@ def _sweep(options: argparse.Namespace, step: str, *more: str) -> bool:
         rounds = ["--num-prompts", "2", "--min-rounds", "2", "--tasks", "miniature_sort"]
     else:
         rounds = ["--min-rounds", "6", "--batch-sizes", "1,8", "--tasks", "miniature"]
-        rounds += ["--num-prompts", "16" if options.brief else "64"]
     timed = _command("speed", *_pair(options), *_grid(options), *rounds, *more)
     captured = [event for event in store.load(Path(timed)).events if event["kind"] == "timed_again"]
     say(step, timed_again=len(captured), device=options.device, speed=timed)

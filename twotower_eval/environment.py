@@ -99,7 +99,7 @@ def describe_machine(devices: Sequence[str] = ("cpu",)) -> dict[str, Any]:
 
 
 def _active_kernels(devices: Sequence[str], dtype: str | None) -> dict[str, str] | None:
-    """Which foreign kernels have proved themselves, asked of the ops where something has loaded them."""
+    """Which kernels have proved themselves, asked of the ops where something has loaded them."""
     ops = sys.modules.get("twotower_eval.ops.kernels")
     told: dict[str, str] | None = ops.describe(devices, dtype) if ops and dtype else None
     return told

@@ -18,7 +18,7 @@ from twotower_eval.models.nemotron_h import Attention, Mamba, MambaState, Tower,
 from twotower_eval.models.token_tree import Segment, logits_by_rows
 from twotower_eval.ops import product
 from twotower_eval.ops.attention import attend as attend_to
-from twotower_eval.ops.attention import attention, kernel_for_few
+from twotower_eval.ops.attention import attention, kernel_for_few, seen
 
 if TYPE_CHECKING:
     from twotower_eval.models.graphs import StepGraphs
@@ -183,10 +183,7 @@ def _causal_mask(context: Context, num_new: int, device: torch.device) -> tuple[
         return None, False
     if context.max_length == 0:
         return None, True
-    ends_B = torch.tensor(context.lengths, device=device)
-    position_BS = ends_B[:, None] + torch.arange(num_new, device=device)
-    slots_T = torch.arange(context.max_length + num_new, device=device)
-    return (slots_T <= position_BS[..., None])[:, None], False
+    return seen(ends_of(context, device), num_new, context.max_length + num_new, behind=False)[1], False
 
 
 def _last_column(x_BSH: Tensor, new_lengths_B: Tensor | None) -> Tensor:

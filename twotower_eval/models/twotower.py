@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from twotower_eval.models.autoregressive import ContextTower
 from twotower_eval.models.base import LanguageModel
@@ -22,7 +21,7 @@ from twotower_eval.models.derived import DerivedByKey
 from twotower_eval.models.nemotron_h import Mamba, Modulation, Tower, run_layers
 from twotower_eval.models.token_tree import Segment
 from twotower_eval.ops.attention import attend as attend_to
-from twotower_eval.ops.attention import attention, kernel_for_few
+from twotower_eval.ops.attention import attention, kernel_for_few, seen
 
 if TYPE_CHECKING:
     from twotower_eval.models.graphs import StepGraphs
@@ -236,6 +235,4 @@ def _block_mask(context: Context, block_size: int, device: torch.device) -> Tens
     """(B, 1, 1, T + K), True at a row's own context and at the block; None when rows are equally long."""
     if context.uniform:
         return None
-    ends_B1 = torch.tensor(context.lengths, device=device)[:, None]
-    seen_BT = torch.arange(context.max_length, device=device) < ends_B1
-    return functional.pad(seen_BT, (0, block_size), value=True)[:, None, None]
+    return seen(ends_of(context, device), block_size, context.max_length, behind=True)[1]

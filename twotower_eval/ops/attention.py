@@ -69,7 +69,7 @@ def attend(q_BQSD: Tensor, k_BJTD: Tensor, v_BJTD: Tensor, ends_B: Tensor, num_s
     if kernel is not None:
         fused: Tensor = kernel(q_BQSD, k_BJTD, v_BJTD, ends_B, num_slots, behind=behind)
         return fused
-    num_keys, mask = _seen(q_BQSD, ends_B, num_slots, behind)
+    num_keys, mask = seen(ends_B, q_BQSD.shape[2], num_slots, behind=behind)
     return attention(q_BQSD, k_BJTD[:, :, :num_keys], v_BJTD[:, :, :num_keys], mask)
 
 
@@ -77,7 +77,7 @@ def attend_reference(
     q_BQSD: Tensor, k_BJTD: Tensor, v_BJTD: Tensor, ends_B: Tensor, num_slots: int, *, behind: bool
 ) -> Tensor:
     """The same by the softmax that is written out."""
-    num_keys, mask = _seen(q_BQSD, ends_B, num_slots, behind)
+    num_keys, mask = seen(ends_B, q_BQSD.shape[2], num_slots, behind=behind)
     return attention_reference(q_BQSD, k_BJTD[:, :, :num_keys], v_BJTD[:, :, :num_keys], mask)
 
 
@@ -91,9 +91,9 @@ def kernel_for_few(
     return FEW_QUERIES.on(like.device, like.dtype) if few and small and kernels.may_serve(like) else None
 
 
-def _seen(q_BQSD: Tensor, ends_B: Tensor, num_slots: int, behind: bool) -> tuple[int, Tensor]:
-    """Number of slots, and the mask (B, 1, S or 1, T) of those that a query sees."""
-    num_new, slots_T = q_BQSD.shape[2], torch.arange(num_slots, device=ends_B.device)
+def seen(ends_B: Tensor, num_new: int, num_slots: int, *, behind: bool) -> tuple[int, Tensor]:
+    """Number of keys, and the mask (B, 1, S or 1, T) of those that the S new positions see; see :func:`attend`."""
+    slots_T = torch.arange(num_slots, device=ends_B.device)
     if behind:
         seen_BT = functional.pad(slots_T < ends_B[:, None], (0, num_new), value=True)
         return num_slots + num_new, seen_BT[:, None, None]

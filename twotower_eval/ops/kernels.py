@@ -33,8 +33,8 @@ class Proof:
 class Kernel:
     """One function, from elsewhere or from ops/fused.
 
-    ``load`` imports it (ImportError where it is absent). ``pairs`` runs it beside the reference on a device and in a
-    precision, and gives what each of them computed.
+    ``load`` imports it (ModuleNotFoundError where it is absent). ``pairs`` runs it beside the reference on a device and
+    in a precision, and gives what each of them computed.
     """
 
     name: str

@@ -222,9 +222,8 @@ def scan_by_kernel(
 ) -> tuple[Tensor, Tensor]:
     """:func:`ssd_chunked` by mamba-ssm's kernel, for sequences longer than its chunks: shorter ones were seen to go
     wrong behind a seed."""
-    chunk = KERNEL_CHUNK
     y_BShP, state = kernel(
-        x_BShP, delta_BSh, a_h, b_BSGN, c_BSGN, chunk,
+        x_BShP, delta_BSh, a_h, b_BSGN, c_BSGN, KERNEL_CHUNK,
         initial_states=state_BhPN, dt_softplus=False, return_final_states=True,
     )  # fmt: skip
     return y_BShP.float(), state.float()
