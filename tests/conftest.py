@@ -44,3 +44,9 @@ def golden_dir() -> Path:
 def data_dir() -> Path:
     """Folder of published benchmark files; skips where the environment names none."""
     return _folder_named_by("TWOTOWER_EVAL_DATA", "published benchmark files")
+
+
+@pytest.fixture(scope="session")
+def cases_dir() -> Path:
+    """Folder of cases that people reported, with their inputs; skips where the environment names none."""
+    return _folder_named_by("TWOTOWER_EVAL_CASES", "reported cases and their inputs")
