@@ -205,6 +205,12 @@ class Score:
     ``arm`` and ``decoder`` are found through the cell. ``value`` is ``None`` only with ``missing_reason``.
     ``scored_by`` names how: ``generation`` or a likelihood kind. ``doc_sha256``, ``prompt_sha256`` and
     ``target_sha256`` must agree between baseline and candidate.
+
+    ``aggregation`` names lm-eval's function over all documents (``None``: rows of versions that did not say). Only
+    under ``mean`` has a document a ``value``. Other functions take the sums of the documents' ``parts``, or make an
+    :class:`Aggregate` of all documents together.
+
+    ``group`` is what counts once in an average, the mean over its members; ``by_size``: weighted by their documents.
     """
 
     cell: str
@@ -222,6 +228,31 @@ class Score:
     value: float | None
     missing_reason: str | None = None
     group: str | None = None
+    aggregation: str | None = None
+    parts: tuple[float, ...] | None = None
+    by_size: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aggregate:
+    """One line of ``aggregates.jsonl``: a task's score by a function that only the run itself can call.
+
+    ``replicates`` are the function's values over the documents of resampled clusters; the draws depend on the names of
+    the clusters and on ``seed`` alone, so that both arms of a run have the same. ``value`` or ``replicates`` are
+    ``None`` only with ``missing_reason``.
+    """
+
+    cell: str
+    task: str
+    metric: str
+    filter: str
+    aggregation: str
+    num_documents: int
+    num_clusters: int
+    seed: int
+    value: float | None
+    replicates: tuple[float, ...] | None
+    missing_reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +35,7 @@ from twotower_eval.journal import (
 from twotower_eval.journal import now_text as now_text
 from twotower_eval.records import (
     SCHEMA_VERSION,
+    Aggregate,
     Cell,
     Check,
     CostSample,
@@ -50,7 +51,7 @@ from twotower_eval.records import (
 MANIFEST, EVENTS, DONE = "manifest.json", "events.jsonl", "done.json"
 TRAINING_LOG = "training_log.jsonl"  # a copy of what lies beside a trained checkpoint; no journal of ours
 
-Row = GenerationRow | LikelihoodRow | Score | SpeedSample | CostSample | Check
+Row = GenerationRow | LikelihoodRow | Score | Aggregate | SpeedSample | CostSample | Check
 Key = tuple[str | int, ...]
 R = TypeVar("R", bound=Row)
 
@@ -61,6 +62,10 @@ def _request_key(row: GenerationRow | LikelihoodRow) -> Key:
 
 def _score_key(row: Score) -> Key:
     return (row.cell, row.task, row.doc_id, row.metric, row.filter)
+
+
+def _aggregate_key(row: Aggregate) -> Key:
+    return (row.cell, row.task, row.metric, row.filter)
 
 
 def _speed_key(row: SpeedSample) -> Key:
@@ -80,6 +85,7 @@ JOURNALS: dict[type[Row], tuple[str, Callable[[Any], Key]]] = {
     GenerationRow: ("generations.jsonl", _request_key),
     LikelihoodRow: ("likelihoods.jsonl", _request_key),
     Score: ("scores.jsonl", _score_key),
+    Aggregate: ("aggregates.jsonl", _aggregate_key),
     SpeedSample: ("speed.jsonl", _speed_key),
     CostSample: ("costs.jsonl", _cost_key),
     Check: ("checks.jsonl", _check_key),
@@ -100,6 +106,7 @@ class Run:
     checks: list[Check]
     events: list[dict[str, Any]]
     complete: bool
+    aggregates: list[Aggregate] = field(default_factory=list)
 
     @property
     def cells(self) -> dict[str, Cell]:
@@ -180,6 +187,7 @@ def load(path: Path) -> Run:
         checks=_read_rows(path, Check, cells),
         events=[event for _, event in read_objects(path / EVENTS)],
         complete=_agrees_with_done(path),
+        aggregates=_read_rows(path, Aggregate, cells),
     )
 
 
@@ -208,6 +216,7 @@ class RunWriter:
         self._cells = set(run.cells)
         self._files: dict[str, Journal] = {}
         rows: tuple[Row, ...] = (*run.generations, *run.likelihoods, *run.scores, *run.speed, *run.costs, *run.checks)
+        rows = (*rows, *run.aggregates)
         self._keys = {(type(row), *JOURNALS[type(row)][1](row)) for row in rows}
         for name in (EVENTS, *(name for name, _ in JOURNALS.values())):
             truncate_torn_line(self.path / name)
