@@ -71,7 +71,7 @@ def manifest(run_id: str, verb: Any, cells: Iterable[Cell], **changes: Any) -> R
         run_id=run_id,
         verb=verb,
         argv=("twotower-eval", verb, "--tasks", "arithmetic,sorting,words,choice", "--out", "my results"),
-        plan={"tasks": ["arithmetic", "sorting", "words", "choice"], "limit": None, "seed": 7},
+        plan={"tasks": ["arithmetic", "sorting", "words", "choice"], "seed": 7},
         plan_sha256=sha256_text("plan"),
         cells=tuple(cells),
         started_at="2026-11-01T12:00:00.000+00:00",

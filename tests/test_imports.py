@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "environment": {"journal"},
     "plan": {"decoders", "plan_fields"},
     "plan_fields": set(),
+    "plan_command": {"plan"},
     "comparability": set(),
     "store": {"journal", "comparability"},
     "ops": set(),
@@ -40,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibration": {"stats", "progress"},
     "evidence": {"store", "stats"},
     "claims": {"plan", "store", "stats", "evidence"},
-    "report": {"store", "journal", "stats", "evidence", "claims", "plan"},
+    "report": {"store", "journal", "stats", "evidence", "claims", "plan", "plan_command"},
     "cli": {"plan", "store", "progress", "suites", "harness", "speed", "claims", "report", "miniature", "datafiles"}
     | {"bench", "verify", "calibration", "stats"},
 }

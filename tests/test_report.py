@@ -590,7 +590,8 @@ def test_provenance_names_everything(usual) -> None:
         "seed 7",
         "arithmetic 150 documents",
         "8 prompts timed in batches of 1",
-        "twotower-eval run --tasks arithmetic,sorting,words,choice --out 'my results'",
+        "twotower-eval run --tasks arithmetic,sorting,words,choice --seed 7 --out 'my results'",
+        "twotower-eval speed --tasks arithmetic,sorting,words,choice --seed 7 --out 'my results'",
         f"twotower-eval report 'my results/{made.RUN_ID}' 'my results/{made.SPEED_ID}'",
     ):
         assert expected in markdown
@@ -601,7 +602,8 @@ def test_names_cannot_break_out_of_their_place(tmp_path) -> None:
     evil = "a|b <script>`$x$ [l](u)\n# no"
     swap = {cell.id: dataclasses.replace(cell.checkpoint, name=evil, source=evil) for cell in run.manifest.cells}
     cells = tuple(dataclasses.replace(cell, checkpoint=swap[cell.id]) for cell in run.manifest.cells)
-    header = dataclasses.replace(run.manifest, cells=cells, argv=("/home/me/bin/twotower-eval", "```", "x\ny"))
+    argv, plan = ("/home/me/bin/twotower-eval", "```", "x\ny"), {"tasks": ["```", "x\ny"]}
+    header = dataclasses.replace(run.manifest, cells=cells, argv=argv, plan=plan)
     rows = [*run.scores, *run.generations, *run.likelihoods]
     markdown = write(tmp_path, made.write(tmp_path / "evil", header, rows))
     assert "<script" not in markdown

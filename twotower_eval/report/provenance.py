@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 from twotower_eval.evidence.naming import checkpoint_name
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.scale import is_scale_run
-from twotower_eval.records import Cell, Checkpoint
+from twotower_eval.plan_command import PROGRAM, command, plan_of, typed
+from twotower_eval.records import Cell, Checkpoint, RunManifest
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import NONE, bullets, code, count, details, escape, run_list, table
 from twotower_eval.store import Run
@@ -29,25 +29,43 @@ def setup(runs: Runs) -> Section:
 
 
 def reproduce(runs: Runs) -> Section:
-    """The command lines, in order, and how to get back to the code."""
+    """The command lines, in order, and how to get back to the code: from the plans, whatever began the runs."""
     lines = []
     for run in runs:
         commit = run.manifest.commit
         where = f"commit {commit}" if commit else f"version {run.manifest.project_version}"
         lines.append(f"# {run.manifest.run_id}, {where}{', edited checkout' if run.manifest.dirty else ''}")
-        lines.append(shlex.join(plain_argv(run.manifest.argv)))
+        lines.append(_command(run.manifest))
     lines.append("# this report, from the run folders")
-    lines.append(shlex.join(["twotower-eval", "report", *(_folder(run) for run in runs)]))
+    lines.append(typed([PROGRAM, "report", *(_folder(run) for run in runs)]))
     text = "\n".join(line.replace("```", "` ` `") for line in lines)
     return Section(title="How to reproduce it", markdown=f"```sh\n{text}\n```\n")
 
 
+def _command(manifest: RunManifest) -> str:
+    """The command that makes the run's plan; a plan of another version cannot be told, and is said so."""
+    try:
+        words = command(plan_of(manifest.verb, manifest.plan))
+    except ValueError as error:
+        return f"# no command of this version makes its plan ({' '.join(str(error).split())})"
+    out = _out(manifest)
+    return typed([*words, *(["--out", out] if out else [])])
+
+
 def _folder(run: Run) -> str:
     """What `report` finds a run by: its id, with the folder in front that its command made it in."""
-    given = plain_argv(run.manifest.argv)
+    out = _out(run.manifest)
+    return f"{out.rstrip('/')}/{run.manifest.run_id}" if out else run.manifest.run_id
+
+
+def _out(manifest: RunManifest) -> str | None:
+    """Where our command line was told to make the run; what else began it may mean anything by ``--out``."""
+    given = plain_argv(manifest.argv)
+    if given[1:2] != [manifest.verb]:
+        return None
     outs = [value for option, value in pairwise(given) if option == "--out"]
     outs += [option.removeprefix("--out=") for option in given if option.startswith("--out=")]
-    return f"{outs[-1].rstrip('/')}/{run.manifest.run_id}" if outs else run.manifest.run_id
+    return outs[-1] if outs else None
 
 
 def plain_argv(argv: Sequence[str]) -> list[str]:

@@ -1,0 +1,130 @@
+"""A plan and the command line that makes it: whatever a plan can hold can be typed, and gives that plan again."""
+
+import dataclasses
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import report_fixture as made
+
+from twotower_eval import cli, report, store
+from twotower_eval.plan import AnyPlan, RunPlan, ScalePlan, SpeedPlan, VerifyPlan
+from twotower_eval.plan_command import command, plan_of, typed
+from twotower_eval.records import to_json
+
+# Every field off its default, so that a field without an option, or an option of another name, is found.
+DECODING: dict[str, Any] = {
+    "model": "my models/pair",
+    "baseline": "o'hara/gpt2",
+    "tasks": ("miniature", "-miniature_sort"),
+    "decoder": "package.module:Class",
+    "block_sizes": (8, 32),
+    "steps": ("auto", 4),
+    "thresholds": (0.99, 1 / 3, 1.0),
+    "temperature": 0.7,
+    "seed": 11,
+    "dtype": "bfloat16",
+    "devices": ("cuda:0", "cuda:1"),
+    "cuda_graphs": True,
+    "data_dir": "~/bench marks",
+}
+RUN = RunPlan(**DECODING, samples=4, batch_size=32, limit=5, likelihood="bound", max_new_tokens=9, trace=0)
+SPEED = SpeedPlan(
+    **DECODING, batch_sizes=(1, 8), workload="fixed", prompt_tokens=100, new_tokens=64, num_prompts=3, min_rounds=2,
+    min_seconds=1.5, warmup_rounds=0, costs=False, threads=2,
+)  # fmt: skip
+SCALE = ScalePlan(
+    random_weights="tasks/configs/x.config.json", layers=4, block_sizes=(8,), batch_sizes=(2,), prompt_tokens=64,
+    tokens_per_nfe=(1.25, 3.0), profile="results/a run", repeats=2, min_rounds=3, min_seconds=0.1, warmup_rounds=2,
+    seed=5, dtype="float32", devices=("cuda",), threads=1, share_towers=True, cuda_graphs=True,
+)  # fmt: skip
+VERIFY = VerifyPlan(model="a pair", golden="g", seed=2, dtype="float16", devices=("cuda:1",))
+PLAIN = (RunPlan(), SpeedPlan(), ScalePlan(random_weights="c.json"), VerifyPlan())
+
+
+class Parsed(Exception):
+    """Carries the plan that the command line came to, out of the verb before it does anything."""
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """What the command line's own parser makes of words as they are typed, in a home of its own."""
+
+    def caught(plan: AnyPlan, *_: Any, **__: Any) -> None:
+        raise Parsed(plan)
+
+    for module in (cli.run, cli.speed):
+        resolve = module.resolve_plan
+        monkeypatch.setattr(module, "resolve_plan", lambda *given, resolve=resolve: caught(resolve(*given)))
+    monkeypatch.setattr("twotower_eval.verify.verify", caught)
+    monkeypatch.chdir(tmp_path)
+    with store.create(tmp_path, made.manifest("profiled", "run", ())) as writer:  # --profile wants a run that is there
+        writer.finish()
+
+    def parsed(line: str) -> AnyPlan:
+        with pytest.raises(Parsed) as found:
+            cli.main([os.path.expanduser(word) for word in shlex.split(line)][1:])
+        return found.value.args[0]
+
+    return parsed
+
+
+@pytest.mark.parametrize("plan", [RUN, SPEED, SCALE, VERIFY, *PLAIN], ids=lambda plan: type(plan).__name__)
+def test_a_plan_is_what_its_command_line_makes(plan: AnyPlan, parse) -> None:
+    if isinstance(plan, ScalePlan) and plan.profile:
+        plan = dataclasses.replace(plan, profile="profiled")
+    line = typed(command(plan))
+    if isinstance(plan, RunPlan | SpeedPlan) and plan.data_dir:
+        plan = dataclasses.replace(plan, data_dir=os.path.expanduser(plan.data_dir))  # as a shell does
+    assert parse(line) == plan
+
+
+@pytest.mark.parametrize("plan", [RUN, SPEED, SCALE, VERIFY], ids=lambda plan: type(plan).__name__)
+def test_every_field_of_a_plan_is_tried(plan: AnyPlan) -> None:
+    """A new field of a plan fails here until the plans above hold it, and then above unless an option sets it."""
+    untried = [field.name for field in dataclasses.fields(plan) if getattr(plan, field.name) == field.default]
+    assert untried == []
+
+
+def test_what_stands_at_its_default_goes_unsaid() -> None:
+    assert [typed(command(plan)) for plan in PLAIN] == [
+        "twotower-eval run",
+        "twotower-eval speed",
+        "twotower-eval speed --random-weights c.json",
+        "twotower-eval verify",
+    ]
+
+
+@pytest.mark.parametrize("plan", [RUN, SPEED, SCALE, VERIFY], ids=lambda plan: type(plan).__name__)
+def test_a_plan_is_read_back_from_a_manifest(plan: AnyPlan) -> None:
+    verb = command(plan)[1]
+    assert plan_of(verb, to_json(plan)) == plan
+
+
+BEGUN = {
+    "script": ("/x/.venv/bin/twotower-eval", "run", "--plan", "mine.toml"),
+    "module": ("/x/site-packages/twotower_eval/cli/__main__.py", "run", "--limit", "5"),
+    "notebook": ("/x/ipykernel_launcher.py", "-f", "/home/me/.local/share/jupyter/kernel-1.json", "--out", "no"),
+    "pytest": ("/x/bin/pytest", "-q", "-x"),
+    "python": ("-c",),
+    "none": (),
+}
+
+
+@pytest.mark.parametrize("argv", BEGUN.values(), ids=BEGUN.keys())
+def test_a_report_says_what_can_be_typed_whatever_began_the_run(tmp_path: Path, argv: tuple[str, ...]) -> None:
+    """Printed was sys.argv: a kernel's arguments, a test runner's, the path of a module's file."""
+    plan = RunPlan(tasks=("arithmetic",), thresholds=(0.99,), limit=5)
+    path = made.quality_run(tmp_path, num_docs=20, tasks=("arithmetic",), argv=argv, plan=to_json(plan))
+    folder = report.write([path], tmp_path / "reports", sections=["reproduce"])
+    lines = (folder / "report.md").read_text(encoding="utf-8").splitlines()
+    assert "twotower-eval run --tasks arithmetic --thresholds 0.99 --limit 5" in lines
+    assert f"twotower-eval report {path.name}" in lines
+
+
+def test_a_plan_that_no_option_makes_is_said_so(tmp_path: Path) -> None:
+    path = made.quality_run(tmp_path, num_docs=20, tasks=("arithmetic",), plan={"tasks": ["arithmetic"], "haste": 1})
+    folder = report.write([path], tmp_path / "reports", sections=["reproduce"])
+    assert "# no command of this version makes its plan (unknown key 'haste'" in (folder / "report.md").read_text()
