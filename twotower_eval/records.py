@@ -211,6 +211,9 @@ class Score:
     :class:`Aggregate` of all documents together.
 
     ``group`` is what counts once in an average, the mean over its members; ``by_size``: weighted by their documents.
+
+    ``chance`` is the document's expected value under uniform guessing among its options, ``None`` where there are none
+    to guess among.
     """
 
     cell: str
@@ -231,6 +234,7 @@ class Score:
     aggregation: str | None = None
     parts: tuple[float, ...] | None = None
     by_size: bool = False
+    chance: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

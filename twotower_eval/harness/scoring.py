@@ -124,6 +124,7 @@ def _score(
         value=None if reasons else math.fsum(numbers) / len(numbers),
         missing_reason=reasons[0] if reasons else None,
         group=task.group,
+        chance=doc.chance.get(metric),
     )
 
 

@@ -7,11 +7,13 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from twotower_eval.records import canonical_json, sha256_text
 from twotower_eval.suites import lm_tasks
+from twotower_eval.suites.chance import chance_by_metric
 from twotower_eval.suites.files import SuiteTask, cluster_id
 
 DEFAULT_MAX_NEW_TOKENS = 256  # for tasks that name no budget; lm-eval's own models default to the same
@@ -31,6 +33,11 @@ class BuiltDoc:
     doc_sha256: str
     prompt_sha256: str
     target_sha256: str
+
+    @cached_property
+    def chance(self) -> Mapping[str, float]:
+        """What blind guessing scores under each metric that has options to guess among."""
+        return chance_by_metric(self.source, self.doc, self.instances)
 
 
 @dataclass(frozen=True)

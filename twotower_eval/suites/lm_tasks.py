@@ -91,7 +91,7 @@ def load_task(name: str, settings: Mapping[str, Any], data_dir: Path | None) -> 
             f"{where}: its data {config.get('dataset_path')!r} cannot be reached ({_first_line(error)}); "
             "give local files with --data-dir"
         ) from error
-    except _misfits() as error:
+    except misfits() as error:
         raise ValueError(f"{where}: its data lacks what the task reads ({_first_line(error)})") from error
     if getattr(task, "MULTIMODAL", False):
         raise ValueError(f"{where}: needs images or audio, which no model here takes")
@@ -103,7 +103,7 @@ def build_instances(name: str, task: Any, fewshot_seed: int) -> list[Any]:
     task.set_fewshot_seed(fewshot_seed)
     try:
         task.build_all_requests()
-    except _misfits() as error:
+    except misfits() as error:
         raise ValueError(f"task {name!r}: its data lacks what the prompts read ({_first_line(error)})") from error
     return list(task.instances)
 
@@ -177,7 +177,7 @@ def _load_yaml(path: Path, *, resolve_func: bool = True) -> dict[str, Any]:
     return config
 
 
-def _misfits() -> tuple[type[Exception], ...]:
+def misfits() -> tuple[type[Exception], ...]:
     """What lm-eval raises when a document lacks a column or holds something else than the task expects."""
     from jinja2 import TemplateError
 
