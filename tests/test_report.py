@@ -1,6 +1,7 @@
 """Reports from synthetic runs: the numbers, what is refused, what is said when something is missing, the bytes."""
 
 import dataclasses
+import json
 import os
 import re
 import struct
@@ -15,7 +16,7 @@ import report_fixture as made
 from twotower_eval import report, stats, store
 from twotower_eval.evidence.points import Measured
 from twotower_eval.evidence.runs import Runs
-from twotower_eval.records import Estimate, GenerationRow, Score, SpeedSample
+from twotower_eval.records import DecoderSpec, Estimate, GenerationRow, Score, SpeedSample
 from twotower_eval.report import text
 from twotower_eval.report.section import Section
 
@@ -314,19 +315,137 @@ def test_the_report_is_reproduced_from_where_its_runs_were_made(tmp_path) -> Non
     assert last == f"twotower-eval report /tmp/elsewhere/{path.name}"
 
 
-def test_headline_is_the_claimed_point_and_not_the_best(swept) -> None:
+def test_headline_without_a_claim_is_the_plans_first_and_not_the_best(swept) -> None:
     markdown = markdown_of(swept)
-    assert sentence(markdown).startswith("**pair decoding with block 16, 16 steps, threshold 0.8 keeps")
+    assert sentence(markdown).startswith("**pair decoding with block 8, 8 steps, threshold 0.7 keeps")
+    assert "The one above is the first of the plan, of those with both retention and speed if any" in markdown
     counted = "18 operating points (decoder settings) were measured: 18 measurements of retention and 36 of speed"
     assert markdown.count(counted) == 1
     best = max(float(x) for x in re.findall(r"\| block [^|]+\| whole tasks \| 4 \| \d+ \| ([\d.]+) %", markdown))
     assert f"keeps {best} %" not in sentence(markdown)
 
 
-def test_headline_is_the_plans_first_where_the_claimed_point_was_not_measured(tmp_path) -> None:
+def claim_file(folder: Path, decoder: DecoderSpec, *, batch_size: int = 1, subject: str = "pair") -> str:
+    """A joint claim at one operating point, behind a claim of another subject at another point."""
+    inside = ", ".join(f"{name} = {json.dumps(value)}" for name, value in decoder.params.items())
+    head = f'subject = "{subject}"\nbaseline = "context-tower"\npoint = "here"\nsource = "a test"\n'
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "own.toml"
+    path.write_text(
+        f"""title = "Ours"
+[[point]]
+name = "there"
+decoder = {{ kind = "block_diffusion", block_size = 64, steps_per_block = 2, threshold = 0.1 }}
+[[point]]
+name = "here"
+decoder = {{ kind = "{decoder.kind}", {inside} }}
+batch_size = {batch_size}
+num_devices = 1
+workload = "answer"
+[[claim]]
+name = "of another"
+subject = "somebody"
+baseline = "context-tower"
+point = "there"
+source = "a test"
+quantity = "score"
+scope = ["arithmetic"]
+expected = 0.5
+margin = 0.1
+[[claim]]
+name = "kept"
+{head}quantity = "retention"
+scope = ["arithmetic", "sorting"]
+expected = 0.99
+[[claim]]
+name = "fast"
+{head}quantity = "speedup_time"
+expected = 3.0
+[[claim]]
+name = "both"
+{head}quantity = "joint"
+parts = ["kept", "fast"]
+""",
+        encoding="utf-8",
+    )
+    return str(path)
+
+
+def verdict_of(markdown: str) -> str:
+    """The verdict's line, above the sentence."""
+    return sentence(markdown)
+
+
+def quoted(markdown: str) -> str:
+    """The sentence to quote, below the verdict."""
+    return [line for line in markdown.splitlines() if line.startswith("**")][1]
+
+
+@pytest.mark.parametrize("threshold", [0.7, 0.9])
+def test_the_sentence_is_about_the_point_of_the_judged_claim(tmp_path, threshold: float) -> None:
+    """A verdict at threshold 0.99 stood above a sentence that quoted 0.8, a constant, at whatever batch came first."""
+    decoders = tuple(made.block_diffusion(threshold=value) for value in (0.8, 0.7, 0.9))
+    runs = [
+        made.quality_run(tmp_path, decoders=decoders, num_docs=40),
+        made.speed_run(tmp_path, decoders=decoders, batch_sizes=(1, 4), num_rounds=3, num_calls=4),
+    ]
+    claims = claim_file(tmp_path, made.block_diffusion(threshold=threshold), batch_size=4)
+    markdown = write(tmp_path, *runs, claims=claims)
+    assert f"at 16/16/{threshold} (block/steps/threshold), batch 4, answer workload: " in verdict_of(markdown)
+    assert quoted(markdown).startswith(f"**pair decoding with block 16, 16 steps, threshold {threshold} keeps")
+    at_batch = named_at(markdown, f"block 16, 16 steps, threshold {threshold}", batch="4")
+    assert f"at {at_batch} its wall-clock speed" in quoted(markdown)
+    assert "Speed: answer workload, batch 4, " in markdown
+    assert "The one above is the claim's own, picked without a look at its result" in markdown
+    assert "The claim's quality is over arithmetic, sorting, the sentence's over all tasks." in markdown
+    assert markdown.index(f"### block 16, 16 steps, threshold {threshold}") == markdown.index("### block 16")
+
+
+def named_at(markdown: str, point: str, *, batch: str) -> str:
+    """The wall-clock speedup of a point at a batch size."""
+    rows = re.findall(
+        rf"^\| {re.escape(point)} \| ([^|]+?)(?: \*\*INVALID\*\*)? \|[^|]+\|[^|]+\| {batch} \|", markdown, re.M
+    )
+    assert len(rows) == 1
+    return rows[0]
+
+
+def test_a_claim_whose_point_was_not_measured_has_nothing_quoted_in_its_place(tmp_path) -> None:
+    runs = made.quality_run(tmp_path, num_docs=40), made.speed_run(tmp_path, num_rounds=3, num_calls=4)
+    claims = claim_file(tmp_path, made.block_diffusion(threshold=0.99))
+    markdown = write(tmp_path, *runs, claims=claims)
+    assert verdict_of(markdown).startswith("**NOT MEASURED**: claim both")
+    assert quoted(markdown).startswith("**Nothing to quote: the claim's operating point was not measured (pair, ")
+    assert "threshold 0.99, batch 1, workload answer, devices 1).**" in quoted(markdown)
+    assert quoted(markdown).endswith("The tables begin with another, block 16, 16 steps, threshold 0.8.")
+    assert not re.search(r"\d %|\dx", quoted(markdown))
+
+
+def test_a_speed_at_another_batch_is_not_the_claims(tmp_path) -> None:
+    runs = made.quality_run(tmp_path, num_docs=40), made.speed_run(tmp_path, num_rounds=3, num_calls=4)
+    markdown = write(tmp_path, *runs, claims=claim_file(tmp_path, made.block_diffusion(), batch_size=4))
+    assert "Its speed: not measured as the claim has it (batch 4, workload answer, devices 1)" in quoted(markdown)
+    assert "wall-clock speed" not in quoted(markdown)
+
+
+def test_the_point_of_any_decoder_is_all_its_parameters(tmp_path) -> None:
+    decoders = tuple(
+        DecoderSpec(kind="skipping", params={"width": width, "block_size": 16, "steps_per_block": 16, "threshold": 0.8})
+        for width in (2, 4)
+    )
+    run = made.quality_run(tmp_path, decoders=decoders, num_docs=40)
+    markdown = write(tmp_path, run, claims=claim_file(tmp_path, decoders[1]))
+    assert quoted(markdown).startswith(
+        "**pair decoding with block 16, 16 steps, threshold 0.8, skipping, width 4 keeps"
+    )
+
+
+def test_the_headline_without_a_claim_is_the_first_with_both_quality_and_speed(tmp_path) -> None:
     decoders = (made.block_diffusion(32), made.block_diffusion(8))
     runs = made.quality_run(tmp_path, decoders=decoders, num_docs=40), made.speed_run(tmp_path, decoders=decoders)
     assert "decoding with block 32, 32 steps" in sentence(write(tmp_path, *runs))
+    second = made.speed_run(tmp_path / "second", decoders=decoders[1:])
+    assert "decoding with block 8, 8 steps" in sentence(write(tmp_path, runs[0], second))
 
 
 def test_a_sweep_lists_every_point_and_every_task_of_it(swept) -> None:

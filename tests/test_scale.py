@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -322,8 +323,9 @@ def test_the_command_line_measures_and_reports(config, tmp_path, capsys):
         "How to reproduce it",
     ]
     assert re.search(
-        r"\*\*Batch 1, blocks of 4: break-even at (([\d.]+|no rate)[ /]*){3} tokens per NFE, 2.42x at", text
+        r"\*\*Batch 1, blocks of 4: break-even at (([\d.]+|no rate)[ /]*){3} tokens per NFE\*\* \(shared", text
     )
+    assert "2.42" not in text, "no claim is about this config"
     section = text.partition("## True scale, on random weights")[2].partition("\n## ")[0]
     paragraphs = [part for part in section.split("\n\n") if part.strip() and not part.lstrip().startswith(("|", "-"))]
     assert all("andom weights" in part for part in paragraphs)
@@ -486,9 +488,42 @@ def test_intervals_over_rounds_hold_what_they_are_about():
 
 def test_a_speedup_out_of_reach_has_a_reason(plan, tmp_path, ticks):
     """Here a block's context pass alone costs more than three eighths of its AR steps, so that 2.42x needs too much."""
-    [point] = ScaleRun(measure(dataclasses.replace(plan, batch_sizes=(1,)), tmp_path, ticks)).points
+    run = measure(dataclasses.replace(plan, batch_sizes=(1,)), tmp_path, ticks)
+    [point] = ScaleRun(run).points
+    assert {curve.needed for curve in point.curves} == {None}
+    [point] = ScaleRun(run, 2.42).points
     assert {curve.needed.estimate for curve in point.curves} == {None}
     assert all("a block of 8 committed in one pass gives only" in curve.needed.reason for curve in point.curves)
+
+
+def test_costs_on_random_weights_are_held_against_the_claim_about_their_size(tmp_path):
+    """2.42x, a constant, stood in every such report, whatever the model and the claim."""
+    [run] = (Path(__file__).parents[1] / "results" / "published").glob("nemotron*/*-speed-*")
+    text = (report.write([run], tmp_path / "a", sections=["scale"]) / "report.md").read_text()
+    assert "2.42x needs, tokens per NFE" in text
+    assert "2.42x on these random weights: what claim speedup says of its model." in text
+    own = tmp_path / "own.toml"
+    own.write_text(
+        """title = "Ours"
+[[point]]
+name = "p"
+decoder = { kind = "block_diffusion", block_size = 16, steps_per_block = 16, threshold = 0.8 }
+batch_size = 1
+num_devices = 1
+workload = "answer"
+[[claim]]
+name = "quick"
+quantity = "speedup_time"
+subject = "any"
+baseline = "context-tower"
+point = "p"
+expected = 1.75
+source = "a test"
+"""
+    )
+    other = (report.write([run], tmp_path / "b", sections=["scale"], claims=str(own)) / "report.md").read_text()
+    assert "1.75x needs, tokens per NFE" in other
+    assert "2.42" not in other
 
 
 def test_a_probe_finds_a_device_that_does_something():

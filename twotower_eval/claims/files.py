@@ -27,12 +27,16 @@ MARGINS = {"retention": 0.005, "decoder_exercised_retention": 0.005} | dict.from
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimFile:
-    """Everything a claim file says; ``published`` is ``None`` where it lists no published numbers."""
+    """Everything a claim file says; ``published`` is ``None`` where it lists no published numbers.
+
+    ``config`` names the shipped config of the model's size, for costs on random weights.
+    """
 
     name: str
     title: str
     claims: tuple[Claim, ...]
     published: Published | None
+    config: str | None = None
 
 
 def load_claims(name: str | Path) -> ClaimFile:
@@ -66,7 +70,7 @@ def select(claims: Sequence[Claim], names: Sequence[str]) -> tuple[Claim, ...]:
 
 def claims_from(name: str, values: Mapping[str, Any]) -> ClaimFile:
     """A claim file from plain values, as TOML holds them."""
-    within("the file", values, ("title", "point", "claim", "published"))
+    within("the file", values, ("title", "config", "point", "claim", "published"))
     points = [_point(table) for table in values.get("point", [])]
     by_name = {point.name: point for point in points}
     claims = tuple(_claim(table, by_name) for table in values.get("claim", []))
@@ -83,6 +87,7 @@ def claims_from(name: str, values: Mapping[str, Any]) -> ClaimFile:
         title=value_of("the file", values, "title", str),
         claims=claims,
         published=published_from(values["published"]) if "published" in values else None,
+        config=value_of("the file", values, "config", str, None),
     )
 
 

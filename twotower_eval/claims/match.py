@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from twotower_eval.claims.files import SPEED_QUANTITIES
 from twotower_eval.evidence import ArmsDifferError, PointKey, QualityPoint, Runs, SpeedPoint
 from twotower_eval.evidence.naming import checkpoint_name
 from twotower_eval.evidence.quality import quality_points
@@ -83,7 +85,7 @@ def quality_at(claim: Claim, evidence: Evidence) -> list[QualityPoint]:
     found = [
         point
         for point in evidence.quality
-        if _cell_fits(claim, point.candidate) and names_baseline(claim, point.baseline.checkpoint)
+        if cell_fits(claim, point.candidate) and names_baseline(claim, point.baseline.checkpoint)
         if set(claim.scope) <= {task.name for task in point.tasks}
     ]
     return sorted(sorted(found, key=lambda point: point.run_id, reverse=True), key=lambda point: point.timed)
@@ -91,11 +93,16 @@ def quality_at(claim: Claim, evidence: Evidence) -> list[QualityPoint]:
 
 def speed_at(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
     """Speed at the claim's whole operating point, newest first."""
+    return [point for point in _decoded_so(claim, evidence) if timing_fits(claim, point)]
+
+
+def _decoded_so(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
+    """Speed of the claim's decoder, baseline and hardware, however it was timed; newest first."""
     found = [
         point
         for point in evidence.speed
-        if _cell_fits(claim, point.candidate) and names_baseline(claim, point.baseline.checkpoint)
-        if timing_fits(claim, point) and _hardware_fits(claim, point, evidence)
+        if cell_fits(claim, point.candidate) and names_baseline(claim, point.baseline.checkpoint)
+        if _hardware_fits(claim, point, evidence)
     ]
     return sorted(found, key=lambda point: max(point.run_ids), reverse=True)
 
@@ -106,8 +113,38 @@ def differing_at(claim: Claim, evidence: Evidence, verb: str) -> dict[str, str]:
         run.manifest.run_id: evidence.differing[run.manifest.run_id]
         for run in evidence.runs
         if run.manifest.run_id in evidence.differing and run.manifest.verb == verb
-        if any(cell.arm == "candidate" and _cell_fits(claim, cell) for cell in run.manifest.cells)
+        if any(cell.arm == "candidate" and cell_fits(claim, cell) for cell in run.manifest.cells)
     }
+
+
+def at_point(claim: Claim, parts: Sequence[Claim], evidence: Evidence) -> tuple[QualityPoint | None, SpeedPoint | None]:
+    """Quality and speed at a claim's operating point, of the same weights: what its ``parts`` are judged by.
+
+    Where no part is about the one or the other, or not all tasks of its scope were measured, what there is at the
+    point; what the point leaves open of the timing is then free.
+    """
+    timed = [part for part in parts if part.quantity in SPEED_QUANTITIES]
+    quality = [point for part in parts if part not in timed for point in quality_at(part, evidence)]
+    anything = dataclasses.replace(claim, scope=())
+    quality += sorted(quality_at(anything, evidence), key=lambda point: (point.timed, -len(point.tasks)))
+    speed = [point for part in timed for point in speed_at(part, evidence)]
+    if not timed:
+        speed = sorted(_speed_near(claim, evidence), key=lambda point: (point.workload != "answer", point.batch_size))
+    kept = next(iter(quality), None)
+    faster = next((point for point in speed if kept is None or point.key == kept.key), None)
+    return kept, faster
+
+
+def _speed_near(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
+    """Speed of the claim's decoder, timed as its point says as far as it says anything; newest first."""
+    found = []
+    for point in _decoded_so(claim, evidence):
+        workload = point.candidate.workload
+        asked = (claim.point.batch_size, claim.point.num_devices, claim.point.workload)
+        pairs = zip(asked, (point.batch_size, workload.num_devices, point.workload), strict=True)
+        if all(wanted in (None, there) for wanted, there in pairs):
+            found.append(point)
+    return found
 
 
 def same_point(quality: Iterable[QualityPoint], key: PointKey) -> list[QualityPoint]:
@@ -132,7 +169,7 @@ def _names(name: str, checkpoint: Checkpoint) -> bool:
     return by_digest or name in (checkpoint.name, checkpoint_name(checkpoint))
 
 
-def _cell_fits(claim: Claim, cell: Cell) -> bool:
+def cell_fits(claim: Claim, cell: Cell) -> bool:
     wanted, decoder = claim.point.decoder, cell.decoder
     if not names_subject(claim, cell.checkpoint) or decoder.kind != wanted.kind:
         return False

@@ -1,4 +1,4 @@
-"""Names of checkpoints and operating points, and the point that the published claim names."""
+"""Names of checkpoints and operating points."""
 
 from __future__ import annotations
 
@@ -7,20 +7,10 @@ from typing import Any
 
 from twotower_eval.records import Checkpoint, DecoderSpec
 
-# The operating point that the published claim is about: named before anything is measured.
-CLAIMED_POINT = {"block_size": 16, "steps_per_block": 16, "threshold": 0.8, "temperature": 0.0}
-
 
 def checkpoint_name(checkpoint: Checkpoint) -> str:
     """A checkpoint's name, and which of its towers if only one is meant."""
     return f"{checkpoint.name} ({checkpoint.tower} tower)" if checkpoint.tower else checkpoint.name
-
-
-def is_claimed(decoder: DecoderSpec) -> bool:
-    """Whether a decoder stands at the published claim's settings."""
-    return decoder.kind == "block_diffusion" and all(
-        setting(decoder, name) == value for name, value in CLAIMED_POINT.items()
-    )
 
 
 def setting(decoder: DecoderSpec, name: str) -> Any:

@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import overload
 
-from twotower_eval.evidence.naming import checkpoint_name, is_claimed, long_name, short_name
+from twotower_eval.evidence.naming import checkpoint_name, long_name, short_name
 from twotower_eval.evidence.pareto import Panel, panels
 from twotower_eval.evidence.points import PointKey, QualityPoint
 from twotower_eval.evidence.quality import quality_points
 from twotower_eval.evidence.timing import SpeedPoint, speed_points
-from twotower_eval.records import Cell
+from twotower_eval.records import Cell, Claim
 from twotower_eval.store import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """What a report quotes first: what was measured at one operating point, chosen without a look at any result.
+
+    The point is that of ``claim``, and nothing is quoted in its place where it was not measured; ``scope`` names the
+    tasks that the claim's quality is over. Without a claim it is the first point of the plan with both quality and
+    speed, else the first.
+    """
+
+    quality: QualityPoint | None
+    speed: SpeedPoint | None
+    claim: Claim | None = None
+    scope: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> PointKey | None:
+        """The point's; ``None`` where nothing was measured at it."""
+        found = self.quality or self.speed
+        return None if found is None else found.key
 
 
 class Runs(Sequence[Run]):
@@ -63,16 +85,29 @@ class Runs(Sequence[Run]):
         return dict(found + [(point.key, point.candidate) for point in self.speed])
 
     @cached_property
-    def chosen(self) -> PointKey | None:
-        """The point that the headline is about, chosen without a look at any result.
+    def headline(self) -> Headline:
+        """What the report quotes first; these runs are held against no claim."""
+        return self.first
 
-        The only one; else the one that the published claim names; else the first in the plan of those with both
-        quality and speed; else the first.
-        """
+    @cached_property
+    def first(self) -> Headline:
+        """The first operating point of the plan with both quality and speed, else the first."""
         keys = list(self.points)
         both = [key for key in keys if self.quality_at(key) and self.speed_at(key)]
-        claimed = [key for key in both or keys if is_claimed(self.points[key].decoder)]
-        return next(iter(claimed or both or keys), None)
+        key = next(iter(both or keys), None)
+        if key is None:
+            return Headline(quality=None, speed=None)
+        return Headline(quality=self.quality_at(key), speed=self.speed_at(key))
+
+    @property
+    def shown(self) -> Headline:
+        """What tables and pictures begin with: the headline, where its point was measured."""
+        return self.headline if self.headline.key else self.first
+
+    @property
+    def chosen(self) -> PointKey | None:
+        """The operating point that tables and pictures begin with."""
+        return self.shown.key
 
     def quality_at(self, key: PointKey) -> QualityPoint | None:
         """Quality of an operating point: of whole tasks where they were run, else of the timed outputs."""

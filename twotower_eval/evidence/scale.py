@@ -21,7 +21,6 @@ from twotower_eval.stats.scaling import fit_layers, layer_counts, round_draws, r
 from twotower_eval.stats.speedup import NULL_LEVEL
 from twotower_eval.store import Run
 
-CLAIMED_SPEEDUP = 2.42
 ROUTINGS = ("shared", "half", "independent")
 SEED = 0
 
@@ -81,7 +80,7 @@ class RoutingCurve:
     routing: str
     costs: BlockCosts
     break_even: Measured
-    needed: Measured  # for CLAIMED_SPEEDUP
+    needed: Measured | None  # for the speedup that is claimed, if one is
 
     def speedup(self, tokens_per_nfe: float) -> float:
         """Of decoding, prefill left out."""
@@ -99,10 +98,14 @@ class ScalePoint:
 
 
 class ScaleRun:
-    """One run on random weights. ValueError where it has no complete round or no cost card."""
+    """One run on random weights. ValueError where it has no complete round or no cost card.
 
-    def __init__(self, run: Run) -> None:
+    ``claimed`` is a speedup to look up in its curves.
+    """
+
+    def __init__(self, run: Run, claimed: float | None = None) -> None:
         self.run = run
+        self.claimed = claimed
         cards = [event for event in run.events if event.get("kind") == "cost_card"]
         if not cards:
             raise ValueError(f"run {run.manifest.run_id} holds costs on random weights but no cost card")
@@ -223,8 +226,8 @@ class ScaleRun:
 
     def _curve(self, batch_size: int, block_size: int, routing: str) -> RoutingCurve:
         costs = self._costs(batch_size, block_size, routing)
-        break_even, needed = (self._needed(costs, speedup) for speedup in (1.0, CLAIMED_SPEEDUP))
-        return RoutingCurve(routing=routing, costs=costs, break_even=break_even, needed=needed)
+        needed = None if self.claimed is None else self._needed(costs, self.claimed)
+        return RoutingCurve(routing=routing, costs=costs, break_even=self._needed(costs, 1.0), needed=needed)
 
     def _needed(self, costs: BlockCosts, speedup: float) -> Measured:
         """Tokens per NFE that the speedup takes; a resample in which no rate gives it counts as infinitely many."""
@@ -260,6 +263,14 @@ class ScaleRun:
 def is_scale_run(run: Run) -> bool:
     """Whether a run measured random weights."""
     return "random_weights" in run.manifest.plan
+
+
+def config_of(run: Run) -> str | None:
+    """The name of the config whose size a run on random weights measured; ``None`` for any other run."""
+    if not is_scale_run(run):
+        return None
+    file = str(run.manifest.plan["random_weights"]).replace("\\", "/").rpartition("/")[2]
+    return file.removesuffix(".json").removesuffix(".config")
 
 
 def _complete_rounds(

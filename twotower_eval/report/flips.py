@@ -19,7 +19,7 @@ MAX_CHARACTERS = 400
 def flips(runs: Runs) -> Section:
     """A handful of flipped answers per task at the headline's operating point, those with the lowest numbers."""
     title = "Flips: what the two models wrote"
-    point = (runs.quality_at(runs.chosen) if runs.chosen else None) or next(iter(runs.quality), None)
+    point = runs.shown.quality or next(iter(runs.quality), None)
     if point is None:
         return Section(title=title, markdown="Nothing has been scored in both arms, so nothing can have flipped.\n")
     flipped = [sample for sample in document_pairs(runs, point) if sample.change]

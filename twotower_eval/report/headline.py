@@ -5,25 +5,23 @@ from __future__ import annotations
 from twotower_eval.evidence.naming import checkpoint_name, long_name
 from twotower_eval.evidence.nulls import is_invalid
 from twotower_eval.evidence.points import QualityPoint
-from twotower_eval.evidence.runs import Runs
+from twotower_eval.evidence.runs import Headline, Runs
 from twotower_eval.evidence.timing import SpeedPoint
-from twotower_eval.records import Cell
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import bullets, code, escape, retention, run_list, times
-from twotower_eval.report.verdicts import points_text, verdict_line
+from twotower_eval.report.verdicts import points_text, timing_text, verdict_line
 from twotower_eval.store import Run
 
 
 def headline(runs: Runs) -> Section:
     """One sentence to quote, and what a reader must know before quoting it."""
-    key = runs.chosen
-    quality, speed = (None, None) if key is None else (runs.quality_at(key), runs.speed_at(key))
+    found = runs.headline
     lines = [verdict_line(runs), *(_incomplete(run) for run in runs if not run.complete)]
-    if key is None:
+    if not runs.points:
         lines.append("**Nothing has been scored or timed completely yet, so there is nothing to quote.**")
     else:
-        lines.append(_sentence(runs, runs.points[key], quality, speed))
-    lines.append(bullets(_caveats(runs, quality, speed)))
+        lines.append(_sentence(runs, found))
+    lines.append(bullets(_caveats(runs, found)))
     return Section(title="Verdict", markdown="\n\n".join(line for line in lines if line) + "\n")
 
 
@@ -34,20 +32,42 @@ def _incomplete(run: Run) -> str:
     )
 
 
-def _sentence(runs: Runs, candidate: Cell, quality: QualityPoint | None, speed: SpeedPoint | None) -> str:
+def _sentence(runs: Runs, found: Headline) -> str:
+    """What was measured at the headline's point, and at no other."""
+    quality, speed = found.quality, found.speed
+    point = quality or speed
+    if point is None:
+        return _not_measured(runs, found)
+    candidate = point.candidate
     who = f"{escape(checkpoint_name(candidate.checkpoint))} decoding with {escape(runs.name(candidate))}"
     kept = _kept(quality)
     faster = _faster(speed)
     if kept and faster:
         return f"**{who} keeps {kept} at {faster}.**"
     if kept:
-        reason = (speed and speed.time.reason) or "not measured; `twotower-eval speed` measures it"
+        reason = (speed and speed.time.reason) or f"not measured{_timed_so(found)}; `twotower-eval speed` measures it"
         return f"**{who} keeps {kept}.** Its speed: {reason}."
     if faster:
         reason = (quality and quality.headline.reason) or "not measured; `twotower-eval run` measures it"
         return f"**{who} runs at {faster}.** Its quality: {reason}."
     reasons = {reason for reason in (quality and quality.headline.reason, speed and speed.time.reason) if reason}
     return f"**{who}: nothing to quote.** {'; '.join(sorted(reasons))}."
+
+
+def _not_measured(runs: Runs, found: Headline) -> str:
+    claim = found.claim
+    assert claim is not None, "without a claim the headline is about a point that was measured"
+    named = (claim.subject, claim.point.dtype, long_name(claim.point.decoder), timing_text(claim.point))
+    at = escape(", ".join(part for part in named if part))
+    text = f"**Nothing to quote: the claim's operating point was not measured ({at}).**"
+    key = runs.first.key
+    return f"{text} The tables begin with another, {escape(runs.name(runs.points[key]))}." if key else text
+
+
+def _timed_so(found: Headline) -> str:
+    """How the claim wants its speed to be timed, where it says so."""
+    timing = "" if found.claim is None else timing_text(found.claim.point)
+    return f" as the claim has it ({escape(timing)})" if timing else ""
 
 
 def _kept(quality: QualityPoint | None) -> str | None:
@@ -71,8 +91,17 @@ def _plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _caveats(runs: Runs, quality: QualityPoint | None, speed: SpeedPoint | None) -> list[str]:
+def _picked(found: Headline) -> str:
+    """By which rule the point above was picked."""
+    if found.key is None:
+        return "None of them is the claim's: "
+    rule = "the claim's own" if found.claim else "the first of the plan, of those with both retention and speed if any"
+    return f"The one above is {rule}, picked without a look at its result; "
+
+
+def _caveats(runs: Runs, found: Headline) -> list[str]:
     lines = []
+    quality, speed = found.quality, found.speed
     point = quality or speed
     if point is not None:
         who = f"{escape(checkpoint_name(point.baseline.checkpoint))}, {escape(long_name(point.baseline.decoder))}"
@@ -91,9 +120,11 @@ def _caveats(runs: Runs, quality: QualityPoint | None, speed: SpeedPoint | None)
         lines.append(f"Speed: {setting}, {size}{useful}. Run {run_list(speed.run_ids)}.")
     if len(runs.points) > 1:
         lines.append(
-            f"{points_text(runs)}. The one above was picked by rule, not by its "
-            "result; a point picked from the tables below needs a new run on other documents before it is quoted."
+            f"{points_text(runs)}. {_picked(found)}a point picked from the tables below needs a new run on other "
+            "documents before it is quoted."
         )
+    if quality and found.scope and set(found.scope) != {task.name for task in quality.tasks}:
+        lines.append(f"The claim's quality is over {escape(', '.join(found.scope))}, the sentence's over all tasks.")
     if quality and quality.equal_tasks:
         names = escape(", ".join(quality.equal_tasks))
         lines.append(

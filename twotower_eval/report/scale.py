@@ -11,10 +11,11 @@ import numpy as np
 from twotower_eval import stats
 from twotower_eval.evidence.points import Measured
 from twotower_eval.evidence.runs import Runs
-from twotower_eval.evidence.scale import CLAIMED_SPEEDUP, ScalePoint, ScaleRun, StepCost, is_scale_run
+from twotower_eval.evidence.scale import ScalePoint, ScaleRun, StepCost, is_scale_run
 from twotower_eval.report.plots import COLOURS, GREY, MARKERS, png
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import NONE, bullets, code, count, escape, percent, seconds, table, times
+from twotower_eval.report.verdicts import claimed_speedup
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,17 +40,22 @@ def scale(runs: Runs) -> Section:
         text = "No run on random weights. `twotower-eval speed --random-weights CONFIG` measures a model's size.\n"
         return Section(title=TITLE, markdown=text)
     parts, files = [WARNING], {}
+    claim = claimed_speedup(runs)
     for number, run in enumerate(concerned, start=1):
         try:
-            found = ScaleRun(run)
+            found = ScaleRun(run, None if claim is None else claim.expected)
         except ValueError as error:
             parts.append(f"{escape(error)}.")
             continue
         name = f"scale_{number}.png"
         columns = min(2, len(found.points))
-        picture = partial(_draw, points=found.points, columns=columns, dots=not found.extrapolated)
+        picture = partial(
+            _draw, points=found.points, columns=columns, dots=not found.extrapolated, claimed=found.claimed
+        )
         files[name] = png(picture, columns=columns, rows=-(-len(found.points) // columns))
         parts += _of_run(found, name)
+    if claim is not None:
+        parts.append(f"{claim.expected:g}x on these random weights: what claim {escape(claim.name)} says of its model.")
     return Section(title=TITLE, markdown="\n\n".join(part.strip() for part in parts) + "\n", files=files)
 
 
@@ -84,15 +90,13 @@ def _of_run(found: ScaleRun, picture: str) -> list[str]:
 def _in_short(found: ScaleRun) -> Iterator[str]:
     """What a speedup takes at each batch and block size, from the cheapest forced routing to the dearest."""
     for point in found.points if len(found.rounds) > 1 else ():
-        even, claimed = (
-            [_rounded(measured) for measured in needs]
-            for needs in zip(*((curve.break_even, curve.needed) for curve in point.curves), strict=True)
-        )
+        even = " / ".join(_rounded(curve.break_even) for curve in point.curves)
+        needed = " / ".join(_rounded(curve.needed) for curve in point.curves if curve.needed)
+        claimed = f", {found.claimed:g}x at {needed}" if found.claimed else ""
         routings = " / ".join(curve.routing for curve in point.curves)
         yield (
-            f"**Batch {count(point.batch_size)}, blocks of {count(point.block_size)}: break-even at "
-            f"{' / '.join(even)} tokens per NFE, {CLAIMED_SPEEDUP}x at {' / '.join(claimed)}** "
-            f"({routings} experts; costs on random weights)" + _mark(found.nulls[point.batch_size])
+            f"**Batch {count(point.batch_size)}, blocks of {count(point.block_size)}: break-even at {even} tokens per "
+            f"NFE{claimed}** ({routings} experts; costs on random weights)" + _mark(found.nulls[point.batch_size])
         )
 
 
@@ -139,12 +143,13 @@ def _time(value: Measured) -> str:
 
 def _needs(found: ScaleRun) -> str:
     header = ["batch", "block", "experts forced", "break-even, tokens per NFE [95 %]"]
-    header += [f"{CLAIMED_SPEEDUP}x needs, tokens per NFE [95 %]", "most that the block allows"]
+    header += [] if found.claimed is None else [f"{found.claimed:g}x needs, tokens per NFE [95 %]"]
+    header.append("most that the block allows")
     rows = []
     for point in found.points:
         for curve in point.curves:
             most = curve.speedup(point.block_size)
-            needs = [_rate(value) for value in (curve.break_even, curve.needed)]
+            needs = [_rate(value) for value in (curve.break_even, curve.needed) if value]
             rows.append([count(point.batch_size), count(point.block_size), curve.routing, *needs, f"{most:.2f}x"])
     return table(header, rows)
 
@@ -218,18 +223,18 @@ def _fit_remarks(found: ScaleRun) -> Iterator[str]:
         yield f"largest residual of a step on {layers}{held}: {percent(error)}"
 
 
-def _draw(figure: Figure, points: Sequence[ScalePoint], columns: int, dots: bool) -> None:
+def _draw(figure: Figure, points: Sequence[ScalePoint], columns: int, dots: bool, claimed: float | None) -> None:
     rows = -(-len(points) // columns)
     handles: dict[str, Any] = {}
     for index, point in enumerate(points):
         axes = figure.add_subplot(rows, columns, index + 1)
-        _draw_band(axes, point, dots)
+        _draw_band(axes, point, dots, claimed)
         axes.set_title(f"random weights, batch {point.batch_size}, block {point.block_size}", loc="left", fontsize=9)
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
 
 
-def _draw_band(axes: Axes, point: ScalePoint, dots: bool) -> None:
+def _draw_band(axes: Axes, point: ScalePoint, dots: bool, claimed: float | None) -> None:
     """Three curves and the area between the outer ones; ``dots`` are whole blocks as measured."""
     rates_X = np.minimum(np.geomspace(1, point.block_size, NUM_RATES), point.block_size)
     curves = {curve.routing: [curve.speedup(float(rate)) for rate in rates_X] for curve in point.curves}
@@ -240,7 +245,7 @@ def _draw_band(axes: Axes, point: ScalePoint, dots: bool) -> None:
             if block.routing == routing and block.speedup.estimate is not None:
                 at = ([block.tokens_per_nfe], [block.speedup.estimate.value])
                 axes.plot(*at, color=COLOURS[index], marker=MARKERS[index], markersize=4, linestyle="none")
-    for height, label in ((1.0, "break-even"), (CLAIMED_SPEEDUP, f"{CLAIMED_SPEEDUP}x")):
+    for height, label in ((1.0, "break-even"), *([] if claimed is None else [(claimed, f"{claimed:g}x")])):
         axes.axhline(height, color=GREY, linewidth=0.8, linestyle="--", zorder=1)
         axes.annotate(label, (1, height), xytext=(2, 2), textcoords="offset points", fontsize=7, color=GREY)
     axes.set_xscale("log", base=2)

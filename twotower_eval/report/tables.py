@@ -40,8 +40,7 @@ def quality(runs: Runs) -> Section:
     if not runs.quality:
         text = "Nothing has been scored in both arms. `twotower-eval run` scores baseline and candidate.\n"
         return Section(title="Retention: is the quality kept?", markdown=text + _single_arm(runs))
-    first = runs.quality_at(runs.chosen) if runs.chosen else None
-    first = first or runs.quality[0]
+    first = runs.shown.quality or runs.quality[0]
     parts = [_point(runs, first), details("How to read this table", READING)]
     rest = [point for point in runs.quality if point is not first]
     if rest:

@@ -9,12 +9,13 @@ from typing import Any
 from twotower_eval.claims import ClaimFile, judge, load_claims
 from twotower_eval.claims.files import SPEED_QUANTITIES
 from twotower_eval.claims.judge import said
-from twotower_eval.claims.match import names_subject
+from twotower_eval.claims.match import at_point, gather, names_subject
 from twotower_eval.claims.text import count_line, estimate_text
 from twotower_eval.evidence.naming import long_name, short_name
-from twotower_eval.evidence.runs import Runs
+from twotower_eval.evidence.runs import Headline, Runs
+from twotower_eval.evidence.scale import config_of
 from twotower_eval.plan import data_path
-from twotower_eval.records import Claim, OperatingPoint, Verdict
+from twotower_eval.records import Checkpoint, Claim, OperatingPoint, Verdict
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import NONE, bullets, details, escape, run_list, table
 from twotower_eval.store import Run
@@ -46,24 +47,66 @@ class JudgedRuns(Runs):
             return ()
         return tuple(zip(self.claims.claims, judge(self.claims.claims, self), strict=True))
 
+    @cached_property
+    def headline_claim(self) -> Claim | None:
+        """The first joint claim, else the first one, of those about a checkpoint of these runs if there is any."""
+        everything = self.claims.claims if self.claims else ()
+        candidates = candidates_of(self)
+        own = [claim for claim in everything if any(names_subject(claim, checkpoint) for checkpoint in candidates)]
+        return next((one for one in own or everything if one.quantity == "joint"), next(iter(own or everything), None))
+
+    @cached_property
+    def headline(self) -> Headline:
+        """What was measured at the operating point of the headline's claim; without claims what comes first."""
+        claim = self.headline_claim
+        if claim is None:
+            return self.first
+        parts = self.parts(claim)
+        quality, speed = at_point(claim, parts, gather(self))
+        scope = next((part.scope for part in parts if part.scope), ())
+        return Headline(quality=quality, speed=speed, claim=claim, scope=scope)
+
+    def parts(self, claim: Claim) -> list[Claim]:
+        """The claims that a joint claim is made of; any other is its own only part."""
+        return [one for one in (self.claims.claims if self.claims else ()) if one.name in claim.parts] or [claim]
+
+
+def claimed_speedup(runs: Runs) -> Claim | None:
+    """The claim of a speedup that costs on random weights are held against: the headline's, else the file's first."""
+    if not isinstance(runs, JudgedRuns) or runs.claims is None or runs.headline_claim is None:
+        return None
+    ordered = [*runs.parts(runs.headline_claim), *runs.claims.claims]
+    return next((one for one in ordered if one.quantity in ("speedup_time", "speedup_throughput")), None)
+
+
+def candidates_of(runs: Iterable[Run]) -> set[Checkpoint]:
+    """The checkpoints that are candidates in any run."""
+    return {cell.checkpoint for run in runs for cell in run.manifest.cells if cell.arm == "candidate"}
+
 
 def shipped_claims(runs: Iterable[Run]) -> ClaimFile | None:
-    """The shipped claim file about a candidate of these runs: the first one by name, ``None`` if there is none."""
-    candidates = {cell.checkpoint for run in runs for cell in run.manifest.cells if cell.arm == "candidate"}
+    """The shipped claim file about a candidate of these runs: the first one by name, ``None`` if there is none.
+
+    Where all runs are on random weights, the one about a model of their config.
+    """
+    runs = list(runs)
+    candidates, configs = candidates_of(runs), {config_of(run) for run in runs}
     for path in sorted(data_path("tasks", "claims").glob("*.toml")):
         found = load_claims(path)
         if any(names_subject(claim, checkpoint) for claim in found.claims for checkpoint in candidates):
+            return found
+        if found.config is not None and configs == {found.config}:
             return found
     return None
 
 
 def verdict_line(runs: Runs) -> str:
-    """The verdict to quote first: that of the first joint claim, else of the first claim; empty without claims."""
-    judged = runs.verdicts if isinstance(runs, JudgedRuns) else ()
-    if not judged:
+    """The verdict to quote first, that of the headline's claim; empty without claims."""
+    claim = runs.headline_claim if isinstance(runs, JudgedRuns) else None
+    if claim is None or not isinstance(runs, JudgedRuns):
         return ""
-    claim, verdict = next((pair for pair in judged if pair[0].quantity == "joint"), judged[0])
-    parts = [part for part, _ in judged if part.name in claim.parts] or [claim]
+    [verdict] = [verdict for one, verdict in runs.verdicts if one.name == claim.name]
+    parts = runs.parts(claim)
     claimed = " and ".join(_claimed(part) for part in parts)
     timed = any(part.quantity in SPEED_QUANTITIES for part in parts)
     outcome, at = said(verdict.outcome), _short_at(claim.point, timed)
@@ -140,10 +183,14 @@ def _short_at(point: OperatingPoint, timed: bool) -> str:
 
 
 def _at(point: OperatingPoint) -> str:
+    return escape(", ".join(part for part in (long_name(point.decoder), timing_text(point)) if part))
+
+
+def timing_text(point: OperatingPoint) -> str:
+    """``batch 1, workload answer, devices 1``: how a point says that it is timed; empty where it leaves that open."""
     settings: list[tuple[str, Any]] = [("batch", point.batch_size), ("workload", point.workload)]
     settings += [("devices", point.num_devices), ("on", point.hardware)]
-    named = [f"{name} {value}" for name, value in settings if value is not None]
-    return escape(", ".join([long_name(point.decoder), *named]))
+    return ", ".join(f"{name} {value}" for name, value in settings if value is not None)
 
 
 def _reason(claim: Claim, verdict: Verdict) -> str:
