@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from twotower_eval.records import Cell, RunManifest
+from twotower_eval.records import Arm, Cell, RunManifest
 
 PACKAGES_THAT_MUST_AGREE = ("torch", "transformers", "lm-eval", "mamba-ssm", "causal-conv1d", "flash-attn")
 
@@ -26,7 +27,8 @@ def differences(old: RunManifest, new: RunManifest) -> list[str]:
     before, after = (float("inf") if m.plan.get("limit") is None else m.plan["limit"] for m in (old, new))
     if old.verb == "run" and after < before:  # fewer documents would close the run before it is complete
         found.append(f"limit was {old.plan.get('limit')}, is {new.plan['limit']} (it may only be raised)")
-    return found + _cell_differences(old, new)
+    files = list(_file_differences(old, new))
+    return found + files + _cell_differences(old, new, explained=bool(files))
 
 
 def warnings(old: RunManifest, new: RunManifest) -> tuple[str, ...]:
@@ -39,8 +41,26 @@ def warnings(old: RunManifest, new: RunManifest) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _cell_differences(old: RunManifest, new: RunManifest) -> list[str]:
-    """Cells that only one of two plans has: the plans' own words where these differ, and an example."""
+def _file_differences(old: RunManifest, new: RunManifest) -> Iterator[str]:
+    """Files of either arm's checkpoint that hold something else than before."""
+    arms: tuple[Arm, ...] = ("baseline", "candidate")
+    for arm in arms:
+        before, after = (next((c.checkpoint for c in m.cells if c.arm == arm), None) for m in (old, new))
+        if before is None or after is None or before.identity == after.identity:
+            continue
+        pairs = [(before.files, after.files)]
+        if before.digest != after.digest and not before.tower:  # the pair that it is of names the file
+            pairs.append((before.weights, after.weights))
+        for pair in pairs:
+            then, now = ({file.name: file.sha256 for file in files} for files in pair)
+            for name in sorted(name for name in {*then, *now} if then.get(name) != now.get(name)):
+                done = "is new" if name not in then else "is gone" if name not in now else "was changed"
+                yield f"{name} of the {arm} {after.name} {done}"
+
+
+def _cell_differences(old: RunManifest, new: RunManifest, *, explained: bool) -> list[str]:
+    """Cells that only one of two plans has: the plans' own words where these differ, and an example, unless what made
+    them others is ``explained`` already."""
     old_cells, new_cells = ({cell.id: cell for cell in manifest.cells} for manifest in (old, new))
     gone, added = (
         [have[name] for name in have if name not in lack]
@@ -55,7 +75,7 @@ def _cell_differences(old: RunManifest, new: RunManifest) -> list[str]:
         if old.plan.get(name) != new.plan.get(name)
     ]
     for cells, words in ((gone, "no longer has"), (added, "newly has")):
-        if cells:
+        if cells and not explained:
             more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
             told.append(f"the plan {words} {_cell_text(cells[0])}{more}")
     return told

@@ -44,11 +44,21 @@ Params = Mapping[str, "str | int | float | bool | None"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class FileDigest:
+    """A file's name within its folder, and the sha256 of what it holds."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Identity of a set of weights, stated and never inferred from a path.
+    """Identity of a model, stated and never inferred from a path.
 
     ``digest`` is a sha256 over the tensors' content; ``tower`` is ``None`` for a whole checkpoint and
-    ``"context"`` where only the context tower of a pair is used (the AR baseline ``context-tower``).
+    ``"context"`` where only the context tower of a pair is used (the AR baseline ``context-tower``). ``files`` are
+    those beside the weights that decide a logit or a text: config, generation settings, tokenizer; runs of old have
+    none. ``weights`` are the files of a whole checkpoint's tensors, each with a sha256 over those in it.
     """
 
     name: str
@@ -59,6 +69,15 @@ class Checkpoint:
     devices: tuple[str, ...]
     tower: Literal["context"] | None = None
     revision: str | None = None
+    files: tuple[FileDigest, ...] = ()
+    weights: tuple[FileDigest, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """One digest over the tensors and ``files``: equal tensors under another config are another model."""
+        if not self.files:
+            return self.digest
+        return sha256_text(canonical_json([self.digest, sorted([file.name, file.sha256] for file in self.files)]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -487,7 +506,7 @@ def cell_id(checkpoint: Checkpoint, decoder: DecoderSpec, workload: Workload, ex
     ``extra`` holds whatever else a verb lets change outputs (seed, likelihood kind).
     """
     identity = {
-        "checkpoint": [checkpoint.digest, checkpoint.tower, checkpoint.dtype, checkpoint.devices[0].split(":")[0]],
+        "checkpoint": [checkpoint.identity, checkpoint.tower, checkpoint.dtype, checkpoint.devices[0].split(":")[0]],
         "decoder": to_json(decoder),
         "workload": to_json(workload),
         "extra": dict(extra or {}),

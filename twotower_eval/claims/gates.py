@@ -46,9 +46,9 @@ def same_inputs_gate(differing: dict[str, str], run_ids: Sequence[str]) -> Gate:
     return Gate(name="same inputs", outcome="passed", detail="hashes agree between the arms", evidence=tuple(run_ids))
 
 
-def verify_gate(evidence: Evidence, digest: str) -> Gate:
-    """What the newest ``verify`` of the same weights found."""
-    runs = [run for run in evidence.runs if any(c.checkpoint.digest == digest for c in run.manifest.cells)]
+def verify_gate(evidence: Evidence, identity: str) -> Gate:
+    """What the newest ``verify`` of the same weights, settings and tokenizer found."""
+    runs = [run for run in evidence.runs if any(c.checkpoint.identity == identity for c in run.manifest.cells)]
     found = [run for run in runs if run.manifest.verb == "verify" and run.checks]
     if not found:
         detail = "no verify run of these weights is among the runs: kernels and batches are taken on trust"

@@ -102,7 +102,7 @@ def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:
         gates.complete_gate(point),
         gates.same_inputs_gate({}, (point.run_id,)),
         gates.scored_gate(point, claim.scope),
-        gates.verify_gate(evidence, point.candidate.checkpoint.digest),
+        gates.verify_gate(evidence, point.candidate.checkpoint.identity),
     )
     estimated = measured(lambda: quality_estimate(claim, point))
     amount = _Amount(
@@ -130,7 +130,7 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
         checks.append(gates.null_gate(point, evidence.speed, judged, claim.expected, claim.limits))
     checks.append(gates.degenerate_gate(point, quality, claim.limits))
     checks.append(gates.floor_gate(quality, claim.limits))
-    checks.append(gates.verify_gate(evidence, point.candidate.checkpoint.digest))
+    checks.append(gates.verify_gate(evidence, point.candidate.checkpoint.identity))
     num_looks = len({run_id for one in found for run_id in one.run_ids})
     return _ruled(claim, point, point.run_ids, num_looks, tuple(checks), readings, _timed_amount(point))
 

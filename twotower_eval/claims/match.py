@@ -165,7 +165,8 @@ def names_baseline(claim: Claim, checkpoint: Checkpoint) -> bool:
 
 
 def _names(name: str, checkpoint: Checkpoint) -> bool:
-    by_digest = len(name) >= MIN_DIGEST and checkpoint.digest.startswith(name.lower())
+    digests = (checkpoint.digest, checkpoint.identity)
+    by_digest = len(name) >= MIN_DIGEST and any(digest.startswith(name.lower()) for digest in digests)
     return by_digest or name in (checkpoint.name, checkpoint_name(checkpoint))
 
 

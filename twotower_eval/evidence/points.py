@@ -119,7 +119,7 @@ class QualityPoint:
 
 def point_key(cell: Cell) -> PointKey:
     """Identity of an operating point apart from its workload: weights and full decoder."""
-    return (cell.checkpoint.digest, cell.checkpoint.tower, canonical_json(to_json(cell.decoder)))
+    return (cell.checkpoint.identity, cell.checkpoint.tower, canonical_json(to_json(cell.decoder)))
 
 
 def baseline_of(run: Run, candidate: Cell) -> Cell:

@@ -29,7 +29,7 @@ DENOISER_KINDS: tuple[LikelihoodKind, ...] = ("denoiser_left_to_right", "bound")
 class Job:
     """A cell with what it takes to fill it. ``model`` answers, by likelihoods of ``kind`` where it does not generate.
 
-    ``likelihoods_of`` is the cell whose log-likelihoods this one is scored by, itself or one with equal tensors.
+    ``likelihoods_of`` is the cell whose log-likelihoods this one is scored by, itself or one of an equal model.
     """
 
     cell: Cell
@@ -51,7 +51,7 @@ class Job:
     def costs_like(self) -> tuple[Any, ...]:
         """Jobs that agree in this take about the same time per request."""
         way = self.cell.decoder.label if self.task.generates else self.kind
-        return (self.cell.checkpoint.digest, way, self.task.request)
+        return (self.cell.checkpoint.identity, way, self.task.request)
 
 
 def check_scorers(plan: RunPlan, tasks: Sequence[BuiltTask]) -> None:
@@ -97,11 +97,12 @@ def make_jobs(
 ) -> list[Job]:
     """Every cell of the plan, task by task, the baseline first. ValueError if a model cannot score as asked."""
     from twotower_eval.decoders import decoder_spec, from_spec
+    from twotower_eval.models.identity import causal_identity
 
     autoregressive = decoder_spec("autoregressive", temperature=plan.temperature)
     arms: list[tuple[Arm, Any, DecoderSpec]] = [("baseline", baseline, autoregressive)]
     arms += [("candidate", candidate, spec) for spec in specs]
-    shared = plan.likelihood == "context_tower" and _equal_context(baseline, candidate, tasks)
+    shared = plan.likelihood == "context_tower" and _equal_context(baseline, candidate)
     jobs: dict[str, Job] = {}
     first_with: dict[tuple[Any, ...], str] = {}
     for task in tasks:
@@ -109,8 +110,8 @@ def make_jobs(
             kind = _kind(plan, arm, model, shared)
             cell = _cell(plan, arm, model, spec, task, kind)
             by_denoiser = kind in DENOISER_KINDS
-            tensors = model.checkpoint.digest if by_denoiser else model.context_digest
-            alike = (task.name, kind, tensors, spec.params.get("block_size") if by_denoiser else None)
+            whose = model.checkpoint.identity if by_denoiser else causal_identity(model)
+            alike = (task.name, kind, whose, spec.params.get("block_size") if by_denoiser else None)
             donor = first_with.setdefault(alike, cell.id)
             answering = candidate if shared and not task.generates else model
             # A model that cannot answer is refused now, not hours into the run.
@@ -133,13 +134,11 @@ def make_scorer_of(model: Any, kind: LikelihoodKind, spec: DecoderSpec) -> Any:
     return make_scorer(model, kind)
 
 
-def _equal_context(baseline: Any, candidate: Any, tasks: Sequence[BuiltTask]) -> bool:
-    """Whether both causal towers hold the same tensors and read the same tokens, so that one answer serves both."""
-    if not candidate.has_denoiser or baseline.context_digest != candidate.context_digest:
-        return False
-    texts = [task.docs[0].instances[0].args[0] for task in tasks]
-    own, other = baseline.tokenizer, candidate.tokenizer
-    return own is other or (own and other and all(own.encode(text) == other.encode(text) for text in texts))
+def _equal_context(baseline: Any, candidate: Any) -> bool:
+    """Whether both causal towers are one model, down to the tokens that they read, so that one answer serves both."""
+    from twotower_eval.models.identity import causal_identity
+
+    return bool(candidate.has_denoiser) and causal_identity(baseline) == causal_identity(candidate)
 
 
 def _kind(plan: RunPlan, arm: Arm, model: Any, shared: bool) -> LikelihoodKind:
@@ -181,7 +180,10 @@ def make_manifest(plan: RunPlan, jobs: Sequence[Job], tasks: Sequence[BuiltTask]
 
 def _notes(plan: RunPlan, jobs: Sequence[Job], tasks: Sequence[BuiltTask]) -> Iterator[str]:
     if any(job.likelihoods_of != job.cell.id and not job.task.generates for job in jobs):
-        yield "Log-likelihoods of equal tensors, scored alike, were computed once and serve every cell they belong to."
+        yield (
+            "Log-likelihoods of equal models (weights, settings, tokenizer), scored alike, were computed once and "
+            "serve every cell they belong to."
+        )
     several = [task.name for task in tasks if (task.spec.samples or 1) > 1]
     if several and plan.temperature == 0:
         yield f"At temperature 0 one sample stands for the several that the suite asks for: {', '.join(several)}."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -35,6 +36,7 @@ class CausalModel(Protocol):
     has_denoiser: bool
     joins_contexts: bool
     context_digest: str
+    folder_settings: Mapping[str, Any]
 
     def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Any: ...
     def extend(self, context: Any, ids_BK: Tensor) -> Any: ...
@@ -93,6 +95,8 @@ def load_model(
     """
     import torch
 
+    from twotower_eval.models.identity import file_digests, folder_settings
+
     folder = _existing(path)
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
@@ -117,8 +121,11 @@ def load_model(
     load = resolve(FAMILIES.get(family, family))
     try:
         with torch.inference_mode(False):
-            return load(folder, devices=places, dtype=getattr(torch, dtype), tower=tower)
+            model = load(folder, devices=places, dtype=getattr(torch, dtype), tower=tower)
     except ValueError as error:
         if str(folder) in str(error):
             raise
         raise ValueError(f"{folder}: {error}") from error
+    model.checkpoint = dataclasses.replace(model.checkpoint, files=file_digests(folder))
+    model.folder_settings = folder_settings(folder, getattr(model, "config", None))
+    return model

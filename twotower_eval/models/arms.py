@@ -63,10 +63,11 @@ def context_tower(pair: Any) -> Any:
     if not pair.has_denoiser:
         return pair
     tower = pair.context_tower
+    whole, devices = pair.checkpoint, pair.checkpoint.devices[:1]
     tower.checkpoint = dataclasses.replace(
-        pair.checkpoint, digest=pair.context_digest, tower="context", devices=pair.checkpoint.devices[:1]
+        whole, digest=pair.context_digest, tower="context", devices=devices, weights=()
     )
-    for name in ("tokenizer", "vocab_size", "max_length", "eos_token_ids", "context_digest"):
+    for name in ("tokenizer", "vocab_size", "max_length", "eos_token_ids", "context_digest", "folder_settings"):
         setattr(tower, name, getattr(pair, name))
     tower.mask_token_id, tower.has_denoiser = None, False
     return tower

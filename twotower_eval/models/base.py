@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from torch import nn
 
@@ -23,7 +26,8 @@ class LanguageModel(nn.Module):
     """Base of all families. The attributes are set by the family's loader.
 
     ``context_digest`` covers the tensors of the causal tower alone, under the names of the pair's layout, so that a
-    pair and its baseline can be shown to share them. ``joins_contexts``: contexts have ``join``, and joined rows run
+    pair and its baseline can be shown to share them; ``folder_settings`` is what the other files of the checkpoint say
+    (see models.identity). ``joins_contexts``: contexts have ``join``, and joined rows run
     together as well as rows that were prefilled together, so that a batch may take up new rows as others finish.
     ``branch_tokens`` is about how many tokens of a tree one call of ``tree_logits`` serves best; 0 where the model has
     no such method.
@@ -38,4 +42,5 @@ class LanguageModel(nn.Module):
     has_denoiser: bool = False
     joins_contexts: bool = True
     context_digest: str
+    folder_settings: Mapping[str, Any] = MappingProxyType({})
     branch_tokens: int = 0

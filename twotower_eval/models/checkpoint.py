@@ -6,6 +6,7 @@ mapped for a small batch of tensors at a time, so that pages already copied do n
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ from twotower_eval.models.config import NemotronHConfig, parse_config
 from twotower_eval.models.nemotron_h import Gate, MixtureOfExperts, Tower
 from twotower_eval.models.tokenizer import load_tokenizer
 from twotower_eval.models.twotower import Denoiser, TwoTower
-from twotower_eval.records import Checkpoint
+from twotower_eval.records import Checkpoint, FileDigest
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -249,6 +250,14 @@ def joint_digest(digests: Mapping[str, str], prefix: tuple[str, ...] = ("",)) ->
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def file_weights(files: Mapping[str, Path], digests: Mapping[str, str]) -> tuple[FileDigest, ...]:
+    """Per file one digest over the tensors in it; ``digests`` are by the names that ``files`` gives them."""
+    return tuple(
+        FileDigest(name=held.name, sha256=joint_digest({n: digests[n] for n, file in files.items() if file == held}))
+        for held in sorted(set(files.values()))
+    )
+
+
 def load(
     folder: Path, *, devices: tuple[str, ...], dtype: torch.dtype, tower: Literal["context"] | None = None
 ) -> LanguageModel:
@@ -270,10 +279,14 @@ def load(
     check(slots_of(build(config, kind, dtype, ("meta",))), files)
     tokenizer = load_tokenizer(folder, vocab_size=config.vocab_size)
     model = build(config, kind, dtype, devices)
-    digests = fill(slots_of(model), files)
+    slots = slots_of(model)
+    digests = fill(slots, files)
     model.tokenizer = tokenizer
     name = str(data.get("_name_or_path") or folder.resolve().name)
     _identify(model, name, folder, config, digests, tower=tower, devices=devices, dtype=dtype)
+    if tower is None:  # a pair's files hold more than its context tower
+        weights = file_weights(files, {name: digests[slot.canonical] for name, slot in slots.items()})
+        model.checkpoint = dataclasses.replace(model.checkpoint, weights=weights)
     return model
 
 

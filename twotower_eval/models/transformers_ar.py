@@ -22,7 +22,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from twotower_eval.models.autoregressive import host_lengths
 from twotower_eval.models.base import LanguageModel, source_text
-from twotower_eval.models.checkpoint import joint_digest, opened, read_json, tensor_digest, tensor_files
+from twotower_eval.models.checkpoint import (
+    file_weights,
+    joint_digest,
+    opened,
+    read_json,
+    tensor_digest,
+    tensor_files,
+)
 from twotower_eval.models.token_tree import Segment
 from twotower_eval.models.tokenizer import load_tokenizer
 from twotower_eval.models.transformers_context import CacheContext, Part, can_join, forked
@@ -185,6 +192,7 @@ def load(
         digest=joint_digest(digests),
         dtype=str(dtype).removeprefix("torch."),
         devices=devices[:1],
+        weights=file_weights(files, digests),
     )
     text_config = inner.config.get_text_config()
     model.vocab_size = inner.get_output_embeddings().weight.shape[0]

@@ -1,0 +1,93 @@
+"""What makes two models one: their weights, and every other file of a checkpoint that decides a logit or a text.
+
+Two questions are asked. Is this the folder that was measured before? Then the bytes of each file count. Do two folders
+give one and the same causal model? Then what the files say counts, wherever they lie and however they are written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from twotower_eval.records import FileDigest, sha256_text
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+FILES = (
+    CONFIG,
+    GENERATION_CONFIG,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+BOOKKEEPING = frozenset(  # says where a folder came from and who wrote it; everything else counts
+    {
+        "_commit_hash",
+        "_from_model_config",
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "dtype",  # the one that the model was loaded in counts
+        "name_or_path",
+        "tokenizer_file",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+OF_PAIRS = ("mask_token_id",)  # what a pair's config says beyond that of its causal tower
+
+
+def file_digests(folder: Path) -> tuple[FileDigest, ...]:
+    """The files beside the weights that decide a logit or a text, those that are there."""
+    there = [folder / name for name in FILES if (folder / name).is_file()]
+    return tuple(FileDigest(name=file.name, sha256=hashlib.sha256(file.read_bytes()).hexdigest()) for file in there)
+
+
+def folder_settings(folder: Path, read: Any = None) -> dict[str, Any]:
+    """By file, what these files say, without bookkeeping. ``read`` is the record that a family makes of its config:
+    its fields stand in for the config's own, so that a default means the same said and unsaid."""
+    said = {name: _content(folder / name) for name in FILES if (folder / name).is_file()}
+    config, generation = said.get(CONFIG, {}), said.pop(GENERATION_CONFIG, {})
+    if dataclasses.is_dataclass(read) and not isinstance(read, type):
+        config = {**config, **{field.name: getattr(read, field.name) for field in dataclasses.fields(read)}}
+    said[CONFIG] = {key: value for key, value in config.items() if key not in OF_PAIRS}
+    # transformers writes a copy of the config's own ids there.
+    own = {key: value for key, value in generation.items() if key not in config or config[key] != value}
+    return {**said, **({GENERATION_CONFIG: own} if own else {})}
+
+
+def causal_identity(model: Any) -> str:
+    """Equal for two models only where everything is equal that decides a logit or a text of their causal towers."""
+    devices = model.checkpoint.devices[:1]
+    parts = [model.checkpoint.family, model.context_digest, model.checkpoint.dtype, devices]
+    parts += [model.vocab_size, model.max_length, model.eos_token_ids, dict(model.folder_settings)]
+    return sha256_text(json.dumps(parts, sort_keys=True))  # a limit of time steps may be infinite
+
+
+def _content(file: Path) -> Any:
+    """What a file says: its JSON without bookkeeping, else its digest."""
+    content = file.read_bytes()
+    try:
+        data = json.loads(content) if file.suffix == ".json" else None
+    except ValueError:  # whoever needs the file says what is wrong with it
+        data = None
+    return hashlib.sha256(content).hexdigest() if data is None else _without_bookkeeping(data)
+
+
+def _without_bookkeeping(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_bookkeeping(inner) for key, inner in value.items() if key not in BOOKKEEPING}
+    return [_without_bookkeeping(inner) for inner in value] if isinstance(value, list) else value
