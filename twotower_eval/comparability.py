@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from twotower_eval.records import Arm, Cell, RunManifest
@@ -27,8 +27,8 @@ def differences(old: RunManifest, new: RunManifest) -> list[str]:
     before, after = (float("inf") if m.plan.get("limit") is None else m.plan["limit"] for m in (old, new))
     if old.verb == "run" and after < before:  # fewer documents would close the run before it is complete
         found.append(f"limit was {old.plan.get('limit')}, is {new.plan['limit']} (it may only be raised)")
-    files = list(_file_differences(old, new))
-    return found + files + _cell_differences(old, new, explained=bool(files))
+    edited = [*_file_differences(old, new), *_task_differences(old, new)]
+    return found + edited + _cell_differences(old, new, explained=bool(edited))
 
 
 def warnings(old: RunManifest, new: RunManifest) -> tuple[str, ...]:
@@ -53,9 +53,21 @@ def _file_differences(old: RunManifest, new: RunManifest) -> Iterator[str]:
             pairs.append((before.weights, after.weights))
         for pair in pairs:
             then, now = ({file.name: file.sha256 for file in files} for files in pair)
-            for name in sorted(name for name in {*then, *now} if then.get(name) != now.get(name)):
-                done = "is new" if name not in then else "is gone" if name not in now else "was changed"
+            for name, done in _edits(then, now):
                 yield f"{name} of the {arm} {after.name} {done}"
+
+
+def _task_differences(old: RunManifest, new: RunManifest) -> Iterator[str]:
+    """Parts of a task that are not what they were: what it asks, or the code that makes scores of the answers."""
+    for task in sorted(old.tasks.keys() & new.tasks.keys()):
+        for part, done in _edits(old.tasks[task], new.tasks[task]):
+            yield f"{part} of task {task!r} {done}"
+
+
+def _edits(then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Names whose digests are not the same, and what happened to them."""
+    for name in sorted(name for name in {*then, *now} if then.get(name) != now.get(name)):
+        yield name, "is new" if name not in then else "is gone" if name not in now else "was changed"
 
 
 def _cell_differences(old: RunManifest, new: RunManifest, *, explained: bool) -> list[str]:

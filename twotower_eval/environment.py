@@ -47,6 +47,7 @@ def new_manifest(
     devices: Sequence[str],
     seeds: Mapping[str, int],
     notes: Sequence[str] = (),
+    tasks: Mapping[str, Mapping[str, str]] | None = None,
 ) -> RunManifest:
     """The manifest of a run that begins now, here, with this command line. ``plan`` is a record."""
     commit, dirty = git_state()
@@ -67,6 +68,7 @@ def new_manifest(
         machine=describe_machine(devices) | {"kernels": _active_kernels(devices, plan_json.get("dtype"))},
         seeds=seeds,
         notes=tuple(notes),
+        tasks=dict(tasks or {}),
     )
 
 

@@ -364,7 +364,10 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class RunManifest:
-    """First file of a run, written once. ``plan`` is the resolved plan as JSON; ``packages`` name -> version."""
+    """First file of a run, written once. ``plan`` is the resolved plan as JSON; ``packages`` name -> version.
+
+    ``tasks`` are those whose answers are scored: name -> part (settings, documents, files by name) -> sha256.
+    """
 
     schema: int
     run_id: str
@@ -381,6 +384,7 @@ class RunManifest:
     machine: Mapping[str, Any]
     seeds: Mapping[str, int]
     notes: tuple[str, ...] = ()
+    tasks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

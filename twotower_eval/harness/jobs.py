@@ -175,6 +175,7 @@ def make_manifest(plan: RunPlan, jobs: Sequence[Job], tasks: Sequence[BuiltTask]
         devices=plan.devices,
         seeds={"run": plan.seed, "fewshot": FEWSHOT_SEED + plan.seed},
         notes=tuple(_notes(plan, jobs, tasks)),
+        tasks={task.name: task.parts for task in tasks},
     )
 
 

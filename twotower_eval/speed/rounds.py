@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from twotower_eval import store
@@ -36,7 +37,7 @@ from twotower_eval.speed.clock import CallClock, Devices, torch_threads
 from twotower_eval.speed.costs import CostItem, make_items
 from twotower_eval.speed.lanes import Lane, Timing, make_lanes
 from twotower_eval.speed.loop import RoundLoop, is_enough, whole_rounds
-from twotower_eval.speed.workloads import Call, Calls, Request, make_calls
+from twotower_eval.speed.workloads import Call, Calls, Request, make_calls, scored_tasks
 
 NOTES = (
     "Timed answers of the measured rounds are journalled, the round as the sample's number; warm-ups and the second "
@@ -80,11 +81,13 @@ def run(
         lanes = make_lanes(plan, calls, requests, specs, models, clock)
         costs = make_items(calls, lanes, models) if plan.costs else ()
         graphs = graphs_for(plan, calls, lanes, models)
-        manifest = _manifest(plan, [lane for of_size in lanes.values() for lane in of_size], resume)
+        manifest = _manifest(plan, calls, [lane for of_size in lanes.values() for lane in of_size], resume)
         if resume is not None:
             found = store.load(resume)
             store.check_comparable(found, manifest)  # first: what is whole cannot be counted by another plan
             _check_unscored(plan, found, _calls_per_round(calls, lanes))
+            if found.scores:
+                return resume  # whoever scored it checks the scores before the run is called complete again
         writer = store.create(root, manifest) if resume is None else store.resume(resume, manifest)
         with writer:
             for warning in writer.warnings:
@@ -111,7 +114,7 @@ def _check_unscored(plan: SpeedPlan, found: store.Run, calls_per_round: int) -> 
         )
 
 
-def _manifest(plan: SpeedPlan, lanes: Sequence[Lane], resume: Path | None) -> RunManifest:
+def _manifest(plan: SpeedPlan, calls: Calls, lanes: Sequence[Lane], resume: Path | None) -> RunManifest:
     return new_manifest(
         "speed",
         run_id=store.new_run_id("speed") if resume is None else resume.name,
@@ -120,6 +123,7 @@ def _manifest(plan: SpeedPlan, lanes: Sequence[Lane], resume: Path | None) -> Ru
         devices=plan.devices,
         seeds={"run": plan.seed},
         notes=NOTES,
+        tasks=scored_tasks(plan, chain.from_iterable(calls.values())),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, cycle
 from typing import Any, Protocol
@@ -28,6 +28,8 @@ class Request(Protocol):
     def max_new_tokens(self) -> int: ...
     @property
     def prompt_sha256(self) -> str: ...
+    @property
+    def task_parts(self) -> Mapping[str, str]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +96,12 @@ def _cut(plan: SpeedPlan, chosen: Sequence[Request], size: int) -> tuple[Call, .
 
 
 def make_workload(plan: SpeedPlan, calls: Sequence[Call], size: int, num_devices: int) -> Workload:
-    """The workload of a cell; its digest covers the prompts and what ends them, not the cut into batches."""
-    asked = [[r.task, r.doc_id, r.prompt_sha256, c.stop, c.max_new_tokens] for c in calls for r in c.requests]
+    """The workload of a cell; its digest covers the prompts and what ends them, not the cut into batches, and what
+    scores the answers."""
+    asked: list[Any] = [
+        [r.task, r.doc_id, r.prompt_sha256, c.stop, c.max_new_tokens] for c in calls for r in c.requests
+    ]
+    asked.append(scored_tasks(plan, calls))
     # Part of the name, and so of the cell: times with and without graphs are never pooled, and tables tell them apart.
     graphs = ", CUDA graphs" if plan.cuda_graphs else ""
     return Workload(
@@ -107,6 +113,13 @@ def make_workload(plan: SpeedPlan, calls: Sequence[Call], size: int, num_devices
         prompt_tokens=plan.prompt_tokens,
         num_devices=num_devices,
     )
+
+
+def scored_tasks(plan: SpeedPlan, calls: Iterable[Call]) -> dict[str, dict[str, str]]:
+    """Parts of the tasks whose timed answers are scored afterwards, by name."""
+    if plan.workload != "answer":
+        return {}
+    return {request.task: dict(request.task_parts) for call in calls for request in call.requests}
 
 
 def encode_calls(

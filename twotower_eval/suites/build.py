@@ -7,8 +7,8 @@ and only then cut to ``limit``: a document has the same prompt whatever the limi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,17 @@ from typing import Any
 from twotower_eval.names import did_you_mean
 from twotower_eval.records import canonical_json, sha256_text
 from twotower_eval.suites import lm_tasks
-from twotower_eval.suites.documents import BuiltDoc, Wishes, build_docs, generates, identity
+from twotower_eval.suites.documents import BuiltDoc, Wishes, build_docs, generates
 from twotower_eval.suites.files import SuiteTask, load_suite, suite_names
+from twotower_eval.suites.parts import task_parts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BuiltTask:
     """One task ready to be given to models: what a cell works on.
 
-    ``digest`` covers every document and request of the task, whatever the limit, and how answers are scored.
+    ``digest`` covers every document and request of the task, whatever the limit, and the code that asks and scores;
+    ``parts`` are what it is made of (see suites.parts).
     """
 
     name: str
@@ -38,6 +40,7 @@ class BuiltTask:
     filter: str
     headline: bool
     digest: str
+    parts: Mapping[str, str]
     spec: SuiteTask
 
     @property
@@ -56,6 +59,7 @@ class TimedPrompt:
     stop: tuple[str, ...]
     max_new_tokens: int
     prompt_sha256: str
+    task_parts: Mapping[str, str] = field(default_factory=dict)  # those of its task
 
 
 def resolve_tasks(
@@ -101,6 +105,7 @@ def build_requests(tasks: Sequence[BuiltTask], num: int | None = None) -> list[T
                 stop=tuple(settings["until"]),
                 max_new_tokens=settings["max_gen_toks"],
                 prompt_sha256=doc.prompt_sha256,
+                task_parts=task.parts,
             )
         )
     return prompts
@@ -156,21 +161,23 @@ def _build(member: SuiteTask, wishes: Wishes) -> Iterator[BuiltTask]:
 
 def _build_part(name: str, group: str | None, lm_eval_name: str, member: SuiteTask, wishes: Wishes) -> BuiltTask:
     kept: list[BuiltDoc] = []
-    identities: list[Any] = []
-    sources = []
+    every: list[BuiltDoc] = []
+    given, sources = [], []
     num_docs = 0
     samples = wishes.samples or member.samples
     for leaf, overrides in lm_tasks.leaves(lm_eval_name):
         shots = {} if member.num_fewshot is None else {"num_fewshot": member.num_fewshot}
-        source = lm_tasks.load_task(leaf, {**overrides, **shots}, wishes.data_dir)
+        given.append({**overrides, **shots})
+        source = lm_tasks.load_task(leaf, given[-1], wishes.data_dir)
         samples = samples or source.config.repeats
         docs = build_docs(name, leaf, source, num_docs, member, wishes)
         sources.append(source)
         num_docs += len(docs)
-        identities.append(identity(source, docs))
+        every += docs
         kept += docs[: wishes.limit]
     metric, filter_ = _headline(name, member, sources[0])
     _check_samples(name, sources[0], samples or 1)
+    parts = task_parts(lm_eval_name, given, sources, every, member)
     return BuiltTask(
         name=name,
         group=group,
@@ -185,7 +192,8 @@ def _build_part(name: str, group: str | None, lm_eval_name: str, member: SuiteTa
         filter=filter_,
         # A ratio of scores where lower is better belongs into no retention.
         headline=member.headline and sources[0].higher_is_better()[metric] is not False,
-        digest=sha256_text(canonical_json(identities)),
+        digest=sha256_text(canonical_json(parts)),
+        parts=parts,
         spec=member,
     )
 

@@ -117,12 +117,3 @@ def _generation_settings(own: Mapping[str, Any], member: SuiteTask, wishes: Wish
     kept = {key: value for key, value in own.items() if key not in BUDGET_NAMES}
     budget = wishes.max_new_tokens or member.max_new_tokens or own_budget
     return {**kept, "until": list(stops if member.stop is None else member.stop), "max_gen_toks": budget}
-
-
-def identity(source: Any, docs: Sequence[BuiltDoc]) -> list[Any]:
-    """All that makes two results comparable but the budget, which the workload names."""
-    config = source.config
-    parts = [config.output_type, config.metric_list, config.filter_list]
-    scoring = json.dumps(parts, default=lambda part: getattr(part, "__qualname__", type(part).__name__))
-    stops = sorted({canonical_json(i.args[1]["until"]) for doc in docs for i in doc.instances if generates(i)})
-    return [scoring, stops, [[doc.doc_sha256, doc.prompt_sha256, doc.target_sha256] for doc in docs]]

@@ -38,6 +38,13 @@ def stock_index() -> Mapping[str, Any]:
     return index
 
 
+def roots() -> tuple[Path, ...]:
+    """The folders that tasks lie in, local ones first."""
+    import lm_eval.tasks
+
+    return (data_path("tasks").resolve(), *(Path(path).resolve() for path in lm_eval.tasks.__path__))
+
+
 def index_of(name: str) -> Mapping[str, Any]:
     """The index that holds ``name``, local tasks first."""
     return local_index() if name in local_index() else stock_index()
@@ -48,12 +55,8 @@ def leaves(name: str, overrides: Mapping[str, Any] | None = None) -> Iterator[tu
     index = index_of(name)
     if name not in index:
         raise ValueError(f"lm-eval has no task {name!r}{did_you_mean(name, index)}")
-    entry = index[name]
-    if entry.kind.name == "TAG":
-        members: Sequence[Any] = sorted(entry.tags)
-    elif entry.kind.name == "GROUP":
-        members = entry.cfg["task"] if isinstance(entry.cfg["task"], list) else [entry.cfg["task"]]
-    else:
+    members = _members(index[name])
+    if members is None:
         yield name, dict(overrides or {})
         return
     for member in members:
@@ -61,6 +64,31 @@ def leaves(name: str, overrides: Mapping[str, Any] | None = None) -> Iterator[tu
         if not isinstance(given.get("task"), str):
             raise ValueError(f"lm-eval group {name!r} defines groups inside itself: name the tasks you want instead")
         yield from leaves(given.pop("task"), {**(overrides or {}), **given})
+
+
+def _members(entry: Any) -> Sequence[Any] | None:
+    """What a tag or a group names; ``None`` for a single task."""
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    if entry.kind.name == "GROUP":
+        return entry.cfg["task"] if isinstance(entry.cfg["task"], list) else [entry.cfg["task"]]
+    return None
+
+
+def yaml_files(name: str) -> Iterator[Path]:
+    """Every YAML that a task is read from: its own, those of groups on the way to it, and all that they include."""
+    entry = index_of(name)[name]
+    for member in _members(entry) or ():
+        yield from yaml_files(member if isinstance(member, str) else member["task"])
+    if entry.yaml_path is not None:
+        yield from _with_includes(Path(entry.yaml_path).resolve())
+
+
+def _with_includes(path: Path) -> Iterator[Path]:
+    yield path
+    included = _load_yaml(path, resolve_func=False, recursive=False).get("include", [])
+    for name in included if isinstance(included, list) else [included]:
+        yield from _with_includes((path.parent / name).resolve())
 
 
 def is_tag(name: str) -> bool:
@@ -170,10 +198,10 @@ def _read_dataset(files: Mapping[str, Path], **_metadata: Any) -> Any:
     return DatasetDict(splits)
 
 
-def _load_yaml(path: Path, *, resolve_func: bool = True) -> dict[str, Any]:
+def _load_yaml(path: Path, *, resolve_func: bool = True, recursive: bool = True) -> dict[str, Any]:
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    config: dict[str, Any] = load_yaml(path, resolve_func=resolve_func)
+    config: dict[str, Any] = load_yaml(path, resolve_func=resolve_func, recursive=recursive)
     return config
 
 

@@ -1,0 +1,118 @@
+"""What a task consists of, part by part: its YAML, the code that it names, its settings, its documents.
+
+A task is the same only where all of them are, so each has a digest, and a refusal can say which one was changed. Code
+is looked for without running it: what a YAML names with ``!function``, and what such a file imports from beside itself
+or from anywhere that no package was installed to. Of installed packages the versions are compared elsewhere.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from twotower_eval.records import canonical_json, sha256_text
+from twotower_eval.suites import lm_tasks
+from twotower_eval.suites.documents import BuiltDoc, generates
+from twotower_eval.suites.files import SuiteTask
+
+FUNCTION = re.compile(r"""!function\s+["']?([\w.]+)""")
+OURS = "twotower_eval"  # goes by its version
+
+
+def task_parts(
+    name: str,
+    given: Sequence[Mapping[str, Any]],
+    sources: Sequence[Any],
+    docs: Sequence[BuiltDoc],
+    member: SuiteTask,
+) -> dict[str, str]:
+    """Digest of every part of a task: its settings, its documents (all of them, whatever the limit), each file.
+
+    ``name`` is lm-eval's, ``sources`` are the single tasks behind it, and ``given`` what is laid over each.
+    """
+    scoring = [[s.config.output_type, s.config.metric_list, s.config.filter_list] for s in sources]
+    stops = sorted({canonical_json(i.args[1]["until"]) for doc in docs for i in doc.instances if generates(i)})
+    chosen = [member.metric, member.filter, member.headline]
+    settings = json.dumps([scoring, stops, chosen, list(given)], default=_name_of, sort_keys=True)
+    documents = canonical_json([[doc.doc_sha256, doc.prompt_sha256, doc.target_sha256] for doc in docs])
+    return {"settings": sha256_text(settings), "documents": sha256_text(documents), **_file_digests(name)}
+
+
+def _name_of(part: Any) -> str:
+    return str(getattr(part, "__qualname__", type(part).__name__))
+
+
+def _file_digests(name: str) -> dict[str, str]:
+    yamls = set(lm_tasks.yaml_files(name))
+    code = with_imports(file for yaml in yamls for file in _named_code(yaml))
+    return {_shown(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(yamls | code)}
+
+
+def _shown(file: Path) -> str:
+    """A file's name wherever the checkout lies: within the folder of tasks, else within its own."""
+    for root in lm_tasks.roots():
+        if file.is_relative_to(root):
+            return file.relative_to(root).as_posix()
+    return f"{file.parent.name}/{file.name}"
+
+
+def _named_code(yaml: Path) -> Iterator[Path]:
+    """Files of the functions that a YAML names: beside it, else where Python would import them from."""
+    for function in FUNCTION.findall(yaml.read_text(encoding="utf-8")):
+        yield from _modules(function.rpartition(".")[0], [yaml.parent, *_search_path()])
+
+
+def with_imports(files: Iterable[Path]) -> set[Path]:
+    """The files and all that they import, directly or not, as far as it is not installed."""
+    found: set[Path] = set()
+    waiting = list(files)
+    while waiting:
+        file = waiting.pop().resolve()
+        if file not in found:
+            found.add(file)
+            waiting += _imported(file)
+    return found
+
+
+def _imported(file: Path) -> Iterator[Path]:
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError):  # whoever runs it says what is wrong with it
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield from _modules(alias.name, [file.parent, *_search_path()])
+        if isinstance(node, ast.ImportFrom):
+            roots = [file.parents[node.level - 1]] if node.level else [file.parent, *_search_path()]
+            for name in (node.module or "", *(f"{node.module or ''}.{alias.name}".strip(".") for alias in node.names)):
+                yield from _modules(name, roots)
+
+
+def _modules(dotted: str, roots: Sequence[Path]) -> Iterator[Path]:
+    """The module's file and those of the packages around it, under the first root that has it."""
+    names = dotted.split(".")
+    if names[0] in ("", OURS):
+        return
+    if dotted.startswith("lm_eval.tasks."):
+        names, roots = names[2:], lm_tasks.roots()[1:]
+    for root in roots:
+        packages = [root.joinpath(*names[:end], "__init__.py") for end in range(1, len(names) + 1)]
+        module = root.joinpath(*names).with_suffix(".py")
+        if module.is_file() or packages[-1].is_file():
+            yield from (file for file in (*packages, module) if file.is_file())
+            return
+
+
+def _search_path() -> list[Path]:
+    """Folders of Python's search path that hold neither Python's own modules nor installed packages."""
+    installed = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    folders = [Path(entry or ".").resolve() for entry in sys.path]
+    return [folder for folder in folders if folder.is_dir() and not any(map(folder.is_relative_to, installed))]
