@@ -23,10 +23,15 @@ PACKED = ".xz"
 
 
 class Journal:
-    """A journal open for appending: whole lines or nothing, fsync at most every ``FSYNC_INTERVAL_S``."""
+    """A journal open for appending: whole lines or nothing, fsync at most every ``FSYNC_INTERVAL_S``.
+
+    ``path`` must not end in a torn line.
+    """
 
     def __init__(self, path: Path) -> None:
         new = not path.exists()
+        content = b"" if new else path.read_bytes()
+        self._num_rows, self._sha256 = content.count(b"\n"), hashlib.sha256(content)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._size = os.fstat(self._descriptor).st_size
         self._synced_size = self._size
@@ -47,8 +52,15 @@ class Journal:
             # A full disk must not leave half a line in the middle of the file for the next append to follow.
             os.ftruncate(self._descriptor, self._size)
             raise
+        self._num_rows += 1
+        self._sha256.update(line)
         if time.monotonic() - self._synced_s >= FSYNC_INTERVAL_S:
             self.sync()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Number of lines and sha256 so far, as :func:`summarise` gives them of a file."""
+        return {"rows": self._num_rows, "sha256": self._sha256.hexdigest()}
 
     def sync(self) -> None:
         """Bring all lines to disk."""
@@ -132,6 +144,12 @@ def summarise(file: Path) -> dict[str, Any]:
     """Number of lines and sha256 of a journal."""
     content = file.read_bytes()
     return {"rows": content.count(b"\n"), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def begins_with(content: bytes, rows: int, sha256: str) -> bool:
+    """Whether a journal still begins with the lines that made up this summary of it; true where some are gone."""
+    lines = content.split(b"\n")[:-1]
+    return len(lines) < rows or hashlib.sha256(b"".join(line + b"\n" for line in lines[:rows])).hexdigest() == sha256
 
 
 def write_atomically(file: Path, text: str) -> None:

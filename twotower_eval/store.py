@@ -23,6 +23,7 @@ from twotower_eval import comparability
 from twotower_eval.journal import (
     PACKED,
     Journal,
+    begins_with,
     content_of,
     fsync_folder,
     lock_run,
@@ -152,6 +153,7 @@ def resume(path: Path, manifest: RunManifest, *, event: str = "resumed") -> RunW
     try:
         run = load(path)
         check_comparable(run, manifest)
+        check_unedited(run)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path / DONE)
             fsync_folder(path)
@@ -191,6 +193,26 @@ def load(path: Path) -> Run:
     )
 
 
+def check_unedited(run: Run) -> None:
+    """ValueError where a journal does not hold any more what it held at the last event that tells of it.
+
+    Lines lost from a file are no edit: what they said is made again.
+    """
+    told: dict[str, dict[str, Any]] = {}
+    for number, event in enumerate(run.events, start=1):
+        files = event.get("files", {})
+        values = files.values() if isinstance(files, dict) else [None]
+        if not all(isinstance(one, dict) and isinstance(one.get("rows"), int) for one in values):
+            raise ValueError(f"{run.path / EVENTS}, line {number}: files are not rows and sha256 by name")
+        told.update(files)
+    for name, summary in told.items():
+        if not begins_with(content_of(run.path / name) or b"", **summary):
+            raise ValueError(
+                f"{run.path / name}: lines 1 to {summary['rows']} were changed after they were written ({EVENTS} has "
+                "another sha256): restore them or start a new run"
+            )
+
+
 def find_runs(root: Path, verb: str | None = None) -> list[Path]:
     """Run folders directly under ``root``, newest first; folders without a manifest are no runs."""
     if not root.is_dir():
@@ -220,6 +242,8 @@ class RunWriter:
         self._keys = {(type(row), *JOURNALS[type(row)][1](row)) for row in rows}
         for name in (EVENTS, *(name for name, _ in JOURNALS.values())):
             truncate_torn_line(self.path / name)
+            if (self.path / name).exists() or any(name in event.get("files", {}) for event in run.events):
+                self._file(name)  # events tell of it from the first on, also where its lines were lost
 
     def append(self, row: Row) -> None:
         """Write one row to the journal of its kind; a key that is there already is a ValueError."""
@@ -233,10 +257,14 @@ class RunWriter:
         self._keys.add(key)
 
     def event(self, kind: str, **detail: Any) -> None:
-        """Note that something happened, with the time; rows written before it are on disk when this returns."""
+        """Note that something happened, with the time; rows written before it are on disk when this returns.
+
+        Each event says how many rows the journals hold by then, and their sha256: a later edit will be noticed.
+        """
         self._sync()
+        files = {name: file.summary for name, file in sorted(self._files.items()) if name != EVENTS}
         file = self._file(EVENTS)
-        file.append({"at": now_text(), "kind": kind, **detail})
+        file.append({"at": now_text(), "kind": kind, **detail, **({"files": files} if files else {})})
         file.sync()
 
     def finish(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from collections import defaultdict
@@ -21,6 +22,7 @@ from twotower_eval.harness.jobs import (
     make_scorer_of,
     use_graphs,
 )
+from twotower_eval.harness.known import KnownScores, check_known
 from twotower_eval.harness.scoring import Row, score_rows
 from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders, model_folder, plan_from_json
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
@@ -55,6 +57,8 @@ def run(
     use_graphs(plan, tasks, arms)
     jobs = make_jobs(plan, tasks, specs, baseline, candidate)
     manifest = make_manifest(plan, jobs, tasks, resume)
+    if resume is not None:
+        check_known(store.load(resume), manifest, jobs)
     writer = store.create(root, manifest) if resume is None else store.resume(resume, manifest)
     said = announce(tasks, _scored_once(jobs)) if announce else None
     with writer:
@@ -92,20 +96,15 @@ def score_journal(path: Path) -> Path:
     if plan.workload != "answer":
         raise ValueError(f"{path} timed the {plan.workload!r} workload, whose texts answer nothing")
     tasks = resolve_tasks(plan.tasks, data_dir=plan.data_dir, seed=plan.seed)
-    there = {_score_key(score): score for score in found.scores}
-    new = []
+    manifest = dataclasses.replace(found.manifest, tasks={task.name: task.parts for task in tasks})
+    store.check_comparable(found, manifest)
+    known = KnownScores(found, "was scored before its last rounds were timed, or was edited")
+    new: list[Score] = []
     for cell in found.manifest.cells:
         rows = [row for row in found.generations if row.cell == cell.id]
-        for score in (score for task in tasks for score in score_rows(task, cell.id, rows)):
-            known = there.get(_score_key(score))
-            if known is None:
-                new.append(score)
-            elif known.value != score.value:
-                where = f"task {score.task!r}, document {score.doc_id}"
-                raise ValueError(
-                    f"{path}: {where} was scored before its last rounds were timed: time anew, in a new run"
-                )
-    with store.resume(path, found.manifest, event="scored") as writer:
+        new += known.new(score for task in tasks for score in score_rows(task, cell.id, rows))
+    known.check_all_made()
+    with store.resume(path, manifest, event="scored") as writer:
         for score in new:
             writer.append(score)
         writer.finish()
@@ -138,7 +137,7 @@ class _Evaluation:
         self._prepared: dict[str, list[Batch]] = {}
         self._advance: Advance | None = None
         self._num_done = 0
-        self._there = {_score_key(score) for score in writer.run.scores}
+        self._known = KnownScores(writer.run)
         self._journals = {job.cell.id: CellJournal(cell=job.cell.id, append=writer.append) for job in jobs}
         rows: list[Row] = [*writer.run.generations, *writer.run.likelihoods]
         for row in rows:
@@ -162,6 +161,7 @@ class _Evaluation:
                 took = duration_text(time.monotonic() - started_s)
                 name = f"{job.cell.arm} {job.cell.decoder.label}"
                 self._progress.note(f"[{number}/{len(self._jobs)}] {job.task.name}, {name}: {headline} in {took}")
+        self._known.check_all_made()
 
     def _estimate(self) -> None:
         """Have a few requests of middling length answered for each kind of job, and say how long the rest will take."""
@@ -244,9 +244,8 @@ class _Evaluation:
     def _score(self, job: Job) -> str:
         """Write the job's scores, if they are not there yet, and return the headline for people."""
         scores = score_rows(job.task, job.cell.id, self._answered(job).values())
-        for score in scores:
-            if _score_key(score) not in self._there:
-                self._writer.append(score)
+        for score in self._known.new(scores):
+            self._writer.append(score)
         self._writer.event("cell_done", cell=job.cell.id, task=job.task.name, num_documents=len(job.task.docs))
         chosen = (job.task.metric, job.task.filter)
         values = [s.value for s in scores if (s.metric, s.filter) == chosen and s.value is not None]
@@ -258,7 +257,3 @@ class _Evaluation:
 def _first_documents(job: Job, number: int) -> frozenset[int]:
     """The lowest document numbers of a job."""
     return frozenset(sorted({doc_id for _, (_, doc_id, _, _) in job.requests})[:number])
-
-
-def _score_key(score: Score) -> tuple[Any, ...]:
-    return (score.cell, score.task, score.doc_id, score.metric, score.filter)
