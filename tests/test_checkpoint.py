@@ -140,7 +140,12 @@ def test_tokenizer_is_attached(tmp_path: Path) -> None:
     assert (model.tokenizer.eos_token_id, model.tokenizer.bos_token_id) == (2, None)
     assert model.eos_token_ids == (2,)
     write_config(tmp_path, eos_token_id=[7, 8])
-    assert load_model(tmp_path).eos_token_ids == (7, 8)
+    assert load_model(tmp_path).eos_token_ids == (7, 8, 2)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 2]}))
+    assert load_model(tmp_path).eos_token_ids == (9, 2, 7, 8)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
+    with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id must be a token id or a list of them"):
+        load_model(tmp_path)
 
 
 # --- what is wrong: each case spoils a folder, and has a pattern that the one line must match

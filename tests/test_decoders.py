@@ -235,12 +235,14 @@ def cut_by_hand(tokens: Sequence[int], eos: Sequence[int], stop: Sequence[str]) 
     """Useful tokens, text and finish of an unstopped run, by looking at the whole."""
     ended = [i for i, token in enumerate(tokens) if token in eos]
     kept = list(tokens[: ended[0]] if ended else tokens)
-    text = TOKENIZER.decode(kept)
-    starts = [text.index(s) for s in stop if s in text]
-    if not starts:
-        return kept, text, "eos" if ended else "length"
-    text = text[: min(starts)]
-    num_useful = max(n for n in range(len(kept) + 1) if len(TOKENIZER.decode(kept[:n])) <= len(text))
+    texts = [TOKENIZER.decode(kept[:n]) for n in range(len(kept) + 1)]
+    stopped = [n for n, text in enumerate(texts) if any(s in text for s in stop)]
+    if not stopped:
+        return kept, texts[-1], "eos" if ended else "length"
+    text = texts[stopped[0]]
+    for s in stop:
+        text = text.split(s)[0]
+    num_useful = max(n for n in range(len(kept) + 1) if len(texts[n]) <= len(text))
     return kept[:num_useful], text, "stop"
 
 

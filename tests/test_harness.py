@@ -108,7 +108,8 @@ def test_is_greedy_means_that_greedy_decoding_gives_it(model: Any) -> None:
     assert [greedy for _, greedy in found] == [True, False]
 
 
-def test_empty_context_is_the_prefix_token_and_empty_continuation_costs_nothing(model: Any) -> None:
+def test_empty_context_is_the_prefix_token_and_empty_continuation_is_an_error(model: Any) -> None:
+    """Nothing to score was the best of all answers: a log-likelihood of 0.0."""
     lm = HarnessLM(model, scorer=exact(model))
     bos = model.tokenizer.bos_token_id
     assert lm.prefix_token_id == bos
@@ -117,8 +118,7 @@ def test_empty_context_is_the_prefix_token_and_empty_continuation_costs_nothing(
             ask("loglikelihood", "", "abc", doc_id=0),
             ask("loglikelihood", "", "<s>abc", doc_id=1),
             ask("loglikelihood", "  ", "x", doc_id=2),
-            ask("loglikelihood", "ab", "", doc_id=3),
-            ask("loglikelihood", "", "", doc_id=4),
+            ask("loglikelihood", "ab ", "", doc_id=3),
         ]
     )
     ids = model.tokenizer.encode("abc")
@@ -128,7 +128,12 @@ def test_empty_context_is_the_prefix_token_and_empty_continuation_costs_nothing(
     assert found[1][0] == pytest.approx(expected, abs=1e-4)
     # Blanks alone move to the continuation, which leaves no context.
     assert found[2][0] == pytest.approx(direct(model, [bos], model.tokenizer.encode("  x")), abs=1e-4)
-    assert found[3:] == [(0.0, True), (0.0, True)]
+    assert found[3][0] == pytest.approx(
+        direct(model, model.tokenizer.encode("ab"), model.tokenizer.encode(" ")), abs=1e-4
+    )
+    for context in ("ab", ""):
+        with pytest.raises(ValueError, match="document 4, option 1: '' adds no token to its context"):
+            lm.loglikelihood([ask("loglikelihood", context, "", doc_id=4)])
 
 
 def test_equal_requests_are_scored_once(model: Any) -> None:
@@ -147,14 +152,14 @@ def test_equal_requests_are_scored_once(model: Any) -> None:
     assert len(lm.journal.likelihoods) == 5
 
 
-@pytest.mark.parametrize("text", ["", "a", "sort up 3 1=1 3", "abc" * 15])
+@pytest.mark.parametrize("text", ["a", "sort up 3 1=1 3", "abc" * 15])
 def test_rolling_windows(model: Any, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     """Every token is predicted exactly once, with lm-eval's windows of at most 16 tokens."""
     lm = HarnessLM(model, scorer=exact(model))
     ids = model.tokenizer.encode(text)
     bos = model.tokenizer.bos_token_id
     whole = lm.loglikelihood_rolling([ask("loglikelihood_rolling", text)])[0]
-    assert whole == pytest.approx(direct(model, [bos], ids) if ids else 0.0, abs=1e-3)
+    assert whole == pytest.approx(direct(model, [bos], ids), abs=1e-3)
     monkeypatch.setattr(model, "max_length", 16)
     windowed = HarnessLM(model, scorer=exact(model))
     found = windowed.loglikelihood_rolling([ask("loglikelihood_rolling", text)])[0]

@@ -363,3 +363,25 @@ def test_published_files_feed_the_stock_tasks(data_dir: Path, tmp_path: Path) ->
     assert len({doc.doc_id for doc in mmlu.docs}) == 57 * 2
     assert mmlu.docs[0].instances[0].args[0].count("Answer:") == 6
     assert "A man is sitting on a roof. He" in prompts(hellaswag)[0]
+
+
+@pytest.mark.parametrize(("context", "delimiter", "fine"), [("Q:", "", False), ("Q: ", "", True), ("Q:", " ", True)])
+def test_an_empty_option_names_its_document(
+    context: str, delimiter: str, fine: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log-likelihood would be 0.0, and it won every question. Blanks that end the context are scored with it."""
+    (tmp_path / "made_up.yaml").write_text(
+        "task: made_up\ndataset_path: nowhere\ntest_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\n"
+        f"doc_to_choice: options\ndoc_to_target: 0\ntarget_delimiter: '{delimiter}'\nnum_fewshot: 0\n"
+    )
+    rows = [{"q": context, "options": ["a", "b"]}, {"q": context, "options": ["a", ""]}]
+    (tmp_path / "made_up").mkdir()
+    (tmp_path / "made_up" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    index = lm_eval.tasks.TaskManager(include_path=[tmp_path], include_defaults=False).task_index
+    monkeypatch.setattr(lm_tasks, "stock_index", lambda: index)
+    suites.resolve_tasks(["made_up"], data_dir=tmp_path, limit=1)
+    if fine:
+        suites.resolve_tasks(["made_up"], data_dir=tmp_path)
+        return
+    with pytest.raises(ValueError, match="task 'made_up', document 1: option 2 is empty"):
+        suites.resolve_tasks(["made_up"], data_dir=tmp_path)

@@ -154,6 +154,7 @@ class Pieces:
     """A tokenizer that knows only how ids are written: text is the pieces put together; an empty piece is special."""
 
     eos_token_id = bos_token_id = None
+    special_token_ids: frozenset[int] = frozenset()
     name = "pieces"
 
     def __init__(self, pieces: Sequence[str]) -> None:

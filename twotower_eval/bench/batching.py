@@ -16,6 +16,7 @@ from twotower_eval.bench.measure import interleave, ratios, spread
 from twotower_eval.decoders import make_decoder
 from twotower_eval.models import load_model
 from twotower_eval.models.counting import WatchedModel
+from twotower_eval.models.prompts import prompt_ids
 from twotower_eval.plan import data_path
 from twotower_eval.records import Generation, Prompt
 from twotower_eval.suites import build_requests, resolve_tasks
@@ -84,7 +85,7 @@ def run(*, rounds: int, say: Say) -> Findings:
 def mixed_prompts(model: Any, num: int) -> list[Prompt]:
     """Prompts of the miniature's generation tasks, one of each in turn."""
     timed = build_requests(resolve_tasks(["miniature"]), num)
-    return [Prompt(id=f"{t.task}/{t.doc_id}", token_ids=model.tokenizer.encode(t.text)) for t in timed]
+    return [Prompt(id=f"{t.task}/{t.doc_id}", token_ids=tuple(prompt_ids(model, t.text))) for t in timed]
 
 
 def decode(model: Any, way: Way, prompts: Sequence[Prompt]) -> list[Generation]:

@@ -1,8 +1,13 @@
-"""When a row is finished, and what of it is useful: everything before the first EOS or stop string, neither counted."""
+"""When a row is finished, and what of it is useful: everything before the first EOS or stop string, neither counted.
+
+Stop strings are lm-eval's: a row ends with the token that completes one, looked for in the text with and without
+special tokens, and its text, without them, is cut at each stop string in turn. So the end does not depend on how many
+tokens a decoder makes at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +75,7 @@ def is_finished(token_ids: Sequence[int], num_new: int, rules: Rules) -> bool:
     if not rules.stop:
         return False
     assert rules.tokenizer is not None
-    tail = rules.tokenizer.decode(token_ids[-(num_new + rules.stop_window) :])
-    return any(text in tail for text in rules.stop) and cut(token_ids, rules)[2] == "stop"
+    return _holds_stop(token_ids[-(num_new + rules.stop_window) :], rules) and cut(token_ids, rules)[2] == "stop"
 
 
 def cut(token_ids: Sequence[int], rules: Rules) -> tuple[tuple[int, ...], str | None, FinishReason]:
@@ -87,15 +91,52 @@ def cut(token_ids: Sequence[int], rules: Rules) -> tuple[tuple[int, ...], str | 
             break
     if rules.tokenizer is None:
         return tuple(kept), None, finish
-    text: str = rules.tokenizer.decode(kept)
-    starts = [start for start in (text.find(stop) for stop in rules.stop) if start >= 0]
-    if not starts:
-        return tuple(kept), text, finish
-    text = text[: min(starts)]
-    num_useful = len(kept)
-    while num_useful and len(rules.tokenizer.decode(kept[:num_useful])) > len(text):
-        num_useful -= 1
-    return tuple(kept[:num_useful]), text, "stop"
+    num_read = _num_until_stop(kept, rules)
+    if num_read is None:
+        return tuple(kept), rules.tokenizer.decode(kept), finish
+    read = kept[:num_read]
+    return tuple(read[: _num_useful(read, rules)]), _before_stops(rules.tokenizer.decode(read), rules), "stop"
+
+
+def _holds_stop(token_ids: Sequence[int], rules: Rules) -> bool:
+    texts = [read(token_ids) for read in _readings(token_ids, rules)]
+    return any(stop in text for text in texts for stop in rules.stop)
+
+
+def _readings(token_ids: Sequence[int], rules: Rules) -> list[Callable[[Sequence[int]], str]]:
+    """How tokens become text: without special tokens, as it is scored, and with them, as stop strings may hold some."""
+    tokenizer = rules.tokenizer
+    assert tokenizer is not None
+    has_special = not tokenizer.special_token_ids.isdisjoint(token_ids)
+    return [tokenizer.decode, tokenizer.decode_with_special] if has_special else [tokenizer.decode]
+
+
+def _num_until_stop(token_ids: Sequence[int], rules: Rules) -> int | None:
+    """The fewest tokens from the start that hold a stop string, by bisection; None where all hold none."""
+    if not rules.stop or not _holds_stop(token_ids, rules):
+        return None
+    without, holding = 0, len(token_ids)
+    while holding - without > 1:
+        middle = (without + holding) // 2
+        without, holding = (without, middle) if _holds_stop(token_ids[:middle], rules) else (middle, holding)
+    return holding
+
+
+def _num_useful(token_ids: Sequence[int], rules: Rules) -> int:
+    """Tokens that lie wholly before the stop strings, in each reading that holds one."""
+    num_useful = len(token_ids)
+    for read in _readings(token_ids, rules):
+        whole = read(token_ids)
+        before = _before_stops(whole, rules)
+        while before != whole and num_useful and len(read(token_ids[:num_useful])) > len(before):
+            num_useful -= 1
+    return num_useful
+
+
+def _before_stops(text: str, rules: Rules) -> str:
+    for stop in rules.stop:
+        text = text.split(stop, 1)[0]
+    return text
 
 
 def generation(

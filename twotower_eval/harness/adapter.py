@@ -17,6 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from twotower_eval.decoders import Decoder, Scorer
 from twotower_eval.harness.answers import CellJournal, Key, join_likelihoods, with_repeats
+from twotower_eval.models import prompts
 from twotower_eval.progress import Advance
 from twotower_eval.records import (
     Generation,
@@ -75,28 +76,27 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         self.journal = journal or CellJournal(cell="")
         self.num_truncated = 0
         # The choices of one question share their context, which is most of what there is to encode.
-        self._encode = lru_cache(maxsize=16)(lambda text, special: model.tokenizer.encode(text, special))
+        self._text_ids = lru_cache(maxsize=16)(partial(prompts.text_ids, model))
+        self._prompt_ids = lru_cache(maxsize=16)(partial(prompts.fitted_prompt_ids, model))
         self.advance = advance
         self.traced = traced
 
     @property
     def eot_token_id(self) -> int:
-        """End of text: the first of the model's EOS ids."""
-        ids = [*self.model.eos_token_ids, *(i for i in (self.model.tokenizer.eos_token_id,) if i is not None)]
-        if not ids:
-            raise ValueError(f"checkpoint {self.model.checkpoint.name} names no EOS token, which empty contexts need")
-        return int(ids[0])
+        """End of text: the tokenizer's EOS, else the first of the model's."""
+        return prompts.end_of_text_id(self.model)
 
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without context: BOS where the tokenizer has one, else EOS, as in lm-eval's hf."""
-        bos = self.model.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else int(bos)
+        return prompts.prefix_id(self.model)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
-        """Token ids, with the special tokens that the tokenizer adds by itself unless told otherwise."""
-        special = True if add_special_tokens is None else add_special_tokens
-        return list(self._encode(string, special))
+        """Token ids, with the special tokens that the tokenizer adds by itself unless told otherwise, or unless the
+        text begins with the prefix token."""
+        if add_special_tokens is None:
+            return list(self._text_ids(string))
+        return list(self.model.tokenizer.encode(string, add_special_tokens))
 
     # Generation
 
@@ -132,15 +132,9 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
                 yield partial(self._generate, left, budget, stop)
 
     def _prompt(self, text: str, key: Key, budget: int) -> Prompt:
-        ids = self.tok_encode(text) or [self.prefix_token_id]
-        if self.model.max_length is not None:
-            room = self.model.max_length - budget
-            if room < 1:
-                raise ValueError(
-                    f"task {key[0]!r}: a budget of {budget} leaves no room in {self.model.max_length} tokens"
-                )
-            self.num_truncated += len(ids) > room
-            ids = ids[-room:]
+        with prompts.naming(_where(key)):
+            ids, is_truncated = self._prompt_ids(text, budget)
+        self.num_truncated += is_truncated
         name = "/".join(str(part) for part in key)
         traced = key[1] in self.traced
         return Prompt(id=name, token_ids=tuple(ids), text=text, seed=derive_seed(self.seed, *key), trace=traced)
@@ -167,7 +161,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             [prompt for _, prompt, _ in items],
             max_new_tokens=budget,
             eos_token_ids=self.model.eos_token_ids,
-            stop=stop,
+            stop=prompts.stops_of(self.model, stop),
             max_batch_size=self.batch_size,
             on_finish=journal,
         )
@@ -197,19 +191,14 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     def _likelihood_batches(self, numbered: Sequence[tuple[Any, Key]], request_type: str) -> Iterator[Batch]:
         """Every distinct pair of context and continuation is scored once, whoever asks for it."""
         missing = self._missing(numbered, self.journal.likelihoods)
-        split = self._windows if request_type == "loglikelihood_rolling" else self._context_and_continuation
-        asked = [_Asked(request, key, split(*request.args)) for request, key in numbered] if missing else []
+        asked = [self._split(request, key, request_type) for request, key in numbered] if missing else []
         askers: dict[Pair, list[_Asked]] = defaultdict(list)
         for one in asked:
             for pair in one.pairs:
                 askers[pair].append(one)
-        self.num_truncated += sum(self._room_for(*pair) != pair[0] for pair in askers if pair[1])
-        known = {pair: Likelihood(logprob_nats=0.0, is_greedy=True, kind=self.kind) for pair in askers if not pair[1]}
-        waiting = [one for one in asked if one.key in missing]
-        certain = [one for one in waiting if all(pair in known for pair in one.pairs)]
-        if certain:
-            yield partial(self._finish, certain, known)
-        for pairs, piece in self._pieces([pair for pair in askers if pair[1]]):
+        self.num_truncated += sum(self._room_for(*pair) != pair[0] for pair in askers)
+        known: dict[Pair, Likelihood] = {}
+        for pairs, piece in self._pieces(list(askers)):
             left = [pair for pair in pairs if any(one.key in missing for one in askers[pair])]
             whole = len(left) == len(pairs)
             for part, rest in [(pairs, piece)] if whole else self._pieces(left):
@@ -250,6 +239,16 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             self.journal.add(row)
         self.advance(len(asked))
 
+    def _split(self, request: Any, key: Key, request_type: str) -> _Asked:
+        """The request in pairs of ids, each with something to score. ValueError, with the document, where none is."""
+        is_rolling = request_type == "loglikelihood_rolling"
+        split = self._windows if is_rolling else self._context_and_continuation
+        with prompts.naming(_where(key) + ("" if is_rolling else f", option {key[2] + 1}")):
+            pairs = split(*request.args)
+            for pair in pairs:
+                self._room_for(*pair)
+        return _Asked(request, key, pairs)
+
     def _context_and_continuation(self, context: str, continuation: str) -> list[Pair]:
         if context == "":
             before, after = [], self.tok_encode(continuation, add_special_tokens=False)
@@ -259,11 +258,18 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             # lm-eval takes a continuation's own BOS for the context; without one, the prefix token stands in.
             starts = after[:1] == [self.prefix_token_id]
             before, after = (after[:1], after[1:]) if starts else ([self.prefix_token_id], after)
+        if not after:
+            raise ValueError(
+                f"{continuation!r} adds no token to its context, so that there is nothing to score: mend the document "
+                "or leave the task out"
+            )
         return [(tuple(before), tuple(after))]
 
     def _windows(self, text: str) -> list[Pair]:
         ids = self.tok_encode(text)
-        width = self.model.max_length or max(len(ids), 1)
+        if not ids:
+            raise ValueError("the text is empty, so that there is nothing to score: leave the document out")
+        width = self.model.max_length or len(ids)
         windows = get_rolling_token_windows(ids, self.prefix_token_id, width, 1)
         return [(tuple(before), tuple(after)) for before, after in map(make_disjoint_window, windows)]
 
@@ -300,3 +306,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
                 raise ValueError(f"the journal answers {'/'.join(map(str, key))} for another prompt: start a new run")
         self.advance(len(numbered) - len(missing))
         return missing
+
+
+def _where(key: Key) -> str:
+    return f"task {key[0]!r}, document {key[1]}"

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from twotower_eval.models.autoregressive import ContextTower
 from twotower_eval.models.base import LanguageModel, source_text
-from twotower_eval.models.config import NemotronHConfig, parse_config
+from twotower_eval.models.config import NemotronHConfig, as_ids, parse_config
 from twotower_eval.models.nemotron_h import Gate, MixtureOfExperts, Tower
-from twotower_eval.models.tokenizer import load_tokenizer
+from twotower_eval.models.tokenizer import Tokenizer, load_tokenizer
 from twotower_eval.models.twotower import Denoiser, TwoTower
 from twotower_eval.records import Checkpoint, FileDigest
 
@@ -315,7 +315,14 @@ def _identify(
     )
     model.vocab_size = config.vocab_size
     model.max_length = config.max_position_embeddings
-    from_tokenizer = model.tokenizer.eos_token_id if model.tokenizer else None
-    model.eos_token_ids = config.eos_token_id or (() if from_tokenizer is None else (from_tokenizer,))
+    model.eos_token_ids = _eos_ids(folder, config, model.tokenizer)
     model.mask_token_id = config.mask_token_id if is_pair else None
     model.has_denoiser = is_pair
+
+
+def _eos_ids(folder: Path, config: NemotronHConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """All that the generation settings, the config and the tokenizer name: each of them stops."""
+    file = folder / "generation_config.json"
+    chosen = as_ids(file.name, read_json(file).get("eos_token_id")) if file.exists() else ()
+    own = tokenizer.eos_token_id if tokenizer else None
+    return tuple(dict.fromkeys([*chosen, *config.eos_token_id, *([] if own is None else [own])]))

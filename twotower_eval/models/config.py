@@ -107,7 +107,7 @@ def parse_config(data: Mapping[str, Any]) -> NemotronHConfig:
     values = {name: data[name] for name in names if data.get(name) is not None}
     if "time_step_limit" in values:
         values["time_step_limit"] = _as_interval(values["time_step_limit"])
-    values["eos_token_id"] = _as_ids(data.get("eos_token_id"))
+    values["eos_token_id"] = as_ids("config.json", data.get("eos_token_id"))
     for name, value in values.items():
         _check_type(name, value, str(names[name].type))
     config = NemotronHConfig(**values)
@@ -126,10 +126,11 @@ def _with_pattern(data: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**data, "hybrid_override_pattern": "".join(LAYER_TYPES[kind] for kind in kinds)}
 
 
-def _as_ids(value: Any) -> tuple[int, ...]:
+def as_ids(file: str, value: Any) -> tuple[int, ...]:
+    """The EOS ids that a file's ``eos_token_id`` names: none, one or several."""
     ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
     if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-        raise ValueError(f"config.json: eos_token_id must be a token id or a list of them, not {value!r}")
+        raise ValueError(f"{file}: eos_token_id must be a token id or a list of them, not {value!r}")
     return ids
 
 

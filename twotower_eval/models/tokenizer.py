@@ -6,40 +6,96 @@ The ``tokenizers`` library alone: transformers' AutoTokenizer would cost two sec
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of an added token: how it is found in a text
+# What transformers takes back of a text's spaces where a tokenizer asks for it, in its order.
+CLEANED_UP = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
+
 
 class Tokenizer:
-    """A fast tokenizer with the ids that generation needs."""
+    """A fast tokenizer with the ids that generation needs.
 
-    def __init__(self, inner: tokenizers.Tokenizer, *, name: str, bos: str | None, eos: str | None) -> None:
+    Texts are encoded whole, as they are and always alike: truncation, padding and dropout, which tokenizer.json may
+    carry from training, are off. ``vocab_size`` is the model's: ids beyond it have no meaning there.
+    """
+
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        *,
+        name: str,
+        vocab_size: int,
+        bos: str | None,
+        eos: str | None,
+        cleans_up: bool = False,
+    ) -> None:
+        inner.no_truncation()
+        inner.no_padding()
+        if isinstance(inner.model, tokenizers.models.BPE):
+            inner.model.dropout = None
         self._inner = inner
+        self._cleans_up = cleans_up
         self.name = name
+        self.vocab_size = vocab_size
         self.bos_token_id: int | None = inner.token_to_id(bos) if bos else None
         self.eos_token_id: int | None = inner.token_to_id(eos) if eos else None
+        added = inner.get_added_tokens_decoder()
+        self.special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._of_nothing = {special: inner.encode("", add_special_tokens=special).ids for special in (False, True)}
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of ``text``."""
-        ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of ``text``. ValueError where it is no proper text, where nothing of it is left, or where the
+        model has no such token."""
+        try:
+            ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:  # what the library says of half a surrogate pair
+            raise ValueError(f"{_shown(text)} holds half of a surrogate pair, which no tokenizer reads") from error
+        if text and ids == self._of_nothing[add_special_tokens]:
+            raise ValueError(f"the tokenizer makes no token of the text {_shown(text)}")
+        if ids and max(ids) >= self.vocab_size:
+            beyond = self._inner.id_to_token(max(ids))
+            raise ValueError(
+                f"{_shown(text)} holds the token {beyond!r} with id {max(ids)}, and the model knows {self.vocab_size} "
+                "tokens only"
+            )
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
-        text: str = self._inner.decode(list(token_ids), skip_special_tokens=True)
-        return text
+        return self._decode(token_ids, skip_special_tokens=True)
 
-    @property
-    def max_token_id(self) -> int:
-        """The largest id that encoding may give."""
-        return max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1)
+    def decode_with_special(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens written out."""
+        return self._decode(token_ids, skip_special_tokens=False)
+
+    def _decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        text: str = self._inner.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        for spaced, tight in CLEANED_UP if self._cleans_up else ():
+            text = text.replace(spaced, tight)
+        return text
 
 
 def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer in ``folder``; None where there is none. ValueError if it may give ids beyond ``vocab_size``."""
+    """The tokenizer in ``folder``; None where there is none.
+
+    Added tokens may lie beyond ``vocab_size``: they are refused when a text holds one. ValueError if others do.
+    """
     file = folder / "tokenizer.json"
     if not file.exists():
         return None
@@ -47,19 +103,31 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
         inner = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception for a malformed file; said, not hidden
         raise ValueError(f"{file}: not a readable tokenizer.json ({error})") from error
+    _check_size(file, inner, vocab_size)
     settings = _settings(folder / "tokenizer_config.json")
-    tokenizer = Tokenizer(
+    if "added_tokens_decoder" not in settings:  # as transformers: an older file, which the newer one makes void
+        settings |= _settings(folder / "special_tokens_map.json")
+    inner.add_tokens(_special_tokens(folder, inner, settings))
+    inner.encode_special_tokens = bool(settings.get("split_special_tokens", False))
+    return Tokenizer(
         inner,
         name=folder.name,
+        vocab_size=vocab_size,
         bos=_token_text(settings.get("bos_token")),
         eos=_token_text(settings.get("eos_token")),
+        cleans_up=_cleans_up(inner, settings),
     )
-    if tokenizer.max_token_id >= vocab_size:
+
+
+def _check_size(file: Path, inner: tokenizers.Tokenizer, vocab_size: int) -> None:
+    added = inner.get_added_tokens_decoder()
+    own = inner.get_vocab(with_added_tokens=False).values()
+    largest = max((token_id for token_id in own if token_id not in added), default=-1)
+    if largest >= vocab_size:
         raise ValueError(
-            f"{file}: has token id {tokenizer.max_token_id}, but the model's vocab_size is {vocab_size}; "
+            f"{file}: has token id {largest}, but the model's vocab_size is {vocab_size}; "
             "this tokenizer belongs to another model"
         )
-    return tokenizer
 
 
 def _settings(file: Path) -> dict[str, Any]:
@@ -74,6 +142,50 @@ def _settings(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _token_text(token: str | dict[str, Any] | None) -> str | None:
+def _special_tokens(folder: Path, inner: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> list[Any]:
+    """Tokens that the settings declare or name as special, and that tokenizer.json may hold for plain text or not know
+    at all. In the order of transformers, which gives unknown ones the next free ids."""
+    declared = settings.get("added_tokens_decoder") or {}
+    if not isinstance(declared, dict) or not all(token_id.isdigit() for token_id in declared):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder must be tokens by their ids")
+    known = {token.content: token for token in inner.get_added_tokens_decoder().values()}
+    found = {}
+    for _, value in sorted(declared.items(), key=lambda item: int(item[0])):
+        if text := _token_text(value):
+            found[text] = _added_token(text, value)
+    for value in (value for name, value in settings.items() if name.endswith("_token")):
+        if text := _token_text(value):
+            token = found.get(text) or known.get(text) or _added_token(text, value)
+            if not token.special:
+                token = _added_token(text, {name: getattr(token, name) for name in FLAGS})
+            found[text] = token
+    listed = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    for value in listed.values() if isinstance(listed, dict) else listed if isinstance(listed, list) else ():
+        if (text := _token_text(value)) and text not in known:
+            found.setdefault(text, _added_token(text, value))
+    return list(found.values())
+
+
+def _added_token(text: str, value: Any) -> Any:
+    """A token, special unless its settings say otherwise."""
+    flags = {name: bool(value[name]) for name in FLAGS if name in value} if isinstance(value, dict) else {}
+    special = value.get("special", True) is not False if isinstance(value, dict) else True
+    return tokenizers.AddedToken(text, special=special, **{"normalized": not special, **flags})
+
+
+def _token_text(token: Any) -> str | None:
     """Special tokens stand in the settings as text, or as an object with ``content``."""
-    return token.get("content") if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _cleans_up(inner: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> bool:
+    """Whether texts lose spaces before marks: transformers leaves those of BPE alone, even where it is asked for."""
+    forced = settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
+    asked = bool(settings.get("clean_up_tokenization_spaces", False))
+    return asked and (bool(forced) or not isinstance(inner.model, tokenizers.models.BPE))
+
+
+def _shown(text: str) -> str:
+    """The beginning of a text, for one line."""
+    return repr(text) if len(text) <= 40 else f"{text[:40]!r}…"

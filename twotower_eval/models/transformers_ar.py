@@ -30,6 +30,7 @@ from twotower_eval.models.checkpoint import (
     tensor_digest,
     tensor_files,
 )
+from twotower_eval.models.config import as_ids
 from twotower_eval.models.token_tree import Segment
 from twotower_eval.models.tokenizer import load_tokenizer
 from twotower_eval.models.transformers_context import CacheContext, Part, can_join, forked
@@ -270,9 +271,8 @@ def _digests(files: Mapping[str, Path]) -> dict[str, str]:
 
 
 def _eos_ids(inner: Any, model: TransformersModel) -> tuple[int, ...]:
-    """From the generation settings, else the config, else the tokenizer."""
-    for value in (inner.generation_config.eos_token_id, inner.config.get_text_config().eos_token_id):
-        if value is not None:
-            return tuple(value) if isinstance(value, list) else (int(value),)
-    eos = model.tokenizer.eos_token_id if model.tokenizer else None
-    return () if eos is None else (eos,)
+    """All that the generation settings, the config and the tokenizer name: each of them stops."""
+    own = model.tokenizer.eos_token_id if model.tokenizer else None
+    settings = (inner.generation_config, inner.config.get_text_config())
+    named = [value for one in settings for value in as_ids(type(one).__name__, one.eos_token_id)]
+    return tuple(dict.fromkeys([*named, *([] if own is None else [own])]))

@@ -83,6 +83,12 @@ class UntimedTokenizer:
             text: str = self._tokenizer.decode(token_ids)
         return text
 
+    def decode_with_special(self, token_ids: Sequence[int]) -> str:
+        """Text with special tokens, off the clock."""
+        with self._clock.stopped():
+            text: str = self._tokenizer.decode_with_special(token_ids)
+        return text
+
 
 class TimedModel:
     """A model as a timed decoder sees it: its tokenizer off the clock, two moments of each call noted.

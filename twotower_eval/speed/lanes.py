@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from twotower_eval.models.prompts import stops_of
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import Arm, Cell, DecoderSpec, Generation, Prompt, cell_id, derive_seed
 from twotower_eval.speed.clock import CallClock, Devices, TimedModel, no_garbage_collection
@@ -51,13 +52,14 @@ class Lane:
         """Decode the call once, from prompt ids on the host to the last id on the host."""
         prompts = self.prompts(call, sample)
         eos_token_ids = () if call.ignore_eos else self.model.eos_token_ids
+        stop = call.stop if call.ignore_eos else stops_of(self.model, call.stop)
         self.model.forget()
         self.devices.forget_peak()
         with no_garbage_collection():
             started_s = self.clock()
             try:
                 generations = self.decoder.generate(
-                    prompts, max_new_tokens=call.max_new_tokens, eos_token_ids=eos_token_ids, stop=call.stop
+                    prompts, max_new_tokens=call.max_new_tokens, eos_token_ids=eos_token_ids, stop=stop
                 )
             except torch.OutOfMemoryError as error:
                 raise ValueError(

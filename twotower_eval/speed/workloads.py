@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import chain, cycle
 from typing import Any, Protocol
 
+from twotower_eval.models.prompts import fitted_prompt_ids, naming, prompt_ids
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import Workload, canonical_json, sha256_text
 
@@ -135,53 +136,34 @@ def encode_calls(
             key = (request.task, request.doc_id)
             if key not in known:
                 fixed = plan.workload == "fixed"
-                known[key] = _fixed_ids(plan, request, requests, model) if fixed else _answer_ids(call, request, model)
+                with naming(f"task {request.task!r}, document {request.doc_id}"):
+                    # Answers as in an evaluation of the same prompt: its end, where there is no room for the whole.
+                    ids = (
+                        _fixed_ids(plan, request, requests, model)
+                        if fixed
+                        else fitted_prompt_ids(model, request.text, call.max_new_tokens)[0]
+                    )
+                known[key] = tuple(ids)
         encoded[call.id] = tuple(known[request.task, request.doc_id] for request in call.requests)
     return encoded
 
 
-def _answer_ids(call: Call, request: Request, model: Any) -> tuple[int, ...]:
-    """As in an evaluation of the same prompt: its end, where the model has no room for the whole."""
-    ids = _encode(model, request.text)
-    if model.max_length is None:
-        return tuple(ids)
-    room = model.max_length - call.max_new_tokens
-    if room < 1:
-        raise ValueError(
-            f"task {request.task!r}: a budget of {call.max_new_tokens} leaves no room in {model.max_length} tokens"
-        )
-    return tuple(ids[-room:])
-
-
-def _fixed_ids(plan: SpeedPlan, request: Request, requests: Sequence[Request], model: Any) -> tuple[int, ...]:
+def _fixed_ids(plan: SpeedPlan, request: Request, requests: Sequence[Request], model: Any) -> list[int]:
     """A prompt of ``plan.prompt_tokens`` tokens: this one and those after it, around and around, cut at the end.
 
     Natural text, because models degenerate on random ids, and a mixture of experts then routes as it never would.
     """
-    ids = _encode(model, request.text)
+    ids = prompt_ids(model, request.text)
     if plan.prompt_tokens is not None:
         first = next(i for i, other in enumerate(requests) if other is request)
         for other in cycle([*requests[first + 1 :], *requests[: first + 1]]):
             if len(ids) >= plan.prompt_tokens:
                 break
-            ids = [*ids, *(model.tokenizer.encode(f"\n{other.text}") or ids[:1])]
+            ids = [*ids, *(model.tokenizer.encode(f"\n{other.text}") if other.text else ids[:1])]
         ids = ids[: plan.prompt_tokens]
     needed = len(ids) + (plan.new_tokens or 0)
     if model.max_length is not None and needed > model.max_length:
         raise ValueError(
             f"{needed} tokens of prompt and output do not fit into {model.max_length} tokens of {model.checkpoint.name}"
         )
-    return tuple(ids)
-
-
-def _encode(model: Any, text: str) -> list[int]:
-    """With the special tokens that the tokenizer adds by itself; an empty prompt is BOS, or EOS where there is none."""
-    ids: list[int] = model.tokenizer.encode(text, add_special_tokens=True)
-    if ids:
-        return ids
-    bos = model.tokenizer.bos_token_id
-    candidates = [bos] if bos is not None else [*model.eos_token_ids, model.tokenizer.eos_token_id]
-    prefix = next((token for token in candidates if token is not None), None)
-    if prefix is None:
-        raise ValueError(f"checkpoint {model.checkpoint.name} names no EOS token, which empty prompts need")
-    return [int(prefix)]
+    return ids

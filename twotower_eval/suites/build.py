@@ -16,7 +16,7 @@ from typing import Any
 from twotower_eval.names import did_you_mean
 from twotower_eval.records import canonical_json, sha256_text
 from twotower_eval.suites import lm_tasks
-from twotower_eval.suites.documents import BuiltDoc, Wishes, build_docs, generates
+from twotower_eval.suites.documents import BuiltDoc, Wishes, build_docs, check_options, generates
 from twotower_eval.suites.files import SuiteTask, load_suite, suite_names
 from twotower_eval.suites.parts import task_parts
 
@@ -175,6 +175,7 @@ def _build_part(name: str, group: str | None, lm_eval_name: str, member: SuiteTa
         num_docs += len(docs)
         every += docs
         kept += docs[: wishes.limit]
+    check_options(kept)
     metric, filter_ = _headline(name, member, sources[0])
     _check_samples(name, sources[0], samples or 1)
     parts = task_parts(lm_eval_name, given, sources, every, member)

@@ -103,6 +103,22 @@ def generates(instance: Any) -> bool:
     return bool(instance.request_type == "generate_until")
 
 
+def check_options(docs: Sequence[BuiltDoc]) -> None:
+    """ValueError for a request to score no text: whatever it were given, such an option would win or lose for nothing.
+
+    Blanks that end a context are scored with what follows, so that they are something.
+    """
+    for doc in docs:
+        for instance in doc.instances:
+            if instance.request_type != "loglikelihood" or instance.args[1]:
+                continue
+            if instance.args[0] == instance.args[0].rstrip():
+                raise ValueError(
+                    f"task {instance.task_name!r}, document {doc.doc_id}: option {instance.idx + 1} is empty, so that "
+                    "there is nothing to score: mend the document or leave the task out"
+                )
+
+
 def stops_and_budget(settings: Mapping[str, Any], default_budget: int) -> tuple[tuple[str, ...], int]:
     """Stop strings and token budget in lm-eval's settings of a generation, under any of the names it goes by."""
     until = settings.get("until") or []

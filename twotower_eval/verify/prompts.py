@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from twotower_eval.models.prompts import naming, prompt_ids
 from twotower_eval.plan import data_path
 from twotower_eval.records import Prompt
 
@@ -28,6 +29,7 @@ def make_prompts(model: Any, seed: int) -> list[Prompt]:
         lines = data_path("tasks", "miniature", f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
         for doc_id, line in enumerate(lines[:PER_TASK]):
             text = json.loads(line)["prompt"]
-            ids = model.tokenizer.encode(text, add_special_tokens=True)
+            with naming(f"task {task!r}, document {doc_id}"):
+                ids = tuple(prompt_ids(model, text))
             prompts.append(Prompt(id=f"{task}/{doc_id}", token_ids=ids, text=text))
     return prompts

@@ -1,0 +1,70 @@
+"""Texts as a model reads them, and the stops of its answers: the rules of lm-eval's ``hf``, for whoever asks a model.
+
+Errors name ``where`` a text comes from, so that its document can be found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Say where a text comes from in whatever is wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def end_of_text_id(model: Any) -> int:
+    """The tokenizer's EOS, else the first of the model's. ValueError where neither has one."""
+    own = model.tokenizer.eos_token_id
+    ids = [*([] if own is None else [own]), *model.eos_token_ids]
+    if not ids:
+        raise ValueError(f"checkpoint {model.checkpoint.name} names no EOS token, which empty contexts need")
+    return int(ids[0])
+
+
+def prefix_id(model: Any) -> int:
+    """What stands before a text without context: the tokenizer's BOS, else the end of a text."""
+    bos = model.tokenizer.bos_token_id
+    return end_of_text_id(model) if bos is None else int(bos)
+
+
+def prompt_ids(model: Any, text: str) -> list[int]:
+    """Token ids of the prompt of a generation, with what the tokenizer adds by itself, unless it begins with BOS."""
+    bos = model.tokenizer.bos_token_id
+    return _encode(model, text, None if bos is None else int(bos)) or [prefix_id(model)]
+
+
+def text_ids(model: Any, text: str) -> list[int]:
+    """Token ids of a text to be scored, with what the tokenizer adds by itself, unless it begins with the prefix."""
+    return _encode(model, text, prefix_id(model))
+
+
+def _encode(model: Any, text: str, first: int | None) -> list[int]:
+    begins = first is not None and text.startswith(model.tokenizer.decode_with_special([first]) or "\0")
+    ids: list[int] = model.tokenizer.encode(text, not begins)
+    return ids
+
+
+def fitted_prompt_ids(model: Any, text: str, budget: int) -> tuple[list[int], bool]:
+    """Token ids of a prompt, its beginning cut off where the model has no room for all and ``budget`` new tokens; and
+    whether it was."""
+    ids = prompt_ids(model, text)
+    if model.max_length is None:
+        return ids, False
+    room = model.max_length - budget
+    if room < 1:
+        raise ValueError(f"a budget of {budget} leaves no room in {model.max_length} tokens")
+    return ids[-room:], len(ids) > room
+
+
+def stops_of(model: Any, stop: Sequence[str]) -> tuple[str, ...]:
+    """Stop strings with the text of the tokenizer's EOS, which a model may also spell out."""
+    eos = model.tokenizer.eos_token_id
+    text = "" if eos is None else model.tokenizer.decode_with_special([eos])
+    return tuple(dict.fromkeys([*stop, *([text] if text else [])]))
