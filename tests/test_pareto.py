@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from twotower_eval import store
 from twotower_eval.evidence import Runs
 from twotower_eval.evidence.pareto import front
-from twotower_eval.records import Generation, GenerationRow, Score, SpeedSample
+from twotower_eval.records import Generation, GenerationRow, Score, SpeedSample, sha256_text
 from twotower_eval.report.tradeoff import corners
 
 GRID = st.tuples(st.integers(0, 4), st.integers(0, 4)).map(lambda p: (p[0] / 4, p[1] / 4))
@@ -89,6 +89,34 @@ def test_retentions_of_two_kinds_make_no_front(tmp_path: Path) -> None:
     assert panel.same_outputs
     of_timed = {q.candidate.id: q.headline.estimate for q in runs.quality if q.timed}
     assert [point.retention for point in panel.points] == [of_timed[point.candidate.id] for point in panel.points]
+
+
+def test_points_on_other_documents_make_no_front(tmp_path: Path) -> None:
+    """Workloads were told apart by their names, and the retention of whole tasks was taken from any set of tasks."""
+    fast, slow = made.block_diffusion(8), made.block_diffusion(16)
+    speed = made.speed_run(tmp_path, decoders=(fast, slow))
+    few = made.quality_run(tmp_path, decoders=(fast,), tasks=["arithmetic"])
+    many = made.quality_run(tmp_path, decoders=(slow,), run_id="20261103T120000Z-run-cccccc")
+    [panel] = Runs([store.load(path) for path in (speed, few, many)]).trade_offs
+    assert [point.candidate.decoder for point in panel.points] == [slow]
+    both = made.quality_run(tmp_path / "both", decoders=(fast, slow), tasks=["arithmetic"])
+    [panel] = Runs([store.load(path) for path in (speed, both)]).trade_offs
+    assert len(panel.points) == 2
+
+    run = store.load(made.speed_run(tmp_path / "other", decoders=(slow,)))
+    cells = [
+        dataclasses.replace(
+            cell, id=f"{i}" * 12, workload=dataclasses.replace(cell.workload, digest=sha256_text("other prompts"))
+        )
+        for i, cell in enumerate(run.manifest.cells)
+    ]
+    ids = {old.id: new.id for old, new in zip(run.manifest.cells, cells, strict=True)}
+    header = dataclasses.replace(run.manifest, run_id="20261104T120000Z-speed-dddddd", cells=tuple(cells))
+    rows = [dataclasses.replace(sample, cell=ids[sample.cell]) for sample in run.speed]
+    other = made.write(tmp_path / "other prompts", header, rows)
+    alone = made.speed_run(tmp_path / "alone", decoders=(fast,))
+    panels = Runs([store.load(path) for path in (alone, other, both)]).trade_offs
+    assert [[point.candidate.decoder for point in panel.points] for panel in panels] == [[fast], [slow]]
 
 
 def answered(tmp_path: Path, *, scored: bool = True) -> Runs:

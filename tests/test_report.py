@@ -19,6 +19,7 @@ from twotower_eval.evidence.runs import Runs
 from twotower_eval.records import DecoderSpec, Estimate, GenerationRow, Score, SpeedSample
 from twotower_eval.report import text
 from twotower_eval.report.section import Section
+from twotower_eval.report.sweeps import measures
 
 
 def write(out: Path, *paths: Path, **options) -> str:
@@ -657,6 +658,95 @@ def test_one_value_is_a_line_of_text_and_no_picture(usual) -> None:
     markdown = markdown_of(usual[2])
     assert "Over block size (tokens): only 16 was measured, so there is no plot." in markdown
     assert {file.name for file in usual[2].iterdir()} == {"report.md", "tradeoff.png"}
+
+
+def lines_over(name: str, *paths: Path) -> dict[str, list[tuple[str, list[tuple[float, float]]]]]:
+    """By measure, every series over a setting: what it was measured on, and its points."""
+    found = {}
+    for measure in measures(Runs([store.load(path) for path in paths])):
+        drawn = [one for own in measure.series(name).values() for one in own]
+        found[measure.label.partition(" ")[0]] = [
+            (text.measured_on_words(one.on), [(x, figure.value) for x, figure in one.figures]) for one in drawn
+        ]
+    return found
+
+
+def test_a_line_joins_what_was_measured_on_the_same_documents_and_outputs(tmp_path) -> None:
+    """A retention on 1,800 documents of whole tasks was joined to one on 128 timed answers of other tasks."""
+    eager, usual = made.block_diffusion(steps=4), made.block_diffusion(steps=16)
+    whole = made.quality_run(tmp_path, decoders=[usual], num_docs=40)
+    timed = made.speed_run(tmp_path, decoders=[eager, usual], num_rounds=3, num_calls=4, scored=True)
+    kept = lines_over("steps_per_block", whole, timed)["retention"]
+    both = "60 documents of 1 task, timed at batch 1"
+    assert [(on, [x for x, _ in points]) for on, points in kept] == [
+        ("200 documents of 4 tasks", [16.0]),
+        (both, [4.0, 16.0]),
+    ]
+    [(_, [(_, alone)]), (_, [_, (_, of_timed)])] = kept
+    assert alone != of_timed
+    # One point of each kind: nothing to join.
+    apart = made.speed_run(tmp_path / "apart", decoders=[eager], num_rounds=3, num_calls=4, scored=True)
+    kept = lines_over("steps_per_block", whole, apart)["retention"]
+    assert [(on, [x for x, _ in points]) for on, points in kept] == [
+        ("200 documents of 4 tasks", [16.0]),
+        (both, [4.0]),
+    ]
+    markdown = write(tmp_path, whole, apart)
+    assert "measured on the same documents, tasks and kind of outputs in one run; others stand alone" in markdown
+
+
+@pytest.mark.parametrize("other", ["documents", "tasks", "run", "checkpoint"])
+def test_no_line_joins_other_documents_tasks_runs_or_checkpoints(tmp_path, other: str) -> None:
+    eager, usual = made.block_diffusion(steps=4), made.block_diffusion(steps=16)
+    first = made.quality_run(tmp_path, decoders=[eager], num_docs=40)
+    options = {"num_docs": 39} if other == "documents" else {"tasks": ["arithmetic"]} if other == "tasks" else {}
+    second = made.quality_run(
+        tmp_path, decoders=[usual], run_id="20261103T120000Z-run-cccccc", **{"num_docs": 40, **options}
+    )
+    if other == "checkpoint":
+        second = renamed(second, tmp_path / "renamed")
+    kept = lines_over("steps_per_block", first, second)["retention"]
+    assert [len(points) for _, points in kept] == [1, 1]
+    joined = made.quality_run(tmp_path / "together", decoders=[eager, usual], num_docs=40)
+    assert [len(points) for _, points in lines_over("steps_per_block", joined)["retention"]] == [2]
+
+
+def renamed(path: Path, root: Path) -> Path:
+    """The run of another candidate."""
+    run = store.load(path)
+    cells = tuple(
+        cell
+        if cell.arm == "baseline"
+        else dataclasses.replace(cell, checkpoint=dataclasses.replace(made.PAIR, digest="f" * 64))
+        for cell in run.manifest.cells
+    )
+    return made.write(
+        root, dataclasses.replace(run.manifest, cells=cells), [*run.scores, *run.generations, *run.likelihoods]
+    )
+
+
+def test_two_checkpoints_have_their_own_lines_in_a_sweep(tmp_path) -> None:
+    decoders = [made.block_diffusion(steps=4), made.block_diffusion(steps=16)]
+    first = made.quality_run(tmp_path, decoders=decoders, num_docs=40)
+    other = made.quality_run(tmp_path, decoders=decoders, num_docs=40, run_id="20261103T120000Z-run-cccccc")
+    kept = lines_over("steps_per_block", first, renamed(other, tmp_path / "renamed"))["retention"]
+    assert [[x for x, _ in points] for _, points in kept] == [[4.0, 16.0]] * 2
+
+
+def test_invalid_timings_are_crossed_in_a_sweep(tmp_path) -> None:
+    def slow_down(row):
+        copied = isinstance(row, SpeedSample) and row.replica == 1
+        return dataclasses.replace(row, wall_s=1.1 * row.wall_s) if copied else row
+
+    decoders = [made.block_diffusion(steps=4), made.block_diffusion(steps=16)]
+    options = {"decoders": decoders}
+    said = "Points whose timing is INVALID are crossed. Runs"
+    assert said not in write(tmp_path / "a", made.speed_run(tmp_path / "a", **options))
+    bent = made.speed_run(tmp_path / "b", edit=slow_down, **options)
+    assert said in write(tmp_path / "b", bent)
+    [_, faster, _] = measures(Runs([store.load(bent)]))
+    [[series]] = faster.series("steps_per_block").values()
+    assert [figure.invalid for _, figure in series.figures] == [True, True]
 
 
 def test_steps_that_only_follow_the_block_size_are_no_sweep_of_steps(tmp_path) -> None:

@@ -14,12 +14,6 @@ if TYPE_CHECKING:
     from twotower_eval.evidence.timing import SpeedPoint
 
 LIMITS = stats.NullLimits()
-INVALID = "INVALID"  # how a warning begins that forbids to read a speedup
-
-
-def is_invalid(warnings: Iterable[str]) -> bool:
-    """Whether one of a point's warnings forbids to read its speedup."""
-    return any(warning.startswith(INVALID) for warning in warnings)
 
 
 def fault(

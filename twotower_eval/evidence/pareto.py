@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from twotower_eval.evidence.nulls import is_invalid
+from twotower_eval.evidence.alike import MeasuredOn, any_run, scored_on, timed_on
 from twotower_eval.records import Cell, Estimate, GateLimits
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class TradeOff:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """Points that were timed alike, with retentions of one kind.
+    """Points that were timed alike, with retentions on the same documents of outputs of one kind.
 
     ``same_outputs``: these are of the outputs that were timed; else of whole tasks, scored apart.
     """
@@ -44,6 +44,8 @@ class Panel:
     workload: str
     batch_size: int
     same_outputs: bool
+    scored: MeasuredOn
+    timed: MeasuredOn
     run_ids: frozenset[str]
     points: tuple[TradeOff, ...]
 
@@ -63,44 +65,46 @@ def is_fast_and_broken(retention: Estimate, speedup: Estimate) -> bool:
 
 
 def panels(speed: Iterable[SpeedPoint], quality: Sequence[QualityPoint]) -> tuple[Panel, ...]:
-    """A panel for each workload and batch size in which some point has both estimates."""
-    alike: dict[tuple[str, str, int], list[SpeedPoint]] = {}
+    """A panel for each way of timing in which some point has both estimates."""
+    alike: dict[MeasuredOn, list[SpeedPoint]] = {}
     for point in speed:
         if point.time.estimate is not None:
-            alike.setdefault((point.workload, point.candidate.workload.name, point.batch_size), []).append(point)
-    found = (_panel(alike[key], quality) for key in sorted(alike))
-    return tuple(panel for panel in found if panel.points)
+            alike.setdefault(timed_on(point), []).append(point)
+    found = (_panel(on, alike[on], quality) for on in sorted(alike, key=_order))
+    return tuple(panel for panel in found if panel is not None)
 
 
-def _panel(timed: Sequence[SpeedPoint], quality: Sequence[QualityPoint]) -> Panel:
-    """Of both kinds of retention the one that more points have: two kinds would not make one front."""
-    own, whole = _own(timed, quality), _whole(timed, quality)
-    kept, same_outputs = (own, True) if len(own) >= len(whole) else (whole, False)
+def _order(on: MeasuredOn) -> tuple[Any, ...]:
+    return (on.kind, on.batch_size, on.run_ids, on.same)
+
+
+def _panel(on: MeasuredOn, timed: Sequence[SpeedPoint], quality: Sequence[QualityPoint]) -> Panel | None:
+    """Of all kinds of retention the one that most points have: two kinds would not make one front."""
+    kinds: dict[MeasuredOn, dict[str, QualityPoint]] = {}
+    for point in timed:
+        for one in quality:
+            if one.key == point.key and one.headline.estimate is not None and _is_of(one, point):
+                kinds.setdefault(any_run(scored_on(one)), {})[point.candidate.id] = one
+    if not kinds:
+        return None
+    scored = max(kinds, key=lambda kind: (len(kinds[kind]), kind.kind != "task", kind.num_tasks, kind.num_documents))
+    kept = kinds[scored]
     points = [point for point in timed if point.candidate.id in kept]
     return Panel(
         workload=timed[0].workload,
         batch_size=timed[0].batch_size,
-        same_outputs=same_outputs,
+        same_outputs=scored.kind != "task",
+        scored=scored,
+        timed=on,
         run_ids=frozenset(i for p in points for i in (*p.run_ids, kept[p.candidate.id].run_id)),
         points=_trade_offs(points, [kept[point.candidate.id] for point in points]),
     )
 
 
-def _own(timed: Sequence[SpeedPoint], quality: Sequence[QualityPoint]) -> Mapping[str, QualityPoint]:
-    """Quality of the timed outputs, by the candidate's cell."""
-    run_ids = {point.candidate.id: point.run_ids for point in timed}
-    scored = [q for q in quality if q.timed and q.run_id in run_ids.get(q.candidate.id, ())]
-    return {q.candidate.id: q for q in scored if q.headline.estimate is not None}
-
-
-def _whole(timed: Sequence[SpeedPoint], quality: Sequence[QualityPoint]) -> Mapping[str, QualityPoint]:
-    """Quality of whole tasks, the most of them, at the operating point of each timed cell."""
-    found: dict[str, QualityPoint] = {}
-    for point in timed:
-        there = [q for q in quality if q.key == point.key and not q.timed and q.headline.estimate is not None]
-        if there:
-            found[point.candidate.id] = max(there, key=lambda q: len(q.tasks))
-    return found
+def _is_of(quality: QualityPoint, point: SpeedPoint) -> bool:
+    """Whether a retention is that of the timed outputs themselves, or of whole tasks."""
+    same = quality.candidate.id == point.candidate.id and quality.run_id in point.run_ids
+    return same or not quality.timed
 
 
 def _trade_offs(timed: Sequence[SpeedPoint], quality: Sequence[QualityPoint]) -> tuple[TradeOff, ...]:
@@ -109,7 +113,7 @@ def _trade_offs(timed: Sequence[SpeedPoint], quality: Sequence[QualityPoint]) ->
         assert kept.headline.estimate is not None
         assert speed.time.estimate is not None
         boxes.append((kept.headline.estimate, speed.time.estimate))
-    valid = [not is_invalid(point.warnings) for point in timed]
+    valid = [not point.invalid for point in timed]
     corners = [(retention.value, speedup.value) for (retention, speedup), ok in zip(boxes, valid, strict=True) if ok]
     best = {corner for corner, on in zip(corners, front([*corners, (1.0, 1.0)]), strict=False) if on}
     return tuple(

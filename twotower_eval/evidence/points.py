@@ -76,7 +76,10 @@ class MissingScore:
 
 @dataclass(frozen=True, kw_only=True)
 class QualityPoint:
-    """Quality at one operating point within one run; ``scores`` are what retention rests on, ``None`` without any."""
+    """Quality at one operating point within one run; ``scores`` are what retention rests on, ``None`` without any.
+
+    ``documents_sha256`` is over those very documents, as they were put and held against their targets.
+    """
 
     run_id: str
     complete: bool
@@ -95,6 +98,7 @@ class QualityPoint:
     flagged: Flagged
     clean: CleanQuality
     scores: stats.PairedScores | None
+    documents_sha256: str
 
     @property
     def key(self) -> PointKey:

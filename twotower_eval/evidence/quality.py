@@ -25,7 +25,7 @@ from twotower_eval.evidence.points import (
     measured,
     point_key,
 )
-from twotower_eval.records import Cell, Score
+from twotower_eval.records import Cell, Score, canonical_json, sha256_text
 from twotower_eval.store import Run
 
 STDERR_TOLERANCE = 0.2
@@ -83,8 +83,15 @@ def _point(run: Run, cells: list[Cell], by_cell: dict[str, list[Score]]) -> Qual
         flagged=flagged(by_arm[0], by_arm[1], clusters),
         clean=_clean(headline, [flagged_documents(arm) for arm in by_arm]),
         scores=_scores(headline) if headline else None,
+        documents_sha256=_documents_sha256(headline, baselines),
         **found_tasks,
     )
+
+
+def _documents_sha256(headline: list[Pair], baselines: list[Cell]) -> str:
+    """Identity of what was asked and in how many tokens it was to be answered."""
+    asked = [[a.task, a.doc_id, a.doc_sha256, a.prompt_sha256, a.target_sha256, a.metric] for a, _ in headline]
+    return sha256_text(canonical_json([asked, [cell.workload.max_new_tokens for cell in baselines]]))
 
 
 def _paired(run: Run, baseline: list[Score], candidate: list[Score]) -> tuple[list[Pair], int]:

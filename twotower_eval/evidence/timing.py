@@ -26,7 +26,7 @@ from twotower_eval.evidence.costs import Costs, costs
 from twotower_eval.evidence.counts import Counts, count
 from twotower_eval.evidence.degenerate import Flags
 from twotower_eval.evidence.measured import ArmsDifferError
-from twotower_eval.evidence.nulls import INVALID, caution, fault
+from twotower_eval.evidence.nulls import caution, fault
 from twotower_eval.evidence.points import Measured, PointKey, baseline_of, measured, point_key
 from twotower_eval.evidence.samples import Sample, answer_samples
 from twotower_eval.records import Cell, GateLimits, SpeedSample, canonical_json
@@ -50,6 +50,7 @@ class Latency:
 class SpeedPoint:
     """Speed of one candidate cell against its baseline cell; ``null`` is the baseline against itself.
 
+    ``null_fault`` says why the null forbids to read this as a speedup, which is then INVALID; ``None`` if it does not.
     ``timed`` and ``null_timed`` are the calls that these figures rest on, for other levels.
     """
 
@@ -78,6 +79,7 @@ class SpeedPoint:
     warnings: tuple[str, ...]
     timed: stats.TimedCalls
     null_timed: stats.TimedCalls | None
+    null_fault: str | None = None
 
     @property
     def key(self) -> PointKey:
@@ -93,6 +95,11 @@ class SpeedPoint:
     def workload(self) -> str:
         """``fixed`` or ``answer``."""
         return self.candidate.workload.kind
+
+    @property
+    def invalid(self) -> bool:
+        """Whether this must not be read as a speedup."""
+        return self.null_fault is not None
 
     @property
     def lengths_differ(self) -> bool:
@@ -141,12 +148,14 @@ def speed_points(runs: Sequence[Run]) -> tuple[tuple[SpeedPoint, ...], tuple[str
 
 
 def _gated(point: SpeedPoint, points: Sequence[SpeedPoint]) -> SpeedPoint:
-    """With a warning where its null fails by itself, or is wide for this speedup; a claim judges by what it claims.
+    """With its fault where its null fails by itself, or a warning where that is wide for this speedup.
 
-    A null that was not measured is said where nulls are listed.
+    A claim judges by what it claims. A null that was not measured is said where nulls are listed.
     """
     found = None if point.null.estimate is None else fault(point, points, None)
-    warning = caution(point) if found is None else f"{INVALID}: {found}"
+    if found is not None:
+        return replace(point, null_fault=found)
+    warning = caution(point)
     return point if warning is None else replace(point, warnings=(*point.warnings, warning))
 
 

@@ -19,6 +19,7 @@ from twotower_eval.evidence.points import Measured, QualityPoint
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.records import Cell, CostSample, Generation
+from twotower_eval.report.text import speed_warnings
 from twotower_eval.report.verdicts import JudgedRuns
 
 Row = dict[str, Any]
@@ -121,7 +122,7 @@ def _speed(point: SpeedPoint) -> Row:
         "candidate_latency_p95_s": point.latency.p95_s,
         "baseline_degenerate_share": point.flagged.baseline,
         "candidate_degenerate_share": point.flagged.candidate,
-        "warnings": "; ".join(point.warnings),
+        "warnings": "; ".join(speed_warnings(point)),
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from twotower_eval.evidence.clean import Flagged
-from twotower_eval.evidence.nulls import INVALID, is_invalid
 from twotower_eval.evidence.points import Measured, QualityPoint
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint
@@ -64,9 +63,9 @@ def _null(point: SpeedPoint) -> Row:
     outcome = "passed"
     if point.null.estimate is None:
         outcome, found = "not checked", escape(point.null.reason or "")
-    for fault in filter(lambda warning: is_invalid([warning]), point.warnings):
+    if point.null_fault is not None:
         outcome = OUTCOMES["failed"]
-        found += "; " + escape(fault.removeprefix(f"{INVALID}: "))
+        found += "; " + escape(point.null_fault)
     gate = f"A/A null, {point.workload}, batch {point.batch_size}"
     return [gate, outcome, found, code(" ".join(point.run_ids))]
 

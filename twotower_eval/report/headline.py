@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from twotower_eval.evidence.naming import checkpoint_name, long_name
-from twotower_eval.evidence.nulls import is_invalid
 from twotower_eval.evidence.points import QualityPoint
 from twotower_eval.evidence.runs import Headline, Runs
 from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.report.section import Section
-from twotower_eval.report.text import bullets, code, escape, retention, run_list, times
+from twotower_eval.report.text import bullets, code, escape, retention, run_list, speed_warnings, times
 from twotower_eval.report.verdicts import points_text, timing_text, verdict_line
 from twotower_eval.store import Run
 
@@ -83,7 +82,7 @@ def _kept(quality: QualityPoint | None) -> str | None:
 def _faster(speed: SpeedPoint | None) -> str | None:
     if speed is None or speed.time.estimate is None:
         return None
-    invalid = " (INVALID timing, see below)" if is_invalid(speed.warnings) else ""
+    invalid = " (INVALID timing, see below)" if speed.invalid else ""
     return f"{times(speed.time)} its wall-clock speed{invalid}"
 
 
@@ -132,5 +131,5 @@ def _caveats(runs: Runs, found: Headline) -> list[str]:
             "headline towards 100 %."
         )
     lines += [f"Quality: {warning}." for warning in (quality.warnings if quality else ())]
-    lines += [f"Speed: {warning}." for warning in (speed.warnings if speed else ())]
+    lines += [f"Speed: {warning}." for warning in (speed_warnings(speed) if speed else ())]
     return lines

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GREY = "#666666"
+CROSS: dict[str, Any] = {"marker": "x", "color": "black", "markersize": 9, "markeredgewidth": 1.1}  # an INVALID timing
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -29,6 +30,13 @@ STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
     "savefig.dpi": 150,
 }
+
+
+def handle(**look: Any) -> Any:
+    """What a legend shows of a marker."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], **{"linestyle": "none", **look})
 
 
 def png(draw: Callable[[Figure], None], *, columns: int = 1, rows: int = 1, row_height: float | None = None) -> bytes:

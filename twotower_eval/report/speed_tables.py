@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterator, Sequence
 
 from twotower_eval.evidence.counts import Counts
-from twotower_eval.evidence.nulls import INVALID, is_invalid
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import Latency, SpeedPoint
 from twotower_eval.report.costs import explanation
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import (
+    INVALID,
     NONE,
     bullets,
     code,
@@ -22,6 +22,7 @@ from twotower_eval.report.text import (
     rate,
     run_list,
     seconds,
+    speed_warnings,
     table,
     times,
 )
@@ -79,7 +80,7 @@ def _speedups(runs: Runs, points: Sequence[SpeedPoint]) -> str:
     for point in points:
         row = [
             escape(runs.name(point.candidate)),
-            times(point.time) + (f" **{INVALID}**" if is_invalid(point.warnings) else ""),
+            times(point.time) + (f" **{INVALID}**" if point.invalid else ""),
             times(point.throughput),
             escape(point.candidate.workload.name),
             count(point.batch_size),
@@ -113,7 +114,7 @@ def _warnings(runs: Runs) -> Iterator[str]:
     concerned: dict[str, list[tuple[str, SpeedPoint]]] = {}
     for point in runs.speed:
         unfinished = () if point.complete else ("**the run is INCOMPLETE**",)
-        for warning in (*unfinished, *point.warnings):
+        for warning in (*unfinished, *speed_warnings(point)):
             concerned.setdefault(FIGURE.sub("#", warning), []).append((warning, point))
     for found in concerned.values():
         first, point = found[0]

@@ -6,10 +6,13 @@ import html
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 
+from twotower_eval.evidence.alike import MeasuredOn
 from twotower_eval.evidence.points import Measured
+from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.records import Estimate
 
 NONE = "\u2013"  # a dash: there is no such number
+INVALID = "INVALID"  # beside a timing that must not be read as a speedup
 SCORED_BY = {
     "generation": "generation",
     "exact": "autoregressive likelihood (exact)",
@@ -128,6 +131,21 @@ def details(summary: str, body: str) -> str:
 def scored_by_words(kinds: str) -> str:
     """How a task was scored, for people; a task of several members may have several kinds."""
     return " + ".join(SCORED_BY.get(kind, escape(kind)) for kind in kinds.split(" + "))
+
+
+def measured_on_words(on: MeasuredOn) -> str:
+    """``1,800 documents of 6 tasks``, ``128 documents of 6 tasks, timed at batch 1``, ``answer workload, batch 1``."""
+    if on.num_documents is None:
+        return f"{on.kind} workload, batch {on.batch_size}, {count(on.num_calls or 0)} calls a round"
+    tasks = "1 task" if on.num_tasks == 1 else f"{count(on.num_tasks or 0)} tasks"
+    documents = "1 document" if on.num_documents == 1 else f"{count(on.num_documents)} documents"
+    return f"{documents} of {tasks}" + ("" if on.kind == "task" else f", timed at batch {on.batch_size}")
+
+
+def speed_warnings(point: SpeedPoint) -> tuple[str, ...]:
+    """What a reader of this speedup must know; last why it is INVALID, if it is."""
+    fault = () if point.null_fault is None else (f"{INVALID}: {point.null_fault}",)
+    return (*point.warnings, *fault)
 
 
 def run_list(run_ids: Iterable[str]) -> str:

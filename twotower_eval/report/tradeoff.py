@@ -16,16 +16,15 @@ from twotower_eval.evidence.pareto import Panel, TradeOff
 from twotower_eval.evidence.points import PointKey
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.records import Cell, DecoderSpec
-from twotower_eval.report.plots import COLOURS, GREY, MARKERS, png
+from twotower_eval.report.plots import COLOURS, CROSS, GREY, MARKERS, handle, png
 from twotower_eval.report.section import Section
-from twotower_eval.report.text import run_list
+from twotower_eval.report.text import count, run_list
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FRONT = "#F0B400"
-CROSS: dict[str, Any] = {"marker": "x", "color": "black", "markersize": 9, "markeredgewidth": 1.1}
 BASELINE: dict[str, Any] = {"marker": "*", "color": "black", "markersize": 11}
 FRONT_LINE: dict[str, Any] = {"color": FRONT, "linewidth": 3.2, "alpha": 0.85, "drawstyle": "steps-pre"}
 NUMBER_REACH = (9, 14, 20, 27, 35, 44, 54, 66, 80, 96)  # points from a marker to its number, nearest first
@@ -36,7 +35,7 @@ Numbers = Mapping[PointKey, tuple[int, Cell]]
 
 
 def tradeoff(runs: Runs) -> Section:
-    """Quality against speed: one panel for each workload and batch size, one box for each operating point."""
+    """Quality against speed: one panel for what was timed and scored alike, one box for each operating point."""
     title = "Quality against speed: the Pareto front"
     panels = runs.trade_offs
     if not panels:
@@ -93,15 +92,14 @@ def _draw(figure: Figure, *, runs: Runs, panels: Sequence[Panel], numbers: Numbe
     families = sorted({_family(cell.decoder) for _, cell in numbers.values()})
     colours = {key: families.index(_family(cell.decoder)) for key, (_, cell) in numbers.items()}
     drawn = []
-    for i, panel in enumerate(panels):
+    for i, (panel, title) in enumerate(zip(panels, _titles(panels), strict=True)):
         axes = figure.add_subplot(rows, columns, i + 1)
         _draw_panel(axes, panel.points, colours)
-        kept = "timed outputs" if panel.same_outputs else "whole tasks"
-        axes.set_title(f"{panel.workload} workload, batch {panel.batch_size}; {kept}", loc="left", fontsize=9)
+        axes.set_title(title, loc="left", fontsize=9)
         drawn.append((axes, panel.points))
     handles = _legend([point for panel in panels for point in panel.points])
     for key, (number, cell) in numbers.items():
-        handles[f"{number}  {runs.name(cell, short=True)}"] = _handle(**_look(colours[key]))
+        handles[f"{number}  {runs.name(cell, short=True)}"] = handle(**_look(colours[key]))
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=3 if columns == 1 else 5, fontsize=8
     )
@@ -109,6 +107,17 @@ def _draw(figure: Figure, *, runs: Runs, panels: Sequence[Panel], numbers: Numbe
     for axes, points in drawn:
         labels = [f"{numbers[point.key][0]}{'~' if point.uneven else ''}" for point in points]
         _place_numbers(axes, labels, [_place(point) for point in points], [colours[point.key] for point in points])
+
+
+def _titles(panels: Sequence[Panel]) -> list[str]:
+    """How a panel's points were timed and what their retention is of; with its run where others say the same."""
+    titles = []
+    for panel in panels:
+        kept = "timed outputs" if panel.same_outputs else "whole tasks"
+        documents = f"{count(panel.scored.num_documents or 0)} documents"
+        titles.append(f"{panel.workload} workload, batch {panel.batch_size}; {kept}, {documents}")
+    runs = [", ".join(panel.timed.run_ids) for panel in panels]
+    return [f"{t}\n{run}" if titles.count(t) > 1 else t for t, run in zip(titles, runs, strict=True)]
 
 
 def _place(point: TradeOff) -> tuple[float, float]:
@@ -128,21 +137,15 @@ def _look(family: int, *, broken: bool = False) -> dict[str, Any]:
     }
 
 
-def _handle(**look: Any) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], **{"linestyle": "none", **look})
-
-
 def _legend(points: Sequence[TradeOff]) -> dict[str, Any]:
     """What is not an operating point: of the odd kinds of points, those that occur."""
-    handles = {"baseline": _handle(**BASELINE), "Pareto front": _handle(**{**FRONT_LINE, "linestyle": "-"})}
+    handles = {"baseline": handle(**BASELINE), "Pareto front": handle(**{**FRONT_LINE, "linestyle": "-"})}
     if any(point.invalid for point in points):
-        handles["INVALID timing"] = _handle(**CROSS)
+        handles["INVALID timing"] = handle(**CROSS)
     if any(point.broken for point in points):
-        handles["fast and broken"] = _handle(marker="o", color=GREY, markersize=5.5, markerfacecolor="white")
+        handles["fast and broken"] = handle(marker="o", color=GREY, markersize=5.5, markerfacecolor="white")
     if any(point.uneven for point in points):
-        handles["lengths differ"] = _handle(marker="$\\sim$", color="black", markersize=8)
+        handles["lengths differ"] = handle(marker="$\\sim$", color="black", markersize=8)
     return handles
 
 
