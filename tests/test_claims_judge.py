@@ -243,14 +243,15 @@ def test_the_limits_of_the_gates_are_the_claims(tmp_path: Path, good: list[Run])
 
 def looping(row: Row, arm: str) -> Row:
     if isinstance(row, GenerationRow) and arm == "candidate":
-        loop = dataclasses.replace(row.generation, text="so it is, and " * 30, token_ids=(5, 6, 7) * 20)
+        loop = dataclasses.replace(row.generation, text="so it is, and " * 30, token_ids=(5, 6, 7) * 20, num_tokens=60)
         return dataclasses.replace(row, generation=loop)
     return row
 
 
 def empty(row: Row, arm: str) -> Row:
     if isinstance(row, GenerationRow) and arm == "candidate":
-        return dataclasses.replace(row, generation=dataclasses.replace(row.generation, text="", token_ids=()))
+        nothing = dataclasses.replace(row.generation, text="", token_ids=(), num_tokens=0)
+        return dataclasses.replace(row, generation=nothing)
     return row
 
 

@@ -135,7 +135,7 @@ def answered(tmp_path: Path, *, scored: bool = True) -> Runs:
             text = "8 " * 40 if bad else f"{doc_id} low {sample.round if doc_id == 5 else 1} high 9"
             generation = Generation(
                 prompt_id=prompt.prompt_id, token_ids=tuple(text.encode()), text=text, finish=prompt.finish,
-                num_prompt_tokens=3, num_tokens=prompt.num_tokens, num_discarded_tokens=0, num_context_forwards=1,
+                num_prompt_tokens=3, num_tokens=len(text.encode()), num_discarded_tokens=0, num_context_forwards=1,
                 num_denoiser_forwards=0,
             )  # fmt: skip
             rows.append(

@@ -15,7 +15,9 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from twotower_eval.json_text import parse_json
 
 FSYNC_INTERVAL_S = 0.5
 LOCK = "writer.lock"
@@ -99,16 +101,18 @@ def packed_path(file: Path) -> Path:
 def content_of(file: Path) -> bytes | None:
     """The bytes of a file, or of its packed copy where only that is there; ``None`` where neither is.
 
-    ValueError where the packed copy is broken.
+    ValueError where the packed copy is broken, or where both are there and might differ.
     """
-    if file.exists():
-        return file.read_bytes()
     copy = packed_path(file)
+    if file.exists():
+        if copy.exists():
+            raise ValueError(f"{file} lies beside its packed copy {copy.name}: keep one of them")
+        return file.read_bytes()
     if not copy.exists():
         return None
     try:
         return lzma.decompress(copy.read_bytes())
-    except lzma.LZMAError as error:
+    except (lzma.LZMAError, EOFError) as error:
         raise ValueError(f"{copy}: cannot be unpacked ({error}): restore it") from error
 
 
@@ -116,18 +120,15 @@ def read_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers from 1 and JSON objects of a journal; nothing where it does not exist."""
     content = content_of(file) or b""
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        where = f"{file}, line {number}"
         try:
-            data = json.loads(line.decode("utf-8", "surrogatepass"), parse_constant=refuse_constant)
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}: not valid JSON ({error})") from error
+            text = line.decode("utf-8", "surrogatepass")  # Journal.append writes what it is given
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not valid JSON ({error})") from error
+        data = parse_json(text, where, half_pairs=True)
         if not isinstance(data, dict):
-            raise ValueError(f"{file}, line {number}: not a JSON object")
+            raise ValueError(f"{where}: not a JSON object")
         yield number, data
-
-
-def refuse_constant(name: str) -> NoReturn:
-    """For ``json.loads(parse_constant=…)``: NaN and infinities are not JSON."""
-    raise ValueError(f"{name} is not allowed")
 
 
 def truncate_torn_line(file: Path) -> None:
@@ -140,9 +141,8 @@ def truncate_torn_line(file: Path) -> None:
         os.truncate(file, whole)
 
 
-def summarise(file: Path) -> dict[str, Any]:
-    """Number of lines and sha256 of a journal."""
-    content = file.read_bytes()
+def summarise(content: bytes) -> dict[str, Any]:
+    """Number of lines and sha256 of a file."""
     return {"rows": content.count(b"\n"), "sha256": hashlib.sha256(content).hexdigest()}
 
 

@@ -1,22 +1,37 @@
 """Every noun of the project, as frozen records. Standard library only; records know nothing of their display.
 
 Units and counts live in field names (``wall_s``, ``num_tokens``). Absence is ``None`` with a reason beside it,
-never 0 or NaN. Each record turns into a JSON object with :func:`to_json` and back with :func:`from_json`.
+never 0 or NaN. Each record turns into a JSON object with :func:`to_json` and back with
+``strict.from_json``, which holds every value against its field's annotation, the bounds below included.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Within:
+    """Bounds of a number, part of a field's annotation; with ``above`` the lower bound itself is out."""
+
+    least: int
+    most: int | None = None
+    above: bool = False
+
+
+Count = Annotated[int, Within(0)]
+Size = Annotated[int, Within(1)]
+Replica = Annotated[int, Within(0, most=1)]
+NotNegative = Annotated[float, Within(0)]
+Positive = Annotated[float, Within(0, above=True)]
 
 FinishReason = Literal["eos", "stop", "length"]
 LikelihoodKind = Literal["exact", "context_tower", "denoiser_left_to_right", "bound"]
@@ -123,10 +138,10 @@ class Workload:
     kind: WorkloadKind
     name: str
     digest: str
-    max_new_tokens: int | None = None
-    batch_size: int | None = None  # only for timed workloads: quality must not depend on it
-    prompt_tokens: int | None = None
-    num_devices: int | None = None
+    max_new_tokens: Size | None = None
+    batch_size: Size | None = None  # only for timed workloads: quality must not depend on it
+    prompt_tokens: Size | None = None
+    num_devices: Size | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,12 +159,12 @@ class Cell:
 class CommitStep:
     """One denoiser call on one block: which positions it committed, of them how many the step floor forced."""
 
-    block: int
-    step: int
-    positions: tuple[int, ...]
-    token_ids: tuple[int, ...]
+    block: Count
+    step: Count
+    positions: tuple[Count, ...]
+    token_ids: tuple[Count, ...]
     confidences: tuple[float, ...]
-    num_forced: int
+    num_forced: Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,16 +177,16 @@ class Generation:
     """
 
     prompt_id: str
-    token_ids: tuple[int, ...]
+    token_ids: tuple[Count, ...]
     text: str | None
     finish: FinishReason
-    num_prompt_tokens: int
-    num_tokens: int
-    num_discarded_tokens: int
-    num_context_forwards: int
-    num_denoiser_forwards: int
-    num_forced_commits: int | None = None
-    finish_s: float | None = None
+    num_prompt_tokens: Count
+    num_tokens: Count
+    num_discarded_tokens: Count
+    num_context_forwards: Count
+    num_denoiser_forwards: Count
+    num_forced_commits: Count | None = None
+    finish_s: NotNegative | None = None
     trace: tuple[CommitStep, ...] | None = None
 
 
@@ -182,8 +197,8 @@ class Likelihood:
     logprob_nats: float
     is_greedy: bool
     kind: LikelihoodKind
-    stderr_nats: float | None = None
-    num_draws: int | None = None
+    stderr_nats: NotNegative | None = None
+    num_draws: Size | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,9 +207,9 @@ class GenerationRow:
 
     cell: str
     task: str
-    doc_id: int
-    request_index: int
-    repeat: int
+    doc_id: Count
+    request_index: Count
+    repeat: Count
     prompt_sha256: str
     generation: Generation
 
@@ -208,12 +223,12 @@ class LikelihoodRow:
 
     cell: str
     task: str
-    doc_id: int
-    request_index: int
-    repeat: int
+    doc_id: Count
+    request_index: Count
+    repeat: Count
     request: Literal["loglikelihood", "loglikelihood_rolling"]
     prompt_sha256: str
-    num_tokens: int
+    num_tokens: Count
     likelihood: Likelihood
 
 
@@ -237,7 +252,7 @@ class Score:
 
     cell: str
     task: str
-    doc_id: int
+    doc_id: Count
     cluster_id: str
     doc_sha256: str
     prompt_sha256: str
@@ -270,8 +285,8 @@ class Aggregate:
     metric: str
     filter: str
     aggregation: str
-    num_documents: int
-    num_clusters: int
+    num_documents: Count
+    num_clusters: Count
     seed: int
     value: float | None
     replicates: tuple[float, ...] | None
@@ -283,14 +298,14 @@ class PromptTiming:
     """Counts of one prompt within one timed call; ``finish_s`` is from the call's start to its last useful id."""
 
     prompt_id: str
-    num_prompt_tokens: int
-    num_tokens: int
-    num_discarded_tokens: int
-    num_context_forwards: int
-    num_denoiser_forwards: int
-    num_forced_commits: int | None
+    num_prompt_tokens: Count
+    num_tokens: Count
+    num_discarded_tokens: Count
+    num_context_forwards: Count
+    num_denoiser_forwards: Count
+    num_forced_commits: Count | None
     finish: FinishReason
-    finish_s: float
+    finish_s: NotNegative
     tokens_sha256: str
 
 
@@ -301,14 +316,14 @@ class SpeedSample:
     call_id: str
     launch_id: str
     cell: str
-    replica: int  # 0, or 1 for the second copy of the baseline in the A/A null
-    round: int
+    replica: Replica  # 0, or 1 for the second copy of the baseline in the A/A null
+    round: Count
     phase: SpeedPhase
-    batch_size: int
-    wall_s: float
-    prefill_s: float | None
-    first_output_s: float | None
-    peak_memory_bytes: int | None
+    batch_size: Size
+    wall_s: Positive
+    prefill_s: NotNegative | None
+    first_output_s: NotNegative | None
+    peak_memory_bytes: Count | None
     peak_memory_reason: str | None
     started_at: str
     prompts: tuple[PromptTiming, ...]
@@ -330,20 +345,20 @@ class CostSample:
 
     cell: str
     launch_id: str
-    round: int
+    round: Count
     phase: SpeedPhase
     part: CostPart
-    replica: int  # as in SpeedSample
-    batch_size: int
-    context_tokens: int
-    block_size: int | None
-    num_repeats: int
-    wall_s: float
+    replica: Replica  # as in SpeedSample
+    batch_size: Size
+    context_tokens: Count
+    block_size: Size | None
+    num_repeats: Size
+    wall_s: Positive
     started_at: str
     routing: str | None = None
-    num_experts_touched: float | None = None
+    num_experts_touched: NotNegative | None = None
     pattern: str | None = None
-    num_steps: int | None = None
+    num_steps: Size | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,8 +425,8 @@ class OperatingPoint:
 
     name: str
     decoder: DecoderSpec
-    batch_size: int | None = None
-    num_devices: int | None = None
+    batch_size: Size | None = None
+    num_devices: Size | None = None
     workload: Literal["fixed", "answer"] | None = None
     dtype: str | None = None
     hardware: str | None = None
@@ -530,44 +545,4 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
-    return value
-
-
-T = TypeVar("T")
-
-
-def from_json(cls: type[T], data: Mapping[str, Any]) -> T:
-    """Rebuild a record of class ``cls``; an unknown or missing field is a ValueError that names it."""
-    hints = _type_hints(typing.cast(type, cls))
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(data) - set(fields))
-    if unknown:
-        raise ValueError(f"{cls.__name__}: unknown field(s) {', '.join(unknown)}")
-    required = {
-        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    missing = sorted(required - set(data))
-    if missing:
-        raise ValueError(f"{cls.__name__}: missing field(s) {', '.join(missing)}")
-    return cls(**{name: _rebuild(hints[name], value) for name, value in data.items()})
-
-
-@functools.cache
-def _type_hints(cls: type) -> dict[str, Any]:
-    # Evaluating annotations takes 100 times longer than using them, and journals have many rows.
-    return typing.get_type_hints(cls)
-
-
-def _rebuild(hint: Any, value: Any) -> Any:
-    """Turn plain JSON back into what ``hint`` says: nested records and tuples; all else stays as it is."""
-    if value is None:
-        return None
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-        return _rebuild(inner[0], value) if len(inner) == 1 else value
-    if origin is tuple:
-        return tuple(_rebuild(typing.get_args(hint)[0], item) for item in value)
-    if dataclasses.is_dataclass(hint):
-        return from_json(typing.cast(type, hint), value)
     return value

@@ -1,14 +1,13 @@
 """A run on disk: a manifest written once, append-only journals, and a closing file that says the run is complete.
 
 A run folder holds ``manifest.json`` (first, atomic, never edited), one JSONL journal per kind of row, ``events.jsonl``
-and, last, ``done.json`` with row counts and sha256 of every journal. A line counts once its newline is written: what
+and, last, ``done.json`` with row counts and sha256 of every file. A line counts once its newline is written: what
 follows the last newline is a torn write and dropped; any other bad line is an error that names file and line.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import secrets
@@ -20,6 +19,10 @@ from types import TracebackType
 from typing import Any, TypeVar, cast
 
 from twotower_eval import comparability
+from twotower_eval.closing import DONE as DONE
+from twotower_eval.closing import MANIFEST as MANIFEST
+from twotower_eval.closing import TRAINING_LOG as TRAINING_LOG
+from twotower_eval.closing import agrees_with_closing, close_run
 from twotower_eval.journal import (
     PACKED,
     Journal,
@@ -28,12 +31,11 @@ from twotower_eval.journal import (
     fsync_folder,
     lock_run,
     read_objects,
-    refuse_constant,
-    summarise,
     truncate_torn_line,
     write_atomically,
 )
 from twotower_eval.journal import now_text as now_text
+from twotower_eval.json_text import decode_utf8, parse_json
 from twotower_eval.records import (
     SCHEMA_VERSION,
     Aggregate,
@@ -45,12 +47,11 @@ from twotower_eval.records import (
     RunManifest,
     Score,
     SpeedSample,
-    from_json,
     to_json,
 )
+from twotower_eval.strict import from_json
 
-MANIFEST, EVENTS, DONE = "manifest.json", "events.jsonl", "done.json"
-TRAINING_LOG = "training_log.jsonl"  # a copy of what lies beside a trained checkpoint; no journal of ours
+EVENTS = "events.jsonl"
 
 Row = GenerationRow | LikelihoodRow | Score | Aggregate | SpeedSample | CostSample | Check
 Key = tuple[str | int, ...]
@@ -91,6 +92,7 @@ JOURNALS: dict[type[Row], tuple[str, Callable[[Any], Key]]] = {
     CostSample: ("costs.jsonl", _cost_key),
     Check: ("checks.jsonl", _check_key),
 }
+FILES = (MANIFEST, EVENTS, *(name for name, _ in JOURNALS.values()), TRAINING_LOG)  # all but the closing file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +189,8 @@ def load(path: Path) -> Run:
         speed=_read_rows(path, SpeedSample, cells),
         costs=_read_rows(path, CostSample, cells),
         checks=_read_rows(path, Check, cells),
-        events=[event for _, event in read_objects(path / EVENTS)],
-        complete=_agrees_with_done(path),
+        events=_read_events(path / EVENTS),
+        complete=agrees_with_closing(path, FILES),
         aggregates=_read_rows(path, Aggregate, cells),
     )
 
@@ -249,11 +251,16 @@ class RunWriter:
         """Write one row to the journal of its kind; a key that is there already is a ValueError."""
         name, key_of = JOURNALS[type(row)]
         key = (type(row), *key_of(row))
+        data = to_json(row)
+        try:
+            from_json(type(row), data)  # what could not be read again is not written
+        except ValueError as error:
+            raise ValueError(f"{self.path / name}: {error}") from error
         if key in self._keys:
             raise ValueError(f"{self.path / name}: row {key[1:]} is there already")
         if row.cell not in self._cells:
             raise ValueError(f"{self.path / name}: cell {row.cell!r} is not in the run's manifest")
-        self._file(name).append(to_json(row))
+        self._file(name).append(data)
         self._keys.add(key)
 
     def event(self, kind: str, **detail: Any) -> None:
@@ -271,11 +278,7 @@ class RunWriter:
         """Close the journals and write ``done.json``: the run is complete and takes nothing more."""
         self._close_files()
         self._finished = True
-        journals = [*(name for name, _ in JOURNALS.values()), EVENTS]
-        files = {name: summarise(self.path / name) for name in journals if (self.path / name).exists()}
-        done = {"schema": SCHEMA_VERSION, "finished_at": now_text(), "files": files}
-        done["manifest_sha256"] = hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
-        write_atomically(self.path / DONE, json.dumps(done, indent=1))
+        close_run(self.path, FILES)
 
     def close(self) -> None:
         """Bring everything to disk and let go of the lock; calling it twice is fine."""
@@ -318,18 +321,28 @@ class RunWriter:
 def _read_manifest(path: Path) -> RunManifest:
     file = path / MANIFEST
     try:
-        data = json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse_constant)
+        content = file.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} is no run folder: cannot read {MANIFEST} ({error.strerror or error})") from error
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    data = parse_json(decode_utf8(content, str(file)), str(file))
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA_VERSION:
         raise ValueError(f"{file}: schema {schema!r}; this version reads schema {SCHEMA_VERSION} only")
     try:
         return from_json(RunManifest, data)
-    except (ValueError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def _read_events(file: Path) -> list[dict[str, Any]]:
+    """Events of any kind, since every version may note new ones; each says when and what."""
+    events = []
+    for number, event in read_objects(file):
+        for key in ("at", "kind"):
+            if not isinstance(event.get(key), str):
+                raise ValueError(f"{file}, line {number}: an event's {key} must be a text, not {event.get(key)!r}")
+        events.append(event)
+    return events
 
 
 def _read_rows(path: Path, cls: type[R], cells: set[str]) -> list[R]:
@@ -342,7 +355,7 @@ def _read_rows(path: Path, cls: type[R], cells: set[str]) -> list[R]:
             row = from_json(cls, data)
             key = key_of(row)
             earlier = lines.setdefault(key, number)
-        except (ValueError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         if earlier != number:
             raise ValueError(f"{where}: repeats the row of line {earlier}, key {key}")
@@ -350,25 +363,3 @@ def _read_rows(path: Path, cls: type[R], cells: set[str]) -> list[R]:
             raise ValueError(f"{where}: cell {row.cell!r} is not in the run's manifest")
         rows.append(row)
     return rows
-
-
-def _agrees_with_done(path: Path) -> bool:
-    file = path / DONE
-    if not file.exists():
-        return False
-    try:
-        done = json.loads(file.read_text(encoding="utf-8"))
-        recorded = {MANIFEST: done["manifest_sha256"]} | {n: f["sha256"] for n, f in done["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: not a valid closing file ({error})") from error
-    journals = [EVENTS, *(name for name, _ in JOURNALS.values())]
-    contents = {name: content_of(path / name) for name in {*recorded, *journals}}
-    for name, content in contents.items():
-        if content is None and name not in recorded:
-            continue
-        if content is None or hashlib.sha256(content).hexdigest() != recorded.get(name):
-            state = "was lost" if content is None else "changed"
-            raise ValueError(
-                f"{path / name}: {state} after the run was finished ({DONE} has another sha256): restore it or run anew"
-            )
-    return True

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from twotower_eval.closing import DONE, MANIFEST, close_run, read_closing
 from twotower_eval.evidence.runs import Runs
-from twotower_eval.journal import LOCK, packed, packed_path, summarise
+from twotower_eval.journal import LOCK, packed, packed_path
 from twotower_eval.report.provenance import plain_argv
-from twotower_eval.store import DONE, MANIFEST, Run
+from twotower_eval.store import FILES, Run
 
 PUBLISHED = "published"
 MAX_BYTES = 20 * 2**20  # packed: what a repository carries without pain
@@ -94,7 +95,7 @@ def _carried(file: Path) -> tuple[str, bytes]:
 def _make_plain(manifest: Path) -> Iterator[str]:
     """Make the command line plain in a copied manifest; a line for it, and one for each other path that remains.
 
-    The closing file holds a digest of the manifest, which then is the copy's own.
+    The closing file's digest of the manifest then is the copy's own.
     """
     held = json.loads(manifest.read_text(encoding="utf-8"))
     plain = list(plain_argv(held["argv"]))
@@ -102,10 +103,7 @@ def _make_plain(manifest: Path) -> Iterator[str]:
         held["argv"] = plain
         held["notes"] = [*held["notes"], "published: paths of the machine in argv were made plain"]
         manifest.write_text(json.dumps(held, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-        closing = manifest.with_name(DONE)
-        done = json.loads(closing.read_text(encoding="utf-8"))
-        done["files"][MANIFEST] = summarise(manifest)
-        closing.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+        close_run(manifest.parent, FILES, read_closing(manifest.with_name(DONE), FILES).finished_at)
         yield "paths in its argv were made plain"
     yield from (f"still names {path!r} under {where}" for where, path in _paths(held) if where.split(".")[0] != "argv")
 

@@ -1,0 +1,90 @@
+"""The closing file of a run: what every file held when the run was finished, and whether it still holds that.
+
+``done.json`` has one entry for each file of the run, the manifest among them. Older ones give the manifest's digest in
+a place of its own, ``manifest_sha256``; where a file has both they must say the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from twotower_eval.journal import content_of, now_text, summarise, write_atomically
+from twotower_eval.json_text import parse_json, read_utf8
+from twotower_eval.records import SCHEMA_VERSION, Count
+from twotower_eval.strict import from_json
+
+MANIFEST, DONE = "manifest.json", "done.json"
+TRAINING_LOG = "training_log.jsonl"  # a copy of what lies beside a trained checkpoint; no journal of ours
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSummary:
+    """What a file held: its lines counted, and its digest."""
+
+    rows: Count
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Closing:
+    """``done.json``."""
+
+    schema: int
+    finished_at: str
+    files: Mapping[str, FileSummary]
+    manifest_sha256: str | None = None  # of older files only
+
+
+def close_run(path: Path, names: Sequence[str], finished_at: str | None = None) -> None:
+    """Write ``done.json`` over those of the named files that are there, packed or not."""
+    files = {name: summarise(content) for name in names if (content := content_of(path / name)) is not None}
+    done = {"schema": SCHEMA_VERSION, "finished_at": finished_at or now_text(), "files": files}
+    write_atomically(path / DONE, json.dumps(done, indent=1))
+
+
+def read_closing(file: Path, names: Sequence[str]) -> Closing:
+    """``done.json``, checked in itself; ValueError where it is none, contradicts itself or lists unknown files."""
+    data = parse_json(read_utf8(file), str(file))
+    try:
+        closing = from_json(Closing, data)
+    except ValueError as error:
+        raise ValueError(f"{file}: not a valid closing file ({error})") from error
+    if closing.schema != SCHEMA_VERSION:
+        raise ValueError(f"{file}: schema {closing.schema}; this version reads schema {SCHEMA_VERSION} only")
+    unknown = sorted(set(closing.files) - set(names))
+    if unknown:
+        raise ValueError(f"{file}: lists {unknown[0]!r}, which is no file of a run")
+    entry = closing.files.get(MANIFEST)
+    if entry is None and closing.manifest_sha256 is None:
+        raise ValueError(f"{file}: not a valid closing file (no digest of {MANIFEST})")
+    if entry is not None and closing.manifest_sha256 not in (None, entry.sha256):
+        raise ValueError(
+            f"{file}: two digests of {MANIFEST}, manifest_sha256 and the entry under files, and they differ: "
+            "drop the one that is not the manifest's"
+        )
+    return closing
+
+
+def agrees_with_closing(path: Path, names: Sequence[str]) -> bool:
+    """Whether a run was finished. ValueError where one of the named files is not what it was then."""
+    if not (path / DONE).exists():
+        return False
+    closing = read_closing(path / DONE, names)
+    for name in names:
+        content, entry = content_of(path / name), closing.files.get(name)
+        if content is None and entry is None:
+            continue
+        found = None if content is None else summarise(content)
+        if entry is None and name == TRAINING_LOG and closing.manifest_sha256 is not None:
+            continue  # older closing files left it out
+        if entry is None and name == MANIFEST and found is not None and found["sha256"] == closing.manifest_sha256:
+            continue
+        if entry is None or found != {"rows": entry.rows, "sha256": entry.sha256}:
+            state = "was lost" if content is None else "changed"
+            raise ValueError(
+                f"{path / name}: {state} after the run was finished ({DONE} has another sha256): restore it or run anew"
+            )
+    return True
