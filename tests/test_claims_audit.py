@@ -82,9 +82,57 @@ def test_what_contradicts_never_looks_like_what_it_contradicts() -> None:
     assert apart.startswith("block 16 is stated at 2.421x (abstract), 2.42x (table)")
 
 
+def rows_of(decimals: int, *rows: tuple[str, int, float, float], **more: Any) -> list[str]:
+    """What is said of granularity: (task, documents, baseline, candidate)."""
+    tasks = [
+        {"name": name, "shots": 0, "metric": "acc", "kinds": [], "num_documents": n, "baseline": a, "candidate": b}
+        for name, n, a, b in rows
+    ]
+    return [finding.text for finding in audit(published_from({"decimals": decimals, "task": tasks, **more}))]
+
+
+def test_what_fits_whatever_is_printed_is_no_remark() -> None:
+    """One decimal, 1,319 documents: every percentage is some k/1319, and two were called "as from one greedy run"."""
+    [text] = rows_of(1, ("GSM8K", 1319, 92.5, 90.1))
+    assert text == ("2 checks of granularity at 1 decimal could not have failed and are left out: GSM8K (n = 1319)")
+    assert rows_of(2, ("GSM8K", 1319, 92.49, 90.14))[0].endswith(
+        "90.14 % (candidate) = 1189/1319: as from one greedy run"
+    )
+    [missed] = rows_of(2, ("GSM8K", 1319, 92.50, 90.14))[1:]
+    assert missed.startswith("GSM8K: 92.50 % (AR baseline) is no k/1319")
+
+
+@pytest.mark.parametrize(("decimals", "n", "telling"), [(0, 99, True), (0, 100, False), (0, 96, False), (1, 999, True)])
+def test_the_remark_ends_where_every_percentage_has_a_count(decimals: int, n: int, telling: bool) -> None:
+    """At n = 96 counts halfway between two whole percentages fit both, which leaves none without."""
+    said = rows_of(decimals, ("t", n, 50.0, 25.0))
+    assert any("could not have failed" in text for text in said) != telling
+    assert any(f"/{n}" in text for text in said) == telling
+
+
+def test_none_and_all_are_possible_of_any_number() -> None:
+    texts = rows_of(2, ("t", 164, 100.0, 79.27), ("u", 20_000, 5.0, 4.0))
+    assert texts[0] == "t: 79.27 % (candidate) = 130/164: as from one greedy run"
+    assert texts[1] == (
+        "3 checks of granularity at 2 decimals could not have failed and are left out: t (n = 164), u (n = 20000)"
+    )
+    assert rows_of(2, ("t", 164, 100.0, 79.27))[1].startswith("1 check of granularity at 2 decimals could not have")
+
+
+def test_a_number_of_samples_that_makes_everything_fit_explains_nothing() -> None:
+    """2 samples of 40 documents leave no whole percentage out, so that they fit says nothing about the samples."""
+    [text] = rows_of(0, ("t", 40, 51.0, 50.0))[1:]
+    assert "51 % (AR baseline) is no k/40" in text
+    assert "are the fewest" not in text
+    assert text.endswith("2 samples a problem fit, but with so many every percentage does")
+
+
 def test_nothing_published_is_nothing_to_audit() -> None:
     with pytest.raises(ValueError, match="nothing to audit"):
         audit(load_claims("miniature").published)
+
+
+TASK = {"name": "one", "shots": 0, "metric": "acc", "kinds": [], "baseline": 5.0, "candidate": 5}
 
 
 @pytest.mark.parametrize(
@@ -94,10 +142,20 @@ def test_nothing_published_is_nothing_to_audit() -> None:
         ({"score": [{"task": "on", "where": "w", "percent": 1.0}]}, "no task 'on' (did you mean 'one'?)"),
         ({"aggregate": [{"name": "h", "percent": 1.0, "decimals": 1, "kinds": ["code"]}]}, "no task is of kind 'code'"),
         ({"speedup": [{"name": "s", "factor": "2x", "block_size": 16}]}, "factor must be a number"),
+        ({"speedup": [{"name": "s", "factor": 0.0, "block_size": 16}]}, "factor must be above 0"),
+        ({"speedup": [{"name": "s", "factor": float("nan"), "block_size": 16}]}, "factor must be a finite number"),
+        ({"speedup": [{"name": "s", "factor": 2.0, "block_size": 16, "baseline_devices": 0}]}, "baseline_devices must"),
+        ({"speedup": 3}, "published: speedup must be a list"),
+        ({"score": ["one"]}, "published: score must be a list of tables"),
+        ({"score": [{"task": "one", "where": "w", "percent": 101.0}]}, "must be a percentage with 2 decimals"),
+        ({"decimals": -1}, "decimals must be from 0 to 9, not -1"),
+        ({"decimals": 400}, "decimals must be from 0 to 9, not 400"),
+        ({"task": [{**TASK, "baseline": 5.125}]}, "baseline must be a percentage with 2 decimals, as printed, not 5.1"),
+        ({"task": [{**TASK, "num_documents": 0}]}, "num_documents must be 1 or more"),
+        ({"aggregate": [{"name": "h", "percent": 1.0, "decimals": -400}]}, "decimals must be from 0 to 9"),
     ],
 )
 def test_published_numbers_are_checked(change: dict[str, Any], words: str) -> None:
-    task = {"name": "one", "shots": 0, "metric": "acc", "kinds": [], "baseline": 5.0, "candidate": 5}
     with pytest.raises(ValueError, match=r".") as caught:
-        published_from({"decimals": 2, "task": [task], **change})
+        published_from({"decimals": 2, "task": [TASK], **change})
     assert words in str(caught.value)

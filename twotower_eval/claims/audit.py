@@ -101,13 +101,34 @@ def _readings(published: Published) -> Iterator[Finding]:
 
 
 def _granularity(published: Published) -> Iterator[Finding]:
-    """Percentages that are no k of the task's documents, and how many samples each would make them possible."""
+    """Percentages that are no k of the task's documents, and how many samples each would make them possible.
+
+    A percentage that fits is a remark only where another could have failed to; the others are counted in one line.
+    """
+    vacuous = []
     for task in published.tasks:
         if task.num_documents is None or not task.single_mean:
             continue
         places = {"AR baseline": task.baseline, "candidate": task.candidate}
         places |= {score.where: score.percent for score in published.scores if score.task == task.name}
-        yield from _task_granularity(task, places, published.decimals)
+        if stats.can_misfit(published.decimals, task.num_documents):
+            # None and all of n are possible whatever n is.
+            telling = {where: percent for where, percent in places.items() if 0 < percent < 100}
+            yield from _task_granularity(task, telling, published.decimals)
+        else:
+            telling = {}
+        vacuous += [(task, num)] if (num := len(places) - len(telling)) else []
+    if vacuous:
+        num, names = sum(num for _, num in vacuous), ", ".join(_size(task) for task, _ in vacuous)
+        checks = "1 check of granularity" if num == 1 else f"{num} checks of granularity"
+        decimals = f"{published.decimals} decimal{'' if published.decimals == 1 else 's'}"
+        why = f"could not have failed and {'is' if num == 1 else 'are'} left out"
+        text = f"{checks} at {decimals} {why}: {names}"
+        yield Finding(kind="REMARK", text=text)
+
+
+def _size(task: PublishedTask) -> str:
+    return f"{task.name} (n = {task.num_documents})"
 
 
 def _task_granularity(task: PublishedTask, places: dict[str, float], decimals: int) -> Iterator[Finding]:
@@ -127,9 +148,16 @@ def _task_granularity(task: PublishedTask, places: dict[str, float], decimals: i
     shown = ", ".join(f"{places[where]:.{decimals}f} % ({where})" for where in odd)
     smallest = stats.smallest_samples([places[where] for where in odd], decimals, n)
     verb = "is" if len(odd) == 1 else "are"
-    fits = f"{smallest} samples a problem are the fewest that fit{' all of them' if len(odd) > 1 else ''}"
-    why = "no number of samples up to 100 fits" if smallest is None else fits
-    yield Finding(kind="REMARK", text=f"{task.name}: {shown} {verb} no k/{n}: {why}")
+    yield Finding(kind="REMARK", text=f"{task.name}: {shown} {verb} no k/{n}: {_fewest(smallest, decimals, n, odd)}")
+
+
+def _fewest(smallest: int | None, decimals: int, n: int, odd: Sequence[str]) -> str:
+    """What is known of the number of samples a problem, where one sample does not fit."""
+    if smallest is None:
+        return "no number of samples up to 100 fits"
+    if stats.can_misfit(decimals, n * smallest):
+        return f"{smallest} samples a problem are the fewest that fit{' all of them' if len(odd) > 1 else ''}"
+    return f"{smallest} samples a problem fit, but with so many every percentage does"
 
 
 def _identical(published: Published) -> Iterator[Finding]:

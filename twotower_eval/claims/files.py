@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower_eval.claims.published import Published, published_from
-from twotower_eval.claims.reading import texts, value_of, within
+from twotower_eval.claims.reading import at_least, tables, texts, value_of, within
 from twotower_eval.names import did_you_mean
 from twotower_eval.plan import data_path, read_toml
 from twotower_eval.records import Averaging, Claim, DecoderSpec, GateLimits, OperatingPoint, Quantity, Relation
@@ -71,9 +71,9 @@ def select(claims: Sequence[Claim], names: Sequence[str]) -> tuple[Claim, ...]:
 def claims_from(name: str, values: Mapping[str, Any]) -> ClaimFile:
     """A claim file from plain values, as TOML holds them."""
     within("the file", values, ("title", "config", "point", "claim", "published"))
-    points = [_point(table) for table in values.get("point", [])]
+    points = [_point(table) for table in tables("the file", values, "point")]
     by_name = {point.name: point for point in points}
-    claims = tuple(_claim(table, by_name) for table in values.get("claim", []))
+    claims = tuple(_claim(table, by_name) for table in tables("the file", values, "claim"))
     if not claims and "published" not in values:
         raise ValueError("it holds neither a [[claim]] nor [published] numbers")
     for what, names in (("point", [point.name for point in points]), ("claim", [claim.name for claim in claims])):
@@ -101,7 +101,7 @@ def _point(table: Mapping[str, Any]) -> OperatingPoint:
     workload = value_of(where, table, "workload", str, None)
     if workload not in (None, "fixed", "answer"):
         raise ValueError(f"{where}: workload must be fixed or answer, not {workload!r}")
-    return OperatingPoint(
+    point = OperatingPoint(
         name=value_of(where, table, "name", str),
         decoder=DecoderSpec(kind=value_of(where, decoder, "kind", str), params=params),
         batch_size=value_of(where, table, "batch_size", int, None),
@@ -110,6 +110,8 @@ def _point(table: Mapping[str, Any]) -> OperatingPoint:
         dtype=value_of(where, table, "dtype", str, None),
         hardware=value_of(where, table, "hardware", str, None),
     )
+    at_least(where, 1, point, "batch_size", "num_devices")
+    return point
 
 
 def _claim(table: Mapping[str, Any], points: Mapping[str, OperatingPoint]) -> Claim:

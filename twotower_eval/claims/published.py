@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from twotower_eval.claims.reading import texts, value_of, within
+from twotower_eval.claims.reading import at_least, tables, texts, value_of, within
 from twotower_eval.names import did_you_mean
+
+DECIMALS = range(10)  # of a percentage that somebody prints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,28 +83,47 @@ class Published:
 def published_from(table: Any) -> Published:
     """``[published]`` as records; ValueError for what is unknown, missing or does not fit together."""
     within("published", table, ("decimals", "task", "aggregate", "score", "speedup", "gap"))
-    tasks = tuple(_task(row) for row in table.get("task", []))
+    decimals = value_of("published", table, "decimals", int)
+    if decimals not in DECIMALS:
+        raise ValueError(f"published: decimals must be from 0 to {DECIMALS[-1]}, not {decimals}")
+    tasks = tuple(_task(row, decimals) for row in tables("published", table, "task"))
     names = [task.name for task in tasks]
     if not names or len(set(names)) != len(names):
         raise ValueError("published: it needs [[published.task]] rows, each task once")
-    scores = tuple(_record(PublishedScore, "score", row, "task") for row in table.get("score", []))
+    scores = tuple(_record(PublishedScore, "score", row, "task") for row in tables("published", table, "score"))
     for score in scores:
+        where = f"published score of {score.task!r}"
         if score.task not in names:
             raise ValueError(f"published score: no task {score.task!r}{did_you_mean(score.task, names)}")
-    aggregates = tuple(_aggregate(row) for row in table.get("aggregate", []))
+        _check_percent(where, "percent", score.percent, decimals)
+    aggregates = tuple(_aggregate(row) for row in tables("published", table, "aggregate"))
     known = {kind for task in tasks for kind in task.kinds}
     for aggregate in aggregates:
         for kind in aggregate.kinds:
             if kind not in known:
                 raise ValueError(f"published aggregate {aggregate.name!r}: no task is of kind {kind!r}")
     return Published(
-        decimals=value_of("published", table, "decimals", int),
+        decimals=decimals,
         tasks=tasks,
         aggregates=aggregates,
         scores=scores,
-        speedups=tuple(_record(PublishedSpeedup, "speedup", row, "name") for row in table.get("speedup", [])),
-        gaps=tuple(_gap(row) for row in table.get("gap", [])),
+        speedups=tuple(_speedup(row) for row in tables("published", table, "speedup")),
+        gaps=tuple(_gap(row) for row in tables("published", table, "gap")),
     )
+
+
+def _check_percent(where: str, key: str, percent: float, decimals: int) -> None:
+    if not 0 <= percent <= 100 or abs(round(percent, decimals) - percent) > 1e-9:
+        raise ValueError(f"{where}: {key} must be a percentage with {decimals} decimals, as printed, not {percent!r}")
+
+
+def _speedup(table: Mapping[str, Any]) -> PublishedSpeedup:
+    speedup: PublishedSpeedup = _record(PublishedSpeedup, "speedup", table, "name")
+    where = f"published speedup {speedup.name!r}"
+    if speedup.factor <= 0:
+        raise ValueError(f"{where}: factor must be above 0, not {speedup.factor:g}")
+    at_least(where, 1, speedup, "block_size", "baseline_devices", "candidate_devices")
+    return speedup
 
 
 def _record(cls: type[Any], what: str, table: Mapping[str, Any], named_by: str) -> Any:
@@ -118,13 +139,15 @@ def _record(cls: type[Any], what: str, table: Mapping[str, Any], named_by: str) 
     return cls(**values)
 
 
-def _task(table: Mapping[str, Any]) -> PublishedTask:
+def _task(table: Mapping[str, Any], decimals: int) -> PublishedTask:
     where = f"published task {table.get('name', '?')!r}"
     within(where, table, [field.name for field in dataclasses.fields(PublishedTask)])
     percents = {key: value_of(where, table, key, float) for key in ("baseline", "candidate")}
-    if not all(0 <= percent <= 100 for percent in percents.values()) or percents["baseline"] == 0:
-        raise ValueError(f"{where}: scores are percentages, the baseline's above 0")
-    return PublishedTask(
+    for key, percent in percents.items():
+        _check_percent(where, key, percent, decimals)
+    if percents["baseline"] == 0:
+        raise ValueError(f"{where}: the baseline's score must be above 0")
+    task = PublishedTask(
         name=value_of(where, table, "name", str),
         shots=value_of(where, table, "shots", int),
         metric=value_of(where, table, "metric", str),
@@ -133,17 +156,23 @@ def _task(table: Mapping[str, Any]) -> PublishedTask:
         single_mean=value_of(where, table, "single_mean", bool, True),
         **percents,
     )
+    at_least(where, 0, task, "shots")
+    at_least(where, 1, task, "num_documents")
+    return task
 
 
 def _aggregate(table: Mapping[str, Any]) -> PublishedAggregate:
     where = f"published aggregate {table.get('name', '?')!r}"
     within(where, table, [field.name for field in dataclasses.fields(PublishedAggregate)])
-    return PublishedAggregate(
+    aggregate = PublishedAggregate(
         name=value_of(where, table, "name", str),
         percent=value_of(where, table, "percent", float),
         decimals=value_of(where, table, "decimals", int),
         kinds=texts(where, table, "kinds"),
     )
+    if aggregate.decimals not in DECIMALS:
+        raise ValueError(f"{where}: decimals must be from 0 to {DECIMALS[-1]}, not {aggregate.decimals}")
+    return aggregate
 
 
 def _gap(table: Mapping[str, Any]) -> PublishedGap:

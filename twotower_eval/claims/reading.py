@@ -44,6 +44,22 @@ def value_of(where: str, table: Mapping[str, Any], key: str, kind: type[Any], de
     return float(value) if kind is float else value
 
 
+def tables(where: str, table: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """The tables of a ``[[key]]``, none without the key."""
+    found = value_of(where, table, key, list, [])
+    if not all(isinstance(item, Mapping) for item in found):
+        raise ValueError(f"{where}: {key} must be a list of tables, as [[{key}]] makes them")
+    return list(found)
+
+
+def at_least(where: str, least: int, record: Any, *names: str) -> None:
+    """ValueError for a number of a record below ``least``; ``None`` is none."""
+    for name in names:
+        value = getattr(record, name)
+        if value is not None and value < least:
+            raise ValueError(f"{where}: {name} must be {least} or more, not {value:g}")
+
+
 def texts(where: str, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
     """A list of different texts, empty without the key."""
     found = value_of(where, table, key, list, [])

@@ -34,7 +34,7 @@ from twotower_eval.stats.decide import (
 )
 from twotower_eval.stats.figure import Figure
 from twotower_eval.stats.flips import Flips, flips, mcnemar, sign_flip_test
-from twotower_eval.stats.granularity import possible_counts, smallest_samples
+from twotower_eval.stats.granularity import can_misfit, possible_counts, smallest_samples
 from twotower_eval.stats.intervals import LEVEL, NUM_RESAMPLES, binomial_upper_bound, holm
 from twotower_eval.stats.mean import mean_score
 from twotower_eval.stats.nulls import NULL_OFFSET, NullLimits, half_width, is_off, off_nulls, widest_null
@@ -106,6 +106,7 @@ __all__ = [
     "binomial_upper_bound",
     "bootstrap_stderr",
     "break_even",
+    "can_misfit",
     "decide",
     "difference",
     "draw_task_means",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from math import ceil, floor
+from math import ceil, floor, gcd
 
 MAX_SAMPLES = 100
 
@@ -29,11 +29,23 @@ def possible_counts(percent: float, decimals: int, n: int) -> tuple[int, ...]:
     return tuple(range(max(low, 0), min(high, n) + 1))
 
 
+def can_misfit(decimals: int, n: int) -> bool:
+    """Whether some percentage with so many decimals is no k / n; where none is, that one fits says nothing.
+
+    There are N = 10^(decimals + 2) steps from 0 to 100 %. From n = N on each is within half a unit of some k / n.
+    Below, n + 1 counts cover as many steps, and one more for each count that lies halfway between two.
+    """
+    steps = int(10 ** (decimals + 2))
+    shared = gcd(n, steps)
+    halfway = shared if n // shared % 2 == 0 else 0
+    return n + halfway < steps
+
+
 def smallest_samples(percents: Sequence[float], decimals: int, n: int, limit: int = MAX_SAMPLES) -> int | None:
     """Smallest number of samples per problem, up to ``limit``, with which all ``percents`` of ``n`` problems fit.
 
-    ``None`` where no number up to the limit fits. Once n s reaches 10^(decimals + 2) every percentage fits, so an
-    answer near that size says little.
+    ``None`` where no number up to the limit fits. Where :func:`can_misfit` says no for the answer, every percentage
+    fits and it says nothing.
     """
     if not percents:
         raise ValueError("no published percentage to check")
