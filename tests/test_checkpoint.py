@@ -229,7 +229,16 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: not found"),
     "malformed config": (text("config.json", "{'a': 1}"), "config.json: not valid JSON"),
     "config is no object": (text("config.json", "[1]"), "config.json: expected a JSON object"),
-    "config is no text": (text("config.json", b"\xff\xfe\x00"), "config.json: not valid JSON"),
+    "config is no text": (text("config.json", b'{"a": "\xff"}'), r"config.json, line 1: not UTF-8 \(byte 0xff\)"),
+    "config in UTF-16": (text("config.json", "{}".encode("utf-16")), "config.json: it is UTF-16"),
+    "a key twice": (text("config.json", '{"vocab_size": 1, "vocab_size": 2}'), "key 'vocab_size' is there twice"),
+    "beyond a double": (text("config.json", '{"a": 1e999}'), "config.json: the number 1e999 is beyond"),
+    "too deep": (text("config.json", '{"a": ' + "[" * 9000), "config.json: nested too deeply"),
+    "too many digits": (text("config.json", '{"vocab_size": ' + "9" * 5000 + "}"), "more digits than Python reads"),
+    "half a pair": (
+        text("config.json", '{"_name_or_path": "\\ud800"}'),
+        "'_name_or_path': half a surrogate pair",
+    ),
     "missing shard": (
         shards(lambda _, folder: (folder / "model-00002-of-00003.safetensors").unlink()),
         "names a shard that is not there: model-00002-of-00003.safetensors",

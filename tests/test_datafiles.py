@@ -85,7 +85,7 @@ def test_hellaswag_context_is_cut_before_the_unfinished_sentence(
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("gsm8k/test.jsonl", '{"question": "?"}\n', "test.jsonl, row 1: column 'answer' is missing"),
+        ("gsm8k/test.jsonl", '{"question": "?"}\n', "test.jsonl, line 1: column 'answer' is missing"),
         ("gsm8k/test.jsonl", '{"question": "?", "answer": 3}\n', "column 'answer' is missing or no str"),
         ("gsm8k/test.jsonl", '{"question": "?", "answer": "3"}\nnonsense\n', "line 2: not valid JSON"),
         ("gsm8k/test.jsonl", '{"a": 1}\n{"b": 1}\n', "line 2: not a JSON object with the columns"),
@@ -113,6 +113,138 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "test.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="cannot read"):
+        prepare(tmp_path, tmp_path / "out")
+
+
+LINE = b'{"question": "How many?", "answer": "3"}\n'
+
+
+def of(value: bytes) -> bytes:
+    """Two rows, the second with a value as it stands in the file."""
+    return LINE + b'{"question": "How many?", "answer": ' + value + b"}\n"
+
+
+MARK = "\ufeff".encode()
+ODD_JSONL = {
+    "utf-16": (LINE.decode().encode("utf-16"), r"rows\.jsonl: it is UTF-16"),
+    "utf-16 of the other order": (b"\xfe\xff" + LINE.decode().encode("utf-16-be"), "it is UTF-16"),
+    "latin-1": (LINE + "caf\xe9".encode("latin-1"), "line 2: not UTF-8 (byte 0xe9)"),
+    "two marks": (MARK + MARK + LINE, "line 1: begins with a byte order mark"),
+    "files joined": (LINE + MARK + LINE, "line 2: begins with a byte order mark"),
+    "one above 64 bits": (of(b"9223372036854775808"), "line 2, 'answer': a whole number beyond 64 bits"),
+    "one below 64 bits": (of(b"-9223372036854775809"), "line 2, 'answer': a whole number beyond 64 bits"),
+    "inside": (of(b'{"k": [1, 18446744073709551616]}'), "line 2, 'answer.k[]': a whole number beyond 64 bits"),
+    "thousands of digits": (of(b"9" * 5000), "line 2: a whole number has more digits than Python reads"),
+    "beyond a double": (of(b"1e999"), "line 2: the number 1e999 is beyond what a double holds"),
+    "below a double": (of(b"-2.5e-999"), "line 2: the number -2.5e-999 is beyond what a double holds"),
+    "NaN": (of(b"NaN"), "line 2: NaN is not allowed"),
+    "infinity": (of(b"-Infinity"), "line 2: -Infinity is not allowed"),
+    "half a pair": (of(b'"\\ud83d x"'), r"line 2, 'answer': half a surrogate pair, \ud83d"),
+    "half a pair in a name": (b'{"\\udfff": 1}\n', r"line 1: half a surrogate pair, \udfff"),
+    "halves in the wrong order": (of(b'"\\ude00\\ud83d"'), "line 2, 'answer': half a surrogate pair"),
+    "deep in Python": (of(b"[" * 900 + b"9" * 20 + b"]" * 900), "a whole number beyond 64 bits"),
+    "deep": (of(b"[" * 9000 + b"]" * 9000), "line 2: nested too deeply"),
+    "a name twice": (b'{"question": "?", "answer": "1", "answer": "2"}\n', "line 1: key 'answer' is there twice"),
+    "kinds": (of(b"3"), "line 2, 'answer': a number, but a text in line 1"),
+    "true is no number": (b'{"a": 1}\n{"a": null}\n\n{"a": true}\n', "line 4, 'a': true or false, but a number"),
+    "no columns": (b"{}\n{}\n", "line 1: not a JSON object with the columns"),
+    "a comma": (LINE.strip() + b",\n", "line 1: not valid JSON (Extra data, column"),
+    "nothing": (b"", "no rows"),
+    "a raw NUL": (b'{"a": "x\x00y"}\n', "line 1: not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_JSONL)
+def test_odd_lines_are_refused_with_their_number(tmp_path: Path, name: str) -> None:
+    content, words = ODD_JSONL[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"rows\.jsonl") as caught:
+        read_jsonl(path)
+    assert words.replace("\\.", ".") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "values"),
+    [
+        (MARK + b'{"a": "x"}\n', ["x"]),
+        (b'{"a": "x"}\r{"a": "y"}\r', ["x", "y"]),
+        (b'\n{"a": "x"}\r\n   \r\n{"a": "y"}', ["x", "y"]),
+        (b'{"a": 9223372036854775807}\n{"a": -9223372036854775808}', [2**63 - 1, -(2**63)]),
+        (b'{"a": 1}\n{"a": 1.5}\n{"a": null}\n{"a": 0.0e-999}', [1, 1.5, None, 0.0]),
+        (b'{"a": "\\ud83d\\ude00"}', ["\U0001f600"]),
+        (b'{"a": "x\\u0000y\\ufeff"}', ["x\x00y\ufeff"]),
+        ('{"a": "x\u2028y\x85z"}'.encode(), ["x\u2028y\x85z"]),
+    ],
+)
+def test_odd_lines_that_are_sound_are_read(tmp_path: Path, content: bytes, values: list[Any]) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    assert [row["a"] for row in read_jsonl(tmp_path / "rows.jsonl")] == values
+
+
+PUBLISHED = {
+    "gsm8k": ("gsm8k/test.jsonl", '{"question": "How many?", "answer": "#### 3"}\n'),
+    "math500": (
+        "math500/test.jsonl",
+        '{"problem": "How many?", "solution": "3", "answer": "3", "subject": "x", "level": 1}\n',
+    ),
+    "mgsm": ("mgsm/mgsm_en.tsv", "How many?\t3\n"),
+    "mmlu": ("mmlu/test/x_test.csv", '"How many?",1,2,3,4,C\n'),
+    "header": ("mmlu/test/x_test.csv", "question,a,b,c,d,answer\nHow many?,1,2,3,4,2\n"),
+    "hellaswag": (HELLASWAG, ITEM),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_byte_order_mark_is_no_part_of_the_first_text(tmp_path: Path, name: str) -> None:
+    """The first question of a TSV or CSV file that an editor had marked began with U+FEFF."""
+    file, text = PUBLISHED[name]
+    rows = []
+    for root, mark in ((tmp_path / "plain", ""), (tmp_path / "marked", "\ufeff")):
+        for split in ("test", "train", "dev"):
+            write(root, file.replace("test", split), mark + text)
+        rows.append([read_jsonl(one.path) for one in prepare(root, root / "out")])
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_mark_further_on_names_file_and_place(tmp_path: Path, name: str) -> None:
+    file, text = PUBLISHED[name]
+    twice = text + "\ufeff" + text.removeprefix("question,a,b,c,d,answer\n")
+    for split in ("test", "train", "dev"):
+        write(tmp_path, file.replace("test", split), twice)
+    with pytest.raises(ValueError, match=r"test|mgsm_en|hellaswag_val_full") as caught:
+        prepare(tmp_path, tmp_path / "out")
+    assert "line" in str(caught.value) or "record" in str(caught.value)
+    assert not list((tmp_path / "out").rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("mgsm/mgsm_en.tsv", b"How many?\t9223372036854775808\n", "mgsm_en.tsv, line 1: a whole number beyond 64"),
+        ("mgsm/mgsm_en.tsv", b"How many?\t" + b"9" * 5000 + b"\n", "mgsm_en.tsv, line 1: not a question"),
+        ("mmlu/test/x_test.csv", b"a,1,2,3,4,0\n" + b"q" * 140_000 + b",1,2,3,4,0\n", "line 2: not CSV (field larger"),
+        ("mmlu/test/x_test.csv", b'a,1,2,3,4,0\n"open,1,2,3,4,0\n', "not CSV (unexpected end of data)"),
+        ("mmlu/test/x_test.csv", b'"Who said "it"?",1,2,3,4,0\n', "line 1: not CSV"),
+        (HELLASWAG, bz2.compress(ITEM.encode())[:-9], "hellaswag_val_full.txt.bz2"),
+        (HELLASWAG, b"no bzip", "hellaswag_val_full.txt.bz2"),
+        ("math500/test.jsonl", PUBLISHED["math500"][1].replace("1}", "true}").encode(), "line 1: column 'level'"),
+    ],
+)
+def test_published_files_that_are_broken_are_named(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r".") as caught:
+        prepare(tmp_path, tmp_path / "out")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "gsm8k" / "test.jsonl").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"cannot read .*test\.jsonl"):
         prepare(tmp_path, tmp_path / "out")
 
 

@@ -193,12 +193,38 @@ def test_missing_folder_missing_split_and_missing_column_are_one_line_each(gsm8k
         suites.resolve_tasks(["gsm8k"], data_dir=gsm8k_files)
 
 
-def test_a_column_of_mixed_types_names_the_file(gsm8k_files: Path) -> None:
+def test_a_column_of_mixed_types_names_file_and_line(gsm8k_files: Path) -> None:
     (gsm8k_files / "gsm8k" / "test.jsonl").write_text(
         '{"question": "?", "answer": "1"}\n{"question": 3, "answer": "1"}\n'
     )
-    with pytest.raises(ValueError, match=r"test\.jsonl: a column holds values of different types"):
+    with pytest.raises(ValueError, match=r"test\.jsonl, line 2, 'question': a number, but a text in line 1"):
         suites.resolve_tasks(["gsm8k"], data_dir=gsm8k_files)
+
+
+DEEP = "[" * 60 + '"v"' + "]" * 60
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (['{"a": 18446744073709551616}'], "line 1, 'a': a whole number beyond 64 bits"),
+        (['{"a": 1}', "", '{"a": 9007199254740993}', '{"a": 0.5}'], "line 4: values that do not fit"),
+        (['{"a": [1]}', '{"a": [null]}', '{"a": ["x"]}'], "line 3, 'a[]': a text, but a number in line 1"),
+        (['{"a": {"k": 1}}', '{"a": {"k": {"k": 1}}}'], "line 2, 'a.k': an object, but a number in line 1"),
+        (['{"a": [1, "x"]}'], "line 1, 'a[]': a text, but a number in line 1"),
+        (['{"a": [1.5, true]}'], "line 1, 'a[]': true or false, but a number in line 1"),
+        ([f'{{"a": {DEEP}}}'], "line 1: values that do not fit"),
+    ],
+)  # fmt: skip
+def test_what_no_table_carries_is_refused_with_its_line(tmp_path: Path, lines: list[str], words: str) -> None:
+    """A whole number beyond 64 bits was a traceback of pyarrow; other misfits named no line."""
+    from twotower_eval.suites.lm_tasks import _read_dataset
+
+    (tmp_path / "test.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"test\.jsonl, line ") as caught:
+        _read_dataset({"test": tmp_path / "test.jsonl"})
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_hub_task_out_of_reach_says_data_dir() -> None:
@@ -279,7 +305,16 @@ def test_timed_prompts_go_round_the_generation_tasks() -> None:
         ("[[task]]\nname = 'a'\nlm_eval = 'b'\nsamples = 0", "samples must be a whole number"),
         ("title = 'x'", "unknown key 'title'"),
         ("description = 'x'", "at least one task"),
-        ("[[task]", "cannot read suite"),
+        ("[[task]", r"suite .*own\.toml is not valid TOML"),
+        ("task = 3", "task must be a list of tables"),
+        ("task = ['a']", "task must be a list of tables"),
+        ("[[task]]\nname = 'a'\nlm_eval = 3", "task 'a': SuiteTask: parts.* must be a text, not 3"),
+        ("[[task]]\nname = 'a'\nparts = 'b'", "task 'a': SuiteTask: parts must be a JSON object"),
+        ("[[task]]\nname = 'a'\nlm_eval = 'b'\nsamples = true", "samples must be a whole number"),
+        ("[[task]]\nname = 'a'\nlm_eval = 'b'\nheadline = 'no'", "headline must be true or false"),
+        ("[[task]]\nname = 'a'\nlm_eval = 'b'\nstop = 'x'", "stop must be a list, not 'x'"),
+        ("[[task]]\nname = 'a'\nlm_eval = 'b'\nmetric = 1", "metric must be a text"),
+        ("[[task]]\nname = 'a'\nlm_eval = 'b'\nmax_new_tokens = 9223372036854775808", "beyond 64 bits"),
     ],
 )
 def test_a_broken_suite_file_says_where(tmp_path: Path, text: str, message: str) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twotower_eval.json_text import BOM, check_whole_numbers, decode_utf8, parse_json, walk
 from twotower_eval.names import did_you_mean
 
 Rows = Iterator[dict[str, Any]]
@@ -72,20 +73,40 @@ def prepare(source: Path, target: Path, names: Sequence[str] | None = None) -> l
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """All rows of a JSONL file, which must have the same columns throughout; anything else is a ValueError."""
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    return [row for _, row in numbered_rows(path)]
+
+
+def numbered_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of a JSONL file, each with the number of its line.
+
+    All have the same columns, and a column holds one kind of value. ValueError with file and line for all else, and
+    for numbers and texts that no table of a data set carries.
+    """
+    rows: list[tuple[int, dict[str, Any]]] = []
+    kinds: dict[str, tuple[str, int]] = {}
+    # No JSON text holds a bare carriage return, so that one ends a line, as on old machines.
+    for number, line in enumerate(_text(path).replace("\r", "\n").split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
-        if not isinstance(row, dict) or (rows and row.keys() != rows[0].keys()):
-            raise ValueError(f"{path}, line {number}: not a JSON object with the columns of the first line")
-        rows.append(row)
+        where = f"{path}, line {number}"
+        row = parse_json(line, where)
+        if not isinstance(row, dict) or not row or (rows and row.keys() != rows[0][1].keys()):
+            raise ValueError(f"{where}: not a JSON object with the columns of the first line")
+        check_whole_numbers(row, where)
+        for column, value in walk(row):
+            if value is not None:
+                kind, first = kinds.setdefault(column, (_kind(value), number))
+                if kind != _kind(value):
+                    raise ValueError(f"{where}, {column!r}: {_kind(value)}, but {kind} in line {first}")
+        rows.append((number, row))
     if not rows:
         raise ValueError(f"{path}: no rows")
     return rows
+
+
+def _kind(value: Any) -> str:
+    words = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list"}
+    return words.get(type(value), "an object")
 
 
 def _gsm8k(source: Path) -> Iterator[tuple[str, str, Rows]]:
@@ -100,10 +121,11 @@ def _math500(source: Path) -> Iterator[tuple[str, str, Rows]]:
 
 
 def _copied(path: Path, columns: Mapping[str, type]) -> Rows:
-    for number, row in enumerate(read_jsonl(path), start=1):
+    for number, row in numbered_rows(path):
         for column, kind in columns.items():
-            if not isinstance(row.get(column), kind):
-                raise ValueError(f"{path}, row {number}: column {column!r} is missing or no {kind.__name__}")
+            if type(row.get(column)) is not kind:  # true is no int
+                raise ValueError(f"{path}, line {number}: column {column!r} is missing or no {kind.__name__}")
+            _check_mark(row[column], f"{path}, line {number}")
         yield {column: row[column] for column in columns}
 
 
@@ -119,9 +141,11 @@ def _mgsm_rows(path: Path) -> Rows:
     # The published file has no worked solutions, which the stock prompts want to see as null, not missing.
     for number, line in enumerate(_text(path).rstrip("\n").split("\n"), start=1):
         cells = line.split("\t")
-        if len(cells) != 2 or not re.fullmatch(r"-?[\d,]+", cells[1].strip()):
+        if len(cells) != 2 or not re.fullmatch(r"-?[\d,]{1,24}", cells[1].strip()):
             raise ValueError(f"{path}, line {number}: not a question, a tab and a whole number")
+        _check_mark(cells[0], f"{path}, line {number}")
         answer = int(cells[1].replace(",", ""))
+        check_whole_numbers(answer, f"{path}, line {number}")
         yield {"question": cells[0], "answer": None, "answer_number": answer, "equation_solution": None}
 
 
@@ -137,13 +161,23 @@ def _mmlu(source: Path) -> Iterator[tuple[str, str, Rows]]:
 
 def _mmlu_rows(path: Path, subject: str) -> Rows:
     # Two forms are about: the original without a header and with a letter, and one with a header and an index.
-    for number, cells in enumerate(csv.reader(io.StringIO(_text(path), newline="")), start=1):
+    for number, cells in enumerate(_csv_records(path), start=1):
         if number == 1 and cells[:1] == ["question"] and cells[-1:] == ["answer"]:
             continue
         if len(cells) != 6 or cells[5] not in tuple("0123ABCD"):
             raise ValueError(f"{path}, record {number}: not a question, four choices and an answer (0-3 or A-D)")
+        for cell in cells:
+            _check_mark(cell, f"{path}, record {number}")
         answer = int(cells[5]) if cells[5].isdigit() else "ABCD".index(cells[5])
         yield {"question": cells[0], "subject": subject, "choices": cells[1:5], "answer": answer}
+
+
+def _csv_records(path: Path) -> Iterator[list[str]]:
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
 
 
 def _hellaswag(source: Path) -> Iterator[tuple[str, str, Rows]]:
@@ -164,6 +198,8 @@ def _hellaswag_rows(path: Path) -> Rows:
         activity, colon, context = head.partition(": ")
         if not colon or label not in ("0", "1", "2", "3"):
             raise ValueError(f"{path}, line {6 * index + 1}: not 'activity: context' followed by a label from 0 to 3")
+        for offset, text in enumerate(lines[6 * index : 6 * index + 6], start=1):
+            _check_mark(text, f"{path}, line {6 * index + offset}")
         finished = re.fullmatch(r"(.*[.!?]['\")]*) ([^.!?]+)", context)
         ctx_a, ctx_b = finished.groups() if finished else (context, "")
         yield {
@@ -186,15 +222,23 @@ BENCHMARKS: dict[str, Callable[[Path], Iterator[tuple[str, str, Rows]]]] = {
 }
 
 
+def _check_mark(text: Any, where: str) -> None:
+    """ValueError for a text that begins with a byte order mark: files with one were joined or made into another."""
+    if isinstance(text, str) and text.startswith(BOM):
+        raise ValueError(f"{where}: a text begins with a byte order mark (U+FEFF): take it out")
+
+
 def _text(path: Path) -> str:
     """The content of a UTF-8 file, bz2 or plain, newlines as they are within records."""
     try:
-        content = bz2.decompress(path.read_bytes()) if path.suffix == ".bz2" else path.read_bytes()
-        return content.decode("utf-8").replace("\r\n", "\n")
+        content = path.read_bytes()
+        if path.suffix == ".bz2":
+            content = bz2.decompress(content)
     except FileNotFoundError as error:
         raise ValueError(f"file {path} is missing") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, ValueError) as error:  # the latter two for a file that ends too early
         raise ValueError(f"cannot read {path}: {error}") from error
+    return decode_utf8(content, str(path)).replace("\r\n", "\n")
 
 
 def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:

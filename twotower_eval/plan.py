@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from twotower_eval.json_text import check_whole_numbers, decode_utf8
 from twotower_eval.names import did_you_mean
 from twotower_eval.plan_fields import check_at_least, check_cuda_graphs, check_fields
 from twotower_eval.records import DecoderSpec, LikelihoodKind
@@ -188,11 +189,16 @@ def is_scale_plan(path: Path) -> bool:
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """The values of a TOML file; a missing or broken one is a ValueError that says what it was read as."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = decode_utf8(path.read_bytes(), f"{what} {path}").replace("\r\n", "\n")
+        values = tomllib.loads(text)
     except OSError as error:
         raise ValueError(f"cannot read {what} {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{what} {path} is not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{what} {path} is nested too deeply to be read") from error
+    check_whole_numbers(values, f"{what} {path}")
+    return values
 
 
 def plan_from_json(cls: type[P], values: Mapping[str, Any]) -> P:

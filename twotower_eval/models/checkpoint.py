@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from twotower_eval.json_text import parse_json, read_utf8
 from twotower_eval.models.autoregressive import ContextTower
 from twotower_eval.models.base import LanguageModel, source_text
 from twotower_eval.models.config import NemotronHConfig, as_ids, parse_config
@@ -56,10 +56,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file; ValueError with one line if it is missing or malformed."""
     if not file.is_file():
         raise ValueError(f"{file}: not found")
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    data = parse_json(read_utf8(file), str(file), infinities=True)  # transformers writes time_step_limit so
     if not isinstance(data, dict):
         raise ValueError(f"{file}: expected a JSON object")
     return data

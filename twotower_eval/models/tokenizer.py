@@ -5,12 +5,13 @@ The ``tokenizers`` library alone: transformers' AutoTokenizer would cost two sec
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+
+from twotower_eval.json_text import parse_json, read_utf8
 
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of an added token: how it is found in a text
 # What transformers takes back of a text's spaces where a tokenizer asks for it, in its order.
@@ -100,7 +101,7 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
     if not file.exists():
         return None
     try:
-        inner = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        inner = tokenizers.Tokenizer.from_str(read_utf8(file))
     except Exception as error:  # the library raises bare Exception for a malformed file; said, not hidden
         raise ValueError(f"{file}: not a readable tokenizer.json ({error})") from error
     _check_size(file, inner, vocab_size)
@@ -133,10 +134,7 @@ def _check_size(file: Path, inner: tokenizers.Tokenizer, vocab_size: int) -> Non
 def _settings(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    settings = parse_json(read_utf8(file), str(file), infinities=True)
     if not isinstance(settings, dict):
         raise ValueError(f"{file}: expected a JSON object")
     return settings

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from twotower_eval.names import did_you_mean
-from twotower_eval.plan import data_path
+from twotower_eval.plan import data_path, read_toml
+from twotower_eval.strict import from_json
 
 SETTINGS = ("num_fewshot", "metric", "filter", "max_new_tokens", "samples", "headline", "stop")
 
@@ -76,14 +76,14 @@ def load_suite(name: str) -> Suite:
 
 def read_suite(path: Path) -> Suite:
     """Read one suite file; unknown keys, repeated names and impossible values are a ValueError naming the task."""
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read suite {path}: {error}") from error
+    data = read_toml(path, "suite")
     unknown = set(data) - {"description", "task"}
     if unknown:
         raise ValueError(f"suite {path}: unknown key {min(unknown)!r} (known: description, task)")
-    tasks = tuple(_suite_task(entry, path) for entry in data.get("task", []))
+    entries = data.get("task", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ValueError(f"suite {path}: task must be a list of tables, as [[task]] makes them")
+    tasks = tuple(_suite_task(entry, path) for entry in entries)
     names = [task.name for task in tasks]
     if not tasks or len(set(names)) < len(names):
         raise ValueError(f"suite {path}: it needs at least one task, and no name twice")
@@ -96,17 +96,20 @@ def _suite_task(entry: Mapping[str, Any], path: Path) -> SuiteTask:
     for key in entry:
         if key not in known:
             raise ValueError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}")
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    values = dict(entry)
     if not isinstance(values.get("name"), str) or ("lm_eval" in values) == ("parts" in values):
         raise ValueError(f"{where}: it needs a name and one of lm_eval (a task) and parts (label -> task)")
     values.setdefault("parts", {"": values.pop("lm_eval", None)})
-    task = SuiteTask(**values)
+    try:
+        task = from_json(SuiteTask, values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     for setting in task.published:
         if setting not in SETTINGS:
             raise ValueError(f"{where}: published names {setting!r}{did_you_mean(setting, SETTINGS)}")
     for least, setting in ((0, "num_fewshot"), (1, "max_new_tokens"), (1, "samples")):
         value = getattr(task, setting)
-        if value is not None and (not isinstance(value, int) or value < least):
+        if value is not None and value < least:
             raise ValueError(f"{where}: {setting} must be a whole number of at least {least}, not {value!r}")
     return task
 

@@ -13,7 +13,7 @@ from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from twotower_eval.datafiles import folders, read_jsonl
+from twotower_eval.datafiles import folders, numbered_rows
 from twotower_eval.names import did_you_mean
 from twotower_eval.plan import data_path
 
@@ -186,16 +186,33 @@ def _on_files(config: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str,
 
 
 def _read_dataset(files: Mapping[str, Path], **_metadata: Any) -> Any:
-    from datasets import Dataset, DatasetDict
-    from pyarrow import ArrowInvalid, ArrowTypeError
+    from datasets import DatasetDict
 
-    splits = {}
-    for split, path in files.items():
+    return DatasetDict({split: _split(path, numbered_rows(path)) for split, path in files.items()})
+
+
+def _split(path: Path, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> Any:
+    """The rows as a data set; ValueError with the first line that does not fit those before it."""
+    from datasets import Dataset
+    from pyarrow import ArrowException
+
+    def made(num: int) -> Any:
+        return Dataset.from_list([dict(row) for _, row in rows[:num]])
+
+    misfits = (ArrowException, OverflowError, RecursionError)
+    try:
+        return made(len(rows))
+    except misfits as error:
+        fitting, failing, why = 0, len(rows), error
+    while failing - fitting > 1:
+        middle = (fitting + failing) // 2
         try:
-            splits[split] = Dataset.from_list(read_jsonl(path))
-        except (ArrowInvalid, ArrowTypeError) as error:
-            raise ValueError(f"{path}: a column holds values of different types ({_first_line(error)})") from error
-    return DatasetDict(splits)
+            made(middle)
+            fitting = middle
+        except misfits as error:
+            failing, why = middle, error
+    line = rows[failing - 1][0]
+    raise ValueError(f"{path}, line {line}: values that do not fit those of the lines before ({_first_line(why)})")
 
 
 def _load_yaml(path: Path, *, resolve_func: bool = True, recursive: bool = True) -> dict[str, Any]:

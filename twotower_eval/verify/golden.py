@@ -8,7 +8,6 @@ is not the one verified. Keys: ``{prompt}.ids``, ``.context_logits``, ``.prefill
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from twotower_eval.decoders import make_decoder
+from twotower_eval.json_text import parse_json, read_utf8
 from twotower_eval.models import load_model
 from twotower_eval.records import Prompt
 from twotower_eval.verify.finding import Finding, judged, not_checked
@@ -51,10 +51,7 @@ def load_golden(folder: Path, model: Any, device: str) -> Golden:
     for name in (TENSORS, DESCRIPTION):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}: --golden wants a folder of reference outputs")
-    try:
-        meta = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / DESCRIPTION}: not valid JSON ({error})") from error
+    meta = parse_json(read_utf8(folder / DESCRIPTION), str(folder / DESCRIPTION), infinities=True)
     if not isinstance(meta, dict) or not isinstance(meta.get("prompts"), dict):
         raise ValueError(f"{folder / DESCRIPTION}: no prompts are described in it")
     own = load_model(folder, device=device) if (folder / "config.json").is_file() else model
