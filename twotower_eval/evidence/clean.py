@@ -180,6 +180,7 @@ def subset(scores: stats.PairedScores, kept: list[int]) -> stats.PairedScores:
         clusters=[scores.clusters[i] for i in kept],
         baseline=[scores.baseline[i] for i in kept],
         candidate=[scores.candidate[i] for i in kept],
+        chance=[scores.chance[i] for i in kept] if scores.chance else (),
     )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from twotower_eval import stats
+from twotower_eval.evidence.chance import AgainstChance
 from twotower_eval.evidence.clean import CleanQuality, Flagged
 from twotower_eval.evidence.counts import Counts
 from twotower_eval.evidence.measured import Measured as Measured
@@ -23,7 +24,8 @@ class TaskQuality:
     """One task that counts once in the average; ``members`` are (name, documents, baseline, candidate) if it has any.
 
     ``scored_by`` is the candidate's. Means lie between 0 and 1 for the usual metrics. ``equal_by_construction``: both
-    arms were scored by one computation, on the tensors that they share.
+    arms were scored by one computation, on the tensors that they share. ``above_chance`` is the retention of what lies
+    above chance.
     """
 
     name: str
@@ -37,6 +39,8 @@ class TaskQuality:
     baseline: float
     candidate: float
     retention: Measured
+    standing: stats.Standing
+    above_chance: Measured
     members: tuple[tuple[str, int, float, float], ...]
     flips: stats.Flips
 
@@ -90,6 +94,7 @@ class QualityPoint:
     exercised: Measured
     mean_of_ratios: Measured
     leave_one_out: tuple[tuple[str, float], ...]
+    chance: AgainstChance
     others: tuple[OtherScore, ...]
     missing: tuple[MissingScore, ...]
     warnings: tuple[str, ...]

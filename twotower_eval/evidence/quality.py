@@ -7,10 +7,11 @@ with the baseline cells of the same run and workload. Scores that cannot be pair
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from twotower_eval import stats
+from twotower_eval.evidence.chance import AgainstChance, against_chance, chances
 from twotower_eval.evidence.clean import CleanQuality, clean_quality, flagged, flagged_documents, outputs
 from twotower_eval.evidence.counts import count
 from twotower_eval.evidence.measured import ArmsDifferError
@@ -59,7 +60,8 @@ def _point(run: Run, cells: list[Cell], by_cell: dict[str, list[Score]]) -> Qual
     headline = [pair for pair in usable if pair[0].headline and pair[0].higher_is_better]
     others = [pair for pair in usable if not (pair[0].headline and pair[0].higher_is_better)]
     answered_once = _tasks_answered_once(run, cells, baselines)
-    found_tasks = _headline_quality(headline, answered_once)
+    scores = _scores(headline, chances(run, [a for a, _ in headline]))
+    found_tasks = _headline_quality(scores, headline, answered_once)
     warnings = list(found_tasks.pop("warnings"))
     if unpaired:
         warnings.append(f"{unpaired} scores have no partner in the other arm yet and are left out")
@@ -81,8 +83,8 @@ def _point(run: Run, cells: list[Cell], by_cell: dict[str, list[Score]]) -> Qual
         counts=count(generation for cell_id, generation in generations if cell_id in ids),
         baseline_counts=count(generation for cell_id, generation in generations if cell_id in baseline_ids),
         flagged=flagged(by_arm[0], by_arm[1], clusters),
-        clean=_clean(headline, [flagged_documents(arm) for arm in by_arm]),
-        scores=_scores(headline) if headline else None,
+        clean=_clean(scores, headline, [flagged_documents(arm) for arm in by_arm]),
+        scores=scores if headline else None,
         documents_sha256=_documents_sha256(headline, baselines),
         **found_tasks,
     )
@@ -104,7 +106,7 @@ def _paired(run: Run, baseline: list[Score], candidate: list[Score]) -> tuple[li
         raise ArmsDifferError(f"run {run.manifest.run_id}: {where} is scored in one arm only: the runs are no pair")
     pairs = [(by_key[0][key], by_key[1][key]) for key in sorted(by_key[0].keys() & by_key[1].keys())]
     for a, b in pairs:
-        for name in ("doc_sha256", "prompt_sha256", "target_sha256", "cluster_id", "group", "headline"):
+        for name in ("doc_sha256", "prompt_sha256", "target_sha256", "cluster_id", "group", "headline", "chance"):
             if getattr(a, name) != getattr(b, name):
                 where = f"task {a.task!r}, document {a.doc_id}"
                 what = f"{name} differs between baseline and candidate"
@@ -131,13 +133,14 @@ def _missing(pairs: Iterable[Pair]) -> Iterator[MissingScore]:
         )
 
 
-def _scores(pairs: list[Pair]) -> stats.PairedScores:
+def _scores(pairs: list[Pair], chance: Sequence[float] = ()) -> stats.PairedScores:
     return stats.PairedScores(
         tasks=[a.task for a, _ in pairs],
         groups=[a.group or a.task for a, _ in pairs],
         clusters=[a.cluster_id for a, _ in pairs],
         baseline=[a.value for a, _ in pairs if a.value is not None],
         candidate=[b.value for _, b in pairs if b.value is not None],
+        chance=chance,
     )
 
 
@@ -152,16 +155,19 @@ def _tasks_answered_once(run: Run, cells: list[Cell], baselines: list[Cell]) -> 
     return once
 
 
-def _headline_quality(pairs: list[Pair], answered_once: set[str]) -> dict[str, Any]:
+def _headline_quality(scores: stats.PairedScores, pairs: list[Pair], answered_once: set[str]) -> dict[str, Any]:
     """Everything about retention, as fields of a QualityPoint."""
     if not pairs:
         none = Measured(estimate=None, reason="no task with a headline score")
         fields = {"headline": none, "exercised": none, "mean_of_ratios": none, "leave_one_out": ()}
-        return {"tasks": (), "warnings": (), **fields}
-    scores = _scores(pairs)
+        chance = AgainstChance(standings=(), headline=none, exercised=none, clear_headline=none, clear_exercised=none)
+        return {"tasks": (), "warnings": (), "chance": chance, **fields}
     table, draws = scores.table, stats.draw_task_means(scores.table)
     flips = {found.task: found for found in stats.flips(scores)}
-    tasks = tuple(_task_quality(name, pairs, table, draws, flips[name], answered_once) for name in table.tasks)
+    standings = stats.standings(table)
+    tasks = tuple(
+        _task_quality(standing, pairs, table, draws, flips[standing.task], answered_once) for standing in standings
+    )
     exercising = [task.name for task in tasks if task.exercises_decoder]
     all_equal = all(task.equal_by_construction and task.baseline > 0 for task in tasks)
     exercised = Measured(estimate=None, reason="no task is scored through the candidate's decoder")
@@ -174,18 +180,22 @@ def _headline_quality(pairs: list[Pair], answered_once: set[str]) -> dict[str, A
         "exercised": exercised,
         "mean_of_ratios": equal if all_equal else measured(lambda: stats.mean_of_ratios(table, draws)),
         "leave_one_out": stats.leave_one_out(table),
+        "chance": against_chance(
+            table, draws, standings, exercising, [task.name for task in tasks if task.equal_by_construction]
+        ),
         "warnings": tuple(_interval_warnings(table, draws)),
     }
 
 
 def _task_quality(
-    name: str,
+    standing: stats.Standing,
     pairs: list[Pair],
     table: stats.ScoreTable,
     draws: stats.Draws,
     flips: stats.Flips,
     answered_once: set[str],
 ) -> TaskQuality:
+    name = standing.task
     here = [(a, b) for a, b in pairs if (a.group or a.task) == name]
     per_leaf = {
         member: {(a.metric, a.filter) for a, _ in here if a.task == member} for member in {a.task for a, _ in here}
@@ -206,6 +216,9 @@ def _task_quality(
     ]
     equal = num_discordant == 0 and per_leaf.keys() <= answered_once
     known = Measured(estimate=stats.equal_by_construction(1.0, num_clusters)) if equal and means_L[0].any() else None
+    above = Measured(estimate=None, reason="the baseline is not clearly above chance")
+    if standing.is_clear:
+        above = known or measured(lambda: stats.retention_above_chance(table, draws, weights_K))
     return TaskQuality(
         name=name,
         metric=metric,
@@ -215,17 +228,18 @@ def _task_quality(
         num_clusters=num_clusters,
         num_discordant=num_discordant,
         equal_by_construction=equal,
-        baseline=float(table.task_means_K(table.baseline_CL)[k]),
+        baseline=standing.baseline,
         candidate=float(table.task_means_K(table.candidate_CL)[k]),
         retention=known or measured(lambda: stats.retention(table, draws, weights_K)),
+        standing=standing,
+        above_chance=above,
         members=tuple(members) if len(members) > 1 else (),
         flips=flips,
     )
 
 
-def _clean(headline: list[Pair], dropped: list[set[tuple[str, int]]]) -> CleanQuality:
-    documents = [(a.task, a.doc_id) for a, _ in headline]
-    return clean_quality(_scores(headline), documents, (dropped[0], dropped[1]))
+def _clean(scores: stats.PairedScores, headline: list[Pair], dropped: list[set[tuple[str, int]]]) -> CleanQuality:
+    return clean_quality(scores, [(a.task, a.doc_id) for a, _ in headline], (dropped[0], dropped[1]))
 
 
 def _interval_warnings(table: stats.ScoreTable, draws: stats.Draws) -> Iterator[str]:

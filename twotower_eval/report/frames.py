@@ -81,20 +81,31 @@ def _retention(point: QualityPoint) -> Iterator[Row]:
             "baseline_mean": task.baseline,
             "candidate_mean": task.candidate,
             **measured_columns("retention", task.retention),
+            "chance": task.standing.chance,
+            "baseline_stands": task.standing.stand,
+            "baseline_less_chance_low": task.standing.low,
+            "baseline_less_chance_high": task.standing.high,
+            "baseline_less_chance_level": task.standing.level,
+            **measured_columns("retention_above_chance", task.above_chance),
             "equal_by_construction": task.equal_by_construction,
             "num_lost": task.flips.num_lost,
             "num_gained": task.flips.num_gained,
             "p_holm": task.flips.p_holm,
         }
+    everything = Measured(estimate=None, reason="not computed for this average")
     averages = {
-        "headline": point.headline,
-        "decoder_exercised": point.exercised,
-        "mean_of_ratios": point.mean_of_ratios,
+        "headline": (point.headline, point.chance.headline),
+        "decoder_exercised": (point.exercised, point.chance.exercised),
+        "mean_of_ratios": (point.mean_of_ratios, everything),
+        "headline_clearly_above_chance": (point.chance.clear_headline, everything),
+        "decoder_exercised_clearly_above_chance": (point.chance.clear_exercised, everything),
     }
-    for name, found in averages.items():
-        used = [task for task in point.tasks if task.exercises_decoder or name != "decoder_exercised"]
+    for name, (found, above) in averages.items():
+        used = [task for task in point.tasks if task.exercises_decoder or not name.startswith("decoder_exercised")]
+        used = [task for task in used if task.standing.is_clear or not name.endswith("chance")]
+        columns = {**measured_columns("retention", found), **measured_columns("retention_above_chance", above)}
         num_documents = sum(task.num_documents for task in used)
-        yield {**start, "task": f"({name})", "num_documents": num_documents, **measured_columns("retention", found)}
+        yield {**start, "task": f"({name})", "num_documents": num_documents, **columns}
 
 
 def _speed(point: SpeedPoint) -> Row:

@@ -7,6 +7,7 @@ from twotower_eval.evidence.points import QualityPoint
 from twotower_eval.evidence.runs import Headline, Runs
 from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.report.section import Section
+from twotower_eval.report.tables import without_unclear
 from twotower_eval.report.text import bullets, code, escape, retention, run_list, speed_warnings, times
 from twotower_eval.report.verdicts import points_text, timing_text, verdict_line
 from twotower_eval.store import Run
@@ -110,6 +111,11 @@ def _caveats(runs: Runs, found: Headline) -> list[str]:
         num_exercising = sum(task.exercises_decoder for task in quality.tasks)
         what = f"{_plural(len(quality.tasks), 'task')}, {_plural(num_documents, 'document')}"
         lines.append(f"Quality: {what}; {num_exercising} answered by the decoder. Run {run_list([quality.run_id])}.")
+    if quality and quality.chance.has_options and quality.headline.estimate:
+        why = f" ({escape(quality.chance.headline.reason)})" if quality.chance.headline.reason else ""
+        lines.append(f"Of what lies above guessing, it keeps {retention(quality.chance.headline)}{why}.")
+    if unclear := without_unclear(quality.chance, quality.headline, quality.exercised) if quality else None:
+        lines.append(unclear)
     if speed and speed.time.estimate:
         setting = f"{speed.workload} workload, batch {speed.batch_size}"
         size = f"{_plural(speed.num_rounds, 'round')} of {_plural(speed.num_calls, 'timed call')}"

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 
 from twotower_eval import stats
-from twotower_eval.evidence.points import OtherScore, QualityPoint, TaskQuality, measured, point_key
+from twotower_eval.evidence.chance import AgainstChance, standing_text
+from twotower_eval.evidence.points import Measured, OtherScore, QualityPoint, TaskQuality, measured, point_key
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.records import Score
 from twotower_eval.report.section import Section
@@ -33,6 +34,11 @@ READING = (
     "only the candidate got right, with McNemar's exact p (by sign flips where a cluster has several scores), "
     "Holm-adjusted over the tasks."
 )
+READING_CHANCE = (
+    " Chance is what guessing among a document's options scores. Retention above chance divides what lies above it: "
+    "1 where nothing is lost, 0 where the candidate guesses. It stands where the baseline's lower 95 % bound, for all "
+    "tasks with options together, is above chance."
+)
 
 
 def quality(runs: Runs) -> Section:
@@ -41,7 +47,8 @@ def quality(runs: Runs) -> Section:
         text = "Nothing has been scored in both arms. `twotower-eval run` scores baseline and candidate.\n"
         return Section(title="Retention: is the quality kept?", markdown=text + _single_arm(runs))
     first = runs.shown.quality or runs.quality[0]
-    parts = [_point(runs, first), details("How to read this table", READING)]
+    reading = READING + READING_CHANCE * first.chance.has_options
+    parts = [_point(runs, first), details("How to read this table", reading)]
     rest = [point for point in runs.quality if point is not first]
     if rest:
         parts.append(details(f"All {len(runs.quality)} measurements of retention", _grid(runs)))
@@ -85,22 +92,27 @@ def _point(runs: Runs, point: QualityPoint) -> str:
 
 
 def _task_table(point: QualityPoint) -> str:
-    header = ["task", "retention [95 %]", "baseline", "candidate", "lost / gained (p)", "n (clusters)", "scored by"]
-    header.append("metric (filter)")
-    rows = [row for task in point.tasks for row in _task_rows(task)]
-    rows.append(_total_row("**headline**", point.tasks, retention(point.headline)))
+    with_chance = point.chance.has_options
+    header = ["task", "retention [95 %]", *["above chance [95 %]", "chance"] * with_chance, "baseline", "candidate"]
+    header += ["lost / gained (p)", "n (clusters)", "scored by", "metric (filter)"]
+    rows = [row for task in point.tasks for row in _task_rows(task, with_chance)]
+    above = [retention(point.chance.headline)] * with_chance
+    rows.append(_total_row("**headline**", point.tasks, retention(point.headline), above))
     if not point.all_exercise_decoder:
         exercising = tuple(task for task in point.tasks if task.exercises_decoder)
-        rows.append(_total_row("**decoder-exercised**", exercising, retention(point.exercised)))
+        above = [retention(point.chance.exercised)] * with_chance
+        rows.append(_total_row("**decoder-exercised**", exercising, retention(point.exercised), above))
     return table(header, rows, texts=("scored by", "metric (filter)"))
 
 
-def _task_rows(task: TaskQuality) -> Iterator[list[str]]:
+def _task_rows(task: TaskQuality, with_chance: bool) -> Iterator[list[str]]:
     flips = f"{task.flips.num_lost} / {task.flips.num_gained} ({significant(max(task.flips.p_holm, 1e-4), 2)})"
     filtered = f" ({escape(task.filter)})" if task.filter != "none" else ""
+    chance = NONE if task.standing.chance is None else percent(task.standing.chance)
     yield [
         escape(task.name) + (f" (mean of {len(task.members)})" if task.members else ""),
-        "100 % by construction" if task.equal_by_construction else retention(task.retention),
+        _kept(task, task.retention),
+        *[_kept(task, task.above_chance), chance] * with_chance,
         percent(task.baseline),
         percent(task.candidate),
         flips,
@@ -109,17 +121,40 @@ def _task_rows(task: TaskQuality) -> Iterator[list[str]]:
         escape(task.metric) + filtered,
     ]
     for name, num_documents, baseline, candidate in task.members:
-        yield [f"{NONE} {escape(name)}", "", percent(baseline), percent(candidate), "", count(num_documents), "", ""]
+        blanks = ["", *["", ""] * with_chance]
+        means = [percent(baseline), percent(candidate)]
+        yield [f"{NONE} {escape(name)}", *blanks, *means, "", count(num_documents), "", ""]
 
 
-def _total_row(name: str, tasks: tuple[TaskQuality, ...], kept: str) -> list[str]:
+def _kept(task: TaskQuality, found: Measured) -> str:
+    return "100 % by construction" if task.equal_by_construction and found.estimate else retention(found)
+
+
+def _total_row(name: str, tasks: tuple[TaskQuality, ...], kept: str, above: list[str]) -> list[str]:
+    """``above`` holds the retention above chance, and nothing where no task can be guessed at."""
     if not tasks:
-        return [name, NONE, NONE, NONE, "", "0", "", ""]
-    baseline = sum(task.baseline for task in tasks) / len(tasks)
-    candidate = sum(task.candidate for task in tasks) / len(tasks)
+        return [name, NONE, *[NONE, NONE] * len(above), NONE, NONE, "", "0", "", ""]
+    means = [sum(task.baseline for task in tasks), sum(task.candidate for task in tasks)]
+    chance = sum(task.standing.chance or 0.0 for task in tasks) / len(tasks)
+    cells = [kept, *[*above, percent(chance)] * len(above), *(percent(total / len(tasks)) for total in means)]
     num_documents = count(sum(task.num_documents for task in tasks))
-    means = [f"**{percent(baseline)}**", f"**{percent(candidate)}**"]
-    return [f"{name} ({len(tasks)} tasks)", f"**{kept}**", *means, "", num_documents, "", ""]
+    return [f"{name} ({len(tasks)} tasks)", *(f"**{cell}**" for cell in cells), "", num_documents, "", ""]
+
+
+def without_unclear(found: AgainstChance, headline: Measured, exercised: Measured) -> str | None:
+    """Which baselines are not clearly above chance, and what retention is without these tasks; ``None`` without any."""
+    if not found.unclear:
+        return None
+    named = escape("; ".join(standing_text(one) for one in found.unclear))
+    start = f"Baselines not clearly above chance, on which a retention says little: {named}."
+    num_left = len(found.standings) - len(found.unclear)
+    if not num_left:
+        return f"{start} No other task is left."
+    text = f"the headline is {retention(found.clear_headline)} ({num_left} left), with them {retention(headline)}"
+    if exercised.estimate:
+        both = f"{retention(found.clear_exercised)} and {retention(exercised)}"
+        text += f"; on the tasks that the decoder answers, {both}"
+    return f"{start} Without them {text}."
 
 
 def _remarks(runs: Runs, point: QualityPoint) -> Iterator[str]:
@@ -139,6 +174,8 @@ def _remarks(runs: Runs, point: QualityPoint) -> Iterator[str]:
     methods = sorted({e.method + (f", seed {e.seed}" if e.seed is not None else "") for e in estimates})
     if methods:
         yield f"Intervals of the averages: {'; '.join(methods)}."
+    if unclear := without_unclear(point.chance, point.headline, point.exercised):
+        yield unclear
     if point.headline.reason:
         yield f"No headline: {escape(point.headline.reason)}."
     notes: dict[str, list[str]] = {}
@@ -200,7 +237,9 @@ def _missing(point: QualityPoint) -> str:
 
 
 def _grid(runs: Runs) -> str:
-    header = ["block, steps, threshold", "outputs", "tasks", "n", "headline [95 %]", "decoder-exercised [95 %]"]
+    with_chance = any(point.chance.has_options for point in runs.quality)
+    header = ["block, steps, threshold", "outputs", "tasks", "n", "headline [95 %]"]
+    header += [*["above chance [95 %]"] * with_chance, "decoder-exercised [95 %]"]
     header += ["mean of ratios [95 %]", "leaving one out", "run"]
     rows = []
     for point in runs.quality:
@@ -212,6 +251,7 @@ def _grid(runs: Runs) -> str:
                 count(len(point.tasks)),
                 count(sum(task.num_documents for task in point.tasks)),
                 retention(point.headline),
+                *[retention(point.chance.headline)] * with_chance,
                 retention(point.exercised),
                 retention(point.mean_of_ratios),
                 f"{percent(ends[0])} to {percent(ends[-1])}" if len(ends) > 1 else NONE,

@@ -1,11 +1,12 @@
 """Statistics of retention and speedup: pure functions on arrays that return estimates with their intervals.
 
-``paired`` turns scores into sums and bootstrap draws, ``quality`` into retention, ``flips`` into tests of flipped
-answers; ``speedup`` handles timed calls, ``nulls`` the A/A gate. ``decide`` judges an estimate, ``power`` plans and
-says how much is missing, ``costs`` predicts times from measured parts, ``granularity`` checks published percentages.
-numpy and scipy only. No data is a ValueError, never 0.
+``paired`` turns scores into sums and bootstrap draws, ``quality`` into retention, ``chance`` into what lies above
+guessing, ``flips`` into tests of flipped answers; ``speedup`` handles timed calls, ``nulls`` the A/A gate. ``decide``
+judges an estimate, ``power`` plans and says how much is missing, ``costs`` predicts times from measured parts,
+``granularity`` checks published percentages. numpy and scipy only. No data is a ValueError, never 0.
 """
 
+from twotower_eval.stats.chance import ABOVE_CHANCE_LEVEL, Standing, retention_above_chance, standings
 from twotower_eval.stats.costs import (
     CallCounts,
     CostTable,
@@ -73,6 +74,7 @@ from twotower_eval.stats.speedup import (
 )
 
 __all__ = [
+    "ABOVE_CHANCE_LEVEL",
     "ASSUMED_ACCURACY",
     "ASSUMED_DISCORDANCE",
     "DECISION_LEVEL",
@@ -102,6 +104,7 @@ __all__ = [
     "Prediction",
     "Relation",
     "ScoreTable",
+    "Standing",
     "TimedCalls",
     "binomial_upper_bound",
     "bootstrap_stderr",
@@ -138,9 +141,11 @@ __all__ = [
     "predicted_speedup",
     "resamples_launches",
     "retention",
+    "retention_above_chance",
     "sign_flip_test",
     "smallest_samples",
     "speedup",
+    "standings",
     "still_needed",
     "too_few",
     "widest_null",

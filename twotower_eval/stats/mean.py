@@ -17,7 +17,6 @@ from twotower_eval.stats.intervals import (
     skewed_t_interval,
     third_cumulant,
 )
-from twotower_eval.stats.paired import Ints
 
 EPSILON = 1e-12
 
@@ -44,7 +43,10 @@ def mean_score(values: Sequence[float], clusters: Sequence[str], *, level: float
     z_C = np.zeros(n)
     np.add.at(z_C, code_N, (value_N - mean) / len(value_N))
     low, high = t_interval_of_mean(mean, n * z_C, level)
-    below, above = (_extreme_bound(edge_N, code_N, level) for edge_N in (value_N, 1 - value_N))
+    sizes_C = np.bincount(code_N).astype(float)
+    sums_C = np.bincount(code_N, value_N).astype(float)
+    inside = value_N.min() >= 0 and value_N.max() <= 1
+    below, above = (extreme_bound(edge_C, sizes_C, level) if inside else 0.0 for edge_C in (sums_C, sizes_C - sums_C))
     low, high = min(low, 1 - above), max(high, below)
     widened = ", widened to the exact bound" if max(above, below) > 0 else ""
     method = f"t interval over clusters, corrected for skewness{widened}"
@@ -62,13 +64,13 @@ def t_interval_of_mean(mean: float, parts_C: Floats, level: float) -> tuple[floa
     return skewed_t_interval(mean, variance**0.5, level=level, dof=dof_of_mean(parts_C), skew=skew)
 
 
-def _extreme_bound(value_N: Floats, code_N: Ints, level: float) -> float:
-    """Upper bound of a mean of scores that are 0 in all but a few clusters; 0 where that is not so."""
-    if value_N.min() < 0 or value_N.max() > 1:
-        return 0.0
-    sizes_C, sums_C = np.bincount(code_N), np.bincount(code_N, value_N)
-    num, n = int((sums_C > EPSILON).sum()), len(sizes_C)
+def extreme_bound(sums_C: Floats, weight_C: Floats, level: float) -> float:
+    """Upper bound of a mean of scores from 0 to 1 that are 0 in all but a few clusters; 0 where that is not so.
+
+    ``sums_C`` are the weighted sums over each cluster's scores, ``weight_C`` those over ones.
+    """
+    num, n = int((sums_C > EPSILON).sum()), len(sums_C)
     if num >= FEW or 2 * num >= n:
         return 0.0
-    heaviest = float(sizes_C.max() * n / sizes_C.sum())
+    heaviest = float(weight_C.max() * n / weight_C.sum())
     return min(1.0, heaviest * binomial_upper_bound(num, n, (1 - level) / 2))

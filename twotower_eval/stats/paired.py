@@ -23,7 +23,8 @@ class PairedScores:
 
     ``tasks`` and ``groups`` name the task and what counts once in an average: the task itself, or, for a member of a
     multi-language task, that task. Documents of one cluster (same problem, passage or parallel item) share a name in
-    ``clusters``, also across tasks. Scores are finite.
+    ``clusters``, also across tasks. Scores are finite. ``chance`` is what guessing scores on each document, 0 where
+    there is nothing to guess among; empty for 0 everywhere.
     """
 
     tasks: Sequence[str]
@@ -31,6 +32,7 @@ class PairedScores:
     clusters: Sequence[str]
     baseline: Sequence[float]
     candidate: Sequence[float]
+    chance: Sequence[float] = ()
 
     @cached_property
     def table(self) -> ScoreTable:
@@ -40,7 +42,7 @@ class PairedScores:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScoreTable:
-    """Per cluster and leaf: number of documents and sums of scores, of losses and of gains."""
+    """Per cluster and leaf: number of documents and sums of scores, of losses, of gains and of chance."""
 
     tasks: tuple[str, ...]
     leaves: tuple[str, ...]
@@ -51,6 +53,7 @@ class ScoreTable:
     candidate_CL: Floats
     loss_CL: Floats
     gain_CL: Floats
+    chance_CL: Floats
     smallest_score: float
     largest_score: float
 
@@ -83,10 +86,11 @@ class ScoreTable:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Draws:
-    """Task means of every bootstrap draw, the same resampled clusters for both models."""
+    """Task means of every bootstrap draw, the same resampled clusters for both models and for chance."""
 
     baseline_QK: Floats
     candidate_QK: Floats
+    chance_QK: Floats
     seed: int
 
 
@@ -94,19 +98,20 @@ def draw_task_means(table: ScoreTable, *, num_resamples: int = NUM_RESAMPLES, se
     """Resample clusters with replacement within each stratum (the set of tasks a cluster touches)."""
     rng = np.random.default_rng(seed)
     num_leaves = len(table.leaves)
-    sums_Q3L = np.zeros((num_resamples, 3, num_leaves))
+    columns = [table.count_CL, table.baseline_CL, table.candidate_CL]
+    columns += [table.chance_CL] if table.chance_CL.any() else []
+    sums_Q4L = np.zeros((num_resamples, 4, num_leaves))
     for stratum in range(int(table.stratum_C.max()) + 1):
         rows = np.flatnonzero(table.stratum_C == stratum)
         leaves = np.flatnonzero(table.count_CL[rows[0]])
-        values = np.stack(
-            [sums[np.ix_(rows, leaves)] for sums in (table.count_CL, table.baseline_CL, table.candidate_CL)], axis=1
-        )
+        values = np.stack([sums[np.ix_(rows, leaves)] for sums in columns], axis=1)
         drawn = _resampled_sums(rng, values.reshape(len(rows), -1), num_resamples)
-        sums_Q3L[:, :, leaves] += drawn.reshape(num_resamples, 3, len(leaves))
-    means_Q2L = sums_Q3L[:, 1:] / sums_Q3L[:, :1]
+        sums_Q4L[:, : len(columns), leaves] += drawn.reshape(num_resamples, len(columns), len(leaves))
+    means_Q3L = sums_Q4L[:, 1:] / sums_Q4L[:, :1]
     return Draws(
-        baseline_QK=means_Q2L[:, 0] @ table.averaging_KL.T,
-        candidate_QK=means_Q2L[:, 1] @ table.averaging_KL.T,
+        baseline_QK=means_Q3L[:, 0] @ table.averaging_KL.T,
+        candidate_QK=means_Q3L[:, 1] @ table.averaging_KL.T,
+        chance_QK=means_Q3L[:, 2] @ table.averaging_KL.T,
         seed=seed,
     )
 
@@ -115,7 +120,8 @@ def _tabulate(scores: PairedScores) -> ScoreTable:
     columns = [np.asarray(names, dtype=str) for names in (scores.tasks, scores.groups, scores.clusters)]
     baseline_N, candidate_N = np.asarray(scores.baseline, float), np.asarray(scores.candidate, float)
     num = len(baseline_N)
-    if any(len(column) != num for column in (*columns, candidate_N)):
+    chance_N = np.asarray(scores.chance, float) if len(scores.chance) else np.zeros(num)
+    if any(len(column) != num for column in (*columns, candidate_N, chance_N)):
         raise ValueError("paired scores: the columns have different lengths")
     if num == 0:
         raise ValueError("paired scores: no documents, so there is no accuracy")
@@ -148,6 +154,7 @@ def _tabulate(scores: PairedScores) -> ScoreTable:
         candidate_CL=summed(candidate_N),
         loss_CL=summed(np.maximum(baseline_N - candidate_N, 0)),
         gain_CL=summed(np.maximum(candidate_N - baseline_N, 0)),
+        chance_CL=summed(chance_N).round(12),  # alike whatever the order in which it was summed
         smallest_score=float(values_2N.min()),
         largest_score=float(values_2N.max()),
     )

@@ -33,7 +33,7 @@ def retention(table: ScoreTable, draws: Draws, weights_K: Floats | None = None, 
     ValueError where the ratio is undefined (baseline at zero, or so near that the draws reach it).
     """
     weights_K = table.weights_K() if weights_K is None else weights_K
-    scope = _Scope(table, weights_K)
+    scope = Scope(table, weights_K)
     if table.smallest_score < 0:
         raise ValueError("some scores are below 0: their ratio is no retention")
     if scope.baseline <= EPSILON:
@@ -45,7 +45,7 @@ def retention(table: ScoreTable, draws: Draws, weights_K: Floats | None = None, 
         raise ValueError(f"the baseline scores above 0 in {few}: too few for a ratio")
     columns = (draws.baseline_QK @ weights_K[:, None], draws.candidate_QK @ weights_K[:, None])
     low, high = _bootstrap_interval(scope, *columns, level)
-    method = _method(len(draws.baseline_QK))
+    method = bootstrap_method(len(draws.baseline_QK))
     if scope.num_candidate_successes < FEW:
         rate = binomial_upper_bound(scope.num_candidate_successes, scope.n, (1 - level) / 2)
         low, high = 0.0, max(high, scope.worst_case(rate) / scope.baseline)
@@ -65,7 +65,7 @@ def linear_stderr(table: ScoreTable, weights_K: Floats | None = None) -> float:
     strata of ``C / (C - 1) * sum (z_c - mean z)^2``, over the squared mean of the baseline. A cluster alone in its
     stratum adds nothing here and never varies in the bootstrap.
     """
-    scope = _Scope(table, table.weights_K() if weights_K is None else weights_K)
+    scope = Scope(table, table.weights_K() if weights_K is None else weights_K)
     return float(np.sqrt(scope.variance_H.sum()) / scope.baseline)
 
 
@@ -82,13 +82,13 @@ def mean_of_ratios(table: ScoreTable, draws: Draws, *, level: float = LEVEL) -> 
     baseline_K = table.task_means_K(table.baseline_CL)
     if (baseline_K <= EPSILON).any():
         raise ValueError("a task's baseline is 0: the mean of per-task ratios is undefined")
-    scope = _Scope(
+    scope = Scope(
         table, 1 / (len(baseline_K) * baseline_K), ratios_K=table.task_means_K(table.candidate_CL) / baseline_K
     )
     if scope.num_discordant < FEW:
         return _exact_retention(scope, level)
     low, high = _bootstrap_interval(scope, draws.baseline_QK, draws.candidate_QK, level)
-    method = _method(len(draws.baseline_QK))
+    method = bootstrap_method(len(draws.baseline_QK))
     return Estimate(value=scope.ratio, low=low, high=high, level=level, n=scope.n, method=method, seed=draws.seed)
 
 
@@ -109,18 +109,18 @@ def difference(
     """
     weights_K = table.weights_K() if weights_K is None else weights_K
     delta_Q = (draws.candidate_QK - draws.baseline_QK) @ weights_K
-    scope = _Scope(table, weights_K, ratios_K=np.ones(len(table.tasks)))
+    scope = Scope(table, weights_K, ratios_K=np.ones(len(table.tasks)))
     if scope.num_discordant < min_discordant:
         raise ValueError(f"{scope.num_discordant} of {scope.n} clusters differ: too few for an interval")
     value = scope.candidate - scope.baseline
     low, high = scope.interval(delta_Q, delta_Q, value, level, unit=1.0)
-    method = _method(len(delta_Q))
+    method = bootstrap_method(len(delta_Q))
     return Estimate(value=value, low=low, high=high, level=level, n=scope.n, method=method, seed=draws.seed)
 
 
 def num_discordant(table: ScoreTable, weights_K: Floats | None = None) -> tuple[int, int]:
     """Clusters in which the models differ, and clusters in all."""
-    scope = _Scope(table, table.weights_K() if weights_K is None else weights_K)
+    scope = Scope(table, table.weights_K() if weights_K is None else weights_K)
     return scope.num_discordant, scope.n
 
 
@@ -129,7 +129,7 @@ def num_lone_clusters(table: ScoreTable) -> int:
     return int((np.bincount(table.stratum_C) == 1).sum())
 
 
-class _Scope:
+class Scope:
     """The clusters that touch the weighted tasks, and what the interval rules need to know of them.
 
     ``ratios_K`` are what the baseline's scores are multiplied by in the linearised numerator, task by task: by default
@@ -243,11 +243,11 @@ class _Scope:
         return unseen_H
 
 
-def _method(num_resamples: int) -> str:
+def bootstrap_method(num_resamples: int) -> str:
     return f"paired clustered bootstrap, {num_resamples:,} resamples, or linearised t interval where wider"
 
 
-def _bootstrap_interval(scope: _Scope, baseline_QK: Floats, candidate_QK: Floats, level: float) -> tuple[float, float]:
+def _bootstrap_interval(scope: Scope, baseline_QK: Floats, candidate_QK: Floats, level: float) -> tuple[float, float]:
     """Interval of the mean over columns of the drawn ratios."""
     undefined_QK = baseline_QK <= EPSILON
     ratio_QK = candidate_QK / np.where(undefined_QK, 1.0, baseline_QK)
@@ -260,7 +260,7 @@ def _bootstrap_interval(scope: _Scope, baseline_QK: Floats, candidate_QK: Floats
     return max(low, 0.0), high
 
 
-def _exact_retention(scope: _Scope, level: float) -> Estimate:
+def _exact_retention(scope: Scope, level: float) -> Estimate:
     """Bounds from the binomial tails of harmed and of helped clusters, for scores between 0 and 1.
 
     The number of harmed clusters has a lighter lower tail than a binomial with the same mean (Hoeffding 1956), and a
