@@ -1,13 +1,28 @@
 """What guessing scores: from a task's documents, through score rows, to retention above chance and to verdicts."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from report_fixture import quality_run
+from scipy.stats import binomtest
+from tiny_pair import write_pair
 
-from twotower_eval import suites
+from twotower_eval import cli, stats, store, suites
+from twotower_eval.claims import judge, verdict_lines
+from twotower_eval.claims.files import claims_from
+from twotower_eval.evidence import ArmsDifferError, QualityPoint, Runs
+from twotower_eval.evidence.quality import quality_points
+from twotower_eval.records import Score, Verdict
+from twotower_eval.report.headline import headline
+from twotower_eval.report.tables import quality
+from twotower_eval.report.text import retention
+from twotower_eval.report.verdicts import JudgedRuns
 from twotower_eval.suites import lm_tasks
 
 HEAD = """
@@ -153,3 +168,363 @@ def test_answers_in_text_have_the_options_that_the_document_lists(
     yaml = f"{TEXT}doc_to_text: {json.dumps(text)}\ndoc_to_target: a\n"
     wanted = [{} if num is None else {"exact_match": pytest.approx(1 / num)} for num in expected]
     assert chances(own_task, yaml, docs) == wanted
+
+
+# --- statistics ----------------------------------------------------------------------------------------------------
+
+
+def paired(*tasks: tuple[str, list[float], list[float], list[float]], clusters: list[str] | None = None) -> Any:
+    """Scores of tasks: name, chance, baseline, candidate; each document its own cluster unless told."""
+    names = [name for name, chance, *_ in tasks for _ in chance]
+    columns = [[value for task in tasks for value in task[i]] for i in (1, 2, 3)]
+    own = [f"{name}/{i}" for i, name in enumerate(names)]
+    return stats.PairedScores(
+        tasks=names,
+        groups=names,
+        clusters=clusters or own,
+        chance=columns[0],
+        baseline=columns[1],
+        candidate=columns[2],
+    )
+
+
+def answers(right: int, n: int) -> list[float]:
+    return [1.0] * right + [0.0] * (n - right)
+
+
+def above(scores: Any, tasks: Sequence[str] | None = None, **options: Any) -> Any:
+    table = scores.table
+    draws = stats.draw_task_means(table, num_resamples=2000)
+    return stats.retention_above_chance(table, draws, table.weights_K(tasks), **options)
+
+
+def test_retention_above_chance_is_the_ratio_of_what_lies_above_it() -> None:
+    quarter = ("quarter", [0.25] * 80, answers(60, 80), answers(50, 80))  # 0.5 above chance, then 0.375
+    mixed = ("mixed", [0.5, 0.2] * 40, answers(68, 80), answers(48, 80))  # 0.5 above 0.35, then 0.25
+    text = ("text", [0.0] * 80, answers(40, 80), answers(30, 80))  # nothing to guess at
+    scores = paired(quarter, mixed, text)
+    assert above(scores, ["quarter"]).value == pytest.approx(0.375 / 0.5)
+    assert above(scores, ["mixed"]).value == pytest.approx(0.25 / 0.5)
+    assert above(scores, ["text"]).value == pytest.approx(0.75)
+    assert above(scores).value == pytest.approx((0.375 + 0.25 + 0.375) / 1.5)
+    table = scores.table
+    kept = stats.retention(table, stats.draw_task_means(table, num_resamples=2000), table.weights_K(["text"]))
+    assert (above(scores, ["text"]).low, above(scores, ["text"]).high) == (kept.low, kept.high)
+
+
+def test_a_candidate_that_guesses_keeps_nothing_and_one_below_chance_less() -> None:
+    docs = [0.25] * 200, answers(150, 200)
+    assert above(paired(("t", *docs, answers(50, 200)))).value == pytest.approx(0.0)
+    worse = above(paired(("t", *docs, answers(0, 200))))
+    assert worse.value == pytest.approx(-0.5)
+    assert worse.low < -0.5 < worse.high < 0
+
+
+def test_all_alike_is_one_with_an_exact_bound() -> None:
+    found = above(paired(("t", [0.25] * 100, answers(70, 100), answers(70, 100))))
+    assert found.value == 1.0
+    assert "exact" in found.method
+    lost = 1 - 0.025 ** (1 / 100)
+    assert found.low == pytest.approx(1 - lost / (binomtest(70, 100).proportion_ci(0.95).low - 0.25))
+
+
+@pytest.mark.parametrize("right", [26, 30])
+def test_near_chance_there_is_no_ratio(right: int) -> None:
+    """Neither infinite nor 100 %."""
+    with pytest.raises(ValueError, match="too near chance"):
+        above(paired(("t", [0.25] * 100, answers(right, 100), answers(25, 100))))
+    table = paired(("t", [0.0] * 9, answers(0, 9), answers(3, 9))).table
+    with pytest.raises(ValueError, match="scores 0 everywhere"):
+        stats.retention(table, stats.draw_task_means(table))
+
+
+def stands(*tasks: tuple[str, float, int, int], **options: Any) -> list[str]:
+    """How tasks stand, each of a name, a chance, right answers and documents."""
+    rows = [(name, [chance] * n, answers(right, n), answers(right, n)) for name, chance, right, n in tasks]
+    return [found.stand for found in stats.standings(paired(*rows).table, **options)]
+
+
+def test_clearly_above_chance_is_the_exact_binomial_test() -> None:
+    for n, chance in ((3, 0.25), (10, 0.5), (40, 0.25), (200, 0.2)):
+        found = [stands(("t", chance, right, n))[0] for right in range(1, n + 1)]
+        tested = [binomtest(right, n, chance, alternative="greater").pvalue < 0.05 for right in range(1, n + 1)]
+        assert [one == "above" for one in found] == tested
+        below = [binomtest(right, n, chance, alternative="less").pvalue < 0.05 for right in range(1, n + 1)]
+        assert [one == "below" for one in found] == below
+
+
+def test_few_documents_no_documents_right_and_nothing_to_guess_at() -> None:
+    assert stands(("t", 0.25, 3, 3)) == ["above"]  # 1 in 64
+    assert stands(("t", 0.25, 2, 2)) == ["near"]  # 1 in 16
+    assert stands(("a", 0.25, 0, 30), ("b", 0.0, 0, 30), ("c", 0.0, 1, 300)) == ["zero", "zero", "above"]
+
+
+def test_tasks_that_are_tested_together_need_more() -> None:
+    """10 of 20 with 4 options: p = 0.0139, clear alone and among 3, not among 4; tasks without options do not count."""
+    assert stands(("a", 0.25, 10, 20)) == ["above"]
+    others = [(name, 0.25, 5, 20) for name in "bcd"]
+    assert stands(("a", 0.25, 10, 20), *others[:2], ("e", 0.0, 5, 20))[0] == "above"
+    assert stands(("a", 0.25, 10, 20), *others)[0] == "near"
+    assert stands(("a", 0.25, 10, 20), *others, tasks=["a"]) == ["above"]
+    assert stands(("a", 0.25, 10, 20), level=0.99) == ["near"]
+
+
+def test_guessing_passes_for_more_in_one_of_twenty_at_most_whatever_the_options() -> None:
+    for chance in ([0.5] * 30 + [0.1] * 70, [0.2] * 25, [1.0] * 3 + [0.25] * 30, [0.5] * 4 + [1 / 3] * 4):
+        n, pmf = len(chance), np.ones(1)
+        for one in chance:
+            pmf = np.convolve(pmf, [1 - one, one])
+        passed = [
+            stats.standings(paired(("t", chance, answers(right, n), answers(right, n))).table)[0].is_clear
+            for right in range(n + 1)
+        ]
+        assert pmf[np.array(passed)].sum() <= 0.05
+
+
+def test_questions_of_one_passage_are_no_independent_evidence() -> None:
+    """80 of 200 with 4 options is far above chance; not if only 4 of 10 passages are known at all."""
+    rows = ("t", [0.25] * 200, answers(80, 200), answers(80, 200))
+    assert stats.standings(paired(rows).table)[0].is_clear
+    passages = [f"passage {i // 20}" for i in range(200)]
+    found = stats.standings(paired(rows, clusters=passages).table)[0]
+    assert found.stand == "near"
+    assert found.low is not None
+    assert found.low < 0 < found.baseline - 0.25
+    one = stats.standings(paired(rows, clusters=["passage"] * 200).table)[0]
+    assert (one.stand, one.low) == ("near", None)
+
+
+def test_chance_changes_no_retention_and_no_order_matters() -> None:
+    rng = np.random.default_rng(3)
+    base, candidate = (rng.random(120) < 0.6).astype(float), (rng.random(120) < 0.5).astype(float)
+    clusters = [f"c{i // 3}" for i in range(120)]
+    found = []
+    for chance in ([0.25] * 120, [0.0] * 120):
+        table = paired(("t", chance, list(base), list(candidate)), clusters=clusters).table
+        found.append(stats.retention(table, stats.draw_task_means(table, num_resamples=500)))
+    assert found[0] == found[1]
+    mixed = [1 / (2 + i % 5) for i in range(120)]
+    order = rng.permutation(120)
+    columns = [np.array(column)[order].tolist() for column in (mixed, base, candidate, clusters)]
+    scores = paired(("t", mixed, list(base), list(candidate)), clusters=clusters)
+    assert above(scores) == above(paired(("t", *columns[:3]), clusters=columns[3]))
+
+
+def test_the_interval_holds_the_truth() -> None:
+    """Baselines not far above chance, and a candidate that keeps 80 % of what lies above it."""
+    rng = np.random.default_rng(11)
+    missed = [0, 0]
+    for _ in range(60):
+        rows = []
+        for name, options, n, right in (("four", 4, 150, 0.5), ("two", 2, 150, 0.7)):
+            base = rng.random(n) < right
+            wanted = 1 / options + 0.8 * (right - 1 / options)
+            gained = (wanted - 0.85 * right) / (1 - right)
+            draw = rng.random(n)
+            candidate = np.where(base, draw >= 0.15, draw < gained)
+            rows.append((name, [1 / options] * n, base.astype(float).tolist(), candidate.astype(float).tolist()))
+        found = above(paired(*rows), level=0.90)
+        missed[0] += found.low > 0.8
+        missed[1] += found.high < 0.8
+    assert max(missed) <= 7  # 3 are due on either side; more than 7 would come by chance once in 70
+
+
+# --- reports and verdicts ------------------------------------------------------------------------------------------
+
+Chances = dict[str, float]
+
+
+def guessable(**chances: float) -> Any:
+    """An edit of rows that gives the tasks named a chance."""
+    return lambda row: (
+        replace(row, chance=chances[row.task])
+        if getattr(row, "task", "") in chances and isinstance(row, Score)
+        else row
+    )
+
+
+def measured_run(root: Path, tasks: Sequence[str], num_docs: int = 150, **chances: float) -> store.Run:
+    return store.load(quality_run(root, tasks=tasks, perplexity=False, num_docs=num_docs, edit=guessable(**chances)))
+
+
+def the_point(run: store.Run) -> QualityPoint:
+    return quality_points(run)[0]
+
+
+def retention_claim(*scope: str, quantity: str = "retention", **changes: Any) -> dict[str, Any]:
+    point = {"name": "here", "batch_size": 1, "num_devices": 1, "workload": "answer"}
+    decoder = {"kind": "block_diffusion", "block_size": 16, "steps_per_block": 16, "threshold": 0.8}
+    claim = {"name": "kept", "quantity": quantity, "subject": "pair", "baseline": "context-tower", "point": "here"}
+    claim |= {"scope": list(scope), "expected": 0.5, "margin": 0.0, "source": "a test", **changes}
+    return {"title": "claims of a test", "point": [{**point, "decoder": decoder}], "claim": [claim]}
+
+
+def verdicts(run: store.Run, *scope: str, **changes: Any) -> tuple[Verdict, list[str]]:
+    claims = claims_from("test", retention_claim(*scope, **changes)).claims
+    found = judge(claims, [run])
+    return found[0], verdict_lines(claims, found)
+
+
+def test_a_report_shows_retention_above_chance_and_chance(tmp_path: Path) -> None:
+    run = measured_run(tmp_path, ("sorting", "choice"), choice=0.25)
+    point, markdown = the_point(run), quality(Runs([run])).markdown
+    table = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert table[0].startswith("| task | retention [95 %] | above chance [95 %] | chance | baseline | candidate |")
+    cells = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:6]] for row in table[2:6]}
+    by_name = {task.name: task for task in point.tasks}
+    assert cells["choice"][:3] == ["100 % by construction", "100 % by construction", "25.0 %"]
+    assert cells["sorting"][0] == cells["sorting"][1]
+    assert cells["sorting"][2] == "\u2013"
+    raised = [
+        (task.baseline - (task.standing.chance or 0), task.candidate - (task.standing.chance or 0))
+        for task in point.tasks
+    ]
+    assert point.chance.headline.estimate is not None
+    assert point.chance.headline.estimate.value == pytest.approx(sum(b for _, b in raised) / sum(a for a, _ in raised))
+    assert cells["**headline** (2 tasks)"][2] == "**12.5 %**"
+    assert by_name["choice"].above_chance.estimate == by_name["choice"].retention.estimate
+    assert "not clearly above chance" not in markdown
+
+
+def test_without_options_a_report_is_as_it_was(tmp_path: Path) -> None:
+    markdown = quality(Runs([measured_run(tmp_path, ("sorting", "arithmetic"))])).markdown
+    assert "chance" not in markdown
+
+
+def test_tasks_near_chance_are_named_and_the_headline_without_them_stands_beside(tmp_path: Path) -> None:
+    run = measured_run(tmp_path, ("sorting", "arithmetic", "choice"), choice=0.62, arithmetic=0.25)
+    point, runs = the_point(run), JudgedRuns([run])
+    choice = next(task for task in point.tasks if task.name == "choice")
+    assert (choice.standing.stand, choice.above_chance.estimate) == ("near", None)
+    table = point.scores.table if point.scores else None
+    assert table is not None
+    without = stats.retention(table, stats.draw_task_means(table), table.weights_K(["sorting", "arithmetic"]))
+    assert point.chance.clear_headline.estimate == without
+    assert point.headline.estimate is not None
+    assert point.headline.estimate != without
+    for markdown in (quality(runs).markdown, headline(runs).markdown):
+        assert f"choice ({100 * choice.baseline:.1f} % is not clearly above chance, 62.0 %)" in markdown
+        assert f"Without them the headline is {retention(point.chance.clear_headline)} (2 left)" in markdown
+        assert f"with them {retention(point.headline)}" in markdown
+    assert "| choice | 100 % by construction | \u2013 | 62.0 % |" in quality(runs).markdown
+
+
+def test_a_baseline_of_zero_has_no_retention_and_is_named(tmp_path: Path) -> None:
+    zero = lambda row: replace(row, value=0.0) if isinstance(row, Score) and row.task == "sorting" else row  # noqa: E731
+    run = store.load(quality_run(tmp_path, tasks=("sorting", "arithmetic"), perplexity=False, edit=zero))
+    point, markdown = the_point(run), quality(Runs([run])).markdown
+    assert "sorting (0.0 % is zero)" in markdown
+    assert "| sorting | \u2013 | 0.0 % | 0.0 % |" in markdown
+    assert not re.search(r"\b(inf|nan)\b", markdown)
+    kept = next(task for task in point.tasks if task.name == "arithmetic").retention.estimate
+    assert point.chance.clear_headline.estimate == kept
+
+
+def test_a_baseline_below_chance_is_named_as_that(tmp_path: Path) -> None:
+    markdown = quality(Runs([measured_run(tmp_path, ("sorting", "choice"), choice=0.9)])).markdown
+    assert re.search(r"choice \(\d\d\.\d % lies below chance, 90\.0 %\)", markdown)
+
+
+def test_both_arms_have_the_same_chance(tmp_path: Path) -> None:
+    def edit(row: Any) -> Any:
+        other = isinstance(row, Score) and row.doc_id == 3 and row.cell in odd
+        return replace(row, chance=0.5 if other else 0.25) if isinstance(row, Score) else row
+
+    plain = store.load(quality_run(tmp_path / "plain", tasks=("sorting",), perplexity=False))
+    odd = {cell.id for cell in plain.manifest.cells if cell.arm == "candidate"}
+    run = store.load(quality_run(tmp_path / "odd", tasks=("sorting",), perplexity=False, edit=edit))
+    with pytest.raises(ArmsDifferError, match="document 3: chance differs"):
+        quality_points(run)
+
+
+def test_rows_of_versions_that_did_not_say_count_the_options_that_were_scored(tmp_path: Path) -> None:
+    run = measured_run(tmp_path, ("sorting", "choice"))
+    assert the_point(run).chance.has_options is False  # one request a document is no choice
+    asked = [replace(row, request_index=i) for row in run.likelihoods for i in range(2 + row.doc_id % 2)]
+    found = next(task for task in the_point(replace(run, likelihoods=asked)).tasks if task.name == "choice")
+    assert found.standing.chance == pytest.approx((1 / 2 + 1 / 3) / 2)
+    twice = [replace(row, metric="acc_mutual_info") if row.metric == "acc_norm" else row for row in run.scores]
+    asked = [replace(row, request_index=i) for row in run.likelihoods for i in range(8)]
+    found = next(t for t in the_point(replace(run, likelihoods=asked, scores=twice)).tasks if t.name == "choice")
+    assert found.standing.chance == pytest.approx(1 / 4)
+
+
+def test_a_claim_over_tasks_at_chance_is_invalid(tmp_path: Path) -> None:
+    run = measured_run(tmp_path, ("sorting", "choice"), choice=0.75, sorting=0.75)
+    for scope, quantity in ((["sorting", "choice"], "retention"), (["sorting"], "decoder_exercised_retention")):
+        found, lines = verdicts(run, *scope, quantity=quantity)
+        assert found.outcome == "INVALID"
+        assert "above chance: no task in scope has a baseline clearly above chance: " in lines[0]
+        assert "sorting (" in lines[0]
+        assert found.near_chance == tuple(sorted(scope))
+    by_construction, _ = verdicts(run, "choice", relation="equal", expected=1.0)
+    assert by_construction.outcome == "INVALID"
+
+
+def test_a_joint_claim_is_as_invalid_as_its_part(tmp_path: Path) -> None:
+    values = retention_claim("sorting")
+    joint = {name: values["claim"][0][name] for name in ("subject", "baseline", "point", "source")}
+    values["claim"].append({**joint, "name": "both", "quantity": "joint", "parts": ["kept"]})
+    run = measured_run(tmp_path, ("sorting",), sorting=0.7)
+    assert [one.outcome for one in judge(claims_from("test", values).claims, [run])] == ["INVALID", "INVALID"]
+
+
+def test_a_claim_with_some_task_above_chance_names_the_others_and_says_what_it_is_without(tmp_path: Path) -> None:
+    run = measured_run(tmp_path, ("sorting", "arithmetic", "choice"), choice=0.62, arithmetic=0.25)
+    found, lines = verdicts(run, "sorting", "arithmetic", "choice")
+    alone, _ = verdicts(run, "sorting", "arithmetic")
+    assert (found.outcome, alone.outcome) == ("SUPPORTED", "SUPPORTED")
+    assert (found.near_chance, found.above_chance) == (("choice",), alone.estimate)
+    assert "; without choice, whose baseline is not clearly above chance: " in lines[0]
+    assert (alone.near_chance, alone.above_chance) == ((), None)
+    gate = next(gate for gate in found.gates if gate.name == "above chance")
+    assert gate.outcome == "passed"
+    assert "on 2 of 3 tasks; not on choice (" in gate.detail
+
+
+def test_how_sure_is_the_claims_own_limit(tmp_path: Path) -> None:
+    run = measured_run(tmp_path, ("sorting",), num_docs=40, sorting=0.55)
+    share = the_point(run).tasks[0].baseline
+    p_value = binomtest(round(40 * share), 40, 0.55, alternative="greater").pvalue
+    assert 0.01 < p_value < 0.2
+    for level in (1 - p_value - 0.001, 1 - p_value + 0.001):
+        found, _ = verdicts(run, "sorting", limits={"above_chance_level": level})
+        assert (found.outcome == "INVALID") == (p_value > 1 - level)
+    with pytest.raises(ValueError, match=r"above_chance_level lies between 0.5 and 1 \(0.95\), not 95"):
+        claims_from("test", retention_claim("sorting", limits={"above_chance_level": 95.0}))
+
+
+def test_a_score_is_judged_whatever_its_chance(tmp_path: Path) -> None:
+    run = measured_run(tmp_path, ("sorting",), sorting=0.7)
+    for quantity, expected in (("score", 0.1), ("score_difference", -0.5)):
+        found, _ = verdicts(run, "sorting", quantity=quantity, expected=expected)
+        assert found.outcome == "SUPPORTED"
+
+
+def test_a_run_of_options_is_judged_by_the_chance_of_its_documents(own_task: Path, capsys: Any) -> None:
+    """From documents to a verdict: random weights guess, whatever the number of options and of right ones."""
+    docs = []
+    for i in range(24):
+        num, first = 2 + i % 4, i // 4
+        docs.append(question(num, [first % num, *([(first + 1) % num] if num > 3 and i % 3 == 0 else [])]))
+    write_task(own_task, CHOICE + metrics("acc", "acc_norm"), docs)
+    root = own_task.parent
+    pair = write_pair(root / "pair")
+    options = ["--tasks", "own", "--block-sizes", "16", "--thresholds", "0.8", "--out", str(root / "results")]
+    assert cli.main(["run", "--model", str(pair), *options]) == 0
+    run = store.load(next((root / "results").glob("*-run-*")))
+    shares = [len(doc["gold"]) / len(doc["choices"]) for doc in docs]
+    for metric in ("acc", "acc_norm"):
+        assert {score.doc_id: score.chance for score in run.scores if score.metric == metric} == dict(enumerate(shares))
+    claims = root / "claims.toml"
+    claims.write_text(
+        'title = "t"\n[[point]]\nname = "here"\n'
+        'decoder = {kind = "block_diffusion", block_size = 16, steps_per_block = 16, threshold = 0.8}\n'
+        '[[claim]]\nname = "kept"\nquantity = "retention"\nsubject = "pair"\nbaseline = "context-tower"\n'
+        'point = "here"\nscope = ["own"]\nexpected = 0.987\nsource = "a test"\n'
+    )
+    capsys.readouterr()
+    assert cli.main(["claims", "check", str(claims), "--results", str(root / "results")]) == 5
+    printed = capsys.readouterr().out
+    assert "INVALID" in printed
+    assert f"chance, {100 * sum(shares) / len(shares):.1f} %" in printed

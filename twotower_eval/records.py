@@ -438,7 +438,8 @@ class GateLimits:
 
     ``degenerate_share``: how far the candidate's share of degenerate outputs may lie above the baseline's.
     ``min_retention``: floor under which outputs are no answers, whatever their speed. Outside ``min_length_ratio`` to
-    ``max_length_ratio`` neither reading of a speedup suffices alone.
+    ``max_length_ratio`` neither reading of a speedup suffices alone. ``above_chance_level``: how sure it has to be that
+    a task's baseline does better than guessing, for all tasks of the claim together.
     """
 
     null_offset: float = 0.02
@@ -448,6 +449,7 @@ class GateLimits:
     min_retention: float = 0.5
     min_length_ratio: float = 0.9
     max_length_ratio: float = 1.1
+    above_chance_level: float = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -490,7 +492,8 @@ class Verdict:
     """What the evidence says of a claim, and on which runs it rests.
 
     ``estimate`` is at level 0.90: either end is a one-sided 95 % bound. ``num_points`` operating points of the subject
-    were measured in the runs looked at, and the claim's own ``num_looks`` times.
+    were measured in the runs looked at, and the claim's own ``num_looks`` times. ``near_chance`` names the tasks of a
+    retention whose baseline is not clearly above guessing, and ``above_chance`` is the estimate without them.
     """
 
     claim: str
@@ -501,6 +504,8 @@ class Verdict:
     gates: tuple[Gate, ...] = ()
     num_points: int = 0
     num_looks: int = 0
+    near_chance: tuple[str, ...] = ()
+    above_chance: Estimate | None = None
 
 
 def canonical_json(value: Any) -> str:

@@ -11,6 +11,8 @@ from twotower_eval.evidence.measured import measured
 from twotower_eval.records import Claim, Estimate
 from twotower_eval.stats.decide import DECISION_LEVEL
 
+RETENTIONS = ("retention", "decoder_exercised_retention")
+
 
 def is_equal_by_construction(claim: Claim, point: QualityPoint) -> bool:
     """Whether one computation scored both arms in the claim's whole scope, so that nothing is left to estimate."""
@@ -19,11 +21,23 @@ def is_equal_by_construction(claim: Claim, point: QualityPoint) -> bool:
     return comparing and scoring and bool(claim.scope) and set(claim.scope) <= set(point.equal_tasks)
 
 
+def tasks_judged(claim: Claim, point: QualityPoint) -> tuple[str, ...]:
+    """The tasks that a claim is over: its scope, of a decoder-exercised retention what goes through the decoder."""
+    every = claim.quantity != "decoder_exercised_retention"
+    return tuple(task.name for task in point.tasks if task.name in claim.scope and (every or task.exercises_decoder))
+
+
+def standings(claim: Claim, point: QualityPoint) -> tuple[stats.Standing, ...]:
+    """How the baseline stands to chance on each task of a retention; nothing for other quantities."""
+    if claim.quantity not in RETENTIONS or point.scores is None:
+        return ()
+    level, tasks = claim.limits.above_chance_level, tasks_judged(claim, point)
+    return stats.standings(point.scores.table, level=level, tasks=tasks)
+
+
 def quality_estimate(claim: Claim, point: QualityPoint) -> Estimate:
     """The claim's quantity over its own scope, at the level that verdicts need; ValueError where there is none."""
-    scope = set(claim.scope)
-    if claim.quantity == "decoder_exercised_retention":
-        scope = {task.name for task in point.tasks if task.name in scope and task.exercises_decoder}
+    scope = tasks_judged(claim, point)
     if point.scores is None or not scope:
         raise ValueError("no task in scope is scored through the candidate's decoder")
     scores = subset(point.scores, [i for i, group in enumerate(point.scores.groups) if group in scope])

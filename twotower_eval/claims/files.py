@@ -152,7 +152,12 @@ def _choice(where: str, table: Mapping[str, Any], key: str, known: Sequence[str]
 def _limits(where: str, table: Mapping[str, Any]) -> GateLimits:
     names = [field.name for field in dataclasses.fields(GateLimits)]
     within(f"{where}, limits", table, names)
-    return GateLimits(**{key: value_of(f"{where}, limits", table, key, float) for key in table})
+    limits = GateLimits(**{key: value_of(f"{where}, limits", table, key, float) for key in table})
+    if not 0.5 < limits.above_chance_level < 1:
+        raise ValueError(
+            f"{where}, limits: above_chance_level lies between 0.5 and 1 (0.95), not {limits.above_chance_level:g}"
+        )
+    return limits
 
 
 def _check_claim(where: str, claim: Claim, table: Mapping[str, Any]) -> None:

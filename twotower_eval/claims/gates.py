@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from twotower_eval import stats
 from twotower_eval.claims.match import Evidence
 from twotower_eval.evidence import Measured, QualityPoint, SpeedPoint, nulls
+from twotower_eval.evidence.chance import standing_text
 from twotower_eval.evidence.clean import Flagged
 from twotower_eval.evidence.measured import measured
 from twotower_eval.evidence.numbers import PERCENT, interval
@@ -35,6 +36,18 @@ def scored_gate(point: QualityPoint, scope: Sequence[str]) -> Gate:
     gone = {(gap.task, doc) for gap in point.missing if gap.headline and gap.task in named for doc in gap.doc_ids}
     detail = f"{len(gone)} documents have no score in one arm" if gone else "every document is scored in both arms"
     return Gate(name="all scored", outcome="failed" if gone else "passed", detail=detail, evidence=(point.run_id,))
+
+
+def above_chance_gate(standings: Sequence[stats.Standing], run_id: str) -> Gate:
+    """The baseline does better than guessing on some task: models that guess keep each other's quality whole."""
+    name, unclear = "above chance", [one for one in standings if not one.is_clear]
+    named = "; ".join(standing_text(one) for one in unclear)
+    if len(unclear) == len(standings):
+        detail = f"no task in scope has a baseline clearly above chance: {named}"
+        return Gate(name=name, outcome="failed", detail=detail, evidence=(run_id,))
+    detail = f"the baseline is clearly above chance on {len(standings) - len(unclear)} of {len(standings)} tasks"
+    detail += f"; not on {named}" if unclear else ""
+    return Gate(name=name, outcome="passed", detail=detail, evidence=(run_id,))
 
 
 def same_inputs_gate(differing: dict[str, str], run_ids: Sequence[str]) -> Gate:

@@ -18,6 +18,7 @@ from twotower_eval.claims.estimates import (
     is_equal_by_construction,
     quality_estimate,
     speed_readings,
+    standings,
 )
 from twotower_eval.claims.files import SPEED_QUANTITIES, select
 from twotower_eval.claims.match import Evidence, differing_at, gather, measured_points, quality_at, same_point, speed_at
@@ -98,10 +99,12 @@ def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:
     if not found:
         return _not_measured(claim, missing(claim, evidence.quality))
     point = found[0]
+    stand = standings(claim, point)
     checks = (
         gates.complete_gate(point),
         gates.same_inputs_gate({}, (point.run_id,)),
         gates.scored_gate(point, claim.scope),
+        *([gates.above_chance_gate(stand, point.run_id)] if stand else ()),
         gates.verify_gate(evidence, point.candidate.checkpoint.identity),
     )
     estimated = measured(lambda: quality_estimate(claim, point))
@@ -111,7 +114,22 @@ def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:
         by_construction=is_equal_by_construction(claim, point),
     )
     num_looks = len({one.run_id for one in found})  # outputs timed at several batch sizes are of one run
-    return _ruled(claim, point, (point.run_id,), num_looks, checks, [estimated], amount)
+    return _beside_chance(
+        _ruled(claim, point, (point.run_id,), num_looks, checks, [estimated], amount), claim, point, stand
+    )
+
+
+def _beside_chance(judged: _Judged, claim: Claim, point: QualityPoint, stand: Sequence[stats.Standing]) -> _Judged:
+    """The verdict with the tasks whose baseline is not clearly above chance, and what is measured without them."""
+    near, clear = ([one.task for one in stand if one.is_clear == is_clear] for is_clear in (False, True))
+    if not near:
+        return judged
+    rest = dataclasses.replace(claim, scope=tuple(clear))
+    found = measured(lambda: quality_estimate(rest, point)) if clear else None
+    verdict = dataclasses.replace(
+        judged.verdict, near_chance=tuple(near), above_chance=found.estimate if found else None
+    )
+    return dataclasses.replace(judged, verdict=verdict)
 
 
 def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
@@ -278,6 +296,7 @@ def _joined(claim: Claim, parts: Sequence[_Judged]) -> _Judged:
         gates=tuple(gate for one in verdicts for gate in one.gates if gate.outcome == "failed"),
         num_points=max((one.num_points for one in verdicts), default=0),
         num_looks=max((one.num_looks for one in verdicts), default=0),
+        near_chance=tuple(dict.fromkeys(task for one in verdicts for task in one.near_chance)),
     )
     return _Judged(verdict=verdict, key=next(iter(keys), None))
 

@@ -22,7 +22,7 @@ def verdict_lines(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> list[
     for verdict in verdicts:
         shown = estimate_text(by_name[verdict.claim], verdict.estimate)
         words = [f"{said(verdict.outcome):12}", f"{verdict.claim:{width}}", f"{shown} {verdict.reason}".strip()]
-        lines.append("  ".join(words) + looks_text(verdict))
+        lines.append("  ".join(words) + chance_text(by_name[verdict.claim], verdict) + looks_text(verdict))
     return [*lines, count_line(verdicts)]
 
 
@@ -33,6 +33,14 @@ def estimate_text(claim: Claim, estimate: Estimate | None) -> str:
     unit = UNITS[claim.quantity]
     known = estimate.method == stats.EQUAL
     return f"{unit.text(estimate.value) if known else interval(unit, estimate)}:"
+
+
+def chance_text(claim: Claim, verdict: Verdict) -> str:
+    """What is measured without the tasks whose baseline is not clearly above chance; nothing where all are."""
+    if not verdict.near_chance or verdict.above_chance is None:
+        return ""
+    shown = estimate_text(claim, verdict.above_chance).rstrip(":")
+    return f"; without {', '.join(verdict.near_chance)}, whose baseline is not clearly above chance: {shown}"
 
 
 def looks_text(verdict: Verdict) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from twotower_eval import stats
@@ -14,6 +14,8 @@ from twotower_eval.records import Score
 from twotower_eval.store import Run
 
 RANKED = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")  # right where one option of several comes first
+SHARE = replace(PERCENT, most=PERCENT.decimals)  # more only where a baseline would look like its chance
+NOT_CLEAR = "the baseline is not clearly above chance"
 NEAR = {
     "near": "is not clearly above chance",
     "below": "lies below chance",
@@ -53,9 +55,9 @@ def against_chance(
     equal: Sequence[str],
 ) -> AgainstChance:
     """Both figures for all tasks and for those that exercise the decoder; ``equal`` tasks are so by construction."""
-    clear = [one.task for one in standings if one.is_clear]
-    headline, clear_headline = _averages(table, draws, table.tasks, clear, equal)
-    exercised, clear_exercised = _averages(table, draws, exercising, clear, equal)
+    headline, clear_headline = _averages(table, draws, standings, equal)
+    by_decoder = [one for one in standings if one.task in exercising]
+    exercised, clear_exercised = _averages(table, draws, by_decoder, equal)
     return AgainstChance(
         standings=standings,
         headline=headline,
@@ -66,15 +68,16 @@ def against_chance(
 
 
 def _averages(
-    table: stats.ScoreTable, draws: stats.Draws, tasks: Sequence[str], clear: Sequence[str], equal: Sequence[str]
+    table: stats.ScoreTable, draws: stats.Draws, standings: Sequence[stats.Standing], equal: Sequence[str]
 ) -> tuple[Measured, Measured]:
-    """Retention above chance over ``tasks``, and retention over those of them that are clearly above it."""
-    kept = [task for task in tasks if task in clear]
+    """Retention above chance over these tasks, and retention over those of them that are clearly above it."""
+    tasks, kept = [one.task for one in standings], [one.task for one in standings if one.is_clear]
+    guessed = any(one.chance is not None for one in standings)
     if not kept:
         none = Measured(estimate=None, reason="no task's baseline is clearly above chance")
         return none, none
     found = []
-    for rule, used in ((stats.retention_above_chance, tasks), (stats.retention, kept)):
+    for rule, used in ((stats.retention_above_chance if guessed else stats.retention, tasks), (stats.retention, kept)):
         weights_K = table.weights_K(used)
         if set(used) <= set(equal):
             num_clusters = stats.num_discordant(table, weights_K)[1]
@@ -88,7 +91,7 @@ def standing_text(standing: stats.Standing) -> str:
     """``choice (26.0 % is not clearly above chance, 25.0 %)``, for a baseline that is not; ``sort (0.0 % is zero)``."""
     if standing.chance is None:
         return f"{standing.task} ({PERCENT.text(standing.baseline)} {NEAR[standing.stand]})"
-    baseline, chance = compared(PERCENT, standing.baseline, standing.chance)
+    baseline, chance = compared(SHARE, standing.baseline, standing.chance)
     return f"{standing.task} ({baseline} {NEAR[standing.stand]}, {chance})"
 
 

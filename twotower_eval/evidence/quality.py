@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from twotower_eval import stats
-from twotower_eval.evidence.chance import AgainstChance, against_chance, chances
+from twotower_eval.evidence.chance import NOT_CLEAR, AgainstChance, against_chance, chances
 from twotower_eval.evidence.clean import CleanQuality, clean_quality, flagged, flagged_documents, outputs
 from twotower_eval.evidence.counts import count
 from twotower_eval.evidence.measured import ArmsDifferError
@@ -216,8 +216,9 @@ def _task_quality(
     ]
     equal = num_discordant == 0 and per_leaf.keys() <= answered_once
     known = Measured(estimate=stats.equal_by_construction(1.0, num_clusters)) if equal and means_L[0].any() else None
-    above = Measured(estimate=None, reason="the baseline is not clearly above chance")
-    if standing.is_clear:
+    kept = known or measured(lambda: stats.retention(table, draws, weights_K))
+    above = kept if standing.chance is None else Measured(estimate=None, reason=NOT_CLEAR)
+    if standing.chance is not None and standing.is_clear:
         above = known or measured(lambda: stats.retention_above_chance(table, draws, weights_K))
     return TaskQuality(
         name=name,
@@ -230,7 +231,7 @@ def _task_quality(
         equal_by_construction=equal,
         baseline=standing.baseline,
         candidate=float(table.task_means_K(table.candidate_CL)[k]),
-        retention=known or measured(lambda: stats.retention(table, draws, weights_K)),
+        retention=kept,
         standing=standing,
         above_chance=above,
         members=tuple(members) if len(members) > 1 else (),

@@ -224,6 +224,8 @@ def _verdicts(runs: Runs) -> list[Row]:
             "expected": claim.expected,
             "margin": claim.margin,
             **measured_columns("measured", Measured(estimate=verdict.estimate)),
+            **measured_columns("measured_above_chance", Measured(estimate=verdict.above_chance)),
+            "tasks_near_chance": " ".join(verdict.near_chance),
             "reason": verdict.reason,
             "runs": " ".join(verdict.evidence),
             "num_points": verdict.num_points,

@@ -99,6 +99,20 @@ def _picked(found: Headline) -> str:
     return f"The one above is {rule}, picked without a look at its result; "
 
 
+def _of_quality(quality: QualityPoint) -> list[str]:
+    """What a retention rests on, and what is left of it above guessing."""
+    num_documents = sum(task.num_documents for task in quality.tasks)
+    num_exercising = sum(task.exercises_decoder for task in quality.tasks)
+    what = f"{_plural(len(quality.tasks), 'task')}, {_plural(num_documents, 'document')}"
+    lines = [f"Quality: {what}; {num_exercising} answered by the decoder. Run {run_list([quality.run_id])}."]
+    above = quality.chance.headline
+    if quality.chance.has_options:
+        why = f" ({escape(above.reason)})" if above.reason else ""
+        lines.append(f"Of what lies above guessing it keeps {retention(above)}{why}.")
+    unclear = without_unclear(quality.chance, quality.headline, quality.exercised)
+    return [*lines, unclear] if unclear else lines
+
+
 def _caveats(runs: Runs, found: Headline) -> list[str]:
     lines = []
     quality, speed = found.quality, found.speed
@@ -106,16 +120,7 @@ def _caveats(runs: Runs, found: Headline) -> list[str]:
     if point is not None:
         who = f"{escape(checkpoint_name(point.baseline.checkpoint))}, {escape(long_name(point.baseline.decoder))}"
         lines.append(f"The baseline is {who}. Brackets hold 95 % intervals.")
-    if quality and quality.tasks:
-        num_documents = sum(task.num_documents for task in quality.tasks)
-        num_exercising = sum(task.exercises_decoder for task in quality.tasks)
-        what = f"{_plural(len(quality.tasks), 'task')}, {_plural(num_documents, 'document')}"
-        lines.append(f"Quality: {what}; {num_exercising} answered by the decoder. Run {run_list([quality.run_id])}.")
-    if quality and quality.chance.has_options and quality.headline.estimate:
-        why = f" ({escape(quality.chance.headline.reason)})" if quality.chance.headline.reason else ""
-        lines.append(f"Of what lies above guessing, it keeps {retention(quality.chance.headline)}{why}.")
-    if unclear := without_unclear(quality.chance, quality.headline, quality.exercised) if quality else None:
-        lines.append(unclear)
+    lines += _of_quality(quality) if quality and quality.tasks else []
     if speed and speed.time.estimate:
         setting = f"{speed.workload} workload, batch {speed.batch_size}"
         size = f"{_plural(speed.num_rounds, 'round')} of {_plural(speed.num_calls, 'timed call')}"

@@ -36,8 +36,8 @@ READING = (
 )
 READING_CHANCE = (
     " Chance is what guessing among a document's options scores. Retention above chance divides what lies above it: "
-    "1 where nothing is lost, 0 where the candidate guesses. It stands where the baseline's lower 95 % bound, for all "
-    "tasks with options together, is above chance."
+    "100 % where nothing is lost, 0 % where the candidate guesses. It is given where the baseline is clearly above "
+    "chance, by a one-sided 95 % bound that holds for all tasks with options together."
 )
 
 
@@ -135,8 +135,9 @@ def _total_row(name: str, tasks: tuple[TaskQuality, ...], kept: str, above: list
     if not tasks:
         return [name, NONE, *[NONE, NONE] * len(above), NONE, NONE, "", "0", "", ""]
     means = [sum(task.baseline for task in tasks), sum(task.candidate for task in tasks)]
-    chance = sum(task.standing.chance or 0.0 for task in tasks) / len(tasks)
-    cells = [kept, *[*above, percent(chance)] * len(above), *(percent(total / len(tasks)) for total in means)]
+    chances = [task.standing.chance or 0.0 for task in tasks]
+    chance = percent(sum(chances) / len(tasks)) if any(chances) else NONE
+    cells = [kept, *[*above, chance] * len(above), *(percent(total / len(tasks)) for total in means)]
     num_documents = count(sum(task.num_documents for task in tasks))
     return [f"{name} ({len(tasks)} tasks)", *(f"**{cell}**" for cell in cells), "", num_documents, "", ""]
 

@@ -10,7 +10,7 @@ from twotower_eval.claims import ClaimFile, judge, load_claims
 from twotower_eval.claims.files import SPEED_QUANTITIES
 from twotower_eval.claims.judge import said
 from twotower_eval.claims.match import at_point, gather, names_subject
-from twotower_eval.claims.text import count_line, estimate_text
+from twotower_eval.claims.text import chance_text, count_line, estimate_text
 from twotower_eval.evidence.naming import long_name, short_name
 from twotower_eval.evidence.runs import Headline, Runs
 from twotower_eval.evidence.scale import config_of
@@ -110,7 +110,8 @@ def verdict_line(runs: Runs) -> str:
     claimed = " and ".join(_claimed(part) for part in parts)
     timed = any(part.quantity in SPEED_QUANTITIES for part in parts)
     outcome, at = said(verdict.outcome), _short_at(claim.point, timed)
-    return f"**{outcome}**: claim {escape(claim.name)}, {claimed} at {at}: {escape(verdict.reason)}."
+    beside = "".join(chance_text(part, found) for part, found in runs.verdicts if part in parts)
+    return f"**{outcome}**: claim {escape(claim.name)}, {claimed} at {at}: {escape(verdict.reason + beside)}."
 
 
 def points_text(runs: Runs) -> str:
@@ -198,5 +199,5 @@ def _reason(claim: Claim, verdict: Verdict) -> str:
     n = f", n {verdict.estimate.n:,}" if verdict.estimate else ""
     if verdict.estimate and verdict.estimate.method != verdict.reason:
         n += f", {verdict.estimate.method}"
-    reason = escape(f"{verdict.reason}{n}")
+    reason = escape(f"{verdict.reason}{n}{chance_text(claim, verdict)}")
     return f"**{escape(claim.name)}** {said(verdict.outcome)}: {reason}. {evidence} Source: {escape(claim.source)}."

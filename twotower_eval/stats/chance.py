@@ -121,6 +121,8 @@ def retention_above_chance(
     ValueError where the baseline is so near chance that the ratio has no finite interval.
     """
     weights_K = table.weights_K() if weights_K is None else weights_K
+    if table.smallest_score < 0 or table.largest_score > 1 + EPSILON:
+        raise ValueError("some scores are below 0 or above 1: what lies above chance is no share of them")
     raised = dataclasses.replace(
         table, baseline_CL=table.baseline_CL - table.chance_CL, candidate_CL=table.candidate_CL - table.chance_CL
     )
