@@ -23,6 +23,7 @@ from twotower_eval.report.headline import headline
 from twotower_eval.report.tables import quality
 from twotower_eval.report.text import retention
 from twotower_eval.report.verdicts import JudgedRuns
+from twotower_eval.strict import from_json
 from twotower_eval.suites import lm_tasks
 
 HEAD = """
@@ -528,3 +529,14 @@ def test_a_run_of_options_is_judged_by_the_chance_of_its_documents(own_task: Pat
     printed = capsys.readouterr().out
     assert "INVALID" in printed
     assert f"chance, {100 * sum(shares) / len(shares):.1f} %" in printed
+
+
+def test_a_row_with_a_chance_that_is_none_is_refused() -> None:
+    row = dict.fromkeys(("cell", "task", "cluster_id", "doc_sha256", "prompt_sha256", "target_sha256"), "x")
+    row |= {"metric": "acc", "filter": "none", "scored_by": "exact"}
+    whole = {**row, "doc_id": 0, "higher_is_better": True, "headline": True, "value": 1.0}
+    assert from_json(Score, {**whole, "chance": 0.25}).chance == 0.25
+    assert from_json(Score, whole).chance is None
+    for chance in (1.5, -0.25, "a quarter"):
+        with pytest.raises(ValueError, match="Score: chance must be"):
+            from_json(Score, {**whole, "chance": chance})

@@ -32,6 +32,7 @@ Size = Annotated[int, Within(1)]
 Replica = Annotated[int, Within(0, most=1)]
 NotNegative = Annotated[float, Within(0)]
 Positive = Annotated[float, Within(0, above=True)]
+Share = Annotated[float, Within(0, most=1)]
 
 FinishReason = Literal["eos", "stop", "length"]
 LikelihoodKind = Literal["exact", "context_tower", "denoiser_left_to_right", "bound"]
@@ -268,7 +269,7 @@ class Score:
     aggregation: str | None = None
     parts: tuple[float, ...] | None = None
     by_size: bool = False
-    chance: float | None = None
+    chance: Share | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
