@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from pathlib import Path
@@ -242,7 +243,8 @@ def _likelihood(cell: Cell, task: str, doc_id: int) -> LikelihoodRow:
     )
 
 
-def _perplexity(cell: Cell, doc_id: int, value: float) -> Score:
+def _perplexity(cell: Cell, doc_id: int, bits: float) -> Score:
+    """Of a document of 100 bytes."""
     return Score(
         cell=cell.id,
         task="prose",
@@ -256,7 +258,10 @@ def _perplexity(cell: Cell, doc_id: int, value: float) -> Score:
         higher_is_better=False,
         headline=False,
         scored_by="context_tower",
-        value=value,
+        value=None,
+        missing_reason="bits_per_byte is of all documents together",
+        aggregation="bits_per_byte",
+        parts=(-bits * 100 * math.log(2), 100.0),
     )
 
 

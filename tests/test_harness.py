@@ -60,9 +60,9 @@ def plan(pair: Path) -> RunPlan:
 
 
 def values(path: Path) -> dict[tuple[Any, ...], float | None]:
-    """All scores of a run by what they are scores of."""
+    """All scores of a run by what they are scores of; of a perplexity what the document adds to it."""
     run = store.load(path)
-    return {(run.cells[s.cell].arm, *_key(s)): s.value for s in run.scores}
+    return {(run.cells[s.cell].arm, *_key(s)): s.parts[0] if s.parts else s.value for s in run.scores}
 
 
 def _key(score: Score) -> tuple[Any, ...]:
@@ -264,8 +264,12 @@ def test_scores_equal_lm_evals_own_evaluator(model: Any, plan: RunPlan, tmp_path
     assert compared == 4 + 4 + 3 * 4
     bits = [s for s in run.scores if s.metric == "bits_per_byte"]
     for score in bits:
-        nats, num_bytes = samples[score.task][score.doc_id]["bits_per_byte"]
-        assert score.value == pytest.approx(-nats / num_bytes / 0.6931471805599453)
+        assert score.parts == samples[score.task][score.doc_id]["bits_per_byte"]
+    aggregates = {(row.cell, row.metric): row.value for row in run.aggregates}
+    for row in run.aggregates:
+        theirs = results["results"][row.task][f"{row.metric},none"]
+        assert run.cells[row.cell].arm == "baseline" or aggregates[row.cell, row.metric] == theirs
+    assert len(aggregates) == 2 * 3
 
 
 # Runs
@@ -707,18 +711,17 @@ def test_seeds_depend_on_every_part() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_a_metric_of_the_whole_task_is_missing_with_its_reason() -> None:
+def test_a_mean_of_what_is_no_number_is_missing_with_its_reason() -> None:
     from twotower_eval.harness.scoring import _number
 
     class Source:
         @staticmethod
         def aggregation() -> dict[str, Any]:
-            return {"word_perplexity": lambda items: 1 / 0}
+            return {}
 
-    assert "whole task only" in str(_number(Source, "f1", (1, 0)))
-    assert "ZeroDivisionError" in str(_number(Source, "word_perplexity", (-1.0, 0)))
-    assert "is nan" in str(_number(Source, "acc", float("nan")))
-    assert _number(Source, "acc", True) == 1.0
+    assert _number(Source, "likelihood", (1, 0)) == "likelihood of this document is no number (TypeError)"
+    assert _number(Source, "acc", float("inf")) == "acc of this document is inf"
+    assert _number(Source, "acc", 1) == 1.0
 
 
 # Timed answers

@@ -58,6 +58,20 @@ Quantity = Literal[
 
 Params = Mapping[str, "str | int | float | bool | None"]
 
+MEAN = "mean"  # lm-eval's name of the aggregation under which every document has a value
+LABEL_AGGREGATIONS = frozenset({"f1", "matthews_corrcoef"})
+# lm-eval's names of aggregations that are functions of sums over documents.
+SUMMED_AGGREGATIONS = LABEL_AGGREGATIONS | {
+    "perplexity",
+    "weighted_perplexity",
+    "bits_per_byte",
+    "nanmean",
+    "bleu",
+    "chrf",
+    "chrf++",
+    "ter",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class FileDigest:
@@ -242,8 +256,8 @@ class Score:
     ``target_sha256`` must agree between baseline and candidate.
 
     ``aggregation`` names lm-eval's function over all documents (``None``: rows of versions that did not say). Only
-    under ``mean`` has a document a ``value``. Other functions take the sums of the documents' ``parts``, or make an
-    :class:`Aggregate` of all documents together.
+    under ``mean`` has a document a ``value``. Other functions take sums of the documents' ``parts``, or the documents
+    themselves: see :class:`Aggregate`.
 
     ``group`` is what counts once in an average, the mean over its members; ``by_size``: weighted by their documents.
 
@@ -274,11 +288,11 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Aggregate:
-    """One line of ``aggregates.jsonl``: a task's score by a function that only the run itself can call.
+    """One line of ``aggregates.jsonl``: what lm-eval's own function makes of all documents of a task together.
 
-    ``replicates`` are the function's values over the documents of resampled clusters; the draws depend on the names of
-    the clusters and on ``seed`` alone, so that both arms of a run have the same. ``value`` or ``replicates`` are
-    ``None`` only with ``missing_reason``.
+    ``replicates`` are its values over the documents of resampled clusters, kept where reports cannot compute them from
+    the documents' ``parts``. The draws depend on the names of the clusters and on ``seed`` alone, so that both arms of
+    a run have the same. What is missing, for ``missing_reason``, is ``None``.
     """
 
     cell: str

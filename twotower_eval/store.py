@@ -67,7 +67,7 @@ def _score_key(row: Score) -> Key:
 
 
 def _aggregate_key(row: Aggregate) -> Key:
-    return (row.cell, row.task, row.metric, row.filter)
+    return (row.cell, row.task, row.metric, row.filter, row.num_documents)  # a resume may raise the limit
 
 
 def _speed_key(row: SpeedSample) -> Key:

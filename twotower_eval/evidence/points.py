@@ -11,6 +11,7 @@ from twotower_eval.evidence.clean import CleanQuality, Flagged
 from twotower_eval.evidence.counts import Counts
 from twotower_eval.evidence.measured import Measured as Measured
 from twotower_eval.evidence.measured import measured as measured
+from twotower_eval.evidence.wholes import WholeScore
 from twotower_eval.records import Cell, Estimate, Workload, canonical_json, to_json
 from twotower_eval.store import Run
 
@@ -52,7 +53,7 @@ class TaskQuality:
 
 @dataclass(frozen=True, kw_only=True)
 class OtherScore:
-    """A score outside retention: another metric or filter, or one of which less is better."""
+    """A mean score outside retention: another metric or filter, or one of which less is better."""
 
     task: str
     metric: str
@@ -96,6 +97,7 @@ class QualityPoint:
     leave_one_out: tuple[tuple[str, float], ...]
     chance: AgainstChance
     others: tuple[OtherScore, ...]
+    wholes: tuple[WholeScore, ...]
     missing: tuple[MissingScore, ...]
     warnings: tuple[str, ...]
     counts: Counts

@@ -26,6 +26,7 @@ from twotower_eval.evidence.points import (
     measured,
     point_key,
 )
+from twotower_eval.evidence.wholes import current_scores, is_whole, whole_scores
 from twotower_eval.records import Cell, Score, canonical_json, sha256_text
 from twotower_eval.store import Run
 
@@ -37,7 +38,7 @@ Pair = tuple[Score, Score]
 def quality_points(run: Run) -> list[QualityPoint]:
     """Every operating point of a run that has scores, in the manifest's order."""
     by_cell: dict[str, list[Score]] = defaultdict(list)
-    for score in run.scores:
+    for score in current_scores(run):
         by_cell[score.cell].append(score)
     groups: dict[tuple[PointKey, str, int | None], list[Cell]] = defaultdict(list)
     for cell in run.manifest.cells:
@@ -55,8 +56,8 @@ def _point(run: Run, cells: list[Cell], by_cell: dict[str, list[Score]]) -> Qual
         found, alone = _paired(run, by_cell[baseline.id], by_cell[cell.id])
         pairs += found
         unpaired += alone
-    missing = tuple(_missing(pairs))
-    usable = [(a, b) for a, b in pairs if a.value is not None and b.value is not None]
+    missing = tuple(_missing(pair for pair in pairs if not is_whole(pair[0])))
+    usable = [(a, b) for a, b in pairs if a.value is not None and b.value is not None and not is_whole(a)]
     headline = [pair for pair in usable if pair[0].headline and pair[0].higher_is_better]
     others = [pair for pair in usable if not (pair[0].headline and pair[0].higher_is_better)]
     answered_once = _tasks_answered_once(run, cells, baselines)
@@ -78,6 +79,7 @@ def _point(run: Run, cells: list[Cell], by_cell: dict[str, list[Score]]) -> Qual
         baseline=baselines[0],
         candidate=cells[0],
         others=tuple(_others(others, answered_once)),
+        wholes=tuple(whole_scores(run, pairs, answered_once)),
         missing=missing,
         warnings=tuple(warnings),
         counts=count(generation for cell_id, generation in generations if cell_id in ids),
@@ -106,7 +108,17 @@ def _paired(run: Run, baseline: list[Score], candidate: list[Score]) -> tuple[li
         raise ArmsDifferError(f"run {run.manifest.run_id}: {where} is scored in one arm only: the runs are no pair")
     pairs = [(by_key[0][key], by_key[1][key]) for key in sorted(by_key[0].keys() & by_key[1].keys())]
     for a, b in pairs:
-        for name in ("doc_sha256", "prompt_sha256", "target_sha256", "cluster_id", "group", "headline", "chance"):
+        same = (
+            "doc_sha256",
+            "prompt_sha256",
+            "target_sha256",
+            "cluster_id",
+            "group",
+            "headline",
+            "chance",
+            "aggregation",
+        )
+        for name in same:
             if getattr(a, name) != getattr(b, name):
                 where = f"task {a.task!r}, document {a.doc_id}"
                 what = f"{name} differs between baseline and candidate"

@@ -14,7 +14,7 @@ from twotower_eval import store
 from twotower_eval.harness.answers import Key
 from twotower_eval.harness.jobs import Job
 from twotower_eval.harness.scoring import Row, score_rows
-from twotower_eval.records import RunManifest, Score, canonical_json, to_json
+from twotower_eval.records import Aggregate, RunManifest, Score, canonical_json, to_json
 from twotower_eval.suites import BuiltTask
 
 
@@ -27,6 +27,8 @@ class KnownScores:
         self._file = run.path / name
         self._there = {self._key_of(row): (line, row) for line, row in enumerate(run.scores, start=1)}
         self._left = dict(self._there)
+        key_of = store.JOURNALS[Aggregate][1]
+        self._aggregates = {key_of(row): (line, row) for line, row in enumerate(run.aggregates, start=1)}
 
     def new(self, scores: Iterable[Score]) -> list[Score]:
         """Those that are not on disk. ValueError with file and line where one on disk says something else."""
@@ -40,6 +42,18 @@ class KnownScores:
             if canonical_json(to_json(row)) != canonical_json(to_json(score)):
                 raise self._refusal(line, row, f"{self._reason} ({_difference(row, score)})")
             self._left.pop(key, None)
+        return new
+
+    def new_aggregates(self, aggregates: Iterable[Aggregate]) -> list[Aggregate]:
+        """The same for what functions made of all documents. Those of fewer documents, under an older limit, stay."""
+        new = []
+        for made in aggregates:
+            line, row = self._aggregates.get(store.JOURNALS[Aggregate][1](made), (0, made))
+            if canonical_json(to_json(row)) != canonical_json(to_json(made)):
+                where = f"{self._file.with_name(store.JOURNALS[Aggregate][0])}, line {line}: task {row.task!r}"
+                raise ValueError(f"{where} {self._reason}: restore the file or start a new run")
+            if not line:
+                new.append(made)
         return new
 
     def check_all_made(self) -> None:

@@ -23,10 +23,10 @@ from twotower_eval.harness.jobs import (
     use_graphs,
 )
 from twotower_eval.harness.known import KnownScores, check_known
-from twotower_eval.harness.scoring import Row, score_rows
+from twotower_eval.harness.scoring import Row, aggregate_rows, score_rows
 from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders, model_folder, plan_from_json
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
-from twotower_eval.records import Score
+from twotower_eval.records import Aggregate, Score
 from twotower_eval.store import TRAINING_LOG
 from twotower_eval.suites import BuiltTask, resolve_tasks
 
@@ -99,14 +99,15 @@ def score_journal(path: Path) -> Path:
     manifest = dataclasses.replace(found.manifest, tasks={task.name: task.parts for task in tasks})
     store.check_comparable(found, manifest)
     known = KnownScores(found, "was scored before its last rounds were timed, or was edited")
-    new: list[Score] = []
+    new: list[Score | Aggregate] = []
     for cell in found.manifest.cells:
         rows = [row for row in found.generations if row.cell == cell.id]
         new += known.new(score for task in tasks for score in score_rows(task, cell.id, rows))
+        new += known.new_aggregates(made for task in tasks for made in aggregate_rows(task, cell.id, rows))
     known.check_all_made()
     with store.resume(path, manifest, event="scored") as writer:
-        for score in new:
-            writer.append(score)
+        for made in new:
+            writer.append(made)
         writer.finish()
     return path
 
@@ -243,15 +244,29 @@ class _Evaluation:
 
     def _score(self, job: Job) -> str:
         """Write the job's scores, if they are not there yet, and return the headline for people."""
-        scores = score_rows(job.task, job.cell.id, self._answered(job).values())
-        for score in self._known.new(scores):
-            self._writer.append(score)
+        rows = list(self._answered(job).values())
+        scores, aggregates = score_rows(job.task, job.cell.id, rows), aggregate_rows(job.task, job.cell.id, rows)
+        new: list[Score | Aggregate] = [*self._known.new(scores), *self._known.new_aggregates(aggregates)]
+        for made in new:
+            self._writer.append(made)
         self._writer.event("cell_done", cell=job.cell.id, task=job.task.name, num_documents=len(job.task.docs))
-        chosen = (job.task.metric, job.task.filter)
-        values = [s.value for s in scores if (s.metric, s.filter) == chosen and s.value is not None]
-        if not values:
-            return f"{job.task.metric} without a value"
-        return f"{job.task.metric} {sum(values) / len(values):.4g} over {len(values)} documents"
+        return _headline_text(job.task, scores, aggregates)
+
+
+def _headline_text(task: BuiltTask, scores: Sequence[Score], aggregates: Sequence[Aggregate]) -> str:
+    """A task's score for people: by lm-eval's own function where that is no mean."""
+    chosen = (task.metric, task.filter)
+    for made in aggregates:
+        if (made.metric, made.filter) == chosen:
+            if made.value is None:
+                return f"{task.metric} without a value ({made.missing_reason})"
+            return f"{task.metric} {made.value:.4g} over {made.num_documents} documents"
+    values = [score.value for score in scores if (score.metric, score.filter) == chosen]
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return f"{task.metric} without a value"
+    without = f", {len(values) - len(numbers)} more without a value" if len(numbers) < len(values) else ""
+    return f"{task.metric} {sum(numbers) / len(numbers):.4g} over {len(numbers)} documents{without}"
 
 
 def _first_documents(job: Job, number: int) -> frozenset[int]:

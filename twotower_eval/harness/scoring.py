@@ -9,13 +9,21 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from twotower_eval.records import GenerationRow, LikelihoodRow, Score
-from twotower_eval.suites import BuiltDoc, BuiltTask, instance_sha256
+from twotower_eval.harness.aggregates import (
+    FAILURES,
+    SEED,
+    mean_item,
+    parts_of,
+    replicates_of,
+    value_of,
+)
+from twotower_eval.records import MEAN, SUMMED_AGGREGATIONS, Aggregate, GenerationRow, LikelihoodRow, Score
+from twotower_eval.suites import BuiltDoc, BuiltTask, aggregation_name, instance_sha256
 
 POOLING = ("majority_vote", "take_first_k")  # filters that look at all samples of a problem together
-PER_DOCUMENT = ("word_perplexity", "byte_perplexity", "bits_per_byte")  # metrics over (nats, weight) pairs
 
 Row = GenerationRow | LikelihoodRow
 Samples = list[list[Row]]  # of one document: per sample, one answer for each request
@@ -27,20 +35,44 @@ def score_rows(task: BuiltTask, cell: str, rows: Iterable[Row]) -> list[Score]:
     A document's value is the mean over its samples. Rows made for another prompt are a ValueError.
     """
     samples = _samples(task, rows)
+    scores = []
+    for docs in _by_source(task, samples):
+        for filter_ in docs[0].source._filters:
+            items = _metrics(filter_, docs, samples)
+            found = _values(docs, items)
+            for doc in docs:
+                first = samples[doc.doc_id][0][0]
+                by = "generation" if isinstance(first, GenerationRow) else first.likelihood.kind
+                for metric in items[doc.doc_id]:
+                    scores.append(_score(task, cell, doc, metric, filter_.name, by, found[metric][doc.doc_id]))
+    return scores
+
+
+def aggregate_rows(task: BuiltTask, cell: str, rows: Iterable[Row]) -> list[Aggregate]:
+    """What lm-eval's functions make of all documents together, for each filter and metric that is no mean."""
+    samples = _samples(task, rows)
+    made = []
+    for docs in _by_source(task, samples):
+        source = docs[0].source
+        if all(aggregation_name(source, metric) == MEAN for metric in source.aggregation()):
+            continue
+        for filter_ in source._filters:
+            items = _metrics(filter_, docs, samples)
+            for metric in {metric: None for doc in docs for metric in items[doc.doc_id]}:
+                if aggregation_name(source, metric) != MEAN:
+                    there = [doc for doc in docs if metric in items[doc.doc_id]]
+                    of_document = [items[doc.doc_id][metric] for doc in there]
+                    made.append(_aggregate(task, cell, there, metric, filter_.name, of_document))
+    return made
+
+
+def _by_source(task: BuiltTask, samples: Mapping[int, Samples]) -> Iterable[list[BuiltDoc]]:
+    """Answered documents, apart by the lm-eval task that scores them."""
     by_source: dict[int, list[BuiltDoc]] = defaultdict(list)
     for doc in task.docs:
         if doc.doc_id in samples:
             by_source[id(doc.source)].append(doc)
-    scores = []
-    for docs in by_source.values():
-        for filter_ in docs[0].source._filters:
-            metrics = _metrics(filter_, docs, samples)
-            for doc in docs:
-                first = samples[doc.doc_id][0][0]
-                by = "generation" if isinstance(first, GenerationRow) else first.likelihood.kind
-                for metric, found in metrics[doc.doc_id].items():
-                    scores.append(_score(task, cell, doc, metric, filter_.name, by, found))
-    return scores
+    return by_source.values()
 
 
 def _samples(task: BuiltTask, rows: Iterable[Row]) -> dict[int, Samples]:
@@ -102,12 +134,73 @@ def _response(row: Row) -> Any:
     return (row.likelihood.logprob_nats, row.likelihood.is_greedy)
 
 
-def _score(
-    task: BuiltTask, cell: str, doc: BuiltDoc, metric: str, filter_name: str, scored_by: str, found: Sequence[Any]
-) -> Score:
-    values = [_number(doc.source, metric, value) for value in found]
+@dataclass(frozen=True, kw_only=True)
+class _Value:
+    """What a document's score has, as its fields."""
+
+    aggregation: str
+    value: float | None = None
+    parts: tuple[float, ...] | None = None
+    missing_reason: str | None = None
+
+
+def _values(docs: Sequence[BuiltDoc], items: Mapping[int, Mapping[str, list[Any]]]) -> dict[str, dict[int, _Value]]:
+    """By metric and document; only under a mean has a document a value of its own."""
+    source = docs[0].source
+    found = {}
+    for metric in {metric: None for doc in docs for metric in items[doc.doc_id]}:
+        there = [doc.doc_id for doc in docs if metric in items[doc.doc_id]]
+        of_document = [items[doc_id][metric] for doc_id in there]
+        aggregation = aggregation_name(source, metric)
+        if aggregation == MEAN:
+            values = [_mean_value(source, metric, item) for item in of_document]
+        elif aggregation in SUMMED_AGGREGATIONS:
+            values = [_summed_value(metric, aggregation, item) for item in of_document]
+        else:
+            values = [_Value(aggregation=aggregation, missing_reason=_together(metric, aggregation))] * len(there)
+        found[metric] = dict(zip(there, values, strict=True))
+    return found
+
+
+def _summed_value(metric: str, aggregation: str, items: Sequence[Any]) -> _Value:
+    parts = _several(aggregation, [items]) or parts_of(aggregation, items[0])
+    if isinstance(parts, str):
+        return _Value(aggregation=aggregation, missing_reason=parts)
+    return _Value(aggregation=aggregation, parts=parts, missing_reason=_together(metric, aggregation))
+
+
+def _together(metric: str, aggregation: str) -> str:
+    return f"{metric} is of all documents together, by {aggregation}"
+
+
+def _several(aggregation: str, items: Sequence[Sequence[Any]]) -> str | None:
+    """Why there is no score where documents have samples that differ."""
+    if all(repr(item) == repr(samples[0]) for samples in items for item in samples):
+        return None
+    return f"{aggregation} of all documents takes one sample of each, and there are several that differ"
+
+
+def _mean_value(source: Any, metric: str, items: Sequence[Any]) -> _Value:
+    values = [_number(source, metric, item) for item in items]
     numbers = [value for value in values if isinstance(value, float)]
     reasons = [value for value in values if isinstance(value, str)]
+    if reasons:
+        return _Value(aggregation=MEAN, missing_reason=reasons[0])
+    return _Value(aggregation=MEAN, value=math.fsum(numbers) / len(numbers))
+
+
+def _number(source: Any, metric: str, item: Any) -> float | str:
+    """One document's value, or the reason why there is none."""
+    try:
+        number = float(mean_item(source, metric, item))
+    except FAILURES as error:
+        return f"{metric} of this document is no number ({type(error).__name__})"
+    return number if math.isfinite(number) else f"{metric} of this document is {number}"
+
+
+def _score(
+    task: BuiltTask, cell: str, doc: BuiltDoc, metric: str, filter_name: str, scored_by: str, found: _Value
+) -> Score:
     return Score(
         cell=cell,
         task=task.name,
@@ -118,25 +211,37 @@ def _score(
         target_sha256=doc.target_sha256,
         metric=metric,
         filter=filter_name,
-        higher_is_better=bool(doc.source.higher_is_better().get(metric, True)),
+        higher_is_better=doc.source.higher_is_better().get(metric, True) is not False,
         headline=task.headline and (metric, filter_name) == (task.metric, task.filter),
         scored_by=scored_by,
-        value=None if reasons else math.fsum(numbers) / len(numbers),
-        missing_reason=reasons[0] if reasons else None,
+        value=found.value,
+        missing_reason=found.missing_reason,
         group=task.group,
+        aggregation=found.aggregation,
+        parts=found.parts,
         chance=doc.chance.get(metric),
     )
 
 
-def _number(source: Any, metric: str, value: Any) -> float | str:
-    """One document's value, or the reason why there is none."""
-    if metric in PER_DOCUMENT and isinstance(value, tuple):
-        try:
-            value = source.aggregation()[metric]([value])
-        except (OverflowError, ZeroDivisionError) as error:
-            return f"{metric} of this document has no value ({type(error).__name__})"
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return f"lm-eval gives {metric} for the whole task only, not per document"
-    return number if math.isfinite(number) else f"{metric} of this document is {number}"
+def _aggregate(
+    task: BuiltTask, cell: str, docs: Sequence[BuiltDoc], metric: str, filter_name: str, items: Sequence[Sequence[Any]]
+) -> Aggregate:
+    source, clusters = docs[0].source, [doc.cluster_id for doc in docs]
+    aggregation, firsts = aggregation_name(source, metric), [samples[0] for samples in items]
+    value = _several(aggregation, items) or value_of(source, metric, firsts)
+    replicates: tuple[float, ...] | str | None = None
+    if not isinstance(value, str) and aggregation not in SUMMED_AGGREGATIONS:
+        replicates = replicates_of(source, metric, firsts, clusters)
+    return Aggregate(
+        cell=cell,
+        task=task.name,
+        metric=metric,
+        filter=filter_name,
+        aggregation=aggregation,
+        num_documents=len(docs),
+        num_clusters=len(set(clusters)),
+        seed=SEED,
+        value=None if isinstance(value, str) else value,
+        replicates=None if isinstance(replicates, str) else replicates,
+        missing_reason=next((found for found in (value, replicates) if isinstance(found, str)), None),
+    )

@@ -15,10 +15,11 @@ from twotower_eval.evidence.counts import Counts
 from twotower_eval.evidence.degenerate import flags
 from twotower_eval.evidence.documents import DocumentPair, document_pairs
 from twotower_eval.evidence.naming import checkpoint_name, setting
-from twotower_eval.evidence.points import Measured, QualityPoint
+from twotower_eval.evidence.points import Measured, OtherScore, QualityPoint
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint
-from twotower_eval.records import Cell, CostSample, Generation
+from twotower_eval.evidence.wholes import WholeScore
+from twotower_eval.records import MEAN, Cell, CostSample, Generation
 from twotower_eval.report.text import speed_warnings
 from twotower_eval.report.verdicts import JudgedRuns
 
@@ -30,6 +31,7 @@ def tables(runs: Runs) -> dict[str, bytes]:
     """File name -> CSV, for every table that has a row."""
     found = {
         "retention.csv": [row for point in runs.quality for row in _retention(point)],
+        "other_scores.csv": [row for point in runs.quality for row in _others(point)],
         "speed.csv": [_speed(point) for point in runs.speed],
         "documents.csv": [_sample(p, s) for p in runs.quality for s in document_pairs(runs, p)],
         "flips.csv": [_flip(p, s) for p in runs.quality for s in document_pairs(runs, p) if s.change],
@@ -106,6 +108,57 @@ def _retention(point: QualityPoint) -> Iterator[Row]:
         columns = {**measured_columns("retention", found), **measured_columns("retention_above_chance", above)}
         num_documents = sum(task.num_documents for task in used)
         yield {**start, "task": f"({name})", "num_documents": num_documents, **columns}
+
+
+def _others(point: QualityPoint) -> Iterator[Row]:
+    """Scores beside retention; intervals of either arm only of scores of all documents together."""
+    scores: list[OtherScore | WholeScore] = [*point.others, *point.wholes]
+    for score in scores:
+        yield {
+            "run": point.run_id,
+            "complete": point.complete,
+            **_operating_point(point.candidate),
+            **_outputs(point),
+            "task": score.task,
+            "metric": score.metric,
+            "filter": score.filter,
+            "scored_by": score.scored_by,
+            "higher_is_better": score.higher_is_better,
+            "num_documents": score.num_documents,
+            **(_whole_columns(score) if isinstance(score, WholeScore) else _mean_columns(score)),
+        }
+
+
+def _mean_columns(score: OtherScore) -> Row:
+    none = Measured(estimate=None, reason="only the difference of means has an interval")
+    difference, retention = Measured(estimate=score.difference), Measured(estimate=None, reason="no headline score")
+    return {
+        "aggregation": MEAN,
+        "baseline": score.baseline,
+        "candidate": score.candidate,
+        **_ends("baseline", none),
+        **_ends("candidate", none),
+        **measured_columns("difference", difference),
+        **measured_columns("retention", retention),
+    }
+
+
+def _whole_columns(score: WholeScore) -> Row:
+    return {
+        "aggregation": score.aggregation,
+        "baseline": score.baseline.value,
+        "candidate": score.candidate.value,
+        **_ends("baseline", score.baseline_interval),
+        **_ends("candidate", score.candidate_interval),
+        **measured_columns("difference", score.difference),
+        **measured_columns("retention", score.retention),
+    }
+
+
+def _ends(arm: str, interval: Measured) -> Row:
+    """The ends of an arm's own interval, or why it has none."""
+    columns = measured_columns(arm, interval)
+    return {name: columns[name] for name in (f"{arm}_low", f"{arm}_high", f"{arm}_missing_reason")}
 
 
 def _speed(point: SpeedPoint) -> Row:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 from twotower_eval import stats
 from twotower_eval.evidence.chance import AgainstChance, standing_text
-from twotower_eval.evidence.points import Measured, OtherScore, QualityPoint, TaskQuality, measured, point_key
+from twotower_eval.evidence.points import Measured, QualityPoint, TaskQuality, measured, point_key
 from twotower_eval.evidence.runs import Runs
+from twotower_eval.evidence.wholes import current_scores, is_whole, one_whole
 from twotower_eval.records import Score
+from twotower_eval.report.others import other_scores, whole_figure
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import (
     NONE,
@@ -61,21 +63,26 @@ def quality(runs: Runs) -> Section:
 def _single_arm(runs: Runs) -> str:
     """Mean scores where there is one model only, or one arm so far."""
     groups: dict[tuple[str, str, str, str, str, str], list[Score]] = {}
+    by_id = {run.manifest.run_id: run for run in runs}
     for run in runs:
-        for score in run.scores:
+        for score in current_scores(run):
             arm = f"{run.cells[score.cell].arm}, {run.cells[score.cell].decoder.label}"
             key = (run.manifest.run_id, arm, score.task, score.metric, score.filter, score.scored_by)
             groups.setdefault(key, []).append(score)
     rows = []
     for (run_id, arm, task, metric, filter_, scored_by), scores in groups.items():
-        values = [score.value for score in scores if score.value is not None]
-        clusters = [score.cluster_id for score in scores if score.value is not None]
-        found = measured(partial(stats.mean_score, values, clusters)).estimate
-        shown = NONE if found is None else f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]"
+        if is_whole(scores[0]):
+            shown, num = whole_figure(*one_whole(scores, by_id[run_id])), len(scores)
+        else:
+            values = [score.value for score in scores if score.value is not None]
+            clusters = [score.cluster_id for score in scores if score.value is not None]
+            found = measured(partial(stats.mean_score, values, clusters)).estimate
+            shown = NONE if found is None else f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]"
+            num = len(values)
         named = escape(metric) + (f" ({escape(filter_)})" if filter_ != "none" else "")
         how = SCORED_BY.get(scored_by, escape(scored_by))
-        rows.append([escape(task), named, how, escape(arm), code(run_id), count(len(values)), shown])
-    header = ["task", "metric (filter)", "scored by", "model", "run", "n", "mean [95 %]"]
+        rows.append([escape(task), named, how, escape(arm), code(run_id), count(num), shown])
+    header = ["task", "metric (filter)", "scored by", "model", "run", "n", "score [95 %]"]
     return f"\nWhat has been scored:\n\n{table(header, rows, left=5)}" if rows else ""
 
 
@@ -84,8 +91,8 @@ def _point(runs: Runs, point: QualityPoint) -> str:
     state = "" if point.complete else " (INCOMPLETE run)"
     title = f"### {escape(runs.name(point.candidate))}: {kind}{state}\n"
     parts = [title, _task_table(point), bullets(_remarks(runs, point))]
-    if point.others:
-        parts.append(details("Other scores, which are not part of retention", _other_table(point.others)))
+    if point.others or point.wholes:
+        parts.append(details("Other scores, which are not part of retention", other_scores(point)))
     if point.missing:
         parts.append(_missing(point))
     return "\n".join(part for part in parts if part)
@@ -200,29 +207,6 @@ def _bound_draws(runs: Runs, point: QualityPoint) -> Iterator[str]:
         draws = ", ".join(sorted({str(bound.num_draws) for bound in bounds}))
         mean_nats = significant(sum(errors) / len(errors))
         yield f"Denoiser bounds: {draws} draws a continuation, mean standard error {mean_nats} nats."
-
-
-def _other_table(others: Iterable[OtherScore]) -> str:
-    header = ["task", "scored by", "metric (filter)", "better", "n", "baseline", "candidate", "difference [95 %]"]
-    rows = []
-    for other in others:
-        filtered = f" ({escape(other.filter)})" if other.filter != "none" else ""
-        change = other.difference
-        rows.append(
-            [
-                escape(other.task),
-                scored_by_words(other.scored_by),
-                escape(other.metric) + filtered,
-                "higher" if other.higher_is_better else "lower",
-                count(other.num_documents),
-                significant(other.baseline, 4),
-                significant(other.candidate, 4),
-                "0 by construction"
-                if change.method == stats.EQUAL
-                else f"{change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}]",
-            ]
-        )
-    return table(header, rows, left=4)
 
 
 def _missing(point: QualityPoint) -> str:

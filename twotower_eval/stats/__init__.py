@@ -1,11 +1,12 @@
 """Statistics of retention and speedup: pure functions on arrays that return estimates with their intervals.
 
 ``paired`` turns scores into sums and bootstrap draws, ``quality`` into retention, ``chance`` into what lies above
-guessing, ``flips`` into tests of flipped answers; ``speedup`` handles timed calls, ``nulls`` the A/A gate. ``decide``
-judges an estimate, ``power`` plans and says how much is missing, ``costs`` predicts times from measured parts,
-``granularity`` checks published percentages. numpy and scipy only. No data is a ValueError, never 0.
+guessing, ``flips`` into tests of flipped answers; ``aggregates`` handles scores of all documents together, ``speedup``
+timed calls, ``nulls`` the A/A gate. ``decide`` judges an estimate, ``power`` plans and says how much is missing,
+``costs`` predicts times from measured parts, ``granularity`` checks published percentages. numpy and scipy only. No data is a ValueError, never 0.
 """
 
+from twotower_eval.stats.aggregates import WholeScores, replicated, summed
 from twotower_eval.stats.chance import ABOVE_CHANCE_LEVEL, Standing, retention_above_chance, standings
 from twotower_eval.stats.costs import (
     CallCounts,
@@ -106,6 +107,7 @@ __all__ = [
     "ScoreTable",
     "Standing",
     "TimedCalls",
+    "WholeScores",
     "binomial_upper_bound",
     "bootstrap_stderr",
     "break_even",
@@ -139,6 +141,7 @@ __all__ = [
     "power_text",
     "predict",
     "predicted_speedup",
+    "replicated",
     "resamples_launches",
     "retention",
     "retention_above_chance",
@@ -147,6 +150,7 @@ __all__ = [
     "speedup",
     "standings",
     "still_needed",
+    "summed",
     "too_few",
     "widest_null",
 ]

@@ -105,7 +105,7 @@ def draw_task_means(table: ScoreTable, *, num_resamples: int = NUM_RESAMPLES, se
         rows = np.flatnonzero(table.stratum_C == stratum)
         leaves = np.flatnonzero(table.count_CL[rows[0]])
         values = np.stack([sums[np.ix_(rows, leaves)] for sums in columns], axis=1)
-        drawn = _resampled_sums(rng, values.reshape(len(rows), -1), num_resamples)
+        drawn = resampled_sums(rng, values.reshape(len(rows), -1), num_resamples)
         sums_Q4L[:, : len(columns), leaves] += drawn.reshape(num_resamples, len(columns), len(leaves))
     means_Q3L = sums_Q4L[:, 1:] / sums_Q4L[:, :1]
     return Draws(
@@ -160,7 +160,7 @@ def _tabulate(scores: PairedScores) -> ScoreTable:
     )
 
 
-def _resampled_sums(rng: np.random.Generator, values_CV: Floats, num_resamples: int) -> Floats:
+def resampled_sums(rng: np.random.Generator, values_CV: Floats, num_resamples: int) -> Floats:
     """Sums over C clusters drawn with replacement, for each resample: (Q, V).
 
     Equal clusters are counted, not drawn one by one: the counts are multinomial, which for right-or-wrong scores

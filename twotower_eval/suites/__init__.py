@@ -9,6 +9,7 @@ from twotower_eval.suites.documents import (
     stops_and_budget,
 )
 from twotower_eval.suites.files import Suite, SuiteTask, load_suite, suite_names
+from twotower_eval.suites.lm_tasks import aggregation, aggregation_name
 
 __all__ = [
     "DEFAULT_MAX_NEW_TOKENS",
@@ -18,6 +19,8 @@ __all__ = [
     "Suite",
     "SuiteTask",
     "TimedPrompt",
+    "aggregation",
+    "aggregation_name",
     "build_requests",
     "instance_sha256",
     "load_suite",

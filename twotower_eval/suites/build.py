@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower_eval.names import did_you_mean
-from twotower_eval.records import canonical_json, sha256_text
+from twotower_eval.records import MEAN, canonical_json, sha256_text
 from twotower_eval.suites import lm_tasks
 from twotower_eval.suites.documents import BuiltDoc, Wishes, build_docs, check_options, generates
 from twotower_eval.suites.files import SuiteTask, load_suite, suite_names
@@ -191,12 +191,20 @@ def _build_part(name: str, group: str | None, lm_eval_name: str, member: SuiteTa
         ),
         metric=metric,
         filter=filter_,
-        # A ratio of scores where lower is better belongs into no retention.
-        headline=member.headline and sources[0].higher_is_better()[metric] is not False,
+        # An average of ratios takes means of which more is better, and nothing else.
+        headline=member.headline and all(_averages(source, metric) for source in sources),
         digest=sha256_text(canonical_json(parts)),
         parts=parts,
         spec=member,
     )
+
+
+def _averages(source: Any, metric: str) -> bool:
+    """Whether a metric is a mean over documents of which more is better, or is not there."""
+    if metric not in source.higher_is_better():
+        return True
+    more_is_better = source.higher_is_better()[metric] is not False
+    return more_is_better and lm_tasks.aggregation_name(source, metric) == MEAN
 
 
 def _headline(name: str, member: SuiteTask, source: Any) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from twotower_eval.datafiles import folders, numbered_rows
 from twotower_eval.names import did_you_mean
 from twotower_eval.plan import data_path
+from twotower_eval.records import MEAN
 
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
@@ -134,6 +135,25 @@ def build_instances(name: str, task: Any, fewshot_seed: int) -> list[Any]:
     except misfits() as error:
         raise ValueError(f"task {name!r}: its data lacks what the prompts read ({_first_line(error)})") from error
     return list(task.instances)
+
+
+def aggregation(task: Any, metric: str) -> Callable[[Sequence[Any]], Any]:
+    """lm-eval's function that makes one number of all documents' items; a mean where the task names none."""
+    from lm_eval.api.metrics import mean
+
+    function: Callable[[Sequence[Any]], Any] = task.aggregation().get(metric, mean)
+    return function
+
+
+def aggregation_name(task: Any, metric: str) -> str:
+    """What that function is called: as in lm-eval's registry, else its own name in the task's code."""
+    from lm_eval.api.registry import AGGREGATION_REGISTRY
+
+    function = aggregation(task, metric)
+    known = {AGGREGATION_REGISTRY[name]: name for name in AGGREGATION_REGISTRY}
+    own = getattr(function, "__qualname__", type(function).__name__)
+    named = known.get(function) or f"{getattr(function, '__module__', '')}.{own}".lstrip(".")
+    return MEAN if named == "brier_score" else named  # a mean of what it makes of each document
 
 
 def _resolved(name: str) -> dict[str, Any]:

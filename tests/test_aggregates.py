@@ -1,0 +1,174 @@
+"""Scores of all documents together: equal to lm-eval's functions, and what resampling says of them."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lm_eval.api.metrics  # noqa: F401  # registers its functions
+import numpy as np
+import pytest
+from lm_eval.api.registry import AGGREGATION_REGISTRY
+
+from twotower_eval import stats
+from twotower_eval.harness.aggregates import parts_of, replicates_of, value_of
+from twotower_eval.records import LABEL_AGGREGATIONS, MEAN, SUMMED_AGGREGATIONS
+from twotower_eval.stats import aggregates
+from twotower_eval.suites import aggregation_name
+
+
+class Source:
+    """What of an lm-eval task says how items become one number."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+
+    def aggregation(self) -> dict[str, Any]:
+        return {"m": self.function}
+
+
+def text(rng: np.random.Generator, num: int) -> str:
+    return " ".join(str(word) for word in rng.choice(["a", "b.", "the", "cat", "sat", "Ünder"], size=num))
+
+
+def items_of(name: str, rng: np.random.Generator, num: int = 40) -> list[Any]:
+    """Items as lm-eval's process_results gives them."""
+    likelihoods = -rng.gamma(3, 10, num)
+    if name == "perplexity":
+        return [float(value) for value in likelihoods / 50]
+    if name == "nanmean":
+        return [math.nan if rng.random() < 0.3 else float(value) for value in rng.random(num)]
+    if name in ("weighted_perplexity", "bits_per_byte"):
+        return [
+            (float(value), int(weight)) for value, weight in zip(likelihoods, rng.integers(1, 40, num), strict=True)
+        ]
+    if name in LABEL_AGGREGATIONS:
+        gold_N = rng.integers(0, 2 if name == "f1" else 4, num)
+        given_N = np.where(rng.random(num) < 0.6, gold_N, rng.integers(0, 2, num))
+        return [(int(gold), given) for gold, given in zip(gold_N, given_N, strict=True)]
+    return [[text(rng, rng.integers(0, 9)), text(rng, rng.integers(0, 9))] for _ in range(num)]
+
+
+def summed(name: str, *arms: list[Any]) -> stats.WholeScores:
+    parts = [[parts_of(name, item) for item in items] for items in arms]
+    assert not any(isinstance(part, str) for found in parts for part in found), parts
+    return stats.summed(name, parts, [f"d{i}" for i in range(len(arms[0]))])  # type: ignore[arg-type]
+
+
+def test_every_sum_that_reports_know_is_kept_while_measuring() -> None:
+    assert {*aggregates.FUNCTIONS, *aggregates.LOG_FUNCTIONS, *aggregates.LABEL_FUNCTIONS} == SUMMED_AGGREGATIONS
+
+
+@pytest.mark.parametrize("name", sorted(SUMMED_AGGREGATIONS))
+@pytest.mark.parametrize("num", [1, 2, 40])
+def test_a_score_from_parts_is_lm_evals_own(name: str, num: int) -> None:
+    for seed in range(5):
+        items = items_of(name, np.random.default_rng(seed), num)
+        own = value_of(Source(AGGREGATION_REGISTRY[name]), "m", items)
+        if isinstance(own, str):
+            assert name == "nanmean"
+            assert "is nan" in own
+        else:
+            assert summed(name, items).value() == pytest.approx(own, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["weighted_perplexity", "bleu"])
+def test_draws_are_lm_evals_function_over_resampled_documents(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The spread of the draws is that of the function itself, called on documents drawn one by one."""
+    monkeypatch.setattr("twotower_eval.harness.aggregates.NUM_REPLICATES", 300)
+    items = items_of(name, np.random.default_rng(3), 30)
+    found = summed(name, items)
+    direct = replicates_of(Source(AGGREGATION_REGISTRY[name]), "m", items, [f"d{i}" for i in range(30)])
+    assert isinstance(direct, tuple)
+    draws_Q = np.exp(found.draws_AQ[0]) if found.log else found.draws_AQ[0]
+    assert np.mean(direct) == pytest.approx(draws_Q.mean(), abs=0.2 * np.std(direct))
+    assert np.std(direct) == pytest.approx(draws_Q.std(), rel=0.15)
+
+
+def test_a_perplexitys_interval_is_never_negative_and_holds_its_value() -> None:
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        items = [(-float(rng.gamma(0.5, 200)), int(rng.integers(1, 5))) for _ in range(4)]
+        found = summed("weighted_perplexity", items).score()
+        assert 0 < found.low < found.value < found.high
+
+
+def test_one_document_that_would_overflow_is_part_of_the_perplexity() -> None:
+    items = [(-2000.0, 1), (-3.0, 900), (-4.0, 1000)]
+    assert summed("weighted_perplexity", items).value() == pytest.approx(math.exp(2007 / 1901))
+    alone = value_of(Source(AGGREGATION_REGISTRY["weighted_perplexity"]), "m", items[:1])
+    assert alone == "lm-eval's weighted_perplexity of all documents fails (OverflowError: math range error)"
+    assert parts_of("weighted_perplexity", items[0]) == (-2000.0, 1.0)
+
+
+def test_documents_of_one_cluster_are_drawn_together() -> None:
+    items = items_of("weighted_perplexity", np.random.default_rng(0), 40)
+    apart = stats.summed("weighted_perplexity", [items * 4], [str(i) for i in range(160)]).score()
+    together = stats.summed("weighted_perplexity", [items * 4], [str(i % 40) for i in range(160)]).score()
+    assert together.n == 40
+    assert together.high - together.low == pytest.approx(2 * (apart.high - apart.low), rel=0.15)
+
+
+def test_intervals_of_scores_cover_what_is_true() -> None:
+    """Of 60 worlds with a perplexity of 8 and one of 9, few intervals miss the truth."""
+    missed = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        weight_N = rng.integers(5, 60, 50)
+        arms = [[(-float(w * math.log(true) * rng.gamma(20, 1 / 20)), int(w)) for w in weight_N] for true in (8.0, 9.0)]
+        found = stats.summed("weighted_perplexity", arms, [str(i) for i in range(50)])
+        missed += not found.difference().low < 1 < found.difference().high
+        missed += not found.score(0).low < 8 < found.score(0).high
+    assert missed <= 0.1 * 120
+
+
+def test_differences_and_retention_are_paired() -> None:
+    rng = np.random.default_rng(5)
+    gold_N = rng.integers(0, 2, 200)
+    base_N = np.where(rng.random(200) < 0.8, gold_N, 1 - gold_N)
+    worse_N = np.where(rng.random(200) < 0.1, 1 - base_N, base_N)
+    arms = [list(zip(gold_N.tolist(), given_N.tolist(), strict=True)) for given_N in (base_N, worse_N)]
+    found = summed("f1", *arms)
+    difference, kept = found.difference(), found.retention()
+    assert difference.value == pytest.approx(found.value(1) - found.value(0))
+    assert kept.value == pytest.approx(found.value(1) / found.value(0))
+    assert difference.high < 0 < 1 - kept.high
+    unpaired = math.hypot(*(found.score(arm).high - found.score(arm).low for arm in (0, 1)))
+    assert difference.high - difference.low < unpaired
+
+
+def test_what_resampling_cannot_tell_has_no_interval() -> None:
+    same = items_of("bleu", np.random.default_rng(0), 8)
+    found = summed("bleu", same, same)
+    with pytest.raises(ValueError, match="0 of 8 clusters differ: too few"):
+        found.difference()
+    with pytest.raises(ValueError, match="one cluster only"):
+        summed("perplexity", [-1.0]).score()
+    with pytest.raises(ValueError, match="no cluster changes the score"):
+        summed("f1", [(1, 1)] * 30).score()
+    with pytest.raises(ValueError, match="no value in"):
+        summed("nanmean", [math.nan, 1.0, 0.5]).score()
+    with pytest.raises(ValueError, match="not above 0"):
+        summed("matthews_corrcoef", [(0, 1), (1, 0)] * 9, [(0, 0), (1, 0)] * 9).retention()
+
+
+def test_functions_of_a_tasks_own_are_resampled_where_the_documents_are() -> None:
+    clusters = [f"c{i // 2}" for i in range(30)]
+    source = Source(max)
+    first = replicates_of(source, "m", list(range(30)), clusters)
+    assert isinstance(first, tuple)
+    second = replicates_of(source, "m", list(range(1, 31)), clusters)
+    assert isinstance(second, tuple)
+    assert [b - a for a, b in zip(first, second, strict=True)] == [1] * len(first), "both arms draw the same clusters"
+    found = stats.replicated("max", [29.0, 30.0], [first, second], 15, seed=0)
+    assert found.value(1) == 30
+    assert found.score(0).low < 29
+    assert found.score(0).method == "clustered bootstrap through max, 1,000 resamples"
+    assert aggregation_name(source, "m") == "builtins.max"
+    assert aggregation_name(source, "another") == MEAN
+
+
+def test_a_function_that_fails_says_so() -> None:
+    assert parts_of("perplexity", -math.inf) == "lm-eval's item of this document is -inf"
+    assert parts_of("f1", None) == "lm-eval's item of this document is not one of f1 (TypeError)"
+    assert "fails (TypeError" in str(value_of(Source(AGGREGATION_REGISTRY[MEAN]), "m", [(1, 2)]))
+    assert "is inf" in str(value_of(Source(AGGREGATION_REGISTRY["perplexity"]), "m", [-math.inf]))

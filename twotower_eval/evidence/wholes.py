@@ -1,0 +1,214 @@
+"""Scores that lm-eval computes from all documents of a task together, by its own functions: no mean stands for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import exp, isclose, log
+
+from twotower_eval import stats
+from twotower_eval.evidence.measured import Measured, measured
+from twotower_eval.records import MEAN, SUMMED_AGGREGATIONS, Aggregate, Estimate, LikelihoodRow, Score
+from twotower_eval.store import Run
+
+# Rows of versions that did not name the aggregation: a document's own perplexity stood for its likelihood and weight.
+UNNAMED = {
+    "word_perplexity": "weighted_perplexity",
+    "byte_perplexity": "weighted_perplexity",
+    "bits_per_byte": "bits_per_byte",
+    "perplexity": "perplexity",
+}
+CLOSE = 1e-9  # relative; how near a recovered weight must come to the value that was written
+
+Pair = tuple[Score, Score]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeScore:
+    """One such score in both arms: the number by lm-eval's function, and the same function over resampled documents.
+
+    ``retention`` is only of scores of which more is better.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    aggregation: str
+    scored_by: str
+    higher_is_better: bool
+    num_documents: int
+    baseline: stats.Figure
+    candidate: stats.Figure
+    baseline_interval: Measured
+    candidate_interval: Measured
+    difference: Measured
+    retention: Measured
+
+
+def is_whole(score: Score) -> bool:
+    """Whether a row is part of a score of all documents together."""
+    return score.aggregation not in (None, MEAN)
+
+
+def current_scores(run: Run) -> list[Score]:
+    """A run's scores, perplexities of older versions with their parts, which its likelihoods still tell."""
+    if not any(score.aggregation is None and score.metric in UNNAMED for score in run.scores):
+        return run.scores
+    likelihoods: dict[tuple[str, str, int], LikelihoodRow] = {}
+    anyones: dict[tuple[str, int], list[LikelihoodRow]] = defaultdict(list)
+    for row in run.likelihoods:
+        likelihoods[row.cell, row.task, row.doc_id] = row
+        anyones[row.task, row.doc_id].append(row)
+    found = []
+    for score in run.scores:
+        if score.aggregation is not None or score.metric not in UNNAMED:
+            found.append(score)
+            continue
+        own = likelihoods.get((score.cell, score.task, score.doc_id))
+        # Likelihoods of equal tensors were computed for one cell and serve others.
+        found.append(_with_parts(score, [own] if own else anyones[score.task, score.doc_id]))
+    return found
+
+
+def _with_parts(score: Score, rows: Sequence[LikelihoodRow]) -> Score:
+    if score.value is not None and score.metric == "perplexity":
+        if not any(row.request == "loglikelihood" and row.likelihood.logprob_nats == score.value for row in rows):
+            return score  # another metric of this name
+        return dataclasses.replace(score, aggregation="perplexity", value=None, parts=(score.value, 1.0))
+    parts = {part for row in rows if row.request == "loglikelihood_rolling" for part in _weighted(score, row)}
+    return dataclasses.replace(
+        score,
+        aggregation=UNNAMED[score.metric],
+        value=None,
+        parts=next(iter(parts)) if len(parts) == 1 else None,
+        missing_reason=None
+        if len(parts) == 1
+        else f"{score.metric} needs weights that this run's version did not keep",
+    )
+
+
+def _weighted(score: Score, row: LikelihoodRow) -> Iterator[tuple[float, float]]:
+    """Log-likelihood and words or bytes of a document, if they give the value that was written."""
+    nats, value = row.likelihood.logprob_nats, score.value
+    if value is None or value <= 0 or nats == 0:
+        return
+    nats_per_unit = value * log(2) if score.metric == "bits_per_byte" else log(value)
+    weight = round(-nats / nats_per_unit) if nats_per_unit else 0
+    if weight > 0:
+        again = -nats / weight / log(2) if score.metric == "bits_per_byte" else exp(-nats / weight)
+        if abs(again / value - 1) < CLOSE:
+            yield nats, float(weight)
+
+
+def whole_scores(run: Run, pairs: Iterable[Pair], answered_once: set[str]) -> Iterator[WholeScore]:
+    """Every score of all documents together, from the rows that both arms have."""
+    made = {(row.cell, row.task, row.metric, row.filter, row.num_documents): row for row in run.aggregates}
+    groups: dict[tuple[str, str, str], list[Pair]] = defaultdict(list)
+    for a, b in pairs:
+        if is_whole(a):
+            groups[a.task, a.metric, a.filter].append((a, b))
+    for (task, metric, filter_), here in sorted(groups.items()):
+        arms = [[pair[arm] for pair in here] for arm in (0, 1)]
+        own = [made.get((arm[0].cell, task, metric, filter_, len(arm))) for arm in arms]
+        yield _whole_score(arms, own, equal=task in answered_once)
+
+
+def _whole_score(arms: Sequence[Sequence[Score]], own: Sequence[Aggregate | None], *, equal: bool) -> WholeScore:
+    first, num_clusters = arms[0][0], len({score.cluster_id for score in arms[0]})
+    same = equal and all(a.parts is not None and a.parts == b.parts for a, b in zip(*arms, strict=True))
+    both = _resampled(arms, own)
+    singles = [
+        (both, arm) if not isinstance(both, str) else (_resampled(arms[arm : arm + 1], own[arm : arm + 1]), 0)
+        for arm in (0, 1)
+    ]
+    figures = [_figure(found, at, own[arm]) for arm, (found, at) in enumerate(singles)]
+    intervals = [_estimate(found, partial(stats.WholeScores.score, arm=at)) for found, at in singles]
+    retention = Measured(estimate=None, reason="less is better")
+    if first.higher_is_better:
+        known = Measured(estimate=stats.equal_by_construction(1.0, num_clusters))
+        retention = known if same else _estimate(both, stats.WholeScores.retention)
+    known = Measured(estimate=stats.equal_by_construction(0.0, num_clusters))
+    return WholeScore(
+        task=first.task,
+        metric=first.metric,
+        filter=first.filter,
+        aggregation=str(first.aggregation),
+        scored_by=" + ".join(sorted({score.scored_by for score in arms[1]})),
+        higher_is_better=first.higher_is_better,
+        num_documents=len(arms[0]),
+        baseline=figures[0],
+        candidate=figures[1],
+        baseline_interval=intervals[0],
+        candidate_interval=intervals[1],
+        difference=known if same else _estimate(both, stats.WholeScores.difference),
+        retention=retention,
+    )
+
+
+def one_whole(scores: Sequence[Score], run: Run) -> tuple[stats.Figure, Measured]:
+    """One arm's score of all documents together, from its rows of one task, metric and filter, and its interval."""
+    first = scores[0]
+    key = (first.cell, first.task, first.metric, first.filter, len(scores))
+    rows = {(row.cell, row.task, row.metric, row.filter, row.num_documents): row for row in run.aggregates}
+    own = rows.get(key)
+    found = _resampled([scores], [own])
+    return _figure(found, 0, own), _estimate(found, stats.WholeScores.score)
+
+
+def _resampled(arms: Sequence[Sequence[Score]], own: Sequence[Aggregate | None]) -> stats.WholeScores | str:
+    """The function over resampled documents, or the reason why there is no such score."""
+    name, clusters = str(arms[0][0].aggregation), [score.cluster_id for score in arms[0]]
+    failed = [made.missing_reason or "no reason recorded" for made in own if made is not None and made.value is None]
+    if failed:
+        return failed[0]
+    try:
+        if name in SUMMED_AGGREGATIONS:
+            return _checked(stats.summed(name, [_parts(arm) for arm in arms], clusters), own)
+        values, replicates, seed = [], [], 0
+        for made in own:
+            if made is None:
+                return f"the run has not computed {name} of these documents"
+            if made.value is None or made.replicates is None:
+                return made.missing_reason or "no reason recorded"
+            values.append(made.value)
+            replicates.append(made.replicates)
+            seed = made.seed
+        return stats.replicated(name, values, replicates, len(set(clusters)), seed=seed)
+    except ValueError as error:
+        return str(error)
+
+
+def _checked(found: stats.WholeScores, own: Sequence[Aggregate | None]) -> stats.WholeScores:
+    """ValueError where parts do not come to lm-eval's own number, as where documents differ in their references."""
+    for arm, made in enumerate(own):
+        if made is not None and made.value is not None and not isclose(found.value(arm), made.value, rel_tol=1e-6):
+            raise ValueError("documents one by one do not come to lm-eval's number of all together")
+    return found
+
+
+def _parts(arm: Sequence[Score]) -> list[tuple[float, ...]]:
+    """Of every document: none may be left out."""
+    missing = [score for score in arm if score.parts is None]
+    if missing:
+        where = f"{len(missing)} of {len(arm)} documents"
+        raise ValueError(f"{where}: {missing[0].missing_reason or 'no reason recorded'}")
+    return [score.parts for score in arm if score.parts is not None]
+
+
+def _figure(found: stats.WholeScores | str, arm: int, own: Aggregate | None) -> stats.Figure:
+    """lm-eval's own number where the run has it, of these very documents; else what the parts come to."""
+    if own is not None and own.value is not None:
+        return stats.Figure(value=own.value)
+    if isinstance(found, str):
+        return stats.Figure(value=None, reason=found)
+    try:
+        return stats.Figure(value=found.value(arm))
+    except ValueError as error:
+        return stats.Figure(value=None, reason=str(error))
+
+
+def _estimate(found: stats.WholeScores | str, compute: Callable[[stats.WholeScores], Estimate]) -> Measured:
+    return Measured(estimate=None, reason=found) if isinstance(found, str) else measured(lambda: compute(found))
