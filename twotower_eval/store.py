@@ -66,10 +66,6 @@ def _score_key(row: Score) -> Key:
     return (row.cell, row.task, row.doc_id, row.metric, row.filter)
 
 
-def _aggregate_key(row: Aggregate) -> Key:
-    return (row.cell, row.task, row.metric, row.filter, row.num_documents)  # a resume may raise the limit
-
-
 def _speed_key(row: SpeedSample) -> Key:
     return (row.launch_id, row.cell, row.replica, row.phase, row.round, row.call_id)
 
@@ -79,18 +75,15 @@ def _cost_key(row: CostSample) -> Key:
     return (row.launch_id, row.cell, row.replica, row.phase, row.round, row.part, *sizes)
 
 
-def _check_key(row: Check) -> Key:
-    return (row.cell, row.name)
-
-
 JOURNALS: dict[type[Row], tuple[str, Callable[[Any], Key]]] = {
     GenerationRow: ("generations.jsonl", _request_key),
     LikelihoodRow: ("likelihoods.jsonl", _request_key),
     Score: ("scores.jsonl", _score_key),
-    Aggregate: ("aggregates.jsonl", _aggregate_key),
+    # A resume may raise the limit.
+    Aggregate: ("aggregates.jsonl", lambda row: (row.cell, row.task, row.metric, row.filter, row.num_documents)),
     SpeedSample: ("speed.jsonl", _speed_key),
     CostSample: ("costs.jsonl", _cost_key),
-    Check: ("checks.jsonl", _check_key),
+    Check: ("checks.jsonl", lambda row: (row.cell, row.name)),
 }
 FILES = (MANIFEST, EVENTS, *(name for name, _ in JOURNALS.values()), TRAINING_LOG)  # all but the closing file
 
@@ -240,7 +233,7 @@ class RunWriter:
         self._cells = set(run.cells)
         self._files: dict[str, Journal] = {}
         rows: tuple[Row, ...] = (*run.generations, *run.likelihoods, *run.scores, *run.speed, *run.costs, *run.checks)
-        rows = (*rows, *run.aggregates)
+        rows += tuple(run.aggregates)
         self._keys = {(type(row), *JOURNALS[type(row)][1](row)) for row in rows}
         for name in (EVENTS, *(name for name, _ in JOURNALS.values())):
             truncate_torn_line(self.path / name)
