@@ -16,9 +16,10 @@ from tiny_pair import write_pair
 from twotower_eval import cli, stats, store, suites
 from twotower_eval.claims import judge, verdict_lines
 from twotower_eval.claims.files import claims_from
+from twotower_eval.claims.gates import floor_gate
 from twotower_eval.evidence import ArmsDifferError, QualityPoint, Runs
 from twotower_eval.evidence.quality import quality_points
-from twotower_eval.records import Score, Verdict
+from twotower_eval.records import GateLimits, Score, Verdict
 from twotower_eval.report.headline import headline
 from twotower_eval.report.tables import quality
 from twotower_eval.report.text import retention
@@ -540,3 +541,19 @@ def test_a_row_with_a_chance_that_is_none_is_refused() -> None:
     for chance in (1.5, -0.25, "a quarter"):
         with pytest.raises(ValueError, match="Score: chance must be"):
             from_json(Score, {**whole, "chance": chance})
+
+
+def test_a_decoder_that_only_names_some_option_gives_no_answers(tmp_path: Path) -> None:
+    """Of two options it is right on half: 60 % of a baseline that is right on 83 %, above the floor of 50 %."""
+
+    plain = measured_run(tmp_path, ("sorting",))
+    baseline = plain.manifest.cells[0].id
+    gates = []
+    for chance in (0.5, None):
+        scores = [
+            replace(row, chance=chance, value=float(row.doc_id % 6 < (5 if row.cell == baseline else 3)))
+            for row in plain.scores
+        ]
+        gates.append(floor_gate([the_point(replace(plain, scores=scores))], GateLimits()))
+    assert [gate.outcome for gate in gates] == ["failed", "passed"]
+    assert gates[0].detail.startswith("fast and broken: retention above chance 0.0 % [")

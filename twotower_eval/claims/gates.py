@@ -128,7 +128,7 @@ def floor_gate(quality: Sequence[QualityPoint], limits: GateLimits) -> Gate:
     below = [(one, est) for one, est in judged if est.high < floor]
     if below:
         one, est = below[0]
-        detail = f"{BROKEN}: retention {interval(PERCENT, est, against=floor)} is below the floor of {100 * floor:g} %"
+        detail = f"{BROKEN}: {_against_floor(one, est, floor)} is below the floor of {100 * floor:g} %"
         return Gate(name=name, outcome="failed", detail=detail, evidence=(one.run_id,))
     enough = sorted((pair for pair in judged if pair[1].n >= stats.MIN_CLUSTERS), key=lambda pair: not pair[0].timed)
     if not enough:
@@ -139,17 +139,31 @@ def floor_gate(quality: Sequence[QualityPoint], limits: GateLimits) -> Gate:
         return Gate(name=name, outcome="not_checked", detail=detail, evidence=tuple(one.run_id for one, _ in found))
     one, est = enough[0]
     if est.low <= floor:
-        detail = f"retention {interval(PERCENT, est, against=floor)} does not clear the floor of {100 * floor:g} %"
+        detail = f"{_against_floor(one, est, floor)} does not clear the floor of {100 * floor:g} %"
         return Gate(name=name, outcome="not_checked", detail=detail, evidence=(one.run_id,))
-    detail = f"retention {interval(PERCENT, est, against=floor)} is above the floor of {100 * floor:g} %"
+    detail = f"{_against_floor(one, est, floor)} is above the floor of {100 * floor:g} %"
     return Gate(name=name, outcome="passed", detail=detail, evidence=(one.run_id,))
 
 
+def _against_floor(point: QualityPoint, estimate: Estimate, floor: float) -> str:
+    above = " above chance" if _can_be_guessed(point) else ""
+    return f"retention{above} {interval(PERCENT, estimate, against=floor)}"
+
+
+def _can_be_guessed(point: QualityPoint) -> bool:
+    """Whether the decoder may be right by naming some option."""
+    return any(task.standing.chance is not None for task in point.tasks if task.exercises_decoder)
+
+
 def exercised_retention(point: QualityPoint) -> Measured:
-    """Retention over the tasks that go through the decoder, with one-sided 95 % bounds."""
+    """Retention over the tasks that go through the decoder, with one-sided 95 % bounds.
+
+    Of what lies above chance where any of them can be guessed at: a broken decoder may still name an option.
+    """
     names = [task.name for task in point.tasks if task.exercises_decoder]
     if point.scores is None or not names:
         return Measured(estimate=None, reason="no task is scored through the candidate's decoder")
     table = point.scores.table
-    weights_K = table.weights_K(names)
-    return measured(lambda: stats.retention(table, stats.draw_task_means(table), weights_K, level=DECISION_LEVEL))
+    weights_K, draws = table.weights_K(names), stats.draw_task_means(table)
+    rule = stats.retention_above_chance if _can_be_guessed(point) else stats.retention
+    return measured(lambda: rule(table, draws, weights_K, level=DECISION_LEVEL))

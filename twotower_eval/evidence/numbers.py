@@ -24,7 +24,7 @@ class Unit:
 
     def text(self, value: float, decimals: int | None = None) -> str:
         """``98.7 %``, ``2.42x``."""
-        return f"{self.scale * value:.{self.decimals if decimals is None else decimals}f}{self.suffix}"
+        return f"{self.scale * value:z.{self.decimals if decimals is None else decimals}f}{self.suffix}"
 
 
 PERCENT = Unit(scale=100, suffix=" %", decimals=1, most=2)
@@ -42,7 +42,7 @@ def interval(unit: Unit, estimate: Estimate, *, against: float | None = None) ->
     """``98.9 % [98.2, 99.6]``, ``2.41x [2.30, 2.53]``; ``against`` is what either end is held against, if anything."""
     ends = (estimate.low, estimate.high)
     decimals = unit.decimals if against is None else max(_decimals(unit, end, against) for end in ends)
-    low, high = (f"{unit.scale * end:.{decimals}f}" for end in ends)
+    low, high = (f"{unit.scale * end:z.{decimals}f}" for end in ends)
     return f"{unit.text(estimate.value, decimals)} [{low}, {high}]"
 
 

@@ -82,7 +82,7 @@ def _interval(value: Measured, decimals: Callable[[Estimate], int], *, scale: fl
 
 def _capped(number: float, places: int) -> str:
     """A number, or only that it is large: the ends of an interval from next to no data can lie anywhere."""
-    return f"{number:.{places}f}" if number < 1000 else "over 1000"
+    return f"{number:z.{places}f}" if number < 1000 else "over 1000"
 
 
 # --- Markdown ------------------------------------------------------------------------------------------------------
