@@ -109,6 +109,17 @@ def test_tokens_that_the_settings_call_special_are_special(place: str, tmp_path:
         assert ours.decode_with_special(ids) == theirs.decode(ids) == text
 
 
+@pytest.mark.parametrize("named", ["GPT2Tokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast"])
+def test_tokens_that_a_class_has_without_being_told_are_had(named: str, tmp_path: Path) -> None:
+    """The folder of GPT-2 itself names neither BOS nor EOS."""
+    tokenizer = byte_tokenizer(special=("<s>", "</s>", "<|endoftext|>"))
+    save_random(tmp_path, tokenizer.get_vocab_size())
+    save_tokenizer(tokenizer, tmp_path, bos_token=None, eos_token=None, pad_token=None, tokenizer_class=named)
+    ours, theirs = load_model(tmp_path).tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (ours.bos_token_id, ours.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    assert (ours.eos_token_id == 2) is (named != "PreTrainedTokenizerFast")
+
+
 @pytest.mark.parametrize("asked", [True, False])
 def test_blanks_before_marks_are_cleaned_up_where_transformers_does(asked: bool, tmp_path: Path) -> None:
     words = Tokenizer(models.WordLevel({"</s>": 0, "do": 1, "n't": 2, ".": 3, "?": 4}, unk_token="</s>"))

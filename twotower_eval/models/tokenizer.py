@@ -5,7 +5,7 @@ The ``tokenizers`` library alone: transformers' AutoTokenizer would cost two sec
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +92,13 @@ class Tokenizer:
         return text
 
 
-def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
+def load_tokenizer(
+    folder: Path, *, vocab_size: int, unnamed: Callable[[Path], Mapping[str, str]] = lambda _: {}
+) -> Tokenizer | None:
     """The tokenizer in ``folder``; None where there is none.
 
     Added tokens may lie beyond ``vocab_size``: they are refused when a text holds one. ValueError if others do.
+    ``unnamed`` is asked for BOS and EOS where the settings are silent about one of them.
     """
     file = folder / "tokenizer.json"
     if not file.exists():
@@ -108,6 +111,8 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer | None:
     settings = _settings(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in settings:  # as transformers: an older file, which the newer one makes void
         settings |= _settings(folder / "special_tokens_map.json")
+    if not {"bos_token", "eos_token"} <= settings.keys():
+        settings = {**unnamed(folder), **settings}
     inner.add_tokens(_special_tokens(folder, inner, settings))
     inner.encode_special_tokens = bool(settings.get("split_special_tokens", False))
     return Tokenizer(

@@ -199,7 +199,7 @@ def load(
     model.vocab_size = inner.get_output_embeddings().weight.shape[0]
     if model.pads_left and may_pack(inner.config, model._new_cache().layers) and packing_agrees(model):
         model.branch_tokens = BRANCH_TOKENS
-    model.tokenizer = load_tokenizer(folder, vocab_size=model.vocab_size)
+    model.tokenizer = load_tokenizer(folder, vocab_size=model.vocab_size, unnamed=_class_tokens)
     model.max_length = getattr(text_config, "max_position_embeddings", None)
     model.eos_token_ids = _eos_ids(inner, model)
     return model
@@ -268,6 +268,18 @@ def _digests(files: Mapping[str, Path]) -> dict[str, str]:
                     raise ValueError(f"{file}: {name} holds NaN or infinite values")
                 digests[name] = tensor_digest(name, tensor)
     return digests
+
+
+def _class_tokens(folder: Path) -> dict[str, str]:
+    """BOS and EOS that a folder's tokenizer has by its class alone, as GPT-2's has; none where there is no class."""
+    auto: Any = transformers.AutoTokenizer
+    try:
+        with _quiet():
+            tokenizer = auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except LOAD_ERRORS:
+        return {}  # nobody else reads this tokenizer by its class either
+    named = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token")}
+    return {name: str(token) for name, token in named.items() if token is not None}
 
 
 def _eos_ids(inner: Any, model: TransformersModel) -> tuple[int, ...]:
