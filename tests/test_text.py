@@ -11,10 +11,13 @@ from hf_oracle import continued, lm_evals_hf, our_lm, rolled, scored
 from scripted_llama import beyond, byte_tokenizer, piece_tokenizer, save_random, save_saying, save_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+from twotower_eval import speed, store
 from twotower_eval.decoders.finish import cut, is_finished, make_rules
 from twotower_eval.models import load_model
 from twotower_eval.models.tokenizer import Tokenizer as OurTokenizer
 from twotower_eval.models.tokenizer import load_tokenizer
+from twotower_eval.plan import SpeedPlan
+from twotower_eval.suites import TimedPrompt
 
 TEXTS = ["The quick brown fox", "a", " b ", "x" * 100]
 
@@ -256,6 +259,44 @@ def test_the_tokenizers_eos_stops_as_in_lm_eval(eos: str, tmp_path: Path) -> Non
     save_saying(tmp_path, tokenizer.get_vocab_size(), said)
     asked = continued(["a"], ["\n\n"])
     assert our_lm(tmp_path).generate_until(asked) == lm_evals_hf(tmp_path).generate_until(continued(["a"], ["\n\n"]))
+
+
+@pytest.mark.parametrize(
+    ("stop", "said", "wanted"),
+    [
+        (("<|im_end|>",), ["a", "b", "<|im_end|>", "c"], "ab"),
+        (("\n",), ["a", "<|x|>", "c"], "a"),
+        (("\n",), ["a", "<", "|", "x", "|", ">"], "a"),
+    ],
+)
+def test_timed_prompts_and_answers_are_those_of_an_evaluation(
+    stop: tuple[str, ...], said: Sequence[str], wanted: str, tmp_path: Path
+) -> None:
+    """One rule for both verbs: no second BOS, every EOS, stops with special tokens or spelled out."""
+    tokenizer = byte_tokenizer(adds_bos=True)
+    save_tokenizer(tokenizer, tmp_path, eos_token="<|x|>")
+    ids = [tokenizer.token_to_id(token) for token in [*said, "c", "Ċ"]]
+    save_saying(tmp_path, tokenizer.get_vocab_size(), ids)
+    lm = our_lm(tmp_path)
+    assert lm.generate_until(continued(["<s>"], stop)) == [wanted]
+    [row] = lm.journal.generations.values()
+    request = TimedPrompt(task="t", doc_id=0, text="<s>", stop=stop, max_new_tokens=24, prompt_sha256="")
+    plan = SpeedPlan(
+        model=str(tmp_path), baseline=str(tmp_path), decoder="autoregressive", num_prompts=1, min_rounds=1, costs=False
+    )
+    timed = store.load(speed.run(plan, [request], root=tmp_path / "results"))
+    for answer in timed.generations:
+        for name in ("token_ids", "text", "finish", "num_prompt_tokens", "num_discarded_tokens"):
+            assert getattr(answer.generation, name) == getattr(row.generation, name)
+    assert len(timed.generations) == 1
+
+
+def test_a_timed_prompt_that_no_model_reads_names_its_document(tmp_path: Path) -> None:
+    folder = random_folder(tmp_path, stripping(adds_bos=True))
+    requests = [TimedPrompt(task="t", doc_id=3, text="☃", stop=(), max_new_tokens=4, prompt_sha256="")]
+    plan = SpeedPlan(model=str(folder), baseline=str(folder), decoder="autoregressive", num_prompts=1)
+    with pytest.raises(ValueError, match="task 't', document 3: the tokenizer makes no token of the text '☃'"):
+        speed.run(plan, requests, root=tmp_path / "results")
 
 
 # Texts of which nothing is left
