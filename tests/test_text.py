@@ -1,5 +1,6 @@
 """What text becomes, beside lm-eval's own hf model: tokens of prompts and documents, stops, and texts that vanish."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,15 +9,18 @@ from typing import Any
 import pytest
 import transformers
 from hf_oracle import continued, lm_evals_hf, our_lm, rolled, scored
+from own_tasks import task_yaml, use_tasks, write_tasks
 from scripted_llama import beyond, byte_tokenizer, piece_tokenizer, save_random, save_saying, save_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from twotower_eval import speed, store
+from twotower_eval import harness, speed, store
 from twotower_eval.decoders.finish import cut, is_finished, make_rules
 from twotower_eval.models import load_model
 from twotower_eval.models.tokenizer import Tokenizer as OurTokenizer
 from twotower_eval.models.tokenizer import load_tokenizer
-from twotower_eval.plan import SpeedPlan
+from twotower_eval.plan import RunPlan, SpeedPlan
+from twotower_eval.records import Likelihood, LikelihoodRow, to_json
+from twotower_eval.strict import from_json
 from twotower_eval.suites import TimedPrompt
 
 TEXTS = ["The quick brown fox", "a", " b ", "x" * 100]
@@ -305,7 +309,7 @@ def test_a_timed_prompt_that_no_model_reads_names_its_document(tmp_path: Path) -
 def stripping(*, adds_bos: bool) -> Tokenizer:
     """Blanks around a text vanish, and so does what the vocabulary does not know."""
     tokenizer = byte_tokenizer(adds_bos=adds_bos)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Replace("☃", "")])
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace("☃", ""), normalizers.Strip()])
     return tokenizer
 
 
@@ -359,3 +363,31 @@ def test_errors_show_the_beginning_of_long_texts_only(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="makes no token") as caught:
         ours.encode("☃" * 1000)
     assert len(str(caught.value)) < 120
+
+
+@pytest.mark.parametrize("kind", ["multiple_choice", "generate_until", "loglikelihood_rolling"])
+def test_a_run_refuses_such_a_text_before_anything_is_computed(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task is the second of two, and the document its last."""
+    folder = random_folder(tmp_path, stripping(adds_bos=True))
+    fine = {"prompt": "Q:", "answer": "a", "text": "a", "choices": ["a", "b"], "gold": 0}
+    vanishing = {**fine, "prompt": "☃", "text": "☃"} if kind != "multiple_choice" else {**fine, "choices": ["a", "☃"]}
+    metric = {"metric": {"multiple_choice": "acc", "generate_until": "exact_match"}.get(kind, "bits_per_byte")}
+    good, bad = (task_yaml(name, name, kind, [metric]) for name in ("good", "bad"))
+    write_tasks(tmp_path, [good, bad], {"good": [fine], "bad": [fine, vanishing]})
+    use_tasks(monkeypatch, tmp_path)
+    plan = RunPlan(model=str(folder), baseline=str(folder), decoder="autoregressive", tasks=("good", "bad"))
+    with pytest.raises(ValueError, match=r"task 'bad', document 1(, option 2)?: .*( no token of the text '☃'|adds no)"):
+        harness.run(plan, root=tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+    found = harness.run(dataclasses.replace(plan, tasks=("good",)), root=tmp_path / "results")
+    assert all(row.num_tokens for row in store.load(found).likelihoods)
+
+
+def test_a_journalled_likelihood_of_no_token_is_refused() -> None:
+    likelihood = Likelihood(logprob_nats=0.0, is_greedy=True, kind="exact")
+    where: dict[str, Any] = {"cell": "c", "task": "t", "doc_id": 0, "request_index": 0, "repeat": 0}
+    row = LikelihoodRow(**where, request="loglikelihood", prompt_sha256="a", num_tokens=0, likelihood=likelihood)
+    with pytest.raises(ValueError, match="num_tokens"):
+        from_json(LikelihoodRow, to_json(row))

@@ -233,7 +233,8 @@ class GenerationRow:
 class LikelihoodRow:
     """One line of ``likelihoods.jsonl``. Key: cell, task, doc_id, request_index, repeat.
 
-    ``request`` says which lm-eval request it answers; ``num_tokens`` is the continuation's length.
+    ``request`` says which lm-eval request it answers; ``num_tokens`` is the continuation's length, never 0: what has
+    no token has no log-likelihood.
     """
 
     cell: str
@@ -243,7 +244,7 @@ class LikelihoodRow:
     repeat: Count
     request: Literal["loglikelihood", "loglikelihood_rolling"]
     prompt_sha256: str
-    num_tokens: Count
+    num_tokens: Size
     likelihood: Likelihood
 
 

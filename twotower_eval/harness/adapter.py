@@ -107,6 +107,14 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             answer()
         return [self.journal.generations[key].generation.text or "" for _, key in numbered]
 
+    def check_texts(self, numbered: Sequence[tuple[Any, Key]]) -> None:
+        """ValueError, with the document, for the first request whose texts this model cannot read."""
+        for request, key in numbered:
+            if request.request_type == "generate_until":
+                self._prompt(request.args[0], key, stops_and_budget(request.args[1], DEFAULT_MAX_NEW_TOKENS)[1])
+            else:
+                self._split(request, key, request.request_type)
+
     def batches(self, numbered: Sequence[tuple[Any, Key]]) -> list[Batch]:
         """What is to be called, in order, to have every request answered and journalled; nothing where all are.
 

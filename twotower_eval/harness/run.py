@@ -56,6 +56,7 @@ def run(
     baseline, candidate = arms = load_models(plan)
     use_graphs(plan, tasks, arms)
     jobs = make_jobs(plan, tasks, specs, baseline, candidate)
+    _check_texts(jobs)
     manifest = make_manifest(plan, jobs, tasks, resume)
     if resume is not None:
         check_known(store.load(resume), manifest, jobs)
@@ -70,6 +71,16 @@ def run(
         _Evaluation(plan, writer, jobs, progress).run()
         writer.finish()
     return writer.path
+
+
+def _check_texts(jobs: Sequence[Job]) -> None:
+    """A text that a model cannot read is refused now, not hours into the run. Each task once for each tokenizer."""
+    read = set()
+    for job in jobs:
+        reader = (job.task.name, id(job.model.tokenizer), job.model.vocab_size, job.model.max_length)
+        if reader not in read and (requests := job.requests):
+            read.add(reader)
+            HarnessLM(job.model).check_texts(requests)
 
 
 def _scored_once(jobs: Sequence[Job]) -> set[str]:

@@ -46,8 +46,8 @@ def text_ids(model: Any, text: str) -> list[int]:
 
 
 def _encode(model: Any, text: str, first: int | None) -> list[int]:
-    begins = first is not None and text.startswith(model.tokenizer.decode_with_special([first]) or "\0")
-    ids: list[int] = model.tokenizer.encode(text, not begins)
+    mark = "" if first is None else model.tokenizer.decode_with_special([first])
+    ids: list[int] = model.tokenizer.encode(text, not (mark and text.startswith(mark)))
     return ids
 
 
