@@ -3,7 +3,8 @@
 ``paired`` turns scores into sums and bootstrap draws, ``quality`` into retention, ``chance`` into what lies above
 guessing, ``flips`` into tests of flipped answers; ``aggregates`` handles scores of all documents together, ``speedup``
 timed calls, ``nulls`` the A/A gate. ``decide`` judges an estimate, ``power`` plans and says how much is missing,
-``costs`` predicts times from measured parts, ``granularity`` checks published percentages. numpy and scipy only. No data is a ValueError, never 0.
+``costs`` predicts times from measured parts, ``granularity`` checks published percentages. numpy and scipy only. No
+data is a ValueError, never 0.
 """
 
 from twotower_eval.stats.aggregates import WholeScores, replicated, summed
