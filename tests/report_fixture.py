@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -93,13 +93,28 @@ def make_cell(arm: Arm, decoder: DecoderSpec, workload: Workload) -> Cell:
     )
 
 
-def write(root: Path, header: RunManifest, rows: Iterable[Row], *, complete: bool = True, edit: Edit | None = None):
-    """Put rows into a new run folder; ``edit`` may change or, by returning None, drop a row."""
+def write(
+    root: Path,
+    header: RunManifest,
+    rows: Iterable[Row],
+    *,
+    complete: bool = True,
+    edit: Edit | None = None,
+    cut: Mapping[tuple[str, str], int] | None = None,
+):
+    """Put rows into a new run folder; ``edit`` may change or, by returning None, drop a row.
+
+    ``cut`` says of (arm, task) how many of ten prompts were; without it the run does not count them.
+    """
     with store.create(root, header) as writer:
         for row in rows:
             kept = row if edit is None else edit(row)
             if kept is not None:
                 writer.append(kept)
+        for cell in header.cells if cut is not None else ():
+            num_truncated = cut.get((cell.arm, cell.workload.name), 0)  # type: ignore[union-attr]
+            task = {"cell": cell.id, "task": cell.workload.name}
+            writer.event("truncated", **task, num_requests=10, num_truncated=num_truncated)
         if complete:
             writer.finish()
         return writer.path
@@ -115,6 +130,7 @@ def quality_run(
     complete: bool = True,
     perplexity: bool = True,
     edit: Edit | None = None,
+    cut: Mapping[tuple[str, str], int] | None = None,
     **changes: Any,
 ) -> Path:
     """A run whose tasks are right as TASKS says; the two language tasks hold the same items."""
@@ -143,7 +159,7 @@ def quality_run(
             cell = make_cell(arm, decoder, workload)
             cells.append(cell)
             rows += [_perplexity(cell, i, 1.5 + 0.01 * (i % 7) + 0.002 * (arm == "candidate")) for i in range(40)]
-    return write(root, manifest(run_id, "run", cells, **changes), rows, complete=complete, edit=edit)
+    return write(root, manifest(run_id, "run", cells, **changes), rows, complete=complete, edit=edit, cut=cut)
 
 
 def speed_run(
@@ -158,6 +174,7 @@ def speed_run(
     complete: bool = True,
     scored: bool = False,
     edit: Edit | None = None,
+    cut: Mapping[tuple[str, str], int] | None = None,
     **changes: Any,
 ) -> Path:
     """A speed run: the baseline in two copies and every decoder, interleaved, one warm-up round."""
@@ -184,7 +201,7 @@ def speed_run(
                 rows.append(_sample(rng, cell, replica, round_, call, [int(n) for n in lengths]))
             if scored and replica == 0:
                 rows += _score_rows(cell, "sorting", (np.arange(60) % 10 < (8 if arm == "baseline" else 7)) * 1.0, None)
-    return write(root, manifest(run_id, "speed", cells, **changes), rows, complete=complete, edit=edit)
+    return write(root, manifest(run_id, "speed", cells, **changes), rows, complete=complete, edit=edit, cut=cut)
 
 
 def _score_rows(cell: Cell, task: str, value_N: np.ndarray, group: str | None) -> list[Row]:

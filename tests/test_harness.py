@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ from twotower_eval.harness.adapter import HarnessLM
 from twotower_eval.harness.scoring import score_rows
 from twotower_eval.models import load_model
 from twotower_eval.plan import RunPlan, SpeedPlan
-from twotower_eval.progress import Advance
+from twotower_eval.progress import Advance, duration_text
 from twotower_eval.records import (
     Cell,
     Generation,
@@ -459,6 +460,26 @@ def test_progress_counts_every_request_once(plan: RunPlan, tmp_path: Path, batch
     assert first.notes[1].startswith("estimated duration: about")
     assert [note.startswith(f"[{at}/6]") for at, note in enumerate(first.notes[2:], start=1)] == [True] * 6
     assert not any("estimated" in note for note in again.notes)
+
+
+def test_elapsed_times_include_what_the_estimate_answered(
+    plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that the estimate had answered whole was said to have taken no time."""
+    running = importlib.import_module("twotower_eval.harness.run")
+    answer = running._Evaluation._answer_some
+    now_s = [1000.0]
+
+    def slowly(self: Any, job: Any) -> None:
+        answer(self, job)
+        now_s[0] += 100.0
+
+    monkeypatch.setattr(running._Evaluation, "_answer_some", slowly)
+    monkeypatch.setattr(running.time, "monotonic", lambda: now_s[0])
+    recorder = _Recorder()
+    harness.run(dataclasses.replace(plan, batch_size=50), root=tmp_path, progress=recorder)
+    took = [note.rpartition(" in ")[2] for note in recorder.notes if note.startswith("[")]
+    assert took == [duration_text(s) for s in (100, 100, 100, 0, 100, 0)]
 
 
 def test_what_is_announced_is_noted_before_anything_is_computed(plan: RunPlan, tmp_path: Path) -> None:

@@ -16,7 +16,16 @@ from typing import Any
 
 from twotower_eval import __version__
 from twotower_eval.journal import now_text
-from twotower_eval.records import SCHEMA_VERSION, Cell, RunManifest, Verb, canonical_json, sha256_text, to_json
+from twotower_eval.records import (
+    SCHEMA_VERSION,
+    Cell,
+    Override,
+    RunManifest,
+    Verb,
+    canonical_json,
+    sha256_text,
+    to_json,
+)
 
 PACKAGES = (
     "torch",
@@ -48,6 +57,7 @@ def new_manifest(
     seeds: Mapping[str, int],
     notes: Sequence[str] = (),
     tasks: Mapping[str, Mapping[str, str]] | None = None,
+    overrides: Sequence[Override] = (),
 ) -> RunManifest:
     """The manifest of a run that begins now, here, with this command line. ``plan`` is a record."""
     commit, dirty = git_state()
@@ -69,6 +79,7 @@ def new_manifest(
         seeds=seeds,
         notes=tuple(notes),
         tasks=dict(tasks or {}),
+        overrides=tuple(overrides),
     )
 
 

@@ -44,7 +44,7 @@ class RunPlan:
 
     ``model`` is a checkpoint folder, ``None`` the shipped miniature. ``baseline`` is a checkpoint folder, a Hugging
     Face model folder, or ``context-tower``: the context tower of ``model`` decoded autoregressively. Block sizes,
-    steps and thresholds are crossed; steps ``auto`` means the block size. ``samples`` per problem and
+    steps and thresholds are crossed; steps ``auto`` means the block size. ``temperature``, ``samples`` per problem and
     ``max_new_tokens`` are what the suite and the task say unless given. ``limit`` is documents per task, ``trace`` how
     many of them have their denoising traces journalled. ``cuda_graphs`` launches each small step of both arms as a
     whole.
@@ -57,7 +57,7 @@ class RunPlan:
     block_sizes: tuple[int, ...] = (16,)
     steps: tuple[Steps, ...] = ("auto",)
     thresholds: tuple[float, ...] = (0.8,)
-    temperature: float = 0.0
+    temperature: float | None = None
     samples: int | None = None
     batch_size: int = 8
     limit: int | None = None
@@ -84,7 +84,8 @@ class SpeedPlan:
 
     ``fixed`` workloads make exactly ``new_tokens`` tokens whatever the model says; ``answer`` workloads stop where
     the task stops, at ``new_tokens`` at the latest, or at the task's own budget where it is ``None``.
-    ``prompt_tokens`` cuts or repeats prompts to that length in tokens (``fixed`` only). Rounds go on until both
+    ``prompt_tokens`` cuts or repeats prompts to that length in tokens (``fixed`` only). Each round times one sample, so
+    ``samples`` can only be 1: said where a task asks for several. Rounds go on until both
     ``min_rounds`` and ``min_seconds`` are reached. ``costs`` times the parts of decoding alone in the same rounds.
     """
 
@@ -95,7 +96,8 @@ class SpeedPlan:
     block_sizes: tuple[int, ...] = (16,)
     steps: tuple[Steps, ...] = ("auto",)
     thresholds: tuple[float, ...] = (0.8,)
-    temperature: float = 0.0
+    temperature: float | None = None
+    samples: int | None = None
     batch_sizes: tuple[int, ...] = (1,)
     workload: Literal["fixed", "answer"] = "answer"
     prompt_tokens: int | None = None
@@ -118,6 +120,8 @@ class SpeedPlan:
         _check_decoders(self)
         check_at_least(self, 1, "batch_sizes", "prompt_tokens", "new_tokens", "num_prompts", "min_rounds", "threads")
         check_at_least(self, 0, "min_seconds", "warmup_rounds")
+        if self.samples not in (None, 1):
+            raise ValueError(f"speed times one sample a round: samples can be 1 only, not {self.samples}")
         if self.workload == "answer" and self.prompt_tokens is not None:
             raise ValueError("prompt_tokens has no effect on the answer workload: drop it or take workload fixed")
         if self.workload == "fixed" and self.new_tokens is None:
@@ -222,13 +226,13 @@ def cross_decoders(plan: Plan) -> tuple[DecoderSpec, ...]:
     """Every decoder setting the plan asks for, crossed in the plan's order, equal ones once.
 
     A setting that the decoder does not have is left out where it stands at its default and refused otherwise:
-    nothing given is ever ignored.
+    nothing given is ever ignored. Without a temperature, specs are greedy.
     """
     from twotower_eval.decoders import decoder_class, decoder_spec
 
     known = {field.name for field in dataclasses.fields(decoder_class(plan.decoder).Params)}
     for key, param in _DECODER_AXES.items():
-        if param not in known and getattr(plan, key) != _default(type(plan), key):
+        if param not in known and getattr(plan, key) not in (_default(type(plan), key), 0.0):
             raise ValueError(f"decoder {plan.decoder!r} has no {param}: drop {key.replace('_', '-')} or change decoder")
     specs: dict[tuple[tuple[str, Any], ...], DecoderSpec] = {}
     for block_size, steps, threshold in product(plan.block_sizes, plan.steps, plan.thresholds):
@@ -236,7 +240,7 @@ def cross_decoders(plan: Plan) -> tuple[DecoderSpec, ...]:
             "block_size": block_size,
             "steps_per_block": block_size if steps == "auto" else steps,
             "threshold": threshold,
-            "temperature": plan.temperature,
+            "temperature": float(plan.temperature or 0),
         }
         spec = decoder_spec(plan.decoder, **{key: value for key, value in params.items() if key in known})
         specs.setdefault(tuple(spec.params.items()), spec)

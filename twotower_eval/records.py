@@ -56,7 +56,8 @@ Quantity = Literal[
     "joint",
 ]
 
-Params = Mapping[str, "str | int | float | bool | None"]
+Scalar = str | int | float | bool | None
+Params = Mapping[str, Scalar]
 
 MEAN = "mean"  # lm-eval's name of the aggregation under which every document has a value
 LABEL_AGGREGATIONS = frozenset({"f1", "matthews_corrcoef"})
@@ -394,6 +395,21 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Override:
+    """Something that a task asks for and that does not hold, because an option of the plan says so.
+
+    ``setting`` is the task's own key; ``asked`` its value, as JSON text where it is a list or a table. ``done`` is what
+    holds instead, ``None`` where nothing of the kind is done.
+    """
+
+    task: str
+    setting: str
+    asked: Scalar
+    done: Scalar
+    option: Literal["temperature", "samples"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunManifest:
     """First file of a run, written once. ``plan`` is the resolved plan as JSON; ``packages`` name -> version.
 
@@ -416,6 +432,7 @@ class RunManifest:
     seeds: Mapping[str, int]
     notes: tuple[str, ...] = ()
     tasks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    overrides: tuple[Override, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,9 @@ from twotower_eval.evidence.chance import standing_text
 from twotower_eval.evidence.clean import Flagged
 from twotower_eval.evidence.measured import measured
 from twotower_eval.evidence.numbers import PERCENT, interval
+from twotower_eval.evidence.truncation import truncated_at
 from twotower_eval.records import CheckOutcome, Estimate, Gate, GateLimits
+from twotower_eval.shortfalls import truncation_line
 from twotower_eval.stats.decide import DECISION_LEVEL
 
 BROKEN = "fast and broken"
@@ -32,7 +34,7 @@ def complete_gate(point: QualityPoint | SpeedPoint) -> Gate:
 
 def scored_gate(point: QualityPoint, scope: Sequence[str]) -> Gate:
     """No document of the scope was left out for want of a score: those left out need not be like the others."""
-    named = set(scope) | {member for task in point.tasks if task.name in scope for member, *_ in task.members}
+    named = _leaves(point, scope)
     gone = {(gap.task, doc) for gap in point.missing if gap.headline and gap.task in named for doc in gap.doc_ids}
     detail = f"{len(gone)} documents have no score in one arm" if gone else "every document is scored in both arms"
     return Gate(name="all scored", outcome="failed" if gone else "passed", detail=detail, evidence=(point.run_id,))
@@ -48,6 +50,26 @@ def above_chance_gate(standings: Sequence[stats.Standing], run_id: str) -> Gate:
     detail = f"the baseline is clearly above chance on {len(standings) - len(unclear)} of {len(standings)} tasks"
     detail += f"; not on {named}" if unclear else ""
     return Gate(name=name, outcome="passed", detail=detail, evidence=(run_id,))
+
+
+def whole_prompts_gate(
+    evidence: Evidence, point: QualityPoint | SpeedPoint, run_ids: Sequence[str], scope: Sequence[str] | None = None
+) -> Gate:
+    """No prompt of the scope lost its beginning in either arm: what is cut is not the task any more."""
+    tasks = None if scope is None or not isinstance(point, QualityPoint) else _leaves(point, scope)
+    runs = [run for run in evidence.runs if run.manifest.run_id in run_ids]
+    found = [one for run in runs for one in truncated_at(run, point.key, tasks)]
+    cut = dict.fromkeys(
+        truncation_line(one.task, one.arm, one.num_requests, one.num_truncated) for one in found if one.num_truncated
+    )
+    outcome: CheckOutcome = "failed" if cut else "passed" if found else "not_checked"
+    detail = "; ".join(cut) or ("no prompt was cut" if found else "prompts that were cut were not counted in this run")
+    return Gate(name="whole prompts", outcome=outcome, detail=detail, evidence=tuple(run_ids))
+
+
+def _leaves(point: QualityPoint, scope: Sequence[str]) -> set[str]:
+    """The tasks of a scope and, of those that are a mean over several, their members."""
+    return set(scope) | {member for task in point.tasks if task.name in scope for member, *_ in task.members}
 
 
 def same_inputs_gate(differing: dict[str, str], run_ids: Sequence[str]) -> Gate:

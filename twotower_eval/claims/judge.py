@@ -105,6 +105,7 @@ def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:
         gates.same_inputs_gate({}, (point.run_id,)),
         gates.scored_gate(point, claim.scope),
         *([gates.above_chance_gate(stand, point.run_id)] if stand else ()),
+        gates.whole_prompts_gate(evidence, point, (point.run_id,), claim.scope),
         gates.verify_gate(evidence, point.candidate.checkpoint.identity),
     )
     estimated = measured(lambda: quality_estimate(claim, point))
@@ -143,6 +144,7 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
     readings = speed_readings(claim, point)
     first = readings[0].estimate
     checks = [gates.complete_gate(point), gates.same_inputs_gate({}, point.run_ids)]
+    checks.append(gates.whole_prompts_gate(evidence, point, point.run_ids))
     if first is not None:
         judged = calls_speedup(claim, point, first)
         checks.append(gates.null_gate(point, evidence.speed, judged, claim.expected, claim.limits))

@@ -29,7 +29,9 @@ Decoder = Annotated[
 BlockSizes = Annotated[str | None, option("Block sizes, crossed [16].", "--block-sizes", metavar="N,N")]
 Steps = Annotated[str | None, option("Steps per block; auto: the block size [auto].", "--steps", metavar="N,auto")]
 Thresholds = Annotated[str | None, option("Confidence thresholds, crossed [0.8].", "--thresholds", metavar="X,X")]
-Temperature = Annotated[float | None, option("Sampling temperature; 0 is greedy [0].", "--temperature", metavar="T")]
+Temperature = Annotated[
+    float | None, option("Sampling temperature; 0 is greedy [what the tasks ask].", "--temperature", metavar="T")
+]
 Seed = Annotated[int | None, option("Seed of everything random [0].", "--seed", metavar="S")]
 Dtype = Annotated[str | None, option("float32, bfloat16 or float16 [float32].", "--dtype", metavar="TYPE")]
 Devices = Annotated[

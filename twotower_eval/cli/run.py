@@ -46,7 +46,7 @@ def run(
     steps: Steps = None,
     thresholds: Thresholds = None,
     temperature: Temperature = None,
-    samples: Annotated[int | None, option("Samples per problem [what the suite says].", metavar="N")] = None,
+    samples: Annotated[int | None, option("Samples per problem [what the tasks ask].", metavar="N")] = None,
     batch_size: Annotated[int | None, option("Prompts per batch; scores do not depend on it [8].", metavar="N")] = None,
     limit: Annotated[int | None, option("First N documents of each task only.", metavar="N")] = None,
     max_new_tokens: Annotated[int | None, option("Budget of every task [the task's own].", metavar="N")] = None,

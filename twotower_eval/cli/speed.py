@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,6 +45,9 @@ def speed(
     steps: Steps = None,
     thresholds: Thresholds = None,
     temperature: Temperature = None,
+    samples: Annotated[
+        int | None, option("1: one sample a round, also of tasks that ask for several.", "--samples", metavar="1")
+    ] = None,
     batch_sizes: Annotated[str | None, option("Prompts per timed call, crossed [1].", metavar="N,N")] = None,
     workload: Annotated[
         str | None,
@@ -79,7 +82,7 @@ def speed(
     given = {
         **shared(model, baseline, tasks, decoder, block_sizes, steps, thresholds, temperature),
         **{"seed": seed, "dtype": dtype, "devices": texts(devices), "data_dir": data_dir},
-        **{"batch_sizes": numbers(batch_sizes, int, "--batch-sizes"), "workload": workload},
+        **{"batch_sizes": numbers(batch_sizes, int, "--batch-sizes"), "workload": workload, "samples": samples},
         **{"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "num_prompts": num_prompts},
         **{"min_rounds": min_rounds, "min_seconds": min_seconds, "warmup_rounds": warmup_rounds, "threads": threads},
         **{"random_weights": random_weights, "layers": layers, "share_towers": share_towers},
@@ -100,7 +103,11 @@ def _time_and_score(plan: SpeedPlan, out: Path, resumed: Path | None) -> Path:
     from twotower_eval import harness, suites
     from twotower_eval import speed as speed_room
 
-    tasks = suites.resolve_tasks(plan.tasks, data_dir=plan.data_dir, seed=plan.seed)
+    tasks = harness.timed_tasks(plan)
     requests = suites.build_requests(tasks)  # the plan's number is chosen from all of them
-    path = speed_room.run(plan, requests, root=out, resume=resumed, progress=choose_progress())
+    asked: dict[str, Any] = {}
+    if plan.workload == "answer":  # a fixed one takes nothing of a task but its prompts
+        settled = suites.settle(tasks, temperature=plan.temperature, samples=plan.samples, timed=True)
+        asked = {"temperature": settled.temperature, "overrides": settled.overrides}
+    path = speed_room.run(plan, requests, root=out, resume=resumed, progress=choose_progress(), **asked)
     return harness.score_journal(path) if plan.workload == "answer" else path

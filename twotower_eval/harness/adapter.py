@@ -28,7 +28,7 @@ from twotower_eval.records import (
     Prompt,
     derive_seed,
 )
-from twotower_eval.suites import DEFAULT_MAX_NEW_TOKENS, instance_sha256, stops_and_budget
+from twotower_eval.suites import DEFAULT_MAX_NEW_TOKENS, decoding_asked, in_words, instance_sha256, stops_and_budget
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # context ids, continuation ids
 Batch = Callable[[], None]  # answers some requests and journals them
@@ -48,7 +48,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
 
     ``seed`` is the run's: every prompt gets one of its own, derived from it. ``batch_size`` requests for text run at a
     time, those for log-likelihoods in the pieces that the scorer plans; answers do not depend on either. ``advance``
-    hears of every finished request. Documents in ``traced`` have their denoising traces journalled.
+    hears of every finished request. Documents in ``traced`` have their denoising traces journalled. ``num_truncated``
+    counts the requests, answered or not, whose prompt or context lost its beginning for want of room.
     """
 
     def __init__(
@@ -131,13 +132,26 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     def _generation_batches(self, numbered: Sequence[tuple[Any, Key]]) -> Iterator[Batch]:
         missing = self._missing(numbered, self.journal.generations)
         groups: dict[tuple[int, tuple[str, ...]], list[tuple[Any, Prompt, Key]]] = defaultdict(list)
-        for request, key in numbered if missing else ():
+        for request, key in numbered:
             stop, budget = stops_and_budget(request.args[1], DEFAULT_MAX_NEW_TOKENS)
+            self._check_asked(request, key)
             groups[budget, stop].append((request, self._prompt(request.args[0], key, budget), key))
         for (budget, stop), items in groups.items():
             left = [item for item in items if item[2] in missing]
             if left:
                 yield partial(self._generate, left, budget, stop)
+
+    def _check_asked(self, request: Any, key: Key) -> None:
+        """ValueError where a request asks for what the decoder does not do; one that samples was asked for."""
+        asked = decoding_asked(request.args[1])
+        if asked.beyond:
+            raise ValueError(f"task {key[0]!r} asks for {in_words(asked.beyond)}: no decoder here does that")
+        has = float(getattr(getattr(self.decoder, "params", None), "temperature", 0.0))
+        if asked.temperature and asked.temperature != has:
+            raise ValueError(
+                f"task {key[0]!r} asks for temperature {asked.temperature:g}, and the decoder's is {has:g}: "
+                "make the decoder with that temperature"
+            )
 
     def _prompt(self, text: str, key: Key, budget: int) -> Prompt:
         with prompts.naming(_where(key)):
@@ -199,12 +213,12 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     def _likelihood_batches(self, numbered: Sequence[tuple[Any, Key]], request_type: str) -> Iterator[Batch]:
         """Every distinct pair of context and continuation is scored once, whoever asks for it."""
         missing = self._missing(numbered, self.journal.likelihoods)
-        asked = [self._split(request, key, request_type) for request, key in numbered] if missing else []
+        asked = [self._split(request, key, request_type) for request, key in numbered]
         askers: dict[Pair, list[_Asked]] = defaultdict(list)
         for one in asked:
             for pair in one.pairs:
                 askers[pair].append(one)
-        self.num_truncated += sum(self._room_for(*pair) != pair[0] for pair in askers)
+        self.num_truncated += sum(any(self._room_for(*pair) != pair[0] for pair in one.pairs) for one in asked)
         known: dict[Pair, Likelihood] = {}
         for pairs, piece in self._pieces(list(askers)):
             left = [pair for pair in pairs if any(one.key in missing for one in askers[pair])]

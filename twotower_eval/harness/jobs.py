@@ -16,6 +16,7 @@ from twotower_eval.records import (
     Cell,
     DecoderSpec,
     LikelihoodKind,
+    Override,
     RunManifest,
     Workload,
     cell_id,
@@ -95,11 +96,14 @@ def use_graphs(plan: RunPlan, tasks: Sequence[BuiltTask], arms: tuple[Any, Any])
 def make_jobs(
     plan: RunPlan, tasks: Sequence[BuiltTask], specs: Sequence[DecoderSpec], baseline: Any, candidate: Any
 ) -> list[Job]:
-    """Every cell of the plan, task by task, the baseline first. ValueError if a model cannot score as asked."""
+    """Every cell of the plan, task by task, the baseline first, at the plan's temperature.
+
+    ValueError if a model cannot score as asked.
+    """
     from twotower_eval.decoders import decoder_spec, from_spec
     from twotower_eval.models.identity import causal_identity
 
-    autoregressive = decoder_spec("autoregressive", temperature=plan.temperature)
+    autoregressive = decoder_spec("autoregressive", temperature=float(plan.temperature or 0))
     arms: list[tuple[Arm, Any, DecoderSpec]] = [("baseline", baseline, autoregressive)]
     arms += [("candidate", candidate, spec) for spec in specs]
     shared = plan.likelihood == "context_tower" and _equal_context(baseline, candidate)
@@ -150,11 +154,12 @@ def _kind(plan: RunPlan, arm: Arm, model: Any, shared: bool) -> LikelihoodKind:
 
 def _cell(plan: RunPlan, arm: Arm, model: Any, spec: DecoderSpec, task: BuiltTask, kind: LikelihoodKind) -> Cell:
     workload = Workload(kind="task", name=task.name, digest=task.digest, max_new_tokens=task.max_new_tokens)
-    random = (task.generates and plan.temperature > 0) or (not task.generates and kind == "bound")
+    random = (task.generates and (plan.temperature or 0) > 0) or (not task.generates and kind == "bound")
     extra = {
         "seed": plan.seed if random else None,
         "likelihood": None if task.generates else kind,
         "samples": task.samples,
+        **({"pools_samples": True} if task.pools_samples else {}),
         **({"cuda_graphs": True} if plan.cuda_graphs else {}),  # sums may run in another order
     }
     return Cell(
@@ -166,7 +171,13 @@ def _cell(plan: RunPlan, arm: Arm, model: Any, spec: DecoderSpec, task: BuiltTas
     )
 
 
-def make_manifest(plan: RunPlan, jobs: Sequence[Job], tasks: Sequence[BuiltTask], resume: Path | None) -> RunManifest:
+def make_manifest(
+    plan: RunPlan,
+    jobs: Sequence[Job],
+    tasks: Sequence[BuiltTask],
+    overrides: Sequence[Override],
+    resume: Path | None,
+) -> RunManifest:
     return new_manifest(
         "run",
         run_id=store.new_run_id("run") if resume is None else resume.name,
@@ -174,17 +185,15 @@ def make_manifest(plan: RunPlan, jobs: Sequence[Job], tasks: Sequence[BuiltTask]
         cells=[job.cell for job in jobs],
         devices=plan.devices,
         seeds={"run": plan.seed, "fewshot": FEWSHOT_SEED + plan.seed},
-        notes=tuple(_notes(plan, jobs, tasks)),
+        notes=tuple(_notes(jobs)),
         tasks={task.name: task.parts for task in tasks},
+        overrides=overrides,
     )
 
 
-def _notes(plan: RunPlan, jobs: Sequence[Job], tasks: Sequence[BuiltTask]) -> Iterator[str]:
+def _notes(jobs: Sequence[Job]) -> Iterator[str]:
     if any(job.likelihoods_of != job.cell.id and not job.task.generates for job in jobs):
         yield (
             "Log-likelihoods of equal models (weights, settings, tokenizer), scored alike, were computed once and "
             "serve every cell they belong to."
         )
-    several = [task.name for task in tasks if (task.spec.samples or 1) > 1]
-    if several and plan.temperature == 0:
-        yield f"At temperature 0 one sample stands for the several that the suite asks for: {', '.join(several)}."

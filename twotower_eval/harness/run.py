@@ -27,8 +27,9 @@ from twotower_eval.harness.scoring import Row, aggregate_rows, score_rows
 from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders, model_folder, plan_from_json
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import Aggregate, Score
+from twotower_eval.shortfalls import override_lines, truncation_line
 from twotower_eval.store import TRAINING_LOG
-from twotower_eval.suites import BuiltTask, resolve_tasks
+from twotower_eval.suites import BuiltTask, resolve_tasks, settle
 
 Announce = Callable[[Sequence[BuiltTask], Collection[str]], str | None]
 
@@ -51,13 +52,15 @@ def run(
     """
     progress = progress or SilentProgress()
     tasks = _tasks(plan)
-    specs = cross_decoders(plan)
+    decoding = settle(tasks, temperature=plan.temperature, samples=plan.samples)
+    held = dataclasses.replace(plan, temperature=decoding.temperature)
+    specs = cross_decoders(held)
     check_scorers(plan, tasks)
     baseline, candidate = arms = load_models(plan)
     use_graphs(plan, tasks, arms)
-    jobs = make_jobs(plan, tasks, specs, baseline, candidate)
+    jobs = make_jobs(held, tasks, specs, baseline, candidate)
     _check_texts(jobs)
-    manifest = make_manifest(plan, jobs, tasks, resume)
+    manifest = make_manifest(plan, jobs, tasks, decoding.overrides, resume)
     if resume is not None:
         check_known(store.load(resume), manifest, jobs)
     writer = store.create(root, manifest) if resume is None else store.resume(resume, manifest)
@@ -65,7 +68,7 @@ def run(
     with writer:
         if said:
             progress.note(said)
-        for warning in writer.warnings:
+        for warning in (*writer.warnings, *override_lines(decoding.overrides)):
             progress.note(f"warning: {warning}")
         _keep_training_log(model_folder(plan), writer.path)
         _Evaluation(plan, writer, jobs, progress).run()
@@ -106,7 +109,7 @@ def score_journal(path: Path) -> Path:
     plan = plan_from_json(SpeedPlan, found.manifest.plan)
     if plan.workload != "answer":
         raise ValueError(f"{path} timed the {plan.workload!r} workload, whose texts answer nothing")
-    tasks = resolve_tasks(plan.tasks, data_dir=plan.data_dir, seed=plan.seed)
+    tasks = timed_tasks(plan)
     manifest = dataclasses.replace(found.manifest, tasks={task.name: task.parts for task in tasks})
     store.check_comparable(found, manifest)
     known = KnownScores(found, "was scored before its last rounds were timed, or was edited")
@@ -124,17 +127,21 @@ def score_journal(path: Path) -> Path:
 
 
 def _tasks(plan: RunPlan) -> list[BuiltTask]:
-    if plan.temperature == 0 and (plan.samples or 1) > 1:
-        raise ValueError(
-            f"{plan.samples} samples at temperature 0 are {plan.samples} times the same: set --temperature"
-        )
     return resolve_tasks(
         plan.tasks,
         data_dir=plan.data_dir,
         limit=plan.limit,
         seed=plan.seed,
-        samples=1 if plan.temperature == 0 else plan.samples,
+        samples=plan.samples,
         max_new_tokens=plan.max_new_tokens,
+        temperature=plan.temperature,
+    )
+
+
+def timed_tasks(plan: SpeedPlan) -> list[BuiltTask]:
+    """The tasks whose prompts a speed run times and whose answers it scores."""
+    return resolve_tasks(
+        plan.tasks, data_dir=plan.data_dir, seed=plan.seed, samples=plan.samples, temperature=plan.temperature
     )
 
 
@@ -147,6 +154,14 @@ class _Evaluation:
         self._jobs = jobs
         self._progress = progress
         self._prepared: dict[str, list[Batch]] = {}
+        self._estimate_s: dict[str, float] = {}  # by cell: what was spent on it before its turn came
+        # By cell: its requests, and how many of them were cut.
+        self._truncated = {
+            event["cell"]: (event["num_requests"], event["num_truncated"])
+            for event in writer.run.events
+            if event.get("kind") == "truncated" and "num_truncated" in event
+        }
+        self._warned: set[tuple[str, str]] = set()
         self._advance: Advance | None = None
         self._num_done = 0
         self._known = KnownScores(writer.run)
@@ -170,9 +185,10 @@ class _Evaluation:
                 for answer in batches:
                     answer()
                 headline = self._score(job)
-                took = duration_text(time.monotonic() - started_s)
+                took_s = self._estimate_s.get(job.cell.id, 0.0) + time.monotonic() - started_s
                 name = f"{job.cell.arm} {job.cell.decoder.label}"
-                self._progress.note(f"[{number}/{len(self._jobs)}] {job.task.name}, {name}: {headline} in {took}")
+                done = f"{job.task.name}, {name}: {headline} in {duration_text(took_s)}"
+                self._progress.note(f"[{number}/{len(self._jobs)}] {done}")
         self._known.check_all_made()
 
     def _estimate(self) -> None:
@@ -187,6 +203,7 @@ class _Evaluation:
                 started_s = time.monotonic()
                 self._answer_some(job)
                 took_s, num_left = time.monotonic() - started_s, len(self._missing(job))
+                self._estimate_s[job.cell.id] = took_s
                 per_request_s[job.costs_like] = took_s / max(1, num_missing - num_left)
                 num_missing = num_left
             left_s += num_missing * per_request_s[job.costs_like]
@@ -226,15 +243,29 @@ class _Evaluation:
         return [(request, key) for request, key in job.requests if key not in answered]
 
     def _batches(self, job: Job) -> list[Batch]:
-        """What is left of a job, batch by batch."""
-        if not self._missing(job):
+        """What is left of a job, batch by batch. Requests that had to be cut are counted over all of it, once."""
+        counted = self._truncated.get(job.cell.id if job.requests else job.likelihoods_of)
+        known = counted and (not job.requests or counted[0] == len(job.requests))  # a resume may raise the limit
+        if counted and known and not self._missing(job):
             self._advanced(len(job.requests))
-            return []
-        lm = self._model_of(job, self._advanced)
-        batches = lm.batches(job.requests)
-        if lm.num_truncated:
-            self._writer.event("truncated", cell=job.cell.id, num_requests=lm.num_truncated)
+            batches = []
+        else:
+            lm = self._model_of(job, self._advanced)
+            batches = lm.batches(job.requests)
+            counted = len(job.requests), lm.num_truncated
+        self._tell_truncated(job, counted)
         return batches
+
+    def _tell_truncated(self, job: Job, counted: tuple[int, int]) -> None:
+        num_requests, num_truncated = counted
+        if self._truncated.get(job.cell.id) != counted:
+            self._truncated[job.cell.id] = counted
+            numbers = {"num_requests": num_requests, "num_truncated": num_truncated}
+            self._writer.event("truncated", cell=job.cell.id, task=job.task.name, **numbers)
+        who = (job.task.name, job.cell.arm)
+        if num_truncated and who not in self._warned:
+            self._warned.add(who)
+            self._progress.note(f"warning: {truncation_line(*who, num_requests, num_truncated)}")
 
     def _model_of(self, job: Job, advance: Advance) -> HarnessLM:
         """What answers the job's requests, into its journal."""

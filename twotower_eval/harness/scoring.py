@@ -32,13 +32,14 @@ Samples = list[list[Row]]  # of one document: per sample, one answer for each re
 def score_rows(task: BuiltTask, cell: str, rows: Iterable[Row]) -> list[Score]:
     """Scores of every document that the rows answer completely, for each metric and filter of the task.
 
-    A document's value is the mean over its samples. Rows made for another prompt are a ValueError.
+    A document's value is the mean over its samples; where the task itself asks for several, it is what lm-eval makes
+    of all of them. Rows made for another prompt are a ValueError.
     """
     samples = _samples(task, rows)
     scores = []
     for docs in _by_source(task, samples):
         for filter_ in docs[0].source._filters:
-            items = _metrics(filter_, docs, samples)
+            items = _metrics(task, filter_, docs, samples)
             found = _values(docs, items)
             for doc in docs:
                 first = samples[doc.doc_id][0][0]
@@ -57,7 +58,7 @@ def aggregate_rows(task: BuiltTask, cell: str, rows: Iterable[Row]) -> list[Aggr
         if all(aggregation_name(source, metric) == MEAN for metric in source.aggregation()):
             continue
         for filter_ in source._filters:
-            items = _metrics(filter_, docs, samples)
+            items = _metrics(task, filter_, docs, samples)
             for metric in {metric: None for doc in docs for metric in items[doc.doc_id]}:
                 if aggregation_name(source, metric) != MEAN:
                     there = [doc for doc in docs if metric in items[doc.doc_id]]
@@ -99,10 +100,12 @@ def _check_prompts(task: BuiltTask, doc: BuiltDoc, answers: Mapping[int, Row]) -
             )
 
 
-def _metrics(filter_: Any, docs: Sequence[BuiltDoc], samples: Mapping[int, Samples]) -> dict[int, dict[str, list[Any]]]:
+def _metrics(
+    task: BuiltTask, filter_: Any, docs: Sequence[BuiltDoc], samples: Mapping[int, Samples]
+) -> dict[int, dict[str, list[Any]]]:
     """What lm-eval makes of the answers under one filter: per document and metric a value for each sample."""
+    pooled = task.pools_samples or _pools(docs[0].source, filter_.name)
     found: dict[int, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
-    pooled = _pools(docs[0].source, filter_.name)
     for number in range(1 if pooled else max(len(samples[doc.doc_id]) for doc in docs)):
         present = [doc for doc in docs if number < len(samples[doc.doc_id])]
         asked = {}

@@ -18,19 +18,21 @@ from twotower_eval.evidence.naming import checkpoint_name, setting
 from twotower_eval.evidence.points import Measured, OtherScore, QualityPoint
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint
+from twotower_eval.evidence.truncation import truncated_by_task
 from twotower_eval.evidence.wholes import WholeScore
 from twotower_eval.records import MEAN, Cell, CostSample, Generation
 from twotower_eval.report.text import speed_warnings
 from twotower_eval.report.verdicts import JudgedRuns
 
 Row = dict[str, Any]
+TRUNCATED = ("baseline_num_truncated", "candidate_num_truncated")  # empty where it was not counted
 SETTINGS = ("block_size", "steps_per_block", "threshold")
 
 
 def tables(runs: Runs) -> dict[str, bytes]:
     """File name -> CSV, for every table that has a row."""
     found = {
-        "retention.csv": [row for point in runs.quality for row in _retention(point)],
+        "retention.csv": [row for point in runs.quality for row in _retention(point, truncated_by_task(runs, point))],
         "other_scores.csv": [row for point in runs.quality for row in _others(point)],
         "speed.csv": [_speed(point) for point in runs.speed],
         "documents.csv": [_sample(p, s) for p in runs.quality for s in document_pairs(runs, p)],
@@ -69,7 +71,7 @@ def _outputs(point: QualityPoint) -> Row:
     return {"outputs": "timed" if point.timed else "whole_tasks", "batch_size": point.candidate.workload.batch_size}
 
 
-def _retention(point: QualityPoint) -> Iterator[Row]:
+def _retention(point: QualityPoint, cut: Mapping[str, tuple[int, int]]) -> Iterator[Row]:
     start = {"run": point.run_id, "complete": point.complete, **_operating_point(point.candidate), **_outputs(point)}
     for task in point.tasks:
         yield {
@@ -93,6 +95,7 @@ def _retention(point: QualityPoint) -> Iterator[Row]:
             "num_lost": task.flips.num_lost,
             "num_gained": task.flips.num_gained,
             "p_holm": task.flips.p_holm,
+            **dict(zip(TRUNCATED, cut.get(task.name, (None, None)), strict=True)),
         }
     everything = Measured(estimate=None, reason="not computed for this average")
     averages = {

@@ -8,6 +8,7 @@ from twotower_eval.evidence.clean import Flagged
 from twotower_eval.evidence.points import Measured, QualityPoint
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint
+from twotower_eval.evidence.truncation import truncated
 from twotower_eval.records import Check
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import (
@@ -24,6 +25,7 @@ from twotower_eval.report.text import (
     table,
     times,
 )
+from twotower_eval.shortfalls import truncation_line
 
 Row = list[str]
 GATE_HEADER = ["gate", "outcome", "what was found", "run"]
@@ -32,7 +34,7 @@ OUTCOMES = {"passed": "passed", "failed": "**FAILED**", "not_checked": "not chec
 
 def gates(runs: Runs) -> Section:
     """One row for each gate, then the shares of degenerate outputs with the figures on clean ones."""
-    rows = [*_hashes(runs), *_nulls(runs), *_checks(runs)]
+    rows = [*_hashes(runs), *_whole_prompts(runs), *_nulls(runs), *_checks(runs)]
     verified = any(run.manifest.verb == "verify" for run in runs)
     missing = "" if verified else "Parity and batch logic were not checked: `twotower-eval verify` does it.\n"
     parts = [table(GATE_HEADER, rows, left=len(GATE_HEADER)), missing, _degenerate(runs)]
@@ -46,6 +48,19 @@ def _hashes(runs: Runs) -> Iterator[Row]:
         if num_scores:
             found = f"documents, prompts and targets of {count(num_scores)} items agree between the arms"
             yield ["same documents, same prompts", "passed", found, code(run.manifest.run_id)]
+
+
+def _whole_prompts(runs: Runs) -> Iterator[Row]:
+    """Whether any prompt lost its beginning; a fixed workload's are as long as it says."""
+    for run in runs:
+        if all(cell.workload.kind not in ("task", "answer") for cell in run.manifest.cells):
+            continue
+        found = truncated(run)
+        cut = [(one.task, one.arm, one.num_requests, one.num_truncated) for one in found if one.num_truncated]
+        outcome = OUTCOMES["failed" if cut else "passed" if found else "not_checked"]
+        lines = [escape(truncation_line(*one)) for one in dict.fromkeys(cut)]
+        none = "no prompt was cut" if found else "prompts that were cut were not counted in this run"
+        yield ["whole prompts", outcome, "; ".join(lines) or none, code(run.manifest.run_id)]
 
 
 def _nulls(runs: Runs) -> Iterator[Row]:

@@ -15,9 +15,10 @@ from twotower_eval.plan_command import PROGRAM, command, plan_of, typed
 from twotower_eval.records import Cell, Checkpoint, RunManifest
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import NONE, bullets, code, count, details, escape, run_list, table
+from twotower_eval.shortfalls import override_lines
 from twotower_eval.store import Run
 
-QUIET_EVENTS = {"started", "cell_done", "done"}
+QUIET_EVENTS = {"started", "cell_done", "done", "truncated"}
 HOME = re.compile(r"(?:/home/[^/,=]+|/Users/[^/,=]+|/root)(?=/|$)")
 
 
@@ -110,6 +111,7 @@ def _run(run: Run) -> str:
         *([f"steps: {_steps(manifest.plan)}"] if "cuda_graphs" in manifest.plan else []),
         f"seeds: {_flat(manifest.seeds)}",
         f"documents: {_documents(run)}",
+        *(f"asked and not done: {escape(line)}" for line in override_lines(manifest.overrides)),
         *(f"note: {escape(note)}" for note in manifest.notes),
     ]
     if events:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import zip_longest
 
 from twotower_eval import stats
 from twotower_eval.evidence.chance import AgainstChance, standing_text
 from twotower_eval.evidence.points import Measured, QualityPoint, TaskQuality, measured, point_key
 from twotower_eval.evidence.runs import Runs
+from twotower_eval.evidence.truncation import truncated, truncated_by_task
 from twotower_eval.evidence.wholes import current_scores, is_whole, one_whole
 from twotower_eval.records import Score
 from twotower_eval.report.others import other_scores, whole_figure
@@ -27,6 +29,7 @@ from twotower_eval.report.text import (
     significant,
     table,
 )
+from twotower_eval.shortfalls import override_lines
 
 MAX_LISTED = 20
 READING = (
@@ -69,7 +72,8 @@ def _single_arm(runs: Runs) -> str:
             arm = f"{run.cells[score.cell].arm}, {run.cells[score.cell].decoder.label}"
             key = (run.manifest.run_id, arm, score.task, score.metric, score.filter, score.scored_by)
             groups.setdefault(key, []).append(score)
-    rows = []
+    told = {run.manifest.run_id: truncated(run) for run in runs}
+    rows, cut = [], []
     for (run_id, arm, task, metric, filter_, scored_by), scores in groups.items():
         if is_whole(scores[0]):
             shown, num = whole_figure(*one_whole(scores, by_id[run_id])), len(scores)
@@ -82,7 +86,11 @@ def _single_arm(runs: Runs) -> str:
         named = escape(metric) + (f" ({escape(filter_)})" if filter_ != "none" else "")
         how = SCORED_BY.get(scored_by, escape(scored_by))
         rows.append([escape(task), named, how, escape(arm), code(run_id), count(num), shown])
+        cut.append(sum(one.num_truncated for one in told[run_id] if (one.task, one.cell) == (task, scores[0].cell)))
     header = ["task", "metric (filter)", "scored by", "model", "run", "n", "score [95 %]"]
+    if any(cut):
+        header.append("cut prompts")
+        rows = [[*row, count(num)] for row, num in zip(rows, cut, strict=True)]
     return f"\nWhat has been scored:\n\n{table(header, rows, left=5)}" if rows else ""
 
 
@@ -90,7 +98,7 @@ def _point(runs: Runs, point: QualityPoint) -> str:
     kind = f"timed outputs, batch {point.candidate.workload.batch_size}" if point.timed else "whole tasks"
     state = "" if point.complete else " (INCOMPLETE run)"
     title = f"### {escape(runs.name(point.candidate))}: {kind}{state}\n"
-    parts = [title, _task_table(point), bullets(_remarks(runs, point))]
+    parts = [title, _task_table(point, truncated_by_task(runs, point)), bullets(_remarks(runs, point))]
     if point.others or point.wholes:
         parts.append(details("Other scores, which are not part of retention", other_scores(point)))
     if point.missing:
@@ -98,7 +106,7 @@ def _point(runs: Runs, point: QualityPoint) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _task_table(point: QualityPoint) -> str:
+def _task_table(point: QualityPoint, cut: Mapping[str, tuple[int, int]]) -> str:
     with_chance = point.chance.has_options
     header = ["task", "retention [95 %]", *["above chance [95 %]", "chance"] * with_chance, "baseline", "candidate"]
     header += ["lost / gained (p)", "n (clusters)", "scored by", "metric (filter)"]
@@ -109,6 +117,11 @@ def _task_table(point: QualityPoint) -> str:
         exercising = tuple(task for task in point.tasks if task.exercises_decoder)
         above = [retention(point.chance.exercised)] * with_chance
         rows.append(_total_row("**decoder-exercised**", exercising, retention(point.exercised), above))
+    if any(map(any, cut.values())):
+        header.append("cut prompts: baseline / candidate")
+        names = [name for task in point.tasks for name in (task.name, *(member for member, *_ in task.members))]
+        cells = [" / ".join(map(count, cut.get(name, (0, 0)))) for name in names]
+        rows = [[*row, cell] for row, cell in zip_longest(rows, cells, fillvalue="")]
     return table(header, rows, texts=("scored by", "metric (filter)"))
 
 
@@ -194,6 +207,8 @@ def _remarks(runs: Runs, point: QualityPoint) -> Iterator[str]:
             notes.setdefault(task.retention.estimate.method, []).append(escape(task.name))
     yield from (f"{', '.join(names)}: {note}." for note, names in notes.items())
     yield from (f"{warning}." for warning in point.warnings)
+    manifest = next(run.manifest for run in runs if run.manifest.run_id == point.run_id)
+    yield from (f"{escape(line)}." for line in override_lines(manifest.overrides))
     yield from _bound_draws(runs, point)
 
 

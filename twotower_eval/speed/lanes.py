@@ -104,7 +104,7 @@ def make_lanes(
     """By batch size: the baseline, its copy, and every candidate. ``models`` are those of baseline and candidate."""
     from twotower_eval.decoders import decoder_spec, from_spec
 
-    autoregressive = decoder_spec("autoregressive", temperature=plan.temperature)
+    autoregressive = decoder_spec("autoregressive", temperature=float(plan.temperature or 0))
     timed = [TimedModel(model, clock) for model in models]
     ids = [encode_calls(plan, calls, requests, model) for model in models]
     arms: list[tuple[Arm, int, DecoderSpec]] = [("baseline", 0, autoregressive), ("baseline", 1, autoregressive)]
@@ -133,7 +133,7 @@ def make_lanes(
 
 def _cell(plan: SpeedPlan, calls: Sequence[Call], size: int, arm: Arm, model: Any, spec: DecoderSpec) -> Cell:
     workload = make_workload(plan, calls, size, len(model.checkpoint.devices))
-    extra = {"seed": plan.seed if plan.temperature > 0 else None}
+    extra = {"seed": plan.seed if (plan.temperature or 0) > 0 else None}
     return Cell(
         id=cell_id(model.checkpoint, spec, workload, extra),
         arm=arm,

@@ -7,13 +7,16 @@ that goes on leaves the torn round behind and begins a new one.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import random
 import time
+import typing
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from twotower_eval import store
 from twotower_eval.environment import new_manifest
@@ -21,9 +24,11 @@ from twotower_eval.journal import now_text
 from twotower_eval.plan import CONTEXT_TOWER, SpeedPlan, cross_decoders, model_folder
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import (
+    Arm,
     CostSample,
     Generation,
     GenerationRow,
+    Override,
     PromptTiming,
     RunManifest,
     SpeedPhase,
@@ -32,12 +37,13 @@ from twotower_eval.records import (
     derive_seed,
     sha256_text,
 )
+from twotower_eval.shortfalls import override_lines, truncation_line
 from twotower_eval.speed.captures import Captures, graphs_for, hint, refuse_uneven
 from twotower_eval.speed.clock import CallClock, Devices, torch_threads
 from twotower_eval.speed.costs import CostItem, make_items
 from twotower_eval.speed.lanes import Lane, Timing, make_lanes
 from twotower_eval.speed.loop import RoundLoop, is_enough, whole_rounds
-from twotower_eval.speed.workloads import Call, Calls, Request, make_calls, scored_tasks
+from twotower_eval.speed.workloads import Call, Calls, Request, count_truncated, make_calls, scored_tasks
 
 NOTES = (
     "Timed answers of the measured rounds are journalled, the round as the sample's number; warm-ups and the second "
@@ -54,16 +60,18 @@ def run(
     resume: Path | None = None,
     progress: Progress | None = None,
     now: Callable[[], float] = time.perf_counter,
+    temperature: float = 0.0,
+    overrides: Sequence[Override] = (),
 ) -> Path:
     """Time both arms of a plan on prompts chosen from ``requests`` and return the run's folder.
 
+    ``temperature`` holds where the plan names none; ``overrides`` say what of the tasks' wishes does not.
     ``resume`` goes on with a run on the same machine: whole rounds count, a torn one is begun anew. ``now`` gives
     seconds. Raises ValueError for whatever the user can mend, before weights load where it can be known by then.
     """
-    from twotower_eval.models.arms import load_arms
-
     progress = progress or SilentProgress()
-    specs = cross_decoders(plan)
+    held = dataclasses.replace(plan, temperature=temperature if plan.temperature is None else plan.temperature)
+    specs = cross_decoders(held)
     calls = make_calls(plan, requests)
     if plan.cuda_graphs:
         refuse_uneven(
@@ -71,17 +79,15 @@ def run(
         )
     devices = Devices(plan.devices)
     with torch_threads(plan.threads):
-        baseline = None if plan.baseline == CONTEXT_TOWER else Path(plan.baseline)
-        models = load_arms(
-            model_folder(plan), baseline, dtype=plan.dtype, devices=plan.devices, cuda_graphs=plan.cuda_graphs
-        )
+        models = _load(plan)
         if said := hint(plan):
             progress.note(said)
         clock = CallClock(devices, now)
-        lanes = make_lanes(plan, calls, requests, specs, models, clock)
+        lanes = make_lanes(held, calls, requests, specs, models, clock)
         costs = make_items(calls, lanes, models) if plan.costs else ()
         graphs = graphs_for(plan, calls, lanes, models)
-        manifest = _manifest(plan, calls, [lane for of_size in lanes.values() for lane in of_size], resume)
+        all_lanes = [lane for of_size in lanes.values() for lane in of_size]
+        manifest = _manifest(plan, calls, all_lanes, overrides, resume)
         if resume is not None:
             found = store.load(resume)
             store.check_comparable(found, manifest)  # first: what is whole cannot be counted by another plan
@@ -90,11 +96,33 @@ def run(
                 return resume  # whoever scored it checks the scores before the run is called complete again
         writer = store.create(root, manifest) if resume is None else store.resume(resume, manifest)
         with writer:
-            for warning in writer.warnings:
+            for warning in (*writer.warnings, *override_lines(overrides)):
                 progress.note(f"warning: {warning}")
+            _tell_truncated(plan, writer, calls, models, progress)
             _Session(plan, writer, calls, lanes, costs, clock, Captures(graphs, writer), progress).run()
             writer.finish()
     return writer.path
+
+
+def _load(plan: SpeedPlan) -> tuple[Any, Any]:
+    from twotower_eval.models.arms import load_arms
+
+    baseline = None if plan.baseline == CONTEXT_TOWER else Path(plan.baseline)
+    return load_arms(model_folder(plan), baseline, dtype=plan.dtype, devices=plan.devices, cuda_graphs=plan.cuda_graphs)
+
+
+def _tell_truncated(
+    plan: SpeedPlan, writer: store.RunWriter, calls: Calls, models: tuple[Any, Any], progress: Progress
+) -> None:
+    """Write down for every cell how many prompts were cut; a resumed run has that already."""
+    for arm, model in zip(typing.get_args(Arm), models, strict=True):
+        for task, (num_prompts, num_truncated) in count_truncated(plan, calls, model).items():
+            numbers = {"num_requests": num_prompts, "num_truncated": num_truncated}
+            if not any(event["kind"] == "truncated" for event in writer.run.events):
+                for cell in (cell for cell in writer.run.manifest.cells if cell.arm == arm):
+                    writer.event("truncated", cell=cell.id, task=task, **numbers)
+            if num_truncated:
+                progress.note(f"warning: {truncation_line(task, arm, num_prompts, num_truncated)}")
 
 
 def _calls_per_round(calls: Calls, lanes: dict[int, tuple[Lane, ...]]) -> int:
@@ -114,7 +142,9 @@ def _check_unscored(plan: SpeedPlan, found: store.Run, calls_per_round: int) -> 
         )
 
 
-def _manifest(plan: SpeedPlan, calls: Calls, lanes: Sequence[Lane], resume: Path | None) -> RunManifest:
+def _manifest(
+    plan: SpeedPlan, calls: Calls, lanes: Sequence[Lane], overrides: Sequence[Override], resume: Path | None
+) -> RunManifest:
     return new_manifest(
         "speed",
         run_id=store.new_run_id("speed") if resume is None else resume.name,
@@ -124,6 +154,7 @@ def _manifest(plan: SpeedPlan, calls: Calls, lanes: Sequence[Lane], resume: Path
         seeds={"run": plan.seed},
         notes=NOTES,
         tasks=scored_tasks(plan, chain.from_iterable(calls.values())),
+        overrides=overrides,
     )
 
 

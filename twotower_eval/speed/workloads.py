@@ -148,6 +148,18 @@ def encode_calls(
     return encoded
 
 
+def count_truncated(plan: SpeedPlan, calls: Calls, model: Any) -> dict[str, tuple[int, int]]:
+    """By task, how many prompts a model is timed on and how many of them lose their beginning for want of room."""
+    asked = {(r.task, r.doc_id): (call, r) for of_size in calls.values() for call in of_size for r in call.requests}
+    counted: dict[str, tuple[int, int]] = {}
+    for call, request in asked.values():
+        num_prompts, num_truncated = counted.get(request.task, (0, 0))
+        # A fixed workload says itself how long its prompts are, and is refused where there is no room.
+        cut = plan.workload == "answer" and fitted_prompt_ids(model, request.text, call.max_new_tokens)[1]
+        counted[request.task] = num_prompts + 1, num_truncated + cut
+    return counted
+
+
 def _fixed_ids(plan: SpeedPlan, request: Request, requests: Sequence[Request], model: Any) -> list[int]:
     """A prompt of ``plan.prompt_tokens`` tokens: this one and those after it, around and around, cut at the end.
 

@@ -1,5 +1,6 @@
 """Suites and tasks: which documents and requests a name stands for, the same for every model."""
 
+from twotower_eval.suites.asked import Asked, Decoding, decoding_asked, in_words, settle
 from twotower_eval.suites.build import BuiltTask, TimedPrompt, build_requests, resolve_tasks, select
 from twotower_eval.suites.documents import (
     DEFAULT_MAX_NEW_TOKENS,
@@ -14,18 +15,23 @@ from twotower_eval.suites.lm_tasks import aggregation, aggregation_name
 __all__ = [
     "DEFAULT_MAX_NEW_TOKENS",
     "FEWSHOT_SEED",
+    "Asked",
     "BuiltDoc",
     "BuiltTask",
+    "Decoding",
     "Suite",
     "SuiteTask",
     "TimedPrompt",
     "aggregation",
     "aggregation_name",
     "build_requests",
+    "decoding_asked",
+    "in_words",
     "instance_sha256",
     "load_suite",
     "resolve_tasks",
     "select",
+    "settle",
     "stops_and_budget",
     "suite_names",
 ]

@@ -16,6 +16,7 @@ from typing import Any
 from twotower_eval.names import did_you_mean
 from twotower_eval.records import MEAN, canonical_json, sha256_text
 from twotower_eval.suites import lm_tasks
+from twotower_eval.suites.asked import Asked, merged
 from twotower_eval.suites.documents import BuiltDoc, Wishes, build_docs, check_options, generates
 from twotower_eval.suites.files import SuiteTask, load_suite, suite_names
 from twotower_eval.suites.parts import task_parts
@@ -26,7 +27,9 @@ class BuiltTask:
     """One task ready to be given to models: what a cell works on.
 
     ``digest`` covers every document and request of the task, whatever the limit, and the code that asks and scores;
-    ``parts`` are what it is made of (see suites.parts).
+    ``parts`` are what it is made of (see suites.parts). ``asked_samples`` is what the task or the suite names;
+    ``pools_samples``: the task's own filters take all samples of a problem together, as in lm-eval, and its score is no
+    mean over them.
     """
 
     name: str
@@ -35,6 +38,9 @@ class BuiltTask:
     docs: tuple[BuiltDoc, ...]
     num_docs_in_all: int
     samples: int
+    asked_samples: int | None
+    pools_samples: bool
+    asked: Asked
     max_new_tokens: int | None
     metric: str
     filter: str
@@ -70,14 +76,17 @@ def resolve_tasks(
     seed: int = 0,
     samples: int | None = None,
     max_new_tokens: int | None = None,
+    temperature: float | None = None,
 ) -> list[BuiltTask]:
     """Build the named tasks: suites, members (``SUITE/TASK``), tasks under ``tasks/``, stock lm-eval tasks.
 
     ``-NAME`` leaves a task out. ``limit`` keeps the first documents of each task (of each subject, where lm-eval's
-    task is a group). ``seed`` moves the few-shot examples of tasks that draw them. Raises ValueError for unknown
-    names, tasks that execute model output, and data that is missing or does not fit.
+    task is a group). ``seed`` moves the few-shot examples of tasks that draw them. ``samples``, ``max_new_tokens`` and
+    ``temperature`` hold instead of what suite and task say; :func:`settle` tells what that overrides and refuses what
+    nothing here does. Raises ValueError for unknown names, tasks that execute model output, and data that is missing
+    or does not fit.
     """
-    wishes = Wishes(None if data_dir is None else Path(data_dir), limit, seed, samples, max_new_tokens)
+    wishes = Wishes(None if data_dir is None else Path(data_dir), limit, seed, samples, max_new_tokens, temperature)
     with lm_tasks.quiet():
         built = [task for member in select(names) for task in _build(member, wishes)]
     twice = {task.name for task in built if sum(other.name == task.name for other in built) > 1}
@@ -164,12 +173,12 @@ def _build_part(name: str, group: str | None, lm_eval_name: str, member: SuiteTa
     every: list[BuiltDoc] = []
     given, sources = [], []
     num_docs = 0
-    samples = wishes.samples or member.samples
+    repeats: set[int] = set()
     for leaf, overrides in lm_tasks.leaves(lm_eval_name):
         shots = {} if member.num_fewshot is None else {"num_fewshot": member.num_fewshot}
         given.append({**overrides, **shots})
         source = lm_tasks.load_task(leaf, given[-1], wishes.data_dir)
-        samples = samples or source.config.repeats
+        repeats.add(source.config.repeats)
         docs = build_docs(name, leaf, source, num_docs, member, wishes)
         sources.append(source)
         num_docs += len(docs)
@@ -177,7 +186,8 @@ def _build_part(name: str, group: str | None, lm_eval_name: str, member: SuiteTa
         kept += docs[: wishes.limit]
     check_options(kept)
     metric, filter_ = _headline(name, member, sources[0])
-    _check_samples(name, sources[0], samples or 1)
+    sampled = _samples(name, repeats, kept[0], member, wishes)
+    _check_samples(name, sources[0], sampled["samples"])
     parts = task_parts(lm_eval_name, given, sources, every, member)
     return BuiltTask(
         name=name,
@@ -185,7 +195,8 @@ def _build_part(name: str, group: str | None, lm_eval_name: str, member: SuiteTa
         request=kept[0].instances[0].request_type,
         docs=tuple(kept),
         num_docs_in_all=num_docs,
-        samples=samples or 1,
+        **sampled,
+        asked=_asked(name, kept),
         max_new_tokens=max(
             (i.args[1]["max_gen_toks"] for d in kept for i in d.instances if generates(i)), default=None
         ),
@@ -205,6 +216,27 @@ def _averages(source: Any, metric: str) -> bool:
         return True
     more_is_better = source.higher_is_better()[metric] is not False
     return more_is_better and lm_tasks.aggregation_name(source, metric) == MEAN
+
+
+def _samples(name: str, repeats: set[int], doc: BuiltDoc, member: SuiteTask, wishes: Wishes) -> dict[str, Any]:
+    """The fields of a BuiltTask about samples: what is wished, else what the suite says, else lm-eval's ``repeats``."""
+    given = wishes.samples or member.samples
+    if len(repeats) > 1 and not given:
+        raise ValueError(
+            f"task {name!r}: its parts ask for unlike numbers of samples {sorted(repeats)}: give --samples"
+        )
+    asked = member.samples or max(repeats)
+    # Log-likelihoods are the same however often they are asked for.
+    samples = given or asked if generates(doc.instances[0]) else 1
+    asked_samples = asked if member.samples or asked > 1 else None
+    return {"samples": samples, "asked_samples": asked_samples, "pools_samples": samples > 1 and not given}
+
+
+def _asked(name: str, docs: Sequence[BuiltDoc]) -> Asked:
+    try:
+        return merged(frozenset[Asked]().union(*(doc.asked for doc in docs)))
+    except ValueError as error:
+        raise ValueError(f"task {name!r}: {error}") from error
 
 
 def _headline(name: str, member: SuiteTask, source: Any) -> tuple[str, str]:

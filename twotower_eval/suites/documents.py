@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 from twotower_eval.records import canonical_json, sha256_text
 from twotower_eval.suites import lm_tasks
+from twotower_eval.suites.asked import Asked, decoding_asked
 from twotower_eval.suites.chance import chance_by_metric
 from twotower_eval.suites.files import SuiteTask, cluster_id
 
@@ -33,6 +35,7 @@ class BuiltDoc:
     doc_sha256: str
     prompt_sha256: str
     target_sha256: str
+    asked: frozenset[Asked]  # how its texts are to be made
 
     @cached_property
     def chance(self) -> Mapping[str, float]:
@@ -49,6 +52,7 @@ class Wishes:
     seed: int
     samples: int | None
     max_new_tokens: int | None
+    temperature: float | None
 
 
 def build_docs(name: str, leaf: str, source: Any, first_id: int, member: SuiteTask, wishes: Wishes) -> list[BuiltDoc]:
@@ -59,16 +63,22 @@ def build_docs(name: str, leaf: str, source: Any, first_id: int, member: SuiteTa
     docs = []
     for index in sorted(by_doc):
         instances = sorted(by_doc[index], key=lambda instance: instance.idx)
+        asked = set()
         for instance in instances:
             instance.metadata = (name, first_id + index, 1)
             instance.task_name, instance.doc_id, instance.repeats = instance.metadata
             if generates(instance):
-                instance.arguments = (instance.args[0], _generation_settings(instance.args[1], member, wishes))
-        docs.append(_doc(name, leaf, source, index, instances))
+                try:
+                    asked.add(decoding_asked(instance.args[1]))
+                    settings = _generation_settings(instance.args[1], member, wishes)
+                except ValueError as error:
+                    raise ValueError(f"task {name!r}: {error}") from error
+                instance.arguments = (instance.args[0], settings)
+        docs.append(_doc(name, leaf, source, index, instances, frozenset(asked)))
     return docs
 
 
-def _doc(name: str, leaf: str, source: Any, index: int, instances: Sequence[Any]) -> BuiltDoc:
+def _doc(name: str, leaf: str, source: Any, index: int, instances: Sequence[Any], asked: frozenset[Asked]) -> BuiltDoc:
     # doc and target hashes are lm-eval's own, so that they can be compared with its sample logs.
     from lm_eval.utils import handle_non_serializable
 
@@ -84,6 +94,7 @@ def _doc(name: str, leaf: str, source: Any, index: int, instances: Sequence[Any]
         doc_sha256=_sha256(text),
         prompt_sha256=prompts[0] if len(prompts) == 1 else sha256_text("".join(prompts)),
         target_sha256=_sha256(str(source.doc_to_target(doc))),
+        asked=asked,
     )
 
 
@@ -120,16 +131,33 @@ def check_options(docs: Sequence[BuiltDoc]) -> None:
 
 
 def stops_and_budget(settings: Mapping[str, Any], default_budget: int) -> tuple[tuple[str, ...], int]:
-    """Stop strings and token budget in lm-eval's settings of a generation, under any of the names it goes by."""
+    """Stop strings and token budget in lm-eval's settings of a generation, under any of the names it goes by.
+
+    ValueError for stops that are no text and for a budget that is no number of tokens.
+    """
     until = settings.get("until") or []
     stops = [until] if isinstance(until, str) else until
-    budgets = (settings.get(name) for name in BUDGET_NAMES)
-    return tuple(stop for stop in stops if stop), next((int(b) for b in budgets if b is not None), default_budget)
+    if not isinstance(stops, (list, tuple)) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError(f"until must be a text or a list of texts, not {until!r}")
+    budgets = ((name, settings.get(name)) for name in BUDGET_NAMES)
+    name, budget = next((pair for pair in budgets if pair[1] is not None), ("", default_budget))
+    return tuple(stop for stop in stops if stop), _num_tokens(name, budget)
+
+
+def _num_tokens(name: str, value: Any) -> int:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (number >= 1 and number.is_integer()):  # "not >=", so that NaN is refused too
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return int(number)
 
 
 def _generation_settings(own: Mapping[str, Any], member: SuiteTask, wishes: Wishes) -> dict[str, Any]:
-    """lm-eval's settings of one generation with the stops and the budget that hold here."""
+    """The stops, the budget and the temperature that hold here; what else a task asks is in ``BuiltTask.asked``."""
     stops, own_budget = stops_and_budget(own, DEFAULT_MAX_NEW_TOKENS)
-    kept = {key: value for key, value in own.items() if key not in BUDGET_NAMES}
     budget = wishes.max_new_tokens or member.max_new_tokens or own_budget
-    return {**kept, "until": list(stops if member.stop is None else member.stop), "max_gen_toks": budget}
+    temperature = decoding_asked(own).temperature if wishes.temperature is None else wishes.temperature
+    sampling = {} if temperature is None else {"do_sample": temperature > 0, "temperature": temperature}
+    return {"until": list(stops if member.stop is None else member.stop), "max_gen_toks": budget, **sampling}

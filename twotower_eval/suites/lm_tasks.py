@@ -122,6 +122,8 @@ def load_task(name: str, settings: Mapping[str, Any], data_dir: Path | None) -> 
         ) from error
     except misfits() as error:
         raise ValueError(f"{where}: its data lacks what the task reads ({_first_line(error)})") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     if getattr(task, "MULTIMODAL", False):
         raise ValueError(f"{where}: needs images or audio, which no model here takes")
     return task

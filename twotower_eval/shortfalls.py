@@ -1,0 +1,32 @@
+"""What tasks ask for and are not given, in words for terminals and reports: overridden settings, prompts cut short."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from twotower_eval.records import Override, Scalar
+
+
+def override_lines(overrides: Sequence[Override]) -> list[str]:
+    """One line for each thing asked for, with all the tasks that ask for it."""
+    tasks: dict[tuple[str, str, str], list[str]] = {}
+    for one in overrides:
+        held = "not done" if one.done is None else f"done with {_plain(one.done)}"
+        tasks.setdefault((f"{one.setting}: {_plain(one.asked)}", held, one.option), []).append(one.task)
+    return [
+        f"{', '.join(names)} ask{'s' if len(names) == 1 else ''} for {asked}, {held}: --{option} overrides it"
+        for (asked, held, option), names in tasks.items()
+    ]
+
+
+def truncation_line(task: str, arm: str, num_requests: int | None, num_truncated: int) -> str:
+    """How many of a task's requests lost the beginning of their prompt; how many there were is not always known."""
+    of = "" if num_requests is None else f" of {num_requests:,}"
+    were = "prompt was" if num_truncated == 1 else "prompts were"
+    return f"{task}, {arm}: {num_truncated:,}{of} {were} longer than the model has room for and lost the beginning"
+
+
+def _plain(value: Scalar) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,236 @@
+"""What tasks ask of decoding beside stops and budget: honoured, overridden in so many words, or refused.
+
+A task's ``generation_kwargs`` reach lm-eval's models as they are. Decoders here sample at a temperature and nothing
+more, so whatever else would change a text is refused unless an option says what holds instead.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from twotower_eval.names import did_you_mean
+from twotower_eval.records import Override, Scalar
+
+# Settings that change nothing at these values; ``None`` changes nothing anywhere. Those of sampling and of beams change
+# nothing without sampling and without beams, as in transformers.
+NEUTRAL: Mapping[str, tuple[Scalar, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "num_return_sequences": (1,),
+    "repetition_penalty": (1,),
+    "encoder_repetition_penalty": (1,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "penalty_alpha": (0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "min_new_tokens": (0,),
+    "min_tokens": (0,),
+    "min_length": (0,),
+    "guidance_scale": (1,),
+    "remove_invalid_values": (False,),
+    "renormalize_logits": (False,),
+    "ignore_eos": (False,),
+}
+SAMPLING: Mapping[str, tuple[Scalar, ...]] = {
+    "top_p": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "typical_p": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "seed": (),
+}
+BEAMS: Mapping[str, tuple[Scalar, ...]] = {"length_penalty": (), "early_stopping": (), "diversity_penalty": ()}
+NO_EFFECT = ("use_cache", "pad_token_id")
+OTHER = ("max_length", "max_time", "eos_token_id", "bad_words_ids", "force_words_ids", "suppress_tokens", "logit_bias")
+KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", *NEUTRAL, *SAMPLING, *BEAMS, *NO_EFFECT, *OTHER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """How a task wants its texts made.
+
+    ``temperature`` is 0 for greedy decoding and ``None`` where the task says nothing. ``beyond`` holds what no decoder
+    here does, by the task's own keys.
+    """
+
+    temperature: float | None = None
+    beyond: tuple[tuple[str, Scalar], ...] = ()
+
+
+class AskingTask(Protocol):
+    """A built task, as far as this matters. ``asked_samples`` is ``None`` where neither task nor suite names any."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def generates(self) -> bool: ...
+    @property
+    def asked(self) -> Asked: ...
+    @property
+    def asked_samples(self) -> int | None: ...
+    @property
+    def samples(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """What holds for all tasks of a plan, and what of their wishes does not."""
+
+    temperature: float
+    overrides: tuple[Override, ...]
+
+
+def decoding_asked(settings: Mapping[str, Any]) -> Asked:
+    """What one generation's settings ask for. ValueError for values that mean nothing.
+
+    As in lm-eval: without ``do_sample`` a temperature above 0 asks for sampling, and ``do_sample: false`` is greedy
+    whatever stands beside it.
+    """
+    sample, temperature = _truth(settings.get("do_sample")), _temperature(settings.get("temperature"))
+    sampling = (temperature or 0) > 0 if sample is None else sample
+    without_effect = {*NO_EFFECT, *(() if sampling else SAMPLING)}
+    if _is_neutral(settings.get("num_beams"), NEUTRAL["num_beams"]):
+        without_effect |= BEAMS.keys()
+    beyond = {key: value for key, value in settings.items() if key not in without_effect and not _is_done(key, value)}
+    if sampling and not temperature:
+        beyond = {"do_sample": True, **beyond}
+    held = temperature if sampling else 0.0
+    says_nothing = sample is None and temperature is None
+    return Asked(
+        temperature=None if says_nothing else held or (None if sampling else 0.0),
+        beyond=tuple((key, _scalar(value)) for key, value in beyond.items()),
+    )
+
+
+def merged(found: Iterable[Asked]) -> Asked:
+    """What several generations of one task ask for together; ValueError for unlike temperatures."""
+    several = list(found)
+    temperatures = sorted({one.temperature or 0.0 for one in several})
+    if len(temperatures) > 1:
+        listed = ", ".join(f"{temperature:g}" for temperature in temperatures)
+        raise ValueError(f"its documents ask for unlike temperatures ({listed}), and a task has one")
+    held = [one.temperature for one in several if one.temperature is not None]
+    beyond = {pair: None for one in several for pair in one.beyond}
+    return Asked(temperature=next(iter(held), None), beyond=tuple(sorted(beyond, key=str)))
+
+
+def settle(
+    tasks: Sequence[AskingTask], *, temperature: float | None, samples: int | None, timed: bool = False
+) -> Decoding:
+    """The one temperature at which a plan decodes: its own, else what the tasks ask for, else greedy.
+
+    What the plan's ``temperature`` and ``samples`` override is told. ValueError, with what to give, where tasks ask
+    for what is not done here, for unlike temperatures, or for several samples where they are all the same or where
+    answers are ``timed``, one a round.
+    """
+    asking = [task for task in tasks if task.generates]
+    if temperature is None:
+        _refuse_beyond(asking)
+        temperature = _common_temperature(asking)
+    _refuse_samples(asking, temperature, samples or 1, timed)
+    overrides = [one for task in asking for one in _overrides(task, temperature, samples)]
+    return Decoding(temperature=temperature, overrides=tuple(overrides))
+
+
+def in_words(asked: Iterable[tuple[str, Scalar]]) -> str:
+    """Settings as a YAML file has them, with a hint at what an unknown one may have meant."""
+    return ", ".join(_said(key, value) for key, value in asked)
+
+
+def _said(key: str, value: Scalar) -> str:
+    if key == "do_sample":
+        return "do_sample: true without a temperature above 0"
+    hint = "" if key in KNOWN else f", which is no known setting{did_you_mean(key, KNOWN)}"
+    return f"{key}: {value}{hint}"
+
+
+def _refuse_beyond(tasks: Sequence[AskingTask]) -> None:
+    for task in tasks:
+        if task.asked.beyond:
+            instead = f"--temperature {task.asked.temperature or 0:g}"
+            raise ValueError(
+                f"task {task.name!r} asks for {in_words(task.asked.beyond)}: no decoder here does that; "
+                f"give {instead} to decode at that temperature without it, which the run then says"
+            )
+
+
+def _common_temperature(tasks: Sequence[AskingTask]) -> float:
+    by_temperature = {float(task.asked.temperature or 0): task.name for task in reversed(tasks)}
+    if len(by_temperature) > 1:
+        (low, one), *_, (high, other) = sorted(by_temperature.items())
+        raise ValueError(
+            f"task {one!r} asks for temperature {low:g} and {other!r} for {high:g}, and a run has one temperature: "
+            "run them apart, or give --temperature for all of them"
+        )
+    return next(iter(by_temperature), 0.0)
+
+
+def _refuse_samples(tasks: Sequence[AskingTask], temperature: float, given: int, timed: bool) -> None:
+    instead = "give --samples 1, or a --temperature above 0"
+    if temperature == 0 and given > 1:
+        raise ValueError(f"{given} samples at temperature 0 are {given} times the same: {instead}")
+    for task in tasks:
+        asks = f"task {task.name!r} asks for {task.samples} samples of each problem"
+        if task.samples > 1 and timed:
+            raise ValueError(f"{asks}, and speed times one a round: give --samples 1, or leave it out")
+        if task.samples > 1 and temperature == 0:
+            raise ValueError(f"{asks}, which greedy decoding makes {task.samples} times the same: {instead}")
+
+
+def _overrides(task: AskingTask, temperature: float, samples: int | None) -> Iterator[Override]:
+    asked = task.asked
+    for key, value in asked.beyond:
+        yield Override(task=task.name, setting=key, asked=value, done=None, option="temperature")
+    if asked.temperature not in (None, temperature):
+        common = {"task": task.name, "setting": "temperature", "option": "temperature"}
+        yield Override(asked=asked.temperature, done=temperature, **common)  # type: ignore[arg-type]
+    if samples is not None and task.asked_samples not in (None, samples):
+        yield Override(task=task.name, setting="samples", asked=task.asked_samples, done=samples, option="samples")
+
+
+def _truth(value: Any) -> bool | None:
+    if value is None or value in (True, False):
+        return None if value is None else bool(value)
+    raise ValueError(f"do_sample must be true or false, not {value!r}")
+
+
+def _temperature(value: Any) -> float | None:
+    if value is None:
+        return None
+    number = _number(value)
+    if number is None or number < 0:
+        raise ValueError(f"temperature must be a number of at least 0, not {value!r}")
+    return number
+
+
+def _is_done(key: str, value: Any) -> bool:
+    """Whether a setting is followed here, or changes nothing at its value."""
+    if key in ("until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
+        return True
+    return key in ("do_sample", "temperature") or _is_neutral(value, NEUTRAL.get(key, SAMPLING.get(key, ())))
+
+
+def _is_neutral(value: Any, neutral: Sequence[Scalar]) -> bool:
+    return value is None or value in neutral or _number(value) in neutral
+
+
+def _number(value: Any) -> float | None:
+    """A number, or a text that is one: YAML takes ``1e-3`` for a text."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _scalar(value: Any) -> Scalar:
+    plain = isinstance(value, (str, bool)) or (_number(value) is not None and abs(value) < 2**63)
+    return value if plain else json.dumps(value, default=str, ensure_ascii=False)
