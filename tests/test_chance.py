@@ -128,6 +128,19 @@ def test_a_scoring_function_of_its_own(own_task: Path) -> None:
     assert chances(own_task, yaml + metrics("acc", "nats"), docs) == [{"acc": 0.75}, {"acc": 0.2}]
 
 
+def test_scores_of_a_ranking_count_every_place_once(own_task: Path) -> None:
+    """As in MuTual: is the right option among the first two, and one over its place."""
+    (own_task / "own_code.py").write_text(
+        "def score(doc, results):\n"
+        "    order = sorted(range(len(results)), key=lambda i: -results[i][0])\n"
+        "    place = order.index(doc['gold'])\n"
+        "    return {'r@2': place < 2, 'mrr': 1 / (1 + place)}\n"
+    )
+    yaml = CHOICE.replace("metric_list:", "process_results: !function own_code.score\nmetric_list:")
+    [found] = chances(own_task, yaml + metrics("r@2", "mrr"), [question(4, 2)])
+    assert found == {"r@2": 0.5, "mrr": pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)}
+
+
 def test_a_scoring_function_that_takes_no_made_up_answers_has_no_chance(own_task: Path) -> None:
     (own_task / "own_code.py").write_text(
         "def score(doc, results):\n    assert max(nats for nats, _ in results) < -0.1\n    return {'acc': 1}\n"

@@ -29,6 +29,15 @@ def chance_by_metric(source: Any, doc: Mapping[str, Any], instances: Sequence[An
     ``source`` is the lm-eval task that scores ``doc`` by the answers to ``instances``.
     """
     better = [metric for metric, higher in source.higher_is_better().items() if higher is not False]
+    unfit: tuple[type[Exception], ...] = (*lm_tasks.misfits(), ArithmeticError, SyntaxError, ValueError)
+    try:
+        with lm_tasks.quiet():
+            return _chances(source, doc, instances, better)
+    except unfit:
+        return {}  # a scoring of its own kind, which real answers may well suit
+
+
+def _chances(source: Any, doc: Mapping[str, Any], instances: Sequence[Any], better: Sequence[str]) -> dict[str, float]:
     if instances[0].request_type == "generate_until":
         share = _share_listed(source, doc)
         return {} if share is None else {metric: share for metric in better if metric in TEXT_METRICS}
@@ -42,15 +51,14 @@ def chance_by_metric(source: Any, doc: Mapping[str, Any], instances: Sequence[An
 
 
 def _if_first(source: Any, doc: Mapping[str, Any], option: int, num_options: int, num: int) -> dict[str, float]:
-    """The document's scores if one option is far likelier than the others, and what greedy decoding gives."""
-    asked = [(FIRST_NATS if at == option else FAR_NATS, at == option) for at in range(num_options)]
+    """The document's scores if one option comes first, by far, and is what greedy decoding gives.
+
+    The others follow in their order, round and round: over all options each takes each place once.
+    """
+    places = [(at - option) % num_options for at in range(num_options)]
+    asked = [(FIRST_NATS + place * FAR_NATS, place == 0) for place in places]
     asked += [(WITHOUT_CONTEXT_NATS, False)] * (num - num_options)
-    unfit: tuple[type[Exception], ...] = (*lm_tasks.misfits(), ArithmeticError, ValueError)
-    try:
-        with lm_tasks.quiet():
-            scores = source.process_results(doc, asked)
-    except unfit:
-        return {}  # a scoring of its own kind, which real answers may well suit
+    scores = source.process_results(doc, asked)
     return {metric: float(value) for metric, value in scores.items() if isinstance(value, (Real, np.bool_))}
 
 
