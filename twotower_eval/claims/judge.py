@@ -97,7 +97,7 @@ def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:
     if differing and (not found or max(differing) > found[0].run_id):
         return _invalid_inputs(claim, differing)
     if not found:
-        return _not_measured(claim, missing(claim, evidence.quality))
+        return _not_measured(claim, missing(claim, evidence.quality, evidence.alone))
     point = found[0]
     stand = standings(claim, point)
     checks = (
@@ -138,7 +138,7 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
     if differing and (not found or max(differing) > max(found[0].run_ids)):
         return _invalid_inputs(claim, differing)
     if not found:
-        return _not_measured(claim, missing(claim, evidence.speed))
+        return _not_measured(claim, missing(claim, evidence.speed, evidence.alone))
     point = found[0]
     quality = same_point(evidence.quality, point.key)
     readings = speed_readings(claim, point)

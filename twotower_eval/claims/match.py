@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from twotower_eval.claims.files import SPEED_QUANTITIES
 from twotower_eval.evidence import ArmsDifferError, PointKey, QualityPoint, Runs, SpeedPoint
+from twotower_eval.evidence.alone import is_alone
 from twotower_eval.evidence.naming import checkpoint_name
 from twotower_eval.evidence.quality import quality_points
 from twotower_eval.evidence.timing import speed_points
@@ -28,6 +29,12 @@ class Evidence:
     quality: tuple[QualityPoint, ...]
     speed: tuple[SpeedPoint, ...]
     differing: Mapping[str, str]
+
+    @property
+    def alone(self) -> list[str]:
+        """Models that were measured beside no other."""
+        cells = [cell for run in self.runs if is_alone(run) for cell in run.manifest.cells]
+        return sorted({checkpoint_name(cell.checkpoint) for cell in cells})
 
 
 def gather(runs: Sequence[Run]) -> Evidence:

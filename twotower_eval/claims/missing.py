@@ -21,9 +21,9 @@ OPTIONS = {
 }
 
 
-def missing(claim: Claim, points: Sequence[QualityPoint | SpeedPoint]) -> str:
-    """Why a claim is NOT MEASURED, in words, and what measures it."""
-    found, words = _nearby(claim, points), measuring_command(claim)
+def missing(claim: Claim, points: Sequence[QualityPoint | SpeedPoint], alone: Sequence[str] = ()) -> str:
+    """Why a claim is NOT MEASURED, in words, and what measures it. ``alone``: models measured beside no other."""
+    found, words = _nearby(claim, points, alone), measuring_command(claim)
     if words is None:
         return found
     where = f" on {claim.point.hardware}" if claim.point.hardware else ""
@@ -58,11 +58,13 @@ def measuring_command(claim: Claim) -> list[str] | None:
     return words if (point.num_devices or 1) < 2 else [*words, "--devices", "D,D"]
 
 
-def _nearby(claim: Claim, points: Sequence[QualityPoint | SpeedPoint]) -> str:
+def _nearby(claim: Claim, points: Sequence[QualityPoint | SpeedPoint], alone: Sequence[str]) -> str:
     """In words, what was measured instead: points of the same subject, nearest first; else the other subjects."""
     own = [point for point in points if names_subject(claim, subject_of(point))]
     if not own:
         others = sorted({checkpoint_name(subject_of(point)) for point in points})
+        if not others and alone:
+            return f"{', '.join(alone)} alone {'was' if len(alone) == 1 else 'were'} measured, against no baseline"
         return f"measured were only {', '.join(others)}" if others else "nothing of the kind was measured"
     ordered = list(dict.fromkeys(_described(point) for point in sorted(own, key=lambda p: _num_apart(claim, p))))
     more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""

@@ -62,6 +62,11 @@ def costs(
     )
 
 
+def costs_alone(runs: Sequence[Run], cell: Cell, samples: Sequence[SpeedSample]) -> ArmCosts:
+    """The same of an autoregressive cell that nothing was timed beside."""
+    return _arm(_parts(runs, cell), samples, None)
+
+
 def _parts(runs: Sequence[Run], cell: Cell) -> list[CostSample]:
     """Measured parts of the cell or of those beside it that cost the same: same weights, same timed prompts.
 

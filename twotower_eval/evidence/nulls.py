@@ -4,21 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from twotower_eval import stats
+from twotower_eval.evidence.measured import Measured
 from twotower_eval.evidence.numbers import PERCENT, compared
-from twotower_eval.records import Estimate
+from twotower_eval.records import Cell, Estimate
 
 if TYPE_CHECKING:
     from twotower_eval.evidence.timing import SpeedPoint
+
+
+class Nulled(Protocol):
+    """What was timed against itself in these runs."""
+
+    @property
+    def run_ids(self) -> tuple[str, ...]: ...
+    @property
+    def baseline(self) -> Cell: ...
+    @property
+    def null(self) -> Measured: ...
+    @property
+    def null_timed(self) -> stats.TimedCalls | None: ...
+
 
 LIMITS = stats.NullLimits()
 
 
 def fault(
-    point: SpeedPoint,
-    others: Iterable[SpeedPoint],
+    point: Nulled,
+    others: Iterable[Nulled],
     judged: Estimate | None,
     limits: stats.NullLimits = LIMITS,
     claimed: float | None = None,
@@ -68,7 +83,7 @@ def _share(limits: stats.NullLimits) -> str:
     return f"{100 * limits.share:g} % of the log speedup"
 
 
-def _pair(point: SpeedPoint) -> tuple[str, tuple[str, ...]]:
+def _pair(point: Nulled) -> tuple[str, tuple[str, ...]]:
     return (point.baseline.id, point.run_ids)
 
 

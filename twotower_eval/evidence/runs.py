@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import overload
 
+from twotower_eval.evidence.alone import ScoredAlone, TimedAlone, compares, is_alone, scored_alone, timed_alone
 from twotower_eval.evidence.naming import checkpoint_name, long_name, short_name
 from twotower_eval.evidence.pareto import Panel, panels
 from twotower_eval.evidence.points import PointKey, QualityPoint
@@ -66,7 +67,12 @@ class Runs(Sequence[Run]):
 
     @cached_property
     def _speed(self) -> tuple[tuple[SpeedPoint, ...], tuple[str, ...]]:
-        return speed_points(self._runs)
+        points, gaps = speed_points(self._runs)
+        return points, (*gaps, *self._timed_alone[1])
+
+    @cached_property
+    def _timed_alone(self) -> tuple[tuple[TimedAlone, ...], tuple[str, ...]]:
+        return timed_alone(self._runs)
 
     @property
     def speed(self) -> tuple[SpeedPoint, ...]:
@@ -77,6 +83,21 @@ class Runs(Sequence[Run]):
     def speed_gaps(self) -> tuple[str, ...]:
         """Timed cells that have no complete round yet, in words."""
         return self._speed[1]
+
+    @property
+    def compare(self) -> bool:
+        """Whether any of these runs holds a candidate against a baseline."""
+        return any(compares(run) for run in self._runs)
+
+    @cached_property
+    def scored_alone(self) -> tuple[ScoredAlone, ...]:
+        """What the runs of one model alone scored."""
+        return tuple(one for run in self._runs if is_alone(run) for one in scored_alone(run))
+
+    @property
+    def timed_alone(self) -> tuple[TimedAlone, ...]:
+        """Every timed cell of the runs of one model alone."""
+        return self._timed_alone[0]
 
     @cached_property
     def points(self) -> dict[PointKey, Cell]:

@@ -6,13 +6,24 @@ runs stay apart. Warm-ups are never in a figure.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from twotower_eval import stats
+from twotower_eval.evidence.calls import (
+    Call,
+    Grid,
+    Latency,
+    complete_rounds,
+    flags_of,
+    grid_of,
+    latency_of,
+    names_of,
+    null_calls,
+    null_of,
+    pools,
+    timed_calls,
+)
 from twotower_eval.evidence.clean import (
     CleanSpeed,
     Flagged,
@@ -20,7 +31,6 @@ from twotower_eval.evidence.clean import (
     clean_speed,
     flagged,
     flagged_documents,
-    outputs,
 )
 from twotower_eval.evidence.costs import Costs, costs
 from twotower_eval.evidence.counts import Counts, count
@@ -29,21 +39,8 @@ from twotower_eval.evidence.measured import ArmsDifferError
 from twotower_eval.evidence.nulls import caution, fault
 from twotower_eval.evidence.points import Measured, PointKey, baseline_of, measured, point_key
 from twotower_eval.evidence.samples import Sample, answer_samples
-from twotower_eval.records import Cell, GateLimits, SpeedSample, canonical_json
+from twotower_eval.records import Cell, GateLimits
 from twotower_eval.store import Run
-
-Round = tuple[str, int]  # launch, number
-Call = tuple[str, ...]  # prompt ids
-Grid = dict[tuple[Round, Call], SpeedSample]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Latency:
-    """Seconds from a call's start to a prompt's last useful token, over all prompts of the measured rounds."""
-
-    median_s: float
-    p95_s: float
-    n: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,14 +132,7 @@ def speed_points(runs: Sequence[Run]) -> tuple[tuple[SpeedPoint, ...], tuple[str
 
     A cell of an unfinished run without one complete round gives a line of the second kind.
     """
-    pools: dict[tuple[str, str], list[tuple[Run, Cell]]] = defaultdict(list)
-    for run in runs:
-        setting = canonical_json([run.manifest.machine, run.manifest.packages, run.manifest.project_version])
-        timed = {sample.cell for sample in run.speed}
-        for cell in run.manifest.cells:
-            if cell.arm == "candidate" and cell.id in timed:
-                pools[cell.id, setting].append((run, cell))
-    found = [_point([run for run, _ in pool], pool[0][1]) for pool in pools.values()]
+    found = [_point(pool, cell) for pool, cell in pools(runs, "candidate")]
     points = [point for point in found if isinstance(point, SpeedPoint)]
     return tuple(_gated(point, points) for point in points), tuple(gap for gap in found if isinstance(gap, str))
 
@@ -161,22 +151,22 @@ def _gated(point: SpeedPoint, points: Sequence[SpeedPoint]) -> SpeedPoint:
 
 def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
     baseline = baseline_of(runs[0], candidate)
-    grids = (_grid(runs, baseline, 0), _grid(runs, candidate, 0))
+    grids = (grid_of(runs, baseline, 0), grid_of(runs, candidate, 0))
     _check_prompts(runs, *grids)
-    rounds, calls, dropped = _complete_rounds(*grids)
+    rounds, calls, dropped = complete_rounds(*grids)
     warnings = [f"{dropped} rounds are not complete in both arms and are left out"] if dropped else []
     if not rounds:
-        return f"{_names(runs)}: cell {candidate.id} ({candidate.decoder.label}) has no complete measured round"
+        return f"{names_of(runs)}: cell {candidate.id} ({candidate.decoder.label}) has no complete measured round"
     samples = [[grid[r, c] for r in rounds for c in calls] for grid in grids]
-    timed = _timed(*grids, rounds=rounds, calls=calls, fixed=candidate.workload.kind == "fixed")
+    timed = timed_calls(*grids, rounds=rounds, calls=calls, fixed=candidate.workload.kind == "fixed")
     length = measured(lambda: stats.speedup(timed, "length"))
     if lengths_differ(length):
         warnings.append(
             "the arms' outputs differ in length by more than a tenth: read the speedup in useful tokens per second, "
             "not the wall-clock one alone"
         )
-    null_timed = _null_calls(runs, baseline)
-    by_arm = [_outputs(runs, cell, rounds) for cell in (baseline, candidate)]
+    null_timed = null_calls(runs, baseline)
+    by_arm = [flags_of(runs, cell, rounds) for cell in (baseline, candidate)]
     return SpeedPoint(
         run_ids=tuple(run.manifest.run_id for run in runs),
         complete=all(run.complete for run in runs),
@@ -189,13 +179,13 @@ def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
         throughput=measured(lambda: stats.speedup(timed, "throughput")),
         length=length,
         geometric=measured(lambda: stats.geometric_speedup(timed)),
-        null=_null(null_timed),
+        null=null_of(null_timed),
         baseline_rate=measured(lambda: stats.speedup(timed, "baseline_rate")),
         candidate_rate=measured(lambda: stats.speedup(timed, "candidate_rate")),
         counts=count(prompt for sample in samples[1] for prompt in sample.prompts),
         baseline_counts=count(prompt for sample in samples[0] for prompt in sample.prompts),
-        latency=_latency(samples[1]),
-        baseline_latency=_latency(samples[0]),
+        latency=latency_of(samples[1]),
+        baseline_latency=latency_of(samples[0]),
         flagged=flagged(by_arm[0], by_arm[1]),
         clean=clean_speed(timed, _dropped_calls(by_arm, calls)),
         costs=costs(runs, baseline, candidate, (samples[0], samples[1])),
@@ -206,80 +196,20 @@ def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
     )
 
 
-def _grid(runs: list[Run], cell: Cell, replica: int) -> Grid:
-    grid: Grid = {}
-    for run in runs:
-        for sample in run.speed:
-            if sample.cell == cell.id and sample.replica == replica and sample.phase == "measure":
-                key = ((sample.launch_id, sample.round), tuple(prompt.prompt_id for prompt in sample.prompts))
-                if key in grid:
-                    raise ValueError(f"{_names(runs)}: cell {cell.id} timed the same prompts twice in {key[0]}")
-                grid[key] = sample
-    return grid
-
-
 def _check_prompts(runs: list[Run], baseline: Grid, candidate: Grid) -> None:
     """Both arms must have been given the same prompts, in the same batches."""
     calls = [{call for _, call in grid} for grid in (baseline, candidate)]
     # A killed run may have stopped before one arm saw a batch; that is no mismatch.
     if calls[0] != calls[1] and all(run.complete for run in runs):
         what = "baseline and candidate were timed on different prompts: they are no pair"
-        raise ArmsDifferError(f"{_names(runs)}: {what}")
+        raise ArmsDifferError(f"{names_of(runs)}: {what}")
     cells = {sample.cell for grid in (baseline, candidate) for sample in grid.values()}
     hashes: dict[tuple[str, int, int], str] = {}
     for row in (row for run in runs for row in run.generations if row.cell in cells):
         known = hashes.setdefault((row.task, row.doc_id, row.request_index), row.prompt_sha256)
         if known != row.prompt_sha256:
             where = f"task {row.task!r}, document {row.doc_id}"
-            raise ArmsDifferError(f"{_names(runs)}: {where}: prompt_sha256 differs between timed generations")
-
-
-def _complete_rounds(*grids: Grid) -> tuple[list[Round], list[Call], int]:
-    calls = sorted({call for grid in grids for _, call in grid})
-    rounds = sorted({round_ for grid in grids for round_, _ in grid})
-    whole = [r for r in rounds if all((r, call) in grid for grid in grids for call in calls)]
-    return whole, calls, len(rounds) - len(whole)
-
-
-def _timed(baseline: Grid, candidate: Grid, *, rounds: list[Round], calls: list[Call], fixed: bool) -> stats.TimedCalls:
-    def seconds(grid: Grid) -> list[list[float]]:
-        return [[grid[r, c].wall_s for c in calls] for r in rounds]
-
-    def tokens(grid: Grid) -> list[list[int]]:
-        return [[sum(prompt.num_tokens for prompt in grid[r, c].prompts) for c in calls] for r in rounds]
-
-    return stats.TimedCalls(
-        baseline_s=np.array(seconds(baseline), dtype=float),
-        candidate_s=np.array(seconds(candidate), dtype=float),
-        baseline_tokens=np.array(tokens(baseline), dtype=float),
-        candidate_tokens=np.array(tokens(candidate), dtype=float),
-        launches=[launch for launch, _ in rounds],
-        fixed=fixed,
-    )
-
-
-def _null_calls(runs: list[Run], baseline: Cell) -> stats.TimedCalls | None:
-    """The baseline's two copies as the two arms; ``None`` where no round holds both."""
-    grids = (_grid(runs, baseline, 0), _grid(runs, baseline, 1))
-    rounds, calls, _ = _complete_rounds(*grids)
-    if not grids[1] or not rounds:
-        return None
-    return _timed(*grids, rounds=rounds, calls=calls, fixed=baseline.workload.kind == "fixed")
-
-
-def _null(timed: stats.TimedCalls | None) -> Measured:
-    if timed is None:
-        return Measured(estimate=None, reason="the baseline was not timed against itself in any whole round")
-    return measured(lambda: stats.speedup(timed, level=stats.NULL_LEVEL))
-
-
-def _outputs(runs: list[Run], cell: Cell, rounds: list[Round]) -> dict[OutputKey, Flags]:
-    """Flags of the cell's outputs in the rounds that are complete; none where a workload's outputs are not kept."""
-    numbers = {number for _, number in rounds}
-    found: dict[OutputKey, Flags] = {}
-    for run in runs:
-        found |= outputs(run.manifest.run_id, (row for row in run.generations if row.repeat in numbers), {cell.id})
-    return found
+            raise ArmsDifferError(f"{names_of(runs)}: {where}: prompt_sha256 differs between timed generations")
 
 
 def _dropped_calls(by_arm: list[dict[OutputKey, Flags]], calls: list[Call]) -> tuple[list[bool], list[bool]] | None:
@@ -291,13 +221,3 @@ def _dropped_calls(by_arm: list[dict[OutputKey, Flags]], calls: list[Call]) -> t
     bad = [{f"{task}/{doc_id}" for task, doc_id in flagged_documents(arm)} for arm in by_arm]
     baseline, candidate = ([not arm.isdisjoint(call) for call in calls] for arm in bad)
     return baseline, candidate
-
-
-def _latency(samples: list[SpeedSample]) -> Latency:
-    finish_s = np.array([prompt.finish_s for sample in samples for prompt in sample.prompts])
-    median_s, p95_s = (float(np.quantile(finish_s, q)) for q in (0.5, 0.95))
-    return Latency(median_s=median_s, p95_s=p95_s, n=len(finish_s))
-
-
-def _names(runs: Sequence[Run]) -> str:
-    return "run " + ", ".join(run.manifest.run_id for run in runs)

@@ -45,7 +45,7 @@ def run(
     """Evaluate both arms of a plan on its tasks and return the run's folder.
 
     ``announce`` is given the tasks and the names of those that one computation scores for both arms; what it returns
-    is noted before anything is computed.
+    is noted before anything is computed. One model alone is compared with nothing, and nothing is announced.
 
     ``resume`` goes on with a run: nothing that its journals hold is computed again. Raises ValueError for whatever
     the user can mend, before weights load where it can be known by then. An interrupted run can be resumed.
@@ -64,7 +64,8 @@ def run(
     if resume is not None:
         check_known(store.load(resume), manifest, jobs)
     writer = store.create(root, manifest) if resume is None else store.resume(resume, manifest)
-    said = announce(tasks, _scored_once(jobs)) if announce else None
+    compared = any(job.cell.arm == "candidate" for job in jobs)
+    said = announce(tasks, _scored_once(jobs)) if announce and compared else None
     with writer:
         if said:
             progress.note(said)

@@ -12,11 +12,13 @@ from pathlib import Path
 
 from twotower_eval import store
 from twotower_eval.claims import load_claims
+from twotower_eval.evidence.alone import is_alone
 from twotower_eval.evidence.naming import checkpoint_name
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.scale import is_scale_run
 from twotower_eval.names import did_you_mean, resolve
 from twotower_eval.records import sha256_text
+from twotower_eval.report.alone import names_alone
 from twotower_eval.report.publishing import publish
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import escape
@@ -89,12 +91,24 @@ def write(
     return folder
 
 
-def _concerning(runs: Runs) -> list[str]:
+def _concerning(runs: JudgedRuns) -> list[str]:
     """Shipped sections; that on random weights only where a run has them, and alone where none has anything else."""
     on_random_weights = [is_scale_run(run) for run in runs]
     if all(on_random_weights):
         return ["scale", "setup", "reproduce"]
+    if not runs.compare:
+        return _concerning_one(runs)
     return [name for name in SECTIONS if name != "scale" or any(on_random_weights)]
+
+
+def _concerning_one(runs: JudgedRuns) -> list[str]:
+    """Sections on one model alone: of what was done with it, and nothing that compares."""
+    verbs = {run.manifest.verb for run in runs}
+    scored = "run" in verbs or runs.scored_alone
+    timed = ["speed", "latency"] if "speed" in verbs else []
+    claims = ["claims"] if runs.claims is not None else []
+    scale = ["scale"] if any(map(is_scale_run, runs)) else []
+    return ["headline", *claims, *(["quality"] if scored else []), *timed, "gates", *scale, "setup", "reproduce"]
 
 
 def report_id(run_ids: Sequence[str]) -> str:
@@ -114,11 +128,16 @@ def _renderer(name: str) -> Callable[[Runs], Section]:
 
 
 def _title(runs: Runs) -> str:
-    """Who is compared with whom."""
-    cells = [cell for run in runs for cell in run.manifest.cells]
-    named: dict[str, set[str]] = {"candidate": set(), "baseline": set()}
-    for cell in cells:
-        named[cell.arm].add(escape(checkpoint_name(cell.checkpoint)))
+    """Who is compared with whom, or who was measured alone."""
     if all(is_scale_run(run) for run in runs):
-        return f"What decoding would cost: {' and '.join(sorted(named['candidate']))}"
-    return " against ".join(" and ".join(sorted(names)) or f"no {arm}" for arm, names in named.items())
+        return f"What decoding would cost: {' and '.join(_names(runs, 'candidate'))}"
+    if not runs.compare:
+        return " and ".join(names_alone(runs))
+    compared = " against ".join(" and ".join(_names(runs, arm)) or f"no {arm}" for arm in ("candidate", "baseline"))
+    return compared + (f"; {' and '.join(names_alone(runs))} alone" if any(map(is_alone, runs)) else "")
+
+
+def _names(runs: Runs, arm: str) -> list[str]:
+    """Checkpoints of an arm, those measured alone left out."""
+    cells = [cell for run in runs if not is_alone(run) for cell in run.manifest.cells if cell.arm == arm]
+    return sorted({escape(checkpoint_name(cell.checkpoint)) for cell in cells})

@@ -48,13 +48,14 @@ def _row(runs: Runs, point: SpeedPoint) -> list[str]:
     return [
         escape(runs.name(point.candidate)),
         f"{point.workload}, {count(point.batch_size)}",
-        *(cell for arm in _arms(point) for cell in _explained(arm)),
+        *(cell for arm in _arms(point) for cell in explained(arm)),
         NONE if per_nfe is None else significant(per_nfe),
         _break_even(point.costs.break_even),
     ]
 
 
-def _explained(arm: ArmCosts) -> list[str]:
+def explained(arm: ArmCosts) -> list[str]:
+    """Measured and predicted seconds of an arm, and the residual; dashes where nothing predicts them."""
     found = arm.explanation
     if found is None:
         return [NONE, NONE, NONE]

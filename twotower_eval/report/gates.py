@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from twotower_eval.evidence.alone import compares
 from twotower_eval.evidence.clean import Flagged
 from twotower_eval.evidence.points import Measured, QualityPoint
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.evidence.truncation import truncated
 from twotower_eval.records import Check
+from twotower_eval.report.alone import degenerate_alone, null_rows
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import (
     NONE,
@@ -43,7 +45,7 @@ def gates(runs: Runs) -> Section:
 
 def _hashes(runs: Runs) -> Iterator[Row]:
     """Pairs with unlike hashes are an error before any report, so what is here has passed."""
-    for run in runs:
+    for run in filter(compares, runs):
         num_scores = len({(score.task, score.doc_id) for score in run.scores})
         if num_scores:
             found = f"documents, prompts and targets of {count(num_scores)} items agree between the arms"
@@ -70,6 +72,8 @@ def _nulls(runs: Runs) -> Iterator[Row]:
             continue
         seen.add((point.baseline.id, point.run_ids))
         yield _null(point)
+    for gate, fault, found, run in null_rows(runs):
+        yield [gate, OUTCOMES["failed" if fault else "passed"], f"{found}; {escape(fault)}" if fault else found, run]
 
 
 def _null(point: SpeedPoint) -> Row:
@@ -102,17 +106,24 @@ def _found(check: Check) -> str:
 def _degenerate(runs: Runs) -> str:
     rows = [row for point in runs.quality if point.flagged.num_outputs for row in [_flag_row(runs, point)]]
     rows += [row for point in runs.speed if point.flagged.num_outputs for row in [_flag_row(runs, point)]]
-    if not rows:
+    alone = degenerate_alone(runs)
+    if not rows and not alone:
         return "No outputs were kept, so none was looked at for degeneration.\n"
     lead = (
         "Degenerate outputs: empty, ending in a loop, compressible like one, full of repeated n-grams, or going on "
-        "with junk behind the answer. Figures on clean outputs leave out whatever is flagged in either arm; they are "
-        "*conditional, diagnostic only*, and no verdict rests on them.\n"
+        "with junk behind the answer.\n"
+    )
+    if not rows:
+        return f"{lead}\n{alone}"
+    lead = lead.rstrip() + (
+        " Figures on clean outputs leave out whatever is flagged in either arm; they are *conditional, diagnostic "
+        "only*, and no verdict rests on them.\n"
     )
     header = ["block, steps, threshold", "outputs", "n", "baseline flagged", "candidate flagged", "difference [95 %]"]
     header += ["on all outputs", "on clean outputs", "run"]
     body = table(header, rows, left=2)
-    return f"{lead}\n{body if len(rows) <= 4 else details(f'Flagged shares at {len(rows)} points', body)}"
+    body = body if len(rows) <= 4 else details(f"Flagged shares at {len(rows)} points", body)
+    return f"{lead}\n{body}" + (f"\n{alone}" if alone else "")
 
 
 def _flag_row(runs: Runs, point: QualityPoint | SpeedPoint) -> Row:

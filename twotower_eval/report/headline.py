@@ -6,15 +6,18 @@ from twotower_eval.evidence.naming import checkpoint_name, long_name
 from twotower_eval.evidence.points import QualityPoint
 from twotower_eval.evidence.runs import Headline, Runs
 from twotower_eval.evidence.timing import SpeedPoint
+from twotower_eval.report import alone
 from twotower_eval.report.section import Section
 from twotower_eval.report.tables import without_unclear
-from twotower_eval.report.text import bullets, code, escape, retention, run_list, speed_warnings, times
+from twotower_eval.report.text import bullets, code, escape, plural, retention, run_list, speed_warnings, times
 from twotower_eval.report.verdicts import points_text, timing_text, verdict_line
 from twotower_eval.store import Run
 
 
 def headline(runs: Runs) -> Section:
     """One sentence to quote, and what a reader must know before quoting it."""
+    if not runs.compare:
+        return _alone(runs)
     found = runs.headline
     lines = [verdict_line(runs), *(_incomplete(run) for run in runs if not run.complete)]
     if not runs.points:
@@ -22,7 +25,15 @@ def headline(runs: Runs) -> Section:
     else:
         lines.append(_sentence(runs, found))
     lines.append(bullets(_caveats(runs, found)))
+    lines += [alone.sentence(runs)] if runs.scored_alone or runs.timed_alone else []
     return Section(title="Verdict", markdown="\n\n".join(line for line in lines if line) + "\n")
+
+
+def _alone(runs: Runs) -> Section:
+    """The same of one model alone."""
+    lines = [verdict_line(runs), *(_incomplete(run) for run in runs if not run.complete)]
+    lines += [alone.sentence(runs), bullets(alone.remarks(runs))]
+    return Section(title="One model alone", markdown="\n\n".join(line for line in lines if line) + "\n")
 
 
 def _incomplete(run: Run) -> str:
@@ -74,7 +85,7 @@ def _kept(quality: QualityPoint | None) -> str | None:
     if quality is None or quality.headline.estimate is None:
         return None
     num_documents = sum(task.num_documents for task in quality.tasks)
-    text = f"{retention(quality.headline)} of the baseline's quality on {_plural(num_documents, 'document')}"
+    text = f"{retention(quality.headline)} of the baseline's quality on {plural(num_documents, 'document')}"
     if not quality.all_exercise_decoder and quality.exercised.estimate:
         text += f" ({retention(quality.exercised)} on the tasks that its decoder answers)"
     return text
@@ -85,10 +96,6 @@ def _faster(speed: SpeedPoint | None) -> str | None:
         return None
     invalid = " (INVALID timing, see below)" if speed.invalid else ""
     return f"{times(speed.time)} its wall-clock speed{invalid}"
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _picked(found: Headline) -> str:
@@ -103,7 +110,7 @@ def _of_quality(quality: QualityPoint) -> list[str]:
     """What a retention rests on, and what is left of it above guessing."""
     num_documents = sum(task.num_documents for task in quality.tasks)
     num_exercising = sum(task.exercises_decoder for task in quality.tasks)
-    what = f"{_plural(len(quality.tasks), 'task')}, {_plural(num_documents, 'document')}"
+    what = f"{plural(len(quality.tasks), 'task')}, {plural(num_documents, 'document')}"
     lines = [f"Quality: {what}; {num_exercising} answered by the decoder. Run {run_list([quality.run_id])}."]
     above = quality.chance.headline
     if quality.chance.has_options:
@@ -123,7 +130,7 @@ def _caveats(runs: Runs, found: Headline) -> list[str]:
     lines += _of_quality(quality) if quality and quality.tasks else []
     if speed and speed.time.estimate:
         setting = f"{speed.workload} workload, batch {speed.batch_size}"
-        size = f"{_plural(speed.num_rounds, 'round')} of {_plural(speed.num_calls, 'timed call')}"
+        size = f"{plural(speed.num_rounds, 'round')} of {plural(speed.num_calls, 'timed call')}"
         useful = ""
         if speed.workload == "answer" and speed.throughput.estimate:
             useful = f"; {times(speed.throughput)} in useful tokens per second"

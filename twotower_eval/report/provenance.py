@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from twotower_eval.evidence.alone import is_alone
 from twotower_eval.evidence.naming import checkpoint_name
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.scale import is_scale_run
@@ -78,7 +79,7 @@ def _checkpoints(runs: Runs) -> str:
     used: dict[Checkpoint, set[str]] = {}
     for run in runs:
         for cell in run.manifest.cells:
-            used.setdefault(cell.checkpoint, set()).add(cell.arm)
+            used.setdefault(cell.checkpoint, set()).add(_arm(run, cell))
     rows = []
     for checkpoint, arms in used.items():
         rows.append(
@@ -95,6 +96,13 @@ def _checkpoints(runs: Runs) -> str:
         )
     header = ["checkpoint", "arm", "family", "source", "revision", "sha256", "dtype", "devices"]
     return table(header, rows, left=len(header))
+
+
+def _arm(run: Run, cell: Cell) -> str:
+    """What a checkpoint was in a run."""
+    if run.manifest.verb == "verify":
+        return "checked"
+    return "alone" if is_alone(run) else cell.arm
 
 
 def _run(run: Run) -> str:

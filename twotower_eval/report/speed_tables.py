@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from twotower_eval.evidence.calls import Latency
 from twotower_eval.evidence.counts import Counts
 from twotower_eval.evidence.runs import Runs
-from twotower_eval.evidence.timing import Latency, SpeedPoint
+from twotower_eval.evidence.timing import SpeedPoint
+from twotower_eval.report.alone import latency_rows, speed_alone
 from twotower_eval.report.costs import explanation
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import (
@@ -45,8 +47,9 @@ def speed(runs: Runs) -> Section:
     """Speedups, and what they are made of."""
     if not runs.speed:
         lines = bullets(escape(gap) for gap in runs.speed_gaps)
-        text = f"Nothing has been timed completely. `twotower-eval speed` times baseline and candidate.\n\n{lines}"
-        return Section(title="Speed", markdown=text + _counts(_scored_cost(runs)))
+        what = "baseline and candidate" if runs.compare else "a model"
+        text = speed_alone(runs) or f"Nothing has been timed completely. `twotower-eval speed` times {what}.\n"
+        return Section(title="Speed", markdown=f"{text}\n{lines}" + _counts(_scored_cost(runs)))
     ordered = sorted(runs.speed, key=_order)
     shown = ordered if len(ordered) <= MAX_SHOWN else [point for point in ordered if point.key == runs.chosen]
     rest = [point for point in ordered if point not in shown]
@@ -57,6 +60,7 @@ def speed(runs: Runs) -> Section:
         explanation(runs, shown or ordered),
         details("How to read this table", READING),
         _counts(_timed_cost(runs), _scored_cost(runs)),
+        speed_alone(runs),
     ]
     return Section(title="Speed", markdown="\n\n".join(part.strip() for part in parts if part) + "\n")
 
@@ -186,9 +190,9 @@ def _scored_cost(runs: Runs) -> str:
 
 def latency(runs: Runs) -> Section:
     """How long one prompt waits for its last useful token: not the wall-clock time of its batch."""
-    if not runs.speed:
+    if not runs.speed and not runs.timed_alone:
         return Section(title="Latency", markdown="Nothing has been timed completely.\n")
-    rows, baselines = [], set()
+    rows, baselines = latency_rows(runs), set()
     for point in sorted(runs.speed, key=_order):
         arms: list[tuple[str, Latency]] = []
         same = (point.baseline.id, point.run_ids)
@@ -200,7 +204,9 @@ def latency(runs: Runs) -> Section:
             setting = [point.workload, count(point.batch_size), count(found.n)]
             rows.append([name, *setting, seconds(found.median_s), seconds(found.p95_s)])
     text = "Time from the start of a prompt's batch to its last useful token, all prompts of all measured rounds.\n\n"
-    body = table(["block, steps, threshold", "workload", "batch", "n", "median", "95th percentile"], rows, left=2)
+    first = "block, steps, threshold" if runs.speed else "model"
+    body = table([first, "workload", "batch", "n", "median", "95th percentile"], rows, left=2)
     text += body if len(rows) <= MAX_SHOWN + 1 else details(f"Latency in {len(runs.speed)} measurements", body)
-    text += f"\nRuns: {run_list(run_id for point in runs.speed for run_id in point.run_ids)}.\n"
+    run_ids = [i for point in runs.speed for i in point.run_ids] + [i for one in runs.timed_alone for i in one.run_ids]
+    text += f"\nRuns: {run_list(run_ids)}.\n"
     return Section(title="Latency", markdown=text)

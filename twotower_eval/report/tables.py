@@ -7,12 +7,14 @@ from functools import partial
 from itertools import zip_longest
 
 from twotower_eval import stats
+from twotower_eval.evidence.alone import is_alone
 from twotower_eval.evidence.chance import AgainstChance, standing_text
+from twotower_eval.evidence.naming import checkpoint_name
 from twotower_eval.evidence.points import Measured, QualityPoint, TaskQuality, measured, point_key
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.truncation import truncated, truncated_by_task
 from twotower_eval.evidence.wholes import current_scores, is_whole, one_whole
-from twotower_eval.records import Score
+from twotower_eval.records import Cell, Score
 from twotower_eval.report.others import other_scores, whole_figure
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import (
@@ -30,6 +32,7 @@ from twotower_eval.report.text import (
     table,
 )
 from twotower_eval.shortfalls import override_lines
+from twotower_eval.store import Run
 
 MAX_LISTED = 20
 READING = (
@@ -48,6 +51,8 @@ READING_CHANCE = (
 
 def quality(runs: Runs) -> Section:
     """Retention by task at the headline's operating point, and of all points in one grid."""
+    if not runs.compare:
+        return Section(title="Scores", markdown=_single_arm(runs) or "Nothing has been scored yet.\n")
     if not runs.quality:
         text = "Nothing has been scored in both arms. `twotower-eval run` scores baseline and candidate.\n"
         return Section(title="Retention: is the quality kept?", markdown=text + _single_arm(runs))
@@ -60,6 +65,8 @@ def quality(runs: Runs) -> Section:
         parts.append(
             details("Task by task in the other measurements", "\n\n".join(_point(runs, point) for point in rest))
         )
+    alone = [run for run in runs if is_alone(run)]
+    parts += [_single_arm(Runs(alone))] if alone else []
     return Section(title="Retention: is the quality kept?", markdown="\n\n".join(parts) + "\n")
 
 
@@ -69,7 +76,7 @@ def _single_arm(runs: Runs) -> str:
     by_id = {run.manifest.run_id: run for run in runs}
     for run in runs:
         for score in current_scores(run):
-            arm = f"{run.cells[score.cell].arm}, {run.cells[score.cell].decoder.label}"
+            arm = _arm(run, run.cells[score.cell])
             key = (run.manifest.run_id, arm, score.task, score.metric, score.filter, score.scored_by)
             groups.setdefault(key, []).append(score)
     told = {run.manifest.run_id: truncated(run) for run in runs}
@@ -92,6 +99,13 @@ def _single_arm(runs: Runs) -> str:
         header.append("cut prompts")
         rows = [[*row, count(num)] for row, num in zip(rows, cut, strict=True)]
     return f"\nWhat has been scored:\n\n{table(header, rows, left=5)}" if rows else ""
+
+
+def _arm(run: Run, cell: Cell) -> str:
+    """Which model a score is of, by which decoder; timed answers with their batch."""
+    who = checkpoint_name(cell.checkpoint) if is_alone(run) else cell.arm
+    timed = "" if cell.workload.kind == "task" else f", timed at batch {cell.workload.batch_size}"
+    return f"{who}, {cell.decoder.label}{timed}"
 
 
 def _point(runs: Runs, point: QualityPoint) -> str:

@@ -1,0 +1,154 @@
+"""Runs of one model alone: an autoregressive model that was measured beside no other is its own baseline.
+
+Its cells are all of the baseline's arm. There is nothing to compare, but scores, speed and outputs are as measured.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from twotower_eval import stats
+from twotower_eval.evidence.calls import (
+    Latency,
+    complete_rounds,
+    flags_of,
+    grid_of,
+    latency_of,
+    names_of,
+    null_calls,
+    null_of,
+    pools,
+    timed_calls,
+)
+from twotower_eval.evidence.clean import outputs
+from twotower_eval.evidence.costs import ArmCosts, costs_alone
+from twotower_eval.evidence.counts import Counts, count
+from twotower_eval.evidence.degenerate import Flags
+from twotower_eval.evidence.measured import Measured, measured
+from twotower_eval.evidence.nulls import fault
+from twotower_eval.evidence.scale import is_scale_run
+from twotower_eval.records import Cell
+from twotower_eval.store import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedAlone:
+    """Speed of a cell that nothing was compared with; ``null`` is the cell against itself, as in SpeedPoint.
+
+    ``rate`` is in useful tokens per second, ``call_s`` the mean seconds of a call.
+    """
+
+    run_ids: tuple[str, ...]
+    complete: bool
+    baseline: Cell
+    num_rounds: int
+    num_calls: int
+    num_launches: int
+    num_dropped_rounds: int
+    rate: Measured
+    call_s: float
+    null: Measured
+    null_timed: stats.TimedCalls | None
+    counts: Counts
+    latency: Latency
+    costs: ArmCosts
+    flagged: FlaggedAlone
+    null_fault: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlaggedAlone:
+    """How many of a cell's outputs are degenerate; none are known where no text was kept."""
+
+    num_outputs: int
+    num_degenerate: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredAlone:
+    """What a run of one model alone wrote for its tasks, all of them together; ``num_documents`` were scored."""
+
+    run_id: str
+    cell: Cell
+    tasks: tuple[str, ...]
+    num_documents: int
+    counts: Counts
+    flagged: FlaggedAlone
+
+
+def compares(run: Run) -> bool:
+    """Whether the run holds a candidate against its baseline; what ``verify`` checks, and sizes of model, do not."""
+    kinds = {cell.workload.kind for cell in run.manifest.cells if cell.arm == "candidate"}
+    return bool(kinds - {"checks", "costs"})
+
+
+def is_alone(run: Run) -> bool:
+    """Whether the run measures one model alone."""
+    return run.manifest.verb in ("run", "speed") and not is_scale_run(run) and not compares(run)
+
+
+def scored_alone(run: Run) -> tuple[ScoredAlone, ...]:
+    """By decoder and way of timing, what a run of one model alone scored; empty before anything was."""
+    tasks: dict[str, list[str]] = defaultdict(list)
+    documents: dict[str, set[tuple[str, int]]] = defaultdict(set)
+    for score in run.scores:
+        if score.task not in tasks[score.cell]:
+            tasks[score.cell].append(score.task)
+        documents[score.cell].add((score.task, score.doc_id))
+    groups: dict[tuple[str, str, int | None], list[Cell]] = defaultdict(list)
+    for cell in run.manifest.cells:
+        if cell.id in documents:
+            groups[cell.decoder.label, cell.workload.kind, cell.workload.batch_size].append(cell)
+    return tuple(
+        ScoredAlone(
+            run_id=run.manifest.run_id,
+            cell=cells[0],
+            tasks=tuple(task for cell in cells for task in tasks[cell.id]),
+            num_documents=sum(len(documents[cell.id]) for cell in cells),
+            counts=count(row.generation for row in run.generations if row.cell in {cell.id for cell in cells}),
+            flagged=_flagged(outputs(run.manifest.run_id, run.generations, {cell.id for cell in cells}).values()),
+        )
+        for cells in groups.values()
+    )
+
+
+def timed_alone(runs: Sequence[Run]) -> tuple[tuple[TimedAlone, ...], tuple[str, ...]]:
+    """Every timed cell of runs of one model alone, and in words what has no complete round yet."""
+    found = [_timed(pool, cell) for pool, cell in pools([run for run in runs if is_alone(run)], "baseline")]
+    timed = [one for one in found if isinstance(one, TimedAlone)]
+    gated = [one if one.null.estimate is None else replace(one, null_fault=fault(one, timed, None)) for one in timed]
+    return tuple(gated), tuple(one for one in found if isinstance(one, str))
+
+
+def _timed(runs: list[Run], cell: Cell) -> TimedAlone | str:
+    grid = grid_of(runs, cell, 0)
+    rounds, calls, num_dropped = complete_rounds(grid)
+    if not rounds:
+        return f"{names_of(runs)}: cell {cell.id} ({cell.decoder.label}) has no complete measured round"
+    samples = [grid[round_, call] for round_ in rounds for call in calls]
+    timed = timed_calls(grid, grid, rounds=rounds, calls=calls, fixed=cell.workload.kind == "fixed")
+    null_timed = null_calls(runs, cell)
+    return TimedAlone(
+        run_ids=tuple(run.manifest.run_id for run in runs),
+        complete=all(run.complete for run in runs),
+        baseline=cell,
+        num_rounds=len(rounds),
+        num_calls=len(calls),
+        num_launches=len({launch for launch, _ in rounds}),
+        num_dropped_rounds=num_dropped,
+        rate=measured(lambda: stats.speedup(timed, "baseline_rate")),
+        call_s=sum(sample.wall_s for sample in samples) / len(samples),
+        null=null_of(null_timed),
+        null_timed=null_timed,
+        counts=count(prompt for sample in samples for prompt in sample.prompts),
+        latency=latency_of(samples),
+        costs=costs_alone(runs, cell, samples),
+        flagged=_flagged(flags_of(runs, cell, rounds).values()),
+    )
+
+
+def _flagged(found: Iterable[Flags]) -> FlaggedAlone:
+    raised = [flags.degenerate for flags in found]
+    return FlaggedAlone(num_outputs=len(raised), num_degenerate=sum(raised))

@@ -1,0 +1,119 @@
+"""Timed calls of a cell by round and prompts, and what can be said of them; warm-ups are never among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from twotower_eval import stats
+from twotower_eval.evidence.clean import OutputKey, outputs
+from twotower_eval.evidence.degenerate import Flags
+from twotower_eval.evidence.measured import Measured, measured
+from twotower_eval.records import Arm, Cell, SpeedSample, canonical_json
+from twotower_eval.store import Run
+
+Round = tuple[str, int]  # launch, number
+Call = tuple[str, ...]  # prompt ids
+Grid = dict[tuple[Round, Call], SpeedSample]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Seconds from a call's start to a prompt's last useful token, over all prompts of the measured rounds."""
+
+    median_s: float
+    p95_s: float
+    n: int
+
+
+def pools(runs: Sequence[Run], arm: Arm) -> list[tuple[list[Run], Cell]]:
+    """Timed cells of an arm with their runs: those that differ in nothing but their launch are taken together."""
+    found: dict[tuple[str, str], tuple[list[Run], Cell]] = {}
+    for run in runs:
+        setting = canonical_json([run.manifest.machine, run.manifest.packages, run.manifest.project_version])
+        timed = {sample.cell for sample in run.speed}
+        for cell in run.manifest.cells:
+            if cell.arm == arm and cell.id in timed:
+                found.setdefault((cell.id, setting), ([], cell))[0].append(run)
+    return list(found.values())
+
+
+def grid_of(runs: list[Run], cell: Cell, replica: int) -> Grid:
+    """Every measured call of one copy of a cell; a ValueError where one was timed twice."""
+    grid: Grid = {}
+    for run in runs:
+        for sample in run.speed:
+            if sample.cell == cell.id and sample.replica == replica and sample.phase == "measure":
+                key = ((sample.launch_id, sample.round), tuple(prompt.prompt_id for prompt in sample.prompts))
+                if key in grid:
+                    raise ValueError(f"{names_of(runs)}: cell {cell.id} timed the same prompts twice in {key[0]}")
+                grid[key] = sample
+    return grid
+
+
+def complete_rounds(*grids: Grid) -> tuple[list[Round], list[Call], int]:
+    """Rounds in which every grid has every call, the calls, and how many rounds are not so."""
+    calls = sorted({call for grid in grids for _, call in grid})
+    rounds = sorted({round_ for grid in grids for round_, _ in grid})
+    whole = [r for r in rounds if all((r, call) in grid for grid in grids for call in calls)]
+    return whole, calls, len(rounds) - len(whole)
+
+
+def timed_calls(
+    baseline: Grid, candidate: Grid, *, rounds: list[Round], calls: list[Call], fixed: bool
+) -> stats.TimedCalls:
+    """Two grids as the arms of one comparison; ``fixed`` where their prompts are no sample."""
+
+    def seconds(grid: Grid) -> list[list[float]]:
+        return [[grid[r, c].wall_s for c in calls] for r in rounds]
+
+    def tokens(grid: Grid) -> list[list[int]]:
+        return [[sum(prompt.num_tokens for prompt in grid[r, c].prompts) for c in calls] for r in rounds]
+
+    return stats.TimedCalls(
+        baseline_s=np.array(seconds(baseline), dtype=float),
+        candidate_s=np.array(seconds(candidate), dtype=float),
+        baseline_tokens=np.array(tokens(baseline), dtype=float),
+        candidate_tokens=np.array(tokens(candidate), dtype=float),
+        launches=[launch for launch, _ in rounds],
+        fixed=fixed,
+    )
+
+
+def null_calls(runs: list[Run], baseline: Cell) -> stats.TimedCalls | None:
+    """The baseline's two copies as the two arms; ``None`` where no round holds both."""
+    grids = (grid_of(runs, baseline, 0), grid_of(runs, baseline, 1))
+    rounds, calls, _ = complete_rounds(*grids)
+    if not grids[1] or not rounds:
+        return None
+    return timed_calls(*grids, rounds=rounds, calls=calls, fixed=baseline.workload.kind == "fixed")
+
+
+def null_of(timed: stats.TimedCalls | None) -> Measured:
+    """The baseline's speedup over itself, at the level that nulls are held to."""
+    if timed is None:
+        return Measured(estimate=None, reason="the baseline was not timed against itself in any whole round")
+    return measured(lambda: stats.speedup(timed, level=stats.NULL_LEVEL))
+
+
+def flags_of(runs: list[Run], cell: Cell, rounds: list[Round]) -> dict[OutputKey, Flags]:
+    """Flags of the cell's outputs in the rounds that are complete; none where a workload's outputs are not kept."""
+    numbers = {number for _, number in rounds}
+    found: dict[OutputKey, Flags] = {}
+    for run in runs:
+        found |= outputs(run.manifest.run_id, (row for row in run.generations if row.repeat in numbers), {cell.id})
+    return found
+
+
+def latency_of(samples: list[SpeedSample]) -> Latency:
+    """Of all prompts of these calls."""
+    finish_s = np.array([prompt.finish_s for sample in samples for prompt in sample.prompts])
+    median_s, p95_s = (float(np.quantile(finish_s, q)) for q in (0.5, 0.95))
+    return Latency(median_s=median_s, p95_s=p95_s, n=len(finish_s))
+
+
+def names_of(runs: Sequence[Run]) -> str:
+    """Runs, as errors name them."""
+    return "run " + ", ".join(run.manifest.run_id for run in runs)
