@@ -670,8 +670,10 @@ def test_an_ar_model_against_itself_is_one_cell(plan: RunPlan, tmp_path: Path, m
 
     monkeypatch.setattr("twotower_eval.models.load_model", context_alone)
     plan = RunPlan(model=plan.model, tasks=TASKS, decoder="autoregressive", limit=2, max_new_tokens=8)
-    run = store.load(harness.run(plan, root=tmp_path))
+    said: list[str] = []
+    run = store.load(harness.run(plan, root=tmp_path, announce=lambda *_: said.append("power plan") or "power plan"))
     assert [cell.arm for cell in run.manifest.cells] == ["baseline"] * 3
+    assert not said, "nothing is compared, so no drop of retention can be planned for"
     assert {s.scored_by for s in run.scores} == {"generation", "exact"}
 
 

@@ -614,7 +614,7 @@ def test_one_model_alone_still_has_its_scores_tabled(tmp_path) -> None:
     header = dataclasses.replace(run.manifest, cells=tuple(kept))
     path = made.write(tmp_path / "alone", header, [score for score in run.scores if score.cell in ids])
     markdown = write(tmp_path, path)
-    assert "nothing to quote" in markdown
+    assert "**pair (context tower), autoregressive, measured alone: " in markdown
     values = scores_of(path, "baseline", "arithmetic")
     low = 1 - stats.binomial_upper_bound(int(150 - values.sum()), 150, 0.025)
     assert row_of(markdown, "arithmetic", "exact")[6].startswith(f"{values.mean():.4f} [{low:.4f}, ")

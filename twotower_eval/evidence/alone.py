@@ -29,7 +29,8 @@ from twotower_eval.evidence.degenerate import Flags
 from twotower_eval.evidence.measured import Measured, measured
 from twotower_eval.evidence.nulls import fault
 from twotower_eval.evidence.scale import is_scale_run
-from twotower_eval.records import Cell
+from twotower_eval.evidence.wholes import is_whole, one_whole
+from twotower_eval.records import Cell, Score
 from twotower_eval.store import Run
 
 
@@ -112,6 +113,16 @@ def scored_alone(run: Run) -> tuple[ScoredAlone, ...]:
         )
         for cells in groups.values()
     )
+
+
+def score_of(scores: Sequence[Score], run: Run) -> tuple[stats.Figure, Measured]:
+    """One arm's score from its rows of one task, metric and filter: their mean, or lm-eval's of all together."""
+    if is_whole(scores[0]):
+        return one_whole(scores, run)
+    known = [(score.value, score.cluster_id) for score in scores if score.value is not None]
+    found = measured(lambda: stats.mean_score([value for value, _ in known], [cluster for _, cluster in known]))
+    mean = sum(value for value, _ in known) / len(known) if known else None
+    return stats.Figure(value=mean, reason=None if known else "no document has a value"), found
 
 
 def timed_alone(runs: Sequence[Run]) -> tuple[tuple[TimedAlone, ...], tuple[str, ...]]:

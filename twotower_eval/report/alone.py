@@ -195,20 +195,14 @@ def null_rows(runs: Runs) -> Iterator[tuple[str, str | None, str, str]]:
 def degenerate_alone(runs: Runs) -> str:
     """How many outputs of the models measured alone are degenerate; empty where none was kept."""
     rows = [
-        [_who(one.cell), ", ".join(map(escape, one.tasks)), *_share(one.flagged), code(one.run_id)]
+        [_who(one.cell), "whole tasks", *_share(one.flagged), code(one.run_id)]
         for one in runs.scored_alone
-        if one.flagged.num_outputs
+        if one.flagged.num_outputs and one.cell.workload.kind == "task"
     ]
-    rows += [
-        [
-            _who(one.baseline),
-            f"{one.baseline.workload.kind}, batch {_batch(one)}",
-            *_share(one.flagged),
-            run_list(one.run_ids),
-        ]
-        for one in runs.timed_alone
-        if one.flagged.num_outputs
-    ]
+    for one in runs.timed_alone:
+        if one.flagged.num_outputs:
+            outputs = f"{one.baseline.workload.kind}, batch {_batch(one)}"
+            rows.append([_who(one.baseline), outputs, *_share(one.flagged), run_list(one.run_ids)])
     return table(["model", "outputs of", "n", "degenerate", "run"], rows, left=2) if rows else ""
 
 

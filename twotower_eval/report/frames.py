@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from twotower_eval.evidence.alone import TimedAlone, is_alone, score_of
 from twotower_eval.evidence.counts import Counts
 from twotower_eval.evidence.degenerate import flags
 from twotower_eval.evidence.documents import DocumentPair, document_pairs
@@ -19,10 +20,11 @@ from twotower_eval.evidence.points import Measured, OtherScore, QualityPoint
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.evidence.truncation import truncated_by_task
-from twotower_eval.evidence.wholes import WholeScore
-from twotower_eval.records import MEAN, Cell, CostSample, Generation
+from twotower_eval.evidence.wholes import WholeScore, current_scores
+from twotower_eval.records import MEAN, Cell, CostSample, Generation, Score
 from twotower_eval.report.text import speed_warnings
 from twotower_eval.report.verdicts import JudgedRuns
+from twotower_eval.store import Run
 
 Row = dict[str, Any]
 TRUNCATED = ("baseline_num_truncated", "candidate_num_truncated")  # empty where it was not counted
@@ -39,6 +41,8 @@ def tables(runs: Runs) -> dict[str, bytes]:
         "flips.csv": [_flip(p, s) for p in runs.quality for s in document_pairs(runs, p) if s.change],
         "answers.csv": [row for point in runs.speed for row in _answers(point)],
         "verdicts.csv": _verdicts(runs),
+        "scores_alone.csv": [row for run in runs if is_alone(run) for row in _scores_alone(run)],
+        "speed_alone.csv": [_speed_alone(one) for one in runs.timed_alone],
         "costs.csv": [row for run in runs for row in _costs(run.manifest.run_id, run.cells, run.costs)],
         "checks.csv": [
             {"run": run.manifest.run_id, **_operating_point(run.cells[check.cell]), **_check(check)}
@@ -190,6 +194,54 @@ def _speed(point: SpeedPoint) -> Row:
         "baseline_degenerate_share": point.flagged.baseline,
         "candidate_degenerate_share": point.flagged.candidate,
         "warnings": "; ".join(speed_warnings(point)),
+    }
+
+
+def _scores_alone(run: Run) -> Iterator[Row]:
+    """Every score of one model alone, with its interval."""
+    groups: dict[tuple[str, str, str, str], list[Score]] = {}
+    for score in current_scores(run):
+        groups.setdefault((score.cell, score.task, score.metric, score.filter), []).append(score)
+    for (cell_id, task, metric, filter_), scores in groups.items():
+        cell = run.cells[cell_id]
+        figure, interval = score_of(scores, run)
+        yield {
+            "run": run.manifest.run_id,
+            "complete": run.complete,
+            **_operating_point(cell),
+            "outputs": "whole_tasks" if cell.workload.kind == "task" else "timed",
+            "batch_size": cell.workload.batch_size,
+            "task": task,
+            "metric": metric,
+            "filter": filter_,
+            "aggregation": scores[0].aggregation or MEAN,
+            "scored_by": scores[0].scored_by,
+            "headline": scores[0].headline,
+            "num_documents": len({score.doc_id for score in scores}),
+            "score": figure.value,
+            **_ends("score", interval),
+        }
+
+
+def _speed_alone(one: TimedAlone) -> Row:
+    return {
+        "runs": " ".join(one.run_ids),
+        "complete": one.complete,
+        **_operating_point(one.baseline),
+        "workload": one.baseline.workload.kind,
+        "batch_size": one.baseline.workload.batch_size,
+        "num_rounds": one.num_rounds,
+        "num_calls": one.num_calls,
+        "num_launches": one.num_launches,
+        **measured_columns("tokens_per_s", one.rate),
+        "call_s": one.call_s,
+        **measured_columns("against_itself", one.null),
+        "invalid_reason": one.null_fault,
+        **_counts("model", one.counts),
+        "latency_median_s": one.latency.median_s,
+        "latency_p95_s": one.latency.p95_s,
+        "num_outputs": one.flagged.num_outputs,
+        "num_degenerate": one.flagged.num_degenerate,
     }
 
 
