@@ -11,7 +11,7 @@ import pytest
 
 from twotower_eval import suites
 from twotower_eval.datafiles import prepare
-from twotower_eval.suites import files, lm_tasks
+from twotower_eval.suites import files, groups, lm_tasks
 from twotower_eval.suites.files import SETTINGS, cluster_id, load_suite, read_suite, suite_names
 
 STOCK = Path(lm_eval.tasks.__file__).parent
@@ -82,9 +82,9 @@ def test_every_task_of_every_suite_exists_in_lm_eval(monkeypatch: pytest.MonkeyP
     monkeypatch.undo()
     wanted = {part for suite in suite_names() for task in load_suite(suite).tasks for part in task.parts.values()}
     for name in wanted:
-        leaves = list(lm_tasks.leaves(name))
+        leaves = groups.leaves(groups.node(name))
         assert leaves
-        assert lm_tasks.executes_code(name) == (name in ("humaneval", "mbpp"))
+        assert groups.executes_code(groups.node(name)) == (name in ("humaneval", "mbpp"))
 
 
 def test_tasks_that_execute_model_output_are_refused_in_one_line() -> None:
@@ -135,7 +135,7 @@ def test_the_same_task_twice_is_built_once_and_two_meanings_are_refused() -> Non
 def test_a_tag_is_its_tasks_and_a_group_is_one_task(few_stock_tasks: Any) -> None:
     assert len(suites.select(["mgsm_direct"])) == 11
     assert [task.name for task in suites.select(["mmlu"])] == ["mmlu"]
-    assert len(list(lm_tasks.leaves("mmlu"))) == 57
+    assert len(groups.leaves(groups.node("mmlu"))) == 57
 
 
 def test_fewshot_prompts_do_not_depend_on_the_limit(gsm8k_files: Path) -> None:

@@ -181,6 +181,7 @@ def subset(scores: stats.PairedScores, kept: list[int]) -> stats.PairedScores:
         baseline=[scores.baseline[i] for i in kept],
         candidate=[scores.candidate[i] for i in kept],
         chance=[scores.chance[i] for i in kept] if scores.chance else (),
+        by_size=scores.by_size,
     )
 
 

@@ -22,7 +22,8 @@ PointKey = tuple[str, str | None, str]
 
 @dataclass(frozen=True, kw_only=True)
 class TaskQuality:
-    """One task that counts once in the average; ``members`` are (name, documents, baseline, candidate) if it has any.
+    """One task that counts once in the average; ``members`` are (name, documents, baseline, candidate) if it has any,
+    weighted ``by_size`` or all alike.
 
     ``scored_by`` is the candidate's. Means lie between 0 and 1 for the usual metrics. ``equal_by_construction``: both
     arms were scored by one computation, on the tensors that they share. ``above_chance`` is the retention of what lies
@@ -43,6 +44,7 @@ class TaskQuality:
     standing: stats.Standing
     above_chance: Measured
     members: tuple[tuple[str, int, float, float], ...]
+    by_size: bool
     flips: stats.Flips
 
     @property

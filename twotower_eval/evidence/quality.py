@@ -153,6 +153,7 @@ def _scores(pairs: list[Pair], chance: Sequence[float] = ()) -> stats.PairedScor
         baseline=[a.value for a, _ in pairs if a.value is not None],
         candidate=[b.value for _, b in pairs if b.value is not None],
         chance=chance,
+        by_size=frozenset(a.group for a, _ in pairs if a.group and a.by_size),
     )
 
 
@@ -247,6 +248,7 @@ def _task_quality(
         standing=standing,
         above_chance=above,
         members=tuple(members) if len(members) > 1 else (),
+        by_size=name in table.by_size,
         flips=flips,
     )
 

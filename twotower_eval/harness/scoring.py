@@ -220,6 +220,7 @@ def _score(
         value=found.value,
         missing_reason=found.missing_reason,
         group=task.group,
+        by_size=task.by_size,
         aggregation=found.aggregation,
         parts=found.parts,
         chance=doc.chance.get(metric),

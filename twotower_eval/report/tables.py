@@ -139,12 +139,18 @@ def _task_table(point: QualityPoint, cut: Mapping[str, tuple[int, int]]) -> str:
     return table(header, rows, texts=("scored by", "metric (filter)"))
 
 
+def _averaged(task: TaskQuality) -> str:
+    """How a task of several members is one figure."""
+    weighted = ", by documents" if task.by_size else ""
+    return f" (mean of {len(task.members)}{weighted})" if task.members else ""
+
+
 def _task_rows(task: TaskQuality, with_chance: bool) -> Iterator[list[str]]:
     flips = f"{task.flips.num_lost} / {task.flips.num_gained} ({significant(max(task.flips.p_holm, 1e-4), 2)})"
     filtered = f" ({escape(task.filter)})" if task.filter != "none" else ""
     chance = NONE if task.standing.chance is None else percent(task.standing.chance)
     yield [
-        escape(task.name) + (f" (mean of {len(task.members)})" if task.members else ""),
+        escape(task.name) + (_averaged(task)),
         _kept(task, task.retention),
         *[_kept(task, task.above_chance), chance] * with_chance,
         percent(task.baseline),

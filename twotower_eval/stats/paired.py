@@ -24,7 +24,8 @@ class PairedScores:
     ``tasks`` and ``groups`` name the task and what counts once in an average: the task itself, or, for a member of a
     multi-language task, that task. Documents of one cluster (same problem, passage or parallel item) share a name in
     ``clusters``, also across tasks. Scores are finite. ``chance`` is what guessing scores on each document, 0 where
-    there is nothing to guess among; empty for 0 everywhere.
+    there is nothing to guess among; empty for 0 everywhere. Members of the groups in ``by_size`` weigh as many as their
+    documents, those of others the same.
     """
 
     tasks: Sequence[str]
@@ -33,6 +34,7 @@ class PairedScores:
     baseline: Sequence[float]
     candidate: Sequence[float]
     chance: Sequence[float] = ()
+    by_size: frozenset[str] = frozenset()
 
     @cached_property
     def table(self) -> ScoreTable:
@@ -56,11 +58,13 @@ class ScoreTable:
     chance_CL: Floats
     smallest_score: float
     largest_score: float
+    by_size: frozenset[str] = frozenset()
 
     @cached_property
     def averaging_KL(self) -> Floats:
-        """Maps leaf means to task means: a task of several members is the mean over them."""
+        """Maps leaf means to task means: a task of several members is the mean over them, by size or not."""
         member_KL = (np.arange(len(self.tasks))[:, None] == self.task_of_leaf_L).astype(float)
+        member_KL[[task in self.by_size for task in self.tasks]] *= self.count_CL.sum(axis=0)
         averaging_KL: Floats = member_KL / member_KL.sum(axis=1, keepdims=True)
         return averaging_KL
 
@@ -157,6 +161,7 @@ def _tabulate(scores: PairedScores) -> ScoreTable:
         chance_CL=summed(chance_N).round(12),  # alike whatever the order in which it was summed
         smallest_score=float(values_2N.min()),
         largest_score=float(values_2N.max()),
+        by_size=frozenset(scores.by_size),
     )
 
 

@@ -7,6 +7,7 @@ and only then cut to ``limit``: a document has the same prompt whatever the limi
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -15,7 +16,7 @@ from typing import Any
 
 from twotower_eval.names import did_you_mean
 from twotower_eval.records import MEAN, canonical_json, sha256_text
-from twotower_eval.suites import lm_tasks
+from twotower_eval.suites import groups, lm_tasks
 from twotower_eval.suites.asked import Asked, merged
 from twotower_eval.suites.documents import BuiltDoc, Wishes, build_docs, check_options, generates
 from twotower_eval.suites.files import SuiteTask, load_suite, suite_names
@@ -48,6 +49,7 @@ class BuiltTask:
     digest: str
     parts: Mapping[str, str]
     spec: SuiteTask
+    by_size: bool = False  # in the mean over its group's members it counts by its documents
 
     @property
     def generates(self) -> bool:
@@ -155,55 +157,85 @@ def _named(name: str) -> Sequence[SuiteTask]:
         return [tasks[member]]
     if name in suite_names():
         return load_suite(name).tasks
-    if name not in lm_tasks.index_of(name):
+    if name.partition(groups.WITHIN)[0] not in lm_tasks.index_of(name.partition(groups.WITHIN)[0]):
         known = [*suite_names(), *lm_tasks.local_index(), *lm_tasks.stock_index()]
         raise ValueError(f"unknown task {name!r}{did_you_mean(name, known)}: no suite, local task or lm-eval task")
-    single = [leaf for leaf, _ in lm_tasks.leaves(name)] if lm_tasks.is_tag(name) else [name]
-    return [SuiteTask(name=one, parts={"": one}, executes_code=lm_tasks.executes_code(one)) for one in single]
+    single = groups.apart(groups.node(name))
+    return [SuiteTask(name=one.name, parts={"": one.path}, executes_code=groups.executes_code(one)) for one in single]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Loaded:
+    """A single task of lm-eval's with what was laid over it."""
+
+    node: groups.Node
+    given: Mapping[str, Any]
+    source: Any
 
 
 def _build(member: SuiteTask, wishes: Wishes) -> Iterator[BuiltTask]:
-    for label, lm_eval_name in member.parts.items():
+    """A task for each part; of a group whose members cannot be scored as one, a task for each of these."""
+    for label, path in member.parts.items():
         name = f"{member.name}_{label}" if label else member.name
-        yield _build_part(name, member.name if label else None, lm_eval_name, member, wishes)
+        top = groups.node(path)
+        loaded = [_load(leaf, member, wishes) for leaf in groups.leaves(top)]
+        known = [groups.facts(one.node.name, one.source) for one in loaded]
+        figure = groups.figure(name, top.rules, known, member.metric, member.filter)
+        if figure.together:
+            group = member.name if label else None
+            yield _build_part(name, group, top, loaded, figure, member, wishes)
+        elif label:
+            raise ValueError(f"task {name!r}: {path!r} is no task and no group whose documents are scored alike")
+        else:
+            for one, has in zip(loaded, (fact.has(figure.metric, figure.filter) for fact in known), strict=True):
+                own = figure if has else groups.figure(one.node.name, (), [groups.facts(one.node.name, one.source)])
+                built = _build_part(one.node.name, name, one.node, [one], own, member, wishes)
+                yield dataclasses.replace(built, by_size=figure.by_size, headline=built.headline and has)
 
 
-def _build_part(name: str, group: str | None, lm_eval_name: str, member: SuiteTask, wishes: Wishes) -> BuiltTask:
+def _load(leaf: groups.Node, member: SuiteTask, wishes: Wishes) -> _Loaded:
+    shots = {} if member.num_fewshot is None else {"num_fewshot": member.num_fewshot}
+    given = {**leaf.settings, **shots}
+    return _Loaded(node=leaf, given=given, source=lm_tasks.load_task(leaf.name, given, wishes.data_dir))
+
+
+def _build_part(
+    name: str,
+    group: str | None,
+    top: groups.Node,
+    loaded: Sequence[_Loaded],
+    figure: groups.Figure,
+    member: SuiteTask,
+    wishes: Wishes,
+) -> BuiltTask:
     kept: list[BuiltDoc] = []
     every: list[BuiltDoc] = []
-    given, sources = [], []
-    num_docs = 0
     repeats: set[int] = set()
-    for leaf, overrides in lm_tasks.leaves(lm_eval_name):
-        shots = {} if member.num_fewshot is None else {"num_fewshot": member.num_fewshot}
-        given.append({**overrides, **shots})
-        source = lm_tasks.load_task(leaf, given[-1], wishes.data_dir)
-        repeats.add(source.config.repeats)
-        docs = build_docs(name, leaf, source, num_docs, member, wishes)
-        sources.append(source)
-        num_docs += len(docs)
+    for one in loaded:
+        repeats.add(one.source.config.repeats)
+        docs = build_docs(name, one.node.name, one.source, len(every), member, wishes)
         every += docs
         kept += docs[: wishes.limit]
     check_options(kept)
-    metric, filter_ = _headline(name, member, sources[0])
     sampled = _samples(name, repeats, kept[0], member, wishes)
-    _check_samples(name, sources[0], sampled["samples"])
-    parts = task_parts(lm_eval_name, given, sources, every, member)
+    sources = [one.source for one in loaded]
+    for source in sources:
+        _check_samples(name, source, sampled["samples"])
+    parts = task_parts(top, [one.given for one in loaded], sources, every, member)
+    budgets = [i.args[1]["max_gen_toks"] for d in kept for i in d.instances if generates(i)]
     return BuiltTask(
         name=name,
         group=group,
         request=kept[0].instances[0].request_type,
         docs=tuple(kept),
-        num_docs_in_all=num_docs,
+        num_docs_in_all=len(every),
         **sampled,
         asked=_asked(name, kept),
-        max_new_tokens=max(
-            (i.args[1]["max_gen_toks"] for d in kept for i in d.instances if generates(i)), default=None
-        ),
-        metric=metric,
-        filter=filter_,
+        max_new_tokens=max(budgets, default=None),
+        metric=figure.metric,
+        filter=figure.filter,
         # An average of ratios takes means of which more is better, and nothing else.
-        headline=member.headline and all(_averages(source, metric) for source in sources),
+        headline=member.headline and all(_averages(source, figure.metric) for source in sources),
         digest=sha256_text(canonical_json(parts)),
         parts=parts,
         spec=member,
@@ -237,15 +269,6 @@ def _asked(name: str, docs: Sequence[BuiltDoc]) -> Asked:
         return merged(frozenset[Asked]().union(*(doc.asked for doc in docs)))
     except ValueError as error:
         raise ValueError(f"task {name!r}: {error}") from error
-
-
-def _headline(name: str, member: SuiteTask, source: Any) -> tuple[str, str]:
-    """The metric and the filter that stand for the task; those of a suite must exist."""
-    metrics, filters = list(source.higher_is_better()), [f.name for f in source._filters]
-    for kind, wanted, known in (("metric", member.metric, metrics), ("filter", member.filter, filters)):
-        if wanted is not None and wanted not in known:
-            raise ValueError(f"task {name!r} has no {kind} {wanted!r}{did_you_mean(wanted, known)}")
-    return member.metric or metrics[0], member.filter or filters[0]
 
 
 def _check_samples(name: str, source: Any, samples: int) -> None:

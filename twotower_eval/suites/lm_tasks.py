@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from twotower_eval.datafiles import folders, numbered_rows
-from twotower_eval.names import did_you_mean
 from twotower_eval.plan import data_path
 from twotower_eval.records import MEAN
 
@@ -49,57 +48,6 @@ def roots() -> tuple[Path, ...]:
 def index_of(name: str) -> Mapping[str, Any]:
     """The index that holds ``name``, local tasks first."""
     return local_index() if name in local_index() else stock_index()
-
-
-def leaves(name: str, overrides: Mapping[str, Any] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The single tasks behind a task, group or tag, each with the settings that groups on the way give it."""
-    index = index_of(name)
-    if name not in index:
-        raise ValueError(f"lm-eval has no task {name!r}{did_you_mean(name, index)}")
-    members = _members(index[name])
-    if members is None:
-        yield name, dict(overrides or {})
-        return
-    for member in members:
-        given = {"task": member} if isinstance(member, str) else dict(member)
-        if not isinstance(given.get("task"), str):
-            raise ValueError(f"lm-eval group {name!r} defines groups inside itself: name the tasks you want instead")
-        yield from leaves(given.pop("task"), {**(overrides or {}), **given})
-
-
-def _members(entry: Any) -> Sequence[Any] | None:
-    """What a tag or a group names; ``None`` for a single task."""
-    if entry.kind.name == "TAG":
-        return sorted(entry.tags)
-    if entry.kind.name == "GROUP":
-        return entry.cfg["task"] if isinstance(entry.cfg["task"], list) else [entry.cfg["task"]]
-    return None
-
-
-def yaml_files(name: str) -> Iterator[Path]:
-    """Every YAML that a task is read from: its own, those of groups on the way to it, and all that they include."""
-    entry = index_of(name)[name]
-    for member in _members(entry) or ():
-        yield from yaml_files(member if isinstance(member, str) else member["task"])
-    if entry.yaml_path is not None:
-        yield from _with_includes(Path(entry.yaml_path).resolve())
-
-
-def _with_includes(path: Path) -> Iterator[Path]:
-    yield path
-    included = _load_yaml(path, resolve_func=False, recursive=False).get("include", [])
-    for name in included if isinstance(included, list) else [included]:
-        yield from _with_includes((path.parent / name).resolve())
-
-
-def is_tag(name: str) -> bool:
-    """Whether the name is only a label on several tasks."""
-    return bool(index_of(name)[name].kind.name == "TAG")
-
-
-def executes_code(name: str) -> bool:
-    """Whether scoring any task behind ``name`` runs model output. Resolves no function of the task to find out."""
-    return any(_load_yaml(index_of(n)[n].yaml_path, resolve_func=False).get("unsafe_code") for n, _ in leaves(name))
 
 
 def load_task(name: str, settings: Mapping[str, Any], data_dir: Path | None) -> Any:
@@ -160,7 +108,7 @@ def aggregation_name(task: Any, metric: str) -> str:
 
 def _resolved(name: str) -> dict[str, Any]:
     try:
-        return {**_load_yaml(index_of(name)[name].yaml_path), "task": name}
+        return {**load_yaml(index_of(name)[name].yaml_path), "task": name}
     except (ImportError, AssertionError) as error:
         # Only lm-eval's mathematics tasks import more than lm-eval installs.
         raise ValueError(
@@ -237,10 +185,11 @@ def _split(path: Path, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> Any:
     raise ValueError(f"{path}, line {line}: values that do not fit those of the lines before ({_first_line(why)})")
 
 
-def _load_yaml(path: Path, *, resolve_func: bool = True, recursive: bool = True) -> dict[str, Any]:
-    from lm_eval.tasks._yaml_loader import load_yaml
+def load_yaml(path: Path, *, resolve_func: bool = True, recursive: bool = True) -> dict[str, Any]:
+    """A task's or group's YAML with what it includes; ``resolve_func`` runs the files of the functions it names."""
+    from lm_eval.tasks import _yaml_loader
 
-    config: dict[str, Any] = load_yaml(path, resolve_func=resolve_func, recursive=recursive)
+    config: dict[str, Any] = _yaml_loader.load_yaml(path, resolve_func=resolve_func, recursive=recursive)
     return config
 
 

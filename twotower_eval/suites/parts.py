@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower_eval.records import canonical_json, sha256_text
-from twotower_eval.suites import lm_tasks
+from twotower_eval.suites import groups, lm_tasks
 from twotower_eval.suites.documents import BuiltDoc, generates
 from twotower_eval.suites.files import SuiteTask
 
@@ -27,7 +27,7 @@ OURS = "twotower_eval"  # goes by its version
 
 
 def task_parts(
-    name: str,
+    node: groups.Node,
     given: Sequence[Mapping[str, Any]],
     sources: Sequence[Any],
     docs: Sequence[BuiltDoc],
@@ -35,22 +35,22 @@ def task_parts(
 ) -> dict[str, str]:
     """Digest of every part of a task: its settings, its documents (all of them, whatever the limit), each file.
 
-    ``name`` is lm-eval's, ``sources`` are the single tasks behind it, and ``given`` what is laid over each.
+    ``sources`` are the single tasks below ``node``, and ``given`` what is laid over each.
     """
     scoring = [[s.config.output_type, s.config.metric_list, s.config.filter_list] for s in sources]
     stops = sorted({canonical_json(i.args[1]["until"]) for doc in docs for i in doc.instances if generates(i)})
     chosen = [member.metric, member.filter, member.headline]
     settings = json.dumps([scoring, stops, chosen, list(given)], default=_name_of, sort_keys=True)
     documents = canonical_json([[doc.doc_sha256, doc.prompt_sha256, doc.target_sha256] for doc in docs])
-    return {"settings": sha256_text(settings), "documents": sha256_text(documents), **_file_digests(name)}
+    return {"settings": sha256_text(settings), "documents": sha256_text(documents), **_file_digests(node)}
 
 
 def _name_of(part: Any) -> str:
     return str(getattr(part, "__qualname__", type(part).__name__))
 
 
-def _file_digests(name: str) -> dict[str, str]:
-    yamls = set(lm_tasks.yaml_files(name))
+def _file_digests(node: groups.Node) -> dict[str, str]:
+    yamls = set(groups.yaml_files(node))
     code = with_imports(file for yaml in yamls for file in _named_code(yaml))
     return {_shown(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(yamls | code)}
 
