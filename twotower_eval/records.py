@@ -20,18 +20,16 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Within:
-    """Bounds of a number, part of a field's annotation; with ``above`` the lower bound itself is out."""
+    """Bounds of a number, part of a field's annotation."""
 
     least: int
     most: int | None = None
-    above: bool = False
 
 
 Count = Annotated[int, Within(0)]
 Size = Annotated[int, Within(1)]
 Replica = Annotated[int, Within(0, most=1)]
 NotNegative = Annotated[float, Within(0)]
-Positive = Annotated[float, Within(0, above=True)]
 Share = Annotated[float, Within(0, most=1)]
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -337,7 +335,7 @@ class SpeedSample:
     round: Count
     phase: SpeedPhase
     batch_size: Size
-    wall_s: Positive
+    wall_s: NotNegative
     prefill_s: NotNegative | None
     first_output_s: NotNegative | None
     peak_memory_bytes: Count | None
@@ -370,7 +368,7 @@ class CostSample:
     context_tokens: Count
     block_size: Size | None
     num_repeats: Size
-    wall_s: Positive
+    wall_s: NotNegative
     started_at: str
     routing: str | None = None
     num_experts_touched: NotNegative | None = None

@@ -144,13 +144,11 @@ def _word(known: tuple[str, ...]) -> Build:
 
 
 def _bounded(inner: Build, bound: Within) -> Build:
-    wanted = f"above {bound.least}" if bound.above else f"at least {bound.least}"
-    if bound.most is not None:
-        wanted = f"from {bound.least} to {bound.most}"
+    wanted = f"at least {bound.least}" if bound.most is None else f"from {bound.least} to {bound.most}"
 
     def build(value: Any) -> Any:
         built = inner(value)
-        if built < bound.least or (bound.above and built == bound.least) or (bound.most or built) < built:
+        if built < bound.least or (bound.most is not None and built > bound.most):
             raise _Misfit(wanted, value)
         return built
 
