@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from hf_oracle import continued, lm_evals_hf, our_lm, rolled, scored
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
+from lm_eval.models.utils_hf import stop_sequences_criteria
 from own_tasks import task_yaml, use_tasks, write_tasks
 from scripted_llama import beyond, byte_tokenizer, piece_tokenizer, save_random, save_saying, save_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -16,6 +21,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from twotower_eval import harness, speed, store
 from twotower_eval.decoders.finish import cut, is_finished, make_rules
 from twotower_eval.models import load_model
+from twotower_eval.models.prompts import stops_of
 from twotower_eval.models.tokenizer import Tokenizer as OurTokenizer
 from twotower_eval.models.tokenizer import load_tokenizer
 from twotower_eval.plan import RunPlan, SpeedPlan
@@ -243,6 +249,51 @@ def test_useful_tokens_end_before_a_stop_with_special_tokens(
     found = cut(ids, rules)
     assert found == cut(ids[:made], rules)
     assert (len(found[0]), found[2]) == (num_useful, finish)
+
+
+PARTS = ["a", "b", "<", "/", "s", ">", "|", "x", "\n", " ", "<|x|>", "<|im_end|>", "</s>", "<s>", "ab", "☃"]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[OurTokenizer, Any]]:
+    """Ours and transformers' of one folder each."""
+    found = []
+    for tokenizer in (byte_tokenizer(), piece_tokenizer(["▁a", "▁", "ab", "b▁a", "<", "/", "s", ">", "|", "x", "\n"])):
+        folder = tmp_path_factory.mktemp("tokenizer")
+        save_tokenizer(tokenizer, folder)
+        ours = load_tokenizer(folder, vocab_size=400)
+        assert ours is not None
+        found.append((ours, transformers.AutoTokenizer.from_pretrained(folder)))
+    return found
+
+
+def cut_by_lm_eval(tokenizer: Any, ids: Sequence[int], until: Sequence[str]) -> str:
+    """The text that lm-eval's hf gives where a model says ``ids`` in turn."""
+    stops = handle_stop_sequences(list(until), tokenizer.eos_token)
+    criteria = stop_sequences_criteria(tokenizer, stops, 0, 1)
+    lengths = range(1, len(ids) + 1)
+    ends = [n for n in lengths if any(done(torch.tensor([ids[:n]]), None) for done in criteria)]
+    said = tokenizer.decode(ids[: min(ends, default=len(ids))], skip_special_tokens=True)
+    text: str = postprocess_generated_text(said, stops, None)
+    return text
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_answer_is_cut_as_by_lm_eval(tokenizers: list[tuple[OurTokenizer, Any]], data: st.DataObject) -> None:
+    """Stops of any kind, a few of them within the text; token by token or all at once."""
+    ours, theirs = data.draw(st.sampled_from(tokenizers))
+    said = "".join(data.draw(st.lists(st.sampled_from(PARTS), min_size=1, max_size=14)))
+    ids = ours.encode(said)
+    whole = ours.decode_with_special(ids)
+    starts = st.lists(st.tuples(st.integers(0, len(whole)), st.integers(1, 6)), max_size=2)
+    until = [stop for start, length in data.draw(starts) if (stop := whole[start : start + length])]
+    until += data.draw(st.lists(st.sampled_from(["\n", "<|im_end|>", "b<|x|>", "</s>a", "ab"]), max_size=2))
+    model = Model(ours)
+    rules = make_rules(model, max_new_tokens=len(ids), eos_token_ids=(1,), stop=stops_of(model, until))
+    made = next(n for n in range(1, len(ids) + 1) if is_finished(ids[:n], 1, rules))
+    assert cut(ids, rules) == cut(ids[:made], rules)
+    assert cut(ids, rules)[1] == cut_by_lm_eval(theirs, ids, until)
 
 
 def test_every_eos_stops(tmp_path: Path) -> None:
