@@ -51,10 +51,50 @@ CONFIGS: dict[str, transformers.PreTrainedConfig] = {
     "mamba2": transformers.Mamba2Config(**MAMBA2),
 }
 
+HYBRID: dict[str, Any] = {
+    **SMALL,
+    "head_dim": 8,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 2,
+    "mamba_expand": 2,
+}
+BERT: dict[str, Any] = {**SMALL, "max_position_embeddings": 40}
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+}
+# Those that are wrong in the fastest way: positions that restart beside states, states kept in the model itself, a
+# window inside modules, no cache that one can hand over, rotary factors that switch, an encoder with a causal mask,
+# whose buffers end where its positions do.
+ODD: dict[str, transformers.PreTrainedConfig] = {
+    "bamba": transformers.BambaConfig(**HYBRID, attn_layer_indices=[1]),
+    "recurrent_gemma": transformers.RecurrentGemmaConfig(
+        **{**SMALL, "head_dim": 8, "num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8}
+    ),
+    "gpt_neo": transformers.GPTNeoConfig(
+        **{**SMALL, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8}
+    ),
+    "openai-gpt": transformers.OpenAIGPTConfig(**GPT2),
+    "longrope": transformers.Phi3Config(
+        **{**SMALL, "rope_parameters": LONGROPE, "original_max_position_embeddings": 16}
+    ),
+    "bert_decoder": transformers.BertConfig(**BERT, is_decoder=True),
+    "bert": transformers.BertConfig(**BERT),
+}
+
 
 def save_tiny(name: str, folder: Path) -> Path:
     """A model of random weights from a fixed seed, as save_pretrained writes it."""
     torch.manual_seed(len(name))
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name])
+    model = transformers.AutoModelForCausalLM.from_config((CONFIGS | ODD)[name])
+    with torch.no_grad():
+        for parameter in model.parameters() if name in ODD else ():
+            if parameter.dim() > 1:  # their own initialisations leave little of attention and recurrence
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
     model.save_pretrained(folder)
     return folder

@@ -15,8 +15,7 @@ from twotower_eval.decoders import make_decoder, make_scorer
 from twotower_eval.decoders.pieces import ScoreRequest
 from twotower_eval.models import load_model
 from twotower_eval.models.counting import WatchedModel
-from twotower_eval.models.token_tree import Segment
-from twotower_eval.models.transformers_tree import may_pack, packing_agrees
+from twotower_eval.models.transformers_tree import keeps_all_keys
 from twotower_eval.records import Prompt
 
 ATOL = 2e-5
@@ -199,33 +198,13 @@ def test_shared_beginnings_change_no_likelihood(
         assert ours.is_greedy == wanted.is_greedy
 
 
-def test_models_that_misread_a_tree_get_none(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention that takes no mask of ours, or makes its own of it, is found out when the model is loaded."""
-    model = models["llama"]
-    assert packing_agrees(model)
-    right = model.tree_logits
-
-    def blind(context: Any, segments: Any) -> Tensor:
-        """As if every token saw all before it: branches see each other."""
-        line = [Segment(i - 1, segment.tokens, segment.wanted) for i, segment in enumerate(segments)]
-        found: Tensor = right(context, line)
-        return found
-
-    def refusing(context: Any, segments: Any) -> Tensor:
-        raise ValueError("attention masks have two dimensions here")
-
-    for wrong in (blind, refusing):
-        monkeypatch.setattr(model, "tree_logits", wrong)
-        assert not packing_agrees(model)
-
-
 def test_positions_that_depend_on_the_length_are_not_shared() -> None:
     layers = transformers.DynamicCache(config=CONFIGS["llama"]).layers
-    assert may_pack(CONFIGS["llama"], layers)
+    assert keeps_all_keys(CONFIGS["llama"], layers)
     dynamic = transformers.LlamaConfig(
         **{**CONFIGS["llama"].to_dict(), "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
     )
-    assert not may_pack(dynamic, layers)
+    assert not keeps_all_keys(dynamic, layers)
 
 
 def test_identity(folders: dict[str, Path], models: dict[str, Any], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from twotower_eval.records import (
     Override,
     RunManifest,
     Verb,
+    Ways,
     canonical_json,
     sha256_text,
     to_json,
@@ -58,6 +59,7 @@ def new_manifest(
     notes: Sequence[str] = (),
     tasks: Mapping[str, Mapping[str, str]] | None = None,
     overrides: Sequence[Override] = (),
+    ways: Sequence[Ways] = (),
 ) -> RunManifest:
     """The manifest of a run that begins now, here, with this command line. ``plan`` is a record."""
     commit, dirty = git_state()
@@ -80,6 +82,7 @@ def new_manifest(
         notes=tuple(notes),
         tasks=dict(tasks or {}),
         overrides=tuple(overrides),
+        ways=tuple(ways),
     )
 
 

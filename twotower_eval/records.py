@@ -40,6 +40,7 @@ CostPart = Literal["prefill", "ar_step", "denoise", "context_pass", "forced_bloc
 CheckOutcome = Literal["passed", "failed", "not_checked"]
 Verb = Literal["run", "speed", "verify"]
 Arm = Literal["baseline", "candidate"]
+ProofCheck = Literal["cached steps", "rows beside each other", "whole rows in batches", "options in one row"]
 Outcome = Literal["SUPPORTED", "REFUTED", "INCONCLUSIVE", "INVALID", "NOT_MEASURED"]
 Relation = Literal["at_least", "at_most", "equal"]
 Averaging = Literal["ratio_of_means", "mean_of_ratios"]
@@ -408,10 +409,52 @@ class Override:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FailedTrial:
+    """One way of running a model that was tried on ``num_tokens`` of context and did not give what whole rows give.
+
+    ``difference`` is the largest one of logits, in units of their spread (``None`` where none could be had: then
+    ``error`` says why), ``limit`` what it is held against. ``positions_passed`` and ``rows_together`` are the way's.
+    """
+
+    check: ProofCheck
+    num_tokens: int
+    difference: float | None
+    limit: float
+    error: str | None = None
+    positions_passed: bool = False
+    rows_together: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ways:
+    """How a Hugging Face model is run, proved against passes over whole rows, alone and without a cache.
+
+    ``checkpoint`` is its identity. ``cached``: steps read one token each. ``rows_together``: prompts of a batch run
+    beside each other, else one prompt after the other. ``passes_together``: so do whole rows that are scored.
+    ``options_packed``: the options of a question are read in one row. ``positions_passed``: token positions are named
+    where the model would count them wrongly. Contexts longer than ``plain_beyond`` are read whole, alone and without
+    a cache; ``resets_first``: behind a short row that undoes what the last long one left in the model. No more than
+    ``proved_tokens`` of context were tried.
+    """
+
+    checkpoint: str = ""
+    cached: bool = True
+    rows_together: bool = True
+    passes_together: bool = True
+    options_packed: bool = False
+    positions_passed: bool = False
+    plain_beyond: int | None = None
+    resets_first: bool = False
+    proved_tokens: int = 0
+    failed: tuple[FailedTrial, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunManifest:
     """First file of a run, written once. ``plan`` is the resolved plan as JSON; ``packages`` name -> version.
 
     ``tasks`` are those whose answers are scored: name -> part (settings, documents, files by name) -> sha256.
+    ``ways`` has one entry for each Hugging Face model.
     """
 
     schema: int
@@ -431,6 +474,7 @@ class RunManifest:
     notes: tuple[str, ...] = ()
     tasks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     overrides: tuple[Override, ...] = ()
+    ways: tuple[Ways, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

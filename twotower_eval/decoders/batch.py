@@ -148,6 +148,8 @@ class BatchDecoder:
         rules = make_rules(self.model, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, stop=stop)
         check_prompts(self.model, prompts)
         width = check_batch_size(max_batch_size) or len(prompts)
+        if not getattr(self.model, "rows_together", True):
+            width = 1  # a model that proved right for one prompt after the other alone
         steady = self._depends_on_neighbours or (len(prompts) > 1 and not self.model.joins_contexts)
         capacity = width if steady else self._capacity(width)
         call = Call(

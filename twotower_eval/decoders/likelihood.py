@@ -46,7 +46,8 @@ def make(model: Any, kind: LikelihoodKind, *, block_size: int, num_draws: int) -
 
 
 class CausalScorer(Scorer):
-    """Causal passes: over what requests share once, where the model can branch; else over each request, in batches."""
+    """Causal passes: over what requests share once, where the model can branch and has a cache for rows so long; else
+    over each request, in batches."""
 
     def __init__(self, model: Any, kind: LikelihoodKind) -> None:
         self.model, self.kind = model, kind
@@ -55,13 +56,16 @@ class CausalScorer(Scorer):
     def plan(self, requests: Sequence[ScoreRequest], batch_size: int) -> list[Piece]:
         """See :meth:`Scorer.plan`; contexts must not be empty."""
         check_requests(requests, self.model, needs_context=True)
-        max_tokens = getattr(self.model, "branch_tokens", 0)
-        if max_tokens:
-            chunks = plan([_causal_row(request) for request in requests], max_tokens)
-            return [Piece(tuple(chunk.places), partial(self._score_chunk, chunk, requests)) for chunk in chunks]
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].context_ids + requests[i].continuation_ids))
-        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        return [Piece(tuple(batch), partial(self._score_rows, [requests[i] for i in batch])) for batch in batches]
+        rows = [_causal_row(request) for request in requests]
+        max_tokens, beyond = getattr(self.model, "branch_tokens", 0), getattr(self.model, "plain_beyond", None)
+        shared = [i for i, row in enumerate(rows) if max_tokens and (beyond is None or len(row.tokens) <= beyond)]
+        own = [requests[i] for i in shared]
+        chunks = plan([rows[i] for i in shared], max_tokens) if shared else []
+        pieces = [Piece(tuple(shared[i] for i in c.places), partial(self._score_chunk, c, own)) for c in chunks]
+        order = sorted({*range(len(rows))} - {*shared}, key=lambda i: -len(rows[i].tokens))
+        batches = [order[start : start + batch_size] for start in range(0, len(order), max(1, batch_size))]
+        pieces += [Piece(tuple(batch), partial(self._score_rows, [requests[i] for i in batch])) for batch in batches]
+        return pieces
 
     @torch.inference_mode()
     def _score_chunk(self, chunk: Chunk, requests: Sequence[ScoreRequest]) -> list[Likelihood]:

@@ -18,11 +18,13 @@ from twotower_eval.records import (
     LikelihoodKind,
     Override,
     RunManifest,
+    Ways,
     Workload,
     cell_id,
 )
 from twotower_eval.suites import FEWSHOT_SEED, BuiltTask
 
+SPARE_TOKENS = 8  # more than special tokens add to a text's own
 DENOISER_KINDS: tuple[LikelihoodKind, ...] = ("denoiser_left_to_right", "bound")
 
 
@@ -91,6 +93,23 @@ def use_graphs(plan: RunPlan, tasks: Sequence[BuiltTask], arms: tuple[Any, Any])
     longest = min(longest, *(arm.max_length or longest for arm in arms))
     # Scorers choose how many rows they read at once.
     give_graphs(arms, max_rows=MAX_NEW, block_sizes=plan.block_sizes, longest=longest)
+
+
+def longest_context(tasks: Sequence[BuiltTask], model: Any) -> int:
+    """Tokens of the longest context that a model sees in these tasks, or a few more.
+
+    Texts are encoded only where their bytes, of which there are more, may reach a length that nothing was tried at.
+    """
+    asked = [
+        ("".join(str(part) for part in instance.args if isinstance(part, str)), task.max_new_tokens or 0)
+        for task in tasks
+        for doc in task.docs
+        for instance in doc.instances
+    ]
+    found = max((len(text.encode()) + budget for text, budget in asked), default=0)
+    if model.unproved and found + SPARE_TOKENS > model.unproved[0] - 2:
+        found = max(len(model.tokenizer.encode(text)) + budget for text, budget in asked)
+    return min(found + SPARE_TOKENS, model.max_length or found + SPARE_TOKENS)
 
 
 def make_jobs(
@@ -176,6 +195,7 @@ def make_manifest(
     jobs: Sequence[Job],
     tasks: Sequence[BuiltTask],
     overrides: Sequence[Override],
+    ways: Sequence[Ways],
     resume: Path | None,
 ) -> RunManifest:
     return new_manifest(
@@ -188,6 +208,7 @@ def make_manifest(
         notes=tuple(_notes(jobs)),
         tasks={task.name: task.parts for task in tasks},
         overrides=overrides,
+        ways=ways,
     )
 
 

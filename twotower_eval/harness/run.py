@@ -7,6 +7,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from twotower_eval.harness.jobs import (
     Job,
     check_scorers,
     load_models,
+    longest_context,
     make_jobs,
     make_manifest,
     make_scorer_of,
@@ -24,12 +26,14 @@ from twotower_eval.harness.jobs import (
 )
 from twotower_eval.harness.known import KnownScores, check_known
 from twotower_eval.harness.scoring import Row, aggregate_rows, score_rows
+from twotower_eval.models.arms import prove_arms
 from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders, model_folder, plan_from_json
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import Aggregate, Score
 from twotower_eval.shortfalls import override_lines, truncation_line
 from twotower_eval.store import TRAINING_LOG
 from twotower_eval.suites import BuiltTask, resolve_tasks, settle
+from twotower_eval.ways import slower_lines
 
 Announce = Callable[[Sequence[BuiltTask], Collection[str]], str | None]
 
@@ -60,7 +64,8 @@ def run(
     use_graphs(plan, tasks, arms)
     jobs = make_jobs(held, tasks, specs, baseline, candidate)
     _check_texts(jobs)
-    manifest = make_manifest(plan, jobs, tasks, decoding.overrides, resume)
+    ways = prove_arms(arms, partial(longest_context, tasks))
+    manifest = make_manifest(plan, jobs, tasks, decoding.overrides, ways, resume)
     if resume is not None:
         check_known(store.load(resume), manifest, jobs)
     writer = store.create(root, manifest) if resume is None else store.resume(resume, manifest)
@@ -71,6 +76,8 @@ def run(
             progress.note(said)
         for warning in (*writer.warnings, *override_lines(decoding.overrides)):
             progress.note(f"warning: {warning}")
+        for line in slower_lines(manifest):
+            progress.note(line)
         _keep_training_log(model_folder(plan), writer.path)
         _Evaluation(plan, writer, jobs, progress).run()
         writer.finish()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from twotower_eval import models
 from twotower_eval.models.graphs import StepGraphs, num_sizes, use_graphs
+from twotower_eval.records import Ways
 
 
 def load_arms(
@@ -27,6 +28,20 @@ def load_arms(
     if baseline.resolve() == model.resolve():
         return candidate, candidate
     return models.load_model(baseline, dtype=dtype, devices=devices[:1]), candidate
+
+
+def prove_arms(arms: Sequence[Any], longest: Callable[[Any], int]) -> tuple[Ways, ...]:
+    """Have every Hugging Face model prove itself as far as the contexts that it will see reach, each once.
+
+    ``longest`` gives the tokens of an arm's longest context. How each of them is run, for a manifest. ValueError where
+    one cannot be right.
+    """
+    models_of = {id(arm): arm for arm in arms if getattr(arm, "ways", None) is not None}
+    if not models_of:
+        return ()
+    from twotower_eval.models.proof import prove_up_to
+
+    return tuple(prove_up_to(model, longest(model)) for model in models_of.values())
 
 
 def _refuse_without_graphs(folders: Sequence[Path]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from twotower_eval.models.tokenizer import Tokenizer
-from twotower_eval.records import Checkpoint
+from twotower_eval.records import Checkpoint, Ways
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +30,8 @@ class LanguageModel(nn.Module):
     (see models.identity). ``joins_contexts``: contexts have ``join``, and joined rows run
     together as well as rows that were prefilled together, so that a batch may take up new rows as others finish.
     ``branch_tokens`` is about how many tokens of a tree one call of ``tree_logits`` serves best; 0 where the model has
-    no such method.
+    no such method. ``rows_together``: prompts of a batch may run beside each other. Contexts longer than
+    ``plain_beyond`` are to be scored as whole rows. ``ways``: how a model that is not ours proved to run rightly.
     """
 
     checkpoint: Checkpoint
@@ -44,3 +45,6 @@ class LanguageModel(nn.Module):
     context_digest: str
     folder_settings: Mapping[str, Any] = MappingProxyType({})
     branch_tokens: int = 0
+    rows_together: bool = True
+    plain_beyond: int | None = None
+    ways: Ways | None = None

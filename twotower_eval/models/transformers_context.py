@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,15 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
+Tokens = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a context that share a cache; ``rows`` are their positions in the context."""
+    """Rows of a context that share a cache, or have none (``None``); ``rows`` are their positions in the context."""
 
     rows: tuple[int, ...]
-    cache: Any
+    cache: Any | None
     padding: tuple[int, ...]
     last_logits_BV: Tensor
 
@@ -31,8 +33,9 @@ class Part:
         if not chosen:
             return None
         index = torch.tensor([i for i, _ in chosen], device=self.last_logits_BV.device)
-        cache = forked(self.cache)
-        cache.reorder_cache(index)
+        cache = None if self.cache is None else forked(self.cache)
+        if cache is not None:
+            cache.reorder_cache(index)
         rows, padding = tuple(new for _, new in chosen), tuple(self.padding[i] for i, _ in chosen)
         return Part(rows, cache, padding, self.last_logits_BV.index_select(0, index))
 
@@ -41,13 +44,18 @@ class Part:
 class CacheContext:
     """Committed tokens of B rows. A value: extending it leaves it usable."""
 
-    lengths: tuple[int, ...]
+    tokens: tuple[Tokens, ...]
     parts: tuple[Part, ...]
 
     @property
     def batch_size(self) -> int:
         """Number of rows."""
-        return len(self.lengths)
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each row."""
+        return tuple(len(row) for row in self.tokens)
 
     def select(self, rows: Sequence[int]) -> CacheContext:
         """A context of the given rows, in that order; a row may be repeated."""
@@ -55,21 +63,30 @@ class CacheContext:
         for new, row in enumerate(rows):
             wanted.setdefault(row, []).append(new)
         parts = [part.select(wanted) for part in self.parts]
-        return CacheContext(tuple(self.lengths[row] for row in rows), tuple(part for part in parts if part))
+        return CacheContext(tuple(self.tokens[row] for row in rows), tuple(part for part in parts if part))
 
     def join(self, other: CacheContext) -> CacheContext:
         """The context of these rows, then of the other's; for caches of attention layers alone, padded on the left."""
-        [ours], [theirs] = self.parts, other.parts
-        lengths = self.lengths + other.lengths
-        width = max(lengths)
-        rows = (*ours.rows, *(self.batch_size + row for row in theirs.rows))
-        cache = forked(ours.cache)
-        cache.layers = [
-            _joined_layer(*pair, width) for pair in zip(ours.cache.layers, theirs.cache.layers, strict=True)
-        ]
-        padding = tuple(width - lengths[row] for row in rows)
-        last_logits_BV = torch.cat([ours.last_logits_BV, theirs.last_logits_BV])
-        return CacheContext(lengths, (Part(rows, cache, padding, last_logits_BV),))
+        tokens = self.tokens + other.tokens
+        shifted = [replace(part, rows=tuple(self.batch_size + row for row in part.rows)) for part in other.parts]
+        parts = [*self.parts, *shifted]
+        plain = [part for part in parts if part.cache is None]
+        cached = [part for part in parts if part.cache is not None]
+        if len(cached) == 2:
+            cached = [_joined(cached[0], cached[1], [len(row) for row in tokens])]
+        return CacheContext(tokens, (*cached, *plain))
+
+
+def _joined(ours: Part, theirs: Part, lengths: Sequence[int]) -> Part:
+    """Both as one, as wide as its longest row."""
+    rows = (*ours.rows, *theirs.rows)
+    width = max(lengths[row] for row in rows)
+    assert ours.cache is not None
+    assert theirs.cache is not None
+    cache = forked(ours.cache)
+    cache.layers = [_joined_layer(*pair, width) for pair in zip(ours.cache.layers, theirs.cache.layers, strict=True)]
+    padding = tuple(width - lengths[row] for row in rows)
+    return Part(rows, cache, padding, torch.cat([ours.last_logits_BV, theirs.last_logits_BV]))
 
 
 def can_join(layers: Sequence[Any]) -> bool:

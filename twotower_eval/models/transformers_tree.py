@@ -17,7 +17,6 @@ from twotower_eval.models.token_tree import Segment
 
 # Rotary embeddings that depend on how long the whole row is: what is read first would have to be read again.
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
-PROBE = (Segment(-1, (1, 2)), Segment(0, (3, 4), (0, 1)), Segment(0, (2, 1, 3), (1, 2)))
 
 
 def packed(segments: Sequence[Segment], known: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -46,22 +45,8 @@ def packed(segments: Sequence[Segment], known: int, dtype: torch.dtype) -> tuple
     return ids_1N, position_1N, mask_NT[None, None], columns_M.long()
 
 
-def may_pack(config: Any, layers: Sequence[Any]) -> bool:
+def keeps_all_keys(config: Any, layers: Sequence[Any]) -> bool:
     """Whether every layer keeps all keys (no window that a mask of ours would undo) at positions fixed for good."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
     return all(type(layer) is DynamicLayer for layer in layers) and not kinds & LENGTH_DEPENDENT_ROPE
-
-
-def packing_agrees(model: Any) -> bool:
-    """Whether a small tree read as one row gives what its branches give alone: not every model's attention takes a
-    mask of ours, and some that take it read it otherwise."""
-    try:
-        found_MV = model.tree_logits(None, PROBE)
-    except (ValueError, TypeError, RuntimeError, IndexError, NotImplementedError):
-        return False
-    rows = torch.tensor([[1, 2, 3, 4, 0], [1, 2, 2, 1, 3]])
-    alone = model.context_logits(rows, [4, 5])
-    wanted_MV = torch.stack([alone[0, 2], alone[0, 3], alone[1, 3], alone[1, 4]])
-    tolerance = 1e-3 if found_MV.new_empty(0, dtype=model.inner.dtype).element_size() >= 4 else 0.05
-    return bool((found_MV - wanted_MV).abs().max() <= tolerance * wanted_MV.abs().max())

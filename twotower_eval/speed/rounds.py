@@ -33,6 +33,7 @@ from twotower_eval.records import (
     RunManifest,
     SpeedPhase,
     SpeedSample,
+    Ways,
     canonical_json,
     derive_seed,
     sha256_text,
@@ -44,6 +45,7 @@ from twotower_eval.speed.costs import CostItem, make_items
 from twotower_eval.speed.lanes import Lane, Timing, make_lanes
 from twotower_eval.speed.loop import RoundLoop, is_enough, whole_rounds
 from twotower_eval.speed.workloads import Call, Calls, Request, count_truncated, make_calls, scored_tasks
+from twotower_eval.ways import slower_lines
 
 NOTES = (
     "Timed answers of the measured rounds are journalled, the round as the sample's number; warm-ups and the second "
@@ -69,6 +71,8 @@ def run(
     ``resume`` goes on with a run on the same machine: whole rounds count, a torn one is begun anew. ``now`` gives
     seconds. Raises ValueError for whatever the user can mend, before weights load where it can be known by then.
     """
+    from twotower_eval.models.arms import prove_arms
+
     progress = progress or SilentProgress()
     held = dataclasses.replace(plan, temperature=temperature if plan.temperature is None else plan.temperature)
     specs = cross_decoders(held)
@@ -84,10 +88,11 @@ def run(
             progress.note(said)
         clock = CallClock(devices, now)
         lanes = make_lanes(held, calls, requests, specs, models, clock)
+        ways = prove_arms(models, lambda model: _longest(calls, lanes))
         costs = make_items(calls, lanes, models) if plan.costs else ()
         graphs = graphs_for(plan, calls, lanes, models)
         all_lanes = [lane for of_size in lanes.values() for lane in of_size]
-        manifest = _manifest(plan, calls, all_lanes, overrides, resume)
+        manifest = _manifest(plan, calls, all_lanes, overrides, ways, resume)
         if resume is not None:
             found = store.load(resume)
             store.check_comparable(found, manifest)  # first: what is whole cannot be counted by another plan
@@ -99,6 +104,8 @@ def run(
             for warning in (*writer.warnings, *override_lines(overrides)):
                 progress.note(f"warning: {warning}")
             _tell_truncated(plan, writer, calls, models, progress)
+            for line in slower_lines(manifest):
+                progress.note(line)
             _Session(plan, writer, calls, lanes, costs, clock, Captures(graphs, writer), progress).run()
             writer.finish()
     return writer.path
@@ -125,6 +132,12 @@ def _tell_truncated(
                 progress.note(f"warning: {truncation_line(task, arm, num_prompts, num_truncated)}")
 
 
+def _longest(calls: Calls, lanes: dict[int, tuple[Lane, ...]]) -> int:
+    """Tokens of the longest context of any lane, its budget behind it."""
+    rows = (ids for of_size in lanes.values() for lane in of_size for own in lane.ids.values() for ids in own)
+    return max(map(len, rows)) + max(call.max_new_tokens for of_size in calls.values() for call in of_size)
+
+
 def _calls_per_round(calls: Calls, lanes: dict[int, tuple[Lane, ...]]) -> int:
     return sum(len(calls[size]) * len(lanes[size]) for size in calls)
 
@@ -143,7 +156,12 @@ def _check_unscored(plan: SpeedPlan, found: store.Run, calls_per_round: int) -> 
 
 
 def _manifest(
-    plan: SpeedPlan, calls: Calls, lanes: Sequence[Lane], overrides: Sequence[Override], resume: Path | None
+    plan: SpeedPlan,
+    calls: Calls,
+    lanes: Sequence[Lane],
+    overrides: Sequence[Override],
+    ways: Sequence[Ways],
+    resume: Path | None,
 ) -> RunManifest:
     return new_manifest(
         "speed",
@@ -155,6 +173,7 @@ def _manifest(
         notes=NOTES,
         tasks=scored_tasks(plan, chain.from_iterable(calls.values())),
         overrides=overrides,
+        ways=ways,
     )
 
 
