@@ -21,6 +21,7 @@ def differences(old: RunManifest, new: RunManifest) -> list[str]:
     if old.verb == "run":  # what cells do not tell, or not where decoding is greedy
         pairs.append(("seed", old.plan.get("seed"), new.plan.get("seed")))
     if old.verb == "speed":
+        pairs.append(("how models are run", _flags(old), _flags(new)))
         keys = sorted(({*old.machine} | {*new.machine}) - {"kernels"})
         pairs += [(f"machine {key}", old.machine.get(key), new.machine.get(key)) for key in keys]
     found = [f"{name} was {before}, is {after}" for name, before, after in pairs if before != after]
@@ -29,6 +30,11 @@ def differences(old: RunManifest, new: RunManifest) -> list[str]:
         found.append(f"limit was {old.plan.get('limit')}, is {new.plan['limit']} (it may only be raised)")
     edited = [*_file_differences(old, new), *_task_differences(old, new)]
     return found + edited + _cell_differences(old, new, explained=bool(edited))
+
+
+def _flags(manifest: RunManifest) -> list[Any]:
+    """What in the ways of its models changes how fast they are."""
+    return [(ways.cached, ways.rows_together, ways.positions_passed, ways.plain_beyond) for ways in manifest.ways]
 
 
 def warnings(old: RunManifest, new: RunManifest) -> tuple[str, ...]:

@@ -1,10 +1,49 @@
-"""Words for how a Hugging Face model is run, the same on terminals, in checks and in reports."""
+"""How a Hugging Face model is run: words, the same on terminals, in checks and in reports; and what of it slows it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from twotower_eval.records import FailedTrial, RunManifest, Ways
+from twotower_eval.records import Arm, FailedTrial, RunManifest, Ways
+
+SlowWay = Literal["no cache", "no cache for long contexts", "one prompt after the other"]
+SLOW_WORDS: dict[SlowWay, str] = {
+    "no cache": "without a cache, every token by a pass over all before it",
+    "no cache for long contexts": "without a cache where contexts are long",
+    "one prompt after the other": "one prompt after the other in batches of several",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handicap:
+    """An arm that was timed in a slower way than its model has: no speedup can be read off that."""
+
+    arm: Arm
+    way: SlowWay
+
+
+def handicaps(arm: Arm, ways: Ways, *, batch_size: int, longest: int) -> tuple[Handicap, ...]:
+    """What slows an arm in calls of ``batch_size`` prompts and contexts of up to ``longest`` tokens.
+
+    Prompts one after the other are as fast as any where each is timed alone; positions passed cost nothing, and
+    options are not timed.
+    """
+    slow: list[SlowWay] = []
+    if not ways.cached:
+        slow.append("no cache")
+    elif ways.plain_beyond is not None and longest > ways.plain_beyond:
+        slow.append("no cache for long contexts")
+    if not ways.rows_together and batch_size > 1:
+        slow.append("one prompt after the other")
+    return tuple(Handicap(arm=arm, way=way) for way in slow)
+
+
+def handicap_text(found: Sequence[Handicap]) -> str:
+    """Why no speedup can be read off such times."""
+    told = "; ".join(f"the {one.arm} was timed {SLOW_WORDS[one.way]}" for one in found)
+    return f"{told}: the only right way found to run that model here, and slower than the model is"
 
 
 def ways_text(ways: Ways) -> str:
@@ -17,12 +56,17 @@ def ways_text(ways: Ways) -> str:
 
 def slower_lines(manifest: RunManifest) -> list[str]:
     """A line for each model of a run that is not run in the fastest way, by name."""
-    names = {cell.checkpoint.identity: cell.checkpoint.name for cell in manifest.cells}
     return [
-        f"{names.get(ways.checkpoint, ways.checkpoint)}: {ways_text(ways)}"
-        for ways in manifest.ways
+        f"{name}: {ways_text(ways)}"
+        for name, ways in named_ways(manifest)
         if ways.failed or ways.plain_beyond is not None or not ways.cached
     ]
+
+
+def named_ways(manifest: RunManifest) -> list[tuple[str, Ways]]:
+    """Each model's with the name of its checkpoint."""
+    names = {cell.checkpoint.identity: cell.checkpoint.name for cell in manifest.cells}
+    return [(names.get(ways.checkpoint, ways.checkpoint), ways) for ways in manifest.ways]
 
 
 def _ways(ways: Ways) -> Iterator[str]:

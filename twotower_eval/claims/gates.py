@@ -20,6 +20,7 @@ from twotower_eval.evidence.truncation import truncated_at
 from twotower_eval.records import CheckOutcome, Estimate, Gate, GateLimits
 from twotower_eval.shortfalls import truncation_line
 from twotower_eval.stats.decide import DECISION_LEVEL
+from twotower_eval.ways import handicap_text
 
 BROKEN = "fast and broken"
 NEEDED_FOR_SPEED = ("degenerate outputs", "answers are answers")
@@ -102,6 +103,13 @@ def verify_gate(evidence: Evidence, identity: str) -> Gate:
         detail = f"verify did not go to its end; {detail}"
     outcome: CheckOutcome = "failed" if failed else "passed" if newest.complete else "not_checked"
     return Gate(name="verify", outcome=outcome, detail=detail, evidence=(newest.manifest.run_id,))
+
+
+def fastest_way_gate(point: SpeedPoint) -> Gate:
+    """Neither arm was slowed by how its model has to be run here: a handicap is no speedup."""
+    outcome: CheckOutcome = "failed" if point.handicaps else "passed"
+    detail = handicap_text(point.handicaps) if point.handicaps else "neither arm is slowed by how it is run"
+    return Gate(name="fastest way", outcome=outcome, detail=detail, evidence=point.run_ids)
 
 
 def null_gate(

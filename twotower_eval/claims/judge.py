@@ -145,6 +145,8 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
     first = readings[0].estimate
     checks = [gates.complete_gate(point), gates.same_inputs_gate({}, point.run_ids)]
     checks.append(gates.whole_prompts_gate(evidence, point, point.run_ids))
+    if point.handicaps:
+        checks.append(gates.fastest_way_gate(point))
     if first is not None:
         judged = calls_speedup(claim, point, first)
         checks.append(gates.null_gate(point, evidence.speed, judged, claim.expected, claim.limits))

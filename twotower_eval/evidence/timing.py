@@ -39,8 +39,9 @@ from twotower_eval.evidence.measured import ArmsDifferError
 from twotower_eval.evidence.nulls import caution, fault
 from twotower_eval.evidence.points import Measured, PointKey, baseline_of, measured, point_key
 from twotower_eval.evidence.samples import Sample, answer_samples
-from twotower_eval.records import Cell, GateLimits
+from twotower_eval.records import Cell, GateLimits, SpeedSample
 from twotower_eval.store import Run
+from twotower_eval.ways import Handicap, handicaps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class SpeedPoint:
     """Speed of one candidate cell against its baseline cell; ``null`` is the baseline against itself.
 
     ``null_fault`` says why the null forbids to read this as a speedup, which is then INVALID; ``None`` if it does not.
+    ``handicaps``: arms that were timed in a slower way than their models have, which is INVALID as well.
     ``timed`` and ``null_timed`` are the calls that these figures rest on, for other levels.
     """
 
@@ -77,6 +79,7 @@ class SpeedPoint:
     timed: stats.TimedCalls
     null_timed: stats.TimedCalls | None
     null_fault: str | None = None
+    handicaps: tuple[Handicap, ...] = ()
 
     @property
     def key(self) -> PointKey:
@@ -96,7 +99,7 @@ class SpeedPoint:
     @property
     def invalid(self) -> bool:
         """Whether this must not be read as a speedup."""
-        return self.null_fault is not None
+        return self.null_fault is not None or bool(self.handicaps)
 
     @property
     def lengths_differ(self) -> bool:
@@ -193,7 +196,21 @@ def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
         warnings=tuple(warnings),
         timed=timed,
         null_timed=null_timed,
+        handicaps=_handicaps(runs, (baseline, candidate), (samples[0], samples[1])),
     )
+
+
+def _handicaps(
+    runs: list[Run], arms: tuple[Cell, Cell], samples: tuple[list[SpeedSample], list[SpeedSample]]
+) -> tuple[Handicap, ...]:
+    """What slows either arm, by how its model is run."""
+    found: list[Handicap] = []
+    for cell, own in zip(arms, samples, strict=True):
+        prompts = [prompt for sample in own for prompt in sample.prompts]
+        longest = max(prompt.num_prompt_tokens + prompt.num_tokens for prompt in prompts)
+        for ways in (ways for run in runs for ways in run.manifest.ways if ways.checkpoint == cell.checkpoint.identity):
+            found += handicaps(cell.arm, ways, batch_size=cell.workload.batch_size or 1, longest=longest)
+    return tuple(dict.fromkeys(found))
 
 
 def _check_prompts(runs: list[Run], baseline: Grid, candidate: Grid) -> None:

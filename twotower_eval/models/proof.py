@@ -41,6 +41,7 @@ CHECKS: Mapping[ProofCheck, Callable[[TransformersModel, Probe], Pairs]] = {
 }
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def prove(model: TransformersModel) -> None:
     """Choose the model's ways, as far as short rows and the cheap ones of its named lengths tell.
@@ -69,6 +70,7 @@ def _prove(model: TransformersModel) -> Tokens:
     return probe.row
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def prove_up_to(model: TransformersModel, longest: int) -> Ways:
     """Try whatever lengths contexts of up to ``longest`` tokens reach. How the model is run then, as manifests say it.

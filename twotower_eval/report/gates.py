@@ -28,6 +28,7 @@ from twotower_eval.report.text import (
     times,
 )
 from twotower_eval.shortfalls import truncation_line
+from twotower_eval.ways import handicap_text, named_ways, ways_text
 
 Row = list[str]
 GATE_HEADER = ["gate", "outcome", "what was found", "run"]
@@ -36,7 +37,7 @@ OUTCOMES = {"passed": "passed", "failed": "**FAILED**", "not_checked": "not chec
 
 def gates(runs: Runs) -> Section:
     """One row for each gate, then the shares of degenerate outputs with the figures on clean ones."""
-    rows = [*_hashes(runs), *_whole_prompts(runs), *_nulls(runs), *_checks(runs)]
+    rows = [*_hashes(runs), *_whole_prompts(runs), *_ways(runs), *_nulls(runs), *_checks(runs)]
     verified = any(run.manifest.verb == "verify" for run in runs)
     missing = "" if verified else "Parity and batch logic were not checked: `twotower-eval verify` does it.\n"
     parts = [table(GATE_HEADER, rows, left=len(GATE_HEADER)), missing, _degenerate(runs)]
@@ -63,6 +64,23 @@ def _whole_prompts(runs: Runs) -> Iterator[Row]:
         lines = [escape(truncation_line(*one)) for one in dict.fromkeys(cut)]
         none = "no prompt was cut" if found else "prompts that were cut were not counted in this run"
         yield ["whole prompts", outcome, "; ".join(lines) or none, code(run.manifest.run_id)]
+
+
+def _ways(runs: Runs) -> Iterator[Row]:
+    """How Hugging Face models proved to run rightly; and speedups over one that was slowed by it."""
+    for run in runs:
+        for name, ways in named_ways(run.manifest):
+            yield [
+                "proved against whole rows",
+                "passed",
+                f"{escape(name)}: {escape(ways_text(ways))}",
+                code(run.manifest.run_id),
+            ]
+    for point in runs.speed:
+        if point.handicaps:
+            gate = f"timed in the fastest way, {point.workload}, batch {point.batch_size}"
+            found = escape(handicap_text(point.handicaps))
+            yield [gate, OUTCOMES["failed"], found, code(" ".join(point.run_ids))]
 
 
 def _nulls(runs: Runs) -> Iterator[Row]:

@@ -18,6 +18,7 @@ from twotower_eval.report.section import Section
 from twotower_eval.report.text import NONE, bullets, code, count, details, escape, run_list, table
 from twotower_eval.shortfalls import override_lines
 from twotower_eval.store import Run
+from twotower_eval.ways import named_ways, ways_text
 
 QUIET_EVENTS = {"started", "cell_done", "done", "truncated"}
 HOME = re.compile(r"(?:/home/[^/,=]+|/Users/[^/,=]+|/root)(?=/|$)")
@@ -120,6 +121,7 @@ def _run(run: Run) -> str:
         f"seeds: {_flat(manifest.seeds)}",
         f"documents: {_documents(run)}",
         *(f"asked and not done: {escape(line)}" for line in override_lines(manifest.overrides)),
+        *(f"{escape(name)} was run {escape(ways_text(ways))}" for name, ways in named_ways(manifest)),
         *(f"note: {escape(note)}" for note in manifest.notes),
     ]
     if events:

@@ -10,6 +10,7 @@ from twotower_eval.evidence.alike import MeasuredOn
 from twotower_eval.evidence.points import Measured
 from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.records import Estimate
+from twotower_eval.ways import handicap_text
 
 NONE = "\u2013"  # a dash: there is no such number
 INVALID = "INVALID"  # beside a timing that must not be read as a speedup
@@ -149,8 +150,9 @@ def measured_on_words(on: MeasuredOn) -> str:
 
 def speed_warnings(point: SpeedPoint) -> tuple[str, ...]:
     """What a reader of this speedup must know; last why it is INVALID, if it is."""
-    fault = () if point.null_fault is None else (f"{INVALID}: {point.null_fault}",)
-    return (*point.warnings, *fault)
+    faults = [*([] if point.null_fault is None else [point.null_fault])]
+    faults += [handicap_text(point.handicaps)] if point.handicaps else []
+    return (*point.warnings, *(f"{INVALID}: {fault}" for fault in faults))
 
 
 def run_list(run_ids: Iterable[str]) -> str:

@@ -13,13 +13,13 @@ from twotower_eval import store
 from twotower_eval.environment import new_manifest, package_versions
 from twotower_eval.ops import kernels
 from twotower_eval.plan import VerifyPlan, model_folder
-from twotower_eval.records import Cell, Check, Prompt, RunManifest, Workload, canonical_json, cell_id, sha256_text
-from twotower_eval.verify.batches import batch_logic, batch_numerics
+from twotower_eval.records import Cell, Check, Prompt, RunManifest, Ways, Workload, canonical_json, cell_id, sha256_text
+from twotower_eval.verify.batches import NUM_TOKENS, batch_logic, batch_numerics
 from twotower_eval.verify.decoding import block_sample, mock_ar_agreement
 from twotower_eval.verify.finding import Finding, not_checked, told
 from twotower_eval.verify.golden import NAMES as GOLDEN_NAMES
 from twotower_eval.verify.golden import Golden, golden_findings, load_golden
-from twotower_eval.verify.numerics import blockwise_context, finite_logits, seeded_scan
+from twotower_eval.verify.numerics import blockwise_context, finite_logits, proved, seeded_scan
 from twotower_eval.verify.prompts import make_prompts
 
 KERNELS = ("mamba-ssm", "causal-conv1d", "flash-attn")
@@ -31,14 +31,17 @@ def verify(plan: VerifyPlan, *, root: Path) -> Path:
     A failed check is no error here. Raises ValueError for whatever the user can mend.
     """
     from twotower_eval.models import load_model
+    from twotower_eval.models.arms import prove_arms
 
     with torch.inference_mode():
         model = load_model(model_folder(plan), dtype=plan.dtype, devices=plan.devices)
         golden = None if plan.golden is None else load_golden(Path(plan.golden), model, plan.devices[0])
         prompts = make_prompts(model, plan.seed)
+        longest = max(len(prompt.token_ids) for prompt in prompts) + NUM_TOKENS
+        ways = prove_arms((model,), lambda _: longest)
         cell = _cell(plan, model, prompts)
-        with store.create(root, _manifest(plan, cell)) as writer:
-            for finding in _findings(plan, model, prompts, golden):
+        with store.create(root, _manifest(plan, cell, ways)) as writer:
+            for finding in (*map(proved, ways), *_findings(plan, model, prompts, golden)):
                 writer.append(Check(cell=cell.id, **dataclasses.asdict(finding)))
             writer.finish()
     return writer.path
@@ -97,7 +100,7 @@ def _cell(plan: VerifyPlan, model: Any, prompts: Sequence[Prompt]) -> Cell:
     )
 
 
-def _manifest(plan: VerifyPlan, cell: Cell) -> RunManifest:
+def _manifest(plan: VerifyPlan, cell: Cell, ways: Sequence[Ways]) -> RunManifest:
     return new_manifest(
         "verify",
         run_id=store.new_run_id("verify"),
@@ -105,6 +108,7 @@ def _manifest(plan: VerifyPlan, cell: Cell) -> RunManifest:
         cells=[cell],
         devices=plan.devices,
         seeds={"run": plan.seed},
+        ways=ways,
     )
 
 
