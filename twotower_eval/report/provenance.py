@@ -96,7 +96,13 @@ def _checkpoints(runs: Runs) -> str:
             ]
         )
     header = ["checkpoint", "arm", "family", "source", "revision", "sha256", "dtype", "devices"]
-    return table(header, rows, left=len(header))
+    beside = list(dict.fromkeys(_files(checkpoint) for checkpoint in used if checkpoint.files))
+    return table(header, rows, left=len(header)) + (f"\n{bullets(beside)}" if beside else "")
+
+
+def _files(checkpoint: Checkpoint) -> str:
+    files = ", ".join(f"{escape(file.name)} {code(file.sha256[:16])}" for file in checkpoint.files)
+    return f"{escape(checkpoint.name)} beside its tensors: {files}"
 
 
 def _arm(run: Run, cell: Cell) -> str:
