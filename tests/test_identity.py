@@ -18,11 +18,13 @@ from tiny_pair import write_pair
 from twotower_eval import harness, speed, store, suites
 from twotower_eval.decoders import make_scorer
 from twotower_eval.decoders.pieces import ScoreRequest
+from twotower_eval.evidence.points import point_key
 from twotower_eval.miniature.tokenizer import write_tokenizer
 from twotower_eval.models import load_model
 from twotower_eval.models.identity import causal_identity
 from twotower_eval.plan import RunPlan, SpeedPlan
-from twotower_eval.records import DecoderSpec, Workload, cell_id
+from twotower_eval.records import Cell, Checkpoint, DecoderSpec, Workload, cell_id, to_json
+from twotower_eval.strict import from_json
 
 EXPERTS = {
     "hybrid_override_pattern": "M*E",
@@ -132,6 +134,24 @@ def test_where_a_folder_lies_and_how_its_weights_are_cut_changes_no_cell(pair: P
     one, other = load_model(pair), load_model(copied)
     assert cell_id(one.checkpoint, *WORK) == cell_id(other.checkpoint, *WORK)
     assert {file.name for file in other.checkpoint.weights} == set(shards)
+
+
+def test_quality_and_speed_of_another_config_are_not_of_one_point(pair: Path) -> None:
+    """Both halves of a joint claim are of one thing, and its verify run too."""
+    one = load_model(pair).checkpoint
+    EDITS["config.json"](pair)
+    cells = [
+        Cell(id="c", arm="candidate", checkpoint=checkpoint, decoder=WORK[0], workload=WORK[1])
+        for checkpoint in (one, load_model(pair).checkpoint)
+    ]
+    assert point_key(cells[0]) != point_key(cells[1])
+
+
+def test_a_checkpoint_of_an_older_run_is_its_tensors() -> None:
+    """Published runs know of no files: their cells and points stay what they were."""
+    old = Checkpoint(name="n", family="f", source="s", digest="d", dtype="float32", devices=("cpu",))
+    assert old.identity == "d"
+    assert from_json(Checkpoint, {k: v for k, v in to_json(old).items() if k not in ("files", "weights")}) == old
 
 
 # Sharing

@@ -196,8 +196,25 @@ def test_edited_answers_are_noticed(own: Path, plan: RunPlan, tmp_path: Path) ->
     path = harness.run(plan, root=tmp_path / "runs")
     for name in ("done.json", "scores.jsonl"):
         (path / name).unlink()
-    edit_row(path, "generations.jsonl", 2, lambda row: row["generation"].update(text="42"))
+    edit_row(path, "generations.jsonl", 2, lambda row: row["generation"].update(num_context_forwards=1))
     with pytest.raises(ValueError, match=r"generations.jsonl: lines 1 to \d+ were changed after they were written"):
+        harness.run(plan, root=tmp_path / "runs", resume=path)
+
+
+@pytest.mark.parametrize("field", ["text", "token_ids"])
+def test_an_answer_edited_after_the_last_event_contradicts_itself(
+    own: Path, plan: RunPlan, tmp_path: Path, field: str
+) -> None:
+    path = harness.run(plan, root=tmp_path / "runs")
+    for name in ("done.json", "scores.jsonl"):
+        (path / name).unlink()
+    events = (path / "events.jsonl").read_text().splitlines(keepends=True)
+    (path / "events.jsonl").write_text(events[0])
+    made = store.load(path).generations[1].generation
+    assert made.finish == "length"
+    other = {"text": "42", "token_ids": [made.token_ids[0] ^ 1, *made.token_ids[1:]]}[field]
+    edit_row(path, "generations.jsonl", 2, lambda row: row["generation"].update({field: other}))
+    with pytest.raises(ValueError, match=r"generations.jsonl, line 2: .* a text that is not that of its tokens"):
         harness.run(plan, root=tmp_path / "runs", resume=path)
 
 

@@ -14,7 +14,7 @@ from twotower_eval import store
 from twotower_eval.harness.answers import Key
 from twotower_eval.harness.jobs import Job
 from twotower_eval.harness.scoring import Row, score_rows
-from twotower_eval.records import Aggregate, RunManifest, Score, canonical_json, to_json
+from twotower_eval.records import Aggregate, GenerationRow, RunManifest, Score, canonical_json, to_json
 from twotower_eval.suites import BuiltTask
 
 
@@ -67,16 +67,30 @@ class KnownScores:
 
 
 def check_known(run: store.Run, manifest: RunManifest, jobs: Sequence[Job]) -> None:
-    """ValueError, before a run is opened again, where a score on disk is not that of its journalled answer."""
+    """ValueError, before a run is opened again, where a score on disk is not that of its journalled answer, or an
+    answer contradicts itself."""
     store.check_comparable(run, manifest)
     known = KnownScores(run)
     answered: dict[str, dict[Key, Row]] = defaultdict(dict)
     rows: list[Row] = [*run.generations, *run.likelihoods]
     for row in rows:
         answered[row.cell][row.task, row.doc_id, row.request_index, row.repeat] = row
+    _check_texts(run, jobs)
     for job in jobs if run.scores else ():
         own = answered[job.cell.id if job.task.generates else job.likelihoods_of]
         known.new(score_rows(job.task, job.cell.id, _whole_documents(job.task, own)))
+
+
+def _check_texts(run: store.Run, jobs: Sequence[Job]) -> None:
+    """ValueError where a text is not that of its tokens. Decoders of others may write their texts as they like, and
+    before a stop string stands part of a token that is counted no more."""
+    own = {job.cell.id: job for job in jobs if job.task.generates and ":" not in job.cell.decoder.kind}
+    for line, row in enumerate(run.generations, start=1):
+        made, job = row.generation, own.get(row.cell)
+        if job is None or made.finish == "stop" or made.text == job.model.tokenizer.decode(made.token_ids):
+            continue
+        where = f"{run.path / store.JOURNALS[GenerationRow][0]}, line {line}: task {row.task!r}, document {row.doc_id}"
+        raise ValueError(f"{where} has a text that is not that of its tokens: restore the file or start a new run")
 
 
 def _whole_documents(task: BuiltTask, answered: Mapping[Key, Row]) -> Iterator[Row]:
