@@ -131,3 +131,31 @@ def test_data_path_finds_tasks_beside_or_inside_the_package(tmp_path: Path, monk
     (package / "_data" / "tasks").mkdir(parents=True)
     monkeypatch.setattr(plans, "__file__", str(package / "plan.py"))
     assert plans.data_path("tasks", "x.yaml") == package / "_data" / "tasks" / "x.yaml"
+
+
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbfseed = 3\r\n", b"seed = 3"])
+def test_a_byte_order_mark_and_line_ends_of_an_editor_are_no_part_of_a_plan(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "plan.toml").write_bytes(content)
+    assert load_plan(tmp_path / "plan.toml", RunPlan).seed == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("seed = 3".encode("utf-16"), "it is UTF-16, not UTF-8"),
+        (b"# a comment\nmodel = 'caf\xe9'", "line 2: not UTF-8 (byte 0xe9)"),
+        (b"seed = 9223372036854775808", "'seed': a whole number beyond 64 bits"),
+        (b"seed = " + b"9" * 5000, "a whole number has more digits than Python reads"),
+        (b"tasks = " + b"[" * 9000, "nested too deeply"),
+        (b"seed = 1\nseed = 2", "is not valid TOML"),
+        (b'model = "\\ud800"', "is not valid TOML"),
+        (b"min_seconds = nan", "unknown key 'min_seconds'"),
+        (b"temperature = inf", "temperature must be 0 or more, not inf"),
+    ],
+)
+def test_an_odd_plan_is_refused_in_one_line_that_names_it(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "plan.toml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"plan\.toml") as caught:
+        load_plan(tmp_path / "plan.toml", RunPlan)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -193,6 +193,23 @@ def test_an_event_says_when_and_what(tmp_path: Path, line: str) -> None:
         store.load(path)
 
 
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ("[1]", "files must be a JSON object"),
+        ('{"scores.jsonl": {"rows": 1.5, "sha256": "x"}}', "files['scores.jsonl'].rows must be a whole number"),
+        ('{"scores.jsonl": {"rows": 1}}', "missing field(s) sha256"),
+    ],
+)
+def test_an_event_that_tells_no_digests_is_refused_on_resume(tmp_path: Path, files: str, words: str) -> None:
+    path = plain.write_run(tmp_path, [])
+    with open(path / "events.jsonl", "a", encoding="utf-8") as file:
+        file.write(f'{{"at": "2026", "kind": "cell_done", "files": {files}}}\n')
+    with pytest.raises(ValueError, match=r"events\.jsonl, line 2: ") as caught:
+        store.check_unedited(store.load(path))
+    assert words in str(caught.value)
+
+
 CORRUPTED: list[tuple[str, str, Change]] = [
     ("generations.jsonl", "finish", at("generation", "finish", value="banana")),
     ("generations.jsonl", "num_tokens", at("generation", "num_tokens", value=3.5)),

@@ -29,6 +29,13 @@ class FileSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Told:
+    """What an event tells of the journals, by name."""
+
+    files: Mapping[str, FileSummary]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Closing:
     """``done.json``."""
 

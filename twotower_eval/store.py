@@ -22,7 +22,7 @@ from twotower_eval import comparability
 from twotower_eval.closing import DONE as DONE
 from twotower_eval.closing import MANIFEST as MANIFEST
 from twotower_eval.closing import TRAINING_LOG as TRAINING_LOG
-from twotower_eval.closing import agrees_with_closing, close_run
+from twotower_eval.closing import FileSummary, Told, agrees_with_closing, close_run
 from twotower_eval.journal import (
     PACKED,
     Journal,
@@ -193,17 +193,16 @@ def check_unedited(run: Run) -> None:
 
     Lines lost from a file are no edit: what they said is made again.
     """
-    told: dict[str, dict[str, Any]] = {}
+    told: dict[str, FileSummary] = {}
     for number, event in enumerate(run.events, start=1):
-        files = event.get("files", {})
-        values = files.values() if isinstance(files, dict) else [None]
-        if not all(isinstance(one, dict) and isinstance(one.get("rows"), int) for one in values):
-            raise ValueError(f"{run.path / EVENTS}, line {number}: files are not rows and sha256 by name")
-        told.update(files)
+        try:
+            told.update(from_json(Told, {"files": event.get("files", {})}).files)
+        except ValueError as error:
+            raise ValueError(f"{run.path / EVENTS}, line {number}: {error}") from error
     for name, summary in told.items():
-        if not begins_with(content_of(run.path / name) or b"", **summary):
+        if not begins_with(content_of(run.path / name) or b"", rows=summary.rows, sha256=summary.sha256):
             raise ValueError(
-                f"{run.path / name}: lines 1 to {summary['rows']} were changed after they were written ({EVENTS} has "
+                f"{run.path / name}: lines 1 to {summary.rows} were changed after they were written ({EVENTS} has "
                 "another sha256): restore them or start a new run"
             )
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from twotower_eval.json_text import INT64
 from twotower_eval.records import (
+    Aggregate,
     CommitStep,
     CostSample,
     Generation,
@@ -239,6 +240,13 @@ def _score(row: Score) -> str | None:
     return None
 
 
+def _aggregate(row: Aggregate) -> str | None:
+    lacking = row.value is None or row.replicates is None
+    if lacking != (row.missing_reason is not None):
+        return f"value is {row.value}, but missing_reason is {row.missing_reason!r}"
+    return None
+
+
 def _speed(row: SpeedSample) -> str | None:
     if row.batch_size != len(row.prompts):
         return f"batch_size is {row.batch_size}, but there are {len(row.prompts)} prompts"
@@ -259,6 +267,7 @@ _CONTRADICTIONS: dict[type, Callable[[Any], str | None]] = {
     Generation: _generation,
     Likelihood: _likelihood,
     Score: _score,
+    Aggregate: _aggregate,
     SpeedSample: _speed,
     CostSample: _cost,
 }
