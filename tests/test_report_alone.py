@@ -9,7 +9,17 @@ import report_fixture as made
 
 from twotower_eval import report, store
 from twotower_eval.cli import main
-from twotower_eval.records import Cell, Check, Checkpoint, DecoderSpec, RunManifest, SpeedSample, Workload, cell_id
+from twotower_eval.records import (
+    Cell,
+    Check,
+    Checkpoint,
+    DecoderSpec,
+    Override,
+    RunManifest,
+    SpeedSample,
+    Workload,
+    cell_id,
+)
 from twotower_eval.report.text import significant
 
 GPT = Checkpoint(
@@ -154,6 +164,24 @@ def test_a_model_that_was_checked_only(tmp_path: Path) -> None:
     assert markdown.startswith("# gpt2\n\n## One model alone\n\n**gpt2: checked by `verify`, see the gates; ")
     assert "completely yet" not in markdown
     assert "against" not in told(markdown)
+
+
+def test_what_a_task_asks_and_what_was_cut_is_told_of_a_model_alone(tmp_path: Path) -> None:
+    run = store.load(scored(tmp_path / "plain"))
+    asks = Override(task="sorting", setting="temperature", asked=0.7, done=0.0, option="temperature")
+    header = dataclasses.replace(run.manifest, overrides=(asks,))
+    with store.create(tmp_path, header) as writer:
+        for row in (*run.scores, *run.generations):
+            writer.append(row)
+        for cell in run.manifest.cells:
+            cut = 3 if cell.workload.name == "sorting" else 0
+            writer.event("truncated", cell=cell.id, task=cell.workload.name, num_requests=40, num_truncated=cut)
+        writer.finish()
+    markdown = written(tmp_path, writer.path)
+    said = "- sorting asks for temperature: 0.7, done with 0: --temperature overrides it."
+    assert said in markdown.partition("## Scores")[0]
+    assert "| whole prompts | **FAILED** | sorting, the model: 3 of 40 prompts were longer than " in markdown
+    assert " candidate" not in told(markdown)
 
 
 def test_two_autoregressive_models_are_compared(tmp_path: Path) -> None:

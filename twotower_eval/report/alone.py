@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from twotower_eval.evidence.alone import FlaggedAlone, TimedAlone, is_alone
+from twotower_eval.evidence.alone import FlaggedAlone, TimedAlone, is_alone, score_of
 from twotower_eval.evidence.costs import ArmCosts
 from twotower_eval.evidence.naming import checkpoint_name, long_name
 from twotower_eval.evidence.runs import Runs
-from twotower_eval.records import Cell
+from twotower_eval.evidence.wholes import current_scores
+from twotower_eval.records import MEAN, Cell, Score
+from twotower_eval.report.columns import Row, count_columns, ends, measured_columns, operating_point
 from twotower_eval.report.costs import PARTS, explained
 from twotower_eval.report.text import (
     INVALID,
@@ -26,6 +28,8 @@ from twotower_eval.report.text import (
     table,
     times,
 )
+from twotower_eval.shortfalls import override_lines
+from twotower_eval.store import Run
 
 LEAD = "Useful tokens over the seconds of their calls, as the model decodes by itself.\n\n"
 
@@ -52,7 +56,10 @@ def remarks(runs: Runs) -> Iterator[str]:
     """Where the figures of the sentence are from, and what there is not."""
     run_ids = {one.run_id for one in runs.scored_alone} | {i for one in runs.timed_alone for i in one.run_ids}
     if run_ids:
-        yield f"Scores by task and speed by batch stand below. Runs {run_list(run_ids)}. Brackets hold 95 % intervals."
+        noun = "run" if len(run_ids) == 1 else "runs"
+        yield f"Measured in {noun} {run_list(run_ids)}. Brackets hold 95 % intervals."
+    overrides = [one for run in runs if is_alone(run) for one in run.manifest.overrides]
+    yield from (f"{escape(line)}." for line in override_lines(list(dict.fromkeys(overrides))))
     if any(is_alone(run) for run in runs):
         yield "Nothing was measured beside it, so nothing is compared: `--baseline FOLDER` names another model."
 
@@ -209,3 +216,51 @@ def degenerate_alone(runs: Runs) -> str:
 def _share(flagged: FlaggedAlone) -> list[str]:
     share = percent(flagged.num_degenerate / flagged.num_outputs)
     return [count(flagged.num_outputs), f"{count(flagged.num_degenerate)} ({share})"]
+
+
+def score_rows(run: Run) -> Iterator[Row]:
+    """Every score of one model alone, with its interval."""
+    groups: dict[tuple[str, str, str, str], list[Score]] = {}
+    for score in current_scores(run):
+        groups.setdefault((score.cell, score.task, score.metric, score.filter), []).append(score)
+    for (cell_id, task, metric, filter_), scores in groups.items():
+        cell = run.cells[cell_id]
+        figure, interval = score_of(scores, run)
+        yield {
+            "run": run.manifest.run_id,
+            "complete": run.complete,
+            **operating_point(cell),
+            "outputs": "whole_tasks" if cell.workload.kind == "task" else "timed",
+            "batch_size": cell.workload.batch_size,
+            "task": task,
+            "metric": metric,
+            "filter": filter_,
+            "aggregation": scores[0].aggregation or MEAN,
+            "scored_by": scores[0].scored_by,
+            "headline": scores[0].headline,
+            "num_documents": len({score.doc_id for score in scores}),
+            "score": figure.value,
+            **ends("score", interval),
+        }
+
+
+def speed_row(one: TimedAlone) -> Row:
+    return {
+        "runs": " ".join(one.run_ids),
+        "complete": one.complete,
+        **operating_point(one.baseline),
+        "workload": one.baseline.workload.kind,
+        "batch_size": one.baseline.workload.batch_size,
+        "num_rounds": one.num_rounds,
+        "num_calls": one.num_calls,
+        "num_launches": one.num_launches,
+        **measured_columns("tokens_per_s", one.rate),
+        "call_s": one.call_s,
+        **measured_columns("against_itself", one.null),
+        "invalid_reason": one.null_fault,
+        **count_columns("model", one.counts),
+        "latency_median_s": one.latency.median_s,
+        "latency_p95_s": one.latency.p95_s,
+        "num_outputs": one.flagged.num_outputs,
+        "num_degenerate": one.flagged.num_degenerate,
+    }

@@ -11,24 +11,21 @@ from typing import Any
 
 import pandas as pd
 
-from twotower_eval.evidence.alone import TimedAlone, is_alone, score_of
-from twotower_eval.evidence.counts import Counts
+from twotower_eval.evidence.alone import is_alone
 from twotower_eval.evidence.degenerate import flags
 from twotower_eval.evidence.documents import DocumentPair, document_pairs
-from twotower_eval.evidence.naming import checkpoint_name, setting
 from twotower_eval.evidence.points import Measured, OtherScore, QualityPoint
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.evidence.truncation import truncated_by_task
-from twotower_eval.evidence.wholes import WholeScore, current_scores
-from twotower_eval.records import MEAN, Cell, CostSample, Generation, Score
+from twotower_eval.evidence.wholes import WholeScore
+from twotower_eval.records import MEAN, Cell, CostSample, Generation
+from twotower_eval.report import alone
+from twotower_eval.report.columns import Row, count_columns, ends, measured_columns, operating_point
 from twotower_eval.report.text import speed_warnings
 from twotower_eval.report.verdicts import JudgedRuns
-from twotower_eval.store import Run
 
-Row = dict[str, Any]
 TRUNCATED = ("baseline_num_truncated", "candidate_num_truncated")  # empty where it was not counted
-SETTINGS = ("block_size", "steps_per_block", "threshold")
 
 
 def tables(runs: Runs) -> dict[str, bytes]:
@@ -41,11 +38,11 @@ def tables(runs: Runs) -> dict[str, bytes]:
         "flips.csv": [_flip(p, s) for p in runs.quality for s in document_pairs(runs, p) if s.change],
         "answers.csv": [row for point in runs.speed for row in _answers(point)],
         "verdicts.csv": _verdicts(runs),
-        "scores_alone.csv": [row for run in runs if is_alone(run) for row in _scores_alone(run)],
-        "speed_alone.csv": [_speed_alone(one) for one in runs.timed_alone],
+        "scores_alone.csv": [row for run in runs if is_alone(run) for row in alone.score_rows(run)],
+        "speed_alone.csv": [alone.speed_row(one) for one in runs.timed_alone],
         "costs.csv": [row for run in runs for row in _costs(run.manifest.run_id, run.cells, run.costs)],
         "checks.csv": [
-            {"run": run.manifest.run_id, **_operating_point(run.cells[check.cell]), **_check(check)}
+            {"run": run.manifest.run_id, **operating_point(run.cells[check.cell]), **_check(check)}
             for run in runs
             for check in run.checks
         ],
@@ -58,25 +55,12 @@ def csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return str(pd.DataFrame.from_records(list(rows)).to_csv(index=False, lineterminator="\n")).encode()
 
 
-def measured_columns(name: str, found: Measured) -> Row:
-    """An estimate as four columns and the reason where there is none."""
-    estimate = found.estimate
-    numbers = (None,) * 4 if estimate is None else (estimate.value, estimate.low, estimate.high, estimate.level)
-    values = dict(zip((name, f"{name}_low", f"{name}_high", f"{name}_level"), numbers, strict=True))
-    return {**values, f"{name}_method": estimate.method if estimate else None, f"{name}_missing_reason": found.reason}
-
-
-def _operating_point(cell: Cell) -> Row:
-    named = {name: setting(cell.decoder, name) for name in SETTINGS}
-    return {"checkpoint": checkpoint_name(cell.checkpoint), "decoder": cell.decoder.label, **named}
-
-
 def _outputs(point: QualityPoint) -> Row:
     return {"outputs": "timed" if point.timed else "whole_tasks", "batch_size": point.candidate.workload.batch_size}
 
 
 def _retention(point: QualityPoint, cut: Mapping[str, tuple[int, int]]) -> Iterator[Row]:
-    start = {"run": point.run_id, "complete": point.complete, **_operating_point(point.candidate), **_outputs(point)}
+    start = {"run": point.run_id, "complete": point.complete, **operating_point(point.candidate), **_outputs(point)}
     for task in point.tasks:
         yield {
             **start,
@@ -124,7 +108,7 @@ def _others(point: QualityPoint) -> Iterator[Row]:
         yield {
             "run": point.run_id,
             "complete": point.complete,
-            **_operating_point(point.candidate),
+            **operating_point(point.candidate),
             **_outputs(point),
             "task": score.task,
             "metric": score.metric,
@@ -143,8 +127,8 @@ def _mean_columns(score: OtherScore) -> Row:
         "aggregation": MEAN,
         "baseline": score.baseline,
         "candidate": score.candidate,
-        **_ends("baseline", none),
-        **_ends("candidate", none),
+        **ends("baseline", none),
+        **ends("candidate", none),
         **measured_columns("difference", difference),
         **measured_columns("retention", retention),
     }
@@ -155,24 +139,18 @@ def _whole_columns(score: WholeScore) -> Row:
         "aggregation": score.aggregation,
         "baseline": score.baseline.value,
         "candidate": score.candidate.value,
-        **_ends("baseline", score.baseline_interval),
-        **_ends("candidate", score.candidate_interval),
+        **ends("baseline", score.baseline_interval),
+        **ends("candidate", score.candidate_interval),
         **measured_columns("difference", score.difference),
         **measured_columns("retention", score.retention),
     }
-
-
-def _ends(arm: str, interval: Measured) -> Row:
-    """The ends of an arm's own interval, or why it has none."""
-    columns = measured_columns(arm, interval)
-    return {name: columns[name] for name in (f"{arm}_low", f"{arm}_high", f"{arm}_missing_reason")}
 
 
 def _speed(point: SpeedPoint) -> Row:
     return {
         "runs": " ".join(point.run_ids),
         "complete": point.complete,
-        **_operating_point(point.candidate),
+        **operating_point(point.candidate),
         "workload": point.workload,
         "batch_size": point.batch_size,
         "num_rounds": point.num_rounds,
@@ -185,8 +163,8 @@ def _speed(point: SpeedPoint) -> Row:
         **measured_columns("baseline_against_itself", point.null),
         **measured_columns("baseline_tokens_per_s", point.baseline_rate),
         **measured_columns("candidate_tokens_per_s", point.candidate_rate),
-        **_counts("baseline", point.baseline_counts),
-        **_counts("candidate", point.counts),
+        **count_columns("baseline", point.baseline_counts),
+        **count_columns("candidate", point.counts),
         "baseline_latency_median_s": point.baseline_latency.median_s,
         "baseline_latency_p95_s": point.baseline_latency.p95_s,
         "candidate_latency_median_s": point.latency.median_s,
@@ -197,69 +175,10 @@ def _speed(point: SpeedPoint) -> Row:
     }
 
 
-def _scores_alone(run: Run) -> Iterator[Row]:
-    """Every score of one model alone, with its interval."""
-    groups: dict[tuple[str, str, str, str], list[Score]] = {}
-    for score in current_scores(run):
-        groups.setdefault((score.cell, score.task, score.metric, score.filter), []).append(score)
-    for (cell_id, task, metric, filter_), scores in groups.items():
-        cell = run.cells[cell_id]
-        figure, interval = score_of(scores, run)
-        yield {
-            "run": run.manifest.run_id,
-            "complete": run.complete,
-            **_operating_point(cell),
-            "outputs": "whole_tasks" if cell.workload.kind == "task" else "timed",
-            "batch_size": cell.workload.batch_size,
-            "task": task,
-            "metric": metric,
-            "filter": filter_,
-            "aggregation": scores[0].aggregation or MEAN,
-            "scored_by": scores[0].scored_by,
-            "headline": scores[0].headline,
-            "num_documents": len({score.doc_id for score in scores}),
-            "score": figure.value,
-            **_ends("score", interval),
-        }
-
-
-def _speed_alone(one: TimedAlone) -> Row:
-    return {
-        "runs": " ".join(one.run_ids),
-        "complete": one.complete,
-        **_operating_point(one.baseline),
-        "workload": one.baseline.workload.kind,
-        "batch_size": one.baseline.workload.batch_size,
-        "num_rounds": one.num_rounds,
-        "num_calls": one.num_calls,
-        "num_launches": one.num_launches,
-        **measured_columns("tokens_per_s", one.rate),
-        "call_s": one.call_s,
-        **measured_columns("against_itself", one.null),
-        "invalid_reason": one.null_fault,
-        **_counts("model", one.counts),
-        "latency_median_s": one.latency.median_s,
-        "latency_p95_s": one.latency.p95_s,
-        "num_outputs": one.flagged.num_outputs,
-        "num_degenerate": one.flagged.num_degenerate,
-    }
-
-
-def _counts(arm: str, counts: Counts) -> Row:
-    return {
-        f"{arm}_num_prompts": counts.num_prompts,
-        f"{arm}_num_tokens": counts.num_tokens,
-        f"{arm}_num_discarded_tokens": counts.num_discarded_tokens,
-        f"{arm}_num_context_forwards": counts.num_context_forwards,
-        f"{arm}_num_denoiser_forwards": counts.num_denoiser_forwards,
-        f"{arm}_num_forced_commits": counts.num_forced_commits,
-    }
-
-
 def _sample(point: QualityPoint, sample: DocumentPair) -> Row:
     return {
         "run": sample.run_id,
-        **_operating_point(point.candidate),
+        **operating_point(point.candidate),
         **_outputs(point),
         "task": sample.task,
         "doc_id": sample.doc_id,
@@ -287,7 +206,7 @@ def _flip(point: QualityPoint, sample: DocumentPair) -> Row:
     texts = {"baseline_text": sample.baseline, "candidate_text": sample.candidate}
     return {
         "run": sample.run_id,
-        **_operating_point(point.candidate),
+        **operating_point(point.candidate),
         **_outputs(point),
         "task": sample.task,
         "doc_id": sample.doc_id,
@@ -303,7 +222,7 @@ def _answers(point: SpeedPoint) -> Iterator[Row]:
     for sample in point.samples:
         row = {
             "runs": " ".join(point.run_ids),
-            **_operating_point(point.candidate),
+            **operating_point(point.candidate),
             "batch_size": point.batch_size,
             "task": sample.task,
             "doc_id": sample.doc_id,
@@ -355,7 +274,7 @@ def _costs(run_id: str, cells: Mapping[str, Cell], measured: Sequence[CostSample
     for (cell, *rest), times_s in groups.items():
         yield {
             "run": run_id,
-            **_operating_point(cells[cell]),
+            **operating_point(cells[cell]),
             **dict(zip(names, rest, strict=True)),
             "num_rounds": len(times_s),
             "median_s": median(times_s),

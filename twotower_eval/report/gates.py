@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from twotower_eval.evidence.alone import compares
+from twotower_eval.evidence.alone import compares, is_alone
 from twotower_eval.evidence.clean import Flagged
 from twotower_eval.evidence.points import Measured, QualityPoint
 from twotower_eval.evidence.runs import Runs
@@ -59,7 +59,8 @@ def _whole_prompts(runs: Runs) -> Iterator[Row]:
         if all(cell.workload.kind not in ("task", "answer") for cell in run.manifest.cells):
             continue
         found = truncated(run)
-        cut = [(one.task, one.arm, one.num_requests, one.num_truncated) for one in found if one.num_truncated]
+        arms = {"baseline": "the model" if is_alone(run) else "baseline", "candidate": "candidate"}
+        cut = [(one.task, arms[one.arm], one.num_requests, one.num_truncated) for one in found if one.num_truncated]
         outcome = OUTCOMES["failed" if cut else "passed" if found else "not_checked"]
         lines = [escape(truncation_line(*one)) for one in dict.fromkeys(cut)]
         none = "no prompt was cut" if found else "prompts that were cut were not counted in this run"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from twotower_eval.evidence.naming import checkpoint_name, long_name
 from twotower_eval.evidence.points import QualityPoint
 from twotower_eval.evidence.runs import Headline, Runs
@@ -120,6 +122,14 @@ def _of_quality(quality: QualityPoint) -> list[str]:
     return [*lines, unclear] if unclear else lines
 
 
+def _of_scope(quality: QualityPoint, scope: Sequence[str]) -> list[str]:
+    """Where the tasks that the sentence is over are not those of the claim."""
+    tasks = [task.name for task in quality.tasks]
+    lacking, beside = [name for name in scope if name not in tasks], [name for name in tasks if name not in scope]
+    lines = [f"The claim is also over {escape(', '.join(lacking))}, which this does not hold."] if lacking else []
+    return [*lines, *([f"The claim is not over {escape(', '.join(beside))}, which this holds."] if beside else [])]
+
+
 def _caveats(runs: Runs, found: Headline) -> list[str]:
     lines = []
     quality, speed = found.quality, found.speed
@@ -140,8 +150,7 @@ def _caveats(runs: Runs, found: Headline) -> list[str]:
             f"{points_text(runs)}. {_picked(found)}a point picked from the tables below needs a new run on other "
             "documents before it is quoted."
         )
-    if quality and found.scope and set(found.scope) != {task.name for task in quality.tasks}:
-        lines.append(f"The claim's quality is over {escape(', '.join(found.scope))}, the sentence's over all tasks.")
+    lines += _of_scope(quality, found.scope) if quality and found.scope else []
     if quality and quality.equal_tasks:
         names = escape(", ".join(quality.equal_tasks))
         lines.append(

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from itertools import zip_longest
 
-from twotower_eval import stats
-from twotower_eval.evidence.alone import is_alone
+from twotower_eval.evidence.alone import is_alone, score_of
 from twotower_eval.evidence.chance import AgainstChance, standing_text
 from twotower_eval.evidence.naming import checkpoint_name
-from twotower_eval.evidence.points import Measured, QualityPoint, TaskQuality, measured, point_key
+from twotower_eval.evidence.points import Measured, QualityPoint, TaskQuality, point_key
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.truncation import truncated, truncated_by_task
-from twotower_eval.evidence.wholes import current_scores, is_whole, one_whole
+from twotower_eval.evidence.wholes import current_scores, is_whole
 from twotower_eval.records import Cell, Score
 from twotower_eval.report.others import other_scores, whole_figure
 from twotower_eval.report.section import Section
@@ -82,14 +80,12 @@ def _single_arm(runs: Runs) -> str:
     told = {run.manifest.run_id: truncated(run) for run in runs}
     rows, cut = [], []
     for (run_id, arm, task, metric, filter_, scored_by), scores in groups.items():
+        figure, interval = score_of(scores, by_id[run_id])
         if is_whole(scores[0]):
-            shown, num = whole_figure(*one_whole(scores, by_id[run_id])), len(scores)
+            shown, num = whole_figure(figure, interval), len(scores)
         else:
-            values = [score.value for score in scores if score.value is not None]
-            clusters = [score.cluster_id for score in scores if score.value is not None]
-            found = measured(partial(stats.mean_score, values, clusters)).estimate
+            found, num = interval.estimate, sum(score.value is not None for score in scores)
             shown = NONE if found is None else f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]"
-            num = len(values)
         named = escape(metric) + (f" ({escape(filter_)})" if filter_ != "none" else "")
         how = SCORED_BY.get(scored_by, escape(scored_by))
         rows.append([escape(task), named, how, escape(arm), code(run_id), count(num), shown])
