@@ -30,6 +30,7 @@ TASKS: list[Any] = [
     own_tasks.task_yaml("some", "some", "multiple_choice", [{"metric": "acc_norm"}, {"metric": "acc"}]),
     own_tasks.task_yaml("many", "many", "multiple_choice", [{"metric": "acc"}, {"metric": "mcc"}]),
     own_tasks.task_yaml("asked", "asked", "generate_until", [{"metric": "acc_asked"}], process_results=None),
+    own_tasks.task_yaml("more", "some", "multiple_choice", [{"metric": "mcc"}, {"metric": "acc"}]),
     own_tasks.task_yaml("prose", "prose", "loglikelihood_rolling", [{"metric": "word_perplexity"}]),
 ]
 TASKS[3] = """
@@ -71,6 +72,8 @@ FIGURES = [  # with what lm-eval makes of them
     group("set_up", [{"task": "few", "doc_to_text": "Q: {{prompt}}"}, "some"], {**ACC, "weight_by_size": False}),
 ]
 OTHERS = [
+    group("correlated", ["many", "more"], {"metric": "mcc"}),
+    group("correlated_macro", ["many", "more"], {"metric": "mcc", "weight_by_size": False}),
     group("names", ["few", "asked", "prose"]),
     group("names_of_groups", ["macro", {"task": "asked", "doc_to_text": "Q: {{prompt}}"}]),
     group("inline", [{"group": "inner", "task": ["few", "some"], "aggregate_metric_list": [ACC]}, "asked"]),
@@ -124,6 +127,16 @@ def lm_evals(tmp_path: Path, name: str, seed: int) -> dict[str, dict[str, Any]]:
         )
     assert found is not None
     return found["results"]
+
+
+@pytest.mark.parametrize("name", ["correlated", "correlated_macro"])
+def test_a_groups_figure_of_scores_of_all_documents_is_the_mean_of_its_members(name: str, tmp_path: Path) -> None:
+    [point] = quality_points(journalled(tmp_path, name))
+    [whole] = [whole for whole in point.wholes if whole.task == name]
+    for seed, found in ((1, whole.baseline), (2, whole.candidate)):
+        assert found.value == pytest.approx(lm_evals(tmp_path, name, seed)[name]["mcc,none"])
+    assert whole.baseline_interval.estimate is not None
+    assert point.tasks == ()
 
 
 @pytest.mark.parametrize("name", [figure["group"] for figure in FIGURES])

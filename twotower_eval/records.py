@@ -260,7 +260,8 @@ class Score:
     under ``mean`` has a document a ``value``. Other functions take sums of the documents' ``parts``, or the documents
     themselves: see :class:`Aggregate`.
 
-    ``group`` is what counts once in an average, the mean over its members; ``by_size``: weighted by their documents.
+    ``group`` has its figure from this row among others: the mean over its members, which counts once in an average;
+    ``by_size``: weighted by their documents.
 
     ``chance`` is the document's expected value under uniform guessing among its options, ``None`` where there are none
     to guess among.

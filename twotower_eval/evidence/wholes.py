@@ -6,7 +6,6 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import exp, isclose, log
 
 from twotower_eval import stats
@@ -104,46 +103,93 @@ def _weighted(score: Score, row: LikelihoodRow) -> Iterator[tuple[float, float]]
 
 
 def whole_scores(run: Run, pairs: Iterable[Pair], answered_once: set[str]) -> Iterator[WholeScore]:
-    """Every score of all documents together, from the rows that both arms have."""
+    """Every score of all documents together, from the rows that both arms have; then those of groups of tasks."""
     made = {(row.cell, row.task, row.metric, row.filter, row.num_documents): row for row in run.aggregates}
-    groups: dict[tuple[str, str, str], list[Pair]] = defaultdict(list)
+    tasks: dict[tuple[str, str, str], list[Pair]] = defaultdict(list)
     for a, b in pairs:
         if is_whole(a):
-            groups[a.task, a.metric, a.filter].append((a, b))
-    for (task, metric, filter_), here in sorted(groups.items()):
+            tasks[a.task, a.metric, a.filter].append((a, b))
+    groups: dict[tuple[str, str, str], list[_Resampled]] = defaultdict(list)
+    for (task, metric, filter_), here in sorted(tasks.items()):
         arms = [[pair[arm] for pair in here] for arm in (0, 1)]
         own = [made.get((arm[0].cell, task, metric, filter_, len(arm))) for arm in arms]
-        yield _whole_score(arms, own, equal=task in answered_once)
+        found = _resampled_arms(arms, own, equal=task in answered_once)
+        yield _whole_score(task, found)
+        if (group := arms[0][0].group) is not None:
+            groups[group, metric, filter_].append(found)
+    for (group, *_), members in sorted(groups.items()):
+        yield _whole_score(group, _group(members))
 
 
-def _whole_score(arms: Sequence[Sequence[Score]], own: Sequence[Aggregate | None], *, equal: bool) -> WholeScore:
-    first, num_clusters = arms[0][0], len({score.cluster_id for score in arms[0]})
-    same = equal and all(a.parts is not None and a.parts == b.parts for a, b in zip(*arms, strict=True))
+@dataclass(frozen=True, kw_only=True)
+class _Resampled:
+    """A score's rows of the first arm, both arms resampled together and each alone, or why not."""
+
+    rows: Sequence[Score]
+    scored_by: str
+    both: stats.WholeScores | str
+    singles: Sequence[stats.WholeScores | str]
+    own: Sequence[Aggregate | None]
+    same: bool
+
+
+def _resampled_arms(arms: Sequence[Sequence[Score]], own: Sequence[Aggregate | None], *, equal: bool) -> _Resampled:
     both = _resampled(arms, own)
-    singles = [
-        (both, arm) if not isinstance(both, str) else (_resampled(arms[arm : arm + 1], own[arm : arm + 1]), 0)
-        for arm in (0, 1)
-    ]
-    figures = [_figure(found, at, own[arm]) for arm, (found, at) in enumerate(singles)]
-    intervals = [_estimate(found, partial(stats.WholeScores.score, arm=at)) for found, at in singles]
+    return _Resampled(
+        rows=arms[0],
+        scored_by=" + ".join(sorted({score.scored_by for score in arms[1]})),
+        both=both,
+        singles=[
+            _resampled(arms[arm : arm + 1], own[arm : arm + 1]) if isinstance(both, str) else both.alone(arm)
+            for arm in (0, 1)
+        ],
+        own=own,
+        same=equal and all(a.parts is not None and a.parts == b.parts for a, b in zip(*arms, strict=True)),
+    )
+
+
+def _group(members: Sequence[_Resampled]) -> _Resampled:
+    """Members' mean; missing where one member's score is."""
+    rows = [row for member in members for row in member.rows]
+    weights = [float(len(member.rows)) if rows[0].by_size else 1.0 for member in members]
+
+    def mean(found: Sequence[stats.WholeScores | str]) -> stats.WholeScores | str:
+        there = [one for one in found if not isinstance(one, str)]
+        return next((one for one in found if isinstance(one, str)), None) or stats.averaged(there, weights)
+
+    both = mean([member.both for member in members])
+    return _Resampled(
+        rows=rows,
+        scored_by=" + ".join(sorted({member.scored_by for member in members})),
+        both=both,
+        singles=[mean([member.singles[arm] for member in members]) for arm in (0, 1)],
+        own=(None, None),
+        same=all(member.same for member in members),
+    )
+
+
+def _whole_score(name: str, found: _Resampled) -> WholeScore:
+    first, num_clusters = found.rows[0], len({score.cluster_id for score in found.rows})
+    figures = [_figure(single, own) for single, own in zip(found.singles, found.own, strict=True)]
+    intervals = [_estimate(single, stats.WholeScores.score) for single in found.singles]
     retention = Measured(estimate=None, reason="less is better")
     if first.higher_is_better:
         known = Measured(estimate=stats.equal_by_construction(1.0, num_clusters))
-        retention = known if same else _estimate(both, stats.WholeScores.retention)
+        retention = known if found.same else _estimate(found.both, stats.WholeScores.retention)
     known = Measured(estimate=stats.equal_by_construction(0.0, num_clusters))
     return WholeScore(
-        task=first.task,
+        task=name,
         metric=first.metric,
         filter=first.filter,
         aggregation=str(first.aggregation),
-        scored_by=" + ".join(sorted({score.scored_by for score in arms[1]})),
+        scored_by=found.scored_by,
         higher_is_better=first.higher_is_better,
-        num_documents=len(arms[0]),
+        num_documents=len(found.rows),
         baseline=figures[0],
         candidate=figures[1],
         baseline_interval=intervals[0],
         candidate_interval=intervals[1],
-        difference=known if same else _estimate(both, stats.WholeScores.difference),
+        difference=known if found.same else _estimate(found.both, stats.WholeScores.difference),
         retention=retention,
     )
 
@@ -155,7 +201,7 @@ def one_whole(scores: Sequence[Score], run: Run) -> tuple[stats.Figure, Measured
     rows = {(row.cell, row.task, row.metric, row.filter, row.num_documents): row for row in run.aggregates}
     own = rows.get(key)
     found = _resampled([scores], [own])
-    return _figure(found, 0, own), _estimate(found, stats.WholeScores.score)
+    return _figure(found, own), _estimate(found, stats.WholeScores.score)
 
 
 def _resampled(arms: Sequence[Sequence[Score]], own: Sequence[Aggregate | None]) -> stats.WholeScores | str:
@@ -198,14 +244,14 @@ def _parts(arm: Sequence[Score]) -> list[tuple[float, ...]]:
     return [score.parts for score in arm if score.parts is not None]
 
 
-def _figure(found: stats.WholeScores | str, arm: int, own: Aggregate | None) -> stats.Figure:
+def _figure(found: stats.WholeScores | str, own: Aggregate | None) -> stats.Figure:
     """lm-eval's own number where the run has it, of these very documents; else what the parts come to."""
     if own is not None and own.value is not None:
         return stats.Figure(value=own.value)
     if isinstance(found, str):
         return stats.Figure(value=None, reason=found)
     try:
-        return stats.Figure(value=found.value(arm))
+        return stats.Figure(value=found.value())
     except ValueError as error:
         return stats.Figure(value=None, reason=str(error))
 

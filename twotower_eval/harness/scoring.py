@@ -204,6 +204,7 @@ def _number(source: Any, metric: str, item: Any) -> float | str:
 def _score(
     task: BuiltTask, cell: str, doc: BuiltDoc, metric: str, filter_name: str, scored_by: str, found: _Value
 ) -> Score:
+    chosen = (metric, filter_name) == (task.metric, task.filter)
     return Score(
         cell=cell,
         task=task.name,
@@ -215,12 +216,12 @@ def _score(
         metric=metric,
         filter=filter_name,
         higher_is_better=doc.source.higher_is_better().get(metric, True) is not False,
-        headline=task.headline and (metric, filter_name) == (task.metric, task.filter),
+        headline=task.headline and chosen,
         scored_by=scored_by,
         value=found.value,
         missing_reason=found.missing_reason,
-        group=task.group,
-        by_size=task.by_size,
+        group=task.group if chosen else None,
+        by_size=task.by_size and chosen,
         aggregation=found.aggregation,
         parts=found.parts,
         chance=doc.chance.get(metric),

@@ -7,7 +7,7 @@ timed calls, ``nulls`` the A/A gate. ``decide`` judges an estimate, ``power`` pl
 data is a ValueError, never 0.
 """
 
-from twotower_eval.stats.aggregates import WholeScores, replicated, summed
+from twotower_eval.stats.aggregates import WholeScores, averaged, replicated, summed
 from twotower_eval.stats.chance import ABOVE_CHANCE_LEVEL, Standing, retention_above_chance, standings
 from twotower_eval.stats.costs import (
     CallCounts,
@@ -109,6 +109,7 @@ __all__ = [
     "Standing",
     "TimedCalls",
     "WholeScores",
+    "averaged",
     "binomial_upper_bound",
     "bootstrap_stderr",
     "break_even",

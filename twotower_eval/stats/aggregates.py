@@ -8,6 +8,7 @@ Shape letters as in ``intervals``, and A arms, V parts of a document, K labels.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -145,6 +146,12 @@ class WholeScores:
             raise ValueError("the score of all documents together is too large a number" if self.log else _NO_VALUE)
         return value
 
+    def alone(self, arm: int) -> WholeScores:
+        """The same of one arm."""
+        one = slice(arm, arm + 1)
+        left_AC = None if self.left_AC is None else self.left_AC[one]
+        return dataclasses.replace(self, score_A=self.score_A[one], draws_AQ=self.draws_AQ[one], left_AC=left_AC)
+
     def score(self, arm: int = 0, *, level: float = LEVEL) -> Estimate:
         """An arm's score; a perplexity's interval is made on the scale of logarithms."""
         value = self.value(arm)
@@ -160,7 +167,7 @@ class WholeScores:
         if self.num_discordant is not None and self.num_discordant < FEW:
             raise ValueError(f"{self.num_discordant} of {self.num_clusters} clusters differ: too few for an interval")
         value = self.value(1) - self.value(0)
-        draws_AQ, left_AC = self._plain(self.draws_AQ), None if self.left_AC is None else self._plain(self.left_AC)
+        draws_AQ, left_AC = self.plain(self.draws_AQ), None if self.left_AC is None else self.plain(self.left_AC)
         left_C = None if left_AC is None else left_AC[1] - left_AC[0]
         return self._estimate(value, *self._interval(value, draws_AQ[1] - draws_AQ[0], left_C, level), level)
 
@@ -178,7 +185,8 @@ class WholeScores:
         )
         return self._estimate(value, *self._interval(value, self.draws_AQ[1] / self.draws_AQ[0], left_C, level), level)
 
-    def _plain(self, scores: Floats) -> Floats:
+    def plain(self, scores: Floats) -> Floats:
+        """Scores or draws on their own scale."""
         with np.errstate(over="ignore"):
             plain: Floats = np.exp(scores) if self.log else scores
         return plain
@@ -262,6 +270,28 @@ def replicated(
         log=False,
         method=f"clustered bootstrap through {name}, {draws_AQ.shape[1]:,} resamples",
         seed=seed,
+    )
+
+
+def averaged(members: Sequence[WholeScores], weights: Sequence[float]) -> WholeScores:
+    """Weighted mean of several tasks' scores. Each task's clusters are drawn apart from the others'."""
+    share_M = np.asarray(weights, dtype=float) / sum(weights)
+    num = min(one.draws_AQ.shape[1] for one in members)
+    # Tasks of one size were drawn alike: another order for each makes them independent, the same in both arms.
+    orders = [np.random.default_rng(number).permutation(num) for number in range(len(members))]
+    draws_MAQ = np.stack(
+        [one.plain(one.draws_AQ)[:, :num][:, order] for one, order in zip(members, orders, strict=True)]
+    )
+    discordant = [one.num_discordant for one in members]
+    return WholeScores(
+        score_A=np.tensordot(share_M, np.stack([one.plain(one.score_A) for one in members]), axes=1),
+        draws_AQ=np.tensordot(share_M, draws_MAQ, axes=1),
+        left_AC=None,
+        num_clusters=sum(one.num_clusters for one in members),
+        num_discordant=None if None in discordant else sum(one or 0 for one in discordant),
+        log=False,
+        method=f"mean over {len(members)} tasks, each by a {members[0].method}",
+        seed=members[0].seed,
     )
 
 

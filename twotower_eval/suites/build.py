@@ -189,8 +189,8 @@ def _build(member: SuiteTask, wishes: Wishes) -> Iterator[BuiltTask]:
         else:
             for one, has in zip(loaded, (fact.has(figure.metric, figure.filter) for fact in known), strict=True):
                 own = figure if has else groups.figure(one.node.name, (), [groups.facts(one.node.name, one.source)])
-                built = _build_part(one.node.name, name, one.node, [one], own, member, wishes)
-                yield dataclasses.replace(built, by_size=figure.by_size, headline=built.headline and has)
+                built = _build_part(one.node.name, name if has else None, one.node, [one], own, member, wishes)
+                yield dataclasses.replace(built, by_size=has and figure.by_size, headline=built.headline and has)
 
 
 def _load(leaf: groups.Node, member: SuiteTask, wishes: Wishes) -> _Loaded:
