@@ -23,7 +23,9 @@ from twotower_eval.records import Prompt
 from twotower_eval.verify.finding import Finding, judged, not_checked
 
 TENSORS, DESCRIPTION = "golden.safetensors", "golden.json"
-LIMITS = {"golden_context": 1e-4, "golden_denoiser": 2e-4, "golden_states": 1e-4}  # absolute, float32
+# Absolute, float32. A reference's own rounding counts too: its denoiser lies up to 1.9e-4 from a pass in float64, and a
+# CPU of another make sums in another order.
+LIMITS = {"golden_context": 1e-4, "golden_denoiser": 3e-4, "golden_states": 1e-4}
 NAMES = (*LIMITS, "golden_tokens")
 PREFILL = "prefill_last_logits"
 
