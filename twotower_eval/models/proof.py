@@ -219,7 +219,7 @@ def _settle_rows(model: TransformersModel, probe: Probe, most_cached: int) -> No
         failed.append(failure)
     model.run_by(replace(before, failed=tuple(failed)))
     _read_plainly(model, most_cached)
-    if model.ways.cached and _failure(model, "cached steps", make_probe(model, most_cached - 6, most_cached)):
+    if model.ways.cached and _failure(model, "cached steps", make_probe(model, max(2, most_cached - 6), most_cached)):
         _read_plainly(model, 0)
 
 
