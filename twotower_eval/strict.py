@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from twotower_eval.json_text import INT64
 from twotower_eval.records import (
+    SUMMED_AGGREGATIONS,
     Aggregate,
     CommitStep,
     CostSample,
@@ -241,7 +242,9 @@ def _score(row: Score) -> str | None:
 
 
 def _aggregate(row: Aggregate) -> str | None:
-    lacking = row.value is None or row.replicates is None
+    # Of functions of sums the documents' parts are kept instead of replicates.
+    resampled = row.replicates is not None or row.aggregation in SUMMED_AGGREGATIONS
+    lacking = row.value is None or not resampled
     if lacking != (row.missing_reason is not None):
         return f"value is {row.value}, but missing_reason is {row.missing_reason!r}"
     return None
