@@ -106,6 +106,36 @@ def test_what_has_no_part_in_a_task_changes_nothing(own: Path, tmp_path: Path) -
     }
 
 
+LOADERS = {
+    "import_module": "import importlib\nBONUS = importlib.import_module('rules_of_own').BONUS\n",
+    "__import__": "BONUS = __import__('rules_of_own').BONUS\n",
+    "exec": "from pathlib import Path\nexec(Path(__file__).with_name('rules_of_own.py').read_text())\n",
+    "lazily": (
+        "import sys\nfrom pathlib import Path\n\ndef bonus():\n"
+        "    sys.path.insert(0, str(Path(__file__).parent / 'lib'))\n"
+        "    from rules_in_lib import BONUS\n    return BONUS\n"
+    ),
+    "file": "from pathlib import Path\nBONUS = int((Path(__file__).parent / 'lib/bonus.json').read_text())\n",
+    "glob": "from pathlib import Path\nBONUS = len([*(Path(__file__).parent / 'lib').glob('*.json')][0].read_text())\n",
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_code_and_data_that_are_loaded_by_hand_are_part_of_a_task(own: Path, loader: str) -> None:
+    """Only imports were followed: a rule read with ``import_module`` or ``open`` could be mended between two scores."""
+    (own / "lib").mkdir()
+    files = {"rules_of_own.py": "BONUS = 0\n", "lib/rules_in_lib.py": "BONUS = 0\n", "lib/bonus.json": "0"}
+    for name, text in files.items():
+        (own / name).write_text(text)
+    (own / "helper_of_own.py").write_text(LOADERS[loader] + ("" if loader == "lazily" else "bonus = lambda: BONUS\n"))
+    before = digest()
+    reached = {"file": "lib/bonus.json", "glob": "lib/bonus.json", "lazily": "lib/rules_in_lib.py"}
+    name = reached.get(loader, "rules_of_own.py")
+    (own / name).write_text(files[name].replace("0", "7"))
+    forget()
+    assert digest() != before
+
+
 def test_code_of_lm_evals_own_tasks_is_followed_too() -> None:
     stock = lm_tasks.roots()[1]
     found = {file.relative_to(stock).as_posix() for file in with_imports([stock / "ifeval" / "utils.py"])}

@@ -1,13 +1,15 @@
 """What a task consists of, part by part: its YAML, the code that it names, its settings, its documents.
 
 A task is the same only where all of them are, so each has a digest, and a refusal can say which one was changed. Code
-is looked for without running it: what a YAML names with ``!function``, and what such a file imports from beside itself
-or from anywhere that no package was installed to. Of installed packages the versions are compared elsewhere.
+is looked for without running it: what a YAML names with ``!function``, what such a file imports from beside itself or
+from anywhere that no package was installed to, and files beside it that its texts name, as code may load or read them
+by hand. Of installed packages the versions are compared elsewhere.
 """
 
 from __future__ import annotations
 
 import ast
+import fnmatch
 import hashlib
 import json
 import re
@@ -23,6 +25,7 @@ from twotower_eval.suites.documents import BuiltDoc, generates
 from twotower_eval.suites.files import SuiteTask
 
 FUNCTION = re.compile(r"""!function\s+["']?([\w.]+)""")
+FILE_PATTERN = re.compile(r"[\w.-]*\*\.\w+")  # as in *.txt, not as in a regular expression
 OURS = "twotower_eval"  # goes by its version
 
 
@@ -70,22 +73,61 @@ def _named_code(yaml: Path) -> Iterator[Path]:
 
 
 def with_imports(files: Iterable[Path]) -> set[Path]:
-    """The files and all that they import, directly or not, as far as it is not installed."""
+    """The files and all that they import or name, directly or not, as far as it is not installed."""
     found: set[Path] = set()
     waiting = list(files)
     while waiting:
         file = waiting.pop().resolve()
         if file not in found:
             found.add(file)
-            waiting += _imported(file)
+            tree = _parsed(file)
+            if tree is not None:
+                waiting += [*_imported(file, tree), *_named_in_texts(file, tree)]
     return found
 
 
-def _imported(file: Path) -> Iterator[Path]:
+def _parsed(file: Path) -> ast.Module | None:
+    if file.suffix != ".py":
+        return None
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
+        return ast.parse(file.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError):  # whoever runs it says what is wrong with it
-        return
+        return None
+
+
+def _named_in_texts(file: Path, tree: ast.Module) -> Iterator[Path]:
+    """Files beside the code, or in folders there that it names, by their names: what ``import_module``, ``open`` or a
+    folder put on the search path may reach."""
+    names = {*_texts(tree), *_module_names(tree)}
+    words = {word for name in names for word in (name, *re.split(r"[/\\]", name), *name.split("."))}
+    patterns = [word for word in words if FILE_PATTERN.fullmatch(word)]
+    folders = [file.parent]
+    while folders:
+        for entry in sorted(folders.pop().iterdir()):
+            is_module = entry.suffix == ".py" and entry.stem in words
+            if not (is_module or entry.name in words or any(fnmatch.fnmatch(entry.name, one) for one in patterns)):
+                continue
+            if entry.is_file():
+                yield entry
+            elif entry.is_dir() and not entry.is_symlink():  # a link may lead back
+                folders.append(entry)
+
+
+def _texts(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def _module_names(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            yield from (node.module or "", *(alias.name for alias in node.names))
+
+
+def _imported(file: Path, tree: ast.Module) -> Iterator[Path]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
