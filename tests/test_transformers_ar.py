@@ -303,3 +303,32 @@ def test_there_is_no_context_tower_in_it(folders: dict[str, Path]) -> None:
 def test_loading_is_silent(folders: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
     load_model(folders["llama"])
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_digest_is_of_the_weights_that_are_read(tmp_path: Path) -> None:
+    """Where shards lay beside a single file, the shards were hashed and the file was read: unlike models were equal."""
+    folder = save_tiny("llama", tmp_path / "both")
+    single = load_model(folder)
+    weights = load_file(str(folder / "model.safetensors"))
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, str(folder / "shard.safetensors"))
+    index = {"weight_map": dict.fromkeys(weights, "shard.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    both = load_model(folder)
+    assert both.context_digest == single.context_digest
+    assert torch.equal(both.inner.lm_head.weight, single.inner.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "reason"),
+    [
+        ("adapter_config.json", "{}", r"adds an adapter to the weights; merge it"),
+        ("config.json", "shard.safetensors", r"transformers_weights names 'shard\.safetensors'"),
+    ],
+)
+def test_weights_that_no_digest_would_cover_are_refused(file: str, text: str, reason: str, tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "folder")
+    if file == "config.json":
+        text = json.dumps({**json.loads((folder / file).read_text()), "transformers_weights": text})
+    (folder / file).write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        load_model(folder)

@@ -63,7 +63,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file that holds it. Pickles are refused, a missing shard is named."""
+    """Tensor name -> file that holds it, the single file before shards, as transformers reads them.
+
+    Pickles are refused, a missing shard is named.
+    """
+    single = folder / SINGLE_FILE
+    if single.is_file():
+        with opened(single) as handle:
+            return dict.fromkeys(handle.keys(), single)
     if (folder / INDEX_FILE).exists():
         weight_map = read_json(folder / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -74,10 +81,6 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             raise ValueError(f"{folder / INDEX_FILE}: names a shard that is not there: {missing[0]}")
         _check_index(folder, files)
         return files
-    single = folder / SINGLE_FILE
-    if single.is_file():
-        with opened(single) as handle:
-            return dict.fromkeys(handle.keys(), single)
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     if pickles:
         raise ValueError(f"{folder}: only pickled weights ({pickles[0]}); convert them to safetensors first")

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from twotower_eval.models.base import source_text
 from twotower_eval.models.checkpoint import (
+    SINGLE_FILE,
     file_weights,
     joint_digest,
     opened,
@@ -30,6 +31,7 @@ from twotower_eval.models.tokenizer import load_tokenizer
 from twotower_eval.models.transformers_model import TransformersModel
 from twotower_eval.records import Checkpoint
 
+ADAPTER_FILE = "adapter_config.json"
 LOAD_ERRORS = (  # what transformers raises for folders that are wrong in one way or another
     OSError,
     ValueError,
@@ -85,6 +87,10 @@ def _check_config(folder: Path, data: Mapping[str, Any]) -> None:
         raise ValueError(f"{folder}: nemotron_h is read by this project's own family; leave family out")
     if data.get("quantization_config"):
         raise ValueError(f"{folder}: quantised weights are not supported; give the full-precision checkpoint")
+    if (named := data.get("transformers_weights")) is not None:
+        raise ValueError(f"{folder}: transformers_weights names {named!r} for its weights; call them {SINGLE_FILE}")
+    if (folder / ADAPTER_FILE).exists():  # transformers adds it to the weights where peft is installed, else not
+        raise ValueError(f"{folder}: {ADAPTER_FILE} adds an adapter to the weights; merge it into them, or remove it")
 
 
 def _load_inner(folder: Path, dtype: torch.dtype) -> Any:
