@@ -146,6 +146,16 @@ def test_blanks_before_marks_are_cleaned_up_where_transformers_does(asked: bool,
         assert (ours.decode(ids) == "don't.?") is (asked and tokenizer is words)
 
 
+def test_generation_settings_that_transformers_passes_over_are_read(tmp_path: Path) -> None:
+    """It loads without a file that begins with a BOM or is torn: its EOS were lost, or a traceback came later."""
+    folder = random_folder(tmp_path, byte_tokenizer())
+    (folder / "generation_config.json").write_text('\ufeff{"eos_token_id": [9, 5]}', encoding="utf-8")
+    assert load_model(folder).eos_token_ids == (9, 5, 1)
+    (folder / "generation_config.json").write_text('{"eos_token_id": ')
+    with pytest.raises(ValueError, match=r"generation_config\.json: not valid JSON"):
+        load_model(folder)
+
+
 def test_an_added_token_beyond_the_embedding_is_refused_where_a_text_holds_it(tmp_path: Path) -> None:
     """A public model of 2025 has one token more than rows: it was refused whole."""
     tokenizer = beyond(byte_tokenizer(), "<image>")

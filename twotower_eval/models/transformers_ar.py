@@ -70,7 +70,7 @@ def load(
     model.vocab_size = inner.get_output_embeddings().weight.shape[0]
     model.tokenizer = load_tokenizer(folder, vocab_size=model.vocab_size, unnamed=_class_tokens)
     model.max_length = getattr(text_config, "max_position_embeddings", None)
-    model.eos_token_ids = _eos_ids(inner, model)
+    model.eos_token_ids = _eos_ids(folder, inner, model)
     with _quiet():
         prove(model)
     return model
@@ -157,9 +157,14 @@ def _class_tokens(folder: Path) -> dict[str, str]:
     return {name: str(token) for name, token in named.items() if token is not None}
 
 
-def _eos_ids(inner: Any, model: TransformersModel) -> tuple[int, ...]:
-    """All that the generation settings, the config and the tokenizer name: each of them stops."""
+def _eos_ids(folder: Path, inner: Any, model: TransformersModel) -> tuple[int, ...]:
+    """All that the generation settings, the config and the tokenizer name: each of them stops.
+
+    The settings are read here too: transformers goes on without them where their file is no JSON to it.
+    """
+    file = folder / "generation_config.json"
+    chosen = as_ids(file.name, read_json(file).get("eos_token_id")) if file.exists() else ()
     own = model.tokenizer.eos_token_id if model.tokenizer else None
     settings = (inner.generation_config, inner.config.get_text_config())
     named = [value for one in settings for value in as_ids(type(one).__name__, one.eos_token_id)]
-    return tuple(dict.fromkeys([*named, *([] if own is None else [own])]))
+    return tuple(dict.fromkeys([*chosen, *named, *([] if own is None else [own])]))
