@@ -7,17 +7,16 @@ with the baseline cells of the same run and workload. Scores that cannot be pair
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from twotower_eval import stats
 from twotower_eval.evidence.chance import NOT_CLEAR, AgainstChance, against_chance, chances
 from twotower_eval.evidence.clean import CleanQuality, clean_quality, flagged, flagged_documents, outputs
 from twotower_eval.evidence.counts import count
-from twotower_eval.evidence.measured import ArmsDifferError
+from twotower_eval.evidence.pairing import Pair, lone_scores, missing_scores, paired
 from twotower_eval.evidence.points import (
     Measured,
-    MissingScore,
     OtherScore,
     PointKey,
     QualityPoint,
@@ -31,8 +30,6 @@ from twotower_eval.records import Cell, Score, canonical_json, sha256_text
 from twotower_eval.store import Run
 
 STDERR_TOLERANCE = 0.2
-
-Pair = tuple[Score, Score]
 
 
 def quality_points(run: Run) -> list[QualityPoint]:
@@ -49,14 +46,11 @@ def quality_points(run: Run) -> list[QualityPoint]:
 
 
 def _point(run: Run, cells: list[Cell], by_cell: dict[str, list[Score]]) -> QualityPoint:
-    pairs: list[Pair] = []
-    unpaired = 0
     baselines = [baseline_of(run, cell) for cell in cells]
-    for cell, baseline in zip(cells, baselines, strict=True):
-        found, alone = _paired(run, by_cell[baseline.id], by_cell[cell.id])
-        pairs += found
-        unpaired += alone
-    missing = tuple(_missing(pair for pair in pairs if not is_whole(pair[0])))
+    found = [paired(run, (a, b), by_cell) for a, b in zip(baselines, cells, strict=True)]
+    pairs = [pair for one in found for pair in one.pairs]
+    unpaired = sum(one.num_unanswered for one in found)
+    missing = tuple(missing_scores(found))
     usable = [(a, b) for a, b in pairs if a.value is not None and b.value is not None and not is_whole(a)]
     headline = [pair for pair in usable if pair[0].headline and pair[0].higher_is_better]
     others = [pair for pair in usable if not (pair[0].headline and pair[0].higher_is_better)]
@@ -79,7 +73,7 @@ def _point(run: Run, cells: list[Cell], by_cell: dict[str, list[Score]]) -> Qual
         baseline=baselines[0],
         candidate=cells[0],
         others=tuple(_others(others, answered_once)),
-        wholes=tuple(whole_scores(run, pairs, answered_once)),
+        wholes=tuple(whole_scores(run, pairs, lone_scores(found), answered_once)),
         missing=missing,
         warnings=tuple(warnings),
         counts=count(generation for cell_id, generation in generations if cell_id in ids),
@@ -96,53 +90,6 @@ def _documents_sha256(headline: list[Pair], baselines: list[Cell]) -> str:
     """Identity of what was asked and in how many tokens it was to be answered."""
     asked = [[a.task, a.doc_id, a.doc_sha256, a.prompt_sha256, a.target_sha256, a.metric] for a, _ in headline]
     return sha256_text(canonical_json([asked, [cell.workload.max_new_tokens for cell in baselines]]))
-
-
-def _paired(run: Run, baseline: list[Score], candidate: list[Score]) -> tuple[list[Pair], int]:
-    """Pairs of the same document, metric and filter; and the number of scores without a partner (unfinished runs)."""
-    by_key = [{(s.task, s.doc_id, s.metric, s.filter): s for s in scores} for scores in (baseline, candidate)]
-    alone = sorted(by_key[0].keys() ^ by_key[1].keys())
-    if alone and run.complete:
-        task, doc_id, metric, _ = alone[0]
-        where = f"task {task!r}, document {doc_id}, metric {metric!r}"
-        raise ArmsDifferError(f"run {run.manifest.run_id}: {where} is scored in one arm only: the runs are no pair")
-    pairs = [(by_key[0][key], by_key[1][key]) for key in sorted(by_key[0].keys() & by_key[1].keys())]
-    for a, b in pairs:
-        same = (
-            "doc_sha256",
-            "prompt_sha256",
-            "target_sha256",
-            "cluster_id",
-            "group",
-            "headline",
-            "chance",
-            "aggregation",
-        )
-        for name in same:
-            if getattr(a, name) != getattr(b, name):
-                where = f"task {a.task!r}, document {a.doc_id}"
-                what = f"{name} differs between baseline and candidate"
-                raise ArmsDifferError(f"run {run.manifest.run_id}: {where}: {what}")
-    return pairs, len(alone)
-
-
-def _missing(pairs: Iterable[Pair]) -> Iterator[MissingScore]:
-    found: dict[tuple[str, str, str, str, bool, str], list[int]] = defaultdict(list)
-    for pair in pairs:
-        for arm, score in zip(("baseline", "candidate"), pair, strict=True):
-            if score.value is None:
-                reason = score.missing_reason or "no reason recorded"
-                found[arm, score.task, score.metric, score.filter, score.headline, reason].append(score.doc_id)
-    for (arm, task, metric, filter_, headline, reason), doc_ids in found.items():
-        yield MissingScore(
-            arm=arm,
-            task=task,
-            metric=metric,
-            filter=filter_,
-            headline=headline,
-            reason=reason,
-            doc_ids=tuple(doc_ids),
-        )
 
 
 def _scores(pairs: list[Pair], chance: Sequence[float] = ()) -> stats.PairedScores:

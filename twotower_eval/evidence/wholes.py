@@ -102,20 +102,25 @@ def _weighted(score: Score, row: LikelihoodRow) -> Iterator[tuple[float, float]]
             yield nats, float(weight)
 
 
-def whole_scores(run: Run, pairs: Iterable[Pair], answered_once: set[str]) -> Iterator[WholeScore]:
-    """Every score of all documents together, from the rows that both arms have; then those of groups of tasks."""
+def whole_scores(
+    run: Run, pairs: Iterable[Pair], lone: tuple[Iterable[Score], Iterable[Score]], answered_once: set[str]
+) -> Iterator[WholeScore]:
+    """Every score of all documents together, then those of groups of tasks; each arm's over all that have it there.
+
+    ``lone`` are, by arm, scores of documents that have none in the other.
+    """
     made = {(row.cell, row.task, row.metric, row.filter, row.num_documents): row for row in run.aggregates}
-    tasks: dict[tuple[str, str, str], list[Pair]] = defaultdict(list)
-    for a, b in pairs:
-        if is_whole(a):
-            tasks[a.task, a.metric, a.filter].append((a, b))
+    tasks: dict[tuple[str, str, str], tuple[list[Score], list[Score]]] = defaultdict(lambda: ([], []))
+    for arm, scores in enumerate(([*(a for a, _ in pairs), *lone[0]], [*(b for _, b in pairs), *lone[1]])):
+        for score in filter(is_whole, scores):
+            tasks[score.task, score.metric, score.filter][arm].append(score)
     groups: dict[tuple[str, str, str], list[_Resampled]] = defaultdict(list)
     for (task, metric, filter_), here in sorted(tasks.items()):
-        arms = [[pair[arm] for pair in here] for arm in (0, 1)]
-        own = [made.get((arm[0].cell, task, metric, filter_, len(arm))) for arm in arms]
+        arms = [sorted(scores, key=lambda score: score.doc_id) for scores in here]
+        own = [made.get((arm[0].cell, task, metric, filter_, len(arm))) if arm else None for arm in arms]
         found = _resampled_arms(arms, own, equal=task in answered_once)
         yield _whole_score(task, found)
-        if (group := arms[0][0].group) is not None:
+        if (group := found.rows[0].group) is not None:
             groups[group, metric, filter_].append(found)
     for (group, *_), members in sorted(groups.items()):
         yield _whole_score(group, _group(members))
@@ -123,9 +128,14 @@ def whole_scores(run: Run, pairs: Iterable[Pair], answered_once: set[str]) -> It
 
 @dataclass(frozen=True, kw_only=True)
 class _Resampled:
-    """A score's rows of the first arm, both arms resampled together and each alone, or why not."""
+    """A score's rows of one arm that has it, both arms resampled together and each alone, or why not.
+
+    ``sizes`` are the arms' documents, ``num_shared`` those that have it in both.
+    """
 
     rows: Sequence[Score]
+    sizes: tuple[int, int]
+    num_shared: int
     scored_by: str
     both: stats.WholeScores | str
     singles: Sequence[stats.WholeScores | str]
@@ -134,35 +144,41 @@ class _Resampled:
 
 
 def _resampled_arms(arms: Sequence[Sequence[Score]], own: Sequence[Aggregate | None], *, equal: bool) -> _Resampled:
-    both = _resampled(arms, own)
+    documents = [[score.doc_id for score in arm] for arm in arms]
+    alike = documents[0] == documents[1]
+    both = _resampled(arms, own) if alike else "the task gives it for other documents in one arm than in the other"
     return _Resampled(
-        rows=arms[0],
-        scored_by=" + ".join(sorted({score.scored_by for score in arms[1]})),
+        rows=arms[0] or arms[1],
+        sizes=(len(arms[0]), len(arms[1])),
+        num_shared=len(set(documents[0]) & set(documents[1])),
+        scored_by=" + ".join(sorted({score.scored_by for score in arms[1] or arms[0]})),
         both=both,
         singles=[
             _resampled(arms[arm : arm + 1], own[arm : arm + 1]) if isinstance(both, str) else both.alone(arm)
             for arm in (0, 1)
         ],
         own=own,
-        same=equal and all(a.parts is not None and a.parts == b.parts for a, b in zip(*arms, strict=True)),
+        same=equal and alike and all(a.parts is not None and a.parts == b.parts for a, b in zip(*arms, strict=True)),
     )
 
 
 def _group(members: Sequence[_Resampled]) -> _Resampled:
     """Members' mean; missing where one member's score is."""
     rows = [row for member in members for row in member.rows]
-    weights = [float(len(member.rows)) if rows[0].by_size else 1.0 for member in members]
 
-    def mean(found: Sequence[stats.WholeScores | str]) -> stats.WholeScores | str:
+    def mean(found: Sequence[stats.WholeScores | str], arm: int) -> stats.WholeScores | str:
         there = [one for one in found if not isinstance(one, str)]
+        weights = [float(member.sizes[arm]) if rows[0].by_size else 1.0 for member in members]
         return next((one for one in found if isinstance(one, str)), None) or stats.averaged(there, weights)
 
-    both = mean([member.both for member in members])
+    both = mean([member.both for member in members], 0)
     return _Resampled(
         rows=rows,
+        sizes=(sum(member.sizes[0] for member in members), sum(member.sizes[1] for member in members)),
+        num_shared=sum(member.num_shared for member in members),
         scored_by=" + ".join(sorted({member.scored_by for member in members})),
         both=both,
-        singles=[mean([member.singles[arm] for member in members]) for arm in (0, 1)],
+        singles=[mean([member.singles[arm] for member in members], arm) for arm in (0, 1)],
         own=(None, None),
         same=all(member.same for member in members),
     )
@@ -184,7 +200,7 @@ def _whole_score(name: str, found: _Resampled) -> WholeScore:
         aggregation=str(first.aggregation),
         scored_by=found.scored_by,
         higher_is_better=first.higher_is_better,
-        num_documents=len(found.rows),
+        num_documents=found.num_shared,
         baseline=figures[0],
         candidate=figures[1],
         baseline_interval=intervals[0],
@@ -206,6 +222,8 @@ def one_whole(scores: Sequence[Score], run: Run) -> tuple[stats.Figure, Measured
 
 def _resampled(arms: Sequence[Sequence[Score]], own: Sequence[Aggregate | None]) -> stats.WholeScores | str:
     """The function over resampled documents, or the reason why there is no such score."""
+    if not all(arms):
+        return "the task gives it for no document"
     name, clusters = str(arms[0][0].aggregation), [score.cluster_id for score in arms[0]]
     failed = [made.missing_reason or "no reason recorded" for made in own if made is not None and made.value is None]
     if failed:

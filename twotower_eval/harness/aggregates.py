@@ -21,7 +21,10 @@ from twotower_eval.suites import aggregation, aggregation_name
 NUM_REPLICATES = 1_000  # of functions that take all documents anew each time
 SEED = 0
 # What a function may raise on items that it cannot take: lm-eval would fail on them as well.
-FAILURES = (ArithmeticError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+FAILURES = (
+    ArithmeticError, ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError, NameError,
+    ImportError, OSError,
+)  # fmt: skip
 
 Items = Sequence[Any]  # one of each document
 Parts = tuple[float, ...]

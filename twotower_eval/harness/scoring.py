@@ -115,12 +115,32 @@ def _metrics(
                 dataclasses.replace(instance, resps=[_response(sample[at]) for sample in taken], filtered_resps={})
                 for at, instance in enumerate(doc.instances)
             ]
-        filter_.apply([instance for doc in present for instance in asked[doc.doc_id]])
+        _apply(task, filter_, [instance for doc in present for instance in asked[doc.doc_id]])
         for doc in present:
             results = [instance.filtered_resps[filter_.name] for instance in asked[doc.doc_id]]
-            for metric, value in doc.source.process_results(doc.doc, results).items():
+            for metric, value in _given(task, doc, results).items():
                 found[doc.doc_id][metric].append(value)
     return found
+
+
+def _apply(task: BuiltTask, filter_: Any, instances: list[Any]) -> None:
+    try:
+        filter_.apply(instances)
+    except FAILURES as error:
+        raise ValueError(
+            f"task {task.name!r}: its filter {filter_.name!r} fails on these answers ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _given(task: BuiltTask, doc: BuiltDoc, results: list[Any]) -> dict[str, Any]:
+    """What the task's own code makes of an answer; lm-eval would end at the same place."""
+    try:
+        return dict(doc.source.process_results(doc.doc, results))
+    except FAILURES as error:
+        raise ValueError(
+            f"task {task.name!r}, document {doc.doc_id}: its own code fails on this answer "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 def _pools(source: Any, filter_name: str) -> bool:
@@ -193,7 +213,9 @@ def _mean_value(source: Any, metric: str, items: Sequence[Any]) -> _Value:
 
 
 def _number(source: Any, metric: str, item: Any) -> float | str:
-    """One document's value, or the reason why there is none."""
+    """One document's value, or the reason why there is none; a text is no number, even of digits."""
+    if isinstance(item, str):
+        return f"{metric} of this document is a text"
     try:
         number = float(mean_item(source, metric, item))
     except FAILURES as error:

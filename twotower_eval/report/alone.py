@@ -8,7 +8,7 @@ from twotower_eval.evidence.alone import FlaggedAlone, TimedAlone, is_alone, sco
 from twotower_eval.evidence.costs import ArmCosts
 from twotower_eval.evidence.naming import checkpoint_name, long_name
 from twotower_eval.evidence.runs import Runs
-from twotower_eval.evidence.wholes import current_scores
+from twotower_eval.evidence.wholes import current_scores, is_whole
 from twotower_eval.records import MEAN, Cell, Score
 from twotower_eval.report.columns import Row, count_columns, ends, measured_columns, operating_point
 from twotower_eval.report.costs import PARTS, explained
@@ -226,6 +226,7 @@ def score_rows(run: Run) -> Iterator[Row]:
     for (cell_id, task, metric, filter_), scores in groups.items():
         cell = run.cells[cell_id]
         figure, interval = score_of(scores, run)
+        num_missing = 0 if is_whole(scores[0]) else sum(score.value is None for score in scores)
         yield {
             "run": run.manifest.run_id,
             "complete": run.complete,
@@ -238,7 +239,8 @@ def score_rows(run: Run) -> Iterator[Row]:
             "aggregation": scores[0].aggregation or MEAN,
             "scored_by": scores[0].scored_by,
             "headline": scores[0].headline,
-            "num_documents": len({score.doc_id for score in scores}),
+            "num_documents": len(scores) - num_missing,
+            "num_documents_without_value": num_missing,
             "score": figure.value,
             **ends("score", interval),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 
@@ -30,6 +31,7 @@ from twotower_eval.report.text import (
     table,
 )
 from twotower_eval.shortfalls import override_lines
+from twotower_eval.stats import Figure
 from twotower_eval.store import Run
 
 MAX_LISTED = 20
@@ -78,15 +80,17 @@ def _single_arm(runs: Runs) -> str:
             key = (run.manifest.run_id, arm, score.task, score.metric, score.filter, score.scored_by)
             groups.setdefault(key, []).append(score)
     told = {run.manifest.run_id: truncated(run) for run in runs}
-    rows, cut = [], []
+    rows, cut, gaps = [], [], []
     for (run_id, arm, task, metric, filter_, scored_by), scores in groups.items():
         figure, interval = score_of(scores, by_id[run_id])
         if is_whole(scores[0]):
             shown, num = whole_figure(figure, interval), len(scores)
         else:
-            found, num = interval.estimate, sum(score.value is not None for score in scores)
-            shown = NONE if found is None else f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]"
+            shown, num = _mean(figure, interval), sum(score.value is not None for score in scores)
         named = escape(metric) + (f" ({escape(filter_)})" if filter_ != "none" else "")
+        gaps += [
+            f"{escape(task)}, {named}, {escape(arm)}: {words}" for words in _without_value(scores, figure, interval)
+        ]
         how = SCORED_BY.get(scored_by, escape(scored_by))
         rows.append([escape(task), named, how, escape(arm), code(run_id), count(num), shown])
         cut.append(sum(one.num_truncated for one in told[run_id] if (one.task, one.cell) == (task, scores[0].cell)))
@@ -94,7 +98,26 @@ def _single_arm(runs: Runs) -> str:
     if any(cut):
         header.append("cut prompts")
         rows = [[*row, count(num)] for row, num in zip(rows, cut, strict=True)]
-    return f"\nWhat has been scored:\n\n{table(header, rows, left=5)}" if rows else ""
+    without = f"\nScores without a value:\n\n{bullets(gaps)}" if gaps else ""
+    return f"\nWhat has been scored:\n\n{table(header, rows, left=5)}{without}" if rows else ""
+
+
+def _mean(figure: Figure, interval: Measured) -> str:
+    found = interval.estimate
+    ends = "" if found is None else f" [{found.low:.4f}, {found.high:.4f}]"
+    return NONE if figure.value is None else f"{figure.value:.4f}{ends}"
+
+
+def _without_value(scores: list[Score], figure: Figure, interval: Measured) -> Iterator[str]:
+    """How many documents are left out of a mean, by the reason; why a score of all together is not known."""
+    if is_whole(scores[0]):
+        yield from [escape(why) for why in (figure.reason or interval.reason,) if why]
+        return
+    reasons = Counter(score.missing_reason or "no reason recorded" for score in scores if score.value is None)
+    for reason, num in reasons.items():
+        yield f"{count(num)} of {count(len(scores))} documents: {escape(reason)}"
+    if interval.reason and figure.value is not None:
+        yield f"no interval: {escape(interval.reason)}"
 
 
 def _arm(run: Run, cell: Cell) -> str:

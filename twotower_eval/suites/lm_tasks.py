@@ -102,7 +102,9 @@ def aggregation_name(task: Any, metric: str) -> str:
     function = aggregation(task, metric)
     known = {AGGREGATION_REGISTRY[name]: name for name in AGGREGATION_REGISTRY}
     own = getattr(function, "__qualname__", type(function).__name__)
-    named = known.get(function) or f"{getattr(function, '__module__', '')}.{own}".lstrip(".")
+    # A task's own module goes by its path, which says nothing about the function and differs between machines.
+    module = str(getattr(function, "__module__", "")).rpartition("/")[2]
+    named = known.get(function) or f"{module}.{own}".lstrip(".")
     return MEAN if named == "brier_score" else named  # a mean of what it makes of each document
 
 

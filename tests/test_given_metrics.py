@@ -1,0 +1,142 @@
+"""Metrics that a task's own code gives for some answers only, or fails to give: told, never dropped, never a crash."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+from tests import own_tasks
+from tests import test_whole_scores as whole
+from twotower_eval import report, store, suites
+from twotower_eval.evidence.measured import ArmsDifferError
+from twotower_eval.evidence.pairing import NOT_GIVEN
+from twotower_eval.evidence.quality import quality_points
+from twotower_eval.harness.scoring import aggregate_rows, score_rows
+
+CODE = """
+import math
+
+def results(doc, results):
+    text = results[0]
+    found = {"length": len(text), "over": math.inf if text == "mat" else 1.0, "digits": "3"}
+    if "on" not in text:
+        found["cats"] = float("cat" in text)
+        found["longest"] = len(text)
+    return found
+
+def largest(items):
+    return max(items)
+
+def broken(items):
+    raise RuntimeError("no luck")
+
+def failing(doc, results):
+    return {"length": {"cat": 1}[results[0]]}
+"""
+TASK = """
+task: given
+dataset_path: json
+dataset_kwargs: {data_files: {test: generating.jsonl}}
+test_split: test
+num_fewshot: 0
+output_type: generate_until
+doc_to_text: prompt
+doc_to_target: answer
+generation_kwargs: {until: ["\\n"], do_sample: false, max_gen_toks: 16}
+process_results: !function utils.results
+metric_list:
+  - {metric: length, aggregation: mean, higher_is_better: true}
+  - {metric: cats, aggregation: mean, higher_is_better: true}
+  - {metric: longest, aggregation: !function utils.largest, higher_is_better: true}
+"""
+LUCKLESS = TASK.replace("task: given", "task: luckless").replace("utils.largest", "utils.broken")
+FAILING = TASK.replace("task: given", "task: failing").replace("utils.results", "utils.failing")
+
+
+@pytest.fixture(autouse=True)
+def _tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_tasks.write_tasks(tmp_path, [TASK, FAILING, LUCKLESS], {"generating": whole.GENERATING}, CODE)
+    own_tasks.use_tasks(monkeypatch, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("twotower_eval.harness.aggregates.NUM_REPLICATES", 200)
+
+
+def texts(seed: int) -> list[str]:
+    [task] = suites.resolve_tasks(["given"])
+    answer = whole.model(seed)
+    return [answer(doc.instances[0]) for doc in task.docs]
+
+
+def test_a_metric_of_some_answers_only_is_compared_where_both_arms_have_it(tmp_path: Path) -> None:
+    run = whole.journalled(tmp_path, ("given",))
+    [point] = quality_points(run)
+    without = [{i for i, text in enumerate(texts(seed)) if "on" in text} for seed in (1, 2)]
+    assert without[0] - without[1], "made so that the arms differ"
+    [cats] = [other for other in point.others if other.metric == "cats"]
+    both = set(range(24)) - without[0] - without[1]
+    assert cats.num_documents == len(both)
+    assert cats.baseline == pytest.approx(sum("cat" in texts(1)[i] for i in both) / len(both))
+    gaps = {gap.arm: gap for gap in point.missing if gap.metric == "cats"}
+    assert {gap.reason for gap in gaps.values()} == {NOT_GIVEN}
+    assert set(gaps["baseline"].doc_ids) == without[0] - without[1]
+    assert set(gaps["candidate"].doc_ids) == without[1] - without[0]
+
+
+def test_a_score_of_all_documents_is_each_arms_own_and_not_compared_on_unlike_ones(tmp_path: Path) -> None:
+    [point] = quality_points(whole.journalled(tmp_path, ("given",)))
+    [longest] = [found for found in point.wholes if found.metric == "longest"]
+    assert longest.aggregation == "utils.largest", "no folder of this machine"
+    for seed, figure in ((1, longest.baseline), (2, longest.candidate)):
+        assert figure.value == max(len(text) for text in texts(seed) if "on" not in text)
+    assert longest.difference.estimate is longest.retention.estimate is None
+    assert "other documents in one arm" in (longest.difference.reason or "")
+
+
+def test_an_arm_without_the_answer_is_still_no_pair(tmp_path: Path) -> None:
+    run = whole.journalled(tmp_path, ("given",))
+    [candidate] = [cell.id for cell in run.manifest.cells if cell.arm == "candidate"]
+    for rows in (run.scores, run.generations):
+        rows[:] = [row for row in rows if (row.cell, row.doc_id) != (candidate, 3)]  # type: ignore[union-attr]
+    with pytest.raises(ArmsDifferError, match="document 3, metric 'digits' is scored in one arm only"):
+        quality_points(run)
+
+
+def test_one_model_alone_says_what_has_no_value(tmp_path: Path) -> None:
+    run = whole.journalled(tmp_path, ("given",))
+    [baseline] = [cell for cell in run.manifest.cells if cell.arm == "baseline"]
+    rows = [*run.generations, *run.scores, *run.aggregates]
+    header = whole.manifest("20261101T120000Z-run-bbbbbb", "run", [baseline])
+    with store.create(tmp_path / "alone", header) as writer:
+        for row in rows:
+            if row.cell == baseline.id:
+                writer.append(row)
+        writer.finish()
+    folder = report.write([writer.path], tmp_path / "reports", csv=True)
+    num = sum(text == "mat" for text in texts(1))
+    said = (folder / "report.md").read_text()
+    assert re.search(rf"given, over, .*: {num} of 24 documents: over of this document is inf", said)
+    assert re.search(r"given, digits, .*: 24 of 24 documents: digits of this document is a text", said)
+    with open(folder / "tables/scores_alone.csv") as file:
+        counts = {
+            row["metric"]: (row["num_documents"], row["num_documents_without_value"]) for row in csv.DictReader(file)
+        }
+    assert counts["over"] == (str(24 - num), str(num))
+    assert counts["length"] == ("24", "0")
+
+
+def test_code_that_fails_on_an_answer_names_the_document() -> None:
+    [task] = suites.resolve_tasks(["failing"])
+    rows = own_tasks.rows_of(task, "c", lambda instance: "cat" if instance.doc_id != 2 else "dog")
+    with pytest.raises(ValueError, match=r"task 'failing', document 2: its own code fails .*\(KeyError: 'dog'\)"):
+        score_rows(task, "c", rows)
+    with pytest.raises(ValueError, match="document 2"):
+        aggregate_rows(task, "c", rows)
+
+
+def test_a_function_over_all_documents_may_fail_in_its_own_way(tmp_path: Path) -> None:
+    [task] = suites.resolve_tasks(["luckless"])
+    rows = own_tasks.rows_of(task, "c", lambda instance: "cat")
+    [made] = [row for row in aggregate_rows(task, "c", rows) if row.metric == "longest"]
+    assert made.value is None
+    assert made.missing_reason == "lm-eval's utils.broken of all documents fails (RuntimeError: no luck)"
