@@ -172,3 +172,30 @@ def test_a_function_that_fails_says_so() -> None:
     assert parts_of("f1", None) == "lm-eval's item of this document is not one of f1 (TypeError)"
     assert "fails (TypeError" in str(value_of(Source(AGGREGATION_REGISTRY[MEAN]), "m", [(1, 2)]))
     assert "is inf" in str(value_of(Source(AGGREGATION_REGISTRY["perplexity"]), "m", [-math.inf]))
+
+
+@pytest.mark.parametrize("name", ["perplexity", "weighted_perplexity", "bits_per_byte", "bleu", "chrf", "ter", "f1"])
+def test_no_interval_leaves_the_range_of_its_function(name: str) -> None:
+    """Few and very unlike documents: symmetric intervals went below 0 and above 100."""
+    rng = np.random.default_rng(3)
+    if name in ("perplexity", "weighted_perplexity", "bits_per_byte"):
+        nats_N = -(10.0 ** rng.uniform(-4, 2, 7))
+        items: list[Any] = nats_N.tolist() if name == "perplexity" else [(nats, 3) for nats in nats_N.tolist()]
+    elif name == "f1":
+        items = [(1, 1)] * 6 + [(0, 1)]
+    else:
+        items = [("the cat sat on a mat", "the cat sat on a mat")] * 4 + [
+            ("a", "b b b b b b b b"),
+            ("c d", "c"),
+            ("e", "f"),
+        ]
+    found, again = summed(name, items, items[::-1]), summed(name, items[::-1])
+    one = found.score(0)
+    low, high = aggregates.RANGES[name]
+    assert low <= one.low <= one.value <= one.high <= high
+    assert again.score().value == pytest.approx(one.value)
+    group = stats.averaged([found, found], [1.0, 3.0]).score()
+    assert low <= group.low <= group.value <= group.high <= high
+    if high < math.inf and (found.num_discordant or 0) >= 5:
+        change = found.difference()
+        assert low - high <= change.low <= change.value <= change.high <= high - low

@@ -31,6 +31,9 @@ def largest(items):
 def broken(items):
     raise RuntimeError("no luck")
 
+def none_of_some(doc, results):
+    return {} if results[0] == "mat" else {"length": float(len(results[0]))}
+
 def failing(doc, results):
     return {"length": {"cat": 1}[results[0]]}
 """
@@ -50,13 +53,14 @@ metric_list:
   - {metric: cats, aggregation: mean, higher_is_better: true}
   - {metric: longest, aggregation: !function utils.largest, higher_is_better: true}
 """
+SPARING = TASK.replace("task: given", "task: sparing").replace("utils.results", "utils.none_of_some")
 LUCKLESS = TASK.replace("task: given", "task: luckless").replace("utils.largest", "utils.broken")
 FAILING = TASK.replace("task: given", "task: failing").replace("utils.results", "utils.failing")
 
 
 @pytest.fixture(autouse=True)
 def _tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own_tasks.write_tasks(tmp_path, [TASK, FAILING, LUCKLESS], {"generating": whole.GENERATING}, CODE)
+    own_tasks.write_tasks(tmp_path, [TASK, FAILING, LUCKLESS, SPARING], {"generating": whole.GENERATING}, CODE)
     own_tasks.use_tasks(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("twotower_eval.harness.aggregates.NUM_REPLICATES", 200)
@@ -96,10 +100,17 @@ def test_a_score_of_all_documents_is_each_arms_own_and_not_compared_on_unlike_on
 def test_an_arm_without_the_answer_is_still_no_pair(tmp_path: Path) -> None:
     run = whole.journalled(tmp_path, ("given",))
     [candidate] = [cell.id for cell in run.manifest.cells if cell.arm == "candidate"]
-    for rows in (run.scores, run.generations):
-        rows[:] = [row for row in rows if (row.cell, row.doc_id) != (candidate, 3)]  # type: ignore[union-attr]
+    run.scores[:] = [row for row in run.scores if (row.cell, row.doc_id) != (candidate, 3)]
     with pytest.raises(ArmsDifferError, match="document 3, metric 'digits' is scored in one arm only"):
         quality_points(run)
+
+
+def test_an_answer_that_is_given_nothing_at_all_is_told(tmp_path: Path) -> None:
+    [point] = quality_points(whole.journalled(tmp_path, ("sparing",)))
+    gaps = {gap.arm: gap for gap in point.missing}
+    for seed, arm in ((1, "baseline"), (2, "candidate")):
+        assert gaps[arm].doc_ids == tuple(i for i, text in enumerate(texts(seed)) if text == "mat")
+        assert gaps[arm].headline
 
 
 def test_one_model_alone_says_what_has_no_value(tmp_path: Path) -> None:

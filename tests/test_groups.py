@@ -204,3 +204,47 @@ def test_members_weigh_by_their_documents_only_where_the_group_says_so() -> None
 
 def test_a_leaf_named_twice_in_a_group_counts_once() -> None:
     assert [leaf.name for leaf in groups.leaves(groups.node("deep_macro"))] == ["few", "some", "asked"]
+
+
+AGAIN = [
+    group("empty", [], ACC),
+    group("itself", ["itself", "few"], ACC),
+    group("round_a", ["round_b"], ACC),
+    group("round_b", ["round_a"], ACC),
+    group("nameless", ["few", "some"], {"weight_by_size": True}),
+    group("overlapping", ["macro", "some"], ACC),
+    group("less_is_better", ["graded", "graded_more"], {"metric": "brier_score", "weight_by_size": False}),
+    own_tasks.task_yaml("graded", "few", "multiple_choice", [{"metric": "acc"}, {"metric": "brier_score"}]),
+    own_tasks.task_yaml("graded_more", "some", "multiple_choice", [{"metric": "acc"}, {"metric": "brier_score"}]),
+]
+
+
+@pytest.fixture
+def again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_tasks.write_tasks(tmp_path, [*TASKS, *FIGURES, *OTHERS, *AGAIN], ROWS, CODE)
+    own_tasks.use_tasks(monkeypatch, tmp_path)
+
+
+@pytest.mark.usefixtures("again")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("empty", "group 'empty' has no tasks"),
+        ("itself", "group 'itself' contains itself"),
+        ("round_a", "contains itself"),
+        ("nameless", "group 'nameless': an entry of its aggregate_metric_list names no metric"),
+        ("overlapping", "group 'overlapping' has task 'some' twice, by 'overlapping' and 'macro'"),
+    ],
+)
+def test_groups_that_are_none_are_refused(name: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        suites.resolve_tasks([name])
+
+
+@pytest.mark.usefixtures("again")
+def test_a_groups_figure_of_which_less_is_better_is_beside_retention(tmp_path: Path) -> None:
+    [point] = quality_points(journalled(tmp_path, "less_is_better"))
+    [found] = [other for other in point.others if other.task == "less_is_better"]
+    for seed, value in ((1, found.baseline), (2, found.candidate)):
+        assert value == pytest.approx(lm_evals(tmp_path, "less_is_better", seed)["less_is_better"]["brier_score,none"])
+    assert (found.higher_is_better, found.num_documents) == (False, 9)

@@ -39,7 +39,7 @@ def paired(run: Run, cells: tuple[Cell, Cell], by_cell: Mapping[str, Sequence[Sc
     ArmsDifferError where they cannot be a pair, or where an arm of a run that went to its end lacks an answer.
     """
     by_key = [{_key(score): score for score in by_cell[cell.id]} for cell in cells]
-    answered = [_answered(run, cell, by_cell[cell.id]) for cell in cells]
+    answered = [{(score.task, score.doc_id) for score in by_cell[cell.id]} for cell in cells]
     one_armed = sorted(by_key[0].keys() ^ by_key[1].keys())
     # Before the end an answer may be there that is not scored yet.
     waiting = [key for key in one_armed if not (run.complete and all(key[:2] in found for found in answered))]
@@ -57,12 +57,6 @@ def paired(run: Run, cells: tuple[Cell, Cell], by_cell: Mapping[str, Sequence[Sc
 
 def _key(score: Score) -> Key:
     return (score.task, score.doc_id, score.metric, score.filter)
-
-
-def _answered(run: Run, cell: Cell, scores: Iterable[Score]) -> set[tuple[str, int]]:
-    """Documents of which a cell has an answer or any score: log-likelihoods may lie in another cell."""
-    texts = {(row.task, row.doc_id) for row in run.generations if row.cell == cell.id}
-    return texts | {(score.task, score.doc_id) for score in scores}
 
 
 def _check_alike(run: Run, a: Score, b: Score) -> None:

@@ -217,12 +217,14 @@ def _interval_warnings(table: stats.ScoreTable, draws: stats.Draws) -> Iterator[
 
 
 def _others(pairs: list[Pair], answered_once: set[str]) -> Iterator[OtherScore]:
+    """Of every task, and of every group whose figure is of the metric."""
     groups: dict[tuple[str, str, str], list[Pair]] = defaultdict(list)
     for a, b in pairs:
-        groups[a.task, a.metric, a.filter].append((a, b))
+        for name in {a.task, a.group or a.task}:
+            groups[name, a.metric, a.filter].append((a, b))
     for (task, metric, filter_), here in sorted(groups.items()):
         table = _scores(here).table
-        equal = task in answered_once and all(a.value == b.value for a, b in here)
+        equal = {a.task for a, _ in here} <= answered_once and all(a.value == b.value for a, b in here)
         known = stats.equal_by_construction(0.0, len(table.stratum_C)) if equal else None
         yield OtherScore(
             task=task,

@@ -46,6 +46,8 @@ def score_rows(task: BuiltTask, cell: str, rows: Iterable[Row]) -> list[Score]:
                 by = "generation" if isinstance(first, GenerationRow) else first.likelihood.kind
                 for metric in items[doc.doc_id]:
                     scores.append(_score(task, cell, doc, metric, filter_.name, by, found[metric][doc.doc_id]))
+                if not items[doc.doc_id] and aggregation_name(doc.source, task.metric) == MEAN:
+                    scores.append(_score(task, cell, doc, task.metric, filter_.name, by, NOTHING_GIVEN))
     return scores
 
 
@@ -165,6 +167,9 @@ class _Value:
     value: float | None = None
     parts: tuple[float, ...] | None = None
     missing_reason: str | None = None
+
+
+NOTHING_GIVEN = _Value(aggregation=MEAN, missing_reason="the task's own code gives no metric for this answer")
 
 
 def _values(docs: Sequence[BuiltDoc], items: Mapping[int, Mapping[str, list[Any]]]) -> dict[str, dict[int, _Value]]:

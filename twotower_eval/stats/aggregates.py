@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 
 import numpy as np
 
@@ -121,12 +121,28 @@ LABEL_FUNCTIONS: Mapping[str, Callable[[Floats, Floats], Floats]] = {  # (right 
 }
 
 
+ANYTHING = (-inf, inf)
+# Where a function's values lie, whatever the documents; log-likelihoods are not above 0.
+RANGES: Mapping[str, tuple[float, float]] = {
+    "perplexity": (1.0, inf),
+    "weighted_perplexity": (1.0, inf),
+    "bits_per_byte": (0.0, inf),
+    "bleu": (0.0, 100.0),
+    "chrf": (0.0, 100.0),
+    "chrf++": (0.0, 100.0),
+    "ter": (0.0, inf),
+    "f1": (0.0, 1.0),
+    "matthews_corrcoef": (-1.0, 1.0),
+}
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WholeScores:
     """One score of all documents together for each arm, and its values in resamples that both arms share.
 
     ``left_AC`` are the scores without each cluster in turn, ``None`` where only draws are known. With ``log`` all of
-    it is logarithms. Every estimate raises ValueError where there is none.
+    it is logarithms. No interval leaves ``within``, the range of the function's values, on their own scale. Every
+    estimate raises ValueError where there is none.
     """
 
     score_A: Floats
@@ -137,6 +153,7 @@ class WholeScores:
     log: bool
     method: str
     seed: int
+    within: tuple[float, float] = ANYTHING
 
     def value(self, arm: int = 0) -> float:
         """An arm's score, without an interval."""
@@ -160,7 +177,7 @@ class WholeScores:
         if self.log:
             with np.errstate(over="ignore"):
                 low, high = float(np.exp(low)), float(np.exp(high))
-        return self._estimate(value, low, high, level)
+        return self._estimate(value, low, high, level, self.within)
 
     def difference(self, *, level: float = LEVEL) -> Estimate:
         """Candidate's score minus the baseline's; not for fewer than 5 clusters that differ."""
@@ -169,7 +186,9 @@ class WholeScores:
         value = self.value(1) - self.value(0)
         draws_AQ, left_AC = self.plain(self.draws_AQ), None if self.left_AC is None else self.plain(self.left_AC)
         left_C = None if left_AC is None else left_AC[1] - left_AC[0]
-        return self._estimate(value, *self._interval(value, draws_AQ[1] - draws_AQ[0], left_C, level), level)
+        low, high = self._interval(value, draws_AQ[1] - draws_AQ[0], left_C, level)
+        farthest = self.within[1] - self.within[0]
+        return self._estimate(value, low, high, level, (-farthest, farthest))
 
     def retention(self, *, level: float = LEVEL) -> Estimate:
         """Candidate's score over the baseline's, for scores of which more is better."""
@@ -183,7 +202,8 @@ class WholeScores:
         left_C = (
             None if self.left_AC is None else self.left_AC[1] / np.where(self.left_AC[0] > 0, self.left_AC[0], np.nan)
         )
-        return self._estimate(value, *self._interval(value, self.draws_AQ[1] / self.draws_AQ[0], left_C, level), level)
+        low, high = self._interval(value, self.draws_AQ[1] / self.draws_AQ[0], left_C, level)
+        return self._estimate(value, low, high, level, (0.0, inf) if self.within[0] >= 0 else ANYTHING)
 
     def plain(self, scores: Floats) -> Floats:
         """Scores or draws on their own scale."""
@@ -191,7 +211,8 @@ class WholeScores:
             plain: Floats = np.exp(scores) if self.log else scores
         return plain
 
-    def _estimate(self, value: float, low: float, high: float, level: float) -> Estimate:
+    def _estimate(self, value: float, low: float, high: float, level: float, within: tuple[float, float]) -> Estimate:
+        low, high = min(value, max(low, within[0])), max(value, min(high, within[1]))
         if not np.isfinite([low, high]).all():
             raise ValueError("the score is too large a number in some resamples: there is no finite interval")
         return Estimate(
@@ -250,6 +271,7 @@ def summed(name: str, arms: Sequence[Parts], clusters: Sequence[str], *, seed: i
         log=name in LOG_FUNCTIONS,
         method=f"clustered bootstrap through {name}, {NUM_RESAMPLES:,} resamples, or jackknife where wider",
         seed=seed,
+        within=RANGES.get(name, ANYTHING),
     )
 
 
@@ -292,6 +314,7 @@ def averaged(members: Sequence[WholeScores], weights: Sequence[float]) -> WholeS
         log=False,
         method=f"mean over {len(members)} tasks, each by a {members[0].method}",
         seed=members[0].seed,
+        within=(min(one.within[0] for one in members), max(one.within[1] for one in members)),
     )
 
 

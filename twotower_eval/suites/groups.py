@@ -17,6 +17,7 @@ from twotower_eval.records import MEAN
 from twotower_eval.suites import lm_tasks
 
 STRUCTURE = ("group", "group_alias", "task", "task_alias", "tag", "aggregate_metric_list", "metadata")
+MOST_LEVELS = 30
 WITHIN = "::"  # what lm-eval puts between a group and a group that it defines inside itself
 KINDS = {"multiple_choice": "loglikelihood"}  # what is asked of a model, by output type where it differs
 
@@ -52,8 +53,21 @@ def node(path: str) -> Node:
 
 
 def leaves(top: Node) -> list[Node]:
-    """The single tasks below a node, each once: lm-eval knows them by their names."""
+    """The single tasks below a node, each once: lm-eval knows them by their names.
+
+    ValueError for a group without any, and for a task that several groups below it name: lm-eval counts that twice.
+    """
     found = {one.name: one for one in _all(top) if one.members is None}
+    if not found:
+        raise ValueError(f"group {top.name!r} has no tasks")
+    naming: dict[str, list[str]] = {}
+    for one in _all(top):
+        for name in {member.name for member in one.members or () if member.members is None}:
+            naming.setdefault(name, []).append(one.name)
+    twice = next(((name, by) for name, by in naming.items() if len(by) > 1), None)
+    if twice:
+        by = " and ".join(map(repr, twice[1]))
+        raise ValueError(f"group {top.name!r} has task {twice[0]!r} twice, by {by}: name the tasks you want instead")
     return list(found.values())
 
 
@@ -93,6 +107,8 @@ def _all(top: Node) -> Iterator[Node]:
 
 def _indexed(name: str, settings: Mapping[str, Any], parent: str | None, above: tuple[Path, ...]) -> Node:
     """A task, group or tag that lm-eval knows by name, with the ``settings`` of the groups above."""
+    if len(above) > MOST_LEVELS:
+        raise ValueError(f"group {name!r} contains itself, or groups more than {MOST_LEVELS} deep")
     index = lm_tasks.index_of(name)
     if name not in index:
         inside = f", which group {parent!r} names" if parent else ""
@@ -151,11 +167,13 @@ def _member(group: str, given: str | Mapping[str, Any], settings: Mapping[str, A
 
 def _rules(group: str, listed: Any) -> Iterator[Rule]:
     for one in listed if isinstance(listed, list) else [listed]:
+        if not isinstance(one, Mapping) or not isinstance(one.get("metric"), str):
+            raise ValueError(f"group {group!r}: an entry of its aggregate_metric_list names no metric: {one!r}")
         aggregation, filters = one.get("aggregation", MEAN), one.get("filter_list")
         if aggregation != MEAN and isinstance(aggregation, str) and not aggregation.startswith("/"):
             raise ValueError(f"group {group!r} aggregates by {aggregation!r}: lm-eval knows no way but {MEAN!r}")
         yield Rule(
-            metric=str(one["metric"]),
+            metric=one["metric"],
             filters=None if filters is None else (filters,) if isinstance(filters, str) else tuple(filters),
             by_size=bool(one.get("weight_by_size", True)),
         )
