@@ -66,6 +66,7 @@ ODD: list[tuple[str, Change, str]] = [
     ("likelihoods", at("likelihood", "kind", value="exactly"), "likelihood.kind must be exact or"),
     ("likelihoods", at("likelihood", "is_greedy", value=1), "likelihood.is_greedy must be true or false, not 1"),
     ("likelihoods", at("likelihood", "num_draws", value=4), "kind is 'exact', but num_draws is 4"),
+    ("likelihoods", at("likelihood", "logprob_nats", value=0.5), "likelihood.logprob_nats must be at most 0, not 0.5"),
     ("likelihoods", at("likelihood", "logprob_nats", value=10**400), "logprob_nats must be a number"),
     ("scores", at("value", value="1"), "value must be a number, not '1'"),
     ("scores", at("value", value=True), "value must be a number, not True"),

@@ -161,21 +161,25 @@ def _mmlu(source: Path) -> Iterator[tuple[str, str, Rows]]:
 
 def _mmlu_rows(path: Path, subject: str) -> Rows:
     # Two forms are about: the original without a header and with a letter, and one with a header and an index.
-    for number, cells in enumerate(_csv_records(path), start=1):
+    for number, cells in _csv_records(path):
         if number == 1 and cells[:1] == ["question"] and cells[-1:] == ["answer"]:
             continue
         if len(cells) != 6 or cells[5] not in tuple("0123ABCD"):
-            raise ValueError(f"{path}, record {number}: not a question, four choices and an answer (0-3 or A-D)")
+            raise ValueError(f"{path}, line {number}: not a question, four choices and an answer (0-3 or A-D)")
         for cell in cells:
-            _check_mark(cell, f"{path}, record {number}")
+            _check_mark(cell, f"{path}, line {number}")
         answer = int(cells[5]) if cells[5].isdigit() else "ABCD".index(cells[5])
         yield {"question": cells[0], "subject": subject, "choices": cells[1:5], "answer": answer}
 
 
-def _csv_records(path: Path) -> Iterator[list[str]]:
+def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Records, each with the number of the line on which it begins; a field in quotes may go on over several."""
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     try:
-        yield from reader
+        line = 1
+        for record in reader:
+            yield line, record
+            line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
 

@@ -22,7 +22,7 @@ SCHEMA_VERSION = 1
 class Within:
     """Bounds of a number, part of a field's annotation."""
 
-    least: int
+    least: int | None = None
     most: int | None = None
 
 
@@ -31,6 +31,7 @@ Size = Annotated[int, Within(1)]
 Replica = Annotated[int, Within(0, most=1)]
 NotNegative = Annotated[float, Within(0)]
 Share = Annotated[float, Within(0, most=1)]
+LogProbability = Annotated[float, Within(most=0)]
 
 FinishReason = Literal["eos", "stop", "length"]
 LikelihoodKind = Literal["exact", "context_tower", "denoiser_left_to_right", "bound"]
@@ -209,7 +210,7 @@ class Generation:
 class Likelihood:
     """Log-likelihood (nats) of a continuation; ``stderr_nats`` only for a Monte-Carlo bound, over ``num_draws``."""
 
-    logprob_nats: float
+    logprob_nats: LogProbability
     is_greedy: bool
     kind: LikelihoodKind
     stderr_nats: NotNegative | None = None

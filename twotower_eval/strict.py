@@ -146,11 +146,12 @@ def _word(known: tuple[str, ...]) -> Build:
 
 
 def _bounded(inner: Build, bound: Within) -> Build:
-    wanted = f"at least {bound.least}" if bound.most is None else f"from {bound.least} to {bound.most}"
+    least, most = bound.least, bound.most
+    wanted = f"at least {least}" if most is None else f"at most {most}" if least is None else f"from {least} to {most}"
 
     def build(value: Any) -> Any:
         built = inner(value)
-        if built < bound.least or (bound.most is not None and built > bound.most):
+        if (least is not None and built < least) or (most is not None and built > most):
             raise _Misfit(wanted, value)
         return built
 

@@ -75,7 +75,7 @@ def target_logprobs(logits_MV: Tensor, places: Sequence[int], targets: Sequence[
     place_R = torch.tensor(places, device=logits_MV.device)
     target_R = torch.tensor(targets, device=logits_MV.device)
     logit_R = logits_MV[place_R, target_R]
-    logprob_R = logit_R - logits_MV.logsumexp(-1)[place_R]
+    logprob_R = (logit_R - logits_MV.logsumexp(-1)[place_R]).clamp(max=0)  # whatever a device's rounding
     # Of equal logits the first is taken; to look for it is slow, so only where it can matter.
     highest_R = logit_R == logits_MV.amax(-1)[place_R]
     rows = highest_R.nonzero()[:, 0]
