@@ -297,8 +297,13 @@ def test_lengths_are_named_at_any_depth() -> None:
     assert named_lengths(transformers.GPT2Config(**GPT2).to_dict()) == ()
     nested = {"text": {"sliding_window": 4096, "max_window_layers": 28, "use_sliding_window": True}}
     assert named_lengths(nested) == (4096,)
-    llama4 = {"attention_chunk_size": 8192, "floor_scale": 8192.0, "sliding_window_pattern": 6}
-    assert named_lengths(llama4) == (8192,)
+    llama4 = {
+        "attention_chunk_size": 8192,
+        "floor_scale": 8192.0,
+        "sliding_window_pattern": 6,
+        "log_scaling_n_floor": 9,
+    }
+    assert named_lengths(llama4) == (9, 8192)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -332,3 +332,14 @@ def test_weights_that_no_digest_would_cover_are_refused(file: str, text: str, re
     (folder / file).write_text(text)
     with pytest.raises(ValueError, match=reason):
         load_model(folder)
+
+
+def test_a_limit_under_another_name_is_the_models_limit(tmp_path: Path) -> None:
+    """MPT's was not known: longer prompts were not cut but ended the run, by an error of its forward."""
+    config = transformers.MptConfig(d_model=16, n_heads=2, n_layers=1, max_seq_len=12, expansion_ratio=2, vocab_size=64)
+    transformers.MptForCausalLM(config).save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert model.max_length == 12
+    model.prefill(torch.tensor([list(range(12))]))
+    with pytest.raises(ValueError, match="its forward raised"):
+        model.prefill(torch.tensor([list(range(13))]))

@@ -9,7 +9,7 @@ from typing import Any
 # Windows, chunks and blocks of attention or of a scan, original lengths of rotary factors, positions that scale
 # queries, keys that a sparse attention keeps.
 LENGTHS = re.compile(
-    r"window|chunk|local_att|original_max|floor_scale|block_size|index_topk|sparse.*(size|length|topk)"
+    r"window|chunk|local_att|original_max|floor_scale|n_floor|block_size|index_topk|sparse.*(size|length|topk)"
 )
 COUNTS = re.compile(r"(layers|pattern|heads|theta|factor|type|types)$")  # of something else, under a name like theirs
 

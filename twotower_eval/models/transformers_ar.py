@@ -32,6 +32,7 @@ from twotower_eval.models.transformers_model import TransformersModel
 from twotower_eval.records import Checkpoint
 
 ADAPTER_FILE = "adapter_config.json"
+LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # MPT's and Whisper's are others
 LOAD_ERRORS = (  # what transformers raises for folders that are wrong in one way or another
     OSError,
     ValueError,
@@ -69,7 +70,7 @@ def load(
     text_config = inner.config.get_text_config()
     model.vocab_size = inner.get_output_embeddings().weight.shape[0]
     model.tokenizer = load_tokenizer(folder, vocab_size=model.vocab_size, unnamed=_class_tokens)
-    model.max_length = getattr(text_config, "max_position_embeddings", None)
+    model.max_length = next((n for name in LENGTH_NAMES if (n := getattr(text_config, name, None)) is not None), None)
     model.eos_token_ids = _eos_ids(folder, inner, model)
     with _quiet():
         prove(model)
