@@ -243,6 +243,11 @@ def test_a_null_that_is_off_or_too_wide_invalidates(tmp_path, factor, words: str
     assert words in markdown.partition("## Quality")[0]
     assert "(INVALID timing, see below)" in sentence(markdown)
     assert faster(markdown)[TIME].endswith("] **INVALID**"), "a row is read without the bullets below it"
+    figure = re.compile(r"[1-9][0-9.]*x \[[0-9.]+, [0-9.]+\]")
+    null_apart = [line for line in markdown.splitlines() if "against itself" not in line and "A/A null [" not in line]
+    for line in null_apart:
+        cells = [cell for cell in line.split("|")[:9] if figure.search(cell)]
+        assert all("INVALID" in cell for cell in cells), line
 
 
 def test_launches_are_pooled_unless_the_machine_differs(tmp_path) -> None:

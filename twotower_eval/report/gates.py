@@ -24,6 +24,7 @@ from twotower_eval.report.text import (
     retention,
     scored_by_words,
     significant,
+    speedup,
     table,
     times,
 )
@@ -151,7 +152,7 @@ def _flag_row(runs: Runs, point: QualityPoint | SpeedPoint) -> Row:
         figures, run_ids = [retention(point.headline), retention(point.clean.headline)], [point.run_id]
     else:
         kind = f"{point.workload}, batch {point.batch_size}: S_time"
-        figures, run_ids = [times(point.time), times(point.clean.time)], list(point.run_ids)
+        figures, run_ids = [speedup(point, point.time), speedup(point, point.clean.time)], list(point.run_ids)
     return [escape(runs.name(point.candidate)), kind, *_shares(point.flagged), *figures, code(" ".join(run_ids))]
 
 

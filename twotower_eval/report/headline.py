@@ -11,7 +11,7 @@ from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.report import alone
 from twotower_eval.report.section import Section
 from twotower_eval.report.tables import without_unclear
-from twotower_eval.report.text import bullets, code, escape, plural, retention, run_list, speed_warnings, times
+from twotower_eval.report.text import bullets, code, escape, plural, retention, run_list, speed_warnings, speedup, times
 from twotower_eval.report.verdicts import points_text, timing_text, verdict_line
 from twotower_eval.store import Run
 
@@ -143,7 +143,7 @@ def _caveats(runs: Runs, found: Headline) -> list[str]:
         size = f"{plural(speed.num_rounds, 'round')} of {plural(speed.num_calls, 'timed call')}"
         useful = ""
         if speed.workload == "answer" and speed.throughput.estimate:
-            useful = f"; {times(speed.throughput)} in useful tokens per second"
+            useful = f"; {speedup(speed, speed.throughput)} in useful tokens per second"
         lines.append(f"Speed: {setting}, {size}{useful}. Run {run_list(speed.run_ids)}.")
     if len(runs.points) > 1:
         lines.append(

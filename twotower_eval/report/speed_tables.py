@@ -13,7 +13,6 @@ from twotower_eval.report.alone import latency_rows, speed_alone
 from twotower_eval.report.costs import explanation
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import (
-    INVALID,
     NONE,
     bullets,
     code,
@@ -25,6 +24,7 @@ from twotower_eval.report.text import (
     run_list,
     seconds,
     speed_warnings,
+    speedup,
     table,
     times,
 )
@@ -84,17 +84,17 @@ def _speedups(runs: Runs, points: Sequence[SpeedPoint]) -> str:
     for point in points:
         row = [
             escape(runs.name(point.candidate)),
-            times(point.time) + (f" **{INVALID}**" if point.invalid else ""),
-            times(point.throughput),
+            speedup(point, point.time),
+            speedup(point, point.throughput),
             escape(point.candidate.workload.name),
             count(point.batch_size),
             f"{point.num_rounds} x {point.num_calls}",
             times(point.length).replace("x", ""),
-            times(point.geometric),
+            speedup(point, point.geometric),
             times(point.null),
         ]
         if per_device:
-            row.append(times(point.time_per_device))
+            row.append(speedup(point, point.time_per_device))
         rows.append(row)
     return table(header, rows, texts=("workload",))
 

@@ -65,6 +65,12 @@ def times(value: Measured) -> str:
     return _interval(value, lambda e: _decimals(10 * (e.high - e.low), coarse=2), unit="x")
 
 
+def speedup(point: SpeedPoint, value: Measured) -> str:
+    """A figure of a point's timing, marked where the timing is INVALID."""
+    marked = point.invalid and value.estimate is not None
+    return times(value) + (f" **{INVALID}**" if marked else "")
+
+
 def rate(value: Measured) -> str:
     """Tokens per second with their interval, three significant digits."""
     found = value.estimate
