@@ -446,3 +446,51 @@ def test_disk_is_asked_at_most_every_interval_and_at_every_event(
         monkeypatch.setattr(journal, "FSYNC_INTERVAL_S", 0.0)
         writer.append(make_row(3))
         assert len(synced) == 3
+
+
+def edit_line(file: Path, number: int, old: bytes, new: bytes) -> None:
+    lines = file.read_bytes().split(b"\n")
+    assert old in lines[number - 1]
+    lines[number - 1] = lines[number - 1].replace(old, new)
+    file.write_bytes(b"\n".join(lines))
+
+
+def drop_lines(file: Path, number: int) -> None:
+    """The last ones."""
+    file.write_bytes(b"".join(line + b"\n" for line in file.read_bytes().split(b"\n")[: -1 - number]))
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Path:
+    """A stopped run of six rows, with an event after every second one."""
+    with store.create(tmp_path, make_manifest()) as writer:
+        for doc_id in range(6):
+            writer.append(make_row(doc_id))
+            if doc_id % 2:
+                writer.event("cell_done", cell=CELL.id)
+    return writer.path
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2, 3, 4])
+def test_an_edited_line_is_noticed_by_every_event_that_the_lines_left_still_reach(told: Path, lost: int) -> None:
+    """One lost line switched the check off for the whole file."""
+    journal_file = told / "generations.jsonl"
+    edit_line(journal_file, 1, b'"eos"', b'"length"')
+    drop_lines(journal_file, lost)
+    with pytest.raises(ValueError, match=r"generations.jsonl: lines 1 to 2 were changed after they were written"):
+        store.resume(told, make_manifest())
+
+
+def test_lines_lost_and_made_again_otherwise_are_no_edit(told: Path) -> None:
+    """What events told of them before they were lost holds no longer; what they told of the others does."""
+    journal_file = told / "generations.jsonl"
+    drop_lines(journal_file, 3)
+    with store.resume(told, make_manifest()) as writer:
+        for doc_id in (3, 4, 5):
+            writer.append(make_row(doc_id, text="made again"))
+        writer.event("cell_done", cell=CELL.id)
+    store.resume(told, make_manifest()).close()
+    edit_line(journal_file, 3, b'"eos"', b'"length"')
+    drop_lines(journal_file, 1)
+    with pytest.raises(ValueError, match=r"generations.jsonl: lines 1 to 3 were changed"):
+        store.resume(told, make_manifest())

@@ -12,7 +12,7 @@ import json
 import lzma
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -146,10 +146,14 @@ def summarise(content: bytes) -> dict[str, Any]:
     return {"rows": content.count(b"\n"), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def begins_with(content: bytes, rows: int, sha256: str) -> bool:
-    """Whether a journal still begins with the lines that made up this summary of it; true where some are gone."""
-    lines = content.split(b"\n")[:-1]
-    return len(lines) < rows or hashlib.sha256(b"".join(line + b"\n" for line in lines[:rows])).hexdigest() == sha256
+def prefix_digests(content: bytes, wanted: Collection[int]) -> dict[int, str]:
+    """By number of lines, the sha256 of a journal's first so many; of as many as it has, for those ``wanted``."""
+    digest, found = hashlib.sha256(), {}
+    for number, line in enumerate([b"", *content.split(b"\n")[:-1]]):
+        digest.update(line + b"\n" if number else b"")
+        if number in wanted:
+            found[number] = digest.hexdigest()
+    return found
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import secrets
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,14 +23,14 @@ from twotower_eval import comparability
 from twotower_eval.closing import DONE as DONE
 from twotower_eval.closing import MANIFEST as MANIFEST
 from twotower_eval.closing import TRAINING_LOG as TRAINING_LOG
-from twotower_eval.closing import FileSummary, Told, agrees_with_closing, close_run
+from twotower_eval.closing import Told, agrees_with_closing, close_run
 from twotower_eval.journal import (
     PACKED,
     Journal,
-    begins_with,
     content_of,
     fsync_folder,
     lock_run,
+    prefix_digests,
     read_objects,
     truncate_torn_line,
     write_atomically,
@@ -189,22 +190,28 @@ def load(path: Path) -> Run:
 
 
 def check_unedited(run: Run) -> None:
-    """ValueError where a journal does not hold any more what it held at the last event that tells of it.
+    """ValueError where a journal does not hold any more what it held at an event that its lines still reach.
 
-    Lines lost from a file are no edit: what they said is made again.
+    Lines lost from a file are no edit: what they said is made again. An event that tells of fewer lines than the ones
+    before it came after such a loss, and what those told of the lines lost holds no longer.
     """
-    told: dict[str, FileSummary] = {}
+    told: dict[str, dict[int, str]] = defaultdict(dict)
     for number, event in enumerate(run.events, start=1):
         try:
-            told.update(from_json(Told, {"files": event.get("files", {})}).files)
+            files = from_json(Told, {"files": event.get("files", {})}).files
         except ValueError as error:
             raise ValueError(f"{run.path / EVENTS}, line {number}: {error}") from error
-    for name, summary in told.items():
-        if not begins_with(content_of(run.path / name) or b"", rows=summary.rows, sha256=summary.sha256):
-            raise ValueError(
-                f"{run.path / name}: lines 1 to {summary.rows} were changed after they were written ({EVENTS} has "
-                "another sha256): restore them or start a new run"
-            )
+        for name, summary in files.items():
+            kept = {rows: sha256 for rows, sha256 in told[name].items() if rows <= summary.rows}
+            told[name] = {**kept, summary.rows: summary.sha256}
+    for name, digests in told.items():
+        found = prefix_digests(content_of(run.path / name) or b"", digests)
+        for rows in sorted(found):
+            if found[rows] != digests[rows]:
+                raise ValueError(
+                    f"{run.path / name}: lines 1 to {rows} were changed after they were written ({EVENTS} has "
+                    "another sha256): restore them or start a new run"
+                )
 
 
 def find_runs(root: Path, verb: str | None = None) -> list[Path]:
