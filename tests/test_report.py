@@ -8,15 +8,17 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import report_fixture as made
 
 from twotower_eval import report, stats, store
+from twotower_eval.evidence.alike import families
 from twotower_eval.evidence.points import Measured
 from twotower_eval.evidence.runs import Runs
-from twotower_eval.records import DecoderSpec, Estimate, GenerationRow, Score, SpeedSample
+from twotower_eval.records import DecoderSpec, Estimate, FileDigest, GenerationRow, Score, SpeedSample, sha256_text
 from twotower_eval.report import text
 from twotower_eval.report.section import Section
 from twotower_eval.report.sweeps import measures
@@ -716,13 +718,13 @@ def test_no_line_joins_other_documents_tasks_runs_or_checkpoints(tmp_path, other
     assert [len(points) for _, points in lines_over("steps_per_block", joined)["retention"]] == [2]
 
 
-def renamed(path: Path, root: Path) -> Path:
-    """The run of another candidate."""
+def renamed(path: Path, root: Path, arm: str = "candidate", **changes: Any) -> Path:
+    """The run of another candidate, or baseline."""
     run = store.load(path)
     cells = tuple(
-        cell
-        if cell.arm == "baseline"
-        else dataclasses.replace(cell, checkpoint=dataclasses.replace(made.PAIR, digest="f" * 64))
+        dataclasses.replace(cell, checkpoint=dataclasses.replace(cell.checkpoint, **(changes or {"digest": "f" * 64})))
+        if cell.arm == arm
+        else cell
         for cell in run.manifest.cells
     )
     return made.write(
@@ -736,6 +738,30 @@ def test_two_checkpoints_have_their_own_lines_in_a_sweep(tmp_path) -> None:
     other = made.quality_run(tmp_path, decoders=decoders, num_docs=40, run_id="20261103T120000Z-run-cccccc")
     kept = lines_over("steps_per_block", first, renamed(other, tmp_path / "renamed"))["retention"]
     assert [[x for x, _ in points] for _, points in kept] == [[4.0, 16.0]] * 2
+
+
+def configs(content: str) -> tuple[FileDigest, ...]:
+    return (FileDigest(name="config.json", sha256=sha256_text(content)),)
+
+
+@pytest.mark.parametrize("arm", ["candidate", "baseline"])
+def test_no_line_joins_two_configs_of_equal_tensors(tmp_path, arm: str) -> None:
+    """Lines went by the tensors, so that another config.json of a folder lay on the line of the first."""
+    eager, usual = made.block_diffusion(steps=4), made.block_diffusion(steps=16)
+    paths = []
+    for name, decoder, run_id in (("one", eager, made.RUN_ID), ("other", usual, "20261103T120000Z-run-cccccc")):
+        path = made.quality_run(tmp_path, decoders=[decoder], num_docs=40, run_id=run_id)
+        paths.append(renamed(path, tmp_path / "renamed", arm, files=configs(name)))
+    kept = lines_over("steps_per_block", *paths)["retention"]
+    assert [len(points) for _, points in kept] == [1, 1]
+    cells = [cell for path in paths for cell in store.load(path).manifest.cells if cell.arm == "candidate"]
+    labels = list(families("steps_per_block", cells).values())
+    if arm == "candidate":
+        assert [label.partition(":")[0] for label in labels] == [
+            f"pair {cell.checkpoint.identity[:8]}" for cell in (cells[0], cells[-1])
+        ]
+    else:
+        assert labels == ["block 16, threshold 0.8"]
 
 
 def test_invalid_timings_are_crossed_in_a_sweep(tmp_path) -> None:

@@ -7,6 +7,7 @@ prompts were timed in the same workload, batch and run. Whatever else they say, 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ def scored_on(point: QualityPoint) -> MeasuredOn:
         run_ids=(point.run_id,),
         num_tasks=len(point.tasks),
         num_documents=sum(task.num_documents for task in point.tasks),
-        same=canonical_json([point.documents_sha256, tasks, baseline.digest, baseline.dtype]),
+        same=canonical_json([point.documents_sha256, tasks, baseline.identity, baseline.dtype]),
     )
 
 
@@ -103,11 +104,13 @@ class Series:
 def families(name: str, candidates: Iterable[Cell]) -> dict[str, str]:
     """Words for every family of operating points, by its key: what they share apart from the setting ``name``."""
     cells = {family_key(name, cell): cell for cell in candidates if setting(cell.decoder, name) is not None}
-    several = len({_weights(cell)[:2] for cell in cells.values()}) > 1
+    models = {_model(cell)[:2]: checkpoint_name(cell.checkpoint) for cell in cells.values()}
+    names = Counter(models.values())
     dtypes = len({cell.checkpoint.dtype for cell in cells.values()}) > 1
     found = {}
     for key, cell in cells.items():
-        whose = [checkpoint_name(cell.checkpoint)] if several else []
+        name_of, own = checkpoint_name(cell.checkpoint), cell.checkpoint.identity[:8]
+        whose = [name_of if names[name_of] == 1 else f"{name_of} {own}"] if len(models) > 1 else []
         whose += [cell.checkpoint.dtype] if dtypes else []
         found[key] = ": ".join([*([", ".join(whose)] if whose else []), _label(name, cell.decoder)])
     return found
@@ -119,11 +122,11 @@ def family_key(name: str, cell: Cell) -> str:
     if name != "steps_per_block" and "block_size" in cell.decoder.params:
         follows = setting(cell.decoder, "steps_per_block") == setting(cell.decoder, "block_size")
         params["steps_per_block"] = "auto" if follows else setting(cell.decoder, "steps_per_block")
-    return canonical_json([_weights(cell), cell.decoder.kind, cell.decoder.version, params])
+    return canonical_json([_model(cell), cell.decoder.kind, cell.decoder.version, params])
 
 
-def _weights(cell: Cell) -> tuple[str, str | None, str]:
-    return (cell.checkpoint.digest, cell.checkpoint.tower, cell.checkpoint.dtype)
+def _model(cell: Cell) -> tuple[str, str | None, str]:
+    return (cell.checkpoint.identity, cell.checkpoint.tower, cell.checkpoint.dtype)
 
 
 def _label(name: str, decoder: DecoderSpec) -> str:
