@@ -21,7 +21,7 @@ from twotower_eval.decoders.pieces import ScoreRequest
 from twotower_eval.evidence.points import point_key
 from twotower_eval.miniature.tokenizer import write_tokenizer
 from twotower_eval.models import load_model
-from twotower_eval.models.identity import causal_identity
+from twotower_eval.models.identity import causal_identity, folder_settings
 from twotower_eval.plan import RunPlan, SpeedPlan
 from twotower_eval.records import Cell, Checkpoint, DecoderSpec, Workload, cell_id, to_json
 from twotower_eval.strict import from_json
@@ -155,6 +155,28 @@ def test_a_checkpoint_of_an_older_run_is_its_tensors() -> None:
 
 
 # Sharing
+
+
+@pytest.mark.parametrize("names", [("dtype", "architectures"), ("use_cache", "_name_or_path")])
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "added_tokens.json"])
+def test_a_token_may_be_called_as_settings_are(tmp_path: Path, name: str, names: tuple[str, str]) -> None:
+    """Names of bookkeeping were left out of vocabularies too: two tokenizers with such ids swapped were one."""
+    found = []
+    for swapped in (names, names[::-1]):
+        vocab = {token: number for number, token in enumerate(swapped)}
+        (tmp_path / name).write_text(json.dumps({"model": {"vocab": vocab}} if name == "tokenizer.json" else vocab))
+        found.append(folder_settings(tmp_path))
+    assert found[0] != found[1]
+
+
+def test_a_part_of_a_config_may_be_called_as_bookkeeping_is(tmp_path: Path) -> None:
+    """The dtype that a config is loaded in goes unsaid, that of its quantization does not."""
+    found = []
+    for dtype in ("float16", "bfloat16"):
+        quantized = {"quantization_config": {"dtype": dtype}, "torch_dtype": dtype}
+        (tmp_path / "config.json").write_text(json.dumps(quantized))
+        found.append(folder_settings(tmp_path)["config.json"])
+    assert found == [{"quantization_config": {"dtype": dtype}} for dtype in ("float16", "bfloat16")]
 
 
 def answered_by(run: store.Run) -> set[str]:

@@ -32,7 +32,7 @@ FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
-BOOKKEEPING = frozenset(  # says where a folder came from and who wrote it; everything else counts
+BOOKKEEPING = frozenset(  # of settings: says where a folder came from and who wrote it; everything else counts
     {
         "_commit_hash",
         "_from_model_config",
@@ -47,6 +47,7 @@ BOOKKEEPING = frozenset(  # says where a folder came from and who wrote it; ever
         "use_cache",
     }
 )
+SETTINGS = (CONFIG, GENERATION_CONFIG, "tokenizer_config.json")  # the files whose names are names of settings
 OF_PAIRS = ("mask_token_id",)  # what a pair's config says beyond that of its causal tower
 
 
@@ -84,10 +85,8 @@ def _content(file: Path) -> Any:
         data = json.loads(content) if file.suffix == ".json" else None
     except ValueError:  # whoever needs the file says what is wrong with it
         data = None
-    return hashlib.sha256(content).hexdigest() if data is None else _without_bookkeeping(data)
-
-
-def _without_bookkeeping(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_bookkeeping(inner) for key, inner in value.items() if key not in BOOKKEEPING}
-    return [_without_bookkeeping(inner) for inner in value] if isinstance(value, list) else value
+    if data is None:
+        return hashlib.sha256(content).hexdigest()
+    if file.name in SETTINGS and isinstance(data, Mapping):  # elsewhere, and deeper, a name may be a token's text
+        return {key: value for key, value in data.items() if key not in BOOKKEEPING}
+    return data
