@@ -1,6 +1,7 @@
 """What a task is: its documents, its YAML and the code that asks and scores; and scores that follow from answers."""
 
 import json
+import site
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,6 +142,43 @@ def test_code_of_lm_evals_own_tasks_is_followed_too() -> None:
     found = {file.relative_to(stock).as_posix() for file in with_imports([stock / "ifeval" / "utils.py"])}
     assert {f"ifeval/{name}.py" for name in ("utils", "instructions", "instructions_registry")} <= found
     assert not any("site-packages" in name for name in found)
+
+
+@pytest.mark.parametrize("place", ["lib/python3/site-packages", "python3/dist-packages", "of the user"])
+def test_installed_packages_are_no_part_of_a_task_wherever_they_lie(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """With ``pip install --user``, or Debian's packages, an import of numpy made 176 files part of a task."""
+    (tmp_path / place / "package_of_others").mkdir(parents=True)
+    (tmp_path / place / "package_of_others" / "__init__.py").write_text("")
+    monkeypatch.setattr(site, "getusersitepackages", lambda: str(tmp_path / "of the user"))
+    monkeypatch.syspath_prepend(str(tmp_path / place))
+    (own / "helper_of_own.py").write_text("import package_of_others\n")
+    assert with_imports([own / "helper_of_own.py"]) == {(own / "helper_of_own.py").resolve()}
+    (tmp_path / "checkout" / "package_of_ours").mkdir(parents=True)
+    (tmp_path / "checkout" / "package_of_ours" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path / "checkout"))
+    (own / "helper_of_own.py").write_text("import package_of_others, package_of_ours\n")
+    assert len(with_imports([own / "helper_of_own.py"])) == 2
+
+
+@pytest.mark.parametrize("edited", ["first_of_two", "second_of_two"])
+def test_files_of_one_name_are_parts_of_their_own(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edited: str
+) -> None:
+    """Of two files of one name, in folders of one name, only one was held against its digest."""
+    places = ("first_of_two", "second_of_two")
+    for place in places:
+        (tmp_path / "lib" / place / "common").mkdir(parents=True)
+        (tmp_path / "lib" / place / "common" / "rules.py").write_text("BONUS = 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+    text = "def bonus():\n    from {}.common import rules\n    from {}.common import rules\n    return rules.BONUS\n"
+    (own / "helper_of_own.py").write_text(text.format(*places))
+    before = suites.resolve_tasks(["own"])[0].parts
+    (tmp_path / "lib" / edited / "common" / "rules.py").write_text("BONUS = 7\n")
+    forget()
+    after = suites.resolve_tasks(["own"])[0].parts
+    assert {name for name in after if after[name] != before.get(name)} == {f"{edited}/common/rules.py"}
 
 
 @pytest.fixture

@@ -13,9 +13,11 @@ import fnmatch
 import hashlib
 import json
 import re
+import site
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from twotower_eval.suites.files import SuiteTask
 
 FUNCTION = re.compile(r"""!function\s+["']?([\w.]+)""")
 FILE_PATTERN = re.compile(r"[\w.-]*\*\.\w+")  # as in *.txt, not as in a regular expression
+INSTALLED = {"site-packages", "dist-packages"}  # whoever put such a folder on the search path
 OURS = "twotower_eval"  # goes by its version
 
 
@@ -55,15 +58,27 @@ def _name_of(part: Any) -> str:
 def _file_digests(node: groups.Node) -> dict[str, str]:
     yamls = set(groups.yaml_files(node))
     code = with_imports(file for yaml in yamls for file in _named_code(yaml))
-    return {_shown(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(yamls | code)}
+    files = shown_names(yamls | code)
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in sorted(files.items())}
 
 
-def _shown(file: Path) -> str:
-    """A file's name wherever the checkout lies: within the folder of tasks, else within its own."""
+def shown_names(files: Collection[Path]) -> dict[str, Path]:
+    """The files by names that hold wherever the checkout lies: within the folder of tasks, else within their own
+    folders. Files that share such a name have as many folders more in theirs as it takes to tell them apart."""
+    num_parts = {file: _num_parts(file) for file in files}
+    while True:
+        names = {file: "/".join(file.parts[-num:]) for file, num in num_parts.items()}
+        used = Counter(names.values())
+        if all(num == 1 for num in used.values()):
+            return {name: file for file, name in names.items()}
+        num_parts = {file: num + (used[names[file]] > 1) for file, num in num_parts.items()}
+
+
+def _num_parts(file: Path) -> int:
     for root in lm_tasks.roots():
         if file.is_relative_to(root):
-            return file.relative_to(root).as_posix()
-    return f"{file.parent.name}/{file.name}"
+            return len(file.relative_to(root).parts)
+    return 2
 
 
 def _named_code(yaml: Path) -> Iterator[Path]:
@@ -155,6 +170,11 @@ def _modules(dotted: str, roots: Sequence[Path]) -> Iterator[Path]:
 
 def _search_path() -> list[Path]:
     """Folders of Python's search path that hold neither Python's own modules nor installed packages."""
-    installed = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    named = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    installed = {Path(path).resolve() for path in (*named, *site.getsitepackages(), site.getusersitepackages())}
     folders = [Path(entry or ".").resolve() for entry in sys.path]
-    return [folder for folder in folders if folder.is_dir() and not any(map(folder.is_relative_to, installed))]
+    return [
+        folder
+        for folder in folders
+        if folder.is_dir() and INSTALLED.isdisjoint(folder.parts) and not any(map(folder.is_relative_to, installed))
+    ]
