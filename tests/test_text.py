@@ -98,6 +98,34 @@ def test_the_prefix_token_is_the_tokenizers(bos: Any, eos: Any, prefix: int, tmp
         assert ours.loglikelihood_rolling(rolled(TEXTS[:2])) == pytest.approx(wanted_nats, abs=1e-4)
 
 
+def test_a_model_without_any_prefix_reads_what_has_a_context(tmp_path: Path) -> None:
+    """A tokenizer without BOS, in a model without EOS, was refused for every text, for want of what none needed."""
+    tokenizer = byte_tokenizer()
+    save_tokenizer(tokenizer, tmp_path, bos_token=None, eos_token=None, pad_token="<s>")
+    save_random(tmp_path, tokenizer.get_vocab_size(), bos_token_id=None, eos_token_id=None)
+    ours = our_lm(tmp_path)
+    assert ours.tok_encode("The quick") == tokenizer.encode("The quick").ids
+    pairs = [("The", " quick"), ("a b", " c")]
+    for mine, wanted in zip(ours.loglikelihood(scored(pairs)), plain_nats(tmp_path, ours, pairs), strict=True):
+        assert mine[0] == pytest.approx(wanted, abs=1e-4)
+    needy = "names no EOS token, which empty contexts need"
+    with pytest.raises(ValueError, match=needy):
+        our_lm(tmp_path).loglikelihood(scored([("", "The")]))
+    with pytest.raises(ValueError, match=needy):
+        our_lm(tmp_path).loglikelihood_rolling(rolled(["The"]))
+
+
+def plain_nats(folder: Path, lm: Any, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """What transformers' own pass gives each continuation."""
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(folder), []
+    for context, continuation in pairs:
+        ids = lm.tok_encode(context + continuation)
+        start = len(lm.tok_encode(context))
+        logprobs_LV = model(torch.tensor([ids])).logits[0].detach().log_softmax(-1)
+        found.append(sum(float(logprobs_LV[at - 1, ids[at]]) for at in range(start, len(ids))))
+    return found
+
+
 @pytest.mark.parametrize("place", ["tokenizer_config", "special_tokens_map", "declared"])
 def test_tokens_that_the_settings_call_special_are_special(place: str, tmp_path: Path) -> None:
     """tokenizer.json may know them as plain text, or not at all; AutoTokenizer reads three places, and so do we."""

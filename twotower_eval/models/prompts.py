@@ -21,17 +21,21 @@ def naming(where: str) -> Iterator[None]:
 
 def end_of_text_id(model: Any) -> int:
     """The tokenizer's EOS, else the first of the model's. ValueError where neither has one."""
-    own = model.tokenizer.eos_token_id
-    ids = [*([] if own is None else [own]), *model.eos_token_ids]
+    ids = _end_of_text_ids(model)
     if not ids:
         raise ValueError(f"checkpoint {model.checkpoint.name} names no EOS token, which empty contexts need")
-    return int(ids[0])
+    return ids[0]
 
 
 def prefix_id(model: Any) -> int:
     """What stands before a text without context: the tokenizer's BOS, else the end of a text."""
     bos = model.tokenizer.bos_token_id
     return end_of_text_id(model) if bos is None else int(bos)
+
+
+def _end_of_text_ids(model: Any) -> list[int]:
+    own = model.tokenizer.eos_token_id
+    return [*([] if own is None else [int(own)]), *map(int, model.eos_token_ids)]
 
 
 def prompt_ids(model: Any, text: str) -> list[int]:
@@ -41,8 +45,12 @@ def prompt_ids(model: Any, text: str) -> list[int]:
 
 
 def text_ids(model: Any, text: str) -> list[int]:
-    """Token ids of a text to be scored, with what the tokenizer adds by itself, unless it begins with the prefix."""
-    return _encode(model, text, prefix_id(model))
+    """Token ids of a text to be scored, with what the tokenizer adds by itself, unless it begins with the prefix.
+
+    A model without a prefix reads it too: only texts without context need one.
+    """
+    knows_one = model.tokenizer.bos_token_id is not None or _end_of_text_ids(model)
+    return _encode(model, text, prefix_id(model) if knows_one else None)
 
 
 def _encode(model: Any, text: str, first: int | None) -> list[int]:
