@@ -87,8 +87,7 @@ def speed(
         **{"min_rounds": min_rounds, "min_seconds": min_seconds, "warmup_rounds": warmup_rounds, "threads": threads},
         **{"random_weights": random_weights, "layers": layers, "share_towers": share_towers},
         **{"tokens_per_nfe": numbers(tokens_per_nfe, float, "--tokens-per-nfe"), "repeats": repeats},
-        **{"costs": costs, "cuda_graphs": cuda_graphs},
-        "profile": None if profile is None else str(run_path(profile, out)),
+        **{"costs": costs, "cuda_graphs": cuda_graphs, "profile": str(run_path(profile, out)) if profile else None},
     }
     resumed = run_path(resume, out) if resume else None
     with resumable("speed", out, resumed):
