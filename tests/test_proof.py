@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twotower_eval.decoders import make_decoder, make_scorer
 from twotower_eval.decoders.pieces import ScoreRequest
-from twotower_eval.models import load_model, proof
+from twotower_eval.models import load_model, precision, proof
 from twotower_eval.models.named_lengths import named_lengths
 from twotower_eval.models.probes import difference
 from twotower_eval.models.transformers_model import TransformersModel
@@ -312,6 +312,80 @@ def test_half_precision_is_no_fault_and_hides_none(dtype: str, folders: dict[str
     assert load_model(folders["bamba"], dtype=dtype).ways.positions_passed
     with pytest.raises(ValueError, match="is not causal"):
         load_model(folders["bert"], dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["bamba", "gpt_neo"])
+def test_without_memory_for_float32_no_fast_way_is_taken_on_trust(
+    name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 both passed trials that they fail by far in float32."""
+    monkeypatch.setattr(precision, "free_bytes", lambda _: 0)
+    model = load_model(folders[name], dtype="bfloat16")
+    ways = model.ways
+    assert (ways.cached, ways.passes_together, ways.options_packed) == (False, False, False)
+    assert (ways.precision, ways.failed, model.branch_tokens, model.unproved) == ("bfloat16", (), 0, ())
+    native = transformers.AutoModelForCausalLM.from_pretrained(folders[name], dtype=torch.bfloat16).eval()
+    found = make_decoder(model, "autoregressive").generate(
+        [Prompt(id=str(i), token_ids=tuple(row)) for i, row in enumerate(ROWS[:3])], max_new_tokens=4
+    )
+    assert [list(one.token_ids) for one in found] == [greedy(native, row, 4) for row in ROWS[:3]]
+
+
+@pytest.mark.parametrize("name", ["llama", "bamba", "recurrent_gemma"])
+def test_float32_fits_where_there_is_memory_for_its_surplus_or_for_one_layer(
+    name: str, folders: dict[str, Path], models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof is the same then, and the weights are what they were."""
+    model = load_model(folders[name], dtype="bfloat16")
+    tensors = [*model.inner.parameters(), *model.inner.buffers()]
+    sizes = [tensor.numel() * 2 for tensor in tensors if tensor.dtype == torch.bfloat16]
+    outside = model.inner.get_input_embeddings().weight.numel() * 2
+    hows = []
+    for free in (1.1 * (sum(sizes) + max(sizes)) + 1, sum(sizes), outside):
+        monkeypatch.setattr(precision, "free_bytes", lambda _, free=free: free)
+        hows.append(precision.widening(model.inner, model.device))
+    assert hows == ["at once", "by layer", None]
+    monkeypatch.setattr(precision, "free_bytes", lambda _: sum(sizes))
+    again = load_model(folders[name], dtype="bfloat16")
+    for ways in (model.ways, again.ways):
+        for fact in ("cached", "rows_together", "passes_together", "options_packed", "positions_passed"):
+            assert getattr(ways, fact) == getattr(models[name].ways, fact)
+        assert (ways.precision, ways.proved_tokens) == ("float32", models[name].ways.proved_tokens)
+    one, other = model.inner.state_dict(), again.inner.state_dict()
+    assert all(torch.equal(one[key], other[key]) and one[key].dtype == other[key].dtype for key in one)
+    assert not any(module._forward_pre_hooks for module in again.inner.modules())
+
+
+def test_layers_that_cannot_be_widened_alone_are_told_from_others(models: dict[str, Any]) -> None:
+    """One who reads a layer's weights from outside gets them in half precision: then no fast way is taken."""
+    half = copy.deepcopy(models["llama"].inner).to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="dtype"), precision.widened(half, "by layer"):
+        half.model.layers[0].mlp(torch.zeros(1, half.config.hidden_size))
+    assert {tensor.dtype for tensor in half.parameters()} == {torch.bfloat16}
+
+
+def test_what_fails_in_the_measured_dtype_alone_is_found(folders: dict[str, Path], models: dict[str, Any]) -> None:
+    """In float32 padding on the left is right; in float16 its masked scores run over."""
+
+    def change(forward: Any, arguments: dict[str, Any]) -> Any:
+        output = forward(**arguments)
+        mask = arguments.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and output.logits.dtype == torch.float16:
+            output.logits = output.logits * float("nan")
+        return output
+
+    right = spoiled(models["llama"], change)
+    proof.prove(right)
+    assert right.ways.failed == ()
+    wrong = spoiled(load_model(folders["llama"], dtype="float16"), change)
+    proof.prove(wrong)
+    assert (wrong.ways.cached, wrong.ways.rows_together, wrong.ways.options_packed) == (True, False, False)
+    assert wrong.ways.precision == "float32"
+    first = wrong.ways.failed[0]
+    assert (first.check, first.precision) == ("rows beside each other", "float16")
+    assert first.error == "its logits are not finite"
+    context = wrong.prefill(torch.tensor([[5, 6, 7], [8, 0, 0]]), [3, 1])
+    assert torch.isfinite(wrong.next_logits(context)).all()
 
 
 def test_differences_are_in_units_of_the_spread() -> None:

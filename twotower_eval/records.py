@@ -415,7 +415,8 @@ class FailedTrial:
     """One way of running a model that was tried on ``num_tokens`` of context and did not give what whole rows give.
 
     ``difference`` is the largest one of logits, in units of their spread (``None`` where none could be had: then
-    ``error`` says why), ``limit`` what it is held against. ``positions_passed`` and ``rows_together`` are the way's.
+    ``error`` says why), ``limit`` what it is held against. ``positions_passed`` and ``rows_together`` are the way's,
+    ``precision`` is that of the trial.
     """
 
     check: ProofCheck
@@ -425,6 +426,7 @@ class FailedTrial:
     error: str | None = None
     positions_passed: bool = False
     rows_together: bool = True
+    precision: str = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -436,7 +438,8 @@ class Ways:
     ``options_packed``: the options of a question are read in one row. ``positions_passed``: token positions are named
     where the model would count them wrongly. Contexts longer than ``plain_beyond`` are read whole, alone and without
     a cache; ``resets_first``: behind a short row that undoes what the last long one left in the model. No more than
-    ``proved_tokens`` of context were tried.
+    ``proved_tokens`` of context were tried, in ``precision`` (``None``: not recorded); in half precision faults hide
+    behind rounding, and no fast way is taken.
     """
 
     checkpoint: str = ""
@@ -448,6 +451,7 @@ class Ways:
     plain_beyond: int | None = None
     resets_first: bool = False
     proved_tokens: int = 0
+    precision: str | None = None
     failed: tuple[FailedTrial, ...] = ()
 
 

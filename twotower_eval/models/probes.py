@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twotower_eval.models.precision import HALF
 from twotower_eval.models.token_tree import Segment
 
 Tokens = tuple[int, ...]
 Pairs = Iterator[tuple[Tensor, Tensor]]  # logits (N, V) of a way, and what whole rows give there
 # Of logits, in units of their spread: another order of sums through all layers. A lost position or an ignored window
-# gives 0.1 and more. In half precision, where models are tried only for want of memory, the mean over positions counts:
-# there a router's near tie sends a token elsewhere now and then, and small faults go unseen.
+# gives 0.1 and more. In half precision the mean over positions counts: there a router's near tie sends a token
+# elsewhere now and then, and what passes may still lack a position. It finds what breaks down in that dtype alone.
 LIMITS = {"float64": 5e-4, "float32": 5e-4, "float16": 0.1, "bfloat16": 0.5}
-HALF = ("float16", "bfloat16")
 LEAST_SPREAD = 0.02  # of the largest logit: what is spread less is equal
 STEPS = (1, 1, 1, 2, 1, 1)  # tokens read at once
 SEED = 0

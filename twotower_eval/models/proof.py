@@ -5,16 +5,16 @@ A generated token is the one behind exactly the tokens before it; where rotary f
 transformers' own ``generate`` gives something else, since its cache holds keys that were rotated by the factors of
 shorter rows. A log-likelihood is read off one pass over context and continuation, as lm-eval's ``hf`` does.
 
-Cheap by construction: some twenty forwards of a dozen tokens, and about as many again for each length that the config
-names (a window, an original length of rotary factors) and that contexts can reach. Ways that fail are replaced by
-slower ones, which are tried in the same manner. Where even the plain pass depends on later tokens, or on the calls
-before it, there is nothing right to compute, and the model is refused.
+Cheap by construction: some twenty forwards of a dozen tokens in float32, and about as many again in the model's own
+dtype, and for each length that the config names (a window, an original length of rotary factors) and that contexts can
+reach. Ways that fail are replaced by slower ones, which are tried in the same manner. Where even the plain pass depends
+on later tokens, or on the calls before it, there is nothing right to compute, and the model is refused. Where float32
+does not fit into memory, nothing can be proved, and whole rows are read alone.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +24,7 @@ import torch
 
 from twotower_eval.models import probes
 from twotower_eval.models.named_lengths import named_lengths
+from twotower_eval.models.precision import HALF, widened, widening
 from twotower_eval.models.probes import LIMITS, Pairs, Probe, Tokens, apart, difference, make_probe, whole
 from twotower_eval.models.transformers_model import ForwardError, TransformersModel
 from twotower_eval.records import FailedTrial, ProofCheck, Ways
@@ -50,9 +51,10 @@ def prove(model: TransformersModel) -> None:
     """
     model.run_by(replace(model.ways, options_packed=model.may_pack))
     with _refusing(model):
-        with in_float32(model):
+        with _in_float32(model):
             row = _prove(model)
         _check_finite(model, whole(model, row, len(row)))
+        _prove_as_run(model)
 
 
 def _prove(model: TransformersModel) -> Tokens:
@@ -62,12 +64,32 @@ def _prove(model: TransformersModel) -> Tokens:
     again = whole(model, probe.row, len(probe.row_NV))
     if (found := difference(again, probe.row_NV, model.precision)) > LIMITS[model.precision]:
         raise ValueError(f"{model.kind} gives other logits for the same row when it reads it again{_by(found)}")
+    model.run_by(replace(model.ways, precision=model.precision))
+    if model.precision in HALF:
+        _run_unproved(model, probe)
+        return probe.row
     _settle(model, probe, most_cached=0)
     lengths = named_lengths(model.inner.config.get_text_config().to_dict())
     model.run_by(model.ways, [n for n in lengths if BASE_AT < n < _room(model)])
     parameters = sum(parameter.numel() for parameter in model.inner.parameters())
     _prove_lengths(model, int(CHEAP_PASS // max(1, parameters)))
     return probe.row
+
+
+def _run_unproved(model: TransformersModel, probe: Probe) -> None:
+    """Whole rows alone, without a cache: what is right where no trial can tell faults of other ways from rounding."""
+    _depends_on_length(model, probe)
+    _read_plainly(model, 0, _needs_resets(model, probe))
+    model.run_by(replace(model.ways, passes_together=False, proved_tokens=len(probe.row)))
+
+
+def _prove_as_run(model: TransformersModel) -> None:
+    """Whatever was right in float32 once more in the model's own dtype: kernels may fail there alone, and numbers run
+    over. Ways that do are given up; what is looked for is coarse."""
+    if model.ways.precision != model.precision:
+        unproved = model.unproved
+        _settle_ways(model, _base_probe(model), most_cached=0)
+        model.run_by(model.ways, unproved)
 
 
 @torch.inference_mode(False)
@@ -79,37 +101,28 @@ def prove_up_to(model: TransformersModel, longest: int) -> Ways:
     """
     longest_tried = min(longest, MAX_PROVED_TOKENS)
     if _is_open(model, longest_tried):
-        with _refusing(model), in_float32(model):
-            _prove_lengths(model, longest_tried)
+        with _refusing(model):
+            with _in_float32(model):
+                _prove_lengths(model, longest_tried)
+            _prove_as_run(model)
     beyond = model.plain_beyond
     reached = beyond if beyond is not None and beyond < longest else None
     return replace(model.ways, checkpoint=model.checkpoint.identity, plain_beyond=reached)
 
 
 @contextmanager
-def in_float32(model: TransformersModel) -> Iterator[None]:
-    """Half-precision weights widened for the while, and put back bit by bit: what is proved is code, and in float32 its
-    faults stand out from rounding. As they are where the free memory does not allow it twice over."""
-    tensors = [*model.inner.parameters(), *model.inner.buffers()]
-    narrow = [(tensor, tensor.dtype) for tensor in tensors if tensor.dtype in (torch.float16, torch.bfloat16)]
-    if 2 * sum(2 * tensor.numel() for tensor, _ in narrow) > _free_bytes(model.device):
-        narrow = []
-    for tensor, _ in narrow:
-        tensor.data = tensor.data.float()
-    try:
+def _in_float32(model: TransformersModel) -> Iterator[None]:
+    """Its weights widened as memory allows; as they are where it does not, or where the model reaches into its layers
+    from outside, so that they cannot be widened one by one."""
+    how = widening(model.inner, model.device)
+    if how == "by layer":
+        try:
+            with widened(model.inner, how):
+                whole(model, (0, 0), 1)
+        except ForwardError:
+            how = None
+    with widened(model.inner, how):
         yield
-    finally:
-        for tensor, dtype in narrow:
-            tensor.data = tensor.data.to(dtype)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # a system that does not tell
-        return 0
 
 
 @contextmanager
@@ -122,8 +135,11 @@ def _refusing(model: TransformersModel) -> Iterator[None]:
 
 
 def _prove_lengths(model: TransformersModel, longest: int) -> None:
-    """Try the unproved lengths that so many tokens reach, shortest first, until one of them ends all other ways."""
-    while _is_open(model, longest):
+    """Try the unproved lengths that so many tokens reach, shortest first, until one of them ends all other ways.
+
+    None is tried in half precision, where that would tell nothing.
+    """
+    while _is_open(model, longest) and model.precision not in HALF:
         length, *others = model.unproved
         model.run_by(model.ways)
         _settle(model, make_probe(model, length, min(length + 8 + length // 8, _room(model))), most_cached=length - 2)
@@ -152,12 +168,17 @@ def _settle(model: TransformersModel, probe: Probe, most_cached: int) -> None:
     if _depends_on_length(model, probe):
         _read_plainly(model, most_cached, _needs_resets(model, probe))
     else:
-        _settle_rows(model, probe, most_cached)
-        if model.ways.passes_together and (failure := _failure(model, "whole rows in batches", probe)):
-            model.run_by(replace(model.ways, passes_together=False, failed=(*model.ways.failed, failure)))
-        if model.ways.options_packed and (failure := _failure(model, "options in one row", probe)):
-            model.run_by(replace(model.ways, options_packed=False, failed=(*model.ways.failed, failure)))
+        _settle_ways(model, probe, most_cached)
     model.run_by(replace(model.ways, proved_tokens=tried))
+
+
+def _settle_ways(model: TransformersModel, probe: Probe, most_cached: int) -> None:
+    """See :func:`_settle`; where a row is what it is, however long it grows."""
+    _settle_rows(model, probe, most_cached)
+    if model.ways.passes_together and (failure := _failure(model, "whole rows in batches", probe)):
+        model.run_by(replace(model.ways, passes_together=False, failed=(*model.ways.failed, failure)))
+    if model.ways.options_packed and (failure := _failure(model, "options in one row", probe)):
+        model.run_by(replace(model.ways, options_packed=False, failed=(*model.ways.failed, failure)))
 
 
 def _depends_on_length(model: TransformersModel, probe: Probe) -> bool:
@@ -218,9 +239,9 @@ def _settle_rows(model: TransformersModel, probe: Probe, most_cached: int) -> No
             return
         failed.append(failure)
     model.run_by(replace(before, failed=tuple(failed)))
-    _read_plainly(model, most_cached)
+    _read_plainly(model, most_cached, before.resets_first)
     if model.ways.cached and _failure(model, "cached steps", make_probe(model, max(2, most_cached - 6), most_cached)):
-        _read_plainly(model, 0)
+        _read_plainly(model, 0, before.resets_first)
 
 
 def _candidates(model: TransformersModel) -> list[Ways]:
@@ -258,4 +279,5 @@ def _failure(model: TransformersModel, check: ProofCheck, probe: Probe) -> Faile
         error=error or (None if math.isfinite(found) else "its logits are not finite"),
         positions_passed=model.ways.positions_passed,
         rows_together=model.ways.rows_together,
+        precision=model.precision,
     )
