@@ -187,7 +187,7 @@ def test_a_tree_that_is_misread_is_not_packed(models: dict[str, Any]) -> None:
     for change in (blind, refusing):
         wrong = spoiled(models["llama"], change)
         proof.prove(wrong)
-        assert wrong.ways == Ways(proved_tokens=wrong.ways.proved_tokens, failed=wrong.ways.failed)
+        assert wrong.ways == Ways(precision="float32", proved_tokens=wrong.ways.proved_tokens, failed=wrong.ways.failed)
         errors += [trial.error for trial in wrong.ways.failed]
     assert errors == [None, "its forward raised ValueError: attention masks have two dimensions here"]
 
