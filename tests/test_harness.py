@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import io
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ from twotower_eval.harness.adapter import HarnessLM
 from twotower_eval.harness.scoring import score_rows
 from twotower_eval.models import load_model
 from twotower_eval.plan import RunPlan, SpeedPlan
-from twotower_eval.progress import Advance, duration_text
+from twotower_eval.progress import Advance, LogProgress, duration_text
 from twotower_eval.records import (
     Cell,
     Generation,
@@ -182,7 +183,7 @@ def test_long_contexts_are_cut_from_the_left_as_lm_eval_does(model: Any, monkeyp
     lm.generate_until([ask("generate_until", context, {"until": [], "max_gen_toks": 5}, doc_id=1)])
     assert lm.num_truncated == 2
     assert [row.generation.num_prompt_tokens for row in lm.journal.generations.values()] == [3]
-    with pytest.raises(ValueError, match="leaves no room in 8 tokens"):
+    with pytest.raises(ValueError, match="leaves no room for the prompt in the model's 8 tokens: give"):
         lm.generate_until([ask("generate_until", context, {"until": [], "max_gen_toks": 8}, doc_id=2)])
     with pytest.raises(ValueError, match="does not fit into 8 tokens"):
         lm.loglikelihood([ask("loglikelihood", "a", "0123456789", doc_id=3)])
@@ -480,6 +481,9 @@ def test_elapsed_times_include_what_the_estimate_answered(
     harness.run(dataclasses.replace(plan, batch_size=50), root=tmp_path, progress=recorder)
     took = [note.rpartition(" in ")[2] for note in recorder.notes if note.startswith("[")]
     assert took == [duration_text(s) for s in (100, 100, 100, 0, 100, 0)]
+    stream = io.StringIO()
+    harness.run(dataclasses.replace(plan, batch_size=50), root=tmp_path, progress=LogProgress(stream))
+    assert stream.getvalue().splitlines()[-1].endswith(f" in {duration_text(400)}")
 
 
 def test_what_is_announced_is_noted_before_anything_is_computed(plan: RunPlan, tmp_path: Path) -> None:

@@ -346,7 +346,7 @@ def test_what_does_not_fit_the_model_is_refused(pair: Path, requests: Any, tmp_p
     with pytest.raises(ValueError, match="4097 tokens of prompt and output do not fit into 4096 tokens of pair"):
         encode_calls(long, make_calls(long, requests), requests, model)
     greedy = SpeedPlan(new_tokens=4096, num_prompts=1)
-    with pytest.raises(ValueError, match="a budget of 4096 leaves no room in 4096 tokens"):
+    with pytest.raises(ValueError, match="4096 new tokens leaves no room for the prompt in the model's 4096"):
         encode_calls(greedy, make_calls(greedy, requests), requests, model)
     model.tokenizer = None
     with pytest.raises(ValueError, match="has no tokenizer files"):

@@ -245,6 +245,8 @@ def _score(row: Score) -> str | None:
 def _aggregate(row: Aggregate) -> str | None:
     # Of functions of sums the documents' parts are kept instead of replicates.
     resampled = row.replicates is not None or row.aggregation in SUMMED_AGGREGATIONS
+    if row.value is not None and not resampled and row.missing_reason is None:
+        return f"value is {row.value}, but replicates and missing_reason are None"
     lacking = row.value is None or not resampled
     if lacking != (row.missing_reason is not None):
         return f"value is {row.value}, but missing_reason is {row.missing_reason!r}"

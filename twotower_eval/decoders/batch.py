@@ -122,6 +122,13 @@ class Call:
             self.on_finish(made)
 
 
+def no_denoiser(decoder: str) -> str:
+    """Why a decoder cannot take a model, and what can."""
+    return (
+        f"decoder {decoder!r} needs a two-tower checkpoint and this one has no denoiser: give --decoder autoregressive"
+    )
+
+
 class BatchDecoder:
     """Base of the decoders that run the prompts of a call beside each other."""
 
@@ -130,7 +137,7 @@ class BatchDecoder:
 
     def __init__(self, model: Any, params: Any, *, clock: Clock | None = None) -> None:
         if self.NEEDS_DENOISER and not model.has_denoiser:
-            raise ValueError(f"{self.KIND} needs a two-tower checkpoint; this one has no denoiser")
+            raise ValueError(no_denoiser(self.KIND))
         self.model, self.params, self.clock = model, params, clock
 
     @torch.inference_mode()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from twotower_eval.decoders import Clock, OnFinish
+from twotower_eval.decoders.batch import no_denoiser
 from twotower_eval.decoders.block_diffusion import Params as BlockParams
 from twotower_eval.decoders.finish import check_batch_size, check_prompts, generation, is_finished, make_rules
 from twotower_eval.decoders.rows import check_temperature
@@ -50,7 +51,7 @@ class Reference:
 
     def __init__(self, model: Any, params: _Params, *, clock: Clock | None = None) -> None:
         if params.mode != "autoregressive" and not model.has_denoiser:
-            raise ValueError(f"{params.mode} needs a two-tower checkpoint; this one has no denoiser")
+            raise ValueError(no_denoiser(params.mode))
         self.model, self.params, self.clock = model, params, clock
 
     @torch.inference_mode()

@@ -170,8 +170,7 @@ class _Evaluation:
             if event.get("kind") == "truncated" and "num_truncated" in event
         }
         self._warned: set[tuple[str, str]] = set()
-        self._advance: Advance | None = None
-        self._num_done = 0
+        self._advance: Advance = lambda num=1, /: None
         self._known = KnownScores(writer.run)
         self._journals = {job.cell.id: CellJournal(cell=job.cell.id, append=writer.append) for job in jobs}
         rows: list[Row] = [*writer.run.generations, *writer.run.likelihoods]
@@ -183,10 +182,8 @@ class _Evaluation:
         total = sum(len(job.requests) for job in self._jobs)
         num_tasks = len({job.task.name for job in self._jobs})
         self._progress.note(f"{len(self._jobs)} cells over {num_tasks} tasks, {total} requests")
-        self._estimate()
-        with self._progress.track(total, "run") as advance:
-            advance(self._num_done)
-            self._advance = advance
+        with self._progress.track(total, "run") as self._advance:
+            self._estimate()
             for number, job in enumerate(self._jobs, start=1):
                 started_s = time.monotonic()
                 batches = self._prepared.pop(job.cell.id) if job.cell.id in self._prepared else self._batches(job)
@@ -231,13 +228,6 @@ class _Evaluation:
         for answer in self._model_of(job, advance=lambda num=1, /: None).batches(missing[start : start + size]):
             answer()
 
-    def _advanced(self, num: int = 1, /) -> None:
-        """Pass on to the bar, or remember until there is one."""
-        if self._advance is None:
-            self._num_done += num
-        else:
-            self._advance(num)
-
     def _journal(self, job: Job) -> CellJournal:
         return self._journals[job.cell.id if job.task.generates else job.likelihoods_of]
 
@@ -255,10 +245,10 @@ class _Evaluation:
         counted = self._truncated.get(job.cell.id if job.requests else job.likelihoods_of)
         known = counted and (not job.requests or counted[0] == len(job.requests))  # a resume may raise the limit
         if counted and known and not self._missing(job):
-            self._advanced(len(job.requests))
+            self._advance(len(job.requests))
             batches = []
         else:
-            lm = self._model_of(job, self._advanced)
+            lm = self._model_of(job, self._advance)
             batches = lm.batches(job.requests)
             counted = len(job.requests), lm.num_truncated
         self._tell_truncated(job, counted)

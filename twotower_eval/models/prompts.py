@@ -67,7 +67,10 @@ def fitted_prompt_ids(model: Any, text: str, budget: int) -> tuple[list[int], bo
         return ids, False
     room = model.max_length - budget
     if room < 1:
-        raise ValueError(f"a budget of {budget} leaves no room in {model.max_length} tokens")
+        raise ValueError(
+            f"a budget of {budget} new tokens leaves no room for the prompt in the model's {model.max_length} tokens: "
+            "give --max-new-tokens (run) or --new-tokens (speed)"
+        )
     return ids[-room:], len(ids) > room
 
 
