@@ -1,7 +1,9 @@
 """Scores of all documents together: equal to lm-eval's functions, and what resampling says of them."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import lm_eval.api.metrics  # noqa: F401  # registers its functions
@@ -11,7 +13,7 @@ from lm_eval.api.registry import AGGREGATION_REGISTRY
 
 from twotower_eval import stats
 from twotower_eval.harness.aggregates import parts_of, replicates_of, value_of
-from twotower_eval.records import LABEL_AGGREGATIONS, MEAN, SUMMED_AGGREGATIONS
+from twotower_eval.records import LABEL_AGGREGATIONS, MEAN, SUMMED_AGGREGATIONS, Estimate
 from twotower_eval.stats import aggregates
 from twotower_eval.suites import aggregation_name
 
@@ -90,6 +92,92 @@ def test_a_perplexitys_interval_is_never_negative_and_holds_its_value() -> None:
         items = [(-float(rng.gamma(0.5, 200)), int(rng.integers(1, 5))) for _ in range(4)]
         found = summed("weighted_perplexity", items).score()
         assert 0 < found.low < found.value < found.high
+
+
+LEAST = {"f1": 0, "matthews_corrcoef": -1, "perplexity": 1, "weighted_perplexity": 1}
+MOST = {"f1": 1, "matthews_corrcoef": 1, "nanmean": 1, "bleu": 100, "chrf": 100, "chrf++": 100}
+SPANS = {
+    **dict.fromkeys(("f1", "nanmean"), 1),
+    "matthews_corrcoef": 2,
+    **dict.fromkeys(("bleu", "chrf", "chrf++"), 100),
+}
+
+
+def near_the_end(name: str, rng: np.random.Generator, num: int) -> list[Any]:
+    """Items of few documents, whose score is near the end of its range."""
+    if name in LABEL_AGGREGATIONS:
+        gold_N = rng.integers(0, 2, num)
+        return [(int(gold), int(gold if rng.random() < 0.9 else 1 - gold)) for gold in gold_N]
+    if name == "nanmean":
+        return [math.nan if rng.random() < 0.1 else float(value) for value in rng.beta(9, 0.2, num)]
+    if name == "perplexity":
+        return [-float(value) for value in rng.gamma(0.1, 1, num)]
+    if name in ("weighted_perplexity", "bits_per_byte"):
+        return [(-float(rng.gamma(0.1, 1)), int(rng.integers(1, 40))) for _ in range(num)]
+    texts = [text(rng, 8) for _ in range(num)]
+    return [[one, one if rng.random() < 0.7 else text(rng, 8)] for one in texts]
+
+
+def bounded(name: str, found: stats.WholeScores) -> Iterator[tuple[float, float, Estimate]]:
+    """Least, most and an interval, of all that has one."""
+    most, span = MOST.get(name, math.inf) * (1 + 1e-12), SPANS.get(name, math.inf)
+    for of, (low, high) in {
+        stats.WholeScores.score: (LEAST.get(name, 0), most),
+        partial(stats.WholeScores.score, arm=1): (LEAST.get(name, 0), most),
+        stats.WholeScores.difference: (-span, span),
+        stats.WholeScores.retention: (-math.inf if name == "matthews_corrcoef" else 0, math.inf),
+    }.items():
+        with contextlib.suppress(ValueError):  # where there is no interval
+            yield low, high, of(found)
+
+
+@pytest.mark.parametrize("name", sorted(SUMMED_AGGREGATIONS))
+def test_no_interval_leaves_the_range_of_its_score(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do those of a group's mean; differences are within the range's width, and retention is not negative."""
+    monkeypatch.setattr(aggregates, "NUM_RESAMPLES", 1000)
+    num = 0
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        found = summed(name, *[near_the_end(name, rng, 6 + seed) for _ in range(2)])
+        group = stats.averaged([found, summed(name, *[items_of(name, rng, 40) for _ in range(2)])], [1, 1])
+        for low, high, one in (*bounded(name, found), *bounded(name, group)):
+            assert low <= one.low <= one.value <= one.high <= high
+            num += 1
+    assert num >= 9
+
+
+def test_the_mean_of_perplexities_has_an_interval_on_their_own_scale() -> None:
+    """One text that a model finds very unlikely made an interval from -82,106 to 82,298 about a mean of 96."""
+    rng = np.random.default_rng(0)
+    easy = [(-float(rng.gamma(0.5, 20)), int(rng.integers(1, 9))) for _ in range(6)]
+    hard = [(-float(rng.gamma(0.5, 60)), int(rng.integers(1, 9))) for _ in range(6)]
+    members = [summed("weighted_perplexity", items) for items in (easy, hard)]
+    group = stats.averaged(members, [1, 3])
+    assert group.value() == pytest.approx((members[0].value() + 3 * members[1].value()) / 4)
+    found = group.score()
+    assert 1 <= found.low < found.value < found.high
+    draws_Q = np.exp(group.draws_AQ[0])
+    both = sum(w * np.mean(np.exp(one.draws_AQ[0])) for w, one in zip((0.25, 0.75), members, strict=True))
+    assert draws_Q.mean() == pytest.approx(both)
+    assert found.high <= draws_Q.max() * 50
+
+
+def test_a_function_of_unknown_range_keeps_to_its_draws() -> None:
+    """A perplexity by a task's own function went from -20 to 78 about 9.5."""
+    items = [float(value) for value in np.random.default_rng(1).gamma(0.3, 8, 12)]
+    source = Source(lambda drawn: math.exp(sum(drawn) / len(drawn)))
+    names = [f"d{i}" for i in range(len(items))]
+    own = value_of(source, "m", items)
+    drawn = replicates_of(source, "m", items, names)
+    assert isinstance(drawn, tuple)
+    assert isinstance(own, float)
+    one = stats.replicated("own", [own, own * 2], [drawn, [2 * value for value in drawn]], len(items), seed=0)
+    for arm in (0, 1):
+        score = one.score(arm)
+        assert min(one.draws_AQ[arm]) <= score.low < score.value < score.high <= max(one.draws_AQ[arm])
+    assert one.difference().low >= min(drawn)
+    group = stats.averaged([one, summed("perplexity", [-1.0, -2.0, -2.5, -0.5], [-1.0, -2.0, -2.2, -0.5])], [1, 1])
+    assert group.score().low > 0
 
 
 def test_one_document_that_would_overflow_is_part_of_the_perplexity() -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import inf, sqrt
 
 import numpy as np
+from scipy.special import logsumexp
 
 from twotower_eval.records import Estimate
 from twotower_eval.stats.intervals import (
@@ -122,7 +123,7 @@ LABEL_FUNCTIONS: Mapping[str, Callable[[Floats, Floats], Floats]] = {  # (right 
 
 
 ANYTHING = (-inf, inf)
-# Where a function's values lie, whatever the documents; log-likelihoods are not above 0.
+# Where a function's values lie, whatever the documents, log-likelihoods being at most 0; means: see _within.
 RANGES: Mapping[str, tuple[float, float]] = {
     "perplexity": (1.0, inf),
     "weighted_perplexity": (1.0, inf),
@@ -141,8 +142,8 @@ class WholeScores:
     """One score of all documents together for each arm, and its values in resamples that both arms share.
 
     ``left_AC`` are the scores without each cluster in turn, ``None`` where only draws are known. With ``log`` all of
-    it is logarithms. No interval leaves ``within``, the range of the function's values, on their own scale. Every
-    estimate raises ValueError where there is none.
+    it is logarithms. No interval leaves ``within``, the range of the function's values, on their own scale, nor, where
+    that is unknown (``None``), the values of the draws. Every estimate raises ValueError where there is none.
     """
 
     score_A: Floats
@@ -153,7 +154,7 @@ class WholeScores:
     log: bool
     method: str
     seed: int
-    within: tuple[float, float] = ANYTHING
+    within: tuple[float, float] | None
 
     def value(self, arm: int = 0) -> float:
         """An arm's score, without an interval."""
@@ -187,7 +188,7 @@ class WholeScores:
         draws_AQ, left_AC = self.plain(self.draws_AQ), None if self.left_AC is None else self.plain(self.left_AC)
         left_C = None if left_AC is None else left_AC[1] - left_AC[0]
         low, high = self._interval(value, draws_AQ[1] - draws_AQ[0], left_C, level)
-        farthest = self.within[1] - self.within[0]
+        farthest = self.within[1] - self.within[0] if self.within else inf
         return self._estimate(value, low, high, level, (-farthest, farthest))
 
     def retention(self, *, level: float = LEVEL) -> Estimate:
@@ -203,7 +204,7 @@ class WholeScores:
             None if self.left_AC is None else self.left_AC[1] / np.where(self.left_AC[0] > 0, self.left_AC[0], np.nan)
         )
         low, high = self._interval(value, self.draws_AQ[1] / self.draws_AQ[0], left_C, level)
-        return self._estimate(value, low, high, level, (0.0, inf) if self.within[0] >= 0 else ANYTHING)
+        return self._estimate(value, low, high, level, (0.0, inf) if self.within and self.within[0] >= 0 else None)
 
     def plain(self, scores: Floats) -> Floats:
         """Scores or draws on their own scale."""
@@ -211,8 +212,11 @@ class WholeScores:
             plain: Floats = np.exp(scores) if self.log else scores
         return plain
 
-    def _estimate(self, value: float, low: float, high: float, level: float, within: tuple[float, float]) -> Estimate:
-        low, high = min(value, max(low, within[0])), max(value, min(high, within[1]))
+    def _estimate(
+        self, value: float, low: float, high: float, level: float, within: tuple[float, float] | None
+    ) -> Estimate:
+        least, most = within or ANYTHING
+        low, high = min(value, max(low, least)), max(value, min(high, most))
         if not np.isfinite([low, high]).all():
             raise ValueError("the score is too large a number in some resamples: there is no finite interval")
         return Estimate(
@@ -220,7 +224,10 @@ class WholeScores:
         )
 
     def _interval(self, value: float, draws_Q: Floats, left_C: Floats | None, level: float) -> tuple[float, float]:
-        """The wider, end by end, of the bootstrap's corrected percentiles and Student's interval."""
+        """The wider, end by end, of the bootstrap's corrected percentiles and Student's interval.
+
+        Of a function of unknown range the percentiles alone: each of them is a value that it can give.
+        """
         n = self.num_clusters
         if n < 2:
             raise ValueError("one cluster only: its variation is unknown, so there is no interval")
@@ -239,7 +246,7 @@ class WholeScores:
         if low == high:
             raise ValueError("no cluster changes the score: there is no interval")
         drawn = corrected_percentiles(draws_Q, draws_Q, value, level=level, dof=dof, inflation=inflation, skew=skew)
-        return min(low, drawn[0]), max(high, drawn[1])
+        return drawn if self.within is None else (min(low, drawn[0]), max(high, drawn[1]))
 
 
 _NO_VALUE = "these documents together have no such score"
@@ -271,17 +278,21 @@ def summed(name: str, arms: Sequence[Parts], clusters: Sequence[str], *, seed: i
         log=name in LOG_FUNCTIONS,
         method=f"clustered bootstrap through {name}, {NUM_RESAMPLES:,} resamples, or jackknife where wider",
         seed=seed,
-        within=RANGES.get(name, ANYTHING),
+        within=_within(name, parts_ANV),
     )
 
 
 def replicated(
     name: str, values: Sequence[float], replicates: Sequence[Sequence[float]], num_clusters: int, *, seed: int
 ) -> WholeScores:
-    """A score whose function was called elsewhere, on all documents and on resampled clusters, the same in each arm."""
-    if len({len(drawn) for drawn in replicates}) != 1:
-        raise ValueError(f"{name}: the arms were resampled differently")
-    draws_AQ = np.array(replicates, dtype=float)
+    """A score whose function was called elsewhere, on all documents and on resampled clusters, the same in each arm.
+
+    An arm may have been resampled more often than the other: of each the first draws are taken, which both have.
+    """
+    num = min(len(drawn) for drawn in replicates)
+    if num == 0:
+        raise ValueError(f"{name}: an arm has no resamples")
+    draws_AQ = np.array([drawn[:num] for drawn in replicates], dtype=float)
     same = len(values) > 1 and values[0] == values[1] and bool((draws_AQ[0] == draws_AQ[1]).all())
     return WholeScores(
         score_A=np.array(values, dtype=float),
@@ -290,32 +301,55 @@ def replicated(
         num_clusters=num_clusters,
         num_discordant=0 if same else None,
         log=False,
-        method=f"clustered bootstrap through {name}, {draws_AQ.shape[1]:,} resamples",
+        method=f"clustered bootstrap through {name}, {num:,} resamples",
         seed=seed,
+        within=None,
     )
 
 
 def averaged(members: Sequence[WholeScores], weights: Sequence[float]) -> WholeScores:
-    """Weighted mean of several tasks' scores. Each task's clusters are drawn apart from the others'."""
+    """Weighted mean of several tasks' scores. Each task's clusters are drawn apart from the others'.
+
+    The mean of perplexities is kept as its logarithm, as they are: its interval is made on that scale too.
+    """
     share_M = np.asarray(weights, dtype=float) / sum(weights)
     num = min(one.draws_AQ.shape[1] for one in members)
     # Tasks of one size were drawn alike: another order for each makes them independent, the same in both arms.
     orders = [np.random.default_rng(number).permutation(num) for number in range(len(members))]
-    draws_MAQ = np.stack(
-        [one.plain(one.draws_AQ)[:, :num][:, order] for one, order in zip(members, orders, strict=True)]
-    )
+    log = all(one.log for one in members)
+
+    def mean(values: Sequence[Floats]) -> Floats:
+        if log:
+            weighted = [scores + share for scores, share in zip(values, np.log(share_M), strict=True)]
+            return np.asarray(logsumexp(np.stack(weighted), axis=0))
+        plain = np.stack([one.plain(scores) for one, scores in zip(members, values, strict=True)])
+        return np.asarray(np.tensordot(share_M, plain, axes=1))
+
     discordant = [one.num_discordant for one in members]
+    ranges = [one.within for one in members if one.within is not None]
     return WholeScores(
-        score_A=np.tensordot(share_M, np.stack([one.plain(one.score_A) for one in members]), axes=1),
-        draws_AQ=np.tensordot(share_M, draws_MAQ, axes=1),
+        score_A=mean([one.score_A for one in members]),
+        draws_AQ=mean([one.draws_AQ[:, :num][:, order] for one, order in zip(members, orders, strict=True)]),
         left_AC=None,
         num_clusters=sum(one.num_clusters for one in members),
         num_discordant=None if None in discordant else sum(one or 0 for one in discordant),
-        log=False,
+        log=log,
         method=f"mean over {len(members)} tasks, each by a {members[0].method}",
         seed=members[0].seed,
-        within=(min(one.within[0] for one in members), max(one.within[1] for one in members)),
+        within=(min(low for low, _ in ranges), max(high for _, high in ranges))
+        if len(ranges) == len(members)
+        else None,
     )
+
+
+def _within(name: str, parts_ANV: Floats) -> tuple[float, float]:
+    """Where a score's values lie. Means stay on their side of 0, and between 0 and 1, if all documents' values do."""
+    low, high = float(parts_ANV[..., 0].min()), float(parts_ANV[..., 0].max())
+    if name in LOG_FUNCTIONS and high > 0:  # no likelihoods of text
+        return 0.0, inf
+    if name in RANGES:
+        return RANGES[name]
+    return (0.0 if low >= 0 else -inf), (1.0 if low >= 0 and high <= 1 else 0.0 if high <= 0 else inf)
 
 
 def _columns(name: str, parts_ANV: Floats) -> tuple[Floats, Function]:

@@ -48,6 +48,8 @@ def mean_score(values: Sequence[float], clusters: Sequence[str], *, level: float
     inside = value_N.min() >= 0 and value_N.max() <= 1
     below, above = (extreme_bound(edge_C, sizes_C, level) if inside else 0.0 for edge_C in (sums_C, sizes_C - sums_C))
     low, high = min(low, 1 - above), max(high, below)
+    if inside:
+        low, high = max(low, 0.0), min(high, 1.0)
     widened = ", widened to the exact bound" if max(above, below) > 0 else ""
     method = f"t interval over clusters, corrected for skewness{widened}"
     return Estimate(value=mean, low=low, high=high, level=level, n=n, method=method)
