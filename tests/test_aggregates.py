@@ -1,9 +1,11 @@
 """Scores of all documents together: equal to lm-eval's functions, and what resampling says of them."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import lm_eval.api.metrics  # noqa: F401  # registers its functions
@@ -13,6 +15,7 @@ from lm_eval.api.registry import AGGREGATION_REGISTRY
 
 from twotower_eval import stats
 from twotower_eval.harness.aggregates import parts_of, replicates_of, value_of
+from twotower_eval.progress import Advance
 from twotower_eval.records import LABEL_AGGREGATIONS, MEAN, SUMMED_AGGREGATIONS, Estimate
 from twotower_eval.stats import aggregates
 from twotower_eval.suites import aggregation_name
@@ -253,6 +256,48 @@ def test_functions_of_a_tasks_own_are_resampled_where_the_documents_are() -> Non
     assert found.score(0).method == "clustered bootstrap through max, 1,000 resamples"
     assert aggregation_name(source, "m") == "builtins.max"
     assert aggregation_name(source, "another") == MEAN
+
+
+def test_a_slow_function_is_resampled_as_often_as_its_time_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """10,000 documents took a minute for each metric and arm, and squad's metrics hours."""
+    clock_s = itertools.count(0.0, 0.5)  # half a second a call
+    monkeypatch.setattr("twotower_eval.harness.aggregates.time", SimpleNamespace(monotonic=lambda: next(clock_s)))
+    clusters, progress = [f"c{i // 2}" for i in range(30)], Noted()
+
+    def called(limit_s: float, items: list[int]) -> tuple[float, ...]:
+        monkeypatch.setattr("twotower_eval.harness.aggregates.BUDGET_S", limit_s)
+        found = replicates_of(Source(max), "m", items, clusters, progress)
+        assert isinstance(found, tuple)
+        return found
+
+    some, more = called(70.0, list(range(30))), called(0.0, list(range(1, 31)))
+    assert (len(some), len(more), len(called(1e9, list(range(30))))) == (139, 100, 1000)
+    assert [b - a for a, b in zip(some, more, strict=False)] == [1] * 100, "the same draws in the same order"
+    assert progress.tracked == [("resampling m, by builtins.max", num) for num in (139, 100, 1000)]
+    both = stats.replicated("max", [29.0, 30.0], [some, more], 15, seed=0)
+    assert both.score(1).method == "clustered bootstrap through max, 100 resamples"
+
+
+class Noted:
+    """Progress that keeps what was tracked."""
+
+    def __init__(self) -> None:
+        self.tracked: list[tuple[str, int]] = []
+
+    @contextlib.contextmanager
+    def track(self, total: int, description: str) -> Iterator[Advance]:
+        done = 0
+
+        def advance(num: int = 1, /) -> None:
+            nonlocal done
+            done += num
+
+        yield advance
+        assert done <= total
+        self.tracked.append((description, done))
+
+    def note(self, text: str) -> None:
+        raise AssertionError(text)
 
 
 def test_a_function_that_fails_says_so() -> None:

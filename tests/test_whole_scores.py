@@ -16,6 +16,7 @@ from tests.report_fixture import AUTOREGRESSIVE, block_diffusion, make_cell, man
 from twotower_eval import store, suites
 from twotower_eval.evidence.quality import quality_points
 from twotower_eval.evidence.wholes import WholeScore, current_scores, one_whole
+from twotower_eval.harness.known import KnownScores
 from twotower_eval.harness.scoring import aggregate_rows, score_rows
 from twotower_eval.records import Likelihood, LikelihoodRow, Score, Workload
 from twotower_eval.suites import lm_tasks
@@ -158,6 +159,24 @@ def test_both_arms_have_lm_evals_own_numbers(tmp_path: Path) -> None:
         means = {(other.task, other.metric): getattr(other, arm) for other in point.others}
         assert means == pytest.approx({key: value for key, value in theirs.items() if key in means})
         assert theirs.keys() == means.keys(), "every metric is shown, and nothing else under its name"
+
+
+def test_replicates_on_disk_are_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The value is, and where it differs, the run is refused as before."""
+    run = journalled(tmp_path, ("hooked",))
+    [row] = [row for row in run.aggregates if row.metric == "size" and run.cells[row.cell].arm == "baseline"]
+    assert row.replicates is not None
+    monkeypatch.setattr("twotower_eval.harness.scoring.replicates_of", lambda *args: pytest.fail("called again"))
+    [task] = suites.resolve_tasks(["hooked"])
+    answers = [one for one in run.generations if one.cell == row.cell]
+    fewer = dataclasses.replace(row, replicates=row.replicates[:150])
+    known = KnownScores(dataclasses.replace(run, aggregates=[fewer, *run.aggregates[1:]]))
+    made = aggregate_rows(task, row.cell, answers, known.stored)
+    assert fewer in made
+    assert known.new_aggregates(made) == [one for one in made if one.metric != "size" and one not in run.aggregates]
+    other = KnownScores(dataclasses.replace(run, aggregates=[dataclasses.replace(row, value=-1.0)]))
+    with pytest.raises(ValueError, match="has another score"):
+        other.new_aggregates(aggregate_rows(task, row.cell, answers, other.stored))
 
 
 def test_directions_of_better_are_the_metrics_own(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ and reports do the rest. Any other function is called here: on all items, and on
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -15,10 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from twotower_eval.progress import Advance, Progress
 from twotower_eval.records import LABEL_AGGREGATIONS, sha256_text
 from twotower_eval.suites import aggregation, aggregation_name
 
-NUM_REPLICATES = 1_000  # of functions that take all documents anew each time
+# Of functions that take all documents anew each time: at least and at most so many, in between as time allows.
+LEAST_REPLICATES, NUM_REPLICATES = 100, 1_000
+BUDGET_S = 60.0  # of one metric in one cell
+SLOW_S = 5.0  # what takes longer shows how far it is
 SEED = 0
 # What a function may raise on items that it cannot take: lm-eval would fail on them as well.
 FAILURES = (
@@ -57,23 +63,37 @@ def value_of(source: Any, metric: str, items: Items) -> float | str:
     return f"lm-eval's {aggregation_name(source, metric)} of all documents {value}" if isinstance(value, str) else value
 
 
-def replicates_of(source: Any, metric: str, items: Items, clusters: Sequence[str]) -> tuple[float, ...] | str:
+def replicates_of(
+    source: Any, metric: str, items: Items, clusters: Sequence[str], progress: Progress | None = None
+) -> tuple[float, ...] | str:
     """The function's values on the documents of resampled clusters, or the reason why there are none.
 
-    Draws depend on the clusters' names and on ``SEED`` alone: both arms draw the same.
+    Draws depend on the clusters' names and on ``SEED`` alone: both arms draw the same, in the same order. A slow
+    function is called as often as ``BUDGET_S`` allows, but ``LEAST_REPLICATES`` times.
     """
     members: dict[str, list[Any]] = {cluster: [] for cluster in sorted(set(clusters))}
     for cluster, item in zip(clusters, items, strict=True):
         members[cluster].append(item)
     by_cluster = list(members.values())
     rng = np.random.default_rng(SEED)
-    values = []
-    for _ in range(NUM_REPLICATES):
-        drawn = rng.integers(0, len(by_cluster), size=len(by_cluster))
-        found = _called(aggregation(source, metric), [item for number in drawn for item in by_cluster[number]])
-        if isinstance(found, str):
-            return f"lm-eval's {aggregation_name(source, metric)} of resampled documents {found}"
-        values.append(found)
+    name, function = aggregation_name(source, metric), aggregation(source, metric)
+    values: list[float] = []
+    started_s = time.monotonic()
+    with contextlib.ExitStack() as shown:
+        advance: Advance = lambda num=1, /: None  # noqa: E731
+        while len(values) < NUM_REPLICATES:
+            spent_s = time.monotonic() - started_s
+            if len(values) >= LEAST_REPLICATES and spent_s >= BUDGET_S:
+                break
+            if len(values) == 1 and progress is not None and spent_s * NUM_REPLICATES > SLOW_S:
+                advance = shown.enter_context(progress.track(NUM_REPLICATES, f"resampling {metric}, by {name}"))
+                advance()
+            drawn = rng.integers(0, len(by_cluster), size=len(by_cluster))
+            found = _called(function, [item for number in drawn for item in by_cluster[number]])
+            if isinstance(found, str):
+                return f"lm-eval's {name} of resampled documents {found}"
+            values.append(found)
+            advance()
     return tuple(values)
 
 

@@ -44,6 +44,10 @@ class KnownScores:
             self._left.pop(key, None)
         return new
 
+    def stored(self, made: Aggregate) -> Aggregate | None:
+        """The row on disk of the same score of the same documents."""
+        return self._aggregates.get(store.JOURNALS[Aggregate][1](made), (0, None))[1]
+
     def new_aggregates(self, aggregates: Iterable[Aggregate]) -> list[Aggregate]:
         """The same for what functions made of all documents. Those of fewer documents, under an older limit, stay."""
         new = []

@@ -125,7 +125,9 @@ def score_journal(path: Path) -> Path:
     for cell in found.manifest.cells:
         rows = [row for row in found.generations if row.cell == cell.id]
         new += known.new(score for task in tasks for score in score_rows(task, cell.id, rows))
-        new += known.new_aggregates(made for task in tasks for made in aggregate_rows(task, cell.id, rows))
+        new += known.new_aggregates(
+            made for task in tasks for made in aggregate_rows(task, cell.id, rows, known.stored)
+        )
     known.check_all_made()
     with store.resume(path, manifest, event="scored") as writer:
         for made in new:
@@ -285,7 +287,8 @@ class _Evaluation:
     def _score(self, job: Job) -> str:
         """Write the job's scores, if they are not there yet, and return the headline for people."""
         rows = list(self._answered(job).values())
-        scores, aggregates = score_rows(job.task, job.cell.id, rows), aggregate_rows(job.task, job.cell.id, rows)
+        scores = score_rows(job.task, job.cell.id, rows)
+        aggregates = aggregate_rows(job.task, job.cell.id, rows, self._known.stored, self._progress)
         new: list[Score | Aggregate] = [*self._known.new(scores), *self._known.new_aggregates(aggregates)]
         for made in new:
             self._writer.append(made)

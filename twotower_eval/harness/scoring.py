@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,14 @@ from twotower_eval.harness.aggregates import (
     replicates_of,
     value_of,
 )
+from twotower_eval.progress import Progress
 from twotower_eval.records import MEAN, SUMMED_AGGREGATIONS, Aggregate, GenerationRow, LikelihoodRow, Score
 from twotower_eval.suites import BuiltDoc, BuiltTask, aggregation_name, instance_sha256
 
 POOLING = ("majority_vote", "take_first_k")  # filters that look at all samples of a problem together
 
 Row = GenerationRow | LikelihoodRow
+Stored = Callable[[Aggregate], Aggregate | None]
 Samples = list[list[Row]]  # of one document: per sample, one answer for each request
 
 
@@ -51,8 +53,17 @@ def score_rows(task: BuiltTask, cell: str, rows: Iterable[Row]) -> list[Score]:
     return scores
 
 
-def aggregate_rows(task: BuiltTask, cell: str, rows: Iterable[Row]) -> list[Aggregate]:
-    """What lm-eval's functions make of all documents together, for each filter and metric that is no mean."""
+def aggregate_rows(
+    task: BuiltTask,
+    cell: str,
+    rows: Iterable[Row],
+    stored: Stored = lambda made: None,
+    progress: Progress | None = None,
+) -> list[Aggregate]:
+    """What lm-eval's functions make of all documents together, for each filter and metric that is no mean.
+
+    ``stored`` is asked for the row on disk of the same score: its replicates are taken as they are.
+    """
     samples = _samples(task, rows)
     made = []
     for docs in _by_source(task, samples):
@@ -65,7 +76,8 @@ def aggregate_rows(task: BuiltTask, cell: str, rows: Iterable[Row]) -> list[Aggr
                 if aggregation_name(source, metric) != MEAN:
                     there = [doc for doc in docs if metric in items[doc.doc_id]]
                     of_document = [items[doc.doc_id][metric] for doc in there]
-                    made.append(_aggregate(task, cell, there, metric, filter_.name, of_document))
+                    one = _aggregate(task, cell, there, metric, filter_.name, of_document)
+                    made.append(_with_replicates(one, there, of_document, stored, progress))
     return made
 
 
@@ -258,12 +270,9 @@ def _score(
 def _aggregate(
     task: BuiltTask, cell: str, docs: Sequence[BuiltDoc], metric: str, filter_name: str, items: Sequence[Sequence[Any]]
 ) -> Aggregate:
-    source, clusters = docs[0].source, [doc.cluster_id for doc in docs]
+    source = docs[0].source
     aggregation, firsts = aggregation_name(source, metric), [samples[0] for samples in items]
     value = _several(aggregation, items) or value_of(source, metric, firsts)
-    replicates: tuple[float, ...] | str | None = None
-    if not isinstance(value, str) and aggregation not in SUMMED_AGGREGATIONS:
-        replicates = replicates_of(source, metric, firsts, clusters)
     return Aggregate(
         cell=cell,
         task=task.name,
@@ -271,9 +280,28 @@ def _aggregate(
         filter=filter_name,
         aggregation=aggregation,
         num_documents=len(docs),
-        num_clusters=len(set(clusters)),
+        num_clusters=len({doc.cluster_id for doc in docs}),
         seed=SEED,
         value=None if isinstance(value, str) else value,
-        replicates=None if isinstance(replicates, str) else replicates,
-        missing_reason=next((found for found in (value, replicates) if isinstance(found, str)), None),
+        replicates=None,
+        missing_reason=value if isinstance(value, str) else None,
     )
+
+
+def _with_replicates(
+    made: Aggregate,
+    docs: Sequence[BuiltDoc],
+    items: Sequence[Sequence[Any]],
+    stored: Stored,
+    progress: Progress | None,
+) -> Aggregate:
+    """The same with its function's values over resampled documents, where reports cannot compute them from parts."""
+    if made.value is None or made.aggregation in SUMMED_AGGREGATIONS:
+        return made
+    if (known := stored(made)) is not None:
+        return dataclasses.replace(made, replicates=known.replicates, missing_reason=known.missing_reason)
+    firsts, clusters = [samples[0] for samples in items], [doc.cluster_id for doc in docs]
+    found = replicates_of(docs[0].source, made.metric, firsts, clusters, progress)
+    if isinstance(found, str):
+        return dataclasses.replace(made, missing_reason=found)
+    return dataclasses.replace(made, replicates=found)

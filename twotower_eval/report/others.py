@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from twotower_eval import stats
 from twotower_eval.evidence.points import Measured, OtherScore, QualityPoint
@@ -61,7 +61,7 @@ def _change(change: Measured) -> str:
     return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
 
 
-def _whole_remarks(wholes: Iterable[WholeScore]) -> Iterator[str]:
+def _whole_remarks(wholes: Sequence[WholeScore]) -> Iterator[str]:
     """Which function made each score, what is kept of it, and why figures are missing."""
     for whole in wholes:
         named = f"{escape(whole.task)}, {escape(whole.metric)}"
@@ -81,3 +81,7 @@ def _whole_remarks(wholes: Iterable[WholeScore]) -> Iterator[str]:
             if why is not None:
                 reasons.setdefault(why, []).append(what)
         yield from (f"{named}: no {', '.join(what)}: {escape(why)}." for why, what in reasons.items())
+    intervals = [found.estimate for whole in wholes for found in (whole.baseline_interval, whole.candidate_interval)]
+    methods = sorted({found.method for found in intervals if found})
+    if methods:
+        yield f"Intervals of scores of all documents together: {escape('; '.join(methods))}."
