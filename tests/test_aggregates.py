@@ -17,7 +17,7 @@ from twotower_eval import stats
 from twotower_eval.harness.aggregates import parts_of, replicates_of, value_of
 from twotower_eval.progress import Advance
 from twotower_eval.records import LABEL_AGGREGATIONS, MEAN, SUMMED_AGGREGATIONS, Estimate
-from twotower_eval.stats import aggregates
+from twotower_eval.stats import aggregates, functions
 from twotower_eval.suites import aggregation_name
 
 
@@ -60,7 +60,7 @@ def summed(name: str, *arms: list[Any]) -> stats.WholeScores:
 
 
 def test_every_sum_that_reports_know_is_kept_while_measuring() -> None:
-    assert {*aggregates.FUNCTIONS, *aggregates.LOG_FUNCTIONS, *aggregates.LABEL_FUNCTIONS} == SUMMED_AGGREGATIONS
+    assert {*functions.FUNCTIONS, *functions.LOG_FUNCTIONS, *functions.LABEL_FUNCTIONS} == SUMMED_AGGREGATIONS
 
 
 @pytest.mark.parametrize("name", sorted(SUMMED_AGGREGATIONS))
@@ -324,7 +324,7 @@ def test_no_interval_leaves_the_range_of_its_function(name: str) -> None:
         ]
     found, again = summed(name, items, items[::-1]), summed(name, items[::-1])
     one = found.score(0)
-    low, high = aggregates.RANGES[name]
+    low, high = functions.RANGES[name]
     assert low <= one.low <= one.value <= one.high <= high
     assert again.score().value == pytest.approx(one.value)
     group = stats.averaged([found, found], [1.0, 3.0]).score()
