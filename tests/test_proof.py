@@ -17,7 +17,7 @@ from twotower_eval.models.named_lengths import named_lengths
 from twotower_eval.models.probes import difference
 from twotower_eval.models.transformers_model import TransformersModel
 from twotower_eval.records import Prompt, Ways
-from twotower_eval.ways import ways_text
+from twotower_eval.ways import handicaps, ways_text
 
 RIGHT = [name for name in ODD if name != "bert"]
 ROWS = [[5, 6, 7], [9], list(range(20, 38)), [3, 4, 5, 6, 7, 8], [11, 12, 13]]
@@ -94,7 +94,7 @@ def test_how_each_of_them_is_run(models: dict[str, Any]) -> None:
     assert first.difference > 0.1 > first.limit
     assert "with the positions of its tokens passed" in ways_text(bamba)
     assert "one prompt after the other" in ways_text(gemma)
-    assert "more than 14 tokens whole, alone and without a cache" in ways_text(longrope.ways)
+    assert "more than 14 tokens without a cache, one by one" in ways_text(longrope.ways)
     assert "without a cache" in ways_text(models["openai-gpt"].ways)
 
 
@@ -386,6 +386,46 @@ def test_what_fails_in_the_measured_dtype_alone_is_found(folders: dict[str, Path
     assert first.error == "its logits are not finite"
     context = wrong.prefill(torch.tensor([[5, 6, 7], [8, 0, 0]]), [3, 1])
     assert torch.isfinite(wrong.next_logits(context)).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "bamba", "mamba2", "lfm2"])
+def test_a_batch_of_unlike_lengths_is_told_from_one_of_one_length(
+    name: str, models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States cannot pass over padding: each length takes forwards of its own."""
+    calls: list[int] = []
+    forward = TransformersModel._logits
+    monkeypatch.setattr(TransformersModel, "_logits", lambda self, **a: calls.append(1) or forward(self, **a))
+    model = models[name]
+    model.prefill(torch.ones(4, 6, dtype=torch.int64), [3, 4, 5, 6])
+    assert len(calls) == (1 if name in ("llama", "mistral") else 4)
+    assert model.ways.unlike_lengths_together is (len(calls) == 1)
+    slow = handicaps("baseline", model.ways, batch_size=4, longest=9)
+    assert [one.way for one in slow] == (["one length after the other"] if len(calls) == 4 else [])
+    assert handicaps("baseline", model.ways, batch_size=4, longest=9, unlike_lengths=False) == ()
+    assert handicaps("baseline", model.ways, batch_size=1, longest=9) == ()
+
+
+def test_a_length_that_does_not_fit_into_memory_stays_untried(models: dict[str, Any]) -> None:
+    """Four rows in float32 may be too many where the run's own fit: beyond that length contexts are read plainly."""
+    room = [60]
+
+    def change(forward: Any, arguments: dict[str, Any]) -> Any:
+        if arguments["use_cache"] and arguments["input_ids"].numel() > room[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(**arguments)
+
+    small = spoiled(models["llama"], change)
+    small.inner.config.attention_window = 20
+    proof.prove(small)
+    assert (small.ways.cached, small.ways.rows_together, small.ways.failed) == (True, True, ())
+    assert (small.ways.short_of_memory_at, small.plain_beyond, small.unproved) == (20, 18, (20,))
+    ways = proof.prove_up_to(small, 30)
+    assert (ways.plain_beyond, ways.short_of_memory_at) == (18, 20)
+    assert "where 20 tokens were too many to be tried" in ways_text(ways)
+    room[0] = 1000
+    ways = proof.prove_up_to(small, 30)
+    assert (ways.plain_beyond, ways.short_of_memory_at, small.unproved) == (None, None, ())
 
 
 def test_differences_are_in_units_of_the_spread() -> None:

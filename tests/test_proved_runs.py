@@ -2,6 +2,7 @@
 speedup over a handicap."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,20 @@ from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import speed_points
 from twotower_eval.miniature.tokenizer import EOS_ID, write_tokenizer
 from twotower_eval.plan import RunPlan
-from twotower_eval.records import Ways
+from twotower_eval.records import FailedTrial, SpeedSample, Ways
 from twotower_eval.report.gates import gates as gates_section
 from twotower_eval.store import load
 from twotower_eval.suites import resolve_tasks
-from twotower_eval.ways import Handicap, handicaps, slower_lines, ways_text
+from twotower_eval.verify.numerics import proved
+from twotower_eval.ways import (
+    Handicap,
+    ProofOutcome,
+    handicap_text,
+    handicaps,
+    proof_outcome,
+    slower_lines,
+    ways_text,
+)
 
 TASKS = ("miniature_sort", "miniature_choice")
 CLAIM: dict[str, Any] = {
@@ -142,7 +152,7 @@ def test_verify_says_how_a_model_is_run(tmp_path: Path) -> None:
     [check] = [check for check in load(path).checks if check.name == "proved_against_whole_rows"]
     assert check.outcome == "passed"
     assert check.detail.startswith(
-        "every option of a question in a row of its own; tried on up to 17 tokens against passes"
+        "every option of a question in a row of its own; tried on up to 17 tokens against whole rows"
     )
 
 
@@ -174,6 +184,61 @@ def test_a_speedup_over_a_baseline_without_cache_is_invalid(tmp_path: Path) -> N
         [verdict] = judge(claims_from("test", CLAIM).claims, [run])
         assert (verdict.outcome == "INVALID") is (ways is slow)
         assert ("fastest way: the baseline was timed without a cache" in verdict.reason) is (ways is slow)
+
+
+def test_a_hybrid_baseline_timed_length_by_length_is_invalid(tmp_path: Path) -> None:
+    """Its batches of unlike lengths took several times the forwards, and the speedup over it was valid."""
+
+    def unlike(row: Any) -> Any:
+        if not isinstance(row, SpeedSample):
+            return row
+        return replace(row, prompts=tuple(replace(p, num_prompt_tokens=9 + i) for i, p in enumerate(row.prompts)))
+
+    hybrid = Ways(checkpoint=CONTEXT.identity, unlike_lengths_together=False, proved_tokens=11)
+    for name, size, edit in (("unlike", 2, unlike), ("like", 2, None), ("alone", 1, unlike)):
+        run = load(speed_run(tmp_path / name, ways=(hybrid,), batch_sizes=(size,), edit=edit))
+        [point] = speed_points([run])[0]
+        assert point.invalid is (name == "unlike")
+
+
+def test_a_gate_says_how_far_a_proof_went(tmp_path: Path) -> None:
+    """It said passed of every model, also of one that could not be tried."""
+    alone = FailedTrial(check="options in one row", num_tokens=11, difference=1.6, limit=5e-4)
+    known = Ways(proved_tokens=11, precision="float32")
+    outcomes: dict[Ways, ProofOutcome] = {
+        known: "fastest",
+        replace(known, positions_passed=True): "fastest",
+        replace(known, cached=False): "slower",
+        replace(known, rows_together=False): "slower",
+        replace(known, passes_together=False): "slower",
+        replace(known, unlike_lengths_together=False): "slower",
+        replace(known, plain_beyond=9): "slower",
+        replace(known, failed=(alone,)): "slower",
+        replace(known, cached=False, precision="bfloat16"): "not checked",
+    }
+    words = {"fastest": "passed", "slower": "slower way", "not checked": "not checked"}
+    for number, (ways, outcome) in enumerate(outcomes.items()):
+        assert proof_outcome(ways) == outcome
+        run = load(speed_run(tmp_path / str(number), ways=(replace(ways, checkpoint=CONTEXT.identity),)))
+        [row] = [line for line in gates_section(Runs([run])).markdown.splitlines() if "proved against" in line]
+        assert row.split("|")[2].strip() == words[outcome]
+        assert bool(slower_lines(run.manifest)) is (outcome != "fastest")
+        assert proved(ways).outcome == ("not_checked" if outcome == "not checked" else "passed")
+
+
+def test_ways_are_told_in_plain_words() -> None:
+    assert ways_text(Ways(proved_tokens=11, precision="float32")) == (
+        "with a cache, the rows of a batch together; tried on up to 11 tokens against whole rows without a cache"
+    )
+    half = Ways(cached=False, proved_tokens=11, precision="bfloat16")
+    assert "not proved: float32 does not fit into memory, and in bfloat16 rounding hides faults" in ways_text(half)
+    long = Ways(plain_beyond=4094, resets_first=True, short_of_memory_at=4096)
+    assert "contexts of more than 4,094 tokens without a cache, one by one, with a short row before" in ways_text(long)
+    slow = handicaps("baseline", Ways(unlike_lengths_together=False), batch_size=2, longest=9)
+    assert handicap_text(slow) == (
+        "the baseline was timed with prompts of one length together only, several passes a step for a mixed batch: "
+        "a model that is slowed down gives no speedup"
+    )
 
 
 def test_a_run_that_is_timed_goes_on_in_the_same_ways_only(tmp_path: Path) -> None:

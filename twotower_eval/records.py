@@ -434,17 +434,19 @@ class Ways:
     """How a Hugging Face model is run, proved against passes over whole rows, alone and without a cache.
 
     ``checkpoint`` is its identity. ``cached``: steps read one token each. ``rows_together``: prompts of a batch run
-    beside each other, else one prompt after the other. ``passes_together``: so do whole rows that are scored.
+    beside each other, else one prompt after the other; ``unlike_lengths_together``: also where their lengths differ.
+    ``passes_together``: so do whole rows that are scored.
     ``options_packed``: the options of a question are read in one row. ``positions_passed``: token positions are named
     where the model would count them wrongly. Contexts longer than ``plain_beyond`` are read whole, alone and without
     a cache; ``resets_first``: behind a short row that undoes what the last long one left in the model. No more than
     ``proved_tokens`` of context were tried, in ``precision`` (``None``: not recorded); in half precision faults hide
-    behind rounding, and no fast way is taken.
+    behind rounding, and no fast way is taken. ``short_of_memory_at``: the length whose trial did not fit into memory.
     """
 
     checkpoint: str = ""
     cached: bool = True
     rows_together: bool = True
+    unlike_lengths_together: bool = True
     passes_together: bool = True
     options_packed: bool = False
     positions_passed: bool = False
@@ -452,6 +454,7 @@ class Ways:
     resets_first: bool = False
     proved_tokens: int = 0
     precision: str | None = None
+    short_of_memory_at: int | None = None
     failed: tuple[FailedTrial, ...] = ()
 
 

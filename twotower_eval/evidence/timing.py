@@ -208,8 +208,10 @@ def _handicaps(
     for cell, own in zip(arms, samples, strict=True):
         prompts = [prompt for sample in own for prompt in sample.prompts]
         longest = max(prompt.num_prompt_tokens + prompt.num_tokens for prompt in prompts)
+        unlike = any(len({prompt.num_prompt_tokens for prompt in sample.prompts}) > 1 for sample in own)
+        width = cell.workload.batch_size or 1
         for ways in (ways for run in runs for ways in run.manifest.ways if ways.checkpoint == cell.checkpoint.identity):
-            found += handicaps(cell.arm, ways, batch_size=cell.workload.batch_size or 1, longest=longest)
+            found += handicaps(cell.arm, ways, batch_size=width, longest=longest, unlike_lengths=unlike)
     return tuple(dict.fromkeys(found))
 
 

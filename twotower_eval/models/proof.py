@@ -140,9 +140,16 @@ def _prove_lengths(model: TransformersModel, longest: int) -> None:
     None is tried in half precision, where that would tell nothing.
     """
     while _is_open(model, longest) and model.precision not in HALF:
-        length, *others = model.unproved
-        model.run_by(model.ways)
-        _settle(model, make_probe(model, length, min(length + 8 + length // 8, _room(model))), most_cached=length - 2)
+        length, *others = unproved = model.unproved
+        before = replace(model.ways, short_of_memory_at=None)
+        model.run_by(before)
+        try:
+            _settle(
+                model, make_probe(model, length, min(length + 8 + length // 8, _room(model))), most_cached=length - 2
+            )
+        except torch.OutOfMemoryError:  # four rows in float32: the run's own may fit
+            model.run_by(replace(before, short_of_memory_at=length), unproved)
+            return
         model.run_by(model.ways, others if model.ways.plain_beyond is None else ())
 
 

@@ -54,7 +54,8 @@ class TransformersModel(LanguageModel):
         )
         self.may_pack = self.pads_left and keeps_all_keys(inner.config, layers)
         self._can_join = self.pads_left and can_join(layers)
-        self.run_by(Ways(cached=self.cache_argument is not None))
+        cached = self.cache_argument is not None
+        self.run_by(Ways(cached=cached, unlike_lengths_together=self.pads_left or not cached))
 
     def run_by(self, ways: Ways, unproved: Sequence[int] = ()) -> None:
         """From now on in these ways, beyond the first ``unproved`` length plainly; earlier contexts are void."""
@@ -229,7 +230,7 @@ class TransformersModel(LanguageModel):
         if self.ways.resets_first and self._is_beyond(max(lengths)):
             self._logits(input_ids=ids_BS[:, :2], use_cache=False)
         width = ids_BS.shape[1]
-        # A lone column is a step to some models, which they take for the next one of whatever they read last.
+        # Some models go on from the row before when they are given a single token, so it is given twice.
         ids_BS = ids_BS[:, : max(lengths)] if max(lengths) > 1 else ids_BS[:, :1].expand(-1, 2)
         if last is None:
             logits_BSV = self._logits(input_ids=ids_BS, use_cache=False).float()

@@ -29,11 +29,12 @@ from twotower_eval.report.text import (
     times,
 )
 from twotower_eval.shortfalls import truncation_line
-from twotower_eval.ways import handicap_text, named_ways, ways_text
+from twotower_eval.ways import ProofOutcome, handicap_text, named_ways, proof_outcome, ways_text
 
 Row = list[str]
 GATE_HEADER = ["gate", "outcome", "what was found", "run"]
 OUTCOMES = {"passed": "passed", "failed": "**FAILED**", "not_checked": "not checked"}
+PROOF_WORDS: dict[ProofOutcome, str] = {"fastest": "passed", "slower": "slower way", "not checked": "not checked"}
 
 
 def gates(runs: Runs) -> Section:
@@ -74,7 +75,7 @@ def _ways(runs: Runs) -> Iterator[Row]:
         for name, ways in named_ways(run.manifest):
             yield [
                 "proved against whole rows",
-                "passed",
+                PROOF_WORDS[proof_outcome(ways)],
                 f"{escape(name)}: {escape(ways_text(ways))}",
                 code(run.manifest.run_id),
             ]

@@ -13,7 +13,7 @@ from twotower_eval.models.probes import LIMITS, difference
 from twotower_eval.ops.ssd import ssd, ssd_chunked, ssd_reference
 from twotower_eval.records import Prompt, Ways
 from twotower_eval.verify.finding import Finding, judged, not_checked, told
-from twotower_eval.ways import ways_text
+from twotower_eval.ways import proof_outcome, ways_text
 
 BLOCK_SIZE = 16
 CHUNKS = (4, 16, 32, 128)
@@ -45,7 +45,8 @@ def _all_logits(model: Any, prompts: Sequence[Prompt]) -> Iterator[Tensor]:
 
 def proved(ways: Ways) -> Finding:
     """How a Hugging Face model has to be run; one that is right in no way is refused before."""
-    return told("proved_against_whole_rows", ways_text(ways))
+    found = told if proof_outcome(ways) != "not checked" else not_checked
+    return found("proved_against_whole_rows", ways_text(ways))
 
 
 def seeded_scan(model: Any, seed: int) -> Finding:
