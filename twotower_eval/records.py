@@ -266,6 +266,8 @@ class Score:
 
     ``chance`` is the document's expected value under uniform guessing among its options, ``None`` where there are none
     to guess among.
+
+    ``main``: metric and filter are those that stand for the task (``None``: rows of versions that did not say).
     """
 
     cell: str
@@ -287,6 +289,7 @@ class Score:
     parts: tuple[float, ...] | None = None
     by_size: bool = False
     chance: Share | None = None
+    main: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -544,6 +547,10 @@ class Claim:
     ``scope`` names the tasks of a quality claim. ``expected`` is a fraction of 1, or a factor for speedups;
     ``margin`` is in the same unit, for speedups a share of ``expected``. A ``joint`` claim has ``parts``, the names
     of other claims at the same point, and neither ``expected`` nor ``margin``.
+
+    ``metric`` names the score of a single task in scope that a ``score`` or ``score_difference`` is about, as lm-eval
+    writes it (``metric`` or ``metric,filter``); ``None``: the one that stands for the task. Of scores outside
+    retention ``expected`` and ``margin`` are in the metric's own unit.
     """
 
     name: str
@@ -559,6 +566,7 @@ class Claim:
     margin: float | None = None
     parts: tuple[str, ...] = ()
     limits: GateLimits = field(default_factory=GateLimits)
+    metric: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -578,6 +586,7 @@ class Verdict:
     ``estimate`` is at level 0.90: either end is a one-sided 95 % bound. ``num_points`` operating points of the subject
     were measured in the runs looked at, and the claim's own ``num_looks`` times. ``near_chance`` names the tasks of a
     retention whose baseline is not clearly above guessing, and ``above_chance`` is the estimate without them.
+    ``metric``, where it is given, is the score outside retention that was judged, in whose own unit the estimate is.
     """
 
     claim: str
@@ -590,6 +599,7 @@ class Verdict:
     num_looks: int = 0
     near_chance: tuple[str, ...] = ()
     above_chance: Estimate | None = None
+    metric: str | None = None
 
 
 def canonical_json(value: Any) -> str:

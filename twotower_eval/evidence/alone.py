@@ -29,8 +29,8 @@ from twotower_eval.evidence.degenerate import Flags
 from twotower_eval.evidence.measured import Measured, measured
 from twotower_eval.evidence.nulls import fault
 from twotower_eval.evidence.scale import is_scale_run
-from twotower_eval.evidence.wholes import is_whole, one_whole
-from twotower_eval.records import Cell, Score
+from twotower_eval.evidence.wholes import current_scores, is_whole, one_group, one_whole
+from twotower_eval.records import MEAN, Cell, Score
 from twotower_eval.store import Run
 
 
@@ -79,6 +79,28 @@ class ScoredAlone:
     flagged: FlaggedAlone
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroupScore:
+    """A group's figure in one arm, as lm-eval makes it of its ``members``: their mean, by documents or all alike.
+
+    ``cell`` is that of the first member; ``num_documents`` have a value, ``num_without`` have none.
+    """
+
+    cell: Cell
+    group: str
+    members: tuple[str, ...]
+    by_size: bool
+    metric: str
+    filter: str
+    aggregation: str
+    scored_by: str
+    headline: bool
+    num_documents: int
+    num_without: int
+    value: stats.Figure
+    interval: Measured
+
+
 def compares(run: Run) -> bool:
     """Whether the run holds a candidate against its baseline; what ``verify`` checks, and sizes of model, do not."""
     kinds = {cell.workload.kind for cell in run.manifest.cells if cell.arm == "candidate"}
@@ -123,6 +145,57 @@ def score_of(scores: Sequence[Score], run: Run) -> tuple[stats.Figure, Measured]
     found = measured(lambda: stats.mean_score([value for value, _ in known], [cluster for _, cluster in known]))
     mean = sum(value for value, _ in known) / len(known) if known else None
     return stats.Figure(value=mean, reason=None if known else "no document has a value"), found
+
+
+def group_scores(run: Run) -> tuple[GroupScore, ...]:
+    """Every group's figure in every arm; none before the run's end, since what is left may be of a member."""
+    found: dict[tuple[object, ...], dict[str, list[Score]]] = defaultdict(lambda: defaultdict(list))
+    for score in current_scores(run) if run.complete else ():
+        if score.group is not None:
+            cell = run.cells[score.cell]
+            where = (cell.arm, cell.checkpoint, cell.decoder.label, cell.workload.kind, cell.workload.batch_size)
+            found[*where, score.group, score.metric, score.filter][score.task].append(score)
+    return tuple(_group_score(run, members) for members in found.values())
+
+
+def _group_score(run: Run, members: dict[str, list[Score]]) -> GroupScore:
+    rows = [score for scores in members.values() for score in scores]
+    first = rows[0]
+    wholes = [str(score.aggregation) for score in rows if is_whole(score)]
+    num_without = sum(score.value is None and not is_whole(score) for score in rows)
+    value, interval = one_group(list(members.values()), run) if wholes else _group_mean(members)
+    return GroupScore(
+        cell=run.cells[first.cell],
+        group=str(first.group),
+        members=tuple(members),
+        by_size=first.by_size,
+        metric=first.metric,
+        filter=first.filter,
+        aggregation=wholes[0] if wholes else MEAN,
+        scored_by=" + ".join(sorted({score.scored_by for score in rows})),
+        headline=first.headline,
+        num_documents=len(rows) - num_without,
+        num_without=num_without,
+        value=value,
+        interval=interval,
+    )
+
+
+def _group_mean(members: dict[str, list[Score]]) -> tuple[stats.Figure, Measured]:
+    """Of scores that each document has by itself; those without a value are left out, as in their task's own mean."""
+    known = [score for scores in members.values() for score in scores if score.value is not None]
+    sums = {task: [s.value for s in scores if s.value is not None] for task, scores in members.items()}
+    without = [task for task, own in sums.items() if not own]
+    if without:
+        reason = f"no document of {without[0]} has a value"
+        return stats.Figure(value=None, reason=reason), Measured(estimate=None, reason=reason)
+    by_size = known[0].by_size
+    weights = [len(own) if by_size else 1 for own in sums.values()]
+    mean = sum(w * sum(own) / len(own) for w, own in zip(weights, sums.values(), strict=True)) / sum(weights)
+    values = [value for own in sums.values() for value in own]
+    tasks = [task for task, own in sums.items() for _ in own]
+    clusters = [score.cluster_id for score in known]
+    return stats.Figure(value=mean), measured(lambda: stats.mean_of_members(values, tasks, clusters, by_size=by_size))
 
 
 def timed_alone(runs: Sequence[Run]) -> tuple[tuple[TimedAlone, ...], tuple[str, ...]]:

@@ -55,7 +55,10 @@ class TaskQuality:
 
 @dataclass(frozen=True, kw_only=True)
 class OtherScore:
-    """A mean score outside retention: another metric or filter, or one of which less is better."""
+    """A mean score outside retention: another metric or filter, or one of which less is better.
+
+    ``main``: it stands for its task. ``members`` are a group's. ``is_equal``: one computation scored both arms.
+    """
 
     task: str
     metric: str
@@ -66,6 +69,28 @@ class OtherScore:
     baseline: float
     candidate: float
     difference: Estimate
+    main: bool
+    members: tuple[str, ...]
+    is_equal: bool
+    scores: stats.PairedScores
+
+    def score_at(self, level: float) -> Estimate:
+        """The candidate's score with its interval at that level; ValueError where there is none."""
+        return candidate_mean(self.scores, level)
+
+    def difference_at(self, level: float) -> Estimate:
+        """Candidate minus baseline at that level; ValueError where there is none."""
+        if self.is_equal:
+            return stats.equal_by_construction(0.0, len(set(self.scores.clusters)), level=level)
+        table = self.scores.table
+        return stats.difference(table, stats.draw_task_means(table), level=level, min_discordant=stats.MIN_DISCORDANT)
+
+
+def candidate_mean(scores: stats.PairedScores, level: float) -> Estimate:
+    """The candidate's mean over one task or over a group's members; ValueError where there is no interval."""
+    return stats.mean_of_members(
+        scores.candidate, scores.tasks, scores.clusters, by_size=bool(scores.by_size), level=level
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

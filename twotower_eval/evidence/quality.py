@@ -7,7 +7,7 @@ with the baseline cells of the same run and workload. Scores that cannot be pair
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 from twotower_eval import stats
@@ -25,7 +25,7 @@ from twotower_eval.evidence.points import (
     measured,
     point_key,
 )
-from twotower_eval.evidence.wholes import current_scores, is_whole, whole_scores
+from twotower_eval.evidence.wholes import current_scores, is_whole, whole_groups, whole_scores
 from twotower_eval.records import Cell, Score, canonical_json, sha256_text
 from twotower_eval.store import Run
 
@@ -72,7 +72,7 @@ def _point(run: Run, cells: list[Cell], by_cell: dict[str, list[Score]]) -> Qual
         complete=run.complete,
         baseline=baselines[0],
         candidate=cells[0],
-        others=tuple(_others(others, answered_once)),
+        others=tuple(_others(others, answered_once, whole_groups(a for a, _ in pairs))),
         wholes=tuple(whole_scores(run, pairs, lone_scores(found), answered_once)),
         missing=missing,
         warnings=tuple(warnings),
@@ -216,24 +216,39 @@ def _interval_warnings(table: stats.ScoreTable, draws: stats.Draws) -> Iterator[
         yield f"{lone} clusters are alone in touching their set of tasks: the intervals do not see them vary"
 
 
-def _others(pairs: list[Pair], answered_once: set[str]) -> Iterator[OtherScore]:
-    """Of every task, and of every group whose figure is of the metric."""
+def _others(
+    pairs: list[Pair], answered_once: set[str], apart: Container[tuple[str | None, str, str]]
+) -> Iterator[OtherScore]:
+    """By task and metric, then by group; ``apart`` are groups whose figure is no mean of documents' own values."""
+    tasks: dict[tuple[str, str, str], list[Pair]] = defaultdict(list)
     groups: dict[tuple[str, str, str], list[Pair]] = defaultdict(list)
     for a, b in pairs:
-        for name in {a.task, a.group or a.task}:
-            groups[name, a.metric, a.filter].append((a, b))
-    for (task, metric, filter_), here in sorted(groups.items()):
-        table = _scores(here).table
-        equal = {a.task for a, _ in here} <= answered_once and all(a.value == b.value for a, b in here)
-        known = stats.equal_by_construction(0.0, len(table.stratum_C)) if equal else None
-        yield OtherScore(
-            task=task,
-            metric=metric,
-            filter=filter_,
-            scored_by=" + ".join(sorted({b.scored_by for _, b in here})),
-            higher_is_better=here[0][0].higher_is_better,
-            num_documents=len(here),
-            baseline=float(table.task_means_K(table.baseline_CL)[0]),
-            candidate=float(table.task_means_K(table.candidate_CL)[0]),
-            difference=known or stats.difference(table, stats.draw_task_means(table)),
-        )
+        tasks[a.task, a.metric, a.filter].append((a, b))
+        if a.group is not None and (a.group, a.metric, a.filter) not in apart:
+            groups[a.group, a.metric, a.filter].append((a, b))
+    for (task, *_), here in sorted(tasks.items()):
+        yield _other(task, here, answered_once, ())
+    for (group, *_), here in sorted(groups.items()):
+        yield _other(group, here, answered_once, tuple(dict.fromkeys(a.task for a, _ in here)))
+
+
+def _other(name: str, here: list[Pair], answered_once: set[str], members: tuple[str, ...]) -> OtherScore:
+    first, scores = here[0][0], _scores(here)
+    table = scores.table
+    equal = all(a.task in answered_once and a.value == b.value for a, b in here)
+    known = stats.equal_by_construction(0.0, len(table.stratum_C)) if equal else None
+    return OtherScore(
+        task=name,
+        metric=first.metric,
+        filter=first.filter,
+        scored_by=" + ".join(sorted({b.scored_by for _, b in here})),
+        higher_is_better=first.higher_is_better,
+        num_documents=len(here),
+        baseline=float(table.task_means_K(table.baseline_CL)[0]),
+        candidate=float(table.task_means_K(table.candidate_CL)[0]),
+        difference=known or stats.difference(table, stats.draw_task_means(table)),
+        main=bool(first.main or members),
+        members=members,
+        is_equal=equal,
+        scores=scores,
+    )

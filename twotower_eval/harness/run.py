@@ -14,6 +14,7 @@ from typing import Any
 from twotower_eval import store
 from twotower_eval.harness.adapter import Batch, HarnessLM
 from twotower_eval.harness.answers import CellJournal, Key
+from twotower_eval.harness.headlines import TaskFigure, group_lines, headline_text, task_figure
 from twotower_eval.harness.jobs import (
     Job,
     check_scorers,
@@ -184,6 +185,7 @@ class _Evaluation:
         total = sum(len(job.requests) for job in self._jobs)
         num_tasks = len({job.task.name for job in self._jobs})
         self._progress.note(f"{len(self._jobs)} cells over {num_tasks} tasks, {total} requests")
+        figures: list[TaskFigure] = []
         with self._progress.track(total, "run") as self._advance:
             self._estimate()
             for number, job in enumerate(self._jobs, start=1):
@@ -191,12 +193,13 @@ class _Evaluation:
                 batches = self._prepared.pop(job.cell.id) if job.cell.id in self._prepared else self._batches(job)
                 for answer in batches:
                     answer()
-                headline = self._score(job)
+                figures.append(self._score(job))
                 took_s = self._estimate_s.get(job.cell.id, 0.0) + time.monotonic() - started_s
-                name = f"{job.cell.arm} {job.cell.decoder.label}"
-                done = f"{job.task.name}, {name}: {headline} in {duration_text(took_s)}"
+                done = f"{job.task.name}, {figures[-1].arm}: {headline_text(figures[-1])} in {duration_text(took_s)}"
                 self._progress.note(f"[{number}/{len(self._jobs)}] {done}")
         self._known.check_all_made()
+        for line in group_lines(figures):
+            self._progress.note(line)
 
     def _estimate(self) -> None:
         """Have a few requests of middling length answered for each kind of job, and say how long the rest will take."""
@@ -284,8 +287,8 @@ class _Evaluation:
             traced=_first_documents(job, self._plan.trace),
         )
 
-    def _score(self, job: Job) -> str:
-        """Write the job's scores, if they are not there yet, and return the headline for people."""
+    def _score(self, job: Job) -> TaskFigure:
+        """Write the job's scores, if they are not there yet, and return the task's figure."""
         rows = list(self._answered(job).values())
         scores = score_rows(job.task, job.cell.id, rows)
         aggregates = aggregate_rows(job.task, job.cell.id, rows, self._known.stored, self._progress)
@@ -293,23 +296,7 @@ class _Evaluation:
         for made in new:
             self._writer.append(made)
         self._writer.event("cell_done", cell=job.cell.id, task=job.task.name, num_documents=len(job.task.docs))
-        return _headline_text(job.task, scores, aggregates)
-
-
-def _headline_text(task: BuiltTask, scores: Sequence[Score], aggregates: Sequence[Aggregate]) -> str:
-    """A task's score for people: by lm-eval's own function where that is no mean."""
-    chosen = (task.metric, task.filter)
-    for made in aggregates:
-        if (made.metric, made.filter) == chosen:
-            if made.value is None:
-                return f"{task.metric} without a value ({made.missing_reason})"
-            return f"{task.metric} {made.value:.4g} over {made.num_documents} documents"
-    values = [score.value for score in scores if (score.metric, score.filter) == chosen]
-    numbers = [value for value in values if value is not None]
-    if not numbers:
-        return f"{task.metric} without a value"
-    without = f", {len(values) - len(numbers)} more without a value" if len(numbers) < len(values) else ""
-    return f"{task.metric} {sum(numbers) / len(numbers):.4g} over {len(numbers)} documents{without}"
+        return task_figure(job.task, job.cell, scores, aggregates)
 
 
 def _first_documents(job: Job, number: int) -> frozenset[int]:

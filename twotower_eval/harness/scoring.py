@@ -264,6 +264,7 @@ def _score(
         aggregation=found.aggregation,
         parts=found.parts,
         chance=doc.chance.get(metric),
+        main=chosen,
     )
 
 

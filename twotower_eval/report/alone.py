@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from twotower_eval.evidence.alone import FlaggedAlone, TimedAlone, is_alone, score_of
+from twotower_eval.evidence.alone import FlaggedAlone, GroupScore, TimedAlone, group_scores, is_alone, score_of
 from twotower_eval.evidence.costs import ArmCosts
 from twotower_eval.evidence.naming import checkpoint_name, long_name
 from twotower_eval.evidence.runs import Runs
@@ -219,21 +219,17 @@ def _share(flagged: FlaggedAlone) -> list[str]:
 
 
 def score_rows(run: Run) -> Iterator[Row]:
-    """Every score of one model alone, with its interval."""
+    """Every score of one model alone and every group's figure, with its interval; ``members`` are the group's."""
     groups: dict[tuple[str, str, str, str], list[Score]] = {}
     for score in current_scores(run):
         groups.setdefault((score.cell, score.task, score.metric, score.filter), []).append(score)
     for (cell_id, task, metric, filter_), scores in groups.items():
-        cell = run.cells[cell_id]
         figure, interval = score_of(scores, run)
         num_missing = 0 if is_whole(scores[0]) else sum(score.value is None for score in scores)
         yield {
-            "run": run.manifest.run_id,
-            "complete": run.complete,
-            **operating_point(cell),
-            "outputs": "whole_tasks" if cell.workload.kind == "task" else "timed",
-            "batch_size": cell.workload.batch_size,
+            **_scored_columns(run, run.cells[cell_id]),
             "task": task,
+            "members": None,
             "metric": metric,
             "filter": filter_,
             "aggregation": scores[0].aggregation or MEAN,
@@ -244,6 +240,34 @@ def score_rows(run: Run) -> Iterator[Row]:
             "score": figure.value,
             **ends("score", interval),
         }
+    yield from (_group_row(run, one) for one in group_scores(run))
+
+
+def _scored_columns(run: Run, cell: Cell) -> Row:
+    return {
+        "run": run.manifest.run_id,
+        "complete": run.complete,
+        **operating_point(cell),
+        "outputs": "whole_tasks" if cell.workload.kind == "task" else "timed",
+        "batch_size": cell.workload.batch_size,
+    }
+
+
+def _group_row(run: Run, one: GroupScore) -> Row:
+    return {
+        **_scored_columns(run, one.cell),
+        "task": one.group,
+        "members": " ".join(one.members),
+        "metric": one.metric,
+        "filter": one.filter,
+        "aggregation": one.aggregation,
+        "scored_by": one.scored_by,
+        "headline": one.headline,
+        "num_documents": one.num_documents,
+        "num_documents_without_value": one.num_without,
+        "score": one.value.value,
+        **ends("score", one.interval),
+    }
 
 
 def speed_row(one: TimedAlone) -> Row:

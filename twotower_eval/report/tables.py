@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 
-from twotower_eval.evidence.alone import is_alone, score_of
+from twotower_eval.evidence.alone import group_scores, is_alone, score_of
 from twotower_eval.evidence.chance import AgainstChance, standing_text
 from twotower_eval.evidence.naming import checkpoint_name
 from twotower_eval.evidence.points import Measured, QualityPoint, TaskQuality, point_key
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.truncation import truncated, truncated_by_task
 from twotower_eval.evidence.wholes import current_scores, is_whole
-from twotower_eval.records import Cell, Score
+from twotower_eval.records import MEAN, Cell, Score
 from twotower_eval.report.others import other_scores, whole_figure
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import (
@@ -98,8 +98,19 @@ def _single_arm(runs: Runs) -> str:
     if any(cut):
         header.append("cut prompts")
         rows = [[*row, count(num)] for row, num in zip(rows, cut, strict=True)]
+    rows += [[*row, *[""] * any(cut)] for run in runs for row in _group_rows(run)]
     without = f"\nScores without a value:\n\n{bullets(gaps)}" if gaps else ""
     return f"\nWhat has been scored:\n\n{table(header, rows, left=5)}{without}" if rows else ""
+
+
+def _group_rows(run: Run) -> Iterator[list[str]]:
+    """Groups' figures, as lm-eval makes them of their members."""
+    for one in group_scores(run):
+        named = escape(one.metric) + (f" ({escape(one.filter)})" if one.filter != "none" else "")
+        how, arm, num = scored_by_words(one.scored_by), escape(_arm(run, one.cell)), count(one.num_documents)
+        name = escape(one.group) + _mean_of(len(one.members), one.by_size)
+        shown = _mean(one.value, one.interval) if one.aggregation == MEAN else whole_figure(one.value, one.interval)
+        yield [name, named, how, arm, code(run.manifest.run_id), num, shown]
 
 
 def _mean(figure: Figure, interval: Measured) -> str:
@@ -160,8 +171,12 @@ def _task_table(point: QualityPoint, cut: Mapping[str, tuple[int, int]]) -> str:
 
 def _averaged(task: TaskQuality) -> str:
     """How a task of several members is one figure."""
-    weighted = ", by documents" if task.by_size else ""
-    return f" (mean of {len(task.members)}{weighted})" if task.members else ""
+    return _mean_of(len(task.members), task.by_size) if task.members else ""
+
+
+def _mean_of(num: int, by_size: bool) -> str:
+    weighted = ", by documents" if by_size else ""
+    return f" (mean of {num}{weighted})"
 
 
 def _task_rows(task: TaskQuality, with_chance: bool) -> Iterator[list[str]]:

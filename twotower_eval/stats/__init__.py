@@ -39,7 +39,7 @@ from twotower_eval.stats.figure import Figure
 from twotower_eval.stats.flips import Flips, flips, mcnemar, sign_flip_test
 from twotower_eval.stats.granularity import can_misfit, possible_counts, smallest_samples
 from twotower_eval.stats.intervals import LEVEL, NUM_RESAMPLES, binomial_upper_bound, holm
-from twotower_eval.stats.mean import mean_score
+from twotower_eval.stats.mean import mean_of_members, mean_score
 from twotower_eval.stats.nulls import NULL_OFFSET, NullLimits, half_width, is_off, off_nulls, widest_null
 from twotower_eval.stats.paired import Draws, PairedScores, ScoreTable, draw_task_means
 from twotower_eval.stats.power import (
@@ -128,6 +128,7 @@ __all__ = [
     "limits",
     "linear_stderr",
     "mcnemar",
+    "mean_of_members",
     "mean_of_ratios",
     "mean_score",
     "mean_time",

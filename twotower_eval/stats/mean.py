@@ -17,6 +17,8 @@ from twotower_eval.stats.intervals import (
     skewed_t_interval,
     third_cumulant,
 )
+from twotower_eval.stats.paired import PairedScores, draw_task_means
+from twotower_eval.stats.quality import difference
 
 EPSILON = 1e-12
 
@@ -53,6 +55,40 @@ def mean_score(values: Sequence[float], clusters: Sequence[str], *, level: float
     widened = ", widened to the exact bound" if max(above, below) > 0 else ""
     method = f"t interval over clusters, corrected for skewness{widened}"
     return Estimate(value=mean, low=low, high=high, level=level, n=n, method=method)
+
+
+def mean_of_members(
+    values: Sequence[float], tasks: Sequence[str], clusters: Sequence[str], *, by_size: bool, level: float = LEVEL
+) -> Estimate:
+    """Mean over a group's tasks of one model's mean scores, each task weighing as many as its documents or all alike.
+
+    The interval is that of a difference from a model that scores 0 everywhere. Scores between 0 and 1 keep it there,
+    and the exact bound of :func:`mean_score` widens it. ValueError where a task has a single cluster.
+    """
+    if len(set(tasks)) == 1:
+        return mean_score(values, clusters, level=level)
+    group = "group"
+    scores = PairedScores(
+        tasks=tasks,
+        groups=[group] * len(values),
+        clusters=clusters,
+        baseline=[0.0] * len(values),
+        candidate=values,
+        by_size=frozenset({group} if by_size else ()),
+    )
+    table = scores.table
+    lone = [leaf for leaf, num in zip(table.leaves, (table.count_CL > 0).sum(axis=0), strict=True) if num < 2]
+    if lone:
+        raise ValueError(f"{lone[0]} has one cluster only: its variation is unknown, so there is no interval")
+    found = difference(table, draw_task_means(table), level=level)
+    low, high = found.low, found.high
+    if min(values) >= 0 and max(values) <= 1:
+        weight_L = table.averaging_KL[0] / table.count_CL.sum(axis=0)
+        sums_C, sizes_C = table.candidate_CL @ weight_L, table.count_CL @ weight_L
+        below, above = (extreme_bound(edge_C, sizes_C, level) for edge_C in (sums_C, sizes_C - sums_C))
+        low, high = max(0.0, min(low, 1 - above)), min(1.0, max(high, below))
+    method = f"mean over {len(table.leaves)} tasks, {found.method.removeprefix('paired ')}"
+    return Estimate(value=found.value, low=low, high=high, level=level, n=found.n, method=method, seed=found.seed)
 
 
 def t_interval_of_mean(mean: float, parts_C: Floats, level: float) -> tuple[float, float]:

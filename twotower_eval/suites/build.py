@@ -187,10 +187,25 @@ def _build(member: SuiteTask, wishes: Wishes) -> Iterator[BuiltTask]:
         elif label:
             raise ValueError(f"task {name!r}: {path!r} is no task and no group whose documents are scored alike")
         else:
-            for one, has in zip(loaded, (fact.has(figure.metric, figure.filter) for fact in known), strict=True):
-                own = figure if has else groups.figure(one.node.name, (), [groups.facts(one.node.name, one.source)])
-                built = _build_part(one.node.name, name if has else None, one.node, [one], own, member, wishes)
-                yield dataclasses.replace(built, by_size=has and figure.by_size, headline=built.headline and has)
+            yield from _members(name, loaded, known, figure, member, wishes)
+
+
+def _members(
+    name: str,
+    loaded: Sequence[_Loaded],
+    known: Sequence[groups.Facts],
+    figure: groups.Figure,
+    member: SuiteTask,
+    wishes: Wishes,
+) -> Iterator[BuiltTask]:
+    """The tasks of a group, those with its metric as parts of its figure; a headline takes all of these or none."""
+    has = [fact.has(figure.metric, figure.filter) for fact in known]
+    averages = all(_averages(one.source, figure.metric) for one, there in zip(loaded, has, strict=True) if there)
+    for one, fact, there in zip(loaded, known, has, strict=True):
+        own = figure if there else groups.figure(one.node.name, (), [fact])
+        built = _build_part(one.node.name, name if there else None, one.node, [one], own, member, wishes)
+        headline = built.headline and there and averages
+        yield dataclasses.replace(built, by_size=there and figure.by_size, headline=headline)
 
 
 def _load(leaf: groups.Node, member: SuiteTask, wishes: Wishes) -> _Loaded:
