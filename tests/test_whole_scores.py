@@ -1,6 +1,7 @@
 """From journalled answers to reports: scores of all documents together are lm-eval's numbers, for both arms."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,14 @@ from lm_eval.api.instance import Instance
 
 from tests import own_tasks
 from tests.report_fixture import AUTOREGRESSIVE, block_diffusion, make_cell, manifest
-from twotower_eval import store, suites
+from twotower_eval import report, store, suites
+from twotower_eval.claims import judge
+from twotower_eval.cli import main
 from twotower_eval.evidence.quality import quality_points
 from twotower_eval.evidence.wholes import WholeScore, current_scores, one_whole
 from twotower_eval.harness.known import KnownScores
 from twotower_eval.harness.scoring import aggregate_rows, score_rows
-from twotower_eval.records import Likelihood, LikelihoodRow, Score, Workload
+from twotower_eval.records import Claim, Likelihood, LikelihoodRow, OperatingPoint, Score, Workload
 from twotower_eval.suites import lm_tasks
 
 WORDS = ("cat sat", "the mat", "a cat", "the cat sat on a mat", "mat", "sat on", "on the mat", "cat")
@@ -68,6 +71,7 @@ CONFIGS = [
         "loglikelihood_rolling",
         [{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}, {"metric": "bits_per_byte"}],
     ),
+    own_tasks.task_yaml("briers", "choosing", "multiple_choice", [{"metric": "brier_score"}]),
     own_tasks.task_yaml("ending", "generating", "loglikelihood", [{"metric": "perplexity"}, {"metric": "acc"}]),
     HOOKED,
 ]
@@ -293,6 +297,157 @@ def test_rows_of_older_versions_give_the_whole_score_from_their_likelihoods(metr
     unknown = current_scores(dataclasses.replace(run, likelihoods=[]))
     assert {(score.value, score.parts) for score in unknown} == {(None, None)}
     assert all("did not keep" in (score.missing_reason or "") for score in unknown)
+
+
+CLAIMS = """title = "Ours"
+[[point]]
+name = "p"
+decoder = {{ kind = "block_diffusion", block_size = 16, steps_per_block = "auto", threshold = 0.8, temperature = 0.0 }}
+[[claim]]
+name = "one"
+subject = "pair"
+baseline = "context-tower"
+point = "p"
+source = "a test"
+margin = 0
+{more}
+"""
+
+
+def check(tmp_path: Path, run: store.Run, capsys: pytest.CaptureFixture[str], **more: Any) -> tuple[int, str]:
+    """Exit code and first line of ``claims check`` on one claim."""
+    claims = tmp_path / "claims.toml"
+    claims.write_text(CLAIMS.format(more="\n".join(f"{key} = {json.dumps(value)}" for key, value in more.items())))
+    code = main(["claims", "check", str(claims), str(run.path)])
+    return code, capsys.readouterr().out.partition("\n")[0]
+
+
+def test_claims_on_scores_of_all_documents_are_judged_by_lm_evals_function(tmp_path: Path, capsys: Any) -> None:
+    """There was no estimate for any task whose aggregation is no mean."""
+    run = journalled(tmp_path)
+    theirs = lm_evals(2)
+    mains = {"translating": "bleu", "choosing": "f1", "rolling": "word_perplexity", "ending": "perplexity"}
+    for task, metric in mains.items():
+        value = theirs[task, metric]
+        about = {"quantity": "score", "scope": [task]}
+        code, line = check(tmp_path, run, capsys, **about, relation="at_most", expected=value + 1e15)
+        assert code == 0, line
+        assert f"SUPPORTED     one  {metric} {value:.4f} [" in line
+        assert "%" not in line
+        assert check(tmp_path, run, capsys, **about, relation="at_least", expected=value + 1e15)[0] == 3
+        code, line = check(tmp_path, run, capsys, **about, relation="at_least", expected=value)
+        assert (code, "does not clear" in line) == (4, True)
+
+
+def test_bounds_of_claims_are_the_tables_at_the_verdicts_level(tmp_path: Path, capsys: Any) -> None:
+    run = journalled(tmp_path)
+    found = wholes(run)["rolling", "word_perplexity"]
+    both, alone = found.resampled.both, found.resampled.singles[1]
+    assert not isinstance(both, str)
+    assert not isinstance(alone, str)
+    for quantity, estimate in (("score", alone.score(level=0.9)), ("score_difference", both.difference(level=0.9))):
+        shown = f"one  word_perplexity {estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]: "
+        for relation, end in (("at_most", estimate.high), ("at_least", estimate.low)):
+            step = 1e-3 if relation == "at_most" else -1e-3
+            about = {"quantity": quantity, "scope": ["rolling"], "relation": relation}
+            code, line = check(tmp_path, run, capsys, **about, expected=end + step)
+            assert (code, shown in line) == (0, True), line
+            assert check(tmp_path, run, capsys, **about, expected=end - step)[0] == 4
+    wide = found.difference.estimate
+    assert wide is not None
+    assert wide.low < both.difference(level=0.9).low, "the report's table is at 95 %"
+
+
+def test_a_claim_names_the_metric_that_it_means(tmp_path: Path, capsys: Any) -> None:
+    run = journalled(tmp_path)
+    theirs = lm_evals(2)
+    about = {"quantity": "score", "relation": "at_most", "expected": 1e6}
+    for task, metric, asked in (
+        ("rolling", "byte_perplexity", "byte_perplexity"),
+        ("rolling", "bits_per_byte", "bits_per_byte,none"),
+        ("choosing", "brier_score", "brier_score"),
+        ("translating", "exact_match", "exact_match"),
+    ):
+        code, line = check(tmp_path, run, capsys, **about, scope=[task], metric=asked)
+        assert (code, f"one  {metric} {theirs[task, metric]:.4f} [" in line) == (0, True), line
+    code, line = check(tmp_path, run, capsys, **about, scope=["rolling"], metric="bpb")
+    assert code == 6
+    assert line.endswith(
+        "one  rolling has no one score 'bpb': name one by metric, of "
+        "bits_per_byte,none, byte_perplexity,none, word_perplexity,none"
+    )
+    unsaid = [dataclasses.replace(score, main=None) for score in run.scores]
+    [verdict] = judge([claim_on("score", "rolling")], [dataclasses.replace(run, scores=unsaid)])
+    assert verdict.outcome == "NOT_MEASURED", "which one stands for the task was not kept"
+    assert "rolling has several scores: name one by metric" in verdict.reason
+
+
+def claim_on(quantity: Any, *scope: str, **more: Any) -> Claim:
+    decoder = block_diffusion()
+    return Claim(
+        name="one", quantity=quantity, subject="pair", baseline="context-tower", scope=scope, source="a test",
+        point=OperatingPoint(name="p", decoder=decoder), expected=1.0, margin=0.0, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("quantity", "scope", "reason"),
+    [
+        (
+            "retention",
+            ["rolling"],
+            "rolling has no part in a retention: its word_perplexity is no mean of documents but lm-eval's "
+            "weighted_perplexity of all of them together; claim its score or score_difference alone",
+        ),
+        (
+            "score_difference",
+            ["choosing", "rolling"],
+            "choosing has no part in a score_difference over several tasks: its f1 is no mean of documents but "
+            "lm-eval's f1 of all of them together; claim its score or score_difference alone",
+        ),
+        ("decoder_exercised_retention", ["hooked"], "hooked has no part in a decoder_exercised_retention: its size "),
+    ],
+)
+def test_what_such_a_task_has_no_part_in_is_not_measured(
+    quantity: str, scope: list[str], reason: str, tmp_path: Path, capsys: Any
+) -> None:
+    run = journalled(tmp_path)
+    code, line = check(tmp_path, run, capsys, quantity=quantity, scope=scope, expected=0.5)
+    assert code == 6
+    assert line.startswith(f"NOT MEASURED  one  {reason}")
+
+
+def test_means_of_which_less_is_better_are_judged_as_they_are(tmp_path: Path, capsys: Any) -> None:
+    run = journalled(tmp_path, ("hooked", "briers"))
+    [other] = [other for other in quality_points(run)[0].others if other.task == "briers"]
+    about = {"quantity": "score_difference", "scope": ["briers"], "relation": "at_most"}
+    code, line = check(tmp_path, run, capsys, **about, expected=other.candidate - other.baseline + 5)
+    assert (code, f"one  brier_score {other.candidate - other.baseline:.4f} [" in line) == (0, True), line
+    assert check(tmp_path, run, capsys, **about, expected=-5.0)[0] == 3
+    gone = [dataclasses.replace(score, value=None, missing_reason="lost") for score in run.scores[-1:]]
+    [verdict] = judge([claim_on("score", "briers")], [dataclasses.replace(run, scores=[*run.scores[:-1], *gone])])
+    assert (verdict.outcome, "all scored" in verdict.reason) == ("INVALID", True), verdict.reason
+
+
+def test_one_computation_of_both_arms_is_no_difference(tmp_path: Path) -> None:
+    run = journalled(tmp_path, ("rolling",), seeds=(1, 1))
+    once = [row for row in run.likelihoods if run.cells[row.cell].arm == "baseline"]
+    run = dataclasses.replace(run, likelihoods=once)
+    [verdict] = judge([dataclasses.replace(claim_on("score_difference", "rolling"), expected=0.0)], [run])
+    assert verdict.outcome == "SUPPORTED"
+    assert verdict.reason.startswith("equal by construction")
+    [other] = judge([dataclasses.replace(claim_on("score_difference", "rolling"), relation="equal")], [run])
+    assert other.outcome == "REFUTED"
+
+
+def test_reports_show_such_claims_in_the_metrics_unit(tmp_path: Path) -> None:
+    run = journalled(tmp_path, ("rolling",))
+    claims = tmp_path / "claims.toml"
+    about = {"quantity": "score", "scope": ["rolling"], "relation": "at_most", "expected": 1e15}
+    claims.write_text(CLAIMS.format(more="\n".join(f"{key} = {json.dumps(value)}" for key, value in about.items())))
+    shown = (report.write([run.path], tmp_path / "reports", claims=str(claims)) / "report.md").read_text()
+    assert "| one | **SUPPORTED** | word_perplexity " in shown.replace("\\_", "_")
+    assert "score (word_perplexity) at most 1e+15 (margin 0) |" in shown.replace("\\_", "_")
 
 
 def test_the_published_miniature_has_perplexities_of_all_its_documents() -> None:

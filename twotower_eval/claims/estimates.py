@@ -8,14 +8,18 @@ from twotower_eval import stats
 from twotower_eval.evidence import Measured, QualityPoint, SpeedPoint
 from twotower_eval.evidence.clean import subset
 from twotower_eval.evidence.measured import measured
+from twotower_eval.evidence.points import OtherScore, candidate_mean
+from twotower_eval.evidence.wholes import WholeScore
 from twotower_eval.records import Claim, Estimate
 from twotower_eval.stats.decide import DECISION_LEVEL
 
 RETENTIONS = ("retention", "decoder_exercised_retention")
 
 
-def is_equal_by_construction(claim: Claim, point: QualityPoint) -> bool:
+def is_equal_by_construction(claim: Claim, point: QualityPoint, own: OtherScore | WholeScore | None = None) -> bool:
     """Whether one computation scored both arms in the claim's whole scope, so that nothing is left to estimate."""
+    if own is not None:
+        return claim.quantity == "score_difference" and own.is_equal
     comparing = claim.quantity in ("retention", "score_difference")
     scoring = all(task.baseline > 0 for task in point.tasks if task.name in claim.scope)
     return comparing and scoring and bool(claim.scope) and set(claim.scope) <= set(point.equal_tasks)
@@ -35,16 +39,21 @@ def standings(claim: Claim, point: QualityPoint) -> tuple[stats.Standing, ...]:
     return stats.standings(point.scores.table, level=level, tasks=tasks)
 
 
-def quality_estimate(claim: Claim, point: QualityPoint) -> Estimate:
-    """The claim's quantity over its own scope, at the level that verdicts need; ValueError where there is none."""
+def quality_estimate(claim: Claim, point: QualityPoint, own: OtherScore | WholeScore | None = None) -> Estimate:
+    """The claim's quantity over its own scope, at the level that verdicts need; ValueError where there is none.
+
+    ``own`` is the score outside retention that it is about, if it is about one.
+    """
+    if own is not None:
+        return own.score_at(DECISION_LEVEL) if claim.quantity == "score" else own.difference_at(DECISION_LEVEL)
     scope = tasks_judged(claim, point)
     if point.scores is None or not scope:
         raise ValueError("no task in scope is scored through the candidate's decoder")
     scores = subset(point.scores, [i for i, group in enumerate(point.scores.groups) if group in scope])
     if claim.quantity == "score":
-        if len(set(scores.tasks)) > 1:
-            raise ValueError("a score is of one task without members: claim a retention over several")
-        return stats.mean_score(scores.candidate, scores.clusters, level=DECISION_LEVEL)
+        if len(scope) > 1:
+            raise ValueError("a score is of one task or one group: claim a retention over several")
+        return candidate_mean(scores, DECISION_LEVEL)
     if is_equal_by_construction(claim, point):
         value = 1.0 if claim.quantity == "retention" else 0.0
         return stats.equal_by_construction(value, len(set(scores.clusters)), level=DECISION_LEVEL)

@@ -21,6 +21,7 @@ from twotower_eval.records import Averaging, Claim, DecoderSpec, GateLimits, Ope
 
 QUANTITIES, RELATIONS, AVERAGINGS = (typing.get_args(kind) for kind in (Quantity, Relation, Averaging))
 TASK_QUANTITIES = ("retention", "decoder_exercised_retention", "score", "score_difference")
+SCORE_QUANTITIES = ("score", "score_difference")
 SPEED_QUANTITIES = ("speedup_time", "speedup_throughput", "speedup_time_per_device")
 MARGINS = {"retention": 0.005, "decoder_exercised_retention": 0.005} | dict.fromkeys(SPEED_QUANTITIES, 0.05)
 
@@ -136,6 +137,7 @@ def _claim(table: Mapping[str, Any], points: Mapping[str, OperatingPoint]) -> Cl
         relation=_choice(where, table, "relation", RELATIONS, "at_least"),
         parts=texts(where, table, "parts"),
         limits=_limits(where, value_of(where, table, "limits", dict, {})),
+        metric=value_of(where, table, "metric", str, None),
         **numbers,
     )
     _check_claim(where, claim, table)
@@ -166,7 +168,9 @@ def _check_claim(where: str, claim: Claim, table: Mapping[str, Any]) -> None:
     if joint != bool(claim.parts):
         raise ValueError(f"{where}: a joint claim, and only one, names its parts")
     if joint:
-        ignored = [key for key in ("expected", "margin", "relation", "averaging", "scope", "limits") if key in table]
+        ignored = [
+            key for key in ("expected", "margin", "relation", "averaging", "scope", "limits", "metric") if key in table
+        ]
         if ignored:
             raise ValueError(f"{where}: {ignored[0]} belongs to the parts of a joint claim: drop it here")
         return
@@ -174,8 +178,13 @@ def _check_claim(where: str, claim: Claim, table: Mapping[str, Any]) -> None:
         value = getattr(claim, key)
         if value is None:
             raise ValueError(f"{where}: {key} is missing")
-        if value < 0 and claim.quantity != "score_difference":
+        # Scores below 0 are rare, but there are some: correlations.
+        if value < 0 and (key == "margin" or claim.quantity not in SCORE_QUANTITIES):
             raise ValueError(f"{where}: {key} must be 0 or more, not {value:g}")
+    if claim.metric is not None and (claim.quantity not in SCORE_QUANTITIES or len(claim.scope) != 1):
+        raise ValueError(
+            f"{where}: metric names the score of one task, of which score and score_difference are: drop it"
+        )
     if claim.quantity in TASK_QUANTITIES and not claim.scope:
         raise ValueError(f"{where}: scope is missing: name the tasks that {claim.quantity} is over")
     if claim.quantity in SPEED_QUANTITIES:

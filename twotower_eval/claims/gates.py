@@ -16,7 +16,9 @@ from twotower_eval.evidence.chance import standing_text
 from twotower_eval.evidence.clean import Flagged
 from twotower_eval.evidence.measured import measured
 from twotower_eval.evidence.numbers import PERCENT, interval
+from twotower_eval.evidence.points import MissingScore, OtherScore
 from twotower_eval.evidence.truncation import truncated_at
+from twotower_eval.evidence.wholes import WholeScore
 from twotower_eval.records import CheckOutcome, Estimate, Gate, GateLimits
 from twotower_eval.shortfalls import truncation_line
 from twotower_eval.stats.decide import DECISION_LEVEL
@@ -33,12 +35,20 @@ def complete_gate(point: QualityPoint | SpeedPoint) -> Gate:
     return Gate(name="complete run", outcome="passed" if point.complete else "failed", detail=detail, evidence=run_ids)
 
 
-def scored_gate(point: QualityPoint, scope: Sequence[str]) -> Gate:
-    """No document of the scope was left out for want of a score: those left out need not be like the others."""
+def scored_gate(point: QualityPoint, scope: Sequence[str], own: OtherScore | WholeScore | None = None) -> Gate:
+    """No document of the scope was left out for want of a score: those left out need not be like the others.
+
+    ``own`` is the score outside retention that is judged, if it is one.
+    """
     named = _leaves(point, scope)
-    gone = {(gap.task, doc) for gap in point.missing if gap.headline and gap.task in named for doc in gap.doc_ids}
+    gaps = [gap for gap in point.missing if gap.task in named and (gap.headline if own is None else _is_of(gap, own))]
+    gone = {(gap.task, doc) for gap in gaps for doc in gap.doc_ids}
     detail = f"{len(gone)} documents have no score in one arm" if gone else "every document is scored in both arms"
     return Gate(name="all scored", outcome="failed" if gone else "passed", detail=detail, evidence=(point.run_id,))
+
+
+def _is_of(gap: MissingScore, own: OtherScore | WholeScore) -> bool:
+    return (gap.metric, gap.filter) == (own.metric, own.filter)
 
 
 def above_chance_gate(standings: Sequence[stats.Standing], run_id: str) -> Gate:
@@ -70,7 +80,9 @@ def whole_prompts_gate(
 
 def _leaves(point: QualityPoint, scope: Sequence[str]) -> set[str]:
     """The tasks of a scope and, of those that are a mean over several, their members."""
-    return set(scope) | {member for task in point.tasks if task.name in scope for member, *_ in task.members}
+    members = {member for task in point.tasks if task.name in scope for member, *_ in task.members}
+    others: list[OtherScore | WholeScore] = [*point.others, *point.wholes]
+    return set(scope) | members | {member for one in others if one.task in scope for member in one.members}
 
 
 def same_inputs_gate(differing: dict[str, str], run_ids: Sequence[str]) -> Gate:

@@ -21,9 +21,18 @@ from twotower_eval.claims.estimates import (
     standings,
 )
 from twotower_eval.claims.files import SPEED_QUANTITIES, select
-from twotower_eval.claims.match import Evidence, differing_at, gather, measured_points, quality_at, same_point, speed_at
-from twotower_eval.claims.missing import missing
-from twotower_eval.claims.reasons import decision_text
+from twotower_eval.claims.match import (
+    Evidence,
+    differing_at,
+    gather,
+    measured_points,
+    own_score,
+    quality_at,
+    same_point,
+    speed_at,
+)
+from twotower_eval.claims.missing import missing, missing_quality
+from twotower_eval.claims.reasons import decision_text, unit_of
 from twotower_eval.evidence import Measured, PointKey, QualityPoint, SpeedPoint
 from twotower_eval.evidence.measured import measured
 from twotower_eval.records import Claim, Estimate, Gate, Outcome, Verdict
@@ -67,6 +76,7 @@ class _Amount:
     """What an estimate rests on: clusters, or rounds (``unit`` says if they are launches) and calls of each.
 
     ``num_calls`` is ``None`` where the prompts are no sample. ``by_construction``: one computation scored both arms.
+    ``metric`` is the score outside retention that it is of, if it is of one.
     """
 
     unit: str
@@ -74,6 +84,7 @@ class _Amount:
     num_rounds: int | None = None
     num_calls: int | None = None
     by_construction: bool = False
+    metric: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,22 +108,24 @@ def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:
     if differing and (not found or max(differing) > found[0].run_id):
         return _invalid_inputs(claim, differing)
     if not found:
-        return _not_measured(claim, missing(claim, evidence.quality, evidence.alone))
+        return _not_measured(claim, missing_quality(claim, evidence))
     point = found[0]
+    own = own_score(claim, point)
     stand = standings(claim, point)
     checks = (
         gates.complete_gate(point),
         gates.same_inputs_gate({}, (point.run_id,)),
-        gates.scored_gate(point, claim.scope),
+        gates.scored_gate(point, claim.scope, own),
         *([gates.above_chance_gate(stand, point.run_id)] if stand else ()),
         gates.whole_prompts_gate(evidence, point, (point.run_id,), claim.scope),
         gates.verify_gate(evidence, point.candidate.checkpoint.identity),
     )
-    estimated = measured(lambda: quality_estimate(claim, point))
+    estimated = measured(lambda: quality_estimate(claim, point, own))
     amount = _Amount(
         unit="clusters",
         num_clusters=None if estimated.estimate is None else estimated.estimate.n,
-        by_construction=is_equal_by_construction(claim, point),
+        by_construction=is_equal_by_construction(claim, point, own),
+        metric=None if own is None else own.metric,
     )
     num_looks = len({one.run_id for one in found})  # outputs timed at several batch sizes are of one run
     return _beside_chance(
@@ -184,6 +197,7 @@ def _ruled(
         evidence=tuple(evidence),
         gates=checks,
         num_looks=num_looks,
+        metric=amount.metric,
     )
     return _Judged(verdict=verdict, key=point.key)
 
@@ -231,8 +245,9 @@ def _decided(claim: Claim, estimate: Estimate, amount: _Amount) -> tuple[Outcome
         num_rounds=amount.num_rounds,
         num_calls=amount.num_calls,
     )
+    said_of_it = decision_text(unit_of(claim.quantity, amount.metric), decision)
     if decision.outcome != "INCONCLUSIVE":
-        return decision.outcome, decision_text(claim.quantity, decision)
+        return decision.outcome, said_of_it
     needed = stats.still_needed(
         estimate,
         relation=relation,
@@ -242,7 +257,7 @@ def _decided(claim: Claim, estimate: Estimate, amount: _Amount) -> tuple[Outcome
         log_scale=is_speed,
         least_n=stats.MIN_ROUNDS if is_speed else stats.MIN_CLUSTERS,
     )
-    return "INCONCLUSIVE", f"{decision_text(claim.quantity, decision)}{_needed_text(needed, amount)}"
+    return "INCONCLUSIVE", f"{said_of_it}{_needed_text(needed, amount)}"
 
 
 def _decided_by_construction(value: float, least: float | None, largest: float | None) -> tuple[Outcome, str]:

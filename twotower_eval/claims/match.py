@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from twotower_eval.claims.files import SPEED_QUANTITIES
+from twotower_eval.claims.files import SCORE_QUANTITIES, SPEED_QUANTITIES
 from twotower_eval.evidence import ArmsDifferError, PointKey, QualityPoint, Runs, SpeedPoint
 from twotower_eval.evidence.alone import is_alone
 from twotower_eval.evidence.naming import checkpoint_name
+from twotower_eval.evidence.points import OtherScore
 from twotower_eval.evidence.quality import quality_points
 from twotower_eval.evidence.timing import speed_points
+from twotower_eval.evidence.wholes import WholeScore
 from twotower_eval.records import Cell, Checkpoint, Claim
 from twotower_eval.store import Run
 
@@ -93,14 +95,51 @@ def quality_at(claim: Claim, evidence: Evidence) -> list[QualityPoint]:
         point
         for point in evidence.quality
         if cell_fits(claim, point.candidate) and names_baseline(claim, point.baseline.checkpoint)
-        if set(claim.scope) <= {task.name for task in point.tasks}
+        if set(claim.scope) <= {task.name for task in point.tasks} or own_score(claim, point) is not None
+        if claim.metric is None or own_score(claim, point) is not None or _is_headline(claim, point)
     ]
     return sorted(sorted(found, key=lambda point: point.run_id, reverse=True), key=lambda point: point.timed)
+
+
+def own_score(claim: Claim, point: QualityPoint) -> OtherScore | WholeScore | None:
+    """The score outside retention that a claim on one task is about: the one it names, or what stands for the task.
+
+    ``None`` where the claim is of what retention is made of, and where it does not say which of several is meant.
+    """
+    if claim.quantity not in SCORE_QUANTITIES or len(claim.scope) != 1 or _is_headline(claim, point):
+        return None
+    found = scores_of(point, claim.scope[0])
+    if claim.metric is not None:
+        found = [one for one in found if claim.metric in (one.metric, f"{one.metric},{one.filter}")]
+    chosen = [one for one in found if one.main] or found
+    return chosen[0] if len(chosen) == 1 else None
+
+
+def scores_of(point: QualityPoint, task: str) -> list[OtherScore | WholeScore]:
+    """Every score of a task outside retention."""
+    found: list[OtherScore | WholeScore] = [*point.wholes, *point.others]
+    return [one for one in found if one.task == task]
+
+
+def _is_headline(claim: Claim, point: QualityPoint) -> bool:
+    """Whether retention has the score that a claim on one task is about."""
+    here = [task for task in point.tasks if task.name == claim.scope[0]]
+    return any(claim.metric in (None, task.metric, f"{task.metric},{task.filter}") for task in here)
 
 
 def speed_at(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
     """Speed at the claim's whole operating point, newest first."""
     return [point for point in _decoded_so(claim, evidence) if timing_fits(claim, point)]
+
+
+def quality_near(claim: Claim, evidence: Evidence) -> list[QualityPoint]:
+    """Quality at the claim's decoder with a score of every task in scope, be it one that the claim can be of or not."""
+    anything = dataclasses.replace(claim, scope=(), metric=None)
+    return [
+        point
+        for point in quality_at(anything, evidence)
+        if all(scores_of(point, name) or any(task.name == name for task in point.tasks) for name in claim.scope)
+    ]
 
 
 def _decoded_so(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
@@ -132,7 +171,7 @@ def at_point(claim: Claim, parts: Sequence[Claim], evidence: Evidence) -> tuple[
     """
     timed = [part for part in parts if part.quantity in SPEED_QUANTITIES]
     quality = [point for part in parts if part not in timed for point in quality_at(part, evidence)]
-    anything = dataclasses.replace(claim, scope=())
+    anything = dataclasses.replace(claim, scope=(), metric=None)
     quality += sorted(quality_at(anything, evidence), key=lambda point: (point.timed, -len(point.tasks)))
     speed = [point for part in timed for point in speed_at(part, evidence)]
     if not timed:

@@ -5,10 +5,21 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from twotower_eval.claims.files import SPEED_QUANTITIES
-from twotower_eval.claims.match import CONTEXT_TOWER, UNSTATED, names_subject, subject_of, timing_fits
+from twotower_eval.claims.files import SCORE_QUANTITIES, SPEED_QUANTITIES
+from twotower_eval.claims.match import (
+    CONTEXT_TOWER,
+    UNSTATED,
+    Evidence,
+    names_subject,
+    quality_near,
+    scores_of,
+    subject_of,
+    timing_fits,
+)
 from twotower_eval.evidence import QualityPoint, SpeedPoint
 from twotower_eval.evidence.naming import checkpoint_name, long_name
+from twotower_eval.evidence.points import OtherScore
+from twotower_eval.evidence.wholes import WholeScore
 from twotower_eval.records import Claim
 
 SHOWN = 4
@@ -29,6 +40,38 @@ def missing(claim: Claim, points: Sequence[QualityPoint | SpeedPoint], alone: Se
     where = f" on {claim.point.hardware}" if claim.point.hardware else ""
     refused = "" if claim.subject == SHIPPED else "; tasks whose scoring executes what a model wrote are refused"
     return f"{found}; `{shlex.join(words)}`{where} measures it{refused if claim.scope else ''}"
+
+
+def missing_quality(claim: Claim, evidence: Evidence) -> str:
+    """The same for a claim of quality, which may be of tasks that were measured and have no such quantity."""
+    near = quality_near(claim, evidence) if claim.scope else []
+    return _unlike(claim, near[0]) if near else missing(claim, evidence.quality, evidence.alone)
+
+
+def _unlike(claim: Claim, point: QualityPoint) -> str:
+    """Why a task in scope, though measured, does not have the claim's quantity."""
+    headlines = {task.name: task for task in point.tasks}
+    if claim.quantity in SCORE_QUANTITIES and len(claim.scope) == 1:
+        [name] = claim.scope
+        known = [f"{one.metric},{one.filter}" for one in scores_of(point, name)]
+        known += [f"{headlines[name].metric},{headlines[name].filter}"] if name in headlines else []
+        asked = "several scores" if claim.metric is None else f"no one score {claim.metric!r}"
+        return f"{name} has {asked}: name one by metric, of {', '.join(sorted(known))}"
+    name = next(name for name in claim.scope if name not in headlines)
+    found = scores_of(point, name)
+    one = next((one for one in found if one.main), found[0])
+    no_place = f"{name} has no part in a {claim.quantity}"
+    no_place += " over several tasks" if len(claim.scope) > 1 else ""
+    return f"{no_place}: {_kind_of(one)}; claim its score or score_difference alone"
+
+
+def _kind_of(one: OtherScore | WholeScore) -> str:
+    """Why a score can be averaged with no other."""
+    if isinstance(one, WholeScore):
+        return f"its {one.metric} is no mean of documents but lm-eval's {one.aggregation} of all of them together"
+    return (
+        f"of its {one.metric} {'more' if one.higher_is_better else 'less'} is better, and it stands outside retention"
+    )
 
 
 def measuring_command(claim: Claim) -> list[str] | None:

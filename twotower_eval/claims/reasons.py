@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from twotower_eval import stats
-from twotower_eval.evidence.numbers import PERCENT, POINTS, TIMES, Unit, compared
+from twotower_eval.evidence.numbers import OWN, PERCENT, POINTS, TIMES, Unit, compared
 from twotower_eval.records import Quantity
 
 UNITS: Mapping[Quantity, Unit] = {
@@ -19,9 +19,14 @@ UNITS: Mapping[Quantity, Unit] = {
 }
 
 
-def decision_text(quantity: Quantity, decision: stats.Decision) -> str:
+def unit_of(quantity: Quantity, metric: str | None = None) -> Unit:
+    """The unit of a quantity; of a score outside retention that of its ``metric``, whatever that is."""
+    return UNITS[quantity] if metric is None else OWN
+
+
+def decision_text(unit: Unit, decision: stats.Decision) -> str:
     """``the upper bound 90.1 % is below 98.2 %``; with too little evidence, what there is too little of."""
-    return decision.few or " and ".join(_comparison(UNITS[quantity], one) for one in decision.comparisons)
+    return decision.few or " and ".join(_comparison(unit, one) for one in decision.comparisons)
 
 
 def _comparison(unit: Unit, found: stats.Comparison) -> str:

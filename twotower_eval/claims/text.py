@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from twotower_eval import stats
 from twotower_eval.claims.audit import Finding
 from twotower_eval.claims.judge import EXIT_CODES, said
-from twotower_eval.claims.reasons import UNITS
+from twotower_eval.claims.reasons import unit_of
 from twotower_eval.evidence.numbers import interval
 from twotower_eval.records import Claim, Estimate, Verdict
 
@@ -20,19 +20,22 @@ def verdict_lines(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> list[
     width = max((len(verdict.claim) for verdict in verdicts), default=0)
     lines = []
     for verdict in verdicts:
-        shown = estimate_text(by_name[verdict.claim], verdict.estimate)
+        shown = estimate_text(by_name[verdict.claim], verdict.estimate, verdict.metric)
         words = [f"{said(verdict.outcome):12}", f"{verdict.claim:{width}}", f"{shown} {verdict.reason}".strip()]
         lines.append("  ".join(words) + chance_text(by_name[verdict.claim], verdict) + looks_text(verdict))
     return [*lines, count_line(verdicts)]
 
 
-def estimate_text(claim: Claim, estimate: Estimate | None) -> str:
-    """``98.9 % [98.2, 99.6]:`` or ``2.41x [2.30, 2.53]:``; no bounds of what is known; nothing without an estimate."""
+def estimate_text(claim: Claim, estimate: Estimate | None, metric: str | None = None) -> str:
+    """``98.9 % [98.2, 99.6]:`` or ``2.41x [2.30, 2.53]:``; no bounds of what is known; nothing without an estimate.
+
+    With ``metric``, that of a score outside retention, ``word_perplexity 33.2710 [29.1305, 37.9923]:``.
+    """
     if estimate is None:
         return ""
-    unit = UNITS[claim.quantity]
+    unit, named = unit_of(claim.quantity, metric), "" if metric is None else f"{metric} "
     known = estimate.method == stats.EQUAL
-    return f"{unit.text(estimate.value) if known else interval(unit, estimate)}:"
+    return f"{named}{unit.text(estimate.value) if known else interval(unit, estimate)}:"
 
 
 def chance_text(claim: Claim, verdict: Verdict) -> str:

@@ -29,6 +29,7 @@ class Unit:
 
 PERCENT = Unit(scale=100, suffix=" %", decimals=1, most=2)
 POINTS = Unit(scale=100, suffix=" points", decimals=1, most=2)
+OWN = Unit(scale=1, suffix="", decimals=4, most=6)  # of a metric that is no share
 TIMES = Unit(scale=1, suffix="x", decimals=2, most=2)
 
 

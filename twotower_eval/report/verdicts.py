@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from twotower_eval.claims import ClaimFile, judge, load_claims
-from twotower_eval.claims.files import SPEED_QUANTITIES
+from twotower_eval.claims.files import SCORE_QUANTITIES, SPEED_QUANTITIES
 from twotower_eval.claims.judge import said
 from twotower_eval.claims.match import at_point, gather, names_subject
 from twotower_eval.claims.text import chance_text, count_line, estimate_text
@@ -107,7 +107,8 @@ def verdict_line(runs: Runs) -> str:
         return ""
     [verdict] = [verdict for one, verdict in runs.verdicts if one.name == claim.name]
     parts = runs.parts(claim)
-    claimed = " and ".join(_claimed(part) for part in parts)
+    metrics = {one.name: found.metric for one, found in runs.verdicts}
+    claimed = " and ".join(_claimed(part, metrics.get(part.name)) for part in parts)
     timed = any(part.quantity in SPEED_QUANTITIES for part in parts)
     outcome, at = said(verdict.outcome), _short_at(claim.point, timed)
     beside = "".join(chance_text(part, found) for part, found in runs.verdicts if part in parts)
@@ -155,13 +156,17 @@ def _looks(runs: JudgedRuns) -> str:
 
 
 def _row(claim: Claim, verdict: Verdict) -> list[str]:
-    shown = estimate_text(claim, verdict.estimate).rstrip(":") or NONE
+    shown = estimate_text(claim, verdict.estimate, verdict.metric).rstrip(":") or NONE
     outcome = said(verdict.outcome)
-    return [escape(claim.name), f"**{outcome}**", shown, _claimed(claim, margin=True), _at(claim.point)]
+    return [escape(claim.name), f"**{outcome}**", shown, _claimed(claim, verdict.metric, margin=True), _at(claim.point)]
 
 
-def _claimed(claim: Claim, *, margin: bool = False) -> str:
-    """``retention at least 98.7 % (margin 0.5 points)``; a joint claim has its parts."""
+def _claimed(claim: Claim, metric: str | None, *, margin: bool = False) -> str:
+    """``retention at least 98.7 % (margin 0.5 points)``; a joint claim has its parts.
+
+    A score outside retention is in the unit of its ``metric``. Of one that was not measured that much is known only
+    where it is no share.
+    """
     if claim.expected is None or claim.margin is None:
         return escape(" and ".join(claim.parts))
     expected, unit = f"{100 * claim.expected:g} %", "points"
@@ -169,6 +174,10 @@ def _claimed(claim: Claim, *, margin: bool = False) -> str:
         expected, unit = f"{claim.expected:g}x", "%"
     if claim.quantity == "score_difference":
         expected = f"{100 * claim.expected:g} points"
+    if claim.quantity in SCORE_QUANTITIES and (metric is not None or abs(claim.expected) > 1):
+        shown = metric or claim.metric
+        named = QUANTITIES[claim.quantity] + (f" ({escape(shown)})" if shown else "")
+        return f"{named} {RELATIONS[claim.relation]} {claim.expected:g}" + f" (margin {claim.margin:g})" * margin
     allowed = f" (margin {100 * claim.margin:g} {unit})" if margin else ""
     return f"{QUANTITIES[claim.quantity]} {RELATIONS[claim.relation]} {expected}{allowed}"
 
