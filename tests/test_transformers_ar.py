@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from hf_models import CONFIGS, VOCAB, save_tiny
+from hf_models import CONFIGS, GPT2, MAMBA2, SMALL, VOCAB, save_tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from twotower_eval.decoders import make_decoder, make_scorer
 from twotower_eval.decoders.pieces import ScoreRequest
 from twotower_eval.models import load_model
 from twotower_eval.models.counting import WatchedModel
+from twotower_eval.models.proof import prove_up_to
 from twotower_eval.models.transformers_tree import keeps_all_keys
 from twotower_eval.records import Prompt
 
@@ -343,3 +345,60 @@ def test_a_limit_under_another_name_is_the_models_limit(tmp_path: Path) -> None:
     model.prefill(torch.tensor([list(range(12))]))
     with pytest.raises(ValueError, match="its forward raised"):
         model.prefill(torch.tensor([list(range(13))]))
+
+
+SIZES: dict[str, Any] = {"vocab_size": VOCAB, "eos_token_id": 2, "bos_token_id": 1}
+ROBERTA: dict[str, Any] = {**SMALL, "pad_token_id": 1, "max_position_embeddings": 42, "is_decoder": True}
+# Name -> config, tokenizer's limit, the longest context, and whether lm-eval's hf takes the same.
+LIMITS: dict[str, tuple[Any, float | None, int | None, bool]] = {
+    "positions": (transformers.GPT2Config(**GPT2), 99, 128, True),
+    "default": (transformers.BloomConfig(**SIZES, hidden_size=32, n_layer=1, n_head=4), None, 2048, True),
+    "tokenizer": (transformers.BloomConfig(**SIZES, hidden_size=32, n_layer=1, n_head=4), 40, 40, True),
+    "unset": (transformers.BloomConfig(**SIZES, hidden_size=32, n_layer=1, n_head=4), int(1e30), 2048, True),
+    "own": (transformers.MptConfig(**SIZES, d_model=32, n_heads=4, n_layers=1, max_seq_len=48), None, 48, False),
+    "states": (transformers.Mamba2Config(**MAMBA2), 40, None, False),
+    "padded": (transformers.RobertaConfig(**ROBERTA), None, 40, False),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_the_longest_context_is_lm_evals_as_far_as_there_is_room(name: str, tmp_path: Path) -> None:
+    """Long prompts of a Bloom or an MPT failed in the middle of a run, and a RoBERTa has two positions less."""
+    from lm_eval.models.utils import resolve_max_length
+
+    config, asked, wanted, as_theirs = LIMITS[name]
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    if asked is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": asked}))
+    model = load_model(tmp_path)
+    assert model.max_length == wanted
+    if as_theirs:
+        assert resolve_max_length(config, SimpleNamespace(model_max_length=asked)) == wanted
+    if wanted is not None:
+        ids = torch.full((1, wanted), 5)
+        assert torch.isfinite(model.context_logits(ids, last=1)).all()
+        prove_up_to(model, 5000)  # reads as many
+        if name in ("own", "padded"):
+            with pytest.raises(ValueError, match="its forward raised"):
+                model.context_logits(torch.full((1, wanted + 1), 5), last=1)
+
+
+def test_a_context_that_does_not_fit_is_refused_before_a_run(folders: dict[str, Path]) -> None:
+    """Settings that promise more than the model has."""
+    model = load_model(folders["gpt2"])
+    model.max_length = 200
+    prove_up_to(model, 128)
+    with pytest.raises(
+        ValueError, match=r"^gpt2 cannot read 129 tokens, as its settings allow: its forward raised Ind"
+    ):
+        prove_up_to(model, 129)
+    model.max_length = 128
+    prove_up_to(model, 129)
+
+
+def test_a_length_of_minus_one_is_none(tmp_path: Path) -> None:
+    """An XLNet's: it was told that its tensors want another dtype."""
+    config = transformers.XLNetConfig(vocab_size=VOCAB, d_model=32, n_layer=1, n_head=4, d_inner=48)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="xlnet is not causal"):
+        load_model(tmp_path)

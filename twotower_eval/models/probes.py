@@ -49,7 +49,7 @@ class Probe:
 
 def make_probe(model: Any, at: int, length: int) -> Probe:
     """A probe across ``at`` tokens, its row ``length`` long: four passes without a cache."""
-    tokens = _tokens(model, 2 * length - at + 5)
+    tokens = drawn_tokens(model, 2 * length - at + 5)
     row, other = _with_padding(model, tokens[:length], at), tokens[length : length + 5]
     fork = row[:at] + tokens[length + 5 :][: length - at]
     first = max(0, at - 5)
@@ -160,7 +160,7 @@ def _behind(probe: Probe, rows: Sequence[tuple[Tokens, int]]) -> Tensor:
     return torch.cat([behind(length) for behind, (_, length) in zip(found, rows, strict=True)])
 
 
-def _tokens(model: Any, number: int) -> Tokens:
+def drawn_tokens(model: Any, number: int) -> Tokens:
     """Drawn ones, none of which the config names: these may be padding, or pictures."""
     named: set[int] = set()
     for name, value in model.inner.config.to_dict().items():

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -25,7 +25,7 @@ import torch
 from twotower_eval.models import probes
 from twotower_eval.models.named_lengths import named_lengths
 from twotower_eval.models.precision import HALF, widened, widening
-from twotower_eval.models.probes import LIMITS, Pairs, Probe, Tokens, apart, difference, make_probe, whole
+from twotower_eval.models.probes import LIMITS, Pairs, Probe, Tokens, apart, difference, drawn_tokens, make_probe, whole
 from twotower_eval.models.transformers_model import ForwardError, TransformersModel
 from twotower_eval.records import FailedTrial, ProofCheck, Ways
 
@@ -34,6 +34,7 @@ MAX_PROVED_TOKENS = 16_384  # beyond, masks alone fill memory: longer contexts a
 # Parameters times tokens of a pass that loading tries unasked (seconds on a CPU); longer lengths wait until it is known
 # that contexts reach them.
 CHEAP_PASS = 5e10
+REACHING_PASS = {False: 4e11, True: 5e13}  # the same of the one pass before a run, on a CPU and on a GPU
 CHECKS: Mapping[ProofCheck, Callable[[TransformersModel, Probe], Pairs]] = {
     "cached steps": probes.cached_steps,
     "rows beside each other": probes.rows_together,
@@ -105,9 +106,27 @@ def prove_up_to(model: TransformersModel, longest: int) -> Ways:
             with _in_float32(model):
                 _prove_lengths(model, longest_tried)
             _prove_as_run(model)
+    _check_reach(model, longest_tried)
     beyond = model.plain_beyond
     reached = beyond if beyond is not None and beyond < longest else None
     return replace(model.ways, checkpoint=model.checkpoint.identity, plain_beyond=reached)
+
+
+def _check_reach(model: TransformersModel, longest: int) -> None:
+    """One pass over as many tokens as contexts may have, as the model is run: its settings may promise too many.
+
+    ValueError where it raises, or gives no numbers. Left out where it would take long, or more memory than there is.
+    """
+    length = min(longest, _room(model))
+    parameters = sum(parameter.numel() for parameter in model.inner.parameters())
+    if length <= model.ways.proved_tokens or length * parameters > REACHING_PASS[model.device.type == "cuda"]:
+        return
+    with suppress(torch.OutOfMemoryError):
+        try:
+            logits = whole(model, drawn_tokens(model, length), 1)
+        except ForwardError as error:
+            raise ValueError(f"{model.kind} cannot read {length:,} tokens, as its settings allow: {error}") from error
+        _check_finite(model, logits)
 
 
 @contextmanager

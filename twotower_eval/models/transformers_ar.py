@@ -6,7 +6,7 @@ What is loaded has proved itself: see models.proof.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,9 @@ from twotower_eval.models.transformers_model import TransformersModel
 from twotower_eval.records import Checkpoint
 
 ADAPTER_FILE = "adapter_config.json"
-LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "max_target_positions")  # MPT's and Whisper's are others
+LENGTH_NAMES = ("n_positions", "max_position_embeddings", "n_ctx")  # in lm-eval's order
+OWN_LENGTH_NAMES = ("max_seq_len", "max_target_positions")  # MPT's and Whisper's: lm-eval takes its default
+DEFAULT_LENGTH, NO_LENGTH = 2048, int(1e30)  # lm-eval's, and what tokenizers write where they have no limit
 LOAD_ERRORS = (  # what transformers raises for folders that are wrong in one way or another
     OSError,
     ValueError,
@@ -67,14 +69,41 @@ def load(
         devices=devices[:1],
         weights=file_weights(files, digests),
     )
-    text_config = inner.config.get_text_config()
     model.vocab_size = inner.get_output_embeddings().weight.shape[0]
     model.tokenizer = load_tokenizer(folder, vocab_size=model.vocab_size, unnamed=_class_tokens)
-    model.max_length = next((n for name in LENGTH_NAMES if (n := getattr(text_config, name, None)) is not None), None)
+    model.max_length = _max_length(folder, inner)
     model.eos_token_ids = _eos_ids(folder, inner, model)
     with _quiet():
         prove(model)
     return model
+
+
+def _max_length(folder: Path, inner: Any) -> int | None:
+    """The longest context: lm-eval's, as far as the model has room for it. None where states are all that it carries
+    and its config names no limit: nothing ends there."""
+    config = inner.config.get_text_config()
+    named = next((found for found in _lengths(config, LENGTH_NAMES)), None)
+    if named is None and inner._is_stateful:
+        return None
+    file = folder / "tokenizer_config.json"
+    asked = read_json(file).get("model_max_length") if file.exists() else None
+    if not isinstance(asked, int | float) or not 0 < asked < NO_LENGTH:
+        asked = DEFAULT_LENGTH
+    limit = min(named or int(asked), *_lengths(config, OWN_LENGTH_NAMES), NO_LENGTH)
+    return limit - _unused_positions(inner, limit)
+
+
+def _lengths(config: Any, names: Sequence[str]) -> Iterator[int]:
+    """Those that say something: XLNet's -1 does not."""
+    values = (getattr(config, name, None) for name in names)
+    yield from (int(value) for value in values if isinstance(value, int | float) and value > 0)
+
+
+def _unused_positions(inner: Any, limit: int) -> int:
+    """How many rows of a table of ``limit`` positions no token gets: RoBERTa's begin behind the padding token's."""
+    tables = (module for name, module in inner.named_modules() if "position" in name.rpartition(".")[2])
+    padded = [t for t in tables if isinstance(t, torch.nn.Embedding) and t.padding_idx is not None]
+    return max((1 + (t.padding_idx or 0) for t in padded if t.num_embeddings == limit), default=0)
 
 
 def _check_config(folder: Path, data: Mapping[str, Any]) -> None:
