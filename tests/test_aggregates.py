@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -258,6 +259,27 @@ def test_functions_of_a_tasks_own_are_resampled_where_the_documents_are() -> Non
     assert aggregation_name(source, "another") == MEAN
 
 
+def agg(key: str, items: list[Any], *more: Any, scale: float = 1.0) -> float:
+    return len(items) * scale
+
+
+def test_functions_without_a_name_of_their_own_are_told_apart() -> None:
+    """All of squad's metrics were by functools.partial."""
+    module = __name__.rpartition(".")[2]
+
+    def named(function: Any, metric: str = "f1") -> str:
+        return aggregation_name(type("Own", (), {"aggregation": lambda self: {metric: function}})(), metric)
+
+    assert named(partial(agg, "exact")).endswith(f"{module}.agg('exact')")
+    assert named(partial(partial(agg, "f1"), scale=100.0)).endswith("agg('f1', scale=100.0)")
+    assert named(partial(agg, max)).endswith("agg(builtins.max)")
+    assert named(partial(agg, object())).endswith("agg(object)")
+    assert named(lambda items: 1.0).endswith(f"{module}.test_functions_without_a_name_of_their_own_are_told_apart.f1")
+    assert named(lambda items: 2.0, "em") != named(lambda items: 1.0)
+    assert "<" not in named(lambda items: 1.0)
+    assert named(AGGREGATION_REGISTRY["f1"]) == "f1"
+
+
 def test_a_slow_function_is_resampled_as_often_as_its_time_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     """10,000 documents took a minute for each metric and arm, and squad's metrics hours."""
     clock_s = itertools.count(0.0, 0.5)  # half a second a call
@@ -305,6 +327,8 @@ def test_a_function_that_fails_says_so() -> None:
     assert parts_of("f1", None) == "lm-eval's item of this document is not one of f1 (TypeError)"
     assert "fails (TypeError" in str(value_of(Source(AGGREGATION_REGISTRY[MEAN]), "m", [(1, 2)]))
     assert "is inf" in str(value_of(Source(AGGREGATION_REGISTRY["perplexity"]), "m", [-math.inf]))
+    with pytest.raises(FileNotFoundError):  # no property of the answers
+        value_of(Source(lambda items: Path("/not/there").read_text()), "m", [1])
 
 
 @pytest.mark.parametrize("name", ["perplexity", "weighted_perplexity", "bits_per_byte", "bleu", "chrf", "ter", "f1"])

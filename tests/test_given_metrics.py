@@ -58,6 +58,78 @@ LUCKLESS = TASK.replace("task: given", "task: luckless").replace("utils.largest"
 FAILING = TASK.replace("task: given", "task: failing").replace("utils.results", "utils.failing")
 
 
+NEEDY = """
+def loaded(name):
+    if name == "package":
+        import not_installed_here
+    if name == "data":
+        raise LookupError("\\n****\\nResource punkt not found.\\n")
+    if name == "net":
+        raise ConnectionError("Couldn't reach the Hub")
+    return open("/not/there/" + name)
+
+def results(doc, results):
+    return {"length": loaded("package")}
+
+def scores(doc, results):
+    return {"length": 1.0, "longest": results[0]}
+
+def of_package(items):
+    return loaded("package")
+
+def of_data(items):
+    return loaded("data")
+
+def of_net(items):
+    return loaded("net")
+
+def of_file(items):
+    return loaded("squad_v2.py")
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        ("of_package", "its metric 'longest' needs what is not here (ModuleNotFoundError: No module named"),
+        ("of_data", "its metric 'longest' needs what is not here (LookupError: Resource punkt not found."),
+        ("of_net", "its metric 'longest' needs what is not here (ConnectionError: Couldn't reach the Hub"),
+        ("of_file", "its metric 'longest' needs what is not here (FileNotFoundError: [Errno 2]"),
+        ("results", "its scoring needs what is not here (ModuleNotFoundError: No module named 'not_installed_here'"),
+    ],
+)
+def test_what_scoring_needs_is_missed_before_any_model_loads(
+    function: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All answers were there before lm-eval's function of all documents asked for what is not."""
+    folder = tmp_path / "needy"
+    folder.mkdir()
+    hook, last = ("results", "largest") if function == "results" else ("scores", function)
+    code = NEEDY + "\ndef largest(items):\n    return max(map(len, items))\n"
+    yaml = TASK.replace("utils.results", f"utils.{hook}").replace("utils.largest", f"utils.{last}")
+    own_tasks.write_tasks(folder, [yaml], {"generating": whole.GENERATING}, code)
+    own_tasks.use_tasks(monkeypatch, folder)
+    with pytest.raises(ValueError, match=re.escape(f"task 'given': {why}")) as raised:
+        suites.resolve_tasks(["given"])
+    assert "\n" not in str(raised.value)
+
+
+def test_what_goes_missing_while_models_answer_is_no_score_that_is_kept(tmp_path: Path) -> None:
+    [task] = suites.resolve_tasks(["given"])
+    rows = own_tasks.rows_of(task, "baseline", whole.model(1))
+    (tmp_path / "here").touch()
+    function = task.docs[0].source.aggregation()["longest"]
+
+    def gone(items: list[int]) -> int:
+        raise OSError("the network is down")
+
+    task.docs[0].source._aggregation_list["longest"] = gone
+    with pytest.raises(ValueError, match="task 'given': its metric 'longest' needs what is not here"):
+        aggregate_rows(task, "baseline", rows)
+    task.docs[0].source._aggregation_list["longest"] = function
+    assert aggregate_rows(task, "baseline", rows)[0].value is not None
+
+
 @pytest.fixture(autouse=True)
 def _tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own_tasks.write_tasks(tmp_path, [TASK, FAILING, LUCKLESS, SPARING], {"generating": whole.GENERATING}, CODE)

@@ -19,18 +19,14 @@ import numpy as np
 
 from twotower_eval.progress import Advance, Progress
 from twotower_eval.records import LABEL_AGGREGATIONS, sha256_text
-from twotower_eval.suites import aggregation, aggregation_name
+from twotower_eval.suites import LACKING, MISTAKEN, aggregation, aggregation_name, is_lacking
 
 # Of functions that take all documents anew each time: at least and at most so many, in between as time allows.
 LEAST_REPLICATES, NUM_REPLICATES = 100, 1_000
 BUDGET_S = 60.0  # of one metric in one cell
 SLOW_S = 5.0  # what takes longer shows how far it is
 SEED = 0
-# What a function may raise on items that it cannot take: lm-eval would fail on them as well.
-FAILURES = (
-    ArithmeticError, ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError, NameError,
-    ImportError, OSError,
-)  # fmt: skip
+FAILURES = (*MISTAKEN, *LACKING)  # lm-eval would fail as well
 
 Items = Sequence[Any]  # one of each document
 Parts = tuple[float, ...]
@@ -98,12 +94,14 @@ def replicates_of(
 
 
 def _called(function: Callable[[Items], Any], items: Items) -> float | str:
-    """A function's value, or what is wrong with it."""
+    """A function's value, or what is wrong with it; what it lacks is no property of the answers, and is raised."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # scikit-learn's, of labels that do not occur
             value = float(function(items))
     except FAILURES as error:
+        if is_lacking(error):
+            raise
         return f"fails ({type(error).__name__}: {error})".replace("\n", " ")
     return value if math.isfinite(value) else f"is {value}"
 

@@ -22,7 +22,7 @@ from twotower_eval.harness.aggregates import (
 )
 from twotower_eval.progress import Progress
 from twotower_eval.records import MEAN, SUMMED_AGGREGATIONS, Aggregate, GenerationRow, LikelihoodRow, Score
-from twotower_eval.suites import BuiltDoc, BuiltTask, aggregation_name, instance_sha256
+from twotower_eval.suites import BuiltDoc, BuiltTask, aggregation_name, instance_sha256, needing
 
 POOLING = ("majority_vote", "take_first_k")  # filters that look at all samples of a problem together
 
@@ -273,7 +273,8 @@ def _aggregate(
 ) -> Aggregate:
     source = docs[0].source
     aggregation, firsts = aggregation_name(source, metric), [samples[0] for samples in items]
-    value = _several(aggregation, items) or value_of(source, metric, firsts)
+    with needing(task.name, f"its metric {metric!r}"):
+        value = _several(aggregation, items) or value_of(source, metric, firsts)
     return Aggregate(
         cell=cell,
         task=task.name,
@@ -302,7 +303,8 @@ def _with_replicates(
     if (known := stored(made)) is not None:
         return dataclasses.replace(made, replicates=known.replicates, missing_reason=known.missing_reason)
     firsts, clusters = [samples[0] for samples in items], [doc.cluster_id for doc in docs]
-    found = replicates_of(docs[0].source, made.metric, firsts, clusters, progress)
+    with needing(made.task, f"its metric {made.metric!r}"):
+        found = replicates_of(docs[0].source, made.metric, firsts, clusters, progress)
     if isinstance(found, str):
         return dataclasses.replace(made, missing_reason=found)
     return dataclasses.replace(made, replicates=found)

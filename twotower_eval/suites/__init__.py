@@ -10,11 +10,13 @@ from twotower_eval.suites.documents import (
     stops_and_budget,
 )
 from twotower_eval.suites.files import Suite, SuiteTask, load_suite, suite_names
-from twotower_eval.suites.lm_tasks import aggregation, aggregation_name
+from twotower_eval.suites.lm_tasks import LACKING, MISTAKEN, aggregation, aggregation_name, is_lacking, needing
 
 __all__ = [
     "DEFAULT_MAX_NEW_TOKENS",
     "FEWSHOT_SEED",
+    "LACKING",
+    "MISTAKEN",
     "Asked",
     "BuiltDoc",
     "BuiltTask",
@@ -28,7 +30,9 @@ __all__ = [
     "decoding_asked",
     "in_words",
     "instance_sha256",
+    "is_lacking",
     "load_suite",
+    "needing",
     "resolve_tasks",
     "select",
     "settle",

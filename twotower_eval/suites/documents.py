@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from twotower_eval.records import canonical_json, sha256_text
+from twotower_eval.records import MEAN, SUMMED_AGGREGATIONS, canonical_json, sha256_text
 from twotower_eval.suites import lm_tasks
 from twotower_eval.suites.asked import Asked, decoding_asked
 from twotower_eval.suites.chance import chance_by_metric
@@ -75,7 +76,27 @@ def build_docs(name: str, leaf: str, source: Any, first_id: int, member: SuiteTa
                     raise ValueError(f"task {name!r}: {error}") from error
                 instance.arguments = (instance.args[0], settings)
         docs.append(_doc(name, leaf, source, index, instances, frozenset(asked)))
+    for doc in docs[:1]:
+        _check_scoring(name, source, doc)
     return docs
+
+
+def _check_scoring(name: str, source: Any, doc: BuiltDoc) -> None:
+    """ValueError where scoring needs a package, a file or the network that is not there.
+
+    It is tried on one made-up answer, which need not suit it, rather than after hours on those of models.
+    """
+    made_up = {"generate_until": str(source.doc_to_target(doc.doc)), "loglikelihood_rolling": -1.0}
+    results = [made_up.get(instance.request_type, (-1.0, False)) for instance in doc.instances]
+    items: Mapping[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with lm_tasks.needing(name, "its scoring", made_up=True):
+            items = dict(source.process_results(dict(doc.doc), results))
+        for metric in source.aggregation():
+            if lm_tasks.aggregation_name(source, metric) not in {MEAN, *SUMMED_AGGREGATIONS}:
+                with lm_tasks.needing(name, f"its metric {metric!r}", made_up=True):
+                    lm_tasks.aggregation(source, metric)([items[metric]] if metric in items else [])
 
 
 def _doc(name: str, leaf: str, source: Any, index: int, instances: Sequence[Any], asked: frozenset[Asked]) -> BuiltDoc:

@@ -17,6 +17,18 @@ from twotower_eval.datafiles import folders, numbered_rows
 from twotower_eval.plan import data_path
 from twotower_eval.records import MEAN
 
+# What a task's own code may raise on items that it cannot take, and where it lacks a package, a file or the network.
+MISTAKEN = (
+    ArithmeticError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    NameError,
+)
+LACKING = (ImportError, OSError)
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
@@ -101,11 +113,47 @@ def aggregation_name(task: Any, metric: str) -> str:
 
     function = aggregation(task, metric)
     known = {AGGREGATION_REGISTRY[name]: name for name in AGGREGATION_REGISTRY}
-    own = getattr(function, "__qualname__", type(function).__name__)
+    named = known.get(function) or _own_name(function, metric)
+    return MEAN if named == "brier_score" else named  # a mean of what it makes of each document
+
+
+def _own_name(function: Any, metric: str) -> str:
+    """``utils.agg('f1')`` for a function with some arguments given; what has no name goes by its metric's."""
+    if isinstance(function, partial):
+        words = [
+            *map(_argument, function.args),
+            *(f"{key}={_argument(function.keywords[key])}" for key in function.keywords),
+        ]
+        return f"{_own_name(function.func, metric)}({', '.join(words)})"
+    own = str(getattr(function, "__qualname__", type(function).__name__))
     # A task's own module goes by its path, which says nothing about the function and differs between machines.
     module = str(getattr(function, "__module__", "")).rpartition("/")[2]
-    named = known.get(function) or f"{module}.{own}".lstrip(".")
-    return MEAN if named == "brier_score" else named  # a mean of what it makes of each document
+    return f"{module}.{own.replace('<locals>.', '').replace('<lambda>', metric)}".lstrip(".")
+
+
+def _argument(value: Any) -> str:
+    """The same in every process: no address."""
+    if callable(value):
+        return _own_name(value, "function")
+    return type(value).__name__ if " at 0x" in repr(value) else repr(value)
+
+
+def is_lacking(error: Exception) -> bool:
+    """Whether code lacks a package, a file or the network; NLTK's error for data that is not there is a bare one."""
+    return isinstance(error, LACKING) or type(error) is LookupError
+
+
+@contextlib.contextmanager
+def needing(name: str, what: str, *, made_up: bool = False) -> Iterator[None]:
+    """ValueError that names a task where ``what`` of it lacks something. ``made_up`` answers need not suit it."""
+    try:
+        yield
+    except (*LACKING, *MISTAKEN) as error:
+        if is_lacking(error):
+            why = " ".join(str(error).strip("* \n").split())[:300]
+            raise ValueError(f"task {name!r}: {what} needs what is not here ({type(error).__name__}: {why})") from error
+        if not made_up:
+            raise
 
 
 def _resolved(name: str) -> dict[str, Any]:
@@ -116,6 +164,8 @@ def _resolved(name: str) -> dict[str, Any]:
         raise ValueError(
             f"task {name!r}: {_first_line(error)} (for mathematics tasks: pip install 'lm-eval[math]')"
         ) from error
+    except OSError as error:
+        raise ValueError(f"task {name!r}: its code needs what is not here ({_first_line(error)})") from error
 
 
 def _with_data(name: str, config: dict[str, Any], data_dir: Path | None) -> dict[str, Any]:
