@@ -319,10 +319,32 @@ def test_chance_changes_no_retention_and_no_order_matters() -> None:
         found.append(stats.retention(table, stats.draw_task_means(table, num_resamples=500)))
     assert found[0] == found[1]
     mixed = [1 / (2 + i % 5) for i in range(120)]
+    for some in (mixed, rng.random(120).tolist()):
+        for own in (clusters, [f"c{i}" for i in range(120)], ["c0"] * 60 + [f"c{i // 9}" for i in range(60)]):
+            tables = [
+                paired(("t", one, list(base), list(candidate)), clusters=own).table for one in ([0.0] * 120, some)
+            ]
+            draws = [stats.draw_task_means(table, num_resamples=500) for table in tables]
+            assert (draws[0].baseline_QK == draws[1].baseline_QK).all()
+            assert (draws[0].candidate_QK == draws[1].candidate_QK).all()
+            assert stats.retention(tables[0], draws[0]) == stats.retention(tables[1], draws[1])
     order = rng.permutation(120)
     columns = [np.array(column)[order].tolist() for column in (mixed, base, candidate, clusters)]
     scores = paired(("t", mixed, list(base), list(candidate)), clusters=clusters)
     assert above(scores) == above(paired(("t", *columns[:3]), clusters=columns[3]))
+
+
+def test_chance_is_drawn_with_the_documents_that_it_is_of() -> None:
+    """Right answers where there are two options, wrong ones where there are five: score and chance go together."""
+    n = 400
+    chance = [0.5] * (n // 2) + [0.2] * (n // 2)
+    base = [1.0] * (n // 2) + [0.0] * (n // 2)
+    mixed = [1.0, 0.0] * (n // 2)  # nothing to do with the number of options
+    for scores, correlation in ((base, 1.0), (mixed, 0.0)):
+        draws = stats.draw_task_means(paired(("t", chance, scores, scores)).table, num_resamples=4000)
+        assert np.corrcoef(draws.baseline_QK[:, 0], draws.chance_QK[:, 0])[0, 1] == pytest.approx(correlation, abs=0.05)
+        assert draws.chance_QK.mean() == pytest.approx(0.35, abs=0.001)
+        assert draws.chance_QK.std() == pytest.approx(0.15 / n**0.5, rel=0.05)
 
 
 def test_the_interval_holds_the_truth() -> None:

@@ -99,8 +99,11 @@ class Draws:
 
 
 def draw_task_means(table: ScoreTable, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Draws:
-    """Resample clusters with replacement within each stratum (the set of tasks a cluster touches)."""
-    rng = np.random.default_rng(seed)
+    """Resample clusters with replacement within each stratum (the set of tasks a cluster touches).
+
+    Chance has no influence on the draws of scores: it is carried along.
+    """
+    rng, chance_rng = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     num_leaves = len(table.leaves)
     columns = [table.count_CL, table.baseline_CL, table.candidate_CL]
     columns += [table.chance_CL] if table.chance_CL.any() else []
@@ -109,7 +112,8 @@ def draw_task_means(table: ScoreTable, *, num_resamples: int = NUM_RESAMPLES, se
         rows = np.flatnonzero(table.stratum_C == stratum)
         leaves = np.flatnonzero(table.count_CL[rows[0]])
         values = np.stack([sums[np.ix_(rows, leaves)] for sums in columns], axis=1)
-        drawn = resampled_sums(rng, values.reshape(len(rows), -1), num_resamples)
+        carried = len(leaves) * (len(columns) - 3)
+        drawn = resampled_sums(rng, values.reshape(len(rows), -1), num_resamples, carried, chance_rng)
         sums_Q4L[:, : len(columns), leaves] += drawn.reshape(num_resamples, len(columns), len(leaves))
     means_Q3L = sums_Q4L[:, 1:] / sums_Q4L[:, :1]
     return Draws(
@@ -165,19 +169,53 @@ def _tabulate(scores: PairedScores) -> ScoreTable:
     )
 
 
-def resampled_sums(rng: np.random.Generator, values_CV: Floats, num_resamples: int) -> Floats:
+def resampled_sums(
+    rng: np.random.Generator,
+    values_CV: Floats,
+    num_resamples: int,
+    num_carried: int = 0,
+    carried_rng: np.random.Generator | None = None,
+) -> Floats:
     """Sums over C clusters drawn with replacement, for each resample: (Q, V).
 
     Equal clusters are counted, not drawn one by one: the counts are multinomial, which for right-or-wrong scores
     leaves four cells a task. Where most clusters differ, they are drawn and looked up, two columns at a time as one
-    complex number, in chunks that stay in cache. Columns that are alike in every cluster need no draw.
+    complex number, in chunks that stay in cache. Columns that are alike in every cluster need no draw. The last
+    ``num_carried`` columns have no say in which clusters are equal, nor in any sum but their own.
     """
-    patterns_PV, counts_P = np.unique(values_CV, axis=0, return_counts=True)
-    num = len(values_CV)
-    if len(patterns_PV) * 8 <= num or num < 8:
-        drawn: Floats = rng.multinomial(num, counts_P / num, size=num_resamples) @ patterns_PV
-        return drawn
-    sorted_CV = np.repeat(patterns_PV, counts_P, axis=0)  # not the given order, which must not matter
+    num, num_own = len(values_CV), values_CV.shape[1] - num_carried
+    own_CV, counts_P = np.unique(values_CV[:, :num_own], axis=0, return_counts=True)
+    patterns_PV, sizes_P = np.unique(values_CV, axis=0, return_counts=True)  # in the same order, some of them split
+    if len(own_CV) * 8 <= num or num < 8:
+        counts_QP = rng.multinomial(num, counts_P / num, size=num_resamples)
+        if num_carried == 0:
+            counted: Floats = counts_QP @ own_CV
+            return counted
+        parts = np.repeat(np.arange(len(own_CV)), np.unique(patterns_PV[:, :num_own], axis=0, return_counts=True)[1])
+        return np.hstack(
+            [counts_QP @ own_CV, _carried(carried_rng or rng, counts_QP, parts, patterns_PV[:, num_own:], sizes_P)]
+        )
+    sorted_CV = np.repeat(patterns_PV, sizes_P, axis=0)  # not the given order, which must not matter
+    return _looked_up(rng, sorted_CV, num_resamples)
+
+
+def _carried(rng: np.random.Generator, counts_QP: Ints, part_of_S: Ints, values_SV: Floats, sizes_S: Ints) -> Floats:
+    """Sums of columns that differ among clusters that count as equal: these are drawn among themselves."""
+    sums_QV = np.zeros((len(counts_QP), values_SV.shape[1]))
+    for part, counts_Q in enumerate(counts_QP.T):
+        here = part_of_S == part
+        shares_S = sizes_S[here] / sizes_S[here].sum()
+        chunk = max(1, 1_000_000 // len(shares_S))
+        for start in range(0, len(counts_Q), chunk):
+            rows = slice(start, start + chunk)
+            drawn_QS = rng.multinomial(counts_Q[rows], shares_S) if len(shares_S) > 1 else counts_Q[rows, None]
+            sums_QV[rows] += drawn_QS @ values_SV[here]
+    return sums_QV
+
+
+def _looked_up(rng: np.random.Generator, sorted_CV: Floats, num_resamples: int) -> Floats:
+    """Sums of clusters drawn one by one."""
+    num = len(sorted_CV)
     sums_QV = np.tile(num * sorted_CV[0], (num_resamples, 1))
     varying = np.flatnonzero((sorted_CV != sorted_CV[0]).any(axis=0))
     padded_CV = np.zeros((num, len(varying) + len(varying) % 2))
