@@ -441,8 +441,9 @@ def test_tasks_near_chance_are_named_and_the_headline_without_them_stands_beside
     assert point.headline.estimate != without
     for markdown in (quality(runs).markdown, headline(runs).markdown):
         assert f"choice ({100 * choice.baseline:.1f} % is not clearly above chance, 62.0 %)" in markdown
-        assert f"Without them the headline is {retention(point.chance.clear_headline)} (2 left)" in markdown
-        assert f"with them {retention(point.headline)}" in markdown
+        left = "over the 2 tasks left"
+        assert f"Without them the headline is {retention(point.chance.clear_headline)}, {left};" in markdown
+        assert f"with them it is {retention(point.headline)}" in markdown
     assert "| choice | 100 % by construction | \u2013 | 62.0 % |" in quality(runs).markdown
 
 

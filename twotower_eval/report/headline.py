@@ -117,7 +117,7 @@ def _of_quality(quality: QualityPoint) -> list[str]:
     above = quality.chance.headline
     if quality.chance.has_options:
         why = f" ({escape(above.reason)})" if above.reason else ""
-        lines.append(f"Of what lies above guessing it keeps {retention(above)}{why}.")
+        lines.append(f"With what guessing scores taken off both, it keeps {retention(above)}{why}.")
     unclear = without_unclear(quality.chance, quality.headline, quality.exercised)
     return [*lines, unclear] if unclear else lines
 

@@ -25,6 +25,7 @@ from twotower_eval.report.text import (
     details,
     escape,
     percent,
+    plural,
     retention,
     scored_by_words,
     significant,
@@ -225,7 +226,8 @@ def without_unclear(found: AgainstChance, headline: Measured, exercised: Measure
     num_left = len(found.standings) - len(found.unclear)
     if not num_left:
         return f"{start} No other task is left."
-    text = f"the headline is {retention(found.clear_headline)} ({num_left} left), with them {retention(headline)}"
+    left = f"over the {plural(num_left, 'task')} left"
+    text = f"the headline is {retention(found.clear_headline)}, {left}; with them it is {retention(headline)}"
     if exercised.estimate:
         both = f"{retention(found.clear_exercised)} and {retention(exercised)}"
         text += f"; on the tasks that the decoder answers, {both}"
