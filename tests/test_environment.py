@@ -19,7 +19,7 @@ def test_facts_are_json_and_stay_the_same_between_calls() -> None:
 
 def test_versions_name_what_can_change_results() -> None:
     versions = environment.package_versions()
-    assert {"torch", "transformers", "lm-eval"} <= set(versions)
+    assert {"torch", "transformers", "tokenizers", "lm-eval", "evaluate", "sacrebleu", "scikit-learn"} <= set(versions)
     assert "ray" in environment.PACKAGES
 
 

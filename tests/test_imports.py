@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"decoders", "plan_fields"},
     "plan_fields": set(),
     "plan_command": {"plan"},
-    "comparability": set(),
+    "comparability": {"environment"},
     "closing": {"journal", "strict"},
     "store": {"journal", "comparability", "closing", "strict"},
     "ops": set(),

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -304,6 +305,29 @@ def test_resume_refuses_and_lists_what_differs(tmp_path: Path, changes: dict[str
     assert words in str(caught.value)
     assert store.load(path).complete, "a refused resume changes nothing"
     store.resume(path, make_manifest()).close()  # and holds no lock
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ({"tokenizers": "0.22"}, {"tokenizers": "0.23"}, "tokenizers was 0.22, is 0.23"),
+        ({"sacrebleu": "2.5"}, {"sacrebleu": "2.6"}, "sacrebleu was 2.5, is 2.6"),
+        ({"sacrebleu": "2.5"}, {}, "sacrebleu was 2.5, is None"),
+        ({"sacrebleu": "2.5"}, {"sacrebleu": "2.5", "math-verify": "0.8"}, "math-verify was None, is 0.8"),
+        ({}, {"sacrebleu": "2.6", "evaluate": "0.4"}, None),
+    ],
+)
+def test_packages_that_make_tokens_or_scores_must_agree_where_a_manifest_tells_of_them(
+    tmp_path: Path, before: dict[str, str], after: dict[str, str], words: str | None
+) -> None:
+    """Metrics of another version scored the rest of a run; manifests of old do not tell which version there was."""
+    old, new = (make_manifest(packages={**make_manifest().packages, **more}) for more in (before, after))
+    store.create(tmp_path, old).close()
+    if words is None:
+        store.resume(tmp_path / old.run_id, new).close()
+        return
+    with pytest.raises(ValueError, match=f"cannot resume.*: {re.escape(words)}"):
+        store.resume(tmp_path / old.run_id, new)
 
 
 def test_all_differences_are_listed_at_once(tmp_path: Path) -> None:

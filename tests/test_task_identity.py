@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny_pair import write_pair
 
-from twotower_eval import harness, speed, store, suites
+from twotower_eval import environment, harness, speed, store, suites
 from twotower_eval.plan import RunPlan, SpeedPlan, plan_from_json
 from twotower_eval.suites import lm_tasks
 from twotower_eval.suites.parts import with_imports
@@ -310,6 +310,17 @@ def test_timed_answers_are_scored_by_the_code_that_they_were_timed_for(
         with pytest.raises(ValueError, match=r"helper_of_own.py of task 'own' was changed"):
             step(path)
     assert not store.load(path).scores
+
+
+def test_timed_answers_are_scored_by_the_packages_that_they_were_timed_under(
+    own: Path, plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's own manifest stood in for what is installed when its answers are scored."""
+    path = timed(plan, tmp_path / "runs")
+    others = {**environment.package_versions(), "sacrebleu": "0.1", "torch": "0.1"}
+    monkeypatch.setattr(environment, "package_versions", lambda: others)
+    with pytest.raises(ValueError, match=r"cannot resume.*: sacrebleu was [\d.]+, is 0.1\. Start"):
+        harness.score_journal(path)
 
 
 def test_an_edited_score_of_a_timed_answer_is_never_certified(own: Path, plan: RunPlan, tmp_path: Path) -> None:

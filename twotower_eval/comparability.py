@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from twotower_eval.environment import SCORING_PACKAGES
 from twotower_eval.records import Arm, Cell, RunManifest
 
-PACKAGES_THAT_MUST_AGREE = ("torch", "transformers", "lm-eval", "mamba-ssm", "causal-conv1d", "flash-attn")
+PACKAGES_THAT_MUST_AGREE = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "lm-eval",
+    "mamba-ssm",
+    "causal-conv1d",
+    "flash-attn",
+)
+RECORDED_LATER = tuple(name for name in SCORING_PACKAGES if name not in PACKAGES_THAT_MUST_AGREE)
 
 
 def differences(old: RunManifest, new: RunManifest) -> list[str]:
@@ -15,7 +25,7 @@ def differences(old: RunManifest, new: RunManifest) -> list[str]:
     pairs: list[tuple[str, Any, Any]] = [
         ("verb", old.verb, new.verb),
         ("twotower-eval", old.project_version, new.project_version),
-        *((name, old.packages.get(name), new.packages.get(name)) for name in PACKAGES_THAT_MUST_AGREE),
+        *((name, old.packages.get(name), new.packages.get(name)) for name in _packages(old)),
         ("active kernels", old.machine.get("kernels"), new.machine.get("kernels")),
     ]
     if old.verb == "run":  # what cells do not tell, or not where decoding is greedy
@@ -30,6 +40,13 @@ def differences(old: RunManifest, new: RunManifest) -> list[str]:
         found.append(f"limit was {old.plan.get('limit')}, is {new.plan['limit']} (it may only be raised)")
     edited = [*_file_differences(old, new), *_task_differences(old, new)]
     return found + edited + _cell_differences(old, new, explained=bool(edited))
+
+
+def _packages(old: RunManifest) -> tuple[str, ...]:
+    """Packages whose versions must agree. Manifests of old tell of none that score beside lm-eval: nothing is known
+    of these there, neither that they were installed nor that they were not."""
+    later = RECORDED_LATER if any(name in old.packages for name in RECORDED_LATER) else ()
+    return (*PACKAGES_THAT_MUST_AGREE, *later)
 
 
 def _flags(manifest: RunManifest) -> list[Any]:

@@ -28,10 +28,21 @@ from twotower_eval.records import (
     to_json,
 )
 
+SCORING_PACKAGES = (  # what lm-eval's tasks and metrics import to make scores of answers
+    "lm-eval",
+    "evaluate",
+    "sacrebleu",
+    "rouge-score",
+    "scikit-learn",
+    "nltk",
+    "math-verify",
+    "sympy",
+    "antlr4-python3-runtime",
+    "langdetect",
+)
 PACKAGES = (
     "torch",
     "transformers",
-    "lm-eval",
     "datasets",
     "tokenizers",
     "safetensors",
@@ -44,6 +55,7 @@ PACKAGES = (
     "flash-attn",
     "triton",
     "ray",
+    *SCORING_PACKAGES,
 )
 GIT_TIMEOUT_S = 10.0
 
@@ -95,6 +107,16 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def with_scoring_of_now(recorded: Mapping[str, str]) -> dict[str, str]:
+    """Recorded versions, but of the packages that score those installed here: for scores made later than answers.
+
+    Nothing is added to a manifest that records none.
+    """
+    now = {name: version for name, version in package_versions().items() if name in SCORING_PACKAGES}
+    others = {name: version for name, version in recorded.items() if name not in SCORING_PACKAGES}
+    return {**others, **now} if recorded else {}
 
 
 def describe_machine(devices: Sequence[str] = ("cpu",)) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower_eval import store
+from twotower_eval.environment import with_scoring_of_now
 from twotower_eval.harness.adapter import Batch, HarnessLM
 from twotower_eval.harness.answers import CellJournal, Key
 from twotower_eval.harness.headlines import TaskFigure, group_lines, headline_text, task_figure
@@ -119,7 +120,11 @@ def score_journal(path: Path) -> Path:
     if plan.workload != "answer":
         raise ValueError(f"{path} timed the {plan.workload!r} workload, whose texts answer nothing")
     tasks = timed_tasks(plan)
-    manifest = dataclasses.replace(found.manifest, tasks={task.name: task.parts for task in tasks})
+    manifest = dataclasses.replace(
+        found.manifest,
+        tasks={task.name: task.parts for task in tasks},
+        packages=with_scoring_of_now(found.manifest.packages),
+    )
     store.check_comparable(found, manifest)
     known = KnownScores(found, "was scored before its last rounds were timed, or was edited")
     new: list[Score | Aggregate] = []

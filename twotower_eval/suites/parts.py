@@ -3,7 +3,7 @@
 A task is the same only where all of them are, so each has a digest, and a refusal can say which one was changed. Code
 is looked for without running it: what a YAML names with ``!function``, what such a file imports from beside itself or
 from anywhere that no package was installed to, and files beside it that its texts name, as code may load or read them
-by hand. Of installed packages the versions are compared elsewhere.
+by hand. Of installed packages the run's manifest has the versions, and those that score are compared.
 """
 
 from __future__ import annotations
