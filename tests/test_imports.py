@@ -28,7 +28,6 @@ ALLOWED: dict[str, set[str]] = {
     "environment": {"journal"},
     "plan": {"decoders", "plan_fields"},
     "plan_fields": set(),
-    "plan_command": {"plan"},
     "comparability": {"environment"},
     "closing": {"journal", "strict"},
     "store": {"journal", "comparability", "closing", "strict"},
@@ -46,8 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibration": {"stats", "progress"},
     "evidence": {"ways", "store", "stats"},
     "claims": {"shortfalls", "ways", "plan", "store", "stats", "evidence"},
-    "report": {"shortfalls", "ways", "store", "closing", "journal", "stats", "evidence", "claims", "plan"}
-    | {"plan_command"},
+    "report": {"shortfalls", "ways", "store", "closing", "journal", "stats", "evidence", "claims", "plan"},
     "cli": {"plan", "store", "progress", "suites", "harness", "speed", "claims", "report", "miniature", "datafiles"}
     | {"bench", "verify", "calibration", "stats"},
 }

@@ -11,8 +11,8 @@ import report_fixture as made
 
 from twotower_eval import cli, report, store
 from twotower_eval.plan import AnyPlan, RunPlan, ScalePlan, SpeedPlan, VerifyPlan
-from twotower_eval.plan_command import command, plan_of, typed
 from twotower_eval.records import to_json
+from twotower_eval.report.reproduce import command, plan_of, typed
 
 # Every field off its default, so that a field without an option, or an option of another name, is found.
 DECODING: dict[str, Any] = {
@@ -128,3 +128,24 @@ def test_a_plan_that_no_option_makes_is_said_so(tmp_path: Path) -> None:
     path = made.quality_run(tmp_path, num_docs=20, tasks=("arithmetic",), plan={"tasks": ["arithmetic"], "haste": 1})
     folder = report.write([path], tmp_path / "reports", sections=["reproduce"])
     assert "# no command of this version makes its plan (unknown key 'haste'" in (folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize("home", ["/home/alice", "/Users/Alice B", "/root"])
+def test_a_path_in_a_home_is_one_that_anyone_can_type(tmp_path: Path, home: str, parse) -> None:
+    """What came from the plan, and no more from argv, named the home of whoever ran it."""
+    plan = RunPlan(model=f"{home}/my models/pair", baseline=f"{home}/base", data_dir=home, tasks=("arithmetic",))
+    path = made.quality_run(tmp_path / "runs", num_docs=20, tasks=("arithmetic",), plan=to_json(plan))
+    run = store.load(path)
+    cells = tuple(
+        dataclasses.replace(cell, checkpoint=dataclasses.replace(cell.checkpoint, source=f"{home}/base"))
+        for cell in run.manifest.cells
+    )
+    manifest = dataclasses.replace(run.manifest, cells=cells)
+    path = made.write(tmp_path / "again", manifest, [*run.scores, *run.generations, *run.likelihoods])
+    folder = report.write([path], tmp_path / "reports", sections=["setup", "reproduce"])
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert home not in text
+    [line] = [line for line in text.splitlines() if line.startswith("twotower-eval run")]
+    assert line.startswith("twotower-eval run --model ~/'my models/pair' --baseline ~/base")
+    there = {name: os.path.expanduser(value) for name, value in {"baseline": "~/base", "data_dir": "~"}.items()}
+    assert parse(line) == dataclasses.replace(plan, model=os.path.expanduser("~/my models/pair"), **there)

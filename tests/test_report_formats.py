@@ -18,7 +18,7 @@ from twotower_eval import report, store
 from twotower_eval.cli import main
 from twotower_eval.records import Check, CommitStep, GenerationRow, Score, SpeedSample, to_json
 from twotower_eval.report.page import page
-from twotower_eval.report.provenance import plain_argv
+from twotower_eval.report.reproduce import plain_argv
 from twotower_eval.report.text import details, escape, lines_of, table
 from twotower_eval.report.traces import Committed, committed
 

@@ -41,7 +41,7 @@ SECTIONS = {
     "scale": "twotower_eval.report.scale:scale",
     "training": "twotower_eval.report.training:training",
     "setup": "twotower_eval.report.provenance:setup",
-    "reproduce": "twotower_eval.report.provenance:reproduce",
+    "reproduce": "twotower_eval.report.reproduce:reproduce",
 }
 MARKDOWN, PAGE, TABLES = "report.md", "report.html", "tables"
 

@@ -1,19 +1,17 @@
-"""Sections that say what was run on what, and how to do it again."""
+"""The section that says what was run on what."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 from typing import Any
 
 from twotower_eval.evidence.alone import is_alone
 from twotower_eval.evidence.naming import checkpoint_name
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.scale import is_scale_run
-from twotower_eval.plan_command import PROGRAM, command, plan_of, typed
-from twotower_eval.records import Cell, Checkpoint, RunManifest
+from twotower_eval.records import Cell, Checkpoint
+from twotower_eval.report.reproduce import without_home
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import NONE, bullets, code, count, details, escape, run_list, table
 from twotower_eval.shortfalls import override_lines
@@ -21,7 +19,6 @@ from twotower_eval.store import Run
 from twotower_eval.ways import named_ways, ways_text
 
 QUIET_EVENTS = {"started", "cell_done", "done", "truncated"}
-HOME = re.compile(r"(?:/home/[^/,=]+|/Users/[^/,=]+|/root)(?=/|$)")
 
 
 def setup(runs: Runs) -> Section:
@@ -29,51 +26,6 @@ def setup(runs: Runs) -> Section:
     parts = ["Checkpoints, each with the sha256 of its tensors:\n", _checkpoints(runs)]
     parts += [_run(run) for run in runs]
     return Section(title="Environment: what was run on what", markdown="\n".join(parts))
-
-
-def reproduce(runs: Runs) -> Section:
-    """The command lines, in order, and how to get back to the code: from the plans, whatever began the runs."""
-    lines = []
-    for run in runs:
-        commit = run.manifest.commit
-        where = f"commit {commit}" if commit else f"version {run.manifest.project_version}"
-        lines.append(f"# {run.manifest.run_id}, {where}{', edited checkout' if run.manifest.dirty else ''}")
-        lines.append(_command(run.manifest))
-    lines.append("# this report, from the run folders")
-    lines.append(typed([PROGRAM, "report", *(_folder(run) for run in runs)]))
-    text = "\n".join(line.replace("```", "` ` `") for line in lines)
-    return Section(title="How to reproduce it", markdown=f"```sh\n{text}\n```\n")
-
-
-def _command(manifest: RunManifest) -> str:
-    """The command that makes the run's plan; a plan of another version cannot be told, and is said so."""
-    try:
-        words = command(plan_of(manifest.verb, manifest.plan))
-    except ValueError as error:
-        return f"# no command of this version makes its plan ({' '.join(str(error).split())})"
-    out = _out(manifest)
-    return typed([*words, *(["--out", out] if out else [])])
-
-
-def _folder(run: Run) -> str:
-    """What `report` finds a run by: its id, with the folder in front that its command made it in."""
-    out = _out(run.manifest)
-    return f"{out.rstrip('/')}/{run.manifest.run_id}" if out else run.manifest.run_id
-
-
-def _out(manifest: RunManifest) -> str | None:
-    """Where our command line was told to make the run; what else began it may mean anything by ``--out``."""
-    given = plain_argv(manifest.argv)
-    if given[1:2] != [manifest.verb]:
-        return None
-    outs = [value for option, value in pairwise(given) if option == "--out"]
-    outs += [option.removeprefix("--out=") for option in given if option.startswith("--out=")]
-    return outs[-1] if outs else None
-
-
-def plain_argv(argv: Sequence[str]) -> list[str]:
-    """The command as one types it: where the script was installed, and whose home it was, is nobody's business."""
-    return [argv[0].rsplit("/", 1)[-1], *(HOME.sub("~", argument) for argument in argv[1:])] if argv else []
 
 
 def _checkpoints(runs: Runs) -> str:
@@ -88,7 +40,7 @@ def _checkpoints(runs: Runs) -> str:
                 escape(checkpoint_name(checkpoint)),
                 " and ".join(sorted(arms)),
                 escape(checkpoint.family),
-                escape(checkpoint.source),
+                escape(without_home(checkpoint.source)),
                 code(checkpoint.revision) if checkpoint.revision else NONE,
                 code(checkpoint.digest),
                 escape(checkpoint.dtype),
@@ -133,7 +85,8 @@ def _run(run: Run) -> str:
     if events:
         tally = ", ".join(f"{escape(kind)} {events.count(kind)}x" for kind in sorted(set(events)))
         facts.append(f"on the way: {tally}")
-    plan = json.dumps(dict(manifest.plan), indent=1, sort_keys=True, ensure_ascii=False).replace("```", "` ` `")
+    plan_shown = {name: without_home(v) if isinstance(v, str) else v for name, v in manifest.plan.items()}
+    plan = json.dumps(plan_shown, indent=1, sort_keys=True, ensure_ascii=False).replace("```", "` ` `")
     folded = details(f"plan (sha256 {manifest.plan_sha256[:16]})", f"```json\n{plan}\n```")
     return f"### Run {code(manifest.run_id)}\n\n{bullets(facts)}\n{folded}"
 

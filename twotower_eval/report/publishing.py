@@ -14,7 +14,7 @@ from typing import Any
 from twotower_eval.closing import DONE, MANIFEST, close_run, read_closing
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.journal import LOCK, packed, packed_path
-from twotower_eval.report.provenance import plain_argv
+from twotower_eval.report.reproduce import plain_argv
 from twotower_eval.store import FILES, Run
 
 PUBLISHED = "published"
