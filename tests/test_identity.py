@@ -19,6 +19,7 @@ from twotower_eval import harness, speed, store, suites
 from twotower_eval.decoders import make_scorer
 from twotower_eval.decoders.pieces import ScoreRequest
 from twotower_eval.evidence.points import point_key
+from twotower_eval.harness.adapter import HarnessLM
 from twotower_eval.miniature.tokenizer import write_tokenizer
 from twotower_eval.models import load_model
 from twotower_eval.models.identity import causal_identity, folder_settings
@@ -238,6 +239,21 @@ def test_two_hugging_face_folders_of_equal_tensors_are_two_models(
     run = store.load(harness.run(plan, root=tmp_path / "runs"))
     assert [cell.arm for cell in run.manifest.cells] == ["baseline", "candidate"]
     assert answered_by(run) == {"baseline", "candidate"}
+
+
+@pytest.mark.parametrize(("edit", "num_read"), [(None, 1), ("tokenizer.json", 2), ("generation_config.json", 2)])
+def test_texts_are_tried_once_for_each_way_to_read_them(
+    pair: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit: str | None, num_read: int
+) -> None:
+    """Two folders with equal tokenizers had every text of every task encoded twice before anything was computed."""
+    if edit:
+        EDITS[edit](base)
+    tried = []
+    check = HarnessLM.check_texts
+    monkeypatch.setattr(HarnessLM, "check_texts", lambda lm, asked: (tried.append(len(asked)), check(lm, asked))[1])
+    plan = RunPlan(model=str(pair), baseline=str(base), tasks=("miniature_sort",), limit=2, max_new_tokens=4)
+    harness.run(plan, root=tmp_path / "runs")
+    assert tried == [2] * num_read
 
 
 # Resume

@@ -79,13 +79,13 @@ def check_known(run: store.Run, manifest: RunManifest, jobs: Sequence[Job]) -> N
     rows: list[Row] = [*run.generations, *run.likelihoods]
     for row in rows:
         answered[row.cell][row.task, row.doc_id, row.request_index, row.repeat] = row
-    _check_texts(run, jobs)
+    _check_texts_are_of_tokens(run, jobs)
     for job in jobs if run.scores else ():
         own = answered[job.cell.id if job.task.generates else job.likelihoods_of]
         known.new(score_rows(job.task, job.cell.id, _whole_documents(job.task, own)))
 
 
-def _check_texts(run: store.Run, jobs: Sequence[Job]) -> None:
+def _check_texts_are_of_tokens(run: store.Run, jobs: Sequence[Job]) -> None:
     """ValueError where a text is not that of its tokens. Decoders of others may write their texts as they like, and
     before a stop string stands part of a token that is counted no more."""
     own = {job.cell.id: job for job in jobs if job.task.generates and ":" not in job.cell.decoder.kind}

@@ -31,7 +31,7 @@ from twotower_eval.harness.scoring import Row, aggregate_rows, score_rows
 from twotower_eval.models.arms import prove_arms
 from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders, model_folder, plan_from_json
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
-from twotower_eval.records import Aggregate, Score
+from twotower_eval.records import Aggregate, RunManifest, Score
 from twotower_eval.shortfalls import override_lines, truncation_line
 from twotower_eval.store import TRAINING_LOG
 from twotower_eval.suites import BuiltTask, resolve_tasks, settle
@@ -65,20 +65,15 @@ def run(
     baseline, candidate = arms = load_models(plan)
     use_graphs(plan, tasks, arms)
     jobs = make_jobs(held, tasks, specs, baseline, candidate)
-    _check_texts(jobs)
+    _refuse_unreadable(jobs)
     ways = prove_arms(arms, partial(longest_context, tasks))
     manifest = make_manifest(plan, jobs, tasks, decoding.overrides, ways, resume)
-    if resume is not None:
-        check_known(store.load(resume), manifest, jobs)
-    writer = store.create(root, manifest) if resume is None else store.resume(resume, manifest)
+    writer = _open(root, resume, manifest, jobs)
     compared = any(job.cell.arm == "candidate" for job in jobs)
     said = announce(tasks, _scored_once(jobs)) if announce and compared else None
     with writer:
-        if said:
-            progress.note(said)
-        for warning in (*writer.warnings, *override_lines(decoding.overrides)):
-            progress.note(f"warning: {warning}")
-        for line in slower_lines(manifest):
+        warnings = [f"warning: {text}" for text in (*writer.warnings, *override_lines(decoding.overrides))]
+        for line in (*([said] if said else []), *warnings, *slower_lines(manifest)):
             progress.note(line)
         _keep_training_log(model_folder(plan), writer.path)
         _Evaluation(plan, writer, jobs, progress).run()
@@ -86,11 +81,21 @@ def run(
     return writer.path
 
 
-def _check_texts(jobs: Sequence[Job]) -> None:
-    """A text that a model cannot read is refused now, not hours into the run. Each task once for each tokenizer."""
+def _open(root: Path, resume: Path | None, manifest: RunManifest, jobs: Sequence[Job]) -> store.RunWriter:
+    if resume is None:
+        return store.create(root, manifest)
+    check_known(store.load(resume), manifest, jobs)
+    return store.resume(resume, manifest)
+
+
+def _refuse_unreadable(jobs: Sequence[Job]) -> None:
+    """A text that a model cannot read is refused now, not hours into the run. Each task once for each way to read."""
+    from twotower_eval.models.identity import reader_identity
+
+    readers = {id(job.model): reader_identity(job.model) for job in jobs}
     read = set()
     for job in jobs:
-        reader = (job.task.name, id(job.model.tokenizer), job.model.vocab_size, job.model.max_length)
+        reader = (job.task.name, readers[id(job.model)])
         if reader not in read and (requests := job.requests):
             read.add(reader)
             HarnessLM(job.model).check_texts(requests)

@@ -78,6 +78,15 @@ def causal_identity(model: Any) -> str:
     return sha256_text(json.dumps(parts, sort_keys=True))  # a limit of time steps may be infinite
 
 
+def reader_identity(model: Any) -> str:
+    """Equal for two models only where they read every text alike: same tokens, same room, same refusals."""
+    files = {name: said for name, said in model.folder_settings.items() if name not in (CONFIG, GENERATION_CONFIG)}
+    tokenizer = model.tokenizer
+    named = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.special_token_ids)]
+    parts = [files, named, model.vocab_size, model.max_length, model.eos_token_ids]
+    return sha256_text(json.dumps(parts, sort_keys=True))
+
+
 def _content(file: Path) -> Any:
     """What a file says: its JSON without bookkeeping, else its digest."""
     content = file.read_bytes()
