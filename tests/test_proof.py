@@ -13,8 +13,7 @@ from torch import Tensor
 from twotower_eval.decoders import make_decoder, make_scorer
 from twotower_eval.decoders.pieces import ScoreRequest
 from twotower_eval.models import load_model, precision, proof
-from twotower_eval.models.named_lengths import named_lengths
-from twotower_eval.models.probes import difference
+from twotower_eval.models.probes import difference, named_lengths
 from twotower_eval.models.transformers_model import TransformersModel
 from twotower_eval.records import Prompt, Ways
 from twotower_eval.ways import handicaps, ways_text

@@ -157,25 +157,14 @@ def _task_quality(
 ) -> TaskQuality:
     name = standing.task
     here = [(a, b) for a, b in pairs if (a.group or a.task) == name]
-    per_leaf = {
-        member: {(a.metric, a.filter) for a, _ in here if a.task == member} for member in {a.task for a, _ in here}
-    }
-    for member, metrics in per_leaf.items():
-        if len(metrics) > 1:
-            listed = ", ".join(" / ".join(metric) for metric in sorted(metrics))
-            raise ValueError(f"task {member!r} has several headline scores ({listed}): mark one")
-    metric, filter_ = min(min(metrics) for metrics in per_leaf.values())
+    metric_of = _headline_metrics(here)
+    metric, filter_ = min(metric_of.values())
     weights_K = table.weights_K([name])
     num_discordant, num_clusters = stats.num_discordant(table, weights_K)
     k = table.tasks.index(name)
-    means_L = table.leaf_means_L(table.baseline_CL), table.leaf_means_L(table.candidate_CL)
-    members = [
-        (leaf, int(table.count_CL[:, i].sum()), float(means_L[0][i]), float(means_L[1][i]))
-        for i, leaf in enumerate(table.leaves)
-        if table.task_of_leaf_L[i] == k
-    ]
-    equal = num_discordant == 0 and per_leaf.keys() <= answered_once
-    known = Measured(estimate=stats.equal_by_construction(1.0, num_clusters)) if equal and means_L[0].any() else None
+    equal = num_discordant == 0 and metric_of.keys() <= answered_once
+    right = equal and table.leaf_means_L(table.baseline_CL).any()
+    known = Measured(estimate=stats.equal_by_construction(1.0, num_clusters)) if right else None
     kept = known or measured(lambda: stats.retention(table, draws, weights_K))
     above = kept if standing.chance is None else Measured(estimate=None, reason=NOT_CLEAR)
     if standing.chance is not None and standing.is_clear:
@@ -194,10 +183,33 @@ def _task_quality(
         retention=kept,
         standing=standing,
         above_chance=above,
-        members=tuple(members) if len(members) > 1 else (),
+        members=_members(table, k),
         by_size=name in table.by_size,
         flips=flips,
     )
+
+
+def _members(table: stats.ScoreTable, k: int) -> tuple[tuple[str, int, float, float], ...]:
+    """Name, number of documents and both means of each leaf of a task; nothing where it has one alone."""
+    means_L = table.leaf_means_L(table.baseline_CL), table.leaf_means_L(table.candidate_CL)
+    members = [
+        (leaf, int(table.count_CL[:, i].sum()), float(means_L[0][i]), float(means_L[1][i]))
+        for i, leaf in enumerate(table.leaves)
+        if table.task_of_leaf_L[i] == k
+    ]
+    return tuple(members) if len(members) > 1 else ()
+
+
+def _headline_metrics(pairs: Sequence[Pair]) -> dict[str, tuple[str, str]]:
+    """Metric and filter of each task's headline score; ValueError where one has several."""
+    found: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for score, _ in pairs:
+        found[score.task].add((score.metric, score.filter))
+    for task, metrics in found.items():
+        if len(metrics) > 1:
+            listed = ", ".join(" / ".join(metric) for metric in sorted(metrics))
+            raise ValueError(f"task {task!r} has several headline scores ({listed}): mark one")
+    return {task: min(metrics) for task, metrics in found.items()}
 
 
 def _clean(scores: stats.PairedScores, headline: list[Pair], dropped: list[set[tuple[str, int]]]) -> CleanQuality:

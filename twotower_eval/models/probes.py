@@ -1,11 +1,13 @@
-"""What a model is tried on: rows of tokens, what whole rows give behind each position, and the ways held against it.
+"""What a model is tried on: lengths that its config names, rows of tokens, what whole rows give, and the ways held
+against it.
 
 Shape letters: see ops/__init__. N positions that are compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,12 @@ LIMITS = {"float64": 5e-4, "float32": 5e-4, "float16": 0.1, "bfloat16": 0.5}
 LEAST_SPREAD = 0.02  # of the largest logit: what is spread less is equal
 STEPS = (1, 1, 1, 2, 1, 1)  # tokens read at once
 SEED = 0
+# Windows, chunks and blocks of attention or of a scan, original lengths of rotary factors, positions that scale
+# queries, keys that a sparse attention keeps.
+LENGTHS = re.compile(
+    r"window|chunk|local_att|original_max|floor_scale|n_floor|block_size|index_topk|sparse.*(size|length|topk)"
+)
+COUNTS = re.compile(r"(layers|pattern|heads|theta|factor|type|types)$")  # of something else, under a name like theirs
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,23 @@ class Probe:
     def behind(self, length: int) -> Tensor:
         """Logits (1, V) behind the first ``length`` tokens of the row."""
         return self.row_NV[length - 1 - self.first, None]
+
+
+def named_lengths(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Every such number of a config, ascending, from whatever depth."""
+    return tuple(sorted({length for length in _lengths_in(config) if length > 1}))
+
+
+def _lengths_in(value: Any, named: bool = False) -> Iterator[int]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            is_length = bool(LENGTHS.search(str(name))) and not COUNTS.search(str(name))
+            yield from _lengths_in(inner, is_length)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _lengths_in(inner, named)
+    elif named and isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1:
+        yield int(value)
 
 
 def make_probe(model: Any, at: int, length: int) -> Probe:

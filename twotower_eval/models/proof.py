@@ -23,9 +23,19 @@ from dataclasses import replace
 import torch
 
 from twotower_eval.models import probes
-from twotower_eval.models.named_lengths import named_lengths
 from twotower_eval.models.precision import HALF, widened, widening
-from twotower_eval.models.probes import LIMITS, Pairs, Probe, Tokens, apart, difference, drawn_tokens, make_probe, whole
+from twotower_eval.models.probes import (
+    LIMITS,
+    Pairs,
+    Probe,
+    Tokens,
+    apart,
+    difference,
+    drawn_tokens,
+    make_probe,
+    named_lengths,
+    whole,
+)
 from twotower_eval.models.transformers_model import ForwardError, TransformersModel
 from twotower_eval.records import FailedTrial, ProofCheck, Ways
 

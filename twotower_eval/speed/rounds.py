@@ -26,6 +26,7 @@ from twotower_eval.progress import Advance, Progress, SilentProgress, duration_t
 from twotower_eval.records import (
     Arm,
     CostSample,
+    DecoderSpec,
     Generation,
     GenerationRow,
     Override,
@@ -78,9 +79,7 @@ def run(
     specs = cross_decoders(held)
     calls = make_calls(plan, requests)
     if plan.cuda_graphs:
-        refuse_uneven(
-            plan.batch_sizes, [size for spec in specs if isinstance(size := spec.params.get("block_size"), int)]
-        )
+        refuse_uneven(plan.batch_sizes, _block_sizes(specs))
     devices = Devices(plan.devices)
     with torch_threads(plan.threads):
         models = _load(plan)
@@ -91,24 +90,21 @@ def run(
         ways = prove_arms(models, lambda model: _longest(calls, lanes))
         costs = make_items(calls, lanes, models) if plan.costs else ()
         graphs = graphs_for(plan, calls, lanes, models)
-        all_lanes = [lane for of_size in lanes.values() for lane in of_size]
-        manifest = _manifest(plan, calls, all_lanes, overrides, ways, resume)
-        if resume is not None:
-            found = store.load(resume)
-            store.check_comparable(found, manifest)  # first: what is whole cannot be counted by another plan
-            _check_unscored(plan, found, _calls_per_round(calls, lanes))
-            if found.scores:
-                return resume  # whoever scored it checks the scores before the run is called complete again
-        writer = store.create(root, manifest) if resume is None else store.resume(resume, manifest)
-        with writer:
-            for warning in (*writer.warnings, *override_lines(overrides)):
-                progress.note(f"warning: {warning}")
-            _tell_truncated(plan, writer, calls, models, progress)
-            for line in slower_lines(manifest):
+        manifest = _manifest(plan, calls, [*chain.from_iterable(lanes.values())], overrides, ways, resume)
+        if resume is not None and _is_scored(plan, resume, manifest, _calls_per_round(calls, lanes)):
+            return resume  # whoever scored it checks the scores before the run is called complete again
+        with store.create(root, manifest) if resume is None else store.resume(resume, manifest) as writer:
+            truncated = _truncated(plan, writer, calls, models)
+            warnings = [f"warning: {text}" for text in (*writer.warnings, *override_lines(overrides), *truncated)]
+            for line in (*warnings, *slower_lines(manifest)):
                 progress.note(line)
             _Session(plan, writer, calls, lanes, costs, clock, Captures(graphs, writer), progress).run()
             writer.finish()
     return writer.path
+
+
+def _block_sizes(specs: Sequence[DecoderSpec]) -> list[int]:
+    return [size for spec in specs if isinstance(size := spec.params.get("block_size"), int)]
 
 
 def _load(plan: SpeedPlan) -> tuple[Any, Any]:
@@ -118,10 +114,9 @@ def _load(plan: SpeedPlan) -> tuple[Any, Any]:
     return load_arms(model_folder(plan), baseline, dtype=plan.dtype, devices=plan.devices, cuda_graphs=plan.cuda_graphs)
 
 
-def _tell_truncated(
-    plan: SpeedPlan, writer: store.RunWriter, calls: Calls, models: tuple[Any, Any], progress: Progress
-) -> None:
-    """Write down for every cell how many prompts were cut; a resumed run has that already."""
+def _truncated(plan: SpeedPlan, writer: store.RunWriter, calls: Calls, models: tuple[Any, Any]) -> list[str]:
+    """Write down for every cell how many prompts were cut, which a resumed run has already; the warnings of it."""
+    lines = []
     for arm, model in zip(typing.get_args(Arm), models, strict=True):
         for task, (num_prompts, num_truncated) in count_truncated(plan, calls, model).items():
             numbers = {"num_requests": num_prompts, "num_truncated": num_truncated}
@@ -129,7 +124,8 @@ def _tell_truncated(
                 for cell in (cell for cell in writer.run.manifest.cells if cell.arm == arm):
                     writer.event("truncated", cell=cell.id, task=task, **numbers)
             if num_truncated:
-                progress.note(f"warning: {truncation_line(task, arm, num_prompts, num_truncated)}")
+                lines.append(truncation_line(task, arm, num_prompts, num_truncated))
+    return lines
 
 
 def _longest(calls: Calls, lanes: dict[int, tuple[Lane, ...]]) -> int:
@@ -142,17 +138,20 @@ def _calls_per_round(calls: Calls, lanes: dict[int, tuple[Lane, ...]]) -> int:
     return sum(len(calls[size]) * len(lanes[size]) for size in calls)
 
 
-def _check_unscored(plan: SpeedPlan, found: store.Run, calls_per_round: int) -> None:
-    """ValueError where more rounds are wanted of a run whose answers are scored: the scores would leave them out.
+def _is_scored(plan: SpeedPlan, resume: Path, manifest: RunManifest, calls_per_round: int) -> bool:
+    """Whether a run's answers are scored. ValueError where more rounds are wanted then: scores would leave them out.
 
     Besides, what is added after a look at the result is another run (PROTOCOL); reports pool runs of the same cells.
     """
+    found = store.load(resume)
+    store.check_comparable(found, manifest)  # first: what is whole cannot be counted by another plan
     whole = whole_rounds(found.speed, calls_per_round)
     if found.scores and not is_enough(plan, len(whole), sum(whole)):
         raise ValueError(
             f"{found.path} has {len(whole)} rounds whose answers are scored already: time more rounds in a new run, "
             "without --resume; reports take both together"
         )
+    return bool(found.scores)
 
 
 def _manifest(

@@ -237,7 +237,6 @@ def _build_part(
     for source in sources:
         _check_samples(name, source, sampled["samples"])
     parts = task_parts(top, [one.given for one in loaded], sources, every, member)
-    budgets = [i.args[1]["max_gen_toks"] for d in kept for i in d.instances if generates(i)]
     return BuiltTask(
         name=name,
         group=group,
@@ -246,7 +245,7 @@ def _build_part(
         num_docs_in_all=len(every),
         **sampled,
         asked=_asked(name, kept),
-        max_new_tokens=max(budgets, default=None),
+        max_new_tokens=_largest_budget(kept),
         metric=figure.metric,
         filter=figure.filter,
         # An average of ratios takes means of which more is better, and nothing else.
@@ -255,6 +254,11 @@ def _build_part(
         parts=parts,
         spec=member,
     )
+
+
+def _largest_budget(docs: Sequence[BuiltDoc]) -> int | None:
+    budgets = [i.args[1]["max_gen_toks"] for doc in docs for i in doc.instances if generates(i)]
+    return max(budgets, default=None)
 
 
 def _averages(source: Any, metric: str) -> bool:
