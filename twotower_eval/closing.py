@@ -7,9 +7,11 @@ a place of its own, ``manifest_sha256``; where a file has both they must say the
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from twotower_eval.journal import content_of, now_text, summarise, write_atomically
 from twotower_eval.json_text import parse_json, read_utf8
@@ -43,6 +45,25 @@ class Closing:
     finished_at: str
     files: Mapping[str, FileSummary]
     manifest_sha256: str | None = None  # of older files only
+
+
+def told_digests(events: Sequence[Mapping[str, Any]], where: str) -> dict[str, dict[int, str]]:
+    """By journal and number of lines, the sha256 that events tell of its first so many. ValueError, with the line in
+    ``where``, if one tells none.
+
+    An event that tells of fewer lines than the ones before it came after a loss of lines: what those told of the lost
+    ones holds no longer.
+    """
+    told: dict[str, dict[int, str]] = defaultdict(dict)
+    for number, event in enumerate(events, start=1):
+        try:
+            files = from_json(Told, {"files": event.get("files", {})}).files
+        except ValueError as error:
+            raise ValueError(f"{where}, line {number}: {error}") from error
+        for name, summary in files.items():
+            kept = {rows: sha256 for rows, sha256 in told[name].items() if rows <= summary.rows}
+            told[name] = {**kept, summary.rows: summary.sha256}
+    return told
 
 
 def close_run(path: Path, names: Sequence[str], finished_at: str | None = None) -> None:

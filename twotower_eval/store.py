@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import secrets
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,7 +22,7 @@ from twotower_eval import comparability
 from twotower_eval.closing import DONE as DONE
 from twotower_eval.closing import MANIFEST as MANIFEST
 from twotower_eval.closing import TRAINING_LOG as TRAINING_LOG
-from twotower_eval.closing import Told, agrees_with_closing, close_run
+from twotower_eval.closing import agrees_with_closing, close_run, told_digests
 from twotower_eval.journal import (
     PACKED,
     Journal,
@@ -192,18 +191,9 @@ def load(path: Path) -> Run:
 def check_unedited(run: Run) -> None:
     """ValueError where a journal does not hold any more what it held at an event that its lines still reach.
 
-    Lines lost from a file are no edit: what they said is made again. An event that tells of fewer lines than the ones
-    before it came after such a loss, and what those told of the lines lost holds no longer.
+    Lines lost from a file are no edit: what they said is made again.
     """
-    told: dict[str, dict[int, str]] = defaultdict(dict)
-    for number, event in enumerate(run.events, start=1):
-        try:
-            files = from_json(Told, {"files": event.get("files", {})}).files
-        except ValueError as error:
-            raise ValueError(f"{run.path / EVENTS}, line {number}: {error}") from error
-        for name, summary in files.items():
-            kept = {rows: sha256 for rows, sha256 in told[name].items() if rows <= summary.rows}
-            told[name] = {**kept, summary.rows: summary.sha256}
+    told = told_digests(run.events, str(run.path / EVENTS))
     for name, digests in told.items():
         found = prefix_digests(content_of(run.path / name) or b"", digests)
         for rows in sorted(found):
