@@ -232,7 +232,7 @@ def test_a_decoder_that_the_model_cannot_serve_is_refused_before_the_run_begins(
     weights, prefix = load_file(str(causal / "model.safetensors")), "context_tower."
     base = {"backbone." + name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
     save_file({**base, "lm_head.weight": weights["context_lm_head.weight"]}, str(causal / "model.safetensors"))
-    with pytest.raises(ValueError, match="block_diffusion needs a two-tower checkpoint"):
+    with pytest.raises(ValueError, match="'block_diffusion' needs a two-tower checkpoint"):
         harness.run(RunPlan(model=str(causal), tasks=("miniature_sort",), limit=1), root=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
