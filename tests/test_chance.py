@@ -171,6 +171,9 @@ def test_a_last_word_and_a_text_have_no_options(own_task: Path) -> None:
         # As in BIG-Bench Hard: options within the question.
         ("Q: {{q}}\nA: think.", [{"q": "Which?\nOptions:\n(A) red\n(B) blue\n(C) no colour", "a": "(B)"}], [3]),
         ("{{q}}", [{"q": "Which? A. red B. blue", "a": "B"}], [2]),
+        ("{{q}}\nA:", [{"q": "Is it so?\nOptions:\n- Yes\n- No\n- Not told", "a": "No"}], [3]),
+        ("{{q}}", [{"q": "Options:\n* u\n* v", "a": "u"}, {"q": "Options:\n- u\n- v", "a": "w"}], [2, None]),
+        ("{{q}}", [{"q": "Plan A: go. Plan B: stay. Which letter is the better one", "a": "B"}], [None]),
         # A letter that is an answer of its own, a list that lacks the answer, a list of accepted answers.
         ("{{q}}", [{"q": "Which letter follows A?", "a": "B"}], [None]),
         ("{{q}}", [{"q": "?", "choices": ["u", "v"], "a": "w"}], [None]),

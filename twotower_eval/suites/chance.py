@@ -21,6 +21,8 @@ COLUMNS = ("choices", "options")
 TEXT_METRICS = ("exact_match", "acc", "accuracy", "em")  # right or wrong; a measure of likeness pays some wrong options
 LETTER = re.compile(r"\(?([A-Za-z])[).:]?\.?")
 LISTED = re.compile(r"(?:^|\s)\(?([A-Z])[).:]\s")
+FIRST_LISTED = re.compile(r"(?:^|[?!.:;]\s*|\n\s*)A[).:]\s|\(A[).:]\s")  # not the A of "Plan A: …"
+UNDER_OPTIONS = re.compile(r"(?im)^[^\S\n]*options:[^\S\n]*\n((?:[^\S\n]*[-*\u2022][^\S\n]+\S.*(?:\n|\Z))+)")
 
 
 def chance_by_metric(source: Any, doc: Mapping[str, Any], instances: Sequence[Any]) -> dict[str, float]:
@@ -71,13 +73,14 @@ def _share_listed(source: Any, doc: Mapping[str, Any]) -> float | None:
     """Share of right ones among the options that a document lists; ``None`` where a right answer is none of them."""
     target = source.doc_to_target(doc)
     right = target if isinstance(target, list) else [target]
-    for options in _columns(source, doc):
+    asked = str(source.doc_to_text(doc))
+    for options in (*_columns(source, doc), _dashed(asked)):
         texts = [str(option).strip() for option in options]
         places = {_place_among(texts, one) for one in right}
         if len(texts) > 1 and right and None not in places:
             return len(places) / len(texts)
     places = {_place_of_letter(one) for one in right}
-    num_lettered = _num_lettered(str(source.doc_to_text(doc))) if None not in places else 0
+    num_lettered = _num_lettered(asked) if None not in places else 0
     known = num_lettered > 1 and places and max(place for place in places if place is not None) < num_lettered
     return len(places) / num_lettered if known else None
 
@@ -105,9 +108,16 @@ def _place_of_letter(target: Any) -> int | None:
     return ord(letter[1].upper()) - ord("A") if letter else None
 
 
+def _dashed(text: str) -> list[str]:
+    """The lines with a dash under the last ``Options:``."""
+    lists = UNDER_OPTIONS.findall(text)
+    return [line.strip().lstrip("-*\u2022").strip() for line in lists[-1].splitlines()] if lists else []
+
+
 def _num_lettered(text: str) -> int:
     """How far the letters before a text's options go without a gap, as in ``(A) red (B) blue``."""
+    first = FIRST_LISTED.search(text)
     num = 0
-    for letter in LISTED.findall(text):
+    for letter in LISTED.findall(text[first.start() :].lstrip("?!.:; ") if first else ""):
         num += letter == chr(ord("A") + num)
     return num
