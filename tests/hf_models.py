@@ -1,12 +1,16 @@
 """Tiny random Hugging Face models, saved as folders."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from twotower_eval.miniature.tokenizer import EOS_ID, write_tokenizer
+
 VOCAB = 64
+READING_VOCAB = 112  # at least the miniature's tokenizer's
 SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -97,4 +101,22 @@ def save_tiny(name: str, folder: Path) -> Path:
             if parameter.dim() > 1:  # their own initialisations leave little of attention and recurrence
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
     model.save_pretrained(folder)
+    return folder
+
+
+def save_reading(name: str, folder: Path) -> Path:
+    """A tiny model with the miniature's tokenizer, long enough for its tasks."""
+    config = copy.deepcopy((CONFIGS | ODD)[name])
+    config.vocab_size, config.eos_token_id, config.bos_token_id, config.pad_token_id = READING_VOCAB, EOS_ID, 1, 0
+    for limit in ("max_position_embeddings", "n_positions"):
+        if hasattr(config, limit):
+            setattr(config, limit, 512)
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
     return folder

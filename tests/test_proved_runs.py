@@ -1,7 +1,6 @@
 """Runs with Hugging Face baselines: right however they are run, said in the manifest, refused before a row, and no
 speedup over a handicap."""
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hf_models import CONFIGS, ODD
+from hf_models import save_reading
 from report_fixture import CONTEXT, speed_run
 from tiny_pair import write_pair
 
@@ -19,7 +18,6 @@ from twotower_eval.claims.files import claims_from
 from twotower_eval.comparability import differences
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import speed_points
-from twotower_eval.miniature.tokenizer import EOS_ID, write_tokenizer
 from twotower_eval.plan import RunPlan
 from twotower_eval.records import FailedTrial, SpeedSample, Ways
 from twotower_eval.report.gates import gates as gates_section
@@ -66,25 +64,7 @@ CLAIM: dict[str, Any] = {
         }
     ],
 }
-VOCAB, LIMIT, NEW_TOKENS = 112, 2, 5
-
-
-def save_reading(name: str, folder: Path) -> Path:
-    """A tiny model with the miniature's tokenizer, long enough for its tasks."""
-    config = copy.deepcopy((CONFIGS | ODD)[name])
-    config.vocab_size, config.eos_token_id, config.bos_token_id, config.pad_token_id = VOCAB, EOS_ID, 1, 0
-    for limit in ("max_position_embeddings", "n_positions"):
-        if hasattr(config, limit):
-            setattr(config, limit, 512)
-    torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5)
-    model.save_pretrained(folder)
-    write_tokenizer(folder)
-    return folder
+LIMIT, NEW_TOKENS = 2, 5
 
 
 @pytest.fixture(scope="module")

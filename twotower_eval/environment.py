@@ -71,6 +71,7 @@ def new_manifest(
     notes: Sequence[str] = (),
     tasks: Mapping[str, Mapping[str, str]] | None = None,
     overrides: Sequence[Override] = (),
+    unheeded: Mapping[str, Mapping[str, Any]] | None = None,
     ways: Sequence[Ways] = (),
 ) -> RunManifest:
     """The manifest of a run that begins now, here, with this command line. ``plan`` is a record."""
@@ -94,6 +95,7 @@ def new_manifest(
         notes=tuple(notes),
         tasks=dict(tasks or {}),
         overrides=tuple(overrides),
+        unheeded=dict(unheeded or {}),
         ways=tuple(ways),
     )
 

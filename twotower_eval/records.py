@@ -466,7 +466,8 @@ class RunManifest:
     """First file of a run, written once. ``plan`` is the resolved plan as JSON; ``packages`` name -> version.
 
     ``tasks`` are those whose answers are scored: name -> part (settings, documents, files by name) -> sha256.
-    ``ways`` has one entry for each Hugging Face model.
+    ``ways`` has one entry for each Hugging Face model. ``unheeded``: by checkpoint what its generation settings ask of
+    greedy decoding and is not done.
     """
 
     schema: int
@@ -486,6 +487,7 @@ class RunManifest:
     notes: tuple[str, ...] = ()
     tasks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     overrides: tuple[Override, ...] = ()
+    unheeded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     ways: tuple[Ways, ...] = ()
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from twotower_eval.records import Override, Scalar
+from twotower_eval.records import Override, RunManifest, Scalar
+
+
+def asked_and_not_done(manifest: RunManifest) -> list[str]:
+    """All that the tasks and the checkpoints of a run ask of decoding and are not given."""
+    return [*override_lines(manifest.overrides), *unheeded_lines(manifest.unheeded)]
 
 
 def override_lines(overrides: Sequence[Override]) -> list[str]:
@@ -16,6 +22,15 @@ def override_lines(overrides: Sequence[Override]) -> list[str]:
     return [
         f"{', '.join(names)} ask{'s' if len(names) == 1 else ''} for {asked}, {held}: --{option} overrides it"
         for (asked, held, option), names in tasks.items()
+    ]
+
+
+def unheeded_lines(unheeded: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line for each checkpoint whose generation settings ask for what no decoder here does."""
+    return [
+        f"generation_config.json of {name} asks for {', '.join(f'{key} {value}' for key, value in asked.items())}, "
+        "which is not done here and would be by transformers' generate: texts are those of plain decoding"
+        for name, asked in unheeded.items()
     ]
 
 

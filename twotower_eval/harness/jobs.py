@@ -198,6 +198,8 @@ def make_manifest(
     ways: Sequence[Ways],
     resume: Path | None,
 ) -> RunManifest:
+    from twotower_eval.models.identity import unheeded_settings
+
     return new_manifest(
         "run",
         run_id=store.new_run_id("run") if resume is None else resume.name,
@@ -208,6 +210,7 @@ def make_manifest(
         notes=tuple(_notes(jobs)),
         tasks={task.name: task.parts for task in tasks},
         overrides=overrides,
+        unheeded=unheeded_settings(job.model for job in jobs if job.task.generates),
         ways=ways,
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,23 @@ BOOKKEEPING = frozenset(  # of settings: says where a folder came from and who w
     }
 )
 SETTINGS = (CONFIG, GENERATION_CONFIG, "tokenizer_config.json")  # the files whose names are names of settings
+# What transformers' generate heeds in greedy decoding, too, and no decoder here does -> values that ask for nothing.
+GREEDY_SETTINGS: Mapping[str, tuple[Any, ...]] = {
+    "repetition_penalty": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "bad_words_ids": ([],),
+    "sequence_bias": ([],),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "guidance_scale": (1.0,),
+}
 OF_PAIRS = ("mask_token_id",)  # what a pair's config says beyond that of its causal tower
 
 
@@ -68,6 +85,20 @@ def folder_settings(folder: Path, read: Any = None) -> dict[str, Any]:
     # transformers writes a copy of the config's own ids there.
     own = {key: value for key, value in generation.items() if key not in config or config[key] != value}
     return {**said, **({GENERATION_CONFIG: own} if own else {})}
+
+
+def unheeded_settings(models: Iterable[Any]) -> dict[str, dict[str, Any]]:
+    """By checkpoint what its generation settings ask of greedy decoding and is not done here."""
+    found = {model.checkpoint.name: _unheeded(model) for model in models}
+    return {name: settings for name, settings in found.items() if settings}
+
+
+def _unheeded(model: Any) -> dict[str, Any]:
+    asked = model.folder_settings.get(GENERATION_CONFIG, {})
+    if not isinstance(asked, Mapping):
+        return {}
+    heeded = {name: value for name in GREEDY_SETTINGS if (value := asked.get(name)) is not None}
+    return {name: value for name, value in heeded.items() if value not in GREEDY_SETTINGS[name]}
 
 
 def causal_identity(model: Any) -> str:

@@ -39,7 +39,7 @@ from twotower_eval.records import (
     derive_seed,
     sha256_text,
 )
-from twotower_eval.shortfalls import override_lines, truncation_line
+from twotower_eval.shortfalls import asked_and_not_done, truncation_line
 from twotower_eval.speed.captures import Captures, graphs_for, hint, refuse_uneven
 from twotower_eval.speed.clock import CallClock, Devices, torch_threads
 from twotower_eval.speed.costs import CostItem, make_items
@@ -90,12 +90,12 @@ def run(
         ways = prove_arms(models, lambda model: _longest(calls, lanes))
         costs = make_items(calls, lanes, models) if plan.costs else ()
         graphs = graphs_for(plan, calls, lanes, models)
-        manifest = _manifest(plan, calls, [*chain.from_iterable(lanes.values())], overrides, ways, resume)
+        manifest = _manifest(plan, calls, [*chain.from_iterable(lanes.values())], overrides, ways, models, resume)
         if resume is not None and _is_scored(plan, resume, manifest, _calls_per_round(calls, lanes)):
             return resume  # whoever scored it checks the scores before the run is called complete again
         with store.create(root, manifest) if resume is None else store.resume(resume, manifest) as writer:
             truncated = _truncated(plan, writer, calls, models)
-            warnings = [f"warning: {text}" for text in (*writer.warnings, *override_lines(overrides), *truncated)]
+            warnings = [f"warning: {text}" for text in (*writer.warnings, *asked_and_not_done(manifest), *truncated)]
             for line in (*warnings, *slower_lines(manifest)):
                 progress.note(line)
             _Session(plan, writer, calls, lanes, costs, clock, Captures(graphs, writer), progress).run()
@@ -160,8 +160,11 @@ def _manifest(
     lanes: Sequence[Lane],
     overrides: Sequence[Override],
     ways: Sequence[Ways],
+    models: Sequence[Any],
     resume: Path | None,
 ) -> RunManifest:
+    from twotower_eval.models.identity import unheeded_settings
+
     return new_manifest(
         "speed",
         run_id=store.new_run_id("speed") if resume is None else resume.name,
@@ -172,6 +175,7 @@ def _manifest(
         notes=NOTES,
         tasks=scored_tasks(plan, chain.from_iterable(calls.values())),
         overrides=overrides,
+        unheeded=unheeded_settings(models),
         ways=ways,
     )
 
