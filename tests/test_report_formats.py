@@ -19,7 +19,7 @@ from twotower_eval.cli import main
 from twotower_eval.records import Check, CommitStep, GenerationRow, Score, SpeedSample, to_json
 from twotower_eval.report.page import page
 from twotower_eval.report.reproduce import plain_argv
-from twotower_eval.report.text import details, escape, lines_of, table
+from twotower_eval.report.text import details, escape, lines_of, table, with_commands
 from twotower_eval.report.traces import Committed, committed
 
 EVIL = [
@@ -435,3 +435,8 @@ def test_the_verdict_stands_first_and_every_claim_has_its_row(usual, tmp_path) -
 
 def test_without_a_claim_file_the_report_says_so(usual) -> None:
     assert "No claim file names a checkpoint of these runs" in read(usual[2], "report.md")
+
+
+def test_commands_in_a_reason_are_code_and_the_rest_is_plain_text() -> None:
+    assert with_commands("so *far*; `run --tasks a_b` measures it") == "so \\*far\\*; `run --tasks a_b` measures it"
+    assert with_commands("a ` alone | here") == "a \\` alone \\| here"

@@ -107,6 +107,20 @@ def escape(text: object) -> str:
     return re.sub(r"([\\`*\[\]|~$]|(?<!\w)[_#]|_(?!\w))", r"\\\1", plain)
 
 
+def with_commands(text: str) -> str:
+    """Text of our own as :func:`escape` gives it, but for what stands between backticks: commands to type."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:
+        return escape(text)
+    return "".join(code(part) if at % 2 else _escaped_within(part) for at, part in enumerate(parts))
+
+
+def _escaped_within(part: str) -> str:
+    """As :func:`escape`, the blanks at both ends kept."""
+    inner = escape(part)
+    return f"{' ' if part[:1].isspace() else ''}{inner}{' ' if inner and part[-1:].isspace() else ''}"
+
+
 def lines_of(text: str) -> str:
     """A text within a table cell with its own lines and indentation; empty for one of blanks only."""
     lines = [line.replace("\t", "    ") for line in text.strip("\n").splitlines()]

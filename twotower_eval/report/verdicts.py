@@ -17,7 +17,7 @@ from twotower_eval.evidence.scale import config_of
 from twotower_eval.plan import data_path
 from twotower_eval.records import Checkpoint, Claim, OperatingPoint, Verdict
 from twotower_eval.report.section import Section
-from twotower_eval.report.text import NONE, bullets, details, escape, run_list, table
+from twotower_eval.report.text import NONE, bullets, details, escape, run_list, table, with_commands
 from twotower_eval.store import Run
 
 RELATIONS = {"at_least": "at least", "at_most": "at most", "equal": "equal to"}
@@ -208,5 +208,5 @@ def _reason(claim: Claim, verdict: Verdict) -> str:
     n = f", n {verdict.estimate.n:,}" if verdict.estimate else ""
     if verdict.estimate and verdict.estimate.method != verdict.reason:
         n += f", {verdict.estimate.method}"
-    reason = escape(f"{verdict.reason}{n}{chance_text(claim, verdict)}")
+    reason = with_commands(f"{verdict.reason}{n}{chance_text(claim, verdict)}")
     return f"**{escape(claim.name)}** {said(verdict.outcome)}: {reason}. {evidence} Source: {escape(claim.source)}."
