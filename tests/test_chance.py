@@ -451,7 +451,9 @@ def test_tasks_near_chance_are_named_and_the_headline_without_them_stands_beside
 
 
 def test_a_baseline_of_zero_has_no_retention_and_is_named(tmp_path: Path) -> None:
-    zero = lambda row: replace(row, value=0.0) if isinstance(row, Score) and row.task == "sorting" else row  # noqa: E731
+    def zero(row: Any) -> Any:
+        return replace(row, value=0.0) if isinstance(row, Score) and row.task == "sorting" else row
+
     run = store.load(quality_run(tmp_path, tasks=("sorting", "arithmetic"), perplexity=False, edit=zero))
     point, markdown = the_point(run), quality(Runs([run])).markdown
     assert "sorting (0.0 % is zero)" in markdown

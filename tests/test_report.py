@@ -405,7 +405,7 @@ def test_the_sentence_is_about_the_point_of_the_judged_claim(tmp_path, threshold
     assert f"at {at_batch} its wall-clock speed" in quoted(markdown)
     assert "Speed: answer workload, batch 4, " in markdown
     assert "The one above is the claim's own, picked without a look at its result" in markdown
-    assert "- The claim is not over choice, words, which this holds.\n" in markdown
+    assert "- The claim does not cover choice, words, which this figure takes in.\n" in markdown
     assert markdown.index(f"### block 16, 16 steps, threshold {threshold}") == markdown.index("### block 16")
 
 

@@ -57,6 +57,7 @@ Quantity = Literal[
 ]
 
 Scalar = str | int | float | bool | None
+HALF_PRECISION = ("float16", "bfloat16")
 Params = Mapping[str, Scalar]
 
 MEAN = "mean"  # lm-eval's name of the aggregation under which every document has a value

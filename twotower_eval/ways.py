@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from twotower_eval.records import Arm, FailedTrial, RunManifest, Ways
+from twotower_eval.records import HALF_PRECISION, Arm, FailedTrial, RunManifest, Ways
 
 SlowWay = Literal["no cache", "no cache for long contexts", "one prompt after the other", "one length after the other"]
 ProofOutcome = Literal["fastest", "slower", "not checked"]
-HALF = ("float16", "bfloat16")
 SLOW_WORDS: dict[SlowWay, str] = {
     "no cache": "without a cache, every token by a pass over all before it",
     "no cache for long contexts": "without a cache where contexts are long",
@@ -56,7 +55,7 @@ def handicap_text(found: Sequence[Handicap]) -> str:
 
 def proof_outcome(ways: Ways) -> ProofOutcome:
     """Whether the model proved right in the fastest way that there is, in a slower one, or could not be tried."""
-    if ways.precision in HALF:
+    if ways.precision in HALF_PRECISION:
         return "not checked"
     fast = ways.cached and ways.rows_together and ways.passes_together and ways.unlike_lengths_together
     return "fastest" if fast and ways.plain_beyond is None and not _splits_options(ways) else "slower"
@@ -66,7 +65,7 @@ def ways_text(ways: Ways) -> str:
     """One line: how the model is run, on how many tokens that was tried, and why it is not run faster."""
     found = list(_ways(ways)) or ["with a cache, the rows of a batch together"]
     tried = f"tried on up to {ways.proved_tokens:,} tokens against whole rows without a cache"
-    if ways.precision in HALF:
+    if ways.precision in HALF_PRECISION:
         tried = f"not proved: float32 does not fit into memory, and in {ways.precision} rounding hides faults"
     reasons = list(dict.fromkeys(map(_reason, ways.failed)))
     return "; ".join([", ".join(found), tried, *reasons])
@@ -89,7 +88,7 @@ def named_ways(manifest: RunManifest) -> list[tuple[str, Ways]]:
 
 def _ways(ways: Ways) -> Iterator[str]:
     if not ways.cached:
-        yield "without a cache, every token by a pass over all before it"
+        yield SLOW_WORDS["no cache"]
     if not ways.rows_together:
         yield "one prompt after the other, whatever the batch size"
     elif ways.cached and not ways.unlike_lengths_together:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 Widening = Literal["at once", "by layer"]
-HALF = ("float16", "bfloat16")
 SLACK = 1.1  # blocks of memory are larger than what is asked for
 Narrow = list[tuple[Tensor, torch.dtype]]
 

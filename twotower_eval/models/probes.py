@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twotower_eval.models.precision import HALF
 from twotower_eval.models.token_tree import Segment
+from twotower_eval.records import HALF_PRECISION
 
 Tokens = tuple[int, ...]
 Pairs = Iterator[tuple[Tensor, Tensor]]  # logits (N, V) of a way, and what whole rows give there
@@ -170,7 +170,7 @@ def difference(ours_NV: Tensor, theirs_NV: Tensor, dtype: str) -> float:
     ours_NV, theirs_NV = ours_NV.double(), theirs_NV.double()
     spread_N = torch.maximum(theirs_NV.std(-1), LEAST_SPREAD * theirs_NV.abs().amax(-1)).clamp(min=1e-30)
     apart_N = (ours_NV - theirs_NV).abs().amax(-1) / spread_N
-    return float(apart_N.mean() if dtype in HALF else apart_N.max())
+    return float(apart_N.mean() if dtype in HALF_PRECISION else apart_N.max())
 
 
 def _stepped(model: Any, context: Any, rows: Sequence[tuple[Tokens, int]]) -> tuple[Any, list[tuple[Tokens, int]]]:

@@ -23,7 +23,7 @@ from dataclasses import replace
 import torch
 
 from twotower_eval.models import probes
-from twotower_eval.models.precision import HALF, widened, widening
+from twotower_eval.models.precision import widened, widening
 from twotower_eval.models.probes import (
     LIMITS,
     Pairs,
@@ -37,7 +37,7 @@ from twotower_eval.models.probes import (
     whole,
 )
 from twotower_eval.models.transformers_model import ForwardError, TransformersModel
-from twotower_eval.records import FailedTrial, ProofCheck, Ways
+from twotower_eval.records import HALF_PRECISION, FailedTrial, ProofCheck, Ways
 
 BASE_AT, BASE_TOKENS = 6, 11
 MAX_PROVED_TOKENS = 16_384  # beyond, masks alone fill memory: longer contexts are read the plain way
@@ -76,7 +76,7 @@ def _prove(model: TransformersModel) -> Tokens:
     if (found := difference(again, probe.row_NV, model.precision)) > LIMITS[model.precision]:
         raise ValueError(f"{model.kind} gives other logits for the same row when it reads it again{_by(found)}")
     model.run_by(replace(model.ways, precision=model.precision))
-    if model.precision in HALF:
+    if model.precision in HALF_PRECISION:
         _run_unproved(model, probe)
         return probe.row
     _settle(model, probe, most_cached=0)
@@ -168,7 +168,7 @@ def _prove_lengths(model: TransformersModel, longest: int) -> None:
 
     None is tried in half precision, where that would tell nothing.
     """
-    while _is_open(model, longest) and model.precision not in HALF:
+    while _is_open(model, longest) and model.precision not in HALF_PRECISION:
         length, *others = unproved = model.unproved
         before = replace(model.ways, short_of_memory_at=None)
         model.run_by(before)

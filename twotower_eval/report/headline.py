@@ -126,8 +126,11 @@ def _of_scope(quality: QualityPoint, scope: Sequence[str]) -> list[str]:
     """Where the tasks that the sentence is over are not those of the claim."""
     tasks = [task.name for task in quality.tasks]
     lacking, beside = [name for name in scope if name not in tasks], [name for name in tasks if name not in scope]
-    lines = [f"The claim is also over {escape(', '.join(lacking))}, which this does not hold."] if lacking else []
-    return [*lines, *([f"The claim is not over {escape(', '.join(beside))}, which this holds."] if beside else [])]
+    lines = [f"The claim also covers {escape(', '.join(lacking))}, which this figure leaves out."] if lacking else []
+    return [
+        *lines,
+        *([f"The claim does not cover {escape(', '.join(beside))}, which this figure takes in."] if beside else []),
+    ]
 
 
 def _caveats(runs: Runs, found: Headline) -> list[str]:
