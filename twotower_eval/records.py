@@ -37,6 +37,7 @@ FinishReason = Literal["eos", "stop", "length"]
 LikelihoodKind = Literal["exact", "context_tower", "denoiser_left_to_right", "bound"]
 SpeedPhase = Literal["warmup", "measure"]
 WorkloadKind = Literal["task", "fixed", "answer", "costs", "checks"]
+PassKind = Literal["prefill", "extend", "denoise"]
 CostPart = Literal["prefill", "ar_step", "denoise", "context_pass", "forced_block"]
 CheckOutcome = Literal["passed", "failed", "not_checked"]
 Verb = Literal["run", "speed", "verify"]
@@ -332,8 +333,24 @@ class PromptTiming:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Passes:
+    """``num`` calls of a model of one kind and size: so many rows, each ``tokens`` wide, padding included."""
+
+    kind: PassKind
+    rows: Size
+    tokens: Count
+    num: Size
+
+
+@dataclass(frozen=True, kw_only=True)
 class SpeedSample:
-    """One timed call: one ``generate`` on one batch, prompt ids on host to last useful id on host."""
+    """One timed call: one ``generate`` on one batch, prompt ids on host to last useful id on host.
+
+    ``passes`` are the model calls that the harness counted, those over whole rows (``context_logits``) as prefills.
+    ``cpu_s`` are the seconds that all threads of the process and its child processes were busy, ``caller_cpu_s``
+    those of the thread that called the decoder; both from the call's start to its end, ``off_clock_s`` included: the
+    time for texts, which is no part of ``wall_s``. Runs of old have none of these.
+    """
 
     call_id: str
     launch_id: str
@@ -349,6 +366,10 @@ class SpeedSample:
     peak_memory_reason: str | None
     started_at: str
     prompts: tuple[PromptTiming, ...]
+    passes: tuple[Passes, ...] = ()
+    cpu_s: NotNegative | None = None
+    caller_cpu_s: NotNegative | None = None
+    off_clock_s: NotNegative | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
