@@ -134,7 +134,7 @@ def test_what_holds_is_supported_with_its_gates_and_its_bounds(good: list[Run]) 
 def test_what_does_not_hold_is_refuted_and_takes_the_joint_claim_with_it(good: list[Run]) -> None:
     kept, fast, both = judge(claims_of(KEPT, {**FAST, "expected": 3.0}, BOTH), good)
     assert [one.outcome for one in (kept, fast, both)] == ["SUPPORTED", "REFUTED", "REFUTED"]
-    assert both.reason == "kept SUPPORTED; fast REFUTED"
+    assert both.reason == "kept SUPPORTED; fast REFUTED in this launch"
 
 
 def test_at_the_boundary_it_is_inconclusive_and_says_how_much_would_decide(good: list[Run]) -> None:
@@ -531,9 +531,9 @@ source = "a test"
     runs = [str(run.path) for run in good]
     assert cli.main(["claims", "check", str(file), *runs]) == 3
     first, second, counts = capsys.readouterr().out.splitlines()
-    assert first.startswith("SUPPORTED     kept  9")
-    assert second.startswith("REFUTED       fast  1.4")
-    assert counts == "2 claims: 1 REFUTED, 1 SUPPORTED; brackets hold one-sided 95 % bounds"
+    assert first.startswith("SUPPORTED               kept  9")
+    assert second.startswith("REFUTED in this launch  fast  1.4")
+    assert counts == "2 claims: 1 REFUTED in this launch, 1 SUPPORTED; brackets hold one-sided 95 % bounds"
     assert cli.main(["claims", "check", str(file), *runs, "--claim", "kept"]) == 0
     assert cli.main(["claims", "check", str(file), runs[0], "--claim", "fast"]) == 6
 

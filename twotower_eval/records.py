@@ -44,6 +44,7 @@ Verb = Literal["run", "speed", "verify"]
 Arm = Literal["baseline", "candidate"]
 ProofCheck = Literal["cached steps", "rows beside each other", "whole rows in batches", "options in one row"]
 Outcome = Literal["SUPPORTED", "REFUTED", "INCONCLUSIVE", "INVALID", "NOT_MEASURED"]
+VerdictScope = Literal["in this launch", "in these launches"]
 Relation = Literal["at_least", "at_most", "equal"]
 Averaging = Literal["ratio_of_means", "mean_of_ratios"]
 Quantity = Literal[
@@ -611,6 +612,8 @@ class Verdict:
     were measured in the runs looked at, and the claim's own ``num_looks`` times. ``near_chance`` names the tasks of a
     retention whose baseline is not clearly above guessing, and ``above_chance`` is the estimate without them.
     ``metric``, where it is given, is the score outside retention that was judged, in whose own unit the estimate is.
+    ``num_launches`` are those that a speedup was timed in. With too few of them to see how they differ, what is decided
+    holds in them alone: ``scope`` says so.
     """
 
     claim: str
@@ -624,6 +627,8 @@ class Verdict:
     near_chance: tuple[str, ...] = ()
     above_chance: Estimate | None = None
     metric: str | None = None
+    num_launches: Count | None = None
+    scope: VerdictScope | None = None
 
 
 def canonical_json(value: Any) -> str:

@@ -7,7 +7,7 @@ order, ``judge`` makes verdicts, ``audit`` checks published numbers alone. Needs
 from twotower_eval.claims.audit import Finding, audit, audit_code
 from twotower_eval.claims.files import ClaimFile, load_claims, select
 from twotower_eval.claims.judge import EXIT_CODES, exit_code, judge
-from twotower_eval.claims.text import audit_lines, verdict_lines
+from twotower_eval.claims.text import audit_lines, strict_line, verdict_lines
 
 __all__ = [
     "EXIT_CODES",
@@ -20,5 +20,6 @@ __all__ = [
     "judge",
     "load_claims",
     "select",
+    "strict_line",
     "verdict_lines",
 ]

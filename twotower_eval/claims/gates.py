@@ -1,8 +1,8 @@
 """What has to be in order before evidence may speak. A failed gate makes a claim INVALID.
 
-A gate that could not be checked is said and, where a speedup would lean on it, keeps the claim from SUPPORTED:
-see ``NEEDED_FOR_SPEED``. Loops, padding and early ends are the fastest outputs there are, so a speedup always answers
-for the outputs that it was timed on.
+A gate that could not be checked is said: in the verdict itself for those in ``SAID_WITH_SPEED``. Where a speedup would
+lean on it, it keeps the claim from SUPPORTED: see ``NEEDED_FOR_SPEED``. Loops, padding and early ends are the fastest
+outputs there are, so a speedup always answers for the outputs that it was timed on.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from twotower_eval.ways import handicap_text
 
 BROKEN = "fast and broken"
 NEEDED_FOR_SPEED = ("degenerate outputs", "answers are answers")
+SAID_WITH_SPEED = ("residual", "probes", "busy", "same answers")  # a SUPPORTED speedup says which was not checked
 
 
 def complete_gate(point: QualityPoint | SpeedPoint) -> Gate:

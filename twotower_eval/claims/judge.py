@@ -35,7 +35,7 @@ from twotower_eval.claims.missing import missing, missing_quality
 from twotower_eval.claims.reasons import decision_text, unit_of
 from twotower_eval.evidence import Measured, PointKey, QualityPoint, SpeedPoint
 from twotower_eval.evidence.measured import measured
-from twotower_eval.records import Claim, Estimate, Gate, Outcome, Verdict
+from twotower_eval.records import Claim, Estimate, Gate, Outcome, Verdict, VerdictScope
 from twotower_eval.store import Run
 
 EXIT_CODES: Mapping[Outcome, int] = {
@@ -45,6 +45,7 @@ EXIT_CODES: Mapping[Outcome, int] = {
     "NOT_MEASURED": 6,
     "SUPPORTED": 0,
 }  # in the order in which several outcomes make one
+DECIDED = ("SUPPORTED", "REFUTED")
 
 
 def judge(claims: Sequence[Claim], runs: Sequence[Run], names: Sequence[str] = ()) -> tuple[Verdict, ...]:
@@ -66,9 +67,16 @@ def first_outcome(outcomes: Sequence[Outcome]) -> Outcome:
     return next((outcome for outcome in EXIT_CODES if outcome in outcomes), "NOT_MEASURED")
 
 
-def exit_code(verdicts: Sequence[Verdict]) -> int:
-    """Of the first outcome present in the order refuted, invalid, inconclusive, not measured, supported."""
-    return EXIT_CODES[first_outcome([verdict.outcome for verdict in verdicts])]
+def exit_code(verdicts: Sequence[Verdict], *, strict: bool = False) -> int:
+    """Of the first outcome present in the order refuted, invalid, inconclusive, not measured, supported.
+
+    ``strict`` counts what is SUPPORTED in its own launches alone as inconclusive.
+    """
+    return EXIT_CODES[first_outcome([_counted(verdict, strict) for verdict in verdicts])]
+
+
+def _counted(verdict: Verdict, strict: bool) -> Outcome:
+    return "INCONCLUSIVE" if strict and verdict.outcome == "SUPPORTED" and verdict.scope else verdict.outcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +84,7 @@ class _Amount:
     """What an estimate rests on: clusters, or rounds (``unit`` says if they are launches) and calls of each.
 
     ``num_calls`` is ``None`` where the prompts are no sample. ``by_construction``: one computation scored both arms.
+    ``num_launches`` are those that a speedup was timed in, ``scope`` the launches that it is confined to.
     ``metric`` is the score outside retention that it is of, if it is of one.
     """
 
@@ -85,6 +94,8 @@ class _Amount:
     num_calls: int | None = None
     by_construction: bool = False
     metric: str | None = None
+    num_launches: int | None = None
+    scope: VerdictScope | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,10 +182,11 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
 
 
 def _timed_amount(point: SpeedPoint) -> _Amount:
-    calls = None if point.timed.fixed else point.num_calls
+    calls, num_launches = None if point.timed.fixed else point.num_calls, point.num_launches
     if stats.resamples_launches(point.timed.launches):
-        return _Amount(unit="launches", num_rounds=point.num_launches, num_calls=calls)
-    return _Amount(unit="rounds", num_rounds=point.num_rounds, num_calls=calls)
+        return _Amount(unit="launches", num_rounds=num_launches, num_calls=calls, num_launches=num_launches)
+    scope: VerdictScope = "in this launch" if num_launches == 1 else "in these launches"
+    return _Amount(unit="rounds", num_rounds=point.num_rounds, num_calls=calls, num_launches=num_launches, scope=scope)
 
 
 def _ruled(
@@ -198,6 +210,8 @@ def _ruled(
         gates=checks,
         num_looks=num_looks,
         metric=amount.metric,
+        num_launches=amount.num_launches,
+        scope=amount.scope if outcome in DECIDED else None,
     )
     return _Judged(verdict=verdict, key=point.key)
 
@@ -302,7 +316,7 @@ def _joined(claim: Claim, parts: Sequence[_Judged]) -> _Judged:
     """All parts at one point: SUPPORTED only if each is, on the very same weights."""
     verdicts = [part.verdict for part in parts]
     outcome = first_outcome([verdict.outcome for verdict in verdicts])
-    reason = "; ".join(f"{verdict.claim} {said(verdict.outcome)}" for verdict in verdicts)
+    reason = "; ".join(f"{verdict.claim} {said(verdict)}" for verdict in verdicts)
     keys = {part.key for part in parts}
     if outcome == "SUPPORTED" and len(keys) > 1:
         outcome, reason = "NOT_MEASURED", f"the parts were measured on different weights, not at one point: {reason}"
@@ -312,14 +326,23 @@ def _joined(claim: Claim, parts: Sequence[_Judged]) -> _Judged:
         estimate=None,
         reason=reason,
         evidence=tuple(sorted({run_id for one in verdicts for run_id in one.evidence})),
-        gates=tuple(gate for one in verdicts for gate in one.gates if gate.outcome == "failed"),
+        gates=tuple(gate for one in verdicts for gate in one.gates if gate.outcome != "passed"),
         num_points=max((one.num_points for one in verdicts), default=0),
         num_looks=max((one.num_looks for one in verdicts), default=0),
         near_chance=tuple(dict.fromkeys(task for one in verdicts for task in one.near_chance)),
+        num_launches=next((one.num_launches for one in verdicts if one.num_launches is not None), None),
+        scope=_joint_scope(outcome, verdicts),
     )
     return _Judged(verdict=verdict, key=next(iter(keys), None))
 
 
-def said(outcome: Outcome) -> str:
-    """An outcome as it is printed."""
-    return outcome.replace("_", " ")
+def _joint_scope(outcome: Outcome, verdicts: Sequence[Verdict]) -> VerdictScope | None:
+    """The speed part's; none where another part refutes the claim by itself."""
+    scopes = [one.scope for one in verdicts if one.outcome == outcome]
+    refuted_without = outcome == "REFUTED" and None in scopes
+    return None if refuted_without else next((scope for scope in scopes if scope), None)
+
+
+def said(verdict: Verdict) -> str:
+    """A verdict's outcome as it is printed, with the launches that it holds in where it holds in no others."""
+    return " ".join([verdict.outcome.replace("_", " "), *([verdict.scope] if verdict.scope else [])])

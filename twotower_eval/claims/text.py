@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from twotower_eval import stats
 from twotower_eval.claims.audit import Finding
+from twotower_eval.claims.gates import SAID_WITH_SPEED
 from twotower_eval.claims.judge import EXIT_CODES, said
 from twotower_eval.claims.reasons import unit_of
 from twotower_eval.evidence.numbers import interval
@@ -18,11 +20,13 @@ def verdict_lines(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> list[
     """One line for each verdict, then one that counts them."""
     by_name = {claim.name: claim for claim in claims}
     width = max((len(verdict.claim) for verdict in verdicts), default=0)
+    widest = max([12, *(len(said(verdict)) for verdict in verdicts)])
     lines = []
     for verdict in verdicts:
         shown = estimate_text(by_name[verdict.claim], verdict.estimate, verdict.metric)
-        words = [f"{said(verdict.outcome):12}", f"{verdict.claim:{width}}", f"{shown} {verdict.reason}".strip()]
-        lines.append("  ".join(words) + chance_text(by_name[verdict.claim], verdict) + looks_text(verdict))
+        words = [f"{said(verdict):{widest}}", f"{verdict.claim:{width}}", f"{shown} {verdict.reason}".strip()]
+        remarks = unchecked_text(verdict) + chance_text(by_name[verdict.claim], verdict) + looks_text(verdict)
+        lines.append("  ".join(words) + remarks)
     return [*lines, count_line(verdicts)]
 
 
@@ -36,6 +40,14 @@ def estimate_text(claim: Claim, estimate: Estimate | None, metric: str | None = 
     unit, named = unit_of(claim.quantity, metric), "" if metric is None else f"{metric} "
     known = estimate.method == stats.EQUAL
     return f"{named}{unit.text(estimate.value) if known else interval(unit, estimate)}:"
+
+
+def unchecked_text(verdict: Verdict) -> str:
+    """What a SUPPORTED speedup takes on trust: the gates that matter for it and could not be checked."""
+    unchecked = [gate for gate in verdict.gates if gate.outcome == "not_checked" and gate.name in SAID_WITH_SPEED]
+    if verdict.outcome != "SUPPORTED" or not unchecked:
+        return ""
+    return f"; not checked: {'; '.join(dict.fromkeys(f'{gate.name} ({gate.detail})' for gate in unchecked))}"
 
 
 def chance_text(claim: Claim, verdict: Verdict) -> str:
@@ -54,12 +66,23 @@ def looks_text(verdict: Verdict) -> str:
 
 
 def count_line(verdicts: Sequence[Verdict]) -> str:
-    """``3 claims: 1 REFUTED, 2 SUPPORTED``, in the order that decides the exit code."""
-    outcomes = [verdict.outcome for verdict in verdicts]
-    counts = [f"{outcomes.count(outcome)} {said(outcome)}" for outcome in EXIT_CODES if outcome in outcomes]
+    """``3 claims: 1 REFUTED, 2 SUPPORTED in this launch``, in the order that decides the exit code."""
+    ordered = sorted(verdicts, key=lambda verdict: list(EXIT_CODES).index(verdict.outcome))
+    counts = [f"{number} {outcome}" for outcome, number in Counter(map(said, ordered)).items()]
     noun = "claim" if len(verdicts) == 1 else "claims"
     bounds = f"; {BOUNDS}" if any(verdict.estimate for verdict in verdicts) else ""
     return f"{len(verdicts)} {noun}: {', '.join(counts) or 'none judged'}{bounds}"
+
+
+def strict_line(verdicts: Sequence[Verdict]) -> str:
+    """What a strict check counts otherwise than it is printed; empty where there is nothing of the kind."""
+    num = sum(verdict.outcome == "SUPPORTED" and verdict.scope is not None for verdict in verdicts)
+    if not num:
+        return ""
+    return (
+        f"strict: {num} SUPPORTED in fewer than {stats.MIN_LAUNCHES} launches {'is' if num == 1 else 'are'} counted as "
+        f"inconclusive; `twotower-eval speed --launches {stats.MIN_LAUNCHES}` measures how launches differ"
+    )
 
 
 def audit_lines(findings: Sequence[Finding]) -> list[str]:

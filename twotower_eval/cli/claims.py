@@ -23,6 +23,9 @@ def check(
     claim: Annotated[
         list[str] | None, option("This claim only; may be given several times [all].", "--claim", metavar="NAME")
     ] = None,
+    strict: Annotated[
+        bool, option("Count as inconclusive what is supported in fewer than 5 launches only.", "--strict")
+    ] = False,
     results: Annotated[Path, option("Folder that run ids are looked up in [results].", metavar="DIR")] = RESULTS,
 ) -> None:
     """Verb ``claims check``."""
@@ -37,7 +40,9 @@ def check(
     verdicts = claims_room.judge(asked.claims, loaded, claim or ())
     for line in claims_room.verdict_lines(asked.claims, verdicts):
         typer.echo(line)
-    raise typer.Exit(claims_room.exit_code(verdicts))
+    if strict and (said := claims_room.strict_line(verdicts)):
+        typer.echo(said)
+    raise typer.Exit(claims_room.exit_code(verdicts, strict=strict))
 
 
 def audit(file: FileName) -> None:

@@ -10,7 +10,7 @@ from twotower_eval.claims import ClaimFile, judge, load_claims
 from twotower_eval.claims.files import SCORE_QUANTITIES, SPEED_QUANTITIES
 from twotower_eval.claims.judge import said
 from twotower_eval.claims.match import at_point, gather, names_subject
-from twotower_eval.claims.text import chance_text, count_line, estimate_text
+from twotower_eval.claims.text import chance_text, count_line, estimate_text, unchecked_text
 from twotower_eval.evidence.naming import long_name, short_name
 from twotower_eval.evidence.runs import Headline, Runs
 from twotower_eval.evidence.scale import config_of
@@ -110,8 +110,9 @@ def verdict_line(runs: Runs) -> str:
     metrics = {one.name: found.metric for one, found in runs.verdicts}
     claimed = " and ".join(_claimed(part, metrics.get(part.name)) for part in parts)
     timed = any(part.quantity in SPEED_QUANTITIES for part in parts)
-    outcome, at = said(verdict.outcome), _short_at(claim.point, timed)
-    beside = "".join(chance_text(part, found) for part, found in runs.verdicts if part in parts)
+    outcome, at = said(verdict), _short_at(claim.point, timed)
+    beside = unchecked_text(verdict)
+    beside += "".join(chance_text(part, found) for part, found in runs.verdicts if part in parts)
     return f"**{outcome}**: claim {escape(claim.name)}, {claimed} at {at}: {escape(verdict.reason + beside)}."
 
 
@@ -157,7 +158,7 @@ def _looks(runs: JudgedRuns) -> str:
 
 def _row(claim: Claim, verdict: Verdict) -> list[str]:
     shown = estimate_text(claim, verdict.estimate, verdict.metric).rstrip(":") or NONE
-    outcome = said(verdict.outcome)
+    outcome = said(verdict)
     return [escape(claim.name), f"**{outcome}**", shown, _claimed(claim, verdict.metric, margin=True), _at(claim.point)]
 
 
@@ -208,5 +209,5 @@ def _reason(claim: Claim, verdict: Verdict) -> str:
     n = f", n {verdict.estimate.n:,}" if verdict.estimate else ""
     if verdict.estimate and verdict.estimate.method != verdict.reason:
         n += f", {verdict.estimate.method}"
-    reason = with_commands(f"{verdict.reason}{n}{chance_text(claim, verdict)}")
-    return f"**{escape(claim.name)}** {said(verdict.outcome)}: {reason}. {evidence} Source: {escape(claim.source)}."
+    reason = with_commands(f"{verdict.reason}{n}{unchecked_text(verdict)}{chance_text(claim, verdict)}")
+    return f"**{escape(claim.name)}** {said(verdict)}: {reason}. {evidence} Source: {escape(claim.source)}."

@@ -67,6 +67,7 @@ from twotower_eval.stats.quality import (
     retention,
 )
 from twotower_eval.stats.speedup import (
+    MIN_LAUNCHES,
     NULL_LEVEL,
     TimedCalls,
     geometric_speedup,
@@ -85,6 +86,7 @@ __all__ = [
     "MIN_CALLS",
     "MIN_CLUSTERS",
     "MIN_DISCORDANT",
+    "MIN_LAUNCHES",
     "MIN_ROUNDS",
     "NULL_LEVEL",
     "NULL_OFFSET",

@@ -40,6 +40,7 @@ from twotower_eval.stats.intervals import (
 )
 
 NULL_LEVEL = 0.99  # of the A/A null's interval
+MIN_LAUNCHES = FEW  # fewer say nothing of how launches differ
 Quantity = Literal["time", "throughput", "length", "baseline_rate", "candidate_rate"]
 
 
@@ -134,7 +135,7 @@ def per_device(estimate: Estimate, *, baseline_devices: int, candidate_devices: 
 
 def resamples_launches(launches: Sequence[str]) -> bool:
     """Whether there are enough launches to resample them; otherwise variation between launches is not measured."""
-    return len(set(launches)) >= FEW
+    return len(set(launches)) >= MIN_LAUNCHES
 
 
 class _Crossing:
