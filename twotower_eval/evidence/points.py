@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from twotower_eval import stats
 from twotower_eval.evidence.chance import AgainstChance
@@ -17,7 +18,14 @@ from twotower_eval.store import Run
 
 NOT_EXERCISING = ("context_tower", "exact")  # likelihoods in which the parallel decoder has no part
 
-PointKey = tuple[str, str | None, str]
+
+class PointKey(NamedTuple):
+    """An operating point apart from its workload: a checkpoint's identity, its tower and dtype, the full decoder."""
+
+    checkpoint: str
+    tower: str | None
+    dtype: str
+    decoder: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +144,7 @@ class QualityPoint:
 
     @property
     def key(self) -> PointKey:
-        """Joins quality and speed of the same weights and decoder."""
+        """Joins quality and speed of the same weights, dtype and decoder."""
         return point_key(self.candidate)
 
     @property
@@ -156,8 +164,9 @@ class QualityPoint:
 
 
 def point_key(cell: Cell) -> PointKey:
-    """Identity of an operating point apart from its workload: weights and full decoder."""
-    return (cell.checkpoint.identity, cell.checkpoint.tower, canonical_json(to_json(cell.decoder)))
+    """The operating point of a cell; the same weights in another dtype give other tokens and are another point."""
+    checkpoint = cell.checkpoint
+    return PointKey(checkpoint.identity, checkpoint.tower, checkpoint.dtype, canonical_json(to_json(cell.decoder)))
 
 
 def baseline_of(run: Run, candidate: Cell) -> Cell:

@@ -146,7 +146,10 @@ class Runs(Sequence[Run]):
         return panels(self.speed, self.quality)
 
     def name(self, cell: Cell, *, short: bool = False) -> str:
-        """An operating point's name; with the checkpoint's where the report has several."""
-        checkpoints = {key[:2] for key in self.points}
+        """An operating point's name; with the checkpoint's and the dtype where the report has several."""
+        checkpoints = {(key.checkpoint, key.tower) for key in self.points}
+        dtypes = {key.dtype for key in self.points}
+        whose = [checkpoint_name(cell.checkpoint)] if len(checkpoints) > 1 else []
+        whose += [cell.checkpoint.dtype] if len(dtypes) > 1 else []
         text = short_name(cell.decoder) if short else long_name(cell.decoder)
-        return text if len(checkpoints) == 1 else f"{checkpoint_name(cell.checkpoint)}: {text}"
+        return f"{', '.join(whose)}: {text}" if whose else text

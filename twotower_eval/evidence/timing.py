@@ -83,7 +83,7 @@ class SpeedPoint:
 
     @property
     def key(self) -> PointKey:
-        """Joins quality and speed of the same weights and decoder."""
+        """Joins quality and speed of the same weights, dtype and decoder."""
         return point_key(self.candidate)
 
     @property
