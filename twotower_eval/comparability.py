@@ -38,7 +38,7 @@ def differences(old: RunManifest, new: RunManifest) -> list[str]:
     before, after = (float("inf") if m.plan.get("limit") is None else m.plan["limit"] for m in (old, new))
     if old.verb == "run" and after < before:  # fewer documents would close the run before it is complete
         found.append(f"limit was {old.plan.get('limit')}, is {new.plan['limit']} (it may only be raised)")
-    edited = [*_file_differences(old, new), *_task_differences(old, new)]
+    edited = [*_file_differences(old, new), *_code_differences(old, new), *_task_differences(old, new)]
     return found + edited + _cell_differences(old, new, explained=bool(edited))
 
 
@@ -78,6 +78,15 @@ def _file_differences(old: RunManifest, new: RunManifest) -> Iterator[str]:
             then, now = ({file.name: file.sha256 for file in files} for files in pair)
             for name, done in _edits(then, now):
                 yield f"{name} of the {arm} {after.name} {done}"
+
+
+def _code_differences(old: RunManifest, new: RunManifest) -> Iterator[str]:
+    """Files of a plug-in decoder that hold something else than before."""
+    then, now = ({cell.decoder.kind: cell.decoder.code for cell in manifest.cells} for manifest in (old, new))
+    for kind in sorted(then.keys() & now.keys()):
+        files = [{file.name: file.sha256 for file in code or ()} for code in (then[kind], now[kind])]
+        for name, done in _edits(*files):
+            yield f"{name} of the decoder {kind} {done}"
 
 
 def _task_differences(old: RunManifest, new: RunManifest) -> Iterator[str]:

@@ -77,6 +77,10 @@ SUMMED_AGGREGATIONS = LABEL_AGGREGATIONS | {
 }
 
 
+# Of a field that came later: left out of JSON where it is None, so that ids over the whole record stay what they were.
+LEFT_OUT: Mapping[str, bool] = {"left out where None": True}
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileDigest:
     """A file's name within its folder, and the sha256 of what it holds."""
@@ -116,11 +120,16 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
-    """A decoder's kind, its full parameters and the version that is raised when its outputs may change."""
+    """A decoder's kind, its full parameters and the version that is raised when its outputs may change.
+
+    ``code`` are the source files of a plug-in, ``None`` for the decoders of this project, whose version says it, and
+    where it was not recorded; what is ``None`` is no part of a cell's id.
+    """
 
     kind: str
     params: Params = field(default_factory=dict)
     version: int = 1
+    code: tuple[FileDigest, ...] | None = field(default=None, metadata=LEFT_OUT)
 
     @property
     def label(self) -> str:
@@ -668,7 +677,8 @@ def to_json(record: Any) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = [f for f in dataclasses.fields(value) if not f.metadata or getattr(value, f.name) is not None]
+        return {f.name: _plain(getattr(value, f.name)) for f in fields}
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from twotower_eval.names import resolve
+from twotower_eval.plugin_source import plugin_code
 from twotower_eval.records import DecoderSpec, Generation, Likelihood, LikelihoodKind, Prompt
 
 DECODERS = {
@@ -60,10 +61,11 @@ def decoder_class(kind: str) -> Any:
 
 
 def decoder_spec(kind: str, **params: Any) -> DecoderSpec:
-    """A full specification: parameters checked, defaults filled in, version from the class."""
+    """A full specification: parameters checked, defaults filled in, version from the class, code of a plug-in."""
     cls = decoder_class(kind)
     filled = dataclasses.asdict(_checked(cls, kind, params))
-    return DecoderSpec(kind=kind, params=filled, version=cls.VERSION)
+    code = plugin_code(DECODERS.get(kind, kind))
+    return DecoderSpec(kind=kind, params=filled, version=cls.VERSION, code=code)
 
 
 def make_decoder(model: Any, kind: str, *, clock: Clock | None = None, **params: Any) -> Decoder:

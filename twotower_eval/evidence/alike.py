@@ -122,7 +122,8 @@ def family_key(name: str, cell: Cell) -> str:
     if name != "steps_per_block" and "block_size" in cell.decoder.params:
         follows = setting(cell.decoder, "steps_per_block") == setting(cell.decoder, "block_size")
         params["steps_per_block"] = "auto" if follows else setting(cell.decoder, "steps_per_block")
-    return canonical_json([_model(cell), cell.decoder.kind, cell.decoder.version, params])
+    code = [[file.name, file.sha256] for file in cell.decoder.code or ()]
+    return canonical_json([_model(cell), cell.decoder.kind, cell.decoder.version, code, params])
 
 
 def _model(cell: Cell) -> tuple[str, str | None, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from twotower_eval.records import Checkpoint, DecoderSpec
+from twotower_eval.records import Checkpoint, DecoderSpec, canonical_json, sha256_text
 
 
 def checkpoint_name(checkpoint: Checkpoint) -> str:
@@ -37,6 +37,13 @@ def short_name(decoder: DecoderSpec) -> str:
     if "threshold" in decoder.params:
         parts.append(f"{decoder.params['threshold']:g}")
     return ", ".join(["/".join(parts), *_unusual(decoder)])
+
+
+def code_name(decoder: DecoderSpec) -> str:
+    """Which code of a plug-in it is."""
+    if decoder.code is None:
+        return "code not recorded"
+    return f"code {sha256_text(canonical_json([[file.name, file.sha256] for file in decoder.code]))[:8]}"
 
 
 def _unusual(decoder: DecoderSpec) -> list[str]:

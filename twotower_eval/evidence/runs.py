@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import overload
 
 from twotower_eval.evidence.alone import ScoredAlone, TimedAlone, compares, is_alone, scored_alone, timed_alone
-from twotower_eval.evidence.naming import checkpoint_name, long_name, short_name
+from twotower_eval.evidence.naming import checkpoint_name, code_name, long_name, short_name
 from twotower_eval.evidence.pareto import Panel, panels
 from twotower_eval.evidence.points import PointKey, QualityPoint
 from twotower_eval.evidence.quality import quality_points
@@ -146,10 +146,12 @@ class Runs(Sequence[Run]):
         return panels(self.speed, self.quality)
 
     def name(self, cell: Cell, *, short: bool = False) -> str:
-        """An operating point's name; with the checkpoint's and the dtype where the report has several."""
+        """An operating point's name; with checkpoint, dtype and a plug-in's code where the report has several."""
         checkpoints = {(key.checkpoint, key.tower) for key in self.points}
         dtypes = {key.dtype for key in self.points}
+        codes = {other.decoder.code for other in self.points.values() if other.decoder.kind == cell.decoder.kind}
         whose = [checkpoint_name(cell.checkpoint)] if len(checkpoints) > 1 else []
         whose += [cell.checkpoint.dtype] if len(dtypes) > 1 else []
         text = short_name(cell.decoder) if short else long_name(cell.decoder)
+        text += f", {code_name(cell.decoder)}" if len(codes) > 1 else ""
         return f"{', '.join(whose)}: {text}" if whose else text

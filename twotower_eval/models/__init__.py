@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from twotower_eval.names import resolve
+from twotower_eval.plugin_source import plugin_code
 
 if TYPE_CHECKING:
     import torch
@@ -126,6 +127,7 @@ def load_model(
         if str(folder) in str(error):
             raise
         raise ValueError(f"{folder}: {error}") from error
-    model.checkpoint = dataclasses.replace(model.checkpoint, files=file_digests(folder))
+    code = plugin_code(FAMILIES.get(family, family)) or ()
+    model.checkpoint = dataclasses.replace(model.checkpoint, files=(*file_digests(folder), *code))
     model.folder_settings = folder_settings(folder, getattr(model, "config", None))
     return model

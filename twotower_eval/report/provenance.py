@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from twotower_eval.evidence.alone import is_alone
 from twotower_eval.evidence.naming import checkpoint_name
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.scale import is_scale_run
-from twotower_eval.records import Cell, Checkpoint
+from twotower_eval.records import Cell, Checkpoint, DecoderSpec, FileDigest
 from twotower_eval.report.reproduce import without_home
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import NONE, bullets, code, count, details, escape, run_list, table
@@ -49,12 +49,20 @@ def _checkpoints(runs: Runs) -> str:
         )
     header = ["checkpoint", "arm", "family", "source", "revision", "sha256", "dtype", "devices"]
     beside = list(dict.fromkeys(_files(checkpoint) for checkpoint in used if checkpoint.files))
+    beside += dict.fromkeys(_code(cell.decoder) for run in runs for cell in run.manifest.cells if cell.decoder.code)
     return table(header, rows, left=len(header)) + (f"\n{bullets(beside)}" if beside else "")
 
 
 def _files(checkpoint: Checkpoint) -> str:
-    files = ", ".join(f"{escape(file.name)} {code(file.sha256[:16])}" for file in checkpoint.files)
-    return f"{escape(checkpoint.name)} beside its tensors: {files}"
+    return f"{escape(checkpoint.name)} beside its tensors: {_digests(checkpoint.files)}"
+
+
+def _code(decoder: DecoderSpec) -> str:
+    return f"code of the decoder {escape(decoder.kind)}: {_digests(decoder.code or ())}"
+
+
+def _digests(files: Sequence[FileDigest]) -> str:
+    return ", ".join(f"{escape(file.name)} {code(file.sha256[:16])}" for file in files)
 
 
 def _arm(run: Run, cell: Cell) -> str:
