@@ -87,6 +87,8 @@ class SpeedPlan:
     ``prompt_tokens`` cuts or repeats prompts to that length in tokens (``fixed`` only). Each round times one sample, so
     ``samples`` can only be 1: said where a task asks for several. Rounds go on until both
     ``min_rounds`` and ``min_seconds`` are reached. ``costs`` times the parts of decoding alone in the same rounds.
+    ``launches`` are separate processes, one after the other: each takes its part of ``min_rounds``, but at least 2, and
+    of ``min_seconds``.
     """
 
     model: str | None = None
@@ -106,6 +108,7 @@ class SpeedPlan:
     min_rounds: int = 5
     min_seconds: float = 0.0
     warmup_rounds: int = 1
+    launches: int = 1
     costs: bool = True
     seed: int = 0
     dtype: Dtype = "float32"
@@ -119,6 +122,7 @@ class SpeedPlan:
         check_cuda_graphs(self)
         _check_decoders(self)
         check_at_least(self, 1, "batch_sizes", "prompt_tokens", "new_tokens", "num_prompts", "min_rounds", "threads")
+        check_at_least(self, 1, "launches")
         check_at_least(self, 0, "min_seconds", "warmup_rounds")
         if self.samples not in (None, 1):
             raise ValueError(f"speed times one sample a round: samples can be 1 only, not {self.samples}")

@@ -56,9 +56,13 @@ def speed(
     prompt_tokens: Annotated[int | None, option("Exact prompt length (fixed only).", metavar="N")] = None,
     new_tokens: Annotated[int | None, option("Tokens to make [answer: the task's budget].", metavar="N")] = None,
     num_prompts: Annotated[int | None, option("Prompts per cell and round [16].", metavar="N")] = None,
-    min_rounds: Annotated[int | None, option("Rounds at the least [5].", metavar="R")] = None,
+    min_rounds: Annotated[int | None, option("Rounds at the least, of all launches together [5].", metavar="R")] = None,
     min_seconds: Annotated[float | None, option("Seconds of rounds at the least [0].", metavar="S")] = None,
     warmup_rounds: Annotated[int | None, option("Rounds before, kept and flagged [1].", metavar="R")] = None,
+    launches: Annotated[
+        int | None,
+        option("Separate processes, in turn, into one run; each at least 2 rounds [1].", "--launches", metavar="N"),
+    ] = None,
     costs: Annotated[
         bool | None, option("Time the parts of decoding alone, in the same rounds [costs].", "--costs/--no-costs")
     ] = None,
@@ -85,6 +89,7 @@ def speed(
         **{"batch_sizes": numbers(batch_sizes, int, "--batch-sizes"), "workload": workload, "samples": samples},
         **{"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "num_prompts": num_prompts},
         **{"min_rounds": min_rounds, "min_seconds": min_seconds, "warmup_rounds": warmup_rounds, "threads": threads},
+        **{"launches": launches},
         **{"random_weights": random_weights, "layers": layers, "share_towers": share_towers},
         **{"tokens_per_nfe": numbers(tokens_per_nfe, float, "--tokens-per-nfe"), "repeats": repeats},
         **{"costs": costs, "cuda_graphs": cuda_graphs, "profile": str(run_path(profile, out)) if profile else None},

@@ -20,6 +20,7 @@ from twotower_eval.evidence.calls import (
     null_calls,
     null_of,
     pools,
+    processes_of,
     timed_calls,
 )
 from twotower_eval.evidence.clean import outputs
@@ -212,7 +213,8 @@ def _timed(runs: list[Run], cell: Cell) -> TimedAlone | str:
     if not rounds:
         return f"{names_of(runs)}: cell {cell.id} ({cell.decoder.label}) has no complete measured round"
     samples = [grid[round_, call] for round_ in rounds for call in calls]
-    timed = timed_calls(grid, grid, rounds=rounds, calls=calls, fixed=cell.workload.kind == "fixed")
+    fixed = cell.workload.kind == "fixed"
+    timed = timed_calls(grid, grid, rounds=rounds, calls=calls, fixed=fixed, processes=processes_of(runs))
     null_timed = null_calls(runs, cell)
     return TimedAlone(
         run_ids=tuple(run.manifest.run_id for run in runs),
@@ -220,7 +222,7 @@ def _timed(runs: list[Run], cell: Cell) -> TimedAlone | str:
         baseline=cell,
         num_rounds=len(rounds),
         num_calls=len(calls),
-        num_launches=len({launch for launch, _ in rounds}),
+        num_launches=len(set(timed.launches)),
         num_dropped_rounds=num_dropped,
         rate=measured(lambda: stats.speedup(timed, "baseline_rate")),
         call_s=sum(sample.wall_s for sample in samples) / len(samples),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,8 +61,20 @@ def complete_rounds(*grids: Grid) -> tuple[list[Round], list[Call], int]:
     return whole, calls, len(rounds) - len(whole)
 
 
+def processes_of(runs: Sequence[Run]) -> dict[str, str]:
+    """The process of every launch that says so. One process that goes on with a run is no further launch."""
+    events = (event for run in runs for event in run.events if event["kind"] == "launched")
+    return {str(event.get("launch")): str(event.get("process")) for event in events}
+
+
 def timed_calls(
-    baseline: Grid, candidate: Grid, *, rounds: list[Round], calls: list[Call], fixed: bool
+    baseline: Grid,
+    candidate: Grid,
+    *,
+    rounds: list[Round],
+    calls: list[Call],
+    fixed: bool,
+    processes: Mapping[str, str],
 ) -> stats.TimedCalls:
     """Two grids as the arms of one comparison; ``fixed`` where their prompts are no sample."""
 
@@ -77,7 +89,7 @@ def timed_calls(
         candidate_s=np.array(seconds(candidate), dtype=float),
         baseline_tokens=np.array(tokens(baseline), dtype=float),
         candidate_tokens=np.array(tokens(candidate), dtype=float),
-        launches=[launch for launch, _ in rounds],
+        launches=[processes.get(launch, launch) for launch, _ in rounds],
         fixed=fixed,
     )
 
@@ -88,7 +100,8 @@ def null_calls(runs: list[Run], baseline: Cell) -> stats.TimedCalls | None:
     rounds, calls, _ = complete_rounds(*grids)
     if not grids[1] or not rounds:
         return None
-    return timed_calls(*grids, rounds=rounds, calls=calls, fixed=baseline.workload.kind == "fixed")
+    fixed = baseline.workload.kind == "fixed"
+    return timed_calls(*grids, rounds=rounds, calls=calls, fixed=fixed, processes=processes_of(runs))
 
 
 def null_of(timed: stats.TimedCalls | None) -> Measured:

@@ -22,6 +22,7 @@ from twotower_eval.evidence.calls import (
     null_calls,
     null_of,
     pools,
+    processes_of,
     timed_calls,
 )
 from twotower_eval.evidence.clean import (
@@ -161,7 +162,8 @@ def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
     if not rounds:
         return f"{names_of(runs)}: cell {candidate.id} ({candidate.decoder.label}) has no complete measured round"
     samples = [[grid[r, c] for r in rounds for c in calls] for grid in grids]
-    timed = timed_calls(*grids, rounds=rounds, calls=calls, fixed=candidate.workload.kind == "fixed")
+    fixed = candidate.workload.kind == "fixed"
+    timed = timed_calls(*grids, rounds=rounds, calls=calls, fixed=fixed, processes=processes_of(runs))
     length = measured(lambda: stats.speedup(timed, "length"))
     if lengths_differ(length):
         warnings.append(
@@ -177,7 +179,7 @@ def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
         candidate=candidate,
         num_rounds=len(rounds),
         num_calls=len(calls),
-        num_launches=len({launch for launch, _ in rounds}),
+        num_launches=len(set(timed.launches)),
         time=measured(lambda: stats.speedup(timed)),
         throughput=measured(lambda: stats.speedup(timed, "throughput")),
         length=length,

@@ -1,5 +1,5 @@
 """Timing: cells of both arms in interleaved rounds, on prompts that are the same for all."""
 
-from twotower_eval.speed.rounds import run
+from twotower_eval.speed.launches import run
 
 __all__ = ["run"]

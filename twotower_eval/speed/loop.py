@@ -1,14 +1,22 @@
-"""Warm-up and rounds of one launch, whatever a round times: as many as the plan asks for, never a number twice."""
+"""Warm-up and rounds of one launch, whatever a round times: as many as the plan asks for, never a number twice.
+
+A plan of several launches gives each its share of the rounds; how many are still to be made is told by the samples.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from math import ceil
 from typing import Protocol
 
+from twotower_eval.plan import SpeedPlan
 from twotower_eval.progress import Advance, Progress, duration_text
 from twotower_eval.records import CostSample, SpeedPhase, SpeedSample
+
+MIN_LAUNCH_ROUNDS = 2  # of a launch among several
 
 
 class HowLong(Protocol):
@@ -70,8 +78,36 @@ def is_enough(how_long: HowLong, num_rounds: int, timed_s: float) -> bool:
 
 def whole_rounds(samples: Sequence[SpeedSample] | Sequence[CostSample], samples_per_round: int) -> list[float]:
     """Seconds on the clock of every measured round that is complete."""
-    rounds: dict[tuple[str, int], list[float]] = defaultdict(list)
+    return [seconds for launch in _by_launch(samples, samples_per_round) for seconds in launch]
+
+
+def share_of_launch(plan: SpeedPlan) -> SpeedPlan:
+    """What each of a plan's launches has to reach by itself: two rounds at the least, where there are several."""
+    if plan.launches == 1:
+        return plan
+    rounds = max(MIN_LAUNCH_ROUNDS, ceil(plan.min_rounds / plan.launches))
+    return dataclasses.replace(plan, min_rounds=rounds, min_seconds=plan.min_seconds / plan.launches)
+
+
+def launches_missing(plan: SpeedPlan, samples: Sequence[SpeedSample], samples_per_round: int) -> int:
+    """How many launches are still to be made. One that was stopped short keeps its rounds and is made again.
+
+    A plan of one launch asks for its rounds whatever launches they come from, so that a resumed run is enough.
+    """
+    by_launch = _by_launch(samples, samples_per_round)
+    if plan.launches == 1:
+        whole_s = [seconds for launch in by_launch for seconds in launch]
+        return 0 if is_enough(plan, len(whole_s), sum(whole_s)) else 1
+    share = share_of_launch(plan)
+    return max(0, plan.launches - sum(is_enough(share, len(launch), sum(launch)) for launch in by_launch))
+
+
+def _by_launch(samples: Sequence[SpeedSample] | Sequence[CostSample], samples_per_round: int) -> list[list[float]]:
+    """Seconds of the complete measured rounds of every launch."""
+    rounds: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for sample in samples:
         if sample.phase == "measure":
-            rounds[sample.launch_id, sample.round].append(sample.wall_s)
-    return [sum(walls_s) for walls_s in rounds.values() if len(walls_s) == samples_per_round]
+            rounds[sample.launch_id][sample.round].append(sample.wall_s)
+    return [
+        [sum(walls_s) for walls_s in launch.values() if len(walls_s) == samples_per_round] for launch in rounds.values()
+    ]

@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import gc
 import random
+import secrets
 import time
 import typing
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -44,10 +46,11 @@ from twotower_eval.speed.captures import Captures, graphs_for, hint, refuse_unev
 from twotower_eval.speed.clock import CallClock, Devices, torch_threads
 from twotower_eval.speed.costs import CostItem, make_items
 from twotower_eval.speed.lanes import Lane, Timing, make_lanes
-from twotower_eval.speed.loop import RoundLoop, is_enough, whole_rounds
+from twotower_eval.speed.loop import RoundLoop, launches_missing, share_of_launch, whole_rounds
 from twotower_eval.speed.workloads import Call, Calls, Request, count_truncated, make_calls, scored_tasks
 from twotower_eval.ways import slower_lines
 
+PROCESS = secrets.token_hex(8)  # this process: launches that it makes one after the other are no separate ones
 NOTES = (
     "Timed answers of the measured rounds are journalled, the round as the sample's number; warm-ups and the second "
     "copy of the baseline leave their counts and the hash of their tokens only.",
@@ -55,7 +58,15 @@ NOTES = (
 )
 
 
-def run(
+@dataclass(frozen=True, kw_only=True)
+class Launched:
+    """What one launch leaves: the run's folder, and how many launches its plan still asks for."""
+
+    path: Path
+    num_missing: int
+
+
+def run_launch(
     plan: SpeedPlan,
     requests: Sequence[Request],
     *,
@@ -65,8 +76,8 @@ def run(
     now: Callable[[], float] = time.perf_counter,
     temperature: float = 0.0,
     overrides: Sequence[Override] = (),
-) -> Path:
-    """Time both arms of a plan on prompts chosen from ``requests`` and return the run's folder.
+) -> Launched:
+    """Time both arms of a plan, for one launch, on prompts chosen from ``requests``; the last one closes the run.
 
     ``temperature`` holds where the plan names none; ``overrides`` say what of the tasks' wishes does not.
     ``resume`` goes on with a run on the same machine: whole rounds count, a torn one is begun anew. ``now`` gives
@@ -92,15 +103,19 @@ def run(
         graphs = graphs_for(plan, calls, lanes, models)
         manifest = _manifest(plan, calls, [*chain.from_iterable(lanes.values())], overrides, ways, models, resume)
         if resume is not None and _is_scored(plan, resume, manifest, _calls_per_round(calls, lanes)):
-            return resume  # whoever scored it checks the scores before the run is called complete again
+            return Launched(
+                path=resume, num_missing=0
+            )  # whoever scored it checks the scores before the run is called complete again
         with store.create(root, manifest) if resume is None else store.resume(resume, manifest) as writer:
             truncated = _truncated(plan, writer, calls, models)
             warnings = [f"warning: {text}" for text in (*writer.warnings, *asked_and_not_done(manifest), *truncated)]
             for line in (*warnings, *slower_lines(manifest)):
                 progress.note(line)
-            _Session(plan, writer, calls, lanes, costs, clock, Captures(graphs, writer), progress).run()
-            writer.finish()
-    return writer.path
+            session = _Session(plan, writer, calls, lanes, costs, clock, Captures(graphs, writer), progress)
+            num_missing = session.run()
+            if not num_missing:
+                writer.finish()
+    return Launched(path=writer.path, num_missing=num_missing)
 
 
 def _block_sizes(specs: Sequence[DecoderSpec]) -> list[int]:
@@ -145,10 +160,10 @@ def _is_scored(plan: SpeedPlan, resume: Path, manifest: RunManifest, calls_per_r
     """
     found = store.load(resume)
     store.check_comparable(found, manifest)  # first: what is whole cannot be counted by another plan
-    whole = whole_rounds(found.speed, calls_per_round)
-    if found.scores and not is_enough(plan, len(whole), sum(whole)):
+    if found.scores and launches_missing(plan, found.speed, calls_per_round):
+        num_whole = len(whole_rounds(found.speed, calls_per_round))
         raise ValueError(
-            f"{found.path} has {len(whole)} rounds whose answers are scored already: time more rounds in a new run, "
+            f"{found.path} has {num_whole} rounds whose answers are scored already: time more rounds in a new run, "
             "without --resume; reports take both together"
         )
     return bool(found.scores)
@@ -201,21 +216,27 @@ class _Session(RoundLoop):
         self._launch_id = f"{writer.run.manifest.run_id}/{len({sample.launch_id for sample in timed}) + 1}"
         self._calls_per_round = _calls_per_round(calls, lanes)
         begun = [s.round for s in timed if s.phase == "measure"] + [row.repeat for row in writer.run.generations]
+        # A launch among several has its own rounds to reach; one that goes on where another stopped has what is left.
+        whole_s = whole_rounds(earlier, self._calls_per_round)
+        self._num_missing = launches_missing(plan, earlier, self._calls_per_round)
         super().__init__(
-            plan,
+            share_of_launch(plan),
             progress,
-            whole_s=whole_rounds(earlier, self._calls_per_round),
+            whole_s=whole_s if plan.launches == 1 else [],
             next_round=1 + max(begun, default=-1),
             steps_per_round=self._calls_per_round + len(costs),
         )
 
-    def run(self) -> None:
-        """Warm up, say how long it will take, and measure until there is enough."""
+    def run(self) -> int:
+        """Warm up, say how long it will take, and measure until there is enough; how many launches are missing then."""
         self._announce()
-        self._rounds()
+        if self._num_missing:
+            self._writer.event("launched", launch=self._launch_id, process=PROCESS)
+            self._rounds()
         rounds = f"{self._num_done} rounds of {self._calls_per_round} timed calls"
         self._progress.note(f"{rounds}, {duration_text(self._timed_s)} on the clock")
         self._writer.event("measured", num_rounds=self._num_done, timed_s=self._timed_s)
+        return max(0, self._num_missing - 1)
 
     def _announce(self) -> None:
         sizes = ", ".join(map(str, self._lanes))

@@ -1,0 +1,147 @@
+"""Launches: separate processes into one run, each with its share of the rounds; and what counts as one."""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_pair import write_pair
+from twotower_eval import speed, store, suites
+from twotower_eval.evidence.timing import speed_points
+from twotower_eval.plan import SpeedPlan, plan_from_json
+from twotower_eval.progress import SilentProgress
+from twotower_eval.records import SpeedSample
+from twotower_eval.speed import launches
+from twotower_eval.speed.loop import launches_missing, share_of_launch
+
+TASKS = ("miniature_sort", "miniature_recall")
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[suites.TimedPrompt]:
+    return suites.build_requests(suites.resolve_tasks(TASKS))
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> SpeedPlan:
+    return SpeedPlan(
+        model=str(write_pair(tmp_path_factory.mktemp("pair"))), tasks=TASKS, block_sizes=(4,), thresholds=(0.9,),
+        num_prompts=2, new_tokens=3, min_rounds=2, warmup_rounds=1, launches=2, costs=False,
+    )  # fmt: skip
+
+
+class Noting(SilentProgress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_one_command_makes_its_launches_in_processes_of_their_own(
+    plan: SpeedPlan, requests: list[suites.TimedPrompt], tmp_path: Path
+) -> None:
+    """There was no way to several launches but the same command by hand, each a run of its own."""
+    shown = Noting()
+    run = store.load(speed.run(plan, requests, root=tmp_path, progress=shown))
+    assert shown.notes == ["launch 1 of 2", "launch 2 of 2"]
+    assert run.complete
+    assert len(list(tmp_path.iterdir())) == 1
+    told = [event for event in run.events if event["kind"] == "launched"]
+    assert len({event["process"] for event in told}) == 2
+    assert {event["launch"] for event in told} == {sample.launch_id for sample in run.speed}
+    for launch in (event["launch"] for event in told):
+        rounds = {(s.phase, s.round) for s in run.speed if s.launch_id == launch}
+        assert sorted(phase for phase, _ in rounds) == ["measure", "measure", "warmup"]
+    [point] = speed_points([run])[0]
+    assert (point.num_launches, point.num_rounds) == (2, 4)
+    assert plan_from_json(SpeedPlan, run.manifest.plan).launches == 2
+
+
+def test_one_process_that_goes_on_is_no_further_launch(
+    plan: SpeedPlan, requests: list[suites.TimedPrompt], tmp_path: Path
+) -> None:
+    """Resuming in a loop made five launches of one process."""
+    alone = dataclasses.replace(plan, launches=1, min_rounds=1)
+    path = speed.run(alone, requests, root=tmp_path)
+    for num in (2, 3):
+        speed.run(dataclasses.replace(alone, min_rounds=num), requests, root=tmp_path, resume=path)
+    run = store.load(path)
+    assert len({sample.launch_id for sample in run.speed}) == 3
+    [point] = speed_points([run])[0]
+    assert (point.num_launches, point.num_rounds) == (1, 3)
+
+
+def samples_of(*launched: int) -> list[SpeedSample]:
+    """One timed call a round of a second each; so many rounds in each launch."""
+    return [
+        SpeedSample(
+            call_id="c", launch_id=f"l{launch}", cell="x", replica=0, round=10 * launch + number, phase="measure",
+            batch_size=1, wall_s=1.0, prefill_s=None, first_output_s=None, peak_memory_bytes=None,
+            peak_memory_reason="none", started_at="now", prompts=(),
+        )
+        for launch, num in enumerate(launched)
+        for number in range(num)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "launched", "missing"),
+    [
+        ({"launches": 1, "min_rounds": 5}, (2, 3), 0),
+        ({"launches": 1, "min_rounds": 6}, (2, 3), 1),
+        ({"launches": 5, "min_rounds": 5}, (), 5),
+        ({"launches": 5, "min_rounds": 5}, (2, 2), 3),
+        ({"launches": 5, "min_rounds": 5}, (2, 1, 2), 3),
+        ({"launches": 2, "min_rounds": 5}, (3, 2), 1),
+        ({"launches": 2, "min_rounds": 1, "min_seconds": 8.0}, (4, 3), 1),
+        ({"launches": 2, "min_rounds": 1}, (2, 2, 2), 0),
+    ],
+)
+def test_how_many_launches_are_missing(settings: dict[str, Any], launched: tuple[int, ...], missing: int) -> None:
+    assert launches_missing(SpeedPlan(**settings), samples_of(*launched), 1) == missing
+
+
+def test_a_launch_takes_its_share_and_never_one_round_alone() -> None:
+    assert share_of_launch(SpeedPlan(launches=5, min_rounds=5)).min_rounds == 2
+    assert share_of_launch(SpeedPlan(launches=5, min_rounds=16, min_seconds=10.0)).min_rounds == 4
+    assert share_of_launch(SpeedPlan(launches=5, min_rounds=16, min_seconds=10.0)).min_seconds == 2.0
+    assert share_of_launch(SpeedPlan(min_rounds=1)) == SpeedPlan(min_rounds=1)
+    with pytest.raises(ValueError, match="launches must be 1 or more"):
+        SpeedPlan(launches=0)
+
+
+def refusing(**_: Any) -> None:
+    raise ValueError("no such prompt")
+
+
+def vanishing(**_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupted(**_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("made", "error", "words"),
+    [
+        (refusing, ValueError, "no such prompt"),
+        (vanishing, ChildProcessError, "by signal 9: --resume goes on"),
+        (interrupted, KeyboardInterrupt, ""),
+    ],
+)
+def test_what_stops_a_launch_stops_the_command(
+    monkeypatch: pytest.MonkeyPatch, made: Any, error: type[BaseException], words: str
+) -> None:
+    """In a forked process, so that the launch can be replaced."""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(launches.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(launches, "run_launch", made)
+    with pytest.raises(error, match=words or None):
+        launches._in_process({"silent": True})
