@@ -1,30 +1,25 @@
 """Published numbers alone: do they follow from one another, and what do they give away?
 
-Nothing is measured here. A stated aggregate that no usual reading gives back CONTRADICTS the table it summarises;
-everything else is a remark. Percentages are taken as printed, to the digit.
+Nothing is measured here. A stated summary that no usual reading gives back, whatever the figures were before they were
+rounded, CONTRADICTS what it summarises (see ``recomputed``); everything else is a remark.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
 
 from twotower_eval import stats
-from twotower_eval.claims.published import Published, PublishedAggregate, PublishedSpeedup, PublishedTask
+from twotower_eval.claims.published import Published, PublishedSpeedup, PublishedTask
+from twotower_eval.claims.recomputed import Finding as Finding
+from twotower_eval.claims.recomputed import aggregates, of_kinds, retention, span_text, speedups
+from twotower_eval.claims.stated import Stated
 from twotower_eval.evidence.numbers import TIMES
 
 EXIT_CONTRADICTED = 3
-Kind = Literal["CONFIRMS", "CONTRADICTS", "REMARK"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One thing that an audit found, in words."""
-
-    kind: Kind
-    text: str
+BY_LIKELIHOOD = {"multiple_choice", "likelihood"}  # kinds of tasks that a model writes nothing for
+TELLING_SHARE = 0.5  # of all percentages: where more of them fit, that one does says nothing
+Places = Mapping[str, Stated]  # where a percentage of a task is printed
 
 
 def audit(published: Published | None) -> tuple[Finding, ...]:
@@ -32,11 +27,13 @@ def audit(published: Published | None) -> tuple[Finding, ...]:
     if published is None:
         raise ValueError("this claim file has no [published] numbers, so there is nothing to audit")
     return (
-        *_aggregates(published),
-        *_readings(published),
+        *aggregates(published),
+        *_by_kind(published),
         *_granularity(published),
         *_identical(published),
-        *_speedups(published.speedups),
+        *speedups(published),
+        *_devices(published),
+        *_blocks(published.speedups),
         *_gaps(published),
     )
 
@@ -46,107 +43,74 @@ def audit_code(findings: Sequence[Finding]) -> int:
     return EXIT_CONTRADICTED if any(finding.kind == "CONTRADICTS" for finding in findings) else 0
 
 
-def ratio_of_means(tasks: Sequence[PublishedTask]) -> float:
-    """Percent: the unweighted mean of the candidate's column over that of the baseline's."""
-    return 100 * sum(task.candidate for task in tasks) / sum(task.baseline for task in tasks)
-
-
-def mean_of_ratios(tasks: Sequence[PublishedTask]) -> float:
-    """Percent: the unweighted mean of every task's own ratio."""
-    return 100 * sum(task.candidate / task.baseline for task in tasks) / len(tasks)
-
-
-READINGS: dict[str, Callable[[Sequence[PublishedTask]], float]] = {
-    "ratio of the unweighted means": ratio_of_means,
-    "mean of per-task ratios": mean_of_ratios,
-}
-
-
-def _of_kinds(published: Published, kinds: Sequence[str]) -> list[PublishedTask]:
-    return [task for task in published.tasks if not kinds or set(kinds) & set(task.kinds)]
-
-
-def _aggregates(published: Published) -> Iterator[Finding]:
-    for aggregate in published.aggregates:
-        tasks = _of_kinds(published, aggregate.kinds)
-        values = {name: reading(tasks) for name, reading in READINGS.items()}
-        fitting = [name for name, value in values.items() if _rounds_to(value, aggregate)]
-        stated = f"{aggregate.name}: stated {aggregate.percent:.{aggregate.decimals}f} %"
-        decimals = max(2, aggregate.decimals + 1)  # one more than stated, so that what contradicts looks different
-        listed = ", ".join(f"{name} {value:.{decimals}f} %" for name, value in values.items())
-        if not fitting:
-            yield Finding(kind="CONTRADICTS", text=f"{stated} over {len(tasks)} tasks, recomputed {listed}")
-            continue
-        means = [sum(getattr(task, arm) for task in tasks) / len(tasks) for arm in ("candidate", "baseline")]
-        text = f"{stated} is the {' or the '.join(fitting)} of {len(tasks)} tasks: {listed}"
-        yield Finding(kind="CONFIRMS", text=f"{text}; the means are {means[0]:.3f} % and {means[1]:.3f} %")
-
-
-def _rounds_to(value: float, aggregate: PublishedAggregate) -> bool:
-    """Half a unit in the last place either way, as rounding conventions differ."""
-    return abs(value - aggregate.percent) <= 0.5 * 10.0**-aggregate.decimals + 1e-9
-
-
-def _readings(published: Published) -> Iterator[Finding]:
+def _by_kind(published: Published) -> Iterator[Finding]:
     """What the table says of each kind of task, and of code and math together."""
     kinds = list(dict.fromkeys(kind for task in published.tasks for kind in task.kinds))
     groups: list[tuple[str, ...]] = [(kind,) for kind in kinds]
     if {"code", "math"} <= set(kinds):
         groups.append(("code", "math"))
     for group in groups:
-        tasks = _of_kinds(published, group)
+        tasks = of_kinds(published.tasks, group)
         name, num = " + ".join(group).replace("_", " "), len(tasks)
         text = f"{name} ({num} task{'s' if num > 1 else ''}: {', '.join(task.name for task in tasks)})"
-        yield Finding(kind="REMARK", text=f"{text}: retention {ratio_of_means(tasks):.2f} %")
+        yield Finding(kind="REMARK", text=f"{text}: retention {span_text(retention(tasks), 2, ' %')}")
 
 
 def _granularity(published: Published) -> Iterator[Finding]:
     """Percentages that are no k of the task's documents, and how many samples each would make them possible.
 
-    A percentage that fits is a remark only where another could have failed to; the others are counted in one line.
+    A percentage that fits is a remark only where most others would not have; the rest are counted in one line.
     """
-    vacuous = []
+    vacuous: dict[tuple[int, bool], list[tuple[PublishedTask, int]]] = defaultdict(list)
     for task in published.tasks:
         if task.num_documents is None or not task.single_mean:
             continue
         places = {"AR baseline": task.baseline, "candidate": task.candidate}
         places |= {score.where: score.percent for score in published.scores if score.task == task.name}
-        if stats.can_misfit(published.decimals, task.num_documents):
+        for decimals in sorted({one.decimals for one in places.values()}):
+            own = {where: one for where, one in places.items() if one.decimals == decimals}
+            can, likely = _can_misfit(decimals, task.num_documents)
             # None and all of n are possible whatever n is.
-            telling = {where: percent for where, percent in places.items() if 0 < percent < 100}
-            yield from _task_granularity(task, telling, published.decimals)
-        else:
-            telling = {}
-        vacuous += [(task, num)] if (num := len(places) - len(telling)) else []
-    if vacuous:
-        num, names = sum(num for _, num in vacuous), ", ".join(_size(task) for task, _ in vacuous)
-        checks = "1 check of granularity" if num == 1 else f"{num} checks of granularity"
-        decimals = f"{published.decimals} decimal{'' if published.decimals == 1 else 's'}"
-        why = f"could not have failed and {'is' if num == 1 else 'are'} left out"
-        text = f"{checks} at {decimals} {why}: {names}"
-        yield Finding(kind="REMARK", text=text)
+            telling = {where: one for where, one in own.items() if can and 0 < one.value < 100}
+            fitting, odd = _fits(telling, task.num_documents)
+            yield from _task_granularity(task, {**(fitting if likely else {}), **odd}, task.num_documents, decimals)
+            if num := len(own) - len(telling):
+                vacuous[decimals, False].append((task, num))
+            if not likely and fitting:
+                vacuous[decimals, True].append((task, len(fitting)))
+    for (decimals, could), found in sorted(vacuous.items()):
+        yield Finding(kind="REMARK", text=_vacuous_text(found, decimals, could))
 
 
-def _size(task: PublishedTask) -> str:
-    return f"{task.name} (n = {task.num_documents})"
+def _can_misfit(decimals: int, n: int) -> tuple[bool, bool]:
+    """Whether a percentage of n documents may fail to be some k / n, and whether most would."""
+    return stats.can_misfit(decimals, n), stats.share_possible(decimals, n) <= TELLING_SHARE
 
 
-def _task_granularity(task: PublishedTask, places: dict[str, float], decimals: int) -> Iterator[Finding]:
-    n = task.num_documents
-    assert n is not None, "the caller leaves out tasks of unknown size"
-    counts = {where: stats.possible_counts(percent, decimals, n) for where, percent in places.items()}
-    fitting = [
-        f"{places[where]:.{decimals}f} % ({where}) = {found[0]}/{n}"
-        for where, found in counts.items()
-        if len(found) == 1
-    ]
+def _fits(places: Places, n: int) -> tuple[dict[str, Stated], dict[str, Stated]]:
+    """Those that are some k / n, and those that are not."""
+    found = {where: stats.possible_counts(float(one), one.decimals, n) for where, one in places.items()}
+    return tuple({where: places[where] for where in found if bool(found[where]) == fits} for fits in (True, False))  # type: ignore[return-value]
+
+
+def _vacuous_text(found: Sequence[tuple[PublishedTask, int]], decimals: int, could: bool) -> str:
+    num, names = sum(num for _, num in found), ", ".join(f"{task.name} (n = {task.num_documents})" for task, _ in found)
+    checks = "1 check of granularity" if num == 1 else f"{num} checks of granularity"
+    places = f"{decimals} decimal{'' if decimals == 1 else 's'}"
+    why = "could hardly have failed, as most percentages fit," if could else "could not have failed"
+    return f"{checks} at {places} {why} and {'is' if num == 1 else 'are'} left out: {names}"
+
+
+def _task_granularity(task: PublishedTask, places: Places, n: int, decimals: int) -> Iterator[Finding]:
+    counts = {where: stats.possible_counts(float(one), decimals, n) for where, one in places.items()}
+    fitting = [f"{places[where].text} % ({where}) = {k[0]}/{n}" for where, k in counts.items() if len(k) == 1]
     if fitting:
         yield Finding(kind="REMARK", text=f"{task.name}: {', '.join(fitting)}: as from one greedy run")
     odd = [where for where, found in counts.items() if not found]
     if not odd:
         return
-    shown = ", ".join(f"{places[where]:.{decimals}f} % ({where})" for where in odd)
-    smallest = stats.smallest_samples([places[where] for where in odd], decimals, n)
+    shown = ", ".join(f"{places[where].text} % ({where})" for where in odd)
+    smallest = stats.smallest_samples([float(places[where]) for where in odd], decimals, n)
     verb = "is" if len(odd) == 1 else "are"
     yield Finding(kind="REMARK", text=f"{task.name}: {shown} {verb} no k/{n}: {_fewest(smallest, decimals, n, odd)}")
 
@@ -161,33 +125,60 @@ def _fewest(smallest: int | None, decimals: int, n: int, odd: Sequence[str]) -> 
 
 
 def _identical(published: Published) -> Iterator[Finding]:
-    same = [task.name for task in published.tasks if task.baseline == task.candidate]
-    if same:
-        why = "very likely scored by the context tower that both share"
-        yield Finding(kind="REMARK", text=f"{', '.join(same)}: identical in both columns, {why}")
+    """Equal figures, apart for tasks that one computation may have scored for both models."""
+    same = [task for task in published.tasks if task.baseline.value == task.candidate.value]
+    for by_likelihood, why in (
+        (True, "one computation for both models, as of likelihoods of a tower that they share, or equal answers"),
+        (False, "equal answers, or one column copied from the other"),
+    ):
+        found = [task for task in same if bool(BY_LIKELIHOOD & set(task.kinds)) == by_likelihood]
+        if found:
+            named = ", ".join(task.name for task in found)
+            text = f"{named}: identical in both columns: {why}, or chance{_by_chance(found)}"
+            yield Finding(kind="REMARK", text=text)
 
 
-def _speedups(speedups: Sequence[PublishedSpeedup]) -> Iterator[Finding]:
-    for speedup in speedups:
+def _by_chance(tasks: Sequence[PublishedTask]) -> str:
+    """How often models that are right independently of each other would print the same figure."""
+    known = [
+        (task.name, stats.chance_of_equal(float(task.baseline), task.baseline.decimals, task.num_documents))
+        for task in tasks
+        if task.num_documents is not None and task.single_mean and 0 < task.baseline.value < 100
+    ]
+    if not known:
+        return ""
+    listed = ", ".join(f"{name} {100 * chance:.1f} %" for name, chance in known)
+    return f" (how often equally good models that err independently of each other print the same: {listed})"
+
+
+def _devices(published: Published) -> Iterator[Finding]:
+    rates = {rate.name: rate for rate in published.rates}
+    for speedup in published.speedups:
         devices = speedup.baseline_devices, speedup.candidate_devices
+        if speedup.of and None in devices:
+            devices = rates[speedup.of[1]].devices, rates[speedup.of[0]].devices
         if devices[0] and devices[1] and devices[0] != devices[1]:
-            each = speedup.factor * devices[0] / devices[1]
+            each = float(speedup.factor) * devices[0] / devices[1]
             text = f"{speedup.name}: {_factor(speedup)} on {devices[1]} devices against {devices[0]}"
             yield Finding(kind="REMARK", text=f"{text} is {each:.2f}x per device")
+
+
+def _blocks(speedups: Sequence[PublishedSpeedup]) -> Iterator[Finding]:
     by_block: dict[int, list[PublishedSpeedup]] = defaultdict(list)
     for speedup in speedups:
-        by_block[speedup.block_size].append(speedup)
+        if speedup.block_size is not None:
+            by_block[speedup.block_size].append(speedup)
     for block_size, found in by_block.items():
-        if len({speedup.factor for speedup in found}) > 1:
+        spans = [speedup.factor.span() for speedup in found]
+        if any(not one.meets(other) for one in spans for other in spans):
             listed = ", ".join(f"{_factor(speedup)} ({speedup.name})" for speedup in found)
             text = f"block {block_size} is stated at {listed}: they differ in something that is not stated"
             yield Finding(kind="REMARK", text=text)
 
 
 def _factor(speedup: PublishedSpeedup) -> str:
-    """As printed: two decimals, more where it has more."""
-    decimals = next(places for places in range(2, 16) if round(speedup.factor, places) == speedup.factor)
-    return TIMES.text(speedup.factor, decimals)
+    """As printed."""
+    return TIMES.text(float(speedup.factor), speedup.factor.decimals)
 
 
 def _gaps(published: Published) -> Iterator[Finding]:

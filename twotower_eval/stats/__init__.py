@@ -37,7 +37,13 @@ from twotower_eval.stats.decide import (
 )
 from twotower_eval.stats.figure import Figure
 from twotower_eval.stats.flips import Flips, flips, mcnemar, sign_flip_test
-from twotower_eval.stats.granularity import can_misfit, possible_counts, smallest_samples
+from twotower_eval.stats.granularity import (
+    can_misfit,
+    chance_of_equal,
+    possible_counts,
+    share_possible,
+    smallest_samples,
+)
 from twotower_eval.stats.intervals import LEVEL, NUM_RESAMPLES, binomial_upper_bound, holm
 from twotower_eval.stats.mean import mean_of_members, mean_score
 from twotower_eval.stats.nulls import NULL_OFFSET, NullLimits, half_width, is_off, off_nulls, widest_null
@@ -116,6 +122,7 @@ __all__ = [
     "bootstrap_stderr",
     "break_even",
     "can_misfit",
+    "chance_of_equal",
     "decide",
     "difference",
     "draw_task_means",
@@ -150,6 +157,7 @@ __all__ = [
     "resamples_launches",
     "retention",
     "retention_above_chance",
+    "share_possible",
     "sign_flip_test",
     "smallest_samples",
     "speedup",

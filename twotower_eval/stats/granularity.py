@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from math import ceil, floor, gcd
 
+import numpy as np
+from scipy.special import gammaln, xlog1py, xlogy
+
 MAX_SAMPLES = 100
 
 
@@ -39,6 +42,27 @@ def can_misfit(decimals: int, n: int) -> bool:
     shared = gcd(n, steps)
     halfway = shared if n // shared % 2 == 0 else 0
     return n + halfway < steps
+
+
+def share_possible(decimals: int, n: int) -> float:
+    """Share of all percentages with so many decimals that are some k / n: how often one fits by chance."""
+    steps = int(10 ** (decimals + 2))
+    shared = gcd(n, steps)
+    covered = n + 1 + (shared if n // shared % 2 == 0 else 0)
+    return min(covered, steps + 1) / (steps + 1)
+
+
+def chance_of_equal(percent: float, decimals: int, n: int) -> float:
+    """How often two models print the same percentage that are right with this probability, independently, n times.
+
+    Models that agree on many documents do so more often.
+    """
+    counts = np.arange(n + 1)
+    printed = np.round(100 * counts / n, decimals)
+    _, place = np.unique(printed, return_inverse=True)
+    ways = gammaln(n + 1) - gammaln(counts + 1) - gammaln(n - counts + 1)
+    chances = np.exp(ways + xlogy(counts, percent / 100) + xlog1py(n - counts, -percent / 100))
+    return float((np.bincount(place, weights=chances) ** 2).sum())
 
 
 def smallest_samples(percents: Sequence[float], decimals: int, n: int, limit: int = MAX_SAMPLES) -> int | None:
