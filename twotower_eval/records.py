@@ -542,6 +542,8 @@ class OperatingPoint:
 
     A decoder parameter that is not named has to be off (0, false, absent) in what is measured. ``dtype`` and
     ``hardware`` (part of a device's name, such as ``H100``) are ``None`` where the claim leaves them open.
+    ``timed_tasks`` are those whose prompts are timed, of a group its members; without them a speed beside a quality is
+    of all tasks that the quality is over and that are generated.
     """
 
     name: str
@@ -551,6 +553,7 @@ class OperatingPoint:
     workload: Literal["fixed", "answer"] | None = None
     dtype: str | None = None
     hardware: str | None = None
+    timed_tasks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -561,6 +564,12 @@ class GateLimits:
     ``min_retention``: floor under which outputs are no answers, whatever their speed. Outside ``min_length_ratio`` to
     ``max_length_ratio`` neither reading of a speedup suffices alone. ``above_chance_level``: how sure it has to be that
     a task's baseline does better than guessing, for all tasks of the claim together.
+
+    ``differing_answers``: the share of prompts whose timed answers may differ from the scored ones, or from round to
+    round, at temperature 0; ``differing_answers_half`` holds in half precision, where rounding parts one answer in some
+    dozen as soon as batches differ, and there ``score_effect`` is how far that may move the mean score. Equal answers
+    may take no less than ``least_work`` of their passes when timed. Above ``warn_retention`` of the baseline's score a
+    verdict warns of a baseline that may be broken.
     """
 
     null_offset: float = 0.02
@@ -571,6 +580,11 @@ class GateLimits:
     min_length_ratio: float = 0.9
     max_length_ratio: float = 1.1
     above_chance_level: float = 0.95
+    differing_answers: float = 0.0
+    differing_answers_half: float = 0.2
+    score_effect: float = 0.02
+    least_work: float = 0.5
+    warn_retention: float = 1.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -622,7 +636,8 @@ class Verdict:
     retention whose baseline is not clearly above guessing, and ``above_chance`` is the estimate without them.
     ``metric``, where it is given, is the score outside retention that was judged, in whose own unit the estimate is.
     ``num_launches`` are those that a speedup was timed in. With too few of them to see how they differ, what is decided
-    holds in them alone: ``scope`` says so.
+    holds in them alone: ``scope`` says so. ``high_retention`` is a share of the baseline's score so far above 1 that
+    the baseline may be broken.
     """
 
     claim: str
@@ -638,6 +653,7 @@ class Verdict:
     metric: str | None = None
     num_launches: Count | None = None
     scope: VerdictScope | None = None
+    high_retention: float | None = None
 
 
 def canonical_json(value: Any) -> str:

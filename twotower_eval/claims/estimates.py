@@ -94,3 +94,19 @@ def calls_speedup(claim: Claim, point: SpeedPoint, estimate: Estimate) -> Estima
     if claim.quantity != "speedup_time_per_device":
         return estimate
     return _speedup(point, "time")
+
+
+def kept_of(claim: Claim, point: QualityPoint, estimate: Estimate | None) -> float | None:
+    """The share of the baseline's score that the candidate has on a claim's scope; ``None`` where there is none."""
+    if claim.quantity in RETENTIONS:
+        return None if estimate is None else estimate.value
+    here = [task for task in point.tasks if task.name in claim.scope]
+    baseline = sum(task.baseline for task in here)
+    return sum(task.candidate for task in here) / baseline if baseline > 0 else None
+
+
+def kept_at(point: QualityPoint) -> float:
+    """The same of all tasks of a point that the candidate's decoder has a part in; 0 where the baseline has none."""
+    here = [task for task in point.tasks if task.exercises_decoder]
+    baseline = sum(task.baseline for task in here)
+    return sum(task.candidate for task in here) / baseline if baseline > 0 else 0.0

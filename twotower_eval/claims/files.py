@@ -23,6 +23,14 @@ QUANTITIES, RELATIONS, AVERAGINGS = (typing.get_args(kind) for kind in (Quantity
 TASK_QUANTITIES = ("retention", "decoder_exercised_retention", "score", "score_difference")
 SCORE_QUANTITIES = ("score", "score_difference")
 SPEED_QUANTITIES = ("speedup_time", "speedup_throughput", "speedup_time_per_device")
+# Wider ones would let other answers be timed than were scored.
+LIMITS_OF_ANSWERS = {
+    "differing_answers": (0.0, 0.02),
+    "differing_answers_half": (0.0, 0.5),
+    "score_effect": (0.0, 0.1),
+    "least_work": (0.1, 1.0),
+    "warn_retention": (1.0, 2.0),
+}
 MARGINS = {"retention": 0.005, "decoder_exercised_retention": 0.005} | dict.fromkeys(SPEED_QUANTITIES, 0.05)
 
 
@@ -110,6 +118,7 @@ def _point(table: Mapping[str, Any]) -> OperatingPoint:
         workload=workload,
         dtype=value_of(where, table, "dtype", str, None),
         hardware=value_of(where, table, "hardware", str, None),
+        timed_tasks=texts(where, table, "timed_tasks"),
     )
     at_least(where, 1, point, "batch_size", "num_devices")
     return point
@@ -159,6 +168,10 @@ def _limits(where: str, table: Mapping[str, Any]) -> GateLimits:
         raise ValueError(
             f"{where}, limits: above_chance_level lies between 0.5 and 1 (0.95), not {limits.above_chance_level:g}"
         )
+    for name, (least, most) in LIMITS_OF_ANSWERS.items():
+        if not least <= getattr(limits, name) <= most:
+            value, usual = getattr(limits, name), getattr(GateLimits(), name)
+            raise ValueError(f"{where}, limits: {name} lies between {least:g} and {most:g} ({usual:g}), not {value:g}")
     return limits
 
 
@@ -217,3 +230,9 @@ def _check_parts(claim: Claim, claims: Sequence[Claim]) -> None:
         for key in ("subject", "baseline", "point"):
             if getattr(by_name[name], key) != getattr(claim, key):
                 raise ValueError(f"{where}: part {name!r} has another {key}: a joint claim holds at one point")
+    quantities = {by_name[name].quantity for name in claim.parts}
+    if claim.point.workload == "fixed" and quantities & {*TASK_QUANTITIES} and quantities & {*SPEED_QUANTITIES}:
+        raise ValueError(
+            f"{where}: the fixed workload goes on past the end of answers and says nothing of them: join its quality "
+            'with a speedup on workload "answer", or claim the two apart'
+        )

@@ -26,7 +26,8 @@ from twotower_eval.ways import handicap_text
 
 BROKEN = "fast and broken"
 NEEDED_FOR_SPEED = ("degenerate outputs", "answers are answers")
-SAID_WITH_SPEED = ("residual", "probes", "busy", "same answers")  # a SUPPORTED speedup says which was not checked
+# A SUPPORTED speedup, or a joint claim with one, says which of these was not checked.
+SAID_WITH_SPEED = ("residual", "probes", "busy", "same rounds", "same answers", "same tasks")
 
 
 def complete_gate(point: QualityPoint | SpeedPoint) -> Gate:

@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from twotower_eval import stats
-from twotower_eval.claims import gates
+from twotower_eval.claims import gates, halves
 from twotower_eval.claims.estimates import (
     calls_speedup,
     is_equal_by_construction,
+    kept_at,
+    kept_of,
     quality_estimate,
     speed_readings,
     standings,
@@ -33,7 +35,7 @@ from twotower_eval.claims.match import (
 )
 from twotower_eval.claims.missing import missing, missing_quality
 from twotower_eval.claims.reasons import decision_text, unit_of
-from twotower_eval.evidence import Measured, PointKey, QualityPoint, SpeedPoint
+from twotower_eval.evidence import Measured, QualityPoint, SpeedPoint
 from twotower_eval.evidence.measured import measured
 from twotower_eval.records import Claim, Estimate, Gate, Outcome, Verdict, VerdictScope
 from twotower_eval.store import Run
@@ -58,7 +60,9 @@ def judge(claims: Sequence[Claim], runs: Sequence[Run], names: Sequence[str] = (
         for claim in claims
         if claim.name in needed and claim.quantity != "joint"
     }
-    judged = [single.get(claim.name) or _joined(claim, [single[part] for part in claim.parts]) for claim in wanted]
+    judged = [
+        single.get(claim.name) or _joined(claim, [single[part] for part in claim.parts], evidence) for claim in wanted
+    ]
     return tuple(found.verdict for found in judged)
 
 
@@ -100,10 +104,11 @@ class _Amount:
 
 @dataclass(frozen=True, kw_only=True)
 class _Judged:
-    """A verdict and the weights and decoder that it is about."""
+    """A verdict on a claim and the evidence that it rests on, ``None`` where there is none."""
 
+    claim: Claim
     verdict: Verdict
-    key: PointKey | None
+    point: QualityPoint | SpeedPoint | None
 
 
 def _judge_one(claim: Claim, evidence: Evidence) -> _Judged:
@@ -129,6 +134,7 @@ def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:
         gates.scored_gate(point, claim.scope, own),
         *([gates.above_chance_gate(stand, point.run_id)] if stand else ()),
         gates.whole_prompts_gate(evidence, point, (point.run_id,), claim.scope),
+        *halves.same_prompts_gates(evidence.runs, point),
         gates.verify_gate(evidence, point.candidate.checkpoint.identity),
     )
     estimated = measured(lambda: quality_estimate(claim, point, own))
@@ -139,9 +145,8 @@ def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:
         metric=None if own is None else own.metric,
     )
     num_looks = len({one.run_id for one in found})  # outputs timed at several batch sizes are of one run
-    return _beside_chance(
-        _ruled(claim, point, (point.run_id,), num_looks, checks, [estimated], amount), claim, point, stand
-    )
+    judged = _ruled(claim, point, (point.run_id,), num_looks, checks, [estimated], amount)
+    return _warned(_beside_chance(judged, claim, point, stand), kept_of(claim, point, estimated.estimate))
 
 
 def _beside_chance(judged: _Judged, claim: Claim, point: QualityPoint, stand: Sequence[stats.Standing]) -> _Judged:
@@ -169,6 +174,7 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
     first = readings[0].estimate
     checks = [gates.complete_gate(point), gates.same_inputs_gate({}, point.run_ids)]
     checks.append(gates.whole_prompts_gate(evidence, point, point.run_ids))
+    checks += halves.speed_gates(evidence.runs, quality, point, claim.limits)
     if point.handicaps:
         checks.append(gates.fastest_way_gate(point))
     if first is not None:
@@ -178,7 +184,15 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
     checks.append(gates.floor_gate(quality, claim.limits))
     checks.append(gates.verify_gate(evidence, point.candidate.checkpoint.identity))
     num_looks = len({run_id for one in found for run_id in one.run_ids})
-    return _ruled(claim, point, point.run_ids, num_looks, tuple(checks), readings, _timed_amount(point))
+    ruled = _ruled(claim, point, point.run_ids, num_looks, tuple(checks), readings, _timed_amount(point))
+    return _warned(ruled, max((kept_at(one) for one in quality), default=0.0))
+
+
+def _warned(judged: _Judged, kept: float | None) -> _Judged:
+    """The verdict with a retention that is higher than the claim takes without a word."""
+    if kept is None or kept <= judged.claim.limits.warn_retention:
+        return judged
+    return dataclasses.replace(judged, verdict=dataclasses.replace(judged.verdict, high_retention=kept))
 
 
 def _timed_amount(point: SpeedPoint) -> _Amount:
@@ -213,7 +227,7 @@ def _ruled(
         num_launches=amount.num_launches,
         scope=amount.scope if outcome in DECIDED else None,
     )
-    return _Judged(verdict=verdict, key=point.key)
+    return _Judged(claim=claim, verdict=verdict, point=point)
 
 
 def _outcome(
@@ -229,6 +243,8 @@ def _outcome(
             continue
         decided.append(_decided(claim, reading.estimate, amount))
     outcome, reason = decided[0]
+    if outcome in DECIDED and claim.quantity in SPEED_QUANTITIES and claim.point.workload == "fixed":
+        reason = f"{reason}, {halves.FORWARDS_ONLY}"
     if outcome != "SUPPORTED":
         return outcome, reason
     if len(decided) > 1 and decided[1][0] != "SUPPORTED":
@@ -304,36 +320,39 @@ def _invalid_inputs(claim: Claim, differing: dict[str, str]) -> _Judged:
         gates=(gate,),
         num_looks=len(differing),
     )
-    return _Judged(verdict=verdict, key=None)
+    return _Judged(claim=claim, verdict=verdict, point=None)
 
 
 def _not_measured(claim: Claim, reason: str) -> _Judged:
     verdict = Verdict(claim=claim.name, outcome="NOT_MEASURED", estimate=None, reason=reason, evidence=())
-    return _Judged(verdict=verdict, key=None)
+    return _Judged(claim=claim, verdict=verdict, point=None)
 
 
-def _joined(claim: Claim, parts: Sequence[_Judged]) -> _Judged:
-    """All parts at one point: SUPPORTED only if each is, on the very same weights."""
+def _joined(claim: Claim, parts: Sequence[_Judged], evidence: Evidence) -> _Judged:
+    """All parts at one point: SUPPORTED only if each is, and if they are of one thing."""
     verdicts = [part.verdict for part in parts]
-    outcome = first_outcome([verdict.outcome for verdict in verdicts])
-    reason = "; ".join(f"{verdict.claim} {said(verdict)}" for verdict in verdicts)
-    keys = {part.key for part in parts}
-    if outcome == "SUPPORTED" and len(keys) > 1:
-        outcome, reason = "NOT_MEASURED", f"the parts were measured on different weights, not at one point: {reason}"
+    measured_parts = [(part.claim, part.point) for part in parts if part.point is not None]
+    between = halves.joint_gates(claim, evidence.runs, measured_parts)
+    named = {gate.name for gate in between}
+    outcome = first_outcome([*(verdict.outcome for verdict in verdicts), *halves.outcomes(between)])
+    reasons = [f"{verdict.claim} {said(verdict)}" for verdict in verdicts]
+    reasons += [f"{gate.name}: {gate.detail}" for gate in between if halves.outcomes([gate])]
+    own = (gate for one in verdicts for gate in one.gates if gate.outcome != "passed" and gate.name not in named)
     verdict = Verdict(
         claim=claim.name,
         outcome=outcome,
         estimate=None,
-        reason=reason,
+        reason="; ".join(reasons),
         evidence=tuple(sorted({run_id for one in verdicts for run_id in one.evidence})),
-        gates=tuple(gate for one in verdicts for gate in one.gates if gate.outcome != "passed"),
+        gates=(*own, *between),
         num_points=max((one.num_points for one in verdicts), default=0),
         num_looks=max((one.num_looks for one in verdicts), default=0),
         near_chance=tuple(dict.fromkeys(task for one in verdicts for task in one.near_chance)),
         num_launches=next((one.num_launches for one in verdicts if one.num_launches is not None), None),
         scope=_joint_scope(outcome, verdicts),
+        high_retention=max((one.high_retention for one in verdicts if one.high_retention is not None), default=None),
     )
-    return _Judged(verdict=verdict, key=next(iter(keys), None))
+    return _Judged(claim=claim, verdict=verdict, point=next((part.point for part in parts), None))
 
 
 def _joint_scope(outcome: Outcome, verdicts: Sequence[Verdict]) -> VerdictScope | None:

@@ -188,7 +188,7 @@ def _speed_near(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
         workload = point.candidate.workload
         asked = (claim.point.batch_size, claim.point.num_devices, claim.point.workload)
         pairs = zip(asked, (point.batch_size, workload.num_devices, point.workload), strict=True)
-        if all(wanted in (None, there) for wanted, there in pairs):
+        if all(wanted in (None, there) for wanted, there in pairs) and _tasks_fit(claim, point):
             found.append(point)
     return found
 
@@ -229,10 +229,14 @@ def cell_fits(claim: Claim, cell: Cell) -> bool:
 
 
 def timing_fits(claim: Claim, point: SpeedPoint) -> bool:
-    """Whether a point was timed as the claim says: its batch, its devices, its workload."""
+    """Whether a point was timed as the claim says: its batch, its devices, its workload and, if it says them, tasks."""
     workload = point.candidate.workload
     asked = (claim.point.batch_size, claim.point.num_devices, claim.point.workload)
-    return asked == (point.batch_size, workload.num_devices, point.workload)
+    return asked == (point.batch_size, workload.num_devices, point.workload) and _tasks_fit(claim, point)
+
+
+def _tasks_fit(claim: Claim, point: SpeedPoint) -> bool:
+    return not claim.point.timed_tasks or set(claim.point.timed_tasks) == set(point.tasks)
 
 
 def _hardware_fits(claim: Claim, point: SpeedPoint, evidence: Evidence) -> bool:

@@ -88,7 +88,7 @@ def measuring_command(claim: Claim) -> list[str] | None:
     words = ["twotower-eval", "speed" if timed else "run"]
     words += [] if shipped else ["--model", "CKPT"]
     words += [] if claim.baseline == CONTEXT_TOWER else ["--baseline", "BASELINE"]
-    tasks = ",".join(claim.scope) or ("" if shipped else "TASKS")
+    tasks = ",".join(point.timed_tasks if timed else claim.scope) or ("" if shipped else "TASKS")
     words += ["--tasks", tasks] if tasks else []
     words += [] if point.decoder.kind == "block_diffusion" else ["--decoder", point.decoder.kind]
     for name, option in OPTIONS.items():
@@ -109,7 +109,9 @@ def _nearby(claim: Claim, points: Sequence[QualityPoint | SpeedPoint], alone: Se
         if not others and alone:
             return f"{', '.join(alone)} alone {'was' if len(alone) == 1 else 'were'} measured, against no baseline"
         return f"measured were only {', '.join(others)}" if others else "nothing of the kind was measured"
-    ordered = list(dict.fromkeys(_described(point) for point in sorted(own, key=lambda p: _num_apart(claim, p))))
+    nearest = sorted(own, key=lambda point: _num_apart(claim, point))
+    with_tasks = bool(claim.point.timed_tasks)
+    ordered = list(dict.fromkeys(_described(point, with_tasks=with_tasks) for point in nearest))
     more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
     return f"measured were: {'; '.join(ordered[:SHOWN])}{more}"
 
@@ -121,11 +123,12 @@ def _num_apart(claim: Claim, point: QualityPoint | SpeedPoint) -> int:
     return apart + (isinstance(point, SpeedPoint) and not timing_fits(claim, point))
 
 
-def _described(point: QualityPoint | SpeedPoint) -> str:
+def _described(point: QualityPoint | SpeedPoint, *, with_tasks: bool) -> str:
     cell = point.candidate
     parts = [long_name(cell.decoder) or cell.decoder.kind, cell.checkpoint.dtype]
     if isinstance(point, SpeedPoint):
         parts += [f"{point.workload} workload", f"batch {point.batch_size}", f"{cell.workload.num_devices} device(s)"]
+        parts += [f"on prompts of {', '.join(point.tasks)}"] if with_tasks else []
     else:
         parts.append("on " + ", ".join(task.name for task in point.tasks))
     return ", ".join(parts)

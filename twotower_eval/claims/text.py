@@ -10,7 +10,7 @@ from twotower_eval.claims.audit import Finding
 from twotower_eval.claims.gates import SAID_WITH_SPEED
 from twotower_eval.claims.judge import EXIT_CODES, said
 from twotower_eval.claims.reasons import unit_of
-from twotower_eval.evidence.numbers import interval
+from twotower_eval.evidence.numbers import high_retention_text, interval
 from twotower_eval.records import Claim, Estimate, Verdict
 
 BOUNDS = "brackets hold one-sided 95 % bounds"
@@ -25,7 +25,12 @@ def verdict_lines(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> list[
     for verdict in verdicts:
         shown = estimate_text(by_name[verdict.claim], verdict.estimate, verdict.metric)
         words = [f"{said(verdict):{widest}}", f"{verdict.claim:{width}}", f"{shown} {verdict.reason}".strip()]
-        remarks = unchecked_text(verdict) + chance_text(by_name[verdict.claim], verdict) + looks_text(verdict)
+        remarks = (
+            retention_text(verdict)
+            + unchecked_text(verdict)
+            + chance_text(by_name[verdict.claim], verdict)
+            + looks_text(verdict)
+        )
         lines.append("  ".join(words) + remarks)
     return [*lines, count_line(verdicts)]
 
@@ -40,6 +45,13 @@ def estimate_text(claim: Claim, estimate: Estimate | None, metric: str | None = 
     unit, named = unit_of(claim.quantity, metric), "" if metric is None else f"{metric} "
     known = estimate.method == stats.EQUAL
     return f"{named}{unit.text(estimate.value) if known else interval(unit, estimate)}:"
+
+
+def retention_text(verdict: Verdict) -> str:
+    """A warning where the candidate scores far better than its baseline; nothing elsewhere."""
+    if verdict.high_retention is None:
+        return ""
+    return f"; WARNING: {high_retention_text(verdict.high_retention)}"
 
 
 def unchecked_text(verdict: Verdict) -> str:

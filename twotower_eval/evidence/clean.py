@@ -104,13 +104,13 @@ def flagged(baseline: Outputs, candidate: Outputs, clusters: Mapping[Document, s
         num_outputs=len(keys),
         baseline=float(by_arm[0].mean()) if keys else None,
         candidate=float(by_arm[1].mean()) if keys else None,
-        difference=measured(lambda: _share_difference(by_arm[0].tolist(), by_arm[1].tolist(), names)),
+        difference=measured(lambda: paired_difference(by_arm[0].tolist(), by_arm[1].tolist(), names)),
         by_flag={name: (counted[0][name], counted[1][name]) for name in FLAG_NAMES},
     )
 
 
-def _share_difference(baseline: list[float], candidate: list[float], clusters: list[str]) -> Estimate:
-    """Candidate's share minus the baseline's; ValueError without outputs.
+def paired_difference(baseline: list[float], candidate: list[float], clusters: list[str]) -> Estimate:
+    """Mean of the second values minus that of the first, of the same outputs; ValueError without outputs.
 
     Where fewer than 5 clusters differ, each side is bounded by the binomial tail of the clusters that moved that way,
     each counted with the weight of the largest: on the safe side, exact where clusters are equal.

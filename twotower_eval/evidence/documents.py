@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from twotower_eval.evidence.points import QualityPoint, baseline_of, point_key
+from twotower_eval.evidence.points import QualityPoint, cells_of
 from twotower_eval.records import Generation, GenerationRow, Score
 from twotower_eval.store import Run
 
@@ -38,19 +38,10 @@ class DocumentPair:
 def document_pairs(runs: Sequence[Run], point: QualityPoint) -> list[DocumentPair]:
     """Every document of a point that both arms have a headline score for, by task and number."""
     run = next(run for run in runs if run.manifest.run_id == point.run_id)
-    candidates = [
-        cell
-        for cell in run.manifest.cells
-        if cell.arm == "candidate" and point_key(cell) == point.key and _same_batch(point, cell.workload.batch_size)
-    ]
-    ids = [{baseline_of(run, cell).id for cell in candidates}, {cell.id for cell in candidates}]
+    ids = cells_of(run, point)
     scores = [{(s.task, s.doc_id): s for s in run.scores if s.cell in arm and s.headline} for arm in ids]
     outputs = [_first_outputs(run, arm) for arm in ids]
     return list(_joined(run.manifest.run_id, scores, outputs))
-
-
-def _same_batch(point: QualityPoint, batch_size: int | None) -> bool:
-    return batch_size == point.candidate.workload.batch_size
 
 
 def _joined(

@@ -56,3 +56,11 @@ def _decimals(unit: Unit, value: float, limit: float) -> int:
             break
         decimals += 1
     return decimals
+
+
+def high_retention_text(kept: float) -> str:
+    """What a retention far above 100 % may mean, for verdicts and reports alike."""
+    return (
+        f"the candidate scores {100 * kept:.0f} % of the baseline: a baseline with a broken config or tokenizer looks "
+        "like this; check the baseline"
+    )

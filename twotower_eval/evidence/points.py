@@ -184,3 +184,14 @@ def baseline_of(run: Run, candidate: Cell) -> Cell:
 
 def _comparable(workload: Workload) -> Workload:
     return dataclasses.replace(workload, num_devices=None)
+
+
+def cells_of(run: Run, point: QualityPoint) -> tuple[set[str], set[str]]:
+    """The cells of a run that a point is made of, by id: those of the baseline and those of the candidate."""
+    workload = point.candidate.workload
+    candidates = [
+        cell
+        for cell in run.manifest.cells
+        if cell.arm == "candidate" and point_key(cell) == point.key and cell.workload.batch_size == workload.batch_size
+    ]
+    return {baseline_of(run, cell).id for cell in candidates}, {cell.id for cell in candidates}

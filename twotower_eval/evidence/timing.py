@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from twotower_eval import stats
 from twotower_eval.evidence.calls import (
@@ -51,7 +52,8 @@ class SpeedPoint:
 
     ``null_fault`` says why the null forbids to read this as a speedup, which is then INVALID; ``None`` if it does not.
     ``handicaps``: arms that were timed in a slower way than their models have, which is INVALID as well.
-    ``timed`` and ``null_timed`` are the calls that these figures rest on, for other levels.
+    ``timed`` and ``null_timed`` are the calls that these figures rest on, for other levels. ``tasks`` are those that
+    the timed prompts are of, none where their ids do not say.
     """
 
     run_ids: tuple[str, ...]
@@ -81,6 +83,7 @@ class SpeedPoint:
     null_timed: stats.TimedCalls | None
     null_fault: str | None = None
     handicaps: tuple[Handicap, ...] = ()
+    tasks: tuple[str, ...] = ()
 
     @property
     def key(self) -> PointKey:
@@ -199,7 +202,15 @@ def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
         timed=timed,
         null_timed=null_timed,
         handicaps=_handicaps(runs, (baseline, candidate), (samples[0], samples[1])),
+        tasks=_tasks_of(calls),
     )
+
+
+def _tasks_of(calls: Sequence[Call]) -> tuple[str, ...]:
+    """The tasks of the prompts, by their ids (``task/number``); none where one does not say."""
+    parts = [prompt_id.rpartition("/") for prompt_id in sorted(chain.from_iterable(calls))]
+    said = all(task and number.isdigit() for task, _, number in parts)
+    return tuple(dict.fromkeys(task for task, _, _ in parts)) if said else ()
 
 
 def _handicaps(
