@@ -10,7 +10,8 @@ from test_claims_judge import BOTH, FAST, KEPT, claims_of
 
 from twotower_eval import cli, store
 from twotower_eval.claims import exit_code, gates, judge, strict_line, verdict_lines
-from twotower_eval.records import Gate, SpeedSample, Verdict
+from twotower_eval.claims.terms import RANGES
+from twotower_eval.records import Gate, GateLimits, SpeedSample, Verdict
 from twotower_eval.store import Run
 
 CLAIM_FILE = """title = "mine"
@@ -105,3 +106,27 @@ def test_the_unchecked_gates_of_a_part_are_said_of_the_joint_claim(
     claims = claims_of(KEPT, FAST, BOTH)
     verdicts = judge(claims, [kept_run, launched(tmp_path, 5)])
     assert "; not checked: verify (no verify run" in verdict_lines(claims, verdicts)[2]
+
+
+def test_every_verdict_carries_its_margin_and_the_limits_that_are_its_own(tmp_path: Path, kept_run: Run) -> None:
+    """A claim with a margin of its own, or a gate opened wide, read like any other."""
+    own = {**FAST, "margin": 0.1, "limits": {"min_retention": 0.3, "null_offset": 0.02}}
+    claims = claims_of(
+        {**KEPT, "relation": "equal", "margin": 0.0}, own, BOTH, {**KEPT, "name": "far", "expected": 2.0}
+    )
+    verdicts = judge(claims, [kept_run, launched(tmp_path, 1)])
+    kept, fast, both, refuted, _ = verdict_lines(claims, verdicts)
+    assert "; claimed: retention equal to 90 %, without a margin" in kept
+    limits = "; limits that are not the shipped ones: min_retention 0.3 (shipped 0.5)"
+    assert f"; claimed: wall-clock speedup at least 1.2x less 10 %{limits}" in fast
+    assert f"retention equal to 90 %, without a margin and wall-clock speedup at least 1.2x less 10 %{limits}" in both
+    assert "; claimed: retention at least 200 % less 0.5 points" in refuted
+    assert "limits" not in kept
+
+
+def test_every_limit_has_its_range() -> None:
+    """A new gate's limit could be set to anything."""
+    shipped = GateLimits()
+    assert RANGES.keys() == {field.name for field in dataclasses.fields(GateLimits)}
+    for name, allowed in RANGES.items():
+        assert allowed.least <= getattr(shipped, name) <= allowed.most

@@ -374,7 +374,8 @@ def test_a_claim_names_the_metric_that_it_means(tmp_path: Path, capsys: Any) -> 
     assert code == 6
     assert line.endswith(
         "one  rolling has no one score 'bpb': name one by metric, of "
-        "bits_per_byte,none, byte_perplexity,none, word_perplexity,none"
+        "bits_per_byte,none, byte_perplexity,none, word_perplexity,none; "
+        "claimed: score (bpb) at most 1e+06, without a margin"
     )
     unsaid = [dataclasses.replace(score, main=None) for score in run.scores]
     [verdict] = judge([claim_on("score", "rolling")], [dataclasses.replace(run, scores=unsaid)])
@@ -447,7 +448,7 @@ def test_reports_show_such_claims_in_the_metrics_unit(tmp_path: Path) -> None:
     claims.write_text(CLAIMS.format(more="\n".join(f"{key} = {json.dumps(value)}" for key, value in about.items())))
     shown = (report.write([run.path], tmp_path / "reports", claims=str(claims)) / "report.md").read_text()
     assert "| one | **SUPPORTED** | word_perplexity " in shown.replace("\\_", "_")
-    assert "score (word_perplexity) at most 1e+15 (margin 0) |" in shown.replace("\\_", "_")
+    assert "score (word_perplexity) at most 1e+15, without a margin |" in shown.replace("\\_", "_")
 
 
 def test_the_published_miniature_has_perplexities_of_all_its_documents() -> None:

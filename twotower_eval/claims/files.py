@@ -15,6 +15,7 @@ from typing import Any
 
 from twotower_eval.claims.published import Published, published_from
 from twotower_eval.claims.reading import at_least, tables, texts, value_of, within
+from twotower_eval.claims.terms import check_limits, check_margin
 from twotower_eval.names import did_you_mean
 from twotower_eval.plan import data_path, read_toml
 from twotower_eval.records import Averaging, Claim, DecoderSpec, GateLimits, OperatingPoint, Quantity, Relation
@@ -24,13 +25,6 @@ TASK_QUANTITIES = ("retention", "decoder_exercised_retention", "score", "score_d
 SCORE_QUANTITIES = ("score", "score_difference")
 SPEED_QUANTITIES = ("speedup_time", "speedup_throughput", "speedup_time_per_device")
 # Wider ones would let other answers be timed than were scored.
-LIMITS_OF_ANSWERS = {
-    "differing_answers": (0.0, 0.02),
-    "differing_answers_half": (0.0, 0.5),
-    "score_effect": (0.0, 0.1),
-    "least_work": (0.1, 1.0),
-    "warn_retention": (1.0, 2.0),
-}
 MARGINS = {"retention": 0.005, "decoder_exercised_retention": 0.005} | dict.fromkeys(SPEED_QUANTITIES, 0.05)
 
 
@@ -164,14 +158,7 @@ def _limits(where: str, table: Mapping[str, Any]) -> GateLimits:
     names = [field.name for field in dataclasses.fields(GateLimits)]
     within(f"{where}, limits", table, names)
     limits = GateLimits(**{key: value_of(f"{where}, limits", table, key, float) for key in table})
-    if not 0.5 < limits.above_chance_level < 1:
-        raise ValueError(
-            f"{where}, limits: above_chance_level lies between 0.5 and 1 (0.95), not {limits.above_chance_level:g}"
-        )
-    for name, (least, most) in LIMITS_OF_ANSWERS.items():
-        if not least <= getattr(limits, name) <= most:
-            value, usual = getattr(limits, name), getattr(GateLimits(), name)
-            raise ValueError(f"{where}, limits: {name} lies between {least:g} and {most:g} ({usual:g}), not {value:g}")
+    check_limits(f"{where}, limits", limits, table)
     return limits
 
 
@@ -194,6 +181,7 @@ def _check_claim(where: str, claim: Claim, table: Mapping[str, Any]) -> None:
         # Scores below 0 are rare, but there are some: correlations.
         if value < 0 and (key == "margin" or claim.quantity not in SCORE_QUANTITIES):
             raise ValueError(f"{where}: {key} must be 0 or more, not {value:g}")
+    check_margin(where, claim)
     if claim.metric is not None and (claim.quantity not in SCORE_QUANTITIES or len(claim.scope) != 1):
         raise ValueError(
             f"{where}: metric names the score of one task, of which score and score_difference are: drop it"
@@ -212,8 +200,6 @@ def _check_speed(where: str, claim: Claim, table: Mapping[str, Any]) -> None:
             raise ValueError(f"{where}: {key} has no effect on a speedup: drop it")
     if claim.expected == 0:
         raise ValueError(f"{where}: a speedup of 0 cannot be claimed")
-    if claim.margin is not None and claim.margin >= 1:
-        raise ValueError(f"{where}: margin is a share of the speedup, 0.05 for 5 %: {claim.margin:g} leaves no claim")
     for key in ("batch_size", "num_devices", "workload"):
         if getattr(claim.point, key) is None:
             raise ValueError(f"{where}: point {claim.point.name!r} lacks {key}: a speedup holds at one only")

@@ -10,6 +10,7 @@ from twotower_eval.claims.audit import Finding
 from twotower_eval.claims.gates import SAID_WITH_SPEED
 from twotower_eval.claims.judge import EXIT_CODES, said
 from twotower_eval.claims.reasons import unit_of
+from twotower_eval.claims.terms import terms_text
 from twotower_eval.evidence.numbers import high_retention_text, interval
 from twotower_eval.records import Claim, Estimate, Verdict
 
@@ -19,18 +20,15 @@ BOUNDS = "brackets hold one-sided 95 % bounds"
 def verdict_lines(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> list[str]:
     """One line for each verdict, then one that counts them."""
     by_name = {claim.name: claim for claim in claims}
+    metrics = {verdict.claim: verdict.metric for verdict in verdicts}
     width = max((len(verdict.claim) for verdict in verdicts), default=0)
     widest = max([12, *(len(said(verdict)) for verdict in verdicts)])
     lines = []
     for verdict in verdicts:
         shown = estimate_text(by_name[verdict.claim], verdict.estimate, verdict.metric)
         words = [f"{said(verdict):{widest}}", f"{verdict.claim:{width}}", f"{shown} {verdict.reason}".strip()]
-        remarks = (
-            retention_text(verdict)
-            + unchecked_text(verdict)
-            + chance_text(by_name[verdict.claim], verdict)
-            + looks_text(verdict)
-        )
+        remarks = retention_text(verdict) + unchecked_text(verdict) + chance_text(by_name[verdict.claim], verdict)
+        remarks += f"; claimed: {terms_text(by_name[verdict.claim], metrics, claims)}" + looks_text(verdict)
         lines.append("  ".join(words) + remarks)
     return [*lines, count_line(verdicts)]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from twotower_eval.claims.terms import own_limits
 from twotower_eval.evidence.alone import is_alone
 from twotower_eval.evidence.degenerate import flags
 from twotower_eval.evidence.documents import DocumentPair, document_pairs
@@ -246,10 +247,13 @@ def _verdicts(runs: Runs) -> list[Row]:
         {
             "claim": claim.name,
             "outcome": verdict.outcome,
+            "scope": verdict.scope,
+            "num_launches": verdict.num_launches,
             "quantity": claim.quantity,
             "relation": claim.relation,
             "expected": claim.expected,
             "margin": claim.margin,
+            "limits": " ".join(f"{name}={own:g}" for name, (own, _) in own_limits(claim).items()),
             **measured_columns("measured", Measured(estimate=verdict.estimate)),
             **measured_columns("measured_above_chance", Measured(estimate=verdict.above_chance)),
             "tasks_near_chance": " ".join(verdict.near_chance),

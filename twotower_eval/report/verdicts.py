@@ -7,9 +7,10 @@ from functools import cached_property
 from typing import Any
 
 from twotower_eval.claims import ClaimFile, judge, load_claims
-from twotower_eval.claims.files import SCORE_QUANTITIES, SPEED_QUANTITIES
+from twotower_eval.claims.files import SPEED_QUANTITIES
 from twotower_eval.claims.judge import said
 from twotower_eval.claims.match import at_point, gather, names_subject
+from twotower_eval.claims.terms import claimed_text, limits_text, terms_text
 from twotower_eval.claims.text import chance_text, count_line, estimate_text, unchecked_text
 from twotower_eval.evidence.naming import long_name, short_name
 from twotower_eval.evidence.runs import Headline, Runs
@@ -19,18 +20,6 @@ from twotower_eval.records import Checkpoint, Claim, OperatingPoint, Verdict
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import NONE, bullets, details, escape, run_list, table, with_commands
 from twotower_eval.store import Run
-
-RELATIONS = {"at_least": "at least", "at_most": "at most", "equal": "equal to"}
-QUANTITIES = {
-    "retention": "retention",
-    "decoder_exercised_retention": "decoder-exercised retention",
-    "score": "score",
-    "score_difference": "score difference",
-    "speedup_time": "wall-clock speedup",
-    "speedup_throughput": "speedup in useful tokens per second",
-    "speedup_time_per_device": "wall-clock speedup per device",
-    "joint": "joint claim",
-}
 
 
 class JudgedRuns(Runs):
@@ -108,11 +97,12 @@ def verdict_line(runs: Runs) -> str:
     [verdict] = [verdict for one, verdict in runs.verdicts if one.name == claim.name]
     parts = runs.parts(claim)
     metrics = {one.name: found.metric for one, found in runs.verdicts}
-    claimed = " and ".join(_claimed(part, metrics.get(part.name)) for part in parts)
+    claimed = escape(" and ".join(claimed_text(part, metrics.get(part.name)) for part in parts))
     timed = any(part.quantity in SPEED_QUANTITIES for part in parts)
     outcome, at = said(verdict), _short_at(claim.point, timed)
     beside = unchecked_text(verdict)
     beside += "".join(chance_text(part, found) for part, found in runs.verdicts if part in parts)
+    at += escape(limits_text(parts))
     return f"**{outcome}**: claim {escape(claim.name)}, {claimed} at {at}: {escape(verdict.reason + beside)}."
 
 
@@ -130,7 +120,7 @@ def claims(runs: Runs) -> Section:
     if not isinstance(runs, JudgedRuns) or runs.claims is None:
         text = "No claim file names a checkpoint of these runs; `twotower-eval report --claims FILE` judges one.\n"
         return Section(title=title, markdown=text)
-    rows = [_row(claim, verdict) for claim, verdict in runs.verdicts]
+    rows = [_row(claim, verdict, runs) for claim, verdict in runs.verdicts]
     header = ["claim", "verdict", "measured", "claimed", "at"]
     parts = [
         f"{escape(runs.claims.title)}. {escape(count_line([verdict for _, verdict in runs.verdicts]))}.",
@@ -156,31 +146,11 @@ def _looks(runs: JudgedRuns) -> str:
     return text
 
 
-def _row(claim: Claim, verdict: Verdict) -> list[str]:
+def _row(claim: Claim, verdict: Verdict, runs: JudgedRuns) -> list[str]:
     shown = estimate_text(claim, verdict.estimate, verdict.metric).rstrip(":") or NONE
-    outcome = said(verdict)
-    return [escape(claim.name), f"**{outcome}**", shown, _claimed(claim, verdict.metric, margin=True), _at(claim.point)]
-
-
-def _claimed(claim: Claim, metric: str | None, *, margin: bool = False) -> str:
-    """``retention at least 98.7 % (margin 0.5 points)``; a joint claim has its parts.
-
-    A score outside retention is in the unit of its ``metric``. Of one that was not measured that much is known only
-    where it is no share.
-    """
-    if claim.expected is None or claim.margin is None:
-        return escape(" and ".join(claim.parts))
-    expected, unit = f"{100 * claim.expected:g} %", "points"
-    if claim.quantity in SPEED_QUANTITIES:
-        expected, unit = f"{claim.expected:g}x", "%"
-    if claim.quantity == "score_difference":
-        expected = f"{100 * claim.expected:g} points"
-    if claim.quantity in SCORE_QUANTITIES and (metric is not None or abs(claim.expected) > 1):
-        shown = metric or claim.metric
-        named = QUANTITIES[claim.quantity] + (f" ({escape(shown)})" if shown else "")
-        return f"{named} {RELATIONS[claim.relation]} {claim.expected:g}" + f" (margin {claim.margin:g})" * margin
-    allowed = f" (margin {100 * claim.margin:g} {unit})" if margin else ""
-    return f"{QUANTITIES[claim.quantity]} {RELATIONS[claim.relation]} {expected}{allowed}"
+    metrics = {one.name: found.metric for one, found in runs.verdicts}
+    claimed = terms_text(claim, metrics, [one for one, _ in runs.verdicts])
+    return [escape(claim.name), f"**{said(verdict)}**", shown, escape(claimed), _at(claim.point)]
 
 
 def _short_at(point: OperatingPoint, timed: bool) -> str:
