@@ -1,4 +1,4 @@
-"""The slow obvious decoder: one prompt at a time, everything recomputed from the tokens at every step.
+"""The slow obvious decoder: one prompt at a time, everything recomputed from the tokens for every token or block.
 
 It shares no loop, no cache and no commit code with the fast decoders, so that they can be tested against it.
 """
@@ -118,10 +118,10 @@ class Reference:
         block = [mask] * params.block_size
         open_positions = list(range(params.block_size))
         calls = forced = 0
+        context = self.model.prefill(torch.tensor([known]))
         for step in range(num_steps):
             if not open_positions:
                 break
-            context = self.model.prefill(torch.tensor([known]))
             fraction = len(open_positions) / params.block_size
             logits_KV = self.model.denoise(torch.tensor([block]), context, [fraction])[0]
             logits_KV[:, mask] = -math.inf

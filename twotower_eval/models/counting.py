@@ -7,11 +7,15 @@ counts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor
+
+from twotower_eval.records import Passes, PassKind
 
 MAX_HELD = 2  # times as many rows as are meant
 
@@ -136,9 +140,10 @@ class CountingModel:
 
 @dataclass
 class RowSteps:
-    """Rows that each forward of a kind served, in order."""
+    """Rows that each forward of a kind served, in order, and how many tokens each row had in it."""
 
     rows: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
 
     def share(self, width: int) -> float | None:
         """Row-steps that served a sequence, of all that ``width`` slots had; None where there was no forward."""
@@ -149,27 +154,82 @@ class WatchedModel:
     """A model that notes how many rows each of its forwards serves. Decoders made for it decode as for the model.
 
     Decoders never give a finished row to a forward, so every row here is work: it is one of a generation's forwards.
+    Passes over whole rows (``context_logits``, ``tree_logits``) read them from the beginning, as a prefill does. What
+    is called of ``context_tower`` counts alike.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, of: WatchedModel | None = None) -> None:
         self._model = model
         self.prefills, self.extensions, self.denoisings = RowSteps(), RowSteps(), RowSteps()
+        self.running: list[int] = []  # the threads that are inside a forward which was noted
+        if of is not None:
+            self.prefills, self.extensions, self.denoisings = of.prefills, of.extensions, of.denoisings
+            self.running, self._before = of.running, of._before  # type: ignore[method-assign]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def prefill(self, ids_BS: Tensor, *more: Any) -> Any:
-        """The model's own, noted."""
-        self.prefills.rows.append(ids_BS.shape[0])
-        return self._model.prefill(ids_BS, *more)
+    @property
+    def context_tower(self) -> WatchedModel:
+        """The model's own, noted as well."""
+        return WatchedModel(self._model.context_tower, of=self)
 
-    def extend(self, context: Any, ids_BK: Tensor) -> Any:
-        """The model's own, noted."""
-        self.extensions.rows.append(ids_BK.shape[0])
-        return self._model.extend(context, ids_BK)
+    @property
+    def passes(self) -> tuple[Passes, ...]:
+        """All that was noted, by kind and size."""
+        kinds: tuple[tuple[PassKind, RowSteps], ...] = (
+            ("prefill", self.prefills),
+            ("extend", self.extensions),
+            ("denoise", self.denoisings),
+        )
+        return tuple(
+            Passes(kind=kind, rows=rows, tokens=tokens, num=num)
+            for kind, steps in kinds
+            for (rows, tokens), num in sorted(Counter(zip(steps.rows, steps.tokens, strict=True)).items())
+        )
 
-    def denoise(self, block_BK: Tensor, *more: Any) -> Tensor:
+    def forget(self) -> None:
+        """Note anew."""
+        for steps in (self.prefills, self.extensions, self.denoisings):
+            steps.rows.clear()
+            steps.tokens.clear()
+
+    def prefill(self, ids_BS: Tensor, *more: Any, **options: Any) -> Any:
         """The model's own, noted."""
-        self.denoisings.rows.append(block_BK.shape[0])
-        logits: Tensor = self._model.denoise(block_BK, *more)
-        return logits
+        return self._run(self.prefills, ids_BS.shape, self._model.prefill, ids_BS, *more, **options)
+
+    def context_logits(self, ids_BS: Tensor, *more: Any, **options: Any) -> Any:
+        """The model's own, noted."""
+        return self._run(self.prefills, ids_BS.shape, self._model.context_logits, ids_BS, *more, **options)
+
+    def tree_logits(self, context: Any, segments: Any) -> Any:
+        """The model's own, noted as one row of all its tokens."""
+        size = (1, sum(len(segment.tokens) for segment in segments))
+        return self._run(self.prefills, size, self._model.tree_logits, context, segments)
+
+    def extend(self, context: Any, ids_BK: Tensor, *more: Any, **options: Any) -> Any:
+        """The model's own, noted."""
+        return self._run(self.extensions, ids_BK.shape, self._model.extend, context, ids_BK, *more, **options)
+
+    def extend_logits(self, context: Any, ids_BK: Tensor, *more: Any, **options: Any) -> Any:
+        """The model's own, noted."""
+        return self._run(self.extensions, ids_BK.shape, self._model.extend_logits, context, ids_BK, *more, **options)
+
+    def denoise(self, block_BK: Tensor, *more: Any, **options: Any) -> Any:
+        """The model's own, noted."""
+        return self._run(self.denoisings, block_BK.shape, self._model.denoise, block_BK, *more, **options)
+
+    def _run(self, steps: RowSteps, size: Sequence[int], call: Callable[..., Any], *given: Any, **options: Any) -> Any:
+        self._before()
+        rows, tokens = size
+        steps.rows.append(rows)
+        steps.tokens.append(tokens)
+        thread = get_ident()
+        self.running.append(thread)
+        try:
+            return call(*given, **options)
+        finally:
+            self.running.remove(thread)
+
+    def _before(self) -> None:
+        """Hear of a forward that is about to run."""

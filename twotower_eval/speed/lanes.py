@@ -8,11 +8,16 @@ from typing import Any
 
 import torch
 
+from twotower_eval.decoders.reported import Asked, ReportError, check_answers, check_forwards, finished
 from twotower_eval.models.prompts import stops_of
+from twotower_eval.models.strays import Strays
 from twotower_eval.plan import SpeedPlan
-from twotower_eval.records import Arm, Cell, DecoderSpec, Generation, Prompt, cell_id, derive_seed
+from twotower_eval.records import Arm, Cell, DecoderSpec, Generation, Passes, Prompt, cell_id, derive_seed
 from twotower_eval.speed.clock import CallClock, Devices, TimedModel, no_garbage_collection
+from twotower_eval.speed.watch import Busy, TextCost, Watch, text_cost
 from twotower_eval.speed.workloads import Call, Calls, Request, encode_calls, make_workload
+
+FINISH_SHARE, FINISH_S = 1e-3, 1e-4  # how far a finish may seem to lie behind the end: two readings of one clock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +30,24 @@ class Timing:
     first_output_s: float
     peak_memory_bytes: int | None
     peak_memory_reason: str | None
+    passes: tuple[Passes, ...]
+    busy: Busy
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Lane:
-    """One cell as it is timed. ``replica`` is 1 for the second copy of the baseline; ``ids`` are by call id."""
+    """One cell as it is timed. ``replica`` is 1 for the second copy of the baseline; ``ids`` are by call id.
+
+    ``watch`` and ``strays`` see to it that a call is what it says; ``text_cost`` is None without a tokenizer.
+    """
 
     cell: Cell
     replica: int
     model: TimedModel
     decoder: Any
-    clock: CallClock
+    watch: Watch
+    strays: Strays
+    text_cost: TextCost | None
     devices: Devices
     ids: Mapping[str, tuple[tuple[int, ...], ...]]
     seed: int
@@ -55,29 +67,39 @@ class Lane:
         stop = call.stop if call.ignore_eos else stops_of(self.model, call.stop)
         self.model.forget()
         self.devices.forget_peak()
-        with no_garbage_collection():
-            started_s = self.clock()
+        watch = self.watch
+        with no_garbage_collection(), self.strays.noted(self.model):
+            look = watch.begin()
             try:
-                generations = self.decoder.generate(
+                given = self.decoder.generate(
                     prompts, max_new_tokens=call.max_new_tokens, eos_token_ids=eos_token_ids, stop=stop
                 )
             except torch.OutOfMemoryError as error:
                 raise ValueError(
                     f"{self.name}: out of memory: take smaller --batch-sizes or a shorter prompt"
                 ) from error
-            wall_s = self.clock() - started_s
-        self._check(call, generations)
+            generations = finished(given, self.name)
+            wall_s, busy = watch.end(look, self.name)
         peak_memory_bytes, reason = self.devices.peak_memory()
+        self._check_count(call, generations)
+        check_answers(generations, prompts, self._asked(call, eos_token_ids, stop))
+        self._check_passes(generations)
+        self._check_times(generations, wall_s)
+        if self.text_cost is not None:
+            lengths = [g.num_prompt_tokens + g.num_tokens + g.num_discarded_tokens for g in generations]
+            watch.check_texts(look, self.text_cost, lengths, self.name)
         moments_s = (self.model.prefilled_at_s, self.model.extended_at_s)
-        prefill_s, extended_s = (None if moment is None else moment - started_s for moment in moments_s)
+        prefill_s, extended_s = (None if moment is None else moment - look.started_s for moment in moments_s)
         ends_s = [wall_s, *(g.finish_s for g in generations if g.finish_s is not None)]
         return Timing(
-            generations=tuple(generations),
+            generations=generations,
             wall_s=wall_s,
             prefill_s=prefill_s,
             first_output_s=min([*ends_s, *([] if extended_s is None else [extended_s])]),
             peak_memory_bytes=peak_memory_bytes,
             peak_memory_reason=reason,
+            passes=self.model.passes,
+            busy=busy,
         )
 
     @property
@@ -85,12 +107,57 @@ class Lane:
         """For people."""
         return f"{self.cell.arm} {self.cell.decoder.label}, batch size {self.cell.workload.batch_size}"
 
-    def _check(self, call: Call, generations: Sequence[Generation]) -> None:
-        if len(generations) != len(call.requests):
-            raise ValueError(f"{self.name}: {len(generations)} generations for {len(call.requests)} prompts")
+    def _asked(self, call: Call, eos_token_ids: Sequence[int], stop: Sequence[str]) -> Asked:
+        return Asked(
+            name=self.name,
+            max_new_tokens=call.max_new_tokens,
+            eos_token_ids=eos_token_ids,
+            stop=stop,
+            tokenizer=self.model.raw_tokenizer,
+            vocab_size=self.model.vocab_size,
+        )
+
+    def _check_count(self, call: Call, generations: Sequence[Generation]) -> None:
         short = [g.num_tokens for g in generations if call.ignore_eos and g.num_tokens != call.max_new_tokens]
         if short:
             raise ValueError(f"{self.name}: made {short[0]} tokens where exactly {call.max_new_tokens} were asked for")
+
+    def _check_passes(self, generations: Sequence[Generation]) -> None:
+        """ReportError where the model was run in ways that the harness does not count, or others than reported."""
+        if self.strays.num:
+            raise ReportError(
+                f"{self.name}: ran a model {self.strays.num} times past the harness, which counts prefill, extend, "
+                "denoise and context_logits of the model that a decoder is given: call these"
+            )
+        check_forwards(generations, self.model, self.name)
+        if self.model.num_while_stopped:
+            raise ReportError(
+                f"{self.name}: ran {self.model.num_while_stopped} forwards while the clock stood for a text"
+            )
+        others = self.model.num_threads - {self.watch.num_threads}
+        if others:
+            raise ReportError(
+                f"{self.name}: ran forwards with {min(others)} CPU threads, and the plan has {self.watch.num_threads}"
+            )
+
+    def _check_times(self, generations: Sequence[Generation], wall_s: float) -> None:
+        """ReportError where an answer was finished before its call began or after it ended. A call whose own time is
+        impossible says nothing of its answers'."""
+        for generation in generations if wall_s > 0 else ():
+            finish_s = generation.finish_s
+            if finish_s is not None and not -FINISH_S <= finish_s <= wall_s * (1 + FINISH_SHARE) + FINISH_S:
+                raise ReportError(
+                    f"{self.name}: prompt {generation.prompt_id!r}: finish_s is {finish_s:.6g}, and the call took "
+                    f"{wall_s:.6g} s"
+                )
+
+
+def make_one(timed: TimedModel, spec: DecoderSpec, clock: CallClock, watch: Watch) -> Any:
+    """A decoder of the spec for a timed model; it may read the clock. ReportError where it starts threads to stay."""
+    from twotower_eval.decoders import from_spec
+
+    with watch.no_threads_left(f"decoder {spec.label}"):
+        return from_spec(timed, spec, clock=clock.reader())
 
 
 def make_lanes(
@@ -102,10 +169,12 @@ def make_lanes(
     clock: CallClock,
 ) -> dict[int, tuple[Lane, ...]]:
     """By batch size: the baseline, its copy, and every candidate. ``models`` are those of baseline and candidate."""
-    from twotower_eval.decoders import decoder_spec, from_spec
+    from twotower_eval.decoders import decoder_spec
 
     autoregressive = decoder_spec("autoregressive", temperature=float(plan.temperature or 0))
     timed = [TimedModel(model, clock) for model in models]
+    watch, strays = Watch(clock), Strays(models)
+    texts = [model.tokenizer and text_cost(model.tokenizer, model.vocab_size, clock.now) for model in models]
     ids = [encode_calls(plan, calls, requests, model) for model in models]
     arms: list[tuple[Arm, int, DecoderSpec]] = [("baseline", 0, autoregressive), ("baseline", 1, autoregressive)]
     arms += [("candidate", 0, spec) for spec in specs]
@@ -119,8 +188,10 @@ def make_lanes(
                 cell=cell,
                 replica=replica,
                 model=timed[which],
-                decoder=from_spec(timed[which], spec, clock=clock),
-                clock=clock,
+                decoder=make_one(timed[which], spec, clock, watch),
+                watch=watch,
+                strays=strays,
+                text_cost=texts[which],
                 devices=Devices(cell.checkpoint.devices),
                 ids=ids[which],
                 seed=plan.seed,

@@ -310,6 +310,10 @@ class _Session(RoundLoop):
             peak_memory_reason=timing.peak_memory_reason,
             started_at=started_at,
             prompts=tuple(_prompt_timing(generation, timing.wall_s) for generation in timing.generations),
+            passes=timing.passes,
+            cpu_s=timing.busy.cpu_s,
+            caller_cpu_s=timing.busy.caller_cpu_s,
+            off_clock_s=timing.busy.off_clock_s,
         )
         self._writer.append(sample)
 
@@ -342,6 +346,6 @@ def _prompt_timing(generation: Generation, wall_s: float) -> PromptTiming:
         num_denoiser_forwards=generation.num_denoiser_forwards,
         num_forced_commits=generation.num_forced_commits,
         finish=generation.finish,
-        finish_s=wall_s if generation.finish_s is None else generation.finish_s,
+        finish_s=wall_s if generation.finish_s is None else max(0.0, min(generation.finish_s, wall_s)),
         tokens_sha256=sha256_text(canonical_json(list(generation.token_ids))),
     )
