@@ -23,8 +23,7 @@ class Strays:
     def __init__(self, models: Iterable[Any]) -> None:
         models = list(models)
         self._entrances = _entrances(models)
-        graphs = [getattr(part, "graphs", None) for model in models for part in _networks(model)]
-        self._graphs = list({id(found): found for found in graphs if found is not None}.values())
+        self._with_graphs = [part for model in models for part in _networks(model) if "graphs" in vars(part)]
         self._running: Sequence[int] = ()
         self.num = 0
 
@@ -35,7 +34,7 @@ class Strays:
         with ExitStack() as stack:
             for module in self._entrances:
                 stack.callback(module.register_forward_pre_hook(self._entered).remove)
-            for graphs in self._graphs:
+            for graphs in {id(part.graphs): part.graphs for part in self._with_graphs if part.graphs}.values():
                 for name in ("extend", "denoise"):
                     setattr(graphs, name, self._heard(getattr(graphs, name)))
                     stack.callback(delattr, graphs, name)
@@ -56,7 +55,7 @@ class Strays:
         return heard
 
 
-def _networks(model: Any) -> list[nn.Module]:
+def _networks(model: Any) -> list[Any]:
     """The modules that a model is, or holds."""
     if isinstance(model, nn.Module):
         return list(model.modules())
