@@ -81,6 +81,7 @@ from twotower_eval.stats.speedup import (
     resamples_launches,
     speedup,
 )
+from twotower_eval.stats.tails import Documents, Tail, calls_to_see
 
 __all__ = [
     "ABOVE_CHANCE_LEVEL",
@@ -101,6 +102,7 @@ __all__ = [
     "Comparison",
     "CostTable",
     "Decision",
+    "Documents",
     "Draws",
     "Explanation",
     "Figure",
@@ -115,12 +117,14 @@ __all__ = [
     "Relation",
     "ScoreTable",
     "Standing",
+    "Tail",
     "TimedCalls",
     "WholeScores",
     "averaged",
     "binomial_upper_bound",
     "bootstrap_stderr",
     "break_even",
+    "calls_to_see",
     "can_misfit",
     "chance_of_equal",
     "decide",

@@ -13,7 +13,7 @@ the symmetric one and of the bootstrap's percentiles corrected for skewness. Whe
 unlike length are what skews, and few calls show too little of it. So the variance between calls is the jackknife's,
 which knows how much a long call bends the ratio; one more call like the most telling one is added to variance and
 skewness, less and less the more calls carry them; and the end on the side of the tail is moved out (see
-``skewed_t_interval``).
+``skewed_t_interval``). What no call shows, such as a rare answer that runs on to its budget, is for ``tails``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import exp, sqrt
+from math import exp, isfinite, log, sqrt
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -38,9 +38,12 @@ from twotower_eval.stats.intervals import (
     skewed_t_interval,
     third_cumulant,
 )
+from twotower_eval.stats.tails import Documents, PerCall, Tail, shifts, tail_of
 
 NULL_LEVEL = 0.99  # of the A/A null's interval
 MIN_LAUNCHES = FEW  # fewer say nothing of how launches differ
+TOLD = 0.001  # on the log scale: what calls that were not timed move less than this goes unsaid
+JUDGED = ("time", "throughput")  # the quantities that claims of speed are about
 Quantity = Literal["time", "throughput", "length", "baseline_rate", "candidate_rate"]
 
 
@@ -48,7 +51,9 @@ Quantity = Literal["time", "throughput", "length", "baseline_rate", "candidate_r
 class TimedCalls:
     """Both arms of the same calls in the same rounds: seconds and useful tokens, each (R, P).
 
-    ``launches`` names the launch of each round; ``fixed`` says that the calls are not a sample of prompts.
+    ``launches`` names the launch of each round; ``fixed`` says that the calls are not a sample of prompts. What is
+    known of calls that were not timed is optional: ``limits_s``, the seconds of a call at its budget in either arm,
+    and ``documents``, the lengths of all documents.
     """
 
     baseline_s: Floats
@@ -57,6 +62,8 @@ class TimedCalls:
     candidate_tokens: Floats
     launches: Sequence[str]
     fixed: bool
+    limits_s: tuple[float, float] | None = None
+    documents: Documents | None = None
 
     def __post_init__(self) -> None:
         arrays = (self.baseline_s, self.candidate_s, self.baseline_tokens, self.candidate_tokens)
@@ -68,6 +75,13 @@ class TimedCalls:
             raise ValueError("timed calls: every round needs its launch")
         if not all(np.isfinite(array).all() for array in arrays) or min(array.min() for array in arrays) < 0:
             raise ValueError("timed calls: times and token counts must be finite and at least 0")
+        if self.limits_s is not None and not all(isfinite(limit) and limit >= 0 for limit in self.limits_s):
+            raise ValueError("timed calls: the seconds of a call at its budget must be finite and at least 0")
+
+    @property
+    def tail(self) -> Tail:
+        """How the time is spread over calls."""
+        return tail_of(self.baseline_s, self.candidate_s)
 
 
 def speedup(
@@ -98,7 +112,28 @@ def speedup(
         influence_UP += sign * values_UP.size * values_UP / total
         if crossing.crossed:
             without_P += sign * np.log(_others(values_UP))
-    return crossing.estimate(log_value, log_Q, influence_UP, without_P, level)
+    found = crossing.estimate(log_value, log_Q, influence_UP, without_P, level)
+    return with_unseen(found, calls, throughput=quantity == "throughput") if quantity in JUDGED else found
+
+
+def with_unseen(estimate: Estimate, calls: TimedCalls, *, throughput: bool) -> Estimate:
+    """With the ends moved out for what calls that were not timed may change; see ``tails``."""
+    if calls.fixed:
+        return estimate
+    arrays = (calls.baseline_s, calls.candidate_s, calls.baseline_tokens, calls.candidate_tokens)
+    baseline_s, candidate_s, baseline_tokens, candidate_tokens = (array.mean(axis=0) for array in arrays)
+    per_call = PerCall(baseline_s, candidate_s, baseline_tokens, candidate_tokens, throughput)
+    low, high = shifts(
+        per_call,
+        log_value=log(estimate.value),
+        level=estimate.level,
+        limits_s=calls.limits_s,
+        documents=calls.documents,
+    )
+    if max(-low, high) < TOLD:
+        return replace(estimate, low=estimate.low * exp(low), high=estimate.high * exp(high))
+    method = f"{estimate.method}, moved out for calls that were not timed"
+    return replace(estimate, low=estimate.low * exp(low), high=estimate.high * exp(high), method=method)
 
 
 def geometric_speedup(

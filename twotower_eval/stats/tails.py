@@ -1,0 +1,240 @@
+"""What calls that were not timed could do to a speedup: the tail over prompts, of which few calls see little.
+
+The bootstrap knows the calls that it was given. A few answers that run on to their budget, lengths with a heavy tail,
+a gain that falls with length: each can make the ratio of sums over all prompts another one than that of any sample.
+So the ends of an interval move out by what longer calls than those seen may change, by the surest knowledge there is:
+
+- ``Documents``: the lengths of all documents are known. Times are predicted by tokens (a regression estimator: each
+  arm's seconds move by its slope times the difference of mean tokens), and documents longer than any that was timed
+  take their share at no gain, or at that which the trend of gain over length foretells if it is worse.
+- Limits: what a call takes at its budget is known. As many calls as the rule of three leaves unseen may be of that
+  kind in one arm and ordinary in the other.
+- Neither: where the longest calls show a heavy tail (Hill 1975, "A simple general approach to inference about the tail
+  of a distribution"), it is drawn out beyond them by the same rule of three, at the gain that the trend foretells.
+  Runaways of which a sample shows none leave no trace in it: only enough calls exclude them, ``calls_to_see``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, exp, inf, log, log1p, sqrt
+from typing import NamedTuple
+
+import numpy as np
+
+from twotower_eval.stats.intervals import Floats, t_quantile
+
+TAIL_SHARE = 0.1  # of the calls, the longest, that tell how heavy the tail is
+LEAST_TAIL = 4  # calls in it at the least
+LEAST_CALLS = 20  # of fewer, the longest four are no tail
+HEAVY, LIGHT = 2.0, 2.5  # tail indices: up to the first the tail counts in full, from the second on not at all
+FARTHEST = 10.0  # mean of the unseen calls, in units of the longest one seen: at the most
+RARE = 0.01  # share of runaways that enough calls see with 95 % probability
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Documents:
+    """Useful tokens of all documents whose prompts could have been timed, each (D,), as a run on them has them.
+
+    ``longest_baseline`` and ``longest_candidate`` are the tokens of the longest answer among those that were timed;
+    ``batch_size`` documents make a call.
+    """
+
+    baseline_tokens: Floats
+    candidate_tokens: Floats
+    longest_baseline: float
+    longest_candidate: float
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        arrays = (self.baseline_tokens, self.candidate_tokens)
+        if any(array.shape != self.baseline_tokens.shape or array.ndim != 1 for array in arrays) or not arrays[0].size:
+            raise ValueError("lengths of all documents: both arms need the same documents, one at the least")
+        if not all(np.isfinite(array).all() for array in arrays) or min(array.min() for array in arrays) < 0:
+            raise ValueError("lengths of all documents: tokens must be finite and at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tail:
+    """How the time is spread over calls, in the arm in which fewer of them carry it.
+
+    ``effective_calls``: as many calls of equal length would tell as much (Kish). ``largest_share``: of the time, that
+    of the longest call. ``index``: Hill's, of the longest calls; below 2 the variance is infinite. ``None`` where the
+    longest are alike, or too few.
+    """
+
+    num_calls: int
+    effective_calls: float
+    largest_share: float
+    index: float | None
+
+
+class PerCall(NamedTuple):
+    """Both arms' seconds and tokens, each (P,), mean over rounds; ``throughput``: the gain is in tokens per second."""
+
+    baseline_s: Floats
+    candidate_s: Floats
+    baseline_tokens: Floats
+    candidate_tokens: Floats
+    throughput: bool
+
+    @property
+    def size_P(self) -> Floats:
+        """How long a call is, in units of the mean: in the arm in which it stands out more."""
+        sizes: Floats = np.maximum(self.baseline_s / self.baseline_s.mean(), self.candidate_s / self.candidate_s.mean())
+        return sizes
+
+    @property
+    def log_gain_P(self) -> Floats:
+        """Each call's own log speedup; an answer without tokens counts as one of a hundredth of the mean."""
+        gain_P: Floats = np.log(self.baseline_s / self.candidate_s)
+        if self.throughput:
+            least = 0.01 * (self.baseline_tokens.mean() + self.candidate_tokens.mean())
+            gain_P = gain_P + np.log((self.candidate_tokens + least) / (self.baseline_tokens + least))
+        return gain_P
+
+
+Shifts = tuple[float, float]  # of an interval's lower and upper end, on the log scale: at most 0, at least 0
+
+
+def calls_to_see(share: float = RARE, alpha: float = 0.05) -> int:
+    """So many calls hold one of a kind that makes up ``share`` of all, but for a probability of ``alpha``."""
+    return ceil(log(alpha) / log1p(-share))
+
+
+def tail_of(baseline_s: Floats, candidate_s: Floats) -> Tail:
+    """How either arm's seconds, (R, P), are spread over calls."""
+    found = []
+    for seconds_P in (baseline_s.mean(axis=0), candidate_s.mean(axis=0)):
+        total = float(seconds_P.sum())
+        shares_P = seconds_P / total if total > 0 else np.full(len(seconds_P), 1 / len(seconds_P))
+        index = _tail_index(seconds_P)
+        found.append(
+            Tail(
+                num_calls=len(seconds_P),
+                effective_calls=1 / float((shares_P**2).sum()),
+                largest_share=float(shares_P.max()),
+                index=None if index == inf else index,
+            )
+        )
+    return min(found, key=lambda tail: tail.effective_calls)
+
+
+def shifts(
+    calls: PerCall,
+    *,
+    log_value: float,
+    level: float,
+    limits_s: tuple[float, float] | None,
+    documents: Documents | None,
+) -> Shifts:
+    """How far the ends of a speedup's interval move out for calls that were not timed; see the module's text.
+
+    ``limits_s``: seconds of a call at its budget, of either arm.
+    """
+    if min(calls.baseline_s.min(), calls.candidate_s.min()) <= 0:
+        return 0.0, 0.0  # a call that took no time has no gain
+    if documents is not None:
+        return _by_documents(calls, documents, log_value, level)
+    share = log(2 / (1 - level)) / len(calls.baseline_s)
+    found = [_by_extrapolation(calls, share, log_value, level, limits_s)]
+    if limits_s is not None and not calls.throughput:
+        found.append(_by_limits(calls, 1 - exp(-share), limits_s))
+    return min(low for low, _ in found), max(high for _, high in found)
+
+
+def _by_limits(calls: PerCall, share: float, limits_s: tuple[float, float]) -> Shifts:
+    """So many calls at the budget in one arm, of ordinary length in the other."""
+    means = float(calls.baseline_s.mean()), float(calls.candidate_s.mean())
+    high, low = (log1p(share * max(0.0, limit / mean - 1)) for limit, mean in zip(limits_s, means, strict=True))
+    return -low, high
+
+
+def _by_extrapolation(
+    calls: PerCall, share: float, log_value: float, level: float, limits_s: tuple[float, float] | None
+) -> Shifts:
+    """The heavy tail drawn out beyond the longest call, which ``share`` of all calls may lie beyond."""
+    size_P = calls.size_P
+    index = _tail_index(size_P)
+    heaviness = min(1.0, max(0.0, (LIGHT - index) / (LIGHT - HEAVY)))
+    if not heaviness:
+        return 0.0, 0.0
+    longest = float(size_P.max())
+    size = longest * (min(FARTHEST, index / (index - 1)) if index > 1 else FARTHEST)
+    if limits_s is not None:
+        at_limit = max(limits_s[0] / calls.baseline_s.mean(), limits_s[1] / calls.candidate_s.mean())
+        size = min(size, max(longest, float(at_limit)))
+    low, high = _diluted(heaviness * share * size, _gain_at(calls, size, level), log_value)
+    # The sample may as well hold one call of its tail too many.
+    one_less = -min(heaviness * longest / len(size_P), 0.5)
+    less_high, less_low = _diluted(one_less, _gain_at(calls, longest, level), log_value)
+    return low + min(less_low, 0.0), high + max(less_high, 0.0)
+
+
+def _by_documents(calls: PerCall, documents: Documents, log_value: float, level: float) -> Shifts:
+    """What the lengths of all documents change, by regression of seconds on tokens; and those beyond the longest."""
+    moved, beyond = 0.0, []
+    arms = (
+        (1, calls.baseline_s, calls.baseline_tokens, documents.baseline_tokens, documents.longest_baseline),
+        (-1, calls.candidate_s, calls.candidate_tokens, documents.candidate_tokens, documents.longest_candidate),
+    )
+    for sign, seconds_P, tokens_P, all_D, longest in arms:
+        wanted, timed = documents.batch_size * float(all_D.mean()), float(tokens_P.mean())
+        if timed <= 0 or wanted <= 0:
+            return 0.0, 0.0  # no length to go by, and no throughput either
+        moved += sign * log(1 + _slope(seconds_P, tokens_P) * (wanted - timed) / float(seconds_P.mean()))
+        if calls.throughput:
+            moved -= sign * log(wanted / timed)
+        longer_D = all_D[all_D > longest]
+        beyond.append((float(longer_D.sum() / all_D.sum()), float(longer_D.mean()) if longer_D.size else longest))
+    (of_baseline, long), (of_candidate, other) = beyond
+    mean = float(calls.baseline_tokens.mean()), float(calls.candidate_tokens.mean())
+    size = documents.batch_size * max(long / mean[0], other / mean[1])
+    least, most = _gain_at(calls, max(size, float(calls.size_P.max())), level)
+    # At the worst what is long has no gain at all: a loop commits one token a pass.
+    step = log(float(calls.baseline_s.mean()) / mean[0]) - log(float(calls.candidate_s.mean()) / mean[1])
+    low = -log1p(of_candidate * (exp(max(0.0, step, log_value - least)) - 1))
+    high = log1p(of_baseline * (exp(max(0.0, most - log_value)) - 1))
+    return low + min(moved, 0.0), high + max(moved, 0.0)
+
+
+def _diluted(mass: float, gain: tuple[float, float], log_value: float) -> Shifts:
+    """Beside calls of total size 1 there are others of size ``mass``, of least or greatest log ``gain``."""
+    low, high = min(0.0, gain[0] - log_value), max(0.0, gain[1] - log_value)
+    return log((1 + mass * exp(low)) / (1 + mass)), -log((1 + mass * exp(-high)) / (1 + mass))
+
+
+def _gain_at(calls: PerCall, size: float, level: float) -> tuple[float, float]:
+    """Least and greatest log gain of a call so long, by the trend of gain over length; long calls weigh most."""
+    size_P, gain_P = np.log(calls.size_P), calls.log_gain_P
+    weight_P = calls.size_P / calls.size_P.sum()
+    at, mean = float(weight_P @ size_P), float(weight_P @ gain_P)
+    square = float(weight_P @ (size_P - at) ** 2)
+    slope = float(weight_P @ ((size_P - at) * (gain_P - mean))) / square if square > 0 else 0.0
+    spread = sqrt(float(weight_P @ (gain_P - mean - slope * (size_P - at)) ** 2))
+    away, effective = log(size) - at, 1 / float(weight_P @ weight_P)
+    uncertain = 1 + 1 / effective + (away**2 / square / effective if square > 0 else 0.0)
+    foretold, reach = mean + slope * away, t_quantile(level, inf) * spread * sqrt(uncertain)
+    return foretold - reach, foretold + reach
+
+
+def _slope(seconds_P: Floats, tokens_P: Floats) -> float:
+    """Seconds per further token: no less than none, and no more than all of the time makes."""
+    centred_P = tokens_P - tokens_P.mean()
+    square, mean = float(centred_P @ centred_P), float(tokens_P.mean())
+    if square <= 0 or mean <= 0:
+        return 0.0
+    return min(max(float(centred_P @ seconds_P) / square, 0.0), float(seconds_P.mean()) / mean)
+
+
+def _tail_index(values_P: Floats) -> float:
+    """Hill's index of the longest calls, lower by half its standard error; infinite where they are alike or too few."""
+    num = len(values_P)
+    in_tail = max(LEAST_TAIL, ceil(TAIL_SHARE * num))
+    if num < LEAST_CALLS:
+        return inf
+    longest = np.sort(values_P)[::-1][: in_tail + 1]
+    if longest[-1] <= 0:
+        return inf
+    spread = float(np.log(longest[:-1] / longest[-1]).mean())
+    return (1 - 0.5 / sqrt(in_tail)) / spread if spread > 0 else inf
