@@ -300,7 +300,9 @@ def test_prompts_and_sampled_answers_are_those_of_an_evaluation(pair: Path, tmp_
     evaluated = store.load(harness.run(RunPlan(**shared, samples=2, limit=2, max_new_tokens=6), root=tmp_path))
     timed = store.load(
         speed.run(
-            SpeedPlan(**shared, num_prompts=4, batch_sizes=(2,), new_tokens=6, min_rounds=2), requests, root=tmp_path
+            SpeedPlan(**shared, num_prompts=4, batch_sizes=(2,), new_tokens=6, min_rounds=2),
+            requests[:4],
+            root=tmp_path,
         )
     )
 
@@ -333,11 +335,46 @@ def test_calls_of_an_answer_share_task_stops_and_budget(requests: Any) -> None:
 
 def test_prompts_that_do_not_fit_whole_batches_are_refused(requests: Any) -> None:
     with pytest.raises(ValueError, match="16 prompts cannot be cut into whole batches of 4, 12: take --num-prompts 24"):
-        make_calls(SpeedPlan(batch_sizes=(4, 12)), requests)
+        make_calls(SpeedPlan(batch_sizes=(4, 12), num_prompts=16), requests)
     with pytest.raises(ValueError, match="9 prompts wanted in batches of 3 from one task, the tasks give 6"):
         make_calls(SpeedPlan(batch_sizes=(3,), num_prompts=9), requests[:10])
     with pytest.raises(ValueError, match="16 prompts wanted, the tasks give 10: name more tasks"):
-        make_calls(SpeedPlan(workload="fixed", new_tokens=4), requests[:10])
+        make_calls(SpeedPlan(workload="fixed", new_tokens=4, num_prompts=16), requests[:10])
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A prompt of which nothing counts but its task and its length."""
+
+    task: str
+    doc_id: int
+    text: str
+    stop: tuple[str, ...] = ()
+    max_new_tokens: int = 8
+
+
+def test_timed_prompts_are_spread_over_the_lengths_of_all_of_a_task() -> None:
+    """The first of a task were taken, which here are its shortest."""
+    asked: Any = [Asked(task, i, "x" * (i + 1)) for i in range(96) for task in "ab"]
+    for size in (2, 4):
+        calls = make_calls(SpeedPlan(batch_sizes=(1, size), num_prompts=16), asked)
+        chosen = [request for call in calls[size] for request in call.requests]
+        assert [r.task for r in chosen[::size]] == ["a", "b"] * (8 // size), "tasks take turns"
+        assert [r.doc_id for r in chosen if r.task == "b"] == list(range(0, 96, 12)), "of each stratum the first"
+    shuffled: Any = [Asked("a", i, "x" * (1 + i * 37 % 96)) for i in range(96)]
+    lengths = sorted(len(c.requests[0].text) for c in make_calls(SpeedPlan(num_prompts=8), shuffled)[1])
+    assert [(length - 1) // 12 for length in lengths] == list(range(8))
+
+
+def test_the_default_number_takes_what_there_is_in_whole_batches(requests: Any) -> None:
+    for num, size, expected in ((10, 1, 10), (11, 4, 8), (1_000, 5, 385)):
+        asked: Any = [Asked("a", i, "x" * (1 + i % 7)) for i in range(num)]
+        calls = make_calls(SpeedPlan(batch_sizes=(size,)), asked)[size]
+        assert len({r.doc_id for call in calls for r in call.requests}) == expected
+        fixed = SpeedPlan(batch_sizes=(size,), workload="fixed", new_tokens=4)
+        assert sum(len(call.requests) for call in make_calls(fixed, asked)[size]) == expected
+    with pytest.raises(ValueError, match="384 prompts wanted in batches of 4 from one task, the tasks give 0"):
+        make_calls(SpeedPlan(batch_sizes=(4,)), [Asked("a", 0, "x")])  # type: ignore[list-item]
 
 
 def test_what_does_not_fit_the_model_is_refused(pair: Path, requests: Any, tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ def test_the_default_number_of_prompts_sees_a_runaway_in_a_hundred() -> None:
 def test_what_the_budget_allows_moves_the_bounds_by_the_rule_of_three() -> None:
     """Every call alike: the bootstrap knows no spread at all, the budgets do."""
     plain, bounded = bounds(calls([1.0] * 64, [0.5] * 64)), bounds(calls([1.0] * 64, [0.5] * 64, limits_s=(4.0, 10.0)))
-    assert plain.low == pytest.approx(2.0) and plain.high == pytest.approx(2.0)
+    assert plain.low == pytest.approx(2.0)
+    assert plain.high == pytest.approx(2.0)
     unseen = 1 - 0.05 ** (1 / 64)
     assert bounded.low == pytest.approx(2 / (1 + unseen * 19))
     assert bounded.high == pytest.approx(2 * (1 + unseen * 3))
@@ -91,7 +92,8 @@ def test_the_lengths_of_all_documents_say_what_the_timed_ones_lack() -> None:
     assert bounds(same).low == pytest.approx(bounds(timed).low), "known lengths leave nothing for budgets to do"
     longer = dataclasses.replace(timed, documents=lengths(100 * seconds, 120 * seconds))
     found, plain = bounds(longer), bounds(timed)
-    assert found.low < plain.low / 1.19 and found.high == pytest.approx(plain.high)
+    assert found.low < plain.low / 1.19
+    assert found.high == pytest.approx(plain.high)
     with pytest.raises(ValueError, match="both arms need the same documents"):
         lengths([1.0], [1.0, 2.0])
 

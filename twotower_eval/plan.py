@@ -21,6 +21,8 @@ from twotower_eval.records import DecoderSpec, LikelihoodKind
 Steps = int | Literal["auto"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 CONTEXT_TOWER = "context-tower"
+# A runaway in a hundred prompts is among so many with 98 % probability; whole batches of 1 to 128 by powers of two.
+DEFAULT_NUM_PROMPTS = 384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,8 @@ class SpeedPlan:
 
     ``fixed`` workloads make exactly ``new_tokens`` tokens whatever the model says; ``answer`` workloads stop where
     the task stops, at ``new_tokens`` at the latest, or at the task's own budget where it is ``None``.
+    ``num_prompts`` are spread over the lengths of all prompts of each task; where these are fewer than the default
+    number, it takes as many as there are.
     ``prompt_tokens`` cuts or repeats prompts to that length in tokens (``fixed`` only). Each round times one sample, so
     ``samples`` can only be 1: said where a task asks for several. Rounds go on until both
     ``min_rounds`` and ``min_seconds`` are reached. ``costs`` times the parts of decoding alone in the same rounds.
@@ -104,7 +108,7 @@ class SpeedPlan:
     workload: Literal["fixed", "answer"] = "answer"
     prompt_tokens: int | None = None
     new_tokens: int | None = None
-    num_prompts: int = 16
+    num_prompts: int = DEFAULT_NUM_PROMPTS
     min_rounds: int = 5
     min_seconds: float = 0.0
     warmup_rounds: int = 1

@@ -55,7 +55,9 @@ def speed(
     ] = None,
     prompt_tokens: Annotated[int | None, option("Exact prompt length (fixed only).", metavar="N")] = None,
     new_tokens: Annotated[int | None, option("Tokens to make [answer: the task's budget].", metavar="N")] = None,
-    num_prompts: Annotated[int | None, option("Prompts per cell and round [16].", metavar="N")] = None,
+    num_prompts: Annotated[
+        int | None, option("Prompts per cell and round [384, or all there are].", metavar="N")
+    ] = None,
     min_rounds: Annotated[int | None, option("Rounds at the least, of all launches together [5].", metavar="R")] = None,
     min_seconds: Annotated[float | None, option("Seconds of rounds at the least [0].", metavar="S")] = None,
     warmup_rounds: Annotated[int | None, option("Rounds before, kept and flagged [1].", metavar="R")] = None,

@@ -241,10 +241,11 @@ class _Session(RoundLoop):
     def _announce(self) -> None:
         sizes = ", ".join(map(str, self._lanes))
         num_lanes = sum(map(len, self._lanes.values()))
+        num_prompts = sum(len(call.requests) for call in next(iter(self._calls.values())))
         num_cells = sum(lane.replica == 0 for lanes in self._lanes.values() for lane in lanes)
         self._progress.note(
             f"{num_cells} cells and {num_lanes - num_cells} copies of the baseline, {self._plan.workload} workload, "
-            f"batch sizes {sizes}; {self._plan.num_prompts} prompts, {self._calls_per_round} timed calls a round"
+            f"batch sizes {sizes}; {num_prompts} prompts, {self._calls_per_round} timed calls a round"
         )
         if self._num_done:
             self._progress.note(f"{self._num_done} whole rounds are there already")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, cycle
+from itertools import chain, cycle, islice, pairwise
 from typing import Any, Protocol
 
 from twotower_eval.models.prompts import fitted_prompt_ids, naming, prompt_ids
-from twotower_eval.plan import SpeedPlan
+from twotower_eval.plan import DEFAULT_NUM_PROMPTS, SpeedPlan
 from twotower_eval.records import Workload, canonical_json, sha256_text
 
 
@@ -50,34 +50,60 @@ Calls = Mapping[int, tuple[Call, ...]]  # by batch size
 def make_calls(plan: SpeedPlan, requests: Sequence[Request]) -> Calls:
     """Choose ``plan.num_prompts`` prompts and cut them into calls of each batch size: the same prompts for all sizes.
 
-    On the ``answer`` workload prompts of one call share stops and budget; tasks take turns. ValueError where whole
-    batches are impossible.
+    On the ``answer`` workload prompts of one call share stops and budget, tasks take turns, and what is chosen of a
+    task is spread over the lengths of all its prompts. The default number takes as many as there are, where these are
+    fewer. ValueError where whole batches are impossible.
     """
     together = math.lcm(*plan.batch_sizes)
-    if plan.num_prompts % together:
-        sizes = ", ".join(map(str, plan.batch_sizes))
-        fitting = math.ceil(plan.num_prompts / together) * together
-        raise ValueError(
-            f"{plan.num_prompts} prompts cannot be cut into whole batches of {sizes}: take --num-prompts {fitting}"
-        )
-    alike = plan.workload == "answer"
-    chosen = _in_turn(requests, together) if alike else list(requests)
-    if len(chosen) < plan.num_prompts:
-        batches = f" in batches of {together} from one task" if alike and together > 1 else ""
-        raise ValueError(f"{plan.num_prompts} prompts wanted{batches}, the tasks give {len(chosen)}: name more tasks")
-    chosen = chosen[: plan.num_prompts]
+    wanted = _wanted(plan, together)
+    if plan.workload == "answer":
+        chosen = _spread(requests, together, wanted)
+    else:
+        chosen = list(requests[:wanted])
+        if plan.num_prompts == DEFAULT_NUM_PROMPTS:
+            chosen = chosen[: len(chosen) // together * together]
+    if not chosen or (len(chosen) < wanted and plan.num_prompts != DEFAULT_NUM_PROMPTS):
+        batches = f" in batches of {together} from one task" if plan.workload == "answer" and together > 1 else ""
+        raise ValueError(f"{wanted} prompts wanted{batches}, the tasks give {len(chosen)}: name more tasks")
     return {size: _cut(plan, chosen, size) for size in plan.batch_sizes}
 
 
-def _in_turn(requests: Sequence[Request], together: int) -> list[Request]:
-    """Prompts in groups of ``together`` that share task, stops and budget; tasks in turn; leftovers are left out."""
+def _wanted(plan: SpeedPlan, together: int) -> int:
+    """How many prompts; the default number is rounded up to whole batches, any other has to make them."""
+    fitting = math.ceil(plan.num_prompts / together) * together
+    if plan.num_prompts not in (fitting, DEFAULT_NUM_PROMPTS):
+        sizes = ", ".join(map(str, plan.batch_sizes))
+        raise ValueError(
+            f"{plan.num_prompts} prompts cannot be cut into whole batches of {sizes}: take --num-prompts {fitting}"
+        )
+    return fitting
+
+
+def _spread(requests: Sequence[Request], together: int, wanted: int) -> list[Request]:
+    """Prompts in groups of ``together`` that share task, stops and budget; tasks in turn, each spread over its lengths.
+
+    The first prompts of a task need not be like the rest: of every kind, as many as its turns give are taken from all
+    lengths alike.
+    """
     by_kind: dict[tuple[str, tuple[str, ...], int], list[Request]] = defaultdict(list)
     for request in requests:
         by_kind[request.task, request.stop, request.max_new_tokens].append(request)
-    longest = max((len(group) for group in by_kind.values()), default=0)
-    starts = range(0, longest, together)
-    pieces = (group[start : start + together] for start in starts for group in by_kind.values())
-    return list(chain.from_iterable(piece for piece in pieces if len(piece) == together))
+    most = max((len(group) for group in by_kind.values()), default=0) // together
+    in_turn = (kind for turn in range(most) for kind, group in by_kind.items() if (turn + 1) * together <= len(group))
+    turns = list(islice(in_turn, wanted // together))
+    chosen = {kind: iter(_strata(by_kind[kind], num * together)) for kind, num in Counter(turns).items()}
+    return list(chain.from_iterable(islice(chosen[kind], together) for kind in turns))
+
+
+def _strata(group: Sequence[Request], num: int) -> list[Request]:
+    """One prompt of each of ``num`` strata of lengths, all as large; in the order that the group has them in.
+
+    Of each stratum the first: a run on the first documents of a task then holds most of what is timed.
+    """
+    by_length = sorted(range(len(group)), key=lambda i: (len(group[i].text), i))
+    edges = [i * len(group) // num for i in range(num + 1)]
+    places = sorted(min(by_length[low:high]) for low, high in pairwise(edges))
+    return [group[place] for place in places]
 
 
 def _cut(plan: SpeedPlan, chosen: Sequence[Request], size: int) -> tuple[Call, ...]:
