@@ -51,6 +51,21 @@ class Asked:
     vocab_size: int
 
 
+def check_no_strays(num: int, name: str) -> None:
+    """ReportError where a model was run so many times past the harness."""
+    if num:
+        raise ReportError(
+            f"{name}: ran a model {num} times past the harness, which counts prefill, extend, denoise and "
+            "context_logits of the model that a decoder is given: call these"
+        )
+
+
+def decoder_name(decoder: Any) -> str:
+    """What a decoder is called, for people."""
+    cls = type(decoder)
+    return f"decoder {getattr(cls, 'KIND', f'{cls.__module__}:{cls.__qualname__}')}"
+
+
 def finished(generations: Any, name: str) -> tuple[Generation, ...]:
     """The same answers, once it is sure that nothing in them computes when it is looked at; else ReportError."""
     if type(generations) is not list and type(generations) is not tuple:

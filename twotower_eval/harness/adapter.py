@@ -16,8 +16,19 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from twotower_eval.decoders import Decoder, Scorer
+from twotower_eval.decoders.reported import (
+    Asked,
+    ReportError,
+    check_answer,
+    check_forwards,
+    check_no_strays,
+    decoder_name,
+    finished,
+)
 from twotower_eval.harness.answers import CellJournal, Key, join_likelihoods, with_repeats
 from twotower_eval.models import prompts
+from twotower_eval.models.counting import noted_in_place
+from twotower_eval.models.strays import Strays
 from twotower_eval.progress import Advance
 from twotower_eval.records import (
     Generation,
@@ -81,6 +92,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         self._prompt_ids = lru_cache(maxsize=16)(partial(prompts.fitted_prompt_ids, model))
         self.advance = advance
         self.traced = traced
+        self._strays = Strays([model])
 
     @property
     def eot_token_id(self) -> int:
@@ -163,10 +175,25 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
 
     def _generate(self, items: Sequence[tuple[Any, Prompt, Key]], budget: int, stop: tuple[str, ...]) -> None:
         assert self.decoder is not None, "a generation task without a decoder"
-        asked = {prompt.id: (request, key) for request, prompt, key in items}
+        by_id = {prompt.id: (request, prompt, key) for request, prompt, key in items}
+        stops = prompts.stops_of(self.model, stop)
+        asked = Asked(
+            name=decoder_name(self.decoder),
+            max_new_tokens=budget,
+            eos_token_ids=self.model.eos_token_ids,
+            stop=stops,
+            tokenizer=self.model.tokenizer,
+            vocab_size=self.model.vocab_size,
+        )
+        heard: list[Generation] = []
 
-        def journal(generation: Generation) -> None:
-            request, (task, doc_id, index, repeat) = asked[generation.prompt_id]
+        def journal(given: Generation) -> None:
+            (generation,) = finished([given], asked.name)
+            if generation.prompt_id not in by_id:
+                raise ReportError(f"{asked.name}: an answer to prompt {generation.prompt_id!r}, which was not asked")
+            request, prompt, (task, doc_id, index, repeat) = by_id[generation.prompt_id]
+            check_answer(generation, prompt, asked)
+            heard.append(generation)
             row = GenerationRow(
                 cell=self.journal.cell,
                 task=task,
@@ -179,14 +206,17 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             self.journal.add(row)
             self.advance()
 
-        self.decoder.generate(
-            [prompt for _, prompt, _ in items],
-            max_new_tokens=budget,
-            eos_token_ids=self.model.eos_token_ids,
-            stop=prompts.stops_of(self.model, stop),
-            max_batch_size=self.batch_size,
-            on_finish=journal,
-        )
+        with noted_in_place(self.model) as watched, self._strays.noted(watched):
+            self.decoder.generate(
+                [prompt for _, prompt, _ in items],
+                max_new_tokens=budget,
+                eos_token_ids=asked.eos_token_ids,
+                stop=stops,
+                max_batch_size=self.batch_size,
+                on_finish=journal,
+            )
+        check_no_strays(self._strays.num, asked.name)
+        check_forwards(heard, watched, asked.name)
 
     # Log-likelihoods
 

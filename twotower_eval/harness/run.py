@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower_eval import store
+from twotower_eval.decoders.reported import ReportError
 from twotower_eval.environment import with_scoring_of_now
 from twotower_eval.harness.adapter import Batch, HarnessLM
 from twotower_eval.harness.answers import CellJournal, Key
@@ -84,8 +85,20 @@ def run(
 def _open(root: Path, resume: Path | None, manifest: RunManifest, jobs: Sequence[Job]) -> store.RunWriter:
     if resume is None:
         return store.create(root, manifest)
-    check_known(store.load(resume), manifest, jobs)
+    found = store.load(resume)
+    _refuse_misreported(found)
+    check_known(found, manifest, jobs)
     return store.resume(resume, manifest)
+
+
+def _refuse_misreported(run: store.Run) -> None:
+    """Answers are journalled as they come, and what a decoder says of them may turn out to be wrong afterwards."""
+    for event in run.events:
+        if event["kind"] == "failed" and event.get("error") == ReportError.__name__:
+            raise ValueError(
+                f"cannot resume {run.path}: its journal holds answers of a decoder whose reports were wrong "
+                f"({event.get('message')}): start a new run"
+            )
 
 
 def _refuse_unreadable(jobs: Sequence[Job]) -> None:

@@ -8,9 +8,11 @@ counts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from threading import get_ident
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -220,11 +222,13 @@ class WatchedModel:
         return self._run(self.denoisings, block_BK.shape, self._model.denoise, block_BK, *more, **options)
 
     def _run(self, steps: RowSteps, size: Sequence[int], call: Callable[..., Any], *given: Any, **options: Any) -> Any:
+        thread = get_ident()
+        if thread in self.running:  # a forward that a noted one is made of
+            return call(*given, **options)
         self._before()
         rows, tokens = size
         steps.rows.append(rows)
         steps.tokens.append(tokens)
-        thread = get_ident()
         self.running.append(thread)
         try:
             return call(*given, **options)
@@ -233,3 +237,30 @@ class WatchedModel:
 
     def _before(self) -> None:
         """Hear of a forward that is about to run."""
+
+
+FORWARDS = ("prefill", "extend", "denoise", "context_logits", "extend_logits", "tree_logits")
+
+
+@contextmanager
+def noted_in_place(model: Any) -> Iterator[WatchedModel]:
+    """Note the forwards of a model that somebody else holds already: its own methods are watched for a while, and those
+    of its context tower."""
+    parts = [model, *(part for part in (getattr(model, "context_tower", None),) if part is not None)]
+    own = [{name: getattr(part, name) for name in FORWARDS if hasattr(part, name)} for part in parts]
+    watched = WatchedModel(SimpleNamespace(**own[0]))
+    with ExitStack() as stack:
+        for part, methods in zip(parts, own, strict=True):
+            noted = watched if part is model else WatchedModel(SimpleNamespace(**methods), of=watched)
+            for name in methods:
+                stack.callback(_put_back, part, name, vars(part).get(name))
+                setattr(part, name, getattr(noted, name))
+        yield watched
+
+
+def _put_back(part: Any, name: str, before: Any) -> None:
+    """An attribute that an object had of its own, or none."""
+    if before is None:
+        delattr(part, name)
+    else:
+        setattr(part, name, before)

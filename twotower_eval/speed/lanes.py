@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from twotower_eval.decoders.reported import Asked, ReportError, check_answers, check_forwards, finished
+from twotower_eval.decoders.reported import Asked, ReportError, check_answers, check_forwards, check_no_strays, finished
 from twotower_eval.models.prompts import stops_of
 from twotower_eval.models.strays import Strays
 from twotower_eval.plan import SpeedPlan
@@ -124,16 +124,12 @@ class Lane:
 
     def _check_passes(self, generations: Sequence[Generation]) -> None:
         """ReportError where the model was run in ways that the harness does not count, or others than reported."""
-        if self.strays.num:
-            raise ReportError(
-                f"{self.name}: ran a model {self.strays.num} times past the harness, which counts prefill, extend, "
-                "denoise and context_logits of the model that a decoder is given: call these"
-            )
-        check_forwards(generations, self.model, self.name)
+        check_no_strays(self.strays.num, self.name)
         if self.model.num_while_stopped:
             raise ReportError(
                 f"{self.name}: ran {self.model.num_while_stopped} forwards while the clock stood for a text"
             )
+        check_forwards(generations, self.model, self.name)
         others = self.model.num_threads - {self.watch.num_threads}
         if others:
             raise ReportError(
