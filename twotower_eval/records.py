@@ -599,6 +599,8 @@ class Claim:
     ``metric`` names the score of a single task in scope that a ``score`` or ``score_difference`` is about, as lm-eval
     writes it (``metric`` or ``metric,filter``); ``None``: the one that stands for the task. Of scores outside
     retention ``expected`` and ``margin`` are in the metric's own unit.
+
+    ``looks`` says beforehand how many runs shall be looked at, each of which is then judged more strictly.
     """
 
     name: str
@@ -615,6 +617,7 @@ class Claim:
     parts: tuple[str, ...] = ()
     limits: GateLimits = field(default_factory=GateLimits)
     metric: str | None = None
+    looks: Size = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -631,10 +634,12 @@ class Gate:
 class Verdict:
     """What the evidence says of a claim, and on which runs it rests.
 
-    ``estimate`` is at level 0.90: either end is a one-sided 95 % bound. ``num_points`` operating points of the subject
+    ``estimate`` has at either end a one-sided bound at ``level``. ``num_points`` operating points of the subject
     were measured in the runs looked at, and the claim's own ``num_looks`` times. ``near_chance`` names the tasks of a
     retention whose baseline is not clearly above guessing, and ``above_chance`` is the estimate without them.
     ``metric``, where it is given, is the score outside retention that was judged, in whose own unit the estimate is.
+    ``level`` is the one-sided level that it was judged at, which ``num_looks`` decide: runs towards the claim,
+    ``not_given`` among them, which lie beside those that were.
     ``num_launches`` are those that a speedup was timed in. With too few of them to see how they differ, what is decided
     holds in them alone: ``scope`` says so. ``high_retention`` is a share of the baseline's score so far above 1 that
     the baseline may be broken.
@@ -653,6 +658,8 @@ class Verdict:
     metric: str | None = None
     num_launches: Count | None = None
     scope: VerdictScope | None = None
+    level: float = 0.95
+    not_given: tuple[str, ...] = ()
     high_retention: float | None = None
 
 

@@ -139,7 +139,7 @@ def resume(path: Path, manifest: RunManifest, *, event: str = "resumed") -> RunW
     another commit or an edited checkout is only noted, in the ``event`` and in ``writer.warnings``. Torn
     last lines are cut off; ``done.json`` is taken away until the run is finished again.
     """
-    _read_manifest(path)  # before the lock, so that a wrong path leaves no lock file behind
+    read_manifest(path)  # before the lock, so that a wrong path leaves no lock file behind
     if sorted(path.glob(f"*{PACKED}")):
         raise ValueError(
             f"run {path} is packed, as published runs are, and takes no more: unpack a copy of it with `xz -d`"
@@ -171,7 +171,7 @@ def check_comparable(run: Run, manifest: RunManifest) -> None:
 
 def load(path: Path) -> Run:
     """Read a run without changing it; a torn last line is dropped, anything else that is wrong is a ValueError."""
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     cells = {cell.id for cell in manifest.cells}
     return Run(
         path=path,
@@ -208,7 +208,7 @@ def find_runs(root: Path, verb: str | None = None) -> list[Path]:
     """Run folders directly under ``root``, newest first; folders without a manifest are no runs."""
     if not root.is_dir():
         return []
-    manifests = [(_read_manifest(path.parent), path.parent) for path in root.glob(f"*/{MANIFEST}")]
+    manifests = [(read_manifest(path.parent), path.parent) for path in root.glob(f"*/{MANIFEST}")]
     wanted = [(m.started_at, m.run_id, path) for m, path in manifests if verb in (None, m.verb)]
     return [path for _, _, path in sorted(wanted, reverse=True)]
 
@@ -307,7 +307,8 @@ class RunWriter:
         self._files.clear()
 
 
-def _read_manifest(path: Path) -> RunManifest:
+def read_manifest(path: Path) -> RunManifest:
+    """The manifest of a run folder; ValueError where there is none or it cannot be read."""
     file = path / MANIFEST
     try:
         content = file.read_bytes()

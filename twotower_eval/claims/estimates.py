@@ -39,13 +39,15 @@ def standings(claim: Claim, point: QualityPoint) -> tuple[stats.Standing, ...]:
     return stats.standings(point.scores.table, level=level, tasks=tasks)
 
 
-def quality_estimate(claim: Claim, point: QualityPoint, own: OtherScore | WholeScore | None = None) -> Estimate:
-    """The claim's quantity over its own scope, at the level that verdicts need; ValueError where there is none.
+def quality_estimate(
+    claim: Claim, point: QualityPoint, own: OtherScore | WholeScore | None = None, *, level: float = DECISION_LEVEL
+) -> Estimate:
+    """The claim's quantity over its own scope, at the level that its verdict needs; ValueError where there is none.
 
     ``own`` is the score outside retention that it is about, if it is about one.
     """
     if own is not None:
-        return own.score_at(DECISION_LEVEL) if claim.quantity == "score" else own.difference_at(DECISION_LEVEL)
+        return own.score_at(level) if claim.quantity == "score" else own.difference_at(level)
     scope = tasks_judged(claim, point)
     if point.scores is None or not scope:
         raise ValueError("no task in scope is scored through the candidate's decoder")
@@ -53,31 +55,31 @@ def quality_estimate(claim: Claim, point: QualityPoint, own: OtherScore | WholeS
     if claim.quantity == "score":
         if len(scope) > 1:
             raise ValueError("a score is of one task or one group: claim a retention over several")
-        return candidate_mean(scores, DECISION_LEVEL)
+        return candidate_mean(scores, level)
     if is_equal_by_construction(claim, point):
         value = 1.0 if claim.quantity == "retention" else 0.0
-        return stats.equal_by_construction(value, len(set(scores.clusters)), level=DECISION_LEVEL)
+        return stats.equal_by_construction(value, len(set(scores.clusters)), level=level)
     table = scores.table
     draws = stats.draw_task_means(table)
     if claim.quantity == "score_difference":
-        return stats.difference(table, draws, level=DECISION_LEVEL, min_discordant=stats.MIN_DISCORDANT)
+        return stats.difference(table, draws, level=level, min_discordant=stats.MIN_DISCORDANT)
     if claim.averaging == "mean_of_ratios":
-        return stats.mean_of_ratios(table, draws, level=DECISION_LEVEL)
-    return stats.retention(table, draws, level=DECISION_LEVEL)
+        return stats.mean_of_ratios(table, draws, level=level)
+    return stats.retention(table, draws, level=level)
 
 
-def speed_readings(claim: Claim, point: SpeedPoint) -> list[Measured]:
+def speed_readings(claim: Claim, point: SpeedPoint, *, level: float = DECISION_LEVEL) -> list[Measured]:
     """The reading that the claim means; behind it, where the arms' lengths differ much, the other one as well."""
-    time = measured(lambda: _scaled(claim, point, _speedup(point, "time")))
-    throughput = measured(lambda: _scaled(claim, point, _speedup(point, "throughput")))
+    time = measured(lambda: _scaled(claim, point, _speedup(point, "time", level)))
+    throughput = measured(lambda: _scaled(claim, point, _speedup(point, "throughput", level)))
     both = [throughput, time] if claim.quantity == "speedup_throughput" else [time, throughput]
     length, limits = point.length.estimate, claim.limits
     alike = length is not None and limits.min_length_ratio <= length.value <= limits.max_length_ratio
     return both[:1] if alike else both
 
 
-def _speedup(point: SpeedPoint, quantity: Literal["time", "throughput"]) -> Estimate:
-    return stats.speedup(point.timed, quantity, level=DECISION_LEVEL)
+def _speedup(point: SpeedPoint, quantity: Literal["time", "throughput"], level: float = DECISION_LEVEL) -> Estimate:
+    return stats.speedup(point.timed, quantity, level=level)
 
 
 def _scaled(claim: Claim, point: SpeedPoint, estimate: Estimate) -> Estimate:

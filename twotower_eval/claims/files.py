@@ -25,6 +25,7 @@ TASK_QUANTITIES = ("retention", "decoder_exercised_retention", "score", "score_d
 SCORE_QUANTITIES = ("score", "score_difference")
 SPEED_QUANTITIES = ("speedup_time", "speedup_throughput", "speedup_time_per_device")
 # Wider ones would let other answers be timed than were scored.
+MOST_LOOKS = 20  # each judged at 99.75 % then
 MARGINS = {"retention": 0.005, "decoder_exercised_retention": 0.005} | dict.fromkeys(SPEED_QUANTITIES, 0.05)
 
 
@@ -141,6 +142,7 @@ def _claim(table: Mapping[str, Any], points: Mapping[str, OperatingPoint]) -> Cl
         parts=texts(where, table, "parts"),
         limits=_limits(where, value_of(where, table, "limits", dict, {})),
         metric=value_of(where, table, "metric", str, None),
+        looks=_looks(where, table),
         **numbers,
     )
     _check_claim(where, claim, table)
@@ -162,6 +164,13 @@ def _limits(where: str, table: Mapping[str, Any]) -> GateLimits:
     return limits
 
 
+def _looks(where: str, table: Mapping[str, Any]) -> int:
+    looks: int = value_of(where, table, "looks", int, 1)
+    if not 1 <= looks <= MOST_LOOKS:
+        raise ValueError(f"{where}: looks lies between 1 and {MOST_LOOKS}, not {looks}")
+    return looks
+
+
 def _check_claim(where: str, claim: Claim, table: Mapping[str, Any]) -> None:
     """Refuse what would be ignored, and what the quantity cannot be judged without."""
     joint = claim.quantity == "joint"
@@ -169,7 +178,9 @@ def _check_claim(where: str, claim: Claim, table: Mapping[str, Any]) -> None:
         raise ValueError(f"{where}: a joint claim, and only one, names its parts")
     if joint:
         ignored = [
-            key for key in ("expected", "margin", "relation", "averaging", "scope", "limits", "metric") if key in table
+            key
+            for key in ("expected", "margin", "relation", "averaging", "scope", "limits", "metric", "looks")
+            if key in table
         ]
         if ignored:
             raise ValueError(f"{where}: {ignored[0]} belongs to the parts of a joint claim: drop it here")

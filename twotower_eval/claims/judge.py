@@ -1,8 +1,9 @@
 """Claims and evidence -> verdicts (PROTOCOL "Claims and verdicts").
 
 A failed gate is INVALID, no data at the claim's own operating point NOT_MEASURED; else the pure rule of
-``stats.decide`` speaks, on one-sided 95 % bounds. Where a point was measured several times the newest run is judged
-and the looks are counted. What cannot be computed is INCONCLUSIVE: an error is never a yes.
+``stats.decide`` speaks, on one-sided bounds at the level that ``looks`` leave, 95 % at the first. Where a point was
+measured several times one run is judged, and INCONCLUSIVE if another one comes to another decision. What cannot be
+computed is INCONCLUSIVE: an error is never a yes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from twotower_eval.claims.estimates import (
     standings,
 )
 from twotower_eval.claims.files import SPEED_QUANTITIES, select
+from twotower_eval.claims.looks import Looks, looks_at_quality, looks_at_speed
 from twotower_eval.claims.match import (
     Evidence,
     differing_at,
@@ -74,13 +76,14 @@ def first_outcome(outcomes: Sequence[Outcome]) -> Outcome:
 def exit_code(verdicts: Sequence[Verdict], *, strict: bool = False) -> int:
     """Of the first outcome present in the order refuted, invalid, inconclusive, not measured, supported.
 
-    ``strict`` counts what is SUPPORTED in its own launches alone as inconclusive.
+    ``strict`` counts as inconclusive what is SUPPORTED in its own launches alone, or without runs that lie beside.
     """
     return EXIT_CODES[first_outcome([_counted(verdict, strict) for verdict in verdicts])]
 
 
 def _counted(verdict: Verdict, strict: bool) -> Outcome:
-    return "INCONCLUSIVE" if strict and verdict.outcome == "SUPPORTED" and verdict.scope else verdict.outcome
+    lacks = verdict.scope is not None or bool(verdict.not_given)
+    return "INCONCLUSIVE" if strict and verdict.outcome == "SUPPORTED" and lacks else verdict.outcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +124,7 @@ def _judge_one(claim: Claim, evidence: Evidence) -> _Judged:
 
 def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:
     found, differing = quality_at(claim, evidence), differing_at(claim, evidence, "run")
-    if differing and (not found or max(differing) > found[0].run_id):
+    if differing and (not found or max(differing) > max(point.run_id for point in found)):
         return _invalid_inputs(claim, differing)
     if not found:
         return _not_measured(claim, missing_quality(claim, evidence))
@@ -137,25 +140,40 @@ def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:
         *halves.same_prompts_gates(evidence.runs, point),
         gates.verify_gate(evidence, point.candidate.checkpoint.identity),
     )
-    estimated = measured(lambda: quality_estimate(claim, point, own))
+    looks, others = looks_at_quality(claim, evidence, found)
+    estimated, amount = _quality_reading(claim, point, looks)
+    outcomes = {other.run_id: _outcome_of(claim, *_quality_reading(claim, other, looks)) for other in others}
+    judged = _ruled(claim, point, (point.run_id,), looks, checks, [estimated], amount, outcomes)
+    return _warned(_beside_chance(judged, claim, point, stand, looks), kept_of(claim, point, estimated.estimate))
+
+
+def _quality_reading(claim: Claim, point: QualityPoint, looks: Looks) -> tuple[Measured, _Amount]:
+    """A claim's quantity at a point, and what it rests on."""
+    own = own_score(claim, point)
+    estimated = measured(lambda: quality_estimate(claim, point, own, level=looks.level))
     amount = _Amount(
         unit="clusters",
         num_clusters=None if estimated.estimate is None else estimated.estimate.n,
         by_construction=is_equal_by_construction(claim, point, own),
         metric=None if own is None else own.metric,
     )
-    num_looks = len({one.run_id for one in found})  # outputs timed at several batch sizes are of one run
-    judged = _ruled(claim, point, (point.run_id,), num_looks, checks, [estimated], amount)
-    return _warned(_beside_chance(judged, claim, point, stand), kept_of(claim, point, estimated.estimate))
+    return estimated, amount
 
 
-def _beside_chance(judged: _Judged, claim: Claim, point: QualityPoint, stand: Sequence[stats.Standing]) -> _Judged:
+def _outcome_of(claim: Claim, reading: Measured, amount: _Amount) -> Outcome:
+    """What a look comes to by itself, whatever its gates say."""
+    return "INCONCLUSIVE" if reading.estimate is None else _decided(claim, reading.estimate, amount)[0]
+
+
+def _beside_chance(
+    judged: _Judged, claim: Claim, point: QualityPoint, stand: Sequence[stats.Standing], looks: Looks
+) -> _Judged:
     """The verdict with the tasks whose baseline is not clearly above chance, and what is measured without them."""
     near, clear = ([one.task for one in stand if one.is_clear == is_clear] for is_clear in (False, True))
     if not near:
         return judged
     rest = dataclasses.replace(claim, scope=tuple(clear))
-    found = measured(lambda: quality_estimate(rest, point)) if clear else None
+    found = measured(lambda: quality_estimate(rest, point, level=looks.level)) if clear else None
     verdict = dataclasses.replace(
         judged.verdict, near_chance=tuple(near), above_chance=found.estimate if found else None
     )
@@ -170,7 +188,8 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
         return _not_measured(claim, missing(claim, evidence.speed, evidence.alone))
     point = found[0]
     quality = same_point(evidence.quality, point.key)
-    readings = speed_readings(claim, point)
+    looks = looks_at_speed(claim, evidence, found)
+    readings = speed_readings(claim, point, level=looks.level)
     first = readings[0].estimate
     checks = [gates.complete_gate(point), gates.same_inputs_gate({}, point.run_ids)]
     checks.append(gates.whole_prompts_gate(evidence, point, point.run_ids))
@@ -183,8 +202,13 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
     checks.append(gates.degenerate_gate(point, quality, claim.limits))
     checks.append(gates.floor_gate(quality, claim.limits))
     checks.append(gates.verify_gate(evidence, point.candidate.checkpoint.identity))
-    num_looks = len({run_id for one in found for run_id in one.run_ids})
-    ruled = _ruled(claim, point, point.run_ids, num_looks, tuple(checks), readings, _timed_amount(point))
+    outcomes = {
+        ", ".join(other.run_ids): _outcome_of(
+            claim, speed_readings(claim, other, level=looks.level)[0], _timed_amount(other)
+        )
+        for other in found[1:]
+    }
+    ruled = _ruled(claim, point, point.run_ids, looks, tuple(checks), readings, _timed_amount(point), outcomes)
     return _warned(ruled, max((kept_at(one) for one in quality), default=0.0))
 
 
@@ -207,13 +231,19 @@ def _ruled(
     claim: Claim,
     point: QualityPoint | SpeedPoint,
     run_ids: tuple[str, ...],
-    num_looks: int,
+    looks: Looks,
     checks: tuple[Gate, ...],
     readings: Sequence[Measured],
     amount: _Amount,
+    others: Mapping[str, Outcome],
 ) -> _Judged:
-    """The verdict of gates and readings. Several readings must all clear; the first one is the claim's own."""
+    """The verdict of gates and readings. Several readings must all clear; the first one is the claim's own.
+
+    ``others`` are what further looks at the point come to.
+    """
     outcome, reason = _outcome(claim, checks, readings, amount)
+    if outcome in DECIDED and not amount.by_construction and (doubt := _doubt(outcome, run_ids, looks, others)):
+        outcome, reason = "INCONCLUSIVE", doubt
     evidence = sorted({*run_ids, *(run_id for gate in checks for run_id in gate.evidence)})
     verdict = Verdict(
         claim=claim.name,
@@ -222,12 +252,24 @@ def _ruled(
         reason=reason,
         evidence=tuple(evidence),
         gates=checks,
-        num_looks=num_looks,
+        num_looks=looks.num,
         metric=amount.metric,
         num_launches=amount.num_launches,
+        level=(1 + looks.level) / 2,
+        not_given=looks.not_given,
         scope=amount.scope if outcome in DECIDED else None,
     )
     return _Judged(claim=claim, verdict=verdict, point=point)
+
+
+def _doubt(outcome: Outcome, run_ids: Sequence[str], looks: Looks, others: Mapping[str, Outcome]) -> str | None:
+    """Why looking again leaves a decision open: another look comes to another one, or no error rate is left."""
+    opposed = [f"{name} is {other}" for name, other in others.items() if other in DECIDED and other != outcome]
+    if opposed:
+        return f"the looks contradict each other: {', '.join(run_ids)} is {outcome}, {'; '.join(opposed)}"
+    if looks.alpha is None:
+        return f"look {looks.num} of {looks.declared} declared: looking has used up what a verdict may err"
+    return None
 
 
 def _outcome(
@@ -274,6 +316,7 @@ def _decided(claim: Claim, estimate: Estimate, amount: _Amount) -> tuple[Outcome
         num_clusters=amount.num_clusters,
         num_rounds=amount.num_rounds,
         num_calls=amount.num_calls,
+        level=estimate.level,
     )
     said_of_it = decision_text(unit_of(claim.quantity, amount.metric), decision)
     if decision.outcome != "INCONCLUSIVE":
@@ -347,6 +390,8 @@ def _joined(claim: Claim, parts: Sequence[_Judged], evidence: Evidence) -> _Judg
         gates=(*own, *between),
         num_points=max((one.num_points for one in verdicts), default=0),
         num_looks=max((one.num_looks for one in verdicts), default=0),
+        level=max((one.level for one in verdicts), default=0.95),
+        not_given=tuple(dict.fromkeys(run_id for one in verdicts for run_id in one.not_given)),
         near_chance=tuple(dict.fromkeys(task for one in verdicts for task in one.near_chance)),
         num_launches=next((one.num_launches for one in verdicts if one.num_launches is not None), None),
         scope=_joint_scope(outcome, verdicts),

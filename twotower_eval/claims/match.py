@@ -90,7 +90,10 @@ def _agreeing(points: Iterable[QualityPoint], differing: Mapping[str, str]) -> t
 
 
 def quality_at(claim: Claim, evidence: Evidence) -> list[QualityPoint]:
-    """Quality at the claim's decoder, with its whole scope: whole tasks before timed answers, newest first."""
+    """Quality at the claim's decoder, with its whole scope: whole tasks before timed answers, then the most documents.
+
+    Among equals the first run comes first: a later one adds nothing to it.
+    """
     found = [
         point
         for point in evidence.quality
@@ -98,7 +101,15 @@ def quality_at(claim: Claim, evidence: Evidence) -> list[QualityPoint]:
         if set(claim.scope) <= {task.name for task in point.tasks} or own_score(claim, point) is not None
         if claim.metric is None or own_score(claim, point) is not None or _is_headline(claim, point)
     ]
-    return sorted(sorted(found, key=lambda point: point.run_id, reverse=True), key=lambda point: point.timed)
+    return sorted(found, key=lambda point: (point.timed, -num_documents(claim, point), point.run_id))
+
+
+def num_documents(claim: Claim, point: QualityPoint) -> int:
+    """Documents of a point within a claim's scope, of a claim without one all."""
+    by_task = {task.name: task.num_documents for task in point.tasks}
+    others: list[OtherScore | WholeScore] = [*point.others, *point.wholes]
+    by_task |= {one.task: one.num_documents for one in others if one.task not in by_task}
+    return sum(num for name, num in by_task.items() if name in claim.scope or not claim.scope)
 
 
 def own_score(claim: Claim, point: QualityPoint) -> OtherScore | WholeScore | None:

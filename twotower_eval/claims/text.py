@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from math import isclose
 
 from twotower_eval import stats
 from twotower_eval.claims.audit import Finding
@@ -13,8 +14,6 @@ from twotower_eval.claims.reasons import unit_of
 from twotower_eval.claims.terms import terms_text
 from twotower_eval.evidence.numbers import high_retention_text, interval
 from twotower_eval.records import Claim, Estimate, Verdict
-
-BOUNDS = "brackets hold one-sided 95 % bounds"
 
 
 def verdict_lines(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> list[str]:
@@ -28,7 +27,9 @@ def verdict_lines(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> list[
         shown = estimate_text(by_name[verdict.claim], verdict.estimate, verdict.metric)
         words = [f"{said(verdict):{widest}}", f"{verdict.claim:{width}}", f"{shown} {verdict.reason}".strip()]
         remarks = retention_text(verdict) + unchecked_text(verdict) + chance_text(by_name[verdict.claim], verdict)
-        remarks += f"; claimed: {terms_text(by_name[verdict.claim], metrics, claims)}" + looks_text(verdict)
+        remarks += f"; claimed: {terms_text(by_name[verdict.claim], metrics, claims)}" + looks_text(
+            by_name[verdict.claim], verdict
+        )
         lines.append("  ".join(words) + remarks)
     return [*lines, count_line(verdicts)]
 
@@ -68,11 +69,38 @@ def chance_text(claim: Claim, verdict: Verdict) -> str:
     return f"; without {', '.join(verdict.near_chance)}, whose baseline is not clearly above chance: {shown}"
 
 
-def looks_text(verdict: Verdict) -> str:
-    """How many points and runs there were to choose from; nothing where there was no choice."""
+def looks_text(claim: Claim, verdict: Verdict) -> str:
+    """Among how many points and looks this was chosen, and what looking has cost; nothing where there was no choice."""
     looks = [f"one of {verdict.num_points} operating points"] if verdict.num_points > 1 and verdict.num_looks else []
-    looks += [f"measured in {verdict.num_looks} runs"] if verdict.num_looks > 1 else []
+    looks += look_remarks(claim, verdict)
     return f" ({'; '.join(looks)})" if looks else ""
+
+
+def look_remarks(claim: Claim, verdict: Verdict) -> list[str]:
+    """What looking has cost, and what was left out; nothing of a single look."""
+    return [
+        *([price_text(claim, verdict)] if has_price(verdict) else []),
+        *([not_given_text(verdict)] if verdict.not_given else []),
+    ]
+
+
+def has_price(verdict: Verdict) -> bool:
+    """Whether a verdict is judged at another level than that of a single look."""
+    return not isclose(verdict.level, 1 - stats.ALPHA)
+
+
+def price_text(claim: Claim, verdict: Verdict) -> str:
+    """``look 2 of 1 declared: judged at 99.5 %``; of a joint claim the strictest of its parts."""
+    declared = "" if claim.parts else f" of {claim.looks} declared"
+    return f"look {verdict.num_looks}{declared}: judged at {100 * verdict.level:.4g} %"
+
+
+def not_given_text(verdict: Verdict) -> str:
+    """Runs of the point that the verdict was made without."""
+    num = len(verdict.not_given)
+    lie = "run of this point lies" if num == 1 else "runs of this point lie"
+    were = "was" if num == 1 else "were"
+    return f"{num} more {lie} beside and {were} not given: {', '.join(verdict.not_given)}"
 
 
 def count_line(verdicts: Sequence[Verdict]) -> str:
@@ -80,19 +108,35 @@ def count_line(verdicts: Sequence[Verdict]) -> str:
     ordered = sorted(verdicts, key=lambda verdict: list(EXIT_CODES).index(verdict.outcome))
     counts = [f"{number} {outcome}" for outcome, number in Counter(map(said, ordered)).items()]
     noun = "claim" if len(verdicts) == 1 else "claims"
-    bounds = f"; {BOUNDS}" if any(verdict.estimate for verdict in verdicts) else ""
+    levels = {verdict.level for verdict in verdicts if verdict.estimate}
+    bounds = f"; {bounds_text(levels)}" if levels else ""
     return f"{len(verdicts)} {noun}: {', '.join(counts) or 'none judged'}{bounds}"
+
+
+def bounds_text(levels: Iterable[float]) -> str:
+    """What brackets hold, at the level or levels of the verdicts beside them."""
+    shown = [f"{100 * level:.4g} %" for level in sorted(set(levels))]
+    return (
+        f"brackets hold one-sided {shown[0]} bounds"
+        if len(shown) == 1
+        else (f"brackets hold one-sided bounds, at {shown[0]} where no other level is named")
+    )
 
 
 def strict_line(verdicts: Sequence[Verdict]) -> str:
     """What a strict check counts otherwise than it is printed; empty where there is nothing of the kind."""
-    num = sum(verdict.outcome == "SUPPORTED" and verdict.scope is not None for verdict in verdicts)
-    if not num:
-        return ""
-    return (
-        f"strict: {num} SUPPORTED in fewer than {stats.MIN_LAUNCHES} launches {'is' if num == 1 else 'are'} counted as "
+    supported = [verdict for verdict in verdicts if verdict.outcome == "SUPPORTED"]
+    few = sum(verdict.scope is not None for verdict in supported)
+    without = sum(bool(verdict.not_given) for verdict in supported)
+    lines = [
+        f"{few} SUPPORTED in fewer than {stats.MIN_LAUNCHES} launches {'is' if few == 1 else 'are'} counted as "
         f"inconclusive; `twotower-eval speed --launches {stats.MIN_LAUNCHES}` measures how launches differ"
-    )
+    ] * (few > 0)
+    lines += [
+        f"{without} SUPPORTED without runs that lie beside {'is' if without == 1 else 'are'} counted as inconclusive; "
+        "give all runs of the point"
+    ] * (without > 0)
+    return f"strict: {'; '.join(lines)}" if lines else ""
 
 
 def audit_lines(findings: Sequence[Finding]) -> list[str]:

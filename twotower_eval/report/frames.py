@@ -261,6 +261,9 @@ def _verdicts(runs: Runs) -> list[Row]:
             "runs": " ".join(verdict.evidence),
             "num_points": verdict.num_points,
             "num_looks": verdict.num_looks,
+            "declared_looks": claim.looks,
+            "judged_at": verdict.level,
+            "runs_not_given": " ".join(verdict.not_given),
             "source": claim.source,
         }
         for claim, verdict in (runs.verdicts if isinstance(runs, JudgedRuns) else ())

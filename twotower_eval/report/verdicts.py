@@ -11,7 +11,7 @@ from twotower_eval.claims.files import SPEED_QUANTITIES
 from twotower_eval.claims.judge import said
 from twotower_eval.claims.match import at_point, gather, names_subject
 from twotower_eval.claims.terms import claimed_text, limits_text, terms_text
-from twotower_eval.claims.text import chance_text, count_line, estimate_text, unchecked_text
+from twotower_eval.claims.text import chance_text, count_line, estimate_text, look_remarks, unchecked_text
 from twotower_eval.evidence.naming import long_name, short_name
 from twotower_eval.evidence.runs import Headline, Runs
 from twotower_eval.evidence.scale import config_of
@@ -103,6 +103,7 @@ def verdict_line(runs: Runs) -> str:
     beside = unchecked_text(verdict)
     beside += "".join(chance_text(part, found) for part, found in runs.verdicts if part in parts)
     at += escape(limits_text(parts))
+    beside += "".join(f"; {remark}" for remark in look_remarks(claim, verdict))
     return f"**{outcome}**: claim {escape(claim.name)}, {claimed} at {at}: {escape(verdict.reason + beside)}."
 
 
@@ -140,8 +141,8 @@ def _looks(runs: JudgedRuns) -> str:
         named = f"{len(again)} of {len(runs.verdicts)} claims" if len(again) > 1 else f"Claim {escape(again[0][0])}"
         were = "were each" if len(again) > 1 else "was"
         text += (
-            f"{named} {were} measured in several runs (up to {most}): whole tasks are judged before timed answers, and "
-            "among equals the newest run."
+            f"{named} {were} looked at in several runs (up to {most}): whole tasks are judged before timed answers, "
+            "and the most documents first; of speed like runs are taken together. Each look is judged at its own level."
         )
     return text
 
@@ -179,5 +180,6 @@ def _reason(claim: Claim, verdict: Verdict) -> str:
     n = f", n {verdict.estimate.n:,}" if verdict.estimate else ""
     if verdict.estimate and verdict.estimate.method != verdict.reason:
         n += f", {verdict.estimate.method}"
-    reason = with_commands(f"{verdict.reason}{n}{unchecked_text(verdict)}{chance_text(claim, verdict)}")
+    remarks = "".join(f"; {remark}" for remark in look_remarks(claim, verdict))
+    reason = with_commands(f"{verdict.reason}{n}{unchecked_text(verdict)}{chance_text(claim, verdict)}{remarks}")
     return f"**{escape(claim.name)}** {said(verdict)}: {reason}. {evidence} Source: {escape(claim.source)}."

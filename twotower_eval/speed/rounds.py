@@ -235,8 +235,9 @@ class _Session(RoundLoop):
             self._rounds()
         rounds = f"{self._num_done} rounds of {self._calls_per_round} timed calls"
         self._progress.note(f"{rounds}, {duration_text(self._timed_s)} on the clock")
-        self._writer.event("measured", num_rounds=self._num_done, timed_s=self._timed_s)
-        return max(0, self._num_missing - 1)
+        num_missing = max(0, self._num_missing - 1)
+        self._writer.event("measured", num_rounds=self._num_done, timed_s=self._timed_s, num_missing=num_missing)
+        return num_missing
 
     def _announce(self) -> None:
         sizes = ", ".join(map(str, self._lanes))

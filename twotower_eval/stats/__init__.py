@@ -45,6 +45,7 @@ from twotower_eval.stats.granularity import (
     smallest_samples,
 )
 from twotower_eval.stats.intervals import LEVEL, NUM_RESAMPLES, binomial_upper_bound, holm
+from twotower_eval.stats.looks import ALPHA, look_alpha, strictest_alpha
 from twotower_eval.stats.mean import mean_of_members, mean_score
 from twotower_eval.stats.nulls import NULL_OFFSET, NullLimits, half_width, is_off, off_nulls, widest_null
 from twotower_eval.stats.paired import Draws, PairedScores, ScoreTable, draw_task_means
@@ -85,6 +86,7 @@ from twotower_eval.stats.tails import Documents, Tail, calls_to_see
 
 __all__ = [
     "ABOVE_CHANCE_LEVEL",
+    "ALPHA",
     "ASSUMED_ACCURACY",
     "ASSUMED_DISCORDANCE",
     "DECISION_LEVEL",
@@ -140,6 +142,7 @@ __all__ = [
     "leave_one_out",
     "limits",
     "linear_stderr",
+    "look_alpha",
     "mcnemar",
     "mean_of_members",
     "mean_of_ratios",
@@ -167,6 +170,7 @@ __all__ = [
     "speedup",
     "standings",
     "still_needed",
+    "strictest_alpha",
     "summed",
     "too_few",
     "widest_null",

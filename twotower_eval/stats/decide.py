@@ -3,7 +3,8 @@
 A claim ``at_least`` is true where the quantity is at least ``expected - margin``, ``at_most`` where it is at most
 ``expected + margin``, ``equal`` where it is both (two one-sided tests). Each limit is tested one-sided at 5 %, so the
 estimate must carry the interval at ``DECISION_LEVEL`` = 0.90, of which either end is a one-sided 95 % bound:
-``retention(table, draws, level=DECISION_LEVEL)``, ``speedup(calls, level=DECISION_LEVEL)``.
+``retention(table, draws, level=DECISION_LEVEL)``, ``speedup(calls, level=DECISION_LEVEL)``. Looks that spend another
+error rate have another ``level`` (``looks``).
 """
 
 from __future__ import annotations
@@ -63,17 +64,18 @@ def decide(
     num_clusters: int | None = None,
     num_rounds: int | None = None,
     num_calls: int | None = None,
+    level: float = DECISION_LEVEL,
 ) -> Decision:
-    """Judge a claim by an estimate at ``DECISION_LEVEL``; ``expected`` and ``margin`` are in the estimate's unit.
+    """Judge a claim by an estimate at ``level``; ``expected`` and ``margin`` are in the estimate's unit.
 
     Exactly one of ``num_clusters`` (quality: ``estimate.n``) and ``num_rounds`` (speed: measured rounds, or launches
     where these are resampled) says how much evidence there is; too little of it never supports a claim. For speed on
     sampled prompts give ``num_calls``, the timed calls of a round, too; fixed prompts need none.
     """
-    if not isclose(estimate.level, DECISION_LEVEL):
+    if not isclose(estimate.level, level):
         raise ValueError(
-            f"the estimate's interval is at level {estimate.level:g}: a verdict needs one-sided 95 % bounds, "
-            f"so compute it with level={DECISION_LEVEL:g}"
+            f"the estimate's interval is at level {estimate.level:g}: a verdict needs one-sided "
+            f"{50 * (1 + level):g} % bounds, so compute it with level={level:g}"
         )
     few = too_few(num_clusters=num_clusters, num_rounds=num_rounds, num_calls=num_calls)
     least, largest = limits(relation, expected, margin)

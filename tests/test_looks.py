@@ -1,0 +1,207 @@
+"""Looks: every run towards a claim counts, given or not, and each further one is judged more strictly."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_fixture import RUN_ID, SPEED_ID, Row, quality_run, speed_run
+from test_claims_judge import BOTH, FAST, KEPT, claims_of
+
+from twotower_eval import cli, stats, store
+from twotower_eval.claims import exit_code, judge, strict_line, verdict_lines
+from twotower_eval.claims.looks import num_measurings
+from twotower_eval.records import Score, SpeedSample, Verdict
+from twotower_eval.store import Run
+
+SECOND_ID, SECOND_SPEED_ID = "20261105T120000Z-run-dddddd", "20261106T120000Z-speed-eeeeee"
+
+
+def worse(row: Row) -> Row:
+    """The candidate loses whatever it had right in the first ninety documents."""
+    lost = isinstance(row, Score) and row.scored_by == "generation" and row.doc_id < 90
+    return dataclasses.replace(row, value=0.0) if lost and row.cell in CANDIDATES else row
+
+
+CANDIDATES: set[str] = set()
+
+
+@pytest.fixture(scope="module")
+def kept_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = store.load(quality_run(tmp_path_factory.mktemp("kept")))
+    CANDIDATES.update(cell.id for cell in run.manifest.cells if cell.arm == "candidate")
+    return run
+
+
+def relaunched(root: Path, *, run_id: str = SECOND_SPEED_ID, slower: float = 1.0, **options: Any) -> Run:
+    """Another speed run of the same cells, its launch with a name of its own."""
+
+    def change(row: Row) -> Row:
+        if not isinstance(row, SpeedSample):
+            return row
+        factor = slower if row.prompts[0].num_denoiser_forwards else 1.0
+        return dataclasses.replace(row, launch_id=run_id, wall_s=row.wall_s * factor)
+
+    return store.load(speed_run(root, run_id=run_id, edit=change, **options))
+
+
+def verdict_on(table: dict[str, Any], runs: list[Run]) -> Verdict:
+    [verdict] = judge(claims_of(table), runs)
+    return verdict
+
+
+@pytest.mark.parametrize("declared", [1, 2, 3, 20])
+def test_all_looks_together_err_less_than_six_in_a_hundred(declared: int) -> None:
+    spent = [stats.look_alpha(num, declared) for num in range(1, declared + 12)]
+    assert sum(alpha for alpha in spent if alpha is not None) < 0.06
+    assert spent[:declared] == [0.05 / declared] * declared
+    assert spent[declared : declared + 5] == [0.005, 0.0025, 0.00125, 0.000625, None]
+    assert stats.strictest_alpha() == 0.000625
+    with pytest.raises(ValueError, match="at least one of each"):
+        stats.look_alpha(0)
+
+
+def test_a_second_timing_is_pooled_counted_and_judged_more_strictly(tmp_path: Path, kept_run: Run) -> None:
+    """Measuring again until it is supported cost nothing."""
+    first = store.load(speed_run(tmp_path / "a", scored=True))
+    once = verdict_on(FAST, [kept_run, first])
+    again = verdict_on(FAST, [kept_run, first, relaunched(tmp_path / "b", scored=True)])
+    assert (once.num_looks, once.level, again.num_looks, again.level) == (1, 0.95, 2, 0.995)
+    assert again.estimate is not None
+    assert once.estimate is not None
+    assert (once.estimate.level, again.estimate.level) == (pytest.approx(0.9), pytest.approx(0.99))
+    assert set(again.evidence) == {RUN_ID, SPEED_ID, SECOND_SPEED_ID}
+    line, counts = verdict_lines(claims_of(FAST), [again])
+    assert "look 2 of 1 declared: judged at 99.5 %" in line
+    assert "one-sided 99.5 % bounds" in counts
+    assert "look" not in verdict_lines(claims_of(FAST), [once])[0]
+    both = verdict_lines(claims_of(FAST, KEPT), [again, *judge(claims_of(KEPT), [kept_run])])[-1]
+    assert "one-sided bounds, at 95 % where no other level is named" in both
+
+
+def test_declared_looks_share_the_error_rate(tmp_path: Path, kept_run: Run) -> None:
+    planned = {**FAST, "looks": 2}
+    first = store.load(speed_run(tmp_path / "a", scored=True))
+    for runs, num in (([first], 1), ([first, relaunched(tmp_path / "b", scored=True)], 2)):
+        verdict = verdict_on(planned, [kept_run, *runs])
+        assert (verdict.num_looks, verdict.level) == (num, 0.975)
+        assert f"look {num} of 2 declared: judged at 97.5 %" in verdict_lines(claims_of(planned), [verdict])[0]
+
+
+def test_looking_without_end_decides_nothing(tmp_path: Path, kept_run: Run) -> None:
+    more = [
+        relaunched(tmp_path / str(num), run_id=f"2026120{num}T120000Z-speed-eeeeee", scored=True, num_rounds=2)
+        for num in range(1, 7)
+    ]
+    five = verdict_on(FAST, [kept_run, *more[:5]])
+    assert (five.num_looks, five.level) == (5, 1 - 0.000625)
+    six = verdict_on({**FAST, "expected": 1.1}, [kept_run, *more])
+    assert (six.outcome, six.num_looks) == ("INCONCLUSIVE", 6)
+    assert "look 6 of 1 declared: looking has used up" in six.reason
+
+
+def test_an_equal_run_is_no_look_and_the_first_is_judged(tmp_path: Path, kept_run: Run) -> None:
+    again = store.load(quality_run(tmp_path, run_id=SECOND_ID))
+    verdict = verdict_on(KEPT, [kept_run, again])
+    assert (verdict.num_looks, verdict.level, verdict.evidence) == (1, 0.95, (RUN_ID,))
+
+
+def test_the_run_of_most_documents_is_judged_however_new_the_others_are(tmp_path: Path, kept_run: Run) -> None:
+    """The newest was, and nothing said that there was another."""
+    few = store.load(quality_run(tmp_path / "few", run_id=SECOND_ID, num_docs=60))
+    verdict = verdict_on(KEPT, [kept_run, few])
+    assert (verdict.num_looks, verdict.level, verdict.evidence) == (2, 0.995, (RUN_ID,))
+    trial = store.load(quality_run(tmp_path / "trial", run_id=SECOND_ID, num_docs=5))
+    assert verdict_on(KEPT, [kept_run, trial]).num_looks == 1, "nothing can be decided by ten documents"
+
+
+def test_looks_that_contradict_each_other_decide_nothing(tmp_path: Path, kept_run: Run) -> None:
+    """An older REFUTED was passed over for a newer SUPPORTED."""
+    bad = store.load(quality_run(tmp_path, run_id=SECOND_ID, edit=worse))
+    claim = {**KEPT, "expected": 0.7}
+    assert verdict_on(claim, [bad]).outcome == "REFUTED"
+    assert verdict_on(claim, [kept_run]).outcome == "SUPPORTED"
+    verdict = verdict_on(claim, [kept_run, bad])
+    assert verdict.outcome == "INCONCLUSIVE"
+    assert f"{RUN_ID} is SUPPORTED, {SECOND_ID} is REFUTED" in verdict.reason
+
+
+def test_timings_on_other_machines_that_contradict_each_other_decide_nothing(tmp_path: Path, kept_run: Run) -> None:
+    first = store.load(speed_run(tmp_path / "a", scored=True))
+    machine = {"system": "Linux", "cpu": "another", "num_cores": 2, "devices": [{"device": "cpu"}]}
+    other = relaunched(tmp_path / "b", scored=True, slower=2.0, machine=machine)
+    verdict = verdict_on(FAST, [kept_run, first, other])
+    assert (verdict.outcome, verdict.num_looks) == ("INCONCLUSIVE", 2)
+    assert f"{SECOND_SPEED_ID} is REFUTED, {SPEED_ID} is SUPPORTED" in verdict.reason
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_runs_beside_the_given_ones_count_and_are_named(tmp_path: Path, kept_run: Run, complete: bool) -> None:
+    """A run that was left off the command line had never been."""
+    first = store.load(speed_run(tmp_path, scored=True))
+    relaunched(tmp_path, scored=True, complete=complete)
+    kept, fast, both = judge(claims_of(KEPT, FAST, BOTH), [kept_run, first])
+    assert (kept.not_given, fast.not_given, both.not_given) == ((), (SECOND_SPEED_ID,), (SECOND_SPEED_ID,))
+    assert (fast.num_looks, fast.level) == (2, 0.995)
+    line = verdict_lines(claims_of(KEPT, FAST, BOTH), [kept, fast, both])[1]
+    assert f"1 more run of this point lies beside and was not given: {SECOND_SPEED_ID}" in line
+    five = dataclasses.replace(fast, scope=None)
+    assert (exit_code([five]), exit_code([five], strict=True)) == (0, 4)
+    assert "without runs that lie beside is counted as inconclusive" in strict_line([five])
+
+
+def warm_up_only(row: Row) -> Row | None:
+    return row if isinstance(row, SpeedSample) and row.phase == "warmup" else None
+
+
+def test_what_showed_nothing_of_the_point_is_no_look(tmp_path: Path, kept_run: Run) -> None:
+    first = store.load(speed_run(tmp_path, scored=True))
+    speed_run(tmp_path, run_id=SECOND_SPEED_ID, complete=False, edit=warm_up_only)
+    speed_run(tmp_path, run_id="20261107T120000Z-speed-ffffff", batch_sizes=(4,), scored=True)
+    speed_run(tmp_path, run_id="20261108T120000Z-speed-ffffff", workload="fixed")
+    quality_run(tmp_path, run_id="20261109T120000Z-run-ffffff", num_docs=5)
+    quality_run(tmp_path, run_id="20261110T120000Z-run-ffffff")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / store.MANIFEST).write_text("{")
+    quality = store.load(quality_run(tmp_path))
+    kept, fast = judge(claims_of(KEPT, FAST), [quality, first])
+    assert (kept.not_given, fast.not_given, kept.num_looks, fast.num_looks) == ((), (), 1, 1)
+    differing = quality_run(tmp_path, run_id="20261111T120000Z-run-ffffff", edit=worse)
+    kept = verdict_on(KEPT, [quality, first])
+    assert (kept.not_given, kept.num_looks) == ((differing.name,), 2)
+
+
+def measured(*numbers: int, launched: bool = True, missing: int = 0) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = [{"kind": "started"}]
+    for number in numbers:
+        events += [{"kind": "launched"}] * launched
+        events += [{"kind": "measured", "num_rounds": number, "num_missing": missing}]
+    return events
+
+
+@pytest.mark.parametrize(
+    ("events", "num"),
+    [
+        ([], 1),
+        (measured(5), 1),
+        (measured(5, 9), 2),
+        (measured(5, 5, launched=False), 1),
+        (measured(5, 9, launched=False), 2),
+        (measured(2, 2, missing=1) + measured(2), 1),
+    ],
+)
+def test_rounds_added_to_a_finished_run_are_another_look(kept_run: Run, events: list[dict[str, Any]], num: int) -> None:
+    assert num_measurings(dataclasses.replace(kept_run, events=events)) == num
+
+
+def test_looks_are_said_on_the_command_line(tmp_path: Path, kept_run: Run, capsys: Any) -> None:
+    from test_claims_terms import CLAIM_FILE
+
+    file = tmp_path / "mine.toml"
+    file.write_text(CLAIM_FILE + "looks = 3\n")
+    first = speed_run(tmp_path / "runs", scored=True)
+    assert cli.main(["claims", "check", str(file), str(kept_run.path), str(first)]) == 0
+    assert "look 1 of 3 declared: judged at 98.33 %" in capsys.readouterr().out
+    file.write_text(CLAIM_FILE + "looks = 0\n")
+    assert cli.main(["claims", "check", str(file), str(first)]) == 2
+    assert "looks lies between 1 and 20, not 0" in capsys.readouterr().err
