@@ -12,6 +12,7 @@ import pytest
 
 from twotower_eval import calibration, stats
 from twotower_eval.calibration import simulate, tables
+from twotower_eval.calibration.look_worlds import LookTally, calibrate_looks, look_worlds
 from twotower_eval.calibration.quality_worlds import (
     QualityWorld,
     fresh_quality_worlds,
@@ -213,6 +214,7 @@ def test_the_same_seed_gives_the_same_files(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(calibration, "null_worlds", lambda: null)
     monkeypatch.setattr(calibration, "fresh_quality_worlds", lambda: fresh_quality_worlds()[:1])
     monkeypatch.setattr(calibration, "fresh_speed_worlds", lambda: ())
+    monkeypatch.setattr(calibration, "look_worlds", lambda: look_worlds()[:1])
     texts = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         path = calibration.calibrate(tmp_path / name, num_repetitions=8, num_resamples=200, seed=seed)
@@ -221,3 +223,20 @@ def test_the_same_seed_gives_the_same_files(tmp_path: Path, monkeypatch: pytest.
     assert texts[0] == texts[1] != texts[2]
     with pytest.raises(ValueError, match="at least 1 repetition"):
         calibration.calibrate(tmp_path, num_repetitions=0)
+
+
+@pytest.mark.parametrize("world", [look_worlds()[0], look_worlds()[3]], ids=lambda world: world.name)
+def test_looking_until_it_is_supported_has_its_price(world: Any) -> None:
+    """Five looks at 95 % each support a false claim two or three times as often as one."""
+    found = calibrate_looks(world, num=150, num_resamples=200, seed=0, advance=lambda num=1, /: None)
+    assert found.num_free > 1.5 * tables.WRONG * found.num
+    assert tables.Rate(events=found.num_priced, n=found.num).bounds()[0] < 0.06
+    assert found.num_first <= found.num_priced < found.num_free
+
+
+def test_the_report_shows_looks_free_and_at_their_price() -> None:
+    looks = [LookTally(name="again", size="5 rounds", num=1000, num_first=50, num_free=140, num_priced=55)]
+    text = tables.as_markdown(([], []), [], looks, num_resamples=1000, seed=0, version="1")
+    assert "| again | 5 rounds | 5.0 [3.7, 6.5] | 14.0 [11.9, 16.3] | 5.5 [4.2, 7.1] |" in text
+    rows = list(csv.DictReader(io.StringIO(tables.as_csv([], [], looks))))
+    assert [(row["kind"], row["supported"]) for row in rows] == [("looks free", "140"), ("looks at a price", "55")]

@@ -1,6 +1,7 @@
 """Calibration: simulated worlds with known truth, and how often intervals and verdicts are right in them.
 
-``quality_worlds``, ``speed_worlds`` and ``tail_worlds`` draw data, ``simulate`` counts, ``tables`` judges and prints.
+``quality_worlds``, ``speed_worlds`` and ``tail_worlds`` draw data, ``look_worlds`` look several times, ``simulate``
+counts, ``tables`` judges and prints.
 What is judged are the functions of ``stats``, as reports and claims call them.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from twotower_eval import __version__
+from twotower_eval.calibration.look_worlds import calibrate_looks, look_worlds
 from twotower_eval.calibration.quality_worlds import fresh_quality_worlds, quality_worlds
 from twotower_eval.calibration.simulate import calibrate_null, calibrate_quality, calibrate_speed
 from twotower_eval.calibration.speed_worlds import fresh_speed_worlds, null_worlds, speed_worlds
@@ -41,7 +43,7 @@ def calibrate(
         null_worlds(),
     )
     size = {"num": num_repetitions, "num_resamples": num_resamples, "seed": seed}
-    total = num_repetitions * (sum(len(worlds) for worlds in (*known, *fresh)) + len(nulls))
+    total = num_repetitions * (sum(len(worlds) for worlds in (*known, *fresh)) + len(nulls) + len(look_worlds()))
     with progress.track(total, "repetitions") as advance:
         tallies = [
             [
@@ -51,11 +53,12 @@ def calibrate(
             for quality, speed in (known, fresh)
         ]
         null_tallies = [calibrate_null(world, **size, advance=advance) for world in nulls]
+        look_tallies = [calibrate_looks(world, **size, advance=advance) for world in look_worlds()]
     found = rows([*tallies[0], *tallies[1]])
     out.mkdir(parents=True, exist_ok=True)
     parts = found[: len(tallies[0])], found[len(tallies[0]) :]
-    text = as_markdown(parts, null_tallies, num_resamples=num_resamples, seed=seed, version=__version__)
+    text = as_markdown(parts, null_tallies, look_tallies, num_resamples=num_resamples, seed=seed, version=__version__)
     path = out / "calibration.md"
     path.write_text(text, encoding="utf-8")
-    (out / "calibration.csv").write_text(as_csv(found, null_tallies), encoding="utf-8")
+    (out / "calibration.csv").write_text(as_csv(found, null_tallies, look_tallies), encoding="utf-8")
     return path

@@ -102,7 +102,7 @@ def calibrate_null(world: SpeedWorld, *, num: int, num_resamples: int, seed: int
     """The A/A gate over several pairs at once, as a sweep over batch sizes has them, ``num`` times over."""
     num_off = num_wide = 0
     for repetition in range(num):
-        rng = _generator(seed, world.name, world.num_rounds, repetition)
+        rng = generator(seed, world.name, world.num_rounds, repetition)
         drawn_seed = int(rng.integers(2**31))
 
         def interval(calls: stats.TimedCalls, drawn_seed: int = drawn_seed) -> Callable[[float], Estimate]:
@@ -129,7 +129,7 @@ def _tally(
     counts: Counter[str] = Counter()
     for repetition in range(num):
         try:
-            found, outcome = look(_generator(seed, name, size, repetition))
+            found, outcome = look(generator(seed, name, size, repetition))
         except ValueError:  # no interval where the ratio is undefined: then there is no verdict either
             advance()
             continue
@@ -144,6 +144,6 @@ def _tally(
     )  # fmt: skip
 
 
-def _generator(seed: int, *world: object) -> np.random.Generator:
+def generator(seed: int, *world: object) -> np.random.Generator:
     """Random numbers that depend on nothing but the seed, the world and the repetition."""
     return np.random.default_rng([seed, int(sha256_text(repr(world))[:15], 16)])
