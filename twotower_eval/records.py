@@ -38,7 +38,7 @@ LikelihoodKind = Literal["exact", "context_tower", "denoiser_left_to_right", "bo
 SpeedPhase = Literal["warmup", "measure"]
 WorkloadKind = Literal["task", "fixed", "answer", "costs", "checks"]
 PassKind = Literal["prefill", "extend", "denoise"]
-CostPart = Literal["prefill", "ar_step", "denoise", "context_pass", "forced_block"]
+CostPart = Literal["prefill", "ar_step", "bookkeeping", "denoise", "context_pass", "forced_block"]
 CheckOutcome = Literal["passed", "failed", "not_checked"]
 Verb = Literal["run", "speed", "verify"]
 Arm = Literal["baseline", "candidate"]
@@ -351,6 +351,18 @@ class Passes:
     tokens: Count
     num: Size
 
+    def part(self, decoder: DecoderSpec) -> tuple[CostPart, Size | None]:
+        """The part of decoding that they are timed as, with its block size.
+
+        An autoregressive step chooses a token besides; other extensions of the context choose none.
+        """
+        if self.kind == "prefill":
+            return "prefill", None
+        if self.kind == "denoise":
+            return "denoise", self.tokens
+        is_step = self.tokens == 1 and decoder.kind == "autoregressive"
+        return ("ar_step", None) if is_step else ("context_pass", self.tokens)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedSample:
@@ -386,9 +398,11 @@ class SpeedSample:
 class CostSample:
     """One line of ``costs.jsonl``: one part of decoding timed by itself, ``num_repeats`` times in a row.
 
-    ``prefill`` reads ``context_tokens`` per row, ``ar_step`` makes one token and extends by it, ``denoise`` is one
-    denoiser call on a block, ``context_pass`` extends by a finished block; ``block_size`` is ``None`` for the first
-    two. ``wall_s`` is for all repeats together.
+    ``prefill`` reads ``context_tokens`` per row, ``ar_step`` makes one token and extends by it, ``bookkeeping`` is what
+    the autoregressive loop does beside such a step (which rows end, which go on), ``denoise`` is one denoiser call on
+    a block, ``context_pass`` extends by a finished block; ``block_size`` is ``None`` for the first three.
+    ``batch_size`` rows are passed at a time, which may be fewer than the cell's batch has. ``wall_s`` is for all
+    repeats together.
 
     What follows ``started_at`` belongs to random weights and is ``None`` otherwise: ``routing`` that was forced,
     distinct ``num_experts_touched`` per layer and step (mean over layers), the ``pattern`` of the layers that each
@@ -570,6 +584,9 @@ class GateLimits:
     dozen as soon as batches differ, and there ``score_effect`` is how far that may move the mean score. Equal answers
     may take no less than ``least_work`` of their passes when timed. Above ``warn_retention`` of the baseline's score a
     verdict warns of a baseline that may be broken.
+
+    ``residual``: share of an arm's time by which it may be off what its timed parts predict. ``own_generate``: how much
+    longer than transformers' own ``generate`` a Hugging Face baseline may take, as a share of that.
     """
 
     null_offset: float = 0.02
@@ -585,6 +602,8 @@ class GateLimits:
     score_effect: float = 0.02
     least_work: float = 0.5
     warn_retention: float = 1.1
+    residual: float = 0.25
+    own_generate: float = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)

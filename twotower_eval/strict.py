@@ -262,7 +262,7 @@ def _speed(row: SpeedSample) -> str | None:
 
 
 def _cost(row: CostSample) -> str | None:
-    if (row.part in ("prefill", "ar_step")) != (row.block_size is None):
+    if (row.part in ("prefill", "ar_step", "bookkeeping")) != (row.block_size is None):
         return f"part is {row.part!r}, but block_size is {row.block_size}"
     return None
 

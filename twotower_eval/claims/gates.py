@@ -17,6 +17,7 @@ from twotower_eval.evidence.clean import Flagged
 from twotower_eval.evidence.measured import measured
 from twotower_eval.evidence.numbers import PERCENT, interval
 from twotower_eval.evidence.points import MissingScore, OtherScore
+from twotower_eval.evidence.residual import fault_text, faults, residual_text
 from twotower_eval.evidence.truncation import truncated_at
 from twotower_eval.evidence.wholes import WholeScore
 from twotower_eval.records import CheckOutcome, Estimate, Gate, GateLimits
@@ -136,6 +137,22 @@ def null_gate(
     if null is not None:
         detail += f" ({null.value:.3f} [{null.low:.3f}, {null.high:.3f}])"
     return Gate(name="A/A null", outcome="failed" if found else "passed", detail=detail, evidence=point.run_ids)
+
+
+def residual_gate(point: SpeedPoint, limits: GateLimits) -> Gate:
+    """PROTOCOL "Speed" 6: no arm is faster than its own forwards allow, nor the baseline slower than its parts."""
+    name, found = "residual", point.costs.residuals
+    wrong = faults(found, limits.residual)
+    if wrong:
+        return Gate(name=name, outcome="failed", detail="; ".join(map(fault_text, wrong)), evidence=point.run_ids)
+    unknown = {arm: one.whole.reason for arm, one in found.items() if one.whole.estimate is None}
+    if unknown:
+        reasons = dict.fromkeys(str(reason) for reason in unknown.values())
+        detail = f"whether the times fit the forwards is not known: {'; '.join(reasons)}"
+        return Gate(name=name, outcome="not_checked", detail=detail)
+    shares = [f"{arm} {residual_text(one.whole.estimate)}" for arm, one in found.items() if one.whole.estimate]
+    detail = f"of the measured time no part explains {', '.join(shares)}"
+    return Gate(name=name, outcome="passed", detail=detail, evidence=point.run_ids)
 
 
 def degenerate_gate(point: SpeedPoint, quality: Sequence[QualityPoint], limits: GateLimits) -> Gate:

@@ -199,6 +199,7 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
     if first is not None:
         judged = calls_speedup(claim, point, first)
         checks.append(gates.null_gate(point, evidence.speed, judged, claim.expected, claim.limits))
+    checks.append(gates.residual_gate(point, claim.limits))
     checks.append(gates.degenerate_gate(point, quality, claim.limits))
     checks.append(gates.floor_gate(quality, claim.limits))
     checks.append(gates.verify_gate(evidence, point.candidate.checkpoint.identity))

@@ -57,6 +57,8 @@ RANGES: Mapping[str, Range] = {
     "score_effect": Range(least=0.0, most=0.1),
     "least_work": Range(least=0.1, most=1.0),
     "warn_retention": Range(least=1.0, most=2.0),
+    "residual": Range(least=0.05, most=0.5),
+    "own_generate": Range(least=0.0, most=1.0),
 }
 
 

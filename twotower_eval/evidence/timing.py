@@ -40,6 +40,7 @@ from twotower_eval.evidence.degenerate import Flags
 from twotower_eval.evidence.measured import ArmsDifferError
 from twotower_eval.evidence.nulls import caution, fault
 from twotower_eval.evidence.points import Measured, PointKey, baseline_of, measured, point_key
+from twotower_eval.evidence.residual import ResidualFault, faults
 from twotower_eval.evidence.samples import Sample, answer_samples
 from twotower_eval.records import Cell, GateLimits, SpeedSample
 from twotower_eval.store import Run
@@ -103,7 +104,12 @@ class SpeedPoint:
     @property
     def invalid(self) -> bool:
         """Whether this must not be read as a speedup."""
-        return self.null_fault is not None or bool(self.handicaps)
+        return self.null_fault is not None or bool(self.handicaps or self.residual_faults)
+
+    @property
+    def residual_faults(self) -> tuple[ResidualFault, ...]:
+        """Arms whose time does not fit their forwards, by the limit that claims have by default."""
+        return faults(self.costs.residuals, GateLimits().residual)
 
     @property
     def lengths_differ(self) -> bool:

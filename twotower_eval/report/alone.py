@@ -151,23 +151,23 @@ def _parts(found: Sequence[TimedAlone]) -> str:
         per_forward = NONE if counts.tokens_per_forward is None else f"{counts.tokens_per_forward:.2f}"
         row = [_who(one.baseline), count(_batch(one)), count(counts.num_prompts), count(counts.num_tokens)]
         rows.append([*row, count(counts.num_context_forwards), per_forward, ends, *explained(one.costs)])
-        phases += list(_phase_rows(one.costs, _batch(one)))
+        phases += list(_phase_rows(one.costs))
     body = table(header, rows)
     if phases:
-        names = ["part", "batch", "context tokens", "ms per pass [interval]", "level", "rounds"]
+        names = ["part", "rows", "context tokens", "ms per pass [interval]", "level", "rounds"]
         body += f"\nWhat each part costs:\n\n{table(names, phases)}"
     reasons = sorted({one.costs.reason for one in found if one.costs.reason})
     body += "".join(f"\nNo explanation of the times: {escape(reason)}.\n" for reason in reasons)
     return details("Tokens, forwards and what they cost", body)
 
 
-def _phase_rows(costs: ArmCosts, batch_size: int) -> Iterator[list[str]]:
+def _phase_rows(costs: ArmCosts) -> Iterator[list[str]]:
     for phase in costs.phases:
         ms = phase.seconds
         spread = f"{1e3 * ms.value:.3g} [{1e3 * ms.low:.3g}, {1e3 * ms.high:.3g}]"
         yield [
             PARTS[phase.part],
-            count(batch_size),
+            count(phase.num_rows),
             count(phase.context_tokens),
             spread,
             percent(ms.level),

@@ -14,6 +14,7 @@ from twotower_eval.report.text import NONE, bullets, count, details, escape, per
 PARTS = {
     "prefill": "prefill",
     "ar_step": "AR step",
+    "bookkeeping": "bookkeeping of a step",
     "denoise": "denoiser pass",
     "context_pass": "context pass",
     "forced_block": "forced block",
@@ -21,8 +22,10 @@ PARTS = {
 READING = (
     "Each part of decoding was timed alone, in the same rounds; predicted seconds are these parts times the passes "
     "that the timed calls made. The residual is what the parts leave unexplained, as a share of the measured time; "
-    "above 10 % it is printed as unexplained and never absorbed. Break-even is the number of useful tokens per NFE at "
-    "which both arms decode equally fast: below it a parallel decoder is slower than its baseline."
+    "above 10 % it is printed as unexplained and never absorbed. Where an arm is much faster than its own forwards "
+    "allow, or the baseline much slower than its parts, the speedup is INVALID (see the gates). Break-even is the "
+    "number of useful tokens per NFE at which both arms decode equally fast: below it a parallel decoder is slower "
+    "than its baseline."
 )
 
 
@@ -80,9 +83,9 @@ def _phases(runs: Runs, points: Sequence[SpeedPoint]) -> str:
                 ms = phase.seconds
                 spread = f"{significant(1e3 * ms.value)} [{significant(1e3 * ms.low)}, {significant(1e3 * ms.high)}]"
                 block = NONE if phase.block_size is None else count(phase.block_size)
-                where = [PARTS[phase.part], block, count(point.batch_size), count(phase.context_tokens)]
+                where = [PARTS[phase.part], block, count(phase.num_rows), count(phase.context_tokens)]
                 row = [name, *where, spread, percent(ms.level), count(ms.n)]
                 if row not in rows:
                     rows.append(row)
-    header = ["arm", "part", "block", "batch", "context tokens", "ms per pass [interval]", "level", "rounds"]
+    header = ["arm", "part", "block", "rows", "context tokens", "ms per pass [interval]", "level", "rounds"]
     return table(header, rows, left=2)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from twotower_eval.evidence.alone import compares, is_alone
 from twotower_eval.evidence.clean import Flagged
 from twotower_eval.evidence.points import Measured, QualityPoint
+from twotower_eval.evidence.residual import fault_text, residual_text
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.evidence.truncation import truncated
@@ -39,7 +40,7 @@ PROOF_WORDS: dict[ProofOutcome, str] = {"fastest": "passed", "slower": "slower w
 
 def gates(runs: Runs) -> Section:
     """One row for each gate, then the shares of degenerate outputs with the figures on clean ones."""
-    rows = [*_hashes(runs), *_whole_prompts(runs), *_ways(runs), *_nulls(runs), *_checks(runs)]
+    rows = [*_hashes(runs), *_whole_prompts(runs), *_ways(runs), *_nulls(runs), *_residuals(runs), *_checks(runs)]
     verified = any(run.manifest.verb == "verify" for run in runs)
     missing = "" if verified else "Parity and batch logic were not checked: `twotower-eval verify` does it.\n"
     parts = [table(GATE_HEADER, rows, left=len(GATE_HEADER)), missing, _degenerate(runs)]
@@ -108,6 +109,28 @@ def _null(point: SpeedPoint) -> Row:
         found += "; " + escape(point.null_fault)
     gate = f"A/A null, {point.workload}, batch {point.batch_size}"
     return [gate, outcome, found, code(" ".join(point.run_ids))]
+
+
+def _residuals(runs: Runs) -> Iterator[Row]:
+    """Whether the times of both arms fit their forwards: the faults one by one, the rest once for each batch size."""
+    known: dict[tuple[str, int, tuple[str, ...]], list[SpeedPoint]] = {}
+    for point in runs.speed:
+        known.setdefault((point.workload, point.batch_size, point.run_ids), []).append(point)
+    for (workload, batch_size, run_ids), points in known.items():
+        gate, run = f"times fit forwards, {workload}, batch {batch_size}", code(" ".join(run_ids))
+        for point in points:
+            for fault in point.residual_faults:
+                found = f"{escape(runs.name(point.candidate))}: {escape(fault_text(fault))}"
+                yield [gate, OUTCOMES["failed"], found, run]
+        fitting = [point for point in points if not point.residual_faults]
+        wholes = [one.whole for point in fitting for one in point.costs.residuals.values()]
+        reasons = list(dict.fromkeys(escape(str(one.reason)) for one in wholes if one.estimate is None))
+        if reasons:
+            yield [gate, OUTCOMES["not_checked"], "; ".join(reasons), run]
+        elif wholes:
+            off = max((one.estimate for one in wholes if one.estimate), key=lambda found: abs(found.value))
+            found = f"the largest residual of {count(len(fitting))} points is {residual_text(off)}"
+            yield [gate, OUTCOMES["passed"], found, run]
 
 
 def _checks(runs: Runs) -> Iterator[Row]:

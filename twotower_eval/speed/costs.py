@@ -1,28 +1,35 @@
 """The parts of decoding, timed alone in the rounds of a run: what explains its times, or does not.
 
-For each batch size the baseline's prefill and step, the candidate's prefill, and for each of its block sizes the
-denoiser pass and the context pass, at context lengths that span the workload: prompts at their shortest, median and
-longest, with none, half and all of the budget behind them.
+Which parts those are is what the calls of a run were seen to do: prefills, steps of one token, denoiser passes and
+context passes of so many tokens, over as many rows as were seen at least, at most and in between, at context lengths
+that span the workload: prompts at their shortest, median and longest, with none, half and all of the budget behind
+them. Nothing is read off a decoder's parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from twotower_eval.records import CostPart
+from twotower_eval.decoders.finish import Rules
+from twotower_eval.records import Arm, CostPart, Passes, Prompt
 from twotower_eval.speed import phases
 from twotower_eval.speed.clock import CallClock
 from twotower_eval.speed.lanes import Lane
 from twotower_eval.speed.workloads import Call, Calls
 
 # Enough that one repetition's jitter does not matter, few enough to stay a small share of a round.
-REPEATS: dict[CostPart, int] = {"prefill": 2, "ar_step": 8, "denoise": 4, "context_pass": 4}
+REPEATS: dict[CostPart, int] = {"prefill": 2, "ar_step": 8, "bookkeeping": 8, "denoise": 4, "context_pass": 4}
+NEVER = "\uffff"  # a character that is none
+
+Key = tuple[Arm, CostPart, int, int | None, int, int]  # batch size of the cell, block size, rows, context tokens
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,62 +61,119 @@ class CostItem:
             ) from error
 
 
-def make_items(calls: Calls, lanes: Mapping[int, Sequence[Lane]], models: tuple[Any, Any]) -> tuple[CostItem, ...]:
-    """Every part of every batch size; ``models`` are those of baseline and candidate.
+class Parts:
+    """Parts of a run, each from the first call on that was seen to need it. ``models``: baseline and candidate.
 
-    A block size is measured once, for the first cell that has it. Decoders without blocks have no parts of theirs.
+    A part is timed once for all cells of an arm and a batch size, under the name of the first that needed it.
     """
-    items: list[CostItem] = []
-    for size, of_size in lanes.items():
-        seen: set[Any] = set()
-        for lane in of_size:
-            baseline = lane.cell.arm == "baseline"
-            block_size = None if baseline else lane.cell.decoder.params.get("block_size")
-            if lane.replica or (not baseline and not isinstance(block_size, int)) or (baseline, block_size) in seen:
-                continue
-            model = models[0 if baseline else 1]
-            new = _of_cell(lane, calls[size], size, model, block_size if isinstance(block_size, int) else None)
-            # The candidate's prefill does not depend on its block size.
-            items += [item for item in new if baseline or item.part != "prefill" or (False, None) not in seen]
-            seen |= {(baseline, block_size), (baseline, None)}
-    return tuple(items)
+
+    def __init__(self, calls: Calls, lanes: Mapping[int, Sequence[Lane]], models: tuple[Any, Any]) -> None:
+        self._calls, self._models = calls, models
+        self._lanes = {lane.cell.id: lane for of_size in lanes.values() for lane in of_size if lane.replica == 0}
+        self._seen: dict[str, set[Passes]] = defaultdict(set)  # by cell
+        self._items: dict[Key, CostItem] = {}
+
+    @property
+    def items(self) -> tuple[CostItem, ...]:
+        """All that are known so far."""
+        return tuple(self._items.values())
+
+    def saw(self, lane: Lane, passes: Iterable[Passes]) -> None:
+        """A call of the lane made these passes."""
+        if lane.replica == 0:
+            self._seen[lane.cell.id] |= {replace(one, num=1) for one in passes}
+
+    def new(self) -> tuple[CostItem, ...]:
+        """Those that have been seen to be needed since this was asked last."""
+        before = len(self._items)
+        for cell, seen in self._seen.items():
+            for item in self._needed(self._lanes[cell], seen):
+                size = self._lanes[cell].cell.workload.batch_size or 1
+                sizes = (item.block_size, item.batch_size, item.context_tokens)
+                self._items.setdefault((self._lanes[cell].cell.arm, item.part, size, *sizes), item)
+        return self.items[before:]
+
+    def _needed(self, lane: Lane, seen: set[Passes]) -> list[CostItem]:
+        model = self._models[0 if lane.cell.arm == "baseline" else 1]
+        calls = self._calls[lane.cell.workload.batch_size or 1]
+        found = []
+        for part, block_size in _parts(lane, seen):
+            alike = [one for one in seen if one.part(lane.cell.decoder) == (part, block_size)]
+            if part == "prefill":
+                lengths = _spread({one.tokens for one in alike})
+            else:
+                lengths = _contexts(lane, calls, model, block_size or 1)
+            widths = _spread({one.rows for one in alike}, middle=True)
+            found += [_item(lane, calls, model, part, block_size, rows, n) for rows in widths for n in lengths]
+            if part == "ar_step":
+                found += [_item(lane, calls, model, "bookkeeping", None, rows, 0) for rows in widths]
+        return found
 
 
-def _of_cell(lane: Lane, calls: Sequence[Call], size: int, model: Any, block_size: int | None) -> list[CostItem]:
-    rows = [ids for call in calls for ids in lane.ids[call.id]]
-    prompts, contexts = _lengths(lane, calls, model, block_size)
-
-    def item(part: CostPart, context_tokens: int, prepare: Callable[[Tensor], phases.Repeat]) -> CostItem:
-        return CostItem(
-            cell=lane.cell.id,
-            part=part,
-            batch_size=size,
-            context_tokens=context_tokens,
-            block_size=None if part in ("prefill", "ar_step") else block_size,
-            prepare=lambda: prepare(_ids(rows, size, context_tokens)),
-        )
-
-    items = [item("prefill", length, lambda ids_BS: phases.prefill(model, ids_BS)) for length in prompts]
-    for length in contexts:
-        if block_size is None:
-            items.append(item("ar_step", length, lambda ids_BS: _ar_step(model, ids_BS)))
-        else:
-            items.append(item("denoise", length, lambda ids_BS: _denoise(model, ids_BS, block_size)))
-            items.append(item("context_pass", length, lambda ids_BS: _context_pass(model, ids_BS, block_size)))
-    return items
+def _parts(lane: Lane, seen: Iterable[Passes]) -> list[tuple[CostPart, int | None]]:
+    """Parts that passes are of; of block sizes too many to be timed, the smallest, the largest and one in between."""
+    sizes: dict[CostPart, set[int | None]] = defaultdict(set)
+    for one in seen:
+        part, block_size = one.part(lane.cell.decoder)
+        sizes[part].add(block_size)
+    found: list[tuple[CostPart, int | None]] = []
+    for part, of_part in sizes.items():
+        blocks = _spread({size for size in of_part if size is not None})
+        found += [(part, size) for size in blocks or (None,)]
+    return found
 
 
-def _lengths(lane: Lane, calls: Sequence[Call], model: Any, block_size: int | None) -> tuple[list[int], list[int]]:
-    """Context lengths of the prefill and of the other parts, from the longest prompt of each call."""
+def _spread(values: set[int], *, middle: bool = False) -> list[int]:
+    """The smallest, the median and the largest of what was seen; ``middle``: half way between the ends instead."""
+    known = sorted(values)
+    if len(known) <= 1:
+        return known
+    between = (known[0] + known[-1]) // 2 if middle else known[len(known) // 2]
+    return sorted({known[0], between, known[-1]})
+
+
+def _contexts(lane: Lane, calls: Sequence[Call], model: Any, num_tokens: int) -> list[int]:
+    """Context lengths of passes of so many tokens, from the longest prompt of each call."""
     longest = sorted(max(map(len, lane.ids[call.id])) for call in calls)
     budget = max(call.max_new_tokens for call in calls)
-    low, middle, high = longest[0], longest[len(longest) // 2], longest[-1]
-    contexts = [low, middle + budget // 2, high + budget]
+    contexts = [longest[0], longest[len(longest) // 2] + budget // 2, longest[-1] + budget]
     if model.max_length is not None:
         # One repetition not counted, one made when it is prepared: each goes on where the last ended.
-        room = model.max_length - (max(REPEATS.values()) + 2) * (block_size or 1)
+        room = model.max_length - (max(REPEATS.values()) + 2) * num_tokens
         contexts = [min(length, room) for length in contexts]
-    return sorted({low, middle, high}), sorted({length for length in contexts if length > 0})
+    return sorted({length for length in contexts if length > 0})
+
+
+def _item(
+    lane: Lane,
+    calls: Sequence[Call],
+    model: Any,
+    part: CostPart,
+    block_size: int | None,
+    num_rows: int,
+    context_tokens: int,
+) -> CostItem:
+    rows = [ids for call in calls for ids in lane.ids[call.id]]
+
+    def prepare() -> phases.Repeat:
+        if part == "bookkeeping":  # reads no context
+            return _bookkeeping(lane, calls[0], list(islice(cycle(rows), num_rows)))
+        ids_BS = _ids(rows, num_rows, context_tokens)
+        if part == "prefill":
+            return phases.prefill(model, ids_BS)
+        if block_size is None:
+            return _ar_step(model, ids_BS)
+        make = _denoise if part == "denoise" else _context_pass
+        return make(model, ids_BS, block_size)
+
+    return CostItem(
+        cell=lane.cell.id,
+        part=part,
+        batch_size=num_rows,
+        context_tokens=context_tokens,
+        block_size=block_size,
+        prepare=prepare,
+    )
 
 
 def _ids(rows: Sequence[Sequence[int]], size: int, length: int) -> Tensor:
@@ -121,10 +185,19 @@ def _ar_step(model: Any, ids_BS: Tensor) -> phases.Repeat:
     return phases.ar_step(model, model.prefill(ids_BS), ids_BS[:, :1])
 
 
+def _bookkeeping(lane: Lane, call: Call, rows: Sequence[tuple[int, ...]]) -> phases.Repeat:
+    """For rows that never end, and stop strings as long as the call's that never come."""
+    stop = tuple(NEVER * len(text) for text in call.stop)
+    rules = Rules(max_new_tokens=sys.maxsize, eos_token_ids=frozenset(), stop=stop, tokenizer=lane.model.tokenizer)
+    prompts = [Prompt(id=str(number), token_ids=ids) for number, ids in enumerate(rows)]
+    return phases.bookkeeping(prompts, rules)
+
+
 def _denoise(model: Any, ids_BS: Tensor, block_size: int) -> phases.Repeat:
     """Half of the block masked: masks alone would all route to the same experts."""
     block_BK = _block(ids_BS, block_size)
-    block_BK[:, ::2] = model.mask_token_id
+    if model.mask_token_id is not None:
+        block_BK[:, ::2] = model.mask_token_id
     t = -(-block_size // 2) / block_size
     return phases.denoise(model, model.prefill(ids_BS), block_BK, [t] * len(ids_BS))
 

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twotower_eval.decoders.batch import Call
+from twotower_eval.decoders.finish import Rules
 from twotower_eval.decoders.rows import on_host
+from twotower_eval.records import Prompt
 from twotower_eval.speed.clock import CallClock, no_garbage_collection
 
 Repeat = Callable[[], None]  # one repetition of a phase
@@ -41,6 +44,34 @@ def ar_step(model: Any, context: Any, ids_B1: Tensor) -> Repeat:
         _choose(model.next_logits(newest))
 
     return repeat
+
+
+def bookkeeping(prompts: Sequence[Prompt], rules: Rules) -> Repeat:
+    """What the autoregressive loop does for its rows beside a step: looks for their ends, takes on those that go on."""
+    num_rows = len(prompts)
+    call = Call(
+        _Still(), prompts, rules, None, width=num_rows, capacity=num_rows, steady=False, on_finish=None
+    )  # fmt: skip
+    context = call.admit()
+    tokens_B1 = torch.tensor([[prompt.token_ids[-1]] for prompt in prompts])
+
+    def repeat() -> None:
+        nonlocal context
+        assert context is not None
+        going = call.absorb(context.rows, tokens_B1.tolist())
+        context = call.admit(call.extended(context, going, tokens_B1))
+
+    return repeat
+
+
+class _Still:
+    """A model whose contexts are all the same and take no time."""
+
+    def prefill(self, *_: Any) -> _Still:
+        return self
+
+    def extend(self, *_: Any) -> _Still:
+        return self
 
 
 def denoise(model: Any, context: Any, block_BK: Tensor, t_B: Sequence[float] | float | None) -> Repeat:
@@ -113,8 +144,9 @@ def _choose(logits_BV: Tensor) -> None:
     logits_BV.argmax(-1).cpu()
 
 
-def _choose_confident(logits_BKV: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
+def _choose_confident(logits_BKV: Tensor, mask_token_id: int | None) -> tuple[Tensor, Tensor]:
     """Tokens and confidences (B, K) on the host, as block diffusion chooses at temperature 0."""
-    logits_BKV[..., mask_token_id] = -torch.inf
+    if mask_token_id is not None:
+        logits_BKV[..., mask_token_id] = -torch.inf
     confidence_BK, tokens_BK = logits_BKV.float().softmax(-1).max(-1)
     return on_host(tokens_BK, confidence_BK)

@@ -44,7 +44,7 @@ from twotower_eval.records import (
 from twotower_eval.shortfalls import asked_and_not_done, truncation_line
 from twotower_eval.speed.captures import Captures, graphs_for, hint, refuse_uneven
 from twotower_eval.speed.clock import CallClock, Devices, torch_threads
-from twotower_eval.speed.costs import CostItem, make_items
+from twotower_eval.speed.costs import CostItem, Parts
 from twotower_eval.speed.lanes import Lane, Timing, make_lanes
 from twotower_eval.speed.loop import RoundLoop, launches_missing, share_of_launch, whole_rounds
 from twotower_eval.speed.workloads import Call, Calls, Request, count_truncated, make_calls, scored_tasks
@@ -99,7 +99,7 @@ def run_launch(
         clock = CallClock(devices, now)
         lanes = make_lanes(held, calls, requests, specs, models, clock)
         ways = prove_arms(models, lambda model: _longest(calls, lanes))
-        costs = make_items(calls, lanes, models) if plan.costs else ()
+        parts = Parts(calls, lanes, models) if plan.costs else None
         graphs = graphs_for(plan, calls, lanes, models)
         manifest = _manifest(plan, calls, [*chain.from_iterable(lanes.values())], overrides, ways, models, resume)
         if resume is not None and _is_scored(plan, resume, manifest, _calls_per_round(calls, lanes)):
@@ -111,7 +111,7 @@ def run_launch(
             warnings = [f"warning: {text}" for text in (*writer.warnings, *asked_and_not_done(manifest), *truncated)]
             for line in (*warnings, *slower_lines(manifest)):
                 progress.note(line)
-            session = _Session(plan, writer, calls, lanes, costs, clock, Captures(graphs, writer), progress)
+            session = _Session(plan, writer, calls, lanes, parts, clock, Captures(graphs, writer), progress)
             num_missing = session.run()
             if not num_missing:
                 writer.finish()
@@ -204,13 +204,13 @@ class _Session(RoundLoop):
         writer: store.RunWriter,
         calls: Calls,
         lanes: dict[int, tuple[Lane, ...]],
-        costs: Sequence[CostItem],
+        parts: Parts | None,
         clock: CallClock,
         captures: Captures,
         progress: Progress,
     ) -> None:
         self._plan, self._writer, self._calls, self._lanes = plan, writer, calls, lanes
-        self._costs, self._clock, self._captures = costs, clock, captures
+        self._parts, self._clock, self._captures = parts, clock, captures
         earlier = writer.run.speed
         timed: list[SpeedSample | CostSample] = [*earlier, *writer.run.costs]
         self._launch_id = f"{writer.run.manifest.run_id}/{len({sample.launch_id for sample in timed}) + 1}"
@@ -224,7 +224,7 @@ class _Session(RoundLoop):
             progress,
             whole_s=whole_s if plan.launches == 1 else [],
             next_round=1 + max(begun, default=-1),
-            steps_per_round=self._calls_per_round + len(costs),
+            steps_per_round=self._calls_per_round,
         )
 
     def run(self) -> int:
@@ -252,17 +252,19 @@ class _Session(RoundLoop):
             self._progress.note(f"{self._num_done} whole rounds are there already")
 
     def _round(self, phase: SpeedPhase, number: int, advance: Advance) -> float:
-        """Every lane times every call, and every part is timed alone; seconds on the clock, without the parts."""
+        """Every lane times every call, and every part is timed alone; seconds on the clock, without the parts.
+
+        Parts that a call of this round is the first to need are timed at its end.
+        """
         order = random.Random(derive_seed(self._plan.seed, phase, number))
         positions = [(size, call) for size, calls in self._calls.items() for call in calls]
-        steps: list[tuple[int, Call] | CostItem] = [*positions, *self._costs]
+        steps: list[tuple[int, Call] | CostItem] = [*positions, *(self._parts.items if self._parts else ())]
         order.shuffle(steps)
         timed_s = 0.0
         gc.collect()
         for step in steps:
             if isinstance(step, CostItem):
                 self._time_part(step, phase, number)
-                advance()
                 continue
             size, call = step
             for lane in order.sample(self._lanes[size], len(self._lanes[size])):
@@ -271,10 +273,12 @@ class _Session(RoundLoop):
                 self._write(lane, call, phase, number, started_at, timing)
                 timed_s += timing.wall_s
                 advance()
+        for item in self._parts.new() if self._parts else ():
+            self._time_part(item, phase, number)
         return timed_s
 
     def _time_part(self, item: CostItem, phase: SpeedPhase, number: int) -> None:
-        what = f"{item.part}, batch size {item.batch_size}, {item.context_tokens} tokens"
+        what = f"{item.part}, {item.batch_size} rows, {item.context_tokens} tokens"
         started_at, wall_s = self._captures.outside(phase, number, what, lambda: (now_text(), item.time(self._clock)))
         sample = CostSample(
             cell=item.cell,
@@ -318,6 +322,8 @@ class _Session(RoundLoop):
             off_clock_s=timing.busy.off_clock_s,
         )
         self._writer.append(sample)
+        if self._parts:
+            self._parts.saw(lane, sample.passes)
 
 
 def _begun(lane: Lane, call: Call, number: int) -> tuple[str, Timing]:

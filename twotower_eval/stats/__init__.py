@@ -13,6 +13,7 @@ from twotower_eval.stats.costs import (
     CallCounts,
     CostTable,
     Explanation,
+    PartPasses,
     PhaseCost,
     Prediction,
     break_even,
@@ -22,6 +23,7 @@ from twotower_eval.stats.costs import (
     needed_tokens_per_nfe,
     predict,
     predicted_speedup,
+    residual_over_rounds,
 )
 from twotower_eval.stats.decide import (
     DECISION_LEVEL,
@@ -112,6 +114,7 @@ __all__ = [
     "Needed",
     "NullLimits",
     "PairedScores",
+    "PartPasses",
     "PhaseCost",
     "PlannedTask",
     "PowerPlan",
@@ -162,6 +165,7 @@ __all__ = [
     "predicted_speedup",
     "replicated",
     "resamples_launches",
+    "residual_over_rounds",
     "retention",
     "retention_above_chance",
     "share_possible",

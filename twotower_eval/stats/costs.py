@@ -1,25 +1,25 @@
 """From measured phases and counts to predicted times: does the sum of the parts explain the whole?
 
 A timed call is a prefill and then, for AR, one step per further token; for block diffusion, denoiser passes and one
-context pass after every block but the last. Costs are seconds per pass of a batch, measured at some context lengths:
-between two of them they are interpolated linearly, beyond them the nearest holds, and the share of passes beyond is
-kept. What the parts do not explain stays unexplained.
+context pass after every block but the last. Costs are seconds per pass, measured at some numbers of rows and some
+context lengths: between two of them they are interpolated linearly, beyond them the nearest holds, and the share of
+passes beyond is kept. What the parts do not explain stays unexplained.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import bdtr
+from scipy.special import bdtr, stdtrit
 
 from twotower_eval.records import CostPart, Estimate
 from twotower_eval.stats.figure import Figure
 from twotower_eval.stats.intervals import LEVEL, Floats
 from twotower_eval.stats.mean import t_interval_of_mean
 
-_Passes = tuple[CostPart, int | None, Floats, float]
 EXPLAINED = 0.10  # largest residual, as a share of the measured time, that counts as explained
 
 
@@ -74,7 +74,7 @@ def mean_time(values_s: Sequence[float], *, level: float = LEVEL) -> Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseCost:
-    """Seconds of one pass of a part of decoding, for a batch, with ``context_tokens`` per row before it.
+    """Seconds of one pass of a part of decoding over ``num_rows`` rows, with ``context_tokens`` per row before it.
 
     ``prefill`` reads ``context_tokens`` per row. ``block_size`` is ``None`` for ``prefill`` and ``ar_step``.
     """
@@ -83,6 +83,19 @@ class PhaseCost:
     block_size: int | None
     context_tokens: int
     seconds: Estimate
+    num_rows: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartPasses:
+    """Passes of one part over ``num_rows`` rows each (``None``: the whole batch), so many ``repeats`` at each context
+    length."""
+
+    part: CostPart
+    block_size: int | None
+    contexts: tuple[float, ...]
+    repeats: float = 1.0
+    num_rows: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,45 +122,81 @@ class Prediction:
 
 
 class CostTable:
-    """Measured costs of one batch size, to be looked up at any context length; several of one point are an error."""
+    """Measured costs, to be looked up at any number of rows and context length; several of one point are an error.
+
+    Between two block sizes that were measured costs are interpolated as well; beyond them nothing is known.
+    """
 
     def __init__(self, costs: Sequence[PhaseCost]) -> None:
-        self._points: dict[tuple[CostPart, int | None], list[tuple[int, float]]] = {}
+        self._points: dict[CostPart, dict[int | None, dict[int, list[tuple[int, float]]]]] = {}
         for cost in sorted(costs, key=lambda cost: cost.context_tokens):
-            points = self._points.setdefault((cost.part, cost.block_size), [])
+            by_rows = self._points.setdefault(cost.part, {}).setdefault(cost.block_size, {})
+            points = by_rows.setdefault(cost.num_rows, [])
             if points and points[-1][0] == cost.context_tokens:
                 raise ValueError(f"{_name(cost.part, cost.block_size)} at {cost.context_tokens} tokens: several costs")
             points.append((cost.context_tokens, cost.seconds.value))
 
-    def seconds_N(self, part: CostPart, block_size: int | None, contexts_N: Floats) -> tuple[Floats, int]:
-        """Seconds of a pass at each context length, and how many of these lie beyond what was measured."""
-        points = self._points.get((part, block_size))
-        if not points:
-            raise ValueError(f"{_name(part, block_size)} was not measured, so no time can be predicted")
-        lengths, seconds = zip(*points, strict=True)
-        beyond = int(((contexts_N < lengths[0]) | (contexts_N > lengths[-1])).sum())
-        found_N: Floats = np.interp(contexts_N, lengths, seconds)
-        return found_N, beyond
+    def seconds_N(
+        self, part: CostPart, block_size: int | None, contexts_N: Floats, num_rows: int | None = None
+    ) -> tuple[Floats, int]:
+        """Seconds of a pass at each context length, and how many of these lie beyond what was measured.
+
+        ``None`` rows are as many as were measured at most.
+        """
+        total_N, beyond_N = np.zeros(len(contexts_N)), np.zeros(len(contexts_N), dtype=bool)
+        for size, size_share in self._sizes(part, block_size):
+            by_rows = self._points[part][size]
+            wanted = max(by_rows) if num_rows is None else num_rows
+            beyond_N |= not min(by_rows) <= wanted <= max(by_rows)
+            for rows, rows_share in _around(sorted(by_rows), wanted):
+                lengths, seconds = zip(*by_rows[rows], strict=True)
+                beyond_N |= (contexts_N < lengths[0]) | (contexts_N > lengths[-1])
+                total_N += size_share * rows_share * np.interp(contexts_N, lengths, seconds)
+        return total_N, int(beyond_N.sum())
 
     def seconds(self, part: CostPart, block_size: int | None, context_tokens: float) -> float:
-        """Seconds of a pass at one context length."""
+        """Seconds of a pass of the whole batch at one context length."""
         return float(self.seconds_N(part, block_size, np.array([float(context_tokens)]))[0][0])
 
+    def _sizes(self, part: CostPart, block_size: int | None) -> list[tuple[int | None, float]]:
+        """The block size, or those measured on either side of it, each with its share."""
+        by_size = self._points.get(part, {})
+        if block_size in by_size:
+            return [(block_size, 1.0)]
+        known = sorted(size for size in by_size if size is not None)
+        if block_size is None or not known or not known[0] < block_size < known[-1]:
+            raise ValueError(f"{_name(part, block_size)} was not measured, so no time can be predicted")
+        return [(size, share) for size, share in _around(known, block_size)]
 
-def predict(table: CostTable, calls: Sequence[CallCounts]) -> Prediction:
+
+def _around(known: Sequence[int], wanted: int) -> list[tuple[int, float]]:
+    """The values on either side of the wanted one with their shares in between; beyond all of them the nearest."""
+    at = bisect_left(known, wanted)
+    if at == len(known) or known[at] == wanted or at == 0:
+        return [(known[min(at, len(known) - 1)], 1.0)]
+    low, high = known[at - 1], known[at]
+    share = (wanted - low) / (high - low)
+    return [(low, 1 - share), (high, share)]
+
+
+def predict(table: CostTable, calls: Sequence[CallCounts | Sequence[PartPasses]]) -> Prediction:
     """Sum the measured parts over calls; ValueError where a part that they need was not measured."""
+    alike: dict[tuple[CostPart, int | None, int | None], list[PartPasses]] = {}
+    for call in calls:
+        for one in _passes(call) if isinstance(call, CallCounts) else call:
+            if one.contexts:
+                alike.setdefault((one.part, one.block_size, one.num_rows), []).append(one)
+    if not alike:
+        raise ValueError("no call to predict the time of")
     by_part: dict[CostPart, float] = {}
     num_passes = num_beyond = 0
-    for call in calls:
-        for part, block_size, contexts_N, repeats in _passes(call):
-            if len(contexts_N) == 0:
-                continue
-            seconds_N, beyond = table.seconds_N(part, block_size, contexts_N)
-            by_part[part] = by_part.get(part, 0.0) + float(seconds_N.sum()) * repeats
-            num_passes += len(contexts_N)
-            num_beyond += beyond
-    if not num_passes:
-        raise ValueError("no call to predict the time of")
+    for (part, block_size, num_rows), passes in alike.items():
+        contexts_N = np.concatenate([one.contexts for one in passes])
+        repeats_N = np.concatenate([np.full(len(one.contexts), one.repeats) for one in passes])
+        seconds_N, beyond = table.seconds_N(part, block_size, contexts_N, num_rows)
+        by_part[part] = by_part.get(part, 0.0) + float(seconds_N @ repeats_N)
+        num_passes += len(contexts_N)
+        num_beyond += beyond
     return Prediction(total_s=sum(by_part.values()), by_part_s=by_part, share_beyond=num_beyond / num_passes)
 
 
@@ -169,6 +218,29 @@ def explain(measured_s: float, predicted_s: float, *, limit: float = EXPLAINED) 
     return Explanation(
         measured_s=measured_s, predicted_s=predicted_s, residual=residual, explained=abs(residual) <= limit
     )
+
+
+def residual_over_rounds(measured_R: Sequence[float], predicted_R: Sequence[float], level: float = LEVEL) -> Estimate:
+    """The residual of :class:`Explanation` with its interval over rounds, each held against its own parts.
+
+    Student's t on the logarithm of measured over predicted seconds, so that a round in which a neighbour held up a part
+    weighs little. One or two rounds have their range, at the level that it reaches. ValueError for no round and for
+    seconds that are not above 0.
+    """
+    if min([*measured_R, *predicted_R], default=0.0) <= 0:
+        raise ValueError("no round has measured and predicted seconds above 0")
+    logs_R = np.log(np.asarray(measured_R, dtype=float) / np.asarray(predicted_R, dtype=float))
+    n = len(logs_R)
+    if n < 3:
+        found = median(logs_R.tolist())
+        centre, low, high, level = found.value, found.low, found.high, found.level
+    else:
+        centre = float(logs_R.mean())
+        half = float(stdtrit(n - 1, (1 + level) / 2)) * float(logs_R.std(ddof=1)) / n**0.5
+        low, high = centre - half, centre + half
+    value, low, high = (1 - float(np.exp(-log)) for log in (centre, low, high))
+    method = f"mean of {n} log ratios, t interval" if n > 2 else f"range of {n} ratios"
+    return Estimate(value=value, low=low, high=high, level=level, n=n, method=method)
 
 
 def break_even(*, ar_step_s: float, denoise_s: float, context_pass_s: float, blocks_per_nfe: float) -> float:
@@ -205,19 +277,22 @@ def needed_tokens_per_nfe(
     return Figure(value=speedup * denoise_s / (ar_step_s - speedup * context_pass_s / block_size))
 
 
-def _passes(call: CallCounts) -> list[_Passes]:
-    """Part, block size, context lengths at which it ran, and how often at each."""
+def _passes(call: CallCounts) -> list[PartPasses]:
+    """All passes of a call, each over the whole batch, in order of context lengths."""
     start, steps = float(call.prompt_tokens), call.num_steps
-    prefill: _Passes = ("prefill", None, np.array([start]), 1.0)
+    prefill = PartPasses(part="prefill", block_size=None, contexts=(start,))
     if call.block_size is None:
-        return [prefill, ("ar_step", None, start + np.arange(steps, dtype=float), 1.0)]
+        contexts = tuple(start + step for step in range(steps))
+        return [prefill, PartPasses(part="ar_step", block_size=None, contexts=contexts)]
     num_blocks = call.num_context_passes + 1 if steps else 0
-    contexts_N = start + call.block_size * np.arange(num_blocks, dtype=float)
+    contexts = tuple(start + call.block_size * block for block in range(num_blocks))
+    absorbed = contexts[: call.num_context_passes]
+    # Which block took how many passes is not counted: they are spread evenly.
+    each = steps / num_blocks if num_blocks else 0.0
     return [
         prefill,
-        # Which block took how many passes is not counted: they are spread evenly.
-        ("denoise", call.block_size, contexts_N, steps / num_blocks if num_blocks else 0.0),
-        ("context_pass", call.block_size, contexts_N[: call.num_context_passes], 1.0),
+        PartPasses(part="denoise", block_size=call.block_size, contexts=contexts, repeats=each),
+        PartPasses(part="context_pass", block_size=call.block_size, contexts=absorbed),
     ]
 
 
