@@ -249,7 +249,9 @@ def _agree_text(one: Agreement, what: str) -> str:
 def _differ_text(one: Agreement) -> str:
     shown = "; ".join(_place_text(differing) for differing in one.differing[:SHOWN])
     more = f" and {len(one.differing) - SHOWN} more" if len(one.differing) > SHOWN else ""
-    count = f"{len(one.differing)} of {one.num_compared:,} answers ({100 * one.share:.2g} %)"
+    percent = 100 * one.share
+    share = f"{percent:.1f}" if percent < 10 else f"{percent:.0f}"
+    count = f"{len(one.differing)} of {one.num_compared:,} answers ({share} %)"
     return f"{one.arm}: {count} differ in {one.dtype} at temperature 0: {shown}{more}"
 
 
