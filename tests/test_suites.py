@@ -385,7 +385,8 @@ def test_languages_become_tasks_of_a_group(data_dir: Path, tmp_path: Path) -> No
     assert [(task.name, task.group) for task in (english, french)] == [("mgsm_en", "mgsm"), ("mgsm_fr", "mgsm")]
     clusters = [[doc.cluster_id for doc in task.docs] for task in (english, french, gsm8k)]
     assert clusters[0] == clusters[1] == clusters[2][:250]
-    assert len(set(clusters[2])) == 1319
+    assert len(set(clusters[2])) == 1318, "two of its problems are the same with other numbers"
+    assert gsm8k.joins
 
 
 @pytest.mark.slow

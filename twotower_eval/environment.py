@@ -72,6 +72,7 @@ def new_manifest(
     tasks: Mapping[str, Mapping[str, str]] | None = None,
     overrides: Sequence[Override] = (),
     unheeded: Mapping[str, Mapping[str, Any]] | None = None,
+    joined: Mapping[str, int] | None = None,
     ways: Sequence[Ways] = (),
 ) -> RunManifest:
     """The manifest of a run that begins now, here, with this command line. ``plan`` is a record."""
@@ -96,6 +97,7 @@ def new_manifest(
         tasks=dict(tasks or {}),
         overrides=tuple(overrides),
         unheeded=dict(unheeded or {}),
+        joined=dict(joined or {}),
         ways=tuple(ways),
     )
 

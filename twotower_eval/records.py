@@ -513,7 +513,8 @@ class RunManifest:
 
     ``tasks`` are those whose answers are scored: name -> part (settings, documents, files by name) -> sha256.
     ``ways`` has one entry for each Hugging Face model. ``unheeded``: by checkpoint what its generation settings ask of
-    greedy decoding and is not done.
+    greedy decoding and is not done. ``joined``: by task how many documents are nearly the same as others, which no
+    cluster id of the task's own says, and share their clusters.
     """
 
     schema: int
@@ -534,6 +535,7 @@ class RunManifest:
     tasks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     overrides: tuple[Override, ...] = ()
     unheeded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    joined: Mapping[str, int] = field(default_factory=dict)
     ways: tuple[Ways, ...] = ()
 
 

@@ -34,6 +34,15 @@ def unheeded_lines(unheeded: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def joined_lines(manifest: RunManifest) -> list[str]:
+    """One line for each task with documents that are nearly the same as others."""
+    return [
+        f"{task}: {num:,} document{'s are' if num > 1 else ' is'} nearly the same as others and share"
+        f"{'' if num > 1 else 's'} their clusters, in which they count once"
+        for task, num in manifest.joined.items()
+    ]
+
+
 def truncation_line(task: str, arm: str, num_requests: int | None, num_truncated: int) -> str:
     """How many of a task's requests lost the beginning of their prompt; how many there were is not always known."""
     of = "" if num_requests is None else f" of {num_requests:,}"

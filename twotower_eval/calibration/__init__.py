@@ -15,7 +15,7 @@ from twotower_eval.calibration.quality_worlds import fresh_quality_worlds, quali
 from twotower_eval.calibration.simulate import calibrate_null, calibrate_quality, calibrate_speed
 from twotower_eval.calibration.speed_worlds import fresh_speed_worlds, null_worlds, speed_worlds
 from twotower_eval.calibration.tables import as_csv, as_markdown, rows
-from twotower_eval.calibration.tail_worlds import fresh_tail_worlds, tail_worlds
+from twotower_eval.calibration.tail_worlds import family_worlds, fresh_tail_worlds, tail_worlds
 from twotower_eval.progress import Progress, SilentProgress
 
 NUM_REPETITIONS = 1_000
@@ -38,7 +38,7 @@ def calibrate(
         raise ValueError("calibrate needs at least 1 repetition, 100 resamples and a seed of at least 0")
     progress = progress or SilentProgress()
     known, fresh, nulls = (
-        (quality_worlds(), (*speed_worlds(), *tail_worlds())),
+        ((*quality_worlds(), *family_worlds()), (*speed_worlds(), *tail_worlds())),
         (fresh_quality_worlds(), (*fresh_speed_worlds(), *fresh_tail_worlds())),
         null_worlds(),
     )

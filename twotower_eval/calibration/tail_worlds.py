@@ -1,4 +1,5 @@
-"""Worlds in which few prompts hold much of the time: runaways, Pareto lengths, gains that fall with length, mixtures.
+"""Worlds in which few prompts hold much of the time: runaways, Pareto lengths, gains that fall with length, mixtures;
+and families of documents that are right or wrong together.
 
 The truth is the ratio of sums over a whole population. Prompts are as many as ``speed`` takes by default, or fewer
 where the answers' budgets, or the lengths of all documents, are known.
@@ -6,6 +7,7 @@ where the answers' budgets, or the lengths of all documents, are known.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
@@ -14,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twotower_eval import stats
+from twotower_eval.calibration.quality_worlds import QualityWorld, Scores, flipped, world
 from twotower_eval.calibration.speed_worlds import POPULATION, Population, SpeedWorld, timed
 
 Floats = NDArray[np.float64]
@@ -103,6 +106,23 @@ def tailed(kind: Tailed, num_calls: int = NUM_PROMPTS, knows: Knows = "nothing m
         truth=everyone.truth("time"),
         draw=draw,
     )
+
+
+def family_world(clusters: Sequence[str], family_size: int = 5) -> QualityWorld:
+    """Families of documents that are right or wrong together in both arms; ``clusters`` is what is known of them."""
+    num = len(clusters) // family_size
+
+    def draw(rng: np.random.Generator) -> Scores:
+        own_F = (rng.random(num) < 0.7).astype(float)
+        return np.repeat(own_F, family_size), np.repeat(flipped(rng, own_F, 0.2, 0.2), family_size)
+
+    name = f"{num} families of {family_size} that are right or wrong together"
+    return world(name, (0.7, 0.62), draw, tasks=["t"] * len(clusters), clusters=clusters)
+
+
+def family_worlds() -> tuple[QualityWorld, ...]:
+    """Near-duplicates as ``run`` joins them."""
+    return tuple(family_world([str(i // size) for i in range(num * size)], size) for num, size in ((40, 5), (120, 3)))
 
 
 def tail_worlds() -> tuple[SpeedWorld, ...]:

@@ -210,6 +210,7 @@ def make_manifest(
         notes=tuple(_notes(jobs)),
         tasks={task.name: task.parts for task in tasks},
         overrides=overrides,
+        joined={task.name: len(task.joins) for task in tasks if task.joins},
         unheeded=unheeded_settings(job.model for job in jobs if job.task.generates),
         ways=ways,
     )

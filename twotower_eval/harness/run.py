@@ -33,7 +33,7 @@ from twotower_eval.models.arms import prove_arms
 from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders, model_folder, plan_from_json
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import Aggregate, RunManifest, Score
-from twotower_eval.shortfalls import asked_and_not_done, truncation_line
+from twotower_eval.shortfalls import asked_and_not_done, joined_lines, truncation_line
 from twotower_eval.store import TRAINING_LOG
 from twotower_eval.suites import BuiltTask, resolve_tasks, settle
 from twotower_eval.ways import slower_lines
@@ -74,7 +74,7 @@ def run(
     said = announce(tasks, _scored_once(jobs)) if announce and compared else None
     with writer:
         warnings = [f"warning: {text}" for text in (*writer.warnings, *asked_and_not_done(manifest))]
-        for line in (*([said] if said else []), *warnings, *slower_lines(manifest)):
+        for line in (*([said] if said else []), *warnings, *joined_lines(manifest), *slower_lines(manifest)):
             progress.note(line)
         _keep_training_log(model_folder(plan), writer.path)
         _Evaluation(plan, writer, jobs, progress).run()

@@ -14,7 +14,7 @@ from twotower_eval.records import Cell, Checkpoint, DecoderSpec, FileDigest
 from twotower_eval.report.reproduce import without_home
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import NONE, bullets, code, count, details, escape, run_list, table
-from twotower_eval.shortfalls import asked_and_not_done
+from twotower_eval.shortfalls import asked_and_not_done, joined_lines
 from twotower_eval.store import Run
 from twotower_eval.ways import named_ways, ways_text
 
@@ -87,6 +87,7 @@ def _run(run: Run) -> str:
         f"seeds: {_flat(manifest.seeds)}",
         f"documents: {_documents(run)}",
         *(f"asked and not done: {escape(line)}" for line in asked_and_not_done(manifest)),
+        *(f"near-duplicates: {escape(line)}" for line in joined_lines(manifest)),
         *(f"{escape(name)} was run {escape(ways_text(ways))}" for name, ways in named_ways(manifest)),
         *(f"note: {escape(note)}" for note in manifest.notes),
     ]

@@ -98,8 +98,14 @@ def _spread(requests: Sequence[Request], together: int, wanted: int) -> list[Req
 def _strata(group: Sequence[Request], num: int) -> list[Request]:
     """One prompt of each of ``num`` strata of lengths, all as large; in the order that the group has them in.
 
-    Of each stratum the first: a run on the first documents of a task then holds most of what is timed.
+    Of each stratum the first: a run on the first documents of a task then holds most of what is timed. Of documents
+    that share a cluster one is enough, where the others suffice: they tell the same twice.
     """
+    first_of: dict[str, Request] = {}
+    for i, request in enumerate(group):
+        first_of.setdefault(getattr(request, "cluster_id", None) or f"#{i}", request)
+    if len(first_of) >= num:
+        group = list(first_of.values())
     by_length = sorted(range(len(group)), key=lambda i: (len(group[i].text), i))
     edges = [i * len(group) // num for i in range(num + 1)]
     places = sorted(min(by_length[low:high]) for low, high in pairwise(edges))

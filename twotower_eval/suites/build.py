@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from twotower_eval.names import did_you_mean
 from twotower_eval.records import MEAN, canonical_json, sha256_text
 from twotower_eval.suites import groups, lm_tasks
 from twotower_eval.suites.asked import Asked, merged
-from twotower_eval.suites.documents import BuiltDoc, Wishes, build_docs, check_options, generates
+from twotower_eval.suites.documents import BuiltDoc, Wishes, build_docs, check_options, generates, joined, joins
 from twotower_eval.suites.files import SuiteTask, load_suite, suite_names
 from twotower_eval.suites.parts import task_parts
 
@@ -30,7 +30,8 @@ class BuiltTask:
     ``digest`` covers every document and request of the task, whatever the limit, and the code that asks and scores;
     ``parts`` are what it is made of (see suites.parts). ``asked_samples`` is what the task or the suite names;
     ``pools_samples``: the task's own filters take all samples of a problem together, as in lm-eval, and its score is no
-    mean over them.
+    mean over them. ``joins``: clusters that near-duplicates among all its documents make one, which no cluster id
+    of the task's own does.
     """
 
     name: str
@@ -50,6 +51,7 @@ class BuiltTask:
     parts: Mapping[str, str]
     spec: SuiteTask
     by_size: bool = False  # in the mean over its group's members it counts by its documents
+    joins: tuple[tuple[str, str], ...] = ()
 
     @property
     def generates(self) -> bool:
@@ -68,6 +70,7 @@ class TimedPrompt:
     max_new_tokens: int
     prompt_sha256: str
     task_parts: Mapping[str, str] = field(default_factory=dict)  # those of its task
+    cluster_id: str | None = None
 
 
 def resolve_tasks(
@@ -94,7 +97,8 @@ def resolve_tasks(
     twice = {task.name for task in built if sum(other.name == task.name for other in built) > 1}
     if twice:
         raise ValueError(f"task {min(twice)!r} is named twice, alone and as a part of another")
-    return built
+    pairs = [*chain.from_iterable(task.joins for task in built)]
+    return [dataclasses.replace(task, docs=joined(task.docs, pairs)) for task in built] if pairs else built
 
 
 def build_requests(tasks: Sequence[BuiltTask], num: int | None = None) -> list[TimedPrompt]:
@@ -117,6 +121,7 @@ def build_requests(tasks: Sequence[BuiltTask], num: int | None = None) -> list[T
                 max_new_tokens=settings["max_gen_toks"],
                 prompt_sha256=doc.prompt_sha256,
                 task_parts=task.parts,
+                cluster_id=doc.cluster_id,
             )
         )
     return prompts
@@ -251,6 +256,7 @@ def _build_part(
         # An average of ratios takes means of which more is better, and nothing else.
         headline=member.headline and all(_averages(source, figure.metric) for source in sources),
         digest=sha256_text(canonical_json(parts)),
+        joins=joins(every),
         parts=parts,
         spec=member,
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from twotower_eval.records import MEAN, SUMMED_AGGREGATIONS, canonical_json, sha
 from twotower_eval.suites import lm_tasks
 from twotower_eval.suites.asked import Asked, decoding_asked
 from twotower_eval.suites.chance import chance_by_metric
+from twotower_eval.suites.families import families
 from twotower_eval.suites.files import SuiteTask, cluster_id
 
 DEFAULT_MAX_NEW_TOKENS = 256  # for tasks that name no budget; lm-eval's own models default to the same
@@ -117,6 +119,36 @@ def _doc(name: str, leaf: str, source: Any, index: int, instances: Sequence[Any]
         target_sha256=_sha256(str(source.doc_to_target(doc))),
         asked=asked,
     )
+
+
+def joins(docs: Sequence[BuiltDoc]) -> tuple[tuple[str, str], ...]:
+    """Pairs of clusters that near-duplicates among the documents make one, the later one first."""
+    firsts = families([own_text(doc) for doc in docs])
+    pairs = ((doc.cluster_id, docs[first].cluster_id) for doc, first in zip(docs, firsts, strict=True))
+    return tuple(dict.fromkeys(pair for pair in pairs if pair[0] != pair[1]))
+
+
+def joined(docs: Sequence[BuiltDoc], pairs: Iterable[tuple[str, str]]) -> tuple[BuiltDoc, ...]:
+    """Documents in the clusters that these pairs leave of theirs."""
+    into: dict[str, str] = {}
+
+    def root(cluster: str) -> str:
+        while cluster in into:
+            cluster = into[cluster]
+        return cluster
+
+    for later, earlier in pairs:
+        if root(later) != root(earlier):
+            into[root(later)] = root(earlier)
+    return tuple(dataclasses.replace(doc, cluster_id=root(doc.cluster_id)) for doc in docs)
+
+
+def own_text(doc: BuiltDoc) -> str:
+    """What a document asks or holds by itself, without examples before it; all its texts where these are no text."""
+    for text in (doc.source.doc_to_text(dict(doc.doc)), doc.source.doc_to_target(dict(doc.doc))):
+        if isinstance(text, str) and text.strip():
+            return text
+    return " ".join(str(value) for value in doc.doc.values() if isinstance(value, str | list))
 
 
 def instance_sha256(instance: Any) -> str:
