@@ -1,16 +1,23 @@
 """Few prompts that hold much of the time: an interval moves out for what no timed call shows."""
 
 import dataclasses
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from report_fixture import AUTOREGRESSIVE, RUN_ID, SPEED_ID, block_diffusion, make_cell, manifest, write
 
-from twotower_eval import stats
+from twotower_eval import stats, store
 from twotower_eval.calibration.simulate import calibrate_speed
 from twotower_eval.calibration.tail_worlds import NUM_PROMPTS, Tailed, population, tailed
+from twotower_eval.evidence.runs import Runs
+from twotower_eval.evidence.timing import SpeedPoint, speed_points
 from twotower_eval.plan import SpeedPlan
-from twotower_eval.records import Estimate
+from twotower_eval.records import Estimate, Generation, GenerationRow, PromptTiming, SpeedSample, Workload
+from twotower_eval.report.speed_tables import speed as speed_section
 
 NUM = 40
 
@@ -126,3 +133,109 @@ def test_a_runaway_has_no_gain_in_the_worlds() -> None:
 def test_a_limit_that_is_no_number_is_refused() -> None:
     with pytest.raises(ValueError, match="seconds of a call at its budget must be finite"):
         calls([1.0, 2.0], [1.0, 2.0], limits_s=(float("nan"), 1.0))
+
+
+TASK = "miniature_sort"
+
+
+def speed_folder(root: Path, *, name: str = TASK, budget: int = 400) -> Path:
+    """Forty answers of 20 to 59 tokens, timed at 10 ms a token and at 5 ms."""
+    work = Workload(
+        kind="answer", name=f"answer: {name}", digest="d", max_new_tokens=budget, batch_size=1, num_devices=1
+    )
+    cells = [make_cell("baseline", AUTOREGRESSIVE, work), make_cell("candidate", block_diffusion(), work)]
+    rows: list[Any] = []
+    for cell, replica in ((cells[0], 0), (cells[0], 1), (cells[1], 0)):
+        for round_, doc_id in product(range(3), range(40)):
+            num_tokens = 20 + doc_id
+            prompt = PromptTiming(
+                prompt_id=f"{name}/{doc_id}" if name else f"q{doc_id}", num_prompt_tokens=30, num_tokens=num_tokens,
+                num_discarded_tokens=0, num_context_forwards=1, num_denoiser_forwards=1, finish="eos", finish_s=0.1,
+                num_forced_commits=None, tokens_sha256="0" * 64,
+            )  # fmt: skip
+            rows.append(
+                SpeedSample(
+                    call_id=f"b1-{doc_id}", launch_id=f"{SPEED_ID}/1", cell=cell.id, replica=replica, round=round_,
+                    phase="measure", batch_size=1, wall_s=(0.01 if cell.arm == "baseline" else 0.005) * num_tokens,
+                    prefill_s=None, first_output_s=None, peak_memory_bytes=None, peak_memory_reason="none",
+                    started_at="2026-11-02T12:00:00.000+00:00", prompts=(prompt,),
+                )
+            )  # fmt: skip
+    return write(root, manifest(SPEED_ID, "speed", cells), rows)
+
+
+def scored_folder(root: Path, lengths: Sequence[tuple[int, int]], *, budget: int = 400) -> Path:
+    """A run with the lengths of both arms' answers."""
+    work = Workload(kind="task", name=TASK, digest="d", max_new_tokens=budget)
+    cells = [make_cell("baseline", AUTOREGRESSIVE, work), make_cell("candidate", block_diffusion(), work)]
+    rows = []
+    for arm, cell in enumerate(cells):
+        for doc_id, of_arms in enumerate(lengths):
+            generation = Generation(
+                prompt_id=str(doc_id), token_ids=(1,) * of_arms[arm], text="x", finish="eos", num_prompt_tokens=30,
+                num_tokens=of_arms[arm], num_discarded_tokens=0, num_context_forwards=1, num_denoiser_forwards=1,
+            )  # fmt: skip
+            rows.append(
+                GenerationRow(
+                    cell=cell.id, task=TASK, doc_id=doc_id, request_index=0, repeat=0, prompt_sha256="p",
+                    generation=generation,
+                )
+            )  # fmt: skip
+    return write(root, manifest(RUN_ID, "run", cells), rows)
+
+
+ALIKE = [(20 + i % 40, 20 + i % 40) for i in range(400)]
+RUNAWAYS = [(own, 400) if i % 50 == 49 else (own, other) for i, (own, other) in enumerate(ALIKE)]
+
+
+def point_of(*folders: Path) -> SpeedPoint:
+    [point] = speed_points([store.load(folder) for folder in folders])[0]
+    return point
+
+
+def test_a_run_of_all_documents_tells_what_the_budget_cannot(tmp_path: Path) -> None:
+    """Timed alone, forty answers do not exclude that some run on to a budget ten times as long."""
+    timed = speed_folder(tmp_path)
+    alone = point_of(timed)
+    assert alone.time.estimate
+    assert alone.time.estimate.value == pytest.approx(2.0)
+    assert alone.timed.limits_s == pytest.approx((4.0, 0.1975 + 0.01 * (400 - 39.5)))
+    assert alone.time.estimate.low < 1.0, "a share of 8.8 % at the budget, in the candidate alone, undoes the speedup"
+    known = point_of(timed, scored_folder(tmp_path, ALIKE))
+    assert known.time.estimate
+    assert known.time.estimate.low == pytest.approx(2.0, rel=0.01)
+    assert [(one.arm, len(one.timed_tokens), len(one.all_tokens)) for one in known.lengths] == [
+        ("baseline", 40, 400), ("candidate", 40, 400)
+    ]  # fmt: skip
+    assert known.lengths[0].quantiles()[1] == pytest.approx((39.5, 55.1), abs=0.5)
+    assert not any("unlike" in warning for warning in known.warnings)
+
+
+def test_runaways_among_all_documents_are_told_and_allowed_for(tmp_path: Path) -> None:
+    point = point_of(speed_folder(tmp_path), scored_folder(tmp_path, RUNAWAYS))
+    candidate = point.lengths[1]
+    assert candidate.shares_at_budget() == (0.0, 0.02)
+    assert candidate.misses_the_tail
+    assert any("clearly unlike those of all documents in length" in warning for warning in point.warnings)
+    truth = sum(own for own, _ in RUNAWAYS) / sum(0.5 * n if n < 400 else n for _, n in RUNAWAYS)
+    assert point.time.estimate
+    assert point.time.estimate.low == pytest.approx(truth), "what is long has no gain here, and no more is allowed for"
+
+
+def test_a_run_that_cut_its_answers_earlier_says_nothing_of_their_lengths(tmp_path: Path) -> None:
+    point = point_of(speed_folder(tmp_path), scored_folder(tmp_path, ALIKE, budget=60))
+    assert point.timed.documents is None
+    assert point.lengths[0].all_tokens == ()
+
+
+def test_prompts_of_no_documents_have_nothing_beside_them(tmp_path: Path) -> None:
+    point = point_of(speed_folder(tmp_path, name=""))
+    assert point.timed.limits_s is None
+    assert point.lengths == ()
+
+
+def test_the_report_shows_timed_answers_beside_all(tmp_path: Path) -> None:
+    runs = Runs([store.load(speed_folder(tmp_path)), store.load(scored_folder(tmp_path, RUNAWAYS))])
+    text = speed_section(runs).markdown
+    assert "Timed answers beside all answers" in text
+    assert "| 40, 400 | 40 / 55 | 40 / 56 | 0.0 % / 2.0 % | 40 |" in text

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -197,13 +197,12 @@ def clean_speed(timed: stats.TimedCalls, dropped: tuple[list[bool], list[bool]] 
     shares = [float(np.mean(drop)) for drop in dropped]
     time = throughput = Measured(estimate=None, reason="no call without a flagged output")
     if kept_P.any():
-        part = stats.TimedCalls(
+        part = replace(
+            timed,
             baseline_s=timed.baseline_s[:, kept_P],
             candidate_s=timed.candidate_s[:, kept_P],
             baseline_tokens=timed.baseline_tokens[:, kept_P],
             candidate_tokens=timed.candidate_tokens[:, kept_P],
-            launches=timed.launches,
-            fixed=timed.fixed,
         )
         time = measured(lambda: stats.speedup(part))
         throughput = measured(lambda: stats.speedup(part, "throughput"))

@@ -37,6 +37,7 @@ from twotower_eval.evidence.clean import (
 from twotower_eval.evidence.costs import Costs, costs
 from twotower_eval.evidence.counts import Counts, count
 from twotower_eval.evidence.degenerate import Flags
+from twotower_eval.evidence.lengths import Lengths, with_lengths
 from twotower_eval.evidence.measured import ArmsDifferError
 from twotower_eval.evidence.nulls import caution, fault
 from twotower_eval.evidence.points import Measured, PointKey, baseline_of, measured, point_key
@@ -54,7 +55,8 @@ class SpeedPoint:
     ``null_fault`` says why the null forbids to read this as a speedup, which is then INVALID; ``None`` if it does not.
     ``handicaps``: arms that were timed in a slower way than their models have, which is INVALID as well.
     ``timed`` and ``null_timed`` are the calls that these figures rest on, for other levels. ``tasks`` are those that
-    the timed prompts are of, none where their ids do not say.
+    the timed prompts are of, none where their ids do not say. ``lengths`` are of the baseline's answers and the
+    candidate's, none where prompts are fixed.
     """
 
     run_ids: tuple[str, ...]
@@ -85,6 +87,7 @@ class SpeedPoint:
     null_fault: str | None = None
     handicaps: tuple[Handicap, ...] = ()
     tasks: tuple[str, ...] = ()
+    lengths: tuple[Lengths, ...] = ()
 
     @property
     def key(self) -> PointKey:
@@ -145,7 +148,7 @@ def speed_points(runs: Sequence[Run]) -> tuple[tuple[SpeedPoint, ...], tuple[str
 
     A cell of an unfinished run without one complete round gives a line of the second kind.
     """
-    found = [_point(pool, cell) for pool, cell in pools(runs, "candidate")]
+    found = [_point(pool, cell, runs) for pool, cell in pools(runs, "candidate")]
     points = [point for point in found if isinstance(point, SpeedPoint)]
     return tuple(_gated(point, points) for point in points), tuple(gap for gap in found if isinstance(gap, str))
 
@@ -162,7 +165,7 @@ def _gated(point: SpeedPoint, points: Sequence[SpeedPoint]) -> SpeedPoint:
     return point if warning is None else replace(point, warnings=(*point.warnings, warning))
 
 
-def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
+def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPoint | str:
     baseline = baseline_of(runs[0], candidate)
     grids = (grid_of(runs, baseline, 0), grid_of(runs, candidate, 0))
     _check_prompts(runs, *grids)
@@ -173,11 +176,17 @@ def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
     samples = [[grid[r, c] for r in rounds for c in calls] for grid in grids]
     fixed = candidate.workload.kind == "fixed"
     timed = timed_calls(*grids, rounds=rounds, calls=calls, fixed=fixed, processes=processes_of(runs))
+    timed, lengths = with_lengths(timed, everyone, (baseline, candidate), (samples[0], samples[1]))
     length = measured(lambda: stats.speedup(timed, "length"))
     if lengths_differ(length):
         warnings.append(
             "the arms' outputs differ in length by more than a tenth: read the speedup in useful tokens per second, "
             "not the wall-clock one alone"
+        )
+    if any(of_arm.misses_the_tail for of_arm in lengths):
+        warnings.append(
+            "the timed answers are clearly unlike those of all documents in length: the interval allows for it, more "
+            "prompts would narrow it"
         )
     null_timed = null_calls(runs, baseline)
     by_arm = [flags_of(runs, cell, rounds) for cell in (baseline, candidate)]
@@ -209,6 +218,7 @@ def _point(runs: list[Run], candidate: Cell) -> SpeedPoint | str:
         null_timed=null_timed,
         handicaps=_handicaps(runs, (baseline, candidate), (samples[0], samples[1])),
         tasks=_tasks_of(calls),
+        lengths=lengths,
     )
 
 

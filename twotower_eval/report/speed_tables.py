@@ -59,10 +59,39 @@ def speed(runs: Runs) -> Section:
         bullets(_speed_remarks(runs)),
         explanation(runs, shown or ordered),
         details("How to read this table", READING),
+        _lengths(runs, shown or ordered),
         _counts(_timed_cost(runs), _scored_cost(runs)),
         speed_alone(runs),
     ]
     return Section(title="Speed", markdown="\n\n".join(part.strip() for part in parts if part) + "\n")
+
+
+def _lengths(runs: Runs, points: Sequence[SpeedPoint]) -> str:
+    """The timed answers beside those of all documents, and how the time is spread over calls; folded away."""
+    header = ["answers", "workload", "batch", "timed, all documents", "timed: median, 90th percentile"]
+    header += [
+        "all: median, 90th percentile",
+        "at the budget: timed, all",
+        "calls",
+        "tell as much as",
+        "longest call's share",
+    ]
+    rows = []
+    for point in (point for point in points if point.lengths):
+        tail = point.timed.tail
+        for of_arm in point.lengths:
+            timed, every = (" / ".join(f"{tokens:.0f}" for tokens in found) for found in of_arm.quantiles())
+            at_budget = of_arm.shares_at_budget()
+            name = "baseline" if of_arm.arm == "baseline" else escape(runs.name(point.candidate))
+            numbers = f"{len(of_arm.timed_tokens):,}, {count(len(of_arm.all_tokens)) if every else NONE}"
+            row = [name, point.workload, count(point.batch_size), numbers, timed, every or NONE]
+            row.append(NONE if at_budget is None else " / ".join(percent(share) for share in at_budget))
+            row += [count(tail.num_calls), f"{tail.effective_calls:.0f} alike", percent(tail.largest_share)]
+            rows.append(row)
+    if not rows:
+        return ""
+    body = f"{LENGTH_WORDS}\n\n{table(header, rows, left=2)}"
+    return details("Timed answers beside all answers", body)
 
 
 def _counts(*tables: str) -> str:
@@ -130,6 +159,12 @@ def _warnings(runs: Runs) -> Iterator[str]:
         yield f"{every if len(found) == len(runs.speed) else some}: {first}{figures}."
 
 
+LENGTH_WORDS = (
+    "A speedup is one of the prompts that were timed. Lengths are in useful tokens; those of all documents are known "
+    "where a run of the same weights and decoder is among the runs, and the interval then allows for what the timed "
+    "ones lack. Else it allows for answers that run on to the budget, as many as the timed ones cannot exclude, and "
+    "for a heavy tail beyond the longest. Calls of unlike length tell as much as fewer calls that are alike."
+)
 COST_WORDS = (
     "What it costs. A forward is one pass of either tower for one prompt, NFE one pass of the denoiser; discarded "
     "tokens were denoised past an answer's end and are never counted as output; forced commits are those that the step "

@@ -84,7 +84,7 @@ from twotower_eval.stats.speedup import (
     resamples_launches,
     speedup,
 )
-from twotower_eval.stats.tails import Documents, Tail, calls_to_see
+from twotower_eval.stats.tails import Documents, Tail, calls_to_see, seconds_per_token
 
 __all__ = [
     "ABOVE_CHANCE_LEVEL",
@@ -168,6 +168,7 @@ __all__ = [
     "residual_over_rounds",
     "retention",
     "retention_above_chance",
+    "seconds_per_token",
     "share_possible",
     "sign_flip_test",
     "smallest_samples",

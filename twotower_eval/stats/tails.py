@@ -37,7 +37,7 @@ class Documents:
     """Useful tokens of all documents whose prompts could have been timed, each (D,), as a run on them has them.
 
     ``longest_baseline`` and ``longest_candidate`` are the tokens of the longest answer among those that were timed;
-    ``batch_size`` documents make a call.
+    ``batch_size`` documents make a call. ``weights``: how much each counts, alike where ``None``.
     """
 
     baseline_tokens: Floats
@@ -45,13 +45,22 @@ class Documents:
     longest_baseline: float
     longest_candidate: float
     batch_size: int = 1
+    weights: Floats | None = None
 
     def __post_init__(self) -> None:
-        arrays = (self.baseline_tokens, self.candidate_tokens)
+        arrays = [self.baseline_tokens, self.candidate_tokens]
+        arrays += [] if self.weights is None else [self.weights]
         if any(array.shape != self.baseline_tokens.shape or array.ndim != 1 for array in arrays) or not arrays[0].size:
             raise ValueError("lengths of all documents: both arms need the same documents, one at the least")
         if not all(np.isfinite(array).all() for array in arrays) or min(array.min() for array in arrays) < 0:
             raise ValueError("lengths of all documents: tokens must be finite and at least 0")
+
+    @property
+    def weight_D(self) -> Floats:
+        """Shares that add up to 1."""
+        weight_D = np.ones(len(self.baseline_tokens)) if self.weights is None else self.weights
+        shares: Floats = weight_D / weight_D.sum()
+        return shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,14 +188,17 @@ def _by_documents(calls: PerCall, documents: Documents, log_value: float, level:
         (-1, calls.candidate_s, calls.candidate_tokens, documents.candidate_tokens, documents.longest_candidate),
     )
     for sign, seconds_P, tokens_P, all_D, longest in arms:
-        wanted, timed = documents.batch_size * float(all_D.mean()), float(tokens_P.mean())
+        mean_of_all, timed = float(documents.weight_D @ all_D), float(tokens_P.mean())
+        wanted = documents.batch_size * mean_of_all
         if timed <= 0 or wanted <= 0:
             return 0.0, 0.0  # no length to go by, and no throughput either
-        moved += sign * log(1 + _slope(seconds_P, tokens_P) * (wanted - timed) / float(seconds_P.mean()))
+        moved += sign * log(1 + seconds_per_token(seconds_P, tokens_P) * (wanted - timed) / float(seconds_P.mean()))
         if calls.throughput:
             moved -= sign * log(wanted / timed)
-        longer_D = all_D[all_D > longest]
-        beyond.append((float(longer_D.sum() / all_D.sum()), float(longer_D.mean()) if longer_D.size else longest))
+        share_D = documents.weight_D * (all_D > longest)
+        there = float(share_D.sum())
+        of_them = float(share_D @ all_D)
+        beyond.append((of_them / mean_of_all, of_them / there if there > 0 else longest))
     (of_baseline, long), (of_candidate, other) = beyond
     mean = float(calls.baseline_tokens.mean()), float(calls.candidate_tokens.mean())
     size = documents.batch_size * max(long / mean[0], other / mean[1])
@@ -218,13 +230,17 @@ def _gain_at(calls: PerCall, size: float, level: float) -> tuple[float, float]:
     return foretold - reach, foretold + reach
 
 
-def _slope(seconds_P: Floats, tokens_P: Floats) -> float:
-    """Seconds per further token: no less than none, and no more than all of the time makes."""
+def seconds_per_token(seconds_P: Floats, tokens_P: Floats) -> float:
+    """Seconds per further token, by regression over calls: at least 0, and at most what all of the time makes.
+
+    That most where all calls have the same number of tokens, and 0 where none has any.
+    """
     centred_P = tokens_P - tokens_P.mean()
     square, mean = float(centred_P @ centred_P), float(tokens_P.mean())
-    if square <= 0 or mean <= 0:
+    if mean <= 0:
         return 0.0
-    return min(max(float(centred_P @ seconds_P) / square, 0.0), float(seconds_P.mean()) / mean)
+    most = float(seconds_P.mean()) / mean
+    return min(max(float(centred_P @ seconds_P) / square, 0.0), most) if square > 0 else most
 
 
 def _tail_index(values_P: Floats) -> float:
