@@ -100,6 +100,18 @@ def test_looking_without_end_decides_nothing(tmp_path: Path, kept_run: Run) -> N
     assert "look 6 of 1 declared: looking has used up" in six.reason
 
 
+def test_what_is_left_open_says_what_a_further_look_costs(tmp_path: Path, kept_run: Run) -> None:
+    fast = verdict_on(FAST, [kept_run, store.load(speed_run(tmp_path, scored=True))])
+    assert fast.estimate is not None
+    near = {**FAST, "expected": round(fast.estimate.value, 2), "margin": 0.0}
+    for declared, words in ((1, "look is judged at 99.5 %"), (2, "look is judged at 97.5 %")):
+        claims = claims_of({**near, "looks": declared})
+        verdict = judge(claims, [kept_run, store.load(tmp_path / SPEED_ID)])[0]
+        assert f"a further {words}" in verdict_lines(claims, [verdict])[0]
+    spent = dataclasses.replace(verdict, num_looks=6)
+    assert "a further look can decide nothing" in verdict_lines(claims_of(near), [spent])[0]
+
+
 def test_an_equal_run_is_no_look_and_the_first_is_judged(tmp_path: Path, kept_run: Run) -> None:
     again = store.load(quality_run(tmp_path, run_id=SECOND_ID))
     verdict = verdict_on(KEPT, [kept_run, again])

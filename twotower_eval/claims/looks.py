@@ -152,13 +152,13 @@ def _beside(evidence: Evidence, is_meant: Callable[[RunManifest], bool], shows: 
     """Runs in the folders that the given ones lie in, which are not given themselves and show something."""
     given = {run.manifest.run_id for run in evidence.runs}
     roots = sorted({run.path.resolve().parent for run in evidence.runs})
-    paths = [
-        path
+    paths = {
+        manifest.run_id: path  # a copy of a run is not another one
         for root in roots
         for path, manifest in _manifests_in(root)
         if manifest.run_id not in given and is_meant(manifest)
-    ]
-    return [run for run in _loaded(paths) if shows(run)]
+    }
+    return [run for run in _loaded(paths.values()) if shows(run)]
 
 
 def _manifests_in(root: Path) -> Iterator[tuple[Path, RunManifest]]:

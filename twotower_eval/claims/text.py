@@ -77,11 +77,22 @@ def looks_text(claim: Claim, verdict: Verdict) -> str:
 
 
 def look_remarks(claim: Claim, verdict: Verdict) -> list[str]:
-    """What looking has cost, and what was left out; nothing of a single look."""
+    """What looking has cost, what was left out, and what a further look would cost; nothing of one that decides."""
     return [
         *([price_text(claim, verdict)] if has_price(verdict) else []),
         *([not_given_text(verdict)] if verdict.not_given else []),
+        *([next_text(claim, verdict)] if verdict.outcome == "INCONCLUSIVE" and verdict.estimate else []),
     ]
+
+
+def next_text(claim: Claim, verdict: Verdict) -> str:
+    """What a further look would cost whoever is told that more evidence would decide."""
+    alpha = stats.look_alpha(verdict.num_looks + 1, claim.looks)
+    return "a further look can decide nothing" if alpha is None else f"a further look is judged at {_level(1 - alpha)}"
+
+
+def _level(level: float) -> str:
+    return f"{100 * level:.4g} %"
 
 
 def has_price(verdict: Verdict) -> bool:
@@ -92,7 +103,7 @@ def has_price(verdict: Verdict) -> bool:
 def price_text(claim: Claim, verdict: Verdict) -> str:
     """``look 2 of 1 declared: judged at 99.5 %``; of a joint claim the strictest of its parts."""
     declared = "" if claim.parts else f" of {claim.looks} declared"
-    return f"look {verdict.num_looks}{declared}: judged at {100 * verdict.level:.4g} %"
+    return f"look {verdict.num_looks}{declared}: judged at {_level(verdict.level)}"
 
 
 def not_given_text(verdict: Verdict) -> str:
@@ -115,7 +126,7 @@ def count_line(verdicts: Sequence[Verdict]) -> str:
 
 def bounds_text(levels: Iterable[float]) -> str:
     """What brackets hold, at the level or levels of the verdicts beside them."""
-    shown = [f"{100 * level:.4g} %" for level in sorted(set(levels))]
+    shown = [_level(level) for level in sorted(set(levels))]
     return (
         f"brackets hold one-sided {shown[0]} bounds"
         if len(shown) == 1

@@ -38,7 +38,9 @@ app.command(help="Simulate worlds with known truth: how often intervals cover it
 claims_app = typer.Typer(help="Judge claims that were written before measuring.", rich_markup_mode=None)
 claims_app.command(
     help="Verdicts: exit code 0 supported, 3 refuted, 5 invalid, 4 inconclusive, 6 not measured; of several, the "
-    "first in the order refuted, invalid, inconclusive, not measured, supported."
+    "first in the order refuted, invalid, inconclusive, not measured, supported. A speedup of fewer than 5 launches is "
+    "supported in these launches (0; with --strict 4). Every run of a claim's point is a look, also those that lie "
+    "beside the given ones; looks beyond the declared ones are judged more strictly."
 )(claims.check)
 claims_app.command(help="Recompute published numbers from one another; exit code 3 if a stated one does not follow.")(
     claims.audit

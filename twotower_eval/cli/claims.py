@@ -24,7 +24,8 @@ def check(
         list[str] | None, option("This claim only; may be given several times [all].", "--claim", metavar="NAME")
     ] = None,
     strict: Annotated[
-        bool, option("Count as inconclusive what is supported in fewer than 5 launches only.", "--strict")
+        bool,
+        option("Count as inconclusive what fewer than 5 launches support, or not all runs that lie there.", "--strict"),
     ] = False,
     results: Annotated[Path, option("Folder that run ids are looked up in [results].", metavar="DIR")] = RESULTS,
 ) -> None:
