@@ -22,6 +22,8 @@ from twotower_eval.records import (
     Verdict,
     sha256_text,
 )
+from twotower_eval.report.gates import gates as gates_section
+from twotower_eval.report.headline import headline
 from twotower_eval.store import Run
 
 
@@ -444,3 +446,36 @@ def test_far_more_than_the_baseline_scores_is_a_warning_to_read(good: list[Run])
     assert all(verdict.high_retention is None for verdict in verdicts(good))
     quiet = claims_of({**KEPT, "limits": {"warn_retention": 2.0}})
     assert (judge(quiet, runs)[0].high_retention is None) == (kept.estimate.value <= 2)
+
+
+# Reports
+
+
+def test_a_report_says_what_is_not_of_one_thing_apart(good: list[Run]) -> None:
+    """It put any quality and any speed of a decoder's setting into one sentence to quote."""
+    together = headline(Runs(good)).markdown
+    assert "of the baseline's quality" in together
+    assert "not of one thing" not in together
+    for speed, words in (
+        (with_cells(good[1], other_baseline), "one thing: baseline: tensors "),
+        (answers_otherwise(good[1], "candidate", {7}), "same answers: candidate: 1 of 60 answers"),
+        (of_tasks(good[1], "words_de"), "same tasks: not timed: arithmetic, sorting"),
+    ):
+        text = headline(Runs([good[0], speed])).markdown
+        assert "The two are not of one thing" in text
+        assert words in text.replace("\\", "")
+
+
+def test_a_report_warns_of_a_retention_far_above_its_baseline(good: list[Run]) -> None:
+    runs = [worth_nothing(run, "baseline", [doc for doc in range(150) if doc % 4]) for run in good]
+    assert "**Read this first:** the candidate scores " in headline(Runs(runs)).markdown
+    assert "Read this first" not in headline(Runs(good)).markdown
+
+
+def test_a_report_lists_what_is_alike_once_and_each_cell_that_is_not(good: list[Run]) -> None:
+    rows = [line for line in gates_section(Runs(good)).markdown.splitlines() if line.startswith("| same ")]
+    assert [row.split(" | ")[:2] for row in rows[-2:]] == [["| same rounds", "passed"], ["| same answers", "passed"]]
+    text = gates_section(Runs([good[0], answers_otherwise(good[1], "candidate", {7})])).markdown
+    assert (
+        "| same answers | **FAILED** | block 16, 16 steps, threshold 0.8, answer, batch 1: candidate: 1 of 60" in text
+    )

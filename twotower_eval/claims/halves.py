@@ -131,6 +131,18 @@ def joint_gates(
     return list(dict.fromkeys(found))
 
 
+def apart(runs: Sequence[Run], quality: QualityPoint, speed: SpeedPoint, scope: Sequence[str] = ()) -> list[str]:
+    """Why a quality and a speed may not be said of one thing, as a report has them side by side; nothing if they may.
+
+    ``scope`` are the tasks that the quality is over, all of them by default.
+    """
+    names = scope or [task.name for task in quality.tasks]
+    pair, timed = (("quality", quality), ("speed", speed)), GateLimits()
+    found = [_one_point_gate(*pair), _one_question_gate(runs, *pair), answered_gate(speed)]
+    found += [_tasks_gate([quality], names, speed), *same_answers_gates(runs, quality, speed, timed)]
+    return [f"{gate.name}: {gate.detail}" for gate in found if gate.outcome == "failed"]
+
+
 def outcomes(found: Iterable[Gate]) -> list[Outcome]:
     """What gates of a joint claim make of it: nothing where they passed."""
     said: list[Outcome] = []
@@ -177,9 +189,13 @@ def _run_ids(point: QualityPoint | SpeedPoint) -> tuple[str, ...]:
 
 def same_tasks_gate(claim: Claim, qualities: Sequence[QualityPoint], scope: Sequence[str], speed: SpeedPoint) -> Gate:
     """The timed tasks are those in scope that are generated, or those that the claim's point names."""
-    found, name = tasks_against(speed.tasks, qualities, scope), SAME_TASKS
     if claim.point.timed_tasks:
-        return Gate(name=name, outcome="passed", detail="timed as the point says", evidence=speed.run_ids)
+        return Gate(name=SAME_TASKS, outcome="passed", detail="timed as the point says", evidence=speed.run_ids)
+    return _tasks_gate(qualities, scope, speed)
+
+
+def _tasks_gate(qualities: Sequence[QualityPoint], scope: Sequence[str], speed: SpeedPoint) -> Gate:
+    found, name = tasks_against(speed.tasks, qualities, scope), SAME_TASKS
     if not found.timed:
         detail = "the run does not say of which tasks its timed prompts are"
         return Gate(name=name, outcome="not_checked", detail=detail, evidence=speed.run_ids)
@@ -233,7 +249,9 @@ def _agree_text(one: Agreement, what: str) -> str:
 def _differ_text(one: Agreement) -> str:
     shown = "; ".join(_place_text(differing) for differing in one.differing[:SHOWN])
     more = f" and {len(one.differing) - SHOWN} more" if len(one.differing) > SHOWN else ""
-    count = f"{len(one.differing)} of {one.num_compared:,} answers ({100 * one.share:.2g} %)"
+    percent = 100 * one.share
+    share = f"{percent:.1f}" if percent < 10 else f"{percent:.0f}"
+    count = f"{len(one.differing)} of {one.num_compared:,} answers ({share} %)"
     return f"{one.arm}: {count} differ in {one.dtype} at temperature 0: {shown}{more}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from twotower_eval.claims import halves
 from twotower_eval.evidence.alone import compares, is_alone
 from twotower_eval.evidence.clean import Flagged
 from twotower_eval.evidence.points import Measured, QualityPoint
@@ -11,7 +12,7 @@ from twotower_eval.evidence.residual import fault_text, residual_text
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.evidence.truncation import truncated
-from twotower_eval.records import Check
+from twotower_eval.records import Check, Gate, GateLimits
 from twotower_eval.report.alone import degenerate_alone, null_rows
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import (
@@ -22,6 +23,7 @@ from twotower_eval.report.text import (
     details,
     escape,
     percent,
+    plural,
     retention,
     scored_by_words,
     significant,
@@ -40,7 +42,8 @@ PROOF_WORDS: dict[ProofOutcome, str] = {"fastest": "passed", "slower": "slower w
 
 def gates(runs: Runs) -> Section:
     """One row for each gate, then the shares of degenerate outputs with the figures on clean ones."""
-    rows = [*_hashes(runs), *_whole_prompts(runs), *_ways(runs), *_nulls(runs), *_residuals(runs), *_checks(runs)]
+    rows = [*_hashes(runs), *_whole_prompts(runs), *_answers(runs), *_ways(runs), *_nulls(runs), *_residuals(runs)]
+    rows += _checks(runs)
     verified = any(run.manifest.verb == "verify" for run in runs)
     missing = "" if verified else "Parity and batch logic were not checked: `twotower-eval verify` does it.\n"
     parts = [table(GATE_HEADER, rows, left=len(GATE_HEADER)), missing, _degenerate(runs)]
@@ -68,6 +71,21 @@ def _whole_prompts(runs: Runs) -> Iterator[Row]:
         lines = [escape(truncation_line(*one)) for one in dict.fromkeys(cut)]
         none = "no prompt was cut" if found else "prompts that were cut were not counted in this run"
         yield ["whole prompts", outcome, "; ".join(lines) or none, code(run.manifest.run_id)]
+
+
+def _answers(runs: Runs) -> Iterator[Row]:
+    """Whether timed answers are alike from round to round, and those that were scored; what is in order in one row."""
+    found: dict[tuple[str, str, str], list[Gate]] = {}
+    for point in runs.speed:
+        quality = [one for one in runs.quality if one.key == point.key]
+        for gate in halves.speed_gates(runs, quality, point, GateLimits()):
+            each = f"{runs.name(point.candidate)}, {point.workload}, batch {point.batch_size}: "
+            key = each if gate.outcome == "failed" else ""
+            found.setdefault((gate.name, gate.outcome, key), []).append(gate)
+    for (name, outcome, which), alike in found.items():
+        more = f"; likewise {plural(len(alike) - 1, 'more timed cell')}" if len(alike) > 1 else ""
+        run_ids = dict.fromkeys(run_id for gate in alike for run_id in gate.evidence)
+        yield [name, OUTCOMES[outcome], escape(f"{which}{alike[0].detail}{more}"), code(" ".join(run_ids))]
 
 
 def _ways(runs: Runs) -> Iterator[Row]:

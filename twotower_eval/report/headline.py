@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from twotower_eval.claims import halves
 from twotower_eval.evidence.naming import checkpoint_name, long_name
+from twotower_eval.evidence.numbers import high_retention_text
 from twotower_eval.evidence.points import QualityPoint
 from twotower_eval.evidence.runs import Headline, Runs
 from twotower_eval.evidence.timing import SpeedPoint
+from twotower_eval.records import GateLimits
 from twotower_eval.report import alone
 from twotower_eval.report.section import Section
 from twotower_eval.report.tables import without_unclear
@@ -55,6 +58,8 @@ def _sentence(runs: Runs, found: Headline) -> str:
     who = f"{escape(checkpoint_name(candidate.checkpoint))} decoding with {escape(runs.name(candidate))}"
     kept = _kept(quality)
     faster = _faster(speed)
+    if kept and faster and _apart(runs, found):
+        return f"**{who} keeps {kept}.** **It runs at {faster}.** The two are not of one thing, and no one sentence."
     if kept and faster:
         return f"**{who} keeps {kept} at {faster}.**"
     if kept:
@@ -65,6 +70,13 @@ def _sentence(runs: Runs, found: Headline) -> str:
         return f"**{who} runs at {faster}.** Its quality: {reason}."
     reasons = {reason for reason in (quality and quality.headline.reason, speed and speed.time.reason) if reason}
     return f"**{who}: nothing to quote.** {'; '.join(sorted(reasons))}."
+
+
+def _apart(runs: Runs, found: Headline) -> list[str]:
+    """Why the headline's quality and speed are not of one thing; nothing where they are, or where one is missing."""
+    if found.quality is None or found.speed is None:
+        return []
+    return halves.apart(runs, found.quality, found.speed, found.scope)
 
 
 def _not_measured(runs: Runs, found: Headline) -> str:
@@ -140,6 +152,10 @@ def _caveats(runs: Runs, found: Headline) -> list[str]:
     if point is not None:
         who = f"{escape(checkpoint_name(point.baseline.checkpoint))}, {escape(long_name(point.baseline.decoder))}"
         lines.append(f"The baseline is {who}. Brackets hold 95 % intervals.")
+    lines += [f"**Quality and speed are not of one thing.** {escape(text)}." for text in _apart(runs, found)]
+    kept = quality.headline.estimate.value if quality and quality.headline.estimate else 0.0
+    if kept > GateLimits().warn_retention:
+        lines.append(f"**Read this first:** {high_retention_text(kept)}.")
     lines += _of_quality(quality) if quality and quality.tasks else []
     if speed and speed.time.estimate:
         setting = f"{speed.workload} workload, batch {speed.batch_size}"

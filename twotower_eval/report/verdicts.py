@@ -11,7 +11,14 @@ from twotower_eval.claims.files import SPEED_QUANTITIES
 from twotower_eval.claims.judge import said
 from twotower_eval.claims.match import at_point, gather, names_subject
 from twotower_eval.claims.terms import claimed_text, limits_text, terms_text
-from twotower_eval.claims.text import chance_text, count_line, estimate_text, look_remarks, unchecked_text
+from twotower_eval.claims.text import (
+    chance_text,
+    count_line,
+    estimate_text,
+    look_remarks,
+    retention_text,
+    unchecked_text,
+)
 from twotower_eval.evidence.naming import long_name, short_name
 from twotower_eval.evidence.runs import Headline, Runs
 from twotower_eval.evidence.scale import config_of
@@ -100,7 +107,7 @@ def verdict_line(runs: Runs) -> str:
     claimed = escape(" and ".join(claimed_text(part, metrics.get(part.name)) for part in parts))
     timed = any(part.quantity in SPEED_QUANTITIES for part in parts)
     outcome, at = said(verdict), _short_at(claim.point, timed)
-    beside = unchecked_text(verdict)
+    beside = retention_text(verdict) + unchecked_text(verdict)
     beside += "".join(chance_text(part, found) for part, found in runs.verdicts if part in parts)
     at += escape(limits_text(parts))
     beside += "".join(f"; {remark}" for remark in look_remarks(claim, verdict))
@@ -180,6 +187,7 @@ def _reason(claim: Claim, verdict: Verdict) -> str:
     n = f", n {verdict.estimate.n:,}" if verdict.estimate else ""
     if verdict.estimate and verdict.estimate.method != verdict.reason:
         n += f", {verdict.estimate.method}"
-    remarks = "".join(f"; {remark}" for remark in look_remarks(claim, verdict))
-    reason = with_commands(f"{verdict.reason}{n}{unchecked_text(verdict)}{chance_text(claim, verdict)}{remarks}")
+    beside = f"{retention_text(verdict)}{unchecked_text(verdict)}{chance_text(claim, verdict)}"
+    beside += "".join(f"; {remark}" for remark in look_remarks(claim, verdict))
+    reason = with_commands(f"{verdict.reason}{n}{beside}")
     return f"**{escape(claim.name)}** {said(verdict)}: {reason}. {evidence} Source: {escape(claim.source)}."
