@@ -124,7 +124,7 @@ def test_what_holds_is_supported_with_its_gates_and_its_bounds(good: list[Run]) 
     assert kept.estimate.level == 0.9
     assert {gate.name for gate in fast.gates} == {
         "complete run", "same inputs", "whole prompts", "A/A null", "degenerate outputs", "answers are answers",
-        "verify", "same rounds", "same answers", "residual",
+        "verify", "same rounds", "same answers", "residual", "busy arms",
     }  # fmt: skip
     assert kept.evidence == (RUN_ID,)
     assert set(fast.evidence) == {RUN_ID, SPEED_ID}

@@ -1,6 +1,7 @@
 """A timed call is what it says: every way of cheating at one that a plug-in has in this process, and an honest one."""
 
 import dataclasses
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,18 @@ import torch
 from tests import cheating_decoders
 from tests.tiny_pair import write_pair
 from twotower_eval import harness, speed, store, suites
+from twotower_eval.claims import judge
+from twotower_eval.claims.gates import busy_gate
+from twotower_eval.decoders.autoregressive import Autoregressive
 from twotower_eval.decoders.reported import Asked, ReportError, check_answer, finished
+from twotower_eval.evidence import Runs
+from twotower_eval.evidence.timing import speed_points
 from twotower_eval.models import load_model
 from twotower_eval.models.counting import WatchedModel, noted_in_place
 from twotower_eval.models.strays import Strays
 from twotower_eval.plan import RunPlan, SpeedPlan
-from twotower_eval.records import Generation, Passes, Prompt
+from twotower_eval.records import Claim, GateLimits, Generation, OperatingPoint, Passes, Prompt
+from twotower_eval.report.gates import gates
 from twotower_eval.speed.clock import CallClock, Devices, UntimedTokenizer
 
 TASK = "miniature_sort"
@@ -265,3 +272,113 @@ def test_answers_that_contradict_themselves(changes: dict[str, Any], said: str) 
 def test_a_list_of_tokens_is_as_good_as_a_tuple() -> None:
     ids: Any = [5, 6]
     assert finished([answer(token_ids=ids)], "d") == (answer(),)
+
+
+# Whether an arm waits, or has help
+
+
+@pytest.fixture(scope="module")
+def busy_run(pair: Path, requests: Any, tmp_path_factory: pytest.TempPathFactory) -> store.Run:
+    plan = plan_of(pair, "Honest", num_prompts=4, min_rounds=3)
+    return store.load(speed.run(plan, requests, root=tmp_path_factory.mktemp("busy")))
+
+
+def with_cpu(run: store.Run, arm: str, **seconds_per_wall: float | None) -> store.Run:
+    """The run, as if its calls had each taken a tenth of a second, and an arm's so much of the processor."""
+    changed = []
+    for sample in run.speed:
+        mine = run.cells[sample.cell].arm == arm
+        taken = {"cpu_s": 1.0, "caller_cpu_s": 1.0, **(seconds_per_wall if mine else {})}
+        busy = {name: None if share is None else 0.1 * share for name, share in taken.items()}
+        changed.append(dataclasses.replace(sample, wall_s=0.1, off_clock_s=0.0, **busy))  # type: ignore[arg-type]
+    return dataclasses.replace(run, speed=changed)
+
+
+def gate_of(run: store.Run, **limits: float) -> tuple[str, str]:
+    [point] = speed_points([run])[0]
+    gate = busy_gate([run], point, dataclasses.replace(GateLimits(), **limits))
+    assert gate.name == "busy arms"
+    return gate.outcome, gate.detail
+
+
+@pytest.mark.parametrize(
+    ("arm", "taken", "outcome", "said"),
+    [
+        ("baseline", {}, "passed", "the baseline is busy for 100 % of its time, the candidate for 100 %"),
+        ("baseline", {"cpu_s": 0.8, "caller_cpu_s": 0.8}, "passed", "busy for 80 %"),
+        ("baseline", {"cpu_s": 0.5, "caller_cpu_s": 0.5}, "failed", "the baseline waits: .* 50 % .* 100 %"),
+        ("candidate", {"cpu_s": 0.5, "caller_cpu_s": 0.5}, "failed", "the candidate waits: .* 100 % .* 50 %"),
+        ("candidate", {"cpu_s": 1.0, "caller_cpu_s": 0.1}, "passed", ""),  # a thread of its own works for the caller
+        ("candidate", {"cpu_s": 2.0}, "failed", "the candidate keeps 2.00 processors busy, and the plan gives it 1"),
+        ("baseline", {"cpu_s": None, "caller_cpu_s": None}, "not_checked", "not recorded in these runs"),
+    ],
+)  # fmt: skip
+def test_arms_that_wait_or_have_help(busy_run: store.Run, arm: str, taken: Any, outcome: str, said: str) -> None:
+    found = gate_of(with_cpu(busy_run, arm, **taken))
+    assert found[0] == outcome
+    assert re.search(said, found[1])
+
+
+def test_limits_of_busy_arms_are_the_claims(busy_run: store.Run) -> None:
+    halved = with_cpu(busy_run, "baseline", cpu_s=0.7, caller_cpu_s=0.7)
+    assert gate_of(halved)[0] == "failed"
+    assert gate_of(halved, busy_share=0.6)[0] == "passed"
+    doubled = with_cpu(busy_run, "baseline", cpu_s=1.8)
+    assert gate_of(doubled)[0] == "failed"
+    assert gate_of(doubled, processors_per_thread=2.0)[0] == "passed"
+
+
+def test_a_neighbour_that_takes_a_call_now_and_then_is_no_waiting(busy_run: store.Run) -> None:
+    """One call of twelve that took five times as long moves the sum, and its bounds hold 1 nevertheless."""
+    run = with_cpu(busy_run, "baseline")
+    stolen = next(i for i, s in enumerate(run.speed) if run.cells[s.cell].arm == "baseline" and s.replica == 0)
+    run.speed[stolen] = dataclasses.replace(run.speed[stolen], wall_s=0.8)
+    assert gate_of(run)[0] == "passed"
+
+
+def test_a_gpu_lets_the_processor_wait(busy_run: store.Run) -> None:
+    cells = tuple(
+        dataclasses.replace(cell, checkpoint=dataclasses.replace(cell.checkpoint, devices=("cuda:0",)))
+        for cell in busy_run.manifest.cells
+    )
+    run = dataclasses.replace(busy_run, manifest=dataclasses.replace(busy_run.manifest, cells=cells))
+    assert gate_of(run)[0] == "not_checked"
+
+
+def test_a_baseline_with_a_sleep_in_it_is_invalid(
+    pair: Path, requests: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was SUPPORTED at whatever the sleep was long enough for."""
+    plain = Autoregressive._decode
+
+    def sleepy(self: Autoregressive, call: Any) -> None:
+        time.sleep(0.1)
+        plain(self, call)
+
+    monkeypatch.setattr(Autoregressive, "_decode", sleepy)
+    plan = plan_of(pair, "Honest", num_prompts=2, min_rounds=3)
+    run = store.load(speed.run(plan, requests, root=tmp_path))
+    outcome, said = gate_of(run)
+    assert (outcome, said.partition(":")[0]) == ("failed", "the baseline waits")
+    cell = next(cell for cell in run.manifest.cells if cell.arm == "candidate")
+    claim = Claim(
+        name="fast", quantity="speedup_time", subject=cell.checkpoint.name, baseline="context-tower", source="us",
+        point=OperatingPoint(name="here", decoder=cell.decoder, batch_size=1, num_devices=1, workload="answer"),
+        expected=2.0, margin=0.05,
+    )  # fmt: skip
+    [verdict] = judge([claim], [run])
+    assert verdict.outcome == "INVALID"
+    assert "busy arms: the baseline waits" in verdict.reason
+
+
+def test_a_report_says_which_arm_waits(busy_run: store.Run) -> None:
+    held = [
+        line
+        for run in (with_cpu(busy_run, "baseline"), with_cpu(busy_run, "baseline", cpu_s=0.5, caller_cpu_s=0.5))
+        for line in gates(Runs([run])).markdown.splitlines()
+        if line.startswith("| busy arms")
+    ]
+    assert ["passed" in line for line in held] == [True, False]
+    assert "the baseline waits" in held[1]
+    unknown = with_cpu(busy_run, "baseline", cpu_s=None, caller_cpu_s=None)
+    assert "busy arms" not in gates(Runs([unknown])).markdown

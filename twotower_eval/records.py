@@ -589,6 +589,9 @@ class GateLimits:
 
     ``residual``: share of an arm's time by which it may be off what its timed parts predict. ``own_generate``: how much
     longer than transformers' own ``generate`` a Hugging Face baseline may take, as a share of that.
+
+    On a CPU an arm may not be busy for less than ``busy_share`` of the share of its time that the other is, and not
+    take more than ``processors_per_thread`` of the CPU threads that the plan gives it.
     """
 
     null_offset: float = 0.02
@@ -606,6 +609,8 @@ class GateLimits:
     warn_retention: float = 1.1
     residual: float = 0.25
     own_generate: float = 0.25
+    busy_share: float = 0.75
+    processors_per_thread: float = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)

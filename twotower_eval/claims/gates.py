@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from twotower_eval import stats
 from twotower_eval.claims.match import Evidence
 from twotower_eval.evidence import Measured, QualityPoint, SpeedPoint, nulls
+from twotower_eval.evidence.busy import busy_faults, busy_of, busy_text
 from twotower_eval.evidence.chance import standing_text
 from twotower_eval.evidence.clean import Flagged
 from twotower_eval.evidence.measured import measured
@@ -23,6 +24,7 @@ from twotower_eval.evidence.wholes import WholeScore
 from twotower_eval.records import CheckOutcome, Estimate, Gate, GateLimits
 from twotower_eval.shortfalls import truncation_line
 from twotower_eval.stats.decide import DECISION_LEVEL
+from twotower_eval.store import Run
 from twotower_eval.ways import handicap_text
 
 BROKEN = "fast and broken"
@@ -125,6 +127,16 @@ def fastest_way_gate(point: SpeedPoint) -> Gate:
     outcome: CheckOutcome = "failed" if point.handicaps else "passed"
     detail = handicap_text(point.handicaps) if point.handicaps else "neither arm is slowed by how it is run"
     return Gate(name="fastest way", outcome=outcome, detail=detail, evidence=point.run_ids)
+
+
+def busy_gate(runs: Sequence[Run], point: SpeedPoint, limits: GateLimits) -> Gate:
+    """Both arms work all the time, on as much of the processor as the plan gives them: no arm waits or has help."""
+    name, found = "busy arms", busy_of(runs, point)
+    if isinstance(found, str):
+        return Gate(name=name, outcome="not_checked", detail=found, evidence=point.run_ids)
+    faults = busy_faults(found, limits)
+    outcome: CheckOutcome = "failed" if faults else "passed"
+    return Gate(name=name, outcome=outcome, detail="; ".join(faults) or busy_text(found), evidence=point.run_ids)
 
 
 def null_gate(

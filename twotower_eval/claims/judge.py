@@ -196,6 +196,7 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
     checks += halves.speed_gates(evidence.runs, quality, point, claim.limits)
     if point.handicaps:
         checks.append(gates.fastest_way_gate(point))
+    checks.append(gates.busy_gate(evidence.runs, point, claim.limits))
     if first is not None:
         judged = calls_speedup(claim, point, first)
         checks.append(gates.null_gate(point, evidence.speed, judged, claim.expected, claim.limits))

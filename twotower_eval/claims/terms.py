@@ -59,6 +59,8 @@ RANGES: Mapping[str, Range] = {
     "warn_retention": Range(least=1.0, most=2.0),
     "residual": Range(least=0.05, most=0.5),
     "own_generate": Range(least=0.0, most=1.0),
+    "busy_share": Range(least=0.5, most=1.0),
+    "processors_per_thread": Range(least=1.0, most=2.0),
 }
 
 

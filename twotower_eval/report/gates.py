@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from twotower_eval.claims import halves
 from twotower_eval.evidence.alone import compares, is_alone
+from twotower_eval.evidence.busy import Busy, busy_faults, busy_of, busy_text
 from twotower_eval.evidence.clean import Flagged
 from twotower_eval.evidence.points import Measured, QualityPoint
 from twotower_eval.evidence.residual import fault_text, residual_text
@@ -43,7 +44,7 @@ PROOF_WORDS: dict[ProofOutcome, str] = {"fastest": "passed", "slower": "slower w
 def gates(runs: Runs) -> Section:
     """One row for each gate, then the shares of degenerate outputs with the figures on clean ones."""
     rows = [*_hashes(runs), *_whole_prompts(runs), *_answers(runs), *_ways(runs), *_nulls(runs), *_residuals(runs)]
-    rows += _checks(runs)
+    rows += [*_busy(runs), *_checks(runs)]
     verified = any(run.manifest.verb == "verify" for run in runs)
     missing = "" if verified else "Parity and batch logic were not checked: `twotower-eval verify` does it.\n"
     parts = [table(GATE_HEADER, rows, left=len(GATE_HEADER)), missing, _degenerate(runs)]
@@ -114,6 +115,20 @@ def _nulls(runs: Runs) -> Iterator[Row]:
         yield _null(point)
     for gate, fault, found, run in null_rows(runs):
         yield [gate, OUTCOMES["failed" if fault else "passed"], f"{found}; {escape(fault)}" if fault else found, run]
+
+
+def _busy(runs: Runs) -> Iterator[Row]:
+    """Whether both arms worked all the time: the points where one did not, or the one that was nearest to it. Nothing
+    of runs that do not tell."""
+    found = [(point, busy) for point in runs.speed if isinstance(busy := busy_of(runs, point), Busy)]
+    failed = [(point, faults) for point, busy in found if (faults := busy_faults(busy, GateLimits()))]
+    for point, faults in failed:
+        gate = f"busy arms, {point.workload}, batch {point.batch_size}"
+        yield [gate, OUTCOMES["failed"], escape("; ".join(faults)), code(" ".join(point.run_ids))]
+    if found and not failed:
+        point, least = min(found, key=lambda one: min(one[1].share))
+        of_all = f" (the least of {count(len(found))} points)" if len(found) > 1 else ""
+        yield ["busy arms", OUTCOMES["passed"], f"{busy_text(least)}{of_all}", code(" ".join(point.run_ids))]
 
 
 def _null(point: SpeedPoint) -> Row:

@@ -34,10 +34,11 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, kw_only=True)
 class Busy:
-    """Seconds of processor during one call; see :class:`twotower_eval.records.SpeedSample`."""
+    """Seconds of processor during one call; see :class:`twotower_eval.records.SpeedSample`. None on a clock that is
+    not the machine's own, with which they have nothing to do."""
 
-    cpu_s: float
-    caller_cpu_s: float
+    cpu_s: float | None
+    caller_cpu_s: float | None
     off_clock_s: float
 
 
@@ -121,8 +122,13 @@ class Watch:
         for device, num in self._allocations().items():
             if num > look.allocations.get(device, 0):
                 raise ReportError(f"{name}: takes memory on cuda:{device}, which is no device of the plan")
-        busy_s = cpu_s + max(0.0, _children_s() - look.children_s)
-        return wall_s, Busy(cpu_s=busy_s, caller_cpu_s=caller_cpu_s, off_clock_s=max(0.0, off_clock_s))
+        busy_s, is_real = cpu_s + max(0.0, _children_s() - look.children_s), self.clock.is_real
+        busy = Busy(
+            cpu_s=busy_s if is_real else None,
+            caller_cpu_s=caller_cpu_s if is_real else None,
+            off_clock_s=max(0.0, off_clock_s),
+        )
+        return wall_s, busy
 
     def check_texts(self, look: _Look, cost: TextCost, lengths: list[int], name: str) -> None:
         """ReportError where more time went by off the clock than texts of rows of these ``lengths`` take."""
