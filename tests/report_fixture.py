@@ -168,7 +168,7 @@ def speed_run(
     decoders: Sequence[DecoderSpec] = (block_diffusion(),),
     workload: Any = "answer",
     batch_sizes: Sequence[int] = (1,),
-    num_rounds: int = 6,
+    num_rounds: int = 12,
     num_calls: int = 8,
     run_id: str = SPEED_ID,
     complete: bool = True,

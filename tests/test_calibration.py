@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from twotower_eval.calibration.quality_worlds import (
     other_quality_worlds,
     quality_worlds,
 )
+from twotower_eval.calibration.serial_worlds import fresh_serial_worlds, serial_worlds
 from twotower_eval.calibration.speed_worlds import (
     SpeedWorld,
     fresh_speed_worlds,
@@ -86,6 +88,32 @@ def test_the_stated_speedup_is_the_ratio_of_expected_sums(world: SpeedWorld) -> 
     )
 
 
+@pytest.mark.parametrize(
+    "world",
+    [
+        *(world for world in serial_worlds() if world.num_rounds in (6, 12, 40)),
+        *(world for world in fresh_serial_worlds() if world.num_rounds in (9, 18, 12)),
+    ],
+    ids=lambda world: f"{world.name}, {world.size}",
+)
+def test_dependence_changes_no_true_speedup(world: SpeedWorld) -> None:
+    """Wander, spells and launches hit either arm alike in the long run."""
+    rng = np.random.default_rng(6)
+    sums = np.array([(calls.baseline_s.sum(), calls.candidate_s.sum()) for calls in map(world.draw, [rng] * 600)])
+    baseline_s, candidate_s = sums.mean(axis=0)
+    error = (sums[:, 0] / baseline_s - sums[:, 1] / candidate_s).std() / math.sqrt(600)
+    assert math.log(baseline_s / candidate_s / world.truth) == pytest.approx(0, abs=4 * error)
+
+
+def test_rounds_in_a_world_of_dependence_are_alike_as_it_says() -> None:
+    """Neighbours correlate by 0.8 where arms wander by AR(1) 0.8, as far as noise of single calls lets them."""
+    world = next(one for one in serial_worlds() if one.num_rounds == 40 and "of 5 %" in one.name)
+    found = [stats.speedup(world.draw(np.random.default_rng(seed)), num_resamples=100).serial for seed in range(60)]
+    lags = [one.lag1 for one in found if one is not None and one.lag1 is not None]
+    assert len(lags) == 60
+    assert 0.5 < np.mean(lags) < 0.75
+
+
 def test_noise_has_mean_one() -> None:
     rng = np.random.default_rng(5)
     for kind, size in (("lognormal", 0.2), ("heavy tail", 0.1), ("stalls", 0.03)):
@@ -119,7 +147,7 @@ def test_a_nested_bootstrap_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_skew_sums_of_few_prompts_support_no_more_than_they_may() -> None:
     """A symmetric interval supported what is false by a hair in 7 % where few prompts differ in length and gain."""
-    row = judge(sampled("time", 5, 8, "lognormal", 0.05, 0.3), num=2_000)
+    row = judge(sampled("time", 20, 8, "lognormal", 0.05, 0.3), num=2_000)
     assert 0.02 < (row.supported.value or 1) < 0.055  # one standard deviation is 0.005
     assert 0.95 < (row.coverage.value or 0) < 0.98
 
@@ -215,6 +243,8 @@ def test_the_same_seed_gives_the_same_files(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(calibration, "fresh_quality_worlds", lambda: fresh_quality_worlds()[:1])
     monkeypatch.setattr(calibration, "fresh_speed_worlds", lambda: ())
     monkeypatch.setattr(calibration, "look_worlds", lambda: look_worlds()[:1])
+    monkeypatch.setattr(calibration, "serial_worlds", lambda: serial_worlds()[:1])
+    monkeypatch.setattr(calibration, "fresh_serial_worlds", lambda: ())
     texts = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         path = calibration.calibrate(tmp_path / name, num_repetitions=8, num_resamples=200, seed=seed)

@@ -49,13 +49,15 @@ def test_a_bound_on_the_limit_does_not_clear_it() -> None:
     assert outcome(0.9, 0.982) == "INCONCLUSIVE"
 
 
-def test_too_little_evidence_never_supports_but_may_refute() -> None:
+def test_too_little_evidence_never_supports_but_too_few_documents_may_refute() -> None:
     assert outcome(0.99, 1.0, num_clusters=19) == "INCONCLUSIVE"
     assert outcome(0.99, 1.0, num_clusters=20) == "SUPPORTED"
     assert outcome(0.5, 0.6, num_clusters=19) == "REFUTED"
     fast = bounds(2.4, 2.5, 2.6)
     assert stats.decide(fast, relation="at_least", expected=2.42, margin=0.121, num_rounds=5).outcome == "SUPPORTED"
     assert stats.decide(fast, relation="at_least", expected=2.42, margin=0.121, num_rounds=1).outcome == "INCONCLUSIVE"
+    assert stats.decide(fast, relation="at_least", expected=3.0, margin=0.1, num_rounds=5).outcome == "REFUTED"
+    assert stats.decide(fast, relation="at_least", expected=3.0, margin=0.1, num_rounds=4).outcome == "INCONCLUSIVE"
 
 
 def test_a_verdict_refuses_what_it_would_get_wrong() -> None:

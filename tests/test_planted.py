@@ -22,7 +22,7 @@ from twotower_eval.records import Claim, OperatingPoint, Prompt, Quantity, Verdi
 TASKS = ("miniature_sort", "miniature_recall")
 NUM_PROMPTS, BATCH, BUDGET = 32, 4, 96  # 8 calls: fewer of sampled prompts support nothing
 SETTING = {
-    "tasks": TASKS, "num_prompts": NUM_PROMPTS, "batch_sizes": (BATCH,), "min_rounds": 3, "warmup_rounds": 0,
+    "tasks": TASKS, "num_prompts": NUM_PROMPTS, "batch_sizes": (BATCH,), "min_rounds": 12, "warmup_rounds": 0,
     "new_tokens": BUDGET, "costs": False, "threads": 1,
 }  # fmt: skip
 
@@ -60,7 +60,7 @@ def planted(clock: Forwards, tmp_path_factory: pytest.TempPathFactory) -> store.
 @pytest.fixture(scope="module")
 def broken(clock: Forwards, tmp_path_factory: pytest.TempPathFactory) -> store.Run:
     """Blocks of 64 in 4 steps on a pair trained with blocks of 16."""
-    plan = SpeedPlan(block_sizes=(64,), steps=(4,), **SETTING)  # type: ignore[arg-type]
+    plan = SpeedPlan(block_sizes=(64,), steps=(4,), **{**SETTING, "min_rounds": 3})  # type: ignore[arg-type]
     return measure(plan, clock, tmp_path_factory.mktemp("broken"))
 
 

@@ -109,7 +109,7 @@ class SpeedPlan:
     prompt_tokens: int | None = None
     new_tokens: int | None = None
     num_prompts: int = DEFAULT_NUM_PROMPTS
-    min_rounds: int = 5
+    min_rounds: int = 12  # fewer hardly tell whether they depend on their neighbours
     min_seconds: float = 0.0
     warmup_rounds: int = 1
     launches: int = 1

@@ -540,8 +540,30 @@ class RunManifest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SerialDependence:
+    """How much timed rounds depend on their neighbours, and what the interval of their figure makes of it.
+
+    ``lag1`` is the correlation of the logs of neighbouring rounds' ratios within launches, ``lag1_bound`` the largest
+    that it may well be, which the interval reckons with; ``None`` where launches are too short to tell. The rounds say
+    as much as ``effective_rounds`` independent ones. ``widening`` is the factor on the standard error of independent
+    rounds, by the variance of means of ``block`` rounds on end. Where ``launches`` are what is resampled,
+    ``effective_rounds`` is their number and nothing is widened: launches are taken to be independent.
+    """
+
+    lag1: float | None
+    lag1_bound: float | None
+    effective_rounds: float
+    block: int = 1
+    widening: float = 1.0
+    launches: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A number with its two-sided interval at ``level``, its sample size and how it was obtained."""
+    """A number with its two-sided interval at ``level``, its sample size and how it was obtained.
+
+    ``serial`` is there where it rests on timed rounds.
+    """
 
     value: float
     low: float
@@ -550,6 +572,7 @@ class Estimate:
     n: int
     method: str
     seed: int | None = None
+    serial: SerialDependence | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

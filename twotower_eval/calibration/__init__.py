@@ -1,8 +1,8 @@
 """Calibration: simulated worlds with known truth, and how often intervals and verdicts are right in them.
 
-``quality_worlds``, ``speed_worlds`` and ``tail_worlds`` draw data, ``look_worlds`` look several times, ``simulate``
-counts, ``tables`` judges and prints.
-What is judged are the functions of ``stats``, as reports and claims call them.
+``quality_worlds``, ``speed_worlds``, ``tail_worlds`` and ``serial_worlds`` draw data, ``look_worlds`` look several
+times, ``simulate`` counts, ``tables`` judges and prints. What is judged are the functions of ``stats``, as reports and
+claims call them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from twotower_eval import __version__
 from twotower_eval.calibration.look_worlds import calibrate_looks, look_worlds
 from twotower_eval.calibration.quality_worlds import fresh_quality_worlds, quality_worlds
+from twotower_eval.calibration.serial_worlds import fresh_serial_worlds, serial_worlds
 from twotower_eval.calibration.simulate import calibrate_null, calibrate_quality, calibrate_speed
 from twotower_eval.calibration.speed_worlds import fresh_speed_worlds, null_worlds, speed_worlds
 from twotower_eval.calibration.tables import as_csv, as_markdown, rows
@@ -38,8 +39,8 @@ def calibrate(
         raise ValueError("calibrate needs at least 1 repetition, 100 resamples and a seed of at least 0")
     progress = progress or SilentProgress()
     known, fresh, nulls = (
-        ((*quality_worlds(), *family_worlds()), (*speed_worlds(), *tail_worlds())),
-        (fresh_quality_worlds(), (*fresh_speed_worlds(), *fresh_tail_worlds())),
+        ((*quality_worlds(), *family_worlds()), (*speed_worlds(), *tail_worlds(), *serial_worlds())),
+        (fresh_quality_worlds(), (*fresh_speed_worlds(), *fresh_tail_worlds(), *fresh_serial_worlds())),
         null_worlds(),
     )
     size = {"num": num_repetitions, "num_resamples": num_resamples, "seed": seed}

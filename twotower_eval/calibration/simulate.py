@@ -89,13 +89,12 @@ def calibrate_speed(world: SpeedWorld, *, num: int, num_resamples: int, seed: in
             relation="at_least",
             expected=world.truth,
             margin=0.0,
-            num_rounds=world.num_rounds,
+            num_rounds=world.num_launches if stats.resamples_launches(calls.launches) else world.num_rounds,
             num_calls=None if calls.fixed else world.num_calls,
         )
         return at(), decision.outcome
 
-    size = f"{world.num_rounds} rounds x {world.num_calls} calls"
-    return _tally(f"speedup in {world.name}", size, world.truth, look, num=num, seed=seed, advance=advance)
+    return _tally(f"speedup in {world.name}", world.size, world.truth, look, num=num, seed=seed, advance=advance)
 
 
 def calibrate_null(world: SpeedWorld, *, num: int, num_resamples: int, seed: int, advance: Advance) -> NullTally:
@@ -106,14 +105,14 @@ def calibrate_null(world: SpeedWorld, *, num: int, num_resamples: int, seed: int
         drawn_seed = int(rng.integers(2**31))
 
         def interval(calls: stats.TimedCalls, drawn_seed: int = drawn_seed) -> Callable[[float], Estimate]:
-            return lambda level: stats.speedup(calls, level=level, num_resamples=num_resamples, seed=drawn_seed)
+            at = partial(stats.speedup, calls, num_resamples=num_resamples, seed=drawn_seed, caution="estimated")
+            return lambda level: at(level=level)
 
         intervals = [interval(world.draw(rng)) for _ in range(PAIRS)]
         num_off += any(off_nulls(intervals))
         num_wide += any(half_width(found(stats.NULL_LEVEL)) > widest_null(None) for found in intervals)
         advance()
-    size = f"{world.num_rounds} rounds x {world.num_calls} calls"
-    return NullTally(name=world.name, size=size, num=num, num_off=num_off, num_wide=num_wide)
+    return NullTally(name=world.name, size=world.size, num=num, num_off=num_off, num_wide=num_wide)
 
 
 def _tally(

@@ -25,7 +25,10 @@ ROUND_NOISE = 0.01  # of an arm within a round, on the log scale
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedWorld:
-    """A scenario: the true ratio in ``quantity``, and how a repetition's timed calls are drawn."""
+    """A scenario: the true ratio in ``quantity``, and how a repetition's timed calls are drawn.
+
+    ``num_rounds`` are those of all launches together.
+    """
 
     name: str
     quantity: Literal["time", "throughput", "length"]
@@ -33,6 +36,13 @@ class SpeedWorld:
     num_calls: int
     truth: float
     draw: Callable[[np.random.Generator], stats.TimedCalls]
+    num_launches: int = 1
+
+    @property
+    def size(self) -> str:
+        """As tables say it."""
+        launches = f"{self.num_launches} launches, " if self.num_launches > 1 else ""
+        return f"{launches}{self.num_rounds} rounds x {self.num_calls} calls"
 
 
 @dataclass(frozen=True, kw_only=True)

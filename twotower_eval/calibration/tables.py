@@ -107,7 +107,9 @@ margin. *Wrong SUPPORTED* is the share supported, as if the truth lay a hair bel
 share refuted, as if it lay on it. Brackets hold 95 % Monte-Carlo intervals. *Missed*: coverage below 93 % or wrong
 verdicts above 5 % by more than chance allows over all {3 * len(found)} rates. With fewer than 5 clusters that differ
 the interval is an exact bound, which covers more than it says. Fewer than {stats.MIN_CLUSTERS} clusters or
-{stats.MIN_CALLS} calls of sampled prompts are never supported.
+{stats.MIN_CALLS} calls of sampled prompts are never supported, and rounds worth fewer than {stats.MIN_ROUNDS}
+independent ones decide nothing. Intervals of speedups reckon with rounds that depend on their neighbours, so they
+cover more than they say where rounds are independent. Launches are independent in every world.
 """
     lines = [head]
     titles = ("Worlds that the methods were chosen on", "Fresh worlds, on which nothing was tuned")

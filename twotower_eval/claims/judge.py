@@ -321,7 +321,8 @@ def _decided(claim: Claim, estimate: Estimate, amount: _Amount) -> tuple[Outcome
         level=estimate.level,
     )
     said_of_it = decision_text(unit_of(claim.quantity, amount.metric), decision)
-    if decision.outcome != "INCONCLUSIVE":
+    blind = amount.num_rounds is not None and stats.too_few_rounds(estimate, amount.num_rounds)
+    if decision.outcome != "INCONCLUSIVE" or blind:
         return decision.outcome, said_of_it
     needed = stats.still_needed(
         estimate,

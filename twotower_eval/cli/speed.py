@@ -58,7 +58,10 @@ def speed(
     num_prompts: Annotated[
         int | None, option("Prompts per cell and round [384, or all there are].", metavar="N")
     ] = None,
-    min_rounds: Annotated[int | None, option("Rounds at the least, of all launches together [5].", metavar="R")] = None,
+    min_rounds: Annotated[
+        int | None,
+        option("Rounds at the least, of all launches together [12; 5 with --random-weights].", metavar="R"),
+    ] = None,
     min_seconds: Annotated[float | None, option("Seconds of rounds at the least [0].", metavar="S")] = None,
     warmup_rounds: Annotated[int | None, option("Rounds before, kept and flagged [1].", metavar="R")] = None,
     launches: Annotated[

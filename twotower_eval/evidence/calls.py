@@ -108,7 +108,7 @@ def null_of(timed: stats.TimedCalls | None) -> Measured:
     """The baseline's speedup over itself, at the level that nulls are held to."""
     if timed is None:
         return Measured(estimate=None, reason="the baseline was not timed against itself in any whole round")
-    return measured(lambda: stats.speedup(timed, level=stats.NULL_LEVEL))
+    return measured(lambda: stats.speedup(timed, level=stats.NULL_LEVEL, caution="estimated"))
 
 
 def flags_of(runs: list[Run], cell: Cell, rounds: list[Round]) -> dict[OutputKey, Flags]:

@@ -88,4 +88,4 @@ def _pair(point: Nulled) -> tuple[str, tuple[str, ...]]:
 
 
 def _speedup_at(timed: stats.TimedCalls, level: float) -> Estimate:
-    return stats.speedup(timed, level=level)
+    return stats.speedup(timed, level=level, caution="estimated")

@@ -43,7 +43,7 @@ from twotower_eval.evidence.nulls import caution, fault
 from twotower_eval.evidence.points import Measured, PointKey, baseline_of, measured, point_key
 from twotower_eval.evidence.residual import ResidualFault, faults
 from twotower_eval.evidence.samples import Sample, answer_samples
-from twotower_eval.records import Cell, GateLimits, SpeedSample
+from twotower_eval.records import Cell, GateLimits, SerialDependence, SpeedSample
 from twotower_eval.store import Run
 from twotower_eval.ways import Handicap, handicaps
 
@@ -103,6 +103,11 @@ class SpeedPoint:
     def workload(self) -> str:
         """``fixed`` or ``answer``."""
         return self.candidate.workload.kind
+
+    @property
+    def serial(self) -> SerialDependence | None:
+        """How much its rounds depend on their neighbours; ``None`` where there is no speedup."""
+        return None if self.time.estimate is None else self.time.estimate.serial
 
     @property
     def invalid(self) -> bool:
@@ -188,6 +193,8 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
             "the timed answers are clearly unlike those of all documents in length: the interval allows for it, more "
             "prompts would narrow it"
         )
+    time = measured(lambda: stats.speedup(timed))
+    warnings += _few_rounds(time, timed)
     null_timed = null_calls(runs, baseline)
     by_arm = [flags_of(runs, cell, rounds) for cell in (baseline, candidate)]
     return SpeedPoint(
@@ -198,7 +205,7 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
         num_rounds=len(rounds),
         num_calls=len(calls),
         num_launches=len(set(timed.launches)),
-        time=measured(lambda: stats.speedup(timed)),
+        time=time,
         throughput=measured(lambda: stats.speedup(timed, "throughput")),
         length=length,
         geometric=measured(lambda: stats.geometric_speedup(timed)),
@@ -227,6 +234,14 @@ def _tasks_of(calls: Sequence[Call]) -> tuple[str, ...]:
     parts = [prompt_id.rpartition("/") for prompt_id in sorted(chain.from_iterable(calls))]
     said = all(task and number.isdigit() for task, _, number in parts)
     return tuple(dict.fromkeys(task for task, _, _ in parts)) if said else ()
+
+
+def _few_rounds(time: Measured, timed: stats.TimedCalls) -> list[str]:
+    """That its rounds decide nothing, where they are too few or too much alike; launches count by themselves."""
+    if time.estimate is None or stats.resamples_launches(timed.launches):
+        return []
+    found = stats.too_few_rounds(time.estimate, len(timed.launches))
+    return [] if found is None else [found]
 
 
 def _handicaps(

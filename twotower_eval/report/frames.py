@@ -147,6 +147,18 @@ def _whole_columns(score: WholeScore) -> Row:
     }
 
 
+def _serial(point: SpeedPoint) -> Row:
+    """How much rounds depend on their neighbours, and what the interval of the speedup in time makes of it."""
+    serial = point.serial
+    return {
+        "lag1_correlation": serial.lag1 if serial else None,
+        "lag1_correlation_bound": serial.lag1_bound if serial else None,
+        "effective_rounds": serial.effective_rounds if serial else None,
+        "serial_widening": serial.widening if serial else None,
+        "serial_block_rounds": serial.block if serial else None,
+    }
+
+
 def _speed(point: SpeedPoint) -> Row:
     return {
         "runs": " ".join(point.run_ids),
@@ -157,6 +169,7 @@ def _speed(point: SpeedPoint) -> Row:
         "num_rounds": point.num_rounds,
         "num_calls": point.num_calls,
         "num_launches": point.num_launches,
+        **_serial(point),
         **measured_columns("time_speedup", point.time),
         **measured_columns("throughput_speedup", point.throughput),
         **measured_columns("length_ratio", point.length),

@@ -38,7 +38,10 @@ FIGURE = re.compile(r"\d[\d.,]*")
 READING = (
     "S_throughput compares useful tokens "
     "per second, so it differs where answers differ in length (length ratio: useful tokens, candidate over baseline). "
-    "A/A null is the baseline against itself and should hold 1. Workload `fixed` makes a fixed number of tokens, "
+    "A/A null is the baseline against itself and should hold 1. Neighbouring rounds may be alike, as a machine is slow "
+    "for a while: independent rounds are so many as would say as much, by the lag-1 correlation of the rounds' own "
+    "speedups in brackets, corrected for few rounds; fewer than 5 decide nothing. Intervals of S_time reckon with more "
+    "correlation than was found, as few rounds show it badly. Workload `fixed` makes a fixed number of tokens, "
     "`answer` stops where the task stops."
 )
 
@@ -107,7 +110,7 @@ def _order(point: SpeedPoint) -> tuple[str, int]:
 def _speedups(runs: Runs, points: Sequence[SpeedPoint]) -> str:
     per_device = not all(point.equal_devices for point in runs.speed)
     header = ["block, steps, threshold", "S_time [95 %]", "S_throughput [95 %]", "workload", "batch", "rounds x calls"]
-    header += ["length ratio [95 %]", "geometric mean [95 %]", "A/A null [99 %]"]
+    header += ["independent rounds (lag-1)", "length ratio [95 %]", "geometric mean [95 %]", "A/A null [99 %]"]
     header += ["S_time per device [95 %]"] * per_device
     rows = []
     for point in points:
@@ -118,6 +121,7 @@ def _speedups(runs: Runs, points: Sequence[SpeedPoint]) -> str:
             escape(point.candidate.workload.name),
             count(point.batch_size),
             f"{point.num_rounds} x {point.num_calls}",
+            _independent(point),
             times(point.length).replace("x", ""),
             speedup(point, point.geometric),
             times(point.null),
@@ -128,11 +132,30 @@ def _speedups(runs: Runs, points: Sequence[SpeedPoint]) -> str:
     return table(header, rows, texts=("workload",))
 
 
+def _independent(point: SpeedPoint) -> str:
+    """So many independent rounds would say as much, and how alike neighbouring rounds are."""
+    serial = point.serial
+    if serial is None:
+        return NONE
+    if serial.launches:
+        return f"{point.num_launches} launches"
+    return "too few to tell" if serial.lag1 is None else f"{serial.effective_rounds:.1f} ({serial.lag1:+.2f})"
+
+
+def _widened(runs: Runs) -> Iterator[str]:
+    found = [point.serial.widening for point in runs.speed if point.serial is not None and not point.serial.launches]
+    if found and max(found) > 1:
+        least, most = f"{min(found):.1f}", f"{max(found):.1f}"
+        by = least if least == most else f"{least} to {most}"
+        yield f"As rounds may be alike, their standard error is taken {by} times as large as that of independent ones."
+
+
 def _speed_remarks(runs: Runs) -> Iterator[str]:
     run_ids = [run_id for point in runs.speed for run_id in point.run_ids]
     yield f"{'Runs' if len(set(run_ids)) > 1 else 'Run'} {run_list(run_ids)}. Warm-up rounds are not in these figures."
     methods = sorted({point.time.estimate.method for point in runs.speed if point.time.estimate})
     yield from (f"{method[0].upper()}{method[1:]}." for method in methods)
+    yield from _widened(runs)
     launches = min(point.num_launches for point in runs.speed)
     if launches < 5:
         yield f"{launches} launch{'es' * (launches > 1)}: variation between launches was not measured."

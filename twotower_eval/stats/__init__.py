@@ -36,6 +36,7 @@ from twotower_eval.stats.decide import (
     decide,
     limits,
     too_few,
+    too_few_rounds,
 )
 from twotower_eval.stats.figure import Figure
 from twotower_eval.stats.flips import Flips, flips, mcnemar, sign_flip_test
@@ -178,5 +179,6 @@ __all__ = [
     "strictest_alpha",
     "summed",
     "too_few",
+    "too_few_rounds",
     "widest_null",
 ]

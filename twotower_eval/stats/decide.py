@@ -10,7 +10,7 @@ error rate have another ``level`` (``looks``).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isclose, isfinite
+from math import ceil, isclose, isfinite
 from typing import Literal
 
 from twotower_eval.records import Estimate, Outcome
@@ -18,7 +18,7 @@ from twotower_eval.records import Relation as Relation
 
 DECISION_LEVEL = 0.90
 MIN_CLUSTERS = 20  # fewer cannot support a claim
-MIN_ROUNDS = 2  # a lone round cannot either: its variation is unknown
+MIN_ROUNDS = 5  # fewer rounds, or as many independent ones as dependent rounds are worth, decide nothing
 MIN_CALLS = 8  # of sampled prompts: with 4, the calibration found 7 % of false claims supported at the limit
 
 
@@ -37,7 +37,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """SUPPORTED, REFUTED or INCONCLUSIVE, and the comparisons that say why; ``few``: why so little supports nothing."""
+    """SUPPORTED, REFUTED or INCONCLUSIVE, and the comparisons that say why; ``few``: why so little decides nothing."""
 
     outcome: Outcome
     comparisons: tuple[Comparison, ...]
@@ -70,16 +70,20 @@ def decide(
 
     Exactly one of ``num_clusters`` (quality: ``estimate.n``) and ``num_rounds`` (speed: measured rounds, or launches
     where these are resampled) says how much evidence there is; too little of it never supports a claim. For speed on
-    sampled prompts give ``num_calls``, the timed calls of a round, too; fixed prompts need none.
+    sampled prompts give ``num_calls``, the timed calls of a round, too; fixed prompts need none. Too few rounds, or
+    rounds so dependent that the estimate's ``serial`` calls them worth too few, do not refute a claim either.
     """
     if not isclose(estimate.level, level):
         raise ValueError(
             f"the estimate's interval is at level {estimate.level:g}: a verdict needs one-sided "
             f"{50 * (1 + level):g} % bounds, so compute it with level={level:g}"
         )
-    few = too_few(num_clusters=num_clusters, num_rounds=num_rounds, num_calls=num_calls)
     least, largest = limits(relation, expected, margin)
     cleared, opened, refuted = _compared(estimate, least, largest)
+    blind = None if num_rounds is None else too_few_rounds(estimate, num_rounds)
+    if blind:
+        return Decision(outcome="INCONCLUSIVE", comparisons=cleared + opened, few=blind)
+    few = too_few(num_clusters=num_clusters, num_rounds=num_rounds, num_calls=num_calls)
     if refuted:
         return Decision(outcome="REFUTED", comparisons=refuted)
     if opened:
@@ -98,10 +102,27 @@ def too_few(
     if num_clusters is not None and num_clusters < MIN_CLUSTERS:
         return f"{num_clusters} clusters: fewer than {MIN_CLUSTERS} cannot support a claim"
     if num_rounds is not None and num_rounds < MIN_ROUNDS:
-        return f"{num_rounds} measured round(s): fewer than {MIN_ROUNDS} cannot support a claim"
+        return f"{num_rounds} measured round(s): fewer than {MIN_ROUNDS} decide nothing, time more rounds"
     if num_calls is not None and num_calls < MIN_CALLS:
         return f"{num_calls} calls of sampled prompts: fewer than {MIN_CALLS} cannot support a claim, time more prompts"
     return None
+
+
+def too_few_rounds(estimate: Estimate, num_rounds: int) -> str | None:
+    """Why these rounds decide nothing, and what would help; ``None`` where they do."""
+    serial = estimate.serial
+    if num_rounds < MIN_ROUNDS:
+        return too_few(num_rounds=num_rounds)
+    if serial is None or serial.effective_rounds >= MIN_ROUNDS:
+        return None
+    worth = f"{num_rounds} rounds are worth {serial.effective_rounds:.1f} independent ones"
+    few = f"fewer than {MIN_ROUNDS} decide nothing"
+    if serial.lag1 is None:
+        why = "fewer than 5 rounds of a launch do not show how alike neighbours are"
+        return f"{worth}, as {why}; {few}: time more rounds in each launch, or 5 launches or more"
+    why = f"neighbours are alike (correlation {serial.lag1:.2f} before its correction for few rounds)"
+    more = ceil(num_rounds * MIN_ROUNDS / serial.effective_rounds)
+    return f"{worth}, as {why}; {few}: time {more:,} rounds or more, further apart, or 5 launches or more"
 
 
 def _compared(

@@ -14,6 +14,9 @@ unlike length are what skews, and few calls show too little of it. So the varian
 which knows how much a long call bends the ratio; one more call like the most telling one is added to variance and
 skewness, less and less the more calls carry them; and the end on the side of the tail is moved out (see
 ``skewed_t_interval``). What no call shows, such as a rare answer that runs on to its budget, is for ``tails``.
+
+Rounds are not taken to be independent: the variance between them is multiplied by what ``serial_dependence`` says of
+their order. Launches are, so where they are resampled nothing is multiplied.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from twotower_eval.stats.intervals import (
     skewed_t_interval,
     third_cumulant,
 )
+from twotower_eval.stats.serial import Caution, Widening, serial_dependence
 from twotower_eval.stats.tails import Documents, PerCall, Tail, shifts, tail_of
 
 NULL_LEVEL = 0.99  # of the A/A null's interval
@@ -51,7 +55,8 @@ Quantity = Literal["time", "throughput", "length", "baseline_rate", "candidate_r
 class TimedCalls:
     """Both arms of the same calls in the same rounds: seconds and useful tokens, each (R, P).
 
-    ``launches`` names the launch of each round; ``fixed`` says that the calls are not a sample of prompts. What is
+    Rounds are in the order in which they were timed, within each launch. ``launches`` names the launch of each round;
+    ``fixed`` says that the calls are not a sample of prompts. What is
     known of calls that were not timed is optional: ``limits_s``, the seconds of a call at its budget in either arm,
     and ``documents``, the lengths of all documents.
     """
@@ -91,17 +96,19 @@ def speedup(
     level: float = LEVEL,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
+    caution: Caution = "bounded",
 ) -> Estimate:
-    """A ratio of sums with its interval; ``n`` counts pairs of timed calls.
+    """A ratio of sums with its interval; ``n`` counts pairs of timed calls, ``serial`` says what its rounds are worth.
 
     ``time``: seconds of the baseline over those of the candidate. ``throughput``: useful tokens per second, candidate
     over baseline. ``length``: useful tokens, candidate over baseline. ``baseline_rate``, ``candidate_rate``: useful
     tokens per second of one arm. ValueError where there is one round only, or one call of sampled prompts, or where a
-    sum is 0.
+    sum is 0. ``caution`` says how dependence between rounds widens the interval: ``bounded`` for what is judged,
+    ``estimated`` for an A/A null, which tells how noisy the machine is.
     """
     crossing = _Crossing(calls, num_resamples, seed)
     log_value, log_Q, influence_UP = 0.0, np.zeros(num_resamples), np.zeros(crossing.shape)
-    without_P = np.zeros(crossing.shape[1])
+    without_P, logs_R = np.zeros(crossing.shape[1]), np.zeros(len(calls.launches))
     for sign, values_RP in _terms(calls, quantity):
         values_UP = crossing.by_unit(values_RP)
         total, total_Q = values_UP.sum(), crossing.draw(values_UP)
@@ -112,7 +119,9 @@ def speedup(
         influence_UP += sign * values_UP.size * values_UP / total
         if crossing.crossed:
             without_P += sign * np.log(_others(values_UP))
-    found = crossing.estimate(log_value, log_Q, influence_UP, without_P, level)
+        logs_R += sign * _log_sums(values_RP)
+    widening = crossing.widening(logs_R, caution)
+    found = crossing.estimate(log_value, log_Q, influence_UP, without_P, level, widening)
     return with_unseen(found, calls, throughput=quantity == "throughput") if quantity in JUDGED else found
 
 
@@ -151,7 +160,8 @@ def geometric_speedup(
     if crossing.crossed:
         without_P = _others(sums_UP) / _others(counts_UP)
     log_Q = crossing.draw(sums_UP) / crossing.draw(counts_UP)
-    return crossing.estimate(log_value, log_Q, influence_UP, without_P, level)
+    widening = crossing.widening(np.log(calls.baseline_s / calls.candidate_s).mean(axis=1), "bounded")
+    return crossing.estimate(log_value, log_Q, influence_UP, without_P, level, widening)
 
 
 def per_device(estimate: Estimate, *, baseline_devices: int, candidate_devices: int) -> Estimate:
@@ -197,6 +207,7 @@ class _Crossing:
         self._method += "corrected for skewness"
         self._seed = seed
         self._n = calls.baseline_s.size
+        self._launches = calls.launches
 
     def by_unit(self, values_RP: Floats) -> Floats:
         summed_UP = np.zeros(self.shape)
@@ -207,11 +218,29 @@ class _Crossing:
         drawn_Q: Floats = ((self._draws_QU @ values_UP) * self._draws_QP).sum(axis=1)
         return drawn_Q
 
+    def widening(self, logs_R: Floats, caution: Caution) -> Widening:
+        """What dependence between rounds, by the logarithm of each round's own ratio, asks of their variance."""
+        found = serial_dependence(logs_R, self._launches, caution)
+        if not resamples_launches(self._launches):
+            return found
+        num = self.shape[0]
+        facts = replace(found.facts, effective_rounds=float(num), block=1, widening=1.0, launches=True)
+        return Widening(factor=1.0, dof=num - 1.0, facts=facts)
+
     def estimate(
-        self, log_value: float, log_Q: Floats, influence_UP: Floats, without_P: Floats, level: float
+        self,
+        log_value: float,
+        log_Q: Floats,
+        influence_UP: Floats,
+        without_P: Floats,
+        level: float,
+        widening: Widening,
     ) -> Estimate:
         """The value with its interval; ``without_P``: the value without each call in turn, where calls are drawn."""
-        spread = _of_both(influence_UP, without_P) if self.crossed else _of_units(influence_UP.mean(axis=1))
+        of_both = self.crossed
+        spread = (
+            _of_both(influence_UP, without_P, widening) if of_both else _of_units(influence_UP.mean(axis=1), widening)
+        )
         stderr = spread.scale * float(np.std(log_Q))
         skew = spread.skew if self.crossed else 0.0
         low, high = skewed_t_interval(log_value, stderr, level=level, dof=spread.dof, skew=skew)
@@ -227,6 +256,7 @@ class _Crossing:
             n=self._n,
             method=self._method,
             seed=self._seed,
+            serial=widening.facts,
         )
 
 
@@ -247,15 +277,16 @@ class _Spread(NamedTuple):
     skew: float
 
 
-def _of_units(of_unit_U: Floats) -> _Spread:
+def _of_units(of_unit_U: Floats, widening: Widening) -> _Spread:
     """Where only rounds, or launches, vary."""
     num = len(of_unit_U)
     variance = float(of_unit_U.var(ddof=1)) / num
     skew = third_cumulant(of_unit_U) / variance**1.5 if variance > 0 else 0.0
-    return _Spread(scale=sqrt(num / (num - 1)), dof=dof_of_mean(of_unit_U), skew=skew)
+    dof = min(dof_of_mean(of_unit_U), widening.dof)
+    return _Spread(scale=sqrt(widening.factor * num / (num - 1)), dof=dof, skew=skew)
 
 
-def _of_both(influence_UP: Floats, without_P: Floats) -> _Spread:
+def _of_both(influence_UP: Floats, without_P: Floats, widening: Widening) -> _Spread:
     """Where calls are drawn as well; ``without_P``: the estimate without each call in turn."""
     num_units, num_calls = influence_UP.shape
     rows_UP, columns_UP = influence_UP.mean(axis=1, keepdims=True), influence_UP.mean(axis=0, keepdims=True)
@@ -266,17 +297,19 @@ def _of_both(influence_UP: Floats, without_P: Floats) -> _Spread:
     pseudo_P = (num_calls - 1) * (without_P.mean() - without_P)
     bent = max(0.0, float(pseudo_P.var(ddof=1)) / num_calls - of_calls)
     call_dof, (square, cube) = dof_of_mean(pseudo_P), one_more(pseudo_P)
-    # Both margins hold the residual, so it is counted twice in their sum.
-    unbiased = max(of_residual, of_units + of_calls - of_residual)
     by_bootstrap = of_units * (num_units - 1) / num_units + of_calls * (num_calls - 1) / num_calls
     by_bootstrap += of_residual * num_free / influence_UP.size
-    squares = of_units**2 / (num_units - 1) + of_calls**2 / call_dof + of_residual**2 / num_free
+    of_units *= widening.factor
+    # Both margins hold the residual, so it is counted twice in their sum.
+    unbiased = max(of_residual, of_units + of_calls - of_residual)
+    squares = of_units**2 / widening.dof + of_calls**2 / call_dof + of_residual**2 / num_free
     if unbiased <= 0 or squares <= 0 or by_bootstrap <= 0:
         return _Spread(scale=1.0, dof=1e9, skew=0.0)
-    dof = max(unbiased**2 / squares, min(num_units - 1, call_dof))
+    dof = max(unbiased**2 / squares, min(widening.dof, call_dof))
     own = _own(of_calls, of_residual)
     unseen = own * (bent + square)
-    cubes = _own(of_units, of_residual) * third_cumulant(rows_UP) + own * third_cumulant(columns_UP)
+    of_rows = _own(of_units, of_residual) * widening.factor**1.5 * third_cumulant(rows_UP)
+    cubes = of_rows + own * third_cumulant(columns_UP)
     skew = (cubes + own * cube) / (unbiased + unseen) ** 1.5
     return _Spread(scale=sqrt((unbiased + unseen) / by_bootstrap), dof=dof, skew=skew)
 
@@ -291,6 +324,13 @@ def _others(values_UP: Floats) -> Floats:
     of_call_P: Floats = values_UP.sum(axis=0)
     others_P: Floats = of_call_P @ (1 - np.eye(len(of_call_P)))
     return others_P
+
+
+def _log_sums(values_RP: Floats) -> Floats:
+    """Logarithm of each round's sum; a round without anything is left at the mean of all."""
+    sums_R = values_RP.sum(axis=1)
+    logs_R: Floats = np.log(np.where(sums_R > 0, sums_R, sums_R.mean()))
+    return logs_R
 
 
 def _terms(calls: TimedCalls, quantity: Quantity) -> tuple[tuple[int, Floats], ...]:
