@@ -169,7 +169,8 @@ def test_speed_table_holds_what_the_rows_say(usual) -> None:
     row = faster(markdown)
     assert row["workload"] == "answer: four tasks"
     baseline_s, candidate_s = seconds_of(path, "baseline"), seconds_of(path, "candidate")
-    assert row["rounds x calls"] == "6 x 8"
+    assert row["rounds x calls"] == "12 x 8"
+    assert row["independent rounds (lag-1)"] == "12.0 (-0.15)"
     assert times(row[TIME]) == pytest.approx(baseline_s / candidate_s, abs=0.006)
     assert row["length ratio [95 %]"] == "1.000 [1.000, 1.000]"
     replica_s = seconds_of(path, "baseline", replica=1)
@@ -179,7 +180,7 @@ def test_speed_table_holds_what_the_rows_say(usual) -> None:
     prompts = [p for s in samples if cells[s.cell].arm == "candidate" for p in s.prompts]
     useful, denoiser = sum(p.num_tokens for p in prompts), sum(p.num_denoiser_forwards for p in prompts)
     forwards = denoiser + sum(p.num_context_forwards for p in prompts)
-    cost = row_of(markdown, "block 16", "answer", "1", "48")
+    cost = row_of(markdown, "block 16", "answer", "1", "96")
     assert cost[4].startswith(f"{useful / candidate_s:.3g} [")
     assert cost[5:10] == [
         f"{useful / forwards:.2f}",
@@ -188,8 +189,8 @@ def test_speed_table_holds_what_the_rows_say(usual) -> None:
         f"{forwards - denoiser:,}",
         f"{useful:,}",
     ]
-    assert cost[10] == "96"
-    assert cost[12] == "48 / 0 / 0"
+    assert cost[10] == "192"
+    assert cost[12] == "96 / 0 / 0"
     assert row_of(markdown, "baseline", "answer", "1", "48")[6] == text.NONE
     assert "1 launch: variation between launches was not measured." in markdown
 
@@ -205,13 +206,26 @@ def test_latency_is_tabled_apart(usual) -> None:
     ]
     section = markdown_of(folder).partition("## Latency")[2]
     row = row_of(section, "block 16", "answer")
-    assert row[3:] == ["48", text.seconds(float(np.quantile(finish_s, 0.5))), text.seconds(np.quantile(finish_s, 0.95))]
+    assert row[3:] == ["96", text.seconds(float(np.quantile(finish_s, 0.5))), text.seconds(np.quantile(finish_s, 0.95))]
 
 
 def test_fixed_workload_resamples_rounds_only(tmp_path) -> None:
     markdown = write(tmp_path, made.speed_run(tmp_path, workload="fixed"))
-    assert "Crossed paired bootstrap of 6 rounds, " in markdown
-    assert "fixed workload, batch 1, 6 rounds of 8 timed calls" in markdown
+    assert "Crossed paired bootstrap of 12 rounds, " in markdown
+    assert "fixed workload, batch 1, 12 rounds of 8 timed calls" in markdown
+
+
+def test_rounds_that_are_alike_are_said_to_be_worth_less(tmp_path) -> None:
+    """Half of a run in which one arm was slower counted as six rounds of independent evidence."""
+
+    def slower(row):
+        late = isinstance(row, SpeedSample) and row.round >= 6 and row.prompts[0].num_denoiser_forwards == 0
+        return dataclasses.replace(row, wall_s=row.wall_s * 1.3) if late and row.replica == 0 else row
+
+    markdown = write(tmp_path, made.speed_run(tmp_path, edit=slower))
+    assert faster(markdown)["independent rounds (lag-1)"].startswith("1.")
+    assert re.search(r"12 rounds are worth 1\.\d independent ones, as neighbours are alike", markdown)
+    assert re.search(r"their standard error is taken \d+\.\d times as large as that of independent ones\.", markdown)
 
 
 def test_speedup_per_device_is_printed_where_the_arms_use_different_numbers(tmp_path) -> None:
@@ -232,7 +246,7 @@ def test_speedup_per_device_is_printed_where_the_arms_use_different_numbers(tmp_
     ("factor", "words"),
     [
         (lambda row: 1.05, "INVALID: the baseline timed against itself is off by more than 2 %"),
-        (lambda row: 1.0 + 0.3 * (row.round % 2), " is above 3.0 %: time more rounds"),
+        (lambda row: 1.15 - 0.3 * (row.round % 2), " is above 3.0 %: time more rounds"),
     ],
 )
 def test_a_null_that_is_off_or_too_wide_invalidates(tmp_path, factor, words: str) -> None:
@@ -262,11 +276,11 @@ def test_launches_are_pooled_unless_the_machine_differs(tmp_path) -> None:
         return made.speed_run(tmp_path, run_id=run_id, edit=relabel, **changes)
 
     pooled = write(tmp_path, first, second("20261103T120000Z-speed-cccccc"))
-    assert faster(pooled)["rounds x calls"] == "12 x 8"
+    assert faster(pooled)["rounds x calls"] == "24 x 8"
     assert "2 launches: variation between launches was not measured." in pooled
     machine = {"system": "Linux", "cpu": "Another"}
     apart = write(tmp_path, first, second("20261104T120000Z-speed-dddddd", machine=machine))
-    assert faster(apart)["rounds x calls"] == "6 x 8"
+    assert faster(apart)["rounds x calls"] == "12 x 8"
     assert apart.count("| answer: four tasks |") == 2
 
 
@@ -579,10 +593,10 @@ def test_an_unfinished_run_says_so_first(tmp_path) -> None:
 
 def test_an_unfinished_speed_run_uses_whole_rounds_only(tmp_path) -> None:
     def late(row):
-        return None if isinstance(row, SpeedSample) and row.round == 5 and row.call_id == "7" else row
+        return None if isinstance(row, SpeedSample) and row.round == 11 and row.call_id == "7" else row
 
     markdown = write(tmp_path / "a", made.speed_run(tmp_path / "a", complete=False, edit=late))
-    assert faster(markdown)["rounds x calls"] == "5 x 8"
+    assert faster(markdown)["rounds x calls"] == "11 x 8"
     assert "1 rounds are not complete in both arms" in markdown
 
     def first(row):
