@@ -191,7 +191,7 @@ def test_speed_table_holds_what_the_rows_say(usual) -> None:
     ]
     assert cost[10] == "192"
     assert cost[12] == "96 / 0 / 0"
-    assert row_of(markdown, "baseline", "answer", "1", "48")[6] == text.NONE
+    assert row_of(markdown, "baseline", "answer", "1", "96")[6] == text.NONE
     assert "1 launch: variation between launches was not measured." in markdown
 
 
