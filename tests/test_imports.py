@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench": {"environment", "plan", "journal", "speed", "suites", "datafiles", "harness", *PRODUCING},
     "stats": {"store"},
     "calibration": {"stats", "progress"},
-    "evidence": {"ways", "store", "stats"},
+    "evidence": {"ways", "strict", "store", "stats"},
     "claims": {"shortfalls", "ways", "plan", "store", "stats", "evidence"},
     "report": {"shortfalls", "ways", "store", "closing", "journal", "stats", "evidence", "claims", "plan"},
     "cli": {"plan", "store", "progress", "suites", "harness", "speed", "claims", "report", "miniature", "datafiles"}

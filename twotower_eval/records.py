@@ -429,6 +429,29 @@ class CostSample:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BaselineBest:
+    """What shows whether a baseline cell is at its best; the ``baseline_best`` event of a launch holds it.
+
+    ``engine``: the project's own, or transformers. ``step_bytes`` are the least that one autoregressive step of the
+    whole batch reads, ``bytes_per_s`` what a copy reaches on the device, each ``None`` where it is not known. A few
+    prompts were decoded by the baseline in ``own_s`` seconds and, to as many tokens, by transformers' own ``generate``
+    in ``generate_s``, in turn; ``same_tokens``: they gave the same. Why they were not: ``reason``.
+    """
+
+    cell: str
+    engine: Literal["own", "transformers"]
+    cuda_graphs: bool
+    attention: str | None
+    num_threads: Size | None
+    step_bytes: NotNegative | None
+    bytes_per_s: NotNegative | None
+    own_s: tuple[NotNegative, ...] = ()
+    generate_s: tuple[NotNegative, ...] = ()
+    same_tokens: bool | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Check:
     """One line of ``checks.jsonl``: one thing that ``verify`` looked at before anything is measured.
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from twotower_eval import stats
 from twotower_eval.claims.match import Evidence
 from twotower_eval.evidence import Measured, QualityPoint, SpeedPoint, nulls
+from twotower_eval.evidence.best import generate_text
 from twotower_eval.evidence.busy import busy_faults, busy_of, busy_text
 from twotower_eval.evidence.chance import standing_text
 from twotower_eval.evidence.clean import Flagged
@@ -165,6 +166,19 @@ def residual_gate(point: SpeedPoint, limits: GateLimits) -> Gate:
     shares = [f"{arm} {residual_text(one.whole.estimate)}" for arm, one in found.items() if one.whole.estimate]
     detail = f"of the measured time no part explains {', '.join(shares)}"
     return Gate(name=name, outcome="passed", detail=detail, evidence=point.run_ids)
+
+
+def own_generate_gate(point: SpeedPoint, limits: GateLimits) -> Gate | None:
+    """A Hugging Face baseline is not much slower than its own library; ``None`` for other baselines."""
+    if point.best is None or point.best.over_generate is None:
+        return None
+    slow = point.best.is_handicapped(limits.own_generate)
+    return Gate(
+        name="own generate",
+        outcome="failed" if slow else "passed",
+        detail=f"the baseline takes {generate_text(point.best)}",
+        evidence=point.run_ids,
+    )
 
 
 def degenerate_gate(point: SpeedPoint, quality: Sequence[QualityPoint], limits: GateLimits) -> Gate:

@@ -197,6 +197,8 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
     if point.handicaps:
         checks.append(gates.fastest_way_gate(point))
     checks.append(gates.busy_gate(evidence.runs, point, claim.limits))
+    if (beside := gates.own_generate_gate(point, claim.limits)) is not None:
+        checks.append(beside)
     if first is not None:
         judged = calls_speedup(claim, point, first)
         checks.append(gates.null_gate(point, evidence.speed, judged, claim.expected, claim.limits))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from twotower_eval import stats
+from twotower_eval.evidence.best import Best, best_of
 from twotower_eval.evidence.calls import (
     Call,
     Grid,
@@ -54,6 +55,7 @@ class SpeedPoint:
 
     ``null_fault`` says why the null forbids to read this as a speedup, which is then INVALID; ``None`` if it does not.
     ``handicaps``: arms that were timed in a slower way than their models have, which is INVALID as well.
+    ``best``: whether the baseline is at its best, ``None`` where that was not recorded.
     ``timed`` and ``null_timed`` are the calls that these figures rest on, for other levels. ``tasks`` are those that
     the timed prompts are of, none where their ids do not say. ``lengths`` are of the baseline's answers and the
     candidate's, none where prompts are fixed.
@@ -86,6 +88,7 @@ class SpeedPoint:
     null_timed: stats.TimedCalls | None
     null_fault: str | None = None
     handicaps: tuple[Handicap, ...] = ()
+    best: Best | None = None
     tasks: tuple[str, ...] = ()
     lengths: tuple[Lengths, ...] = ()
 
@@ -112,7 +115,8 @@ class SpeedPoint:
     @property
     def invalid(self) -> bool:
         """Whether this must not be read as a speedup."""
-        return self.null_fault is not None or bool(self.handicaps or self.residual_faults)
+        slow = self.best is not None and self.best.is_handicapped(GateLimits().own_generate)
+        return self.null_fault is not None or slow or bool(self.handicaps or self.residual_faults)
 
     @property
     def residual_faults(self) -> tuple[ResidualFault, ...]:
@@ -196,6 +200,7 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
     time = measured(lambda: stats.speedup(timed))
     warnings += _few_rounds(time, timed)
     null_timed = null_calls(runs, baseline)
+    rate = measured(lambda: stats.speedup(timed, "baseline_rate"))
     by_arm = [flags_of(runs, cell, rounds) for cell in (baseline, candidate)]
     return SpeedPoint(
         run_ids=tuple(run.manifest.run_id for run in runs),
@@ -210,7 +215,7 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
         length=length,
         geometric=measured(lambda: stats.geometric_speedup(timed)),
         null=null_of(null_timed),
-        baseline_rate=measured(lambda: stats.speedup(timed, "baseline_rate")),
+        baseline_rate=rate,
         candidate_rate=measured(lambda: stats.speedup(timed, "candidate_rate")),
         counts=count(prompt for sample in samples[1] for prompt in sample.prompts),
         baseline_counts=count(prompt for sample in samples[0] for prompt in sample.prompts),
@@ -224,6 +229,7 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
         timed=timed,
         null_timed=null_timed,
         handicaps=_handicaps(runs, (baseline, candidate), (samples[0], samples[1])),
+        best=best_of(runs, baseline, None if rate.estimate is None else rate.estimate.value),
         tasks=_tasks_of(calls),
         lengths=lengths,
     )

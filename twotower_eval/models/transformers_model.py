@@ -8,6 +8,7 @@ one length run together, and tokens are appended one at a time. See models.proof
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -80,6 +81,23 @@ class TransformersModel(LanguageModel):
         """Where the weights are."""
         device: torch.device = self.inner.device
         return device
+
+    def own_generate(self, ids_1S: Tensor, num_new: int) -> list[int]:
+        """Greedy tokens behind one prompt by transformers' own ``generate``, however many end-of-text there are.
+
+        ForwardError where it raises.
+        """
+        ids_1S = ids_1S.to(self.device)
+        asked = {"max_new_tokens": num_new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                out = self.inner.generate(ids_1S, attention_mask=torch.ones_like(ids_1S), **asked)
+        except FORWARD_ERRORS as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ForwardError(f"its generate raised {type(error).__name__}: {reason}") from error
+        tokens: list[int] = out[0, ids_1S.shape[1] :].tolist()
+        return tokens
 
     def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> CacheContext:
         """Run the model over prompts, right-padded rows of at least one token."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from twotower_eval.evidence.best import best_text
 from twotower_eval.evidence.calls import Latency
 from twotower_eval.evidence.counts import Counts
 from twotower_eval.evidence.runs import Runs
@@ -159,6 +160,9 @@ def _speed_remarks(runs: Runs) -> Iterator[str]:
     launches = min(point.num_launches for point in runs.speed)
     if launches < 5:
         yield f"{launches} launch{'es' * (launches > 1)}: variation between launches was not measured."
+    bests = dict.fromkeys((point.workload, point.batch_size, best_text(point.best)) for point in runs.speed)
+    for workload, batch_size, found in bests:
+        yield f"Is the baseline at its best? {workload}, batch {count(batch_size)}: {escape(found)}."
     yield from _warnings(runs)
     reasons = {m.reason for p in runs.speed for m in (p.time, p.throughput, p.null) if m.reason}
     yield from (f"{NONE}: {escape(reason)}." for reason in sorted(reasons))

@@ -7,7 +7,9 @@ import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from twotower_eval.evidence.alike import MeasuredOn
+from twotower_eval.evidence.best import best_warning
 from twotower_eval.evidence.points import Measured
+from twotower_eval.evidence.residual import fault_text
 from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.records import Estimate
 from twotower_eval.ways import handicap_text
@@ -172,7 +174,9 @@ def speed_warnings(point: SpeedPoint) -> tuple[str, ...]:
     """What a reader of this speedup must know; last why it is INVALID, if it is."""
     faults = [*([] if point.null_fault is None else [point.null_fault])]
     faults += [handicap_text(point.handicaps)] if point.handicaps else []
-    return (*point.warnings, *(f"{INVALID}: {fault}" for fault in faults))
+    faults += [fault_text(fault) for fault in point.residual_faults]
+    slow = best_warning(point.best)
+    return (*point.warnings, *([] if slow is None else [slow]), *(f"{INVALID}: {fault}" for fault in faults))
 
 
 def run_list(run_ids: Iterable[str]) -> str:

@@ -38,17 +38,22 @@ class Probe:
 def probe(device: str, dtype: torch.dtype) -> Probe:
     """Copy, multiply, and ask how much memory is free."""
     devices = Devices([device])  # refuses what nobody can wait for
-    copy_s, product_s = _copy_s(device, devices), _product_s(device, devices, dtype)
+    product_s = _product_s(device, devices, dtype)
     kind = torch.device(device).type
     free_bytes, reason = free_memory(device)
     return Probe(
         device=device,
         dtype=str(dtype).removeprefix("torch."),
-        bytes_per_s=2 * COPY_BYTES[kind] / copy_s,
+        bytes_per_s=copy_bytes_per_s(device),
         flops_per_s=2 * PRODUCT_SIZE[kind] ** 3 / product_s,
         free_bytes=free_bytes,
         free_reason=reason,
     )
+
+
+def copy_bytes_per_s(device: str) -> float:
+    """Bytes that a copy reads and writes in a second, at best."""
+    return 2 * COPY_BYTES[torch.device(device).type] / _copy_s(device, Devices([device]))
 
 
 def _copy_s(device: str, devices: Devices) -> float:

@@ -40,8 +40,10 @@ from twotower_eval.records import (
     canonical_json,
     derive_seed,
     sha256_text,
+    to_json,
 )
 from twotower_eval.shortfalls import asked_and_not_done, truncation_line
+from twotower_eval.speed.best import looked_at
 from twotower_eval.speed.captures import Captures, graphs_for, hint, refuse_uneven
 from twotower_eval.speed.clock import CallClock, Devices, torch_threads
 from twotower_eval.speed.costs import CostItem, Parts
@@ -111,6 +113,9 @@ def run_launch(
             warnings = [f"warning: {text}" for text in (*writer.warnings, *asked_and_not_done(manifest), *truncated)]
             for line in (*warnings, *slower_lines(manifest)):
                 progress.note(line)
+            if plan.costs:
+                for best in looked_at(lanes, calls, models[0], clock, cuda_graphs=plan.cuda_graphs):
+                    writer.event("baseline_best", **to_json(best))
             session = _Session(plan, writer, calls, lanes, parts, clock, Captures(graphs, writer), progress)
             num_missing = session.run()
             if not num_missing:
