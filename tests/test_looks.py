@@ -162,6 +162,17 @@ def test_runs_beside_the_given_ones_count_and_are_named(tmp_path: Path, kept_run
     assert "without runs that lie beside is counted as inconclusive" in strict_line([five])
 
 
+def test_a_run_that_was_left_out_may_contradict_the_given_one(tmp_path: Path, kept_run: Run) -> None:
+    """Giving the better of two runs was enough."""
+    quality, first = store.load(quality_run(tmp_path)), store.load(speed_run(tmp_path, scored=True))
+    quality_run(tmp_path, run_id=SECOND_ID, edit=worse)
+    relaunched(tmp_path, scored=True, slower=2.0)
+    kept, fast = judge(claims_of({**KEPT, "expected": 0.7}, FAST), [quality, first])
+    assert (kept.outcome, fast.outcome) == ("INCONCLUSIVE", "INCONCLUSIVE")
+    assert f"{RUN_ID} is SUPPORTED, {SECOND_ID} is REFUTED" in kept.reason
+    assert f"{SPEED_ID} is SUPPORTED, {SECOND_SPEED_ID} is REFUTED" in fast.reason
+
+
 def warm_up_only(row: Row) -> Row | None:
     return row if isinstance(row, SpeedSample) and row.phase == "warmup" else None
 

@@ -188,7 +188,7 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
         return _not_measured(claim, missing(claim, evidence.speed, evidence.alone))
     point = found[0]
     quality = same_point(evidence.quality, point.key)
-    looks = looks_at_speed(claim, evidence, found)
+    looks, others = looks_at_speed(claim, evidence, found)
     readings = speed_readings(claim, point, level=looks.level)
     first = readings[0].estimate
     checks = [gates.complete_gate(point), gates.same_inputs_gate({}, point.run_ids)]
@@ -210,7 +210,7 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
         ", ".join(other.run_ids): _outcome_of(
             claim, speed_readings(claim, other, level=looks.level)[0], _timed_amount(other)
         )
-        for other in found[1:]
+        for other in others
     }
     ruled = _ruled(claim, point, point.run_ids, looks, tuple(checks), readings, _timed_amount(point), outcomes)
     return _warned(ruled, max((kept_at(one) for one in quality), default=0.0))

@@ -14,7 +14,15 @@ from functools import lru_cache
 from pathlib import Path
 
 from twotower_eval import stats, store
-from twotower_eval.claims.match import Evidence, cell_fits, names_baseline, num_documents
+from twotower_eval.claims.match import (
+    Evidence,
+    cell_fits,
+    gather,
+    names_baseline,
+    num_documents,
+    quality_at,
+    speed_at,
+)
 from twotower_eval.evidence import QualityPoint, SpeedPoint
 from twotower_eval.records import Cell, Claim, RunManifest, Score
 from twotower_eval.store import Run
@@ -42,17 +50,18 @@ class Looks:
         return 1 - 2 * (stats.strictest_alpha() if self.alpha is None else self.alpha)
 
 
-def looks_at_speed(claim: Claim, evidence: Evidence, found: Sequence[SpeedPoint]) -> Looks:
-    """Runs that timed the claim's point, of which the first of ``found`` is judged."""
+def looks_at_speed(claim: Claim, evidence: Evidence, found: Sequence[SpeedPoint]) -> tuple[Looks, list[SpeedPoint]]:
+    """Runs that timed the claim's point, of which the first of ``found`` is judged; and the points of the others."""
     telling = [point for point in found if point is found[0] or point.timed.fixed or point.num_calls >= stats.MIN_CALLS]
     ids = {run_id for point in telling for run_id in point.run_ids}
     num = sum(num_measurings(run) for run in evidence.runs if run.manifest.run_id in ids)
     beside = _beside(evidence, lambda manifest: _times(claim, manifest), _has_measured)
-    return Looks(
+    looks = Looks(
         num=num + sum(map(num_measurings, beside)),
         declared=claim.looks,
         not_given=tuple(run.manifest.run_id for run in beside),
     )
+    return looks, [*found[1:], *(point for one in _each(beside) for point in speed_at(claim, one))]
 
 
 def looks_at_quality(
@@ -77,7 +86,8 @@ def looks_at_quality(
         declared=claim.looks,
         not_given=tuple(sorted(apart_beside.values())),
     )
-    return looks, others
+    unseen = [point for one in _each(beside) for point in quality_at(claim, one)]
+    return looks, [*others, *(point for point in unseen if not point.timed and _is_telling(claim, point))]
 
 
 def num_measurings(run: Run) -> int:
@@ -174,6 +184,15 @@ def _manifests_in(root: Path) -> Iterator[tuple[Path, RunManifest]]:
 def _manifest_at(path: Path, _changed_ns: int) -> RunManifest:
     """Read once for all claims: manifests never change."""
     return store.read_manifest(path)
+
+
+def _each(runs: Iterable[Run]) -> Iterator[Evidence]:
+    """The points of every run by itself; of one that makes none, nothing: it must not stop what was given."""
+    for run in runs:
+        try:
+            yield gather([run])
+        except ValueError:
+            continue
 
 
 def _loaded(paths: Iterable[Path]) -> Iterator[Run]:
