@@ -124,7 +124,7 @@ def test_what_holds_is_supported_with_its_gates_and_its_bounds(good: list[Run]) 
     assert kept.estimate.level == 0.9
     assert {gate.name for gate in fast.gates} == {
         "complete run", "same inputs", "whole prompts", "A/A null", "degenerate outputs", "answers are answers",
-        "verify", "same rounds", "same answers", "residual", "busy arms",
+        "verify", "same rounds", "same answers", "residual", "busy arms", "probes",
     }  # fmt: skip
     assert kept.evidence == (RUN_ID,)
     assert set(fast.evidence) == {RUN_ID, SPEED_ID}
@@ -279,8 +279,11 @@ def test_without_answers_a_speedup_is_at_most_inconclusive(tmp_path: Path, good:
 
 def stops_early(row: Row, arm: str) -> Row:
     if isinstance(row, SpeedSample) and arm == "candidate":
-        cut = [dataclasses.replace(prompt, num_tokens=prompt.num_tokens // 4) for prompt in row.prompts]
-        return dataclasses.replace(row, wall_s=row.wall_s / 2, prompts=tuple(cut))
+        cut = [
+            dataclasses.replace(prompt, num_tokens=prompt.num_tokens // 4, finish_s=prompt.finish_s / 2)
+            for prompt in row.prompts
+        ]
+        return dataclasses.replace(row, wall_s=row.wall_s / 2, first_output_s=None, prefill_s=None, prompts=tuple(cut))
     return row
 
 

@@ -30,7 +30,7 @@ def requests() -> list[suites.TimedPrompt]:
 def plan(tmp_path_factory: pytest.TempPathFactory) -> SpeedPlan:
     return SpeedPlan(
         model=str(write_pair(tmp_path_factory.mktemp("pair"))), tasks=TASKS, block_sizes=(4,), thresholds=(0.9,),
-        num_prompts=2, new_tokens=3, min_rounds=2, warmup_rounds=1, launches=2, costs=False,
+        num_prompts=2, new_tokens=3, min_rounds=2, warmup_rounds=1, launches=2, costs=False, probes=0,
     )  # fmt: skip
 
 

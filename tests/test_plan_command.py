@@ -33,7 +33,8 @@ DECODING: dict[str, Any] = {
 RUN = RunPlan(**DECODING, samples=4, batch_size=32, limit=5, likelihood="bound", max_new_tokens=9, trace=0)
 SPEED = SpeedPlan(
     **DECODING, batch_sizes=(1, 8), workload="fixed", prompt_tokens=100, new_tokens=64, num_prompts=3, min_rounds=2,
-    min_seconds=1.5, warmup_rounds=0, costs=False, threads=2, samples=1, launches=5,
+    min_seconds=1.5, warmup_rounds=0, costs=False, probes=3, threads=2, samples=1,
+    launches=5,
 )  # fmt: skip
 SCALE = ScalePlan(
     random_weights="tasks/configs/x.config.json", layers=4, block_sizes=(8,), batch_sizes=(2,), prompt_tokens=64,

@@ -23,7 +23,7 @@ TASKS = ("miniature_sort", "miniature_recall")
 NUM_PROMPTS, BATCH, BUDGET = 32, 4, 96  # 8 calls: fewer of sampled prompts support nothing
 SETTING = {
     "tasks": TASKS, "num_prompts": NUM_PROMPTS, "batch_sizes": (BATCH,), "min_rounds": 12, "warmup_rounds": 0,
-    "new_tokens": BUDGET, "costs": False, "threads": 1,
+    "new_tokens": BUDGET, "costs": False, "threads": 1, "probes": 0,
 }  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def requests() -> list[suites.TimedPrompt]:
 def plan(pair: Path) -> SpeedPlan:
     return SpeedPlan(
         model=str(pair), tasks=TASKS, block_sizes=(4,), thresholds=(0.1, 0.9), batch_sizes=(1, 2), num_prompts=4,
-        new_tokens=6, min_rounds=3,
+        new_tokens=6, min_rounds=3, probes=0,
     )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def answered(pair: Path, requests: list[suites.TimedPrompt], tmp_path_factory: p
     """A run of the answer workload, two warm-ups."""
     plan = SpeedPlan(
         model=str(pair), tasks=TASKS, block_sizes=(4,), thresholds=(0.1, 0.9), batch_sizes=(1, 2), num_prompts=4,
-        new_tokens=6, min_rounds=3, warmup_rounds=2,
+        new_tokens=6, min_rounds=3, warmup_rounds=2, probes=0,
     )  # fmt: skip
     return store.load(speed.run(plan, requests, root=tmp_path_factory.mktemp("results")))
 
@@ -263,7 +263,7 @@ def test_fixed_makes_exactly_so_many_tokens_whatever_the_model_says(requests: An
     pair = write_pair(tmp_path / "pair", eos_token_id=list(range(1, 112)))
     plan = SpeedPlan(
         model=str(pair), tasks=TASKS, workload="fixed", new_tokens=7, prompt_tokens=50, block_sizes=(4,),
-        batch_sizes=(2,), num_prompts=4, min_rounds=2, warmup_rounds=0,
+        batch_sizes=(2,), num_prompts=4, min_rounds=2, warmup_rounds=0, probes=0,
     )  # fmt: skip
     run = store.load(speed.run(plan, requests, root=tmp_path))
     assert len(run.speed) == 2 * 2 * 3
@@ -479,7 +479,7 @@ def test_timed_answers_are_scored_afterwards(answered: store.Run) -> None:
 def test_the_verb_times_scores_and_prints_the_folder(
     pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = "--batch-sizes 1,2 --block-sizes 4 --num-prompts 2 --min-rounds 2 --new-tokens 4 --threads 1"
+    options = "--batch-sizes 1,2 --block-sizes 4 --num-prompts 2 --min-rounds 2 --new-tokens 4 --threads 1 --probes 0"
     argv = ["speed", "--model", str(pair), "--tasks", "miniature_sort", *options.split(), "--out", str(tmp_path)]
     assert cli.main(argv) == 0
     run = store.load(Path(capsys.readouterr().out.strip()))

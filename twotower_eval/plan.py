@@ -90,7 +90,8 @@ class SpeedPlan:
     number, it takes as many as there are.
     ``prompt_tokens`` cuts or repeats prompts to that length in tokens (``fixed`` only). Each round times one sample, so
     ``samples`` can only be 1: said where a task asks for several. Rounds go on until both
-    ``min_rounds`` and ``min_seconds`` are reached. ``costs`` times the parts of decoding alone in the same rounds.
+    ``min_rounds`` and ``min_seconds`` are reached. ``costs`` times the parts of decoding alone in the same rounds,
+    ``probes`` are prompts per cell and round that nothing has read before: what remembers is slower on them.
     ``launches`` are separate processes, one after the other: each takes its part of ``min_rounds``, but at least 2, and
     of ``min_seconds``.
     """
@@ -114,6 +115,7 @@ class SpeedPlan:
     warmup_rounds: int = 1
     launches: int = 1
     costs: bool = True
+    probes: int = 2
     seed: int = 0
     dtype: Dtype = "float32"
     devices: tuple[str, ...] = ("cpu",)
@@ -127,7 +129,7 @@ class SpeedPlan:
         _check_decoders(self)
         check_at_least(self, 1, "batch_sizes", "prompt_tokens", "new_tokens", "num_prompts", "min_rounds", "threads")
         check_at_least(self, 1, "launches")
-        check_at_least(self, 0, "min_seconds", "warmup_rounds")
+        check_at_least(self, 0, "min_seconds", "warmup_rounds", "probes")
         if self.samples not in (None, 1):
             raise ValueError(f"speed times one sample a round: samples can be 1 only, not {self.samples}")
         if self.workload == "answer" and self.prompt_tokens is not None:

@@ -35,7 +35,8 @@ LogProbability = Annotated[float, Within(most=0)]
 
 FinishReason = Literal["eos", "stop", "length"]
 LikelihoodKind = Literal["exact", "context_tower", "denoiser_left_to_right", "bound"]
-SpeedPhase = Literal["warmup", "measure"]
+SpeedPhase = Literal["warmup", "measure", "probe"]
+TimeFault = Literal["not finite", "negative", "no time", "after the end", "graph made"]
 WorkloadKind = Literal["task", "fixed", "answer", "costs", "checks"]
 PassKind = Literal["prefill", "extend", "denoise"]
 CostPart = Literal["prefill", "ar_step", "bookkeeping", "denoise", "context_pass", "forced_block"]
@@ -338,7 +339,7 @@ class PromptTiming:
     num_denoiser_forwards: Count
     num_forced_commits: Count | None
     finish: FinishReason
-    finish_s: NotNegative
+    finish_s: float
     tokens_sha256: str
 
 
@@ -368,6 +369,9 @@ class Passes:
 class SpeedSample:
     """One timed call: one ``generate`` on one batch, prompt ids on host to last useful id on host.
 
+    Calls of the phase ``probe`` are on prompts that nothing had read before, or had once: they are compared with each
+    other and are no part of a speedup. ``fault`` says what is wrong with the times, which may then be any number; those
+    that show it themselves need not have it (``times.fault_of``).
     ``passes`` are the model calls that the harness counted, those over whole rows (``context_logits``) as prefills.
     ``cpu_s`` are the seconds that all threads of the process and its child processes were busy, ``caller_cpu_s``
     those of the thread that called the decoder; both from the call's start to its end, ``off_clock_s`` included: the
@@ -381,9 +385,9 @@ class SpeedSample:
     round: Count
     phase: SpeedPhase
     batch_size: Size
-    wall_s: NotNegative
-    prefill_s: NotNegative | None
-    first_output_s: NotNegative | None
+    wall_s: float
+    prefill_s: float | None
+    first_output_s: float | None
     peak_memory_bytes: Count | None
     peak_memory_reason: str | None
     started_at: str
@@ -392,6 +396,7 @@ class SpeedSample:
     cpu_s: NotNegative | None = None
     caller_cpu_s: NotNegative | None = None
     off_clock_s: NotNegative | None = None
+    fault: TimeFault | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,7 +407,7 @@ class CostSample:
     the autoregressive loop does beside such a step (which rows end, which go on), ``denoise`` is one denoiser call on
     a block, ``context_pass`` extends by a finished block; ``block_size`` is ``None`` for the first three.
     ``batch_size`` rows are passed at a time, which may be fewer than the cell's batch has. ``wall_s`` is for all
-    repeats together.
+    repeats together. What is not above 0 is no time, and left out of every figure.
 
     What follows ``started_at`` belongs to random weights and is ``None`` otherwise: ``routing`` that was forced,
     distinct ``num_experts_touched`` per layer and step (mean over layers), the ``pattern`` of the layers that each
@@ -420,7 +425,7 @@ class CostSample:
     context_tokens: Count
     block_size: Size | None
     num_repeats: Size
-    wall_s: NotNegative
+    wall_s: float
     started_at: str
     routing: str | None = None
     num_experts_touched: NotNegative | None = None
@@ -638,6 +643,9 @@ class GateLimits:
 
     On a CPU an arm may not be busy for less than ``busy_share`` of the share of its time that the other is, and not
     take more than ``processors_per_thread`` of the CPU threads that the plan gives it.
+
+    ``void_share``: of timed calls, those with impossible times. ``seen_gain``: how many times as fast
+    either arm may be on prompts that it has seen.
     """
 
     null_offset: float = 0.02
@@ -657,6 +665,8 @@ class GateLimits:
     own_generate: float = 0.25
     busy_share: float = 0.75
     processors_per_thread: float = 1.5
+    void_share: float = 0.05
+    seen_gain: float = 1.25
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,11 +21,13 @@ from twotower_eval.evidence.numbers import PERCENT, interval
 from twotower_eval.evidence.points import MissingScore, OtherScore
 from twotower_eval.evidence.residual import fault_text, faults, residual_text
 from twotower_eval.evidence.truncation import truncated_at
+from twotower_eval.evidence.unseen import unseen_text
 from twotower_eval.evidence.wholes import WholeScore
 from twotower_eval.records import CheckOutcome, Estimate, Gate, GateLimits
 from twotower_eval.shortfalls import truncation_line
 from twotower_eval.stats.decide import DECISION_LEVEL
 from twotower_eval.store import Run
+from twotower_eval.times import void_text
 from twotower_eval.ways import handicap_text
 
 BROKEN = "fast and broken"
@@ -138,6 +140,25 @@ def busy_gate(runs: Sequence[Run], point: SpeedPoint, limits: GateLimits) -> Gat
     faults = busy_faults(found, limits)
     outcome: CheckOutcome = "failed" if faults else "passed"
     return Gate(name=name, outcome=outcome, detail="; ".join(faults) or busy_text(found), evidence=point.run_ids)
+
+
+def times_gate(point: SpeedPoint, limits: GateLimits) -> Gate:
+    """Hardly any timed call took a time that no clock can give; what does is left out in both arms."""
+    detail = void_text(point.num_paired, point.faults)
+    outcome: CheckOutcome = "passed"
+    if point.too_many_faults(limits):
+        outcome, detail = "failed", f"{detail}, more than {100 * limits.void_share:g} %"
+    return Gate(name="possible times", outcome=outcome, detail=detail, evidence=point.run_ids)
+
+
+def probes_gate(point: SpeedPoint, limits: GateLimits) -> Gate:
+    """Neither arm is faster on prompts that it has seen than on new ones: nothing carries over between timed calls."""
+    outcome: CheckOutcome = "passed" if point.unseen.checked else "not_checked"
+    if point.unseen.remembered(limits.seen_gain):
+        outcome = "failed"
+    return Gate(
+        name="probes", outcome=outcome, detail=unseen_text(point.unseen, limits.seen_gain), evidence=point.run_ids
+    )
 
 
 def null_gate(

@@ -199,6 +199,9 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
     checks.append(gates.busy_gate(evidence.runs, point, claim.limits))
     if (beside := gates.own_generate_gate(point, claim.limits)) is not None:
         checks.append(beside)
+    if point.faults:
+        checks.append(gates.times_gate(point, claim.limits))
+    checks.append(gates.probes_gate(point, claim.limits))
     if first is not None:
         judged = calls_speedup(claim, point, first)
         checks.append(gates.null_gate(point, evidence.speed, judged, claim.expected, claim.limits))

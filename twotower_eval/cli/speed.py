@@ -71,6 +71,9 @@ def speed(
     costs: Annotated[
         bool | None, option("Time the parts of decoding alone, in the same rounds [costs].", "--costs/--no-costs")
     ] = None,
+    probes: Annotated[
+        int | None, option("Prompts per cell and round that nothing has read before, 0 for none [2].", metavar="N")
+    ] = None,
     threads: Annotated[int | None, option("CPU threads [torch's own choice].", metavar="N")] = None,
     random_weights: scale.RandomWeights = None,
     layers: scale.Layers = None,
@@ -97,7 +100,12 @@ def speed(
         **{"launches": launches},
         **{"random_weights": random_weights, "layers": layers, "share_towers": share_towers},
         **{"tokens_per_nfe": numbers(tokens_per_nfe, float, "--tokens-per-nfe"), "repeats": repeats},
-        **{"costs": costs, "cuda_graphs": cuda_graphs, "profile": str(run_path(profile, out)) if profile else None},
+        **{
+            "probes": probes,
+            "costs": costs,
+            "cuda_graphs": cuda_graphs,
+            "profile": str(run_path(profile, out)) if profile else None,
+        },
     }
     resumed = run_path(resume, out) if resume else None
     with resumable("speed", out, resumed):

@@ -12,16 +12,17 @@ from dataclasses import dataclass, replace
 from twotower_eval import stats
 from twotower_eval.evidence.calls import (
     Latency,
-    complete_rounds,
     flags_of,
     grid_of,
     latency_of,
     names_of,
+    nothing_usable,
     null_calls,
     null_of,
     pools,
     processes_of,
     timed_calls,
+    usable,
 )
 from twotower_eval.evidence.clean import outputs
 from twotower_eval.evidence.costs import ArmCosts, costs_alone
@@ -31,7 +32,7 @@ from twotower_eval.evidence.measured import Measured, measured
 from twotower_eval.evidence.nulls import fault
 from twotower_eval.evidence.scale import is_scale_run
 from twotower_eval.evidence.wholes import current_scores, is_whole, one_group, one_whole
-from twotower_eval.records import MEAN, Cell, Score
+from twotower_eval.records import MEAN, Cell, Score, TimeFault
 from twotower_eval.store import Run
 
 
@@ -39,7 +40,8 @@ from twotower_eval.store import Run
 class TimedAlone:
     """Speed of a cell that nothing was compared with; ``null`` is the cell against itself, as in SpeedPoint.
 
-    ``rate`` is in useful tokens per second, ``call_s`` the mean seconds of a call.
+    ``rate`` is in useful tokens per second, ``call_s`` the mean seconds of a call. Of ``num_timed`` calls those of
+    ``faults`` took impossible times.
     """
 
     run_ids: tuple[str, ...]
@@ -58,6 +60,8 @@ class TimedAlone:
     costs: ArmCosts
     flagged: FlaggedAlone
     null_fault: str | None = None
+    num_timed: int = 0
+    faults: tuple[TimeFault, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,9 +213,10 @@ def timed_alone(runs: Sequence[Run]) -> tuple[tuple[TimedAlone, ...], tuple[str,
 
 def _timed(runs: list[Run], cell: Cell) -> TimedAlone | str:
     grid = grid_of(runs, cell, 0)
-    rounds, calls, num_dropped = complete_rounds(grid)
+    there = usable(grid)
+    rounds, calls = there.rounds, there.calls
     if not rounds:
-        return f"{names_of(runs)}: cell {cell.id} ({cell.decoder.label}) has no complete measured round"
+        return f"{names_of(runs)}: cell {cell.id} ({cell.decoder.label}) has {nothing_usable(there)}"
     samples = [grid[round_, call] for round_ in rounds for call in calls]
     fixed = cell.workload.kind == "fixed"
     timed = timed_calls(grid, grid, rounds=rounds, calls=calls, fixed=fixed, processes=processes_of(runs))
@@ -223,7 +228,9 @@ def _timed(runs: list[Run], cell: Cell) -> TimedAlone | str:
         num_rounds=len(rounds),
         num_calls=len(calls),
         num_launches=len(set(timed.launches)),
-        num_dropped_rounds=num_dropped,
+        num_dropped_rounds=there.num_incomplete,
+        num_timed=there.num_timed,
+        faults=there.faults,
         rate=measured(lambda: stats.speedup(timed, "baseline_rate")),
         call_s=sum(sample.wall_s for sample in samples) / len(samples),
         null=null_of(null_timed),

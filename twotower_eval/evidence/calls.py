@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,12 +12,14 @@ from twotower_eval import stats
 from twotower_eval.evidence.clean import OutputKey, outputs
 from twotower_eval.evidence.degenerate import Flags
 from twotower_eval.evidence.measured import Measured, measured
-from twotower_eval.records import Arm, Cell, SpeedSample, canonical_json
+from twotower_eval.records import Arm, Cell, SpeedSample, TimeFault, canonical_json
 from twotower_eval.store import Run
+from twotower_eval.times import fault_of, void_text
 
 Round = tuple[str, int]  # launch, number
 Call = tuple[str, ...]  # prompt ids
 Grid = dict[tuple[Round, Call], SpeedSample]
+LATE: TimeFault = "after the end"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,73 @@ def processes_of(runs: Sequence[Run]) -> dict[str, str]:
     return {str(event.get("launch")): str(event.get("process")) for event in events}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Usable:
+    """Rounds and calls that every lane has, with times that can be.
+
+    ``num_incomplete`` rounds lack calls. Of ``num_timed`` calls in the others each is one of all lanes; those of
+    ``faults`` are void, because one lane's times cannot be. With them go the rounds or the calls that they are in,
+    whichever are the fewer timings, so that every round still has every call.
+    """
+
+    rounds: list[Round]
+    calls: list[Call]
+    num_incomplete: int
+    num_timed: int
+    faults: tuple[TimeFault, ...]
+
+
+def usable(*grids: Grid) -> Usable:
+    """What of these grids can be compared."""
+    rounds, calls, num_incomplete = complete_rounds(*grids)
+    num_timed = len(rounds) * len(calls)
+    faults = {
+        (r, call): found
+        for r in rounds
+        for call in calls
+        if (found := next((one for grid in grids if (one := fault_of(grid[r, call]))), None))
+    }
+    kept_rounds, kept_calls = _without(set(faults), rounds, calls)
+    if not kept_rounds:  # then what at least took some time shows what there is; it is far too much to be trusted
+        kept_rounds, kept_calls = _without({at for at, fault in faults.items() if fault != LATE}, rounds, calls)
+    return Usable(
+        rounds=kept_rounds,
+        calls=kept_calls,
+        num_incomplete=num_incomplete,
+        num_timed=num_timed,
+        faults=tuple(faults.values()),
+    )
+
+
+def _without(void: set[tuple[Round, Call]], rounds: list[Round], calls: list[Call]) -> tuple[list[Round], list[Call]]:
+    """Rounds and calls that are left when those go that have most of what is void, for the fewest timings."""
+    while void:
+        of_round, of_call = Counter(r for r, _ in void), Counter(call for _, call in void)
+        (worst_round, num_round), (worst_call, num_call) = of_round.most_common(1)[0], of_call.most_common(1)[0]
+        if num_round * len(rounds) > num_call * len(calls):
+            rounds = [r for r in rounds if r != worst_round]
+        else:
+            calls = [call for call in calls if call != worst_call]
+        void = {(r, call) for r, call in void if r in rounds and call in calls}
+    return (rounds, calls) if rounds and calls else ([], [])
+
+
+def nothing_usable(there: Usable) -> str:
+    """Why there is nothing to compare."""
+    return f"no call left: {void_text(there.num_timed, there.faults)}" if there.faults else "no complete measured round"
+
+
+def left_out(there: Usable) -> list[str]:
+    """What is left out of the figures, in words."""
+    found = []
+    if there.num_incomplete:
+        found.append(f"{there.num_incomplete} rounds are not complete in both arms and are left out")
+    if there.faults:
+        where = "with their prompts in every round, or with their rounds"
+        found.append(f"{void_text(there.num_timed, there.faults)}; they are left out {where}")
+    return found
+
+
 def timed_calls(
     baseline: Grid,
     candidate: Grid,
@@ -97,11 +167,11 @@ def timed_calls(
 def null_calls(runs: list[Run], baseline: Cell) -> stats.TimedCalls | None:
     """The baseline's two copies as the two arms; ``None`` where no round holds both."""
     grids = (grid_of(runs, baseline, 0), grid_of(runs, baseline, 1))
-    rounds, calls, _ = complete_rounds(*grids)
-    if not grids[1] or not rounds:
+    there = usable(*grids)
+    if not grids[1] or not there.rounds:
         return None
     fixed = baseline.workload.kind == "fixed"
-    return timed_calls(*grids, rounds=rounds, calls=calls, fixed=fixed, processes=processes_of(runs))
+    return timed_calls(*grids, rounds=there.rounds, calls=there.calls, fixed=fixed, processes=processes_of(runs))
 
 
 def null_of(timed: stats.TimedCalls | None) -> Measured:

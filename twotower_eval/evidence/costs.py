@@ -86,7 +86,9 @@ def _parts(runs: Sequence[Run], cell: Cell) -> list[CostSample]:
     found = []
     for run in runs:
         alike = {other.id for other in run.manifest.cells if _costs_like(other) == _costs_like(cell)}
-        found += [sample for sample in run.costs if sample.cell in alike and sample.phase == "measure"]
+        found += [
+            sample for sample in run.costs if sample.cell in alike and sample.phase == "measure" and sample.wall_s > 0
+        ]
     return [sample for sample in found if sample.routing is None]
 
 

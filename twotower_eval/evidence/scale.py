@@ -286,7 +286,7 @@ def _per_repeat(samples: Sequence[CostSample]) -> dict[tuple[Item, str], dict[tu
     """Seconds of one repetition by item and pattern, then by round; warm-ups left out."""
     found: dict[tuple[Item, str], dict[tuple[str, int], float]] = defaultdict(dict)
     for sample in samples:
-        if sample.phase == "measure" and sample.pattern is not None:
+        if sample.phase == "measure" and sample.pattern is not None and sample.wall_s > 0:
             found[_item(sample), sample.pattern][sample.launch_id, sample.round] = sample.wall_s / sample.num_repeats
     return found
 

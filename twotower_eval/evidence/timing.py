@@ -16,16 +16,18 @@ from twotower_eval.evidence.calls import (
     Call,
     Grid,
     Latency,
-    complete_rounds,
     flags_of,
     grid_of,
     latency_of,
+    left_out,
     names_of,
+    nothing_usable,
     null_calls,
     null_of,
     pools,
     processes_of,
     timed_calls,
+    usable,
 )
 from twotower_eval.evidence.clean import (
     CleanSpeed,
@@ -44,7 +46,8 @@ from twotower_eval.evidence.nulls import caution, fault
 from twotower_eval.evidence.points import Measured, PointKey, baseline_of, measured, point_key
 from twotower_eval.evidence.residual import ResidualFault, faults
 from twotower_eval.evidence.samples import Sample, answer_samples
-from twotower_eval.records import Cell, GateLimits, SerialDependence, SpeedSample
+from twotower_eval.evidence.unseen import UNCHECKED, Unseen, unseen
+from twotower_eval.records import Cell, GateLimits, SerialDependence, SpeedSample, TimeFault
 from twotower_eval.store import Run
 from twotower_eval.ways import Handicap, handicaps
 
@@ -58,7 +61,8 @@ class SpeedPoint:
     ``best``: whether the baseline is at its best, ``None`` where that was not recorded.
     ``timed`` and ``null_timed`` are the calls that these figures rest on, for other levels. ``tasks`` are those that
     the timed prompts are of, none where their ids do not say. ``lengths`` are of the baseline's answers and the
-    candidate's, none where prompts are fixed.
+    candidate's, none where prompts are fixed. Of ``num_paired`` calls in complete rounds those of ``faults`` took
+    impossible times in either arm. ``unseen`` is what prompts that were new say of memory.
     """
 
     run_ids: tuple[str, ...]
@@ -91,6 +95,9 @@ class SpeedPoint:
     best: Best | None = None
     tasks: tuple[str, ...] = ()
     lengths: tuple[Lengths, ...] = ()
+    num_paired: int = 0
+    faults: tuple[TimeFault, ...] = ()
+    unseen: Unseen = UNCHECKED
 
     @property
     def key(self) -> PointKey:
@@ -116,7 +123,13 @@ class SpeedPoint:
     def invalid(self) -> bool:
         """Whether this must not be read as a speedup."""
         slow = self.best is not None and self.best.is_handicapped(GateLimits().own_generate)
-        return self.null_fault is not None or slow or bool(self.handicaps or self.residual_faults)
+        remembered = self.unseen.remembered(GateLimits().seen_gain)
+        faulty = bool(self.handicaps or self.residual_faults or remembered) or self.too_many_faults(GateLimits())
+        return self.null_fault is not None or slow or faulty
+
+    def too_many_faults(self, limits: GateLimits) -> bool:
+        """Whether more calls are void than a claim allows; one never is too many."""
+        return len(self.faults) > max(1, limits.void_share * self.num_paired)
 
     @property
     def residual_faults(self) -> tuple[ResidualFault, ...]:
@@ -178,10 +191,11 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
     baseline = baseline_of(runs[0], candidate)
     grids = (grid_of(runs, baseline, 0), grid_of(runs, candidate, 0))
     _check_prompts(runs, *grids)
-    rounds, calls, dropped = complete_rounds(*grids)
-    warnings = [f"{dropped} rounds are not complete in both arms and are left out"] if dropped else []
+    there = usable(*grids)
+    rounds, calls = there.rounds, there.calls
     if not rounds:
-        return f"{names_of(runs)}: cell {candidate.id} ({candidate.decoder.label}) has no complete measured round"
+        return f"{names_of(runs)}: cell {candidate.id} ({candidate.decoder.label}) has {nothing_usable(there)}"
+    warnings = left_out(there)
     samples = [[grid[r, c] for r in rounds for c in calls] for grid in grids]
     fixed = candidate.workload.kind == "fixed"
     timed = timed_calls(*grids, rounds=rounds, calls=calls, fixed=fixed, processes=processes_of(runs))
@@ -232,6 +246,9 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
         best=best_of(runs, baseline, None if rate.estimate is None else rate.estimate.value),
         tasks=_tasks_of(calls),
         lengths=lengths,
+        num_paired=there.num_timed,
+        faults=there.faults,
+        unseen=unseen(runs, (baseline, candidate), grids, there),
     )
 
 

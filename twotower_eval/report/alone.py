@@ -30,6 +30,7 @@ from twotower_eval.report.text import (
 )
 from twotower_eval.shortfalls import override_lines
 from twotower_eval.store import Run
+from twotower_eval.times import void_text
 
 LEAD = "Useful tokens over the seconds of their calls, as the model decodes by itself.\n\n"
 
@@ -135,6 +136,7 @@ def _speed_remarks(found: Sequence[TimedAlone]) -> Iterator[str]:
         name = f"{_who(one.baseline)}, {one.baseline.workload.kind}, batch {_batch(one)}"
         said = [] if one.complete else ["**the run is INCOMPLETE**"]
         said += [f"{one.num_dropped_rounds} rounds are not complete and are left out"] if one.num_dropped_rounds else []
+        said += [f"{void_text(one.num_timed, one.faults)} and are left out"] if one.faults else []
         said += [f"{INVALID}: {escape(one.null_fault)}"] if one.null_fault else []
         said += [f"{NONE}: {escape(found.reason)}" for found in (one.rate, one.null) if found.reason]
         yield from (f"{name}: {words}." for words in said)

@@ -13,6 +13,7 @@ from twotower_eval.evidence.residual import fault_text, residual_text
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.evidence.truncation import truncated
+from twotower_eval.evidence.unseen import unseen_text
 from twotower_eval.records import Check, Gate, GateLimits
 from twotower_eval.report.alone import degenerate_alone, null_rows
 from twotower_eval.report.section import Section
@@ -33,6 +34,7 @@ from twotower_eval.report.text import (
     times,
 )
 from twotower_eval.shortfalls import truncation_line
+from twotower_eval.times import void_text
 from twotower_eval.ways import ProofOutcome, handicap_text, named_ways, proof_outcome, ways_text
 
 Row = list[str]
@@ -44,7 +46,7 @@ PROOF_WORDS: dict[ProofOutcome, str] = {"fastest": "passed", "slower": "slower w
 def gates(runs: Runs) -> Section:
     """One row for each gate, then the shares of degenerate outputs with the figures on clean ones."""
     rows = [*_hashes(runs), *_whole_prompts(runs), *_answers(runs), *_ways(runs), *_nulls(runs), *_residuals(runs)]
-    rows += [*_busy(runs), *_checks(runs)]
+    rows += [*_busy(runs), *_probes(runs), *_checks(runs)]
     verified = any(run.manifest.verb == "verify" for run in runs)
     missing = "" if verified else "Parity and batch logic were not checked: `twotower-eval verify` does it.\n"
     parts = [table(GATE_HEADER, rows, left=len(GATE_HEADER)), missing, _degenerate(runs)]
@@ -129,6 +131,22 @@ def _busy(runs: Runs) -> Iterator[Row]:
         point, least = min(found, key=lambda one: min(one[1].share))
         of_all = f" (the least of {count(len(found))} points)" if len(found) > 1 else ""
         yield ["busy arms", OUTCOMES["passed"], f"{busy_text(least)}{of_all}", code(" ".join(point.run_ids))]
+
+
+def _probes(runs: Runs) -> Iterator[Row]:
+    """Impossible times, and whether anything was remembered, by the limits of a claim that names none."""
+    limits = GateLimits()
+    for point in runs.speed:
+        where, run_ids = f"{point.workload}, batch {point.batch_size}", code(" ".join(point.run_ids))
+        if point.faults:
+            outcome = OUTCOMES["failed" if point.too_many_faults(limits) else "passed"]
+            yield [f"possible times, {where}", outcome, escape(void_text(point.num_paired, point.faults)), run_ids]
+        if point.unseen.num_new:
+            outcome = OUTCOMES["passed" if point.unseen.checked else "not_checked"]
+            if point.unseen.remembered(limits.seen_gain):
+                outcome = OUTCOMES["failed"]
+            found = escape(f"{runs.name(point.candidate)}: {unseen_text(point.unseen, limits.seen_gain)}")
+            yield [f"new prompts take as long as seen ones, {where}", outcome, found, run_ids]
 
 
 def _null(point: SpeedPoint) -> Row:

@@ -140,7 +140,8 @@ def _documents_of(run: Run, cell: Cell) -> str:
     for score in run.scores:
         if score.cell == cell.id:
             tasks.setdefault(score.task, set()).add(score.doc_id)
-    prompts = {prompt.prompt_id for sample in run.speed if sample.cell == cell.id for prompt in sample.prompts}
+    samples = (sample for sample in run.speed if sample.cell == cell.id and sample.phase != "probe")
+    prompts = {prompt.prompt_id for sample in samples for prompt in sample.prompts}
     counted = [f"{escape(task)} {count(len(ids))} documents" for task, ids in tasks.items()]
     if prompts:
         counted.append(f"{count(len(prompts))} prompts timed in batches of {cell.workload.batch_size}")

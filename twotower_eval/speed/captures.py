@@ -31,16 +31,18 @@ class Captures:
     def __init__(self, graphs: Sequence[StepGraphs], writer: RunWriter) -> None:
         self._graphs, self._writer = graphs, writer
 
-    def _num_made(self) -> int:
+    @property
+    def num_made(self) -> int:
+        """Steps made so far."""
         return sum(graphs.num_made for graphs in self._graphs)
 
     def outside(self, phase: SpeedPhase, number: int, what: str, measure: Callable[[], Timing]) -> Timing:
-        """What ``measure`` gives when no step is made meanwhile; warm-ups are as they come."""
+        """What ``measure`` gives when no step is made meanwhile; warm-ups and probes are as they come."""
         for _ in range(MAX_ATTEMPTS):
-            before = self._num_made()
+            before = self.num_made
             timing = measure()
-            num_made = self._num_made() - before
-            if phase == "warmup" or not num_made:
+            num_made = self.num_made - before
+            if phase != "measure" or not num_made:
                 return timing
             self._writer.event("timed_again", what=what, round=number, num_captured=num_made)
         raise ValueError(f"{what}: every attempt asks for CUDA graphs of new sizes: drop --cuda-graphs")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ class Timing:
 class Lane:
     """One cell as it is timed. ``replica`` is 1 for the second copy of the baseline; ``ids`` are by call id.
 
-    ``watch`` and ``strays`` see to it that a call is what it says; ``text_cost`` is None without a tokenizer.
+    ``decoder`` is there while a round lasts, see :func:`with_decoders`. ``watch`` and ``strays`` see to it that a call
+    is what it says; ``text_cost`` is None without a tokenizer.
     """
 
     cell: Cell
@@ -196,6 +197,20 @@ def make_lanes(
             found.setdefault((cell.id, replica), lane)
         lanes[size] = tuple(found.values())
     return lanes
+
+
+def without_decoders(lanes: Mapping[int, tuple[Lane, ...]]) -> dict[int, tuple[Lane, ...]]:
+    """The lanes between two rounds."""
+    return {size: tuple(replace(lane, decoder=None) for lane in of_size) for size, of_size in lanes.items()}
+
+
+def with_decoders(lanes: Mapping[int, tuple[Lane, ...]], clock: CallClock) -> dict[int, tuple[Lane, ...]]:
+    """The lanes, each with a decoder made anew: what one keeps to itself ends with its round."""
+
+    def renewed(lane: Lane) -> Lane:
+        return replace(lane, decoder=make_one(lane.model, lane.cell.decoder, clock, lane.watch))
+
+    return {size: tuple(renewed(lane) for lane in of_size) for size, of_size in lanes.items()}
 
 
 def _cell(plan: SpeedPlan, calls: Sequence[Call], size: int, arm: Arm, model: Any, spec: DecoderSpec) -> Cell:

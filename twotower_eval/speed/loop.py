@@ -15,6 +15,7 @@ from typing import Protocol
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.progress import Advance, Progress, duration_text
 from twotower_eval.records import CostSample, SpeedPhase, SpeedSample
+from twotower_eval.times import gone_by
 
 MIN_LAUNCH_ROUNDS = 2  # of a launch among several
 
@@ -109,5 +110,6 @@ def _by_launch(samples: Sequence[SpeedSample] | Sequence[CostSample], samples_pe
         if sample.phase == "measure":
             rounds[sample.launch_id][sample.round].append(sample.wall_s)
     return [
-        [sum(walls_s) for walls_s in launch.values() if len(walls_s) == samples_per_round] for launch in rounds.values()
+        [gone_by(walls_s) for walls_s in launch.values() if len(walls_s) == samples_per_round]
+        for launch in rounds.values()
     ]

@@ -84,7 +84,8 @@ def _label(decoder: DecoderSpec) -> str:
 def _blocks(run: Run, cell_id: str, block_size: int) -> list[Block]:
     """Every block that a cell decoded."""
     generations = [row.generation for row in run.generations if row.cell == cell_id]
-    timed = [prompt for sample in run.speed if sample.cell == cell_id for prompt in sample.prompts]
+    samples = (sample for sample in run.speed if sample.cell == cell_id and sample.phase != "probe")
+    timed = [prompt for sample in samples for prompt in sample.prompts]
     traced = [block for generation in generations for block in _traced(generation, block_size)]
     return traced or list(_averaged(generations or timed, block_size))
 

@@ -36,6 +36,7 @@ from twotower_eval.records import (
     RunManifest,
     SpeedPhase,
     SpeedSample,
+    TimeFault,
     Ways,
     canonical_json,
     derive_seed,
@@ -47,9 +48,11 @@ from twotower_eval.speed.best import looked_at
 from twotower_eval.speed.captures import Captures, graphs_for, hint, refuse_uneven
 from twotower_eval.speed.clock import CallClock, Devices, torch_threads
 from twotower_eval.speed.costs import CostItem, Parts
-from twotower_eval.speed.lanes import Lane, Timing, make_lanes
+from twotower_eval.speed.lanes import Lane, Timing, make_lanes, with_decoders, without_decoders
 from twotower_eval.speed.loop import RoundLoop, launches_missing, share_of_launch, whole_rounds
+from twotower_eval.speed.unseen import Probe, Probes
 from twotower_eval.speed.workloads import Call, Calls, Request, count_truncated, make_calls, scored_tasks
+from twotower_eval.times import finite, gone_by, time_fault
 from twotower_eval.ways import slower_lines
 
 PROCESS = secrets.token_hex(8)  # this process: launches that it makes one after the other are no separate ones
@@ -116,7 +119,10 @@ def run_launch(
             if plan.costs:
                 for best in looked_at(lanes, calls, models[0], clock, cuda_graphs=plan.cuda_graphs):
                     writer.event("baseline_best", **to_json(best))
-            session = _Session(plan, writer, calls, lanes, parts, clock, Captures(graphs, writer), progress)
+            launch_id = _launch_id(writer.run)
+            probes = Probes(held, calls, requests, models, launch_id)
+            idle, captures = without_decoders(lanes), Captures(graphs, writer)
+            session = _Session(plan, writer, launch_id, calls, idle, probes, parts, clock, captures, progress)
             num_missing = session.run()
             if not num_missing:
                 writer.finish()
@@ -200,6 +206,11 @@ def _manifest(
     )
 
 
+def _launch_id(run: store.Run) -> str:
+    timed: list[SpeedSample | CostSample] = [*run.speed, *run.costs]
+    return f"{run.manifest.run_id}/{len({sample.launch_id for sample in timed}) + 1}"
+
+
 class _Session(RoundLoop):
     """One launch: its warm-up and its rounds."""
 
@@ -207,18 +218,20 @@ class _Session(RoundLoop):
         self,
         plan: SpeedPlan,
         writer: store.RunWriter,
+        launch_id: str,
         calls: Calls,
         lanes: dict[int, tuple[Lane, ...]],
+        probes: Probes,
         parts: Parts | None,
         clock: CallClock,
         captures: Captures,
         progress: Progress,
     ) -> None:
         self._plan, self._writer, self._calls, self._lanes = plan, writer, calls, lanes
+        self._launch_id, self._probes = launch_id, probes
         self._parts, self._clock, self._captures = parts, clock, captures
         earlier = writer.run.speed
         timed: list[SpeedSample | CostSample] = [*earlier, *writer.run.costs]
-        self._launch_id = f"{writer.run.manifest.run_id}/{len({sample.launch_id for sample in timed}) + 1}"
         self._calls_per_round = _calls_per_round(calls, lanes)
         begun = [s.round for s in timed if s.phase == "measure"] + [row.repeat for row in writer.run.generations]
         # A launch among several has its own rounds to reach; one that goes on where another stopped has what is left.
@@ -229,7 +242,7 @@ class _Session(RoundLoop):
             progress,
             whole_s=whole_s if plan.launches == 1 else [],
             next_round=1 + max(begun, default=-1),
-            steps_per_round=self._calls_per_round,
+            steps_per_round=self._calls_per_round + probes.num_timings(lanes),
         )
 
     def run(self) -> int:
@@ -262,25 +275,41 @@ class _Session(RoundLoop):
         Parts that a call of this round is the first to need are timed at its end.
         """
         order = random.Random(derive_seed(self._plan.seed, phase, number))
-        positions = [(size, call) for size, calls in self._calls.items() for call in calls]
-        steps: list[tuple[int, Call] | CostItem] = [*positions, *(self._parts.items if self._parts else ())]
-        order.shuffle(steps)
-        timed_s = 0.0
         gc.collect()
+        lanes = with_decoders(self._lanes, self._clock)
+        positions = [(size, call) for size, calls in self._calls.items() for call in calls]
+        probes = self._probes.of_round(lanes) if phase == "measure" else []
+        steps: list[tuple[int, Call] | Probe | CostItem] = [
+            *positions,
+            *probes,
+            *(self._parts.items if self._parts else ()),
+        ]
+        order.shuffle(steps)
+        walls_s = []
         for step in steps:
             if isinstance(step, CostItem):
                 self._time_part(step, phase, number)
-                continue
-            size, call = step
-            for lane in order.sample(self._lanes[size], len(self._lanes[size])):
-                what = f"{lane.name}, call {call.id}"
-                started_at, timing = self._captures.outside(phase, number, what, partial(_begun, lane, call, number))
-                self._write(lane, call, phase, number, started_at, timing)
-                timed_s += timing.wall_s
-                advance()
+            elif isinstance(step, Probe):
+                for lane in step.lanes:
+                    self._time_call(lane, step.call, "probe", number)
+                    advance()
+            else:
+                size, call = step
+                for lane in order.sample(lanes[size], len(lanes[size])):
+                    walls_s.append(self._time_call(lane, call, phase, number))
+                    advance()
         for item in self._parts.new() if self._parts else ():
             self._time_part(item, phase, number)
-        return timed_s
+        return gone_by(walls_s)
+
+    def _time_call(self, lane: Lane, call: Call, phase: SpeedPhase, number: int) -> float:
+        """Time a call, write it down; seconds on the clock. A probe is sampled the same way whenever it is timed."""
+        what, num_made = f"{lane.name}, call {call.id}", self._captures.num_made
+        begin = partial(_begun, lane, call, 0 if phase == "probe" else number)
+        started_at, timing = self._captures.outside(phase, number, what, begin)
+        in_graphs = phase == "probe" and self._captures.num_made > num_made
+        self._write(lane, call, phase, number, started_at, timing, "graph made" if in_graphs else _fault(timing))
+        return timing.wall_s
 
     def _time_part(self, item: CostItem, phase: SpeedPhase, number: int) -> None:
         what = f"{item.part}, {item.batch_size} rows, {item.context_tokens} tokens"
@@ -296,16 +325,27 @@ class _Session(RoundLoop):
             context_tokens=item.context_tokens,
             block_size=item.block_size,
             num_repeats=item.num_repeats,
-            wall_s=wall_s,
+            wall_s=finite(wall_s),
             started_at=started_at,
         )
         self._writer.append(sample)
 
-    def _write(self, lane: Lane, call: Call, phase: SpeedPhase, number: int, started_at: str, timing: Timing) -> None:
+    def _write(
+        self,
+        lane: Lane,
+        call: Call,
+        phase: SpeedPhase,
+        number: int,
+        started_at: str,
+        timing: Timing,
+        fault: TimeFault | None,
+    ) -> None:
         # Generations first: a sample on disk then means that all of its call is.
         if phase == "measure" and lane.replica == 0 and self._plan.workload == "answer":
             for request, generation in zip(call.requests, timing.generations, strict=True):
-                self._writer.append(_generation_row(lane, request, generation, number))
+                # When it was finished cannot be told where the clock went wrong.
+                kept = generation if fault is None else dataclasses.replace(generation, finish_s=None)
+                self._writer.append(_generation_row(lane, request, kept, number))
         sample = SpeedSample(
             call_id=call.id,
             launch_id=self._launch_id,
@@ -314,9 +354,9 @@ class _Session(RoundLoop):
             round=number,
             phase=phase,
             batch_size=len(call.requests),
-            wall_s=timing.wall_s,
-            prefill_s=timing.prefill_s,
-            first_output_s=timing.first_output_s,
+            wall_s=finite(timing.wall_s),
+            prefill_s=None if timing.prefill_s is None else finite(timing.prefill_s),
+            first_output_s=finite(timing.first_output_s),
             peak_memory_bytes=timing.peak_memory_bytes,
             peak_memory_reason=timing.peak_memory_reason,
             started_at=started_at,
@@ -325,15 +365,22 @@ class _Session(RoundLoop):
             cpu_s=timing.busy.cpu_s,
             caller_cpu_s=timing.busy.caller_cpu_s,
             off_clock_s=timing.busy.off_clock_s,
+            fault=fault,
         )
         self._writer.append(sample)
-        if self._parts:
+        if self._parts and phase != "probe":  # what is predicted are the measured calls
             self._parts.saw(lane, sample.passes)
 
 
 def _begun(lane: Lane, call: Call, number: int) -> tuple[str, Timing]:
     """When the call began, and its timing."""
     return now_text(), lane.time(call, number)
+
+
+def _fault(timing: Timing) -> TimeFault | None:
+    finishes_s = (generation.finish_s for generation in timing.generations)
+    moments_s = (timing.prefill_s, timing.first_output_s, *finishes_s)
+    return time_fault(timing.wall_s, [moment for moment in moments_s if moment is not None])
 
 
 def _generation_row(lane: Lane, request: Request, generation: Generation, number: int) -> GenerationRow:
@@ -359,6 +406,11 @@ def _prompt_timing(generation: Generation, wall_s: float) -> PromptTiming:
         num_denoiser_forwards=generation.num_denoiser_forwards,
         num_forced_commits=generation.num_forced_commits,
         finish=generation.finish,
-        finish_s=wall_s if generation.finish_s is None else max(0.0, min(generation.finish_s, wall_s)),
+        finish_s=_finish_s(generation, finite(wall_s)),
         tokens_sha256=sha256_text(canonical_json(list(generation.token_ids))),
     )
+
+
+def _finish_s(generation: Generation, wall_s: float) -> float:
+    """Within the call, as the decoder's clock may have begun a hair before or ended behind the harness's."""
+    return wall_s if generation.finish_s is None else max(0.0, min(finite(generation.finish_s), wall_s))

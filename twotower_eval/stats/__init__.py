@@ -49,7 +49,7 @@ from twotower_eval.stats.granularity import (
 )
 from twotower_eval.stats.intervals import LEVEL, NUM_RESAMPLES, binomial_upper_bound, holm
 from twotower_eval.stats.looks import ALPHA, look_alpha, strictest_alpha
-from twotower_eval.stats.mean import mean_of_members, mean_score
+from twotower_eval.stats.mean import geometric_mean, mean_of_members, mean_score, ratio_of_geometric_means
 from twotower_eval.stats.nulls import NULL_OFFSET, NullLimits, half_width, is_off, off_nulls, widest_null
 from twotower_eval.stats.paired import Draws, PairedScores, ScoreTable, draw_task_means
 from twotower_eval.stats.power import (
@@ -139,6 +139,7 @@ __all__ = [
     "equal_by_construction",
     "explain",
     "flips",
+    "geometric_mean",
     "geometric_speedup",
     "half_width",
     "holm",
@@ -164,6 +165,7 @@ __all__ = [
     "power_text",
     "predict",
     "predicted_speedup",
+    "ratio_of_geometric_means",
     "replicated",
     "resamples_launches",
     "residual_over_rounds",

@@ -1,4 +1,4 @@
-"""Mean score of one model alone, with its interval over clusters; shape letters as in ``intervals``."""
+"""Means with their intervals: of one model's scores over clusters, and of ratios; shape letters as in ``intervals``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from twotower_eval.stats.intervals import (
     dof_of_mean,
     one_more,
     skewed_t_interval,
+    t_quantile,
     third_cumulant,
 )
 from twotower_eval.stats.paired import PairedScores, draw_task_means
@@ -89,6 +90,34 @@ def mean_of_members(
         low, high = max(0.0, min(low, 1 - above)), min(1.0, max(high, below))
     method = f"mean over {len(table.leaves)} tasks, {found.method.removeprefix('paired ')}"
     return Estimate(value=found.value, low=low, high=high, level=level, n=found.n, method=method, seed=found.seed)
+
+
+def geometric_mean(values: Sequence[float], *, level: float = LEVEL) -> Estimate:
+    """Geometric mean of independent ratios, with Student's interval on the log. ValueError for fewer than two."""
+    log_N = np.log(np.asarray(values, dtype=float))
+    if len(log_N) < 2:
+        raise ValueError(f"{'one ratio' if len(log_N) else 'no ratio'} only: its variation is unknown")
+    variance = float(log_N.var(ddof=1)) / len(log_N)
+    return _on_the_log(float(log_N.mean()), variance, len(log_N) - 1, len(log_N), level)
+
+
+def ratio_of_geometric_means(above: Sequence[float], below: Sequence[float], *, level: float = LEVEL) -> Estimate:
+    """Geometric mean of one sample over that of another, with Welch's interval on the log. ValueError where either has
+    fewer than two values; ``n`` counts the smaller one."""
+    logs = [np.log(np.asarray(values, dtype=float)) for values in (above, below)]
+    if min(map(len, logs)) < 2:
+        raise ValueError(f"{min(map(len, logs))} of one kind only: their variation is unknown")
+    parts = [float(log_N.var(ddof=1)) / len(log_N) for log_N in logs]
+    squares = sum(part**2 / (len(log_N) - 1) for part, log_N in zip(parts, logs, strict=True))
+    dof = sum(parts) ** 2 / squares if squares > 0 else 1e9
+    value = float(logs[0].mean() - logs[1].mean())
+    return _on_the_log(value, sum(parts), dof, min(map(len, logs)), level)
+
+
+def _on_the_log(log_value: float, variance: float, dof: float, n: int, level: float) -> Estimate:
+    reach = t_quantile(level, dof) * variance**0.5
+    low, value, high = (float(np.exp(log_value + side * reach)) for side in (-1, 0, 1))
+    return Estimate(value=value, low=low, high=high, level=level, n=n, method="t interval on the log")
 
 
 def t_interval_of_mean(mean: float, parts_C: Floats, level: float) -> tuple[float, float]:

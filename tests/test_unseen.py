@@ -1,0 +1,222 @@
+"""Nothing carries over between timed calls: fresh decoders, new prompts, and what remembers is found out."""
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.planted_decoders import Forwards
+from tests.remembering_decoders import KIND, NUM_WARMED, TRICKS, forget
+from tests.tiny_pair import write_pair
+from twotower_eval import harness, speed, store, suites
+from twotower_eval.claims import judge
+from twotower_eval.claims.text import unchecked_text
+from twotower_eval.evidence import Runs, SpeedPoint
+from twotower_eval.plan import SpeedPlan
+from twotower_eval.records import Claim, OperatingPoint, Verdict
+from twotower_eval.speed.unseen import NewPrompts, joined, turned
+from twotower_eval.speed.workloads import make_calls
+
+TASKS = ("miniature_sort", "miniature_recall")
+SHARED = "Solve it.\n\nQ: one and two\nA: 3\n\nQ: two and two\nA: 4\n\nQ: six and one\nA: 7\n\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shot:
+    """A request with examples before it."""
+
+    task: str
+    doc_id: int
+    text: str
+    stop: tuple[str, ...] = ()
+    max_new_tokens: int = 8
+    prompt_sha256: str = ""
+    task_parts: Mapping[str, str] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[Any]:
+    return suites.build_requests(suites.resolve_tasks(TASKS))
+
+
+@pytest.fixture(scope="module")
+def clock() -> Iterator[Forwards]:
+    forwards = Forwards()
+    with pytest.MonkeyPatch.context() as patch:
+        forwards.watch(patch)
+        yield forwards
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pair(tmp_path_factory.mktemp("pair"))
+
+
+def plan(pair: Path, **changes: Any) -> SpeedPlan:
+    setting: dict[str, Any] = {
+        "model": str(pair), "tasks": TASKS, "decoder": KIND, "block_sizes": tuple(TRICKS), "num_prompts": NUM_WARMED,
+        "new_tokens": 8, "min_rounds": 3, "costs": False, "threads": 1,
+    }  # fmt: skip
+    return SpeedPlan(**{**setting, **changes})
+
+
+@pytest.fixture(scope="module")
+def remembered(clock: Forwards, pair: Path, requests: Any, tmp_path_factory: pytest.TempPathFactory) -> store.Run:
+    root = tmp_path_factory.mktemp("remembered")
+    forget(root / "memory.jsonl")
+    shots = [Shot(task=r.task, doc_id=r.doc_id, text=SHARED + r.text, prompt_sha256=str(r.doc_id)) for r in requests]
+    return store.load(speed.run(plan(pair), shots, root=root, now=clock))
+
+
+def points(run: store.Run) -> dict[str, SpeedPoint]:
+    return {TRICKS[int(one.candidate.decoder.params["block_size"] or 0)]: one for one in Runs([run]).speed}
+
+
+def verdict_of(run: store.Run, point: SpeedPoint, expected: float) -> Verdict:
+    work, name = point.candidate.workload, point.candidate.checkpoint.name
+    at = OperatingPoint(
+        name="here", decoder=point.candidate.decoder, batch_size=work.batch_size, num_devices=1, workload="answer"
+    )
+    claim = Claim(
+        name="fast", quantity="speedup_time", subject=name, baseline="context-tower", source="us", point=at,
+        expected=expected, margin=0.05,
+    )  # fmt: skip
+    (found,) = judge([claim], [run])
+    return found
+
+
+# Verdicts
+
+
+@pytest.mark.parametrize("trick", [trick for trick in TRICKS.values() if trick not in ("honest", "by itself")])
+def test_whoever_remembers_is_found_out(remembered: store.Run, trick: str) -> None:
+    point = points(remembered)[trick]
+    assert point.time.estimate is not None
+    if trick != "beginnings":  # whose pieces cost more than the baseline's reading at one go
+        assert point.time.estimate.value > 1.5, "the memory bought a speedup"
+    assert point.unseen.remembered(1.25) == ("candidate",)
+    assert point.invalid
+    verdict = verdict_of(remembered, point, 1.5)
+    assert verdict.outcome == "INVALID"
+    assert "probes: the candidate remembers what it has seen (above 1.25x)" in verdict.reason
+
+
+@pytest.mark.parametrize("trick", ["honest", "by itself"])
+def test_a_memory_that_ends_with_its_round_is_none(remembered: store.Run, trick: str) -> None:
+    point = points(remembered)[trick]
+    assert point.unseen.checked
+    assert point.unseen.remembered(1.25) == ()
+    for found in (point.unseen.candidate, point.unseen.baseline, point.time):
+        assert found.estimate is not None
+        assert found.estimate.value == pytest.approx(1, abs=0.01)
+    assert point.unseen.speedup.estimate is not None
+    assert point.unseen.speedup.estimate.value == pytest.approx(1, abs=0.05)
+    assert "probes" not in verdict_of(remembered, point, 1.0).reason
+
+
+def test_what_was_remembered_before_the_first_round_is_told_by_the_speedup_alone(remembered: store.Run) -> None:
+    found = points(remembered)["what it saw in the warm-up"].unseen
+    assert found.candidate.estimate is not None
+    assert found.candidate.estimate.value == pytest.approx(1, abs=0.01)
+    assert found.speedup.estimate is not None
+    assert found.speedup.estimate.low > 2
+
+
+def test_a_run_of_old_is_not_checked_and_says_so(clock: Forwards, pair: Path, requests: Any, tmp_path: Path) -> None:
+    forget(tmp_path / "memory.jsonl")
+    without = plan(pair, probes=0, block_sizes=(1,), min_rounds=5)
+    run = store.load(harness.score_journal(speed.run(without, requests, root=tmp_path, now=clock)))
+    assert {sample.phase for sample in run.speed} == {"warmup", "measure"}
+    (point,) = points(run).values()
+    assert not point.unseen.checked
+    assert point.unseen.remembered(1.25) == ()
+    verdict = verdict_of(run, point, 1.0)
+    (gate,) = [gate for gate in verdict.gates if gate.name == "probes"]
+    assert (gate.outcome, gate.detail) == ("not_checked", "no prompt was timed that was new in its round")
+    supported = Verdict(claim="c", outcome="SUPPORTED", estimate=None, reason="", evidence=(), gates=verdict.gates)
+    assert "probes (no prompt was timed that was new in its round)" in unchecked_text(supported)
+
+
+# What is timed
+
+
+def test_every_cell_has_new_calls_that_come_back_in_the_next_round(remembered: store.Run) -> None:
+    probes, cells = [s for s in remembered.speed if s.phase == "probe"], remembered.cells
+    baseline = next(cell.id for cell in cells.values() if cell.arm == "baseline")
+    calls = defaultdict(list)
+    for sample in probes:
+        calls[sample.call_id].append((sample.cell, sample.round))
+    owners = Counter()
+    for timings in calls.values():
+        (owner, first), *rest = timings
+        owners[owner, first] += 1
+        control = [] if owner == baseline else [(baseline, first)]
+        assert rest == control + ([(owner, first + 1)] if first < 2 else []), "the owner reads it before the others"
+    assert owners == {(cell, number): 2 for cell in cells for number in range(3)}
+    measured = {p.prompt_id for s in remembered.speed if s.phase == "measure" for p in s.prompts}
+    assert measured.isdisjoint(p.prompt_id for s in probes for p in s.prompts)
+    assert {sample.replica for sample in probes} == {0}
+
+
+def test_probes_leave_no_answers_and_do_not_count_as_rounds(remembered: store.Run) -> None:
+    assert remembered.complete
+    per_round = NUM_WARMED * (len(TRICKS) + 2)
+    assert Counter(s.phase for s in remembered.speed)["measure"] == 3 * per_round
+    assert len(remembered.generations) == 3 * NUM_WARMED * (len(TRICKS) + 1)
+    point = points(remembered)["honest"]
+    assert (point.num_rounds, point.num_calls) == (3, NUM_WARMED)
+
+
+def test_two_launches_have_no_new_prompt_in_common(pair: Path, requests: Any) -> None:
+    calls = make_calls(plan(pair), requests)
+    made = []
+    for seed in (1, 2):
+        prompts = NewPrompts(calls, requests, seed)
+        found = [prompts.like(calls[1][index % 6], str(index)) for index in range(40)]
+        made.append({request.text for call in found if call is not None for request in call.requests})
+    assert [len(texts) for texts in made] == [40, 40]
+    assert len(made[0] & made[1]) <= 1
+    assert made[0].isdisjoint(request.text for request in requests)
+
+
+def test_new_prompts_are_of_the_kind_and_the_length_of_those_that_are_timed(pair: Path, requests: Any) -> None:
+    calls = make_calls(plan(pair, batch_sizes=(2,)), requests)
+    prompts = NewPrompts(calls, requests, 0)
+    for like in calls[2]:
+        call = prompts.like(like, "new")
+        assert call is not None
+        assert (call.stop, call.max_new_tokens, call.ignore_eos) == (like.stop, like.max_new_tokens, like.ignore_eos)
+        for new, old in zip(call.requests, like.requests, strict=True):
+            assert (new.task, new.stop, new.max_new_tokens) == (old.task, old.stop, old.max_new_tokens)
+            assert abs(len(new.text) - len(old.text)) <= 3
+        assert len({request.doc_id for request in call.requests}) == 2
+
+
+def test_documents_that_run_out_still_make_new_prompts(pair: Path, requests: Any) -> None:
+    few = [request for request in requests if request.task == TASKS[0]][:8]
+    prompts = NewPrompts(make_calls(plan(pair, tasks=TASKS[:1]), few), few, 0)
+    (like, *_) = make_calls(plan(pair, tasks=TASKS[:1]), few)[1]
+    made = [prompts.like(like, str(index)) for index in range(30)]
+    texts = {request.text for call in made if call is not None for request in call.requests}
+    assert len(texts) == 30
+    alone = NewPrompts({1: (like,)}, few[:1], 0)
+    assert alone.like(like, "none") is None, "one document cannot be joined with another"
+
+
+def test_examples_that_prompts_share_come_in_another_order() -> None:
+    first, second = SHARED + "Q: nine and one hundred\nA:", SHARED + "Q: four plus two hundred\nA:"
+    chance = random.Random(0)
+    for _ in range(20):
+        text = joined(first, second, chance)
+        assert text not in (first, second)
+        assert len(text.split()) == len(first.split())
+        assert text.endswith("hundred\nA:")
+        assert not text.startswith(SHARED[:12]), "the beginning is new as well"
+        assert sorted(text.rpartition("\n\n")[0].split("\n\n")) == sorted(SHARED.strip().split("\n\n"))
+    assert turned("One line only.\n", chance) == "One line only.\n"
+    assert turned("Do this. Then that.\n", chance) == "Then that. Do this.\n"
+    assert joined("abcdef", "uvwxyz", chance)[-1] == "z"

@@ -1,0 +1,198 @@
+"""Prompts that nothing has read before: each is timed once as new, and once more in the next round.
+
+A decoder that remembers, in its class, its module, a file or the model, is faster on what it has seen: what it was
+timed on in earlier rounds, in the warm-up, or in an evaluation of the same documents. So no document is taken as it is.
+A new prompt begins like one document and goes on like another of the same kind and about the same length; what both
+begin with, such as few-shot examples, is put in another order, so that its beginning is new as well. Which ones are
+joined depends on the launch: no two launches have the same.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from twotower_eval.plan import SpeedPlan
+from twotower_eval.records import Arm, derive_seed, sha256_text
+from twotower_eval.speed.lanes import Lane
+from twotower_eval.speed.workloads import Call, Calls, Request, encode_calls
+
+NUM_TRIES = 20  # pairs of documents that are tried before there is no new prompt to be had
+NUM_NEAR = 8  # documents of the nearest lengths, one of which a prompt goes on like
+Kind = tuple[str, tuple[str, ...], int]
+Ids = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewPrompt:
+    """A made-up request; its ``doc_id`` is beyond those of all documents."""
+
+    task: str
+    doc_id: int
+    text: str
+    stop: tuple[str, ...]
+    max_new_tokens: int
+    prompt_sha256: str
+    task_parts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A call to be timed by ``lanes`` in this order, off the record of what is measured."""
+
+    call: Call
+    lanes: tuple[Lane, ...]
+
+
+class NewPrompts:
+    """Makes prompts of the kinds that are timed, never one twice and none that is among ``requests``."""
+
+    def __init__(self, calls: Calls, requests: Sequence[Request], seed: int) -> None:
+        self._random = random.Random(seed)
+        self._texts = {request.text for request in requests}
+        self._next_id = 1 + max((request.doc_id for request in requests), default=0)
+        self._all: dict[Kind, list[Request]] = defaultdict(list)
+        for request in requests:
+            self._all[_kind(request)].append(request)
+        timed = {id(request) for of_size in calls.values() for call in of_size for request in call.requests}
+        # Documents that are not timed begin prompts first, each once; when there are none left, any.
+        self._left = {k: [one for one in known if id(one) not in timed] for k, known in self._all.items()}
+        for left in self._left.values():
+            self._random.shuffle(left)
+
+    def like(self, call: Call, call_id: str) -> Call | None:
+        """A call as large as ``call``, of prompts of its kinds and lengths; ``None`` where none can be made."""
+        made = [self._like(request) for request in call.requests]
+        there = tuple(one for one in made if one is not None)
+        return replace(call, id=call_id, requests=there) if len(there) == len(made) else None
+
+    def _like(self, request: Request) -> NewPrompt | None:
+        kind, length = _kind(request), len(request.text)
+        known = self._all[kind]
+        for _ in range(NUM_TRIES):
+            left = self._left[kind] or list(known)
+            first = min(left, key=lambda one: abs(len(one.text) - length))
+            left.remove(first)
+            self._left[kind] = left
+            near = sorted((one for one in known if one is not first), key=lambda one: abs(len(one.text) - length))
+            text = joined(first.text, self._random.choice(near[:NUM_NEAR]).text, self._random) if near else first.text
+            if text not in self._texts:
+                self._texts.add(text)
+                self._next_id += 1
+                return NewPrompt(
+                    task=request.task,
+                    doc_id=self._next_id,
+                    text=text,
+                    stop=request.stop,
+                    max_new_tokens=request.max_new_tokens,
+                    prompt_sha256=sha256_text(text),
+                )
+        return None
+
+
+def _kind(request: Request) -> Kind:
+    return (request.task, request.stop, request.max_new_tokens)
+
+
+def joined(first: str, second: str, chance: random.Random) -> str:
+    """A text that begins like ``first`` and goes on like ``second``, whole lines that both begin with in other order.
+
+    At most half is of the first: where that was read before, most of the text is new.
+    """
+    unlike = (at for at, (own, other) in enumerate(zip(first, second, strict=False)) if own != other)
+    shared = first[: next(unlike, min(len(first), len(second)))]
+    shared = shared[: shared.rfind("\n") + 1]
+    own = [re.findall(r"\s*\S+\s*$|\s*\S+", text[len(shared) :]) for text in (first, second)]
+    if min(map(len, own)) < 2:
+        own = [list(text[len(shared) :]) for text in (first, second)]
+    cut = chance.randint(1, max(1, len(own[0]) // 2))
+    other = min(max(1, round(cut / max(1, len(own[0])) * len(own[1]))), max(1, len(own[1]) - 1))
+    return turned(shared, chance) + "".join([*own[0][:cut], *own[1][other:]])
+
+
+def turned(shared: str, chance: random.Random) -> str:
+    """Examples, else lines, else sentences in an order that begins with another; as it is where there is but one."""
+    inside = shared.rstrip("\n")
+    for pattern, separator in (("\n\n", "\n\n"), ("\n", "\n"), (r"(?<=[.!?]) ", " ")):
+        parts = re.split(pattern, inside)
+        starts = [index for index, part in enumerate(parts) if part != parts[0]]
+        if starts:
+            start = chance.choice(starts)
+            return separator.join([*parts[start:], *parts[:start]]) + shared[len(inside) :]
+    return shared
+
+
+class Probes:
+    """What a launch times beside its rounds: for every cell a few new calls, and those of the round before again.
+
+    A cell is the first to read its own new prompts, since a memory may be shared; the baseline times those of a
+    candidate behind it, as what they take without the candidate. Copies of the baseline have none.
+    """
+
+    def __init__(
+        self,
+        plan: SpeedPlan,
+        calls: Calls,
+        requests: Sequence[Request],
+        models: tuple[Any, Any],
+        launch_id: str,
+    ) -> None:
+        self._plan, self._calls, self._requests, self._models = plan, calls, requests, models
+        self._launch = launch_id.rpartition("/")[2]
+        self._prompts = NewPrompts(calls, requests, derive_seed(plan.seed, "new prompts", launch_id))
+        self._num_made = 0
+        self._seen: list[tuple[str, int, Call]] = []  # cell, batch size and call of the round before
+        self._ids: dict[str, dict[Arm, Ids]] = {}  # by call
+
+    def num_timings(self, lanes: Mapping[int, tuple[Lane, ...]]) -> int:
+        """Timings that a round has of probes, from its second on."""
+        of_sizes = [(size, sum(lane.replica == 0 for lane in of_size)) for size, of_size in lanes.items()]
+        return sum(self._num_calls(size) * (3 * num_cells - 1) for size, num_cells in of_sizes)
+
+    def _num_calls(self, size: int) -> int:
+        return -(-self._plan.probes // size)
+
+    def of_round(self, lanes: Mapping[int, tuple[Lane, ...]]) -> list[Probe]:
+        """The probes of the next round, on the round's own lanes."""
+        again = self._seen
+        self._seen = [made for size, of_size in lanes.items() for made in self._make(size, of_size)]
+        kept = {call.id for _, _, call in (*again, *self._seen)}
+        self._ids = {call_id: ids for call_id, ids in self._ids.items() if call_id in kept}
+        return [
+            *(self._probe(cell, size, call, lanes[size], controlled=True) for cell, size, call in self._seen),
+            *(self._probe(cell, size, call, lanes[size], controlled=False) for cell, size, call in again),
+        ]
+
+    def _make(self, size: int, lanes: Sequence[Lane]) -> Iterator[tuple[str, int, Call]]:
+        """New calls of every cell of a batch size, with their token ids."""
+        for lane in (lane for lane in lanes if lane.replica == 0):
+            for _ in range(self._num_calls(size)):
+                like = self._calls[size][self._num_made % len(self._calls[size])]
+                call = self._prompts.like(like, f"b{size}-new{self._launch}-{self._num_made}")
+                self._num_made += 1
+                if call is not None:
+                    self._ids[call.id] = self._encoded(call, like, lanes)
+                    yield lane.cell.id, size, call
+
+    def _encoded(self, call: Call, like: Call, lanes: Sequence[Lane]) -> dict[Arm, Ids]:
+        """Token ids by arm, their beginning cut off where they are more than those of what they are like."""
+        found: dict[Arm, Ids] = {}
+        requests = [*call.requests, *self._requests]
+        for lane in lanes:
+            arm = lane.cell.arm
+            if arm not in found:
+                model = self._models[0 if arm == "baseline" else 1]
+                ids = encode_calls(self._plan, {len(call.requests): (call,)}, requests, model)[call.id]
+                found[arm] = tuple(row[-len(known) :] for row, known in zip(ids, lane.ids[like.id], strict=True))
+        return found
+
+    def _probe(self, cell: str, size: int, call: Call, lanes: Sequence[Lane], *, controlled: bool) -> Probe:
+        own = [lane for lane in lanes if lane.replica == 0 and lane.cell.id == cell]
+        if controlled:
+            own += [lane for lane in lanes if lane.replica == 0 and lane.cell.arm == "baseline" and lane is not own[0]]
+        arms = tuple(replace(lane, ids={call.id: self._ids[call.id][lane.cell.arm]}) for lane in own)
+        return Probe(call=call, lanes=arms)
