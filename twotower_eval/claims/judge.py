@@ -36,10 +36,10 @@ from twotower_eval.claims.match import (
     speed_at,
 )
 from twotower_eval.claims.missing import missing, missing_quality
-from twotower_eval.claims.reasons import decision_text, unit_of
+from twotower_eval.claims.ruling import DECIDED, Amount, doubt, outcome_of, ruled, timed_amount
 from twotower_eval.evidence import Measured, QualityPoint, SpeedPoint
 from twotower_eval.evidence.measured import measured
-from twotower_eval.records import Claim, Estimate, Gate, Outcome, Verdict, VerdictScope
+from twotower_eval.records import Claim, Gate, Outcome, Verdict, VerdictScope
 from twotower_eval.store import Run
 
 EXIT_CODES: Mapping[Outcome, int] = {
@@ -49,7 +49,6 @@ EXIT_CODES: Mapping[Outcome, int] = {
     "NOT_MEASURED": 6,
     "SUPPORTED": 0,
 }  # in the order in which several outcomes make one
-DECIDED = ("SUPPORTED", "REFUTED")
 
 
 def judge(claims: Sequence[Claim], runs: Sequence[Run], names: Sequence[str] = ()) -> tuple[Verdict, ...]:
@@ -84,25 +83,6 @@ def exit_code(verdicts: Sequence[Verdict], *, strict: bool = False) -> int:
 def _counted(verdict: Verdict, strict: bool) -> Outcome:
     lacks = verdict.scope is not None or bool(verdict.not_given)
     return "INCONCLUSIVE" if strict and verdict.outcome == "SUPPORTED" and lacks else verdict.outcome
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Amount:
-    """What an estimate rests on: clusters, or rounds (``unit`` says if they are launches) and calls of each.
-
-    ``num_calls`` is ``None`` where the prompts are no sample. ``by_construction``: one computation scored both arms.
-    ``num_launches`` are those that a speedup was timed in, ``scope`` the launches that it is confined to.
-    ``metric`` is the score outside retention that it is of, if it is of one.
-    """
-
-    unit: str
-    num_clusters: int | None = None
-    num_rounds: int | None = None
-    num_calls: int | None = None
-    by_construction: bool = False
-    metric: str | None = None
-    num_launches: int | None = None
-    scope: VerdictScope | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,27 +122,22 @@ def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:
     )
     looks, others = looks_at_quality(claim, evidence, found)
     estimated, amount = _quality_reading(claim, point, looks)
-    outcomes = {other.run_id: _outcome_of(claim, *_quality_reading(claim, other, looks)) for other in others}
+    outcomes = {other.run_id: outcome_of(claim, *_quality_reading(claim, other, looks)) for other in others}
     judged = _ruled(claim, point, (point.run_id,), looks, checks, [estimated], amount, outcomes)
     return _warned(_beside_chance(judged, claim, point, stand, looks), kept_of(claim, point, estimated.estimate))
 
 
-def _quality_reading(claim: Claim, point: QualityPoint, looks: Looks) -> tuple[Measured, _Amount]:
+def _quality_reading(claim: Claim, point: QualityPoint, looks: Looks) -> tuple[Measured, Amount]:
     """A claim's quantity at a point, and what it rests on."""
     own = own_score(claim, point)
     estimated = measured(lambda: quality_estimate(claim, point, own, level=looks.level))
-    amount = _Amount(
+    amount = Amount(
         unit="clusters",
         num_clusters=None if estimated.estimate is None else estimated.estimate.n,
         by_construction=is_equal_by_construction(claim, point, own),
         metric=None if own is None else own.metric,
     )
     return estimated, amount
-
-
-def _outcome_of(claim: Claim, reading: Measured, amount: _Amount) -> Outcome:
-    """What a look comes to by itself, whatever its gates say."""
-    return "INCONCLUSIVE" if reading.estimate is None else _decided(claim, reading.estimate, amount)[0]
 
 
 def _beside_chance(
@@ -210,13 +185,13 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
     checks.append(gates.floor_gate(quality, claim.limits))
     checks.append(gates.verify_gate(evidence, point.candidate.checkpoint.identity))
     outcomes = {
-        ", ".join(other.run_ids): _outcome_of(
-            claim, speed_readings(claim, other, level=looks.level)[0], _timed_amount(other)
+        ", ".join(other.run_ids): outcome_of(
+            claim, speed_readings(claim, other, level=looks.level)[0], timed_amount(other)
         )
         for other in others
     }
-    ruled = _ruled(claim, point, point.run_ids, looks, tuple(checks), readings, _timed_amount(point), outcomes)
-    return _warned(ruled, max((kept_at(one) for one in quality), default=0.0))
+    verdict = _ruled(claim, point, point.run_ids, looks, tuple(checks), readings, timed_amount(point), outcomes)
+    return _warned(verdict, max((kept_at(one) for one in quality), default=0.0))
 
 
 def _warned(judged: _Judged, kept: float | None) -> _Judged:
@@ -226,14 +201,6 @@ def _warned(judged: _Judged, kept: float | None) -> _Judged:
     return dataclasses.replace(judged, verdict=dataclasses.replace(judged.verdict, high_retention=kept))
 
 
-def _timed_amount(point: SpeedPoint) -> _Amount:
-    calls, num_launches = None if point.timed.fixed else point.num_calls, point.num_launches
-    if stats.resamples_launches(point.timed.launches):
-        return _Amount(unit="launches", num_rounds=num_launches, num_calls=calls, num_launches=num_launches)
-    scope: VerdictScope = "in this launch" if num_launches == 1 else "in these launches"
-    return _Amount(unit="rounds", num_rounds=point.num_rounds, num_calls=calls, num_launches=num_launches, scope=scope)
-
-
 def _ruled(
     claim: Claim,
     point: QualityPoint | SpeedPoint,
@@ -241,16 +208,16 @@ def _ruled(
     looks: Looks,
     checks: tuple[Gate, ...],
     readings: Sequence[Measured],
-    amount: _Amount,
+    amount: Amount,
     others: Mapping[str, Outcome],
 ) -> _Judged:
     """The verdict of gates and readings. Several readings must all clear; the first one is the claim's own.
 
     ``others`` are what further looks at the point come to.
     """
-    outcome, reason = _outcome(claim, checks, readings, amount)
-    if outcome in DECIDED and not amount.by_construction and (doubt := _doubt(outcome, run_ids, looks, others)):
-        outcome, reason = "INCONCLUSIVE", doubt
+    outcome, reason = ruled(claim, checks, readings, amount)
+    if outcome in DECIDED and not amount.by_construction and (why := doubt(outcome, run_ids, looks, others)):
+        outcome, reason = "INCONCLUSIVE", why
     evidence = sorted({*run_ids, *(run_id for gate in checks for run_id in gate.evidence)})
     verdict = Verdict(
         claim=claim.name,
@@ -267,97 +234,6 @@ def _ruled(
         scope=amount.scope if outcome in DECIDED else None,
     )
     return _Judged(claim=claim, verdict=verdict, point=point)
-
-
-def _doubt(outcome: Outcome, run_ids: Sequence[str], looks: Looks, others: Mapping[str, Outcome]) -> str | None:
-    """Why looking again leaves a decision open: another look comes to another one, or no error rate is left."""
-    opposed = [f"{name} is {other}" for name, other in others.items() if other in DECIDED and other != outcome]
-    if opposed:
-        return f"the looks contradict each other: {', '.join(run_ids)} is {outcome}, {'; '.join(opposed)}"
-    if looks.alpha is None:
-        return f"look {looks.num} of {looks.declared} declared: looking has used up what a verdict may err"
-    return None
-
-
-def _outcome(
-    claim: Claim, checks: Sequence[Gate], readings: Sequence[Measured], amount: _Amount
-) -> tuple[Outcome, str]:
-    failed = [gate for gate in checks if gate.outcome == "failed"]
-    if failed:
-        return "INVALID", "; ".join(f"{gate.name}: {gate.detail}" for gate in failed)
-    decided: list[tuple[Outcome, str]] = []
-    for reading in readings:
-        if reading.estimate is None:
-            decided.append(("INCONCLUSIVE", str(reading.reason)))
-            continue
-        decided.append(_decided(claim, reading.estimate, amount))
-    outcome, reason = decided[0]
-    if outcome in DECIDED and claim.quantity in SPEED_QUANTITIES and claim.point.workload == "fixed":
-        reason = f"{reason}, {halves.FORWARDS_ONLY}"
-    if outcome != "SUPPORTED":
-        return outcome, reason
-    if len(decided) > 1 and decided[1][0] != "SUPPORTED":
-        throughput_claimed = claim.quantity == "speedup_throughput"
-        other = "the wall-clock speedup" if throughput_claimed else "the speedup in useful tokens per second"
-        return "INCONCLUSIVE", f"the arms' outputs differ in length, so {other} has to clear too: {decided[1][1]}"
-    open_gates = [gate for gate in checks if gate.outcome == "not_checked" and gate.name in gates.NEEDED_FOR_SPEED]
-    if claim.quantity in SPEED_QUANTITIES and open_gates:
-        return "INCONCLUSIVE", "; ".join(gate.detail for gate in open_gates)
-    return outcome, reason
-
-
-def _decided(claim: Claim, estimate: Estimate, amount: _Amount) -> tuple[Outcome, str]:
-    """The pure rule; INCONCLUSIVE says how much evidence would decide."""
-    if claim.expected is None or claim.margin is None:
-        raise ValueError(f"claim {claim.name!r} has no expected value with its margin")
-    is_speed = claim.quantity in SPEED_QUANTITIES
-    relation, expected = claim.relation, claim.expected
-    margin = claim.margin * expected if is_speed else claim.margin
-    if amount.by_construction:
-        return _decided_by_construction(estimate.value, *stats.limits(relation, expected, margin))
-    decision = stats.decide(
-        estimate,
-        relation=relation,
-        expected=expected,
-        margin=margin,
-        num_clusters=amount.num_clusters,
-        num_rounds=amount.num_rounds,
-        num_calls=amount.num_calls,
-        level=estimate.level,
-    )
-    said_of_it = decision_text(unit_of(claim.quantity, amount.metric), decision)
-    blind = amount.num_rounds is not None and stats.too_few_rounds(estimate, amount.num_rounds)
-    if decision.outcome != "INCONCLUSIVE" or blind:
-        return decision.outcome, said_of_it
-    needed = stats.still_needed(
-        estimate,
-        relation=relation,
-        expected=expected,
-        margin=margin,
-        n=amount.num_rounds,
-        log_scale=is_speed,
-        least_n=stats.MIN_ROUNDS if is_speed else stats.MIN_CLUSTERS,
-    )
-    return "INCONCLUSIVE", f"{said_of_it}{_needed_text(needed, amount)}"
-
-
-def _decided_by_construction(value: float, least: float | None, largest: float | None) -> tuple[Outcome, str]:
-    """No sample and no bound: the value is known, and the claim holds at its limits as well."""
-    holds = (least is None or value >= least) and (largest is None or value <= largest)
-    return "SUPPORTED" if holds else "REFUTED", stats.EQUAL
-
-
-def _needed_text(needed: stats.Needed, amount: _Amount) -> str:
-    """What would decide, behind the reason why nothing is decided; nothing where that reason has said it all."""
-    if needed.decided:
-        return ""
-    if needed.more is None or needed.total is None:
-        return f"; {needed.reason}"
-    there = needed.total - needed.more
-    if amount.num_calls is None:
-        return f"; about {needed.total:,} {amount.unit} would decide, {there:,} were measured"
-    factor = f"{needed.total / there:.1f}"
-    return f"; about {factor} times the {there:,} {amount.unit}, each on {factor} times the prompts, would decide"
 
 
 def _invalid_inputs(claim: Claim, differing: dict[str, str]) -> _Judged:

@@ -35,6 +35,29 @@ from twotower_eval.cli.runs import resolve_plan, resumable, run_path
 from twotower_eval.plan import ScalePlan, SpeedPlan
 from twotower_eval.progress import choose_progress
 
+Samples = Annotated[
+    int | None, option("1: one sample a round, also of tasks that ask for several.", "--samples", metavar="1")
+]
+Workload = Annotated[
+    str | None,
+    option("answer: stop where the task stops; fixed: exactly --new-tokens [answer].", metavar="KIND"),
+]
+NumPrompts = Annotated[int | None, option("Prompts per cell and round [384, or all there are].", metavar="N")]
+MinRounds = Annotated[
+    int | None,
+    option("Rounds at the least, of all launches together [12; 5 with --random-weights].", metavar="R"),
+]
+Launches = Annotated[
+    int | None,
+    option("Separate processes, in turn, into one run; each at least 2 rounds [1].", "--launches", metavar="N"),
+]
+Costs = Annotated[
+    bool | None, option("Time the parts of decoding alone, in the same rounds [costs].", "--costs/--no-costs")
+]
+Probes = Annotated[
+    int | None, option("Prompts per cell and round that nothing has read before, 0 for none [2].", metavar="N")
+]
+
 
 def speed(
     model: Model = None,
@@ -45,35 +68,18 @@ def speed(
     steps: Steps = None,
     thresholds: Thresholds = None,
     temperature: Temperature = None,
-    samples: Annotated[
-        int | None, option("1: one sample a round, also of tasks that ask for several.", "--samples", metavar="1")
-    ] = None,
+    samples: Samples = None,
     batch_sizes: Annotated[str | None, option("Prompts per timed call, crossed [1].", metavar="N,N")] = None,
-    workload: Annotated[
-        str | None,
-        option("answer: stop where the task stops; fixed: exactly --new-tokens [answer].", metavar="KIND"),
-    ] = None,
+    workload: Workload = None,
     prompt_tokens: Annotated[int | None, option("Exact prompt length (fixed only).", metavar="N")] = None,
     new_tokens: Annotated[int | None, option("Tokens to make [answer: the task's budget].", metavar="N")] = None,
-    num_prompts: Annotated[
-        int | None, option("Prompts per cell and round [384, or all there are].", metavar="N")
-    ] = None,
-    min_rounds: Annotated[
-        int | None,
-        option("Rounds at the least, of all launches together [12; 5 with --random-weights].", metavar="R"),
-    ] = None,
+    num_prompts: NumPrompts = None,
+    min_rounds: MinRounds = None,
     min_seconds: Annotated[float | None, option("Seconds of rounds at the least [0].", metavar="S")] = None,
     warmup_rounds: Annotated[int | None, option("Rounds before, kept and flagged [1].", metavar="R")] = None,
-    launches: Annotated[
-        int | None,
-        option("Separate processes, in turn, into one run; each at least 2 rounds [1].", "--launches", metavar="N"),
-    ] = None,
-    costs: Annotated[
-        bool | None, option("Time the parts of decoding alone, in the same rounds [costs].", "--costs/--no-costs")
-    ] = None,
-    probes: Annotated[
-        int | None, option("Prompts per cell and round that nothing has read before, 0 for none [2].", metavar="N")
-    ] = None,
+    launches: Launches = None,
+    costs: Costs = None,
+    probes: Probes = None,
     threads: Annotated[int | None, option("CPU threads [torch's own choice].", metavar="N")] = None,
     random_weights: scale.RandomWeights = None,
     layers: scale.Layers = None,
@@ -97,15 +103,9 @@ def speed(
         **{"batch_sizes": numbers(batch_sizes, int, "--batch-sizes"), "workload": workload, "samples": samples},
         **{"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "num_prompts": num_prompts},
         **{"min_rounds": min_rounds, "min_seconds": min_seconds, "warmup_rounds": warmup_rounds, "threads": threads},
-        **{"launches": launches},
-        **{"random_weights": random_weights, "layers": layers, "share_towers": share_towers},
-        **{"tokens_per_nfe": numbers(tokens_per_nfe, float, "--tokens-per-nfe"), "repeats": repeats},
-        **{
-            "probes": probes,
-            "costs": costs,
-            "cuda_graphs": cuda_graphs,
-            "profile": str(run_path(profile, out)) if profile else None,
-        },
+        **{"random_weights": random_weights, "layers": layers, "share_towers": share_towers, "launches": launches},
+        **{"tokens_per_nfe": numbers(tokens_per_nfe, float, "--tokens-per-nfe"), "repeats": repeats, "probes": probes},
+        **{"costs": costs, "cuda_graphs": cuda_graphs, "profile": str(run_path(profile, out)) if profile else None},
     }
     resumed = run_path(resume, out) if resume else None
     with resumable("speed", out, resumed):

@@ -24,7 +24,8 @@ from typing import Any
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.progress import Progress, SilentProgress, choose_progress
 from twotower_eval.records import Override
-from twotower_eval.speed.rounds import Launched, run_launch
+from twotower_eval.speed.loop import Launched
+from twotower_eval.speed.rounds import run_launch
 from twotower_eval.speed.workloads import Request
 
 INTERRUPTED = 130

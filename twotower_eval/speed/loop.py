@@ -9,7 +9,9 @@ import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 from typing import Protocol
 
 from twotower_eval.plan import SpeedPlan
@@ -18,6 +20,14 @@ from twotower_eval.records import CostSample, SpeedPhase, SpeedSample
 from twotower_eval.times import gone_by
 
 MIN_LAUNCH_ROUNDS = 2  # of a launch among several
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launched:
+    """What one launch leaves: the run's folder, and how many launches its plan still asks for."""
+
+    path: Path
+    num_missing: int
 
 
 class HowLong(Protocol):

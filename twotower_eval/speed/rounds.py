@@ -14,7 +14,6 @@ import secrets
 import time
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -49,7 +48,7 @@ from twotower_eval.speed.captures import Captures, graphs_for, hint, refuse_unev
 from twotower_eval.speed.clock import CallClock, Devices, torch_threads
 from twotower_eval.speed.costs import CostItem, Parts
 from twotower_eval.speed.lanes import Lane, Timing, make_lanes, with_decoders, without_decoders
-from twotower_eval.speed.loop import RoundLoop, launches_missing, share_of_launch, whole_rounds
+from twotower_eval.speed.loop import Launched, RoundLoop, launches_missing, share_of_launch, whole_rounds
 from twotower_eval.speed.unseen import Probe, Probes
 from twotower_eval.speed.workloads import Call, Calls, Request, count_truncated, make_calls, scored_tasks
 from twotower_eval.times import finite, gone_by, time_fault
@@ -61,14 +60,6 @@ NOTES = (
     "copy of the baseline leave their counts and the hash of their tokens only.",
     "Peak memory is that of the process on the cell's devices: weights of both arms that lie there are in it.",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launched:
-    """What one launch leaves: the run's folder, and how many launches its plan still asks for."""
-
-    path: Path
-    num_missing: int
 
 
 def run_launch(
