@@ -42,7 +42,8 @@ class Devices:
         """CUDA devices that this process has put to use besides these."""
         if not torch.cuda.is_initialized():
             return []
-        in_use = vars(torch._C)["_cuda_hasPrimaryContext"]  # asking in any other way would put a device to use
+        # Asking in most other ways would put a device to use.
+        in_use = vars(torch._C).get("_cuda_hasPrimaryContext", torch.cuda.memory_reserved)
         return [i for i in range(torch.cuda.device_count()) if i not in self._indexes and in_use(i)]
 
     def forget_peak(self) -> None:
