@@ -10,7 +10,10 @@ from twotower_eval.records import Generation, PromptTiming
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Totals over ``num_prompts`` prompts; ``num_forced_commits`` is ``None`` where the decoder forces none."""
+    """Totals over ``num_prompts`` prompts; ``num_forced_commits`` is ``None`` where the decoder forces none.
+
+    ``num_prefill_forwards`` are the context forwards that read prompts, one for each that has any.
+    """
 
     num_prompts: int
     num_tokens: int
@@ -19,10 +22,11 @@ class Counts:
     num_denoiser_forwards: int
     num_forced_commits: int | None
     num_finished: dict[str, int]
+    num_prefill_forwards: int = 0
 
     @property
     def tokens_per_forward(self) -> float | None:
-        """Useful tokens per forward pass of either tower."""
+        """Useful tokens per forward pass of any kind, prefills included."""
         num_forwards = self.num_context_forwards + self.num_denoiser_forwards
         return self.num_tokens / num_forwards if num_forwards else None
 
@@ -30,6 +34,12 @@ class Counts:
     def tokens_per_nfe(self) -> float | None:
         """Useful tokens per denoiser pass; ``None`` without a denoiser."""
         return self.num_tokens / self.num_denoiser_forwards if self.num_denoiser_forwards else None
+
+    @property
+    def tokens_per_nfe_and_commit(self) -> float | None:
+        """Useful tokens per denoiser pass or commit, prompts left out; ``None`` without a denoiser."""
+        num_forwards = self.num_denoiser_forwards + self.num_context_forwards - self.num_prefill_forwards
+        return self.num_tokens / num_forwards if self.num_denoiser_forwards else None
 
     @property
     def forced_share(self) -> float | None:
@@ -53,4 +63,5 @@ def count(prompts: Iterable[Generation | PromptTiming]) -> Counts:
         num_denoiser_forwards=sum(row.num_denoiser_forwards for row in rows),
         num_forced_commits=sum(forced) if rows and len(forced) == len(rows) else None,
         num_finished={reason: finished.count(reason) for reason in ("eos", "stop", "length")},
+        num_prefill_forwards=sum(min(1, row.num_context_forwards) for row in rows),
     )

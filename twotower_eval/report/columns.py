@@ -38,6 +38,10 @@ def count_columns(arm: str, counts: Counts) -> Row:
         f"{arm}_num_tokens": counts.num_tokens,
         f"{arm}_num_discarded_tokens": counts.num_discarded_tokens,
         f"{arm}_num_context_forwards": counts.num_context_forwards,
+        f"{arm}_num_prefill_forwards": counts.num_prefill_forwards,
         f"{arm}_num_denoiser_forwards": counts.num_denoiser_forwards,
         f"{arm}_num_forced_commits": counts.num_forced_commits,
+        f"{arm}_tokens_per_nfe": counts.tokens_per_nfe,
+        f"{arm}_tokens_per_nfe_and_commit": counts.tokens_per_nfe_and_commit,
+        f"{arm}_tokens_per_forward": counts.tokens_per_forward,
     }

@@ -15,6 +15,7 @@ from twotower_eval.claims.terms import own_limits
 from twotower_eval.evidence.alone import is_alone
 from twotower_eval.evidence.degenerate import flags
 from twotower_eval.evidence.documents import DocumentPair, document_pairs
+from twotower_eval.evidence.parallelism import Curve, curves
 from twotower_eval.evidence.points import Measured, OtherScore, QualityPoint
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint
@@ -34,6 +35,8 @@ def tables(runs: Runs) -> dict[str, bytes]:
     found = {
         "retention.csv": [row for point in runs.quality for row in _retention(point, truncated_by_task(runs, point))],
         "other_scores.csv": [row for point in runs.quality for row in _others(point)],
+        "forwards.csv": [_forwards(point) for point in runs.quality if point.counts.num_prompts],
+        "aup.csv": [row for curve in curves(runs, runs.quality) for row in _aup(curve)],
         "speed.csv": [_speed(point) for point in runs.speed],
         "documents.csv": [_sample(p, s) for p in runs.quality for s in document_pairs(runs, p)],
         "flips.csv": [_flip(p, s) for p in runs.quality for s in document_pairs(runs, p) if s.change],
@@ -157,6 +160,35 @@ def _serial(point: SpeedPoint) -> Row:
         "serial_widening": serial.widening if serial else None,
         "serial_block_rounds": serial.block if serial else None,
     }
+
+
+def _forwards(point: QualityPoint) -> Row:
+    """What the scored answers cost, both arms."""
+    return {
+        "run": point.run_id,
+        "complete": point.complete,
+        **operating_point(point.candidate),
+        **_outputs(point),
+        **count_columns("baseline", point.baseline_counts),
+        **count_columns("candidate", point.counts),
+    }
+
+
+def _aup(curve: Curve) -> Iterator[Row]:
+    """A curve's points, each with what the curve comes to."""
+    for point in curve.points:
+        yield {
+            "run": curve.run_id,
+            **operating_point(point.candidate),
+            "task": curve.task,
+            "metric": curve.metric,
+            "accuracy_percent": point.accuracy,
+            "best_accuracy_percent": curve.best,
+            **count_columns("candidate", point.counts),
+            "aup_by_nfe": curve.aup,
+            "aup_by_nfe_and_commit": curve.aup_with_commits,
+            "aup_by_all_forwards": curve.aup_with_all,
+        }
 
 
 def _speed(point: SpeedPoint) -> Row:

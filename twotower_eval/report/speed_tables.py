@@ -193,19 +193,23 @@ LENGTH_WORDS = (
     "for a heavy tail beyond the longest. Calls of unlike length tell as much as fewer calls that are alike."
 )
 COST_WORDS = (
-    "What it costs. A forward is one pass of either tower for one prompt, NFE one pass of the denoiser; discarded "
+    "What it costs. A forward is one pass of either tower for one prompt, NFE one pass of the denoiser. Tokens per "
+    "forward are useful tokens over denoiser passes alone, over these and the passes that commit a block, and over all "
+    "passes, prefill included; the three are not to be compared with each other. Discarded "
     "tokens were denoised past an answer's end and are never counted as output; forced commits are those that the step "
     "limit made below the threshold, as a share of all committed tokens."
 )
-COST_HEADER = ["tokens per forward", "tokens per NFE", "denoiser forwards (NFE)", "context forwards"]
+COST_HEADER = ["tokens per NFE", "with commits", "with prefill and all else"]
+COST_HEADER += ["denoiser forwards (NFE)", "context forwards"]
 COST_HEADER += ["useful tokens", "discarded tokens", "forced commits", "ended by EOS / stop / length"]
 
 
 def _cost(counts: Counts) -> list[str]:
     ends = " / ".join(count(counts.num_finished[reason]) for reason in ("eos", "stop", "length"))
     return [
-        _optional(counts.tokens_per_forward),
         _optional(counts.tokens_per_nfe),
+        _optional(counts.tokens_per_nfe_and_commit),
+        _optional(counts.tokens_per_forward),
         count(counts.num_denoiser_forwards) if counts.num_denoiser_forwards else NONE,
         count(counts.num_context_forwards),
         count(counts.num_tokens),

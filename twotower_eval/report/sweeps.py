@@ -18,17 +18,36 @@ from twotower_eval.evidence.alike import (
     timed_on,
 )
 from twotower_eval.evidence.naming import setting
+from twotower_eval.evidence.parallelism import Curve, curves
 from twotower_eval.evidence.pareto import BROKEN, is_fast_and_broken
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.records import Cell
 from twotower_eval.report.plots import COLOURS, CROSS, GREY, MARKERS, handle, png
 from twotower_eval.report.section import Section
-from twotower_eval.report.text import bullets, escape, measured_on_words, retention, run_list, times
+from twotower_eval.report.text import (
+    NONE,
+    bullets,
+    code,
+    count,
+    details,
+    escape,
+    measured_on_words,
+    retention,
+    run_list,
+    table,
+    times,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+AUP_WORDS = (
+    "The area under accuracy (percent) over useful tokens per forward, over thresholds and steps of one decoder: "
+    "rho_1 y_1, then trapezoids of y W with W = min(1, exp(-3 (1 - y / y_max))), y_max the best accuracy on the task, "
+    "the baseline included. Points more than 5 points below the first are left out (here counted by NFE). "
+    "Numbers by different counts of forwards are not to be compared."
+)
 AXES = {"block_size": "block size (tokens)", "steps_per_block": "steps per block", "threshold": "confidence threshold"}
 
 
@@ -76,8 +95,39 @@ def sweeps(runs: Runs) -> Section:
             f"Runs: {run_list(run_ids)}."
         )
     parts[:0] = [_collapsed(runs)] if files else []
+    parts += [_parallelism(runs)] if files else []
     title = "Collapse: over block size, steps and threshold"
     return Section(title=title, markdown="\n\n".join(parts) + "\n", files=files)
+
+
+def _parallelism(runs: Runs) -> str:
+    """Accuracy under parallelism of every curve; empty without any."""
+    found = curves(runs, runs.quality)
+    rows = [
+        [
+            escape(curve.task),
+            escape(_curve_name(curve)),
+            count(len(curve.points)),
+            count(curve.num_left_out),
+            *(
+                NONE if area is None else f"{area:.1f}"
+                for area in (curve.aup, curve.aup_with_commits, curve.aup_with_all)
+            ),
+            code(curve.run_id),
+        ]
+        for curve in found
+    ]
+    if not rows:
+        return ""
+    header = ["task", "decoder", "points", "left out", "AUP by NFE", "with commits", "with prefill and all else", "run"]
+    return details("Accuracy under parallelism (AUP)", f"{AUP_WORDS}\n\n{table(header, rows, left=2)}")
+
+
+def _curve_name(curve: Curve) -> str:
+    """The decoder, with what its points share."""
+    decoder = curve.points[0].candidate.decoder
+    size = setting(decoder, "block_size")
+    return decoder.kind.replace("_", " ") + (f", block {size}" if size is not None else "")
 
 
 def _values(name: str, cells: Sequence[Cell]) -> dict[str, set[float]]:
