@@ -27,6 +27,7 @@ from twotower_eval.records import (
     Score,
     SpeedSample,
     Workload,
+    canonical_json,
     cell_id,
     sha256_text,
 )
@@ -39,6 +40,7 @@ PAIR = Checkpoint(
 )
 CONTEXT = dataclasses.replace(PAIR, digest=sha256_text("context tower"), tower="context")
 AUTOREGRESSIVE = DecoderSpec(kind="autoregressive", params={"temperature": 0.0})
+PLAN = {"tasks": ["arithmetic", "sorting", "words", "choice"], "seed": 7}
 RUN_ID, SPEED_ID = "20261101T120000Z-run-aaaaaa", "20261102T120000Z-speed-bbbbbb"
 # Task: (group, metric, scored by, share right, share lost per unit of haste, share gained)
 TASKS: dict[str, tuple[str | None, str, str, float, float, float]] = {
@@ -72,8 +74,8 @@ def manifest(run_id: str, verb: Any, cells: Iterable[Cell], **changes: Any) -> R
         run_id=run_id,
         verb=verb,
         argv=("twotower-eval", verb, "--tasks", "arithmetic,sorting,words,choice", "--out", "my results"),
-        plan={"tasks": ["arithmetic", "sorting", "words", "choice"], "seed": 7},
-        plan_sha256=sha256_text("plan"),
+        plan=PLAN,
+        plan_sha256=sha256_text(canonical_json(PLAN)),
         cells=tuple(cells),
         started_at="2026-11-01T12:00:00.000+00:00",
         project_version="0.1.0",
@@ -107,8 +109,14 @@ def write(
     ``cut`` says of (arm, task) how many of ten prompts were; without it the run does not count them.
     """
     with store.create(root, header) as writer:
+        values: dict[tuple[str, str, int], float] = {}
         for row in rows:
-            kept = row if edit is None else edit(row)
+            told = row
+            if isinstance(row, GenerationRow) and (row.cell, row.task, row.doc_id) in values:
+                told = _saying(row, values[row.cell, row.task, row.doc_id])
+            kept = told if edit is None else edit(told)
+            if isinstance(kept, Score) and kept.value is not None:
+                values[kept.cell, kept.task, kept.doc_id] = kept.value
             if kept is not None:
                 writer.append(kept)
         for cell in header.cells if cut is not None else ():
@@ -118,6 +126,12 @@ def write(
         if complete:
             writer.finish()
         return writer.path
+
+
+def _saying(row: GenerationRow, value: float) -> GenerationRow:
+    """The answer with its score in it: equal answers have equal scores."""
+    text = " ".join([f"{value:g}", *str(row.generation.text).split()[1:]])
+    return dataclasses.replace(row, generation=dataclasses.replace(row.generation, text=text))
 
 
 def quality_run(

@@ -123,8 +123,8 @@ def test_what_holds_is_supported_with_its_gates_and_its_bounds(good: list[Run]) 
     assert kept.estimate is not None
     assert kept.estimate.level == 0.9
     assert {gate.name for gate in fast.gates} == {
-        "complete run", "same inputs", "whole prompts", "A/A null", "degenerate outputs", "answers are answers",
-        "verify", "same rounds", "same answers", "residual", "busy arms", "probes",
+        "files agree", "complete run", "same inputs", "whole prompts", "A/A null", "degenerate outputs",
+        "answers are answers", "verify", "same rounds", "same answers", "residual", "busy arms", "probes",
     }  # fmt: skip
     assert kept.evidence == (RUN_ID,)
     assert set(fast.evidence) == {RUN_ID, SPEED_ID}
@@ -297,13 +297,14 @@ def test_stopping_early_is_no_speedup(tmp_path: Path, good: list[Run], quantity:
 
 def pads(row: Row, arm: str) -> Row:
     if isinstance(row, SpeedSample) and arm == "candidate":
-        more = [dataclasses.replace(prompt, num_tokens=prompt.num_tokens * 4) for prompt in row.prompts]
+        more = [dataclasses.replace(prompt, num_tokens=64) for prompt in row.prompts]  # the budget
         return dataclasses.replace(row, wall_s=row.wall_s * 2, prompts=tuple(more))
     return row
 
 
 def test_padding_is_no_speedup_either(tmp_path: Path, good: list[Run]) -> None:
-    verdict = verdict_on({**FAST, "quantity": "speedup_throughput"}, edited_speed(tmp_path, good, pads))
+    claim = {**FAST, "quantity": "speedup_throughput", "expected": 0.9}
+    verdict = verdict_on(claim, edited_speed(tmp_path, good, pads))
     assert verdict.outcome == "INCONCLUSIVE"
     assert "the wall-clock speedup has to clear too" in verdict.reason
 

@@ -183,15 +183,16 @@ def test_speed_table_holds_what_the_rows_say(usual) -> None:
     cost = row_of(markdown, "block 16", "answer", "1", "96")
     assert cost[4].startswith(f"{useful / candidate_s:.3g} [")
     assert cost[5:10] == [
-        f"{useful / forwards:.2f}",
         f"{useful / denoiser:.2f}",
+        f"{useful / (forwards - 96):.2f}",
+        f"{useful / forwards:.2f}",
         f"{denoiser:,}",
         f"{forwards - denoiser:,}",
-        f"{useful:,}",
     ]
-    assert cost[10] == "192"
-    assert cost[12] == "96 / 0 / 0"
-    assert row_of(markdown, "baseline", "answer", "1", "96")[6] == text.NONE
+    assert cost[10] == f"{useful:,}"
+    assert cost[11] == "192"
+    assert cost[13] == "96 / 0 / 0"
+    assert row_of(markdown, "baseline", "answer", "1", "96")[5:7] == [text.NONE, text.NONE]
     assert "1 launch: variation between launches was not measured." in markdown
 
 

@@ -83,7 +83,8 @@ def traced(row):
 def worded(row):
     """Model texts that try to break out of their place."""
     if isinstance(row, GenerationRow):
-        text = EVIL[row.doc_id % len(EVIL)] + f"\n    indented {row.doc_id}"
+        score = str(row.generation.text).split()[0]  # equal answers have equal scores
+        text = EVIL[row.doc_id % len(EVIL)] + f"\n    indented {row.doc_id} {score}"
         return dataclasses.replace(row, generation=dataclasses.replace(row.generation, text=text))
     return row
 

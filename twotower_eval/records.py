@@ -175,13 +175,17 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One checkpoint, one decoder, one workload. ``id`` comes from :func:`cell_id`."""
+    """One checkpoint, one decoder, one workload. ``id`` comes from :func:`cell_id`, with ``extra`` in it.
+
+    Runs of old do not say what else was in it (``None``).
+    """
 
     id: str
     arm: Arm
     checkpoint: Checkpoint
     decoder: DecoderSpec
     workload: Workload
+    extra: Params | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -193,15 +193,32 @@ def check_unedited(run: Run) -> None:
 
     Lines lost from a file are no edit: what they said is made again.
     """
-    told = told_digests(run.events, str(run.path / EVENTS))
-    for name, digests in told.items():
+    for name, rows in changed_journals(run).items():
+        raise ValueError(
+            f"{run.path / name}: lines 1 to {rows} were changed after they were written ({EVENTS} has another sha256): "
+            "restore them or start a new run"
+        )
+
+
+def changed_journals(run: Run) -> dict[str, int]:
+    """Journals that do not begin with what an event tells of them: name -> how many of the first lines differ."""
+    changed = {}
+    for name, digests in told_digests(run.events, str(run.path / EVENTS)).items():
         found = prefix_digests(content_of(run.path / name) or b"", digests)
-        for rows in sorted(found):
-            if found[rows] != digests[rows]:
-                raise ValueError(
-                    f"{run.path / name}: lines 1 to {rows} were changed after they were written ({EVENTS} has "
-                    "another sha256): restore them or start a new run"
-                )
+        wrong = [rows for rows in sorted(found) if found[rows] != digests[rows]]
+        if wrong:
+            changed[name] = wrong[0]
+    return changed
+
+
+def short_journals(run: Run) -> dict[str, tuple[int, int]]:
+    """Journals that have fewer lines than an event tells of: name -> lines told, lines there."""
+    short = {}
+    for name, digests in told_digests(run.events, str(run.path / EVENTS)).items():
+        there = (content_of(run.path / name) or b"").count(b"\n")
+        if there < max(digests):
+            short[name] = (max(digests), there)
+    return short
 
 
 def find_runs(root: Path, verb: str | None = None) -> list[Path]:

@@ -7,7 +7,7 @@ outputs there are, so a speedup always answers for the outputs that it was timed
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from twotower_eval import stats
 from twotower_eval.claims.match import Evidence
@@ -16,6 +16,7 @@ from twotower_eval.evidence.best import generate_text
 from twotower_eval.evidence.busy import busy_faults, busy_of, busy_text
 from twotower_eval.evidence.chance import standing_text
 from twotower_eval.evidence.clean import Flagged
+from twotower_eval.evidence.consistency import Contradiction, contradictions_text
 from twotower_eval.evidence.measured import measured
 from twotower_eval.evidence.numbers import PERCENT, interval
 from twotower_eval.evidence.points import MissingScore, OtherScore
@@ -34,6 +35,16 @@ BROKEN = "fast and broken"
 NEEDED_FOR_SPEED = ("degenerate outputs", "answers are answers")
 # A SUPPORTED speedup, or a joint claim with one, says which of these was not checked.
 SAID_WITH_SPEED = ("residual", "probes", "busy", "same rounds", "same answers", "same tasks")
+
+
+def files_agree_gate(found: Mapping[str, Sequence[Contradiction]], run_ids: Sequence[str]) -> Gate:
+    """No file of these runs says something else than another: what contradicts itself is no evidence."""
+    wrong = [run_id for run_id in run_ids if run_id in found]
+    name = "files agree"
+    if not wrong:
+        return Gate(name=name, outcome="passed", detail="no file of a run contradicts another", evidence=tuple(run_ids))
+    detail = "; ".join(f"run {run_id} contradicts itself: {contradictions_text(found[run_id])}" for run_id in wrong)
+    return Gate(name=name, outcome="failed", detail=detail, evidence=tuple(wrong))
 
 
 def complete_gate(point: QualityPoint | SpeedPoint) -> Gate:

@@ -29,6 +29,7 @@ from twotower_eval.claims.match import (
     Evidence,
     differing_at,
     gather,
+    has_subject,
     measured_points,
     own_score,
     quality_at,
@@ -96,10 +97,29 @@ class _Judged:
 
 def _judge_one(claim: Claim, evidence: Evidence) -> _Judged:
     judge_it = _judge_speed if claim.quantity in SPEED_QUANTITIES else _judge_quality
-    judged = judge_it(claim, evidence)
+    judged = _unless_contradicting(judge_it(claim, evidence), claim, evidence)
     return dataclasses.replace(
         judged, verdict=dataclasses.replace(judged.verdict, num_points=measured_points(claim, evidence))
     )
+
+
+def _unless_contradicting(judged: _Judged, claim: Claim, evidence: Evidence) -> _Judged:
+    """INVALID where the files of a run that the verdict rests on contradict each other.
+
+    Nothing measured is told by no run, so then any run of the claim's model counts: the point may have been edited.
+    """
+    verdict = judged.verdict
+    run_ids = verdict.evidence or [run.manifest.run_id for run in evidence.runs if has_subject(claim, run)]
+    if not run_ids:
+        return judged
+    gate = gates.files_agree_gate(evidence.contradictions, run_ids)
+    verdict = dataclasses.replace(verdict, gates=(gate, *verdict.gates))
+    if gate.outcome == "failed":
+        before = f"; {verdict.reason}" if verdict.outcome == "INVALID" else ""
+        reason = f"{gate.name}: {gate.detail}{before}"
+        shown = tuple(sorted({*verdict.evidence, *gate.evidence}))
+        verdict = dataclasses.replace(verdict, outcome="INVALID", reason=reason, evidence=shown, scope=None)
+    return dataclasses.replace(judged, verdict=verdict)
 
 
 def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from twotower_eval.claims.files import SCORE_QUANTITIES, SPEED_QUANTITIES
 from twotower_eval.evidence import ArmsDifferError, PointKey, QualityPoint, Runs, SpeedPoint
 from twotower_eval.evidence.alone import is_alone
+from twotower_eval.evidence.consistency import Contradiction
 from twotower_eval.evidence.naming import checkpoint_name
 from twotower_eval.evidence.points import OtherScore
 from twotower_eval.evidence.quality import quality_points
@@ -25,12 +26,16 @@ WITHOUT_EFFECT = ("trace",)  # keeps a record of decoding and changes nothing
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Every run, the points of those that can be compared, and why others cannot (run id -> reason)."""
+    """Every run, the points of those that can be compared, and why others cannot (run id -> reason).
+
+    ``contradictions`` are of runs whose files do not agree with each other.
+    """
 
     runs: tuple[Run, ...]
     quality: tuple[QualityPoint, ...]
     speed: tuple[SpeedPoint, ...]
     differing: Mapping[str, str]
+    contradictions: Mapping[str, Sequence[Contradiction]] = field(default_factory=dict)
 
     @property
     def alone(self) -> list[str]:
@@ -47,9 +52,10 @@ def gather(runs: Sequence[Run]) -> Evidence:
     together = runs if isinstance(runs, Runs) else Runs(runs)
     ordered = list(together)
     try:
-        return Evidence(runs=tuple(ordered), quality=together.quality, speed=together.speed, differing={})
+        found = Evidence(runs=tuple(ordered), quality=together.quality, speed=together.speed, differing={})
     except ArmsDifferError:
-        return _apart(ordered)
+        found = _apart(ordered)
+    return dataclasses.replace(found, contradictions=together.contradictions)
 
 
 def _apart(ordered: list[Run]) -> Evidence:
@@ -212,6 +218,11 @@ def same_point(quality: Iterable[QualityPoint], key: PointKey) -> list[QualityPo
 def names_subject(claim: Claim, checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is the one that the claim is about."""
     return _names(claim.subject, checkpoint)
+
+
+def has_subject(claim: Claim, run: Run) -> bool:
+    """Whether the claim's model is a candidate in a run."""
+    return any(cell.arm == "candidate" and names_subject(claim, cell.checkpoint) for cell in run.manifest.cells)
 
 
 def names_baseline(claim: Claim, checkpoint: Checkpoint) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import overload
 
+from twotower_eval.evidence import consistency
 from twotower_eval.evidence.alone import ScoredAlone, TimedAlone, compares, is_alone, scored_alone, timed_alone
 from twotower_eval.evidence.naming import checkpoint_name, code_name, long_name, short_name
 from twotower_eval.evidence.pareto import Panel, panels
@@ -83,6 +84,11 @@ class Runs(Sequence[Run]):
     def speed_gaps(self) -> tuple[str, ...]:
         """Timed cells that have no complete round yet, in words."""
         return self._speed[1]
+
+    @cached_property
+    def contradictions(self) -> dict[str, tuple[consistency.Contradiction, ...]]:
+        """By run id, what files of a run contradict each other in; runs whose files agree are left out."""
+        return consistency.by_run(self._runs)
 
     @property
     def compare(self) -> bool:

@@ -187,6 +187,7 @@ def _cell(plan: RunPlan, arm: Arm, model: Any, spec: DecoderSpec, task: BuiltTas
         checkpoint=model.checkpoint,
         decoder=spec,
         workload=workload,
+        extra=extra,
     )
 
 

@@ -8,6 +8,7 @@ from twotower_eval.claims import halves
 from twotower_eval.evidence.alone import compares, is_alone
 from twotower_eval.evidence.busy import Busy, busy_faults, busy_of, busy_text
 from twotower_eval.evidence.clean import Flagged
+from twotower_eval.evidence.consistency import contradictions_text
 from twotower_eval.evidence.points import Measured, QualityPoint
 from twotower_eval.evidence.residual import fault_text, residual_text
 from twotower_eval.evidence.runs import Runs
@@ -45,12 +46,20 @@ PROOF_WORDS: dict[ProofOutcome, str] = {"fastest": "passed", "slower": "slower w
 
 def gates(runs: Runs) -> Section:
     """One row for each gate, then the shares of degenerate outputs with the figures on clean ones."""
-    rows = [*_hashes(runs), *_whole_prompts(runs), *_answers(runs), *_ways(runs), *_nulls(runs), *_residuals(runs)]
-    rows += [*_busy(runs), *_probes(runs), *_checks(runs)]
+    rows = [*_files_agree(runs), *_hashes(runs), *_whole_prompts(runs), *_answers(runs), *_ways(runs), *_nulls(runs)]
+    rows += [*_residuals(runs), *_busy(runs), *_probes(runs), *_checks(runs)]
     verified = any(run.manifest.verb == "verify" for run in runs)
     missing = "" if verified else "Parity and batch logic were not checked: `twotower-eval verify` does it.\n"
     parts = [table(GATE_HEADER, rows, left=len(GATE_HEADER)), missing, _degenerate(runs)]
     return Section(title="Gates", markdown="\n".join(part for part in parts if part))
+
+
+def _files_agree(runs: Runs) -> Iterator[Row]:
+    for run in runs:
+        run_id = run.manifest.run_id
+        wrong = runs.contradictions.get(run_id, ())
+        found = escape(contradictions_text(wrong)) if wrong else "no file of the run contradicts another"
+        yield ["files agree", OUTCOMES["failed" if wrong else "passed"], found, code(run_id)]
 
 
 def _hashes(runs: Runs) -> Iterator[Row]:

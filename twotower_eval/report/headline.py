@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from twotower_eval.claims import halves
+from twotower_eval.evidence.consistency import contradictions_text
 from twotower_eval.evidence.naming import checkpoint_name, long_name
 from twotower_eval.evidence.numbers import high_retention_text
 from twotower_eval.evidence.points import QualityPoint
@@ -24,7 +25,7 @@ def headline(runs: Runs) -> Section:
     if not runs.compare:
         return _alone(runs)
     found = runs.headline
-    lines = [verdict_line(runs), *(_incomplete(run) for run in runs if not run.complete)]
+    lines = [*_contradicting(runs), verdict_line(runs), *(_incomplete(run) for run in runs if not run.complete)]
     if not runs.points:
         lines.append("**Nothing has been scored or timed completely yet, so there is nothing to quote.**")
     else:
@@ -36,9 +37,18 @@ def headline(runs: Runs) -> Section:
 
 def _alone(runs: Runs) -> Section:
     """The same of one model alone."""
-    lines = [verdict_line(runs), *(_incomplete(run) for run in runs if not run.complete)]
+    lines = [*_contradicting(runs), verdict_line(runs), *(_incomplete(run) for run in runs if not run.complete)]
     lines += [alone.sentence(runs), bullets(alone.remarks(runs))]
     return Section(title="One model alone", markdown="\n\n".join(line for line in lines if line) + "\n")
+
+
+def _contradicting(runs: Runs) -> list[str]:
+    """Before anything is quoted: what follows is from files of which some are not what they were."""
+    return [
+        f"> **INVALID: the files of run {code(run_id)} contradict each other: {escape(contradictions_text(found))}.** "
+        "No figure from it is evidence."
+        for run_id, found in runs.contradictions.items()
+    ]
 
 
 def _incomplete(run: Run) -> str:

@@ -101,7 +101,7 @@ def _cell(plan: ScalePlan, arm: Arm, checkpoint: Checkpoint, decoder: DecoderSpe
         num_devices=len(checkpoint.devices),
     )
     identity = cell_id(checkpoint, decoder, workload)
-    return Cell(id=identity, arm=arm, checkpoint=checkpoint, decoder=decoder, workload=workload)
+    return Cell(id=identity, arm=arm, checkpoint=checkpoint, decoder=decoder, workload=workload, extra={})
 
 
 def make_items(plan: ScalePlan, rigs: Sequence[Rig], profiles: Sequence[Profile]) -> list[list[Item]]:

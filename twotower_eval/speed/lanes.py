@@ -222,4 +222,5 @@ def _cell(plan: SpeedPlan, calls: Sequence[Call], size: int, arm: Arm, model: An
         checkpoint=model.checkpoint,
         decoder=spec,
         workload=workload,
+        extra=extra,
     )

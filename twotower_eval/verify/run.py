@@ -97,6 +97,7 @@ def _cell(plan: VerifyPlan, model: Any, prompts: Sequence[Prompt]) -> Cell:
         checkpoint=model.checkpoint,
         decoder=spec,
         workload=workload,
+        extra={},
     )
 
 

@@ -1,0 +1,333 @@
+"""Do a run's files agree with each other? What contradicts itself is no evidence, whoever changed it and why.
+
+Everything here follows from the files alone: the plan from its hash, cells from their ids, journals from what events
+tell of them, sums from the rows that they are sums of, answers from the calls that made them, scores from answers. What
+a run does not record, as those of old do not, is not looked at. Nobody is caught who forges every file alike; edits,
+mix-ups and copies that went wrong are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise, product
+from typing import Any, Literal, get_args
+
+from twotower_eval import store
+from twotower_eval.records import (
+    Cell,
+    LikelihoodKind,
+    Params,
+    SpeedSample,
+    canonical_json,
+    cell_id,
+    sha256_text,
+)
+from twotower_eval.store import Run
+
+ContradictionKind = Literal[
+    "plan hash",
+    "plan and cells",
+    "cell id",
+    "journal changed",
+    "journal short",
+    "rounds told",
+    "seconds told",
+    "documents told",
+    "launch untold",
+    "calls overlap",
+    "batch size",
+    "prompts of a call",
+    "prompt tokens",
+    "prompt tokens of arms",
+    "tokens of equal hash",
+    "tokens beyond budget",
+    "forwards counted",
+    "call and answer",
+    "call without answer",
+    "answer without call",
+    "text of equal tokens",
+    "score without answer",
+    "answer without score",
+    "score of another prompt",
+    "score outside 0 to 1",
+    "scores of equal answers",
+    "score of the target",
+    "scores of one likelihood",
+]
+TOLERANCE = 1e-6  # relative: sums of the same numbers in another order
+CLOCK_S = 0.002  # moments are written in milliseconds, cut off
+CLOCK_SHARE = 0.001  # and the day's clock may be slewed while a stopwatch is not
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contradiction:
+    """What a run's files say in two ways: ``stated`` and ``found``, first at ``where``; ``num`` places in all."""
+
+    kind: ContradictionKind
+    where: str
+    stated: str
+    found: str
+    num: int = 1
+
+
+Place = tuple[str, str, str]  # where, stated, found
+Check = Callable[[Run], Iterable[Place]]
+
+
+def contradictions(run: Run) -> tuple[Contradiction, ...]:
+    """All that a run's files contradict each other in, the first place of each kind; empty where they agree."""
+    from twotower_eval.evidence.consistent_rows import ROW_CHECKS
+
+    found = []
+    for kind, check in {**CHECKS, **ROW_CHECKS}.items():
+        places = list(check(run))
+        if places:
+            where, stated, there = places[0]
+            found.append(Contradiction(kind=kind, where=where, stated=stated, found=there, num=len(places)))
+    return tuple(found)
+
+
+WORDS: Mapping[ContradictionKind, str] = {
+    "plan hash": "the plan's sha256 is written as {stated}, that of the plan is {found}",
+    "plan and cells": "the plan says {stated}, its cells say {found}",
+    "cell id": "{where} is not made of its checkpoint, decoder and workload, which give {found}",
+    "journal changed": "{where}: {stated} are not those that were written, by the sha256 in events.jsonl",
+    "journal short": "{where} has {found} lines, and events.jsonl tells of {stated}",
+    "rounds told": "events.jsonl tells of {stated} measured rounds, speed.jsonl has {found}",
+    "seconds told": "events.jsonl tells of {stated} s on the clock, the calls of speed.jsonl add up to {found} s",
+    "documents told": "events.jsonl tells of {stated} documents of {where}, {found} are scored",
+    "launch untold": "speed.jsonl has launch {found}, and events.jsonl tells of {stated} only",
+    "calls overlap": "{where} took {stated} s, and the next call of its launch began {found} s after it",
+    "batch size": "{where} was of {found} prompts, its cell times {stated}",
+    "prompts of a call": "{where} is on other prompts in one round than in another",
+    "prompt tokens": "{where} has {stated} tokens in one round and {found} in another",
+    "prompt tokens of arms": "{where} has {stated} tokens for one arm and {found} for the other, of one tokenizer",
+    "tokens of equal hash": "{where}: tokens of one sha256 are said to be {stated} and {found}",
+    "tokens beyond budget": "{where} made {found} tokens, at most {stated} were asked for",
+    "forwards counted": "the prompts of {where} report {stated} forwards, and the harness counted {found}",
+    "call and answer": "{where}: the timed call says {stated}, the answer that it made {found}",
+    "call without answer": "{where} was timed, and its answer is not there",
+    "answer without call": "{where} was answered in a timed call that is not there",
+    "text of equal tokens": "{where}: the same tokens stand for two texts",
+    "score without answer": "{where} has a score, and its answer is not there",
+    "answer without score": "{where} was answered in a run whose answers are scored, and has no score",
+    "score of another prompt": "{where} was scored for another prompt than it was answered for",
+    "score outside 0 to 1": "{where} is {found}",
+    "scores of equal answers": "{where}: equal answers to one document are scored {stated} and {found}",
+    "score of the target": "{where} is the target itself, and is scored {found}",
+    "scores of one likelihood": "{where} has the same log-likelihoods in both cells, scored {stated} and {found}",
+}
+
+
+def contradiction_text(one: Contradiction) -> str:
+    """In words, with how many there are besides."""
+    text = WORDS[one.kind].format(where=one.where, stated=one.stated, found=one.found)
+    return text + (f" (and {one.num - 1:,} more like this)" if one.num > 1 else "")
+
+
+def contradictions_text(found: Sequence[Contradiction]) -> str:
+    """All of a run's, one after the other."""
+    return ", and ".join(map(contradiction_text, found))
+
+
+def _plan_hash(run: Run) -> Iterator[Place]:
+    found = sha256_text(canonical_json(run.manifest.plan))
+    if found != run.manifest.plan_sha256:
+        yield "manifest.json", run.manifest.plan_sha256[:12], found[:12]
+
+
+def _plan_and_cells(run: Run) -> Iterator[Place]:
+    """What a plan and its cells both say in so many words."""
+    plan = run.manifest.plan
+    cells = [cell for cell in run.manifest.cells if cell.workload.kind in ("task", "fixed", "answer")]
+    said: list[tuple[str, set[Any], set[Any]]] = [
+        ("workload", {plan.get("workload")}, {cell.workload.kind for cell in cells} - {"task"}),
+        ("batch sizes", set(plan.get("batch_sizes") or ()), {cell.workload.batch_size for cell in cells} - {None}),
+        ("dtype", {plan.get("dtype")}, {cell.checkpoint.dtype for cell in cells}),
+    ]
+    for name, planned, there in said:
+        if planned - {None} and there and not there <= planned:
+            shown = (", ".join(sorted(map(str, values))) for values in (planned, there))
+            yield "manifest.json", *(f"{name} {words}" for words in shown)  # type: ignore[misc]
+
+
+def _cell_ids(run: Run) -> Iterator[Place]:
+    """Cells that say what else is in their id; of the others, those that differ from what their run's other ids fit."""
+    strict = [cell for cell in run.manifest.cells if cell.extra is not None]
+    older = [cell for cell in run.manifest.cells if cell.extra is None]
+    shapes = list(_older_extras(run)) if older else []
+    misfits = [cell for cell in older if all(_id_with(cell, extra) != cell.id for extra in shapes)]
+    wrong = [cell for cell in strict if _id_with(cell, cell.extra or {}) != cell.id]
+    wrong += misfits if len(misfits) < len(older) or strict else []
+    for cell in wrong:
+        yield f"cell {cell.id}", cell.id, _id_with(cell, cell.extra or {})
+
+
+def _id_with(cell: Cell, extra: Params) -> str:
+    return cell_id(cell.checkpoint, cell.decoder, cell.workload, extra)
+
+
+def _older_extras(run: Run) -> Iterator[Params]:
+    """What went into ids before cells said it."""
+    plan = run.manifest.plan
+    seeds = dict.fromkeys((None, plan.get("seed")))
+    yield {}
+    yield from ({"seed": seed} for seed in seeds)
+    samples = dict.fromkeys((1, plan.get("samples"), *range(2, 65)))
+    flags: list[Params] = [{}, {"pools_samples": True}, {"cuda_graphs": True}]
+    flags.append({"pools_samples": True, "cuda_graphs": True})
+    for seed, kind, num, more in product(seeds, (None, *get_args(LikelihoodKind)), samples, flags):
+        yield {"seed": seed, "likelihood": kind, "samples": num, **more}
+
+
+def _changed(run: Run) -> Iterator[Place]:
+    for name, rows in store.changed_journals(run).items():
+        yield name, f"lines 1 to {rows}", ""
+
+
+def _short(run: Run) -> Iterator[Place]:
+    """Of a run that went to its end: one that is still written may have lost lines to a crash, and makes them again."""
+    if run.complete:
+        for name, (told, there) in store.short_journals(run).items():
+            yield name, str(told), str(there)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Told:
+    """What one ``measured`` event tells, and the calls that were there by then."""
+
+    num_rounds: int
+    timed_s: float
+    launch: str | None
+    calls: list[SpeedSample]
+
+
+def _measured(run: Run) -> Iterator[_Told]:
+    """None of runs that time parts of decoding alone: their rounds are of those."""
+    launch = None
+    for event in run.events if run.speed else ():
+        if event["kind"] == "launched":
+            launch = event.get("launch")
+        if event["kind"] != "measured" or not isinstance(event.get("timed_s"), (int, float)):
+            continue
+        known = event.get("files", {}).get("speed.jsonl", {}).get("rows")
+        rows = run.speed if known is None else run.speed[:known]
+        if known is None and event is not run.events[-1] and not run.complete:
+            continue
+        calls = [sample for sample in rows if sample.phase == "measure"]
+        yield _Told(num_rounds=event["num_rounds"], timed_s=event["timed_s"], launch=launch, calls=calls)
+
+
+def _whole_s(calls: Iterable[SpeedSample]) -> list[float]:
+    """Seconds of every complete round."""
+    rounds: dict[tuple[str, int], list[float]] = defaultdict(list)
+    seen = set()
+    for call in calls:
+        seen.add((call.cell, call.replica, call.call_id))
+        rounds[call.launch_id, call.round].append(call.wall_s)
+    whole = (walls_s for walls_s in rounds.values() if len(walls_s) == len(seen))
+    return [sum(wall_s for wall_s in walls_s if wall_s > 0) for walls_s in whole]
+
+
+def _readings(told: _Told) -> list[list[float]]:
+    """An event tells of all launches so far, or of its own."""
+    own = [call for call in told.calls if call.launch_id == told.launch]
+    return [_whole_s(told.calls), *([_whole_s(own)] if own else [])]
+
+
+def _rounds_told(run: Run) -> Iterator[Place]:
+    for told in _measured(run):
+        found = [len(whole) for whole in _readings(told)]
+        if told.num_rounds not in found:
+            yield "speed.jsonl", str(told.num_rounds), " or ".join(map(str, dict.fromkeys(found)))
+
+
+def _seconds_told(run: Run) -> Iterator[Place]:
+    for told in _measured(run):
+        found = [sum(whole) for whole in _readings(told) if len(whole) == told.num_rounds]
+        if found and not any(math.isclose(told.timed_s, one, rel_tol=TOLERANCE, abs_tol=TOLERANCE) for one in found):
+            yield "speed.jsonl", f"{told.timed_s:.3f}", f"{found[0]:.3f}"
+
+
+def _documents_told(run: Run) -> Iterator[Place]:
+    """The newest word on each cell; scores that all documents have, not those of all of them together."""
+    told = {
+        (event["cell"], event["task"]): event["num_documents"]
+        for event in run.events
+        if event["kind"] == "cell_done" and {"cell", "task", "num_documents"} <= event.keys()
+    }
+    scored: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for score in run.scores:
+        if score.aggregation in (None, "mean"):
+            scored[score.cell, score.task].add(score.doc_id)
+    for (cell, task), num in told.items():
+        found = len(scored[cell, task])
+        if found and found != num:
+            yield f"task {task} in cell {cell}", str(num), str(found)
+
+
+def _launches(run: Run) -> Iterator[Place]:
+    """Launches are named after their run; each is told, or began with the run or where it was gone on with."""
+    launches = list(dict.fromkeys(sample.launch_id for sample in run.speed))
+    own = [name for name in launches if name.startswith(f"{run.manifest.run_id}/")]
+    if not own:
+        return
+    told = {str(event.get("launch")) for event in run.events if event["kind"] == "launched"}
+    begun = sum(event["kind"] in ("started", "resumed") for event in run.events)
+    odd = [name for name in launches if name not in (told or own)]
+    if odd:
+        yield "speed.jsonl", ", ".join(sorted(told)) or f"{begun} of this run", odd[0]
+    elif not told and len(launches) > begun:
+        yield "speed.jsonl", str(begun), launches[-1]
+
+
+def _overlaps(run: Run) -> Iterator[Place]:
+    """One process times one call after the other. Launches without the moments of their calls are left out."""
+    by_launch: dict[str, list[SpeedSample]] = defaultdict(list)
+    for sample in run.speed:
+        by_launch[sample.launch_id].append(sample)
+    for calls in by_launch.values():
+        moments = [_moment(call.started_at) for call in calls]
+        if None in moments or len(set(moments)) < 2:
+            continue
+        for (call, began), (_, next_began) in pairwise(zip(calls, moments, strict=True)):
+            gap_s = (next_began - began).total_seconds()  # type: ignore[operator]
+            # Before the one ahead of it: the day's clock was set.
+            if gap_s >= 0 and call.wall_s > gap_s + CLOCK_S + CLOCK_SHARE * call.wall_s:
+                yield call_name(call), f"{call.wall_s:.3f}", f"{gap_s:.3f}"
+
+
+def _moment(text: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return None
+
+
+def call_name(call: SpeedSample) -> str:
+    """A timed call, as contradictions name it."""
+    return f"call {call.call_id} of cell {call.cell}, round {call.round}"
+
+
+CHECKS: Mapping[ContradictionKind, Check] = {
+    "plan hash": _plan_hash,
+    "plan and cells": _plan_and_cells,
+    "cell id": _cell_ids,
+    "journal changed": _changed,
+    "journal short": _short,
+    "rounds told": _rounds_told,
+    "seconds told": _seconds_told,
+    "documents told": _documents_told,
+    "launch untold": _launches,
+    "calls overlap": _overlaps,
+}
+
+
+def by_run(runs: Sequence[Run]) -> dict[str, tuple[Contradiction, ...]]:
+    """Run id -> its contradictions, for runs that have any."""
+    found = {run.manifest.run_id: contradictions(run) for run in runs}
+    return {run_id: own for run_id, own in found.items() if own}
