@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twotower_eval.journal import content_of, now_text, summarise, write_atomically
+from twotower_eval.journal import content_of, now_text, prefix_digests, summarise, write_atomically
 from twotower_eval.json_text import parse_json, read_utf8
 from twotower_eval.records import SCHEMA_VERSION, Count
 from twotower_eval.strict import from_json
@@ -64,6 +64,30 @@ def told_digests(events: Sequence[Mapping[str, Any]], where: str) -> dict[str, d
             kept = {rows: sha256 for rows, sha256 in told[name].items() if rows <= summary.rows}
             told[name] = {**kept, summary.rows: summary.sha256}
     return told
+
+
+def changed_journals(path: Path, events: Sequence[Mapping[str, Any]], where: str) -> dict[str, int]:
+    """Journals that do not begin with what an event tells of them: name -> how many of the first lines differ.
+
+    ``where`` is the name of the events' own file.
+    """
+    changed = {}
+    for name, digests in told_digests(events, str(path / where)).items():
+        found = prefix_digests(content_of(path / name) or b"", digests)
+        wrong = [rows for rows in sorted(found) if found[rows] != digests[rows]]
+        if wrong:
+            changed[name] = wrong[0]
+    return changed
+
+
+def short_journals(path: Path, events: Sequence[Mapping[str, Any]], where: str) -> dict[str, tuple[int, int]]:
+    """Journals that have fewer lines than an event tells of: name -> lines told, lines there."""
+    short = {}
+    for name, digests in told_digests(events, str(path / where)).items():
+        there = (content_of(path / name) or b"").count(b"\n")
+        if there < max(digests):
+            short[name] = (max(digests), there)
+    return short
 
 
 def close_run(path: Path, names: Sequence[str], finished_at: str | None = None) -> None:

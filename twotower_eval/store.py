@@ -22,14 +22,12 @@ from twotower_eval import comparability
 from twotower_eval.closing import DONE as DONE
 from twotower_eval.closing import MANIFEST as MANIFEST
 from twotower_eval.closing import TRAINING_LOG as TRAINING_LOG
-from twotower_eval.closing import agrees_with_closing, close_run, told_digests
+from twotower_eval.closing import agrees_with_closing, changed_journals, close_run
 from twotower_eval.journal import (
     PACKED,
     Journal,
-    content_of,
     fsync_folder,
     lock_run,
-    prefix_digests,
     read_objects,
     truncate_torn_line,
     write_atomically,
@@ -193,32 +191,11 @@ def check_unedited(run: Run) -> None:
 
     Lines lost from a file are no edit: what they said is made again.
     """
-    for name, rows in changed_journals(run).items():
+    for name, rows in changed_journals(run.path, run.events, EVENTS).items():
         raise ValueError(
             f"{run.path / name}: lines 1 to {rows} were changed after they were written ({EVENTS} has another sha256): "
             "restore them or start a new run"
         )
-
-
-def changed_journals(run: Run) -> dict[str, int]:
-    """Journals that do not begin with what an event tells of them: name -> how many of the first lines differ."""
-    changed = {}
-    for name, digests in told_digests(run.events, str(run.path / EVENTS)).items():
-        found = prefix_digests(content_of(run.path / name) or b"", digests)
-        wrong = [rows for rows in sorted(found) if found[rows] != digests[rows]]
-        if wrong:
-            changed[name] = wrong[0]
-    return changed
-
-
-def short_journals(run: Run) -> dict[str, tuple[int, int]]:
-    """Journals that have fewer lines than an event tells of: name -> lines told, lines there."""
-    short = {}
-    for name, digests in told_digests(run.events, str(run.path / EVENTS)).items():
-        there = (content_of(run.path / name) or b"").count(b"\n")
-        if there < max(digests):
-            short[name] = (max(digests), there)
-    return short
 
 
 def find_runs(root: Path, verb: str | None = None) -> list[Path]:

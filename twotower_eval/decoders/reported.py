@@ -51,6 +51,18 @@ class Asked:
     vocab_size: int
 
 
+def asked_of(model: Any, name: str, max_new_tokens: int, eos_token_ids: Sequence[int], stop: Sequence[str]) -> Asked:
+    """What the decoder ``name`` of a model is asked for; texts are held against the tokenizer that no clock is in."""
+    return Asked(
+        name=name,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=eos_token_ids,
+        stop=stop,
+        tokenizer=getattr(model, "raw_tokenizer", model.tokenizer),
+        vocab_size=model.vocab_size,
+    )
+
+
 def check_no_strays(num: int, name: str) -> None:
     """ReportError where a model was run so many times past the harness."""
     if num:

@@ -16,7 +16,7 @@ from datetime import datetime
 from itertools import pairwise, product
 from typing import Any, Literal, get_args
 
-from twotower_eval import store
+from twotower_eval.closing import changed_journals, short_journals
 from twotower_eval.records import (
     Cell,
     LikelihoodKind,
@@ -26,7 +26,7 @@ from twotower_eval.records import (
     cell_id,
     sha256_text,
 )
-from twotower_eval.store import Run
+from twotower_eval.store import EVENTS, Run
 
 ContradictionKind = Literal[
     "plan hash",
@@ -185,14 +185,14 @@ def _older_extras(run: Run) -> Iterator[Params]:
 
 
 def _changed(run: Run) -> Iterator[Place]:
-    for name, rows in store.changed_journals(run).items():
+    for name, rows in changed_journals(run.path, run.events, EVENTS).items():
         yield name, f"lines 1 to {rows}", ""
 
 
 def _short(run: Run) -> Iterator[Place]:
     """Of a run that went to its end: one that is still written may have lost lines to a crash, and makes them again."""
     if run.complete:
-        for name, (told, there) in store.short_journals(run).items():
+        for name, (told, there) in short_journals(run.path, run.events, EVENTS).items():
             yield name, str(told), str(there)
 
 

@@ -195,24 +195,12 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
     rounds, calls = there.rounds, there.calls
     if not rounds:
         return f"{names_of(runs)}: cell {candidate.id} ({candidate.decoder.label}) has {nothing_usable(there)}"
-    warnings = left_out(there)
     samples = [[grid[r, c] for r in rounds for c in calls] for grid in grids]
     fixed = candidate.workload.kind == "fixed"
     timed = timed_calls(*grids, rounds=rounds, calls=calls, fixed=fixed, processes=processes_of(runs))
     timed, lengths = with_lengths(timed, everyone, (baseline, candidate), (samples[0], samples[1]))
     length = measured(lambda: stats.speedup(timed, "length"))
-    if lengths_differ(length):
-        warnings.append(
-            "the arms' outputs differ in length by more than a tenth: read the speedup in useful tokens per second, "
-            "not the wall-clock one alone"
-        )
-    if any(of_arm.misses_the_tail for of_arm in lengths):
-        warnings.append(
-            "the timed answers are clearly unlike those of all documents in length: the interval allows for it, more "
-            "prompts would narrow it"
-        )
     time = measured(lambda: stats.speedup(timed))
-    warnings += _few_rounds(time, timed)
     null_timed = null_calls(runs, baseline)
     rate = measured(lambda: stats.speedup(timed, "baseline_rate"))
     by_arm = [flags_of(runs, cell, rounds) for cell in (baseline, candidate)]
@@ -239,7 +227,7 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
         clean=clean_speed(timed, _dropped_calls(by_arm, calls)),
         costs=costs(runs, baseline, candidate, (samples[0], samples[1])),
         samples=answer_samples(runs, (baseline, candidate), (samples[0], samples[1])),
-        warnings=tuple(warnings),
+        warnings=(*left_out(there), *_warnings(length, lengths), *_few_rounds(time, timed)),
         timed=timed,
         null_timed=null_timed,
         handicaps=_handicaps(runs, (baseline, candidate), (samples[0], samples[1])),
@@ -257,6 +245,22 @@ def _tasks_of(calls: Sequence[Call]) -> tuple[str, ...]:
     parts = [prompt_id.rpartition("/") for prompt_id in sorted(chain.from_iterable(calls))]
     said = all(task and number.isdigit() for task, _, number in parts)
     return tuple(dict.fromkeys(task for task, _, _ in parts)) if said else ()
+
+
+def _warnings(length: Measured, lengths: Sequence[Lengths]) -> list[str]:
+    """What to read with a speedup, for how long the answers are that it was timed on."""
+    warnings = []
+    if lengths_differ(length):
+        warnings.append(
+            "the arms' outputs differ in length by more than a tenth: read the speedup in useful tokens per second, "
+            "not the wall-clock one alone"
+        )
+    if any(of_arm.misses_the_tail for of_arm in lengths):
+        warnings.append(
+            "the timed answers are clearly unlike those of all documents in length: the interval allows for it, more "
+            "prompts would narrow it"
+        )
+    return warnings
 
 
 def _few_rounds(time: Measured, timed: stats.TimedCalls) -> list[str]:

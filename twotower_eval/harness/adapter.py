@@ -17,8 +17,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from twotower_eval.decoders import Decoder, Scorer
 from twotower_eval.decoders.reported import (
-    Asked,
     ReportError,
+    asked_of,
     check_answer,
     check_forwards,
     check_no_strays,
@@ -177,14 +177,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         assert self.decoder is not None, "a generation task without a decoder"
         by_id = {prompt.id: (request, prompt, key) for request, prompt, key in items}
         stops = prompts.stops_of(self.model, stop)
-        asked = Asked(
-            name=decoder_name(self.decoder),
-            max_new_tokens=budget,
-            eos_token_ids=self.model.eos_token_ids,
-            stop=stops,
-            tokenizer=self.model.tokenizer,
-            vocab_size=self.model.vocab_size,
-        )
+        asked = asked_of(self.model, decoder_name(self.decoder), budget, self.model.eos_token_ids, stops)
         heard: list[Generation] = []
 
         def journal(given: Generation) -> None:

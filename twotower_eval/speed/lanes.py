@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from twotower_eval.decoders.reported import Asked, ReportError, check_answers, check_forwards, check_no_strays, finished
+from twotower_eval.decoders.reported import (
+    ReportError,
+    asked_of,
+    check_answers,
+    check_forwards,
+    check_no_strays,
+    finished,
+)
 from twotower_eval.models.prompts import stops_of
 from twotower_eval.models.strays import Strays
 from twotower_eval.plan import SpeedPlan
@@ -82,8 +89,9 @@ class Lane:
             generations = finished(given, self.name)
             wall_s, busy = watch.end(look, self.name)
         peak_memory_bytes, reason = self.devices.peak_memory()
+        asked = asked_of(self.model, self.name, call.max_new_tokens, eos_token_ids, stop)
         self._check_count(call, generations)
-        check_answers(generations, prompts, self._asked(call, eos_token_ids, stop))
+        check_answers(generations, prompts, asked)
         self._check_passes(generations)
         self._check_times(generations, wall_s)
         if self.text_cost is not None:
@@ -107,16 +115,6 @@ class Lane:
     def name(self) -> str:
         """For people."""
         return f"{self.cell.arm} {self.cell.decoder.label}, batch size {self.cell.workload.batch_size}"
-
-    def _asked(self, call: Call, eos_token_ids: Sequence[int], stop: Sequence[str]) -> Asked:
-        return Asked(
-            name=self.name,
-            max_new_tokens=call.max_new_tokens,
-            eos_token_ids=eos_token_ids,
-            stop=stop,
-            tokenizer=self.model.raw_tokenizer,
-            vocab_size=self.model.vocab_size,
-        )
 
     def _check_count(self, call: Call, generations: Sequence[Generation]) -> None:
         short = [g.num_tokens for g in generations if call.ignore_eos and g.num_tokens != call.max_new_tokens]
