@@ -4,19 +4,22 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+from math import ceil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.tiny_pair import write_pair
-from twotower_eval import speed, store, suites
+from twotower_eval import speed, stats, store, suites
 from twotower_eval.evidence.timing import speed_points
 from twotower_eval.plan import SpeedPlan, plan_from_json
 from twotower_eval.progress import SilentProgress
 from twotower_eval.records import SpeedSample
-from twotower_eval.speed import launches
+from twotower_eval.speed import launches, loop
 from twotower_eval.speed.loop import launches_missing, share_of_launch
+from twotower_eval.stats import serial
 
 TASKS = ("miniature_sort", "miniature_recall")
 
@@ -56,9 +59,9 @@ def test_one_command_makes_its_launches_in_processes_of_their_own(
     assert {event["launch"] for event in told} == {sample.launch_id for sample in run.speed}
     for launch in (event["launch"] for event in told):
         rounds = {(s.phase, s.round) for s in run.speed if s.launch_id == launch}
-        assert sorted(phase for phase, _ in rounds) == ["measure", "measure", "warmup"]
+        assert sorted(phase for phase, _ in rounds) == ["measure"] * 5 + ["warmup"]
     [point] = speed_points([run])[0]
-    assert (point.num_launches, point.num_rounds) == (2, 4)
+    assert (point.num_launches, point.num_rounds) == (2, 10)
     assert plan_from_json(SpeedPlan, run.manifest.plan).launches == 2
 
 
@@ -97,9 +100,10 @@ def samples_of(*launched: int) -> list[SpeedSample]:
         ({"launches": 5, "min_rounds": 5}, (), 5),
         ({"launches": 5, "min_rounds": 5}, (2, 2), 3),
         ({"launches": 5, "min_rounds": 5}, (2, 1, 2), 3),
-        ({"launches": 2, "min_rounds": 5}, (3, 2), 1),
-        ({"launches": 2, "min_rounds": 1, "min_seconds": 8.0}, (4, 3), 1),
-        ({"launches": 2, "min_rounds": 1}, (2, 2, 2), 0),
+        ({"launches": 2, "min_rounds": 12}, (6, 5), 1),
+        ({"launches": 2, "min_rounds": 1, "min_seconds": 12.0}, (6, 5), 1),
+        ({"launches": 2, "min_rounds": 1}, (5, 5, 5), 0),
+        ({"launches": 4, "min_rounds": 12}, (5, 4, 5, 5), 1),
     ],
 )
 def test_how_many_launches_are_missing(settings: dict[str, Any], launched: tuple[int, ...], missing: int) -> None:
@@ -113,6 +117,51 @@ def test_a_launch_takes_its_share_and_never_one_round_alone() -> None:
     assert share_of_launch(SpeedPlan(min_rounds=1)) == SpeedPlan(min_rounds=1)
     with pytest.raises(ValueError, match="launches must be 1 or more"):
         SpeedPlan(launches=0)
+
+
+@pytest.mark.parametrize("num_launches", [2, 3, 4])
+def test_a_few_launches_make_rounds_enough_to_tell_how_these_depend_on_each_other(num_launches: int) -> None:
+    """Three launches of four rounds each could never decide anything: their correlation was taken to be the worst."""
+    assert (loop.TELLING_ROUNDS, loop.RESAMPLED_LAUNCHES) == (serial.TOLD_FROM, stats.MIN_LAUNCHES)
+    least = share_of_launch(SpeedPlan(launches=num_launches, min_rounds=12)).min_rounds
+    launches_R = [str(number) for number in range(num_launches) for _ in range(least)]
+    rounds_R = np.random.default_rng(0).normal(size=len(launches_R))
+    assert serial.serial_dependence(rounds_R, launches_R).facts.lag1 is not None
+    assert share_of_launch(SpeedPlan(launches=num_launches)).min_rounds == ceil(20 / num_launches)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "words"),
+    [
+        ((20,), ""),
+        ((12,), ""),
+        ((11,), "11 rounds in 1 launch often cannot decide a claim: time 12 or more"),
+        ((2,), "2 rounds in 1 launch cannot decide a claim, with fewer than 5 a launch: time 12 or more"),
+        ((4, 4, 4), "12 rounds in 3 launches cannot decide a claim, with fewer than 5 a launch: time 15 or more"),
+        ((5, 5), "10 rounds in 2 launches often cannot decide a claim: time 12 or more"),
+        ((4, 4, 12), ""),
+        ((2, 2, 2, 2, 2), ""),
+    ],
+)
+def test_rounds_that_decide_nothing_are_told_beforehand(rounds: tuple[int, ...], words: str) -> None:
+    found = loop.undecided_text(rounds)
+    assert found.startswith(f"warning: {words}" if words else "")
+    assert bool(found) == bool(words)
+
+
+def test_too_few_rounds_are_warned_of_before_they_are_measured(
+    plan: SpeedPlan, requests: list[suites.TimedPrompt], tmp_path: Path
+) -> None:
+    shown = Noting()
+    alone = dataclasses.replace(plan, launches=1, min_rounds=2)
+    path = speed.run(alone, requests, root=tmp_path, progress=shown)
+    [warned] = [number for number, note in enumerate(shown.notes) if "cannot decide a claim" in note]
+    assert shown.notes[warned].startswith("warning: 2 rounds in 1 launch")
+    assert shown.notes[warned - 1].startswith("estimated duration")
+    assert "on the clock" in shown.notes[warned + 1]
+    more = Noting()
+    speed.run(dataclasses.replace(alone, min_rounds=3), requests, root=tmp_path, resume=path, progress=more)
+    assert any(note.startswith("warning: 3 rounds in 2 launches cannot") for note in more.notes)
 
 
 def refusing(**_: Any) -> None:

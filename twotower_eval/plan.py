@@ -92,8 +92,8 @@ class SpeedPlan:
     ``samples`` can only be 1: said where a task asks for several. Rounds go on until both
     ``min_rounds`` and ``min_seconds`` are reached. ``costs`` times the parts of decoding alone in the same rounds,
     ``probes`` are prompts per cell and round that nothing has read before: what remembers is slower on them.
-    ``launches`` are separate processes, one after the other: each takes its part of ``min_rounds``, but at least 2, and
-    of ``min_seconds``.
+    ``launches`` are separate processes, one after the other: each takes its part of ``min_rounds`` and of
+    ``min_seconds``. Of two to four each makes at least 5 rounds, of more at least 2.
     """
 
     model: str | None = None
@@ -110,7 +110,7 @@ class SpeedPlan:
     prompt_tokens: int | None = None
     new_tokens: int | None = None
     num_prompts: int = DEFAULT_NUM_PROMPTS
-    min_rounds: int = 12  # fewer hardly tell whether they depend on their neighbours
+    min_rounds: int = 20  # of 12 independent rounds one run in twelve could decide nothing, of 20 one in 250
     min_seconds: float = 0.0
     warmup_rounds: int = 1
     launches: int = 1

@@ -45,11 +45,16 @@ Workload = Annotated[
 NumPrompts = Annotated[int | None, option("Prompts per cell and round [384, or all there are].", metavar="N")]
 MinRounds = Annotated[
     int | None,
-    option("Rounds at the least, of all launches together [12; 5 with --random-weights].", metavar="R"),
+    option("Rounds at the least, of all launches together [20; 5 with --random-weights].", metavar="R"),
 ]
 Launches = Annotated[
     int | None,
-    option("Separate processes, in turn, into one run; each at least 2 rounds [1].", "--launches", metavar="N"),
+    option(
+        "Processes, one after the other; rounds are shared out. 5 or more measure how launches differ; "
+        "2 to 4 make at least 5 rounds each [1].",
+        "--launches",
+        metavar="N",
+    ),
 ]
 Costs = Annotated[
     bool | None, option("Time the parts of decoding alone, in the same rounds [costs].", "--costs/--no-costs")

@@ -19,7 +19,11 @@ from twotower_eval.progress import Advance, Progress, duration_text
 from twotower_eval.records import CostSample, SpeedPhase, SpeedSample
 from twotower_eval.times import gone_by
 
-MIN_LAUNCH_ROUNDS = 2  # of a launch among several
+# As the statistics judge them, which this room does not import:
+TELLING_ROUNDS = 5  # of a launch: fewer do not show how they depend on each other
+RESAMPLED_LAUNCHES = 5  # so many show how launches differ, and need no more of their rounds than two
+MIN_LAUNCH_ROUNDS = 2
+ENOUGH_ROUNDS = 12  # of one launch; of fewer, a fifth and more of all runs can decide nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +75,15 @@ class RoundLoop:
         if round_s:
             num_left = max(num_left, round((self._how_long.min_seconds - self._timed_s) / round_s))
             self._progress.note(f"estimated duration: about {duration_text(num_left * round_s)} for {num_left} rounds")
+        self._forecast(num_left)
         with self._progress.track(num_left * self._steps_per_round, "measure") as advance:
             while not is_enough(self._how_long, self._num_done, self._timed_s):
                 self._timed_s += self._round("measure", self._next_round, advance)
                 self._next_round += 1
                 self._num_done += 1
+
+    def _forecast(self, num_left: int) -> None:
+        """Say what so many more rounds cannot tell; nothing where a session judges nothing."""
 
     def _round(self, phase: SpeedPhase, number: int, advance: Advance) -> float:
         """Time everything once; seconds on the clock."""
@@ -93,11 +101,29 @@ def whole_rounds(samples: Sequence[SpeedSample] | Sequence[CostSample], samples_
 
 
 def share_of_launch(plan: SpeedPlan) -> SpeedPlan:
-    """What each of a plan's launches has to reach by itself: two rounds at the least, where there are several."""
+    """What each of a plan's launches has to reach by itself: at least as many rounds as can tell something."""
     if plan.launches == 1:
         return plan
-    rounds = max(MIN_LAUNCH_ROUNDS, ceil(plan.min_rounds / plan.launches))
+    least = TELLING_ROUNDS if plan.launches < RESAMPLED_LAUNCHES else MIN_LAUNCH_ROUNDS
+    rounds = max(least, ceil(plan.min_rounds / plan.launches))
     return dataclasses.replace(plan, min_rounds=rounds, min_seconds=plan.min_seconds / plan.launches)
+
+
+def undecided_text(rounds_of_launches: Sequence[int]) -> str:
+    """A warning that so many rounds in each launch cannot decide a claim, or often do not; empty where they do."""
+    num_launches, num = len(rounds_of_launches), sum(rounds_of_launches)
+    if num_launches >= RESAMPLED_LAUNCHES or num >= max(ENOUGH_ROUNDS, TELLING_ROUNDS * num_launches):
+        return ""
+    there = f"{num} rounds in {num_launches} launch{'es' if num_launches > 1 else ''}"
+    needed = f"time {max(ENOUGH_ROUNDS, TELLING_ROUNDS * num_launches)} or more (--min-rounds)"
+    if num < TELLING_ROUNDS * num_launches:
+        return f"warning: {there} cannot decide a claim, with fewer than {TELLING_ROUNDS} a launch: {needed}"
+    return f"warning: {there} often cannot decide a claim: {needed}"
+
+
+def rounds_by_launch(samples: Sequence[SpeedSample], samples_per_round: int) -> list[int]:
+    """How many complete measured rounds every launch has."""
+    return [len(launch) for launch in _by_launch(samples, samples_per_round)]
 
 
 def launches_missing(plan: SpeedPlan, samples: Sequence[SpeedSample], samples_per_round: int) -> int:

@@ -33,7 +33,14 @@ from twotower_eval.speed.captures import Captures
 from twotower_eval.speed.clock import CallClock
 from twotower_eval.speed.costs import CostItem, Parts
 from twotower_eval.speed.lanes import Lane, Timing, with_decoders
-from twotower_eval.speed.loop import RoundLoop, launches_missing, share_of_launch, whole_rounds
+from twotower_eval.speed.loop import (
+    RoundLoop,
+    launches_missing,
+    rounds_by_launch,
+    share_of_launch,
+    undecided_text,
+    whole_rounds,
+)
 from twotower_eval.speed.unseen import Probe, Probes
 from twotower_eval.speed.workloads import Call, Calls, Request
 from twotower_eval.times import finite, gone_by, time_fault
@@ -72,6 +79,7 @@ class Session(RoundLoop):
         # A launch among several has its own rounds to reach; one that goes on where another stopped has what is left.
         whole_s = whole_rounds(earlier, self._calls_per_round)
         self._num_missing = launches_missing(plan, earlier, self._calls_per_round)
+        self._earlier_rounds = [num for num in rounds_by_launch(earlier, self._calls_per_round) if num]
         super().__init__(
             share_of_launch(plan),
             progress,
@@ -103,6 +111,15 @@ class Session(RoundLoop):
         )
         if self._num_done:
             self._progress.note(f"{self._num_done} whole rounds are there already")
+
+    def _forecast(self, num_left: int) -> None:
+        """Warn of too few rounds before they are measured: of several launches once, before the first."""
+        if self._plan.launches == 1:
+            planned = [*self._earlier_rounds, num_left]
+        else:
+            planned = [] if self._earlier_rounds else [num_left] * self._plan.launches
+        if planned and (warning := undecided_text(planned)):
+            self._progress.note(warning)
 
     def _round(self, phase: SpeedPhase, number: int, advance: Advance) -> float:
         """Every lane times every call, and every part is timed alone; seconds on the clock, without the parts.
