@@ -27,11 +27,11 @@ from twotower_eval.models.twotower import TwoTower
 from twotower_eval.plan import ScalePlan, data_path
 from twotower_eval.progress import SilentProgress
 from twotower_eval.records import CommitStep, Estimate, Generation
-from twotower_eval.speed import cost_card, probe, scale
+from twotower_eval.speed import cost_card, peak, scale
 from twotower_eval.speed.configs import config_file
 from twotower_eval.speed.cost_card import make_card, refuse_if_too_large
 from twotower_eval.speed.parts import measured_layers
-from twotower_eval.speed.probe import Probe
+from twotower_eval.speed.peak import DevicePeak
 from twotower_eval.speed.profiles import even_profile, recorded_profiles
 from twotower_eval.stats.scaling import fit_layers, round_draws, round_estimate
 
@@ -208,7 +208,7 @@ def test_a_run_without_a_whole_round_says_so_in_its_report(plan, tmp_path, ticks
 
 
 def test_what_does_not_fit_is_refused_after_its_card(plan, tmp_path, ticks, monkeypatch):
-    monkeypatch.setattr(probe, "free_memory", lambda device: (100_000, None))
+    monkeypatch.setattr(peak, "free_memory", lambda device: (100_000, None))
     notes = []
     progress = SilentProgress()
     monkeypatch.setattr(progress, "note", notes.append)
@@ -246,7 +246,7 @@ def test_what_a_refusal_proposes_is_not_refused_in_its_turn(free_gib, monkeypatc
     """On a laptop with 22 GiB free the released size was answered with "take --share-towers, a second device or
     --layers 7": shared towers need 62 GiB, and a guess at the layers could be fewer than show every kind."""
     config = parse_config(json.loads(data_path(*RELEASED.split("/")).read_text()))
-    free = Probe(device="cpu", dtype="bfloat16", bytes_per_s=1e10, flops_per_s=1e11, free_bytes=free_gib << 30,
+    free = DevicePeak(device="cpu", dtype="bfloat16", bytes_per_s=1e10, flops_per_s=1e11, free_bytes=free_gib << 30,
                  free_reason=None)  # fmt: skip
 
     def refusal(**changes):
@@ -281,13 +281,13 @@ def test_memory_that_a_system_does_not_tell_is_bounded_by_what_it_has(monkeypatc
     def missing(self, **_options):
         raise FileNotFoundError(self)
 
-    monkeypatch.setattr(probe.Path, "read_text", missing)
-    num_bytes, reason = probe.free_memory("cpu")
+    monkeypatch.setattr(peak.Path, "read_text", missing)
+    num_bytes, reason = peak.free_memory("cpu")
     assert num_bytes is not None
     assert num_bytes >= 1 << 28
     assert "if nothing else" in reason
-    monkeypatch.delattr(probe.os, "sysconf")
-    assert probe.free_memory("cpu") == (None, "the system does not tell how much memory is free")
+    monkeypatch.delattr(peak.os, "sysconf")
+    assert peak.free_memory("cpu") == (None, "the system does not tell how much memory is free")
 
 
 def test_a_card_is_read_without_exponents_and_zeros():
@@ -366,7 +366,7 @@ def test_bad_requests_are_one_line(arguments, words, config, tmp_path, capsys):
 
 def test_the_released_size_by_its_name_on_a_small_machine_is_one_line_that_helps(tmp_path, capsys, monkeypatch):
     """Was to be named by a path inside the package. What is proposed is no more than what fits."""
-    monkeypatch.setattr(probe, "free_memory", lambda device: (16 << 30, None))
+    monkeypatch.setattr(peak, "free_memory", lambda device: (16 << 30, None))
     assert cli.main(["speed", "--random-weights", RELEASED_NAME, "--out", str(tmp_path / "results")]) == 2
     *card, error = capsys.readouterr().err.splitlines()
     assert card[0].startswith(f"cost card of {RELEASED_NAME}: RANDOM WEIGHTS, 52 of 52 layers")
@@ -527,7 +527,7 @@ source = "a test"
 
 
 def test_a_probe_finds_a_device_that_does_something():
-    found = probe.probe("cpu", torch.float32)
+    found = peak.device_peak("cpu", torch.float32)
     assert 1e8 < found.bytes_per_s < 1e13
     assert 1e8 < found.flops_per_s < 1e15
     assert found.free_bytes is None or found.free_bytes > 0

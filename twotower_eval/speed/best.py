@@ -18,7 +18,7 @@ from twotower_eval.models.transformers_model import ForwardError, TransformersMo
 from twotower_eval.records import BaselineBest, Prompt
 from twotower_eval.speed.clock import CallClock
 from twotower_eval.speed.lanes import Lane
-from twotower_eval.speed.probe import copy_bytes_per_s
+from twotower_eval.speed.peak import copy_bytes_per_s
 from twotower_eval.speed.workloads import Calls
 
 NUM_PROMPTS, NUM_TOKENS = 5, 24  # that are decoded beside transformers' own generate

@@ -1,6 +1,6 @@
 """The cost card: what a pair of a given size weighs, whether it fits, and how fast its steps can be at best.
 
-Printed before anything is built, from the config and a short probe of the device alone.
+Printed before anything is built, from the config and a short measurement of the device alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from twotower_eval.models.routing import ROUTINGS
 from twotower_eval.models.sizes import Step
 from twotower_eval.plan import ScalePlan
 from twotower_eval.speed.parts import measured_layers
-from twotower_eval.speed.probe import Probe
+from twotower_eval.speed.peak import DevicePeak
 
 GIB, MIB = 2**30, 2**20
 SPARE = 0.05  # of the weights: allocator, kernels' workspaces, activations
@@ -48,7 +48,7 @@ class CostCard:
     pattern: str
     built_pattern: str
     shared_towers: bool
-    probes: tuple[Probe, ...]
+    peaks: tuple[DevicePeak, ...]
     weight_bytes: int
     full_weight_bytes: int
     key_value_bytes_per_token: int
@@ -59,25 +59,25 @@ class CostCard:
     @property
     def fits(self) -> bool:
         """Whether every device has room, as far as is known."""
-        pairs = zip(self.needed_bytes, self.probes, strict=True)
-        return all(probe.free_bytes is None or needed <= probe.free_bytes for needed, probe in pairs)
+        pairs = zip(self.needed_bytes, self.peaks, strict=True)
+        return all(peak.free_bytes is None or needed <= peak.free_bytes for needed, peak in pairs)
 
 
 def make_card(
-    plan: ScalePlan, config: NemotronHConfig, patterns: Sequence[str], probes: Sequence[Probe], dtype: torch.dtype
+    plan: ScalePlan, config: NemotronHConfig, patterns: Sequence[str], peaks: Sequence[DevicePeak], dtype: torch.dtype
 ) -> CostCard:
     """The card for towers of ``patterns[0]``, and floors for all the patterns and for the whole config's."""
     built = cut(config, patterns[0])
     weigh = {p: sizes.pair_bytes(cut(config, p), dtype.itemsize, share_towers=plan.share_towers)
              for p in (patterns[0], config.pattern)}  # fmt: skip
-    floors = [_floor(plan, cut(config, p), step, probes, dtype)
+    floors = [_floor(plan, cut(config, p), step, peaks, dtype)
               for p in dict.fromkeys([*patterns, config.pattern]) for step in _steps(plan)]  # fmt: skip
     return CostCard(
         config=plan.random_weights,
         pattern=config.pattern,
         built_pattern=patterns[0],
         shared_towers=plan.share_towers,
-        probes=tuple(probes),
+        peaks=tuple(peaks),
         weight_bytes=weigh[patterns[0]],
         full_weight_bytes=weigh[config.pattern],
         key_value_bytes_per_token=sizes.key_value_bytes(built, dtype.itemsize),
@@ -116,12 +116,12 @@ def describe(card: CostCard) -> Iterator[str]:
         f"weights {_size(card.weight_bytes)}{whole}; keys and values {_size(card.key_value_bytes_per_token)} a "
         f"token; Mamba states {_size(card.state_bytes_per_row)} a row"
     )
-    for probe, needed in zip(card.probes, card.needed_bytes, strict=True):
-        known = [] if probe.free_bytes is None else [f"{_size(probe.free_bytes)} free"]
-        free = ", ".join([*known, *([probe.free_reason] if probe.free_reason else [])])
+    for peak, needed in zip(card.peaks, card.needed_bytes, strict=True):
+        known = [] if peak.free_bytes is None else [f"{_size(peak.free_bytes)} free"]
+        free = ", ".join([*known, *([peak.free_reason] if peak.free_reason else [])])
         yield (
-            f"{probe.device}: {probe.bytes_per_s / 1e9:.0f} GB/s copied, {probe.flops_per_s / 1e12:.3g} TFLOP/s in "
-            f"{probe.dtype}; needs about {_size(needed)}, {free}"
+            f"{peak.device}: {peak.bytes_per_s / 1e9:.0f} GB/s copied, {peak.flops_per_s / 1e12:.3g} TFLOP/s in "
+            f"{peak.dtype}; needs about {_size(needed)}, {free}"
         )
     for floor in card.floors:
         if floor.pattern == card.pattern and floor.part in ("ar_step", "denoise"):
@@ -137,43 +137,43 @@ def refuse_if_too_large(card: CostCard, plan: ScalePlan, config: NemotronHConfig
     """ValueError that says by how much, and what would fit."""
     if card.fits:
         return
-    probe, needed, free = next(
-        (probe, needed, probe.free_bytes)
-        for probe, needed in zip(card.probes, card.needed_bytes, strict=True)
-        if probe.free_bytes is not None and needed > probe.free_bytes
+    peak, needed, free = next(
+        (peak, needed, peak.free_bytes)
+        for peak, needed in zip(card.peaks, card.needed_bytes, strict=True)
+        if peak.free_bytes is not None and needed > peak.free_bytes
     )
     nothing = "more memory, or shorter prompts and smaller batches: no number of layers fits"
-    ways = list(_ways_to_fit(plan, config, len(card.built_pattern), card.probes, dtype))
+    ways = list(_ways_to_fit(plan, config, len(card.built_pattern), card.peaks, dtype))
     raise ValueError(
-        f"{card.config} with {len(card.built_pattern)} layers needs about {_size(needed)} on {probe.device}, which has "
+        f"{card.config} with {len(card.built_pattern)} layers needs about {_size(needed)} on {peak.device}, which has "
         f"{_size(free)} free: take {' or '.join(ways) or nothing}"
     )
 
 
 def _ways_to_fit(
-    plan: ScalePlan, config: NemotronHConfig, num_layers: int, probes: Sequence[Probe], dtype: torch.dtype
+    plan: ScalePlan, config: NemotronHConfig, num_layers: int, peaks: Sequence[DevicePeak], dtype: torch.dtype
 ) -> Iterator[str]:
     """What could be asked for instead; nothing that would be refused in its turn."""
     # A step on shared towers costs what it does on two, so all of the layers shared come before fewer of them.
     alone = len(plan.devices) == 1 and not plan.share_towers
     shared = dataclasses.replace(plan, share_towers=True) if alone else plan
-    all_shared = alone and _fits(shared, config, num_layers, probes, dtype)
+    all_shared = alone and _fits(shared, config, num_layers, peaks, dtype)
     if all_shared:
         yield "--share-towers"
-    if alone and probes[0].device.startswith("cuda"):
+    if alone and peaks[0].device.startswith("cuda"):
         doubled = dataclasses.replace(plan, devices=("cuda:0", "cuda:1"))
-        if _fits(doubled, config, num_layers, (probes[0], probes[0]), dtype):
+        if _fits(doubled, config, num_layers, (peaks[0], peaks[0]), dtype):
             yield "a second device like it"
     most = 0
     for words, asked in (("", plan),) if all_shared else (("", plan), ("--share-towers ", shared)):
-        more = next((n for n in range(num_layers - 1, most, -1) if _fits(asked, config, n, probes, dtype)), None)
+        more = next((n for n in range(num_layers - 1, most, -1) if _fits(asked, config, n, peaks, dtype)), None)
         if more is not None:
             yield f"{words}--layers {more}"
             most = more
 
 
 def _fits(
-    plan: ScalePlan, config: NemotronHConfig, num_layers: int, probes: Sequence[Probe], dtype: torch.dtype
+    plan: ScalePlan, config: NemotronHConfig, num_layers: int, peaks: Sequence[DevicePeak], dtype: torch.dtype
 ) -> bool:
     """Whether so many of the layers can be built, and measured to extrapolate."""
     try:
@@ -181,7 +181,7 @@ def _fits(
     except ValueError:  # they lack a kind
         return False
     needed = _needed(plan, cut(config, config.pattern[:num_layers]), num_parts, dtype)
-    return all(p.free_bytes is None or n <= p.free_bytes for n, p in zip(needed, probes, strict=True))
+    return all(p.free_bytes is None or n <= p.free_bytes for n, p in zip(needed, peaks, strict=True))
 
 
 def _steps(plan: ScalePlan) -> Iterator[Step]:
@@ -197,8 +197,10 @@ def _steps(plan: ScalePlan) -> Iterator[Step]:
                 yield Step(part="context_pass", routing=routing, **sized)
 
 
-def _floor(plan: ScalePlan, config: NemotronHConfig, step: Step, probes: Sequence[Probe], dtype: torch.dtype) -> Floor:
-    probe = probes[-1] if step.part == "denoise" else probes[0]
+def _floor(
+    plan: ScalePlan, config: NemotronHConfig, step: Step, peaks: Sequence[DevicePeak], dtype: torch.dtype
+) -> Floor:
+    peak = peaks[-1] if step.part == "denoise" else peaks[0]
     num_bytes, flops = sizes.step_bytes(step, config, dtype.itemsize), sizes.step_flops(step, config)
     return Floor(
         pattern=config.pattern,
@@ -209,7 +211,7 @@ def _floor(plan: ScalePlan, config: NemotronHConfig, step: Step, probes: Sequenc
         num_experts_touched=sizes.touched_experts(step, config) if "E" in config.pattern else 0.0,
         bytes_read=num_bytes,
         flops=flops,
-        floor_s=max(num_bytes / probe.bytes_per_s, flops / probe.flops_per_s),
+        floor_s=max(num_bytes / peak.bytes_per_s, flops / peak.flops_per_s),
     )
 
 

@@ -36,7 +36,7 @@ from twotower_eval.speed.cost_card import CostCard, cut, describe, graphs_needed
 from twotower_eval.speed.items import Item, Rig, make_items, make_rigs
 from twotower_eval.speed.loop import RoundLoop, whole_rounds
 from twotower_eval.speed.parts import measured_layers
-from twotower_eval.speed.probe import probe
+from twotower_eval.speed.peak import device_peak
 from twotower_eval.speed.profiles import Profile, even_profile, recorded_profiles
 
 NOTES = (
@@ -69,7 +69,7 @@ def run(
         refuse_uneven(plan.batch_sizes, plan.block_sizes)
     with torch_threads(plan.threads):
         patterns = ["".join(config.pattern[index] for index in part) for part in parts]
-        card = make_card(plan, config, patterns, [_probe(device, dtype) for device in plan.devices], dtype)
+        card = make_card(plan, config, patterns, [_peak(device, dtype) for device in plan.devices], dtype)
         for line in describe(card):
             progress.note(line)
         refuse_if_too_large(card, plan, config, dtype)
@@ -123,9 +123,9 @@ def make_profiles(plan: ScalePlan) -> tuple[Profile, ...]:
     return tuple(found.values())
 
 
-def _probe(device: str, dtype: torch.dtype) -> Any:
+def _peak(device: str, dtype: torch.dtype) -> Any:
     try:
-        return probe(device, dtype)
+        return device_peak(device, dtype)
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"device {device!r} cannot be used here: {reason}") from error

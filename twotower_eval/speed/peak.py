@@ -21,7 +21,7 @@ PRODUCT_SIZE = {"cuda": 8192, "cpu": 768}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe:
+class DevicePeak:
     """The best of a few trials each: a floor built from it errs on the side of asking too much of the model.
 
     ``free_reason`` says why ``free_bytes`` are unknown, or how they are to be read.
@@ -35,13 +35,13 @@ class Probe:
     free_reason: str | None
 
 
-def probe(device: str, dtype: torch.dtype) -> Probe:
+def device_peak(device: str, dtype: torch.dtype) -> DevicePeak:
     """Copy, multiply, and ask how much memory is free."""
     devices = Devices([device])  # refuses what nobody can wait for
     product_s = _product_s(device, devices, dtype)
     kind = torch.device(device).type
     free_bytes, reason = free_memory(device)
-    return Probe(
+    return DevicePeak(
         device=device,
         dtype=str(dtype).removeprefix("torch."),
         bytes_per_s=copy_bytes_per_s(device),
