@@ -77,6 +77,21 @@ def test_a_plugin_stands_for_its_file_and_what_it_imports_beside_it(
     assert found["plugone/hidden.py"] == hashlib.sha256((folder / "hidden.py").read_bytes()).hexdigest()
 
 
+def test_what_a_plugin_only_names_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that fails when it is imported ended in a traceback, though the plug-in can do without it."""
+    fails = "raise RuntimeError('no such device')"
+    package(tmp_path, monkeypatch, "plugheavy", {"__init__.py": fails, "ops.py": fails})
+    files = {
+        "__init__.py": "", "mine.py": "try:\n    import plugheavy.ops\nexcept Exception:\n    pass\nX = 1\n"
+        "def late():\n    import plugfive.slow.deep, plugfive.bare.leaf, plugfive.mine.nothing",
+        "slow/__init__.py": fails, "slow/deep.py": fails, "bare/leaf.py": fails,
+    }  # fmt: skip
+    package(tmp_path, monkeypatch, "plugfive", files)
+    found = named(plugin_code("plugfive.mine:X"))
+    assert list(found) == [f"plugfive/{file}" for file in sorted(files)]
+    assert not {"plugheavy", "plugheavy.ops", "plugfive.slow", "plugfive.bare"} & set(sys.modules)
+
+
 def test_a_single_file_takes_along_the_files_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "lonely.py").write_text("import besides\nimport numpy\nX = 1")

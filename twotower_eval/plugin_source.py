@@ -1,7 +1,8 @@
 """The code of a plug-in: the file of its module and of every module beside it that it imports, each with a sha256.
 
-Read from the files, without running anything: names are followed through ``import`` statements, wherever they stand.
-What is imported by a name made up at run time is not found, nor what lies in another package.
+The plug-in itself is imported. What it imports is only read, never run: names are followed through ``import``
+statements, wherever they stand. What is imported by a name made up at run time is not found, nor what lies in another
+package.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import pkgutil
 import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
@@ -81,14 +83,28 @@ def _is_package(name: str) -> bool:
 
 
 def _spec(name: str) -> ModuleSpec | None:
-    """Where a module comes from, ``None`` for what is no module."""
+    """Where a module comes from, ``None`` for what is no module.
+
+    Looked up folder by folder: ``importlib.util.find_spec`` would import every package that the module is in.
+    """
     loaded = sys.modules.get(name)
     if isinstance(loaded, ModuleType) and loaded.__spec__ is not None:
         return loaded.__spec__
+    package = name.rpartition(".")[0]
+    if package:
+        finders = (pkgutil.get_importer(folder) for folder in _folders(package))
+        return next((found for finder in finders if finder and (found := finder.find_spec(name))), None)
     try:
         return importlib.util.find_spec(name)
-    except (ImportError, ValueError, AttributeError):  # its parent is missing, broken or no package
+    except (ImportError, ValueError, AttributeError):  # no name of a module, or one that says nothing of itself
         return None
+
+
+def _folders(package: str) -> list[str]:
+    """Where the modules of a package lie; nowhere for what is no package."""
+    loaded, spec = sys.modules.get(package), _spec(package)
+    places = getattr(loaded, "__path__", None) or (spec and spec.submodule_search_locations)
+    return [str(place) for place in places or ()]
 
 
 def _file_of(name: str) -> Path | None:
