@@ -373,6 +373,10 @@ def test_the_default_number_takes_what_there_is_in_whole_batches(requests: Any) 
         assert len({r.doc_id for call in calls for r in call.requests}) == expected
         fixed = SpeedPlan(batch_sizes=(size,), workload="fixed", new_tokens=4)
         assert sum(len(call.requests) for call in make_calls(fixed, asked)[size]) == expected
+    with pytest.raises(ValueError, match="384 prompts wanted, the tasks give 164: name more tasks"):  # it was 164
+        make_calls(SpeedPlan(num_prompts=384), [Asked("a", i, "x") for i in range(164)])  # type: ignore[misc]
+    with pytest.raises(ValueError, match="384 prompts cannot be cut into whole batches of 5: take --num-prompts 385"):
+        make_calls(SpeedPlan(num_prompts=384, batch_sizes=(5,)), [])
     with pytest.raises(ValueError, match="384 prompts wanted in batches of 4 from one task, the tasks give 0"):
         make_calls(SpeedPlan(batch_sizes=(4,)), [Asked("a", 0, "x")])  # type: ignore[list-item]
 
@@ -534,6 +538,7 @@ def test_a_scored_run_takes_no_more_rounds(plan: SpeedPlan, requests: Any, tmp_p
     before = store.load(path)
     with pytest.raises(ValueError, match="2 rounds whose answers are scored already"):
         speed.run(dataclasses.replace(plan, min_rounds=3), requests, root=tmp_path, resume=path)
+    assert plan.num_prompts is not None
     assert plan.num_prompts > 2
     with pytest.raises(ValueError, match=rf"num_prompts was {plan.num_prompts}, is 2"):  # it said 0 rounds were there
         speed.run(dataclasses.replace(more, num_prompts=2), requests, root=tmp_path, resume=path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 from report_fixture import AUTOREGRESSIVE, RUN_ID, SPEED_ID, block_diffusion, make_cell, manifest, write
 
 from twotower_eval import stats, store
@@ -16,8 +17,18 @@ from twotower_eval.calibration.tail_worlds import NUM_PROMPTS, Tailed, populatio
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint, speed_points
 from twotower_eval.plan import SpeedPlan
-from twotower_eval.records import Estimate, Generation, GenerationRow, PromptTiming, SpeedSample, Workload
+from twotower_eval.records import (
+    Estimate,
+    Generation,
+    GenerationRow,
+    PromptTiming,
+    SpeedSample,
+    Workload,
+    canonical_json,
+    sha256_text,
+)
 from twotower_eval.report.speed_tables import speed as speed_section
+from twotower_eval.speed.workloads import ENOUGH_PROMPTS
 
 NUM = 40
 
@@ -67,8 +78,58 @@ def test_an_honest_decoder_is_supported_and_its_interval_stays_narrow() -> None:
 
 
 def test_the_default_number_of_prompts_sees_a_runaway_in_a_hundred() -> None:
-    assert SpeedPlan().num_prompts == NUM_PROMPTS > stats.calls_to_see(0.01) == 299
-    assert 0.99**299 <= 0.05 < 0.99**298
+    assert SpeedPlan().num_prompts is None
+    assert ENOUGH_PROMPTS == NUM_PROMPTS
+    assert 0.99**NUM_PROMPTS < 0.05
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_calls"),
+    [
+        (Tailed(share=0.02, times=20), 64),
+        (Tailed(share=0.01, times=30), 164),
+        (Tailed(share=0.02, times=20, both=True), 64),
+    ],
+)
+def test_budgets_bound_tokens_per_second_as_well(kind: Tailed, num_calls: int) -> None:
+    """They bounded times alone: 10 to 28 % were supported at the limit."""
+    world = tailed(kind, num_calls, "budgets", "throughput")
+    found = calibrate_speed(world, num=NUM, num_resamples=200, seed=5, advance=lambda num=1, /: None)
+    assert found.num_supported <= 2
+    assert found.num_covered >= 36
+
+
+def test_runaways_within_the_budget_have_their_tokens_but_no_gain() -> None:
+    """Every call alike, at 100 tokens in 1 s and in 0.5 s: so many of the candidate's are at 100 tokens a second."""
+    found = bounds(calls([1.0] * 64, [0.5] * 64, limits_s=(10.0, 10.0)), "throughput")
+    unseen = 1 - 0.05 ** (1 / 64)
+    tokens, seconds = 100 * (1 - unseen) + 1_000 * unseen, 0.5 * (1 - unseen) + 10 * unseen
+    assert found.value == pytest.approx(2.0)
+    assert found.low == pytest.approx(tokens / seconds / 100)
+    assert found.high == pytest.approx(2.0), "no call has another gain here"
+    at_budget = bounds(calls([1.0] * 64, [0.5] * 64, limits_s=(1.0, 0.5)), "throughput")
+    assert at_budget.low == pytest.approx(2.0)
+
+
+def test_a_sample_of_documents_leaves_open_what_it_cannot_exclude() -> None:
+    """The lengths of exactly the timed documents are no new knowledge; those of ten times as many are some."""
+
+    def known(num: int, at_budget: int = 0, whole: bool = False) -> Estimate:
+        tokens = np.array([100.0] * (num - at_budget) + [1_000.0] * at_budget)
+        documents = stats.Documents(
+            baseline_tokens=tokens, candidate_tokens=tokens, longest_baseline=100.0, longest_candidate=100.0,
+            whole=whole, budgets=(1_000.0, 1_000.0),
+        )  # fmt: skip
+        return bounds(calls([1.0] * 64, [0.5] * 64, limits_s=(10.0, 10.0), documents=documents))
+
+    alone = bounds(calls([1.0] * 64, [0.5] * 64, limits_s=(10.0, 10.0)))
+    assert (known(64).low, known(64).high) == pytest.approx((alone.low, alone.high))
+    unseen = 1 - 0.05 ** (1 / 640)
+    assert known(640).low == pytest.approx(2 / (1 + unseen * 19))
+    assert known(64, whole=True).low == pytest.approx(2.0)
+    seen = known(640, at_budget=6, whole=True)
+    upper = scipy.stats.beta.ppf(0.95, 7, 634)  # Clopper-Pearson of 6 in 640
+    assert known(640, at_budget=6).low == pytest.approx(seen.low / (1 + (upper - 6 / 640) * 19))
 
 
 def test_what_the_budget_allows_moves_the_bounds_by_the_rule_of_three() -> None:
@@ -163,13 +224,21 @@ def speed_folder(root: Path, *, name: str = TASK, budget: int = 400) -> Path:
     return write(root, manifest(SPEED_ID, "speed", cells), rows)
 
 
-def scored_folder(root: Path, lengths: Sequence[tuple[int, int]], *, budget: int = 400) -> Path:
-    """A run with the lengths of both arms' answers."""
+def scored_folder(
+    root: Path,
+    lengths: Sequence[tuple[int, int]],
+    *,
+    budget: int = 400,
+    first: int = 0,
+    complete: bool = True,
+    **plan: Any,
+) -> Path:
+    """A run with the lengths of both arms' answers, of documents from ``first`` on."""
     work = Workload(kind="task", name=TASK, digest="d", max_new_tokens=budget)
     cells = [make_cell("baseline", AUTOREGRESSIVE, work), make_cell("candidate", block_diffusion(), work)]
     rows = []
     for arm, cell in enumerate(cells):
-        for doc_id, of_arms in enumerate(lengths):
+        for doc_id, of_arms in enumerate(lengths, first):
             generation = Generation(
                 prompt_id=str(doc_id), token_ids=(1,) * of_arms[arm], text="x", finish="eos", num_prompt_tokens=30,
                 num_tokens=of_arms[arm], num_discarded_tokens=0, num_context_forwards=1, num_denoiser_forwards=1,
@@ -180,7 +249,9 @@ def scored_folder(root: Path, lengths: Sequence[tuple[int, int]], *, budget: int
                     generation=generation,
                 )
             )  # fmt: skip
-    return write(root, manifest(RUN_ID, "run", cells), rows)
+    plan |= {"tasks": [TASK]}
+    header = manifest(RUN_ID, "run", cells, plan=plan, plan_sha256=sha256_text(canonical_json(plan)))
+    return write(root, header, rows, complete=complete)
 
 
 ALIKE = [(20 + i % 40, 20 + i % 40) for i in range(400)]
@@ -210,12 +281,55 @@ def test_a_run_of_all_documents_tells_what_the_budget_cannot(tmp_path: Path) -> 
     assert not any("unlike" in warning for warning in known.warnings)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "how"),
+    [
+        (ALIKE[:40], {"limit": 40}),  # a run on exactly the timed documents
+        (ALIKE[:40], {"first": 360}),  # the timed ones are not among those that it has
+        (ALIKE[:40], {"complete": False}),
+        (ALIKE[:20], {"limit": 20}),
+    ],
+)
+def test_a_run_of_some_documents_does_not_close_the_interval(
+    tmp_path: Path, lengths: Sequence[tuple[int, int]], how: dict[str, Any]
+) -> None:
+    """As many documents as were timed, whichever, passed for all that there are."""
+    timed = speed_folder(tmp_path)
+    alone, point = point_of(timed), point_of(timed, scored_folder(tmp_path, lengths, **how))
+    assert alone.time.estimate
+    assert point.time.estimate
+    num = len({(TASK, i) for i in range(40)} | {(TASK, how.get("first", 0) + i) for i in range(len(lengths))})
+    share, limit = 1 - 0.025 ** (1 / num), (0.1975 + 3.605) / 0.1975 - 1
+    assert point.time.estimate.low < 2 / (1 + share * limit)
+    assert point.time.estimate.low >= alone.time.estimate.low - 1e-9
+    assert point.timed.documents
+    assert (point.timed.documents.whole, len(point.timed.documents.baseline_tokens)) == (False, num)
+    assert not point.lengths[0].whole
+
+
+def test_a_limit_that_leaves_nothing_out_is_none(tmp_path: Path) -> None:
+    timed = speed_folder(tmp_path)
+    known = point_of(timed, scored_folder(tmp_path, ALIKE, limit=1_000))
+    assert known.time.estimate
+    assert known.time.estimate.low == pytest.approx(2.0, rel=0.01)
+    assert known.lengths[0].whole
+
+
+def test_a_run_of_ten_times_as_many_documents_narrows_what_is_open(tmp_path: Path) -> None:
+    timed = speed_folder(tmp_path)
+    point = point_of(timed, scored_folder(tmp_path, ALIKE, limit=400))
+    assert point.time.estimate
+    assert 1.6 < point.time.estimate.low < 1.8  # 0.9 % of 400 may be at the budget, not 8.8 % of 40
+    text = speed_section(Runs([store.load(folder) for folder in tmp_path.iterdir()])).markdown
+    assert "| 40, 400 (not all) |" in text
+
+
 def test_runaways_among_all_documents_are_told_and_allowed_for(tmp_path: Path) -> None:
     point = point_of(speed_folder(tmp_path), scored_folder(tmp_path, RUNAWAYS))
     candidate = point.lengths[1]
     assert candidate.shares_at_budget() == (0.0, 0.02)
     assert candidate.misses_the_tail
-    assert any("clearly unlike those of all documents in length" in warning for warning in point.warnings)
+    assert any("clearly unlike those of all known documents in length" in warning for warning in point.warnings)
     truth = sum(own for own, _ in RUNAWAYS) / sum(0.5 * n if n < 400 else n for _, n in RUNAWAYS)
     assert point.time.estimate
     assert point.time.estimate.low == pytest.approx(truth), "what is long has no gain here, and no more is allowed for"
@@ -237,4 +351,5 @@ def test_the_report_shows_timed_answers_beside_all(tmp_path: Path) -> None:
     runs = Runs([store.load(speed_folder(tmp_path)), store.load(scored_folder(tmp_path, RUNAWAYS))])
     text = speed_section(runs).markdown
     assert "Timed answers beside all answers" in text
-    assert "| 40, 400 | 40 / 55 | 40 / 56 | 0.0 % / 2.0 % | 40 |" in text
+    assert "| 40, 400 | 40 / 55 | 40 / 56 | 0.0 % / 2.0 % | 40 | 37 |" in text
+    assert "effective calls (Kish)" in text

@@ -172,10 +172,22 @@ def test_more_than_the_limit_is_invalid(timed: store.Run) -> None:
     assert point_of(several).invalid
     verdict = verdict_of(several)
     assert verdict.outcome == "INVALID"
-    assert (
-        "possible times: 3 of 40 timed calls are void (2 with a negative time, 1 with no time at all)" in verdict.reason
-    )
-    assert "possible times" not in verdict_of(several, void_share=0.1).reason
+    counted = "3 of 40 timed calls are void (2 with a negative time, 1 with no time at all)"
+    assert f"possible times: {counted}: 37.5 % of the timings go with them, more than 5 %" in verdict.reason
+
+
+def test_the_limit_is_on_what_goes_and_not_on_what_is_void(timed: store.Run) -> None:
+    """Two of forty calls take two of eight prompts along: that was 5 % and is a quarter."""
+    two = point_of(edited(timed, {0: -1.0, 9: -1.0}))
+    assert (two.num_calls, two.void_share) == (CALLS - 2, 0.25)
+    assert two.too_many_faults(GateLimits(void_share=0.2))
+    candidates = [s for s in timed.speed if timed.cells[s.cell].arm == "candidate" and s.replica == 0]
+    of_one = [at for at, s in enumerate(candidates) if s.prompts[0].prompt_id == candidates[0].prompts[0].prompt_id]
+    three = edited(timed, dict.fromkeys(of_one[:3], -1.0))
+    one_prompt = point_of(three)
+    assert (len(one_prompt.faults), one_prompt.void_share) == (3, 0.125)
+    assert not one_prompt.too_many_faults(GateLimits(void_share=0.2)), "one prompt of eight, whatever is void of it"
+    assert "possible times" not in verdict_of(three, void_share=0.2).reason
 
 
 def test_where_every_time_is_impossible_nothing_is_measured(timed: store.Run) -> None:

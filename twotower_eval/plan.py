@@ -21,8 +21,6 @@ from twotower_eval.records import DecoderSpec, LikelihoodKind
 Steps = int | Literal["auto"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 CONTEXT_TOWER = "context-tower"
-# A runaway in a hundred prompts is among so many with 98 % probability; whole batches of 1 to 128 by powers of two.
-DEFAULT_NUM_PROMPTS = 384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +84,8 @@ class SpeedPlan:
 
     ``fixed`` workloads make exactly ``new_tokens`` tokens whatever the model says; ``answer`` workloads stop where
     the task stops, at ``new_tokens`` at the latest, or at the task's own budget where it is ``None``.
-    ``num_prompts`` are spread over the lengths of all prompts of each task; where these are fewer than the default
-    number, it takes as many as there are.
+    ``num_prompts`` are spread over the lengths of all prompts of each task. ``None`` takes enough for a claim, or as
+    many as there are; a number is held to.
     ``prompt_tokens`` cuts or repeats prompts to that length in tokens (``fixed`` only). Each round times one sample, so
     ``samples`` can only be 1: said where a task asks for several. Rounds go on until both
     ``min_rounds`` and ``min_seconds`` are reached. ``costs`` times the parts of decoding alone in the same rounds,
@@ -109,7 +107,7 @@ class SpeedPlan:
     workload: Literal["fixed", "answer"] = "answer"
     prompt_tokens: int | None = None
     new_tokens: int | None = None
-    num_prompts: int = DEFAULT_NUM_PROMPTS
+    num_prompts: int | None = None
     min_rounds: int = 20  # of 12 independent rounds one run in twelve could decide nothing, of 20 one in 250
     min_seconds: float = 0.0
     warmup_rounds: int = 1

@@ -648,7 +648,7 @@ class GateLimits:
     On a CPU an arm may not be busy for less than ``busy_share`` of the share of its time that the other is, and not
     take more than ``processors_per_thread`` of the CPU threads that the plan gives it.
 
-    ``void_share``: of timed calls, those with impossible times. ``seen_gain``: how many times as fast
+    ``void_share``: of timings, those left out for impossible times. ``seen_gain``: how many times as fast
     either arm may be on prompts that it has seen.
     """
 

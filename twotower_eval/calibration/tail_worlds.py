@@ -21,7 +21,8 @@ from twotower_eval.calibration.speed_worlds import POPULATION, Population, Speed
 
 Floats = NDArray[np.float64]
 Knows = Literal["nothing more", "budgets", "all lengths"]
-NUM_PROMPTS = 384  # as the plan's default
+Quantity = Literal["time", "throughput"]
+NUM_PROMPTS = 384  # as a plan that names no number
 NUM_ROUNDS = 5
 STEP_S = 0.02  # of the baseline, for each token
 NOISE = 0.03  # of each timed call
@@ -89,7 +90,9 @@ def known(calls: stats.TimedCalls, kind: Tailed, knows: Knows) -> stats.TimedCal
     return calls
 
 
-def tailed(kind: Tailed, num_calls: int = NUM_PROMPTS, knows: Knows = "nothing more") -> SpeedWorld:
+def tailed(
+    kind: Tailed, num_calls: int = NUM_PROMPTS, knows: Knows = "nothing more", quantity: Quantity = "time"
+) -> SpeedWorld:
     """Prompts drawn anew for every repetition from the whole population."""
     everyone = population(kind)
 
@@ -99,11 +102,11 @@ def tailed(kind: Tailed, num_calls: int = NUM_PROMPTS, knows: Knows = "nothing m
 
     said = "" if knows == "nothing more" else f", {knows} known"
     return SpeedWorld(
-        name=f"time: {kind.name}{said}",
-        quantity="time",
+        name=f"{quantity}: {kind.name}{said}",
+        quantity=quantity,
         num_rounds=NUM_ROUNDS,
         num_calls=num_calls,
-        truth=everyone.truth("time"),
+        truth=everyone.truth(quantity),
         draw=draw,
     )
 
@@ -126,18 +129,19 @@ def family_worlds() -> tuple[QualityWorld, ...]:
 
 
 def tail_worlds() -> tuple[SpeedWorld, ...]:
-    """Runaways of one arm and of both, heavy tails with and without a falling gain; and fewer prompts, knowing more."""
+    """Runaways, and heavy tails with and without a falling gain; fewer prompts, knowing more; tokens per second too."""
     rare, often = Tailed(share=0.01, times=30), Tailed(share=0.05, times=20)
     return (
         tailed(rare),
         tailed(often),
-        tailed(Tailed(share=0.02, times=20, both=True)),
         tailed(Tailed(alpha=1.1)),
         tailed(Tailed(alpha=1.5, fall=0.3)),
-        tailed(Tailed(alpha=2.0, fall=0.3)),
         tailed(Tailed(share=0.02, times=20), 64, "budgets"),
         tailed(Tailed(share=0.02, times=20), 64, "all lengths"),
         tailed(Tailed(alpha=1.5, fall=0.3), 64, "all lengths"),
+        tailed(Tailed(share=0.02, times=20), 64, "budgets", "throughput"),
+        tailed(rare, 164, "budgets", "throughput"),
+        tailed(Tailed(share=0.02, times=20, both=True), 64, "budgets", "throughput"),
     )
 
 

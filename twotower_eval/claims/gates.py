@@ -158,7 +158,10 @@ def times_gate(point: SpeedPoint, limits: GateLimits) -> Gate:
     detail = void_text(point.num_paired, point.faults)
     outcome: CheckOutcome = "passed"
     if point.too_many_faults(limits):
-        outcome, detail = "failed", f"{detail}, more than {100 * limits.void_share:g} %"
+        outcome = "failed"
+        detail += (
+            f": {100 * point.void_share:.1f} % of the timings go with them, more than {100 * limits.void_share:g} %"
+        )
     return Gate(name="possible times", outcome=outcome, detail=detail, evidence=point.run_ids)
 
 

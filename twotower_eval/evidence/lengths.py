@@ -1,7 +1,8 @@
 """Lengths of the answers that were timed beside those of all documents, and what a call takes at its budget.
 
 A speedup is one of the prompts that were timed. What of their task was not timed is known in part: no answer is longer
-than its budget, and a ``run`` of the same weights and decoder has the lengths of all its documents.
+than its budget, and a ``run`` of the same weights and decoder has the lengths of all its documents. Only a run
+without a limit has those of the whole task; any other leaves open what the rest is like.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 from twotower_eval import stats
 from twotower_eval.evidence.points import point_key
-from twotower_eval.records import Arm, Cell, SpeedSample
+from twotower_eval.records import Arm, Cell, GenerationRow, SpeedSample
 from twotower_eval.store import Run
 
 Document = tuple[str, int]  # task, number
@@ -25,8 +26,9 @@ FEW_AT_BUDGET = 0.01  # share of all answers that run on to the budget while non
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Useful tokens of one arm's answers: those of the timed prompts, and all of the tasks as a run has them, each
-    sorted; ``all_tokens`` is empty where no run has them. ``budget`` is the largest of the timed calls'.
+    """Useful tokens of one arm's answers: those of the timed prompts, and all of the tasks as runs have them, each
+    sorted; ``all_tokens`` is empty where no run has them. ``whole``: the tasks have no further documents. ``budget`` is
+    the largest of the timed calls'.
     """
 
     arm: Arm
@@ -34,6 +36,7 @@ class Lengths:
     all_tokens: tuple[float, ...]
     budget: int | None
     run_ids: tuple[str, ...] = ()
+    whole: bool = False
 
     def quantiles(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Of the timed and of all; the latter empty where they are not known."""
@@ -64,18 +67,23 @@ class Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class _Arm:
-    """One arm's timed calls, and the tokens of documents."""
+    """One arm's timed calls, and the tokens of documents; of the tasks in ``whole`` a run has all."""
 
     cell: Cell
     samples: Sequence[SpeedSample]
     timed: Mapping[Document, float]
     every: Mapping[Document, float]
+    whole: frozenset[str]
     run_ids: tuple[str, ...]
 
     @property
     def longest(self) -> list[int]:
         """Of each call: its time goes by its longest answer."""
         return [max(prompt.num_tokens for prompt in sample.prompts) for sample in self.samples]
+
+    def tokens_of(self, document: Document) -> float:
+        """As a run has them, else as they were timed."""
+        return self.every[document] if document in self.every else self.timed[document]
 
 
 def with_lengths(
@@ -93,11 +101,11 @@ def with_lengths(
     if timed.fixed or not baseline.timed or not candidate.timed:
         return timed, ()
     # A document that only one arm has says nothing of a ratio.
-    shared = baseline.every.keys() & candidate.every.keys()
+    known = {*baseline.every.keys() & candidate.every.keys()}
     tasks = {task for task, _ in baseline.timed}
-    known = {document for document in shared if document[0] in tasks}
-    if {task for task, _ in known} != tasks or len(known) < len(baseline.timed):
+    if {task for task, _ in known} != tasks:
         known = set()
+    whole = bool(known) and tasks <= baseline.whole & candidate.whole and known >= baseline.timed.keys()
     lengths = tuple(
         Lengths(
             arm=arm.cell.arm,
@@ -105,10 +113,11 @@ def with_lengths(
             all_tokens=tuple(sorted(arm.every[document] for document in known)),
             budget=arm.cell.workload.max_new_tokens,
             run_ids=arm.run_ids if known else (),
+            whole=whole,
         )
         for arm in arms
     )
-    documents = _documents(baseline, candidate, sorted(known)) if known else None
+    documents = _documents(baseline, candidate, known, whole) if known else None
     return replace(timed, limits_s=_limits(baseline, candidate), documents=documents), lengths
 
 
@@ -120,6 +129,7 @@ def _arm(everyone: Sequence[Run], cell: Cell, samples: Sequence[SpeedSample]) ->
             timed.setdefault((task, int(number)), []).append(prompt.num_tokens)
     tasks = {task for task, _ in timed}
     found: dict[Document, float] = {}
+    whole: set[str] = set()
     run_ids = []
     for run in (run for run in everyone if run.manifest.verb == "run"):
         own = {other.id: other for other in run.manifest.cells if _same_point(cell, other)}
@@ -127,9 +137,19 @@ def _arm(everyone: Sequence[Run], cell: Cell, samples: Sequence[SpeedSample]) ->
         budget = max((own[row.cell].workload.max_new_tokens or 0 for row in rows), default=0)
         if rows and budget >= (cell.workload.max_new_tokens or 0):  # else its answers were cut earlier
             found |= {(row.task, row.doc_id): float(row.generation.num_tokens) for row in rows}
+            whole |= _whole_tasks(run, rows)
             run_ids.append(run.manifest.run_id)
     means = {document: float(np.mean(tokens)) for document, tokens in timed.items()}
-    return _Arm(cell=cell, samples=samples, timed=means, every=found, run_ids=tuple(run_ids))
+    return _Arm(cell=cell, samples=samples, timed=means, every=found, whole=frozenset(whole), run_ids=tuple(run_ids))
+
+
+def _whole_tasks(run: Run, rows: Sequence[GenerationRow]) -> set[str]:
+    """Tasks of which a run has all documents: it is complete, and its limit, if any, left none out."""
+    if not run.complete:
+        return set()
+    limit, documents = run.manifest.plan.get("limit"), {(row.task, row.doc_id) for row in rows}
+    numbers = Counter(task for task, _ in documents)
+    return {task for task, num in numbers.items() if limit is None or (isinstance(limit, int) and num < limit)}
 
 
 def _same_point(cell: Cell, other: Cell) -> bool:
@@ -137,17 +157,20 @@ def _same_point(cell: Cell, other: Cell) -> bool:
     return other.workload.kind == "task" and other.arm == cell.arm and point_key(other) == point_key(cell)
 
 
-def _documents(baseline: _Arm, candidate: _Arm, known: Sequence[Document]) -> stats.Documents:
-    """All documents of the timed tasks, every task weighing as much as among the timed prompts."""
-    timed, every = Counter(task for task, _ in baseline.timed), Counter(task for task, _ in known)
-    weights = np.array([timed[task] / every[task] for task, _ in known])
+def _documents(baseline: _Arm, candidate: _Arm, known: set[Document], whole: bool) -> stats.Documents:
+    """What is known of the timed tasks' documents, with those that were timed; every task weighs as much as there."""
+    documents = sorted(known | (baseline.timed.keys() & candidate.timed.keys()))
+    timed, every = Counter(task for task, _ in baseline.timed), Counter(task for task, _ in documents)
+    budgets = baseline.cell.workload.max_new_tokens, candidate.cell.workload.max_new_tokens
     return stats.Documents(
-        baseline_tokens=np.array([baseline.every[document] for document in known]),
-        candidate_tokens=np.array([candidate.every[document] for document in known]),
+        baseline_tokens=np.array([baseline.tokens_of(document) for document in documents]),
+        candidate_tokens=np.array([candidate.tokens_of(document) for document in documents]),
         longest_baseline=float(max(baseline.longest)),
         longest_candidate=float(max(candidate.longest)),
         batch_size=candidate.cell.workload.batch_size or 1,
-        weights=weights,
+        weights=np.array([timed[task] / every[task] for task, _ in documents]),
+        whole=whole,
+        budgets=None if budgets[0] is None or budgets[1] is None else (float(budgets[0]), float(budgets[1])),
     )
 
 

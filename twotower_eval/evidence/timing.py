@@ -128,8 +128,13 @@ class SpeedPoint:
         return self.null_fault is not None or slow or faulty
 
     def too_many_faults(self, limits: GateLimits) -> bool:
-        """Whether more calls are void than a claim allows; one never is too many."""
-        return len(self.faults) > max(1, limits.void_share * self.num_paired)
+        """Whether more timings are left out for void calls than a claim allows; one void call never is too many."""
+        return len(self.faults) > 1 and self.void_share > limits.void_share
+
+    @property
+    def void_share(self) -> float:
+        """Of the timings in complete rounds, those that are left out: a void call takes its prompts or round along."""
+        return 1 - self.num_rounds * self.num_calls / self.num_paired if self.faults else 0.0
 
     @property
     def residual_faults(self) -> tuple[ResidualFault, ...]:
@@ -257,8 +262,8 @@ def _warnings(length: Measured, lengths: Sequence[Lengths]) -> list[str]:
         )
     if any(of_arm.misses_the_tail for of_arm in lengths):
         warnings.append(
-            "the timed answers are clearly unlike those of all documents in length: the interval allows for it, more "
-            "prompts would narrow it"
+            "the timed answers are clearly unlike those of all known documents in length: the interval allows for it, "
+            "more prompts would narrow it"
         )
     return warnings
 

@@ -77,7 +77,7 @@ def _lengths(runs: Runs, points: Sequence[SpeedPoint]) -> str:
         "all: median, 90th percentile",
         "at the budget: timed, all",
         "calls",
-        "tell as much as",
+        "effective calls (Kish)",
         "longest call's share",
     ]
     rows = []
@@ -87,10 +87,11 @@ def _lengths(runs: Runs, points: Sequence[SpeedPoint]) -> str:
             timed, every = (" / ".join(f"{tokens:.0f}" for tokens in found) for found in of_arm.quantiles())
             at_budget = of_arm.shares_at_budget()
             name = "baseline" if of_arm.arm == "baseline" else escape(runs.name(point.candidate))
-            numbers = f"{len(of_arm.timed_tokens):,}, {count(len(of_arm.all_tokens)) if every else NONE}"
+            there = f"{count(len(of_arm.all_tokens))}{'' if of_arm.whole else ' (not all)'}" if every else NONE
+            numbers = f"{len(of_arm.timed_tokens):,}, {there}"
             row = [name, point.workload, count(point.batch_size), numbers, timed, every or NONE]
             row.append(NONE if at_budget is None else " / ".join(percent(share) for share in at_budget))
-            row += [count(tail.num_calls), f"{tail.effective_calls:.0f} alike", percent(tail.largest_share)]
+            row += [count(tail.num_calls), f"{tail.effective_calls:.0f}", percent(tail.largest_share)]
             rows.append(row)
     if not rows:
         return ""
@@ -188,9 +189,10 @@ def _warnings(runs: Runs) -> Iterator[str]:
 
 LENGTH_WORDS = (
     "A speedup is one of the prompts that were timed. Lengths are in useful tokens; those of all documents are known "
-    "where a run of the same weights and decoder is among the runs, and the interval then allows for what the timed "
-    "ones lack. Else it allows for answers that run on to the budget, as many as the timed ones cannot exclude, and "
-    "for a heavy tail beyond the longest. Calls of unlike length tell as much as fewer calls that are alike."
+    "where a run of the same weights and decoder without a limit is among the runs, and the interval then allows for "
+    "what the timed ones lack. Else it allows for answers that run on to the budget, as many as the known ones cannot "
+    "exclude, and for a heavy tail beyond the longest. Effective calls (Kish): so many calls of equal length would "
+    "tell as much."
 )
 COST_WORDS = (
     "What it costs. A forward is one pass of either tower for one prompt, NFE one pass of the denoiser. Tokens per "

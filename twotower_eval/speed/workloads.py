@@ -10,8 +10,11 @@ from itertools import chain, cycle, islice, pairwise
 from typing import Any, Protocol
 
 from twotower_eval.models.prompts import fitted_prompt_ids, naming, prompt_ids
-from twotower_eval.plan import DEFAULT_NUM_PROMPTS, SpeedPlan
+from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import Workload, canonical_json, sha256_text
+
+# A runaway in a hundred prompts is among so many with 98 % probability; whole batches of 1 to 128 by powers of two.
+ENOUGH_PROMPTS = 384
 
 
 class Request(Protocol):
@@ -51,8 +54,8 @@ def make_calls(plan: SpeedPlan, requests: Sequence[Request]) -> Calls:
     """Choose ``plan.num_prompts`` prompts and cut them into calls of each batch size: the same prompts for all sizes.
 
     On the ``answer`` workload prompts of one call share stops and budget, tasks take turns, and what is chosen of a
-    task is spread over the lengths of all its prompts. The default number takes as many as there are, where these are
-    fewer. ValueError where whole batches are impossible.
+    task is spread over the lengths of all its prompts. Where the plan names no number, they are ``ENOUGH_PROMPTS``, or
+    as many as make whole batches. ValueError where there are fewer than it names, or no whole batch.
     """
     together = math.lcm(*plan.batch_sizes)
     wanted = _wanted(plan, together)
@@ -60,18 +63,18 @@ def make_calls(plan: SpeedPlan, requests: Sequence[Request]) -> Calls:
         chosen = _spread(requests, together, wanted)
     else:
         chosen = list(requests[:wanted])
-        if plan.num_prompts == DEFAULT_NUM_PROMPTS:
+        if plan.num_prompts is None:
             chosen = chosen[: len(chosen) // together * together]
-    if not chosen or (len(chosen) < wanted and plan.num_prompts != DEFAULT_NUM_PROMPTS):
+    if not chosen or (len(chosen) < wanted and plan.num_prompts is not None):
         batches = f" in batches of {together} from one task" if plan.workload == "answer" and together > 1 else ""
         raise ValueError(f"{wanted} prompts wanted{batches}, the tasks give {len(chosen)}: name more tasks")
     return {size: _cut(plan, chosen, size) for size in plan.batch_sizes}
 
 
 def _wanted(plan: SpeedPlan, together: int) -> int:
-    """How many prompts; the default number is rounded up to whole batches, any other has to make them."""
-    fitting = math.ceil(plan.num_prompts / together) * together
-    if plan.num_prompts not in (fitting, DEFAULT_NUM_PROMPTS):
+    """How many prompts; enough of them are rounded up to whole batches, a number that is given has to make them."""
+    fitting = math.ceil((plan.num_prompts or ENOUGH_PROMPTS) / together) * together
+    if plan.num_prompts not in (fitting, None):
         sizes = ", ".join(map(str, plan.batch_sizes))
         raise ValueError(
             f"{plan.num_prompts} prompts cannot be cut into whole batches of {sizes}: take --num-prompts {fitting}"

@@ -85,7 +85,7 @@ from twotower_eval.stats.speedup import (
     resamples_launches,
     speedup,
 )
-from twotower_eval.stats.tails import Documents, Tail, calls_to_see, seconds_per_token
+from twotower_eval.stats.tails import Documents, Tail, seconds_per_token
 
 __all__ = [
     "ABOVE_CHANCE_LEVEL",
@@ -130,7 +130,6 @@ __all__ = [
     "binomial_upper_bound",
     "bootstrap_stderr",
     "break_even",
-    "calls_to_see",
     "can_misfit",
     "chance_of_equal",
     "decide",

@@ -4,14 +4,15 @@ The bootstrap knows the calls that it was given. A few answers that run on to th
 a gain that falls with length: each can make the ratio of sums over all prompts another one than that of any sample.
 So the ends of an interval move out by what longer calls than those seen may change, by the surest knowledge there is:
 
-- ``Documents``: the lengths of all documents are known. Times are predicted by tokens (a regression estimator: each
-  arm's seconds move by its slope times the difference of mean tokens), and documents longer than any that was timed
-  take their share at no gain, or at that which the trend of gain over length foretells if it is worse.
+- ``Documents``: the lengths of more documents than were timed are known. Times are predicted by tokens (a regression
+  estimator: each arm's seconds move by its slope times the difference of mean tokens), and documents longer than any
+  that was timed take their share at no gain, or at that which the trend of gain over length foretells if it is worse.
+  Where they are not all that there are, the rest is open, as below, by as many documents as are known.
 - Limits: what a call takes at its budget is known. As many calls as the rule of three leaves unseen may be of that
-  kind in one arm and ordinary in the other.
+  kind in one arm and ordinary in the other. Tokens per second change by those that have no gain.
 - Neither: where the longest calls show a heavy tail (Hill 1975, "A simple general approach to inference about the tail
   of a distribution"), it is drawn out beyond them by the same rule of three, at the gain that the trend foretells.
-  Runaways of which a sample shows none leave no trace in it: only enough calls exclude them, ``calls_to_see``.
+  Runaways of which a sample shows none leave no trace in it: only enough calls exclude them.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from twotower_eval.stats.intervals import Floats, t_quantile
+from twotower_eval.stats.intervals import Floats, binomial_upper_bound, t_quantile
 
 TAIL_SHARE = 0.1  # of the calls, the longest, that tell how heavy the tail is
 LEAST_TAIL = 4  # calls in it at the least
 LEAST_CALLS = 20  # of fewer, the longest four are no tail
 HEAVY, LIGHT = 2.0, 2.5  # tail indices: up to the first the tail counts in full, from the second on not at all
 FARTHEST = 10.0  # mean of the unseen calls, in units of the longest one seen: at the most
-RARE = 0.01  # share of runaways that enough calls see with 95 % probability
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Documents:
-    """Useful tokens of all documents whose prompts could have been timed, each (D,), as a run on them has them.
+    """Useful tokens of documents whose prompts could have been timed, each (D,), as a run on them has them.
 
     ``longest_baseline`` and ``longest_candidate`` are the tokens of the longest answer among those that were timed;
-    ``batch_size`` documents make a call. ``weights``: how much each counts, alike where ``None``.
+    ``batch_size`` documents make a call. ``weights``: how much each counts, alike where ``None``. ``whole``: these are
+    all the documents there are. ``budgets``: tokens of either arm at which an answer is cut.
     """
 
     baseline_tokens: Floats
@@ -46,6 +47,8 @@ class Documents:
     longest_candidate: float
     batch_size: int = 1
     weights: Floats | None = None
+    whole: bool = True
+    budgets: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         arrays = [self.baseline_tokens, self.candidate_tokens]
@@ -61,6 +64,20 @@ class Documents:
         weight_D = np.ones(len(self.baseline_tokens)) if self.weights is None else self.weights
         shares: Floats = weight_D / weight_D.sum()
         return shares
+
+    def unseen_at_budget(self, alpha: float) -> tuple[float, float]:
+        """Share of calls in either arm that may run on to the budget beyond those that these documents show.
+
+        By Clopper-Pearson's upper bound; for no such document it is the rule of three.
+        """
+        num = int(1 / float(self.weight_D @ self.weight_D) + 1e-9)
+        budgets = self.budgets or (inf, inf)
+        shares = []
+        for tokens_D, budget in zip((self.baseline_tokens, self.candidate_tokens), budgets, strict=True):
+            seen = float(self.weight_D @ (tokens_D >= budget))
+            unseen = max(0.0, binomial_upper_bound(ceil(seen * num - 1e-9), num, alpha) - seen)
+            shares.append(1 - (1 - unseen) ** self.batch_size)
+        return shares[0], shares[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +123,6 @@ class PerCall(NamedTuple):
 Shifts = tuple[float, float]  # of an interval's lower and upper end, on the log scale: at most 0, at least 0
 
 
-def calls_to_see(share: float = RARE, alpha: float = 0.05) -> int:
-    """So many calls hold one of a kind that makes up ``share`` of all, but for a probability of ``alpha``."""
-    return ceil(log(alpha) / log1p(-share))
-
-
 def tail_of(baseline_s: Floats, candidate_s: Floats) -> Tail:
     """How either arm's seconds, (R, P), are spread over calls."""
     found = []
@@ -143,20 +155,35 @@ def shifts(
     """
     if min(calls.baseline_s.min(), calls.candidate_s.min()) <= 0:
         return 0.0, 0.0  # a call that took no time has no gain
-    if documents is not None:
-        return _by_documents(calls, documents, log_value, level)
+    seen = (0.0, 0.0) if documents is None else _by_documents(calls, documents, log_value, level)
+    if documents is not None and documents.whole:
+        return seen
     share = log(2 / (1 - level)) / len(calls.baseline_s)
-    found = [_by_extrapolation(calls, share, log_value, level, limits_s)]
-    if limits_s is not None and not calls.throughput:
-        found.append(_by_limits(calls, 1 - exp(-share), limits_s))
-    return min(low for low, _ in found), max(high for _, high in found)
+    low, high = _by_extrapolation(calls, share, log_value, level, limits_s)
+    if limits_s is None:
+        return min(low, seen[0]), max(high, seen[1])
+    unseen = 1 - exp(-share)
+    shares = (unseen, unseen) if documents is None else documents.unseen_at_budget((1 - level) / 2)
+    bounded = _by_limits(calls, shares, limits_s, log_value, level)
+    return min(low, seen[0] + bounded[0]), max(high, seen[1] + bounded[1])
 
 
-def _by_limits(calls: PerCall, share: float, limits_s: tuple[float, float]) -> Shifts:
-    """So many calls at the budget in one arm, of ordinary length in the other."""
+def _by_limits(
+    calls: PerCall, shares: tuple[float, float], limits_s: tuple[float, float], log_value: float, level: float
+) -> Shifts:
+    """So many calls at the budget in one arm, of ordinary length in the other.
+
+    Their tokens count in a throughput: the candidate's at no gain, or at the greatest that the trend foretells. The
+    baseline makes its own at its own rate.
+    """
     means = float(calls.baseline_s.mean()), float(calls.candidate_s.mean())
-    high, low = (log1p(share * max(0.0, limit / mean - 1)) for limit, mean in zip(limits_s, means, strict=True))
-    return -low, high
+    of_baseline, of_candidate = (max(1.0, limit / mean) for limit, mean in zip(limits_s, means, strict=True))
+    if not calls.throughput:
+        return -log1p(shares[1] * (of_candidate - 1)), log1p(shares[0] * (of_baseline - 1))
+    if of_candidate <= 1:
+        return 0.0, 0.0  # ordinary calls are at the budget themselves
+    gain = 0.0, _gain_at(calls, of_candidate, level)[1]
+    return _diluted(shares[1] * of_candidate, gain, log_value, rest=1 - shares[1])
 
 
 def _by_extrapolation(
@@ -210,10 +237,11 @@ def _by_documents(calls: PerCall, documents: Documents, log_value: float, level:
     return low + min(moved, 0.0), high + max(moved, 0.0)
 
 
-def _diluted(mass: float, gain: tuple[float, float], log_value: float) -> Shifts:
-    """Beside calls of total size 1 there are others of size ``mass``, of least or greatest log ``gain``."""
+def _diluted(mass: float, gain: tuple[float, float], log_value: float, rest: float = 1.0) -> Shifts:
+    """Beside calls of total size ``rest`` there are others of size ``mass``, of least or greatest log ``gain``."""
     low, high = min(0.0, gain[0] - log_value), max(0.0, gain[1] - log_value)
-    return log((1 + mass * exp(low)) / (1 + mass)), -log((1 + mass * exp(-high)) / (1 + mass))
+    both = rest + mass
+    return log((rest + mass * exp(low)) / both), -log((rest + mass * exp(-high)) / both)
 
 
 def _gain_at(calls: PerCall, size: float, level: float) -> tuple[float, float]:
