@@ -63,7 +63,7 @@ def test_a_file_becomes_records() -> None:
         (changed("claim", 1, margin=1.0), "claim 'fast': a margin of 100 leaves too little of the claim: at most 20 %"),
         (changed("claim", 1, margin=0.57), "a margin of 57 leaves too little of the claim: at most 20 %"),
         (changed("claim", 0, margin=0.06), "a margin of 6 leaves too little of the claim: at most 5 points"),
-        (changed("claim", 0, expected=0.04, margin=0.05), "expected 0.04 less a margin of 0.05 is true of anything"),
+        (changed("claim", 0, expected=0.04, margin=0.05), "with a margin of 0.05 every result would support the claim"),
         (changed("claim", 1, limits={"min_retention": -1.0}), "claim 'fast', limits: min_retention lies between 0.3"),
         (changed("claim", 1, limits={"null_offset": 0.5}), "null_offset lies between 0 and 0.2 (0.02)"),
         (changed("claim", 1, limits={"degenerate_share": 1.0}), "degenerate_share lies between 0 and 0.25"),

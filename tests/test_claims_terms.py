@@ -10,7 +10,9 @@ from test_claims_judge import BOTH, FAST, KEPT, claims_of
 
 from twotower_eval import cli, store
 from twotower_eval.claims import exit_code, gates, judge, strict_line, verdict_lines
-from twotower_eval.claims.terms import RANGES
+from twotower_eval.claims.estimates import at_stake, speed_readings
+from twotower_eval.claims.terms import RANGES, claimed_text
+from twotower_eval.evidence.timing import speed_points
 from twotower_eval.records import Gate, GateLimits, SpeedSample, Verdict
 from twotower_eval.store import Run
 
@@ -38,12 +40,12 @@ def kept_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def launched(root: Path, num: int) -> Run:
-    """A scored speed run whose six rounds are spread over so many launches."""
+    """A scored speed run whose twenty rounds are spread over so many launches."""
 
     def change(row: Row) -> Row:
         return dataclasses.replace(row, launch_id=f"{row.round % num}") if isinstance(row, SpeedSample) else row
 
-    return store.load(speed_run(root, scored=True, edit=change))
+    return store.load(speed_run(root, scored=True, num_rounds=20, edit=change))
 
 
 @pytest.mark.parametrize(
@@ -118,9 +120,10 @@ def test_every_verdict_carries_its_margin_and_the_limits_that_are_its_own(tmp_pa
     kept, fast, both, refuted, _ = verdict_lines(claims, verdicts)
     assert "; claimed: retention equal to 90 %, without a margin" in kept
     limits = "; limits that are not the shipped ones: min_retention 0.3 (shipped 0.5)"
-    assert f"; claimed: wall-clock speedup at least 1.2x less 10 %{limits}" in fast
-    assert f"retention equal to 90 %, without a margin and wall-clock speedup at least 1.2x less 10 %{limits}" in both
-    assert "; claimed: retention at least 200 % less 0.5 points" in refuted
+    sped = "wall-clock speedup at least 1.2x (margin 10 %, so at least 1.08x)"
+    assert f"; claimed: {sped}{limits}" in fast
+    assert f"retention equal to 90 %, without a margin and {sped}{limits}" in both
+    assert "; claimed: retention at least 200 % (margin 0.5 points, so at least 199.5 %)" in refuted
     assert "limits" not in kept
 
 
@@ -130,3 +133,89 @@ def test_every_limit_has_its_range() -> None:
     assert RANGES.keys() == {field.name for field in dataclasses.fields(GateLimits)}
     for name, allowed in RANGES.items():
         assert allowed.least <= getattr(shipped, name) <= allowed.most
+
+
+@pytest.mark.parametrize(
+    ("terms", "words"),
+    [
+        (
+            {"quantity": "retention", "expected": 0.987, "margin": 0.005},
+            "retention at least 98.7 % (margin 0.5 points, so at least 98.2 %)",
+        ),
+        (
+            {"quantity": "score", "relation": "equal", "expected": 0.71, "margin": 0.02},
+            "score equal to 71 % (margin 2 points, so from 69 % to 73 %)",
+        ),
+        (
+            {"quantity": "score_difference", "expected": -0.01, "margin": 0.005},
+            "score difference at least -1 points (margin 0.5 points, so at least -1.5 points)",
+        ),
+        (
+            {"quantity": "score", "relation": "at_most", "metric": "ppl", "expected": 33.3, "margin": 0.5},
+            "score (ppl) at most 33.3 (margin 0.5, so at most 33.8)",
+        ),
+        (
+            {"quantity": "speedup_time", "expected": 2.0, "margin": 0.0},
+            "wall-clock speedup at least 2x, without a margin",
+        ),
+    ],
+)
+def test_a_claim_says_what_its_margin_leaves(terms: dict[str, Any], words: str) -> None:
+    """``at least 98.7 % less 0.5 points`` had to be reckoned out."""
+    scope = {} if terms["quantity"].startswith("speedup") else {"scope": ["sorting"]}
+    [claim] = claims_of({**FAST, **scope, **terms})
+    assert claimed_text(claim) == words
+
+
+@pytest.mark.parametrize(
+    ("quantity", "terms", "words"),
+    [
+        ("score", {"metric": "exact_match", "expected": 0.9, "margin": 0.9}, "every result would support"),
+        (
+            "score",
+            {"metric": "acc", "expected": 0.9, "margin": 0.3},
+            "leaves too little of the claim: at most 20 points",
+        ),
+        ("score", {"metric": "pass@1,none", "expected": 0.9, "margin": 0.3}, "at most 20 points"),
+        ("score", {"metric": "prompt_level_strict_acc", "expected": 0.9, "margin": 0.3}, "at most 20 points"),
+        ("score", {"expected": 0.2, "margin": 0.2}, "with a margin of 0.2 every result would support the claim"),
+        ("score", {"expected": 0.21, "margin": 0.2}, "at most 10.5 points"),
+        ("score", {"relation": "at_most", "expected": 0.9, "margin": 0.1}, "every result would support"),
+        ("score_difference", {"metric": "acc", "expected": 0.0, "margin": 1.0}, "every result would support"),
+        ("score_difference", {"metric": "acc", "expected": 0.0, "margin": 0.3}, "at most 20 points"),
+        ("retention", {"expected": 0.06, "margin": 0.05}, "at most 0.6 points"),
+        ("retention", {"expected": 0.05, "margin": 0.05}, "every result would support"),
+        ("score", {"metric": "word_perplexity", "expected": 0.9, "margin": 0.9}, None),
+        ("score", {"relation": "equal", "expected": 0.022, "margin": 0.02}, None),
+        ("score", {"expected": 0.4, "margin": 0.2}, None),
+        ("score_difference", {"metric": "acc", "expected": 0.0, "margin": 0.2}, None),
+        ("retention", {"expected": 0.5, "margin": 0.05}, None),
+        ("retention", {"relation": "at_most", "expected": 0.02, "margin": 0.05}, None),
+    ],
+)
+def test_no_margin_leaves_a_claim_that_everything_supports(
+    quantity: str, terms: dict[str, Any], words: str | None
+) -> None:
+    """Naming a metric did away with the limit, and a score could be claimed at 20 % less 20 points."""
+    table = {**KEPT, "quantity": quantity, "scope": ["sorting"], **terms}
+    if words is None:
+        assert claims_of(table)[0].margin == terms["margin"]
+        return
+    with pytest.raises(ValueError, match="claim 'kept'") as caught:
+        claims_of(table)
+    assert words in str(caught.value)
+
+
+def test_a_null_is_held_against_the_calls_speedup_judged_and_claimed(tmp_path: Path) -> None:
+    """Per device 0.9x on two devices is 1.8x of the calls, but the null was allowed the width of 0.9x."""
+    [point] = speed_points([launched(tmp_path, 1)])[0]
+    workload = dataclasses.replace(point.candidate.workload, num_devices=2)
+    on_two = dataclasses.replace(point, candidate=dataclasses.replace(point.candidate, workload=workload))
+    [claim] = claims_of({**FAST, "quantity": "speedup_time_per_device", "expected": 0.9})
+    [reading, *_] = speed_readings(claim, on_two)
+    assert reading.estimate is not None
+    judged, claimed = at_stake(claim, on_two, reading.estimate)
+    assert judged.value == pytest.approx(2 * reading.estimate.value)
+    assert claimed == pytest.approx(1.8)
+    [plain] = claims_of(FAST)
+    assert at_stake(plain, on_two, judged) == (judged, plain.expected)

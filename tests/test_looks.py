@@ -11,6 +11,7 @@ from test_claims_judge import BOTH, FAST, KEPT, claims_of
 from twotower_eval import cli, stats, store
 from twotower_eval.claims import exit_code, judge, strict_line, verdict_lines
 from twotower_eval.claims.looks import num_measurings
+from twotower_eval.claims.reasons import look_text
 from twotower_eval.records import Score, SpeedSample, Verdict
 from twotower_eval.store import Run
 
@@ -72,7 +73,7 @@ def test_a_second_timing_is_pooled_counted_and_judged_more_strictly(tmp_path: Pa
     assert (once.estimate.level, again.estimate.level) == (pytest.approx(0.9), pytest.approx(0.99))
     assert set(again.evidence) == {RUN_ID, SPEED_ID, SECOND_SPEED_ID}
     line, counts = verdict_lines(claims_of(FAST), [again])
-    assert "look 2 of 1 declared: judged at 99.5 %" in line
+    assert "second look, one was declared: bounds are one-sided 99.5 %" in line
     assert "one-sided 99.5 % bounds" in counts
     assert "look" not in verdict_lines(claims_of(FAST), [once])[0]
     both = verdict_lines(claims_of(FAST, KEPT), [again, *judge(claims_of(KEPT), [kept_run])])[-1]
@@ -82,10 +83,13 @@ def test_a_second_timing_is_pooled_counted_and_judged_more_strictly(tmp_path: Pa
 def test_declared_looks_share_the_error_rate(tmp_path: Path, kept_run: Run) -> None:
     planned = {**FAST, "looks": 2}
     first = store.load(speed_run(tmp_path / "a", scored=True))
-    for runs, num in (([first], 1), ([first, relaunched(tmp_path / "b", scored=True)], 2)):
+    for runs, num, nth in (([first], 1, "first"), ([first, relaunched(tmp_path / "b", scored=True)], 2, "second")):
         verdict = verdict_on(planned, [kept_run, *runs])
         assert (verdict.num_looks, verdict.level) == (num, 0.975)
-        assert f"look {num} of 2 declared: judged at 97.5 %" in verdict_lines(claims_of(planned), [verdict])[0]
+        assert (
+            f"{nth} look, 2 were declared: bounds are one-sided 97.5 %"
+            in verdict_lines(claims_of(planned), [verdict])[0]
+        )
 
 
 def test_looking_without_end_decides_nothing(tmp_path: Path, kept_run: Run) -> None:
@@ -97,7 +101,7 @@ def test_looking_without_end_decides_nothing(tmp_path: Path, kept_run: Run) -> N
     assert (five.num_looks, five.level) == (5, 1 - 0.000625)
     six = verdict_on({**FAST, "expected": 1.1}, [kept_run, *more])
     assert (six.outcome, six.num_looks) == ("INCONCLUSIVE", 6)
-    assert "look 6 of 1 declared: looking has used up" in six.reason
+    assert "too many looks (sixth look, one was declared): no error rate is left, so nothing" in six.reason
 
 
 def test_what_is_left_open_says_what_a_further_look_costs(tmp_path: Path, kept_run: Run) -> None:
@@ -159,7 +163,9 @@ def test_runs_beside_the_given_ones_count_and_are_named(tmp_path: Path, kept_run
     assert f"1 more run of this point lies beside and was not given: {SECOND_SPEED_ID}" in line
     five = dataclasses.replace(fast, scope=None)
     assert (exit_code([five]), exit_code([five], strict=True)) == (0, 4)
-    assert "without runs that lie beside is counted as inconclusive" in strict_line([five])
+    left_out = "SUPPORTED verdict{} out runs of the same point in this results folder; strict counts {} as inconclusive"
+    assert f"1 {left_out.format(' leaves', 'it')}" in strict_line([five])
+    assert f"2 {left_out.format('s leave', 'them')}" in strict_line([five, five])
 
 
 def test_a_run_that_was_left_out_may_contradict_the_given_one(tmp_path: Path, kept_run: Run) -> None:
@@ -194,6 +200,46 @@ def test_what_showed_nothing_of_the_point_is_no_look(tmp_path: Path, kept_run: R
     assert (kept.not_given, kept.num_looks) == ((differing.name,), 2)
 
 
+def of_task(root: Path, run_id: str, task: str, device: str) -> Run:
+    """A speed run on the prompts of one task, on one device."""
+
+    def change(row: Row) -> Row:
+        if not isinstance(row, SpeedSample):
+            return row
+        prompts = [dataclasses.replace(one, prompt_id=f"{task}/{one.prompt_id[1:]}") for one in row.prompts]
+        return dataclasses.replace(row, launch_id=run_id, prompts=tuple(prompts))
+
+    machine = {"system": "Linux", "num_cores": 2, "devices": [{"device": "cuda:0", "name": device}]}
+    return store.load(speed_run(root, run_id=run_id, edit=change, machine=machine))
+
+
+@pytest.mark.parametrize(
+    ("point", "task", "device", "num"),
+    [
+        ({"timed_tasks": ["sorting"]}, "arithmetic", "NVIDIA H100", 1),
+        ({"timed_tasks": ["sorting"]}, "sorting", "NVIDIA H100", 2),
+        ({"hardware": "H100"}, "sorting", "NVIDIA A100", 1),
+        ({"hardware": "H100"}, "arithmetic", "NVIDIA H100", 2),
+        ({}, "arithmetic", "NVIDIA A100", 2),
+    ],
+)
+def test_a_run_beside_counts_only_where_it_times_the_point_itself(
+    tmp_path: Path, kept_run: Run, point: dict[str, Any], task: str, device: str, num: int
+) -> None:
+    """Timings of other tasks or on other machines took their price, though no verdict could be made of them."""
+    first = of_task(tmp_path, SPEED_ID, "sorting", "NVIDIA H100")
+    of_task(tmp_path, SECOND_SPEED_ID, task, device)
+    [verdict] = judge(claims_of(FAST, **point), [kept_run, first])
+    assert (verdict.num_looks, len(verdict.not_given)) == (num, num - 1)
+
+
+@pytest.mark.parametrize(("num", "words"), [(1, "first look"), (10, "tenth look"), (11, "look 11")])
+def test_looks_are_counted_in_words(num: int, words: str) -> None:
+    assert look_text(num) == words
+    assert look_text(num, 1) == f"{words}, one was declared"
+    assert look_text(num, 2) == f"{words}, 2 were declared"
+
+
 def measured(*numbers: int, launched: bool = True, missing: int = 0) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = [{"kind": "started"}]
     for number in numbers:
@@ -224,7 +270,7 @@ def test_looks_are_said_on_the_command_line(tmp_path: Path, kept_run: Run, capsy
     file.write_text(CLAIM_FILE + "looks = 3\n")
     first = speed_run(tmp_path / "runs", scored=True)
     assert cli.main(["claims", "check", str(file), str(kept_run.path), str(first)]) == 0
-    assert "look 1 of 3 declared: judged at 98.33 %" in capsys.readouterr().out
+    assert "first look, 3 were declared: bounds are one-sided 98.33 %" in capsys.readouterr().out
     file.write_text(CLAIM_FILE + "looks = 0\n")
     assert cli.main(["claims", "check", str(file), str(first)]) == 2
     assert "looks lies between 1 and 20, not 0" in capsys.readouterr().err

@@ -410,7 +410,8 @@ def test_arms_of_equal_speed_refute_a_claim_and_no_line_contradicts_it(tmp_path)
     claims.write_text(TWICE, encoding="utf-8")
     runs = [made.quality_run(tmp_path), made.speed_run(tmp_path / "level", num_rounds=30, scored=True, edit=level)]
     markdown = read(report.write(runs, tmp_path, claims=str(claims)), "report.md")
-    assert "**REFUTED in this launch**: claim twice, wall-clock speedup at least 2x less 5 % at 16/16/0.8" in markdown
+    terms = "wall-clock speedup at least 2x (margin 5 %, so at least 1.9x)"
+    assert f"**REFUTED in this launch**: claim twice, {terms} at 16/16/0.8" in markdown
     assert "at 1.00x [" in markdown
     assert "INVALID" not in markdown.partition("## Quality against speed")[0]
     assert "FAILED" not in markdown
@@ -422,8 +423,9 @@ def test_the_verdict_stands_first_and_every_claim_has_its_row(usual, tmp_path) -
     folder = report.write(usual[:2], tmp_path, claims=str(file), html=True, csv=True)
     markdown = read(folder, "report.md")
     first = markdown.partition("## Verdict")[2].strip().splitlines()[0]
-    assert first.startswith("**SUPPORTED**: claim kept, retention at least 50 % less 0.5 points at 16/16/0.8 (block/")
-    kept = r"\| kept \| \*\*SUPPORTED\*\* \| [\d.]+ % \[[\d., ]+\] \| retention at least 50 % less 0.5 points \|"
+    terms = "retention at least 50 % (margin 0.5 points, so at least 49.5 %)"
+    assert first.startswith(f"**SUPPORTED**: claim kept, {terms} at 16/16/0.8 (block/")
+    kept = r"\| kept \| \*\*SUPPORTED\*\* \| [\d.]+ % \[[\d., ]+\] \| " + re.escape(terms) + r" \|"
     assert re.search(kept, markdown)
     assert re.search(r"\| never \| \*\*REFUTED\*\* \| [\d.]+ % \[", markdown)
     assert "&lt;b&gt;of&lt;/b&gt;" in markdown

@@ -20,6 +20,7 @@ from twotower_eval.calibration.speed_worlds import POPULATION, Noise, population
 from twotower_eval.progress import Advance
 
 MOST_LOOKS = 5
+NUM_ROUNDS = 12  # a look: of 5 the first looks hardly ever decide, so that they could not err either
 Draw = Callable[[np.random.Generator], list[stats.TimedCalls]]
 
 
@@ -28,7 +29,6 @@ class LookWorld:
     """A speedup that is ``truth``; ``draw`` gives what lies on the table at each look."""
 
     name: str
-    num_rounds: int
     num_calls: int
     truth: float
     draw: Draw
@@ -49,37 +49,37 @@ class LookTally:
 def look_worlds() -> tuple[LookWorld, ...]:
     """Fixed prompts timed again, sampled ones timed again, and other prompts each time."""
     return (
-        _again("fixed prompts timed again", 5, 8, "lognormal", 0.05, fixed=True),
-        _again("fixed prompts timed again", 5, 8, "heavy tail", 0.1, fixed=True),
-        _again("sampled prompts timed again", 5, 64, "lognormal", 0.2, fixed=False),
-        _others("other prompts each time", 5, 64, "lognormal", 0.05),
+        _again("fixed prompts timed again", 8, "lognormal", 0.05, fixed=True),
+        _again("fixed prompts timed again", 8, "heavy tail", 0.1, fixed=True),
+        _again("sampled prompts timed again", 64, "lognormal", 0.2, fixed=False),
+        _others("other prompts each time", 64, "lognormal", 0.05),
     )
 
 
-def _again(name: str, num_rounds: int, num_calls: int, kind: Noise, size: float, *, fixed: bool) -> LookWorld:
+def _again(name: str, num_calls: int, kind: Noise, size: float, *, fixed: bool) -> LookWorld:
     """The same prompts at every look, so that all rounds are taken together."""
     spread = 0.2 if fixed else 0.01  # prompts that differ would hide what rounds do
     always = population(spread).of(np.arange(num_calls))
 
     def draw(rng: np.random.Generator) -> list[stats.TimedCalls]:
         calls = always if fixed else population(spread).of(rng.integers(0, POPULATION, num_calls))
-        parts = [timed(rng, calls, num_rounds, kind, size, fixed=fixed) for _ in range(MOST_LOOKS)]
+        parts = [timed(rng, calls, NUM_ROUNDS, kind, size, fixed=fixed) for _ in range(MOST_LOOKS)]
         return [pooled(parts[: number + 1]) for number in range(MOST_LOOKS)]
 
     truth = always.truth("time") if fixed else population(spread).truth("time")
     named = f"{name}, rounds taken together, {kind} of {100 * size:g} %"
-    return LookWorld(name=named, num_rounds=num_rounds, num_calls=num_calls, truth=truth, draw=draw)
+    return LookWorld(name=named, num_calls=num_calls, truth=truth, draw=draw)
 
 
-def _others(name: str, num_rounds: int, num_calls: int, kind: Noise, size: float) -> LookWorld:
+def _others(name: str, num_calls: int, kind: Noise, size: float) -> LookWorld:
     """Prompts of its own at every look."""
 
     def draw(rng: np.random.Generator) -> list[stats.TimedCalls]:
         drawn = [population(0.2).of(rng.integers(0, POPULATION, num_calls)) for _ in range(MOST_LOOKS)]
-        return [timed(rng, calls, num_rounds, kind, size, fixed=False) for calls in drawn]
+        return [timed(rng, calls, NUM_ROUNDS, kind, size, fixed=False) for calls in drawn]
 
     named, truth = f"{name}, the newest judged, {kind} of {100 * size:g} %", population(0.2).truth("time")
-    return LookWorld(name=named, num_rounds=num_rounds, num_calls=num_calls, truth=truth, draw=draw)
+    return LookWorld(name=named, num_calls=num_calls, truth=truth, draw=draw)
 
 
 def pooled(parts: Sequence[stats.TimedCalls]) -> stats.TimedCalls:
@@ -109,7 +109,7 @@ def calibrate_looks(world: LookWorld, *, num: int, num_resamples: int, seed: int
         )
         num_first, num_free, num_priced = num_first + free[0], num_free + any(free), num_priced + any(priced)
         advance()
-    size = f"{world.num_rounds} rounds x {world.num_calls} calls a look"
+    size = f"{NUM_ROUNDS} rounds x {world.num_calls} calls a look"
     return LookTally(
         name=world.name, size=size, num=num, num_first=num_first, num_free=num_free, num_priced=num_priced
     )  # fmt: skip

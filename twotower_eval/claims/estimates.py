@@ -91,11 +91,12 @@ def _scaled(claim: Claim, point: SpeedPoint, estimate: Estimate) -> Estimate:
     return stats.per_device(estimate, baseline_devices=devices[0], candidate_devices=devices[1])
 
 
-def calls_speedup(claim: Claim, point: SpeedPoint, estimate: Estimate) -> Estimate:
-    """The speedup that a null is held against: that of the calls, not that per device."""
-    if claim.quantity != "speedup_time_per_device":
-        return estimate
-    return _speedup(point, "time")
+def at_stake(claim: Claim, point: SpeedPoint, estimate: Estimate) -> tuple[Estimate, float | None]:
+    """The speedup that a null is held against, judged and claimed: both are of the calls, never per device."""
+    if claim.quantity != "speedup_time_per_device" or claim.expected is None:
+        return estimate, claim.expected
+    judged = _speedup(point, "time")
+    return judged, claim.expected * judged.value / _scaled(claim, point, judged).value
 
 
 def kept_of(claim: Claim, point: QualityPoint, estimate: Estimate | None) -> float | None:

@@ -24,7 +24,6 @@ QUANTITIES, RELATIONS, AVERAGINGS = (typing.get_args(kind) for kind in (Quantity
 TASK_QUANTITIES = ("retention", "decoder_exercised_retention", "score", "score_difference")
 SCORE_QUANTITIES = ("score", "score_difference")
 SPEED_QUANTITIES = ("speedup_time", "speedup_throughput", "speedup_time_per_device")
-# Wider ones would let other answers be timed than were scored.
 MOST_LOOKS = 20  # each judged at 99.75 % then
 MARGINS = {"retention": 0.005, "decoder_exercised_retention": 0.005} | dict.fromkeys(SPEED_QUANTITIES, 0.05)
 

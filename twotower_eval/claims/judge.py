@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from twotower_eval import stats
 from twotower_eval.claims import gates, halves
 from twotower_eval.claims.estimates import (
-    calls_speedup,
+    at_stake,
     is_equal_by_construction,
     kept_at,
     kept_of,
@@ -198,8 +198,7 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
         checks.append(gates.times_gate(point, claim.limits))
     checks.append(gates.probes_gate(point, claim.limits))
     if first is not None:
-        judged = calls_speedup(claim, point, first)
-        checks.append(gates.null_gate(point, evidence.speed, judged, claim.expected, claim.limits))
+        checks.append(gates.null_gate(point, evidence.speed, *at_stake(claim, point, first), claim.limits))
     checks.append(gates.residual_gate(point, claim.limits))
     checks.append(gates.degenerate_gate(point, quality, claim.limits))
     checks.append(gates.floor_gate(quality, claim.limits))

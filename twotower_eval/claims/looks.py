@@ -2,8 +2,8 @@
 
 A look is one run folder at the claim's point; launches of one command are one look, and so are runs of equal documents
 and equal scores, which show nothing new. A finished run to which rounds were added later is another look each time.
-Runs that lie beside the given ones count as well: what was measured is not unseen for being left out. What could
-never support a claim, for want of documents or prompts, is none.
+Runs that lie beside the given ones count as well: what was measured is not unseen for being left out. A run with too
+few documents or prompts to support a claim is no look at it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from twotower_eval.claims.match import (
     Evidence,
     cell_fits,
     gather,
+    hardware_fits,
     names_baseline,
     num_documents,
     quality_at,
     speed_at,
+    tasks_fit,
+    workload_fits,
 )
 from twotower_eval.evidence import QualityPoint, SpeedPoint
+from twotower_eval.evidence.timing import tasks_of
 from twotower_eval.records import Cell, Claim, RunManifest, Score
 from twotower_eval.store import Run
 
@@ -55,7 +59,7 @@ def looks_at_speed(claim: Claim, evidence: Evidence, found: Sequence[SpeedPoint]
     telling = [point for point in found if point is found[0] or point.timed.fixed or point.num_calls >= stats.MIN_CALLS]
     ids = {run_id for point in telling for run_id in point.run_ids}
     num = sum(num_measurings(run) for run in evidence.runs if run.manifest.run_id in ids)
-    beside = _beside(evidence, lambda manifest: _times(claim, manifest), _has_measured)
+    beside = _beside(evidence, lambda manifest: _times(claim, manifest), lambda run: _has_timed(claim, run))
     looks = Looks(
         num=num + sum(map(num_measurings, beside)),
         declared=claim.looks,
@@ -129,15 +133,11 @@ def _is_telling(claim: Claim, point: QualityPoint) -> bool:
 def _times(claim: Claim, manifest: RunManifest) -> bool:
     """Whether a run is meant to time a claim's point, on prompts enough to support it."""
     point, num_prompts = claim.point, manifest.plan.get("num_prompts")
-    asked = (point.batch_size, point.num_devices, point.workload)
     few = isinstance(num_prompts, int) and num_prompts // (point.batch_size or 1) < stats.MIN_CALLS
     if manifest.verb != "speed" or (few and point.workload == "answer"):
         return False
-    return _has_both(
-        claim,
-        manifest,
-        lambda cell: asked == (cell.workload.batch_size, cell.workload.num_devices, cell.workload.kind),
-    )
+    on_machine = hardware_fits(claim, [manifest.machine])
+    return on_machine and _has_both(claim, manifest, lambda cell: workload_fits(claim, cell.workload))
 
 
 def _scores(claim: Claim, manifest: RunManifest) -> bool:
@@ -153,9 +153,10 @@ def _has_both(claim: Claim, manifest: RunManifest, fits: Callable[[Cell], bool])
     )
 
 
-def _has_measured(run: Run) -> bool:
-    """Whether there was anything to see: a run that was stopped after a glance has shown what it had."""
-    return any(sample.phase == "measure" for sample in run.speed)
+def _has_timed(claim: Claim, run: Run) -> bool:
+    """Whether there was anything to see: a run that was stopped after a glance at the claim's tasks has shown it."""
+    prompts = [prompt.prompt_id for sample in run.speed if sample.phase != "probe" for prompt in sample.prompts]
+    return any(sample.phase == "measure" for sample in run.speed) and tasks_fit(claim, tasks_of(prompts))
 
 
 def _beside(evidence: Evidence, is_meant: Callable[[RunManifest], bool], shows: Callable[[Run], bool]) -> list[Run]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from twotower_eval.claims.files import SCORE_QUANTITIES, SPEED_QUANTITIES
 from twotower_eval.evidence import ArmsDifferError, PointKey, QualityPoint, Runs, SpeedPoint
@@ -15,7 +16,7 @@ from twotower_eval.evidence.points import OtherScore
 from twotower_eval.evidence.quality import quality_points
 from twotower_eval.evidence.timing import speed_points
 from twotower_eval.evidence.wholes import WholeScore
-from twotower_eval.records import Cell, Checkpoint, Claim
+from twotower_eval.records import Cell, Checkpoint, Claim, Workload
 from twotower_eval.store import Run
 
 CONTEXT_TOWER = "context-tower"
@@ -165,7 +166,7 @@ def _decoded_so(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
         point
         for point in evidence.speed
         if cell_fits(claim, point.candidate) and names_baseline(claim, point.baseline.checkpoint)
-        if _hardware_fits(claim, point, evidence)
+        if hardware_fits(claim, _machines(point, evidence))
     ]
     return sorted(found, key=lambda point: max(point.run_ids), reverse=True)
 
@@ -205,7 +206,7 @@ def _speed_near(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
         workload = point.candidate.workload
         asked = (claim.point.batch_size, claim.point.num_devices, claim.point.workload)
         pairs = zip(asked, (point.batch_size, workload.num_devices, point.workload), strict=True)
-        if all(wanted in (None, there) for wanted, there in pairs) and _tasks_fit(claim, point):
+        if all(wanted in (None, there) for wanted, there in pairs) and tasks_fit(claim, point.tasks):
             found.append(point)
     return found
 
@@ -252,19 +253,26 @@ def cell_fits(claim: Claim, cell: Cell) -> bool:
 
 def timing_fits(claim: Claim, point: SpeedPoint) -> bool:
     """Whether a point was timed as the claim says: its batch, its devices, its workload and, if it says them, tasks."""
-    workload = point.candidate.workload
+    return workload_fits(claim, point.candidate.workload) and tasks_fit(claim, point.tasks)
+
+
+def workload_fits(claim: Claim, workload: Workload) -> bool:
     asked = (claim.point.batch_size, claim.point.num_devices, claim.point.workload)
-    return asked == (point.batch_size, workload.num_devices, point.workload) and _tasks_fit(claim, point)
+    return asked == (workload.batch_size, workload.num_devices, workload.kind)
 
 
-def _tasks_fit(claim: Claim, point: SpeedPoint) -> bool:
-    return not claim.point.timed_tasks or set(claim.point.timed_tasks) == set(point.tasks)
+def tasks_fit(claim: Claim, timed_tasks: Iterable[str]) -> bool:
+    return not claim.point.timed_tasks or set(claim.point.timed_tasks) == set(timed_tasks)
 
 
-def _hardware_fits(claim: Claim, point: SpeedPoint, evidence: Evidence) -> bool:
+def _machines(point: SpeedPoint, evidence: Evidence) -> list[Mapping[str, Any]]:
+    return [run.manifest.machine for run in evidence.runs if run.manifest.run_id in point.run_ids]
+
+
+def hardware_fits(claim: Claim, machines: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether every device of these machines is the claim's, if it says any."""
     if claim.point.hardware is None:
         return True
-    machines = [run.manifest.machine for run in evidence.runs if run.manifest.run_id in point.run_ids]
     described = [str(device.get("name", device)) for machine in machines for device in machine.get("devices", [])]
     return bool(described) and all(claim.point.hardware.lower() in text.lower() for text in described)
 

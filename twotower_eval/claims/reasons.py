@@ -24,6 +24,17 @@ def unit_of(quantity: Quantity, metric: str | None = None) -> Unit:
     return UNITS[quantity] if metric is None else OWN
 
 
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+
+
+def look_text(num: int, declared: int | None = None) -> str:
+    """``second look, one was declared``; how many were declared is left out where it is not known."""
+    shown = f"{ORDINALS[num - 1]} look" if 1 <= num <= len(ORDINALS) else f"look {num}"
+    if declared is None:
+        return shown
+    return f"{shown}, {'one was' if declared == 1 else f'{declared} were'} declared"
+
+
 def decision_text(unit: Unit, decision: stats.Decision) -> str:
     """``the upper bound 90.1 % is below 98.2 %``; with too little evidence, what there is too little of."""
     return decision.few or " and ".join(_comparison(unit, one) for one in decision.comparisons)

@@ -9,7 +9,7 @@ from twotower_eval import stats
 from twotower_eval.claims import gates, halves
 from twotower_eval.claims.files import SPEED_QUANTITIES
 from twotower_eval.claims.looks import Looks
-from twotower_eval.claims.reasons import decision_text, unit_of
+from twotower_eval.claims.reasons import decision_text, look_text, unit_of
 from twotower_eval.evidence import Measured, SpeedPoint
 from twotower_eval.records import Claim, Estimate, Gate, Outcome, VerdictScope
 
@@ -55,7 +55,8 @@ def doubt(outcome: Outcome, run_ids: Sequence[str], looks: Looks, others: Mappin
     if opposed:
         return f"the looks contradict each other: {', '.join(run_ids)} is {outcome}, {'; '.join(opposed)}"
     if looks.alpha is None:
-        return f"look {looks.num} of {looks.declared} declared: looking has used up what a verdict may err"
+        looked = look_text(looks.num, looks.declared)
+        return f"too many looks ({looked}): no error rate is left, so nothing can be decided"
     return None
 
 

@@ -7,13 +7,16 @@ outside is refused where the file is read. What lies inside and is not the shipp
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
+from twotower_eval import stats
+from twotower_eval.evidence.consistent_rows import SHARES
 from twotower_eval.records import Claim, GateLimits, Quantity
 
 RELATIONS = {"at_least": "at least", "at_most": "at most", "equal": "equal to"}
-ALLOWING = {"at_least": "less", "at_most": "plus", "equal": "within"}
 QUANTITIES: Mapping[Quantity, str] = {
     "retention": "retention",
     "decoder_exercised_retention": "decoder-exercised retention",
@@ -33,6 +36,34 @@ MOST_MARGIN: Mapping[Quantity, float] = {
     "score": 0.2,
     "score_difference": 0.2,
 }  # of scores: of those that are shares
+# Of what is expected at least: little would be left of a small number by a margin that is nothing of a large one.
+MOST_OF_EXPECTED: Mapping[Quantity, float] = {"retention": 0.1, "decoder_exercised_retention": 0.1, "score": 0.5}
+POSSIBLE: Mapping[Quantity, tuple[float, float]] = {
+    "retention": (0.0, inf),
+    "decoder_exercised_retention": (0.0, inf),
+    "score": (0.0, 1.0),
+    "score_difference": (-1.0, 1.0),
+}  # least and largest value; of scores: of those that are shares
+LIKE_SHARES = re.compile(r"acc(uracy|_.*)|.*_acc|pass(@|_at_)(k|\d+)")  # as tasks name theirs, besides ``SHARES``
+
+
+DIGITS = 9  # of a limit that is a sum
+ROUNDING = 10.0**-DIGITS
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shown:
+    """How a number is printed: what it is multiplied by, and what stands behind it."""
+
+    scale: float
+    suffix: str
+
+    def __call__(self, value: float) -> str:
+        return f"{round(self.scale * value, DIGITS):g}{self.suffix}"
+
+
+PER_CENT, POINTS = _Shown(scale=100, suffix=" %"), _Shown(scale=100, suffix=" points")
+MARGINLESS = ", without a margin"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,16 +113,51 @@ def check_margin(where: str, claim: Claim) -> None:
     if most is None or margin is None or claim.expected is None:
         return
     is_score = claim.quantity in ("score", "score_difference")
-    own_unit = is_score and (claim.metric is not None or abs(claim.expected) > 1)  # a perplexity, say
-    if margin > most and not own_unit:
-        unit = "points" if is_score or "retention" in claim.quantity else "%"
+    if is_score and not _is_share(claim):
+        return
+    if _is_true_of_anything(claim):
+        raise ValueError(f"{where}: with a margin of {margin:g} every result would support the claim")
+    most = min(most, _most_of_expected(claim))
+    if margin > most + ROUNDING:
+        unit = "points" if claim.quantity in POSSIBLE else "%"
         if is_score:
             unit += ", or name the metric that is no share"
         raise ValueError(
             f"{where}: a margin of {100 * margin:g} leaves too little of the claim: at most {100 * most:g} {unit}"
         )
-    if "retention" in claim.quantity and claim.relation != "at_most" and margin >= claim.expected:
-        raise ValueError(f"{where}: expected {claim.expected:g} less a margin of {margin:g} is true of anything")
+
+
+def _is_share(claim: Claim) -> bool:
+    """Whether a claim's score lies between 0 and 1, by its metric's name; without one, by what is expected."""
+    if claim.metric is None:
+        return claim.expected is not None and abs(claim.expected) <= 1  # a perplexity lies above
+    name = claim.metric.partition(",")[0]
+    return name in SHARES or LIKE_SHARES.fullmatch(name) is not None
+
+
+def _is_true_of_anything(claim: Claim) -> bool:
+    """Whether no value of the quantity could lie outside what a claim allows."""
+    if claim.quantity not in POSSIBLE:
+        return False
+    (lowest, highest), (least, largest) = POSSIBLE[claim.quantity], allowed_values(claim)
+    return (least is None or least <= lowest) and (largest is None or largest >= highest)
+
+
+def _most_of_expected(claim: Claim) -> float:
+    """The largest margin that still leaves most of what is expected at least."""
+    if claim.relation != "at_least" or claim.expected is None:
+        return inf
+    return MOST_OF_EXPECTED.get(claim.quantity, inf) * abs(claim.expected)
+
+
+def allowed_values(claim: Claim) -> tuple[float | None, float | None]:
+    """Least and largest true value at which a claim with a margin holds; ``None`` on the side that it leaves open."""
+    if claim.expected is None or claim.margin is None:
+        raise ValueError(f"claim {claim.name!r} has no expected value with its margin")
+    margin = claim.margin * claim.expected if claim.quantity.startswith("speedup") else claim.margin
+    least, largest = stats.limits(claim.relation, claim.expected, margin)
+    # 0.987 - 0.005 is not quite 0.982
+    return least if least is None else round(least, DIGITS), largest if largest is None else round(largest, DIGITS)
 
 
 def own_limits(claim: Claim) -> dict[str, tuple[float, float]]:
@@ -115,25 +181,32 @@ def limits_text(claims: Sequence[Claim]) -> str:
 
 
 def claimed_text(claim: Claim, metric: str | None = None) -> str:
-    """``retention at least 98.7 % less 0.5 points``; a joint claim has its parts.
+    """``retention at least 98.7 % (margin 0.5 points, so at least 98.2 %)``; a joint claim has its parts.
 
     A score outside retention is in the unit of its ``metric``. Of one that was not measured that much is known only
     where it is no share.
     """
     if claim.expected is None or claim.margin is None:
         return " and ".join(claim.parts)
-    named = QUANTITIES[claim.quantity]
-    expected, margin = f"{100 * claim.expected:g} %", f"{100 * claim.margin:g} points"
+    named, unit, of_margin = QUANTITIES[claim.quantity], PER_CENT, POINTS
     if claim.quantity in ("score", "score_difference") and (metric is not None or abs(claim.expected) > 1):
         shown = metric or claim.metric
         named += f" ({shown})" if shown else ""
-        expected, margin = f"{claim.expected:g}", f"{claim.margin:g}"
+        unit = of_margin = _Shown(scale=1, suffix="")
     elif claim.quantity == "score_difference":
-        expected = f"{100 * claim.expected:g} points"
+        unit = POINTS
     elif claim.quantity.startswith("speedup"):
-        expected, margin = f"{claim.expected:g}x", f"{100 * claim.margin:g} %"
-    allowed = f" {ALLOWING[claim.relation]} {margin}" if claim.margin else ", without a margin"
-    return f"{named} {RELATIONS[claim.relation]} {expected}{allowed}"
+        unit, of_margin = _Shown(scale=1, suffix="x"), PER_CENT
+    allowed = f" (margin {of_margin(claim.margin)}, so {_allowed_text(claim, unit)})" if claim.margin else MARGINLESS
+    return f"{named} {RELATIONS[claim.relation]} {unit(claim.expected)}{allowed}"
+
+
+def _allowed_text(claim: Claim, unit: _Shown) -> str:
+    """``at least 98.2 %``: what is left of a claim by its margin."""
+    least, largest = allowed_values(claim)
+    if least is not None and largest is not None:
+        return f"from {unit(least)} to {unit(largest)}"
+    return f"at least {unit(least)}" if least is not None else f"at most {unit(largest or 0.0)}"
 
 
 def terms_text(claim: Claim, metrics: Mapping[str, str | None], claims: Sequence[Claim]) -> str:

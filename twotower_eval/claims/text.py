@@ -10,7 +10,7 @@ from twotower_eval import stats
 from twotower_eval.claims.audit import Finding
 from twotower_eval.claims.gates import SAID_WITH_SPEED
 from twotower_eval.claims.judge import EXIT_CODES, said
-from twotower_eval.claims.reasons import unit_of
+from twotower_eval.claims.reasons import look_text, unit_of
 from twotower_eval.claims.terms import terms_text
 from twotower_eval.evidence.numbers import high_retention_text, interval
 from twotower_eval.records import Claim, Estimate, Verdict
@@ -101,9 +101,9 @@ def has_price(verdict: Verdict) -> bool:
 
 
 def price_text(claim: Claim, verdict: Verdict) -> str:
-    """``look 2 of 1 declared: judged at 99.5 %``; of a joint claim the strictest of its parts."""
-    declared = "" if claim.parts else f" of {claim.looks} declared"
-    return f"look {verdict.num_looks}{declared}: judged at {_level(verdict.level)}"
+    """``second look, one was declared: bounds are one-sided 99.5 %``; of a joint claim the strictest of its parts."""
+    looked = look_text(verdict.num_looks, None if claim.parts else claim.looks)
+    return f"{looked}: bounds are one-sided {_level(verdict.level)}"
 
 
 def not_given_text(verdict: Verdict) -> str:
@@ -143,9 +143,10 @@ def strict_line(verdicts: Sequence[Verdict]) -> str:
         f"{few} SUPPORTED in fewer than {stats.MIN_LAUNCHES} launches {'is' if few == 1 else 'are'} counted as "
         f"inconclusive; `twotower-eval speed --launches {stats.MIN_LAUNCHES}` measures how launches differ"
     ] * (few > 0)
+    leave, them = ("verdict leaves", "it") if without == 1 else ("verdicts leave", "them")
     lines += [
-        f"{without} SUPPORTED without runs that lie beside {'is' if without == 1 else 'are'} counted as inconclusive; "
-        "give all runs of the point"
+        f"{without} SUPPORTED {leave} out runs of the same point in this results folder; strict counts {them} as "
+        "inconclusive; give all runs of the point"
     ] * (without > 0)
     return f"strict: {'; '.join(lines)}" if lines else ""
 

@@ -6,7 +6,7 @@ runs stay apart. Warm-ups are never in a figure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -237,7 +237,7 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
         null_timed=null_timed,
         handicaps=_handicaps(runs, (baseline, candidate), (samples[0], samples[1])),
         best=best_of(runs, baseline, None if rate.estimate is None else rate.estimate.value),
-        tasks=_tasks_of(calls),
+        tasks=tasks_of(chain.from_iterable(calls)),
         lengths=lengths,
         num_paired=there.num_timed,
         faults=there.faults,
@@ -245,9 +245,9 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
     )
 
 
-def _tasks_of(calls: Sequence[Call]) -> tuple[str, ...]:
-    """The tasks of the prompts, by their ids (``task/number``); none where one does not say."""
-    parts = [prompt_id.rpartition("/") for prompt_id in sorted(chain.from_iterable(calls))]
+def tasks_of(prompt_ids: Iterable[str]) -> tuple[str, ...]:
+    """The tasks of prompts, by their ids (``task/number``); none where one does not say."""
+    parts = [prompt_id.rpartition("/") for prompt_id in sorted(set(prompt_ids))]
     said = all(task and number.isdigit() for task, _, number in parts)
     return tuple(dict.fromkeys(task for task, _, _ in parts)) if said else ()
 
