@@ -16,8 +16,8 @@ from tiny_pair import write_pair
 from twotower_eval import cli, stats, store, suites
 from twotower_eval.claims import judge, verdict_lines
 from twotower_eval.claims.files import claims_from
-from twotower_eval.claims.gates import floor_gate
 from twotower_eval.evidence import ArmsDifferError, QualityPoint, Runs
+from twotower_eval.evidence.gates import floor_gate
 from twotower_eval.evidence.quality import quality_points
 from twotower_eval.records import GateLimits, Score, Verdict
 from twotower_eval.report.headline import headline

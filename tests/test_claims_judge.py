@@ -24,10 +24,10 @@ from report_fixture import (
 )
 
 from twotower_eval import cli, stats, store
-from twotower_eval.claims import EXIT_CODES, exit_code, gates, judge, verdict_lines
+from twotower_eval.claims import EXIT_CODES, exit_code, judge, verdict_lines
 from twotower_eval.claims.files import claims_from, load_claims
 from twotower_eval.claims.missing import measuring_command
-from twotower_eval.evidence import SpeedPoint, nulls
+from twotower_eval.evidence import SpeedPoint, gates, nulls
 from twotower_eval.evidence.measured import Measured
 from twotower_eval.evidence.timing import speed_points
 from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders

@@ -9,11 +9,12 @@ from report_fixture import Row, quality_run, speed_run
 from test_claims_judge import BOTH, FAST, KEPT, claims_of
 
 from twotower_eval import cli, store
-from twotower_eval.claims import exit_code, gates, judge, strict_line, verdict_lines
+from twotower_eval.claims import exit_code, judge, strict_line, verdict_lines
 from twotower_eval.claims.estimates import at_stake, speed_readings
 from twotower_eval.claims.terms import RANGES, claimed_text
+from twotower_eval.evidence import gates
 from twotower_eval.evidence.timing import speed_points
-from twotower_eval.records import Gate, GateLimits, SpeedSample, Verdict
+from twotower_eval.records import Gate, GateKind, GateLimits, SpeedSample, Verdict
 from twotower_eval.store import Run
 
 CLAIM_FILE = """title = "mine"
@@ -91,12 +92,11 @@ def test_a_strict_check_ends_with_4_and_says_why(tmp_path: Path, kept_run: Run, 
 def test_a_supported_speedup_says_what_it_takes_on_trust() -> None:
     """Gates that could not be checked were silent in the verdict."""
     claims = claims_of(FAST)
-    unknown = [
-        Gate(name=name, outcome="not_checked", detail="no costs") for name in (gates.SAID_WITH_SPEED[0], "other")
-    ]
+    kinds: tuple[GateKind, ...] = ("residual", "verify")
+    unknown = [Gate(kind=kind, outcome="not_checked", detail="no costs") for kind in kinds]
     verdict = Verdict(claim="fast", outcome="SUPPORTED", estimate=None, reason="r", evidence=(), gates=tuple(unknown))
     assert "; not checked: residual (no costs)" in verdict_lines(claims, [verdict])[0]
-    assert "other" not in verdict_lines(claims, [verdict])[0]
+    assert "verify" not in verdict_lines(claims, [verdict])[0]
     refuted = dataclasses.replace(verdict, outcome="REFUTED")
     assert "not checked" not in verdict_lines(claims, [refuted])[0]
 

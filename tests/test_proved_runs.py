@@ -17,7 +17,6 @@ from twotower_eval.claims import judge
 from twotower_eval.claims.files import claims_from
 from twotower_eval.comparability import differences
 from twotower_eval.evidence.runs import Runs
-from twotower_eval.evidence.timing import speed_points
 from twotower_eval.plan import RunPlan
 from twotower_eval.records import FailedTrial, SpeedSample, Ways
 from twotower_eval.report.gates import gates as gates_section
@@ -156,7 +155,7 @@ def test_a_speedup_over_a_baseline_without_cache_is_invalid(tmp_path: Path) -> N
     for ways in (slow, quick):
         run = load(speed_run(tmp_path / str(ways.cached), ways=(ways,)))
         assert run.manifest.ways == (ways,)
-        [point] = speed_points([run])[0]
+        [point] = Runs([run]).speed
         assert point.invalid is (ways is slow)
         section = gates_section(Runs([run])).markdown
         assert ways_text(ways) in section
@@ -177,7 +176,7 @@ def test_a_hybrid_baseline_timed_length_by_length_is_invalid(tmp_path: Path) -> 
     hybrid = Ways(checkpoint=CONTEXT.identity, unlike_lengths_together=False, proved_tokens=11)
     for name, size, edit in (("unlike", 2, unlike), ("like", 2, None), ("alone", 1, unlike)):
         run = load(speed_run(tmp_path / name, ways=(hybrid,), batch_sizes=(size,), edit=edit))
-        [point] = speed_points([run])[0]
+        [point] = Runs([run]).speed
         assert point.invalid is (name == "unlike")
 
 

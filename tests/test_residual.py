@@ -11,8 +11,8 @@ from report_fixture import speed_run, write
 from test_claims_judge import FAST, claims_of
 
 from twotower_eval import stats, store
-from twotower_eval.claims import gates, judge, verdict_lines
-from twotower_eval.evidence import Runs, SpeedPoint
+from twotower_eval.claims import judge, verdict_lines
+from twotower_eval.evidence import Runs, SpeedPoint, gates
 from twotower_eval.evidence.costs import NOT_COUNTED
 from twotower_eval.records import Arm, CostPart, CostSample, Estimate, GateLimits, Passes, SpeedSample
 

@@ -13,10 +13,10 @@ from tests import cheating_decoders
 from tests.tiny_pair import write_pair
 from twotower_eval import harness, speed, store, suites
 from twotower_eval.claims import judge
-from twotower_eval.claims.gates import busy_gate
 from twotower_eval.decoders.autoregressive import Autoregressive
 from twotower_eval.decoders.reported import Asked, ReportError, check_answer, finished
 from twotower_eval.evidence import Runs
+from twotower_eval.evidence.gates import busy_gate
 from twotower_eval.evidence.timing import speed_points
 from twotower_eval.models import load_model
 from twotower_eval.models.counting import WatchedModel, noted_in_place

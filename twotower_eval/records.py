@@ -41,6 +41,32 @@ WorkloadKind = Literal["task", "fixed", "answer", "costs", "checks"]
 PassKind = Literal["prefill", "extend", "denoise"]
 CostPart = Literal["prefill", "ar_step", "bookkeeping", "denoise", "context_pass", "forced_block"]
 CheckOutcome = Literal["passed", "failed", "not_checked"]
+GateKind = Literal[
+    "files_agree",
+    "complete_run",
+    "same_inputs",
+    "all_scored",
+    "above_chance",
+    "whole_prompts",
+    "same_prompts",
+    "same_rounds",
+    "same_answers",
+    "effect_on_scores",
+    "drawn_answers",
+    "fastest_way",
+    "busy_arms",
+    "own_generate",
+    "possible_times",
+    "probes",
+    "aa_null",
+    "residual",
+    "degenerate_outputs",
+    "answers_are_answers",
+    "verify",
+    "one_thing",
+    "same_tasks",
+    "answers_are_timed",
+]
 Verb = Literal["run", "speed", "verify"]
 Arm = Literal["baseline", "candidate"]
 ProofCheck = Literal["cached steps", "rows beside each other", "whole rows in batches", "options in one row"]
@@ -710,10 +736,15 @@ class Claim:
 class Gate:
     """One thing that has to be in order before the evidence may speak; ``not_checked`` says why in ``detail``."""
 
-    name: str
+    kind: GateKind
     outcome: CheckOutcome
     detail: str
     evidence: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The kind as it is shown."""
+        return "A/A null" if self.kind == "aa_null" else self.kind.replace("_", " ")
 
 
 @dataclass(frozen=True, kw_only=True)

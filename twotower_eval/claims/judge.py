@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from twotower_eval import stats
-from twotower_eval.claims import gates, halves
+from twotower_eval.claims import halves
 from twotower_eval.claims.estimates import (
     at_stake,
     is_equal_by_construction,
@@ -38,8 +38,10 @@ from twotower_eval.claims.match import (
 )
 from twotower_eval.claims.missing import missing, missing_quality
 from twotower_eval.claims.ruling import DECIDED, Amount, doubt, outcome_of, ruled, timed_amount
-from twotower_eval.evidence import Measured, QualityPoint, SpeedPoint
+from twotower_eval.evidence import Measured, QualityPoint, SpeedPoint, gates
 from twotower_eval.evidence.measured import measured
+from twotower_eval.evidence.same import same_prompts_gates
+from twotower_eval.evidence.speed_gates import speed_gates
 from twotower_eval.records import Claim, Gate, Outcome, Verdict, VerdictScope
 from twotower_eval.store import Run
 
@@ -110,7 +112,7 @@ def _unless_contradicting(judged: _Judged, claim: Claim, evidence: Evidence) -> 
     """
     verdict = judged.verdict
     run_ids = verdict.evidence or [run.manifest.run_id for run in evidence.runs if has_subject(claim, run)]
-    if not run_ids:
+    if not run_ids or any(gate.kind == "files_agree" for gate in verdict.gates):
         return judged
     gate = gates.files_agree_gate(evidence.contradictions, run_ids)
     verdict = dataclasses.replace(verdict, gates=(gate, *verdict.gates))
@@ -136,9 +138,9 @@ def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:
         gates.same_inputs_gate({}, (point.run_id,)),
         gates.scored_gate(point, claim.scope, own),
         *([gates.above_chance_gate(stand, point.run_id)] if stand else ()),
-        gates.whole_prompts_gate(evidence, point, (point.run_id,), claim.scope),
-        *halves.same_prompts_gates(evidence.runs, point),
-        gates.verify_gate(evidence, point.candidate.checkpoint.identity),
+        gates.whole_prompts_gate(evidence.runs, point, (point.run_id,), claim.scope),
+        *same_prompts_gates(evidence.runs, point),
+        gates.verify_gate(evidence.runs, point.candidate.checkpoint.identity),
     )
     looks, others = looks_at_quality(claim, evidence, found)
     estimated, amount = _quality_reading(claim, point, looks)
@@ -186,30 +188,24 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
     looks, others = looks_at_speed(claim, evidence, found)
     readings = speed_readings(claim, point, level=looks.level)
     first = readings[0].estimate
-    checks = [gates.complete_gate(point), gates.same_inputs_gate({}, point.run_ids)]
-    checks.append(gates.whole_prompts_gate(evidence, point, point.run_ids))
-    checks += halves.speed_gates(evidence.runs, quality, point, claim.limits)
-    if point.handicaps:
-        checks.append(gates.fastest_way_gate(point))
-    checks.append(gates.busy_gate(evidence.runs, point, claim.limits))
-    if (beside := gates.own_generate_gate(point, claim.limits)) is not None:
-        checks.append(beside)
-    if point.faults:
-        checks.append(gates.times_gate(point, claim.limits))
-    checks.append(gates.probes_gate(point, claim.limits))
-    if first is not None:
-        checks.append(gates.null_gate(point, evidence.speed, *at_stake(claim, point, first), claim.limits))
-    checks.append(gates.residual_gate(point, claim.limits))
-    checks.append(gates.degenerate_gate(point, quality, claim.limits))
-    checks.append(gates.floor_gate(quality, claim.limits))
-    checks.append(gates.verify_gate(evidence, point.candidate.checkpoint.identity))
+    judged, claimed = (None, None) if first is None else at_stake(claim, point, first)
+    checks = speed_gates(
+        point,
+        evidence.runs,
+        claim.limits,
+        quality=evidence.quality,
+        speed=evidence.speed,
+        contradictions=evidence.contradictions,
+        judged=judged,
+        claimed=claimed,
+    )
     outcomes = {
         ", ".join(other.run_ids): outcome_of(
             claim, speed_readings(claim, other, level=looks.level)[0], timed_amount(other)
         )
         for other in others
     }
-    verdict = _ruled(claim, point, point.run_ids, looks, tuple(checks), readings, timed_amount(point), outcomes)
+    verdict = _ruled(claim, point, point.run_ids, looks, checks, readings, timed_amount(point), outcomes)
     return _warned(verdict, max((kept_at(one) for one in quality), default=0.0))
 
 
@@ -279,11 +275,11 @@ def _joined(claim: Claim, parts: Sequence[_Judged], evidence: Evidence) -> _Judg
     verdicts = [part.verdict for part in parts]
     measured_parts = [(part.claim, part.point) for part in parts if part.point is not None]
     between = halves.joint_gates(claim, evidence.runs, measured_parts)
-    named = {gate.name for gate in between}
+    named = {gate.kind for gate in between}
     outcome = first_outcome([*(verdict.outcome for verdict in verdicts), *halves.outcomes(between)])
     reasons = [f"{verdict.claim} {said(verdict)}" for verdict in verdicts]
     reasons += [f"{gate.name}: {gate.detail}" for gate in between if halves.outcomes([gate])]
-    own = (gate for one in verdicts for gate in one.gates if gate.outcome != "passed" and gate.name not in named)
+    own = (gate for one in verdicts for gate in one.gates if gate.outcome != "passed" and gate.kind not in named)
     verdict = Verdict(
         claim=claim.name,
         outcome=outcome,

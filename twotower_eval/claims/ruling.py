@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from twotower_eval import stats
-from twotower_eval.claims import gates, halves
+from twotower_eval.claims import halves
 from twotower_eval.claims.files import SPEED_QUANTITIES
 from twotower_eval.claims.looks import Looks
 from twotower_eval.claims.reasons import decision_text, look_text, unit_of
-from twotower_eval.evidence import Measured, SpeedPoint
+from twotower_eval.evidence import Measured, SpeedPoint, gates
 from twotower_eval.records import Claim, Estimate, Gate, Outcome, VerdictScope
 
 DECIDED = ("SUPPORTED", "REFUTED")
@@ -80,7 +80,7 @@ def ruled(claim: Claim, checks: Sequence[Gate], readings: Sequence[Measured], am
         throughput_claimed = claim.quantity == "speedup_throughput"
         other = "the wall-clock speedup" if throughput_claimed else "the speedup in useful tokens per second"
         return "INCONCLUSIVE", f"the arms' outputs differ in length, so {other} has to clear too: {decided[1][1]}"
-    open_gates = [gate for gate in checks if gate.outcome == "not_checked" and gate.name in gates.NEEDED_FOR_SPEED]
+    open_gates = [gate for gate in checks if gate.outcome == "not_checked" and gate.kind in gates.NEEDED_FOR_SPEED]
     if claim.quantity in SPEED_QUANTITIES and open_gates:
         return "INCONCLUSIVE", "; ".join(gate.detail for gate in open_gates)
     return outcome, reason

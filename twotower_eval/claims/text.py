@@ -8,10 +8,10 @@ from math import isclose
 
 from twotower_eval import stats
 from twotower_eval.claims.audit import Finding
-from twotower_eval.claims.gates import SAID_WITH_SPEED
 from twotower_eval.claims.judge import EXIT_CODES, said
 from twotower_eval.claims.reasons import look_text, unit_of
 from twotower_eval.claims.terms import terms_text
+from twotower_eval.evidence.gates import SAID_WITH_SPEED
 from twotower_eval.evidence.numbers import high_retention_text, interval
 from twotower_eval.records import Claim, Estimate, Verdict
 
@@ -55,7 +55,7 @@ def retention_text(verdict: Verdict) -> str:
 
 def unchecked_text(verdict: Verdict) -> str:
     """What a SUPPORTED speedup takes on trust: the gates that matter for it and could not be checked."""
-    unchecked = [gate for gate in verdict.gates if gate.outcome == "not_checked" and gate.name in SAID_WITH_SPEED]
+    unchecked = [gate for gate in verdict.gates if gate.outcome == "not_checked" and gate.kind in SAID_WITH_SPEED]
     if verdict.outcome != "SUPPORTED" or not unchecked:
         return ""
     return f"; not checked: {'; '.join(dict.fromkeys(f'{gate.name} ({gate.detail})' for gate in unchecked))}"

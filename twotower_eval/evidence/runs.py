@@ -13,6 +13,7 @@ from twotower_eval.evidence.naming import checkpoint_name, code_name, long_name,
 from twotower_eval.evidence.pareto import Panel, panels
 from twotower_eval.evidence.points import PointKey, QualityPoint
 from twotower_eval.evidence.quality import quality_points
+from twotower_eval.evidence.speed_gates import gated
 from twotower_eval.evidence.timing import SpeedPoint, speed_points
 from twotower_eval.records import Cell, Claim
 from twotower_eval.store import Run
@@ -69,7 +70,7 @@ class Runs(Sequence[Run]):
     @cached_property
     def _speed(self) -> tuple[tuple[SpeedPoint, ...], tuple[str, ...]]:
         points, gaps = speed_points(self._runs)
-        return points, (*gaps, *self._timed_alone[1])
+        return gated(points, self._runs, self.quality, self.contradictions), (*gaps, *self._timed_alone[1])
 
     @cached_property
     def _timed_alone(self) -> tuple[tuple[TimedAlone, ...], tuple[str, ...]]:
@@ -77,7 +78,7 @@ class Runs(Sequence[Run]):
 
     @property
     def speed(self) -> tuple[SpeedPoint, ...]:
-        """Speed of every timed candidate cell."""
+        """Speed of every timed candidate cell, with its gates by the limits that claims have by default."""
         return self._speed[0]
 
     @property

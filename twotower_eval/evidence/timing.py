@@ -7,7 +7,7 @@ runs stay apart. Warm-ups are never in a figure.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 
 from twotower_eval import stats
@@ -42,12 +42,10 @@ from twotower_eval.evidence.counts import Counts, count
 from twotower_eval.evidence.degenerate import Flags
 from twotower_eval.evidence.lengths import Lengths, with_lengths
 from twotower_eval.evidence.measured import ArmsDifferError
-from twotower_eval.evidence.nulls import caution, fault
 from twotower_eval.evidence.points import Measured, PointKey, baseline_of, measured, point_key
-from twotower_eval.evidence.residual import ResidualFault, faults
 from twotower_eval.evidence.samples import Sample, answer_samples
 from twotower_eval.evidence.unseen import UNCHECKED, Unseen, unseen
-from twotower_eval.records import Cell, GateLimits, SerialDependence, SpeedSample, TimeFault
+from twotower_eval.records import Cell, Gate, GateLimits, SerialDependence, SpeedSample, TimeFault
 from twotower_eval.store import Run
 from twotower_eval.ways import Handicap, handicaps
 
@@ -56,8 +54,8 @@ from twotower_eval.ways import Handicap, handicaps
 class SpeedPoint:
     """Speed of one candidate cell against its baseline cell; ``null`` is the baseline against itself.
 
-    ``null_fault`` says why the null forbids to read this as a speedup, which is then INVALID; ``None`` if it does not.
-    ``handicaps``: arms that were timed in a slower way than their models have, which is INVALID as well.
+    ``gates`` are those of a claim that names no limits, none before :class:`Runs` has looked; where one failed this is
+    INVALID. ``handicaps``: arms that were timed in a slower way than their models have.
     ``best``: whether the baseline is at its best, ``None`` where that was not recorded.
     ``timed`` and ``null_timed`` are the calls that these figures rest on, for other levels. ``tasks`` are those that
     the timed prompts are of, none where their ids do not say. ``lengths`` are of the baseline's answers and the
@@ -90,7 +88,7 @@ class SpeedPoint:
     warnings: tuple[str, ...]
     timed: stats.TimedCalls
     null_timed: stats.TimedCalls | None
-    null_fault: str | None = None
+    gates: tuple[Gate, ...] = ()
     handicaps: tuple[Handicap, ...] = ()
     best: Best | None = None
     tasks: tuple[str, ...] = ()
@@ -121,11 +119,8 @@ class SpeedPoint:
 
     @property
     def invalid(self) -> bool:
-        """Whether this must not be read as a speedup."""
-        slow = self.best is not None and self.best.is_handicapped(GateLimits().own_generate)
-        remembered = self.unseen.remembered(GateLimits().seen_gain)
-        faulty = bool(self.handicaps or self.residual_faults or remembered) or self.too_many_faults(GateLimits())
-        return self.null_fault is not None or slow or faulty
+        """Whether this must not be read as a speedup: whether any of its gates failed."""
+        return any(gate.outcome == "failed" for gate in self.gates)
 
     def too_many_faults(self, limits: GateLimits) -> bool:
         """Whether more timings are left out for void calls than a claim allows; one void call never is too many."""
@@ -135,11 +130,6 @@ class SpeedPoint:
     def void_share(self) -> float:
         """Of the timings in complete rounds, those that are left out: a void call takes its prompts or round along."""
         return 1 - self.num_rounds * self.num_calls / self.num_paired if self.faults else 0.0
-
-    @property
-    def residual_faults(self) -> tuple[ResidualFault, ...]:
-        """Arms whose time does not fit their forwards, by the limit that claims have by default."""
-        return faults(self.costs.residuals, GateLimits().residual)
 
     @property
     def lengths_differ(self) -> bool:
@@ -177,19 +167,7 @@ def speed_points(runs: Sequence[Run]) -> tuple[tuple[SpeedPoint, ...], tuple[str
     """
     found = [_point(pool, cell, runs) for pool, cell in pools(runs, "candidate")]
     points = [point for point in found if isinstance(point, SpeedPoint)]
-    return tuple(_gated(point, points) for point in points), tuple(gap for gap in found if isinstance(gap, str))
-
-
-def _gated(point: SpeedPoint, points: Sequence[SpeedPoint]) -> SpeedPoint:
-    """With its fault where its null fails by itself, or a warning where that is wide for this speedup.
-
-    A claim judges by what it claims. A null that was not measured is said where nulls are listed.
-    """
-    found = None if point.null.estimate is None else fault(point, points, None)
-    if found is not None:
-        return replace(point, null_fault=found)
-    warning = caution(point)
-    return point if warning is None else replace(point, warnings=(*point.warnings, warning))
+    return tuple(points), tuple(gap for gap in found if isinstance(gap, str))
 
 
 def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPoint | str:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterator
 
-from twotower_eval.claims import halves
 from twotower_eval.evidence.alone import compares, is_alone
-from twotower_eval.evidence.busy import Busy, busy_faults, busy_of, busy_text
 from twotower_eval.evidence.clean import Flagged
 from twotower_eval.evidence.consistency import contradictions_text
 from twotower_eval.evidence.points import Measured, QualityPoint
-from twotower_eval.evidence.residual import fault_text, residual_text
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.evidence.truncation import truncated
-from twotower_eval.evidence.unseen import unseen_text
-from twotower_eval.records import Check, Gate, GateLimits
+from twotower_eval.records import Check, Gate, GateKind
 from twotower_eval.report.alone import degenerate_alone, null_rows
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import (
+    FIGURE,
     NONE,
     bullets,
     code,
@@ -32,22 +30,22 @@ from twotower_eval.report.text import (
     significant,
     speedup,
     table,
-    times,
 )
 from twotower_eval.shortfalls import truncation_line
-from twotower_eval.times import void_text
-from twotower_eval.ways import ProofOutcome, handicap_text, named_ways, proof_outcome, ways_text
+from twotower_eval.ways import ProofOutcome, named_ways, proof_outcome, ways_text
 
 Row = list[str]
 GATE_HEADER = ["gate", "outcome", "what was found", "run"]
 OUTCOMES = {"passed": "passed", "failed": "**FAILED**", "not_checked": "not checked"}
+ORDER = typing.get_args(GateKind)
+OF_RUNS: tuple[GateKind, ...] = ("files_agree", "complete_run", "same_inputs", "whole_prompts", "verify")  # their rows
 PROOF_WORDS: dict[ProofOutcome, str] = {"fastest": "passed", "slower": "slower way", "not checked": "not checked"}
 
 
 def gates(runs: Runs) -> Section:
     """One row for each gate, then the shares of degenerate outputs with the figures on clean ones."""
-    rows = [*_files_agree(runs), *_hashes(runs), *_whole_prompts(runs), *_answers(runs), *_ways(runs), *_nulls(runs)]
-    rows += [*_residuals(runs), *_busy(runs), *_probes(runs), *_checks(runs)]
+    rows = [*_files_agree(runs), *_hashes(runs), *_whole_prompts(runs), *_ways(runs), *_timed(runs)]
+    rows += [*_nulls_alone(runs), *_checks(runs)]
     verified = any(run.manifest.verb == "verify" for run in runs)
     missing = "" if verified else "Parity and batch logic were not checked: `twotower-eval verify` does it.\n"
     parts = [table(GATE_HEADER, rows, left=len(GATE_HEADER)), missing, _degenerate(runs)]
@@ -85,23 +83,28 @@ def _whole_prompts(runs: Runs) -> Iterator[Row]:
         yield ["whole prompts", outcome, "; ".join(lines) or none, code(run.manifest.run_id)]
 
 
-def _answers(runs: Runs) -> Iterator[Row]:
-    """Whether timed answers are alike from round to round, and those that were scored; what is in order in one row."""
-    found: dict[tuple[str, str, str], list[Gate]] = {}
+def _timed(runs: Runs) -> list[Row]:
+    """The gates of timed points: faults and nulls one by one, the rest once for all points that it holds of."""
+    found: dict[tuple[str, ...], list[tuple[SpeedPoint, Gate]]] = {}
     for point in runs.speed:
-        quality = [one for one in runs.quality if one.key == point.key]
-        for gate in halves.speed_gates(runs, quality, point, GateLimits()):
-            each = f"{runs.name(point.candidate)}, {point.workload}, batch {point.batch_size}: "
-            key = each if gate.outcome == "failed" else ""
-            found.setdefault((gate.name, gate.outcome, key), []).append(gate)
-    for (name, outcome, which), alike in found.items():
-        more = f"; likewise {plural(len(alike) - 1, 'more timed cell')}" if len(alike) > 1 else ""
-        run_ids = dict.fromkeys(run_id for gate in alike for run_id in gate.evidence)
-        yield [name, OUTCOMES[outcome], escape(f"{which}{alike[0].detail}{more}"), code(" ".join(run_ids))]
+        for gate in (gate for gate in point.gates if gate.kind not in OF_RUNS):
+            is_null, failed = gate.kind == "aa_null", gate.outcome == "failed"
+            where = f", {point.workload}, batch {point.batch_size}" if failed or is_null else ""
+            which = f"{runs.name(point.candidate)}: " if failed and not is_null else ""
+            same = "" if gate.outcome == "passed" and not is_null else FIGURE.sub("#", gate.detail)
+            same = gate.detail if failed or is_null else same
+            found.setdefault((gate.name + where, gate.outcome, which, same), []).append((point, gate))
+    rows = []
+    for (name, outcome, which, _), alike in found.items():
+        more = "" if which or len(alike) == 1 else f"; likewise {plural(len(alike) - 1, 'more timed cell')}"
+        run_ids = dict.fromkeys(run_id for point, gate in alike for run_id in gate.evidence or point.run_ids)
+        text = escape(f"{which}{alike[0][1].detail}{more}")
+        rows.append((ORDER.index(alike[0][1].kind), [name, OUTCOMES[outcome], text, code(" ".join(run_ids))]))
+    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
 
 def _ways(runs: Runs) -> Iterator[Row]:
-    """How Hugging Face models proved to run rightly; and speedups over one that was slowed by it."""
+    """How Hugging Face models proved to run rightly."""
     for run in runs:
         for name, ways in named_ways(run.manifest):
             yield [
@@ -110,87 +113,12 @@ def _ways(runs: Runs) -> Iterator[Row]:
                 f"{escape(name)}: {escape(ways_text(ways))}",
                 code(run.manifest.run_id),
             ]
-    for point in runs.speed:
-        if point.handicaps:
-            gate = f"timed in the fastest way, {point.workload}, batch {point.batch_size}"
-            found = escape(handicap_text(point.handicaps))
-            yield [gate, OUTCOMES["failed"], found, code(" ".join(point.run_ids))]
 
 
-def _nulls(runs: Runs) -> Iterator[Row]:
-    seen = set()
-    for point in runs.speed:
-        if (point.baseline.id, point.run_ids) in seen:
-            continue
-        seen.add((point.baseline.id, point.run_ids))
-        yield _null(point)
+def _nulls_alone(runs: Runs) -> Iterator[Row]:
+    """The nulls of models that were measured alone."""
     for gate, fault, found, run in null_rows(runs):
         yield [gate, OUTCOMES["failed" if fault else "passed"], f"{found}; {escape(fault)}" if fault else found, run]
-
-
-def _busy(runs: Runs) -> Iterator[Row]:
-    """Whether both arms worked all the time: the points where one did not, or the one that was nearest to it. Nothing
-    of runs that do not tell."""
-    found = [(point, busy) for point in runs.speed if isinstance(busy := busy_of(runs, point), Busy)]
-    failed = [(point, faults) for point, busy in found if (faults := busy_faults(busy, GateLimits()))]
-    for point, faults in failed:
-        gate = f"busy arms, {point.workload}, batch {point.batch_size}"
-        yield [gate, OUTCOMES["failed"], escape("; ".join(faults)), code(" ".join(point.run_ids))]
-    if found and not failed:
-        point, least = min(found, key=lambda one: min(one[1].share))
-        of_all = f" (the least of {count(len(found))} points)" if len(found) > 1 else ""
-        yield ["busy arms", OUTCOMES["passed"], f"{busy_text(least)}{of_all}", code(" ".join(point.run_ids))]
-
-
-def _probes(runs: Runs) -> Iterator[Row]:
-    """Impossible times, and whether anything was remembered, by the limits of a claim that names none."""
-    limits = GateLimits()
-    for point in runs.speed:
-        where, run_ids = f"{point.workload}, batch {point.batch_size}", code(" ".join(point.run_ids))
-        if point.faults:
-            outcome = OUTCOMES["failed" if point.too_many_faults(limits) else "passed"]
-            yield [f"possible times, {where}", outcome, escape(void_text(point.num_paired, point.faults)), run_ids]
-        if point.unseen.num_new:
-            outcome = OUTCOMES["passed" if point.unseen.checked else "not_checked"]
-            if point.unseen.remembered(limits.seen_gain):
-                outcome = OUTCOMES["failed"]
-            found = escape(f"{runs.name(point.candidate)}: {unseen_text(point.unseen, limits.seen_gain)}")
-            yield [f"new prompts take as long as seen ones, {where}", outcome, found, run_ids]
-
-
-def _null(point: SpeedPoint) -> Row:
-    """The null of one baseline cell, by itself; a claim holds its width against the speedup that it claims, too."""
-    found = f"baseline against itself {times(point.null)} (99 %), {point.num_rounds} rounds of {point.num_calls} calls"
-    outcome = "passed"
-    if point.null.estimate is None:
-        outcome, found = "not checked", escape(point.null.reason or "")
-    if point.null_fault is not None:
-        outcome = OUTCOMES["failed"]
-        found += "; " + escape(point.null_fault)
-    gate = f"A/A null, {point.workload}, batch {point.batch_size}"
-    return [gate, outcome, found, code(" ".join(point.run_ids))]
-
-
-def _residuals(runs: Runs) -> Iterator[Row]:
-    """Whether the times of both arms fit their forwards: the faults one by one, the rest once for each batch size."""
-    known: dict[tuple[str, int, tuple[str, ...]], list[SpeedPoint]] = {}
-    for point in runs.speed:
-        known.setdefault((point.workload, point.batch_size, point.run_ids), []).append(point)
-    for (workload, batch_size, run_ids), points in known.items():
-        gate, run = f"times fit forwards, {workload}, batch {batch_size}", code(" ".join(run_ids))
-        for point in points:
-            for fault in point.residual_faults:
-                found = f"{escape(runs.name(point.candidate))}: {escape(fault_text(fault))}"
-                yield [gate, OUTCOMES["failed"], found, run]
-        fitting = [point for point in points if not point.residual_faults]
-        wholes = [one.whole for point in fitting for one in point.costs.residuals.values()]
-        reasons = list(dict.fromkeys(escape(str(one.reason)) for one in wholes if one.estimate is None))
-        if reasons:
-            yield [gate, OUTCOMES["not_checked"], "; ".join(reasons), run]
-        elif wholes:
-            off = max((one.estimate for one in wholes if one.estimate), key=lambda found: abs(found.value))
-            found = f"the largest residual of {count(len(fitting))} points is {residual_text(off)}"
-            yield [gate, OUTCOMES["passed"], found, run]
 
 
 def _checks(runs: Runs) -> Iterator[Row]:

@@ -69,7 +69,8 @@ def _sentence(runs: Runs, found: Headline) -> str:
     kept = _kept(quality)
     faster = _faster(speed)
     if kept and faster and _apart(runs, found):
-        return f"**{who} keeps {kept}.** **It runs at {faster}.** The two are not of one thing, and no one sentence."
+        apart = "They were measured under different settings and must not be quoted together."
+        return f"**{who} keeps {kept}.** **It runs at {faster}.** {apart}"
     if kept and faster:
         return f"**{who} keeps {kept} at {faster}.**"
     if kept:
@@ -118,7 +119,7 @@ def _kept(quality: QualityPoint | None) -> str | None:
 def _faster(speed: SpeedPoint | None) -> str | None:
     if speed is None or speed.time.estimate is None:
         return None
-    invalid = " (INVALID timing, see below)" if speed.invalid else ""
+    invalid = " (INVALID, see below)" if speed.invalid else ""
     return f"{times(speed.time)} its wall-clock speed{invalid}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 
 from twotower_eval.evidence.best import best_text
@@ -14,6 +13,7 @@ from twotower_eval.report.alone import latency_rows, speed_alone
 from twotower_eval.report.costs import explanation
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import (
+    FIGURE,
     NONE,
     bullets,
     code,
@@ -35,14 +35,13 @@ LEAD = (
     "S_time is the wall-clock speedup: the baseline's seconds over the candidate's for the same prompts, so above 1x "
     "the candidate is faster.\n\n"
 )
-FIGURE = re.compile(r"\d[\d.,]*")
 READING = (
     "S_throughput compares useful tokens "
     "per second, so it differs where answers differ in length (length ratio: useful tokens, candidate over baseline). "
     "A/A null is the baseline against itself and should hold 1. Neighbouring rounds may be alike, as a machine is slow "
-    "for a while: independent rounds are so many as would say as much, by the lag-1 correlation of the rounds' own "
-    "speedups in brackets, corrected for few rounds; fewer than 5 decide nothing. Intervals of S_time reckon with more "
-    "correlation than was found, as few rounds show it badly. Workload `fixed` makes a fixed number of tokens, "
+    "for a while: effective rounds are how many independent ones would say as much, by the lag-1 correlation of the "
+    "rounds' own speedups in brackets, corrected for few rounds; fewer than 5 decide nothing. Intervals of S_time use an upper "
+    "bound of the correlation, because few rounds estimate it poorly. Workload `fixed` makes a fixed number of tokens, "
     "`answer` stops where the task stops."
 )
 
@@ -112,7 +111,7 @@ def _order(point: SpeedPoint) -> tuple[str, int]:
 def _speedups(runs: Runs, points: Sequence[SpeedPoint]) -> str:
     per_device = not all(point.equal_devices for point in runs.speed)
     header = ["block, steps, threshold", "S_time [95 %]", "S_throughput [95 %]", "workload", "batch", "rounds x calls"]
-    header += ["independent rounds (lag-1)", "length ratio [95 %]", "geometric mean [95 %]", "A/A null [99 %]"]
+    header += ["effective rounds (lag-1)", "length ratio [95 %]", "geometric mean [95 %]", "A/A null [99 %]"]
     header += ["S_time per device [95 %]"] * per_device
     rows = []
     for point in points:
@@ -135,7 +134,7 @@ def _speedups(runs: Runs, points: Sequence[SpeedPoint]) -> str:
 
 
 def _independent(point: SpeedPoint) -> str:
-    """So many independent rounds would say as much, and how alike neighbouring rounds are."""
+    """How many independent rounds would say as much, and how alike neighbouring rounds are."""
     serial = point.serial
     if serial is None:
         return NONE

@@ -149,7 +149,7 @@ def _collapsed(runs: Runs) -> str:
         if kept and faster and is_fast_and_broken(kept, faster):
             assert quality is not None
             assert speed is not None
-            invalid = " (INVALID timing)" if speed.invalid else ""
+            invalid = " (INVALID)" if speed.invalid else ""
             figures = f"{times(speed.time)}{invalid} at {retention(quality.headline)} of the quality"
             found.append(f"{escape(runs.name(cell))}: {figures}")
     if not found:
@@ -205,7 +205,7 @@ def _draw_sweep(
                 look = _look(order[key], ground=grounds.index(one.on), joined=one.joined)
                 _draw_series(axes, one, measure.scale, _moved(name, aside, ticks), look)
         if any(one.crossed for own in drawn.values() for one in own):
-            handles["INVALID timing"] = handle(**CROSS)
+            handles["INVALID"] = handle(**CROSS)
         joined = {one.on for own in drawn.values() for one in own if one.joined}
         _dress(axes, name, label, measure.label, ticks)
         _tell_grounds(axes, grounds, joined)

@@ -9,13 +9,12 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from twotower_eval.evidence.alike import MeasuredOn
 from twotower_eval.evidence.best import best_warning
 from twotower_eval.evidence.points import Measured
-from twotower_eval.evidence.residual import fault_text
 from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.records import Estimate
-from twotower_eval.ways import handicap_text
 
 NONE = "\u2013"  # a dash: there is no such number
 INVALID = "INVALID"  # beside a timing that must not be read as a speedup
+FIGURE = re.compile(r"\d[\d.,]*")
 SCORED_BY = {
     "generation": "generation",
     "exact": "autoregressive likelihood (exact)",
@@ -172,11 +171,9 @@ def measured_on_words(on: MeasuredOn) -> str:
 
 def speed_warnings(point: SpeedPoint) -> tuple[str, ...]:
     """What a reader of this speedup must know; last why it is INVALID, if it is."""
-    faults = [*([] if point.null_fault is None else [point.null_fault])]
-    faults += [handicap_text(point.handicaps)] if point.handicaps else []
-    faults += [fault_text(fault) for fault in point.residual_faults]
-    slow = best_warning(point.best)
-    return (*point.warnings, *([] if slow is None else [slow]), *(f"{INVALID}: {fault}" for fault in faults))
+    slow, failed = best_warning(point.best), [gate for gate in point.gates if gate.outcome == "failed"]
+    wrong = [f"{INVALID}: {gate.name}: {gate.detail}" for gate in failed]
+    return (*point.warnings, *([] if slow is None else [slow]), *wrong)
 
 
 def run_list(run_ids: Iterable[str]) -> str:

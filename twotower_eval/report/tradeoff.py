@@ -141,7 +141,7 @@ def _legend(points: Sequence[TradeOff]) -> dict[str, Any]:
     """What is not an operating point: of the odd kinds of points, those that occur."""
     handles = {"baseline": handle(**BASELINE), "Pareto front": handle(**{**FRONT_LINE, "linestyle": "-"})}
     if any(point.invalid for point in points):
-        handles["INVALID timing"] = handle(**CROSS)
+        handles["INVALID"] = handle(**CROSS)
     if any(point.broken for point in points):
         handles["fast and broken"] = handle(marker="o", color=GREY, markersize=5.5, markerfacecolor="white")
     if any(point.uneven for point in points):
