@@ -170,7 +170,7 @@ def test_speed_table_holds_what_the_rows_say(usual) -> None:
     assert row["workload"] == "answer: four tasks"
     baseline_s, candidate_s = seconds_of(path, "baseline"), seconds_of(path, "candidate")
     assert row["rounds x calls"] == "12 x 8"
-    assert row["independent rounds (lag-1)"] == "12.0 (-0.15)"
+    assert row["effective rounds (lag-1)"] == "12.0 (-0.15)"
     assert times(row[TIME]) == pytest.approx(baseline_s / candidate_s, abs=0.006)
     assert row["length ratio [95 %]"] == "1.000 [1.000, 1.000]"
     replica_s = seconds_of(path, "baseline", replica=1)
@@ -224,7 +224,7 @@ def test_rounds_that_are_alike_are_said_to_be_worth_less(tmp_path) -> None:
         return dataclasses.replace(row, wall_s=row.wall_s * 1.3) if late and row.replica == 0 else row
 
     markdown = write(tmp_path, made.speed_run(tmp_path, edit=slower))
-    assert faster(markdown)["independent rounds (lag-1)"].startswith("1.")
+    assert faster(markdown)["effective rounds (lag-1)"].startswith("1.")
     assert re.search(r"12 rounds are worth 1\.\d independent ones, as neighbours are alike", markdown)
     assert re.search(r"their standard error is taken \d+\.\d times as large as that of independent ones\.", markdown)
 
@@ -246,7 +246,7 @@ def test_speedup_per_device_is_printed_where_the_arms_use_different_numbers(tmp_
 @pytest.mark.parametrize(
     ("factor", "words"),
     [
-        (lambda row: 1.05, "INVALID: the baseline timed against itself is off by more than 2 %"),
+        (lambda row: 1.05, "INVALID: A/A null: the baseline timed against itself is off by more than 2 %"),
         (lambda row: 1.15 - 0.3 * (row.round % 2), " is above 3.0 %: time more rounds"),
     ],
 )
