@@ -12,7 +12,6 @@ from twotower_eval import cli, store
 from twotower_eval.claims import exit_code, judge, strict_line, verdict_lines
 from twotower_eval.claims.estimates import at_stake, speed_readings
 from twotower_eval.claims.terms import RANGES, claimed_text
-from twotower_eval.evidence import gates
 from twotower_eval.evidence.timing import speed_points
 from twotower_eval.records import Gate, GateKind, GateLimits, SpeedSample, Verdict
 from twotower_eval.store import Run

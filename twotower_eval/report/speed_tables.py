@@ -36,13 +36,12 @@ LEAD = (
     "the candidate is faster.\n\n"
 )
 READING = (
-    "S_throughput compares useful tokens "
-    "per second, so it differs where answers differ in length (length ratio: useful tokens, candidate over baseline). "
-    "A/A null is the baseline against itself and should hold 1. Neighbouring rounds may be alike, as a machine is slow "
-    "for a while: effective rounds are how many independent ones would say as much, by the lag-1 correlation of the "
-    "rounds' own speedups in brackets, corrected for few rounds; fewer than 5 decide nothing. Intervals of S_time use an "
-    "upper bound of the correlation, because few rounds estimate it poorly. Workload `fixed` makes a fixed number of tokens, "
-    "`answer` stops where the task stops."
+    "S_throughput compares useful tokens per second, so it differs where answers differ in length (length ratio: "
+    "useful tokens, candidate over baseline). A/A null is the baseline against itself and should hold 1. Neighbouring"
+    " rounds may be alike, as a machine is slow for a while: effective rounds are how many independent ones would say"
+    " as much, by the lag-1 correlation of the rounds' own speedups in brackets, corrected for few rounds; fewer than"
+    " 5 decide nothing. Intervals of S_time use an upper bound of the correlation, because few rounds estimate it "
+    "poorly. Workload `fixed` makes a fixed number of tokens, `answer` stops where the task stops."
 )
 
 
