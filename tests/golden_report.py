@@ -39,5 +39,5 @@ def _timed(line: str) -> str:
         return "<verdict>"
     if "claims: " in line and "one-sided" in line:
         return "<count of verdicts>"
-    line = line.replace(" (INVALID timing, see below)", "").replace(" **unexplained**", "")
+    line = line.replace(" (INVALID, see below)", "").replace(" **unexplained**", "")
     return NUMBER.sub("#", OUTCOME.sub("<outcome>", line))

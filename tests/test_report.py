@@ -258,7 +258,7 @@ def test_a_null_that_is_off_or_too_wide_invalidates(tmp_path, factor, words: str
     assert "INVALID" not in write(tmp_path / "plain", made.speed_run(tmp_path / "plain"))
     markdown = write(tmp_path / "bent", made.speed_run(tmp_path / "bent", edit=slow_down))
     assert words in markdown.partition("## Quality")[0]
-    assert "(INVALID timing, see below)" in sentence(markdown)
+    assert "(INVALID, see below)" in sentence(markdown)
     assert faster(markdown)[TIME].endswith("] **INVALID**"), "a row is read without the bullets below it"
     figure = re.compile(r"[1-9][0-9.]*x \[[0-9.]+, [0-9.]+\]")
     null_apart = [line for line in markdown.splitlines() if "against itself" not in line and "A/A null [" not in line]
