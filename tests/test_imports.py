@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench": {"environment", "plan", "journal", "speed", "suites", "datafiles", "harness", *PRODUCING},
     "stats": {"store"},
     "calibration": {"stats", "progress"},
-    "evidence": {"ways", "strict", "times", "closing", "store", "stats"},
+    "evidence": {"shortfalls", "ways", "strict", "times", "closing", "store", "stats"},
     "claims": {"shortfalls", "ways", "times", "plan", "store", "stats", "evidence"},
     "report": {"shortfalls", "ways", "times", "store", "closing", "journal", "stats", "evidence", "claims", "plan"},
     "cli": {"plan", "store", "progress", "suites", "harness", "speed", "claims", "report", "miniature", "datafiles"}
