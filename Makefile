@@ -37,7 +37,7 @@ $(INSTALLED_REAL): $(INSTALLED)
 demo: $(INSTALLED)
 	$(EVAL) verify
 	$(EVAL) run --tasks miniature --limit $(DEMO_LIMIT) --thresholds 0.99,0.9
-	$(EVAL) speed --tasks miniature --thresholds 0.99,0.9 --threads 1 --num-prompts 48 --min-rounds 6
+	$(EVAL) speed --tasks miniature --thresholds 0.99,0.9 --threads 1 --num-prompts 24 --min-rounds 12
 	$(EVAL) report --html
 	@sed -n '/^## Verdict/,/^- /p' "$$(ls -t reports/*/report.md | head -1)"
 
