@@ -165,6 +165,30 @@ def test_the_lengths_of_all_documents_say_what_the_timed_ones_lack() -> None:
         lengths([1.0], [1.0, 2.0])
 
 
+def test_a_batch_is_not_told_by_the_lengths_of_documents() -> None:
+    """It lasts as long as its longest answer: one runaway holds up all, and budgets bound it as if no length were
+    known."""
+    timed = calls([1.0] * 48, [0.5] * 48, limits_s=(10.0, 10.0))
+    tokens = np.array([100.0] * 990 + [1_000.0] * 10)
+    documents = stats.Documents(
+        baseline_tokens=tokens, candidate_tokens=tokens, longest_baseline=100.0, longest_candidate=100.0, batch_size=8
+    )
+    found, alone = bounds(dataclasses.replace(timed, documents=documents)), bounds(timed)
+    assert (found.low, found.high) == pytest.approx((alone.low, alone.high))
+
+
+def test_answers_longer_than_any_timed_one_may_be_slower_than_the_baseline() -> None:
+    """One token a pass, and a pass that costs two steps: 9.2 % of the tokens at half the baseline's speed."""
+    tokens = np.array([100.0] * 990 + [1_000.0] * 10)
+    documents = stats.Documents(
+        baseline_tokens=np.full(1_000, 109.0), candidate_tokens=tokens, longest_baseline=109.0, longest_candidate=100.0
+    )
+    timed = dataclasses.replace(calls([1.09] * 48, [0.5] * 48), documents=documents)
+    share = 10_000 / 109_000
+    ratio = 1.09 / (0.5 * 1.09)
+    assert bounds(timed).low <= ratio / (1 + share * (2 * 2 - 1)) * 1.1
+
+
 def test_fixed_prompts_are_no_sample_and_nothing_is_unseen() -> None:
     timed = dataclasses.replace(calls([1.0, 1.5] * 32, [0.5, 0.6] * 32, limits_s=(50.0, 50.0)), fixed=True)
     assert "moved out" not in bounds(timed).method
@@ -332,7 +356,7 @@ def test_runaways_among_all_documents_are_told_and_allowed_for(tmp_path: Path) -
     assert any("clearly unlike those of all known documents in length" in warning for warning in point.warnings)
     truth = sum(own for own, _ in RUNAWAYS) / sum(0.5 * n if n < 400 else n for _, n in RUNAWAYS)
     assert point.time.estimate
-    assert point.time.estimate.low == pytest.approx(truth), "what is long has no gain here, and no more is allowed for"
+    assert truth / 1.3 < point.time.estimate.low < truth, "what is long has no gain here, and may have less than none"
 
 
 def test_a_run_that_cut_its_answers_earlier_says_nothing_of_their_lengths(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from twotower_eval import stats
 from twotower_eval.claims import halves
@@ -14,6 +14,7 @@ from twotower_eval.evidence import Measured, SpeedPoint, gates
 from twotower_eval.records import Claim, Estimate, Gate, Outcome, VerdictScope
 
 DECIDED = ("SUPPORTED", "REFUTED")
+LENGTHS = "; a `run` on all documents of the timed tasks tells how long the other answers are, and narrows the interval"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,8 @@ class Amount:
 
     ``num_calls`` is ``None`` where the prompts are no sample. ``by_construction``: one computation scored both arms.
     ``num_launches`` are those that a speedup was timed in, ``scope`` the launches that it is confined to.
-    ``metric`` is the score outside retention that it is of, if it is of one.
+    ``metric`` is the score outside retention that it is of, if it is of one. ``lacks_lengths``: how long the answers to
+    the prompts are that were not timed is not known, and a run would tell.
     """
 
     unit: str
@@ -33,15 +35,25 @@ class Amount:
     metric: str | None = None
     num_launches: int | None = None
     scope: VerdictScope | None = None
+    lacks_lengths: bool = False
 
 
 def timed_amount(point: SpeedPoint) -> Amount:
     """What a speedup rests on."""
     calls, num_launches = None if point.timed.fixed else point.num_calls, point.num_launches
+    known = point.timed.documents is not None and point.timed.documents.whole
+    amount = Amount(
+        unit="launches",
+        num_rounds=num_launches,
+        num_calls=calls,
+        num_launches=num_launches,
+        # A batch lasts as long as its longest answer, of which the documents' lengths do not tell.
+        lacks_lengths=calls is not None and not known and point.batch_size == 1,
+    )
     if stats.resamples_launches(point.timed.launches):
-        return Amount(unit="launches", num_rounds=num_launches, num_calls=calls, num_launches=num_launches)
+        return amount
     scope: VerdictScope = "in this launch" if num_launches == 1 else "in these launches"
-    return Amount(unit="rounds", num_rounds=point.num_rounds, num_calls=calls, num_launches=num_launches, scope=scope)
+    return replace(amount, unit="rounds", num_rounds=point.num_rounds, scope=scope)
 
 
 def outcome_of(claim: Claim, reading: Measured, amount: Amount) -> Outcome:
@@ -131,6 +143,10 @@ def _needed_text(needed: stats.Needed, amount: Amount) -> str:
     """What would decide, behind the reason why nothing is decided; nothing where that reason has said it all."""
     if needed.decided:
         return ""
+    return _more_text(needed, amount) + (LENGTHS if amount.lacks_lengths else "")
+
+
+def _more_text(needed: stats.Needed, amount: Amount) -> str:
     if needed.more is None or needed.total is None:
         return f"; {needed.reason}"
     there = needed.total - needed.more

@@ -93,18 +93,19 @@ def from_round_to_round(runs: Sequence[Run], point: SpeedPoint) -> tuple[Agreeme
 def _rounds(runs: Sequence[Run], cell: Cell) -> Agreement:
     if draws(cell):
         return _nothing(cell, "its answers are drawn at random")
-    timings: dict[str, list[PromptTiming]] = defaultdict(list)
+    timings: dict[tuple[str, str], list[PromptTiming]] = defaultdict(list)
     for sample in (sample for run in runs for sample in run.speed if sample.cell == cell.id):
+        of = sample.launch_id if sample.phase == "probe" else ""  # every launch makes up new prompts of its own
         for prompt in sample.prompts:
-            timings[prompt.prompt_id].append(prompt)
-    again = {prompt_id: found for prompt_id, found in timings.items() if len(found) > 1}
+            timings[of, prompt.prompt_id].append(prompt)
+    again = {key: found for key, found in timings.items() if len(found) > 1}
     if not again:
         return _nothing(cell, "no prompt was timed twice")
     places: dict[str, int] = {}
     for document, rows in _kept(runs, {cell.id}).items():
         places |= _first_place(_prompt_id(document), rows[0].generation, rows[1:])
     differing = []
-    for prompt_id, found in sorted(again.items()):
+    for (_, prompt_id), found in sorted(again.items()):
         same_tokens = len({one.tokens_sha256 for one in found}) == 1 and prompt_id not in places
         passes = {(one.num_context_forwards, one.num_denoiser_forwards) for one in found}
         if not same_tokens or len(passes) > 1:

@@ -6,7 +6,8 @@ So the ends of an interval move out by what longer calls than those seen may cha
 
 - ``Documents``: the lengths of more documents than were timed are known. Times are predicted by tokens (a regression
   estimator: each arm's seconds move by its slope times the difference of mean tokens), and documents longer than any
-  that was timed take their share at no gain, or at that which the trend of gain over length foretells if it is worse.
+  that was timed take their share at half the baseline's speed, or at the gain that the trend over length foretells if
+  it is worse. Not for batches: each lasts as long as its longest answer, and only the sums of its tokens are known.
   Where they are not all that there are, the rest is open, as below, by as many documents as are known.
 - Limits: what a call takes at its budget is known. As many calls as the rule of three leaves unseen may be of that
   kind in one arm and ordinary in the other. Tokens per second change by those that have no gain.
@@ -29,6 +30,7 @@ TAIL_SHARE = 0.1  # of the calls, the longest, that tell how heavy the tail is
 LEAST_TAIL = 4  # calls in it at the least
 LEAST_CALLS = 20  # of fewer, the longest four are no tail
 HEAVY, LIGHT = 2.0, 2.5  # tail indices: up to the first the tail counts in full, from the second on not at all
+DEAREST_PASS = 2.0  # steps of the baseline that a pass which commits one token may take
 FARTHEST = 10.0  # mean of the unseen calls, in units of the longest one seen: at the most
 
 
@@ -155,6 +157,8 @@ def shifts(
     """
     if min(calls.baseline_s.min(), calls.candidate_s.min()) <= 0:
         return 0.0, 0.0  # a call that took no time has no gain
+    if documents is not None and documents.batch_size > 1:
+        documents = None  # a batch lasts as long as its longest answer, of which the sum of its tokens does not tell
     seen = (0.0, 0.0) if documents is None else _by_documents(calls, documents, log_value, level)
     if documents is not None and documents.whole:
         return seen
@@ -216,7 +220,7 @@ def _by_documents(calls: PerCall, documents: Documents, log_value: float, level:
     )
     for sign, seconds_P, tokens_P, all_D, longest in arms:
         mean_of_all, timed = float(documents.weight_D @ all_D), float(tokens_P.mean())
-        wanted = documents.batch_size * mean_of_all
+        wanted = mean_of_all
         if timed <= 0 or wanted <= 0:
             return 0.0, 0.0  # no length to go by, and no throughput either
         moved += sign * log(1 + seconds_per_token(seconds_P, tokens_P) * (wanted - timed) / float(seconds_P.mean()))
@@ -228,10 +232,11 @@ def _by_documents(calls: PerCall, documents: Documents, log_value: float, level:
         beyond.append((of_them / mean_of_all, of_them / there if there > 0 else longest))
     (of_baseline, long), (of_candidate, other) = beyond
     mean = float(calls.baseline_tokens.mean()), float(calls.candidate_tokens.mean())
-    size = documents.batch_size * max(long / mean[0], other / mean[1])
+    size = max(long / mean[0], other / mean[1])
     least, most = _gain_at(calls, max(size, float(calls.size_P.max())), level)
-    # At the worst what is long has no gain at all: a loop commits one token a pass.
+    # At the worst a loop commits one token a pass, and a pass takes longer than a step of the baseline.
     step = log(float(calls.baseline_s.mean()) / mean[0]) - log(float(calls.candidate_s.mean()) / mean[1])
+    step += log(DEAREST_PASS)
     low = -log1p(of_candidate * (exp(max(0.0, step, log_value - least)) - 1))
     high = log1p(of_baseline * (exp(max(0.0, most - log_value)) - 1))
     return low + min(moved, 0.0), high + max(moved, 0.0)
