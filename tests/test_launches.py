@@ -13,6 +13,7 @@ import pytest
 
 from tests.tiny_pair import write_pair
 from twotower_eval import speed, stats, store, suites
+from twotower_eval.evidence.answers import from_round_to_round
 from twotower_eval.evidence.timing import speed_points
 from twotower_eval.plan import SpeedPlan, plan_from_json
 from twotower_eval.progress import SilentProgress
@@ -50,7 +51,7 @@ def test_one_command_makes_its_launches_in_processes_of_their_own(
 ) -> None:
     """There was no way to several launches but the same command by hand, each a run of its own."""
     shown = Noting()
-    run = store.load(speed.run(plan, requests, root=tmp_path, progress=shown))
+    run = store.load(speed.run(dataclasses.replace(plan, probes=1), requests, root=tmp_path, progress=shown))
     assert shown.notes == ["launch 1 of 2", "launch 2 of 2"]
     assert run.complete
     assert len(list(tmp_path.iterdir())) == 1
@@ -58,10 +59,12 @@ def test_one_command_makes_its_launches_in_processes_of_their_own(
     assert len({event["process"] for event in told}) == 2
     assert {event["launch"] for event in told} == {sample.launch_id for sample in run.speed}
     for launch in (event["launch"] for event in told):
-        rounds = {(s.phase, s.round) for s in run.speed if s.launch_id == launch}
+        rounds = {(s.phase, s.round) for s in run.speed if s.launch_id == launch and s.phase != "probe"}
         assert sorted(phase for phase, _ in rounds) == ["measure"] * 5 + ["warmup"]
     [point] = speed_points([run])[0]
     assert (point.num_launches, point.num_rounds) == (2, 10)
+    # Each launch makes up new prompts of its own, under ids that the other has as well.
+    assert [one.differing for one in from_round_to_round([run], point)] == [(), ()]
     assert plan_from_json(SpeedPlan, run.manifest.plan).launches == 2
 
 
