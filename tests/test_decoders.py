@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, VOCAB, Pieces, tiny_pair
 
-from twotower_eval.decoders import DECODERS, make_decoder
+from twotower_eval.decoders import DECODERS, decoder_class, make_decoder
 from twotower_eval.models.counting import WatchedModel
 from twotower_eval.records import Generation, Prompt
 
@@ -330,3 +330,35 @@ def test_batch_mean_t_must_be_asked_for() -> None:
             assert fractions == pytest.approx(own) or mean
             assert len(set(fractions)) == 1 or not mean
     assert [g.token_ids for g in runs[False]] != [g.token_ids for g in runs[True]]
+
+
+class _NoParams:
+    VERSION = 1
+
+    def __init__(self, model: Any, params: Any, *, clock: Any = None) -> None: ...
+    def generate(self) -> None: ...
+
+
+class _OddParams(_NoParams):
+    class Params: ...
+
+
+class _NoClock(_NoParams):
+    @dataclasses.dataclass(frozen=True)
+    class Params: ...
+
+    def __init__(self, model: Any, params: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("tests.test_decoders:_NoParams", "lacks Params: docs/trust.md has a whole example"),
+        ("tests.test_decoders:_OddParams", "Params must be a dataclass"),
+        ("tests.test_decoders:_NoClock", "is made as _NoClock\\(model, params, clock=clock\\)"),
+        ("tests.test_decoders._NoClock", "name a class of your own as package.module:Class"),
+    ],
+)
+def test_a_class_that_is_no_decoder_is_one_line(kind: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        decoder_class(kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -55,9 +56,25 @@ def decoder_class(kind: str) -> Any:
     """The class behind a short name or a ``"module:Class"``; ValueError with a near-miss hint."""
     if kind not in DECODERS and ":" not in kind:
         near = difflib.get_close_matches(kind, DECODERS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(DECODERS)}"
-        raise ValueError(f"decoder {kind!r} is unknown{hint}")
-    return resolve(DECODERS.get(kind, kind))
+        known = f"; choose from {', '.join(DECODERS)}, or name a class of your own as package.module:Class"
+        raise ValueError(f"decoder {kind!r} is unknown{f'; did you mean {near[0]}?' if near else known}")
+    cls = resolve(DECODERS.get(kind, kind))
+    if kind not in DECODERS:
+        _check_plug_in(kind, cls)
+    return cls
+
+
+def _check_plug_in(kind: str, cls: Any) -> None:
+    """ValueError where a class of the user's own is no decoder."""
+    lacks = [name for name in ("Params", "VERSION", "generate") if not hasattr(cls, name)]
+    if lacks:
+        raise ValueError(f"decoder {kind!r} lacks {', '.join(lacks)}: docs/trust.md has a whole example")
+    if not dataclasses.is_dataclass(cls.Params):
+        raise ValueError(f"decoder {kind!r}: Params must be a dataclass, of its parameters with their defaults")
+    try:
+        inspect.signature(cls).bind(None, None, clock=None)
+    except TypeError as error:
+        raise ValueError(f"decoder {kind!r} is made as {cls.__name__}(model, params, clock=clock): {error}") from error
 
 
 def decoder_spec(kind: str, **params: Any) -> DecoderSpec:

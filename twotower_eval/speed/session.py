@@ -109,6 +109,11 @@ class Session(RoundLoop):
             f"{num_cells} cells and {num_lanes - num_cells} copies of the baseline, {self._plan.workload} workload, "
             f"batch sizes {sizes}; {num_prompts} prompts, {self._calls_per_round} timed calls a round"
         )
+        num_rounds = max(0, self._how_long.min_rounds - self._num_done) + self._how_long.warmup_rounds
+        self._progress.note(
+            f"{num_rounds} rounds, {num_rounds * self._calls_per_round:,} timed calls; "
+            "fewer: --num-prompts, --min-rounds"
+        )
         if self._num_done:
             self._progress.note(f"{self._num_done} whole rounds are there already")
 
