@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -310,8 +311,30 @@ class SleepsInTokenizer(WorksInTokenizer):
 
 
 class Sleeping(Working):
+    seconds = 0.1
+
     def decode(self, ids: Any, **options: Any) -> Any:
-        time.sleep(0.03)
+        time.sleep(self.seconds)
+        return self.inner.decode(ids, **options)
+
+
+class StallsOnce(WorksInTokenizer):
+    """Its tokenizer is held up once, as a neighbour on the machine may hold it up."""
+
+    def text(self, ids: list[int]) -> Any:
+        raw = self.model._model.tokenizer
+        if not isinstance(raw._inner, Stalling):
+            raw._inner = Stalling(raw._inner, self.model)
+        return self.model.tokenizer.decode(ids)
+
+
+class Stalling(Working):
+    has_stalled = False
+
+    def decode(self, ids: Any, **options: Any) -> Any:
+        if not self.has_stalled:
+            self.has_stalled = True
+            time.sleep(0.2)
         return self.inner.decode(ids, **options)
 
 
@@ -326,18 +349,53 @@ class OtherClock(Honest):
 # Threads, processes
 
 
+def work(seconds: float = 0.5) -> None:
+    """Keep a processor busy."""
+    end_s = time.monotonic() + seconds
+    while time.monotonic() < end_s:
+        pass
+
+
 class LeavesAThread(Honest):
     """Hands over an answer that a thread is still at work on."""
 
     def handed(self, generations: list[Any]) -> Any:
-        threading.Thread(target=time.sleep, args=(0.5,), name="postponed", daemon=True).start()
+        threading.Thread(target=work, name="postponed", daemon=True).start()
         return generations
 
 
 class StartsAThread(Honest):
     def __init__(self, model: Any, params: Params, *, clock: Any = None) -> None:
         super().__init__(model, params, clock=clock)
-        threading.Thread(target=time.sleep, args=(0.5,), name="worker", daemon=True).start()
+        threading.Thread(target=work, name="worker", daemon=True).start()
+
+
+class WorksLater(Honest):
+    """Leaves a thread that does nothing yet, and goes to work between the calls that follow."""
+
+    def handed(self, generations: list[Any]) -> Any:
+        if not [thread for thread in threading.enumerate() if thread.name == "later"]:
+            threading.Thread(target=self.later, name="later", daemon=True).start()
+        return generations
+
+    def later(self) -> None:
+        time.sleep(0.1)
+        work(1.0)
+
+
+class HasIdleThreads(Honest):
+    """Keeps a pool of threads, as torch.compile does, and one that wakes now and then, as a progress bar's does."""
+
+    def handed(self, generations: list[Any]) -> Any:
+        self.pool = ThreadPoolExecutor(1)
+        self.pool.submit(int).result()
+        threading.Thread(target=wake_now_and_then, name="monitor", daemon=True).start()
+        return generations
+
+
+def wake_now_and_then() -> None:
+    for _ in range(50):
+        time.sleep(0.01)
 
 
 class RaisesThreads(Honest):

@@ -16,6 +16,7 @@ WORDS: dict[TimeFault, str] = {
     "no time": "no time at all",
     "after the end": "a moment after the call's end",
     "graph made": "a CUDA graph made meanwhile",
+    "clock stood": "too long a stop of the clock for its texts",
 }
 
 

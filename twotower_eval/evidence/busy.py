@@ -1,7 +1,7 @@
-"""How busy the processor was during timed calls: an arm that waits is no baseline, one that takes more is no candidate.
+"""How busy the processor was during timed calls: neither arm may wait, or use more processors than the plan gives.
 
-Neighbours on a busy machine take from both arms alike, so the arms are held against each other, over all calls of all
-rounds together. On a GPU the processor waits by design, and nothing follows from it.
+Other work on the machine slows both arms alike, so the arms are compared with each other, over all calls of all
+rounds together. On a GPU the processor waits by design, so nothing is concluded there.
 """
 
 from __future__ import annotations

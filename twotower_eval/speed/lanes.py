@@ -29,7 +29,7 @@ FINISH_SHARE, FINISH_S = 1e-3, 1e-4  # how far a finish may seem to lie behind t
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What one timed call gave, in seconds from its start."""
+    """What one timed call gave, in seconds from its start. ``is_stalled``: the clock stood longer than texts take."""
 
     generations: tuple[Generation, ...]
     wall_s: float
@@ -39,6 +39,7 @@ class Timing:
     peak_memory_reason: str | None
     passes: tuple[Passes, ...]
     busy: Busy
+    is_stalled: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,9 +95,9 @@ class Lane:
         check_answers(generations, prompts, asked)
         self._check_passes(generations)
         self._check_times(generations, wall_s)
-        if self.text_cost is not None:
-            lengths = [g.num_prompt_tokens + g.num_tokens + g.num_discarded_tokens for g in generations]
-            watch.check_texts(look, self.text_cost, lengths, self.name)
+        lengths = [g.num_prompt_tokens + g.num_tokens + g.num_discarded_tokens for g in generations]
+        cost = self.text_cost
+        is_stalled = cost is not None and not watch.check_texts(look, cost, lengths, wall_s, self.name)
         moments_s = (self.model.prefilled_at_s, self.model.extended_at_s)
         prefill_s, extended_s = (None if moment is None else moment - look.started_s for moment in moments_s)
         ends_s = [wall_s, *(g.finish_s for g in generations if g.finish_s is not None)]
@@ -109,6 +110,7 @@ class Lane:
             peak_memory_reason=reason,
             passes=self.model.passes,
             busy=busy,
+            is_stalled=is_stalled,
         )
 
     @property

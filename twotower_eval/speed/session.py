@@ -237,7 +237,8 @@ def _begun(lane: Lane, call: Call, number: int) -> tuple[str, Timing]:
 def _fault(timing: Timing) -> TimeFault | None:
     finishes_s = (generation.finish_s for generation in timing.generations)
     moments_s = (timing.prefill_s, timing.first_output_s, *finishes_s)
-    return time_fault(timing.wall_s, [moment for moment in moments_s if moment is not None])
+    fault = time_fault(timing.wall_s, [moment for moment in moments_s if moment is not None])
+    return fault or ("clock stood" if timing.is_stalled else None)
 
 
 def _generation_row(lane: Lane, request: Request, generation: Generation, number: int) -> GenerationRow:
