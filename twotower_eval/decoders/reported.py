@@ -202,6 +202,8 @@ def check_forwards(generations: Sequence[Generation], watched: WatchedModel, nam
         if reported[kind] != num:
             raise ReportError(
                 f"{name}: reports {reported[kind]} {kind} forwards over its {len(generations)} prompts, and the "
-                f"harness counted {num}: a row counts in every model call that it is in, and in no other "
-                "(models.counting.CountingModel counts so)"
+                f"harness counted {num}. The counts must add up to the rows of all model calls, those of finished "
+                "rows and of a prefix that is read once included. Either call the model through "
+                "twotower_eval.models.counting.CountingModel(model, len(prompts)) and report its counts row by row, or "
+                "add up the rows of each call yourself (a row that serves several prompts counts for one of them)"
             )
