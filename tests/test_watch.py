@@ -141,7 +141,7 @@ def test_processes_that_a_decoder_starts_are_busy_for_it(pair: Path, requests: A
 
 def test_one_stall_of_the_tokenizer_voids_its_call_and_no_more(pair: Path, requests: Any, tmp_path: Path) -> None:
     """It ended the run: something else ran while the clock stood."""
-    plan = plan_of(pair, "StallsOnce", num_prompts=2, min_rounds=2)
+    plan = plan_of(pair, "StallsOnce", num_prompts=2, min_rounds=2, probes=0)
     run = store.load(speed.run(plan, requests, root=tmp_path))
     assert run.complete
     assert [(s.fault, s.off_clock_s is not None and s.off_clock_s > 0.1) for s in run.speed if s.fault] == [
