@@ -19,7 +19,8 @@ from report_fixture import (
 
 from twotower_eval import cli, report, store
 from twotower_eval.closing import DONE, close_run
-from twotower_eval.evidence.consistency import CHECKS, contradiction_text, contradictions
+from twotower_eval.evidence.consistency import CHECKS, contradictions
+from twotower_eval.evidence.contradiction import contradiction_text
 from twotower_eval.records import (
     FileDigest,
     Generation,
@@ -342,6 +343,22 @@ def test_each_edit_is_found_and_named(honest: Run, edit: Edit, kind: str, words:
     found = {one.kind: contradiction_text(one) for one in contradictions(edit(honest))}
     assert kind in found
     assert words in found[kind]
+
+
+def test_a_clock_that_is_set_once_contradicts_nothing(honest: Run) -> None:
+    """One call of thousands that seems to overlap the next one, by more than 2 ms, made the run INVALID."""
+    rows = list(honest.speed)
+    rows[5] = dataclasses.replace(rows[5], started_at=rows[5].started_at.replace(".000", ".400"))
+    assert contradictions(dataclasses.replace(honest, speed=rows)) == ()
+
+
+@pytest.mark.parametrize(
+    ("metric", "outcome"), [("pass@1", []), ("pass_at_1", []), ("acc", ["scores of equal answers"])]
+)
+def test_code_that_ran_out_of_time_in_one_arm_contradicts_nothing(honest: Run, metric: str, outcome: list[str]) -> None:
+    """Equal answers that are run as code need not end alike: a sandbox has its limits."""
+    run = one_score(value=0.0)(scores(lambda row: dataclasses.replace(row, metric=metric))(honest))
+    assert [one.kind for one in contradictions(run)] == outcome
 
 
 def test_a_launch_that_goes_on_tells_of_all_before_it_or_of_its_own_rounds(honest: Run) -> None:

@@ -112,6 +112,13 @@ def test_the_table_names_no_room_twice_over() -> None:
         done |= ready
 
 
+def test_no_file_of_evidence_hides_a_circle_in_a_function() -> None:
+    for path in (PACKAGE / "evidence").glob("*.py"):
+        functions = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.FunctionDef)]
+        inner = {node for function in functions for node in ast.walk(function) if isinstance(node, ast.ImportFrom)}
+        assert not any((node.module or "").startswith("twotower_eval") for node in inner), path.name
+
+
 def modules_after(code: str) -> set[str]:
     code += "; import sys; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -75,7 +75,7 @@ def test_an_honest_pair_passes_with_both_residuals(tmp_path: Path) -> None:
     run = timed(tmp_path, only("candidate", 1.0))
     gate = gates.residual_gate(point_of(run), LIMITS)
     assert gate.outcome == "passed"
-    assert "baseline" in gate.detail
+    assert gate.detail.startswith("unexplained time: baseline ")
     (verdict,) = judge(claims_of(FAST), [run])
     assert verdict.outcome == "SUPPORTED"
     assert "residual" not in verdict_lines(claims_of(FAST), [verdict])[0]
@@ -86,7 +86,7 @@ def test_a_decoder_that_remembers_is_invalid(tmp_path: Path) -> None:
     run = timed(tmp_path, only("candidate", 1 / 347))
     (verdict,) = judge(claims_of(FAST), [run])
     assert verdict.outcome == "INVALID"
-    assert "residual: the candidate is faster than its own forwards allow: alone they take 3" in verdict.reason
+    assert "residual: the candidate is faster than its forwards allow: these, timed alone, need 3" in verdict.reason
     assert point_of(run).invalid
 
 

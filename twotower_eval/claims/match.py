@@ -10,7 +10,7 @@ from typing import Any
 from twotower_eval.claims.files import SCORE_QUANTITIES, SPEED_QUANTITIES
 from twotower_eval.evidence import ArmsDifferError, PointKey, QualityPoint, Runs, SpeedPoint
 from twotower_eval.evidence.alone import is_alone
-from twotower_eval.evidence.consistency import Contradiction
+from twotower_eval.evidence.contradiction import Contradiction
 from twotower_eval.evidence.naming import checkpoint_name
 from twotower_eval.evidence.points import OtherScore
 from twotower_eval.evidence.quality import quality_points

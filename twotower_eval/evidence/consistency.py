@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise, product
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from twotower_eval.closing import changed_journals, short_journals
+from twotower_eval.evidence.consistent_rows import ROW_CHECKS
+from twotower_eval.evidence.contradiction import Check, Contradiction, ContradictionKind, Place, call_name
 from twotower_eval.records import (
     Cell,
     LikelihoodKind,
@@ -28,60 +30,14 @@ from twotower_eval.records import (
 )
 from twotower_eval.store import EVENTS, Run
 
-ContradictionKind = Literal[
-    "plan hash",
-    "plan and cells",
-    "cell id",
-    "journal changed",
-    "journal short",
-    "rounds told",
-    "seconds told",
-    "documents told",
-    "launch untold",
-    "calls overlap",
-    "batch size",
-    "prompts of a call",
-    "prompt tokens",
-    "prompt tokens of arms",
-    "tokens of equal hash",
-    "tokens beyond budget",
-    "forwards counted",
-    "call and answer",
-    "call without answer",
-    "answer without call",
-    "text of equal tokens",
-    "score without answer",
-    "answer without score",
-    "score of another prompt",
-    "score outside 0 to 1",
-    "scores of equal answers",
-    "score of the target",
-    "scores of one likelihood",
-]
 TOLERANCE = 1e-6  # relative: sums of the same numbers in another order
 CLOCK_S = 0.002  # moments are written in milliseconds, cut off
+OVERLAP_SHARE = 0.01  # of a launch's calls, or of their time, above which no clock that was set explains it
 CLOCK_SHARE = 0.001  # and the day's clock may be slewed while a stopwatch is not
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contradiction:
-    """What a run's files say in two ways: ``stated`` and ``found``, first at ``where``; ``num`` places in all."""
-
-    kind: ContradictionKind
-    where: str
-    stated: str
-    found: str
-    num: int = 1
-
-
-Place = tuple[str, str, str]  # where, stated, found
-Check = Callable[[Run], Iterable[Place]]
 
 
 def contradictions(run: Run) -> tuple[Contradiction, ...]:
     """All that a run's files contradict each other in, the first place of each kind; empty where they agree."""
-    from twotower_eval.evidence.consistent_rows import ROW_CHECKS
-
     found = []
     for kind, check in {**CHECKS, **ROW_CHECKS}.items():
         places = list(check(run))
@@ -89,49 +45,6 @@ def contradictions(run: Run) -> tuple[Contradiction, ...]:
             where, stated, there = places[0]
             found.append(Contradiction(kind=kind, where=where, stated=stated, found=there, num=len(places)))
     return tuple(found)
-
-
-WORDS: Mapping[ContradictionKind, str] = {
-    "plan hash": "the plan's sha256 is written as {stated}, that of the plan is {found}",
-    "plan and cells": "the plan says {stated}, its cells say {found}",
-    "cell id": "{where} is not made of its checkpoint, decoder and workload, which give {found}",
-    "journal changed": "{where}: {stated} are not those that were written, by the sha256 in events.jsonl",
-    "journal short": "{where} has {found} lines, and events.jsonl tells of {stated}",
-    "rounds told": "events.jsonl tells of {stated} measured rounds, speed.jsonl has {found}",
-    "seconds told": "events.jsonl tells of {stated} s on the clock, the calls of speed.jsonl add up to {found} s",
-    "documents told": "events.jsonl tells of {stated} documents of {where}, {found} are scored",
-    "launch untold": "speed.jsonl has launch {found}, and events.jsonl tells of {stated} only",
-    "calls overlap": "{where} took {stated} s, and the next call of its launch began {found} s after it",
-    "batch size": "{where} was of {found} prompts, its cell times {stated}",
-    "prompts of a call": "{where} is on other prompts in one round than in another",
-    "prompt tokens": "{where} has {stated} tokens in one round and {found} in another",
-    "prompt tokens of arms": "{where} has {stated} tokens for one arm and {found} for the other, of one tokenizer",
-    "tokens of equal hash": "{where}: tokens of one sha256 are said to be {stated} and {found}",
-    "tokens beyond budget": "{where} made {found} tokens, at most {stated} were asked for",
-    "forwards counted": "the prompts of {where} report {stated} forwards, and the harness counted {found}",
-    "call and answer": "{where}: the timed call says {stated}, the answer that it made {found}",
-    "call without answer": "{where} was timed, and its answer is not there",
-    "answer without call": "{where} was answered in a timed call that is not there",
-    "text of equal tokens": "{where}: the same tokens stand for two texts",
-    "score without answer": "{where} has a score, and its answer is not there",
-    "answer without score": "{where} was answered in a run whose answers are scored, and has no score",
-    "score of another prompt": "{where} was scored for another prompt than it was answered for",
-    "score outside 0 to 1": "{where} is {found}",
-    "scores of equal answers": "{where}: equal answers to one document are scored {stated} and {found}",
-    "score of the target": "{where} is the target itself, and is scored {found}",
-    "scores of one likelihood": "{where} has the same log-likelihoods in both cells, scored {stated} and {found}",
-}
-
-
-def contradiction_text(one: Contradiction) -> str:
-    """In words, with how many there are besides."""
-    text = WORDS[one.kind].format(where=one.where, stated=one.stated, found=one.found)
-    return text + (f" (and {one.num - 1:,} more like this)" if one.num > 1 else "")
-
-
-def contradictions_text(found: Sequence[Contradiction]) -> str:
-    """All of a run's, one after the other."""
-    return ", and ".join(map(contradiction_text, found))
 
 
 def _plan_hash(run: Run) -> Iterator[Place]:
@@ -291,14 +204,24 @@ def _overlaps(run: Run) -> Iterator[Place]:
     for sample in run.speed:
         by_launch[sample.launch_id].append(sample)
     for calls in by_launch.values():
-        moments = [_moment(call.started_at) for call in calls]
-        if None in moments or len(set(moments)) < 2:
-            continue
-        for (call, began), (_, next_began) in pairwise(zip(calls, moments, strict=True)):
-            gap_s = (next_began - began).total_seconds()  # type: ignore[operator]
-            # Before the one ahead of it: the day's clock was set.
-            if gap_s >= 0 and call.wall_s > gap_s + CLOCK_S + CLOCK_SHARE * call.wall_s:
-                yield call_name(call), f"{call.wall_s:.3f}", f"{gap_s:.3f}"
+        found = list(_overlaps_of(calls))
+        beyond_s = sum(call.wall_s - gap_s for call, gap_s in found)
+        timed_s = sum(call.wall_s for call in calls)
+        # The day's clock is set back now and then, which makes one call seem to overlap the next.
+        if len(found) > 1 and max(len(found) / len(calls), beyond_s / timed_s) > OVERLAP_SHARE:
+            yield from ((call_name(call), f"{call.wall_s:.3f}", f"{gap_s:.3f}") for call, gap_s in found)
+
+
+def _overlaps_of(calls: Sequence[SpeedSample]) -> Iterator[tuple[SpeedSample, float]]:
+    """The calls that took longer than until the next one began, with the seconds until then."""
+    moments = [_moment(call.started_at) for call in calls]
+    if None in moments or len(set(moments)) < 2:
+        return
+    for (call, began), (_, next_began) in pairwise(zip(calls, moments, strict=True)):
+        gap_s = (next_began - began).total_seconds()  # type: ignore[operator]
+        # Before the one ahead of it: the day's clock was set.
+        if gap_s >= 0 and call.wall_s > gap_s + CLOCK_S + CLOCK_SHARE * call.wall_s:
+            yield call, gap_s
 
 
 def _moment(text: str) -> datetime | None:
@@ -306,11 +229,6 @@ def _moment(text: str) -> datetime | None:
         return datetime.fromisoformat(text)
     except ValueError:
         return None
-
-
-def call_name(call: SpeedSample) -> str:
-    """A timed call, as contradictions name it."""
-    return f"call {call.call_id} of cell {call.cell}, round {call.round}"
 
 
 CHECKS: Mapping[ContradictionKind, Check] = {

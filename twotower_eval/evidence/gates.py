@@ -15,7 +15,7 @@ from twotower_eval.evidence.best import generate_text
 from twotower_eval.evidence.busy import busy_faults, busy_of, busy_text
 from twotower_eval.evidence.chance import standing_text
 from twotower_eval.evidence.clean import Flagged
-from twotower_eval.evidence.consistency import Contradiction, contradictions_text
+from twotower_eval.evidence.contradiction import Contradiction, contradictions_text
 from twotower_eval.evidence.measured import Measured, measured
 from twotower_eval.evidence.numbers import PERCENT, interval
 from twotower_eval.evidence.points import MissingScore, OtherScore, QualityPoint
@@ -208,7 +208,7 @@ def residual_gate(point: SpeedPoint, limits: GateLimits) -> Gate:
         detail = f"whether the times fit the forwards is not known: {'; '.join(reasons)}"
         return Gate(kind="residual", outcome="not_checked", detail=detail)
     shares = [f"{arm} {residual_text(one.whole.estimate)}" for arm, one in found.items() if one.whole.estimate]
-    detail = f"of the measured time no part explains {', '.join(shares)}"
+    detail = f"unexplained time: {', '.join(shares)}"
     return Gate(kind="residual", outcome="passed", detail=detail, evidence=point.run_ids)
 
 

@@ -118,14 +118,16 @@ def _is_alone(baseline: Residual, candidate: Residual) -> bool:
 
 
 def fault_text(fault: ResidualFault) -> str:
-    """``the candidate is faster than its own forwards allow: alone they take 347 [346, 348] times as long``."""
+    """``the candidate is faster than its forwards allow: these, timed alone, need 347 [346, 348] times its time``."""
     found = fault.residual
     if found is None:
         return f"the {fault.arm} gave tokens without any forward of its model, in {fault.num_calls} calls"
     if fault.kind == "faster":
         times = [1 - share for share in (found.value, found.high, found.low)]
         longer = f"{times[0]:,.3g} [{times[1]:,.3g}, {times[2]:,.3g}]"
-        return f"the {fault.arm} is faster than its own forwards allow: alone they take {longer} times as long"
+        return (
+            f"the {fault.arm} is faster than its own forwards allow: these, timed alone, need {longer} times its time"
+        )
     return f"the {fault.arm} is slower than its parts: {residual_text(found)} of its time is in none of them"
 
 

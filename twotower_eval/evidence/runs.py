@@ -9,6 +9,7 @@ from typing import overload
 
 from twotower_eval.evidence import consistency
 from twotower_eval.evidence.alone import ScoredAlone, TimedAlone, compares, is_alone, scored_alone, timed_alone
+from twotower_eval.evidence.contradiction import Contradiction
 from twotower_eval.evidence.naming import checkpoint_name, code_name, long_name, short_name
 from twotower_eval.evidence.pareto import Panel, panels
 from twotower_eval.evidence.points import PointKey, QualityPoint
@@ -87,7 +88,7 @@ class Runs(Sequence[Run]):
         return self._speed[1]
 
     @cached_property
-    def contradictions(self) -> dict[str, tuple[consistency.Contradiction, ...]]:
+    def contradictions(self) -> dict[str, tuple[Contradiction, ...]]:
         """By run id, what files of a run contradict each other in; runs whose files agree are left out."""
         return consistency.by_run(self._runs)
 

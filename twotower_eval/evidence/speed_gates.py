@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from twotower_eval.evidence import gates
-from twotower_eval.evidence.consistency import Contradiction
+from twotower_eval.evidence.contradiction import Contradiction
 from twotower_eval.evidence.nulls import caution
 from twotower_eval.evidence.points import QualityPoint
 from twotower_eval.evidence.same import answer_gates

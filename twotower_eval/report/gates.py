@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from twotower_eval.evidence.alone import compares, is_alone
 from twotower_eval.evidence.clean import Flagged
-from twotower_eval.evidence.consistency import contradictions_text
+from twotower_eval.evidence.contradiction import contradictions_text
 from twotower_eval.evidence.points import Measured, QualityPoint
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint

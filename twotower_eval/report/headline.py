@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from twotower_eval.claims import halves
-from twotower_eval.evidence.consistency import contradictions_text
+from twotower_eval.evidence.contradiction import contradictions_text
 from twotower_eval.evidence.naming import checkpoint_name, long_name
 from twotower_eval.evidence.numbers import high_retention_text
 from twotower_eval.evidence.points import QualityPoint
