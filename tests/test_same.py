@@ -462,7 +462,7 @@ def test_a_report_says_what_is_not_of_one_thing_apart(good: list[Run]) -> None:
         (of_tasks(good[1], "words_de"), "same tasks: not timed: arithmetic, sorting"),
     ):
         text = headline(Runs([good[0], speed])).markdown
-        assert "The two are not of one thing" in text
+        assert "must not be quoted together" in text
         assert words in text.replace("\\", "")
 
 
@@ -477,5 +477,5 @@ def test_a_report_lists_what_is_alike_once_and_each_cell_that_is_not(good: list[
     assert [row.split(" | ")[:2] for row in rows[-2:]] == [["| same rounds", "passed"], ["| same answers", "passed"]]
     text = gates_section(Runs([good[0], answers_otherwise(good[1], "candidate", {7})])).markdown
     assert (
-        "| same answers | **FAILED** | block 16, 16 steps, threshold 0.8, answer, batch 1: candidate: 1 of 60" in text
+        "| same answers, answer, batch 1 | **FAILED** | block 16, 16 steps, threshold 0.8: candidate: 1 of 60" in text
     )

@@ -212,7 +212,7 @@ def test_the_fewest_timings_are_given_up() -> None:
 
 def test_a_report_counts_them(timed: store.Run) -> None:
     text = gates(Runs([edited(timed, {3: -0.2})])).markdown
-    assert "possible times, answer, batch 1" in text
+    assert "| possible times | passed |" in text
     assert "1 of 40 timed calls are void" in text
 
 
