@@ -113,7 +113,7 @@ def write(
         for row in rows:
             told = row
             if isinstance(row, GenerationRow) and (row.cell, row.task, row.doc_id) in values:
-                told = _saying(row, values[row.cell, row.task, row.doc_id])
+                told = saying(row, values[row.cell, row.task, row.doc_id])
             kept = told if edit is None else edit(told)
             if isinstance(kept, Score) and kept.value is not None:
                 values[kept.cell, kept.task, kept.doc_id] = kept.value
@@ -128,7 +128,7 @@ def write(
         return writer.path
 
 
-def _saying(row: GenerationRow, value: float) -> GenerationRow:
+def saying(row: GenerationRow, value: float) -> GenerationRow:
     """The answer with its score in it: equal answers have equal scores."""
     text = " ".join([f"{value:g}", *str(row.generation.text).split()[1:]])
     return dataclasses.replace(row, generation=dataclasses.replace(row.generation, text=text))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_fixture import quality_run, speed_run
+from report_fixture import quality_run, saying, speed_run
 from test_claims_judge import BOTH, FAST, KEPT, POINT, claims_of
 
 from twotower_eval import store
@@ -18,6 +18,7 @@ from twotower_eval.records import (
     Gate,
     GenerationRow,
     PromptTiming,
+    Score,
     SpeedSample,
     Verdict,
     sha256_text,
@@ -76,24 +77,38 @@ def arm_of(run: Run, cell: str) -> str:
 
 
 def answers_otherwise(run: Run, arm: str, docs: Collection[int], place: int = 5) -> Run:
-    """The run with another token at one place of an arm's answers to some documents."""
+    """The run with another token at one place of an arm's answers to some documents, and with a text to go with it."""
 
     def change(row: GenerationRow) -> GenerationRow:
         if arm_of(run, row.cell) != arm or row.doc_id not in docs:
             return row
         tokens = [*row.generation.token_ids]
         tokens[place] += 1
-        return dataclasses.replace(row, generation=dataclasses.replace(row.generation, token_ids=tuple(tokens)))
+        text = f"{row.generation.text} and {place}"
+        return dataclasses.replace(
+            row, generation=dataclasses.replace(row.generation, token_ids=tuple(tokens), text=text)
+        )
 
     return rows_changed(run, change)
 
 
-def worth_nothing(run: Run, arm: str, docs: Collection[int]) -> Run:
+def scored(run: Run, worth: Callable[[Score], float | None]) -> Run:
+    """The run with other scores of its answers, each answer with its own in it: equal ones have equal scores."""
     scores = [
-        dataclasses.replace(row, value=0.0) if arm_of(run, row.cell) == arm and row.doc_id in docs else row
-        for row in run.scores
+        dataclasses.replace(row, value=worth(row)) if row.scored_by == "generation" else row for row in run.scores
     ]
-    return dataclasses.replace(run, scores=scores)
+    values = {(row.cell, row.task, row.doc_id): row.value or 0.0 for row in scores if row.scored_by == "generation"}
+    rows = [saying(row, values[row.cell, row.task, row.doc_id]) for row in run.generations]
+    return dataclasses.replace(run, scores=scores, generations=rows)
+
+
+def worth_nothing(run: Run, arm: str, docs: Collection[int]) -> Run:
+    """The run with wrong answers of an arm to some documents; what log-likelihoods score stays as they are."""
+
+    def worth(row: Score) -> float | None:
+        return 0.0 if arm_of(run, row.cell) == arm and row.doc_id in docs else row.value
+
+    return scored(answers_otherwise(run, arm, docs, place=4), worth)
 
 
 def verdicts(runs: list[Run], *, fast: dict[str, Any] | None = None, **point: Any) -> tuple[Verdict, ...]:
@@ -175,13 +190,9 @@ def test_in_half_precision_rounding_may_part_some_answers_that_are_worth_the_sam
 
 
 def matching(quality: Run, speed: Run) -> Run:
-    """The speed run with the scores that the quality run gave the same answers."""
+    """The speed run with the texts and scores of the quality run's answers, which are the same tokens."""
     known = {(arm_of(quality, row.cell), row.task, row.doc_id, row.metric): row.value for row in quality.scores}
-    scores = [
-        dataclasses.replace(row, value=known[arm_of(speed, row.cell), row.task, row.doc_id, row.metric])
-        for row in speed.scores
-    ]
-    return dataclasses.replace(speed, scores=scores)
+    return scored(speed, lambda row: known[arm_of(speed, row.cell), row.task, row.doc_id, row.metric])
 
 
 def test_how_many_answers_may_differ_is_the_claims(good: list[Run]) -> None:
@@ -287,8 +298,9 @@ def on_bfloat16(cell: Cell) -> Cell:
     return dataclasses.replace(cell, checkpoint=dataclasses.replace(cell.checkpoint, dtype="bfloat16"))
 
 
-def cut_short(cell: Cell) -> Cell:
-    return dataclasses.replace(cell, workload=dataclasses.replace(cell.workload, max_new_tokens=16))
+def with_less_room(cell: Cell) -> Cell:
+    """The cell with a smaller budget, in which every answer still ends."""
+    return dataclasses.replace(cell, workload=dataclasses.replace(cell.workload, max_new_tokens=60))
 
 
 @pytest.mark.parametrize(
@@ -323,23 +335,20 @@ def of_tasks(run: Run, *tasks: str) -> Run:
 
 
 def test_budgets_that_differ_are_named_and_their_answers_are_not_held_against_each_other(good: list[Run]) -> None:
-    run = answers_otherwise(with_cells(of_tasks(good[1], "arithmetic", "sorting"), cut_short), "candidate", {7})
+    run = answers_otherwise(with_cells(of_tasks(good[1], "arithmetic", "sorting"), with_less_room), "candidate", {7})
     _, fast, both = verdicts([good[0], run])
     assert both.outcome == "NOT_MEASURED"
     assert (
-        "the budget of arithmetic 64 in kept, 16 in fast; the budget of sorting 64 in kept, 16 in fast" in both.reason
+        "the budget of arithmetic 64 in kept, 60 in fast; the budget of sorting 64 in kept, 60 in fast" in both.reason
     )
     assert gate(fast, "same answers").outcome == "not_checked"
 
 
 def test_documents_asked_otherwise_are_of_another_claim(good: list[Run]) -> None:
     """As with other few-shot examples: the same documents, other prompts."""
-    *_, both = verdicts(
-        [
-            good[0],
-            rows_changed(good[1], lambda row: dataclasses.replace(row, prompt_sha256=sha256_text(f"{row.doc_id}"))),
-        ]
-    )
+    asked = rows_changed(good[1], lambda row: dataclasses.replace(row, prompt_sha256=sha256_text(f"{row.doc_id}")))
+    scores = [dataclasses.replace(row, prompt_sha256=sha256_text(f"{row.doc_id}")) for row in asked.scores]
+    *_, both = verdicts([good[0], dataclasses.replace(asked, scores=scores)])
     assert both.outcome == "NOT_MEASURED"
     assert "60 documents were timed on other prompts than they were scored on, the first of them task sorting" in (
         both.reason
