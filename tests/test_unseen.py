@@ -1,8 +1,9 @@
 """Nothing carries over between timed calls: fresh decoders, new prompts, and what remembers is found out."""
 
+import dataclasses
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from twotower_eval import harness, speed, store, suites
 from twotower_eval.claims import judge
 from twotower_eval.claims.text import unchecked_text
 from twotower_eval.evidence import Runs, SpeedPoint
+from twotower_eval.evidence.measured import Measured
+from twotower_eval.evidence.unseen import Memory, Unseen, unseen_text
 from twotower_eval.plan import SpeedPlan
-from twotower_eval.records import Claim, OperatingPoint, Verdict
-from twotower_eval.speed.unseen import NewPrompts, joined, turned
+from twotower_eval.records import Claim, Estimate, OperatingPoint, Passes, SpeedSample, Verdict
+from twotower_eval.speed.unseen import NewPrompts, is_made_up, joined, turned
 from twotower_eval.speed.workloads import make_calls
 
 TASKS = ("miniature_sort", "miniature_recall")
@@ -72,6 +75,11 @@ def remembered(clock: Forwards, pair: Path, requests: Any, tmp_path_factory: pyt
     return store.load(speed.run(plan(pair), shots, root=root, now=clock))
 
 
+@pytest.fixture(scope="module")
+def read(remembered: store.Run) -> dict[str, SpeedPoint]:
+    return points(remembered)
+
+
 def points(run: store.Run) -> dict[str, SpeedPoint]:
     return {TRICKS[int(one.candidate.decoder.params["block_size"] or 0)]: one for one in Runs([run]).speed}
 
@@ -93,8 +101,8 @@ def verdict_of(run: store.Run, point: SpeedPoint, expected: float) -> Verdict:
 
 
 @pytest.mark.parametrize("trick", [trick for trick in TRICKS.values() if trick not in ("honest", "by itself")])
-def test_whoever_remembers_is_found_out(remembered: store.Run, trick: str) -> None:
-    point = points(remembered)[trick]
+def test_whoever_remembers_is_found_out(remembered: store.Run, read: dict[str, SpeedPoint], trick: str) -> None:
+    point = read[trick]
     assert point.time.estimate is not None
     if trick != "beginnings":  # whose pieces cost more than the baseline's reading at one go
         assert point.time.estimate.value > 1.5, "the memory bought a speedup"
@@ -106,24 +114,96 @@ def test_whoever_remembers_is_found_out(remembered: store.Run, trick: str) -> No
 
 
 @pytest.mark.parametrize("trick", ["honest", "by itself"])
-def test_a_memory_that_ends_with_its_round_is_none(remembered: store.Run, trick: str) -> None:
-    point = points(remembered)[trick]
+def test_a_memory_that_ends_with_its_round_is_none(
+    remembered: store.Run, read: dict[str, SpeedPoint], trick: str
+) -> None:
+    point = read[trick]
     assert point.unseen.checked
     assert point.unseen.remembered(1.25) == ()
-    for found in (point.unseen.candidate, point.unseen.baseline, point.time):
+    for found in (point.unseen.candidate.seconds, point.unseen.baseline.seconds, point.time):
         assert found.estimate is not None
         assert found.estimate.value == pytest.approx(1, abs=0.01)
-    assert point.unseen.speedup.estimate is not None
-    assert point.unseen.speedup.estimate.value == pytest.approx(1, abs=0.05)
+    for memory in (point.unseen.baseline, point.unseen.candidate):
+        assert memory.forwards.estimate is not None
+        assert (memory.forwards.estimate.low, memory.forwards.estimate.high) == (1, 1)
     assert "probes" not in verdict_of(remembered, point, 1.0).reason
 
 
-def test_what_was_remembered_before_the_first_round_is_told_by_the_speedup_alone(remembered: store.Run) -> None:
-    found = points(remembered)["what it saw in the warm-up"].unseen
-    assert found.candidate.estimate is not None
-    assert found.candidate.estimate.value == pytest.approx(1, abs=0.01)
-    assert found.speedup.estimate is not None
-    assert found.speedup.estimate.low > 2
+@pytest.mark.parametrize("trick", ["what it saw in the warm-up", "what it saw twice"])
+def test_what_probes_do_not_show_is_told_by_the_forwards_of_the_first_reading(
+    remembered: store.Run, trick: str
+) -> None:
+    found = points(remembered)[trick].unseen.candidate
+    assert found.seconds.estimate is not None
+    assert found.seconds.estimate.value == pytest.approx(1, abs=0.01)
+    assert found.forwards.estimate is not None
+    assert found.forwards.estimate.low > 1.5
+
+
+def with_forwards(run: store.Run, cell: str, num_of: Callable[[SpeedSample], int]) -> store.Run:
+    """The run with so many forwards in the calls of a cell, each of which takes a second; nothing else differs."""
+    samples = []
+    for one in run.speed:
+        num = num_of(one)
+        passes = (Passes(kind="extend", rows=1, tokens=1, num=num),) if num else ()
+        changed = dataclasses.replace(one, passes=passes, wall_s=max(0.1, num), first_output_s=0.1, prefill_s=None)
+        prompts = tuple(dataclasses.replace(p, finish_s=0.1, num_tokens=8) for p in one.prompts)
+        samples.append(dataclasses.replace(changed, prompts=prompts) if one.cell == cell else one)
+    cells = [one for one in run.manifest.cells if one.id == cell or one.arm == "baseline"]
+    return dataclasses.replace(run, speed=samples, manifest=dataclasses.replace(run.manifest, cells=tuple(cells)))
+
+
+@pytest.mark.parametrize(
+    ("made_up", "document", "timed", "remembers"),
+    [
+        (13, 10, 10, ()),
+        (25, 10, 10, ()),
+        (40, 10, 10, ("candidate",)),
+        (10, 13, 10, ("candidate",)),
+        (8, 8, 0, ("candidate",)),
+    ],
+)
+def test_only_far_more_forwards_on_made_up_text_are_a_memory(
+    remembered: store.Run,
+    read: dict[str, SpeedPoint],
+    made_up: int,
+    document: int,
+    timed: int,
+    remembers: tuple[str, ...],
+) -> None:
+    """A decoder that is surer of natural text was called one that remembers, by its seconds per token."""
+    cell = read["honest"].candidate.id
+
+    def num_of(sample: SpeedSample) -> int:
+        return timed if sample.phase != "probe" else document if sample.held_out else made_up
+
+    (point,) = Runs([with_forwards(remembered, cell, num_of)]).speed
+    found = point.unseen
+    assert found.remembered(1.25) == remembers
+    assert found.candidate.seconds.estimate is not None
+    assert found.candidate.seconds.estimate.value == pytest.approx(1, abs=0.01)
+
+
+def test_the_line_of_the_probes_says_what_was_compared() -> None:
+    def shown(value: float, n: int) -> Measured:
+        return Measured(estimate=Estimate(value=value, low=value - 0.1, high=value + 0.1, level=0.99, n=n, method="t"))
+
+    candidate = Memory(
+        seconds=shown(1.14, 30), forwards=shown(1, 64), documents=shown(0.98, 12), made_up=shown(1.29, 18),
+        forward_s=shown(1.02, 30),
+    )  # fmt: skip
+    found = Unseen(baseline=Memory(seconds=shown(1.15, 30)), candidate=candidate, num_new=30)
+    assert found.checked
+    assert unseen_text(found, 1.25) == (
+        "repeated prompts: the candidate is 1.14x [1.04, 1.24], the baseline 1.15x [1.05, 1.25] as fast as on the "
+        "first reading; the candidate makes 1.00x [0.90, 1.10] as many forwards on the first reading of timed "
+        "prompts as on later ones; 12 calls on untimed documents take it 0.98x [0.88, 1.08] the forwards per token "
+        "of like timed calls; 18 calls on made-up prompts take it 1.29x [1.19, 1.39] the forwards per token of like "
+        "timed calls (limit 3x); equal forwards take it 1.02x [0.92, 1.12] as long on new prompts as on timed ones "
+        "(limit 1.25x)"
+    )
+    remembers = dataclasses.replace(found, candidate=dataclasses.replace(candidate, forward_s=shown(1.5, 30)))
+    assert unseen_text(remembers, 1.25).startswith("the candidate remembers what it has seen (above 1.25x): repeated ")
 
 
 def test_a_run_of_old_is_not_checked_and_says_so(clock: Forwards, pair: Path, requests: Any, tmp_path: Path) -> None:
@@ -160,14 +240,16 @@ def test_every_cell_has_new_calls_that_come_back_in_the_next_round(remembered: s
     measured = {p.prompt_id for s in remembered.speed if s.phase == "measure" for p in s.prompts}
     assert measured.isdisjoint(p.prompt_id for s in probes for p in s.prompts)
     assert {sample.replica for sample in probes} == {0}
+    kinds = Counter((sample.cell, sample.round, sample.held_out) for sample in probes if sample.cell != baseline)
+    assert all(kinds[cell, number, False] == kinds[cell, number, True] for cell, number, _ in kinds), "in turn"
 
 
-def test_probes_leave_no_answers_and_do_not_count_as_rounds(remembered: store.Run) -> None:
+def test_probes_leave_no_answers_and_do_not_count_as_rounds(remembered: store.Run, read: dict[str, SpeedPoint]) -> None:
     assert remembered.complete
     per_round = NUM_WARMED * (len(TRICKS) + 2)
     assert Counter(s.phase for s in remembered.speed)["measure"] == 3 * per_round
     assert len(remembered.generations) == 3 * NUM_WARMED * (len(TRICKS) + 1)
-    point = points(remembered)["honest"]
+    point = read["honest"]
     assert (point.num_rounds, point.num_calls) == (3, NUM_WARMED)
 
 
@@ -194,6 +276,19 @@ def test_new_prompts_are_of_the_kind_and_the_length_of_those_that_are_timed(pair
             assert (new.task, new.stop, new.max_new_tokens) == (old.task, old.stop, old.max_new_tokens)
             assert abs(len(new.text) - len(old.text)) <= 3
         assert len({request.doc_id for request in call.requests}) == 2
+
+
+def test_documents_that_are_not_timed_are_new_as_they_are(pair: Path, requests: Any) -> None:
+    calls = make_calls(plan(pair), requests)
+    timed = {request.text for call in calls[1] for request in call.requests}
+    prompts, found = NewPrompts(calls, requests, 0), []
+    while (call := prompts.like(calls[1][0], "new", of_documents=True)) is not None and not is_made_up(call):
+        found += call.requests
+    assert {request.task for request in found} == {calls[1][0].requests[0].task}
+    assert len({request.text for request in found}) == len(found) > 20
+    assert timed.isdisjoint(request.text for request in found)
+    assert {id(request) for request in found} <= {id(request) for request in requests}
+    assert call is not None, "when there are none left, prompts are made up"
 
 
 def test_documents_that_run_out_still_make_new_prompts(pair: Path, requests: Any) -> None:

@@ -399,9 +399,10 @@ class Passes:
 class SpeedSample:
     """One timed call: one ``generate`` on one batch, prompt ids on host to last useful id on host.
 
-    Calls of the phase ``probe`` are on prompts that nothing had read before, or had once: they are compared with each
-    other and are no part of a speedup. ``fault`` says what is wrong with the times, which may then be any number; those
-    that show it themselves need not have it (``times.fault_of``).
+    Calls of the phase ``probe`` are on prompts that nothing had read before, or had once: they are no part of a
+    speedup. Those that are ``held_out`` are on documents as they are, the others on made-up prompts. ``fault`` says
+    what is wrong with the times, which may then be any number; those that show it themselves need not have it
+    (``times.fault_of``).
     ``passes`` are the model calls that the harness counted, those over whole rows (``context_logits``) as prefills.
     ``cpu_s`` are the seconds that all threads of the process and its child processes were busy, ``caller_cpu_s``
     those of the thread that called the decoder; both from the call's start to its end, ``off_clock_s`` included: the
@@ -427,6 +428,7 @@ class SpeedSample:
     caller_cpu_s: NotNegative | None = None
     off_clock_s: NotNegative | None = None
     fault: TimeFault | None = None
+    held_out: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

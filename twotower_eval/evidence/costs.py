@@ -6,7 +6,7 @@ A residual is what the parts leave unexplained; it is printed, never absorbed in
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from twotower_eval import stats
@@ -108,10 +108,7 @@ def _num_tokens(sample: SpeedSample) -> int:
 
 
 def _explained(parts: list[CostSample], samples: Sequence[SpeedSample], block_size: int | None, cell: Cell) -> ArmCosts:
-    sizes = _sizes(samples, block_size, cell.decoder)
-    timed = {sample.block_size for sample in parts}
-    # Sizes that were not timed lie between others that were.
-    own = [sample for sample in parts if sample.block_size is None or sample.block_size in sizes or sizes - timed]
+    own = _own(parts, samples, block_size, cell)
     phases = _phases(own)
     if not phases:
         return _unexplained(phases, NOT_TIMED)
@@ -139,6 +136,26 @@ def _explained(parts: list[CostSample], samples: Sequence[SpeedSample], block_si
         not_counted=None if counted else NOT_COUNTED,
     )
     return ArmCosts(phases=phases, prediction=prediction, explanation=explanation, reason=None, residual=found)
+
+
+def seconds_alone(runs: Sequence[Run], cell: Cell, samples: Sequence[SpeedSample]) -> Callable[[SpeedSample], float]:
+    """What the forwards of a call take by the parts of its cell, of which ``samples`` are the timed calls.
+
+    The function raises ValueError where parts were not timed, or none that the call needs.
+    """
+    found = cell.decoder.params.get("block_size") if cell.arm == "candidate" else None
+    block_size = found if isinstance(found, int) else None
+    own = _own(_parts(runs, cell), samples, block_size, cell)
+    table, kept = stats.CostTable(_phases(own)), any(sample.part == "bookkeeping" for sample in own)
+    return lambda sample: stats.predict(table, [_call(sample, block_size, cell.decoder, kept)]).total_s
+
+
+def _own(
+    parts: Sequence[CostSample], samples: Sequence[SpeedSample], block_size: int | None, cell: Cell
+) -> list[CostSample]:
+    """Parts of the sizes that the passes have; sizes that were not timed lie between others that were."""
+    sizes, timed = _sizes(samples, block_size, cell.decoder), {part.block_size for part in parts}
+    return [part for part in parts if part.block_size is None or part.block_size in sizes or sizes - timed]
 
 
 def _unexplained(phases: tuple[stats.PhaseCost, ...], reason: str) -> ArmCosts:

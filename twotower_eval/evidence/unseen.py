@@ -1,23 +1,29 @@
-"""Whether a prompt seen before takes as long as a new one: the probes of timed rounds, compared two ways.
+"""Whether an arm remembers what it has read before: what it takes for new prompts against what it takes for seen ones.
 
-The very same prompt, in one arm: how long it took when nothing had read it before, over how long it took in a later
-round of the same launch. What both arms share of the difference between two rounds is told by the other arm's calls.
+A decoder may honestly need more passes for one prompt than for another, above all for text that nobody would write. So
+no two prompts are compared by their seconds. Compared are
 
-All prompts, between the arms: the speedup on what is timed in every round over the speedup on what is new. This tells
-of memories that need to see a prompt often, or that were made before the first round; each call counts by its seconds
-per useful token, so that answers of unlike length can be compared.
+- the same prompt, twice: the seconds of a probe when it was new over those in the next round, and the forwards per
+  token of every timed prompt when it was first read, in the warm-up as a rule, over those of all later readings;
+- like prompts, by what is counted: the forwards per token of a probe when it was new over those of timed prompts of
+  the same task and about the same length. Documents that are not timed are like them. Prompts that are made up of two
+  documents are not: only far more forwards than honest decoders need for such text count;
+- like prompts, forward by forward: the seconds of a new probe over those that its own forwards take alone, against the
+  same of timed prompts, and against the same of the other arm on that probe.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import exp, log
 from statistics import fmean
 
 from twotower_eval import stats
-from twotower_eval.evidence.calls import Grid, Usable
+from twotower_eval.evidence.calls import Call, Grid, Usable
+from twotower_eval.evidence.costs import seconds_alone
 from twotower_eval.evidence.measured import Measured, measured
 from twotower_eval.evidence.numbers import TIMES, interval
 from twotower_eval.records import Cell, SpeedSample
@@ -25,46 +31,57 @@ from twotower_eval.store import Run
 from twotower_eval.times import fault_of
 
 LEVEL = stats.NULL_LEVEL
+FAR = 3.0  # times the forwards per token that honest decoders may need where a prompt is made up
+NUM_LIKE = 8  # timed calls that a new one is held against: those nearest in length
+NO_FORWARD = 0.5  # a call without any forward counts as half a forward, so that ratios exist
 NONE = "no prompt was timed that was new in its round"
+NOT_COUNTED = "forwards were not counted"
+NOTHING = Measured(estimate=None, reason=NONE)
+Key = tuple[str, str]  # launch, call
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """How many times as much an arm takes for what is new as for what it has seen; 1 where nothing is remembered.
+
+    ``seconds`` and ``forwards`` are of the same prompt read again, ``documents`` and ``made_up`` are forwards per token
+    of new prompts against like ones that are timed, ``forward_s`` the seconds of equal forwards.
+    """
+
+    seconds: Measured = NOTHING
+    forwards: Measured = NOTHING
+    documents: Measured = NOTHING
+    made_up: Measured = NOTHING
+    forward_s: Measured = NOTHING
+
+    def exceeds(self, limit: float) -> bool:
+        """Whether any of them surely lies above the limit."""
+        alike = (self.seconds, self.forwards, self.documents, self.forward_s)
+        bounds = [*((one, limit) for one in alike), (self.made_up, FAR)]
+        return any(one.estimate is not None and one.estimate.low > most for one, most in bounds)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unseen:
-    """How many times as fast an arm is on what it has seen, and the speedup on what was seen over that on what was new.
+    """What either arm remembers. ``num_new`` calls were new to the candidate; ``num_void`` are void."""
 
-    1 where nothing is remembered. ``num_new`` calls were new to the candidate; ``num_void`` are void.
-    """
-
-    baseline: Measured
-    candidate: Measured
-    speedup: Measured
+    baseline: Memory
+    candidate: Memory
     num_new: int
     num_void: int = 0
 
     @property
     def checked(self) -> bool:
-        """Whether the candidate was looked at both ways."""
-        return self.candidate.estimate is not None and self.speedup.estimate is not None
+        """Whether the candidate read the same prompts twice, with its seconds and its forwards known."""
+        return self.candidate.seconds.estimate is not None and self.candidate.forwards.estimate is not None
 
     def remembered(self, limit: float) -> tuple[str, ...]:
-        """Which arms are surely more than ``limit`` times as fast on what they have seen."""
-        both = self.speedup.estimate
-        found = []
-        for arm, own, by_speedup in (
-            ("baseline", self.baseline.estimate, both is not None and both.high < 1 / limit),
-            ("candidate", self.candidate.estimate, both is not None and both.low > limit),
-        ):
-            if by_speedup or (own is not None and own.low > limit):
-                found.append(arm)
-        return tuple(found)
+        """Which arms surely take more than ``limit`` times as much for what is new."""
+        arms = (("baseline", self.baseline), ("candidate", self.candidate))
+        return tuple(arm for arm, memory in arms if memory.exceeds(limit))
 
 
-UNCHECKED = Unseen(
-    baseline=Measured(estimate=None, reason=NONE),
-    candidate=Measured(estimate=None, reason=NONE),
-    speedup=Measured(estimate=None, reason=NONE),
-    num_new=0,
-)
+UNCHECKED = Unseen(baseline=Memory(), candidate=Memory(), num_new=0)
 
 
 def unseen_text(found: Unseen, limit: float) -> str:
@@ -73,15 +90,20 @@ def unseen_text(found: Unseen, limit: float) -> str:
     lead = f"the {' and the '.join(remembers)} remembers what it has seen (above {limit:g}x): " if remembers else ""
     if not found.num_new and not remembers:
         return NONE
-    parts = [
-        f"{words} {_shown(one)}"
-        for words, one in (
-            ("the candidate is on what it has seen", found.candidate),
-            ("the baseline", found.baseline),
-        )
-    ]
-    of_speedup = f"the speedup on the timed prompts is {_shown(found.speedup)} that on {found.num_new} new calls"
-    return f"{lead}{', '.join(parts)} as fast as on what is new; {of_speedup}"
+    own = found.candidate
+    again = f"the candidate is {_shown(own.seconds)}, the baseline {_shown(found.baseline.seconds)} as fast"
+    first = f"{_shown(own.forwards)} as many forwards on the first reading of timed prompts as on later ones"
+    lines = [f"repeated prompts: {again} as on the first reading", f"the candidate makes {first}"]
+    for one, kind, more in (
+        (own.documents, "untimed documents", ""),
+        (own.made_up, "made-up prompts", f" (limit {FAR:g}x)"),
+    ):
+        if one.estimate is not None:
+            calls = f"{one.estimate.n} calls on {kind}"
+            lines.append(f"{calls} take it {_shown(one)} the forwards per token of like timed calls{more}")
+    if own.forward_s.estimate is not None:
+        lines.append(f"equal forwards take it {_shown(own.forward_s)} as long on new prompts as on timed ones")
+    return f"{lead}{'; '.join(lines)} (limit {limit:g}x)"
 
 
 def _shown(found: Measured) -> str:
@@ -97,27 +119,47 @@ class _Probed:
 
 
 def unseen(runs: Sequence[Run], arms: tuple[Cell, Cell], grids: tuple[Grid, Grid], there: Usable) -> Unseen:
-    """The probes of both arms' cells held against the calls of their rounds."""
+    """The probes of both arms' cells, and the first readings of what is timed, held against the calls of the rounds."""
     probes = [_probes(runs, cell) for cell in arms]
-    if not probes[0] and not probes[1]:
-        return UNCHECKED
-    gains = [_gains(list(own.values()), other, there) for own, other in zip(probes, reversed(grids), strict=True)]
     own_new = {key: probe for key, probe in probes[1].items() if key in probes[0]}
-    seen, new = _speedups(own_new, probes[0], grids, there)
-    samples = (sample for run in runs for sample in run.speed if sample.phase == "probe")
     cells = {cell.id for cell in arms}
+    samples = [sample for run in runs for sample in run.speed if sample.phase == "probe" and sample.cell in cells]
     return Unseen(
-        baseline=measured(lambda: stats.geometric_mean(gains[0], level=LEVEL)),
-        candidate=measured(lambda: stats.geometric_mean(gains[1], level=LEVEL)),
-        speedup=measured(lambda: stats.ratio_of_geometric_means(seen, new, level=LEVEL)),
-        num_new=len(new),
-        num_void=sum(sample.cell in cells and fault_of(sample) is not None for sample in samples),
+        baseline=_memory(runs, arms[0], probes[0], (grids[0], grids[1]), there, None),
+        candidate=_memory(runs, arms[1], own_new, (grids[1], grids[0]), there, (arms[0], probes[0])),
+        num_new=len(own_new),
+        num_void=sum(fault_of(sample) is not None for sample in samples),
     )
 
 
-def _probes(runs: Sequence[Run], cell: Cell) -> dict[tuple[str, str], _Probed]:
+def _memory(
+    runs: Sequence[Run],
+    cell: Cell,
+    probes: Mapping[Key, _Probed],
+    grids: tuple[Grid, Grid],
+    there: Usable,
+    other: tuple[Cell, Mapping[Key, _Probed]] | None,
+) -> Memory:
+    """One arm's; ``grids`` are its own and the other's, ``other`` has timed the same probes."""
+    new = [one.new for one in probes.values() if (one.new.launch_id, one.new.round) in there.rounds]
+    counted = any(sample.passes for run in runs for sample in run.speed if sample.cell == cell.id)
+    more = [(one.held_out, _beyond_like(one, grids[0], there, _forwards_per_token)) for one in new] if counted else []
+    return Memory(
+        seconds=_mean(_gains(list(probes.values()), grids[1], there)),
+        forwards=_mean(_first_readings(runs, cell)) if counted else Measured(estimate=None, reason=NOT_COUNTED),
+        documents=_mean([beyond for held_out, beyond in more if held_out]),
+        made_up=_mean([beyond for held_out, beyond in more if not held_out]),
+        forward_s=_mean(_of_equal_forwards(runs, cell, new, grids, there, other)),
+    )
+
+
+def _mean(logs: Sequence[float]) -> Measured:
+    return measured(lambda: stats.geometric_mean([exp(one) for one in logs], level=LEVEL))
+
+
+def _probes(runs: Sequence[Run], cell: Cell) -> dict[Key, _Probed]:
     """By launch and call what the cell was probed with; without those whose first time cannot be."""
-    found: dict[tuple[str, str], list[SpeedSample]] = defaultdict(list)
+    found: dict[Key, list[SpeedSample]] = defaultdict(list)
     for sample in (sample for run in runs for sample in run.speed):
         if sample.phase == "probe" and sample.cell == cell.id:
             found[sample.launch_id, sample.call_id].append(sample)
@@ -141,25 +183,75 @@ def _gains(probes: Sequence[_Probed], other: Grid, there: Usable) -> list[float]
         rounds = [] if again is None else [(first.launch_id, first.round), (again.launch_id, again.round)]
         if again is not None and all(round_ in of_round for round_ in rounds):
             drift = of_round[rounds[1]] - of_round[rounds[0]]
-            found.append(exp(log(first.wall_s / again.wall_s) + drift))
+            found.append(log(first.wall_s / again.wall_s) + drift)
     return found
 
 
-def _speedups(
-    own: dict[tuple[str, str], _Probed],
-    controls: dict[tuple[str, str], _Probed],
+def _first_readings(runs: Sequence[Run], cell: Cell) -> list[float]:
+    """Of every timed call, forwards per token when it was first read over those of all later readings."""
+    readings: dict[Call, list[SpeedSample]] = defaultdict(list)
+    for sample in (sample for run in runs for sample in run.speed):
+        if sample.cell == cell.id and sample.replica == 0 and sample.phase != "probe":
+            readings[tuple(prompt.prompt_id for prompt in sample.prompts)].append(sample)
+    found = []
+    for samples in readings.values():
+        first, *later = map(_forwards_per_token, sorted(samples, key=lambda sample: sample.started_at))
+        if later:
+            found.append(first - fmean(later))
+    return found
+
+
+def _beyond_like(new: SpeedSample, grid: Grid, there: Usable, of: Callable[[SpeedSample], float]) -> float:
+    """What a figure is of a new call beyond what it is, in the same round, of the timed calls that are most like it."""
+    tasks, length = _tasks(prompt.prompt_id for prompt in new.prompts), _length(new)
+    timed = [grid[(new.launch_id, new.round), call] for call in there.calls]
+    alike = [one for one in timed if _tasks(prompt.prompt_id for prompt in one.prompts) == tasks] or timed
+    nearest = sorted(alike, key=lambda one: abs(_length(one) - length))[:NUM_LIKE]
+    return of(new) - fmean(map(of, nearest))
+
+
+def _of_equal_forwards(
+    runs: Sequence[Run],
+    cell: Cell,
+    new: Sequence[SpeedSample],
     grids: tuple[Grid, Grid],
     there: Usable,
-) -> tuple[list[float], list[float]]:
-    """Speedup per useful token of every call that is timed in all rounds, and of every new one."""
-    seen = []
-    for call in there.calls:
-        pairs = [(grids[0][round_, call], grids[1][round_, call]) for round_ in there.rounds]
-        seen.append(exp(fmean(log(_per_token(slow) / _per_token(fast)) for slow, fast in pairs)))
-    # Every round has as many, so that what a round does to an arm is in both means alike.
-    counted = [key for key, probe in own.items() if (probe.new.launch_id, probe.new.round) in there.rounds]
-    return seen, [_per_token(controls[key].new) / _per_token(own[key].new) for key in counted]
+    other: tuple[Cell, Mapping[Key, _Probed]] | None,
+) -> list[float]:
+    """How many times as long equal forwards take on new prompts as on like ones that are timed, beside the other arm.
+
+    Nothing where parts were not timed alone, or not of these sizes.
+    """
+    found = []
+    with_alone = partial(_beyond_alone, seconds_alone(runs, cell, list(grids[0].values())))
+    beside = None if other is None else partial(_beyond_alone, seconds_alone(runs, other[0], list(grids[1].values())))
+    for one in new:
+        try:
+            slower = _beyond_like(one, grids[0], there, with_alone)
+            if other is not None and beside is not None:
+                slower -= _beyond_like(other[1][one.launch_id, one.call_id].new, grids[1], there, beside)
+        except ValueError:  # it says what was not timed, and reports show that with the parts
+            continue
+        found.append(slower)
+    return found
 
 
-def _per_token(sample: SpeedSample) -> float:
-    return sample.wall_s / max(1, sum(prompt.num_tokens for prompt in sample.prompts))
+def _beyond_alone(alone: Callable[[SpeedSample], float], sample: SpeedSample) -> float:
+    seconds = alone(sample)
+    if seconds <= 0:
+        raise ValueError("a call without any forward")
+    return log(sample.wall_s / seconds)
+
+
+def _forwards_per_token(sample: SpeedSample) -> float:
+    """On the log."""
+    num_tokens = sum(prompt.num_tokens for prompt in sample.prompts)
+    return log(max(NO_FORWARD, sum(one.num for one in sample.passes)) / max(1, num_tokens))
+
+
+def _tasks(prompt_ids: Iterable[str]) -> list[str]:
+    return sorted(prompt_id.rpartition("/")[0] for prompt_id in prompt_ids)
+
+
+def _length(sample: SpeedSample) -> int:
+    return sum(prompt.num_prompt_tokens for prompt in sample.prompts)

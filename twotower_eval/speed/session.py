@@ -41,7 +41,7 @@ from twotower_eval.speed.loop import (
     undecided_text,
     whole_rounds,
 )
-from twotower_eval.speed.unseen import Probe, Probes
+from twotower_eval.speed.unseen import Probe, Probes, is_made_up
 from twotower_eval.speed.workloads import Call, Calls, Request
 from twotower_eval.times import finite, gone_by, time_fault
 
@@ -223,6 +223,7 @@ class Session(RoundLoop):
             caller_cpu_s=timing.busy.caller_cpu_s,
             off_clock_s=timing.busy.off_clock_s,
             fault=fault,
+            held_out=phase == "probe" and not is_made_up(call),
         )
         self._writer.append(sample)
         if self._parts and phase != "probe":  # what is predicted are the measured calls

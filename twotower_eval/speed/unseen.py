@@ -1,17 +1,19 @@
 """Prompts that nothing has read before: each is timed once as new, and once more in the next round.
 
 A decoder that remembers, in its class, its module, a file or the model, is faster on what it has seen: what it was
-timed on in earlier rounds, in the warm-up, or in an evaluation of the same documents. So no document is taken as it is.
-A new prompt begins like one document and goes on like another of the same kind and about the same length; what both
-begin with, such as few-shot examples, is put in another order, so that its beginning is new as well. Which ones are
-joined depends on the launch: no two launches have the same.
+timed on in earlier rounds, in the warm-up, or in an evaluation of the same documents. So there are two kinds of new
+prompts, and every cell is given them in turn. The first are documents of the same tasks that are not timed, as long as
+there are any: they are as hard as those that are. The second are made up, since an evaluation may have read every
+document. A made-up prompt begins like one document and goes on like another of the same kind and about the same length;
+what both begin with, such as few-shot examples, is put in another order, so that its beginning is new as well. No two
+launches make up the same.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -49,7 +51,7 @@ class Probe:
 
 
 class NewPrompts:
-    """Makes prompts of the kinds that are timed, never one twice and none that is among ``requests``."""
+    """Prompts of the kinds that are timed, never one twice: documents that are not timed, or made up of two."""
 
     def __init__(self, calls: Calls, requests: Sequence[Request], seed: int) -> None:
         self._random = random.Random(seed)
@@ -58,26 +60,38 @@ class NewPrompts:
         self._all: dict[Kind, list[Request]] = defaultdict(list)
         for request in requests:
             self._all[_kind(request)].append(request)
-        timed = {id(request) for of_size in calls.values() for call in of_size for request in call.requests}
-        # Documents that are not timed begin prompts first, each once; when there are none left, any.
-        self._left = {k: [one for one in known if id(one) not in timed] for k, known in self._all.items()}
-        for left in self._left.values():
+        timed = {request.text for of_size in calls.values() for call in of_size for request in call.requests}
+        self._documents: dict[Kind, list[Request]] = {}  # given as they are, each once
+        self._beginnings: dict[Kind, list[Request]] = {}  # made-up prompts begin like these, each once; then like any
+        for kind, known in self._all.items():
+            left = list({one.text: one for one in known if one.text not in timed}.values())
             self._random.shuffle(left)
+            self._documents[kind], self._beginnings[kind] = left[::2], left[1::2]
 
-    def like(self, call: Call, call_id: str) -> Call | None:
-        """A call as large as ``call``, of prompts of its kinds and lengths; ``None`` where none can be made."""
-        made = [self._like(request) for request in call.requests]
-        there = tuple(one for one in made if one is not None)
-        return replace(call, id=call_id, requests=there) if len(there) == len(made) else None
+    def like(self, call: Call, call_id: str, *, of_documents: bool = False) -> Call | None:
+        """A call as large as ``call``, of prompts of its kinds and lengths; ``None`` where none can be had.
 
-    def _like(self, request: Request) -> NewPrompt | None:
+        ``of_documents``: documents as they are, if enough are left.
+        """
+        found = self._documents_like(call.requests) if of_documents else None
+        if found is None:
+            made = [self._made_up_like(request) for request in call.requests]
+            there = tuple(one for one in made if one is not None)
+            found = there if len(there) == len(made) else None
+        return None if found is None else replace(call, id=call_id, requests=found)
+
+    def _documents_like(self, requests: Sequence[Request]) -> tuple[Request, ...] | None:
+        needed = Counter(map(_kind, requests))
+        if any(len(self._documents[kind]) < num for kind, num in needed.items()):
+            return None
+        return tuple(_taken(self._documents[_kind(request)], len(request.text)) for request in requests)
+
+    def _made_up_like(self, request: Request) -> NewPrompt | None:
         kind, length = _kind(request), len(request.text)
         known = self._all[kind]
         for _ in range(NUM_TRIES):
-            left = self._left[kind] or list(known)
-            first = min(left, key=lambda one: abs(len(one.text) - length))
-            left.remove(first)
-            self._left[kind] = left
+            self._beginnings[kind] = self._beginnings[kind] or list(known)
+            first = _taken(self._beginnings[kind], length)
             near = sorted((one for one in known if one is not first), key=lambda one: abs(len(one.text) - length))
             text = joined(first.text, self._random.choice(near[:NUM_NEAR]).text, self._random) if near else first.text
             if text not in self._texts:
@@ -92,6 +106,18 @@ class NewPrompts:
                     prompt_sha256=sha256_text(text),
                 )
         return None
+
+
+def _taken(left: list[Request], length: int) -> Request:
+    """The one of about that length, which is no longer left then."""
+    found = min(left, key=lambda one: abs(len(one.text) - length))
+    left.remove(found)
+    return found
+
+
+def is_made_up(call: Call) -> bool:
+    """Whether the prompts of a probe are made up, and no documents."""
+    return any(isinstance(request, NewPrompt) for request in call.requests)
 
 
 def _kind(request: Request) -> Kind:
@@ -129,8 +155,9 @@ def turned(shared: str, chance: random.Random) -> str:
 class Probes:
     """What a launch times beside its rounds: for every cell a few new calls, and those of the round before again.
 
-    A cell is the first to read its own new prompts, since a memory may be shared; the baseline times those of a
-    candidate behind it, as what they take without the candidate. Copies of the baseline have none.
+    Each cell has its own new calls. It is timed on them first, because another cell that reads them before it could
+    share its memory with it. Right after a candidate the baseline is timed on the same call, for comparison. The second
+    copy of the baseline has no new calls.
     """
 
     def __init__(
@@ -144,7 +171,8 @@ class Probes:
         self._plan, self._calls, self._requests, self._models = plan, calls, requests, models
         self._launch = launch_id.rpartition("/")[2]
         self._prompts = NewPrompts(calls, requests, derive_seed(plan.seed, "new prompts", launch_id))
-        self._num_made = 0
+        self._random = random.Random(derive_seed(plan.seed, "calls that are probed", launch_id))
+        self._num_made: Counter[str] = Counter()  # by cell
         self._seen: list[tuple[str, int, Call]] = []  # cell, batch size and call of the round before
         self._ids: dict[str, dict[Arm, Ids]] = {}  # by call
 
@@ -171,15 +199,16 @@ class Probes:
         """New calls of every cell of a batch size, with their token ids."""
         for lane in (lane for lane in lanes if lane.replica == 0):
             for _ in range(self._num_calls(size)):
-                like = self._calls[size][self._num_made % len(self._calls[size])]
-                call = self._prompts.like(like, f"b{size}-new{self._launch}-{self._num_made}")
-                self._num_made += 1
+                cell, number = lane.cell.id, self._num_made.total()
+                like, of_documents = self._random.choice(self._calls[size]), self._num_made[cell] % 2 == 0
+                call = self._prompts.like(like, f"b{size}-new{self._launch}-{number}", of_documents=of_documents)
+                self._num_made[cell] += 1
                 if call is not None:
-                    self._ids[call.id] = self._encoded(call, like, lanes)
-                    yield lane.cell.id, size, call
+                    self._ids[call.id] = self._encoded(call, lanes)
+                    yield cell, size, call
 
-    def _encoded(self, call: Call, like: Call, lanes: Sequence[Lane]) -> dict[Arm, Ids]:
-        """Token ids by arm, their beginning cut off where they are more than those of what they are like."""
+    def _encoded(self, call: Call, lanes: Sequence[Lane]) -> dict[Arm, Ids]:
+        """Token ids by arm, their beginning cut off where they are more than any prompt has that is timed."""
         found: dict[Arm, Ids] = {}
         requests = [*call.requests, *self._requests]
         for lane in lanes:
@@ -187,7 +216,8 @@ class Probes:
             if arm not in found:
                 model = self._models[0 if arm == "baseline" else 1]
                 ids = encode_calls(self._plan, {len(call.requests): (call,)}, requests, model)[call.id]
-                found[arm] = tuple(row[-len(known) :] for row, known in zip(ids, lane.ids[like.id], strict=True))
+                most = max(len(row) for timed in self._calls[len(call.requests)] for row in lane.ids[timed.id])
+                found[arm] = tuple(row[-most:] for row in ids)
         return found
 
     def _probe(self, cell: str, size: int, call: Call, lanes: Sequence[Lane], *, controlled: bool) -> Probe:
