@@ -134,6 +134,12 @@ def saying(row: GenerationRow, value: float) -> GenerationRow:
     return dataclasses.replace(row, generation=dataclasses.replace(row.generation, text=text))
 
 
+def taking(sample: SpeedSample, factor: float) -> SpeedSample:
+    """The call at another pace: its prompts end within it, else it would be void."""
+    prompts = [dataclasses.replace(prompt, finish_s=prompt.finish_s * factor) for prompt in sample.prompts]
+    return dataclasses.replace(sample, wall_s=sample.wall_s * factor, prompts=tuple(prompts))
+
+
 def quality_run(
     root: Path,
     *,

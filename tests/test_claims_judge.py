@@ -21,6 +21,7 @@ from report_fixture import (
     manifest,
     quality_run,
     speed_run,
+    taking,
     write,
 )
 
@@ -226,12 +227,7 @@ WILD_R = np.exp(np.random.default_rng(2).normal(0, 0.3, 12))
 
 
 def null_wild(row: Row, arm: str) -> Row:
-    """The second copy much slower or faster from round to round; its prompts end within its calls, so none is void."""
-    if not isinstance(row, SpeedSample) or not row.replica:
-        return row
-    wild = float(WILD_R[row.round])
-    prompts = [dataclasses.replace(prompt, finish_s=prompt.finish_s * wild) for prompt in row.prompts]
-    return dataclasses.replace(row, wall_s=row.wall_s * wild, prompts=tuple(prompts))
+    return taking(row, float(WILD_R[row.round])) if isinstance(row, SpeedSample) and row.replica else row
 
 
 @pytest.mark.parametrize(

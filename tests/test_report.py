@@ -253,7 +253,7 @@ def test_speedup_per_device_is_printed_where_the_arms_use_different_numbers(tmp_
 def test_a_null_that_is_off_or_too_wide_invalidates(tmp_path, factor, words: str) -> None:
     def slow_down(row):
         copied = isinstance(row, SpeedSample) and row.replica == 1
-        return dataclasses.replace(row, wall_s=row.wall_s * factor(row)) if copied else row
+        return made.taking(row, factor(row)) if copied else row
 
     assert "INVALID" not in write(tmp_path / "plain", made.speed_run(tmp_path / "plain"))
     markdown = write(tmp_path / "bent", made.speed_run(tmp_path / "bent", edit=slow_down))
