@@ -18,6 +18,7 @@ from twotower_eval.claims import judge
 from twotower_eval.claims.text import unchecked_text
 from twotower_eval.evidence import Runs, SpeedPoint
 from twotower_eval.evidence.measured import Measured
+from twotower_eval.evidence.timing import speed_points
 from twotower_eval.evidence.unseen import Memory, Unseen, unseen_text
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import Claim, Estimate, OperatingPoint, Passes, SpeedSample, Verdict
@@ -177,7 +178,7 @@ def test_only_far_more_forwards_on_made_up_text_are_a_memory(
     def num_of(sample: SpeedSample) -> int:
         return timed if sample.phase != "probe" else document if sample.held_out else made_up
 
-    (point,) = Runs([with_forwards(remembered, cell, num_of)]).speed
+    ((point,), _) = speed_points([with_forwards(remembered, cell, num_of)])
     found = point.unseen
     assert found.remembered(1.25) == remembers
     assert found.candidate.seconds.estimate is not None
