@@ -411,12 +411,13 @@ def test_timed_answers_are_made_as_the_tasks_ask(pair: Path, tmp_path: Path, own
     assert cli.main([*timed_plan(pair, "own"), "--out", str(tmp_path)]) == 0
     timed = store.load(Path(capsys.readouterr().out.strip()))
     assert temperatures(timed) == {1.5}
-    evaluated = run(pair, tmp_path, "own", samples=2, limit=2)
+    evaluated = run(pair, tmp_path, "own", samples=2, limit=4)
     found = [
         {(r.doc_id, r.repeat, r.generation.token_ids) for r in one.generations if one.cells[r.cell].arm == "candidate"}
         for one in (timed, evaluated)
     ]
-    assert found[0] == found[1]
+    assert found[0]
+    assert found[0] <= found[1]
 
 
 def test_several_samples_are_not_timed_without_a_word(pair: Path, tmp_path: Path, own: Own, capsys: Any) -> None:

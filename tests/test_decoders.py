@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, VOCAB, Pieces, tiny_pair
 
-from twotower_eval.decoders import DECODERS, decoder_class, make_decoder
+from twotower_eval.decoders import DECODERS, make_decoder
 from twotower_eval.models.counting import WatchedModel
 from twotower_eval.records import Generation, Prompt
 
@@ -361,4 +361,4 @@ class _NoClock(_NoParams):
 )
 def test_a_class_that_is_no_decoder_is_one_line(kind: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        decoder_class(kind)
+        make_decoder(None, kind)

@@ -30,7 +30,7 @@ from twotower_eval.speed.workloads import Call
 TASKS = ("miniature_sort", "miniature_recall")
 BLOCK = 4
 SETTINGS: dict[str, Any] = {"tasks": TASKS, "block_sizes": (BLOCK,), "thresholds": (0.1, 0.9), "batch_sizes": (1, 2)}
-SETTINGS |= {"num_prompts": 4, "new_tokens": 9, "min_rounds": 2}
+SETTINGS |= {"num_prompts": 4, "new_tokens": 9, "min_rounds": 2, "probes": 0}
 
 
 @pytest.fixture(scope="module")

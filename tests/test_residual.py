@@ -86,7 +86,7 @@ def test_a_decoder_that_remembers_is_invalid(tmp_path: Path) -> None:
     run = timed(tmp_path, only("candidate", 1 / 347))
     (verdict,) = judge(claims_of(FAST), [run])
     assert verdict.outcome == "INVALID"
-    assert "residual: the candidate is faster than its forwards allow: these, timed alone, need 3" in verdict.reason
+    assert "residual: the candidate is faster than its own forwards allow: these, timed alone, need 3" in verdict.reason
     assert point_of(run).invalid
 
 

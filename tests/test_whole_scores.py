@@ -27,7 +27,7 @@ from twotower_eval.suites import lm_tasks
 WORDS = ("cat sat", "the mat", "a cat", "the cat sat on a mat", "mat", "sat on", "on the mat", "cat")
 GENERATING = [{"prompt": f"say {i}", "answer": WORDS[i % 8]} for i in range(24)]
 CHOOSING = [{"prompt": f"choose {i}", "choices": ["no", "yes"], "gold": i % 2} for i in range(24)]
-ROLLING = [{"text": " ".join(WORDS[: i % 8 + 1])} for i in range(24)]
+ROLLING = [{"text": " ".join(f"{words} {chr(97 + i)}" for words in WORDS[: i % 8 + 1])} for i in range(24)]
 
 CODE = """
 def results(doc, results):

@@ -66,15 +66,11 @@ def decoder_class(kind: str) -> Any:
 
 def _check_plug_in(kind: str, cls: Any) -> None:
     """ValueError where a class of the user's own is no decoder."""
-    lacks = [name for name in ("Params", "VERSION", "generate") if not hasattr(cls, name)]
+    lacks = [name for name in ("Params", "VERSION") if not hasattr(cls, name)]
     if lacks:
         raise ValueError(f"decoder {kind!r} lacks {', '.join(lacks)}: docs/trust.md has a whole example")
     if not dataclasses.is_dataclass(cls.Params):
         raise ValueError(f"decoder {kind!r}: Params must be a dataclass, of its parameters with their defaults")
-    try:
-        inspect.signature(cls).bind(None, None, clock=None)
-    except TypeError as error:
-        raise ValueError(f"decoder {kind!r} is made as {cls.__name__}(model, params, clock=clock): {error}") from error
 
 
 def decoder_spec(kind: str, **params: Any) -> DecoderSpec:
@@ -91,6 +87,10 @@ def make_decoder(model: Any, kind: str, *, clock: Clock | None = None, **params:
     ValueError for an unknown kind or parameter, a bad value, or a model that lacks what the decoder needs.
     """
     cls = decoder_class(kind)
+    try:
+        inspect.signature(cls).bind(None, None, clock=None)
+    except TypeError as error:
+        raise ValueError(f"decoder {kind!r} is made as {cls.__name__}(model, params, clock=clock): {error}") from error
     decoder: Decoder = cls(model, _checked(cls, kind, params), clock=clock)
     return decoder
 
