@@ -31,7 +31,7 @@ OTHERS: dict[str, tuple[type, ...]] = {
     "trace": (tuple, type(None)),
 }
 FINISHES = typing.get_args(FinishReason)
-MAX_STRADDLING = 16  # tokens that the text before a stop string may hold beyond the useful ones
+MAX_STRADDLING = 8  # tokens that the text before a stop string may hold beyond the useful ones
 UNREADABLE = "\ufffd"  # what a tokenizer writes for half a character
 
 
