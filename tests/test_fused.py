@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 
 if torch.cuda.is_available():
     pytest.skip("kernels prove themselves on the GPU that is here", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 pytest.importorskip("triton", reason="Triton is not installed here")
 
 from twotower_eval.models import load_model

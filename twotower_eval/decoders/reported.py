@@ -31,7 +31,7 @@ OTHERS: dict[str, tuple[type, ...]] = {
     "trace": (tuple, type(None)),
 }
 FINISHES = typing.get_args(FinishReason)
-MAX_STRADDLING = 8  # tokens that the text before a stop string may hold beyond the useful ones
+MAX_STRADDLING = 4  # tokens that the text before a stop string may hold beyond the useful ones
 UNREADABLE = "\ufffd"  # what a tokenizer writes for half a character
 
 
@@ -168,7 +168,8 @@ def _faults_of_end(generation: Generation, asked: Asked) -> Iterator[str]:
 def _is_text_of(generation: Generation, asked: Asked) -> bool:
     """Whether a text comes from its tokens, blanks apart, which readers treat unlike.
 
-    Before a stop string it may have what the token that straddles it says.
+    Before a stop string it may have what the token that straddles it says, and of one that holds special tokens, which
+    no text shows, what else it says.
     """
     tokenizer, text = asked.tokenizer, _without_blanks(generation.text or "")
     assert tokenizer is not None
@@ -179,9 +180,13 @@ def _is_text_of(generation: Generation, asked: Asked) -> bool:
         known = read.rstrip(UNREADABLE)
         if generation.finish == "stop" and text.startswith(known):
             rest = text[len(known) :].strip(UNREADABLE)
-            if not rest or len(tokenizer.encode(rest)) <= MAX_STRADDLING:
+            if not rest or len(tokenizer.encode(rest)) <= MAX_STRADDLING or _is_of_stop(rest, asked.stop):
                 return True
     return False
+
+
+def _is_of_stop(rest: str, stop: Sequence[str]) -> bool:
+    return any(rest in _without_blanks(text) for text in stop)
 
 
 def _without_blanks(text: str) -> str:

@@ -80,9 +80,8 @@ def run_launch(
         graphs = graphs_for(plan, calls, lanes, models)
         manifest = _manifest(plan, calls, [*chain.from_iterable(lanes.values())], overrides, ways, models, resume)
         if resume is not None and _is_scored(plan, resume, manifest, calls_per_round(calls, lanes)):
-            return Launched(
-                path=resume, num_missing=0
-            )  # whoever scored it checks the scores before the run is called complete again
+            # Whoever scored it checks the scores before the run is called complete again.
+            return Launched(path=resume, num_missing=0)
         with store.create(root, manifest) if resume is None else store.resume(resume, manifest) as writer:
             truncated = _truncated(plan, writer, calls, models)
             warnings = [f"warning: {text}" for text in (*writer.warnings, *asked_and_not_done(manifest), *truncated)]

@@ -68,7 +68,7 @@ class Documents:
         return shares
 
     def unseen_at_budget(self, alpha: float) -> tuple[float, float]:
-        """Share of calls in either arm that may run on to the budget beyond those that these documents show.
+        """Share of documents in either arm that may run on to the budget beyond those that these show.
 
         By Clopper-Pearson's upper bound; for no such document it is the rule of three.
         """
@@ -78,7 +78,7 @@ class Documents:
         for tokens_D, budget in zip((self.baseline_tokens, self.candidate_tokens), budgets, strict=True):
             seen = float(self.weight_D @ (tokens_D >= budget))
             unseen = max(0.0, binomial_upper_bound(ceil(seen * num - 1e-9), num, alpha) - seen)
-            shares.append(1 - (1 - unseen) ** self.batch_size)
+            shares.append(unseen)
         return shares[0], shares[1]
 
 
