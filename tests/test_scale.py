@@ -523,7 +523,7 @@ source = "a test"
     )
     other = (report.write([run], tmp_path / "b", sections=["scale"], claims=str(own)) / "report.md").read_text()
     assert "1.75x needs, tokens per NFE" in other
-    assert "2.42" not in other
+    assert "2.42x" not in other
 
 
 def test_a_probe_finds_a_device_that_does_something():
