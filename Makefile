@@ -1,4 +1,5 @@
 # make demo: evaluate and time the shipped miniature, write a report.   make test: all tests.
+# make bench: the engine beside what it replaces; make bench BENCH_ARGS="engine --full" for the published sizes.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test test-real lint clean
+.PHONY: install demo test test-real bench lint clean
 
 install: $(INSTALLED)
 
@@ -43,6 +44,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+bench: $(INSTALLED)
+	PYTHONPATH=tests $(BIN)/python -m bench $(BENCH_ARGS)
 
 test-real: $(INSTALLED_REAL)
 	$(BIN)/python -m pytest -m real $(PYTEST_ARGS)

@@ -29,12 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench import native as theirs
 from safetensors.torch import load_file
 
 import twotower_eval as tt
 from twotower_eval import report as report_room
 from twotower_eval import store
-from twotower_eval.bench import native as theirs
 from twotower_eval.evidence.scale import ScaleRun, is_scale_run
 from twotower_eval.miniature import evaluate
 from twotower_eval.miniature.train import read_recipe, train_pair

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from bench.subject import random_pair
 from tiny_models import ARCHITECTURES, VOCAB, tiny_config, tiny_pair
 from torch import Tensor
 
-from twotower_eval.bench.subject import random_pair
 from twotower_eval.decoders import make_decoder
 from twotower_eval.models import autoregressive
 from twotower_eval.models.checkpoint import build

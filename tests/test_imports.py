@@ -42,22 +42,21 @@ ALLOWED: dict[str, set[str]] = {
     "speed": {"plan", "shortfalls", "ways", "times", "store", "journal", "environment", "progress", *PRODUCING},
     "verify": {"plan", "ways", "store", "environment", *PRODUCING},
     "miniature": {"plan", "progress", "journal", "environment", *PRODUCING},
-    "bench": {"environment", "plan", "journal", "speed", "suites", "datafiles", "harness", *PRODUCING},
     "stats": {"store"},
     "calibration": {"stats", "progress"},
     "evidence": {"shortfalls", "ways", "strict", "times", "closing", "store", "stats"},
     "claims": {"shortfalls", "ways", "times", "plan", "store", "stats", "evidence"},
     "report": {"shortfalls", "ways", "times", "store", "closing", "journal", "stats", "evidence", "claims", "plan"},
     "cli": {"plan", "store", "progress", "suites", "harness", "speed", "claims", "report", "miniature", "datafiles"}
-    | {"bench", "verify", "calibration", "stats"},
+    | {"verify", "calibration", "stats"},
 }
 # Packages that cost or weigh something -> the only rooms that may import them, anywhere in their files.
 HEAVY = {
-    "torch": {"ops", "models", "decoders", "speed", "harness", "miniature", "bench", "verify"},
-    "transformers": {"models", "miniature", "bench"},
-    "safetensors": {"models", "miniature", "bench", "verify"},
+    "torch": {"ops", "models", "decoders", "speed", "harness", "miniature", "verify"},
+    "transformers": {"models", "miniature"},
+    "safetensors": {"models", "miniature", "verify"},
     "tokenizers": {"models", "miniature"},
-    "lm_eval": {"harness", "suites", "bench"},
+    "lm_eval": {"harness", "suites"},
     "datasets": {"harness", "suites"},
     "pandas": {"stats", "report"},
     "matplotlib": {"report", "miniature"},

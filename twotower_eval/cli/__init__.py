@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from twotower_eval import __version__
-from twotower_eval.cli import bench, calibrate, claims, data, report, run, speed, train, verify
+from twotower_eval.cli import calibrate, claims, data, report, run, speed, train, verify
 from twotower_eval.cli.runs import EXIT_INTERRUPTED
 
 TRACEBACK_VARIABLE = "TWOTOWER_EVAL_TRACEBACK"
@@ -30,7 +30,6 @@ app.command(help="Score baseline and candidate on the same documents; goes on wh
 app.command(help="Time baseline and candidate in interleaved rounds; timed answers are scored afterwards.")(speed.speed)
 app.command(help="Check a checkpoint, its kernels and its decoding before anything is measured.")(verify.verify)
 app.command(help="Write a report with tables and plots from run folders; needs neither torch nor a GPU.")(report.report)
-app.command(help="Time the package's own machinery against what it replaces, side by side in one run.")(bench.bench)
 app.command(help="Simulate worlds with known truth: how often intervals cover it and verdicts are wrong.")(
     calibrate.calibrate
 )
@@ -56,6 +55,12 @@ app.add_typer(train_app, name="train")
 data_app = typer.Typer(help="Make benchmark files ready for use.", rich_markup_mode=None)
 data_app.command(help="Make DIR/TASK/SPLIT.jsonl for --data-dir from the files that benchmarks publish.")(data.prepare)
 app.add_typer(data_app, name="data")
+
+
+@app.command("bench", hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def _bench() -> None:
+    """A verb of earlier versions."""
+    raise ValueError("the benches are not part of the package any more: run make bench in a checkout of the project")
 
 
 @app.callback(invoke_without_command=True)

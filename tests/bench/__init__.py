@@ -1,8 +1,9 @@
 """Benchmarks of this package's own machinery: ratios measured side by side in one run. Names live in ``BENCHES``.
 
-A bench is a function ``run(*, rounds, say) -> Findings``: it says what it will measure before it measures, runs its
-arms interleaved round by round, and gives a table for people and a summary for machines. Further keywords of the
-function are its options; those without a default must be given.
+A bench is a function ``run(*, rounds, full, say) -> Findings``: it says what it will measure before it measures, runs
+its arms interleaved round by round, and gives a table for people and a summary for machines. ``full`` asks for the
+sizes of published tables instead of small ones. Further keywords are its options; those without a default must be
+given.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from twotower_eval.environment import describe_machine, package_versions
 from twotower_eval.names import did_you_mean, resolve
 
 BENCHES = {
-    "engine": "twotower_eval.bench.engine:run",
-    "batching": "twotower_eval.bench.batching:run",
-    "scoring": "twotower_eval.bench.scoring:run",
+    "engine": "bench.engine:run",
+    "batching": "bench.batching:run",
+    "scoring": "bench.scoring:run",
 }
+
+ROUNDS, FULL_ROUNDS = 3, 9
 
 Say = Callable[[str], None]
 
@@ -34,12 +37,17 @@ class Findings:
     summary: dict[str, Any]
 
 
-def run(names: Sequence[str], *, threads: int, rounds: int, say: Say, **options: Any) -> None:
+def run(
+    names: Sequence[str], *, threads: int, rounds: int | None, full: bool = False, say: Say, **options: Any
+) -> None:
     """Run benches by name (none: all that have what they need), saying for each its card, its table and one JSON line.
+
+    ``rounds`` None: ROUNDS, or FULL_ROUNDS where ``full``.
 
     ValueError for an unknown name (a ``"module:function"`` is taken literally), counts below 1, and ``options`` (None:
     not given) that a bench lacks or that none of them takes.
     """
+    rounds = (FULL_ROUNDS if full else ROUNDS) if rounds is None else rounds
     for option, value in (("threads", threads), ("rounds", rounds)):
         if value < 1:
             raise ValueError(f"{option} must be 1 or more, not {value}")
@@ -51,10 +59,10 @@ def run(names: Sequence[str], *, threads: int, rounds: int, say: Say, **options:
     given = {option: value for option, value in options.items() if value is not None}
     for name, bench, own in _chosen(names, given, say):
         with torch_threads(threads):
-            findings: Findings = bench(rounds=rounds, say=say, **own)
+            findings: Findings = bench(rounds=rounds, full=full, say=say, **own)
         say(markdown(findings.header, findings.rows))
         conditions = {"machine": describe_machine(), "packages": package_versions()}
-        line = {"bench": name, "threads": threads, "rounds": rounds, **findings.summary, **conditions}
+        line = {"bench": name, "threads": threads, "rounds": rounds, "full": full, **findings.summary, **conditions}
         say("\n" + json.dumps(line, allow_nan=False))
 
 
@@ -63,7 +71,9 @@ def _chosen(names: Sequence[str], given: dict[str, Any], say: Say) -> list[tuple
     chosen = []
     for name in names or list(BENCHES):
         bench = resolve(BENCHES.get(name, name))
-        parameters = [p for p in inspect.signature(bench).parameters.values() if p.name not in ("rounds", "say")]
+        parameters = [
+            p for p in inspect.signature(bench).parameters.values() if p.name not in ("rounds", "full", "say")
+        ]
         lacking = [_flag(p.name) for p in parameters if p.default is p.empty and p.name not in given]
         if not lacking:
             chosen.append((name, bench, {p.name: given[p.name] for p in parameters if p.name in given}))

@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from twotower_eval.bench import Findings, Say
-from twotower_eval.bench.measure import ratios
+from bench import Findings, Say
+from bench.measure import ratios
 from twotower_eval.datafiles import read_jsonl
 from twotower_eval.decoders import make_scorer
 from twotower_eval.decoders.pieces import Piece
@@ -31,6 +31,7 @@ from twotower_eval.speed.clock import no_garbage_collection
 from twotower_eval.suites import FEWSHOT_SEED, lm_tasks
 
 NUM_SHOTS = 5
+LIMIT, FULL_LIMIT = 12, 200  # questions per task
 BATCH_SIZES = (1, 4, 16)  # lm-eval's hf is tried with each on the first questions, and timed with the fastest
 TRIAL_QUESTIONS = 4  # with four options each, one full batch of the largest size
 LETTERS = "mmlu_anatomy"
@@ -65,11 +66,14 @@ class Comparison:
     num_tokens: dict[str, list[int]] = field(default_factory=lambda: {"hf": [], "ours": []})  # per forward
 
 
-def run(*, rounds: int, say: Say, model: Path, data_dir: Path, limit: int = 200) -> Findings:
-    """Score ``limit`` questions of HellaSwag and MMLU (whichever is there) in ``rounds`` blocks, by both in turns.
+def run(*, rounds: int, full: bool, say: Say, model: Path, data_dir: Path, limit: int | None = None) -> Findings:
+    """Score questions of HellaSwag and MMLU (whichever is there) in ``rounds`` blocks, by both in turns.
+
+    ``limit``: questions per task (None: LIMIT, or FULL_LIMIT where ``full``).
 
     ValueError where the data is missing, or lm-eval's hf is not installed whole.
     """
+    limit = (FULL_LIMIT if full else LIMIT) if limit is None else limit
     if not rounds <= limit:
         raise ValueError(f"{rounds} rounds need as many questions, and the limit is {limit}: raise --limit")
     comparisons = _comparisons(data_dir, limit)

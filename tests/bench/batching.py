@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from twotower_eval.bench import Findings, Say
-from twotower_eval.bench.measure import interleave, ratios, spread
+from bench import Findings, Say
+from bench.measure import interleave, ratios, spread
 from twotower_eval.decoders import make_decoder
 from twotower_eval.models import load_model
 from twotower_eval.models.counting import WatchedModel
@@ -21,8 +21,8 @@ from twotower_eval.plan import data_path
 from twotower_eval.records import Generation, Prompt
 from twotower_eval.suites import build_requests, resolve_tasks
 
-NUM_PROMPTS, MAX_NEW_TOKENS = 80, 96
 WIDTHS = (1, 2, 4, 8)
+SMALL, FULL = (16, 24), (80, 96)  # prompts, tokens at most of each answer
 HEADER = ("decoder, rows at a time", "tokens/s", "of one row", "quartiles", "steps full", "extensions full")
 
 
@@ -60,26 +60,28 @@ def _block(size: int) -> dict[str, Any]:
     return {"block_size": size, "steps_per_block": size, "threshold": 0.8}
 
 
-def run(*, rounds: int, say: Say) -> Findings:
+def run(*, rounds: int, full: bool, say: Say) -> Findings:
     """Time all ways interleaved; each must give the tokens of single rows, else ValueError."""
     model = load_model(data_path("miniature", "pair"))
-    prompts = mixed_prompts(model, NUM_PROMPTS)
+    num_prompts, max_new_tokens = FULL if full else SMALL
+    prompts = mixed_prompts(model, num_prompts)
     lengths = [len(prompt.token_ids) for prompt in prompts]
     say(
         f"batching: the shipped miniature, {len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens (mean "
-        f"{statistics.fmean(lengths):.0f}) that end by themselves within {MAX_NEW_TOKENS} tokens, float32\n"
+        f"{statistics.fmean(lengths):.0f}) that end by themselves within {max_new_tokens} tokens, float32\n"
     )
     arms: dict[str, Callable[[], object]] = {}
     found: dict[str, dict[str, Any]] = {}
     single: dict[str, list[tuple[int, ...]]] = {}
     for way in ways():
         watched = WatchedModel(model)
-        tokens = [g.token_ids for g in decode(watched, way, prompts)]
+        tokens = [g.token_ids for g in decode(watched, way, prompts, max_new_tokens)]
         if tokens != single.setdefault(way.decoder, tokens):
             raise ValueError(f"{way.name}: the tokens are not those of single rows: nothing to time")
         found[way.name] = {"num_tokens": sum(map(len, tokens)), **shares(watched, way)}
-        arms[way.name] = _arm(model, way, prompts)
-    return _findings(interleave(arms, rounds), found)
+        arms[way.name] = _arm(model, way, prompts, max_new_tokens)
+    findings = _findings(interleave(arms, rounds), found)
+    return replace(findings, summary={"num_prompts": num_prompts, "max_new_tokens": max_new_tokens, **findings.summary})
 
 
 def mixed_prompts(model: Any, num: int) -> list[Prompt]:
@@ -88,12 +90,12 @@ def mixed_prompts(model: Any, num: int) -> list[Prompt]:
     return [Prompt(id=f"{t.task}/{t.doc_id}", token_ids=tuple(prompt_ids(model, t.text))) for t in timed]
 
 
-def decode(model: Any, way: Way, prompts: Sequence[Prompt]) -> list[Generation]:
+def decode(model: Any, way: Way, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Generation]:
     """The prompts' generations."""
     decoder = make_decoder(model, way.kind, **way.params)
     size = len(prompts) if way.refill else way.width
     batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    options: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "eos_token_ids": model.eos_token_ids}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_ids": model.eos_token_ids}
     return [g for batch in batches for g in decoder.generate(batch, max_batch_size=way.width, **options)]
 
 
@@ -110,8 +112,8 @@ def shares(watched: WatchedModel, way: Way) -> dict[str, float | None]:
     }
 
 
-def _arm(model: Any, way: Way, prompts: Sequence[Prompt]) -> Callable[[], object]:
-    return lambda: decode(model, way, prompts)
+def _arm(model: Any, way: Way, prompts: Sequence[Prompt], max_new_tokens: int) -> Callable[[], object]:
+    return lambda: decode(model, way, prompts, max_new_tokens)
 
 
 def _findings(wall_s: dict[str, list[float]], found: dict[str, dict[str, Any]]) -> Findings:
@@ -133,8 +135,7 @@ def _findings(wall_s: dict[str, list[float]], found: dict[str, dict[str, Any]]) 
             )
         )
         figures[way.name] = {**counted, "wall_s": spread(wall_s[way.name]), "speedup_over_one_row": speedup}
-    summary = {"num_prompts": NUM_PROMPTS, "max_new_tokens": MAX_NEW_TOKENS, "figures": figures}
-    return Findings(header=HEADER, rows=tuple(rows), summary=summary)
+    return Findings(header=HEADER, rows=tuple(rows), summary={"figures": figures})
 
 
 def _percent(share: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Peak memory of one prefill, in a process of its own (``python -m twotower_eval.bench.memory ARM FOLDER TOKENS``).
+"""Peak memory of one prefill, in a process of its own (``PYTHONPATH=tests python -m bench.memory ARM FOLDER TOKENS``).
 
 What is printed is how far resident memory rose, in bytes, above its level with the model loaded and warmed by a short
 prefill. The kernel's high-water mark is put back to that level first, so that loading does not hide the rise.
@@ -23,8 +23,9 @@ def measure(arm: str, folder: Path, num_tokens: int) -> int | None:
     """Bytes that a prefill took in a fresh process of one thread; None where the system does not tell."""
     if not (STATUS.is_file() and CLEAR.is_file()):
         return None
-    command = [sys.executable, "-m", "twotower_eval.bench.memory", arm, str(folder), str(num_tokens)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "bench.memory", arm, str(folder), str(num_tokens)]
+    found_at = os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": found_at}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {arm} failed: {done.stderr.strip().splitlines()[-1]}")
@@ -39,7 +40,7 @@ def _status_bytes(field: str) -> int:
 def _prefill(arm: str, folder: Path) -> Any:
     """A function of token ids; what it returns keeps the cache alive, as decoding would."""
     if arm == "native":
-        from twotower_eval.bench.native import load_native, prefill
+        from bench.native import load_native, prefill
 
         native = load_native(folder)
         return lambda ids_BS: prefill(native, ids_BS)
