@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,71 @@ def test_numbers_that_python_would_bend_are_refused(tmp_path: Path, number: str,
     with pytest.raises(ValueError, match=r"scores\.jsonl, line 2: ") as caught:
         store.load(path)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"value":1.0', '"value":1.0,"value":0.0', "key 'value' is there twice"),
+        ('"value":1.0', '"value":1e-999', "the number 1e-999 is beyond what a double holds"),
+        ('"value":1.0', '"value":1' + "0" * 30, "value must be a whole number of at most 64 bits, not 1000"),
+        ('"value":1.0', '"value" : 1.0, "vaule": 1.0', "Score: unknown field(s) vaule"),
+        ('"value":1.0', '"value":1.0,"parts":[1,9223372036854775808]', "parts[1] must be a whole number of at most 64"),
+    ],
+)
+@pytest.mark.parametrize("fields", [99, 14], ids=["as today", "without what came later"])
+def test_what_msgspec_lets_pass_is_refused(tmp_path: Path, old: str, new: str, words: str, fields: int) -> None:
+    """Lines of older versions lack fields, and so come out otherwise than they went in."""
+    path = plain.write_run(tmp_path, [plain.make_score()])
+    file = path / "scores.jsonl"
+    row = json.loads(file.read_text(encoding="utf-8"))
+    row = {key: value for key, value in list(row.items())[:fields] if key != "parts"}
+    line = json.dumps(row, separators=(",", ":"))
+    file.write_text(line + "\n", encoding="utf-8")
+    assert store.load(path).scores == [plain.make_score()]
+    file.write_text(line.replace(old, new) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"scores\.jsonl, line 1: ") as caught:
+        store.load(path)
+    assert words in str(caught.value)
+
+
+def test_numbers_written_otherwise_are_the_same(tmp_path: Path) -> None:
+    """Python writes 1e-05 where msgspec writes 0.00001, and others write blanks."""
+    score = dataclasses.replace(plain.make_score(), value=1e-05)
+    path = plain.write_run(tmp_path, [score])
+    assert "1e-05" in (path / "scores.jsonl").read_text(encoding="utf-8")
+    assert store.load(path).scores == [score]
+    spoil(path, "scores.jsonl", lambda row: row)
+    assert store.load(path).scores == [score]
+
+
+def test_half_a_surrogate_pair_in_an_answer_is_kept(tmp_path: Path) -> None:
+    row = plain.make_row()
+    odd = dataclasses.replace(row, generation=dataclasses.replace(row.generation, text="half \ud83d of it"))
+    path = plain.write_run(tmp_path, [odd])
+    assert store.load(path).generations == [odd]
+    file = path / "generations.jsonl"
+    file.write_bytes(file.read_bytes().replace(b'"finish":', b'"colour":1,"finish":'))
+    with pytest.raises(ValueError, match=r"line 1: GenerationRow: generation: unknown field\(s\) colour"):
+        store.load(path)
+
+
+def whole_numbers(hint: Any, seen: set[Any]) -> list[Any]:
+    """Annotations of whole numbers in a record and all records in it."""
+    if hint is int or typing.get_origin(hint) is typing.Annotated:
+        return [hint]
+    if dataclasses.is_dataclass(hint):
+        if hint in seen:
+            return []
+        seen.add(hint)
+        hints = typing.get_type_hints(hint, include_extras=True)
+        return [one for inner in hints.values() for one in whole_numbers(inner, seen)]
+    return [one for inner in typing.get_args(hint) for one in whole_numbers(inner, seen)]
+
+
+@pytest.mark.parametrize("cls", [*store.JOURNALS, RunManifest], ids=lambda cls: cls.__name__)
+def test_no_whole_number_out_of_a_file_may_be_beyond_64_bits(cls: type) -> None:
+    assert int not in whole_numbers(cls, set())
 
 
 def test_sound_numbers_of_another_kind_are_read(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from twotower_eval.json_text import parse_json
+from twotower_eval.json_text import parse_object
 
 FSYNC_INTERVAL_S = 0.5
 LOCK = "writer.lock"
@@ -116,19 +116,16 @@ def content_of(file: Path) -> bytes | None:
         raise ValueError(f"{copy}: cannot be unpacked ({error}): restore it") from error
 
 
+def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Line numbers from 1 and whole lines of a journal; nothing where it does not exist."""
+    content = content_of(file) or b""
+    return enumerate(content.split(b"\n")[:-1], start=1)
+
+
 def read_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers from 1 and JSON objects of a journal; nothing where it does not exist."""
-    content = content_of(file) or b""
-    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
-        where = f"{file}, line {number}"
-        try:
-            text = line.decode("utf-8", "surrogatepass")  # Journal.append writes what it is given
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: not valid JSON ({error})") from error
-        data = parse_json(text, where, half_pairs=True)
-        if not isinstance(data, dict):
-            raise ValueError(f"{where}: not a JSON object")
-        yield number, data
+    for number, line in read_lines(file):
+        yield number, parse_object(line, f"{file}, line {number}")
 
 
 def truncate_torn_line(file: Path) -> None:

@@ -40,6 +40,18 @@ def parse_json(text: str, where: str, *, infinities: bool = False, half_pairs: b
     return value
 
 
+def parse_object(line: bytes, where: str) -> dict[str, Any]:
+    """The JSON object on a line of a journal, half surrogate pairs and all; ``where`` begins every error."""
+    try:
+        text = line.decode("utf-8", "surrogatepass")  # as journals write what they are given
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from error
+    data = parse_json(text, where, half_pairs=True)
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: not a JSON object")
+    return data
+
+
 def read_utf8(file: Path) -> str:
     """The text of a file that somebody brings, without the mark that some editors put in front of it.
 

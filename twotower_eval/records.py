@@ -1,8 +1,8 @@
-"""Every noun of the project, as frozen records. Standard library only; records know nothing of their display.
+"""Every noun of the project, as frozen records, which know nothing of their display.
 
 Units and counts live in field names (``wall_s``, ``num_tokens``). Absence is ``None`` with a reason beside it,
 never 0 or NaN. Each record turns into a JSON object with :func:`to_json` and back with
-``strict.from_json``, which holds every value against its field's annotation, the bounds below included.
+``strict.from_json``, where msgspec holds every value against its field's annotation, the bounds below included.
 """
 
 from __future__ import annotations
@@ -15,23 +15,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from msgspec import Meta
+
 SCHEMA_VERSION = 1
 
 
-@dataclass(frozen=True)
-class Within:
-    """Bounds of a number, part of a field's annotation."""
-
-    least: int | None = None
-    most: int | None = None
-
-
-Count = Annotated[int, Within(0)]
-Size = Annotated[int, Within(1)]
-Replica = Annotated[int, Within(0, most=1)]
-NotNegative = Annotated[float, Within(0)]
-Share = Annotated[float, Within(0, most=1)]
-LogProbability = Annotated[float, Within(most=0)]
+MOST = 2**63 - 1  # whole numbers beyond 64 bits are carried by no table
+Whole = Annotated[int, Meta(ge=-MOST - 1, le=MOST)]
+Count = Annotated[int, Meta(ge=0, le=MOST)]
+Size = Annotated[int, Meta(ge=1, le=MOST)]
+Replica = Annotated[int, Meta(ge=0, le=1)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+LogProbability = Annotated[float, Meta(le=0)]
 
 FinishReason = Literal["eos", "stop", "length"]
 LikelihoodKind = Literal["exact", "context_tower", "denoiser_left_to_right", "bound"]
@@ -85,7 +81,7 @@ Quantity = Literal[
     "joint",
 ]
 
-Scalar = str | int | float | bool | None
+Scalar = str | Whole | float | bool | None
 HALF_PRECISION = ("float16", "bfloat16")
 Params = Mapping[str, Scalar]
 
@@ -155,7 +151,7 @@ class DecoderSpec:
 
     kind: str
     params: Params = field(default_factory=dict)
-    version: int = 1
+    version: Whole = 1
     code: tuple[FileDigest, ...] | None = field(default=None, metadata=LEFT_OUT)
 
     @property
@@ -351,7 +347,7 @@ class Aggregate:
     aggregation: str
     num_documents: Count
     num_clusters: Count
-    seed: int
+    seed: Whole
     value: float | None
     replicates: tuple[float, ...] | None
     missing_reason: str | None = None
@@ -529,7 +525,7 @@ class FailedTrial:
     """
 
     check: ProofCheck
-    num_tokens: int
+    num_tokens: Whole
     difference: float | None
     limit: float
     error: str | None = None
@@ -559,11 +555,11 @@ class Ways:
     passes_together: bool = True
     options_packed: bool = False
     positions_passed: bool = False
-    plain_beyond: int | None = None
+    plain_beyond: Whole | None = None
     resets_first: bool = False
-    proved_tokens: int = 0
+    proved_tokens: Whole = 0
     precision: str | None = None
-    short_of_memory_at: int | None = None
+    short_of_memory_at: Whole | None = None
     failed: tuple[FailedTrial, ...] = ()
 
 
@@ -577,7 +573,7 @@ class RunManifest:
     cluster id of the task's own says, and share their clusters.
     """
 
-    schema: int
+    schema: Whole
     run_id: str
     verb: Verb
     argv: tuple[str, ...]
@@ -590,12 +586,12 @@ class RunManifest:
     dirty: bool | None
     packages: Mapping[str, str]
     machine: Mapping[str, Any]
-    seeds: Mapping[str, int]
+    seeds: Mapping[str, Whole]
     notes: tuple[str, ...] = ()
     tasks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     overrides: tuple[Override, ...] = ()
     unheeded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    joined: Mapping[str, int] = field(default_factory=dict)
+    joined: Mapping[str, Whole] = field(default_factory=dict)
     ways: tuple[Ways, ...] = ()
 
 

@@ -28,6 +28,7 @@ from twotower_eval.journal import (
     Journal,
     fsync_folder,
     lock_run,
+    read_lines,
     read_objects,
     truncate_torn_line,
     write_atomically,
@@ -47,7 +48,7 @@ from twotower_eval.records import (
     SpeedSample,
     to_json,
 )
-from twotower_eval.strict import from_json
+from twotower_eval.strict import from_json, line_reader
 
 EVENTS = "events.jsonl"
 
@@ -331,19 +332,16 @@ def _read_events(file: Path) -> list[dict[str, Any]]:
 
 def _read_rows(path: Path, cls: type[R], cells: set[str]) -> list[R]:
     name, key_of = JOURNALS[cast(type[Row], cls)]
+    read = line_reader(cls)
     rows: list[R] = []
     lines: dict[Key, int] = {}
-    for number, data in read_objects(path / name):
-        where = f"{path / name}, line {number}"
-        try:
-            row = from_json(cls, data)
-            key = key_of(row)
-            earlier = lines.setdefault(key, number)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+    for number, line in read_lines(path / name):
+        row = read(line, f"{path / name}, line {number}")
+        key = key_of(row)
+        earlier = lines.setdefault(key, number)
         if earlier != number:
-            raise ValueError(f"{where}: repeats the row of line {earlier}, key {key}")
+            raise ValueError(f"{path / name}, line {number}: repeats the row of line {earlier}, key {key}")
         if row.cell not in cells:
-            raise ValueError(f"{where}: cell {row.cell!r} is not in the run's manifest")
+            raise ValueError(f"{path / name}, line {number}: cell {row.cell!r} is not in the run's manifest")
         rows.append(row)
     return rows

@@ -1,217 +1,203 @@
-"""Records out of plain JSON, every value held against what its field is annotated with.
+"""Records out of JSON, read and checked by msgspec: every value is held against what its field is annotated with.
 
 Nothing unknown is passed over: a value of another type, a word that no field knows, half a token, a number that is
-not finite or beyond 64 bits, and fields that contradict each other are a ValueError that names record and field. The
-check of a class is put together once, since journals have tens of thousands of rows. Standard library only.
+not finite or beyond 64 bits, and fields that contradict each other are a ValueError that names record and field.
+msgspec decodes dataclasses at full speed but lets pass what Python's reader lets pass too: fields that no record has,
+keys that are there twice, numbers that a double cannot hold. What a line says beyond its record shows when the record
+is written again: only lines that come out otherwise are looked at key by key.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Literal, ParamSpec, TypeVar
 
-from twotower_eval.json_text import INT64
+import msgspec
+
+from twotower_eval.json_text import INT64, parse_object
 from twotower_eval.records import (
     SUMMED_AGGREGATIONS,
     Aggregate,
     CommitStep,
     CostSample,
     Generation,
+    GenerationRow,
     Likelihood,
+    LikelihoodRow,
     Score,
     SpeedSample,
-    Within,
 )
 
 T = TypeVar("T")
-Build = Callable[[Any], Any]
+U = TypeVar("U")
+P = ParamSpec("P")
+ENCODE = msgspec.json.Encoder().encode
+WORDS: dict[Any, str] = {int: "a whole number of at most 64 bits", float: "a number", str: "a text"}
+WORDS |= {bool: "true or false", types.NoneType: "nothing"}
 
 
-class _Misfit(Exception):
-    """A value that its field cannot hold; fields on the way to it are put in front while it rises."""
-
-    def __init__(self, wanted: str, value: Any, path: str = "") -> None:
-        super().__init__(wanted)
-        self.wanted, self.value, self.path = wanted, value, path
-
-    def below(self, name: str) -> _Misfit:
-        dot = "" if self.path.startswith("[") or not self.path else "."
-        return _Misfit(self.wanted, self.value, f"{name}{dot}{self.path}")
-
-
-def from_json(cls: type[T], data: Mapping[str, Any]) -> T:
+def from_json(cls: type[T], data: Any) -> T:
     """Rebuild a record of class ``cls``; whatever does not fit is a ValueError that names record and field."""
     try:
-        return typing.cast(T, _record(typing.cast(type, cls))(data))
-    except _Misfit as misfit:
-        shown = repr(misfit.value)
-        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-        raise ValueError(f"{cls.__name__}: {misfit.path or 'it'} must be {misfit.wanted}, not {shown}") from misfit
+        record = msgspec.convert(data, cls, strict=True)
+    except (msgspec.ValidationError, OverflowError) as error:
+        raise ValueError(f"{cls.__name__}: {_misfit(cls, data)}") from error
+    check_surplus(cls, data, msgspec.to_builtins(record))
+    contradiction = CONTRADICTIONS.get(cls)
+    if contradiction is not None and (said := contradiction(record)):
+        raise ValueError(f"{cls.__name__}: {said}")
+    return record
 
 
-@functools.cache
-def _record(cls: type) -> Build:
-    hints = typing.get_type_hints(cls, include_extras=True)
-    fields = dataclasses.fields(cls)
-    builds = [(f.name, _build(hints[f.name])) for f in fields]
-    required = {f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
-    contradiction = _CONTRADICTIONS.get(cls)
+def check_value(name: str, hint: Any, value: Any) -> Any:
+    """``value`` as a field ``name`` with the annotation ``hint`` holds it; ValueError where it cannot."""
+    if not _fits(hint, value):
+        raise ValueError(_misfit(hint, value, name))
+    return msgspec.convert(value, hint, strict=True)
 
-    def build(data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            raise _Misfit("a JSON object", data)
-        values = {}
-        for name, build_value in builds:
-            if name in data:
-                try:
-                    values[name] = build_value(data[name])
-                except _Misfit as misfit:
-                    raise misfit.below(name) from None
-        if len(values) != len(data):
-            raise ValueError(f"{cls.__name__}: unknown field(s) {', '.join(sorted(map(str, set(data) - set(values))))}")
-        if not required <= values.keys():
-            raise ValueError(f"{cls.__name__}: missing field(s) {', '.join(sorted(required - set(values)))}")
-        record = cls(**values)
-        said = contradiction(record) if contradiction else None
-        if said:
-            raise ValueError(f"{cls.__name__}: {said}")
+
+def line_reader(cls: type[T]) -> Callable[[bytes, str], T]:
+    """What makes a record of a journal's line, given its place; ValueError with the place where it is none."""
+    decode, contradiction = msgspec.json.Decoder(cls, strict=True).decode, CONTRADICTIONS.get(cls)
+
+    def read(line: bytes, where: str) -> T:
+        try:
+            record = decode(line)
+        except (msgspec.DecodeError, RecursionError):
+            return _placed(where, from_json, cls, parse_object(line, where))
+        if ENCODE(record) != line:
+            _placed(where, check_surplus, cls, _object_of(line, where), msgspec.to_builtins(record))
+        if contradiction is not None and (said := contradiction(record)):
+            raise ValueError(f"{where}: {cls.__name__}: {said}")
         return record
 
-    return build
+    return read
+
+
+def _object_of(line: bytes, where: str) -> dict[str, Any]:
+    """:func:`parse_object` of a line that holds one: what comes out as it went in has every key once."""
+    data: dict[str, Any] = msgspec.json.decode(line)
+    return data if ENCODE(data) == line else parse_object(line, where)
+
+
+def _placed(where: str, check: Callable[P, U], *arguments: P.args, **named: P.kwargs) -> U:
+    try:
+        return check(*arguments, **named)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def check_surplus(cls: type, data: Any, held: Any, path: str = "") -> None:
+    """ValueError for what ``data`` has beyond ``held``, which is what a record made of it holds."""
+    if isinstance(data, Mapping):
+        if unknown := data.keys() - held.keys():
+            said = f"{path}: " if path else ""
+            raise ValueError(f"{cls.__name__}: {said}unknown field(s) {', '.join(sorted(map(str, unknown)))}")
+        for name, value in data.items():
+            if isinstance(value, (Mapping, list, tuple)):
+                check_surplus(cls, value, held[name], _below(path, name))
+            elif type(value) is int or type(value) is float:
+                _check_number(cls, value, path, name)
+    elif isinstance(data, (list, tuple)):
+        for index, value in enumerate(data):
+            if isinstance(value, (Mapping, list, tuple)):
+                check_surplus(cls, value, held[index], f"{path}[{index}]")
+            elif type(value) is int or type(value) is float:
+                _check_number(cls, value, path, f"[{index}]")
+
+
+def _check_number(cls: type, value: float, path: str, name: str) -> None:
+    wanted = None
+    if type(value) is int and value not in INT64:
+        wanted = WORDS[int]
+    elif not math.isfinite(value):
+        wanted = "a finite number, as others are not JSON compliant"
+    if wanted:
+        raise ValueError(f"{cls.__name__}: {_below(path, name)} must be {wanted}, not {_shown(value)}")
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    try:
+        msgspec.convert(value, hint, strict=True)
+    except (msgspec.ValidationError, OverflowError):
+        return False
+    return True
+
+
+def _misfit(hint: Any, value: Any, path: str = "") -> str:
+    """The innermost part of a value that does not fit its annotation: where, what was wanted, what was found."""
+    for name, inner_hint, inner in _parts(hint, value):
+        if not _fits(inner_hint, inner):
+            return _misfit(inner_hint, inner, _below(path, name))
+    if is_dataclass(hint) and isinstance(value, Mapping):
+        needed = [f.name for f in fields(hint) if f.default is MISSING and f.default_factory is MISSING]
+        if missing := sorted({*needed} - value.keys()):
+            return f"{path}: missing field(s) {', '.join(missing)}".removeprefix(": ")
+    return f"{path or 'it'} must be {_wanted(hint, value)}, not {_shown(value)}"
+
+
+def _parts(hint: Any, value: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What a value is made of: names, annotations and values."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        held = [arg for arg in args if arg is not types.NoneType]
+        if len(held) == 1:
+            yield from _parts(held[0], value)
+    elif is_dataclass(hint) and isinstance(value, Mapping):
+        hints = _hints(typing.cast(type, hint))
+        yield from ((name, hints[name], value[name]) for name in hints if name in value)
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        yield from ((f"[{index}]", args[0], item) for index, item in enumerate(value))
+    elif isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        yield from ((f"[{key!r}]", args[1], item) for key, item in value.items())
 
 
 @functools.cache
-def _build(hint: Any) -> Build:
-    """The check of one annotation: a value as the record holds it, or a misfit."""
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _wanted(hint: Any, value: Any) -> str:
+    """What an annotation asks for, in words; of a value that is only out of bounds, the bounds."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        return _bounded(_build(args[0]), next(bound for bound in args[1:] if isinstance(bound, Within)))
+        meta = next(one for one in args[1:] if isinstance(one, msgspec.Meta))
+        out_of_bounds = _fits(args[0], value) and (type(value) is not int or value in INT64)
+        return _bounds(meta) if out_of_bounds else _wanted(args[0], value)
     if origin in (typing.Union, types.UnionType):
-        return _either(args)
+        words = [_wanted(arg, value) for arg in args if arg is not types.NoneType]
+        return " or ".join(dict.fromkeys(words))
     if origin is Literal:
-        return _word(args)
+        return " or ".join(map(str, args))
     if origin is tuple:
-        return _sequence(_build(args[0]), args[0])
-    if dataclasses.is_dataclass(hint):
-        return _record(typing.cast(type, hint))
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return _mapping(_build(args[1]))
-    return {Any: _anything, int: _whole, float: _number, str: _text, bool: _truth}[hint]
+        return "a list"
+    return WORDS.get(hint, "a JSON object")
 
 
-def _anything(value: Any) -> Any:
-    return value
+def _bounds(meta: msgspec.Meta) -> str:
+    least, most = meta.ge, None if meta.le == INT64[-1] else meta.le
+    return f"at least {least}" if most is None else f"at most {most}" if least is None else f"from {least} to {most}"
 
 
-def _whole(value: Any) -> int:
-    if type(value) is not int or value not in INT64:
-        raise _Misfit("a whole number of at most 64 bits", value)
-    return value
+def _below(path: str, name: str) -> str:
+    return f"{path}{name}" if not path or name.startswith("[") else f"{path}.{name}"
 
 
-def _number(value: Any) -> float:
-    if type(value) is int and value in INT64:
-        return float(value)
-    if not isinstance(value, float):
-        raise _Misfit("a number", value)
-    if not math.isfinite(value):
-        raise _Misfit("a finite number, as others are not JSON compliant", value)
-    return value
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise _Misfit("a text", value)
-    return value
-
-
-def _truth(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _Misfit("true or false", value)
-    return value
-
-
-def _word(known: tuple[str, ...]) -> Build:
-    def build(value: Any) -> str:
-        if not isinstance(value, str) or value not in known:
-            raise _Misfit(" or ".join(known), value)
-        return value
-
-    return build
-
-
-def _bounded(inner: Build, bound: Within) -> Build:
-    least, most = bound.least, bound.most
-    wanted = f"at least {least}" if most is None else f"at most {most}" if least is None else f"from {least} to {most}"
-
-    def build(value: Any) -> Any:
-        built = inner(value)
-        if (least is not None and built < least) or (most is not None and built > most):
-            raise _Misfit(wanted, value)
-        return built
-
-    return build
-
-
-def _either(hints: tuple[Any, ...]) -> Build:
-    inner = [_build(hint) for hint in hints if hint is not types.NoneType]
-    absent = len(inner) < len(hints)
-
-    def build(value: Any) -> Any:
-        if value is None and absent:
-            return None
-        misfits = []
-        for one in inner:
-            try:
-                return one(value)
-            except _Misfit as misfit:
-                misfits.append(misfit)
-        if len(misfits) == 1:
-            raise misfits[0]
-        raise _Misfit(" or ".join(misfit.wanted for misfit in misfits), value)
-
-    return build
-
-
-def _sequence(inner: Build, hint: Any) -> Build:
-    plain = hint is int or (typing.get_origin(hint) is typing.Annotated and typing.get_args(hint)[0] is int)
-    kinds = {int}
-
-    def build(value: Any) -> tuple[Any, ...]:
-        if not isinstance(value, (list, tuple)):
-            raise _Misfit("a list", value)
-        # Token ids by the hundred: one look at all of them, one by one only where something is odd.
-        if plain and (not value or ({*map(type, value)} == kinds and min(value) >= 0 and max(value) in INT64)):
-            return tuple(value)
-        built = []
-        for index, item in enumerate(value):
-            try:
-                built.append(inner(item))
-            except _Misfit as misfit:
-                raise misfit.below(f"[{index}]") from None
-        return tuple(built)
-
-    return build
-
-
-def _mapping(inner: Build) -> Build:
-    def build(value: Any) -> dict[str, Any]:
-        if not isinstance(value, Mapping):
-            raise _Misfit("a JSON object", value)
-        built = {}
-        for key, item in value.items():
-            try:
-                built[key] = inner(item)
-            except _Misfit as misfit:
-                raise misfit.below(f"[{key!r}]") from None
-        return built
-
-    return build
+def _generation(row: Generation) -> str | None:
+    num = len(row.token_ids)
+    if row.num_tokens != num:
+        return f"num_tokens is {row.num_tokens}, but there are {num} token_ids"
+    return next(filter(None, map(_step, row.trace)), None) if row.trace else None
 
 
 def _step(step: CommitStep) -> str | None:
@@ -219,11 +205,6 @@ def _step(step: CommitStep) -> str | None:
     if len(set(sizes)) > 1:
         return f"{sizes[0]} positions, {sizes[1]} token_ids and {sizes[2]} confidences of one step"
     return f"num_forced is {step.num_forced} of {sizes[0]} commits" if step.num_forced > sizes[0] else None
-
-
-def _generation(row: Generation) -> str | None:
-    num = len(row.token_ids)
-    return f"num_tokens is {row.num_tokens}, but there are {num} token_ids" if row.num_tokens != num else None
 
 
 def _likelihood(row: Likelihood) -> str | None:
@@ -267,11 +248,14 @@ def _cost(row: CostSample) -> str | None:
     return None
 
 
-# What no annotation says: fields of one record that have to agree.
-_CONTRADICTIONS: dict[type, Callable[[Any], str | None]] = {
+# What no annotation says: fields of one record that have to agree. Held against what is read and written, and not when
+# a record is made: of a plug-in's answer that contradicts itself the harness says so by the decoder's name.
+CONTRADICTIONS: dict[type, Callable[[Any], str | None]] = {
     CommitStep: _step,
     Generation: _generation,
+    GenerationRow: lambda row: _generation(row.generation),
     Likelihood: _likelihood,
+    LikelihoodRow: lambda row: _likelihood(row.likelihood),
     Score: _score,
     Aggregate: _aggregate,
     SpeedSample: _speed,
