@@ -6,7 +6,6 @@ Shape letters: see ops/__init__.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +13,12 @@ from torch import Tensor, nn
 from twotower_eval.models.base import LanguageModel
 from twotower_eval.models.config import NemotronHConfig
 from twotower_eval.models.context import Context, KeyValueBuffer, Writer, ends_of, writable_buffer
+from twotower_eval.models.graphs import StepGraphs
 from twotower_eval.models.nemotron_h import Attention, Mamba, MambaState, Tower, run_layers
 from twotower_eval.models.token_tree import Segment, logits_by_rows
 from twotower_eval.ops import product
 from twotower_eval.ops.attention import attend as attend_to
 from twotower_eval.ops.attention import attention, kernel_for_few, seen
-
-if TYPE_CHECKING:
-    from twotower_eval.models.graphs import StepGraphs
 
 PIECE_ROWS, MIN_PIECE = 256, 64  # token rows that a CPU takes at once; positions of a piece, however many its rows
 
@@ -47,6 +44,15 @@ class ContextTower(LanguageModel):
     def device(self) -> torch.device:
         """Where this tower's weights are."""
         return self.head.weight.device
+
+    @property
+    def step_devices(self) -> tuple[torch.device, ...]:
+        """Where steps run, see :class:`models.graphs.Stepped`."""
+        return (self.device,)
+
+    def take_steps_from(self, graphs: StepGraphs) -> None:
+        """From now on take small extensions from there."""
+        self.graphs = graphs
 
     def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Context:
         """Run the tower over prompts. A length of 0 is legal and gives the empty context."""

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from twotower_eval.models.autoregressive import ContextTower
 from twotower_eval.models.config import NemotronHConfig
 from twotower_eval.models.context import Context, Writer, writable_buffer
 from twotower_eval.models.fixed import MAX_NEW, Launch, Remembered
-from twotower_eval.models.nemotron_h import Mamba, MambaState, run_layers
-from twotower_eval.models.twotower import Denoiser, TwoTower
+from twotower_eval.models.nemotron_h import Mamba, MambaState, Modulation, Tower, run_layers
 from twotower_eval.ops.attention import attend as attend_to
 
 MIN_SLOTS = 256  # slots are a power of two, so that a growing context changes graphs seldom
@@ -30,17 +28,45 @@ KINDS = 3  # of steps: the extension, the denoiser with time and without
 CAPTURES_ON = ("cuda",)  # types of devices; tests add others, on which the same code runs without a capture
 
 
+class Causal(Protocol):
+    """What an extension needs: a causal tower and its head."""
+
+    tower: Tower
+    head: nn.Linear
+
+
+class Denoises(Causal, Protocol):
+    """What a denoise step needs: a tower that is told the mask fraction, and its head."""
+
+    def modulation(self, t_B: Tensor) -> Modulation:
+        """Of all layers, at each row's mask fraction."""
+
+    def logits(self, x_BKH: Tensor) -> Tensor:
+        """Logits (B, K, V) float32 of the layers' output."""
+
+
+class Stepped(Protocol):
+    """A model whose small steps may come from graphs."""
+
+    @property
+    def step_devices(self) -> tuple[torch.device, ...]:
+        """Where its towers are."""
+
+    def take_steps_from(self, graphs: StepGraphs) -> None:
+        """From now on take the small steps of all its towers from there."""
+
+
 class ExtendStep:
     """The context tower over S more tokens in every row: the AR step, and the context pass of a block."""
 
-    def __init__(self, tower: ContextTower, past: Remembered, num_new: int, pool: Any) -> None:
-        self.tower, self.past = tower, past
+    def __init__(self, model: Causal, past: Remembered, num_new: int, pool: Any) -> None:
+        self.tower, self.past = model.tower, past
         device = past.ends_B.device
         self.ids_BS = torch.zeros(len(past.ends_B), num_new, dtype=torch.int64, device=device)
         self.launch = Launch(self._body, past, device, pool)
 
     def __call__(self, context: Context, ids_BS: Tensor) -> Context:
-        """As :meth:`ContextTower.extend`."""
+        """As the ``extend`` of a context tower."""
         self.past.load(context)
         self.ids_BS.copy_(ids_BS)
         self.past.holds = None  # should anything fail from here on, the buffers are nobody's context
@@ -80,8 +106,7 @@ class ExtendStep:
             # A window is read by several programs at once: the new one lies elsewhere until the step is over.
             return mixer.advance(x, before, MambaState(past.conv_after(index), before.ssm_BhPN))
 
-        tower = self.tower.tower
-        x_BSH = run_layers(tower, tower.embed(self.ids_BS), attend=attend, mix=mix)
+        x_BSH = run_layers(self.tower, self.tower.embed(self.ids_BS), attend=attend, mix=mix)
         past.conv_LBCW.copy_(past.conv_after_LBCW)
         past.ends_B.add_(num_new)
         return x_BSH[:, -1], new_keys, new_values
@@ -90,7 +115,7 @@ class ExtendStep:
 class DenoiseStep:
     """The denoiser over one block of K in every row."""
 
-    def __init__(self, denoiser: Denoiser, past: Remembered, block_size: int, timed: bool, pool: Any) -> None:
+    def __init__(self, denoiser: Denoises, past: Remembered, block_size: int, timed: bool, pool: Any) -> None:
         self.denoiser, self.past, self.timed = denoiser, past, timed
         batch_size, device = len(past.ends_B), past.ends_B.device
         self.block_BK = torch.zeros(batch_size, block_size, dtype=torch.int64, device=device)
@@ -98,7 +123,7 @@ class DenoiseStep:
         self.launch = Launch(self._body, past, device, pool)
 
     def __call__(self, block_BK: Tensor, context: Context, t_B: Tensor | None) -> Tensor:
-        """As :meth:`TwoTower.denoise`."""
+        """As the ``denoise`` of a pair."""
         self.past.load(context)
         self.block_BK.copy_(block_BK)
         if t_B is not None:
@@ -150,25 +175,25 @@ class StepGraphs:
         small = batch_size * num_new <= MAX_NEW and (self.widths is None or num_new in self.widths)
         return small and torch.is_inference_mode_enabled() and self.variant() is not None
 
-    def extend(self, tower: ContextTower, context: Context, ids_BS: Tensor) -> Context:
+    def extend(self, model: Causal, context: Context, ids_BS: Tensor) -> Context:
         """See :class:`ExtendStep`."""
         (batch_size, num_new), slots = ids_BS.shape, slots_for(context.max_length + ids_BS.shape[1])
 
         def make() -> ExtendStep:
-            past = self._past(tower.config, batch_size, slots, tower.head.weight)
-            return ExtendStep(tower, past, num_new, self._pool(tower.device))
+            past = self._past(model.tower.config, batch_size, slots, model.head.weight)
+            return ExtendStep(model, past, num_new, self._pool(model.head.weight.device))
 
         extended: Context = self._step(("extend", self.variant(), batch_size, num_new, slots), make)(context, ids_BS)
         return extended
 
-    def denoise(self, pair: TwoTower, block_BK: Tensor, context: Context, t_B: Tensor | None) -> Tensor:
+    def denoise(self, denoiser: Denoises, block_BK: Tensor, context: Context, t_B: Tensor | None) -> Tensor:
         """See :class:`DenoiseStep`; the context is on the denoiser's device."""
         (batch_size, block_size), slots = block_BK.shape, slots_for(context.max_length)
-        timed, weight = t_B is not None, pair.denoiser.head.weight
+        timed, weight = t_B is not None, denoiser.head.weight
 
         def make() -> DenoiseStep:
-            past = self._past(pair.config, batch_size, slots, weight)
-            return DenoiseStep(pair.denoiser, past, block_size, timed, self._pool(weight.device))
+            past = self._past(denoiser.tower.config, batch_size, slots, weight)
+            return DenoiseStep(denoiser, past, block_size, timed, self._pool(weight.device))
 
         step = self._step(("denoise", self.variant(), batch_size, block_size, slots, timed), make)
         logits_BKV: Tensor = step(block_BK, context, t_B)
@@ -198,7 +223,7 @@ class StepGraphs:
 
 
 def use_graphs(
-    model: TwoTower | ContextTower,
+    model: Stepped,
     variant: Callable[[], Hashable] = lambda: "own",
     max_graphs: int = MAX_GRAPHS,
     widths: Collection[int] | None = None,
@@ -207,13 +232,12 @@ def use_graphs(
 
     See :class:`StepGraphs`. ValueError where a tower is on no CUDA device.
     """
-    tower = model.context_tower if isinstance(model, TwoTower) else model
-    devices = [tower.device, *([model.denoiser.head.weight.device] if isinstance(model, TwoTower) else [])]
-    for device in devices:
+    for device in model.step_devices:
         if device.type not in CAPTURES_ON:
             raise ValueError(f"CUDA graphs need CUDA devices, a tower is on {device}: drop --cuda-graphs")
-    model.graphs = tower.graphs = StepGraphs(variant, max_graphs, widths)
-    return model.graphs
+    graphs = StepGraphs(variant, max_graphs, widths)
+    model.take_steps_from(graphs)
+    return graphs
 
 
 def slots_for(num_tokens: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,11 @@ from twotower_eval.models.base import LanguageModel
 from twotower_eval.models.config import NemotronHConfig
 from twotower_eval.models.context import Context, ends_of, room_for_block
 from twotower_eval.models.derived import DerivedByKey
+from twotower_eval.models.graphs import StepGraphs
 from twotower_eval.models.nemotron_h import Mamba, Modulation, Tower, run_layers
 from twotower_eval.models.token_tree import Segment
 from twotower_eval.ops.attention import attend as attend_to
 from twotower_eval.ops.attention import attention, kernel_for_few, seen
-
-if TYPE_CHECKING:
-    from twotower_eval.models.graphs import StepGraphs
 
 SINUSOID_SIZE = 256
 TIME_SCALE = 1000.0
@@ -145,6 +143,15 @@ class TwoTower(LanguageModel):
         """Whether each tower has a device of its own, so that both may work at a time."""
         return self.context_tower.device != self.denoiser.head.weight.device
 
+    @property
+    def step_devices(self) -> tuple[torch.device, ...]:
+        """Where steps run, see :class:`models.graphs.Stepped`."""
+        return (self.context_tower.device, self.denoiser.head.weight.device)
+
+    def take_steps_from(self, graphs: StepGraphs) -> None:
+        """From now on take small steps of both towers from there."""
+        self.graphs = self.context_tower.graphs = graphs
+
     def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Context:
         """See :meth:`ContextTower.prefill`."""
         return self.context_tower.prefill(ids_BS, lengths_B)
@@ -180,7 +187,7 @@ class TwoTower(LanguageModel):
         block_BK = block_BK.to(device=device, dtype=torch.int64)
         if self.graphs is not None and self.graphs.serves(*block_BK.shape):
             time_B = None if t_B is None else _time_tensor(t_B, block_BK.shape[0], device)
-            return self.graphs.denoise(self, block_BK, context, time_B)
+            return self.graphs.denoise(denoiser, block_BK, context, time_B)
         length, end = context.max_length, context.max_length + block_BK.shape[1]
         batch_size, block_size = block_BK.shape
         head_dim, like = self.config.head_dim, denoiser.head.weight
