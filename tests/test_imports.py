@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Collection, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 import twotower_eval
 
 PACKAGE = Path(twotower_eval.__file__).parent
-PRODUCING = {"models", "decoders", "ops"}
+PRODUCING = {"models", "decoders"}
 
 # Everyone may import these: they know nothing of the rest.
 COMMON = {"records", "names", "json_text"}
@@ -37,41 +39,45 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"ops", "plugin_source"},
     "decoders": {"models", "plugin_source"},
     "suites": {"datafiles", "plan", "strict"},
-    "datafiles": {"plan"},
-    "harness": {"plan", "shortfalls", "ways", "store", "journal", "environment", "progress", "suites", *PRODUCING},
+    "datafiles": set(),
+    "harness": {"plan", "shortfalls", "ways", "store", "environment", "progress", "suites", *PRODUCING},
     "speed": {"plan", "shortfalls", "ways", "times", "store", "journal", "environment", "progress", *PRODUCING},
-    "verify": {"plan", "ways", "store", "environment", *PRODUCING},
-    "miniature": {"plan", "progress", "journal", "environment", *PRODUCING},
-    "stats": {"store"},
+    "verify": {"plan", "ways", "store", "environment", "ops", *PRODUCING},
+    "miniature": {"ops", *PRODUCING},
+    "stats": set(),
     "calibration": {"stats", "progress"},
     "evidence": {"shortfalls", "ways", "strict", "times", "closing", "store", "stats"},
-    "claims": {"shortfalls", "ways", "times", "plan", "store", "stats", "evidence"},
+    "claims": {"plan", "store", "stats", "evidence"},
     "report": {"shortfalls", "ways", "times", "store", "closing", "journal", "stats", "evidence", "claims", "plan"},
     "cli": {"plan", "store", "progress", "suites", "harness", "speed", "claims", "report", "miniature", "datafiles"}
     | {"verify", "calibration", "stats"},
 }
 # Packages that cost or weigh something -> the only rooms that may import them, anywhere in their files.
 HEAVY = {
-    "torch": {"ops", "models", "decoders", "speed", "harness", "miniature", "verify"},
-    "transformers": {"models", "miniature"},
+    "torch": {"ops", "models", "decoders", "speed", "miniature", "verify"},
+    "transformers": {"models"},
     "safetensors": {"models", "miniature", "verify"},
-    "tokenizers": {"models", "miniature"},
+    "tokenizers": {"models"},
     "lm_eval": {"harness", "suites"},
-    "datasets": {"harness", "suites"},
-    "pandas": {"stats", "report"},
-    "matplotlib": {"report", "miniature"},
-    "scipy": {"stats", "claims", "report"},
+    "datasets": {"suites"},
+    "pandas": {"report"},
+    "matplotlib": {"report"},
+    "scipy": {"stats"},
     "markdown_it": {"report"},
     "typer": {"cli"},
-    "rich": {"cli", "progress"},
+    "rich": {"progress"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {
+    ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES
+}
 
 
 def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@cache
 def imported_names(path: Path) -> set[str]:
     """Full dotted names a file imports, wherever in the file; ``from a import b`` gives ``a`` and ``a.b``."""
     names: set[str] = set()
@@ -87,6 +93,43 @@ def imported_names(path: Path) -> set[str]:
 def own_rooms(names: set[str]) -> set[str]:
     parts = [name.split(".") for name in names]
     return {part[1] for part in parts if part[0] == "twotower_eval" and len(part) > 1}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of this package that a file imports, at once or late, or names as a text ("package.module:attribute")."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            wholes = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {whole if whole in MODULES else node.module for whole in wholes}
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and ":" in node.value:
+            found.add(node.value.split(":")[0])
+    return found & set(MODULES)
+
+
+def used_rooms(room: str) -> set[str]:
+    """Rooms that any file of a room imports, its own and COMMON ones too."""
+    return {name for path in FILES if room_of(path) == room for name in own_rooms(imported_names(path))}
+
+
+def circles(imports: Mapping[str, Collection[str]]) -> list[list[str]]:
+    """Groups of modules that reach each other, each sorted; a module that imports itself is one."""
+    reached = {module: _reached_from(module, imports) for module in imports}
+    groups = {frozenset(other for other in reached[module] if module in reached[other]) for module in imports}
+    return sorted(sorted(group) for group in groups if group)
+
+
+def _reached_from(start: str, imports: Mapping[str, Collection[str]]) -> set[str]:
+    found: set[str] = set()
+    ahead = list(imports.get(start, ()))
+    while ahead:
+        module = ahead.pop()
+        if module not in found:
+            found.add(module)
+            ahead += imports.get(module, ())
+    return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -111,11 +154,34 @@ def test_the_table_names_no_room_twice_over() -> None:
         done |= ready
 
 
-def test_no_file_of_evidence_hides_a_circle_in_a_function() -> None:
-    for path in (PACKAGE / "evidence").glob("*.py"):
-        functions = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.FunctionDef)]
-        inner = {node for function in functions for node in ast.walk(function) if isinstance(node, ast.ImportFrom)}
-        assert not any((node.module or "").startswith("twotower_eval") for node in inner), path.name
+@pytest.mark.parametrize("room", ALLOWED)
+def test_no_allowance_is_left_that_nothing_uses(room: str) -> None:
+    assert room in {room_of(path) for path in FILES}, f"there is no room {room} any more"
+    assert ALLOWED[room] <= used_rooms(room), f"{room} imports none of {sorted(ALLOWED[room] - used_rooms(room))}"
+
+
+@pytest.mark.parametrize("package", HEAVY)
+def test_no_heavy_package_is_allowed_where_nothing_imports_it(package: str) -> None:
+    using = {room_of(path) for path in FILES if package in {name.split(".")[0] for name in imported_names(path)}}
+    assert using == HEAVY[package]
+
+
+@pytest.mark.parametrize("common", sorted(COMMON))
+def test_what_everyone_may_import_is_imported_by_many(common: str) -> None:
+    using = {room for room in ALLOWED if room != common and common in used_rooms(room)}
+    assert len(using) >= 3, f"only {sorted(using)} import {common}: say so in the table"
+
+
+def test_no_modules_import_each_other() -> None:
+    """Neither at once nor late, in a function: that a circle can be imported in some order makes it none the less."""
+    found = circles({module: imported_modules(path) for module, path in MODULES.items()})
+    assert not found, f"circles: {found}"
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": ["b"], "b": ["c"], "c": []}) == []
+    assert circles({"a": ["b"], "b": ["c", "d"], "c": ["a"], "d": ["e"], "e": ["d"]}) == [["a", "b", "c"], ["d", "e"]]
+    assert circles({"a": ["a"]}) == [["a"]]
 
 
 def modules_after(code: str) -> set[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
+from twotower_eval.decoders.finish import Clock, OnFinish
 from twotower_eval.names import resolve
 from twotower_eval.plugin_source import plugin_code
 from twotower_eval.records import DecoderSpec, Generation, Likelihood, LikelihoodKind, Prompt
@@ -18,9 +19,6 @@ DECODERS = {
     "block_diffusion": "twotower_eval.decoders.block_diffusion:BlockDiffusion",
     "reference": "twotower_eval.decoders.reference:Reference",
 }
-
-Clock = Callable[[], float]  # seconds, after all devices have finished their work
-OnFinish = Callable[[Generation], None]  # hears of every row as it finishes
 
 
 class Decoder(Protocol):

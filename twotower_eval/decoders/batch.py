@@ -12,8 +12,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from twotower_eval.decoders import Clock, OnFinish
-from twotower_eval.decoders.finish import Rules, check_batch_size, check_prompts, generation, is_finished, make_rules
+from twotower_eval.decoders.finish import (
+    Clock,
+    OnFinish,
+    Rules,
+    check_batch_size,
+    check_prompts,
+    generation,
+    is_finished,
+    make_rules,
+)
 from twotower_eval.decoders.rows import RowNoise, padded_ids
 from twotower_eval.models.counting import CountedContext, CountingModel
 from twotower_eval.records import CommitStep, Generation, Prompt

@@ -13,6 +13,9 @@ from typing import Any
 
 from twotower_eval.records import FinishReason, Generation, Prompt
 
+Clock = Callable[[], float]  # seconds, after all devices have finished their work
+OnFinish = Callable[[Generation], None]  # hears of every row as it finishes
+
 STOP_WINDOW_SPARE = 8  # tokens decoded beyond a stop string's bytes when looking for it at the end
 
 

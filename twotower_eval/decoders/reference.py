@@ -13,10 +13,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from twotower_eval.decoders import Clock, OnFinish
 from twotower_eval.decoders.batch import no_denoiser
 from twotower_eval.decoders.block_diffusion import Params as BlockParams
-from twotower_eval.decoders.finish import check_batch_size, check_prompts, generation, is_finished, make_rules
+from twotower_eval.decoders.finish import (
+    Clock,
+    OnFinish,
+    check_batch_size,
+    check_prompts,
+    generation,
+    is_finished,
+    make_rules,
+)
 from twotower_eval.decoders.rows import check_temperature
 from twotower_eval.records import Generation, Prompt
 
