@@ -14,6 +14,7 @@ import pytest
 from tests.tiny_pair import write_pair
 from twotower_eval import speed, stats, store, suites
 from twotower_eval.evidence.answers import from_round_to_round
+from twotower_eval.evidence.calls import complete_rounds
 from twotower_eval.evidence.timing import speed_points
 from twotower_eval.plan import SpeedPlan, plan_from_json
 from twotower_eval.progress import SilentProgress
@@ -143,7 +144,8 @@ def test_a_few_launches_make_rounds_enough_to_tell_how_these_depend_on_each_othe
         ((4, 4, 4), "12 rounds in 3 launches cannot decide a claim, with fewer than 5 a launch: time 15 or more"),
         ((5, 5), "10 rounds in 2 launches often cannot decide a claim: time 12 or more"),
         ((4, 4, 12), ""),
-        ((2, 2, 2, 2, 2), ""),
+        ((4, 4, 4, 4, 4), ""),
+        ((2, 2, 2, 2, 2), "10 rounds in 5 launches often cannot decide a claim: time 20 or more"),
     ],
 )
 def test_rounds_that_decide_nothing_are_told_beforehand(rounds: tuple[int, ...], words: str) -> None:
@@ -165,6 +167,15 @@ def test_too_few_rounds_are_warned_of_before_they_are_measured(
     more = Noting()
     speed.run(dataclasses.replace(alone, min_rounds=3), requests, root=tmp_path, resume=path, progress=more)
     assert any(note.startswith("warning: 3 rounds in 2 launches cannot") for note in more.notes)
+
+
+def test_the_tenth_launch_comes_behind_the_ninth() -> None:
+    """Launches were put in the order of their names, in which 10 comes before 2: a wander over them was torn up."""
+    [sample] = samples_of(1)
+    grid = {((f"run/{number // 2 + 1}", number), ("p",)): sample for number in range(24)}
+    rounds, _, num_incomplete = complete_rounds(grid)
+    assert [number for _, number in rounds] == [*range(24)]
+    assert num_incomplete == 0
 
 
 def refusing(**_: Any) -> None:

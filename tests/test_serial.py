@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from twotower_eval import stats
+from twotower_eval.stats import serial
 
 
 def timed(baseline_s, candidate_s, *, launches=None, fixed=False) -> stats.TimedCalls:
@@ -140,3 +141,41 @@ def test_equal_rounds_have_no_dependence() -> None:
     assert found.serial is not None
     assert (found.serial.lag1, found.serial.effective_rounds, found.serial.widening) == (0.0, 8.0, 1.0)
     assert found.low == pytest.approx(found.high)
+
+
+def wandering(rng: np.random.Generator, num_rounds: int, num_launches: int) -> stats.TimedCalls:
+    """One wander over all rounds, with a little noise, whatever launch they are of."""
+    logs_R = 0.05 * wander(rng, num_rounds, 0.8) + 0.01 * rng.normal(size=num_rounds)
+    return rounds(logs_R, launches=[f"l{i * num_launches // num_rounds}" for i in range(num_rounds)])
+
+
+@pytest.mark.parametrize("num_rounds", [20, 25, 60])
+def test_a_wander_that_goes_on_from_launch_to_launch_is_no_five_independent_launches(num_rounds: int) -> None:
+    """Launches were taken to be independent: 10 to 20 % of claims at the limit were SUPPORTED, 70 to 85 % covered."""
+    rng, num = np.random.default_rng(3), 150
+    found = [stats.speedup(wandering(rng, num_rounds, 5), num_resamples=200) for _ in range(num)]
+    assert sum(one.low <= 1 <= one.high for one in found) >= 0.92 * num
+    assert sum(one.low > 1 for one in found) <= 0.05 * num
+    assert all(one.serial is not None and one.serial.launches for one in found)
+    assert np.median([one.serial.widening for one in found if one.serial]) > 1.2
+
+
+def test_launches_of_quiet_rounds_are_widened_little_and_those_that_jump_not_at_all() -> None:
+    """What differs between launches by itself looks like a wander over all rounds, and is none."""
+    rng, launches = np.random.default_rng(4), [f"l{i // 8}" for i in range(40)]
+    plain = [serial.carried_over(0.02 * rng.normal(size=40), launches) for _ in range(200)]
+    effects = [
+        serial.carried_over(np.repeat(0.05 * rng.normal(size=5), 8) + 0.01 * rng.normal(size=40), launches)
+        for _ in range(200)
+    ]
+    assert min(plain + effects) >= 1
+    assert np.median(plain) < 2
+    assert np.mean(np.array(effects) == 1) > 0.95
+    assert serial.carried_over(np.zeros(40), launches) == 1.0
+
+
+def test_a_null_over_launches_takes_them_as_they_come_out() -> None:
+    calls = wandering(np.random.default_rng(5), 25, 5)
+    found = stats.speedup(calls, level=stats.NULL_LEVEL, caution="estimated").serial
+    assert found is not None
+    assert found.widening == 1.0

@@ -603,7 +603,8 @@ class SerialDependence:
     that it may well be, which the interval reckons with; ``None`` where launches are too short to tell. The rounds say
     as much as ``effective_rounds`` independent ones. ``widening`` is the factor on the standard error of independent
     rounds, by the variance of means of ``block`` rounds on end. Where ``launches`` are what is resampled,
-    ``effective_rounds`` is their number and nothing is widened: launches are taken to be independent.
+    ``effective_rounds`` is their number, and ``widening`` is the factor on the standard error of independent launches:
+    above 1 where rounds wander as if one launch went on into the next.
     """
 
     lag1: float | None

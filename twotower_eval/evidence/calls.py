@@ -59,9 +59,16 @@ def grid_of(runs: list[Run], cell: Cell, replica: int) -> Grid:
 def complete_rounds(*grids: Grid) -> tuple[list[Round], list[Call], int]:
     """Rounds in which every grid has every call, the calls, and how many rounds are not so."""
     calls = sorted({call for grid in grids for _, call in grid})
-    rounds = sorted({round_ for grid in grids for round_, _ in grid})
+    rounds = sorted({round_ for grid in grids for round_, _ in grid}, key=_as_timed)
     whole = [r for r in rounds if all((r, call) in grid for grid in grids for call in calls)]
     return whole, calls, len(rounds) - len(whole)
+
+
+def _as_timed(round_: Round) -> tuple[str, int, str]:
+    """Run after run, and within a run by number, which goes on from launch to launch: its tenth is not its second."""
+    launch, number = round_
+    run_id, named, _ = launch.rpartition("/")
+    return (run_id if named else launch, number, launch)
 
 
 def processes_of(runs: Sequence[Run]) -> dict[str, str]:

@@ -143,11 +143,22 @@ def _independent(point: SpeedPoint) -> str:
 
 
 def _widened(runs: Runs) -> Iterator[str]:
-    found = [point.serial.widening for point in runs.speed if point.serial is not None and not point.serial.launches]
-    if found and max(found) > 1:
-        least, most = f"{min(found):.1f}", f"{max(found):.1f}"
-        by = least if least == most else f"{least} to {most}"
+    found = [point.serial for point in runs.speed if point.serial is not None]
+    if by := _times([serial.widening for serial in found if not serial.launches]):
         yield f"As rounds may be alike, their standard error is taken {by} times as large as that of independent ones."
+    if by := _times([serial.widening for serial in found if serial.launches]):
+        yield (
+            f"As launches may go on where the one before them stopped, their standard error is taken {by} times as "
+            "large as that of independent ones: started further apart they tell more."
+        )
+
+
+def _times(widenings: Sequence[float]) -> str:
+    """How much wider; empty where nothing is."""
+    if not widenings or max(widenings) <= 1:
+        return ""
+    least, most = f"{min(widenings):.1f}", f"{max(widenings):.1f}"
+    return least if least == most else f"{least} to {most}"
 
 
 def _speed_remarks(runs: Runs) -> Iterator[str]:

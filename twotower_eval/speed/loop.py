@@ -21,8 +21,9 @@ from twotower_eval.times import gone_by
 
 # As the statistics judge them, which this room does not import:
 TELLING_ROUNDS = 5  # of a launch: fewer do not show how they depend on each other
-RESAMPLED_LAUNCHES = 5  # so many show how launches differ, and need no more of their rounds than two
+RESAMPLED_LAUNCHES = 5  # so many show how launches differ, and can do with two of their rounds
 MIN_LAUNCH_ROUNDS = 2
+CALM_ROUNDS = 4  # of each of so many launches: fewer often leave open whether one launch goes on into the next
 ENOUGH_ROUNDS = 12  # of one launch; of fewer, a fifth and more of all runs can decide nothing
 
 
@@ -112,11 +113,13 @@ def share_of_launch(plan: SpeedPlan) -> SpeedPlan:
 def undecided_text(rounds_of_launches: Sequence[int]) -> str:
     """A warning that so many rounds in each launch cannot decide a claim, or often do not; empty where they do."""
     num_launches, num = len(rounds_of_launches), sum(rounds_of_launches)
-    if num_launches >= RESAMPLED_LAUNCHES or num >= max(ENOUGH_ROUNDS, TELLING_ROUNDS * num_launches):
+    resampled = num_launches >= RESAMPLED_LAUNCHES
+    enough = CALM_ROUNDS * num_launches if resampled else max(ENOUGH_ROUNDS, TELLING_ROUNDS * num_launches)
+    if num >= enough:
         return ""
     there = f"{num} rounds in {num_launches} launch{'es' if num_launches > 1 else ''}"
-    needed = f"time {max(ENOUGH_ROUNDS, TELLING_ROUNDS * num_launches)} or more (--min-rounds)"
-    if num < TELLING_ROUNDS * num_launches:
+    needed = f"time {enough} or more (--min-rounds)"
+    if not resampled and num < TELLING_ROUNDS * num_launches:
         return f"warning: {there} cannot decide a claim, with fewer than {TELLING_ROUNDS} a launch: {needed}"
     return f"warning: {there} often cannot decide a claim: {needed}"
 

@@ -11,6 +11,12 @@ share a slow wander and each have noise of their own are alike over longer than 
 same is done with the means of about ten blocks of rounds, ``BLOCK_BOUND`` standard errors up, and the wider counts.
 The figures were chosen by simulation (``calibration.serial_worlds``).
 
+Launches that follow on each other may share a wander too: a machine that is warm does not cool down between them. From
+five launches on these are what is resampled, and ``carried_over`` says by what to multiply the variance of their mean:
+all rounds are taken for one series whose correlation is the bound above, at most the one that rounds show within
+launches, and the wider interval counts. Where the series jumps from launch to launch by clearly more than from round to
+round, launches differ by themselves and nothing is carried over.
+
 How many independent rounds they are worth is said by the corrected lag-1 correlation without that bound: it decides
 whether there is evidence at all, the bound how wide the interval is.
 """
@@ -18,20 +24,25 @@ whether there is evidence at all, the bound how wide the interval is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import sqrt
 from typing import Literal, NamedTuple
 
 import numpy as np
+from scipy.stats import f as f_distribution
 
 from twotower_eval.records import SerialDependence
 from twotower_eval.stats.intervals import LEVEL, Floats, t_quantile
 
 BOUND = 2.0  # standard errors from the corrected correlation of rounds to the bound that is reckoned with
 BLOCK_BOUND = 0.5  # the same for blocks of rounds, whose correlation is less by itself
+VERDICT_LEVEL = 0.90  # of the interval that verdicts rest on (``decide``)
 LARGEST = 0.95  # correlation that is reckoned with: above it no number of rounds in one sitting is enough
 TOLD_FROM = 5  # rounds of a launch from which their correlation is estimated at all
 NUM_BLOCKS = 10  # at the least: of fewer blocks the correlation is no better known than that of rounds
 STILL = 1e-20  # sum of squares, on the log scale, below which rounds are equal but for rounding
+
+JUMPS_LEVEL = 0.1  # of the test for jumps between launches; the figures there were chosen by the same simulation
 
 Caution = Literal["bounded", "estimated"]
 
@@ -65,6 +76,32 @@ def serial_dependence(series_R: Floats, launches: Sequence[str], caution: Cautio
         widening=sqrt(found.factor),
     )
     return Widening(factor=found.factor, dof=found.dof, facts=facts)
+
+
+def carried_over(series_R: Floats, launches: Sequence[str]) -> float:
+    """Factor, at least 1, on the variance of the mean of launches for what goes on from one of them into the next."""
+    whole = _series(series_R, launches)
+    series_R = np.concatenate(whole)
+    if float(((series_R - series_R.mean()) ** 2).sum()) <= STILL or _jumps(whole):
+        return 1.0
+    num, num_launches = len(series_R), len(whole)
+    # What a wander does within launches cannot be told from few rounds; then it may do as much as over all.
+    within = _corrected(whole, BOUND) if _mean_length(whole) >= TOLD_FROM else LARGEST
+    correlation = min(_corrected([series_R], BOUND), within)
+    of_series = _factor([series_R], correlation) * float(series_R.var(ddof=1)) / num
+    of_launches = float(np.var([part_R.mean() for part_R in whole], ddof=1)) / num_launches
+    quantiles = t_quantile(VERDICT_LEVEL, num - 1.0) / t_quantile(VERDICT_LEVEL, num_launches - 1.0)
+    return max(1.0, of_series * quantiles**2 / max(of_launches, STILL))
+
+
+def _jumps(whole: Sequence[Floats]) -> bool:
+    """Whether steps from launch to launch are larger than those from round to round, beyond chance."""
+    inner = np.concatenate([np.diff(part_R) for part_R in whole])
+    borders = np.array([after_R[0] - before_R[-1] for before_R, after_R in pairwise(whole)])
+    if not len(inner) or not len(borders):
+        return True
+    of_inner, of_borders = float((inner**2).mean()), float((borders**2).mean())
+    return of_borders > of_inner * float(f_distribution.isf(JUMPS_LEVEL, len(borders), len(inner)))
 
 
 class _Found(NamedTuple):

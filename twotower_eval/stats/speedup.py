@@ -16,7 +16,7 @@ skewness, less and less the more calls carry them; and the end on the side of th
 ``skewed_t_interval``). What no call shows, such as a rare answer that runs on to its budget, is for ``tails``.
 
 Rounds are not taken to be independent: the variance between them is multiplied by what ``serial_dependence`` says of
-their order. Launches are, so where they are resampled nothing is multiplied.
+their order. So is that between launches, where these are resampled, by what ``carried_over`` says.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from twotower_eval.stats.intervals import (
     skewed_t_interval,
     third_cumulant,
 )
-from twotower_eval.stats.serial import Caution, Widening, serial_dependence
+from twotower_eval.stats.serial import Caution, Widening, carried_over, serial_dependence
 from twotower_eval.stats.tails import Documents, PerCall, Tail, shifts, tail_of
 
 NULL_LEVEL = 0.99  # of the A/A null's interval
@@ -224,8 +224,9 @@ class _Crossing:
         if not resamples_launches(self._launches):
             return found
         num = self.shape[0]
-        facts = replace(found.facts, effective_rounds=float(num), block=1, widening=1.0, launches=True)
-        return Widening(factor=1.0, dof=num - 1.0, facts=facts)
+        factor = carried_over(logs_R, self._launches) if caution == "bounded" else 1.0
+        facts = replace(found.facts, effective_rounds=float(num), block=1, widening=sqrt(factor), launches=True)
+        return Widening(factor=factor, dof=num - 1.0, facts=facts)
 
     def estimate(
         self,
