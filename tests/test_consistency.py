@@ -345,6 +345,20 @@ def test_each_edit_is_found_and_named(honest: Run, edit: Edit, kind: str, words:
     assert words in found[kind]
 
 
+def test_a_contradiction_is_facts_and_words_come_last(honest: Run) -> None:
+    """Whoever read one had to take its figures out of a sentence."""
+    edited = call(batch_size=3)(honest)
+    [one] = [one for one in contradictions(edited) if one.kind == "batch size"]
+    assert (one.file, one.field, one.stated, one.found, one.num) == ("speed.jsonl", "batch_size", 2, 3, 1)
+    assert one.line is not None
+    row = json.loads((honest.path / one.file).read_text(encoding="utf-8").splitlines()[one.line - 1])
+    assert (row["cell"], row["call_id"], row["round"]) == (one.spot.cell, one.spot.call, one.spot.round)
+    [flipped] = [one for one in contradictions(one_score(value=1.5)(honest)) if one.kind == "score outside 0 to 1"]
+    assert (flipped.file, flipped.found, flipped.spot.document) == ("scores.jsonl", 1.5, 1)
+    [retold] = [one for one in contradictions(told("measured", timed_s=5.0)(honest)) if one.kind == "seconds told"]
+    assert (retold.stated, retold.found, retold.line) == (5.0, pytest.approx(10.8), None)
+
+
 def test_a_clock_that_is_set_once_contradicts_nothing(honest: Run) -> None:
     """One call of thousands that seems to overlap the next one, by more than 2 ms, made the run INVALID."""
     rows = list(honest.speed)

@@ -18,18 +18,27 @@ from typing import Any, get_args
 
 from twotower_eval.closing import changed_journals, short_journals
 from twotower_eval.evidence.consistent_rows import ROW_CHECKS
-from twotower_eval.evidence.contradiction import Check, Contradiction, ContradictionKind, Place, call_name
+from twotower_eval.evidence.contradiction import (
+    Check,
+    Contradiction,
+    ContradictionKind,
+    Place,
+    Spot,
+    contradiction_of,
+)
 from twotower_eval.records import (
     Cell,
     LikelihoodKind,
     Params,
+    Score,
     SpeedSample,
     canonical_json,
     cell_id,
     sha256_text,
 )
-from twotower_eval.store import EVENTS, Run
+from twotower_eval.store import EVENTS, JOURNALS, MANIFEST, Run
 
+SPEED, SCORES = JOURNALS[SpeedSample][0], JOURNALS[Score][0]
 TOLERANCE = 1e-6  # relative: sums of the same numbers in another order
 CLOCK_S = 0.002  # moments are written in milliseconds, cut off
 OVERLAP_SHARE = 0.01  # of a launch's calls, or of their time, above which no clock that was set explains it
@@ -42,15 +51,14 @@ def contradictions(run: Run) -> tuple[Contradiction, ...]:
     for kind, check in {**CHECKS, **ROW_CHECKS}.items():
         places = list(check(run))
         if places:
-            where, stated, there = places[0]
-            found.append(Contradiction(kind=kind, where=where, stated=stated, found=there, num=len(places)))
+            found.append(contradiction_of(kind, places, run))
     return tuple(found)
 
 
 def _plan_hash(run: Run) -> Iterator[Place]:
     found = sha256_text(canonical_json(run.manifest.plan))
     if found != run.manifest.plan_sha256:
-        yield "manifest.json", run.manifest.plan_sha256[:12], found[:12]
+        yield Place(file=MANIFEST, field="plan_sha256", stated=run.manifest.plan_sha256, found=found)
 
 
 def _plan_and_cells(run: Run) -> Iterator[Place]:
@@ -64,8 +72,8 @@ def _plan_and_cells(run: Run) -> Iterator[Place]:
     ]
     for name, planned, there in said:
         if planned - {None} and there and not there <= planned:
-            shown = (", ".join(sorted(map(str, values))) for values in (planned, there))
-            yield "manifest.json", *(f"{name} {words}" for words in shown)  # type: ignore[misc]
+            plan_says, cells_say = (tuple(sorted(map(str, values))) for values in (planned, there))
+            yield Place(file=MANIFEST, field=name, stated=plan_says, found=cells_say)
 
 
 def _cell_ids(run: Run) -> Iterator[Place]:
@@ -77,7 +85,8 @@ def _cell_ids(run: Run) -> Iterator[Place]:
     wrong = [cell for cell in strict if _id_with(cell, cell.extra or {}) != cell.id]
     wrong += misfits if len(misfits) < len(older) or strict else []
     for cell in wrong:
-        yield f"cell {cell.id}", cell.id, _id_with(cell, cell.extra or {})
+        made = _id_with(cell, cell.extra or {})
+        yield Place(file=MANIFEST, field="id", stated=cell.id, found=made, spot=Spot(cell=cell.id))
 
 
 def _id_with(cell: Cell, extra: Params) -> str:
@@ -99,14 +108,14 @@ def _older_extras(run: Run) -> Iterator[Params]:
 
 def _changed(run: Run) -> Iterator[Place]:
     for name, rows in changed_journals(run.path, run.events, EVENTS).items():
-        yield name, f"lines 1 to {rows}", ""
+        yield Place(file=name, line=rows, field="sha256")
 
 
 def _short(run: Run) -> Iterator[Place]:
     """Of a run that went to its end: one that is still written may have lost lines to a crash, and makes them again."""
     if run.complete:
         for name, (told, there) in short_journals(run.path, run.events, EVENTS).items():
-            yield name, str(told), str(there)
+            yield Place(file=name, field="rows", stated=told, found=there)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,14 +165,14 @@ def _rounds_told(run: Run) -> Iterator[Place]:
     for told in _measured(run):
         found = [len(whole) for whole in _readings(told)]
         if told.num_rounds not in found:
-            yield "speed.jsonl", str(told.num_rounds), " or ".join(map(str, dict.fromkeys(found)))
+            yield Place(file=SPEED, field="num_rounds", stated=told.num_rounds, found=tuple(dict.fromkeys(found)))
 
 
 def _seconds_told(run: Run) -> Iterator[Place]:
     for told in _measured(run):
         found = [sum(whole) for whole in _readings(told) if len(whole) == told.num_rounds]
         if found and not any(math.isclose(told.timed_s, one, rel_tol=TOLERANCE, abs_tol=TOLERANCE) for one in found):
-            yield "speed.jsonl", f"{told.timed_s:.3f}", f"{found[0]:.3f}"
+            yield Place(file=SPEED, field="timed_s", stated=float(told.timed_s), found=found[0])
 
 
 def _documents_told(run: Run) -> Iterator[Place]:
@@ -180,7 +189,8 @@ def _documents_told(run: Run) -> Iterator[Place]:
     for (cell, task), num in told.items():
         found = len(scored[cell, task])
         if found and found != num:
-            yield f"task {task} in cell {cell}", str(num), str(found)
+            spot = Spot(cell=cell, task=task)
+            yield Place(file=SCORES, field="num_documents", stated=num, found=found, spot=spot)
 
 
 def _launches(run: Run) -> Iterator[Place]:
@@ -190,12 +200,18 @@ def _launches(run: Run) -> Iterator[Place]:
     if not own:
         return
     told = {str(event.get("launch")) for event in run.events if event["kind"] == "launched"}
-    begun = sum(event["kind"] in ("started", "resumed") for event in run.events)
     odd = [name for name in launches if name not in (told or own)]
     if odd:
-        yield "speed.jsonl", ", ".join(sorted(told)) or f"{begun} of this run", odd[0]
-    elif not told and len(launches) > begun:
-        yield "speed.jsonl", str(begun), launches[-1]
+        yield Place(file=SPEED, field="launch_id", stated=tuple(sorted(told)), found=odd[0])
+
+
+def _launches_begun(run: Run) -> Iterator[Place]:
+    """Versions that do not tell of launches tell how often a run was begun or gone on with."""
+    own = {call.launch_id for call in run.speed if call.launch_id.startswith(f"{run.manifest.run_id}/")}
+    told = any(event["kind"] == "launched" for event in run.events)
+    begun = sum(event["kind"] in ("started", "resumed") for event in run.events)
+    if not told and len(own) > begun:
+        yield Place(file=SPEED, field="launch_id", stated=begun, found=len(own))
 
 
 def _overlaps(run: Run) -> Iterator[Place]:
@@ -209,7 +225,7 @@ def _overlaps(run: Run) -> Iterator[Place]:
         timed_s = sum(call.wall_s for call in calls)
         # The day's clock is set back now and then, which makes one call seem to overlap the next.
         if len(found) > 1 and max(len(found) / len(calls), beyond_s / timed_s) > OVERLAP_SHARE:
-            yield from ((call_name(call), f"{call.wall_s:.3f}", f"{gap_s:.3f}") for call, gap_s in found)
+            yield from (Place(row=call, field="wall_s", stated=call.wall_s, found=gap_s) for call, gap_s in found)
 
 
 def _overlaps_of(calls: Sequence[SpeedSample]) -> Iterator[tuple[SpeedSample, float]]:
@@ -241,6 +257,7 @@ CHECKS: Mapping[ContradictionKind, Check] = {
     "seconds told": _seconds_told,
     "documents told": _documents_told,
     "launch untold": _launches,
+    "launches begun": _launches_begun,
     "calls overlap": _overlaps,
 }
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from twotower_eval.evidence.contradiction import Check, ContradictionKind, Place, call_name
+from twotower_eval.evidence.contradiction import Check, ContradictionKind, Fact, Place
 from twotower_eval.records import (
     MEAN,
     Checkpoint,
@@ -33,7 +33,7 @@ def _batch_sizes(run: Run) -> Iterator[Place]:
     for call in run.speed:
         planned = cells[call.cell].workload.batch_size
         if planned is not None and call.batch_size != planned:
-            yield call_name(call), str(planned), str(call.batch_size)
+            yield Place(row=call, field="batch_size", stated=planned, found=call.batch_size)
 
 
 def _prompts_of_calls(run: Run) -> Iterator[Place]:
@@ -42,7 +42,7 @@ def _prompts_of_calls(run: Run) -> Iterator[Place]:
     for call in run.speed:
         prompts = tuple(prompt.prompt_id for prompt in call.prompts)
         if known.setdefault((call.call_id, call.batch_size), prompts) != prompts:
-            yield call_name(call), "", ""
+            yield Place(row=call, field="prompts")
 
 
 def _prompt_tokens(run: Run) -> Iterator[Place]:
@@ -50,7 +50,7 @@ def _prompt_tokens(run: Run) -> Iterator[Place]:
     for call, prompt in _prompts(run):
         num = known.setdefault((call.cell, call.call_id, prompt.prompt_id), prompt.num_prompt_tokens)
         if num != prompt.num_prompt_tokens:
-            yield f"prompt {prompt.prompt_id} of cell {call.cell}", str(num), str(prompt.num_prompt_tokens)
+            yield _of_prompt(call, prompt, "num_prompt_tokens", num, prompt.num_prompt_tokens)
 
 
 def _prompt_tokens_of_arms(run: Run) -> Iterator[Place]:
@@ -65,7 +65,7 @@ def _prompt_tokens_of_arms(run: Run) -> Iterator[Place]:
             key = (cells[call.cell].workload.digest, call.call_id, prompt.prompt_id, reader)
             num = known.setdefault(key, prompt.num_prompt_tokens)
             if num != prompt.num_prompt_tokens:
-                yield f"prompt {prompt.prompt_id}", str(num), str(prompt.num_prompt_tokens)
+                yield _of_prompt(call, prompt, "num_prompt_tokens", num, prompt.num_prompt_tokens)
 
 
 def _tokenizer(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -83,17 +83,19 @@ def _lengths_of_hashes(run: Run) -> Iterator[Place]:
         if len(set(prompt.tokens_sha256)) > 1:  # else it is no digest of anything
             num = known.setdefault(prompt.tokens_sha256, prompt.num_tokens)
             if num != prompt.num_tokens:
-                yield f"prompt {prompt.prompt_id}, {call_name(call)}", str(num), str(prompt.num_tokens)
+                yield _of_prompt(call, prompt, "num_tokens", num, prompt.num_tokens)
 
 
 def _beyond_budget(run: Run) -> Iterator[Place]:
     budgets = {cell.id: cell.workload.max_new_tokens for cell in run.manifest.cells}
-    made = [(call.cell, prompt.prompt_id, prompt.num_tokens) for call, prompt in _prompts(run)]
-    made += [(row.cell, f"{row.task}/{row.doc_id}", row.generation.num_tokens) for row in run.generations]
-    for cell, name, num in made:
-        budget = budgets[cell]
+    for call, prompt in _prompts(run):
+        budget = budgets[call.cell]
+        if budget is not None and prompt.num_tokens > budget:
+            yield _of_prompt(call, prompt, "num_tokens", budget, prompt.num_tokens)
+    for row in run.generations:
+        budget, num = budgets[row.cell], row.generation.num_tokens
         if budget is not None and num > budget:
-            yield f"prompt {name} of cell {cell}", str(budget), str(num)
+            yield Place(row=row, field="num_tokens", stated=budget, found=num)
 
 
 def _forwards_counted(run: Run) -> Iterator[Place]:
@@ -105,7 +107,7 @@ def _forwards_counted(run: Run) -> Iterator[Place]:
         for kind, num in counted.items():
             reported = sum(getattr(prompt, f"num_{kind}_forwards") for prompt in call.prompts)
             if reported != num:
-                yield call_name(call), f"{reported} {kind}", str(num)
+                yield Place(row=call, field=f"num_{kind}_forwards", stated=reported, found=num)
 
 
 def _timed_answers(run: Run) -> dict[tuple[str, int, str], GenerationRow]:
@@ -128,13 +130,16 @@ def _calls_and_answers(run: Run) -> Iterator[Place]:
         for name in COUNTED:
             stated, found = getattr(prompt, name), getattr(row.generation, name)
             if stated != found:
-                yield _prompt_name(call, prompt), f"{name} {stated}", f"{found}"
-        if prompt.tokens_sha256 != sha256_text(canonical_json(list(row.generation.token_ids))):
-            yield _prompt_name(call, prompt), "other tokens", "its own"
+                yield _of_prompt(call, prompt, name, stated, found)
+        made = sha256_text(canonical_json(list(row.generation.token_ids)))
+        if prompt.tokens_sha256 != made:
+            yield _of_prompt(call, prompt, "tokens_sha256", prompt.tokens_sha256, made)
 
 
-def _prompt_name(call: SpeedSample, prompt: PromptTiming) -> str:
-    return f"prompt {prompt.prompt_id} in {call_name(call)}"
+def _of_prompt(
+    call: SpeedSample, prompt: PromptTiming, field: str | None = None, stated: Fact = None, found: Fact = None
+) -> Place:
+    return Place(row=call, prompt=prompt.prompt_id, field=field, stated=stated, found=found)
 
 
 def _call_keys(run: Run) -> set[tuple[str, int, str]]:
@@ -146,7 +151,7 @@ def _calls_without_answers(run: Run) -> Iterator[Place]:
     kept = {cell for cell, *_ in answers.keys() & _call_keys(run)}  # cells whose answers are named like their prompts
     for call, prompt in _kept_calls(run):
         if call.cell in kept and (call.cell, call.round, prompt.prompt_id) not in answers:
-            yield _prompt_name(call, prompt), "", ""
+            yield _of_prompt(call, prompt)
 
 
 def _answers_without_calls(run: Run) -> Iterator[Place]:
@@ -157,7 +162,7 @@ def _answers_without_calls(run: Run) -> Iterator[Place]:
     widest = max((call.batch_size for call in run.speed), default=0)
     stops = sum(event["kind"] in ("resumed", "failed", "launched") for event in run.events)
     if len(lone) > widest * stops:
-        yield from ((f"prompt {prompt} of cell {cell}, round {round_}", "", "") for cell, round_, prompt in lone)
+        yield from (Place(row=answers[key]) for key in lone)
 
 
 def _texts_of_equal_tokens(run: Run) -> Iterator[Place]:
@@ -171,11 +176,7 @@ def _texts_of_equal_tokens(run: Run) -> Iterator[Place]:
         reader = _tokenizer(cells[row.cell].checkpoint) or row.cell
         key = (reader, row.task, row.doc_id, row.request_index, made.finish, made.token_ids)
         if known.setdefault(key, made.text) != made.text:
-            yield _answer_name(row), "", ""
-
-
-def _answer_name(row: GenerationRow | Score) -> str:
-    return f"document {row.doc_id} of {row.task}, cell {row.cell}"
+            yield Place(row=row, field="text")
 
 
 def _answers(run: Run) -> Answers:
@@ -191,7 +192,7 @@ def _scores_without_answers(run: Run) -> Iterator[Place]:
     for score in run.scores:
         is_kept = score.scored_by == "generation" and score.cell in kept
         if is_kept and (score.cell, score.task, score.doc_id) not in answers:
-            yield _answer_name(score), "", ""
+            yield Place(row=score)
 
 
 def _answers_without_scores(run: Run) -> Iterator[Place]:
@@ -204,23 +205,23 @@ def _answers_without_scores(run: Run) -> Iterator[Place]:
             scored[score.cell, score.task].add(score.doc_id)
     for (cell, task, doc_id), rows in _answers(run).items():
         if scored.get((cell, task)) and doc_id not in scored[cell, task]:
-            yield _answer_name(rows[0]), "", ""
+            yield Place(row=rows[0])
 
 
 def _scores_of_other_prompts(run: Run) -> Iterator[Place]:
     """Where a document is asked once; else its score's hash is over several prompts."""
     answers = _answers(run)
     for score in run.scores:
-        rows = answers.get((score.cell, score.task, score.doc_id), ())
+        rows = answers.get((score.cell, score.task, score.doc_id), [])
         asked_once = all(row.request_index == 0 for row in rows)
         if asked_once and any(row.prompt_sha256 != score.prompt_sha256 for row in rows):
-            yield _answer_name(score), "", ""
+            yield Place(row=score, field="prompt_sha256", stated=score.prompt_sha256, found=rows[0].prompt_sha256)
 
 
 def _scores_of_no_share(run: Run) -> Iterator[Place]:
     for score in run.scores:
         if score.metric in SHARES and score.value is not None and not -CLOSE <= score.value <= 1 + CLOSE:
-            yield f"{score.metric} of {_answer_name(score)}", "", f"{score.value:g}"
+            yield Place(row=score, field="value", found=score.value)
 
 
 def _one_text(rows: list[GenerationRow]) -> Texts | None:
@@ -253,7 +254,7 @@ def _scores_of_equal_answers(run: Run) -> Iterator[Place]:
         asked = score.target_sha256 if score.metric == "exact_match" else score.doc_sha256
         value = known.setdefault((score.task, score.metric, score.filter, asked, text), score.value or 0.0)
         if abs(value - (score.value or 0.0)) > CLOSE:
-            yield f"{score.metric} of {_answer_name(score)}", f"{value:g}", f"{score.value:g}"
+            yield Place(row=score, field="value", stated=value, found=score.value)
 
 
 def _scores_of_targets(run: Run) -> Iterator[Place]:
@@ -265,7 +266,7 @@ def _scores_of_targets(run: Run) -> Iterator[Place]:
             and score.value != 1
             and sha256_text(text[0].encode("utf-8", "replace").decode()) == score.target_sha256
         ):
-            yield f"the answer to {_answer_name(score)}", "", f"{score.value:g}"
+            yield Place(row=score, field="value", stated=1, found=score.value)
 
 
 def _scores_of_one_likelihood(run: Run) -> Iterator[Place]:
@@ -280,7 +281,7 @@ def _scores_of_one_likelihood(run: Run) -> Iterator[Place]:
     for score in run.scores:
         known = given.get(_likelihood_key(score), set())
         if score.scored_by != "generation" and known and (score.value, score.parts) not in known:
-            yield f"{score.metric} of {_answer_name(score)}", f"{next(iter(known))[0]}", f"{score.value}"
+            yield Place(row=score, field="value", stated=next(iter(known))[0], found=score.value)
 
 
 def _likelihood_key(score: Score) -> tuple[str, int, str, str, str]:

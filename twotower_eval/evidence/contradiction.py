@@ -1,4 +1,4 @@
-"""What a run's files say in two ways: its kinds, and the words for them."""
+"""What a run's files say in two ways: its kinds as facts, and the words for them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from twotower_eval.records import SpeedSample
-from twotower_eval.store import Run
+from twotower_eval.records import GenerationRow, Score, SpeedSample
+from twotower_eval.store import JOURNALS, Row, Run
 
 ContradictionKind = Literal[
     "plan hash",
@@ -15,11 +15,20 @@ ContradictionKind = Literal[
     "cell id",
     "journal changed",
     "journal short",
+    "journal untold",
     "rounds told",
     "seconds told",
     "documents told",
     "launch untold",
+    "launches begun",
+    "launch without calls",
+    "round missing",
+    "rounds below plan",
+    "cell without rows",
     "calls overlap",
+    "launches overlap",
+    "moments repeated",
+    "times repeated",
     "batch size",
     "prompts of a call",
     "prompt tokens",
@@ -39,66 +48,161 @@ ContradictionKind = Literal[
     "score of the target",
     "scores of one likelihood",
 ]
+Fact = str | int | float | tuple[str, ...] | tuple[int, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spot:
+    """What a contradiction is about, as far as it is about one of these."""
+
+    cell: str | None = None
+    launch: str | None = None
+    round: int | None = None
+    call: str | None = None
+    prompt: str | None = None
+    task: str | None = None
+    document: int | None = None
+    metric: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contradiction:
-    """What a run's files say in two ways: ``stated`` and ``found``, first at ``where``; ``num`` places in all."""
+    """What a run's files say in two ways, at the first of ``num`` places.
+
+    ``file`` says it in its ``line``, where it is one of a journal, and there in its ``field``; ``stated`` is what one
+    side says and ``found`` what the other does, each ``None`` where the kind says it all.
+    """
 
     kind: ContradictionKind
-    where: str
-    stated: str
-    found: str
+    file: str
+    line: int | None
+    field: str | None
+    stated: Fact
+    found: Fact
+    spot: Spot
     num: int = 1
 
 
-Place = tuple[str, str, str]  # where, stated, found
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """One place that a check found: in a ``row`` of a journal, or in a ``file`` as a whole or in one ``line`` of it.
+
+    What a row is about is told by the row, except for ``prompt``: one of a call's.
+    """
+
+    row: Row | None = None
+    file: str = ""
+    line: int | None = None
+    field: str | None = None
+    stated: Fact = None
+    found: Fact = None
+    spot: Spot = Spot()
+    prompt: str | None = None
+
+
 Check = Callable[[Run], Iterable[Place]]
 
 
+def contradiction_of(kind: ContradictionKind, places: Sequence[Place], run: Run) -> Contradiction:
+    """The first place, with the number of all."""
+    first = places[0]
+    return Contradiction(
+        kind=kind,
+        file=first.file if first.row is None else JOURNALS[type(first.row)][0],
+        line=first.line if first.row is None else _line(run, first.row),
+        field=first.field,
+        stated=first.stated,
+        found=first.found,
+        spot=first.spot if first.row is None else _spot(first.row, first.prompt),
+        num=len(places),
+    )
+
+
+def _line(run: Run, row: Row) -> int | None:
+    """Every row is a line of its own; ``None`` for one that is not the run's."""
+    rows: Sequence[Row] = run.speed if isinstance(row, SpeedSample) else run.generations
+    rows = run.scores if isinstance(row, Score) else rows
+    return next((number for number, one in enumerate(rows, start=1) if one is row), None)
+
+
+def _spot(row: Row, prompt: str | None) -> Spot:
+    if isinstance(row, SpeedSample):
+        return Spot(cell=row.cell, launch=row.launch_id, round=row.round, call=row.call_id, prompt=prompt)
+    if isinstance(row, GenerationRow):
+        asked = row.generation.prompt_id
+        return Spot(cell=row.cell, round=row.repeat, task=row.task, document=row.doc_id, prompt=asked)
+    if isinstance(row, Score):
+        return Spot(cell=row.cell, task=row.task, document=row.doc_id, metric=row.metric)
+    return Spot(cell=row.cell)
+
+
+_CALL = "call {call} of cell {cell}, round {round}"
+_PROMPT = f"prompt {{prompt}} in {_CALL}"
+_DOCUMENT = "document {document} of {task}, cell {cell}"
+_SCORE = f"{{metric}} of {_DOCUMENT}"
+
 WORDS: Mapping[ContradictionKind, str] = {
-    "plan hash": "the plan's sha256 is written as {stated}, that of the plan is {found}",
-    "plan and cells": "the plan says {stated}, its cells say {found}",
-    "cell id": "{where} is not made of its checkpoint, decoder and workload, which give {found}",
-    "journal changed": "{where}: {stated} are not those that were written, by the sha256 in events.jsonl",
-    "journal short": "{where} has {found} lines, and events.jsonl tells of {stated}",
+    "plan hash": "the plan's sha256 is written as {stated:.12}, that of the plan is {found:.12}",
+    "plan and cells": "the plan says {field} {stated}, its cells say {field} {found}",
+    "cell id": "cell {cell} is not made of its checkpoint, decoder and workload, which give {found}",
+    "journal changed": "{file}: lines 1 to {line} are not those that were written, by the sha256 in events.jsonl",
+    "journal short": "{file} has {found} lines, and events.jsonl tells of {stated}",
+    "journal untold": "{file} has {found} lines, and line {line} of events.jsonl tells of none, though this version's "
+    "events tell how many lines there are, with their sha256",
     "rounds told": "events.jsonl tells of {stated} measured rounds, speed.jsonl has {found}",
-    "seconds told": "events.jsonl tells of {stated} s on the clock, the calls of speed.jsonl add up to {found} s",
-    "documents told": "events.jsonl tells of {stated} documents of {where}, {found} are scored",
+    "seconds told": "events.jsonl tells of {stated:.3f} s on the clock, the calls of speed.jsonl add up to "
+    "{found:.3f} s",
+    "documents told": "events.jsonl tells of {stated} documents of task {task} in cell {cell}, {found} are scored",
     "launch untold": "speed.jsonl has launch {found}, and events.jsonl tells of {stated} only",
-    "calls overlap": "{where} took {stated} s, and the next call of its launch began {found} s after it",
-    "batch size": "{where} was of {found} prompts, its cell times {stated}",
-    "prompts of a call": "{where} is on other prompts in one round than in another",
-    "prompt tokens": "{where} has {stated} tokens in one round and {found} in another",
-    "prompt tokens of arms": "{where} has {stated} tokens for one arm and {found} for the other, of one tokenizer",
-    "tokens of equal hash": "{where}: tokens of one sha256 are said to be {stated} and {found}",
-    "tokens beyond budget": "{where} made {found} tokens, at most {stated} were asked for",
-    "forwards counted": "the prompts of {where} report {stated} forwards, and the harness counted {found}",
-    "call and answer": "{where}: the timed call says {stated}, the answer that it made {found}",
-    "call without answer": "{where} was timed, and its answer is not there",
-    "answer without call": "{where} was answered in a timed call that is not there",
-    "text of equal tokens": "{where}: the same tokens stand for two texts",
-    "score without answer": "{where} has a score, and its answer is not there",
-    "answer without score": "{where} was answered in a run whose answers are scored, and has no score",
-    "score of another prompt": "{where} was scored for another prompt than it was answered for",
-    "score outside 0 to 1": "{where} is {found}",
-    "scores of equal answers": "{where}: equal answers to one document are scored {stated} and {found}",
-    "score of the target": "{where} is the target itself, and is scored {found}",
-    "scores of one likelihood": "{where} has the same log-likelihoods in both cells, scored {stated} and {found}",
+    "launches begun": "speed.jsonl has {found} launches of this run, and events.jsonl tells of {stated} starts",
+    "launch without calls": "events.jsonl tells of launch {launch}, which measured to its end, and speed.jsonl has no "
+    "call of it",
+    "round missing": "round {round} is not there, though rounds up to {found} are and no number is left out",
+    "rounds below plan": "the plan asks for {stated} rounds, and speed.jsonl has {found} whole ones of a run that went "
+    "to its end",
+    "cell without rows": "cell {cell} has no row, in a run that went to its end",
+    "calls overlap": f"{_CALL} took {{stated:.3f}} s, and the next call of its launch began {{found:.3f}} s after it",
+    "launches overlap": "launch {launch} began while launch {found} was being timed, and a run's launches come one "
+    "after the other",
+    "moments repeated": "{stated} calls of launch {launch} began at the very moments at which calls of launch {found} "
+    "did",
+    "times repeated": "{stated} timings of cell {cell} in launch {launch} are, to the last digit, those of {found}",
+    "batch size": f"{_CALL} was of {{found}} prompts, its cell times {{stated}}",
+    "prompts of a call": f"{_CALL} is on other prompts in one round than in another",
+    "prompt tokens": "prompt {prompt} of cell {cell} has {stated} tokens in one round and {found} in another",
+    "prompt tokens of arms": "prompt {prompt} has {stated} tokens for one arm and {found} for the other, of one "
+    "tokenizer",
+    "tokens of equal hash": f"{_PROMPT}: tokens of one sha256 are said to be {{stated}} and {{found}}",
+    "tokens beyond budget": "prompt {prompt} of cell {cell} made {found} tokens, at most {stated} were asked for",
+    "forwards counted": f"the prompts of {_CALL} report {{stated}} in {{field}}, and the harness counted {{found}}",
+    "call and answer": f"{_PROMPT}: the timed call says {{field}} {{stated}}, the answer that it made {{found}}",
+    "call without answer": f"{_PROMPT} was timed, and its answer is not there",
+    "answer without call": "prompt {prompt} of cell {cell}, round {round} was answered in a timed call that is not "
+    "there",
+    "text of equal tokens": f"{_DOCUMENT}: the same tokens stand for two texts",
+    "score without answer": f"{_DOCUMENT} has a score, and its answer is not there",
+    "answer without score": f"{_DOCUMENT} was answered in a run whose answers are scored, and has no score",
+    "score of another prompt": f"{_DOCUMENT} was scored for another prompt than it was answered for",
+    "score outside 0 to 1": f"{_SCORE} is {{found:g}}",
+    "scores of equal answers": f"{_SCORE}: equal answers to one document are scored {{stated:g}} and {{found:g}}",
+    "score of the target": f"{_SCORE} is the target itself, and is scored {{found:g}}",
+    "scores of one likelihood": f"{_SCORE} has the same log-likelihoods in both cells, scored {{stated}} and {{found}}",
 }
+_OTHER_TOKENS = f"{_PROMPT}: the timed call says other tokens than the answer that it made"
 
 
 def contradiction_text(one: Contradiction) -> str:
     """In words, with how many there are besides."""
-    text = WORDS[one.kind].format(where=one.where, stated=one.stated, found=one.found)
+    words = _OTHER_TOKENS if (one.kind, one.field) == ("call and answer", "tokens_sha256") else WORDS[one.kind]
+    sides = {"stated": _shown(one.stated, ", "), "found": _shown(one.found, " or ")}
+    text = words.format(file=one.file, line=one.line, field=one.field, **sides, **vars(one.spot))
     return text + (f" (and {one.num - 1:,} more like this)" if one.num > 1 else "")
+
+
+def _shown(fact: Fact, between: str) -> str | int | float | None:
+    return between.join(map(str, fact)) if isinstance(fact, tuple) else fact
 
 
 def contradictions_text(found: Sequence[Contradiction]) -> str:
     """All of a run's, one after the other."""
     return ", and ".join(map(contradiction_text, found))
-
-
-def call_name(call: SpeedSample) -> str:
-    """A timed call, as contradictions name it."""
-    return f"call {call.call_id} of cell {call.cell}, round {call.round}"
