@@ -338,7 +338,7 @@ def test_nulls_are_corrected_over_all_pairs_for_report_and_verdict_alike(tmp_pat
     factors = [1.02 + 0.0005 * step for step in range(400)]
     alone = next(bent for factor in factors if nulls.fault(bent := shifted(first, factor), [], None) is not None)
     assert "off by more than 2 %" in (nulls.fault(alone, [], None) or "")
-    wide = stats.NullLimits(half_width=1.0)
+    wide = GateLimits(null_half_width=1.0)
     assert nulls.fault(alone, [alone, *rest], None, wide) is None
     limits = GateLimits(null_half_width=1.0)
     judged = dataclasses.replace(stats.speedup(alone.timed), value=100.0)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twotower_eval import stats
-from twotower_eval.records import Estimate
+from twotower_eval.records import Estimate, GateLimits
 
 
 def bounds(low: float, value: float, high: float, *, n: int = 100, level: float = 0.90) -> Estimate:
@@ -314,7 +314,7 @@ def test_limits_of_the_null_follow_the_speedup_judged() -> None:
     assert stats.widest_null(bounds(1.0, 2.0, 4.0)) == 0.03
     assert stats.widest_null(bounds(1.05, 1.07, 1.1)) == pytest.approx(math.log(1.1) / 4)
     assert stats.widest_null(bounds(0.9, 0.92, 0.95)) == pytest.approx(0.1 / 4, abs=0.002)
-    assert stats.widest_null(bounds(1.0, 2.0, 4.0), stats.NullLimits(half_width=0.01)) == 0.01
+    assert stats.widest_null(bounds(1.0, 2.0, 4.0), GateLimits(null_half_width=0.01)) == 0.01
     assert stats.half_width(bounds(math.exp(-0.1), 1.0, math.exp(0.3))) == pytest.approx(0.2)
 
 

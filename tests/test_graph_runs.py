@@ -56,7 +56,7 @@ def plan(pair: Path) -> SpeedPlan:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[StepGraphs]:
     """CPUs count as devices with graphs, contexts outgrow their slots often; the graphs that were given out."""
     monkeypatch.setattr(plan_fields, "GRAPH_DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr(graphs, "CAPTURES_ON", ("cuda", "cpu"))
+    monkeypatch.setattr(graphs, "GRAPH_DEVICES", ("cuda", "cpu"))
     monkeypatch.setattr(graphs, "MIN_SLOTS", 8)
     found: list[StepGraphs] = []
     own = arms_room.use_graphs

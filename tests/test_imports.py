@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -43,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "harness": {"plan", "shortfalls", "ways", "store", "environment", "progress", "suites", *PRODUCING},
     "speed": {"plan", "shortfalls", "ways", "times", "store", "journal", "environment", "progress", *PRODUCING},
     "verify": {"plan", "ways", "store", "environment", "ops", *PRODUCING},
-    "miniature": {"ops", *PRODUCING},
+    "miniature": {"closing", "ops", *PRODUCING},
     "stats": set(),
     "calibration": {"stats", "progress"},
     "evidence": {"shortfalls", "ways", "strict", "times", "closing", "store", "stats"},
@@ -67,6 +68,8 @@ HEAVY = {
     "typer": {"cli"},
     "rich": {"progress"},
 }
+# Names of numbers that agree by chance and mean another thing in each file.
+BY_CHANCE = {"CLOSE", "MAX_ROWS", "MAX_SHOWN", "SEED", "SHOWN"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = {
     ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES
@@ -182,6 +185,31 @@ def test_circles_are_found() -> None:
     assert circles({"a": ["b"], "b": ["c"], "c": []}) == []
     assert circles({"a": ["b"], "b": ["c", "d"], "c": ["a"], "d": ["e"], "e": ["d"]}) == [["a", "b", "c"], ["d", "e"]]
     assert circles({"a": ["a"]}) == [["a"]]
+
+
+def constants(path: Path) -> dict[str, object]:
+    """Plain values that a file's module gives names in capitals."""
+    found = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        for target in (target for target in targets if isinstance(target, ast.Name) and target.id.isupper()):
+            with suppress(ValueError):
+                found[target.id] = ast.literal_eval(node.value)
+    return found
+
+
+def test_no_rule_is_written_down_twice() -> None:
+    """Equal values under one name, or equal lists of words, are one rule: a change to one would leave the other."""
+    seen: dict[str, str] = {}
+    for module, path in MODULES.items():
+        for name, value in constants(path).items():
+            if name in BY_CHANCE:
+                continue
+            words = isinstance(value, (tuple, dict)) and len(value) > 1 and any(isinstance(item, str) for item in value)
+            for key in (f"{name} = {value!r}", *([repr(value)] if words else [])):
+                assert seen.setdefault(key, module) == module, f"{seen[key]} and {module} both have {key}"
 
 
 def modules_after(code: str) -> set[str]:

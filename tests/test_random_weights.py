@@ -8,7 +8,8 @@ from tiny_models import ARCHITECTURES, tiny_config
 
 from twotower_eval.models import sizes
 from twotower_eval.models.random_weights import build_random_pair, steer, with_layers
-from twotower_eval.models.routing import ROUTINGS, draw, expected_touched
+from twotower_eval.models.routing import draw, expected_touched
+from twotower_eval.records import ROUTINGS
 
 
 def build(name="all kinds", dtype=torch.float32, seed=0, share_towers=False, devices=("cpu",)):

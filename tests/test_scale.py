@@ -389,7 +389,7 @@ def test_contexts_that_outgrow_their_slots_cost_no_captures_in_the_rounds(
     """Graphs were counted as if contexts never grew: where repetitions crossed a power of two, steps were given up
     and captured anew in every round, on the clock."""
     monkeypatch.setattr(plan_fields, "GRAPH_DEVICES", ("cpu",))
-    monkeypatch.setattr(graphs, "CAPTURES_ON", ("cpu",))
+    monkeypatch.setattr(graphs, "GRAPH_DEVICES", ("cpu",))
     monkeypatch.setattr(graphs, "MIN_SLOTS", 32)
     made = []
     monkeypatch.setattr(scale, "use_graphs", lambda *args: made.append(use_graphs(*args)))

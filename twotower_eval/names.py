@@ -22,10 +22,15 @@ def resolve(name: str) -> Any:
     return getattr(module, attribute)
 
 
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known name that ``word`` was probably meant to be; None where none is near."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` where ``known`` holds something near ``word``, else the whole list if it is short."""
     names = list(known)
-    near = difflib.get_close_matches(word, names, n=1)
-    if near:
-        return f" (did you mean {near[0]!r}?)"
+    near = nearest(word, names)
+    if near is not None:
+        return f" (did you mean {near!r}?)"
     return f" (known: {', '.join(names)})" if 0 < len(names) <= 30 else ""

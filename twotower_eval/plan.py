@@ -285,6 +285,11 @@ def model_folder(plan: Plan | VerifyPlan) -> Path:
     return data_path("miniature", "pair") if plan.model is None else Path(plan.model)
 
 
+def baseline_folder(plan: RunPlan | SpeedPlan) -> Path | None:
+    """The baseline's checkpoint; None where it is the candidate's own context tower."""
+    return None if plan.baseline == CONTEXT_TOWER else Path(plan.baseline)
+
+
 def _default(cls: type[Plan], name: str) -> Any:
     return next(field.default for field in dataclasses.fields(cls) if field.name == name)
 

@@ -7,7 +7,7 @@ import types
 import typing
 from typing import Any, Literal
 
-GRAPH_DEVICES = ("cuda",)  # types that can be given a whole step at once
+from twotower_eval.records import GRAPH_DEVICES
 
 
 def check_fields(plan: Any) -> None:

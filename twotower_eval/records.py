@@ -65,6 +65,7 @@ GateKind = Literal[
 ]
 Verb = Literal["run", "speed", "verify"]
 Arm = Literal["baseline", "candidate"]
+Routing = Literal["shared", "half", "independent"]  # forced on random weights: how far a block's tokens share experts
 ProofCheck = Literal["cached steps", "rows beside each other", "whole rows in batches", "options in one row"]
 Outcome = Literal["SUPPORTED", "REFUTED", "INCONCLUSIVE", "INVALID", "NOT_MEASURED"]
 VerdictScope = Literal["in this launch", "in these launches"]
@@ -83,8 +84,19 @@ Quantity = Literal[
 
 Scalar = str | Whole | float | bool | None
 HALF_PRECISION = ("float16", "bfloat16")
+ROUTINGS: tuple[Routing, ...] = typing.get_args(Routing)
+GRAPH_DEVICES = ("cuda",)  # types of devices that can be given a whole step at once
+CONFIG_FILES = ("config.json", "generation_config.json")  # of a checkpoint's files those that no text is read with
 Params = Mapping[str, Scalar]
 
+# Of a generation, what its row of a timed call repeats.
+GENERATION_COUNTS = (
+    "num_prompt_tokens",
+    "num_tokens",
+    "num_discarded_tokens",
+    "num_context_forwards",
+    "num_denoiser_forwards",
+)
 MEAN = "mean"  # lm-eval's name of the aggregation under which every document has a value
 LABEL_AGGREGATIONS = frozenset({"f1", "matthews_corrcoef"})
 # lm-eval's names of aggregations that are functions of sums over documents.

@@ -16,10 +16,10 @@ from twotower_eval.evidence.points import OtherScore
 from twotower_eval.evidence.quality import quality_points
 from twotower_eval.evidence.timing import speed_points
 from twotower_eval.evidence.wholes import WholeScore
+from twotower_eval.plan import CONTEXT_TOWER
 from twotower_eval.records import Cell, Checkpoint, Claim, Workload
 from twotower_eval.store import Run
 
-CONTEXT_TOWER = "context-tower"
 MIN_DIGEST = 8  # hex digits of a digest that name a checkpoint
 UNSTATED = (None, False, 0, 0.0)
 WITHOUT_EFFECT = ("trace",)  # keeps a record of decoding and changes nothing

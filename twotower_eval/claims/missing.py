@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from twotower_eval.claims.files import SCORE_QUANTITIES, SPEED_QUANTITIES
 from twotower_eval.claims.match import (
-    CONTEXT_TOWER,
     UNSTATED,
     Evidence,
     names_subject,
@@ -20,6 +19,7 @@ from twotower_eval.evidence import QualityPoint, SpeedPoint
 from twotower_eval.evidence.naming import checkpoint_name, long_name
 from twotower_eval.evidence.points import OtherScore
 from twotower_eval.evidence.wholes import WholeScore
+from twotower_eval.plan import CONTEXT_TOWER
 from twotower_eval.records import Claim
 
 SHOWN = 4

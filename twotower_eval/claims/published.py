@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from twotower_eval.claims.reading import at_least, tables, texts, value_of, within
 from twotower_eval.claims.stated import Stated, check_decimals, percent_of, stated_of
+from twotower_eval.evidence.pairing import ARMS
 from twotower_eval.names import did_you_mean
 
 AggregateOf = Literal["retention", "baseline", "candidate", "difference"]
-COLUMNS = ("baseline", "candidate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +112,9 @@ KINDS = ("task", "aggregate", "score", "rate", "speedup", "gap")
 
 def published_from(table: Any) -> Published:
     """``[published]`` as records; ValueError for what is unknown, missing or does not fit together."""
-    within("published", table, ("decimals", *(f"{column}_decimals" for column in COLUMNS), *KINDS))
+    within("published", table, ("decimals", *(f"{column}_decimals" for column in ARMS), *KINDS))
     decimals = _decimals("published", table, "decimals", None)
-    of_column = {column: _decimals("published", table, f"{column}_decimals", decimals) for column in COLUMNS}
+    of_column = {column: _decimals("published", table, f"{column}_decimals", decimals) for column in ARMS}
     rows = {kind: tables("published", table, kind) for kind in KINDS}
     tasks = tuple(_task(row, of_column) for row in rows["task"])
     names = [task.name for task in tasks]
@@ -233,7 +233,7 @@ def _percent(where: str, table: Mapping[str, Any], key: str, decimals: int | Non
 def _task(table: Mapping[str, Any], decimals: Mapping[str, int | None]) -> PublishedTask:
     where = f"published task {table.get('name', '?')!r}"
     within(where, table, [field.name for field in dataclasses.fields(PublishedTask)])
-    percents = {key: _percent(where, table, key, decimals[key]) for key in COLUMNS}
+    percents = {key: _percent(where, table, key, decimals[key]) for key in ARMS}
     if percents["baseline"].value == 0:
         raise ValueError(f"{where}: the baseline's score must be above 0")
     task = PublishedTask(
@@ -257,7 +257,7 @@ def _aggregate(table: Mapping[str, Any], decimals: int | None, tasks: Sequence[P
     if of not in typing.get_args(AggregateOf):
         raise ValueError(f"{where}: of must be {' or '.join(typing.get_args(AggregateOf))}, not {of!r}")
     own = _decimals(where, table, "decimals", decimals)
-    read = _percent if of in COLUMNS else stated_of
+    read = _percent if of in ARMS else stated_of
     percent = read(where, table, "percent", own)
     aggregate = PublishedAggregate(
         name=value_of(where, table, "name", str), percent=percent, kinds=texts(where, table, "kinds"), of=of

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from twotower_eval.decoders.finish import Clock, OnFinish
-from twotower_eval.names import resolve
+from twotower_eval.names import nearest, resolve
 from twotower_eval.plugin_source import plugin_code
 from twotower_eval.records import DecoderSpec, Generation, Likelihood, LikelihoodKind, Prompt
 
@@ -53,9 +52,9 @@ class Scorer(Protocol):
 def decoder_class(kind: str) -> Any:
     """The class behind a short name or a ``"module:Class"``; ValueError with a near-miss hint."""
     if kind not in DECODERS and ":" not in kind:
-        near = difflib.get_close_matches(kind, DECODERS, n=1)
+        near = nearest(kind, DECODERS)
         known = f"; choose from {', '.join(DECODERS)}, or name a class of your own as package.module:Class"
-        raise ValueError(f"decoder {kind!r} is unknown{f'; did you mean {near[0]}?' if near else known}")
+        raise ValueError(f"decoder {kind!r} is unknown{f'; did you mean {near}?' if near else known}")
     cls = resolve(DECODERS.get(kind, kind))
     if kind not in DECODERS:
         _check_plug_in(kind, cls)
@@ -113,7 +112,7 @@ def _checked(cls: Any, kind: str, params: dict[str, Any]) -> Any:
     known = [f.name for f in dataclasses.fields(cls.Params)]
     for name in params:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
+            near = nearest(name, known)
+            hint = f"did you mean {near}?" if near else f"it has {', '.join(known) or 'none'}"
             raise ValueError(f"decoder {kind} has no parameter {name!r}; {hint}")
     return cls.Params(**params)

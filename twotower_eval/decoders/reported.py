@@ -13,15 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from twotower_eval.models.counting import WatchedModel
-from twotower_eval.records import CommitStep, FinishReason, Generation, Prompt
+from twotower_eval.records import GENERATION_COUNTS, CommitStep, FinishReason, Generation, Prompt
 
-COUNTS = (
-    "num_prompt_tokens",
-    "num_tokens",
-    "num_discarded_tokens",
-    "num_context_forwards",
-    "num_denoiser_forwards",
-)
 OTHERS: dict[str, tuple[type, ...]] = {
     "prompt_id": (str,),
     "text": (str, type(None)),
@@ -101,7 +94,7 @@ def _not_plain(generation: Any) -> str | None:
     for kind in set(map(type, ids)):
         if kind is not int:
             return f"token_ids hold a {kind.__qualname__}, not plain whole numbers"
-    for field in COUNTS:
+    for field in GENERATION_COUNTS:
         if type(getattr(generation, field)) is not int:
             return f"{field} is a {_kind(getattr(generation, field))}, not a plain whole number"
     for field, kinds in OTHERS.items():
@@ -142,7 +135,7 @@ def _faults(generation: Generation, prompt: Prompt, asked: Asked) -> Iterator[st
         yield f"{num_tokens} tokens, and the budget is {asked.max_new_tokens}"
     if ids and not 0 <= min(ids) <= max(ids) < asked.vocab_size:
         yield f"token ids from {min(ids)} to {max(ids)}, and the model knows 0 to {asked.vocab_size - 1}"
-    for field in (*COUNTS, "num_forced_commits"):
+    for field in (*GENERATION_COUNTS, "num_forced_commits"):
         if (getattr(generation, field) or 0) < 0:
             yield f"{field} is {getattr(generation, field)}, and no count is below 0"
     yield from _faults_of_end(generation, asked)

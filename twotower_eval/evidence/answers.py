@@ -16,10 +16,17 @@ from twotower_eval.evidence.clean import paired_difference
 from twotower_eval.evidence.measured import Measured, measured
 from twotower_eval.evidence.points import QualityPoint, cells_of
 from twotower_eval.evidence.timing import SpeedPoint
-from twotower_eval.records import HALF_PRECISION, Arm, Cell, Generation, GenerationRow, PromptTiming, Score
+from twotower_eval.records import (
+    CONFIG_FILES,
+    HALF_PRECISION,
+    Arm,
+    Cell,
+    Generation,
+    GenerationRow,
+    PromptTiming,
+    Score,
+)
 from twotower_eval.store import Run
-
-SETTINGS = ("config.json", "generation_config.json")  # of a checkpoint's files those that no text is read with
 
 Document = tuple[str, int, int]  # task, number, request
 
@@ -226,7 +233,7 @@ def unlike_prompts(runs: Sequence[Run], point: QualityPoint | SpeedPoint) -> tup
 def _one_tokenizer(baseline: Cell, candidate: Cell) -> bool:
     """Whether both arms read texts with the same files; checkpoints of older runs name none."""
     one, other = (
-        {file for file in cell.checkpoint.files if file.name not in SETTINGS} for cell in (baseline, candidate)
+        {file for file in cell.checkpoint.files if file.name not in CONFIG_FILES} for cell in (baseline, candidate)
     )
     return one == other if one or other else baseline.checkpoint.tower == "context"
 

@@ -21,8 +21,6 @@ OutputKey = tuple[str, str, int, int]  # run, task, document, sample (of timed a
 Document = tuple[str, int]  # task, document
 Outputs = Mapping[OutputKey, Flags]
 
-FEW = 5  # fewer clusters in which the arms differ: an exact bound, as for retention
-
 
 @dataclass(frozen=True, kw_only=True)
 class Flagged:
@@ -119,7 +117,7 @@ def paired_difference(baseline: list[float], candidate: list[float], clusters: l
         raise ValueError("no output of both arms was kept, so that none can be looked at")
     same = ["outputs"] * len(clusters)
     table = stats.PairedScores(tasks=same, groups=same, clusters=clusters, baseline=baseline, candidate=candidate).table
-    if stats.num_discordant(table)[0] >= FEW:
+    if stats.num_discordant(table)[0] >= stats.FEW:  # else an exact bound, as for retention
         return stats.difference(table, stats.draw_task_means(table))
     delta_C, size_C = (table.candidate_CL - table.baseline_CL)[:, 0], table.count_CL[:, 0]
     n, largest = len(size_C), float(size_C.max() * len(size_C) / size_C.sum())

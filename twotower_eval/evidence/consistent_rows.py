@@ -8,6 +8,7 @@ from typing import Any
 
 from twotower_eval.evidence.contradiction import Check, ContradictionKind, Fact, Place
 from twotower_eval.records import (
+    GENERATION_COUNTS,
     MEAN,
     Checkpoint,
     GenerationRow,
@@ -20,8 +21,7 @@ from twotower_eval.records import (
 from twotower_eval.store import Run
 
 SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "pass@1", "pass_at_1")
-IN_BOTH = ("num_prompt_tokens", "num_tokens", "num_discarded_tokens", "num_context_forwards", "num_denoiser_forwards")
-COUNTED = (*IN_BOTH, "num_forced_commits", "finish")
+COUNTED = (*GENERATION_COUNTS, "num_forced_commits", "finish")
 OF_CODE = ("pass@", "pass_at_", "pass_")  # how metrics begin that run the answer: it may run out of time by chance
 CLOSE = 1e-9
 Texts = tuple[str, ...]  # of a document, one for each request

@@ -188,8 +188,7 @@ def null_gate(
     point: SpeedPoint, others: Iterable[SpeedPoint], judged: Estimate | None, claimed: float | None, limits: GateLimits
 ) -> Gate:
     """PROTOCOL "Speed" 5: the baseline timed against itself is 1, and narrowly. A null that is missing fails."""
-    allowed = stats.NullLimits(offset=limits.null_offset, half_width=limits.null_half_width, share=limits.null_share)
-    found, null = nulls.fault(point, others, judged, allowed, claimed), point.null.estimate
+    found, null = nulls.fault(point, others, judged, limits, claimed), point.null.estimate
     detail = found or "the baseline timed against itself is neither off nor too wide"
     if null is not None:
         detail += f" ({null.value:.3f} [{null.low:.3f}, {null.high:.3f}])"

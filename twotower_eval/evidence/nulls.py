@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from twotower_eval import stats
 from twotower_eval.evidence.measured import Measured
 from twotower_eval.evidence.numbers import PERCENT, compared
-from twotower_eval.records import Cell, Estimate
+from twotower_eval.records import Cell, Estimate, GateLimits
 
 if TYPE_CHECKING:
     from twotower_eval.evidence.timing import SpeedPoint
@@ -28,14 +28,14 @@ class Nulled(Protocol):
     def null_timed(self) -> stats.TimedCalls | None: ...
 
 
-LIMITS = stats.NullLimits()
+LIMITS = GateLimits()
 
 
 def fault(
     point: Nulled,
     others: Iterable[Nulled],
     judged: Estimate | None,
-    limits: stats.NullLimits = LIMITS,
+    limits: GateLimits = LIMITS,
     claimed: float | None = None,
 ) -> str | None:
     """Why the point's null forbids to judge a speedup by it, in words; ``None`` where nothing does.
@@ -53,18 +53,20 @@ def fault(
         if other.null_timed is not None and other.null.estimate is not None
     }
     intervals = [partial(_speedup_at, timed) for timed in pairs.values()]
-    off = dict(zip(pairs, stats.off_nulls(intervals, offset=limits.offset), strict=True))
+    off = dict(zip(pairs, stats.off_nulls(intervals, offset=limits.null_offset), strict=True))
     if off[_pair(point)]:
-        return f"the baseline timed against itself is off by more than {100 * limits.offset:g} %"
+        return f"the baseline timed against itself is off by more than {100 * limits.null_offset:g} %"
     half, widest = stats.half_width(null), stats.widest_null(judged, limits, claimed=claimed)
     if half > widest:
-        share = "" if judged is None else f", the least of {100 * limits.half_width:g} % and {_share(limits)} at stake"
+        share = (
+            "" if judged is None else f", the least of {100 * limits.null_half_width:g} % and {_share(limits)} at stake"
+        )
         width, limit = compared(PERCENT, half, widest)
         return f"the null's half-width of {width} is above {limit}{share}: time more rounds"
     return None
 
 
-def caution(point: SpeedPoint, limits: stats.NullLimits = LIMITS) -> str | None:
+def caution(point: SpeedPoint, limits: GateLimits = LIMITS) -> str | None:
     """What to say beside a speedup whose null is good enough in itself and yet wide for so small a difference."""
     null, found = point.null.estimate, point.time.estimate
     if null is None or found is None:
@@ -79,8 +81,8 @@ def caution(point: SpeedPoint, limits: stats.NullLimits = LIMITS) -> str | None:
     )
 
 
-def _share(limits: stats.NullLimits) -> str:
-    return f"{100 * limits.share:g} % of the log speedup"
+def _share(limits: GateLimits) -> str:
+    return f"{100 * limits.null_share:g} % of the log speedup"
 
 
 def _pair(point: Nulled) -> tuple[str, tuple[str, ...]]:

@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 
 from twotower_eval.evidence.points import Measured, measured
-from twotower_eval.records import CostPart, CostSample
+from twotower_eval.records import ROUTINGS, CostPart, CostSample
 from twotower_eval.stats.costs import needed_tokens_per_nfe, predicted_speedup
 from twotower_eval.stats.intervals import Floats
 from twotower_eval.stats.scaling import fit_layers, layer_counts, round_draws, round_estimate
 from twotower_eval.stats.speedup import NULL_LEVEL
 from twotower_eval.store import Run
 
-ROUTINGS = ("shared", "half", "independent")
 SEED = 0
 
 # part, replica, batch size, block size, routing, steps: a timed item apart from its layers

@@ -10,7 +10,7 @@ from typing import Any
 from twotower_eval import store
 from twotower_eval.environment import new_manifest
 from twotower_eval.harness.answers import Key
-from twotower_eval.plan import CONTEXT_TOWER, RunPlan, model_folder
+from twotower_eval.plan import RunPlan, baseline_folder, model_folder
 from twotower_eval.records import (
     Arm,
     Cell,
@@ -71,8 +71,13 @@ def load_models(plan: RunPlan) -> tuple[Any, Any]:
     """Baseline and candidate; see :func:`twotower_eval.models.arms.load_arms`."""
     from twotower_eval.models.arms import load_arms
 
-    baseline = None if plan.baseline == CONTEXT_TOWER else Path(plan.baseline)
-    arms = load_arms(model_folder(plan), baseline, dtype=plan.dtype, devices=plan.devices, cuda_graphs=plan.cuda_graphs)
+    arms = load_arms(
+        model_folder(plan),
+        baseline_folder(plan),
+        dtype=plan.dtype,
+        devices=plan.devices,
+        cuda_graphs=plan.cuda_graphs,
+    )
     for arm in arms:
         if arm.tokenizer is None:
             raise ValueError(f"checkpoint {arm.checkpoint.name} has no tokenizer files: tasks are text, it needs one")

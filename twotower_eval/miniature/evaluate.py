@@ -12,13 +12,13 @@ import torch
 
 from twotower_eval.decoders import make_decoder
 from twotower_eval.miniature.corpus import KINDS, Document, decode, encode, evaluation_documents
+from twotower_eval.miniature.task_files import MAX_NEW_TOKENS
 from twotower_eval.miniature.tokenizer import EOS_ID
 from twotower_eval.models.twotower import TwoTower
 from twotower_eval.records import Prompt
 
 FIRST_DOCUMENT = 300  # the tasks use those before it
 DOCUMENTS_PER_KIND = 60
-MAX_NEW_TOKENS = 96
 THRESHOLD = 0.9
 
 

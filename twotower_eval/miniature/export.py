@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from twotower_eval.closing import TRAINING_LOG
 from twotower_eval.miniature.tokenizer import BOS_ID, EOS_ID, MASK_ID, PAD_ID, VOCABULARY, write_tokenizer
 from twotower_eval.models.checkpoint import FLOAT32_PARAMETERS, pair_slots
 from twotower_eval.models.twotower import TwoTower
 
 RECIPE_FILE = Path(__file__).with_name("recipe.toml")
-LOG_FILE = "training_log.jsonl"
 
 
 def config_json(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,6 +53,6 @@ def export_pair(model: TwoTower, recipe: Mapping[str, Any], folder: Path) -> Pat
     save_file(tensors, pair / "model.safetensors", metadata={"format": "pt"})
     (pair / "config.json").write_text(json.dumps(config_json(recipe), indent=1) + "\n", encoding="utf-8")
     write_tokenizer(pair)
-    if (folder / LOG_FILE).exists():
-        shutil.copyfile(folder / LOG_FILE, pair / LOG_FILE)
+    if (folder / TRAINING_LOG).exists():
+        shutil.copyfile(folder / TRAINING_LOG, pair / TRAINING_LOG)
     return pair

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twotower_eval.closing import TRAINING_LOG
 from twotower_eval.miniature.batches import Batch, training_batches
 from twotower_eval.miniature.blocks import autoregressive_loss, denoiser_loss, draw_noise, run_clean
 from twotower_eval.miniature.evaluate import context_point, learning_point
-from twotower_eval.miniature.export import LOG_FILE, RECIPE_FILE, config_json, export_pair
+from twotower_eval.miniature.export import RECIPE_FILE, config_json, export_pair
 from twotower_eval.models.config import parse_config
 from twotower_eval.models.initial import initialise
 from twotower_eval.models.nemotron_h import MixtureOfExperts
@@ -247,7 +248,7 @@ def _evaluate(stage: Stage, model: TwoTower, folder: Path) -> None:
 
 
 def _append(folder: Path, row: Mapping[str, Any]) -> None:
-    with (folder / LOG_FILE).open("a", encoding="utf-8") as file:
+    with (folder / TRAINING_LOG).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)
 

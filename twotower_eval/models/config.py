@@ -10,6 +10,7 @@ from typing import Any
 
 from twotower_eval.ops.moe import Routing
 
+SINUSOID_SIZE = 256  # of the mask fraction, whatever the config says
 LAYER_KINDS = {"M": "Mamba-2", "*": "attention", "E": "mixture of experts", "-": "MLP"}
 LAYER_TYPES = {  # as configs written by transformers 5 spell them, in layers_block_type
     "linear_attention": "M",

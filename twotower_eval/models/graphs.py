@@ -21,11 +21,11 @@ from twotower_eval.models.context import Context, Writer, writable_buffer
 from twotower_eval.models.fixed import MAX_NEW, Launch, Remembered
 from twotower_eval.models.nemotron_h import Mamba, MambaState, Modulation, Tower, run_layers
 from twotower_eval.ops.attention import attend as attend_to
+from twotower_eval.records import GRAPH_DEVICES
 
 MIN_SLOTS = 256  # slots are a power of two, so that a growing context changes graphs seldom
 MAX_GRAPHS = 8  # kept at once unless said otherwise, the least recently used given up
 KINDS = 3  # of steps: the extension, the denoiser with time and without
-CAPTURES_ON = ("cuda",)  # types of devices; tests add others, on which the same code runs without a capture
 
 
 class Causal(Protocol):
@@ -233,7 +233,7 @@ def use_graphs(
     See :class:`StepGraphs`. ValueError where a tower is on no CUDA device.
     """
     for device in model.step_devices:
-        if device.type not in CAPTURES_ON:
+        if device.type not in GRAPH_DEVICES:
             raise ValueError(f"CUDA graphs need CUDA devices, a tower is on {device}: drop --cuda-graphs")
     graphs = StepGraphs(variant, max_graphs, widths)
     model.take_steps_from(graphs)

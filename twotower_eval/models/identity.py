@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from twotower_eval.records import FileDigest, sha256_text
+from twotower_eval.records import CONFIG_FILES, FileDigest, sha256_text
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+CONFIG, GENERATION_CONFIG = CONFIG_FILES
 FILES = (
     CONFIG,
     GENERATION_CONFIG,

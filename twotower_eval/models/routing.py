@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from twotower_eval.models.nemotron_h import Layer, MixtureOfExperts, Tower
-from twotower_eval.records import derive_seed
-
-Routing = Literal["shared", "half", "independent"]
-ROUTINGS: tuple[Routing, ...] = ("shared", "half", "independent")
+from twotower_eval.records import Routing, derive_seed
 
 
 class ForcedRouting:

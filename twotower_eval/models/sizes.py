@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from twotower_eval.models.config import NemotronHConfig
-from twotower_eval.models.routing import Routing, expected_touched
+from twotower_eval.models.config import SINUSOID_SIZE, NemotronHConfig
+from twotower_eval.models.routing import expected_touched
+from twotower_eval.records import Routing
 
 Part = Literal["prefill", "ar_step", "denoise", "context_pass"]
-SINUSOID_SIZE = 256
 FLOAT32_BYTES = 4
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from twotower_eval.models.autoregressive import ContextTower
 from twotower_eval.models.base import LanguageModel
-from twotower_eval.models.config import NemotronHConfig
+from twotower_eval.models.config import SINUSOID_SIZE, NemotronHConfig
 from twotower_eval.models.context import Context, ends_of, room_for_block
 from twotower_eval.models.derived import DerivedByKey
 from twotower_eval.models.graphs import StepGraphs
@@ -24,7 +24,6 @@ from twotower_eval.models.token_tree import Segment
 from twotower_eval.ops.attention import attend as attend_to
 from twotower_eval.ops.attention import attention, kernel_for_few, seen
 
-SINUSOID_SIZE = 256
 TIME_SCALE = 1000.0
 MAX_PERIOD = 10_000.0
 MAX_TIMES = 64  # mask fractions whose modulation is kept

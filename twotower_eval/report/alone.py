@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from twotower_eval import stats
 from twotower_eval.evidence.alone import FlaggedAlone, GroupScore, TimedAlone, group_scores, is_alone, score_of
 from twotower_eval.evidence.costs import ArmCosts
 from twotower_eval.evidence.naming import checkpoint_name, long_name
@@ -130,7 +131,7 @@ def _speed_remarks(found: Sequence[TimedAlone]) -> Iterator[str]:
     methods = {one.rate.estimate.method for one in found if one.rate.estimate}
     yield from (f"{method[0].upper()}{method[1:]}." for method in sorted(methods))
     launches = min(one.num_launches for one in found)
-    if launches < 5:
+    if launches < stats.MIN_LAUNCHES:
         yield f"{plural(launches, 'launch', 'launches')}: variation between launches was not measured."
     for one in found:
         name = f"{_who(one.baseline)}, {one.baseline.workload.kind}, batch {_batch(one)}"

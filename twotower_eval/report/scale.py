@@ -12,6 +12,7 @@ from twotower_eval import stats
 from twotower_eval.evidence.points import Measured
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.scale import ScalePoint, ScaleRun, StepCost, is_scale_run
+from twotower_eval.records import GateLimits
 from twotower_eval.report.plots import COLOURS, GREY, MARKERS, png
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import NONE, bullets, code, count, escape, percent, seconds, table, times
@@ -195,12 +196,14 @@ def _mark(null: Measured) -> str:
 
 def _of_null(null: Measured) -> str:
     """What the AR step timed against itself says of the other times."""
-    limits = stats.NullLimits()
+    limits = GateLimits()
     if null.estimate is None:
         return "so nothing says how far the machine was quiet"
     if stats.is_off(null.estimate):
-        return f"**INVALID**: off by more than {percent(limits.offset)}, so the machine was not quiet: time it again"
-    if (half := stats.half_width(null.estimate)) > limits.half_width:
+        return (
+            f"**INVALID**: off by more than {percent(limits.null_offset)}, so the machine was not quiet: time it again"
+        )
+    if (half := stats.half_width(null.estimate)) > limits.null_half_width:
         return f"which should be 1 and is known to +-{percent(half)} only: smaller differences are not shown here"
     return "it holds 1"
 

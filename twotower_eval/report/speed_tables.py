@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from twotower_eval import stats
 from twotower_eval.evidence.best import best_text
 from twotower_eval.evidence.calls import Latency
 from twotower_eval.evidence.counts import Counts
@@ -168,7 +169,7 @@ def _speed_remarks(runs: Runs) -> Iterator[str]:
     yield from (f"{method[0].upper()}{method[1:]}." for method in methods)
     yield from _widened(runs)
     launches = min(point.num_launches for point in runs.speed)
-    if launches < 5:
+    if launches < stats.MIN_LAUNCHES:
         yield f"{launches} launch{'es' * (launches > 1)}: variation between launches was not measured."
     bests = dict.fromkeys((point.workload, point.batch_size, best_text(point.best)) for point in runs.speed)
     for workload, batch_size, found in bests:

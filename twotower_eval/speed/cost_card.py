@@ -14,9 +14,9 @@ import torch
 from twotower_eval.models import sizes
 from twotower_eval.models.config import NemotronHConfig
 from twotower_eval.models.graphs import num_slot_counts
-from twotower_eval.models.routing import ROUTINGS
 from twotower_eval.models.sizes import Step
 from twotower_eval.plan import ScalePlan
+from twotower_eval.records import ROUTINGS
 from twotower_eval.speed.parts import measured_layers
 from twotower_eval.speed.peak import DevicePeak
 

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twotower_eval.models.routing import ROUTINGS, Routing
 from twotower_eval.models.twotower import TwoTower
 from twotower_eval.plan import ScalePlan
 from twotower_eval.records import (
+    ROUTINGS,
     Arm,
     Cell,
     Checkpoint,
     CostPart,
     DecoderSpec,
+    Routing,
     Workload,
     canonical_json,
     cell_id,

@@ -12,7 +12,7 @@ from typing import Any
 
 from twotower_eval import store
 from twotower_eval.environment import new_manifest
-from twotower_eval.plan import CONTEXT_TOWER, SpeedPlan, cross_decoders, model_folder
+from twotower_eval.plan import SpeedPlan, baseline_folder, cross_decoders, model_folder
 from twotower_eval.progress import Progress, SilentProgress
 from twotower_eval.records import (
     Arm,
@@ -107,8 +107,13 @@ def _block_sizes(specs: Sequence[DecoderSpec]) -> list[int]:
 def _load(plan: SpeedPlan) -> tuple[Any, Any]:
     from twotower_eval.models.arms import load_arms
 
-    baseline = None if plan.baseline == CONTEXT_TOWER else Path(plan.baseline)
-    return load_arms(model_folder(plan), baseline, dtype=plan.dtype, devices=plan.devices, cuda_graphs=plan.cuda_graphs)
+    return load_arms(
+        model_folder(plan),
+        baseline_folder(plan),
+        dtype=plan.dtype,
+        devices=plan.devices,
+        cuda_graphs=plan.cuda_graphs,
+    )
 
 
 def _truncated(plan: SpeedPlan, writer: store.RunWriter, calls: Calls, models: tuple[Any, Any]) -> list[str]:

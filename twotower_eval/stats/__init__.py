@@ -47,10 +47,10 @@ from twotower_eval.stats.granularity import (
     share_possible,
     smallest_samples,
 )
-from twotower_eval.stats.intervals import LEVEL, NUM_RESAMPLES, binomial_upper_bound, holm
+from twotower_eval.stats.intervals import FEW, LEVEL, NUM_RESAMPLES, binomial_upper_bound, holm
 from twotower_eval.stats.looks import ALPHA, look_alpha, strictest_alpha
 from twotower_eval.stats.mean import geometric_mean, mean_of_members, mean_score, ratio_of_geometric_means
-from twotower_eval.stats.nulls import NULL_OFFSET, NullLimits, half_width, is_off, off_nulls, widest_null
+from twotower_eval.stats.nulls import half_width, is_off, off_nulls, widest_null
 from twotower_eval.stats.paired import Draws, PairedScores, ScoreTable, draw_task_means
 from twotower_eval.stats.power import (
     ASSUMED_ACCURACY,
@@ -94,6 +94,7 @@ __all__ = [
     "ASSUMED_DISCORDANCE",
     "DECISION_LEVEL",
     "EQUAL",
+    "FEW",
     "LEVEL",
     "MIN_CALLS",
     "MIN_CLUSTERS",
@@ -101,7 +102,6 @@ __all__ = [
     "MIN_LAUNCHES",
     "MIN_ROUNDS",
     "NULL_LEVEL",
-    "NULL_OFFSET",
     "NUM_RESAMPLES",
     "CallCounts",
     "Comparison",
@@ -113,7 +113,6 @@ __all__ = [
     "Figure",
     "Flips",
     "Needed",
-    "NullLimits",
     "PairedScores",
     "PartPasses",
     "PhaseCost",

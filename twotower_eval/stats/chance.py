@@ -13,13 +13,13 @@ from typing import Literal
 
 import numpy as np
 
-from twotower_eval.records import Estimate
-from twotower_eval.stats.intervals import FEW, LEVEL, Floats, binomial_upper_bound
+from twotower_eval.records import Estimate, GateLimits
+from twotower_eval.stats.intervals import EPSILON, FEW, LEVEL, Floats, binomial_upper_bound
 from twotower_eval.stats.mean import extreme_bound, t_interval_of_mean
 from twotower_eval.stats.paired import Draws, ScoreTable
-from twotower_eval.stats.quality import EPSILON, Scope, bootstrap_method
+from twotower_eval.stats.quality import Scope, bootstrap_method
 
-ABOVE_CHANCE_LEVEL = 0.95
+ABOVE_CHANCE_LEVEL = GateLimits().above_chance_level
 
 Stand = Literal["above", "near", "below", "zero"]
 

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import bdtr
 
-from twotower_eval.stats.intervals import NUM_RESAMPLES, Floats, holm
+from twotower_eval.stats.intervals import EPSILON, NUM_RESAMPLES, Floats, holm
 from twotower_eval.stats.paired import PairedScores
-
-EPSILON = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import numpy as np
 
 from twotower_eval.records import Estimate
 from twotower_eval.stats.intervals import (
+    EPSILON,
     FEW,
     LEVEL,
     Floats,
@@ -20,8 +21,6 @@ from twotower_eval.stats.intervals import (
 )
 from twotower_eval.stats.paired import PairedScores, draw_task_means
 from twotower_eval.stats.quality import difference
-
-EPSILON = 1e-12
 
 
 def mean_score(values: Sequence[float], clusters: Sequence[str], *, level: float = LEVEL) -> Estimate:

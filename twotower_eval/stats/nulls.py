@@ -8,31 +8,16 @@ correction goes over the pairs: all of them are tested at ``alpha / m``, those l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import log
 
-from twotower_eval.records import Estimate
+from twotower_eval.records import Estimate, GateLimits
 from twotower_eval.stats.speedup import NULL_LEVEL
 
-NULL_OFFSET = 0.02  # on the log scale
-NULL_HALF_WIDTH = 0.03
-NULL_SHARE = 0.25  # of the log speedup that is judged
-
-
-@dataclass(frozen=True, kw_only=True)
-class NullLimits:
-    """How far a baseline may be from itself, and how wide its null may be to judge by; on the log scale.
-
-    ``share``: largest half-width as a share of the largest |log speedup| that is at stake, see ``widest_null``.
-    """
-
-    offset: float = NULL_OFFSET
-    half_width: float = NULL_HALF_WIDTH
-    share: float = NULL_SHARE
+LIMITS = GateLimits()
 
 
 def off_nulls(
-    intervals: Sequence[Callable[[float], Estimate]], *, offset: float = NULL_OFFSET, level: float = NULL_LEVEL
+    intervals: Sequence[Callable[[float], Estimate]], *, offset: float = LIMITS.null_offset, level: float = NULL_LEVEL
 ) -> tuple[bool, ...]:
     """For each pair, whether its interval lies wholly outside ``exp(+-offset)``, with Holm's correction over pairs.
 
@@ -49,21 +34,21 @@ def off_nulls(
     return tuple(off)
 
 
-def is_off(null: Estimate, offset: float = NULL_OFFSET) -> bool:
+def is_off(null: Estimate, offset: float = LIMITS.null_offset) -> bool:
     """Whether an interval of a speedup lies wholly outside ``exp(+-offset)``."""
     return log(null.low) > offset or log(null.high) < -offset
 
 
-def widest_null(judged: Estimate | None, limits: NullLimits = NullLimits(), *, claimed: float | None = None) -> float:
+def widest_null(judged: Estimate | None, limits: GateLimits = LIMITS, *, claimed: float | None = None) -> float:
     """Largest half-width of a null, on the log scale, that a speedup can be judged by.
 
     At stake is the end of the judged interval that is farther from 1, or the claimed speedup if that is farther still:
     a speedup of 1.00 does not ask for a null without any width, and a claim of 2x is refuted by it.
     """
     if judged is None:
-        return limits.half_width
+        return limits.null_half_width
     at_stake = [judged.low, judged.high, *([] if claimed is None else [claimed])]
-    return min(limits.half_width, limits.share * max(abs(log(end)) for end in at_stake))
+    return min(limits.null_half_width, limits.null_share * max(abs(log(end)) for end in at_stake))
 
 
 def half_width(null: Estimate) -> float:

@@ -17,12 +17,12 @@ from twotower_eval.records import Estimate
 from twotower_eval.stats.decide import MIN_CLUSTERS, Relation, limits
 from twotower_eval.stats.figure import Figure
 from twotower_eval.stats.intervals import FEW
+from twotower_eval.stats.looks import ALPHA
 
 ASSUMED_DISCORDANCE = 0.10  # of right-or-wrong clusters; published flips of quantised or distilled models are 5 to 15 %
 ASSUMED_ACCURACY = 0.80  # of the baseline; published tables of this kind average 82 %
 POWER = 0.80
 TOO_MANY = 1_000  # times the evidence there is: no advice any more
-ALPHA = 0.05  # one-sided, as verdicts are
 NONE_DIFFERS = "exact binomial bound, 0 of "  # how the method of such an estimate begins
 
 

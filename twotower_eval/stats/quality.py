@@ -16,10 +16,17 @@ from functools import cached_property
 import numpy as np
 
 from twotower_eval.records import Estimate
-from twotower_eval.stats.intervals import FEW, LEVEL, Floats, binomial_upper_bound, corrected_percentiles, t_quantile
+from twotower_eval.stats.intervals import (
+    EPSILON,
+    FEW,
+    LEVEL,
+    Floats,
+    binomial_upper_bound,
+    corrected_percentiles,
+    t_quantile,
+)
 from twotower_eval.stats.paired import Draws, Ints, ScoreTable
 
-EPSILON = 1e-12
 EQUAL = "equal by construction: one computation scores both arms"
 SPARSE = 15  # fewer discordant clusters in a stratum than this: one more is added to its variance
 MIN_DISCORDANT = 5  # fewer clusters that differ: no verdict on a difference of scores
