@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "times": set(),
     "environment": {"journal"},
     "plan": {"decoders", "plan_fields"},
-    "plan_fields": set(),
+    "plan_fields": {"strict"},
     "comparability": {"environment"},
     "closing": {"journal", "strict"},
     "store": {"journal", "comparability", "closing", "strict"},
@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "stats": set(),
     "calibration": {"stats", "progress"},
     "evidence": {"shortfalls", "ways", "strict", "times", "closing", "store", "stats"},
-    "claims": {"plan", "store", "stats", "evidence"},
+    "claims": {"plan", "strict", "store", "stats", "evidence"},
     "report": {"shortfalls", "ways", "times", "store", "closing", "journal", "stats", "evidence", "claims", "plan"},
     "cli": {"plan", "store", "progress", "suites", "harness", "speed", "claims", "report", "miniature", "datafiles"}
     | {"verify", "calibration", "stats"},

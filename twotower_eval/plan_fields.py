@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
-from typing import Any, Literal
+from typing import Any
+
+from twotower_eval.strict import check_value
 
 from twotower_eval.records import GRAPH_DEVICES
 
 
 def check_fields(plan: Any) -> None:
     """ValueError for a value of another type than its field's, and for a list that is empty or names one twice."""
-    hints = typing.get_type_hints(type(plan))
+    hints = typing.get_type_hints(type(plan), include_extras=True)
     for field in dataclasses.fields(plan):
         value = getattr(plan, field.name)
-        if not _fits(value, hints[field.name]):
-            raise ValueError(f"{field.name} must be {_in_words(hints[field.name])}, not {value!r}")
+        check_value(field.name, hints[field.name], value)
         if isinstance(value, tuple):
             if not value:
                 raise ValueError(f"{field.name} is empty: name at least one")
@@ -39,29 +39,3 @@ def check_cuda_graphs(plan: Any) -> None:
     """ValueError for graphs on devices that have none: known from the plan, so before anything is loaded."""
     if plan.cuda_graphs and any(device.partition(":")[0] not in GRAPH_DEVICES for device in plan.devices):
         raise ValueError("CUDA graphs need CUDA devices: name some with --devices, or drop --cuda-graphs")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, arg) for arg in typing.get_args(hint))
-    if origin is Literal:
-        return isinstance(value, str) and value in typing.get_args(hint)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, hint) and not isinstance(value, bool)
-
-
-def _in_words(hint: Any) -> str:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_in_words(arg) for arg in args if arg is not type(None))
-    if origin is Literal:
-        return " or ".join(str(arg) for arg in args)
-    if origin is tuple:
-        return f"a list of {_in_words(args[0])}"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[hint]

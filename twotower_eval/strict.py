@@ -37,8 +37,10 @@ T = TypeVar("T")
 U = TypeVar("U")
 P = ParamSpec("P")
 ENCODE = msgspec.json.Encoder().encode
-WORDS: dict[Any, str] = {int: "a whole number of at most 64 bits", float: "a number", str: "a text"}
-WORDS |= {bool: "true or false", types.NoneType: "nothing"}
+WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text"}
+WORDS |= {bool: "true or false", list: "a list", dict: "a table"}
+
+BITS = " of at most 64 bits"
 
 
 def from_json(cls: type[T], data: Any) -> T:
@@ -58,6 +60,8 @@ def check_value(name: str, hint: Any, value: Any) -> Any:
     """``value`` as a field ``name`` with the annotation ``hint`` holds it; ValueError where it cannot."""
     if not _fits(hint, value):
         raise ValueError(_misfit(hint, value, name))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value!r}")
     return msgspec.convert(value, hint, strict=True)
 
 
@@ -114,7 +118,7 @@ def check_surplus(cls: type, data: Any, held: Any, path: str = "") -> None:
 def _check_number(cls: type, value: float, path: str, name: str) -> None:
     wanted = None
     if type(value) is int and value not in INT64:
-        wanted = WORDS[int]
+        wanted = f"{WORDS[int]}{BITS}"
     elif not math.isfinite(value):
         wanted = "a finite number, as others are not JSON compliant"
     if wanted:
@@ -176,7 +180,8 @@ def _wanted(hint: Any, value: Any) -> str:
         return " or ".join(map(str, args))
     if origin is tuple:
         return "a list"
-    return WORDS.get(hint, "a JSON object")
+    beyond = BITS if hint is int and type(value) is int else ""
+    return WORDS.get(hint, "a JSON object") + beyond
 
 
 def _bounds(meta: msgspec.Meta) -> str:

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from math import isfinite
 from typing import Any
 
 from twotower_eval.names import did_you_mean
+from twotower_eval.strict import check_value
 
-_WORDS = {
-    str: "a text",
-    int: "a whole number",
-    float: "a number",
-    dict: "a table",
-    list: "a list",
-    bool: "true or false",
-}
 _NEEDED: Any = object()
 
 
@@ -35,13 +27,10 @@ def value_of(where: str, table: Mapping[str, Any], key: str, kind: type[Any], de
         if default is _NEEDED:
             raise ValueError(f"{where}: {key} is missing")
         return default
-    value: Any = table[key]
-    fits = isinstance(value, (int, float) if kind is float else kind)
-    if not fits or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{where}: {key} must be {_WORDS[kind]}, not {value!r}")
-    if kind is float and not isfinite(value):
-        raise ValueError(f"{where}: {key} must be a finite number, not {value!r}")
-    return float(value) if kind is float else value
+    try:
+        return check_value(key, kind, table[key])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def tables(where: str, table: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
