@@ -2,17 +2,16 @@
 
     python tests/device_check.py --device cuda:0                 # all steps; by estimate under 25 minutes
     python tests/device_check.py --device cuda:0 --brief         # with smaller sweeps; by estimate some 5
-    python tests/device_check.py --device cuda:0 --step scale    # one of them; --step may be given several times
+    python tests/device_check.py --device cuda:0 --step sizing   # one of them; --step may be given several times
     python tests/device_check.py --device cpu --quick            # the same code in minutes; `make test` runs this
 
 Steps: parity (float32 and bfloat16 against reference outputs), kernels (which prove themselves, which are refused),
 graphs (captured steps give the same tokens, and how much faster), quality, sweep and sweep_graphs (quality of the
-miniature, its speed with both arms without CUDA graphs and with them), scale and scale_graphs (AR and denoise steps of
-the released size on random weights, beside the floor), native (AR against transformers' own generate on the same
-config), report (one over all runs, with the run folders beside it, ready to be published).
-`train` (the shipped recipe on the device) runs only when it is named.
-
-Each step prints one JSON line. A failed parity check ends with exit code 1.
+miniature, its speed with both arms without CUDA graphs and with them), sizing and sizing_graphs (AR and denoise steps
+of the released size on random weights, beside the floor), native (AR against transformers' own generate on the same
+config), report (one over all runs, with the run folders beside it, ready to be published). `train` (the shipped
+recipe on the device) runs only when it is named. Each step prints one JSON line. A failed parity check ends with exit
+code 1.
 """
 
 from __future__ import annotations
@@ -35,17 +34,17 @@ from safetensors.torch import load_file
 import twotower_eval as tt
 from twotower_eval import report as report_room
 from twotower_eval import store
-from twotower_eval.evidence.scale import ScaleRun, is_scale_run
+from twotower_eval.evidence.sizing import SizingRun, is_sizing_run
+from twotower_eval.measure.sizing.pairs import build_random_pair
+from twotower_eval.measure.sizing.run import config_file
 from twotower_eval.miniature import evaluate
 from twotower_eval.miniature.train import read_recipe, train_pair
 from twotower_eval.models.checkpoint import read_json
 from twotower_eval.models.config import NemotronHConfig, parse_config
 from twotower_eval.models.graphs import StepGraphs, use_graphs
-from twotower_eval.models.random_weights import build_random_pair
 from twotower_eval.ops import kernels as kernel_room
 from twotower_eval.plan import data_path
 from twotower_eval.speed.clock import CallClock, Devices
-from twotower_eval.speed.configs import config_file
 from twotower_eval.verify.golden import LIMITS
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "public"
@@ -270,28 +269,26 @@ def _grid(options: argparse.Namespace) -> list[str]:
     return ["--block-sizes", sizes, "--thresholds", "0.9" if options.quick else "0.99,0.9"]
 
 
-def scale(options: argparse.Namespace) -> bool:
+def sizing(options: argparse.Namespace) -> bool:
     """Steps of the released size on random weights, all layers if both towers or one set of weights fit, else some."""
-    return _scale(options)
+    return _sizing(options)
 
 
-def scale_graphs(options: argparse.Namespace) -> bool:
+def sizing_graphs(options: argparse.Namespace) -> bool:
     """The same, each small step launched as a CUDA graph."""
     if torch.device(options.device).type != "cuda":
-        say("scale_graphs", device=options.device, skipped="a CPU has no CUDA graphs")
+        say("sizing_graphs", device=options.device, skipped="a CPU has no CUDA graphs")
         return True
-    return _scale(options, "--cuda-graphs")
+    return _sizing(options, "--cuda-graphs")
 
 
-def _scale(options: argparse.Namespace, *more: str) -> bool:
+def _sizing(options: argparse.Namespace, *more: str) -> bool:
     if options.quick:
         small = [str(_small_config(options.out)), "--dtype", "float32", "--repeats", "2", "--prompt-tokens", "32"]
-        run = _command(
-            "speed", "--random-weights", *small, "--layers", "8", "--min-rounds", "2", *more, *_place(options)
-        )
+        run = _command("size", *small, "--layers", "8", "--min-rounds", "2", *more, *_place(options))
     else:
         run = _largest_that_fits(options, more)
-    found = ScaleRun(store.load(Path(run)))
+    found = SizingRun(store.load(Path(run)))
     for step in found.steps:
         value = step.seconds.estimate
         if step.batch_size == 1 and step.part in AIMS and value is not None and step.floor_s:
@@ -300,7 +297,7 @@ def _scale(options: argparse.Namespace, *more: str) -> bool:
             facts |= {"ms": 1000 * value.value, "floor_ms": 1000 * step.floor_s, "times_floor": ratio}
             say("floor", device=options.device, extrapolated=step.extrapolated, aim=AIMS[step.part], **facts)
     say(
-        "scale_graphs" if more else "scale",
+        "sizing_graphs" if more else "sizing",
         device=options.device,
         run=run,
         layers=len(found.pattern),
@@ -315,7 +312,7 @@ def _largest_that_fits(options: argparse.Namespace, more: Sequence[str]) -> str:
     sizes += ["--min-rounds", "5" if options.brief else "10"]
     ways: list[list[str]] = [[], ["--share-towers"], *(["--layers", str(n)] for n in (26, 13, 6))]
     for way in ways:
-        done = _run_verb("speed", "--random-weights", RELEASED_NAME, *sizes, *way, *more, *_place(options))
+        done = _run_verb("size", RELEASED_NAME, *sizes, *way, *more, *_place(options))
         if done.returncode == 0:
             return str(done.stdout.strip().splitlines()[-1])
         if "free: take" not in done.stderr and "out of memory" not in done.stderr:
@@ -390,12 +387,12 @@ def report(options: argparse.Namespace) -> bool:
     """One report over all runs under ``--out``, and the run folders beside it: what is published."""
     runs = store.find_runs(options.out)
     if not runs:
-        raise SystemExit(f"no runs in {options.out}: take the steps sweep and scale first")
-    scaled = [path for path in runs if is_scale_run(store.load(path))]
-    decoded = [path for path in runs if path not in scaled]
+        raise SystemExit(f"no runs in {options.out}: take the steps sweep and sizing first")
+    sized = [path for path in runs if is_sizing_run(store.load(path))]
+    decoded = [path for path in runs if path not in sized]
     folder = options.out / "published"
     # A report is about one pair; random weights are another.
-    reports = [report_room.write(group, folder) / "report.md" for group in (decoded, scaled) if group]
+    reports = [report_room.write(group, folder) / "report.md" for group in (decoded, sized) if group]
     for path in runs:
         shutil.copytree(path, folder / path.name / "run", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.lock"))
     say("report", reports=[str(path) for path in reports], runs=[path.name for path in runs])
@@ -430,12 +427,12 @@ STEPS: dict[str, Callable[[argparse.Namespace], bool]] = {
     "quality": quality,
     "sweep": sweep,
     "sweep_graphs": sweep_graphs,
-    "scale": scale,
-    "scale_graphs": scale_graphs,
+    "sizing": sizing,
+    "sizing_graphs": sizing_graphs,
     "native": native,
     "report": report,
 }
-EAGER = ("sweep", "scale")  # left out with --brief
+EAGER = ("sweep", "sizing")  # left out with --brief
 ALL_STEPS = STEPS | {"train": train}
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ VERBS = [
     [],
     ["run"],
     ["speed"],
+    ["size"],
     ["report"],
     ["calibrate"],
     ["claims"],

@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).with_name("device_check.py")
 
 def test_every_step_runs_on_a_cpu(tmp_path):
     steps = ["parity", "kernels", "graphs", "quality", "sweep", "sweep_graphs"]
-    steps += ["scale", "scale_graphs", "native", "train", "report"]
+    steps += ["sizing", "sizing_graphs", "native", "train", "report"]
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--quick", "--out", str(tmp_path)]
     command += [word for step in steps for word in ("--step", step)]
     done = subprocess.run(
@@ -20,7 +20,7 @@ def test_every_step_runs_on_a_cpu(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"step": "')]
     names = list(dict.fromkeys(row["step"] for row in rows if row["step"] != "timing"))
-    at = steps.index("scale")
+    at = steps.index("sizing")
     assert names == [*steps[:at], "floor", *steps[at:]]
     assert [row["of"] for row in rows if row["step"] == "timing"] == steps
     of = {name: [row for row in rows if row["step"] == name] for name in names}

@@ -43,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "datafiles": set(),
     "harness": {"plan", "shortfalls", "ways", "store", "environment", "progress", "suites", *PRODUCING},
     "speed": {"plan", "shortfalls", "ways", "times", "store", "journal", "environment", "progress", *PRODUCING},
+    "measure": {"plan", "store", "journal", "environment", "progress", "speed", "models"},
     "verify": {"plan", "ways", "store", "environment", "ops", *PRODUCING},
     "miniature": {"closing", "ops", *PRODUCING},
     "stats": set(),
@@ -51,11 +52,11 @@ ALLOWED: dict[str, set[str]] = {
     "claims": {"plan", "strict", "store", "stats", "evidence"},
     "report": {"shortfalls", "ways", "times", "store", "closing", "journal", "stats", "evidence", "claims", "plan"},
     "cli": {"plan", "store", "progress", "suites", "harness", "speed", "claims", "report", "miniature", "datafiles"}
-    | {"verify", "calibration", "stats"},
+    | {"measure", "verify", "calibration", "stats"},
 }
 # Packages that cost or weigh something -> the only rooms that may import them, anywhere in their files.
 HEAVY = {
-    "torch": {"ops", "models", "decoders", "speed", "miniature", "verify"},
+    "torch": {"ops", "models", "decoders", "speed", "measure", "miniature", "verify"},
     "transformers": {"models"},
     "safetensors": {"models", "miniature", "verify"},
     "tokenizers": {"models"},
@@ -63,7 +64,7 @@ HEAVY = {
     "datasets": {"suites"},
     "pandas": {"report"},
     "matplotlib": {"report"},
-    "scipy": {"stats"},
+    "scipy": {"stats", "evidence"},
     "markdown_it": {"report"},
     "typer": {"cli"},
     "rich": {"progress"},

@@ -10,7 +10,7 @@ import pytest
 import report_fixture as made
 
 from twotower_eval import cli, report, store
-from twotower_eval.plan import AnyPlan, RunPlan, ScalePlan, SpeedPlan, VerifyPlan
+from twotower_eval.plan import AnyPlan, RunPlan, SizingPlan, SpeedPlan, VerifyPlan
 from twotower_eval.records import to_json
 from twotower_eval.report.reproduce import command, plan_of, typed
 
@@ -36,13 +36,13 @@ SPEED = SpeedPlan(
     min_seconds=1.5, warmup_rounds=0, costs=False, probes=3, threads=2, samples=1,
     launches=5,
 )  # fmt: skip
-SCALE = ScalePlan(
-    random_weights="tasks/configs/x.config.json", layers=4, block_sizes=(8,), batch_sizes=(2,), prompt_tokens=64,
+SIZING = SizingPlan(
+    config="tasks/configs/x.config.json", layers=4, block_sizes=(8,), batch_sizes=(2,), prompt_tokens=64,
     tokens_per_nfe=(1.25, 3.0), profile="results/a run", repeats=2, min_rounds=3, min_seconds=0.1, warmup_rounds=2,
     seed=5, dtype="float32", devices=("cuda",), threads=1, share_towers=True, cuda_graphs=True,
 )  # fmt: skip
 VERIFY = VerifyPlan(model="a pair", golden="g", seed=2, dtype="float16", devices=("cuda:1",))
-PLAIN = (RunPlan(), SpeedPlan(), ScalePlan(random_weights="c.json"), VerifyPlan())
+PLAIN = (RunPlan(), SpeedPlan(), SizingPlan(config="c.json"), VerifyPlan())
 
 
 class Parsed(Exception):
@@ -56,7 +56,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def caught(plan: AnyPlan, *_: Any, **__: Any) -> None:
         raise Parsed(plan)
 
-    for module in (cli.run, cli.speed):
+    for module in (cli.run, cli.speed, cli.size):
         resolve = module.resolve_plan
         monkeypatch.setattr(module, "resolve_plan", lambda *given, resolve=resolve: caught(resolve(*given)))
     monkeypatch.setattr("twotower_eval.verify.verify", caught)
@@ -72,9 +72,9 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return parsed
 
 
-@pytest.mark.parametrize("plan", [RUN, SPEED, SCALE, VERIFY, *PLAIN], ids=lambda plan: type(plan).__name__)
+@pytest.mark.parametrize("plan", [RUN, SPEED, SIZING, VERIFY, *PLAIN], ids=lambda plan: type(plan).__name__)
 def test_a_plan_is_what_its_command_line_makes(plan: AnyPlan, parse) -> None:
-    if isinstance(plan, ScalePlan) and plan.profile:
+    if isinstance(plan, SizingPlan) and plan.profile:
         plan = dataclasses.replace(plan, profile="profiled")
     line = typed(command(plan))
     if isinstance(plan, RunPlan | SpeedPlan) and plan.data_dir:
@@ -82,7 +82,7 @@ def test_a_plan_is_what_its_command_line_makes(plan: AnyPlan, parse) -> None:
     assert parse(line) == plan
 
 
-@pytest.mark.parametrize("plan", [RUN, SPEED, SCALE, VERIFY], ids=lambda plan: type(plan).__name__)
+@pytest.mark.parametrize("plan", [RUN, SPEED, SIZING, VERIFY], ids=lambda plan: type(plan).__name__)
 def test_every_field_of_a_plan_is_tried(plan: AnyPlan) -> None:
     """A new field of a plan fails here until the plans above hold it, and then above unless an option sets it."""
     untried = [field.name for field in dataclasses.fields(plan) if getattr(plan, field.name) == field.default]
@@ -93,12 +93,12 @@ def test_what_stands_at_its_default_goes_unsaid() -> None:
     assert [typed(command(plan)) for plan in PLAIN] == [
         "twotower-eval run",
         "twotower-eval speed",
-        "twotower-eval speed --random-weights c.json",
+        "twotower-eval size c.json",
         "twotower-eval verify",
     ]
 
 
-@pytest.mark.parametrize("plan", [RUN, SPEED, SCALE, VERIFY], ids=lambda plan: type(plan).__name__)
+@pytest.mark.parametrize("plan", [RUN, SPEED, SIZING, VERIFY], ids=lambda plan: type(plan).__name__)
 def test_a_plan_is_read_back_from_a_manifest(plan: AnyPlan) -> None:
     verb = command(plan)[1]
     assert plan_of(verb, to_json(plan)) == plan

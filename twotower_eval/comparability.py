@@ -30,7 +30,7 @@ def differences(old: RunManifest, new: RunManifest) -> list[str]:
     ]
     if old.verb == "run":  # what cells do not tell, or not where decoding is greedy
         pairs.append(("seed", old.plan.get("seed"), new.plan.get("seed")))
-    if old.verb == "speed":
+    if old.verb in ("speed", "size"):
         pairs.append(("how models are run", _flags(old), _flags(new)))
         keys = sorted(({*old.machine} | {*new.machine}) - {"kernels"})
         pairs += [(f"machine {key}", old.machine.get(key), new.machine.get(key)) for key in keys]

@@ -1,4 +1,4 @@
-"""Names that users give: resolved to objects, and answered with the nearest known one where they are wrong."""
+"""Names that users give: resolved to objects, shortened, and answered with the nearest known one where wrong."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ def resolve(name: str) -> Any:
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known name that ``word`` was probably meant to be; None where none is near."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+
+
+def config_name(path: str) -> str:
+    """What the size of a model is called after its config's file, or the folder of it, wherever that lies."""
+    last = path.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return last.removesuffix(".json").removesuffix(".config")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 from twotower_eval.json_text import check_whole_numbers, decode_utf8
 from twotower_eval.names import did_you_mean
 from twotower_eval.plan_fields import check_at_least, check_cuda_graphs, check_fields
-from twotower_eval.records import DecoderSpec, LikelihoodKind
+from twotower_eval.records import DecoderSpec, LikelihoodKind, sizing_config
 
 Steps = int | Literal["auto"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -137,17 +137,17 @@ class SpeedPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScalePlan:
-    """What ``twotower-eval speed --random-weights`` does: costs of a size of model, without its weights.
+class SizingPlan:
+    """What ``twotower-eval size`` does: costs of a size of model, without its weights.
 
-    ``random_weights`` is a ``config.json``. ``layers`` builds the first so many of each tower and measures parts of
-    them, to extrapolate; ``None`` builds all. ``share_towers`` gives both towers one set of weights; ``cuda_graphs``
-    launches each small step as a whole. Commits follow every rate of ``tokens_per_nfe`` that a block size can have,
-    and the blocks that the run folder ``profile`` holds. Contexts are ``prompt_tokens`` long. A timed sample is
-    ``repeats`` repetitions; rounds as in SpeedPlan.
+    ``config`` is a ``config.json``, a folder that holds one, or the name of a shipped one. ``layers`` builds the
+    first so many of each tower and measures parts of them, to extrapolate; ``None`` builds all. ``share_towers`` gives
+    both towers one set of weights; ``cuda_graphs`` launches each small step as a whole. Commits follow every rate of
+    ``tokens_per_nfe`` that a block size can have, and the blocks that the run folder ``profile`` holds. Contexts are
+    ``prompt_tokens`` long. A timed sample is ``repeats`` repetitions; rounds as in SpeedPlan.
     """
 
-    random_weights: str = ""
+    config: str = ""
     layers: int | None = None
     share_towers: bool = False
     cuda_graphs: bool = False
@@ -168,8 +168,8 @@ class ScalePlan:
     def __post_init__(self) -> None:
         check_fields(self)
         check_cuda_graphs(self)
-        if not self.random_weights:
-            raise ValueError("random_weights names no config.json")
+        if not self.config:
+            raise ValueError("name the config.json whose size is to be measured: twotower-eval size CONFIG")
         check_at_least(self, 1, "layers", "block_sizes", "batch_sizes", "prompt_tokens", "tokens_per_nfe", "repeats")
         check_at_least(self, 1, "min_rounds", "threads")
         check_at_least(self, 0, "min_seconds", "warmup_rounds", "seed")
@@ -180,8 +180,8 @@ class ScalePlan:
 
 
 Plan = RunPlan | SpeedPlan  # those that decode
-AnyPlan = Plan | ScalePlan | VerifyPlan
-P = TypeVar("P", RunPlan, SpeedPlan, ScalePlan, VerifyPlan)
+AnyPlan = Plan | SizingPlan | VerifyPlan
+P = TypeVar("P", RunPlan, SpeedPlan, SizingPlan, VerifyPlan)
 
 
 def load_plan(path: Path, cls: type[P]) -> P:
@@ -193,9 +193,9 @@ def load_plan(path: Path, cls: type[P]) -> P:
         raise ValueError(f"plan {path}: {error}") from error
 
 
-def is_scale_plan(path: Path) -> bool:
-    """Whether a plan file is about random weights."""
-    return "random_weights" in read_toml(path, "plan")
+def is_older_sizing_plan(path: Path) -> bool:
+    """Whether a plan file for ``speed`` is one for ``size``, from before that was a verb of its own."""
+    return sizing_config("speed", read_toml(path, "plan")) is not None
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
@@ -219,6 +219,8 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
 
 def plan_from_json(cls: type[P], values: Mapping[str, Any]) -> P:
     """A plan from plain values, as TOML or a run's manifest holds them; lists become tuples."""
+    if cls is SizingPlan and "config" not in values and (older := sizing_config("speed", values)) is not None:
+        values = {"config": older, **{key: value for key, value in values.items() if key != "random_weights"}}
     names = [field.name for field in dataclasses.fields(cls)]
     for key in values:
         if key not in names:

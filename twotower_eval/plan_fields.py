@@ -6,9 +6,8 @@ import dataclasses
 import typing
 from typing import Any
 
-from twotower_eval.strict import check_value
-
 from twotower_eval.records import GRAPH_DEVICES
+from twotower_eval.strict import check_value
 
 
 def check_fields(plan: Any) -> None:

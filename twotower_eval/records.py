@@ -63,7 +63,7 @@ GateKind = Literal[
     "same_tasks",
     "answers_are_timed",
 ]
-Verb = Literal["run", "speed", "verify"]
+Verb = Literal["run", "speed", "size", "verify"]
 Arm = Literal["baseline", "candidate"]
 Routing = Literal["shared", "half", "independent"]  # forced on random weights: how far a block's tokens share experts
 ProofCheck = Literal["cached steps", "rows beside each other", "whole rows in batches", "options in one row"]
@@ -605,6 +605,22 @@ class RunManifest:
     unheeded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     joined: Mapping[str, Whole] = field(default_factory=dict)
     ways: tuple[Ways, ...] = ()
+
+
+def sizing_config(verb: str, plan: Mapping[str, Any]) -> str | None:
+    """The config whose size a plan is to measure without weights, as it was named; ``None`` for every other plan.
+
+    The one place that tells these apart, also from before they had the verb ``size``: then ``speed`` made them, and
+    ``random_weights`` named the config.
+    """
+    if verb == "size":
+        return str(plan.get("config", ""))
+    return str(plan["random_weights"]) if "random_weights" in plan else None
+
+
+def verb_of(manifest: RunManifest) -> Verb:
+    """The verb that makes such a run today."""
+    return manifest.verb if sizing_config(manifest.verb, manifest.plan) is None else "size"
 
 
 @dataclass(frozen=True, kw_only=True)

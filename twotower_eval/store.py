@@ -46,7 +46,9 @@ from twotower_eval.records import (
     RunManifest,
     Score,
     SpeedSample,
+    Verb,
     to_json,
+    verb_of,
 )
 from twotower_eval.strict import from_json, line_reader
 
@@ -199,12 +201,12 @@ def check_unedited(run: Run) -> None:
         )
 
 
-def find_runs(root: Path, verb: str | None = None) -> list[Path]:
-    """Run folders directly under ``root``, newest first; folders without a manifest are no runs."""
+def find_runs(root: Path, verb: Verb | None = None) -> list[Path]:
+    """Run folders directly under ``root`` that ``verb`` makes, newest first; folders without a manifest are no runs."""
     if not root.is_dir():
         return []
     manifests = [(read_manifest(path.parent), path.parent) for path in root.glob(f"*/{MANIFEST}")]
-    wanted = [(m.started_at, m.run_id, path) for m, path in manifests if verb in (None, m.verb)]
+    wanted = [(m.started_at, m.run_id, path) for m, path in manifests if verb in (None, verb_of(m))]
     return [path for _, _, path in sorted(wanted, reverse=True)]
 
 

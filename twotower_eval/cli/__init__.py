@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from twotower_eval import __version__
-from twotower_eval.cli import calibrate, claims, data, report, run, speed, train, verify
+from twotower_eval.cli import calibrate, claims, data, report, run, size, speed, train, verify
 from twotower_eval.cli.runs import EXIT_INTERRUPTED
 
 TRACEBACK_VARIABLE = "TWOTOWER_EVAL_TRACEBACK"
@@ -28,6 +28,7 @@ app.command(help="Score baseline and candidate on the same documents; goes on wh
     run.run
 )
 app.command(help="Time baseline and candidate in interleaved rounds; timed answers are scored afterwards.")(speed.speed)
+app.command(help="Measure what a size of model costs per step, on random weights: no checkpoint is needed.")(size.size)
 app.command(help="Check a checkpoint, its kernels and its decoding before anything is measured.")(verify.verify)
 app.command(help="Write a report with tables and plots from run folders; needs neither torch nor a GPU.")(report.report)
 app.command(help="Simulate worlds with known truth: how often intervals cover it and verdicts are wrong.")(

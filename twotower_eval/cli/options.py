@@ -12,9 +12,9 @@ Item = TypeVar("Item")
 RESULTS, REPORTS, TRAINING = Path("results"), Path("reports"), Path("training/miniature")
 
 
-def option(text: str, *names: str, metavar: str | None = None) -> Any:
+def option(text: str, *names: str, metavar: str | None = None, hidden: bool = False) -> Any:
     """One option with its help; ``[…]`` in it says the default."""
-    return typer.Option(*names, help=text, metavar=metavar, show_default=False)
+    return typer.Option(*names, help=text, metavar=metavar, show_default=False, hidden=hidden)
 
 
 Model = Annotated[str | None, option("Checkpoint folder [the shipped miniature].", "--model", metavar="CKPT")]
@@ -32,6 +32,9 @@ Thresholds = Annotated[str | None, option("Confidence thresholds, crossed [0.8].
 Temperature = Annotated[
     float | None, option("Sampling temperature; 0 is greedy [what the tasks ask].", "--temperature", metavar="T")
 ]
+MinSeconds = Annotated[float | None, option("Seconds of rounds at the least [0].", "--min-seconds", metavar="S")]
+WarmupRounds = Annotated[int | None, option("Rounds before, kept and flagged [1].", "--warmup-rounds", metavar="R")]
+Threads = Annotated[int | None, option("CPU threads [torch's own choice].", "--threads", metavar="N")]
 Seed = Annotated[int | None, option("Seed of everything random [0].", "--seed", metavar="S")]
 Dtype = Annotated[str | None, option("float32, bfloat16 or float16 [float32].", "--dtype", metavar="TYPE")]
 Devices = Annotated[

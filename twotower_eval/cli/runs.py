@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import typer
 
 from twotower_eval import store
-from twotower_eval.plan import RunPlan, ScalePlan, SpeedPlan, load_plan, merge, plan_from_json
+from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, load_plan, merge, plan_from_json
+from twotower_eval.records import Verb, verb_of
 
-P = TypeVar("P", RunPlan, SpeedPlan, ScalePlan)
+P = TypeVar("P", RunPlan, SpeedPlan, SizingPlan)
+VERBS: dict[type[Any], Verb] = {RunPlan: "run", SpeedPlan: "speed", SizingPlan: "size"}
 EXIT_INTERRUPTED = 130
 
 
@@ -46,7 +48,7 @@ def run_path(name: str, out: Path) -> Path:
 
 def newest_of_each_verb(results: Path) -> list[Path]:
     """What a reading verb reads when nothing is named."""
-    found = [store.find_runs(results, verb) for verb in ("run", "speed", "verify")]
+    found = [store.find_runs(results, verb) for verb in get_args(Verb)]
     newest = [paths[0] for paths in found if paths]
     if not newest:
         raise ValueError(f"no runs in {results}: make one with `twotower-eval run`, or name run folders")
@@ -59,11 +61,9 @@ def resolve_plan(cls: type[P], plan_file: Path | None, resumed: Path | None, giv
         if plan_file is not None:
             raise ValueError("--resume takes the plan from the run: drop --plan")
         manifest = store.load(resumed).manifest
-        verb = "run" if cls is RunPlan else "speed"
-        if manifest.verb != verb:
-            raise ValueError(
-                f"{resumed} is a {manifest.verb!r}, not a {verb!r}: twotower-eval {manifest.verb} --resume …"
-            )
+        verb = verb_of(manifest)
+        if verb != VERBS[cls]:
+            raise ValueError(f"{resumed} is a {verb!r}, not a {VERBS[cls]!r}: twotower-eval {verb} --resume …")
         return merge(plan_from_json(cls, manifest.plan), given)
     if plan_file is not None:
         return merge(load_plan(plan_file, cls), given)

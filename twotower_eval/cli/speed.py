@@ -1,4 +1,4 @@
-"""``twotower-eval speed``: time, then score what was timed; or measure a size of model on random weights."""
+"""``twotower-eval speed``: time, then score what was timed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from twotower_eval.cli import scale
+from twotower_eval.cli import size
 from twotower_eval.cli.options import (
     RESULTS,
     Baseline,
@@ -17,6 +17,7 @@ from twotower_eval.cli.options import (
     Decoder,
     Devices,
     Dtype,
+    MinSeconds,
     Model,
     Out,
     PlanFile,
@@ -25,14 +26,16 @@ from twotower_eval.cli.options import (
     Steps,
     Tasks,
     Temperature,
+    Threads,
     Thresholds,
+    WarmupRounds,
     numbers,
     option,
     shared,
     texts,
 )
 from twotower_eval.cli.runs import resolve_plan, resumable, run_path
-from twotower_eval.plan import ScalePlan, SpeedPlan
+from twotower_eval.plan import SpeedPlan
 from twotower_eval.progress import choose_progress
 
 Samples = Annotated[
@@ -45,7 +48,7 @@ Workload = Annotated[
 NumPrompts = Annotated[int | None, option("Prompts per cell and round [384, or all there are].", metavar="N")]
 MinRounds = Annotated[
     int | None,
-    option("Rounds at the least, of all launches together [20; 5 with --random-weights].", metavar="R"),
+    option("Rounds at the least, of all launches together [20].", metavar="R"),
 ]
 Launches = Annotated[
     int | None,
@@ -58,6 +61,9 @@ Launches = Annotated[
 ]
 Costs = Annotated[
     bool | None, option("Time the parts of decoding alone, in the same rounds [costs].", "--costs/--no-costs")
+]
+RandomWeights = Annotated[
+    str | None, option("Alias of `twotower-eval size CONFIG`, whose options it takes.", metavar="CONFIG")
 ]
 Probes = Annotated[
     int | None, option("Prompts per cell and round that nothing has read before, 0 for none [2].", metavar="N")
@@ -80,18 +86,18 @@ def speed(
     new_tokens: Annotated[int | None, option("Tokens to make [answer: the task's budget].", metavar="N")] = None,
     num_prompts: NumPrompts = None,
     min_rounds: MinRounds = None,
-    min_seconds: Annotated[float | None, option("Seconds of rounds at the least [0].", metavar="S")] = None,
-    warmup_rounds: Annotated[int | None, option("Rounds before, kept and flagged [1].", metavar="R")] = None,
+    min_seconds: MinSeconds = None,
+    warmup_rounds: WarmupRounds = None,
     launches: Launches = None,
     costs: Costs = None,
     probes: Probes = None,
-    threads: Annotated[int | None, option("CPU threads [torch's own choice].", metavar="N")] = None,
-    random_weights: scale.RandomWeights = None,
-    layers: scale.Layers = None,
-    share_towers: scale.ShareTowers = None,
-    tokens_per_nfe: scale.TokensPerNfe = None,
-    profile: scale.Profile = None,
-    repeats: scale.Repeats = None,
+    threads: Threads = None,
+    random_weights: RandomWeights = None,
+    layers: Annotated[int | None, option("Of `size`.", metavar="N", hidden=True)] = None,
+    share_towers: Annotated[bool | None, option("Of `size`.", "--share-towers", hidden=True)] = None,
+    tokens_per_nfe: Annotated[str | None, option("Of `size`.", metavar="X,X", hidden=True)] = None,
+    profile: Annotated[str | None, option("Of `size`.", metavar="RUN", hidden=True)] = None,
+    repeats: Annotated[int | None, option("Of `size`.", metavar="N", hidden=True)] = None,
     seed: Seed = None,
     dtype: Dtype = None,
     devices: Devices = None,
@@ -108,16 +114,16 @@ def speed(
         **{"batch_sizes": numbers(batch_sizes, int, "--batch-sizes"), "workload": workload, "samples": samples},
         **{"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "num_prompts": num_prompts},
         **{"min_rounds": min_rounds, "min_seconds": min_seconds, "warmup_rounds": warmup_rounds, "threads": threads},
-        **{"random_weights": random_weights, "layers": layers, "share_towers": share_towers, "launches": launches},
+        **{"config": random_weights, "layers": layers, "share_towers": share_towers, "launches": launches},
         **{"tokens_per_nfe": numbers(tokens_per_nfe, float, "--tokens-per-nfe"), "repeats": repeats, "probes": probes},
-        **{"costs": costs, "cuda_graphs": cuda_graphs, "profile": str(run_path(profile, out)) if profile else None},
+        **{"costs": costs, "cuda_graphs": cuda_graphs, "profile": profile},
     }
+    if size.is_meant(given, plan, out, resume):
+        typer.echo(size.measure(given, plan, out, resume))
+        return
     resumed = run_path(resume, out) if resume else None
     with resumable("speed", out, resumed):
-        if scale.is_scale(given, plan, resumed):
-            path = scale.measure(resolve_plan(ScalePlan, plan, resumed, given), out, resumed)
-        else:
-            path = _time_and_score(resolve_plan(SpeedPlan, plan, resumed, given), out, resumed)
+        path = _time_and_score(resolve_plan(SpeedPlan, plan, resumed, given), out, resumed)
     typer.echo(path)
 
 

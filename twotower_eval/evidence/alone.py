@@ -30,7 +30,7 @@ from twotower_eval.evidence.counts import Counts, count
 from twotower_eval.evidence.degenerate import Flags
 from twotower_eval.evidence.measured import Measured, measured
 from twotower_eval.evidence.nulls import fault
-from twotower_eval.evidence.scale import is_scale_run
+from twotower_eval.evidence.sizing import is_sizing_run
 from twotower_eval.evidence.wholes import current_scores, is_whole, one_group, one_whole
 from twotower_eval.records import MEAN, Cell, Score, TimeFault
 from twotower_eval.store import Run
@@ -114,7 +114,7 @@ def compares(run: Run) -> bool:
 
 def is_alone(run: Run) -> bool:
     """Whether the run measures one model alone."""
-    return run.manifest.verb in ("run", "speed") and not is_scale_run(run) and not compares(run)
+    return run.manifest.verb in ("run", "speed") and not is_sizing_run(run) and not compares(run)
 
 
 def scored_alone(run: Run) -> tuple[ScoredAlone, ...]:

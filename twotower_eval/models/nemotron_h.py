@@ -218,7 +218,7 @@ class MixtureOfExperts(Direct):
     """Routed experts plus the shared expert, which is neither scaled nor gated.
 
     ``steer`` puts other experts in the place of those that the router chose: random weights are timed at forced
-    routings (models/routing.py). Checkpoints have none.
+    routings (measure/sizing/pairs.py). Checkpoints have none.
     """
 
     def __init__(self, config: NemotronHConfig) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from twotower_eval.models.config import SINUSOID_SIZE, NemotronHConfig
-from twotower_eval.models.routing import expected_touched
 from twotower_eval.records import Routing
 
 Part = Literal["prefill", "ar_step", "denoise", "context_pass"]
@@ -96,6 +95,23 @@ def touched_experts(step: Step, config: NemotronHConfig) -> float:
     """Distinct experts per layer that the step is expected to read."""
     chosen = (config.num_experts_per_tok, config.n_routed_experts)
     return expected_touched(step.routing, step.batch_size, step.num_tokens, *chosen)
+
+
+def num_common(kind: Routing, experts_per_token: int) -> int:
+    """Experts of a token that all tokens of its row take."""
+    return {"shared": experts_per_token, "half": experts_per_token // 2, "independent": 0}[kind]
+
+
+def expected_touched(
+    kind: Routing, batch_size: int, num_tokens: int, experts_per_token: int, num_experts: int
+) -> float:
+    """Distinct experts per layer to be expected where B rows of S tokens choose at random within the routing: each
+    expert is missed with the same chance, by a row's common set first, then by each token's own among the rest."""
+    common = num_common(kind, experts_per_token)
+    missed = 1 - common / num_experts
+    if common < experts_per_token:
+        missed *= (1 - (experts_per_token - common) / (num_experts - common)) ** num_tokens
+    return float(num_experts * (1 - missed**batch_size))
 
 
 def step_bytes(step: Step, config: NemotronHConfig, element_bytes: int) -> float:

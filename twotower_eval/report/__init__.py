@@ -15,7 +15,7 @@ from twotower_eval.claims import load_claims
 from twotower_eval.evidence.alone import is_alone
 from twotower_eval.evidence.naming import checkpoint_name
 from twotower_eval.evidence.runs import Runs
-from twotower_eval.evidence.scale import is_scale_run
+from twotower_eval.evidence.sizing import is_sizing_run
 from twotower_eval.names import did_you_mean, resolve
 from twotower_eval.records import sha256_text
 from twotower_eval.report.alone import names_alone
@@ -38,11 +38,12 @@ SECTIONS = {
     "scoring": "twotower_eval.report.gates:scoring",
     "gates": "twotower_eval.report.gates:gates",
     "latency": "twotower_eval.report.speed_tables:latency",
-    "scale": "twotower_eval.report.scale:scale",
+    "sizing": "twotower_eval.report.sizing:sizing",
     "training": "twotower_eval.report.training:training",
     "setup": "twotower_eval.report.provenance:setup",
     "reproduce": "twotower_eval.report.reproduce:reproduce",
 }
+OLDER_NAMES = {"scale": "sizing"}  # of sections
 MARKDOWN, PAGE, TABLES = "report.md", "report.html", "tables"
 
 
@@ -92,13 +93,13 @@ def write(
 
 
 def _concerning(runs: JudgedRuns) -> list[str]:
-    """Shipped sections; that on random weights only where a run has them, and alone where none has anything else."""
-    on_random_weights = [is_scale_run(run) for run in runs]
-    if all(on_random_weights):
-        return ["scale", "setup", "reproduce"]
+    """Shipped sections; that on sizing only where a run is of it, and alone where none is of anything else."""
+    of_size = [is_sizing_run(run) for run in runs]
+    if all(of_size):
+        return ["sizing", "setup", "reproduce"]
     if not runs.compare:
         return _concerning_one(runs)
-    return [name for name in SECTIONS if name != "scale" or any(on_random_weights)]
+    return [name for name in SECTIONS if name != "sizing" or any(of_size)]
 
 
 def _concerning_one(runs: JudgedRuns) -> list[str]:
@@ -107,8 +108,8 @@ def _concerning_one(runs: JudgedRuns) -> list[str]:
     scored = "run" in verbs or runs.scored_alone
     timed = ["speed", "latency"] if "speed" in verbs else []
     claims = ["claims"] if runs.claims is not None else []
-    scale = ["scale"] if any(map(is_scale_run, runs)) else []
-    return ["headline", *claims, *(["quality"] if scored else []), *timed, "gates", *scale, "setup", "reproduce"]
+    sizing = ["sizing"] if any(map(is_sizing_run, runs)) else []
+    return ["headline", *claims, *(["quality"] if scored else []), *timed, "gates", *sizing, "setup", "reproduce"]
 
 
 def report_id(run_ids: Sequence[str]) -> str:
@@ -121,6 +122,7 @@ def report_id(run_ids: Sequence[str]) -> str:
 
 
 def _renderer(name: str) -> Callable[[Runs], Section]:
+    name = OLDER_NAMES.get(name, name)
     if ":" not in name and name not in SECTIONS:
         raise ValueError(f"unknown report section {name!r}{did_you_mean(name, SECTIONS)}")
     render: Callable[[Runs], Section] = resolve(SECTIONS.get(name, name))
@@ -129,7 +131,7 @@ def _renderer(name: str) -> Callable[[Runs], Section]:
 
 def _title(runs: Runs) -> str:
     """Who is compared with whom, or who was measured alone."""
-    if all(is_scale_run(run) for run in runs):
+    if all(is_sizing_run(run) for run in runs):
         return f"What decoding would cost: {' and '.join(_names(runs, 'candidate'))}"
     if not runs.compare:
         return " and ".join(names_alone(runs))
@@ -138,6 +140,7 @@ def _title(runs: Runs) -> str:
 
 
 def _names(runs: Runs, arm: str) -> list[str]:
-    """Checkpoints of an arm, those measured alone left out."""
-    cells = [cell for run in runs if not is_alone(run) for cell in run.manifest.cells if cell.arm == arm]
+    """Checkpoints of an arm, those measured alone left out; those of random weights where there are no others."""
+    named = [run for run in runs if not is_alone(run) and not is_sizing_run(run)] or runs
+    cells = [cell for run in named for cell in run.manifest.cells if cell.arm == arm]
     return sorted({escape(checkpoint_name(cell.checkpoint)) for cell in cells})

@@ -9,7 +9,7 @@ from typing import Any
 from twotower_eval.evidence.alone import is_alone
 from twotower_eval.evidence.naming import checkpoint_name
 from twotower_eval.evidence.runs import Runs
-from twotower_eval.evidence.scale import is_scale_run
+from twotower_eval.evidence.sizing import is_sizing_run
 from twotower_eval.records import Cell, Checkpoint, DecoderSpec, FileDigest
 from twotower_eval.report.reproduce import without_home
 from twotower_eval.report.section import Section
@@ -128,7 +128,7 @@ def _value(name: str, value: Any) -> str:
 
 def _documents(run: Run) -> str:
     """Documents per task as scored (or prompts as timed), with the digest of the workload they are from."""
-    if is_scale_run(run):
+    if is_sizing_run(run):
         return "none: random weights answer nothing"
     cells = {cell.id: cell for cell in run.manifest.cells if cell.arm == "baseline"}
     texts = [_documents_of(run, cell) for cell in cells.values()]

@@ -10,12 +10,13 @@ from itertools import pairwise
 from typing import Any
 
 from twotower_eval.evidence.runs import Runs
-from twotower_eval.plan import AnyPlan, RunPlan, ScalePlan, SpeedPlan, VerifyPlan, plan_from_json
-from twotower_eval.records import RunManifest
+from twotower_eval.plan import AnyPlan, RunPlan, SizingPlan, SpeedPlan, VerifyPlan, plan_from_json
+from twotower_eval.records import RunManifest, sizing_config
 from twotower_eval.report.section import Section
 from twotower_eval.store import Run
 
 PROGRAM = "twotower-eval"
+UNNAMED = ((VerifyPlan, "model"), (SizingPlan, "config"))  # fields that the command line takes by their place
 HOME = re.compile(r"(?:/home/[^/,=]+|/Users/[^/,=]+|/root)(?=/|$)")
 
 
@@ -52,7 +53,7 @@ def _folder(run: Run) -> str:
 def _out(manifest: RunManifest) -> str | None:
     """Where our command line was told to make the run; what else began it may mean anything by ``--out``."""
     given = plain_argv(manifest.argv)
-    if given[1:2] != [manifest.verb]:
+    if given[1:2] != [manifest.verb] and not (manifest.verb == "size" and given[1:2] == ["speed"]):  # its alias
         return None
     outs = [value for option, value in pairwise(given) if option == "--out"]
     outs += [option.removeprefix("--out=") for option in given if option.startswith("--out=")]
@@ -75,15 +76,17 @@ def plan_of(verb: str, values: Mapping[str, Any]) -> AnyPlan:
         return plan_from_json(RunPlan, values)
     if verb == "verify":
         return plan_from_json(VerifyPlan, values)
-    return plan_from_json(ScalePlan, values) if "random_weights" in values else plan_from_json(SpeedPlan, values)
+    if sizing_config(verb, values) is not None:
+        return plan_from_json(SizingPlan, values)
+    return plan_from_json(SpeedPlan, values)
 
 
 def command(plan: AnyPlan) -> list[str]:
     """The words of a command line that makes this plan; fields at their default go unsaid.
 
-    Options are called as fields are; only the checkpoint of ``verify`` has none.
+    Options are called as fields are; only the checkpoint of ``verify`` and the config of ``size`` have none.
     """
-    verb = {RunPlan: "run", SpeedPlan: "speed", ScalePlan: "speed", VerifyPlan: "verify"}[type(plan)]
+    verb = {RunPlan: "run", SpeedPlan: "speed", SizingPlan: "size", VerifyPlan: "verify"}[type(plan)]
     words = [PROGRAM, verb]
     for field in dataclasses.fields(plan):
         value = getattr(plan, field.name)
@@ -92,7 +95,7 @@ def command(plan: AnyPlan) -> list[str]:
         option = field.name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
-        elif isinstance(plan, VerifyPlan) and field.name == "model":
+        elif (type(plan), field.name) in UNNAMED:
             words.append(str(value))
         else:
             words += [f"--{option}", ",".join(map(_text, value)) if isinstance(value, tuple) else _text(value)]

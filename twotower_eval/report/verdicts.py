@@ -21,9 +21,9 @@ from twotower_eval.claims.text import (
 )
 from twotower_eval.evidence.naming import long_name, short_name
 from twotower_eval.evidence.runs import Headline, Runs
-from twotower_eval.evidence.scale import config_of
+from twotower_eval.names import config_name
 from twotower_eval.plan import data_path
-from twotower_eval.records import Checkpoint, Claim, OperatingPoint, Verdict
+from twotower_eval.records import Checkpoint, Claim, OperatingPoint, Verdict, sizing_config
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import NONE, bullets, details, escape, run_list, table, with_commands
 from twotower_eval.store import Run
@@ -68,7 +68,7 @@ class JudgedRuns(Runs):
 
 
 def claimed_speedup(runs: Runs) -> Claim | None:
-    """The claim of a speedup that costs on random weights are held against: the headline's, else the file's first."""
+    """The claim of a speedup that costs of a size are held against: the headline's, else the file's first."""
     if not isinstance(runs, JudgedRuns) or runs.claims is None or runs.headline_claim is None:
         return None
     ordered = [*runs.parts(runs.headline_claim), *runs.claims.claims]
@@ -86,7 +86,7 @@ def shipped_claims(runs: Iterable[Run]) -> ClaimFile | None:
     Where all runs are on random weights, the one about a model of their config.
     """
     runs = list(runs)
-    candidates, configs = candidates_of(runs), {config_of(run) for run in runs}
+    candidates, configs = candidates_of(runs), {_config_of(run) for run in runs}
     for path in sorted(data_path("tasks", "claims").glob("*.toml")):
         found = load_claims(path)
         if any(names_subject(claim, checkpoint) for claim in found.claims for checkpoint in candidates):
@@ -94,6 +94,12 @@ def shipped_claims(runs: Iterable[Run]) -> ClaimFile | None:
         if found.config is not None and configs == {found.config}:
             return found
     return None
+
+
+def _config_of(run: Run) -> str | None:
+    """The name of the config whose size a run measured; ``None`` for any other run."""
+    config = sizing_config(run.manifest.verb, run.manifest.plan)
+    return None if config is None else config_name(config)
 
 
 def verdict_line(runs: Runs) -> str:

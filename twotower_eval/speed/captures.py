@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from twotower_eval.models.arms import give_graphs
 from twotower_eval.models.fixed import MAX_NEW
 from twotower_eval.models.graphs import StepGraphs
-from twotower_eval.plan import ScalePlan, SpeedPlan
+from twotower_eval.plan import SizingPlan, SpeedPlan
 from twotower_eval.records import SpeedPhase
 from twotower_eval.speed.costs import REPEATS
 from twotower_eval.speed.lanes import Lane
@@ -48,7 +48,7 @@ class Captures:
         raise ValueError(f"{what}: every attempt asks for CUDA graphs of new sizes: drop --cuda-graphs")
 
 
-def hint(plan: SpeedPlan | ScalePlan) -> str | None:
+def hint(plan: SpeedPlan | SizingPlan) -> str | None:
     """What to say where a GPU is given the kernels of a step one by one: its small steps then last as long as the host
     needs for that, in both arms."""
     if plan.cuda_graphs or not any(device.startswith("cuda") for device in plan.devices):

@@ -4,37 +4,43 @@ Time is a count of the layers that were run, so that every figure has a known tr
 """
 
 import dataclasses
+import importlib
 import json
 import re
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import report_fixture as made
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny_models import SIZES
 from twotower_eval import cli, plan_fields, report, store
+from twotower_eval.closing import close_run
 from twotower_eval.evidence.measured import measured
-from twotower_eval.evidence.scale import ScaleRun
+from twotower_eval.evidence.sizing import SizingRun, fit_layers, round_draws, round_estimate
+from twotower_eval.measure import sizing
+from twotower_eval.measure.sizing import card
+from twotower_eval.measure.sizing.card import make_card, measured_layers, refuse_if_too_large
+from twotower_eval.measure.sizing.commits import even_profile, recorded_profiles
+from twotower_eval.measure.sizing.pairs import build_random_pair
+from twotower_eval.measure.sizing.run import config_file
 from twotower_eval.models import graphs
 from twotower_eval.models.config import parse_config
 from twotower_eval.models.graphs import use_graphs
-from twotower_eval.models.random_weights import build_random_pair
 from twotower_eval.models.twotower import TwoTower
-from twotower_eval.plan import ScalePlan, data_path
+from twotower_eval.plan import SizingPlan, data_path
 from twotower_eval.progress import SilentProgress
-from twotower_eval.records import CommitStep, Estimate, Generation
-from twotower_eval.speed import cost_card, peak, scale
-from twotower_eval.speed.configs import config_file
-from twotower_eval.speed.cost_card import make_card, refuse_if_too_large
-from twotower_eval.speed.parts import measured_layers
+from twotower_eval.records import CommitStep, Estimate, Generation, canonical_json, sha256_text, verb_of
+from twotower_eval.report.reproduce import plan_of
+from twotower_eval.speed import peak
 from twotower_eval.speed.peak import DevicePeak
-from twotower_eval.speed.profiles import even_profile, recorded_profiles
-from twotower_eval.stats.scaling import fit_layers, round_draws, round_estimate
 
+sizing_module = importlib.import_module("twotower_eval.measure.sizing.run")
 RELEASED_NAME = "nemotron-labs-twotower-30b-a3b"
 PATTERN = "MEM*EMEM*EME"
 LAYER_S = {"M": 1.0, "E": 2.0, "*": 5.0}
@@ -72,7 +78,7 @@ class Ticks:
 def ticks(monkeypatch):
     clock = Ticks()
     monkeypatch.setattr(
-        scale, "build_random_pair", lambda *args, **options: clock.attach(build_random_pair(*args, **options))
+        sizing_module, "build_random_pair", lambda *args, **options: clock.attach(build_random_pair(*args, **options))
     )
     return clock
 
@@ -86,14 +92,14 @@ def config(tmp_path):
 
 @pytest.fixture
 def plan(config):
-    return ScalePlan(
-        random_weights=config, block_sizes=(8,), batch_sizes=(1, 2), prompt_tokens=5, tokens_per_nfe=(2.0, 3.0),
+    return SizingPlan(
+        config=config, block_sizes=(8,), batch_sizes=(1, 2), prompt_tokens=5, tokens_per_nfe=(2.0, 3.0),
         repeats=3, min_rounds=2, dtype="float32", threads=1,
     )  # fmt: skip
 
 
 def measure(plan, tmp_path, ticks, **options):
-    return store.load(scale.run(plan, root=tmp_path / "results", now=ticks, **options))
+    return store.load(sizing.run(plan, root=tmp_path / "results", now=ticks, **options))
 
 
 def layers_s(pattern):
@@ -126,8 +132,8 @@ def test_a_round_times_every_part_at_every_forced_routing(plan, tmp_path, ticks)
 
 
 def test_layers_that_were_not_built_are_extrapolated_exactly(plan, tmp_path, ticks):
-    whole = ScaleRun(measure(dataclasses.replace(plan, batch_sizes=(1,)), tmp_path, ticks))
-    cut = ScaleRun(measure(dataclasses.replace(plan, batch_sizes=(1,), layers=8), tmp_path, ticks))
+    whole = SizingRun(measure(dataclasses.replace(plan, batch_sizes=(1,)), tmp_path, ticks))
+    cut = SizingRun(measure(dataclasses.replace(plan, batch_sizes=(1,), layers=8), tmp_path, ticks))
     assert (whole.extrapolated, cut.extrapolated) == (False, True)
     assert cut.held_out == PATTERN[:4]
     for ours, true in zip(cut.steps, whole.steps, strict=True):
@@ -156,10 +162,10 @@ def test_layers_that_were_not_built_are_extrapolated_exactly(plan, tmp_path, tic
 )
 def test_a_null_that_is_off_marks_what_the_costs_say(plan, tmp_path, ticks, monkeypatch, low, high, words, invalid):
     """Break-even was quoted with no mark while the AR step timed against itself was 10 % off."""
-    monkeypatch.setattr(ScaleRun, "nulls", dict.fromkeys((1, 2), measured(lambda: null_between(low, high))))
+    monkeypatch.setattr(SizingRun, "nulls", dict.fromkeys((1, 2), measured(lambda: null_between(low, high))))
     measure(plan, tmp_path, ticks)
     [folder] = store.find_runs(tmp_path / "results")
-    markdown = (report.write([folder], tmp_path, sections=["scale"]) / "report.md").read_text(encoding="utf-8")
+    markdown = (report.write([folder], tmp_path, sections=["sizing"]) / "report.md").read_text(encoding="utf-8")
     assert words in markdown
     assert ("**INVALID**: see the A/A null" in markdown) is invalid
 
@@ -192,18 +198,18 @@ def test_a_torn_round_is_begun_anew(plan, tmp_path, ticks):
         measure(plan, tmp_path, ticks, progress=Stops(num_items + 4))
     [folder] = store.find_runs(tmp_path / "results")
     assert len(store.load(folder).costs) == num_items + 4
-    assert len(ScaleRun(store.load(folder)).rounds) == 1
+    assert len(SizingRun(store.load(folder)).rounds) == 1
     run = measure(plan, tmp_path, ticks, resume=folder)
     assert run.complete
     assert sorted({(s.launch_id[-1], s.round) for s in run.costs}) == [("1", 0), ("1", 1), ("2", 2)]
-    assert len(ScaleRun(run).rounds) == 2
+    assert len(SizingRun(run).rounds) == 2
 
 
 def test_a_run_without_a_whole_round_says_so_in_its_report(plan, tmp_path, ticks):
     with pytest.raises(KeyboardInterrupt):
         measure(plan, tmp_path, ticks, progress=Stops(3))
     [folder] = store.find_runs(tmp_path / "results")
-    text = (report.write([folder], tmp_path, sections=["scale"]) / "report.md").read_text()
+    text = (report.write([folder], tmp_path, sections=["sizing"]) / "report.md").read_text()
     assert "has no complete measured round yet" in text
 
 
@@ -250,12 +256,12 @@ def test_what_a_refusal_proposes_is_not_refused_in_its_turn(free_gib, monkeypatc
                  free_reason=None)  # fmt: skip
 
     def refusal(**changes):
-        plan = ScalePlan(random_weights="released.json", **changes)
+        plan = SizingPlan(config="released.json", **changes)
         parts = measured_layers(config.pattern, plan.layers)
         patterns = ["".join(config.pattern[i] for i in part) for part in parts]
-        card = make_card(plan, config, patterns, [free], torch.bfloat16)
+        made = make_card(plan, config, patterns, [free], torch.bfloat16)
         try:
-            refuse_if_too_large(card, plan, config, torch.bfloat16)
+            refuse_if_too_large(made, plan, config, torch.bfloat16)
         except ValueError as error:
             return str(error)
         return None
@@ -292,8 +298,8 @@ def test_memory_that_a_system_does_not_tell_is_bounded_by_what_it_has(monkeypatc
 
 def test_a_card_is_read_without_exponents_and_zeros():
     """A small model's card said "weights 0.0 GiB", the released one's on a CPU "1.1e+03 ms"."""
-    assert [cost_card._size(n) for n in (512, 3 << 20, 118 << 30)] == ["0.5 KiB", "3.0 MiB", "118.0 GiB"]
-    assert [cost_card._milliseconds(s) for s in (5.41e-5, 0.0123456, 1.1)] == ["0.0541 ms", "12.3 ms", "1100 ms"]
+    assert [card._size(n) for n in (512, 3 << 20, 118 << 30)] == ["0.5 KiB", "3.0 MiB", "118.0 GiB"]
+    assert [card._milliseconds(s) for s in (5.41e-5, 0.0123456, 1.1)] == ["0.0541 ms", "12.3 ms", "1100 ms"]
 
 
 def test_the_command_line_measures_and_reports(config, tmp_path, capsys):
@@ -312,13 +318,13 @@ def test_the_command_line_measures_and_reports(config, tmp_path, capsys):
         "--threads",
         "1",
     ]
-    assert cli.main(["speed", "--random-weights", config, "--dtype", "float32", *small, *out]) == 0
+    assert cli.main(["size", config, "--dtype", "float32", *small, *out]) == 0
     run = capsys.readouterr().out.strip()
     assert cli.main(["report", run, "--out", str(tmp_path / "reports")]) == 0
     text = (tmp_path / "reports" / run.rsplit("/", 1)[-1] / "report.md").read_text()
     assert text.startswith("# What decoding would cost: small (random weights)")
     assert re.findall("^## (.*)$", text, re.MULTILINE) == [
-        "True scale, on random weights",
+        "Costs of a model's size, on random weights",
         "Environment: what was run on what",
         "How to reproduce it",
     ]
@@ -326,40 +332,45 @@ def test_the_command_line_measures_and_reports(config, tmp_path, capsys):
         r"\*\*Batch 1, blocks of 4: break-even at (([\d.]+|no rate)[ /]*){3} tokens per NFE\*\* \(shared", text
     )
     assert "2.42x" not in text, "no claim is about this config"
-    section = text.partition("## True scale, on random weights")[2].partition("\n## ")[0]
+    section = text.partition("## Costs of a model's size, on random weights")[2].partition("\n## ")[0]
     paragraphs = [part for part in section.split("\n\n") if part.strip() and not part.lstrip().startswith(("|", "-"))]
     assert all("andom weights" in part for part in paragraphs)
     assert "6 of 12 layers a tower" in section
     assert "extrapolated 2.0-fold" in section
     assert "| 4 | half |" in section
-    assert cli.main(["speed", "--resume", run, "--min-rounds", "3"]) == 0
+    assert cli.main(["size", "--resume", run, "--min-rounds", "3"]) == 0
     assert {s.round for s in store.load(tmp_path / "results" / run.rsplit("/", 1)[-1]).costs} == {0, 1, 2}
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--layers", "3"], "--layers belongs to --random-weights"),
-        (["--random-weights", "CONFIG", "--tasks", "arc"], "--tasks has no use for random weights"),
-        (["--random-weights", "CONFIG", "--layers", "3"], "the first 3 layers (MEM) have no * layer"),
-        (["--random-weights", "CONFIG", "--layers", "99"], "the config has 12 layers"),
-        (["--random-weights", "CONFIG", "--tokens-per-nfe", "20"], "20 tokens per NFE do not fit into blocks of 16"),
-        (["--random-weights", "CONFIG", "--share-towers", "--devices", "cpu,cpu:0"], "on one device"),
-        (["--random-weights", "CONFIG", "--devices", "tpu"], "tpu"),
+        (["size"], "name the config.json whose size is to be measured"),
+        (["size", "CONFIG", "--layers", "3"], "the first 3 layers (MEM) have no * layer"),
+        (["size", "CONFIG", "--layers", "99"], "the config has 12 layers"),
+        (["size", "CONFIG", "--tokens-per-nfe", "20"], "20 tokens per NFE do not fit into blocks of 16"),
+        (["size", "CONFIG", "--share-towers", "--devices", "cpu,cpu:0"], "on one device"),
+        (["size", "CONFIG", "--devices", "tpu"], "tpu"),
         # Were a KeyError with its traceback, 'mps' what a newcomer on an Apple laptop tries first.
-        (["--random-weights", "CONFIG", "--devices", "mps"], "cannot wait for a device of type 'mps'"),
-        (["--random-weights", "CONFIG", "--devices", "meta"], "cannot wait for a device of type 'meta'"),
-        # Was named --costs, which nobody had given.
-        (["--random-weights", "CONFIG", "--no-costs"], "--no-costs has no use for random weights"),
+        (["size", "CONFIG", "--devices", "mps"], "cannot wait for a device of type 'mps'"),
+        (["size", "CONFIG", "--devices", "meta"], "cannot wait for a device of type 'meta'"),
         # Was measured, for as long as it took.
-        (["--random-weights", "CONFIG", "--prompt-tokens", "100000000"], "tokens at most"),
-        (["--random-weights", "CONFIG", "--cuda-graphs"], "CUDA graphs need CUDA devices"),
-        (["--random-weights", "no.json"], "shipped are nemotron-labs-twotower-30b-a3b"),
+        (["size", "CONFIG", "--prompt-tokens", "100000000"], "tokens at most"),
+        (["size", "CONFIG", "--cuda-graphs"], "CUDA graphs need CUDA devices"),
+        (["size", "no.json"], "shipped are nemotron-labs-twotower-30b-a3b"),
+        (["size", "CONFIG", "--tasks", "arc"], "No such option: --tasks"),
+        (["size", "CONFIG", "--profile", "no run"], "'no run' is no run"),
+        (["speed", "--layers", "3"], "--layers belongs to --random-weights"),
+        (["speed", "--random-weights", "CONFIG", "--tasks", "arc"], "--tasks has no use for random weights"),
+        # Was named --costs, which nobody had given.
+        (["speed", "--random-weights", "CONFIG", "--no-costs"], "--no-costs has no use for random weights"),
+        (["speed", "--random-weights", "CONFIG", "--layers", "99"], "the config has 12 layers"),
+        (["speed", "--random-weights", ""], "name the config.json"),
     ],
 )
 def test_bad_requests_are_one_line(arguments, words, config, tmp_path, capsys):
     arguments = [config if word == "CONFIG" else word for word in arguments]
-    assert cli.main(["speed", *arguments, "--out", str(tmp_path / "results")]) == 2
+    assert cli.main([*arguments, "--out", str(tmp_path / "results")]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
@@ -367,7 +378,7 @@ def test_bad_requests_are_one_line(arguments, words, config, tmp_path, capsys):
 def test_the_released_size_by_its_name_on_a_small_machine_is_one_line_that_helps(tmp_path, capsys, monkeypatch):
     """Was to be named by a path inside the package. What is proposed is no more than what fits."""
     monkeypatch.setattr(peak, "free_memory", lambda device: (16 << 30, None))
-    assert cli.main(["speed", "--random-weights", RELEASED_NAME, "--out", str(tmp_path / "results")]) == 2
+    assert cli.main(["size", RELEASED_NAME, "--out", str(tmp_path / "results")]) == 2
     *card, error = capsys.readouterr().err.splitlines()
     assert card[0].startswith(f"cost card of {RELEASED_NAME}: RANDOM WEIGHTS, 52 of 52 layers")
     assert error.startswith(f"error: {RELEASED_NAME} with 52 layers needs about 123.8 GiB on cpu, which has 16.0 GiB")
@@ -392,22 +403,102 @@ def test_contexts_that_outgrow_their_slots_cost_no_captures_in_the_rounds(
     monkeypatch.setattr(graphs, "GRAPH_DEVICES", ("cpu",))
     monkeypatch.setattr(graphs, "MIN_SLOTS", 32)
     made = []
-    monkeypatch.setattr(scale, "use_graphs", lambda *args: made.append(use_graphs(*args)))
-    plan = ScalePlan(
-        random_weights=str(config), dtype="float32", block_sizes=(4,), prompt_tokens=prompt_tokens, repeats=4,
+    monkeypatch.setattr(sizing_module, "use_graphs", lambda *args: made.append(use_graphs(*args)))
+    plan = SizingPlan(
+        config=str(config), dtype="float32", block_sizes=(4,), prompt_tokens=prompt_tokens, repeats=4,
         tokens_per_nfe=(2.0,), min_rounds=2, cuda_graphs=True,
     )  # fmt: skip
-    run = store.load(scale.run(plan, root=tmp_path))
+    run = store.load(sizing.run(plan, root=tmp_path))
     assert not [event for event in run.events if event["kind"] == "timed_again"]
     assert all(len(each._steps) == each.num_made <= each.max_graphs for each in made)
     assert {key[4] for each in made for key in each._steps} == {32 << doubled for doubled in range(num_slots)}
 
 
-def test_a_plan_file_may_be_about_random_weights(config, tmp_path, capsys):
+@pytest.mark.parametrize("verb", ["size", "speed"])
+@pytest.mark.parametrize("key", ["config", "random_weights"])
+def test_a_plan_file_may_be_about_a_size_also_by_its_older_key(verb, key, config, tmp_path, capsys):
     file = tmp_path / "plan.toml"
-    file.write_text(f'random_weights = "{config}"\nlayers = 40\n')
-    assert cli.main(["speed", "--plan", str(file)]) == 2
-    assert "the config has 12 layers" in capsys.readouterr().err
+    file.write_text(f'{key} = "{config}"\nlayers = 40\n')
+    assert cli.main([verb, "--plan", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert ("unknown key 'config'" if (verb, key) == ("speed", "config") else "the config has 12 layers") in told
+
+
+ALIAS = "speed --random-weights CONFIG is an alias of: twotower-eval size CONFIG"
+ROUND = ["--prompt-tokens", "5", "--repeats", "1", "--min-rounds", "2", "--block-sizes", "4", "--threads", "1"]
+
+
+def test_speed_on_random_weights_is_an_alias_that_says_so(config, tmp_path, capsys):
+    """The same plan, the same verb in the manifest, the same cells, and one line that tells of the alias. The config is
+    named by its folder, as a checkpoint has it."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text(Path(config).read_text())
+    assert config_file(str(folder)) == folder / "config.json"
+    config = f"{folder}/"
+    out = ["--out", str(tmp_path / "results"), "--dtype", "float32", *ROUND, "--tokens-per-nfe", "2"]
+    told = []
+    for words in (["size", config], ["speed", "--random-weights", config]):
+        assert cli.main([*words, *out]) == 0
+        told.append(capsys.readouterr())
+    runs = [store.load(Path(said.out.strip())) for said in told]
+    assert runs[0].manifest.plan == runs[1].manifest.plan
+    assert [run.manifest.verb for run in runs] == ["size", "size"]
+    assert [cell.id for cell in runs[0].manifest.cells] == [cell.id for cell in runs[1].manifest.cells]
+    assert [run.manifest.run_id.split("-")[1] for run in runs] == ["size", "size"]
+    lines = [said.err.splitlines() for said in told]
+    assert lines[1][0] == ALIAS
+    assert ALIAS not in lines[0]
+    assert {cell.checkpoint.name for run in runs for cell in run.manifest.cells} == {"checkpoint (random weights)"}
+    assert cli.main(["speed", "--resume", str(runs[0].path), "--min-rounds", "3"]) == 0
+    assert ALIAS in capsys.readouterr().err
+    assert len(SizingRun(store.load(runs[0].path)).rounds) == 3
+
+
+def as_it_was(run, folder):
+    """The run as one was stored when ``speed`` made them and ``random_weights`` named the config."""
+    shutil.copytree(run.path, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    older = {"random_weights": manifest["plan"].pop("config"), **manifest["plan"]}
+    manifest |= {"verb": "speed", "plan": older, "run_id": folder.name}
+    manifest["plan_sha256"] = sha256_text(canonical_json(older))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    close_run(folder, store.FILES)
+    return store.load(folder)
+
+
+def test_runs_of_before_the_verb_are_told_shown_and_resumed(plan, tmp_path, ticks):
+    run = measure(dataclasses.replace(plan, batch_sizes=(1,)), tmp_path, ticks)
+    older = as_it_was(run, tmp_path / "older" / "20261125T000000Z-speed-aaaaaa")
+    assert (older.manifest.verb, verb_of(older.manifest)) == ("speed", "size")
+    assert plan_of(older.manifest.verb, older.manifest.plan) == plan_of("size", run.manifest.plan)
+    texts = []
+    for each in (run, older):
+        folder = report.write([each.path], tmp_path / "reports", sections=["sizing", "reproduce"])
+        texts.append((folder / "report.md").read_text().replace(each.manifest.run_id, "RUN"))
+    assert texts[0] == texts[1]
+    more = measure(dataclasses.replace(plan, batch_sizes=(1,), min_rounds=3), tmp_path, ticks, resume=older.path)
+    assert more.complete
+    assert len(SizingRun(more).rounds) == 3
+
+
+def test_a_sizing_run_is_not_the_newest_timed_one(plan, tmp_path, ticks):
+    """A size that was measured last stood in the place of the run of speed, whose report then had no speedup."""
+    run = measure(dataclasses.replace(plan, batch_sizes=(1,)), tmp_path, ticks)
+    root = tmp_path / "results"
+    older = as_it_was(run, root / "20991125T000000Z-speed-aaaaaa")
+    timed = made.speed_run(root)
+    assert store.find_runs(root, "speed") == [timed]
+    assert set(store.find_runs(root, "size")) == {run.path, older.path}
+    text = (report.write(store.find_runs(root), tmp_path) / "report.md").read_text(encoding="utf-8")
+    assert "random weights" not in text.partition("\n")[0]
+    assert "## Costs of a model's size, on random weights" in text
+
+
+def test_a_real_run_is_no_sizing_run_to_go_on_with(tmp_path, capsys):
+    timed = made.speed_run(tmp_path)
+    assert cli.main(["size", "--resume", str(timed)]) == 2
+    assert "is a 'speed', not a 'size': twotower-eval speed --resume" in capsys.readouterr().err
 
 
 @given(st.integers(2, 40), st.integers(1, 12), st.floats(1, 40))
@@ -489,9 +580,9 @@ def test_intervals_over_rounds_hold_what_they_are_about():
 def test_a_speedup_out_of_reach_has_a_reason(plan, tmp_path, ticks):
     """Here a block's context pass alone costs more than three eighths of its AR steps, so that 2.42x needs too much."""
     run = measure(dataclasses.replace(plan, batch_sizes=(1,)), tmp_path, ticks)
-    [point] = ScaleRun(run).points
+    [point] = SizingRun(run).points
     assert {curve.needed for curve in point.curves} == {None}
-    [point] = ScaleRun(run, 2.42).points
+    [point] = SizingRun(run, 2.42).points
     assert {curve.needed.estimate for curve in point.curves} == {None}
     assert all("a block of 8 committed in one pass gives only" in curve.needed.reason for curve in point.curves)
 
@@ -499,7 +590,7 @@ def test_a_speedup_out_of_reach_has_a_reason(plan, tmp_path, ticks):
 def test_costs_on_random_weights_are_held_against_the_claim_about_their_size(tmp_path):
     """2.42x, a constant, stood in every such report, whatever the model and the claim."""
     [run] = (Path(__file__).parents[1] / "results" / "published").glob("nemotron*/*-speed-*")
-    text = (report.write([run], tmp_path / "a", sections=["scale"]) / "report.md").read_text()
+    text = (report.write([run], tmp_path / "a", sections=["sizing"]) / "report.md").read_text()
     assert "2.42x needs, tokens per NFE" in text
     assert "2.42x on these random weights: what claim speedup says of its model." in text
     own = tmp_path / "own.toml"
@@ -521,7 +612,7 @@ expected = 1.75
 source = "a test"
 """
     )
-    other = (report.write([run], tmp_path / "b", sections=["scale"], claims=str(own)) / "report.md").read_text()
+    other = (report.write([run], tmp_path / "b", sections=["sizing"], claims=str(own)) / "report.md").read_text()
     assert "1.75x needs, tokens per NFE" in other
     assert "2.42x" not in other
 

@@ -1,4 +1,4 @@
-"""The cost card: what a pair of a given size weighs, whether it fits, and how fast its steps can be at best.
+"""The cost card: which layers are measured, what they weigh, whether they fit, how fast their steps can be at best.
 
 Printed before anything is built, from the config and a short measurement of the device alone.
 """
@@ -15,9 +15,8 @@ from twotower_eval.models import sizes
 from twotower_eval.models.config import NemotronHConfig
 from twotower_eval.models.graphs import num_slot_counts
 from twotower_eval.models.sizes import Step
-from twotower_eval.plan import ScalePlan
+from twotower_eval.plan import SizingPlan
 from twotower_eval.records import ROUTINGS
-from twotower_eval.speed.parts import measured_layers
 from twotower_eval.speed.peak import DevicePeak
 
 GIB, MIB = 2**30, 2**20
@@ -63,8 +62,39 @@ class CostCard:
         return all(peak.free_bytes is None or needed <= peak.free_bytes for needed, peak in pairs)
 
 
+def measured_layers(pattern: str, num_layers: int | None) -> tuple[tuple[int, ...], ...]:
+    """Layer indices of every part to be measured, the largest first.
+
+    All layers where they are all built. Else the first ``num_layers``, the same with every second layer of one kind
+    left out, for each kind, no layer at all, and the first half, which no fit needs and which therefore tests it.
+    ValueError where the first layers lack a kind that the others have, so that nothing could be said of it.
+    """
+    if num_layers is None or num_layers == len(pattern):
+        return (tuple(range(len(pattern))),)
+    if num_layers > len(pattern):
+        raise ValueError(f"--layers {num_layers}: the config has {len(pattern)} layers")
+    first = pattern[:num_layers]
+    lacking = sorted(set(pattern) - set(first))
+    if lacking:
+        enough = max(pattern.index(kind) for kind in set(pattern)) + 1
+        raise ValueError(
+            f"the first {num_layers} layers ({first}) have no {lacking[0]} layer to extrapolate from: take --layers "
+            f"{enough} or more"
+        )
+    parts = [tuple(range(num_layers))]
+    parts += [_thinned(first, kind) for kind in sorted(set(first))]
+    half = tuple(range(num_layers // 2))
+    return tuple(dict.fromkeys([*parts, half, ()]))
+
+
+def _thinned(pattern: str, kind: str) -> tuple[int, ...]:
+    """Without every second layer of a kind, the first of them included."""
+    of_kind = [index for index, letter in enumerate(pattern) if letter == kind]
+    return tuple(index for index in range(len(pattern)) if index not in of_kind[::2])
+
+
 def make_card(
-    plan: ScalePlan, config: NemotronHConfig, patterns: Sequence[str], peaks: Sequence[DevicePeak], dtype: torch.dtype
+    plan: SizingPlan, config: NemotronHConfig, patterns: Sequence[str], peaks: Sequence[DevicePeak], dtype: torch.dtype
 ) -> CostCard:
     """The card for towers of ``patterns[0]``, and floors for all the patterns and for the whole config's."""
     built = cut(config, patterns[0])
@@ -73,7 +103,7 @@ def make_card(
     floors = [_floor(plan, cut(config, p), step, peaks, dtype)
               for p in dict.fromkeys([*patterns, config.pattern]) for step in _steps(plan)]  # fmt: skip
     return CostCard(
-        config=plan.random_weights,
+        config=plan.config,
         pattern=config.pattern,
         built_pattern=patterns[0],
         shared_towers=plan.share_towers,
@@ -87,16 +117,16 @@ def make_card(
     )
 
 
-def graphs_needed(plan: ScalePlan) -> int:
+def graphs_needed(plan: SizingPlan) -> int:
     """Sizes and routings of steps that a round goes through: AR, and both passes of a block at every routing."""
     return len(plan.batch_sizes) * (1 + 2 * len(ROUTINGS) * len(plan.block_sizes)) * _num_slot_counts(plan)
 
 
-def _num_slot_counts(plan: ScalePlan) -> int:
+def _num_slot_counts(plan: SizingPlan) -> int:
     return num_slot_counts(plan.prompt_tokens, _longest(plan))
 
 
-def _longest(plan: ScalePlan) -> int:
+def _longest(plan: SizingPlan) -> int:
     """Tokens of a context behind the last repetition; one comes before them, off the clock."""
     return plan.prompt_tokens + (1 + plan.repeats) * max(plan.block_sizes)
 
@@ -133,7 +163,7 @@ def describe(card: CostCard) -> Iterator[str]:
             )
 
 
-def refuse_if_too_large(card: CostCard, plan: ScalePlan, config: NemotronHConfig, dtype: torch.dtype) -> None:
+def refuse_if_too_large(card: CostCard, plan: SizingPlan, config: NemotronHConfig, dtype: torch.dtype) -> None:
     """ValueError that says by how much, and what would fit."""
     if card.fits:
         return
@@ -151,7 +181,7 @@ def refuse_if_too_large(card: CostCard, plan: ScalePlan, config: NemotronHConfig
 
 
 def _ways_to_fit(
-    plan: ScalePlan, config: NemotronHConfig, num_layers: int, peaks: Sequence[DevicePeak], dtype: torch.dtype
+    plan: SizingPlan, config: NemotronHConfig, num_layers: int, peaks: Sequence[DevicePeak], dtype: torch.dtype
 ) -> Iterator[str]:
     """What could be asked for instead; nothing that would be refused in its turn."""
     # A step on shared towers costs what it does on two, so all of the layers shared come before fewer of them.
@@ -173,7 +203,7 @@ def _ways_to_fit(
 
 
 def _fits(
-    plan: ScalePlan, config: NemotronHConfig, num_layers: int, peaks: Sequence[DevicePeak], dtype: torch.dtype
+    plan: SizingPlan, config: NemotronHConfig, num_layers: int, peaks: Sequence[DevicePeak], dtype: torch.dtype
 ) -> bool:
     """Whether so many of the layers can be built, and measured to extrapolate."""
     try:
@@ -184,7 +214,7 @@ def _fits(
     return all(p.free_bytes is None or n <= p.free_bytes for n, p in zip(needed, peaks, strict=True))
 
 
-def _steps(plan: ScalePlan) -> Iterator[Step]:
+def _steps(plan: SizingPlan) -> Iterator[Step]:
     """Every repetition that is timed, the forced blocks apart."""
     for size in plan.batch_sizes:
         length = plan.prompt_tokens
@@ -198,7 +228,7 @@ def _steps(plan: ScalePlan) -> Iterator[Step]:
 
 
 def _floor(
-    plan: ScalePlan, config: NemotronHConfig, step: Step, peaks: Sequence[DevicePeak], dtype: torch.dtype
+    plan: SizingPlan, config: NemotronHConfig, step: Step, peaks: Sequence[DevicePeak], dtype: torch.dtype
 ) -> Floor:
     peak = peaks[-1] if step.part == "denoise" else peaks[0]
     num_bytes, flops = sizes.step_bytes(step, config, dtype.itemsize), sizes.step_flops(step, config)
@@ -215,7 +245,7 @@ def _floor(
     )
 
 
-def _needed(plan: ScalePlan, config: NemotronHConfig, num_patterns: int, dtype: torch.dtype) -> tuple[int, ...]:
+def _needed(plan: SizingPlan, config: NemotronHConfig, num_patterns: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Bytes on each device: weights, contexts of all batch sizes, logits of the largest block."""
     rows = sum(plan.batch_sizes) * num_patterns + CONTEXTS_HELD * max(plan.batch_sizes)
     if plan.cuda_graphs:  # for each size a context at a fixed place, with up to twice the slots

@@ -1,6 +1,7 @@
-"""What runs on random weights say: step costs, their floors, and the speedup that a rate of commits would give.
+"""What sizing runs say: step costs, their floors, and the speedup that a rate of commits would give.
 
-Costs of a model whose weights are not at hand, never a measured speedup: claims do not read this.
+Costs of a model whose weights are not at hand, never a measured speedup: claims do not read this. Layers that were
+not built are extrapolated to. Letters as in stats/intervals; F measured parts of a model.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from scipy.optimize import nnls
+from scipy.special import ndtr
 
 from twotower_eval.evidence.points import Measured, measured
-from twotower_eval.records import ROUTINGS, CostPart, CostSample
+from twotower_eval.records import ROUTINGS, CostPart, CostSample, Estimate, verb_of
 from twotower_eval.stats.costs import needed_tokens_per_nfe, predicted_speedup
-from twotower_eval.stats.intervals import Floats
-from twotower_eval.stats.scaling import fit_layers, layer_counts, round_draws, round_estimate
+from twotower_eval.stats.intervals import LEVEL, Floats, t_quantile
 from twotower_eval.stats.speedup import NULL_LEVEL
 from twotower_eval.store import Run
 
 SEED = 0
+NUM_DRAWS = 2_000
 
 # part, replica, batch size, block size, routing, steps: a timed item apart from its layers
 Item = tuple[CostPart, int, int, int | None, str, int | None]
@@ -87,7 +90,7 @@ class RoutingCurve:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScalePoint:
+class SizingPoint:
     """One batch size and block size: a band of curves, and the whole blocks that check them."""
 
     batch_size: int
@@ -96,8 +99,8 @@ class ScalePoint:
     blocks: tuple[ForcedBlock, ...]
 
 
-class ScaleRun:
-    """One run on random weights. ValueError where it has no complete round or no cost card.
+class SizingRun:
+    """One sizing run. ValueError where it has no complete round or no cost card.
 
     ``claimed`` is a speedup to look up in its curves.
     """
@@ -198,16 +201,16 @@ class ScaleRun:
         return found
 
     @cached_property
-    def points(self) -> tuple[ScalePoint, ...]:
+    def points(self) -> tuple[SizingPoint, ...]:
         """Every batch size and block size."""
         sizes = sorted({(item[2], item[3]) for item, _ in self._seconds if item[0] == "denoise"}, key=str)
         return tuple(self._point(batch, block) for batch, block in sizes if block is not None)
 
-    def _point(self, batch_size: int, block_size: int) -> ScalePoint:
+    def _point(self, batch_size: int, block_size: int) -> SizingPoint:
         curves = tuple(self._curve(batch_size, block_size, routing) for routing in ROUTINGS)
         items = [i for i, _ in self._seconds if i[0] == "forced_block" and i[2:4] == (batch_size, block_size)]
         blocks = tuple(self._block(item) for item in sorted(items, key=_order))
-        return ScalePoint(batch_size=batch_size, block_size=block_size, curves=curves, blocks=blocks)
+        return SizingPoint(batch_size=batch_size, block_size=block_size, curves=curves, blocks=blocks)
 
     def _costs(self, batch_size: int, block_size: int, routing: str, *, built: bool = False) -> BlockCosts:
         """Costs of the whole model, or with ``built`` of the layers that were built."""
@@ -259,17 +262,9 @@ class ScaleRun:
         return measured(lambda: round_estimate(values_Q, num_rounds=len(self.rounds), seed=SEED, level=level))
 
 
-def is_scale_run(run: Run) -> bool:
-    """Whether a run measured random weights."""
-    return "random_weights" in run.manifest.plan
-
-
-def config_of(run: Run) -> str | None:
-    """The name of the config whose size a run on random weights measured; ``None`` for any other run."""
-    if not is_scale_run(run):
-        return None
-    file = str(run.manifest.plan["random_weights"]).replace("\\", "/").rpartition("/")[2]
-    return file.removesuffix(".json").removesuffix(".config")
+def is_sizing_run(run: Run) -> bool:
+    """Whether a run measured a size of model, on random weights."""
+    return verb_of(run.manifest) == "size"
 
 
 def _complete_rounds(
@@ -304,3 +299,40 @@ def _order(item: Item) -> tuple[Any, ...]:
     part, replica, batch_size, block_size, routing, num_steps = item
     where = ROUTINGS.index(routing) if routing in ROUTINGS else -1
     return (batch_size, parts.index(part), block_size or 0, num_steps or 0, where, replica)
+
+
+def round_draws(seconds_RF: Floats, seed: int) -> Floats:
+    """Means over rounds, (Q, F): of all rounds first, then of rounds drawn with replacement, the same for all F."""
+    num_rounds = seconds_RF.shape[0]
+    drawn_QR = np.random.default_rng(seed).integers(num_rounds, size=(NUM_DRAWS, num_rounds))
+    return np.concatenate([seconds_RF.mean(0)[None], seconds_RF[drawn_QR].mean(1)])
+
+
+def round_estimate(values_Q: Floats, *, num_rounds: int, seed: int, level: float = LEVEL) -> Estimate:
+    """Row 0 of (Q,) with the interval of the other rows; its ends may be infinite. ValueError for a single round."""
+    if num_rounds < 2:
+        raise ValueError("one round gives no interval: measure more")
+    inflation = (num_rounds / (num_rounds - 1)) ** 0.5
+    # No BCa: it compares draws with the value, and either may be infinite here.
+    tail = float(ndtr(-t_quantile(level, num_rounds - 1) * inflation))
+    low, high = (float(np.quantile(values_Q[1:], share, method="inverted_cdf")) for share in (tail, 1 - tail))
+    method = "bootstrap over rounds, Student tails"
+    return Estimate(value=float(values_Q[0]), low=low, high=high, level=level, n=num_rounds, method=method, seed=seed)
+
+
+def fit_layers(patterns: Sequence[str], seconds_QF: Floats) -> tuple[str, Floats]:
+    """Layer kinds, and seconds (Q, 1 + kinds) of what is outside the layers and of one layer of each kind.
+
+    Least squares of relative errors, no cost below zero. ValueError where the parts cannot tell the kinds apart.
+    """
+    kinds = "".join(sorted(set("".join(patterns))))
+    counts_FL = layer_counts(patterns, kinds)
+    if np.linalg.matrix_rank(counts_FL) < counts_FL.shape[1]:
+        raise ValueError(f"{len(patterns)} parts cannot tell {len(kinds)} kinds of layers apart")
+    ones_F = np.ones(len(patterns))
+    return kinds, np.array([nnls(counts_FL / row_F[:, None], ones_F)[0] for row_F in seconds_QF])
+
+
+def layer_counts(patterns: Sequence[str], kinds: str) -> Floats:
+    """(F, 1 + kinds): 1, and how many layers of each kind a pattern has."""
+    return np.array([[1.0, *(pattern.count(kind) for kind in kinds)] for pattern in patterns])

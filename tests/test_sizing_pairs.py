@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, tiny_config
 
+from twotower_eval.measure.sizing.pairs import build_random_pair, draw, steer, with_layers
 from twotower_eval.models import sizes
-from twotower_eval.models.random_weights import build_random_pair, steer, with_layers
-from twotower_eval.models.routing import draw, expected_touched
+from twotower_eval.models.sizes import expected_touched
 from twotower_eval.records import ROUTINGS
 
 

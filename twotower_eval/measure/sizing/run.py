@@ -1,4 +1,4 @@
-"""``speed --random-weights``: what the parts of decoding cost at a size of model whose weights are not at hand.
+"""The ``size`` verb: what the parts of decoding cost at a size of model whose weights are not at hand.
 
 Costs only: nothing that such a model says means anything. Interleaved rounds as for real checkpoints, the AR step
 twice in each for the A/A null; a launch that goes on begins a new round.
@@ -6,38 +6,37 @@ twice in each for the A/A null; a launch that goes on begins a new round.
 
 from __future__ import annotations
 
-import gc
-import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from twotower_eval import store
 from twotower_eval.environment import new_manifest
-from twotower_eval.journal import now_text
+from twotower_eval.measure.sizing.card import (
+    CostCard,
+    cut,
+    describe,
+    graphs_needed,
+    make_card,
+    measured_layers,
+    refuse_if_too_large,
+)
+from twotower_eval.measure.sizing.commits import Profile, even_profile, recorded_profiles
+from twotower_eval.measure.sizing.items import Rig, make_items, make_rigs
+from twotower_eval.measure.sizing.pairs import ForcedRouting, build_random_pair, steer, with_layers
+from twotower_eval.measure.sizing.session import Session
 from twotower_eval.models.checkpoint import read_json
 from twotower_eval.models.config import NemotronHConfig, parse_config
 from twotower_eval.models.graphs import use_graphs
-from twotower_eval.models.random_weights import build_random_pair, steer, with_layers
-from twotower_eval.models.routing import ForcedRouting
-from twotower_eval.plan import ScalePlan
-from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
-from twotower_eval.records import CostSample, RunManifest, SpeedPhase, derive_seed, to_json
-from twotower_eval.speed import phases
+from twotower_eval.names import config_name
+from twotower_eval.plan import SizingPlan, data_path
+from twotower_eval.progress import Progress, SilentProgress, duration_text
+from twotower_eval.records import RunManifest, Verb, to_json
 from twotower_eval.speed.captures import Captures, hint, refuse_uneven
 from twotower_eval.speed.clock import CallClock, Devices, torch_threads
-from twotower_eval.speed.configs import config_file, config_name
-from twotower_eval.speed.cost_card import CostCard, cut, describe, graphs_needed, make_card, refuse_if_too_large
-from twotower_eval.speed.items import Item, Rig, make_items, make_rigs
-from twotower_eval.speed.loop import RoundLoop, whole_rounds
-from twotower_eval.speed.parts import measured_layers
-from twotower_eval.speed.peak import device_peak
-from twotower_eval.speed.profiles import Profile, even_profile, recorded_profiles
+from twotower_eval.speed.peak import DevicePeak, device_peak
 
 NOTES = (
     "RANDOM WEIGHTS: every figure is a cost of the model's size; its outputs mean nothing and are not kept.",
@@ -48,7 +47,7 @@ NOTES = (
 
 
 def run(
-    plan: ScalePlan,
+    plan: SizingPlan,
     *,
     root: Path,
     resume: Path | None = None,
@@ -88,14 +87,14 @@ def run(
             _journal_card(writer, card, profiles, num_items=sum(map(len, items)))
             clock = CallClock(Devices(plan.devices), now)
             captures = Captures([rig.pair.graphs for rig in rigs if rig.pair.graphs is not None], writer)
-            _Session(plan, writer, items, routing, clock, captures, progress).run()
+            Session(plan, writer, items, routing, clock, captures, progress).run()
             writer.finish()
     return writer.path
 
 
-def read_config(plan: ScalePlan) -> NemotronHConfig:
+def read_config(plan: SizingPlan) -> NemotronHConfig:
     """The config that the plan names; ValueError with the file's name if it is none."""
-    file = config_file(plan.random_weights)
+    file = config_file(plan.config)
     data = read_json(file)
     try:
         config = parse_config(data)
@@ -107,7 +106,24 @@ def read_config(plan: ScalePlan) -> NemotronHConfig:
     return config
 
 
-def make_profiles(plan: ScalePlan) -> tuple[Profile, ...]:
+def config_file(name: str) -> Path:
+    """The file that is meant: by its path, by a folder that holds a ``config.json``, or by the name of a shipped one.
+
+    ValueError with the shipped names where there is none.
+    """
+    for file in (Path(name), Path(name) / "config.json"):
+        if file.is_file():
+            return file
+    shipped = {config_name(path.name): path for path in sorted(data_path("tasks", "configs").glob("*.json"))}
+    if name not in shipped:
+        raise ValueError(
+            f"{name!r} is neither a config.json, nor a folder with one, nor a shipped config; shipped are "
+            f"{', '.join(shipped)}"
+        )
+    return shipped[name]
+
+
+def make_profiles(plan: SizingPlan) -> tuple[Profile, ...]:
     """Commit profiles for every block size, equal ones once; ValueError where a rate fits no block size."""
     unfit = [rate for rate in plan.tokens_per_nfe if rate > max(plan.block_sizes)]
     if unfit:
@@ -123,7 +139,7 @@ def make_profiles(plan: ScalePlan) -> tuple[Profile, ...]:
     return tuple(found.values())
 
 
-def _peak(device: str, dtype: torch.dtype) -> Any:
+def _peak(device: str, dtype: torch.dtype) -> DevicePeak:
     try:
         return device_peak(device, dtype)
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
@@ -132,14 +148,13 @@ def _peak(device: str, dtype: torch.dtype) -> Any:
 
 
 def _build(
-    plan: ScalePlan, config: NemotronHConfig, parts: Sequence[Sequence[int]], dtype: torch.dtype
+    plan: SizingPlan, config: NemotronHConfig, parts: Sequence[Sequence[int]], dtype: torch.dtype
 ) -> tuple[list[Rig], ForcedRouting]:
     """The largest part with weights of its own, the others on the same ones; forced routing attached to all."""
-    file = config_file(plan.random_weights)
     try:
         pair = build_random_pair(
             cut(config, config.pattern[: len(parts[0])]),
-            name=config_name(file),
+            name=config_name(plan.config),
             dtype=dtype,
             devices=plan.devices,
             seed=plan.seed,
@@ -153,14 +168,16 @@ def _build(
         return make_rigs(plan, pairs), routing
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"{file}: out of memory while building: take fewer --layers, --share-towers or smaller batches"
+            f"{plan.config}: out of memory while building: take fewer --layers, --share-towers or smaller batches"
         ) from error
 
 
-def _manifest(plan: ScalePlan, rigs: Sequence[Rig], resume: Path | None) -> RunManifest:
+def _manifest(plan: SizingPlan, rigs: Sequence[Rig], resume: Path | None) -> RunManifest:
+    # Runs from before this verb go on under the one that began them.
+    verb: Verb = "size" if resume is None else store.load(resume).manifest.verb
     return new_manifest(
-        "speed",
-        run_id=store.new_run_id("speed") if resume is None else resume.name,
+        verb,
+        run_id=store.new_run_id(verb) if resume is None else resume.name,
         plan=plan,
         cells=[cell for rig in rigs for cell in rig.cells],
         devices=plan.devices,
@@ -180,100 +197,3 @@ def _journal_card(writer: store.RunWriter, card: CostCard, profiles: Sequence[Pr
             num_blocks=len(profile.blocks),
             num_steps=profile.num_steps,
         )
-
-
-@dataclass
-class _Touched:
-    """Distinct experts per layer and step of every item, counted off the clock the first time it comes up."""
-
-    routing: ForcedRouting
-    counts: dict[Item, float | None]
-
-    def of(self, item: Item) -> float | None:
-        if item not in self.counts:
-            self.routing.count_touched()
-            repeat = item.make_ready()
-            with torch.inference_mode():
-                repeat()
-            self.counts[item] = self.routing.mean_touched()
-        return self.counts[item]
-
-
-class _Session(RoundLoop):
-    """One launch: its warm-up and its rounds."""
-
-    def __init__(
-        self,
-        plan: ScalePlan,
-        writer: store.RunWriter,
-        groups: Sequence[Sequence[Item]],
-        routing: ForcedRouting,
-        clock: CallClock,
-        captures: Captures,
-        progress: Progress,
-    ) -> None:
-        self._plan, self._writer, self._groups, self._clock = plan, writer, groups, clock
-        self._routing, self._captures = routing, captures
-        self._touched = _Touched(routing, {})
-        earlier = writer.run.costs
-        self._launch_id = f"{writer.run.manifest.run_id}/{len({sample.launch_id for sample in earlier}) + 1}"
-        num_items = sum(map(len, groups))
-        super().__init__(
-            plan,
-            progress,
-            whole_s=whole_rounds(earlier, num_items),
-            next_round=1 + max((s.round for s in earlier if s.phase == "measure"), default=-1),
-            steps_per_round=num_items,
-        )
-
-    def run(self) -> None:
-        """Warm up, say how long it will take, and measure until there is enough."""
-        self._progress.note(f"{self._steps_per_round} timed items a round, {self._num_done} whole rounds are there")
-        self._rounds()
-        self._progress.note(f"{self._num_done} rounds, {duration_text(self._timed_s)} on the clock")
-        self._writer.event("measured", num_rounds=self._num_done, timed_s=self._timed_s)
-
-    def _round(self, phase: SpeedPhase, number: int, advance: Advance) -> float:
-        """Every item once; what is compared with each other lies close in time. Seconds on the clock."""
-        order = random.Random(derive_seed(self._plan.seed, phase, number))
-        timed_s = 0.0
-        gc.collect()
-        for group in order.sample(self._groups, len(self._groups)):
-            for item in order.sample(group, len(group)):
-                timed_s += self._time(item, phase, number)
-                advance()
-        return timed_s
-
-    def _begun(self, item: Item) -> tuple[str, float]:
-        """When the repetitions began, and their seconds."""
-        repeat = item.make_ready()
-        return now_text(), sum(phases.time_repeats(repeat, self._clock, item.num_repeats))
-
-    def _time(self, item: Item, phase: SpeedPhase, number: int) -> float:
-        self._routing.kind = item.routing
-        try:
-            touched = self._touched.of(item)
-            what = f"{item.part}, batch size {item.batch_size}, {item.pattern}"
-            started_at, wall_s = self._captures.outside(phase, number, what, partial(self._begun, item))
-        except torch.OutOfMemoryError as error:
-            raise ValueError(f"{item.part}, batch {item.batch_size}: out of memory: take smaller batches") from error
-        sample = CostSample(
-            cell=item.cell_id,
-            launch_id=self._launch_id,
-            round=number,
-            phase=phase,
-            part=item.part,
-            replica=item.replica,
-            batch_size=item.batch_size,
-            context_tokens=self._plan.prompt_tokens,
-            block_size=item.block_size,
-            num_repeats=item.num_repeats,
-            wall_s=wall_s,
-            started_at=started_at,
-            routing=item.routing,
-            num_experts_touched=touched,
-            pattern=item.pattern,
-            num_steps=item.num_steps,
-        )
-        self._writer.append(sample)
-        return wall_s

@@ -1,4 +1,4 @@
-"""What a round on random weights is made of: every part of decoding, per size, batch, block and forced routing."""
+"""What a round of sizing is made of: every part of decoding, per size, batch, block and forced routing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twotower_eval.measure.sizing.commits import Profile
 from twotower_eval.models.twotower import TwoTower
-from twotower_eval.plan import ScalePlan
+from twotower_eval.plan import SizingPlan
 from twotower_eval.records import (
     ROUTINGS,
     Arm,
@@ -29,7 +30,6 @@ from twotower_eval.records import (
 )
 from twotower_eval.speed import phases
 from twotower_eval.speed.phases import Repeat
-from twotower_eval.speed.profiles import Profile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +68,12 @@ class Item:
     make_ready: Callable[[], Repeat]
 
 
-def make_rigs(plan: ScalePlan, pairs: Sequence[TwoTower]) -> list[Rig]:
+def make_rigs(plan: SizingPlan, pairs: Sequence[TwoTower]) -> list[Rig]:
     """Cells and contexts of each pair. ValueError where the weights make nothing finite in the plan's dtype."""
     return [_rig(plan, pair) for pair in pairs]
 
 
-def _rig(plan: ScalePlan, pair: TwoTower) -> Rig:
+def _rig(plan: SizingPlan, pair: TwoTower) -> Rig:
     contexts = {}
     with torch.inference_mode():
         for size in plan.batch_sizes:
@@ -90,7 +90,7 @@ def _rig(plan: ScalePlan, pair: TwoTower) -> Rig:
     return Rig(pair=pair, baseline=baseline, candidates=candidates, contexts=contexts)
 
 
-def _cell(plan: ScalePlan, arm: Arm, checkpoint: Checkpoint, decoder: DecoderSpec) -> Cell:
+def _cell(plan: SizingPlan, arm: Arm, checkpoint: Checkpoint, decoder: DecoderSpec) -> Cell:
     # All that makes up a round: one that goes on with another would not be comparable.
     asked = [plan.prompt_tokens, plan.seed, plan.batch_sizes, plan.repeats, plan.cuda_graphs]
     asked += [plan.tokens_per_nfe, plan.profile]
@@ -105,7 +105,7 @@ def _cell(plan: ScalePlan, arm: Arm, checkpoint: Checkpoint, decoder: DecoderSpe
     return Cell(id=identity, arm=arm, checkpoint=checkpoint, decoder=decoder, workload=workload, extra={})
 
 
-def make_items(plan: ScalePlan, rigs: Sequence[Rig], profiles: Sequence[Profile]) -> list[list[Item]]:
+def make_items(plan: SizingPlan, rigs: Sequence[Rig], profiles: Sequence[Profile]) -> list[list[Item]]:
     """Items in groups of what is compared: one group per pair, batch size and block size, AR twice in each first."""
     groups = []
     for rig in rigs:
@@ -119,7 +119,7 @@ def make_items(plan: ScalePlan, rigs: Sequence[Rig], profiles: Sequence[Profile]
     return groups
 
 
-def _baseline_items(plan: ScalePlan, rig: Rig, size: int) -> Iterator[Item]:
+def _baseline_items(plan: SizingPlan, rig: Rig, size: int) -> Iterator[Item]:
     pair, context = rig.pair, rig.contexts[size]
     common: dict[str, Any] = {"cell_id": rig.baseline.id, "pattern": rig.pattern, "batch_size": size}
     common |= {"block_size": None, "routing": "independent", "num_steps": None}
@@ -131,7 +131,7 @@ def _baseline_items(plan: ScalePlan, rig: Rig, size: int) -> Iterator[Item]:
     yield Item(part="prefill", replica=0, num_repeats=1, make_ready=prefill, **common)
 
 
-def _block_items(plan: ScalePlan, rig: Rig, size: int, block: int, profiles: Sequence[Profile]) -> Iterator[Item]:
+def _block_items(plan: SizingPlan, rig: Rig, size: int, block: int, profiles: Sequence[Profile]) -> Iterator[Item]:
     pair, context = rig.pair, rig.contexts[size]
     block_BK = _ids(plan, pair, size, block)
     denoise = partial(phases.denoise, pair, context, block_BK, [0.5] * size)
@@ -146,7 +146,7 @@ def _block_items(plan: ScalePlan, rig: Rig, size: int, block: int, profiles: Seq
             yield Item(part="forced_block", num_steps=profile.num_steps, make_ready=ready, **common)
 
 
-def _ids(plan: ScalePlan, pair: TwoTower, batch_size: int, num_tokens: int) -> Tensor:
+def _ids(plan: SizingPlan, pair: TwoTower, batch_size: int, num_tokens: int) -> Tensor:
     """Seeded token ids (B, S): which ones does not matter where experts are forced."""
     generator = torch.Generator().manual_seed(derive_seed(plan.seed, "ids", batch_size, num_tokens))
     return torch.randint(pair.vocab_size, (batch_size, num_tokens), generator=generator)

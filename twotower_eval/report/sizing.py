@@ -1,4 +1,4 @@
-"""The section on random weights: what steps of that size cost, and what a speedup would need of them."""
+"""The section on sizing runs: what steps of a size cost, on random weights, and what a speedup would need of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from twotower_eval import stats
 from twotower_eval.evidence.points import Measured
 from twotower_eval.evidence.runs import Runs
-from twotower_eval.evidence.scale import ScalePoint, ScaleRun, StepCost, is_scale_run
+from twotower_eval.evidence.sizing import SizingPoint, SizingRun, StepCost, is_sizing_run
 from twotower_eval.records import GateLimits
 from twotower_eval.report.plots import COLOURS, GREY, MARKERS, png
 from twotower_eval.report.section import Section
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TITLE = "True scale, on random weights"
+TITLE = "Costs of a model's size, on random weights"
 PARTS = {"prefill": "prefill", "ar_step": "AR step", "denoise": "denoise step", "context_pass": "context pass"}
 NUM_RATES = 80
 WARNING = (
@@ -34,21 +34,21 @@ WARNING = (
 )
 
 
-def scale(runs: Runs) -> Section:
-    """Costs, floors, break-even and the band of speedups, for every run on random weights."""
-    concerned = [run for run in runs if is_scale_run(run)]
+def sizing(runs: Runs) -> Section:
+    """Costs, floors, break-even and the band of speedups, for every sizing run."""
+    concerned = [run for run in runs if is_sizing_run(run)]
     if not concerned:
-        text = "No run on random weights. `twotower-eval speed --random-weights CONFIG` measures a model's size.\n"
+        text = "No run on random weights. `twotower-eval size CONFIG` measures a model's size.\n"
         return Section(title=TITLE, markdown=text)
     parts, files = [WARNING], {}
     claim = claimed_speedup(runs)
     for number, run in enumerate(concerned, start=1):
         try:
-            found = ScaleRun(run, None if claim is None else claim.expected)
+            found = SizingRun(run, None if claim is None else claim.expected)
         except ValueError as error:
             parts.append(f"{escape(error)}.")
             continue
-        name = f"scale_{number}.png"
+        name = f"sizing_{number}.png"
         columns = min(2, len(found.points))
         picture = partial(
             _draw, points=found.points, columns=columns, dots=not found.extrapolated, claimed=found.claimed
@@ -60,7 +60,7 @@ def scale(runs: Runs) -> Section:
     return Section(title=TITLE, markdown="\n\n".join(part.strip() for part in parts) + "\n", files=files)
 
 
-def _of_run(found: ScaleRun, picture: str) -> list[str]:
+def _of_run(found: SizingRun, picture: str) -> list[str]:
     run = found.run
     towers = "one set of weights for both towers" if found.card["shared_towers"] else "two towers"
     layers = f"{len(found.pattern)} of {len(found.full_pattern)} layers a tower"
@@ -88,7 +88,7 @@ def _of_run(found: ScaleRun, picture: str) -> list[str]:
     ]
 
 
-def _in_short(found: ScaleRun) -> Iterator[str]:
+def _in_short(found: SizingRun) -> Iterator[str]:
     """What a speedup takes at each batch and block size, from the cheapest forced routing to the dearest."""
     for point in found.points if len(found.rounds) > 1 else ():
         even = " / ".join(_rounded(curve.break_even) for curve in point.curves)
@@ -142,7 +142,7 @@ def _time(value: Measured) -> str:
     return f"{seconds(found.value)} [{seconds(found.low)}, {seconds(found.high)}]"
 
 
-def _needs(found: ScaleRun) -> str:
+def _needs(found: SizingRun) -> str:
     header = ["batch", "block", "experts forced", "break-even, tokens per NFE [95 %]"]
     header += [] if found.claimed is None else [f"{found.claimed:g}x needs, tokens per NFE [95 %]"]
     header.append("most that the block allows")
@@ -159,7 +159,7 @@ def _rate(value: Measured) -> str:
     return escape(value.reason) if value.estimate is None else times(value).replace("x", "")
 
 
-def _blocks(found: ScaleRun) -> str:
+def _blocks(found: SizingRun) -> str:
     header = ["batch", "block", "commits follow", "experts forced", "tokens per NFE", "speedup [95 %]", "residual"]
     rows = []
     for point in found.points:
@@ -174,7 +174,7 @@ def _blocks(found: ScaleRun) -> str:
     return table(header, rows)
 
 
-def _remarks(found: ScaleRun) -> Iterator[str]:
+def _remarks(found: SizingRun) -> Iterator[str]:
     for batch_size, null in found.nulls.items():
         yield f"A/A null, the AR step over itself, batch {batch_size}: {times(null)} (99 %), {_of_null(null)}"
     devices = len(found.run.manifest.plan["devices"])
@@ -208,7 +208,7 @@ def _of_null(null: Measured) -> str:
     return "it holds 1"
 
 
-def _fit_remarks(found: ScaleRun) -> Iterator[str]:
+def _fit_remarks(found: SizingRun) -> Iterator[str]:
     """How far the layer costs behind an extrapolation can be trusted."""
     worst: dict[str, float] = {}
     for step in found.steps:
@@ -226,7 +226,7 @@ def _fit_remarks(found: ScaleRun) -> Iterator[str]:
         yield f"largest residual of a step on {layers}{held}: {percent(error)}"
 
 
-def _draw(figure: Figure, points: Sequence[ScalePoint], columns: int, dots: bool, claimed: float | None) -> None:
+def _draw(figure: Figure, points: Sequence[SizingPoint], columns: int, dots: bool, claimed: float | None) -> None:
     rows = -(-len(points) // columns)
     handles: dict[str, Any] = {}
     for index, point in enumerate(points):
@@ -237,7 +237,7 @@ def _draw(figure: Figure, points: Sequence[ScalePoint], columns: int, dots: bool
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)
 
 
-def _draw_band(axes: Axes, point: ScalePoint, dots: bool, claimed: float | None) -> None:
+def _draw_band(axes: Axes, point: SizingPoint, dots: bool, claimed: float | None) -> None:
     """Three curves and the area between the outer ones; ``dots`` are whole blocks as measured."""
     rates_X = np.minimum(np.geomspace(1, point.block_size, NUM_RATES), point.block_size)
     curves = {curve.routing: [curve.speedup(float(rate)) for rate in rates_X] for curve in point.curves}

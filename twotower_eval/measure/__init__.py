@@ -1,0 +1,1 @@
+"""The measuring arm: rooms that write runs."""
