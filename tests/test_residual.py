@@ -120,11 +120,71 @@ def test_the_limit_is_a_field_of_the_claim(tmp_path: Path) -> None:
     assert "the baseline is slower than its parts: +" in verdict.reason
 
 
-def test_noise_and_calls_that_are_held_up_alike_are_no_fault(tmp_path: Path) -> None:
+def slowed(kind: str, candidate: bool) -> Factor:
+    """A baseline with a handicap outside its forwards, beside a candidate without or with as large a one."""
+    most = {"a sleep for each token": 0.004, "a sleep for each call": 0.080, "a slow wrapper": 0.0}
+
+    def factor(arm: Arm, sample: SpeedSample) -> float:
+        own_s = own_time_s(sample)
+        if arm == "candidate" and not candidate:
+            return 1.0
+        if kind == "a slow wrapper":
+            return 2.0
+        num = sum(prompt.num_tokens for prompt in sample.prompts) if kind == "a sleep for each token" else 1
+        return 1 + most[kind] * num / own_s
+
+    return factor
+
+
+@pytest.mark.parametrize("kind", ["a sleep for each token", "a sleep for each call", "a slow wrapper"])
+@pytest.mark.parametrize("candidate", [False, True])
+def test_a_slowed_baseline_is_invalid_whatever_the_candidate_does(tmp_path: Path, kind: str, candidate: bool) -> None:
+    """It was SUPPORTED as soon as the candidate lagged its own parts as much."""
+    run = timed(tmp_path, slowed(kind, candidate), noise=0.03)
+    (verdict,) = judge(claims_of({**FAST, "expected": 1.05}), [run])
+    assert verdict.outcome == "INVALID"
+    assert "the baseline is slower than its parts: +" in verdict.reason
+    assert "in the fastest round of every call" in verdict.reason
+
+
+def neighbours(seed: int, mean: float) -> Factor:
+    """Other work holds up calls of both arms, some much and some not at all, and never the parts."""
+    rng = np.random.default_rng(seed)
+    of_round = rng.exponential(mean, 100)
+    return lambda arm, sample: 1 + float(of_round[sample.round] * rng.exponential(1.0))
+
+
+def test_calls_that_are_held_up_by_others_are_no_fault(tmp_path: Path) -> None:
     """Neighbours hold up long calls, of both arms, more than the short moments in which parts are timed."""
-    for seed, factor in enumerate((1.0, 1.6)):
-        run = timed(tmp_path / str(seed), lambda arm, sample, factor=factor: factor, noise=0.3)  # type: ignore[misc]
-        assert gates.residual_gate(point_of(run), LIMITS).outcome == "passed"
+    for seed, mean in enumerate((0.0, 0.5, 4.0)):
+        run = timed(tmp_path / str(seed), neighbours(seed, mean), noise=0.05)
+        assert gates.residual_gate(point_of(run), LIMITS).outcome in ("passed", "not_checked")
+        (verdict,) = judge(claims_of(FAST), [run])
+        assert verdict.outcome != "INVALID" or "residual" not in verdict.reason
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_handicap_that_comes_and_goes_supports_nothing(tmp_path: Path, both: bool) -> None:
+    """Whoever holds a baseline up now and then: nobody knows how fast it is."""
+
+    def factor(arm: Arm, sample: SpeedSample) -> float:
+        return 3.0 if (arm == "baseline" or both) and (sample.round + len(sample.call_id)) % 2 else 1.0
+
+    (verdict,) = judge(claims_of({**FAST, "expected": 1.05}), [timed(tmp_path, factor, noise=0.01)])
+    assert verdict.outcome in ("INCONCLUSIVE", "INVALID")
+
+
+def test_a_baseline_that_nobody_can_tell_apart_from_its_neighbours_leaves_the_claim_open(tmp_path: Path) -> None:
+    calm = {0: 1.0, 1: 1.0}
+    run = timed(tmp_path, lambda arm, sample: calm.get(sample.round, 2.5), noise=0.01)
+    gate = gates.baseline_lag_gate(point_of(run), LIMITS)
+    assert gate is not None
+    assert gate.outcome == "not_checked"
+    assert gates.residual_gate(point_of(run), LIMITS).outcome == "not_checked"
+    claims = claims_of({**FAST, "expected": 1.01})
+    verdict = next(iter(judge(claims, [run])))
+    assert verdict.outcome == "INCONCLUSIVE"
+    assert gates.baseline_lag_gate(point_of(timed(tmp_path / "own", only("baseline", 1.2))), LIMITS) is None
 
 
 def test_without_parts_nothing_is_checked_and_a_supported_speedup_says_so(tmp_path: Path) -> None:

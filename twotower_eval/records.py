@@ -56,6 +56,7 @@ GateKind = Literal[
     "probes",
     "aa_null",
     "residual",
+    "baseline_lag",
     "degenerate_outputs",
     "answers_are_answers",
     "verify",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from twotower_eval import stats
 from twotower_eval.evidence.measured import Measured, measured
-from twotower_eval.evidence.residual import Residual, Round, by_round, residual, unknown
+from twotower_eval.evidence.residual import Residual, Round, by_round, fastest_of_calls, residual, unknown
 from twotower_eval.records import Arm, Cell, CostPart, CostSample, DecoderSpec, Estimate, Passes, SpeedSample
 from twotower_eval.store import Run
 
@@ -135,7 +135,16 @@ def _explained(parts: list[CostSample], samples: Sequence[SpeedSample], block_si
         towers_apart=len(set(cell.checkpoint.devices)) > 1,
         not_counted=None if counted else NOT_COUNTED,
     )
+    if counted and found.whole.estimate is not None:
+        found = replace(found, calm=_calm(phases, samples, calls))
     return ArmCosts(phases=phases, prediction=prediction, explanation=explanation, reason=None, residual=found)
+
+
+def _calm(phases: tuple[stats.PhaseCost, ...], samples: Sequence[SpeedSample], calls: Mapping[int, Call]) -> float:
+    """The share of each call's fastest round that its parts lack, these at their mean over all rounds."""
+    fastest = fastest_of_calls(samples)
+    alone = stats.predict(stats.CostTable(phases), [calls[id(sample)] for sample in fastest])
+    return stats.explain(sum(sample.wall_s for sample in fastest), alone.total_s).residual
 
 
 def seconds_alone(runs: Sequence[Run], cell: Cell, samples: Sequence[SpeedSample]) -> Callable[[SpeedSample], float]:

@@ -19,7 +19,7 @@ from twotower_eval.evidence.contradiction import Contradiction, contradictions_t
 from twotower_eval.evidence.measured import Measured, measured
 from twotower_eval.evidence.numbers import PERCENT, interval
 from twotower_eval.evidence.points import MissingScore, OtherScore, QualityPoint
-from twotower_eval.evidence.residual import fault_text, faults, residual_text
+from twotower_eval.evidence.residual import fault_text, faults, held_up_text, is_held_up, residual_text
 from twotower_eval.evidence.same import run_ids_of
 from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.evidence.truncation import truncated_at
@@ -33,7 +33,7 @@ from twotower_eval.times import void_text
 from twotower_eval.ways import handicap_text
 
 BROKEN = "fast and broken"
-NEEDED_FOR_SPEED: tuple[GateKind, ...] = ("degenerate_outputs", "answers_are_answers")
+NEEDED_FOR_SPEED: tuple[GateKind, ...] = ("baseline_lag", "degenerate_outputs", "answers_are_answers")
 # A SUPPORTED speedup, or a joint claim with one, says which of these was not checked.
 SAID_WITH_SPEED: tuple[GateKind, ...] = (
     "residual",
@@ -208,7 +208,17 @@ def residual_gate(point: SpeedPoint, limits: GateLimits) -> Gate:
         return Gate(kind="residual", outcome="not_checked", detail=detail)
     shares = [f"{arm} {residual_text(one.whole.estimate)}" for arm, one in found.items() if one.whole.estimate]
     detail = f"unexplained time: {', '.join(shares)}"
-    return Gate(kind="residual", outcome="passed", detail=detail, evidence=point.run_ids)
+    outcome: CheckOutcome = "not_checked" if is_held_up(found, limits.residual) else "passed"
+    return Gate(kind="residual", outcome=outcome, detail=detail, evidence=point.run_ids)
+
+
+def baseline_lag_gate(point: SpeedPoint, limits: GateLimits) -> Gate | None:
+    """A baseline that seems slower than its parts was not held up; ``None`` where it does not, or is at fault."""
+    found = point.costs.residuals
+    if not is_held_up(found, limits.residual):
+        return None
+    detail = held_up_text(found["baseline"])
+    return Gate(kind="baseline_lag", outcome="not_checked", detail=detail, evidence=point.run_ids)
 
 
 def own_generate_gate(point: SpeedPoint, limits: GateLimits) -> Gate | None:

@@ -2,6 +2,10 @@
 
 An arm that is much faster than its parts did not do what it counts; a baseline that is much slower was held up outside
 its model. A candidate that is slower than its parts hurts only itself: choosing tokens takes time, too.
+
+Neighbours on the machine hold up whole calls longer than the short moments in which parts are timed, and no call for
+ever: what the fastest round of every call still takes beyond its parts is the baseline's own, whatever the candidate
+does. What comes and goes may be either's: it supports nothing, and is no fault where the candidate lags, too.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from twotower_eval.records import Arm, Estimate, SpeedSample
 
 Round = tuple[str, int]  # launch, number
 MIN_ROUNDS = 3  # fewer say too little of what a round differs by
+ALONE_LEVEL = 0.99  # how sure it has to be that a baseline alone was held up
 LARGEST_BEYOND = 0.1  # share of the passes beyond what was timed, above which a prediction is a guess
 
 
@@ -27,23 +32,29 @@ class Residual:
     ``floor`` is held against the least seconds that its forwards can take: fewer than the parts' sum where towers on
     two devices work at a time, or where a batch's passes were not counted by the rows that they served. There
     ``whole``, against the sum, has no estimate but a reason. ``seconds`` are those of each round, measured and
-    predicted. ``num_idle_calls`` gave tokens although the harness saw no forward.
+    predicted. ``num_idle_calls`` gave tokens although the harness saw no forward. ``calm`` is the share of each call's
+    fastest round that its parts lack, these at their mean over the rounds.
     """
 
     whole: Measured
     floor: Measured
     seconds: Mapping[Round, tuple[float, float]] = field(default_factory=dict)
     num_idle_calls: int = 0
+    calm: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualFault:
-    """An arm whose time does not fit its forwards. ``idle``: that gave tokens in ``num_calls`` without any forward."""
+    """An arm whose time does not fit its forwards. ``idle``: that gave tokens in ``num_calls`` without any forward.
+
+    ``calm`` is given where the baseline is slower in the fastest round of every call as well.
+    """
 
     arm: Arm
     kind: Literal["faster", "slower", "idle"]
     residual: Estimate | None = None
     num_calls: int = 0
+    calm: float | None = None
 
 
 def unknown(reason: str) -> Residual:
@@ -91,30 +102,50 @@ def _too_little(known: Sequence[stats.Prediction], reasons: Sequence[str]) -> st
 
 
 def faults(residuals: Mapping[Arm, Residual], limit: float) -> tuple[ResidualFault, ...]:
-    """What lies wholly outside the limit.
+    """What lies outside the limit. A candidate that is slower than its parts is no fault.
 
-    A candidate that is slower than its parts is no fault. Nor is a baseline where the candidate is no less so: on a
-    machine with neighbours whole calls are held up longer than the short moments in which parts are timed.
+    A baseline is at fault where its calmest calls lie outside the limit; or where its rounds surely do, and lie behind
+    the candidate's by more than the limit as well.
     """
     found = []
     for arm, one in residuals.items():
         floor, whole = one.floor.estimate, one.whole.estimate
         if floor is not None and floor.high < -limit:
             found.append(ResidualFault(arm=arm, kind="faster", residual=floor))
-        elif arm == "baseline" and whole is not None and whole.low > limit and _is_alone(one, residuals["candidate"]):
-            found.append(ResidualFault(arm=arm, kind="slower", residual=whole))
+        elif arm == "baseline" and whole is not None and whole.value > limit:
+            calm = one.calm if one.calm is not None and one.calm > limit else None
+            if calm is not None or (whole.low > limit and _is_alone(one, residuals["candidate"], limit)):
+                found.append(ResidualFault(arm=arm, kind="slower", residual=whole, calm=calm))
         if one.num_idle_calls:
             found.append(ResidualFault(arm=arm, kind="idle", num_calls=one.num_idle_calls))
     return tuple(found)
 
 
-def _is_alone(baseline: Residual, candidate: Residual) -> bool:
-    """Whether the baseline is farther behind its parts than the candidate, round by round, as far as that is known."""
+def is_held_up(residuals: Mapping[Arm, Residual], limit: float) -> bool:
+    """Whether the baseline seems slower than the limit allows, and the run does not tell who held it up."""
+    whole = residuals["baseline"].whole.estimate
+    return whole is not None and whole.value > limit and not faults(residuals, limit)
+
+
+def _is_alone(baseline: Residual, candidate: Residual, limit: float) -> bool:
+    """Whether the baseline is farther behind its parts than the candidate by more than the limit, as far as is known.
+
+    Both are held against each other round by round. Two arms that neighbours hold up differ by chance, too.
+    """
     both = [round_ for round_ in baseline.seconds if round_ in candidate.seconds]
     if len(both) < MIN_ROUNDS or candidate.whole.estimate is None:
         return True
     behind, other = ([one.seconds[r][0] / one.seconds[r][1] for r in both] for one in (baseline, candidate))
-    return stats.residual_over_rounds(behind, other).low > 0
+    return stats.residual_over_rounds(behind, other, ALONE_LEVEL).low > limit
+
+
+def fastest_of_calls(samples: Sequence[SpeedSample]) -> list[SpeedSample]:
+    """Of every call its fastest round."""
+    found: dict[str, SpeedSample] = {}
+    for sample in samples:
+        if sample.call_id not in found or sample.wall_s < found[sample.call_id].wall_s:
+            found[sample.call_id] = sample
+    return [*found.values()]
 
 
 def fault_text(fault: ResidualFault) -> str:
@@ -128,7 +159,18 @@ def fault_text(fault: ResidualFault) -> str:
         return (
             f"the {fault.arm} is faster than its own forwards allow: these, timed alone, need {longer} times its time"
         )
-    return f"the {fault.arm} is slower than its parts: {residual_text(found)} of its time is in none of them"
+    slower = f"the {fault.arm} is slower than its parts: {residual_text(found)} of its time is in none of them"
+    return slower if fault.calm is None else f"{slower}, and {_share(fault.calm)} in the fastest round of every call"
+
+
+def held_up_text(baseline: Residual) -> str:
+    """Why nobody knows what a baseline's lag comes from, and what would tell."""
+    whole = baseline.whole.estimate
+    shown = "" if whole is None else f": {residual_text(whole)} of its time is in none of them"
+    return (
+        f"the baseline seems slower than its parts{shown}; it comes and goes, or is too uncertain, so whether other "
+        "work on the machine held it up is not known: time more rounds on a quieter machine"
+    )
 
 
 def residual_text(found: Estimate) -> str:

@@ -57,6 +57,8 @@ def _gates(point: SpeedPoint, runs: Sequence[Run], own: Sequence[QualityPoint], 
         yield gates.times_gate(point, limits)
     yield gates.probes_gate(point, limits)
     yield gates.residual_gate(point, limits)
+    if (lag := gates.baseline_lag_gate(point, limits)) is not None:
+        yield lag
     yield gates.degenerate_gate(point, own, limits)
     yield gates.floor_gate(own, limits)
     yield gates.verify_gate(runs, point.candidate.checkpoint.identity)
