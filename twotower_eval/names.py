@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Iterable
 from typing import Any
 
+from twotower_eval.plugin_calls import imported
+
 
 def resolve(name: str) -> Any:
-    """The object that ``"package.module:attribute"`` names; a ValueError says which half is wrong."""
+    """The object that ``"package.module:attribute"`` names; ValueError says which half is wrong, and how."""
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
         raise ValueError(f"{name!r} is not of the form package.module:attribute")
     try:
-        module = importlib.import_module(module_name)
+        module = imported(module_name, name)
     except ImportError as error:
         raise ValueError(f"cannot import {module_name!r} (named by {name!r}): {error}") from error
     if not hasattr(module, attribute):

@@ -18,10 +18,10 @@ from pathlib import Path
 from types import ModuleType
 
 from twotower_eval.names import resolve
+from twotower_eval.plugin_calls import OWN, is_own
 from twotower_eval.records import FileDigest
 
 NO_FILE = "no file"  # in place of a sha256
-OWN = __name__.partition(".")[0]
 SHARED_FOLDERS = ("site-packages", "dist-packages")  # modules there lie beside each other by chance
 
 
@@ -33,7 +33,7 @@ def plugin_code(name: str) -> tuple[FileDigest, ...] | None:
     """
     found = resolve(name)
     modules = {name.partition(":")[0], str(getattr(found, "__module__", None) or OWN)}
-    plugin = sorted(module for module in modules if module.partition(".")[0] not in (OWN, "builtins"))
+    plugin = sorted(module for module in modules if not is_own(module) and module != "builtins")
     if not plugin:
         return None
     digests = {one.name: one for module in plugin for one in _files_of(module)}

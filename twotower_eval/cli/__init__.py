@@ -12,8 +12,8 @@ import typer
 from twotower_eval import __version__
 from twotower_eval.cli import calibrate, claims, data, report, run, size, speed, train, verify
 from twotower_eval.cli.runs import EXIT_INTERRUPTED
+from twotower_eval.plugin_calls import TRACEBACK_VARIABLE
 
-TRACEBACK_VARIABLE = "TWOTOWER_EVAL_TRACEBACK"
 EXIT_USER_ERROR = 2
 
 app = typer.Typer(

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from twotower_eval.decoders.finish import Clock, OnFinish
 from twotower_eval.names import nearest, resolve
+from twotower_eval.plugin_calls import calls_of, module_of
 from twotower_eval.plugin_source import plugin_code
 from twotower_eval.records import DecoderSpec, Generation, Likelihood, LikelihoodKind, Prompt
 
@@ -81,14 +82,17 @@ def decoder_spec(kind: str, **params: Any) -> DecoderSpec:
 def make_decoder(model: Any, kind: str, *, clock: Clock | None = None, **params: Any) -> Decoder:
     """A decoder for ``model``. With a ``clock`` each generation's ``finish_s`` is filled in.
 
-    ValueError for an unknown kind or parameter, a bad value, or a model that lacks what the decoder needs.
+    ValueError for an unknown kind or parameter, a bad value, a model that lacks what the decoder needs, or whatever a
+    class of the user's own raises.
     """
     cls = decoder_class(kind)
     try:
         inspect.signature(cls).bind(None, None, clock=None)
     except TypeError as error:
         raise ValueError(f"decoder {kind!r} is made as {cls.__name__}(model, params, clock=clock): {error}") from error
-    decoder: Decoder = cls(model, _checked(cls, kind, params), clock=clock)
+    checked = _checked(cls, kind, params)
+    with calls_of(module_of(cls), f"decoder {kind}", "__init__"):
+        decoder: Decoder = cls(model, checked, clock=clock)
     return decoder
 
 
@@ -115,4 +119,5 @@ def _checked(cls: Any, kind: str, params: dict[str, Any]) -> Any:
             near = nearest(name, known)
             hint = f"did you mean {near}?" if near else f"it has {', '.join(known) or 'none'}"
             raise ValueError(f"decoder {kind} has no parameter {name!r}; {hint}")
-    return cls.Params(**params)
+    with calls_of(module_of(cls), f"decoder {kind}", "Params"):
+        return cls.Params(**params)

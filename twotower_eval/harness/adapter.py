@@ -29,6 +29,7 @@ from twotower_eval.harness.answers import CellJournal, Key, join_likelihoods, wi
 from twotower_eval.models import prompts
 from twotower_eval.models.counting import noted_in_place
 from twotower_eval.models.strays import Strays
+from twotower_eval.plugin_calls import calls_of, module_of, noting
 from twotower_eval.progress import Advance
 from twotower_eval.records import (
     Generation,
@@ -179,37 +180,46 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         stops = prompts.stops_of(self.model, stop)
         asked = asked_of(self.model, decoder_name(self.decoder), budget, self.model.eos_token_ids, stops)
         heard: list[Generation] = []
+        failed: list[BaseException] = []
 
         def journal(given: Generation) -> None:
             (generation,) = finished([given], asked.name)
             if generation.prompt_id not in by_id:
                 raise ReportError(f"{asked.name}: an answer to prompt {generation.prompt_id!r}, which was not asked")
-            request, prompt, (task, doc_id, index, repeat) = by_id[generation.prompt_id]
+            request, prompt, key = by_id[generation.prompt_id]
             check_answer(generation, prompt, asked)
             heard.append(generation)
-            row = GenerationRow(
-                cell=self.journal.cell,
-                task=task,
-                doc_id=doc_id,
-                request_index=index,
-                repeat=repeat,
-                prompt_sha256=instance_sha256(request),
-                generation=generation,
-            )
-            self.journal.add(row)
-            self.advance()
+            self._keep(generation, request, key)
 
-        with noted_in_place(self.model) as watched, self._strays.noted(watched):
+        with (
+            noted_in_place(self.model) as watched,
+            self._strays.noted(watched),
+            calls_of(module_of(self.decoder), asked.name, "generate", let=(ReportError,), ours=failed),
+        ):
             self.decoder.generate(
                 [prompt for _, prompt, _ in items],
                 max_new_tokens=budget,
                 eos_token_ids=asked.eos_token_ids,
                 stop=stops,
                 max_batch_size=self.batch_size,
-                on_finish=journal,
+                on_finish=noting(failed, journal),
             )
         check_no_strays(self._strays.num, asked.name)
         check_forwards(heard, watched, asked.name)
+
+    def _keep(self, generation: Generation, request: Any, key: Key) -> None:
+        task, doc_id, index, repeat = key
+        row = GenerationRow(
+            cell=self.journal.cell,
+            task=task,
+            doc_id=doc_id,
+            request_index=index,
+            repeat=repeat,
+            prompt_sha256=instance_sha256(request),
+            generation=generation,
+        )
+        self.journal.add(row)
+        self.advance()
 
     # Log-likelihoods
 

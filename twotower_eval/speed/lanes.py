@@ -14,16 +14,19 @@ from twotower_eval.decoders.reported import (
     check_answers,
     check_forwards,
     check_no_strays,
+    decoder_name,
     finished,
 )
 from twotower_eval.models.prompts import stops_of
 from twotower_eval.models.strays import Strays
 from twotower_eval.plan import SpeedPlan
+from twotower_eval.plugin_calls import calls_of, module_of
 from twotower_eval.records import Arm, Cell, DecoderSpec, Generation, Passes, Prompt, cell_id, derive_seed
 from twotower_eval.speed.clock import CallClock, Devices, TimedModel, no_garbage_collection
 from twotower_eval.speed.watch import Busy, TextCost, Watch, text_cost
 from twotower_eval.speed.workloads import Call, Calls, Request, encode_calls, make_workload
 
+LET = (ReportError, torch.OutOfMemoryError)  # that have words of their own
 FINISH_SHARE, FINISH_S = 1e-3, 1e-4  # how far a finish may seem to lie behind the end: two readings of one clock
 
 
@@ -79,14 +82,7 @@ class Lane:
         watch = self.watch
         with no_garbage_collection(), self.strays.noted(self.model):
             look = watch.begin()
-            try:
-                given = self.decoder.generate(
-                    prompts, max_new_tokens=call.max_new_tokens, eos_token_ids=eos_token_ids, stop=stop
-                )
-            except torch.OutOfMemoryError as error:
-                raise ValueError(
-                    f"{self.name}: out of memory: take smaller --batch-sizes or a shorter prompt"
-                ) from error
+            given = self._decoded(prompts, max_new_tokens=call.max_new_tokens, eos_token_ids=eos_token_ids, stop=stop)
             generations = finished(given, self.name)
             wall_s, busy = watch.end(look, self.name)
         peak_memory_bytes, reason = self.devices.peak_memory()
@@ -112,6 +108,13 @@ class Lane:
             busy=busy,
             is_stalled=is_stalled,
         )
+
+    def _decoded(self, prompts: list[Prompt], **asked: Any) -> Any:
+        try:
+            with calls_of(module_of(self.decoder), decoder_name(self.decoder), "generate", let=LET):
+                return self.decoder.generate(prompts, **asked)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"{self.name}: out of memory: take smaller --batch-sizes or a shorter prompt") from error
 
     @property
     def name(self) -> str:

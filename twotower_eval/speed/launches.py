@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower_eval.plan import SpeedPlan
+from twotower_eval.plugin_calls import TRACEBACK_VARIABLE
 from twotower_eval.progress import Progress, SilentProgress, choose_progress
 from twotower_eval.records import Override
 from twotower_eval.speed.loop import Launched
@@ -126,6 +128,8 @@ def _launch(theirs: Connection, given: dict[str, Any], parent: int) -> None:
     try:
         told = _Told(launched=run_launch(progress=progress, **given))
     except (ValueError, OSError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE):  # which is lost with this process
+            traceback.print_exc()
         told = _Told(error=str(error) or type(error).__name__)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

@@ -1,0 +1,57 @@
+"""Decoders of a user's own that raise: in ``Params``, in ``__init__``, in ``generate``, or in what they call."""
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+
+from tests.example_decoder import Greedy
+from twotower_eval.records import Generation
+
+WHERE = "TWOTOWER_TEST_RAISES_IN"  # a setting of the environment, so that the code stays the same where it does not
+
+
+class Odd(Exception):
+    """An exception that nobody knows."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Params:
+    def __post_init__(self) -> None:
+        if os.environ.get(WHERE) == "Params":
+            raise KeyError("width")
+
+
+class Raising(Greedy):
+    """Greedy, until it raises: at the second prompt of all that it is given."""
+
+    Params = Params
+
+    def __init__(self, model: Any, params: Params, *, clock: Any = None) -> None:
+        super().__init__(model, params, clock=clock)  # type: ignore[arg-type]
+        self.num = 0
+        if os.environ.get(WHERE) == "__init__":
+            raise Odd
+
+    def generate(self, prompts: Any, **asked: Any) -> list[Generation]:
+        where, on_finish = os.environ.get(WHERE), asked.pop("on_finish", None)
+        made = []
+        for prompt in prompts:
+            self.num += 1
+            if self.num > 1 and where == "generate":
+                self.step()
+            if self.num > 1 and where == "model":
+                self.model.prefill(torch.zeros(3, dtype=torch.float64))
+            made += super().generate([prompt], on_finish=on_finish, **asked)
+        return made
+
+    def step(self) -> None:
+        raise ZeroDivisionError("no steps\nleft")
+
+
+class TakesNothing(Raising):
+    """Cannot be called as decoders are."""
+
+    def generate(self, prompts: Any) -> list[Generation]:  # type: ignore[override]
+        return []

@@ -1,0 +1,133 @@
+"""A plug-in that raises ends in one line that says where, and the run goes on from what was there."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_pair import write_pair
+
+from tests import raising_decoders
+from twotower_eval import cli, harness, store
+from twotower_eval.decoders import make_decoder
+from twotower_eval.harness.answers import CellJournal
+from twotower_eval.plan import RunPlan
+from twotower_eval.plugin_calls import TRACEBACK_VARIABLE, PluginError
+
+KIND = "tests.raising_decoders:Raising"
+TASK = "miniature_sort"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pair(tmp_path_factory.mktemp("pair"))
+
+
+def line_of(text: str) -> str:
+    """``raising_decoders.py:41``, where this text stands."""
+    lines = Path(raising_decoders.__file__).read_text(encoding="utf-8").split("\n")
+    (number,) = [number for number, line in enumerate(lines, 1) if text in line]
+    return f"raising_decoders.py:{number} in "
+
+
+SAID = {
+    "Params": ("its Params raised KeyError: 'width' at ", line_of('KeyError("width")')),
+    "__init__": ("its __init__ raised Odd at ", line_of("raise Odd")),
+    "generate": ("its generate raised ZeroDivisionError: no steps left at ", line_of("raise ZeroDivisionError")),
+    "model": ("its generate raised ", line_of("self.model.prefill(torch.zeros")),
+}
+OPTIONS = {"run": ["--limit", "3", "--batch-size", "1", "--max-new-tokens", "4"]}
+OPTIONS["speed"] = [
+    "--num-prompts",
+    "3",
+    "--min-rounds",
+    "1",
+    "--warmup-rounds",
+    "0",
+    "--new-tokens",
+    "4",
+    "--no-costs",
+]
+OPTIONS["speed"] += ["--probes", "0"]
+
+
+def command(verb: str, pair: Path, out: Path, kind: str = KIND) -> list[str]:
+    own = ["--model", str(pair), "--tasks", TASK, "--decoder", kind, "--out", str(out)]
+    return [verb, *own, *OPTIONS[verb]]
+
+
+@pytest.mark.parametrize("where", SAID)
+@pytest.mark.parametrize("verb", OPTIONS)
+def test_whatever_a_plug_in_raises_is_one_line_that_says_where(
+    pair: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, verb: str, where: str
+) -> None:
+    """It was a traceback of the harness."""
+    monkeypatch.setenv(raising_decoders.WHERE, where)
+    assert cli.main(command(verb, pair, tmp_path)) == 2
+    (line,) = [line for line in capsys.readouterr().err.split("\n") if line.startswith("error: ")]
+    assert line.startswith(f"error: decoder {KIND}: {SAID[where][0]}")
+    assert SAID[where][1] in line
+    assert line.endswith(f"; set {TRACEBACK_VARIABLE}=1 for the whole traceback")
+    if where == "model":
+        assert ", in its call of " in line
+    if where == "generate":
+        assert ", called at " in line
+    monkeypatch.setenv(TRACEBACK_VARIABLE, "1")
+    with pytest.raises(PluginError) as raised:
+        cli.main(command(verb, pair, tmp_path))
+    assert raised.value.__cause__ is not None
+    assert raised.value.__cause__.__traceback__ is not None
+
+
+@pytest.mark.parametrize("verb", OPTIONS)
+def test_rows_before_it_stay_and_the_run_resumes(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.setenv(raising_decoders.WHERE, "generate")
+    assert cli.main(command(verb, pair, tmp_path)) == 2
+    (folder,) = store.find_runs(tmp_path, verb)
+    run = store.load(folder)
+    assert not run.complete
+    before = list(run.generations)
+    assert before or verb == "speed"
+    monkeypatch.delenv(raising_decoders.WHERE)
+    assert cli.main([verb, "--resume", str(folder)]) == 0
+    assert store.load(folder).complete
+    assert store.load(folder).generations[: len(before)] == before
+
+
+def test_one_that_cannot_be_called_so_says_what_it_was_called(
+    pair: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(command("run", pair, tmp_path, "tests.raising_decoders:TakesNothing")) == 2
+    assert "TakesNothing: its generate raised TypeError: " in capsys.readouterr().err
+
+
+def test_a_module_that_raises_as_it_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "broken_plug_in.py").write_text("from broken_beside import x\n", encoding="utf-8")
+    (tmp_path / "broken_beside.py").write_text("x = {}['a']\n", encoding="utf-8")
+    (tmp_path / "misspelt_plug_in.py").write_text("def\n", encoding="utf-8")
+    with pytest.raises(PluginError, match=r"its module raised KeyError: 'a' at .*broken_(beside|plug_in)\.py:1 in"):
+        make_decoder(None, "broken_plug_in:Mine")
+    with pytest.raises(PluginError, match=r"its module raised SyntaxError: .* at .*misspelt_plug_in\.py:1"):
+        make_decoder(None, "misspelt_plug_in:Mine")
+    assert "broken_plug_in" not in sys.modules
+
+
+def test_what_our_own_code_raises_is_no_fault_of_the_plug_ins(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A journal that cannot be written is told of by a decoder's call, and stays what it is."""
+
+    def add(self: Any, row: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(CellJournal, "add", add)
+    plan = RunPlan(model=str(pair), tasks=(TASK,), decoder=KIND, limit=2, max_new_tokens=4, batch_size=1)
+    with pytest.raises(RuntimeError, match="a bug"):
+        harness.run(plan, root=tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr("twotower_eval.decoders.autoregressive.Autoregressive.generate", add)
+    with pytest.raises(TypeError):
+        harness.run(plan, root=tmp_path / "own")

@@ -1,0 +1,100 @@
+"""Calls into a user's own code: whatever it raises is its fault, and is told in one line that says where.
+
+Only code that is no part of this project is treated so: what this project's own code raises goes on as it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
+
+OWN = __name__.partition(".")[0]
+TRACEBACK_VARIABLE = "TWOTOWER_EVAL_TRACEBACK"  # set, it has errors end with the whole traceback
+SHOWN = 4  # innermost lines of a plug-in that an error names
+
+
+class PluginError(ValueError):
+    """A user's own code raised; the exception itself is the cause of this one."""
+
+
+def is_own(module: str) -> bool:
+    """Whether a module is part of this project."""
+    return module.partition(".")[0] == OWN
+
+
+def module_of(plugin: Any) -> str:
+    """The module that a class, a function or an object of a class comes from."""
+    kind = plugin if hasattr(plugin, "__qualname__") else type(plugin)
+    return str(getattr(kind, "__module__", OWN))
+
+
+@contextmanager
+def calls_of(
+    module: str, name: str, what: str, *, let: tuple[type[BaseException], ...] = (), ours: Sequence[BaseException] = ()
+) -> Iterator[None]:
+    """Around a call into ``module``, for people the ``what`` of ``name``: PluginError for whatever it raises.
+
+    Kinds of exceptions in ``let`` go on as they are, and so do the very ones in ``ours``, which were raised by what
+    this project handed over to be called. Nothing is caught where the module is part of this project.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever a user's own code may raise
+        if is_own(module) or isinstance(error, (PluginError, *let)) or any(error is one for one in ours):
+            raise
+        said = f"{type(error).__name__}{f': {error}' if str(error) else ''}{_place(error, module)}"
+        hint = f"set {TRACEBACK_VARIABLE}=1 for the whole traceback"
+        raise PluginError(f"{name}: its {what} raised {said}; {hint}") from error
+
+
+def noting(failed: list[BaseException], function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that a plug-in is given to call; what it raises is no fault of the plug-in's, and is noted."""
+
+    def noted(*given: Any) -> Any:
+        try:
+            return function(*given)
+        except Exception as error:
+            failed.append(error)
+            raise
+
+    return noted
+
+
+def _place(error: BaseException, module: str) -> str:
+    """`` at mine.py:41 in _step, called at mine.py:20 in generate``, and what it called there, if that raised."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" at {error.filename}:{error.lineno}"
+    frames = list(traceback.walk_tb(error.__traceback__))
+    own = [number for number, (frame, _) in enumerate(frames) if _is_of(frame, module)]
+    if not own:
+        return ""  # it could not even be called so
+    places = [_line(*frames[number]) for number in reversed(own)][:SHOWN]
+    below = frames[own[-1] + 1 :]
+    called = f", in its call of {below[0][0].f_code.co_qualname}" if below else ""
+    return f" at {places[0]}{called}" + "".join(f", called at {place}" for place in places[1:])
+
+
+def _is_of(frame: FrameType, module: str) -> bool:
+    """Whether a line belongs to a plug-in: to its package or, where it is in none, to a file beside it."""
+    name = str(frame.f_globals.get("__name__", OWN))
+    if is_own(name):
+        return False
+    home = getattr(sys.modules.get(module), "__file__", None)
+    beside = "." not in module and home is not None and Path(frame.f_code.co_filename).parent == Path(home).parent
+    return name.partition(".")[0] == module.partition(".")[0] or beside
+
+
+def _line(frame: FrameType, number: int) -> str:
+    return f"{frame.f_code.co_filename}:{number} in {frame.f_code.co_qualname}"
+
+
+def imported(module: str, name: str) -> ModuleType:
+    """The module; ImportError where there is none, PluginError where running a user's own raises anything else."""
+    with calls_of(module, name, "module", let=(ImportError,)):
+        return importlib.import_module(module)
