@@ -42,6 +42,7 @@ from twotower_eval.speed.peak import DevicePeak
 
 sizing_module = importlib.import_module("twotower_eval.measure.sizing.run")
 RELEASED_NAME = "nemotron-labs-twotower-30b-a3b"
+REPOSITORY = Path(__file__).parents[1]
 PATTERN = "MEM*EMEM*EME"
 LAYER_S = {"M": 1.0, "E": 2.0, "*": 5.0}
 HEAD_S = 3.0
@@ -589,7 +590,7 @@ def test_a_speedup_out_of_reach_has_a_reason(plan, tmp_path, ticks):
 
 def test_costs_on_random_weights_are_held_against_the_claim_about_their_size(tmp_path):
     """2.42x, a constant, stood in every such report, whatever the model and the claim."""
-    [run] = (Path(__file__).parents[1] / "results" / "published").glob("nemotron*/*-speed-*")
+    [run] = (REPOSITORY / "results" / "published").glob("nemotron*/*-speed-*")
     text = (report.write([run], tmp_path / "a", sections=["sizing"]) / "report.md").read_text()
     assert "2.42x needs, tokens per NFE" in text
     assert "2.42x on these random weights: what claim speedup says of its model." in text
@@ -615,6 +616,19 @@ source = "a test"
     other = (report.write([run], tmp_path / "b", sections=["sizing"], claims=str(own)) / "report.md").read_text()
     assert "1.75x needs, tokens per NFE" in other
     assert "2.42x" not in other
+
+
+def test_a_published_size_has_the_figures_that_it_was_published_with(tmp_path):
+    """Word for word but for what may be renamed: every number of the committed report, in its order."""
+    [run] = (REPOSITORY / "results" / "published").glob("nemotron*/*-speed-*")
+    committed = REPOSITORY / "reports" / "published" / run.parent.name / "report.md"
+    made_now = report.write([run], tmp_path) / "report.md"
+    # By its older name a section is found as well.
+    older = report.write([run], tmp_path / "older", sections=["scale", "setup", "reproduce"]) / "report.md"
+    assert older.read_text(encoding="utf-8") == made_now.read_text(encoding="utf-8")
+    figures = [re.findall(r"\d[\d.,]*", file.read_text(encoding="utf-8")) for file in (committed, made_now)]
+    assert len(figures[0]) > 300
+    assert figures[0] == figures[1]
 
 
 def test_a_probe_finds_a_device_that_does_something():

@@ -336,8 +336,9 @@ def test_all_differences_are_listed_at_once(tmp_path: Path) -> None:
         store.resume(path, make_manifest(project_version="9", packages={}))
 
 
-def test_speed_resumes_on_the_same_machine_only(tmp_path: Path) -> None:
-    manifest = make_manifest(verb="speed")
+@pytest.mark.parametrize("verb", ["speed", "size"])
+def test_what_is_timed_resumes_on_the_same_machine_only(tmp_path: Path, verb: str) -> None:
+    manifest = make_manifest(verb=verb)
     store.create(tmp_path, manifest).close()
     with pytest.raises(ValueError, match="machine num_cores was 2, is 4"):
         store.resume(tmp_path / manifest.run_id, dataclasses.replace(manifest, machine={"cpu": "x", "num_cores": 4}))

@@ -32,8 +32,10 @@ Thresholds = Annotated[str | None, option("Confidence thresholds, crossed [0.8].
 Temperature = Annotated[
     float | None, option("Sampling temperature; 0 is greedy [what the tasks ask].", "--temperature", metavar="T")
 ]
-MinSeconds = Annotated[float | None, option("Seconds of rounds at the least [0].", "--min-seconds", metavar="S")]
-WarmupRounds = Annotated[int | None, option("Rounds before, kept and flagged [1].", "--warmup-rounds", metavar="R")]
+MinSeconds = Annotated[float | None, option("Minimum seconds of rounds [0].", "--min-seconds", metavar="S")]
+WarmupRounds = Annotated[
+    int | None, option("Warm-up rounds: recorded, not reported [1].", "--warmup-rounds", metavar="R")
+]
 Threads = Annotated[int | None, option("CPU threads [torch's own choice].", "--threads", metavar="N")]
 Seed = Annotated[int | None, option("Seed of everything random [0].", "--seed", metavar="S")]
 Dtype = Annotated[str | None, option("float32, bfloat16 or float16 [float32].", "--dtype", metavar="TYPE")]

@@ -38,7 +38,7 @@ def size(
         str | None,
         typer.Argument(
             help="A config.json, a folder that holds one, or the name of a shipped one.",
-            metavar="[CONFIG]",
+            metavar="CONFIG",
             show_default=False,
         ),
     ] = None,
@@ -54,7 +54,7 @@ def size(
     ] = None,
     profile: Annotated[str | None, option("Run whose blocks commits follow, too.", metavar="RUN")] = None,
     repeats: Annotated[int | None, option("Repetitions per timed cost [8].", metavar="N")] = None,
-    min_rounds: Annotated[int | None, option("Minimum number of rounds [5].", metavar="R")] = None,
+    min_rounds: Annotated[int | None, option("Minimum rounds [5].", metavar="R")] = None,
     min_seconds: MinSeconds = None,
     warmup_rounds: WarmupRounds = None,
     threads: Threads = None,

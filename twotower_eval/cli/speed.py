@@ -48,7 +48,7 @@ Workload = Annotated[
 NumPrompts = Annotated[int | None, option("Prompts per cell and round [384, or all there are].", metavar="N")]
 MinRounds = Annotated[
     int | None,
-    option("Rounds at the least, of all launches together [20].", metavar="R"),
+    option("Minimum rounds, of all launches together [20].", metavar="R"),
 ]
 Launches = Annotated[
     int | None,
