@@ -1,7 +1,6 @@
 """Training of the miniature: its views of the towers equal inference, it resumes, and what it writes is loaded."""
 
 import json
-import signal
 import tomllib
 
 import pytest
@@ -149,12 +148,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(evaluate, "DOCUMENTS_PER_KIND", 1)
     monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 8)
     monkeypatch.setattr(train, "POOL_SIZE", 24)
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    threads = torch.get_num_threads()
-    yield monkeypatch
-    torch.set_num_threads(threads)
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
+    return monkeypatch
 
 
 def test_interrupted_training_goes_on_to_the_same_weights(quick, tmp_path):

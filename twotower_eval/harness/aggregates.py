@@ -20,6 +20,7 @@ import numpy as np
 from twotower_eval.progress import Advance, Progress
 from twotower_eval.records import LABEL_AGGREGATIONS, sha256_text
 from twotower_eval.suites import LACKING, MISTAKEN, aggregation, aggregation_name, is_lacking
+from twotower_eval.suites.lm_tasks import sacrebleu_pair
 
 # Of functions that take all documents anew each time: at least and at most so many, in between as time allows.
 LEAST_REPLICATES, NUM_REPLICATES = 100, 1_000
@@ -123,9 +124,7 @@ def _label(label: Any) -> float:
 
 def _text_parts(name: str, item: Any) -> Parts:
     """sacrebleu's own statistics of a document, in the settings that lm-eval's functions take."""
-    from lm_eval.api.metrics import _sacreformat
-
-    references, answers = _sacreformat([item[0]], [item[1]])
+    references, answers = sacrebleu_pair(*item[:2])
     [found] = _sacrebleu(name)._extract_corpus_statistics(answers, references)
     return tuple(float(number) for number in found)
 

@@ -22,7 +22,7 @@ from twotower_eval.harness.aggregates import (
 )
 from twotower_eval.progress import Progress
 from twotower_eval.records import MEAN, SUMMED_AGGREGATIONS, Aggregate, GenerationRow, LikelihoodRow, Score
-from twotower_eval.suites import BuiltDoc, BuiltTask, aggregation_name, instance_sha256, needing
+from twotower_eval.suites import BuiltDoc, BuiltTask, aggregation_name, instance_sha256, lm_tasks, needing
 
 POOLING = ("majority_vote", "take_first_k")  # filters that look at all samples of a problem together
 
@@ -31,6 +31,7 @@ Stored = Callable[[Aggregate], Aggregate | None]
 Samples = list[list[Row]]  # of one document: per sample, one answer for each request
 
 
+@lm_tasks.quiet()
 def score_rows(task: BuiltTask, cell: str, rows: Iterable[Row]) -> list[Score]:
     """Scores of every document that the rows answer completely, for each metric and filter of the task.
 
@@ -40,7 +41,7 @@ def score_rows(task: BuiltTask, cell: str, rows: Iterable[Row]) -> list[Score]:
     samples = _samples(task, rows)
     scores = []
     for docs in _by_source(task, samples):
-        for filter_ in docs[0].source._filters:
+        for filter_ in lm_tasks.filters_of(docs[0].source):
             items = _metrics(task, filter_, docs, samples)
             found = _values(docs, items)
             for doc in docs:
@@ -53,6 +54,7 @@ def score_rows(task: BuiltTask, cell: str, rows: Iterable[Row]) -> list[Score]:
     return scores
 
 
+@lm_tasks.quiet()
 def aggregate_rows(
     task: BuiltTask,
     cell: str,
@@ -70,7 +72,7 @@ def aggregate_rows(
         source = docs[0].source
         if all(aggregation_name(source, metric) == MEAN for metric in source.aggregation()):
             continue
-        for filter_ in source._filters:
+        for filter_ in lm_tasks.filters_of(source):
             items = _metrics(task, filter_, docs, samples)
             for metric in {metric: None for doc in docs for metric in items[doc.doc_id]}:
                 if aggregation_name(source, metric) != MEAN:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -78,7 +80,8 @@ def block_size_at(settings: Mapping[str, Any], step: int) -> int:
 
 def new_pair(recipe: Mapping[str, Any]) -> TwoTower:
     """A randomly initialised pair of the recipe's sizes, from its seed."""
-    model = TwoTower(parse_config(config_json(recipe)))
+    with torch.random.fork_rng(devices=()):  # torch's own initial weights, which are replaced, draw from everyone's
+        model = TwoTower(parse_config(config_json(recipe)))
     generator = torch.Generator().manual_seed(recipe["seed"])
     initialise(model.context_tower.tower, generator)
     with torch.no_grad():
@@ -306,11 +309,39 @@ def train_pair(folder: Path, *, recipe_file: Path | None = None, threads: int = 
 
     ``threads`` micro-batches run beside each other on a CPU, each on one core; on a GPU (used if there is one) one.
     """
-    for name in (signal.SIGINT, signal.SIGTERM):  # both save first, also where a shell made background jobs deaf to one
-        signal.signal(name, signal.default_int_handler)
     recipe = read_recipe(recipe_file)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with _signals_save_first(), _one_thread():
+        return _train(folder, recipe, place, threads)
+
+
+@contextmanager
+def _signals_save_first() -> Iterator[None]:
+    """SIGTERM, and SIGINT where a shell made background jobs deaf to it, interrupt as Ctrl-C does, so that what is
+    trained is saved. Only the main thread hears signals, or may say who does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {name: signal.signal(name, signal.default_int_handler) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch on one thread: micro-batches run beside each other."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _train(folder: Path, recipe: Mapping[str, Any], place: torch.device, threads: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     model = new_pair(recipe).to(place)
     stage = load_state(folder, model, recipe) or make_stage("context", model, recipe["context"])

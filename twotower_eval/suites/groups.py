@@ -208,7 +208,7 @@ def facts(name: str, task: Any) -> Facts:
         name=name,
         kind=KINDS.get(task.OUTPUT_TYPE, task.OUTPUT_TYPE),
         metrics={metric: lm_tasks.aggregation_name(task, metric) for metric in task.higher_is_better()},
-        filters=tuple(filter_.name for filter_ in task._filters),
+        filters=tuple(filter_.name for filter_ in lm_tasks.filters_of(task)),
     )
 
 
