@@ -519,3 +519,15 @@ def test_lines_lost_and_made_again_otherwise_are_no_edit(told: Path) -> None:
     drop_lines(journal_file, 1)
     with pytest.raises(ValueError, match=r"generations.jsonl: lines 1 to 3 were changed"):
         store.resume(told, make_manifest())
+
+
+def test_rows_of_cells_are_those_of_the_journal_in_its_order(tmp_path: Path) -> None:
+    rows = [make_row(doc_id) for doc_id in range(4)]
+    run = store.load(write_run(tmp_path, rows))
+    names = ["a", "b", "a", "c"]
+    run = dataclasses.replace(
+        run, generations=[dataclasses.replace(row, cell=name) for row, name in zip(rows, names, strict=True)]
+    )
+    for cells in ({"a"}, {"a", "c"}, {"c", "b", "d"}, set(), {"d"}):
+        assert run.generations_of(cells) == [row for row in run.generations if row.cell in cells]
+    assert run.scores_of({"a"}) == run.speed_of({"a"}) == []

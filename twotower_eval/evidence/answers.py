@@ -101,7 +101,7 @@ def _rounds(runs: Sequence[Run], cell: Cell) -> Agreement:
     if draws(cell):
         return _nothing(cell, "its answers are drawn at random")
     timings: dict[tuple[str, str], list[PromptTiming]] = defaultdict(list)
-    for sample in (sample for run in runs for sample in run.speed if sample.cell == cell.id):
+    for sample in (sample for run in runs for sample in run.speed_of({cell.id})):
         of = sample.launch_id if sample.phase == "probe" else ""  # every launch makes up new prompts of its own
         for prompt in sample.prompts:
             timings[of, prompt.prompt_id].append(prompt)
@@ -169,8 +169,8 @@ Kept = Mapping[Document, Sequence[GenerationRow]]
 def _other_prompts(scored: Run, ids: set[str], known: Kept, mine: Kept) -> tuple[list[str], list[OtherLength]]:
     """Documents that were not asked the same, and those that were in other tokens."""
     hashes: dict[tuple[str, int], set[str]] = defaultdict(set)  # request by request, and of all requests together
-    rows: list[GenerationRow | Score] = [*scored.generations, *scored.scores]
-    for row in (row for row in rows if row.cell in ids):
+    rows: list[GenerationRow | Score] = [*scored.generations_of(ids), *scored.scores_of(ids)]
+    for row in rows:
         hashes[row.task, row.doc_id].add(row.prompt_sha256)
     others, lengths = [], []
     for document, timed in sorted(mine.items()):
@@ -207,8 +207,8 @@ def _effect(scored: Run, ids: set[str], timed: Sequence[Run], cell: Cell) -> Mea
 def _headline_scores(runs: Iterable[Run], cells: Collection[str]) -> dict[tuple[str, int, str, str], Score]:
     return {
         (score.task, score.doc_id, score.metric, score.filter): score
-        for score in (score for run in runs for score in run.scores)
-        if score.cell in cells and score.headline and score.value is not None
+        for score in (score for run in runs for score in run.scores_of(cells))
+        if score.headline and score.value is not None
     }
 
 
@@ -239,7 +239,7 @@ def _one_tokenizer(baseline: Cell, candidate: Cell) -> bool:
 
 
 def _timed_lengths(runs: Sequence[Run], cell: str) -> dict[str, int]:
-    samples = (sample for run in runs for sample in run.speed if sample.cell == cell)
+    samples = (sample for run in runs for sample in run.speed_of({cell}))
     return {prompt.prompt_id: prompt.num_prompt_tokens for sample in samples for prompt in sample.prompts}
 
 
@@ -268,7 +268,7 @@ def _first_place(prompt_id: str, known: Generation, rows: Iterable[GenerationRow
 def _kept(runs: Iterable[Run], cells: Collection[str]) -> dict[Document, list[GenerationRow]]:
     """Generations by document, in the order of their samples or rounds."""
     found: dict[Document, list[GenerationRow]] = defaultdict(list)
-    for row in (row for run in runs for row in run.generations if row.cell in cells):
+    for row in (row for run in runs for row in run.generations_of(cells)):
         found[row.task, row.doc_id, row.request_index].append(row)
     return {document: sorted(rows, key=lambda row: row.repeat) for document, rows in found.items()}
 

@@ -92,7 +92,7 @@ def busy_faults(found: Busy, limits: GateLimits) -> list[str]:
 
 
 def _calls(runs: Sequence[Run], cell: Cell) -> list[SpeedSample]:
-    return [s for run in runs for s in run.speed if s.cell == cell.id and s.replica == 0 and s.phase == "measure"]
+    return [s for run in runs for s in run.speed_of({cell.id}) if s.replica == 0 and s.phase == "measure"]
 
 
 def _ratio_bounds(elapsed: tuple[Seconds, ...], busy: tuple[Seconds, ...]) -> tuple[float, float]:

@@ -47,8 +47,8 @@ def grid_of(runs: list[Run], cell: Cell, replica: int) -> Grid:
     """Every measured call of one copy of a cell; a ValueError where one was timed twice."""
     grid: Grid = {}
     for run in runs:
-        for sample in run.speed:
-            if sample.cell == cell.id and sample.replica == replica and sample.phase == "measure":
+        for sample in run.speed_of({cell.id}):
+            if sample.replica == replica and sample.phase == "measure":
                 key = ((sample.launch_id, sample.round), tuple(prompt.prompt_id for prompt in sample.prompts))
                 if key in grid:
                     raise ValueError(f"{names_of(runs)}: cell {cell.id} timed the same prompts twice in {key[0]}")
@@ -193,7 +193,9 @@ def flags_of(runs: list[Run], cell: Cell, rounds: list[Round]) -> dict[OutputKey
     numbers = {number for _, number in rounds}
     found: dict[OutputKey, Flags] = {}
     for run in runs:
-        found |= outputs(run.manifest.run_id, (row for row in run.generations if row.repeat in numbers), {cell.id})
+        found |= outputs(
+            run.manifest.run_id, (row for row in run.generations_of({cell.id}) if row.repeat in numbers), {cell.id}
+        )
     return found
 
 

@@ -16,7 +16,7 @@ from twotower_eval.records import Arm, Cell, CostPart, CostSample, DecoderSpec, 
 from twotower_eval.store import Run
 
 Point = tuple[CostPart, int | None, int, int]  # part, block size, rows, context tokens
-Call = stats.CallCounts | Sequence[stats.PartPasses]
+Call = Sequence[stats.PartPasses]
 NOT_TIMED = "the parts of decoding were not timed alone"
 MAX_CONTEXTS = 8  # context lengths at which passes of one kind are looked up, for each call
 NOT_COUNTED = "how many rows each pass of a batch served was not counted"
@@ -237,7 +237,7 @@ def _seen(passes: Passes, decoder: DecoderSpec, start: int, end: int) -> stats.P
     )
 
 
-def _reported(sample: SpeedSample, block_size: int | None) -> stats.CallCounts | tuple[()]:
+def _reported(sample: SpeedSample, block_size: int | None) -> Call:
     """Passes of the whole batch: as many as its longest row takes.
 
     In a batch of several, rows may take more passes in different blocks, which counts of whole rows do not show: then
@@ -249,12 +249,13 @@ def _reported(sample: SpeedSample, block_size: int | None) -> stats.CallCounts |
         return ()
     if block_size is None and num_passes:
         raise ValueError("this decoder has no blocks, and no parts of its own were timed")
-    return stats.CallCounts(
+    counts = stats.CallCounts(
         prompt_tokens=max(prompt.num_prompt_tokens for prompt in sample.prompts),
         num_steps=context_passes if block_size is None else num_passes,
         block_size=block_size,
         num_context_passes=0 if block_size is None else context_passes,
     )
+    return stats.passes_of(counts)
 
 
 def _middle(samples: Sequence[SpeedSample]) -> float:

@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from twotower_eval.records import Generation
@@ -58,12 +58,12 @@ class Flags:
     compression: float | None
     repeated_share: float | None
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """The flags that are raised."""
         return tuple(name for name in FLAG_NAMES if getattr(self, name))
 
-    @property
+    @cached_property
     def degenerate(self) -> bool:
         """Whether any is raised."""
         return bool(self.names)

@@ -133,7 +133,7 @@ def _arm(everyone: Sequence[Run], cell: Cell, samples: Sequence[SpeedSample]) ->
     run_ids = []
     for run in (run for run in everyone if run.manifest.verb == "run"):
         own = {other.id: other for other in run.manifest.cells if _same_point(cell, other)}
-        rows = [row for row in run.generations if row.cell in own and row.task in tasks and row.repeat == 0]
+        rows = [row for row in run.generations_of(own) if row.task in tasks and row.repeat == 0]
         budget = max((own[row.cell].workload.max_new_tokens or 0 for row in rows), default=0)
         if rows and budget >= (cell.workload.max_new_tokens or 0):  # else its answers were cut earlier
             found |= {(row.task, row.doc_id): float(row.generation.num_tokens) for row in rows}

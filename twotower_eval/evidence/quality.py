@@ -64,8 +64,7 @@ def _point(run: Run, cells: list[Cell], by_cell: dict[str, list[Score]]) -> Qual
     if num_missing:
         warnings.append(f"{num_missing} documents have no headline score in one arm and are left out of both")
     ids, baseline_ids = {cell.id for cell in cells}, {cell.id for cell in baselines}
-    generations = [(row.cell, row.generation) for row in run.generations]
-    by_arm = [outputs(run.manifest.run_id, run.generations, arm) for arm in (baseline_ids, ids)]
+    by_arm = [outputs(run.manifest.run_id, run.generations_of(arm), arm) for arm in (baseline_ids, ids)]
     clusters = {(a.task, a.doc_id): a.cluster_id for a, _ in pairs}
     return QualityPoint(
         run_id=run.manifest.run_id,
@@ -76,8 +75,8 @@ def _point(run: Run, cells: list[Cell], by_cell: dict[str, list[Score]]) -> Qual
         wholes=tuple(whole_scores(run, pairs, lone_scores(found), answered_once)),
         missing=missing,
         warnings=tuple(warnings),
-        counts=count(generation for cell_id, generation in generations if cell_id in ids),
-        baseline_counts=count(generation for cell_id, generation in generations if cell_id in baseline_ids),
+        counts=count(row.generation for row in run.generations_of(ids)),
+        baseline_counts=count(row.generation for row in run.generations_of(baseline_ids)),
         flagged=flagged(by_arm[0], by_arm[1], clusters),
         clean=_clean(scores, headline, [flagged_documents(arm) for arm in by_arm]),
         scores=scores if headline else None,

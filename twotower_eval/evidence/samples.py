@@ -120,13 +120,13 @@ def _sample_arm(prompt_id: str, rows: list[GenerationRow], calls: list[SpeedSamp
 
 def _kept(runs: Sequence[Run], cell: Cell, rounds: set[int]) -> dict[Document, list[GenerationRow]]:
     found: dict[Document, list[GenerationRow]] = defaultdict(list)
-    for row in (row for run in runs for row in run.generations if row.cell == cell.id and row.repeat in rounds):
+    for row in (row for run in runs for row in run.generations_of({cell.id}) if row.repeat in rounds):
         found[row.task, row.doc_id].append(row)
     return {document: sorted(rows, key=lambda row: row.repeat) for document, rows in found.items()}
 
 
 def _headline_scores(runs: Sequence[Run], cell: Cell) -> dict[Document, list[Score]]:
     found: dict[Document, list[Score]] = defaultdict(list)
-    for score in (score for run in runs for score in run.scores if score.cell == cell.id and score.headline):
+    for score in (score for run in runs for score in run.scores_of({cell.id}) if score.headline):
         found[score.task, score.doc_id].append(score)
     return found

@@ -278,7 +278,7 @@ def _check_prompts(runs: list[Run], baseline: Grid, candidate: Grid) -> None:
         raise ArmsDifferError(f"{names_of(runs)}: {what}")
     cells = {sample.cell for grid in (baseline, candidate) for sample in grid.values()}
     hashes: dict[tuple[str, int, int], str] = {}
-    for row in (row for run in runs for row in run.generations if row.cell in cells):
+    for row in (row for run in runs for row in run.generations_of(cells)):
         known = hashes.setdefault((row.task, row.doc_id, row.request_index), row.prompt_sha256)
         if known != row.prompt_sha256:
             where = f"task {row.task!r}, document {row.doc_id}"

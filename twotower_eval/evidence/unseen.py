@@ -123,7 +123,7 @@ def unseen(runs: Sequence[Run], arms: tuple[Cell, Cell], grids: tuple[Grid, Grid
     probes = [_probes(runs, cell) for cell in arms]
     own_new = {key: probe for key, probe in probes[1].items() if key in probes[0]}
     cells = {cell.id for cell in arms}
-    samples = [sample for run in runs for sample in run.speed if sample.phase == "probe" and sample.cell in cells]
+    samples = [sample for run in runs for sample in run.speed_of(cells) if sample.phase == "probe"]
     return Unseen(
         baseline=_memory(runs, arms[0], probes[0], (grids[0], grids[1]), there, None),
         candidate=_memory(runs, arms[1], own_new, (grids[1], grids[0]), there, (arms[0], probes[0])),
@@ -142,7 +142,7 @@ def _memory(
 ) -> Memory:
     """One arm's; ``grids`` are its own and the other's, ``other`` has timed the same probes."""
     new = [one.new for one in probes.values() if (one.new.launch_id, one.new.round) in there.rounds]
-    counted = any(sample.passes for run in runs for sample in run.speed if sample.cell == cell.id)
+    counted = any(sample.passes for run in runs for sample in run.speed_of({cell.id}))
     more = [(one.held_out, _beyond_like(one, grids[0], there, _forwards_per_token)) for one in new] if counted else []
     return Memory(
         seconds=_mean(_gains(list(probes.values()), grids[1], there)),
@@ -160,8 +160,8 @@ def _mean(logs: Sequence[float]) -> Measured:
 def _probes(runs: Sequence[Run], cell: Cell) -> dict[Key, _Probed]:
     """By launch and call what the cell was probed with; without those whose first time cannot be."""
     found: dict[Key, list[SpeedSample]] = defaultdict(list)
-    for sample in (sample for run in runs for sample in run.speed):
-        if sample.phase == "probe" and sample.cell == cell.id:
+    for sample in (sample for run in runs for sample in run.speed_of({cell.id})):
+        if sample.phase == "probe":
             found[sample.launch_id, sample.call_id].append(sample)
     ordered = {key: sorted(samples, key=lambda sample: sample.round) for key, samples in found.items()}
     return {
@@ -190,8 +190,8 @@ def _gains(probes: Sequence[_Probed], other: Grid, there: Usable) -> list[float]
 def _first_readings(runs: Sequence[Run], cell: Cell) -> list[float]:
     """Of every timed call, forwards per token when it was first read over those of all later readings."""
     readings: dict[Call, list[SpeedSample]] = defaultdict(list)
-    for sample in (sample for run in runs for sample in run.speed):
-        if sample.cell == cell.id and sample.replica == 0 and sample.phase != "probe":
+    for sample in (sample for run in runs for sample in run.speed_of({cell.id})):
+        if sample.replica == 0 and sample.phase != "probe":
             readings[tuple(prompt.prompt_id for prompt in sample.prompts)].append(sample)
     found = []
     for samples in readings.values():

@@ -55,6 +55,11 @@ def png(draw: Callable[[Figure], None], *, columns: int = 1, rows: int = 1, row_
         figure = Figure(figsize=(width, (row_height or height) * rows), layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
+        # Places are found once: with a layout engine left, savefig draws all for it and throws that away.
+        engine = figure.get_layout_engine()
+        if engine is not None:
+            engine.execute(figure)
+        figure.set_layout_engine("none")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

@@ -183,7 +183,7 @@ def predict(table: CostTable, calls: Sequence[CallCounts | Sequence[PartPasses]]
     """Sum the measured parts over calls; ValueError where a part that they need was not measured."""
     alike: dict[tuple[CostPart, int | None, int | None], list[PartPasses]] = {}
     for call in calls:
-        for one in _passes(call) if isinstance(call, CallCounts) else call:
+        for one in passes_of(call) if isinstance(call, CallCounts) else call:
             if one.contexts:
                 alike.setdefault((one.part, one.block_size, one.num_rows), []).append(one)
     if not alike:
@@ -277,7 +277,7 @@ def needed_tokens_per_nfe(
     return Figure(value=speedup * denoise_s / (ar_step_s - speedup * context_pass_s / block_size))
 
 
-def _passes(call: CallCounts) -> list[PartPasses]:
+def passes_of(call: CallCounts) -> list[PartPasses]:
     """All passes of a call, each over the whole batch, in order of context lengths."""
     start, steps = float(call.prompt_tokens), call.num_steps
     prefill = PartPasses(part="prefill", block_size=None, contexts=(start,))

@@ -29,7 +29,7 @@ from math import sqrt
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy.stats import f as f_distribution
+from scipy.special import fdtri
 
 from twotower_eval.records import SerialDependence
 from twotower_eval.stats.intervals import LEVEL, Floats, t_quantile
@@ -101,7 +101,7 @@ def _jumps(whole: Sequence[Floats]) -> bool:
     if not len(inner) or not len(borders):
         return True
     of_inner, of_borders = float((inner**2).mean()), float((borders**2).mean())
-    return of_borders > of_inner * float(f_distribution.isf(JUMPS_LEVEL, len(borders), len(inner)))
+    return of_borders > of_inner * float(fdtri(len(borders), len(inner), 1 - JUMPS_LEVEL))
 
 
 class _Found(NamedTuple):

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import exp, isfinite, log, sqrt
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -183,6 +183,10 @@ def resamples_launches(launches: Sequence[str]) -> bool:
     return len(set(launches)) >= MIN_LAUNCHES
 
 
+MAX_DRAWN = 500
+_DRAWN: dict[Any, Floats] = {}
+
+
 class _Crossing:
     """One set of drawn rounds (or launches) and one of drawn calls, applied alike to every sum."""
 
@@ -201,6 +205,7 @@ class _Crossing:
         self._draws_QP = np.ones((num_resamples, num_calls))
         if self.crossed:
             self._draws_QP = _multiplicities(num_calls, num_resamples, seed + 1)
+        self._drawing = (num_resamples, seed, self.crossed)
         drawn = "launches" if resamples_launches(calls.launches) else "rounds"
         what = f"{num_units} {drawn} x {num_calls} calls" if self.crossed else f"{num_units} {drawn}"
         self._method = f"crossed paired bootstrap of {what}, {num_resamples:,} resamples, t interval on the log, "
@@ -215,8 +220,14 @@ class _Crossing:
         return summed_UP
 
     def draw(self, values_UP: Floats) -> Floats:
-        drawn_Q: Floats = ((self._draws_QU @ values_UP) * self._draws_QP).sum(axis=1)
-        return drawn_Q
+        # Figures of a report share their sums: seconds of an arm are in its speedups, its rate and every gate.
+        key = (self._drawing, values_UP.shape, values_UP.tobytes())
+        if key not in _DRAWN:
+            if len(_DRAWN) >= MAX_DRAWN:
+                _DRAWN.clear()
+            _DRAWN[key] = ((self._draws_QU @ values_UP) * self._draws_QP).sum(axis=1)
+            _DRAWN[key].flags.writeable = False
+        return _DRAWN[key]
 
     def widening(self, logs_R: Floats, caution: Caution) -> Widening:
         """What dependence between rounds, by the logarithm of each round's own ratio, asks of their variance."""
