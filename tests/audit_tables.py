@@ -90,8 +90,49 @@ def moved(seed: int, which: str | None = None) -> Table:
     steps = [outside[0] // unit + 1, -((-outside[1]) // unit) - 1]
     up = rng.random() < 0.5 or (which in ("baseline", "candidate") and steps[1] < 0)
     up = up and not (which in ("baseline", "candidate") and steps[0] * unit > 100)
-    row[key] = rounded(steps[0 if up else 1] * unit, decimals, ROUND_HALF_EVEN)
+    value, ways = steps[0 if up else 1] * unit, _of_rounded(table, which)
+    while any(abs(way - value) <= unit / 2 for way in ways):
+        value += unit if up else -unit
+    row[key] = rounded(value, decimals, ROUND_HALF_EVEN)
     return table
+
+
+def _of_rounded(table: Table, of: str) -> list[Fraction]:
+    """What a summary is of means, or of rates, that were rounded first: every number they may round to is tried."""
+    if of == "speedup":
+        places = min(len(rate["tokens_per_s"].partition(".")[2]) for rate in table["rate"])
+        slow, fast = (_all_rounded((Fraction(rate["tokens_per_s"]),) * 2, places) for rate in table["rate"])
+        return [one / other for one, other in product(fast, slow)]
+    if of not in ("retention", "difference"):
+        return []
+    found = []
+    stated = {one["of"]: Fraction(one["percent"]) for one in table["aggregate"]}
+    for by_documents in (False, True):
+        weights = [Fraction(task["num_documents"]) if by_documents else Fraction(1) for task in table["task"]]
+        ends = {}
+        for arm in ("candidate", "baseline"):
+            columns = zip(*(_interval(task[arm]) for task in table["task"]), strict=True)
+            ends[arm] = tuple(_mean(list(column), weights) for column in columns)
+        texts = {one["of"]: one["percent"] for one in table["aggregate"]}
+        spans = {arm: _interval(texts[arm]) for arm in ends}
+        if all(spans[arm][0] <= ends[arm][1] and ends[arm][0] <= spans[arm][1] for arm in ends):
+            pairs = [(stated["candidate"], stated["baseline"])]  # those that a table states are those that it divides
+        else:
+            places = [len(table["task"][0][arm].partition(".")[2]) for arm in ends]
+            ways = {tuple(places), (places[0],) * 2, (places[1],) * 2}
+            pairs = [
+                pair
+                for one, other in ways
+                for pair in product(_all_rounded(ends["candidate"], one), _all_rounded(ends["baseline"], other))
+            ]
+        found += [100 * c / b if of == "retention" else c - b for c, b in pairs]
+    return found
+
+
+def _all_rounded(ends: tuple[Fraction, Fraction], decimals: int) -> list[Fraction]:
+    unit = Fraction(1, 10**decimals)
+    numbers = (n * unit for n in range(int(ends[0] / unit) - 1, int(ends[1] / unit) + 3))
+    return [one for one in numbers if one - unit / 2 <= ends[1] and one + unit / 2 >= ends[0]]
 
 
 def _interval(text: str) -> tuple[Fraction, Fraction]:

@@ -1,5 +1,8 @@
 """Stated summaries against what they summarise: averages of a table, speedups out of rates and of other speedups.
 
+Some papers divide or subtract what they have rounded to be printed: means, and tokens per second. Such a reading is
+tried where no other gives the summary, and is then named with the figures that give it.
+
 Every stated figure is an interval (see ``stated``). Each formula here has every figure once and grows or falls with it,
 so the ends of its result are reached at ends of the figures, and what lies in between is reached too: a summary
 CONTRADICTS only where no value of the figures gives any value of it, under no usual reading.
@@ -7,9 +10,10 @@ CONTRADICTS only where no value of the figures gives any value of it, under no u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import product
 from typing import Literal
 
 from twotower_eval.claims.published import (
@@ -26,6 +30,7 @@ Kind = Literal["CONFIRMS", "CONTRADICTS", "REMARK"]
 Weights = Sequence[int]
 Columns = tuple[Sequence[Span], Sequence[Span]]  # the candidate's figures and the baseline's
 SHOWN = 4
+MOST_ROUNDINGS = 100  # of one mean: where there are more, its column hardly rounds it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,16 +103,65 @@ READINGS: Mapping[AggregateOf, Mapping[str, Formula]] = {
 
 def _readings(aggregate: PublishedAggregate, tasks: Sequence[PublishedTask], *, cut: bool = False) -> list[Reading]:
     """Every task weighing the same, then every document, where their numbers are known and differ."""
-    weights = {"unweighted": [1] * len(tasks)}
-    sizes = [task.num_documents for task in tasks]
-    if None not in sizes and len(set(sizes)) > 1:
-        weights["document-weighted"] = [size or 0 for size in sizes]
-    columns = _columns(tasks, cut=cut)
+    columns, weights = _columns(tasks, cut=cut), _weights(tasks)
     return [
         Reading(name=_named(name, how), span=formula(columns, weights[how]))
         for how in weights
         for name, formula in READINGS[aggregate.of].items()
     ]
+
+
+def _weights(tasks: Sequence[PublishedTask]) -> dict[str, Weights]:
+    weights: dict[str, Weights] = {"unweighted": [1] * len(tasks)}
+    sizes = [task.num_documents for task in tasks]
+    if None not in sizes and len(set(sizes)) > 1:
+        weights["document-weighted"] = [size or 0 for size in sizes]
+    return weights
+
+
+def _of_rounded_means(
+    aggregate: PublishedAggregate, tasks: Sequence[PublishedTask], published: Published
+) -> Iterator[Reading]:
+    """A ratio or difference of means that were rounded first: to those that are stated or, without, as their columns.
+
+    Stated means stand for a way of weighting that they can be of.
+    """
+    if aggregate.of not in ("retention", "difference") or len(tasks) < 2:  # the mean of one figure is that figure
+        return
+    noun = "ratio" if aggregate.of == "retention" else "difference"
+    for how, weights in _weights(tasks).items():
+        means = [_mean(column, weights) for column in _columns(tasks)]
+        for candidate, baseline in _rounded_pairs(means, _stated_means(aggregate, published), tasks):
+            if baseline.value <= 0:
+                continue
+            value = candidate.value - baseline.value if noun == "difference" else 100 * candidate.value / baseline.value
+            name = f"{noun} of the {how} means once rounded, {candidate.text} % and {baseline.text} %,"
+            yield Reading(name=name, span=Span(value, value, value))
+
+
+def _stated_means(aggregate: PublishedAggregate, published: Published) -> tuple[list[Stated], list[Stated]]:
+    """What a table says of the means that a summary is of: the candidate's, and the baseline's."""
+    here = [one for one in published.aggregates if one.kinds == aggregate.kinds]
+    candidate, baseline = ([one.percent for one in here if one.of == arm] for arm in ("candidate", "baseline"))
+    return candidate, baseline
+
+
+def _rounded_pairs(
+    means: Sequence[Span], stated: tuple[list[Stated], list[Stated]], tasks: Sequence[PublishedTask]
+) -> Iterator[tuple[Stated, Stated]]:
+    known = [[one for one in found if mean.meets(one.span())] for mean, found in zip(means, stated, strict=True)]
+    if all(known):
+        yield from product(*known)
+        return
+    own = max(task.candidate.decimals for task in tasks), max(task.baseline.decimals for task in tasks)
+    for places in dict.fromkeys([own, (own[0], own[0]), (own[1], own[1])]):
+        if all((mean.high - mean.low) * 10**one <= MOST_ROUNDINGS for mean, one in zip(means, places, strict=True)):
+            yield from product(
+                *(
+                    [Stated(value=value, decimals=one) for value in mean.roundings(one)]
+                    for mean, one in zip(means, places, strict=True)
+                )
+            )
 
 
 def _named(name: str, how: str) -> str:
@@ -125,7 +179,9 @@ def aggregates(published: Published) -> Iterator[Finding]:
         stated = f"{aggregate.name}: stated {aggregate.percent.text}{unit}"
         decimals = max(2, aggregate.percent.decimals + 1)  # one more, so that what contradicts looks different
         listed = ", ".join(reading.text(decimals, unit) for reading in readings)
-        fitting = [reading.name for reading in readings if reading.span.meets(aggregate.percent.span())]
+        fitting = _fitting(readings, aggregate.percent)
+        if not fitting:
+            fitting = _fitting(_of_rounded_means(aggregate, tasks, published), aggregate.percent)[:1]
         if not fitting:
             why = _if_cut(aggregate, tasks) + _untried(aggregate, tasks)
             text = f"{stated} over {_plural(len(tasks), 'task')}, recomputed {listed}{why}"
@@ -133,6 +189,10 @@ def aggregates(published: Published) -> Iterator[Finding]:
             continue
         text = f"{stated} is the {' or the '.join(fitting)} of {_plural(len(tasks), 'task')}: {listed}"
         yield Finding(kind="CONFIRMS", text=text + (_means(tasks) if aggregate.of == "retention" else ""))
+
+
+def _fitting(readings: Iterable[Reading], stated: Stated) -> list[str]:
+    return [reading.name for reading in readings if reading.span.meets(stated.span())]
 
 
 def _means(tasks: Sequence[PublishedTask]) -> str:
@@ -177,10 +237,24 @@ def _of_rates(speedup: PublishedSpeedup, first: PublishedRate, second: Published
     if first.devices and second.devices and first.devices != second.devices:
         each = quotient.times(Fraction(second.devices, first.devices))
         readings.append(Reading(name=f"per device, on {first.devices} and {second.devices} of them", span=each))
+    if not _fitting(readings, speedup.factor):
+        by_rounding = [one for one in _of_rounded_rates(first, second) if one.span.meets(speedup.factor.span())]
+        readings = by_rounding[:1] or readings
     yield _compared(speedup, readings, upside_down=Reading(name="", span=ratio(*reversed(_spans(first, second)))))
     if first.batch_size and second.batch_size and first.batch_size != second.batch_size:
         sizes = f"batch {first.batch_size} against batch {second.batch_size}"
         yield Finding(kind="REMARK", text=f"{speedup.name}: its rates were measured at {sizes}")
+
+
+def _of_rounded_rates(first: PublishedRate, second: PublishedRate) -> Iterator[Reading]:
+    """Quotients of the two once they are rounded to as many decimals as the coarser one is printed with."""
+    rates = first.tokens_per_s, second.tokens_per_s
+    decimals = min(rate.decimals for rate in rates)
+    for above, below in product(*(Span(rate.value, rate.value, rate.value).roundings(decimals) for rate in rates)):
+        if below > 0:
+            shown = " / ".join(Stated(value=one, decimals=decimals).text for one in (above, below))
+            value = above / below
+            yield Reading(name=f"{shown} tokens/s, once rounded,", span=Span(value, value, value))
 
 
 def _spans(first: PublishedRate, second: PublishedRate) -> tuple[Span, Span]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from math import floor
 from typing import Any
 
 from twotower_eval.claims.reading import value_of
@@ -31,6 +32,12 @@ class Span:
     def meets(self, other: Span) -> bool:
         """Whether some value lies in both."""
         return self.low <= other.high and other.low <= self.high
+
+    def roundings(self, decimals: int) -> list[Fraction]:
+        """All numbers of so many decimals that it may round to, whichever way ties go."""
+        units, half = 10**decimals, Fraction(1, 2)
+        first, last = -floor(half - self.low * units), floor(self.high * units + half)
+        return [Fraction(number, units) for number in range(first, last + 1)]
 
     def times(self, factor: Fraction | int) -> Span:
         """A multiple, by a factor that is not negative."""
