@@ -210,6 +210,34 @@ def test_latency_is_tabled_apart(usual) -> None:
     assert row[3:] == ["96", text.seconds(float(np.quantile(finish_s, 0.5))), text.seconds(np.quantile(finish_s, 0.95))]
 
 
+def test_what_calls_say_of_their_inside_is_shown(usual, tmp_path) -> None:
+    """It was journalled with every call, at the price of two waits for the devices, and nobody showed it."""
+
+    def telling(row):
+        if not isinstance(row, SpeedSample):
+            return row
+        is_candidate = row.prompts[0].num_denoiser_forwards > 0
+        moments = {"prefill_s": 0.001, "first_output_s": 0.002 + 0.003 * is_candidate}
+        memory = {"peak_memory_bytes": 2**30 * (1 + row.round % 2), "peak_memory_reason": None}
+        return dataclasses.replace(row, **moments, **memory)
+
+    markdown = write(tmp_path, made.speed_run(tmp_path, edit=telling))
+    inside = markdown.partition("## Latency")[2].partition("Within a timed call")[2]
+    assert row_of(inside, "baseline", "answer", "1")[3:] == ["96", "1.00 ms", "2.00 ms", "2.00 GiB"]
+    assert row_of(inside, "block 16", "answer", "1")[3:] == ["96", "1.00 ms", "5.00 ms", "2.00 GiB"]
+
+    on_cpu = write(
+        tmp_path / "cpu",
+        made.speed_run(
+            tmp_path / "cpu",
+            edit=lambda row: dataclasses.replace(row, first_output_s=0.002) if isinstance(row, SpeedSample) else row,
+        ),
+    )
+    assert "| prompts read | first output |\n" in on_cpu
+    assert row_of(on_cpu.partition("Within a timed call")[2], "baseline")[4:] == [text.NONE, "2.00 ms"]
+    assert "Within a timed call" not in markdown_of(usual[2]), "runs that do not tell are not asked"
+
+
 def test_fixed_workload_resamples_rounds_only(tmp_path) -> None:
     markdown = write(tmp_path, made.speed_run(tmp_path, workload="fixed"))
     assert "Crossed paired bootstrap of 12 rounds, " in markdown

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from twotower_eval import stats
 from twotower_eval.evidence.calls import (
     Latency,
+    WithinCalls,
     flags_of,
     grid_of,
     latency_of,
@@ -23,6 +24,7 @@ from twotower_eval.evidence.calls import (
     processes_of,
     timed_calls,
     usable,
+    within_calls,
 )
 from twotower_eval.evidence.clean import outputs
 from twotower_eval.evidence.costs import ArmCosts, costs_alone
@@ -57,6 +59,7 @@ class TimedAlone:
     null_timed: stats.TimedCalls | None
     counts: Counts
     latency: Latency
+    within: WithinCalls
     costs: ArmCosts
     flagged: FlaggedAlone
     null_fault: str | None = None
@@ -237,6 +240,7 @@ def _timed(runs: list[Run], cell: Cell) -> TimedAlone | str:
         null_timed=null_timed,
         counts=count(prompt for sample in samples for prompt in sample.prompts),
         latency=latency_of(samples),
+        within=within_calls(samples),
         costs=costs_alone(runs, cell, samples),
         flagged=_flagged(flags_of(runs, cell, rounds).values()),
     )

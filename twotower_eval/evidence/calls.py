@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,20 @@ class Latency:
     median_s: float
     p95_s: float
     n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithinCalls:
+    """What the measured calls of a cell say of themselves besides how long they took; ``None`` where none of them does.
+
+    Medians over calls, in seconds from the start: ``prefill_s`` until all prompts are read, ``first_output_s`` until
+    the first token (of a block decoder: the first block) is there. ``peak_memory_bytes`` is the largest of any call.
+    """
+
+    num_calls: int
+    prefill_s: float | None
+    first_output_s: float | None
+    peak_memory_bytes: int | None
 
 
 def pools(runs: Sequence[Run], arm: Arm) -> list[tuple[list[Run], Cell]]:
@@ -209,3 +223,20 @@ def latency_of(samples: list[SpeedSample]) -> Latency:
 def names_of(runs: Sequence[Run]) -> str:
     """Runs, as errors name them."""
     return "run " + ", ".join(run.manifest.run_id for run in runs)
+
+
+def within_calls(samples: Sequence[SpeedSample]) -> WithinCalls:
+    """Of these calls."""
+    return WithinCalls(
+        num_calls=len(samples),
+        prefill_s=_median(sample.prefill_s for sample in samples),
+        first_output_s=_median(sample.first_output_s for sample in samples),
+        peak_memory_bytes=max(
+            (sample.peak_memory_bytes for sample in samples if sample.peak_memory_bytes is not None), default=None
+        ),
+    )
+
+
+def _median(values_s: Iterable[float | None]) -> float | None:
+    known_s = [value_s for value_s in values_s if value_s is not None]
+    return float(np.median(known_s)) if known_s else None

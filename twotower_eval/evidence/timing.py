@@ -16,6 +16,7 @@ from twotower_eval.evidence.calls import (
     Call,
     Grid,
     Latency,
+    WithinCalls,
     flags_of,
     grid_of,
     latency_of,
@@ -28,6 +29,7 @@ from twotower_eval.evidence.calls import (
     processes_of,
     timed_calls,
     usable,
+    within_calls,
 )
 from twotower_eval.evidence.clean import (
     CleanSpeed,
@@ -81,6 +83,8 @@ class SpeedPoint:
     baseline_counts: Counts
     latency: Latency
     baseline_latency: Latency
+    within: WithinCalls
+    baseline_within: WithinCalls
     flagged: Flagged
     clean: CleanSpeed
     costs: Costs
@@ -206,6 +210,8 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
         baseline_counts=count(prompt for sample in samples[0] for prompt in sample.prompts),
         latency=latency_of(samples[1]),
         baseline_latency=latency_of(samples[0]),
+        within=within_calls(samples[1]),
+        baseline_within=within_calls(samples[0]),
         flagged=flagged(by_arm[0], by_arm[1]),
         clean=clean_speed(timed, _dropped_calls(by_arm, calls)),
         costs=costs(runs, baseline, candidate, (samples[0], samples[1])),

@@ -37,7 +37,7 @@ SECTIONS = {
     "flips": "twotower_eval.report.flips:flips",
     "scoring": "twotower_eval.report.gates:scoring",
     "gates": "twotower_eval.report.gates:gates",
-    "latency": "twotower_eval.report.speed_tables:latency",
+    "latency": "twotower_eval.report.latency:latency",
     "sizing": "twotower_eval.report.sizing:sizing",
     "training": "twotower_eval.report.training:training",
     "setup": "twotower_eval.report.provenance:setup",

@@ -48,7 +48,7 @@ def sentence(runs: Runs) -> str:
     lines = []
     for cell in {(c.checkpoint, c.decoder.label): c for c in _cells(runs)}.values():
         parts = [*_scored(runs, cell), *_timed(runs, cell)]
-        lines.append(f"**{_who(cell)}, measured alone: {'; '.join(parts)}.**")
+        lines.append(f"**{who(cell)}, measured alone: {'; '.join(parts)}.**")
     if not lines and not any(is_alone(run) for run in runs):
         return f"**{' and '.join(names_alone(runs))}: checked by `verify`, see the gates; neither scored nor timed.**"
     return "\n\n".join(lines) or "**Nothing has been scored or timed completely yet, so there is nothing to quote.**"
@@ -70,7 +70,7 @@ def _cells(runs: Runs) -> list[Cell]:
     return [one.cell for one in runs.scored_alone] + [one.baseline for one in runs.timed_alone]
 
 
-def _who(cell: Cell) -> str:
+def who(cell: Cell) -> str:
     return escape(f"{checkpoint_name(cell.checkpoint)}, {long_name(cell.decoder) or cell.decoder.kind}")
 
 
@@ -90,31 +90,31 @@ def _scored(runs: Runs, cell: Cell) -> list[str]:
 
 def _timed(runs: Runs, cell: Cell) -> list[str]:
     own = [one for one in runs.timed_alone if _same(one.baseline, cell)]
-    found = min(own, key=lambda one: (one.baseline.workload.kind != "answer", _batch(one)), default=None)
+    found = min(own, key=lambda one: (one.baseline.workload.kind != "answer", batch_of(one)), default=None)
     if found is None:
         return []
-    setting = f"{found.baseline.workload.kind} workload, batch {_batch(found)}"
+    setting = f"{found.baseline.workload.kind} workload, batch {batch_of(found)}"
     if found.rate.estimate is None:
         return [f"timed on the {setting} ({escape(found.rate.reason)})"]
     invalid = " (INVALID timing, see below)" if found.null_fault else ""
     return [f"{rate(found.rate)} useful tokens per second{invalid} on the {setting}"]
 
 
-def _batch(one: TimedAlone) -> int:
+def batch_of(one: TimedAlone) -> int:
     return one.baseline.workload.batch_size or 1
 
 
 def speed_alone(runs: Runs) -> str:
     """The table of speeds, what they are made of, and what must be known of them; empty without any."""
-    found = sorted(runs.timed_alone, key=lambda one: (one.baseline.workload.name, _batch(one)))
+    found = sorted(runs.timed_alone, key=lambda one: (one.baseline.workload.name, batch_of(one)))
     if not found:
         return ""
     header = ["model", "workload", "batch", "rounds x calls", "useful tokens/s [95 %]", "a call", "A/A null [99 %]"]
     rows = [
         [
-            _who(one.baseline),
+            who(one.baseline),
             escape(one.baseline.workload.name),
-            count(_batch(one)),
+            count(batch_of(one)),
             f"{one.num_rounds} x {one.num_calls}",
             rate(one.rate) + (f" **{INVALID}**" if one.null_fault else ""),
             seconds(one.call_s),
@@ -134,7 +134,7 @@ def _speed_remarks(found: Sequence[TimedAlone]) -> Iterator[str]:
     if launches < stats.MIN_LAUNCHES:
         yield f"{plural(launches, 'launch', 'launches')}: variation between launches was not measured."
     for one in found:
-        name = f"{_who(one.baseline)}, {one.baseline.workload.kind}, batch {_batch(one)}"
+        name = f"{who(one.baseline)}, {one.baseline.workload.kind}, batch {batch_of(one)}"
         said = [] if one.complete else ["**the run is INCOMPLETE**"]
         said += [f"{one.num_dropped_rounds} rounds are not complete and are left out"] if one.num_dropped_rounds else []
         said += [f"{void_text(one.num_timed, one.faults)} and are left out"] if one.faults else []
@@ -152,7 +152,7 @@ def _parts(found: Sequence[TimedAlone]) -> str:
         counts = one.counts
         ends = " / ".join(count(counts.num_finished[reason]) for reason in ("eos", "stop", "length"))
         per_forward = NONE if counts.tokens_per_forward is None else f"{counts.tokens_per_forward:.2f}"
-        row = [_who(one.baseline), count(_batch(one)), count(counts.num_prompts), count(counts.num_tokens)]
+        row = [who(one.baseline), count(batch_of(one)), count(counts.num_prompts), count(counts.num_tokens)]
         rows.append([*row, count(counts.num_context_forwards), per_forward, ends, *explained(one.costs)])
         phases += list(_phase_rows(one.costs))
     body = table(header, rows)
@@ -178,41 +178,26 @@ def _phase_rows(costs: ArmCosts) -> Iterator[list[str]]:
         ]
 
 
-def latency_rows(runs: Runs) -> list[list[str]]:
-    """Cells of the latency table."""
-    return [
-        [
-            _who(one.baseline),
-            one.baseline.workload.kind,
-            count(_batch(one)),
-            count(one.latency.n),
-            seconds(one.latency.median_s),
-            seconds(one.latency.p95_s),
-        ]
-        for one in runs.timed_alone
-    ]
-
-
 def null_rows(runs: Runs) -> Iterator[tuple[str, str | None, str, str]]:
     """By timed cell: the gate's name, why it fails or None, what was found, and its runs."""
     for one in runs.timed_alone:
         found = f"the model against itself {times(one.null)} (99 %), {one.num_rounds} rounds of {one.num_calls} calls"
         found = escape(one.null.reason) if one.null.estimate is None else found
-        gate = f"A/A null, {one.baseline.workload.kind}, batch {_batch(one)}"
+        gate = f"A/A null, {one.baseline.workload.kind}, batch {batch_of(one)}"
         yield gate, one.null_fault, found, code(" ".join(one.run_ids))
 
 
 def degenerate_alone(runs: Runs) -> str:
     """How many outputs of the models measured alone are degenerate; empty where none was kept."""
     rows = [
-        [_who(one.cell), "whole tasks", *_share(one.flagged), code(one.run_id)]
+        [who(one.cell), "whole tasks", *_share(one.flagged), code(one.run_id)]
         for one in runs.scored_alone
         if one.flagged.num_outputs and one.cell.workload.kind == "task"
     ]
     for one in runs.timed_alone:
         if one.flagged.num_outputs:
-            outputs = f"{one.baseline.workload.kind}, batch {_batch(one)}"
-            rows.append([_who(one.baseline), outputs, *_share(one.flagged), run_list(one.run_ids)])
+            outputs = f"{one.baseline.workload.kind}, batch {batch_of(one)}"
+            rows.append([who(one.baseline), outputs, *_share(one.flagged), run_list(one.run_ids)])
     return table(["model", "outputs of", "n", "degenerate", "run"], rows, left=2) if rows else ""
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 
 from twotower_eval.claims.terms import own_limits
 from twotower_eval.evidence.alone import is_alone
+from twotower_eval.evidence.calls import WithinCalls
 from twotower_eval.evidence.degenerate import flags
 from twotower_eval.evidence.documents import DocumentPair, document_pairs
 from twotower_eval.evidence.parallelism import Curve, curves
@@ -211,6 +212,8 @@ def _speed(point: SpeedPoint) -> Row:
         **measured_columns("candidate_tokens_per_s", point.candidate_rate),
         **count_columns("baseline", point.baseline_counts),
         **count_columns("candidate", point.counts),
+        **_within("baseline", point.baseline_within),
+        **_within("candidate", point.within),
         "baseline_latency_median_s": point.baseline_latency.median_s,
         "baseline_latency_p95_s": point.baseline_latency.p95_s,
         "candidate_latency_median_s": point.latency.median_s,
@@ -337,3 +340,12 @@ def _costs(run_id: str, cells: Mapping[str, Cell], measured: Sequence[CostSample
 
 def _check(check: Any) -> Row:
     return {name: getattr(check, name) for name in ("name", "outcome", "value", "limit", "detail")}
+
+
+def _within(arm: str, within: WithinCalls) -> Row:
+    """What timed calls say of their inside; None where they say nothing."""
+    return {
+        f"{arm}_prefill_median_s": within.prefill_s,
+        f"{arm}_first_output_median_s": within.first_output_s,
+        f"{arm}_peak_memory_bytes": within.peak_memory_bytes,
+    }

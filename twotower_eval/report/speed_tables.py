@@ -1,4 +1,4 @@
-"""The speed and latency sections: speedups, what they are made of, and how long a prompt waits."""
+"""The speed section: speedups, and what they are made of."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from twotower_eval import stats
 from twotower_eval.evidence.best import best_text
-from twotower_eval.evidence.calls import Latency
 from twotower_eval.evidence.counts import Counts
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint
-from twotower_eval.report.alone import latency_rows, speed_alone
+from twotower_eval.report.alone import speed_alone
 from twotower_eval.report.costs import explanation
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import (
@@ -24,7 +23,6 @@ from twotower_eval.report.text import (
     percent,
     rate,
     run_list,
-    seconds,
     speed_warnings,
     speedup,
     table,
@@ -53,7 +51,7 @@ def speed(runs: Runs) -> Section:
         what = "baseline and candidate" if runs.compare else "a model"
         text = speed_alone(runs) or f"Nothing has been timed completely. `twotower-eval speed` times {what}.\n"
         return Section(title="Speed", markdown=f"{text}\n{lines}" + _counts(_scored_cost(runs)))
-    ordered = sorted(runs.speed, key=_order)
+    ordered = sorted(runs.speed, key=order)
     shown = ordered if len(ordered) <= MAX_SHOWN else [point for point in ordered if point.key == runs.chosen]
     rest = [point for point in ordered if point not in shown]
     parts = [
@@ -104,7 +102,7 @@ def _counts(*tables: str) -> str:
     return details("Tokens and forwards", body) if any(tables) else ""
 
 
-def _order(point: SpeedPoint) -> tuple[str, int]:
+def order(point: SpeedPoint) -> tuple[str, int]:
     return (point.candidate.workload.name, point.batch_size)
 
 
@@ -238,7 +236,7 @@ def _optional(value: float | None) -> str:
 def _timed_cost(runs: Runs) -> str:
     header = ["block, steps, threshold", "workload", "batch", "prompts timed", "useful tokens/s [95 %]", *COST_HEADER]
     rows, baselines = [], set()
-    for point in sorted(runs.speed, key=_order):
+    for point in sorted(runs.speed, key=order):
         setting = [f"{point.workload}", count(point.batch_size)]
         same = (point.baseline.id, point.run_ids)
         if same not in baselines:
@@ -264,27 +262,3 @@ def _scored_cost(runs: Runs) -> str:
         rows.append([name, count(point.counts.num_prompts), *_cost(point.counts), code(point.run_id)])
     text = table(["block, steps, threshold", "outputs", *COST_HEADER, "run"], rows)
     return f"In the scored runs:\n\n{text}"
-
-
-def latency(runs: Runs) -> Section:
-    """How long one prompt waits for its last useful token: not the wall-clock time of its batch."""
-    if not runs.speed and not runs.timed_alone:
-        return Section(title="Latency", markdown="Nothing has been timed completely.\n")
-    rows, baselines = latency_rows(runs), set()
-    for point in sorted(runs.speed, key=_order):
-        arms: list[tuple[str, Latency]] = []
-        same = (point.baseline.id, point.run_ids)
-        if same not in baselines:
-            baselines.add(same)
-            arms.append(("baseline", point.baseline_latency))
-        arms.append((escape(runs.name(point.candidate)), point.latency))
-        for name, found in arms:
-            setting = [point.workload, count(point.batch_size), count(found.n)]
-            rows.append([name, *setting, seconds(found.median_s), seconds(found.p95_s)])
-    text = "Time from the start of a prompt's batch to its last useful token, all prompts of all measured rounds.\n\n"
-    first = "block, steps, threshold" if runs.speed else "model"
-    body = table([first, "workload", "batch", "n", "median", "95th percentile"], rows, left=2)
-    text += body if len(rows) <= MAX_SHOWN + 1 else details(f"Latency in {len(runs.speed)} measurements", body)
-    run_ids = [i for point in runs.speed for i in point.run_ids] + [i for one in runs.timed_alone for i in one.run_ids]
-    text += f"\nRuns: {run_list(run_ids)}.\n"
-    return Section(title="Latency", markdown=text)
