@@ -15,6 +15,7 @@ from tests.tiny_pair import write_pair
 from twotower_eval import speed, stats, store, suites
 from twotower_eval.evidence.answers import from_round_to_round
 from twotower_eval.evidence.calls import complete_rounds
+from twotower_eval.evidence.consistency import contradictions
 from twotower_eval.evidence.timing import speed_points
 from twotower_eval.plan import SpeedPlan, plan_from_json
 from twotower_eval.progress import SilentProgress
@@ -62,6 +63,7 @@ def test_one_command_makes_its_launches_in_processes_of_their_own(
     for launch in (event["launch"] for event in told):
         rounds = {(s.phase, s.round) for s in run.speed if s.launch_id == launch and s.phase != "probe"}
         assert sorted(phase for phase, _ in rounds) == ["measure"] * 5 + ["warmup"]
+    assert contradictions(run) == ()
     [point] = speed_points([run])[0]
     assert (point.num_launches, point.num_rounds) == (2, 10)
     # Each launch makes up new prompts of its own, under ids that the other has as well.
@@ -79,6 +81,7 @@ def test_one_process_that_goes_on_is_no_further_launch(
         speed.run(dataclasses.replace(alone, min_rounds=num), requests, root=tmp_path, resume=path)
     run = store.load(path)
     assert len({sample.launch_id for sample in run.speed}) == 3
+    assert contradictions(run) == ()
     [point] = speed_points([run])[0]
     assert (point.num_launches, point.num_rounds) == (1, 3)
 

@@ -15,6 +15,7 @@ from tests.fake_decoder import DECODING_S, FIRST_S, PREFILL_S, REST_S, TIME
 from tests.tiny_pair import write_pair
 from twotower_eval import cli, harness, speed, store, suites
 from twotower_eval.decoders import decoder_spec, from_spec
+from twotower_eval.evidence.consistency import contradictions
 from twotower_eval.evidence.timing import speed_points
 from twotower_eval.models import load_model
 from twotower_eval.models.arms import load_arms
@@ -515,6 +516,7 @@ def test_an_interrupted_run_goes_on_with_a_new_round(
     assert speed.run(plan, requests, root=tmp_path, resume=path, now=TIME) == path
     run = store.load(path)
     assert run.complete
+    assert {one.kind for one in contradictions(run)} <= {"calls overlap"}, "its clock is made up"
     assert run.speed[:num_calls] == before.speed
     assert len({sample.launch_id for sample in run.speed}) == 2
     rounds = {key: samples for key, samples in by_round(run).items() if key[1] == "measure"}

@@ -125,7 +125,7 @@ def test_every_kind_of_row_comes_back_equal(tmp_path: Path) -> None:
     assert [*run.generations, *run.likelihoods, *run.scores, *run.speed] == rows
     assert run.complete
     assert run.manifest == make_manifest()
-    assert [event["kind"] for event in run.events] == ["started"]
+    assert [event["kind"] for event in run.events] == ["started", "finished"]
     assert run.cells == {CELL.id: CELL}
 
 

@@ -305,7 +305,8 @@ class RunWriter:
         file.sync()
 
     def finish(self) -> None:
-        """Close the journals and write ``done.json``: the run is complete and takes nothing more."""
+        """Tell of the journals a last time, close them and write ``done.json``: the run takes nothing more."""
+        self.event("finished")
         self._close_files()
         self._finished = True
         close_run(self.path, FILES)

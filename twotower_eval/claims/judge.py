@@ -114,7 +114,7 @@ def _unless_contradicting(judged: _Judged, claim: Claim, evidence: Evidence) -> 
     run_ids = verdict.evidence or [run.manifest.run_id for run in evidence.runs if has_subject(claim, run)]
     if not run_ids or any(gate.kind == "files_agree" for gate in verdict.gates):
         return judged
-    gate = gates.files_agree_gate(evidence.contradictions, run_ids)
+    gate = gates.files_agree_gate(evidence.contradictions, run_ids, evidence.runs)
     verdict = dataclasses.replace(verdict, gates=(gate, *verdict.gates))
     if gate.outcome == "failed":
         before = f"; {verdict.reason}" if verdict.outcome == "INVALID" else ""

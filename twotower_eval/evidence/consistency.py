@@ -12,7 +12,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import pairwise, product
 from typing import Any, get_args
 
@@ -26,6 +25,8 @@ from twotower_eval.evidence.contradiction import (
     Spot,
     contradiction_of,
 )
+from twotower_eval.evidence.gaps import GAP_CHECKS, whole_rounds
+from twotower_eval.evidence.repeats import REPEAT_CHECKS, between_runs, moment_of
 from twotower_eval.records import (
     Cell,
     LikelihoodKind,
@@ -48,7 +49,7 @@ CLOCK_SHARE = 0.001  # and the day's clock may be slewed while a stopwatch is no
 def contradictions(run: Run) -> tuple[Contradiction, ...]:
     """All that a run's files contradict each other in, the first place of each kind; empty where they agree."""
     found = []
-    for kind, check in {**CHECKS, **ROW_CHECKS}.items():
+    for kind, check in {**CHECKS, **GAP_CHECKS, **REPEAT_CHECKS, **ROW_CHECKS}.items():
         places = list(check(run))
         if places:
             found.append(contradiction_of(kind, places, run))
@@ -146,13 +147,7 @@ def _measured(run: Run) -> Iterator[_Told]:
 
 def _whole_s(calls: Iterable[SpeedSample]) -> list[float]:
     """Seconds of every complete round."""
-    rounds: dict[tuple[str, int], list[float]] = defaultdict(list)
-    seen = set()
-    for call in calls:
-        seen.add((call.cell, call.replica, call.call_id))
-        rounds[call.launch_id, call.round].append(call.wall_s)
-    whole = (walls_s for walls_s in rounds.values() if len(walls_s) == len(seen))
-    return [sum(wall_s for wall_s in walls_s if wall_s > 0) for walls_s in whole]
+    return [sum(call.wall_s for call in own if call.wall_s > 0) for own in whole_rounds(calls)]
 
 
 def _readings(told: _Told) -> list[list[float]]:
@@ -230,7 +225,7 @@ def _overlaps(run: Run) -> Iterator[Place]:
 
 def _overlaps_of(calls: Sequence[SpeedSample]) -> Iterator[tuple[SpeedSample, float]]:
     """The calls that took longer than until the next one began, with the seconds until then."""
-    moments = [_moment(call.started_at) for call in calls]
+    moments = [moment_of(call.started_at) for call in calls]
     if None in moments or len(set(moments)) < 2:
         return
     for (call, began), (_, next_began) in pairwise(zip(calls, moments, strict=True)):
@@ -238,13 +233,6 @@ def _overlaps_of(calls: Sequence[SpeedSample]) -> Iterator[tuple[SpeedSample, fl
         # Before the one ahead of it: the day's clock was set.
         if gap_s >= 0 and call.wall_s > gap_s + CLOCK_S + CLOCK_SHARE * call.wall_s:
             yield call, gap_s
-
-
-def _moment(text: str) -> datetime | None:
-    try:
-        return datetime.fromisoformat(text)
-    except ValueError:
-        return None
 
 
 CHECKS: Mapping[ContradictionKind, Check] = {
@@ -263,6 +251,7 @@ CHECKS: Mapping[ContradictionKind, Check] = {
 
 
 def by_run(runs: Sequence[Run]) -> dict[str, tuple[Contradiction, ...]]:
-    """Run id -> its contradictions, for runs that have any."""
-    found = {run.manifest.run_id: contradictions(run) for run in runs}
+    """Run id -> its contradictions, in itself and with the others, for runs that have any."""
+    copied = between_runs(runs)
+    found = {(run_id := run.manifest.run_id): (*contradictions(run), *copied.get(run_id, ())) for run in runs}
     return {run_id: own for run_id, own in found.items() if own}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from twotower_eval.records import GenerationRow, Score, SpeedSample
 from twotower_eval.store import JOURNALS, Row, Run
@@ -15,18 +15,20 @@ ContradictionKind = Literal[
     "cell id",
     "journal changed",
     "journal short",
-    "journal untold",
+    "digests missing",
     "rounds told",
     "seconds told",
     "documents told",
     "launch untold",
     "launches begun",
     "launch without calls",
+    "launch without warm-up",
     "round missing",
     "rounds below plan",
     "cell without rows",
+    "plan without cells",
     "calls overlap",
-    "launches overlap",
+    "launches at once",
     "moments repeated",
     "times repeated",
     "batch size",
@@ -51,13 +53,15 @@ ContradictionKind = Literal[
 Fact = str | int | float | tuple[str, ...] | tuple[int, ...] | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spot:
+class Spot(NamedTuple):
     """What a contradiction is about, as far as it is about one of these."""
 
+    run: str | None = None
     cell: str | None = None
+    replica: int | None = None
     launch: str | None = None
     round: int | None = None
+    phase: str | None = None
     call: str | None = None
     prompt: str | None = None
     task: str | None = None
@@ -65,12 +69,16 @@ class Spot:
     metric: str | None = None
 
 
+NOWHERE = Spot()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Contradiction:
     """What a run's files say in two ways, at the first of ``num`` places.
 
     ``file`` says it in its ``line``, where it is one of a journal, and there in its ``field``; ``stated`` is what one
-    side says and ``found`` what the other does, each ``None`` where the kind says it all.
+    side says and ``found`` what the other does, each ``None`` where the kind says it all. ``like`` is the other place
+    of a kind that is about two.
     """
 
     kind: ContradictionKind
@@ -80,6 +88,7 @@ class Contradiction:
     stated: Fact
     found: Fact
     spot: Spot
+    like: Spot | None = None
     num: int = 1
 
 
@@ -96,7 +105,8 @@ class Place:
     field: str | None = None
     stated: Fact = None
     found: Fact = None
-    spot: Spot = Spot()
+    spot: Spot = NOWHERE
+    like: Spot | None = None
     prompt: str | None = None
 
 
@@ -114,6 +124,7 @@ def contradiction_of(kind: ContradictionKind, places: Sequence[Place], run: Run)
         stated=first.stated,
         found=first.found,
         spot=first.spot if first.row is None else _spot(first.row, first.prompt),
+        like=first.like,
         num=len(places),
     )
 
@@ -147,8 +158,8 @@ WORDS: Mapping[ContradictionKind, str] = {
     "cell id": "cell {cell} is not made of its checkpoint, decoder and workload, which give {found}",
     "journal changed": "{file}: lines 1 to {line} are not those that were written, by the sha256 in events.jsonl",
     "journal short": "{file} has {found} lines, and events.jsonl tells of {stated}",
-    "journal untold": "{file} has {found} lines, and line {line} of events.jsonl tells of none, though this version's "
-    "events tell how many lines there are, with their sha256",
+    "digests missing": "line {line} of {file} does not tell how many lines the journals have, with their sha256, as "
+    "events of this version do",
     "rounds told": "events.jsonl tells of {stated} measured rounds, speed.jsonl has {found}",
     "seconds told": "events.jsonl tells of {stated:.3f} s on the clock, the calls of speed.jsonl add up to "
     "{found:.3f} s",
@@ -157,16 +168,17 @@ WORDS: Mapping[ContradictionKind, str] = {
     "launches begun": "speed.jsonl has {found} launches of this run, and events.jsonl tells of {stated} starts",
     "launch without calls": "events.jsonl tells of launch {launch}, which measured to its end, and speed.jsonl has no "
     "call of it",
+    "launch without warm-up": "launch {launch} has no warm-up, and the plan asks for {stated} in every launch",
     "round missing": "round {round} is not there, though rounds up to {found} are and no number is left out",
     "rounds below plan": "the plan asks for {stated} rounds, and speed.jsonl has {found} whole ones of a run that went "
     "to its end",
     "cell without rows": "cell {cell} has no row, in a run that went to its end",
+    "plan without cells": "the plan has {field} {stated}, and no cell is of it: they are of {found}",
     "calls overlap": f"{_CALL} took {{stated:.3f}} s, and the next call of its launch began {{found:.3f}} s after it",
-    "launches overlap": "launch {launch} began while launch {found} was being timed, and a run's launches come one "
+    "launches at once": "{stated} calls of {here} began while {there} was being timed, and a run's launches come one "
     "after the other",
-    "moments repeated": "{stated} calls of launch {launch} began at the very moments at which calls of launch {found} "
-    "did",
-    "times repeated": "{stated} timings of cell {cell} in launch {launch} are, to the last digit, those of {found}",
+    "moments repeated": "{stated} calls of {here} began at the very moments at which calls of {there} did",
+    "times repeated": "{stated} timings of {here} are, to the last digit, those of {there}",
     "batch size": f"{_CALL} was of {{found}} prompts, its cell times {{stated}}",
     "prompts of a call": f"{_CALL} is on other prompts in one round than in another",
     "prompt tokens": "prompt {prompt} of cell {cell} has {stated} tokens in one round and {found} in another",
@@ -195,8 +207,18 @@ def contradiction_text(one: Contradiction) -> str:
     """In words, with how many there are besides."""
     words = _OTHER_TOKENS if (one.kind, one.field) == ("call and answer", "tokens_sha256") else WORDS[one.kind]
     sides = {"stated": _shown(one.stated, ", "), "found": _shown(one.found, " or ")}
-    text = words.format(file=one.file, line=one.line, field=one.field, **sides, **vars(one.spot))
+    places = {"here": _timed_text(one.spot), "there": "" if one.like is None else _timed_text(one.like)}
+    if one.like is not None and one.like.run != one.spot.run:
+        places["there"] += f" of run {one.like.run}"
+    text = words.format(file=one.file, line=one.line, field=one.field, **sides, **places, **one.spot._asdict())
     return text + (f" (and {one.num - 1:,} more like this)" if one.num > 1 else "")
+
+
+def _timed_text(spot: Spot) -> str:
+    """``cell x in launch y, round 3``, as far as it is known."""
+    cell = f"{'the second copy of ' * (spot.replica == 1)}cell {spot.cell} in " * (spot.cell is not None)
+    number = "warm-up" if spot.phase == "warmup" else "round"
+    return f"{cell}launch {spot.launch}" + f", {number} {spot.round}" * (spot.round is not None)
 
 
 def _shown(fact: Fact, between: str) -> str | int | float | None:

@@ -39,7 +39,7 @@ def speed_gates(
     if point.time.estimate is not None:
         found.append(gates.null_gate(point, speed, judged, claimed, limits))
     run_ids = dict.fromkeys([*point.run_ids, *(run_id for gate in found for run_id in gate.evidence)])
-    return (gates.files_agree_gate(contradictions, [*run_ids]), *found)
+    return (gates.files_agree_gate(contradictions, [*run_ids], runs), *found)
 
 
 def _gates(point: SpeedPoint, runs: Sequence[Run], own: Sequence[QualityPoint], limits: GateLimits) -> Iterator[Gate]:

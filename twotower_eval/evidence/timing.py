@@ -42,6 +42,7 @@ from twotower_eval.evidence.clean import (
 from twotower_eval.evidence.costs import Costs, costs
 from twotower_eval.evidence.counts import Counts, count
 from twotower_eval.evidence.degenerate import Flags
+from twotower_eval.evidence.gaps import remarks
 from twotower_eval.evidence.lengths import Lengths, with_lengths
 from twotower_eval.evidence.measured import ArmsDifferError
 from twotower_eval.evidence.points import Measured, PointKey, baseline_of, measured, point_key
@@ -216,7 +217,7 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
         clean=clean_speed(timed, _dropped_calls(by_arm, calls)),
         costs=costs(runs, baseline, candidate, (samples[0], samples[1])),
         samples=answer_samples(runs, (baseline, candidate), (samples[0], samples[1])),
-        warnings=(*left_out(there), *_warnings(length, lengths), *_few_rounds(time, timed)),
+        warnings=(*left_out(there), *remarks(runs), *_warnings(length, lengths), *_few_rounds(time, timed)),
         timed=timed,
         null_timed=null_timed,
         handicaps=_handicaps(runs, (baseline, candidate), (samples[0], samples[1])),

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from twotower_eval.evidence.alone import compares, is_alone
 from twotower_eval.evidence.clean import Flagged
 from twotower_eval.evidence.contradiction import contradictions_text
+from twotower_eval.evidence.gaps import tells_digests
+from twotower_eval.evidence.gates import NO_DIGESTS
 from twotower_eval.evidence.points import Measured, QualityPoint
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint
@@ -55,9 +57,15 @@ def gates(runs: Runs) -> Section:
 def _files_agree(runs: Runs) -> Iterator[Row]:
     for run in runs:
         run_id = run.manifest.run_id
-        wrong = runs.contradictions.get(run_id, ())
-        found = escape(contradictions_text(wrong)) if wrong else "no file of the run contradicts another"
-        yield ["files agree", OUTCOMES["failed" if wrong else "passed"], found, code(run_id)]
+        wrong, known = runs.contradictions.get(run_id, ()), tells_digests(run)
+        found = "no file of the run contradicts another" + ("" if known else f"; {NO_DIGESTS}")
+        found = escape(contradictions_text(wrong)) if wrong else found
+        yield [
+            "files agree",
+            OUTCOMES["failed" if wrong else "passed" if known else "not_checked"],
+            found,
+            code(run_id),
+        ]
 
 
 def _hashes(runs: Runs) -> Iterator[Row]:
