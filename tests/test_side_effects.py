@@ -29,8 +29,7 @@ import transformers
 from hf_models import save_tiny
 from test_miniature_training import tiny_recipe
 
-from twotower_eval import harness, report, store, suites, verify
-from twotower_eval import speed as speed_room
+from twotower_eval import report, store, verbs, verify
 from twotower_eval.miniature import evaluate, train
 from twotower_eval.models import load_model
 from twotower_eval.plan import RunPlan, SpeedPlan, VerifyPlan
@@ -109,20 +108,20 @@ def nothing_changes() -> Iterator[None]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run and a speed run. They come first, as packages change things when they are first imported."""
     root = tmp_path_factory.mktemp("results")
-    harness.run(RunPlan(tasks=TASKS, limit=1), root=root)
-    speed_room.run(TIMED, suites.build_requests(harness.timed_tasks(TIMED)), root=root)
+    verbs.evaluate(RunPlan(tasks=TASKS, limit=1), root=root)
+    verbs.time_and_score(TIMED, root=root)
     return root
 
 
 def test_run_leaves_no_trace(tmp_path: Path) -> None:
     with nothing_changes():
-        harness.run(RunPlan(tasks=TASKS, limit=1), root=tmp_path)
+        verbs.evaluate(RunPlan(tasks=TASKS, limit=1), root=tmp_path)
 
 
 def test_speed_and_the_scoring_behind_it_leave_no_trace(tmp_path: Path) -> None:
     with nothing_changes():
-        requests = suites.build_requests(harness.timed_tasks(TIMED))
-        harness.score_journal(speed_room.run(TIMED, requests, root=tmp_path))
+        path = verbs.time_and_score(TIMED, root=tmp_path)
+    assert store.load(path).scores
 
 
 def test_report_leaves_no_trace(runs: Path, tmp_path: Path) -> None:

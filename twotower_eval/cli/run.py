@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -32,9 +31,6 @@ from twotower_eval.cli.options import (
 from twotower_eval.cli.runs import resolve_plan, resumable, run_path
 from twotower_eval.plan import RunPlan
 from twotower_eval.progress import choose_progress
-
-if TYPE_CHECKING:
-    from twotower_eval.suites import BuiltTask
 
 
 def run(
@@ -76,32 +72,7 @@ def run(
     resumed = run_path(resume, out) if resume else None
     with resumable("run", out, resumed):
         resolved = resolve_plan(RunPlan, plan, resumed, given)
-        from twotower_eval import harness
+        from twotower_eval import verbs
 
-        progress = choose_progress()
-        path = harness.run(resolved, root=out, resume=resumed, progress=progress, announce=_power_line)
+        path = verbs.evaluate(resolved, root=out, resume=resumed, progress=choose_progress())
     typer.echo(path)
-
-
-def _power_line(tasks: Sequence[BuiltTask], scored_once: Collection[str]) -> str | None:
-    """The smallest drop of retention that these documents can show, and what that assumes; nothing without a headline.
-
-    Members of a multi-language task count once, by the problems that they share.
-    """
-    from twotower_eval import stats
-
-    clusters: dict[str, set[str]] = {}
-    for task in (task for task in tasks if task.headline):
-        clusters.setdefault(task.group or task.name, set()).update(doc.cluster_id for doc in task.docs)
-    once = {task.group or task.name for task in tasks if task.name in scored_once}
-    once -= {task.group or task.name for task in tasks if task.name not in scored_once}
-    planned = [
-        stats.PlannedTask(
-            name=name,
-            num_clusters=len(own),
-            accuracy=stats.ASSUMED_ACCURACY,
-            discordance=0.0 if name in once else stats.ASSUMED_DISCORDANCE,
-        )
-        for name, own in clusters.items()
-    ]
-    return stats.power_text(stats.power_plan(planned, 1.0)) if planned else None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -123,19 +122,8 @@ def speed(
         return
     resumed = run_path(resume, out) if resume else None
     with resumable("speed", out, resumed):
-        path = _time_and_score(resolve_plan(SpeedPlan, plan, resumed, given), out, resumed)
+        resolved = resolve_plan(SpeedPlan, plan, resumed, given)
+        from twotower_eval import verbs
+
+        path = verbs.time_and_score(resolved, root=out, resume=resumed, progress=choose_progress())
     typer.echo(path)
-
-
-def _time_and_score(plan: SpeedPlan, out: Path, resumed: Path | None) -> Path:
-    from twotower_eval import harness, suites
-    from twotower_eval import speed as speed_room
-
-    tasks = harness.timed_tasks(plan)
-    requests = suites.build_requests(tasks)  # the plan's number is chosen from all of them
-    asked: dict[str, Any] = {}
-    if plan.workload == "answer":  # a fixed one takes nothing of a task but its prompts
-        settled = suites.settle(tasks, temperature=plan.temperature, samples=plan.samples, timed=True)
-        asked = {"temperature": settled.temperature, "overrides": settled.overrides}
-    path = speed_room.run(plan, requests, root=out, resume=resumed, progress=choose_progress(), **asked)
-    return harness.score_journal(path) if plan.workload == "answer" else path
