@@ -19,7 +19,7 @@ from twotower_eval.plan import VerifyPlan, data_path
 from twotower_eval.records import Check, CommitStep, Generation, Prompt
 from twotower_eval.verify import batches, decoding, numerics, summary, table, verify
 from twotower_eval.verify.golden import golden_findings, load_golden
-from twotower_eval.verify.prompts import make_prompts
+from twotower_eval.verify.run import make_prompts
 
 PROMPTS = [Prompt(id=str(n), token_ids=tuple(range(4, 4 + n))) for n in (1, 5, 18)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 
 from twotower_eval import store
 from twotower_eval.environment import new_manifest, package_versions
+from twotower_eval.models.prompts import naming, prompt_ids
 from twotower_eval.ops import kernels
-from twotower_eval.plan import VerifyPlan, model_folder
+from twotower_eval.plan import VerifyPlan, data_path, model_folder
 from twotower_eval.records import Cell, Check, Prompt, RunManifest, Ways, Workload, canonical_json, cell_id, sha256_text
 from twotower_eval.verify.batches import NUM_TOKENS, batch_logic, batch_numerics
 from twotower_eval.verify.decoding import block_sample, mock_ar_agreement
@@ -20,9 +22,11 @@ from twotower_eval.verify.finding import Finding, not_checked, told
 from twotower_eval.verify.golden import NAMES as GOLDEN_NAMES
 from twotower_eval.verify.golden import Golden, golden_findings, load_golden
 from twotower_eval.verify.numerics import blockwise_context, finite_logits, proved, seeded_scan
-from twotower_eval.verify.prompts import make_prompts
 
 KERNELS = ("mamba-ssm", "causal-conv1d", "flash-attn")
+PROMPTS_OF = ("miniature_arithmetic", "miniature_recall", "miniature_sort", "miniature_program")
+PROMPTS_PER_TASK = 2
+RANDOM_LENGTHS = (3, 9, 17, 33)  # around a block's ends, unequal so that batches are padded
 
 
 def verify(plan: VerifyPlan, *, root: Path) -> Path:
@@ -45,6 +49,25 @@ def verify(plan: VerifyPlan, *, root: Path) -> Path:
                 writer.append(Check(cell=cell.id, **dataclasses.asdict(finding)))
             writer.finish()
     return writer.path
+
+
+def make_prompts(model: Any, seed: int) -> list[Prompt]:
+    """A few prompts of unequal lengths. Text where the model can read it: random ids say little of a trained model."""
+    if model.tokenizer is None:
+        generator = torch.Generator().manual_seed(seed)
+        usable = [token for token in range(model.vocab_size) if token != model.mask_token_id]
+        drawn = [torch.randint(len(usable), (n,), generator=generator).tolist() for n in RANDOM_LENGTHS]
+        rows = [tuple(usable[index] for index in indices) for indices in drawn]
+        return [Prompt(id=f"random/{n}", token_ids=row) for n, row in zip(RANDOM_LENGTHS, rows, strict=True)]
+    prompts = []
+    for task in PROMPTS_OF:
+        lines = data_path("tasks", "miniature", f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
+        for doc_id, line in enumerate(lines[:PROMPTS_PER_TASK]):
+            text = json.loads(line)["prompt"]
+            with naming(f"task {task!r}, document {doc_id}"):
+                ids = tuple(prompt_ids(model, text))
+            prompts.append(Prompt(id=f"{task}/{doc_id}", token_ids=ids, text=text))
+    return prompts
 
 
 def _findings(plan: VerifyPlan, model: Any, prompts: Sequence[Prompt], golden: Golden | None) -> Iterator[Finding]:
