@@ -94,6 +94,7 @@ def test_the_command_of_what_is_missing_measures_the_claims_point(claim: Claim, 
     if isinstance(plan, SpeedPlan):
         assert (plan.batch_sizes, plan.workload) == ((claim.point.batch_size,), claim.point.workload)
         assert len(plan.devices) == claim.point.num_devices
+        assert plan.launches == 5, "what it measures is not SUPPORTED in its own launches only"
     else:
         assert plan.tasks == claim.scope
 
@@ -202,7 +203,7 @@ def test_other_models_and_other_tasks_are_not_the_claims(good: list[Run]) -> Non
     assert verdict_on({**KEPT, "subject": PAIR.digest[:12]}, good).outcome == "SUPPORTED"
     missing = verdict_on(FAST, good[:1]).reason
     assert missing.startswith(
-        "nothing of the kind was measured; `twotower-eval speed --model CKPT --tasks TASKS --block-"
+        "nothing of the kind was measured; `twotower-eval speed --model CKPT --tasks TASKS --launches 5 --b"
     )
     other_place = verdict_on(FAST, good[:1], workload="fixed", batch_size=4, num_devices=2, dtype="bfloat16")
     assert "--dtype bfloat16 --batch-sizes 4 --workload fixed --devices D,D` measures it" in other_place.reason

@@ -61,6 +61,7 @@ def test_few_launches_speak_for_themselves_alone(tmp_path: Path, kept_run: Run, 
     said = f"SUPPORTED {scope}" if scope else "SUPPORTED"
     lines = verdict_lines(claims_of(*tables), [kept, fast, both])
     assert lines[1].startswith(f"{said:12}  fast")
+    assert (f"; for a verdict that is not only {scope}: `twotower-eval speed --launches 5`" in lines[1]) == bool(scope)
     assert both.reason == f"kept SUPPORTED; fast {said}"
     assert exit_code([kept, fast, both]) == 0
     assert exit_code([kept, fast, both], strict=True) == (4 if scope else 0)

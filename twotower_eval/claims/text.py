@@ -26,7 +26,8 @@ def verdict_lines(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> list[
     for verdict in verdicts:
         shown = estimate_text(by_name[verdict.claim], verdict.estimate, verdict.metric)
         words = [f"{said(verdict):{widest}}", f"{verdict.claim:{width}}", f"{shown} {verdict.reason}".strip()]
-        remarks = retention_text(verdict) + unchecked_text(verdict) + chance_text(by_name[verdict.claim], verdict)
+        remarks = scope_text(verdict) + retention_text(verdict) + unchecked_text(verdict)
+        remarks += chance_text(by_name[verdict.claim], verdict)
         remarks += f"; claimed: {terms_text(by_name[verdict.claim], metrics, claims)}" + looks_text(
             by_name[verdict.claim], verdict
         )
@@ -44,6 +45,13 @@ def estimate_text(claim: Claim, estimate: Estimate | None, metric: str | None = 
     unit, named = unit_of(claim.quantity, metric), "" if metric is None else f"{metric} "
     known = estimate.method == stats.EQUAL
     return f"{named}{unit.text(estimate.value) if known else interval(unit, estimate)}:"
+
+
+def scope_text(verdict: Verdict) -> str:
+    """How a verdict that holds in its own launches alone comes to hold in any; nothing elsewhere."""
+    if verdict.scope is None:
+        return ""
+    return f"; for a verdict that is not only {verdict.scope}: `twotower-eval speed --launches {stats.MIN_LAUNCHES}`"
 
 
 def retention_text(verdict: Verdict) -> str:
