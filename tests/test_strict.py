@@ -223,7 +223,7 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (at("verb", value="runs"), "verb must be run or speed or verify, not 'runs'"),
+        (at("verb", value="runs"), "verb must be run or speed or size or verify, not 'runs'"),
         (at("cells", 0, "arm", value="challenger"), "cells[0].arm must be baseline or candidate"),
         (at("cells", 0, "workload", "kind", value="tasks"), "cells[0].workload.kind must be task or"),
         (at("cells", 0, "workload", "batch_size", value=0), "cells[0].workload.batch_size must be at least 1"),

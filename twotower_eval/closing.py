@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twotower_eval.journal import content_of, now_text, prefix_digests, summarise, write_atomically
+from twotower_eval.journal import content_of, now_text, prefix_digests, summary_of, write_atomically
 from twotower_eval.json_text import parse_json, read_utf8
 from twotower_eval.records import SCHEMA_VERSION, Count
 from twotower_eval.strict import from_json
@@ -92,7 +92,7 @@ def short_journals(path: Path, events: Sequence[Mapping[str, Any]], where: str) 
 
 def close_run(path: Path, names: Sequence[str], finished_at: str | None = None) -> None:
     """Write ``done.json`` over those of the named files that are there, packed or not."""
-    files = {name: summarise(content) for name in names if (content := content_of(path / name)) is not None}
+    files = {name: summary for name in names if (summary := summary_of(path / name)) is not None}
     done = {"schema": SCHEMA_VERSION, "finished_at": finished_at or now_text(), "files": files}
     write_atomically(path / DONE, json.dumps(done, indent=1))
 
@@ -126,16 +126,15 @@ def agrees_with_closing(path: Path, names: Sequence[str]) -> bool:
         return False
     closing = read_closing(path / DONE, names)
     for name in names:
-        content, entry = content_of(path / name), closing.files.get(name)
-        if content is None and entry is None:
+        found, entry = summary_of(path / name), closing.files.get(name)
+        if found is None and entry is None:
             continue
-        found = None if content is None else summarise(content)
         if entry is None and name == TRAINING_LOG and closing.manifest_sha256 is not None:
             continue  # older closing files left it out
         if entry is None and name == MANIFEST and found is not None and found["sha256"] == closing.manifest_sha256:
             continue
         if entry is None or found != {"rows": entry.rows, "sha256": entry.sha256}:
-            state = "was lost" if content is None else "changed"
+            state = "was lost" if found is None else "changed"
             raise ValueError(
                 f"{path / name}: {state} after the run was finished ({DONE} has another sha256): restore it or run anew"
             )

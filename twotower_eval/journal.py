@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -15,13 +16,14 @@ import time
 from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from twotower_eval.json_text import parse_object
 
 FSYNC_INTERVAL_S = 0.5
 LOCK = "writer.lock"
 PACKED = ".xz"
+CHUNK_BYTES = 1 << 20
 
 
 class Journal:
@@ -61,7 +63,7 @@ class Journal:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Number of lines and sha256 so far, as :func:`summarise` gives them of a file."""
+        """Number of lines and sha256 so far, as :func:`summary_of` gives them of a file."""
         return {"rows": self._num_rows, "sha256": self._sha256.hexdigest()}
 
     def sync(self) -> None:
@@ -117,9 +119,18 @@ def content_of(file: Path) -> bytes | None:
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Line numbers from 1 and whole lines of a journal; nothing where it does not exist."""
-    content = content_of(file) or b""
-    return enumerate(content.split(b"\n")[:-1], start=1)
+    """Line numbers from 1 and whole lines of a journal, one after the other; nothing where it does not exist."""
+    with _stream(file) as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.endswith(b"\n"):
+                yield number, line[:-1]
+
+
+def _stream(file: Path) -> IO[bytes]:
+    """A file as it is, so that large ones are never held whole, or what a packed one holds."""
+    if file.exists() and not packed_path(file).exists():
+        return open(file, "rb")
+    return io.BytesIO(content_of(file) or b"")
 
 
 def read_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -138,9 +149,16 @@ def truncate_torn_line(file: Path) -> None:
         os.truncate(file, whole)
 
 
-def summarise(content: bytes) -> dict[str, Any]:
-    """Number of lines and sha256 of a file."""
-    return {"rows": content.count(b"\n"), "sha256": hashlib.sha256(content).hexdigest()}
+def summary_of(file: Path) -> dict[str, Any] | None:
+    """Number of lines and sha256 of a file, or of what its packed copy holds; ``None`` where neither is there."""
+    if not file.exists() and not packed_path(file).exists():
+        return None
+    num_rows, digest = 0, hashlib.sha256()
+    with _stream(file) as stream:
+        while part := stream.read(CHUNK_BYTES):
+            num_rows += part.count(b"\n")
+            digest.update(part)
+    return {"rows": num_rows, "sha256": digest.hexdigest()}
 
 
 def prefix_digests(content: bytes, wanted: Collection[int]) -> dict[int, str]:

@@ -223,7 +223,7 @@ class Cell:
     extra: Params | None = field(default=None, metadata=LEFT_OUT)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CommitStep:
     """One denoiser call on one block: which positions it committed, of them how many the step floor forced."""
 
@@ -235,7 +235,7 @@ class CommitStep:
     num_forced: Count
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
     """What one prompt gave. Useful tokens only: those before the first EOS or stop string, neither counted.
 
@@ -258,7 +258,7 @@ class Generation:
     trace: tuple[CommitStep, ...] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Likelihood:
     """Log-likelihood (nats) of a continuation; ``stderr_nats`` only for a Monte-Carlo bound, over ``num_draws``."""
 
@@ -269,7 +269,7 @@ class Likelihood:
     num_draws: Size | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationRow:
     """One line of ``generations.jsonl``. Key: cell, task, doc_id, request_index, repeat."""
 
@@ -282,7 +282,7 @@ class GenerationRow:
     generation: Generation
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LikelihoodRow:
     """One line of ``likelihoods.jsonl``. Key: cell, task, doc_id, request_index, repeat.
 
@@ -301,7 +301,7 @@ class LikelihoodRow:
     likelihood: Likelihood
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
     """One line of ``scores.jsonl``: a document's score under one metric and one filter.
 
@@ -366,7 +366,7 @@ class Aggregate:
     missing_reason: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PromptTiming:
     """Counts of one prompt within one timed call; ``finish_s`` is from the call's start to its last useful id."""
 
@@ -382,7 +382,7 @@ class PromptTiming:
     tokens_sha256: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Passes:
     """``num`` calls of a model of one kind and size: so many rows, each ``tokens`` wide, padding included."""
 
@@ -404,7 +404,7 @@ class Passes:
         return ("ar_step", None) if is_step else ("context_pass", self.tokens)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SpeedSample:
     """One timed call: one ``generate`` on one batch, prompt ids on host to last useful id on host.
 

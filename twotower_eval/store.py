@@ -8,10 +8,11 @@ follows the last newline is a torn write and dropped; any other bad line is an e
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -379,16 +380,33 @@ def _read_events(file: Path) -> list[dict[str, Any]]:
 
 def _read_rows(path: Path, cls: type[R], cells: set[str]) -> list[R]:
     name, key_of = JOURNALS[cast(type[Row], cls)]
-    file, read = str(path / name), line_reader(cls)
+    with _no_collection():
+        return _keyed_rows(path / name, line_reader(cls), key_of, cells)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No search for circles while rows are made: none of them is part of one, and each search looks at all."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _keyed_rows(file: Path, read: Callable[[bytes, str], R], key_of: Callable[[Any], Key], cells: set[str]) -> list[R]:
     rows: list[R] = []
     lines: dict[Key, int] = {}
-    for number, line in read_lines(path / name):
-        row = read(line, f"{file}, line {number}")
+    where = str(file)
+    for number, line in read_lines(file):
+        row = read(line, f"{where}, line {number}")
         key = key_of(row)
         earlier = lines.setdefault(key, number)
         if earlier != number:
-            raise ValueError(f"{path / name}, line {number}: repeats the row of line {earlier}, key {key}")
+            raise ValueError(f"{file}, line {number}: repeats the row of line {earlier}, key {key}")
         if row.cell not in cells:
-            raise ValueError(f"{path / name}, line {number}: cell {row.cell!r} is not in the run's manifest")
+            raise ValueError(f"{file}, line {number}: cell {row.cell!r} is not in the run's manifest")
         rows.append(row)
     return rows

@@ -21,6 +21,7 @@ BENCHES = {
     "engine": "bench.engine:run",
     "batching": "bench.batching:run",
     "scoring": "bench.scoring:run",
+    "opening": "bench.opening:run",
 }
 
 ROUNDS, FULL_ROUNDS = 3, 9
