@@ -234,6 +234,7 @@ def test_what_calls_say_of_their_inside_is_shown(usual, tmp_path) -> None:
         ),
     )
     assert "| prompts read | first output |\n" in on_cpu
+    assert "Peak memory" not in on_cpu
     assert row_of(on_cpu.partition("Within a timed call")[2], "baseline")[4:] == [text.NONE, "2.00 ms"]
     assert "Within a timed call" not in markdown_of(usual[2]), "runs that do not tell are not asked"
 

@@ -15,9 +15,9 @@ from twotower_eval.report.text import NONE, count, details, escape, run_list, se
 WAIT = "Time from the start of a prompt's batch to its last useful token, all prompts of all measured rounds."
 INSIDE = (
     "Within a timed call, medians over the measured calls: until all prompts of the batch are read, and until the "
-    "first token of any of them (of block diffusion: the first block) is there. Peak memory is what tensors took at "
-    "most in any of the calls."
+    "first token of any of them (of block diffusion: the first block) is there."
 )
+MEMORY = " Peak memory is what tensors took at most in any of the calls."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,10 @@ def latency(runs: Runs) -> Section:
     body = table([first, "workload", "batch", "n", "median", "95th percentile"], rows, left=2)
     text = f"{WAIT}\n\n{_folded(runs, len(cells), 'Latency', body)}"
     if told := [cell for cell in cells if _tells(cell.within)]:
-        text += f"\n{INSIDE}\n\n{_folded(runs, len(told), 'Within calls', _inside(first, told))}"
+        with_memory = any(cell.within.peak_memory_bytes is not None for cell in told)
+        body = _inside(first, told, with_memory)
+        lead = INSIDE + MEMORY if with_memory else INSIDE
+        text += f"\n{lead}\n\n{_folded(runs, len(told), 'Within calls', body)}"
     run_ids = [i for point in runs.speed for i in point.run_ids] + [i for one in runs.timed_alone for i in one.run_ids]
     return Section(title="Latency", markdown=f"{text}\nRuns: {run_list(run_ids)}.\n")
 
@@ -82,9 +85,8 @@ def _tells(within: WithinCalls) -> bool:
     return any(value is not None for value in (within.prefill_s, within.first_output_s, within.peak_memory_bytes))
 
 
-def _inside(first: str, cells: list[_Timed]) -> str:
+def _inside(first: str, cells: list[_Timed], with_memory: bool) -> str:
     header = [first, "workload", "batch", "calls", "prompts read", "first output"]
-    with_memory = any(cell.within.peak_memory_bytes is not None for cell in cells)
     rows = []
     for cell in cells:
         within = cell.within
