@@ -134,3 +134,39 @@ def test_select_keeps_the_files_order() -> None:
     assert select(claims, []) == claims
     with pytest.raises(ValueError, match="did you mean 'fast'"):
         select(claims, ["fats"])
+
+
+SCOPED = {
+    "title": "t",
+    "point": [{"name": "p", "decoder": {"kind": "autoregressive"}}],
+    "claim": [
+        {"name": "c", "quantity": "retention", "subject": "m", "baseline": "context-tower", "point": "p",
+         "expected": 0.9, "source": "here"}
+    ],
+}  # fmt: skip
+
+
+def scope_of(*names: str) -> tuple[str, ...]:
+    values: Any = copy.deepcopy(SCOPED)
+    values["claim"][0]["scope"] = list(names)
+    return claims_from("here", values).claims[0].scope
+
+
+def test_a_suite_in_a_scope_is_its_tasks() -> None:
+    """The suite's name was taken for a task, of which nothing is ever measured."""
+    tasks = scope_of("miniature")
+    assert {"miniature_sort", "miniature_choice"} <= set(tasks)
+    assert "miniature_perplexity" not in tasks  # has no part in a retention
+    assert scope_of("miniature_sort", "miniature") == ("miniature_sort", *(t for t in tasks if t != "miniature_sort"))
+    assert len(scope_of("paper-11")) == 11
+    assert scope_of("some_task_of_lm_eval", "mmlu_pro") == ("some_task_of_lm_eval", "mmlu_pro")
+
+
+@pytest.mark.parametrize(("name", "near"), [
+    ("miniatur", "miniature"), ("miniature_srot", "miniature_sort"), ("paper_11", "paper-11"),
+])  # fmt: skip
+def test_a_slip_in_a_scope_is_refused_with_what_was_meant(name: str, near: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"scope: no suite and no task of one is named '{name}' \(did you mean '{near}'"
+    ):
+        scope_of(name)

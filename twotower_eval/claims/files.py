@@ -7,6 +7,7 @@ A file holds ``[[point]]`` (operating points, named once), ``[[claim]]`` (each a
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ QUANTITIES, RELATIONS, AVERAGINGS = (typing.get_args(kind) for kind in (Quantity
 TASK_QUANTITIES = ("retention", "decoder_exercised_retention", "score", "score_difference")
 SCORE_QUANTITIES = ("score", "score_difference")
 SPEED_QUANTITIES = ("speedup_time", "speedup_throughput", "speedup_time_per_device")
+# How alike a name has to be to another one to be that one, misspelt; tasks of lm-eval are named much alike.
+SLIP_OF_SUITE, SLIP_OF_TASK = 0.8, 0.91
 MOST_LOOKS = 20  # each judged at 99.75 % then
 MARGINS = {"retention": 0.005, "decoder_exercised_retention": 0.005} | dict.fromkeys(SPEED_QUANTITIES, 0.05)
 
@@ -135,7 +138,7 @@ def _claim(table: Mapping[str, Any], points: Mapping[str, OperatingPoint]) -> Cl
         baseline=value_of(where, table, "baseline", str),
         point=points[point],
         source=value_of(where, table, "source", str),
-        scope=texts(where, table, "scope"),
+        scope=_scope(where, quantity, texts(where, table, "scope")),
         averaging=_choice(where, table, "averaging", AVERAGINGS, "ratio_of_means"),
         relation=_choice(where, table, "relation", RELATIONS, "at_least"),
         parts=texts(where, table, "parts"),
@@ -146,6 +149,33 @@ def _claim(table: Mapping[str, Any], points: Mapping[str, OperatingPoint]) -> Cl
     )
     _check_claim(where, claim, table)
     return claim
+
+
+def _scope(where: str, quantity: Quantity, names: Sequence[str]) -> tuple[str, ...]:
+    """The tasks of a scope, shipped suites by their tasks; of a retention those that have a part in one.
+
+    Any task of lm-eval may be named, so only what is a slip of a suite or of a suite's task is refused.
+    """
+    suites = {path.stem: read_toml(path, "suite").get("task", []) for path in suite_paths()} if names else {}
+    tasks = {str(task["name"]) for members in suites.values() for task in members}
+    found: list[str] = []
+    for name in names:
+        if name in suites and name not in tasks:
+            found += [t["name"] for t in suites[name] if t.get("headline", True) or quantity in SCORE_QUANTITIES]
+            continue
+        near = difflib.get_close_matches(name, suites, n=1, cutoff=SLIP_OF_SUITE)
+        near = near or difflib.get_close_matches(name, sorted(tasks), n=1, cutoff=SLIP_OF_TASK)
+        if name not in tasks and near:
+            raise ValueError(
+                f"{where}: scope: no suite and no task of one is named {name!r} (did you mean {near[0]!r}?)"
+            )
+        found.append(name)
+    return tuple(dict.fromkeys(found))
+
+
+def suite_paths() -> list[Path]:
+    """The files of the shipped suites."""
+    return sorted(data_path("tasks", "suites").glob("*.toml"))
 
 
 def _choice(where: str, table: Mapping[str, Any], key: str, known: Sequence[str], *default: Any) -> Any:

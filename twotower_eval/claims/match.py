@@ -17,7 +17,7 @@ from twotower_eval.evidence.quality import quality_points
 from twotower_eval.evidence.timing import speed_points
 from twotower_eval.evidence.wholes import WholeScore
 from twotower_eval.plan import CONTEXT_TOWER
-from twotower_eval.records import Cell, Checkpoint, Claim, Workload
+from twotower_eval.records import Arm, Cell, Checkpoint, Claim, Workload
 from twotower_eval.store import Run
 
 MIN_DIGEST = 8  # hex digits of a digest that name a checkpoint
@@ -104,7 +104,7 @@ def quality_at(claim: Claim, evidence: Evidence) -> list[QualityPoint]:
     found = [
         point
         for point in evidence.quality
-        if cell_fits(claim, point.candidate) and names_baseline(claim, point.baseline.checkpoint)
+        if cell_fits(claim, point.candidate) and names_pair(claim, point.baseline.checkpoint, subject_of(point))
         if set(claim.scope) <= {task.name for task in point.tasks} or own_score(claim, point) is not None
         if claim.metric is None or own_score(claim, point) is not None or _is_headline(claim, point)
     ]
@@ -165,7 +165,7 @@ def _decoded_so(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
     found = [
         point
         for point in evidence.speed
-        if cell_fits(claim, point.candidate) and names_baseline(claim, point.baseline.checkpoint)
+        if cell_fits(claim, point.candidate) and names_pair(claim, point.baseline.checkpoint, subject_of(point))
         if hardware_fits(claim, _machines(point, evidence))
     ]
     return sorted(found, key=lambda point: max(point.run_ids), reverse=True)
@@ -231,6 +231,26 @@ def names_baseline(claim: Claim, checkpoint: Checkpoint) -> bool:
     if claim.baseline == CONTEXT_TOWER:
         return checkpoint.tower == "context"
     return _names(claim.baseline, checkpoint)
+
+
+def names_pair(claim: Claim, baseline: Checkpoint, candidate: Checkpoint) -> bool:
+    """Whether a claim is about these two; a pair's own context tower comes from the pair's own folder."""
+    own = claim.baseline != CONTEXT_TOWER or baseline.source == candidate.source
+    return own and names_subject(claim, candidate) and names_baseline(claim, baseline)
+
+
+def is_about(claim: Claim, runs: Iterable[Run]) -> bool:
+    """Whether some run has the claim's two models; of models measured beside no other, whether one is its subject."""
+    for run in runs:
+        arms: dict[Arm, list[Checkpoint]] = {"baseline": [], "candidate": []}
+        for cell in run.manifest.cells:
+            arms[cell.arm].append(cell.checkpoint)
+        alone = is_alone(run) or not arms["baseline"]
+        if any(names_pair(claim, one, other) for one in arms["baseline"] for other in arms["candidate"]):
+            return True
+        if alone and any(names_subject(claim, one) for one in arms["candidate"]):
+            return True
+    return False
 
 
 def _names(name: str, checkpoint: Checkpoint) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from twotower_eval.claims import ClaimFile, judge, load_claims
 from twotower_eval.claims.files import SPEED_QUANTITIES
 from twotower_eval.claims.judge import said
-from twotower_eval.claims.match import at_point, gather, names_subject
+from twotower_eval.claims.match import at_point, gather, is_about, names_subject
 from twotower_eval.claims.terms import claimed_text, limits_text, terms_text
 from twotower_eval.claims.text import (
     chance_text,
@@ -81,15 +81,15 @@ def candidates_of(runs: Iterable[Run]) -> set[Checkpoint]:
 
 
 def shipped_claims(runs: Iterable[Run]) -> ClaimFile | None:
-    """The shipped claim file about a candidate of these runs: the first one by name, ``None`` if there is none.
+    """The shipped claim file about the models of these runs: the first one by name, ``None`` if there is none.
 
     Where all runs are on random weights, the one about a model of their config.
     """
     runs = list(runs)
-    candidates, configs = candidates_of(runs), {_config_of(run) for run in runs}
+    configs = {_config_of(run) for run in runs}
     for path in sorted(data_path("tasks", "claims").glob("*.toml")):
         found = load_claims(path)
-        if any(names_subject(claim, checkpoint) for claim in found.claims for checkpoint in candidates):
+        if any(is_about(claim, runs) for claim in found.claims):
             return found
         if found.config is not None and configs == {found.config}:
             return found
@@ -133,16 +133,37 @@ def claims(runs: Runs) -> Section:
     title = "Claimed against measured"
     if not isinstance(runs, JudgedRuns) or runs.claims is None:
         text = "No claim file names a checkpoint of these runs; `twotower-eval report --claims FILE` judges one.\n"
-        return Section(title=title, markdown=text)
+        return Section(title=title, markdown=text + _with_another_baseline(runs))
     rows = [_row(claim, verdict, runs) for claim, verdict in runs.verdicts]
     header = ["claim", "verdict", "measured", "claimed", "at"]
     parts = [
         f"{escape(runs.claims.title)}. {escape(count_line([verdict for _, verdict in runs.verdicts]))}.",
         table(header, rows, left=len(header)),
+        _about_others(runs),
         details("Reasons, evidence and sources", bullets(_reason(*pair) for pair in runs.verdicts)),
         _looks(runs),
     ]
     return Section(title=title, markdown="\n\n".join(part.strip() for part in parts if part) + "\n")
+
+
+def _with_another_baseline(runs: Runs) -> str:
+    """Which shipped claims are about a candidate of these runs and another baseline; empty without any."""
+    candidates = candidates_of(runs)
+    files = [load_claims(path) for path in sorted(data_path("tasks", "claims").glob("*.toml"))]
+    found = [one.claims for one in files if any(names_subject(c, cell) for c in one.claims for cell in candidates)]
+    named = sorted({(claim.subject, claim.baseline) for claims in found for claim in claims})
+    pairs = ", ".join(f"{escape(subject)} against {escape(baseline)}" for subject, baseline in named)
+    return f"\nThe shipped claims are about other models ({pairs}), so none of them is judged.\n" if pairs else ""
+
+
+def _about_others(runs: JudgedRuns) -> str:
+    """Which claims of the file are about models that these runs do not have; empty where there are none."""
+    others = [claim for claim, _ in runs.verdicts if not is_about(claim, runs)]
+    if not others:
+        return ""
+    named = ", ".join(escape(claim.name) for claim in others)
+    pairs = sorted({f"{escape(claim.subject)} against {escape(claim.baseline)}" for claim in others})
+    return f"About other models than these runs have ({', '.join(pairs)}): {named}."
 
 
 def _looks(runs: JudgedRuns) -> str:

@@ -1,0 +1,69 @@
+"""A claim is judged on runs of its own two models: the subject, and the very baseline that it names."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import report_fixture as made
+from test_claims_judge import FAST, claims_of
+
+from twotower_eval import report, store
+from twotower_eval.claims import judge
+from twotower_eval.claims.match import gather, is_about, speed_at
+from twotower_eval.records import Checkpoint, sha256_text
+from twotower_eval.report.verdicts import shipped_claims
+
+OTHER = {"name": "other", "source": "other", "digest": sha256_text("other")}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> store.Run:
+    return store.load(made.speed_run(tmp_path_factory.mktemp("models"), scored=True))
+
+
+def with_models(run: store.Run, baseline: dict[str, str], candidate: dict[str, str]) -> store.Run:
+    """The same run, its arms said to be of other checkpoints."""
+    changes = {"baseline": baseline, "candidate": candidate}
+
+    def renamed(checkpoint: Checkpoint, arm: str) -> Checkpoint:
+        return dataclasses.replace(checkpoint, **changes[arm])  # type: ignore[arg-type]
+
+    cells = tuple(dataclasses.replace(c, checkpoint=renamed(c.checkpoint, c.arm)) for c in run.manifest.cells)
+    return dataclasses.replace(run, manifest=dataclasses.replace(run.manifest, cells=cells))
+
+
+def test_the_context_tower_of_another_pair_is_not_the_claims_baseline(run: store.Run) -> None:
+    """Any context tower was taken for the subject's own: the claim was SUPPORTED against another model."""
+    (claim,) = claims_of(FAST)
+    assert is_about(claim, [run])
+    assert judge([claim], [run])[0].outcome == "SUPPORTED"
+    other = with_models(run, OTHER, {})
+    assert not is_about(claim, [other])
+    assert speed_at(claim, gather([run]))
+    assert not speed_at(claim, gather([other]))
+    assert judge([claim], [other])[0].outcome != "SUPPORTED"
+
+
+def test_shipped_claims_are_not_taken_for_runs_with_another_baseline(run: store.Run) -> None:
+    own = {"name": "miniature", "source": "miniature"}
+    found = shipped_claims([with_models(run, own, own)])
+    assert found is not None
+    assert found.name == "miniature"
+    assert shipped_claims([with_models(run, OTHER, own)]) is None
+
+
+def test_a_report_says_in_one_line_whose_the_claims_are(tmp_path: Path) -> None:
+    own = {"name": "miniature", "source": "miniature"}
+    plain = store.load(made.speed_run(tmp_path / "plain", scored=True))
+    changed = with_models(plain, OTHER, own)
+    rows = [*changed.speed, *changed.generations, *changed.scores]
+    path = made.write(tmp_path / "changed", changed.manifest, rows)
+    text = (report.write([path], tmp_path / "a", sections=["claims"]) / "report.md").read_text(encoding="utf-8")
+    assert (
+        "The shipped claims are about other models (miniature against context-tower), so none of them is judged."
+        in text
+    )
+    given = report.write([path], tmp_path / "b", sections=["claims"], claims="miniature")
+    text = (given / "report.md").read_text(encoding="utf-8")
+    assert "About other models than these runs have (miniature against context-tower): published-retention, " in text
+    assert "SUPPORTED" not in text.replace("NOT SUPPORTED", "")
