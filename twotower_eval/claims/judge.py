@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from twotower_eval import stats
-from twotower_eval.claims import halves
+from twotower_eval.claims import joint_gates
 from twotower_eval.claims.estimates import (
     at_stake,
     is_equal_by_construction,
@@ -274,11 +274,11 @@ def _joined(claim: Claim, parts: Sequence[_Judged], evidence: Evidence) -> _Judg
     """All parts at one point: SUPPORTED only if each is, and if they are of one thing."""
     verdicts = [part.verdict for part in parts]
     measured_parts = [(part.claim, part.point) for part in parts if part.point is not None]
-    between = halves.joint_gates(claim, evidence.runs, measured_parts)
+    between = joint_gates.between(claim, evidence.runs, measured_parts)
     named = {gate.kind for gate in between}
-    outcome = first_outcome([*(verdict.outcome for verdict in verdicts), *halves.outcomes(between)])
+    outcome = first_outcome([*(verdict.outcome for verdict in verdicts), *joint_gates.outcomes(between)])
     reasons = [f"{verdict.claim} {said(verdict)}" for verdict in verdicts]
-    reasons += [f"{gate.name}: {gate.detail}" for gate in between if halves.outcomes([gate])]
+    reasons += [f"{gate.name}: {gate.detail}" for gate in between if joint_gates.outcomes([gate])]
     own = (gate for one in verdicts for gate in one.gates if gate.outcome != "passed" and gate.kind not in named)
     verdict = Verdict(
         claim=claim.name,

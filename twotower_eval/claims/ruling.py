@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from twotower_eval import stats
-from twotower_eval.claims import halves
+from twotower_eval.claims import joint_gates
 from twotower_eval.claims.files import SPEED_QUANTITIES
 from twotower_eval.claims.looks import Looks
 from twotower_eval.claims.reasons import decision_text, look_text, unit_of
@@ -85,7 +85,7 @@ def ruled(claim: Claim, checks: Sequence[Gate], readings: Sequence[Measured], am
         decided.append(_decided(claim, reading.estimate, amount))
     outcome, reason = decided[0]
     if outcome in DECIDED and claim.quantity in SPEED_QUANTITIES and claim.point.workload == "fixed":
-        reason = f"{reason}, {halves.FORWARDS_ONLY}"
+        reason = f"{reason}, {joint_gates.FORWARDS_ONLY}"
     if outcome != "SUPPORTED":
         return outcome, reason
     if len(decided) > 1 and decided[1][0] != "SUPPORTED":

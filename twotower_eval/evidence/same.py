@@ -12,10 +12,10 @@ from twotower_eval.evidence.answers import (
     timed_as_scored,
     unlike_prompts,
 )
-from twotower_eval.evidence.halves import unlike_budgets, unlike_settings
 from twotower_eval.evidence.numbers import POINTS, interval
 from twotower_eval.evidence.points import Measured, QualityPoint
 from twotower_eval.evidence.timing import SpeedPoint
+from twotower_eval.evidence.unlike import unlike_budgets, unlike_settings
 from twotower_eval.records import CheckOutcome, Gate, GateKind, GateLimits
 from twotower_eval.store import Run
 

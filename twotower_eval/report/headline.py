@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from twotower_eval.claims import halves
+from twotower_eval.claims import joint_gates
 from twotower_eval.evidence.contradiction import contradictions_text
 from twotower_eval.evidence.naming import checkpoint_name, long_name
 from twotower_eval.evidence.numbers import high_retention_text
@@ -87,7 +87,7 @@ def _apart(runs: Runs, found: Headline) -> list[str]:
     """Why the headline's quality and speed are not of one thing; nothing where they are, or where one is missing."""
     if found.quality is None or found.speed is None:
         return []
-    return halves.apart(runs, found.quality, found.speed, found.scope)
+    return joint_gates.apart(runs, found.quality, found.speed, found.scope)
 
 
 def _not_measured(runs: Runs, found: Headline) -> str:

@@ -11,8 +11,8 @@ from itertools import combinations
 
 from twotower_eval.evidence import QualityPoint, SpeedPoint
 from twotower_eval.evidence.answers import timed_as_scored
-from twotower_eval.evidence.halves import Unlike, tasks_against, unlike_budgets, unlike_settings
 from twotower_eval.evidence.same import prompt_text, run_ids_of, same_answers_gates
+from twotower_eval.evidence.unlike import Unlike, tasks_against, unlike_budgets, unlike_settings
 from twotower_eval.records import Claim, Gate, GateKind, GateLimits, Outcome
 from twotower_eval.store import Run
 
@@ -20,9 +20,7 @@ OF_ONE_POINT: tuple[GateKind, ...] = ("one_thing", "same_tasks")  # without: the
 FORWARDS_ONLY = "on the fixed workload: a claim about forwards, not about answers"
 
 
-def joint_gates(
-    claim: Claim, runs: Sequence[Run], parts: Sequence[tuple[Claim, QualityPoint | SpeedPoint]]
-) -> list[Gate]:
+def between(claim: Claim, runs: Sequence[Run], parts: Sequence[tuple[Claim, QualityPoint | SpeedPoint]]) -> list[Gate]:
     """What holds between the parts of a joint claim, of those that were measured."""
     qualities = [(part.name, point) for part, point in parts if isinstance(point, QualityPoint)]
     scope = list(dict.fromkeys(task for part, _ in parts for task in part.scope))
