@@ -252,6 +252,8 @@ def _scored_lengths(run: Run, cells: Collection[str]) -> dict[str, int]:
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
     """Where two answers part, from 0 on; the length of the shorter one where it begins the other."""
+    if one == other:
+        return None
     for position, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return position
