@@ -13,7 +13,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -21,6 +21,7 @@ import msgspec
 
 from twotower_eval.json_text import INT64, parse_object
 from twotower_eval.records import (
+    MOST,
     SUMMED_AGGREGATIONS,
     Aggregate,
     CommitStep,
@@ -98,31 +99,33 @@ def _placed(where: str, check: Callable[P, U], *arguments: P.args, **named: P.kw
 
 def check_surplus(cls: type, data: Any, held: Any, path: str = "") -> None:
     """ValueError for what ``data`` has beyond ``held``, which is what a record made of it holds."""
-    if isinstance(data, Mapping):
+    if type(data) is dict or isinstance(data, Mapping):
         if unknown := data.keys() - held.keys():
             said = f"{path}: " if path else ""
             raise ValueError(f"{cls.__name__}: {said}unknown field(s) {', '.join(sorted(map(str, unknown)))}")
-        for name, value in data.items():
-            if isinstance(value, (Mapping, list, tuple)):
-                check_surplus(cls, value, held[name], _below(path, name))
-            elif type(value) is int or type(value) is float:
-                _check_number(cls, value, path, name)
+        parts: Iterable[tuple[Any, Any]] = data.items()
     elif isinstance(data, (list, tuple)):
-        for index, value in enumerate(data):
-            if isinstance(value, (Mapping, list, tuple)):
-                check_surplus(cls, value, held[index], f"{path}[{index}]")
-            elif type(value) is int or type(value) is float:
-                _check_number(cls, value, path, f"[{index}]")
+        parts = enumerate(data)
+    else:
+        return
+    for name, value in parts:
+        kind = type(value)
+        if kind is int or kind is float:
+            if not -MOST <= value <= MOST:  # seldom: NaN, infinities, and sound numbers that large
+                _check_number(cls, value, path, name)
+        elif kind is not str and kind is not bool and value is not None:
+            check_surplus(cls, value, held[name], _below(path, name if type(name) is str else f"[{name}]"))
 
 
-def _check_number(cls: type, value: float, path: str, name: str) -> None:
+def _check_number(cls: type, value: float, path: str, name: str | int) -> None:
     wanted = None
     if type(value) is int and value not in INT64:
         wanted = f"{WORDS[int]}{BITS}"
     elif not math.isfinite(value):
         wanted = "a finite number, as others are not JSON compliant"
     if wanted:
-        raise ValueError(f"{cls.__name__}: {_below(path, name)} must be {wanted}, not {_shown(value)}")
+        place = _below(path, name if isinstance(name, str) else f"[{name}]")
+        raise ValueError(f"{cls.__name__}: {place} must be {wanted}, not {_shown(value)}")
 
 
 def _fits(hint: Any, value: Any) -> bool:
