@@ -32,7 +32,7 @@ class Forwards:
 
     def watch(self, patch: Any) -> None:
         """Have every forward counted."""
-        for cls, names in ((ContextTower, ("prefill", "extend")), (TwoTower, ("denoise",))):
+        for cls, names in ((ContextTower, ("prefill", "extend", "context_logits")), (TwoTower, ("denoise",))):
             for name in names:
                 patch.setattr(cls, name, self._counted(getattr(cls, name)))
 
@@ -52,7 +52,8 @@ class Params:
 
 
 class Planted:
-    """One prefill, then a made-up answer; the honest one gives the baseline's own answers, remembered."""
+    """One pass, then a made-up answer; the honest one gives the baseline's own answers, remembered, which the pass
+    verifies."""
 
     Params = Params
     VERSION = 1
@@ -71,7 +72,7 @@ class Planted:
         **_: Any,
     ) -> list[Generation]:
         rules = make_rules(self.model, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, stop=stop)
-        self.model.prefill(*padded_ids([prompt.token_ids for prompt in prompts]))
+        self.model.context_logits(*padded_ids([[*prompt.token_ids, *self.known[prompt.token_ids]] for prompt in prompts]))
         made = [self._trick(self.known[p.token_ids], max_new_tokens, [*eos_token_ids][:1]) for p in prompts]
         return [
             generation(prompt, tokens[:max_new_tokens], rules, num_context_forwards=1, num_denoiser_forwards=0)

@@ -36,6 +36,7 @@ TimeFault = Literal["not finite", "negative", "no time", "after the end", "graph
 WorkloadKind = Literal["task", "fixed", "answer", "costs", "checks"]
 PassKind = Literal["prefill", "extend", "denoise"]
 CostPart = Literal["prefill", "ar_step", "bookkeeping", "denoise", "context_pass", "forced_block"]
+WitnessedKind = Literal["timed", "document", "made up", "scored"]
 CheckOutcome = Literal["passed", "failed", "not_checked"]
 GateKind = Literal[
     "files_agree",
@@ -54,6 +55,8 @@ GateKind = Literal[
     "own_generate",
     "possible_times",
     "probes",
+    "witnessed_answers",
+    "drafts",
     "aa_null",
     "residual",
     "baseline_lag",
@@ -441,6 +444,36 @@ class SpeedSample:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WitnessedAnswer:
+    """The useful tokens of one answer of a witnessed call."""
+
+    prompt_id: str
+    token_ids: tuple[Count, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Witnessed:
+    """One line of ``witness.jsonl``: a call that was not timed, in which every row of logits was looked at.
+
+    ``kind`` says what its prompts are: those of a ``timed`` call, documents that are not timed, made-up ones, or one
+    that a run has scored. Of the ``num_tokens`` of its answers ``num_witnessed`` were among the likeliest of a row of
+    logits that the model computed in this very call, a row for each. Of these ``num_drafted`` were given to the model
+    before any such row was there. A scored one has no launch (empty), and round 0.
+    """
+
+    cell: str
+    launch_id: str
+    round: Count
+    call_id: str
+    kind: WitnessedKind
+    answers: tuple[WitnessedAnswer, ...]
+    num_rows: Count
+    num_tokens: Count
+    num_witnessed: Count
+    num_drafted: Count
+
+
+@dataclass(frozen=True, kw_only=True)
 class CostSample:
     """One line of ``costs.jsonl``: one part of decoding timed by itself, ``num_repeats`` times in a row.
 
@@ -703,7 +736,8 @@ class GateLimits:
     take more than ``processors_per_thread`` of the CPU threads that the plan gives it.
 
     ``void_share``: of timings, those left out for impossible times. ``seen_gain``: how many times as fast
-    either arm may be on prompts that it has seen.
+    either arm may be on prompts that it has seen. ``witnessed_share``: of the tokens of witnessed answers, those that
+    have to come from logits of their own call.
     """
 
     null_offset: float = 0.02
@@ -725,6 +759,7 @@ class GateLimits:
     processors_per_thread: float = 1.5
     void_share: float = 0.05
     seen_gain: float = 1.25
+    witnessed_share: float = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)

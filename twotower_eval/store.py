@@ -50,6 +50,7 @@ from twotower_eval.records import (
     Score,
     SpeedSample,
     Verb,
+    Witnessed,
     to_json,
     verb_of,
 )
@@ -57,7 +58,7 @@ from twotower_eval.strict import from_json, line_reader
 
 EVENTS = "events.jsonl"
 
-Row = GenerationRow | LikelihoodRow | Score | Aggregate | SpeedSample | CostSample | Check
+Row = GenerationRow | LikelihoodRow | Score | Aggregate | SpeedSample | CostSample | Witnessed | Check
 Key = tuple[str | int, ...]
 R = TypeVar("R", bound=Row)
 Placed = tuple[list[int], list[R]]  # where rows lie in their journal, and the rows
@@ -88,6 +89,7 @@ JOURNALS: dict[type[Row], tuple[str, Callable[[Any], Key]]] = {
     Aggregate: ("aggregates.jsonl", lambda row: (row.cell, row.task, row.metric, row.filter, row.num_documents)),
     SpeedSample: ("speed.jsonl", _speed_key),
     CostSample: ("costs.jsonl", _cost_key),
+    Witnessed: ("witness.jsonl", lambda row: (row.launch_id, row.cell, row.round, row.call_id)),
     Check: ("checks.jsonl", lambda row: (row.cell, row.name)),
 }
 FILES = (MANIFEST, EVENTS, *(name for name, _ in JOURNALS.values()), TRAINING_LOG)  # all but the closing file
@@ -108,6 +110,7 @@ class Run:
     events: list[dict[str, Any]]
     complete: bool
     aggregates: list[Aggregate] = field(default_factory=list)
+    witnessed: list[Witnessed] = field(default_factory=list)
 
     @property
     def cells(self) -> dict[str, Cell]:
@@ -231,6 +234,7 @@ def load(path: Path) -> Run:
         events=_read_events(path / EVENTS),
         complete=agrees_with_closing(path, FILES),
         aggregates=_read_rows(path, Aggregate, cells),
+        witnessed=_read_rows(path, Witnessed, cells),
     )
 
 
@@ -271,7 +275,7 @@ class RunWriter:
         self._cells = set(run.cells)
         self._files: dict[str, Journal] = {}
         rows: tuple[Row, ...] = (*run.generations, *run.likelihoods, *run.scores, *run.speed, *run.costs, *run.checks)
-        rows += tuple(run.aggregates)
+        rows += (*run.aggregates, *run.witnessed)
         self._keys = {(type(row), *JOURNALS[type(row)][1](row)) for row in rows}
         for name in (EVENTS, *(name for name, _ in JOURNALS.values())):
             truncate_torn_line(self.path / name)

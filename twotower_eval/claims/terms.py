@@ -94,6 +94,7 @@ RANGES: Mapping[str, Range] = {
     "processors_per_thread": Range(least=1.0, most=2.0),
     "void_share": Range(least=0.0, most=0.2),
     "seen_gain": Range(least=1.05, most=2.0),
+    "witnessed_share": Range(least=0.5, most=1.0),
 }
 
 

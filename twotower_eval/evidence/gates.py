@@ -41,6 +41,8 @@ SAID_WITH_SPEED: tuple[GateKind, ...] = (
     "files_agree",
     "residual",
     "probes",
+    "witnessed_answers",
+    "drafts",
     "busy_arms",
     "same_rounds",
     "same_answers",

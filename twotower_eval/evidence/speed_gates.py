@@ -11,6 +11,7 @@ from twotower_eval.evidence.nulls import caution
 from twotower_eval.evidence.points import QualityPoint
 from twotower_eval.evidence.same import answer_gates
 from twotower_eval.evidence.timing import SpeedPoint
+from twotower_eval.evidence.witness import likeness, likeness_warning, witness_gates
 from twotower_eval.records import Estimate, Gate, GateLimits
 from twotower_eval.store import Run
 
@@ -56,6 +57,7 @@ def _gates(point: SpeedPoint, runs: Sequence[Run], own: Sequence[QualityPoint], 
     if point.faults:
         yield gates.times_gate(point, limits)
     yield gates.probes_gate(point, limits)
+    yield from witness_gates(runs, point, limits)
     yield gates.residual_gate(point, limits)
     if (lag := gates.baseline_lag_gate(point, limits)) is not None:
         yield lag
@@ -69,13 +71,14 @@ def gated(
 ) -> tuple[SpeedPoint, ...]:
     """The points with their gates, by the limits of a claim that names none.
 
-    One whose null is good enough in itself, and yet wide for so small a speedup, gets a warning.
+    One whose null is good enough in itself, and yet wide for so small a speedup, gets a warning, and one that answers
+    made-up prompts quite unlike the baseline.
     """
     found = []
     for point in speed:
         own = speed_gates(point, runs, GateLimits(), quality=quality, speed=speed, contradictions=contradictions)
         null_failed = any(gate.kind == "aa_null" and gate.outcome == "failed" for gate in own)
-        warning = None if null_failed else caution(point)
-        warnings = point.warnings if warning is None else (*point.warnings, warning)
+        more = (None if null_failed else caution(point), likeness_warning(likeness(runs, point)))
+        warnings = (*point.warnings, *(warning for warning in more if warning is not None))
         found.append(replace(point, gates=own, warnings=warnings))
     return tuple(found)

@@ -8,7 +8,7 @@ counts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from threading import get_ident
@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from twotower_eval.models.witness import Witness
 from twotower_eval.records import Passes, PassKind
 
 MAX_HELD = 2  # times as many rows as are meant
@@ -157,14 +158,16 @@ class WatchedModel:
 
     Decoders never give a finished row to a forward, so every row here is work: it is one of a generation's forwards.
     Passes over whole rows (``context_logits``, ``tree_logits``) read them from the beginning, as a prefill does. What
-    is called of ``context_tower`` counts alike.
+    is called of ``context_tower`` counts alike. A witness, while there is one, hears of all that goes in and comes out.
     """
 
     def __init__(self, model: Any, of: WatchedModel | None = None) -> None:
         self._model = model
         self.prefills, self.extensions, self.denoisings = RowSteps(), RowSteps(), RowSteps()
         self.running: list[int] = []  # the threads that are inside a forward which was noted
+        self._witnesses: list[Witness] = []  # none, or one
         if of is not None:
+            self._witnesses = of._witnesses
             self.prefills, self.extensions, self.denoisings = of.prefills, of.extensions, of.denoisings
             self.running, self._before = of.running, of._before  # type: ignore[method-assign]
 
@@ -196,30 +199,72 @@ class WatchedModel:
             steps.rows.clear()
             steps.tokens.clear()
 
+    @contextmanager
+    def witnessed(self, prompts: Iterable[Sequence[int]]) -> Iterator[Witness]:
+        """Have a witness of the calls that follow, made for these prompts; it looks at every row of logits, which takes
+        time."""
+        witness = Witness(prompts, getattr(self, "mask_token_id", None))
+        self._witnesses.append(witness)
+        try:
+            yield witness
+        finally:
+            self._witnesses.remove(witness)
+
     def prefill(self, ids_BS: Tensor, *more: Any, **options: Any) -> Any:
         """The model's own, noted."""
-        return self._run(self.prefills, ids_BS.shape, self._model.prefill, ids_BS, *more, **options)
+        made = self._run(self.prefills, ids_BS.shape, self._model.prefill, ids_BS, *more, **options)
+        for witness in self._heard():
+            witness.prefilled(ids_BS, _lengths(more, options))
+        return made
 
     def context_logits(self, ids_BS: Tensor, *more: Any, **options: Any) -> Any:
         """The model's own, noted."""
-        return self._run(self.prefills, ids_BS.shape, self._model.context_logits, ids_BS, *more, **options)
+        logits = self._run(self.prefills, ids_BS.shape, self._model.context_logits, ids_BS, *more, **options)
+        for witness in self._heard():
+            witness.read(ids_BS, _lengths(more, options), logits)
+        return logits
 
     def tree_logits(self, context: Any, segments: Any) -> Any:
         """The model's own, noted as one row of all its tokens."""
         size = (1, sum(len(segment.tokens) for segment in segments))
-        return self._run(self.prefills, size, self._model.tree_logits, context, segments)
+        logits = self._run(self.prefills, size, self._model.tree_logits, context, segments)
+        for witness in self._heard():
+            witness.read_tree(segments, logits)
+        return logits
 
     def extend(self, context: Any, ids_BK: Tensor, *more: Any, **options: Any) -> Any:
         """The model's own, noted."""
-        return self._run(self.extensions, ids_BK.shape, self._model.extend, context, ids_BK, *more, **options)
+        made = self._run(self.extensions, ids_BK.shape, self._model.extend, context, ids_BK, *more, **options)
+        for witness in self._heard():
+            witness.extended(ids_BK, _lengths(more, options))
+        return made
 
     def extend_logits(self, context: Any, ids_BK: Tensor, *more: Any, **options: Any) -> Any:
         """The model's own, noted."""
-        return self._run(self.extensions, ids_BK.shape, self._model.extend_logits, context, ids_BK, *more, **options)
+        call = self._model.extend_logits
+        made = self._run(self.extensions, ids_BK.shape, call, context, ids_BK, *more, **options)
+        for witness in self._heard():
+            wanted = options["wanted"] if "wanted" in options else more[1]
+            witness.extended(ids_BK, _lengths(more, options), wanted, made[1])
+        return made
 
     def denoise(self, block_BK: Tensor, *more: Any, **options: Any) -> Any:
         """The model's own, noted."""
-        return self._run(self.denoisings, block_BK.shape, self._model.denoise, block_BK, *more, **options)
+        logits = self._run(self.denoisings, block_BK.shape, self._model.denoise, block_BK, *more, **options)
+        for witness in self._heard():
+            witness.denoised(block_BK, logits)
+        return logits
+
+    def next_logits(self, context: Any) -> Any:
+        """The model's own: no forward, so nothing but a witness hears of it."""
+        logits = self._model.next_logits(context)
+        for witness in self._heard():
+            witness.told(logits)
+        return logits
+
+    def _heard(self) -> Sequence[Witness]:
+        """The witness, unless this is inside a forward that it hears of anyway."""
+        return () if not self._witnesses or get_ident() in self.running else self._witnesses
 
     def _run(self, steps: RowSteps, size: Sequence[int], call: Callable[..., Any], *given: Any, **options: Any) -> Any:
         thread = get_ident()
@@ -239,7 +284,12 @@ class WatchedModel:
         """Hear of a forward that is about to run."""
 
 
-FORWARDS = ("prefill", "extend", "denoise", "context_logits", "extend_logits", "tree_logits")
+def _lengths(more: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    """Those of the rows, the first that a forward is given behind its ids; None where all are full."""
+    return options["lengths_B"] if "lengths_B" in options else more[0] if more else None
+
+
+NOTED = ("prefill", "extend", "denoise", "context_logits", "extend_logits", "tree_logits", "next_logits")
 
 
 @contextmanager
@@ -247,8 +297,8 @@ def noted_in_place(model: Any) -> Iterator[WatchedModel]:
     """Note the forwards of a model that somebody else holds already: its own methods are watched for a while, and those
     of its context tower."""
     parts = [model, *(part for part in (getattr(model, "context_tower", None),) if part is not None)]
-    own = [{name: getattr(part, name) for name in FORWARDS if hasattr(part, name)} for part in parts]
-    watched = WatchedModel(SimpleNamespace(**own[0]))
+    own = [{name: getattr(part, name) for name in NOTED if hasattr(part, name)} for part in parts]
+    watched = WatchedModel(SimpleNamespace(**own[0], mask_token_id=getattr(model, "mask_token_id", None)))
     with ExitStack() as stack:
         for part, methods in zip(parts, own, strict=True):
             noted = watched if part is model else WatchedModel(SimpleNamespace(**methods), of=watched)

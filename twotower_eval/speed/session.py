@@ -42,6 +42,7 @@ from twotower_eval.speed.loop import (
     whole_rounds,
 )
 from twotower_eval.speed.unseen import Probe, Probes, is_made_up
+from twotower_eval.speed.witness import Witnessing, witnessed, witnessings
 from twotower_eval.speed.workloads import Call, Calls, Request
 from twotower_eval.times import finite, gone_by, time_fault
 
@@ -127,7 +128,8 @@ class Session(RoundLoop):
             self._progress.note(warning)
 
     def _round(self, phase: SpeedPhase, number: int, advance: Advance) -> float:
-        """Every lane times every call, and every part is timed alone; seconds on the clock, without the parts.
+        """Every lane times every call, and every part is timed alone; seconds on the clock, without the parts. Some
+        calls are decoded once more before a witness, untimed.
 
         Parts that a call of this round is the first to need are timed at its end.
         """
@@ -136,9 +138,11 @@ class Session(RoundLoop):
         lanes = with_decoders(self._lanes, self._clock)
         positions = [(size, call) for size, calls in self._calls.items() for call in calls]
         probes = self._probes.of_round(lanes) if phase == "measure" else []
-        steps: list[tuple[int, Call] | Probe | CostItem] = [
+        again = witnessings(number, lanes, self._calls, self._probes, order) if phase == "measure" else ()
+        steps: list[tuple[int, Call] | Probe | Witnessing | CostItem] = [
             *positions,
             *probes,
+            *again,
             *(self._parts.items if self._parts else ()),
         ]
         order.shuffle(steps)
@@ -146,6 +150,8 @@ class Session(RoundLoop):
         for step in steps:
             if isinstance(step, CostItem):
                 self._time_part(step, phase, number)
+            elif isinstance(step, Witnessing):
+                self._writer.append(witnessed(step, self._launch_id, number, self._clock))
             elif isinstance(step, Probe):
                 for lane in step.lanes:
                     self._time_call(lane, step.call, "probe", number)

@@ -24,6 +24,7 @@ from twotower_eval.speed.lanes import Lane
 from twotower_eval.speed.workloads import Call, Calls, Request, encode_calls
 
 NUM_TRIES = 20  # pairs of documents that are tried before there is no new prompt to be had
+MADE_UP_SHARE = 0.7  # of the probes that are looked at by a witness, where both kinds are there
 NUM_NEAR = 8  # documents of the nearest lengths, one of which a prompt goes on like
 Kind = tuple[str, tuple[str, ...], int]
 Ids = tuple[tuple[int, ...], ...]
@@ -174,6 +175,7 @@ class Probes:
         self._random = random.Random(derive_seed(plan.seed, "calls that are probed", launch_id))
         self._num_made: Counter[str] = Counter()  # by cell
         self._seen: list[tuple[str, int, Call]] = []  # cell, batch size and call of the round before
+        self._again: list[tuple[str, int, Call]] = []  # the same, of those that this round reads again
         self._ids: dict[str, dict[Arm, Ids]] = {}  # by call
 
     def num_timings(self, lanes: Mapping[int, tuple[Lane, ...]]) -> int:
@@ -186,7 +188,7 @@ class Probes:
 
     def of_round(self, lanes: Mapping[int, tuple[Lane, ...]]) -> list[Probe]:
         """The probes of the next round, on the round's own lanes."""
-        again = self._seen
+        again = self._again = self._seen
         self._seen = [made for size, of_size in lanes.items() for made in self._make(size, of_size)]
         kept = {call.id for _, _, call in (*again, *self._seen)}
         self._ids = {call_id: ids for call_id, ids in self._ids.items() if call_id in kept}
@@ -194,6 +196,19 @@ class Probes:
             *(self._probe(cell, size, call, lanes[size], controlled=True) for cell, size, call in self._seen),
             *(self._probe(cell, size, call, lanes[size], controlled=False) for cell, size, call in again),
         ]
+
+    def read_again(self, lanes: Mapping[int, tuple[Lane, ...]], chance: random.Random) -> list[Probe]:
+        """Of every candidate a call that its round reads again, made up where there is one, as a rule; with the
+        baseline."""
+        found = []
+        for cell, size in dict.fromkeys((cell, size) for cell, size, _ in self._again):
+            own = [call for of_cell, _, call in self._again if of_cell == cell]
+            made_up = [call for call in own if is_made_up(call)]
+            chosen = chance.choice(made_up if made_up and chance.random() < MADE_UP_SHARE else own)
+            probe = self._probe(cell, size, chosen, lanes[size], controlled=True)
+            if len(probe.lanes) > 1:
+                found.append(probe)
+        return found
 
     def _make(self, size: int, lanes: Sequence[Lane]) -> Iterator[tuple[str, int, Call]]:
         """New calls of every cell of a batch size, with their token ids."""
