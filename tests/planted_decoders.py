@@ -72,7 +72,9 @@ class Planted:
         **_: Any,
     ) -> list[Generation]:
         rules = make_rules(self.model, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, stop=stop)
-        self.model.context_logits(*padded_ids([[*prompt.token_ids, *self.known[prompt.token_ids]] for prompt in prompts]))
+        self.model.context_logits(
+            *padded_ids([[*prompt.token_ids, *self.known[prompt.token_ids]] for prompt in prompts])
+        )
         made = [self._trick(self.known[p.token_ids], max_new_tokens, [*eos_token_ids][:1]) for p in prompts]
         return [
             generation(prompt, tokens[:max_new_tokens], rules, num_context_forwards=1, num_denoiser_forwards=0)

@@ -119,7 +119,7 @@ def test_a_memory_that_ends_with_its_round_is_none(
     remembered: store.Run, read: dict[str, SpeedPoint], trick: str
 ) -> None:
     point = read[trick]
-    assert point.unseen.checked
+    assert point.unseen.checked(1.25)
     assert point.unseen.remembered(1.25) == ()
     for found in (point.unseen.candidate.seconds, point.unseen.baseline.seconds, point.time):
         assert found.estimate is not None
@@ -194,7 +194,7 @@ def test_the_line_of_the_probes_says_what_was_compared() -> None:
         forward_s=shown(1.02, 30),
     )  # fmt: skip
     found = Unseen(baseline=Memory(seconds=shown(1.15, 30)), candidate=candidate, num_new=30)
-    assert found.checked
+    assert found.checked(1.25)
     assert unseen_text(found, 1.25) == (
         "repeated prompts: the candidate is 1.14x [1.04, 1.24], the baseline 1.15x [1.05, 1.25] as fast as on the "
         "first reading; the candidate makes 1.00x [0.90, 1.10] as many forwards on the first reading of timed "
@@ -213,7 +213,7 @@ def test_a_run_of_old_is_not_checked_and_says_so(clock: Forwards, pair: Path, re
     run = store.load(harness.score_journal(speed.run(without, requests, root=tmp_path, now=clock)))
     assert {sample.phase for sample in run.speed} == {"warmup", "measure"}
     (point,) = points(run).values()
-    assert not point.unseen.checked
+    assert not point.unseen.checked(1.25)
     assert point.unseen.remembered(1.25) == ()
     verdict = verdict_of(run, point, 1.0)
     (gate,) = [gate for gate in verdict.gates if gate.name == "probes"]

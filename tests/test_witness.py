@@ -11,16 +11,16 @@ from torch import Tensor
 
 from tests.oracle_decoders import HONEST, KIND, TRICKS, Oracle
 from tests.tiny_pair import write_pair
-from twotower_eval import harness, speed, store, suites
+from twotower_eval import speed, store, suites
 from twotower_eval.claims import judge
 from twotower_eval.decoders import make_decoder
 from twotower_eval.evidence import Runs, SpeedPoint
-from twotower_eval.evidence.witness import witness_gates, witnessed_arms
+from twotower_eval.evidence.witness import scored_witness_gates, witness_gates, witnessed_arms
 from twotower_eval.models import load_model
 from twotower_eval.models.counting import WatchedModel, noted_in_place
 from twotower_eval.models.token_tree import Segment
 from twotower_eval.models.witness import TOP, Tally, Witness
-from twotower_eval.plan import RunPlan, SpeedPlan
+from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import Claim, Gate, GateLimits, OperatingPoint, Prompt
 
 VOCABULARY, MASK = 40, 39
@@ -158,3 +158,125 @@ def test_whatever_an_honest_decoder_answers_is_witnessed(pair: Path, kind: str, 
     with noted_in_place(model) as noted, noted.witnessed(prompt.token_ids for prompt in prompts(3)) as other:
         assert make_decoder(model, kind, **params).generate(prompts(3), **asked) == made
     assert other.tally(answer.token_ids for answer in made) == found
+
+
+# Through the harness
+
+TASKS, NUM_PROMPTS, BUDGET = ("miniature_sort",), 3, 24
+
+
+def documents() -> list[Any]:
+    return suites.build_requests(suites.resolve_tasks(TASKS, limit=10))
+
+
+def remember(pair: Path, budget: int) -> None:
+    """Write the baseline's answers to all documents of the task into the oracle's file, as a run before would."""
+    model = load_model(pair)
+    requests = documents()
+    asked = [Prompt(id=str(n), token_ids=model.tokenizer.encode(one.text)) for n, one in enumerate(requests)]
+    stop = requests[0].stop
+    with torch.inference_mode():
+        answers = make_decoder(model, "autoregressive").generate(
+            asked, max_new_tokens=budget, eos_token_ids=model.eos_token_ids, stop=stop
+        )
+    Oracle.known.update({one.token_ids: made.token_ids for one, made in zip(asked, answers, strict=True)})
+
+
+@pytest.fixture(scope="module")
+def timed(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> store.Run:
+    remember(pair, BUDGET)
+    plan = SpeedPlan(
+        model=str(pair), tasks=TASKS, decoder=KIND, block_sizes=tuple(TRICKS | HONEST), num_prompts=NUM_PROMPTS,
+        new_tokens=BUDGET, min_rounds=4, warmup_rounds=0, costs=False, threads=1,
+    )  # fmt: skip
+    return store.load(speed.run(plan, documents(), root=tmp_path_factory.mktemp("timed")))
+
+
+def points(run: store.Run) -> dict[str, SpeedPoint]:
+    tricks = TRICKS | HONEST
+    return {tricks[int(one.candidate.decoder.params["block_size"] or 0)]: one for one in Runs([run]).speed}
+
+
+def gates_of(point: SpeedPoint) -> dict[str, Gate]:
+    return {gate.kind: gate for gate in point.gates}
+
+
+@pytest.mark.parametrize("trick", TRICKS.values())
+def test_whatever_knew_its_answers_is_invalid(timed: store.Run, trick: str) -> None:
+    """All documents were in its file, so that only made-up prompts were new to it, and nobody read its babble."""
+    point = points(timed)[trick]
+    kind = "drafts" if trick == "a file, verified" else "witnessed_answers"
+    assert gates_of(point)[kind].outcome == "failed"
+    at = OperatingPoint(name="here", decoder=point.candidate.decoder, batch_size=1, num_devices=1, workload="answer")
+    claim = Claim(
+        name="fast", quantity="speedup_time", subject=point.candidate.checkpoint.name, baseline="context-tower",
+        source="us", point=at, expected=1.5, margin=0.05,
+    )  # fmt: skip
+    [verdict] = judge([claim], [timed])
+    assert verdict.outcome == "INVALID"
+    said = "were given to the model before it had computed them" if kind == "drafts" else "not made by the model"
+    assert said in verdict.reason
+
+
+@pytest.mark.parametrize("trick", HONEST.values())
+def test_honest_drafts_pass(timed: store.Run, trick: str) -> None:
+    found = gates_of(points(timed)[trick])
+    assert found["witnessed_answers"].outcome == "passed"
+    assert "drafts" not in found or found["drafts"].outcome != "failed"
+
+
+def test_witnessed_calls_are_in_no_figure(timed: store.Run) -> None:
+    without = points(dataclasses.replace(timed, witnessed=[]))
+    figures = ("time", "throughput", "length", "null", "counts", "baseline_counts", "latency", "costs", "unseen")
+    for trick, point in points(timed).items():
+        assert gates_of(without[trick])["witnessed_answers"].outcome == "not_checked"
+        for figure in (*figures, "num_rounds", "num_calls", "samples"):
+            assert getattr(point, figure) == getattr(without[trick], figure), figure
+    assert {row.kind for row in timed.witnessed} >= {"timed", "made up"}
+    assert {sample.phase for sample in timed.speed} == {"measure", "probe"}
+
+
+def test_answers_that_differ_before_a_witness_are_two_faced(timed: store.Run) -> None:
+    point = points(timed)["drafts from the prompt"]
+    rows = [
+        dataclasses.replace(
+            row, answers=tuple(dataclasses.replace(one, token_ids=(*one.token_ids, 5)) for one in row.answers)
+        )
+        if row.cell == point.candidate.id and row.kind == "timed"
+        else row
+        for row in timed.witnessed
+    ]
+    [gate, *_] = witness_gates([dataclasses.replace(timed, witnessed=rows)], point, GateLimits())
+    assert gate.outcome == "failed"
+    assert "answers are others before a witness than without" in gate.detail
+    baseline, candidate = witnessed_arms([timed], point)
+    assert not baseline.differing
+    assert not candidate.differing
+    assert candidate.num_compared > 1
+
+
+# In a run
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_run_alone_tells_an_oracle(tmp_path: Path, size: int) -> None:
+    """On the shipped pair: scored answers that were in its file, and honest ones."""
+    pair = data_path("miniature", "pair")
+    remember(pair, 8)
+    plan = RunPlan(
+        model=str(pair), tasks=TASKS, decoder=KIND, block_sizes=(size,), limit=2, max_new_tokens=8, batch_size=2
+    )
+    run = store.load(harness.run(plan, root=tmp_path))
+    assert {row.kind for row in run.witnessed} == {"scored"}
+    assert {row.cell for row in run.witnessed} == set(run.cells), "both arms"
+    [point] = Runs([run]).quality
+    [gate, *_] = scored_witness_gates([run], point, GateLimits())
+    assert gate.outcome == ("passed" if size in HONEST else "failed")
+    at = OperatingPoint(name="here", decoder=point.candidate.decoder)
+    claim = Claim(
+        name="kept", quantity="retention", subject=point.candidate.checkpoint.name, baseline="context-tower",
+        source="us", point=at, expected=0.5, margin=0.01, scope=TASKS,
+    )  # fmt: skip
+    [verdict] = judge([claim], [run])
+    assert ("witnessed answers" in verdict.reason) == (size not in HONEST)
+    assert size in HONEST or verdict.outcome == "INVALID"

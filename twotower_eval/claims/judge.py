@@ -42,6 +42,7 @@ from twotower_eval.evidence import Measured, QualityPoint, SpeedPoint, gates
 from twotower_eval.evidence.measured import measured
 from twotower_eval.evidence.same import same_prompts_gates
 from twotower_eval.evidence.speed_gates import speed_gates
+from twotower_eval.evidence.witness import scored_witness_gates
 from twotower_eval.records import Claim, Gate, Outcome, Verdict, VerdictScope
 from twotower_eval.store import Run
 
@@ -140,6 +141,7 @@ def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:
         *([gates.above_chance_gate(stand, point.run_id)] if stand else ()),
         gates.whole_prompts_gate(evidence.runs, point, (point.run_id,), claim.scope),
         *same_prompts_gates(evidence.runs, point),
+        *scored_witness_gates(evidence.runs, point, claim.limits),
         gates.verify_gate(evidence.runs, point.candidate.checkpoint.identity),
     )
     looks, others = looks_at_quality(claim, evidence, found)

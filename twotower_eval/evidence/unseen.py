@@ -35,6 +35,7 @@ FAR = 3.0  # times the forwards per token that honest decoders may need where a 
 NUM_LIKE = 8  # timed calls that a new one is held against: those nearest in length
 NO_FORWARD = 0.5  # a call without any forward counts as half a forward, so that ratios exist
 NONE = "no prompt was timed that was new in its round"
+TOO_FEW = "too few to tell, time more rounds (--min-rounds) or more probes (--probes): "
 NOT_COUNTED = "forwards were not counted"
 NOTHING = Measured(estimate=None, reason=NONE)
 Key = tuple[str, str]  # launch, call
@@ -60,6 +61,13 @@ class Memory:
         bounds = [*((one, limit) for one in alike), (self.made_up, FAR)]
         return any(one.estimate is not None and one.estimate.low > most for one, most in bounds)
 
+    def tells(self, limit: float) -> bool:
+        """Whether a gain above the limit would have been noticed: on the same prompts read again, in seconds and in
+        forwards, and on new prompts of either kind, where there were any."""
+        again = all(_is_below(one, limit) for one in (self.seconds, self.forwards))
+        new = [_is_below(one, most) for one, most in ((self.documents, limit), (self.made_up, FAR)) if one.estimate]
+        return again and (not new or any(new))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Unseen:
@@ -70,15 +78,18 @@ class Unseen:
     num_new: int
     num_void: int = 0
 
-    @property
-    def checked(self) -> bool:
-        """Whether the candidate read the same prompts twice, with its seconds and its forwards known."""
-        return self.candidate.seconds.estimate is not None and self.candidate.forwards.estimate is not None
+    def checked(self, limit: float) -> bool:
+        """Whether the candidate read the same prompts twice, often enough for a gain above the limit to be noticed."""
+        return self.candidate.tells(limit)
 
     def remembered(self, limit: float) -> tuple[str, ...]:
         """Which arms surely take more than ``limit`` times as much for what is new."""
         arms = (("baseline", self.baseline), ("candidate", self.candidate))
         return tuple(arm for arm, memory in arms if memory.exceeds(limit))
+
+
+def _is_below(found: Measured, limit: float) -> bool:
+    return found.estimate is not None and found.estimate.high <= limit
 
 
 UNCHECKED = Unseen(baseline=Memory(), candidate=Memory(), num_new=0)
@@ -103,7 +114,13 @@ def unseen_text(found: Unseen, limit: float) -> str:
             lines.append(f"{calls} take it {_shown(one)} the forwards per token of like timed calls{more}")
     if own.forward_s.estimate is not None:
         lines.append(f"equal forwards take it {_shown(own.forward_s)} as long on new prompts as on timed ones")
-    return f"{lead}{'; '.join(lines)} (limit {limit:g}x)"
+    unclear = "" if remembers or found.checked(limit) or not _is_timed(own) else TOO_FEW
+    return f"{lead}{unclear}{'; '.join(lines)} (limit {limit:g}x)"
+
+
+def _is_timed(own: Memory) -> bool:
+    """Whether there is something that could have told."""
+    return own.seconds.estimate is not None and own.forwards.estimate is not None
 
 
 def _shown(found: Measured) -> str:

@@ -206,6 +206,13 @@ def witness_gates(runs: Sequence[Run], point: QualityPoint | SpeedPoint, limits:
     return [*found, *_drafts_gates(arms, run_ids)]
 
 
+def scored_witness_gates(runs: Sequence[Run], point: QualityPoint, limits: GateLimits) -> list[Gate]:
+    """Those of a quality; none where nothing of it was generated."""
+    [run] = [run for run in runs if run.manifest.run_id == point.run_id]
+    ids = {cell for of_arm in cells_of(run, point) for cell in of_arm}
+    return witness_gates(runs, point, limits) if any(row.cell in ids for row in run.generations) else []
+
+
 def _drafts_gates(arms: Sequence[ArmWitnessed], run_ids: tuple[str, ...]) -> list[Gate]:
     many = [one for one in arms if one.known.share >= MANY_DRAFTED]
     if not many:
@@ -234,11 +241,17 @@ def _short_text(one: ArmWitnessed, limits: GateLimits) -> str:
 
 
 def _two_faced_text(one: ArmWitnessed) -> str:
-    shown = "; ".join(prompt_text(differing.prompt_id) for differing in one.differing[:3])
+    shown = "; ".join(dict.fromkeys(prompt_text(_document(one.prompt_id)) for one in one.differing[:3]))
     return (
         f"{one.arm}: {len(one.differing)} of {one.num_compared:,} answers are others before a witness than without: "
         f"{shown}"
     )
+
+
+def _document(prompt_id: str) -> str:
+    """``task/number``; prompts that are scored have their request and their sample behind it."""
+    task, *numbers = prompt_id.rsplit("/", 3)
+    return f"{task}/{numbers[0]}" if len(numbers) == 3 and all(map(str.isdigit, numbers)) else prompt_id
 
 
 def _drafts_text(one: ArmWitnessed) -> str:

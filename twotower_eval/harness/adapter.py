@@ -17,9 +17,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from twotower_eval.decoders import Decoder, Scorer
 from twotower_eval.decoders.reported import (
+    Asked,
     ReportError,
     asked_of,
     check_answer,
+    check_answers,
     check_forwards,
     check_no_strays,
     decoder_name,
@@ -38,6 +40,8 @@ from twotower_eval.records import (
     LikelihoodKind,
     LikelihoodRow,
     Prompt,
+    Witnessed,
+    WitnessedAnswer,
     derive_seed,
 )
 from twotower_eval.suites import DEFAULT_MAX_NEW_TOKENS, decoding_asked, in_words, instance_sha256, stops_and_budget
@@ -61,7 +65,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     ``seed`` is the run's: every prompt gets one of its own, derived from it. ``batch_size`` requests for text run at a
     time, those for log-likelihoods in the pieces that the scorer plans; answers do not depend on either. ``advance``
     hears of every finished request. Documents in ``traced`` have their denoising traces journalled. ``num_truncated``
-    counts the requests, answered or not, whose prompt or context lost its beginning for want of room.
+    counts the requests, answered or not, whose prompt or context lost its beginning for want of room. Requests in
+    ``witnessed`` are decoded once more, alone, with a witness of every row of logits; ``testify`` hears what it says.
     """
 
     def __init__(
@@ -76,6 +81,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         journal: CellJournal | None = None,
         advance: Advance = lambda num=1, /: None,
         traced: Set[int] = frozenset(),
+        witnessed: Set[Key] = frozenset(),
+        testify: Callable[[Witnessed], None] = lambda row: None,
     ) -> None:
         super().__init__()
         if model.tokenizer is None:
@@ -93,6 +100,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         self._prompt_ids = lru_cache(maxsize=16)(partial(prompts.fitted_prompt_ids, model))
         self.advance = advance
         self.traced = traced
+        self.witnessed, self.testify = witnessed, testify
         self._strays = Strays([model])
 
     @property
@@ -206,6 +214,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             )
         check_no_strays(self._strays.num, asked.name)
         check_forwards(heard, watched, asked.name)
+        for prompt in [prompt for _, prompt, key in items if key in self.witnessed]:
+            self._witness(prompt, asked)
 
     def _keep(self, generation: Generation, request: Any, key: Key) -> None:
         task, doc_id, index, repeat = key
@@ -220,6 +230,40 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         )
         self.journal.add(row)
         self.advance()
+
+    def _witness(self, prompt: Prompt, asked: Asked) -> None:
+        """Decode a prompt once more, alone, and tell which of its tokens were computed meanwhile."""
+        assert self.decoder is not None, "a generation task without a decoder"
+        heard: list[Generation] = []
+        with (
+            noted_in_place(self.model) as watched,
+            watched.witnessed([prompt.token_ids]) as witness,
+            calls_of(module_of(self.decoder), asked.name, "generate", let=(ReportError,)),
+        ):
+            self.decoder.generate(
+                [prompt],
+                max_new_tokens=asked.max_new_tokens,
+                eos_token_ids=asked.eos_token_ids,
+                stop=asked.stop,
+                max_batch_size=self.batch_size,
+                on_finish=heard.append,
+            )
+        made = finished(heard, asked.name)
+        check_answers(made, [prompt], asked)
+        tally = witness.tally(one.token_ids for one in made)
+        row = Witnessed(
+            cell=self.journal.cell,
+            launch_id="",
+            round=0,
+            call_id=prompt.id,
+            kind="scored",
+            answers=tuple(WitnessedAnswer(prompt_id=one.prompt_id, token_ids=one.token_ids) for one in made),
+            num_rows=tally.num_rows,
+            num_tokens=tally.num_tokens,
+            num_witnessed=tally.num_witnessed,
+            num_drafted=tally.num_drafted,
+        )
+        self.testify(row)
 
     # Log-likelihoods
 

@@ -32,12 +32,13 @@ from twotower_eval.harness.scoring import Row, aggregate_rows, score_rows
 from twotower_eval.models.arms import prove_arms
 from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders, model_folder, plan_from_json
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
-from twotower_eval.records import Aggregate, RunManifest, Score
+from twotower_eval.records import Aggregate, RunManifest, Score, derive_seed
 from twotower_eval.shortfalls import asked_and_not_done, joined_lines, truncation_line
 from twotower_eval.store import TRAINING_LOG
 from twotower_eval.suites import BuiltTask, resolve_tasks, settle
 from twotower_eval.ways import slower_lines
 
+WITNESSED_OF, MOST_WITNESSED = 50, 4  # one in so many requests of a cell, and the most of them
 Announce = Callable[[Sequence[BuiltTask], Collection[str]], str | None]
 
 
@@ -198,6 +199,7 @@ class _Evaluation:
         self._warned: set[tuple[str, str]] = set()
         self._advance: Advance = lambda num=1, /: None
         self._known = KnownScores(writer.run)
+        self._testified = {(row.cell, row.call_id) for row in writer.run.witnessed}
         self._journals = {job.cell.id: CellJournal(cell=job.cell.id, append=writer.append) for job in jobs}
         rows: list[Row] = [*writer.run.generations, *writer.run.likelihoods]
         for row in rows:
@@ -308,7 +310,17 @@ class _Evaluation:
             journal=self._journal(job),
             advance=advance,
             traced=_first_documents(job, self._plan.trace),
+            witnessed=self._witnessed(job),
+            testify=self._writer.append,
         )
+
+    def _witnessed(self, job: Job) -> frozenset[Key]:
+        """The requests of a job that are decoded once more before a witness: a few, chosen by the seed."""
+        if not job.task.generates or (self._plan.temperature or 0) > 0:  # of drawn tokens nothing is told
+            return frozenset()
+        keys = sorted((key for _, key in job.requests), key=lambda key: derive_seed(self._plan.seed, "witness", *key))
+        chosen = keys[: min(MOST_WITNESSED, -(-len(keys) // WITNESSED_OF))]
+        return frozenset(key for key in chosen if (job.cell.id, "/".join(map(str, key))) not in self._testified)
 
     def _score(self, job: Job) -> TaskFigure:
         """Write the job's scores, if they are not there yet, and return the task's figure."""

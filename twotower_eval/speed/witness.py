@@ -36,13 +36,19 @@ def witnessings(
     again = probes.read_again(lanes, chance) if number % EVERY else []
     for probe in again:
         kind: WitnessedKind = "made up" if is_made_up(probe.call) else "document"
-        yield from (Witnessing(lane=lane, call=probe.call, kind=kind) for lane in probe.lanes)
+        yield from (Witnessing(lane=lane, call=probe.call, kind=kind) for lane in probe.lanes if not _draws(lane))
     for size, of_size in lanes.items() if not again else ():
         yield from _of_timed(chance.choice(calls[size]), of_size)
 
 
 def _of_timed(call: Call, lanes: Sequence[Lane]) -> Iterator[Witnessing]:
-    yield from (Witnessing(lane=lane, call=call, kind="timed") for lane in lanes if lane.replica == 0)
+    own = (lane for lane in lanes if lane.replica == 0 and not _draws(lane))
+    yield from (Witnessing(lane=lane, call=call, kind="timed") for lane in own)
+
+
+def _draws(lane: Lane) -> bool:
+    temperature = lane.cell.decoder.params.get("temperature")
+    return isinstance(temperature, (int, float)) and temperature > 0
 
 
 def witnessed(step: Witnessing, launch_id: str, number: int, clock: CallClock) -> Witnessed:
