@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.oracle_decoders import HONEST, KIND, TRICKS, Oracle
 from tests.tiny_pair import write_pair
-from twotower_eval import speed, store, suites
+from twotower_eval import harness, speed, store, suites
 from twotower_eval.claims import judge
 from twotower_eval.decoders import make_decoder
 from twotower_eval.evidence import Runs, SpeedPoint
@@ -20,7 +20,7 @@ from twotower_eval.models import load_model
 from twotower_eval.models.counting import WatchedModel, noted_in_place
 from twotower_eval.models.token_tree import Segment
 from twotower_eval.models.witness import TOP, Tally, Witness
-from twotower_eval.plan import SpeedPlan
+from twotower_eval.plan import RunPlan, SpeedPlan, data_path
 from twotower_eval.records import Claim, Gate, GateLimits, OperatingPoint, Prompt
 
 VOCABULARY, MASK = 40, 39
@@ -166,7 +166,7 @@ TASKS, NUM_PROMPTS, BUDGET = ("miniature_sort",), 3, 24
 
 
 def documents() -> list[Any]:
-    return suites.build_requests(suites.resolve_tasks(TASKS, limit=10))
+    return suites.build_requests(suites.resolve_tasks(TASKS, limit=NUM_PROMPTS))
 
 
 def remember(pair: Path, budget: int) -> None:
@@ -187,7 +187,7 @@ def timed(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> store.Run:
     remember(pair, BUDGET)
     plan = SpeedPlan(
         model=str(pair), tasks=TASKS, decoder=KIND, block_sizes=tuple(TRICKS | HONEST), num_prompts=NUM_PROMPTS,
-        new_tokens=BUDGET, min_rounds=4, warmup_rounds=0, costs=False, threads=1,
+        new_tokens=BUDGET, min_rounds=2, warmup_rounds=0, costs=False, threads=1,
     )  # fmt: skip
     return store.load(speed.run(plan, documents(), root=tmp_path_factory.mktemp("timed")))
 
@@ -252,7 +252,7 @@ def test_answers_that_differ_before_a_witness_are_two_faced(timed: store.Run) ->
     baseline, candidate = witnessed_arms([timed], point)
     assert not baseline.differing
     assert not candidate.differing
-    assert candidate.num_compared > 1
+    assert candidate.num_compared
 
 
 # In a run
