@@ -14,7 +14,8 @@ from twotower_eval.evidence.points import Measured, QualityPoint
 from twotower_eval.evidence.runs import Runs
 from twotower_eval.evidence.timing import SpeedPoint
 from twotower_eval.evidence.truncation import truncated
-from twotower_eval.records import Check, Gate, GateKind
+from twotower_eval.evidence.witness import scored_witness_gates
+from twotower_eval.records import Check, Gate, GateKind, GateLimits
 from twotower_eval.report.alone import degenerate_alone, null_rows
 from twotower_eval.report.section import Section
 from twotower_eval.report.text import (
@@ -46,7 +47,7 @@ PROOF_WORDS: dict[ProofOutcome, str] = {"fastest": "passed", "slower": "slower w
 
 def gates(runs: Runs) -> Section:
     """One row for each gate, then the shares of degenerate outputs with the figures on clean ones."""
-    rows = [*_files_agree(runs), *_hashes(runs), *_whole_prompts(runs), *_ways(runs), *_timed(runs)]
+    rows = [*_files_agree(runs), *_hashes(runs), *_whole_prompts(runs), *_ways(runs), *_witnessed(runs), *_timed(runs)]
     rows += [*_nulls_alone(runs), *_checks(runs)]
     verified = any(run.manifest.verb == "verify" for run in runs)
     missing = "" if verified else "Parity and batch logic were not checked: `twotower-eval verify` does it.\n"
@@ -89,6 +90,22 @@ def _whole_prompts(runs: Runs) -> Iterator[Row]:
         lines = [escape(truncation_line(*one)) for one in dict.fromkeys(cut)]
         none = "no prompt was cut" if found else "prompts that were cut were not counted in this run"
         yield ["whole prompts", outcome, "; ".join(lines) or none, code(run.manifest.run_id)]
+
+
+def _witnessed(runs: Runs) -> Iterator[Row]:
+    """Whether scored answers were computed: each point that fails, the rest of a run once."""
+    for run in runs:
+        of_run = [point for point in runs.quality if point.run_id == run.manifest.run_id and not point.timed]
+        found = [(runs.name(p.candidate), g) for p in of_run for g in scored_witness_gates([run], p, GateLimits())]
+        rows: dict[tuple[str, str, str], tuple[str, Gate]] = {}
+        for name, gate in found:
+            rows.setdefault((gate.kind, gate.outcome, name if gate.outcome == "failed" else ""), (name, gate))
+        for name, gate in rows.values():
+            more = sum(other.kind == gate.kind and other.outcome == gate.outcome for _, other in found) - 1
+            alone = gate.outcome == "failed" or not more
+            text = f"{name}: {gate.detail}" + ("" if alone else f"; likewise {plural(more, 'more point')}")
+            text = gate.detail if gate.outcome == "not_checked" else text
+            yield [f"{gate.name}, scored", OUTCOMES[gate.outcome], escape(text), code(run.manifest.run_id)]
 
 
 def _timed(runs: Runs) -> list[Row]:
