@@ -33,8 +33,9 @@ def _comes_and_goes(line: str) -> bool:
 
 
 def _timed(line: str) -> str:
-    if line.startswith("| A/A null"):
-        return "| A/A null | <masked> |"
+    for gate in ("A/A null", "probes"):  # whether they tell anything hangs on how even the machine's times are
+        if line.startswith(f"| {gate}"):
+            return f"| {gate} | <masked> |"
     if line.startswith("**") and OUTCOME.match(line[2:]):
         return "<verdict>"
     if "claims: " in line and "one-sided" in line:

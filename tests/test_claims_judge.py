@@ -128,6 +128,7 @@ def test_what_holds_is_supported_with_its_gates_and_its_bounds(good: list[Run]) 
     assert {gate.name for gate in fast.gates} == {
         "files agree", "complete run", "same inputs", "whole prompts", "A/A null", "degenerate outputs",
         "answers are answers", "verify", "same rounds", "same answers", "residual", "busy arms", "probes",
+        "witnessed answers",
     }  # fmt: skip
     assert kept.evidence == (RUN_ID,)
     assert set(fast.evidence) == {RUN_ID, SPEED_ID}
