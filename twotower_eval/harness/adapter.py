@@ -240,7 +240,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             watched.witnessed([prompt.token_ids]) as witness,
             calls_of(module_of(self.decoder), asked.name, "generate", let=(ReportError,)),
         ):
-            self.decoder.generate(
+            given = self.decoder.generate(
                 [prompt],
                 max_new_tokens=asked.max_new_tokens,
                 eos_token_ids=asked.eos_token_ids,
@@ -248,7 +248,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
                 max_batch_size=self.batch_size,
                 on_finish=heard.append,
             )
-        made = finished(heard, asked.name)
+        made = finished(heard or given, asked.name)
         check_answers(made, [prompt], asked)
         tally = witness.tally(one.token_ids for one in made)
         row = Witnessed(
