@@ -85,6 +85,7 @@ def answers(run: store.Run) -> dict[tuple[Any, ...], list[str]]:
 
 def captures_by_figure(monkeypatch: pytest.MonkeyPatch, made: Sequence[StepGraphs]) -> dict[tuple[Any, ...], list[int]]:
     """Steps made during each attempt at each timing of a whole call, by cell, copy, round and call."""
+    monkeypatch.setattr("twotower_eval.speed.session.witnessings", lambda *of_round: ())  # no figure comes of them
     found: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     own: Callable[[Lane, Call, int], Timing] = Lane.time
 
@@ -116,7 +117,6 @@ def test_a_timed_run_gives_the_same_tokens(plan, requests, made, tmp_path):
 
 def test_warm_up_meets_every_size_of_the_measured_rounds(plan, requests, made, tmp_path, monkeypatch):
     attempts = captures_by_figure(monkeypatch, made)
-    monkeypatch.setattr("twotower_eval.speed.session.witnessings", lambda *of_round: ())  # no figure comes of them
     run = store.load(speed.run(with_graphs(plan, min_rounds=3), requests, root=tmp_path))
     assert not [event for event in run.events if event["kind"] == "timed_again"]
     [shared] = made
