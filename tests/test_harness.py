@@ -397,7 +397,8 @@ class _Interrupting:
                 for piece in plan(scorer, requests, batch_size)
             ]
 
-        monkeypatch.setattr("twotower_eval.harness.run.MOST_WITNESSED", 0)  # nothing is decoded but to be answered
+        running = importlib.import_module("twotower_eval.harness.run")
+        monkeypatch.setattr(running, "MOST_WITNESSED", 0)  # nothing is decoded but to be answered
         monkeypatch.setattr(BlockDiffusion, "generate", counted)
         monkeypatch.setattr(CausalScorer, "plan", counted_plan)
 
