@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from twotower_eval.models.autoregressive import ContextTower
+from twotower_eval.engine.models.autoregressive import ContextTower
 from twotower_eval.records import Generation, Prompt
 
 MODULE = "tests.cheating_decoders"

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tiny_models import ARCHITECTURES, SIZES, tiny_pair
 from torch import Tensor
 
-from twotower_eval.models.checkpoint import INDEX_FILE, SINGLE_FILE, pair_slots
+from twotower_eval.engine.models.checkpoint import INDEX_FILE, SINGLE_FILE, pair_slots
 
 
 def tensors_of(name: str = "all kinds", dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -32,20 +32,20 @@ from bench import native as theirs
 from safetensors.torch import load_file
 
 import twotower_eval as tt
-from twotower_eval import report as report_room
 from twotower_eval import store
-from twotower_eval.evidence.sizing import SizingRun, is_sizing_run
+from twotower_eval.analyse import report as report_room
+from twotower_eval.analyse.compare.sizing import SizingRun, is_sizing_run
+from twotower_eval.engine.models.checkpoint import read_json
+from twotower_eval.engine.models.config import NemotronHConfig, parse_config
+from twotower_eval.engine.models.graphs import StepGraphs, use_graphs
+from twotower_eval.engine.ops import kernels as kernel_room
 from twotower_eval.measure.sizing.pairs import build_random_pair
 from twotower_eval.measure.sizing.run import config_file
+from twotower_eval.measure.speed.clock import CallClock, Devices
+from twotower_eval.measure.verify.golden import LIMITS
 from twotower_eval.miniature import evaluate
 from twotower_eval.miniature.train import read_recipe, train_pair
-from twotower_eval.models.checkpoint import read_json
-from twotower_eval.models.config import NemotronHConfig, parse_config
-from twotower_eval.models.graphs import StepGraphs, use_graphs
-from twotower_eval.ops import kernels as kernel_room
 from twotower_eval.plan import data_path
-from twotower_eval.speed.clock import CallClock, Devices
-from twotower_eval.verify.golden import LIMITS
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "public"
 RELEASED_NAME = "nemotron-labs-twotower-30b-a3b"

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from twotower_eval.decoders.finish import check_batch_size, generation, is_finished, make_rules
-from twotower_eval.decoders.rows import padded_ids
-from twotower_eval.models.counting import CountingModel
+from twotower_eval.engine.decoders.finish import check_batch_size, generation, is_finished, make_rules
+from twotower_eval.engine.decoders.rows import padded_ids
+from twotower_eval.engine.models.counting import CountingModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from twotower_eval.models import load_model
+from twotower_eval.engine.models import load_model
 from twotower_eval.records import Prompt
 
 SHIPPED = Path(__file__).parent / "data" / "golden"

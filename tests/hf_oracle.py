@@ -12,9 +12,10 @@ import torch
 import transformers
 from lm_eval.api.instance import Instance
 
-from twotower_eval.decoders import make_decoder, make_scorer
-from twotower_eval.harness.adapter import HarnessLM
-from twotower_eval.models import load_model
+from twotower_eval.engine.decoders import make_decoder
+from twotower_eval.engine.models import load_model
+from twotower_eval.engine.scorers import make_scorer
+from twotower_eval.measure.harness.adapter import HarnessLM
 
 
 def lm_evals_hf(folder: Path) -> Any:

@@ -11,8 +11,8 @@ import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
+from twotower_eval.measure.suites import BuiltTask, instance_sha256, lm_tasks
 from twotower_eval.records import Generation, GenerationRow, Likelihood, LikelihoodRow
-from twotower_eval.suites import BuiltTask, instance_sha256, lm_tasks
 
 Answer = Callable[[Instance], Any]
 

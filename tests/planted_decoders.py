@@ -7,10 +7,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from twotower_eval.decoders.finish import generation, make_rules
-from twotower_eval.decoders.rows import padded_ids
-from twotower_eval.models.autoregressive import ContextTower
-from twotower_eval.models.twotower import TwoTower
+from twotower_eval.engine.decoders.finish import generation, make_rules
+from twotower_eval.engine.decoders.rows import padded_ids
+from twotower_eval.engine.models.autoregressive import ContextTower
+from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.records import Generation, Prompt
 
 KIND = "tests.planted_decoders:Planted"

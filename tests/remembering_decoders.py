@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from twotower_eval.decoders import make_decoder
-from twotower_eval.decoders.finish import generation, make_rules
+from twotower_eval.engine.decoders import make_decoder
+from twotower_eval.engine.decoders.finish import generation, make_rules
 from twotower_eval.records import Generation, Prompt, to_json
 from twotower_eval.strict import from_json
 

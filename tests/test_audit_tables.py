@@ -10,10 +10,11 @@ from typing import Any
 import audit_tables
 import pytest
 
-from twotower_eval import cli, stats
-from twotower_eval.claims import audit, audit_code, recomputed
-from twotower_eval.claims.files import load_claims
-from twotower_eval.claims.published import published_from
+from twotower_eval import cli
+from twotower_eval.analyse import stats
+from twotower_eval.analyse.claims import audit, audit_code, recomputed
+from twotower_eval.analyse.claims.files import load_claims
+from twotower_eval.analyse.claims.published import published_from
 
 FILES = sorted(audit_tables.FOLDER.glob("*.toml"))
 

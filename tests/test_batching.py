@@ -11,8 +11,8 @@ from bench.__main__ import main
 from bench.memory import measure
 from bench.subject import random_pair, write_tower
 
-from twotower_eval.models import load_model
-from twotower_eval.models.counting import RowSteps, WatchedModel
+from twotower_eval.engine.models import load_model
+from twotower_eval.engine.models.counting import RowSteps, WatchedModel
 from twotower_eval.plan import data_path
 
 NUM_PROMPTS, MAX_NEW_TOKENS = batching.FULL

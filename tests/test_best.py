@@ -12,13 +12,13 @@ from test_claims_judge import FAST, claims_of
 from tiny_models import tiny_pair
 
 from twotower_eval import store
-from twotower_eval.claims import judge
-from twotower_eval.evidence import Runs, SpeedPoint
-from twotower_eval.evidence.best import NOT_RECORDED, best_text, best_warning
-from twotower_eval.models import load_model, sizes
+from twotower_eval.analyse.claims import judge
+from twotower_eval.analyse.compare import Runs, SpeedPoint
+from twotower_eval.analyse.compare.best import NOT_RECORDED, best_text, best_warning
+from twotower_eval.engine.models import load_model, sizes
+from twotower_eval.measure.speed.best import _beside_generate, _step_bytes
+from twotower_eval.measure.speed.clock import CallClock, Devices
 from twotower_eval.records import BaselineBest, to_json
-from twotower_eval.speed.best import _beside_generate, _step_bytes
-from twotower_eval.speed.clock import CallClock, Devices
 
 
 class Ticking:

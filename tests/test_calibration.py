@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from twotower_eval import calibration, stats
-from twotower_eval.calibration import simulate, tables
-from twotower_eval.calibration.look_worlds import LookTally, calibrate_looks, look_worlds
-from twotower_eval.calibration.quality_worlds import (
+from twotower_eval.analyse import calibration, stats
+from twotower_eval.analyse.calibration import simulate, tables
+from twotower_eval.analyse.calibration.look_worlds import LookTally, calibrate_looks, look_worlds
+from twotower_eval.analyse.calibration.quality_worlds import (
     QualityWorld,
     fresh_quality_worlds,
     other_quality_worlds,
     quality_worlds,
 )
-from twotower_eval.calibration.serial_worlds import fresh_serial_worlds, serial_worlds
-from twotower_eval.calibration.speed_worlds import (
+from twotower_eval.analyse.calibration.serial_worlds import fresh_serial_worlds, serial_worlds
+from twotower_eval.analyse.calibration.speed_worlds import (
     SpeedWorld,
     fresh_speed_worlds,
     noise,

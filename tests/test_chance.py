@@ -13,19 +13,21 @@ from report_fixture import quality_run
 from scipy.stats import binomtest
 from tiny_pair import write_pair
 
-from twotower_eval import cli, stats, store, suites
-from twotower_eval.claims import judge, verdict_lines
-from twotower_eval.claims.files import claims_from
-from twotower_eval.evidence import ArmsDifferError, QualityPoint, Runs
-from twotower_eval.evidence.gates import floor_gate
-from twotower_eval.evidence.quality import quality_points
+from twotower_eval import cli, store
+from twotower_eval.analyse import stats
+from twotower_eval.analyse.claims import judge, verdict_lines
+from twotower_eval.analyse.claims.files import claims_from
+from twotower_eval.analyse.compare import ArmsDifferError, QualityPoint, Runs
+from twotower_eval.analyse.compare.gates import floor_gate
+from twotower_eval.analyse.compare.quality import quality_points
+from twotower_eval.analyse.report.headline import headline
+from twotower_eval.analyse.report.tables import quality
+from twotower_eval.analyse.report.text import retention
+from twotower_eval.analyse.report.verdicts import JudgedRuns
+from twotower_eval.measure import suites
+from twotower_eval.measure.suites import lm_tasks
 from twotower_eval.records import GateLimits, Score, Verdict
-from twotower_eval.report.headline import headline
-from twotower_eval.report.tables import quality
-from twotower_eval.report.text import retention
-from twotower_eval.report.verdicts import JudgedRuns
 from twotower_eval.strict import from_json
-from twotower_eval.suites import lm_tasks
 
 HEAD = """
 task: own

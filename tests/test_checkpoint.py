@@ -14,11 +14,11 @@ from checkpoint_files import base_names, tensors_of, write_checkpoint, write_con
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, SIZES, VOCAB, tiny_config, tiny_pair
 
-from twotower_eval.models import load_model
-from twotower_eval.models.autoregressive import ContextTower
-from twotower_eval.models.checkpoint import INDEX_FILE, SINGLE_FILE, build, pair_slots
-from twotower_eval.models.config import parse_config
-from twotower_eval.models.twotower import TwoTower
+from twotower_eval.engine.models import load_model
+from twotower_eval.engine.models.autoregressive import ContextTower
+from twotower_eval.engine.models.checkpoint import INDEX_FILE, SINGLE_FILE, build, pair_slots
+from twotower_eval.engine.models.config import parse_config
+from twotower_eval.engine.models.twotower import TwoTower
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 BLOCK = torch.tensor([[3, 9, 3, 3]])

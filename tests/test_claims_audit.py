@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from twotower_eval import cli
-from twotower_eval.claims import audit, audit_code
-from twotower_eval.claims.files import load_claims
-from twotower_eval.claims.published import Published, published_from
+from twotower_eval.analyse.claims import audit, audit_code
+from twotower_eval.analyse.claims.files import load_claims
+from twotower_eval.analyse.claims.published import Published, published_from
 
 GOLDEN = """\
 CONFIRMS     headline: stated 98.7 % is the ratio of the unweighted means or the mean of per-task ratios of 11 tasks: \

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from twotower_eval.claims.files import ClaimFile, claims_from, load_claims, select
+from twotower_eval.analyse.claims.files import ClaimFile, claims_from, load_claims, select
 from twotower_eval.plan import data_path
 from twotower_eval.records import GateLimits
 

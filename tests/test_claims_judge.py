@@ -25,13 +25,14 @@ from report_fixture import (
     write,
 )
 
-from twotower_eval import cli, stats, store
-from twotower_eval.claims import EXIT_CODES, exit_code, judge, verdict_lines
-from twotower_eval.claims.files import claims_from, load_claims
-from twotower_eval.claims.missing import measuring_command
-from twotower_eval.evidence import SpeedPoint, gates, nulls
-from twotower_eval.evidence.measured import Measured
-from twotower_eval.evidence.timing import speed_points
+from twotower_eval import cli, store
+from twotower_eval.analyse import stats
+from twotower_eval.analyse.claims import EXIT_CODES, exit_code, judge, verdict_lines
+from twotower_eval.analyse.claims.files import claims_from, load_claims
+from twotower_eval.analyse.claims.missing import measuring_command
+from twotower_eval.analyse.compare import SpeedPoint, gates, nulls
+from twotower_eval.analyse.compare.measured import Measured
+from twotower_eval.analyse.compare.timing import speed_points
 from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders
 from twotower_eval.records import (
     Check,
@@ -81,7 +82,7 @@ def verdict_on(table: dict[str, Any], runs: Sequence[Run], **point: Any) -> Verd
 def test_the_command_of_what_is_missing_measures_the_claims_point(claim: Claim, monkeypatch: Any, capsys: Any) -> None:
     """It recommended commands that never looked at the claim's baseline, tasks or settings."""
     plans: list[RunPlan | SpeedPlan] = []
-    monkeypatch.setattr("twotower_eval.harness.run", lambda plan, **_: plans.append(plan))
+    monkeypatch.setattr("twotower_eval.measure.harness.run", lambda plan, **_: plans.append(plan))
     monkeypatch.setattr("twotower_eval.cli.speed._time_and_score", lambda plan, *_: plans.append(plan))
     words = measuring_command(claim)
     assert words is not None

@@ -7,11 +7,12 @@ import pytest
 import report_fixture as made
 from test_claims_judge import FAST, claims_of
 
-from twotower_eval import report, store
-from twotower_eval.claims import judge
-from twotower_eval.claims.match import gather, is_about, speed_at
+from twotower_eval import store
+from twotower_eval.analyse import report
+from twotower_eval.analyse.claims import judge
+from twotower_eval.analyse.claims.match import gather, is_about, speed_at
+from twotower_eval.analyse.report.verdicts import shipped_claims
 from twotower_eval.records import Checkpoint, sha256_text
-from twotower_eval.report.verdicts import shipped_claims
 
 OTHER = {"name": "other", "source": "other", "digest": sha256_text("other")}
 

@@ -9,10 +9,10 @@ from report_fixture import Row, quality_run, speed_run
 from test_claims_judge import BOTH, FAST, KEPT, claims_of
 
 from twotower_eval import cli, store
-from twotower_eval.claims import exit_code, judge, strict_line, verdict_lines
-from twotower_eval.claims.estimates import at_stake, speed_readings
-from twotower_eval.claims.terms import RANGES, claimed_text
-from twotower_eval.evidence.timing import speed_points
+from twotower_eval.analyse.claims import exit_code, judge, strict_line, verdict_lines
+from twotower_eval.analyse.claims.estimates import at_stake, speed_readings
+from twotower_eval.analyse.claims.terms import RANGES, claimed_text
+from twotower_eval.analyse.compare.timing import speed_points
 from twotower_eval.records import Gate, GateKind, GateLimits, SpeedSample, Verdict
 from twotower_eval.store import Run
 
@@ -104,7 +104,7 @@ def test_a_supported_speedup_says_what_it_takes_on_trust() -> None:
 def test_the_unchecked_gates_of_a_part_are_said_of_the_joint_claim(
     tmp_path: Path, kept_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("twotower_eval.claims.text.SAID_WITH_SPEED", ("verify",))
+    monkeypatch.setattr("twotower_eval.analyse.claims.text.SAID_WITH_SPEED", ("verify",))
     claims = claims_of(KEPT, FAST, BOTH)
     verdicts = judge(claims, [kept_run, launched(tmp_path, 5)])
     assert "; not checked: verify (no verify run" in verdict_lines(claims, verdicts)[2]

@@ -114,7 +114,7 @@ def test_the_traceback_is_there_for_who_wants_it(tmp_path: Path, monkeypatch: py
 
 def capture_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunPlan, Path, Path | None]]:
     """Put a recorder in the place of the harness."""
-    from twotower_eval import harness
+    from twotower_eval.measure import harness
 
     calls: list[tuple[RunPlan, Path, Path | None]] = []
 
@@ -147,7 +147,8 @@ def test_run_options_reach_the_plan_over_the_toml(
 
 def test_a_run_begins_with_its_power_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """The smallest drop that these documents can show was computed nowhere before a run."""
-    from twotower_eval import harness, stats, suites
+    from twotower_eval.analyse import stats
+    from twotower_eval.measure import harness, suites
 
     lines = []
 
@@ -202,7 +203,7 @@ def test_resume_takes_the_plan_from_the_run_by_folder_or_id(
 def test_ctrl_c_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from twotower_eval import harness
+    from twotower_eval.measure import harness
 
     make_run(tmp_path, RunPlan())  # an older run that must not be named
 
@@ -219,7 +220,7 @@ def test_ctrl_c_says_how_to_go_on(
 
 def capture_speed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Put recorders in the place of timing and of scoring."""
-    from twotower_eval import harness, speed
+    from twotower_eval.measure import harness, speed
 
     calls: list[Any] = []
 
@@ -294,7 +295,7 @@ def test_a_real_ctrl_c_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
 def test_report_takes_the_newest_run_of_each_verb(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from twotower_eval import report
+    from twotower_eval.analyse import report
 
     calls: list[Any] = []
 

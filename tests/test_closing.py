@@ -9,8 +9,8 @@ import pytest
 import test_store as plain
 
 from twotower_eval import store
-from twotower_eval.journal import content_of, packed, packed_path
 from twotower_eval.records import Check, canonical_json, to_json
+from twotower_eval.store.journal import content_of, packed, packed_path
 
 REPOSITORY = Path(__file__).parent.parent
 PUBLISHED = sorted(path.parent for path in (REPOSITORY / "results" / "published").glob("*/*/manifest.json"))

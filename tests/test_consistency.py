@@ -17,10 +17,10 @@ from report_fixture import (
     speed_run,
 )
 
-from twotower_eval import cli, report, store
-from twotower_eval.closing import DONE, close_run
-from twotower_eval.evidence.consistency import CHECKS, contradictions
-from twotower_eval.evidence.contradiction import contradiction_text
+from twotower_eval import cli, store
+from twotower_eval.analyse import report
+from twotower_eval.analyse.compare.consistency import CHECKS, contradictions
+from twotower_eval.analyse.compare.contradiction import contradiction_text
 from twotower_eval.records import (
     FileDigest,
     Generation,
@@ -36,6 +36,7 @@ from twotower_eval.records import (
     sha256_text,
 )
 from twotower_eval.store import Run
+from twotower_eval.store.publish import DONE, close_run
 
 RUN_ID, ROUNDS, DOCS = "20261103T120000Z-speed-cccccc", 3, 4
 PLAN = {"workload": "answer", "batch_sizes": [2], "dtype": "float32", "seed": 7}
@@ -474,8 +475,8 @@ def test_lines_lost_from_a_finished_run_are_missed(tmp_path: Path) -> None:
 
 
 def test_a_point_that_was_edited_away_is_invalid_not_unmeasured(tmp_path: Path) -> None:
-    from twotower_eval.claims import judge
-    from twotower_eval.claims.files import claims_from
+    from twotower_eval.analyse.claims import judge
+    from twotower_eval.analyse.claims.files import claims_from
     from twotower_eval.plan import read_toml
 
     run = store.load(quality_run(tmp_path / "runs", tasks=("arithmetic",), perplexity=False))

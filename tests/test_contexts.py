@@ -7,8 +7,8 @@ import torch
 from tiny_models import ARCHITECTURES, VOCAB, tiny_pair
 from torch import Tensor
 
-from twotower_eval.decoders import make_decoder
-from twotower_eval.models.twotower import frequencies, sinusoid
+from twotower_eval.engine.decoders import make_decoder
+from twotower_eval.engine.models.twotower import frequencies, sinusoid
 from twotower_eval.records import Prompt
 
 ATOL = 2e-5

@@ -10,12 +10,13 @@ import torch
 from report_fixture import PAIR, block_diffusion, make_cell, speed_run, write
 from tiny_pair import write_pair
 
-from twotower_eval import cli, speed, store, suites
-from twotower_eval.evidence import Runs
-from twotower_eval.evidence.costs import costs
+from twotower_eval import cli, store
+from twotower_eval.analyse.compare import Runs
+from twotower_eval.analyse.compare.costs import costs
+from twotower_eval.measure import speed, suites
+from twotower_eval.measure.speed.costs import REPEATS
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import CostSample, SpeedSample
-from twotower_eval.speed.costs import REPEATS
 
 PREFILL_S, AR_S, DENOISE_S, CONTEXT_S = 0.010, 0.004, 0.006, 0.005
 TASKS = ("miniature_sort", "miniature_recall")
@@ -84,7 +85,7 @@ def test_out_of_memory_while_a_part_is_timed_is_one_clear_line(
     def burst(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("twotower_eval.speed.phases.denoise", burst)
+    monkeypatch.setattr("twotower_eval.measure.speed.phases.denoise", burst)
     plan = SpeedPlan(model=str(pair), tasks=("miniature_sort",), num_prompts=1, new_tokens=3, workload="fixed")
     requests = suites.build_requests(suites.resolve_tasks(("miniature_sort",)))
     with pytest.raises(ValueError, match=r"denoise at .* batch size 1: out of memory: .*--no-costs"):

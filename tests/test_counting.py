@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from twotower_eval.models.counting import MAX_HELD, CountedContext, CountingModel
+from twotower_eval.engine.models.counting import MAX_HELD, CountedContext, CountingModel
 
 calls: list[str] = []
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from twotower_eval.datafiles import BENCHMARKS, folders, prepare, read_jsonl
+from twotower_eval.measure.suites.datafiles import BENCHMARKS, folders, prepare, read_jsonl
 
 
 def write(root: Path, name: str, text: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower_eval import stats
+from twotower_eval.analyse import stats
 from twotower_eval.records import Estimate, GateLimits
 
 

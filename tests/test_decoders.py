@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, VOCAB, Pieces, tiny_pair
 
-from twotower_eval.decoders import DECODERS, make_decoder
-from twotower_eval.models.counting import WatchedModel
+from twotower_eval.engine.decoders import DECODERS, make_decoder
+from twotower_eval.engine.models.counting import WatchedModel
 from twotower_eval.records import Generation, Prompt
 
 EVERY_MODEL = pytest.mark.parametrize("name", ARCHITECTURES)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower_eval.evidence import degenerate
-from twotower_eval.evidence.degenerate import flags, periodic_tail
+from twotower_eval.analyse.compare import degenerate
+from twotower_eval.analyse.compare.degenerate import flags, periodic_tail
 from twotower_eval.plan import data_path
 from twotower_eval.records import FinishReason, Generation
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from twotower_eval import environment
+from twotower_eval.store import environment
 
 
 def test_facts_are_json_and_stay_the_same_between_calls() -> None:

@@ -12,9 +12,9 @@ if torch.cuda.is_available():
     pytest.skip("kernels prove themselves on the GPU that is here", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed here")
 
-from twotower_eval.models import load_model
-from twotower_eval.models.graphs import StepGraphs
-from twotower_eval.ops import attention, kernels, mamba, moe, norm, product
+from twotower_eval.engine.models import load_model
+from twotower_eval.engine.models.graphs import StepGraphs
+from twotower_eval.engine.ops import attention, kernels, mamba, moe, norm, product
 from twotower_eval.plan import data_path
 
 CPU = torch.device("cpu")

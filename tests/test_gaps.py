@@ -10,10 +10,10 @@ from report_fixture import quality_run, speed_run
 from test_consistency import CELLS, PLAN, RUN_ID, Edit, answers, head, honest, scores, speed
 
 from twotower_eval import store
-from twotower_eval.evidence.consistency import contradictions
-from twotower_eval.evidence.contradiction import contradiction_text
-from twotower_eval.evidence.gaps import remarks, tells_digests
-from twotower_eval.evidence.gates import files_agree_gate
+from twotower_eval.analyse.compare.consistency import contradictions
+from twotower_eval.analyse.compare.contradiction import contradiction_text
+from twotower_eval.analyse.compare.gaps import remarks, tells_digests
+from twotower_eval.analyse.compare.gates import files_agree_gate
 from twotower_eval.records import SpeedSample, canonical_json, sha256_text
 from twotower_eval.store import Run
 

@@ -11,13 +11,13 @@ from test_claims_judge import FAST, claims_of
 
 import twotower_eval
 from twotower_eval import store
-from twotower_eval.claims import judge
-from twotower_eval.claims.text import unchecked_text
+from twotower_eval.analyse.claims import judge
+from twotower_eval.analyse.claims.text import unchecked_text
+from twotower_eval.analyse.report.gates import gates as gates_section
+from twotower_eval.analyse.report.headline import headline
+from twotower_eval.analyse.report.speed_tables import speed
+from twotower_eval.analyse.report.verdicts import JudgedRuns
 from twotower_eval.records import GateKind
-from twotower_eval.report.gates import gates as gates_section
-from twotower_eval.report.headline import headline
-from twotower_eval.report.speed_tables import speed
-from twotower_eval.report.verdicts import JudgedRuns
 
 PACKAGE = Path(twotower_eval.__file__).parent
 

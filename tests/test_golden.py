@@ -8,12 +8,12 @@ import torch
 from golden_files import Golden, Spy, checkpoint_folders, described, golden, key_cases, worst
 from torch import Tensor
 
-from twotower_eval.decoders import make_decoder
-from twotower_eval.models import load_model
-from twotower_eval.models.nemotron_h import Tower
-from twotower_eval.models.twotower import sinusoid
-from twotower_eval.ops import moe
-from twotower_eval.verify.golden import LIMITS
+from twotower_eval.engine.decoders import make_decoder
+from twotower_eval.engine.models import load_model
+from twotower_eval.engine.models.nemotron_h import Tower
+from twotower_eval.engine.models.twotower import sinusoid
+from twotower_eval.engine.ops import moe
+from twotower_eval.measure.verify.golden import LIMITS
 
 CONTEXT_ATOL, DENOISER_ATOL, STATE_ATOL = LIMITS["golden_context"], LIMITS["golden_denoiser"], LIMITS["golden_states"]
 EXACT_ATOL = 2e-4  # what a float32 reference may round away by itself

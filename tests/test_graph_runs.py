@@ -17,15 +17,18 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoint_files import base_names
 from tests.hf_models import save_tiny
 from tests.tiny_pair import write_pair
-from twotower_eval import cli, harness, make_decoder, models, plan_fields, report, speed, store, suites
-from twotower_eval.models import arms as arms_room
-from twotower_eval.models import graphs, load_model
-from twotower_eval.models.graphs import StepGraphs, num_sizes
+from twotower_eval import cli, make_decoder, plan_fields, store
+from twotower_eval.analyse import report
+from twotower_eval.engine import models
+from twotower_eval.engine.models import arms as arms_room
+from twotower_eval.engine.models import graphs, load_model
+from twotower_eval.engine.models.graphs import StepGraphs, num_sizes
+from twotower_eval.measure import harness, speed, suites
+from twotower_eval.measure.speed import captures
+from twotower_eval.measure.speed.lanes import Lane, Timing
+from twotower_eval.measure.speed.workloads import Call
 from twotower_eval.plan import RunPlan, SpeedPlan
 from twotower_eval.records import Prompt
-from twotower_eval.speed import captures
-from twotower_eval.speed.lanes import Lane, Timing
-from twotower_eval.speed.workloads import Call
 
 TASKS = ("miniature_sort", "miniature_recall")
 BLOCK = 4
@@ -85,7 +88,9 @@ def answers(run: store.Run) -> dict[tuple[Any, ...], list[str]]:
 
 def captures_by_figure(monkeypatch: pytest.MonkeyPatch, made: Sequence[StepGraphs]) -> dict[tuple[Any, ...], list[int]]:
     """Steps made during each attempt at each timing of a whole call, by cell, copy, round and call."""
-    monkeypatch.setattr("twotower_eval.speed.session.witnessings", lambda *of_round: ())  # no figure comes of them
+    monkeypatch.setattr(
+        "twotower_eval.measure.speed.session.witnessings", lambda *of_round: ()
+    )  # no figure comes of them
     found: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     own: Callable[[Lane, Call, int], Timing] = Lane.time
 

@@ -5,10 +5,10 @@ import torch
 from tiny_models import ARCHITECTURES, VOCAB, tiny_config, tiny_pair
 
 from twotower_eval import make_decoder
-from twotower_eval.models import graphs
-from twotower_eval.models.checkpoint import build
-from twotower_eval.models.fixed import Remembered
-from twotower_eval.models.graphs import DenoiseStep, ExtendStep, StepGraphs, use_graphs
+from twotower_eval.engine.models import graphs
+from twotower_eval.engine.models.checkpoint import build
+from twotower_eval.engine.models.fixed import Remembered
+from twotower_eval.engine.models.graphs import DenoiseStep, ExtendStep, StepGraphs, use_graphs
 from twotower_eval.records import Prompt
 
 

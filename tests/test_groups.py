@@ -16,17 +16,19 @@ from tests import own_tasks
 from tests.hf_oracle import lm_evals_hf
 from tests.report_fixture import AUTOREGRESSIVE, block_diffusion, make_cell, manifest
 from tests.scripted_llama import byte_tokenizer, save_random, save_tokenizer
-from twotower_eval import harness, report, stats, store, suites
-from twotower_eval.evidence.alone import group_scores
-from twotower_eval.evidence.quality import quality_points
-from twotower_eval.evidence.wholes import WholeScore
-from twotower_eval.harness.headlines import group_lines, task_figure
-from twotower_eval.harness.scoring import aggregate_rows, score_rows
+from twotower_eval import store
+from twotower_eval.analyse import report, stats
+from twotower_eval.analyse.compare.alone import group_scores
+from twotower_eval.analyse.compare.quality import quality_points
+from twotower_eval.analyse.compare.wholes import WholeScore
+from twotower_eval.analyse.report.text import significant
+from twotower_eval.measure import harness, suites
+from twotower_eval.measure.harness.headlines import group_lines, task_figure
+from twotower_eval.measure.harness.scoring import aggregate_rows, score_rows
+from twotower_eval.measure.suites import groups, lm_tasks
 from twotower_eval.plan import RunPlan
 from twotower_eval.progress import SilentProgress
 from twotower_eval.records import Aggregate, DecoderSpec, Score, Workload
-from twotower_eval.report.text import significant
-from twotower_eval.suites import groups, lm_tasks
 
 CHOICES = ["no", "yes", "perhaps"]
 ROWS = {

@@ -23,11 +23,14 @@ from lm_eval.utils import get_rolling_token_windows
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_pair import write_pair
-from twotower_eval import decoders, harness, store, suites
-from twotower_eval.harness import jobs
-from twotower_eval.harness.adapter import HarnessLM
-from twotower_eval.harness.scoring import score_rows
-from twotower_eval.models import load_model
+from twotower_eval import store
+from twotower_eval.engine import decoders
+from twotower_eval.engine.models import load_model
+from twotower_eval.measure import harness, suites
+from twotower_eval.measure.harness import jobs
+from twotower_eval.measure.harness.adapter import HarnessLM
+from twotower_eval.measure.harness.scoring import score_rows
+from twotower_eval.measure.suites import lm_tasks
 from twotower_eval.plan import RunPlan, SpeedPlan
 from twotower_eval.progress import Advance, LogProgress, duration_text
 from twotower_eval.records import (
@@ -41,7 +44,6 @@ from twotower_eval.records import (
     derive_seed,
     to_json,
 )
-from twotower_eval.suites import lm_tasks
 
 TASKS = ("miniature_sort", "miniature_choice", "miniature_perplexity")
 
@@ -374,8 +376,8 @@ class _Interrupting:
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, at_answer: int | None = None, at_piece: int | None = None
     ) -> None:
-        from twotower_eval.decoders.block_diffusion import BlockDiffusion
-        from twotower_eval.decoders.likelihood import CausalScorer
+        from twotower_eval.engine.decoders.block_diffusion import BlockDiffusion
+        from twotower_eval.engine.scorers.likelihood import CausalScorer
 
         self.prompts: list[str] = []
         self.scored = self.num_pieces = 0
@@ -397,7 +399,7 @@ class _Interrupting:
                 for piece in plan(scorer, requests, batch_size)
             ]
 
-        running = importlib.import_module("twotower_eval.harness.run")
+        running = importlib.import_module("twotower_eval.measure.harness.run")
         monkeypatch.setattr(running, "MOST_WITNESSED", 0)  # nothing is decoded but to be answered
         monkeypatch.setattr(BlockDiffusion, "generate", counted)
         monkeypatch.setattr(CausalScorer, "plan", counted_plan)
@@ -469,7 +471,7 @@ def test_elapsed_times_include_what_the_estimate_answered(
     plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A task that the estimate had answered whole was said to have taken no time."""
-    running = importlib.import_module("twotower_eval.harness.run")
+    running = importlib.import_module("twotower_eval.measure.harness.run")
     answer = running._Evaluation._answer_some
     now_s = [1000.0]
 
@@ -520,7 +522,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from twotower_eval import harness
-from twotower_eval.decoders.block_diffusion import BlockDiffusion
+from twotower_eval.engine.decoders.block_diffusion import BlockDiffusion
 from twotower_eval.plan import RunPlan
 generate, answers = BlockDiffusion.generate, []
 def killed(decoder, prompts, *, on_finish, **options):
@@ -531,7 +533,7 @@ def killed(decoder, prompts, *, on_finish, **options):
         on_finish(generation)
     return generate(decoder, prompts, on_finish=finished, **options)
 BlockDiffusion.generate = killed
-sys.modules["twotower_eval.harness.run"].MOST_WITNESSED = 0
+sys.modules["twotower_eval.measure.harness.run"].MOST_WITNESSED = 0
 plan = RunPlan(model=sys.argv[1], tasks=("miniature_sort", "miniature_choice"), limit=6, max_new_tokens=12,
                block_sizes=(4,), batch_size=2)
 harness.run(plan, root=Path(sys.argv[2]))
@@ -586,8 +588,8 @@ def test_likelihoods_go_on_in_the_middle_of_a_piece(
     plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:
     """Only what the journal lacks is scored, whatever it was scored with before; what it holds stays as it is."""
-    monkeypatch.setattr("twotower_eval.models.twotower.TwoTower.branch_tokens", 60)
-    monkeypatch.setattr("twotower_eval.decoders.denoiser_likelihood.MAX_TOKENS", 100)
+    monkeypatch.setattr("twotower_eval.engine.models.twotower.TwoTower.branch_tokens", 60)
+    monkeypatch.setattr("twotower_eval.engine.scorers.denoiser_likelihood.MAX_TOKENS", 100)
     tasks = ("miniature_choice", "miniature_perplexity")
     plan = dataclasses.replace(plan, tasks=tasks, likelihood=kind)
     path = harness.run(plan, root=tmp_path)
@@ -614,7 +616,7 @@ def test_likelihoods_go_on_in_the_middle_of_a_piece(
 
 
 def test_ctrl_c_keeps_the_pieces_that_are_done(plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("twotower_eval.models.twotower.TwoTower.branch_tokens", 60)
+    monkeypatch.setattr("twotower_eval.engine.models.twotower.TwoTower.branch_tokens", 60)
     plan = dataclasses.replace(plan, tasks=("miniature_choice",), limit=8)
     with pytest.MonkeyPatch.context() as patch:
         first = _Interrupting(patch, at_piece=3)
@@ -677,7 +679,7 @@ def test_an_ar_model_against_itself_is_one_cell(plan: RunPlan, tmp_path: Path, m
     def context_alone(path: Path, **options: Any) -> Any:
         return load_model(path, tower="context", **options)
 
-    monkeypatch.setattr("twotower_eval.models.load_model", context_alone)
+    monkeypatch.setattr("twotower_eval.engine.models.load_model", context_alone)
     plan = RunPlan(model=plan.model, tasks=TASKS, decoder="autoregressive", limit=2, max_new_tokens=8)
     said: list[str] = []
     run = store.load(harness.run(plan, root=tmp_path, announce=lambda *_: said.append("power plan") or "power plan"))
@@ -744,7 +746,7 @@ def test_seeds_depend_on_every_part() -> None:
 
 
 def test_a_mean_of_what_is_no_number_is_missing_with_its_reason() -> None:
-    from twotower_eval.harness.scoring import _number
+    from twotower_eval.measure.harness.scoring import _number
 
     class Source:
         @staticmethod

@@ -15,14 +15,15 @@ from hf_models import SMALL
 from safetensors.torch import load_file, save_file
 from tiny_pair import write_pair
 
-from twotower_eval import harness, speed, store, suites
-from twotower_eval.decoders import make_scorer
-from twotower_eval.decoders.pieces import ScoreRequest
-from twotower_eval.evidence.points import point_key
-from twotower_eval.harness.adapter import HarnessLM
+from twotower_eval import store
+from twotower_eval.analyse.compare.points import point_key
+from twotower_eval.engine.models import load_model
+from twotower_eval.engine.models.identity import causal_identity, folder_settings
+from twotower_eval.engine.scorers import make_scorer
+from twotower_eval.engine.scorers.pieces import ScoreRequest
+from twotower_eval.measure import harness, speed, suites
+from twotower_eval.measure.harness.adapter import HarnessLM
 from twotower_eval.miniature.tokenizer import write_tokenizer
-from twotower_eval.models import load_model
-from twotower_eval.models.identity import causal_identity, folder_settings
 from twotower_eval.plan import RunPlan, SpeedPlan
 from twotower_eval.records import Cell, Checkpoint, DecoderSpec, Workload, cell_id, to_json
 from twotower_eval.strict import from_json

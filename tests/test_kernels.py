@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from twotower_eval import environment
-from twotower_eval.ops import conv, kernels, moe, ssd
+from twotower_eval.engine.ops import conv, kernels, moe, ssd
+from twotower_eval.store import environment
 
 CPU = torch.device("cpu")
 

@@ -12,17 +12,19 @@ import numpy as np
 import pytest
 
 from tests.tiny_pair import write_pair
-from twotower_eval import speed, stats, store, suites
-from twotower_eval.evidence.answers import from_round_to_round
-from twotower_eval.evidence.calls import complete_rounds
-from twotower_eval.evidence.consistency import contradictions
-from twotower_eval.evidence.timing import speed_points
+from twotower_eval import store
+from twotower_eval.analyse import stats
+from twotower_eval.analyse.compare.answers import from_round_to_round
+from twotower_eval.analyse.compare.calls import complete_rounds
+from twotower_eval.analyse.compare.consistency import contradictions
+from twotower_eval.analyse.compare.timing import speed_points
+from twotower_eval.analyse.stats import serial
+from twotower_eval.measure import speed, suites
+from twotower_eval.measure.speed import launches, loop
+from twotower_eval.measure.speed.loop import launches_missing, share_of_launch
 from twotower_eval.plan import SpeedPlan, plan_from_json
 from twotower_eval.progress import SilentProgress
 from twotower_eval.records import SpeedSample
-from twotower_eval.speed import launches, loop
-from twotower_eval.speed.loop import launches_missing, share_of_launch
-from twotower_eval.stats import serial
 
 TASKS = ("miniature_sort", "miniature_recall")
 

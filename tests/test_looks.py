@@ -8,10 +8,11 @@ import pytest
 from report_fixture import RUN_ID, SPEED_ID, Row, quality_run, speed_run
 from test_claims_judge import BOTH, FAST, KEPT, claims_of
 
-from twotower_eval import cli, stats, store
-from twotower_eval.claims import exit_code, judge, strict_line, verdict_lines
-from twotower_eval.claims.looks import num_measurings
-from twotower_eval.claims.reasons import look_text
+from twotower_eval import cli, store
+from twotower_eval.analyse import stats
+from twotower_eval.analyse.claims import exit_code, judge, strict_line, verdict_lines
+from twotower_eval.analyse.claims.looks import num_measurings
+from twotower_eval.analyse.claims.reasons import look_text
 from twotower_eval.records import Score, SpeedSample, Verdict
 from twotower_eval.store import Run
 

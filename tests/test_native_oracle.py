@@ -14,10 +14,10 @@ from checkpoint_files import base_names, write_config
 from safetensors.torch import save_file
 from tiny_models import tiny_config
 
-from twotower_eval.decoders import make_decoder
-from twotower_eval.models import load_model
-from twotower_eval.models.checkpoint import SINGLE_FILE, build, pair_slots
-from twotower_eval.models.twotower import TwoTower
+from twotower_eval.engine.decoders import make_decoder
+from twotower_eval.engine.models import load_model
+from twotower_eval.engine.models.checkpoint import SINGLE_FILE, build, pair_slots
+from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.records import Prompt
 
 RTOL = 3e-5  # of the largest logit

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from twotower_eval.ops import attention, conv, moe, norm, product, ssd
+from twotower_eval.engine.ops import attention, conv, moe, norm, product, ssd
 
 FLOAT32_RTOL = 2e-6  # of the largest value; sums in another order
 DTYPES = [torch.float32, torch.bfloat16]

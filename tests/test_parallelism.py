@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from report_fixture import block_diffusion, quality_run
 
-from twotower_eval import report, store
-from twotower_eval.evidence.counts import count
-from twotower_eval.evidence.parallelism import accuracy_under_parallelism, curves, kept
-from twotower_eval.evidence.runs import Runs
+from twotower_eval import store
+from twotower_eval.analyse import report
+from twotower_eval.analyse.compare.counts import count
+from twotower_eval.analyse.compare.parallelism import accuracy_under_parallelism, curves, kept
+from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.records import Generation
 
 ANSWER = Generation(

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twotower_eval import store
-from twotower_eval.evidence import Runs
-from twotower_eval.evidence.pareto import front
+from twotower_eval.analyse.compare import Runs
+from twotower_eval.analyse.compare.pareto import front
+from twotower_eval.analyse.report.tradeoff import corners
 from twotower_eval.records import Generation, GenerationRow, Score, SpeedSample, sha256_text
-from twotower_eval.report.tradeoff import corners
 
 GRID = st.tuples(st.integers(0, 4), st.integers(0, 4)).map(lambda p: (p[0] / 4, p[1] / 4))
 

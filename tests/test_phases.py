@@ -3,8 +3,8 @@
 import torch
 from tiny_models import tiny_pair
 
-from twotower_eval.speed import phases
-from twotower_eval.speed.clock import CallClock, Devices
+from twotower_eval.measure.speed import phases
+from twotower_eval.measure.speed.clock import CallClock, Devices
 
 
 class Ticks:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import report_fixture as made
 
-from twotower_eval import cli, report, store
+from twotower_eval import cli, store
+from twotower_eval.analyse import report
+from twotower_eval.analyse.report.reproduce import command, plan_of, typed
 from twotower_eval.plan import AnyPlan, RunPlan, SizingPlan, SpeedPlan, VerifyPlan
 from twotower_eval.records import to_json
-from twotower_eval.report.reproduce import command, plan_of, typed
 
 # Every field off its default, so that a field without an option, or an option of another name, is found.
 DECODING: dict[str, Any] = {
@@ -59,7 +60,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     for module in (cli.run, cli.speed, cli.size):
         resolve = module.resolve_plan
         monkeypatch.setattr(module, "resolve_plan", lambda *given, resolve=resolve: caught(resolve(*given)))
-    monkeypatch.setattr("twotower_eval.verify.verify", caught)
+    monkeypatch.setattr("twotower_eval.measure.verify.verify", caught)
     monkeypatch.chdir(tmp_path)
     with store.create(tmp_path, made.manifest("profiled", "run", ())) as writer:  # --profile wants a run that is there
         writer.finish()

@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from tests.planted_decoders import KIND, TRICKS, Forwards, remember
-from twotower_eval import harness, speed, store, suites
-from twotower_eval.claims import judge
-from twotower_eval.decoders import make_decoder
-from twotower_eval.evidence import QualityPoint, Runs, SpeedPoint
-from twotower_eval.models import load_model
+from twotower_eval import store
+from twotower_eval.analyse.claims import judge
+from twotower_eval.analyse.compare import QualityPoint, Runs, SpeedPoint
+from twotower_eval.engine.decoders import make_decoder
+from twotower_eval.engine.models import load_model
+from twotower_eval.measure import harness, speed, suites
+from twotower_eval.measure.speed.workloads import make_calls
 from twotower_eval.plan import SpeedPlan, data_path
 from twotower_eval.records import Claim, OperatingPoint, Prompt, Quantity, Verdict
-from twotower_eval.speed.workloads import make_calls
 
 TASKS = ("miniature_sort", "miniature_recall")
 NUM_PROMPTS, BATCH, BUDGET = 32, 4, 96  # 8 calls: fewer of sampled prompts support nothing

@@ -8,9 +8,10 @@ import pytest
 from tiny_pair import write_pair
 
 from tests import raising_decoders
-from twotower_eval import cli, harness, store
-from twotower_eval.decoders import make_decoder
-from twotower_eval.harness.answers import CellJournal
+from twotower_eval import cli, store
+from twotower_eval.engine.decoders import make_decoder
+from twotower_eval.measure import harness
+from twotower_eval.measure.harness.answers import CellJournal
 from twotower_eval.plan import RunPlan
 from twotower_eval.plugin_calls import TRACEBACK_VARIABLE, PluginError
 
@@ -128,6 +129,6 @@ def test_what_our_own_code_raises_is_no_fault_of_the_plug_ins(
     with pytest.raises(RuntimeError, match="a bug"):
         harness.run(plan, root=tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr("twotower_eval.decoders.autoregressive.Autoregressive.generate", add)
+    monkeypatch.setattr("twotower_eval.engine.decoders.autoregressive.Autoregressive.generate", add)
     with pytest.raises(TypeError):
         harness.run(plan, root=tmp_path / "own")

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 
 from tests.tiny_pair import write_pair
-from twotower_eval import speed, store, suites
-from twotower_eval.claims.match import cell_fits
-from twotower_eval.decoders import decoder_spec
-from twotower_eval.evidence import Runs
-from twotower_eval.evidence.points import point_key
-from twotower_eval.models import load_model
+from twotower_eval import store
+from twotower_eval.analyse.claims.match import cell_fits
+from twotower_eval.analyse.compare import Runs
+from twotower_eval.analyse.compare.points import point_key
+from twotower_eval.engine.decoders import decoder_spec
+from twotower_eval.engine.models import load_model
+from twotower_eval.engine.plugin_source import NO_FILE, plugin_code
+from twotower_eval.measure import speed, suites
 from twotower_eval.plan import SpeedPlan
-from twotower_eval.plugin_source import NO_FILE, plugin_code
 from twotower_eval.records import (
     Checkpoint,
     Claim,
@@ -33,7 +34,7 @@ from twotower_eval.strict import from_json
 
 PLUGIN = """
 import dataclasses
-from twotower_eval.decoders.autoregressive import Autoregressive
+from twotower_eval.engine.decoders.autoregressive import Autoregressive
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Params:
@@ -111,7 +112,7 @@ def test_what_has_no_file_says_so_and_what_is_ours_has_a_version(monkeypatch: py
     module.X = 1  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "out_of_thin_air", module)
     assert named(plugin_code("out_of_thin_air:X")) == {"out_of_thin_air": NO_FILE}
-    assert plugin_code("twotower_eval.decoders.autoregressive:Autoregressive") is None
+    assert plugin_code("twotower_eval.engine.decoders.autoregressive:Autoregressive") is None
     assert decoder_spec("block_diffusion").code is None
     with pytest.raises(ValueError, match="cannot import 'nowhere'"):
         plugin_code("nowhere:X")
@@ -193,7 +194,7 @@ def test_a_changed_plugin_goes_on_with_no_run_and_is_pooled_with_none(
 
 
 def test_a_plugin_family_is_part_of_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loader = "from twotower_eval.models import checkpoint\n\ndef load(*args, **options):\n"
+    loader = "from twotower_eval.engine.models import checkpoint\n\ndef load(*args, **options):\n"
     loader += "    return checkpoint.load(*args, **options)\n"
     folder = package(tmp_path, monkeypatch, "plugfour", {"__init__.py": "", "family.py": loader})
     pair = write_pair(tmp_path / "pair")

@@ -12,26 +12,19 @@ from hf_models import save_reading
 from report_fixture import CONTEXT, speed_run
 from tiny_pair import write_pair
 
-from twotower_eval import cli, harness, store
-from twotower_eval.claims import judge
-from twotower_eval.claims.files import claims_from
-from twotower_eval.comparability import differences
-from twotower_eval.evidence.runs import Runs
+from twotower_eval import cli, store
+from twotower_eval.analyse.claims import judge
+from twotower_eval.analyse.claims.files import claims_from
+from twotower_eval.analyse.compare.runs import Runs
+from twotower_eval.analyse.report.gates import gates as gates_section
+from twotower_eval.measure import harness
+from twotower_eval.measure.suites import resolve_tasks
+from twotower_eval.measure.verify.numerics import proved
 from twotower_eval.plan import RunPlan
 from twotower_eval.records import FailedTrial, SpeedSample, Ways
-from twotower_eval.report.gates import gates as gates_section
 from twotower_eval.store import load
-from twotower_eval.suites import resolve_tasks
-from twotower_eval.verify.numerics import proved
-from twotower_eval.ways import (
-    Handicap,
-    ProofOutcome,
-    handicap_text,
-    handicaps,
-    proof_outcome,
-    slower_lines,
-    ways_text,
-)
+from twotower_eval.store.comparable import differences
+from twotower_eval.ways import Handicap, ProofOutcome, handicap_text, handicaps, proof_outcome, slower_lines, ways_text
 
 TASKS = ("miniature_sort", "miniature_choice")
 CLAIM: dict[str, Any] = {

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from twotower_eval import harness, store
-from twotower_eval.datafiles import prepare
+from twotower_eval import store
+from twotower_eval.measure import harness
+from twotower_eval.measure.suites import FEWSHOT_SEED, lm_tasks
+from twotower_eval.measure.suites.datafiles import prepare
 from twotower_eval.plan import RunPlan
-from twotower_eval.suites import FEWSHOT_SEED, lm_tasks
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 

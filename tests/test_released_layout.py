@@ -10,9 +10,9 @@ import torch
 from checkpoint_files import write_shards
 from tiny_models import SIZES
 
-from twotower_eval.models.checkpoint import build, context_slots, pair_slots
-from twotower_eval.models.config import parse_config
-from twotower_eval.models.twotower import TwoTower
+from twotower_eval.engine.models.checkpoint import build, context_slots, pair_slots
+from twotower_eval.engine.models.config import parse_config
+from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.plan import data_path
 
 PROC_STATUS = Path("/proc/self/status")
@@ -98,8 +98,8 @@ def test_released_config_gives_the_released_names_and_shapes() -> None:
 MEASURE = """
 import sys
 import torch
-from twotower_eval.models import load_model
-from twotower_eval.models.checkpoint import pair_slots
+from twotower_eval.engine.models import load_model
+from twotower_eval.engine.models.checkpoint import pair_slots
 
 def kilobytes(field):
     with open("/proc/self/status") as status:

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import report_fixture as made
 
-from twotower_eval import report, stats, store
-from twotower_eval.evidence.alike import families
-from twotower_eval.evidence.points import Measured
-from twotower_eval.evidence.runs import Runs
+from twotower_eval import store
+from twotower_eval.analyse import report, stats
+from twotower_eval.analyse.compare.alike import families
+from twotower_eval.analyse.compare.points import Measured
+from twotower_eval.analyse.compare.runs import Runs
+from twotower_eval.analyse.report import text
+from twotower_eval.analyse.report.section import Section
+from twotower_eval.analyse.report.sweeps import measures
 from twotower_eval.records import DecoderSpec, Estimate, FileDigest, GenerationRow, Score, SpeedSample, sha256_text
-from twotower_eval.report import text
-from twotower_eval.report.section import Section
-from twotower_eval.report.sweeps import measures
 
 
 def write(out: Path, *paths: Path, **options) -> str:

@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 import report_fixture as made
 
-from twotower_eval import report, store
+from twotower_eval import store
+from twotower_eval.analyse import report
+from twotower_eval.analyse.report.text import significant
 from twotower_eval.cli import main
 from twotower_eval.records import (
     Cell,
@@ -20,7 +22,6 @@ from twotower_eval.records import (
     Workload,
     cell_id,
 )
-from twotower_eval.report.text import significant
 
 GPT = Checkpoint(
     name="gpt2", family="transformers", source="gpt2", digest="a" * 64, dtype="float32", devices=("cpu",)

@@ -10,10 +10,11 @@ import pytest
 from report_fixture import speed_run, write
 from test_claims_judge import FAST, claims_of
 
-from twotower_eval import stats, store
-from twotower_eval.claims import judge, verdict_lines
-from twotower_eval.evidence import Runs, SpeedPoint, gates
-from twotower_eval.evidence.costs import NOT_COUNTED
+from twotower_eval import store
+from twotower_eval.analyse import stats
+from twotower_eval.analyse.claims import judge, verdict_lines
+from twotower_eval.analyse.compare import Runs, SpeedPoint, gates
+from twotower_eval.analyse.compare.costs import NOT_COUNTED
 from twotower_eval.records import Arm, CostPart, CostSample, Estimate, GateLimits, Passes, SpeedSample
 
 Factor = Callable[[Arm, SpeedSample], float]

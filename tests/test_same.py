@@ -10,8 +10,10 @@ from report_fixture import quality_run, saying, speed_run
 from test_claims_judge import BOTH, FAST, KEPT, POINT, claims_of
 
 from twotower_eval import store
-from twotower_eval.claims import judge, verdict_lines
-from twotower_eval.evidence import Runs
+from twotower_eval.analyse.claims import judge, verdict_lines
+from twotower_eval.analyse.compare import Runs
+from twotower_eval.analyse.report.gates import gates as gates_section
+from twotower_eval.analyse.report.headline import headline
 from twotower_eval.records import (
     Cell,
     FileDigest,
@@ -23,8 +25,6 @@ from twotower_eval.records import (
     Verdict,
     sha256_text,
 )
-from twotower_eval.report.gates import gates as gates_section
-from twotower_eval.report.headline import headline
 from twotower_eval.store import Run
 
 

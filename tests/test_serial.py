@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from twotower_eval import stats
-from twotower_eval.stats import serial
+from twotower_eval.analyse import stats
+from twotower_eval.analyse.stats import serial
 
 
 def timed(baseline_s, candidate_s, *, launches=None, fixed=False) -> stats.TimedCalls:

@@ -29,11 +29,14 @@ import transformers
 from hf_models import save_tiny
 from test_miniature_training import tiny_recipe
 
-from twotower_eval import report, store, verbs, verify
+from twotower_eval import api as verbs
+from twotower_eval import store
+from twotower_eval.analyse import report
+from twotower_eval.engine.models import load_model
+from twotower_eval.measure import verify
+from twotower_eval.measure.suites import lm_tasks
 from twotower_eval.miniature import evaluate, train
-from twotower_eval.models import load_model
 from twotower_eval.plan import RunPlan, SpeedPlan, VerifyPlan
-from twotower_eval.suites import lm_tasks
 
 TASKS = ("miniature_arithmetic", "miniature_choice")
 TIMED = SpeedPlan(

@@ -19,26 +19,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny_models import SIZES
-from twotower_eval import cli, plan_fields, report, store
-from twotower_eval.closing import close_run
-from twotower_eval.evidence.measured import measured
-from twotower_eval.evidence.sizing import SizingRun, fit_layers, round_draws, round_estimate
+from twotower_eval import cli, plan_fields, store
+from twotower_eval.analyse import report
+from twotower_eval.analyse.compare.measured import measured
+from twotower_eval.analyse.compare.sizing import SizingRun, fit_layers, round_draws, round_estimate
+from twotower_eval.analyse.report.reproduce import plan_of
+from twotower_eval.engine.models import graphs
+from twotower_eval.engine.models.config import parse_config
+from twotower_eval.engine.models.graphs import use_graphs
+from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.measure import sizing
 from twotower_eval.measure.sizing import card
 from twotower_eval.measure.sizing.card import make_card, measured_layers, refuse_if_too_large
 from twotower_eval.measure.sizing.commits import even_profile, recorded_profiles
 from twotower_eval.measure.sizing.pairs import build_random_pair
 from twotower_eval.measure.sizing.run import config_file
-from twotower_eval.models import graphs
-from twotower_eval.models.config import parse_config
-from twotower_eval.models.graphs import use_graphs
-from twotower_eval.models.twotower import TwoTower
+from twotower_eval.measure.speed import peak
+from twotower_eval.measure.speed.peak import DevicePeak
 from twotower_eval.plan import SizingPlan, data_path
 from twotower_eval.progress import SilentProgress
 from twotower_eval.records import CommitStep, Estimate, Generation, canonical_json, sha256_text, verb_of
-from twotower_eval.report.reproduce import plan_of
-from twotower_eval.speed import peak
-from twotower_eval.speed.peak import DevicePeak
+from twotower_eval.store.publish import close_run
 
 sizing_module = importlib.import_module("twotower_eval.measure.sizing.run")
 RELEASED_NAME = "nemotron-labs-twotower-30b-a3b"

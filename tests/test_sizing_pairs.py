@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, tiny_config
 
+from twotower_eval.engine.models import sizes
+from twotower_eval.engine.models.sizes import expected_touched
 from twotower_eval.measure.sizing.pairs import build_random_pair, draw, steer, with_layers
-from twotower_eval.models import sizes
-from twotower_eval.models.sizes import expected_touched
 from twotower_eval.records import ROUTINGS
 
 
@@ -131,7 +131,7 @@ def test_bytes_and_arithmetic_of_the_released_size():
     """Published: 31.6B parameters a tower, 3.58B of them active; 118 GiB in bfloat16 for the two."""
     import json
 
-    from twotower_eval.models.config import parse_config
+    from twotower_eval.engine.models.config import parse_config
     from twotower_eval.plan import data_path
 
     file = data_path("tasks", "configs", "nemotron-labs-twotower-30b-a3b.config.json")

@@ -13,18 +13,19 @@ import torch
 
 from tests.fake_decoder import DECODING_S, FIRST_S, PREFILL_S, REST_S, TIME
 from tests.tiny_pair import write_pair
-from twotower_eval import cli, harness, speed, store, suites
-from twotower_eval.decoders import decoder_spec, from_spec
-from twotower_eval.evidence.consistency import contradictions
-from twotower_eval.evidence.timing import speed_points
-from twotower_eval.models import load_model
-from twotower_eval.models.arms import load_arms
-from twotower_eval.models.tokenizer import Tokenizer
+from twotower_eval import cli, store
+from twotower_eval.analyse.compare.consistency import contradictions
+from twotower_eval.analyse.compare.timing import speed_points
+from twotower_eval.engine.decoders import decoder_spec, from_spec
+from twotower_eval.engine.models import load_model
+from twotower_eval.engine.models.arms import load_arms
+from twotower_eval.engine.models.tokenizer import Tokenizer
+from twotower_eval.measure import harness, speed, suites
+from twotower_eval.measure.speed.clock import CallClock, Devices, TimedModel, torch_threads
+from twotower_eval.measure.speed.workloads import encode_calls, make_calls
 from twotower_eval.plan import RunPlan, SpeedPlan, plan_from_json
 from twotower_eval.progress import SilentProgress
 from twotower_eval.records import Prompt, SpeedSample, canonical_json, sha256_text
-from twotower_eval.speed.clock import CallClock, Devices, TimedModel, torch_threads
-from twotower_eval.speed.workloads import encode_calls, make_calls
 
 TASKS = ("miniature_sort", "miniature_recall")
 SLEEPY = "tests.fake_decoder:Sleepy"

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twotower_eval import stats
-from twotower_eval.stats.intervals import t_quantile
+from twotower_eval.analyse import stats
+from twotower_eval.analyse.stats.intervals import t_quantile
 
 PAPER = {  # FACTS: AR baseline, TwoTower, in percent
     "mmlu": (78.56, 78.24),

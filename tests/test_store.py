@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from twotower_eval import journal, store
+from twotower_eval import store
 from twotower_eval.records import (
     Cell,
     Checkpoint,
@@ -35,6 +35,7 @@ from twotower_eval.records import (
     cell_id,
     to_json,
 )
+from twotower_eval.store import journal
 
 
 def make_cell(*, threshold: float = 0.8, version: int = 1) -> Cell:

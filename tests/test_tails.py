@@ -11,11 +11,14 @@ import pytest
 import scipy.stats
 from report_fixture import AUTOREGRESSIVE, RUN_ID, SPEED_ID, block_diffusion, make_cell, manifest, write
 
-from twotower_eval import stats, store
-from twotower_eval.calibration.simulate import calibrate_speed
-from twotower_eval.calibration.tail_worlds import NUM_PROMPTS, Tailed, population, tailed
-from twotower_eval.evidence.runs import Runs
-from twotower_eval.evidence.timing import SpeedPoint, speed_points
+from twotower_eval import store
+from twotower_eval.analyse import stats
+from twotower_eval.analyse.calibration.simulate import calibrate_speed
+from twotower_eval.analyse.calibration.tail_worlds import NUM_PROMPTS, Tailed, population, tailed
+from twotower_eval.analyse.compare.runs import Runs
+from twotower_eval.analyse.compare.timing import SpeedPoint, speed_points
+from twotower_eval.analyse.report.speed_tables import speed as speed_section
+from twotower_eval.measure.speed.workloads import ENOUGH_PROMPTS
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import (
     Estimate,
@@ -27,8 +30,6 @@ from twotower_eval.records import (
     canonical_json,
     sha256_text,
 )
-from twotower_eval.report.speed_tables import speed as speed_section
-from twotower_eval.speed.workloads import ENOUGH_PROMPTS
 
 NUM = 40
 

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from tiny_pair import write_pair
 
-from twotower_eval import environment, harness, speed, store, suites
+from twotower_eval import store
+from twotower_eval.measure import harness, speed, suites
+from twotower_eval.measure.suites import lm_tasks
+from twotower_eval.measure.suites.parts import with_imports
 from twotower_eval.plan import RunPlan, SpeedPlan, plan_from_json
-from twotower_eval.suites import lm_tasks
-from twotower_eval.suites.parts import with_imports
+from twotower_eval.store import environment
 
 YAML = """
 task: own

@@ -18,16 +18,17 @@ from own_tasks import task_yaml, use_tasks, write_tasks
 from scripted_llama import beyond, byte_tokenizer, piece_tokenizer, save_random, save_saying, save_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from twotower_eval import harness, speed, store
-from twotower_eval.decoders.finish import cut, is_finished, make_rules
-from twotower_eval.models import load_model
-from twotower_eval.models.prompts import stops_of
-from twotower_eval.models.tokenizer import Tokenizer as OurTokenizer
-from twotower_eval.models.tokenizer import load_tokenizer
+from twotower_eval import store
+from twotower_eval.engine.decoders.finish import cut, is_finished, make_rules
+from twotower_eval.engine.models import load_model
+from twotower_eval.engine.models.prompts import stops_of
+from twotower_eval.engine.models.tokenizer import Tokenizer as OurTokenizer
+from twotower_eval.engine.models.tokenizer import load_tokenizer
+from twotower_eval.measure import harness, speed
+from twotower_eval.measure.suites import TimedPrompt
 from twotower_eval.plan import RunPlan, SpeedPlan
 from twotower_eval.records import Likelihood, LikelihoodRow, to_json
 from twotower_eval.strict import from_json
-from twotower_eval.suites import TimedPrompt
 
 TEXTS = ["The quick brown fox", "a", " b ", "x" * 100]
 

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from tests.tiny_pair import write_pair
-from twotower_eval import harness, speed, store, suites
-from twotower_eval.claims import judge
-from twotower_eval.evidence import Runs
-from twotower_eval.evidence.calls import usable
-from twotower_eval.evidence.timing import SpeedPoint, speed_points
+from twotower_eval import store
+from twotower_eval.analyse.claims import judge
+from twotower_eval.analyse.compare import Runs
+from twotower_eval.analyse.compare.calls import usable
+from twotower_eval.analyse.compare.timing import SpeedPoint, speed_points
+from twotower_eval.analyse.report.gates import gates
+from twotower_eval.measure import harness, speed, suites
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import (
     Claim,
@@ -25,7 +27,6 @@ from twotower_eval.records import (
     Verdict,
     to_json,
 )
-from twotower_eval.report.gates import gates
 from twotower_eval.strict import from_json
 from twotower_eval.times import fault_of, gone_by, time_fault
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from tiny_models import tiny_config, tiny_pair
 
 from twotower_eval import make_decoder
-from twotower_eval.decoders import block_diffusion
-from twotower_eval.models.checkpoint import build
-from twotower_eval.models.counting import WatchedModel
-from twotower_eval.models.twotower import TwoTower
+from twotower_eval.engine.decoders import block_diffusion
+from twotower_eval.engine.models.checkpoint import build
+from twotower_eval.engine.models.counting import WatchedModel
+from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.records import Prompt
 
 PAIR = tiny_pair("all kinds")

@@ -10,10 +10,12 @@ import report_fixture as made
 
 from tests.test_asked import Told
 from tests.tiny_pair import write_pair
-from twotower_eval import cli, harness, report, speed, store, suites
-from twotower_eval.claims import judge
-from twotower_eval.claims.files import claims_from
-from twotower_eval.evidence.truncation import truncated
+from twotower_eval import cli, store
+from twotower_eval.analyse import report
+from twotower_eval.analyse.claims import judge
+from twotower_eval.analyse.claims.files import claims_from
+from twotower_eval.analyse.compare.truncation import truncated
+from twotower_eval.measure import harness, speed, suites
 from twotower_eval.plan import RunPlan, SpeedPlan
 
 TASKS = ("miniature_sort", "miniature_choice", "miniature_perplexity")

@@ -6,8 +6,9 @@ import pytest
 
 from tests import cheating_decoders, example_decoder
 from tests.tiny_pair import write_pair
-from twotower_eval import harness, speed, store, suites
-from twotower_eval.decoders.reported import ReportError
+from twotower_eval import store
+from twotower_eval.engine.decoders.reported import ReportError
+from twotower_eval.measure import harness, speed, suites
 from twotower_eval.plan import RunPlan, SpeedPlan
 
 PAGE = Path(__file__).parent.parent / "docs" / "trust.md"

@@ -4,10 +4,11 @@ import pytest
 from tiny_pair import write_pair
 
 from tests.two_faced import KIND, TELLS, TwoFaced
-from twotower_eval import harness, speed, store, suites
-from twotower_eval.claims import judge
-from twotower_eval.claims.joint_gates import apart
-from twotower_eval.evidence import Runs
+from twotower_eval import store
+from twotower_eval.analyse.claims import judge
+from twotower_eval.analyse.claims.joint_gates import apart
+from twotower_eval.analyse.compare import Runs
+from twotower_eval.measure import harness, speed, suites
 from twotower_eval.plan import RunPlan, SpeedPlan
 from twotower_eval.records import Claim, OperatingPoint, Verdict
 

@@ -7,11 +7,11 @@ import pytest
 from hf_models import save_reading, save_tiny
 
 from twotower_eval import store
+from twotower_eval.analyse.compare.runs import Runs
+from twotower_eval.analyse.report.provenance import setup
 from twotower_eval.cli import main
-from twotower_eval.evidence.runs import Runs
-from twotower_eval.models import load_model
-from twotower_eval.models.identity import unheeded_settings
-from twotower_eval.report.provenance import setup
+from twotower_eval.engine.models import load_model
+from twotower_eval.engine.models.identity import unheeded_settings
 
 
 def ask(folder: Path, **settings: object) -> Path:

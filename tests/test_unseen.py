@@ -13,17 +13,18 @@ import pytest
 from tests.planted_decoders import Forwards
 from tests.remembering_decoders import KIND, NUM_WARMED, TRICKS, forget
 from tests.tiny_pair import write_pair
-from twotower_eval import harness, speed, store, suites
-from twotower_eval.claims import judge
-from twotower_eval.claims.text import unchecked_text
-from twotower_eval.evidence import Runs, SpeedPoint
-from twotower_eval.evidence.measured import Measured
-from twotower_eval.evidence.timing import speed_points
-from twotower_eval.evidence.unseen import Memory, Unseen, unseen_text
+from twotower_eval import store
+from twotower_eval.analyse.claims import judge
+from twotower_eval.analyse.claims.text import unchecked_text
+from twotower_eval.analyse.compare import Runs, SpeedPoint
+from twotower_eval.analyse.compare.measured import Measured
+from twotower_eval.analyse.compare.timing import speed_points
+from twotower_eval.analyse.compare.unseen import Memory, Unseen, unseen_text
+from twotower_eval.measure import harness, speed, suites
+from twotower_eval.measure.speed.unseen import NewPrompts, is_made_up, joined, turned
+from twotower_eval.measure.speed.workloads import make_calls
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import Claim, Estimate, OperatingPoint, Passes, SpeedSample, Verdict
-from twotower_eval.speed.unseen import NewPrompts, is_made_up, joined, turned
-from twotower_eval.speed.workloads import make_calls
 
 TASKS = ("miniature_sort", "miniature_recall")
 SHARED = "Solve it.\n\nQ: one and two\nA: 3\n\nQ: two and two\nA: 4\n\nQ: six and one\nA: 7\n\n"

@@ -14,12 +14,12 @@ from tiny_models import tiny_pair
 from tiny_pair import write_pair
 
 from twotower_eval import cli, store
-from twotower_eval.models import load_model
+from twotower_eval.engine.models import load_model
+from twotower_eval.measure.verify import batches, decoding, numerics, summary, table, verify
+from twotower_eval.measure.verify.golden import golden_findings, load_golden
+from twotower_eval.measure.verify.run import make_prompts
 from twotower_eval.plan import VerifyPlan, data_path
 from twotower_eval.records import Check, CommitStep, Generation, Prompt
-from twotower_eval.verify import batches, decoding, numerics, summary, table, verify
-from twotower_eval.verify.golden import golden_findings, load_golden
-from twotower_eval.verify.run import make_prompts
 
 PROMPTS = [Prompt(id=str(n), token_ids=tuple(range(4, 4 + n))) for n in (1, 5, 18)]
 
@@ -207,7 +207,7 @@ def test_commits_that_part_are_judged_by_the_confidence_that_parted_them() -> No
 
 
 def _generation(model: Any, prompt: Prompt) -> Generation:
-    from twotower_eval.decoders import make_decoder
+    from twotower_eval.engine.decoders import make_decoder
 
     return make_decoder(model, "block_diffusion", trace=True).generate([prompt], max_new_tokens=20)[0]
 

@@ -11,20 +11,21 @@ import torch
 
 from tests import cheating_decoders
 from tests.tiny_pair import write_pair
-from twotower_eval import harness, speed, store, suites
-from twotower_eval.claims import judge
-from twotower_eval.decoders.autoregressive import Autoregressive
-from twotower_eval.decoders.reported import Asked, ReportError, check_answer, finished
-from twotower_eval.evidence import Runs
-from twotower_eval.evidence.gates import busy_gate
-from twotower_eval.evidence.timing import speed_points
-from twotower_eval.models import load_model
-from twotower_eval.models.counting import WatchedModel, noted_in_place
-from twotower_eval.models.strays import Strays
+from twotower_eval import store
+from twotower_eval.analyse.claims import judge
+from twotower_eval.analyse.compare import Runs
+from twotower_eval.analyse.compare.gates import busy_gate
+from twotower_eval.analyse.compare.timing import speed_points
+from twotower_eval.analyse.report.gates import gates
+from twotower_eval.engine.decoders.autoregressive import Autoregressive
+from twotower_eval.engine.decoders.reported import Asked, ReportError, check_answer, finished
+from twotower_eval.engine.models import load_model
+from twotower_eval.engine.models.counting import WatchedModel, noted_in_place
+from twotower_eval.engine.models.strays import Strays
+from twotower_eval.measure import harness, speed, suites
+from twotower_eval.measure.speed.clock import CallClock, Devices, UntimedTokenizer
 from twotower_eval.plan import RunPlan, SpeedPlan
 from twotower_eval.records import Claim, GateLimits, Generation, OperatingPoint, Passes, Prompt
-from twotower_eval.report.gates import gates
-from twotower_eval.speed.clock import CallClock, Devices, UntimedTokenizer
 
 TASK = "miniature_sort"
 REFUSED = {

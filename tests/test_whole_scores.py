@@ -14,15 +14,17 @@ from lm_eval.api.instance import Instance
 
 from tests import own_tasks
 from tests.report_fixture import AUTOREGRESSIVE, block_diffusion, make_cell, manifest
-from twotower_eval import report, store, suites
-from twotower_eval.claims import judge
+from twotower_eval import store
+from twotower_eval.analyse import report
+from twotower_eval.analyse.claims import judge
+from twotower_eval.analyse.compare.quality import quality_points
+from twotower_eval.analyse.compare.wholes import WholeScore, current_scores, one_whole
 from twotower_eval.cli import main
-from twotower_eval.evidence.quality import quality_points
-from twotower_eval.evidence.wholes import WholeScore, current_scores, one_whole
-from twotower_eval.harness.known import KnownScores
-from twotower_eval.harness.scoring import aggregate_rows, score_rows
+from twotower_eval.measure import suites
+from twotower_eval.measure.harness.known import KnownScores
+from twotower_eval.measure.harness.scoring import aggregate_rows, score_rows
+from twotower_eval.measure.suites import lm_tasks
 from twotower_eval.records import Claim, Likelihood, LikelihoodRow, OperatingPoint, Score, Workload
-from twotower_eval.suites import lm_tasks
 
 WORDS = ("cat sat", "the mat", "a cat", "the cat sat on a mat", "mat", "sat on", "on the mat", "cat")
 GENERATING = [{"prompt": f"say {i}", "answer": WORDS[i % 8]} for i in range(24)]
@@ -89,7 +91,7 @@ def _tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own_tasks.write_tasks(tmp_path, CONFIGS, rows, CODE)
     own_tasks.use_tasks(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("twotower_eval.harness.aggregates.NUM_REPLICATES", 200)
+    monkeypatch.setattr("twotower_eval.measure.harness.aggregates.NUM_REPLICATES", 200)
 
 
 def model(seed: int) -> Callable[[Instance], Any]:
@@ -170,7 +172,9 @@ def test_replicates_on_disk_are_not_computed_again(tmp_path: Path, monkeypatch: 
     run = journalled(tmp_path, ("hooked",))
     [row] = [row for row in run.aggregates if row.metric == "size" and run.cells[row.cell].arm == "baseline"]
     assert row.replicates is not None
-    monkeypatch.setattr("twotower_eval.harness.scoring.replicates_of", lambda *args: pytest.fail("called again"))
+    monkeypatch.setattr(
+        "twotower_eval.measure.harness.scoring.replicates_of", lambda *args: pytest.fail("called again")
+    )
     [task] = suites.resolve_tasks(["hooked"])
     answers = [one for one in run.generations if one.cell == row.cell]
     fewer = dataclasses.replace(row, replicates=row.replicates[:150])

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from tests.oracle_decoders import HONEST, KIND, TRICKS, Oracle
 from tests.tiny_pair import write_pair
-from twotower_eval import harness, speed, store, suites
-from twotower_eval.claims import judge
-from twotower_eval.decoders import make_decoder
-from twotower_eval.evidence import Runs, SpeedPoint
-from twotower_eval.evidence.witness import scored_witness_gates, witness_gates, witnessed_arms
-from twotower_eval.models import load_model
-from twotower_eval.models.counting import WatchedModel, noted_in_place
-from twotower_eval.models.token_tree import Segment
-from twotower_eval.models.witness import TOP, Tally, Witness
+from twotower_eval import store
+from twotower_eval.analyse.claims import judge
+from twotower_eval.analyse.compare import Runs, SpeedPoint
+from twotower_eval.analyse.compare.witness import scored_witness_gates, witness_gates, witnessed_arms
+from twotower_eval.engine.decoders import make_decoder
+from twotower_eval.engine.models import load_model
+from twotower_eval.engine.models.counting import WatchedModel, noted_in_place
+from twotower_eval.engine.models.token_tree import Segment
+from twotower_eval.engine.models.witness import TOP, Tally, Witness
+from twotower_eval.measure import harness, speed, suites
 from twotower_eval.plan import RunPlan, SpeedPlan, data_path
 from twotower_eval.records import Claim, Gate, GateLimits, OperatingPoint, Prompt
 

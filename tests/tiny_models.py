@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twotower_eval.models.checkpoint import build
-from twotower_eval.models.config import NemotronHConfig, parse_config
-from twotower_eval.models.initial import initialise
-from twotower_eval.models.twotower import TwoTower
+from twotower_eval.engine.models.checkpoint import build
+from twotower_eval.engine.models.config import NemotronHConfig, parse_config
+from twotower_eval.engine.models.initial import initialise
+from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.records import Checkpoint
 
 VOCAB = 40

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from twotower_eval.decoders import make_decoder
+from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.records import Generation, Prompt
 
 KIND = "tests.two_faced:TwoFaced"

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from twotower_eval.decoders import make_decoder, make_scorer
-    from twotower_eval.decoders.pieces import ScoreRequest
-    from twotower_eval.models import load_model
+    from twotower_eval.engine.decoders import make_decoder
+    from twotower_eval.engine.models import load_model
+    from twotower_eval.engine.scorers import make_scorer
+    from twotower_eval.engine.scorers.pieces import ScoreRequest
     from twotower_eval.records import DecoderSpec, Generation, Likelihood, Prompt
 
 __all__ = [
@@ -30,10 +31,10 @@ _HOMES = {
     "Generation": "twotower_eval.records",
     "Likelihood": "twotower_eval.records",
     "Prompt": "twotower_eval.records",
-    "ScoreRequest": "twotower_eval.decoders.pieces",
-    "load_model": "twotower_eval.models",
-    "make_decoder": "twotower_eval.decoders",
-    "make_scorer": "twotower_eval.decoders",
+    "ScoreRequest": "twotower_eval.engine.scorers.pieces",
+    "load_model": "twotower_eval.engine.models",
+    "make_decoder": "twotower_eval.engine.decoders",
+    "make_scorer": "twotower_eval.engine.scorers",
 }
 
 

@@ -242,7 +242,7 @@ def cross_decoders(plan: Plan) -> tuple[DecoderSpec, ...]:
     A setting that the decoder does not have is left out where it stands at its default and refused otherwise:
     nothing given is ever ignored. Without a temperature, specs are greedy.
     """
-    from twotower_eval.decoders import decoder_class, decoder_spec
+    from twotower_eval.engine.decoders import decoder_class, decoder_spec
 
     known = {field.name for field in dataclasses.fields(decoder_class(plan.decoder).Params)}
     for key, param in _DECODER_AXES.items():

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from twotower_eval.environment import describe_machine, package_versions
 from twotower_eval.names import did_you_mean, resolve
+from twotower_eval.store.environment import describe_machine, package_versions
 
 BENCHES = {
     "engine": "bench.engine:run",
@@ -55,7 +55,7 @@ def run(
     for name in names:
         if name not in BENCHES and ":" not in name:
             raise ValueError(f"bench {name!r} is unknown{did_you_mean(name, BENCHES)}")
-    from twotower_eval.speed.clock import torch_threads
+    from twotower_eval.measure.speed.clock import torch_threads
 
     given = {option: value for option, value in options.items() if value is not None}
     for name, bench, own in _chosen(names, given, say):

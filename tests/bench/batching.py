@@ -13,13 +13,13 @@ from typing import Any
 
 from bench import Findings, Say
 from bench.measure import interleave, ratios, spread
-from twotower_eval.decoders import make_decoder
-from twotower_eval.models import load_model
-from twotower_eval.models.counting import WatchedModel
-from twotower_eval.models.prompts import prompt_ids
+from twotower_eval.engine.decoders import make_decoder
+from twotower_eval.engine.models import load_model
+from twotower_eval.engine.models.counting import WatchedModel
+from twotower_eval.engine.models.prompts import prompt_ids
+from twotower_eval.measure.suites import build_requests, resolve_tasks
 from twotower_eval.plan import data_path
 from twotower_eval.records import Generation, Prompt
-from twotower_eval.suites import build_requests, resolve_tasks
 
 WIDTHS = (1, 2, 4, 8)
 SMALL, FULL = (16, 24), (80, 96)  # prompts, tokens at most of each answer

@@ -15,8 +15,8 @@ from bench import native as theirs
 from bench.measure import interleave, ratios, spread
 from bench.memory import measure
 from bench.subject import CONFIG, num_parameters, random_pair, write_tower
-from twotower_eval.decoders import make_decoder
-from twotower_eval.models.twotower import TwoTower
+from twotower_eval.engine.decoders import make_decoder
+from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.records import Prompt
 
 BLOCK_SIZE, NUM_STEPS, THRESHOLD = 16, 16, 0.8

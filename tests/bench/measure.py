@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from twotower_eval.speed.clock import no_garbage_collection
+from twotower_eval.measure.speed.clock import no_garbage_collection
 
 NUM_WARMUPS = 2  # rounds whose times are thrown away: lazy initialisation, cold caches
 

@@ -44,7 +44,7 @@ def _prefill(arm: str, folder: Path) -> Any:
 
         native = load_native(folder)
         return lambda ids_BS: prefill(native, ids_BS)
-    from twotower_eval.models import load_model
+    from twotower_eval.engine.models import load_model
 
     model = load_model(folder)
 

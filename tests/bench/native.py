@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from twotower_eval.models.twotower import TwoTower
+from twotower_eval.engine.models.twotower import TwoTower
 
 
 def load_native(folder: Path, *, experts: str | None = None, chunk_size: int | None = None) -> Any:

@@ -20,8 +20,8 @@ import report_fixture as made
 
 import bench
 from twotower_eval import store
-from twotower_eval.closing import close_run
 from twotower_eval.records import Cell, Generation, GenerationRow, Score, Workload, sha256_text, to_json
+from twotower_eval.store.publish import close_run
 
 NUM_ROWS, FULL_ROWS = 20_000, 1_000_000
 TASKS = ("sums", "sorting")
@@ -134,7 +134,7 @@ def main(what: str, folder: str) -> None:
     if what == "open":
         store.load(Path(folder))
     else:
-        from twotower_eval import report
+        from twotower_eval.analyse import report
 
         with tempfile.TemporaryDirectory() as out:
             report.write([Path(folder)], Path(out))

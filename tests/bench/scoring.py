@@ -19,16 +19,16 @@ from typing import Any
 
 from bench import Findings, Say
 from bench.measure import ratios
-from twotower_eval.datafiles import read_jsonl
-from twotower_eval.decoders import make_scorer
-from twotower_eval.decoders.pieces import Piece
-from twotower_eval.harness.adapter import HarnessLM
-from twotower_eval.harness.answers import CellJournal
-from twotower_eval.journal import Journal
-from twotower_eval.models import load_model
+from twotower_eval.engine.models import load_model
+from twotower_eval.engine.scorers import make_scorer
+from twotower_eval.engine.scorers.pieces import Piece
+from twotower_eval.measure.harness.adapter import HarnessLM
+from twotower_eval.measure.harness.answers import CellJournal
+from twotower_eval.measure.speed.clock import no_garbage_collection
+from twotower_eval.measure.suites import FEWSHOT_SEED, lm_tasks
+from twotower_eval.measure.suites.datafiles import read_jsonl
 from twotower_eval.records import Likelihood, to_json
-from twotower_eval.speed.clock import no_garbage_collection
-from twotower_eval.suites import FEWSHOT_SEED, lm_tasks
+from twotower_eval.store.journal import Journal
 
 NUM_SHOTS = 5
 LIMIT, FULL_LIMIT = 12, 200  # questions per task

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from twotower_eval.models.autoregressive import ContextTower
-from twotower_eval.models.checkpoint import SINGLE_FILE, build, pair_slots
-from twotower_eval.models.config import parse_config
-from twotower_eval.models.initial import initialise
-from twotower_eval.models.twotower import TwoTower
+from twotower_eval.engine.models.autoregressive import ContextTower
+from twotower_eval.engine.models.checkpoint import SINGLE_FILE, build, pair_slots
+from twotower_eval.engine.models.config import parse_config
+from twotower_eval.engine.models.initial import initialise
+from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.records import Checkpoint
 
 # Widths of the inner layers stand to the hidden size as in the released model: 1.5, experts 0.69, shared 1.38.

@@ -20,7 +20,7 @@ def calibrate(
     ] = REPORTS / "calibration",
 ) -> None:
     """Verb ``calibrate``."""
-    from twotower_eval import calibration
+    from twotower_eval.analyse import calibration
 
     try:
         path = calibration.calibrate(out, num_repetitions=repetitions, seed=seed, progress=choose_progress())

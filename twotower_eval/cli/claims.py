@@ -30,7 +30,7 @@ def check(
     results: Annotated[Path, option("Folder that run ids are looked up in [results].", metavar="DIR")] = RESULTS,
 ) -> None:
     """Verb ``claims check``."""
-    from twotower_eval import claims as claims_room
+    from twotower_eval.analyse import claims as claims_room
 
     asked = claims_room.load_claims(file)
     wanted = claims_room.select(asked.claims, claim or ())
@@ -48,7 +48,7 @@ def check(
 
 def audit(file: FileName) -> None:
     """Verb ``claims audit``."""
-    from twotower_eval import claims as claims_room
+    from twotower_eval.analyse import claims as claims_room
 
     findings = claims_room.audit(claims_room.load_claims(file).published)
     for line in claims_room.audit_lines(findings):

@@ -16,7 +16,7 @@ def prepare(
     only: Annotated[str | None, option("Some of the benchmarks [all that are there].", metavar="A,B")] = None,
 ) -> None:
     """Verb ``data prepare``."""
-    from twotower_eval import datafiles
+    from twotower_eval.measure.suites import datafiles
 
     for file in datafiles.prepare(source, target, texts(only)):
         typer.echo(f"{file.path}: {file.num_rows} rows")

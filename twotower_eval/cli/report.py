@@ -41,7 +41,7 @@ def report(
         num_others = len(store.find_runs(results)) - len(paths)
         others = f"; left out, name runs to choose: {num_others} in {results}" if num_others else ""
         typer.echo(f"the newest of each verb: {', '.join(path.name for path in paths)}{others}", err=True)
-    from twotower_eval import report as report_room
+    from twotower_eval.analyse import report as report_room
 
     folder = report_room.write(paths, out, sections=section or None, claims=claims, html=html, csv=format == "csv")
     typer.echo(folder / ("report.html" if html else "report.md"))

@@ -27,7 +27,7 @@ def verify(
     out: Out = RESULTS,
 ) -> None:
     """Verb ``verify``."""
-    from twotower_eval import verify as verify_room
+    from twotower_eval.measure import verify as verify_room
 
     given = {"model": model, "golden": golden, "seed": seed, "dtype": dtype, "devices": texts(devices)}
     path = verify_room.verify(merge(VerifyPlan(), given), root=out)

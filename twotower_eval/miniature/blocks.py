@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from twotower_eval.engine.models.autoregressive import ContextTower
+from twotower_eval.engine.models.nemotron_h import Mamba, MambaState, run_layers
+from twotower_eval.engine.models.twotower import Denoiser, TwoTower
+from twotower_eval.engine.ops import ssd
+from twotower_eval.engine.ops.attention import attention
 from twotower_eval.miniature.batches import FILLER_WEIGHT, PROMPT_WEIGHT, Batch
-from twotower_eval.models.autoregressive import ContextTower
-from twotower_eval.models.nemotron_h import Mamba, MambaState, run_layers
-from twotower_eval.models.twotower import Denoiser, TwoTower
-from twotower_eval.ops import ssd
-from twotower_eval.ops.attention import attention
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from twotower_eval.decoders import make_decoder
+from twotower_eval.engine.decoders import make_decoder
+from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.miniature.corpus import KINDS, Document, decode, encode, evaluation_documents
 from twotower_eval.miniature.task_files import MAX_NEW_TOKENS
 from twotower_eval.miniature.tokenizer import EOS_ID
-from twotower_eval.models.twotower import TwoTower
 from twotower_eval.records import Prompt
 
 FIRST_DOCUMENT = 300  # the tasks use those before it

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from twotower_eval.closing import TRAINING_LOG
+from twotower_eval.engine.models.checkpoint import FLOAT32_PARAMETERS, pair_slots
+from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.miniature.tokenizer import BOS_ID, EOS_ID, MASK_ID, PAD_ID, VOCABULARY, write_tokenizer
-from twotower_eval.models.checkpoint import FLOAT32_PARAMETERS, pair_slots
-from twotower_eval.models.twotower import TwoTower
+from twotower_eval.store.publish import TRAINING_LOG
 
 RECIPE_FILE = Path(__file__).with_name("recipe.toml")
 

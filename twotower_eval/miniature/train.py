@@ -24,16 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twotower_eval.closing import TRAINING_LOG
+from twotower_eval.engine.models.config import parse_config
+from twotower_eval.engine.models.initial import initialise
+from twotower_eval.engine.models.nemotron_h import MixtureOfExperts
+from twotower_eval.engine.models.twotower import TwoTower
+from twotower_eval.engine.ops import moe
 from twotower_eval.miniature.batches import Batch, training_batches
 from twotower_eval.miniature.blocks import autoregressive_loss, denoiser_loss, draw_noise, run_clean
 from twotower_eval.miniature.evaluate import context_point, learning_point
 from twotower_eval.miniature.export import RECIPE_FILE, config_json, export_pair
-from twotower_eval.models.config import parse_config
-from twotower_eval.models.initial import initialise
-from twotower_eval.models.nemotron_h import MixtureOfExperts
-from twotower_eval.models.twotower import TwoTower
-from twotower_eval.ops import moe
+from twotower_eval.store.publish import TRAINING_LOG
 
 SAVE_EVERY_S = 180.0
 LOG_EVERY_STEPS = 20

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from twotower_eval.models import sizes
-from twotower_eval.models.config import NemotronHConfig
-from twotower_eval.models.graphs import num_slot_counts
-from twotower_eval.models.sizes import Step
+from twotower_eval.engine.models import sizes
+from twotower_eval.engine.models.config import NemotronHConfig
+from twotower_eval.engine.models.graphs import num_slot_counts
+from twotower_eval.engine.models.sizes import Step
+from twotower_eval.measure.speed.peak import DevicePeak
 from twotower_eval.plan import SizingPlan
 from twotower_eval.records import ROUTINGS
-from twotower_eval.speed.peak import DevicePeak
 
 GIB, MIB = 2**30, 2**20
 SPARE = 0.05  # of the weights: allocator, kernels' workspaces, activations

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.measure.sizing.commits import Profile
-from twotower_eval.models.twotower import TwoTower
+from twotower_eval.measure.speed import phases
+from twotower_eval.measure.speed.phases import Repeat
 from twotower_eval.plan import SizingPlan
 from twotower_eval.records import (
     ROUTINGS,
@@ -28,8 +30,6 @@ from twotower_eval.records import (
     derive_seed,
     sha256_text,
 )
-from twotower_eval.speed import phases
-from twotower_eval.speed.phases import Repeat
 
 
 @dataclass(frozen=True, kw_only=True)

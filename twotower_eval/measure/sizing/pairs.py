@@ -16,12 +16,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from twotower_eval.models.checkpoint import materialise
-from twotower_eval.models.config import NemotronHConfig
-from twotower_eval.models.initial import initialise
-from twotower_eval.models.nemotron_h import Layer, MixtureOfExperts, Tower
-from twotower_eval.models.sizes import num_common
-from twotower_eval.models.twotower import TwoTower
+from twotower_eval.engine.models.checkpoint import materialise
+from twotower_eval.engine.models.config import NemotronHConfig
+from twotower_eval.engine.models.initial import initialise
+from twotower_eval.engine.models.nemotron_h import Layer, MixtureOfExperts, Tower
+from twotower_eval.engine.models.sizes import num_common
+from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.records import Checkpoint, Routing, canonical_json, derive_seed, sha256_text
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 
 from twotower_eval import store
-from twotower_eval.environment import new_manifest
+from twotower_eval.engine.models.checkpoint import read_json
+from twotower_eval.engine.models.config import NemotronHConfig, parse_config
+from twotower_eval.engine.models.graphs import use_graphs
 from twotower_eval.measure.sizing.card import (
     CostCard,
     cut,
@@ -27,16 +29,14 @@ from twotower_eval.measure.sizing.commits import Profile, even_profile, recorded
 from twotower_eval.measure.sizing.items import Rig, make_items, make_rigs
 from twotower_eval.measure.sizing.pairs import ForcedRouting, build_random_pair, steer, with_layers
 from twotower_eval.measure.sizing.session import Session
-from twotower_eval.models.checkpoint import read_json
-from twotower_eval.models.config import NemotronHConfig, parse_config
-from twotower_eval.models.graphs import use_graphs
+from twotower_eval.measure.speed.captures import Captures, hint, refuse_uneven
+from twotower_eval.measure.speed.clock import CallClock, Devices, torch_threads
+from twotower_eval.measure.speed.peak import DevicePeak, device_peak
 from twotower_eval.names import config_name
 from twotower_eval.plan import SizingPlan, data_path
 from twotower_eval.progress import Progress, SilentProgress, duration_text
 from twotower_eval.records import RunManifest, Verb, to_json
-from twotower_eval.speed.captures import Captures, hint, refuse_uneven
-from twotower_eval.speed.clock import CallClock, Devices, torch_threads
-from twotower_eval.speed.peak import DevicePeak, device_peak
+from twotower_eval.store.environment import new_manifest
 
 NOTES = (
     "RANDOM WEIGHTS: every figure is a cost of the model's size; its outputs mean nothing and are not kept.",

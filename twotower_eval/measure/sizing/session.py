@@ -11,16 +11,16 @@ from functools import partial
 import torch
 
 from twotower_eval import store
-from twotower_eval.journal import now_text
 from twotower_eval.measure.sizing.items import Item
 from twotower_eval.measure.sizing.pairs import ForcedRouting
+from twotower_eval.measure.speed import phases
+from twotower_eval.measure.speed.captures import Captures
+from twotower_eval.measure.speed.clock import CallClock
+from twotower_eval.measure.speed.loop import RoundLoop, whole_rounds
 from twotower_eval.plan import SizingPlan
 from twotower_eval.progress import Advance, Progress, duration_text
 from twotower_eval.records import CostSample, SpeedPhase, derive_seed
-from twotower_eval.speed import phases
-from twotower_eval.speed.captures import Captures
-from twotower_eval.speed.clock import CallClock
-from twotower_eval.speed.loop import RoundLoop, whole_rounds
+from twotower_eval.store.journal import now_text
 
 
 @dataclass

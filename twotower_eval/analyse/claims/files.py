@@ -1,0 +1,264 @@
+"""Claim files: TOML -> records. What is unknown, missing or of the wrong type is one line that says where.
+
+A file holds ``[[point]]`` (operating points, named once), ``[[claim]]`` (each at one of them) and, for ``audit``,
+``[published]`` with the numbers as they were printed (see ``published``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twotower_eval.analyse.claims.published import Published, published_from
+from twotower_eval.analyse.claims.reading import at_least, tables, texts, value_of, within
+from twotower_eval.analyse.claims.terms import check_limits, check_margin
+from twotower_eval.names import did_you_mean
+from twotower_eval.plan import data_path, read_toml
+from twotower_eval.records import Averaging, Claim, DecoderSpec, GateLimits, OperatingPoint, Quantity, Relation
+
+QUANTITIES, RELATIONS, AVERAGINGS = (typing.get_args(kind) for kind in (Quantity, Relation, Averaging))
+TASK_QUANTITIES = ("retention", "decoder_exercised_retention", "score", "score_difference")
+SCORE_QUANTITIES = ("score", "score_difference")
+SPEED_QUANTITIES = ("speedup_time", "speedup_throughput", "speedup_time_per_device")
+# How alike a name has to be to another one to be that one, misspelt; tasks of lm-eval are named much alike.
+SLIP_OF_SUITE, SLIP_OF_TASK = 0.8, 0.91
+MOST_LOOKS = 20  # each judged at 99.75 % then
+MARGINS = {"retention": 0.005, "decoder_exercised_retention": 0.005} | dict.fromkeys(SPEED_QUANTITIES, 0.05)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimFile:
+    """Everything a claim file says; ``published`` is ``None`` where it lists no published numbers.
+
+    ``config`` names the shipped config of the model's size, for costs on random weights.
+    """
+
+    name: str
+    title: str
+    claims: tuple[Claim, ...]
+    published: Published | None
+    config: str | None = None
+
+
+def load_claims(name: str | Path) -> ClaimFile:
+    """Read a claim file by its path or, for shipped ones, by its name. Every fault is a ValueError of one line."""
+    path = _find(name)
+    values = read_toml(path, "claims")
+    try:
+        return claims_from(path.stem, values)
+    except ValueError as error:
+        raise ValueError(f"claims {path}: {error}") from error
+
+
+def _find(name: str | Path) -> Path:
+    if Path(name).is_file():
+        return Path(name)
+    folder = data_path("tasks", "claims")
+    shipped = {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    if str(name) in shipped:
+        return shipped[str(name)]
+    raise ValueError(f"{str(name)!r} is neither a file nor a shipped claim file{did_you_mean(str(name), shipped)}")
+
+
+def select(claims: Sequence[Claim], names: Sequence[str]) -> tuple[Claim, ...]:
+    """The claims named, in the file's order; all without names. An unknown name is a ValueError with a hint."""
+    known = [claim.name for claim in claims]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no claim {name!r} in this file{did_you_mean(name, known)}")
+    return tuple(claim for claim in claims if not names or claim.name in names)
+
+
+def claims_from(name: str, values: Mapping[str, Any]) -> ClaimFile:
+    """A claim file from plain values, as TOML holds them."""
+    within("the file", values, ("title", "config", "point", "claim", "published"))
+    points = [_point(table) for table in tables("the file", values, "point")]
+    by_name = {point.name: point for point in points}
+    claims = tuple(_claim(table, by_name) for table in tables("the file", values, "claim"))
+    if not claims and "published" not in values:
+        raise ValueError("it holds neither a [[claim]] nor [published] numbers")
+    for what, names in (("point", [point.name for point in points]), ("claim", [claim.name for claim in claims])):
+        twice = sorted({one for one in names if names.count(one) > 1})
+        if twice:
+            raise ValueError(f"{what} {twice[0]!r} is there twice")
+    for claim in claims:
+        _check_parts(claim, claims)
+    return ClaimFile(
+        name=name,
+        title=value_of("the file", values, "title", str),
+        claims=claims,
+        published=published_from(values["published"]) if "published" in values else None,
+        config=value_of("the file", values, "config", str, None),
+    )
+
+
+def _point(table: Mapping[str, Any]) -> OperatingPoint:
+    where = f"point {table.get('name', '?')!r}"
+    within(where, table, [field.name for field in dataclasses.fields(OperatingPoint)])
+    decoder = value_of(where, table, "decoder", dict)
+    params = {key: value for key, value in decoder.items() if key != "kind"}
+    if params.get("steps_per_block") == "auto":
+        params["steps_per_block"] = value_of(where, params, "block_size", int)
+    workload = value_of(where, table, "workload", str, None)
+    if workload not in (None, "fixed", "answer"):
+        raise ValueError(f"{where}: workload must be fixed or answer, not {workload!r}")
+    point = OperatingPoint(
+        name=value_of(where, table, "name", str),
+        decoder=DecoderSpec(kind=value_of(where, decoder, "kind", str), params=params),
+        batch_size=value_of(where, table, "batch_size", int, None),
+        num_devices=value_of(where, table, "num_devices", int, None),
+        workload=workload,
+        dtype=value_of(where, table, "dtype", str, None),
+        hardware=value_of(where, table, "hardware", str, None),
+        timed_tasks=texts(where, table, "timed_tasks"),
+    )
+    at_least(where, 1, point, "batch_size", "num_devices")
+    return point
+
+
+def _claim(table: Mapping[str, Any], points: Mapping[str, OperatingPoint]) -> Claim:
+    where = f"claim {table.get('name', '?')!r}"
+    within(where, table, [field.name for field in dataclasses.fields(Claim)])
+    quantity = _choice(where, table, "quantity", QUANTITIES)
+    point = value_of(where, table, "point", str)
+    if point not in points:
+        raise ValueError(f"{where}: no [[point]] is named {point!r}{did_you_mean(point, points)}")
+    numbers = {key: value_of(where, table, key, float, None) for key in ("expected", "margin")}
+    if numbers["margin"] is None and numbers["expected"] is not None:
+        numbers["margin"] = MARGINS.get(quantity)
+    claim = Claim(
+        name=value_of(where, table, "name", str),
+        quantity=quantity,
+        subject=value_of(where, table, "subject", str),
+        baseline=value_of(where, table, "baseline", str),
+        point=points[point],
+        source=value_of(where, table, "source", str),
+        scope=_scope(where, quantity, texts(where, table, "scope")),
+        averaging=_choice(where, table, "averaging", AVERAGINGS, "ratio_of_means"),
+        relation=_choice(where, table, "relation", RELATIONS, "at_least"),
+        parts=texts(where, table, "parts"),
+        limits=_limits(where, value_of(where, table, "limits", dict, {})),
+        metric=value_of(where, table, "metric", str, None),
+        looks=_looks(where, table),
+        **numbers,
+    )
+    _check_claim(where, claim, table)
+    return claim
+
+
+def _scope(where: str, quantity: Quantity, names: Sequence[str]) -> tuple[str, ...]:
+    """The tasks of a scope, shipped suites by their tasks; of a retention those that have a part in one.
+
+    Any task of lm-eval may be named, so only what is a slip of a suite or of a suite's task is refused.
+    """
+    suites = {path.stem: read_toml(path, "suite").get("task", []) for path in suite_paths()} if names else {}
+    tasks = {str(task["name"]) for members in suites.values() for task in members}
+    found: list[str] = []
+    for name in names:
+        if name in suites and name not in tasks:
+            found += [t["name"] for t in suites[name] if t.get("headline", True) or quantity in SCORE_QUANTITIES]
+            continue
+        near = difflib.get_close_matches(name, suites, n=1, cutoff=SLIP_OF_SUITE)
+        near = near or difflib.get_close_matches(name, sorted(tasks), n=1, cutoff=SLIP_OF_TASK)
+        if name not in tasks and near:
+            raise ValueError(
+                f"{where}: scope: no suite and no task of one is named {name!r} (did you mean {near[0]!r}?)"
+            )
+        found.append(name)
+    return tuple(dict.fromkeys(found))
+
+
+def suite_paths() -> list[Path]:
+    """The files of the shipped suites."""
+    return sorted(data_path("tasks", "suites").glob("*.toml"))
+
+
+def _choice(where: str, table: Mapping[str, Any], key: str, known: Sequence[str], *default: Any) -> Any:
+    found = value_of(where, table, key, str, *default)
+    if found not in known:
+        raise ValueError(f"{where}: unknown {key} {found!r}{did_you_mean(found, known)}")
+    return found
+
+
+def _limits(where: str, table: Mapping[str, Any]) -> GateLimits:
+    names = [field.name for field in dataclasses.fields(GateLimits)]
+    within(f"{where}, limits", table, names)
+    limits = GateLimits(**{key: value_of(f"{where}, limits", table, key, float) for key in table})
+    check_limits(f"{where}, limits", limits, table)
+    return limits
+
+
+def _looks(where: str, table: Mapping[str, Any]) -> int:
+    looks: int = value_of(where, table, "looks", int, 1)
+    if not 1 <= looks <= MOST_LOOKS:
+        raise ValueError(f"{where}: looks lies between 1 and {MOST_LOOKS}, not {looks}")
+    return looks
+
+
+def _check_claim(where: str, claim: Claim, table: Mapping[str, Any]) -> None:
+    """Refuse what would be ignored, and what the quantity cannot be judged without."""
+    joint = claim.quantity == "joint"
+    if joint != bool(claim.parts):
+        raise ValueError(f"{where}: a joint claim, and only one, names its parts")
+    if joint:
+        ignored = [
+            key
+            for key in ("expected", "margin", "relation", "averaging", "scope", "limits", "metric", "looks")
+            if key in table
+        ]
+        if ignored:
+            raise ValueError(f"{where}: {ignored[0]} belongs to the parts of a joint claim: drop it here")
+        return
+    for key in ("expected", "margin"):
+        value = getattr(claim, key)
+        if value is None:
+            raise ValueError(f"{where}: {key} is missing")
+        # Scores below 0 are rare, but there are some: correlations.
+        if value < 0 and (key == "margin" or claim.quantity not in SCORE_QUANTITIES):
+            raise ValueError(f"{where}: {key} must be 0 or more, not {value:g}")
+    check_margin(where, claim)
+    if claim.metric is not None and (claim.quantity not in SCORE_QUANTITIES or len(claim.scope) != 1):
+        raise ValueError(
+            f"{where}: metric names the score of one task, of which score and score_difference are: drop it"
+        )
+    if claim.quantity in TASK_QUANTITIES and not claim.scope:
+        raise ValueError(f"{where}: scope is missing: name the tasks that {claim.quantity} is over")
+    if claim.quantity in SPEED_QUANTITIES:
+        _check_speed(where, claim, table)
+    elif "retention" not in claim.quantity and "averaging" in table:
+        raise ValueError(f"{where}: averaging has no effect on {claim.quantity}: drop it")
+
+
+def _check_speed(where: str, claim: Claim, table: Mapping[str, Any]) -> None:
+    for key in ("scope", "averaging"):
+        if key in table:
+            raise ValueError(f"{where}: {key} has no effect on a speedup: drop it")
+    if claim.expected == 0:
+        raise ValueError(f"{where}: a speedup of 0 cannot be claimed")
+    for key in ("batch_size", "num_devices", "workload"):
+        if getattr(claim.point, key) is None:
+            raise ValueError(f"{where}: point {claim.point.name!r} lacks {key}: a speedup holds at one only")
+    if claim.quantity == "speedup_throughput" and claim.point.workload == "fixed":
+        raise ValueError(f"{where}: on the fixed workload both arms make equally many tokens: claim speedup_time")
+
+
+def _check_parts(claim: Claim, claims: Sequence[Claim]) -> None:
+    where = f"claim {claim.name!r}"
+    by_name = {one.name: one for one in claims if one.quantity != "joint"}
+    for name in claim.parts:
+        if name not in by_name:
+            raise ValueError(f"{where}: no claim {name!r} to be part of it{did_you_mean(name, by_name)}")
+        for key in ("subject", "baseline", "point"):
+            if getattr(by_name[name], key) != getattr(claim, key):
+                raise ValueError(f"{where}: part {name!r} has another {key}: a joint claim holds at one point")
+    quantities = {by_name[name].quantity for name in claim.parts}
+    if claim.point.workload == "fixed" and quantities & {*TASK_QUANTITIES} and quantities & {*SPEED_QUANTITIES}:
+        raise ValueError(
+            f"{where}: the fixed workload goes on past the end of answers and says nothing of them: join its quality "
+            'with a speedup on workload "answer", or claim the two apart'
+        )

@@ -1,0 +1,205 @@
+"""Looks: every run towards a claim is counted, given or not, and decides at what level its verdict is made.
+
+A look is one run folder at the claim's point; launches of one command are one look, and so are runs of equal documents
+and equal scores, which show nothing new. A finished run to which rounds were added later is another look each time.
+Runs that lie beside the given ones count as well: what was measured is not unseen for being left out. A run with too
+few documents or prompts to support a claim is no look at it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from twotower_eval import store
+from twotower_eval.analyse import stats
+from twotower_eval.analyse.claims.match import (
+    Evidence,
+    cell_fits,
+    gather,
+    hardware_fits,
+    names_baseline,
+    num_documents,
+    quality_at,
+    speed_at,
+    tasks_fit,
+    workload_fits,
+)
+from twotower_eval.analyse.compare import QualityPoint, SpeedPoint
+from twotower_eval.analyse.compare.timing import tasks_of
+from twotower_eval.records import Cell, Claim, RunManifest, Score
+from twotower_eval.store import Run
+
+Scored = frozenset[tuple[object, ...]]  # every score of one run in a claim's scope, of both arms
+KEPT_MANIFESTS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looks:
+    """How often a claim was looked at, of which ``not_given`` are the runs beside those given, and what it may err."""
+
+    num: int
+    declared: int
+    not_given: tuple[str, ...] = ()
+
+    @property
+    def alpha(self) -> float | None:
+        """The one-sided error rate of this verdict; ``None`` where looking has used it up."""
+        return stats.look_alpha(max(self.num, 1), self.declared)
+
+    @property
+    def level(self) -> float:
+        """Of the two-sided interval whose ends are the verdict's bounds."""
+        return 1 - 2 * (stats.strictest_alpha() if self.alpha is None else self.alpha)
+
+
+def looks_at_speed(claim: Claim, evidence: Evidence, found: Sequence[SpeedPoint]) -> tuple[Looks, list[SpeedPoint]]:
+    """Runs that timed the claim's point, of which the first of ``found`` is judged; and the points of the others."""
+    telling = [point for point in found if point is found[0] or point.timed.fixed or point.num_calls >= stats.MIN_CALLS]
+    ids = {run_id for point in telling for run_id in point.run_ids}
+    num = sum(num_measurings(run) for run in evidence.runs if run.manifest.run_id in ids)
+    beside = _beside(evidence, lambda manifest: _times(claim, manifest), lambda run: _has_timed(claim, run))
+    looks = Looks(
+        num=num + sum(map(num_measurings, beside)),
+        declared=claim.looks,
+        not_given=tuple(run.manifest.run_id for run in beside),
+    )
+    return looks, [*found[1:], *(point for one in _each(beside) for point in speed_at(claim, one))]
+
+
+def looks_at_quality(
+    claim: Claim, evidence: Evidence, found: Sequence[QualityPoint]
+) -> tuple[Looks, list[QualityPoint]]:
+    """Runs that scored the claim's point like the first of ``found``, which is judged; and one point of each other."""
+    alike = [point for point in found if point.timed == found[0].timed]
+    runs = {run.manifest.run_id: run for run in evidence.runs}
+    apart: dict[Scored, QualityPoint] = {}
+    for point in alike:
+        apart.setdefault(scored_by(claim, runs[point.run_id], timed=point.timed), point)
+    others = [point for point in apart.values() if point.run_id != found[0].run_id and _is_telling(claim, point)]
+
+    def shows_more(run: Run) -> bool:
+        scored = scored_by(claim, run, timed=False)
+        return scored not in apart and len({(task, doc) for _, task, doc, *_ in scored}) >= stats.MIN_CLUSTERS
+
+    beside = [] if found[0].timed else _beside(evidence, lambda manifest: _scores(claim, manifest), shows_more)
+    apart_beside = {scored_by(claim, run, timed=False): run.manifest.run_id for run in beside}
+    looks = Looks(
+        num=1 + len({point.run_id for point in others}) + len(apart_beside),
+        declared=claim.looks,
+        not_given=tuple(sorted(apart_beside.values())),
+    )
+    unseen = [point for one in _each(beside) for point in quality_at(claim, one)]
+    return looks, [*others, *(point for point in unseen if not point.timed and _is_telling(claim, point))]
+
+
+def num_measurings(run: Run) -> int:
+    """How often a speed run was brought to its end with more rounds than before; one that never was counts once."""
+    num, last, is_new = 0, None, False
+    for event in run.events:
+        is_new |= event["kind"] == "launched"
+        if event["kind"] == "measured" and not event.get("num_missing"):
+            num += is_new or event.get("num_rounds") != last
+            last, is_new = event.get("num_rounds"), False
+    return max(num, 1)
+
+
+def scored_by(claim: Claim, run: Run, *, timed: bool) -> Scored:
+    """All that a run's scores say of a claim: equal ones are of the same documents, answered equally well."""
+    arms = {cell.id: cell.arm for cell in run.manifest.cells if _is_of(claim, cell, timed=timed)}
+    return frozenset(
+        (arms[row.cell], row.task, row.doc_id, row.doc_sha256, row.metric, row.filter, row.value, row.parts)
+        for row in run.scores
+        if row.cell in arms and _in_scope(claim, row)
+    )
+
+
+def _is_of(claim: Claim, cell: Cell, *, timed: bool) -> bool:
+    """Whether a cell is one of the claim's two arms, in its timed answers or in whole tasks."""
+    named = names_baseline(claim, cell.checkpoint) if cell.arm == "baseline" else cell_fits(claim, cell)
+    return named and (cell.workload.kind != "task") == timed
+
+
+def _in_scope(claim: Claim, row: Score) -> bool:
+    return row.task in claim.scope or row.group in claim.scope
+
+
+def _is_telling(claim: Claim, point: QualityPoint) -> bool:
+    """Whether a point has documents enough to support a claim."""
+    return num_documents(claim, point) >= stats.MIN_CLUSTERS
+
+
+def _times(claim: Claim, manifest: RunManifest) -> bool:
+    """Whether a run is meant to time a claim's point, on prompts enough to support it."""
+    point, num_prompts = claim.point, manifest.plan.get("num_prompts")
+    few = isinstance(num_prompts, int) and num_prompts // (point.batch_size or 1) < stats.MIN_CALLS
+    if manifest.verb != "speed" or (few and point.workload == "answer"):
+        return False
+    on_machine = hardware_fits(claim, [manifest.machine])
+    return on_machine and _has_both(claim, manifest, lambda cell: workload_fits(claim, cell.workload))
+
+
+def _scores(claim: Claim, manifest: RunManifest) -> bool:
+    """Whether a run is meant to score a claim's point."""
+    return manifest.verb == "run" and _has_both(claim, manifest, lambda cell: cell.workload.kind == "task")
+
+
+def _has_both(claim: Claim, manifest: RunManifest, fits: Callable[[Cell], bool]) -> bool:
+    """Whether a run has the claim's candidate, with a workload that fits, and its baseline."""
+    cells = manifest.cells
+    return any(cell.arm == "candidate" and cell_fits(claim, cell) and fits(cell) for cell in cells) and any(
+        cell.arm == "baseline" and names_baseline(claim, cell.checkpoint) for cell in cells
+    )
+
+
+def _has_timed(claim: Claim, run: Run) -> bool:
+    """Whether there was anything to see: a run that was stopped after a glance at the claim's tasks has shown it."""
+    prompts = [prompt.prompt_id for sample in run.speed if sample.phase != "probe" for prompt in sample.prompts]
+    return any(sample.phase == "measure" for sample in run.speed) and tasks_fit(claim, tasks_of(prompts))
+
+
+def _beside(evidence: Evidence, is_meant: Callable[[RunManifest], bool], shows: Callable[[Run], bool]) -> list[Run]:
+    """Runs in the folders that the given ones lie in, which are not given themselves and show something."""
+    given = {run.manifest.run_id for run in evidence.runs}
+    roots = sorted({run.path.resolve().parent for run in evidence.runs})
+    paths = {
+        manifest.run_id: path  # a copy of a run is not another one
+        for root in roots
+        for path, manifest in _manifests_in(root)
+        if manifest.run_id not in given and is_meant(manifest)
+    }
+    return [run for run in _loaded(paths.values()) if shows(run)]
+
+
+def _manifests_in(root: Path) -> Iterator[tuple[Path, RunManifest]]:
+    """Run folders directly under a folder; one whose manifest cannot be read is none."""
+    for file in sorted(root.glob(f"*/{store.MANIFEST}")):
+        try:
+            yield file.parent, _manifest_at(file.parent, file.stat().st_mtime_ns)
+        except ValueError:
+            continue
+
+
+@lru_cache(maxsize=KEPT_MANIFESTS)
+def _manifest_at(path: Path, _changed_ns: int) -> RunManifest:
+    """Read once for all claims: manifests never change."""
+    return store.read_manifest(path)
+
+
+def _each(runs: Iterable[Run]) -> Iterator[Evidence]:
+    """The points of every run by itself; of one that makes none, nothing: it must not stop what was given."""
+    for run in runs:
+        try:
+            yield gather([run])
+        except ValueError:
+            continue
+
+
+def _loaded(paths: Iterable[Path]) -> Iterator[Run]:
+    for path in paths:
+        try:
+            yield store.load(path)
+        except ValueError:  # what cannot be read has shown nothing that can be named
+            continue

@@ -1,0 +1,308 @@
+"""The evidence at a claim's own operating point: exactly there, never merely near it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from twotower_eval.analyse.claims.files import SCORE_QUANTITIES, SPEED_QUANTITIES
+from twotower_eval.analyse.compare import ArmsDifferError, PointKey, QualityPoint, Runs, SpeedPoint
+from twotower_eval.analyse.compare.alone import is_alone
+from twotower_eval.analyse.compare.contradiction import Contradiction
+from twotower_eval.analyse.compare.naming import checkpoint_name
+from twotower_eval.analyse.compare.points import OtherScore
+from twotower_eval.analyse.compare.quality import quality_points
+from twotower_eval.analyse.compare.timing import speed_points
+from twotower_eval.analyse.compare.wholes import WholeScore
+from twotower_eval.plan import CONTEXT_TOWER
+from twotower_eval.records import Arm, Cell, Checkpoint, Claim, Workload
+from twotower_eval.store import Run
+
+MIN_DIGEST = 8  # hex digits of a digest that name a checkpoint
+UNSTATED = (None, False, 0, 0.0)
+WITHOUT_EFFECT = ("trace",)  # keeps a record of decoding and changes nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Every run, the points of those that can be compared, and why others cannot (run id -> reason).
+
+    ``contradictions`` are of runs whose files do not agree with each other.
+    """
+
+    runs: tuple[Run, ...]
+    quality: tuple[QualityPoint, ...]
+    speed: tuple[SpeedPoint, ...]
+    differing: Mapping[str, str]
+    contradictions: Mapping[str, Sequence[Contradiction]] = field(default_factory=dict)
+
+    @property
+    def alone(self) -> list[str]:
+        """Models that were measured beside no other."""
+        cells = [cell for run in self.runs if is_alone(run) for cell in run.manifest.cells]
+        return sorted({checkpoint_name(cell.checkpoint) for cell in cells})
+
+
+def gather(runs: Sequence[Run]) -> Evidence:
+    """Points of all runs; a run whose arms were not given the same speaks for nothing, and is named.
+
+    Of ``Runs`` that a report has computed already nothing is computed again.
+    """
+    together = runs if isinstance(runs, Runs) else Runs(runs)
+    ordered = list(together)
+    try:
+        found = Evidence(runs=tuple(ordered), quality=together.quality, speed=together.speed, differing={})
+    except ArmsDifferError:
+        found = _apart(ordered)
+    return dataclasses.replace(found, contradictions=together.contradictions)
+
+
+def _apart(ordered: list[Run]) -> Evidence:
+    """Run by run, so that those which differ are found."""
+    differing: dict[str, str] = {}
+    quality: list[QualityPoint] = []
+    for run in ordered:
+        try:
+            quality += quality_points(run)
+        except ArmsDifferError as error:
+            differing[run.manifest.run_id] = str(error)
+    speed = _speed_of([run for run in ordered if run.manifest.run_id not in differing], differing)
+    return Evidence(runs=tuple(ordered), quality=_agreeing(quality, differing), speed=speed, differing=differing)
+
+
+def _speed_of(runs: Sequence[Run], differing: dict[str, str]) -> tuple[SpeedPoint, ...]:
+    """Speed of the runs that agree; the others are added to ``differing``."""
+    try:
+        return speed_points(runs)[0]
+    except ArmsDifferError as error:
+        found = {run.manifest.run_id: str(reason) for run in runs if (reason := _difference(run))}
+        # Each may agree with itself and not with what it is pooled with: then none can be trusted.
+        found = found or {run.manifest.run_id: str(error) for run in runs if run.speed}
+    differing.update(found)
+    return _speed_of([run for run in runs if run.manifest.run_id not in found], differing)
+
+
+def _difference(run: Run) -> ArmsDifferError | None:
+    try:
+        speed_points([run])
+    except ArmsDifferError as error:
+        return error
+    return None
+
+
+def _agreeing(points: Iterable[QualityPoint], differing: Mapping[str, str]) -> tuple[QualityPoint, ...]:
+    return tuple(point for point in points if point.run_id not in differing)
+
+
+def quality_at(claim: Claim, evidence: Evidence) -> list[QualityPoint]:
+    """Quality at the claim's decoder, with its whole scope: whole tasks before timed answers, then the most documents.
+
+    Among equals the first run comes first: a later one adds nothing to it.
+    """
+    found = [
+        point
+        for point in evidence.quality
+        if cell_fits(claim, point.candidate) and names_pair(claim, point.baseline.checkpoint, subject_of(point))
+        if set(claim.scope) <= {task.name for task in point.tasks} or own_score(claim, point) is not None
+        if claim.metric is None or own_score(claim, point) is not None or _is_headline(claim, point)
+    ]
+    return sorted(found, key=lambda point: (point.timed, -num_documents(claim, point), point.run_id))
+
+
+def num_documents(claim: Claim, point: QualityPoint) -> int:
+    """Documents of a point within a claim's scope, of a claim without one all."""
+    by_task = {task.name: task.num_documents for task in point.tasks}
+    others: list[OtherScore | WholeScore] = [*point.others, *point.wholes]
+    by_task |= {one.task: one.num_documents for one in others if one.task not in by_task}
+    return sum(num for name, num in by_task.items() if name in claim.scope or not claim.scope)
+
+
+def own_score(claim: Claim, point: QualityPoint) -> OtherScore | WholeScore | None:
+    """The score outside retention that a claim on one task is about: the one it names, or what stands for the task.
+
+    ``None`` where the claim is of what retention is made of, and where it does not say which of several is meant.
+    """
+    if claim.quantity not in SCORE_QUANTITIES or len(claim.scope) != 1 or _is_headline(claim, point):
+        return None
+    found = scores_of(point, claim.scope[0])
+    if claim.metric is not None:
+        found = [one for one in found if claim.metric in (one.metric, f"{one.metric},{one.filter}")]
+    chosen = [one for one in found if one.main] or found
+    return chosen[0] if len(chosen) == 1 else None
+
+
+def scores_of(point: QualityPoint, task: str) -> list[OtherScore | WholeScore]:
+    """Every score of a task outside retention."""
+    found: list[OtherScore | WholeScore] = [*point.wholes, *point.others]
+    return [one for one in found if one.task == task]
+
+
+def _is_headline(claim: Claim, point: QualityPoint) -> bool:
+    """Whether retention has the score that a claim on one task is about."""
+    here = [task for task in point.tasks if task.name == claim.scope[0]]
+    return any(claim.metric in (None, task.metric, f"{task.metric},{task.filter}") for task in here)
+
+
+def speed_at(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
+    """Speed at the claim's whole operating point, newest first."""
+    return [point for point in _decoded_so(claim, evidence) if timing_fits(claim, point)]
+
+
+def quality_near(claim: Claim, evidence: Evidence) -> list[QualityPoint]:
+    """Quality at the claim's decoder with a score of every task in scope, be it one that the claim can be of or not."""
+    anything = dataclasses.replace(claim, scope=(), metric=None)
+    return [
+        point
+        for point in quality_at(anything, evidence)
+        if all(scores_of(point, name) or any(task.name == name for task in point.tasks) for name in claim.scope)
+    ]
+
+
+def _decoded_so(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
+    """Speed of the claim's decoder, baseline and hardware, however it was timed; newest first."""
+    found = [
+        point
+        for point in evidence.speed
+        if cell_fits(claim, point.candidate) and names_pair(claim, point.baseline.checkpoint, subject_of(point))
+        if hardware_fits(claim, _machines(point, evidence))
+    ]
+    return sorted(found, key=lambda point: max(point.run_ids), reverse=True)
+
+
+def differing_at(claim: Claim, evidence: Evidence, verb: str) -> dict[str, str]:
+    """Runs of the verb with the claim's point in their plan whose arms were not given the same."""
+    return {
+        run.manifest.run_id: evidence.differing[run.manifest.run_id]
+        for run in evidence.runs
+        if run.manifest.run_id in evidence.differing and run.manifest.verb == verb
+        if any(cell.arm == "candidate" and cell_fits(claim, cell) for cell in run.manifest.cells)
+    }
+
+
+def at_point(claim: Claim, parts: Sequence[Claim], evidence: Evidence) -> tuple[QualityPoint | None, SpeedPoint | None]:
+    """Quality and speed at a claim's operating point, of the same weights: what its ``parts`` are judged by.
+
+    Where no part is about the one or the other, or not all tasks of its scope were measured, what there is at the
+    point; what the point leaves open of the timing is then free.
+    """
+    timed = [part for part in parts if part.quantity in SPEED_QUANTITIES]
+    quality = [point for part in parts if part not in timed for point in quality_at(part, evidence)]
+    anything = dataclasses.replace(claim, scope=(), metric=None)
+    quality += sorted(quality_at(anything, evidence), key=lambda point: (point.timed, -len(point.tasks)))
+    speed = [point for part in timed for point in speed_at(part, evidence)]
+    if not timed:
+        speed = sorted(_speed_near(claim, evidence), key=lambda point: (point.workload != "answer", point.batch_size))
+    kept = next(iter(quality), None)
+    faster = next((point for point in speed if kept is None or point.key == kept.key), None)
+    return kept, faster
+
+
+def _speed_near(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
+    """Speed of the claim's decoder, timed as its point says as far as it says anything; newest first."""
+    found = []
+    for point in _decoded_so(claim, evidence):
+        workload = point.candidate.workload
+        asked = (claim.point.batch_size, claim.point.num_devices, claim.point.workload)
+        pairs = zip(asked, (point.batch_size, workload.num_devices, point.workload), strict=True)
+        if all(wanted in (None, there) for wanted, there in pairs) and tasks_fit(claim, point.tasks):
+            found.append(point)
+    return found
+
+
+def same_point(quality: Iterable[QualityPoint], key: PointKey) -> list[QualityPoint]:
+    """Quality of the very weights and decoder of another point."""
+    return [point for point in quality if point.key == key]
+
+
+def names_subject(claim: Claim, checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is the one that the claim is about."""
+    return _names(claim.subject, checkpoint)
+
+
+def has_subject(claim: Claim, run: Run) -> bool:
+    """Whether the claim's model is a candidate in a run."""
+    return any(cell.arm == "candidate" and names_subject(claim, cell.checkpoint) for cell in run.manifest.cells)
+
+
+def names_baseline(claim: Claim, checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is the claim's baseline; ``context-tower`` is the subject's own context tower."""
+    if claim.baseline == CONTEXT_TOWER:
+        return checkpoint.tower == "context"
+    return _names(claim.baseline, checkpoint)
+
+
+def names_pair(claim: Claim, baseline: Checkpoint, candidate: Checkpoint) -> bool:
+    """Whether a claim is about these two; a pair's own context tower comes from the pair's own folder."""
+    own = claim.baseline != CONTEXT_TOWER or baseline.source == candidate.source
+    return own and names_subject(claim, candidate) and names_baseline(claim, baseline)
+
+
+def is_about(claim: Claim, runs: Iterable[Run]) -> bool:
+    """Whether some run has the claim's two models; of models measured beside no other, whether one is its subject."""
+    for run in runs:
+        arms: dict[Arm, list[Checkpoint]] = {"baseline": [], "candidate": []}
+        for cell in run.manifest.cells:
+            arms[cell.arm].append(cell.checkpoint)
+        alone = is_alone(run) or not arms["baseline"]
+        if any(names_pair(claim, one, other) for one in arms["baseline"] for other in arms["candidate"]):
+            return True
+        if alone and any(names_subject(claim, one) for one in arms["candidate"]):
+            return True
+    return False
+
+
+def _names(name: str, checkpoint: Checkpoint) -> bool:
+    digests = (checkpoint.digest, checkpoint.identity)
+    by_digest = len(name) >= MIN_DIGEST and any(digest.startswith(name.lower()) for digest in digests)
+    return by_digest or name in (checkpoint.name, checkpoint_name(checkpoint))
+
+
+def cell_fits(claim: Claim, cell: Cell) -> bool:
+    wanted, decoder = claim.point.decoder, cell.decoder
+    if not names_subject(claim, cell.checkpoint) or decoder.kind != wanted.kind:
+        return False
+    if claim.point.dtype not in (None, cell.checkpoint.dtype):
+        return False
+    if any(name not in decoder.params or decoder.params[name] != value for name, value in wanted.params.items()):
+        return False
+    rest = {name: value for name, value in decoder.params.items() if name not in wanted.params}
+    return all(value in UNSTATED for name, value in rest.items() if name not in WITHOUT_EFFECT)
+
+
+def timing_fits(claim: Claim, point: SpeedPoint) -> bool:
+    """Whether a point was timed as the claim says: its batch, its devices, its workload and, if it says them, tasks."""
+    return workload_fits(claim, point.candidate.workload) and tasks_fit(claim, point.tasks)
+
+
+def workload_fits(claim: Claim, workload: Workload) -> bool:
+    asked = (claim.point.batch_size, claim.point.num_devices, claim.point.workload)
+    return asked == (workload.batch_size, workload.num_devices, workload.kind)
+
+
+def tasks_fit(claim: Claim, timed_tasks: Iterable[str]) -> bool:
+    return not claim.point.timed_tasks or set(claim.point.timed_tasks) == set(timed_tasks)
+
+
+def _machines(point: SpeedPoint, evidence: Evidence) -> list[Mapping[str, Any]]:
+    return [run.manifest.machine for run in evidence.runs if run.manifest.run_id in point.run_ids]
+
+
+def hardware_fits(claim: Claim, machines: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether every device of these machines is the claim's, if it says any."""
+    if claim.point.hardware is None:
+        return True
+    described = [str(device.get("name", device)) for machine in machines for device in machine.get("devices", [])]
+    return bool(described) and all(claim.point.hardware.lower() in text.lower() for text in described)
+
+
+def measured_points(claim: Claim, evidence: Evidence) -> int:
+    """Different operating points (decoder settings) of the claim's subject in all runs."""
+    points: list[QualityPoint | SpeedPoint] = [*evidence.quality, *evidence.speed]
+    return len({point.key for point in points if names_subject(claim, subject_of(point))})
+
+
+def subject_of(point: QualityPoint | SpeedPoint) -> Checkpoint:
+    """The candidate's weights."""
+    return point.candidate.checkpoint

@@ -1,0 +1,166 @@
+"""Verdicts and audits as plain lines of text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from math import isclose
+
+from twotower_eval.analyse import stats
+from twotower_eval.analyse.claims.audit import Finding
+from twotower_eval.analyse.claims.judge import EXIT_CODES, said
+from twotower_eval.analyse.claims.reasons import look_text, unit_of
+from twotower_eval.analyse.claims.terms import terms_text
+from twotower_eval.analyse.compare.gates import SAID_WITH_SPEED
+from twotower_eval.analyse.compare.numbers import high_retention_text, interval
+from twotower_eval.records import Claim, Estimate, Verdict
+
+
+def verdict_lines(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> list[str]:
+    """One line for each verdict, then one that counts them."""
+    by_name = {claim.name: claim for claim in claims}
+    metrics = {verdict.claim: verdict.metric for verdict in verdicts}
+    width = max((len(verdict.claim) for verdict in verdicts), default=0)
+    widest = max([12, *(len(said(verdict)) for verdict in verdicts)])
+    lines = []
+    for verdict in verdicts:
+        shown = estimate_text(by_name[verdict.claim], verdict.estimate, verdict.metric)
+        words = [f"{said(verdict):{widest}}", f"{verdict.claim:{width}}", f"{shown} {verdict.reason}".strip()]
+        remarks = scope_text(verdict) + retention_text(verdict) + unchecked_text(verdict)
+        remarks += chance_text(by_name[verdict.claim], verdict)
+        remarks += f"; claimed: {terms_text(by_name[verdict.claim], metrics, claims)}" + looks_text(
+            by_name[verdict.claim], verdict
+        )
+        lines.append("  ".join(words) + remarks)
+    return [*lines, count_line(verdicts)]
+
+
+def estimate_text(claim: Claim, estimate: Estimate | None, metric: str | None = None) -> str:
+    """``98.9 % [98.2, 99.6]:`` or ``2.41x [2.30, 2.53]:``; no bounds of what is known; nothing without an estimate.
+
+    With ``metric``, that of a score outside retention, ``word_perplexity 33.2710 [29.1305, 37.9923]:``.
+    """
+    if estimate is None:
+        return ""
+    unit, named = unit_of(claim.quantity, metric), "" if metric is None else f"{metric} "
+    known = estimate.method == stats.EQUAL
+    return f"{named}{unit.text(estimate.value) if known else interval(unit, estimate)}:"
+
+
+def scope_text(verdict: Verdict) -> str:
+    """How a verdict that holds in its own launches alone comes to hold in any; nothing elsewhere."""
+    if verdict.scope is None:
+        return ""
+    return f"; for a verdict that is not only {verdict.scope}: `twotower-eval speed --launches {stats.MIN_LAUNCHES}`"
+
+
+def retention_text(verdict: Verdict) -> str:
+    """A warning where the candidate scores far better than its baseline; nothing elsewhere."""
+    if verdict.high_retention is None:
+        return ""
+    return f"; WARNING: {high_retention_text(verdict.high_retention)}"
+
+
+def unchecked_text(verdict: Verdict) -> str:
+    """What a SUPPORTED speedup takes on trust: the gates that matter for it and could not be checked."""
+    unchecked = [gate for gate in verdict.gates if gate.outcome == "not_checked" and gate.kind in SAID_WITH_SPEED]
+    if verdict.outcome != "SUPPORTED" or not unchecked:
+        return ""
+    return f"; not checked: {'; '.join(dict.fromkeys(f'{gate.name} ({gate.detail})' for gate in unchecked))}"
+
+
+def chance_text(claim: Claim, verdict: Verdict) -> str:
+    """What is measured without the tasks whose baseline is not clearly above chance; nothing where all are."""
+    if not verdict.near_chance or verdict.above_chance is None:
+        return ""
+    shown = estimate_text(claim, verdict.above_chance).rstrip(":")
+    return f"; without {', '.join(verdict.near_chance)}, whose baseline is not clearly above chance: {shown}"
+
+
+def looks_text(claim: Claim, verdict: Verdict) -> str:
+    """Among how many points and looks this was chosen, and what looking has cost; nothing where there was no choice."""
+    looks = [f"one of {verdict.num_points} operating points"] if verdict.num_points > 1 and verdict.num_looks else []
+    looks += look_remarks(claim, verdict)
+    return f" ({'; '.join(looks)})" if looks else ""
+
+
+def look_remarks(claim: Claim, verdict: Verdict) -> list[str]:
+    """What looking has cost, what was left out, and what a further look would cost; nothing of one that decides."""
+    return [
+        *([price_text(claim, verdict)] if has_price(verdict) else []),
+        *([not_given_text(verdict)] if verdict.not_given else []),
+        *([next_text(claim, verdict)] if verdict.outcome == "INCONCLUSIVE" and verdict.estimate else []),
+    ]
+
+
+def next_text(claim: Claim, verdict: Verdict) -> str:
+    """What a further look would cost whoever is told that more evidence would decide."""
+    alpha = stats.look_alpha(verdict.num_looks + 1, claim.looks)
+    return "a further look can decide nothing" if alpha is None else f"a further look is judged at {_level(1 - alpha)}"
+
+
+def _level(level: float) -> str:
+    return f"{100 * level:.4g} %"
+
+
+def has_price(verdict: Verdict) -> bool:
+    """Whether a verdict is judged at another level than that of a single look."""
+    return not isclose(verdict.level, 1 - stats.ALPHA)
+
+
+def price_text(claim: Claim, verdict: Verdict) -> str:
+    """``second look, one was declared: bounds are one-sided 99.5 %``; of a joint claim the strictest of its parts."""
+    looked = look_text(verdict.num_looks, None if claim.parts else claim.looks)
+    return f"{looked}: bounds are one-sided {_level(verdict.level)}"
+
+
+def not_given_text(verdict: Verdict) -> str:
+    """Runs of the point that the verdict was made without."""
+    num = len(verdict.not_given)
+    lie = "run of this point lies" if num == 1 else "runs of this point lie"
+    were = "was" if num == 1 else "were"
+    return f"{num} more {lie} beside and {were} not given: {', '.join(verdict.not_given)}"
+
+
+def count_line(verdicts: Sequence[Verdict]) -> str:
+    """``3 claims: 1 REFUTED, 2 SUPPORTED in this launch``, in the order that decides the exit code."""
+    ordered = sorted(verdicts, key=lambda verdict: list(EXIT_CODES).index(verdict.outcome))
+    counts = [f"{number} {outcome}" for outcome, number in Counter(map(said, ordered)).items()]
+    noun = "claim" if len(verdicts) == 1 else "claims"
+    levels = {verdict.level for verdict in verdicts if verdict.estimate}
+    bounds = f"; {bounds_text(levels)}" if levels else ""
+    return f"{len(verdicts)} {noun}: {', '.join(counts) or 'none judged'}{bounds}"
+
+
+def bounds_text(levels: Iterable[float]) -> str:
+    """What brackets hold, at the level or levels of the verdicts beside them."""
+    shown = [_level(level) for level in sorted(set(levels))]
+    return (
+        f"brackets hold one-sided {shown[0]} bounds"
+        if len(shown) == 1
+        else (f"brackets hold one-sided bounds, at {shown[0]} where no other level is named")
+    )
+
+
+def strict_line(verdicts: Sequence[Verdict]) -> str:
+    """What a strict check counts otherwise than it is printed; empty where there is nothing of the kind."""
+    supported = [verdict for verdict in verdicts if verdict.outcome == "SUPPORTED"]
+    few = sum(verdict.scope is not None for verdict in supported)
+    without = sum(bool(verdict.not_given) for verdict in supported)
+    lines = [
+        f"{few} SUPPORTED in fewer than {stats.MIN_LAUNCHES} launches {'is' if few == 1 else 'are'} counted as "
+        f"inconclusive; `twotower-eval speed --launches {stats.MIN_LAUNCHES}` measures how launches differ"
+    ] * (few > 0)
+    leave, them = ("verdict leaves", "it") if without == 1 else ("verdicts leave", "them")
+    lines += [
+        f"{without} SUPPORTED {leave} out runs of the same point in this results folder; strict counts {them} as "
+        "inconclusive; give all runs of the point"
+    ] * (without > 0)
+    return f"strict: {'; '.join(lines)}" if lines else ""
+
+
+def audit_lines(findings: Sequence[Finding]) -> list[str]:
+    """One line for each finding, then one that counts those that contradict."""
+    lines = [f"{finding.kind:11}  {finding.text}" for finding in findings]
+    wrong = sum(finding.kind == "CONTRADICTS" for finding in findings)
+    return [*lines, f"{len(findings)} findings, {wrong} of them contradict what is published"]

@@ -1,0 +1,287 @@
+"""Whether answers to one prompt are one answer: from round to round of timing, and timed as they were scored.
+
+A decoder that draws nothing gives the same tokens in the same passes whenever it is asked, and by whoever. One that
+does not was timed on other work than what was scored, or remembers what it did. Rounding may turn an argmax whose two
+largest logits lie as near as rounding itself: in full precision that is too rare to be met, in half precision it is
+not, so there the share of answers that differ counts, and what they do to the scores.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from twotower_eval.analyse.compare.clean import paired_difference
+from twotower_eval.analyse.compare.measured import Measured, measured
+from twotower_eval.analyse.compare.points import QualityPoint, cells_of
+from twotower_eval.analyse.compare.timing import SpeedPoint
+from twotower_eval.records import (
+    CONFIG_FILES,
+    HALF_PRECISION,
+    Arm,
+    Cell,
+    Generation,
+    GenerationRow,
+    PromptTiming,
+    Score,
+)
+from twotower_eval.store import Run
+
+Document = tuple[str, int, int]  # task, number, request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Differing:
+    """A prompt, by its id in timed calls, whose answers differ; ``position`` is the first token that does.
+
+    ``None`` where the tokens were not kept but their hashes alone, and where only the passes differ (``same_tokens``).
+    """
+
+    prompt_id: str
+    position: int | None
+    same_tokens: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherLength:
+    """A prompt of one text that was read as so many tokens and as so many others."""
+
+    prompt_id: str
+    num_tokens: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """One arm's answers held against each other. ``reason`` says why there were none to compare.
+
+    ``other_prompts`` were timed on another text than they were scored on, ``other_lengths`` on the same text in other
+    tokens; neither is compared. ``effect`` is the mean of the timed scores minus that of the others on the same
+    documents, ``None`` where no answer differs. ``work`` is the share of the passes behind scored answers that their
+    equals took when timed.
+    """
+
+    arm: Arm
+    dtype: str
+    num_compared: int
+    differing: tuple[Differing, ...] = ()
+    other_prompts: tuple[str, ...] = ()
+    other_lengths: tuple[OtherLength, ...] = ()
+    effect: Measured | None = None
+    work: float | None = None
+    reason: str | None = None
+
+    @property
+    def share(self) -> float:
+        """Share of the prompts compared whose answers differ."""
+        return len(self.differing) / self.num_compared if self.num_compared else 0.0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the arithmetic is too fine for rounding to be met in tokens."""
+        return self.dtype not in HALF_PRECISION
+
+
+def draws(cell: Cell) -> bool:
+    """Whether a decoder draws its tokens, so that no two answers need be equal."""
+    temperature = cell.decoder.params.get("temperature")
+    return isinstance(temperature, (int, float)) and temperature > 0
+
+
+# From round to round
+
+
+def from_round_to_round(runs: Sequence[Run], point: SpeedPoint) -> tuple[Agreement, ...]:
+    """Either arm's answers over all rounds, with warm-ups and the baseline's second copy."""
+    own = [run for run in runs if run.manifest.run_id in point.run_ids]
+    return tuple(_rounds(own, cell) for cell in (point.baseline, point.candidate))
+
+
+def _rounds(runs: Sequence[Run], cell: Cell) -> Agreement:
+    if draws(cell):
+        return _nothing(cell, "its answers are drawn at random")
+    timings: dict[tuple[str, str], list[PromptTiming]] = defaultdict(list)
+    for sample in (sample for run in runs for sample in run.speed_of({cell.id})):
+        of = sample.launch_id if sample.phase == "probe" else ""  # every launch makes up new prompts of its own
+        for prompt in sample.prompts:
+            timings[of, prompt.prompt_id].append(prompt)
+    again = {key: found for key, found in timings.items() if len(found) > 1}
+    if not again:
+        return _nothing(cell, "no prompt was timed twice")
+    places: dict[str, int] = {}
+    for document, rows in _kept(runs, {cell.id}).items():
+        places |= _first_place(_prompt_id(document), rows[0].generation, rows[1:])
+    differing = []
+    for (_, prompt_id), found in sorted(again.items()):
+        same_tokens = len({one.tokens_sha256 for one in found}) == 1 and prompt_id not in places
+        passes = {(one.num_context_forwards, one.num_denoiser_forwards) for one in found}
+        if not same_tokens or len(passes) > 1:
+            place = places.get(prompt_id)
+            differing.append(Differing(prompt_id=prompt_id, position=place, same_tokens=same_tokens))
+    return _agreement(cell, num_compared=len(again), differing=differing)
+
+
+# Timed as scored
+
+
+def timed_as_scored(
+    runs: Sequence[Run], quality: QualityPoint, speed: SpeedPoint, unlike: Collection[str] = ()
+) -> tuple[Agreement, ...]:
+    """Either arm's timed answers against those that were scored. ``unlike`` are tasks whose budgets differ."""
+    by_id = {run.manifest.run_id: run for run in runs}
+    scored, timed = by_id[quality.run_id], [by_id[run_id] for run_id in speed.run_ids]
+    arms = zip(cells_of(scored, quality), (speed.baseline, speed.candidate), strict=True)
+    return tuple(_as_scored(scored, ids, timed, cell, unlike) for ids, cell in arms)
+
+
+def _as_scored(scored: Run, ids: set[str], timed: Sequence[Run], cell: Cell, unlike: Collection[str]) -> Agreement:
+    known = {document: rows for document, rows in _kept([scored], ids).items() if document[0] not in unlike}
+    mine = {document: rows for document, rows in _kept(timed, {cell.id}).items() if document in known}
+    if draws(cell):
+        found = _nothing(cell, "its answers are drawn at random")
+        return replace(found, effect=_effect(scored, ids, timed, cell)) if mine else found
+    others, lengths = _other_prompts(scored, ids, known, mine)
+    left_out = {*others, *(one.prompt_id for one in lengths)}
+    compared = {document: rows for document, rows in mine.items() if _prompt_id(document) not in left_out}
+    places: dict[str, int] = {}
+    for document, rows in sorted(compared.items()):
+        places |= _first_place(_prompt_id(document), known[document][0].generation, rows)
+    found = _agreement(
+        cell,
+        num_compared=len(compared),
+        differing=[Differing(prompt_id=prompt_id, position=place) for prompt_id, place in places.items()],
+    )
+    return replace(
+        found,
+        other_prompts=tuple(others),
+        other_lengths=tuple(lengths),
+        effect=_effect(scored, ids, timed, cell) if places else None,
+        work=_work(
+            known, {document: rows for document, rows in compared.items() if _prompt_id(document) not in places}
+        ),
+        reason=None if compared else "no document was both timed and scored",
+    )
+
+
+Kept = Mapping[Document, Sequence[GenerationRow]]
+
+
+def _other_prompts(scored: Run, ids: set[str], known: Kept, mine: Kept) -> tuple[list[str], list[OtherLength]]:
+    """Documents that were not asked the same, and those that were in other tokens."""
+    hashes: dict[tuple[str, int], set[str]] = defaultdict(set)  # request by request, and of all requests together
+    rows: list[GenerationRow | Score] = [*scored.generations_of(ids), *scored.scores_of(ids)]
+    for row in rows:
+        hashes[row.task, row.doc_id].add(row.prompt_sha256)
+    others, lengths = [], []
+    for document, timed in sorted(mine.items()):
+        length = known[document][0].generation.num_prompt_tokens
+        unlike = [row.generation.num_prompt_tokens for row in timed if row.generation.num_prompt_tokens != length]
+        if not {row.prompt_sha256 for row in timed} <= hashes[document[:2]]:
+            others.append(_prompt_id(document))
+        elif unlike:
+            lengths.append(OtherLength(prompt_id=_prompt_id(document), num_tokens=(length, unlike[0])))
+    return others, lengths
+
+
+def _work(known: Kept, equals: Kept) -> float | None:
+    """Passes of timed answers over those of the scored ones, on documents with the same tokens."""
+    scored = sum(_passes(known[document][0].generation) for document in equals)
+    timed = sum(_passes(rows[0].generation) for rows in equals.values())
+    return timed / scored if scored else None
+
+
+def _passes(generation: Generation) -> int:
+    return generation.num_context_forwards + generation.num_denoiser_forwards
+
+
+def _effect(scored: Run, ids: set[str], timed: Sequence[Run], cell: Cell) -> Measured:
+    """Timed scores minus the others, on every document that has both."""
+    known, mine = _headline_scores([scored], ids), _headline_scores(timed, {cell.id})
+    both = sorted(known.keys() & mine.keys())
+    if not both:
+        return Measured(estimate=None, reason="no timed answer was scored")
+    before, now = ([float(scores[key].value or 0) for key in both] for scores in (known, mine))
+    return measured(lambda: paired_difference(before, now, [known[key].cluster_id for key in both]))
+
+
+def _headline_scores(runs: Iterable[Run], cells: Collection[str]) -> dict[tuple[str, int, str, str], Score]:
+    return {
+        (score.task, score.doc_id, score.metric, score.filter): score
+        for score in (score for run in runs for score in run.scores_of(cells))
+        if score.headline and score.value is not None
+    }
+
+
+# Between the arms
+
+
+def unlike_prompts(runs: Sequence[Run], point: QualityPoint | SpeedPoint) -> tuple[OtherLength, ...]:
+    """Prompts that the arms, of one tokenizer, read as different numbers of tokens; nothing where they have two."""
+    if not _one_tokenizer(point.baseline, point.candidate):
+        return ()
+    if isinstance(point, SpeedPoint):
+        own = [run for run in runs if run.manifest.run_id in point.run_ids]
+        lengths = [_timed_lengths(own, cell.id) for cell in (point.baseline, point.candidate)]
+    else:
+        [run] = [run for run in runs if run.manifest.run_id == point.run_id]
+        lengths = [_scored_lengths(run, ids) for ids in cells_of(run, point)]
+    one, other = lengths
+    unlike = [prompt_id for prompt_id in sorted(one.keys() & other.keys()) if one[prompt_id] != other[prompt_id]]
+    return tuple(OtherLength(prompt_id=p, num_tokens=(one[p], other[p])) for p in unlike)
+
+
+def _one_tokenizer(baseline: Cell, candidate: Cell) -> bool:
+    """Whether both arms read texts with the same files; checkpoints of older runs name none."""
+    one, other = (
+        {file for file in cell.checkpoint.files if file.name not in CONFIG_FILES} for cell in (baseline, candidate)
+    )
+    return one == other if one or other else baseline.checkpoint.tower == "context"
+
+
+def _timed_lengths(runs: Sequence[Run], cell: str) -> dict[str, int]:
+    samples = (sample for run in runs for sample in run.speed_of({cell}))
+    return {prompt.prompt_id: prompt.num_prompt_tokens for sample in samples for prompt in sample.prompts}
+
+
+def _scored_lengths(run: Run, cells: Collection[str]) -> dict[str, int]:
+    return {_prompt_id(key): rows[0].generation.num_prompt_tokens for key, rows in _kept([run], cells).items()}
+
+
+# All
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """Where two answers part, from 0 on; the length of the shorter one where it begins the other."""
+    if one == other:
+        return None
+    for position, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return position
+    return min(len(one), len(other)) if len(one) != len(other) else None
+
+
+def _first_place(prompt_id: str, known: Generation, rows: Iterable[GenerationRow]) -> dict[str, int]:
+    """The first token in which any of the answers differs, by prompt; nothing where none does."""
+    places = [first_difference(known.token_ids, row.generation.token_ids) for row in rows]
+    found = [place for place in places if place is not None]
+    return {prompt_id: min(found)} if found else {}
+
+
+def _kept(runs: Iterable[Run], cells: Collection[str]) -> dict[Document, list[GenerationRow]]:
+    """Generations by document, in the order of their samples or rounds."""
+    found: dict[Document, list[GenerationRow]] = defaultdict(list)
+    for row in (row for run in runs for row in run.generations_of(cells)):
+        found[row.task, row.doc_id, row.request_index].append(row)
+    return {document: sorted(rows, key=lambda row: row.repeat) for document, rows in found.items()}
+
+
+def _prompt_id(document: Document) -> str:
+    return f"{document[0]}/{document[1]}"
+
+
+def _agreement(cell: Cell, *, num_compared: int, differing: Sequence[Differing]) -> Agreement:
+    return Agreement(arm=cell.arm, dtype=cell.checkpoint.dtype, num_compared=num_compared, differing=tuple(differing))
+
+
+def _nothing(cell: Cell, reason: str) -> Agreement:
+    return Agreement(arm=cell.arm, dtype=cell.checkpoint.dtype, num_compared=0, reason=reason)

@@ -1,0 +1,213 @@
+"""Figures on clean outputs: how many outputs of each arm are degenerate, and what remains without them.
+
+*Conditional, diagnostic only*: verdicts rest on all outputs. Dropping pairs by what the outputs look like conditions
+on the very thing that is compared, so a figure here explains another one and never replaces it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from twotower_eval.analyse import stats
+from twotower_eval.analyse.compare.degenerate import FLAG_NAMES, Flags, flags
+from twotower_eval.analyse.compare.measured import Measured, measured
+from twotower_eval.records import Estimate, GenerationRow
+
+OutputKey = tuple[str, str, int, int]  # run, task, document, sample (of timed answers: the round)
+Document = tuple[str, int]  # task, document
+Outputs = Mapping[OutputKey, Flags]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flagged:
+    """Share of each arm's outputs that are degenerate, over the outputs that both arms gave.
+
+    ``difference`` is candidate minus baseline, paired; ``by_flag`` counts outputs, (baseline, candidate). An output
+    may raise several flags.
+    """
+
+    num_outputs: int
+    baseline: float | None
+    candidate: float | None
+    difference: Measured
+    by_flag: Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanTask:
+    """One task's scores over the documents on which neither arm is flagged."""
+
+    name: str
+    num_documents: int
+    baseline: float
+    candidate: float
+    retention: Measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanQuality:
+    """Retention over documents on which neither arm is flagged: conditional, diagnostic only.
+
+    ``dropped_baseline`` and ``dropped_candidate`` are the shares of documents that each arm's flags drop.
+    """
+
+    headline: Measured
+    tasks: tuple[CleanTask, ...]
+    num_documents: int
+    dropped_baseline: float
+    dropped_candidate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanSpeed:
+    """Speedups over calls in which no output of either arm is flagged: conditional, diagnostic only.
+
+    ``dropped_baseline`` and ``dropped_candidate`` are the shares of calls that each arm's flags drop, ``None`` where
+    the texts are not known.
+    """
+
+    time: Measured
+    throughput: Measured
+    num_calls: int
+    dropped_baseline: float | None
+    dropped_candidate: float | None
+
+
+def outputs(run_id: str, rows: Iterable[GenerationRow], cells: Collection[str]) -> dict[OutputKey, Flags]:
+    """Flags of every output that the cells gave in a run; of several requests for one document, of all together."""
+    found: dict[OutputKey, list[Flags]] = defaultdict(list)
+    for row in rows:
+        if row.cell in cells:
+            found[run_id, row.task, row.doc_id, row.repeat].append(flags(row.generation))
+    return {key: max(several, key=lambda one: len(one.names)) for key, several in found.items()}
+
+
+def flagged_documents(found: Outputs) -> set[Document]:
+    """Documents with a degenerate output in any sample: a score is a mean over samples and cannot be parted."""
+    return {(task, doc_id) for (_, task, doc_id, _), flag in found.items() if flag.degenerate}
+
+
+def flagged(baseline: Outputs, candidate: Outputs, clusters: Mapping[Document, str] | None = None) -> Flagged:
+    """Shares of degenerate outputs, paired by document and sample; without ``clusters`` a document is its own."""
+    keys = sorted(baseline.keys() & candidate.keys())
+    pairs = [(baseline[key], candidate[key]) for key in keys]
+    names = [(clusters or {}).get((task, doc_id), f"{task}/{doc_id}") for _, task, doc_id, _ in keys]
+    by_arm = [np.array([pair[arm].degenerate for pair in pairs], dtype=float) for arm in (0, 1)]
+    counted = [Counter(name for pair in pairs for name in pair[arm].names) for arm in (0, 1)]
+    return Flagged(
+        num_outputs=len(keys),
+        baseline=float(by_arm[0].mean()) if keys else None,
+        candidate=float(by_arm[1].mean()) if keys else None,
+        difference=measured(lambda: paired_difference(by_arm[0].tolist(), by_arm[1].tolist(), names)),
+        by_flag={name: (counted[0][name], counted[1][name]) for name in FLAG_NAMES},
+    )
+
+
+def paired_difference(baseline: list[float], candidate: list[float], clusters: list[str]) -> Estimate:
+    """Mean of the second values minus that of the first, of the same outputs; ValueError without outputs.
+
+    Where fewer than 5 clusters differ, each side is bounded by the binomial tail of the clusters that moved that way,
+    each counted with the weight of the largest: on the safe side, exact where clusters are equal.
+    """
+    if not clusters:
+        raise ValueError("no output of both arms was kept, so that none can be looked at")
+    same = ["outputs"] * len(clusters)
+    table = stats.PairedScores(tasks=same, groups=same, clusters=clusters, baseline=baseline, candidate=candidate).table
+    if stats.num_discordant(table)[0] >= stats.FEW:  # else an exact bound, as for retention
+        return stats.difference(table, stats.draw_task_means(table))
+    delta_C, size_C = (table.candidate_CL - table.baseline_CL)[:, 0], table.count_CL[:, 0]
+    n, largest = len(size_C), float(size_C.max() * len(size_C) / size_C.sum())
+    less, more = int((delta_C < 0).sum()), int((delta_C > 0).sum())
+    low, high = (min(1.0, largest * stats.binomial_upper_bound(k, n, (1 - stats.LEVEL) / 2)) for k in (less, more))
+    return Estimate(
+        value=float(delta_C.sum() / size_C.sum()),
+        low=-low,
+        high=high,
+        level=stats.LEVEL,
+        n=n,
+        method=f"exact binomial bound, {less + more} of {n} clusters differ",
+    )
+
+
+def clean_quality(
+    scores: stats.PairedScores, documents: list[Document], dropped: tuple[set[Document], ...]
+) -> CleanQuality:
+    """Headline and tasks without the documents that either arm's flags drop; ``documents`` names each score's own."""
+    kept = [i for i, document in enumerate(documents) if not any(document in drop for drop in dropped)]
+    shares = [sum(document in drop for document in documents) / max(1, len(documents)) for drop in dropped]
+    tasks: tuple[CleanTask, ...] = ()
+    headline = Measured(estimate=None, reason="no document on which neither arm is flagged")
+    if kept:
+        table = subset(scores, kept).table
+        draws = stats.draw_task_means(table)
+        headline = measured(lambda: stats.retention(table, draws))
+        tasks = tuple(_clean_task(table, draws, name) for name in table.tasks)
+        missing = sorted(set(scores.groups) - set(table.tasks))
+        if missing:
+            headline = Measured(estimate=None, reason=f"nothing clean is left of {', '.join(missing)}")
+    return CleanQuality(
+        headline=headline,
+        tasks=tasks,
+        num_documents=len(kept),
+        dropped_baseline=shares[0],
+        dropped_candidate=shares[1],
+    )
+
+
+def _clean_task(table: stats.ScoreTable, draws: stats.Draws, name: str) -> CleanTask:
+    k, weights_K = table.tasks.index(name), table.weights_K([name])
+    here_L = table.task_of_leaf_L == k
+    return CleanTask(
+        name=name,
+        num_documents=int(table.count_CL[:, here_L].sum()),
+        baseline=float(table.task_means_K(table.baseline_CL)[k]),
+        candidate=float(table.task_means_K(table.candidate_CL)[k]),
+        retention=measured(lambda: stats.retention(table, draws, weights_K)),
+    )
+
+
+def subset(scores: stats.PairedScores, kept: list[int]) -> stats.PairedScores:
+    """The scores at these places."""
+    return stats.PairedScores(
+        tasks=[scores.tasks[i] for i in kept],
+        groups=[scores.groups[i] for i in kept],
+        clusters=[scores.clusters[i] for i in kept],
+        baseline=[scores.baseline[i] for i in kept],
+        candidate=[scores.candidate[i] for i in kept],
+        chance=[scores.chance[i] for i in kept] if scores.chance else (),
+        by_size=scores.by_size,
+    )
+
+
+def clean_speed(timed: stats.TimedCalls, dropped: tuple[list[bool], list[bool]] | None) -> CleanSpeed:
+    """Speedups without the calls that either arm's flags drop, one truth value per call and arm.
+
+    ``dropped`` is ``None`` where the outputs were not kept.
+    """
+    if dropped is None:
+        none = Measured(estimate=None, reason="the outputs of this workload are not kept")
+        return CleanSpeed(time=none, throughput=none, num_calls=0, dropped_baseline=None, dropped_candidate=None)
+    kept_P = ~(np.array(dropped[0]) | np.array(dropped[1]))
+    shares = [float(np.mean(drop)) for drop in dropped]
+    time = throughput = Measured(estimate=None, reason="no call without a flagged output")
+    if kept_P.any():
+        part = replace(
+            timed,
+            baseline_s=timed.baseline_s[:, kept_P],
+            candidate_s=timed.candidate_s[:, kept_P],
+            baseline_tokens=timed.baseline_tokens[:, kept_P],
+            candidate_tokens=timed.candidate_tokens[:, kept_P],
+        )
+        time = measured(lambda: stats.speedup(part))
+        throughput = measured(lambda: stats.speedup(part, "throughput"))
+    return CleanSpeed(
+        time=time,
+        throughput=throughput,
+        num_calls=int(kept_P.sum()),
+        dropped_baseline=shares[0],
+        dropped_candidate=shares[1],
+    )

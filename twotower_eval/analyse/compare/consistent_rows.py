@@ -1,0 +1,310 @@
+"""Rows of a run against each other: timed calls against the answers that they made, answers against their scores."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from twotower_eval.analyse.compare.contradiction import Check, ContradictionKind, Fact, Place
+from twotower_eval.records import (
+    GENERATION_COUNTS,
+    MEAN,
+    Checkpoint,
+    GenerationRow,
+    PromptTiming,
+    Score,
+    SpeedSample,
+    canonical_json,
+    sha256_text,
+)
+from twotower_eval.store import Run
+
+SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "pass@1", "pass_at_1")
+COUNTED = (*GENERATION_COUNTS, "num_forced_commits", "finish")
+OF_CODE = ("pass@", "pass_at_", "pass_")  # how metrics begin that run the answer: it may run out of time by chance
+CLOSE = 1e-9
+Texts = tuple[str, ...]  # of a document, one for each request
+Answers = dict[tuple[str, str, int], list[GenerationRow]]  # by cell, task and document
+
+
+def _batch_sizes(run: Run) -> Iterator[Place]:
+    cells = run.cells
+    for call in run.speed:
+        planned = cells[call.cell].workload.batch_size
+        if planned is not None and call.batch_size != planned:
+            yield Place(row=call, field="batch_size", stated=planned, found=call.batch_size)
+
+
+def _prompts_of_calls(run: Run) -> Iterator[Place]:
+    """A call keeps its prompts, and their order, from round to round and from cell to cell."""
+    known: dict[tuple[str, int], tuple[str, ...]] = {}
+    for call in run.speed:
+        prompts = tuple(prompt.prompt_id for prompt in call.prompts)
+        if known.setdefault((call.call_id, call.batch_size), prompts) != prompts:
+            yield Place(row=call, field="prompts")
+
+
+def _prompt_tokens(run: Run) -> Iterator[Place]:
+    known: dict[tuple[str, str, str], int] = {}
+    for call, prompt in _prompts(run):
+        num = known.setdefault((call.cell, call.call_id, prompt.prompt_id), prompt.num_prompt_tokens)
+        if num != prompt.num_prompt_tokens:
+            yield _of_prompt(call, prompt, "num_prompt_tokens", num, prompt.num_prompt_tokens)
+
+
+def _prompt_tokens_of_arms(run: Run) -> Iterator[Place]:
+    """Arms with one tokenizer read one prompt as equally many tokens, unless it was cut for want of room."""
+    if any(event.get("num_truncated") for event in run.events):
+        return
+    cells = run.cells
+    known: dict[tuple[str, str, str, tuple[str, ...]], int] = {}
+    for call, prompt in _prompts(run):
+        reader = _tokenizer(cells[call.cell].checkpoint)
+        if reader:
+            key = (cells[call.cell].workload.digest, call.call_id, prompt.prompt_id, reader)
+            num = known.setdefault(key, prompt.num_prompt_tokens)
+            if num != prompt.num_prompt_tokens:
+                yield _of_prompt(call, prompt, "num_prompt_tokens", num, prompt.num_prompt_tokens)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Digests of the files that make tokens of texts; none where they are not known."""
+    return tuple(sorted(f"{file.name} {file.sha256}" for file in checkpoint.files if "token" in file.name))
+
+
+def _prompts(run: Run) -> Iterator[tuple[SpeedSample, PromptTiming]]:
+    return ((call, prompt) for call in run.speed for prompt in call.prompts)
+
+
+def _lengths_of_hashes(run: Run) -> Iterator[Place]:
+    known: dict[str, int] = {}
+    for call, prompt in _prompts(run):
+        if len(set(prompt.tokens_sha256)) > 1:  # else it is no digest of anything
+            num = known.setdefault(prompt.tokens_sha256, prompt.num_tokens)
+            if num != prompt.num_tokens:
+                yield _of_prompt(call, prompt, "num_tokens", num, prompt.num_tokens)
+
+
+def _beyond_budget(run: Run) -> Iterator[Place]:
+    budgets = {cell.id: cell.workload.max_new_tokens for cell in run.manifest.cells}
+    for call, prompt in _prompts(run):
+        budget = budgets[call.cell]
+        if budget is not None and prompt.num_tokens > budget:
+            yield _of_prompt(call, prompt, "num_tokens", budget, prompt.num_tokens)
+    for row in run.generations:
+        budget, num = budgets[row.cell], row.generation.num_tokens
+        if budget is not None and num > budget:
+            yield Place(row=row, field="num_tokens", stated=budget, found=num)
+
+
+def _forwards_counted(run: Run) -> Iterator[Place]:
+    """What a decoder reports of a call, against the model calls in it; every row of a model call counts once."""
+    for call in (call for call in run.speed if call.passes):
+        counted = {"context": 0, "denoiser": 0}
+        for one in call.passes:
+            counted["denoiser" if one.kind == "denoise" else "context"] += one.rows * one.num
+        for kind, num in counted.items():
+            reported = sum(getattr(prompt, f"num_{kind}_forwards") for prompt in call.prompts)
+            if reported != num:
+                yield Place(row=call, field=f"num_{kind}_forwards", stated=reported, found=num)
+
+
+def _timed_answers(run: Run) -> dict[tuple[str, int, str], GenerationRow]:
+    """Answers of timed cells by cell, round and prompt."""
+    timed = {cell.id for cell in run.manifest.cells if cell.workload.kind == "answer"}
+    return {(row.cell, row.repeat, row.generation.prompt_id): row for row in run.generations if row.cell in timed}
+
+
+def _kept_calls(run: Run) -> Iterator[tuple[SpeedSample, PromptTiming]]:
+    """Calls whose answers are kept."""
+    return ((call, prompt) for call, prompt in _prompts(run) if call.phase == "measure" and call.replica == 0)
+
+
+def _calls_and_answers(run: Run) -> Iterator[Place]:
+    answers = _timed_answers(run)
+    for call, prompt in _kept_calls(run) if answers else ():
+        row = answers.get((call.cell, call.round, prompt.prompt_id))
+        if row is None:
+            continue
+        for name in COUNTED:
+            stated, found = getattr(prompt, name), getattr(row.generation, name)
+            if stated != found:
+                yield _of_prompt(call, prompt, name, stated, found)
+        made = sha256_text(canonical_json(list(row.generation.token_ids)))
+        if prompt.tokens_sha256 != made:
+            yield _of_prompt(call, prompt, "tokens_sha256", prompt.tokens_sha256, made)
+
+
+def _of_prompt(
+    call: SpeedSample, prompt: PromptTiming, field: str | None = None, stated: Fact = None, found: Fact = None
+) -> Place:
+    return Place(row=call, prompt=prompt.prompt_id, field=field, stated=stated, found=found)
+
+
+def _call_keys(run: Run) -> set[tuple[str, int, str]]:
+    return {(call.cell, call.round, prompt.prompt_id) for call, prompt in _kept_calls(run)}
+
+
+def _calls_without_answers(run: Run) -> Iterator[Place]:
+    answers = _timed_answers(run)
+    kept = {cell for cell, *_ in answers.keys() & _call_keys(run)}  # cells whose answers are named like their prompts
+    for call, prompt in _kept_calls(run):
+        if call.cell in kept and (call.cell, call.round, prompt.prompt_id) not in answers:
+            yield _of_prompt(call, prompt)
+
+
+def _answers_without_calls(run: Run) -> Iterator[Place]:
+    """Answers are written before their call: each launch that was stopped may leave those of one."""
+    calls, answers = _call_keys(run), _timed_answers(run)
+    kept = {cell for cell, *_ in answers.keys() & calls} if run.complete else set()
+    lone = [key for key in answers if key not in calls and key[0] in kept]
+    widest = max((call.batch_size for call in run.speed), default=0)
+    stops = sum(event["kind"] in ("resumed", "failed", "launched") for event in run.events)
+    if len(lone) > widest * stops:
+        yield from (Place(row=answers[key]) for key in lone)
+
+
+def _texts_of_equal_tokens(run: Run) -> Iterator[Place]:
+    """Of one document and one tokenizer; a stop string may end within a token, and then the tokens do not say where."""
+    cells = run.cells
+    known: dict[tuple[Any, ...], str] = {}
+    for row in run.generations:
+        made = row.generation
+        if made.text is None or made.finish == "stop":
+            continue
+        reader = _tokenizer(cells[row.cell].checkpoint) or row.cell
+        key = (reader, row.task, row.doc_id, row.request_index, made.finish, made.token_ids)
+        if known.setdefault(key, made.text) != made.text:
+            yield Place(row=row, field="text")
+
+
+def _answers(run: Run) -> Answers:
+    found: Answers = defaultdict(list)
+    for row in run.generations:
+        found[row.cell, row.task, row.doc_id].append(row)
+    return found
+
+
+def _scores_without_answers(run: Run) -> Iterator[Place]:
+    answers = _answers(run)
+    kept = {cell for cell, _, _ in answers}
+    for score in run.scores:
+        is_kept = score.scored_by == "generation" and score.cell in kept
+        if is_kept and (score.cell, score.task, score.doc_id) not in answers:
+            yield Place(row=score)
+
+
+def _answers_without_scores(run: Run) -> Iterator[Place]:
+    """Of a run that went to its end, in tasks whose documents are scored one by one."""
+    if not run.complete:
+        return
+    scored: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for score in run.scores:
+        if score.aggregation in (None, MEAN):
+            scored[score.cell, score.task].add(score.doc_id)
+    for (cell, task, doc_id), rows in _answers(run).items():
+        if scored.get((cell, task)) and doc_id not in scored[cell, task]:
+            yield Place(row=rows[0])
+
+
+def _scores_of_other_prompts(run: Run) -> Iterator[Place]:
+    """Where a document is asked once; else its score's hash is over several prompts."""
+    answers = _answers(run)
+    for score in run.scores:
+        rows = answers.get((score.cell, score.task, score.doc_id), [])
+        asked_once = all(row.request_index == 0 for row in rows)
+        if asked_once and any(row.prompt_sha256 != score.prompt_sha256 for row in rows):
+            yield Place(row=score, field="prompt_sha256", stated=score.prompt_sha256, found=rows[0].prompt_sha256)
+
+
+def _scores_of_no_share(run: Run) -> Iterator[Place]:
+    for score in run.scores:
+        if score.metric in SHARES and score.value is not None and not -CLOSE <= score.value <= 1 + CLOSE:
+            yield Place(row=score, field="value", found=score.value)
+
+
+def _one_text(rows: list[GenerationRow]) -> Texts | None:
+    """What a document was answered, in every round or sample alike; ``None`` where they differ or are not kept."""
+    by_repeat: dict[int, dict[int, str | None]] = defaultdict(dict)
+    for row in rows:
+        by_repeat[row.repeat][row.request_index] = row.generation.text
+    texts = {tuple(one[index] for index in sorted(one)) for one in by_repeat.values()}
+    if len(texts) != 1:
+        return None
+    found = next(iter(texts))
+    return None if None in found else found  # type: ignore[return-value]
+
+
+def _scored_texts(run: Run) -> Iterator[tuple[Score, Texts]]:
+    answers = _answers(run)
+    texts = {key: _one_text(rows) for key, rows in answers.items()}
+    for score in run.scores:
+        text = texts.get((score.cell, score.task, score.doc_id))
+        if score.scored_by == "generation" and score.value is not None and text is not None:
+            yield score, text
+
+
+def _scores_of_equal_answers(run: Run) -> Iterator[Place]:
+    """Of one document in any cell and round; by exact match, of any document of the task with the same target."""
+    known: dict[tuple[Any, ...], float] = {}
+    for score, text in _scored_texts(run):
+        if score.metric.startswith(OF_CODE):
+            continue
+        asked = score.target_sha256 if score.metric == "exact_match" else score.doc_sha256
+        value = known.setdefault((score.task, score.metric, score.filter, asked, text), score.value or 0.0)
+        if abs(value - (score.value or 0.0)) > CLOSE:
+            yield Place(row=score, field="value", stated=value, found=score.value)
+
+
+def _scores_of_targets(run: Run) -> Iterator[Place]:
+    """An answer that is the target, letter by letter, matches it; what else matches, only the task's code can say."""
+    for score, text in _scored_texts(run):
+        plain = (score.metric, score.filter) == ("exact_match", "none") and len(text) == 1 and text[0] != ""
+        if (
+            plain
+            and score.value != 1
+            and sha256_text(text[0].encode("utf-8", "replace").decode()) == score.target_sha256
+        ):
+            yield Place(row=score, field="value", stated=1, found=score.value)
+
+
+def _scores_of_one_likelihood(run: Run) -> Iterator[Place]:
+    """Log-likelihoods of equal models are computed once: cells without their own have the scores of one that has."""
+    answering: dict[str, set[str]] = defaultdict(set)
+    for row in run.likelihoods:
+        answering[row.task].add(row.cell)
+    given: dict[tuple[str, int, str, str, str], set[Any]] = defaultdict(set)
+    for score in run.scores:
+        if score.cell in answering[score.task]:
+            given[_likelihood_key(score)].add((score.value, score.parts))
+    for score in run.scores:
+        known = given.get(_likelihood_key(score), set())
+        if score.scored_by != "generation" and known and (score.value, score.parts) not in known:
+            yield Place(row=score, field="value", stated=next(iter(known))[0], found=score.value)
+
+
+def _likelihood_key(score: Score) -> tuple[str, int, str, str, str]:
+    return (score.task, score.doc_id, score.metric, score.filter, score.scored_by)
+
+
+ROW_CHECKS: Mapping[ContradictionKind, Check] = {
+    "batch size": _batch_sizes,
+    "prompts of a call": _prompts_of_calls,
+    "prompt tokens": _prompt_tokens,
+    "prompt tokens of arms": _prompt_tokens_of_arms,
+    "tokens of equal hash": _lengths_of_hashes,
+    "tokens beyond budget": _beyond_budget,
+    "forwards counted": _forwards_counted,
+    "call and answer": _calls_and_answers,
+    "call without answer": _calls_without_answers,
+    "answer without call": _answers_without_calls,
+    "text of equal tokens": _texts_of_equal_tokens,
+    "score without answer": _scores_without_answers,
+    "answer without score": _answers_without_scores,
+    "score of another prompt": _scores_of_other_prompts,
+    "score outside 0 to 1": _scores_of_no_share,
+    "scores of equal answers": _scores_of_equal_answers,
+    "score of the target": _scores_of_targets,
+    "scores of one likelihood": _scores_of_one_likelihood,
+}

@@ -1,0 +1,156 @@
+"""What a run should hold by its own plan and events, and does not: rounds, launches, cells, digests.
+
+Honest runs have gaps of some kinds, and none of these. A round that was torn keeps its number; a launch that was
+stopped before its first call is made again under its name; a crash takes the newest lines of a journal and none
+between; and a cell that does not fit into memory ends the run, which is incomplete until it is resumed. A run that was
+gone on with under a plan of fewer rounds is complete with these: that is a remark, not a contradiction.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from twotower_eval.analyse.compare.contradiction import Check, ContradictionKind, Place, Spot
+from twotower_eval.records import SpeedSample
+from twotower_eval.store import EVENTS, JOURNALS, MANIFEST, Run
+
+SPEED = JOURNALS[SpeedSample][0]
+MEASURED = ("task", "fixed", "answer")  # kinds of workloads whose cells have rows
+AFTER_ROWS = ("measured", "cell_done", "finished")  # events that come behind rows
+
+
+def whole_rounds(calls: Iterable[SpeedSample]) -> list[list[SpeedSample]]:
+    """Measured rounds in which every copy of every cell has every call that it has in any round."""
+    rounds: dict[tuple[str, int], list[SpeedSample]] = defaultdict(list)
+    seen = set()
+    for call in calls:
+        if call.phase == "measure":
+            seen.add((call.cell, call.replica, call.call_id))
+            rounds[call.launch_id, call.round].append(call)
+    return [own for own in rounds.values() if len(own) == len(seen)]
+
+
+def _rounds_missing(run: Run) -> Iterator[Place]:
+    """Rounds are numbered on end, over launches as well; any row of one shows that its number was taken."""
+    timed = {cell.id for cell in run.manifest.cells if cell.workload.kind == "answer"}
+    taken = {call.round for call in run.speed if call.phase != "warmup"}
+    taken |= {cost.round for cost in run.costs if cost.phase == "measure"}
+    taken |= {row.repeat for row in run.generations if row.cell in timed}
+    if run.manifest.verb == "speed" and run.speed:
+        for number in range(max(taken, default=0)):
+            if number not in taken:
+                yield Place(file=SPEED, field="round", found=max(taken), spot=Spot(round=number))
+
+
+def _launches_without_calls(run: Run) -> Iterator[Place]:
+    """A launch that measured to its end has calls; one that was stopped may have none."""
+    there, launch = {call.launch_id for call in run.speed}, None
+    for event in run.events if run.speed else ():
+        if event["kind"] in ("launched", "resumed", "failed"):
+            launch = event.get("launch")
+        elif event["kind"] == "measured" and launch is not None and launch not in there:
+            yield Place(file=SPEED, field="launch_id", spot=Spot(launch=str(launch)))
+
+
+def _launches_without_warmup(run: Run) -> Iterator[Place]:
+    """Each warms up before it measures, so one that never did is a part of another."""
+    if not run.manifest.plan.get("warmup_rounds") or _was_gone_on_with(run):  # maybe without a warm-up
+        return
+    warm = {call.launch_id for call in run.speed if call.phase == "warmup"}
+    for launch in dict.fromkeys(call.launch_id for call in run.speed if call.phase == "measure"):
+        if launch not in warm:
+            stated = run.manifest.plan["warmup_rounds"]
+            yield Place(file=SPEED, field="phase", stated=stated, found=0, spot=Spot(launch=launch))
+
+
+def _rounds_short(run: Run) -> tuple[int, int] | None:
+    """Rounds that the plan asks for and whole ones that are there, where a complete run has too few."""
+    asked, found = run.manifest.plan.get("min_rounds"), len(whole_rounds(run.speed))
+    is_speed = run.complete and run.manifest.verb == "speed" and bool(run.speed)
+    return (asked, found) if is_speed and isinstance(asked, int) and found < asked else None
+
+
+def _was_gone_on_with(run: Run) -> bool:
+    """By another command; of several launches of one each goes on where the one before it ended."""
+    before: Mapping[str, Any] = {}
+    for event in run.events:
+        if event["kind"] == "resumed" and not (before.get("kind") == "measured" and before.get("num_missing")):
+            return True
+        before = event
+    return False
+
+
+def _rounds_below_plan(run: Run) -> Iterator[Place]:
+    if (short := _rounds_short(run)) and not _was_gone_on_with(run):
+        yield Place(file=SPEED, field="min_rounds", stated=short[0], found=short[1])
+
+
+def _cells_without_rows(run: Run) -> Iterator[Place]:
+    """Every cell of a run that went to its end was scored or timed."""
+    journals = (run.speed, run.generations, run.likelihoods, run.scores, run.aggregates)
+    there = {row.cell for rows in journals for row in rows}
+    for cell in run.manifest.cells if run.complete and there else ():
+        if cell.workload.kind in MEASURED and cell.id not in there:
+            yield Place(file=MANIFEST, field="cells", spot=Spot(cell=cell.id))
+
+
+def _block_sizes_without_cells(run: Run) -> Iterator[Place]:
+    """A sweep has cells for every size of a block and of a batch that it is over."""
+    candidates = [
+        cell for cell in run.manifest.cells if cell.arm == "candidate" and cell.workload.kind in ("fixed", "answer")
+    ]
+    blocks = {cell.decoder.params.get("block_size") for cell in candidates} - {None}
+    batches = {cell.workload.batch_size for cell in candidates} - {None}
+    for field, found in (("block_sizes", blocks), ("batch_sizes", batches)):
+        planned = run.manifest.plan.get(field)
+        missing = [size for size in planned if size not in found] if isinstance(planned, list) and found else []
+        if missing:
+            yield Place(file=MANIFEST, field=field, stated=tuple(map(str, missing)), found=tuple(map(str, found)))
+
+
+def tells_digests(run: Run) -> bool:
+    """Whether a run was made by a version whose events tell how many lines journals have, with their sha256.
+
+    Such a version says more in other places as well, which those before it do not.
+    """
+    later = any(cell.extra is not None for cell in run.manifest.cells)
+    later |= any(event["kind"] in ("launched", "finished") or event.get("files") for event in run.events)
+    return later or any(call.passes or call.cpu_s is not None for call in run.speed)
+
+
+def _digests_missing(run: Run) -> Iterator[Place]:
+    """Every event behind rows tells of them, and once events have told of a journal all others do."""
+    told: set[str] = set()
+    rows: Sequence[object] = [*run.speed, *run.costs] if run.manifest.verb == "speed" else [*run.scores]
+    for number, event in enumerate(run.events if tells_digests(run) else (), start=1):
+        files = set(event.get("files", {}))
+        gone = sorted(told - files)
+        if gone or (rows and not files and event["kind"] in AFTER_ROWS):
+            yield Place(file=EVENTS, line=number, field="files", found=gone[0] if gone else None)
+        told |= files
+
+
+def remarks(runs: Sequence[Run]) -> list[str]:
+    """What is missing for a reason that files allow, in words."""
+    found = []
+    for run in runs:
+        if (short := _rounds_short(run)) and _was_gone_on_with(run):
+            asked, there = short
+            found.append(
+                f"run {run.manifest.run_id} was begun with {asked} rounds to measure and ended with {there} whole "
+                "ones, after it was gone on with"
+            )
+    return found
+
+
+GAP_CHECKS: Mapping[ContradictionKind, Check] = {
+    "round missing": _rounds_missing,
+    "launch without calls": _launches_without_calls,
+    "launch without warm-up": _launches_without_warmup,
+    "rounds below plan": _rounds_below_plan,
+    "cell without rows": _cells_without_rows,
+    "plan without cells": _block_sizes_without_cells,
+    "digests missing": _digests_missing,
+}

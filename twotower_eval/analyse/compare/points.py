@@ -1,0 +1,197 @@
+"""What a report knows of quality at an operating point, and how cells of the two arms find each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from twotower_eval.analyse import stats
+from twotower_eval.analyse.compare.chance import AgainstChance
+from twotower_eval.analyse.compare.clean import CleanQuality, Flagged
+from twotower_eval.analyse.compare.counts import Counts
+from twotower_eval.analyse.compare.measured import Measured as Measured
+from twotower_eval.analyse.compare.measured import measured as measured
+from twotower_eval.analyse.compare.wholes import WholeScore
+from twotower_eval.records import Cell, Estimate, Workload, canonical_json, to_json
+from twotower_eval.store import Run
+
+NOT_EXERCISING = ("context_tower", "exact")  # likelihoods in which the parallel decoder has no part
+
+
+class PointKey(NamedTuple):
+    """An operating point apart from its workload: a checkpoint's identity, its tower and dtype, the full decoder."""
+
+    checkpoint: str
+    tower: str | None
+    dtype: str
+    decoder: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskQuality:
+    """One task that counts once in the average; ``members`` are (name, documents, baseline, candidate) if it has any,
+    weighted ``by_size`` or all alike.
+
+    ``scored_by`` is the candidate's. Means lie between 0 and 1 for the usual metrics. ``equal_by_construction``: both
+    arms were scored by one computation, on the tensors that they share. ``above_chance`` is the retention of what lies
+    above chance.
+    """
+
+    name: str
+    metric: str
+    filter: str
+    scored_by: str
+    num_documents: int
+    num_clusters: int
+    num_discordant: int
+    equal_by_construction: bool
+    baseline: float
+    candidate: float
+    retention: Measured
+    standing: stats.Standing
+    above_chance: Measured
+    members: tuple[tuple[str, int, float, float], ...]
+    by_size: bool
+    flips: stats.Flips
+
+    @property
+    def exercises_decoder(self) -> bool:
+        """Whether the candidate's decoder had a part in these scores."""
+        return self.scored_by not in NOT_EXERCISING
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherScore:
+    """A mean score outside retention: another metric or filter, or one of which less is better.
+
+    ``main``: it stands for its task. ``members`` are a group's. ``is_equal``: one computation scored both arms.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    scored_by: str
+    higher_is_better: bool
+    num_documents: int
+    baseline: float
+    candidate: float
+    difference: Estimate
+    main: bool
+    members: tuple[str, ...]
+    is_equal: bool
+    scores: stats.PairedScores
+
+    def score_at(self, level: float) -> Estimate:
+        """The candidate's score with its interval at that level; ValueError where there is none."""
+        return candidate_mean(self.scores, level)
+
+    def difference_at(self, level: float) -> Estimate:
+        """Candidate minus baseline at that level; ValueError where there is none."""
+        if self.is_equal:
+            return stats.equal_by_construction(0.0, len(set(self.scores.clusters)), level=level)
+        table = self.scores.table
+        return stats.difference(table, stats.draw_task_means(table), level=level, min_discordant=stats.MIN_DISCORDANT)
+
+
+def candidate_mean(scores: stats.PairedScores, level: float) -> Estimate:
+    """The candidate's mean over one task or over a group's members; ValueError where there is no interval."""
+    return stats.mean_of_members(
+        scores.candidate, scores.tasks, scores.clusters, by_size=bool(scores.by_size), level=level
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MissingScore:
+    """Documents of a task that one arm has no value for, for one and the same reason."""
+
+    arm: str
+    task: str
+    metric: str
+    filter: str
+    headline: bool
+    reason: str
+    doc_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityPoint:
+    """Quality at one operating point within one run; ``scores`` are what retention rests on, ``None`` without any.
+
+    ``documents_sha256`` is over those very documents, as they were put and held against their targets.
+    """
+
+    run_id: str
+    complete: bool
+    baseline: Cell
+    candidate: Cell
+    tasks: tuple[TaskQuality, ...]
+    headline: Measured
+    exercised: Measured
+    mean_of_ratios: Measured
+    leave_one_out: tuple[tuple[str, float], ...]
+    chance: AgainstChance
+    others: tuple[OtherScore, ...]
+    wholes: tuple[WholeScore, ...]
+    missing: tuple[MissingScore, ...]
+    warnings: tuple[str, ...]
+    counts: Counts
+    baseline_counts: Counts
+    flagged: Flagged
+    clean: CleanQuality
+    scores: stats.PairedScores | None
+    documents_sha256: str
+
+    @property
+    def key(self) -> PointKey:
+        """Joins quality and speed of the same weights, dtype and decoder."""
+        return point_key(self.candidate)
+
+    @property
+    def timed(self) -> bool:
+        """Whether these are the scored outputs of timed calls."""
+        return self.candidate.workload.kind != "task"
+
+    @property
+    def all_exercise_decoder(self) -> bool:
+        """Whether every task's score went through the decoder, so that one retention says it all."""
+        return all(task.exercises_decoder for task in self.tasks)
+
+    @property
+    def equal_tasks(self) -> tuple[str, ...]:
+        """Tasks that cannot differ between the arms."""
+        return tuple(task.name for task in self.tasks if task.equal_by_construction)
+
+
+def point_key(cell: Cell) -> PointKey:
+    """The operating point of a cell; the same weights in another dtype give other tokens and are another point."""
+    checkpoint = cell.checkpoint
+    return PointKey(checkpoint.identity, checkpoint.tower, checkpoint.dtype, canonical_json(to_json(cell.decoder)))
+
+
+def baseline_of(run: Run, candidate: Cell) -> Cell:
+    """The baseline cell on the same workload (device count apart); a ValueError if there is not exactly one."""
+    found = [
+        cell
+        for cell in run.manifest.cells
+        if cell.arm == "baseline" and _comparable(cell.workload) == _comparable(candidate.workload)
+    ]
+    if len(found) != 1:
+        what = f"{candidate.workload.name!r} of cell {candidate.id}"
+        raise ValueError(f"run {run.manifest.run_id}: {len(found)} baseline cells for workload {what}, not one")
+    return found[0]
+
+
+def _comparable(workload: Workload) -> Workload:
+    return dataclasses.replace(workload, num_devices=None)
+
+
+def cells_of(run: Run, point: QualityPoint) -> tuple[set[str], set[str]]:
+    """The cells of a run that a point is made of, by id: those of the baseline and those of the candidate."""
+    workload = point.candidate.workload
+    candidates = [
+        cell
+        for cell in run.manifest.cells
+        if cell.arm == "candidate" and point_key(cell) == point.key and cell.workload.batch_size == workload.batch_size
+    ]
+    return {baseline_of(run, cell).id for cell in candidates}, {cell.id for cell in candidates}

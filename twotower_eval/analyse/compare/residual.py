@@ -1,0 +1,205 @@
+"""Does an arm's time fit its own forwards? Measured seconds against what the parts of each round predict.
+
+An arm that is much faster than its parts did not do what it counts; a baseline that is much slower was held up outside
+its model. A candidate that is slower than its parts hurts only itself: choosing tokens takes time, too.
+
+Neighbours on the machine hold up whole calls longer than the short moments in which parts are timed, and no call for
+ever: what the fastest round of every call still takes beyond its parts is the baseline's own, whatever the candidate
+does. What comes and goes may be either's: it supports nothing, and is no fault where the candidate lags, too.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from twotower_eval.analyse import stats
+from twotower_eval.analyse.compare.measured import Measured
+from twotower_eval.records import Arm, Estimate, SpeedSample
+
+Round = tuple[str, int]  # launch, number
+MIN_ROUNDS = 3  # fewer say too little of what a round differs by
+ALONE_LEVEL = 0.99  # how sure it has to be that a baseline alone was held up
+LARGEST_BEYOND = 0.1  # share of the passes beyond what was timed, above which a prediction is a guess
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residual:
+    """The share of an arm's time that its parts lack, below 0 where they take longer than all of it.
+
+    ``floor`` is held against the least seconds that its forwards can take: fewer than the parts' sum where towers on
+    two devices work at a time, or where a batch's passes were not counted by the rows that they served. There
+    ``whole``, against the sum, has no estimate but a reason. ``seconds`` are those of each round, measured and
+    predicted. ``num_idle_calls`` gave tokens although the harness saw no forward. ``calm`` is the share of each call's
+    fastest round that its parts lack, these at their mean over the rounds.
+    """
+
+    whole: Measured
+    floor: Measured
+    seconds: Mapping[Round, tuple[float, float]] = field(default_factory=dict)
+    num_idle_calls: int = 0
+    calm: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualFault:
+    """An arm whose time does not fit its forwards. ``idle``: that gave tokens in ``num_calls`` without any forward.
+
+    ``calm`` is given where the baseline is slower in the fastest round of every call as well.
+    """
+
+    arm: Arm
+    kind: Literal["faster", "slower", "idle"]
+    residual: Estimate | None = None
+    num_calls: int = 0
+    calm: float | None = None
+
+
+def unknown(reason: str) -> Residual:
+    """Nothing to hold an arm against."""
+    found = Measured(estimate=None, reason=reason)
+    return Residual(whole=found, floor=found)
+
+
+def residual(
+    rounds: Mapping[Round, Sequence[SpeedSample]],
+    predicted: Callable[[Round, Sequence[SpeedSample]], stats.Prediction],
+    *,
+    towers_apart: bool,
+    not_counted: str | None,
+) -> Residual:
+    """The residual with its interval over the rounds whose parts were timed; why there is none, if there is none.
+
+    ``not_counted`` says why passes are known by their longest row alone. Each of them served at least that row, and
+    rows beside each other take no longer than one after the other.
+    """
+    found = {round_: _tried(predicted, round_, samples) for round_, samples in rounds.items()}
+    known = {round_: one for round_, one in found.items() if isinstance(one, stats.Prediction)}
+    reason = _too_little([*known.values()], [str(one) for one in found.values() if isinstance(one, str)])
+    measured_R = [sum(sample.wall_s for sample in rounds[round_]) for round_ in known]
+    if reason is not None or min(measured_R) <= 0:
+        return unknown(reason or "a round took no time at all")
+    width = max(len(sample.prompts) for samples in rounds.values() for sample in samples)
+    least_R = [_least_s(one) if towers_apart else one.total_s for one in known.values()]
+    floor_R = [seconds / (width if not_counted else 1) for seconds in least_R]
+    whole = stats.residual_over_rounds(measured_R, [one.total_s for one in known.values()])
+    return Residual(
+        whole=Measured(estimate=None, reason=not_counted) if not_counted else Measured(estimate=whole),
+        floor=Measured(estimate=stats.residual_over_rounds(measured_R, floor_R)),
+        seconds={r: (s, one.total_s) for (r, one), s in zip(known.items(), measured_R, strict=True)},
+    )
+
+
+def _too_little(known: Sequence[stats.Prediction], reasons: Sequence[str]) -> str | None:
+    if not known:
+        return next(iter(reasons), "no round was timed whole")
+    if len(known) < MIN_ROUNDS:
+        return f"the parts were timed in {len(known)} whole rounds, fewer than {MIN_ROUNDS}"
+    beyond = max(one.share_beyond for one in known)
+    return f"{100 * beyond:.0f} % of the passes have sizes that were not timed" if beyond > LARGEST_BEYOND else None
+
+
+def faults(residuals: Mapping[Arm, Residual], limit: float) -> tuple[ResidualFault, ...]:
+    """What lies outside the limit. A candidate that is slower than its parts is no fault.
+
+    A baseline is at fault where its calmest calls lie outside the limit; or where its rounds surely do, and lie behind
+    the candidate's by more than the limit as well.
+    """
+    found = []
+    for arm, one in residuals.items():
+        floor, whole = one.floor.estimate, one.whole.estimate
+        if floor is not None and floor.high < -limit:
+            found.append(ResidualFault(arm=arm, kind="faster", residual=floor))
+        elif arm == "baseline" and whole is not None and whole.value > limit:
+            calm = one.calm if one.calm is not None and one.calm > limit else None
+            if calm is not None or (whole.low > limit and _is_alone(one, residuals["candidate"], limit)):
+                found.append(ResidualFault(arm=arm, kind="slower", residual=whole, calm=calm))
+        if one.num_idle_calls:
+            found.append(ResidualFault(arm=arm, kind="idle", num_calls=one.num_idle_calls))
+    return tuple(found)
+
+
+def is_held_up(residuals: Mapping[Arm, Residual], limit: float) -> bool:
+    """Whether the baseline seems slower than the limit allows, and the run does not tell who held it up."""
+    whole = residuals["baseline"].whole.estimate
+    return whole is not None and whole.value > limit and not faults(residuals, limit)
+
+
+def _is_alone(baseline: Residual, candidate: Residual, limit: float) -> bool:
+    """Whether the baseline is farther behind its parts than the candidate by more than the limit, as far as is known.
+
+    Both are held against each other round by round. Two arms that neighbours hold up differ by chance, too.
+    """
+    both = [round_ for round_ in baseline.seconds if round_ in candidate.seconds]
+    if len(both) < MIN_ROUNDS or candidate.whole.estimate is None:
+        return True
+    behind, other = ([one.seconds[r][0] / one.seconds[r][1] for r in both] for one in (baseline, candidate))
+    return stats.residual_over_rounds(behind, other, ALONE_LEVEL).low > limit
+
+
+def fastest_of_calls(samples: Sequence[SpeedSample]) -> list[SpeedSample]:
+    """Of every call its fastest round."""
+    found: dict[str, SpeedSample] = {}
+    for sample in samples:
+        if sample.call_id not in found or sample.wall_s < found[sample.call_id].wall_s:
+            found[sample.call_id] = sample
+    return [*found.values()]
+
+
+def fault_text(fault: ResidualFault) -> str:
+    """``the candidate is faster than its forwards allow: these, timed alone, need 347 [346, 348] times its time``."""
+    found = fault.residual
+    if found is None:
+        return f"the {fault.arm} gave tokens without any forward of its model, in {fault.num_calls} calls"
+    if fault.kind == "faster":
+        times = [1 - share for share in (found.value, found.high, found.low)]
+        longer = f"{times[0]:,.3g} [{times[1]:,.3g}, {times[2]:,.3g}]"
+        return (
+            f"the {fault.arm} is faster than its own forwards allow: these, timed alone, need {longer} times its time"
+        )
+    slower = f"the {fault.arm} is slower than its parts: {residual_text(found)} of its time is in none of them"
+    return slower if fault.calm is None else f"{slower}, and {_share(fault.calm)} in the fastest round of every call"
+
+
+def held_up_text(baseline: Residual) -> str:
+    """Why nobody knows what a baseline's lag comes from, and what would tell."""
+    whole = baseline.whole.estimate
+    shown = "" if whole is None else f": {residual_text(whole)} of its time is in none of them"
+    return (
+        f"the baseline seems slower than its parts{shown}; it comes and goes, or is too uncertain, so whether other "
+        "work on the machine held it up is not known: time more rounds on a quieter machine"
+    )
+
+
+def residual_text(found: Estimate) -> str:
+    """``+12.0 % [+10.1 %, +13.9 %]``."""
+    return f"{_share(found.value)} [{_share(found.low)}, {_share(found.high)}]"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:+,.1f} %"
+
+
+def by_round(samples: Sequence[SpeedSample]) -> dict[Round, list[SpeedSample]]:
+    """Timed calls of each round, in order."""
+    rounds: dict[Round, list[SpeedSample]] = defaultdict(list)
+    for sample in samples:
+        rounds[sample.launch_id, sample.round].append(sample)
+    return dict(sorted(rounds.items()))
+
+
+def _tried(
+    predicted: Callable[[Round, Sequence[SpeedSample]], stats.Prediction], round_: Round, samples: Sequence[SpeedSample]
+) -> stats.Prediction | str:
+    try:
+        return predicted(round_, samples)
+    except ValueError as error:
+        return str(error)
+
+
+def _least_s(prediction: stats.Prediction) -> float:
+    """Seconds of the slower of two devices, the other one's work behind it."""
+    denoiser_s = prediction.by_part_s.get("denoise", 0.0)
+    return max(denoiser_s, prediction.total_s - denoiser_s)

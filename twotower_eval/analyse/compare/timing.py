@@ -1,0 +1,296 @@
+"""From timed calls to what a report says of speed: arms paired call by call and round by round.
+
+Runs of the same cells on the same machine with the same packages are pooled, each launch with its own rounds; other
+runs stay apart. Warm-ups are never in a figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from twotower_eval.analyse import stats
+from twotower_eval.analyse.compare.best import Best, best_of
+from twotower_eval.analyse.compare.calls import (
+    Call,
+    Grid,
+    Latency,
+    WithinCalls,
+    flags_of,
+    grid_of,
+    latency_of,
+    left_out,
+    names_of,
+    nothing_usable,
+    null_calls,
+    null_of,
+    pools,
+    processes_of,
+    timed_calls,
+    usable,
+    within_calls,
+)
+from twotower_eval.analyse.compare.clean import CleanSpeed, Flagged, OutputKey, clean_speed, flagged, flagged_documents
+from twotower_eval.analyse.compare.costs import Costs, costs
+from twotower_eval.analyse.compare.counts import Counts, count
+from twotower_eval.analyse.compare.degenerate import Flags
+from twotower_eval.analyse.compare.gaps import remarks
+from twotower_eval.analyse.compare.lengths import Lengths, with_lengths
+from twotower_eval.analyse.compare.measured import ArmsDifferError
+from twotower_eval.analyse.compare.points import Measured, PointKey, baseline_of, measured, point_key
+from twotower_eval.analyse.compare.samples import Sample, answer_samples
+from twotower_eval.analyse.compare.unseen import UNCHECKED, Unseen, unseen
+from twotower_eval.records import Cell, Gate, GateLimits, SerialDependence, SpeedSample, TimeFault
+from twotower_eval.store import Run
+from twotower_eval.ways import Handicap, handicaps
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedPoint:
+    """Speed of one candidate cell against its baseline cell; ``null`` is the baseline against itself.
+
+    ``gates`` are those of a claim that names no limits, none before :class:`Runs` has looked; where one failed this is
+    INVALID. ``handicaps``: arms that were timed in a slower way than their models have.
+    ``best``: whether the baseline is at its best, ``None`` where that was not recorded.
+    ``timed`` and ``null_timed`` are the calls that these figures rest on, for other levels. ``tasks`` are those that
+    the timed prompts are of, none where their ids do not say. ``lengths`` are of the baseline's answers and the
+    candidate's, none where prompts are fixed. Of ``num_paired`` calls in complete rounds those of ``faults`` took
+    impossible times in either arm. ``unseen`` is what prompts that were new say of memory.
+    """
+
+    run_ids: tuple[str, ...]
+    complete: bool
+    baseline: Cell
+    candidate: Cell
+    num_rounds: int
+    num_calls: int
+    num_launches: int
+    time: Measured
+    throughput: Measured
+    length: Measured
+    geometric: Measured
+    null: Measured
+    baseline_rate: Measured
+    candidate_rate: Measured
+    counts: Counts
+    baseline_counts: Counts
+    latency: Latency
+    baseline_latency: Latency
+    within: WithinCalls
+    baseline_within: WithinCalls
+    flagged: Flagged
+    clean: CleanSpeed
+    costs: Costs
+    samples: tuple[Sample, ...]
+    warnings: tuple[str, ...]
+    timed: stats.TimedCalls
+    null_timed: stats.TimedCalls | None
+    gates: tuple[Gate, ...] = ()
+    handicaps: tuple[Handicap, ...] = ()
+    best: Best | None = None
+    tasks: tuple[str, ...] = ()
+    lengths: tuple[Lengths, ...] = ()
+    num_paired: int = 0
+    faults: tuple[TimeFault, ...] = ()
+    unseen: Unseen = UNCHECKED
+
+    @property
+    def key(self) -> PointKey:
+        """Joins quality and speed of the same weights, dtype and decoder."""
+        return point_key(self.candidate)
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts per timed call."""
+        return self.candidate.workload.batch_size or 1
+
+    @property
+    def workload(self) -> str:
+        """``fixed`` or ``answer``."""
+        return self.candidate.workload.kind
+
+    @property
+    def serial(self) -> SerialDependence | None:
+        """How much its rounds depend on their neighbours; ``None`` where there is no speedup."""
+        return None if self.time.estimate is None else self.time.estimate.serial
+
+    @property
+    def invalid(self) -> bool:
+        """Whether this must not be read as a speedup: whether any of its gates failed."""
+        return any(gate.outcome == "failed" for gate in self.gates)
+
+    def too_many_faults(self, limits: GateLimits) -> bool:
+        """Whether more timings are left out for void calls than a claim allows; one void call never is too many."""
+        return len(self.faults) > 1 and self.void_share > limits.void_share
+
+    @property
+    def void_share(self) -> float:
+        """Of the timings in complete rounds, those that are left out: a void call takes its prompts or round along."""
+        return 1 - self.num_rounds * self.num_calls / self.num_paired if self.faults else 0.0
+
+    @property
+    def lengths_differ(self) -> bool:
+        """Whether the arms' outputs differ so much in length that the wall-clock speedup does not say all."""
+        return lengths_differ(self.length)
+
+    @property
+    def time_per_device(self) -> Measured:
+        """Speedup in time for each device that an arm uses."""
+        baseline, candidate = self.baseline.workload.num_devices, self.candidate.workload.num_devices
+        if not baseline or not candidate:
+            return Measured(estimate=None, reason="the run does not say how many devices each arm used")
+        if self.time.estimate is None:
+            return self.time
+        found = stats.per_device(self.time.estimate, baseline_devices=baseline, candidate_devices=candidate)
+        return Measured(estimate=found)
+
+    @property
+    def equal_devices(self) -> bool:
+        """Whether both arms use as many devices, as far as the run says."""
+        baseline, candidate = self.baseline.workload.num_devices, self.candidate.workload.num_devices
+        return not baseline or not candidate or baseline == candidate
+
+
+def lengths_differ(length: Measured) -> bool:
+    """Whether a length ratio lies outside what a claim allows by default."""
+    limits, found = GateLimits(), length.estimate
+    return found is not None and not limits.min_length_ratio <= found.value <= limits.max_length_ratio
+
+
+def speed_points(runs: Sequence[Run]) -> tuple[tuple[SpeedPoint, ...], tuple[str, ...]]:
+    """Every timed candidate cell, pooled over runs that differ in nothing but their launch; and what is not there yet.
+
+    A cell of an unfinished run without one complete round gives a line of the second kind.
+    """
+    found = [_point(pool, cell, runs) for pool, cell in pools(runs, "candidate")]
+    points = [point for point in found if isinstance(point, SpeedPoint)]
+    return tuple(points), tuple(gap for gap in found if isinstance(gap, str))
+
+
+def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPoint | str:
+    baseline = baseline_of(runs[0], candidate)
+    grids = (grid_of(runs, baseline, 0), grid_of(runs, candidate, 0))
+    _check_prompts(runs, *grids)
+    there = usable(*grids)
+    rounds, calls = there.rounds, there.calls
+    if not rounds:
+        return f"{names_of(runs)}: cell {candidate.id} ({candidate.decoder.label}) has {nothing_usable(there)}"
+    samples = [[grid[r, c] for r in rounds for c in calls] for grid in grids]
+    fixed = candidate.workload.kind == "fixed"
+    timed = timed_calls(*grids, rounds=rounds, calls=calls, fixed=fixed, processes=processes_of(runs))
+    timed, lengths = with_lengths(timed, everyone, (baseline, candidate), (samples[0], samples[1]))
+    length = measured(lambda: stats.speedup(timed, "length"))
+    time = measured(lambda: stats.speedup(timed))
+    null_timed = null_calls(runs, baseline)
+    rate = measured(lambda: stats.speedup(timed, "baseline_rate"))
+    by_arm = [flags_of(runs, cell, rounds) for cell in (baseline, candidate)]
+    return SpeedPoint(
+        run_ids=tuple(run.manifest.run_id for run in runs),
+        complete=all(run.complete for run in runs),
+        baseline=baseline,
+        candidate=candidate,
+        num_rounds=len(rounds),
+        num_calls=len(calls),
+        num_launches=len(set(timed.launches)),
+        time=time,
+        throughput=measured(lambda: stats.speedup(timed, "throughput")),
+        length=length,
+        geometric=measured(lambda: stats.geometric_speedup(timed)),
+        null=null_of(null_timed),
+        baseline_rate=rate,
+        candidate_rate=measured(lambda: stats.speedup(timed, "candidate_rate")),
+        counts=count(prompt for sample in samples[1] for prompt in sample.prompts),
+        baseline_counts=count(prompt for sample in samples[0] for prompt in sample.prompts),
+        latency=latency_of(samples[1]),
+        baseline_latency=latency_of(samples[0]),
+        within=within_calls(samples[1]),
+        baseline_within=within_calls(samples[0]),
+        flagged=flagged(by_arm[0], by_arm[1]),
+        clean=clean_speed(timed, _dropped_calls(by_arm, calls)),
+        costs=costs(runs, baseline, candidate, (samples[0], samples[1])),
+        samples=answer_samples(runs, (baseline, candidate), (samples[0], samples[1])),
+        warnings=(*left_out(there), *remarks(runs), *_warnings(length, lengths), *_few_rounds(time, timed)),
+        timed=timed,
+        null_timed=null_timed,
+        handicaps=_handicaps(runs, (baseline, candidate), (samples[0], samples[1])),
+        best=best_of(runs, baseline, None if rate.estimate is None else rate.estimate.value),
+        tasks=tasks_of(chain.from_iterable(calls)),
+        lengths=lengths,
+        num_paired=there.num_timed,
+        faults=there.faults,
+        unseen=unseen(runs, (baseline, candidate), grids, there),
+    )
+
+
+def tasks_of(prompt_ids: Iterable[str]) -> tuple[str, ...]:
+    """The tasks of prompts, by their ids (``task/number``); none where one does not say."""
+    parts = [prompt_id.rpartition("/") for prompt_id in sorted(set(prompt_ids))]
+    said = all(task and number.isdigit() for task, _, number in parts)
+    return tuple(dict.fromkeys(task for task, _, _ in parts)) if said else ()
+
+
+def _warnings(length: Measured, lengths: Sequence[Lengths]) -> list[str]:
+    """What to read with a speedup, for how long the answers are that it was timed on."""
+    warnings = []
+    if lengths_differ(length):
+        warnings.append(
+            "the arms' outputs differ in length by more than a tenth: read the speedup in useful tokens per second, "
+            "not the wall-clock one alone"
+        )
+    if any(of_arm.misses_the_tail for of_arm in lengths):
+        warnings.append(
+            "the timed answers are clearly unlike those of all known documents in length: the interval allows for it, "
+            "more prompts would narrow it"
+        )
+    return warnings
+
+
+def _few_rounds(time: Measured, timed: stats.TimedCalls) -> list[str]:
+    """That its rounds decide nothing, where they are too few or too much alike; launches count by themselves."""
+    if time.estimate is None or stats.resamples_launches(timed.launches):
+        return []
+    found = stats.too_few_rounds(time.estimate, len(timed.launches))
+    return [] if found is None else [found]
+
+
+def _handicaps(
+    runs: list[Run], arms: tuple[Cell, Cell], samples: tuple[list[SpeedSample], list[SpeedSample]]
+) -> tuple[Handicap, ...]:
+    """What slows either arm, by how its model is run."""
+    found: list[Handicap] = []
+    for cell, own in zip(arms, samples, strict=True):
+        prompts = [prompt for sample in own for prompt in sample.prompts]
+        longest = max(prompt.num_prompt_tokens + prompt.num_tokens for prompt in prompts)
+        unlike = any(len({prompt.num_prompt_tokens for prompt in sample.prompts}) > 1 for sample in own)
+        width = cell.workload.batch_size or 1
+        for ways in (ways for run in runs for ways in run.manifest.ways if ways.checkpoint == cell.checkpoint.identity):
+            found += handicaps(cell.arm, ways, batch_size=width, longest=longest, unlike_lengths=unlike)
+    return tuple(dict.fromkeys(found))
+
+
+def _check_prompts(runs: list[Run], baseline: Grid, candidate: Grid) -> None:
+    """Both arms must have been given the same prompts, in the same batches."""
+    calls = [{call for _, call in grid} for grid in (baseline, candidate)]
+    # A killed run may have stopped before one arm saw a batch; that is no mismatch.
+    if calls[0] != calls[1] and all(run.complete for run in runs):
+        what = "baseline and candidate were timed on different prompts: they are no pair"
+        raise ArmsDifferError(f"{names_of(runs)}: {what}")
+    cells = {sample.cell for grid in (baseline, candidate) for sample in grid.values()}
+    hashes: dict[tuple[str, int, int], str] = {}
+    for row in (row for run in runs for row in run.generations_of(cells)):
+        known = hashes.setdefault((row.task, row.doc_id, row.request_index), row.prompt_sha256)
+        if known != row.prompt_sha256:
+            where = f"task {row.task!r}, document {row.doc_id}"
+            raise ArmsDifferError(f"{names_of(runs)}: {where}: prompt_sha256 differs between timed generations")
+
+
+def _dropped_calls(by_arm: list[dict[OutputKey, Flags]], calls: list[Call]) -> tuple[list[bool], list[bool]] | None:
+    """Per arm and call, whether one of its prompts was ever answered degenerately; ``None`` without the outputs."""
+    prompts = {prompt for call in calls for prompt in call}
+    kept = [{f"{task}/{doc_id}" for _, task, doc_id, _ in arm} for arm in by_arm]
+    if not all(prompts <= arm for arm in kept):
+        return None
+    bad = [{f"{task}/{doc_id}" for task, doc_id in flagged_documents(arm)} for arm in by_arm]
+    baseline, candidate = ([not arm.isdisjoint(call) for call in calls] for arm in bad)
+    return baseline, candidate

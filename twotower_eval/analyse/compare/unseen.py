@@ -1,0 +1,274 @@
+"""Whether an arm remembers what it has read before: what it takes for new prompts against what it takes for seen ones.
+
+A decoder may honestly need more passes for one prompt than for another, above all for text that nobody would write. So
+no two prompts are compared by their seconds. Compared are
+
+- the same prompt, twice: the seconds of a probe when it was new over those in the next round, and the forwards per
+  token of every timed prompt when it was first read, in the warm-up as a rule, over those of all later readings;
+- like prompts, by what is counted: the forwards per token of a probe when it was new over those of timed prompts of
+  the same task and about the same length. Documents that are not timed are like them. Prompts that are made up of two
+  documents are not: only far more forwards than honest decoders need for such text count;
+- like prompts, forward by forward: the seconds of a new probe over those that its own forwards take alone, against the
+  same of timed prompts, and against the same of the other arm on that probe.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import exp, log
+from statistics import fmean
+
+from twotower_eval.analyse import stats
+from twotower_eval.analyse.compare.calls import Call, Grid, Usable
+from twotower_eval.analyse.compare.costs import seconds_alone
+from twotower_eval.analyse.compare.measured import Measured, measured
+from twotower_eval.analyse.compare.numbers import TIMES, interval
+from twotower_eval.records import Cell, SpeedSample
+from twotower_eval.store import Run
+from twotower_eval.times import fault_of
+
+LEVEL = stats.NULL_LEVEL
+FAR = 3.0  # times the forwards per token that honest decoders may need where a prompt is made up
+NUM_LIKE = 8  # timed calls that a new one is held against: those nearest in length
+NO_FORWARD = 0.5  # a call without any forward counts as half a forward, so that ratios exist
+NONE = "no prompt was timed that was new in its round"
+TOO_FEW = "too few to tell, time more rounds (--min-rounds) or more probes (--probes): "
+NOT_COUNTED = "forwards were not counted"
+NOTHING = Measured(estimate=None, reason=NONE)
+Key = tuple[str, str]  # launch, call
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """How many times as much an arm takes for what is new as for what it has seen; 1 where nothing is remembered.
+
+    ``seconds`` and ``forwards`` are of the same prompt read again, ``documents`` and ``made_up`` are forwards per token
+    of new prompts against like ones that are timed, ``forward_s`` the seconds of equal forwards.
+    """
+
+    seconds: Measured = NOTHING
+    forwards: Measured = NOTHING
+    documents: Measured = NOTHING
+    made_up: Measured = NOTHING
+    forward_s: Measured = NOTHING
+
+    def exceeds(self, limit: float) -> bool:
+        """Whether any of them surely lies above the limit."""
+        alike = (self.seconds, self.forwards, self.documents, self.forward_s)
+        bounds = [*((one, limit) for one in alike), (self.made_up, FAR)]
+        return any(one.estimate is not None and one.estimate.low > most for one, most in bounds)
+
+    def tells(self, limit: float) -> bool:
+        """Whether a gain above the limit would have been noticed: on the same prompts read again, in seconds and in
+        forwards, and on new prompts of either kind, where there were any."""
+        again = all(_is_below(one, limit) for one in (self.seconds, self.forwards))
+        new = [_is_below(one, most) for one, most in ((self.documents, limit), (self.made_up, FAR)) if one.estimate]
+        return again and (not new or any(new))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unseen:
+    """What either arm remembers. ``num_new`` calls were new to the candidate; ``num_void`` are void."""
+
+    baseline: Memory
+    candidate: Memory
+    num_new: int
+    num_void: int = 0
+
+    def checked(self, limit: float) -> bool:
+        """Whether the candidate read the same prompts twice, often enough for a gain above the limit to be noticed."""
+        return self.candidate.tells(limit)
+
+    def remembered(self, limit: float) -> tuple[str, ...]:
+        """Which arms surely take more than ``limit`` times as much for what is new."""
+        arms = (("baseline", self.baseline), ("candidate", self.candidate))
+        return tuple(arm for arm, memory in arms if memory.exceeds(limit))
+
+
+def _is_below(found: Measured, limit: float) -> bool:
+    return found.estimate is not None and found.estimate.high <= limit
+
+
+UNCHECKED = Unseen(baseline=Memory(), candidate=Memory(), num_new=0)
+
+
+def unseen_text(found: Unseen, limit: float) -> str:
+    """What the probes came to, and who remembers."""
+    remembers = found.remembered(limit)
+    lead = f"the {' and the '.join(remembers)} remembers what it has seen (above {limit:g}x): " if remembers else ""
+    if not found.num_new and not remembers:
+        return NONE
+    own = found.candidate
+    again = f"the candidate is {_shown(own.seconds)}, the baseline {_shown(found.baseline.seconds)} as fast"
+    first = f"{_shown(own.forwards)} as many forwards on the first reading of timed prompts as on later ones"
+    lines = [f"repeated prompts: {again} as on the first reading", f"the candidate makes {first}"]
+    for one, kind, more in (
+        (own.documents, "untimed documents", ""),
+        (own.made_up, "made-up prompts", f" (limit {FAR:g}x)"),
+    ):
+        if one.estimate is not None:
+            calls = f"{one.estimate.n} calls on {kind}"
+            lines.append(f"{calls} take it {_shown(one)} the forwards per token of like timed calls{more}")
+    if own.forward_s.estimate is not None:
+        lines.append(f"equal forwards take it {_shown(own.forward_s)} as long on new prompts as on timed ones")
+    unclear = "" if remembers or found.checked(limit) or not _is_timed(own) else TOO_FEW
+    return f"{lead}{unclear}{'; '.join(lines)} (limit {limit:g}x)"
+
+
+def _is_timed(own: Memory) -> bool:
+    """Whether there is something that could have told."""
+    return own.seconds.estimate is not None and own.forwards.estimate is not None
+
+
+def _shown(found: Measured) -> str:
+    return f"({found.reason})" if found.estimate is None else interval(TIMES, found.estimate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Probed:
+    """A probe call by cell: when it was new, and the first time after that."""
+
+    new: SpeedSample
+    again: SpeedSample | None
+
+
+def unseen(runs: Sequence[Run], arms: tuple[Cell, Cell], grids: tuple[Grid, Grid], there: Usable) -> Unseen:
+    """The probes of both arms' cells, and the first readings of what is timed, held against the calls of the rounds."""
+    probes = [_probes(runs, cell) for cell in arms]
+    own_new = {key: probe for key, probe in probes[1].items() if key in probes[0]}
+    cells = {cell.id for cell in arms}
+    samples = [sample for run in runs for sample in run.speed_of(cells) if sample.phase == "probe"]
+    return Unseen(
+        baseline=_memory(runs, arms[0], probes[0], (grids[0], grids[1]), there, None),
+        candidate=_memory(runs, arms[1], own_new, (grids[1], grids[0]), there, (arms[0], probes[0])),
+        num_new=len(own_new),
+        num_void=sum(fault_of(sample) is not None for sample in samples),
+    )
+
+
+def _memory(
+    runs: Sequence[Run],
+    cell: Cell,
+    probes: Mapping[Key, _Probed],
+    grids: tuple[Grid, Grid],
+    there: Usable,
+    other: tuple[Cell, Mapping[Key, _Probed]] | None,
+) -> Memory:
+    """One arm's; ``grids`` are its own and the other's, ``other`` has timed the same probes."""
+    new = [one.new for one in probes.values() if (one.new.launch_id, one.new.round) in there.rounds]
+    counted = any(sample.passes for run in runs for sample in run.speed_of({cell.id}))
+    more = [(one.held_out, _beyond_like(one, grids[0], there, _forwards_per_token)) for one in new] if counted else []
+    return Memory(
+        seconds=_mean(_gains(list(probes.values()), grids[1], there)),
+        forwards=_mean(_first_readings(runs, cell)) if counted else Measured(estimate=None, reason=NOT_COUNTED),
+        documents=_mean([beyond for held_out, beyond in more if held_out]),
+        made_up=_mean([beyond for held_out, beyond in more if not held_out]),
+        forward_s=_mean(_of_equal_forwards(runs, cell, new, grids, there, other)),
+    )
+
+
+def _mean(logs: Sequence[float]) -> Measured:
+    return measured(lambda: stats.geometric_mean([exp(one) for one in logs], level=LEVEL))
+
+
+def _probes(runs: Sequence[Run], cell: Cell) -> dict[Key, _Probed]:
+    """By launch and call what the cell was probed with; without those whose first time cannot be."""
+    found: dict[Key, list[SpeedSample]] = defaultdict(list)
+    for sample in (sample for run in runs for sample in run.speed_of({cell.id})):
+        if sample.phase == "probe":
+            found[sample.launch_id, sample.call_id].append(sample)
+    ordered = {key: sorted(samples, key=lambda sample: sample.round) for key, samples in found.items()}
+    return {
+        key: _Probed(new=first, again=next((one for one in rest if fault_of(one) is None), None))
+        for key, (first, *rest) in ordered.items()
+        if fault_of(first) is None
+    }
+
+
+def _gains(probes: Sequence[_Probed], other: Grid, there: Usable) -> list[float]:
+    """Seconds of each prompt when it was new over those when it had been seen, but for what its rounds differ in.
+
+    That is told by the other arm, since in its own a memory would hide behind what it did to the rounds.
+    """
+    of_round = {round_: fmean(log(other[round_, call].wall_s) for call in there.calls) for round_ in there.rounds}
+    found = []
+    for probe in probes:
+        first, again = probe.new, probe.again
+        rounds = [] if again is None else [(first.launch_id, first.round), (again.launch_id, again.round)]
+        if again is not None and all(round_ in of_round for round_ in rounds):
+            drift = of_round[rounds[1]] - of_round[rounds[0]]
+            found.append(log(first.wall_s / again.wall_s) + drift)
+    return found
+
+
+def _first_readings(runs: Sequence[Run], cell: Cell) -> list[float]:
+    """Of every timed call, forwards per token when it was first read over those of all later readings."""
+    readings: dict[Call, list[SpeedSample]] = defaultdict(list)
+    for sample in (sample for run in runs for sample in run.speed_of({cell.id})):
+        if sample.replica == 0 and sample.phase != "probe":
+            readings[tuple(prompt.prompt_id for prompt in sample.prompts)].append(sample)
+    found = []
+    for samples in readings.values():
+        first, *later = map(_forwards_per_token, sorted(samples, key=lambda sample: sample.started_at))
+        if later:
+            found.append(first - fmean(later))
+    return found
+
+
+def _beyond_like(new: SpeedSample, grid: Grid, there: Usable, of: Callable[[SpeedSample], float]) -> float:
+    """What a figure is of a new call beyond what it is, in the same round, of the timed calls that are most like it."""
+    tasks, length = _tasks(prompt.prompt_id for prompt in new.prompts), _length(new)
+    timed = [grid[(new.launch_id, new.round), call] for call in there.calls]
+    alike = [one for one in timed if _tasks(prompt.prompt_id for prompt in one.prompts) == tasks] or timed
+    nearest = sorted(alike, key=lambda one: abs(_length(one) - length))[:NUM_LIKE]
+    return of(new) - fmean(map(of, nearest))
+
+
+def _of_equal_forwards(
+    runs: Sequence[Run],
+    cell: Cell,
+    new: Sequence[SpeedSample],
+    grids: tuple[Grid, Grid],
+    there: Usable,
+    other: tuple[Cell, Mapping[Key, _Probed]] | None,
+) -> list[float]:
+    """How many times as long equal forwards take on new prompts as on like ones that are timed, beside the other arm.
+
+    Nothing where parts were not timed alone, or not of these sizes.
+    """
+    found = []
+    with_alone = partial(_beyond_alone, seconds_alone(runs, cell, list(grids[0].values())))
+    beside = None if other is None else partial(_beyond_alone, seconds_alone(runs, other[0], list(grids[1].values())))
+    for one in new:
+        try:
+            slower = _beyond_like(one, grids[0], there, with_alone)
+            if other is not None and beside is not None:
+                slower -= _beyond_like(other[1][one.launch_id, one.call_id].new, grids[1], there, beside)
+        except ValueError:  # it says what was not timed, and reports show that with the parts
+            continue
+        found.append(slower)
+    return found
+
+
+def _beyond_alone(alone: Callable[[SpeedSample], float], sample: SpeedSample) -> float:
+    seconds = alone(sample)
+    if seconds <= 0:
+        raise ValueError("a call without any forward")
+    return log(sample.wall_s / seconds)
+
+
+def _forwards_per_token(sample: SpeedSample) -> float:
+    """On the log."""
+    num_tokens = sum(prompt.num_tokens for prompt in sample.prompts)
+    return log(max(NO_FORWARD, sum(one.num for one in sample.passes)) / max(1, num_tokens))
+
+
+def _tasks(prompt_ids: Iterable[str]) -> list[str]:
+    return sorted(prompt_id.rpartition("/")[0] for prompt_id in prompt_ids)
+
+
+def _length(sample: SpeedSample) -> int:
+    return sum(prompt.num_prompt_tokens for prompt in sample.prompts)

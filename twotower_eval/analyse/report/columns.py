@@ -1,0 +1,47 @@
+"""Columns that several CSV tables share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twotower_eval.analyse.compare.counts import Counts
+from twotower_eval.analyse.compare.measured import Measured
+from twotower_eval.analyse.compare.naming import checkpoint_name, setting
+from twotower_eval.records import Cell
+
+Row = dict[str, Any]
+SETTINGS = ("block_size", "steps_per_block", "threshold")
+
+
+def measured_columns(name: str, found: Measured) -> Row:
+    """An estimate as four columns and the reason where there is none."""
+    estimate = found.estimate
+    numbers = (None,) * 4 if estimate is None else (estimate.value, estimate.low, estimate.high, estimate.level)
+    values = dict(zip((name, f"{name}_low", f"{name}_high", f"{name}_level"), numbers, strict=True))
+    return {**values, f"{name}_method": estimate.method if estimate else None, f"{name}_missing_reason": found.reason}
+
+
+def operating_point(cell: Cell) -> Row:
+    named = {name: setting(cell.decoder, name) for name in SETTINGS}
+    return {"checkpoint": checkpoint_name(cell.checkpoint), "decoder": cell.decoder.label, **named}
+
+
+def ends(arm: str, interval: Measured) -> Row:
+    """The ends of an arm's own interval, or why it has none."""
+    columns = measured_columns(arm, interval)
+    return {name: columns[name] for name in (f"{arm}_low", f"{arm}_high", f"{arm}_missing_reason")}
+
+
+def count_columns(arm: str, counts: Counts) -> Row:
+    return {
+        f"{arm}_num_prompts": counts.num_prompts,
+        f"{arm}_num_tokens": counts.num_tokens,
+        f"{arm}_num_discarded_tokens": counts.num_discarded_tokens,
+        f"{arm}_num_context_forwards": counts.num_context_forwards,
+        f"{arm}_num_prefill_forwards": counts.num_prefill_forwards,
+        f"{arm}_num_denoiser_forwards": counts.num_denoiser_forwards,
+        f"{arm}_num_forced_commits": counts.num_forced_commits,
+        f"{arm}_tokens_per_nfe": counts.tokens_per_nfe,
+        f"{arm}_tokens_per_nfe_and_commit": counts.tokens_per_nfe_and_commit,
+        f"{arm}_tokens_per_forward": counts.tokens_per_forward,
+    }

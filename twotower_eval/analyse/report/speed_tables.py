@@ -1,0 +1,264 @@
+"""The speed section: speedups, and what they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from twotower_eval.analyse import stats
+from twotower_eval.analyse.compare.best import best_text
+from twotower_eval.analyse.compare.counts import Counts
+from twotower_eval.analyse.compare.runs import Runs
+from twotower_eval.analyse.compare.timing import SpeedPoint
+from twotower_eval.analyse.report.alone import speed_alone
+from twotower_eval.analyse.report.costs import explanation
+from twotower_eval.analyse.report.section import Section
+from twotower_eval.analyse.report.text import (
+    FIGURE,
+    NONE,
+    bullets,
+    code,
+    count,
+    details,
+    escape,
+    percent,
+    rate,
+    run_list,
+    speed_warnings,
+    speedup,
+    table,
+    times,
+)
+
+MAX_SHOWN = 6  # measurements; of more than these, only the headline's stay unfolded
+LEAD = (
+    "S_time is the wall-clock speedup: the baseline's seconds over the candidate's for the same prompts, so above 1x "
+    "the candidate is faster.\n\n"
+)
+READING = (
+    "S_throughput compares useful tokens per second, so it differs where answers differ in length (length ratio: "
+    "useful tokens, candidate over baseline). A/A null is the baseline against itself and should hold 1. Neighbouring"
+    " rounds may be alike, as a machine is slow for a while: effective rounds are how many independent ones would say"
+    " as much, by the lag-1 correlation of the rounds' own speedups in brackets, corrected for few rounds; fewer than"
+    " 5 decide nothing. Intervals of S_time use an upper bound of the correlation, because few rounds estimate it "
+    "poorly. Workload `fixed` makes a fixed number of tokens, `answer` stops where the task stops."
+)
+
+
+def speed(runs: Runs) -> Section:
+    """Speedups, and what they are made of."""
+    if not runs.speed:
+        lines = bullets(escape(gap) for gap in runs.speed_gaps)
+        what = "baseline and candidate" if runs.compare else "a model"
+        text = speed_alone(runs) or f"Nothing has been timed completely. `twotower-eval speed` times {what}.\n"
+        return Section(title="Speed", markdown=f"{text}\n{lines}" + _counts(_scored_cost(runs)))
+    ordered = sorted(runs.speed, key=order)
+    shown = ordered if len(ordered) <= MAX_SHOWN else [point for point in ordered if point.key == runs.chosen]
+    rest = [point for point in ordered if point not in shown]
+    parts = [
+        LEAD + (_speedups(runs, shown) if shown else ""),
+        details(f"The other {len(rest)} of {len(ordered)} measurements", _speedups(runs, rest)) if rest else "",
+        bullets(_speed_remarks(runs)),
+        explanation(runs, shown or ordered),
+        details("How to read this table", READING),
+        _lengths(runs, shown or ordered),
+        _counts(_timed_cost(runs), _scored_cost(runs)),
+        speed_alone(runs),
+    ]
+    return Section(title="Speed", markdown="\n\n".join(part.strip() for part in parts if part) + "\n")
+
+
+def _lengths(runs: Runs, points: Sequence[SpeedPoint]) -> str:
+    """The timed answers beside those of all documents, and how the time is spread over calls; folded away."""
+    header = ["answers", "workload", "batch", "timed, all documents", "timed: median, 90th percentile"]
+    header += [
+        "all: median, 90th percentile",
+        "at the budget: timed, all",
+        "calls",
+        "effective calls (Kish)",
+        "longest call's share",
+    ]
+    rows = []
+    for point in (point for point in points if point.lengths):
+        tail = point.timed.tail
+        for of_arm in point.lengths:
+            timed, every = (" / ".join(f"{tokens:.0f}" for tokens in found) for found in of_arm.quantiles())
+            at_budget = of_arm.shares_at_budget()
+            name = "baseline" if of_arm.arm == "baseline" else escape(runs.name(point.candidate))
+            there = f"{count(len(of_arm.all_tokens))}{'' if of_arm.whole else ' (not all)'}" if every else NONE
+            numbers = f"{len(of_arm.timed_tokens):,}, {there}"
+            row = [name, point.workload, count(point.batch_size), numbers, timed, every or NONE]
+            row.append(NONE if at_budget is None else " / ".join(percent(share) for share in at_budget))
+            row += [count(tail.num_calls), f"{tail.effective_calls:.0f}", percent(tail.largest_share)]
+            rows.append(row)
+    if not rows:
+        return ""
+    body = f"{LENGTH_WORDS}\n\n{table(header, rows, left=2)}"
+    return details("Timed answers beside all answers", body)
+
+
+def _counts(*tables: str) -> str:
+    """Tokens and forwards, folded away: they explain the speedup and are many."""
+    body = "\n\n".join(part.strip() for part in (COST_WORDS, *tables) if part)
+    return details("Tokens and forwards", body) if any(tables) else ""
+
+
+def order(point: SpeedPoint) -> tuple[str, int]:
+    return (point.candidate.workload.name, point.batch_size)
+
+
+def _speedups(runs: Runs, points: Sequence[SpeedPoint]) -> str:
+    per_device = not all(point.equal_devices for point in runs.speed)
+    header = ["block, steps, threshold", "S_time [95 %]", "S_throughput [95 %]", "workload", "batch", "rounds x calls"]
+    header += ["effective rounds (lag-1)", "length ratio [95 %]", "geometric mean [95 %]", "A/A null [99 %]"]
+    header += ["S_time per device [95 %]"] * per_device
+    rows = []
+    for point in points:
+        row = [
+            escape(runs.name(point.candidate)),
+            speedup(point, point.time),
+            speedup(point, point.throughput),
+            escape(point.candidate.workload.name),
+            count(point.batch_size),
+            f"{point.num_rounds} x {point.num_calls}",
+            _independent(point),
+            times(point.length).replace("x", ""),
+            speedup(point, point.geometric),
+            times(point.null),
+        ]
+        if per_device:
+            row.append(speedup(point, point.time_per_device))
+        rows.append(row)
+    return table(header, rows, texts=("workload",))
+
+
+def _independent(point: SpeedPoint) -> str:
+    """How many independent rounds would say as much, and how alike neighbouring rounds are."""
+    serial = point.serial
+    if serial is None:
+        return NONE
+    if serial.launches:
+        return f"{point.num_launches} launches"
+    return "too few to tell" if serial.lag1 is None else f"{serial.effective_rounds:.1f} ({serial.lag1:+.2f})"
+
+
+def _widened(runs: Runs) -> Iterator[str]:
+    found = [point.serial for point in runs.speed if point.serial is not None]
+    if by := _times([serial.widening for serial in found if not serial.launches]):
+        yield f"As rounds may be alike, their standard error is taken {by} times as large as that of independent ones."
+    if by := _times([serial.widening for serial in found if serial.launches]):
+        yield (
+            f"As launches may go on where the one before them stopped, their standard error is taken {by} times as "
+            "large as that of independent ones: started further apart they tell more."
+        )
+
+
+def _times(widenings: Sequence[float]) -> str:
+    """How much wider; empty where nothing is."""
+    if not widenings or max(widenings) <= 1:
+        return ""
+    least, most = f"{min(widenings):.1f}", f"{max(widenings):.1f}"
+    return least if least == most else f"{least} to {most}"
+
+
+def _speed_remarks(runs: Runs) -> Iterator[str]:
+    run_ids = [run_id for point in runs.speed for run_id in point.run_ids]
+    yield f"{'Runs' if len(set(run_ids)) > 1 else 'Run'} {run_list(run_ids)}. Warm-up rounds are not in these figures."
+    methods = sorted({point.time.estimate.method for point in runs.speed if point.time.estimate})
+    yield from (f"{method[0].upper()}{method[1:]}." for method in methods)
+    yield from _widened(runs)
+    launches = min(point.num_launches for point in runs.speed)
+    if launches < stats.MIN_LAUNCHES:
+        yield f"{launches} launch{'es' * (launches > 1)}: variation between launches was not measured."
+    bests = dict.fromkeys((point.workload, point.batch_size, best_text(point.best)) for point in runs.speed)
+    for workload, batch_size, found in bests:
+        yield f"Is the baseline at its best? {workload}, batch {count(batch_size)}: {escape(found)}."
+    yield from _warnings(runs)
+    reasons = {m.reason for p in runs.speed for m in (p.time, p.throughput, p.null) if m.reason}
+    yield from (f"{NONE}: {escape(reason)}." for reason in sorted(reasons))
+    yield from (f"{escape(gap)}." for gap in runs.speed_gaps)
+
+
+def _warnings(runs: Runs) -> Iterator[str]:
+    """One line for each reason: how many measurements it concerns, and of which one the figures in it are."""
+    concerned: dict[str, list[tuple[str, SpeedPoint]]] = {}
+    for point in runs.speed:
+        unfinished = () if point.complete else ("**the run is INCOMPLETE**",)
+        for warning in (*unfinished, *speed_warnings(point)):
+            concerned.setdefault(FIGURE.sub("#", warning), []).append((warning, point))
+    for found in concerned.values():
+        first, point = found[0]
+        name = f"{escape(runs.name(point.candidate))}, {point.workload}, batch {point.batch_size}"
+        differing = len({warning for warning, _ in found}) > 1
+        figures = f" (the figures of {name}; those of the others differ)" if differing else ""
+        every = f"every one of {len(found)} measurements" if len(found) > 1 else name
+        some = f"{len(found)} of {len(runs.speed)} measurements" if len(found) > 1 else name
+        yield f"{every if len(found) == len(runs.speed) else some}: {first}{figures}."
+
+
+LENGTH_WORDS = (
+    "A speedup is one of the prompts that were timed. Lengths are in useful tokens; those of all documents are known "
+    "where a run of the same weights and decoder without a limit is among the runs, and the interval then allows for "
+    "what the timed ones lack. Else it allows for answers that run on to the budget, as many as the known ones cannot "
+    "exclude, and for a heavy tail beyond the longest. Effective calls (Kish): so many calls of equal length would "
+    "tell as much."
+)
+COST_WORDS = (
+    "What it costs. A forward is one pass of either tower for one prompt, NFE one pass of the denoiser. Tokens per "
+    "forward are useful tokens over denoiser passes alone, over these and the passes that commit a block, and over all "
+    "passes, prefill included; the three are not to be compared with each other. Discarded "
+    "tokens were denoised past an answer's end and are never counted as output; forced commits are those that the step "
+    "limit made below the threshold, as a share of all committed tokens."
+)
+COST_HEADER = ["tokens per NFE", "with commits", "with prefill and all else"]
+COST_HEADER += ["denoiser forwards (NFE)", "context forwards"]
+COST_HEADER += ["useful tokens", "discarded tokens", "forced commits", "ended by EOS / stop / length"]
+
+
+def _cost(counts: Counts) -> list[str]:
+    ends = " / ".join(count(counts.num_finished[reason]) for reason in ("eos", "stop", "length"))
+    return [
+        _optional(counts.tokens_per_nfe),
+        _optional(counts.tokens_per_nfe_and_commit),
+        _optional(counts.tokens_per_forward),
+        count(counts.num_denoiser_forwards) if counts.num_denoiser_forwards else NONE,
+        count(counts.num_context_forwards),
+        count(counts.num_tokens),
+        count(counts.num_discarded_tokens),
+        NONE if counts.forced_share is None else percent(counts.forced_share),
+        ends,
+    ]
+
+
+def _optional(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}"
+
+
+def _timed_cost(runs: Runs) -> str:
+    header = ["block, steps, threshold", "workload", "batch", "prompts timed", "useful tokens/s [95 %]", *COST_HEADER]
+    rows, baselines = [], set()
+    for point in sorted(runs.speed, key=order):
+        setting = [f"{point.workload}", count(point.batch_size)]
+        same = (point.baseline.id, point.run_ids)
+        if same not in baselines:
+            baselines.add(same)
+            counts = point.baseline_counts
+            rows.append(["baseline", *setting, count(counts.num_prompts), rate(point.baseline_rate), *_cost(counts)])
+        name = escape(runs.name(point.candidate))
+        rows.append([name, *setting, count(point.counts.num_prompts), rate(point.candidate_rate), *_cost(point.counts)])
+    return table(header, rows, left=2)
+
+
+def _scored_cost(runs: Runs) -> str:
+    """The same counts for the outputs that retention rests on."""
+    points = [point for point in runs.quality if point.counts.num_prompts and not point.timed]
+    if not points:
+        return ""
+    rows: list[list[str]] = []
+    for point in points:
+        if all(other.baseline_counts != point.baseline_counts for other in points[: points.index(point)]):
+            counts = point.baseline_counts
+            rows.append(["baseline", count(counts.num_prompts), *_cost(counts), code(point.run_id)])
+        name = escape(runs.name(point.candidate))
+        rows.append([name, count(point.counts.num_prompts), *_cost(point.counts), code(point.run_id)])
+    text = table(["block, steps, threshold", "outputs", *COST_HEADER, "run"], rows)
+    return f"In the scored runs:\n\n{text}"

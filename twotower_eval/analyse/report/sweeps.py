@@ -1,0 +1,269 @@
+"""Pictures over one setting at a time: block size, steps per block, threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from twotower_eval.analyse.compare.alike import (
+    MeasuredOn,
+    PointFigure,
+    Series,
+    families,
+    family_key,
+    scored_on,
+    series,
+    timed_on,
+)
+from twotower_eval.analyse.compare.naming import setting
+from twotower_eval.analyse.compare.parallelism import Curve, curves
+from twotower_eval.analyse.compare.pareto import BROKEN, is_fast_and_broken
+from twotower_eval.analyse.compare.runs import Runs
+from twotower_eval.analyse.report.plots import COLOURS, CROSS, GREY, MARKERS, handle, png
+from twotower_eval.analyse.report.section import Section
+from twotower_eval.analyse.report.text import (
+    NONE,
+    bullets,
+    code,
+    count,
+    details,
+    escape,
+    measured_on_words,
+    retention,
+    run_list,
+    table,
+    times,
+)
+from twotower_eval.records import Cell
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+AUP_WORDS = (
+    "The area under accuracy (percent) over useful tokens per forward, over thresholds and steps of one decoder: "
+    "rho_1 y_1, then trapezoids of y W with W = min(1, exp(-3 (1 - y / y_max))), y_max the best accuracy on the task, "
+    "the baseline included. Points more than 5 points below the first are left out (here counted by NFE). "
+    "Numbers by different counts of forwards are not to be compared."
+)
+AXES = {"block_size": "block size (tokens)", "steps_per_block": "steps per block", "threshold": "confidence threshold"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One panel of a sweep: every figure of one kind that there is of any operating point."""
+
+    label: str
+    reference: float
+    scale: float
+    figures: tuple[PointFigure, ...]
+
+    def series(self, name: str) -> dict[str, tuple[Series, ...]]:
+        """By family, what is drawn over the setting ``name``."""
+        labels = families(name, [figure.candidate for figure in self.figures])
+        members: dict[str, list[PointFigure]] = {key: [] for key in labels}
+        for figure in self.figures:
+            if setting(figure.candidate.decoder, name) is not None:
+                members[family_key(name, figure.candidate)].append(figure)
+        return {key: series(name, labels[key], own) for key, own in members.items()}
+
+
+def sweeps(runs: Runs) -> Section:
+    """Retention, speedup and tokens per NFE over block size, step count and threshold, one picture each."""
+    parts, files = [], {}
+    found = [measure for measure in measures(runs) if measure.figures]
+    cells = [figure.candidate for measure in found for figure in measure.figures]
+    crossed = False
+    for name, label in AXES.items():
+        labels, values = families(name, cells), _values(name, cells)
+        if not any(len(own) > 1 for own in values.values()):
+            parts.append(f"Over {label}: {_why_no_plot(sorted(set().union(*values.values())))}, so there is no plot.")
+            continue
+        file = f"over_{name}.png"
+        draw = partial(_draw_sweep, name=name, label=label, labels=labels, measures=found)
+        files[file] = png(draw, columns=len(found))
+        parts.append(f"![Over {label}]({file})")
+        crossed |= any(one.crossed for measure in found for own in measure.series(name).values() for one in own)
+    if files:
+        run_ids = {point.run_id for point in runs.quality} | {i for point in runs.speed for i in point.run_ids}
+        parts.append(
+            "Bars are 95 % intervals. A line joins points that differ in nothing else and were measured on the same "
+            "documents, tasks and kind of outputs in one run; others stand alone. What each was measured on stands "
+            f"above the panels.{' Points whose timing is INVALID are crossed.' if crossed else ''} "
+            f"Runs: {run_list(run_ids)}."
+        )
+    parts[:0] = [_collapsed(runs)] if files else []
+    parts += [_parallelism(runs)] if files else []
+    title = "Collapse: over block size, steps and threshold"
+    return Section(title=title, markdown="\n\n".join(parts) + "\n", files=files)
+
+
+def _parallelism(runs: Runs) -> str:
+    """Accuracy under parallelism of every curve; empty without any."""
+    found = curves(runs, runs.quality)
+    rows = [
+        [
+            escape(curve.task),
+            escape(_curve_name(curve)),
+            count(len(curve.points)),
+            count(curve.num_left_out),
+            *(
+                NONE if area is None else f"{area:.1f}"
+                for area in (curve.aup, curve.aup_with_commits, curve.aup_with_all)
+            ),
+            code(curve.run_id),
+        ]
+        for curve in found
+    ]
+    if not rows:
+        return ""
+    header = ["task", "decoder", "points", "left out", "AUP by NFE", "with commits", "with prefill and all else", "run"]
+    return details("Accuracy under parallelism (AUP)", f"{AUP_WORDS}\n\n{table(header, rows, left=2)}")
+
+
+def _curve_name(curve: Curve) -> str:
+    """The decoder, with what its points share."""
+    decoder = curve.points[0].candidate.decoder
+    size = setting(decoder, "block_size")
+    return decoder.kind.replace("_", " ") + (f", block {size}" if size is not None else "")
+
+
+def _values(name: str, cells: Sequence[Cell]) -> dict[str, set[float]]:
+    """By family, the values of a setting that were measured."""
+    found: dict[str, set[float]] = {}
+    for cell in cells:
+        if (value := setting(cell.decoder, name)) is not None:
+            found.setdefault(family_key(name, cell), set()).add(float(value))
+    return found
+
+
+def _collapsed(runs: Runs) -> str:
+    """Which points are fast and broken, so that no speedup is read without its quality."""
+    what = f"faster than the baseline by its estimate, surely less than {100 * BROKEN:g} % of its quality kept"
+    found = []
+    for key, cell in runs.points.items():
+        quality, speed = runs.quality_at(key), runs.speed_at(key)
+        kept, faster = quality and quality.headline.estimate, speed and speed.time.estimate
+        if kept and faster and is_fast_and_broken(kept, faster):
+            assert quality is not None
+            assert speed is not None
+            invalid = " (INVALID)" if speed.invalid else ""
+            figures = f"{times(speed.time)}{invalid} at {retention(quality.headline)} of the quality"
+            found.append(f"{escape(runs.name(cell))}: {figures}")
+    if not found:
+        return f"No measured point is fast and broken: {what}."
+    return f"**Fast and broken**: {what}.\n\n{bullets(found)}"
+
+
+def _why_no_plot(values: Sequence[float]) -> str:
+    if not values:
+        return "no decoder that was measured has it"
+    if len(values) == 1:
+        return f"only {values[0]:g} was measured"
+    return f"{', '.join(f'{value:g}' for value in values)} were measured, but never with the other settings kept"
+
+
+def measures(runs: Runs) -> Iterator[Measure]:
+    """Retention, speedup and tokens per NFE, wherever they were measured."""
+    kept, faster, parallel = [], [], []
+    for speed in runs.speed:
+        cell, on = speed.candidate, timed_on(speed)
+        if (found := speed.time.estimate) is not None:
+            figure = PointFigure(candidate=cell, on=on, value=found.value, estimate=found, invalid=speed.invalid)
+            faster.append(figure)
+        if (rate := speed.counts.tokens_per_nfe) is not None:
+            parallel.append(PointFigure(candidate=cell, on=on, value=rate))
+    for quality in runs.quality:
+        cell, on = quality.candidate, scored_on(quality)
+        if (found := quality.headline.estimate) is not None:
+            kept.append(PointFigure(candidate=cell, on=on, value=found.value, estimate=found))
+        if not quality.timed and (rate := quality.counts.tokens_per_nfe) is not None:
+            parallel.append(PointFigure(candidate=cell, on=on, value=rate))
+    yield Measure(label="retention of quality (%)", reference=100, scale=100, figures=tuple(kept))
+    yield Measure(label="speedup in wall-clock time, S_time (x)", reference=1, scale=1, figures=tuple(faster))
+    yield Measure(label="useful tokens per NFE", reference=1, scale=1, figures=tuple(parallel))
+
+
+def _draw_sweep(
+    figure: Figure, *, name: str, label: str, labels: Mapping[str, str], measures: Sequence[Measure]
+) -> None:
+    """One panel a measure. A family keeps its colour and marker; fill and stroke say what was measured on what."""
+    handles = {words: handle(**_look(j)) for j, words in enumerate(labels.values())}
+    order = {key: j for j, key in enumerate(labels)}
+    for i, measure in enumerate(measures):
+        axes = figure.add_subplot(1, len(measures), i + 1)
+        axes.axhline(measure.reference, color=GREY, linewidth=0.8, linestyle="--", zorder=1)
+        drawn = measure.series(name)
+        grounds = sorted({one.on for own in drawn.values() for one in own}, key=lambda on: (on.wanted, on.run_ids))
+        ticks = sorted({x for own in drawn.values() for one in own for x, _ in one.figures})
+        for key, own in drawn.items():
+            # A little to the side of each other, so that no line hides another.
+            aside = (order[key] - (len(order) - 1) / 2) / max(len(order) - 1, 1)
+            for one in own:
+                look = _look(order[key], ground=grounds.index(one.on), joined=one.joined)
+                _draw_series(axes, one, measure.scale, _moved(name, aside, ticks), look)
+        if any(one.crossed for own in drawn.values() for one in own):
+            handles["INVALID"] = handle(**CROSS)
+        joined = {one.on for own in drawn.values() for one in own if one.joined}
+        _dress(axes, name, label, measure.label, ticks)
+        _tell_grounds(axes, grounds, joined)
+    columns = 3 if len(measures) > 1 else 1
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
+
+
+def _moved(name: str, aside: float, ticks: Sequence[float]) -> Callable[[float], float]:
+    """Where a value is drawn, a little aside: by a factor on the logarithmic axes, else by a distance."""
+    if name == "threshold":
+        return lambda x: x + 0.06 * aside * (ticks[-1] - ticks[0])
+    return lambda x: x * 2 ** (0.24 * aside)
+
+
+def _dress(axes: Axes, name: str, label: str, what: str, ticks: Sequence[float]) -> None:
+    """The axes' names and ticks."""
+    if name != "threshold":
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.margins(x=0.12)
+    axes.set_xlabel(label)
+    axes.set_ylabel(what)
+
+
+def _tell_grounds(axes: Axes, grounds: Sequence[MeasuredOn], joined: Collection[MeasuredOn]) -> None:
+    """Above a panel, what its figures were measured on; with the runs where two would say the same."""
+    words = [measured_on_words(on) for on in grounds]
+    shown = [
+        f"{w} ({', '.join(on.run_ids)})" if words.count(w) > 1 else w for w, on in zip(words, grounds, strict=True)
+    ]
+    keys = [handle(**_look(None, ground=i, joined=on in joined)) for i, on in enumerate(grounds)]
+    axes.legend(keys, shown, loc="lower left", bbox_to_anchor=(0, 1), fontsize=7, borderaxespad=0.2, handlelength=2.6)
+
+
+def _look(family: int | None, *, ground: int = 0, joined: bool = False) -> dict[str, Any]:
+    """How a series is drawn: colour and marker of its family, fill and stroke of what it was measured on."""
+    colour = GREY if family is None else COLOURS[family % len(COLOURS)]
+    return {
+        "color": colour,
+        "marker": "o" if family is None else MARKERS[(family + family // len(COLOURS)) % len(MARKERS)],
+        "markerfacecolor": "white" if ground % 2 else colour,
+        "markeredgecolor": colour,
+        "linestyle": ("-", "--", ":", "-.")[ground % 4] if joined else "none",
+        "markersize": 5,
+        "linewidth": 1.3,
+    }
+
+
+def _draw_series(axes: Axes, one: Series, scale: float, moved: Callable[[float], float], look: dict[str, Any]) -> None:
+    x_values = [moved(x) for x, _ in one.figures]
+    y_values = [scale * figure.value for _, figure in one.figures]
+    spans = [(f.value, f.value) if f.estimate is None else (f.estimate.low, f.estimate.high) for _, f in one.figures]
+    reach = [
+        [scale * (f.value - low), scale * (high - f.value)]
+        for (low, high), (_, f) in zip(spans, one.figures, strict=True)
+    ]
+    axes.errorbar(x_values, y_values, yerr=list(zip(*reach, strict=True)), elinewidth=0.9, capsize=2.5, **look)
+    for x, y, (_, figure) in zip(x_values, y_values, one.figures, strict=True):
+        if figure.invalid:
+            axes.plot([x], [y], linestyle="none", zorder=4, **CROSS)

@@ -1,0 +1,181 @@
+"""Words and numbers of a report: formats and Markdown."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+from twotower_eval.analyse.compare.alike import MeasuredOn
+from twotower_eval.analyse.compare.best import best_warning
+from twotower_eval.analyse.compare.points import Measured
+from twotower_eval.analyse.compare.timing import SpeedPoint
+from twotower_eval.records import Estimate
+
+NONE = "\u2013"  # a dash: there is no such number
+INVALID = "INVALID"  # beside a timing that must not be read as a speedup
+FIGURE = re.compile(r"\d[\d.,]*")
+SCORED_BY = {
+    "generation": "generation",
+    "exact": "autoregressive likelihood (exact)",
+    "context_tower": "context-tower likelihood",
+    "denoiser_left_to_right": "denoiser likelihood (left-to-right)",
+    "bound": "denoiser bound (Monte-Carlo)",
+}
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------
+
+
+def percent(value: float) -> str:
+    """A share as ``91.2 %``."""
+    return f"{100 * value:.1f} %"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """A number with so many significant digits: ``0.0123``, ``4.56``, ``12,300``; an exponent from 10 million."""
+    if abs(value) >= 1e7:
+        return f"{value:.{digits - 1}e}"
+    rounded = float(f"{value:.{digits - 1}e}")
+    decimals = max(0, digits - 1 - int(f"{rounded:e}".partition("e")[2])) if rounded else 0
+    return f"{rounded:,.{decimals}f}"
+
+
+def seconds(value_s: float) -> str:
+    """A time in seconds, or in milliseconds below one second."""
+    return f"{significant(1000 * value_s)} ms" if value_s < 1 else f"{significant(value_s)} s"
+
+
+def count(number: int) -> str:
+    """A whole number with separators."""
+    return f"{number:,}"
+
+
+def plural(number: int, noun: str, nouns: str | None = None) -> str:
+    """``1 task``, ``1,800 documents``."""
+    return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
+
+
+def retention(value: Measured) -> str:
+    """``91.2 % [88.0, 94.1]``; one more digit where the interval is narrower than a fifth of a point."""
+    return _interval(value, lambda e: _decimals(100 * (e.high - e.low), coarse=1), scale=100, unit=" %")
+
+
+def times(value: Measured) -> str:
+    """``2.31x [2.27, 2.35]``; one more digit where the interval is narrower than 0.02."""
+    return _interval(value, lambda e: _decimals(10 * (e.high - e.low), coarse=2), unit="x")
+
+
+def speedup(point: SpeedPoint, value: Measured) -> str:
+    """A figure of a point's timing, marked where the timing is INVALID."""
+    marked = point.invalid and value.estimate is not None
+    return times(value) + (f" **{INVALID}**" if marked else "")
+
+
+def rate(value: Measured) -> str:
+    """Tokens per second with their interval, three significant digits."""
+    found = value.estimate
+    return (
+        NONE if found is None else f"{significant(found.value)} [{significant(found.low)}, {significant(found.high)}]"
+    )
+
+
+def _decimals(width: float, *, coarse: int) -> int:
+    return coarse if width >= 0.2 else coarse + 1
+
+
+def _interval(value: Measured, decimals: Callable[[Estimate], int], *, scale: float = 1, unit: str = "") -> str:
+    found = value.estimate
+    if found is None:
+        return NONE
+    places = decimals(found)
+    middle, low, high = (_capped(scale * number, places) for number in (found.value, found.low, found.high))
+    return f"{middle}{unit} [{low}, {high}]"
+
+
+def _capped(number: float, places: int) -> str:
+    """A number, or only that it is large: the ends of an interval from next to no data can lie anywhere."""
+    return f"{number:z.{places}f}" if number < 1000 else "over 1000"
+
+
+# --- Markdown ------------------------------------------------------------------------------------------------------
+
+
+def escape(text: object) -> str:
+    """Text that Markdown and HTML take for nothing but text, on one line."""
+    plain = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # An underscore within a word, as in exact_match, is plain text to Markdown already.
+    return re.sub(r"([\\`*\[\]|~$]|(?<!\w)[_#]|_(?!\w))", r"\\\1", plain)
+
+
+def with_commands(text: str) -> str:
+    """Text of our own as :func:`escape` gives it, but for what stands between backticks: commands to type."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:
+        return escape(text)
+    return "".join(code(part) if at % 2 else _escaped_within(part) for at, part in enumerate(parts))
+
+
+def _escaped_within(part: str) -> str:
+    """As :func:`escape`, the blanks at both ends kept."""
+    inner = escape(part)
+    return f"{' ' if part[:1].isspace() else ''}{inner}{' ' if inner and part[-1:].isspace() else ''}"
+
+
+def lines_of(text: str) -> str:
+    """A text within a table cell with its own lines and indentation; empty for one of blanks only."""
+    lines = [line.replace("\t", "    ") for line in text.strip("\n").splitlines()]
+    indents = ["&nbsp;" * (len(line) - len(line.lstrip(" "))) for line in lines]
+    shown = [indent + escape(line) for indent, line in zip(indents, lines, strict=True)]
+    return "<br>".join(shown) if text.strip() else ""
+
+
+def code(text: object) -> str:
+    """Text in a code span, which nothing in it can end."""
+    plain = " ".join(str(text).split()).replace("|", "\\|")
+    return f"`{plain}`" if "`" not in plain else f"`` {plain} ``"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, texts: Collection[str] = ()) -> str:
+    """A Markdown table; the first ``left`` columns and those named in ``texts`` are flush left, the others right."""
+    rule = [":--" if i < left or name in texts else "--:" for i, name in enumerate(header)]
+    lines = [header, rule, *rows]
+    assert all(len(line) == len(header) for line in lines), "a table row has another number of cells than its header"
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A Markdown list, empty for no lines."""
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def details(summary: str, body: str) -> str:
+    """A part that is folded away at first. The summary is plain text: Markdown is not read within raw HTML."""
+    plain = html.escape(" ".join(summary.split()), quote=False)
+    return f"<details><summary>{plain}</summary>\n\n{body.rstrip()}\n\n</details>\n"
+
+
+def scored_by_words(kinds: str) -> str:
+    """How a task was scored, for people; a task of several members may have several kinds."""
+    return " + ".join(SCORED_BY.get(kind, escape(kind)) for kind in kinds.split(" + "))
+
+
+def measured_on_words(on: MeasuredOn) -> str:
+    """``1,800 documents of 6 tasks``, ``128 documents of 6 tasks, timed at batch 1``, ``answer workload, batch 1``."""
+    if on.num_documents is None:
+        return f"{on.kind} workload, batch {on.batch_size}, {count(on.num_calls or 0)} calls a round"
+    tasks = "1 task" if on.num_tasks == 1 else f"{count(on.num_tasks or 0)} tasks"
+    documents = "1 document" if on.num_documents == 1 else f"{count(on.num_documents)} documents"
+    return f"{documents} of {tasks}" + ("" if on.kind == "task" else f", timed at batch {on.batch_size}")
+
+
+def speed_warnings(point: SpeedPoint) -> tuple[str, ...]:
+    """What a reader of this speedup must know; last why it is INVALID, if it is."""
+    slow, failed = best_warning(point.best), [gate for gate in point.gates if gate.outcome == "failed"]
+    wrong = [f"{INVALID}: {gate.name}: {gate.detail}" for gate in failed]
+    return (*point.warnings, *([] if slow is None else [slow]), *wrong)
+
+
+def run_list(run_ids: Iterable[str]) -> str:
+    """Run ids as code, each once, in order."""
+    return ", ".join(code(run_id) for run_id in sorted(set(run_ids)))

@@ -1,0 +1,220 @@
+"""The claims section: what was claimed against what was measured, with its verdict; and the verdict's line on top."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+from twotower_eval.analyse.claims import ClaimFile, judge, load_claims
+from twotower_eval.analyse.claims.files import SPEED_QUANTITIES
+from twotower_eval.analyse.claims.judge import said
+from twotower_eval.analyse.claims.match import at_point, gather, is_about, names_subject
+from twotower_eval.analyse.claims.terms import claimed_text, limits_text, terms_text
+from twotower_eval.analyse.claims.text import (
+    chance_text,
+    count_line,
+    estimate_text,
+    look_remarks,
+    retention_text,
+    unchecked_text,
+)
+from twotower_eval.analyse.compare.naming import long_name, short_name
+from twotower_eval.analyse.compare.runs import Headline, Runs
+from twotower_eval.analyse.report.section import Section
+from twotower_eval.analyse.report.text import NONE, bullets, details, escape, run_list, table, with_commands
+from twotower_eval.names import config_name
+from twotower_eval.plan import data_path
+from twotower_eval.records import Checkpoint, Claim, OperatingPoint, Verdict, sizing_config
+from twotower_eval.store import Run
+
+
+class JudgedRuns(Runs):
+    """Runs with the claims that they are held against, if any."""
+
+    def __init__(self, runs: Sequence[Run], claims: ClaimFile | None = None) -> None:
+        super().__init__(runs)
+        self.claims = claims
+
+    @cached_property
+    def verdicts(self) -> tuple[tuple[Claim, Verdict], ...]:
+        """Every claim with its verdict, in the file's order."""
+        if self.claims is None:
+            return ()
+        return tuple(zip(self.claims.claims, judge(self.claims.claims, self), strict=True))
+
+    @cached_property
+    def headline_claim(self) -> Claim | None:
+        """The first joint claim, else the first one, of those about a checkpoint of these runs if there is any."""
+        everything = self.claims.claims if self.claims else ()
+        candidates = candidates_of(self)
+        own = [claim for claim in everything if any(names_subject(claim, checkpoint) for checkpoint in candidates)]
+        return next((one for one in own or everything if one.quantity == "joint"), next(iter(own or everything), None))
+
+    @cached_property
+    def headline(self) -> Headline:
+        """What was measured at the operating point of the headline's claim; without claims what comes first."""
+        claim = self.headline_claim
+        if claim is None:
+            return self.first
+        parts = self.parts(claim)
+        quality, speed = at_point(claim, parts, gather(self))
+        scope = next((part.scope for part in parts if part.scope), ())
+        return Headline(quality=quality, speed=speed, claim=claim, scope=scope)
+
+    def parts(self, claim: Claim) -> list[Claim]:
+        """The claims that a joint claim is made of; any other is its own only part."""
+        return [one for one in (self.claims.claims if self.claims else ()) if one.name in claim.parts] or [claim]
+
+
+def claimed_speedup(runs: Runs) -> Claim | None:
+    """The claim of a speedup that costs of a size are held against: the headline's, else the file's first."""
+    if not isinstance(runs, JudgedRuns) or runs.claims is None or runs.headline_claim is None:
+        return None
+    ordered = [*runs.parts(runs.headline_claim), *runs.claims.claims]
+    return next((one for one in ordered if one.quantity in ("speedup_time", "speedup_throughput")), None)
+
+
+def candidates_of(runs: Iterable[Run]) -> set[Checkpoint]:
+    """The checkpoints that are candidates in any run."""
+    return {cell.checkpoint for run in runs for cell in run.manifest.cells if cell.arm == "candidate"}
+
+
+def shipped_claims(runs: Iterable[Run]) -> ClaimFile | None:
+    """The shipped claim file about the models of these runs: the first one by name, ``None`` if there is none.
+
+    Where all runs are on random weights, the one about a model of their config.
+    """
+    runs = list(runs)
+    configs = {_config_of(run) for run in runs}
+    for path in sorted(data_path("tasks", "claims").glob("*.toml")):
+        found = load_claims(path)
+        if any(is_about(claim, runs) for claim in found.claims):
+            return found
+        if found.config is not None and configs == {found.config}:
+            return found
+    return None
+
+
+def _config_of(run: Run) -> str | None:
+    """The name of the config whose size a run measured; ``None`` for any other run."""
+    config = sizing_config(run.manifest.verb, run.manifest.plan)
+    return None if config is None else config_name(config)
+
+
+def verdict_line(runs: Runs) -> str:
+    """The verdict to quote first, that of the headline's claim; empty without claims."""
+    claim = runs.headline_claim if isinstance(runs, JudgedRuns) else None
+    if claim is None or not isinstance(runs, JudgedRuns):
+        return ""
+    [verdict] = [verdict for one, verdict in runs.verdicts if one.name == claim.name]
+    parts = runs.parts(claim)
+    metrics = {one.name: found.metric for one, found in runs.verdicts}
+    claimed = escape(" and ".join(claimed_text(part, metrics.get(part.name)) for part in parts))
+    timed = any(part.quantity in SPEED_QUANTITIES for part in parts)
+    outcome, at = said(verdict), _short_at(claim.point, timed)
+    beside = retention_text(verdict) + unchecked_text(verdict)
+    beside += "".join(chance_text(part, found) for part, found in runs.verdicts if part in parts)
+    at += escape(limits_text(parts))
+    beside += "".join(f"; {remark}" for remark in look_remarks(claim, verdict))
+    return f"**{outcome}**: claim {escape(claim.name)}, {claimed} at {at}: {escape(verdict.reason + beside)}."
+
+
+def points_text(runs: Runs) -> str:
+    """How much there was to choose from: operating points, and the measurements of them."""
+    return (
+        f"{len(runs.points)} operating points (decoder settings) were measured: {len(runs.quality)} measurements of "
+        f"retention and {len(runs.speed)} of speed, counting batch sizes and workloads"
+    )
+
+
+def claims(runs: Runs) -> Section:
+    """One row for each claim of the file, then its reasons and sources."""
+    title = "Claimed against measured"
+    if not isinstance(runs, JudgedRuns) or runs.claims is None:
+        text = "No claim file names a checkpoint of these runs; `twotower-eval report --claims FILE` judges one.\n"
+        return Section(title=title, markdown=text + _with_another_baseline(runs))
+    rows = [_row(claim, verdict, runs) for claim, verdict in runs.verdicts]
+    header = ["claim", "verdict", "measured", "claimed", "at"]
+    parts = [
+        f"{escape(runs.claims.title)}. {escape(count_line([verdict for _, verdict in runs.verdicts]))}.",
+        table(header, rows, left=len(header)),
+        _about_others(runs),
+        details("Reasons, evidence and sources", bullets(_reason(*pair) for pair in runs.verdicts)),
+        _looks(runs),
+    ]
+    return Section(title=title, markdown="\n\n".join(part.strip() for part in parts if part) + "\n")
+
+
+def _with_another_baseline(runs: Runs) -> str:
+    """Which shipped claims are about a candidate of these runs and another baseline; empty without any."""
+    candidates = candidates_of(runs)
+    files = [load_claims(path) for path in sorted(data_path("tasks", "claims").glob("*.toml"))]
+    found = [one.claims for one in files if any(names_subject(c, cell) for c in one.claims for cell in candidates)]
+    named = sorted({(claim.subject, claim.baseline) for claims in found for claim in claims})
+    pairs = ", ".join(f"{escape(subject)} against {escape(baseline)}" for subject, baseline in named)
+    return f"\nThe shipped claims are about other models ({pairs}), so none of them is judged.\n" if pairs else ""
+
+
+def _about_others(runs: JudgedRuns) -> str:
+    """Which claims of the file are about models that these runs do not have; empty where there are none."""
+    others = [claim for claim, _ in runs.verdicts if not is_about(claim, runs)]
+    if not others:
+        return ""
+    named = ", ".join(escape(claim.name) for claim in others)
+    pairs = sorted({f"{escape(claim.subject)} against {escape(claim.baseline)}" for claim in others})
+    return f"About other models than these runs have ({', '.join(pairs)}): {named}."
+
+
+def _looks(runs: JudgedRuns) -> str:
+    """How the verdicts chose among points and runs; nothing where there was no choice."""
+    again = [(claim.name, verdict.num_looks) for claim, verdict in runs.verdicts if verdict.num_looks > 1]
+    text = "Each claim is judged at its own point alone. " if len(runs.points) > 1 else ""
+    if again:
+        most = max(num for _, num in again)
+        named = f"{len(again)} of {len(runs.verdicts)} claims" if len(again) > 1 else f"Claim {escape(again[0][0])}"
+        were = "were each" if len(again) > 1 else "was"
+        text += (
+            f"{named} {were} looked at in several runs (up to {most}): whole tasks are judged before timed answers, "
+            "and the most documents first; of speed like runs are taken together. Each look is judged at its own level."
+        )
+    return text
+
+
+def _row(claim: Claim, verdict: Verdict, runs: JudgedRuns) -> list[str]:
+    shown = estimate_text(claim, verdict.estimate, verdict.metric).rstrip(":") or NONE
+    metrics = {one.name: found.metric for one, found in runs.verdicts}
+    claimed = terms_text(claim, metrics, [one for one, _ in runs.verdicts])
+    return [escape(claim.name), f"**{said(verdict)}**", shown, escape(claimed), _at(claim.point)]
+
+
+def _short_at(point: OperatingPoint, timed: bool) -> str:
+    """``16/16/0.8 (block/steps/threshold), batch 1, answer workload``; the latter two where speed is claimed."""
+    names = ["block", "steps", *(["threshold"] if "threshold" in point.decoder.params else [])]
+    parts = [short_name(point.decoder) + (f" ({'/'.join(names)})" if "block_size" in point.decoder.params else "")]
+    if timed:
+        parts += [f"batch {point.batch_size}"] if point.batch_size is not None else []
+        parts += [f"{point.workload} workload"] if point.workload is not None else []
+    return escape(", ".join(parts))
+
+
+def _at(point: OperatingPoint) -> str:
+    return escape(", ".join(part for part in (long_name(point.decoder), timing_text(point)) if part))
+
+
+def timing_text(point: OperatingPoint) -> str:
+    """``batch 1, workload answer, devices 1``: how a point says that it is timed; empty where it leaves that open."""
+    settings: list[tuple[str, Any]] = [("batch", point.batch_size), ("workload", point.workload)]
+    settings += [("devices", point.num_devices), ("on", point.hardware)]
+    return ", ".join(f"{name} {value}" for name, value in settings if value is not None)
+
+
+def _reason(claim: Claim, verdict: Verdict) -> str:
+    evidence = f"Runs {run_list(verdict.evidence)}." if verdict.evidence else "No run."
+    n = f", n {verdict.estimate.n:,}" if verdict.estimate else ""
+    if verdict.estimate and verdict.estimate.method != verdict.reason:
+        n += f", {verdict.estimate.method}"
+    beside = f"{retention_text(verdict)}{unchecked_text(verdict)}{chance_text(claim, verdict)}"
+    beside += "".join(f"; {remark}" for remark in look_remarks(claim, verdict))
+    reason = with_commands(f"{verdict.reason}{n}{beside}")
+    return f"**{escape(claim.name)}** {said(verdict)}: {reason}. {evidence} Source: {escape(claim.source)}."

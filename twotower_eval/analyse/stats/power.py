@@ -1,0 +1,202 @@
+"""Power: what a run of this size can resolve, before it; and how much more would decide, after it.
+
+Before a run nothing is known of how often the two models will differ, so the planned discordance is an assumption and
+is printed as one. The normal approximation serves a plan; verdicts never use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil, log, sqrt
+
+from scipy.optimize import brentq
+from scipy.special import ndtri
+
+from twotower_eval.analyse.stats.decide import MIN_CLUSTERS, Relation, limits
+from twotower_eval.analyse.stats.figure import Figure
+from twotower_eval.analyse.stats.intervals import FEW
+from twotower_eval.analyse.stats.looks import ALPHA
+from twotower_eval.records import Estimate
+
+ASSUMED_DISCORDANCE = 0.10  # of right-or-wrong clusters; published flips of quantised or distilled models are 5 to 15 %
+ASSUMED_ACCURACY = 0.80  # of the baseline; published tables of this kind average 82 %
+POWER = 0.80
+TOO_MANY = 1_000  # times the evidence there is: no advice any more
+NONE_DIFFERS = "exact binomial bound, 0 of "  # how the method of such an estimate begins
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedTask:
+    """A task as it will be run: independent clusters, the baseline's accuracy, and the share that will differ.
+
+    ``discordance`` 0 is for tasks that both arms are scored on by one computation.
+    """
+
+    name: str
+    num_clusters: int
+    accuracy: float
+    discordance: float = ASSUMED_DISCORDANCE
+
+    def __post_init__(self) -> None:
+        if self.num_clusters < 1 or not 0 < self.accuracy <= 1 or not 0 <= self.discordance <= 1:
+            raise ValueError(
+                f"task {self.name!r}: a plan needs at least one cluster, an accuracy above 0 and at most 1, and a "
+                "discordance between 0 and 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerPlan:
+    """What planned tasks can resolve of retention, with 80 % power at a one-sided 5 %.
+
+    ``stderr``: expected standard error of retention if nothing is lost. ``smallest_drop``: smallest true drop below 1
+    that would be told from no drop. ``refuted_at``: largest true retention at which a claim of ``least`` would be
+    refuted; ``supported_at``: smallest at which it would be supported (above 1: not even a lossless decoder would).
+    """
+
+    num_clusters: int
+    expected_discordant: float
+    stderr: float
+    smallest_drop: Figure
+    refuted_at: Figure
+    supported_at: Figure
+
+
+def power_plan(tasks: Sequence[PlannedTask], least: float, *, power: float = POWER, alpha: float = ALPHA) -> PowerPlan:
+    """Plan retention over equally weighted tasks against a claim that it is at least ``least`` (its margin taken off).
+
+    The drop is taken to be the same share of every task that can differ at all.
+    """
+    if not tasks:
+        raise ValueError("no task to plan for")
+    if not 0 < least <= 1.5 or not 0.5 <= power < 1 or not 0 < alpha < 0.5:
+        raise ValueError("a plan needs a retention above 0, a power of 0.5 to 1 and an alpha below 0.5")
+    reach = float(ndtri(1 - alpha) + ndtri(power))
+    num_clusters = sum(task.num_clusters for task in tasks)
+    expected = sum(task.num_clusters * task.discordance for task in tasks)
+    reason = None
+    if expected < FEW:
+        reason = f"{expected:.1f} discordant clusters expected, fewer than {FEW}: only an exact bound would apply"
+    few = reason
+    if num_clusters < MIN_CLUSTERS:
+        few = f"{num_clusters} clusters: fewer than {MIN_CLUSTERS} cannot support a claim"
+    smallest = _crossing(lambda r: 1 - r - reach * planned_stderr(tasks, r), 0.0, 1.0)
+    refuted = _crossing(lambda r: least - r - reach * planned_stderr(tasks, r), 0.0, least)
+    supported = _crossing(lambda r: least - r + reach * planned_stderr(tasks, r), least, least + 1.0)
+    unreachable = "not even the loss of every answer would be seen"
+    return PowerPlan(
+        num_clusters=num_clusters,
+        expected_discordant=expected,
+        stderr=planned_stderr(tasks, 1.0),
+        smallest_drop=_figure(None if smallest is None else 1 - smallest, reason, unreachable),
+        refuted_at=_figure(refuted, reason, unreachable),
+        supported_at=_figure(supported, few, "not even a doubled score would be enough"),
+    )
+
+
+def power_text(plan: PowerPlan) -> str:
+    """The plan in one line for who starts a run, with what it assumes of tasks at the assumed rates."""
+    assumed = (
+        f"assuming that {100 * ASSUMED_DISCORDANCE:g} % of the answers differ and that the baseline is right in "
+        f"{100 * ASSUMED_ACCURACY:g} %"
+    )
+    size = f"{plan.num_clusters:,} independent documents"
+    drop = plan.smallest_drop
+    if drop.value is None:
+        return f"power plan: {size} cannot show a drop of retention, {assumed}: {drop.reason}"
+    can = f"{size} can show a drop of retention by {100 * drop.value:.2g} points or more"
+    return f"power plan: {can} with {100 * POWER:g} % power, one-sided {100 * ALPHA:g} %, {assumed}"
+
+
+def planned_stderr(tasks: Sequence[PlannedTask], retention: float) -> float:
+    """Standard error of retention by linearisation, for right-or-wrong clusters and a true ``retention``.
+
+    Per cluster ``z = b - R a`` is -R where an answer is lost, 1 where one is gained, 1 - R where both are right. The
+    losses and gains of a task are what its discordance and its drop leave room for.
+    """
+    variance = 0.0
+    for task in tasks:
+        own = retention if task.discordance > 0 else 1.0
+        drop = min(1.0, max(-1.0, (1 - own) * task.accuracy))
+        discordance = max(task.discordance, abs(drop))
+        lost, gained = (discordance + drop) / 2, (discordance - drop) / 2
+        both = max(0.0, task.accuracy - lost)
+        mean = both * (1 - retention) - lost * retention + gained
+        square = both * (1 - retention) ** 2 + lost * retention**2 + gained
+        variance += max(0.0, square - mean**2) / task.num_clusters
+    return sqrt(variance) / sum(task.accuracy for task in tasks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needed:
+    """How much evidence would decide if the estimate stayed where it is: in all, and beyond what there is.
+
+    ``None`` with a reason where no amount would, or where the interval has ``decided`` already.
+    """
+
+    total: int | None
+    more: int | None
+    reason: str | None = None
+    decided: bool = False
+
+
+def still_needed(
+    estimate: Estimate,
+    *,
+    relation: Relation,
+    expected: float,
+    margin: float,
+    n: int | None = None,
+    log_scale: bool = False,
+    least_n: int = MIN_CLUSTERS,
+) -> Needed:
+    """Clusters (or, with ``n`` rounds and ``log_scale``, rounds) at which an inconclusive verdict would be decided.
+
+    Scales the estimate's own distance to its bounds by 1 / sqrt(n), that of an exact bound on no difference at all,
+    as long as none shows up, by 1 / n. For speed that takes prompts to grow with the
+    rounds where prompts are sampled. ``least_n`` is the smallest number that can support a claim at all.
+    """
+    n = estimate.n if n is None else n
+    points = (estimate.value, estimate.low, estimate.high, *limits(relation, expected, margin))
+    if log_scale and min(point for point in points if point is not None) <= 0:
+        raise ValueError("a log scale needs bounds and limits above 0")
+    convert = log if log_scale else float
+    value, low, high = convert(estimate.value), convert(estimate.low), convert(estimate.high)
+    least, largest = (None if limit is None else convert(limit) for limit in points[3:])
+    below, above = value - low, high - value
+    # Per limit: how far inside the claim the value is; the half-width that must fit to support it, or to refute it.
+    sides = [] if least is None else [(value - least, below, above)]
+    sides += [] if largest is None else [(largest - value, above, below)]
+    if any(inside == 0 for inside, _, _ in sides):
+        return Needed(total=None, more=None, reason="the estimate sits on the limit: no number would decide")
+    holds = all(inside > 0 for inside, _, _ in sides)
+    if holds:
+        factor = max(support / inside for inside, support, _ in sides)
+    else:
+        factor = min(refute / -inside for inside, _, refute in sides if inside < 0)
+    total_n = n * (factor if estimate.method.startswith(NONE_DIFFERS) else factor**2)
+    if total_n > TOO_MANY * n:
+        return Needed(
+            total=None,
+            more=None,
+            reason=f"the estimate sits so near the limit that over {TOO_MANY:,} times the evidence would be needed",
+        )
+    total = max(ceil(total_n), least_n if holds else 0)
+    if total <= n:
+        return Needed(total=None, more=None, reason="decided already", decided=True)
+    return Needed(total=total, more=total - n)
+
+
+def _crossing(function: Callable[[float], float], low: float, high: float) -> float | None:
+    """Where a function changes sign between two arguments; ``None`` where it does not."""
+    at_low, at_high = function(low), function(high)
+    if (at_low > 0) == (at_high > 0):
+        return None
+    return float(brentq(function, low, high, xtol=1e-9))
+
+
+def _figure(value: float | None, reason: str | None, unreachable: str) -> Figure:
+    if reason is not None:
+        return Figure(value=None, reason=reason)
+    return Figure(value=value) if value is not None else Figure(value=None, reason=unreachable)

@@ -1,0 +1,60 @@
+"""What the verbs do that need more than one room, for whoever calls them: the command line, or Python."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from twotower_eval.analyse import stats
+from twotower_eval.measure import harness, speed, suites
+from twotower_eval.measure.suites import BuiltTask
+from twotower_eval.plan import RunPlan, SpeedPlan
+from twotower_eval.progress import Progress
+
+
+def evaluate(plan: RunPlan, *, root: Path, resume: Path | None = None, progress: Progress | None = None) -> Path:
+    """Score both arms and return the run's folder; what these documents can show is noted before anything is computed.
+
+    See :func:`harness.run`.
+    """
+    return harness.run(plan, root=root, resume=resume, progress=progress, announce=power_line)
+
+
+def time_and_score(
+    plan: SpeedPlan, *, root: Path, resume: Path | None = None, progress: Progress | None = None
+) -> Path:
+    """Time both arms, then score the answers that were timed; the run's folder.
+
+    A fixed workload takes nothing of a task but its prompts, and has no answers to score. See :func:`speed.run`.
+    """
+    tasks = harness.timed_tasks(plan)
+    requests = suites.build_requests(tasks)  # the plan's number is chosen from all of them
+    asked: dict[str, Any] = {}
+    if plan.workload == "answer":
+        settled = suites.settle(tasks, temperature=plan.temperature, samples=plan.samples, timed=True)
+        asked = {"temperature": settled.temperature, "overrides": settled.overrides}
+    path = speed.run(plan, requests, root=root, resume=resume, progress=progress, **asked)
+    return harness.score_journal(path) if plan.workload == "answer" else path
+
+
+def power_line(tasks: Sequence[BuiltTask], scored_once: Collection[str]) -> str | None:
+    """The smallest drop of retention that these documents can show, and what that assumes; nothing without a headline.
+
+    Members of a multi-language task count once, by the problems that they share.
+    """
+    clusters: dict[str, set[str]] = {}
+    for task in (task for task in tasks if task.headline):
+        clusters.setdefault(task.group or task.name, set()).update(doc.cluster_id for doc in task.docs)
+    once = {task.group or task.name for task in tasks if task.name in scored_once}
+    once -= {task.group or task.name for task in tasks if task.name not in scored_once}
+    planned = [
+        stats.PlannedTask(
+            name=name,
+            num_clusters=len(own),
+            accuracy=stats.ASSUMED_ACCURACY,
+            discordance=0.0 if name in once else stats.ASSUMED_DISCORDANCE,
+        )
+        for name, own in clusters.items()
+    ]
+    return stats.power_text(stats.power_plan(planned, 1.0)) if planned else None

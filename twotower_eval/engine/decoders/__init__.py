@@ -1,0 +1,108 @@
+"""Decoders behind one protocol: prompts in, generations out. Short names live in ``DECODERS``."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from twotower_eval.engine.decoders.finish import Clock, OnFinish
+from twotower_eval.engine.plugin_source import plugin_code
+from twotower_eval.names import nearest, resolve
+from twotower_eval.plugin_calls import calls_of, module_of
+from twotower_eval.records import DecoderSpec, Generation, Prompt
+
+DECODERS = {
+    "autoregressive": "twotower_eval.engine.decoders.autoregressive:Autoregressive",
+    "mock_ar": "twotower_eval.engine.decoders.mock_ar:MockAR",
+    "block_diffusion": "twotower_eval.engine.decoders.block_diffusion:BlockDiffusion",
+    "reference": "twotower_eval.engine.decoders.reference:Reference",
+}
+
+
+class Decoder(Protocol):
+    """Any number of prompts, of which a forward serves at most ``max_batch_size`` (None: all). No row depends on its
+    neighbours, so whatever finishes makes room for the next prompt, and neither order nor width changes an answer.
+    Prompts are read so many at a time, and rows between two blocks wait for others: contexts of up to six times as
+    many rows are held.
+
+    Generations come back in the order of the prompts; ``on_finish`` gets each as soon as it is there, and
+    ``finish_s`` counts from the start of the call, a prompt's wait for its place included.
+    """
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        eos_token_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        max_batch_size: int | None = None,
+        on_finish: OnFinish | None = None,
+    ) -> list[Generation]: ...
+
+
+def decoder_class(kind: str) -> Any:
+    """The class behind a short name or a ``"module:Class"``; ValueError with a near-miss hint."""
+    if kind not in DECODERS and ":" not in kind:
+        near = nearest(kind, DECODERS)
+        known = f"; choose from {', '.join(DECODERS)}, or name a class of your own as package.module:Class"
+        raise ValueError(f"decoder {kind!r} is unknown{f'; did you mean {near}?' if near else known}")
+    cls = resolve(DECODERS.get(kind, kind))
+    if kind not in DECODERS:
+        _check_plug_in(kind, cls)
+    return cls
+
+
+def _check_plug_in(kind: str, cls: Any) -> None:
+    """ValueError where a class of the user's own is no decoder."""
+    lacks = [name for name in ("Params", "VERSION") if not hasattr(cls, name)]
+    if lacks:
+        raise ValueError(f"decoder {kind!r} lacks {', '.join(lacks)}: docs/trust.md has a whole example")
+    if not dataclasses.is_dataclass(cls.Params):
+        raise ValueError(f"decoder {kind!r}: Params must be a dataclass, of its parameters with their defaults")
+
+
+def decoder_spec(kind: str, **params: Any) -> DecoderSpec:
+    """A full specification: parameters checked, defaults filled in, version from the class, code of a plug-in."""
+    cls = decoder_class(kind)
+    filled = dataclasses.asdict(_checked(cls, kind, params))
+    code = plugin_code(DECODERS.get(kind, kind))
+    return DecoderSpec(kind=kind, params=filled, version=cls.VERSION, code=code)
+
+
+def make_decoder(model: Any, kind: str, *, clock: Clock | None = None, **params: Any) -> Decoder:
+    """A decoder for ``model``. With a ``clock`` each generation's ``finish_s`` is filled in.
+
+    ValueError for an unknown kind or parameter, a bad value, a model that lacks what the decoder needs, or whatever a
+    class of the user's own raises.
+    """
+    cls = decoder_class(kind)
+    try:
+        inspect.signature(cls).bind(None, None, clock=None)
+    except TypeError as error:
+        raise ValueError(f"decoder {kind!r} is made as {cls.__name__}(model, params, clock=clock): {error}") from error
+    checked = _checked(cls, kind, params)
+    with calls_of(module_of(cls), f"decoder {kind}", "__init__"):
+        decoder: Decoder = cls(model, checked, clock=clock)
+    return decoder
+
+
+def from_spec(model: Any, spec: DecoderSpec, *, clock: Clock | None = None) -> Decoder:
+    """The decoder that a specification names; ValueError if it was written for another version."""
+    version = decoder_class(spec.kind).VERSION
+    if spec.version != version:
+        raise ValueError(f"decoder {spec.kind}: version {spec.version} was asked for, this is version {version}")
+    return make_decoder(model, spec.kind, clock=clock, **spec.params)
+
+
+def _checked(cls: Any, kind: str, params: dict[str, Any]) -> Any:
+    known = [f.name for f in dataclasses.fields(cls.Params)]
+    for name in params:
+        if name not in known:
+            near = nearest(name, known)
+            hint = f"did you mean {near}?" if near else f"it has {', '.join(known) or 'none'}"
+            raise ValueError(f"decoder {kind} has no parameter {name!r}; {hint}")
+    with calls_of(module_of(cls), f"decoder {kind}", "Params"):
+        return cls.Params(**params)

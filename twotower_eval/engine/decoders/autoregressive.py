@@ -1,0 +1,35 @@
+"""One token at a time from the context tower (or any causal model): the baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from twotower_eval.engine.decoders.batch import BatchDecoder, Call
+from twotower_eval.engine.decoders.rows import check_temperature, choose
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """``temperature`` 0 is greedy."""
+
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+
+
+class Autoregressive(BatchDecoder):
+    """n useful tokens cost n context forwards: the prefill gives the first, each extension one more."""
+
+    KIND = "autoregressive"
+    NEEDS_DENOISER = False
+    Params = Params
+    VERSION = 1
+
+    def _decode(self, call: Call) -> None:
+        context = call.admit()
+        while context is not None:
+            tokens_B = choose(call.counted.next_logits(context), self.params.temperature, call.noise, context.rows)
+            tokens_B1 = tokens_B[:, None].cpu()
+            going = call.absorb(context.rows, tokens_B1.tolist())
+            context = call.admit(call.extended(context, going, tokens_B1))

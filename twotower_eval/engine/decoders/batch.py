@@ -1,0 +1,198 @@
+"""One call of a batch decoder: checks, counting, random streams, stop events and records, the same for all of them.
+
+A decoder says only how tokens come about (:meth:`BatchDecoder._decode`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from twotower_eval.engine.decoders.finish import (
+    Clock,
+    OnFinish,
+    Rules,
+    check_batch_size,
+    check_prompts,
+    generation,
+    is_finished,
+    make_rules,
+)
+from twotower_eval.engine.decoders.rows import RowNoise, padded_ids
+from twotower_eval.engine.models.counting import CountedContext, CountingModel
+from twotower_eval.records import CommitStep, Generation, Prompt
+
+
+@dataclass
+class Row:
+    """What one prompt has so far. ``num_forced`` stays None for decoders without a threshold, ``steps`` without a
+    trace."""
+
+    produced: list[int] = field(default_factory=list)
+    num_forced: int | None = None
+    steps: list[CommitStep] | None = None
+
+
+class Call:
+    """The batch while it is decoded. Rows that have finished leave it, those that go on are selected by position, and
+    prompts that wait take the freed places.
+
+    ``width`` is the most rows that a forward serves, ``capacity`` the most that are under way. Prompts are read
+    ``width`` at a time, so that up to as many contexts wait for a place. ``steady`` keeps rows together that began
+    together: prompts that wait come in only when the last row of the batch has finished.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Prompt],
+        rules: Rules,
+        clock: Clock | None,
+        *,
+        width: int,
+        capacity: int,
+        steady: bool,
+        on_finish: OnFinish | None,
+    ) -> None:
+        self.prompts, self.rules, self.clock = prompts, rules, clock
+        self.width, self.capacity, self.steady, self.on_finish = width, capacity, steady, on_finish
+        self.started = clock() if clock else 0.0
+        self.counted = CountingModel(model, len(prompts))
+        self.noise = RowNoise(prompts)
+        self.rows = [Row() for _ in prompts]
+        self.waiting = list(range(len(prompts)))
+        self._read: CountedContext | None = None  # prompts that have been read, of which the first have places
+        self._num_placed = 0
+        self.generations: dict[int, Generation] = {}
+
+    def admit(self, running: CountedContext | None = None, *, without_last: int = 0) -> CountedContext | None:
+        """The running rows and as many waiting prompts, but for their last tokens, as there is room for.
+
+        None where nothing runs and nothing waits: all is done.
+        """
+        room = 0 if running and self.steady else self.capacity - (len(running.rows) if running else 0)
+        room = min(self.width, room)
+        while room > 0 and (self._read or self.waiting):
+            if self._read is None:
+                self._read, self._num_placed = self._prefill(without_last), 0
+            placed = range(self._num_placed, min(self._num_placed + room, len(self._read.rows)))
+            context, self._num_placed = self._read.select(placed), placed.stop
+            room -= len(placed)
+            if placed.stop == len(self._read.rows):
+                self._read = None
+            running = running.join(context) if running else context
+        return running
+
+    def _prefill(self, without_last: int) -> CountedContext:
+        """Read as many prompts as a forward serves."""
+        new, self.waiting = self.waiting[: self.width], self.waiting[self.width :]
+        ids = [self.prompts[row].token_ids for row in new]
+        return self.counted.prefill(new, *padded_ids([row[: len(row) - without_last] for row in ids]))
+
+    def extended(self, context: CountedContext, going: Sequence[int], ids_BK: Tensor) -> CountedContext | None:
+        """The context of the rows at ``going`` after their ids; None where no row goes on."""
+        return self.counted.extend(context.select(going), ids_BK[going]) if going else None
+
+    def absorb(self, rows: Sequence[int], new_tokens: Sequence[Sequence[int]]) -> list[int]:
+        """Add each row's new tokens; positions, within ``rows``, of those that go on. The others are finished."""
+        going = []
+        for position, (index, tokens) in enumerate(zip(rows, new_tokens, strict=True)):
+            produced = self.rows[index].produced
+            produced.extend(tokens)
+            if not is_finished(produced, len(tokens), self.rules):
+                going.append(position)
+            else:
+                self._finish(index)
+        return going
+
+    def last_token(self, row: int) -> int:
+        """The last token that a row has, of its prompt where it has made none."""
+        return (self.rows[row].produced or self.prompts[row].token_ids)[-1]
+
+    def _finish(self, index: int) -> None:
+        """Make the record of a row, and tell whoever waits for it."""
+        row = self.rows[index]
+        made = self.generations[index] = generation(
+            self.prompts[index],
+            row.produced,
+            self.rules,
+            num_context_forwards=self.counted.num_context_forwards[index],
+            num_denoiser_forwards=self.counted.num_denoiser_forwards[index],
+            num_forced_commits=row.num_forced,
+            finish_s=self.clock() - self.started if self.clock else None,
+            trace=None if row.steps is None else tuple(row.steps),
+        )
+        if self.on_finish:
+            self.on_finish(made)
+
+
+def no_denoiser(decoder: str) -> str:
+    """Why a decoder cannot take a model, and what can."""
+    return (
+        f"decoder {decoder!r} needs a two-tower checkpoint and this one has no denoiser: give --decoder autoregressive"
+    )
+
+
+class BatchDecoder:
+    """Base of the decoders that run the prompts of a call beside each other."""
+
+    KIND: ClassVar[str]
+    NEEDS_DENOISER: ClassVar[bool] = True
+
+    def __init__(self, model: Any, params: Any, *, clock: Clock | None = None) -> None:
+        if self.NEEDS_DENOISER and not model.has_denoiser:
+            raise ValueError(no_denoiser(self.KIND))
+        self.model, self.params, self.clock = model, params, clock
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        eos_token_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        max_batch_size: int | None = None,
+        on_finish: OnFinish | None = None,
+    ) -> list[Generation]:
+        """See :class:`twotower_eval.engine.decoders.Decoder`."""
+        rules = make_rules(self.model, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, stop=stop)
+        check_prompts(self.model, prompts)
+        width = check_batch_size(max_batch_size) or len(prompts)
+        if not getattr(self.model, "rows_together", True):
+            width = 1  # a model that proved right for one prompt after the other alone
+        steady = self._depends_on_neighbours or (len(prompts) > 1 and not self.model.joins_contexts)
+        capacity = width if steady else self._capacity(width)
+        call = Call(
+            self.model,
+            prompts,
+            rules,
+            self.clock,
+            width=width,
+            capacity=capacity,
+            steady=steady,
+            on_finish=on_finish,
+        )
+        if width < len(prompts) and not self._depends_on_neighbours:
+            # Prompts of like length are prefilled together without padding, and the longest do not come last.
+            call.waiting.sort(key=lambda row: -len(prompts[row].token_ids))
+        if prompts:
+            self._decode(call)
+        return [call.generations[index] for index in range(len(prompts))]
+
+    @property
+    def _depends_on_neighbours(self) -> bool:
+        """Whether a row's tokens depend on what runs beside it, so that batches must stay as they began."""
+        return False
+
+    def _capacity(self, width: int) -> int:
+        """Rows that may be under way where ``width`` of them run at a time."""
+        return width
+
+    def _decode(self, call: Call) -> None:
+        """Give every row tokens until none goes on."""
+        raise AssertionError(f"{type(self).__name__} says nothing about how to decode")

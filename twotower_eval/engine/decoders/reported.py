@@ -1,0 +1,207 @@
+"""What a decoder hands over, held against what the harness knows by itself: finished plain values, and true ones.
+
+A value that computes when it is looked at would move work behind the clock, so only the plain types pass: exactly
+``int``, ``str``, ``float``, ``tuple`` or ``list``, no kin of theirs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from twotower_eval.engine.models.counting import WatchedModel
+from twotower_eval.records import GENERATION_COUNTS, CommitStep, FinishReason, Generation, Prompt
+
+OTHERS: dict[str, tuple[type, ...]] = {
+    "prompt_id": (str,),
+    "text": (str, type(None)),
+    "finish": (str,),
+    "num_forced_commits": (int, type(None)),
+    "finish_s": (float, int, type(None)),
+    "trace": (tuple, type(None)),
+}
+FINISHES = typing.get_args(FinishReason)
+MAX_STRADDLING = 4  # tokens that the text before a stop string may hold beyond the useful ones
+UNREADABLE = "\ufffd"  # what a tokenizer writes for half a character
+
+
+class ReportError(ValueError):
+    """A decoder's answers are no finished plain values, or say what the harness knows to be otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a decoder was asked for in one call; ``name`` is its own, for people."""
+
+    name: str
+    max_new_tokens: int
+    eos_token_ids: Sequence[int]
+    stop: Sequence[str]
+    tokenizer: Any | None
+    vocab_size: int
+
+
+def asked_of(model: Any, name: str, max_new_tokens: int, eos_token_ids: Sequence[int], stop: Sequence[str]) -> Asked:
+    """What the decoder ``name`` of a model is asked for; texts are held against the tokenizer that no clock is in."""
+    return Asked(
+        name=name,
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=eos_token_ids,
+        stop=stop,
+        tokenizer=getattr(model, "raw_tokenizer", model.tokenizer),
+        vocab_size=model.vocab_size,
+    )
+
+
+def check_no_strays(num: int, name: str) -> None:
+    """ReportError where a model was run so many times past the harness."""
+    if num:
+        raise ReportError(
+            f"{name}: ran a model {num} times past the harness, which counts prefill, extend, denoise and "
+            "context_logits of the model that a decoder is given: call these"
+        )
+
+
+def decoder_name(decoder: Any) -> str:
+    """What a decoder is called, for people."""
+    cls = type(decoder)
+    return f"decoder {getattr(cls, 'KIND', f'{cls.__module__}:{cls.__qualname__}')}"
+
+
+def finished(generations: Any, name: str) -> tuple[Generation, ...]:
+    """The same answers, once it is sure that nothing in them computes when it is looked at; else ReportError."""
+    if type(generations) is not list and type(generations) is not tuple:
+        raise ReportError(f"{name}: its answers are a {_kind(generations)}, not a list of finished Generations")
+    plain = []
+    for number, generation in enumerate(generations):
+        if fault := _not_plain(generation):
+            raise ReportError(f"{name}: answer {number + 1} is not finished: {fault}")
+        is_list = type(generation.token_ids) is list
+        plain.append(dataclasses.replace(generation, token_ids=tuple(generation.token_ids)) if is_list else generation)
+    return tuple(plain)
+
+
+def _not_plain(generation: Any) -> str | None:
+    """What of an answer is no plain value; None where all is."""
+    if type(generation) is not Generation:
+        return f"it is a {_kind(generation)}, not a Generation"
+    ids: Any = generation.token_ids
+    if type(ids) is not tuple and type(ids) is not list:
+        return f"token_ids are a {_kind(ids)}, not a tuple"
+    for kind in set(map(type, ids)):
+        if kind is not int:
+            return f"token_ids hold a {kind.__qualname__}, not plain whole numbers"
+    for field in GENERATION_COUNTS:
+        if type(getattr(generation, field)) is not int:
+            return f"{field} is a {_kind(getattr(generation, field))}, not a plain whole number"
+    for field, kinds in OTHERS.items():
+        value = getattr(generation, field)
+        if type(value) not in kinds:
+            return f"{field} is a {_kind(value)}, not a plain {kinds[0].__name__}"
+    odd = [step for step in generation.trace or () if type(step) is not CommitStep]
+    return f"its trace holds a {_kind(odd[0])}" if odd else None
+
+
+def _kind(value: Any) -> str:
+    return type(value).__qualname__
+
+
+def check_answers(generations: Sequence[Generation], prompts: Sequence[Prompt], asked: Asked) -> None:
+    """ReportError, with both figures, where an answer contradicts its prompt, what was asked for, or itself."""
+    if len(generations) != len(prompts):
+        raise ReportError(f"{asked.name}: {len(generations)} generations for {len(prompts)} prompts")
+    for generation, prompt in zip(generations, prompts, strict=True):
+        check_answer(generation, prompt, asked)
+
+
+def check_answer(generation: Generation, prompt: Prompt, asked: Asked) -> None:
+    """See :func:`check_answers`; of one prompt."""
+    for fault in _faults(generation, prompt, asked):
+        raise ReportError(f"{asked.name}: prompt {prompt.id!r}: {fault}")
+
+
+def _faults(generation: Generation, prompt: Prompt, asked: Asked) -> Iterator[str]:
+    ids, num_tokens = generation.token_ids, len(generation.token_ids)
+    if generation.prompt_id != prompt.id:
+        yield f"the answer in its place is that of prompt {generation.prompt_id!r}"
+    if generation.num_tokens != num_tokens:
+        yield f"num_tokens is {generation.num_tokens}, and there are {num_tokens} token_ids"
+    if generation.num_prompt_tokens != len(prompt.token_ids):
+        yield f"num_prompt_tokens is {generation.num_prompt_tokens}, and the prompt has {len(prompt.token_ids)}"
+    if num_tokens > asked.max_new_tokens:
+        yield f"{num_tokens} tokens, and the budget is {asked.max_new_tokens}"
+    if ids and not 0 <= min(ids) <= max(ids) < asked.vocab_size:
+        yield f"token ids from {min(ids)} to {max(ids)}, and the model knows 0 to {asked.vocab_size - 1}"
+    for field in (*GENERATION_COUNTS, "num_forced_commits"):
+        if (getattr(generation, field) or 0) < 0:
+            yield f"{field} is {getattr(generation, field)}, and no count is below 0"
+    yield from _faults_of_end(generation, asked)
+    if asked.tokenizer is not None and generation.text is not None and not _is_text_of(generation, asked):
+        yield f"its text is not that of its {num_tokens} token_ids"
+
+
+def _faults_of_end(generation: Generation, asked: Asked) -> Iterator[str]:
+    finish, num_tokens = generation.finish, len(generation.token_ids)
+    if finish not in FINISHES:
+        yield f"finish is {finish!r}, not one of {', '.join(FINISHES)}"
+    if finish == "eos" and not asked.eos_token_ids:
+        yield "finish is 'eos', and no token was to end it"
+    if finish == "stop" and not asked.stop:
+        yield "finish is 'stop', and no stop string was given"
+    if finish == "length" and num_tokens < asked.max_new_tokens:
+        yield f"finish is 'length' after {num_tokens} tokens, and the budget is {asked.max_new_tokens}"
+    counted = sorted({*asked.eos_token_ids} & {*generation.token_ids})
+    if counted:
+        yield f"token_ids hold the end of the text ({counted[0]}), which is not counted"
+
+
+def _is_text_of(generation: Generation, asked: Asked) -> bool:
+    """Whether a text comes from its tokens, blanks apart, which readers treat unlike.
+
+    Before a stop string it may have what the token that straddles it says, and of one that holds special tokens, which
+    no text shows, what else it says.
+    """
+    tokenizer, text = asked.tokenizer, _without_blanks(generation.text or "")
+    assert tokenizer is not None
+    readings = {read(generation.token_ids) for read in (tokenizer.decode, tokenizer.decode_with_special)}
+    for read in map(_without_blanks, readings):
+        if text == read:
+            return True
+        known = read.rstrip(UNREADABLE)
+        if generation.finish == "stop" and text.startswith(known):
+            rest = text[len(known) :].strip(UNREADABLE)
+            if not rest or len(tokenizer.encode(rest)) <= MAX_STRADDLING or _is_of_stop(rest, asked.stop):
+                return True
+    return False
+
+
+def _is_of_stop(rest: str, stop: Sequence[str]) -> bool:
+    return any(rest in _without_blanks(text) for text in stop)
+
+
+def _without_blanks(text: str) -> str:
+    return "".join(text.split())
+
+
+def check_forwards(generations: Sequence[Generation], watched: WatchedModel, name: str) -> None:
+    """ReportError where a call's forwards are others than the harness counted, row by row of every model call."""
+    counted = {
+        "context": sum(watched.prefills.rows) + sum(watched.extensions.rows),
+        "denoiser": sum(watched.denoisings.rows),
+    }
+    reported = {
+        "context": sum(generation.num_context_forwards for generation in generations),
+        "denoiser": sum(generation.num_denoiser_forwards for generation in generations),
+    }
+    for kind, num in counted.items():
+        if reported[kind] != num:
+            raise ReportError(
+                f"{name}: reports {reported[kind]} {kind} forwards over its {len(generations)} prompts, and the "
+                f"harness counted {num}. The counts must add up to the rows of all model calls, those of finished "
+                "rows and of a prefix that is read once included. Either call the model through "
+                "twotower_eval.engine.models.counting.CountingModel(model, len(prompts)) and report its counts row by "
+                "row, or add up the rows of each call yourself (a row that serves several prompts counts for one)"
+            )

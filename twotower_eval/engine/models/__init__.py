@@ -1,0 +1,133 @@
+"""Model families behind one protocol, and the one way to load them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from twotower_eval.engine.plugin_source import plugin_code
+from twotower_eval.names import resolve
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from twotower_eval.engine.models.token_tree import Segment
+    from twotower_eval.engine.models.tokenizer import Tokenizer
+    from twotower_eval.records import Checkpoint
+
+FAMILIES = {
+    "nemotron_h": "twotower_eval.engine.models.checkpoint:load",
+    "transformers": "twotower_eval.engine.models.transformers_ar:load",
+}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class CausalModel(Protocol):
+    """What the autoregressive decoder and the causal scorers need. B batch, S prompt, K block, V vocabulary."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    max_length: int | None
+    eos_token_ids: tuple[int, ...]
+    mask_token_id: int | None
+    has_denoiser: bool
+    joins_contexts: bool
+    context_digest: str
+    folder_settings: Mapping[str, Any]
+
+    def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Any: ...
+    def extend(self, context: Any, ids_BK: Tensor) -> Any: ...
+    def next_logits(self, context: Any) -> Tensor: ...
+    def context_logits(
+        self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None, *, last: int | None = None
+    ) -> Tensor: ...
+
+
+class BranchingModel(CausalModel, Protocol):
+    """A causal model that reads what several sequences share once; see models.token_tree. Others have no such method
+    and ``branch_tokens`` of 0, or none."""
+
+    branch_tokens: int
+
+    def tree_logits(self, context: Any, segments: Sequence[Segment]) -> Tensor: ...
+
+
+class TwoTowerModel(CausalModel, Protocol):
+    """A causal model with a denoiser that reads its context; rows may be extended by unequal numbers of tokens."""
+
+    def extend(self, context: Any, ids_BK: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Any: ...
+    def denoise(self, block_BK: Tensor, context: Any, t_B: Tensor | Sequence[float] | float | None) -> Tensor: ...
+
+
+def family_of(path: str | Path) -> str:
+    """The family that a checkpoint folder's config.json names; ValueError where there is none."""
+    from twotower_eval.engine.models.checkpoint import read_json
+
+    is_ours = read_json(_existing(path) / "config.json").get("model_type") == "nemotron_h"
+    return "nemotron_h" if is_ours else "transformers"
+
+
+def _existing(path: str | Path) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such checkpoint folder")
+    return folder
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
+    devices: Sequence[str | torch.device] | None = None,
+    tower: Literal["context"] | None = None,
+    family: str | None = None,
+) -> Any:
+    """Load a checkpoint folder.
+
+    A pair gives a :class:`TwoTowerModel`, an AR base checkpoint, ``tower="context"`` or any Hugging Face causal LM a
+    :class:`CausalModel`. ``devices`` places the towers, context first. ``family`` is a key of ``FAMILIES`` or a
+    ``"module:function"``; by default the folder's config.json decides. Raises ValueError with one line that says
+    what is wrong with the checkpoint.
+    """
+    import torch
+
+    from twotower_eval.engine.models.identity import file_digests, folder_settings
+
+    folder = _existing(path)
+    dtype = str(dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+    if family is None:
+        family = family_of(folder)
+    if family not in FAMILIES and ":" not in family:
+        raise ValueError(
+            f"model family {family!r} is unknown; choose from {', '.join(FAMILIES)} or name module:function"
+        )
+    if isinstance(devices, str):
+        raise ValueError(f"devices names one for each tower, as in ({devices!r},): for a single one take device")
+    places = tuple(str(place) for place in devices or (device,))
+    if len(places) > 2:
+        raise ValueError(f"a pair has two towers, but {len(places)} devices are named")
+    for place in places:
+        try:
+            torch.empty(0, device=place)
+        except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"device {place!r} cannot be used here: {reason}") from error
+    load = resolve(FAMILIES.get(family, family))
+    try:
+        with torch.inference_mode(False):
+            model = load(folder, devices=places, dtype=getattr(torch, dtype), tower=tower)
+    except ValueError as error:
+        if str(folder) in str(error):
+            raise
+        raise ValueError(f"{folder}: {error}") from error
+    code = plugin_code(FAMILIES.get(family, family)) or ()
+    model.checkpoint = dataclasses.replace(model.checkpoint, files=(*file_digests(folder), *code))
+    model.folder_settings = folder_settings(folder, getattr(model, "config", None))
+    return model

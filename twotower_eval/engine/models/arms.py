@@ -1,0 +1,88 @@
+"""The two models of a comparison, loaded so that what they share is in memory once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from twotower_eval.engine import models
+from twotower_eval.engine.models.graphs import StepGraphs, num_sizes, use_graphs
+from twotower_eval.records import Ways
+
+
+def load_arms(
+    model: Path, baseline: Path | None, *, dtype: str, devices: Sequence[str], cuda_graphs: bool = False
+) -> tuple[Any, Any]:
+    """Baseline and candidate; one object where they are the same, shared tensors where one is part of the other.
+
+    Without ``baseline`` it is the candidate's own context tower. A baseline of its own goes on the first device.
+    ``cuda_graphs`` says that steps are to come from graphs: ValueError, before anything loads, where one arm cannot.
+    """
+    if cuda_graphs:
+        _refuse_without_graphs([model, *([] if baseline is None else [baseline])])
+    candidate = models.load_model(model, dtype=dtype, devices=devices)
+    if baseline is None:
+        return context_tower(candidate), candidate
+    if baseline.resolve() == model.resolve():
+        return candidate, candidate
+    return models.load_model(baseline, dtype=dtype, devices=devices[:1]), candidate
+
+
+def prove_arms(arms: Sequence[Any], longest: Callable[[Any], int]) -> tuple[Ways, ...]:
+    """Have every Hugging Face model prove itself as far as the contexts that it will see reach, each once.
+
+    ``longest`` gives the tokens of an arm's longest context. How each of them is run, for a manifest. ValueError where
+    one cannot be right.
+    """
+    models_of = {id(arm): arm for arm in arms if getattr(arm, "ways", None) is not None}
+    if not models_of:
+        return ()
+    from twotower_eval.engine.models.proof import prove_up_to
+
+    return tuple(prove_up_to(model, longest(model)) for model in models_of.values())
+
+
+def _refuse_without_graphs(folders: Sequence[Path]) -> None:
+    """Graphs in one arm alone would be a handicap of the other."""
+    for folder in folders:
+        family = models.family_of(folder)
+        if family != "nemotron_h":
+            raise ValueError(
+                f"checkpoint {folder.name} is of family {family}, whose steps cannot come from CUDA graphs, and in the "
+                "other arm alone they would handicap this one: drop --cuda-graphs"
+            )
+
+
+def give_graphs(
+    arms: Sequence[Any], *, max_rows: int, block_sizes: Sequence[int], longest: int
+) -> tuple[StepGraphs, ...]:
+    """Have both arms take their small steps from graphs, and return these, each once.
+
+    None is ever given up while batches have up to ``max_rows`` rows and contexts up to ``longest`` tokens. A pair's
+    context tower as the other arm shares the pair's.
+    """
+    widths = {1, *block_sizes}
+    max_graphs = num_sizes(max_rows, widths, longest)
+    found: dict[int, StepGraphs] = {}
+    # The pair first: its graphs are its context tower's, too.
+    for model in sorted(arms, key=lambda model: not model.has_denoiser):
+        graphs = model.graphs if id(model.graphs) in found else use_graphs(model, max_graphs=max_graphs, widths=widths)
+        found[id(graphs)] = graphs
+    return tuple(found.values())
+
+
+def context_tower(pair: Any) -> Any:
+    """The pair's context tower as a model of its own, on the same tensors; a causal model is its own."""
+    if not pair.has_denoiser:
+        return pair
+    tower = pair.context_tower
+    whole, devices = pair.checkpoint, pair.checkpoint.devices[:1]
+    tower.checkpoint = dataclasses.replace(
+        whole, digest=pair.context_digest, tower="context", devices=devices, weights=()
+    )
+    for name in ("tokenizer", "vocab_size", "max_length", "eos_token_ids", "context_digest", "folder_settings"):
+        setattr(tower, name, getattr(pair, name))
+    tower.mask_token_id, tower.has_denoiser = None, False
+    return tower

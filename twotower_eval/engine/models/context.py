@@ -1,0 +1,212 @@
+"""What the context tower remembers of its tokens: keys and values, Mamba states, the last hidden state.
+
+Contexts behave as values: extending one leaves it usable. Yet keys and values are not copied for each token: several
+contexts of one line share a buffer, and the newest of them appends in place (as slices of growing arrays do); an
+older one that is extended again gets a copy of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from twotower_eval.engine.models.nemotron_h import MambaState
+
+MIN_SPARE = 64  # token slots allocated beyond what is needed, so that most extensions write in place
+LEAST_SPARE = 16  # the same where rows are gathered, which is soon done again
+CAPACITY_STEP = 32  # of which their capacity is a multiple, so that most agree in it
+
+
+@dataclass
+class KeyValueBuffer:
+    """Keys and values (B, J, T, D) by layer; ``num_writes`` tells who wrote last."""
+
+    keys: dict[int, Tensor]
+    values: dict[int, Tensor]
+    capacity: int
+    num_writes: int = 0
+
+
+@dataclass
+class Context:
+    """B rows of committed tokens. ``lengths`` are host integers, so that nothing waits for a device."""
+
+    lengths: tuple[int, ...]
+    buffer: KeyValueBuffer
+    write_mark: int
+    mamba: dict[int, MambaState]
+    last_hidden_BH: Tensor
+    _mirrors: dict[torch.device, Context] = field(default_factory=dict, repr=False)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return len(self.lengths)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows are equally long, so that no mask is needed."""
+        return len(set(self.lengths)) == 1
+
+    def select(self, rows: Sequence[int]) -> Context:
+        """A context of the given rows, in that order; a row may be repeated."""
+        return Context.gathered([(self, rows)])
+
+    def join(self, other: Context) -> Context:
+        """The context of these rows, then of the other's."""
+        return Context.gathered([(part, range(part.batch_size)) for part in (self, other)])
+
+    @staticmethod
+    def gathered(parts: Sequence[tuple[Context, Sequence[int]]]) -> Context:
+        """The context of the given rows of several others, with room for some more tokens; each is copied once."""
+        first, num_rows = parts[0][0], sum(len(rows) for _, rows in parts)
+        lengths = [tuple(part.lengths[row] for row in rows) for part, rows in parts]
+        longest = [max(of_part, default=0) for of_part in lengths]
+        capacity = -(-(max(longest) + LEAST_SPARE) // CAPACITY_STEP) * CAPACITY_STEP
+        taken = []
+        start = 0
+        for part, rows in parts:
+            index = torch.tensor(list(rows), dtype=torch.int64, device=part.last_hidden_BH.device)
+            taken.append((slice(start, start + len(rows)), index))
+            start += len(rows)
+
+        def stacked(of_parts: Sequence[Tensor]) -> Tensor:
+            if len(of_parts) == 1:
+                return of_parts[0].index_select(0, taken[0][1])
+            new = of_parts[0].new_empty(num_rows, *of_parts[0].shape[1:])
+            for (place, index), old in zip(taken, of_parts, strict=True):
+                _copy_rows(new[place], old, index)
+            return new
+
+        def slots(of_parts: Sequence[Tensor]) -> Tensor:
+            if all(old_BJTD.shape[2] == capacity for old_BJTD in of_parts):
+                return stacked(of_parts)  # whole rows are copied faster than their beginnings
+            _, num_heads, _, dim = of_parts[0].shape
+            new_BJTD = of_parts[0].new_empty(num_rows, num_heads, capacity, dim)
+            for (place, index), length, old_BJTD in zip(taken, longest, of_parts, strict=True):
+                _copy_rows(new_BJTD[place, :, :length], old_BJTD[:, :, :length], index)
+                new_BJTD[place, :, length:] = 0  # not garbage: padding may be read, and must then be finite
+            return new_BJTD
+
+        buffers = [part.buffer for part, _ in parts]
+        return Context(
+            lengths=tuple(length for of_part in lengths for length in of_part),
+            buffer=KeyValueBuffer(
+                {i: slots([buffer.keys[i] for buffer in buffers]) for i in first.buffer.keys},
+                {i: slots([buffer.values[i] for buffer in buffers]) for i in first.buffer.values},
+                capacity,
+            ),
+            write_mark=0,
+            mamba={
+                i: MambaState(
+                    *(stacked(tensors) for tensors in zip(*(part.mamba[i] for part, _ in parts), strict=True))
+                )
+                for i in first.mamba
+            },
+            last_hidden_BH=stacked([part.last_hidden_BH for part, _ in parts]),
+        )
+
+    def on(self, device: torch.device) -> Context:
+        """This context's tensors on ``device`` (itself where they are there already); copied once."""
+        if self.last_hidden_BH.device == device:
+            return self
+        if device not in self._mirrors:
+            length = self.max_length
+            self._mirrors[device] = Context(
+                lengths=self.lengths,
+                buffer=KeyValueBuffer(
+                    {i: k[:, :, :length].to(device) for i, k in self.buffer.keys.items()},
+                    {i: v[:, :, :length].to(device) for i, v in self.buffer.values.items()},
+                    length,
+                ),
+                write_mark=0,
+                mamba={i: MambaState(*(t.to(device) for t in state)) for i, state in self.mamba.items()},
+                last_hidden_BH=self.last_hidden_BH.to(device),
+            )
+        return self._mirrors[device]
+
+
+def ends_of(context: Context, device: torch.device) -> Tensor:
+    """Lengths (B,) int64 on a device, which is not waited for where all rows are equally long."""
+    if context.uniform:
+        return torch.full((context.batch_size,), context.max_length, dtype=torch.int64, device=device)
+    return torch.tensor(context.lengths, dtype=torch.int64, device=device)
+
+
+def writable_buffer(context: Context, num_new: int) -> KeyValueBuffer:
+    """A buffer with room for ``num_new`` more tokens per row, shared if ``context`` is its newest user."""
+    buffer, needed = context.buffer, context.max_length + num_new
+    if buffer.capacity >= needed and buffer.num_writes == context.write_mark and _may_write(buffer):
+        return buffer
+    capacity = roomy(needed)
+    length = min(context.max_length, buffer.capacity)
+    return KeyValueBuffer(
+        keys={i: _grown(k, length, capacity) for i, k in buffer.keys.items()},
+        values={i: _grown(v, length, capacity) for i, v in buffer.values.items()},
+        capacity=capacity,
+    )
+
+
+def roomy(needed: int) -> int:
+    """Token slots to allocate where so many are needed."""
+    return needed + max(MIN_SPARE, needed // 4)
+
+
+def room_for_block(context: Context, num_new: int) -> KeyValueBuffer:
+    """The context's own buffer, of which ``num_new`` slots behind the longest row may be written to and mean nothing.
+
+    What a denoiser appends for one call lies there, so that no step of a block copies the context. Where a newer
+    context uses these slots, or there are too few, the context moves to a buffer of its own, once.
+    """
+    buffer = writable_buffer(context, num_new)
+    if buffer is not context.buffer:
+        context.buffer, context.write_mark = buffer, buffer.num_writes
+    return buffer
+
+
+def _may_write(buffer: KeyValueBuffer) -> bool:
+    """Tensors made in inference mode cannot be written to outside it."""
+    return torch.is_inference_mode_enabled() or not any(keys.is_inference() for keys in buffer.keys.values())
+
+
+def _grown(old_BJTD: Tensor, length: int, capacity: int) -> Tensor:
+    """A copy with ``capacity`` slots. Zeros behind the copied ones, not garbage: padding may be read, and must then be
+    finite."""
+    num_rows, num_heads, _, dim = old_BJTD.shape
+    new_BJTD = old_BJTD.new_zeros(num_rows, num_heads, capacity, dim)
+    new_BJTD[:, :, :length] = old_BJTD[:, :, :length]
+    return new_BJTD
+
+
+def _copy_rows(new: Tensor, old: Tensor, index: Tensor) -> None:
+    """Put the rows of ``old`` that ``index`` names into ``new``."""
+    if old.is_cpu and not old.requires_grad:
+        torch.index_select(old, 0, index, out=new)
+    else:
+        new.copy_(old.index_select(0, index))
+
+
+class Writer:
+    """Puts S new columns behind each row's own end, in place; where these lie is worked out once for all layers."""
+
+    def __init__(self, lengths: tuple[int, ...], num_new: int, device: torch.device) -> None:
+        self._slots = slice(lengths[0], lengths[0] + num_new)
+        self._columns_B1S1: Tensor | None = None
+        if len(set(lengths)) > 1:
+            starts_B1 = torch.tensor(lengths, device=device)[:, None]
+            self._columns_B1S1 = (starts_B1 + torch.arange(num_new, device=device))[:, None, :, None]
+
+    def __call__(self, slots_BJTD: Tensor, new_BJSD: Tensor) -> None:
+        """Write one layer's keys or values."""
+        if self._columns_B1S1 is None:
+            slots_BJTD[:, :, self._slots] = new_BJSD
+        else:
+            slots_BJTD.scatter_(2, self._columns_B1S1.expand_as(new_BJSD), new_BJSD)

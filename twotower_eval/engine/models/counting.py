@@ -1,0 +1,316 @@
+"""Counts forwards, the only place where they are counted: per sequence, and how many sequences shared each.
+
+A prefill counts one context forward for each row, an extension one, a denoiser call one denoiser forward. Decoders
+name the rows that a call serves by selecting them; a row that has finished is no longer selected, so it no longer
+counts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from threading import get_ident
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+
+from twotower_eval.engine.models.witness import Witness
+from twotower_eval.records import Passes, PassKind
+
+MAX_HELD = 2  # times as many rows as are meant
+
+
+class CountedContext:
+    """Batch rows, and the model's contexts that hold them.
+
+    Selecting and joining only note which rows of which contexts are meant; they are gathered when a model is called,
+    in one copy, or when most of what is held is rows that nobody means any more.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = tuple(parts)
+        self.rows = tuple(row for part in parts for row in part.rows)
+
+    @property
+    def inner(self) -> Any:
+        """The model's context of just these rows."""
+        if len(self._parts) > 1 or not self._parts[0].is_whole:
+            self._gather()
+        return self._parts[0].context
+
+    def select(self, positions: Sequence[int]) -> CountedContext:
+        """The context of some of these rows, by ascending position within this context."""
+        if len(positions) == len(self.rows):
+            return self
+        chosen, start = [], 0
+        for part in self._parts:
+            within = [position - start for position in positions if 0 <= position - start < len(part.rows)]
+            start += len(part.rows)
+            if within:
+                chosen.append(part.select(within))
+        return CountedContext(chosen)
+
+    def join(self, other: CountedContext) -> CountedContext:
+        """The context of these rows, then of the other's."""
+        joined = CountedContext(self._parts + other._parts)
+        if joined.num_held > MAX_HELD * len(joined.rows):
+            joined._gather()
+        return joined
+
+    @property
+    def num_held(self) -> int:
+        """Rows of all contexts that hold these."""
+        return sum({id(part.context): part.size for part in self._parts}.values())
+
+    def _gather(self) -> None:
+        context = _gathered(self._parts)
+        self._parts = (whole(context, self.rows),)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a model's context of ``size`` rows: their numbers in the batch and their positions in it."""
+
+    context: Any
+    size: int
+    rows: tuple[int, ...]
+    positions: tuple[int, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all rows of the context."""
+        return len(self.positions) == self.size
+
+    def select(self, which: Sequence[int]) -> Part:
+        """Some of these rows."""
+        return replace(self, rows=tuple(self.rows[i] for i in which), positions=tuple(self.positions[i] for i in which))
+
+
+def whole(context: Any, rows: Sequence[int]) -> Part:
+    """A context of just these rows."""
+    return Part(context, len(rows), tuple(rows), tuple(range(len(rows))))
+
+
+def _gathered(parts: Sequence[Part]) -> Any:
+    """One context of the parts' rows; in a single copy where the model's contexts know how to."""
+    in_one_copy = getattr(parts[0].context, "gathered", None)
+    if in_one_copy is not None:
+        return in_one_copy([(part.context, part.positions) for part in parts])
+    first, *others = (part.context if part.is_whole else part.context.select(part.positions) for part in parts)
+    for other in others:
+        first = first.join(other)
+    return first
+
+
+class CountingModel:
+    """A model as decoders see it, with ``num_context_forwards`` and ``num_denoiser_forwards`` for each batch row."""
+
+    def __init__(self, model: Any, num_rows: int) -> None:
+        self.model = model
+        self.num_context_forwards = [0] * num_rows
+        self.num_denoiser_forwards = [0] * num_rows
+
+    def prefill(self, rows: Sequence[int], ids_BS: Tensor, lengths: Sequence[int]) -> CountedContext:
+        """Prompts of the given rows."""
+        context = self.model.prefill(ids_BS, lengths)
+        self._count(self.num_context_forwards, rows)
+        return CountedContext([whole(context, rows)])
+
+    def extend(self, context: CountedContext, ids_BK: Tensor) -> CountedContext:
+        """K more tokens for each row of the context."""
+        extended = self.model.extend(context.inner, ids_BK)
+        self._count(self.num_context_forwards, context.rows)
+        return CountedContext([whole(extended, context.rows)])
+
+    def denoise(self, block_BK: Tensor, context: CountedContext, t_B: Sequence[float] | None) -> Tensor:
+        """Denoiser logits (B, K, V) for each row of the context."""
+        logits: Tensor = self.model.denoise(block_BK, context.inner, t_B)
+        self._count(self.num_denoiser_forwards, context.rows)
+        return logits
+
+    def next_logits(self, context: CountedContext) -> Tensor:
+        """Logits (B, V) from the context as it is: no forward of a tower, not counted."""
+        logits: Tensor = self.model.next_logits(context.inner)
+        return logits
+
+    def _count(self, counts: list[int], rows: Sequence[int]) -> None:
+        for row in rows:
+            counts[row] += 1
+
+
+@dataclass
+class RowSteps:
+    """Rows that each forward of a kind served, in order, and how many tokens each row had in it."""
+
+    rows: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    def share(self, width: int) -> float | None:
+        """Row-steps that served a sequence, of all that ``width`` slots had; None where there was no forward."""
+        return sum(self.rows) / (width * len(self.rows)) if self.rows else None
+
+
+class WatchedModel:
+    """A model that notes how many rows each of its forwards serves. Decoders made for it decode as for the model.
+
+    Decoders never give a finished row to a forward, so every row here is work: it is one of a generation's forwards.
+    Passes over whole rows (``context_logits``, ``tree_logits``) read them from the beginning, as a prefill does. What
+    is called of ``context_tower`` counts alike. A witness, while there is one, hears of all that goes in and comes out.
+    """
+
+    def __init__(self, model: Any, of: WatchedModel | None = None) -> None:
+        self._model = model
+        self.prefills, self.extensions, self.denoisings = RowSteps(), RowSteps(), RowSteps()
+        self.running: list[int] = []  # the threads that are inside a forward which was noted
+        self._witnesses: list[Witness] = []  # none, or one
+        if of is not None:
+            self._witnesses = of._witnesses
+            self.prefills, self.extensions, self.denoisings = of.prefills, of.extensions, of.denoisings
+            self.running, self._before = of.running, of._before  # type: ignore[method-assign]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    @property
+    def context_tower(self) -> WatchedModel:
+        """The model's own, noted as well."""
+        return WatchedModel(self._model.context_tower, of=self)
+
+    @property
+    def passes(self) -> tuple[Passes, ...]:
+        """All that was noted, by kind and size."""
+        kinds: tuple[tuple[PassKind, RowSteps], ...] = (
+            ("prefill", self.prefills),
+            ("extend", self.extensions),
+            ("denoise", self.denoisings),
+        )
+        return tuple(
+            Passes(kind=kind, rows=rows, tokens=tokens, num=num)
+            for kind, steps in kinds
+            for (rows, tokens), num in sorted(Counter(zip(steps.rows, steps.tokens, strict=True)).items())
+        )
+
+    def forget(self) -> None:
+        """Note anew."""
+        for steps in (self.prefills, self.extensions, self.denoisings):
+            steps.rows.clear()
+            steps.tokens.clear()
+
+    @contextmanager
+    def witnessed(self, prompts: Iterable[Sequence[int]]) -> Iterator[Witness]:
+        """Have a witness of the calls that follow, made for these prompts; it looks at every row of logits, which takes
+        time."""
+        witness = Witness(prompts, getattr(self, "mask_token_id", None))
+        self._witnesses.append(witness)
+        try:
+            yield witness
+        finally:
+            self._witnesses.remove(witness)
+
+    def prefill(self, ids_BS: Tensor, *more: Any, **options: Any) -> Any:
+        """The model's own, noted."""
+        made = self._run(self.prefills, ids_BS.shape, self._model.prefill, ids_BS, *more, **options)
+        for witness in self._heard():
+            witness.prefilled(ids_BS, _lengths(more, options))
+        return made
+
+    def context_logits(self, ids_BS: Tensor, *more: Any, **options: Any) -> Any:
+        """The model's own, noted."""
+        logits = self._run(self.prefills, ids_BS.shape, self._model.context_logits, ids_BS, *more, **options)
+        for witness in self._heard():
+            witness.read(ids_BS, _lengths(more, options), logits)
+        return logits
+
+    def tree_logits(self, context: Any, segments: Any) -> Any:
+        """The model's own, noted as one row of all its tokens."""
+        size = (1, sum(len(segment.tokens) for segment in segments))
+        logits = self._run(self.prefills, size, self._model.tree_logits, context, segments)
+        for witness in self._heard():
+            witness.read_tree(segments, logits)
+        return logits
+
+    def extend(self, context: Any, ids_BK: Tensor, *more: Any, **options: Any) -> Any:
+        """The model's own, noted."""
+        made = self._run(self.extensions, ids_BK.shape, self._model.extend, context, ids_BK, *more, **options)
+        for witness in self._heard():
+            witness.extended(ids_BK, _lengths(more, options))
+        return made
+
+    def extend_logits(self, context: Any, ids_BK: Tensor, *more: Any, **options: Any) -> Any:
+        """The model's own, noted."""
+        call = self._model.extend_logits
+        made = self._run(self.extensions, ids_BK.shape, call, context, ids_BK, *more, **options)
+        for witness in self._heard():
+            wanted = options["wanted"] if "wanted" in options else more[1]
+            witness.extended(ids_BK, _lengths(more, options), wanted, made[1])
+        return made
+
+    def denoise(self, block_BK: Tensor, *more: Any, **options: Any) -> Any:
+        """The model's own, noted."""
+        logits = self._run(self.denoisings, block_BK.shape, self._model.denoise, block_BK, *more, **options)
+        for witness in self._heard():
+            witness.denoised(block_BK, logits)
+        return logits
+
+    def next_logits(self, context: Any) -> Any:
+        """The model's own: no forward, so nothing but a witness hears of it."""
+        logits = self._model.next_logits(context)
+        for witness in self._heard():
+            witness.told(logits)
+        return logits
+
+    def _heard(self) -> Sequence[Witness]:
+        """The witness, unless this is inside a forward that it hears of anyway."""
+        return () if not self._witnesses or get_ident() in self.running else self._witnesses
+
+    def _run(self, steps: RowSteps, size: Sequence[int], call: Callable[..., Any], *given: Any, **options: Any) -> Any:
+        thread = get_ident()
+        if thread in self.running:  # a forward that a noted one is made of
+            return call(*given, **options)
+        self._before()
+        rows, tokens = size
+        steps.rows.append(rows)
+        steps.tokens.append(tokens)
+        self.running.append(thread)
+        try:
+            return call(*given, **options)
+        finally:
+            self.running.remove(thread)
+
+    def _before(self) -> None:
+        """Hear of a forward that is about to run."""
+
+
+def _lengths(more: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    """Those of the rows, the first that a forward is given behind its ids; None where all are full."""
+    return options["lengths_B"] if "lengths_B" in options else more[0] if more else None
+
+
+NOTED = ("prefill", "extend", "denoise", "context_logits", "extend_logits", "tree_logits", "next_logits")
+
+
+@contextmanager
+def noted_in_place(model: Any) -> Iterator[WatchedModel]:
+    """Note the forwards of a model that somebody else holds already: its own methods are watched for a while, and those
+    of its context tower."""
+    parts = [model, *(part for part in (getattr(model, "context_tower", None),) if part is not None)]
+    own = [{name: getattr(part, name) for name in NOTED if hasattr(part, name)} for part in parts]
+    watched = WatchedModel(SimpleNamespace(**own[0], mask_token_id=getattr(model, "mask_token_id", None)))
+    with ExitStack() as stack:
+        for part, methods in zip(parts, own, strict=True):
+            noted = watched if part is model else WatchedModel(SimpleNamespace(**methods), of=watched)
+            for name in methods:
+                stack.callback(_put_back, part, name, vars(part).get(name))
+                setattr(part, name, getattr(noted, name))
+        yield watched
+
+
+def _put_back(part: Any, name: str, before: Any) -> None:
+    """An attribute that an object had of its own, or none."""
+    if before is None:
+        delattr(part, name)
+    else:
+        setattr(part, name, before)

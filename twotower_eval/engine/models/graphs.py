@@ -1,0 +1,260 @@
+"""Steps from buffers that stay where they are, so that a GPU is given a whole step at once, as a CUDA graph.
+
+At batch 1 a step of many small kernels waits for the host between them. Captured, it is launched as one; what it reads
+and writes then lies at fixed places, at fixed sizes: so many rows, new tokens and slots. Contexts stay values: what a
+step made is copied out. On a device that is no GPU the same code runs without a capture, which is how it is tested.
+Shape letters: see ops/__init__; L Mamba layers.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from twotower_eval.engine.models.config import NemotronHConfig
+from twotower_eval.engine.models.context import Context, Writer, writable_buffer
+from twotower_eval.engine.models.fixed import MAX_NEW, Launch, Remembered
+from twotower_eval.engine.models.nemotron_h import Mamba, MambaState, Modulation, Tower, run_layers
+from twotower_eval.engine.ops.attention import attend as attend_to
+from twotower_eval.records import GRAPH_DEVICES
+
+MIN_SLOTS = 256  # slots are a power of two, so that a growing context changes graphs seldom
+MAX_GRAPHS = 8  # kept at once unless said otherwise, the least recently used given up
+KINDS = 3  # of steps: the extension, the denoiser with time and without
+
+
+class Causal(Protocol):
+    """What an extension needs: a causal tower and its head."""
+
+    tower: Tower
+    head: nn.Linear
+
+
+class Denoises(Causal, Protocol):
+    """What a denoise step needs: a tower that is told the mask fraction, and its head."""
+
+    def modulation(self, t_B: Tensor) -> Modulation:
+        """Of all layers, at each row's mask fraction."""
+
+    def logits(self, x_BKH: Tensor) -> Tensor:
+        """Logits (B, K, V) float32 of the layers' output."""
+
+
+class Stepped(Protocol):
+    """A model whose small steps may come from graphs."""
+
+    @property
+    def step_devices(self) -> tuple[torch.device, ...]:
+        """Where its towers are."""
+
+    def take_steps_from(self, graphs: StepGraphs) -> None:
+        """From now on take the small steps of all its towers from there."""
+
+
+class ExtendStep:
+    """The context tower over S more tokens in every row: the AR step, and the context pass of a block."""
+
+    def __init__(self, model: Causal, past: Remembered, num_new: int, pool: Any) -> None:
+        self.tower, self.past = model.tower, past
+        device = past.ends_B.device
+        self.ids_BS = torch.zeros(len(past.ends_B), num_new, dtype=torch.int64, device=device)
+        self.launch = Launch(self._body, past, device, pool)
+
+    def __call__(self, context: Context, ids_BS: Tensor) -> Context:
+        """As the ``extend`` of a context tower."""
+        self.past.load(context)
+        self.ids_BS.copy_(ids_BS)
+        self.past.holds = None  # should anything fail from here on, the buffers are nobody's context
+        hidden_BH, new_keys, new_values = self.launch()
+        buffer = writable_buffer(context, ids_BS.shape[1])
+        write = Writer(context.lengths, ids_BS.shape[1], self.ids_BS.device)
+        for index in self.past.attentions:
+            write(buffer.keys[index], new_keys[index])
+            write(buffer.values[index], new_values[index])
+        buffer.num_writes += 1
+        conv_LBCW, ssm_LBhPN = self.past.conv_LBCW.clone(), self.past.ssm_LBhPN.clone()
+        states = zip(self.past.mambas, conv_LBCW.unbind(0), ssm_LBhPN.unbind(0), strict=True)
+        extended = Context(
+            lengths=tuple(length + ids_BS.shape[1] for length in context.lengths),
+            buffer=buffer,
+            write_mark=buffer.num_writes,
+            mamba={index: MambaState(conv, ssm) for index, conv, ssm in states},
+            last_hidden_BH=hidden_BH.clone(),
+        )
+        # The step has left its buffers as the new context has them: the next step copies nothing in.
+        self.past.holds = extended
+        return extended
+
+    def _body(self) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
+        past, num_new = self.past, self.ids_BS.shape[1]
+        columns_BS = past.ends_B[:, None] + torch.arange(num_new, device=past.ends_B.device)
+        new_keys, new_values = {}, {}
+
+        def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            where = columns_BS[:, None, :, None].expand_as(k)
+            keys, values = past.keys[index].scatter_(2, where, k), past.values[index].scatter_(2, where, v)
+            new_keys[index], new_values[index] = k, v
+            return attend_to(q, keys, values, past.ends_B, past.num_slots, behind=False)
+
+        def mix(index: int, mixer: Mamba, x: Tensor) -> Tensor:
+            before = past.state(index)
+            # A window is read by several programs at once: the new one lies elsewhere until the step is over.
+            return mixer.advance(x, before, MambaState(past.conv_after(index), before.ssm_BhPN))
+
+        x_BSH = run_layers(self.tower, self.tower.embed(self.ids_BS), attend=attend, mix=mix)
+        past.conv_LBCW.copy_(past.conv_after_LBCW)
+        past.ends_B.add_(num_new)
+        return x_BSH[:, -1], new_keys, new_values
+
+
+class DenoiseStep:
+    """The denoiser over one block of K in every row."""
+
+    def __init__(self, denoiser: Denoises, past: Remembered, block_size: int, timed: bool, pool: Any) -> None:
+        self.denoiser, self.past, self.timed = denoiser, past, timed
+        batch_size, device = len(past.ends_B), past.ends_B.device
+        self.block_BK = torch.zeros(batch_size, block_size, dtype=torch.int64, device=device)
+        self.t_B = torch.zeros(batch_size, dtype=torch.float32, device=device)
+        self.launch = Launch(self._body, past, device, pool)
+
+    def __call__(self, block_BK: Tensor, context: Context, t_B: Tensor | None) -> Tensor:
+        """As the ``denoise`` of a pair."""
+        self.past.load(context)
+        self.block_BK.copy_(block_BK)
+        if t_B is not None:
+            self.t_B.copy_(t_B)
+        logits_BKV: Tensor = self.launch()
+        return logits_BKV.clone()
+
+    def _body(self) -> Tensor:
+        past, num_slots, block_size = self.past, self.past.num_slots, self.block_BK.shape[1]
+
+        def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # The block's own always lie behind all slots, whatever the context's length.
+            keys, values = (slots[index][:, :, : num_slots + block_size] for slots in (past.keys, past.values))
+            keys[:, :, num_slots:].copy_(k)
+            values[:, :, num_slots:].copy_(v)
+            return attend_to(q, keys, values, past.ends_B, num_slots, behind=True)
+
+        def mix(index: int, mixer: Mamba, x: Tensor) -> Tensor:
+            return mixer.outputs(x, past.state(index))
+
+        denoiser = self.denoiser
+        modulation = denoiser.modulation(self.t_B) if self.timed else None
+        embedded = denoiser.tower.embed(self.block_BK)
+        return denoiser.logits(run_layers(denoiser.tower, embedded, attend=attend, mix=mix, modulation=modulation))
+
+
+class StepGraphs:
+    """The steps of one model by their sizes, made when first asked for, at most ``max_graphs`` of them.
+
+    ``variant`` tells apart what is not in the sizes: forced routing changes what a step does. None there means that
+    no graph is to be used. ``widths`` are the numbers of new tokens that recur: pieces of prompts have any, each once,
+    and are no steps; None takes all for steps. ``num_made`` counts the steps made so far: on a GPU each is a capture,
+    which takes longer than many steps.
+    """
+
+    def __init__(
+        self,
+        variant: Callable[[], Hashable] = lambda: "own",
+        max_graphs: int = MAX_GRAPHS,
+        widths: Collection[int] | None = None,
+    ) -> None:
+        self.variant, self.max_graphs, self.widths, self.num_made = variant, max_graphs, widths, 0
+        self._steps: OrderedDict[Hashable, Any] = OrderedDict()
+        self._pasts: WeakValueDictionary[Hashable, Remembered] = WeakValueDictionary()
+        self._pools: dict[torch.device, Any] = {}
+
+    def serves(self, batch_size: int, num_new: int) -> bool:
+        """Whether a step of this size is to come from here. Only without gradients; large ones gain nothing."""
+        small = batch_size * num_new <= MAX_NEW and (self.widths is None or num_new in self.widths)
+        return small and torch.is_inference_mode_enabled() and self.variant() is not None
+
+    def extend(self, model: Causal, context: Context, ids_BS: Tensor) -> Context:
+        """See :class:`ExtendStep`."""
+        (batch_size, num_new), slots = ids_BS.shape, slots_for(context.max_length + ids_BS.shape[1])
+
+        def make() -> ExtendStep:
+            past = self._past(model.tower.config, batch_size, slots, model.head.weight)
+            return ExtendStep(model, past, num_new, self._pool(model.head.weight.device))
+
+        extended: Context = self._step(("extend", self.variant(), batch_size, num_new, slots), make)(context, ids_BS)
+        return extended
+
+    def denoise(self, denoiser: Denoises, block_BK: Tensor, context: Context, t_B: Tensor | None) -> Tensor:
+        """See :class:`DenoiseStep`; the context is on the denoiser's device."""
+        (batch_size, block_size), slots = block_BK.shape, slots_for(context.max_length)
+        timed, weight = t_B is not None, denoiser.head.weight
+
+        def make() -> DenoiseStep:
+            past = self._past(denoiser.tower.config, batch_size, slots, weight)
+            return DenoiseStep(denoiser, past, block_size, timed, self._pool(weight.device))
+
+        step = self._step(("denoise", self.variant(), batch_size, block_size, slots, timed), make)
+        logits_BKV: Tensor = step(block_BK, context, t_B)
+        return logits_BKV
+
+    def _step(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self._steps:
+            if len(self._steps) >= self.max_graphs:
+                self._steps.popitem(last=False)
+            self._steps[key] = make()
+            self.num_made += 1
+        self._steps.move_to_end(key)
+        return self._steps[key]
+
+    def _past(self, config: NemotronHConfig, batch_size: int, slots: int, like: Tensor) -> Remembered:
+        """Kept by the steps that use it, as long as there are any."""
+        key = (like.device, batch_size, slots)
+        past = self._pasts.get(key)
+        if past is None:
+            past = self._pasts[key] = Remembered(config, batch_size, slots, like)
+        return past
+
+    def _pool(self, device: torch.device) -> Any:
+        if device.type == "cuda" and device not in self._pools:
+            self._pools[device] = torch.cuda.graph_pool_handle()
+        return self._pools.get(device)
+
+
+def use_graphs(
+    model: Stepped,
+    variant: Callable[[], Hashable] = lambda: "own",
+    max_graphs: int = MAX_GRAPHS,
+    widths: Collection[int] | None = None,
+) -> StepGraphs:
+    """From now on take the small steps of a pair, or of a context tower alone, from graphs, and return these.
+
+    See :class:`StepGraphs`. ValueError where a tower is on no CUDA device.
+    """
+    for device in model.step_devices:
+        if device.type not in GRAPH_DEVICES:
+            raise ValueError(f"CUDA graphs need CUDA devices, a tower is on {device}: drop --cuda-graphs")
+    graphs = StepGraphs(variant, max_graphs, widths)
+    model.take_steps_from(graphs)
+    return graphs
+
+
+def slots_for(num_tokens: int) -> int:
+    """Slots of the steps that work on contexts of up to so many tokens."""
+    return max(MIN_SLOTS, 1 << (num_tokens - 1).bit_length()) if num_tokens > 0 else MIN_SLOTS
+
+
+def num_slot_counts(shortest: int, longest: int) -> int:
+    """How many numbers of slots contexts go through that grow from so many tokens to so many."""
+    return (slots_for(longest) // slots_for(shortest)).bit_length()
+
+
+def num_sizes(max_rows: int, widths: Collection[int], longest: int) -> int:
+    """The most steps that there can be of up to ``max_rows`` rows: there are fewer as they finish, one by one.
+
+    ``widths`` are the new tokens of a row: 1, and block sizes. Contexts have up to ``longest`` tokens, those of the
+    last step included.
+    """
+    of_rows = sum(min(max_rows, MAX_NEW // width) for width in set(widths))
+    return KINDS * of_rows * num_slot_counts(0, longest)

@@ -1,0 +1,212 @@
+"""What a model is tried on: lengths that its config names, rows of tokens, what whole rows give, and the ways held
+against it.
+
+Shape letters: see ops/__init__. N positions that are compared.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twotower_eval.engine.models.token_tree import Segment
+from twotower_eval.records import HALF_PRECISION
+
+Tokens = tuple[int, ...]
+Pairs = Iterator[tuple[Tensor, Tensor]]  # logits (N, V) of a way, and what whole rows give there
+# Of logits, in units of their spread: another order of sums through all layers. A lost position or an ignored window
+# gives 0.1 and more. In half precision the mean over positions counts: there a router's near tie sends a token
+# elsewhere now and then, and what passes may still lack a position. It finds what breaks down in that dtype alone.
+LIMITS = {"float64": 5e-4, "float32": 5e-4, "float16": 0.1, "bfloat16": 0.5}
+LEAST_SPREAD = 0.02  # of the largest logit: what is spread less is equal
+STEPS = (1, 1, 1, 2, 1, 1)  # tokens read at once
+SEED = 0
+# Windows, chunks and blocks of attention or of a scan, original lengths of rotary factors, positions that scale
+# queries, keys that a sparse attention keeps.
+LENGTHS = re.compile(
+    r"window|chunk|local_att|original_max|floor_scale|n_floor|block_size|index_topk|sparse.*(size|length|topk)"
+)
+COUNTS = re.compile(r"(layers|pattern|heads|theta|factor|type|types)$")  # of something else, under a name like theirs
+
+
+@dataclass(frozen=True)
+class Probe:
+    """``row`` crosses ``at`` tokens; ``fork`` begins with as many of it and ends otherwise; ``other`` is short.
+
+    ``row_NV`` and ``fork_NV`` are the logits behind the positions from ``first`` on, ``other_NV`` those of all.
+    """
+
+    at: int
+    row: Tokens
+    fork: Tokens
+    other: Tokens
+    first: int
+    row_NV: Tensor
+    fork_NV: Tensor
+    other_NV: Tensor
+
+    def behind(self, length: int) -> Tensor:
+        """Logits (1, V) behind the first ``length`` tokens of the row."""
+        return self.row_NV[length - 1 - self.first, None]
+
+
+def named_lengths(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Every such number of a config, ascending, from whatever depth."""
+    return tuple(sorted({length for length in _lengths_in(config) if length > 1}))
+
+
+def _lengths_in(value: Any, named: bool = False) -> Iterator[int]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            is_length = bool(LENGTHS.search(str(name))) and not COUNTS.search(str(name))
+            yield from _lengths_in(inner, is_length)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _lengths_in(inner, named)
+    elif named and isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1:
+        yield int(value)
+
+
+def make_probe(model: Any, at: int, length: int) -> Probe:
+    """A probe across ``at`` tokens, its row ``length`` long: four passes without a cache."""
+    tokens = drawn_tokens(model, 2 * length - at + 5)
+    row, other = _with_padding(model, tokens[:length], at), tokens[length : length + 5]
+    fork = row[:at] + tokens[length + 5 :][: length - at]
+    first = max(0, at - 5)
+    row_NV, fork_NV = (whole(model, ids, length - first) for ids in (row, fork))
+    return Probe(at, row, fork, other, first, row_NV, fork_NV, whole(model, other, len(other)))
+
+
+def whole(model: Any, row: Tokens, last: int) -> Tensor:
+    """What is right: logits (last, V) behind a row's last positions, by one pass over it alone."""
+    logits_NV: Tensor = model.context_logits(_ids(row), last=last)[0]
+    return logits_NV
+
+
+def cached_steps(model: Any, probe: Probe) -> Pairs:
+    """Steps across the length, one and several tokens at a time, beside a context that is dropped and another row;
+    steps behind a row that was read across it; and, where rows run alone, a second row after the first."""
+    start = max(1, probe.at - 3)
+    context = model.prefill(_ids(probe.row[:start]))
+    yield model.next_logits(context), probe.behind(start)
+    if model.rows_together:
+        model.extend(context, _ids(probe.other[:1]))
+        beside = model.prefill(_ids(probe.other[:2]))
+    sizes = [*STEPS, *([len(probe.row)] if model.pads_left else [])]  # states go on token by token: no more of them
+    for size in sizes:
+        piece = probe.row[start : start + size]
+        if piece:
+            start += len(piece)
+            context = model.extend(context, _ids(piece))
+            yield model.next_logits(context), probe.behind(start)
+    if not model.rows_together:
+        beside = model.prefill(_ids(probe.other[:1]))
+        beside = model.extend(beside, _ids(probe.other[1:2]))
+    yield model.next_logits(model.extend(beside, _ids(probe.other[2:3]))), probe.other_NV[2, None]
+    context = model.prefill(_ids(probe.row[:-2]))
+    for end in (-2, -1):
+        context = model.extend(context, _ids((probe.row[end],)))
+        yield model.next_logits(context), probe.row_NV[end, None]
+
+
+def rows_together(model: Any, probe: Probe) -> Pairs:
+    """Rows of unlike lengths beside each other, some across the length; some leave, another joins."""
+    row, other = probe.row, probe.other
+    near = max(1, probe.at - 2)
+    rows = [(row, near), (other, 2), (other, 1), (row, len(row) - 2)]
+    context = model.prefill(*_padded([tokens[:length] for tokens, length in rows]))
+    yield model.next_logits(context), _behind(probe, rows)
+    for _ in range(2):
+        context, rows = _stepped(model, context, rows)
+        yield model.next_logits(context), _behind(probe, rows)
+    context, rows = context.select([0, 2]), [rows[0], rows[2]]
+    if model.joins_contexts:
+        context = context.join(model.prefill(_ids(other[:3])))
+        rows.append((other, 3))
+    context, rows = _stepped(model, context, rows)
+    yield model.next_logits(context), _behind(probe, rows)
+
+
+def passes(model: Any, probe: Probe) -> Pairs:
+    """Whole rows in one pass: each beside a longer one, then another number of them."""
+    three = model.context_logits(*_padded([probe.other, probe.row, probe.other[:1]]), last=2)
+    yield three[0], probe.other_NV[-2:]
+    yield three[1], probe.row_NV[-2:]
+    yield three[2, 1:], probe.other_NV[:1]
+    two = model.context_logits(*_padded([probe.row[:-1], probe.other[:3]]), last=1)
+    yield two[0], probe.row_NV[-2, None]
+    yield two[1], probe.other_NV[2, None]
+
+
+def options(model: Any, probe: Probe) -> Pairs:
+    """Two endings of a row beside each other, behind a context and behind none."""
+    at, num_ends = probe.at, len(probe.row) - probe.at
+    ends = [Segment(0, tokens[at:], tuple(range(num_ends))) for tokens in (probe.row, probe.fork)]
+    wanted = torch.cat([probe.row_NV[at - 1 - probe.first :], probe.fork_NV[at - probe.first :]])
+    for known in (0, max(1, at - 3)):
+        context = model.prefill(_ids(probe.row[:known])) if known else None
+        begin = Segment(-1, probe.row[known:at], (at - known - 1,))
+        yield model.tree_logits(context, [begin, *ends]), wanted
+
+
+def apart(pairs: Pairs, dtype: str) -> float:
+    """How far all of a way's logits lie from the right ones: the worst position, or the mean in half precision."""
+    ours, theirs = zip(*pairs, strict=True)
+    return difference(torch.cat(ours), torch.cat(theirs), dtype)
+
+
+def difference(ours_NV: Tensor, theirs_NV: Tensor, dtype: str) -> float:
+    """The largest difference at each position, in units of the second's spread over the vocabulary; see ``LIMITS``.
+
+    Infinite where either is not finite.
+    """
+    if not (torch.isfinite(ours_NV).all() and torch.isfinite(theirs_NV).all()):
+        return float("inf")
+    ours_NV, theirs_NV = ours_NV.double(), theirs_NV.double()
+    spread_N = torch.maximum(theirs_NV.std(-1), LEAST_SPREAD * theirs_NV.abs().amax(-1)).clamp(min=1e-30)
+    apart_N = (ours_NV - theirs_NV).abs().amax(-1) / spread_N
+    return float(apart_N.mean() if dtype in HALF_PRECISION else apart_N.max())
+
+
+def _stepped(model: Any, context: Any, rows: Sequence[tuple[Tokens, int]]) -> tuple[Any, list[tuple[Tokens, int]]]:
+    """Every row's next token read."""
+    ids_B1 = torch.tensor([[tokens[length]] for tokens, length in rows])
+    return model.extend(context, ids_B1), [(tokens, length + 1) for tokens, length in rows]
+
+
+def _behind(probe: Probe, rows: Sequence[tuple[Tokens, int]]) -> Tensor:
+    known = {id(probe.row): probe.behind, id(probe.other): lambda length: probe.other_NV[length - 1, None]}
+    found: list[Callable[[int], Tensor]] = [known[id(tokens)] for tokens, _ in rows]
+    return torch.cat([behind(length) for behind, (_, length) in zip(found, rows, strict=True)])
+
+
+def drawn_tokens(model: Any, number: int) -> Tokens:
+    """Drawn ones, none of which the config names: these may be padding, or pictures."""
+    named: set[int] = set()
+    for name, value in model.inner.config.to_dict().items():
+        if "token_id" in name or "token_index" in name:
+            named |= {value} if isinstance(value, int) else {*value} if isinstance(value, list) else set()
+    usable = [token for token in range(model.vocab_size) if token not in named] or [0]
+    drawn = torch.randint(len(usable), (number,), generator=torch.Generator().manual_seed(SEED))
+    return tuple(usable[index] for index in drawn.tolist())
+
+
+def _with_padding(model: Any, row: Tokens, at: int) -> Tokens:
+    """A padding token in it, which may be a model's EOS, and is one of a context like others: what no attention mask
+    covers is no padding. Some models count their positions by it."""
+    pad = getattr(model.inner.config.get_text_config(), "pad_token_id", None)
+    return (*row[: at - 1], pad, *row[at:]) if isinstance(pad, int) and 0 <= pad < model.vocab_size else row
+
+
+def _ids(row: Sequence[int]) -> Tensor:
+    return torch.tensor([row], dtype=torch.int64)
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]), [len(row) for row in rows]

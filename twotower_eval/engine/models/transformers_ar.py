@@ -1,0 +1,200 @@
+"""Any Hugging Face causal language model as autoregressive baseline: safetensors only, local files, no foreign code.
+
+What is loaded has proved itself: see models.proof.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from twotower_eval.engine.models.base import source_text
+from twotower_eval.engine.models.checkpoint import (
+    SINGLE_FILE,
+    file_weights,
+    joint_digest,
+    opened,
+    read_json,
+    tensor_digest,
+    tensor_files,
+)
+from twotower_eval.engine.models.config import as_ids
+from twotower_eval.engine.models.proof import prove
+from twotower_eval.engine.models.tokenizer import load_tokenizer
+from twotower_eval.engine.models.transformers_model import TransformersModel
+from twotower_eval.records import Checkpoint
+
+ADAPTER_FILE = "adapter_config.json"
+LENGTH_NAMES = ("n_positions", "max_position_embeddings", "n_ctx")  # in lm-eval's order
+OWN_LENGTH_NAMES = ("max_seq_len", "max_target_positions")  # MPT's and Whisper's: lm-eval takes its default
+DEFAULT_LENGTH, NO_LENGTH = 2048, int(1e30)  # lm-eval's, and what tokenizers write where they have no limit
+LOAD_ERRORS = (  # what transformers raises for folders that are wrong in one way or another
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    StrictDataclassError,
+)
+
+
+def load(
+    folder: Path, *, devices: tuple[str, ...], dtype: torch.dtype, tower: Literal["context"] | None = None
+) -> TransformersModel:
+    """Load a causal language model. ValueError with one line for whatever is wrong with the folder."""
+    if tower is not None:
+        raise ValueError(f"{folder}: is no two-tower checkpoint, so it has no context tower to take out")
+    data = read_json(folder / "config.json")
+    _check_config(folder, data)
+    files = tensor_files(folder)
+    inner = _load_inner(folder, dtype)
+    model = TransformersModel(inner.to(devices[0]).eval().requires_grad_(False))
+    digests = _digests(files)
+    model.context_digest = joint_digest(digests)
+    model.checkpoint = Checkpoint(
+        name=folder.resolve().name,
+        family="transformers",
+        source=source_text(folder),
+        digest=joint_digest(digests),
+        dtype=str(dtype).removeprefix("torch."),
+        devices=devices[:1],
+        weights=file_weights(files, digests),
+    )
+    model.vocab_size = inner.get_output_embeddings().weight.shape[0]
+    model.tokenizer = load_tokenizer(folder, vocab_size=model.vocab_size, unnamed=_class_tokens)
+    model.max_length = _max_length(folder, inner)
+    model.eos_token_ids = _eos_ids(folder, inner, model)
+    with _quiet():
+        prove(model)
+    return model
+
+
+def _max_length(folder: Path, inner: Any) -> int | None:
+    """The longest context: lm-eval's, as far as the model has room for it. None where states are all that it carries
+    and its config names no limit: nothing ends there."""
+    config = inner.config.get_text_config()
+    named = next((found for found in _lengths(config, LENGTH_NAMES)), None)
+    if named is None and inner._is_stateful:
+        return None
+    file = folder / "tokenizer_config.json"
+    asked = read_json(file).get("model_max_length") if file.exists() else None
+    if not isinstance(asked, int | float) or not 0 < asked < NO_LENGTH:
+        asked = DEFAULT_LENGTH
+    limit = min(named or int(asked), *_lengths(config, OWN_LENGTH_NAMES), NO_LENGTH)
+    return limit - _unused_positions(inner, limit)
+
+
+def _lengths(config: Any, names: Sequence[str]) -> Iterator[int]:
+    """Those that say something: XLNet's -1 does not."""
+    values = (getattr(config, name, None) for name in names)
+    yield from (int(value) for value in values if isinstance(value, int | float) and value > 0)
+
+
+def _unused_positions(inner: Any, limit: int) -> int:
+    """How many rows of a table of ``limit`` positions no token gets: RoBERTa's begin behind the padding token's."""
+    tables = (module for name, module in inner.named_modules() if "position" in name.rpartition(".")[2])
+    padded = [t for t in tables if isinstance(t, torch.nn.Embedding) and t.padding_idx is not None]
+    return max((1 + (t.padding_idx or 0) for t in padded if t.num_embeddings == limit), default=0)
+
+
+def _check_config(folder: Path, data: Mapping[str, Any]) -> None:
+    kind = data.get("model_type")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        own = "; it needs code of its own, which is never run" if "auto_map" in data else ""
+        raise ValueError(
+            f"{folder}: transformers {transformers.__version__} has no causal language model {kind!r}{own}"
+        )
+    if kind == "nemotron_h":  # transformers clamps its time steps otherwise than the released model
+        raise ValueError(f"{folder}: nemotron_h is read by this project's own family; leave family out")
+    if data.get("quantization_config"):
+        raise ValueError(f"{folder}: quantised weights are not supported; give the full-precision checkpoint")
+    if (named := data.get("transformers_weights")) is not None:
+        raise ValueError(f"{folder}: transformers_weights names {named!r} for its weights; call them {SINGLE_FILE}")
+    if (folder / ADAPTER_FILE).exists():  # transformers adds it to the weights where peft is installed, else not
+        raise ValueError(f"{folder}: {ADAPTER_FILE} adds an adapter to the weights; merge it into them, or remove it")
+
+
+def _load_inner(folder: Path, dtype: torch.dtype) -> Any:
+    """The transformers model; missing, unexpected or misshapen weights are errors, not warnings."""
+    auto: Any = transformers.AutoModelForCausalLM
+    try:
+        with _quiet():
+            inner, report = auto.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except LOAD_ERRORS as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{folder}: transformers cannot load it ({reason})") from error
+    for problem, key in (("lacks", "missing_keys"), ("has unexpected", "unexpected_keys")):
+        names = sorted(map(str, report[key]))
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"{folder}: checkpoint {problem} tensor {names[0]}{more}; it does not fit its config.json")
+    return inner
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no reports on stderr while transformers loads; we report ourselves."""
+    log: Any = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity(log.CRITICAL)
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+def _digests(files: Mapping[str, Path]) -> dict[str, str]:
+    """Tensor name -> digest, as stored; ValueError for NaN or infinite weights."""
+    digests = {}
+    for file in sorted(set(files.values())):
+        with opened(file) as handle:
+            for name in sorted(name for name, where in files.items() if where == file):
+                tensor = handle.get_tensor(name)
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise ValueError(f"{file}: {name} holds NaN or infinite values")
+                digests[name] = tensor_digest(name, tensor)
+    return digests
+
+
+def _class_tokens(folder: Path) -> dict[str, str]:
+    """BOS and EOS that a folder's tokenizer has by its class alone, as GPT-2's has; none where there is no class."""
+    auto: Any = transformers.AutoTokenizer
+    try:
+        with _quiet():
+            tokenizer = auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except LOAD_ERRORS:
+        return {}  # nobody else reads this tokenizer by its class either
+    named = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token")}
+    return {name: str(token) for name, token in named.items() if token is not None}
+
+
+def _eos_ids(folder: Path, inner: Any, model: TransformersModel) -> tuple[int, ...]:
+    """All that the generation settings, the config and the tokenizer name: each of them stops.
+
+    The settings are read here too: transformers goes on without them where their file is no JSON to it.
+    """
+    file = folder / "generation_config.json"
+    chosen = as_ids(file.name, read_json(file).get("eos_token_id")) if file.exists() else ()
+    own = model.tokenizer.eos_token_id if model.tokenizer else None
+    settings = (inner.generation_config, inner.config.get_text_config())
+    named = [value for one in settings for value in as_ids(type(one).__name__, one.eos_token_id)]
+    return tuple(dict.fromkeys([*chosen, *named, *([] if own is None else [own])]))

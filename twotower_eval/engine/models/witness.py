@@ -1,0 +1,273 @@
+"""Whether the tokens of an answer come from logits that the model computed while it was asked for them.
+
+A witness notes, for one call of a decoder, every row of logits that the model hands over, with its few likeliest
+tokens, and every token that the decoder hands to the model. Afterwards each token of the answers has to find a row of
+its own. What was known before the call finds none, or only rows that came after the decoder had given it to the model:
+such a token was drafted somewhere else, and then verified.
+
+What a row may witness depends on what the model was given behind it. Nothing: any of its likeliest tokens. A token of
+the prompt: none. Another token: that one, if it is among the likeliest, or the likeliest, which corrects it. Behind the
+first token that is not among them nothing more is verified.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from torch import Tensor
+
+from twotower_eval.engine.models.token_tree import Segment
+
+TOP = 8  # likeliest tokens of a row that it may witness: bans, penalties and near-ties pass over a few
+Behind = tuple[Collection[int], bool]  # the tokens that the model was given behind a row, and whether of the prompt
+NOTHING: Behind = ((), False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """Of all answers of a call: tokens, those that found a row of logits, and of these the drafted ones, which were
+    given to the model before any row of theirs was there."""
+
+    num_rows: int
+    num_tokens: int
+    num_witnessed: int
+    num_drafted: int
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What one row of logits may witness, and when it was computed."""
+
+    when: int
+    tokens: tuple[int, ...]
+
+
+class Witness:
+    """What goes into a model and comes out of it, in one call on prompts of these token ids."""
+
+    def __init__(self, prompts: Iterable[Sequence[int]], mask_token_id: int | None) -> None:
+        self._prompts = [(tuple(prompt), Counter(prompt)) for prompt in prompts]
+        counters = (counter for _, counter in self._prompts)
+        self._unread: Counter[int] = sum(counters, Counter())  # tokens of prompts that no context holds yet
+        self._mask = mask_token_id
+        self._now = 0
+        self._rows: list[_Row] = []
+        self._known: Counter[tuple[float, ...]] = Counter()  # rows that the contexts have given as they are
+        self._extended: Counter[int] = Counter()  # tokens that contexts were extended by
+        self._deadlines: dict[int, list[int]] = defaultdict(list)  # by token, when its first, second ... was given
+
+    def prefilled(self, ids_BS: Any, lengths: Any = None) -> None:
+        """Whole rows were read into a context."""
+        self._step()
+        given: Counter[int] = Counter()
+        for row in _host_rows(ids_BS, lengths):
+            of_prompt = _charged(row, self._likest(row))
+            given.update(token for token, is_of in zip(row, of_prompt, strict=True) if not is_of)
+            self._unread -= Counter(token for token, is_of in zip(row, of_prompt, strict=True) if is_of)
+        self._give(given)
+
+    def read(self, ids_BS: Any, lengths: Any, logits_BnV: Tensor) -> None:
+        """Whole rows were read; logits behind all of their positions, or behind each row's last n."""
+        self._step()
+        rows, width = _host_rows(ids_BS, lengths), ids_BS.shape[1]
+        tops_BnT, num = _tops(logits_BnV), logits_BnV.shape[1]
+        given: Counter[int] = Counter()
+        for row, tops_nT in zip(rows, tops_BnT, strict=True):
+            of_prompt = _charged(row, self._likest(row))
+            given.update(token for token, is_of in zip(row, of_prompt, strict=True) if not is_of)
+            first = 0 if num == width else len(row) - num
+            places = [(at, tops) for at, tops in enumerate(tops_nT, start=first) if 0 <= at < len(row)]
+            self._verify([(self._behind(row, of_prompt, at), tops) for at, tops in places])
+        self._give(given)
+
+    def extended(
+        self, ids_BK: Any, lengths: Any = None, wanted: Sequence[tuple[int, int]] = (), logits_MV: Tensor | None = None
+    ) -> None:
+        """Contexts were extended; logits behind the wanted (row, column)."""
+        self._step()
+        rows = _host_rows(ids_BK, lengths)
+        of_prompts = [_charged(row, self._unread) for row in rows]
+        tops = [] if logits_MV is None else _tops(logits_MV)
+        for number, (row, of_prompt) in enumerate(zip(rows, of_prompts, strict=True)):
+            self._extended.update(token for token, is_of in zip(row, of_prompt, strict=True) if not is_of)
+            own = sorted((at, top) for (which, at), top in zip(wanted, tops, strict=True) if which == number)
+            self._verify([(self._behind(row, of_prompt, at), top) for at, top in own])
+        self._give(self._extended)
+
+    def read_tree(self, segments: Sequence[Segment], logits_MV: Tensor) -> None:
+        """A tree was read on a context; logits behind the wanted positions of its segments."""
+        self._step()
+        of_prompts = [_charged(segment.tokens, self._unread) for segment in segments]
+        tops = iter(_tops(logits_MV))
+        given: Counter[int] = Counter()
+        ended: set[int] = set()
+        for number, (segment, of_prompt) in enumerate(zip(segments, of_prompts, strict=True)):
+            given.update(token for token, is_of in zip(segment.tokens, of_prompt, strict=True) if not is_of)
+            children = [i for i, child in enumerate(segments) if child.parent == number and child.tokens]
+            last: Behind = ({segments[i].tokens[0] for i in children}, any(of_prompts[i][0] for i in children))
+            rows = [(self._behind(segment.tokens, of_prompt, at, last), next(tops)) for at in segment.wanted]
+            if segment.parent in ended or not self._verify(rows):
+                ended.add(number)
+        self._give(given)
+
+    def denoised(self, block_BK: Any, logits_BKV: Tensor) -> None:
+        """A block was denoised: every position has a row of logits, whatever it holds."""
+        self._step()
+        given = Counter(token for row in _host_rows(block_BK, None) for token in row)
+        for tops in (top for tops_KT in _tops(logits_BKV) for top in tops_KT):
+            self._rows.append(_Row(self._now, tops))
+        self._give(given - self._unread)  # some denoisers are given the prompt's last token
+
+    def told(self, logits_BV: Tensor) -> None:
+        """Logits of contexts as they are: those of one context are one row, however often they are asked for."""
+        values = [tuple(row) for row in logits_BV.float().topk(min(TOP, logits_BV.shape[-1])).values.tolist()]
+        anew = Counter(values) - self._known
+        self._known |= Counter(values)
+        for value, tops in zip(values, _tops(logits_BV), strict=True):
+            if anew[value] > 0:
+                anew[value] -= 1
+                self._rows.append(_Row(self._now, tops))
+
+    def tally(self, answers: Iterable[Sequence[int]]) -> Tally:
+        """The tokens of the answers matched with rows, each of which is taken once."""
+        tokens = Counter(token for answer in answers for token in answer)
+        all_of = list(tokens.elements())
+        given: list[tuple[int, float]] = []
+        for token, num in tokens.items():
+            moments = [float(when) for when in self._deadlines.get(token, ())[:num]]
+            given += [(token, when) for when in [*moments, *[inf] * (num - len(moments))]]
+        num_witnessed = _num_matched([(token, inf) for token in all_of], self._rows)
+        num_before = _num_matched(given, self._rows)
+        return Tally(
+            num_rows=len(self._rows),
+            num_tokens=len(all_of),
+            num_witnessed=num_witnessed,
+            num_drafted=num_witnessed - num_before,
+        )
+
+    def _step(self) -> None:
+        self._now += 1
+        self._known.clear()
+
+    def _give(self, given: Counter[int]) -> None:
+        """Note that so many of each token were with the model by now."""
+        for token, num in given.items():
+            if token != self._mask:
+                times = self._deadlines[token]
+                times += [self._now] * (num - len(times))
+
+    def _likest(self, row: Sequence[int]) -> Counter[int]:
+        """The tokens of the prompt that a row begins with, or else has most in common with."""
+        own = Counter(row)
+
+        def alike(prompt: tuple[tuple[int, ...], Counter[int]]) -> tuple[int, int]:
+            return _common_length(prompt[0], row), (prompt[1] & own).total()
+
+        return Counter(max(self._prompts, key=alike)[1]) if self._prompts else Counter()
+
+    def _behind(self, row: Sequence[int], of_prompt: Sequence[bool], at: int, last: Behind = NOTHING) -> Behind:
+        """What the model was given behind a position; a mask is nothing."""
+        if at + 1 >= len(row):
+            return last
+        return NOTHING if row[at + 1] == self._mask else ((row[at + 1],), of_prompt[at + 1])
+
+    def _verify(self, rows: Sequence[tuple[Behind, tuple[int, ...]]]) -> bool:
+        """Note what rows that follow each other may witness; whether all that was given behind them was likely."""
+        for (behind, is_of_prompt), tops in rows:
+            if is_of_prompt:
+                continue
+            likely = [token for token in behind if token in tops]
+            if not behind:
+                self._rows.append(_Row(self._now, tops))
+            elif likely:
+                self._rows.append(_Row(self._now, (*likely, tops[0])))
+            else:
+                self._rows.append(_Row(self._now, tops))
+                return False
+        return True
+
+
+def _host_rows(ids_BS: Any, lengths: Any) -> list[list[int]]:
+    rows: list[list[int]] = ids_BS.tolist()
+    if lengths is None:
+        return rows
+    return [row[: int(length)] for row, length in zip(rows, lengths, strict=True)]
+
+
+def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    unlike = (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(unlike, min(len(one), len(other)))
+
+
+def _tops(logits: Tensor) -> Any:
+    """The likeliest tokens of every row, the likeliest first; a tuple for each, in lists as the rows are."""
+    return _as_tuples(logits.topk(min(TOP, logits.shape[-1])).indices.tolist(), logits.dim() - 1)
+
+
+def _as_tuples(values: Any, depth: int) -> Any:
+    return tuple(values) if depth == 0 else [_as_tuples(inner, depth - 1) for inner in values]
+
+
+def _charged(row: Sequence[int], prompt: Counter[int]) -> list[bool]:
+    """Which tokens of a row are the prompt's, whose counter is used up by them."""
+    found = []
+    for token in row:
+        is_of = prompt[token] > 0
+        prompt[token] -= is_of
+        found.append(is_of)
+    return found
+
+
+def _num_matched(needs: Sequence[tuple[int, float]], rows: Sequence[_Row]) -> int:
+    """The most tokens that find a row each, computed before the moment given with the token: augmenting paths."""
+    holding: dict[int, list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        for token in dict.fromkeys(row.tokens):
+            holding[token].append(number)
+    taken: dict[int, int] = {}  # row -> need
+    own: dict[int, int] = {}  # need -> row
+    hopeless: dict[int, float] = {}  # a token that found nothing before some moment will find nothing later on
+    for need, (token, before) in enumerate(needs):
+        if before <= hopeless.get(token, -inf):
+            continue
+        if not _augment(need, needs, rows, holding, taken, own):
+            hopeless[token] = before
+    return len(own)
+
+
+def _augment(
+    need: int,
+    needs: Sequence[tuple[int, float]],
+    rows: Sequence[_Row],
+    holding: dict[int, list[int]],
+    taken: dict[int, int],
+    own: dict[int, int],
+) -> bool:
+    came: dict[int, int] = {}  # row -> the need from which it was reached
+    waiting = [need]
+    while waiting:
+        one = waiting.pop()
+        token, before = needs[one]
+        for row in holding.get(token, ()):
+            if row in came or rows[row].when >= before:
+                continue
+            came[row] = one
+            if row not in taken:
+                _take(row, came, taken, own)
+                return True
+            waiting.append(taken[row])
+    return False
+
+
+def _take(row: int, came: dict[int, int], taken: dict[int, int], own: dict[int, int]) -> None:
+    """Give every need on the path to a free row the row that it was reached by."""
+    at: int | None = row
+    while at is not None:
+        need = came[at]
+        before = own.get(need)
+        taken[at], own[need] = need, at
+        at = before

@@ -1,0 +1,24 @@
+"""Scorers behind one protocol: contexts and continuations in, log-likelihoods out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from twotower_eval.records import Likelihood, LikelihoodKind
+
+
+class Scorer(Protocol):
+    """Log-likelihoods of continuations, in the order of the requests; or in pieces, each to be journalled when done."""
+
+    def score(self, requests: Sequence[Any]) -> list[Likelihood]: ...
+    def plan(self, requests: Sequence[Any], batch_size: int) -> list[Any]: ...
+
+
+def make_scorer(model: Any, kind: LikelihoodKind, *, block_size: int = 16, num_draws: int = 32) -> Scorer:
+    """A scorer of the given kind, see :mod:`twotower_eval.engine.scorers.likelihood`; ValueError where the model
+    cannot give it."""
+    from twotower_eval.engine.scorers.likelihood import make
+
+    scorer: Scorer = make(model, kind, block_size=block_size, num_draws=num_draws)
+    return scorer

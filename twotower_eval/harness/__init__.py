@@ -1,5 +1,0 @@
-"""Evaluation: cells made from a plan, answered through the lm-eval adapter, journalled, scored."""
-
-from twotower_eval.harness.run import run, score_journal, timed_tasks
-
-__all__ = ["run", "score_journal", "timed_tasks"]

@@ -1,0 +1,359 @@
+"""The one lm-eval adapter: every model and every decoder answers lm-eval's requests through it, into the journal.
+
+Requests whose answer is journalled are not computed again. lm-eval sees texts and log-likelihoods only; counts,
+finish reasons and traces stay in the journal.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from twotower_eval.engine.decoders import Decoder
+from twotower_eval.engine.decoders.reported import (
+    ReportError,
+    asked_of,
+    check_answer,
+    check_forwards,
+    check_no_strays,
+    decoder_name,
+    finished,
+)
+from twotower_eval.engine.models import prompts
+from twotower_eval.engine.models.counting import noted_in_place
+from twotower_eval.engine.models.strays import Strays
+from twotower_eval.engine.scorers import Scorer
+from twotower_eval.measure.harness.answers import (
+    CellJournal,
+    Key,
+    generation_row,
+    join_likelihoods,
+    likelihood_row,
+    missing_of,
+    with_repeats,
+    witnessed_answer,
+)
+from twotower_eval.measure.suites import (
+    DEFAULT_MAX_NEW_TOKENS,
+    decoding_asked,
+    in_words,
+    stops_and_budget,
+)
+from twotower_eval.plugin_calls import calls_of, module_of, noting
+from twotower_eval.progress import Advance
+from twotower_eval.records import (
+    Generation,
+    GenerationRow,
+    Likelihood,
+    LikelihoodKind,
+    LikelihoodRow,
+    Prompt,
+    Witnessed,
+    derive_seed,
+)
+
+Pair = tuple[tuple[int, ...], tuple[int, ...]]  # context ids, continuation ids
+Batch = Callable[[], None]  # answers some requests and journals them
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A likelihood request as pairs of ids: one, or the windows of a long text."""
+
+    request: Any
+    key: Key
+    pairs: Sequence[Pair]
+
+
+class HarnessLM(TemplateLM):  # type: ignore[misc]
+    """lm-eval's view of a model with a decoder and a scorer.
+
+    ``seed`` is the run's: every prompt gets one of its own, derived from it. ``batch_size`` requests for text run at a
+    time, those for log-likelihoods in the pieces that the scorer plans; answers do not depend on either. ``advance``
+    hears of every finished request. Documents in ``traced`` have their denoising traces journalled. ``num_truncated``
+    counts the requests, answered or not, whose prompt or context lost its beginning for want of room. Requests in
+    ``witnessed`` are decoded once more, alone, with a witness of every row of logits; ``testify`` hears what it says.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        decoder: Decoder | None = None,
+        scorer: Scorer | None = None,
+        kind: LikelihoodKind = "exact",
+        batch_size: int = 8,
+        seed: int = 0,
+        journal: CellJournal | None = None,
+        advance: Advance = lambda num=1, /: None,
+        traced: Set[int] = frozenset(),
+        witnessed: Set[Key] = frozenset(),
+        testify: Callable[[Witnessed], None] = lambda row: None,
+    ) -> None:
+        super().__init__()
+        if model.tokenizer is None:
+            raise ValueError(f"checkpoint {model.checkpoint.name} has no tokenizer files: tasks are text, it needs one")
+        self.model = model
+        self.decoder = decoder
+        self.scorer = scorer
+        self.kind: LikelihoodKind = kind
+        self.batch_size = batch_size
+        self.seed = seed
+        self.journal = journal or CellJournal(cell="")
+        self.num_truncated = 0
+        # The choices of one question share their context, which is most of what there is to encode.
+        self._text_ids = lru_cache(maxsize=16)(partial(prompts.text_ids, model))
+        self._prompt_ids = lru_cache(maxsize=16)(partial(prompts.fitted_prompt_ids, model))
+        self.advance = advance
+        self.traced = traced
+        self.witnessed, self.testify = witnessed, testify
+        self._strays = Strays([model])
+
+    @property
+    def eot_token_id(self) -> int:
+        """End of text: the tokenizer's EOS, else the first of the model's."""
+        return prompts.end_of_text_id(self.model)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context: BOS where the tokenizer has one, else EOS, as in lm-eval's hf."""
+        return prompts.prefix_id(self.model)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
+        """Token ids, with the special tokens that the tokenizer adds by itself unless told otherwise, or unless the
+        text begins with the prefix token."""
+        if add_special_tokens is None:
+            return list(self._text_ids(string))
+        return list(self.model.tokenizer.encode(string, add_special_tokens))
+
+    # Generation
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Texts of the requests' continuations; a request given several times is answered by as many samples."""
+        numbered = with_repeats(requests)
+        for answer in self.batches(numbered):
+            answer()
+        return [self.journal.generations[key].generation.text or "" for _, key in numbered]
+
+    def check_texts(self, numbered: Sequence[tuple[Any, Key]]) -> None:
+        """ValueError, with the document, for the first request whose texts this model cannot read."""
+        for request, key in numbered:
+            if request.request_type == "generate_until":
+                self._prompt(request.args[0], key, stops_and_budget(request.args[1], DEFAULT_MAX_NEW_TOKENS)[1])
+            else:
+                self._split(request, key, request.request_type)
+
+    def batches(self, numbered: Sequence[tuple[Any, Key]]) -> list[Batch]:
+        """What is to be called, in order, to have every request answered and journalled; nothing where all are.
+
+        Generations of one budget are one batch: its rows are journalled as they finish, and others take their places.
+        Log-likelihoods' batches are made from all requests, answered or not: after a resume the rest are the ones
+        that an uninterrupted run would have computed, and give the same bits.
+        """
+        kinds = {request.request_type for request, _ in numbered}
+        assert len(kinds) <= 1, kinds
+        if kinds == {"generate_until"}:
+            return list(self._generation_batches(numbered))
+        return list(self._likelihood_batches(numbered, *kinds)) if kinds else []
+
+    def _generation_batches(self, numbered: Sequence[tuple[Any, Key]]) -> Iterator[Batch]:
+        missing = self._missing(numbered, self.journal.generations)
+        groups: dict[tuple[int, tuple[str, ...]], list[tuple[Any, Prompt, Key]]] = defaultdict(list)
+        for request, key in numbered:
+            stop, budget = stops_and_budget(request.args[1], DEFAULT_MAX_NEW_TOKENS)
+            self._check_asked(request, key)
+            groups[budget, stop].append((request, self._prompt(request.args[0], key, budget), key))
+        for (budget, stop), items in groups.items():
+            left = [item for item in items if item[2] in missing]
+            if left:
+                yield partial(self._generate, left, budget, stop)
+
+    def _check_asked(self, request: Any, key: Key) -> None:
+        """ValueError where a request asks for what the decoder does not do; one that samples was asked for."""
+        asked = decoding_asked(request.args[1])
+        if asked.beyond:
+            raise ValueError(f"task {key[0]!r} asks for {in_words(asked.beyond)}: no decoder here does that")
+        has = float(getattr(getattr(self.decoder, "params", None), "temperature", 0.0))
+        if asked.temperature and asked.temperature != has:
+            raise ValueError(
+                f"task {key[0]!r} asks for temperature {asked.temperature:g}, and the decoder's is {has:g}: "
+                "make the decoder with that temperature"
+            )
+
+    def _prompt(self, text: str, key: Key, budget: int) -> Prompt:
+        with prompts.naming(_where(key)):
+            ids, is_truncated = self._prompt_ids(text, budget)
+        self.num_truncated += is_truncated
+        name = "/".join(str(part) for part in key)
+        traced = key[1] in self.traced
+        return Prompt(id=name, token_ids=tuple(ids), text=text, seed=derive_seed(self.seed, *key), trace=traced)
+
+    def _generate(self, items: Sequence[tuple[Any, Prompt, Key]], budget: int, stop: tuple[str, ...]) -> None:
+        assert self.decoder is not None, "a generation task without a decoder"
+        by_id = {prompt.id: (request, prompt, key) for request, prompt, key in items}
+        stops = prompts.stops_of(self.model, stop)
+        asked = asked_of(self.model, decoder_name(self.decoder), budget, self.model.eos_token_ids, stops)
+        heard: list[Generation] = []
+        failed: list[BaseException] = []
+
+        def journal(given: Generation) -> None:
+            (generation,) = finished([given], asked.name)
+            if generation.prompt_id not in by_id:
+                raise ReportError(f"{asked.name}: an answer to prompt {generation.prompt_id!r}, which was not asked")
+            request, prompt, key = by_id[generation.prompt_id]
+            check_answer(generation, prompt, asked)
+            heard.append(generation)
+            self.journal.add(generation_row(self.journal.cell, key, request, generation))
+            self.advance()
+
+        with (
+            noted_in_place(self.model) as watched,
+            self._strays.noted(watched),
+            calls_of(module_of(self.decoder), asked.name, "generate", let=(ReportError,), ours=failed),
+        ):
+            self.decoder.generate(
+                [prompt for _, prompt, _ in items],
+                max_new_tokens=budget,
+                eos_token_ids=asked.eos_token_ids,
+                stop=stops,
+                max_batch_size=self.batch_size,
+                on_finish=noting(failed, journal),
+            )
+        check_no_strays(self._strays.num, asked.name)
+        check_forwards(heard, watched, asked.name)
+        for prompt in [prompt for _, prompt, key in items if key in self.witnessed]:
+            self.testify(witnessed_answer(self.journal.cell, self.model, self.decoder, prompt, asked))
+
+    # Log-likelihoods
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-probability in nats of each continuation given its context, and whether greedy decoding would give it."""
+        return [(found.logprob_nats, found.is_greedy) for found in self._likelihoods(requests)]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability in nats of each whole text, in windows where it is longer than the model reads."""
+        return [found.logprob_nats for found in self._likelihoods(requests)]
+
+    def _likelihoods(self, requests: Sequence[Any]) -> list[Likelihood]:
+        numbered = with_repeats(requests)
+        for answer in self.batches(numbered):
+            answer()
+        return [self.journal.likelihoods[key].likelihood for _, key in numbered]
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **_options: Any) -> list[tuple[float, bool]]:
+        assert self.scorer is not None, "a likelihood task without a scorer"
+        pairs = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        found = self.scorer.score(self._score_requests(pairs))
+        return [(likelihood.logprob_nats, likelihood.is_greedy) for likelihood in found]
+
+    def _likelihood_batches(self, numbered: Sequence[tuple[Any, Key]], request_type: str) -> Iterator[Batch]:
+        """Every distinct pair of context and continuation is scored once, whoever asks for it."""
+        missing = self._missing(numbered, self.journal.likelihoods)
+        asked = [self._split(request, key, request_type) for request, key in numbered]
+        askers: dict[Pair, list[_Asked]] = defaultdict(list)
+        for one in asked:
+            for pair in one.pairs:
+                askers[pair].append(one)
+        self.num_truncated += sum(any(self._room_for(*pair) != pair[0] for pair in one.pairs) for one in asked)
+        known: dict[Pair, Likelihood] = {}
+        for pairs, piece in self._pieces(list(askers)):
+            left = [pair for pair in pairs if any(one.key in missing for one in askers[pair])]
+            whole = len(left) == len(pairs)
+            for part, rest in [(pairs, piece)] if whole else self._pieces(left):
+                yield partial(self._score_and_finish, part, rest, known, askers, missing)
+
+    def _pieces(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[Pair], Any]]:
+        """Pairs that the scorer takes together, and its piece for them."""
+        assert self.scorer is not None, "a likelihood task without a scorer"
+        for piece in self.scorer.plan(self._score_requests(pairs), self.batch_size) if pairs else ():
+            yield [pairs[index] for index in piece.requests], piece
+
+    def _score_and_finish(
+        self,
+        batch: Sequence[Pair],
+        piece: Any,
+        known: dict[Pair, Likelihood],
+        askers: Mapping[Pair, Sequence[_Asked]],
+        missing: Set[Key],
+    ) -> None:
+        known.update(zip(batch, piece.score(), strict=True))
+        touched = {one.key: one for pair in batch for one in askers[pair] if one.key in missing}
+        self._finish([one for one in touched.values() if all(pair in known for pair in one.pairs)], known)
+
+    def _finish(self, asked: Sequence[_Asked], known: Mapping[Pair, Likelihood]) -> None:
+        for one in asked:
+            likelihood = join_likelihoods([known[pair] for pair in one.pairs], self.kind)
+            num_tokens = sum(len(continuation) for _, continuation in one.pairs)
+            self.journal.add(likelihood_row(self.journal.cell, one.key, one.request, likelihood, num_tokens))
+        self.advance(len(asked))
+
+    def _split(self, request: Any, key: Key, request_type: str) -> _Asked:
+        """The request in pairs of ids, each with something to score. ValueError, with the document, where none is."""
+        is_rolling = request_type == "loglikelihood_rolling"
+        split = self._windows if is_rolling else self._context_and_continuation
+        with prompts.naming(_where(key) + ("" if is_rolling else f", option {key[2] + 1}")):
+            pairs = split(*request.args)
+            for pair in pairs:
+                self._room_for(*pair)
+        return _Asked(request, key, pairs)
+
+    def _context_and_continuation(self, context: str, continuation: str) -> list[Pair]:
+        if context == "":
+            before, after = [], self.tok_encode(continuation, add_special_tokens=False)
+        else:
+            before, after = self._encode_pair(context, continuation)
+        if not before:
+            # lm-eval takes a continuation's own BOS for the context; without one, the prefix token stands in.
+            starts = after[:1] == [self.prefix_token_id]
+            before, after = (after[:1], after[1:]) if starts else ([self.prefix_token_id], after)
+        if not after:
+            raise ValueError(
+                f"{continuation!r} adds no token to its context, so that there is nothing to score: mend the document "
+                "or leave the task out"
+            )
+        return [(tuple(before), tuple(after))]
+
+    def _windows(self, text: str) -> list[Pair]:
+        ids = self.tok_encode(text)
+        if not ids:
+            raise ValueError("the text is empty, so that there is nothing to score: leave the document out")
+        width = self.model.max_length or len(ids)
+        windows = get_rolling_token_windows(ids, self.prefix_token_id, width, 1)
+        return [(tuple(before), tuple(after)) for before, after in map(make_disjoint_window, windows)]
+
+    def _score_requests(self, pairs: Sequence[Pair]) -> list[Any]:
+        from twotower_eval.engine.scorers.pieces import ScoreRequest
+
+        requests = []
+        for context, continuation in pairs:
+            kept = self._room_for(context, continuation)
+            seed = derive_seed(self.seed, context, continuation)
+            requests.append(ScoreRequest(context_ids=kept, continuation_ids=continuation, seed=seed))
+        return requests
+
+    def _room_for(self, context: tuple[int, ...], continuation: tuple[int, ...]) -> tuple[int, ...]:
+        """The end of the context that fits before the continuation; the last token is predicted, never read."""
+        longest = self.model.max_length
+        if longest is None or len(context) + len(continuation) <= longest + 1:
+            return context
+        room = longest + 1 - len(continuation)
+        if room < 1:
+            raise ValueError(f"a continuation of {len(continuation)} tokens does not fit into {longest} tokens")
+        return context[-room:]
+
+    def _missing(
+        self, numbered: Sequence[tuple[Any, Key]], rows: Mapping[Key, GenerationRow | LikelihoodRow]
+    ) -> set[Key]:
+        missing = missing_of(numbered, rows)
+        self.advance(len(numbered) - len(missing))
+        return missing
+
+
+def _where(key: Key) -> str:
+    return f"task {key[0]!r}, document {key[1]}"

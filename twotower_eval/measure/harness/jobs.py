@@ -1,0 +1,220 @@
+"""A plan's cells: which model, decoder and task each one is, and whose log-likelihoods serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twotower_eval import store
+from twotower_eval.measure.harness.answers import Key
+from twotower_eval.measure.suites import FEWSHOT_SEED, BuiltTask
+from twotower_eval.plan import RunPlan, baseline_folder, model_folder
+from twotower_eval.records import Arm, Cell, DecoderSpec, LikelihoodKind, Override, RunManifest, Ways, Workload, cell_id
+from twotower_eval.store.environment import new_manifest
+
+SPARE_TOKENS = 8  # more than special tokens add to a text's own
+DENOISER_KINDS: tuple[LikelihoodKind, ...] = ("denoiser_left_to_right", "bound")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """A cell with what it takes to fill it. ``model`` answers, by likelihoods of ``kind`` where it does not generate.
+
+    ``likelihoods_of`` is the cell whose log-likelihoods this one is scored by, itself or one of an equal model.
+    """
+
+    cell: Cell
+    task: BuiltTask
+    model: Any
+    kind: LikelihoodKind
+    likelihoods_of: str
+
+    @property
+    def requests(self) -> list[tuple[Any, Key]]:
+        """lm-eval's requests with their keys, each as often as there are samples; none where another cell answers."""
+        if not self.task.generates and self.likelihoods_of != self.cell.id:
+            return []
+        repeats = self.task.samples if self.task.generates else 1
+        instances = [instance for doc in self.task.docs for instance in doc.instances]
+        return [(i, (self.task.name, i.doc_id, i.idx, repeat)) for i in instances for repeat in range(repeats)]
+
+    @property
+    def costs_like(self) -> tuple[Any, ...]:
+        """Jobs that agree in this take about the same time per request."""
+        way = self.cell.decoder.label if self.task.generates else self.kind
+        return (self.cell.checkpoint.identity, way, self.task.request)
+
+
+def check_scorers(plan: RunPlan, tasks: Sequence[BuiltTask]) -> None:
+    """Known before any weights load: a decoder without a denoiser has no denoiser likelihood."""
+    needy = [task.name for task in tasks if not task.generates]
+    if needy and plan.likelihood in DENOISER_KINDS and plan.decoder == "autoregressive":
+        raise ValueError(
+            f"{', '.join(needy)} need log-likelihoods, and decoder 'autoregressive' has none of kind "
+            f"{plan.likelihood!r}: take --likelihood context_tower or another decoder"
+        )
+
+
+def load_models(plan: RunPlan) -> tuple[Any, Any]:
+    """Baseline and candidate; see :func:`twotower_eval.engine.models.arms.load_arms`."""
+    from twotower_eval.engine.models.arms import load_arms
+
+    arms = load_arms(
+        model_folder(plan),
+        baseline_folder(plan),
+        dtype=plan.dtype,
+        devices=plan.devices,
+        cuda_graphs=plan.cuda_graphs,
+    )
+    for arm in arms:
+        if arm.tokenizer is None:
+            raise ValueError(f"checkpoint {arm.checkpoint.name} has no tokenizer files: tasks are text, it needs one")
+    return arms
+
+
+def use_graphs(plan: RunPlan, tasks: Sequence[BuiltTask], arms: tuple[Any, Any]) -> None:
+    """Have both arms take small steps from graphs, where the plan says so: as many kept as its requests can ask for."""
+    from twotower_eval.engine.models.arms import give_graphs
+    from twotower_eval.engine.models.fixed import MAX_NEW
+
+    if not plan.cuda_graphs:
+        return
+    texts = ("".join(map(str, i.args)) for task in tasks for doc in task.docs for i in doc.instances)
+    # Tokens are not known yet; a text has no more of them than bytes, and a model reads no more than it can.
+    longest = max((len(text.encode()) for text in texts), default=0) + max(plan.block_sizes)
+    longest += max((task.max_new_tokens or 0 for task in tasks), default=0)
+    longest = min(longest, *(arm.max_length or longest for arm in arms))
+    # Scorers choose how many rows they read at once.
+    give_graphs(arms, max_rows=MAX_NEW, block_sizes=plan.block_sizes, longest=longest)
+
+
+def longest_context(tasks: Sequence[BuiltTask], model: Any) -> int:
+    """Tokens of the longest context that a model sees in these tasks, or a few more.
+
+    Texts are encoded only where their bytes, of which there are more, may reach a length that nothing was tried at.
+    """
+    asked = [
+        ("".join(str(part) for part in instance.args if isinstance(part, str)), task.max_new_tokens or 0)
+        for task in tasks
+        for doc in task.docs
+        for instance in doc.instances
+    ]
+    found = max((len(text.encode()) + budget for text, budget in asked), default=0)
+    if model.unproved and found + SPARE_TOKENS > model.unproved[0] - 2:
+        found = max(len(model.tokenizer.encode(text)) + budget for text, budget in asked)
+    return min(found + SPARE_TOKENS, model.max_length or found + SPARE_TOKENS)
+
+
+def make_jobs(
+    plan: RunPlan, tasks: Sequence[BuiltTask], specs: Sequence[DecoderSpec], baseline: Any, candidate: Any
+) -> list[Job]:
+    """Every cell of the plan, task by task, the baseline first, at the plan's temperature.
+
+    ValueError if a model cannot score as asked.
+    """
+    from twotower_eval.engine.decoders import decoder_spec, from_spec
+    from twotower_eval.engine.models.identity import causal_identity
+
+    autoregressive = decoder_spec("autoregressive", temperature=float(plan.temperature or 0))
+    arms: list[tuple[Arm, Any, DecoderSpec]] = [("baseline", baseline, autoregressive)]
+    arms += [("candidate", candidate, spec) for spec in specs]
+    shared = plan.likelihood == "context_tower" and _equal_context(baseline, candidate)
+    jobs: dict[str, Job] = {}
+    first_with: dict[tuple[Any, ...], str] = {}
+    for task in tasks:
+        for arm, model, spec in arms:
+            kind = _kind(plan, arm, model, shared)
+            cell = _cell(plan, arm, model, spec, task, kind)
+            by_denoiser = kind in DENOISER_KINDS
+            whose = model.checkpoint.identity if by_denoiser else causal_identity(model)
+            alike = (task.name, kind, whose, spec.params.get("block_size") if by_denoiser else None)
+            donor = first_with.setdefault(alike, cell.id)
+            answering = candidate if shared and not task.generates else model
+            # A model that cannot answer is refused now, not hours into the run.
+            if task.generates:
+                from_spec(answering, spec)
+            else:
+                make_scorer_of(answering, kind, spec)
+            # An AR model compared with itself is one cell, not two.
+            jobs.setdefault(cell.id, Job(cell=cell, task=task, model=answering, kind=kind, likelihoods_of=donor))
+    return list(jobs.values())
+
+
+def make_scorer_of(model: Any, kind: LikelihoodKind, spec: DecoderSpec) -> Any:
+    """A scorer of the kind; the denoiser's read blocks as long as the decoder's."""
+    from twotower_eval.engine.scorers import make_scorer
+
+    block_size = spec.params.get("block_size")
+    if kind in DENOISER_KINDS and isinstance(block_size, int):
+        return make_scorer(model, kind, block_size=block_size)
+    return make_scorer(model, kind)
+
+
+def _equal_context(baseline: Any, candidate: Any) -> bool:
+    """Whether both causal towers are one model, down to the tokens that they read, so that one answer serves both."""
+    from twotower_eval.engine.models.identity import causal_identity
+
+    return bool(candidate.has_denoiser) and causal_identity(baseline) == causal_identity(candidate)
+
+
+def _kind(plan: RunPlan, arm: Arm, model: Any, shared: bool) -> LikelihoodKind:
+    """How a model's log-likelihoods are computed, as it will be named beside every score."""
+    if arm == "candidate" and (model.has_denoiser or plan.likelihood in DENOISER_KINDS):
+        return plan.likelihood
+    return "context_tower" if shared or model.has_denoiser else "exact"
+
+
+def _cell(plan: RunPlan, arm: Arm, model: Any, spec: DecoderSpec, task: BuiltTask, kind: LikelihoodKind) -> Cell:
+    workload = Workload(kind="task", name=task.name, digest=task.digest, max_new_tokens=task.max_new_tokens)
+    random = (task.generates and (plan.temperature or 0) > 0) or (not task.generates and kind == "bound")
+    extra = {
+        "seed": plan.seed if random else None,
+        "likelihood": None if task.generates else kind,
+        "samples": task.samples,
+        **({"pools_samples": True} if task.pools_samples else {}),
+        **({"cuda_graphs": True} if plan.cuda_graphs else {}),  # sums may run in another order
+    }
+    return Cell(
+        id=cell_id(model.checkpoint, spec, workload, extra),
+        arm=arm,
+        checkpoint=model.checkpoint,
+        decoder=spec,
+        workload=workload,
+        extra=extra,
+    )
+
+
+def make_manifest(
+    plan: RunPlan,
+    jobs: Sequence[Job],
+    tasks: Sequence[BuiltTask],
+    overrides: Sequence[Override],
+    ways: Sequence[Ways],
+    resume: Path | None,
+) -> RunManifest:
+    from twotower_eval.engine.models.identity import unheeded_settings
+
+    return new_manifest(
+        "run",
+        run_id=store.new_run_id("run") if resume is None else resume.name,
+        plan=plan,
+        cells=[job.cell for job in jobs],
+        devices=plan.devices,
+        seeds={"run": plan.seed, "fewshot": FEWSHOT_SEED + plan.seed},
+        notes=tuple(_notes(jobs)),
+        tasks={task.name: task.parts for task in tasks},
+        overrides=overrides,
+        joined={task.name: len(task.joins) for task in tasks if task.joins},
+        unheeded=unheeded_settings(job.model for job in jobs if job.task.generates),
+        ways=ways,
+    )
+
+
+def _notes(jobs: Sequence[Job]) -> Iterator[str]:
+    if any(job.likelihoods_of != job.cell.id and not job.task.generates for job in jobs):
+        yield (
+            "Log-likelihoods of equal models (weights, settings, tokenizer), scored alike, were computed once and "
+            "serve every cell they belong to."
+        )

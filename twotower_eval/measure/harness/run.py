@@ -1,0 +1,339 @@
+"""The ``run`` verb: every cell's requests are answered, journalled and scored. And the scoring of timed answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from twotower_eval import store
+from twotower_eval.engine.decoders.reported import ReportError
+from twotower_eval.engine.models.arms import prove_arms
+from twotower_eval.measure.harness.adapter import Batch, HarnessLM
+from twotower_eval.measure.harness.answers import CellJournal, Key
+from twotower_eval.measure.harness.headlines import TaskFigure, group_lines, headline_text, task_figure
+from twotower_eval.measure.harness.jobs import (
+    Job,
+    check_scorers,
+    load_models,
+    longest_context,
+    make_jobs,
+    make_manifest,
+    make_scorer_of,
+    use_graphs,
+)
+from twotower_eval.measure.harness.known import KnownScores, check_known
+from twotower_eval.measure.harness.scoring import Row, aggregate_rows, score_rows
+from twotower_eval.measure.suites import BuiltTask, resolve_tasks, settle
+from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders, model_folder, plan_from_json
+from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
+from twotower_eval.records import Aggregate, RunManifest, Score, derive_seed
+from twotower_eval.shortfalls import asked_and_not_done, joined_lines, truncation_line
+from twotower_eval.store import TRAINING_LOG
+from twotower_eval.store.environment import with_scoring_of_now
+from twotower_eval.ways import slower_lines
+
+WITNESSED_OF, MOST_WITNESSED = 50, 4  # one in so many requests of a cell, and the most of them
+Announce = Callable[[Sequence[BuiltTask], Collection[str]], str | None]
+
+
+def run(
+    plan: RunPlan,
+    *,
+    root: Path,
+    resume: Path | None = None,
+    progress: Progress | None = None,
+    announce: Announce | None = None,
+) -> Path:
+    """Evaluate both arms of a plan on its tasks and return the run's folder.
+
+    ``announce`` is given the tasks and the names of those that one computation scores for both arms; what it returns
+    is noted before anything is computed. One model alone is compared with nothing, and nothing is announced.
+
+    ``resume`` goes on with a run: nothing that its journals hold is computed again. Raises ValueError for whatever
+    the user can mend, before weights load where it can be known by then. An interrupted run can be resumed.
+    """
+    progress = progress or SilentProgress()
+    tasks = _tasks(plan)
+    decoding = settle(tasks, temperature=plan.temperature, samples=plan.samples)
+    held = dataclasses.replace(plan, temperature=decoding.temperature)
+    specs = cross_decoders(held)
+    check_scorers(plan, tasks)
+    baseline, candidate = arms = load_models(plan)
+    use_graphs(plan, tasks, arms)
+    jobs = make_jobs(held, tasks, specs, baseline, candidate)
+    _refuse_unreadable(jobs)
+    ways = prove_arms(arms, partial(longest_context, tasks))
+    manifest = make_manifest(plan, jobs, tasks, decoding.overrides, ways, resume)
+    writer = _open(root, resume, manifest, jobs)
+    compared = any(job.cell.arm == "candidate" for job in jobs)
+    said = announce(tasks, _scored_once(jobs)) if announce and compared else None
+    with writer:
+        warnings = [f"warning: {text}" for text in (*writer.warnings, *asked_and_not_done(manifest))]
+        for line in (*([said] if said else []), *warnings, *joined_lines(manifest), *slower_lines(manifest)):
+            progress.note(line)
+        _keep_training_log(model_folder(plan), writer.path)
+        _Evaluation(plan, writer, jobs, progress).run()
+        writer.finish()
+    return writer.path
+
+
+def _open(root: Path, resume: Path | None, manifest: RunManifest, jobs: Sequence[Job]) -> store.RunWriter:
+    if resume is None:
+        return store.create(root, manifest)
+    found = store.load(resume)
+    _refuse_misreported(found)
+    check_known(found, manifest, jobs)
+    return store.resume(resume, manifest)
+
+
+def _refuse_misreported(run: store.Run) -> None:
+    """Answers are journalled as they come, and what a decoder says of them may turn out to be wrong afterwards."""
+    for event in run.events:
+        if event["kind"] == "failed" and event.get("error") == ReportError.__name__:
+            raise ValueError(
+                f"cannot resume {run.path}: its journal holds answers of a decoder whose reports were wrong "
+                f"({event.get('message')}): start a new run"
+            )
+
+
+def _refuse_unreadable(jobs: Sequence[Job]) -> None:
+    """A text that a model cannot read is refused now, not hours into the run. Each task once for each way to read."""
+    from twotower_eval.engine.models.identity import reader_identity
+
+    readers = {id(job.model): reader_identity(job.model) for job in jobs}
+    read = set()
+    for job in jobs:
+        reader = (job.task.name, readers[id(job.model)])
+        if reader not in read and (requests := job.requests):
+            read.add(reader)
+            HarnessLM(job.model).check_texts(requests)
+
+
+def _scored_once(jobs: Sequence[Job]) -> set[str]:
+    """Tasks whose log-likelihoods one cell answers for all: nothing in them can differ."""
+    donors: dict[str, set[str]] = defaultdict(set)
+    for job in jobs:
+        donors[job.task.name].add(job.cell.id if job.task.generates else job.likelihoods_of)
+    return {name for name, cells in donors.items() if len(cells) == 1}
+
+
+def _keep_training_log(checkpoint: Path, run_folder: Path) -> None:
+    """Copy the log that lies beside a pair trained here, so that a report needs the run's folder and nothing else."""
+    log = checkpoint / TRAINING_LOG
+    if log.is_file():
+        shutil.copyfile(log, run_folder / TRAINING_LOG)
+
+
+def score_journal(path: Path) -> Path:
+    """Score the generations that a speed run of the answer workload journalled, with the code that scores runs."""
+    found = store.load(path)
+    if found.manifest.verb != "speed":
+        raise ValueError(f"{path} is a {found.manifest.verb!r} run: only timed answers are scored afterwards")
+    plan = plan_from_json(SpeedPlan, found.manifest.plan)
+    if plan.workload != "answer":
+        raise ValueError(f"{path} timed the {plan.workload!r} workload, whose texts answer nothing")
+    tasks = timed_tasks(plan)
+    manifest = dataclasses.replace(
+        found.manifest,
+        tasks={task.name: task.parts for task in tasks},
+        packages=with_scoring_of_now(found.manifest.packages),
+    )
+    store.check_comparable(found, manifest)
+    known = KnownScores(found, "was scored before its last rounds were timed, or was edited")
+    new: list[Score | Aggregate] = []
+    for cell in found.manifest.cells:
+        rows = [row for row in found.generations if row.cell == cell.id]
+        new += known.new(score for task in tasks for score in score_rows(task, cell.id, rows))
+        new += known.new_aggregates(
+            made for task in tasks for made in aggregate_rows(task, cell.id, rows, known.stored)
+        )
+    known.check_all_made()
+    with store.resume(path, manifest, event="scored") as writer:
+        for made in new:
+            writer.append(made)
+        writer.finish()
+    return path
+
+
+def _tasks(plan: RunPlan) -> list[BuiltTask]:
+    return resolve_tasks(
+        plan.tasks,
+        data_dir=plan.data_dir,
+        limit=plan.limit,
+        seed=plan.seed,
+        samples=plan.samples,
+        max_new_tokens=plan.max_new_tokens,
+        temperature=plan.temperature,
+    )
+
+
+def timed_tasks(plan: SpeedPlan) -> list[BuiltTask]:
+    """The tasks whose prompts a speed run times and whose answers it scores."""
+    return resolve_tasks(
+        plan.tasks, data_dir=plan.data_dir, seed=plan.seed, samples=plan.samples, temperature=plan.temperature
+    )
+
+
+class _Evaluation:
+    """One pass over a run's jobs: answers what is missing, scores what is complete."""
+
+    def __init__(self, plan: RunPlan, writer: store.RunWriter, jobs: Sequence[Job], progress: Progress) -> None:
+        self._plan = plan
+        self._writer = writer
+        self._jobs = jobs
+        self._progress = progress
+        self._prepared: dict[str, list[Batch]] = {}
+        self._estimate_s: dict[str, float] = {}  # by cell: what was spent on it before its turn came
+        # By cell: its requests, and how many of them were cut.
+        self._truncated = {
+            event["cell"]: (event["num_requests"], event["num_truncated"])
+            for event in writer.run.events
+            if event.get("kind") == "truncated" and "num_truncated" in event
+        }
+        self._warned: set[tuple[str, str]] = set()
+        self._advance: Advance = lambda num=1, /: None
+        self._known = KnownScores(writer.run)
+        self._testified = {(row.cell, row.call_id) for row in writer.run.witnessed}
+        self._journals = {job.cell.id: CellJournal(cell=job.cell.id, append=writer.append) for job in jobs}
+        rows: list[Row] = [*writer.run.generations, *writer.run.likelihoods]
+        for row in rows:
+            self._journals[row.cell].keep(row)
+
+    def run(self) -> None:
+        """Answer and score every job; the estimate comes from one batch of each kind of job."""
+        total = sum(len(job.requests) for job in self._jobs)
+        num_tasks = len({job.task.name for job in self._jobs})
+        self._progress.note(f"{len(self._jobs)} cells over {num_tasks} tasks, {total} requests")
+        figures: list[TaskFigure] = []
+        with self._progress.track(total, "run") as self._advance:
+            self._estimate()
+            for number, job in enumerate(self._jobs, start=1):
+                started_s = time.monotonic()
+                batches = self._prepared.pop(job.cell.id) if job.cell.id in self._prepared else self._batches(job)
+                for answer in batches:
+                    answer()
+                figures.append(self._score(job))
+                took_s = self._estimate_s.get(job.cell.id, 0.0) + time.monotonic() - started_s
+                done = f"{job.task.name}, {figures[-1].arm}: {headline_text(figures[-1])} in {duration_text(took_s)}"
+                self._progress.note(f"[{number}/{len(self._jobs)}] {done}")
+        self._known.check_all_made()
+        for line in group_lines(figures):
+            self._progress.note(line)
+
+    def _estimate(self) -> None:
+        """Have a few requests of middling length answered for each kind of job, and say how long the rest will take."""
+        left_s = 0.0
+        per_request_s: dict[tuple[Any, ...], float] = {}
+        for job in self._jobs:
+            num_missing = len(self._missing(job))
+            if not num_missing:
+                continue
+            if job.costs_like not in per_request_s:
+                started_s = time.monotonic()
+                self._answer_some(job)
+                took_s, num_left = time.monotonic() - started_s, len(self._missing(job))
+                self._estimate_s[job.cell.id] = took_s
+                per_request_s[job.costs_like] = took_s / max(1, num_missing - num_left)
+                num_missing = num_left
+            left_s += num_missing * per_request_s[job.costs_like]
+        if per_request_s:
+            self._progress.note(f"estimated duration: about {duration_text(left_s)}")
+
+    def _answer_some(self, job: Job) -> None:
+        """Answer a batch's worth of requests, or a piece of those that are scored together."""
+        if not job.task.generates:
+            batches = self._prepared[job.cell.id] = self._batches(job)
+            batches.pop(len(batches) // 2)()
+            return
+        size = self._plan.batch_size
+        missing = sorted(self._missing(job), key=lambda item: len(item[0].args[0]))
+        start = max(0, len(missing) - size) // 2
+        # Whoever prepares the whole job reports these answers as progress.
+        for answer in self._model_of(job, advance=lambda num=1, /: None).batches(missing[start : start + size]):
+            answer()
+
+    def _journal(self, job: Job) -> CellJournal:
+        return self._journals[job.cell.id if job.task.generates else job.likelihoods_of]
+
+    def _answered(self, job: Job) -> Mapping[Key, Any]:
+        journal = self._journal(job)
+        return journal.generations if job.task.generates else journal.likelihoods
+
+    def _missing(self, job: Job) -> list[tuple[Any, Key]]:
+        """The job's requests without an answer."""
+        answered = self._answered(job)
+        return [(request, key) for request, key in job.requests if key not in answered]
+
+    def _batches(self, job: Job) -> list[Batch]:
+        """What is left of a job, batch by batch. Requests that had to be cut are counted over all of it, once."""
+        counted = self._truncated.get(job.cell.id if job.requests else job.likelihoods_of)
+        known = counted and (not job.requests or counted[0] == len(job.requests))  # a resume may raise the limit
+        if counted and known and not self._missing(job):
+            self._advance(len(job.requests))
+            batches = []
+        else:
+            lm = self._model_of(job, self._advance)
+            batches = lm.batches(job.requests)
+            counted = len(job.requests), lm.num_truncated
+        self._tell_truncated(job, counted)
+        return batches
+
+    def _tell_truncated(self, job: Job, counted: tuple[int, int]) -> None:
+        num_requests, num_truncated = counted
+        if self._truncated.get(job.cell.id) != counted:
+            self._truncated[job.cell.id] = counted
+            numbers = {"num_requests": num_requests, "num_truncated": num_truncated}
+            self._writer.event("truncated", cell=job.cell.id, task=job.task.name, **numbers)
+        who = (job.task.name, job.cell.arm)
+        if num_truncated and who not in self._warned:
+            self._warned.add(who)
+            self._progress.note(f"warning: {truncation_line(*who, num_requests, num_truncated)}")
+
+    def _model_of(self, job: Job, advance: Advance) -> HarnessLM:
+        """What answers the job's requests, into its journal."""
+        from twotower_eval.engine.decoders import from_spec
+
+        spec, generates = job.cell.decoder, job.task.generates
+        return HarnessLM(
+            job.model,
+            decoder=from_spec(job.model, spec) if generates else None,
+            scorer=None if generates else make_scorer_of(job.model, job.kind, spec),
+            kind=job.kind,
+            batch_size=self._plan.batch_size,
+            seed=self._plan.seed,
+            journal=self._journal(job),
+            advance=advance,
+            traced=_first_documents(job, self._plan.trace),
+            witnessed=self._witnessed(job),
+            testify=self._writer.append,
+        )
+
+    def _witnessed(self, job: Job) -> frozenset[Key]:
+        """The requests of a job that are decoded once more before a witness: a few, chosen by the seed."""
+        if not job.task.generates or (self._plan.temperature or 0) > 0:  # of drawn tokens nothing is told
+            return frozenset()
+        keys = sorted((key for _, key in job.requests), key=lambda key: derive_seed(self._plan.seed, "witness", *key))
+        chosen = keys[: min(MOST_WITNESSED, -(-len(keys) // WITNESSED_OF))]
+        return frozenset(key for key in chosen if (job.cell.id, "/".join(map(str, key))) not in self._testified)
+
+    def _score(self, job: Job) -> TaskFigure:
+        """Write the job's scores, if they are not there yet, and return the task's figure."""
+        rows = list(self._answered(job).values())
+        scores = score_rows(job.task, job.cell.id, rows)
+        aggregates = aggregate_rows(job.task, job.cell.id, rows, self._known.stored, self._progress)
+        new: list[Score | Aggregate] = [*self._known.new(scores), *self._known.new_aggregates(aggregates)]
+        for made in new:
+            self._writer.append(made)
+        self._writer.event("cell_done", cell=job.cell.id, task=job.task.name, num_documents=len(job.task.docs))
+        return task_figure(job.task, job.cell, scores, aggregates)
+
+
+def _first_documents(job: Job, number: int) -> frozenset[int]:
+    """The lowest document numbers of a job."""
+    return frozenset(sorted({doc_id for _, (_, doc_id, _, _) in job.requests})[:number])

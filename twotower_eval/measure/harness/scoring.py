@@ -1,0 +1,305 @@
+"""From journalled answers to scores: lm-eval's filters and metrics, one document and one sample at a time.
+
+The same code scores a run as it goes, a resumed run, and the answers that ``speed`` timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from twotower_eval.measure.harness.aggregates import FAILURES, SEED, mean_item, parts_of, replicates_of, value_of
+from twotower_eval.measure.suites import BuiltDoc, BuiltTask, aggregation_name, instance_sha256, lm_tasks, needing
+from twotower_eval.progress import Progress
+from twotower_eval.records import MEAN, SUMMED_AGGREGATIONS, Aggregate, GenerationRow, LikelihoodRow, Score
+
+POOLING = ("majority_vote", "take_first_k")  # filters that look at all samples of a problem together
+
+Row = GenerationRow | LikelihoodRow
+Stored = Callable[[Aggregate], Aggregate | None]
+Samples = list[list[Row]]  # of one document: per sample, one answer for each request
+
+
+@lm_tasks.quiet()
+def score_rows(task: BuiltTask, cell: str, rows: Iterable[Row]) -> list[Score]:
+    """Scores of every document that the rows answer completely, for each metric and filter of the task.
+
+    A document's value is the mean over its samples; where the task itself asks for several, it is what lm-eval makes
+    of all of them. Rows made for another prompt are a ValueError.
+    """
+    samples = _samples(task, rows)
+    scores = []
+    for docs in _by_source(task, samples):
+        for filter_ in lm_tasks.filters_of(docs[0].source):
+            items = _metrics(task, filter_, docs, samples)
+            found = _values(docs, items)
+            for doc in docs:
+                first = samples[doc.doc_id][0][0]
+                by = "generation" if isinstance(first, GenerationRow) else first.likelihood.kind
+                for metric in items[doc.doc_id]:
+                    scores.append(_score(task, cell, doc, metric, filter_.name, by, found[metric][doc.doc_id]))
+                if not items[doc.doc_id] and aggregation_name(doc.source, task.metric) == MEAN:
+                    scores.append(_score(task, cell, doc, task.metric, filter_.name, by, NOTHING_GIVEN))
+    return scores
+
+
+@lm_tasks.quiet()
+def aggregate_rows(
+    task: BuiltTask,
+    cell: str,
+    rows: Iterable[Row],
+    stored: Stored = lambda made: None,
+    progress: Progress | None = None,
+) -> list[Aggregate]:
+    """What lm-eval's functions make of all documents together, for each filter and metric that is no mean.
+
+    ``stored`` is asked for the row on disk of the same score: its replicates are taken as they are.
+    """
+    samples = _samples(task, rows)
+    made = []
+    for docs in _by_source(task, samples):
+        source = docs[0].source
+        if all(aggregation_name(source, metric) == MEAN for metric in source.aggregation()):
+            continue
+        for filter_ in lm_tasks.filters_of(source):
+            items = _metrics(task, filter_, docs, samples)
+            for metric in {metric: None for doc in docs for metric in items[doc.doc_id]}:
+                if aggregation_name(source, metric) != MEAN:
+                    there = [doc for doc in docs if metric in items[doc.doc_id]]
+                    of_document = [items[doc.doc_id][metric] for doc in there]
+                    one = _aggregate(task, cell, there, metric, filter_.name, of_document)
+                    made.append(_with_replicates(one, there, of_document, stored, progress))
+    return made
+
+
+def _by_source(task: BuiltTask, samples: Mapping[int, Samples]) -> Iterable[list[BuiltDoc]]:
+    """Answered documents, apart by the lm-eval task that scores them."""
+    by_source: dict[int, list[BuiltDoc]] = defaultdict(list)
+    for doc in task.docs:
+        if doc.doc_id in samples:
+            by_source[id(doc.source)].append(doc)
+    return by_source.values()
+
+
+def _samples(task: BuiltTask, rows: Iterable[Row]) -> dict[int, Samples]:
+    """Per document its complete samples, in the order of their numbers."""
+    found: dict[int, dict[int, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        if row.task == task.name:
+            found[row.doc_id][row.repeat][row.request_index] = row
+    complete: dict[int, Samples] = {}
+    for doc in task.docs:
+        for _, answers in sorted(found[doc.doc_id].items()):
+            if all(instance.idx in answers for instance in doc.instances):
+                _check_prompts(task, doc, answers)
+                sample = [answers[instance.idx] for instance in doc.instances]
+                complete.setdefault(doc.doc_id, []).append(sample)
+    return complete
+
+
+def _check_prompts(task: BuiltTask, doc: BuiltDoc, answers: Mapping[int, Row]) -> None:
+    for instance in doc.instances:
+        if answers[instance.idx].prompt_sha256 != instance_sha256(instance):
+            raise ValueError(
+                f"task {task.name!r}, document {doc.doc_id}: the journalled answer belongs to another prompt"
+            )
+
+
+def _metrics(
+    task: BuiltTask, filter_: Any, docs: Sequence[BuiltDoc], samples: Mapping[int, Samples]
+) -> dict[int, dict[str, list[Any]]]:
+    """What lm-eval makes of the answers under one filter: per document and metric a value for each sample."""
+    pooled = task.pools_samples or _pools(docs[0].source, filter_.name)
+    found: dict[int, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for number in range(1 if pooled else max(len(samples[doc.doc_id]) for doc in docs)):
+        present = [doc for doc in docs if number < len(samples[doc.doc_id])]
+        asked = {}
+        for doc in present:
+            taken = samples[doc.doc_id] if pooled else samples[doc.doc_id][number : number + 1]
+            asked[doc.doc_id] = [
+                dataclasses.replace(instance, resps=[_response(sample[at]) for sample in taken], filtered_resps={})
+                for at, instance in enumerate(doc.instances)
+            ]
+        _apply(task, filter_, [instance for doc in present for instance in asked[doc.doc_id]])
+        for doc in present:
+            results = [instance.filtered_resps[filter_.name] for instance in asked[doc.doc_id]]
+            for metric, value in _given(task, doc, results).items():
+                found[doc.doc_id][metric].append(value)
+    return found
+
+
+def _apply(task: BuiltTask, filter_: Any, instances: list[Any]) -> None:
+    try:
+        filter_.apply(instances)
+    except FAILURES as error:
+        raise ValueError(
+            f"task {task.name!r}: its filter {filter_.name!r} fails on these answers ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _given(task: BuiltTask, doc: BuiltDoc, results: list[Any]) -> dict[str, Any]:
+    """What the task's own code makes of an answer; lm-eval would end at the same place."""
+    try:
+        return dict(doc.source.process_results(doc.doc, results))
+    except FAILURES as error:
+        raise ValueError(
+            f"task {task.name!r}, document {doc.doc_id}: its own code fails on this answer "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _pools(source: Any, filter_name: str) -> bool:
+    own = [f for f in source.config.filter_list or [] if f["name"] == filter_name]
+    return any(step["function"] in POOLING for f in own for step in f["filter"])
+
+
+def _response(row: Row) -> Any:
+    """An answer in the form in which lm-eval's models give it."""
+    if isinstance(row, GenerationRow):
+        return row.generation.text or ""
+    if row.request == "loglikelihood_rolling":
+        return row.likelihood.logprob_nats
+    return (row.likelihood.logprob_nats, row.likelihood.is_greedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Value:
+    """What a document's score has, as its fields."""
+
+    aggregation: str
+    value: float | None = None
+    parts: tuple[float, ...] | None = None
+    missing_reason: str | None = None
+
+
+NOTHING_GIVEN = _Value(aggregation=MEAN, missing_reason="the task's own code gives no metric for this answer")
+
+
+def _values(docs: Sequence[BuiltDoc], items: Mapping[int, Mapping[str, list[Any]]]) -> dict[str, dict[int, _Value]]:
+    """By metric and document; only under a mean has a document a value of its own."""
+    source = docs[0].source
+    found = {}
+    for metric in {metric: None for doc in docs for metric in items[doc.doc_id]}:
+        there = [doc.doc_id for doc in docs if metric in items[doc.doc_id]]
+        of_document = [items[doc_id][metric] for doc_id in there]
+        aggregation = aggregation_name(source, metric)
+        if aggregation == MEAN:
+            values = [_mean_value(source, metric, item) for item in of_document]
+        elif aggregation in SUMMED_AGGREGATIONS:
+            values = [_summed_value(metric, aggregation, item) for item in of_document]
+        else:
+            values = [_Value(aggregation=aggregation, missing_reason=_together(metric, aggregation))] * len(there)
+        found[metric] = dict(zip(there, values, strict=True))
+    return found
+
+
+def _summed_value(metric: str, aggregation: str, items: Sequence[Any]) -> _Value:
+    parts = _several(aggregation, [items]) or parts_of(aggregation, items[0])
+    if isinstance(parts, str):
+        return _Value(aggregation=aggregation, missing_reason=parts)
+    return _Value(aggregation=aggregation, parts=parts, missing_reason=_together(metric, aggregation))
+
+
+def _together(metric: str, aggregation: str) -> str:
+    return f"{metric} is of all documents together, by {aggregation}"
+
+
+def _several(aggregation: str, items: Sequence[Sequence[Any]]) -> str | None:
+    """Why there is no score where documents have samples that differ."""
+    if all(repr(item) == repr(samples[0]) for samples in items for item in samples):
+        return None
+    return f"{aggregation} of all documents takes one sample of each, and there are several that differ"
+
+
+def _mean_value(source: Any, metric: str, items: Sequence[Any]) -> _Value:
+    values = [_number(source, metric, item) for item in items]
+    numbers = [value for value in values if isinstance(value, float)]
+    reasons = [value for value in values if isinstance(value, str)]
+    if reasons:
+        return _Value(aggregation=MEAN, missing_reason=reasons[0])
+    return _Value(aggregation=MEAN, value=math.fsum(numbers) / len(numbers))
+
+
+def _number(source: Any, metric: str, item: Any) -> float | str:
+    """One document's value, or the reason why there is none; a text is no number, even of digits."""
+    if isinstance(item, str):
+        return f"{metric} of this document is a text"
+    try:
+        number = float(mean_item(source, metric, item))
+    except FAILURES as error:
+        return f"{metric} of this document is no number ({type(error).__name__})"
+    return number if math.isfinite(number) else f"{metric} of this document is {number}"
+
+
+def _score(
+    task: BuiltTask, cell: str, doc: BuiltDoc, metric: str, filter_name: str, scored_by: str, found: _Value
+) -> Score:
+    chosen = (metric, filter_name) == (task.metric, task.filter)
+    return Score(
+        cell=cell,
+        task=task.name,
+        doc_id=doc.doc_id,
+        cluster_id=doc.cluster_id,
+        doc_sha256=doc.doc_sha256,
+        prompt_sha256=doc.prompt_sha256,
+        target_sha256=doc.target_sha256,
+        metric=metric,
+        filter=filter_name,
+        higher_is_better=doc.source.higher_is_better().get(metric, True) is not False,
+        headline=task.headline and chosen,
+        scored_by=scored_by,
+        value=found.value,
+        missing_reason=found.missing_reason,
+        group=task.group if chosen else None,
+        by_size=task.by_size and chosen,
+        aggregation=found.aggregation,
+        parts=found.parts,
+        chance=doc.chance.get(metric),
+        main=chosen,
+    )
+
+
+def _aggregate(
+    task: BuiltTask, cell: str, docs: Sequence[BuiltDoc], metric: str, filter_name: str, items: Sequence[Sequence[Any]]
+) -> Aggregate:
+    source = docs[0].source
+    aggregation, firsts = aggregation_name(source, metric), [samples[0] for samples in items]
+    with needing(task.name, f"its metric {metric!r}"):
+        value = _several(aggregation, items) or value_of(source, metric, firsts)
+    return Aggregate(
+        cell=cell,
+        task=task.name,
+        metric=metric,
+        filter=filter_name,
+        aggregation=aggregation,
+        num_documents=len(docs),
+        num_clusters=len({doc.cluster_id for doc in docs}),
+        seed=SEED,
+        value=None if isinstance(value, str) else value,
+        replicates=None,
+        missing_reason=value if isinstance(value, str) else None,
+    )
+
+
+def _with_replicates(
+    made: Aggregate,
+    docs: Sequence[BuiltDoc],
+    items: Sequence[Sequence[Any]],
+    stored: Stored,
+    progress: Progress | None,
+) -> Aggregate:
+    """The same with its function's values over resampled documents, where reports cannot compute them from parts."""
+    if made.value is None or made.aggregation in SUMMED_AGGREGATIONS:
+        return made
+    if (known := stored(made)) is not None:
+        return dataclasses.replace(made, replicates=known.replicates, missing_reason=known.missing_reason)
+    firsts, clusters = [samples[0] for samples in items], [doc.cluster_id for doc in docs]
+    with needing(made.task, f"its metric {made.metric!r}"):
+        found = replicates_of(docs[0].source, made.metric, firsts, clusters, progress)
+    if isinstance(found, str):
+        return dataclasses.replace(made, missing_reason=found)
+    return dataclasses.replace(made, replicates=found)

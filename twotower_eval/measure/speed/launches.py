@@ -1,0 +1,145 @@
+"""A run's launches: fresh processes, one after the other, into one run folder.
+
+What a process happens to get (addresses, clocks, a neighbour on the machine) stays with it, so that rounds of one
+launch are more alike than those of several. Every launch loads the models itself, warms up and measures its share of
+the rounds, arms interleaved; no two run at once, so only one pair is in memory. A plan of one launch is timed in this
+process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from twotower_eval.measure.speed.loop import Launched
+from twotower_eval.measure.speed.rounds import run_launch
+from twotower_eval.measure.speed.workloads import Request
+from twotower_eval.plan import SpeedPlan
+from twotower_eval.plugin_calls import TRACEBACK_VARIABLE
+from twotower_eval.progress import Progress, SilentProgress, choose_progress
+from twotower_eval.records import Override
+
+INTERRUPTED = 130
+GRACE_S = 5.0  # for a launch to end by the Ctrl-C that it got itself, before it is sent one
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Told:
+    """What a launch's process says before it ends: what it left, or the one line that stopped it."""
+
+    launched: Launched | None = None
+    error: str | None = None
+
+
+def run(
+    plan: SpeedPlan,
+    requests: Sequence[Request],
+    *,
+    root: Path,
+    resume: Path | None = None,
+    progress: Progress | None = None,
+    now: Callable[[], float] = time.perf_counter,
+    temperature: float = 0.0,
+    overrides: Sequence[Override] = (),
+) -> Path:
+    """Time both arms of a plan on prompts chosen from ``requests``, in all its launches; the run's folder.
+
+    ``temperature`` holds where the plan names none; ``overrides`` say what of the tasks' wishes does not.
+    ``resume`` goes on with a run on the same machine: whole rounds count, a torn one is begun anew, and so is a launch
+    among several that was stopped. ``now`` gives seconds. Raises ValueError for whatever the user can mend, in the
+    words of the launch that met it, and ChildProcessError where a launch ended without a word.
+    """
+    given: dict[str, Any] = {"root": root, "now": now, "temperature": temperature, "overrides": tuple(overrides)}
+    if plan.launches == 1:
+        return run_launch(plan, requests, resume=resume, progress=progress, **given).path
+    progress = progress or SilentProgress()
+    given |= {"plan": plan, "requests": tuple(requests), "silent": isinstance(progress, SilentProgress)}
+    num_missing = plan.launches
+    while True:
+        if resume is None or num_missing < plan.launches:
+            progress.note(f"launch {plan.launches - num_missing + 1} of {plan.launches}")
+        done = _in_process({**given, "resume": resume})
+        if not done.num_missing:
+            return done.path
+        resume, num_missing = done.path, done.num_missing
+
+
+def _in_process(given: dict[str, Any]) -> Launched:
+    """One launch in a fresh process that shares nothing with this one."""
+    fresh = multiprocessing.get_context("spawn")
+    ours, theirs = fresh.Pipe(duplex=False)
+    child = fresh.Process(target=_launch, args=(theirs, given, os.getpid()))
+    child.start()
+    theirs.close()
+    try:
+        told = _heard(ours)
+        child.join()
+    except KeyboardInterrupt:
+        _interrupt(child)
+        raise
+    finally:
+        ours.close()
+    if child.exitcode == INTERRUPTED:
+        raise KeyboardInterrupt
+    if told is None:
+        raise ChildProcessError(f"a launch ended {_ending(child.exitcode)}: --resume goes on with what is missing")
+    if told.launched is None:
+        raise ValueError(told.error)
+    return told.launched
+
+
+def _heard(ours: Connection) -> _Told | None:
+    """What the launch says; ``None`` where it ends without a word."""
+    try:
+        told: _Told = ours.recv()
+    except EOFError:
+        return None
+    return told
+
+
+def _ending(code: int | None) -> str:
+    return f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
+
+
+def _interrupt(child: BaseProcess) -> None:
+    """Let it close its journals: a terminal's Ctrl-C reaches every process of the command, a signal only its own."""
+    child.join(GRACE_S)
+    if child.is_alive() and child.pid is not None:
+        os.kill(child.pid, signal.SIGINT)
+    child.join()
+
+
+def _launch(theirs: Connection, given: dict[str, Any], parent: int) -> None:
+    """What the fresh process does."""
+    _end_with(parent)
+    progress = SilentProgress() if given.pop("silent") else choose_progress()
+    try:
+        told = _Told(launched=run_launch(progress=progress, **given))
+    except (ValueError, OSError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE):  # which is lost with this process
+            traceback.print_exc()
+        told = _Told(error=str(error) or type(error).__name__)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    theirs.send(told)
+    theirs.close()
+
+
+def _end_with(parent: int) -> None:
+    """Where the system can: no launch goes on writing into a run whose command was killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            sys.exit(1)

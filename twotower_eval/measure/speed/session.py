@@ -1,0 +1,281 @@
+"""One launch of ``speed``: its warm-up, and its rounds, in which every lane times every call of its batch size.
+
+A round takes the calls in shuffled order, and for each call the lanes in shuffled order, so that whatever drifts hits
+all alike and paired calls lie close in time. Rounds never repeat a number, not even after an interruption: a launch
+that goes on leaves the torn round behind and begins a new one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import random
+import secrets
+from functools import partial
+
+from twotower_eval import store
+from twotower_eval.measure.speed.captures import Captures
+from twotower_eval.measure.speed.clock import CallClock
+from twotower_eval.measure.speed.costs import CostItem, Parts
+from twotower_eval.measure.speed.lanes import Lane, Timing, with_decoders
+from twotower_eval.measure.speed.loop import (
+    RoundLoop,
+    launches_missing,
+    rounds_by_launch,
+    share_of_launch,
+    undecided_text,
+    whole_rounds,
+)
+from twotower_eval.measure.speed.unseen import Probe, Probes, is_made_up
+from twotower_eval.measure.speed.witness import Witnessing, witnessed, witnessings
+from twotower_eval.measure.speed.workloads import Call, Calls, Request
+from twotower_eval.plan import SpeedPlan
+from twotower_eval.progress import Advance, Progress, duration_text
+from twotower_eval.records import (
+    CostSample,
+    Generation,
+    GenerationRow,
+    PromptTiming,
+    SpeedPhase,
+    SpeedSample,
+    TimeFault,
+    canonical_json,
+    derive_seed,
+    sha256_text,
+)
+from twotower_eval.store.journal import now_text
+from twotower_eval.times import finite, gone_by, time_fault
+
+PROCESS = secrets.token_hex(8)  # this process: launches that it makes one after the other are no separate ones
+
+
+def calls_per_round(calls: Calls, lanes: dict[int, tuple[Lane, ...]]) -> int:
+    """Timed calls of a round, without probes."""
+    return sum(len(calls[size]) * len(lanes[size]) for size in calls)
+
+
+class Session(RoundLoop):
+    """One launch: its warm-up and its rounds."""
+
+    def __init__(
+        self,
+        plan: SpeedPlan,
+        writer: store.RunWriter,
+        launch_id: str,
+        calls: Calls,
+        lanes: dict[int, tuple[Lane, ...]],
+        probes: Probes,
+        parts: Parts | None,
+        clock: CallClock,
+        captures: Captures,
+        progress: Progress,
+    ) -> None:
+        self._plan, self._writer, self._calls, self._lanes = plan, writer, calls, lanes
+        self._launch_id, self._probes = launch_id, probes
+        self._parts, self._clock, self._captures = parts, clock, captures
+        earlier = writer.run.speed
+        timed: list[SpeedSample | CostSample] = [*earlier, *writer.run.costs]
+        self._calls_per_round = calls_per_round(calls, lanes)
+        begun = [s.round for s in timed if s.phase == "measure"] + [row.repeat for row in writer.run.generations]
+        # A launch among several has its own rounds to reach; one that goes on where another stopped has what is left.
+        whole_s = whole_rounds(earlier, self._calls_per_round)
+        self._num_missing = launches_missing(plan, earlier, self._calls_per_round)
+        self._earlier_rounds = [num for num in rounds_by_launch(earlier, self._calls_per_round) if num]
+        super().__init__(
+            share_of_launch(plan),
+            progress,
+            whole_s=whole_s if plan.launches == 1 else [],
+            next_round=1 + max(begun, default=-1),
+            steps_per_round=self._calls_per_round + probes.num_timings(lanes),
+        )
+
+    def run(self) -> int:
+        """Warm up, say how long it will take, and measure until there is enough; how many launches are missing then."""
+        self._announce()
+        if self._num_missing:
+            self._writer.event("launched", launch=self._launch_id, process=PROCESS)
+            self._rounds()
+        rounds = f"{self._num_done} rounds of {self._calls_per_round} timed calls"
+        self._progress.note(f"{rounds}, {duration_text(self._timed_s)} on the clock")
+        num_missing = max(0, self._num_missing - 1)
+        self._writer.event("measured", num_rounds=self._num_done, timed_s=self._timed_s, num_missing=num_missing)
+        return num_missing
+
+    def _announce(self) -> None:
+        sizes = ", ".join(map(str, self._lanes))
+        num_lanes = sum(map(len, self._lanes.values()))
+        num_prompts = sum(len(call.requests) for call in next(iter(self._calls.values())))
+        num_cells = sum(lane.replica == 0 for lanes in self._lanes.values() for lane in lanes)
+        self._progress.note(
+            f"{num_cells} cells and {num_lanes - num_cells} copies of the baseline, {self._plan.workload} workload, "
+            f"batch sizes {sizes}; {num_prompts} prompts, {self._calls_per_round} timed calls a round"
+        )
+        num_rounds = max(0, self._how_long.min_rounds - self._num_done) + self._how_long.warmup_rounds
+        self._progress.note(
+            f"{num_rounds} rounds, {num_rounds * self._calls_per_round:,} timed calls; "
+            "fewer: --num-prompts, --min-rounds"
+        )
+        if self._num_done:
+            self._progress.note(f"{self._num_done} whole rounds are there already")
+
+    def _forecast(self, num_left: int) -> None:
+        """Warn of too few rounds before they are measured: of several launches once, before the first."""
+        if self._plan.launches == 1:
+            planned = [*self._earlier_rounds, num_left]
+        else:
+            planned = [] if self._earlier_rounds else [num_left] * self._plan.launches
+        if planned and (warning := undecided_text(planned)):
+            self._progress.note(warning)
+
+    def _round(self, phase: SpeedPhase, number: int, advance: Advance) -> float:
+        """Every lane times every call, and every part is timed alone; seconds on the clock, without the parts. Some
+        calls are decoded once more before a witness, untimed.
+
+        Parts that a call of this round is the first to need are timed at its end.
+        """
+        order = random.Random(derive_seed(self._plan.seed, phase, number))
+        gc.collect()
+        lanes = with_decoders(self._lanes, self._clock)
+        positions = [(size, call) for size, calls in self._calls.items() for call in calls]
+        probes = self._probes.of_round(lanes) if phase == "measure" else []
+        again = witnessings(number, lanes, self._calls, self._probes, order) if phase == "measure" else ()
+        steps: list[tuple[int, Call] | Probe | Witnessing | CostItem] = [
+            *positions,
+            *probes,
+            *again,
+            *(self._parts.items if self._parts else ()),
+        ]
+        order.shuffle(steps)
+        walls_s = []
+        for step in steps:
+            if isinstance(step, CostItem):
+                self._time_part(step, phase, number)
+            elif isinstance(step, Witnessing):
+                self._writer.append(witnessed(step, self._launch_id, number, self._clock))
+            elif isinstance(step, Probe):
+                for lane in step.lanes:
+                    self._time_call(lane, step.call, "probe", number)
+                    advance()
+            else:
+                size, call = step
+                for lane in order.sample(lanes[size], len(lanes[size])):
+                    walls_s.append(self._time_call(lane, call, phase, number))
+                    advance()
+        for item in self._parts.new() if self._parts else ():
+            self._time_part(item, phase, number)
+        return gone_by(walls_s)
+
+    def _time_call(self, lane: Lane, call: Call, phase: SpeedPhase, number: int) -> float:
+        """Time a call, write it down; seconds on the clock. A probe is sampled the same way whenever it is timed."""
+        what, num_made = f"{lane.name}, call {call.id}", self._captures.num_made
+        begin = partial(_begun, lane, call, 0 if phase == "probe" else number)
+        started_at, timing = self._captures.outside(phase, number, what, begin)
+        in_graphs = phase == "probe" and self._captures.num_made > num_made
+        self._write(lane, call, phase, number, started_at, timing, "graph made" if in_graphs else _fault(timing))
+        return timing.wall_s
+
+    def _time_part(self, item: CostItem, phase: SpeedPhase, number: int) -> None:
+        what = f"{item.part}, {item.batch_size} rows, {item.context_tokens} tokens"
+        started_at, wall_s = self._captures.outside(phase, number, what, lambda: (now_text(), item.time(self._clock)))
+        sample = CostSample(
+            cell=item.cell,
+            launch_id=self._launch_id,
+            round=number,
+            phase=phase,
+            part=item.part,
+            replica=0,
+            batch_size=item.batch_size,
+            context_tokens=item.context_tokens,
+            block_size=item.block_size,
+            num_repeats=item.num_repeats,
+            wall_s=finite(wall_s),
+            started_at=started_at,
+        )
+        self._writer.append(sample)
+
+    def _write(
+        self,
+        lane: Lane,
+        call: Call,
+        phase: SpeedPhase,
+        number: int,
+        started_at: str,
+        timing: Timing,
+        fault: TimeFault | None,
+    ) -> None:
+        # Generations first: a sample on disk then means that all of its call is.
+        if phase == "measure" and lane.replica == 0 and self._plan.workload == "answer":
+            for request, generation in zip(call.requests, timing.generations, strict=True):
+                # When it was finished cannot be told where the clock went wrong.
+                kept = generation if fault is None else dataclasses.replace(generation, finish_s=None)
+                self._writer.append(_generation_row(lane, request, kept, number))
+        sample = SpeedSample(
+            call_id=call.id,
+            launch_id=self._launch_id,
+            cell=lane.cell.id,
+            replica=lane.replica,
+            round=number,
+            phase=phase,
+            batch_size=len(call.requests),
+            wall_s=finite(timing.wall_s),
+            prefill_s=None if timing.prefill_s is None else finite(timing.prefill_s),
+            first_output_s=finite(timing.first_output_s),
+            peak_memory_bytes=timing.peak_memory_bytes,
+            peak_memory_reason=timing.peak_memory_reason,
+            started_at=started_at,
+            prompts=tuple(_prompt_timing(generation, timing.wall_s) for generation in timing.generations),
+            passes=timing.passes,
+            cpu_s=timing.busy.cpu_s,
+            caller_cpu_s=timing.busy.caller_cpu_s,
+            off_clock_s=timing.busy.off_clock_s,
+            fault=fault,
+            held_out=phase == "probe" and not is_made_up(call),
+        )
+        self._writer.append(sample)
+        if self._parts and phase != "probe":  # what is predicted are the measured calls
+            self._parts.saw(lane, sample.passes)
+
+
+def _begun(lane: Lane, call: Call, number: int) -> tuple[str, Timing]:
+    """When the call began, and its timing."""
+    return now_text(), lane.time(call, number)
+
+
+def _fault(timing: Timing) -> TimeFault | None:
+    finishes_s = (generation.finish_s for generation in timing.generations)
+    moments_s = (timing.prefill_s, timing.first_output_s, *finishes_s)
+    fault = time_fault(timing.wall_s, [moment for moment in moments_s if moment is not None])
+    return fault or ("clock stood" if timing.is_stalled else None)
+
+
+def _generation_row(lane: Lane, request: Request, generation: Generation, number: int) -> GenerationRow:
+    return GenerationRow(
+        cell=lane.cell.id,
+        task=request.task,
+        doc_id=request.doc_id,
+        request_index=0,
+        repeat=number,
+        prompt_sha256=request.prompt_sha256,
+        generation=generation,
+    )
+
+
+def _prompt_timing(generation: Generation, wall_s: float) -> PromptTiming:
+    """A decoder that does not say when a prompt was finished hands it over at the end of the call."""
+    return PromptTiming(
+        prompt_id=generation.prompt_id,
+        num_prompt_tokens=generation.num_prompt_tokens,
+        num_tokens=generation.num_tokens,
+        num_discarded_tokens=generation.num_discarded_tokens,
+        num_context_forwards=generation.num_context_forwards,
+        num_denoiser_forwards=generation.num_denoiser_forwards,
+        num_forced_commits=generation.num_forced_commits,
+        finish=generation.finish,
+        finish_s=_finish_s(generation, finite(wall_s)),
+        tokens_sha256=sha256_text(canonical_json(list(generation.token_ids))),
+    )
+
+
+def _finish_s(generation: Generation, wall_s: float) -> float:
+    """Within the call, as the decoder's clock may have begun a hair before or ended behind the harness's."""
+    return wall_s if generation.finish_s is None else max(0.0, min(finite(generation.finish_s), wall_s))

@@ -1,0 +1,216 @@
+"""What is timed: task prompts cut into calls, the same for every cell of a batch size and in every round."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, cycle, islice, pairwise
+from typing import Any, Protocol
+
+from twotower_eval.engine.models.prompts import fitted_prompt_ids, naming, prompt_ids
+from twotower_eval.plan import SpeedPlan
+from twotower_eval.records import Workload, canonical_json, sha256_text
+
+# A runaway in a hundred prompts is among so many with 98 % probability; whole batches of 1 to 128 by powers of two.
+ENOUGH_PROMPTS = 384
+
+
+class Request(Protocol):
+    """A task's prompt with what ends its answer, as ``suites.build_requests`` gives it."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def doc_id(self) -> int: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def stop(self) -> tuple[str, ...]: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def prompt_sha256(self) -> str: ...
+    @property
+    def task_parts(self) -> Mapping[str, str]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """Prompts that are decoded together, and what ends them: ``stop`` strings, EOS unless ignored, the budget."""
+
+    id: str
+    requests: tuple[Request, ...]
+    stop: tuple[str, ...]
+    ignore_eos: bool
+    max_new_tokens: int
+
+
+Calls = Mapping[int, tuple[Call, ...]]  # by batch size
+
+
+def make_calls(plan: SpeedPlan, requests: Sequence[Request]) -> Calls:
+    """Choose ``plan.num_prompts`` prompts and cut them into calls of each batch size: the same prompts for all sizes.
+
+    On the ``answer`` workload prompts of one call share stops and budget, tasks take turns, and what is chosen of a
+    task is spread over the lengths of all its prompts. Where the plan names no number, they are ``ENOUGH_PROMPTS``, or
+    as many as make whole batches. ValueError where there are fewer than it names, or no whole batch.
+    """
+    together = math.lcm(*plan.batch_sizes)
+    wanted = _wanted(plan, together)
+    if plan.workload == "answer":
+        chosen = _spread(requests, together, wanted)
+    else:
+        chosen = list(requests[:wanted])
+        if plan.num_prompts is None:
+            chosen = chosen[: len(chosen) // together * together]
+    if not chosen or (len(chosen) < wanted and plan.num_prompts is not None):
+        batches = f" in batches of {together} from one task" if plan.workload == "answer" and together > 1 else ""
+        raise ValueError(f"{wanted} prompts wanted{batches}, the tasks give {len(chosen)}: name more tasks")
+    return {size: _cut(plan, chosen, size) for size in plan.batch_sizes}
+
+
+def _wanted(plan: SpeedPlan, together: int) -> int:
+    """How many prompts; enough of them are rounded up to whole batches, a number that is given has to make them."""
+    fitting = math.ceil((plan.num_prompts or ENOUGH_PROMPTS) / together) * together
+    if plan.num_prompts not in (fitting, None):
+        sizes = ", ".join(map(str, plan.batch_sizes))
+        raise ValueError(
+            f"{plan.num_prompts} prompts cannot be cut into whole batches of {sizes}: take --num-prompts {fitting}"
+        )
+    return fitting
+
+
+def _spread(requests: Sequence[Request], together: int, wanted: int) -> list[Request]:
+    """Prompts in groups of ``together`` that share task, stops and budget; tasks in turn, each spread over its lengths.
+
+    The first prompts of a task need not be like the rest: of every kind, as many as its turns give are taken from all
+    lengths alike.
+    """
+    by_kind: dict[tuple[str, tuple[str, ...], int], list[Request]] = defaultdict(list)
+    for request in requests:
+        by_kind[request.task, request.stop, request.max_new_tokens].append(request)
+    most = max((len(group) for group in by_kind.values()), default=0) // together
+    in_turn = (kind for turn in range(most) for kind, group in by_kind.items() if (turn + 1) * together <= len(group))
+    turns = list(islice(in_turn, wanted // together))
+    chosen = {kind: iter(_strata(by_kind[kind], num * together)) for kind, num in Counter(turns).items()}
+    return list(chain.from_iterable(islice(chosen[kind], together) for kind in turns))
+
+
+def _strata(group: Sequence[Request], num: int) -> list[Request]:
+    """One prompt of each of ``num`` strata of lengths, all as large; in the order that the group has them in.
+
+    Of each stratum the first: a run on the first documents of a task then holds most of what is timed. Of documents
+    that share a cluster one is enough, where the others suffice: they tell the same twice.
+    """
+    first_of: dict[str, Request] = {}
+    for i, request in enumerate(group):
+        first_of.setdefault(getattr(request, "cluster_id", None) or f"#{i}", request)
+    if len(first_of) >= num:
+        group = list(first_of.values())
+    by_length = sorted(range(len(group)), key=lambda i: (len(group[i].text), i))
+    edges = [i * len(group) // num for i in range(num + 1)]
+    places = sorted(min(by_length[low:high]) for low, high in pairwise(edges))
+    return [group[place] for place in places]
+
+
+def _cut(plan: SpeedPlan, chosen: Sequence[Request], size: int) -> tuple[Call, ...]:
+    calls = []
+    for index, start in enumerate(range(0, len(chosen), size)):
+        batch = tuple(chosen[start : start + size])
+        fixed = plan.workload == "fixed"
+        call = Call(
+            id=f"b{size}-{index}",
+            requests=batch,
+            stop=() if fixed else batch[0].stop,
+            ignore_eos=fixed,
+            max_new_tokens=plan.new_tokens or batch[0].max_new_tokens,
+        )
+        calls.append(call)
+    return tuple(calls)
+
+
+def make_workload(plan: SpeedPlan, calls: Sequence[Call], size: int, num_devices: int) -> Workload:
+    """The workload of a cell; its digest covers the prompts and what ends them, not the cut into batches, and what
+    scores the answers."""
+    asked: list[Any] = [
+        [r.task, r.doc_id, r.prompt_sha256, c.stop, c.max_new_tokens] for c in calls for r in c.requests
+    ]
+    asked.append(scored_tasks(plan, calls))
+    # Part of the name, and so of the cell: times with and without graphs are never pooled, and tables tell them apart.
+    graphs = ", CUDA graphs" if plan.cuda_graphs else ""
+    return Workload(
+        kind=plan.workload,
+        name=f"{plan.workload}: {', '.join(plan.tasks)}{graphs}",
+        digest=sha256_text(canonical_json(asked)),
+        max_new_tokens=max(call.max_new_tokens for call in calls),
+        batch_size=size,
+        prompt_tokens=plan.prompt_tokens,
+        num_devices=num_devices,
+    )
+
+
+def scored_tasks(plan: SpeedPlan, calls: Iterable[Call]) -> dict[str, dict[str, str]]:
+    """Parts of the tasks whose timed answers are scored afterwards, by name."""
+    if plan.workload != "answer":
+        return {}
+    return {request.task: dict(request.task_parts) for call in calls for request in call.requests}
+
+
+def encode_calls(
+    plan: SpeedPlan, calls: Calls, requests: Sequence[Request], model: Any
+) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """A model's token ids of every prompt, by call id. ValueError where the model has no tokenizer or no room."""
+    if model.tokenizer is None:
+        raise ValueError(f"checkpoint {model.checkpoint.name} has no tokenizer files: prompts are text, it needs one")
+    known: dict[tuple[str, int], tuple[int, ...]] = {}
+    encoded = {}
+    for call in chain.from_iterable(calls.values()):
+        for request in call.requests:
+            key = (request.task, request.doc_id)
+            if key not in known:
+                fixed = plan.workload == "fixed"
+                with naming(f"task {request.task!r}, document {request.doc_id}"):
+                    # Answers as in an evaluation of the same prompt: its end, where there is no room for the whole.
+                    ids = (
+                        _fixed_ids(plan, request, requests, model)
+                        if fixed
+                        else fitted_prompt_ids(model, request.text, call.max_new_tokens)[0]
+                    )
+                known[key] = tuple(ids)
+        encoded[call.id] = tuple(known[request.task, request.doc_id] for request in call.requests)
+    return encoded
+
+
+def count_truncated(plan: SpeedPlan, calls: Calls, model: Any) -> dict[str, tuple[int, int]]:
+    """By task, how many prompts a model is timed on and how many of them lose their beginning for want of room."""
+    asked = {(r.task, r.doc_id): (call, r) for of_size in calls.values() for call in of_size for r in call.requests}
+    counted: dict[str, tuple[int, int]] = {}
+    for call, request in asked.values():
+        num_prompts, num_truncated = counted.get(request.task, (0, 0))
+        # A fixed workload says itself how long its prompts are, and is refused where there is no room.
+        cut = plan.workload == "answer" and fitted_prompt_ids(model, request.text, call.max_new_tokens)[1]
+        counted[request.task] = num_prompts + 1, num_truncated + cut
+    return counted
+
+
+def _fixed_ids(plan: SpeedPlan, request: Request, requests: Sequence[Request], model: Any) -> list[int]:
+    """A prompt of ``plan.prompt_tokens`` tokens: this one and those after it, around and around, cut at the end.
+
+    Natural text, because models degenerate on random ids, and a mixture of experts then routes as it never would.
+    """
+    ids = prompt_ids(model, request.text)
+    if plan.prompt_tokens is not None:
+        first = next(i for i, other in enumerate(requests) if other is request)
+        for other in cycle([*requests[first + 1 :], *requests[: first + 1]]):
+            if len(ids) >= plan.prompt_tokens:
+                break
+            ids = [*ids, *(model.tokenizer.encode(f"\n{other.text}") if other.text else ids[:1])]
+        ids = ids[: plan.prompt_tokens]
+    needed = len(ids) + (plan.new_tokens or 0)
+    if model.max_length is not None and needed > model.max_length:
+        raise ValueError(
+            f"{needed} tokens of prompt and output do not fit into {model.max_length} tokens of {model.checkpoint.name}"
+        )
+    return ids

@@ -1,0 +1,41 @@
+"""Suites and tasks: which documents and requests a name stands for, the same for every model."""
+
+from twotower_eval.measure.suites.asked import Asked, Decoding, decoding_asked, in_words, settle
+from twotower_eval.measure.suites.build import BuiltTask, TimedPrompt, build_requests, resolve_tasks, select
+from twotower_eval.measure.suites.documents import (
+    DEFAULT_MAX_NEW_TOKENS,
+    FEWSHOT_SEED,
+    BuiltDoc,
+    instance_sha256,
+    stops_and_budget,
+)
+from twotower_eval.measure.suites.files import Suite, SuiteTask, load_suite, suite_names
+from twotower_eval.measure.suites.lm_tasks import LACKING, MISTAKEN, aggregation, aggregation_name, is_lacking, needing
+
+__all__ = [
+    "DEFAULT_MAX_NEW_TOKENS",
+    "FEWSHOT_SEED",
+    "LACKING",
+    "MISTAKEN",
+    "Asked",
+    "BuiltDoc",
+    "BuiltTask",
+    "Decoding",
+    "Suite",
+    "SuiteTask",
+    "TimedPrompt",
+    "aggregation",
+    "aggregation_name",
+    "build_requests",
+    "decoding_asked",
+    "in_words",
+    "instance_sha256",
+    "is_lacking",
+    "load_suite",
+    "needing",
+    "resolve_tasks",
+    "select",
+    "settle",
+    "stops_and_budget",
+    "suite_names",
+]

@@ -1,0 +1,249 @@
+"""Groups of lm-eval's tasks: what is in them, with which settings, and how their figure comes from their members.
+
+As in lm-eval, a group has a figure only if it lists metrics (``aggregate_metric_list``). It is then the mean over the
+single tasks below it that have the metric under the filter, however deep they lie, weighted by their documents or not.
+A group without such a list is a name for its members, as a tag is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from twotower_eval.measure.suites import lm_tasks
+from twotower_eval.names import did_you_mean
+from twotower_eval.records import MEAN
+
+STRUCTURE = ("group", "group_alias", "task", "task_alias", "tag", "aggregate_metric_list", "metadata")
+MOST_LEVELS = 30
+WITHIN = "::"  # what lm-eval puts between a group and a group that it defines inside itself
+KINDS = {"multiple_choice": "loglikelihood"}  # what is asked of a model, by output type where it differs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One metric of which a group has a figure; without ``filters`` under every one that its members have."""
+
+    metric: str
+    filters: tuple[str, ...] | None
+    by_size: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A task, or a group or tag with ``members``. ``path`` finds it again: ``GROUP::NAME`` where a group sets it up."""
+
+    name: str
+    path: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    members: tuple[Node, ...] | None = None
+    rules: tuple[Rule, ...] = ()
+    yamls: tuple[Path, ...] = ()  # its own and those of groups on the way
+
+
+def node(path: str) -> Node:
+    """The node of that path. ValueError for what lm-eval does not have, or what no task here can be."""
+    root = _indexed(path.partition(WITHIN)[0], {}, None, ())
+    found = next((one for one in _all(root) if one.path == path), None)
+    if found is None:
+        raise ValueError(f"lm-eval has no task {path!r}{did_you_mean(path, [one.path for one in _all(root)])}")
+    return found
+
+
+def leaves(top: Node) -> list[Node]:
+    """The single tasks below a node, each once: lm-eval knows them by their names.
+
+    ValueError for a group without any, and for a task that several groups below it name: lm-eval counts that twice.
+    """
+    found = {one.name: one for one in _all(top) if one.members is None}
+    if not found:
+        raise ValueError(f"group {top.name!r} has no tasks")
+    naming: dict[str, list[str]] = {}
+    for one in _all(top):
+        for name in {member.name for member in one.members or () if member.members is None}:
+            naming.setdefault(name, []).append(one.name)
+    twice = next(((name, by) for name, by in naming.items() if len(by) > 1), None)
+    if twice:
+        by = " and ".join(map(repr, twice[1]))
+        raise ValueError(f"group {top.name!r} has task {twice[0]!r} twice, by {by}: name the tasks you want instead")
+    return list(found.values())
+
+
+def apart(top: Node) -> Iterator[Node]:
+    """What counts by itself: a task, a group with a figure, or each member of any other."""
+    if top.members is None or top.rules:
+        yield top
+        return
+    for member in top.members:
+        yield from apart(member)
+
+
+def executes_code(top: Node) -> bool:
+    """Whether scoring any task below a node runs model output. Resolves no function of the task to find out."""
+    return any(lm_tasks.load_yaml(leaf.yamls[-1], resolve_func=False).get("unsafe_code") for leaf in leaves(top))
+
+
+def yaml_files(top: Node) -> Iterator[Path]:
+    """Every YAML that a node is read from: its own, those of groups on the way to it, and all that they include."""
+    for one in _all(top):
+        for path in one.yamls:
+            yield from _with_includes(path.resolve())
+
+
+def _with_includes(path: Path) -> Iterator[Path]:
+    yield path
+    included = lm_tasks.load_yaml(path, resolve_func=False, recursive=False).get("include", [])
+    for name in included if isinstance(included, list) else [included]:
+        yield from _with_includes((path.parent / name).resolve())
+
+
+def _all(top: Node) -> Iterator[Node]:
+    yield top
+    for member in top.members or ():
+        yield from _all(member)
+
+
+def _indexed(name: str, settings: Mapping[str, Any], parent: str | None, above: tuple[Path, ...]) -> Node:
+    """A task, group or tag that lm-eval knows by name, with the ``settings`` of the groups above."""
+    if len(above) > MOST_LEVELS:
+        raise ValueError(f"group {name!r} contains itself, or groups more than {MOST_LEVELS} deep")
+    index = lm_tasks.index_of(name)
+    if name not in index:
+        inside = f", which group {parent!r} names" if parent else ""
+        raise ValueError(f"lm-eval has no task {name!r}{inside}{did_you_mean(name, index)}")
+    entry = index[name]
+    path = name if parent is None or not settings else f"{parent}{WITHIN}{name}"
+    yamls = above if entry.yaml_path is None else (*above, Path(entry.yaml_path))
+    if entry.kind.name == "TAG":
+        members = tuple(_indexed(one, settings, parent, above) for one in sorted(entry.tags))
+        return Node(name=name, path=path, settings=settings, members=members, yamls=yamls)
+    if entry.kind.name == "GROUP":
+        sets = any(key not in STRUCTURE for key in entry.cfg)
+        # Functions in what a group sets for its members are not resolved in the index.
+        config = lm_tasks.load_yaml(entry.yaml_path) if sets else entry.cfg
+        return _group(name, path, config, settings, yamls)
+    return Node(name=name, path=path, settings=settings, yamls=yamls)
+
+
+def _group(
+    name: str, path: str, config: Mapping[str, Any], settings: Mapping[str, Any], yamls: tuple[Path, ...]
+) -> Node:
+    """A group by its YAML, or by what another group says inside itself."""
+    own = {key: value for key, value in config.items() if key not in STRUCTURE}
+    together = {**own, **settings}
+    members = config.get("task") or []
+    return Node(
+        name=name,
+        path=path,
+        settings=together,
+        members=tuple(
+            _member(path, one, together, yamls) for one in (members if isinstance(members, list) else [members])
+        ),
+        rules=tuple(_rules(name, config.get("aggregate_metric_list") or [])),
+        yamls=yamls,
+    )
+
+
+def _member(group: str, given: str | Mapping[str, Any], settings: Mapping[str, Any], yamls: tuple[Path, ...]) -> Node:
+    if isinstance(given, str):
+        return _indexed(given, settings, group, yamls)
+    own = {key: value for key, value in given.items() if key not in STRUCTURE}
+    known = given.get("group", given.get("task"))
+    if not isinstance(known, str):
+        raise ValueError(f"group {group!r} names a member without a name: {dict(given)!r}")
+    if known in lm_tasks.index_of(known):
+        return _indexed(known, {**settings, **own}, group, yamls)
+    if "group" in given:
+        # lm-eval gives these no settings of their own but those of the group around.
+        inner = f"{group}{WITHIN}{known}"
+        return _group(inner, inner, given, settings, yamls)
+    raise ValueError(
+        f"group {group!r} defines task {known!r} inside itself, without a file of its own, which is not supported: "
+        "name the tasks you want instead"
+    )
+
+
+def _rules(group: str, listed: Any) -> Iterator[Rule]:
+    for one in listed if isinstance(listed, list) else [listed]:
+        if not isinstance(one, Mapping) or not isinstance(one.get("metric"), str):
+            raise ValueError(f"group {group!r}: an entry of its aggregate_metric_list names no metric: {one!r}")
+        aggregation, filters = one.get("aggregation", MEAN), one.get("filter_list")
+        if aggregation != MEAN and isinstance(aggregation, str) and not aggregation.startswith("/"):
+            raise ValueError(f"group {group!r} aggregates by {aggregation!r}: lm-eval knows no way but {MEAN!r}")
+        yield Rule(
+            metric=one["metric"],
+            filters=None if filters is None else (filters,) if isinstance(filters, str) else tuple(filters),
+            by_size=bool(one.get("weight_by_size", True)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What of a single task decides how it can be put together with others."""
+
+    name: str
+    kind: str  # what is asked of a model
+    metrics: Mapping[str, str]  # name -> aggregation
+    filters: tuple[str, ...]
+
+    def has(self, metric: str, filter_: str) -> bool:
+        return metric in self.metrics and filter_ in self.filters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """Which scores a group's figure is a mean of, and whether its documents may be scored as those of one task."""
+
+    metric: str
+    filter: str
+    by_size: bool
+    together: bool
+
+
+def facts(name: str, task: Any) -> Facts:
+    """Of a loaded task."""
+    return Facts(
+        name=name,
+        kind=KINDS.get(task.OUTPUT_TYPE, task.OUTPUT_TYPE),
+        metrics={metric: lm_tasks.aggregation_name(task, metric) for metric in task.higher_is_better()},
+        filters=tuple(filter_.name for filter_ in lm_tasks.filters_of(task)),
+    )
+
+
+def figure(
+    name: str, rules: Sequence[Rule], members: Sequence[Facts], metric: str | None = None, filter_: str | None = None
+) -> Figure:
+    """How ``members`` make one figure; ``metric`` and ``filter_`` are a suite's own choice and must exist.
+
+    ValueError where lm-eval has none, or several over different members.
+    """
+    known = (("metric", metric, list(members[0].metrics)), ("filter", filter_, list(members[0].filters)))
+    for kind, wanted, there in known:
+        if wanted is not None and wanted not in there:
+            raise ValueError(f"task {name!r} has no {kind} {wanted!r}{did_you_mean(wanted, there)}")
+    found = (metric or known[0][2][0], filter_ or known[1][2][0], True)
+    if rules and metric is None:
+        chosen = _listed(name, rules, members)
+        found = (chosen[0], filter_ or chosen[1], chosen[2])
+    plain = all(aggregation == MEAN for one in members for aggregation in one.metrics.values())
+    alike = plain and found[2] and len({one.kind for one in members}) == 1
+    return Figure(metric=found[0], filter=found[1], by_size=found[2], together=alike or len(members) == 1)
+
+
+def _listed(name: str, rules: Sequence[Rule], members: Sequence[Facts]) -> tuple[str, str, bool]:
+    """The first listed metric and filter that all members have; a lone metric may be some members' only."""
+    every = sorted({filter_ for one in members for filter_ in one.filters})
+    listed = [(rule.metric, filter_, rule.by_size) for rule in rules for filter_ in rule.filters or every]
+    there = [one for one in listed if any(member.has(*one[:2]) for member in members)]
+    if not there:
+        metrics = ", ".join(dict.fromkeys(rule.metric for rule in rules))
+        raise ValueError(f"group {name!r} aggregates {metrics}, which none of its tasks has: name its tasks instead")
+    whole = [one for one in there if all(member.has(*one[:2]) for member in members)]
+    if not whole and len({rule.metric for rule in rules}) > 1:
+        raise ValueError(
+            f"group {name!r} has several figures, each over some of its tasks only: name its parts instead, "
+            f"such as --tasks {','.join(member.name for member in members[:3])}"
+        )
+    return (whole or there)[0]

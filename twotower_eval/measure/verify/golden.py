@@ -1,0 +1,168 @@
+"""Parity with a folder of reference outputs: logits, states and tokens that another implementation gave.
+
+The folder holds ``golden.safetensors`` and ``golden.json``, and beside them the checkpoint that they belong to, if it
+is not the one verified. Keys: ``{prompt}.ids``, ``.context_logits``, ``.prefill_last_logits``, ``.den.*`` with
+``block_ids``, ``t`` (absent: no time conditioning) and ``logits``; ``.ext*`` likewise on an extended context;
+``.state.layers.i.{conv,ssm,key,value}``; ``.ar.tokens``, ``.mock_ar.tokens`` and ``.diff.*.tokens``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from twotower_eval.engine.decoders import make_decoder
+from twotower_eval.engine.models import load_model
+from twotower_eval.json_text import parse_json, read_utf8
+from twotower_eval.measure.verify.finding import Finding, judged, not_checked
+from twotower_eval.records import Prompt
+
+TENSORS, DESCRIPTION = "golden.safetensors", "golden.json"
+# Absolute, float32. A reference's own rounding counts too: its denoiser lies up to 1.9e-4 from a pass in float64, and a
+# CPU of another make sums in another order.
+LIMITS = {"golden_context": 1e-4, "golden_denoiser": 3e-4, "golden_states": 1e-4}
+NAMES = (*LIMITS, "golden_tokens")
+PREFILL = "prefill_last_logits"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Reference outputs and the model that has to give them."""
+
+    model: Any
+    tensors: Mapping[str, Tensor]
+    meta: Mapping[str, Any]
+
+    @property
+    def prompts(self) -> list[str]:
+        """Names of the prompts, in the order of the description."""
+        return [name for name in self.meta["prompts"] if f"{name}.ids" in self.tensors]
+
+    def keys(self, start: str, end: str) -> list[str]:
+        """Keys that start and end so, without their ends."""
+        return sorted(k.removesuffix(end) for k in self.tensors if k.startswith(start) and k.endswith(end))
+
+
+def load_golden(folder: Path, model: Any, device: str) -> Golden:
+    """Read a folder; its own checkpoint takes the place of ``model`` if it has one. ValueError for what is missing."""
+    for name in (TENSORS, DESCRIPTION):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}: --golden wants a folder of reference outputs")
+    meta = parse_json(read_utf8(folder / DESCRIPTION), str(folder / DESCRIPTION), infinities=True)
+    if not isinstance(meta, dict) or not isinstance(meta.get("prompts"), dict):
+        raise ValueError(f"{folder / DESCRIPTION}: no prompts are described in it")
+    own = load_model(folder, device=device) if (folder / "config.json").is_file() else model
+    return Golden(own, load_file(folder / TENSORS), meta)
+
+
+def golden_findings(golden: Golden) -> Iterator[Finding]:
+    """Context, denoiser, states and tokens, each over everything that the folder holds."""
+    differences = {"golden_context": _context, "golden_denoiser": _denoiser, "golden_states": _states}
+    for name, compare in differences.items():
+        if name != "golden_context" and not golden.model.has_denoiser:
+            yield not_checked(name, "the model has no denoiser")
+            continue
+        found = list(compare(golden))
+        if not found:
+            yield not_checked(name, "the folder holds nothing of this kind")
+            continue
+        worst, where = max(found)
+        detail = f"{len(found)} tensors, the worst at {where}"
+        yield judged(name, worst <= LIMITS[name], detail, value=worst, limit=LIMITS[name])
+    yield _tokens(golden)
+
+
+Difference = tuple[float, str]
+
+
+def _worst(ours: Tensor, theirs: Tensor, key: str) -> Difference:
+    if ours.shape != theirs.shape:
+        raise ValueError(f"golden tensor {key} has shape {tuple(theirs.shape)}, the model gives {tuple(ours.shape)}")
+    found = float((ours.double().cpu() - theirs.double()).abs().max())
+    return (found if found == found else float("inf"), key)  # NaN would be above no limit
+
+
+def _context(golden: Golden) -> Iterator[Difference]:
+    model = golden.model
+    for name in golden.prompts:
+        ids, whole, last = (golden.tensors.get(f"{name}.{key}") for key in ("ids", "context_logits", PREFILL))
+        if whole is not None:
+            yield _worst(model.context_logits(ids), whole, f"{name}.context_logits")
+        if last is not None:
+            yield _worst(model.next_logits(model.prefill(ids)), last, f"{name}.{PREFILL}")
+
+
+def _denoiser(golden: Golden) -> Iterator[Difference]:
+    get, model = golden.tensors.get, golden.model
+    for name in golden.prompts:
+        context = model.prefill(golden.tensors[f"{name}.ids"])
+        for case in golden.keys(f"{name}.den.", ".block_ids"):
+            logits = model.denoise(golden.tensors[f"{case}.block_ids"], context, get(f"{case}.t"))
+            yield _worst(logits, golden.tensors[f"{case}.logits"], f"{case}.logits")
+        for case in golden.keys(f"{name}.ext", ".den_block_ids"):
+            extended = model.extend(context, golden.tensors[f"{case}.block_ids"])
+            logits = model.denoise(golden.tensors[f"{case}.den_block_ids"], extended, get(f"{case}.den_t"))
+            yield _worst(logits, golden.tensors[f"{case}.den_logits"], f"{case}.den_logits")
+
+
+def _states(golden: Golden) -> Iterator[Difference]:
+    model = golden.model
+    for origin in sorted({key.partition(".state.layers.")[0] for key in golden.tensors if ".state.layers." in key}):
+        context = model.prefill(golden.tensors[origin.split(".")[0] + ".ids"])
+        if "." in origin:
+            context = model.extend(context, golden.tensors[f"{origin}.block_ids"])
+        for key in golden.keys(f"{origin}.state.layers.", ""):
+            layer, what = key.partition(".state.layers.")[2].split(".")
+            yield _worst(_state(context, int(layer), what), golden.tensors[key], key)
+
+
+def _state(context: Any, layer: int, what: str) -> Tensor:
+    found: dict[str, Tensor]
+    if what in ("conv", "ssm"):
+        found = {"conv": context.mamba[layer].conv_BCW, "ssm": context.mamba[layer].ssm_BhPN}
+    else:
+        slots = {"key": context.buffer.keys, "value": context.buffer.values}
+        found = {what: slots[what][layer][:, :, : context.max_length]}
+    return found[what]
+
+
+def _tokens(golden: Golden) -> Finding:
+    """Autoregressive, mock-autoregressive and block-diffusion tokens, exactly; a batch by the reference's mean t."""
+    wrong, num = [], 0
+    for key, kind, params in _token_cases(golden):
+        name, wanted = key.split(".")[0], golden.tensors[key]
+        if kind != "autoregressive" and not golden.model.has_denoiser:
+            continue
+        rows = golden.tensors[f"{name}.ids"].tolist()
+        prompts = [Prompt(id=f"{name}.{i}", token_ids=row) for i, row in enumerate(rows)]
+        found = make_decoder(golden.model, kind, **params).generate(prompts, max_new_tokens=wanted.shape[1])
+        num += 1
+        if [list(generation.token_ids) for generation in found] != wanted.tolist():
+            wrong.append(key)
+    if not num:
+        return not_checked("golden_tokens", "the folder holds no tokens that this model could give")
+    detail = f"{num - len(wrong)} of {num} token sequences are equal" + (f"; not {wrong[0]}" if wrong else "")
+    return judged("golden_tokens", not wrong, detail, value=len(wrong), limit=0)
+
+
+def _token_cases(golden: Golden) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for name in golden.prompts:
+        for mode, kind in (("ar", "autoregressive"), ("mock_ar", "mock_ar")):
+            if f"{name}.{mode}.tokens" in golden.tensors:
+                yield f"{name}.{mode}.tokens", kind, {}
+        for case, told in golden.meta["prompts"][name].get("diffusion", {}).items():
+            key = f"{name}.diff.{case}.tokens"
+            # Cases with an end-of-sequence token keep what we cut; sampled ones hang on the generator's order.
+            if key in golden.tensors and told.get("eos_token_id") is None and not told.get("temperature"):
+                params = {"block_size": told["block_size"], "steps_per_block": told["steps_per_block"]}
+                mean_t = len(golden.tensors[f"{name}.ids"]) > 1
+                yield (
+                    key,
+                    "block_diffusion",
+                    {**params, "threshold": told["confidence_threshold"], "batch_mean_t": mean_t},
+                )

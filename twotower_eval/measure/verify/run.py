@@ -1,0 +1,155 @@
+"""All checks of a checkpoint, journalled as a run of its own, and how they read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twotower_eval import store
+from twotower_eval.engine.models.prompts import naming, prompt_ids
+from twotower_eval.engine.ops import kernels
+from twotower_eval.measure.verify.batches import NUM_TOKENS, batch_logic, batch_numerics
+from twotower_eval.measure.verify.decoding import block_sample, mock_ar_agreement
+from twotower_eval.measure.verify.finding import Finding, not_checked, told
+from twotower_eval.measure.verify.golden import NAMES as GOLDEN_NAMES
+from twotower_eval.measure.verify.golden import Golden, golden_findings, load_golden
+from twotower_eval.measure.verify.numerics import blockwise_context, finite_logits, proved, seeded_scan
+from twotower_eval.plan import VerifyPlan, data_path, model_folder
+from twotower_eval.records import Cell, Check, Prompt, RunManifest, Ways, Workload, canonical_json, cell_id, sha256_text
+from twotower_eval.store.environment import new_manifest, package_versions
+
+KERNELS = ("mamba-ssm", "causal-conv1d", "flash-attn")
+PROMPTS_OF = ("miniature_arithmetic", "miniature_recall", "miniature_sort", "miniature_program")
+PROMPTS_PER_TASK = 2
+RANDOM_LENGTHS = (3, 9, 17, 33)  # around a block's ends, unequal so that batches are padded
+
+
+def verify(plan: VerifyPlan, *, root: Path) -> Path:
+    """Check a checkpoint and return the run's folder, whose ``checks.jsonl`` says what was found.
+
+    A failed check is no error here. Raises ValueError for whatever the user can mend.
+    """
+    from twotower_eval.engine.models import load_model
+    from twotower_eval.engine.models.arms import prove_arms
+
+    with torch.inference_mode():
+        model = load_model(model_folder(plan), dtype=plan.dtype, devices=plan.devices)
+        golden = None if plan.golden is None else load_golden(Path(plan.golden), model, plan.devices[0])
+        prompts = make_prompts(model, plan.seed)
+        longest = max(len(prompt.token_ids) for prompt in prompts) + NUM_TOKENS
+        ways = prove_arms((model,), lambda _: longest)
+        cell = _cell(plan, model, prompts)
+        with store.create(root, _manifest(plan, cell, ways)) as writer:
+            for finding in (*map(proved, ways), *_findings(plan, model, prompts, golden)):
+                writer.append(Check(cell=cell.id, **dataclasses.asdict(finding)))
+            writer.finish()
+    return writer.path
+
+
+def make_prompts(model: Any, seed: int) -> list[Prompt]:
+    """A few prompts of unequal lengths. Text where the model can read it: random ids say little of a trained model."""
+    if model.tokenizer is None:
+        generator = torch.Generator().manual_seed(seed)
+        usable = [token for token in range(model.vocab_size) if token != model.mask_token_id]
+        drawn = [torch.randint(len(usable), (n,), generator=generator).tolist() for n in RANDOM_LENGTHS]
+        rows = [tuple(usable[index] for index in indices) for indices in drawn]
+        return [Prompt(id=f"random/{n}", token_ids=row) for n, row in zip(RANDOM_LENGTHS, rows, strict=True)]
+    prompts = []
+    for task in PROMPTS_OF:
+        lines = data_path("tasks", "miniature", f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
+        for doc_id, line in enumerate(lines[:PROMPTS_PER_TASK]):
+            text = json.loads(line)["prompt"]
+            with naming(f"task {task!r}, document {doc_id}"):
+                ids = tuple(prompt_ids(model, text))
+            prompts.append(Prompt(id=f"{task}/{doc_id}", token_ids=ids, text=text))
+    return prompts
+
+
+def _findings(plan: VerifyPlan, model: Any, prompts: Sequence[Prompt], golden: Golden | None) -> Iterator[Finding]:
+    yield finite_logits(model, prompts)
+    yield seeded_scan(model, plan.seed)
+    yield blockwise_context(model, prompts, plan.dtype)
+    yield _batch_gate(plan, model, prompts)
+    yield batch_numerics(model, prompts, plan.dtype)
+    yield mock_ar_agreement(model, prompts)
+    yield from block_sample(model, prompts)
+    if golden is None:
+        yield from (not_checked(name, "no reference outputs named: --golden DIR") for name in GOLDEN_NAMES)
+    else:
+        yield from golden_findings(golden)
+    yield _kernels(plan)
+
+
+def _batch_gate(plan: VerifyPlan, model: Any, prompts: Sequence[Prompt]) -> Finding:
+    """On the model itself in float32, else on a float32 copy, where there is memory for one."""
+    if plan.dtype == "float32":
+        return batch_logic(model, prompts)
+    from twotower_eval.engine.models import load_model
+
+    try:
+        copy = load_model(model_folder(plan), dtype="float32", devices=plan.devices)
+        return batch_logic(copy, prompts)
+    except torch.OutOfMemoryError:
+        return not_checked("batch_equals_single", "no memory for a float32 copy: verify with --dtype float32 elsewhere")
+
+
+def _kernels(plan: VerifyPlan) -> Finding:
+    versions = package_versions()
+    absent = [name for name in KERNELS if name not in versions]
+    there = [f"{name} {versions[name]}" for name in ("torch", *KERNELS) if name in versions]
+    without = f"; not installed: {', '.join(absent)}" if absent else ""
+    found = kernels.describe(plan.devices, plan.dtype) or {}
+    proofs = "".join(f"; {name} {state}" for name, state in found.items())
+    return told("kernels", f"the project's own operations in {plan.dtype} on {', '.join(there)}{without}{proofs}")
+
+
+def _cell(plan: VerifyPlan, model: Any, prompts: Sequence[Prompt]) -> Cell:
+    from twotower_eval.engine.decoders import decoder_spec
+
+    spec = decoder_spec("block_diffusion" if model.has_denoiser else "autoregressive")
+    asked = canonical_json([list(prompt.token_ids) for prompt in prompts])
+    workload = Workload(kind="checks", name="checks", digest=sha256_text(asked), num_devices=len(plan.devices))
+    return Cell(
+        id=cell_id(model.checkpoint, spec, workload),
+        arm="candidate",
+        checkpoint=model.checkpoint,
+        decoder=spec,
+        workload=workload,
+        extra={},
+    )
+
+
+def _manifest(plan: VerifyPlan, cell: Cell, ways: Sequence[Ways]) -> RunManifest:
+    return new_manifest(
+        "verify",
+        run_id=store.new_run_id("verify"),
+        plan=plan,
+        cells=[cell],
+        devices=plan.devices,
+        seeds={"run": plan.seed},
+        ways=ways,
+    )
+
+
+def table(checks: Sequence[Check]) -> str:
+    """A line for each check: outcome, name, value against its limit, what was looked at."""
+    width = max(len(check.name) for check in checks)
+    lines = []
+    for check in checks:
+        value = "" if check.value is None else f"{check.value:.3g}"
+        limit = "" if check.limit is None else f" (limit {check.limit:g})"
+        lines.append(f"{check.outcome.replace('_', ' '):11}  {check.name:{width}}  {value + limit:24}  {check.detail}")
+    return "\n".join(lines)
+
+
+def summary(checks: Sequence[Check]) -> str:
+    """One sentence on all of them."""
+    failed = [check.name for check in checks if check.outcome == "failed"]
+    num = {outcome: sum(check.outcome == outcome for check in checks) for outcome in ("passed", "not_checked")}
+    rest = f"{num['passed']} passed, {num['not_checked']} not checked"
+    return f"FAILED: {', '.join(failed)}; {rest}" if failed else f"nothing failed: {rest}"

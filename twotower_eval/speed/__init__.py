@@ -1,5 +1,0 @@
-"""Timing: cells of both arms in interleaved rounds, on prompts that are the same for all."""
-
-from twotower_eval.speed.launches import run
-
-__all__ = ["run"]

@@ -1,0 +1,211 @@
+"""What a run was made on: machine, driver, packages, commit. Facts are ``None`` where the system does not tell.
+
+Torch is asked only when something else has imported it already, so that the reading arm stays free of it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from twotower_eval import __version__
+from twotower_eval.records import (
+    SCHEMA_VERSION,
+    Cell,
+    Override,
+    RunManifest,
+    Verb,
+    Ways,
+    canonical_json,
+    sha256_text,
+    to_json,
+)
+from twotower_eval.store.journal import now_text
+
+SCORING_PACKAGES = (  # what lm-eval's tasks and metrics import to make scores of answers
+    "lm-eval",
+    "evaluate",
+    "sacrebleu",
+    "rouge-score",
+    "scikit-learn",
+    "nltk",
+    "math-verify",
+    "sympy",
+    "antlr4-python3-runtime",
+    "langdetect",
+)
+PACKAGES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "pandas",
+    "matplotlib",
+    "mamba-ssm",
+    "causal-conv1d",
+    "flash-attn",
+    "triton",
+    "ray",
+    *SCORING_PACKAGES,
+)
+GIT_TIMEOUT_S = 10.0
+
+
+def new_manifest(
+    verb: Verb,
+    *,
+    run_id: str,
+    plan: Any,
+    cells: Sequence[Cell],
+    devices: Sequence[str],
+    seeds: Mapping[str, int],
+    notes: Sequence[str] = (),
+    tasks: Mapping[str, Mapping[str, str]] | None = None,
+    overrides: Sequence[Override] = (),
+    unheeded: Mapping[str, Mapping[str, Any]] | None = None,
+    joined: Mapping[str, int] | None = None,
+    ways: Sequence[Ways] = (),
+) -> RunManifest:
+    """The manifest of a run that begins now, here, with this command line. ``plan`` is a record."""
+    commit, dirty = git_state()
+    plan_json = to_json(plan)
+    return RunManifest(
+        schema=SCHEMA_VERSION,
+        run_id=run_id,
+        verb=verb,
+        argv=tuple(sys.argv),
+        plan=plan_json,
+        plan_sha256=sha256_text(canonical_json(plan_json)),
+        cells=tuple(cells),
+        started_at=now_text(),
+        project_version=__version__,
+        commit=commit,
+        dirty=dirty,
+        packages=package_versions(),
+        machine=describe_machine(devices) | {"kernels": _active_kernels(devices, plan_json.get("dtype"))},
+        seeds=seeds,
+        notes=tuple(notes),
+        tasks=dict(tasks or {}),
+        overrides=tuple(overrides),
+        unheeded=dict(unheeded or {}),
+        joined=dict(joined or {}),
+        ways=tuple(ways),
+    )
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the installed packages that can change results; a package that is absent has no entry."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def with_scoring_of_now(recorded: Mapping[str, str]) -> dict[str, str]:
+    """Recorded versions, but of the packages that score those installed here: for scores made later than answers.
+
+    Nothing is added to a manifest that records none.
+    """
+    now = {name: version for name, version in package_versions().items() if name in SCORING_PACKAGES}
+    others = {name: version for name, version in recorded.items() if name not in SCORING_PACKAGES}
+    return {**others, **now} if recorded else {}
+
+
+def describe_machine(devices: Sequence[str] = ("cpu",)) -> dict[str, Any]:
+    """The machine as far as it bears on results: no host name, nothing that changes between two calls."""
+    torch = sys.modules.get("torch")
+    return {
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "architecture": platform.machine(),
+        "cpu": _cpu_name(),
+        "num_cores": _num_usable_cores(),
+        "memory_bytes": _memory_bytes(),
+        "num_threads": torch.get_num_threads() if torch else None,
+        "cuda": torch.version.cuda if torch else None,
+        "driver": _nvidia_driver(),
+        "devices": [_describe_device(device) for device in devices],
+    }
+
+
+def _active_kernels(devices: Sequence[str], dtype: str | None) -> dict[str, str] | None:
+    """Which kernels have proved themselves, asked of the ops where something has loaded them."""
+    ops = sys.modules.get("twotower_eval.engine.ops.kernels")
+    told: dict[str, str] | None = ops.describe(devices, dtype) if ops and dtype else None
+    return told
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """Commit of the checkout this package runs from and whether it has changes; ``(None, None)`` in a wheel."""
+    root = Path(__file__).resolve().parents[2]
+    top = _git(root, "rev-parse", "--show-toplevel")
+    # An environment inside somebody else's repository must not lend its commit to this package.
+    if top is None or Path(top).resolve() != root:
+        return None, None
+    commit = _git(root, "rev-parse", "HEAD")
+    status = _git(root, "status", "--porcelain")
+    return commit, None if status is None else bool(status)
+
+
+def _git(folder: Path, *args: str) -> str | None:
+    command = ["git", "-C", str(folder), *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_name() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or None
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
+    return names[0] if names else platform.processor() or None
+
+
+def _num_usable_cores() -> int | None:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _nvidia_driver() -> str | None:
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return text.splitlines()[0].removeprefix("NVRM version:").strip()
+
+
+def _describe_device(device: str) -> dict[str, Any]:
+    torch = sys.modules.get("torch")
+    if not device.startswith("cuda") or torch is None or not torch.cuda.is_available():
+        return {"device": device}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "device": device,
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+    }

@@ -1,0 +1,233 @@
+"""A run on disk: a manifest written once, append-only journals, and a closing file that says the run is complete.
+
+A run folder holds ``manifest.json`` (first, atomic, never edited), one JSONL journal per kind of row, ``events.jsonl``
+and, last, ``done.json`` with row counts and sha256 of every file. A line counts once its newline is written: what
+follows the last newline is a torn write and dropped; any other bad line is an error that names file and line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from twotower_eval.json_text import decode_utf8, parse_json
+from twotower_eval.records import (
+    SCHEMA_VERSION,
+    Aggregate,
+    Cell,
+    Check,
+    CostSample,
+    GenerationRow,
+    LikelihoodRow,
+    RunManifest,
+    Score,
+    SpeedSample,
+    Verb,
+    Witnessed,
+    verb_of,
+)
+from twotower_eval.store.journal import (
+    read_lines,
+    read_objects,
+)
+from twotower_eval.store.publish import MANIFEST, TRAINING_LOG, agrees_with_closing
+from twotower_eval.strict import from_json, line_reader
+
+EVENTS = "events.jsonl"
+
+Row = GenerationRow | LikelihoodRow | Score | Aggregate | SpeedSample | CostSample | Witnessed | Check
+Key = tuple[str | int, ...]
+R = TypeVar("R", bound=Row)
+Placed = tuple[list[int], list[R]]  # where rows lie in their journal, and the rows
+
+
+def _request_key(row: GenerationRow | LikelihoodRow) -> Key:
+    return (row.cell, row.task, row.doc_id, row.request_index, row.repeat)
+
+
+def _score_key(row: Score) -> Key:
+    return (row.cell, row.task, row.doc_id, row.metric, row.filter)
+
+
+def _speed_key(row: SpeedSample) -> Key:
+    return (row.launch_id, row.cell, row.replica, row.phase, row.round, row.call_id)
+
+
+def _cost_key(row: CostSample) -> Key:
+    sizes = (row.batch_size, row.context_tokens, row.block_size or 0, row.routing or "", row.num_steps or 0)
+    return (row.launch_id, row.cell, row.replica, row.phase, row.round, row.part, *sizes)
+
+
+JOURNALS: dict[type[Row], tuple[str, Callable[[Any], Key]]] = {
+    GenerationRow: ("generations.jsonl", _request_key),
+    LikelihoodRow: ("likelihoods.jsonl", _request_key),
+    Score: ("scores.jsonl", _score_key),
+    # A resume may raise the limit.
+    Aggregate: ("aggregates.jsonl", lambda row: (row.cell, row.task, row.metric, row.filter, row.num_documents)),
+    SpeedSample: ("speed.jsonl", _speed_key),
+    CostSample: ("costs.jsonl", _cost_key),
+    Witnessed: ("witness.jsonl", lambda row: (row.launch_id, row.cell, row.round, row.call_id)),
+    Check: ("checks.jsonl", lambda row: (row.cell, row.name)),
+}
+FILES = (MANIFEST, EVENTS, *(name for name, _ in JOURNALS.values()), TRAINING_LOG)  # all but the closing file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run folder holds. ``complete`` means ``done.json`` is there and agrees with every journal."""
+
+    path: Path
+    manifest: RunManifest
+    generations: list[GenerationRow]
+    likelihoods: list[LikelihoodRow]
+    scores: list[Score]
+    speed: list[SpeedSample]
+    costs: list[CostSample]
+    checks: list[Check]
+    events: list[dict[str, Any]]
+    complete: bool
+    aggregates: list[Aggregate] = field(default_factory=list)
+    witnessed: list[Witnessed] = field(default_factory=list)
+
+    @property
+    def cells(self) -> dict[str, Cell]:
+        """The manifest's cells by id."""
+        return {cell.id: cell for cell in self.manifest.cells}
+
+    def generations_of(self, cells: Collection[str]) -> list[GenerationRow]:
+        """Generations of these cells, in the journal's order; so that no figure of a cell has to go through all."""
+        return _merged(self._generations_by_cell, cells)
+
+    def scores_of(self, cells: Collection[str]) -> list[Score]:
+        """Scores of these cells, in the journal's order."""
+        return _merged(self._scores_by_cell, cells)
+
+    def speed_of(self, cells: Collection[str]) -> list[SpeedSample]:
+        """Timed calls of these cells, in the journal's order."""
+        return _merged(self._speed_by_cell, cells)
+
+    @cached_property
+    def _generations_by_cell(self) -> dict[str, Placed[GenerationRow]]:
+        return _by_cell(self.generations)
+
+    @cached_property
+    def _scores_by_cell(self) -> dict[str, Placed[Score]]:
+        return _by_cell(self.scores)
+
+    @cached_property
+    def _speed_by_cell(self) -> dict[str, Placed[SpeedSample]]:
+        return _by_cell(self.speed)
+
+
+def _by_cell(rows: Sequence[R]) -> dict[str, Placed[R]]:
+    found: dict[str, Placed[R]] = {}
+    for place, row in enumerate(rows):
+        places, own = found.setdefault(row.cell, ([], []))
+        places.append(place)
+        own.append(row)
+    return found
+
+
+def _merged(by_cell: Mapping[str, Placed[R]], cells: Collection[str]) -> list[R]:
+    found = [by_cell[cell] for cell in dict.fromkeys(cells) if cell in by_cell]
+    if len(found) == 1:
+        return found[0][1]
+    placed = [pair for places, rows in found for pair in zip(places, rows, strict=True)]
+    return [row for _, row in sorted(placed, key=itemgetter(0))]
+
+
+def load(path: Path) -> Run:
+    """Read a run without changing it; a torn last line is dropped, anything else that is wrong is a ValueError."""
+    manifest = read_manifest(path)
+    cells = {cell.id for cell in manifest.cells}
+    return Run(
+        path=path,
+        manifest=manifest,
+        generations=_read_rows(path, GenerationRow, cells),
+        likelihoods=_read_rows(path, LikelihoodRow, cells),
+        scores=_read_rows(path, Score, cells),
+        speed=_read_rows(path, SpeedSample, cells),
+        costs=_read_rows(path, CostSample, cells),
+        checks=_read_rows(path, Check, cells),
+        events=_read_events(path / EVENTS),
+        complete=agrees_with_closing(path, FILES),
+        aggregates=_read_rows(path, Aggregate, cells),
+        witnessed=_read_rows(path, Witnessed, cells),
+    )
+
+
+def find_runs(root: Path, verb: Verb | None = None) -> list[Path]:
+    """Run folders directly under ``root`` that ``verb`` makes, newest first; folders without a manifest are no runs."""
+    if not root.is_dir():
+        return []
+    manifests = [(read_manifest(path.parent), path.parent) for path in root.glob(f"*/{MANIFEST}")]
+    wanted = [(m.started_at, m.run_id, path) for m, path in manifests if verb in (None, verb_of(m))]
+    return [path for _, _, path in sorted(wanted, reverse=True)]
+
+
+def read_manifest(path: Path) -> RunManifest:
+    """The manifest of a run folder; ValueError where there is none or it cannot be read."""
+    file = path / MANIFEST
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} is no run folder: cannot read {MANIFEST} ({error.strerror or error})") from error
+    data = parse_json(decode_utf8(content, str(file)), str(file))
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA_VERSION:
+        raise ValueError(f"{file}: schema {schema!r}; this version reads schema {SCHEMA_VERSION} only")
+    try:
+        return from_json(RunManifest, data)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _read_events(file: Path) -> list[dict[str, Any]]:
+    """Events of any kind, since every version may note new ones; each says when and what."""
+    events = []
+    for number, event in read_objects(file):
+        for key in ("at", "kind"):
+            if not isinstance(event.get(key), str):
+                raise ValueError(f"{file}, line {number}: an event's {key} must be a text, not {event.get(key)!r}")
+        events.append(event)
+    return events
+
+
+def _read_rows(path: Path, cls: type[R], cells: set[str]) -> list[R]:
+    name, key_of = JOURNALS[cast(type[Row], cls)]
+    with _no_collection():
+        return _keyed_rows(path / name, line_reader(cls), key_of, cells)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No search for circles while rows are made: none of them is part of one, and each search looks at all."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _keyed_rows(file: Path, read: Callable[[bytes, str], R], key_of: Callable[[Any], Key], cells: set[str]) -> list[R]:
+    rows: list[R] = []
+    lines: dict[Key, int] = {}
+    where = str(file)
+    for number, line in read_lines(file):
+        row = read(line, f"{where}, line {number}")
+        key = key_of(row)
+        earlier = lines.setdefault(key, number)
+        if earlier != number:
+            raise ValueError(f"{file}, line {number}: repeats the row of line {earlier}, key {key}")
+        if row.cell not in cells:
+            raise ValueError(f"{file}, line {number}: cell {row.cell!r} is not in the run's manifest")
+        rows.append(row)
+    return rows

@@ -1,5 +1,0 @@
-"""The ``verify`` verb: is this checkpoint, on this machine, with these kernels, what it should be? Before measuring."""
-
-from twotower_eval.verify.run import summary, table, verify
-
-__all__ = ["summary", "table", "verify"]
