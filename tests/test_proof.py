@@ -10,10 +10,11 @@ import transformers
 from hf_models import CONFIGS, GPT2, ODD, SMALL, save_tiny
 from torch import Tensor
 
-from twotower_eval.engine.decoders import make_decoder, make_scorer
+from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.models import load_model, precision, proof
 from twotower_eval.engine.models.probes import difference, named_lengths
 from twotower_eval.engine.models.transformers_model import TransformersModel
+from twotower_eval.engine.scorers import make_scorer
 from twotower_eval.engine.scorers.pieces import ScoreRequest
 from twotower_eval.records import Prompt, Ways
 from twotower_eval.ways import handicaps, ways_text

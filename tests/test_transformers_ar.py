@@ -12,11 +12,12 @@ from hf_models import CONFIGS, GPT2, MAMBA2, SMALL, VOCAB, save_tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from twotower_eval.engine.decoders import make_decoder, make_scorer
+from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.models import load_model
 from twotower_eval.engine.models.counting import WatchedModel
 from twotower_eval.engine.models.proof import prove_up_to
 from twotower_eval.engine.models.transformers_tree import keeps_all_keys
+from twotower_eval.engine.scorers import make_scorer
 from twotower_eval.engine.scorers.pieces import ScoreRequest
 from twotower_eval.records import Prompt
 

@@ -3,7 +3,10 @@
 Names are resolved on first use, so that importing this package costs nothing and loads no torch.
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
+
+from twotower_eval.moved import MovedFinder
 
 __version__ = "0.1.0"
 
@@ -50,3 +53,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if not any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
+    sys.meta_path.append(MovedFinder())

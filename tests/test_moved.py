@@ -1,0 +1,56 @@
+"""Import paths from before the rooms were moved."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from twotower_eval import moved
+
+OLD = {
+    "twotower_eval.decoders": ["make_decoder", "make_scorer"],
+    "twotower_eval.decoders.pieces": ["ScoreRequest"],
+    "twotower_eval.harness.adapter": ["HarnessLM"],
+    "twotower_eval.stats.paired": ["PairedScores"],
+    "twotower_eval.suites": ["lm_tasks"],
+}
+
+
+@pytest.mark.parametrize("old", OLD)
+def test_old_paths_give_the_same_objects_and_say_where_they_are(old: str) -> None:
+    for name in [name for name in sys.modules if name == old or old.startswith(f"{name}.")]:
+        if moved.homes_of(name):
+            del sys.modules[name]
+    parent = old.rpartition(".")[0]
+    if moved.homes_of(parent):
+        with pytest.warns(DeprecationWarning, match=parent):
+            importlib.import_module(parent)
+    with pytest.warns(DeprecationWarning, match=f"{old} has moved to twotower_eval\\.") as said:
+        module = importlib.import_module(old)
+    assert "goes with version 0.2" in str(said[0].message)
+    for name in OLD[old]:
+        found = getattr(module, name)
+        homes = [importlib.import_module(home) for home in moved.homes_of(old)]
+        assert found is next(getattr(home, name) for home in homes if hasattr(home, name))
+
+
+def test_a_room_is_imported_from_the_package_by_its_old_name() -> None:
+    code = "from twotower_eval import stats; from twotower_eval.analyse import stats as now; "
+    code += "print(stats.mcnemar is now.mcnemar)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
+def test_paths_that_never_were_are_not_found() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("twotower_eval.stats.nothing_of_that_name")
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("twotower_eval.nothing_of_that_name")
+    assert moved.homes_of("twotower_eval.records") == ()
+    assert moved.homes_of("somebody.stats") == ()
+
+
+def test_every_home_is_there() -> None:
+    for old, homes in moved.HOMES.items():
+        assert moved.homes_of(f"twotower_eval.{old}") == tuple(f"twotower_eval.{home}" for home in homes)

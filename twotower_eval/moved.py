@@ -1,0 +1,85 @@
+"""Import paths from before the rooms were moved. They still work, with a DeprecationWarning that names the new one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+PACKAGE = "twotower_eval."
+# Old path below the package -> where its names are now, the first that has one; the longest old path counts.
+HOMES: dict[str, tuple[str, ...]] = {
+    "calibration": ("analyse.calibration",),
+    "claims": ("analyse.claims",),
+    "comparability": ("store.comparable",),
+    "datafiles": ("measure.suites.datafiles",),
+    "decoders": ("engine.decoders", "engine.scorers"),
+    "decoders.denoiser_likelihood": ("engine.scorers.denoiser_likelihood",),
+    "decoders.likelihood": ("engine.scorers.likelihood",),
+    "decoders.pieces": ("engine.scorers.pieces",),
+    "decoders.prefixes": ("engine.scorers.prefixes",),
+    "environment": ("store.environment",),
+    "evidence": ("analyse.compare",),
+    "harness": ("measure.harness",),
+    "journal": ("store.journal",),
+    "models": ("engine.models",),
+    "ops": ("engine.ops",),
+    "report": ("analyse.report",),
+    "speed": ("measure.speed",),
+    "stats": ("analyse.stats",),
+    "suites": ("measure.suites",),
+    "verify": ("measure.verify",),
+}
+
+
+def homes_of(name: str) -> tuple[str, ...]:
+    """Full new paths of an old one, those that there are; nothing for a path that was never moved.
+
+    >>> homes_of("twotower_eval.stats.paired")
+    ('twotower_eval.analyse.stats.paired',)
+    """
+    below = name.removeprefix(PACKAGE)
+    if below == name:
+        return ()
+    old = max((old for old in HOMES if f"{below}.".startswith(f"{old}.")), key=len, default=None)
+    homes = () if old is None else tuple(PACKAGE + home + below[len(old) :] for home in HOMES[old])
+    return tuple(home for home in homes if _is_there(home))
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # a parent of it is no package
+        return False
+
+
+class MovedFinder(MetaPathFinder):
+    """Finds old paths, after all other finders have given up."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """A spec whose module looks every name up where it is now."""
+        homes = homes_of(name)
+        return ModuleSpec(name, _Forwarding(homes), is_package=True) if homes else None
+
+
+class _Forwarding(Loader):
+    def __init__(self, homes: tuple[str, ...]) -> None:
+        self._homes = homes
+
+    def exec_module(self, module: ModuleType) -> None:
+        old, homes = module.__name__, self._homes
+        message = f"{old} has moved to {' and '.join(homes)}; the old path goes with version 0.2"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+
+        def look_up(name: str) -> Any:
+            for home in map(importlib.import_module, homes):
+                if hasattr(home, name):
+                    return getattr(home, name)
+            raise AttributeError(f"module {old!r} has no attribute {name!r}")
+
+        module.__dict__["__getattr__"] = look_up
