@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny_pair import write_pair
 from twotower_eval import store
-from twotower_eval.engine import decoders
+from twotower_eval.engine import decoders, scorers
 from twotower_eval.engine.models import load_model
 from twotower_eval.measure import harness, suites
 from twotower_eval.measure.harness import jobs
@@ -78,7 +78,7 @@ def ask(kind: str, *args: Any, doc_id: int = 0, idx: int = 0) -> Instance:
 
 
 def exact(model: Any) -> Any:
-    return decoders.make_scorer(model, "context_tower")
+    return scorers.make_scorer(model, "context_tower")
 
 
 def direct(model: Any, context: Sequence[int], continuation: Sequence[int]) -> float:
