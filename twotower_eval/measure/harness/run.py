@@ -38,7 +38,7 @@ from twotower_eval.store import TRAINING_LOG
 from twotower_eval.store.environment import with_scoring_of_now
 from twotower_eval.ways import slower_lines
 
-WITNESSED_OF, MOST_WITNESSED = 50, 4  # one in so many requests of a cell, and the most of them
+WITNESSED_OF, MOST_WITNESSED = 200, 4  # one in so many requests of a cell, and the most of them
 Announce = Callable[[Sequence[BuiltTask], Collection[str]], str | None]
 
 
