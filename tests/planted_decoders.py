@@ -4,6 +4,7 @@ They stand behind one kind so that one run times them all beside one baseline: t
 """
 
 import dataclasses
+import random
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -23,12 +24,11 @@ class Forwards:
     """A clock that moves by one step at each forward of either tower, and a little at each reading."""
 
     def __init__(self) -> None:
-        self.num_forwards = self.num_readings = 0
+        self.num_forwards, self._hair = 0, random.Random(0)
 
     def __call__(self) -> float:
-        self.num_readings += 1
         # A hair, so that no two calls take exactly the same time; it follows no pattern that a round could share.
-        return FORWARD_S * (self.num_forwards + 1e-3 * (self.num_readings * 0.618 % 1))
+        return FORWARD_S * (self.num_forwards + 1e-3 * self._hair.random())
 
     def watch(self, patch: Any) -> None:
         """Have every forward counted."""
