@@ -37,7 +37,7 @@ def point_with(tmp_path: Path, **facts: Any) -> tuple[store.Run, SpeedPoint]:
     baseline = next(cell.id for cell in run.manifest.cells if cell.arm == "baseline")
     plain: dict[str, Any] = {"engine": "transformers", "cuda_graphs": False, "attention": "sdpa", "num_threads": 1}
     best = BaselineBest(cell=baseline, **{**plain, "step_bytes": 12.6e6, "bytes_per_s": 10e9, **facts})
-    event = {"at": "t", "kind": "baseline_best", **to_json(best)}
+    event = {"at": "t", "kind": "baseline_best", **to_json(best), "files": run.events[-1]["files"]}
     run = dataclasses.replace(run, events=[*run.events, event])
     (point,) = Runs([run]).speed
     return run, point

@@ -83,7 +83,7 @@ def test_the_command_of_what_is_missing_measures_the_claims_point(claim: Claim, 
     """It recommended commands that never looked at the claim's baseline, tasks or settings."""
     plans: list[RunPlan | SpeedPlan] = []
     monkeypatch.setattr("twotower_eval.measure.harness.run", lambda plan, **_: plans.append(plan))
-    monkeypatch.setattr("twotower_eval.cli.speed._time_and_score", lambda plan, *_: plans.append(plan))
+    monkeypatch.setattr("twotower_eval.api.time_and_score", lambda plan, **_: plans.append(plan))
     words = measuring_command(claim)
     assert words is not None
     assert cli.main(words[1:]) == 0

@@ -37,8 +37,8 @@ def git(folder: Path, *args: str) -> None:
 
 def test_commit_and_dirty_are_those_of_this_checkout_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "checkout" / "twotower_eval"
-    package.mkdir(parents=True)
-    monkeypatch.setattr(environment, "__file__", str(package / "environment.py"))
+    (package / "store").mkdir(parents=True)
+    monkeypatch.setattr(environment, "__file__", str(package / "store" / "environment.py"))
     assert environment.git_state() == (None, None)
     git(package.parent, "init", "-q")
     (package / "a.py").write_text("1\n")

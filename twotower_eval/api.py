@@ -1,4 +1,4 @@
-"""What the verbs do that need more than one room, for whoever calls them: the command line, or Python."""
+"""The product as Python functions: what the command line calls, and what a notebook may."""
 
 from __future__ import annotations
 

@@ -59,6 +59,8 @@ def from_json(cls: type[T], data: Any) -> T:
 
 def check_value(name: str, hint: Any, value: Any) -> Any:
     """``value`` as a field ``name`` with the annotation ``hint`` holds it; ValueError where it cannot."""
+    if isinstance(value, float):
+        value = float(value)  # numpy's is one, too
     if not _fits(hint, value):
         raise ValueError(_misfit(hint, value, name))
     if isinstance(value, float) and not math.isfinite(value):

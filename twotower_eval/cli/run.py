@@ -72,7 +72,7 @@ def run(
     resumed = run_path(resume, out) if resume else None
     with resumable("run", out, resumed):
         resolved = resolve_plan(RunPlan, plan, resumed, given)
-        from twotower_eval import api as verbs
+        from twotower_eval import api
 
-        path = verbs.evaluate(resolved, root=out, resume=resumed, progress=choose_progress())
+        path = api.evaluate(resolved, root=out, resume=resumed, progress=choose_progress())
     typer.echo(path)

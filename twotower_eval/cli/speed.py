@@ -123,7 +123,7 @@ def speed(
     resumed = run_path(resume, out) if resume else None
     with resumable("speed", out, resumed):
         resolved = resolve_plan(SpeedPlan, plan, resumed, given)
-        from twotower_eval import api as verbs
+        from twotower_eval import api
 
-        path = verbs.time_and_score(resolved, root=out, resume=resumed, progress=choose_progress())
+        path = api.time_and_score(resolved, root=out, resume=resumed, progress=choose_progress())
     typer.echo(path)
