@@ -10,6 +10,7 @@ from report_fixture import quality_run, speed_run
 from test_consistency import CELLS, PLAN, RUN_ID, Edit, answers, head, honest, scores, speed
 
 from twotower_eval import store
+from twotower_eval.analyse.claims.looks import num_measurings
 from twotower_eval.analyse.compare.consistency import contradictions
 from twotower_eval.analyse.compare.contradiction import contradiction_text
 from twotower_eval.analyse.compare.gaps import remarks, tells_digests
@@ -129,6 +130,7 @@ def test_a_run_gone_on_with_under_a_smaller_plan_says_so(honest: Run) -> None:
     assert "rounds below plan" not in {one.kind for one in contradictions(another)}
     [said] = remarks([another])
     assert "was begun with 5 rounds to measure and ended with 3 whole ones" in said
+    assert [num_measurings(one) for one in (honest, one_command, another)] == [1, 1, 2], "ended early is another look"
 
 
 def test_a_finished_run_tells_of_every_journal_a_last_time(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from twotower_eval.analyse.claims.match import (
     workload_fits,
 )
 from twotower_eval.analyse.compare import QualityPoint, SpeedPoint
+from twotower_eval.analyse.compare.gaps import was_cut_short
 from twotower_eval.analyse.compare.timing import tasks_of
 from twotower_eval.records import Cell, Claim, RunManifest, Score
 from twotower_eval.store import Run
@@ -96,14 +97,17 @@ def looks_at_quality(
 
 
 def num_measurings(run: Run) -> int:
-    """How often a speed run was brought to its end with more rounds than before; one that never was counts once."""
+    """How often a speed run was brought to its end with more rounds than before; one that never was counts once.
+
+    One that was ended earlier than planned counts once more: whoever did so may have seen what there was.
+    """
     num, last, is_new = 0, None, False
     for event in run.events:
         is_new |= event["kind"] == "launched"
         if event["kind"] == "measured" and not event.get("num_missing"):
             num += is_new or event.get("num_rounds") != last
             last, is_new = event.get("num_rounds"), False
-    return max(num, 1)
+    return max(num, 1) + was_cut_short(run)
 
 
 def scored_by(claim: Claim, run: Run, *, timed: bool) -> Scored:

@@ -82,6 +82,11 @@ def _was_gone_on_with(run: Run) -> bool:
     return False
 
 
+def was_cut_short(run: Run) -> bool:
+    """Whether a run was ended by another command with fewer rounds than it was begun with."""
+    return _rounds_short(run) is not None and _was_gone_on_with(run)
+
+
 def _rounds_below_plan(run: Run) -> Iterator[Place]:
     if (short := _rounds_short(run)) and not _was_gone_on_with(run):
         yield Place(file=SPEED, field="min_rounds", stated=short[0], found=short[1])
