@@ -15,13 +15,15 @@ import torch
 
 from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.decoders.finish import generation, make_rules
+from twotower_eval.measure.speed.witness import NUM_DOCUMENTS, NUM_MADE_UP
 from twotower_eval.records import Generation, Prompt, to_json
 from twotower_eval.strict import from_json
 
 KIND = "tests.remembering_decoders:Remembering"
 TRICKS = {1: "honest", 2: "in its class", 3: "in its module", 4: "in a file", 5: "what it saw twice"}
 TRICKS |= {6: "what it saw in the warm-up", 7: "beginnings", 8: "by itself"}
-NUM_WARMED = 6  # the number of prompts that are timed, so that the first so many calls are the warm-up
+NUM_WARMED = 6  # the number of prompts that are timed
+IN_WARMUP = NUM_WARMED + NUM_MADE_UP + NUM_DOCUMENTS  # calls
 CHUNK = 4
 
 MEMORY: dict[tuple[int, ...], Generation] = {}
@@ -77,7 +79,7 @@ class Remembering:
         if self.trick == "in a file":
             with FILE[0].open("a") as stream:
                 stream.write(json.dumps([list(ids), to_json(made)]) + "\n")
-        elif self.trick != "what it saw in the warm-up" or len(self._memory()) < NUM_WARMED:
+        elif self.trick != "what it saw in the warm-up" or len(self._memory()) < IN_WARMUP:
             self._memory()[ids] = made
 
     def _memory(self) -> dict[tuple[int, ...], Generation]:

@@ -88,6 +88,7 @@ Quantity = Literal[
 
 Scalar = str | Whole | float | bool | None
 HALF_PRECISION = ("float16", "bfloat16")
+LIKELIEST = 8  # tokens of a row of logits that it may witness: bans, penalties and near-ties pass over a few
 ROUTINGS: tuple[Routing, ...] = typing.get_args(Routing)
 GRAPH_DEVICES = ("cuda",)  # types of devices that can be given a whole step at once
 CONFIG_FILES = ("config.json", "generation_config.json")  # of a checkpoint's files those that no text is read with
@@ -455,10 +456,11 @@ class WitnessedAnswer:
 class Witnessed:
     """One line of ``witness.jsonl``: a call that was not timed, in which every row of logits was looked at.
 
-    ``kind`` says what its prompts are: those of a ``timed`` call, documents that are not timed, made-up ones, or one
-    that a run has scored. Of the ``num_tokens`` of its answers ``num_witnessed`` were among the likeliest of a row of
-    logits that the model computed in this very call, a row for each. Of these ``num_drafted`` were given to the model
-    before any such row was there. A scored one has no launch (empty), and round 0.
+    ``kind`` says what its prompt is: one that is ``timed``, a document that is not timed, a made-up one, or one that a
+    run has scored. Of the first ``num_tokens`` of its answer ``num_witnessed`` were among the likeliest of a row of
+    logits that the model computed in this very call, a row for each; ``num_drafted`` fewer were, where that row has to
+    be there before its token is given to the model. A scored one has no launch (empty), and round 0; a warm-up's has
+    round 0. Older runs have calls of several prompts as well, with figures of all of them.
     """
 
     cell: str
@@ -856,6 +858,12 @@ def sha256_text(text: str) -> str:
 def derive_seed(*parts: Any) -> int:
     """63 bits that depend on all parts and nothing else, so that no answer depends on its batch or on a resume."""
     return int(sha256_text(canonical_json(list(parts)))[:16], 16) >> 1
+
+
+def draws(cell: Cell) -> bool:
+    """Whether a decoder draws its tokens, so that no two answers need be equal."""
+    temperature = cell.decoder.params.get("temperature")
+    return isinstance(temperature, (int, float)) and temperature > 0
 
 
 def cell_id(checkpoint: Checkpoint, decoder: DecoderSpec, workload: Workload, extra: Params | None = None) -> str:

@@ -25,6 +25,7 @@ from twotower_eval.records import (
     GenerationRow,
     PromptTiming,
     Score,
+    draws,
 )
 from twotower_eval.store import Run
 
@@ -80,12 +81,6 @@ class Agreement:
     def is_exact(self) -> bool:
         """Whether the arithmetic is too fine for rounding to be met in tokens."""
         return self.dtype not in HALF_PRECISION
-
-
-def draws(cell: Cell) -> bool:
-    """Whether a decoder draws its tokens, so that no two answers need be equal."""
-    temperature = cell.decoder.params.get("temperature")
-    return isinstance(temperature, (int, float)) and temperature > 0
 
 
 # From round to round

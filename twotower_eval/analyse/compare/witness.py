@@ -1,10 +1,10 @@
-"""Whether answers come from the logits of their own call, from calls that were decoded once more before a witness.
+"""Whether answers come from the logits of their own call, by calls that were witnessed: each on one prompt, untimed.
 
-Three things are told. An answer that no logits of its call account for was known before. One that differs from what the
-same prompt got when it was timed, or scored, shows that a decoder has two faces. And one that was given to the model as
-a draft has to have been drafted somewhere: a decoder that has drafts for what it is timed on, and none for prompts that
-nobody has seen, drafts from what it knows by heart. Where a draft comes from is not seen, so small models, tables of
-n-grams and the prompt itself are as good as any, as long as they have something to say of new prompts as well.
+Three things are looked at. Tokens of an answer that find no row of logits of their call were known before it. An answer
+that differs from what the same prompt got when it was timed, or scored, shows that a decoder has two faces. And a token
+that was given to the model as a draft was drafted somewhere: a decoder that has drafts for what it is timed on, and
+none for prompts that are made up, drafts from what it knows by heart. Where a draft comes from is not seen. Small
+models, tables of n-grams and the prompt itself are as good as any, as long as they have drafts for made-up prompts.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from statistics import fmean
 
-from twotower_eval.analyse.compare.answers import Differing, draws
+from twotower_eval.analyse import stats
+from twotower_eval.analyse.compare.answers import Differing
 from twotower_eval.analyse.compare.points import QualityPoint, cells_of
 from twotower_eval.analyse.compare.same import prompt_text, run_ids_of
 from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.records import (
     HALF_PRECISION,
+    LIKELIEST,
     Arm,
     Cell,
     CheckOutcome,
@@ -29,34 +31,45 @@ from twotower_eval.records import (
     Witnessed,
     WitnessedKind,
     canonical_json,
+    draws,
     sha256_text,
 )
 from twotower_eval.store import Run
 
-MANY_DRAFTED = 0.3  # of the tokens of timed prompts, from which on it matters where drafts come from
-FAR_LESS = 10.0  # times as many drafted tokens on timed prompts as on made-up ones: no drafter knows so much less
-ENOUGH_TOKENS = 24  # of answers to made-up prompts, to tell that
+LEVEL = 0.99  # of the bounds of shares
+MANY_DRAFTED = 0.3  # of the tokens of known prompts, from which on it matters where drafts come from
+FAR_LESS = 10.0  # times as many drafted tokens on known prompts as on made-up ones: no drafter knows so much less
+ENOUGH_MADE_UP, ENOUGH_TOKENS = 8, 24  # made-up prompts, and tokens of their answers, to tell that
 UNLIKE, ENOUGH_CALLS = 0.5, 4  # of how like the baseline's answers are, on made-up prompts against timed ones
-NONE = "no call was decoded before a witness in these runs"
-AT_RANDOM = "its tokens are drawn at random"
+NONE = "no call of these runs was witnessed"
+AT_RANDOM = "draws its tokens at random"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drafted:
-    """Tokens of witnessed answers to one kind of prompts, and those that were given to the model as a draft."""
+    """Witnessed answers to prompts of one kind: their tokens, and those that were drafted; the prompts, and those of
+    which many tokens were."""
 
     num_tokens: int = 0
     num_drafted: int = 0
+    num_prompts: int = 0
+    num_with_many: int = 0
 
     @property
     def share(self) -> float:
+        """Of the tokens."""
         return self.num_drafted / self.num_tokens if self.num_tokens else 0.0
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Exact ones of the share of prompts with many drafts."""
+        return _least(self.num_with_many, self.num_prompts), _most(self.num_with_many, self.num_prompts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArmWitnessed:
-    """What witnessed calls say of one arm. Of ``num_compared`` answers that are known from elsewhere ``differing`` are
-    others; ``known`` are prompts that are timed or scored, ``new`` made-up ones. ``reason``: why nothing is said."""
+    """What witnessed calls say of one arm. Of ``num_compared`` answers that were timed or scored as well ``differing``
+    are not the same; ``known`` are prompts that are timed, ``new`` made-up ones. ``reason``: why nothing is said."""
 
     arm: Arm
     dtype: str
@@ -79,15 +92,34 @@ class ArmWitnessed:
         return self.reason is None and self.share < limits.witnessed_share
 
     def is_two_faced(self, limits: GateLimits) -> bool:
-        """Whether more answers differ than rounding parts."""
-        allowed = limits.differing_answers_half if self.dtype in HALF_PRECISION else limits.differing_answers
-        return self.num_compared > 0 and len(self.differing) / self.num_compared > allowed
+        """Whether more answers differ than rounding parts; in half precision surely more."""
+        num, of = len(self.differing), self.num_compared
+        if self.dtype in HALF_PRECISION:
+            return _least(num, of) > limits.differing_answers_half
+        return of > 0 and num / of > limits.differing_answers
 
     @property
-    def drafts_what_it_knows(self) -> bool:
-        """Whether it has drafts for what it is timed on, and next to none for prompts that are new."""
-        few = self.new.share < self.known.share / FAR_LESS
-        return self.known.share >= MANY_DRAFTED and self.new.num_tokens >= ENOUGH_TOKENS and few
+    def can_tell_drafts(self) -> bool:
+        """Whether enough made-up prompts were answered."""
+        return self.new.num_prompts >= ENOUGH_MADE_UP and self.new.num_tokens >= ENOUGH_TOKENS
+
+    @property
+    def lacks_drafts(self) -> bool:
+        """Whether it drafts next to nothing for made-up prompts, in these calls."""
+        return self.new.share < self.known.share / FAR_LESS
+
+    @property
+    def surely_lacks_drafts(self) -> bool:
+        """Whether that is no chance of which prompts they are."""
+        return self.lacks_drafts and self.new.bounds[1] < self.known.bounds[0]
+
+
+def _least(num: int, of: int) -> float:
+    return 1 - _most(of - num, of) if of else 0.0
+
+
+def _most(num: int, of: int) -> float:
+    return stats.binomial_upper_bound(num, of, (1 - LEVEL) / 2) if of else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,36 +151,40 @@ def witnessed_arms(runs: Sequence[Run], point: QualityPoint | SpeedPoint) -> tup
 
 def _arm(runs: Sequence[Run], cell: Cell, ids: Collection[str]) -> ArmWitnessed:
     rows = [row for run in runs for row in run.witnessed if row.cell in ids]
+    own = [row for row in rows if len(row.answers) == 1]
     reason = AT_RANDOM if draws(cell) else NONE if not rows else None
-    if reason is None and not any(row.num_tokens for row in rows):
-        reason = "no witnessed answer has a token"
+    if reason is None and not own:
+        reason = "its witnessed calls have several prompts each, whose rows of logits are not told apart"
+    if reason is None and not any(row.num_tokens for row in own):
+        reason = "has no token in any witnessed answer"
     if reason is not None:
         return ArmWitnessed(arm=cell.arm, dtype=cell.checkpoint.dtype, num_calls=len(rows), reason=reason)
-    known = _timed(runs, ids)
-    compared = [(row, answer) for row in rows for answer in row.answers if _key(row, answer.prompt_id) in known]
-    differing = {
-        answer.prompt_id: Differing(prompt_id=answer.prompt_id, position=None)
-        for row, answer in compared
-        if _hash(answer.token_ids) not in known[_key(row, answer.prompt_id)]
-    }
+    elsewhere = _not_witnessed(runs, ids)
+    compared: dict[tuple[str, str], bool] = {}  # whether the answers are the same
+    for row in rows:
+        for answer in row.answers:
+            key = (_launch_of(row), answer.prompt_id)
+            if key in elsewhere:
+                compared[key] = compared.get(key, True) and _hash(answer.token_ids) in elsewhere[key]
     return ArmWitnessed(
         arm=cell.arm,
         dtype=cell.checkpoint.dtype,
-        num_calls=len(rows),
-        num_tokens=sum(row.num_tokens for row in rows),
-        num_witnessed=sum(row.num_witnessed for row in rows),
-        num_compared=len({_key(row, answer.prompt_id) for row, answer in compared}),
-        differing=tuple(differing.values()),
-        known=_drafted(row for row in rows if row.kind in ("timed", "scored")),
-        new=_drafted(row for row in rows if row.kind == "made up"),
+        num_calls=len(own),
+        num_tokens=sum(row.num_tokens for row in own),
+        num_witnessed=sum(row.num_witnessed for row in own),
+        num_compared=len(compared),
+        differing=tuple(Differing(prompt_id=key[1], position=None) for key, is_same in compared.items() if not is_same),
+        known=_drafted(row for row in own if row.kind == "timed"),
+        new=_drafted(row for row in own if row.kind == "made up"),
     )
 
 
-def _timed(runs: Sequence[Run], ids: Collection[str]) -> Hashes:
-    """What was answered without a witness. Every launch makes up new prompts of its own."""
+def _not_witnessed(runs: Sequence[Run], ids: Collection[str]) -> Hashes:
+    """What was timed, without the warm-up whose calls may be witnessed, or scored. Every launch makes up new prompts of
+    its own."""
     found: dict[tuple[str, str], set[str]] = defaultdict(set)
     for sample in (sample for run in runs for sample in run.speed if sample.cell in ids):
-        for prompt in sample.prompts:
+        for prompt in sample.prompts if sample.phase != "warmup" else ():
             of = sample.launch_id if sample.phase == "probe" else ""
             found[of, prompt.prompt_id].add(prompt.tokens_sha256)
     for row in (row for run in runs for row in run.generations if row.cell in ids and run.manifest.verb == "run"):
@@ -156,8 +192,8 @@ def _timed(runs: Sequence[Run], ids: Collection[str]) -> Hashes:
     return found
 
 
-def _key(row: Witnessed, prompt_id: str) -> tuple[str, str]:
-    return ("" if row.kind in ("timed", "scored") else row.launch_id, prompt_id)
+def _launch_of(row: Witnessed) -> str:
+    return "" if row.kind in ("timed", "scored") else row.launch_id
 
 
 def _hash(token_ids: Sequence[int]) -> str:
@@ -165,8 +201,14 @@ def _hash(token_ids: Sequence[int]) -> str:
 
 
 def _drafted(rows: Iterable[Witnessed]) -> Drafted:
-    rows = list(rows)
-    return Drafted(num_tokens=sum(row.num_tokens for row in rows), num_drafted=sum(row.num_drafted for row in rows))
+    """Each prompt once: what several launches say of one is the same."""
+    once = {(_launch_of(row), row.answers[0].prompt_id): row for row in rows}.values()
+    return Drafted(
+        num_tokens=sum(row.num_tokens for row in once),
+        num_drafted=sum(row.num_drafted for row in once),
+        num_prompts=len(once),
+        num_with_many=sum(row.num_drafted > MANY_DRAFTED * row.num_tokens for row in once),
+    )
 
 
 def likeness(runs: Sequence[Run], point: SpeedPoint) -> Likeness | None:
@@ -191,38 +233,42 @@ def likeness(runs: Sequence[Run], point: SpeedPoint) -> Likeness | None:
 # Gates
 
 
-def witness_gates(runs: Sequence[Run], point: QualityPoint | SpeedPoint, limits: GateLimits) -> list[Gate]:
-    """Answers come from logits of their own call, and drafts from something that has drafts for any prompt.
-
-    The second is left out where hardly anything is drafted.
-    """
-    arms, run_ids = witnessed_arms(runs, point), run_ids_of(point)
-    wrong = [_short_text(one, limits) for one in arms if one.is_short(limits)]
-    wrong += [_two_faced_text(one) for one in arms if one.is_two_faced(limits)]
-    reasons = dict.fromkeys(f"{one.arm}: {one.reason}" if one.reason != NONE else NONE for one in arms if one.reason)
-    outcome: CheckOutcome = "failed" if wrong else "not_checked" if reasons else "passed"
-    detail = "; ".join(wrong or reasons) or "; ".join(map(_share_text, arms))
-    found = [Gate(kind="witnessed_answers", outcome=outcome, detail=detail, evidence=run_ids)]
-    return [*found, *_drafts_gates(arms, run_ids)]
+def witness_gates(runs: Sequence[Run], point: SpeedPoint, limits: GateLimits) -> list[Gate]:
+    """Those of a timed point: its answers come from logits of their own call, and its drafts from something that has
+    drafts for any prompt. The second is left out where hardly anything is drafted."""
+    arms = witnessed_arms(runs, point)
+    return [_answers_gate(arms, point, limits), *_drafts_gates(arms, run_ids_of(point))]
 
 
 def scored_witness_gates(runs: Sequence[Run], point: QualityPoint, limits: GateLimits) -> list[Gate]:
-    """Those of a quality; none where nothing of it was generated."""
+    """Those of a quality; none where nothing of it was generated. No made-up prompt is answered in a run, so that of
+    drafts nothing is said."""
     [run] = [run for run in runs if run.manifest.run_id == point.run_id]
     ids = {cell for of_arm in cells_of(run, point) for cell in of_arm}
-    return witness_gates(runs, point, limits) if any(row.cell in ids for row in run.generations) else []
+    if not any(row.cell in ids for row in run.generations):
+        return []
+    return [_answers_gate(witnessed_arms(runs, point), point, limits)]
+
+
+def _answers_gate(arms: Sequence[ArmWitnessed], point: QualityPoint | SpeedPoint, limits: GateLimits) -> Gate:
+    wrong = [_short_text(one, limits) for one in arms if one.is_short(limits)]
+    wrong += [_two_faced_text(one) for one in arms if one.is_two_faced(limits)]
+    reasons = dict.fromkeys(NONE if one.reason == NONE else f"{one.arm}: {one.reason}" for one in arms if one.reason)
+    outcome: CheckOutcome = "failed" if wrong else "not_checked" if reasons else "passed"
+    detail = "; ".join(wrong or reasons) or "; ".join(map(_share_text, arms))
+    return Gate(kind="witnessed_answers", outcome=outcome, detail=detail, evidence=run_ids_of(point))
 
 
 def _drafts_gates(arms: Sequence[ArmWitnessed], run_ids: tuple[str, ...]) -> list[Gate]:
     many = [one for one in arms if one.known.share >= MANY_DRAFTED]
     if not many:
         return []
-    wrong = [one for one in many if one.drafts_what_it_knows]
-    unknown = [one for one in many if one.new.num_tokens < ENOUGH_TOKENS]
+    wrong = [one for one in many if one.can_tell_drafts and one.surely_lacks_drafts]
+    unknown = [one for one in many if not one.can_tell_drafts or one.lacks_drafts]
     outcome: CheckOutcome = "failed" if wrong else "not_checked" if unknown else "passed"
-    detail = "; ".join(map(_drafts_text, wrong or many))
+    detail = "; ".join(map(_drafts_text, wrong or unknown or many))
     if outcome == "not_checked":
-        detail += f": fewer than {ENOUGH_TOKENS} tokens of answers to made-up prompts, too few to compare"
+        detail += ": too few prompts to tell, time more of them (--num-prompts) or more launches (--launches)"
     return [Gate(kind="drafts", outcome=outcome, detail=detail, evidence=run_ids)]
 
 
@@ -231,20 +277,21 @@ def _drafts_gates(arms: Sequence[ArmWitnessed], run_ids: tuple[str, ...]) -> lis
 
 def _share_text(one: ArmWitnessed) -> str:
     return (
-        f"{one.arm}: {_percent(one.share)} of the {one.num_tokens:,} tokens of {one.num_calls:,} witnessed calls come "
-        "from logits that the model computed in the same call"
+        f"{one.arm}: {_percent(one.share)} of the {one.num_tokens:,} tokens of {one.num_calls:,} witnessed answers "
+        f"found a row of logits that holds them among its {LIKELIEST} likeliest"
     )
 
 
 def _short_text(one: ArmWitnessed, limits: GateLimits) -> str:
-    return f"{_share_text(one)}, fewer than {_percent(limits.witnessed_share)}: the others were not made by the model"
+    least = _percent(limits.witnessed_share)
+    return f"{_share_text(one)}, fewer than {least}: no logits of their calls account for the others"
 
 
 def _two_faced_text(one: ArmWitnessed) -> str:
     shown = "; ".join(dict.fromkeys(prompt_text(_document(one.prompt_id)) for one in one.differing[:3]))
     return (
-        f"{one.arm}: {len(one.differing)} of {one.num_compared:,} answers are others before a witness than without: "
-        f"{shown}"
+        f"{one.arm}: {len(one.differing)} of {one.num_compared:,} answers of witnessed calls differ from those of the "
+        f"other calls: {shown}"
     )
 
 
@@ -255,9 +302,10 @@ def _document(prompt_id: str) -> str:
 
 
 def _drafts_text(one: ArmWitnessed) -> str:
+    known, new = one.known, one.new
     return (
-        f"{one.arm}: {_percent(one.known.share)} of its tokens on known prompts were given to the model before it had "
-        f"computed them, of made-up prompts {_percent(one.new.share)}"
+        f"{one.arm}: the model was given {_percent(known.share)} of the tokens on {known.num_prompts:,} timed prompts "
+        f"before it had computed them, and {_percent(new.share)} on {new.num_prompts:,} made-up prompts"
     )
 
 

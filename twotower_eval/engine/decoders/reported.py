@@ -9,10 +9,14 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from twotower_eval.engine.models.counting import WatchedModel
+from twotower_eval.plugin_calls import calls_of, module_of
 from twotower_eval.records import GENERATION_COUNTS, CommitStep, FinishReason, Generation, Prompt
 
 OTHERS: dict[str, tuple[type, ...]] = {
@@ -30,6 +34,20 @@ UNREADABLE = "\ufffd"  # what a tokenizer writes for half a character
 
 class ReportError(ValueError):
     """A decoder's answers are no finished plain values, or say what the harness knows to be otherwise."""
+
+
+LET = (ReportError, torch.OutOfMemoryError)  # that have words of their own, whoever's code raises them
+
+
+@contextmanager
+def generating(decoder: Any, name: str, option: str, ours: Sequence[BaseException] = ()) -> Iterator[None]:
+    """Around a decoder's ``generate``: PluginError as in ``calls_of``, and ValueError where memory runs out, which
+    names the command's ``option`` for smaller batches. ``name`` is for people."""
+    try:
+        with calls_of(module_of(decoder), decoder_name(decoder), "generate", let=LET, ours=ours):
+            yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{name}: out of memory: take a smaller {option} or shorter prompts") from error
 
 
 @dataclass(frozen=True, kw_only=True)

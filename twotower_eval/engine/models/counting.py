@@ -8,7 +8,7 @@ counts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from threading import get_ident
@@ -200,10 +200,10 @@ class WatchedModel:
             steps.tokens.clear()
 
     @contextmanager
-    def witnessed(self, prompts: Iterable[Sequence[int]]) -> Iterator[Witness]:
-        """Have a witness of the calls that follow, made for these prompts; it looks at every row of logits, which takes
+    def witnessed(self, prompt: Sequence[int]) -> Iterator[Witness]:
+        """Have a witness of the call that follows, made for this prompt; it looks at every row of logits, which takes
         time."""
-        witness = Witness(prompts, getattr(self, "mask_token_id", None))
+        witness = Witness(prompt, getattr(self, "mask_token_id", None))
         self._witnesses.append(witness)
         try:
             yield witness
@@ -213,14 +213,14 @@ class WatchedModel:
     def prefill(self, ids_BS: Tensor, *more: Any, **options: Any) -> Any:
         """The model's own, noted."""
         made = self._run(self.prefills, ids_BS.shape, self._model.prefill, ids_BS, *more, **options)
-        for witness in self._heard():
+        for witness in self._listening():
             witness.prefilled(ids_BS, _lengths(more, options))
         return made
 
     def context_logits(self, ids_BS: Tensor, *more: Any, **options: Any) -> Any:
         """The model's own, noted."""
         logits = self._run(self.prefills, ids_BS.shape, self._model.context_logits, ids_BS, *more, **options)
-        for witness in self._heard():
+        for witness in self._listening():
             witness.read(ids_BS, _lengths(more, options), logits)
         return logits
 
@@ -228,14 +228,14 @@ class WatchedModel:
         """The model's own, noted as one row of all its tokens."""
         size = (1, sum(len(segment.tokens) for segment in segments))
         logits = self._run(self.prefills, size, self._model.tree_logits, context, segments)
-        for witness in self._heard():
+        for witness in self._listening():
             witness.read_tree(segments, logits)
         return logits
 
     def extend(self, context: Any, ids_BK: Tensor, *more: Any, **options: Any) -> Any:
         """The model's own, noted."""
         made = self._run(self.extensions, ids_BK.shape, self._model.extend, context, ids_BK, *more, **options)
-        for witness in self._heard():
+        for witness in self._listening():
             witness.extended(ids_BK, _lengths(more, options))
         return made
 
@@ -243,7 +243,7 @@ class WatchedModel:
         """The model's own, noted."""
         call = self._model.extend_logits
         made = self._run(self.extensions, ids_BK.shape, call, context, ids_BK, *more, **options)
-        for witness in self._heard():
+        for witness in self._listening():
             wanted = options["wanted"] if "wanted" in options else more[1]
             witness.extended(ids_BK, _lengths(more, options), wanted, made[1])
         return made
@@ -251,18 +251,18 @@ class WatchedModel:
     def denoise(self, block_BK: Tensor, *more: Any, **options: Any) -> Any:
         """The model's own, noted."""
         logits = self._run(self.denoisings, block_BK.shape, self._model.denoise, block_BK, *more, **options)
-        for witness in self._heard():
+        for witness in self._listening():
             witness.denoised(block_BK, logits)
         return logits
 
     def next_logits(self, context: Any) -> Any:
         """The model's own: no forward, so nothing but a witness hears of it."""
         logits = self._model.next_logits(context)
-        for witness in self._heard():
-            witness.told(logits)
+        for witness in self._listening():
+            witness.asked(logits)
         return logits
 
-    def _heard(self) -> Sequence[Witness]:
+    def _listening(self) -> Sequence[Witness]:
         """The witness, unless this is inside a forward that it hears of anyway."""
         return () if not self._witnesses or get_ident() in self.running else self._witnesses
 

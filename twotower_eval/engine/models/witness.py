@@ -1,19 +1,21 @@
 """Whether the tokens of an answer come from logits that the model computed while it was asked for them.
 
-A witness notes, for one call of a decoder, every row of logits that the model hands over, with its few likeliest
-tokens, and every token that the decoder hands to the model. Afterwards each token of the answers has to find a row of
-its own. What was known before the call finds none, or only rows that came after the decoder had given it to the model:
-such a token was drafted somewhere else, and then verified.
+A witness notes, for one call of a decoder on one prompt, every row of logits that the model hands over, with its few
+likeliest tokens, and every token that the decoder hands to the model. Afterwards each token of the answer has to find a
+row of its own that holds it. What was known before the call finds none, or only rows that came after the decoder had
+given it to the model: such a token was drafted somewhere else, and then verified.
 
 What a row may witness depends on what the model was given behind it. Nothing: any of its likeliest tokens. A token of
 the prompt: none. Another token: that one, if it is among the likeliest, or the likeliest, which corrects it. Behind the
 first token that is not among them nothing more is verified.
+
+Where in the answer a row stands is not looked at: a decoder may read and keep its contexts as it likes.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -21,16 +23,17 @@ from typing import Any
 from torch import Tensor
 
 from twotower_eval.engine.models.token_tree import Segment
+from twotower_eval.records import LIKELIEST
 
-TOP = 8  # likeliest tokens of a row that it may witness: bans, penalties and near-ties pass over a few
+MOST_TOKENS = 512  # of an answer, from its beginning, that are matched with rows: quick, and enough to tell
 Behind = tuple[Collection[int], bool]  # the tokens that the model was given behind a row, and whether of the prompt
 NOTHING: Behind = ((), False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tally:
-    """Of all answers of a call: tokens, those that found a row of logits, and of these the drafted ones, which were
-    given to the model before any row of theirs was there."""
+    """Of the first tokens of an answer: those that found a row of logits, and how many fewer do where a row has to be
+    there before its token is given to the model (the drafted ones)."""
 
     num_rows: int
     num_tokens: int
@@ -47,16 +50,15 @@ class _Row:
 
 
 class Witness:
-    """What goes into a model and comes out of it, in one call on prompts of these token ids."""
+    """What goes into a model and comes out of it, in one call on a prompt of these token ids."""
 
-    def __init__(self, prompts: Iterable[Sequence[int]], mask_token_id: int | None) -> None:
-        self._prompts = [(tuple(prompt), Counter(prompt)) for prompt in prompts]
-        counters = (counter for _, counter in self._prompts)
-        self._unread: Counter[int] = sum(counters, Counter())  # tokens of prompts that no context holds yet
+    def __init__(self, prompt: Sequence[int], mask_token_id: int | None) -> None:
+        self._prompt = Counter(prompt)
+        self._unread = Counter(prompt)  # tokens of the prompt that no context holds yet
         self._mask = mask_token_id
         self._now = 0
         self._rows: list[_Row] = []
-        self._known: Counter[tuple[float, ...]] = Counter()  # rows that the contexts have given as they are
+        self._asked: set[tuple[float, ...]] = set()  # rows that the contexts have given as they are
         self._extended: Counter[int] = Counter()  # tokens that contexts were extended by
         self._deadlines: dict[int, list[int]] = defaultdict(list)  # by token, when its first, second ... was given
 
@@ -65,9 +67,9 @@ class Witness:
         self._step()
         given: Counter[int] = Counter()
         for row in _host_rows(ids_BS, lengths):
-            of_prompt = _charged(row, self._likest(row))
+            of_prompt = _charged(row, Counter(self._prompt))
             given.update(token for token, is_of in zip(row, of_prompt, strict=True) if not is_of)
-            self._unread -= Counter(token for token, is_of in zip(row, of_prompt, strict=True) if is_of)
+            self._charge([row], [of_prompt])
         self._give(given)
 
     def read(self, ids_BS: Any, lengths: Any, logits_BnV: Tensor) -> None:
@@ -77,7 +79,7 @@ class Witness:
         tops_BnT, num = _tops(logits_BnV), logits_BnV.shape[1]
         given: Counter[int] = Counter()
         for row, tops_nT in zip(rows, tops_BnT, strict=True):
-            of_prompt = _charged(row, self._likest(row))
+            of_prompt = _charged(row, Counter(self._prompt))
             given.update(token for token, is_of in zip(row, of_prompt, strict=True) if not is_of)
             first = 0 if num == width else len(row) - num
             places = [(at, tops) for at, tops in enumerate(tops_nT, start=first) if 0 <= at < len(row)]
@@ -90,7 +92,8 @@ class Witness:
         """Contexts were extended; logits behind the wanted (row, column)."""
         self._step()
         rows = _host_rows(ids_BK, lengths)
-        of_prompts = [_charged(row, self._unread) for row in rows]
+        of_prompts = [_charged(row, Counter(self._unread)) for row in rows]
+        self._charge(rows, of_prompts)
         tops = [] if logits_MV is None else _tops(logits_MV)
         for number, (row, of_prompt) in enumerate(zip(rows, of_prompts, strict=True)):
             self._extended.update(token for token, is_of in zip(row, of_prompt, strict=True) if not is_of)
@@ -122,36 +125,32 @@ class Witness:
             self._rows.append(_Row(self._now, tops))
         self._give(given - self._unread)  # some denoisers are given the prompt's last token
 
-    def told(self, logits_BV: Tensor) -> None:
-        """Logits of contexts as they are: those of one context are one row, however often they are asked for."""
-        values = [tuple(row) for row in logits_BV.float().topk(min(TOP, logits_BV.shape[-1])).values.tolist()]
-        anew = Counter(values) - self._known
-        self._known |= Counter(values)
+    def asked(self, logits_BV: Tensor) -> None:
+        """Logits of contexts as they are: equal ones are one row, however often they are asked for."""
+        values = [tuple(row) for row in logits_BV.float().topk(min(LIKELIEST, logits_BV.shape[-1])).values.tolist()]
         for value, tops in zip(values, _tops(logits_BV), strict=True):
-            if anew[value] > 0:
-                anew[value] -= 1
+            if value not in self._asked:
+                self._asked.add(value)
                 self._rows.append(_Row(self._now, tops))
 
-    def tally(self, answers: Iterable[Sequence[int]]) -> Tally:
-        """The tokens of the answers matched with rows, each of which is taken once."""
-        tokens = Counter(token for answer in answers for token in answer)
-        all_of = list(tokens.elements())
-        given: list[tuple[int, float]] = []
-        for token, num in tokens.items():
+    def tally(self, answer: Sequence[int]) -> Tally:
+        """The first tokens of the answer matched with rows, each of which is taken once."""
+        known = Counter(answer[:MOST_TOKENS])
+        needs: list[tuple[int, float]] = []
+        for token, num in known.items():
             moments = [float(when) for when in self._deadlines.get(token, ())[:num]]
-            given += [(token, when) for when in [*moments, *[inf] * (num - len(moments))]]
-        num_witnessed = _num_matched([(token, inf) for token in all_of], self._rows)
-        num_before = _num_matched(given, self._rows)
+            needs += [(token, when) for when in [*moments, *[inf] * (num - len(moments))]]
+        num_witnessed = _num_matched([(token, inf) for token in known.elements()], self._rows)
         return Tally(
             num_rows=len(self._rows),
-            num_tokens=len(all_of),
+            num_tokens=len(needs),
             num_witnessed=num_witnessed,
-            num_drafted=num_witnessed - num_before,
+            num_drafted=num_witnessed - _num_matched(needs, self._rows),
         )
 
     def _step(self) -> None:
         self._now += 1
-        self._known.clear()
+        self._asked.clear()
 
     def _give(self, given: Counter[int]) -> None:
         """Note that so many of each token were with the model by now."""
@@ -160,14 +159,12 @@ class Witness:
                 times = self._deadlines[token]
                 times += [self._now] * (num - len(times))
 
-    def _likest(self, row: Sequence[int]) -> Counter[int]:
-        """The tokens of the prompt that a row begins with, or else has most in common with."""
-        own = Counter(row)
-
-        def alike(prompt: tuple[tuple[int, ...], Counter[int]]) -> tuple[int, int]:
-            return _common_length(prompt[0], row), (prompt[1] & own).total()
-
-        return Counter(max(self._prompts, key=alike)[1]) if self._prompts else Counter()
+    def _charge(self, rows: Sequence[Sequence[int]], of_prompts: Sequence[Sequence[bool]]) -> None:
+        """Contexts hold these tokens of the prompt by now; several may be reading the same."""
+        read: Counter[int] = Counter()
+        for row, of_prompt in zip(rows, of_prompts, strict=True):
+            read |= Counter(token for token, is_of in zip(row, of_prompt, strict=True) if is_of)
+        self._unread -= read
 
     def _behind(self, row: Sequence[int], of_prompt: Sequence[bool], at: int, last: Behind = NOTHING) -> Behind:
         """What the model was given behind a position; a mask is nothing."""
@@ -198,14 +195,9 @@ def _host_rows(ids_BS: Any, lengths: Any) -> list[list[int]]:
     return [row[: int(length)] for row, length in zip(rows, lengths, strict=True)]
 
 
-def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    unlike = (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(unlike, min(len(one), len(other)))
-
-
 def _tops(logits: Tensor) -> Any:
     """The likeliest tokens of every row, the likeliest first; a tuple for each, in lists as the rows are."""
-    return _as_tuples(logits.topk(min(TOP, logits.shape[-1])).indices.tolist(), logits.dim() - 1)
+    return _as_tuples(logits.topk(min(LIKELIEST, logits.shape[-1])).indices.tolist(), logits.dim() - 1)
 
 
 def _as_tuples(values: Any, depth: int) -> Any:
@@ -213,7 +205,7 @@ def _as_tuples(values: Any, depth: int) -> Any:
 
 
 def _charged(row: Sequence[int], prompt: Counter[int]) -> list[bool]:
-    """Which tokens of a row are the prompt's, whose counter is used up by them."""
+    """Which tokens of a row are the prompt's: the first ones, as many of each as it has; these are taken from it."""
     found = []
     for token in row:
         is_of = prompt[token] > 0
@@ -230,12 +222,9 @@ def _num_matched(needs: Sequence[tuple[int, float]], rows: Sequence[_Row]) -> in
             holding[token].append(number)
     taken: dict[int, int] = {}  # row -> need
     own: dict[int, int] = {}  # need -> row
-    hopeless: dict[int, float] = {}  # a token that found nothing before some moment will find nothing later on
-    for need, (token, before) in enumerate(needs):
-        if before <= hopeless.get(token, -inf):
-            continue
-        if not _augment(need, needs, rows, holding, taken, own):
-            hopeless[token] = before
+    closed: set[int] = set()  # rows from which no free one was reached: none ever will be
+    for need in range(len(needs)):
+        closed.update(_augment(need, needs, rows, holding, taken, own, closed))
     return len(own)
 
 
@@ -246,21 +235,23 @@ def _augment(
     holding: dict[int, list[int]],
     taken: dict[int, int],
     own: dict[int, int],
-) -> bool:
+    closed: Collection[int],
+) -> Collection[int]:
+    """Find the need a row, others giving way; where there is none, the rows that were looked at in vain."""
     came: dict[int, int] = {}  # row -> the need from which it was reached
     waiting = [need]
     while waiting:
         one = waiting.pop()
         token, before = needs[one]
         for row in holding.get(token, ()):
-            if row in came or rows[row].when >= before:
+            if row in came or row in closed or rows[row].when >= before:
                 continue
             came[row] = one
             if row not in taken:
                 _take(row, came, taken, own)
-                return True
+                return ()
             waiting.append(taken[row])
-    return False
+    return came.keys()
 
 
 def _take(row: int, came: dict[int, int], taken: dict[int, int], own: dict[int, int]) -> None:

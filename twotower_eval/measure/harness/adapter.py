@@ -17,16 +17,19 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from twotower_eval.engine.decoders import Decoder
 from twotower_eval.engine.decoders.reported import (
+    Asked,
     ReportError,
     asked_of,
     check_answer,
+    check_answers,
     check_forwards,
     check_no_strays,
     decoder_name,
     finished,
+    generating,
 )
 from twotower_eval.engine.models import prompts
-from twotower_eval.engine.models.counting import noted_in_place
+from twotower_eval.engine.models.counting import WatchedModel, noted_in_place
 from twotower_eval.engine.models.strays import Strays
 from twotower_eval.engine.scorers import Scorer
 from twotower_eval.measure.harness.answers import (
@@ -37,7 +40,7 @@ from twotower_eval.measure.harness.answers import (
     likelihood_row,
     missing_of,
     with_repeats,
-    witnessed_answer,
+    witnessed_row,
 )
 from twotower_eval.measure.suites import (
     DEFAULT_MAX_NEW_TOKENS,
@@ -45,7 +48,7 @@ from twotower_eval.measure.suites import (
     in_words,
     stops_and_budget,
 )
-from twotower_eval.plugin_calls import calls_of, module_of, noting
+from twotower_eval.plugin_calls import noting
 from twotower_eval.progress import Advance
 from twotower_eval.records import (
     Generation,
@@ -60,6 +63,7 @@ from twotower_eval.records import (
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # context ids, continuation ids
 Batch = Callable[[], None]  # answers some requests and journals them
+_Item = tuple[Any, Prompt, Key]  # a request for text, as a decoder is given it
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +82,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     time, those for log-likelihoods in the pieces that the scorer plans; answers do not depend on either. ``advance``
     hears of every finished request. Documents in ``traced`` have their denoising traces journalled. ``num_truncated``
     counts the requests, answered or not, whose prompt or context lost its beginning for want of room. Requests in
-    ``witnessed`` are decoded once more, alone, with a witness of every row of logits; ``testify`` hears what it says.
+    ``witnessed`` are decoded first, each alone, with a witness of every row of logits; ``testify`` hears what it says.
     """
 
     def __init__(
@@ -171,8 +175,12 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             groups[budget, stop].append((request, self._prompt(request.args[0], key, budget), key))
         for (budget, stop), items in groups.items():
             left = [item for item in items if item[2] in missing]
-            if left:
-                yield partial(self._generate, left, budget, stop)
+            for item in left:
+                if item[2] in self.witnessed:
+                    yield partial(self._generate_witnessed, item, budget, stop)
+            rest = [item for item in left if item[2] not in self.witnessed]
+            if rest:
+                yield partial(self._generate, rest, budget, stop)
 
     def _check_asked(self, request: Any, key: Key) -> None:
         """ValueError where a request asks for what the decoder does not do; one that samples was asked for."""
@@ -194,11 +202,9 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         traced = key[1] in self.traced
         return Prompt(id=name, token_ids=tuple(ids), text=text, seed=derive_seed(self.seed, *key), trace=traced)
 
-    def _generate(self, items: Sequence[tuple[Any, Prompt, Key]], budget: int, stop: tuple[str, ...]) -> None:
-        assert self.decoder is not None, "a generation task without a decoder"
+    def _generate(self, items: Sequence[_Item], budget: int, stop: tuple[str, ...]) -> None:
         by_id = {prompt.id: (request, prompt, key) for request, prompt, key in items}
-        stops = prompts.stops_of(self.model, stop)
-        asked = asked_of(self.model, decoder_name(self.decoder), budget, self.model.eos_token_ids, stops)
+        asked = self._asked(budget, stop)
         heard: list[Generation] = []
         failed: list[BaseException] = []
 
@@ -209,26 +215,55 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             request, prompt, key = by_id[generation.prompt_id]
             check_answer(generation, prompt, asked)
             heard.append(generation)
-            self.journal.add(generation_row(self.journal.cell, key, request, generation))
-            self.advance()
+            self._keep(request, key, generation)
 
-        with (
-            noted_in_place(self.model) as watched,
-            self._strays.noted(watched),
-            calls_of(module_of(self.decoder), asked.name, "generate", let=(ReportError,), ours=failed),
-        ):
-            self.decoder.generate(
-                [prompt for _, prompt, _ in items],
-                max_new_tokens=budget,
-                eos_token_ids=asked.eos_token_ids,
-                stop=stops,
-                max_batch_size=self.batch_size,
-                on_finish=noting(failed, journal),
-            )
+        with noted_in_place(self.model) as watched:
+            self._decode([prompt for _, prompt, _ in items], asked, watched, noting(failed, journal), failed)
         check_no_strays(self._strays.num, asked.name)
         check_forwards(heard, watched, asked.name)
-        for prompt in [prompt for _, prompt, key in items if key in self.witnessed]:
-            self.testify(witnessed_answer(self.journal.cell, self.model, self.decoder, prompt, asked))
+
+    def _generate_witnessed(self, item: _Item, budget: int, stop: tuple[str, ...]) -> None:
+        """The answer to one prompt. What its witness says is written down before it, so that no answer lacks it."""
+        request, prompt, key = item
+        asked = self._asked(budget, stop)
+        heard: list[Generation] = []
+        with noted_in_place(self.model) as watched, watched.witnessed(prompt.token_ids) as witness:
+            given = self._decode([prompt], asked, watched, heard.append)
+        made = finished(heard or given, asked.name)
+        check_answers(made, [prompt], asked)
+        check_no_strays(self._strays.num, asked.name)
+        check_forwards(made, watched, asked.name)
+        (generation,) = made
+        self.testify(witnessed_row(self.journal.cell, generation, witness.tally(generation.token_ids)))
+        self._keep(request, key, generation)
+
+    def _asked(self, budget: int, stop: tuple[str, ...]) -> Asked:
+        stops = prompts.stops_of(self.model, stop)
+        return asked_of(self.model, decoder_name(self.decoder), budget, self.model.eos_token_ids, stops)
+
+    def _decode(
+        self,
+        given: list[Prompt],
+        asked: Asked,
+        watched: WatchedModel,
+        on_finish: Callable[[Generation], None],
+        failed: Sequence[BaseException] = (),
+    ) -> Any:
+        """What the decoder gives back for prompts; ``failed`` is what ``on_finish`` raised."""
+        assert self.decoder is not None, "a generation task without a decoder"
+        with self._strays.noted(watched), generating(self.decoder, asked.name, "--batch-size", failed):
+            return self.decoder.generate(
+                given,
+                max_new_tokens=asked.max_new_tokens,
+                eos_token_ids=asked.eos_token_ids,
+                stop=asked.stop,
+                max_batch_size=self.batch_size,
+                on_finish=on_finish,
+            )
+
+    def _keep(self, request: Any, key: Key, generation: Generation) -> None:
+        self.journal.add(generation_row(self.journal.cell, key, request, generation))
+        self.advance()
 
     # Log-likelihoods
 

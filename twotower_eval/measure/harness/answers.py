@@ -8,18 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from twotower_eval.engine.decoders import Decoder
-from twotower_eval.engine.decoders.reported import Asked, ReportError, check_answers, finished
-from twotower_eval.engine.models.counting import noted_in_place
+from twotower_eval.engine.models.witness import Tally
 from twotower_eval.measure.suites import instance_sha256
-from twotower_eval.plugin_calls import calls_of, module_of
 from twotower_eval.records import (
     Generation,
     GenerationRow,
     Likelihood,
     LikelihoodKind,
     LikelihoodRow,
-    Prompt,
     Witnessed,
     WitnessedAnswer,
 )
@@ -118,32 +114,15 @@ def likelihood_row(cell: str, key: Key, request: Any, likelihood: Likelihood, nu
     )
 
 
-def witnessed_answer(cell: str, model: Any, decoder: Decoder, prompt: Prompt, asked: Asked) -> Witnessed:
-    """Decode a prompt once more, alone, and tell which of its tokens were computed meanwhile."""
-    heard: list[Generation] = []
-    with (
-        noted_in_place(model) as watched,
-        watched.witnessed([prompt.token_ids]) as witness,
-        calls_of(module_of(decoder), asked.name, "generate", let=(ReportError,)),
-    ):
-        given = decoder.generate(
-            [prompt],
-            max_new_tokens=asked.max_new_tokens,
-            eos_token_ids=asked.eos_token_ids,
-            stop=asked.stop,
-            max_batch_size=1,
-            on_finish=heard.append,
-        )
-    made = finished(heard or given, asked.name)
-    check_answers(made, [prompt], asked)
-    tally = witness.tally(one.token_ids for one in made)
+def witnessed_row(cell: str, generation: Generation, tally: Tally) -> Witnessed:
+    """The journal's row of what the witness of a scored answer says."""
     return Witnessed(
         cell=cell,
         launch_id="",
         round=0,
-        call_id=prompt.id,
+        call_id=generation.prompt_id,
         kind="scored",
-        answers=tuple(WitnessedAnswer(prompt_id=one.prompt_id, token_ids=one.token_ids) for one in made),
+        answers=(WitnessedAnswer(prompt_id=generation.prompt_id, token_ids=generation.token_ids),),
         num_rows=tally.num_rows,
         num_tokens=tally.num_tokens,
         num_witnessed=tally.num_witnessed,

@@ -32,7 +32,7 @@ from twotower_eval.measure.harness.scoring import Row, aggregate_rows, score_row
 from twotower_eval.measure.suites import BuiltTask, resolve_tasks, settle
 from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders, model_folder, plan_from_json
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
-from twotower_eval.records import Aggregate, RunManifest, Score, derive_seed
+from twotower_eval.records import Aggregate, RunManifest, Score, Witnessed, derive_seed, draws
 from twotower_eval.shortfalls import asked_and_not_done, joined_lines, truncation_line
 from twotower_eval.store import TRAINING_LOG
 from twotower_eval.store.environment import with_scoring_of_now
@@ -252,7 +252,9 @@ class _Evaluation:
             batches.pop(len(batches) // 2)()
             return
         size = self._plan.batch_size
-        missing = sorted(self._missing(job), key=lambda item: len(item[0].args[0]))
+        chosen = self._witnessed(job)  # decoded alone, which takes longer
+        usual = [item for item in self._missing(job) if item[1] not in chosen]
+        missing = sorted(usual or self._missing(job), key=lambda item: len(item[0].args[0]))
         start = max(0, len(missing) - size) // 2
         # Whoever prepares the whole job reports these answers as progress.
         for answer in self._model_of(job, advance=lambda num=1, /: None).batches(missing[start : start + size]):
@@ -311,16 +313,20 @@ class _Evaluation:
             advance=advance,
             traced=_first_documents(job, self._plan.trace),
             witnessed=self._witnessed(job),
-            testify=self._writer.append,
+            testify=self._testify,
         )
 
     def _witnessed(self, job: Job) -> frozenset[Key]:
-        """The requests of a job that are decoded once more before a witness: a few, chosen by the seed."""
-        if not job.task.generates or (self._plan.temperature or 0) > 0:  # of drawn tokens nothing is told
+        """The requests of a job whose answers are witnessed: a few, chosen by the seed."""
+        if not job.task.generates or draws(job.cell):
             return frozenset()
         keys = sorted((key for _, key in job.requests), key=lambda key: derive_seed(self._plan.seed, "witness", *key))
-        chosen = keys[: min(MOST_WITNESSED, -(-len(keys) // WITNESSED_OF))]
-        return frozenset(key for key in chosen if (job.cell.id, "/".join(map(str, key))) not in self._testified)
+        return frozenset(keys[: min(MOST_WITNESSED, -(-len(keys) // WITNESSED_OF))])
+
+    def _testify(self, row: Witnessed) -> None:
+        """A run that was killed between a witness and its answer decodes again what is told of already."""
+        if (row.cell, row.call_id) not in self._testified:
+            self._writer.append(row)
 
     def _score(self, job: Job) -> TaskFigure:
         """Write the job's scores, if they are not there yet, and return the task's figure."""

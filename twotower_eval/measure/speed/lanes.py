@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from twotower_eval.engine.decoders.reported import (
     ReportError,
     asked_of,
     check_answers,
     check_forwards,
     check_no_strays,
-    decoder_name,
     finished,
+    generating,
 )
 from twotower_eval.engine.models.prompts import stops_of
 from twotower_eval.engine.models.strays import Strays
@@ -23,10 +21,8 @@ from twotower_eval.measure.speed.clock import CallClock, Devices, TimedModel, no
 from twotower_eval.measure.speed.watch import Busy, TextCost, Watch, text_cost
 from twotower_eval.measure.speed.workloads import Call, Calls, Request, encode_calls, make_workload
 from twotower_eval.plan import SpeedPlan
-from twotower_eval.plugin_calls import calls_of, module_of
 from twotower_eval.records import Arm, Cell, DecoderSpec, Generation, Passes, Prompt, cell_id, derive_seed
 
-LET = (ReportError, torch.OutOfMemoryError)  # that have words of their own
 FINISH_SHARE, FINISH_S = 1e-3, 1e-4  # how far a finish may seem to lie behind the end: two readings of one clock
 
 
@@ -110,11 +106,8 @@ class Lane:
         )
 
     def _decoded(self, prompts: list[Prompt], **asked: Any) -> Any:
-        try:
-            with calls_of(module_of(self.decoder), decoder_name(self.decoder), "generate", let=LET):
-                return self.decoder.generate(prompts, **asked)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(f"{self.name}: out of memory: take smaller --batch-sizes or a shorter prompt") from error
+        with generating(self.decoder, self.name, "--batch-sizes"):
+            return self.decoder.generate(prompts, **asked)
 
     @property
     def name(self) -> str:

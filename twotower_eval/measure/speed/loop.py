@@ -55,6 +55,7 @@ class RoundLoop:
         self._how_long, self._progress = how_long, progress
         self._num_done, self._timed_s = len(whole_s), sum(whole_s)
         self._next_round, self._steps_per_round = next_round, steps_per_round
+        self._besides_s = 0.0  # that went by in a round on what measured ones do not have
 
     def _rounds(self) -> None:
         """Warm up, say how long it will take, and measure until there is enough; nothing where there is."""
@@ -66,9 +67,9 @@ class RoundLoop:
         duration_s = None
         with self._progress.track(self._how_long.warmup_rounds * self._steps_per_round, "warm-up") as advance:
             for number in range(self._how_long.warmup_rounds):
-                began_s = time.monotonic()
+                began_s, self._besides_s = time.monotonic(), 0.0
                 self._round("warmup", number, advance)
-                duration_s = time.monotonic() - began_s
+                duration_s = time.monotonic() - began_s - self._besides_s
         return duration_s
 
     def _measure(self, round_s: float | None) -> None:

@@ -22,7 +22,17 @@ from twotower_eval.measure.speed.unseen import Probes
 from twotower_eval.measure.speed.workloads import Calls, Request, count_truncated, make_calls, scored_tasks
 from twotower_eval.plan import SpeedPlan, baseline_folder, cross_decoders, model_folder
 from twotower_eval.progress import Progress, SilentProgress
-from twotower_eval.records import Arm, CostSample, DecoderSpec, Override, RunManifest, SpeedSample, Ways, to_json
+from twotower_eval.records import (
+    Arm,
+    CostSample,
+    DecoderSpec,
+    Override,
+    RunManifest,
+    SpeedSample,
+    Ways,
+    Witnessed,
+    to_json,
+)
 from twotower_eval.shortfalls import asked_and_not_done, truncation_line
 from twotower_eval.store.environment import new_manifest
 from twotower_eval.ways import slower_lines
@@ -170,5 +180,5 @@ def _manifest(
 
 
 def _launch_id(run: store.Run) -> str:
-    timed: list[SpeedSample | CostSample] = [*run.speed, *run.costs]
+    timed: list[SpeedSample | CostSample | Witnessed] = [*run.speed, *run.costs, *run.witnessed]
     return f"{run.manifest.run_id}/{len({sample.launch_id for sample in timed}) + 1}"

@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import random
 import secrets
+import time
 from functools import partial
 
 from twotower_eval import store
@@ -27,7 +28,14 @@ from twotower_eval.measure.speed.loop import (
     whole_rounds,
 )
 from twotower_eval.measure.speed.unseen import Probe, Probes, is_made_up
-from twotower_eval.measure.speed.witness import Witnessing, witnessed, witnessings
+from twotower_eval.measure.speed.witness import (
+    Witnessing,
+    is_watched,
+    watched_calls,
+    witnessed,
+    witnessed_row,
+    witnessings,
+)
 from twotower_eval.measure.speed.workloads import Call, Calls, Request
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.progress import Advance, Progress, duration_text
@@ -72,6 +80,7 @@ class Session(RoundLoop):
     ) -> None:
         self._plan, self._writer, self._calls, self._lanes = plan, writer, calls, lanes
         self._launch_id, self._probes = launch_id, probes
+        self._watched: frozenset[str] = frozenset()  # calls of this round that are witnessed
         self._parts, self._clock, self._captures = parts, clock, captures
         earlier = writer.run.speed
         timed: list[SpeedSample | CostSample] = [*earlier, *writer.run.costs]
@@ -128,8 +137,8 @@ class Session(RoundLoop):
             self._progress.note(warning)
 
     def _round(self, phase: SpeedPhase, number: int, advance: Advance) -> float:
-        """Every lane times every call, and every part is timed alone; seconds on the clock, without the parts. Some
-        calls are decoded once more before a witness, untimed.
+        """Every lane times every call, and every part is timed alone; seconds on the clock, without the parts. In the
+        first round of a warm-up some calls are witnessed.
 
         Parts that a call of this round is the first to need are timed at its end.
         """
@@ -138,20 +147,24 @@ class Session(RoundLoop):
         lanes = with_decoders(self._lanes, self._clock)
         positions = [(size, call) for size, calls in self._calls.items() for call in calls]
         probes = self._probes.of_round(lanes) if phase == "measure" else []
-        again = witnessings(number, lanes, self._calls, self._probes, order) if phase == "measure" else ()
+        is_first = phase == "warmup" and number == 0
+        chance = random.Random(derive_seed(self._plan.seed, "witness", self._launch_id))  # others in every launch
+        self._watched = watched_calls(self._calls, chance) if is_first else frozenset()
+        besides = list(witnessings(lanes, self._calls, self._probes, chance)) if is_first else []
         steps: list[tuple[int, Call] | Probe | Witnessing | CostItem] = [
             *positions,
             *probes,
-            *again,
+            *(one for one in besides if one.kind != "timed"),
             *(self._parts.items if self._parts else ()),
         ]
         order.shuffle(steps)
+        steps += [one for one in besides if one.kind == "timed"]  # what calls read first, they read for the first time
         walls_s = []
         for step in steps:
             if isinstance(step, CostItem):
                 self._time_part(step, phase, number)
             elif isinstance(step, Witnessing):
-                self._writer.append(witnessed(step, self._launch_id, number, self._clock))
+                self._witness(step)
             elif isinstance(step, Probe):
                 for lane in step.lanes:
                     self._time_call(lane, step.call, "probe", number)
@@ -169,10 +182,25 @@ class Session(RoundLoop):
         """Time a call, write it down; seconds on the clock. A probe is sampled the same way whenever it is timed."""
         what, num_made = f"{lane.name}, call {call.id}", self._captures.num_made
         begin = partial(_begun, lane, call, 0 if phase == "probe" else number)
+        if call.id in self._watched and is_watched(lane):
+            begin = partial(self._begun_watched, lane, call)
         started_at, timing = self._captures.outside(phase, number, what, begin)
         in_graphs = phase == "probe" and self._captures.num_made > num_made
         self._write(lane, call, phase, number, started_at, timing, "graph made" if in_graphs else _fault(timing))
         return timing.wall_s
+
+    def _begun_watched(self, lane: Lane, call: Call) -> tuple[str, Timing]:
+        started_at = now_text()
+        timing, tally = witnessed(lane, call)
+        self._writer.append(witnessed_row(lane, call, "timed", self._launch_id, timing, tally))
+        return started_at, timing
+
+    def _witness(self, step: Witnessing) -> None:
+        began_s = time.monotonic()
+        for lane in step.lanes:
+            timing, tally = witnessed(lane, step.call)
+            self._writer.append(witnessed_row(lane, step.call, step.kind, self._launch_id, timing, tally))
+        self._besides_s += time.monotonic() - began_s
 
     def _time_part(self, item: CostItem, phase: SpeedPhase, number: int) -> None:
         what = f"{item.part}, {item.batch_size} rows, {item.context_tokens} tokens"

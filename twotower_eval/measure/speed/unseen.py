@@ -24,7 +24,6 @@ from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import Arm, derive_seed, sha256_text
 
 NUM_TRIES = 20  # pairs of documents that are tried before there is no new prompt to be had
-MADE_UP_SHARE = 0.7  # of the probes that are looked at by a witness, where both kinds are there
 NUM_NEAR = 8  # documents of the nearest lengths, one of which a prompt goes on like
 Kind = tuple[str, tuple[str, ...], int]
 Ids = tuple[tuple[int, ...], ...]
@@ -175,7 +174,7 @@ class Probes:
         self._random = random.Random(derive_seed(plan.seed, "calls that are probed", launch_id))
         self._num_made: Counter[str] = Counter()  # by cell
         self._seen: list[tuple[str, int, Call]] = []  # cell, batch size and call of the round before
-        self._again: list[tuple[str, int, Call]] = []  # the same, of those that this round reads again
+        self._num_alone = 0
         self._ids: dict[str, dict[Arm, Ids]] = {}  # by call
 
     def num_timings(self, lanes: Mapping[int, tuple[Lane, ...]]) -> int:
@@ -188,7 +187,7 @@ class Probes:
 
     def of_round(self, lanes: Mapping[int, tuple[Lane, ...]]) -> list[Probe]:
         """The probes of the next round, on the round's own lanes."""
-        again = self._again = self._seen
+        again = self._seen
         self._seen = [made for size, of_size in lanes.items() for made in self._make(size, of_size)]
         kept = {call.id for _, _, call in (*again, *self._seen)}
         self._ids = {call_id: ids for call_id, ids in self._ids.items() if call_id in kept}
@@ -197,18 +196,17 @@ class Probes:
             *(self._probe(cell, size, call, lanes[size], controlled=False) for cell, size, call in again),
         ]
 
-    def read_again(self, lanes: Mapping[int, tuple[Lane, ...]], chance: random.Random) -> list[Probe]:
-        """Of every candidate a call that its round reads again, made up where there is one, as a rule; with the
-        baseline."""
-        found = []
-        for cell, size in dict.fromkeys((cell, size) for cell, size, _ in self._again):
-            own = [call for of_cell, _, call in self._again if of_cell == cell]
-            made_up = [call for call in own if is_made_up(call)]
-            chosen = chance.choice(made_up if made_up and chance.random() < MADE_UP_SHARE else own)
-            probe = self._probe(cell, size, chosen, lanes[size], controlled=True)
-            if len(probe.lanes) > 1:
-                found.append(probe)
-        return found
+    def alone(self, size: int, lanes: tuple[Lane, ...], num_made_up: int, num_documents: int) -> Iterator[Probe]:
+        """New prompts that are not timed, each for itself; none where a plan has no probes."""
+        for number in range(num_made_up + num_documents if self._plan.probes else 0):
+            timed = self._random.choice(self._calls[size])
+            like = replace(timed, requests=(self._random.choice(timed.requests),))
+            call_id = f"b{size}-alone{self._launch}-{self._num_alone}"
+            call = self._prompts.like(like, call_id, of_documents=number >= num_made_up)
+            self._num_alone += 1
+            if call is not None:
+                ids = self._encoded(call, lanes, size)
+                yield Probe(call=call, lanes=tuple(replace(one, ids={call.id: ids[one.cell.arm]}) for one in lanes))
 
     def _make(self, size: int, lanes: Sequence[Lane]) -> Iterator[tuple[str, int, Call]]:
         """New calls of every cell of a batch size, with their token ids."""
@@ -219,11 +217,12 @@ class Probes:
                 call = self._prompts.like(like, f"b{size}-new{self._launch}-{number}", of_documents=of_documents)
                 self._num_made[cell] += 1
                 if call is not None:
-                    self._ids[call.id] = self._encoded(call, lanes)
+                    self._ids[call.id] = self._encoded(call, lanes, size)
                     yield cell, size, call
 
-    def _encoded(self, call: Call, lanes: Sequence[Lane]) -> dict[Arm, Ids]:
-        """Token ids by arm, their beginning cut off where they are more than any prompt has that is timed."""
+    def _encoded(self, call: Call, lanes: Sequence[Lane], size: int) -> dict[Arm, Ids]:
+        """Token ids by arm, their beginning cut off where they are more than any prompt has that is timed in calls of
+        that size."""
         found: dict[Arm, Ids] = {}
         requests = [*call.requests, *self._requests]
         for lane in lanes:
@@ -231,7 +230,7 @@ class Probes:
             if arm not in found:
                 model = self._models[0 if arm == "baseline" else 1]
                 ids = encode_calls(self._plan, {len(call.requests): (call,)}, requests, model)[call.id]
-                most = max(len(row) for timed in self._calls[len(call.requests)] for row in lane.ids[timed.id])
+                most = max(len(row) for timed in self._calls[size] for row in lane.ids[timed.id])
                 found[arm] = tuple(row[-most:] for row in ids)
         return found
 
