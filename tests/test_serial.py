@@ -163,15 +163,66 @@ def test_a_wander_that_goes_on_from_launch_to_launch_is_no_five_independent_laun
 def test_launches_of_quiet_rounds_are_widened_little_and_those_that_jump_not_at_all() -> None:
     """What differs between launches by itself looks like a wander over all rounds, and is none."""
     rng, launches = np.random.default_rng(4), [f"l{i // 8}" for i in range(40)]
-    plain = [serial.carried_over(0.02 * rng.normal(size=40), launches) for _ in range(200)]
+    plain = [carried_over(0.02 * rng.normal(size=40), launches) for _ in range(200)]
     effects = [
-        serial.carried_over(np.repeat(0.05 * rng.normal(size=5), 8) + 0.01 * rng.normal(size=40), launches)
-        for _ in range(200)
+        carried_over(np.repeat(0.05 * rng.normal(size=5), 8) + 0.01 * rng.normal(size=40), launches) for _ in range(200)
     ]
     assert min(plain + effects) >= 1
     assert np.median(plain) < 2
     assert np.mean(np.array(effects) == 1) > 0.95
-    assert serial.carried_over(np.zeros(40), launches) == 1.0
+    assert carried_over(np.zeros(40), launches) == 1.0
+
+
+def carried_over(series_R: np.ndarray, launches: list[str], level: float = stats.DECISION_LEVEL) -> float:
+    return serial.carried_over(series_R, launches, level)
+
+
+def test_the_wider_interval_is_that_at_its_own_level() -> None:
+    """The factor was that of verdicts at every level: too wide at 95 % and beyond."""
+    calls = wandering(np.random.default_rng(6), 25, 5)
+    ninety, most = (stats.speedup(calls, level=level).serial.widening for level in (0.90, 0.9975))
+    assert 1 < most < 0.7 * ninety
+
+
+def in_launches(rng: np.random.Generator, num_launches: int, num_each: int) -> stats.TimedCalls:
+    num = num_launches * num_each
+    return rounds(0.03 * wander(rng, num, 0.8), launches=[f"l{i // num_each}" for i in range(num)])
+
+
+@pytest.mark.parametrize(("num_launches", "num_each"), [(5, 1), (12, 1), (5, 2), (8, 2)])
+def test_launches_of_a_round_or_two_decide_nothing(num_launches: int, num_each: int) -> None:
+    """Five launches of one round were five independent ones: 29 % of false claims at the limit got SUPPORTED."""
+    rng = np.random.default_rng(7)
+    for _ in range(50):
+        calls = in_launches(rng, num_launches, num_each)
+        assert not stats.resamples_launches(calls.launches)
+        assert verdict(calls, 0.5) == verdict(calls, 1.0) == "INCONCLUSIVE"
+    estimate = stats.speedup(calls, level=stats.DECISION_LEVEL)
+    found = stats.decide(estimate, relation="at_least", expected=0.5, margin=0.0, num_rounds=len(calls.launches))
+    assert found.few is not None
+    assert found.few.endswith("time more rounds in each launch, or 5 launches or more of 4 rounds or more")
+
+
+def test_rounds_of_a_short_launch_count_with_the_one_before_it() -> None:
+    """A launch that was stopped keeps its rounds and is made again."""
+    names = [*"baaaabcdddddeeeeffffffggggh"]
+    sat = serial.sittings(names)
+    assert "".join(sat) == "aaaaaaadddddeeeeffffffggggg"
+    assert stats.resamples_launches(names)
+    logs_R = 0.3 + 0.01 * np.random.default_rng(8).normal(size=len(names))
+    alike, apart = (stats.speedup(rounds(logs_R, launches=[*one])) for one in (names, sat))
+    assert alike == apart
+    assert alike.serial.effective_rounds == 5
+    assert serial.sittings([*"abcd"]) == [*"abcd"]
+    assert serial.sittings([*"aaabbbcccdddeee"]) == ["a"] * 15
+
+
+def test_one_void_round_leaves_a_verdict_of_these_launches() -> None:
+    rng = np.random.default_rng(9)
+    names = [f"l{i // 4}" for i in range(19)]
+    found = [verdict(rounds(0.9 + 0.03 * rng.normal(size=19), launches=names), 1.5) for _ in range(40)]
+    assert not stats.resamples_launches(names)
+    assert found.count("SUPPORTED") >= 36
 
 
 def test_a_null_over_launches_takes_them_as_they_come_out() -> None:

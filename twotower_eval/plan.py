@@ -91,7 +91,7 @@ class SpeedPlan:
     ``min_rounds`` and ``min_seconds`` are reached. ``costs`` times the parts of decoding alone in the same rounds,
     ``probes`` are prompts per cell and round that nothing has read before: what remembers is slower on them.
     ``launches`` are separate processes, one after the other: each takes its part of ``min_rounds`` and of
-    ``min_seconds``. Of two to four each makes at least 5 rounds, of more at least 2.
+    ``min_seconds``. Of two to four each makes at least 5 rounds, of more at least 4.
     """
 
     model: str | None = None

@@ -72,6 +72,9 @@ Arm = Literal["baseline", "candidate"]
 Routing = Literal["shared", "half", "independent"]  # forced on random weights: how far a block's tokens share experts
 ProofCheck = Literal["cached steps", "rows beside each other", "whole rows in batches", "options in one row"]
 Outcome = Literal["SUPPORTED", "REFUTED", "INCONCLUSIVE", "INVALID", "NOT_MEASURED"]
+MIN_LAUNCHES = 5  # fewer say nothing of how launches differ
+MIN_LAUNCH_ROUNDS = 4  # of each of them: of fewer nobody can tell whether one launch goes on into the next
+TELLING_ROUNDS = 5  # of a launch by itself: fewer do not show how they depend on each other
 VerdictScope = Literal["in this launch", "in these launches"]
 Relation = Literal["at_least", "at_most", "equal"]
 Averaging = Literal["ratio_of_means", "mean_of_ratios"]
@@ -667,8 +670,8 @@ class SerialDependence:
     that it may well be, which the interval reckons with; ``None`` where launches are too short to tell. The rounds say
     as much as ``effective_rounds`` independent ones. ``widening`` is the factor on the standard error of independent
     rounds, by the variance of means of ``block`` rounds on end. Where ``launches`` are what is resampled,
-    ``effective_rounds`` is their number, and ``widening`` is the factor on the standard error of independent launches:
-    above 1 where rounds wander as if one launch went on into the next.
+    ``effective_rounds`` is their number, and ``widening`` is the factor on the standard error of independent launches,
+    at the level of the interval: above 1 where rounds wander as if one launch went on into the next.
     """
 
     lag1: float | None

@@ -53,7 +53,7 @@ Launches = Annotated[
     int | None,
     option(
         "Processes, one after the other; rounds are shared out. 5 or more measure how launches differ; "
-        "2 to 4 make at least 5 rounds each [1].",
+        "2 to 4 make at least 5 rounds each, more at least 4 [1].",
         "--launches",
         metavar="N",
     ),

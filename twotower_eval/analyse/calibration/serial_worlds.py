@@ -147,9 +147,10 @@ def serial_worlds() -> tuple[SpeedWorld, ...]:
         *(world("one spell of 1.6x for 3 rounds", one_spell(1.6, 3), num) for num in (5, 12)),
         *(
             world("launches differ by 3 %", in_launches(5, 0.03), 5 * num, num_launches=5, fixed=fixed)
-            for num, fixed in ((2, True), (4, False), (8, True))
+            for num, fixed in ((4, True), (4, False), (8, True))
         ),
         *(world("AR(1) 0.8 of 5 % over 5 launches", ar, 5 * num, num_launches=5) for num in (4, 5, 10, 20)),
+        *(world("AR(1) 0.8 of 5 % over 5 launches", ar, num, num_launches=5) for num in (5, 10)),
         world("AR(1) 0.8 of 5 % over 5 launches", ar, 50, num_launches=5, fixed=False),
         world(
             "launches differ by 3 %, truth of these", in_launches(3, 0.03, of_these=True), 24, num_launches=3
@@ -164,7 +165,7 @@ def fresh_serial_worlds() -> tuple[SpeedWorld, ...]:
         *(world("AR(1) 0.9 of 4 % between rounds", wander(0.9, 0.04), num) for num in (10, 30)),
         *(world("spells of 1.3x for 4 rounds", spells(1.3, 4, 0.08), num) for num in (9, 24)),
         world("spells of 1.3x for 4 rounds", spells(1.3, 4, 0.08), 15, fixed=False),
-        world("launches differ by 2 %", in_launches(6, 0.02), 18, num_launches=6),
+        world("launches differ by 2 %", in_launches(6, 0.02), 24, num_launches=6),
         world("launches differ by 2 %", in_launches(5, 0.02), 25, num_launches=5, fixed=False),
         world("AR(1) 0.7 of 4 % over 6 launches", wander(0.7, 0.04), 48, num_launches=6),
         world("both arms alike drift by AR(1) 0.9 of 10 %", wander(0.9, 0.1), 12, like=True),

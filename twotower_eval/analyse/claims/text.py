@@ -13,7 +13,7 @@ from twotower_eval.analyse.claims.reasons import look_text, unit_of
 from twotower_eval.analyse.claims.terms import terms_text
 from twotower_eval.analyse.compare.gates import SAID_WITH_SPEED
 from twotower_eval.analyse.compare.numbers import high_retention_text, interval
-from twotower_eval.records import Claim, Estimate, Verdict
+from twotower_eval.records import MIN_LAUNCH_ROUNDS, Claim, Estimate, Verdict
 
 
 def verdict_lines(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> list[str]:
@@ -148,8 +148,9 @@ def strict_line(verdicts: Sequence[Verdict]) -> str:
     few = sum(verdict.scope is not None for verdict in supported)
     without = sum(bool(verdict.not_given) for verdict in supported)
     lines = [
-        f"{few} SUPPORTED in fewer than {stats.MIN_LAUNCHES} launches {'is' if few == 1 else 'are'} counted as "
-        f"inconclusive; `twotower-eval speed --launches {stats.MIN_LAUNCHES}` measures how launches differ"
+        f"{few} SUPPORTED in fewer than {stats.MIN_LAUNCHES} launches of {MIN_LAUNCH_ROUNDS} rounds or more "
+        f"{'is' if few == 1 else 'are'} counted as inconclusive; `twotower-eval speed --launches {stats.MIN_LAUNCHES}` "
+        "measures how launches differ"
     ] * (few > 0)
     leave, them = ("verdict leaves", "it") if without == 1 else ("verdicts leave", "them")
     lines += [

@@ -130,9 +130,9 @@ def _speed_remarks(found: Sequence[TimedAlone]) -> Iterator[str]:
     yield f"Runs {run_list(i for one in found for i in one.run_ids)}. Warm-up rounds are not in these figures."
     methods = {one.rate.estimate.method for one in found if one.rate.estimate}
     yield from (f"{method[0].upper()}{method[1:]}." for method in sorted(methods))
-    launches = min(one.num_launches for one in found)
-    if launches < stats.MIN_LAUNCHES:
-        yield f"{plural(launches, 'launch', 'launches')}: variation between launches was not measured."
+    not_resampled = [one.num_launches for one in found if not _resamples_launches(one)]
+    if not_resampled:
+        yield f"{plural(min(not_resampled), 'launch', 'launches')}: variation between launches was not measured."
     for one in found:
         name = f"{who(one.baseline)}, {one.baseline.workload.kind}, batch {batch_of(one)}"
         said = [] if one.complete else ["**the run is INCOMPLETE**"]
@@ -141,6 +141,11 @@ def _speed_remarks(found: Sequence[TimedAlone]) -> Iterator[str]:
         said += [f"{INVALID}: {escape(one.null_fault)}"] if one.null_fault else []
         said += [f"{NONE}: {escape(found.reason)}" for found in (one.rate, one.null) if found.reason]
         yield from (f"{name}: {words}." for words in said)
+
+
+def _resamples_launches(one: TimedAlone) -> bool:
+    serial = None if one.rate.estimate is None else one.rate.estimate.serial
+    return one.num_launches >= stats.MIN_LAUNCHES if serial is None else serial.launches
 
 
 def _parts(found: Sequence[TimedAlone]) -> str:

@@ -166,9 +166,9 @@ def _speed_remarks(runs: Runs) -> Iterator[str]:
     methods = sorted({point.time.estimate.method for point in runs.speed if point.time.estimate})
     yield from (f"{method[0].upper()}{method[1:]}." for method in methods)
     yield from _widened(runs)
-    launches = min(point.num_launches for point in runs.speed)
-    if launches < stats.MIN_LAUNCHES:
-        yield f"{launches} launch{'es' * (launches > 1)}: variation between launches was not measured."
+    launches = [point.num_launches for point in runs.speed if not stats.resamples_launches(point.timed.launches)]
+    if launches:
+        yield f"{min(launches)} launch{'es' * (min(launches) > 1)}: variation between launches was not measured."
     bests = dict.fromkeys((point.workload, point.batch_size, best_text(point.best)) for point in runs.speed)
     for workload, batch_size, found in bests:
         yield f"Is the baseline at its best? {workload}, batch {count(batch_size)}: {escape(found)}."

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import ceil, isclose, isfinite
 from typing import Literal
 
-from twotower_eval.records import Estimate, Outcome
+from twotower_eval.records import MIN_LAUNCH_ROUNDS, MIN_LAUNCHES, TELLING_ROUNDS, Estimate, Outcome
 from twotower_eval.records import Relation as Relation
 
 DECISION_LEVEL = 0.90
@@ -118,11 +118,12 @@ def too_few_rounds(estimate: Estimate, num_rounds: int) -> str | None:
     worth = f"{num_rounds} rounds are worth {serial.effective_rounds:.1f} independent ones"
     few = f"fewer than {MIN_ROUNDS} decide nothing"
     if serial.lag1 is None:
-        why = "fewer than 5 rounds of a launch do not show how alike neighbours are"
-        return f"{worth}, as {why}; {few}: time more rounds in each launch, or 5 launches or more"
+        why = f"fewer than {TELLING_ROUNDS} rounds of a launch do not show how alike neighbours are"
+        enough = f"{MIN_LAUNCHES} launches or more of {MIN_LAUNCH_ROUNDS} rounds or more"
+        return f"{worth}, as {why}; {few}: time more rounds in each launch, or {enough}"
     why = f"neighbours are alike (correlation {serial.lag1:.2f} before its correction for few rounds)"
     more = ceil(num_rounds * MIN_ROUNDS / serial.effective_rounds)
-    return f"{worth}, as {why}; {few}: time {more:,} rounds or more, further apart, or 5 launches or more"
+    return f"{worth}, as {why}; {few}: time {more:,} rounds or more, further apart, or {MIN_LAUNCHES} launches or more"
 
 
 def _compared(

@@ -16,7 +16,7 @@ from scipy.special import betaincinv, ndtr, ndtri, stdtrit
 NUM_RESAMPLES = 10_000
 LEVEL = 0.95
 EPSILON = 1e-12  # scores, sums and shares nearer to each other than this are equal
-FEW = 5  # fewer discordant clusters, successes or launches than this: no bootstrap over them
+FEW = 5  # fewer discordant clusters or successes than this: no bootstrap over them
 FULL_DOF = 16  # degrees of freedom up to which one more value like the most telling one is added in full
 EVEN = 1e-9  # as a share of the range: how unlike the distances of the farthest values may be to count as alike
 

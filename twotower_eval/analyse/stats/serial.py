@@ -12,10 +12,14 @@ same is done with the means of about ten blocks of rounds, ``BLOCK_BOUND`` stand
 The figures were chosen by simulation (``calibration.serial_worlds``).
 
 Launches that follow on each other may share a wander too: a machine that is warm does not cool down between them. From
-five launches on these are what is resampled, and ``carried_over`` says by what to multiply the variance of their mean:
-all rounds are taken for one series whose correlation is the bound above, at most the one that rounds show within
-launches, and the wider interval counts. Where the series jumps from launch to launch by clearly more than from round to
-round, launches differ by themselves and nothing is carried over.
+five launches of four rounds on these are what is resampled, and ``carried_over`` says by what to multiply the variance
+of their mean: all rounds are taken for one series whose correlation is the bound above, at most the one that rounds
+show within launches, and the wider interval counts. Where the series jumps from launch to launch by clearly more than
+from round to round, launches differ by themselves and nothing is carried over. A wander between launches that no round
+shows is not found: five launches cannot tell it from launches that differ by themselves.
+
+A launch of fewer rounds shows nothing of that border, so its rounds count with the launch before it (``sittings``).
+Where that leaves fewer than five launches of five and more, all rounds are one series.
 
 How many independent rounds they are worth is said by the corrected lag-1 correlation without that bound: it decides
 whether there is evidence at all, the bound how wide the interval is.
@@ -23,6 +27,7 @@ whether there is evidence at all, the bound how wide the interval is.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from math import sqrt
@@ -32,13 +37,12 @@ import numpy as np
 from scipy.special import fdtri
 
 from twotower_eval.analyse.stats.intervals import LEVEL, Floats, t_quantile
-from twotower_eval.records import SerialDependence
+from twotower_eval.records import MIN_LAUNCH_ROUNDS, MIN_LAUNCHES, TELLING_ROUNDS, SerialDependence
 
 BOUND = 2.0  # standard errors from the corrected correlation of rounds to the bound that is reckoned with
 BLOCK_BOUND = 0.5  # the same for blocks of rounds, whose correlation is less by itself
-VERDICT_LEVEL = 0.90  # of the interval that verdicts rest on (``decide``)
 LARGEST = 0.95  # correlation that is reckoned with: above it no number of rounds in one sitting is enough
-TOLD_FROM = 5  # rounds of a launch from which their correlation is estimated at all
+VOID_ROUNDS = 1  # that each of many launches may have lost while their rounds are still estimated as one series
 NUM_BLOCKS = 10  # at the least: of fewer blocks the correlation is no better known than that of rounds
 STILL = 1e-20  # sum of squares, on the log scale, below which rounds are equal but for rounding
 
@@ -61,10 +65,10 @@ def serial_dependence(series_R: Floats, launches: Sequence[str], caution: Cautio
     ``bounded`` reckons with the correlation that there may be, as a verdict has to. ``estimated`` takes the corrected
     correlation as it comes out, to tell how noisy a machine is.
     """
-    whole, num = _series(series_R, launches), len(series_R)
+    whole, num = _series(series_R, sittings(launches)), len(series_R)
     found = _Found(factor=1.0, dof=num - 1.0, block=1)
     likely = bound = 0.0
-    tells, varies = _mean_length(whole) >= TOLD_FROM, float(((series_R - series_R.mean()) ** 2).sum()) > STILL
+    tells, varies = _tells(whole, launches), float(((series_R - series_R.mean()) ** 2).sum()) > STILL
     if varies:
         likely, bound = (_kendall(whole), _corrected(whole, BOUND)) if tells else (LARGEST, LARGEST)
         found = _widest(whole, bound) if caution == "bounded" else _as_measured(whole, tells=tells)
@@ -78,19 +82,47 @@ def serial_dependence(series_R: Floats, launches: Sequence[str], caution: Cautio
     return Widening(factor=found.factor, dof=found.dof, facts=facts)
 
 
-def carried_over(series_R: Floats, launches: Sequence[str]) -> float:
-    """Factor, at least 1, on the variance of the mean of launches for what goes on from one of them into the next."""
-    whole = _series(series_R, launches)
+def sittings(launches: Sequence[str]) -> list[str]:
+    """By round, the launch that it counts with: its own, or the one before it (or behind) where that has few rounds.
+
+    Of many launches of which fewer than ``MIN_LAUNCHES`` are left, all rounds count as one.
+    """
+    num_rounds = Counter(launches)
+    if len(num_rounds) < MIN_LAUNCHES:
+        return list(launches)
+    whole = [name for name in num_rounds if num_rounds[name] >= MIN_LAUNCH_ROUNDS]
+    if len(whole) < MIN_LAUNCHES:
+        return [launches[0]] * len(launches)
+    counts_with, latest = {}, whole[0]
+    for name in num_rounds:
+        latest = name if name in whole else latest
+        counts_with[name] = latest
+    return [counts_with[name] for name in launches]
+
+
+def _tells(whole: Sequence[Floats], launches: Sequence[str]) -> bool:
+    """Whether rounds show how alike neighbours are. Those of many launches of a round or two do not."""
+    num_launches = len(set(launches))
+    is_torn = num_launches >= MIN_LAUNCHES and len(launches) < (MIN_LAUNCH_ROUNDS - VOID_ROUNDS) * num_launches
+    return _mean_length(whole) >= TELLING_ROUNDS and not is_torn
+
+
+def carried_over(series_R: Floats, launches: Sequence[str], level: float) -> float:
+    """Factor, at least 1, on the variance of the mean of launches for what goes on from one of them into the next.
+
+    ``level`` is that of the interval which is to be the wider one.
+    """
+    whole = _series(series_R, sittings(launches))
     series_R = np.concatenate(whole)
     if float(((series_R - series_R.mean()) ** 2).sum()) <= STILL or _jumps(whole):
         return 1.0
     num, num_launches = len(series_R), len(whole)
     # What a wander does within launches cannot be told from few rounds; then it may do as much as over all.
-    within = _corrected(whole, BOUND) if _mean_length(whole) >= TOLD_FROM else LARGEST
+    within = _corrected(whole, BOUND) if _mean_length(whole) >= TELLING_ROUNDS else LARGEST
     correlation = min(_corrected([series_R], BOUND), within)
     of_series = _factor([series_R], correlation) * float(series_R.var(ddof=1)) / num
     of_launches = float(np.var([part_R.mean() for part_R in whole], ddof=1)) / num_launches
-    quantiles = t_quantile(VERDICT_LEVEL, num - 1.0) / t_quantile(VERDICT_LEVEL, num_launches - 1.0)
+    quantiles = t_quantile(level, num - 1.0) / t_quantile(level, num_launches - 1.0)
     return max(1.0, of_series * quantiles**2 / max(of_launches, STILL))
 
 
@@ -98,8 +130,6 @@ def _jumps(whole: Sequence[Floats]) -> bool:
     """Whether steps from launch to launch are larger than those from round to round, beyond chance."""
     inner = np.concatenate([np.diff(part_R) for part_R in whole])
     borders = np.array([after_R[0] - before_R[-1] for before_R, after_R in pairwise(whole)])
-    if not len(inner) or not len(borders):
-        return True
     of_inner, of_borders = float((inner**2).mean()), float((borders**2).mean())
     return of_borders > of_inner * float(fdtri(len(borders), len(inner), 1 - JUMPS_LEVEL))
 
@@ -116,7 +146,7 @@ def _widest(whole: Sequence[Floats], bound: float) -> _Found:
     rounds = _Found(factor=_factor(whole, bound), dof=num - 1.0, block=1)
     length = num // NUM_BLOCKS
     means = [_block_means(part_R, length) for part_R in whole] if length > 1 else []
-    if not means or _mean_length(means) < TOLD_FROM:
+    if not means or _mean_length(means) < TELLING_ROUNDS:
         return rounds
     num_blocks = sum(map(len, means))
     of_blocks = float(np.concatenate(means).var(ddof=1)) / num_blocks * _factor(means, _corrected(means, BLOCK_BOUND))

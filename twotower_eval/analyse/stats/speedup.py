@@ -30,7 +30,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from twotower_eval.analyse.stats.intervals import (
-    FEW,
     LEVEL,
     NUM_RESAMPLES,
     Floats,
@@ -40,12 +39,11 @@ from twotower_eval.analyse.stats.intervals import (
     skewed_t_interval,
     third_cumulant,
 )
-from twotower_eval.analyse.stats.serial import Caution, Widening, carried_over, serial_dependence
+from twotower_eval.analyse.stats.serial import Caution, Widening, carried_over, serial_dependence, sittings
 from twotower_eval.analyse.stats.tails import Documents, PerCall, Tail, shifts, tail_of
-from twotower_eval.records import Estimate
+from twotower_eval.records import MIN_LAUNCHES, Estimate
 
 NULL_LEVEL = 0.99  # of the A/A null's interval
-MIN_LAUNCHES = FEW  # fewer say nothing of how launches differ
 TOLD = 0.001  # on the log scale: what calls that were not timed move less than this goes unsaid
 JUDGED = ("time", "throughput")  # the quantities that claims of speed are about
 Quantity = Literal["time", "throughput", "length", "baseline_rate", "candidate_rate"]
@@ -120,7 +118,7 @@ def speedup(
         if crossing.crossed:
             without_P += sign * np.log(_others(values_UP))
         logs_R += sign * _log_sums(values_RP)
-    widening = crossing.widening(logs_R, caution)
+    widening = crossing.widening(logs_R, caution, level)
     found = crossing.estimate(log_value, log_Q, influence_UP, without_P, level, widening)
     return with_unseen(found, calls, throughput=quantity == "throughput") if quantity in JUDGED else found
 
@@ -160,7 +158,7 @@ def geometric_speedup(
     if crossing.crossed:
         without_P = _others(sums_UP) / _others(counts_UP)
     log_Q = crossing.draw(sums_UP) / crossing.draw(counts_UP)
-    widening = crossing.widening(np.log(calls.baseline_s / calls.candidate_s).mean(axis=1), "bounded")
+    widening = crossing.widening(np.log(calls.baseline_s / calls.candidate_s).mean(axis=1), "bounded", level)
     return crossing.estimate(log_value, log_Q, influence_UP, without_P, level, widening)
 
 
@@ -179,8 +177,8 @@ def per_device(estimate: Estimate, *, baseline_devices: int, candidate_devices: 
 
 
 def resamples_launches(launches: Sequence[str]) -> bool:
-    """Whether there are enough launches to resample them; otherwise variation between launches is not measured."""
-    return len(set(launches)) >= MIN_LAUNCHES
+    """Whether there are launches enough, of rounds enough, to resample them; else how they differ is not measured."""
+    return len(set(sittings(launches))) >= MIN_LAUNCHES
 
 
 MAX_DRAWN = 500
@@ -191,7 +189,7 @@ class _Crossing:
     """One set of drawn rounds (or launches) and one of drawn calls, applied alike to every sum."""
 
     def __init__(self, calls: TimedCalls, num_resamples: int, seed: int) -> None:
-        names = list(calls.launches) if resamples_launches(calls.launches) else range(len(calls.launches))
+        names = sittings(calls.launches) if resamples_launches(calls.launches) else range(len(calls.launches))
         _, self._unit_R = np.unique(np.asarray(names), return_inverse=True)
         self.shape = (int(self._unit_R.max()) + 1, calls.baseline_s.shape[1])
         num_units, num_calls = self.shape
@@ -229,13 +227,13 @@ class _Crossing:
             _DRAWN[key].flags.writeable = False
         return _DRAWN[key]
 
-    def widening(self, logs_R: Floats, caution: Caution) -> Widening:
+    def widening(self, logs_R: Floats, caution: Caution, level: float) -> Widening:
         """What dependence between rounds, by the logarithm of each round's own ratio, asks of their variance."""
         found = serial_dependence(logs_R, self._launches, caution)
         if not resamples_launches(self._launches):
             return found
         num = self.shape[0]
-        factor = carried_over(logs_R, self._launches) if caution == "bounded" else 1.0
+        factor = carried_over(logs_R, self._launches, level) if caution == "bounded" else 1.0
         facts = replace(found.facts, effective_rounds=float(num), block=1, widening=sqrt(factor), launches=True)
         return Widening(factor=factor, dof=num - 1.0, facts=facts)
 

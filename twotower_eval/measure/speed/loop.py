@@ -16,14 +16,9 @@ from typing import Protocol
 
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.progress import Advance, Progress, duration_text
-from twotower_eval.records import CostSample, SpeedPhase, SpeedSample
+from twotower_eval.records import MIN_LAUNCH_ROUNDS, MIN_LAUNCHES, TELLING_ROUNDS, CostSample, SpeedPhase, SpeedSample
 from twotower_eval.times import gone_by
 
-# As the statistics judge them, which this room does not import:
-TELLING_ROUNDS = 5  # of a launch: fewer do not show how they depend on each other
-RESAMPLED_LAUNCHES = 5  # so many show how launches differ, and can do with two of their rounds
-MIN_LAUNCH_ROUNDS = 2
-CALM_ROUNDS = 4  # of each of so many launches: fewer often leave open whether one launch goes on into the next
 ENOUGH_ROUNDS = 12  # of one launch; of fewer, a fifth and more of all runs can decide nothing
 
 
@@ -106,7 +101,7 @@ def share_of_launch(plan: SpeedPlan) -> SpeedPlan:
     """What each of a plan's launches has to reach by itself: at least as many rounds as can tell something."""
     if plan.launches == 1:
         return plan
-    least = TELLING_ROUNDS if plan.launches < RESAMPLED_LAUNCHES else MIN_LAUNCH_ROUNDS
+    least = TELLING_ROUNDS if plan.launches < MIN_LAUNCHES else MIN_LAUNCH_ROUNDS
     rounds = max(least, ceil(plan.min_rounds / plan.launches))
     return dataclasses.replace(plan, min_rounds=rounds, min_seconds=plan.min_seconds / plan.launches)
 
@@ -114,8 +109,8 @@ def share_of_launch(plan: SpeedPlan) -> SpeedPlan:
 def undecided_text(rounds_of_launches: Sequence[int]) -> str:
     """A warning that so many rounds in each launch cannot decide a claim, or often do not; empty where they do."""
     num_launches, num = len(rounds_of_launches), sum(rounds_of_launches)
-    resampled = num_launches >= RESAMPLED_LAUNCHES
-    enough = CALM_ROUNDS * num_launches if resampled else max(ENOUGH_ROUNDS, TELLING_ROUNDS * num_launches)
+    resampled = num_launches >= MIN_LAUNCHES
+    enough = MIN_LAUNCH_ROUNDS * num_launches if resampled else max(ENOUGH_ROUNDS, TELLING_ROUNDS * num_launches)
     if num >= enough:
         return ""
     there = f"{num} rounds in {num_launches} launch{'es' if num_launches > 1 else ''}"
