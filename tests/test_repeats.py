@@ -140,6 +140,58 @@ def test_a_clock_that_repeats_itself_contradicts_nothing(timed: Run, walls_s: st
     assert "times repeated" not in kinds(copied(changed(timed, change), 3))
 
 
+COARSE = [
+    (1e-7, 8e-4, 2e-6), (1e-7, 8e-4, 1e-5), (1e-7, 2e-2, 2e-5), (1e-6, 8e-4, 1e-5), (1e-6, 2e-2, 5e-6),
+    (1e-3, 3e-2, 1e-4), (1e-3, 2.0, 1e-3), (1 / 64, 1.5, 1e-3), (1 / 24e6, 8e-4, 2e-6), (1e-9, 5e-5, 2e-7),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("num_calls", [8, 100, 400])
+@pytest.mark.parametrize(("tick_s", "call_s", "jitter_s"), COARSE)
+def test_a_coarse_clock_on_short_calls_copies_nothing(
+    timed: Run, tick_s: float, call_s: float, jitter_s: float, num_calls: int
+) -> None:
+    """Of 400 calls of 0.8 ms by a clock of 100 ns each launch had the times of the other: INVALID every time."""
+    honest = on_a_clock(timed, tick_s, call_s, jitter_s, num_calls)
+    assert "times repeated" not in kinds(honest)
+
+
+def on_a_clock(run: Run, tick_s: float, call_s: float, jitter_s: float, num_calls: int) -> Run:
+    """Two launches of three rounds, of calls that last up to twice as long; times to nanoseconds, as floats have."""
+    rng, first = np.random.default_rng(num_calls), run.speed[0]
+    rows = [
+        dataclasses.replace(
+            first, launch_id=f"launch-{1 + round_ // 3}", round=round_, call_id=f"{call}", phase="measure",
+            wall_s=float(round(round(max(s, tick_s) / tick_s) * tick_s, 9)),
+        )
+        for round_ in range(6)
+        for call in range(num_calls)
+        for s in [call_s * (1 + call // 4 * 4 / num_calls) + abs(rng.normal(0, jitter_s))]
+    ]  # fmt: skip
+    return dataclasses.replace(run, speed=rows)
+
+
+@pytest.mark.parametrize(("tick_s", "call_s", "jitter_s"), [
+    (1e-7, 2e-3, 1e-5), (1e-7, 8e-4, 2e-6), (1e-6, 2e-2, 2e-4), (1e-3, 100.0, 1.0), (1e-9, 5e-5, 2e-7),
+])  # fmt: skip
+@pytest.mark.parametrize("num_calls", [12, 60])
+def test_a_copy_by_a_coarse_clock_is_found(
+    timed: Run, tick_s: float, call_s: float, jitter_s: float, num_calls: int
+) -> None:
+    run = on_a_clock(timed, tick_s, call_s, jitter_s, num_calls)
+    one = dataclasses.replace(run, speed=[call for call in run.speed if call.launch_id == "launch-1"])
+    assert "times repeated" not in kinds(one)
+    assert "times repeated" in kinds(copied(one, 1))
+
+
+@pytest.mark.parametrize("digits", [9, 8, 7, 6])
+def test_a_copy_whose_last_digits_were_rounded_off_is_found(timed: Run, digits: int) -> None:
+    """Times without digits below a microsecond were not looked at."""
+    rounded = changed(timed, lambda call: dataclasses.replace(call, wall_s=round(call.wall_s, digits)))
+    assert "times repeated" not in kinds(rounded)
+    assert "times repeated" in kinds(copied(rounded, 1))
+
+
 def other_run(root: Path, path: Path) -> Path:
     """A run's folder under another id, in its files as well, closed anew."""
     there = root / OTHER_ID

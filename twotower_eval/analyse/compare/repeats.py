@@ -1,17 +1,28 @@
 """Timings that repeat each other: one launch's rows under further names, a run's folder under another run's id.
 
-A clock of nanoseconds never gives the same times twice, call after call, to the last digit; that holds for warm-ups
-and probes as well. So calls whose seconds, or whose moments, are those of others were not timed but copied. Coarse
-clocks repeat themselves: times without digits below a microsecond are not looked at.
+A fine clock never gives the same times twice, call after call, to the last digit; that holds for warm-ups and probes
+as well. So calls whose seconds, or whose moments, are those of others were not timed but copied.
+
+A coarse clock, or a fine one on many short calls, repeats itself. So equal times count only where far more are equal
+than chance allows. The chance that a time is among others is estimated from the times themselves: as the share of times
+with one of the others just beside them, a tick up or down, where honest times lie about as often. Where a call shows
+the same time again and again there is nothing beside. So the chance is taken to be at least that of two readings of a
+call which varies by ``STEADY`` of its seconds, less than honest ones do, on the clock of the run, whose times are
+multiples of a tick.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import permutations
+from math import gcd, pi, sqrt
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import bdtrc
 
 from twotower_eval.analyse.compare.contradiction import (
     Check,
@@ -24,13 +35,18 @@ from twotower_eval.analyse.compare.contradiction import (
 from twotower_eval.records import SpeedSample
 from twotower_eval.store import JOURNALS, Run
 
+Floats = NDArray[np.float64]
 SPEED = JOURNALS[SpeedSample][0]
 SHARE = 0.8  # of timings that have to be those of one other round or launch
 MIN_VALUES = 5  # different ones: fewer may be alike by chance
-COARSE_S, DIGITS_S = 1e-6, 5e-10  # a time that is a multiple of the first, by less than the second, is no fine one
+DIGIT_S = 1e-9  # times are compared by whole nanoseconds: what clocks show, less what floats add
+STEADY = 1e-4  # of its seconds: no call repeats itself more closely
+BESIDE = 1.5  # ticks to either side: more than one, as nanoseconds round it
+BY_CHANCE = 1e-9  # chance of so many equal times from which on they are copied: a file has many pairs of rounds
 INSIDE = 0.5  # of a launch's calls that have to lie within another launch: a clock may have been set back
 
 Values = Mapping[Spot, Sequence[Hashable]]
+Doubt = Callable[["_Repeat"], bool]  # whether values may be equal by chance
 
 
 class _Repeat(NamedTuple):
@@ -41,7 +57,7 @@ class _Repeat(NamedTuple):
     num: int
 
 
-def _repeats(values: Values) -> Iterator[_Repeat]:
+def _repeats(values: Values, doubt: Doubt = lambda _: False) -> Iterator[_Repeat]:
     """Where nearly all values are those of one other place, or come twice within their own."""
     holders: dict[Hashable, Counter[Spot]] = defaultdict(Counter)
     for spot, own in values.items():
@@ -54,30 +70,52 @@ def _repeats(values: Values) -> Iterator[_Repeat]:
                 if other != spot or times > 1:
                     shared[other].append(value)
         enough = max(SHARE * len(own), MIN_VALUES)
-        like = {other: len(same) for other, same in shared.items() if len(set(same)) >= MIN_VALUES}
-        nearest = max(like, key=lambda one: like[one], default=None)
-        if nearest is not None and like[nearest] >= enough:
-            yield _Repeat(spot, nearest, like[nearest])
+        like = [_Repeat(spot, other, len(same)) for other, same in shared.items() if len(set(same)) >= MIN_VALUES]
+        nearest = sorted((one for one in like if one.num >= enough), key=lambda one: -one.num)
+        yield from [one for one in nearest if not doubt(one)][:1]
 
 
 def _times(runs: Sequence[Run]) -> Iterator[_Repeat]:
     """By rounds; what has few calls a round, by all rounds of a launch."""
-    by_round: dict[Spot, list[Hashable]] = defaultdict(list)
-    by_launch: dict[Spot, list[Hashable]] = defaultdict(list)
+    by_round: dict[Spot, list[int]] = defaultdict(list)
+    by_launch: dict[Spot, list[int]] = defaultdict(list)
+    ticks: dict[str | None, int] = {}
     for run in runs:
         for call in run.speed:
-            if _is_fine(call.wall_s):
+            if (time_ns := round(call.wall_s / DIGIT_S)) > 0:
                 lane = Spot(run=run.manifest.run_id, launch=call.launch_id, cell=call.cell, replica=call.replica)
-                by_round[lane._replace(round=call.round, phase=call.phase)].append(call.wall_s)
-                by_launch[lane].append(call.wall_s)
-    found = list(_repeats(by_round))
+                by_round[lane._replace(round=call.round, phase=call.phase)].append(time_ns)
+                by_launch[lane].append(time_ns)
+                ticks[lane.run] = gcd(ticks.get(lane.run, 0), time_ns)
+    found = list(_repeats(by_round, _doubt(by_round, ticks)))
     lanes = {one.spot._replace(round=None, phase=None) for one in found}
     yield from found
-    yield from (one for one in _repeats(by_launch) if one.spot not in lanes)
+    yield from (one for one in _repeats(by_launch, _doubt(by_launch, ticks)) if one.spot not in lanes)
 
 
-def _is_fine(wall_s: float) -> bool:
-    return wall_s > 0 and abs(wall_s - round(wall_s / COARSE_S) * COARSE_S) > DIGITS_S
+def _doubt(times_ns: Mapping[Spot, Sequence[int]], ticks: Mapping[str | None, int]) -> Doubt:
+    def may_be_chance(one: _Repeat) -> bool:
+        own_ns, like_ns = np.asarray(times_ns[one.spot], float), np.asarray(times_ns[one.like], float)
+        steady = float(np.minimum(1, ticks[one.spot.run] / (sqrt(4 * pi) * STEADY * own_ns)).mean())
+        share = max(steady, _share_beside(own_ns, like_ns, ticks[one.spot.run]))
+        return bool(share >= 1 or bdtrc(one.num - 1, len(own_ns), share) > BY_CHANCE)
+
+    return may_be_chance
+
+
+def _share_beside(own_ns: Floats, like_ns: Floats, tick_ns: int) -> float:
+    """Share of times that have another one just above them or below, by the shortest step that there is between two.
+
+    The two times with that step are left out. Where it is longer than the clock's tick and than what a steady call
+    varies by, times lie far apart, and nothing is beside any.
+    """
+    there_ns = np.unique(like_ns)
+    step_ns = float(np.diff(np.unique(np.concatenate([own_ns, there_ns]))).min())
+    near_ns = BESIDE * np.minimum(step_ns, np.maximum(tick_ns, STEADY * own_ns))
+    here = np.searchsorted(there_ns, own_ns, "left"), np.searchsorted(there_ns, own_ns, "right")
+    num_below = here[0] - np.searchsorted(there_ns, own_ns - near_ns, "left")
+    num_above = np.searchsorted(there_ns, own_ns + near_ns, "right") - here[1]
+    return max(0, int((num_below + num_above > 0).sum()) - 2) / len(own_ns)
 
 
 def _moments(runs: Sequence[Run]) -> Iterator[_Repeat]:
