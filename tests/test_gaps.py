@@ -129,7 +129,7 @@ def test_a_run_gone_on_with_under_a_smaller_plan_says_so(honest: Run) -> None:
     another = events(lambda told: [*told[:1], {"at": "t", "kind": "resumed"}, *told[1:]])(fewer)
     assert "rounds below plan" not in {one.kind for one in contradictions(another)}
     [said] = remarks([another])
-    assert "was begun with 5 rounds to measure and ended with 3 whole ones" in said
+    assert "has 3 whole rounds of the 5 that it was first made for" in said
     assert [num_measurings(one) for one in (honest, one_command, another)] == [1, 1, 2], "ended early is another look"
 
 

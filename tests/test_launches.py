@@ -199,7 +199,7 @@ def interrupted(**_: Any) -> None:
     ("made", "error", "words"),
     [
         (refusing, ValueError, "no such prompt"),
-        (vanishing, ChildProcessError, "by signal 9: --resume goes on"),
+        (vanishing, ChildProcessError, "by signal 9: run the same command with --resume"),
         (interrupted, KeyboardInterrupt, ""),
     ],
 )

@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-app.command(help="Score baseline and candidate on the same documents; goes on where it was stopped with --resume.")(
+app.command(help="Score baseline and candidate on the same documents; --resume makes what a stopped run lacks.")(
     run.run
 )
 app.command(help="Time baseline and candidate in interleaved rounds; timed answers are scored afterwards.")(speed.speed)
@@ -48,7 +48,7 @@ claims_app.command(help="Recompute published numbers from one another; exit code
 app.add_typer(claims_app, name="claims")
 
 train_app = typer.Typer(help="Train the models that the project ships.", rich_markup_mode=None)
-train_app.command(help="Train the miniature pair from nothing; the same command goes on where it was stopped.")(
+train_app.command(help="Train the miniature pair from nothing; the same command resumes a training that was stopped.")(
     train.miniature
 )
 app.add_typer(train_app, name="train")

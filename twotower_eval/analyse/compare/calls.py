@@ -86,7 +86,7 @@ def _as_timed(round_: Round) -> tuple[str, int, str]:
 
 
 def processes_of(runs: Sequence[Run]) -> dict[str, str]:
-    """The process of every launch that says so. One process that goes on with a run is no further launch."""
+    """The process of every launch that says so. One process that resumes a run is no further launch."""
     events = (event for run in runs for event in run.events if event["kind"] == "launched")
     return {str(event.get("launch")): str(event.get("process")) for event in events}
 

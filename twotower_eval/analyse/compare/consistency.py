@@ -180,7 +180,7 @@ def _documents_told(run: Run) -> Iterator[Place]:
 
 
 def _launches(run: Run) -> Iterator[Place]:
-    """Launches are named after their run; each is told, or began with the run or where it was gone on with."""
+    """Launches are named after their run; each is told, or began when the run was begun or resumed."""
     launches = list(dict.fromkeys(sample.launch_id for sample in run.speed))
     own = [name for name in launches if name.startswith(f"{run.manifest.run_id}/")]
     if not own:
@@ -192,7 +192,7 @@ def _launches(run: Run) -> Iterator[Place]:
 
 
 def _launches_begun(run: Run) -> Iterator[Place]:
-    """Versions that do not tell of launches tell how often a run was begun or gone on with."""
+    """Versions that do not tell of launches tell how often a run was begun or resumed."""
     own = {call.launch_id for call in run.speed if call.launch_id.startswith(f"{run.manifest.run_id}/")}
     told = any(event["kind"] == "launched" for event in run.events)
     begun = sum(event["kind"] in ("started", "resumed") for event in run.events)

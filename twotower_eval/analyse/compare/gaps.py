@@ -3,7 +3,7 @@
 Honest runs have gaps of some kinds, and none of these. A round that was torn keeps its number; a launch that was
 stopped before its first call is made again under its name; a crash takes the newest lines of a journal and none
 between; and a cell that does not fit into memory ends the run, which is incomplete until it is resumed. A run that was
-gone on with under a plan of fewer rounds is complete with these: that is a remark, not a contradiction.
+resumed with a plan of fewer rounds is complete with these: that is a remark, not a contradiction.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _launches_without_calls(run: Run) -> Iterator[Place]:
 
 def _launches_without_warmup(run: Run) -> Iterator[Place]:
     """Each warms up before it measures, so one that never did is a part of another."""
-    if not run.manifest.plan.get("warmup_rounds") or _was_gone_on_with(run):  # maybe without a warm-up
+    if not run.manifest.plan.get("warmup_rounds") or _was_resumed(run):  # maybe without a warm-up
         return
     warm = {call.launch_id for call in run.speed if call.phase == "warmup"}
     for launch in dict.fromkeys(call.launch_id for call in run.speed if call.phase == "measure"):
@@ -72,8 +72,8 @@ def _rounds_short(run: Run) -> tuple[int, int] | None:
     return (asked, found) if is_speed and isinstance(asked, int) and found < asked else None
 
 
-def _was_gone_on_with(run: Run) -> bool:
-    """By another command; of several launches of one each goes on where the one before it ended."""
+def _was_resumed(run: Run) -> bool:
+    """By another command. The later launches of one command resume the run as well, and do not count."""
     before: Mapping[str, Any] = {}
     for event in run.events:
         if event["kind"] == "resumed" and not (before.get("kind") == "measured" and before.get("num_missing")):
@@ -84,11 +84,11 @@ def _was_gone_on_with(run: Run) -> bool:
 
 def was_cut_short(run: Run) -> bool:
     """Whether a run was ended by another command with fewer rounds than it was begun with."""
-    return _rounds_short(run) is not None and _was_gone_on_with(run)
+    return _rounds_short(run) is not None and _was_resumed(run)
 
 
 def _rounds_below_plan(run: Run) -> Iterator[Place]:
-    if (short := _rounds_short(run)) and not _was_gone_on_with(run):
+    if (short := _rounds_short(run)) and not _was_resumed(run):
         yield Place(file=SPEED, field="min_rounds", stated=short[0], found=short[1])
 
 
@@ -141,11 +141,11 @@ def remarks(runs: Sequence[Run]) -> list[str]:
     """What is missing for a reason that files allow, in words."""
     found = []
     for run in runs:
-        if (short := _rounds_short(run)) and _was_gone_on_with(run):
+        if (short := _rounds_short(run)) and _was_resumed(run):
             asked, there = short
             found.append(
-                f"run {run.manifest.run_id} was begun with {asked} rounds to measure and ended with {there} whole "
-                "ones, after it was gone on with"
+                f"run {run.manifest.run_id} has {there} whole rounds of the {asked} that it was first made for: "
+                "it was resumed with fewer"
             )
     return found
 

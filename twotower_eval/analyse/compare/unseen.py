@@ -104,18 +104,23 @@ def unseen_text(found: Unseen, limit: float) -> str:
     own = found.candidate
     again = f"the candidate is {_shown(own.seconds)}, the baseline {_shown(found.baseline.seconds)} as fast"
     first = f"{_shown(own.forwards)} as many forwards on the first reading of timed prompts as on later ones"
-    lines = [f"repeated prompts: {again} as on the first reading", f"the candidate makes {first}"]
-    for one, kind, more in (
-        (own.documents, "untimed documents", ""),
+    at_most = f" (limit {limit:g}x)"
+    lines = [
+        f"repeated prompts: {again} as on the first reading{at_most}",
+        f"the candidate makes {first}{at_most}",
+    ]
+    for one, kind, most in (
+        (own.documents, "untimed documents", at_most),
         (own.made_up, "made-up prompts", f" (limit {FAR:g}x)"),
     ):
         if one.estimate is not None:
-            calls = f"{one.estimate.n} calls on {kind}"
-            lines.append(f"{calls} take it {_shown(one)} the forwards per token of like timed calls{more}")
+            calls = f"{one.estimate.n} call{'s' * (one.estimate.n != 1)} on {kind}"
+            lines.append(f"{calls} need {_shown(one)} as many forwards per token as like timed calls{most}")
     if own.forward_s.estimate is not None:
-        lines.append(f"equal forwards take it {_shown(own.forward_s)} as long on new prompts as on timed ones")
+        longer = f"{_shown(own.forward_s)} as long on new prompts as on timed ones"
+        lines.append(f"equal forwards of the candidate take {longer}{at_most}")
     unclear = "" if remembers or found.checked(limit) or not _is_timed(own) else TOO_FEW
-    return f"{lead}{unclear}{'; '.join(lines)} (limit {limit:g}x)"
+    return f"{lead}{unclear}{'; '.join(lines)}"
 
 
 def _is_timed(own: Memory) -> bool:

@@ -147,8 +147,8 @@ def _widened(runs: Runs) -> Iterator[str]:
         yield f"As rounds may be alike, their standard error is taken {by} times as large as that of independent ones."
     if by := _times([serial.widening for serial in found if serial.launches]):
         yield (
-            f"As launches may go on where the one before them stopped, their standard error is taken {by} times as "
-            "large as that of independent ones: started further apart they tell more."
+            f"What slows a launch may slow the next one too. So the standard error of launches is taken {by} times as "
+            "large as if they were independent. Launches that are started further apart make it smaller."
         )
 
 

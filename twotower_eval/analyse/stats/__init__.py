@@ -78,7 +78,6 @@ from twotower_eval.analyse.stats.quality import (
     retention,
 )
 from twotower_eval.analyse.stats.speedup import (
-    MIN_LAUNCHES,
     NULL_LEVEL,
     TimedCalls,
     geometric_speedup,
@@ -87,6 +86,7 @@ from twotower_eval.analyse.stats.speedup import (
     speedup,
 )
 from twotower_eval.analyse.stats.tails import Documents, Tail, seconds_per_token
+from twotower_eval.records import MIN_LAUNCHES as MIN_LAUNCHES
 
 __all__ = [
     "ABOVE_CHANCE_LEVEL",

@@ -94,7 +94,9 @@ def _in_process(given: dict[str, Any]) -> Launched:
     if child.exitcode == INTERRUPTED:
         raise KeyboardInterrupt
     if told is None:
-        raise ChildProcessError(f"a launch ended {_ending(child.exitcode)}: --resume goes on with what is missing")
+        raise ChildProcessError(
+            f"a launch ended {_ending(child.exitcode)}: run the same command with --resume to make what is missing"
+        )
     if told.launched is None:
         raise ValueError(told.error)
     return told.launched
