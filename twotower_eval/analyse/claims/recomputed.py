@@ -5,13 +5,14 @@ tried where no other gives the summary, and is then named with the figures that 
 
 Every stated figure is an interval (see ``stated``). Each formula here has every figure once and grows or falls with it,
 so the ends of its result are reached at ends of the figures, and what lies in between is reached too: a summary
-CONTRADICTS only where no value of the figures gives any value of it, under no usual reading.
+CONTRADICTS only where no value of the figures gives any value of it, under no usual reading. It is CONFIRMED only where
+no other figure of as many decimals could be there; else it FITS, and the figures that would fit as well are named.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import product
 from typing import Literal
@@ -26,7 +27,7 @@ from twotower_eval.analyse.claims.published import (
 )
 from twotower_eval.analyse.claims.stated import Span, Stated, difference, ratio, total
 
-Kind = Literal["CONFIRMS", "CONTRADICTS", "REMARK"]
+Kind = Literal["CONFIRMS", "FITS", "CONTRADICTS", "REMARK"]
 Weights = Sequence[int]
 Columns = tuple[Sequence[Span], Sequence[Span]]  # the candidate's figures and the baseline's
 SHOWN = 4
@@ -48,9 +49,24 @@ class Reading:
     name: str
     span: Span
 
-    def text(self, decimals: int, unit: str) -> str:
-        """``mean of per-task ratios 98.65 %``, with its ends where the figures' own rounding leaves it open."""
-        return f"{self.name} {span_text(self.span, decimals, unit)}"
+    def text(self, decimals: int, unit: str, stated: Stated) -> str:
+        """``mean of per-task ratios 98.65 %``, with its ends where the figures' own rounding leaves it open.
+
+        Where it fits what is stated, and other figures as well: ``98.65 % (fits: 98.6 to 98.7)``.
+        """
+        if not self.fits(stated) or self.is_only(stated):
+            return f"{self.name} {span_text(self.span, decimals, unit)}"
+        ends = self.span.figures(stated.decimals)
+        low, high = (f"{float(f(*ends, stated.value)):.{stated.decimals}f}" for f in (min, max))
+        return f"{self.name} {float(self.span.value):.{decimals}f}{unit} (fits: {low} to {high})"
+
+    def fits(self, stated: Stated) -> bool:
+        """Whether it can be what is stated."""
+        return self.span.meets(stated.span())
+
+    def is_only(self, stated: Stated) -> bool:
+        """Whether it can be no other figure of as many decimals."""
+        return self.span.figures(stated.decimals) == (stated.value, stated.value)
 
 
 def span_text(span: Span, decimals: int, unit: str) -> str:
@@ -178,21 +194,43 @@ def aggregates(published: Published) -> Iterator[Finding]:
         unit = " points" if aggregate.of == "difference" else " %"
         stated = f"{aggregate.name}: stated {aggregate.percent.text}{unit}"
         decimals = max(2, aggregate.percent.decimals + 1)  # one more, so that what contradicts looks different
-        listed = ", ".join(reading.text(decimals, unit) for reading in readings)
         fitting = _fitting(readings, aggregate.percent)
         if not fitting:
-            fitting = _fitting(_of_rounded_means(aggregate, tasks, published), aggregate.percent)[:1]
+            fitting = _first_of_all(_of_rounded_means(aggregate, tasks, published), aggregate.percent)
+            readings += fitting
+        listed = ", ".join(reading.text(decimals, unit, aggregate.percent) for reading in readings)
         if not fitting:
             why = _if_cut(aggregate, tasks) + _untried(aggregate, tasks)
             text = f"{stated} over {_plural(len(tasks), 'task')}, recomputed {listed}{why}"
             yield Finding(kind="CONTRADICTS", text=text)
             continue
-        text = f"{stated} is the {' or the '.join(fitting)} of {_plural(len(tasks), 'task')}: {listed}"
-        yield Finding(kind="CONFIRMS", text=text + (_means(tasks) if aggregate.of == "retention" else ""))
+        text = f"{stated} {_is_or_fits(fitting, aggregate.percent)} of {_plural(len(tasks), 'task')}: {listed}"
+        text += _means(tasks) if aggregate.of == "retention" else ""
+        yield Finding(kind=_kind(fitting, aggregate.percent), text=text)
 
 
-def _fitting(readings: Iterable[Reading], stated: Stated) -> list[str]:
-    return [reading.name for reading in readings if reading.span.meets(stated.span())]
+def _fitting(readings: Iterable[Reading], stated: Stated) -> list[Reading]:
+    return [reading for reading in readings if reading.fits(stated)]
+
+
+def _first_of_all(readings: Iterable[Reading], stated: Stated) -> list[Reading]:
+    """The first that fits, if any, with the ends of all: any of them may have been meant."""
+    every = list(readings)
+    fitting = _fitting(every, stated)[:1]
+    low, high = (end(one.span.value for one in every) if every else None for end in (min, max))
+    return [replace(one, span=Span(one.span.value, low, high)) for one in fitting if low is not None is not high]
+
+
+def _kind(fitting: Sequence[Reading], stated: Stated) -> Kind:
+    return "CONFIRMS" if any(one.is_only(stated) for one in fitting) else "FITS"
+
+
+def _is_or_fits(fitting: Sequence[Reading], stated: Stated) -> str:
+    """What a figure is, and what it only fits, as others would."""
+    only = [one.name for one in fitting if one.is_only(stated)]
+    other = [one.name for one in fitting if not one.is_only(stated)]
+    parts = [f"{verb} the {' or the '.join(names)}" for verb, names in (("is", only), ("fits", other)) if names]
+    return " and ".join(parts)
 
 
 def _means(tasks: Sequence[PublishedTask]) -> str:
@@ -238,8 +276,7 @@ def _of_rates(speedup: PublishedSpeedup, first: PublishedRate, second: Published
         each = quotient.times(Fraction(second.devices, first.devices))
         readings.append(Reading(name=f"per device, on {first.devices} and {second.devices} of them", span=each))
     if not _fitting(readings, speedup.factor):
-        by_rounding = [one for one in _of_rounded_rates(first, second) if one.span.meets(speedup.factor.span())]
-        readings = by_rounding[:1] or readings
+        readings = _first_of_all(_of_rounded_rates(first, second), speedup.factor) or readings
     yield _compared(speedup, readings, upside_down=Reading(name="", span=ratio(*reversed(_spans(first, second)))))
     if first.batch_size and second.batch_size and first.batch_size != second.batch_size:
         sizes = f"batch {first.batch_size} against batch {second.batch_size}"
@@ -270,11 +307,13 @@ def _product(parts: Sequence[Stated]) -> Span:
 
 def _compared(speedup: PublishedSpeedup, readings: Sequence[Reading], upside_down: Reading | None = None) -> Finding:
     decimals = max(2, speedup.factor.decimals + 1)
-    stated, listed = speedup.factor.span(), ", ".join(reading.text(decimals, "x") for reading in readings)
-    fitting = [reading for reading in readings if reading.span.meets(stated)]
+    listed = ", ".join(reading.text(decimals, "x", speedup.factor) for reading in readings)
+    fitting = _fitting(readings, speedup.factor)
     if fitting:
-        return Finding(kind="CONFIRMS", text=f"{speedup.name}: stated {speedup.factor.text}x is {listed}")
-    swapped = upside_down is not None and upside_down.span.meets(stated)
+        kind = _kind(fitting, speedup.factor)
+        verb = "is" if kind == "CONFIRMS" else "fits"
+        return Finding(kind=kind, text=f"{speedup.name}: stated {speedup.factor.text}x {verb} {listed}")
+    swapped = upside_down is not None and upside_down.fits(speedup.factor)
     hint = "; the rates in the other order would give it" if swapped else ""
     text = f"{speedup.name}: stated {speedup.factor.text}x, recomputed {listed}{hint}"
     return Finding(kind="CONTRADICTS", text=text)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from math import floor
+from math import ceil, floor
 from typing import Any
 
 from twotower_eval.analyse.claims.reading import value_of
@@ -38,6 +38,14 @@ class Span:
         units, half = 10**decimals, Fraction(1, 2)
         first, last = -floor(half - self.low * units), floor(self.high * units + half)
         return [Fraction(number, units) for number in range(first, last + 1)]
+
+    def figures(self, decimals: int) -> tuple[Fraction, Fraction]:
+        """The least and the largest of them, but for those that only an end itself rounds to."""
+        if self.low == self.high:
+            found = self.roundings(decimals)
+            return found[0], found[-1]
+        units, half = 10**decimals, Fraction(1, 2)
+        return Fraction(floor(self.low * units - half) + 1, units), Fraction(ceil(self.high * units + half) - 1, units)
 
     def times(self, factor: Fraction | int) -> Span:
         """A multiple, by a factor that is not negative."""
