@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from twotower_eval.analyse.claims import files
 from twotower_eval.analyse.claims.files import ClaimFile, claims_from, load_claims, select
 from twotower_eval.plan import data_path
 from twotower_eval.records import GateLimits
@@ -162,11 +163,16 @@ def test_a_suite_in_a_scope_is_its_tasks() -> None:
     assert scope_of("some_task_of_lm_eval", "mmlu_pro") == ("some_task_of_lm_eval", "mmlu_pro")
 
 
+def test_a_task_named_almost_like_one_of_a_suite_is_no_slip() -> None:
+    """lm-eval's Italian part of Global MMLU was refused: "did you mean global_mmlu_lite?"."""
+    names = ("global_mmlu_it", "gsm8kk", "miniature_srot", "humaneval_pluss")
+    assert scope_of(*names) == names
+    assert files.meant_tasks(("gsm8k", "miniature_srot", "some_task")) == {"miniature_srot": "miniature_sort"}
+
+
 @pytest.mark.parametrize(("name", "near"), [
-    ("miniatur", "miniature"), ("miniature_srot", "miniature_sort"), ("paper_11", "paper-11"),
+    ("miniatur", "miniature"), ("minature", "miniature"), ("paper_11", "paper-11"),
 ])  # fmt: skip
 def test_a_slip_in_a_scope_is_refused_with_what_was_meant(name: str, near: str) -> None:
-    with pytest.raises(
-        ValueError, match=rf"scope: no suite and no task of one is named '{name}' \(did you mean '{near}'"
-    ):
+    with pytest.raises(ValueError, match=rf"scope: no suite is named '{name}' \(did you mean '{near}'"):
         scope_of(name)

@@ -25,8 +25,7 @@ QUANTITIES, RELATIONS, AVERAGINGS = (typing.get_args(kind) for kind in (Quantity
 TASK_QUANTITIES = ("retention", "decoder_exercised_retention", "score", "score_difference")
 SCORE_QUANTITIES = ("score", "score_difference")
 SPEED_QUANTITIES = ("speedup_time", "speedup_throughput", "speedup_time_per_device")
-# How alike a name has to be to another one to be that one, misspelt; tasks of lm-eval are named much alike.
-SLIP_OF_SUITE, SLIP_OF_TASK = 0.8, 0.91
+SLIP_OF_SUITE, SLIP_OF_TASK = 0.8, 0.91  # how alike a name is to another one that was meant, at least
 MOST_LOOKS = 20  # each judged at 99.75 % then
 MARGINS = {"retention": 0.005, "decoder_exercised_retention": 0.005} | dict.fromkeys(SPEED_QUANTITIES, 0.05)
 
@@ -154,23 +153,36 @@ def _claim(table: Mapping[str, Any], points: Mapping[str, OperatingPoint]) -> Cl
 def _scope(where: str, quantity: Quantity, names: Sequence[str]) -> tuple[str, ...]:
     """The tasks of a scope, shipped suites by their tasks; of a retention those that have a part in one.
 
-    Any task of lm-eval may be named, so only what is a slip of a suite or of a suite's task is refused.
+    Any task of lm-eval may be named, many of them much like a suite's task, so only a slip of a suite is refused.
     """
-    suites = {path.stem: read_toml(path, "suite").get("task", []) for path in suite_paths()} if names else {}
-    tasks = {str(task["name"]) for members in suites.values() for task in members}
+    suites = _suites() if names else {}
+    tasks = _tasks_of(suites)
     found: list[str] = []
     for name in names:
         if name in suites and name not in tasks:
             found += [t["name"] for t in suites[name] if t.get("headline", True) or quantity in SCORE_QUANTITIES]
             continue
         near = difflib.get_close_matches(name, suites, n=1, cutoff=SLIP_OF_SUITE)
-        near = near or difflib.get_close_matches(name, sorted(tasks), n=1, cutoff=SLIP_OF_TASK)
         if name not in tasks and near:
-            raise ValueError(
-                f"{where}: scope: no suite and no task of one is named {name!r} (did you mean {near[0]!r}?)"
-            )
+            raise ValueError(f"{where}: scope: no suite is named {name!r} (did you mean {near[0]!r}?)")
         found.append(name)
     return tuple(dict.fromkeys(found))
+
+
+def meant_tasks(scope: Sequence[str]) -> dict[str, str]:
+    """Tasks of a scope that no suite has, though one has a task that is named almost so."""
+    tasks = _tasks_of(_suites())
+    near = {name: difflib.get_close_matches(name, sorted(tasks), n=1, cutoff=SLIP_OF_TASK) for name in scope}
+    return {name: found[0] for name, found in near.items() if name not in tasks and found}
+
+
+def _suites() -> dict[str, list[dict[str, Any]]]:
+    """The tasks of every shipped suite."""
+    return {path.stem: read_toml(path, "suite").get("task", []) for path in suite_paths()}
+
+
+def _tasks_of(suites: Mapping[str, Sequence[Mapping[str, Any]]]) -> set[str]:
+    return {str(task["name"]) for members in suites.values() for task in members}
 
 
 def suite_paths() -> list[Path]:

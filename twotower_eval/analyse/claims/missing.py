@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from twotower_eval.analyse import stats
-from twotower_eval.analyse.claims.files import SCORE_QUANTITIES, SPEED_QUANTITIES
+from twotower_eval.analyse.claims.files import SCORE_QUANTITIES, SPEED_QUANTITIES, meant_tasks
 from twotower_eval.analyse.claims.match import (
     UNSTATED,
     Evidence,
@@ -35,12 +35,17 @@ OPTIONS = {
 
 def missing(claim: Claim, points: Sequence[QualityPoint | SpeedPoint], alone: Sequence[str] = ()) -> str:
     """Why a claim is NOT MEASURED, in words, and what measures it. ``alone``: models measured beside no other."""
-    found, words = _nearby(claim, points, alone), measuring_command(claim)
+    found, words = _nearby(claim, points, alone) + _meant(claim), measuring_command(claim)
     if words is None:
         return found
     where = f" on {claim.point.hardware}" if claim.point.hardware else ""
     refused = "" if claim.subject == SHIPPED else "; tasks whose scoring executes what a model wrote are refused"
     return f"{found}; `{shlex.join(words)}`{where} measures it{refused if claim.scope else ''}"
+
+
+def _meant(claim: Claim) -> str:
+    """A hint where the name of a task in scope may be a slip; many tasks of lm-eval are named much alike."""
+    return "".join(f"; {name}: did you mean {near}?" for name, near in meant_tasks(claim.scope).items())
 
 
 def missing_quality(claim: Claim, evidence: Evidence) -> str:
