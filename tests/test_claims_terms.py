@@ -40,12 +40,12 @@ def kept_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def launched(root: Path, num: int) -> Run:
-    """A scored speed run whose twenty rounds are spread over so many launches."""
+    """A scored speed run whose 24 rounds are spread over so many launches."""
 
     def change(row: Row) -> Row:
         return dataclasses.replace(row, launch_id=f"{row.round % num}") if isinstance(row, SpeedSample) else row
 
-    return store.load(speed_run(root, scored=True, num_rounds=20, edit=change))
+    return store.load(speed_run(root, scored=True, num_rounds=24, edit=change))
 
 
 @pytest.mark.parametrize(

@@ -145,10 +145,12 @@ def bounds_text(levels: Iterable[float]) -> str:
 def strict_line(verdicts: Sequence[Verdict]) -> str:
     """What a strict check counts otherwise than it is printed; empty where there is nothing of the kind."""
     supported = [verdict for verdict in verdicts if verdict.outcome == "SUPPORTED"]
-    few = sum(verdict.scope is not None for verdict in supported)
+    in_few = [verdict for verdict in supported if verdict.scope is not None]
+    few, torn = len(in_few), any((verdict.num_launches or 0) >= stats.MIN_LAUNCHES for verdict in in_few)
+    of_rounds = f" of {MIN_LAUNCH_ROUNDS} rounds or more" if torn else ""
     without = sum(bool(verdict.not_given) for verdict in supported)
     lines = [
-        f"{few} SUPPORTED in fewer than {stats.MIN_LAUNCHES} launches of {MIN_LAUNCH_ROUNDS} rounds or more "
+        f"{few} SUPPORTED in fewer than {stats.MIN_LAUNCHES} launches{of_rounds} "
         f"{'is' if few == 1 else 'are'} counted as inconclusive; `twotower-eval speed --launches {stats.MIN_LAUNCHES}` "
         "measures how launches differ"
     ] * (few > 0)
