@@ -21,31 +21,28 @@ from twotower_eval.engine.decoders.reported import (
     ReportError,
     asked_of,
     check_answer,
-    check_answers,
-    check_forwards,
-    check_no_strays,
     decoder_name,
     finished,
-    generating,
 )
 from twotower_eval.engine.models import prompts
-from twotower_eval.engine.models.counting import WatchedModel, noted_in_place
+from twotower_eval.engine.models.counting import noted_in_place
 from twotower_eval.engine.models.strays import Strays
 from twotower_eval.engine.scorers import Scorer
 from twotower_eval.measure.harness.answers import (
     CellJournal,
+    DecoderCall,
     Key,
+    check_asked,
     generation_row,
     join_likelihoods,
     likelihood_row,
     missing_of,
     with_repeats,
+    witnessed_answer,
     witnessed_row,
 )
 from twotower_eval.measure.suites import (
     DEFAULT_MAX_NEW_TOKENS,
-    decoding_asked,
-    in_words,
     stops_and_budget,
 )
 from twotower_eval.plugin_calls import noting
@@ -171,7 +168,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         groups: dict[tuple[int, tuple[str, ...]], list[tuple[Any, Prompt, Key]]] = defaultdict(list)
         for request, key in numbered:
             stop, budget = stops_and_budget(request.args[1], DEFAULT_MAX_NEW_TOKENS)
-            self._check_asked(request, key)
+            check_asked(request, key, self.decoder)
             groups[budget, stop].append((request, self._prompt(request.args[0], key, budget), key))
         for (budget, stop), items in groups.items():
             left = [item for item in items if item[2] in missing]
@@ -181,18 +178,6 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             rest = [item for item in left if item[2] not in self.witnessed]
             if rest:
                 yield partial(self._generate, rest, budget, stop)
-
-    def _check_asked(self, request: Any, key: Key) -> None:
-        """ValueError where a request asks for what the decoder does not do; one that samples was asked for."""
-        asked = decoding_asked(request.args[1])
-        if asked.beyond:
-            raise ValueError(f"task {key[0]!r} asks for {in_words(asked.beyond)}: no decoder here does that")
-        has = float(getattr(getattr(self.decoder, "params", None), "temperature", 0.0))
-        if asked.temperature and asked.temperature != has:
-            raise ValueError(
-                f"task {key[0]!r} asks for temperature {asked.temperature:g}, and the decoder's is {has:g}: "
-                "make the decoder with that temperature"
-            )
 
     def _prompt(self, text: str, key: Key, budget: int) -> Prompt:
         with prompts.naming(_where(key)):
@@ -218,48 +203,24 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             self._keep(request, key, generation)
 
         with noted_in_place(self.model) as watched:
-            self._decode([prompt for _, prompt, _ in items], asked, watched, noting(failed, journal), failed)
-        check_no_strays(self._strays.num, asked.name)
-        check_forwards(heard, watched, asked.name)
+            self._call([prompt for _, prompt, _ in items], asked, watched, noting(failed, journal), failed)
+        self._call.check(heard, asked, watched)
 
     def _generate_witnessed(self, item: _Item, budget: int, stop: tuple[str, ...]) -> None:
         """The answer to one prompt. What its witness says is written down before it, so that no answer lacks it."""
         request, prompt, key = item
-        asked = self._asked(budget, stop)
-        heard: list[Generation] = []
-        with noted_in_place(self.model) as watched, watched.witnessed(prompt.token_ids) as witness:
-            given = self._decode([prompt], asked, watched, heard.append)
-        made = finished(heard or given, asked.name)
-        check_answers(made, [prompt], asked)
-        check_no_strays(self._strays.num, asked.name)
-        check_forwards(made, watched, asked.name)
-        (generation,) = made
-        self.testify(witnessed_row(self.journal.cell, generation, witness.tally(generation.token_ids)))
+        generation, tally = witnessed_answer(self._call, self.model, prompt, self._asked(budget, stop))
+        self.testify(witnessed_row(self.journal.cell, generation, tally))
         self._keep(request, key, generation)
 
     def _asked(self, budget: int, stop: tuple[str, ...]) -> Asked:
         stops = prompts.stops_of(self.model, stop)
         return asked_of(self.model, decoder_name(self.decoder), budget, self.model.eos_token_ids, stops)
 
-    def _decode(
-        self,
-        given: list[Prompt],
-        asked: Asked,
-        watched: WatchedModel,
-        on_finish: Callable[[Generation], None],
-        failed: Sequence[BaseException] = (),
-    ) -> Any:
-        """What the decoder gives back for prompts; ``failed`` is what ``on_finish`` raised."""
+    @property
+    def _call(self) -> DecoderCall:
         assert self.decoder is not None, "a generation task without a decoder"
-        with self._strays.noted(watched), generating(self.decoder, asked.name, "--batch-size", failed):
-            return self.decoder.generate(
-                given,
-                max_new_tokens=asked.max_new_tokens,
-                eos_token_ids=asked.eos_token_ids,
-                stop=asked.stop,
-                max_batch_size=self.batch_size,
-                on_finish=on_finish,
-            )
+        return DecoderCall(decoder=self.decoder, batch_size=self.batch_size, strays=self._strays)
 
     def _keep(self, request: Any, key: Key, generation: Generation) -> None:
         self.journal.add(generation_row(self.journal.cell, key, request, generation))

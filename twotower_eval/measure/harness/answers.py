@@ -8,14 +8,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from twotower_eval.engine.decoders import Decoder
+from twotower_eval.engine.decoders.reported import (
+    Asked,
+    check_answers,
+    check_forwards,
+    check_no_strays,
+    finished,
+    generating,
+)
+from twotower_eval.engine.models.counting import WatchedModel, noted_in_place
+from twotower_eval.engine.models.strays import Strays
 from twotower_eval.engine.models.witness import Tally
-from twotower_eval.measure.suites import instance_sha256
+from twotower_eval.measure.suites import decoding_asked, in_words, instance_sha256
 from twotower_eval.records import (
     Generation,
     GenerationRow,
     Likelihood,
     LikelihoodKind,
     LikelihoodRow,
+    Prompt,
     Witnessed,
     WitnessedAnswer,
 )
@@ -112,6 +124,64 @@ def likelihood_row(cell: str, key: Key, request: Any, likelihood: Likelihood, nu
         num_tokens=num_tokens,
         likelihood=likelihood,
     )
+
+
+def check_asked(request: Any, key: Key, decoder: Decoder | None) -> None:
+    """ValueError where a request asks for what the decoder does not do; one that samples was asked for."""
+    asked = decoding_asked(request.args[1])
+    if asked.beyond:
+        raise ValueError(f"task {key[0]!r} asks for {in_words(asked.beyond)}: no decoder here does that")
+    has = float(getattr(getattr(decoder, "params", None), "temperature", 0.0))
+    if asked.temperature and asked.temperature != has:
+        raise ValueError(
+            f"task {key[0]!r} asks for temperature {asked.temperature:g}, and the decoder's is {has:g}: "
+            "make the decoder with that temperature"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderCall:
+    """How a decoder is asked for texts; ``strays`` sees to it that its model is run under watch."""
+
+    decoder: Decoder
+    batch_size: int
+    strays: Strays
+
+    def __call__(
+        self,
+        prompts: list[Prompt],
+        asked: Asked,
+        watched: WatchedModel,
+        on_finish: Callable[[Generation], None],
+        failed: Sequence[BaseException] = (),
+    ) -> Any:
+        """What the decoder gives back for prompts; ``failed`` is what ``on_finish`` raised."""
+        with self.strays.noted(watched), generating(self.decoder, asked.name, "--batch-size", failed):
+            return self.decoder.generate(
+                prompts,
+                max_new_tokens=asked.max_new_tokens,
+                eos_token_ids=asked.eos_token_ids,
+                stop=asked.stop,
+                max_batch_size=self.batch_size,
+                on_finish=on_finish,
+            )
+
+    def check(self, made: Sequence[Generation], asked: Asked, watched: WatchedModel) -> None:
+        """ReportError where the model was run otherwise than the answers report."""
+        check_no_strays(self.strays.num, asked.name)
+        check_forwards(made, watched, asked.name)
+
+
+def witnessed_answer(call: DecoderCall, model: Any, prompt: Prompt, asked: Asked) -> tuple[Generation, Tally]:
+    """The answer to a prompt that is decoded alone, and what the witness of that says."""
+    heard: list[Generation] = []
+    with noted_in_place(model) as watched, watched.witnessed(prompt.token_ids) as witness:
+        given = call([prompt], asked, watched, heard.append)
+    made = finished(heard or given, asked.name)
+    check_answers(made, [prompt], asked)
+    call.check(made, asked, watched)
+    (generation,) = made
+    return generation, witness.tally(generation.token_ids)
 
 
 def witnessed_row(cell: str, generation: Generation, tally: Tally) -> Witnessed:
