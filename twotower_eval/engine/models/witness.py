@@ -26,8 +26,10 @@ from twotower_eval.engine.models.token_tree import Segment
 from twotower_eval.records import LIKELIEST
 
 MOST_TOKENS = 512  # of an answer, from its beginning, that are matched with rows: quick, and enough to tell
-Behind = tuple[Collection[int], bool]  # the tokens that the model was given behind a row, and whether of the prompt
-NOTHING: Behind = ((), False)
+GivenBehind = tuple[
+    Collection[int], bool
+]  # the tokens that the model was given behind a row, and whether of the prompt
+NOTHING: GivenBehind = ((), False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,7 @@ class Witness:
             given.update(token for token, is_of in zip(row, of_prompt, strict=True) if not is_of)
             first = 0 if num == width else len(row) - num
             places = [(at, tops) for at, tops in enumerate(tops_nT, start=first) if 0 <= at < len(row)]
-            self._verify([(self._behind(row, of_prompt, at), tops) for at, tops in places])
+            self._verify([(self._given_behind(row, of_prompt, at), tops) for at, tops in places])
         self._give(given)
 
     def extended(
@@ -98,7 +100,7 @@ class Witness:
         for number, (row, of_prompt) in enumerate(zip(rows, of_prompts, strict=True)):
             self._extended.update(token for token, is_of in zip(row, of_prompt, strict=True) if not is_of)
             own = sorted((at, top) for (which, at), top in zip(wanted, tops, strict=True) if which == number)
-            self._verify([(self._behind(row, of_prompt, at), top) for at, top in own])
+            self._verify([(self._given_behind(row, of_prompt, at), top) for at, top in own])
         self._give(self._extended)
 
     def read_tree(self, segments: Sequence[Segment], logits_MV: Tensor) -> None:
@@ -111,8 +113,8 @@ class Witness:
         for number, (segment, of_prompt) in enumerate(zip(segments, of_prompts, strict=True)):
             given.update(token for token, is_of in zip(segment.tokens, of_prompt, strict=True) if not is_of)
             children = [i for i, child in enumerate(segments) if child.parent == number and child.tokens]
-            last: Behind = ({segments[i].tokens[0] for i in children}, any(of_prompts[i][0] for i in children))
-            rows = [(self._behind(segment.tokens, of_prompt, at, last), next(tops)) for at in segment.wanted]
+            last: GivenBehind = ({segments[i].tokens[0] for i in children}, any(of_prompts[i][0] for i in children))
+            rows = [(self._given_behind(segment.tokens, of_prompt, at, last), next(tops)) for at in segment.wanted]
             if segment.parent in ended or not self._verify(rows):
                 ended.add(number)
         self._give(given)
@@ -166,13 +168,15 @@ class Witness:
             read |= Counter(token for token, is_of in zip(row, of_prompt, strict=True) if is_of)
         self._unread -= read
 
-    def _behind(self, row: Sequence[int], of_prompt: Sequence[bool], at: int, last: Behind = NOTHING) -> Behind:
+    def _given_behind(
+        self, row: Sequence[int], of_prompt: Sequence[bool], at: int, last: GivenBehind = NOTHING
+    ) -> GivenBehind:
         """What the model was given behind a position; a mask is nothing."""
         if at + 1 >= len(row):
             return last
         return NOTHING if row[at + 1] == self._mask else ((row[at + 1],), of_prompt[at + 1])
 
-    def _verify(self, rows: Sequence[tuple[Behind, tuple[int, ...]]]) -> bool:
+    def _verify(self, rows: Sequence[tuple[GivenBehind, tuple[int, ...]]]) -> bool:
         """Note what rows that follow each other may witness; whether all that was given behind them was likely."""
         for (behind, is_of_prompt), tops in rows:
             if is_of_prompt:
