@@ -162,6 +162,23 @@ def test_rows_are_given_out_so_that_most_tokens_find_one() -> None:
     assert tallied(heard, 10, 10, 10, 11) == (3, 0)
 
 
+def test_a_denoisers_row_has_a_place_in_the_answer() -> None:
+    """Many masks in one pass held every letter somewhere: any answer was found among them."""
+    rows, block = logits([10, 20, 30], [11, 21, 31], [12, 22, 32])[None], torch.tensor([[MASK] * 3])
+    for held in (4, 3, 5):  # some denoisers are given the prompt's last token, or predict the next one
+        heard = witness()
+        heard.denoised(block, rows, (held,))
+        assert tallied(heard, 10, 11, 12) == (3, 0)
+    heard = witness()
+    heard.denoised(block, rows, (4,))
+    assert tallied(heard, 20, 21, 22)[0] == 3, "a ban may pass over the likeliest"
+    assert tallied(heard, 30, 31, 32)[0] == 0
+    assert tallied(heard, 12, 10, 11)[0] == 2, "all moved by one place"
+    anywhere = witness()
+    anywhere.denoised(block, rows)
+    assert tallied(anywhere, 32, 30, 31)[0] == 3, "a context that does not say what it holds"
+
+
 # The decoders
 
 

@@ -252,7 +252,7 @@ class WatchedModel:
         """The model's own, noted."""
         logits = self._run(self.denoisings, block_BK.shape, self._model.denoise, block_BK, *more, **options)
         for witness in self._listening():
-            witness.denoised(block_BK, logits)
+            witness.denoised(block_BK, logits, _held(more[0] if more else options.get("context")))
         return logits
 
     def next_logits(self, context: Any) -> Any:
@@ -282,6 +282,12 @@ class WatchedModel:
 
     def _before(self) -> None:
         """Hear of a forward that is about to run."""
+
+
+def _held(context: Any) -> Sequence[int] | None:
+    """How many tokens each row of a context holds, for contexts that say so."""
+    lengths = getattr(context, "lengths", None)
+    return lengths if isinstance(lengths, tuple) else None
 
 
 def _lengths(more: Sequence[Any], options: Mapping[str, Any]) -> Any:

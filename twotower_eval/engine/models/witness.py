@@ -9,7 +9,9 @@ What a row may witness depends on what the model was given behind it. Nothing: a
 the prompt: none. Another token: that one, if it is among the likeliest, or the likeliest, which corrects it. Behind the
 first token that is not among them nothing more is verified.
 
-Where in the answer a row stands is not looked at: a decoder may read and keep its contexts as it likes.
+A row of a denoiser has a place in the answer, where its context says how many tokens it holds; it witnesses the two
+likeliest tokens there (few answers of one pass over many masks would not find one among eight somewhere). Where all
+other rows stand is not looked at: a decoder may read and keep its contexts as it likes.
 """
 
 from __future__ import annotations
@@ -29,6 +31,12 @@ MOST_TOKENS = 512  # of an answer, from its beginning, that are matched with row
 GivenBehind = tuple[
     Collection[int], bool
 ]  # the tokens that the model was given behind a row, and whether of the prompt
+PLACED_LIKELIEST = 2  # tokens that a row with a place may witness, the mask aside: a ban may pass over the first
+SHIFTS = (
+    0,
+    -1,
+    1,
+)  # of all places of a call: some denoisers are given the prompt's last token, or predict the next one
 NOTHING: GivenBehind = ((), False)
 
 
@@ -45,10 +53,20 @@ class Tally:
 
 @dataclass(frozen=True)
 class _Row:
-    """What one row of logits may witness, and when it was computed."""
+    """What one row of logits may witness, when it was computed, and of which token of the answer, if that is known."""
 
     when: int
     tokens: tuple[int, ...]
+    place: int | None = None
+
+
+@dataclass(frozen=True)
+class _Need:
+    """A token of the answer, its place there, and the moment before which its row has to be computed."""
+
+    token: int
+    place: int
+    before: float = inf
 
 
 class Witness:
@@ -56,6 +74,7 @@ class Witness:
 
     def __init__(self, prompt: Sequence[int], mask_token_id: int | None) -> None:
         self._prompt = Counter(prompt)
+        self._num_prompt_tokens = len(prompt)
         self._unread = Counter(prompt)  # tokens of the prompt that no context holds yet
         self._mask = mask_token_id
         self._now = 0
@@ -119,12 +138,17 @@ class Witness:
                 ended.add(number)
         self._give(given)
 
-    def denoised(self, block_BK: Any, logits_BKV: Tensor) -> None:
-        """A block was denoised: every position has a row of logits, whatever it holds."""
+    def denoised(self, block_BK: Any, logits_BKV: Tensor, held: Sequence[int] | None = None) -> None:
+        """A block was denoised behind so many tokens: every position has a row of logits, whatever it holds."""
         self._step()
         given = Counter(token for row in _host_rows(block_BK, None) for token in row)
-        for tops in (top for tops_KT in _tops(logits_BKV) for top in tops_KT):
-            self._rows.append(_Row(self._now, tops))
+        for number, tops_KT in enumerate(_tops(logits_BKV)):
+            for at, tops in enumerate(tops_KT):
+                if held is None:
+                    self._rows.append(_Row(self._now, tops))
+                else:
+                    likeliest = tuple(token for token in tops if token != self._mask)[:PLACED_LIKELIEST]
+                    self._rows.append(_Row(self._now, likeliest, held[number] + at - self._num_prompt_tokens))
         self._give(given - self._unread)  # some denoisers are given the prompt's last token
 
     def asked(self, logits_BV: Tensor) -> None:
@@ -137,17 +161,21 @@ class Witness:
 
     def tally(self, answer: Sequence[int]) -> Tally:
         """The first tokens of the answer matched with rows, each of which is taken once."""
-        known = Counter(answer[:MOST_TOKENS])
-        needs: list[tuple[int, float]] = []
-        for token, num in known.items():
-            moments = [float(when) for when in self._deadlines.get(token, ())[:num]]
-            needs += [(token, when) for when in [*moments, *[inf] * (num - len(moments))]]
-        num_witnessed = _num_matched([(token, inf) for token in known.elements()], self._rows)
+        needs, met = [], Counter[int]()
+        for place, token in enumerate(answer[:MOST_TOKENS]):
+            moments = self._deadlines.get(token, ())
+            before = float(moments[met[token]]) if met[token] < len(moments) else inf
+            needs.append(_Need(token, place, before))
+            met[token] += 1
+        at_any_time = [_Need(need.token, need.place) for need in needs]
+        shifts = SHIFTS if any(row.place is not None for row in self._rows) else SHIFTS[:1]
+        by_shift = {shift: _num_matched(at_any_time, self._rows, shift) for shift in shifts}
+        shift = max(shifts, key=by_shift.__getitem__)
         return Tally(
             num_rows=len(self._rows),
             num_tokens=len(needs),
-            num_witnessed=num_witnessed,
-            num_drafted=num_witnessed - _num_matched(needs, self._rows),
+            num_witnessed=by_shift[shift],
+            num_drafted=by_shift[shift] - _num_matched(needs, self._rows, shift),
         )
 
     def _step(self) -> None:
@@ -218,8 +246,8 @@ def _charged(row: Sequence[int], prompt: Counter[int]) -> list[bool]:
     return found
 
 
-def _num_matched(needs: Sequence[tuple[int, float]], rows: Sequence[_Row]) -> int:
-    """The most tokens that find a row each, computed before the moment given with the token: augmenting paths."""
+def _num_matched(needs: Sequence[_Need], rows: Sequence[_Row], shift: int) -> int:
+    """The most tokens that find a row each, in time and at their place moved by ``shift``: augmenting paths."""
     holding: dict[int, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
         for token in dict.fromkeys(row.tokens):
@@ -228,14 +256,15 @@ def _num_matched(needs: Sequence[tuple[int, float]], rows: Sequence[_Row]) -> in
     own: dict[int, int] = {}  # need -> row
     closed: set[int] = set()  # rows from which no free one was reached: none ever will be
     for need in range(len(needs)):
-        closed.update(_augment(need, needs, rows, holding, taken, own, closed))
+        closed.update(_augment(need, needs, rows, shift, holding, taken, own, closed))
     return len(own)
 
 
 def _augment(
     need: int,
-    needs: Sequence[tuple[int, float]],
+    needs: Sequence[_Need],
     rows: Sequence[_Row],
+    shift: int,
     holding: dict[int, list[int]],
     taken: dict[int, int],
     own: dict[int, int],
@@ -246,9 +275,11 @@ def _augment(
     waiting = [need]
     while waiting:
         one = waiting.pop()
-        token, before = needs[one]
-        for row in holding.get(token, ()):
-            if row in came or row in closed or rows[row].when >= before:
+        wanted = needs[one]
+        for row in holding.get(wanted.token, ()):
+            if row in came or row in closed or rows[row].when >= wanted.before:
+                continue
+            if rows[row].place not in (None, wanted.place + shift):
                 continue
             came[row] = one
             if row not in taken:
