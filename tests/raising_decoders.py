@@ -55,3 +55,40 @@ class TakesNothing(Raising):
 
     def generate(self, prompts: Any) -> list[Generation]:  # type: ignore[override]
         return []
+
+
+class Short(Greedy):
+    """Answers all prompts, and gives one answer less back."""
+
+    def generate(self, prompts: Any, **asked: Any) -> list[Generation]:
+        return super().generate(prompts, **asked)[:-1]
+
+
+class Swapped(Greedy):
+    """Gives its answers back in another order."""
+
+    def generate(self, prompts: Any, **asked: Any) -> list[Generation]:
+        return super().generate(prompts, **asked)[::-1]
+
+
+class Lying(Greedy):
+    """Gives other answers back than it told of."""
+
+    def generate(self, prompts: Any, **asked: Any) -> list[Generation]:
+        made = super().generate(prompts, **asked)
+        return [dataclasses.replace(one, text=f"{one.text}!") for one in made]
+
+
+class Silent(Greedy):
+    """Honest; it says nothing of answers as they finish."""
+
+    def generate(self, prompts: Any, *, on_finish: Any = None, **asked: Any) -> list[Generation]:
+        return super().generate(prompts, **asked)
+
+
+class Unnamed(Greedy):
+    """Honest; it draws its tokens as it was asked to, and keeps its parameters to itself."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Params:
+        temperature: float = 0.0

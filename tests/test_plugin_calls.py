@@ -132,3 +132,34 @@ def test_what_our_own_code_raises_is_no_fault_of_the_plug_ins(
     monkeypatch.setattr("twotower_eval.engine.decoders.autoregressive.Autoregressive.generate", add)
     with pytest.raises(TypeError):
         harness.run(plan, root=tmp_path / "own")
+
+
+GIVEN_BACK = {
+    "Short": "3 generations for 4 prompts",
+    "Swapped": "in the place of prompt ",
+    "Lying": "on_finish heard another answer than generate returned",
+}
+
+
+def run_of(pair: Path, kind: str, root: Path, **options: Any) -> store.Run:
+    plan = RunPlan(model=str(pair), tasks=(TASK,), decoder=f"tests.raising_decoders:{kind}", limit=5, **options)
+    return store.load(harness.run(plan, root=root))
+
+
+@pytest.mark.parametrize("kind", GIVEN_BACK)
+def test_what_generate_gives_back_has_to_be_what_was_journalled(pair: Path, tmp_path: Path, kind: str) -> None:
+    """It was not looked at: an answer less, or another one, went unseen."""
+    with pytest.raises(ValueError, match=GIVEN_BACK[kind]):
+        run_of(pair, kind, tmp_path, max_new_tokens=4)
+
+
+def test_a_decoder_that_tells_nothing_as_it_finishes_is_journalled_all_the_same(pair: Path, tmp_path: Path) -> None:
+    run = run_of(pair, "Silent", tmp_path, max_new_tokens=4)
+    assert run.complete
+    assert len(run.generations) == 10
+
+
+def test_a_decoder_that_keeps_its_parameters_to_itself_may_draw_its_tokens(pair: Path, tmp_path: Path) -> None:
+    """It was refused as one whose temperature is 0: its cell names the temperature that it was made with."""
+    run = run_of(pair, "Unnamed", tmp_path, max_new_tokens=4, temperature=0.7)
+    assert {cell.decoder.params.get("temperature") for cell in run.manifest.cells} == {0.7}

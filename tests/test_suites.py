@@ -421,3 +421,8 @@ def test_an_empty_option_names_its_document(
         return
     with pytest.raises(ValueError, match="task 'made_up', document 1: option 2 is empty"):
         suites.resolve_tasks(["made_up"], data_dir=tmp_path)
+
+
+def test_a_data_folder_that_is_not_there_is_refused_also_where_no_task_reads_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        suites.resolve_tasks(["miniature_sort"], data_dir=tmp_path / "nowhere")

@@ -37,6 +37,8 @@ def check(
     if not wanted:
         raise ValueError(f"{file} holds no claims: `twotower-eval claims audit` reads its published numbers")
     names = [run_path(name, results) for name in runs] if runs else newest_of_each_verb(results)
+    if not runs:
+        typer.echo(f"the newest of each verb: {', '.join(path.name for path in names)}", err=True)
     loaded = [store.load(path) for path in names]
     verdicts = claims_room.judge(asked.claims, loaded, claim or ())
     for line in claims_room.verdict_lines(asked.claims, verdicts):

@@ -154,8 +154,16 @@ def _as_scored(scored: Run, ids: set[str], timed: Sequence[Run], cell: Cell, unl
         work=_work(
             known, {document: rows for document, rows in compared.items() if _prompt_id(document) not in places}
         ),
-        reason=None if compared else "no document was both timed and scored",
+        reason=None if compared else _why_none(scored, ids, timed, cell, unlike),
     )
+
+
+def _why_none(scored: Run, ids: set[str], timed: Sequence[Run], cell: Cell, unlike: Collection[str]) -> str:
+    both = _kept([scored], ids).keys() & _kept(timed, {cell.id}).keys()
+    budgets = sorted({task for task, *_ in both if task in unlike})
+    if budgets:
+        return f"{len(both)} documents were both timed and scored, with other budgets of {', '.join(budgets)}"
+    return "no document was both timed and scored" if not both else "no document was asked the same both times"
 
 
 Kept = Mapping[Document, Sequence[GenerationRow]]

@@ -141,6 +141,24 @@ def check_answer(generation: Generation, prompt: Prompt, asked: Asked) -> None:
         raise ReportError(f"{asked.name}: prompt {prompt.id!r}: {fault}")
 
 
+def check_returned(given: Any, prompts: Sequence[Prompt], heard: Sequence[Generation], name: str) -> list[Generation]:
+    """Of what ``generate`` gave back, the answers that ``on_finish`` has not heard of.
+
+    ReportError where these are not one for each prompt, in order, or not what ``on_finish`` heard.
+    """
+    made = finished(given, name)
+    if len(made) != len(prompts):
+        raise ReportError(f"{name}: {len(made)} generations for {len(prompts)} prompts")
+    before = {generation.prompt_id: generation for generation in heard}
+    for generation, prompt in zip(made, prompts, strict=True):
+        if generation.prompt_id != prompt.id:
+            raise ReportError(f"{name}: in the place of prompt {prompt.id!r} is the answer to {generation.prompt_id!r}")
+        known = before.get(prompt.id, generation)
+        if (known.token_ids, known.text) != (generation.token_ids, generation.text):
+            raise ReportError(f"{name}: prompt {prompt.id!r}: on_finish heard another answer than generate returned")
+    return [generation for generation in made if generation.prompt_id not in before]
+
+
 def _faults(generation: Generation, prompt: Prompt, asked: Asked) -> Iterator[str]:
     ids, num_tokens = generation.token_ids, len(generation.token_ids)
     if generation.prompt_id != prompt.id:

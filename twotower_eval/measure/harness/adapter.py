@@ -21,6 +21,7 @@ from twotower_eval.engine.decoders.reported import (
     ReportError,
     asked_of,
     check_answer,
+    check_returned,
     decoder_name,
     finished,
 )
@@ -203,7 +204,9 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             self._keep(request, key, generation)
 
         with noted_in_place(self.model) as watched:
-            self._call([prompt for _, prompt, _ in items], asked, watched, noting(failed, journal), failed)
+            given = self._call([prompt for _, prompt, _ in items], asked, watched, noting(failed, journal), failed)
+        for generation in check_returned(given, [prompt for _, prompt, _ in items], heard, asked.name):
+            journal(generation)
         self._call.check(heard, asked, watched)
 
     def _generate_witnessed(self, item: _Item, budget: int, stop: tuple[str, ...]) -> None:

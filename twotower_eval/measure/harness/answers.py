@@ -131,8 +131,9 @@ def check_asked(request: Any, key: Key, decoder: Decoder | None) -> None:
     asked = decoding_asked(request.args[1])
     if asked.beyond:
         raise ValueError(f"task {key[0]!r} asks for {in_words(asked.beyond)}: no decoder here does that")
-    has = float(getattr(getattr(decoder, "params", None), "temperature", 0.0))
-    if asked.temperature and asked.temperature != has:
+    params = getattr(decoder, "params", None)  # a plug-in need not keep them: its cell names them
+    has = float(getattr(params, "temperature", 0.0))
+    if params is not None and asked.temperature and asked.temperature != has:
         raise ValueError(
             f"task {key[0]!r} asks for temperature {asked.temperature:g}, and the decoder's is {has:g}: "
             "make the decoder with that temperature"

@@ -91,6 +91,8 @@ def resolve_tasks(
     nothing here does. Raises ValueError for unknown names, tasks that execute model output, and data that is missing
     or does not fit.
     """
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise ValueError(f"--data-dir {data_dir}: no such folder; `twotower-eval data prepare` makes one")
     wishes = Wishes(None if data_dir is None else Path(data_dir), limit, seed, samples, max_new_tokens, temperature)
     with lm_tasks.quiet():
         built = [task for member in select(names) for task in _build(member, wishes)]
