@@ -22,6 +22,7 @@ TRICKS = {
     3: "a file, verified",
     6: "a file for what it has read before",
     7: "a file for what it has not read before",
+    9: "a file, beside a pass over many masks",
 }
 HONEST = {4: "drafts by its denoiser", 5: "drafts from the prompt", 8: "extensions by drafts from the prompt"}
 BLOCK = 16
@@ -71,6 +72,13 @@ class Oracle:
                 (made,) = make_decoder(self.model, "block_diffusion", **quick).generate([prompt], **asked)
                 return made
             self.model.context_logits(torch.tensor([[*ids, *answer]]))
+        elif self.trick == "a file, beside a pass over many masks":  # any letter is likely somewhere among them
+            block = torch.full((1, 6 * BLOCK), self.model.mask_token_id)
+            logits_KV = self.model.denoise(block, self.model.prefill(torch.tensor([ids])), [1.0])[0]
+            logits_KV[:, self.model.mask_token_id] = -torch.inf
+            made = answer or logits_KV.argmax(-1).tolist()[: rules.max_new_tokens]
+            eos = list(asked.get("eos_token_ids", ()))[:1] * (answer is not None)
+            return generation(prompt, [*made, *eos], rules, num_context_forwards=1, num_denoiser_forwards=1)
         elif self.trick == "a file, with logits of the prompt":
             self.model.context_logits(torch.tensor([ids]))
         else:

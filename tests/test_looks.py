@@ -95,7 +95,7 @@ def test_declared_looks_share_the_error_rate(tmp_path: Path, kept_run: Run) -> N
 
 def test_looking_without_end_decides_nothing(tmp_path: Path, kept_run: Run) -> None:
     more = [
-        relaunched(tmp_path / str(num), run_id=f"2026120{num}T120000Z-speed-eeeeee", scored=True, num_rounds=2)
+        relaunched(tmp_path / str(num), run_id=f"2026120{num}T120000Z-speed-eeeeee", scored=True, num_rounds=4)
         for num in range(1, 7)
     ]
     five = verdict_on(FAST, [kept_run, *more[:5]])

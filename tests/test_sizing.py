@@ -333,7 +333,7 @@ def test_the_command_line_measures_and_reports(config, tmp_path, capsys):
     assert re.search(
         r"\*\*Batch 1, blocks of 4: break-even at (([\d.]+|no rate)[ /]*){3} tokens per NFE\*\* \(shared", text
     )
-    assert "2.42x" not in text, "no claim is about this config"
+    assert not re.search(r"2\.42x (at|needs)", text), "no claim is about this config"
     section = text.partition("## Costs of a model's size, on random weights")[2].partition("\n## ")[0]
     paragraphs = [part for part in section.split("\n\n") if part.strip() and not part.lstrip().startswith(("|", "-"))]
     assert all("andom weights" in part for part in paragraphs)
