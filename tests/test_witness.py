@@ -23,12 +23,11 @@ from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.models import load_model
 from twotower_eval.engine.models.counting import WatchedModel, noted_in_place
 from twotower_eval.engine.models.token_tree import Segment
-from twotower_eval.engine.models.witness import MOST_TOKENS, Tally, Witness
+from twotower_eval.engine.models.witness import LIKELIEST, MOST_TOKENS, Tally, Witness
 from twotower_eval.measure import harness, speed, suites
 from twotower_eval.measure.harness.adapter import HarnessLM
 from twotower_eval.plan import RunPlan, SpeedPlan
 from twotower_eval.records import (
-    LIKELIEST,
     Claim,
     Gate,
     GateLimits,

@@ -91,7 +91,6 @@ Quantity = Literal[
 
 Scalar = str | Whole | float | bool | None
 HALF_PRECISION = ("float16", "bfloat16")
-LIKELIEST = 8  # tokens of a row of logits that it may witness: bans, penalties and near-ties pass over a few
 ROUTINGS: tuple[Routing, ...] = typing.get_args(Routing)
 GRAPH_DEVICES = ("cuda",)  # types of devices that can be given a whole step at once
 CONFIG_FILES = ("config.json", "generation_config.json")  # of a checkpoint's files those that no text is read with

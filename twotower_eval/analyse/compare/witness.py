@@ -22,7 +22,6 @@ from twotower_eval.analyse.compare.same import prompt_text, run_ids_of
 from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.records import (
     HALF_PRECISION,
-    LIKELIEST,
     Arm,
     Cell,
     CheckOutcome,
@@ -277,8 +276,8 @@ def _drafts_gates(arms: Sequence[ArmWitnessed], run_ids: tuple[str, ...]) -> lis
 
 def _share_text(one: ArmWitnessed) -> str:
     return (
-        f"{one.arm}: {_percent(one.share)} of the {one.num_tokens:,} tokens of {one.num_calls:,} witnessed answers "
-        f"found a row of logits that holds them among its {LIKELIEST} likeliest"
+        f"{one.arm}: {_percent(one.share)} of the {one.num_tokens:,} tokens of {one.num_calls:,} witnessed answers are "
+        "among the likeliest of a row of logits that their own call computed"
     )
 
 

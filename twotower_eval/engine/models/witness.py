@@ -10,8 +10,8 @@ the prompt: none. Another token: that one, if it is among the likeliest, or the 
 first token that is not among them nothing more is verified.
 
 A row of a denoiser has a place in the answer, where its context says how many tokens it holds; it witnesses the two
-likeliest tokens there (few answers of one pass over many masks would not find one among eight somewhere). Where all
-other rows stand is not looked at: a decoder may read and keep its contexts as it likes.
+likeliest tokens there. Otherwise one pass over many masks would witness any answer: nearly every token is among the
+eight likeliest at one of so many places. Other rows have no place: a decoder may read and keep contexts as it likes.
 """
 
 from __future__ import annotations
@@ -25,18 +25,14 @@ from typing import Any
 from torch import Tensor
 
 from twotower_eval.engine.models.token_tree import Segment
-from twotower_eval.records import LIKELIEST
 
 MOST_TOKENS = 512  # of an answer, from its beginning, that are matched with rows: quick, and enough to tell
-GivenBehind = tuple[
-    Collection[int], bool
-]  # the tokens that the model was given behind a row, and whether of the prompt
+LIKELIEST = 8  # tokens of a row of logits that it may witness: bans, penalties and near-ties pass over a few
 PLACED_LIKELIEST = 2  # tokens that a row with a place may witness, the mask aside: a ban may pass over the first
-SHIFTS = (
-    0,
-    -1,
-    1,
-)  # of all places of a call: some denoisers are given the prompt's last token, or predict the next one
+# Of all places of a call: some denoisers are given the prompt's last token, or predict the next one.
+SHIFTS = (0, -1, 1)
+# The tokens that the model was given behind a row, and whether they are of the prompt.
+GivenBehind = tuple[Collection[int], bool]
 NOTHING: GivenBehind = ((), False)
 
 
