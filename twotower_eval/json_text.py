@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from twotower_eval.errors import UserError
+
 BOM = "\ufeff"
 INT64 = range(-(2**63), 2**63)  # what numpy, Arrow and pandas carry as a whole number
 _HALF_PAIR = re.compile(r"[\ud800-\udfff]")
@@ -24,17 +26,17 @@ def parse_json(text: str, where: str, *, infinities: bool = False, half_pairs: b
     ``infinities`` lets NaN and Infinity be, as Python and transformers write them; ``half_pairs`` lone surrogates.
     """
     if text.startswith(BOM):
-        raise ValueError(f"{where}: begins with a byte order mark (U+FEFF): save it without one")
+        raise UserError(f"{where}: begins with a byte order mark (U+FEFF): save it without one")
     try:
         value = (_LOOSE if infinities else _STRICT).decode(text)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{where}: not valid JSON ({error.msg}, {place})") from error
+        raise UserError(f"{where}: not valid JSON ({error.msg}, {place})") from error
     except RecursionError as error:
-        raise ValueError(f"{where}: nested too deeply to be read") from error
+        raise UserError(f"{where}: nested too deeply to be read") from error
     except ValueError as error:  # of the hooks below, or a whole number of thousands of digits
         digits = "a whole number has more digits than Python reads" if "integer string conversion" in str(error) else ""
-        raise ValueError(f"{where}: {digits or error}") from error
+        raise UserError(f"{where}: {digits or error}") from error
     if not half_pairs and ("\\u" in text or not text.isascii()):
         check_text(value, where)
     return value
@@ -45,10 +47,10 @@ def parse_object(line: bytes, where: str) -> dict[str, Any]:
     try:
         text = line.decode("utf-8", "surrogatepass")  # as journals write what they are given
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from error
+        raise UserError(f"{where}: not valid JSON ({error})") from error
     data = parse_json(text, where, half_pairs=True)
     if not isinstance(data, dict):
-        raise ValueError(f"{where}: not a JSON object")
+        raise UserError(f"{where}: not a JSON object")
     return data
 
 
@@ -60,18 +62,18 @@ def read_utf8(file: Path) -> str:
     try:
         return decode_utf8(file.read_bytes(), str(file))
     except OSError as error:
-        raise ValueError(f"cannot read {file}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
 
 
 def decode_utf8(content: bytes, where: str) -> str:
     """The text of UTF-8 bytes, one byte order mark in front left out; ValueError with the line that is not UTF-8."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # as UTF-32 in the usual order does too
-        raise ValueError(f"cannot read {where}: it is UTF-16, not UTF-8: save it as UTF-8")
+        raise UserError(f"cannot read {where}: it is UTF-16, not UTF-8: save it as UTF-8")
     try:
         return content.decode("utf-8").removeprefix(BOM)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"cannot read {where}, line {line}: not UTF-8 (byte {content[error.start]:#04x})") from error
+        raise UserError(f"cannot read {where}, line {line}: not UTF-8 (byte {content[error.start]:#04x})") from error
 
 
 def walk(value: Any) -> Iterator[tuple[str, Any]]:
@@ -93,14 +95,14 @@ def check_text(value: Any, where: str) -> None:
         found = next(filter(None, (None if text.isascii() else _HALF_PAIR.search(text) for text in texts)), None)
         if found:
             said = f"half a surrogate pair, \\u{ord(found.group()):04x}, which is no character"
-            raise ValueError(f"{_at(where, path)}: {said}")
+            raise UserError(f"{_at(where, path)}: {said}")
 
 
 def check_whole_numbers(value: Any, where: str) -> None:
     """ValueError for whole numbers beyond 64 bits anywhere in a value: tables round or refuse them."""
     for path, inner in walk(value):
         if type(inner) is int and inner not in INT64:
-            raise ValueError(f"{_at(where, path)}: a whole number beyond 64 bits")
+            raise UserError(f"{_at(where, path)}: a whole number beyond 64 bits")
 
 
 def _at(where: str, path: str) -> str:
@@ -109,14 +111,14 @@ def _at(where: str, path: str) -> str:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not allowed: JSON has no such number")
+    raise UserError(f"{name} is not allowed: JSON has no such number")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     vanished = value == 0 and any(digit in "123456789" for digit in text.lower().partition("e")[0])
     if vanished or value in (float("inf"), float("-inf")):
-        raise ValueError(f"the number {text[:40]} is beyond what a double holds")
+        raise UserError(f"the number {text[:40]} is beyond what a double holds")
     return value
 
 
@@ -124,7 +126,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        raise UserError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
     return values
 
 

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from twotower_eval.errors import UserError
 from twotower_eval.plugin_calls import imported
 
 
@@ -13,13 +14,13 @@ def resolve(name: str) -> Any:
     """The object that ``"package.module:attribute"`` names; ValueError says which half is wrong, and how."""
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
-        raise ValueError(f"{name!r} is not of the form package.module:attribute")
+        raise UserError(f"{name!r} is not of the form package.module:attribute")
     try:
         module = imported(module_name, name)
     except ImportError as error:
-        raise ValueError(f"cannot import {module_name!r} (named by {name!r}): {error}") from error
+        raise UserError(f"cannot import {module_name!r} (named by {name!r}): {error}") from error
     if not hasattr(module, attribute):
-        raise ValueError(f"module {module_name!r} has no {attribute!r}{did_you_mean(attribute, dir(module))}")
+        raise UserError(f"module {module_name!r} has no {attribute!r}{did_you_mean(attribute, dir(module))}")
     return getattr(module, attribute)
 
 

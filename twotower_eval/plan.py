@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from twotower_eval.errors import UserError
 from twotower_eval.json_text import check_whole_numbers, decode_utf8
 from twotower_eval.names import did_you_mean
 from twotower_eval.plan_fields import check_at_least, check_cuda_graphs, check_fields
@@ -129,11 +130,11 @@ class SpeedPlan:
         check_at_least(self, 1, "launches")
         check_at_least(self, 0, "min_seconds", "warmup_rounds", "probes")
         if self.samples not in (None, 1):
-            raise ValueError(f"speed times one sample a round: samples can be 1 only, not {self.samples}")
+            raise UserError(f"speed times one sample a round: samples can be 1 only, not {self.samples}")
         if self.workload == "answer" and self.prompt_tokens is not None:
-            raise ValueError("prompt_tokens has no effect on the answer workload: drop it or take workload fixed")
+            raise UserError("prompt_tokens has no effect on the answer workload: drop it or take workload fixed")
         if self.workload == "fixed" and self.new_tokens is None:
-            raise ValueError("the fixed workload needs new_tokens: say how many tokens each prompt shall produce")
+            raise UserError("the fixed workload needs new_tokens: say how many tokens each prompt shall produce")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,14 +170,14 @@ class SizingPlan:
         check_fields(self)
         check_cuda_graphs(self)
         if not self.config:
-            raise ValueError("name the config.json whose size is to be measured: twotower-eval size CONFIG")
+            raise UserError("name the config.json whose size is to be measured: twotower-eval size CONFIG")
         check_at_least(self, 1, "layers", "block_sizes", "batch_sizes", "prompt_tokens", "tokens_per_nfe", "repeats")
         check_at_least(self, 1, "min_rounds", "threads")
         check_at_least(self, 0, "min_seconds", "warmup_rounds", "seed")
         if self.share_towers and len(self.devices) > 1:
-            raise ValueError("share_towers puts both towers on one device: name one device")
+            raise UserError("share_towers puts both towers on one device: name one device")
         if len(self.devices) > 2:
-            raise ValueError(f"a pair has two towers, but {len(self.devices)} devices are named")
+            raise UserError(f"a pair has two towers, but {len(self.devices)} devices are named")
 
 
 Plan = RunPlan | SpeedPlan  # those that decode
@@ -190,7 +191,7 @@ def load_plan(path: Path, cls: type[P]) -> P:
     try:
         return plan_from_json(cls, values)
     except ValueError as error:
-        raise ValueError(f"plan {path}: {error}") from error
+        raise UserError(f"plan {path}: {error}") from error
 
 
 def is_older_sizing_plan(path: Path) -> bool:
@@ -204,14 +205,14 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         text = decode_utf8(path.read_bytes(), f"{what} {path}").replace("\r\n", "\n")
         values = tomllib.loads(text)
     except OSError as error:
-        raise ValueError(f"cannot read {what} {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {what} {path}: {error.strerror or error}") from error
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{what} {path} is not valid TOML: {error}") from error
+        raise UserError(f"{what} {path} is not valid TOML: {error}") from error
     except RecursionError as error:
-        raise ValueError(f"{what} {path} is nested too deeply to be read") from error
+        raise UserError(f"{what} {path} is nested too deeply to be read") from error
     except ValueError as error:  # of whole numbers with thousands of digits
         if "integer string conversion" in str(error):
-            raise ValueError(f"{what} {path}: a whole number has more digits than Python reads") from error
+            raise UserError(f"{what} {path}: a whole number has more digits than Python reads") from error
         raise
     check_whole_numbers(values, f"{what} {path}")
     return values
@@ -224,7 +225,7 @@ def plan_from_json(cls: type[P], values: Mapping[str, Any]) -> P:
     names = [field.name for field in dataclasses.fields(cls)]
     for key in values:
         if key not in names:
-            raise ValueError(f"unknown key {key!r}{did_you_mean(key, names)}")
+            raise UserError(f"unknown key {key!r}{did_you_mean(key, names)}")
     arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return cls(**arguments)
 
@@ -247,7 +248,7 @@ def cross_decoders(plan: Plan) -> tuple[DecoderSpec, ...]:
     known = {field.name for field in dataclasses.fields(decoder_class(plan.decoder).Params)}
     for key, param in _DECODER_AXES.items():
         if param not in known and getattr(plan, key) not in (_default(type(plan), key), 0.0):
-            raise ValueError(f"decoder {plan.decoder!r} has no {param}: drop {key.replace('_', '-')} or change decoder")
+            raise UserError(f"decoder {plan.decoder!r} has no {param}: drop {key.replace('_', '-')} or change decoder")
     specs: dict[tuple[tuple[str, Any], ...], DecoderSpec] = {}
     for block_size, steps, threshold in product(plan.block_sizes, plan.steps, plan.thresholds):
         params = {
@@ -300,4 +301,4 @@ def _check_decoders(plan: Plan) -> None:
     check_at_least(plan, 1, "block_sizes", "steps")
     check_at_least(plan, 0, "temperature", "thresholds", "seed")
     if max(plan.thresholds) > 1:
-        raise ValueError(f"a threshold is a probability, {max(plan.thresholds):g} is above 1: take 1 for the strictest")
+        raise UserError(f"a threshold is a probability, {max(plan.thresholds):g} is above 1: take 1 for the strictest")

@@ -6,6 +6,7 @@ import dataclasses
 import typing
 from typing import Any
 
+from twotower_eval.errors import UserError
 from twotower_eval.records import GRAPH_DEVICES
 from twotower_eval.strict import check_value
 
@@ -18,10 +19,10 @@ def check_fields(plan: Any) -> None:
         check_value(field.name, hints[field.name], value)
         if isinstance(value, tuple):
             if not value:
-                raise ValueError(f"{field.name} is empty: name at least one")
+                raise UserError(f"{field.name} is empty: name at least one")
             twice = sorted({str(item) for item in value if value.count(item) > 1})
             if twice:
-                raise ValueError(f"{field.name} names {', '.join(twice)} twice")
+                raise UserError(f"{field.name} names {', '.join(twice)} twice")
 
 
 def check_at_least(plan: Any, least: int, *names: str) -> None:
@@ -31,10 +32,10 @@ def check_at_least(plan: Any, least: int, *names: str) -> None:
         for item in value if isinstance(value, tuple) else (value,):
             # "not >=" and not "<", so that NaN is refused too.
             if isinstance(item, (int, float)) and not least <= item < float("inf"):
-                raise ValueError(f"{name} must be {least} or more, not {item}")
+                raise UserError(f"{name} must be {least} or more, not {item}")
 
 
 def check_cuda_graphs(plan: Any) -> None:
     """ValueError for graphs on devices that have none: known from the plan, so before anything is loaded."""
     if plan.cuda_graphs and any(device.partition(":")[0] not in GRAPH_DEVICES for device in plan.devices):
-        raise ValueError("CUDA graphs need CUDA devices: name some with --devices, or drop --cuda-graphs")
+        raise UserError("CUDA graphs need CUDA devices: name some with --devices, or drop --cuda-graphs")

@@ -14,12 +14,14 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
+from twotower_eval.errors import UserError
+
 OWN = __name__.partition(".")[0]
 TRACEBACK_VARIABLE = "TWOTOWER_EVAL_TRACEBACK"  # set, it has errors end with the whole traceback
 SHOWN = 4  # innermost lines of a plug-in that an error names
 
 
-class PluginError(ValueError):
+class PluginError(UserError):
     """A user's own code raised; the exception itself is the cause of this one."""
 
 

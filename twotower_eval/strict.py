@@ -19,6 +19,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import msgspec
 
+from twotower_eval.errors import UserError
 from twotower_eval.json_text import INT64, parse_object
 from twotower_eval.records import (
     MOST,
@@ -49,11 +50,11 @@ def from_json(cls: type[T], data: Any) -> T:
     try:
         record = msgspec.convert(data, cls, strict=True)
     except (msgspec.ValidationError, OverflowError) as error:
-        raise ValueError(f"{cls.__name__}: {_misfit(cls, data)}") from error
+        raise UserError(f"{cls.__name__}: {_misfit(cls, data)}") from error
     check_surplus(cls, data, msgspec.to_builtins(record))
     contradiction = CONTRADICTIONS.get(cls)
     if contradiction is not None and (said := contradiction(record)):
-        raise ValueError(f"{cls.__name__}: {said}")
+        raise UserError(f"{cls.__name__}: {said}")
     return record
 
 
@@ -62,9 +63,9 @@ def check_value(name: str, hint: Any, value: Any) -> Any:
     if isinstance(value, float):
         value = float(value)  # numpy's is one, too
     if not _fits(hint, value):
-        raise ValueError(_misfit(hint, value, name))
+        raise UserError(_misfit(hint, value, name))
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, not {value!r}")
+        raise UserError(f"{name} must be a finite number, not {value!r}")
     return msgspec.convert(value, hint, strict=True)
 
 
@@ -80,7 +81,7 @@ def line_reader(cls: type[T]) -> Callable[[bytes, str], T]:
         if ENCODE(record) != line:
             _placed(where, check_surplus, cls, _object_of(line, where), msgspec.to_builtins(record))
         if contradiction is not None and (said := contradiction(record)):
-            raise ValueError(f"{where}: {cls.__name__}: {said}")
+            raise UserError(f"{where}: {cls.__name__}: {said}")
         return record
 
     return read
@@ -96,7 +97,7 @@ def _placed(where: str, check: Callable[P, U], *arguments: P.args, **named: P.kw
     try:
         return check(*arguments, **named)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {error}") from error
 
 
 def check_surplus(cls: type, data: Any, held: Any, path: str = "") -> None:
@@ -104,7 +105,7 @@ def check_surplus(cls: type, data: Any, held: Any, path: str = "") -> None:
     if type(data) is dict or isinstance(data, Mapping):
         if unknown := data.keys() - held.keys():
             said = f"{path}: " if path else ""
-            raise ValueError(f"{cls.__name__}: {said}unknown field(s) {', '.join(sorted(map(str, unknown)))}")
+            raise UserError(f"{cls.__name__}: {said}unknown field(s) {', '.join(sorted(map(str, unknown)))}")
         parts: Iterable[tuple[Any, Any]] = data.items()
     elif isinstance(data, (list, tuple)):
         parts = enumerate(data)
@@ -127,7 +128,7 @@ def _check_number(cls: type, value: float, path: str, name: str | int) -> None:
         wanted = "a finite number, as others are not JSON compliant"
     if wanted:
         place = _below(path, name if isinstance(name, str) else f"[{name}]")
-        raise ValueError(f"{cls.__name__}: {place} must be {wanted}, not {_shown(value)}")
+        raise UserError(f"{cls.__name__}: {place} must be {wanted}, not {_shown(value)}")
 
 
 def _fits(hint: Any, value: Any) -> bool:

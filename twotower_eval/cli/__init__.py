@@ -12,6 +12,7 @@ import typer
 from twotower_eval import __version__
 from twotower_eval.cli import calibrate, claims, data, report, run, size, speed, train, verify
 from twotower_eval.cli.runs import EXIT_INTERRUPTED
+from twotower_eval.errors import UserError
 from twotower_eval.plugin_calls import TRACEBACK_VARIABLE
 
 EXIT_USER_ERROR = 2
@@ -61,7 +62,7 @@ app.add_typer(data_app, name="data")
 @app.command("bench", hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def _bench() -> None:
     """A verb of earlier versions."""
-    raise ValueError("the benches are not part of the package any more: run make bench in a checkout of the project")
+    raise UserError("the benches are not part of the package any more: run make bench in a checkout of the project")
 
 
 @app.callback(invoke_without_command=True)

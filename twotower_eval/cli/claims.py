@@ -10,6 +10,7 @@ import typer
 from twotower_eval import store
 from twotower_eval.cli.options import RESULTS, option
 from twotower_eval.cli.runs import newest_of_each_verb, run_path
+from twotower_eval.errors import UserError
 
 FileName = Annotated[str, typer.Argument(help="Claim file, or the name of a shipped one.", metavar="FILE")]
 
@@ -35,7 +36,7 @@ def check(
     asked = claims_room.load_claims(file)
     wanted = claims_room.select(asked.claims, claim or ())
     if not wanted:
-        raise ValueError(f"{file} holds no claims: `twotower-eval claims audit` reads its published numbers")
+        raise UserError(f"{file} holds no claims: `twotower-eval claims audit` reads its published numbers")
     names = [run_path(name, results) for name in runs] if runs else newest_of_each_verb(results)
     if not runs:
         typer.echo(f"the newest of each verb: {', '.join(path.name for path in names)}", err=True)

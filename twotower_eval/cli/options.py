@@ -8,6 +8,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from twotower_eval.errors import UserError
+
 Item = TypeVar("Item")
 RESULTS, REPORTS, TRAINING = Path("results"), Path("reports"), Path("training/miniature")
 
@@ -89,4 +91,4 @@ def numbers(text: str | None, parse: Callable[[str], Item], option: str) -> tupl
         return None if parts is None else tuple(parse(part) for part in parts)
     except ValueError as error:
         kind = "whole numbers" if parse is int else "numbers"
-        raise ValueError(f"{option} wants {kind} separated by commas, not {text!r}") from error
+        raise UserError(f"{option} wants {kind} separated by commas, not {text!r}") from error

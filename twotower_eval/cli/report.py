@@ -10,6 +10,7 @@ import typer
 from twotower_eval import store
 from twotower_eval.cli.options import REPORTS, RESULTS, option
 from twotower_eval.cli.runs import newest_of_each_verb, run_path
+from twotower_eval.errors import UserError
 
 
 def report(
@@ -35,7 +36,7 @@ def report(
 ) -> None:
     """Verb ``report``."""
     if format not in (None, "csv"):
-        raise ValueError(f"--format can be csv, not {format!r}: Markdown is always written, --html adds HTML")
+        raise UserError(f"--format can be csv, not {format!r}: Markdown is always written, --html adds HTML")
     paths = [run_path(name, results) for name in runs] if runs else newest_of_each_verb(results)
     if not runs:
         num_others = len(store.find_runs(results)) - len(paths)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 import typer
 
 from twotower_eval import store
+from twotower_eval.errors import UserError
 from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, load_plan, merge, plan_from_json
 from twotower_eval.records import Verb, verb_of
 
@@ -43,7 +44,7 @@ def run_path(name: str, out: Path) -> Path:
     for path in (Path(name), out / name):
         if (path / store.MANIFEST).is_file():
             return path
-    raise ValueError(f"{name!r} is no run: there is no {store.MANIFEST} in it or in {out / name}")
+    raise UserError(f"{name!r} is no run: there is no {store.MANIFEST} in it or in {out / name}")
 
 
 def newest_of_each_verb(results: Path) -> list[Path]:
@@ -51,7 +52,7 @@ def newest_of_each_verb(results: Path) -> list[Path]:
     found = [store.find_runs(results, verb) for verb in get_args(Verb)]
     newest = [paths[0] for paths in found if paths]
     if not newest:
-        raise ValueError(f"no runs in {results}: make one with `twotower-eval run`, or name run folders")
+        raise UserError(f"no runs in {results}: make one with `twotower-eval run`, or name run folders")
     return newest
 
 
@@ -59,11 +60,11 @@ def resolve_plan(cls: type[P], plan_file: Path | None, resumed: Path | None, giv
     """The plan of a resumed run or of a file, or the defaults, with the options given laid over it."""
     if resumed is not None:
         if plan_file is not None:
-            raise ValueError("--resume takes the plan from the run: drop --plan")
+            raise UserError("--resume takes the plan from the run: drop --plan")
         manifest = store.load(resumed).manifest
         verb = verb_of(manifest)
         if verb != VERBS[cls]:
-            raise ValueError(f"{resumed} is a {verb!r}, not a {VERBS[cls]!r}: twotower-eval {verb} --resume …")
+            raise UserError(f"{resumed} is a {verb!r}, not a {VERBS[cls]!r}: twotower-eval {verb} --resume …")
         return merge(plan_from_json(cls, manifest.plan), given)
     if plan_file is not None:
         return merge(load_plan(plan_file, cls), given)

@@ -26,6 +26,7 @@ from twotower_eval.cli.options import (
     texts,
 )
 from twotower_eval.cli.runs import resolve_plan, resumable, run_path
+from twotower_eval.errors import UserError
 from twotower_eval.plan import SizingPlan, SpeedPlan, is_older_sizing_plan
 from twotower_eval.progress import choose_progress
 from twotower_eval.records import verb_of
@@ -114,4 +115,4 @@ def _refuse_foreign(cls: type[Any], given: dict[str, Any], words: str) -> None:
     if foreign:
         no = "no-" if given[foreign[0]] is False else ""
         name = "random-weights" if foreign[0] == "config" else foreign[0].replace("_", "-")
-        raise ValueError(f"--{no}{name} {words}")
+        raise UserError(f"--{no}{name} {words}")

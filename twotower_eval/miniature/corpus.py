@@ -15,6 +15,7 @@ from functools import cache, partial
 from itertools import islice
 from random import Random
 
+from twotower_eval.errors import UserError
 from twotower_eval.miniature.english import COLOURS, FORMS
 from twotower_eval.miniature.tokenizer import CHARACTERS, SPECIAL_TOKENS, decode, encode, write_tokenizer
 
@@ -190,7 +191,7 @@ EVALUATION_KINDS = KINDS | {"sort": partial(sort, fewest=8, most=11)}
 def sample(kind: str, rng: Random) -> Document:
     """One document of a kind. An unknown kind is a ValueError."""
     if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r} of miniature document; choose from {', '.join(KINDS)}")
+        raise UserError(f"unknown kind {kind!r} of miniature document; choose from {', '.join(KINDS)}")
     return KINDS[kind](rng)
 
 

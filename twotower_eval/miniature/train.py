@@ -29,6 +29,7 @@ from twotower_eval.engine.models.initial import initialise
 from twotower_eval.engine.models.nemotron_h import MixtureOfExperts
 from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.engine.ops import moe
+from twotower_eval.errors import UserError
 from twotower_eval.miniature.batches import Batch, training_batches
 from twotower_eval.miniature.blocks import autoregressive_loss, denoiser_loss, draw_noise, run_clean
 from twotower_eval.miniature.evaluate import context_point, learning_point
@@ -301,7 +302,7 @@ def read_recipe(file: Path | None) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{path}: no readable recipe ({error})") from error
+        raise UserError(f"{path}: no readable recipe ({error})") from error
 
 
 def train_pair(folder: Path, *, recipe_file: Path | None = None, threads: int = 2, device: str | None = None) -> Path:

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from twotower_eval.errors import UserError
 from twotower_eval.json_text import parse_object
 
 FSYNC_INTERVAL_S = 0.5
@@ -86,7 +87,7 @@ def lock_run(path: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
-        raise ValueError(f"run {path} is being written by another process: wait for it or stop it") from error
+        raise UserError(f"run {path} is being written by another process: wait for it or stop it") from error
     return descriptor
 
 
@@ -108,14 +109,14 @@ def content_of(file: Path) -> bytes | None:
     copy = packed_path(file)
     if file.exists():
         if copy.exists():
-            raise ValueError(f"{file} lies beside its packed copy {copy.name}: keep one of them")
+            raise UserError(f"{file} lies beside its packed copy {copy.name}: keep one of them")
         return file.read_bytes()
     if not copy.exists():
         return None
     try:
         return lzma.decompress(copy.read_bytes())
     except (lzma.LZMAError, EOFError) as error:
-        raise ValueError(f"{copy}: cannot be unpacked ({error}): restore it") from error
+        raise UserError(f"{copy}: cannot be unpacked ({error}): restore it") from error
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twotower_eval.errors import UserError
 from twotower_eval.json_text import parse_json, read_utf8
 from twotower_eval.records import SCHEMA_VERSION, Count
 from twotower_eval.store.journal import content_of, now_text, prefix_digests, summary_of, write_atomically
@@ -59,7 +60,7 @@ def told_digests(events: Sequence[Mapping[str, Any]], where: str) -> dict[str, d
         try:
             files = from_json(Told, {"files": event.get("files", {})}).files
         except ValueError as error:
-            raise ValueError(f"{where}, line {number}: {error}") from error
+            raise UserError(f"{where}, line {number}: {error}") from error
         for name, summary in files.items():
             kept = {rows: sha256 for rows, sha256 in told[name].items() if rows <= summary.rows}
             told[name] = {**kept, summary.rows: summary.sha256}
@@ -103,17 +104,17 @@ def read_closing(file: Path, names: Sequence[str]) -> Closing:
     try:
         closing = from_json(Closing, data)
     except ValueError as error:
-        raise ValueError(f"{file}: not a valid closing file ({error})") from error
+        raise UserError(f"{file}: not a valid closing file ({error})") from error
     if closing.schema != SCHEMA_VERSION:
-        raise ValueError(f"{file}: schema {closing.schema}; this version reads schema {SCHEMA_VERSION} only")
+        raise UserError(f"{file}: schema {closing.schema}; this version reads schema {SCHEMA_VERSION} only")
     unknown = sorted(set(closing.files) - set(names))
     if unknown:
-        raise ValueError(f"{file}: lists {unknown[0]!r}, which is no file of a run")
+        raise UserError(f"{file}: lists {unknown[0]!r}, which is no file of a run")
     entry = closing.files.get(MANIFEST)
     if entry is None and closing.manifest_sha256 is None:
-        raise ValueError(f"{file}: not a valid closing file (no digest of {MANIFEST})")
+        raise UserError(f"{file}: not a valid closing file (no digest of {MANIFEST})")
     if entry is not None and closing.manifest_sha256 not in (None, entry.sha256):
-        raise ValueError(
+        raise UserError(
             f"{file}: two digests of {MANIFEST}, manifest_sha256 and the entry under files, and they differ: "
             "drop the one that is not the manifest's"
         )
@@ -135,7 +136,7 @@ def agrees_with_closing(path: Path, names: Sequence[str]) -> bool:
             continue
         if entry is None or found != {"rows": entry.rows, "sha256": entry.sha256}:
             state = "was lost" if found is None else "changed"
-            raise ValueError(
+            raise UserError(
                 f"{path / name}: {state} after the run was finished ({DONE} has another sha256): restore it or run anew"
             )
     return True

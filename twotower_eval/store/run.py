@@ -16,6 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from twotower_eval.errors import UserError
 from twotower_eval.json_text import decode_utf8, parse_json
 from twotower_eval.records import (
     SCHEMA_VERSION,
@@ -177,15 +178,15 @@ def read_manifest(path: Path) -> RunManifest:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path} is no run folder: cannot read {MANIFEST} ({error.strerror or error})") from error
+        raise UserError(f"{path} is no run folder: cannot read {MANIFEST} ({error.strerror or error})") from error
     data = parse_json(decode_utf8(content, str(file)), str(file))
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA_VERSION:
-        raise ValueError(f"{file}: schema {schema!r}; this version reads schema {SCHEMA_VERSION} only")
+        raise UserError(f"{file}: schema {schema!r}; this version reads schema {SCHEMA_VERSION} only")
     try:
         return from_json(RunManifest, data)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise UserError(f"{file}: {error}") from error
 
 
 def _read_events(file: Path) -> list[dict[str, Any]]:
@@ -194,7 +195,7 @@ def _read_events(file: Path) -> list[dict[str, Any]]:
     for number, event in read_objects(file):
         for key in ("at", "kind"):
             if not isinstance(event.get(key), str):
-                raise ValueError(f"{file}, line {number}: an event's {key} must be a text, not {event.get(key)!r}")
+                raise UserError(f"{file}, line {number}: an event's {key} must be a text, not {event.get(key)!r}")
         events.append(event)
     return events
 
@@ -226,8 +227,8 @@ def _keyed_rows(file: Path, read: Callable[[bytes, str], R], key_of: Callable[[A
         key = key_of(row)
         earlier = lines.setdefault(key, number)
         if earlier != number:
-            raise ValueError(f"{file}, line {number}: repeats the row of line {earlier}, key {key}")
+            raise UserError(f"{file}, line {number}: repeats the row of line {earlier}, key {key}")
         if row.cell not in cells:
-            raise ValueError(f"{file}, line {number}: cell {row.cell!r} is not in the run's manifest")
+            raise UserError(f"{file}, line {number}: cell {row.cell!r} is not in the run's manifest")
         rows.append(row)
     return rows

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from twotower_eval.errors import UserError
 from twotower_eval.records import RunManifest, to_json
 from twotower_eval.store import comparable
 from twotower_eval.store.journal import (
@@ -39,9 +40,9 @@ def create(root: Path, manifest: RunManifest) -> RunWriter:
     try:
         path.mkdir(parents=True)
     except FileExistsError as error:
-        raise ValueError(f"run folder {path} exists already: resume it or write elsewhere") from error
+        raise UserError(f"run folder {path} exists already: resume it or write elsewhere") from error
     except OSError as error:
-        raise ValueError(f"cannot make run folder {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot make run folder {path}: {error.strerror or error}") from error
     lock = lock_run(path)
     write_atomically(path / MANIFEST, text)
     writer = RunWriter(load(path), lock)
@@ -58,7 +59,7 @@ def resume(path: Path, manifest: RunManifest, *, event: str = "resumed") -> RunW
     """
     read_manifest(path)  # before the lock, so that a wrong path leaves no lock file behind
     if sorted(path.glob(f"*{PACKED}")):
-        raise ValueError(
+        raise UserError(
             f"run {path} is packed, as published runs are, and takes no more: unpack a copy of it with `xz -d`"
         )
     lock = lock_run(path)
@@ -83,7 +84,7 @@ def check_comparable(run: Run, manifest: RunManifest) -> None:
     differences = comparable.differences(run.manifest, manifest)
     if differences:
         listed = "; ".join(differences)
-        raise ValueError(f"cannot resume {run.path}, its rows would not be comparable: {listed}. Start a new run.")
+        raise UserError(f"cannot resume {run.path}, its rows would not be comparable: {listed}. Start a new run.")
 
 
 def check_unedited(run: Run) -> None:
@@ -92,7 +93,7 @@ def check_unedited(run: Run) -> None:
     Lines lost from a file are no edit: what they said is made again.
     """
     for name, rows in changed_journals(run.path, run.events, EVENTS).items():
-        raise ValueError(
+        raise UserError(
             f"{run.path / name}: lines 1 to {rows} were changed after they were written ({EVENTS} has another sha256): "
             "restore them or start a new run"
         )
@@ -129,11 +130,11 @@ class RunWriter:
         try:
             from_json(type(row), data)  # what could not be read again is not written
         except ValueError as error:
-            raise ValueError(f"{self.path / name}: {error}") from error
+            raise UserError(f"{self.path / name}: {error}") from error
         if key in self._keys:
-            raise ValueError(f"{self.path / name}: row {key[1:]} is there already")
+            raise UserError(f"{self.path / name}: row {key[1:]} is there already")
         if row.cell not in self._cells:
-            raise ValueError(f"{self.path / name}: cell {row.cell!r} is not in the run's manifest")
+            raise UserError(f"{self.path / name}: cell {row.cell!r} is not in the run's manifest")
         self._file(name).append(data)
         self._keys.add(key)
 
@@ -176,9 +177,7 @@ class RunWriter:
 
     def _file(self, name: str) -> Journal:
         if self._finished or self._lock < 0:
-            raise ValueError(
-                f"run {self.path} is {'finished' if self._finished else 'closed'}: resume it to write more"
-            )
+            raise UserError(f"run {self.path} is {'finished' if self._finished else 'closed'}: resume it to write more")
         if name not in self._files:
             self._files[name] = Journal(self.path / name)
         return self._files[name]

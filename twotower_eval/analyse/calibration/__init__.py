@@ -17,6 +17,7 @@ from twotower_eval.analyse.calibration.simulate import calibrate_null, calibrate
 from twotower_eval.analyse.calibration.speed_worlds import fresh_speed_worlds, null_worlds, speed_worlds
 from twotower_eval.analyse.calibration.tables import as_csv, as_markdown, rows
 from twotower_eval.analyse.calibration.tail_worlds import family_worlds, fresh_tail_worlds, tail_worlds
+from twotower_eval.errors import UserError
 from twotower_eval.progress import Progress, SilentProgress
 
 NUM_REPETITIONS = 1_000
@@ -36,7 +37,7 @@ def calibrate(
     Files are written at the end, so an interrupted run leaves what was there. The same seed gives the same files.
     """
     if num_repetitions < 1 or num_resamples < 100 or seed < 0:
-        raise ValueError("calibrate needs at least 1 repetition, 100 resamples and a seed of at least 0")
+        raise UserError("calibrate needs at least 1 repetition, 100 resamples and a seed of at least 0")
     progress = progress or SilentProgress()
     known, fresh, nulls = (
         ((*quality_worlds(), *family_worlds()), (*speed_worlds(), *tail_worlds(), *serial_worlds())),

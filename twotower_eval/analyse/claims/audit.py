@@ -15,6 +15,7 @@ from twotower_eval.analyse.claims.recomputed import Finding as Finding
 from twotower_eval.analyse.claims.recomputed import aggregates, of_kinds, retention, span_text, speedups
 from twotower_eval.analyse.claims.stated import Stated
 from twotower_eval.analyse.compare.numbers import TIMES
+from twotower_eval.errors import UserError
 
 EXIT_CONTRADICTED = 3
 BY_LIKELIHOOD = {"multiple_choice", "likelihood"}  # kinds of tasks that a model writes nothing for
@@ -25,7 +26,7 @@ Places = Mapping[str, Stated]  # where a percentage of a task is printed
 def audit(published: Published | None) -> tuple[Finding, ...]:
     """All findings, in the order aggregates, granularity, identical columns, speedups, variants."""
     if published is None:
-        raise ValueError("this claim file has no [published] numbers, so there is nothing to audit")
+        raise UserError("this claim file has no [published] numbers, so there is nothing to audit")
     return (
         *aggregates(published),
         *_by_kind(published),

@@ -17,6 +17,7 @@ from typing import Any
 from twotower_eval.analyse.claims.published import Published, published_from
 from twotower_eval.analyse.claims.reading import at_least, tables, texts, value_of, within
 from twotower_eval.analyse.claims.terms import check_limits, check_margin
+from twotower_eval.errors import UserError
 from twotower_eval.names import did_you_mean
 from twotower_eval.plan import data_path, read_toml
 from twotower_eval.records import Averaging, Claim, DecoderSpec, GateLimits, OperatingPoint, Quantity, Relation
@@ -51,7 +52,7 @@ def load_claims(name: str | Path) -> ClaimFile:
     try:
         return claims_from(path.stem, values)
     except ValueError as error:
-        raise ValueError(f"claims {path}: {error}") from error
+        raise UserError(f"claims {path}: {error}") from error
 
 
 def _find(name: str | Path) -> Path:
@@ -61,7 +62,7 @@ def _find(name: str | Path) -> Path:
     shipped = {path.stem: path for path in sorted(folder.glob("*.toml"))}
     if str(name) in shipped:
         return shipped[str(name)]
-    raise ValueError(f"{str(name)!r} is neither a file nor a shipped claim file{did_you_mean(str(name), shipped)}")
+    raise UserError(f"{str(name)!r} is neither a file nor a shipped claim file{did_you_mean(str(name), shipped)}")
 
 
 def select(claims: Sequence[Claim], names: Sequence[str]) -> tuple[Claim, ...]:
@@ -69,7 +70,7 @@ def select(claims: Sequence[Claim], names: Sequence[str]) -> tuple[Claim, ...]:
     known = [claim.name for claim in claims]
     for name in names:
         if name not in known:
-            raise ValueError(f"no claim {name!r} in this file{did_you_mean(name, known)}")
+            raise UserError(f"no claim {name!r} in this file{did_you_mean(name, known)}")
     return tuple(claim for claim in claims if not names or claim.name in names)
 
 
@@ -80,11 +81,11 @@ def claims_from(name: str, values: Mapping[str, Any]) -> ClaimFile:
     by_name = {point.name: point for point in points}
     claims = tuple(_claim(table, by_name) for table in tables("the file", values, "claim"))
     if not claims and "published" not in values:
-        raise ValueError("it holds neither a [[claim]] nor [published] numbers")
+        raise UserError("it holds neither a [[claim]] nor [published] numbers")
     for what, names in (("point", [point.name for point in points]), ("claim", [claim.name for claim in claims])):
         twice = sorted({one for one in names if names.count(one) > 1})
         if twice:
-            raise ValueError(f"{what} {twice[0]!r} is there twice")
+            raise UserError(f"{what} {twice[0]!r} is there twice")
     for claim in claims:
         _check_parts(claim, claims)
     return ClaimFile(
@@ -105,7 +106,7 @@ def _point(table: Mapping[str, Any]) -> OperatingPoint:
         params["steps_per_block"] = value_of(where, params, "block_size", int)
     workload = value_of(where, table, "workload", str, None)
     if workload not in (None, "fixed", "answer"):
-        raise ValueError(f"{where}: workload must be fixed or answer, not {workload!r}")
+        raise UserError(f"{where}: workload must be fixed or answer, not {workload!r}")
     point = OperatingPoint(
         name=value_of(where, table, "name", str),
         decoder=DecoderSpec(kind=value_of(where, decoder, "kind", str), params=params),
@@ -126,7 +127,7 @@ def _claim(table: Mapping[str, Any], points: Mapping[str, OperatingPoint]) -> Cl
     quantity = _choice(where, table, "quantity", QUANTITIES)
     point = value_of(where, table, "point", str)
     if point not in points:
-        raise ValueError(f"{where}: no [[point]] is named {point!r}{did_you_mean(point, points)}")
+        raise UserError(f"{where}: no [[point]] is named {point!r}{did_you_mean(point, points)}")
     numbers = {key: value_of(where, table, key, float, None) for key in ("expected", "margin")}
     if numbers["margin"] is None and numbers["expected"] is not None:
         numbers["margin"] = MARGINS.get(quantity)
@@ -164,7 +165,7 @@ def _scope(where: str, quantity: Quantity, names: Sequence[str]) -> tuple[str, .
             continue
         near = difflib.get_close_matches(name, suites, n=1, cutoff=SLIP_OF_SUITE)
         if name not in tasks and near:
-            raise ValueError(f"{where}: scope: no suite is named {name!r} (did you mean {near[0]!r}?)")
+            raise UserError(f"{where}: scope: no suite is named {name!r} (did you mean {near[0]!r}?)")
         found.append(name)
     return tuple(dict.fromkeys(found))
 
@@ -193,7 +194,7 @@ def suite_paths() -> list[Path]:
 def _choice(where: str, table: Mapping[str, Any], key: str, known: Sequence[str], *default: Any) -> Any:
     found = value_of(where, table, key, str, *default)
     if found not in known:
-        raise ValueError(f"{where}: unknown {key} {found!r}{did_you_mean(found, known)}")
+        raise UserError(f"{where}: unknown {key} {found!r}{did_you_mean(found, known)}")
     return found
 
 
@@ -208,7 +209,7 @@ def _limits(where: str, table: Mapping[str, Any]) -> GateLimits:
 def _looks(where: str, table: Mapping[str, Any]) -> int:
     looks: int = value_of(where, table, "looks", int, 1)
     if not 1 <= looks <= MOST_LOOKS:
-        raise ValueError(f"{where}: looks lies between 1 and {MOST_LOOKS}, not {looks}")
+        raise UserError(f"{where}: looks lies between 1 and {MOST_LOOKS}, not {looks}")
     return looks
 
 
@@ -216,7 +217,7 @@ def _check_claim(where: str, claim: Claim, table: Mapping[str, Any]) -> None:
     """Refuse what would be ignored, and what the quantity cannot be judged without."""
     joint = claim.quantity == "joint"
     if joint != bool(claim.parts):
-        raise ValueError(f"{where}: a joint claim, and only one, names its parts")
+        raise UserError(f"{where}: a joint claim, and only one, names its parts")
     if joint:
         ignored = [
             key
@@ -224,39 +225,39 @@ def _check_claim(where: str, claim: Claim, table: Mapping[str, Any]) -> None:
             if key in table
         ]
         if ignored:
-            raise ValueError(f"{where}: {ignored[0]} belongs to the parts of a joint claim: drop it here")
+            raise UserError(f"{where}: {ignored[0]} belongs to the parts of a joint claim: drop it here")
         return
     for key in ("expected", "margin"):
         value = getattr(claim, key)
         if value is None:
-            raise ValueError(f"{where}: {key} is missing")
+            raise UserError(f"{where}: {key} is missing")
         # Scores below 0 are rare, but there are some: correlations.
         if value < 0 and (key == "margin" or claim.quantity not in SCORE_QUANTITIES):
-            raise ValueError(f"{where}: {key} must be 0 or more, not {value:g}")
+            raise UserError(f"{where}: {key} must be 0 or more, not {value:g}")
     check_margin(where, claim)
     if claim.metric is not None and (claim.quantity not in SCORE_QUANTITIES or len(claim.scope) != 1):
-        raise ValueError(
+        raise UserError(
             f"{where}: metric names the score of one task, of which score and score_difference are: drop it"
         )
     if claim.quantity in TASK_QUANTITIES and not claim.scope:
-        raise ValueError(f"{where}: scope is missing: name the tasks that {claim.quantity} is over")
+        raise UserError(f"{where}: scope is missing: name the tasks that {claim.quantity} is over")
     if claim.quantity in SPEED_QUANTITIES:
         _check_speed(where, claim, table)
     elif "retention" not in claim.quantity and "averaging" in table:
-        raise ValueError(f"{where}: averaging has no effect on {claim.quantity}: drop it")
+        raise UserError(f"{where}: averaging has no effect on {claim.quantity}: drop it")
 
 
 def _check_speed(where: str, claim: Claim, table: Mapping[str, Any]) -> None:
     for key in ("scope", "averaging"):
         if key in table:
-            raise ValueError(f"{where}: {key} has no effect on a speedup: drop it")
+            raise UserError(f"{where}: {key} has no effect on a speedup: drop it")
     if claim.expected == 0:
-        raise ValueError(f"{where}: a speedup of 0 cannot be claimed")
+        raise UserError(f"{where}: a speedup of 0 cannot be claimed")
     for key in ("batch_size", "num_devices", "workload"):
         if getattr(claim.point, key) is None:
-            raise ValueError(f"{where}: point {claim.point.name!r} lacks {key}: a speedup holds at one only")
+            raise UserError(f"{where}: point {claim.point.name!r} lacks {key}: a speedup holds at one only")
     if claim.quantity == "speedup_throughput" and claim.point.workload == "fixed":
-        raise ValueError(f"{where}: on the fixed workload both arms make equally many tokens: claim speedup_time")
+        raise UserError(f"{where}: on the fixed workload both arms make equally many tokens: claim speedup_time")
 
 
 def _check_parts(claim: Claim, claims: Sequence[Claim]) -> None:
@@ -264,13 +265,13 @@ def _check_parts(claim: Claim, claims: Sequence[Claim]) -> None:
     by_name = {one.name: one for one in claims if one.quantity != "joint"}
     for name in claim.parts:
         if name not in by_name:
-            raise ValueError(f"{where}: no claim {name!r} to be part of it{did_you_mean(name, by_name)}")
+            raise UserError(f"{where}: no claim {name!r} to be part of it{did_you_mean(name, by_name)}")
         for key in ("subject", "baseline", "point"):
             if getattr(by_name[name], key) != getattr(claim, key):
-                raise ValueError(f"{where}: part {name!r} has another {key}: a joint claim holds at one point")
+                raise UserError(f"{where}: part {name!r} has another {key}: a joint claim holds at one point")
     quantities = {by_name[name].quantity for name in claim.parts}
     if claim.point.workload == "fixed" and quantities & {*TASK_QUANTITIES} and quantities & {*SPEED_QUANTITIES}:
-        raise ValueError(
+        raise UserError(
             f"{where}: the fixed workload goes on past the end of answers and says nothing of them: join its quality "
             'with a speedup on workload "answer", or claim the two apart'
         )

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from twotower_eval.analyse.claims.reading import at_least, tables, texts, value_of, within
 from twotower_eval.analyse.claims.stated import Stated, check_decimals, percent_of, stated_of
 from twotower_eval.analyse.compare.pairing import ARMS
+from twotower_eval.errors import UserError
 from twotower_eval.names import did_you_mean
 
 AggregateOf = Literal["retention", "baseline", "candidate", "difference"]
@@ -119,7 +120,7 @@ def published_from(table: Any) -> Published:
     tasks = tuple(_task(row, of_column) for row in rows["task"])
     names = [task.name for task in tasks]
     if not (names or rows["speedup"]) or len(set(names)) != len(names):
-        raise ValueError("published: it needs [[published.task]] rows, each task once, or [[published.speedup]] rows")
+        raise UserError("published: it needs [[published.task]] rows, each task once, or [[published.speedup]] rows")
     _check_percentages(tasks)
     rates = tuple(_rate(row) for row in rows["rate"])
     speedups = tuple(_speedup(row) for row in rows["speedup"])
@@ -150,19 +151,19 @@ def _decimals(where: str, table: Mapping[str, Any], key: str, default: int | Non
 def _check_once(what: str, names: Sequence[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"published: {what} {twice[0]!r} is there twice")
+        raise UserError(f"published: {what} {twice[0]!r} is there twice")
 
 
 def _check_named(where: str, what: str, named: Sequence[str], known: Sequence[str]) -> None:
     for name in named:
         if name not in known:
-            raise ValueError(f"{where}: no {what} {name!r}{did_you_mean(name, known)}")
+            raise UserError(f"{where}: no {what} {name!r}{did_you_mean(name, known)}")
 
 
 def _check_percentages(tasks: Sequence[PublishedTask]) -> None:
     """Shares of 1 would give the same retention, and nonsense where figures are held against document counts."""
     if tasks and all(max(task.baseline.value, task.candidate.value) <= 1 for task in tasks):
-        raise ValueError("published: no score is above 1 %: write shares of 1 as percentages, 79.27 for 0.7927")
+        raise UserError("published: no score is above 1 %: write shares of 1 as percentages, 79.27 for 0.7927")
 
 
 def _rate(table: Mapping[str, Any]) -> PublishedRate:
@@ -175,7 +176,7 @@ def _rate(table: Mapping[str, Any]) -> PublishedRate:
         batch_size=value_of(where, table, "batch_size", int, None),
     )
     if rate.tokens_per_s.value <= 0:
-        raise ValueError(f"{where}: tokens_per_s must be above 0, not {rate.tokens_per_s.text}")
+        raise UserError(f"{where}: tokens_per_s must be above 0, not {rate.tokens_per_s.text}")
     at_least(where, 1, rate, "devices", "batch_size")
     return rate
 
@@ -192,9 +193,9 @@ def _speedup(table: Mapping[str, Any]) -> PublishedSpeedup:
         **{name: value_of(where, table, name, int, None) for name in known if name.endswith(("_size", "_devices"))},
     )
     if speedup.factor.value <= 0:
-        raise ValueError(f"{where}: factor must be above 0, not {speedup.factor.text}")
+        raise UserError(f"{where}: factor must be above 0, not {speedup.factor.text}")
     if speedup.of and (len(speedup.of) != 2 or speedup.product_of):
-        raise ValueError(f"{where}: of names two rates, and there is no product_of beside it")
+        raise UserError(f"{where}: of names two rates, and there is no product_of beside it")
     at_least(where, 1, speedup, "block_size", "baseline_devices", "candidate_devices")
     return speedup
 
@@ -205,7 +206,7 @@ def _factor(where: str, table: Mapping[str, Any]) -> Stated:
     if "percent_faster" not in table:
         return stated_of(where, table, "factor", decimals)
     if "factor" in table:
-        raise ValueError(f"{where}: factor and percent_faster say the same: keep the one that was printed")
+        raise UserError(f"{where}: factor and percent_faster say the same: keep the one that was printed")
     more = stated_of(where, table, "percent_faster", decimals)
     return Stated(value=1 + more.value / 100, decimals=more.decimals + 2)
 
@@ -224,9 +225,9 @@ def _score(table: Mapping[str, Any], decimals: int | None, names: Sequence[str])
 
 def _percent(where: str, table: Mapping[str, Any], key: str, decimals: int | None) -> Stated:
     if decimals is None and not isinstance(table.get(key, ""), str):
-        raise ValueError(f"{where}: say with how many decimals {key} was printed, or write it as a text")
+        raise UserError(f"{where}: say with how many decimals {key} was printed, or write it as a text")
     if key not in table:
-        raise ValueError(f"{where}: {key} is missing")
+        raise UserError(f"{where}: {key} is missing")
     return percent_of(where, table, key, decimals)
 
 
@@ -235,7 +236,7 @@ def _task(table: Mapping[str, Any], decimals: Mapping[str, int | None]) -> Publi
     within(where, table, [field.name for field in dataclasses.fields(PublishedTask)])
     percents = {key: _percent(where, table, key, decimals[key]) for key in ARMS}
     if percents["baseline"].value == 0:
-        raise ValueError(f"{where}: the baseline's score must be above 0")
+        raise UserError(f"{where}: the baseline's score must be above 0")
     task = PublishedTask(
         name=value_of(where, table, "name", str),
         shots=value_of(where, table, "shots", int),
@@ -255,7 +256,7 @@ def _aggregate(table: Mapping[str, Any], decimals: int | None, tasks: Sequence[P
     within(where, table, ("name", "percent", "decimals", "kinds", "of"))
     of = value_of(where, table, "of", str, "retention")
     if of not in typing.get_args(AggregateOf):
-        raise ValueError(f"{where}: of must be {' or '.join(typing.get_args(AggregateOf))}, not {of!r}")
+        raise UserError(f"{where}: of must be {' or '.join(typing.get_args(AggregateOf))}, not {of!r}")
     own = _decimals(where, table, "decimals", decimals)
     read = _percent if of in ARMS else stated_of
     percent = read(where, table, "percent", own)
@@ -263,13 +264,13 @@ def _aggregate(table: Mapping[str, Any], decimals: int | None, tasks: Sequence[P
         name=value_of(where, table, "name", str), percent=percent, kinds=texts(where, table, "kinds"), of=of
     )
     if of != "difference" and aggregate.percent.value < 0:
-        raise ValueError(f"{where}: percent must be 0 or more, not {aggregate.percent.text}")
+        raise UserError(f"{where}: percent must be 0 or more, not {aggregate.percent.text}")
     known = {kind for task in tasks for kind in task.kinds}
     for kind in aggregate.kinds:
         if kind not in known:
-            raise ValueError(f"{where}: no task is of kind {kind!r}")
+            raise UserError(f"{where}: no task is of kind {kind!r}")
     if not tasks:
-        raise ValueError(f"{where}: there are no [[published.task]] rows that it could be over")
+        raise UserError(f"{where}: there are no [[published.task]] rows that it could be over")
     return aggregate
 
 

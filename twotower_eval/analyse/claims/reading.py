@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from twotower_eval.errors import UserError
 from twotower_eval.names import did_you_mean
 from twotower_eval.strict import check_value
 
@@ -14,30 +15,30 @@ _NEEDED: Any = object()
 def within(where: str, table: Any, known: Iterable[str]) -> None:
     """ValueError for what is no table, and for a key that is not known, with a near-miss hint."""
     if not isinstance(table, Mapping):
-        raise ValueError(f"{where} must be a table")
+        raise UserError(f"{where} must be a table")
     names = list(known)
     for key in table:
         if key not in names:
-            raise ValueError(f"{where}: unknown key {key!r}{did_you_mean(key, names)}")
+            raise UserError(f"{where}: unknown key {key!r}{did_you_mean(key, names)}")
 
 
 def value_of(where: str, table: Mapping[str, Any], key: str, kind: type[Any], default: Any = _NEEDED) -> Any:
     """The value of a key, of the type asked for; a whole number is a number, a truth value is neither."""
     if key not in table:
         if default is _NEEDED:
-            raise ValueError(f"{where}: {key} is missing")
+            raise UserError(f"{where}: {key} is missing")
         return default
     try:
         return check_value(key, kind, table[key])
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {error}") from error
 
 
 def tables(where: str, table: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
     """The tables of a ``[[key]]``, none without the key."""
     found = value_of(where, table, key, list, [])
     if not all(isinstance(item, Mapping) for item in found):
-        raise ValueError(f"{where}: {key} must be a list of tables, as [[{key}]] makes them")
+        raise UserError(f"{where}: {key} must be a list of tables, as [[{key}]] makes them")
     return list(found)
 
 
@@ -46,12 +47,12 @@ def at_least(where: str, least: int, record: Any, *names: str) -> None:
     for name in names:
         value = getattr(record, name)
         if value is not None and value < least:
-            raise ValueError(f"{where}: {name} must be {least} or more, not {value:g}")
+            raise UserError(f"{where}: {name} must be {least} or more, not {value:g}")
 
 
 def texts(where: str, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
     """A list of different texts, empty without the key."""
     found = value_of(where, table, key, list, [])
     if not all(isinstance(item, str) for item in found) or len(set(found)) != len(found):
-        raise ValueError(f"{where}: {key} must be a list of different texts")
+        raise UserError(f"{where}: {key} must be a list of different texts")
     return tuple(found)

@@ -11,6 +11,7 @@ from twotower_eval.analyse.claims.files import SPEED_QUANTITIES
 from twotower_eval.analyse.claims.looks import Looks
 from twotower_eval.analyse.claims.reasons import decision_text, look_text, unit_of
 from twotower_eval.analyse.compare import Measured, SpeedPoint, gates
+from twotower_eval.errors import UserError
 from twotower_eval.records import Claim, Estimate, Gate, Outcome, VerdictScope
 
 DECIDED = ("SUPPORTED", "REFUTED")
@@ -101,7 +102,7 @@ def ruled(claim: Claim, checks: Sequence[Gate], readings: Sequence[Measured], am
 def _decided(claim: Claim, estimate: Estimate, amount: Amount) -> tuple[Outcome, str]:
     """The pure rule; INCONCLUSIVE says how much evidence would decide."""
     if claim.expected is None or claim.margin is None:
-        raise ValueError(f"claim {claim.name!r} has no expected value with its margin")
+        raise UserError(f"claim {claim.name!r} has no expected value with its margin")
     is_speed = claim.quantity in SPEED_QUANTITIES
     relation, expected = claim.relation, claim.expected
     margin = claim.margin * expected if is_speed else claim.margin

@@ -15,6 +15,7 @@ from math import ceil, floor
 from typing import Any
 
 from twotower_eval.analyse.claims.reading import value_of
+from twotower_eval.errors import UserError
 
 DECIMALS = range(10)  # of a number that somebody prints
 HUNDRED = Fraction(100)
@@ -105,13 +106,13 @@ def stated_of(where: str, table: Mapping[str, Any], key: str, decimals: int | No
     if isinstance(value, str) and _PRINTED.fullmatch(value.strip()):
         number, own = Decimal(value.strip()), len(value.strip().partition(".")[2])
     elif isinstance(value, str):
-        raise ValueError(f"{where}: {key} must be a number, as printed, not {value!r}")
+        raise UserError(f"{where}: {key} must be a number, as printed, not {value!r}")
     else:
         read = value_of(where, table, key, float)
         number = Decimal(value if isinstance(value, int) else repr(read))
         shown = max(0, -int(number.as_tuple().exponent))
         if decimals is not None and abs(round(read, decimals) - read) > 1e-9:
-            raise ValueError(f"{where}: {key} must be a number with {decimals} decimals, as printed, not {value!r}")
+            raise UserError(f"{where}: {key} must be a number with {decimals} decimals, as printed, not {value!r}")
         own = shown if decimals is None else decimals
     check_decimals(where, own)
     return Stated(value=Fraction(round(number, own)), decimals=own)
@@ -120,7 +121,7 @@ def stated_of(where: str, table: Mapping[str, Any], key: str, decimals: int | No
 def check_decimals(where: str, decimals: int) -> None:
     """ValueError where nobody prints so many."""
     if decimals not in DECIMALS:
-        raise ValueError(f"{where}: decimals must be from 0 to {DECIMALS[-1]}, not {decimals}")
+        raise UserError(f"{where}: decimals must be from 0 to {DECIMALS[-1]}, not {decimals}")
 
 
 def percent_of(where: str, table: Mapping[str, Any], key: str, decimals: int | None = None) -> Stated:
@@ -131,9 +132,9 @@ def percent_of(where: str, table: Mapping[str, Any], key: str, decimals: int | N
         outside = ": scores in other units than percent are left out" if not 0 <= value <= 100 else ""
         if odd:
             what = f"{key} must be a percentage with {decimals} decimals, as printed, not {value!r}"
-            raise ValueError(f"{where}: {what}{outside}")
+            raise UserError(f"{where}: {what}{outside}")
     stated = stated_of(where, table, key, decimals)
     if not 0 <= stated.value <= 100:
         what = f"{key} must be a percentage from 0 to 100, not {stated.text}"
-        raise ValueError(f"{where}: {what}: scores in other units than percent are left out")
+        raise UserError(f"{where}: {what}: scores in other units than percent are left out")
     return stated

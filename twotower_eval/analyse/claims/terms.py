@@ -14,6 +14,7 @@ from math import inf
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.consistent_rows import SHARES
+from twotower_eval.errors import UserError
 from twotower_eval.records import Claim, GateLimits, Quantity
 
 RELATIONS = {"at_least": "at least", "at_most": "at most", "equal": "equal to"}
@@ -105,7 +106,7 @@ def check_limits(where: str, limits: GateLimits, names: Iterable[str]) -> None:
         if not allowed.least <= value <= allowed.most:
             shipped = getattr(GateLimits(), name)
             inside = f"lies between {allowed.least:g} and {allowed.most:g} ({shipped:g})"
-            raise ValueError(f"{where}: {name} {inside}, not {value:g}")
+            raise UserError(f"{where}: {name} {inside}, not {value:g}")
 
 
 def check_margin(where: str, claim: Claim) -> None:
@@ -117,13 +118,13 @@ def check_margin(where: str, claim: Claim) -> None:
     if is_score and not _is_share(claim):
         return
     if _is_true_of_anything(claim):
-        raise ValueError(f"{where}: with a margin of {margin:g} every result would support the claim")
+        raise UserError(f"{where}: with a margin of {margin:g} every result would support the claim")
     most = min(most, _most_of_expected(claim))
     if margin > most + ROUNDING:
         unit = "points" if claim.quantity in POSSIBLE else "%"
         if is_score:
             unit += ", or name the metric that is no share"
-        raise ValueError(
+        raise UserError(
             f"{where}: a margin of {100 * margin:g} leaves too little of the claim: at most {100 * most:g} {unit}"
         )
 
@@ -154,7 +155,7 @@ def _most_of_expected(claim: Claim) -> float:
 def allowed_values(claim: Claim) -> tuple[float | None, float | None]:
     """Least and largest true value at which a claim with a margin holds; ``None`` on the side that it leaves open."""
     if claim.expected is None or claim.margin is None:
-        raise ValueError(f"claim {claim.name!r} has no expected value with its margin")
+        raise UserError(f"claim {claim.name!r} has no expected value with its margin")
     margin = claim.margin * claim.expected if claim.quantity.startswith("speedup") else claim.margin
     least, largest = stats.limits(claim.relation, claim.expected, margin)
     # 0.987 - 0.005 is not quite 0.982

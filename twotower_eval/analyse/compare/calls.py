@@ -12,6 +12,7 @@ from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.clean import OutputKey, outputs
 from twotower_eval.analyse.compare.degenerate import Flags
 from twotower_eval.analyse.compare.measured import Measured, measured
+from twotower_eval.errors import UserError
 from twotower_eval.records import Arm, Cell, SpeedSample, TimeFault, canonical_json
 from twotower_eval.store import Run
 from twotower_eval.times import fault_of, void_text
@@ -65,7 +66,7 @@ def grid_of(runs: list[Run], cell: Cell, replica: int) -> Grid:
             if sample.replica == replica and sample.phase == "measure":
                 key = ((sample.launch_id, sample.round), tuple(prompt.prompt_id for prompt in sample.prompts))
                 if key in grid:
-                    raise ValueError(f"{names_of(runs)}: cell {cell.id} timed the same prompts twice in {key[0]}")
+                    raise UserError(f"{names_of(runs)}: cell {cell.id} timed the same prompts twice in {key[0]}")
                 grid[key] = sample
     return grid
 

@@ -15,6 +15,7 @@ import numpy as np
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.degenerate import FLAG_NAMES, Flags, flags
 from twotower_eval.analyse.compare.measured import Measured, measured
+from twotower_eval.errors import NoEstimate
 from twotower_eval.records import Estimate, GenerationRow
 
 OutputKey = tuple[str, str, int, int]  # run, task, document, sample (of timed answers: the round)
@@ -114,7 +115,7 @@ def paired_difference(baseline: list[float], candidate: list[float], clusters: l
     each counted with the weight of the largest: on the safe side, exact where clusters are equal.
     """
     if not clusters:
-        raise ValueError("no output of both arms was kept, so that none can be looked at")
+        raise NoEstimate("no output of both arms was kept, so that none can be looked at")
     same = ["outputs"] * len(clusters)
     table = stats.PairedScores(tasks=same, groups=same, clusters=clusters, baseline=baseline, candidate=candidate).table
     if stats.num_discordant(table)[0] >= stats.FEW:  # else an exact bound, as for retention

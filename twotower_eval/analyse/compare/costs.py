@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.measured import Measured, measured
 from twotower_eval.analyse.compare.residual import Residual, Round, by_round, fastest_of_calls, residual, unknown
+from twotower_eval.errors import NoEstimate
 from twotower_eval.records import Arm, Cell, CostPart, CostSample, DecoderSpec, Estimate, Passes, SpeedSample
 from twotower_eval.store import Run
 
@@ -125,7 +126,7 @@ def _explained(parts: list[CostSample], samples: Sequence[SpeedSample], block_si
 
     def predicted(round_: Round, made: Sequence[SpeedSample]) -> stats.Prediction:
         if round_ not in of_round:
-            raise ValueError(NOT_TIMED)
+            raise NoEstimate(NOT_TIMED)
         return stats.predict(stats.CostTable(_phases(of_round[round_])), [calls[id(sample)] for sample in made])
 
     counted = all(sample.passes or len(sample.prompts) == 1 for sample in samples)
@@ -248,7 +249,7 @@ def _reported(sample: SpeedSample, block_size: int | None) -> Call:
     if context_passes < 0:
         return ()
     if block_size is None and num_passes:
-        raise ValueError("this decoder has no blocks, and no parts of its own were timed")
+        raise NoEstimate("this decoder has no blocks, and no parts of its own were timed")
     counts = stats.CallCounts(
         prompt_tokens=max(prompt.num_prompt_tokens for prompt in sample.prompts),
         num_steps=context_passes if block_size is None else num_passes,
@@ -277,7 +278,7 @@ def _break_even(
     prompts = [prompt for sample in samples for prompt in sample.prompts]
     num_passes = sum(prompt.num_denoiser_forwards for prompt in prompts)
     if block_size is None or not num_passes:
-        raise ValueError("the candidate denoises no blocks, so there is no break-even")
+        raise NoEstimate("the candidate denoises no blocks, so there is no break-even")
     blocks_per_nfe = sum(prompt.num_context_forwards - 1 for prompt in prompts) / num_passes
     needed = {"ar_step", "denoise", *(["context_pass"] if blocks_per_nfe else [])}
     by_round: dict[tuple[str, int], list[CostSample]] = defaultdict(list)
@@ -296,5 +297,5 @@ def _break_even(
             )
             values.append(value)
     if not values:
-        raise ValueError("no round has all parts of decoding timed alone")
+        raise NoEstimate("no round has all parts of decoding timed alone")
     return stats.median(values)

@@ -20,6 +20,7 @@ from typing import Any
 
 from twotower_eval.analyse.compare.counts import Counts, count
 from twotower_eval.analyse.compare.points import QualityPoint, TaskQuality, point_key
+from twotower_eval.errors import NoEstimate
 from twotower_eval.records import Cell, Generation, canonical_json
 from twotower_eval.store import Run
 
@@ -66,9 +67,9 @@ def accuracy_under_parallelism(points: Iterable[tuple[float, float]], best: floa
     """AUP of (tokens per forward, accuracy in percent); ValueError without a point, or where nothing is ever right."""
     curve = kept(points)
     if not curve:
-        raise ValueError("no point to compute AUP of")
+        raise NoEstimate("no point to compute AUP of")
     if best <= 0:
-        raise ValueError("no accuracy is above 0, so AUP has no scale")
+        raise NoEstimate("no accuracy is above 0, so AUP has no scale")
     weighted = [accuracy * min(1.0, exp(-STEEPNESS * (1 - accuracy / best))) for _, accuracy in curve]
     area = curve[0][0] * curve[0][1]
     for i in range(1, len(curve)):

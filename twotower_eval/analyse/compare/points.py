@@ -13,6 +13,7 @@ from twotower_eval.analyse.compare.counts import Counts
 from twotower_eval.analyse.compare.measured import Measured as Measured
 from twotower_eval.analyse.compare.measured import measured as measured
 from twotower_eval.analyse.compare.wholes import WholeScore
+from twotower_eval.errors import UserError
 from twotower_eval.records import Cell, Estimate, Workload, canonical_json, to_json
 from twotower_eval.store import Run
 
@@ -178,7 +179,7 @@ def baseline_of(run: Run, candidate: Cell) -> Cell:
     ]
     if len(found) != 1:
         what = f"{candidate.workload.name!r} of cell {candidate.id}"
-        raise ValueError(f"run {run.manifest.run_id}: {len(found)} baseline cells for workload {what}, not one")
+        raise UserError(f"run {run.manifest.run_id}: {len(found)} baseline cells for workload {what}, not one")
     return found[0]
 
 

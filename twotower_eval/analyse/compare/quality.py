@@ -26,6 +26,7 @@ from twotower_eval.analyse.compare.points import (
     point_key,
 )
 from twotower_eval.analyse.compare.wholes import current_scores, is_whole, whole_groups, whole_scores
+from twotower_eval.errors import UserError
 from twotower_eval.records import Cell, Score, canonical_json, sha256_text
 from twotower_eval.store import Run
 
@@ -207,7 +208,7 @@ def _headline_metrics(pairs: Sequence[Pair]) -> dict[str, tuple[str, str]]:
     for task, metrics in found.items():
         if len(metrics) > 1:
             listed = ", ".join(" / ".join(metric) for metric in sorted(metrics))
-            raise ValueError(f"task {task!r} has several headline scores ({listed}): mark one")
+            raise UserError(f"task {task!r} has several headline scores ({listed}): mark one")
     return {task: min(metrics) for task, metrics in found.items()}
 
 

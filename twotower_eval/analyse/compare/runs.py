@@ -16,6 +16,7 @@ from twotower_eval.analyse.compare.points import PointKey, QualityPoint
 from twotower_eval.analyse.compare.quality import quality_points
 from twotower_eval.analyse.compare.speed_gates import gated
 from twotower_eval.analyse.compare.timing import SpeedPoint, speed_points
+from twotower_eval.errors import UserError
 from twotower_eval.records import Cell, Claim
 from twotower_eval.store import Run
 
@@ -49,9 +50,9 @@ class Runs(Sequence[Run]):
         ids = [run.manifest.run_id for run in self._runs]
         twice = sorted({run_id for run_id in ids if ids.count(run_id) > 1})
         if twice:
-            raise ValueError(f"run {twice[0]} is named twice")
+            raise UserError(f"run {twice[0]} is named twice")
         if not ids:
-            raise ValueError("no run to report on")
+            raise UserError("no run to report on")
 
     @overload
     def __getitem__(self, index: int) -> Run: ...

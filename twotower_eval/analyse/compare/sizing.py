@@ -20,6 +20,7 @@ from twotower_eval.analyse.compare.points import Measured, measured
 from twotower_eval.analyse.stats.costs import needed_tokens_per_nfe, predicted_speedup
 from twotower_eval.analyse.stats.intervals import LEVEL, Floats, t_quantile
 from twotower_eval.analyse.stats.speedup import NULL_LEVEL
+from twotower_eval.errors import NoEstimate, UserError
 from twotower_eval.records import ROUTINGS, CostPart, CostSample, Estimate, verb_of
 from twotower_eval.store import Run
 
@@ -110,12 +111,12 @@ class SizingRun:
         self.claimed = claimed
         cards = [event for event in run.events if event.get("kind") == "cost_card"]
         if not cards:
-            raise ValueError(f"run {run.manifest.run_id} holds costs on random weights but no cost card")
+            raise UserError(f"run {run.manifest.run_id} holds costs on random weights but no cost card")
         self.card: Mapping[str, Any] = cards[-1]["card"]
         self._seconds = _per_repeat(run.costs)
         self.rounds = _complete_rounds(self._seconds, int(cards[-1]["num_items"]))
         if not self.rounds:
-            raise ValueError(f"run {run.manifest.run_id} on random weights has no complete measured round yet")
+            raise UserError(f"run {run.manifest.run_id} on random weights has no complete measured round yet")
         self.pattern: str = self.card["built_pattern"]
         self.full_pattern: str = self.card["pattern"]
         self.context_tokens = run.costs[0].context_tokens
@@ -311,7 +312,7 @@ def round_draws(seconds_RF: Floats, seed: int) -> Floats:
 def round_estimate(values_Q: Floats, *, num_rounds: int, seed: int, level: float = LEVEL) -> Estimate:
     """Row 0 of (Q,) with the interval of the other rows; its ends may be infinite. ValueError for a single round."""
     if num_rounds < 2:
-        raise ValueError("one round gives no interval: measure more")
+        raise NoEstimate("one round gives no interval: measure more")
     inflation = (num_rounds / (num_rounds - 1)) ** 0.5
     # No BCa: it compares draws with the value, and either may be infinite here.
     tail = float(ndtr(-t_quantile(level, num_rounds - 1) * inflation))
@@ -328,7 +329,7 @@ def fit_layers(patterns: Sequence[str], seconds_QF: Floats) -> tuple[str, Floats
     kinds = "".join(sorted(set("".join(patterns))))
     counts_FL = layer_counts(patterns, kinds)
     if np.linalg.matrix_rank(counts_FL) < counts_FL.shape[1]:
-        raise ValueError(f"{len(patterns)} parts cannot tell {len(kinds)} kinds of layers apart")
+        raise NoEstimate(f"{len(patterns)} parts cannot tell {len(kinds)} kinds of layers apart")
     ones_F = np.ones(len(patterns))
     return kinds, np.array([nnls(counts_FL / row_F[:, None], ones_F)[0] for row_F in seconds_QF])
 

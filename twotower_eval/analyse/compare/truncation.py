@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from twotower_eval.analyse.compare.points import PointKey, QualityPoint, point_key
+from twotower_eval.errors import UserError
 from twotower_eval.records import Arm
 from twotower_eval.store import Run
 
@@ -40,7 +41,7 @@ def _truncated(run: Run, event: dict[str, Any]) -> Truncated:
     told = [event[name] for name in ("num_requests", "num_truncated") if name in event]
     numbers = [number for number in told if isinstance(number, int)]
     if cell is None or not numbers or len(numbers) < len(told):
-        raise ValueError(f"{run.path}: an event tells of truncated prompts without a cell of the run and their number")
+        raise UserError(f"{run.path}: an event tells of truncated prompts without a cell of the run and their number")
     return Truncated(
         cell=cell.id,
         arm=cell.arm,

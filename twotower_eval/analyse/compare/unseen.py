@@ -26,6 +26,7 @@ from twotower_eval.analyse.compare.calls import Call, Grid, Usable
 from twotower_eval.analyse.compare.costs import seconds_alone
 from twotower_eval.analyse.compare.measured import Measured, measured
 from twotower_eval.analyse.compare.numbers import TIMES, interval
+from twotower_eval.errors import NoEstimate
 from twotower_eval.records import Cell, SpeedSample
 from twotower_eval.store import Run
 from twotower_eval.times import fault_of
@@ -261,7 +262,7 @@ def _of_equal_forwards(
 def _beyond_alone(alone: Callable[[SpeedSample], float], sample: SpeedSample) -> float:
     seconds = alone(sample)
     if seconds <= 0:
-        raise ValueError("a call without any forward")
+        raise NoEstimate("a call without any forward")
     return log(sample.wall_s / seconds)
 
 

@@ -10,6 +10,7 @@ from math import exp, isclose, log
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.measured import Measured, measured
+from twotower_eval.errors import NoEstimate
 from twotower_eval.records import MEAN, SUMMED_AGGREGATIONS, Aggregate, Estimate, LikelihoodRow, Score
 from twotower_eval.store import Run
 
@@ -86,7 +87,7 @@ class Resampled:
 
 def _known(found: stats.WholeScores | str) -> stats.WholeScores:
     if isinstance(found, str):
-        raise ValueError(found)
+        raise NoEstimate(found)
     return found
 
 
@@ -307,7 +308,7 @@ def _checked(found: stats.WholeScores, own: Sequence[Aggregate | None]) -> stats
     """ValueError where parts do not come to lm-eval's own number, as where documents differ in their references."""
     for arm, made in enumerate(own):
         if made is not None and made.value is not None and not isclose(found.value(arm), made.value, rel_tol=1e-6):
-            raise ValueError("documents one by one do not come to lm-eval's number of all together")
+            raise NoEstimate("documents one by one do not come to lm-eval's number of all together")
     return found
 
 
@@ -317,7 +318,7 @@ def _parts(arm: Sequence[Score]) -> list[tuple[float, ...]]:
     missing = [score for score, part in found if part is None]
     if missing:
         where = f"{len(missing)} of {len(arm)} documents"
-        raise ValueError(f"{where}: {missing[0].missing_reason or 'no reason recorded'}")
+        raise NoEstimate(f"{where}: {missing[0].missing_reason or 'no reason recorded'}")
     return [part for _, part in found if part is not None]
 
 

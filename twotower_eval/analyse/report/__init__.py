@@ -21,6 +21,7 @@ from twotower_eval.analyse.report.publishing import publish
 from twotower_eval.analyse.report.section import Section
 from twotower_eval.analyse.report.text import escape
 from twotower_eval.analyse.report.verdicts import JudgedRuns, shipped_claims
+from twotower_eval.errors import UserError
 from twotower_eval.names import did_you_mean, resolve
 from twotower_eval.records import sha256_text
 
@@ -71,7 +72,7 @@ def write(
     for section in rendered:
         clash = sorted(files.keys() & section.files.keys())
         if clash:
-            raise ValueError(f"two sections of the report write {clash[0]}")
+            raise UserError(f"two sections of the report write {clash[0]}")
         files.update(section.files)
     body = "\n".join(f"## {section.title}\n\n{section.markdown.strip()}\n" for section in rendered)
     markdown = f"# {_title(runs)}\n\n{body}"
@@ -124,7 +125,7 @@ def report_id(run_ids: Sequence[str]) -> str:
 def _renderer(name: str) -> Callable[[Runs], Section]:
     name = OLDER_NAMES.get(name, name)
     if ":" not in name and name not in SECTIONS:
-        raise ValueError(f"unknown report section {name!r}{did_you_mean(name, SECTIONS)}")
+        raise UserError(f"unknown report section {name!r}{did_you_mean(name, SECTIONS)}")
     render: Callable[[Runs], Section] = resolve(SECTIONS.get(name, name))
     return render
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.report.reproduce import plain_argv
+from twotower_eval.errors import UserError
 from twotower_eval.store import FILES, Run
 from twotower_eval.store.journal import LOCK, packed, packed_path
 from twotower_eval.store.publish import DONE, MANIFEST, close_run, read_closing
@@ -34,14 +35,14 @@ def publish(runs: Sequence[Run], report: Path, *, results: Path, reports: Path, 
     targets = (results / PUBLISHED / name, reports / PUBLISHED / name)
     for run in runs:
         if not run.complete:
-            raise ValueError(f"run {run.manifest.run_id} is not complete: finish it with --resume before publishing it")
+            raise UserError(f"run {run.manifest.run_id} is not complete: finish it with --resume before publishing it")
     for target in targets:
         if target.exists():
-            raise ValueError(f"{target} exists already and nothing published is overwritten: move it away first")
+            raise UserError(f"{target} exists already and nothing published is overwritten: move it away first")
     num_bytes = sum(len(_carried(file)[1]) for run in runs for file in _files(run.path))
     if num_bytes > MAX_BYTES:
         sizes = f"{num_bytes / 2**20:.1f} MiB when packed, more than the {MAX_BYTES / 2**20:.0f} MiB that are published"
-        raise ValueError(f"the runs are {sizes}: publish fewer runs or ones of fewer documents")
+        raise UserError(f"the runs are {sizes}: publish fewer runs or ones of fewer documents")
     for run in runs:
         _copy(run.path, targets[0] / run.manifest.run_id)
         for line in _make_plain(targets[0] / run.manifest.run_id / MANIFEST):

@@ -29,6 +29,7 @@ from twotower_eval.analyse.stats.intervals import (
 )
 from twotower_eval.analyse.stats.mean import t_interval_of_mean
 from twotower_eval.analyse.stats.paired import resampled_sums
+from twotower_eval.errors import NoEstimate
 from twotower_eval.records import Estimate
 
 Parts = Sequence[Sequence[float]]  # one entry a document
@@ -58,7 +59,7 @@ class WholeScores:
         with np.errstate(over="ignore"):
             value = float(np.exp(self.score_A[arm]) if self.log else self.score_A[arm])
         if not np.isfinite(value):
-            raise ValueError("the score of all documents together is too large a number" if self.log else _NO_VALUE)
+            raise NoEstimate("the score of all documents together is too large a number" if self.log else _NO_VALUE)
         return value
 
     def alone(self, arm: int) -> WholeScores:
@@ -80,7 +81,7 @@ class WholeScores:
     def difference(self, *, level: float = LEVEL) -> Estimate:
         """Candidate's score minus the baseline's; not for fewer than 5 clusters that differ."""
         if self.num_discordant is not None and self.num_discordant < FEW:
-            raise ValueError(f"{self.num_discordant} of {self.num_clusters} clusters differ: too few for an interval")
+            raise NoEstimate(f"{self.num_discordant} of {self.num_clusters} clusters differ: too few for an interval")
         value = self.value(1) - self.value(0)
         draws_AQ, left_AC = self.plain(self.draws_AQ), None if self.left_AC is None else self.plain(self.left_AC)
         left_C = None if left_AC is None else left_AC[1] - left_AC[0]
@@ -91,11 +92,11 @@ class WholeScores:
     def retention(self, *, level: float = LEVEL) -> Estimate:
         """Candidate's score over the baseline's, for scores of which more is better."""
         if self.log or self.score_A[0] <= 0:
-            raise ValueError("the baseline's score is not above 0: retention is undefined")
+            raise NoEstimate("the baseline's score is not above 0: retention is undefined")
         if self.num_discordant is not None and self.num_discordant < FEW:
-            raise ValueError(f"{self.num_discordant} of {self.num_clusters} clusters differ: too few for an interval")
+            raise NoEstimate(f"{self.num_discordant} of {self.num_clusters} clusters differ: too few for an interval")
         if (self.draws_AQ[0] <= 0).any():
-            raise ValueError("the baseline's score is not above 0 in every resample: the ratio has no finite interval")
+            raise NoEstimate("the baseline's score is not above 0 in every resample: the ratio has no finite interval")
         value = float(self.score_A[1] / self.score_A[0])
         left_C = (
             None if self.left_AC is None else self.left_AC[1] / np.where(self.left_AC[0] > 0, self.left_AC[0], np.nan)
@@ -115,7 +116,7 @@ class WholeScores:
         least, most = within or ANYTHING
         low, high = min(value, max(low, least)), max(value, min(high, most))
         if not np.isfinite([low, high]).all():
-            raise ValueError("the score is too large a number in some resamples: there is no finite interval")
+            raise NoEstimate("the score is too large a number in some resamples: there is no finite interval")
         return Estimate(
             value=value, low=low, high=high, level=level, n=self.num_clusters, method=self.method, seed=self.seed
         )
@@ -127,10 +128,10 @@ class WholeScores:
         """
         n = self.num_clusters
         if n < 2:
-            raise ValueError("one cluster only: its variation is unknown, so there is no interval")
+            raise NoEstimate("one cluster only: its variation is unknown, so there is no interval")
         undefined = int((~np.isfinite(draws_Q)).sum())
         if undefined:
-            raise ValueError(f"the score has no value in {undefined:,} of {len(draws_Q):,} resamples")
+            raise NoEstimate(f"the score has no value in {undefined:,} of {len(draws_Q):,} resamples")
         inflation, dof, skew = sqrt(n / (n - 1)), n - 1.0, 0.0
         half = t_quantile(level, dof) * inflation * float(draws_Q.std())
         low, high = value - half, value + half
@@ -141,7 +142,7 @@ class WholeScores:
             dof, skew = dof_of_mean(parts_C), third_cumulant(parts_C) / variance**1.5 if variance > 0 else 0.0
             low, high = t_interval_of_mean(value, parts_C, level)
         if low == high:
-            raise ValueError("no cluster changes the score: there is no interval")
+            raise NoEstimate("no cluster changes the score: there is no interval")
         drawn = corrected_percentiles(draws_Q, draws_Q, value, level=level, dof=dof, inflation=inflation, skew=skew)
         return drawn if self.within is None else (min(low, drawn[0]), max(high, drawn[1]))
 

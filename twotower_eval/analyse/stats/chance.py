@@ -17,6 +17,7 @@ from twotower_eval.analyse.stats.intervals import EPSILON, FEW, LEVEL, Floats, b
 from twotower_eval.analyse.stats.mean import extreme_bound, t_interval_of_mean
 from twotower_eval.analyse.stats.paired import Draws, ScoreTable
 from twotower_eval.analyse.stats.quality import Scope, bootstrap_method
+from twotower_eval.errors import NoEstimate
 from twotower_eval.records import Estimate, GateLimits
 
 ABOVE_CHANCE_LEVEL = GateLimits().above_chance_level
@@ -122,7 +123,7 @@ def retention_above_chance(
     """
     weights_K = table.weights_K() if weights_K is None else weights_K
     if table.smallest_score < 0 or table.largest_score > 1 + EPSILON:
-        raise ValueError("some scores are below 0 or above 1: what lies above chance is no share of them")
+        raise NoEstimate("some scores are below 0 or above 1: what lies above chance is no share of them")
     raised = dataclasses.replace(
         table, baseline_CL=table.baseline_CL - table.chance_CL, candidate_CL=table.candidate_CL - table.chance_CL
     )
@@ -131,7 +132,7 @@ def retention_above_chance(
     bounds = excess_bounds(table, weights_K, 1 - alpha)
     least = None if bounds is None else bounds[0]
     if scope.baseline <= EPSILON or least is None or least <= EPSILON:
-        raise ValueError("the baseline is too near chance for a ratio of what lies above it")
+        raise NoEstimate("the baseline is too near chance for a ratio of what lies above it")
     chance = float(table.task_means_K(table.chance_CL) @ weights_K)
     lowest, highest = -chance / least, (float(weights_K.sum()) - chance) / least
     if scope.num_discordant < FEW:
@@ -161,5 +162,5 @@ def _drawn_interval(draws: Draws, weights_K: Floats, scope: Scope, level: float)
     low, high = scope.interval(low_Q, high_Q, scope.ratio, level, unit=scope.baseline)
     if not np.isfinite([low, high]).all():
         share = f"{int(undefined_Q.sum()):,} of {len(low_Q):,} resamples"
-        raise ValueError(f"the baseline is at chance or below in {share}: the ratio has no finite interval")
+        raise NoEstimate(f"the baseline is at chance or below in {share}: the ratio has no finite interval")
     return low, high

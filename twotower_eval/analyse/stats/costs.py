@@ -18,6 +18,7 @@ from scipy.special import bdtr, stdtrit
 from twotower_eval.analyse.stats.figure import Figure
 from twotower_eval.analyse.stats.intervals import LEVEL, Floats
 from twotower_eval.analyse.stats.mean import t_interval_of_mean
+from twotower_eval.errors import NoEstimate
 from twotower_eval.records import CostPart, Estimate
 
 EXPLAINED = 0.10  # largest residual, as a share of the measured time, that counts as explained
@@ -32,7 +33,7 @@ def median(values: Sequence[float], *, level: float = LEVEL) -> Estimate:
     sorted_N = np.sort(np.asarray(values, dtype=float))
     n = len(sorted_N)
     if n == 0:
-        raise ValueError("no values, so there is no median")
+        raise NoEstimate("no values, so there is no median")
     # The interval from the r-th smallest to the r-th largest misses with probability 2 P(Binomial(n, 1/2) < r).
     missed = [2 * float(bdtr(r - 1, n, 0.5)) for r in range(1, n // 2 + 1)]
     rank = max(sum(miss <= 1 - level for miss in missed), 1)
@@ -165,7 +166,7 @@ class CostTable:
             return [(block_size, 1.0)]
         known = sorted(size for size in by_size if size is not None)
         if block_size is None or not known or not known[0] < block_size < known[-1]:
-            raise ValueError(f"{_name(part, block_size)} was not measured, so no time can be predicted")
+            raise NoEstimate(f"{_name(part, block_size)} was not measured, so no time can be predicted")
         return [(size, share) for size, share in _around(known, block_size)]
 
 
@@ -187,7 +188,7 @@ def predict(table: CostTable, calls: Sequence[CallCounts | Sequence[PartPasses]]
             if one.contexts:
                 alike.setdefault((one.part, one.block_size, one.num_rows), []).append(one)
     if not alike:
-        raise ValueError("no call to predict the time of")
+        raise NoEstimate("no call to predict the time of")
     by_part: dict[CostPart, float] = {}
     num_passes = num_beyond = 0
     for (part, block_size, num_rows), passes in alike.items():
@@ -213,7 +214,7 @@ class Explanation:
 def explain(measured_s: float, predicted_s: float, *, limit: float = EXPLAINED) -> Explanation:
     """Compare; a residual above ``limit`` either way is unexplained."""
     if measured_s <= 0:
-        raise ValueError("no time was measured, so there is nothing to explain")
+        raise NoEstimate("no time was measured, so there is nothing to explain")
     residual = (measured_s - predicted_s) / measured_s
     return Explanation(
         measured_s=measured_s, predicted_s=predicted_s, residual=residual, explained=abs(residual) <= limit
@@ -228,7 +229,7 @@ def residual_over_rounds(measured_R: Sequence[float], predicted_R: Sequence[floa
     seconds that are not above 0.
     """
     if min([*measured_R, *predicted_R], default=0.0) <= 0:
-        raise ValueError("no round has measured and predicted seconds above 0")
+        raise NoEstimate("no round has measured and predicted seconds above 0")
     logs_R = np.log(np.asarray(measured_R, dtype=float) / np.asarray(predicted_R, dtype=float))
     n = len(logs_R)
     if n < 3:

@@ -20,6 +20,7 @@ from twotower_eval.analyse.stats.intervals import (
 )
 from twotower_eval.analyse.stats.paired import PairedScores, draw_task_means
 from twotower_eval.analyse.stats.quality import difference
+from twotower_eval.errors import NoEstimate
 from twotower_eval.records import Estimate
 
 
@@ -33,7 +34,7 @@ def mean_score(values: Sequence[float], clusters: Sequence[str], *, level: float
     """
     value_N = np.asarray(values, dtype=float)
     if len(value_N) == 0:
-        raise ValueError("no scores, so there is no mean")
+        raise NoEstimate("no scores, so there is no mean")
     _, code_N = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
     n, mean = int(code_N.max()) + 1, float(value_N.mean())
     if n == len(value_N) and np.isin(value_N, (0.0, 1.0)).all():
@@ -41,7 +42,7 @@ def mean_score(values: Sequence[float], clusters: Sequence[str], *, level: float
         low, high = 1 - binomial_upper_bound(n - right, n, alpha), binomial_upper_bound(right, n, alpha)
         return Estimate(value=mean, low=low, high=high, level=level, n=n, method="exact binomial interval")
     if n < 2:
-        raise ValueError("one cluster only: its variation is unknown, so there is no interval")
+        raise NoEstimate("one cluster only: its variation is unknown, so there is no interval")
     z_C = np.zeros(n)
     np.add.at(z_C, code_N, (value_N - mean) / len(value_N))
     low, high = t_interval_of_mean(mean, n * z_C, level)
@@ -79,7 +80,7 @@ def mean_of_members(
     table = scores.table
     lone = [leaf for leaf, num in zip(table.leaves, (table.count_CL > 0).sum(axis=0), strict=True) if num < 2]
     if lone:
-        raise ValueError(f"{lone[0]} has one cluster only: its variation is unknown, so there is no interval")
+        raise NoEstimate(f"{lone[0]} has one cluster only: its variation is unknown, so there is no interval")
     found = difference(table, draw_task_means(table), level=level)
     low, high = found.low, found.high
     if min(values) >= 0 and max(values) <= 1:
@@ -95,7 +96,7 @@ def geometric_mean(values: Sequence[float], *, level: float = LEVEL) -> Estimate
     """Geometric mean of independent ratios, with Student's interval on the log. ValueError for fewer than two."""
     log_N = np.log(np.asarray(values, dtype=float))
     if len(log_N) < 2:
-        raise ValueError(f"{'one ratio' if len(log_N) else 'no ratio'} only: its variation is unknown")
+        raise NoEstimate(f"{'one ratio' if len(log_N) else 'no ratio'} only: its variation is unknown")
     variance = float(log_N.var(ddof=1)) / len(log_N)
     return _on_the_log(float(log_N.mean()), variance, len(log_N) - 1, len(log_N), level)
 
@@ -105,7 +106,7 @@ def ratio_of_geometric_means(above: Sequence[float], below: Sequence[float], *, 
     fewer than two values; ``n`` counts the smaller one."""
     logs = [np.log(np.asarray(values, dtype=float)) for values in (above, below)]
     if min(map(len, logs)) < 2:
-        raise ValueError(f"{min(map(len, logs))} of one kind only: their variation is unknown")
+        raise NoEstimate(f"{min(map(len, logs))} of one kind only: their variation is unknown")
     parts = [float(log_N.var(ddof=1)) / len(log_N) for log_N in logs]
     squares = sum(part**2 / (len(log_N) - 1) for part, log_N in zip(parts, logs, strict=True))
     dof = sum(parts) ** 2 / squares if squares > 0 else 1e9

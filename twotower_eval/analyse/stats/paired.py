@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twotower_eval.analyse.stats.intervals import NUM_RESAMPLES, Floats
+from twotower_eval.errors import NoEstimate
 
 Ints = NDArray[np.int64]
 
@@ -132,7 +133,7 @@ def _tabulate(scores: PairedScores) -> ScoreTable:
     if any(len(column) != num for column in (*columns, candidate_N, chance_N)):
         raise ValueError("paired scores: the columns have different lengths")
     if num == 0:
-        raise ValueError("paired scores: no documents, so there is no accuracy")
+        raise NoEstimate("paired scores: no documents, so there is no accuracy")
     values_2N = np.stack([baseline_N, candidate_N])
     if not np.isfinite(values_2N).all():
         raise ValueError("paired scores: every score must be finite")

@@ -25,6 +25,7 @@ from twotower_eval.analyse.stats.intervals import (
     t_quantile,
 )
 from twotower_eval.analyse.stats.paired import Draws, Ints, ScoreTable
+from twotower_eval.errors import NoEstimate
 from twotower_eval.records import Estimate
 
 EQUAL = "equal by construction: one computation scores both arms"
@@ -42,14 +43,14 @@ def retention(table: ScoreTable, draws: Draws, weights_K: Floats | None = None, 
     weights_K = table.weights_K() if weights_K is None else weights_K
     scope = Scope(table, weights_K)
     if table.smallest_score < 0:
-        raise ValueError("some scores are below 0: their ratio is no retention")
+        raise NoEstimate("some scores are below 0: their ratio is no retention")
     if scope.baseline <= EPSILON:
-        raise ValueError("the baseline scores 0 everywhere: retention is undefined")
+        raise NoEstimate("the baseline scores 0 everywhere: retention is undefined")
     if scope.num_discordant < FEW:
         return _exact_retention(scope, level)
     if scope.num_baseline_successes < FEW:
         few = f"only {scope.num_baseline_successes} of {scope.n} clusters"
-        raise ValueError(f"the baseline scores above 0 in {few}: too few for a ratio")
+        raise NoEstimate(f"the baseline scores above 0 in {few}: too few for a ratio")
     columns = (draws.baseline_QK @ weights_K[:, None], draws.candidate_QK @ weights_K[:, None])
     low, high = _bootstrap_interval(scope, *columns, level)
     method = bootstrap_method(len(draws.baseline_QK))
@@ -88,7 +89,7 @@ def mean_of_ratios(table: ScoreTable, draws: Draws, *, level: float = LEVEL) -> 
     """Unweighted mean over tasks of each task's own ratio; ValueError where a task's baseline is too near zero."""
     baseline_K = table.task_means_K(table.baseline_CL)
     if (baseline_K <= EPSILON).any():
-        raise ValueError("a task's baseline is 0: the mean of per-task ratios is undefined")
+        raise NoEstimate("a task's baseline is 0: the mean of per-task ratios is undefined")
     scope = Scope(
         table, 1 / (len(baseline_K) * baseline_K), ratios_K=table.task_means_K(table.candidate_CL) / baseline_K
     )
@@ -118,7 +119,7 @@ def difference(
     delta_Q = (draws.candidate_QK - draws.baseline_QK) @ weights_K
     scope = Scope(table, weights_K, ratios_K=np.ones(len(table.tasks)))
     if scope.num_discordant < min_discordant:
-        raise ValueError(f"{scope.num_discordant} of {scope.n} clusters differ: too few for an interval")
+        raise NoEstimate(f"{scope.num_discordant} of {scope.n} clusters differ: too few for an interval")
     value = scope.candidate - scope.baseline
     low, high = scope.interval(delta_Q, delta_Q, value, level, unit=1.0)
     method = bootstrap_method(len(delta_Q))
@@ -263,7 +264,7 @@ def _bootstrap_interval(scope: Scope, baseline_QK: Floats, candidate_QK: Floats,
     low, high = scope.interval(low_Q, high_Q, scope.ratio, level, unit=scope.baseline)
     if not np.isfinite(high):
         share = f"{int(undefined_QK.any(axis=1).sum()):,} of {len(low_Q):,} resamples"
-        raise ValueError(f"the baseline scores 0 in {share}: the ratio has no finite interval")
+        raise NoEstimate(f"the baseline scores 0 in {share}: the ratio has no finite interval")
     return max(low, 0.0), high
 
 
@@ -276,7 +277,7 @@ def _exact_retention(scope: Scope, level: float) -> Estimate:
     the luckier of two equal models, and an interval of all clusters lost reaches to 100 % while they are so few.
     """
     if scope.largest_score > 1 + EPSILON:
-        raise ValueError(f"scores reach {scope.largest_score:g}: the exact bound needs scores between 0 and 1")
+        raise NoEstimate(f"scores reach {scope.largest_score:g}: the exact bound needs scores between 0 and 1")
     alpha = (1 - level) / 2
     harmed, helped = (binomial_upper_bound(k, scope.n, alpha) for k in (scope.num_harmed, scope.num_helped))
     low = max(0.0, 1 - scope.worst_case(harmed) / scope.baseline)

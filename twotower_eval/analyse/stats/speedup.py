@@ -41,6 +41,7 @@ from twotower_eval.analyse.stats.intervals import (
 )
 from twotower_eval.analyse.stats.serial import Caution, Widening, carried_over, serial_dependence, sittings
 from twotower_eval.analyse.stats.tails import Documents, PerCall, Tail, shifts, tail_of
+from twotower_eval.errors import NoEstimate
 from twotower_eval.records import MIN_LAUNCHES, Estimate
 
 NULL_LEVEL = 0.99  # of the A/A null's interval
@@ -73,7 +74,7 @@ class TimedCalls:
         if any(array.shape != self.baseline_s.shape or array.ndim != 2 for array in arrays):
             raise ValueError("timed calls: both arms need the same rounds and the same calls")
         if self.baseline_s.size == 0:
-            raise ValueError("timed calls: there are none, so there is no speedup")
+            raise NoEstimate("timed calls: there are none, so there is no speedup")
         if len(self.launches) != len(self.baseline_s):
             raise ValueError("timed calls: every round needs its launch")
         if not all(np.isfinite(array).all() for array in arrays) or min(array.min() for array in arrays) < 0:
@@ -111,7 +112,7 @@ def speedup(
         values_UP = crossing.by_unit(values_RP)
         total, total_Q = values_UP.sum(), crossing.draw(values_UP)
         if total <= 0 or (total_Q <= 0).any():
-            raise ValueError("no useful tokens, or no time passed: the ratio is undefined")
+            raise NoEstimate("no useful tokens, or no time passed: the ratio is undefined")
         log_value += sign * float(np.log(total))
         log_Q += sign * np.log(total_Q)
         influence_UP += sign * values_UP.size * values_UP / total
@@ -148,7 +149,7 @@ def geometric_speedup(
 ) -> Estimate:
     """Geometric mean of the calls' own time ratios, baseline over candidate: every call weighs the same (secondary)."""
     if min(calls.baseline_s.min(), calls.candidate_s.min()) <= 0:
-        raise ValueError("a timed call took no time: its ratio is undefined")
+        raise NoEstimate("a timed call took no time: its ratio is undefined")
     crossing = _Crossing(calls, num_resamples, seed)
     sums_UP = crossing.by_unit(np.log(calls.baseline_s / calls.candidate_s))
     counts_UP = crossing.by_unit(np.ones_like(calls.baseline_s))
@@ -194,11 +195,11 @@ class _Crossing:
         self.shape = (int(self._unit_R.max()) + 1, calls.baseline_s.shape[1])
         num_units, num_calls = self.shape
         if num_units < 2:
-            raise ValueError("one measured round only: its variation is unknown, so there is no interval")
+            raise NoEstimate("one measured round only: its variation is unknown, so there is no interval")
         self.crossed = not calls.fixed
         if self.crossed and num_calls < 2:
             why = "how prompts differ is unknown, so there is no interval: time more of them"
-            raise ValueError(f"one call of sampled prompts only: {why}")
+            raise NoEstimate(f"one call of sampled prompts only: {why}")
         self._draws_QU = _multiplicities(num_units, num_resamples, seed)
         self._draws_QP = np.ones((num_resamples, num_calls))
         if self.crossed:

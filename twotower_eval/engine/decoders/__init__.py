@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from twotower_eval.engine.decoders.finish import Clock, OnFinish
 from twotower_eval.engine.plugin_source import plugin_code
+from twotower_eval.errors import UserError
 from twotower_eval.names import nearest, resolve
 from twotower_eval.plugin_calls import calls_of, module_of
 from twotower_eval.records import DecoderSpec, Generation, Prompt
@@ -48,7 +49,7 @@ def decoder_class(kind: str) -> Any:
     if kind not in DECODERS and ":" not in kind:
         near = nearest(kind, DECODERS)
         known = f"; choose from {', '.join(DECODERS)}, or name a class of your own as package.module:Class"
-        raise ValueError(f"decoder {kind!r} is unknown{f'; did you mean {near}?' if near else known}")
+        raise UserError(f"decoder {kind!r} is unknown{f'; did you mean {near}?' if near else known}")
     cls = resolve(DECODERS.get(kind, kind))
     if kind not in DECODERS:
         _check_plug_in(kind, cls)
@@ -59,9 +60,9 @@ def _check_plug_in(kind: str, cls: Any) -> None:
     """ValueError where a class of the user's own is no decoder."""
     lacks = [name for name in ("Params", "VERSION") if not hasattr(cls, name)]
     if lacks:
-        raise ValueError(f"decoder {kind!r} lacks {', '.join(lacks)}: docs/trust.md has a whole example")
+        raise UserError(f"decoder {kind!r} lacks {', '.join(lacks)}: docs/trust.md has a whole example")
     if not dataclasses.is_dataclass(cls.Params):
-        raise ValueError(f"decoder {kind!r}: Params must be a dataclass, of its parameters with their defaults")
+        raise UserError(f"decoder {kind!r}: Params must be a dataclass, of its parameters with their defaults")
 
 
 def decoder_spec(kind: str, **params: Any) -> DecoderSpec:
@@ -82,7 +83,7 @@ def make_decoder(model: Any, kind: str, *, clock: Clock | None = None, **params:
     try:
         inspect.signature(cls).bind(None, None, clock=None)
     except TypeError as error:
-        raise ValueError(f"decoder {kind!r} is made as {cls.__name__}(model, params, clock=clock): {error}") from error
+        raise UserError(f"decoder {kind!r} is made as {cls.__name__}(model, params, clock=clock): {error}") from error
     checked = _checked(cls, kind, params)
     with calls_of(module_of(cls), f"decoder {kind}", "__init__"):
         decoder: Decoder = cls(model, checked, clock=clock)
@@ -93,7 +94,7 @@ def from_spec(model: Any, spec: DecoderSpec, *, clock: Clock | None = None) -> D
     """The decoder that a specification names; ValueError if it was written for another version."""
     version = decoder_class(spec.kind).VERSION
     if spec.version != version:
-        raise ValueError(f"decoder {spec.kind}: version {spec.version} was asked for, this is version {version}")
+        raise UserError(f"decoder {spec.kind}: version {spec.version} was asked for, this is version {version}")
     return make_decoder(model, spec.kind, clock=clock, **spec.params)
 
 
@@ -103,6 +104,6 @@ def _checked(cls: Any, kind: str, params: dict[str, Any]) -> Any:
         if name not in known:
             near = nearest(name, known)
             hint = f"did you mean {near}?" if near else f"it has {', '.join(known) or 'none'}"
-            raise ValueError(f"decoder {kind} has no parameter {name!r}; {hint}")
+            raise UserError(f"decoder {kind} has no parameter {name!r}; {hint}")
     with calls_of(module_of(cls), f"decoder {kind}", "Params"):
         return cls.Params(**params)

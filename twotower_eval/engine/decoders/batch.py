@@ -24,6 +24,7 @@ from twotower_eval.engine.decoders.finish import (
 )
 from twotower_eval.engine.decoders.rows import RowNoise, padded_ids
 from twotower_eval.engine.models.counting import CountedContext, CountingModel
+from twotower_eval.errors import UserError
 from twotower_eval.records import CommitStep, Generation, Prompt
 
 
@@ -145,7 +146,7 @@ class BatchDecoder:
 
     def __init__(self, model: Any, params: Any, *, clock: Clock | None = None) -> None:
         if self.NEEDS_DENOISER and not model.has_denoiser:
-            raise ValueError(no_denoiser(self.KIND))
+            raise UserError(no_denoiser(self.KIND))
         self.model, self.params, self.clock = model, params, clock
 
     @torch.inference_mode()

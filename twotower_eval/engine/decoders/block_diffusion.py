@@ -16,6 +16,7 @@ from twotower_eval.engine.decoders.batch import BatchDecoder, Call
 from twotower_eval.engine.decoders.commit import commit
 from twotower_eval.engine.decoders.rows import RowNoise, check_temperature, choose, on_host
 from twotower_eval.engine.models.counting import CountedContext
+from twotower_eval.errors import UserError
 from twotower_eval.records import CommitStep
 
 
@@ -36,9 +37,9 @@ class Params:
         for name in ("block_size", "steps_per_block"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
         if not self.threshold >= 0:
-            raise ValueError(f"threshold must be a number of at least 0, not {self.threshold}")
+            raise UserError(f"threshold must be a number of at least 0, not {self.threshold}")
 
     @property
     def num_steps(self) -> int:

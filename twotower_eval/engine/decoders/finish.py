@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from twotower_eval.errors import UserError
 from twotower_eval.records import FinishReason, Generation, Prompt
 
 Clock = Callable[[], float]  # seconds, after all devices have finished their work
@@ -37,13 +38,13 @@ class Rules:
 def make_rules(model: Any, *, max_new_tokens: int, eos_token_ids: Sequence[int], stop: Sequence[str]) -> Rules:
     """Check the stop events. String stops need the model's tokenizer."""
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens!r}")
+        raise UserError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens!r}")
     if isinstance(stop, str):
-        raise ValueError("stop must be a sequence of strings, not one string")
+        raise UserError("stop must be a sequence of strings, not one string")
     if stop and model.tokenizer is None:
-        raise ValueError("stop strings need a tokenizer, and this checkpoint has none; use eos_token_ids")
+        raise UserError("stop strings need a tokenizer, and this checkpoint has none; use eos_token_ids")
     if any(not text for text in stop):
-        raise ValueError("an empty stop string would stop everything; leave it out")
+        raise UserError("an empty stop string would stop everything; leave it out")
     return Rules(max_new_tokens, frozenset(eos_token_ids), tuple(stop), model.tokenizer)
 
 
@@ -52,7 +53,7 @@ def check_batch_size(max_batch_size: int | None) -> int | None:
     if max_batch_size is None:
         return None
     if isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int) or max_batch_size < 1:
-        raise ValueError(f"max_batch_size must be a whole number of at least 1, not {max_batch_size!r}")
+        raise UserError(f"max_batch_size must be a whole number of at least 1, not {max_batch_size!r}")
     return max_batch_size
 
 
@@ -60,9 +61,9 @@ def check_prompts(model: Any, prompts: Sequence[Prompt]) -> None:
     """Prompts of at least one token, all within the vocabulary."""
     for prompt in prompts:
         if not prompt.token_ids:
-            raise ValueError(f"prompt {prompt.id!r} is empty; give it at least one token")
+            raise UserError(f"prompt {prompt.id!r} is empty; give it at least one token")
         if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < model.vocab_size:
-            raise ValueError(f"prompt {prompt.id!r} has a token id outside the vocabulary of {model.vocab_size}")
+            raise UserError(f"prompt {prompt.id!r} has a token id outside the vocabulary of {model.vocab_size}")
 
 
 def is_finished(token_ids: Sequence[int], num_new: int, rules: Rules) -> bool:

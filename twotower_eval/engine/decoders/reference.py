@@ -25,6 +25,7 @@ from twotower_eval.engine.decoders.finish import (
     make_rules,
 )
 from twotower_eval.engine.decoders.rows import check_temperature
+from twotower_eval.errors import UserError
 from twotower_eval.records import Generation, Prompt
 
 MODES = ("autoregressive", "mock_ar", "block_diffusion")
@@ -43,7 +44,7 @@ class Params:
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
         if self.mode not in MODES:
-            raise ValueError(f"mode {self.mode!r} is unknown; choose from {', '.join(MODES)}")
+            raise UserError(f"mode {self.mode!r} is unknown; choose from {', '.join(MODES)}")
         BlockParams(block_size=self.block_size, steps_per_block=self.steps_per_block, threshold=self.threshold)
 
 
@@ -58,7 +59,7 @@ class Reference:
 
     def __init__(self, model: Any, params: _Params, *, clock: Clock | None = None) -> None:
         if params.mode != "autoregressive" and not model.has_denoiser:
-            raise ValueError(no_denoiser(params.mode))
+            raise UserError(no_denoiser(params.mode))
         self.model, self.params, self.clock = model, params, clock
 
     @torch.inference_mode()

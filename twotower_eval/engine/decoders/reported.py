@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from twotower_eval.engine.models.counting import WatchedModel
+from twotower_eval.errors import UserError
 from twotower_eval.plugin_calls import calls_of, module_of
 from twotower_eval.records import GENERATION_COUNTS, CommitStep, FinishReason, Generation, Prompt
 
@@ -32,7 +33,7 @@ MAX_STRADDLING = 4  # tokens that the text before a stop string may hold beyond 
 UNREADABLE = "\ufffd"  # what a tokenizer writes for half a character
 
 
-class ReportError(ValueError):
+class ReportError(UserError):
     """A decoder's answers are no finished plain values, or say what the harness knows to be otherwise."""
 
 
@@ -47,7 +48,7 @@ def generating(decoder: Any, name: str, option: str, ours: Sequence[BaseExceptio
         with calls_of(module_of(decoder), decoder_name(decoder), "generate", let=LET, ours=ours):
             yield
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"{name}: out of memory: take a smaller {option} or shorter prompts") from error
+        raise UserError(f"{name}: out of memory: take a smaller {option} or shorter prompts") from error
 
 
 @dataclass(frozen=True, kw_only=True)

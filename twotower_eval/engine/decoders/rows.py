@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from twotower_eval.errors import UserError
 from twotower_eval.records import Prompt
 
 
@@ -20,7 +21,7 @@ def padded_ids(rows: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
 def check_temperature(temperature: float) -> None:
     """ValueError unless it is a finite number of at least 0."""
     if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
+        raise UserError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
 
 
 def on_host(tokens: Tensor, confidence: Tensor) -> tuple[Tensor, Tensor]:

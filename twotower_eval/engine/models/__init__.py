@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from twotower_eval.engine.plugin_source import plugin_code
+from twotower_eval.errors import UserError
 from twotower_eval.names import resolve
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def family_of(path: str | Path) -> str:
 def _existing(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such checkpoint folder")
+        raise UserError(f"{folder}: no such checkpoint folder")
     return folder
 
 
@@ -101,24 +102,24 @@ def load_model(
     folder = _existing(path)
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+        raise UserError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
     if family is None:
         family = family_of(folder)
     if family not in FAMILIES and ":" not in family:
-        raise ValueError(
+        raise UserError(
             f"model family {family!r} is unknown; choose from {', '.join(FAMILIES)} or name module:function"
         )
     if isinstance(devices, str):
-        raise ValueError(f"devices names one for each tower, as in ({devices!r},): for a single one take device")
+        raise UserError(f"devices names one for each tower, as in ({devices!r},): for a single one take device")
     places = tuple(str(place) for place in devices or (device,))
     if len(places) > 2:
-        raise ValueError(f"a pair has two towers, but {len(places)} devices are named")
+        raise UserError(f"a pair has two towers, but {len(places)} devices are named")
     for place in places:
         try:
             torch.empty(0, device=place)
         except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"device {place!r} cannot be used here: {reason}") from error
+            raise UserError(f"device {place!r} cannot be used here: {reason}") from error
     load = resolve(FAMILIES.get(family, family))
     try:
         with torch.inference_mode(False):
@@ -126,7 +127,7 @@ def load_model(
     except ValueError as error:
         if str(folder) in str(error):
             raise
-        raise ValueError(f"{folder}: {error}") from error
+        raise UserError(f"{folder}: {error}") from error
     code = plugin_code(FAMILIES.get(family, family)) or ()
     model.checkpoint = dataclasses.replace(model.checkpoint, files=(*file_digests(folder), *code))
     model.folder_settings = folder_settings(folder, getattr(model, "config", None))

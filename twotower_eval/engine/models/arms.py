@@ -9,6 +9,7 @@ from typing import Any
 
 from twotower_eval.engine import models
 from twotower_eval.engine.models.graphs import StepGraphs, num_sizes, use_graphs
+from twotower_eval.errors import UserError
 from twotower_eval.records import Ways
 
 
@@ -49,7 +50,7 @@ def _refuse_without_graphs(folders: Sequence[Path]) -> None:
     for folder in folders:
         family = models.family_of(folder)
         if family != "nemotron_h":
-            raise ValueError(
+            raise UserError(
                 f"checkpoint {folder.name} is of family {family}, whose steps cannot come from CUDA graphs, and in the "
                 "other arm alone they would handicap this one: drop --cuda-graphs"
             )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from twotower_eval.engine.ops.moe import Routing
+from twotower_eval.errors import UserError
 
 SINUSOID_SIZE = 256  # of the mask fraction, whatever the config says
 LAYER_KINDS = {"M": "Mamba-2", "*": "attention", "E": "mixture of experts", "-": "MLP"}
@@ -98,13 +99,13 @@ class NemotronHConfig:
 def parse_config(data: Mapping[str, Any]) -> NemotronHConfig:
     """Check a ``config.json`` and keep what the model needs; ValueError says what is wrong and with which field."""
     if data.get("model_type") != "nemotron_h":
-        raise ValueError(f"config.json: model_type is {data.get('model_type')!r}, expected 'nemotron_h'")
+        raise UserError(f"config.json: model_type is {data.get('model_type')!r}, expected 'nemotron_h'")
     data = _with_pattern(data)
     names = {f.name: f for f in dataclasses.fields(NemotronHConfig)}
     required = [name for name, f in names.items() if f.default is dataclasses.MISSING]
     missing = [name for name in required if data.get(name) is None]
     if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}")
+        raise UserError(f"config.json lacks {', '.join(missing)}")
     values = {name: data[name] for name in names if data.get(name) is not None}
     if "time_step_limit" in values:
         values["time_step_limit"] = _as_interval(values["time_step_limit"])
@@ -123,7 +124,7 @@ def _with_pattern(data: Mapping[str, Any]) -> Mapping[str, Any]:
         return data
     unknown = [kind for kind in kinds if kind not in LAYER_TYPES] if isinstance(kinds, list) else [kinds]
     if unknown:
-        raise ValueError(f"config.json: unknown layers_block_type {unknown[0]!r}; known are {', '.join(LAYER_TYPES)}")
+        raise UserError(f"config.json: unknown layers_block_type {unknown[0]!r}; known are {', '.join(LAYER_TYPES)}")
     return {**data, "hybrid_override_pattern": "".join(LAYER_TYPES[kind] for kind in kinds)}
 
 
@@ -131,7 +132,7 @@ def as_ids(file: str, value: Any) -> tuple[int, ...]:
     """The EOS ids that a file's ``eos_token_id`` names: none, one or several."""
     ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
     if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-        raise ValueError(f"{file}: eos_token_id must be a token id or a list of them, not {value!r}")
+        raise UserError(f"{file}: eos_token_id must be a token id or a list of them, not {value!r}")
     return ids
 
 
@@ -143,7 +144,7 @@ def _as_interval(value: Any) -> tuple[float, float]:
     except ValueError:
         low, high = math.nan, math.nan
     if len(ends) != 2 or not low <= high:
-        raise ValueError(f"config.json: time_step_limit must be an interval [low, high], not {value!r}")
+        raise UserError(f"config.json: time_step_limit must be an interval [low, high], not {value!r}")
     return low, high
 
 
@@ -156,29 +157,29 @@ def _check_type(name: str, value: Any, wanted: str) -> None:
     fits = isinstance(value, kinds[kind]) and (kind == "bool" or not isinstance(value, bool))
     if not fits or (kind == "float" and not math.isfinite(value)):
         words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-        raise ValueError(f"config.json: {name} must be {words[kind]}, not {value!r}")
+        raise UserError(f"config.json: {name} must be {words[kind]}, not {value!r}")
 
 
 def _check(config: NemotronHConfig, data: Mapping[str, Any]) -> None:
     """Refuse what we would otherwise compute wrongly."""
     unknown = sorted(set(config.pattern) - set(LAYER_KINDS))
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"config.json: unknown layer letter {unknown[0]!r} in hybrid_override_pattern; known are "
             + ", ".join(f"{letter} ({kind})" for letter, kind in LAYER_KINDS.items())
         )
     num_layers = data.get("num_hidden_layers", len(config.pattern))
     if num_layers != len(config.pattern) or not config.pattern:
-        raise ValueError(f"config.json: num_hidden_layers is {num_layers}, but the pattern has {len(config.pattern)}")
+        raise UserError(f"config.json: num_hidden_layers is {num_layers}, but the pattern has {len(config.pattern)}")
     if not 0 <= config.mask_token_id < config.vocab_size:
-        raise ValueError(f"config.json: mask_token_id {config.mask_token_id} is outside vocab_size {config.vocab_size}")
+        raise UserError(f"config.json: mask_token_id {config.mask_token_id} is outside vocab_size {config.vocab_size}")
     for name in UNSUPPORTED:
         if data.get(name):
-            raise ValueError(f"config.json: {name} = {data[name]!r} is not part of the released model; not supported")
+            raise UserError(f"config.json: {name} = {data[name]!r} is not part of the released model; not supported")
     if data.get("mlp_hidden_act", "relu2") != "relu2" or data.get("mamba_hidden_act", "silu") != "silu":
-        raise ValueError("config.json: only mlp_hidden_act = relu2 and mamba_hidden_act = silu are supported")
+        raise UserError("config.json: only mlp_hidden_act = relu2 and mamba_hidden_act = silu are supported")
     if config.layer_norm_epsilon < 0:
-        raise ValueError(f"config.json: layer_norm_epsilon must not be negative, as {config.layer_norm_epsilon} is")
+        raise UserError(f"config.json: layer_norm_epsilon must not be negative, as {config.layer_norm_epsilon} is")
     _check_sizes(config)
 
 
@@ -202,7 +203,7 @@ def _check_sizes(config: NemotronHConfig) -> None:
     for name in always + tuple(n for letter, names in needed.items() if letter in config.pattern for n in names):
         value = getattr(config, name)
         if value < 1:
-            raise ValueError(f"config.json: {name} must be a positive whole number, not {value!r}")
+            raise UserError(f"config.json: {name} must be a positive whole number, not {value!r}")
     pairs = (
         ("num_attention_heads", "num_key_value_heads"),
         ("mamba_num_heads", "n_groups"),
@@ -210,8 +211,8 @@ def _check_sizes(config: NemotronHConfig) -> None:
     )
     for whole, part in pairs:
         if getattr(config, whole) % getattr(config, part):
-            raise ValueError(f"config.json: {whole} {getattr(config, whole)} is no multiple of {part}")
+            raise UserError(f"config.json: {whole} {getattr(config, whole)} is no multiple of {part}")
     if "E" in config.pattern and config.num_experts_per_tok > config.n_routed_experts:
-        raise ValueError("config.json: num_experts_per_tok exceeds n_routed_experts")
+        raise UserError("config.json: num_experts_per_tok exceeds n_routed_experts")
     if "E" in config.pattern and config.topk_group > config.n_group:
-        raise ValueError("config.json: topk_group exceeds n_group")
+        raise UserError("config.json: topk_group exceeds n_group")

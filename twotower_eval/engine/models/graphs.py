@@ -21,6 +21,7 @@ from twotower_eval.engine.models.context import Context, Writer, writable_buffer
 from twotower_eval.engine.models.fixed import MAX_NEW, Launch, Remembered
 from twotower_eval.engine.models.nemotron_h import Mamba, MambaState, Modulation, Tower, run_layers
 from twotower_eval.engine.ops.attention import attend as attend_to
+from twotower_eval.errors import UserError
 from twotower_eval.records import GRAPH_DEVICES
 
 MIN_SLOTS = 256  # slots are a power of two, so that a growing context changes graphs seldom
@@ -234,7 +235,7 @@ def use_graphs(
     """
     for device in model.step_devices:
         if device.type not in GRAPH_DEVICES:
-            raise ValueError(f"CUDA graphs need CUDA devices, a tower is on {device}: drop --cuda-graphs")
+            raise UserError(f"CUDA graphs need CUDA devices, a tower is on {device}: drop --cuda-graphs")
     graphs = StepGraphs(variant, max_graphs, widths)
     model.take_steps_from(graphs)
     return graphs

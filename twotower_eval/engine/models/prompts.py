@@ -9,6 +9,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from twotower_eval.errors import UserError
+
 
 @contextlib.contextmanager
 def naming(where: str) -> Iterator[None]:
@@ -16,14 +18,14 @@ def naming(where: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {error}") from error
 
 
 def end_of_text_id(model: Any) -> int:
     """The tokenizer's EOS, else the first of the model's. ValueError where neither has one."""
     ids = _end_of_text_ids(model)
     if not ids:
-        raise ValueError(f"checkpoint {model.checkpoint.name} names no EOS token, which empty contexts need")
+        raise UserError(f"checkpoint {model.checkpoint.name} names no EOS token, which empty contexts need")
     return ids[0]
 
 
@@ -67,7 +69,7 @@ def fitted_prompt_ids(model: Any, text: str, budget: int) -> tuple[list[int], bo
         return ids, False
     room = model.max_length - budget
     if room < 1:
-        raise ValueError(
+        raise UserError(
             f"a budget of {budget} new tokens leaves no room for the prompt in the model's {model.max_length} tokens: "
             "give --max-new-tokens (run) or --new-tokens (speed)"
         )

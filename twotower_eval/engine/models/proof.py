@@ -37,6 +37,7 @@ from twotower_eval.engine.models.probes import (
     whole,
 )
 from twotower_eval.engine.models.transformers_model import ForwardError, TransformersModel
+from twotower_eval.errors import UserError
 from twotower_eval.records import HALF_PRECISION, FailedTrial, ProofCheck, Ways
 
 BASE_AT, BASE_TOKENS = 6, 11
@@ -74,7 +75,7 @@ def _prove(model: TransformersModel) -> Tokens:
     _check_finite(model, torch.cat([probe.row_NV, probe.fork_NV, probe.other_NV]))
     again = whole(model, probe.row, len(probe.row_NV))
     if (found := difference(again, probe.row_NV, model.precision)) > LIMITS[model.precision]:
-        raise ValueError(f"{model.kind} gives other logits for the same row when it reads it again{_by(found)}")
+        raise UserError(f"{model.kind} gives other logits for the same row when it reads it again{_by(found)}")
     model.run_by(replace(model.ways, precision=model.precision))
     if model.precision in HALF_PRECISION:
         _run_unproved(model, probe)
@@ -135,7 +136,7 @@ def _check_reach(model: TransformersModel, longest: int) -> None:
         try:
             logits = whole(model, drawn_tokens(model, length), 1)
         except ForwardError as error:
-            raise ValueError(f"{model.kind} cannot read {length:,} tokens, as its settings allow: {error}") from error
+            raise UserError(f"{model.kind} cannot read {length:,} tokens, as its settings allow: {error}") from error
         _check_finite(model, logits)
 
 
@@ -160,7 +161,7 @@ def _refusing(model: TransformersModel) -> Iterator[None]:
     try:
         yield
     except ForwardError as error:
-        raise ValueError(f"{model.kind} cannot be run, not even without a cache: {error}") from error
+        raise UserError(f"{model.kind} cannot be run, not even without a cache: {error}") from error
 
 
 def _prove_lengths(model: TransformersModel, longest: int) -> None:
@@ -223,7 +224,7 @@ def _depends_on_length(model: TransformersModel, probe: Probe) -> bool:
     _check_finite(model, torch.cat([probe.row_NV, probe.fork_NV]))
     found = difference(probe.fork_NV[:num_common], probe.row_NV[:num_common], model.precision)
     if found > limit:
-        raise ValueError(
+        raise UserError(
             f"{model.kind} is not causal as its config.json has it: a later token changes what is predicted before it"
             f"{_by(found)}, so no log-likelihood can be read off it (encoders want is_decoder, if they were trained so)"
         )
@@ -234,7 +235,7 @@ def _depends_on_length(model: TransformersModel, probe: Probe) -> bool:
 
 def _check_finite(model: TransformersModel, logits: torch.Tensor) -> None:
     if not torch.isfinite(logits).all():
-        raise ValueError(f"{model.kind} gives logits that are not finite, in {model.precision}")
+        raise UserError(f"{model.kind} gives logits that are not finite, in {model.precision}")
 
 
 def _by(found: float) -> str:
@@ -253,7 +254,7 @@ def _needs_resets(model: TransformersModel, probe: Probe) -> bool:
         return False
     if difference(behind(probe.row[:2]), short, model.precision) <= LIMITS[model.precision]:
         return True
-    raise ValueError(f"{model.kind} gives other logits for the same row when it has read another one before")
+    raise UserError(f"{model.kind} gives other logits for the same row when it has read another one before")
 
 
 def _settle_rows(model: TransformersModel, probe: Probe, most_cached: int) -> None:

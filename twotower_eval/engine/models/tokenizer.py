@@ -11,6 +11,7 @@ from typing import Any
 
 import tokenizers
 
+from twotower_eval.errors import UserError
 from twotower_eval.json_text import parse_json, read_utf8
 
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of an added token: how it is found in a text
@@ -66,12 +67,12 @@ class Tokenizer:
         try:
             ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError as error:  # what the library says of half a surrogate pair
-            raise ValueError(f"{_shown(text)} holds half of a surrogate pair, which no tokenizer reads") from error
+            raise UserError(f"{_shown(text)} holds half of a surrogate pair, which no tokenizer reads") from error
         if text and ids == self._of_nothing[add_special_tokens]:
-            raise ValueError(f"the tokenizer makes no token of the text {_shown(text)}")
+            raise UserError(f"the tokenizer makes no token of the text {_shown(text)}")
         if ids and max(ids) >= self.vocab_size:
             beyond = self._inner.id_to_token(max(ids))
-            raise ValueError(
+            raise UserError(
                 f"{_shown(text)} holds the token {beyond!r} with id {max(ids)}, and the model knows {self.vocab_size} "
                 "tokens only"
             )
@@ -106,7 +107,7 @@ def load_tokenizer(
     try:
         inner = tokenizers.Tokenizer.from_str(read_utf8(file))
     except Exception as error:  # the library raises bare Exception for a malformed file; said, not hidden
-        raise ValueError(f"{file}: not a readable tokenizer.json ({error})") from error
+        raise UserError(f"{file}: not a readable tokenizer.json ({error})") from error
     _check_size(file, inner, vocab_size)
     settings = _settings(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in settings:  # as transformers: an older file, which the newer one makes void
@@ -130,7 +131,7 @@ def _check_size(file: Path, inner: tokenizers.Tokenizer, vocab_size: int) -> Non
     own = inner.get_vocab(with_added_tokens=False).values()
     largest = max((token_id for token_id in own if token_id not in added), default=-1)
     if largest >= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{file}: has token id {largest}, but the model's vocab_size is {vocab_size}; "
             "this tokenizer belongs to another model"
         )
@@ -141,7 +142,7 @@ def _settings(file: Path) -> dict[str, Any]:
         return {}
     settings = parse_json(read_utf8(file), str(file), infinities=True)
     if not isinstance(settings, dict):
-        raise ValueError(f"{file}: expected a JSON object")
+        raise UserError(f"{file}: expected a JSON object")
     return settings
 
 
@@ -150,7 +151,7 @@ def _special_tokens(folder: Path, inner: tokenizers.Tokenizer, settings: Mapping
     at all. In the order of transformers, which gives unknown ones the next free ids."""
     declared = settings.get("added_tokens_decoder") or {}
     if not isinstance(declared, dict) or not all(token_id.isdigit() for token_id in declared):
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder must be tokens by their ids")
+        raise UserError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder must be tokens by their ids")
     known = {token.content: token for token in inner.get_added_tokens_decoder().values()}
     found = {}
     for _, value in sorted(declared.items(), key=lambda item: int(item[0])):

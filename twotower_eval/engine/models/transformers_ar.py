@@ -29,6 +29,7 @@ from twotower_eval.engine.models.config import as_ids
 from twotower_eval.engine.models.proof import prove
 from twotower_eval.engine.models.tokenizer import load_tokenizer
 from twotower_eval.engine.models.transformers_model import TransformersModel
+from twotower_eval.errors import UserError
 from twotower_eval.records import Checkpoint
 
 ADAPTER_FILE = "adapter_config.json"
@@ -52,7 +53,7 @@ def load(
 ) -> TransformersModel:
     """Load a causal language model. ValueError with one line for whatever is wrong with the folder."""
     if tower is not None:
-        raise ValueError(f"{folder}: is no two-tower checkpoint, so it has no context tower to take out")
+        raise UserError(f"{folder}: is no two-tower checkpoint, so it has no context tower to take out")
     data = read_json(folder / "config.json")
     _check_config(folder, data)
     files = tensor_files(folder)
@@ -110,17 +111,15 @@ def _check_config(folder: Path, data: Mapping[str, Any]) -> None:
     kind = data.get("model_type")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         own = "; it needs code of its own, which is never run" if "auto_map" in data else ""
-        raise ValueError(
-            f"{folder}: transformers {transformers.__version__} has no causal language model {kind!r}{own}"
-        )
+        raise UserError(f"{folder}: transformers {transformers.__version__} has no causal language model {kind!r}{own}")
     if kind == "nemotron_h":  # transformers clamps its time steps otherwise than the released model
-        raise ValueError(f"{folder}: nemotron_h is read by this project's own family; leave family out")
+        raise UserError(f"{folder}: nemotron_h is read by this project's own family; leave family out")
     if data.get("quantization_config"):
-        raise ValueError(f"{folder}: quantised weights are not supported; give the full-precision checkpoint")
+        raise UserError(f"{folder}: quantised weights are not supported; give the full-precision checkpoint")
     if (named := data.get("transformers_weights")) is not None:
-        raise ValueError(f"{folder}: transformers_weights names {named!r} for its weights; call them {SINGLE_FILE}")
+        raise UserError(f"{folder}: transformers_weights names {named!r} for its weights; call them {SINGLE_FILE}")
     if (folder / ADAPTER_FILE).exists():  # transformers adds it to the weights where peft is installed, else not
-        raise ValueError(f"{folder}: {ADAPTER_FILE} adds an adapter to the weights; merge it into them, or remove it")
+        raise UserError(f"{folder}: {ADAPTER_FILE} adds an adapter to the weights; merge it into them, or remove it")
 
 
 def _load_inner(folder: Path, dtype: torch.dtype) -> Any:
@@ -138,12 +137,12 @@ def _load_inner(folder: Path, dtype: torch.dtype) -> Any:
             )
     except LOAD_ERRORS as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"{folder}: transformers cannot load it ({reason})") from error
+        raise UserError(f"{folder}: transformers cannot load it ({reason})") from error
     for problem, key in (("lacks", "missing_keys"), ("has unexpected", "unexpected_keys")):
         names = sorted(map(str, report[key]))
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"{folder}: checkpoint {problem} tensor {names[0]}{more}; it does not fit its config.json")
+            raise UserError(f"{folder}: checkpoint {problem} tensor {names[0]}{more}; it does not fit its config.json")
     return inner
 
 
@@ -170,7 +169,7 @@ def _digests(files: Mapping[str, Path]) -> dict[str, str]:
             for name in sorted(name for name, where in files.items() if where == file):
                 tensor = handle.get_tensor(name)
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise ValueError(f"{file}: {name} holds NaN or infinite values")
+                    raise UserError(f"{file}: {name} holds NaN or infinite values")
                 digests[name] = tensor_digest(name, tensor)
     return digests
 

@@ -23,6 +23,7 @@ from twotower_eval.engine.models.base import LanguageModel
 from twotower_eval.engine.models.token_tree import Segment
 from twotower_eval.engine.models.transformers_context import CacheContext, Part, Tokens, can_join, forked
 from twotower_eval.engine.models.transformers_tree import keeps_all_keys, packed
+from twotower_eval.errors import UserError
 from twotower_eval.records import Ways
 
 BRANCH_TOKENS = 512  # more fill the processor no better, while each sees the others' keys behind its mask
@@ -30,7 +31,7 @@ CACHE_ARGUMENTS = ("past_key_values", "cache_params")  # what a model's forward 
 FORWARD_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError)
 
 
-class ForwardError(ValueError):
+class ForwardError(UserError):
     """A model's own forward raised: what it said, in one line."""
 
 
@@ -103,7 +104,7 @@ class TransformersModel(LanguageModel):
         """Run the model over prompts, right-padded rows of at least one token."""
         lengths = host_lengths(ids_BS, lengths_B)
         if min(lengths) < 1:
-            raise ValueError("this model cannot start from an empty prompt; give every row at least one token")
+            raise UserError("this model cannot start from an empty prompt; give every row at least one token")
         tokens = tuple(tuple(row[:length]) for row, length in zip(ids_BS.tolist(), lengths, strict=True))
         return CacheContext(tokens, tuple(self._read(tokens, range(len(tokens)))))
 

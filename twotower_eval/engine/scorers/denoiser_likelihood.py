@@ -25,6 +25,7 @@ from twotower_eval.engine.scorers.pieces import (
     target_logprobs,
 )
 from twotower_eval.engine.scorers.prefixes import Chunk, Row, Tokens, ending_where_wanted, plan
+from twotower_eval.errors import UserError
 from twotower_eval.records import Likelihood
 
 MAX_ROWS = 64  # denoiser rows per call
@@ -72,7 +73,7 @@ class _DenoiserScorer(Scorer):
         check_requests(requests, self.model, needs_context=False)
         mask = self.model.mask_token_id
         if any(mask in request.continuation_ids for request in requests):
-            raise ValueError(
+            raise UserError(
                 f"a continuation to be scored holds the mask token {mask}, which a denoiser never writes: its "
                 "likelihood there is 0. Score it by --likelihood context_tower, or leave its task out"
             )

@@ -29,6 +29,7 @@ from twotower_eval.engine.scorers.pieces import (
     target_logprobs,
 )
 from twotower_eval.engine.scorers.prefixes import Chunk, Row, plan
+from twotower_eval.errors import UserError
 from twotower_eval.records import Likelihood, LikelihoodKind
 
 
@@ -37,16 +38,14 @@ def make(model: Any, kind: LikelihoodKind, *, block_size: int, num_draws: int) -
     if kind in ("exact", "context_tower"):
         if (kind == "context_tower") != model.has_denoiser and model.checkpoint.tower != "context":
             given = "context_tower" if model.has_denoiser else "exact"
-            raise ValueError(f"likelihood {kind!r} does not fit {model.checkpoint.name}; its causal one is {given!r}")
+            raise UserError(f"likelihood {kind!r} does not fit {model.checkpoint.name}; its causal one is {given!r}")
         return CausalScorer(model, kind)
     if kind not in ("denoiser_left_to_right", "bound"):
-        raise ValueError(
-            f"likelihood {kind!r} is unknown; choose exact, context_tower, denoiser_left_to_right or bound"
-        )
+        raise UserError(f"likelihood {kind!r} is unknown; choose exact, context_tower, denoiser_left_to_right or bound")
     if not model.has_denoiser:
-        raise ValueError(f"likelihood {kind!r} needs a denoiser, and {model.checkpoint.name} has none")
+        raise UserError(f"likelihood {kind!r} needs a denoiser, and {model.checkpoint.name} has none")
     if block_size < 1 or (kind == "bound" and num_draws < 2):
-        raise ValueError("a denoiser likelihood needs block_size of at least 1, a bound at least 2 draws")
+        raise UserError("a denoiser likelihood needs block_size of at least 1, a bound at least 2 draws")
     if kind == "bound":
         return BoundScorer(model, block_size, num_draws)
     return LeftToRightScorer(model, block_size)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.scorers.prefixes import Tokens
+from twotower_eval.errors import UserError
 from twotower_eval.records import Likelihood
 
 
@@ -86,9 +87,9 @@ def target_logprobs(logits_MV: Tensor, places: Sequence[int], targets: Sequence[
 def check_requests(requests: Sequence[ScoreRequest], model: Any, *, needs_context: bool) -> None:
     for request in requests:
         if not request.continuation_ids:
-            raise ValueError("a continuation to be scored must have at least one token")
+            raise UserError("a continuation to be scored must have at least one token")
         if needs_context and not request.context_ids:
-            raise ValueError("a causal likelihood needs at least one context token; put BOS or EOS in front")
+            raise UserError("a causal likelihood needs at least one context token; put BOS or EOS in front")
         ids = request.context_ids + request.continuation_ids
         if not 0 <= min(ids) <= max(ids) < model.vocab_size:
-            raise ValueError(f"a request has a token id outside the vocabulary of {model.vocab_size}")
+            raise UserError(f"a request has a token id outside the vocabulary of {model.vocab_size}")

@@ -29,6 +29,7 @@ from twotower_eval.engine.models import prompts
 from twotower_eval.engine.models.counting import noted_in_place
 from twotower_eval.engine.models.strays import Strays
 from twotower_eval.engine.scorers import Scorer
+from twotower_eval.errors import UserError
 from twotower_eval.measure.harness.answers import (
     CellJournal,
     DecoderCall,
@@ -100,7 +101,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         if model.tokenizer is None:
-            raise ValueError(f"checkpoint {model.checkpoint.name} has no tokenizer files: tasks are text, it needs one")
+            raise UserError(f"checkpoint {model.checkpoint.name} has no tokenizer files: tasks are text, it needs one")
         self.model = model
         self.decoder = decoder
         self.scorer = scorer
@@ -312,7 +313,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             starts = after[:1] == [self.prefix_token_id]
             before, after = (after[:1], after[1:]) if starts else ([self.prefix_token_id], after)
         if not after:
-            raise ValueError(
+            raise UserError(
                 f"{continuation!r} adds no token to its context, so that there is nothing to score: mend the document "
                 "or leave the task out"
             )
@@ -321,7 +322,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     def _windows(self, text: str) -> list[Pair]:
         ids = self.tok_encode(text)
         if not ids:
-            raise ValueError("the text is empty, so that there is nothing to score: leave the document out")
+            raise UserError("the text is empty, so that there is nothing to score: leave the document out")
         width = self.model.max_length or len(ids)
         windows = get_rolling_token_windows(ids, self.prefix_token_id, width, 1)
         return [(tuple(before), tuple(after)) for before, after in map(make_disjoint_window, windows)]
@@ -343,7 +344,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             return context
         room = longest + 1 - len(continuation)
         if room < 1:
-            raise ValueError(f"a continuation of {len(continuation)} tokens does not fit into {longest} tokens")
+            raise UserError(f"a continuation of {len(continuation)} tokens does not fit into {longest} tokens")
         return context[-room:]
 
     def _missing(

@@ -20,6 +20,7 @@ from twotower_eval.engine.decoders.reported import (
 from twotower_eval.engine.models.counting import WatchedModel, noted_in_place
 from twotower_eval.engine.models.strays import Strays
 from twotower_eval.engine.models.witness import Tally
+from twotower_eval.errors import UserError
 from twotower_eval.measure.suites import decoding_asked, in_words, instance_sha256
 from twotower_eval.records import (
     Generation,
@@ -92,7 +93,7 @@ def missing_of(numbered: Iterable[tuple[Any, Key]], rows: Mapping[Key, Generatio
         if row is None:
             missing.add(key)
         elif row.prompt_sha256 != instance_sha256(request):
-            raise ValueError(f"the journal answers {'/'.join(map(str, key))} for another prompt: start a new run")
+            raise UserError(f"the journal answers {'/'.join(map(str, key))} for another prompt: start a new run")
     return missing
 
 
@@ -130,11 +131,11 @@ def check_asked(request: Any, key: Key, decoder: Decoder | None) -> None:
     """ValueError where a request asks for what the decoder does not do; one that samples was asked for."""
     asked = decoding_asked(request.args[1])
     if asked.beyond:
-        raise ValueError(f"task {key[0]!r} asks for {in_words(asked.beyond)}: no decoder here does that")
+        raise UserError(f"task {key[0]!r} asks for {in_words(asked.beyond)}: no decoder here does that")
     params = getattr(decoder, "params", None)  # a plug-in need not keep them: its cell names them
     has = float(getattr(params, "temperature", 0.0))
     if params is not None and asked.temperature and asked.temperature != has:
-        raise ValueError(
+        raise UserError(
             f"task {key[0]!r} asks for temperature {asked.temperature:g}, and the decoder's is {has:g}: "
             "make the decoder with that temperature"
         )

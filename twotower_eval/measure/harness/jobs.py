@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower_eval import store
+from twotower_eval.errors import UserError
 from twotower_eval.measure.harness.answers import Key
 from twotower_eval.measure.suites import FEWSHOT_SEED, BuiltTask
 from twotower_eval.plan import RunPlan, baseline_folder, model_folder
@@ -51,7 +52,7 @@ def check_scorers(plan: RunPlan, tasks: Sequence[BuiltTask]) -> None:
     """Known before any weights load: a decoder without a denoiser has no denoiser likelihood."""
     needy = [task.name for task in tasks if not task.generates]
     if needy and plan.likelihood in DENOISER_KINDS and plan.decoder == "autoregressive":
-        raise ValueError(
+        raise UserError(
             f"{', '.join(needy)} need log-likelihoods, and decoder 'autoregressive' has none of kind "
             f"{plan.likelihood!r}: take --likelihood context_tower or another decoder"
         )
@@ -70,7 +71,7 @@ def load_models(plan: RunPlan) -> tuple[Any, Any]:
     )
     for arm in arms:
         if arm.tokenizer is None:
-            raise ValueError(f"checkpoint {arm.checkpoint.name} has no tokenizer files: tasks are text, it needs one")
+            raise UserError(f"checkpoint {arm.checkpoint.name} has no tokenizer files: tasks are text, it needs one")
     return arms
 
 

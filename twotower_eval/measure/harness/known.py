@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from twotower_eval import store
+from twotower_eval.errors import UserError
 from twotower_eval.measure.harness.answers import Key
 from twotower_eval.measure.harness.jobs import Job
 from twotower_eval.measure.harness.scoring import Row, score_rows
@@ -55,7 +56,7 @@ class KnownScores:
             line, row = self._aggregates.get(store.JOURNALS[Aggregate][1](made), (0, made))
             if canonical_json(to_json(row)) != canonical_json(to_json(made)):
                 where = f"{self._file.with_name(store.JOURNALS[Aggregate][0])}, line {line}: task {row.task!r}"
-                raise ValueError(f"{where} {self._reason}: restore the file or start a new run")
+                raise UserError(f"{where} {self._reason}: restore the file or start a new run")
             if not line:
                 new.append(made)
         return new
@@ -94,7 +95,7 @@ def _check_texts_are_of_tokens(run: store.Run, jobs: Sequence[Job]) -> None:
         if job is None or made.finish == "stop" or made.text == job.model.tokenizer.decode(made.token_ids):
             continue
         where = f"{run.path / store.JOURNALS[GenerationRow][0]}, line {line}: task {row.task!r}, document {row.doc_id}"
-        raise ValueError(f"{where} has a text that is not that of its tokens: restore the file or start a new run")
+        raise UserError(f"{where} has a text that is not that of its tokens: restore the file or start a new run")
 
 
 def _whole_documents(task: BuiltTask, answered: Mapping[Key, Row]) -> Iterator[Row]:

@@ -14,6 +14,7 @@ from typing import Any
 from twotower_eval import store
 from twotower_eval.engine.decoders.reported import ReportError
 from twotower_eval.engine.models.arms import prove_arms
+from twotower_eval.errors import UserError
 from twotower_eval.measure.harness.adapter import Batch, HarnessLM
 from twotower_eval.measure.harness.answers import CellJournal, Key
 from twotower_eval.measure.harness.headlines import TaskFigure, group_lines, headline_text, task_figure
@@ -96,7 +97,7 @@ def _refuse_misreported(run: store.Run) -> None:
     """Answers are journalled as they come, and what a decoder says of them may turn out to be wrong afterwards."""
     for event in run.events:
         if event["kind"] == "failed" and event.get("error") == ReportError.__name__:
-            raise ValueError(
+            raise UserError(
                 f"cannot resume {run.path}: its journal holds answers of a decoder whose reports were wrong "
                 f"({event.get('message')}): start a new run"
             )
@@ -134,10 +135,10 @@ def score_journal(path: Path) -> Path:
     """Score the generations that a speed run of the answer workload journalled, with the code that scores runs."""
     found = store.load(path)
     if found.manifest.verb != "speed":
-        raise ValueError(f"{path} is a {found.manifest.verb!r} run: only timed answers are scored afterwards")
+        raise UserError(f"{path} is a {found.manifest.verb!r} run: only timed answers are scored afterwards")
     plan = plan_from_json(SpeedPlan, found.manifest.plan)
     if plan.workload != "answer":
-        raise ValueError(f"{path} timed the {plan.workload!r} workload, whose texts answer nothing")
+        raise UserError(f"{path} timed the {plan.workload!r} workload, whose texts answer nothing")
     tasks = timed_tasks(plan)
     manifest = dataclasses.replace(
         found.manifest,

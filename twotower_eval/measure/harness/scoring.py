@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from twotower_eval.errors import UserError
 from twotower_eval.measure.harness.aggregates import FAILURES, SEED, mean_item, parts_of, replicates_of, value_of
 from twotower_eval.measure.suites import BuiltDoc, BuiltTask, aggregation_name, instance_sha256, lm_tasks, needing
 from twotower_eval.progress import Progress
@@ -104,7 +105,7 @@ def _samples(task: BuiltTask, rows: Iterable[Row]) -> dict[int, Samples]:
 def _check_prompts(task: BuiltTask, doc: BuiltDoc, answers: Mapping[int, Row]) -> None:
     for instance in doc.instances:
         if answers[instance.idx].prompt_sha256 != instance_sha256(instance):
-            raise ValueError(
+            raise UserError(
                 f"task {task.name!r}, document {doc.doc_id}: the journalled answer belongs to another prompt"
             )
 
@@ -136,7 +137,7 @@ def _apply(task: BuiltTask, filter_: Any, instances: list[Any]) -> None:
     try:
         filter_.apply(instances)
     except FAILURES as error:
-        raise ValueError(
+        raise UserError(
             f"task {task.name!r}: its filter {filter_.name!r} fails on these answers ({type(error).__name__}: {error})"
         ) from error
 
@@ -146,7 +147,7 @@ def _given(task: BuiltTask, doc: BuiltDoc, results: list[Any]) -> dict[str, Any]
     try:
         return dict(doc.source.process_results(doc.doc, results))
     except FAILURES as error:
-        raise ValueError(
+        raise UserError(
             f"task {task.name!r}, document {doc.doc_id}: its own code fails on this answer "
             f"({type(error).__name__}: {error})"
         ) from error

@@ -15,6 +15,7 @@ from twotower_eval.engine.models import sizes
 from twotower_eval.engine.models.config import NemotronHConfig
 from twotower_eval.engine.models.graphs import num_slot_counts
 from twotower_eval.engine.models.sizes import Step
+from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.peak import DevicePeak
 from twotower_eval.plan import SizingPlan
 from twotower_eval.records import ROUTINGS
@@ -72,12 +73,12 @@ def measured_layers(pattern: str, num_layers: int | None) -> tuple[tuple[int, ..
     if num_layers is None or num_layers == len(pattern):
         return (tuple(range(len(pattern))),)
     if num_layers > len(pattern):
-        raise ValueError(f"--layers {num_layers}: the config has {len(pattern)} layers")
+        raise UserError(f"--layers {num_layers}: the config has {len(pattern)} layers")
     first = pattern[:num_layers]
     lacking = sorted(set(pattern) - set(first))
     if lacking:
         enough = max(pattern.index(kind) for kind in set(pattern)) + 1
-        raise ValueError(
+        raise UserError(
             f"the first {num_layers} layers ({first}) have no {lacking[0]} layer to extrapolate from: take --layers "
             f"{enough} or more"
         )
@@ -174,7 +175,7 @@ def refuse_if_too_large(card: CostCard, plan: SizingPlan, config: NemotronHConfi
     )
     nothing = "more memory, or shorter prompts and smaller batches: no number of layers fits"
     ways = list(_ways_to_fit(plan, config, len(card.built_pattern), card.peaks, dtype))
-    raise ValueError(
+    raise UserError(
         f"{card.config} with {len(card.built_pattern)} layers needs about {_size(needed)} on {peak.device}, which has "
         f"{_size(free)} free: take {' or '.join(ways) or nothing}"
     )

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from twotower_eval.errors import UserError
 from twotower_eval.records import DecoderSpec, Generation, PromptTiming, derive_seed
 from twotower_eval.store import Run
 
@@ -38,7 +39,7 @@ class Profile:
 def even_profile(tokens_per_nfe: float, block_size: int, num_blocks: int) -> Profile:
     """A rate spread as evenly as whole tokens and whole calls allow; ValueError for a rate no block can have."""
     if not 1 <= tokens_per_nfe <= block_size:
-        raise ValueError(
+        raise UserError(
             f"a block of {block_size} commits 1 to {block_size} tokens per denoiser call, not {tokens_per_nfe:g}"
         )
     num_steps = min(max(round(num_blocks * block_size / tokens_per_nfe), num_blocks), num_blocks * block_size)
@@ -67,7 +68,7 @@ def recorded_profiles(run: Run, block_size: int, num_blocks: int, seed: int) -> 
             profiles.append(Profile(name=name, block_size=block_size, blocks=tuple(chosen)))
     if not profiles:
         sizes = sorted({str(cell.decoder.params.get("block_size")) for cell in run.manifest.cells} - {"None"})
-        raise ValueError(
+        raise UserError(
             f"run {run.manifest.run_id} has no denoised block of {block_size} tokens to take a profile from; "
             f"it has blocks of {', '.join(sizes) or 'no size at all'}"
         )

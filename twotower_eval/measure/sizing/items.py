@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.models.twotower import TwoTower
+from twotower_eval.errors import UserError
 from twotower_eval.measure.sizing.commits import Profile
 from twotower_eval.measure.speed import phases
 from twotower_eval.measure.speed.phases import Repeat
@@ -79,7 +80,7 @@ def _rig(plan: SizingPlan, pair: TwoTower) -> Rig:
         for size in plan.batch_sizes:
             contexts[size] = pair.prefill(_ids(plan, pair, size, plan.prompt_tokens))
             if not torch.isfinite(pair.next_logits(contexts[size])).all():
-                raise ValueError(f"random weights give logits that are not finite in {plan.dtype}: take another dtype")
+                raise UserError(f"random weights give logits that are not finite in {plan.dtype}: take another dtype")
     whole = pair.checkpoint
     alone = dataclasses.replace(whole, tower="context", devices=whole.devices[:1])
     baseline = _cell(plan, "baseline", alone, DecoderSpec(kind="autoregressive"))

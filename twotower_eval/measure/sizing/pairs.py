@@ -22,6 +22,7 @@ from twotower_eval.engine.models.initial import initialise
 from twotower_eval.engine.models.nemotron_h import Layer, MixtureOfExperts, Tower
 from twotower_eval.engine.models.sizes import num_common
 from twotower_eval.engine.models.twotower import TwoTower
+from twotower_eval.errors import UserError
 from twotower_eval.records import Checkpoint, Routing, canonical_json, derive_seed, sha256_text
 
 
@@ -34,7 +35,7 @@ def build_random_pair(
     reads as much of it whether or not the other has weights of its own. That needs a single device.
     """
     if share_towers and len(set(devices)) > 1:
-        raise ValueError("towers that share their weights are on one device: name one, or drop --share-towers")
+        raise UserError("towers that share their weights are on one device: name one, or drop --share-towers")
     with torch.device("meta"):
         pair = TwoTower(config)
     if share_towers:

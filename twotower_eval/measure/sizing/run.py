@@ -16,6 +16,7 @@ from twotower_eval import store
 from twotower_eval.engine.models.checkpoint import read_json
 from twotower_eval.engine.models.config import NemotronHConfig, parse_config
 from twotower_eval.engine.models.graphs import use_graphs
+from twotower_eval.errors import UserError
 from twotower_eval.measure.sizing.card import (
     CostCard,
     cut,
@@ -99,10 +100,10 @@ def read_config(plan: SizingPlan) -> NemotronHConfig:
     try:
         config = parse_config(data)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise UserError(f"{file}: {error}") from error
     longest = config.max_position_embeddings
     if longest is not None and plan.prompt_tokens > longest:
-        raise ValueError(f"prompt_tokens {plan.prompt_tokens}: {file} reads {longest} tokens at most")
+        raise UserError(f"prompt_tokens {plan.prompt_tokens}: {file} reads {longest} tokens at most")
     return config
 
 
@@ -116,7 +117,7 @@ def config_file(name: str) -> Path:
             return file
     shipped = {config_name(path.name): path for path in sorted(data_path("tasks", "configs").glob("*.json"))}
     if name not in shipped:
-        raise ValueError(
+        raise UserError(
             f"{name!r} is neither a config.json, nor a folder with one, nor a shipped config; shipped are "
             f"{', '.join(shipped)}"
         )
@@ -127,7 +128,7 @@ def make_profiles(plan: SizingPlan) -> tuple[Profile, ...]:
     """Commit profiles for every block size, equal ones once; ValueError where a rate fits no block size."""
     unfit = [rate for rate in plan.tokens_per_nfe if rate > max(plan.block_sizes)]
     if unfit:
-        raise ValueError(f"{unfit[0]:g} tokens per NFE do not fit into blocks of {max(plan.block_sizes)}")
+        raise UserError(f"{unfit[0]:g} tokens per NFE do not fit into blocks of {max(plan.block_sizes)}")
     recorded = None if plan.profile is None else store.load(Path(plan.profile))
     found: dict[tuple[int, int], Profile] = {}
     for size in plan.block_sizes:
@@ -144,7 +145,7 @@ def _peak(device: str, dtype: torch.dtype) -> DevicePeak:
         return device_peak(device, dtype)
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"device {device!r} cannot be used here: {reason}") from error
+        raise UserError(f"device {device!r} cannot be used here: {reason}") from error
 
 
 def _build(
@@ -167,7 +168,7 @@ def _build(
                 use_graphs(each, routing.variant, graphs_needed(plan))
         return make_rigs(plan, pairs), routing
     except torch.OutOfMemoryError as error:
-        raise ValueError(
+        raise UserError(
             f"{plan.config}: out of memory while building: take fewer --layers, --share-towers or smaller batches"
         ) from error
 

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from twotower_eval import store
+from twotower_eval.errors import UserError
 from twotower_eval.measure.sizing.items import Item
 from twotower_eval.measure.sizing.pairs import ForcedRouting
 from twotower_eval.measure.speed import phases
@@ -97,7 +98,7 @@ class Session(RoundLoop):
             what = f"{item.part}, batch size {item.batch_size}, {item.pattern}"
             started_at, wall_s = self._captures.outside(phase, number, what, partial(self._begun, item))
         except torch.OutOfMemoryError as error:
-            raise ValueError(f"{item.part}, batch {item.batch_size}: out of memory: take smaller batches") from error
+            raise UserError(f"{item.part}, batch {item.batch_size}: out of memory: take smaller batches") from error
         sample = CostSample(
             cell=item.cell_id,
             launch_id=self._launch_id,

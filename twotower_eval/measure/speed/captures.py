@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from twotower_eval.engine.models.arms import give_graphs
 from twotower_eval.engine.models.fixed import MAX_NEW
 from twotower_eval.engine.models.graphs import StepGraphs
+from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.costs import REPEATS
 from twotower_eval.measure.speed.lanes import Lane
 from twotower_eval.measure.speed.workloads import Calls
@@ -45,7 +46,7 @@ class Captures:
             if phase != "measure" or not num_made:
                 return timing
             self._writer.event("timed_again", what=what, round=number, num_captured=num_made)
-        raise ValueError(f"{what}: every attempt asks for CUDA graphs of new sizes: drop --cuda-graphs")
+        raise UserError(f"{what}: every attempt asks for CUDA graphs of new sizes: drop --cuda-graphs")
 
 
 def hint(plan: SpeedPlan | SizingPlan) -> str | None:
@@ -63,7 +64,7 @@ def refuse_uneven(batch_sizes: Iterable[int], block_sizes: Iterable[int]) -> Non
     """ValueError where the steps of one token would come from graphs and those of a block would not."""
     rows, width = max(batch_sizes), max(block_sizes, default=1)
     if rows * width > MAX_NEW:
-        raise ValueError(
+        raise UserError(
             f"batch size {rows} with blocks of {width} makes steps of {rows * width} tokens, and CUDA graphs serve "
             f"{MAX_NEW}: graphs in one arm alone would handicap the other: take smaller ones, or drop --cuda-graphs"
         )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from twotower_eval.engine.models.counting import WatchedModel
+from twotower_eval.errors import UserError
 
 PERF_COUNTER = time.perf_counter  # as it was before any plug-in could put another in its place
 
@@ -24,9 +25,7 @@ class Devices:
     def __init__(self, names: Sequence[str]) -> None:
         kinds = {torch.device(name).type for name in names}
         if kinds - {"cpu", "cuda"}:
-            raise ValueError(
-                f"cannot wait for a device of type {min(kinds - {'cpu', 'cuda'})!r}, only for cpu and cuda"
-            )
+            raise UserError(f"cannot wait for a device of type {min(kinds - {'cpu', 'cuda'})!r}, only for cpu and cuda")
         self.cuda = [torch.device(name) for name in names if torch.device(name).type == "cuda"]
         self._indexes = {0 if device.index is None else device.index for device in self.cuda}
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders.finish import Rules
+from twotower_eval.errors import UserError
 from twotower_eval.measure.speed import phases
 from twotower_eval.measure.speed.clock import CallClock
 from twotower_eval.measure.speed.lanes import Lane
@@ -55,7 +56,7 @@ class CostItem:
                 repeat = self.prepare()
             return sum(phases.time_repeats(repeat, clock, self.num_repeats + 1)[1:])
         except torch.OutOfMemoryError as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.part} at {self.context_tokens} tokens, batch size {self.batch_size}: out of memory: take "
                 "smaller --batch-sizes, or --no-costs to leave the parts out"
             ) from error

@@ -17,6 +17,7 @@ from twotower_eval.engine.decoders.reported import (
 )
 from twotower_eval.engine.models.prompts import stops_of
 from twotower_eval.engine.models.strays import Strays
+from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.clock import CallClock, Devices, TimedModel, no_garbage_collection
 from twotower_eval.measure.speed.watch import Busy, TextCost, Watch, text_cost
 from twotower_eval.measure.speed.workloads import Call, Calls, Request, encode_calls, make_workload
@@ -117,7 +118,7 @@ class Lane:
     def _check_count(self, call: Call, generations: Sequence[Generation]) -> None:
         short = [g.num_tokens for g in generations if call.ignore_eos and g.num_tokens != call.max_new_tokens]
         if short:
-            raise ValueError(f"{self.name}: made {short[0]} tokens where exactly {call.max_new_tokens} were asked for")
+            raise UserError(f"{self.name}: made {short[0]} tokens where exactly {call.max_new_tokens} were asked for")
 
     def _check_passes(self, generations: Sequence[Generation]) -> None:
         """ReportError where the model was run in ways that the harness does not count, or others than reported."""

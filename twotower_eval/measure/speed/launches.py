@@ -22,6 +22,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.loop import Launched
 from twotower_eval.measure.speed.rounds import run_launch
 from twotower_eval.measure.speed.workloads import Request
@@ -98,7 +99,7 @@ def _in_process(given: dict[str, Any]) -> Launched:
             f"a launch ended {_ending(child.exitcode)}: run the same command with --resume to make what is missing"
         )
     if told.launched is None:
-        raise ValueError(told.error)
+        raise UserError(told.error)
     return told.launched
 
 

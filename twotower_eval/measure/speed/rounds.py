@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower_eval import store
+from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.best import looked_at
 from twotower_eval.measure.speed.captures import Captures, graphs_for, hint, refuse_uneven
 from twotower_eval.measure.speed.clock import CallClock, Devices, torch_threads
@@ -146,7 +147,7 @@ def _is_scored(plan: SpeedPlan, resume: Path, manifest: RunManifest, calls_per_r
     store.check_comparable(found, manifest)  # first: what is whole cannot be counted by another plan
     if found.scores and launches_missing(plan, found.speed, calls_per_round):
         num_whole = len(whole_rounds(found.speed, calls_per_round))
-        raise ValueError(
+        raise UserError(
             f"{found.path} has {num_whole} rounds whose answers are scored already: time more rounds in a new run, "
             "without --resume; reports take both together"
         )

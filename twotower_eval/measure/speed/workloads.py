@@ -10,6 +10,7 @@ from itertools import chain, cycle, islice, pairwise
 from typing import Any, Protocol
 
 from twotower_eval.engine.models.prompts import fitted_prompt_ids, naming, prompt_ids
+from twotower_eval.errors import UserError
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import Workload, canonical_json, sha256_text
 
@@ -67,7 +68,7 @@ def make_calls(plan: SpeedPlan, requests: Sequence[Request]) -> Calls:
             chosen = chosen[: len(chosen) // together * together]
     if not chosen or (len(chosen) < wanted and plan.num_prompts is not None):
         batches = f" in batches of {together} from one task" if plan.workload == "answer" and together > 1 else ""
-        raise ValueError(f"{wanted} prompts wanted{batches}, the tasks give {len(chosen)}: name more tasks")
+        raise UserError(f"{wanted} prompts wanted{batches}, the tasks give {len(chosen)}: name more tasks")
     return {size: _cut(plan, chosen, size) for size in plan.batch_sizes}
 
 
@@ -76,7 +77,7 @@ def _wanted(plan: SpeedPlan, together: int) -> int:
     fitting = math.ceil((plan.num_prompts or ENOUGH_PROMPTS) / together) * together
     if plan.num_prompts not in (fitting, None):
         sizes = ", ".join(map(str, plan.batch_sizes))
-        raise ValueError(
+        raise UserError(
             f"{plan.num_prompts} prompts cannot be cut into whole batches of {sizes}: take --num-prompts {fitting}"
         )
     return fitting
@@ -163,7 +164,7 @@ def encode_calls(
 ) -> dict[str, tuple[tuple[int, ...], ...]]:
     """A model's token ids of every prompt, by call id. ValueError where the model has no tokenizer or no room."""
     if model.tokenizer is None:
-        raise ValueError(f"checkpoint {model.checkpoint.name} has no tokenizer files: prompts are text, it needs one")
+        raise UserError(f"checkpoint {model.checkpoint.name} has no tokenizer files: prompts are text, it needs one")
     known: dict[tuple[str, int], tuple[int, ...]] = {}
     encoded = {}
     for call in chain.from_iterable(calls.values()):
@@ -210,7 +211,7 @@ def _fixed_ids(plan: SpeedPlan, request: Request, requests: Sequence[Request], m
         ids = ids[: plan.prompt_tokens]
     needed = len(ids) + (plan.new_tokens or 0)
     if model.max_length is not None and needed > model.max_length:
-        raise ValueError(
+        raise UserError(
             f"{needed} tokens of prompt and output do not fit into {model.max_length} tokens of {model.checkpoint.name}"
         )
     return ids

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from twotower_eval.errors import UserError
 from twotower_eval.names import did_you_mean
 from twotower_eval.records import Override, Scalar
 
@@ -114,7 +115,7 @@ def merged(found: Iterable[Asked]) -> Asked:
     temperatures = sorted({one.temperature or 0.0 for one in several})
     if len(temperatures) > 1:
         listed = ", ".join(f"{temperature:g}" for temperature in temperatures)
-        raise ValueError(f"its documents ask for unlike temperatures ({listed}), and a task has one")
+        raise UserError(f"its documents ask for unlike temperatures ({listed}), and a task has one")
     held = [one.temperature for one in several if one.temperature is not None]
     beyond = {pair: None for one in several for pair in one.beyond}
     return Asked(temperature=next(iter(held), None), beyond=tuple(sorted(beyond, key=str)))
@@ -154,7 +155,7 @@ def _refuse_beyond(tasks: Sequence[AskingTask]) -> None:
     for task in tasks:
         if task.asked.beyond:
             instead = f"--temperature {task.asked.temperature or 0:g}"
-            raise ValueError(
+            raise UserError(
                 f"task {task.name!r} asks for {in_words(task.asked.beyond)}: no decoder here does that; "
                 f"give {instead} to decode at that temperature without it, which the run then says"
             )
@@ -164,7 +165,7 @@ def _common_temperature(tasks: Sequence[AskingTask]) -> float:
     by_temperature = {float(task.asked.temperature or 0): task.name for task in reversed(tasks)}
     if len(by_temperature) > 1:
         (low, one), *_, (high, other) = sorted(by_temperature.items())
-        raise ValueError(
+        raise UserError(
             f"task {one!r} asks for temperature {low:g} and {other!r} for {high:g}, and a run has one temperature: "
             "run them apart, or give --temperature for all of them"
         )
@@ -174,13 +175,13 @@ def _common_temperature(tasks: Sequence[AskingTask]) -> float:
 def _refuse_samples(tasks: Sequence[AskingTask], temperature: float, given: int, timed: bool) -> None:
     instead = "give --samples 1, or a --temperature above 0"
     if temperature == 0 and given > 1:
-        raise ValueError(f"{given} samples at temperature 0 are {given} times the same: {instead}")
+        raise UserError(f"{given} samples at temperature 0 are {given} times the same: {instead}")
     for task in tasks:
         asks = f"task {task.name!r} asks for {task.samples} samples of each problem"
         if task.samples > 1 and timed:
-            raise ValueError(f"{asks}, and speed times one a round: give --samples 1, or leave it out")
+            raise UserError(f"{asks}, and speed times one a round: give --samples 1, or leave it out")
         if task.samples > 1 and temperature == 0:
-            raise ValueError(f"{asks}, which greedy decoding makes {task.samples} times the same: {instead}")
+            raise UserError(f"{asks}, which greedy decoding makes {task.samples} times the same: {instead}")
 
 
 def _overrides(task: AskingTask, temperature: float, samples: int | None) -> Iterator[Override]:
@@ -197,7 +198,7 @@ def _overrides(task: AskingTask, temperature: float, samples: int | None) -> Ite
 def _truth(value: Any) -> bool | None:
     if value is None or value in (True, False):
         return None if value is None else bool(value)
-    raise ValueError(f"do_sample must be true or false, not {value!r}")
+    raise UserError(f"do_sample must be true or false, not {value!r}")
 
 
 def _temperature(value: Any) -> float | None:
@@ -205,7 +206,7 @@ def _temperature(value: Any) -> float | None:
         return None
     number = _number(value)
     if number is None or number < 0:
-        raise ValueError(f"temperature must be a number of at least 0, not {value!r}")
+        raise UserError(f"temperature must be a number of at least 0, not {value!r}")
     return number
 
 

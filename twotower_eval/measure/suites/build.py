@@ -14,6 +14,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+from twotower_eval.errors import UserError
 from twotower_eval.measure.suites import groups, lm_tasks
 from twotower_eval.measure.suites.asked import Asked, merged
 from twotower_eval.measure.suites.documents import BuiltDoc, Wishes, build_docs, check_options, generates, joined, joins
@@ -92,13 +93,13 @@ def resolve_tasks(
     or does not fit.
     """
     if data_dir is not None and not Path(data_dir).is_dir():
-        raise ValueError(f"--data-dir {data_dir}: no such folder; `twotower-eval data prepare` makes one")
+        raise UserError(f"--data-dir {data_dir}: no such folder; `twotower-eval data prepare` makes one")
     wishes = Wishes(None if data_dir is None else Path(data_dir), limit, seed, samples, max_new_tokens, temperature)
     with lm_tasks.quiet():
         built = [task for member in select(names) for task in _build(member, wishes)]
     twice = {task.name for task in built if sum(other.name == task.name for other in built) > 1}
     if twice:
-        raise ValueError(f"task {min(twice)!r} is named twice, alone and as a part of another")
+        raise UserError(f"task {min(twice)!r} is named twice, alone and as a part of another")
     pairs = [*chain.from_iterable(task.joins for task in built)]
     return [dataclasses.replace(task, docs=joined(task.docs, pairs)) for task in built] if pairs else built
 
@@ -107,10 +108,10 @@ def build_requests(tasks: Sequence[BuiltTask], num: int | None = None) -> list[T
     """``num`` prompts (``None``: all) of the generation tasks, one task after the other in turn, documents in order."""
     by_task = [[(task, doc) for doc in task.docs] for task in tasks if task.generates]
     if not by_task:
-        raise ValueError(f"none of the tasks {', '.join(t.name for t in tasks)} generates text: nothing to time")
+        raise UserError(f"none of the tasks {', '.join(t.name for t in tasks)} generates text: nothing to time")
     in_turn = [pair for round_ in zip_longest(*by_task) for pair in round_ if pair is not None]
     if num is not None and len(in_turn) < num:
-        raise ValueError(f"only {len(in_turn)} prompts in the tasks, {num} wanted: name more tasks or ask for fewer")
+        raise UserError(f"only {len(in_turn)} prompts in the tasks, {num} wanted: name more tasks or ask for fewer")
     prompts = []
     for task, doc in in_turn[:num]:
         text, settings = doc.instances[0].args
@@ -137,12 +138,12 @@ def select(names: Sequence[str]) -> list[SuiteTask]:
             continue
         for task in _named(name):
             if chosen.setdefault(task.name, task) != task:
-                raise ValueError(f"task {task.name!r} is named twice with different settings (by {name!r} and before)")
+                raise UserError(f"task {task.name!r} is named twice with different settings (by {name!r} and before)")
     for name in names:
         if name.startswith("-") and chosen.pop(name[1:], None) is None:
-            raise ValueError(f"cannot leave out {name[1:]!r}: not among the tasks{did_you_mean(name[1:], chosen)}")
+            raise UserError(f"cannot leave out {name[1:]!r}: not among the tasks{did_you_mean(name[1:], chosen)}")
     if not chosen:
-        raise ValueError("no task is left to run")
+        raise UserError("no task is left to run")
     _refuse_code([task.name for task in chosen.values() if task.executes_code], names)
     return list(chosen.values())
 
@@ -152,7 +153,7 @@ def _refuse_code(tasks: Sequence[str], names: Sequence[str]) -> None:
         without = ",".join([name for name in names if name not in tasks] + [f"-{task}" for task in tasks])
         alone = all(name in tasks for name in names)
         hint = "" if alone else f"; to run without: --tasks {without}"
-        raise ValueError(f"{', '.join(tasks)}: scoring executes model output, refused while there is no sandbox{hint}")
+        raise UserError(f"{', '.join(tasks)}: scoring executes model output, refused while there is no sandbox{hint}")
 
 
 def _named(name: str) -> Sequence[SuiteTask]:
@@ -160,13 +161,13 @@ def _named(name: str) -> Sequence[SuiteTask]:
     if slash:
         tasks = {task.name: task for task in load_suite(suite).tasks}
         if member not in tasks:
-            raise ValueError(f"suite {suite!r} has no task {member!r}{did_you_mean(member, tasks)}")
+            raise UserError(f"suite {suite!r} has no task {member!r}{did_you_mean(member, tasks)}")
         return [tasks[member]]
     if name in suite_names():
         return load_suite(name).tasks
     if name.partition(groups.WITHIN)[0] not in lm_tasks.index_of(name.partition(groups.WITHIN)[0]):
         known = [*suite_names(), *lm_tasks.local_index(), *lm_tasks.stock_index()]
-        raise ValueError(f"unknown task {name!r}{did_you_mean(name, known)}: no suite, local task or lm-eval task")
+        raise UserError(f"unknown task {name!r}{did_you_mean(name, known)}: no suite, local task or lm-eval task")
     single = groups.apart(groups.node(name))
     return [SuiteTask(name=one.name, parts={"": one.path}, executes_code=groups.executes_code(one)) for one in single]
 
@@ -192,7 +193,7 @@ def _build(member: SuiteTask, wishes: Wishes) -> Iterator[BuiltTask]:
             group = member.name if label else None
             yield _build_part(name, group, top, loaded, figure, member, wishes)
         elif label:
-            raise ValueError(f"task {name!r}: {path!r} is no task and no group whose documents are scored alike")
+            raise UserError(f"task {name!r}: {path!r} is no task and no group whose documents are scored alike")
         else:
             yield from _members(name, loaded, known, figure, member, wishes)
 
@@ -281,9 +282,7 @@ def _samples(name: str, repeats: set[int], doc: BuiltDoc, member: SuiteTask, wis
     """The fields of a BuiltTask about samples: what is wished, else what the suite says, else lm-eval's ``repeats``."""
     given = wishes.samples or member.samples
     if len(repeats) > 1 and not given:
-        raise ValueError(
-            f"task {name!r}: its parts ask for unlike numbers of samples {sorted(repeats)}: give --samples"
-        )
+        raise UserError(f"task {name!r}: its parts ask for unlike numbers of samples {sorted(repeats)}: give --samples")
     asked = member.samples or max(repeats)
     # Log-likelihoods are the same however often they are asked for.
     samples = given or asked if generates(doc.instances[0]) else 1
@@ -295,7 +294,7 @@ def _asked(name: str, docs: Sequence[BuiltDoc]) -> Asked:
     try:
         return merged(frozenset[Asked]().union(*(doc.asked for doc in docs)))
     except ValueError as error:
-        raise ValueError(f"task {name!r}: {error}") from error
+        raise UserError(f"task {name!r}: {error}") from error
 
 
 def _check_samples(name: str, source: Any, samples: int) -> None:
@@ -303,7 +302,7 @@ def _check_samples(name: str, source: Any, samples: int) -> None:
     steps = [(f["name"], step) for f in source.config.filter_list or [] for step in f["filter"]]
     for filter_name, step in steps:
         if step["function"] == "take_first_k" and step["k"] > samples:
-            raise ValueError(
+            raise UserError(
                 f"task {name!r}: filter {filter_name!r} needs {step['k']} samples of each problem: "
                 f"give --samples {step['k']} and a --temperature above 0"
             )

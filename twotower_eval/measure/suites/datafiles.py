@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twotower_eval.errors import UserError
 from twotower_eval.json_text import BOM, check_whole_numbers, decode_utf8, parse_json, walk
 from twotower_eval.names import did_you_mean
 
@@ -55,16 +56,16 @@ def prepare(source: Path, target: Path, names: Sequence[str] | None = None) -> l
     """
     for name in names or ():
         if name not in BENCHMARKS:
-            raise ValueError(f"unknown benchmark {name!r}{did_you_mean(name, BENCHMARKS)}")
+            raise UserError(f"unknown benchmark {name!r}{did_you_mean(name, BENCHMARKS)}")
     chosen = list(names or [name for name in BENCHMARKS if (source / name).is_dir()])
     if not source.is_dir():
-        raise ValueError(f"{source}: no such folder")
+        raise UserError(f"{source}: no such folder")
     if not chosen:
-        raise ValueError(f"{source} has none of the folders {', '.join(BENCHMARKS)}")
+        raise UserError(f"{source} has none of the folders {', '.join(BENCHMARKS)}")
     written = []
     for name in chosen:
         if not (source / name).is_dir():
-            raise ValueError(f"{source} has no folder {name}")
+            raise UserError(f"{source} has no folder {name}")
         for folder, split, rows in BENCHMARKS[name](source / name):
             path = target / folder / f"{split}.jsonl"
             written.append(PreparedFile(path=path, num_rows=_write_jsonl(path, rows)))
@@ -91,16 +92,16 @@ def numbered_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
         where = f"{path}, line {number}"
         row = parse_json(line, where)
         if not isinstance(row, dict) or not row or (rows and row.keys() != rows[0][1].keys()):
-            raise ValueError(f"{where}: not a JSON object with the columns of the first line")
+            raise UserError(f"{where}: not a JSON object with the columns of the first line")
         check_whole_numbers(row, where)
         for column, value in walk(row):
             if value is not None:
                 kind, first = kinds.setdefault(column, (_kind(value), number))
                 if kind != _kind(value):
-                    raise ValueError(f"{where}, {column!r}: {_kind(value)}, but {kind} in line {first}")
+                    raise UserError(f"{where}, {column!r}: {_kind(value)}, but {kind} in line {first}")
         rows.append((number, row))
     if not rows:
-        raise ValueError(f"{path}: no rows")
+        raise UserError(f"{path}: no rows")
     return rows
 
 
@@ -124,7 +125,7 @@ def _copied(path: Path, columns: Mapping[str, type]) -> Rows:
     for number, row in numbered_rows(path):
         for column, kind in columns.items():
             if type(row.get(column)) is not kind:  # true is no int
-                raise ValueError(f"{path}, line {number}: column {column!r} is missing or no {kind.__name__}")
+                raise UserError(f"{path}, line {number}: column {column!r} is missing or no {kind.__name__}")
             _check_mark(row[column], f"{path}, line {number}")
         yield {column: row[column] for column in columns}
 
@@ -132,7 +133,7 @@ def _copied(path: Path, columns: Mapping[str, type]) -> Rows:
 def _mgsm(source: Path) -> Iterator[tuple[str, str, Rows]]:
     paths = sorted(source.glob("mgsm_*.tsv"))
     if not paths:
-        raise ValueError(f"{source}: no file mgsm_LANGUAGE.tsv")
+        raise UserError(f"{source}: no file mgsm_LANGUAGE.tsv")
     for path in paths:
         yield path.stem, "test", _mgsm_rows(path)
 
@@ -142,7 +143,7 @@ def _mgsm_rows(path: Path) -> Rows:
     for number, line in enumerate(_text(path).rstrip("\n").split("\n"), start=1):
         cells = line.split("\t")
         if len(cells) != 2 or not re.fullmatch(r"-?[\d,]{1,24}", cells[1].strip()):
-            raise ValueError(f"{path}, line {number}: not a question, a tab and a whole number")
+            raise UserError(f"{path}, line {number}: not a question, a tab and a whole number")
         _check_mark(cells[0], f"{path}, line {number}")
         answer = int(cells[1].replace(",", ""))
         check_whole_numbers(answer, f"{path}, line {number}")
@@ -153,7 +154,7 @@ def _mmlu(source: Path) -> Iterator[tuple[str, str, Rows]]:
     for split in ("test", "dev"):
         paths = sorted((source / split).glob(f"*_{split}.csv"))
         if not paths:
-            raise ValueError(f"{source / split}: no file SUBJECT_{split}.csv")
+            raise UserError(f"{source / split}: no file SUBJECT_{split}.csv")
         for path in paths:
             subject = path.stem.removesuffix(f"_{split}")
             yield f"mmlu_{subject}", split, _mmlu_rows(path, subject)
@@ -165,7 +166,7 @@ def _mmlu_rows(path: Path, subject: str) -> Rows:
         if number == 1 and cells[:1] == ["question"] and cells[-1:] == ["answer"]:
             continue
         if len(cells) != 6 or cells[5] not in tuple("0123ABCD"):
-            raise ValueError(f"{path}, line {number}: not a question, four choices and an answer (0-3 or A-D)")
+            raise UserError(f"{path}, line {number}: not a question, four choices and an answer (0-3 or A-D)")
         for cell in cells:
             _check_mark(cell, f"{path}, line {number}")
         answer = int(cells[5]) if cells[5].isdigit() else "ABCD".index(cells[5])
@@ -181,7 +182,7 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
             yield line, record
             line = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
+        raise UserError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
 
 
 def _hellaswag(source: Path) -> Iterator[tuple[str, str, Rows]]:
@@ -196,12 +197,12 @@ def _hellaswag_rows(path: Path) -> Rows:
     """
     lines = _text(path).rstrip("\n").split("\n")
     if len(lines) % 6:
-        raise ValueError(f"{path}: {len(lines)} lines, not a multiple of six")
+        raise UserError(f"{path}: {len(lines)} lines, not a multiple of six")
     for index in range(len(lines) // 6):
         head, label, *endings = lines[6 * index : 6 * index + 6]
         activity, colon, context = head.partition(": ")
         if not colon or label not in ("0", "1", "2", "3"):
-            raise ValueError(f"{path}, line {6 * index + 1}: not 'activity: context' followed by a label from 0 to 3")
+            raise UserError(f"{path}, line {6 * index + 1}: not 'activity: context' followed by a label from 0 to 3")
         for offset, text in enumerate(lines[6 * index : 6 * index + 6], start=1):
             _check_mark(text, f"{path}, line {6 * index + offset}")
         finished = re.fullmatch(r"(.*[.!?]['\")]*) ([^.!?]+)", context)
@@ -229,7 +230,7 @@ BENCHMARKS: dict[str, Callable[[Path], Iterator[tuple[str, str, Rows]]]] = {
 def _check_mark(text: Any, where: str) -> None:
     """ValueError for a text that begins with a byte order mark: files with one were joined or made into another."""
     if isinstance(text, str) and text.startswith(BOM):
-        raise ValueError(f"{where}: a text begins with a byte order mark (U+FEFF): take it out")
+        raise UserError(f"{where}: a text begins with a byte order mark (U+FEFF): take it out")
 
 
 def _text(path: Path) -> str:
@@ -239,9 +240,9 @@ def _text(path: Path) -> str:
         if path.suffix == ".bz2":
             content = bz2.decompress(content)
     except FileNotFoundError as error:
-        raise ValueError(f"file {path} is missing") from error
+        raise UserError(f"file {path} is missing") from error
     except (OSError, EOFError, ValueError) as error:  # the latter two for a file that ends too early
-        raise ValueError(f"cannot read {path}: {error}") from error
+        raise UserError(f"cannot read {path}: {error}") from error
     return decode_utf8(content, str(path)).replace("\r\n", "\n")
 
 

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from twotower_eval.errors import UserError
 from twotower_eval.measure.suites import lm_tasks
 from twotower_eval.measure.suites.asked import Asked, decoding_asked
 from twotower_eval.measure.suites.chance import chance_by_metric
@@ -75,7 +76,7 @@ def build_docs(name: str, leaf: str, source: Any, first_id: int, member: SuiteTa
                     asked.add(decoding_asked(instance.args[1]))
                     settings = _generation_settings(instance.args[1], member, wishes)
                 except ValueError as error:
-                    raise ValueError(f"task {name!r}: {error}") from error
+                    raise UserError(f"task {name!r}: {error}") from error
                 instance.arguments = (instance.args[0], settings)
         docs.append(_doc(name, leaf, source, index, instances, frozenset(asked)))
     for doc in docs[:1]:
@@ -177,7 +178,7 @@ def check_options(docs: Sequence[BuiltDoc]) -> None:
             if instance.request_type != "loglikelihood" or instance.args[1]:
                 continue
             if instance.args[0] == instance.args[0].rstrip():
-                raise ValueError(
+                raise UserError(
                     f"task {instance.task_name!r}, document {doc.doc_id}: option {instance.idx + 1} is empty, so that "
                     "there is nothing to score: mend the document or leave the task out"
                 )
@@ -191,7 +192,7 @@ def stops_and_budget(settings: Mapping[str, Any], default_budget: int) -> tuple[
     until = settings.get("until") or []
     stops = [until] if isinstance(until, str) else until
     if not isinstance(stops, (list, tuple)) or not all(isinstance(stop, str) for stop in stops):
-        raise ValueError(f"until must be a text or a list of texts, not {until!r}")
+        raise UserError(f"until must be a text or a list of texts, not {until!r}")
     budgets = ((name, settings.get(name)) for name in BUDGET_NAMES)
     name, budget = next((pair for pair in budgets if pair[1] is not None), ("", default_budget))
     return tuple(stop for stop in stops if stop), _num_tokens(name, budget)
@@ -203,7 +204,7 @@ def _num_tokens(name: str, value: Any) -> int:
     except (TypeError, ValueError):
         number = math.nan
     if not (number >= 1 and number.is_integer()):  # "not >=", so that NaN is refused too
-        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
     return int(number)
 
 

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from twotower_eval.errors import UserError
 from twotower_eval.names import did_you_mean
 from twotower_eval.plan import data_path, read_toml
 from twotower_eval.strict import from_json
@@ -70,7 +71,7 @@ def load_suite(name: str) -> Suite:
     """Read a shipped suite; an unknown name or a broken file is a ValueError."""
     path = data_path("tasks", "suites", f"{name}.toml")
     if not path.is_file():
-        raise ValueError(f"unknown suite {name!r}{did_you_mean(name, suite_names())}")
+        raise UserError(f"unknown suite {name!r}{did_you_mean(name, suite_names())}")
     return read_suite(path)
 
 
@@ -79,14 +80,14 @@ def read_suite(path: Path) -> Suite:
     data = read_toml(path, "suite")
     unknown = set(data) - {"description", "task"}
     if unknown:
-        raise ValueError(f"suite {path}: unknown key {min(unknown)!r} (known: description, task)")
+        raise UserError(f"suite {path}: unknown key {min(unknown)!r} (known: description, task)")
     entries = data.get("task", [])
     if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
-        raise ValueError(f"suite {path}: task must be a list of tables, as [[task]] makes them")
+        raise UserError(f"suite {path}: task must be a list of tables, as [[task]] makes them")
     tasks = tuple(_suite_task(entry, path) for entry in entries)
     names = [task.name for task in tasks]
     if not tasks or len(set(names)) < len(names):
-        raise ValueError(f"suite {path}: it needs at least one task, and no name twice")
+        raise UserError(f"suite {path}: it needs at least one task, and no name twice")
     return Suite(name=path.stem, description=str(data.get("description", "")), tasks=tasks)
 
 
@@ -95,22 +96,22 @@ def _suite_task(entry: Mapping[str, Any], path: Path) -> SuiteTask:
     known = [f.name for f in dataclasses.fields(SuiteTask)] + ["lm_eval"]
     for key in entry:
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}")
+            raise UserError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}")
     values = dict(entry)
     if not isinstance(values.get("name"), str) or ("lm_eval" in values) == ("parts" in values):
-        raise ValueError(f"{where}: it needs a name and one of lm_eval (a task) and parts (label -> task)")
+        raise UserError(f"{where}: it needs a name and one of lm_eval (a task) and parts (label -> task)")
     values.setdefault("parts", {"": values.pop("lm_eval", None)})
     try:
         task = from_json(SuiteTask, values)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {error}") from error
     for setting in task.published:
         if setting not in SETTINGS:
-            raise ValueError(f"{where}: published names {setting!r}{did_you_mean(setting, SETTINGS)}")
+            raise UserError(f"{where}: published names {setting!r}{did_you_mean(setting, SETTINGS)}")
     for least, setting in ((0, "num_fewshot"), (1, "max_new_tokens"), (1, "samples")):
         value = getattr(task, setting)
         if value is not None and value < least:
-            raise ValueError(f"{where}: {setting} must be a whole number of at least {least}, not {value!r}")
+            raise UserError(f"{where}: {setting} must be a whole number of at least {least}, not {value!r}")
     return task
 
 

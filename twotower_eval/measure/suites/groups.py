@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from twotower_eval.errors import UserError
 from twotower_eval.measure.suites import lm_tasks
 from twotower_eval.names import did_you_mean
 from twotower_eval.records import MEAN
@@ -48,7 +49,7 @@ def node(path: str) -> Node:
     root = _indexed(path.partition(WITHIN)[0], {}, None, ())
     found = next((one for one in _all(root) if one.path == path), None)
     if found is None:
-        raise ValueError(f"lm-eval has no task {path!r}{did_you_mean(path, [one.path for one in _all(root)])}")
+        raise UserError(f"lm-eval has no task {path!r}{did_you_mean(path, [one.path for one in _all(root)])}")
     return found
 
 
@@ -59,7 +60,7 @@ def leaves(top: Node) -> list[Node]:
     """
     found = {one.name: one for one in _all(top) if one.members is None}
     if not found:
-        raise ValueError(f"group {top.name!r} has no tasks")
+        raise UserError(f"group {top.name!r} has no tasks")
     naming: dict[str, list[str]] = {}
     for one in _all(top):
         for name in {member.name for member in one.members or () if member.members is None}:
@@ -67,7 +68,7 @@ def leaves(top: Node) -> list[Node]:
     twice = next(((name, by) for name, by in naming.items() if len(by) > 1), None)
     if twice:
         by = " and ".join(map(repr, twice[1]))
-        raise ValueError(f"group {top.name!r} has task {twice[0]!r} twice, by {by}: name the tasks you want instead")
+        raise UserError(f"group {top.name!r} has task {twice[0]!r} twice, by {by}: name the tasks you want instead")
     return list(found.values())
 
 
@@ -108,11 +109,11 @@ def _all(top: Node) -> Iterator[Node]:
 def _indexed(name: str, settings: Mapping[str, Any], parent: str | None, above: tuple[Path, ...]) -> Node:
     """A task, group or tag that lm-eval knows by name, with the ``settings`` of the groups above."""
     if len(above) > MOST_LEVELS:
-        raise ValueError(f"group {name!r} contains itself, or groups more than {MOST_LEVELS} deep")
+        raise UserError(f"group {name!r} contains itself, or groups more than {MOST_LEVELS} deep")
     index = lm_tasks.index_of(name)
     if name not in index:
         inside = f", which group {parent!r} names" if parent else ""
-        raise ValueError(f"lm-eval has no task {name!r}{inside}{did_you_mean(name, index)}")
+        raise UserError(f"lm-eval has no task {name!r}{inside}{did_you_mean(name, index)}")
     entry = index[name]
     path = name if parent is None or not settings else f"{parent}{WITHIN}{name}"
     yamls = above if entry.yaml_path is None else (*above, Path(entry.yaml_path))
@@ -152,14 +153,14 @@ def _member(group: str, given: str | Mapping[str, Any], settings: Mapping[str, A
     own = {key: value for key, value in given.items() if key not in STRUCTURE}
     known = given.get("group", given.get("task"))
     if not isinstance(known, str):
-        raise ValueError(f"group {group!r} names a member without a name: {dict(given)!r}")
+        raise UserError(f"group {group!r} names a member without a name: {dict(given)!r}")
     if known in lm_tasks.index_of(known):
         return _indexed(known, {**settings, **own}, group, yamls)
     if "group" in given:
         # lm-eval gives these no settings of their own but those of the group around.
         inner = f"{group}{WITHIN}{known}"
         return _group(inner, inner, given, settings, yamls)
-    raise ValueError(
+    raise UserError(
         f"group {group!r} defines task {known!r} inside itself, without a file of its own, which is not supported: "
         "name the tasks you want instead"
     )
@@ -168,10 +169,10 @@ def _member(group: str, given: str | Mapping[str, Any], settings: Mapping[str, A
 def _rules(group: str, listed: Any) -> Iterator[Rule]:
     for one in listed if isinstance(listed, list) else [listed]:
         if not isinstance(one, Mapping) or not isinstance(one.get("metric"), str):
-            raise ValueError(f"group {group!r}: an entry of its aggregate_metric_list names no metric: {one!r}")
+            raise UserError(f"group {group!r}: an entry of its aggregate_metric_list names no metric: {one!r}")
         aggregation, filters = one.get("aggregation", MEAN), one.get("filter_list")
         if aggregation != MEAN and isinstance(aggregation, str) and not aggregation.startswith("/"):
-            raise ValueError(f"group {group!r} aggregates by {aggregation!r}: lm-eval knows no way but {MEAN!r}")
+            raise UserError(f"group {group!r} aggregates by {aggregation!r}: lm-eval knows no way but {MEAN!r}")
         yield Rule(
             metric=one["metric"],
             filters=None if filters is None else (filters,) if isinstance(filters, str) else tuple(filters),
@@ -222,7 +223,7 @@ def figure(
     known = (("metric", metric, list(members[0].metrics)), ("filter", filter_, list(members[0].filters)))
     for kind, wanted, there in known:
         if wanted is not None and wanted not in there:
-            raise ValueError(f"task {name!r} has no {kind} {wanted!r}{did_you_mean(wanted, there)}")
+            raise UserError(f"task {name!r} has no {kind} {wanted!r}{did_you_mean(wanted, there)}")
     found = (metric or known[0][2][0], filter_ or known[1][2][0], True)
     if rules and metric is None:
         chosen = _listed(name, rules, members)
@@ -239,10 +240,10 @@ def _listed(name: str, rules: Sequence[Rule], members: Sequence[Facts]) -> tuple
     there = [one for one in listed if any(member.has(*one[:2]) for member in members)]
     if not there:
         metrics = ", ".join(dict.fromkeys(rule.metric for rule in rules))
-        raise ValueError(f"group {name!r} aggregates {metrics}, which none of its tasks has: name its tasks instead")
+        raise UserError(f"group {name!r} aggregates {metrics}, which none of its tasks has: name its tasks instead")
     whole = [one for one in there if all(member.has(*one[:2]) for member in members)]
     if not whole and len({rule.metric for rule in rules}) > 1:
-        raise ValueError(
+        raise UserError(
             f"group {name!r} has several figures, each over some of its tasks only: name its parts instead, "
             f"such as --tasks {','.join(member.name for member in members[:3])}"
         )

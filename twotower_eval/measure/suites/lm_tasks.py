@@ -14,6 +14,7 @@ from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from twotower_eval.errors import UserError
 from twotower_eval.measure.suites.datafiles import folders, numbered_rows
 from twotower_eval.plan import data_path
 from twotower_eval.records import MEAN
@@ -76,17 +77,17 @@ def load_task(name: str, settings: Mapping[str, Any], data_dir: Path | None) -> 
         task = TaskManager(include_defaults=False).load(config)["tasks"][name]
     except OSError as error:
         if data_dir is not None or "custom_dataset" in config:
-            raise ValueError(f"{where}: {error}") from error
-        raise ValueError(
+            raise UserError(f"{where}: {error}") from error
+        raise UserError(
             f"{where}: its data {config.get('dataset_path')!r} cannot be reached ({_first_line(error)}); "
             "give local files with --data-dir"
         ) from error
     except misfits() as error:
-        raise ValueError(f"{where}: its data lacks what the task reads ({_first_line(error)})") from error
+        raise UserError(f"{where}: its data lacks what the task reads ({_first_line(error)})") from error
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {error}") from error
     if getattr(task, "MULTIMODAL", False):
-        raise ValueError(f"{where}: needs images or audio, which no model here takes")
+        raise UserError(f"{where}: needs images or audio, which no model here takes")
     return task
 
 
@@ -96,7 +97,7 @@ def build_instances(name: str, task: Any, fewshot_seed: int) -> list[Any]:
     try:
         task.build_all_requests()
     except misfits() as error:
-        raise ValueError(f"task {name!r}: its data lacks what the prompts read ({_first_line(error)})") from error
+        raise UserError(f"task {name!r}: its data lacks what the prompts read ({_first_line(error)})") from error
     return list(task.instances)
 
 
@@ -152,7 +153,7 @@ def needing(name: str, what: str, *, made_up: bool = False) -> Iterator[None]:
     except (*LACKING, *MISTAKEN) as error:
         if is_lacking(error):
             why = " ".join(str(error).strip("* \n").split())[:300]
-            raise ValueError(f"task {name!r}: {what} needs what is not here ({type(error).__name__}: {why})") from error
+            raise UserError(f"task {name!r}: {what} needs what is not here ({type(error).__name__}: {why})") from error
         if not made_up:
             raise
 
@@ -162,11 +163,11 @@ def _resolved(name: str) -> dict[str, Any]:
         return {**load_yaml(index_of(name)[name].yaml_path), "task": name}
     except (ImportError, AssertionError) as error:
         # Only lm-eval's mathematics tasks import more than lm-eval installs.
-        raise ValueError(
+        raise UserError(
             f"task {name!r}: {_first_line(error)} (for mathematics tasks: pip install 'lm-eval[math]')"
         ) from error
     except OSError as error:
-        raise ValueError(f"task {name!r}: its code needs what is not here ({_first_line(error)})") from error
+        raise UserError(f"task {name!r}: its code needs what is not here ({_first_line(error)})") from error
 
 
 def _with_data(name: str, config: dict[str, Any], data_dir: Path | None) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def _with_data(name: str, config: dict[str, Any], data_dir: Path | None) -> dict
     names = folders(name, config.get("dataset_path"), config.get("dataset_name"))
     folder = next((data_dir / candidate for candidate in names if (data_dir / candidate).is_dir()), None)
     if folder is None:
-        raise ValueError(f"task {name!r}: {data_dir} has no folder {' or '.join(names)}")
+        raise UserError(f"task {name!r}: {data_dir} has no folder {' or '.join(names)}")
     files = {split: folder / f"{split}.jsonl" for split in {config[key] for key in SPLITS if config.get(key)}}
     there = {split: path for split, path in files.items() if path.is_file()}
     _check_splits(name, config, files, there)
@@ -194,13 +195,13 @@ def _check_splits(name: str, config: Mapping[str, Any], files: Mapping[str, Path
     """Documents and few-shot examples must come from the split that the stock task takes them from, or fail."""
     documents = config.get("test_split") or config.get("validation_split") or ""
     if documents not in there:
-        raise ValueError(f"task {name!r}: file {files.get(documents, 'with its documents')} is missing")
+        raise UserError(f"task {name!r}: file {files.get(documents, 'with its documents')} is missing")
     shots = config.get("num_fewshot")
     if shots and not (config.get("fewshot_config") or {}).get("samples"):
         order = ("fewshot_split", "training_split", "validation_split", "test_split")
         split = next((config[key] for key in order if config.get(key)), "")
         if split not in there:
-            raise ValueError(f"task {name!r}: file {files[split]} is missing, which its {shots} examples come from")
+            raise UserError(f"task {name!r}: file {files[split]} is missing, which its {shots} examples come from")
 
 
 def _on_files(config: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:
@@ -235,7 +236,7 @@ def _split(path: Path, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> Any:
         except misfits as error:
             failing, why = middle, error
     line = rows[failing - 1][0]
-    raise ValueError(f"{path}, line {line}: values that do not fit those of the lines before ({_first_line(why)})")
+    raise UserError(f"{path}, line {line}: values that do not fit those of the lines before ({_first_line(why)})")
 
 
 def load_yaml(path: Path, *, resolve_func: bool = True, recursive: bool = True) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.models import load_model
+from twotower_eval.errors import UserError
 from twotower_eval.json_text import parse_json, read_utf8
 from twotower_eval.measure.verify.finding import Finding, judged, not_checked
 from twotower_eval.records import Prompt
@@ -52,10 +53,10 @@ def load_golden(folder: Path, model: Any, device: str) -> Golden:
     """Read a folder; its own checkpoint takes the place of ``model`` if it has one. ValueError for what is missing."""
     for name in (TENSORS, DESCRIPTION):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}: --golden wants a folder of reference outputs")
+            raise UserError(f"{folder} has no {name}: --golden wants a folder of reference outputs")
     meta = parse_json(read_utf8(folder / DESCRIPTION), str(folder / DESCRIPTION), infinities=True)
     if not isinstance(meta, dict) or not isinstance(meta.get("prompts"), dict):
-        raise ValueError(f"{folder / DESCRIPTION}: no prompts are described in it")
+        raise UserError(f"{folder / DESCRIPTION}: no prompts are described in it")
     own = load_model(folder, device=device) if (folder / "config.json").is_file() else model
     return Golden(own, load_file(folder / TENSORS), meta)
 
@@ -82,7 +83,7 @@ Difference = tuple[float, str]
 
 def _worst(ours: Tensor, theirs: Tensor, key: str) -> Difference:
     if ours.shape != theirs.shape:
-        raise ValueError(f"golden tensor {key} has shape {tuple(theirs.shape)}, the model gives {tuple(ours.shape)}")
+        raise UserError(f"golden tensor {key} has shape {tuple(theirs.shape)}, the model gives {tuple(ours.shape)}")
     found = float((ours.double().cpu() - theirs.double()).abs().max())
     return (found if found == found else float("inf"), key)  # NaN would be above no limit
 
