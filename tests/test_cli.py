@@ -2,17 +2,19 @@
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import pytest
+import typer
 
 from twotower_eval import cli, store
-from twotower_eval.plan import RunPlan, SpeedPlan
+from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan
 from twotower_eval.records import RunManifest, to_json
 
 HEAVY = {"torch", "lm_eval", "pandas", "matplotlib", "transformers", "datasets", "numpy"}
@@ -78,7 +80,7 @@ def test_help_imports_nothing_heavy(verb: list[str], record_property: Any) -> No
         (["run", "--block-sizes", "eight"], "--block-sizes wants whole numbers separated by commas, not 'eight'"),
         (["run", "--thresholds", "0.9,1.5"], "a threshold is a probability, 1.5 is above 1"),
         (["data", "prepare", "no-such-folder", "there"], "no-such-folder: no such folder"),
-        (["run", "--steps", "auto,all"], "--steps wants numbers"),
+        (["run", "--steps", "auto,all"], "--steps wants whole numbers or auto separated by commas"),
         (["run", "--thresholds", ","], "thresholds is empty"),
         (["run", "--limit", "0"], "limit must be 1 or more"),
         (["run", "--dtype", "float8"], "dtype must be float32"),
@@ -167,13 +169,57 @@ def test_a_run_begins_with_its_power_plan(monkeypatch: pytest.MonkeyPatch) -> No
     assert lines[1] is None
 
 
-def test_every_field_of_both_plans_is_an_option() -> None:
-    for cls, verb in ((RunPlan, "run"), (SpeedPlan, "speed")):
-        done = subprocess.run(
-            [sys.executable, "-m", "twotower_eval.cli", verb, "--help"], capture_output=True, text=True, check=True
-        )
-        for field in dataclasses.fields(cls):
-            assert f"--{field.name.replace('_', '-')} " in done.stdout.replace(",", " "), field.name
+PLANS = {"run": RunPlan, "speed": SpeedPlan, "size": SizingPlan, "verify": VerifyPlan}
+OF_VERBS = {"plan", "out", "resume", "random_weights"}  # options that are no field of a plan
+
+
+def options_of(verb: str) -> dict[str, Any]:
+    """The options that a verb shows, by the parameters' names."""
+    found: Any = typer.main.get_command(cli.app)
+    return {one.name: one for one in found.commands[verb].params if not getattr(one, "hidden", False)}
+
+
+@pytest.mark.parametrize("verb", PLANS)
+def test_options_are_the_fields_of_the_plan(verb: str) -> None:
+    """Both ways: a field without an option is found, and an option that no field stands behind."""
+    fields = [field.name for field in dataclasses.fields(PLANS[verb])]
+    assert [name for name in options_of(verb) if name not in OF_VERBS] == fields
+
+
+@pytest.mark.parametrize("verb", PLANS)
+def test_the_default_that_help_shows_is_the_plans(verb: str) -> None:
+    """Typed as it is shown, a default makes the plan that it is the default of; of the rest nothing is shown."""
+    for field in dataclasses.fields(PLANS[verb]):
+        option = options_of(verb)[field.name]
+        [*_, shown] = re.findall(r"\[([^][]*)\]\.$", option.help) or [None]
+        if field.default is None or field.default is False or field.default == "":
+            assert shown in ("the shipped miniature", "all", None) or " " in shown, field.name
+            continue
+        if field.default is True:
+            assert (shown, option.secondary_opts) == (field.name, [f"--no-{field.name}"])
+            continue
+        hint = get_type_hints(PLANS[verb])[field.name]
+        given = float(shown) if hint is float else int(shown) if hint is int else shown
+        assert cli.options.read(PLANS[verb], field.name, given) == field.default, field.name
+
+
+def test_what_help_says_of_a_number_of_prompts_is_what_is_taken() -> None:
+    from twotower_eval.measure.speed.workloads import ENOUGH_PROMPTS
+
+    assert f"[{ENOUGH_PROMPTS}, or all there are]" in options_of("speed")["num_prompts"].help
+
+
+def test_choices_in_help_are_those_of_the_plan() -> None:
+    assert options_of("run")["dtype"].help == "float32, bfloat16 or float16 [float32]."
+    kinds = "exact, context_tower, denoiser_left_to_right or bound"
+    assert options_of("run")["likelihood"].help == f"{kinds} [context_tower]."
+
+
+def test_speed_takes_the_options_of_size_and_shows_none_of_them() -> None:
+    found: Any = typer.main.get_command(cli.app)
+    hidden = {one.name for one in found.commands["speed"].params if getattr(one, "hidden", False)}
+    sizing, speed = ({field.name for field in dataclasses.fields(cls)} for cls in (SizingPlan, SpeedPlan))
+    assert hidden == sizing - speed - {"config"}
 
 
 def make_run(root: Path, plan: RunPlan | SpeedPlan) -> Path:

@@ -57,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     # what sees both arms
     "miniature": {"store", "ops", "models", "decoders"},
     "api": {"plan", "harness", "speed", "suites", "stats", "progress"},
-    "cli": {"plan", "store", "progress", "api", "sizing", "verify", "miniature", "suites"}
+    "cli": {"plan", "plan_fields", "store", "progress", "api", "sizing", "verify", "miniature", "suites"}
     | {"claims", "report", "calibration"},
 }
 # Packages that cost or weigh something -> the only rooms that may import them, anywhere in their files.

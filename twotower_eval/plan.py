@@ -11,16 +11,35 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from twotower_eval.errors import UserError
 from twotower_eval.json_text import check_whole_numbers, decode_utf8
 from twotower_eval.names import did_you_mean
-from twotower_eval.plan_fields import check_at_least, check_cuda_graphs, check_fields
+from twotower_eval.plan_fields import (
+    AllSteps,
+    Baseline,
+    BlockSizes,
+    CudaGraphs,
+    DataDir,
+    DecoderKind,
+    Devices,
+    MinSeconds,
+    Model,
+    NumberType,
+    Option,
+    Seed,
+    Tasks,
+    Temperature,
+    Threads,
+    Thresholds,
+    WarmupRounds,
+    check_at_least,
+    check_cuda_graphs,
+    check_fields,
+)
 from twotower_eval.records import DecoderSpec, LikelihoodKind, sizing_config
 
-Steps = int | Literal["auto"]
-Dtype = Literal["float32", "bfloat16", "float16"]
 CONTEXT_TOWER = "context-tower"
 
 
@@ -28,11 +47,16 @@ CONTEXT_TOWER = "context-tower"
 class VerifyPlan:
     """What ``twotower-eval verify`` does; ``golden`` is a folder of reference outputs."""
 
-    model: str | None = None
-    golden: str | None = None
-    seed: int = 0
-    dtype: Dtype = "float32"
-    devices: tuple[str, ...] = ("cpu",)
+    model: Annotated[
+        str | None,
+        Option(help="Checkpoint folder", metavar="[CKPT]", unset="the shipped miniature", argument=True),
+    ] = None
+    golden: Annotated[
+        str | None, Option(help="Folder of reference outputs, with the checkpoint they belong to", metavar="DIR")
+    ] = None
+    seed: Seed = 0
+    dtype: NumberType = "float32"
+    devices: Devices = ("cpu",)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -51,25 +75,29 @@ class RunPlan:
     whole.
     """
 
-    model: str | None = None
-    baseline: str = CONTEXT_TOWER
-    tasks: tuple[str, ...] = ("miniature",)
-    decoder: str = "block_diffusion"
-    block_sizes: tuple[int, ...] = (16,)
-    steps: tuple[Steps, ...] = ("auto",)
-    thresholds: tuple[float, ...] = (0.8,)
-    temperature: float | None = None
-    samples: int | None = None
-    batch_size: int = 8
-    limit: int | None = None
-    seed: int = 0
-    likelihood: LikelihoodKind = "context_tower"
-    dtype: Dtype = "float32"
-    devices: tuple[str, ...] = ("cpu",)
-    cuda_graphs: bool = False
-    data_dir: str | None = None
-    max_new_tokens: int | None = None
-    trace: int = 2
+    model: Model = None
+    baseline: Baseline = CONTEXT_TOWER
+    tasks: Tasks = ("miniature",)
+    decoder: DecoderKind = "block_diffusion"
+    block_sizes: BlockSizes = (16,)
+    steps: AllSteps = ("auto",)
+    thresholds: Thresholds = (0.8,)
+    temperature: Temperature = None
+    samples: Annotated[int | None, Option(help="Samples per problem", metavar="N", unset="what the tasks ask")] = None
+    batch_size: Annotated[int, Option(help="Prompts per batch; scores do not depend on it", metavar="N")] = 8
+    limit: Annotated[int | None, Option(help="First N documents of each task only", metavar="N")] = None
+    max_new_tokens: Annotated[int | None, Option(help="Budget of every task", metavar="N", unset="the task's own")] = (
+        None
+    )
+    trace: Annotated[
+        int, Option(help="Documents of each task whose denoising is traced for the report", metavar="N")
+    ] = 2
+    likelihood: Annotated[LikelihoodKind, Option(help="{choices}", metavar="KIND")] = "context_tower"
+    seed: Seed = 0
+    dtype: NumberType = "float32"
+    devices: Devices = ("cpu",)
+    cuda_graphs: CudaGraphs = False
+    data_dir: DataDir = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -95,32 +123,52 @@ class SpeedPlan:
     ``min_seconds``. Of two to four each makes at least 5 rounds, of more at least 4.
     """
 
-    model: str | None = None
-    baseline: str = CONTEXT_TOWER
-    tasks: tuple[str, ...] = ("miniature",)
-    decoder: str = "block_diffusion"
-    block_sizes: tuple[int, ...] = (16,)
-    steps: tuple[Steps, ...] = ("auto",)
-    thresholds: tuple[float, ...] = (0.8,)
-    temperature: float | None = None
-    samples: int | None = None
-    batch_sizes: tuple[int, ...] = (1,)
-    workload: Literal["fixed", "answer"] = "answer"
-    prompt_tokens: int | None = None
-    new_tokens: int | None = None
-    num_prompts: int | None = None
-    min_rounds: int = 20  # of 12 independent rounds one run in twelve could decide nothing, of 20 one in 250
-    min_seconds: float = 0.0
-    warmup_rounds: int = 1
-    launches: int = 1
-    costs: bool = True
-    probes: int = 2
-    seed: int = 0
-    dtype: Dtype = "float32"
-    devices: tuple[str, ...] = ("cpu",)
-    cuda_graphs: bool = False
-    data_dir: str | None = None
-    threads: int | None = None
+    model: Model = None
+    baseline: Baseline = CONTEXT_TOWER
+    tasks: Tasks = ("miniature",)
+    decoder: DecoderKind = "block_diffusion"
+    block_sizes: BlockSizes = (16,)
+    steps: AllSteps = ("auto",)
+    thresholds: Thresholds = (0.8,)
+    temperature: Temperature = None
+    samples: Annotated[
+        int | None, Option(help="1: one sample a round, also of tasks that ask for several", metavar="1")
+    ] = None
+    batch_sizes: Annotated[tuple[int, ...], Option(help="Prompts per timed call, crossed", metavar="N,N")] = (1,)
+    workload: Annotated[
+        Literal["fixed", "answer"],
+        Option(help="answer: stop where the task stops; fixed: exactly --new-tokens", metavar="KIND"),
+    ] = "answer"
+    prompt_tokens: Annotated[int | None, Option(help="Exact prompt length (fixed only)", metavar="N")] = None
+    new_tokens: Annotated[int | None, Option(help="Tokens to make", metavar="N", unset="answer: the task's budget")] = (
+        None
+    )
+    num_prompts: Annotated[
+        int | None, Option(help="Prompts per cell and round", metavar="N", unset="384, or all there are")
+    ] = None
+    min_rounds: Annotated[int, Option(help="Minimum rounds, of all launches together", metavar="R")] = (
+        20  # of 12 independent rounds one run in twelve could decide nothing, of 20 one in 250
+    )
+    min_seconds: MinSeconds = 0.0
+    warmup_rounds: WarmupRounds = 1
+    launches: Annotated[
+        int,
+        Option(
+            help="Processes, one after the other; rounds are shared out. 5 or more measure how launches differ; "
+            "2 to 4 make at least 5 rounds each, more at least 4",
+            metavar="N",
+        ),
+    ] = 1
+    costs: Annotated[bool, Option(help="Time the parts of decoding alone, in the same rounds")] = True
+    probes: Annotated[
+        int, Option(help="Prompts per cell and round that nothing has read before, 0 for none", metavar="N")
+    ] = 2
+    threads: Threads = None
+    seed: Seed = 0
+    dtype: NumberType = "float32"
+    devices: Devices = ("cpu",)
+    cuda_graphs: CudaGraphs = False
+    data_dir: DataDir = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -148,23 +196,30 @@ class SizingPlan:
     ``prompt_tokens`` long. A timed sample is ``repeats`` repetitions; rounds as in SpeedPlan.
     """
 
-    config: str = ""
-    layers: int | None = None
-    share_towers: bool = False
-    cuda_graphs: bool = False
-    block_sizes: tuple[int, ...] = (16,)
-    batch_sizes: tuple[int, ...] = (1,)
-    prompt_tokens: int = 512
-    tokens_per_nfe: tuple[float, ...] = (1.5, 2.5, 4.0)
-    profile: str | None = None
-    repeats: int = 8
-    min_rounds: int = 5
-    min_seconds: float = 0.0
-    warmup_rounds: int = 1
-    seed: int = 0
-    dtype: Dtype = "bfloat16"
-    devices: tuple[str, ...] = ("cpu",)
-    threads: int | None = None
+    config: Annotated[
+        str,
+        Option(
+            help="A config.json, a folder that holds one, or the name of a shipped one", metavar="CONFIG", argument=True
+        ),
+    ] = ""
+    layers: Annotated[int | None, Option(help="Build the first N layers, extrapolate", metavar="N", unset="all")] = None
+    share_towers: Annotated[bool, Option(help="One set of random weights for both towers: half the memory")] = False
+    block_sizes: BlockSizes = (16,)
+    batch_sizes: Annotated[tuple[int, ...], Option(help="Rows per step, crossed", metavar="N,N")] = (1,)
+    prompt_tokens: Annotated[int, Option(help="Tokens of context before each step", metavar="N")] = 512
+    tokens_per_nfe: Annotated[
+        tuple[float, ...], Option(help="Tokens per denoiser call that commits follow", metavar="X,X")
+    ] = (1.5, 2.5, 4.0)
+    profile: Annotated[str | None, Option(help="Run whose blocks commits follow, too", metavar="RUN")] = None
+    repeats: Annotated[int, Option(help="Repetitions per timed cost", metavar="N")] = 8
+    min_rounds: Annotated[int, Option(help="Minimum rounds", metavar="R")] = 5
+    min_seconds: MinSeconds = 0.0
+    warmup_rounds: WarmupRounds = 1
+    threads: Threads = None
+    seed: Seed = 0
+    dtype: NumberType = "bfloat16"
+    devices: Devices = ("cpu",)
+    cuda_graphs: CudaGraphs = False
 
     def __post_init__(self) -> None:
         check_fields(self)

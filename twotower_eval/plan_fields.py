@@ -1,14 +1,74 @@
-"""Values of a plan's fields against their annotations and bounds: what TOML and the command line may have wrong."""
+"""What is said beside a plan's field: its option on the command line; and its value against annotation and bounds."""
 
 from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from twotower_eval.errors import UserError
 from twotower_eval.records import GRAPH_DEVICES
 from twotower_eval.strict import check_value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A field's option on the command line, as ``Annotated[type, Option(…)]`` beside the field.
+
+    ``{choices}`` in ``help`` are the words that the field may be; its default follows in brackets, ``unset`` where that
+    is ``None``. ``other_names`` are options that mean the same. An ``argument`` is taken by its place instead.
+    """
+
+    help: str
+    metavar: str | None = None
+    unset: str | None = None
+    other_names: tuple[str, ...] = ()
+    argument: bool = False
+
+
+# Fields that several plans have; what is said of a field here is its help on the command line.
+Model = Annotated[str | None, Option(help="Checkpoint folder", metavar="CKPT", unset="the shipped miniature")]
+Baseline = Annotated[str, Option(help="Checkpoint or Hugging Face model folder, or context-tower", metavar="CKPT")]
+Tasks = Annotated[tuple[str, ...], Option(help="Tasks and suites; -NAME leaves one out", metavar="A,B")]
+DecoderKind = Annotated[str, Option(help="Decoder, or package.module:Class", metavar="KIND")]
+BlockSizes = Annotated[tuple[int, ...], Option(help="Block sizes, crossed", metavar="N,N")]
+AllSteps = Annotated[
+    tuple[int | Literal["auto"], ...], Option(help="Steps per block; auto: the block size", metavar="N,auto")
+]
+Thresholds = Annotated[tuple[float, ...], Option(help="Confidence thresholds, crossed", metavar="X,X")]
+Temperature = Annotated[
+    float | None, Option(help="Sampling temperature; 0 is greedy", metavar="T", unset="what the tasks ask")
+]
+MinSeconds = Annotated[float, Option(help="Minimum seconds of rounds", metavar="S")]
+WarmupRounds = Annotated[int, Option(help="Warm-up rounds: recorded, not reported", metavar="R")]
+Threads = Annotated[int | None, Option(help="CPU threads", metavar="N", unset="torch's own choice")]
+Seed = Annotated[int, Option(help="Seed of everything random", metavar="S")]
+NumberType = Annotated[Literal["float32", "bfloat16", "float16"], Option(help="{choices}", metavar="TYPE")]
+Devices = Annotated[
+    tuple[str, ...],
+    Option(help="Devices, the context tower's first, e.g. cuda:0,cuda:1", metavar="D,D", other_names=("device",)),
+]
+CudaGraphs = Annotated[bool, Option(help="Launch small steps, of both arms, as CUDA graphs")]
+DataDir = Annotated[str | None, Option(help="Folder with TASK/SPLIT.jsonl, as `data prepare` makes it", metavar="DIR")]
+
+
+def option_of(cls: type, name: str) -> tuple[Option, Any]:
+    """The option that stands beside a field, and the field's type without it; a field without one is a KeyError."""
+    said, bare = _parted(typing.get_type_hints(cls, include_extras=True)[name])
+    if said is None:
+        raise KeyError(f"{cls.__name__}.{name} has no Option beside it")
+    return said, bare
+
+
+def _parted(hint: Any) -> tuple[Option | None, Any]:
+    """An annotation's option and the rest of it."""
+    if typing.get_origin(hint) is not typing.Annotated:
+        return None, hint
+    base, *extras = typing.get_args(hint)
+    said = next((extra for extra in extras if isinstance(extra, Option)), None)
+    rest = tuple(extra for extra in extras if extra is not said)
+    return said, typing.Annotated[(base, *rest)] if rest else base
 
 
 def check_fields(plan: Any) -> None:
@@ -16,7 +76,7 @@ def check_fields(plan: Any) -> None:
     hints = typing.get_type_hints(type(plan), include_extras=True)
     for field in dataclasses.fields(plan):
         value = getattr(plan, field.name)
-        check_value(field.name, hints[field.name], value)
+        check_value(field.name, _parted(hints[field.name])[1], value)
         if isinstance(value, tuple):
             if not value:
                 raise UserError(f"{field.name} is empty: name at least one")

@@ -1,16 +1,20 @@
-"""Options that several verbs share, and how their texts are read."""
+"""Options of the verbs that take a plan, made from the plan's class: one option a field, in the fields' order."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import types
+import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from twotower_eval.errors import UserError
+from twotower_eval.plan_fields import option_of
 
-Item = TypeVar("Item")
 RESULTS, REPORTS, TRAINING = Path("results"), Path("reports"), Path("training/miniature")
 
 
@@ -19,36 +23,6 @@ def option(text: str, *names: str, metavar: str | None = None, hidden: bool = Fa
     return typer.Option(*names, help=text, metavar=metavar, show_default=False, hidden=hidden)
 
 
-Model = Annotated[str | None, option("Checkpoint folder [the shipped miniature].", "--model", metavar="CKPT")]
-Baseline = Annotated[
-    str | None,
-    option("Checkpoint or Hugging Face model folder, or context-tower [context-tower].", "--baseline", metavar="CKPT"),
-]
-Tasks = Annotated[str | None, option("Tasks and suites; -NAME leaves one out [miniature].", "--tasks", metavar="A,B")]
-Decoder = Annotated[
-    str | None, option("Decoder, or package.module:Class [block_diffusion].", "--decoder", metavar="KIND")
-]
-BlockSizes = Annotated[str | None, option("Block sizes, crossed [16].", "--block-sizes", metavar="N,N")]
-Steps = Annotated[str | None, option("Steps per block; auto: the block size [auto].", "--steps", metavar="N,auto")]
-Thresholds = Annotated[str | None, option("Confidence thresholds, crossed [0.8].", "--thresholds", metavar="X,X")]
-Temperature = Annotated[
-    float | None, option("Sampling temperature; 0 is greedy [what the tasks ask].", "--temperature", metavar="T")
-]
-MinSeconds = Annotated[float | None, option("Minimum seconds of rounds [0].", "--min-seconds", metavar="S")]
-WarmupRounds = Annotated[
-    int | None, option("Warm-up rounds: recorded, not reported [1].", "--warmup-rounds", metavar="R")
-]
-Threads = Annotated[int | None, option("CPU threads [torch's own choice].", "--threads", metavar="N")]
-Seed = Annotated[int | None, option("Seed of everything random [0].", "--seed", metavar="S")]
-Dtype = Annotated[str | None, option("float32, bfloat16 or float16 [float32].", "--dtype", metavar="TYPE")]
-Devices = Annotated[
-    str | None,
-    option("Devices, the context tower's first, e.g. cuda:0,cuda:1 [cpu].", "--devices", "--device", metavar="D,D"),
-]
-CudaGraphs = Annotated[bool | None, option("Launch small steps, of both arms, as CUDA graphs.", "--cuda-graphs")]
-DataDir = Annotated[
-    str | None, option("Folder with TASK/SPLIT.jsonl, as `data prepare` makes it.", "--data-dir", metavar="DIR")
-]
 PlanFile = Annotated[Path | None, option("TOML plan; options given here override it.", "--plan", metavar="FILE")]
 Out = Annotated[Path, option("Folder that run folders are made in [results].", "--out", metavar="DIR")]
 Resume = Annotated[
@@ -56,27 +30,93 @@ Resume = Annotated[
 ]
 
 
-def shared(
-    model: str | None,
-    baseline: str | None,
-    tasks: str | None,
-    decoder: str | None,
-    block_sizes: str | None,
-    steps: str | None,
-    thresholds: str | None,
-    temperature: float | None,
-) -> dict[str, Any]:
-    """The options of ``run`` and ``speed`` alike, as the plan's fields."""
-    return {
-        "model": model,
-        "baseline": baseline,
-        "tasks": texts(tasks),
-        "decoder": decoder,
-        "block_sizes": numbers(block_sizes, int, "--block-sizes"),
-        "steps": numbers(steps, lambda text: "auto" if text == "auto" else int(text), "--steps"),
-        "thresholds": numbers(thresholds, float, "--thresholds"),
-        "temperature": temperature,
-    }
+def plan_options(cls: type, *, hidden: type | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb one option for each field of a plan's class, before its own parameters.
+
+    The verb gets what was given as its first parameter, by field and as the field holds it; ``None`` is not given.
+    Fields of the class ``hidden`` beyond those of ``cls`` are options, too, that the help does not show.
+    """
+    fields = dict.fromkeys((field.name for field in dataclasses.fields(cls)), cls)
+    for field in dataclasses.fields(hidden) if hidden else ():
+        if not option_of(typing.cast(type, hidden), field.name)[0].argument:
+            fields.setdefault(field.name, typing.cast(type, hidden))
+
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+        def command(**values: Any) -> None:
+            given = {name: read(owner, name, values.pop(name)) for name, owner in fields.items()}
+            verb(given, **values)
+
+        own = typing.get_type_hints(verb, include_extras=True)
+        parameters = [_parameter(owner, name, hidden=owner is not cls) for name, owner in fields.items()]
+        for parameter in list(inspect.signature(verb).parameters.values())[1:]:
+            parameters.append(parameter.replace(annotation=own[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY))
+        described: Any = command
+        described.__name__, described.__doc__, described.__module__ = verb.__name__, verb.__doc__, verb.__module__
+        described.__signature__ = inspect.Signature(parameters)
+        described.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return command
+
+    return decorate
+
+
+def _parameter(cls: type, name: str, *, hidden: bool) -> inspect.Parameter:
+    """A field as typer reads a parameter; one that is not given is ``None``, and the plan's default holds."""
+    said, hint = option_of(cls, name)
+    text = help_of(cls, name)
+    if said.argument:
+        info = typer.Argument(help=text, metavar=said.metavar, show_default=False)
+    else:
+        info = option(text, *option_names(cls, name), metavar=said.metavar, hidden=hidden)
+    kind = _inner(hint)
+    taken = kind if kind in (int, float, bool) else str
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[taken | None, info]
+    )
+
+
+def option_names(cls: type, name: str) -> list[str]:
+    """``--devices`` and what else means the same; of a switch that is on by default also what turns it off."""
+    said = option_of(cls, name)[0]
+    names = [f"--{one.replace('_', '-')}" for one in (name, *said.other_names)]
+    return [f"{names[0]}/--no-{names[0][2:]}"] if default_of(cls, name) is True else names
+
+
+def help_of(cls: type, name: str) -> str:
+    """What the help says of a field, its default in brackets behind it."""
+    said, hint = option_of(cls, name)
+    default = default_of(cls, name)
+    shown = said.unset if default is None else name if default is True else _text(default)
+    words = [str(arg) for arg in typing.get_args(hint)]
+    text = said.help.format(choices=" or ".join([", ".join(words[:-1]), *words[-1:]]))
+    return f"{text} [{shown}]." if shown else f"{text}."
+
+
+def default_of(cls: type, name: str) -> Any:
+    """What a field is where nothing is given."""
+    return next(field.default for field in dataclasses.fields(cls) if field.name == name)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_text, value))
+    return "" if value is False else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def read(cls: type, name: str, value: Any) -> Any:
+    """What was given on the command line, as the plan's field holds it; UserError names the option."""
+    kind = _inner(option_of(cls, name)[1])
+    if value is None or typing.get_origin(kind) is not tuple:
+        return value
+    item = typing.get_args(kind)[0]
+    return numbers(value, item, option_names(cls, name)[0]) if item is not str else texts(value)
+
+
+def _inner(hint: Any) -> Any:
+    """An annotation without ``| None``."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint
+    held = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
+    return held[0] if len(held) == 1 else typing.Union[tuple(held)]  # noqa: UP007
 
 
 def texts(text: str | None) -> tuple[str, ...] | None:
@@ -84,11 +124,12 @@ def texts(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def numbers(text: str | None, parse: Callable[[str], Item], option: str) -> tuple[Item, ...] | None:
-    """What ``parse`` makes of texts separated by commas; its ValueError names the option."""
-    parts = texts(text)
+def numbers(text: str, kind: Any, option: str) -> tuple[Any, ...]:
+    """Numbers of a kind, or words that stand for one, separated by commas; UserError names the option."""
+    words = [word for arg in typing.get_args(kind) for word in typing.get_args(arg)]
+    number = float if kind is float else int
     try:
-        return None if parts is None else tuple(parse(part) for part in parts)
+        return tuple(part if part in words else number(part) for part in texts(text) or ())
     except ValueError as error:
-        kind = "whole numbers" if parse is int else "numbers"
-        raise UserError(f"{option} wants {kind} separated by commas, not {text!r}") from error
+        wanted = " or ".join(["numbers" if number is float else "whole numbers", *words])
+        raise UserError(f"{option} wants {wanted} separated by commas, not {text!r}") from error

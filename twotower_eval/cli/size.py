@@ -4,27 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from twotower_eval import store
-from twotower_eval.cli.options import (
-    RESULTS,
-    BlockSizes,
-    CudaGraphs,
-    Devices,
-    MinSeconds,
-    Out,
-    PlanFile,
-    Resume,
-    Seed,
-    Threads,
-    WarmupRounds,
-    numbers,
-    option,
-    texts,
-)
+from twotower_eval.cli.options import RESULTS, Out, PlanFile, Resume, plan_options
 from twotower_eval.cli.runs import resolve_plan, resumable, run_path
 from twotower_eval.errors import UserError
 from twotower_eval.plan import SizingPlan, SpeedPlan, is_older_sizing_plan
@@ -34,48 +19,9 @@ from twotower_eval.records import verb_of
 ALIAS = "speed --random-weights CONFIG is an alias of: twotower-eval size CONFIG"
 
 
-def size(
-    config: Annotated[
-        str | None,
-        typer.Argument(
-            help="A config.json, a folder that holds one, or the name of a shipped one.",
-            metavar="CONFIG",
-            show_default=False,
-        ),
-    ] = None,
-    layers: Annotated[int | None, option("Build the first N layers, extrapolate [all].", metavar="N")] = None,
-    share_towers: Annotated[
-        bool | None, option("One set of random weights for both towers: half the memory.", "--share-towers")
-    ] = None,
-    block_sizes: BlockSizes = None,
-    batch_sizes: Annotated[str | None, option("Rows per step, crossed [1].", metavar="N,N")] = None,
-    prompt_tokens: Annotated[int | None, option("Tokens of context before each step [512].", metavar="N")] = None,
-    tokens_per_nfe: Annotated[
-        str | None, option("Tokens per denoiser call that commits follow [1.5,2.5,4].", metavar="X,X")
-    ] = None,
-    profile: Annotated[str | None, option("Run whose blocks commits follow, too.", metavar="RUN")] = None,
-    repeats: Annotated[int | None, option("Repetitions per timed cost [8].", metavar="N")] = None,
-    min_rounds: Annotated[int | None, option("Minimum rounds [5].", metavar="R")] = None,
-    min_seconds: MinSeconds = None,
-    warmup_rounds: WarmupRounds = None,
-    threads: Threads = None,
-    seed: Seed = None,
-    dtype: Annotated[str | None, option("float32, bfloat16 or float16 [bfloat16].", metavar="TYPE")] = None,
-    devices: Devices = None,
-    cuda_graphs: CudaGraphs = None,
-    plan: PlanFile = None,
-    out: Out = RESULTS,
-    resume: Resume = None,
-) -> None:
+@plan_options(SizingPlan)
+def size(given: dict[str, Any], plan: PlanFile = None, out: Out = RESULTS, resume: Resume = None) -> None:
     """Verb ``size``."""
-    given = {
-        **{"config": config, "layers": layers, "share_towers": share_towers, "prompt_tokens": prompt_tokens},
-        **{"block_sizes": numbers(block_sizes, int, "--block-sizes"), "repeats": repeats},
-        **{"batch_sizes": numbers(batch_sizes, int, "--batch-sizes"), "cuda_graphs": cuda_graphs},
-        **{"tokens_per_nfe": numbers(tokens_per_nfe, float, "--tokens-per-nfe"), "profile": profile},
-        **{"min_rounds": min_rounds, "min_seconds": min_seconds, "warmup_rounds": warmup_rounds, "threads": threads},
-        **{"seed": seed, "dtype": dtype, "devices": texts(devices)},
-    }
     typer.echo(measure(given, plan, out, resume))
 
 
