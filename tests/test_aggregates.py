@@ -16,6 +16,7 @@ from lm_eval.api.registry import AGGREGATION_REGISTRY
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.stats import aggregates, functions
+from twotower_eval.analyse.words.methods import method_text
 from twotower_eval.measure.harness.aggregates import parts_of, replicates_of, value_of
 from twotower_eval.measure.suites import aggregation_name
 from twotower_eval.progress import Advance
@@ -254,7 +255,7 @@ def test_functions_of_a_tasks_own_are_resampled_where_the_documents_are() -> Non
     found = stats.replicated("max", [29.0, 30.0], [first, second], 15, seed=0)
     assert found.value(1) == 30
     assert found.score(0).low < 29
-    assert found.score(0).method == "clustered bootstrap through max, 1,000 resamples"
+    assert method_text(found.score(0)) == "clustered bootstrap through max, 1,000 resamples"
     assert aggregation_name(source, "m") == "builtins.max"
     assert aggregation_name(source, "another") == MEAN
 
@@ -299,7 +300,7 @@ def test_a_slow_function_is_resampled_as_often_as_its_time_allows(monkeypatch: p
     assert [b - a for a, b in zip(some, more, strict=False)] == [1] * 100, "the same draws in the same order"
     assert progress.tracked == [("resampling m, by builtins.max", num) for num in (139, 100, 1000)]
     both = stats.replicated("max", [29.0, 30.0], [some, more], 15, seed=0)
-    assert both.score(1).method == "clustered bootstrap through max, 100 resamples"
+    assert method_text(both.score(1)) == "clustered bootstrap through max, 100 resamples"
 
 
 class Noted:

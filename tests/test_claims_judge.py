@@ -33,6 +33,7 @@ from twotower_eval.analyse.claims.missing import measuring_command
 from twotower_eval.analyse.compare import SpeedPoint, gates, nulls
 from twotower_eval.analyse.compare.measured import Measured
 from twotower_eval.analyse.compare.timing import speed_points
+from twotower_eval.analyse.words.methods import EQUAL
 from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders
 from twotower_eval.records import (
     Check,
@@ -548,7 +549,7 @@ def test_what_one_computation_scores_is_decided_without_a_sample(good: list[Run]
     """A claim whose whole scope the shared tower scores was INCONCLUSIVE on its binomial bound, 100 % [88.3, 100]."""
     shared = {**KEPT, "scope": ["choice"], "relation": "equal", "expected": 1.0, "margin": 0.0}
     verdict = verdict_on(shared, good)
-    assert (verdict.outcome, verdict.reason) == ("SUPPORTED", stats.EQUAL)
+    assert (verdict.outcome, verdict.reason) == ("SUPPORTED", EQUAL)
     assert verdict.estimate is not None
     assert (verdict.estimate.low, verdict.estimate.high) == (1.0, 1.0)
     assert verdict_lines(claims_of(shared), [verdict])[0].startswith(

@@ -52,8 +52,9 @@ ALLOWED: dict[str, set[str]] = {
     "stats": set(),
     "calibration": {"stats", "progress"},
     "compare": {"shortfalls", "ways", "strict", "times", "store", "stats"},
-    "claims": {"plan", "strict", "store", "stats", "compare"},
-    "report": {"shortfalls", "ways", "times", "store", "stats", "compare", "claims", "plan"},
+    "words": set(),
+    "claims": {"plan", "strict", "store", "stats", "compare", "words"},
+    "report": {"shortfalls", "ways", "times", "store", "stats", "compare", "claims", "words", "plan"},
     # what sees both arms
     "miniature": {"store", "ops", "models", "decoders"},
     "api": {"plan", "harness", "speed", "suites", "stats", "progress"},

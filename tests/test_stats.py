@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.stats.intervals import t_quantile
+from twotower_eval.analyse.words.methods import method_text
 
 PAPER = {  # FACTS: AR baseline, TwoTower, in percent
     "mmlu": (78.56, 78.24),
@@ -154,11 +155,11 @@ def test_few_discordant_clusters_get_the_exact_bound() -> None:
     assert (found.value, found.high) == pytest.approx((1.0, 1.0))
     assert found.low == pytest.approx(0.05 ** (1 / 100))  # harmful discordance below 1 - 0.05 ** (1 / n)
     assert found.seed is None
-    assert "exact" in found.method
+    assert stats.is_exact(found)
     four = [("t", str(i), 1.0, float(i >= 4)) for i in range(100)]
     assert estimate(paired(four)).low == pytest.approx(1 - stats.binomial_upper_bound(4, 100, 0.025))
     five = [("t", str(i), 1.0, float(i >= 5)) for i in range(100)]
-    assert "bootstrap" in estimate(paired(five)).method
+    assert estimate(paired(five)).method_kind == "paired_bootstrap"
 
 
 def test_exact_bound_weighs_the_smallest_task() -> None:
@@ -327,9 +328,9 @@ def test_flips_choose_the_test_that_fits() -> None:
     rows += [("samples", f"s{i // 2}", float(i % 2), float(i % 4 == 1)) for i in range(24)]
     plain, samples = stats.flips(paired(rows))
     assert (plain.task, plain.n, plain.num_lost, plain.num_gained) == ("plain", 20, 6, 0)
-    assert (plain.method, plain.p_value) == ("exact McNemar", pytest.approx(2 / 2**6))
+    assert (plain.method.kind, plain.p_value) == ("exact_mcnemar", pytest.approx(2 / 2**6))
     assert (samples.num_lost, samples.num_gained) == (6, 0)
-    assert samples.method.startswith("cluster sign flips")
+    assert samples.method.kind == "sign_flips"
     assert plain.p_holm == pytest.approx(min(1, 2 * min(plain.p_value, samples.p_value)), abs=0.05)
 
 
@@ -376,8 +377,8 @@ def test_five_launches_are_resampled_fewer_are_not() -> None:
     many = timed(baseline_s, np.ones((20, 6)), launches=[f"l{i // 4}" for i in range(20)])
     few = timed(baseline_s, np.ones((20, 6)), launches=["l"] * 20)
     launches, rounds = stats.speedup(many), stats.speedup(few)
-    assert "5 launches" in launches.method
-    assert "20 rounds" in rounds.method
+    assert (launches.method.num_drawn, launches.method.drawn) == (5, "launches")
+    assert (rounds.method.num_drawn, rounds.method.drawn) == (20, "rounds")
     assert launches.value == pytest.approx(rounds.value)
     of_launches = t_quantile(0.95, 4) * shift_R[::4].std(ddof=1) / math.sqrt(5)
     assert math.log(launches.high / launches.low) == pytest.approx(2 * of_launches, rel=0.1)
@@ -508,4 +509,4 @@ def test_a_mean_at_the_edge_is_never_certain() -> None:
     one_off = stats.mean_score([0.0] * 149 + [1.0], clusters, level=stats.DECISION_LEVEL)
     assert one_off.high == pytest.approx(stats.binomial_upper_bound(1, 30))
     seconds = stats.mean_score([2.0, 2.5, 3.0], ["a", "b", "c"])
-    assert seconds.method == "t interval over clusters, corrected for skewness"
+    assert method_text(seconds) == "t interval over clusters, corrected for skewness"

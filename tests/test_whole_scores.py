@@ -246,7 +246,7 @@ def test_equal_answers_of_one_computation_are_equal_by_construction(tmp_path: Pa
     run = dataclasses.replace(run, likelihoods=once)
     for whole in wholes(run).values():
         assert whole.difference.estimate is not None
-        assert whole.difference.estimate.method.startswith("equal by construction")
+        assert whole.difference.estimate.method_kind == "equal_by_construction"
 
 
 def old_rows(metric: str, answers: list[tuple[float, int]]) -> tuple[list[Score], list[LikelihoodRow]]:

@@ -67,6 +67,24 @@ GateKind = Literal[
     "same_tasks",
     "answers_are_timed",
 ]
+MethodKind = Literal[
+    "equal_by_construction",
+    "exact_binomial",
+    "exact_bound",
+    "exact_mcnemar",
+    "sign_flips",
+    "paired_bootstrap",
+    "clustered_bootstrap",
+    "function_bootstrap",
+    "crossed_bootstrap",
+    "round_bootstrap",
+    "t_of_clusters",
+    "t_of_logs",
+    "t_of_log_ratios",
+    "t_of_times",
+    "median",
+    "range_of_ratios",
+]
 Verb = Literal["run", "speed", "size", "verify"]
 Arm = Literal["baseline", "candidate"]
 Routing = Literal["shared", "half", "independent"]  # forced on random weights: how far a block's tokens share experts
@@ -682,10 +700,38 @@ class SerialDependence:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Method:
+    """How an interval or a test came about. The words for it are made where it is shown.
+
+    ``num_resamples`` were drawn. ``function`` is what was computed on all documents together, ``jackknife`` whether the
+    bootstrap was widened to it. ``num_tasks`` is given for a mean over so many tasks. Of the estimate's clusters
+    ``num_differing`` differ between the arms, and ``num_scoring`` are those in which the candidate scores at all, where
+    these are so few that an exact bound widens the interval. ``widened``: some other exact bound does. ``drawn`` says
+    what a speedup's bootstrap drew, ``num_drawn`` of them, crossed with ``num_calls`` where prompts are a sample;
+    ``moved_out``: for calls that were not timed. ``devices`` of baseline and candidate scaled it.
+    """
+
+    kind: MethodKind
+    num_resamples: Count | None = None
+    function: str | None = None
+    jackknife: bool = False
+    num_tasks: Count | None = None
+    num_differing: Count | None = None
+    num_scoring: Count | None = None
+    widened: bool = False
+    drawn: Literal["rounds", "launches"] | None = None
+    num_drawn: Count | None = None
+    num_calls: Count | None = None
+    moved_out: bool = False
+    devices: tuple[Count, Count] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """A number with its two-sided interval at ``level``, its sample size and how it was obtained.
 
-    ``serial`` is there where it rests on timed rounds.
+    ``method`` is a text where others than this package made the estimate. ``serial`` is there where it rests on timed
+    rounds.
     """
 
     value: float
@@ -693,9 +739,14 @@ class Estimate:
     high: float
     level: float
     n: int
-    method: str
+    method: Method | str
     seed: int | None = None
     serial: SerialDependence | None = None
+
+    @property
+    def method_kind(self) -> MethodKind | None:
+        """``None`` where others made the estimate."""
+        return self.method.kind if isinstance(self.method, Method) else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,7 +134,7 @@ def _tally(
             continue
         counts["found"] += 1
         counts["covered"] += found.low - TOLERANCE <= truth <= found.high + TOLERANCE
-        counts["exact"] += "exact" in found.method
+        counts["exact"] += stats.is_exact(found)
         counts[outcome] += 1
         advance()
     return Tally(

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.calibration.look_worlds import MOST_LOOKS, LookTally
@@ -15,6 +16,7 @@ COVERAGE = (0.93, 0.97)
 WRONG = 0.05
 MC_LEVEL = 0.95  # of the Monte-Carlo intervals printed
 MOSTLY = 0.1  # share of exact bounds from which on they explain a coverage above what is asked
+Missed = Literal["coverage", "wrong verdicts"]
 ENOUGH = 500  # repetitions, to call a table without misses good
 MISS_ALPHA = 0.05  # over all rows of the table together
 
@@ -41,19 +43,14 @@ class Rate:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One world's rates, and a remark on what is not as required."""
+    """One world's rates, and what it misses of what is required, beyond Monte-Carlo error."""
 
     tally: Tally
     coverage: Rate
     supported: Rate
     refuted: Rate
     undecided: Rate
-    remark: str
-
-    @property
-    def missed(self) -> bool:
-        """Whether this world breaks what is required, beyond Monte-Carlo error."""
-        return self.remark.startswith("MISSED")
+    missed: Missed | None
 
 
 def rows(tallies: Sequence[Tally]) -> tuple[Row, ...]:
@@ -70,18 +67,25 @@ def _row(tally: Tally, alpha: float) -> Row:
     undecided = Rate(events=tally.num - tally.num_supported - tally.num_refuted, n=tally.num)
     coverage = Rate(events=tally.num_covered, n=tally.num_found)
     _, high = coverage.bounds(alpha)
-    remark = ""
+    missed: Missed | None = None
     if high < COVERAGE[0]:
-        remark = "MISSED: coverage"
+        missed = "coverage"
     elif max(supported.bounds(alpha)[0], refuted.bounds(alpha)[0]) > WRONG:
-        remark = "MISSED: wrong verdicts"
-    elif coverage.value is not None and coverage.value > COVERAGE[1]:
-        exact = tally.num_exact >= MOSTLY * tally.num_found
-        remark = f"exact bound in {100 * tally.num_exact / tally.num_found:.0f} %" if exact else "covers above 97 %"
+        missed = "wrong verdicts"
+    return Row(tally=tally, coverage=coverage, supported=supported, refuted=refuted, undecided=undecided, missed=missed)
+
+
+def remark(row: Row) -> str:
+    """What is not as required, and why a coverage is higher than asked; empty where there is nothing to say."""
+    tally, remarks = row.tally, []
+    if row.missed is not None:
+        remarks.append(f"MISSED: {row.missed}")
+    elif _over(row):
+        share = 100 * tally.num_exact / tally.num_found
+        remarks.append(f"exact bound in {share:.0f} %" if _is_exact(row) else "covers above 97 %")
     if tally.num_found < tally.num:
-        none = f"no interval in {100 * (1 - tally.num_found / tally.num):.1f} %, so no verdict"
-        remark = f"{remark}; {none}" if remark else none
-    return Row(tally=tally, coverage=coverage, supported=supported, refuted=refuted, undecided=undecided, remark=remark)
+        remarks.append(f"no interval in {100 * (1 - tally.num_found / tally.num):.1f} %, so no verdict")
+    return "; ".join(remarks)
 
 
 def as_markdown(
@@ -125,11 +129,11 @@ def _table(found: Sequence[Row]) -> Iterator[str]:
     for row in found:
         rates = f"{_percent(row.coverage)} | {_percent(row.supported)} | {_percent(row.refuted)}"
         undecided = _percent(row.undecided, bounds=False)
-        yield f"| {row.tally.name} | {row.tally.size} | {rates} | {undecided} | {row.remark} |"
+        yield f"| {row.tally.name} | {row.tally.size} | {rates} | {undecided} | {remark(row)} |"
 
 
 def _verdict(found: Sequence[Row], num: int) -> str:
-    missed = sum(row.missed for row in found)
+    missed = sum(row.missed is not None for row in found)
     if missed:
         return f"{missed} of {len(found)} worlds miss what is required."
     if num < ENOUGH:
@@ -156,7 +160,7 @@ def _extremes(found: Sequence[Row]) -> str:
     above = [row for row in found for rate in (row.supported, row.refuted) if rate.bounds()[0] > WRONG]
     names = "; ".join(dict.fromkeys(f"{row.tally.name}, {row.tally.size}" for row in above))
     over = sum(value > COVERAGE[1] for value in coverages)
-    exact = sum(row.tally.num_exact >= MOSTLY * row.tally.num_found for row in found if _over(row))
+    exact = sum(_is_exact(row) for row in found if _over(row))
     return (
         f"As they came out: coverage {100 * min(coverages):.1f} to {100 * max(coverages):.1f} %, above 97 % in {over} "
         f"of {len(found)} worlds, in {exact} of which the exact bound answers in a tenth of the repetitions or more; "
@@ -180,6 +184,11 @@ def _value(rate: Rate) -> float:
 
 def _over(row: Row) -> bool:
     return row.coverage.value is not None and row.coverage.value > COVERAGE[1]
+
+
+def _is_exact(row: Row) -> bool:
+    """Whether exact bounds answer often enough to explain a high coverage."""
+    return row.tally.num_exact >= MOSTLY * row.tally.num_found
 
 
 def _null_lines(nulls: Sequence[NullTally]) -> Iterator[str]:
@@ -217,7 +226,7 @@ def as_csv(found: Sequence[Row], nulls: Sequence[NullTally], looks: Sequence[Loo
     for row in found:
         t = row.tally
         counts = [t.num, t.num_found, t.num_covered, t.num_supported, t.num_refuted, t.num_exact]
-        out.writerow(["interval", t.name, t.size, *counts, "", "", row.remark])
+        out.writerow(["interval", t.name, t.size, *counts, "", "", remark(row)])
     for null in nulls:
         out.writerow(["null", null.name, null.size, null.num, *[""] * 5, null.num_off, null.num_wide, ""])
     for look in looks:

@@ -11,6 +11,7 @@ from twotower_eval.analyse.claims.files import SPEED_QUANTITIES
 from twotower_eval.analyse.claims.looks import Looks
 from twotower_eval.analyse.claims.reasons import decision_text, look_text, unit_of
 from twotower_eval.analyse.compare import Measured, SpeedPoint, gates
+from twotower_eval.analyse.words.methods import EQUAL
 from twotower_eval.errors import UserError
 from twotower_eval.records import Claim, Estimate, Gate, Outcome, VerdictScope
 
@@ -137,7 +138,7 @@ def _decided(claim: Claim, estimate: Estimate, amount: Amount) -> tuple[Outcome,
 def _decided_by_construction(value: float, least: float | None, largest: float | None) -> tuple[Outcome, str]:
     """No sample and no bound: the value is known, and the claim holds at its limits as well."""
     holds = (least is None or value >= least) and (largest is None or value <= largest)
-    return "SUPPORTED" if holds else "REFUTED", stats.EQUAL
+    return "SUPPORTED" if holds else "REFUTED", EQUAL
 
 
 def _needed_text(needed: stats.Needed, amount: Amount) -> str:

@@ -43,7 +43,7 @@ def estimate_text(claim: Claim, estimate: Estimate | None, metric: str | None = 
     if estimate is None:
         return ""
     unit, named = unit_of(claim.quantity, metric), "" if metric is None else f"{metric} "
-    known = estimate.method == stats.EQUAL
+    known = estimate.method_kind == "equal_by_construction"
     return f"{named}{unit.text(estimate.value) if known else interval(unit, estimate)}:"
 
 

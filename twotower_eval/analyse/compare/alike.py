@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from twotower_eval.analyse.compare.naming import checkpoint_name, setting, short_name
+from twotower_eval.analyse.compare.naming import checkpoint_name, setting, unusual
 from twotower_eval.analyse.compare.points import QualityPoint
 from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.records import Cell, DecoderSpec, Estimate, WorkloadKind, canonical_json
@@ -139,8 +139,7 @@ def _label(name: str, decoder: DecoderSpec) -> str:
         parts.append("steps = block" if steps == setting(decoder, "block_size") else f"{steps} steps")
     if name != "threshold" and "threshold" in decoder.params:
         parts.append(f"threshold {decoder.params['threshold']:g}")
-    rest = short_name(decoder).partition(", ")[2]
-    return ", ".join([*parts, rest] if rest else parts)
+    return ", ".join([*parts, *unusual(decoder)])
 
 
 def series(name: str, label: str, figures: Sequence[PointFigure]) -> tuple[Series, ...]:

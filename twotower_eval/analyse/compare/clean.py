@@ -16,7 +16,7 @@ from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.degenerate import FLAG_NAMES, Flags, flags
 from twotower_eval.analyse.compare.measured import Measured, measured
 from twotower_eval.errors import NoEstimate
-from twotower_eval.records import Estimate, GenerationRow
+from twotower_eval.records import Estimate, GenerationRow, Method
 
 OutputKey = tuple[str, str, int, int]  # run, task, document, sample (of timed answers: the round)
 Document = tuple[str, int]  # task, document
@@ -130,7 +130,7 @@ def paired_difference(baseline: list[float], candidate: list[float], clusters: l
         high=high,
         level=stats.LEVEL,
         n=n,
-        method=f"exact binomial bound, {less + more} of {n} clusters differ",
+        method=Method(kind="exact_bound", num_differing=less + more),
     )
 
 

@@ -22,11 +22,11 @@ def setting(decoder: DecoderSpec, name: str) -> Any:
 def long_name(decoder: DecoderSpec) -> str:
     """``block 16, 16 steps, threshold 0.8`` for what has these; parameters off their default follow."""
     if "block_size" not in decoder.params:
-        return ", ".join(_unusual(decoder))
+        return ", ".join(unusual(decoder))
     parts = [f"block {setting(decoder, 'block_size')}", f"{setting(decoder, 'steps_per_block')} steps"]
     if "threshold" in decoder.params:
         parts.append(f"threshold {decoder.params['threshold']:g}")
-    return ", ".join([*parts, *_unusual(decoder)])
+    return ", ".join([*parts, *unusual(decoder)])
 
 
 def short_name(decoder: DecoderSpec) -> str:
@@ -36,7 +36,7 @@ def short_name(decoder: DecoderSpec) -> str:
     parts = [f"{setting(decoder, name)}" for name in ("block_size", "steps_per_block")]
     if "threshold" in decoder.params:
         parts.append(f"{decoder.params['threshold']:g}")
-    return ", ".join(["/".join(parts), *_unusual(decoder)])
+    return ", ".join(["/".join(parts), *unusual(decoder)])
 
 
 def code_name(decoder: DecoderSpec) -> str:
@@ -46,7 +46,8 @@ def code_name(decoder: DecoderSpec) -> str:
     return f"code {sha256_text(canonical_json([[file.name, file.sha256] for file in decoder.code]))[:8]}"
 
 
-def _unusual(decoder: DecoderSpec) -> list[str]:
+def unusual(decoder: DecoderSpec) -> list[str]:
+    """The kind, unless it is block diffusion, and each parameter that is on beside block size, steps and threshold."""
     named = ("block_size", "steps_per_block", "threshold")
     kind = [] if decoder.kind == "block_diffusion" else [decoder.kind]
     rest = {name: value for name, value in decoder.params.items() if name not in named and value}

@@ -21,7 +21,7 @@ from twotower_eval.analyse.stats.costs import needed_tokens_per_nfe, predicted_s
 from twotower_eval.analyse.stats.intervals import LEVEL, Floats, t_quantile
 from twotower_eval.analyse.stats.speedup import NULL_LEVEL
 from twotower_eval.errors import NoEstimate, UserError
-from twotower_eval.records import ROUTINGS, CostPart, CostSample, Estimate, verb_of
+from twotower_eval.records import ROUTINGS, CostPart, CostSample, Estimate, Method, verb_of
 from twotower_eval.store import Run
 
 SEED = 0
@@ -317,7 +317,7 @@ def round_estimate(values_Q: Floats, *, num_rounds: int, seed: int, level: float
     # No BCa: it compares draws with the value, and either may be infinite here.
     tail = float(ndtr(-t_quantile(level, num_rounds - 1) * inflation))
     low, high = (float(np.quantile(values_Q[1:], share, method="inverted_cdf")) for share in (tail, 1 - tail))
-    method = "bootstrap over rounds, Student tails"
+    method = Method(kind="round_bootstrap", num_resamples=NUM_DRAWS)
     return Estimate(value=float(values_Q[0]), low=low, high=high, level=level, n=num_rounds, method=method, seed=seed)
 
 

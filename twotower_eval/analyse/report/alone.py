@@ -28,6 +28,7 @@ from twotower_eval.analyse.report.text import (
     table,
     times,
 )
+from twotower_eval.analyse.words.methods import method_line
 from twotower_eval.records import MEAN, Cell, Score
 from twotower_eval.shortfalls import override_lines
 from twotower_eval.store import Run
@@ -128,8 +129,8 @@ def speed_alone(runs: Runs) -> str:
 
 def _speed_remarks(found: Sequence[TimedAlone]) -> Iterator[str]:
     yield f"Runs {run_list(i for one in found for i in one.run_ids)}. Warm-up rounds are not in these figures."
-    methods = {one.rate.estimate.method for one in found if one.rate.estimate}
-    yield from (f"{method[0].upper()}{method[1:]}." for method in sorted(methods))
+    methods = {method_line(one.rate.estimate) for one in found if one.rate.estimate}
+    yield from (f"{method}." for method in sorted(methods))
     not_resampled = [one.num_launches for one in found if not _resamples_launches(one)]
     if not_resampled:
         yield f"{plural(min(not_resampled), 'launch', 'launches')}: variation between launches was not measured."

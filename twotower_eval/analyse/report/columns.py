@@ -7,6 +7,7 @@ from typing import Any
 from twotower_eval.analyse.compare.counts import Counts
 from twotower_eval.analyse.compare.measured import Measured
 from twotower_eval.analyse.compare.naming import checkpoint_name, setting
+from twotower_eval.analyse.words.methods import method_text
 from twotower_eval.records import Cell
 
 Row = dict[str, Any]
@@ -18,7 +19,8 @@ def measured_columns(name: str, found: Measured) -> Row:
     estimate = found.estimate
     numbers = (None,) * 4 if estimate is None else (estimate.value, estimate.low, estimate.high, estimate.level)
     values = dict(zip((name, f"{name}_low", f"{name}_high", f"{name}_level"), numbers, strict=True))
-    return {**values, f"{name}_method": estimate.method if estimate else None, f"{name}_missing_reason": found.reason}
+    method = None if estimate is None else method_text(estimate)
+    return {**values, f"{name}_method": method, f"{name}_missing_reason": found.reason}
 
 
 def operating_point(cell: Cell) -> Row:

@@ -49,7 +49,7 @@ def _of_task(task: str, flipped: Sequence[DocumentPair]) -> str:
     chosen = [*by_change["lost"][:MAX_LOST], *by_change["gained"][:MAX_GAINED]]
     rows = [row for sample in chosen for row in _row(sample)]
     summary = f"{task}: {count(len(by_change['lost']))} lost, {count(len(by_change['gained']))} gained"
-    return details(summary, table(["document", "baseline says", "candidate says"], rows, left=3))
+    return details(summary, table(["document", "baseline says", "candidate says"], rows, left=3, verbatim=True))
 
 
 def _row(sample: DocumentPair) -> Iterator[list[str]]:

@@ -17,6 +17,7 @@ from twotower_eval.analyse.report.text import (
     significant,
     table,
 )
+from twotower_eval.analyse.words.methods import method_text
 
 
 def other_scores(point: QualityPoint) -> str:
@@ -65,7 +66,7 @@ def _change(change: Measured) -> str:
     found = change.estimate
     if found is None:
         return NONE
-    if found.method == stats.EQUAL:
+    if found.method_kind == "equal_by_construction":
         return "0 by construction"
     return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
 
@@ -91,6 +92,6 @@ def _whole_remarks(wholes: Sequence[WholeScore]) -> Iterator[str]:
                 reasons.setdefault(why, []).append(what)
         yield from (f"{named}: no {', '.join(what)}: {escape(why)}." for why, what in reasons.items())
     intervals = [found.estimate for whole in wholes for found in (whole.baseline_interval, whole.candidate_interval)]
-    methods = sorted({found.method for found in intervals if found})
+    methods = sorted({method_text(found) for found in intervals if found})
     if methods:
         yield f"Intervals of scores of all documents together: {escape('; '.join(methods))}."

@@ -15,8 +15,10 @@ from typing import Any, cast
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from twotower_eval.analyse.report.text import VERBATIM
+
 # All the raw HTML that is let through: folded parts, and line breaks within a table cell.
-OWN_MARKS = re.compile(r"<details><summary>([^<>\n]*)</summary>|</details>|<br>")
+OWN_MARKS = re.compile(r"<details><summary>([^<>\n]*)</summary>|</details>|<br>|<!-- verbatim -->")
 CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --faint: #5c6670; --line: #d5dae0; --band: #f5f7f9;
@@ -136,17 +138,14 @@ def _box(table: Token) -> str:
 
 
 def _class_cells(tokens: Sequence[Token]) -> None:
-    """Numbers, which Markdown sets flush right, get a class for it; tables of texts are told by their header."""
-    table: Token | None = None
+    """Numbers, which Markdown sets flush right, get a class for it; tables of texts get one by the mark before them."""
     for i, token in enumerate(tokens):
-        if token.type == "table_open":
-            table = token
+        if token.type == "table_open" and i and tokens[i - 1].content.strip() == VERBATIM:
+            token.meta["kind"] = "texts"
         if token.type in ("th_open", "td_open"):
             if "right" in cast(str, token.attrGet("style") or ""):
                 token.attrSet("class", "number")
             token.attrs.pop("style", None)
-            if table is not None and token.type == "th_open" and tokens[i + 1].content.endswith("says"):
-                table.meta["kind"] = "texts"
 
 
 def _plain(reader: MarkdownIt, text: str) -> str:

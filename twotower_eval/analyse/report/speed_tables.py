@@ -28,6 +28,7 @@ from twotower_eval.analyse.report.text import (
     table,
     times,
 )
+from twotower_eval.analyse.words.methods import method_line
 
 MAX_SHOWN = 6  # measurements; of more than these, only the headline's stay unfolded
 LEAD = (
@@ -163,8 +164,8 @@ def _times(widenings: Sequence[float]) -> str:
 def _speed_remarks(runs: Runs) -> Iterator[str]:
     run_ids = [run_id for point in runs.speed for run_id in point.run_ids]
     yield f"{'Runs' if len(set(run_ids)) > 1 else 'Run'} {run_list(run_ids)}. Warm-up rounds are not in these figures."
-    methods = sorted({point.time.estimate.method for point in runs.speed if point.time.estimate})
-    yield from (f"{method[0].upper()}{method[1:]}." for method in methods)
+    methods = {method_line(point.time.estimate) for point in runs.speed if point.time.estimate}
+    yield from (f"{method}." for method in sorted(methods))
     yield from _widened(runs)
     launches = [point.num_launches for point in runs.speed if not stats.resamples_launches(point.timed.launches)]
     if launches:

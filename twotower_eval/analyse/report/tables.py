@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 
+from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.alone import group_scores, is_alone, score_of
 from twotower_eval.analyse.compare.chance import AgainstChance, standing_text
 from twotower_eval.analyse.compare.naming import checkpoint_name
@@ -31,6 +32,7 @@ from twotower_eval.analyse.report.text import (
     table,
 )
 from twotower_eval.analyse.stats import Figure
+from twotower_eval.analyse.words.methods import method_text
 from twotower_eval.records import MEAN, Cell, Score
 from twotower_eval.shortfalls import override_lines
 from twotower_eval.store import Run
@@ -248,7 +250,7 @@ def _remarks(runs: Runs, point: QualityPoint) -> Iterator[str]:
         names = escape(", ".join(point.equal_tasks))
         yield f"{names}: one computation scores both arms, on the context tower's tensors that they share."
     estimates = [found.estimate for found in (point.headline, point.exercised) if found.estimate]
-    methods = sorted({e.method + (f", seed {e.seed}" if e.seed is not None else "") for e in estimates})
+    methods = sorted({method_text(e) + (f", seed {e.seed}" if e.seed is not None else "") for e in estimates})
     if methods:
         yield f"Intervals of the averages: {'; '.join(methods)}."
     if unclear := without_unclear(point.chance, point.headline, point.exercised):
@@ -259,8 +261,8 @@ def _remarks(runs: Runs, point: QualityPoint) -> Iterator[str]:
     for task in point.tasks:
         if task.retention.estimate is None:
             notes.setdefault(f"no retention, {escape(task.retention.reason)}", []).append(escape(task.name))
-        elif "exact" in task.retention.estimate.method:
-            notes.setdefault(task.retention.estimate.method, []).append(escape(task.name))
+        elif stats.is_exact(task.retention.estimate):
+            notes.setdefault(method_text(task.retention.estimate), []).append(escape(task.name))
     yield from (f"{', '.join(names)}: {note}." for note, names in notes.items())
     yield from (f"{warning}." for warning in point.warnings)
     manifest = next(run.manifest for run in runs if run.manifest.run_id == point.run_id)

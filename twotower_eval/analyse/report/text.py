@@ -14,6 +14,7 @@ from twotower_eval.records import Estimate
 
 NONE = "\u2013"  # a dash: there is no such number
 INVALID = "INVALID"  # beside a timing that must not be read as a speedup
+VERBATIM = "<!-- verbatim -->"  # before a table: no Markdown can say what a table holds
 FIGURE = re.compile(r"\d[\d.,]*")
 SCORED_BY = {
     "generation": "generation",
@@ -136,12 +137,23 @@ def code(text: object) -> str:
     return f"`{plain}`" if "`" not in plain else f"`` {plain} ``"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, texts: Collection[str] = ()) -> str:
-    """A Markdown table; the first ``left`` columns and those named in ``texts`` are flush left, the others right."""
+def table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    left: int = 1,
+    texts: Collection[str] = (),
+    verbatim: bool = False,
+) -> str:
+    """A Markdown table; the first ``left`` columns and those named in ``texts`` are flush left, the others right.
+
+    ``verbatim``: its last two columns hold what models wrote, which a page shows in letters of one width.
+    """
     rule = [":--" if i < left or name in texts else "--:" for i, name in enumerate(header)]
     lines = [header, rule, *rows]
     assert all(len(line) == len(header) for line in lines), "a table row has another number of cells than its header"
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    mark = f"{VERBATIM}\n" if verbatim else ""
+    return mark + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def bullets(lines: Iterable[str]) -> str:

@@ -23,6 +23,7 @@ from twotower_eval.analyse.compare.naming import long_name, short_name
 from twotower_eval.analyse.compare.runs import Headline, Runs
 from twotower_eval.analyse.report.section import Section
 from twotower_eval.analyse.report.text import NONE, bullets, details, escape, run_list, table, with_commands
+from twotower_eval.analyse.words.methods import method_text
 from twotower_eval.names import config_name
 from twotower_eval.plan import data_path
 from twotower_eval.records import Checkpoint, Claim, OperatingPoint, Verdict, sizing_config
@@ -212,8 +213,8 @@ def timing_text(point: OperatingPoint) -> str:
 def _reason(claim: Claim, verdict: Verdict) -> str:
     evidence = f"Runs {run_list(verdict.evidence)}." if verdict.evidence else "No run."
     n = f", n {verdict.estimate.n:,}" if verdict.estimate else ""
-    if verdict.estimate and verdict.estimate.method != verdict.reason:
-        n += f", {verdict.estimate.method}"
+    if verdict.estimate and verdict.estimate.method_kind != "equal_by_construction":  # its reason says it already
+        n += f", {method_text(verdict.estimate)}"
     beside = f"{retention_text(verdict)}{unchecked_text(verdict)}{chance_text(claim, verdict)}"
     beside += "".join(f"; {remark}" for remark in look_remarks(claim, verdict))
     reason = with_commands(f"{verdict.reason}{n}{beside}")

@@ -30,7 +30,7 @@ from twotower_eval.analyse.stats.intervals import (
 from twotower_eval.analyse.stats.mean import t_interval_of_mean
 from twotower_eval.analyse.stats.paired import resampled_sums
 from twotower_eval.errors import NoEstimate
-from twotower_eval.records import Estimate
+from twotower_eval.records import Estimate, Method
 
 Parts = Sequence[Sequence[float]]  # one entry a document
 
@@ -50,7 +50,7 @@ class WholeScores:
     num_clusters: int
     num_discordant: int | None
     log: bool
-    method: str
+    method: Method
     seed: int
     within: tuple[float, float] | None
 
@@ -174,7 +174,7 @@ def summed(name: str, arms: Sequence[Parts], clusters: Sequence[str], *, seed: i
         num_clusters=n,
         num_discordant=int((sums_CAV[:, 0] != sums_CAV[:, -1]).any(axis=1).sum()),
         log=name in LOG_FUNCTIONS,
-        method=f"clustered bootstrap through {name}, {NUM_RESAMPLES:,} resamples, or jackknife where wider",
+        method=Method(kind="function_bootstrap", function=name, num_resamples=NUM_RESAMPLES, jackknife=True),
         seed=seed,
         within=_within(name, parts_ANV),
     )
@@ -199,7 +199,7 @@ def replicated(
         num_clusters=num_clusters,
         num_discordant=0 if same else None,
         log=False,
-        method=f"clustered bootstrap through {name}, {num:,} resamples",
+        method=Method(kind="function_bootstrap", function=name, num_resamples=num),
         seed=seed,
         within=None,
     )
@@ -232,7 +232,7 @@ def averaged(members: Sequence[WholeScores], weights: Sequence[float]) -> WholeS
         num_clusters=sum(one.num_clusters for one in members),
         num_discordant=None if None in discordant else sum(one or 0 for one in discordant),
         log=log,
-        method=f"mean over {len(members)} tasks, each by a {members[0].method}",
+        method=dataclasses.replace(members[0].method, num_tasks=len(members)),
         seed=members[0].seed,
         within=(min(low for low, _ in ranges), max(high for _, high in ranges))
         if len(ranges) == len(members)

@@ -18,7 +18,7 @@ from twotower_eval.analyse.stats.mean import extreme_bound, t_interval_of_mean
 from twotower_eval.analyse.stats.paired import Draws, ScoreTable
 from twotower_eval.analyse.stats.quality import Scope, bootstrap_method
 from twotower_eval.errors import NoEstimate
-from twotower_eval.records import Estimate, GateLimits
+from twotower_eval.records import Estimate, GateLimits, Method
 
 ABOVE_CHANCE_LEVEL = GateLimits().above_chance_level
 
@@ -139,7 +139,7 @@ def retention_above_chance(
         harmed, helped = (binomial_upper_bound(k, scope.n, alpha) for k in (scope.num_harmed, scope.num_helped))
         low, high = 1 - scope.worst_case(harmed) / least, 1 + scope.worst_case(helped) / least
         low, high = max(lowest, low), min(highest, high)
-        method, seed = f"exact binomial bound, {scope.num_discordant} of {scope.n} clusters discordant", None
+        method, seed = Method(kind="exact_bound", num_differing=scope.num_discordant), None
     else:
         low, high = _drawn_interval(draws, weights_K, scope, level)
         num_right = Scope(table, weights_K).num_candidate_successes

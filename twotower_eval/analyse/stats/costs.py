@@ -19,7 +19,7 @@ from twotower_eval.analyse.stats.figure import Figure
 from twotower_eval.analyse.stats.intervals import LEVEL, Floats
 from twotower_eval.analyse.stats.mean import t_interval_of_mean
 from twotower_eval.errors import NoEstimate
-from twotower_eval.records import CostPart, Estimate
+from twotower_eval.records import CostPart, Estimate, Method
 
 EXPLAINED = 0.10  # largest residual, as a share of the measured time, that counts as explained
 
@@ -44,7 +44,7 @@ def median(values: Sequence[float], *, level: float = LEVEL) -> Estimate:
         high=float(sorted_N[n - rank]),
         level=reached,
         n=n,
-        method=f"median of {n}, order-statistic interval",
+        method=Method(kind="median"),
     )
 
 
@@ -69,7 +69,7 @@ def mean_time(values_s: Sequence[float], *, level: float = LEVEL) -> Estimate:
         high=high,
         level=level,
         n=len(times_I),
-        method=f"mean of {len(times_I)}, t interval corrected for skewness, its low end on the log scale",
+        method=Method(kind="t_of_times"),
     )
 
 
@@ -240,7 +240,7 @@ def residual_over_rounds(measured_R: Sequence[float], predicted_R: Sequence[floa
         half = float(stdtrit(n - 1, (1 + level) / 2)) * float(logs_R.std(ddof=1)) / n**0.5
         low, high = centre - half, centre + half
     value, low, high = (1 - float(np.exp(-log)) for log in (centre, low, high))
-    method = f"mean of {n} log ratios, t interval" if n > 2 else f"range of {n} ratios"
+    method = Method(kind="t_of_log_ratios" if n > 2 else "range_of_ratios")
     return Estimate(value=value, low=low, high=high, level=level, n=n, method=method)
 
 

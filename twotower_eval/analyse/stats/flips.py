@@ -9,6 +9,7 @@ from scipy.special import bdtr
 
 from twotower_eval.analyse.stats.intervals import EPSILON, NUM_RESAMPLES, Floats, holm
 from twotower_eval.analyse.stats.paired import PairedScores
+from twotower_eval.records import Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class Flips:
     num_gained: int
     p_value: float
     p_holm: float
-    method: str
+    method: Method
 
 
 def flips(scores: PairedScores, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> tuple[Flips, ...]:
@@ -39,12 +40,12 @@ def flips(scores: PairedScores, *, num_resamples: int = NUM_RESAMPLES, seed: int
         lost, gained = int((delta_N < -EPSILON).sum()), int((delta_N > EPSILON).sum())
         _, code_N = np.unique(cluster_N[group_N == task], return_inverse=True)
         if np.isin(here_2N, (0.0, 1.0)).all() and len(code_N) == code_N.max() + 1:
-            p_value, method = mcnemar(lost, gained), "exact McNemar"
+            p_value, method = mcnemar(lost, gained), Method(kind="exact_mcnemar")
         else:
             delta_C = np.zeros(code_N.max() + 1)
             np.add.at(delta_C, code_N, delta_N)
             p_value = sign_flip_test(delta_C, num_resamples=num_resamples, seed=seed)
-            method = f"cluster sign flips, {num_resamples:,} draws, seed {seed}"
+            method = Method(kind="sign_flips", num_resamples=num_resamples)
         found.append((str(task), len(delta_N), lost, gained, p_value, method))
     adjusted = holm([p_value for *_, p_value, _ in found])
     return tuple(

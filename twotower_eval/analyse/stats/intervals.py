@@ -7,11 +7,15 @@ Shape letters of this package: Q bootstrap draws, N documents, C clusters, L tas
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import inf
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import betaincinv, ndtr, ndtri, stdtrit
+
+from twotower_eval.records import Method
 
 NUM_RESAMPLES = 10_000
 LEVEL = 0.95
@@ -122,3 +126,8 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     adjusted_K = np.empty_like(p_K)
     adjusted_K[order_K] = np.minimum(stepped_K, 1.0)
     return tuple(float(p) for p in adjusted_K)
+
+
+def method_with(method: Method | str, **fields: Any) -> Method | str:
+    """A method of ours with further fields; what others call theirs stays as it is."""
+    return replace(method, **fields) if isinstance(method, Method) else method

@@ -21,7 +21,7 @@ from twotower_eval.analyse.stats.intervals import (
 from twotower_eval.analyse.stats.paired import PairedScores, draw_task_means
 from twotower_eval.analyse.stats.quality import difference
 from twotower_eval.errors import NoEstimate
-from twotower_eval.records import Estimate
+from twotower_eval.records import Estimate, Method
 
 
 def mean_score(values: Sequence[float], clusters: Sequence[str], *, level: float = LEVEL) -> Estimate:
@@ -40,7 +40,7 @@ def mean_score(values: Sequence[float], clusters: Sequence[str], *, level: float
     if n == len(value_N) and np.isin(value_N, (0.0, 1.0)).all():
         right, alpha = int(value_N.sum()), (1 - level) / 2
         low, high = 1 - binomial_upper_bound(n - right, n, alpha), binomial_upper_bound(right, n, alpha)
-        return Estimate(value=mean, low=low, high=high, level=level, n=n, method="exact binomial interval")
+        return Estimate(value=mean, low=low, high=high, level=level, n=n, method=Method(kind="exact_binomial"))
     if n < 2:
         raise NoEstimate("one cluster only: its variation is unknown, so there is no interval")
     z_C = np.zeros(n)
@@ -53,8 +53,7 @@ def mean_score(values: Sequence[float], clusters: Sequence[str], *, level: float
     low, high = min(low, 1 - above), max(high, below)
     if inside:
         low, high = max(low, 0.0), min(high, 1.0)
-    widened = ", widened to the exact bound" if max(above, below) > 0 else ""
-    method = f"t interval over clusters, corrected for skewness{widened}"
+    method = Method(kind="t_of_clusters", widened=max(above, below) > 0)
     return Estimate(value=mean, low=low, high=high, level=level, n=n, method=method)
 
 
@@ -81,14 +80,16 @@ def mean_of_members(
     lone = [leaf for leaf, num in zip(table.leaves, (table.count_CL > 0).sum(axis=0), strict=True) if num < 2]
     if lone:
         raise NoEstimate(f"{lone[0]} has one cluster only: its variation is unknown, so there is no interval")
-    found = difference(table, draw_task_means(table), level=level)
+    draws = draw_task_means(table)
+    found = difference(table, draws, level=level)
     low, high = found.low, found.high
     if min(values) >= 0 and max(values) <= 1:
         weight_L = table.averaging_KL[0] / table.count_CL.sum(axis=0)
         sums_C, sizes_C = table.candidate_CL @ weight_L, table.count_CL @ weight_L
         below, above = (extreme_bound(edge_C, sizes_C, level) for edge_C in (sums_C, sizes_C - sums_C))
         low, high = max(0.0, min(low, 1 - above)), min(1.0, max(high, below))
-    method = f"mean over {len(table.leaves)} tasks, {found.method.removeprefix('paired ')}"
+    # Nothing is paired: the other arm is a model that scores 0.
+    method = Method(kind="clustered_bootstrap", num_resamples=len(draws.baseline_QK), num_tasks=len(table.leaves))
     return Estimate(value=found.value, low=low, high=high, level=level, n=found.n, method=method, seed=found.seed)
 
 
@@ -117,7 +118,7 @@ def ratio_of_geometric_means(above: Sequence[float], below: Sequence[float], *, 
 def _on_the_log(log_value: float, variance: float, dof: float, n: int, level: float) -> Estimate:
     reach = t_quantile(level, dof) * variance**0.5
     low, value, high = (float(np.exp(log_value + side * reach)) for side in (-1, 0, 1))
-    return Estimate(value=value, low=low, high=high, level=level, n=n, method="t interval on the log")
+    return Estimate(value=value, low=low, high=high, level=level, n=n, method=Method(kind="t_of_logs"))
 
 
 def t_interval_of_mean(mean: float, parts_C: Floats, level: float) -> tuple[float, float]:

@@ -17,13 +17,12 @@ from twotower_eval.analyse.stats.decide import MIN_CLUSTERS, Relation, limits
 from twotower_eval.analyse.stats.figure import Figure
 from twotower_eval.analyse.stats.intervals import FEW
 from twotower_eval.analyse.stats.looks import ALPHA
-from twotower_eval.records import Estimate
+from twotower_eval.records import Estimate, Method
 
 ASSUMED_DISCORDANCE = 0.10  # of right-or-wrong clusters; published flips of quantised or distilled models are 5 to 15 %
 ASSUMED_ACCURACY = 0.80  # of the baseline; published tables of this kind average 82 %
 POWER = 0.80
 TOO_MANY = 1_000  # times the evidence there is: no advice any more
-NONE_DIFFERS = "exact binomial bound, 0 of "  # how the method of such an estimate begins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +174,9 @@ def still_needed(
         factor = max(support / inside for inside, support, _ in sides)
     else:
         factor = min(refute / -inside for inside, _, refute in sides if inside < 0)
-    total_n = n * (factor if estimate.method.startswith(NONE_DIFFERS) else factor**2)
+    # An exact bound on clusters of which none differs shrinks as fast as their number grows, others by its root.
+    none_differs = estimate.method == Method(kind="exact_bound", num_differing=0)
+    total_n = n * (factor if none_differs else factor**2)
     if total_n > TOO_MANY * n:
         return Needed(
             total=None,

@@ -11,6 +11,7 @@ the calibration found up to 6.9 % of verdicts wrong. With many clusters that dif
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -26,9 +27,9 @@ from twotower_eval.analyse.stats.intervals import (
 )
 from twotower_eval.analyse.stats.paired import Draws, Ints, ScoreTable
 from twotower_eval.errors import NoEstimate
-from twotower_eval.records import Estimate
+from twotower_eval.records import Estimate, Method
 
-EQUAL = "equal by construction: one computation scores both arms"
+EQUAL = Method(kind="equal_by_construction")  # one computation scores both arms
 SPARSE = 15  # fewer discordant clusters in a stratum than this: one more is added to its variance
 MIN_DISCORDANT = 5  # fewer clusters that differ: no verdict on a difference of scores
 SMALL = 40  # fewer clusters in a stratum than this: one more like the worst is added
@@ -57,13 +58,20 @@ def retention(table: ScoreTable, draws: Draws, weights_K: Floats | None = None, 
     if scope.num_candidate_successes < FEW:
         rate = binomial_upper_bound(scope.num_candidate_successes, scope.n, (1 - level) / 2)
         low, high = 0.0, max(high, scope.worst_case(rate) / scope.baseline)
-        method += f", exact bound where the candidate scores in {scope.num_candidate_successes} of {scope.n} clusters"
+        method = replace(method, num_scoring=scope.num_candidate_successes)
     return Estimate(value=scope.ratio, low=low, high=high, level=level, n=scope.n, method=method, seed=draws.seed)
 
 
 def equal_by_construction(value: float, n: int, *, level: float = LEVEL) -> Estimate:
     """What one computation that scores both arms leaves no doubt of: a retention of 1, or a difference of 0."""
     return Estimate(value=value, low=value, high=value, level=level, n=n, method=EQUAL)
+
+
+def is_exact(found: Estimate) -> bool:
+    """Whether either end of an interval is, or may be, an exact bound."""
+    method = found.method
+    kinds = ("exact_bound", "exact_binomial")
+    return isinstance(method, Method) and (method.kind in kinds or method.num_scoring is not None or method.widened)
 
 
 def linear_stderr(table: ScoreTable, weights_K: Floats | None = None) -> float:
@@ -251,8 +259,8 @@ class Scope:
         return unseen_H
 
 
-def bootstrap_method(num_resamples: int) -> str:
-    return f"paired clustered bootstrap, {num_resamples:,} resamples, or linearised t interval where wider"
+def bootstrap_method(num_resamples: int) -> Method:
+    return Method(kind="paired_bootstrap", num_resamples=num_resamples)
 
 
 def _bootstrap_interval(scope: Scope, baseline_QK: Floats, candidate_QK: Floats, level: float) -> tuple[float, float]:
@@ -282,7 +290,7 @@ def _exact_retention(scope: Scope, level: float) -> Estimate:
     harmed, helped = (binomial_upper_bound(k, scope.n, alpha) for k in (scope.num_harmed, scope.num_helped))
     low = max(0.0, 1 - scope.worst_case(harmed) / scope.baseline)
     high = min(1 + scope.worst_case(helped) / scope.baseline, scope.ceiling / scope.baseline)
-    method = f"exact binomial bound, {scope.num_discordant} of {scope.n} clusters discordant"
+    method = Method(kind="exact_bound", num_differing=scope.num_discordant)
     value = scope.ratio
     return Estimate(
         value=value, low=min(low, value), high=max(high, value), level=level, n=scope.n, method=method, seed=None

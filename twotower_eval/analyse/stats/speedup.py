@@ -35,6 +35,7 @@ from twotower_eval.analyse.stats.intervals import (
     Floats,
     corrected_percentiles,
     dof_of_mean,
+    method_with,
     one_more,
     skewed_t_interval,
     third_cumulant,
@@ -42,7 +43,7 @@ from twotower_eval.analyse.stats.intervals import (
 from twotower_eval.analyse.stats.serial import Caution, Widening, carried_over, serial_dependence, sittings
 from twotower_eval.analyse.stats.tails import Documents, PerCall, Tail, shifts, tail_of
 from twotower_eval.errors import NoEstimate
-from twotower_eval.records import MIN_LAUNCHES, Estimate
+from twotower_eval.records import MIN_LAUNCHES, Estimate, Method
 
 NULL_LEVEL = 0.99  # of the A/A null's interval
 TOLD = 0.001  # on the log scale: what calls that were not timed move less than this goes unsaid
@@ -138,9 +139,7 @@ def with_unseen(estimate: Estimate, calls: TimedCalls, *, throughput: bool) -> E
         limits_s=calls.limits_s,
         documents=calls.documents,
     )
-    if max(-low, high) < TOLD:
-        return replace(estimate, low=estimate.low * exp(low), high=estimate.high * exp(high))
-    method = f"{estimate.method}, moved out for calls that were not timed"
+    method = method_with(estimate.method, moved_out=max(-low, high) >= TOLD)
     return replace(estimate, low=estimate.low * exp(low), high=estimate.high * exp(high), method=method)
 
 
@@ -173,7 +172,7 @@ def per_device(estimate: Estimate, *, baseline_devices: int, candidate_devices: 
         value=scale * estimate.value,
         low=scale * estimate.low,
         high=scale * estimate.high,
-        method=f"{estimate.method}, times {baseline_devices} / {candidate_devices} devices",
+        method=method_with(estimate.method, devices=(baseline_devices, candidate_devices)),
     )
 
 
@@ -205,10 +204,13 @@ class _Crossing:
         if self.crossed:
             self._draws_QP = _multiplicities(num_calls, num_resamples, seed + 1)
         self._drawing = (num_resamples, seed, self.crossed)
-        drawn = "launches" if resamples_launches(calls.launches) else "rounds"
-        what = f"{num_units} {drawn} x {num_calls} calls" if self.crossed else f"{num_units} {drawn}"
-        self._method = f"crossed paired bootstrap of {what}, {num_resamples:,} resamples, t interval on the log, "
-        self._method += "corrected for skewness"
+        self._method = Method(
+            kind="crossed_bootstrap",
+            num_resamples=num_resamples,
+            drawn="launches" if resamples_launches(calls.launches) else "rounds",
+            num_drawn=num_units,
+            num_calls=num_calls if self.crossed else None,
+        )
         self._seed = seed
         self._n = calls.baseline_s.size
         self._launches = calls.launches
