@@ -324,7 +324,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         (folder, {"devices": ("cpu", "cpu", "cpu")}, "two towers, but 3 devices"),
         (folder, {"devices": "cpu"}, "devices names one for each tower"),
         (folder, {"device": "tpux"}, "device 'tpux' cannot be used here"),
-        (folder, {"family": "nemotron"}, "model family 'nemotron' is unknown; choose from"),
+        (folder, {"family": "nemotron"}, "model family 'nemotron' is unknown; did you mean nemotron_h"),
     ):
         with pytest.raises(ValueError, match=pattern) as caught:
             load_model(path, **options)

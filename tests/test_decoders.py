@@ -336,7 +336,7 @@ class _NoParams:
     VERSION = 1
 
     def __init__(self, model: Any, params: Any, *, clock: Any = None) -> None: ...
-    def generate(self) -> None: ...
+    def generate(self, prompts: Any, **asked: Any) -> list[Any]: ...
 
 
 class _OddParams(_NoParams):
@@ -353,10 +353,10 @@ class _NoClock(_NoParams):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("tests.test_decoders:_NoParams", "lacks Params: docs/trust.md has a whole example"),
+        ("tests.test_decoders:_NoParams", "lacks Params: docs/decoder.md has a whole example"),
         ("tests.test_decoders:_OddParams", "Params must be a dataclass"),
         ("tests.test_decoders:_NoClock", "is made as _NoClock\\(model, params, clock=clock\\)"),
-        ("tests.test_decoders._NoClock", "name a class of your own as package.module:Class"),
+        ("tests.test_decoders._NoClock", "name your own as package.module:Class"),
     ],
 )
 def test_a_class_that_is_no_decoder_is_one_line(kind: str, words: str) -> None:

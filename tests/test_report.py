@@ -576,7 +576,7 @@ def test_no_runs_same_run_twice_and_unknown_sections_are_refused(usual, tmp_path
         report.write([], tmp_path)
     with pytest.raises(ValueError, match="named twice"):
         report.write([usual[0], usual[0]], tmp_path)
-    with pytest.raises(ValueError, match=r"unknown report section 'lattency'.*'latency'"):
+    with pytest.raises(ValueError, match=r"report section 'lattency' is unknown; did you mean latency\?"):
         report.write([usual[0]], tmp_path, sections=["lattency"])
 
 
@@ -906,6 +906,7 @@ def marker(runs: Runs) -> Section:
 def test_a_section_of_ones_own(usual, tmp_path) -> None:
     sections = ["headline", f"{__name__}:marker"]
     folder = report.write(usual[:2], tmp_path, sections=sections)
+    assert re.findall("^## (.*)", markdown_of(folder), re.M)[-1] == "Mine"
     assert "## Mine\n\n2 runs, 1 points\n" in markdown_of(folder)
     assert (folder / "mine.txt").read_bytes() == b"x"
     with pytest.raises(ValueError, match=r"two sections of the report write mine\.txt"):

@@ -1,13 +1,85 @@
-"""Names that users give: resolved to objects, shortened, and answered with the nearest known one where wrong."""
+"""Names that users give: resolved to objects, shortened, and answered with the nearest known one where wrong.
+
+A name is that of something shipped, one that an installed package registers (see :data:`GROUPS`), or
+``package.module:attribute``.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from twotower_eval.errors import UserError
 from twotower_eval.plugin_calls import imported
+
+# What users may add -> the group of entry points that their packages register it in.
+GROUPS = {
+    "model family": "twotower_eval.families",
+    "decoder": "twotower_eval.decoders",
+    "report section": "twotower_eval.sections",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seam:
+    """Where users may add something of their own.
+
+    ``what`` is a key of :data:`GROUPS`, ``shipped`` gives the place (``package.module:attribute``) behind each name of
+    this project, ``form`` shows how one of the user's own is written, as in ``package.module:Class``.
+    """
+
+    what: str
+    form: str
+    shipped: Mapping[str, str]
+
+    def place(self, name: str) -> str:
+        """The ``package.module:attribute`` behind a name. UserError, with a hint, for a name that nobody knows.
+
+        A shipped name is always the shipped thing; installed packages are asked only about others.
+        """
+        if name in self.shipped:
+            return self.shipped[name]
+        if ":" in name:
+            return name
+        others = self.registered()
+        if name in others:
+            return others[name]
+        known = [*self.shipped, *others]
+        near = nearest(name, known)
+        choose = f"choose from {', '.join(known)}, or name your own as {self.form}"
+        raise UserError(f"{self.what} {name!r} is unknown; {f'did you mean {near}?' if near else choose}")
+
+    def registered(self) -> dict[str, str]:
+        """Name -> place of all that installed packages register. UserError where a name is taken already."""
+        found = registered(self.what)
+        for name in found:
+            if name in self.shipped:
+                raise UserError(
+                    f"an installed package registers {found[name]} as {self.what} {name!r}, which is shipped: "
+                    f"uninstall it, or have it take another name in its entry points ({GROUPS[self.what]})"
+                )
+        return found
+
+
+@cache
+def registered(what: str) -> dict[str, str]:
+    """Name -> ``package.module:attribute`` of what installed packages register, by name. UserError where two packages
+    register different things under one name. ``what`` is a key of :data:`GROUPS`."""
+    from importlib.metadata import entry_points
+
+    found: dict[str, str] = {}
+    for entry in sorted(entry_points(group=GROUPS[what])):
+        place = f"{entry.module}:{entry.attr}"
+        if found.setdefault(entry.name, place) != place:
+            raise UserError(
+                f"installed packages register both {found[entry.name]} and {place} as {what} {entry.name!r}: "
+                "uninstall one of them"
+            )
+    return found
 
 
 def resolve(name: str) -> Any:
@@ -18,10 +90,17 @@ def resolve(name: str) -> Any:
     try:
         module = imported(module_name, name)
     except ImportError as error:
-        raise UserError(f"cannot import {module_name!r} (named by {name!r}): {error}") from error
+        raise UserError(f"cannot import {module_name!r} (named by {name!r}): {error}{_beside(module_name)}") from error
     if not hasattr(module, attribute):
         raise UserError(f"module {module_name!r} has no {attribute!r}{did_you_mean(attribute, dir(module))}")
     return getattr(module, attribute)
+
+
+def _beside(module: str) -> str:
+    """What to do where a module that Python does not find lies in the current folder."""
+    top = module.partition(".")[0]
+    there = next((path for path in (Path(f"{top}.py"), Path(top)) if path.exists()), None)
+    return "" if there is None else f"; {there} lies in this folder: set PYTHONPATH=. to have Python look here"
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

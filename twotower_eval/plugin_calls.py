@@ -50,9 +50,25 @@ def calls_of(
     except Exception as error:  # whatever a user's own code may raise
         if is_own(module) or isinstance(error, (PluginError, *let)) or any(error is one for one in ours):
             raise
-        said = f"{type(error).__name__}{f': {error}' if str(error) else ''}{_place(error, module)}"
-        hint = f"set {TRACEBACK_VARIABLE}=1 for the whole traceback"
-        raise PluginError(f"{name}: its {what} raised {said}; {hint}") from error
+        raise PluginError(_told(error, module, name, what)) from error
+
+
+@contextmanager
+def calls_in(module: str, name: str, *, let: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+    """Around work that may call into ``module`` from anywhere, for people ``name``: PluginError for what went through
+    a line of it, whose first function is named; anything else goes on as it is. See :func:`calls_of`."""
+    try:
+        yield
+    except Exception as error:  # whatever a user's own code may raise
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if _is_of(frame, module)]
+        if is_own(module) or isinstance(error, (PluginError, *let)) or not frames:
+            raise
+        raise PluginError(_told(error, module, name, frames[0].f_code.co_name)) from error
+
+
+def _told(error: BaseException, module: str, name: str, what: str) -> str:
+    said = f"{type(error).__name__}{f': {error}' if str(error) else ''}{_place(error, module)}"
+    return f"{name}: its {what} raised {said}; set {TRACEBACK_VARIABLE}=1 for the whole traceback"
 
 
 def noting(failed: list[BaseException], function: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,7 +22,11 @@ def report(
     out: Annotated[Path, option("Folder that reports are made in [reports].", metavar="DIR")] = REPORTS,
     section: Annotated[
         list[str] | None,
-        option("A section, by name or package.module:function; may be given several times [all].", metavar="NAME"),
+        option(
+            "Shipped section, to show only those named, or package.module:render, to add one of your own; may be given "
+            "several times [all shipped ones that concern the runs].",
+            metavar="NAME",
+        ),
     ] = None,
     claims: Annotated[
         str | None,

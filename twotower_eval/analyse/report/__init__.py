@@ -1,13 +1,13 @@
 """Reports from run folders: Markdown and PNG, from the files alone, without torch or lm-eval.
 
-A section is a function ``render(runs) -> Section``; :data:`SECTIONS` holds the shipped ones in their order, and any
-``package.module:function`` can be added to them. Beside the Markdown there may be one HTML page of it and the tables
+A section is a function ``render(runs) -> Section``; :data:`SECTIONS` holds the shipped ones in their order, and users'
+own are added to them (see docs/section.md). Beside the Markdown there may be one HTML page of it and the tables
 as CSV.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from twotower_eval import store
@@ -19,13 +19,14 @@ from twotower_eval.analyse.compare.sizing import is_sizing_run
 from twotower_eval.analyse.report.alone import names_alone
 from twotower_eval.analyse.report.publishing import publish
 from twotower_eval.analyse.report.section import Section
-from twotower_eval.analyse.report.text import escape
+from twotower_eval.analyse.report.text import escape, table
 from twotower_eval.analyse.report.verdicts import JudgedRuns, shipped_claims
 from twotower_eval.errors import UserError
-from twotower_eval.names import did_you_mean, resolve
+from twotower_eval.names import Seam, resolve
+from twotower_eval.plugin_calls import calls_of, module_of
 from twotower_eval.records import sha256_text
 
-__all__ = ["SECTIONS", "Runs", "Section", "publish", "report_id", "write"]
+__all__ = ["SECTIONS", "Runs", "Section", "publish", "report_id", "table", "write"]
 
 SECTIONS = {
     "headline": "twotower_eval.analyse.report.headline:headline",
@@ -44,6 +45,8 @@ SECTIONS = {
     "setup": "twotower_eval.analyse.report.provenance:setup",
     "reproduce": "twotower_eval.analyse.report.reproduce:reproduce",
 }
+LAST = ("setup", "reproduce")  # what users add stands before these
+SEAM = Seam(what="report section", form="package.module:render", shipped=SECTIONS)
 OLDER_NAMES = {"scale": "sizing"}  # of sections
 MARKDOWN, PAGE, TABLES = "report.md", "report.html", "tables"
 
@@ -60,14 +63,15 @@ def write(
     """Write ``out_root/<id>/report.md`` and its pictures; return the folder.
 
     The id follows from the run ids, and the same runs give the same bytes. ``sections`` names entries of
-    :data:`SECTIONS` or ``package.module:function``; by default all shipped ones. ``claims`` is a claim file or the name
-    of a shipped one, by default the shipped one about a candidate of these runs. ``html`` adds ``report.html``, all in
-    one file; ``csv`` adds the tables with all their digits under ``tables/``. Raises ValueError where the runs cannot
-    be read or their arms are no pair.
+    :data:`SECTIONS`, of which by default all that concern these runs are shown, and sections of the user's own
+    (``package.module:render``, or as installed packages call theirs), which are added to them. ``claims`` is a claim
+    file or the name of a shipped one, by default the shipped one about a candidate of these runs. ``html`` adds
+    ``report.html``, all in one file; ``csv`` adds the tables with all their digits under ``tables/``. Raises ValueError
+    where the runs cannot be read or their arms are no pair.
     """
     loaded = [store.load(Path(path)) for path in run_paths]
     runs = JudgedRuns(loaded, shipped_claims(loaded) if claims is None else load_claims(claims))
-    rendered = [_renderer(name)(runs) for name in sections or _concerning(runs)]
+    rendered = [_rendered(name, runs) for name in _chosen(sections or (), runs)]
     files: dict[str, bytes] = {}
     for section in rendered:
         clash = sorted(files.keys() & section.files.keys())
@@ -122,12 +126,45 @@ def report_id(run_ids: Sequence[str]) -> str:
     return "-".join([ordered[-1].split("-")[0], *sorted(verbs), sha256_text(" ".join(ordered))[:6]])
 
 
-def _renderer(name: str) -> Callable[[Runs], Section]:
-    name = OLDER_NAMES.get(name, name)
-    if ":" not in name and name not in SECTIONS:
-        raise UserError(f"unknown report section {name!r}{did_you_mean(name, SECTIONS)}")
-    render: Callable[[Runs], Section] = resolve(SECTIONS.get(name, name))
-    return render
+def _chosen(names: Sequence[str], runs: JudgedRuns) -> list[str]:
+    """The sections that are shown, in their order. Shipped ones that are named stand for all shipped ones; users' own
+    stand where they are named among these, and else before the last ones of the report."""
+    names = [OLDER_NAMES.get(name, name) for name in names]
+    if any(name in SECTIONS for name in names):
+        return names
+    shipped = _concerning(runs)
+    return [*(name for name in shipped if name not in LAST), *names, *(name for name in shipped if name in LAST)]
+
+
+def _rendered(name: str, runs: JudgedRuns) -> Section:
+    """One section. A user's own that raises, or gives something else, is told in one line."""
+    render: Callable[[Runs], Section] = resolve(SEAM.place(name))
+    if not callable(render):
+        raise UserError(f"section {name} is no function render(runs) that returns a Section: docs/section.md has one")
+    with calls_of(module_of(render), f"section {name}", getattr(render, "__name__", "render")):
+        made = render(runs)
+    wrong = _wrong_with(made)
+    if wrong is not None:
+        raise UserError(f"section {name}: {wrong}; return Section(title=…, markdown=…, files=…)")
+    return made
+
+
+def _wrong_with(made: object) -> str | None:
+    """What keeps a value from being a section; None where nothing does."""
+    if not isinstance(made, Section):
+        return f"it returned {'nothing' if made is None else f'a {type(made).__name__}'}, not a Section"
+    for field in ("title", "markdown"):
+        if not isinstance(getattr(made, field), str):
+            return f"its {field} is a {type(getattr(made, field)).__name__}, not a text"
+    if not made.title or "\n" in made.title:
+        return "its title is empty or longer than a line"
+    if not isinstance(made.files, Mapping):
+        return f"its files are a {type(made.files).__name__}, not a dictionary of names and bytes"
+    odd = [name for name, content in made.files.items() if not (isinstance(name, str) and isinstance(content, bytes))]
+    if odd:
+        return f"its files hold {odd[0]!r}, which is not a name with bytes"
+    taken = [name for name in made.files if name in (MARKDOWN, PAGE) or Path(name).name != name]
+    return f"its files hold {taken[0]!r}, which is a file of the report's own or in another folder" if taken else None
 
 
 def _title(runs: Runs) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from twotower_eval.engine.decoders.finish import Clock, OnFinish
 from twotower_eval.engine.plugin_source import plugin_code
 from twotower_eval.errors import UserError
-from twotower_eval.names import nearest, resolve
+from twotower_eval.names import Seam, nearest, resolve
 from twotower_eval.plugin_calls import calls_of, module_of
 from twotower_eval.records import DecoderSpec, Generation, Prompt
 
@@ -20,6 +20,8 @@ DECODERS = {
     "block_diffusion": "twotower_eval.engine.decoders.block_diffusion:BlockDiffusion",
     "reference": "twotower_eval.engine.decoders.reference:Reference",
 }
+GIVEN = ("max_new_tokens", "eos_token_ids", "stop")  # what every verb gives generate by name
+SEAM = Seam(what="decoder", form="package.module:Class", shipped=DECODERS)
 
 
 class Decoder(Protocol):
@@ -45,31 +47,38 @@ class Decoder(Protocol):
 
 
 def decoder_class(kind: str) -> Any:
-    """The class behind a short name or a ``"module:Class"``; ValueError with a near-miss hint."""
-    if kind not in DECODERS and ":" not in kind:
-        near = nearest(kind, DECODERS)
-        known = f"; choose from {', '.join(DECODERS)}, or name a class of your own as package.module:Class"
-        raise UserError(f"decoder {kind!r} is unknown{f'; did you mean {near}?' if near else known}")
-    cls = resolve(DECODERS.get(kind, kind))
+    """The class behind a short name, a registered one or a ``"module:Class"``; UserError with a near-miss hint."""
+    cls = resolve(SEAM.place(kind))
     if kind not in DECODERS:
         _check_plug_in(kind, cls)
     return cls
 
 
 def _check_plug_in(kind: str, cls: Any) -> None:
-    """ValueError where a class of the user's own is no decoder."""
-    lacks = [name for name in ("Params", "VERSION") if not hasattr(cls, name)]
+    """UserError, one line that says what is missing, where a class of the user's own is no decoder."""
+    lacks = [name for name in ("Params", "VERSION", "generate") if not hasattr(cls, name)]
     if lacks:
-        raise UserError(f"decoder {kind!r} lacks {', '.join(lacks)}: docs/trust.md has a whole example")
+        raise UserError(f"decoder {kind!r} lacks {', '.join(lacks)}: docs/decoder.md has a whole example")
     if not dataclasses.is_dataclass(cls.Params):
         raise UserError(f"decoder {kind!r}: Params must be a dataclass, of its parameters with their defaults")
+    if type(cls.VERSION) is not int:
+        raise UserError(f"decoder {kind!r}: VERSION must be a whole number, not {cls.VERSION!r}")
+    try:
+        inspect.signature(cls.generate).bind(None, (), **dict.fromkeys(GIVEN))
+    except TypeError as error:
+        given = ", ".join(f"{name}=…" for name in GIVEN)
+        raise UserError(f"decoder {kind!r} is called as generate(prompts, {given}): {error}") from error
 
 
 def decoder_spec(kind: str, **params: Any) -> DecoderSpec:
     """A full specification: parameters checked, defaults filled in, version from the class, code of a plug-in."""
     cls = decoder_class(kind)
     filled = dataclasses.asdict(_checked(cls, kind, params))
-    code = plugin_code(DECODERS.get(kind, kind))
+    for name, value in filled.items():
+        if value is not None and not isinstance(value, (str, int, float, bool)):
+            plain = "a text, a number, true or false, or None"
+            raise UserError(f"decoder {kind!r}: its parameter {name} is a {type(value).__name__}; take {plain}")
+    code = plugin_code(SEAM.place(kind))
     return DecoderSpec(kind=kind, params=filled, version=cls.VERSION, code=code)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from twotower_eval.engine.plugin_source import plugin_code
 from twotower_eval.errors import UserError
-from twotower_eval.names import resolve
+from twotower_eval.names import Seam, resolve
+from twotower_eval.plugin_calls import PluginError, calls_in
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +25,7 @@ FAMILIES = {
     "nemotron_h": "twotower_eval.engine.models.checkpoint:load",
     "transformers": "twotower_eval.engine.models.transformers_ar:load",
 }
+SEAM = Seam(what="model family", form="package.module:load", shipped=FAMILIES)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -65,11 +68,37 @@ class TwoTowerModel(CausalModel, Protocol):
 
 
 def family_of(path: str | Path) -> str:
-    """The family that a checkpoint folder's config.json names; ValueError where there is none."""
+    """The family that reads a checkpoint folder, as its config.json says: ours, one that an installed package registers
+    under the config's ``model_type``, else ``transformers``. UserError where there is no config.json, or where both
+    transformers and an installed package know that type."""
     from twotower_eval.engine.models.checkpoint import read_json
 
-    is_ours = read_json(_existing(path) / "config.json").get("model_type") == "nemotron_h"
-    return "nemotron_h" if is_ours else "transformers"
+    kind = read_json(_existing(path) / "config.json").get("model_type")
+    if kind in FAMILIES and kind != "transformers":
+        return str(kind)
+    if kind not in SEAM.registered():
+        return "transformers"
+    from twotower_eval.engine.models.transformers_ar import knows
+
+    if knows(kind):
+        raise UserError(
+            f"{path}: an installed package and transformers both read model_type {kind!r}: choose with --family {kind} "
+            "or --family transformers"
+        )
+    return str(kind)
+
+
+@contextmanager
+def family_calls(*families: str | None) -> Iterator[None]:
+    """Around work with models of these families (None: what the checkpoint says): PluginError, in one line that says
+    where, for what the code of a user's own family raises."""
+    import torch
+
+    with ExitStack() as stack:
+        for family in dict.fromkeys(family for family in families if family is not None):
+            module = SEAM.place(family).partition(":")[0]
+            stack.enter_context(calls_in(module, f"family {family}", let=(UserError, torch.OutOfMemoryError)))
+        yield
 
 
 def _existing(path: str | Path) -> Path:
@@ -91,9 +120,9 @@ def load_model(
     """Load a checkpoint folder.
 
     A pair gives a :class:`TwoTowerModel`, an AR base checkpoint, ``tower="context"`` or any Hugging Face causal LM a
-    :class:`CausalModel`. ``devices`` places the towers, context first. ``family`` is a key of ``FAMILIES`` or a
-    ``"module:function"``; by default the folder's config.json decides. Raises ValueError with one line that says
-    what is wrong with the checkpoint.
+    :class:`CausalModel`. ``devices`` places the towers, context first. ``family`` is a key of ``FAMILIES``, a name that
+    an installed package registers, or a ``"module:function"`` (see docs/family.md); by default the folder's config.json
+    decides. Raises ValueError with one line that says what is wrong with the checkpoint, or with the family's code.
     """
     import torch
 
@@ -105,10 +134,34 @@ def load_model(
         raise UserError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
     if family is None:
         family = family_of(folder)
-    if family not in FAMILIES and ":" not in family:
-        raise UserError(
-            f"model family {family!r} is unknown; choose from {', '.join(FAMILIES)} or name module:function"
-        )
+    found_at = SEAM.place(family)
+    options = {"devices": _usable(devices, device), "dtype": getattr(torch, dtype), "tower": tower}
+    load = resolve(found_at)
+    try:
+        with torch.inference_mode(False):
+            if family in FAMILIES:
+                model = load(folder, **options)
+            else:
+                from twotower_eval.engine.models.contract import load_own
+
+                model = load_own(family, load, folder, **options)
+    except PluginError:
+        raise
+    except ValueError as error:
+        if str(folder) in str(error):
+            raise
+        raise UserError(f"{folder}: {error}") from error
+    stated = model.checkpoint if family in FAMILIES else dataclasses.replace(model.checkpoint, family=family)
+    code = plugin_code(found_at) or ()
+    model.checkpoint = dataclasses.replace(stated, files=(*file_digests(folder), *code))
+    model.folder_settings = folder_settings(folder, getattr(model, "config", None))
+    return model
+
+
+def _usable(devices: Sequence[str | torch.device] | None, device: str | torch.device) -> tuple[str, ...]:
+    """Names of the towers' devices, by default of the single one. UserError for what torch has no use for here."""
+    import torch
+
     if isinstance(devices, str):
         raise UserError(f"devices names one for each tower, as in ({devices!r},): for a single one take device")
     places = tuple(str(place) for place in devices or (device,))
@@ -120,15 +173,4 @@ def load_model(
         except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"device {place!r} cannot be used here: {reason}") from error
-    load = resolve(FAMILIES.get(family, family))
-    try:
-        with torch.inference_mode(False):
-            model = load(folder, devices=places, dtype=getattr(torch, dtype), tower=tower)
-    except ValueError as error:
-        if str(folder) in str(error):
-            raise
-        raise UserError(f"{folder}: {error}") from error
-    code = plugin_code(FAMILIES.get(family, family)) or ()
-    model.checkpoint = dataclasses.replace(model.checkpoint, files=(*file_digests(folder), *code))
-    model.folder_settings = folder_settings(folder, getattr(model, "config", None))
-    return model
+    return places

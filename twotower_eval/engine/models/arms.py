@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,33 @@ from twotower_eval.records import Ways
 
 
 def load_arms(
-    model: Path, baseline: Path | None, *, dtype: str, devices: Sequence[str], cuda_graphs: bool = False
+    model: Path,
+    baseline: Path | None,
+    *,
+    dtype: str,
+    devices: Sequence[str],
+    cuda_graphs: bool = False,
+    family: str | None = None,
+    baseline_family: str | None = None,
 ) -> tuple[Any, Any]:
     """Baseline and candidate; one object where they are the same, shared tensors where one is part of the other.
 
-    Without ``baseline`` it is the candidate's own context tower. A baseline of its own goes on the first device.
+    Without ``baseline`` it is the candidate's own context tower. A baseline of its own goes on the first device. The
+    families are what ``models.load_model`` takes; None: what each folder says.
     ``cuda_graphs`` says that steps are to come from graphs: ValueError, before anything loads, where one arm cannot.
     """
     if cuda_graphs:
-        _refuse_without_graphs([model, *([] if baseline is None else [baseline])])
-    candidate = models.load_model(model, dtype=dtype, devices=devices)
+        _refuse_without_graphs({model: family, **({} if baseline is None else {baseline: baseline_family})})
+    candidate = models.load_model(model, dtype=dtype, devices=devices, family=family)
     if baseline is None:
         return context_tower(candidate), candidate
-    if baseline.resolve() == model.resolve():
+    if baseline.resolve() == model.resolve() and _read_alike(model, family, baseline_family):
         return candidate, candidate
-    return models.load_model(baseline, dtype=dtype, devices=devices[:1]), candidate
+    return models.load_model(baseline, dtype=dtype, devices=devices[:1], family=baseline_family), candidate
+
+
+def _read_alike(folder: Path, *families: str | None) -> bool:
+    return len({models.family_of(folder) if family is None else family for family in families}) == 1
 
 
 def prove_arms(arms: Sequence[Any], longest: Callable[[Any], int]) -> tuple[Ways, ...]:
@@ -45,10 +57,10 @@ def prove_arms(arms: Sequence[Any], longest: Callable[[Any], int]) -> tuple[Ways
     return tuple(prove_up_to(model, longest(model)) for model in models_of.values())
 
 
-def _refuse_without_graphs(folders: Sequence[Path]) -> None:
+def _refuse_without_graphs(families: Mapping[Path, str | None]) -> None:
     """Graphs in one arm alone would be a handicap of the other."""
-    for folder in folders:
-        family = models.family_of(folder)
+    for folder, named in families.items():
+        family = named or models.family_of(folder)
         if family != "nemotron_h":
             raise UserError(
                 f"checkpoint {folder.name} is of family {family}, whose steps cannot come from CUDA graphs, and in the "

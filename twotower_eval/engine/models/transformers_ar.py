@@ -107,9 +107,14 @@ def _unused_positions(inner: Any, limit: int) -> int:
     return max((1 + (t.padding_idx or 0) for t in padded if t.num_embeddings == limit), default=0)
 
 
+def knows(kind: object) -> bool:
+    """Whether transformers has a causal language model of this ``model_type``."""
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
 def _check_config(folder: Path, data: Mapping[str, Any]) -> None:
     kind = data.get("model_type")
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not knows(kind):
         own = "; it needs code of its own, which is never run" if "auto_map" in data else ""
         raise UserError(f"{folder}: transformers {transformers.__version__} has no causal language model {kind!r}{own}")
     if kind == "nemotron_h":  # transformers clamps its time steps otherwise than the released model
