@@ -32,8 +32,9 @@ ALLOWED: dict[str, set[str]] = {
     "shortfalls": set(),
     "ways": set(),
     "times": set(),
-    "plan_fields": {"strict"},
-    "plan": {"decoders", "plan_fields"},
+    "decoder_settings": {"decoders", "strict"},
+    "plan_fields": {"decoder_settings", "strict"},
+    "plan": {"decoder_settings", "plan_fields"},
     "store": {"strict"},
     "plugin_calls": set(),
     # engine
@@ -44,8 +45,8 @@ ALLOWED: dict[str, set[str]] = {
     "scorers": {"models", "decoders"},
     # measure
     "suites": {"plan", "strict"},
-    "harness": {"plan", "shortfalls", "ways", "store", "progress", "suites", "scorers", *ENGINE},
-    "speed": {"plan", "shortfalls", "ways", "times", "store", "progress", *ENGINE},
+    "harness": {"plan", "decoder_settings", "shortfalls", "ways", "store", "progress", "suites", "scorers", *ENGINE},
+    "speed": {"plan", "decoder_settings", "shortfalls", "ways", "times", "store", "progress", *ENGINE},
     "sizing": {"plan", "store", "progress", "speed", "models"},
     "verify": {"plan", "ways", "store", "ops", "models", "decoders"},
     # analyse
@@ -54,11 +55,23 @@ ALLOWED: dict[str, set[str]] = {
     "compare": {"shortfalls", "ways", "strict", "times", "store", "stats"},
     "words": set(),
     "claims": {"plan", "strict", "store", "stats", "compare", "words"},
-    "report": {"shortfalls", "ways", "times", "store", "stats", "compare", "claims", "words", "plan"},
+    "report": {"shortfalls", "ways", "times", "store", "stats", "compare", "claims", "words", "plan"}
+    | {"decoder_settings"},
     # what sees both arms
     "miniature": {"store", "ops", "models", "decoders"},
     "api": {"plan", "harness", "speed", "suites", "stats", "progress"},
-    "cli": {"plan", "plan_fields", "store", "progress", "api", "sizing", "verify", "miniature", "suites"}
+    "cli": {
+        "plan",
+        "plan_fields",
+        "decoder_settings",
+        "store",
+        "progress",
+        "api",
+        "sizing",
+        "verify",
+        "miniature",
+        "suites",
+    }
     | {"claims", "report", "calibration"},
 }
 # Packages that cost or weigh something -> the only rooms that may import them, anywhere in their files.

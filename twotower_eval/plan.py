@@ -1,6 +1,6 @@
 """A plan: what is to be run or timed, from TOML and the command line, checked before anything is loaded.
 
-Nothing here imports torch; :func:`cross_decoders` asks the decoders for their own defaults only when called.
+Nothing here imports torch; :func:`cross_decoders` asks a decoder for its own parameters only when called.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+from twotower_eval.decoder_settings import SHORTHANDS, check_said_once, settings_from
+from twotower_eval.decoder_settings import cross_decoders as cross_decoders
 from twotower_eval.errors import UserError
 from twotower_eval.json_text import check_whole_numbers, decode_utf8
 from twotower_eval.names import did_you_mean
@@ -24,6 +25,7 @@ from twotower_eval.plan_fields import (
     DataDir,
     DecoderKind,
     Devices,
+    Further,
     MinSeconds,
     Model,
     NumberType,
@@ -38,7 +40,7 @@ from twotower_eval.plan_fields import (
     check_cuda_graphs,
     check_fields,
 )
-from twotower_eval.records import DecoderSpec, LikelihoodKind, sizing_config
+from twotower_eval.records import LEFT_OUT, LikelihoodKind, sizing_config
 
 CONTEXT_TOWER = "context-tower"
 
@@ -69,10 +71,11 @@ class RunPlan:
 
     ``model`` is a checkpoint folder, ``None`` the shipped miniature. ``baseline`` is a checkpoint folder, a Hugging
     Face model folder, or ``context-tower``: the context tower of ``model`` decoded autoregressively. Block sizes,
-    steps and thresholds are crossed; steps ``auto`` means the block size. ``temperature``, ``samples`` per problem and
-    ``max_new_tokens`` are what the suite and the task say unless given. ``limit`` is documents per task, ``trace`` how
-    many of them have their denoising traces journalled. ``cuda_graphs`` launches each small step of both arms as a
-    whole.
+    steps, thresholds and then the parameters of ``set`` are crossed; steps ``auto`` means the block size. ``set``
+    reaches any parameter of the decoder, in TOML as a table: ``set = { width = [4, 8] }``. ``temperature``,
+    ``samples`` per problem and ``max_new_tokens`` are what the suite and the task say unless given. ``limit`` is
+    documents per task, ``trace`` how many of them have their denoising traces journalled. ``cuda_graphs`` launches
+    each small step of both arms as a whole.
     """
 
     model: Model = None
@@ -83,6 +86,7 @@ class RunPlan:
     steps: AllSteps = ("auto",)
     thresholds: Thresholds = (0.8,)
     temperature: Temperature = None
+    set: Further = field(default=None, metadata=LEFT_OUT)
     samples: Annotated[int | None, Option(help="Samples per problem", metavar="N", unset="what the tasks ask")] = None
     batch_size: Annotated[int, Option(help="Prompts per batch; scores do not depend on it", metavar="N")] = 8
     limit: Annotated[int | None, Option(help="First N documents of each task only", metavar="N")] = None
@@ -100,6 +104,7 @@ class RunPlan:
     data_dir: DataDir = None
 
     def __post_init__(self) -> None:
+        _hold_settings(self)
         check_fields(self)
         check_cuda_graphs(self)
         _check_decoders(self)
@@ -131,6 +136,7 @@ class SpeedPlan:
     steps: AllSteps = ("auto",)
     thresholds: Thresholds = (0.8,)
     temperature: Temperature = None
+    set: Further = field(default=None, metadata=LEFT_OUT)
     samples: Annotated[
         int | None, Option(help="1: one sample a round, also of tasks that ask for several", metavar="1")
     ] = None
@@ -171,6 +177,7 @@ class SpeedPlan:
     data_dir: DataDir = None
 
     def __post_init__(self) -> None:
+        _hold_settings(self)
         check_fields(self)
         check_cuda_graphs(self)
         _check_decoders(self)
@@ -244,6 +251,8 @@ def load_plan(path: Path, cls: type[P]) -> P:
     """Read a plan from a TOML file; an unknown key, a wrong type or a missing file is a ValueError."""
     values = read_toml(path, "plan")
     try:
+        if isinstance(settings := values.get("set"), Mapping):
+            check_said_once(settings, values)
         return plan_from_json(cls, values)
     except ValueError as error:
         raise UserError(f"plan {path}: {error}") from error
@@ -286,43 +295,13 @@ def plan_from_json(cls: type[P], values: Mapping[str, Any]) -> P:
 
 
 def merge(plan: P, overrides: Mapping[str, Any]) -> P:
-    """``plan`` with every override that is not ``None`` put in its place, checked like any plan."""
+    """``plan`` with every override that is not ``None`` put in its place, of ``set`` parameter by parameter; checked
+    like any plan."""
     given = {key: value for key, value in overrides.items() if value is not None}
+    if "set" in given:
+        given["set"] = {**(getattr(plan, "set", None) or {}), **given["set"]}
     held = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
     return plan_from_json(type(plan), held | given)
-
-
-def cross_decoders(plan: Plan) -> tuple[DecoderSpec, ...]:
-    """Every decoder setting the plan asks for, crossed in the plan's order, equal ones once.
-
-    A setting that the decoder does not have is left out where it stands at its default and refused otherwise:
-    nothing given is ever ignored. Without a temperature, specs are greedy.
-    """
-    from twotower_eval.engine.decoders import decoder_class, decoder_spec
-
-    known = {field.name for field in dataclasses.fields(decoder_class(plan.decoder).Params)}
-    for key, param in _DECODER_AXES.items():
-        if param not in known and getattr(plan, key) not in (_default(type(plan), key), 0.0):
-            raise UserError(f"decoder {plan.decoder!r} has no {param}: drop {key.replace('_', '-')} or change decoder")
-    specs: dict[tuple[tuple[str, Any], ...], DecoderSpec] = {}
-    for block_size, steps, threshold in product(plan.block_sizes, plan.steps, plan.thresholds):
-        params = {
-            "block_size": block_size,
-            "steps_per_block": block_size if steps == "auto" else steps,
-            "threshold": threshold,
-            "temperature": float(plan.temperature or 0),
-        }
-        spec = decoder_spec(plan.decoder, **{key: value for key, value in params.items() if key in known})
-        specs.setdefault(tuple(spec.params.items()), spec)
-    return tuple(specs.values())
-
-
-_DECODER_AXES = {
-    "block_sizes": "block_size",
-    "steps": "steps_per_block",
-    "thresholds": "threshold",
-    "temperature": "temperature",
-}
 
 
 def data_path(*parts: str) -> Path:
@@ -348,8 +327,15 @@ def baseline_folder(plan: RunPlan | SpeedPlan) -> Path | None:
     return None if plan.baseline == CONTEXT_TOWER else Path(plan.baseline)
 
 
-def _default(cls: type[Plan], name: str) -> Any:
-    return next(field.default for field in dataclasses.fields(cls) if field.name == name)
+def _hold_settings(plan: Plan) -> None:
+    """``set`` with a tuple for each parameter; UserError for one that a field off its default says, too."""
+    if plan.set is None:
+        return
+    settings = settings_from(plan.set)
+    object.__setattr__(plan, "set", settings or None)
+    own = {one.name: getattr(plan, one.name) for one in dataclasses.fields(plan) if one.name in SHORTHANDS}
+    defaults = {one.name: one.default for one in dataclasses.fields(plan)}
+    check_said_once(settings, {name: value for name, value in own.items() if value != defaults[name]})
 
 
 def _check_decoders(plan: Plan) -> None:

@@ -7,6 +7,7 @@ import typing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from twotower_eval.decoder_settings import Settings
 from twotower_eval.errors import UserError
 from twotower_eval.records import GRAPH_DEVICES
 from twotower_eval.strict import check_value
@@ -39,6 +40,10 @@ AllSteps = Annotated[
 Thresholds = Annotated[tuple[float, ...], Option(help="Confidence thresholds, crossed", metavar="X,X")]
 Temperature = Annotated[
     float | None, Option(help="Sampling temperature; 0 is greedy", metavar="T", unset="what the tasks ask")
+]
+Further = Annotated[
+    Settings | None,
+    Option(help="Any other parameter of the decoder, crossed; one --set for each", metavar="NAME=V,V"),
 ]
 MinSeconds = Annotated[float, Option(help="Minimum seconds of rounds", metavar="S")]
 WarmupRounds = Annotated[int, Option(help="Warm-up rounds: recorded, not reported", metavar="R")]

@@ -6,12 +6,13 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from twotower_eval.decoder_settings import parse_set
 from twotower_eval.errors import UserError
 from twotower_eval.plan_fields import option_of
 
@@ -68,7 +69,7 @@ def _parameter(cls: type, name: str, *, hidden: bool) -> inspect.Parameter:
     else:
         info = option(text, *option_names(cls, name), metavar=said.metavar, hidden=hidden)
     kind = _inner(hint)
-    taken = kind if kind in (int, float, bool) else str
+    taken = list[str] if _is_table(kind) else kind if kind in (int, float, bool) else str
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[taken | None, info]
     )
@@ -105,10 +106,17 @@ def _text(value: Any) -> str:
 def read(cls: type, name: str, value: Any) -> Any:
     """What was given on the command line, as the plan's field holds it; UserError names the option."""
     kind = _inner(option_of(cls, name)[1])
+    if _is_table(kind):
+        return parse_set(value) if value else None
     if value is None or typing.get_origin(kind) is not tuple:
         return value
     item = typing.get_args(kind)[0]
     return numbers(value, item, option_names(cls, name)[0]) if item is not str else texts(value)
+
+
+def _is_table(kind: Any) -> bool:
+    """Whether a field is one of names with values: its option may be there several times."""
+    return isinstance(origin := typing.get_origin(kind), type) and issubclass(origin, Mapping)
 
 
 def _inner(hint: Any) -> Any:

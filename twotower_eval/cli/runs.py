@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 import typer
 
 from twotower_eval import store
+from twotower_eval.decoder_settings import check_said_once, typed_settings
 from twotower_eval.errors import UserError
 from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, load_plan, merge, plan_from_json
 from twotower_eval.records import Verb, verb_of
@@ -57,15 +58,24 @@ def newest_of_each_verb(results: Path) -> list[Path]:
 
 
 def resolve_plan(cls: type[P], plan_file: Path | None, resumed: Path | None, given: dict[str, Any]) -> P:
-    """The plan of a resumed run or of a file, or the defaults, with the options given laid over it."""
+    """The plan of a resumed run or of a file, or the defaults, with the options given laid over it.
+
+    What ``--set`` gives is as texts, and becomes what the decoder's parameters are.
+    """
+    if resumed is not None and plan_file is not None:
+        raise UserError("--resume takes the plan from the run: drop --plan")
+    held: P | None = None
     if resumed is not None:
-        if plan_file is not None:
-            raise UserError("--resume takes the plan from the run: drop --plan")
         manifest = store.load(resumed).manifest
         verb = verb_of(manifest)
         if verb != VERBS[cls]:
             raise UserError(f"{resumed} is a {verb!r}, not a {VERBS[cls]!r}: twotower-eval {verb} --resume …")
-        return merge(plan_from_json(cls, manifest.plan), given)
-    if plan_file is not None:
-        return merge(load_plan(plan_file, cls), given)
-    return plan_from_json(cls, {key: value for key, value in given.items() if value is not None})
+        held = plan_from_json(cls, manifest.plan)
+    elif plan_file is not None:
+        held = load_plan(plan_file, cls)
+    given = {name: value for name, value in given.items() if value is not None}
+    if "set" in given:
+        check_said_once(given["set"], given)
+        kind = given.get("decoder") or getattr(held or cls, "decoder")  # noqa: B009
+        given["set"] = typed_settings(kind, given["set"])
+    return plan_from_json(cls, given) if held is None else merge(held, given)

@@ -108,8 +108,10 @@ def _block_sizes_without_cells(run: Run) -> Iterator[Place]:
     ]
     blocks = {cell.decoder.params.get("block_size") for cell in candidates} - {None}
     batches = {cell.workload.batch_size for cell in candidates} - {None}
+    further = run.manifest.plan.get("set") or {}  # says of a parameter what its own field leaves at its default
     for field, found in (("block_sizes", blocks), ("batch_sizes", batches)):
-        planned = run.manifest.plan.get(field)
+        planned = further.get("block_size") if field == "block_sizes" and "block_size" in further else None
+        planned = run.manifest.plan.get(field) if planned is None else planned
         missing = [size for size in planned if size not in found] if isinstance(planned, list) and found else []
         if missing:
             yield Place(file=MANIFEST, field=field, stated=tuple(map(str, missing)), found=tuple(map(str, found)))

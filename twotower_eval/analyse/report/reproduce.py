@@ -11,6 +11,7 @@ from typing import Any
 
 from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.report.section import Section
+from twotower_eval.decoder_settings import set_text
 from twotower_eval.plan import AnyPlan, RunPlan, SizingPlan, SpeedPlan, VerifyPlan, plan_from_json
 from twotower_eval.records import RunManifest, sizing_config
 from twotower_eval.store import Run
@@ -93,7 +94,9 @@ def command(plan: AnyPlan) -> list[str]:
         if value == field.default:
             continue
         option = field.name.replace("_", "-")
-        if isinstance(value, bool):
+        if isinstance(value, Mapping):
+            words += [word for name, values in value.items() for word in (f"--{option}", set_text(name, values))]
+        elif isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
         elif (type(plan), field.name) in UNNAMED:
             words.append(str(value))

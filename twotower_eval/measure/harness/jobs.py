@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower_eval import store
+from twotower_eval.decoder_settings import block_sizes
 from twotower_eval.errors import UserError
 from twotower_eval.measure.harness.answers import Key
 from twotower_eval.measure.suites import FEWSHOT_SEED, BuiltTask
@@ -84,11 +85,11 @@ def use_graphs(plan: RunPlan, tasks: Sequence[BuiltTask], arms: tuple[Any, Any])
         return
     texts = ("".join(map(str, i.args)) for task in tasks for doc in task.docs for i in doc.instances)
     # Tokens are not known yet; a text has no more of them than bytes, and a model reads no more than it can.
-    longest = max((len(text.encode()) for text in texts), default=0) + max(plan.block_sizes)
+    longest = max((len(text.encode()) for text in texts), default=0) + max(block_sizes(plan), default=1)
     longest += max((task.max_new_tokens or 0 for task in tasks), default=0)
     longest = min(longest, *(arm.max_length or longest for arm in arms))
     # Scorers choose how many rows they read at once.
-    give_graphs(arms, max_rows=MAX_NEW, block_sizes=plan.block_sizes, longest=longest)
+    give_graphs(arms, max_rows=MAX_NEW, block_sizes=block_sizes(plan), longest=longest)
 
 
 def longest_context(tasks: Sequence[BuiltTask], model: Any) -> int:

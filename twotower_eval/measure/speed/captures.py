@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from twotower_eval.decoder_settings import block_sizes
 from twotower_eval.engine.models.arms import give_graphs
 from twotower_eval.engine.models.fixed import MAX_NEW
 from twotower_eval.engine.models.graphs import StepGraphs
@@ -81,6 +82,6 @@ def graphs_for(
     )
     budget = max(call.max_new_tokens for of_size in calls.values() for call in of_size)
     # The last block may go beyond the budget, and parts timed alone go on from there.
-    beyond = (max(REPEATS.values()) + 2) * max(plan.block_sizes)
+    beyond = (max(REPEATS.values()) + 2) * max(block_sizes(plan), default=1)
     longest = longest_prompt + budget + beyond
-    return give_graphs(models, max_rows=max(plan.batch_sizes), block_sizes=plan.block_sizes, longest=longest)
+    return give_graphs(models, max_rows=max(plan.batch_sizes), block_sizes=block_sizes(plan), longest=longest)

@@ -1,0 +1,234 @@
+"""A decoder's parameters as a plan and the command line set them: read, held against its ``Params``, and crossed.
+
+``--set name=value[,value…]`` and, in a plan, the table ``[set]`` reach any parameter of any decoder; some have options
+of their own, the shorthands. Nothing here imports torch before a decoder is asked for its parameters.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any, Protocol
+
+from twotower_eval.errors import UserError
+from twotower_eval.names import did_you_mean
+from twotower_eval.records import DecoderSpec
+from twotower_eval.strict import check_value
+
+SHORTHANDS = {
+    "block_sizes": "block_size",
+    "steps": "steps_per_block",
+    "thresholds": "threshold",
+    "temperature": "temperature",
+}  # fields of plans, and the parameters that they set
+Value = str | int | float | bool | None
+Settings = Mapping[str, tuple[Value, ...]]  # by parameter; crossed in this order
+
+
+class Decoding(Protocol):
+    """What a plan says of its decoder."""
+
+    @property
+    def decoder(self) -> str: ...
+    @property
+    def block_sizes(self) -> tuple[int, ...]: ...
+    @property
+    def steps(self) -> tuple[int | typing.Literal["auto"], ...]: ...
+    @property
+    def thresholds(self) -> tuple[float, ...]: ...
+    @property
+    def temperature(self) -> float | None: ...
+    @property
+    def set(self) -> Settings | None: ...
+
+
+def cross_decoders(plan: Decoding) -> tuple[DecoderSpec, ...]:
+    """Every decoder setting the plan asks for, crossed, equal ones once.
+
+    The order is block sizes, steps, thresholds, then the parameters of ``set`` as they stand there; the last changes
+    first. A shorthand that the decoder does not have is left out where it stands at its default and refused otherwise:
+    nothing given is ever ignored. Without a temperature, specs are greedy.
+    """
+    from twotower_eval.engine.decoders import decoder_spec
+
+    names, further = _names(plan.decoder), _checked(plan.decoder, plan.set) if plan.set else {}
+    axes: dict[str, Sequence[Any]] = {}
+    for field, param in SHORTHANDS.items():
+        value = getattr(plan, field)
+        if param not in names and value not in (_default(plan, field), 0.0):
+            option = field.replace("_", "-")
+            raise UserError(f"decoder {plan.decoder!r} has no {param}: drop {option} or change decoder")
+        axes[param] = value if isinstance(value, tuple) else (float(value or 0),)
+    axes |= further
+    specs: dict[tuple[tuple[str, Any], ...], DecoderSpec] = {}
+    for values in product(*axes.values()):
+        params = dict(zip(axes, values, strict=True))
+        if params["steps_per_block"] in ("auto", None):
+            params["steps_per_block"] = params["block_size"]
+        spec = decoder_spec(plan.decoder, **{name: value for name, value in params.items() if name in names})
+        _check_plain(spec)
+        specs.setdefault(tuple(spec.params.items()), spec)
+    return tuple(specs.values())
+
+
+def block_sizes(plan: Decoding) -> tuple[int, ...]:
+    """The block sizes that a plan decodes with, by whichever way it says them."""
+    said = (plan.set or {}).get("block_size", plan.block_sizes)
+    return tuple(size for size in said if isinstance(size, int))
+
+
+def settings_from(given: Any) -> dict[str, Any]:
+    """``set`` as a plan holds it: every parameter with a tuple of its values, of which one may stand alone."""
+    if not isinstance(given, Mapping):
+        raise UserError(f"set must be a table of a decoder's parameters, not {given!r}")
+    found = {str(name): tuple(v) if isinstance(v, (list, tuple)) else (v,) for name, v in given.items()}
+    for name, values in found.items():
+        check_value(f"set.{name}", tuple[Value, ...], values)
+        if not values:
+            raise UserError(f"set.{name} is empty: name at least one value")
+        told = [set_text(name, [value]) for value in values]
+        if twice := sorted({one.partition("=")[2] for one in told if told.count(one) > 1}):
+            raise UserError(f"set.{name} names {', '.join(twice)} twice")
+    return found
+
+
+def check_said_once(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """UserError for a parameter that ``set`` and a field of ``given`` say; of a temperature always."""
+    for field, param in SHORTHANDS.items():
+        option = f"--{field.replace('_', '-')}"
+        if param in settings and field == "temperature":
+            raise UserError(f"temperature is one for both arms and all points: say it by {option}, not by set")
+        if param in settings and field in given:
+            raise UserError(f"{param} is said twice, by {option} (or {field} in a plan) and by set: drop one")
+
+
+def parse_set(items: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """``name=value[,value…]`` of each ``--set``, values still as texts; one with a comma stands in double quotes.
+
+    >>> parse_set(["width=4,8", 'order="a,b"'])
+    {'width': ('4', '8'), 'order': ('a,b',)}
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for item in items:
+        name, equals, text = (part.strip() for part in item.partition("="))
+        if not (name and equals):
+            raise UserError(f"--set wants name=value[,value…], not {item!r}")
+        name = name.replace("-", "_")
+        if name in found:
+            raise UserError(f"--set names {name} twice: put its values behind one, as {name}=value,value")
+        found[name] = tuple(part.strip() for part in next(csv.reader([text], skipinitialspace=True), [])) or ("",)
+    return found
+
+
+def typed_settings(kind: str, given: Mapping[str, Sequence[str]]) -> dict[str, tuple[Value, ...]]:
+    """What :func:`parse_set` found, each text as the type of the decoder's own parameter; UserError where it is none.
+
+    ``none`` is None where the parameter may be that; ``true`` and ``false`` are truth values.
+    """
+    hints = _hints(kind)
+    _check_known(kind, given, hints)
+    return {name: tuple(_typed(name, hints[name], text) for text in texts) for name, texts in given.items()}
+
+
+def set_text(name: str, values: Sequence[Any]) -> str:
+    """``name=value,value`` as ``--set`` takes it.
+
+    >>> set_text("width", [4, 0.5, None, True])
+    'width=4,0.5,none,true'
+    """
+    written = io.StringIO()
+    csv.writer(written, lineterminator="").writerow([_text(value) for value in values])
+    return f"{name}={written.getvalue()}"
+
+
+def _text(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def _names(kind: str) -> list[str]:
+    from twotower_eval.engine.decoders import decoder_class
+
+    return [field.name for field in dataclasses.fields(decoder_class(kind).Params)]
+
+
+def _hints(kind: str) -> dict[str, Any]:
+    """The parameters of a decoder, by name, with their types."""
+    from twotower_eval.engine.decoders import decoder_class
+
+    params = decoder_class(kind).Params
+    try:
+        hints = typing.get_type_hints(params, include_extras=True)
+    except (NameError, TypeError) as error:
+        raise UserError(f"decoder {kind!r}: the types of its Params cannot be read: {error}") from error
+    return {name: hints[name] for name in _names(kind)}
+
+
+def _check_known(kind: str, names: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    for name in names:
+        if name not in hints:
+            raise UserError(f"decoder {kind!r} has no parameter {name!r} to set{did_you_mean(name, hints)}")
+
+
+def _checked(kind: str, settings: Settings) -> dict[str, tuple[Value, ...]]:
+    hints = _hints(kind)
+    _check_known(kind, settings, hints)
+    found = {}
+    for name, values in settings.items():
+        found[name] = tuple(_held(f"set.{name}", hints[name], value) for value in values)
+    return found
+
+
+def _held(name: str, hint: Any, value: Value) -> Value:
+    try:
+        held: Value = check_value(name, hint, value)
+    except TypeError as error:  # msgspec knows no such type
+        raise UserError(f"{name}: its type, {hint}, is none that a plan can say: {error}") from error
+    return held
+
+
+def _typed(name: str, hint: Any, text: str) -> Value:
+    """A text as a parameter's type; UserError says what was wanted."""
+    bare = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+    either = typing.get_origin(bare) in (typing.Union, types.UnionType)
+    for one in typing.get_args(bare) if either else (bare,):
+        found = _read(one, text)
+        if found:
+            return _held(f"--set {name}", hint, found[0])
+    return _held(f"--set {name}", hint, text)
+
+
+def _read(kind: Any, text: str) -> tuple[Value, ...]:
+    """The value that a text is of one kind, alone; nothing where it is none."""
+    if typing.get_origin(kind) is typing.Annotated:
+        return _read(typing.get_args(kind)[0], text)
+    if typing.get_origin(kind) is typing.Literal:
+        return tuple(value for value in typing.get_args(kind) if _text(value) == text)[:1]
+    if kind in (bool, types.NoneType):
+        known: dict[str, Value] = {"none": None} if kind is types.NoneType else {"true": True, "false": False}
+        return (known[text.lower()],) if text.lower() in known else ()
+    if kind not in (int, float):
+        return ()
+    try:
+        return (int(text) if kind is int else float(text),)
+    except ValueError:
+        return ()
+
+
+def _check_plain(spec: DecoderSpec) -> None:
+    """UserError for a parameter that no cell can hold: records are of plain values."""
+    for name, value in spec.params.items():
+        if value is not None and not isinstance(value, (str, int, float)):
+            kind = type(value).__name__
+            raise UserError(f"decoder {spec.kind!r}: {name} is a {kind}: parameters are numbers, texts, truths or None")
+
+
+def _default(plan: Decoding, name: str) -> Any:
+    fields = dataclasses.fields(typing.cast(Any, plan))
+    return next(field.default for field in fields if field.name == name)
