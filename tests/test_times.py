@@ -12,7 +12,7 @@ from tests.tiny_pair import write_pair
 from twotower_eval import store
 from twotower_eval.analyse.claims import judge
 from twotower_eval.analyse.compare import Runs
-from twotower_eval.analyse.compare.calls import usable
+from twotower_eval.analyse.compare.calls import Grid, usable
 from twotower_eval.analyse.compare.timing import SpeedPoint, speed_points
 from twotower_eval.analyse.report.gates import gates
 from twotower_eval.measure import harness, speed, suites
@@ -208,7 +208,7 @@ def test_the_null_leaves_out_its_own(timed: store.Run) -> None:
 
 
 def test_the_fewest_timings_are_given_up() -> None:
-    assert usable({}, {}).rounds == []
+    assert usable(Grid(), Grid()).rounds == []
 
 
 def test_a_report_counts_them(timed: store.Run) -> None:

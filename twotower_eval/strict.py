@@ -4,7 +4,7 @@ Nothing unknown is passed over: a value of another type, a word that no field kn
 not finite or beyond 64 bits, and fields that contradict each other are a ValueError that names record and field.
 msgspec decodes dataclasses at full speed but lets pass what Python's reader lets pass too: fields that no record has,
 keys that are there twice, numbers that a double cannot hold. What a line says beyond its record shows when the record
-is written again: only lines that come out otherwise are looked at key by key.
+is written again: only lines that are not how that begins are looked at key by key.
 """
 
 from __future__ import annotations
@@ -78,13 +78,25 @@ def line_reader(cls: type[T]) -> Callable[[bytes, str], T]:
             record = decode(line)
         except (msgspec.DecodeError, RecursionError):
             return _placed(where, from_json, cls, parse_object(line, where))
-        if ENCODE(record) != line:
+        if not _begins(ENCODE(record), line):
             _placed(where, check_surplus, cls, _object_of(line, where), msgspec.to_builtins(record))
         if contradiction is not None and (said := contradiction(record)):
             raise UserError(f"{where}: {cls.__name__}: {said}")
         return record
 
     return read
+
+
+def _begins(written: bytes, line: bytes) -> bool:
+    """Whether a line is its record, written again, but for fields at the end that have their defaults.
+
+    Those are what rows of older versions lack. What begins a text that msgspec wrote has no key twice, and none that
+    the record does not hold.
+    """
+    if written == line:
+        return True
+    said = line.rstrip(b"}")
+    return written.startswith(said) and written[len(said) : len(said) + 1] == b","
 
 
 def _object_of(line: bytes, where: str) -> dict[str, Any]:

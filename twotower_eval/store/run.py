@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import itemgetter
@@ -81,7 +81,10 @@ FILES = (MANIFEST, EVENTS, *(name for name, _ in JOURNALS.values()), TRAINING_LO
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run folder holds. ``complete`` means ``done.json`` is there and agrees with every journal."""
+    """What a run folder holds. ``complete`` means ``done.json`` is there and agrees with every journal.
+
+    ``found`` is for those who analyse it: what they computed and will ask for again, by keys of their own.
+    """
 
     path: Path
     manifest: RunManifest
@@ -95,6 +98,7 @@ class Run:
     complete: bool
     aggregates: list[Aggregate] = field(default_factory=list)
     witnessed: list[Witnessed] = field(default_factory=list)
+    found: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def cells(self) -> dict[str, Cell]:

@@ -13,21 +13,18 @@ from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.calls import (
     Latency,
     WithinCalls,
-    flags_of,
     grid_of,
-    latency_of,
+    lane_of,
     names_of,
     nothing_usable,
     null_calls,
     null_of,
     pools,
-    processes_of,
     timed_calls,
     usable,
-    within_calls,
 )
 from twotower_eval.analyse.compare.clean import outputs
-from twotower_eval.analyse.compare.costs import ArmCosts, costs_alone
+from twotower_eval.analyse.compare.costs import ArmCosts, arm_costs
 from twotower_eval.analyse.compare.counts import Counts, count
 from twotower_eval.analyse.compare.degenerate import Flags
 from twotower_eval.analyse.compare.measured import Measured, measured
@@ -220,10 +217,8 @@ def _timed(runs: list[Run], cell: Cell) -> TimedAlone | str:
     rounds, calls = there.rounds, there.calls
     if not rounds:
         return f"{names_of(runs)}: cell {cell.id} ({cell.decoder.label}) has {nothing_usable(there)}"
-    samples = [grid[round_, call] for round_ in rounds for call in calls]
-    fixed = cell.workload.kind == "fixed"
-    timed = timed_calls(grid, grid, rounds=rounds, calls=calls, fixed=fixed, processes=processes_of(runs))
-    null_timed = null_calls(runs, cell)
+    lane = lane_of(runs, cell, 0, there)
+    timed = timed_calls(lane, lane)
     return TimedAlone(
         run_ids=tuple(run.manifest.run_id for run in runs),
         complete=all(run.complete for run in runs),
@@ -235,14 +230,14 @@ def _timed(runs: list[Run], cell: Cell) -> TimedAlone | str:
         num_timed=there.num_timed,
         faults=there.faults,
         rate=measured(lambda: stats.speedup(timed, "baseline_rate")),
-        call_s=sum(sample.wall_s for sample in samples) / len(samples),
-        null=null_of(null_timed),
-        null_timed=null_timed,
-        counts=count(prompt for sample in samples for prompt in sample.prompts),
-        latency=latency_of(samples),
-        within=within_calls(samples),
-        costs=costs_alone(runs, cell, samples),
-        flagged=_flagged(flags_of(runs, cell, rounds).values()),
+        call_s=sum(sample.wall_s for sample in lane.samples) / len(lane.samples),
+        null=null_of(runs, cell),
+        null_timed=null_calls(runs, cell),
+        counts=lane.counts,
+        latency=lane.latency,
+        within=lane.within,
+        costs=arm_costs(lane),
+        flagged=_flagged(lane.flags.values()),
     )
 
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from twotower_eval.analyse.compare.clean import paired_difference
 from twotower_eval.analyse.compare.measured import Measured, measured
+from twotower_eval.analyse.compare.once import once
 from twotower_eval.analyse.compare.points import QualityPoint, cells_of
 from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.records import (
@@ -89,7 +91,10 @@ class Agreement:
 def from_round_to_round(runs: Sequence[Run], point: SpeedPoint) -> tuple[Agreement, ...]:
     """Either arm's answers over all rounds, with warm-ups and the baseline's second copy."""
     own = [run for run in runs if run.manifest.run_id in point.run_ids]
-    return tuple(_rounds(own, cell) for cell in (point.baseline, point.candidate))
+    return tuple(
+        once(own, ("from round to round", cell.id), partial(_rounds, own, cell))
+        for cell in (point.baseline, point.candidate)
+    )
 
 
 def _rounds(runs: Sequence[Run], cell: Cell) -> Agreement:
@@ -126,7 +131,14 @@ def timed_as_scored(
     by_id = {run.manifest.run_id: run for run in runs}
     scored, timed = by_id[quality.run_id], [by_id[run_id] for run_id in speed.run_ids]
     arms = zip(cells_of(scored, quality), (speed.baseline, speed.candidate), strict=True)
-    return tuple(_as_scored(scored, ids, timed, cell, unlike) for ids, cell in arms)
+    return tuple(
+        once(
+            [scored, *timed],
+            ("timed as scored", frozenset(ids), cell.id, frozenset(unlike)),
+            partial(_as_scored, scored, ids, timed, cell, unlike),
+        )
+        for ids, cell in arms
+    )
 
 
 def _as_scored(scored: Run, ids: set[str], timed: Sequence[Run], cell: Cell, unlike: Collection[str]) -> Agreement:
@@ -242,6 +254,10 @@ def _one_tokenizer(baseline: Cell, candidate: Cell) -> bool:
 
 
 def _timed_lengths(runs: Sequence[Run], cell: str) -> dict[str, int]:
+    return once(runs, ("timed lengths", cell), lambda: _lengths(runs, cell))
+
+
+def _lengths(runs: Sequence[Run], cell: str) -> dict[str, int]:
     samples = (sample for run in runs for sample in run.speed_of({cell}))
     return {prompt.prompt_id: prompt.num_prompt_tokens for sample in samples for prompt in sample.prompts}
 

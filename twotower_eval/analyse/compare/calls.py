@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.clean import OutputKey, outputs
+from twotower_eval.analyse.compare.counts import Counts, count
 from twotower_eval.analyse.compare.degenerate import Flags
 from twotower_eval.analyse.compare.measured import Measured, measured
+from twotower_eval.analyse.compare.once import once
+from twotower_eval.analyse.stats.intervals import Floats
 from twotower_eval.errors import UserError
 from twotower_eval.records import Arm, Cell, SpeedSample, TimeFault, canonical_json
 from twotower_eval.store import Run
@@ -19,8 +23,16 @@ from twotower_eval.times import fault_of, void_text
 
 Round = tuple[str, int]  # launch, number
 Call = tuple[str, ...]  # prompt ids
-Grid = dict[tuple[Round, Call], SpeedSample]
 LATE: TimeFault = "after the end"
+
+
+class Grid(dict[tuple[Round, Call], SpeedSample]):
+    """Every measured call of one copy of a cell."""
+
+    @cached_property
+    def faults(self) -> dict[tuple[Round, Call], TimeFault]:
+        """What is wrong with calls whose times cannot be."""
+        return {place: fault for place, sample in self.items() if (fault := fault_of(sample))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +72,11 @@ def pools(runs: Sequence[Run], arm: Arm) -> list[tuple[list[Run], Cell]]:
 
 def grid_of(runs: list[Run], cell: Cell, replica: int) -> Grid:
     """Every measured call of one copy of a cell; a ValueError where one was timed twice."""
-    grid: Grid = {}
+    return once(runs, ("grid", cell.id, replica), lambda: _grid(runs, cell, replica))
+
+
+def _grid(runs: list[Run], cell: Cell, replica: int) -> Grid:
+    grid = Grid()
     for run in runs:
         for sample in run.speed_of({cell.id}):
             if sample.replica == replica and sample.phase == "measure":
@@ -112,11 +128,12 @@ def usable(*grids: Grid) -> Usable:
     """What of these grids can be compared."""
     rounds, calls, num_incomplete = complete_rounds(*grids)
     num_timed = len(rounds) * len(calls)
+    void = [grid.faults for grid in grids if grid.faults]
     faults = {
         (r, call): found
-        for r in rounds
+        for r in (rounds if void else ())
         for call in calls
-        if (found := next((one for grid in grids if (one := fault_of(grid[r, call]))), None))
+        if (found := next((one[r, call] for one in void if (r, call) in one), None))
     }
     kept_rounds, kept_calls = _without(set(faults), rounds, calls)
     if not kept_rounds:  # then what at least took some time shows what there is; it is far too much to be trusted
@@ -159,83 +176,119 @@ def left_out(there: Usable) -> list[str]:
     return found
 
 
-def timed_calls(
-    baseline: Grid,
-    candidate: Grid,
-    *,
-    rounds: list[Round],
-    calls: list[Call],
-    fixed: bool,
-    processes: Mapping[str, str],
-) -> stats.TimedCalls:
-    """Two grids as the arms of one comparison; ``fixed`` where their prompts are no sample."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Lane:
+    """One copy of a cell in the rounds and calls that count, with what is asked of it alone.
 
-    def seconds(grid: Grid) -> list[list[float]]:
-        return [[grid[r, c].wall_s for c in calls] for r in rounds]
+    There is one object for one of them: the candidates of a run have the same baseline.
+    """
 
-    def tokens(grid: Grid) -> list[list[int]]:
-        return [[sum(prompt.num_tokens for prompt in grid[r, c].prompts) for c in calls] for r in rounds]
+    runs: Sequence[Run]
+    cell: Cell
+    rounds: Sequence[Round]
+    samples_RC: list[list[SpeedSample]]
 
+    @cached_property
+    def samples(self) -> list[SpeedSample]:
+        """Round after round."""
+        return [sample for row in self.samples_RC for sample in row]
+
+    @cached_property
+    def seconds_RC(self) -> Floats:
+        """Of each call."""
+        return np.array([[sample.wall_s for sample in row] for row in self.samples_RC], dtype=float)
+
+    @cached_property
+    def tokens_RC(self) -> Floats:
+        """Useful tokens of each call."""
+        rows = [[sum(prompt.num_tokens for prompt in sample.prompts) for sample in row] for row in self.samples_RC]
+        return np.array(rows, dtype=float)
+
+    @cached_property
+    def counts(self) -> Counts:
+        """Totals over all prompts."""
+        return count(prompt for sample in self.samples for prompt in sample.prompts)
+
+    @cached_property
+    def latency(self) -> Latency:
+        """Of all prompts."""
+        finish_s = np.array([prompt.finish_s for sample in self.samples for prompt in sample.prompts])
+        median_s, p95_s = (float(np.quantile(finish_s, q)) for q in (0.5, 0.95))
+        return Latency(median_s=median_s, p95_s=p95_s, n=len(finish_s))
+
+    @cached_property
+    def within(self) -> WithinCalls:
+        """What its calls say of themselves."""
+        peaks = [sample.peak_memory_bytes for sample in self.samples if sample.peak_memory_bytes is not None]
+        return WithinCalls(
+            num_calls=len(self.samples),
+            prefill_s=_median(sample.prefill_s for sample in self.samples),
+            first_output_s=_median(sample.first_output_s for sample in self.samples),
+            peak_memory_bytes=max(peaks, default=None),
+        )
+
+    @cached_property
+    def flags(self) -> dict[OutputKey, Flags]:
+        """Of the outputs in its rounds; none where a workload's outputs are not kept."""
+        numbers = {number for _, number in self.rounds}
+        found: dict[OutputKey, Flags] = {}
+        for run in self.runs:
+            rows = (row for row in run.generations_of({self.cell.id}) if row.repeat in numbers)
+            found |= outputs(run.manifest.run_id, rows, {self.cell.id})
+        return found
+
+
+def lane_of(runs: list[Run], cell: Cell, replica: int, there: Usable) -> Lane:
+    """The calls of one copy of a cell that count."""
+    rounds, calls = there.rounds, there.calls
+
+    def made() -> Lane:
+        grid = grid_of(runs, cell, replica)
+        return Lane(runs=runs, cell=cell, rounds=rounds, samples_RC=[[grid[r, c] for c in calls] for r in rounds])
+
+    return once(runs, ("lane", cell.id, replica, tuple(rounds), tuple(calls)), made)
+
+
+def timed_calls(baseline: Lane, candidate: Lane) -> stats.TimedCalls:
+    """Two lanes as the arms of one comparison."""
+    processes = processes_of(candidate.runs)
     return stats.TimedCalls(
-        baseline_s=np.array(seconds(baseline), dtype=float),
-        candidate_s=np.array(seconds(candidate), dtype=float),
-        baseline_tokens=np.array(tokens(baseline), dtype=float),
-        candidate_tokens=np.array(tokens(candidate), dtype=float),
-        launches=[processes.get(launch, launch) for launch, _ in rounds],
-        fixed=fixed,
+        baseline_s=baseline.seconds_RC,
+        candidate_s=candidate.seconds_RC,
+        baseline_tokens=baseline.tokens_RC,
+        candidate_tokens=candidate.tokens_RC,
+        launches=[processes.get(launch, launch) for launch, _ in candidate.rounds],
+        fixed=candidate.cell.workload.kind == "fixed",  # then its prompts are no sample
     )
 
 
 def null_calls(runs: list[Run], baseline: Cell) -> stats.TimedCalls | None:
     """The baseline's two copies as the two arms; ``None`` where no round holds both."""
+    return once(runs, ("null", baseline.id), lambda: _null_calls(runs, baseline))
+
+
+def _null_calls(runs: list[Run], baseline: Cell) -> stats.TimedCalls | None:
     grids = (grid_of(runs, baseline, 0), grid_of(runs, baseline, 1))
     there = usable(*grids)
     if not grids[1] or not there.rounds:
         return None
-    fixed = baseline.workload.kind == "fixed"
-    return timed_calls(*grids, rounds=there.rounds, calls=there.calls, fixed=fixed, processes=processes_of(runs))
+    return timed_calls(*(lane_of(runs, baseline, replica, there) for replica in (0, 1)))
 
 
-def null_of(timed: stats.TimedCalls | None) -> Measured:
+def null_of(runs: list[Run], baseline: Cell) -> Measured:
     """The baseline's speedup over itself, at the level that nulls are held to."""
+    return once(runs, ("null's speedup", baseline.id), lambda: _null(null_calls(runs, baseline)))
+
+
+def _null(timed: stats.TimedCalls | None) -> Measured:
     if timed is None:
         return Measured(estimate=None, reason="the baseline was not timed against itself in any whole round")
     return measured(lambda: stats.speedup(timed, level=stats.NULL_LEVEL, caution="estimated"))
 
 
-def flags_of(runs: list[Run], cell: Cell, rounds: list[Round]) -> dict[OutputKey, Flags]:
-    """Flags of the cell's outputs in the rounds that are complete; none where a workload's outputs are not kept."""
-    numbers = {number for _, number in rounds}
-    found: dict[OutputKey, Flags] = {}
-    for run in runs:
-        found |= outputs(
-            run.manifest.run_id, (row for row in run.generations_of({cell.id}) if row.repeat in numbers), {cell.id}
-        )
-    return found
-
-
-def latency_of(samples: list[SpeedSample]) -> Latency:
-    """Of all prompts of these calls."""
-    finish_s = np.array([prompt.finish_s for sample in samples for prompt in sample.prompts])
-    median_s, p95_s = (float(np.quantile(finish_s, q)) for q in (0.5, 0.95))
-    return Latency(median_s=median_s, p95_s=p95_s, n=len(finish_s))
-
-
 def names_of(runs: Sequence[Run]) -> str:
     """Runs, as errors name them."""
     return "run " + ", ".join(run.manifest.run_id for run in runs)
-
-
-def within_calls(samples: Sequence[SpeedSample]) -> WithinCalls:
-    """Of these calls."""
-    return WithinCalls(
-        num_calls=len(samples),
-        prefill_s=_median(sample.prefill_s for sample in samples),
-        first_output_s=_median(sample.first_output_s for sample in samples),
-        peak_memory_bytes=max(
-            (sample.peak_memory_bytes for sample in samples if sample.peak_memory_bytes is not None), default=None
-        ),
-    )
 
 
 def _median(values_s: Iterable[float | None]) -> float | None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from twotower_eval.analyse import stats
+from twotower_eval.analyse.compare.calls import Lane
 from twotower_eval.analyse.compare.measured import Measured, measured
+from twotower_eval.analyse.compare.once import once
 from twotower_eval.analyse.compare.residual import Residual, Round, by_round, fastest_of_calls, residual, unknown
 from twotower_eval.errors import NoEstimate
 from twotower_eval.records import Arm, Cell, CostPart, CostSample, DecoderSpec, Estimate, Passes, SpeedSample
@@ -57,26 +60,29 @@ class Costs:
         return {"baseline": self.baseline.residual, "candidate": self.candidate.residual}
 
 
-def costs(
-    runs: Sequence[Run], baseline: Cell, candidate: Cell, samples: tuple[Sequence[SpeedSample], Sequence[SpeedSample]]
-) -> Costs:
-    """Join the parts that were timed with the calls of both arms, ``samples``: those of the measured rounds."""
-    parts = [_parts(runs, baseline), _parts(runs, candidate)]
-    block_size = candidate.decoder.params.get("block_size")
-    own = block_size if isinstance(block_size, int) else None
-    middle = _middle(samples[0])
+def costs(baseline: Lane, candidate: Lane) -> Costs:
+    """Join the parts that were timed with the calls of both arms."""
+    parts = [_parts(arm.runs, arm.cell) for arm in (baseline, candidate)]
+    middle = _middle(baseline.samples)
     return Costs(
-        baseline=_arm(parts[0], samples[0], None, baseline),
-        candidate=_arm(parts[1], samples[1], own, candidate),
-        break_even=measured(lambda: _break_even(parts, samples[1], own, middle)),
-        tokens_per_nfe=_tokens_per_nfe(samples[1]),
+        baseline=arm_costs(baseline),
+        candidate=arm_costs(candidate),
+        break_even=measured(lambda: _break_even(parts, candidate.samples, _block_size(candidate.cell), middle)),
+        tokens_per_nfe=_tokens_per_nfe(candidate.samples),
         context_tokens=middle,
     )
 
 
-def costs_alone(runs: Sequence[Run], cell: Cell, samples: Sequence[SpeedSample]) -> ArmCosts:
-    """The same of an autoregressive cell that nothing was timed beside."""
-    return _arm(_parts(runs, cell), samples, None, cell)
+def arm_costs(arm: Lane) -> ArmCosts:
+    """One arm's part of it."""
+    made = partial(_arm, _parts(arm.runs, arm.cell), arm.samples, _block_size(arm.cell), arm.cell)
+    return once(arm.runs, ("costs", arm), made)
+
+
+def _block_size(cell: Cell) -> int | None:
+    """Of the passes that its decoder makes; baselines have none."""
+    found = cell.decoder.params.get("block_size") if cell.arm == "candidate" else None
+    return found if isinstance(found, int) else None
 
 
 def _parts(runs: Sequence[Run], cell: Cell) -> list[CostSample]:
@@ -153,8 +159,7 @@ def seconds_alone(runs: Sequence[Run], cell: Cell, samples: Sequence[SpeedSample
 
     The function raises ValueError where parts were not timed, or none that the call needs.
     """
-    found = cell.decoder.params.get("block_size") if cell.arm == "candidate" else None
-    block_size = found if isinstance(found, int) else None
+    block_size = _block_size(cell)
     own = _own(_parts(runs, cell), samples, block_size, cell)
     table, kept = stats.CostTable(_phases(own)), any(sample.part == "bookkeeping" for sample in own)
     return lambda sample: stats.predict(table, [_call(sample, block_size, cell.decoder, kept)]).total_s

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from twotower_eval.analyse.compare.contradiction import Check, ContradictionKind, Place, Spot
+from twotower_eval.analyse.compare.once import once
 from twotower_eval.records import SpeedSample
 from twotower_eval.store import EVENTS, JOURNALS, MANIFEST, Run
 
@@ -67,7 +68,8 @@ def _launches_without_warmup(run: Run) -> Iterator[Place]:
 
 def _rounds_short(run: Run) -> tuple[int, int] | None:
     """Rounds that the plan asks for and whole ones that are there, where a complete run has too few."""
-    asked, found = run.manifest.plan.get("min_rounds"), len(whole_rounds(run.speed))
+    asked = run.manifest.plan.get("min_rounds")
+    found = once([run], ("whole rounds",), lambda: len(whole_rounds(run.speed)))
     is_speed = run.complete and run.manifest.verb == "speed" and bool(run.speed)
     return (asked, found) if is_speed and isinstance(asked, int) and found < asked else None
 
@@ -122,6 +124,10 @@ def tells_digests(run: Run) -> bool:
 
     Such a version says more in other places as well, which those before it do not.
     """
+    return once([run], ("tells digests",), lambda: _tells_digests(run))
+
+
+def _tells_digests(run: Run) -> bool:
     later = any(cell.extra is not None for cell in run.manifest.cells)
     later |= any(event["kind"] in ("launched", "finished") or event.get("files") for event in run.events)
     return later or any(call.passes or call.cpu_s is not None for call in run.speed)

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from twotower_eval.analyse import stats
+from twotower_eval.analyse.compare.calls import Lane
+from twotower_eval.analyse.compare.once import once
 from twotower_eval.analyse.compare.points import point_key
 from twotower_eval.records import Arm, Cell, GenerationRow, SpeedSample
 from twotower_eval.store import Run
@@ -89,14 +92,13 @@ class _Arm:
 def with_lengths(
     timed: stats.TimedCalls,
     everyone: Sequence[Run],
-    cells: tuple[Cell, Cell],
-    samples: tuple[Sequence[SpeedSample], Sequence[SpeedSample]],
+    lanes: tuple[Lane, Lane],
 ) -> tuple[stats.TimedCalls, tuple[Lengths, ...]]:
     """The calls with what is known beside them, and the lengths themselves.
 
     Nothing where calls are fixed, and where the ids of prompts name no documents: then there is no more to be timed.
     """
-    arms = [_arm(everyone, cell, own) for cell, own in zip(cells, samples, strict=True)]
+    arms = [once(everyone, ("lengths", lane), partial(_arm, everyone, lane.cell, lane.samples)) for lane in lanes]
     baseline, candidate = arms
     if timed.fixed or not baseline.timed or not candidate.timed:
         return timed, ()

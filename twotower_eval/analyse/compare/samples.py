@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from twotower_eval.analyse.compare.calls import Lane
 from twotower_eval.analyse.compare.degenerate import FLAG_NAMES, flags
+from twotower_eval.analyse.compare.once import once
 from twotower_eval.records import Cell, FinishReason, GenerationRow, Score, SpeedSample
 from twotower_eval.store import Run
 
@@ -55,17 +57,13 @@ class Sample:
 Document = tuple[str, int]
 
 
-def answer_samples(
-    runs: Sequence[Run], cells: tuple[Cell, Cell], timed: tuple[Sequence[SpeedSample], Sequence[SpeedSample]]
-) -> tuple[Sample, ...]:
+def answer_samples(baseline: Lane, candidate: Lane) -> tuple[Sample, ...]:
     """Every prompt that both arms answered in the measured rounds, by task and document; none where no text was kept.
 
-    ``cells`` and ``timed`` are baseline and candidate, the calls those of the rounds that count.
+    Baseline and candidate are their calls of the rounds that count.
     """
-    arms, scores = [], []
-    for cell, calls in zip(cells, timed, strict=True):
-        scores.append(_headline_scores(runs, cell))
-        arms.append(_arm(_kept(runs, cell, {call.round for call in calls}), calls, scores[-1]))
+    scores = [_headline_scores(arm.runs, arm.cell) for arm in (baseline, candidate)]
+    arms = [_answers(arm, own) for arm, own in zip((baseline, candidate), scores, strict=True)]
     found = []
     for document in sorted(arms[0].keys() & arms[1].keys()):
         score = next(iter([*scores[0].get(document, []), *scores[1].get(document, [])]), None)
@@ -79,6 +77,13 @@ def answer_samples(
         )
         found.append(sample)
     return tuple(found)
+
+
+def _answers(arm: Lane, scores: dict[Document, list[Score]]) -> dict[Document, SampleArm]:
+    def made() -> dict[Document, SampleArm]:
+        return _arm(_kept(arm.runs, arm.cell, {call.round for call in arm.samples}), arm.samples, scores)
+
+    return once(arm.runs, ("answers", arm), made)
 
 
 def _arm(

@@ -15,25 +15,23 @@ from twotower_eval.analyse.compare.best import Best, best_of
 from twotower_eval.analyse.compare.calls import (
     Call,
     Grid,
+    Lane,
     Latency,
     WithinCalls,
-    flags_of,
     grid_of,
-    latency_of,
+    lane_of,
     left_out,
     names_of,
     nothing_usable,
     null_calls,
     null_of,
     pools,
-    processes_of,
     timed_calls,
     usable,
-    within_calls,
 )
 from twotower_eval.analyse.compare.clean import CleanSpeed, Flagged, OutputKey, clean_speed, flagged, flagged_documents
 from twotower_eval.analyse.compare.costs import Costs, costs
-from twotower_eval.analyse.compare.counts import Counts, count
+from twotower_eval.analyse.compare.counts import Counts
 from twotower_eval.analyse.compare.degenerate import Flags
 from twotower_eval.analyse.compare.gaps import remarks
 from twotower_eval.analyse.compare.lengths import Lengths, with_lengths
@@ -41,7 +39,7 @@ from twotower_eval.analyse.compare.measured import ArmsDifferError
 from twotower_eval.analyse.compare.points import Measured, PointKey, baseline_of, measured, point_key
 from twotower_eval.analyse.compare.samples import Sample, answer_samples
 from twotower_eval.analyse.compare.unseen import UNCHECKED, Unseen, unseen
-from twotower_eval.records import Cell, Gate, GateLimits, SerialDependence, SpeedSample, TimeFault
+from twotower_eval.records import Cell, Gate, GateLimits, SerialDependence, TimeFault
 from twotower_eval.store import Run
 from twotower_eval.ways import Handicap, handicaps
 
@@ -176,15 +174,11 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
     rounds, calls = there.rounds, there.calls
     if not rounds:
         return f"{names_of(runs)}: cell {candidate.id} ({candidate.decoder.label}) has {nothing_usable(there)}"
-    samples = [[grid[r, c] for r in rounds for c in calls] for grid in grids]
-    fixed = candidate.workload.kind == "fixed"
-    timed = timed_calls(*grids, rounds=rounds, calls=calls, fixed=fixed, processes=processes_of(runs))
-    timed, lengths = with_lengths(timed, everyone, (baseline, candidate), (samples[0], samples[1]))
+    arms = (lane_of(runs, baseline, 0, there), lane_of(runs, candidate, 0, there))
+    timed, lengths = with_lengths(timed_calls(*arms), everyone, arms)
     length = measured(lambda: stats.speedup(timed, "length"))
     time = measured(lambda: stats.speedup(timed))
-    null_timed = null_calls(runs, baseline)
     rate = measured(lambda: stats.speedup(timed, "baseline_rate"))
-    by_arm = [flags_of(runs, cell, rounds) for cell in (baseline, candidate)]
     return SpeedPoint(
         run_ids=tuple(run.manifest.run_id for run in runs),
         complete=all(run.complete for run in runs),
@@ -197,23 +191,23 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
         throughput=measured(lambda: stats.speedup(timed, "throughput")),
         length=length,
         geometric=measured(lambda: stats.geometric_speedup(timed)),
-        null=null_of(null_timed),
+        null=null_of(runs, baseline),
         baseline_rate=rate,
         candidate_rate=measured(lambda: stats.speedup(timed, "candidate_rate")),
-        counts=count(prompt for sample in samples[1] for prompt in sample.prompts),
-        baseline_counts=count(prompt for sample in samples[0] for prompt in sample.prompts),
-        latency=latency_of(samples[1]),
-        baseline_latency=latency_of(samples[0]),
-        within=within_calls(samples[1]),
-        baseline_within=within_calls(samples[0]),
-        flagged=flagged(by_arm[0], by_arm[1]),
-        clean=clean_speed(timed, _dropped_calls(by_arm, calls)),
-        costs=costs(runs, baseline, candidate, (samples[0], samples[1])),
-        samples=answer_samples(runs, (baseline, candidate), (samples[0], samples[1])),
+        counts=arms[1].counts,
+        baseline_counts=arms[0].counts,
+        latency=arms[1].latency,
+        baseline_latency=arms[0].latency,
+        within=arms[1].within,
+        baseline_within=arms[0].within,
+        flagged=flagged(arms[0].flags, arms[1].flags),
+        clean=clean_speed(timed, _dropped_calls([arm.flags for arm in arms], calls)),
+        costs=costs(*arms),
+        samples=answer_samples(*arms),
         warnings=(*left_out(there), *remarks(runs), *_warnings(length, lengths), *_few_rounds(time, timed)),
         timed=timed,
-        null_timed=null_timed,
-        handicaps=_handicaps(runs, (baseline, candidate), (samples[0], samples[1])),
+        null_timed=null_calls(runs, baseline),
+        handicaps=_handicaps(*arms),
         best=best_of(runs, baseline, None if rate.estimate is None else rate.estimate.value),
         tasks=tasks_of(chain.from_iterable(calls)),
         lengths=lengths,
@@ -254,17 +248,17 @@ def _few_rounds(time: Measured, timed: stats.TimedCalls) -> list[str]:
     return [] if found is None else [found]
 
 
-def _handicaps(
-    runs: list[Run], arms: tuple[Cell, Cell], samples: tuple[list[SpeedSample], list[SpeedSample]]
-) -> tuple[Handicap, ...]:
+def _handicaps(*arms: Lane) -> tuple[Handicap, ...]:
     """What slows either arm, by how its model is run."""
     found: list[Handicap] = []
-    for cell, own in zip(arms, samples, strict=True):
-        prompts = [prompt for sample in own for prompt in sample.prompts]
+    for arm in arms:
+        cell = arm.cell
+        prompts = [prompt for sample in arm.samples for prompt in sample.prompts]
         longest = max(prompt.num_prompt_tokens + prompt.num_tokens for prompt in prompts)
-        unlike = any(len({prompt.num_prompt_tokens for prompt in sample.prompts}) > 1 for sample in own)
+        unlike = any(len({prompt.num_prompt_tokens for prompt in sample.prompts}) > 1 for sample in arm.samples)
         width = cell.workload.batch_size or 1
-        for ways in (ways for run in runs for ways in run.manifest.ways if ways.checkpoint == cell.checkpoint.identity):
+        every = (ways for run in arm.runs for ways in run.manifest.ways)
+        for ways in (ways for ways in every if ways.checkpoint == cell.checkpoint.identity):
             found += handicaps(cell.arm, ways, batch_size=width, longest=longest, unlike_lengths=unlike)
     return tuple(dict.fromkeys(found))
 

@@ -200,9 +200,9 @@ class _Crossing:
             why = "how prompts differ is unknown, so there is no interval: time more of them"
             raise NoEstimate(f"one call of sampled prompts only: {why}")
         self._draws_QU = _multiplicities(num_units, num_resamples, seed)
-        self._draws_QP = np.ones((num_resamples, num_calls))
-        if self.crossed:
-            self._draws_QP = _multiplicities(num_calls, num_resamples, seed + 1)
+        self._draws_QP = (
+            _multiplicities(num_calls, num_resamples, seed + 1) if self.crossed else np.ones((num_resamples, num_calls))
+        )
         self._drawing = (num_resamples, seed, self.crossed)
         self._method = Method(
             kind="crossed_bootstrap",
