@@ -9,12 +9,13 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from twotower_eval.errors import UserError
 
+JsonObject: TypeAlias = Mapping[str, object]  # values of any kind: whoever takes one looks at its kind first
 BOM = "\ufeff"
 INT64 = range(-(2**63), 2**63)  # what numpy, Arrow and pandas carry as a whole number
 _HALF_PAIR = re.compile(r"[\ud800-\udfff]")

@@ -16,6 +16,7 @@ from bench.measure import interleave, ratios, spread
 from bench.memory import measure
 from bench.subject import CONFIG, num_parameters, random_pair, write_tower
 from twotower_eval.engine.decoders import make_decoder
+from twotower_eval.engine.models.protocol import as_model
 from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.records import Prompt
 
@@ -79,7 +80,8 @@ def _arms(pair: TwoTower, folder: Path, sizes: Sizes) -> tuple[dict[str, Any], i
             layer.mixer.chunk_size = BLOCK_SIZE
     plain = theirs.PlainDiffusion(context, denoiser, pair)
     block: dict[str, Any] = {"block_size": BLOCK_SIZE, "steps_per_block": NUM_STEPS, "threshold": THRESHOLD}
-    ar, diffusion = (make_decoder(pair, "autoregressive"), make_decoder(pair, "block_diffusion", **block))
+    model = as_model(pair)
+    ar, diffusion = (make_decoder(model, "autoregressive"), make_decoder(model, "block_diffusion", **block))
 
     def ours(decoder: Any) -> Any:
         return decoder.generate(prompts, max_new_tokens=sizes.new)[0]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from twotower_eval.engine.decoders import make_decoder
+from twotower_eval.engine.models.protocol import as_model
 from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.miniature.corpus import KINDS, Document, decode, encode, evaluation_documents
 from twotower_eval.miniature.task_files import MAX_NEW_TOKENS
@@ -32,7 +33,7 @@ def attach_facts(model: TwoTower) -> None:
 def accuracy_by_kind(model: TwoTower, decoder: str, **params: Any) -> tuple[dict[str, float], float | None]:
     """Share of exactly right answers by kind, and useful tokens per denoiser forward (None without any)."""
     attach_facts(model)
-    generate = make_decoder(model, decoder, **params).generate
+    generate = make_decoder(as_model(model), decoder, **params).generate
     accuracy: dict[str, float] = {}
     num_tokens = num_forwards = 0
     for kind in KINDS:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from twotower_eval.engine.decoders.finish import Clock, OnFinish
+from twotower_eval.engine.models.protocol import Model
 from twotower_eval.engine.plugin_source import plugin_code
 from twotower_eval.errors import UserError
 from twotower_eval.names import Seam, nearest, resolve
 from twotower_eval.plugin_calls import calls_of, module_of
 from twotower_eval.records import DecoderSpec, Generation, Prompt
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 DECODERS = {
     "autoregressive": "twotower_eval.engine.decoders.autoregressive:Autoregressive",
@@ -46,15 +50,26 @@ class Decoder(Protocol):
     ) -> list[Generation]: ...
 
 
-def decoder_class(kind: str) -> Any:
+class DecoderClass(Protocol):
+    """The class of a decoder: what is called to make one, the version of its loop, and its parameters."""
+
+    __name__: str
+    VERSION: int
+    Params: Any  # a frozen dataclass
+    generate: Callable[..., list[Generation]]
+
+    def __call__(self, model: Model, params: Any, *, clock: Clock | None = None) -> Decoder: ...
+
+
+def decoder_class(kind: str) -> DecoderClass:
     """The class behind a short name, a registered one or a ``"module:Class"``; UserError with a near-miss hint."""
-    cls = resolve(SEAM.place(kind))
+    cls: DecoderClass = resolve(SEAM.place(kind))
     if kind not in DECODERS:
         _check_plug_in(kind, cls)
     return cls
 
 
-def _check_plug_in(kind: str, cls: Any) -> None:
+def _check_plug_in(kind: str, cls: DecoderClass) -> None:
     """UserError, one line that says what is missing, where a class of the user's own is no decoder."""
     lacks = [name for name in ("Params", "VERSION", "generate") if not hasattr(cls, name)]
     if lacks:
@@ -70,7 +85,7 @@ def _check_plug_in(kind: str, cls: Any) -> None:
         raise UserError(f"decoder {kind!r} is called as generate(prompts, {given}): {error}") from error
 
 
-def decoder_spec(kind: str, **params: Any) -> DecoderSpec:
+def decoder_spec(kind: str, **params: object) -> DecoderSpec:
     """A full specification: parameters checked, defaults filled in, version from the class, code of a plug-in."""
     cls = decoder_class(kind)
     filled = dataclasses.asdict(_checked(cls, kind, params))
@@ -82,7 +97,7 @@ def decoder_spec(kind: str, **params: Any) -> DecoderSpec:
     return DecoderSpec(kind=kind, params=filled, version=cls.VERSION, code=code)
 
 
-def make_decoder(model: Any, kind: str, *, clock: Clock | None = None, **params: Any) -> Decoder:
+def make_decoder(model: Model, kind: str, *, clock: Clock | None = None, **params: object) -> Decoder:
     """A decoder for ``model``. With a ``clock`` each generation's ``finish_s`` is filled in.
 
     ValueError for an unknown kind or parameter, a bad value, a model that lacks what the decoder needs, or whatever a
@@ -95,11 +110,10 @@ def make_decoder(model: Any, kind: str, *, clock: Clock | None = None, **params:
         raise UserError(f"decoder {kind!r} is made as {cls.__name__}(model, params, clock=clock): {error}") from error
     checked = _checked(cls, kind, params)
     with calls_of(module_of(cls), f"decoder {kind}", "__init__"):
-        decoder: Decoder = cls(model, checked, clock=clock)
-    return decoder
+        return cls(model, checked, clock=clock)
 
 
-def from_spec(model: Any, spec: DecoderSpec, *, clock: Clock | None = None) -> Decoder:
+def from_spec(model: Model, spec: DecoderSpec, *, clock: Clock | None = None) -> Decoder:
     """The decoder that a specification names; ValueError if it was written for another version."""
     version = decoder_class(spec.kind).VERSION
     if spec.version != version:
@@ -107,7 +121,7 @@ def from_spec(model: Any, spec: DecoderSpec, *, clock: Clock | None = None) -> D
     return make_decoder(model, spec.kind, clock=clock, **spec.params)
 
 
-def _checked(cls: Any, kind: str, params: dict[str, Any]) -> Any:
+def _checked(cls: DecoderClass, kind: str, params: Mapping[str, object]) -> DataclassInstance:
     known = [f.name for f in dataclasses.fields(cls.Params)]
     for name in params:
         if name not in known:
@@ -115,4 +129,5 @@ def _checked(cls: Any, kind: str, params: dict[str, Any]) -> Any:
             hint = f"did you mean {near}?" if near else f"it has {', '.join(known) or 'none'}"
             raise UserError(f"decoder {kind} has no parameter {name!r}; {hint}")
     with calls_of(module_of(cls), f"decoder {kind}", "Params"):
-        return cls.Params(**params)
+        checked: DataclassInstance = cls.Params(**params)
+    return checked

@@ -18,7 +18,7 @@ class Params:
         check_temperature(self.temperature)
 
 
-class Autoregressive(BatchDecoder):
+class Autoregressive(BatchDecoder[Params]):
     """n useful tokens cost n context forwards: the prefill gives the first, each extension one more."""
 
     KIND = "autoregressive"

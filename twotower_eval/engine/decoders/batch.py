@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +24,10 @@ from twotower_eval.engine.decoders.finish import (
 )
 from twotower_eval.engine.decoders.rows import RowNoise, padded_ids
 from twotower_eval.engine.models.counting import CountedContext, CountingModel
-from twotower_eval.errors import UserError
+from twotower_eval.engine.models.protocol import Model, two_tower
 from twotower_eval.records import CommitStep, Generation, Prompt
+
+ParamsT = TypeVar("ParamsT")
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Call:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         prompts: Sequence[Prompt],
         rules: Rules,
         clock: Clock | None,
@@ -138,15 +140,15 @@ def no_denoiser(decoder: str) -> str:
     )
 
 
-class BatchDecoder:
+class BatchDecoder(Generic[ParamsT]):
     """Base of the decoders that run the prompts of a call beside each other."""
 
     KIND: ClassVar[str]
     NEEDS_DENOISER: ClassVar[bool] = True
 
-    def __init__(self, model: Any, params: Any, *, clock: Clock | None = None) -> None:
-        if self.NEEDS_DENOISER and not model.has_denoiser:
-            raise UserError(no_denoiser(self.KIND))
+    def __init__(self, model: Model, params: ParamsT, *, clock: Clock | None = None) -> None:
+        if self.NEEDS_DENOISER:
+            two_tower(model, no_denoiser(self.KIND))
         self.model, self.params, self.clock = model, params, clock
 
     @torch.inference_mode()

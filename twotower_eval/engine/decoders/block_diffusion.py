@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twotower_eval.engine.decoders.batch import BatchDecoder, Call
+from twotower_eval.engine.decoders.batch import BatchDecoder, Call, no_denoiser
 from twotower_eval.engine.decoders.commit import commit
 from twotower_eval.engine.decoders.rows import RowNoise, check_temperature, choose, on_host
 from twotower_eval.engine.models.counting import CountedContext
+from twotower_eval.engine.models.protocol import two_tower
 from twotower_eval.errors import UserError
 from twotower_eval.records import CommitStep
 
@@ -74,7 +75,7 @@ class Predicted(NamedTuple):
     confidence_BK: Tensor
 
 
-class BlockDiffusion(BatchDecoder):
+class BlockDiffusion(BatchDecoder[Params]):
     """No extension of the context behind the last block; the last block is K long like the others.
 
     Rows are at steps and blocks of their own. A row whose block is finished waits for others, so that the extension
@@ -102,7 +103,8 @@ class BlockDiffusion(BatchDecoder):
     def _decode(self, call: Call) -> None:
         for row, prompt in zip(call.rows, call.prompts, strict=True):
             row.num_forced, row.steps = 0, [] if self.params.trace or prompt.trace else None
-        blocks = Blocks(len(call.rows), self.params.block_size, self.model.mask_token_id)
+        mask_id = two_tower(self.model, no_denoiser(self.KIND)).mask_token_id
+        blocks = Blocks(len(call.rows), self.params.block_size, mask_id)
         context = call.admit()
         while context is not None:
             still_open = blocks.masked_RK[list(context.rows)].any(1).tolist()

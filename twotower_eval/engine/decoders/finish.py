@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from twotower_eval.engine.models.protocol import Model, TextCodec
 from twotower_eval.errors import UserError
-from twotower_eval.records import FinishReason, Generation, Prompt
+from twotower_eval.records import CommitStep, FinishReason, Generation, Prompt
 
 Clock = Callable[[], float]  # seconds, after all devices have finished their work
 OnFinish = Callable[[Generation], None]  # hears of every row as it finishes
@@ -27,7 +27,7 @@ class Rules:
     max_new_tokens: int
     eos_token_ids: frozenset[int]
     stop: tuple[str, ...]
-    tokenizer: Any | None
+    tokenizer: TextCodec | None
 
     @property
     def stop_window(self) -> int:
@@ -35,7 +35,7 @@ class Rules:
         return max(len(text.encode()) for text in self.stop) + STOP_WINDOW_SPARE
 
 
-def make_rules(model: Any, *, max_new_tokens: int, eos_token_ids: Sequence[int], stop: Sequence[str]) -> Rules:
+def make_rules(model: Model, *, max_new_tokens: int, eos_token_ids: Sequence[int], stop: Sequence[str]) -> Rules:
     """Check the stop events. String stops need the model's tokenizer."""
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens!r}")
@@ -57,7 +57,7 @@ def check_batch_size(max_batch_size: int | None) -> int | None:
     return max_batch_size
 
 
-def check_prompts(model: Any, prompts: Sequence[Prompt]) -> None:
+def check_prompts(model: Model, prompts: Sequence[Prompt]) -> None:
     """Prompts of at least one token, all within the vocabulary."""
     for prompt in prompts:
         if not prompt.token_ids:
@@ -150,7 +150,9 @@ def generation(
     *,
     num_context_forwards: int,
     num_denoiser_forwards: int,
-    **more: Any,
+    num_forced_commits: int | None = None,
+    finish_s: float | None = None,
+    trace: tuple[CommitStep, ...] | None = None,
 ) -> Generation:
     """The record of one row; whatever was produced behind the cut is counted as discarded."""
     token_ids, text, finish = cut(produced, rules)
@@ -164,5 +166,7 @@ def generation(
         num_discarded_tokens=len(produced) - len(token_ids),
         num_context_forwards=num_context_forwards,
         num_denoiser_forwards=num_denoiser_forwards,
-        **more,
+        num_forced_commits=num_forced_commits,
+        finish_s=finish_s,
+        trace=trace,
     )

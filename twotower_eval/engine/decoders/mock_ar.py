@@ -12,7 +12,7 @@ from twotower_eval.engine.decoders.batch import BatchDecoder, Call
 from twotower_eval.engine.decoders.rows import choose
 
 
-class MockAR(BatchDecoder):
+class MockAR(BatchDecoder[Params]):
     """One denoiser and one context forward per token."""
 
     KIND = "mock_ar"

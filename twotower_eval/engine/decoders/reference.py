@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from twotower_eval.engine.decoders.finish import (
     make_rules,
 )
 from twotower_eval.engine.decoders.rows import check_temperature
+from twotower_eval.engine.models.protocol import Model, two_tower
 from twotower_eval.errors import UserError
 from twotower_eval.records import Generation, Prompt
 
@@ -57,9 +58,8 @@ class Reference:
     Params = Params
     VERSION = 1
 
-    def __init__(self, model: Any, params: _Params, *, clock: Clock | None = None) -> None:
-        if params.mode != "autoregressive" and not model.has_denoiser:
-            raise UserError(no_denoiser(params.mode))
+    def __init__(self, model: Model, params: _Params, *, clock: Clock | None = None) -> None:
+        self._pair = None if params.mode == "autoregressive" else two_tower(model, no_denoiser(params.mode))
         self.model, self.params, self.clock = model, params, clock
 
     @torch.inference_mode()
@@ -115,23 +115,25 @@ class Reference:
         if self.params.mode == "autoregressive":
             logits_V = self.model.context_logits(torch.tensor([known]))[0, -1]
         else:
-            context = self.model.prefill(torch.tensor([known[:-1]], dtype=torch.int64).view(1, -1))
-            logits_V = self.model.denoise(torch.tensor([known[-1:]]), context, None)[0, 0]
+            assert self._pair is not None
+            context = self._pair.prefill(torch.tensor([known[:-1]], dtype=torch.int64).view(1, -1))
+            logits_V = self._pair.denoise(torch.tensor([known[-1:]]), context, None)[0, 0]
         return int(self._pick(logits_V, generator))
 
     def _block(self, known: list[int], generator: torch.Generator) -> tuple[list[int], int, int]:
         """A finished block, the denoiser calls it took and the commits that only the floor made."""
-        params, mask = self.params, self.model.mask_token_id
+        assert self._pair is not None
+        params, mask = self.params, self._pair.mask_token_id
         num_steps = params.steps_per_block or params.block_size
         block = [mask] * params.block_size
         open_positions = list(range(params.block_size))
         calls = forced = 0
-        context = self.model.prefill(torch.tensor([known]))
+        context = self._pair.prefill(torch.tensor([known]))
         for step in range(num_steps):
             if not open_positions:
                 break
             fraction = len(open_positions) / params.block_size
-            logits_KV = self.model.denoise(torch.tensor([block]), context, [fraction])[0]
+            logits_KV = self._pair.denoise(torch.tensor([block]), context, [fraction])[0]
             logits_KV[:, mask] = -math.inf
             calls += 1
             tokens = self._pick(logits_KV, generator).tolist()

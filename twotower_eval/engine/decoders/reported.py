@@ -11,11 +11,11 @@ import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from twotower_eval.engine.models.counting import WatchedModel
+from twotower_eval.engine.models.protocol import Model, TextCodec
 from twotower_eval.errors import UserError
 from twotower_eval.plugin_calls import calls_of, module_of
 from twotower_eval.records import GENERATION_COUNTS, CommitStep, FinishReason, Generation, Prompt
@@ -41,7 +41,7 @@ LET = (ReportError, torch.OutOfMemoryError)  # that have words of their own, who
 
 
 @contextmanager
-def generating(decoder: Any, name: str, option: str, ours: Sequence[BaseException] = ()) -> Iterator[None]:
+def generating(decoder: object, name: str, option: str, ours: Sequence[BaseException] = ()) -> Iterator[None]:
     """Around a decoder's ``generate``: PluginError as in ``calls_of``, and ValueError where memory runs out, which
     names the command's ``option`` for smaller batches. ``name`` is for people."""
     try:
@@ -59,11 +59,11 @@ class Asked:
     max_new_tokens: int
     eos_token_ids: Sequence[int]
     stop: Sequence[str]
-    tokenizer: Any | None
+    tokenizer: TextCodec | None
     vocab_size: int
 
 
-def asked_of(model: Any, name: str, max_new_tokens: int, eos_token_ids: Sequence[int], stop: Sequence[str]) -> Asked:
+def asked_of(model: Model, name: str, max_new_tokens: int, eos_token_ids: Sequence[int], stop: Sequence[str]) -> Asked:
     """What the decoder ``name`` of a model is asked for; texts are held against the tokenizer that no clock is in."""
     return Asked(
         name=name,
@@ -84,13 +84,13 @@ def check_no_strays(num: int, name: str) -> None:
         )
 
 
-def decoder_name(decoder: Any) -> str:
+def decoder_name(decoder: object) -> str:
     """What a decoder is called, for people."""
     cls = type(decoder)
     return f"decoder {getattr(cls, 'KIND', f'{cls.__module__}:{cls.__qualname__}')}"
 
 
-def finished(generations: Any, name: str) -> tuple[Generation, ...]:
+def finished(generations: object, name: str) -> tuple[Generation, ...]:
     """The same answers, once it is sure that nothing in them computes when it is looked at; else ReportError."""
     if type(generations) is not list and type(generations) is not tuple:
         raise ReportError(f"{name}: its answers are a {_kind(generations)}, not a list of finished Generations")
@@ -103,11 +103,11 @@ def finished(generations: Any, name: str) -> tuple[Generation, ...]:
     return tuple(plain)
 
 
-def _not_plain(generation: Any) -> str | None:
+def _not_plain(generation: object) -> str | None:
     """What of an answer is no plain value; None where all is."""
     if type(generation) is not Generation:
         return f"it is a {_kind(generation)}, not a Generation"
-    ids: Any = generation.token_ids
+    ids: object = generation.token_ids
     if type(ids) is not tuple and type(ids) is not list:
         return f"token_ids are a {_kind(ids)}, not a tuple"
     for kind in set(map(type, ids)):
@@ -124,7 +124,7 @@ def _not_plain(generation: Any) -> str | None:
     return f"its trace holds a {_kind(odd[0])}" if odd else None
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return type(value).__qualname__
 
 
@@ -142,7 +142,9 @@ def check_answer(generation: Generation, prompt: Prompt, asked: Asked) -> None:
         raise ReportError(f"{asked.name}: prompt {prompt.id!r}: {fault}")
 
 
-def check_returned(given: Any, prompts: Sequence[Prompt], heard: Sequence[Generation], name: str) -> list[Generation]:
+def check_returned(
+    given: object, prompts: Sequence[Prompt], heard: Sequence[Generation], name: str
+) -> list[Generation]:
     """Of what ``generate`` gave back, the answers that ``on_finish`` has not heard of.
 
     ReportError where these are not one for each prompt, in order, or not what ``on_finish`` heard.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from twotower_eval.engine.plugin_source import plugin_code
 from twotower_eval.errors import UserError
@@ -15,11 +15,8 @@ from twotower_eval.plugin_calls import PluginError, calls_in
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
-    from twotower_eval.engine.models.token_tree import Segment
-    from twotower_eval.engine.models.tokenizer import Tokenizer
-    from twotower_eval.records import Checkpoint
+    from twotower_eval.engine.models.protocol import Model
 
 FAMILIES = {
     "nemotron_h": "twotower_eval.engine.models.checkpoint:load",
@@ -27,44 +24,6 @@ FAMILIES = {
 }
 SEAM = Seam(what="model family", form="package.module:load", shipped=FAMILIES)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-class CausalModel(Protocol):
-    """What the autoregressive decoder and the causal scorers need. B batch, S prompt, K block, V vocabulary."""
-
-    checkpoint: Checkpoint
-    tokenizer: Tokenizer | None
-    vocab_size: int
-    max_length: int | None
-    eos_token_ids: tuple[int, ...]
-    mask_token_id: int | None
-    has_denoiser: bool
-    joins_contexts: bool
-    context_digest: str
-    folder_settings: Mapping[str, Any]
-
-    def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Any: ...
-    def extend(self, context: Any, ids_BK: Tensor) -> Any: ...
-    def next_logits(self, context: Any) -> Tensor: ...
-    def context_logits(
-        self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None, *, last: int | None = None
-    ) -> Tensor: ...
-
-
-class BranchingModel(CausalModel, Protocol):
-    """A causal model that reads what several sequences share once; see models.token_tree. Others have no such method
-    and ``branch_tokens`` of 0, or none."""
-
-    branch_tokens: int
-
-    def tree_logits(self, context: Any, segments: Sequence[Segment]) -> Tensor: ...
-
-
-class TwoTowerModel(CausalModel, Protocol):
-    """A causal model with a denoiser that reads its context; rows may be extended by unequal numbers of tokens."""
-
-    def extend(self, context: Any, ids_BK: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Any: ...
-    def denoise(self, block_BK: Tensor, context: Any, t_B: Tensor | Sequence[float] | float | None) -> Tensor: ...
 
 
 def family_of(path: str | Path) -> str:
@@ -116,11 +75,11 @@ def load_model(
     devices: Sequence[str | torch.device] | None = None,
     tower: Literal["context"] | None = None,
     family: str | None = None,
-) -> Any:
+) -> Model:
     """Load a checkpoint folder.
 
-    A pair gives a :class:`TwoTowerModel`, an AR base checkpoint, ``tower="context"`` or any Hugging Face causal LM a
-    :class:`CausalModel`. ``devices`` places the towers, context first. ``family`` is a key of ``FAMILIES``, a name that
+    A pair gives a :class:`Denoising` model, an AR base checkpoint, ``tower="context"`` or any Hugging Face causal LM a
+    :class:`Model` alone. ``devices`` places the towers, context first. ``family`` is a key of ``FAMILIES``, a name that
     an installed package registers, or a ``"module:function"`` (see docs/family.md); by default the folder's config.json
     decides. Raises ValueError with one line that says what is wrong with the checkpoint, or with the family's code.
     """
@@ -140,7 +99,7 @@ def load_model(
     try:
         with torch.inference_mode(False):
             if family in FAMILIES:
-                model = load(folder, **options)
+                model: Model = load(folder, **options)
             else:
                 from twotower_eval.engine.models.contract import load_own
 

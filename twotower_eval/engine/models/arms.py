@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from twotower_eval.engine import models
-from twotower_eval.engine.models.graphs import StepGraphs, num_sizes, use_graphs
+from twotower_eval.engine.models.graphs import StepGraphs, num_sizes, stepped, use_graphs
+from twotower_eval.engine.models.protocol import Model, has_denoiser
 from twotower_eval.errors import UserError
 from twotower_eval.records import Ways
+
+if TYPE_CHECKING:
+    from twotower_eval.engine.models.transformers_model import TransformersModel
 
 
 def load_arms(
@@ -22,7 +26,7 @@ def load_arms(
     cuda_graphs: bool = False,
     family: str | None = None,
     baseline_family: str | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[Model, Model]:
     """Baseline and candidate; one object where they are the same, shared tensors where one is part of the other.
 
     Without ``baseline`` it is the candidate's own context tower. A baseline of its own goes on the first device. The
@@ -43,7 +47,7 @@ def _read_alike(folder: Path, *families: str | None) -> bool:
     return len({models.family_of(folder) if family is None else family for family in families}) == 1
 
 
-def prove_arms(arms: Sequence[Any], longest: Callable[[Any], int]) -> tuple[Ways, ...]:
+def prove_arms(arms: Sequence[Model], longest: Callable[[Model], int]) -> tuple[Ways, ...]:
     """Have every Hugging Face model prove itself as far as the contexts that it will see reach, each once.
 
     ``longest`` gives the tokens of an arm's longest context. How each of them is run, for a manifest. ValueError where
@@ -54,7 +58,7 @@ def prove_arms(arms: Sequence[Any], longest: Callable[[Any], int]) -> tuple[Ways
         return ()
     from twotower_eval.engine.models.proof import prove_up_to
 
-    return tuple(prove_up_to(model, longest(model)) for model in models_of.values())
+    return tuple(prove_up_to(cast("TransformersModel", model), longest(model)) for model in models_of.values())
 
 
 def _refuse_without_graphs(families: Mapping[Path, str | None]) -> None:
@@ -69,7 +73,7 @@ def _refuse_without_graphs(families: Mapping[Path, str | None]) -> None:
 
 
 def give_graphs(
-    arms: Sequence[Any], *, max_rows: int, block_sizes: Sequence[int], longest: int
+    arms: Sequence[Model], *, max_rows: int, block_sizes: Sequence[int], longest: int
 ) -> tuple[StepGraphs, ...]:
     """Have both arms take their small steps from graphs, and return these, each once.
 
@@ -81,14 +85,17 @@ def give_graphs(
     found: dict[int, StepGraphs] = {}
     # The pair first: its graphs are its context tower's, too.
     for model in sorted(arms, key=lambda model: not model.has_denoiser):
-        graphs = model.graphs if id(model.graphs) in found else use_graphs(model, max_graphs=max_graphs, widths=widths)
+        own = stepped(model)
+        graphs = own.graphs
+        if graphs is None or id(graphs) not in found:
+            graphs = use_graphs(own, max_graphs=max_graphs, widths=widths)
         found[id(graphs)] = graphs
     return tuple(found.values())
 
 
-def context_tower(pair: Any) -> Any:
+def context_tower(pair: Model) -> Model:
     """The pair's context tower as a model of its own, on the same tensors; a causal model is its own."""
-    if not pair.has_denoiser:
+    if not has_denoiser(pair):
         return pair
     tower = pair.context_tower
     whole, devices = pair.checkpoint, pair.checkpoint.devices[:1]
@@ -97,5 +104,6 @@ def context_tower(pair: Any) -> Any:
     )
     for name in ("tokenizer", "vocab_size", "max_length", "eos_token_ids", "context_digest", "folder_settings"):
         setattr(tower, name, getattr(pair, name))
-    tower.mask_token_id, tower.has_denoiser = None, False
+    for name, value in (("mask_token_id", None), ("has_denoiser", False)):
+        setattr(tower, name, value)
     return tower

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from torch import nn
 
@@ -43,7 +42,7 @@ class LanguageModel(nn.Module):
     has_denoiser: bool = False
     joins_contexts: bool = True
     context_digest: str
-    folder_settings: Mapping[str, Any] = MappingProxyType({})
+    folder_settings: Mapping[str, object] = MappingProxyType({})
     branch_tokens: int = 0
     rows_together: bool = True
     plain_beyond: int | None = None

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -53,7 +53,7 @@ class Slot:
         return self.parameter.detach() if self.expert is None else self.parameter.detach()[self.expert]
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, object]:
     """A JSON object from a file; ValueError with one line if it is missing or malformed."""
     if not file.is_file():
         raise UserError(f"{file}: not found")
@@ -100,7 +100,7 @@ def _check_index(folder: Path, files: Mapping[str, Path]) -> None:
             raise UserError(f"{folder / INDEX_FILE}: does not name {min(held - named)} of {file.name}")
 
 
-def opened(file: Path) -> Any:
+def opened(file: Path) -> safe_open:
     """A safetensors file, memory-mapped; ValueError with one line if it is none or not whole."""
     try:
         return safe_open(str(file), framework="pt")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from twotower_eval.engine.ops.moe import Routing
 from twotower_eval.errors import UserError
+from twotower_eval.json_text import JsonObject
 
 SINUSOID_SIZE = 256  # of the mask fraction, whatever the config says
 LAYER_KINDS = {"M": "Mamba-2", "*": "attention", "E": "mixture of experts", "-": "MLP"}
@@ -96,7 +96,7 @@ class NemotronHConfig:
         )
 
 
-def parse_config(data: Mapping[str, Any]) -> NemotronHConfig:
+def parse_config(data: JsonObject) -> NemotronHConfig:
     """Check a ``config.json`` and keep what the model needs; ValueError says what is wrong and with which field."""
     if data.get("model_type") != "nemotron_h":
         raise UserError(f"config.json: model_type is {data.get('model_type')!r}, expected 'nemotron_h'")
@@ -106,7 +106,7 @@ def parse_config(data: Mapping[str, Any]) -> NemotronHConfig:
     missing = [name for name in required if data.get(name) is None]
     if missing:
         raise UserError(f"config.json lacks {', '.join(missing)}")
-    values = {name: data[name] for name in names if data.get(name) is not None}
+    values: dict[str, Any] = {name: data[name] for name in names if data.get(name) is not None}
     if "time_step_limit" in values:
         values["time_step_limit"] = _as_interval(values["time_step_limit"])
     values["eos_token_id"] = as_ids("config.json", data.get("eos_token_id"))
@@ -117,18 +117,19 @@ def parse_config(data: Mapping[str, Any]) -> NemotronHConfig:
     return config
 
 
-def _with_pattern(data: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_pattern(data: JsonObject) -> JsonObject:
     """The config with a layer pattern, made from ``layers_block_type`` where it has only that."""
     kinds = data.get("layers_block_type")
     if data.get("hybrid_override_pattern") is not None or kinds is None:
         return data
-    unknown = [kind for kind in kinds if kind not in LAYER_TYPES] if isinstance(kinds, list) else [kinds]
+    named: list[Any] = kinds if isinstance(kinds, list) else [kinds]
+    unknown = [kind for kind in named if kind not in LAYER_TYPES]
     if unknown:
         raise UserError(f"config.json: unknown layers_block_type {unknown[0]!r}; known are {', '.join(LAYER_TYPES)}")
-    return {**data, "hybrid_override_pattern": "".join(LAYER_TYPES[kind] for kind in kinds)}
+    return {**data, "hybrid_override_pattern": "".join(LAYER_TYPES[kind] for kind in named)}
 
 
-def as_ids(file: str, value: Any) -> tuple[int, ...]:
+def as_ids(file: str, value: object) -> tuple[int, ...]:
     """The EOS ids that a file's ``eos_token_id`` names: none, one or several."""
     ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
     if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
@@ -136,7 +137,7 @@ def as_ids(file: str, value: Any) -> tuple[int, ...]:
     return ids
 
 
-def _as_interval(value: Any) -> tuple[float, float]:
+def _as_interval(value: object) -> tuple[float, float]:
     """Two numbers; infinity has no JSON number, so that they may be texts, or ``{"__float__": "Infinity"}``."""
     ends = [v.get("__float__") if isinstance(v, dict) else v for v in value] if isinstance(value, list) else []
     try:
@@ -148,19 +149,19 @@ def _as_interval(value: Any) -> tuple[float, float]:
     return low, high
 
 
-def _check_type(name: str, value: Any, wanted: str) -> None:
+def _check_type(name: str, value: object, wanted: str) -> None:
     """JSON gives numbers, texts and true or false; ``wanted`` is a field's annotation."""
     if wanted.startswith("tuple"):
         return  # made above
     kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
     kind = wanted.removesuffix(" | None")
     fits = isinstance(value, kinds[kind]) and (kind == "bool" or not isinstance(value, bool))
-    if not fits or (kind == "float" and not math.isfinite(value)):
+    if not fits or (isinstance(value, float) and not math.isfinite(value)):
         words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
         raise UserError(f"config.json: {name} must be {words[kind]}, not {value!r}")
 
 
-def _check(config: NemotronHConfig, data: Mapping[str, Any]) -> None:
+def _check(config: NemotronHConfig, data: JsonObject) -> None:
     """Refuse what we would otherwise compute wrongly."""
     unknown = sorted(set(config.pattern) - set(LAYER_KINDS))
     if unknown:

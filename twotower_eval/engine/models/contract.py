@@ -1,7 +1,7 @@
 """What a model family of a user's own must give: held against it as it is loaded, and told in one line.
 
-``load(folder, *, devices, dtype, tower)`` returns a model as models.CausalModel describes it, and one with a denoiser
-as models.TwoTowerModel does. Its methods are tried once on a few tokens.
+``load(folder, *, devices, dtype, tower)`` returns a model as models.protocol.Model describes it, and one with a
+denoiser as models.protocol.Denoising does. Its methods are tried once on a few tokens.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from twotower_eval.engine.models.protocol import Model
 from twotower_eval.errors import UserError
 from twotower_eval.plugin_calls import calls_in, calls_of, module_of
 from twotower_eval.records import Checkpoint
@@ -40,8 +40,14 @@ APART = {torch.float64: 0.001, torch.float32: 0.01, torch.bfloat16: 0.2, torch.f
 
 
 def load_own(
-    family: str, load: Callable[..., Any], folder: Path, *, devices: tuple[str, ...], dtype: torch.dtype, tower: Any
-) -> Any:
+    family: str,
+    load: Callable[..., Model],
+    folder: Path,
+    *,
+    devices: tuple[str, ...],
+    dtype: torch.dtype,
+    tower: str | None,
+) -> Model:
     """What a user's own ``load`` makes of a folder. PluginError for what it raises, UserError for what is missing."""
     try:
         inspect.signature(load).bind(folder, **dict.fromkeys(GIVEN))
@@ -59,7 +65,7 @@ def load_own(
     return model
 
 
-def _missing(model: Any) -> str | None:
+def _missing(model: object) -> str | None:
     """What a model lacks, or has of the wrong kind; None where it has all."""
     if model is None:
         return "its load returned nothing, not a model"
@@ -76,7 +82,7 @@ def _missing(model: Any) -> str | None:
 
 
 @torch.inference_mode()
-def _found_wrong(model: Any, dtype: torch.dtype) -> str | None:
+def _found_wrong(model: Model, dtype: torch.dtype) -> str | None:
     """What a few tokens, read in two rows of unlike lengths, show to be wrong; None where nothing does."""
     ids_BS, lengths, num_words = torch.tensor([[1, 2, 3], [2, 1, 0]]) % model.vocab_size, [3, 2], model.vocab_size
     context = model.prefill(ids_BS, lengths)

@@ -13,13 +13,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from threading import get_ident
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
-from twotower_eval.engine.models.witness import Witness
+from twotower_eval.engine.models.protocol import Context, Denoising, Model, Segment
+from twotower_eval.engine.models.witness import Lengths, Witness
 from twotower_eval.records import Passes, PassKind
 
+T = TypeVar("T")
 MAX_HELD = 2  # times as many rows as are meant
 
 
@@ -35,7 +37,7 @@ class CountedContext:
         self.rows = tuple(row for part in parts for row in part.rows)
 
     @property
-    def inner(self) -> Any:
+    def inner(self) -> Context:
         """The model's context of just these rows."""
         if len(self._parts) > 1 or not self._parts[0].is_whole:
             self._gather()
@@ -74,7 +76,7 @@ class CountedContext:
 class Part:
     """Some rows of a model's context of ``size`` rows: their numbers in the batch and their positions in it."""
 
-    context: Any
+    context: Context
     size: int
     rows: tuple[int, ...]
     positions: tuple[int, ...]
@@ -89,16 +91,17 @@ class Part:
         return replace(self, rows=tuple(self.rows[i] for i in which), positions=tuple(self.positions[i] for i in which))
 
 
-def whole(context: Any, rows: Sequence[int]) -> Part:
+def whole(context: Context, rows: Sequence[int]) -> Part:
     """A context of just these rows."""
     return Part(context, len(rows), tuple(rows), tuple(range(len(rows))))
 
 
-def _gathered(parts: Sequence[Part]) -> Any:
+def _gathered(parts: Sequence[Part]) -> Context:
     """One context of the parts' rows; in a single copy where the model's contexts know how to."""
     in_one_copy = getattr(parts[0].context, "gathered", None)
     if in_one_copy is not None:
-        return in_one_copy([(part.context, part.positions) for part in parts])
+        gathered: Context = in_one_copy([(part.context, part.positions) for part in parts])
+        return gathered
     first, *others = (part.context if part.is_whole else part.context.select(part.positions) for part in parts)
     for other in others:
         first = first.join(other)
@@ -108,8 +111,9 @@ def _gathered(parts: Sequence[Part]) -> Any:
 class CountingModel:
     """A model as decoders see it, with ``num_context_forwards`` and ``num_denoiser_forwards`` for each batch row."""
 
-    def __init__(self, model: Any, num_rows: int) -> None:
+    def __init__(self, model: Model, num_rows: int) -> None:
         self.model = model
+        self._pair = cast(Denoising, model)  # decoders that call the denoiser have asked for one
         self.num_context_forwards = [0] * num_rows
         self.num_denoiser_forwards = [0] * num_rows
 
@@ -127,14 +131,13 @@ class CountingModel:
 
     def denoise(self, block_BK: Tensor, context: CountedContext, t_B: Sequence[float] | None) -> Tensor:
         """Denoiser logits (B, K, V) for each row of the context."""
-        logits: Tensor = self.model.denoise(block_BK, context.inner, t_B)
+        logits = self._pair.denoise(block_BK, context.inner, t_B)
         self._count(self.num_denoiser_forwards, context.rows)
         return logits
 
     def next_logits(self, context: CountedContext) -> Tensor:
         """Logits (B, V) from the context as it is: no forward of a tower, not counted."""
-        logits: Tensor = self.model.next_logits(context.inner)
-        return logits
+        return self.model.next_logits(context.inner)
 
     def _count(self, counts: list[int], rows: Sequence[int]) -> None:
         for row in rows:
@@ -161,8 +164,8 @@ class WatchedModel:
     is called of ``context_tower`` counts alike. A witness, while there is one, hears of all that goes in and comes out.
     """
 
-    def __init__(self, model: Any, of: WatchedModel | None = None) -> None:
-        self._model = model
+    def __init__(self, model: object, of: WatchedModel | None = None) -> None:
+        self._model: Any = model  # whatever it can do is passed on, and noted where it is a forward
         self.prefills, self.extensions, self.denoisings = RowSteps(), RowSteps(), RowSteps()
         self.running: list[int] = []  # the threads that are inside a forward which was noted
         self._witnesses: list[Witness] = []  # none, or one
@@ -210,54 +213,56 @@ class WatchedModel:
         finally:
             self._witnesses.remove(witness)
 
-    def prefill(self, ids_BS: Tensor, *more: Any, **options: Any) -> Any:
+    def prefill(self, ids_BS: Tensor, *more: object, **options: object) -> Context:
         """The model's own, noted."""
-        made = self._run(self.prefills, ids_BS.shape, self._model.prefill, ids_BS, *more, **options)
+        made: Context = self._run(self.prefills, ids_BS.shape, self._model.prefill, ids_BS, *more, **options)
         for witness in self._listening():
             witness.prefilled(ids_BS, _lengths(more, options))
         return made
 
-    def context_logits(self, ids_BS: Tensor, *more: Any, **options: Any) -> Any:
+    def context_logits(self, ids_BS: Tensor, *more: object, **options: object) -> Tensor:
         """The model's own, noted."""
-        logits = self._run(self.prefills, ids_BS.shape, self._model.context_logits, ids_BS, *more, **options)
+        logits: Tensor = self._run(self.prefills, ids_BS.shape, self._model.context_logits, ids_BS, *more, **options)
         for witness in self._listening():
             witness.read(ids_BS, _lengths(more, options), logits)
         return logits
 
-    def tree_logits(self, context: Any, segments: Any) -> Any:
+    def tree_logits(self, context: Context | None, segments: Sequence[Segment]) -> Tensor:
         """The model's own, noted as one row of all its tokens."""
         size = (1, sum(len(segment.tokens) for segment in segments))
-        logits = self._run(self.prefills, size, self._model.tree_logits, context, segments)
+        logits: Tensor = self._run(self.prefills, size, self._model.tree_logits, context, segments)
         for witness in self._listening():
             witness.read_tree(segments, logits)
         return logits
 
-    def extend(self, context: Any, ids_BK: Tensor, *more: Any, **options: Any) -> Any:
+    def extend(self, context: Context, ids_BK: Tensor, *more: object, **options: object) -> Context:
         """The model's own, noted."""
-        made = self._run(self.extensions, ids_BK.shape, self._model.extend, context, ids_BK, *more, **options)
+        made: Context = self._run(self.extensions, ids_BK.shape, self._model.extend, context, ids_BK, *more, **options)
         for witness in self._listening():
             witness.extended(ids_BK, _lengths(more, options))
         return made
 
-    def extend_logits(self, context: Any, ids_BK: Tensor, *more: Any, **options: Any) -> Any:
+    def extend_logits(
+        self, context: Context, ids_BK: Tensor, *more: object, **options: object
+    ) -> tuple[Context, Tensor]:
         """The model's own, noted."""
         call = self._model.extend_logits
-        made = self._run(self.extensions, ids_BK.shape, call, context, ids_BK, *more, **options)
+        made: tuple[Context, Tensor] = self._run(self.extensions, ids_BK.shape, call, context, ids_BK, *more, **options)
         for witness in self._listening():
-            wanted = options["wanted"] if "wanted" in options else more[1]
+            wanted = cast("Sequence[tuple[int, int]]", options["wanted"] if "wanted" in options else more[1])
             witness.extended(ids_BK, _lengths(more, options), wanted, made[1])
         return made
 
-    def denoise(self, block_BK: Tensor, *more: Any, **options: Any) -> Any:
+    def denoise(self, block_BK: Tensor, *more: object, **options: object) -> Tensor:
         """The model's own, noted."""
-        logits = self._run(self.denoisings, block_BK.shape, self._model.denoise, block_BK, *more, **options)
+        logits: Tensor = self._run(self.denoisings, block_BK.shape, self._model.denoise, block_BK, *more, **options)
         for witness in self._listening():
             witness.denoised(block_BK, logits, _held(more[0] if more else options.get("context")))
         return logits
 
-    def next_logits(self, context: Any) -> Any:
+    def next_logits(self, context: Context) -> Tensor:
         """The model's own: no forward, so nothing but a witness hears of it."""
-        logits = self._model.next_logits(context)
+        logits: Tensor = self._model.next_logits(context)
         for witness in self._listening():
             witness.asked(logits)
         return logits
@@ -266,7 +271,9 @@ class WatchedModel:
         """The witness, unless this is inside a forward that it hears of anyway."""
         return () if not self._witnesses or get_ident() in self.running else self._witnesses
 
-    def _run(self, steps: RowSteps, size: Sequence[int], call: Callable[..., Any], *given: Any, **options: Any) -> Any:
+    def _run(
+        self, steps: RowSteps, size: Sequence[int], call: Callable[..., T], *given: object, **options: object
+    ) -> T:
         thread = get_ident()
         if thread in self.running:  # a forward that a noted one is made of
             return call(*given, **options)
@@ -284,25 +291,25 @@ class WatchedModel:
         """Hear of a forward that is about to run."""
 
 
-def _held(context: Any) -> Sequence[int] | None:
+def _held(context: object) -> Sequence[int] | None:
     """How many tokens each row of a context holds, for contexts that say so."""
     lengths = getattr(context, "lengths", None)
     return lengths if isinstance(lengths, tuple) else None
 
 
-def _lengths(more: Sequence[Any], options: Mapping[str, Any]) -> Any:
+def _lengths(more: Sequence[object], options: Mapping[str, object]) -> Lengths:
     """Those of the rows, the first that a forward is given behind its ids; None where all are full."""
-    return options["lengths_B"] if "lengths_B" in options else more[0] if more else None
+    return cast(Lengths, options["lengths_B"] if "lengths_B" in options else more[0] if more else None)
 
 
 NOTED = ("prefill", "extend", "denoise", "context_logits", "extend_logits", "tree_logits", "next_logits")
 
 
 @contextmanager
-def noted_in_place(model: Any) -> Iterator[WatchedModel]:
+def noted_in_place(model: Model) -> Iterator[WatchedModel]:
     """Note the forwards of a model that somebody else holds already: its own methods are watched for a while, and those
     of its context tower."""
-    parts = [model, *(part for part in (getattr(model, "context_tower", None),) if part is not None)]
+    parts: list[object] = [model, *(part for part in (getattr(model, "context_tower", None),) if part is not None)]
     own = [{name: getattr(part, name) for name in NOTED if hasattr(part, name)} for part in parts]
     watched = WatchedModel(SimpleNamespace(**own[0], mask_token_id=getattr(model, "mask_token_id", None)))
     with ExitStack() as stack:
@@ -314,7 +321,7 @@ def noted_in_place(model: Any) -> Iterator[WatchedModel]:
         yield watched
 
 
-def _put_back(part: Any, name: str, before: Any) -> None:
+def _put_back(part: object, name: str, before: object) -> None:
     """An attribute that an object had of its own, or none."""
     if before is None:
         delattr(part, name)

@@ -6,7 +6,7 @@ Shape letters: see ops/__init__; L Mamba layers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,11 @@ from twotower_eval.engine.models.context import Context
 from twotower_eval.engine.models.nemotron_h import MambaState
 
 WARMUPS = 3  # before a capture: lazy initialisation must not be captured
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE
+
+T = TypeVar("T")
+Pool: TypeAlias = "_POOL_HANDLE | None"  # memory that captures share
 MAX_NEW = 256  # token rows of a step: more of them keep a GPU busy without a graph
 
 
@@ -69,10 +74,10 @@ class Remembered:
         return self.conv_after_LBCW[self.mambas.index(index)]
 
 
-class Launch:
+class Launch(Generic[T]):
     """A function of no arguments over fixed buffers: captured on a GPU, called elsewhere."""
 
-    def __init__(self, body: Callable[[], Any], past: Remembered, device: torch.device, pool: Any) -> None:
+    def __init__(self, body: Callable[[], T], past: Remembered, device: torch.device, pool: Pool) -> None:
         self._body, self._graph = body, None
         past.clear()  # a warm-up steps on whatever is there
         if device.type != "cuda":
@@ -89,7 +94,7 @@ class Launch:
             with torch.cuda.graph(self._graph, pool=pool):
                 self._result = body()
 
-    def __call__(self) -> Any:
+    def __call__(self) -> T:
         """What the body gives; on a GPU tensors that the next call overwrites."""
         if self._graph is None:
             return self._body()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable
-from typing import Any, Protocol
+from typing import Protocol, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from twotower_eval.engine.models.config import NemotronHConfig
 from twotower_eval.engine.models.context import Context, Writer, writable_buffer
-from twotower_eval.engine.models.fixed import MAX_NEW, Launch, Remembered
+from twotower_eval.engine.models.fixed import MAX_NEW, Launch, Pool, Remembered
 from twotower_eval.engine.models.nemotron_h import Mamba, MambaState, Modulation, Tower, run_layers
+from twotower_eval.engine.models.protocol import Model
 from twotower_eval.engine.ops.attention import attend as attend_to
 from twotower_eval.errors import UserError
 from twotower_eval.records import GRAPH_DEVICES
@@ -27,6 +28,8 @@ from twotower_eval.records import GRAPH_DEVICES
 MIN_SLOTS = 256  # slots are a power of two, so that a growing context changes graphs seldom
 MAX_GRAPHS = 8  # kept at once unless said otherwise, the least recently used given up
 KINDS = 3  # of steps: the extension, the denoiser with time and without
+
+StepT = TypeVar("StepT")
 
 
 class Causal(Protocol):
@@ -50,6 +53,10 @@ class Stepped(Protocol):
     """A model whose small steps may come from graphs."""
 
     @property
+    def graphs(self) -> StepGraphs | None:
+        """Where its small steps come from, if not from itself."""
+
+    @property
     def step_devices(self) -> tuple[torch.device, ...]:
         """Where its towers are."""
 
@@ -60,7 +67,7 @@ class Stepped(Protocol):
 class ExtendStep:
     """The context tower over S more tokens in every row: the AR step, and the context pass of a block."""
 
-    def __init__(self, model: Causal, past: Remembered, num_new: int, pool: Any) -> None:
+    def __init__(self, model: Causal, past: Remembered, num_new: int, pool: Pool) -> None:
         self.tower, self.past = model.tower, past
         device = past.ends_B.device
         self.ids_BS = torch.zeros(len(past.ends_B), num_new, dtype=torch.int64, device=device)
@@ -116,7 +123,7 @@ class ExtendStep:
 class DenoiseStep:
     """The denoiser over one block of K in every row."""
 
-    def __init__(self, denoiser: Denoises, past: Remembered, block_size: int, timed: bool, pool: Any) -> None:
+    def __init__(self, denoiser: Denoises, past: Remembered, block_size: int, timed: bool, pool: Pool) -> None:
         self.denoiser, self.past, self.timed = denoiser, past, timed
         batch_size, device = len(past.ends_B), past.ends_B.device
         self.block_BK = torch.zeros(batch_size, block_size, dtype=torch.int64, device=device)
@@ -167,9 +174,9 @@ class StepGraphs:
         widths: Collection[int] | None = None,
     ) -> None:
         self.variant, self.max_graphs, self.widths, self.num_made = variant, max_graphs, widths, 0
-        self._steps: OrderedDict[Hashable, Any] = OrderedDict()
+        self._steps: OrderedDict[Hashable, object] = OrderedDict()
         self._pasts: WeakValueDictionary[Hashable, Remembered] = WeakValueDictionary()
-        self._pools: dict[torch.device, Any] = {}
+        self._pools: dict[torch.device, Pool] = {}
 
     def serves(self, batch_size: int, num_new: int) -> bool:
         """Whether a step of this size is to come from here. Only without gradients; large ones gain nothing."""
@@ -184,8 +191,7 @@ class StepGraphs:
             past = self._past(model.tower.config, batch_size, slots, model.head.weight)
             return ExtendStep(model, past, num_new, self._pool(model.head.weight.device))
 
-        extended: Context = self._step(("extend", self.variant(), batch_size, num_new, slots), make)(context, ids_BS)
-        return extended
+        return self._step(("extend", self.variant(), batch_size, num_new, slots), make)(context, ids_BS)
 
     def denoise(self, denoiser: Denoises, block_BK: Tensor, context: Context, t_B: Tensor | None) -> Tensor:
         """See :class:`DenoiseStep`; the context is on the denoiser's device."""
@@ -197,17 +203,16 @@ class StepGraphs:
             return DenoiseStep(denoiser, past, block_size, timed, self._pool(weight.device))
 
         step = self._step(("denoise", self.variant(), batch_size, block_size, slots, timed), make)
-        logits_BKV: Tensor = step(block_BK, context, t_B)
-        return logits_BKV
+        return step(block_BK, context, t_B)
 
-    def _step(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def _step(self, key: Hashable, make: Callable[[], StepT]) -> StepT:
         if key not in self._steps:
             if len(self._steps) >= self.max_graphs:
                 self._steps.popitem(last=False)
             self._steps[key] = make()
             self.num_made += 1
         self._steps.move_to_end(key)
-        return self._steps[key]
+        return cast(StepT, self._steps[key])
 
     def _past(self, config: NemotronHConfig, batch_size: int, slots: int, like: Tensor) -> Remembered:
         """Kept by the steps that use it, as long as there are any."""
@@ -217,10 +222,20 @@ class StepGraphs:
             past = self._pasts[key] = Remembered(config, batch_size, slots, like)
         return past
 
-    def _pool(self, device: torch.device) -> Any:
+    def _pool(self, device: torch.device) -> Pool:
         if device.type == "cuda" and device not in self._pools:
             self._pools[device] = torch.cuda.graph_pool_handle()
         return self._pools.get(device)
+
+
+def stepped(model: Model) -> Stepped:
+    """The model, for whoever has its steps come from graphs; UserError where its family knows none."""
+    if not hasattr(model, "take_steps_from"):
+        raise UserError(
+            f"checkpoint {model.checkpoint.name} is of family {model.checkpoint.family}, whose steps cannot come from "
+            "CUDA graphs: drop --cuda-graphs"
+        )
+    return cast(Stepped, model)
 
 
 def use_graphs(

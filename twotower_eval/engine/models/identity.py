@@ -11,8 +11,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
+from twotower_eval.engine.models.protocol import Model, text_codec
 from twotower_eval.records import CONFIG_FILES, FileDigest, sha256_text
 
 CONFIG, GENERATION_CONFIG = CONFIG_FILES
@@ -49,7 +49,7 @@ BOOKKEEPING = frozenset(  # of settings: says where a folder came from and who w
 )
 SETTINGS = (CONFIG, GENERATION_CONFIG, "tokenizer_config.json")  # the files whose names are names of settings
 # What transformers' generate heeds in greedy decoding, too, and no decoder here does -> values that ask for nothing.
-GREEDY_SETTINGS: Mapping[str, tuple[Any, ...]] = {
+GREEDY_SETTINGS: Mapping[str, tuple[object, ...]] = {
     "repetition_penalty": (1.0,),
     "encoder_repetition_penalty": (1.0,),
     "no_repeat_ngram_size": (0,),
@@ -74,11 +74,11 @@ def file_digests(folder: Path) -> tuple[FileDigest, ...]:
     return tuple(FileDigest(name=file.name, sha256=hashlib.sha256(file.read_bytes()).hexdigest()) for file in there)
 
 
-def folder_settings(folder: Path, read: Any = None) -> dict[str, Any]:
+def folder_settings(folder: Path, read: object = None) -> dict[str, object]:
     """By file, what these files say, without bookkeeping. ``read`` is the record that a family makes of its config:
     its fields stand in for the config's own, so that a default means the same said and unsaid."""
     said = {name: _content(folder / name) for name in FILES if (folder / name).is_file()}
-    config, generation = said.get(CONFIG, {}), said.pop(GENERATION_CONFIG, {})
+    config, generation = _settings(said.get(CONFIG)), _settings(said.pop(GENERATION_CONFIG, None))
     if dataclasses.is_dataclass(read) and not isinstance(read, type):
         config = {**config, **{field.name: getattr(read, field.name) for field in dataclasses.fields(read)}}
     said[CONFIG] = {key: value for key, value in config.items() if key not in OF_PAIRS}
@@ -87,13 +87,18 @@ def folder_settings(folder: Path, read: Any = None) -> dict[str, Any]:
     return {**said, **({GENERATION_CONFIG: own} if own else {})}
 
 
-def unheeded_settings(models: Iterable[Any]) -> dict[str, dict[str, Any]]:
+def _settings(said: object) -> Mapping[str, object]:
+    """Those of a file; none where it is missing or holds something else, of which only the digest is known."""
+    return said if isinstance(said, Mapping) else {}
+
+
+def unheeded_settings(models: Iterable[Model]) -> dict[str, dict[str, object]]:
     """By checkpoint what its generation settings ask of greedy decoding and is not done here."""
     found = {model.checkpoint.name: _unheeded(model) for model in models}
     return {name: settings for name, settings in found.items() if settings}
 
 
-def _unheeded(model: Any) -> dict[str, Any]:
+def _unheeded(model: Model) -> dict[str, object]:
     asked = model.folder_settings.get(GENERATION_CONFIG, {})
     if not isinstance(asked, Mapping):
         return {}
@@ -101,24 +106,24 @@ def _unheeded(model: Any) -> dict[str, Any]:
     return {name: value for name, value in heeded.items() if value not in GREEDY_SETTINGS[name]}
 
 
-def causal_identity(model: Any) -> str:
+def causal_identity(model: Model) -> str:
     """Equal for two models only where everything is equal that decides a logit or a text of their causal towers."""
     devices = model.checkpoint.devices[:1]
-    parts = [model.checkpoint.family, model.context_digest, model.checkpoint.dtype, devices]
+    parts: list[object] = [model.checkpoint.family, model.context_digest, model.checkpoint.dtype, devices]
     parts += [model.vocab_size, model.max_length, model.eos_token_ids, dict(model.folder_settings)]
     return sha256_text(json.dumps(parts, sort_keys=True))  # a limit of time steps may be infinite
 
 
-def reader_identity(model: Any) -> str:
+def reader_identity(model: Model) -> str:
     """Equal for two models only where they read every text alike: same tokens, same room, same refusals."""
     files = {name: said for name, said in model.folder_settings.items() if name not in (CONFIG, GENERATION_CONFIG)}
-    tokenizer = model.tokenizer
+    tokenizer = text_codec(model)
     named = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.special_token_ids)]
     parts = [files, named, model.vocab_size, model.max_length, model.eos_token_ids]
     return sha256_text(json.dumps(parts, sort_keys=True))
 
 
-def _content(file: Path) -> Any:
+def _content(file: Path) -> object:
     """What a file says: its JSON without bookkeeping, else its digest."""
     content = file.read_bytes()
     try:

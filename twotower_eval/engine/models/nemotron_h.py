@@ -7,7 +7,7 @@ way. Shape letters: see ops/__init__.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ class Mamba(Direct):
         x, b, c = self.convolve(u_BSC, state.conv_BCW)
         return self.finish(ssd.ssd_outputs(x, delta_BSh, self.decay_rate(), b, c, state.ssm_BhPN), x, z)
 
-    def _kernel(self, x_BSH: Tensor, state: MambaState) -> Callable[..., Any] | None:
+    def _kernel(self, x_BSH: Tensor, state: MambaState) -> Callable[..., Tensor] | None:
         """One for the middle of the layer, where it serves these positions and has proved itself."""
         convolution = (self.conv1d.weight, self.conv1d.bias)
         if not kernels.may_serve(x_BSH, self.in_proj.weight, *convolution, self.A_log, self.D, self.dt_bias, *state):
@@ -110,7 +110,7 @@ class Mamba(Direct):
         return mamba.SCAN.on(x_BSH.device, self.in_proj.weight.dtype)
 
     def _by_kernel(
-        self, scan: Callable[..., Any], x_BSH: Tensor, state: MambaState, after: MambaState | None
+        self, scan: Callable[..., Tensor], x_BSH: Tensor, state: MambaState, after: MambaState | None
     ) -> Tensor:
         cfg, convolution = self.config, self.conv1d
         projected_BSZ = product.linear(x_BSH, self.in_proj.weight)

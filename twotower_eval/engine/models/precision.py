@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -106,10 +106,10 @@ def _narrow(narrow: Narrow) -> None:
 def _widen_while_running(layer: nn.Module, narrow: Narrow, stack: ExitStack) -> None:
     """Until the stack closes; narrow again whatever the layer raises."""
 
-    def before(*_: Any) -> None:
+    def before(*_: object) -> None:
         _widen(narrow)
 
-    def after(*_: Any) -> None:
+    def after(*_: object) -> None:
         _narrow(narrow)
 
     stack.callback(layer.register_forward_pre_hook(before).remove)

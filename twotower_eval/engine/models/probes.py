@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from twotower_eval.engine.models.token_tree import Segment
+from twotower_eval.engine.models.protocol import Segment
+from twotower_eval.engine.models.transformers_context import CacheContext
+from twotower_eval.engine.models.transformers_model import TransformersModel
+from twotower_eval.json_text import JsonObject
 from twotower_eval.records import HALF_PRECISION
 
 Tokens = tuple[int, ...]
@@ -55,12 +57,12 @@ class Probe:
         return self.row_NV[length - 1 - self.first, None]
 
 
-def named_lengths(config: Mapping[str, Any]) -> tuple[int, ...]:
+def named_lengths(config: JsonObject) -> tuple[int, ...]:
     """Every such number of a config, ascending, from whatever depth."""
     return tuple(sorted({length for length in _lengths_in(config) if length > 1}))
 
 
-def _lengths_in(value: Any, named: bool = False) -> Iterator[int]:
+def _lengths_in(value: object, named: bool = False) -> Iterator[int]:
     if isinstance(value, Mapping):
         for name, inner in value.items():
             is_length = bool(LENGTHS.search(str(name))) and not COUNTS.search(str(name))
@@ -72,7 +74,7 @@ def _lengths_in(value: Any, named: bool = False) -> Iterator[int]:
         yield int(value)
 
 
-def make_probe(model: Any, at: int, length: int) -> Probe:
+def make_probe(model: TransformersModel, at: int, length: int) -> Probe:
     """A probe across ``at`` tokens, its row ``length`` long: four passes without a cache."""
     tokens = drawn_tokens(model, 2 * length - at + 5)
     row, other = _with_padding(model, tokens[:length], at), tokens[length : length + 5]
@@ -82,13 +84,12 @@ def make_probe(model: Any, at: int, length: int) -> Probe:
     return Probe(at, row, fork, other, first, row_NV, fork_NV, whole(model, other, len(other)))
 
 
-def whole(model: Any, row: Tokens, last: int) -> Tensor:
+def whole(model: TransformersModel, row: Tokens, last: int) -> Tensor:
     """What is right: logits (last, V) behind a row's last positions, by one pass over it alone."""
-    logits_NV: Tensor = model.context_logits(_ids(row), last=last)[0]
-    return logits_NV
+    return model.context_logits(_ids(row), last=last)[0]
 
 
-def cached_steps(model: Any, probe: Probe) -> Pairs:
+def cached_steps(model: TransformersModel, probe: Probe) -> Pairs:
     """Steps across the length, one and several tokens at a time, beside a context that is dropped and another row;
     steps behind a row that was read across it; and, where rows run alone, a second row after the first."""
     start = max(1, probe.at - 3)
@@ -114,7 +115,7 @@ def cached_steps(model: Any, probe: Probe) -> Pairs:
         yield model.next_logits(context), probe.row_NV[end, None]
 
 
-def rows_together(model: Any, probe: Probe) -> Pairs:
+def rows_together(model: TransformersModel, probe: Probe) -> Pairs:
     """Rows of unlike lengths beside each other, some across the length; some leave, another joins."""
     row, other = probe.row, probe.other
     near = max(1, probe.at - 2)
@@ -132,7 +133,7 @@ def rows_together(model: Any, probe: Probe) -> Pairs:
     yield model.next_logits(context), _behind(probe, rows)
 
 
-def passes(model: Any, probe: Probe) -> Pairs:
+def passes(model: TransformersModel, probe: Probe) -> Pairs:
     """Whole rows in one pass: each beside a longer one, then another number of them."""
     three = model.context_logits(*_padded([probe.other, probe.row, probe.other[:1]]), last=2)
     yield three[0], probe.other_NV[-2:]
@@ -143,7 +144,7 @@ def passes(model: Any, probe: Probe) -> Pairs:
     yield two[1], probe.other_NV[2, None]
 
 
-def options(model: Any, probe: Probe) -> Pairs:
+def options(model: TransformersModel, probe: Probe) -> Pairs:
     """Two endings of a row beside each other, behind a context and behind none."""
     at, num_ends = probe.at, len(probe.row) - probe.at
     ends = [Segment(0, tokens[at:], tuple(range(num_ends))) for tokens in (probe.row, probe.fork)]
@@ -173,7 +174,9 @@ def difference(ours_NV: Tensor, theirs_NV: Tensor, dtype: str) -> float:
     return float(apart_N.mean() if dtype in HALF_PRECISION else apart_N.max())
 
 
-def _stepped(model: Any, context: Any, rows: Sequence[tuple[Tokens, int]]) -> tuple[Any, list[tuple[Tokens, int]]]:
+def _stepped(
+    model: TransformersModel, context: CacheContext, rows: Sequence[tuple[Tokens, int]]
+) -> tuple[CacheContext, list[tuple[Tokens, int]]]:
     """Every row's next token read."""
     ids_B1 = torch.tensor([[tokens[length]] for tokens, length in rows])
     return model.extend(context, ids_B1), [(tokens, length + 1) for tokens, length in rows]
@@ -185,7 +188,7 @@ def _behind(probe: Probe, rows: Sequence[tuple[Tokens, int]]) -> Tensor:
     return torch.cat([behind(length) for behind, (_, length) in zip(found, rows, strict=True)])
 
 
-def drawn_tokens(model: Any, number: int) -> Tokens:
+def drawn_tokens(model: TransformersModel, number: int) -> Tokens:
     """Drawn ones, none of which the config names: these may be padding, or pictures."""
     named: set[int] = set()
     for name, value in model.inner.config.to_dict().items():
@@ -196,7 +199,7 @@ def drawn_tokens(model: Any, number: int) -> Tokens:
     return tuple(usable[index] for index in drawn.tolist())
 
 
-def _with_padding(model: Any, row: Tokens, at: int) -> Tokens:
+def _with_padding(model: TransformersModel, row: Tokens, at: int) -> Tokens:
     """A padding token in it, which may be a model's EOS, and is one of a context like others: what no attention mask
     covers is no padding. Some models count their positions by it."""
     pad = getattr(model.inner.config.get_text_config(), "pad_token_id", None)

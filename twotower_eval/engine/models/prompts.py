@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
+from twotower_eval.engine.models.protocol import Model, text_codec
 from twotower_eval.errors import UserError
 
 
@@ -21,7 +21,7 @@ def naming(where: str) -> Iterator[None]:
         raise UserError(f"{where}: {error}") from error
 
 
-def end_of_text_id(model: Any) -> int:
+def end_of_text_id(model: Model) -> int:
     """The tokenizer's EOS, else the first of the model's. ValueError where neither has one."""
     ids = _end_of_text_ids(model)
     if not ids:
@@ -29,39 +29,38 @@ def end_of_text_id(model: Any) -> int:
     return ids[0]
 
 
-def prefix_id(model: Any) -> int:
+def prefix_id(model: Model) -> int:
     """What stands before a text without context: the tokenizer's BOS, else the end of a text."""
-    bos = model.tokenizer.bos_token_id
+    bos = text_codec(model).bos_token_id
     return end_of_text_id(model) if bos is None else int(bos)
 
 
-def _end_of_text_ids(model: Any) -> list[int]:
-    own = model.tokenizer.eos_token_id
+def _end_of_text_ids(model: Model) -> list[int]:
+    own = text_codec(model).eos_token_id
     return [*([] if own is None else [int(own)]), *map(int, model.eos_token_ids)]
 
 
-def prompt_ids(model: Any, text: str) -> list[int]:
+def prompt_ids(model: Model, text: str) -> list[int]:
     """Token ids of the prompt of a generation, with what the tokenizer adds by itself, unless it begins with BOS."""
-    bos = model.tokenizer.bos_token_id
+    bos = text_codec(model).bos_token_id
     return _encode(model, text, None if bos is None else int(bos)) or [prefix_id(model)]
 
 
-def text_ids(model: Any, text: str) -> list[int]:
+def text_ids(model: Model, text: str) -> list[int]:
     """Token ids of a text to be scored, with what the tokenizer adds by itself, unless it begins with the prefix.
 
     A model without a prefix reads it too: only texts without context need one.
     """
-    knows_one = model.tokenizer.bos_token_id is not None or _end_of_text_ids(model)
+    knows_one = text_codec(model).bos_token_id is not None or _end_of_text_ids(model)
     return _encode(model, text, prefix_id(model) if knows_one else None)
 
 
-def _encode(model: Any, text: str, first: int | None) -> list[int]:
-    mark = "" if first is None else model.tokenizer.decode_with_special([first])
-    ids: list[int] = model.tokenizer.encode(text, not (mark and text.startswith(mark)))
-    return ids
+def _encode(model: Model, text: str, first: int | None) -> list[int]:
+    mark = "" if first is None else text_codec(model).decode_with_special([first])
+    return text_codec(model).encode(text, not (mark and text.startswith(mark)))
 
 
-def fitted_prompt_ids(model: Any, text: str, budget: int) -> tuple[list[int], bool]:
+def fitted_prompt_ids(model: Model, text: str, budget: int) -> tuple[list[int], bool]:
     """Token ids of a prompt, its beginning cut off where the model has no room for all and ``budget`` new tokens; and
     whether it was."""
     ids = prompt_ids(model, text)
@@ -76,8 +75,8 @@ def fitted_prompt_ids(model: Any, text: str, budget: int) -> tuple[list[int], bo
     return ids[-room:], len(ids) > room
 
 
-def stops_of(model: Any, stop: Sequence[str]) -> tuple[str, ...]:
+def stops_of(model: Model, stop: Sequence[str]) -> tuple[str, ...]:
     """Stop strings with the text of the tokenizer's EOS, which a model may also spell out."""
-    eos = model.tokenizer.eos_token_id
-    text = "" if eos is None else model.tokenizer.decode_with_special([eos])
+    eos = text_codec(model).eos_token_id
+    text = "" if eos is None else text_codec(model).decode_with_special([eos])
     return tuple(dict.fromkeys([*stop, *([text] if text else [])]))

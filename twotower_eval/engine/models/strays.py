@@ -10,17 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from threading import get_ident
-from typing import Any
+from typing import TypeVar
 
 from torch import nn
 
 from twotower_eval.engine.models.counting import WatchedModel
+from twotower_eval.engine.models.protocol import Model
+
+T = TypeVar("T")
 
 
 class Strays:
     """Counts what enters the networks of some models outside of noted forwards, while it is asked to."""
 
-    def __init__(self, models: Iterable[Any]) -> None:
+    def __init__(self, models: Iterable[Model]) -> None:
         models = list(models)
         self._entrances = _entrances(models)
         self._with_graphs = [part for model in models for part in _networks(model) if "graphs" in vars(part)]
@@ -40,14 +43,14 @@ class Strays:
                     stack.callback(delattr, graphs, name)
             yield
 
-    def _entered(self, module: nn.Module, given: Any) -> None:
+    def _entered(self, module: nn.Module, given: object) -> None:
         if get_ident() not in self._running:
             self.num += 1
 
-    def _heard(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    def _heard(self, step: Callable[..., T]) -> Callable[..., T]:
         """A step from a graph, in which no module is called."""
 
-        def heard(*given: Any) -> Any:
+        def heard(*given: object) -> T:
             if get_ident() not in self._running:
                 self.num += 1
             return step(*given)
@@ -55,7 +58,7 @@ class Strays:
         return heard
 
 
-def _networks(model: Any) -> list[Any]:
+def _networks(model: Model) -> list[nn.Module]:
     """The modules that a model is, or holds."""
     if isinstance(model, nn.Module):
         return list(model.modules())
@@ -63,7 +66,7 @@ def _networks(model: Any) -> list[Any]:
     return [module for part in held if isinstance(part, nn.Module) for module in part.modules()]
 
 
-def _entrances(models: Iterable[Any]) -> list[nn.Module]:
+def _entrances(models: Iterable[Model]) -> list[nn.Module]:
     """Where tokens enter: embeddings, the first of every list of layers, and what is called as a whole."""
     found: dict[int, nn.Module] = {}
     for model in models:

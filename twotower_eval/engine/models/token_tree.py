@@ -8,27 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from twotower_eval.engine.models.protocol import ContextT, Segment
 
 LEAST_SHARED = 8  # an inner segment shorter than this is read by each of its children: a pass less for a few tokens
 MAX_ROWS = 64  # rows per pass; each carries a copy of its context
 WELL_FILLED = 256  # tokens of a pass, padding too, from which a larger one is no faster per token
 LEAST_FILL = 0.75  # of the longest row
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Tokens behind those of ``parent``, an earlier segment of the tree (-1: the context).
-
-    ``wanted`` are ascending positions within ``tokens`` whose next-token logits are asked for.
-    """
-
-    parent: int
-    tokens: tuple[int, ...]
-    wanted: tuple[int, ...] = ()
 
 
 @dataclass
@@ -40,8 +30,19 @@ class Branch:
     children: list[Branch] = field(default_factory=list)
 
 
+class ReadsRows(Protocol[ContextT]):
+    """A model that extends contexts and gives logits behind any of the new positions."""
+
+    vocab_size: int
+
+    def extend_logits(
+        self, context: ContextT, ids_BK: Tensor, lengths_B: Sequence[int], wanted: Sequence[tuple[int, int]]
+    ) -> tuple[ContextT, Tensor]:
+        """The context after each row's new tokens, and logits (M, V) behind the wanted (row, column)."""
+
+
 # (context of B rows, ids (B, K) padded on the right, lengths, the rows' branches) -> extended context
-Read = Callable[[Any, Tensor, Sequence[int], Sequence[Branch]], Any]
+Read = Callable[[ContextT, Tensor, Sequence[int], Sequence[Branch]], ContextT]
 
 
 def branches(segments: Sequence[Segment], *, contexts: bool = False) -> list[Branch]:
@@ -74,12 +75,12 @@ def _merged(branch: Branch, contexts: bool) -> Iterator[Branch]:
         branch.wanted = []
 
 
-def walk(context: Any, roots: Sequence[Branch], read: Read, *, max_rows: int = MAX_ROWS) -> None:
+def walk(context: ContextT, roots: Sequence[Branch], read: Read[ContextT], *, max_rows: int = MAX_ROWS) -> None:
     """Read a tree on a context of one row, depth first in batches of rows, so that few contexts live at a time."""
     _walk_level(context, [(0, root) for root in roots], read, max_rows)
 
 
-def _walk_level(context: Any, pending: list[tuple[int, Branch]], read: Read, max_rows: int) -> None:
+def _walk_level(context: ContextT, pending: list[tuple[int, Branch]], read: Read[ContextT], max_rows: int) -> None:
     pending.sort(key=lambda item: -len(item[1].tokens))
     for batch in _batches(pending, max_rows):
         lengths = [len(branch.tokens) for _, branch in batch]
@@ -107,12 +108,12 @@ def _batches(pending: Sequence[tuple[int, Branch]], max_rows: int) -> Iterator[S
         yield pending[start:]
 
 
-def logits_by_rows(model: Any, context: Any, segments: Sequence[Segment]) -> Tensor:
+def logits_by_rows(model: ReadsRows[ContextT], context: ContextT, segments: Sequence[Segment]) -> Tensor:
     """Logits (M, V) float32 behind every wanted position, by a model that has ``extend_logits``."""
     numbers: list[int] = []
     found: list[Tensor] = []
 
-    def read(chosen: Any, ids_BK: Tensor, lengths: Sequence[int], rows: Sequence[Branch]) -> Any:
+    def read(chosen: ContextT, ids_BK: Tensor, lengths: Sequence[int], rows: Sequence[Branch]) -> ContextT:
         wanted = [(row, position, result) for row, branch in enumerate(rows) for position, result in branch.wanted]
         places = [(row, position) for row, position, _ in wanted]
         extended, logits_MV = model.extend_logits(chosen, ids_BK, lengths, places)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
 from twotower_eval.errors import UserError
-from twotower_eval.json_text import parse_json, read_utf8
+from twotower_eval.json_text import JsonObject, parse_json, read_utf8
 
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of an added token: how it is found in a text
 # What transformers takes back of a text's spaces where a tokenizer asks for it, in its order.
@@ -137,7 +136,7 @@ def _check_size(file: Path, inner: tokenizers.Tokenizer, vocab_size: int) -> Non
         )
 
 
-def _settings(file: Path) -> dict[str, Any]:
+def _settings(file: Path) -> dict[str, object]:
     if not file.exists():
         return {}
     settings = parse_json(read_utf8(file), str(file), infinities=True)
@@ -146,7 +145,7 @@ def _settings(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _special_tokens(folder: Path, inner: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> list[Any]:
+def _special_tokens(folder: Path, inner: tokenizers.Tokenizer, settings: JsonObject) -> list[tokenizers.AddedToken]:
     """Tokens that the settings declare or name as special, and that tokenizer.json may hold for plain text or not know
     at all. In the order of transformers, which gives unknown ones the next free ids."""
     declared = settings.get("added_tokens_decoder") or {}
@@ -170,20 +169,20 @@ def _special_tokens(folder: Path, inner: tokenizers.Tokenizer, settings: Mapping
     return list(found.values())
 
 
-def _added_token(text: str, value: Any) -> Any:
+def _added_token(text: str, value: object) -> tokenizers.AddedToken:
     """A token, special unless its settings say otherwise."""
     flags = {name: bool(value[name]) for name in FLAGS if name in value} if isinstance(value, dict) else {}
     special = value.get("special", True) is not False if isinstance(value, dict) else True
     return tokenizers.AddedToken(text, special=special, **{"normalized": not special, **flags})
 
 
-def _token_text(token: Any) -> str | None:
+def _token_text(token: object) -> str | None:
     """Special tokens stand in the settings as text, or as an object with ``content``."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
 
-def _cleans_up(inner: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> bool:
+def _cleans_up(inner: tokenizers.Tokenizer, settings: JsonObject) -> bool:
     """Whether texts lose spaces before marks: transformers leaves those of BPE alone, even where it is asked for."""
     forced = settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
     asked = bool(settings.get("clean_up_tokenization_spaces", False))

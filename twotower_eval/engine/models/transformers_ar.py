@@ -29,7 +29,9 @@ from twotower_eval.engine.models.config import as_ids
 from twotower_eval.engine.models.proof import prove
 from twotower_eval.engine.models.tokenizer import load_tokenizer
 from twotower_eval.engine.models.transformers_model import TransformersModel
+from twotower_eval.engine.models.transformers_types import CausalLM, Config, Loaded
 from twotower_eval.errors import UserError
+from twotower_eval.json_text import JsonObject
 from twotower_eval.records import Checkpoint
 
 ADAPTER_FILE = "adapter_config.json"
@@ -79,7 +81,7 @@ def load(
     return model
 
 
-def _max_length(folder: Path, inner: Any) -> int | None:
+def _max_length(folder: Path, inner: CausalLM) -> int | None:
     """The longest context: lm-eval's, as far as the model has room for it. None where states are all that it carries
     and its config names no limit: nothing ends there."""
     config = inner.config.get_text_config()
@@ -94,13 +96,13 @@ def _max_length(folder: Path, inner: Any) -> int | None:
     return limit - _unused_positions(inner, limit)
 
 
-def _lengths(config: Any, names: Sequence[str]) -> Iterator[int]:
+def _lengths(config: Config, names: Sequence[str]) -> Iterator[int]:
     """Those that say something: XLNet's -1 does not."""
     values = (getattr(config, name, None) for name in names)
     yield from (int(value) for value in values if isinstance(value, int | float) and value > 0)
 
 
-def _unused_positions(inner: Any, limit: int) -> int:
+def _unused_positions(inner: CausalLM, limit: int) -> int:
     """How many rows of a table of ``limit`` positions no token gets: RoBERTa's begin behind the padding token's."""
     tables = (module for name, module in inner.named_modules() if "position" in name.rpartition(".")[2])
     padded = [t for t in tables if isinstance(t, torch.nn.Embedding) and t.padding_idx is not None]
@@ -112,7 +114,7 @@ def knows(kind: object) -> bool:
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def _check_config(folder: Path, data: Mapping[str, Any]) -> None:
+def _check_config(folder: Path, data: JsonObject) -> None:
     kind = data.get("model_type")
     if not knows(kind):
         own = "; it needs code of its own, which is never run" if "auto_map" in data else ""
@@ -127,12 +129,12 @@ def _check_config(folder: Path, data: Mapping[str, Any]) -> None:
         raise UserError(f"{folder}: {ADAPTER_FILE} adds an adapter to the weights; merge it into them, or remove it")
 
 
-def _load_inner(folder: Path, dtype: torch.dtype) -> Any:
+def _load_inner(folder: Path, dtype: torch.dtype) -> CausalLM:
     """The transformers model; missing, unexpected or misshapen weights are errors, not warnings."""
     auto: Any = transformers.AutoModelForCausalLM
     try:
         with _quiet():
-            inner, report = auto.from_pretrained(
+            loaded: Loaded = auto.from_pretrained(
                 str(folder),
                 dtype=dtype,
                 local_files_only=True,
@@ -143,6 +145,7 @@ def _load_inner(folder: Path, dtype: torch.dtype) -> Any:
     except LOAD_ERRORS as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{folder}: transformers cannot load it ({reason})") from error
+    inner, report = loaded
     for problem, key in (("lacks", "missing_keys"), ("has unexpected", "unexpected_keys")):
         names = sorted(map(str, report[key]))
         if names:
@@ -191,7 +194,7 @@ def _class_tokens(folder: Path) -> dict[str, str]:
     return {name: str(token) for name, token in named.items() if token is not None}
 
 
-def _eos_ids(folder: Path, inner: Any, model: TransformersModel) -> tuple[int, ...]:
+def _eos_ids(folder: Path, inner: CausalLM, model: TransformersModel) -> tuple[int, ...]:
     """All that the generation settings, the config and the tokenizer name: each of them stops.
 
     The settings are read here too: transformers goes on without them where their file is no JSON to it.

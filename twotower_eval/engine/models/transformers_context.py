@@ -8,12 +8,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+
+from twotower_eval.engine.models.transformers_types import Cache, CacheLayer
 
 Tokens = tuple[int, ...]
 
@@ -23,7 +24,7 @@ class Part:
     """Rows of a context that share a cache, or have none (``None``); ``rows`` are their positions in the context."""
 
     rows: tuple[int, ...]
-    cache: Any | None
+    cache: Cache | None
     padding: tuple[int, ...]
     last_logits_BV: Tensor
 
@@ -89,12 +90,13 @@ def _joined(ours: Part, theirs: Part, lengths: Sequence[int]) -> Part:
     return Part(rows, cache, padding, torch.cat([ours.last_logits_BV, theirs.last_logits_BV]))
 
 
-def can_join(layers: Sequence[Any]) -> bool:
+def can_join(layers: Sequence[CacheLayer]) -> bool:
     """Whether caches of such layers can be joined: attention over all columns, or over a window of the last ones."""
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    kinds: set[type[object]] = set(map(type, layers))
+    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
-def _joined_layer(ours: Any, theirs: Any, width: int) -> Any:
+def _joined_layer(ours: CacheLayer, theirs: CacheLayer, width: int) -> CacheLayer:
     """Rows of both, all ``width`` columns wide: padding that nobody needs goes, what is missing is put on the left."""
     layer = copy.copy(ours)
     if not ours.is_initialized:  # a layer that shares another's keys keeps none
@@ -113,7 +115,7 @@ def _fitted(columns_BJTD: Tensor, num_columns: int) -> Tensor:
     return functional.pad(columns_BJTD, (0, 0, missing, 0))  # negative: cut off
 
 
-def forked(cache: Any) -> Any:
+def forked(cache: Cache) -> Cache:
     """A copy that may be extended. Attention layers replace their tensors and need no copy of them; states are
     overwritten in place and do."""
     fork = copy.copy(cache)
@@ -121,7 +123,7 @@ def forked(cache: Any) -> Any:
     return fork
 
 
-def _forked_layer(layer: Any) -> Any:
+def _forked_layer(layer: CacheLayer) -> CacheLayer:
     fork = copy.copy(layer)
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         for name, value in vars(layer).items():

@@ -20,9 +20,10 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from twotower_eval.engine.models.autoregressive import host_lengths
 from twotower_eval.engine.models.base import LanguageModel
-from twotower_eval.engine.models.token_tree import Segment
+from twotower_eval.engine.models.protocol import Segment
 from twotower_eval.engine.models.transformers_context import CacheContext, Part, Tokens, can_join, forked
 from twotower_eval.engine.models.transformers_tree import keeps_all_keys, packed
+from twotower_eval.engine.models.transformers_types import Cache, CausalLM
 from twotower_eval.errors import UserError
 from twotower_eval.records import Ways
 
@@ -40,7 +41,7 @@ class TransformersModel(LanguageModel):
 
     ways: Ways
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: CausalLM) -> None:
         super().__init__()
         self.inner = inner
         arguments = inspect.signature(inner.forward).parameters
@@ -181,7 +182,7 @@ class TransformersModel(LanguageModel):
             input_ids=ids_1N,
             attention_mask=mask,
             position_ids=position_1N,
-            past_key_values=self._new_cache() if context is None else forked(context.parts[0].cache),
+            past_key_values=self._new_cache() if context is None else forked(_cache_of(context.parts[0])),
             use_cache=True,
             **more,
         )
@@ -220,17 +221,19 @@ class TransformersModel(LanguageModel):
         return Part(rows, cache, padding, self._forward(left_BS.to(self.device), cache, padding, 0))
 
     def _extend_part(self, part: Part, ids_BK: Tensor, lengths: Sequence[int]) -> Part:
-        cache, known = forked(part.cache), lengths[part.rows[0]] + part.padding[0]
+        cache, known = forked(_cache_of(part)), lengths[part.rows[0]] + part.padding[0]
         logits_BV = part.last_logits_BV
         for piece_BK in [ids_BK[list(part.rows)]] if self.pads_left else ids_BK[list(part.rows)].split(1, dim=1):
             logits_BV = self._forward(piece_BK, cache, part.padding, known)
             known += piece_BK.shape[1]
         return replace(part, cache=cache, last_logits_BV=logits_BV)
 
-    def _new_cache(self) -> Any:
-        return transformers.DynamicCache(config=self.inner.config)
+    def _new_cache(self) -> Cache:
+        make: Any = transformers.DynamicCache
+        cache: Cache = make(config=self.inner.config)
+        return cache
 
-    def _forward(self, ids_BS: Tensor, cache: Any, padding: Sequence[int], known: int) -> Tensor:
+    def _forward(self, ids_BS: Tensor, cache: Cache, padding: Sequence[int], known: int) -> Tensor:
         """Logits (B, V) behind the last column; the cache takes the columns up. ``known`` columns are in it already."""
         assert self.cache_argument is not None
         more: dict[str, Any] = {self.cache_argument: cache}
@@ -264,7 +267,7 @@ class TransformersModel(LanguageModel):
         index_BLV = columns_BL[..., None].expand(-1, -1, logits_BUV.shape[-1])
         return logits_BUV.gather(1, index_BLV).float()
 
-    def _logits(self, **arguments: Any) -> Tensor:
+    def _logits(self, **arguments: object) -> Tensor:
         """The model's forward. ForwardError where it raises."""
         try:
             logits: Tensor = self.inner(**arguments).logits
@@ -274,6 +277,12 @@ class TransformersModel(LanguageModel):
             reason = " ".join(str(error).split())[:200]
             raise ForwardError(f"its forward raised {type(error).__name__}: {reason}") from error
         return logits
+
+
+def _cache_of(part: Part) -> Cache:
+    """That of rows which are read on, or in branches: only rows with a cache are."""
+    assert part.cache is not None
+    return part.cache
 
 
 def _padded(tokens: Sequence[Tokens]) -> tuple[Tensor, list[int]]:

@@ -7,13 +7,13 @@ Shape letters: see ops/__init__. N tokens of the tree, T of context and tree.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from twotower_eval.engine.models.token_tree import Segment
+from twotower_eval.engine.models.protocol import Segment
+from twotower_eval.engine.models.transformers_types import CacheLayer, Config
 
 # Rotary embeddings that depend on how long the whole row is: what is read first would have to be read again.
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -45,8 +45,9 @@ def packed(segments: Sequence[Segment], known: int, dtype: torch.dtype) -> tuple
     return ids_1N, position_1N, mask_NT[None, None], columns_M.long()
 
 
-def keeps_all_keys(config: Any, layers: Sequence[Any]) -> bool:
+def keeps_all_keys(config: Config, layers: Sequence[CacheLayer]) -> bool:
     """Whether every layer keeps all keys (no window that a mask of ours would undo) at positions fixed for good."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
-    return all(type(layer) is DynamicLayer for layer in layers) and not kinds & LENGTH_DEPENDENT_ROPE
+    classes: set[type[object]] = set(map(type, layers))
+    return classes <= {DynamicLayer} and not kinds & LENGTH_DEPENDENT_ROPE

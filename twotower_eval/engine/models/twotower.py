@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from twotower_eval.engine.models.context import Context, ends_of, room_for_block
 from twotower_eval.engine.models.derived import DerivedByKey
 from twotower_eval.engine.models.graphs import StepGraphs
 from twotower_eval.engine.models.nemotron_h import Mamba, Modulation, Tower, run_layers
-from twotower_eval.engine.models.token_tree import Segment
+from twotower_eval.engine.models.protocol import Segment
 from twotower_eval.engine.ops.attention import attend as attend_to
 from twotower_eval.engine.ops.attention import attention, kernel_for_few, seen
 from twotower_eval.errors import UserError
@@ -79,9 +79,9 @@ class Denoiser(nn.Module):
         self.scale_shift_tables = nn.ParameterList([torch.zeros(3, hidden) for _ in config.pattern])
         self._kept_modulation: DerivedByKey[tuple[Tensor, Modulation]] = DerivedByKey(MAX_TIMES)
 
-    def _apply(self, *args: Any, **options: Any) -> Any:
+    def _apply(self, *args: Any, **options: Any) -> Self:
         self._kept_modulation.drop()
-        return super()._apply(*args, **options)  # type: ignore[no-untyped-call]
+        return cast(Self, super()._apply(*args, **options))  # type: ignore[no-untyped-call]
 
     def modulation_at(self, t: float) -> Modulation:
         """What :meth:`modulation` gives for a row, to be broadcast over rows that are all at ``t``: a block has few

@@ -20,11 +20,12 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any
 
 from torch import Tensor
 
-from twotower_eval.engine.models.token_tree import Segment
+from twotower_eval.engine.models.protocol import Segment
+
+Lengths = Tensor | Sequence[int] | None  # of rows padded on the right; None where all are full
 
 MOST_TOKENS = 512  # of an answer, from its beginning, that are matched with rows: quick, and enough to tell
 LIKELIEST = 8  # tokens of a row of logits that it may witness: bans, penalties and near-ties pass over a few
@@ -79,7 +80,7 @@ class Witness:
         self._extended: Counter[int] = Counter()  # tokens that contexts were extended by
         self._deadlines: dict[int, list[int]] = defaultdict(list)  # by token, when its first, second ... was given
 
-    def prefilled(self, ids_BS: Any, lengths: Any = None) -> None:
+    def prefilled(self, ids_BS: Tensor, lengths: Lengths = None) -> None:
         """Whole rows were read into a context."""
         self._step()
         given: Counter[int] = Counter()
@@ -89,11 +90,11 @@ class Witness:
             self._charge([row], [of_prompt])
         self._give(given)
 
-    def read(self, ids_BS: Any, lengths: Any, logits_BnV: Tensor) -> None:
+    def read(self, ids_BS: Tensor, lengths: Lengths, logits_BnV: Tensor) -> None:
         """Whole rows were read; logits behind all of their positions, or behind each row's last n."""
         self._step()
         rows, width = _host_rows(ids_BS, lengths), ids_BS.shape[1]
-        tops_BnT, num = _tops(logits_BnV), logits_BnV.shape[1]
+        tops_BnT, num = _tops_of_rows(logits_BnV), logits_BnV.shape[1]
         given: Counter[int] = Counter()
         for row, tops_nT in zip(rows, tops_BnT, strict=True):
             of_prompt = _charged(row, Counter(self._prompt))
@@ -104,7 +105,11 @@ class Witness:
         self._give(given)
 
     def extended(
-        self, ids_BK: Any, lengths: Any = None, wanted: Sequence[tuple[int, int]] = (), logits_MV: Tensor | None = None
+        self,
+        ids_BK: Tensor,
+        lengths: Lengths = None,
+        wanted: Sequence[tuple[int, int]] = (),
+        logits_MV: Tensor | None = None,
     ) -> None:
         """Contexts were extended; logits behind the wanted (row, column)."""
         self._step()
@@ -134,11 +139,11 @@ class Witness:
                 ended.add(number)
         self._give(given)
 
-    def denoised(self, block_BK: Any, logits_BKV: Tensor, held: Sequence[int] | None = None) -> None:
+    def denoised(self, block_BK: Tensor, logits_BKV: Tensor, held: Sequence[int] | None = None) -> None:
         """A block was denoised behind so many tokens: every position has a row of logits, whatever it holds."""
         self._step()
         given = Counter(token for row in _host_rows(block_BK, None) for token in row)
-        for number, tops_KT in enumerate(_tops(logits_BKV)):
+        for number, tops_KT in enumerate(_tops_of_rows(logits_BKV)):
             for at, tops in enumerate(tops_KT):
                 if held is None:
                     self._rows.append(_Row(self._now, tops))
@@ -216,20 +221,22 @@ class Witness:
         return True
 
 
-def _host_rows(ids_BS: Any, lengths: Any) -> list[list[int]]:
+def _host_rows(ids_BS: Tensor, lengths: Lengths) -> list[list[int]]:
     rows: list[list[int]] = ids_BS.tolist()
     if lengths is None:
         return rows
     return [row[: int(length)] for row, length in zip(rows, lengths, strict=True)]
 
 
-def _tops(logits: Tensor) -> Any:
-    """The likeliest tokens of every row, the likeliest first; a tuple for each, in lists as the rows are."""
-    return _as_tuples(logits.topk(min(LIKELIEST, logits.shape[-1])).indices.tolist(), logits.dim() - 1)
+def _tops(logits_NV: Tensor) -> list[tuple[int, ...]]:
+    """The likeliest tokens behind every position, the likeliest first."""
+    return [tuple(likeliest) for likeliest in logits_NV.topk(min(LIKELIEST, logits_NV.shape[-1])).indices.tolist()]
 
 
-def _as_tuples(values: Any, depth: int) -> Any:
-    return tuple(values) if depth == 0 else [_as_tuples(inner, depth - 1) for inner in values]
+def _tops_of_rows(logits_BNV: Tensor) -> list[list[tuple[int, ...]]]:
+    """The same for the positions of several rows."""
+    found = logits_BNV.topk(min(LIKELIEST, logits_BNV.shape[-1])).indices.tolist()
+    return [[tuple(likeliest) for likeliest in row] for row in found]
 
 
 def _charged(row: Sequence[int], prompt: Counter[int]) -> list[bool]:

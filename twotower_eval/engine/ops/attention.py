@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +82,7 @@ def attend_reference(
 
 def kernel_for_few(
     like: Tensor, batch_size: int, num_new: int, num_slots: int, head_dim: int
-) -> Callable[..., Any] | None:
+) -> Callable[..., Tensor] | None:
     """One for so many new positions behind so many slots, on the device and in the precision of ``like``; None where
     they are not few, or it has not proved itself."""
     few = num_new <= KERNEL_MAX_NEW and batch_size * num_new <= KERNEL_MAX_ROWS and num_slots <= KERNEL_MAX_SLOTS
@@ -101,14 +100,14 @@ def seen(ends_B: Tensor, num_new: int, num_slots: int, *, behind: bool) -> tuple
     return num_slots, (slots_T <= columns_BS[..., None])[:, None]
 
 
-def _load_few_queries() -> Callable[..., Any]:
+def _load_few_queries() -> Callable[..., Tensor]:
     from twotower_eval.engine.ops.fused import attention
 
     return attention.attend
 
 
 def _few_queries_pairs(
-    kernel: Callable[..., Any], device: torch.device, precision: torch.dtype
+    kernel: Callable[..., Tensor], device: torch.device, precision: torch.dtype
 ) -> Sequence[tuple[Tensor, Tensor]]:
     """A token, a block and an odd number, of contexts of one key, some, and nearly all; both places of new keys."""
     found = []

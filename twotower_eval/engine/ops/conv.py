@@ -7,7 +7,6 @@ last W - 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +76,7 @@ def next_conv_state(u_BSC: Tensor, state_BCW: Tensor, lengths_B: Tensor | None) 
 
 
 def conv_by_kernel(
-    u_BSC: Tensor, state_BCW: Tensor, weight_CW: Tensor, bias_C: Tensor | None, kernel: Callable[..., Any]
+    u_BSC: Tensor, state_BCW: Tensor, weight_CW: Tensor, bias_C: Tensor | None, kernel: Callable[..., Tensor]
 ) -> Tensor:
     """:func:`causal_conv` by causal-conv1d's kernel, which wants channels innermost and the last W - 1 inputs."""
     before_BCW = state_BCW[:, :, 1:].to(u_BSC.dtype).transpose(1, 2).contiguous().transpose(1, 2)
@@ -88,15 +87,15 @@ def conv_by_kernel(
     return out_BCS.transpose(1, 2)
 
 
-def _load_convolution() -> Callable[..., Any]:
+def _load_convolution() -> Callable[..., Tensor]:
     from causal_conv1d import causal_conv1d_fn
 
-    function: Callable[..., Any] = causal_conv1d_fn
+    function: Callable[..., Tensor] = causal_conv1d_fn
     return function
 
 
 def _convolution_pairs(
-    kernel: Callable[..., Any], device: torch.device, precision: torch.dtype
+    kernel: Callable[..., Tensor], device: torch.device, precision: torch.dtype
 ) -> Sequence[tuple[Tensor, Tensor]]:
     """Shorter than the taps, a block, a prompt; seeded, with and without a bias."""
     found = []

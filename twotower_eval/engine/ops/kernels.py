@@ -12,25 +12,26 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")  # what a kernel gives: a tensor, or several
 # Root-mean-square error relative to the reference's own root mean square. TF32 products pass for bfloat16 models only.
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Proof:
+class Proof(Generic[T]):
     """Whether a kernel may be used; ``reason`` says why, in the same words from run to run."""
 
-    function: Callable[..., Any] | None
+    function: Callable[..., T] | None
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Kernel:
+class Kernel(Generic[T]):
     """One function, from elsewhere or from ops/fused.
 
     ``load`` imports it (ModuleNotFoundError where it is absent). ``pairs`` runs it beside the reference on a device and
@@ -38,23 +39,23 @@ class Kernel:
     """
 
     name: str
-    load: Callable[[], Callable[..., Any]]
-    pairs: Callable[[Callable[..., Any], torch.device, torch.dtype], Sequence[tuple[Tensor, Tensor]]]
+    load: Callable[[], Callable[..., T]]
+    pairs: Callable[[Callable[..., T], torch.device, torch.dtype], Sequence[tuple[Tensor, Tensor]]]
     device_types: tuple[str, ...] = ("cuda",)
-    _proofs: dict[tuple[torch.device, torch.dtype], Proof] = field(default_factory=dict)
+    _proofs: dict[tuple[torch.device, torch.dtype], Proof[T]] = field(default_factory=dict)
 
-    def on(self, device: torch.device, precision: torch.dtype) -> Callable[..., Any] | None:
+    def on(self, device: torch.device, precision: torch.dtype) -> Callable[..., T] | None:
         """The function where it has proved itself, else None."""
         return self.proof(device, precision).function
 
-    def proof(self, device: torch.device, precision: torch.dtype) -> Proof:
+    def proof(self, device: torch.device, precision: torch.dtype) -> Proof[T]:
         """Looked up, or made now."""
         key = (device, precision)
         if key not in self._proofs:
             self._proofs[key] = self._prove(device, precision)
         return self._proofs[key]
 
-    def _prove(self, device: torch.device, precision: torch.dtype) -> Proof:
+    def _prove(self, device: torch.device, precision: torch.dtype) -> Proof[T]:
         if device.type not in self.device_types:
             return Proof(function=None, reason=f"not for {device.type}")
         try:
@@ -72,20 +73,20 @@ class Kernel:
         return Proof(function=function, reason=f"agrees with the reference to {limit:.0e}")
 
 
-def _on_device(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+def _on_device(function: Callable[..., T], device: torch.device) -> Callable[..., T]:
     """The function with the device made current: kernels are launched on that, wherever their tensors lie."""
     if device.type != "cuda":
         return function
 
     @wraps(function)
-    def launched(*args: Any, **options: Any) -> Any:
+    def launched(*args: object, **options: object) -> T:
         with torch.cuda.device(device):
             return function(*args, **options)
 
     return launched
 
 
-KERNELS: dict[str, Kernel] = {}
+KERNELS: dict[str, Kernel[Any]] = {}
 ON_ANY_DEVICE = False  # tests set it: Triton's interpreter runs ops/fused on a CPU
 
 
@@ -94,7 +95,7 @@ def may_serve(x: Tensor, *others: Tensor | None) -> bool:
     return (x.is_cuda or ON_ANY_DEVICE) and without_gradients(x, *others)
 
 
-def register(kernel: Kernel) -> Kernel:
+def register(kernel: Kernel[T]) -> Kernel[T]:
     """Make a kernel known to :func:`describe`."""
     KERNELS[kernel.name] = kernel
     return kernel
@@ -113,7 +114,7 @@ def describe(devices: Sequence[str], dtype: str) -> dict[str, str] | None:
     return told
 
 
-def _state(proof: Proof) -> str:
+def _state(proof: Proof[object]) -> str:
     return "refused" if proof.function is None else "active"
 
 

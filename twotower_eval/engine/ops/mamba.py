@@ -7,7 +7,6 @@ one after the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,14 +62,14 @@ def fits(num_positions: int, head_dim: int, state_size: int) -> bool:
     return num_positions <= MAX_POSITIONS and powers
 
 
-def _load_scan() -> Callable[..., Any]:
+def _load_scan() -> Callable[..., Tensor]:
     from twotower_eval.engine.ops.fused import mamba
 
     return mamba.scan
 
 
 def _scan_pairs(
-    kernel: Callable[..., Any], device: torch.device, precision: torch.dtype
+    kernel: Callable[..., Tensor], device: torch.device, precision: torch.dtype
 ) -> Sequence[tuple[Tensor, Tensor]]:
     """A token, blocks of even and odd length and the longest, behind a seed: outputs and states, with and without
     limits of the step sizes (the released config has none) and a bias."""

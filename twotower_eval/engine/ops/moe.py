@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -237,7 +237,7 @@ def experts_grouped(
     weights_RA: Tensor,
     up_EIH: Tensor,
     down_EHI: Tensor,
-    product: Callable[..., Any],
+    product: Callable[..., Tensor],
 ) -> Tensor:
     """Pairs sorted by expert, all experts in one grouped product each way: no copy of weights, no wait for the device.
 
@@ -272,15 +272,15 @@ def _sorted_pairs(chosen_RA: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(experts_M, bounds_E, right=True).to(torch.int32)
 
 
-def _load_grouped_product() -> Callable[..., Any]:
-    product: Callable[..., Any] | None = getattr(functional, "grouped_mm", getattr(torch, "_grouped_mm", None))
+def _load_grouped_product() -> Callable[..., Tensor]:
+    product: Callable[..., Tensor] | None = getattr(functional, "grouped_mm", getattr(torch, "_grouped_mm", None))
     if product is None:
         raise ImportError("this torch has no grouped matrix product")
     return product
 
 
 def _grouped_pairs(
-    product: Callable[..., Any], device: torch.device, precision: torch.dtype
+    product: Callable[..., Tensor], device: torch.device, precision: torch.dtype
 ) -> Sequence[tuple[Tensor, Tensor]]:
     """One row, a block and a prompt, most experts left out in the first two. Widths as kernels want them aligned."""
     found = []
@@ -301,14 +301,14 @@ GROUPED_PRODUCT = kernels.register(
 )
 
 
-def _load_router() -> Callable[..., Any]:
+def _load_router() -> Callable[..., tuple[Tensor, Tensor]]:
     from twotower_eval.engine.ops.fused import router
 
     return router.route
 
 
 def _router_pairs(
-    kernel: Callable[..., Any], device: torch.device, precision: torch.dtype
+    kernel: Callable[..., tuple[Tensor, Tensor]], device: torch.device, precision: torch.dtype
 ) -> Sequence[tuple[Tensor, Tensor]]:
     """Which experts, and their weights, with and without normalising; a number that is no power of two."""
     found: list[tuple[Tensor, Tensor]] = []
@@ -322,14 +322,14 @@ def _router_pairs(
     return found
 
 
-def _load_fused_experts() -> Callable[..., Any]:
+def _load_fused_experts() -> Callable[..., Tensor]:
     from twotower_eval.engine.ops.fused import experts
 
     return experts.experts
 
 
 def _fused_expert_pairs(
-    kernel: Callable[..., Any], device: torch.device, precision: torch.dtype
+    kernel: Callable[..., Tensor], device: torch.device, precision: torch.dtype
 ) -> Sequence[tuple[Tensor, Tensor]]:
     """One row, rows of which some share experts, and more rows than a tile; sizes that no tile divides."""
     found = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,20 +136,20 @@ def _constant(value: float, device: torch.device) -> Tensor:
         return torch.tensor(value, device=device)
 
 
-def _load_add_norm() -> Callable[..., Any]:
+def _load_add_norm() -> Callable[..., tuple[Tensor, Tensor]]:
     from twotower_eval.engine.ops.fused import norms
 
     return norms.add_norm
 
 
-def _load_gated_norm() -> Callable[..., Any]:
+def _load_gated_norm() -> Callable[..., Tensor]:
     from twotower_eval.engine.ops.fused import norms
 
     return norms.gated_group_rms_norm
 
 
 def _add_norm_pairs(
-    kernel: Callable[..., Any], device: torch.device, precision: torch.dtype
+    kernel: Callable[..., tuple[Tensor, Tensor]], device: torch.device, precision: torch.dtype
 ) -> Sequence[tuple[Tensor, Tensor]]:
     """A norm alone, with a sum before it, with adaLN on either side of it, of each row's own and of all rows."""
     found: list[tuple[Tensor, Tensor]] = []
@@ -172,7 +171,7 @@ def _add_norm_pairs(
 
 
 def _gated_norm_pairs(
-    kernel: Callable[..., Any], device: torch.device, precision: torch.dtype
+    kernel: Callable[..., Tensor], device: torch.device, precision: torch.dtype
 ) -> Sequence[tuple[Tensor, Tensor]]:
     """Rows of a gate that lie apart, groups of another length than a power of two."""
     y_RI = kernels.seeded((5, 288), device, torch.float32, seed=0)

@@ -15,7 +15,6 @@ Shape letters: see ops/__init__; O outputs, I inputs of the weight.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,14 +69,14 @@ def _reads_fast(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _load_row_product() -> Callable[..., Any]:
+def _load_row_product() -> Callable[..., Tensor]:
     from twotower_eval.engine.ops.fused import product
 
     return product.linear_of_row
 
 
 def _row_product_pairs(
-    kernel: Callable[..., Any], device: torch.device, precision: torch.dtype
+    kernel: Callable[..., Tensor], device: torch.device, precision: torch.dtype
 ) -> Sequence[tuple[Tensor, Tensor]]:
     """Few outputs and many, rows of less than a piece, of one, and of more; sizes that no tile divides."""
     found = []

@@ -8,7 +8,6 @@ is how padding is skipped.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -196,7 +195,7 @@ def step_by_kernel(
     b_BSGN: Tensor,
     c_BSGN: Tensor,
     state_BhPN: Tensor,
-    kernel: Callable[..., Any],
+    kernel: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor]:
     """:func:`ssd_step` by mamba-ssm's kernel, which updates a state in place."""
     state = state_BhPN.clone()
@@ -218,7 +217,7 @@ def scan_by_kernel(
     b_BSGN: Tensor,
     c_BSGN: Tensor,
     state_BhPN: Tensor,
-    kernel: Callable[..., Any],
+    kernel: Callable[..., Tensor],
 ) -> tuple[Tensor, Tensor]:
     """:func:`ssd_chunked` by mamba-ssm's kernel, for sequences longer than its chunks: shorter ones were seen to go
     wrong behind a seed."""
@@ -232,24 +231,24 @@ def scan_by_kernel(
 KERNEL_CHUNK = 64
 
 
-def _load_state_update() -> Callable[..., Any]:
+def _load_state_update() -> Callable[..., Tensor]:
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
-    function: Callable[..., Any] = selective_state_update
+    function: Callable[..., Tensor] = selective_state_update
     return function
 
 
-def _load_chunk_scan() -> Callable[..., Any]:
+def _load_chunk_scan() -> Callable[..., Tensor]:
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    function: Callable[..., Any] = mamba_chunk_scan_combined
+    function: Callable[..., Tensor] = mamba_chunk_scan_combined
     return function
 
 
 def _proof_pairs(
     by_kernel: Callable[..., tuple[Tensor, Tensor]],
     lengths: Sequence[int],
-    kernel: Callable[..., Any],
+    kernel: Callable[..., Tensor],
     device: torch.device,
 ) -> Sequence[tuple[Tensor, Tensor]]:
     """Outputs and states behind a seed, beside those of the recurrence as it is written."""

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from twotower_eval.engine.models.protocol import Context, Denoising
 from twotower_eval.engine.models.token_tree import Branch, branches, walk
 from twotower_eval.engine.scorers.pieces import (
     PathContexts,
@@ -52,7 +52,7 @@ Answer = tuple[list[float], bool]  # log-probabilities (nats) of a query's targe
 class _DenoiserScorer(Scorer):
     """Runs queries in batches of rows; subclasses say which queries a request needs and how to add them up."""
 
-    def __init__(self, model: Any, block_size: int) -> None:
+    def __init__(self, model: Denoising, block_size: int) -> None:
         self.model, self.block_size = model, block_size
         self._contexts = PathContexts(model)
 
@@ -100,7 +100,7 @@ class _DenoiserScorer(Scorer):
                 by_place[chunk.places[index][query.before]].append((index, number))
         answers: dict[tuple[int, int], Answer] = {}
 
-        def answer(context: Any, places: Sequence[int]) -> None:
+        def answer(context: Context, places: Sequence[int]) -> None:
             """Whatever is asked behind row i of the context, which is result ``places[i]``."""
             names = [(row, name) for row, place in enumerate(places) for name in by_place.get(place, ())]
             for start in range(0, len(names), MAX_ROWS):
@@ -119,10 +119,10 @@ class _DenoiserScorer(Scorer):
             for index, queries in asked.items()
         ]
 
-    def _walk(self, context: Any, chunk: Chunk, answer: Any) -> None:
+    def _walk(self, context: Context, chunk: Chunk, answer: Callable[[Context, Sequence[int]], None]) -> None:
         """Call ``answer`` with the contexts behind every wanted position of the chunk's tree."""
 
-        def read(chosen: Any, ids_BS: Tensor, lengths: Sequence[int], rows: Sequence[Branch]) -> Any:
+        def read(chosen: Context, ids_BS: Tensor, lengths: Sequence[int], rows: Sequence[Branch]) -> Context:
             extended = self.model.extend(chosen, ids_BS, lengths)
             # The path's end is result 0, so those of the tree begin at 1.
             answer(extended, [branch.wanted[-1][1] + 1 if branch.wanted else -1 for branch in rows])
@@ -130,10 +130,10 @@ class _DenoiserScorer(Scorer):
 
         walk(context, branches(ending_where_wanted(chunk.segments), contexts=True), read)
 
-    def _denoise(self, context: Any, queries: Sequence[Query]) -> list[Answer]:
+    def _denoise(self, context: Context, queries: Sequence[Query]) -> list[Answer]:
         blocks_BK = torch.tensor([query.block for query in queries])
         fractions = [query.masked / self.block_size for query in queries]
-        logits_BKV: Tensor = self.model.denoise(blocks_BK, context, fractions)
+        logits_BKV = self.model.denoise(blocks_BK, context, fractions)
         rows = [row for row, query in enumerate(queries) for _ in query.positions]
         columns = [position for query in queries for position in query.positions]
         logits_MV = logits_BKV[rows, columns]
@@ -177,7 +177,7 @@ class LeftToRightScorer(_DenoiserScorer):
 class BoundScorer(_DenoiserScorer):
     """Per block with m tokens: draw n in 1..m, mask n of them, estimate (m/n) times the sum of -log p over these."""
 
-    def __init__(self, model: Any, block_size: int, num_draws: int) -> None:
+    def __init__(self, model: Denoising, block_size: int, num_draws: int) -> None:
         super().__init__(model, block_size)
         self.num_draws = num_draws
 

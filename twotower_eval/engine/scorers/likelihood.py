@@ -13,12 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders.rows import padded_ids
+from twotower_eval.engine.models.protocol import Model, branching, two_tower
 from twotower_eval.engine.scorers.denoiser_likelihood import BoundScorer, LeftToRightScorer
 from twotower_eval.engine.scorers.pieces import (
     PathContexts,
@@ -33,7 +33,7 @@ from twotower_eval.errors import UserError
 from twotower_eval.records import Likelihood, LikelihoodKind
 
 
-def make(model: Any, kind: LikelihoodKind, *, block_size: int, num_draws: int) -> Any:
+def make(model: Model, kind: LikelihoodKind, *, block_size: int, num_draws: int) -> Scorer:
     """The scorer of a kind; ValueError where the model cannot give it."""
     if kind in ("exact", "context_tower"):
         if (kind == "context_tower") != model.has_denoiser and model.checkpoint.tower != "context":
@@ -42,28 +42,30 @@ def make(model: Any, kind: LikelihoodKind, *, block_size: int, num_draws: int) -
         return CausalScorer(model, kind)
     if kind not in ("denoiser_left_to_right", "bound"):
         raise UserError(f"likelihood {kind!r} is unknown; choose exact, context_tower, denoiser_left_to_right or bound")
-    if not model.has_denoiser:
-        raise UserError(f"likelihood {kind!r} needs a denoiser, and {model.checkpoint.name} has none")
+    pair = two_tower(model, f"likelihood {kind!r} needs a denoiser, and {model.checkpoint.name} has none")
     if block_size < 1 or (kind == "bound" and num_draws < 2):
         raise UserError("a denoiser likelihood needs block_size of at least 1, a bound at least 2 draws")
     if kind == "bound":
-        return BoundScorer(model, block_size, num_draws)
-    return LeftToRightScorer(model, block_size)
+        return BoundScorer(pair, block_size, num_draws)
+    return LeftToRightScorer(pair, block_size)
 
 
 class CausalScorer(Scorer):
     """Causal passes: over what requests share once, where the model can branch and has a cache for rows so long; else
     over each request, in batches."""
 
-    def __init__(self, model: Any, kind: LikelihoodKind) -> None:
-        self.model, self.kind = model, kind
+    def __init__(self, model: Model, kind: LikelihoodKind) -> None:
+        self.model, self.kind, self.branching = model, kind, branching(model)
         self._contexts = PathContexts(model)
 
     def plan(self, requests: Sequence[ScoreRequest], batch_size: int) -> list[Piece]:
         """See :meth:`Scorer.plan`; contexts must not be empty."""
         check_requests(requests, self.model, needs_context=True)
         rows = [_causal_row(request) for request in requests]
-        max_tokens, beyond = getattr(self.model, "branch_tokens", 0), getattr(self.model, "plain_beyond", None)
+        max_tokens, beyond = (
+            self.branching.branch_tokens if self.branching else 0,
+            getattr(self.model, "plain_beyond", None),
+        )
         shared = [i for i, row in enumerate(rows) if max_tokens and (beyond is None or len(row.tokens) <= beyond)]
         own = [requests[i] for i in shared]
         chunks = plan([rows[i] for i in shared], max_tokens) if shared else []
@@ -78,7 +80,8 @@ class CausalScorer(Scorer):
         context = self._contexts.at(chunk.path)
         logits = [] if context is None else [self.model.next_logits(context)]
         if chunk.segments:
-            logits.append(self.model.tree_logits(context, chunk.segments))
+            assert self.branching is not None  # chunks are made for such models alone
+            logits.append(self.branching.tree_logits(context, chunk.segments))
         # Where there is no path, result 0 is nothing that anyone asks for.
         places = [[place - (context is None) for place in chunk.places[index]] for index in chunk.places]
         targets = [requests[index].continuation_ids for index in chunk.places]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from twotower_eval.engine.models.protocol import Context, Model
 from twotower_eval.engine.scorers.prefixes import Tokens
 from twotower_eval.errors import UserError
 from twotower_eval.records import Likelihood
@@ -34,11 +34,11 @@ class Piece:
 class PathContexts:
     """Contexts of one row along a path, each extending the one before; the next path keeps what it has in common."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
-        self._kept: list[tuple[Tokens, Any]] = []
+        self._kept: list[tuple[Tokens, Context]] = []
 
-    def at(self, path: Sequence[Tokens]) -> Any:
+    def at(self, path: Sequence[Tokens]) -> Context | None:
         """The context of the path's tokens; None for the empty path."""
         for depth, tokens in enumerate(path):
             if depth < len(self._kept) and self._kept[depth][0] == tokens:
@@ -84,7 +84,7 @@ def target_logprobs(logits_MV: Tensor, places: Sequence[int], targets: Sequence[
     return zip(logprob_R.tolist(), highest_R.tolist(), strict=True)
 
 
-def check_requests(requests: Sequence[ScoreRequest], model: Any, *, needs_context: bool) -> None:
+def check_requests(requests: Sequence[ScoreRequest], model: Model, *, needs_context: bool) -> None:
     for request in requests:
         if not request.continuation_ids:
             raise UserError("a continuation to be scored must have at least one token")

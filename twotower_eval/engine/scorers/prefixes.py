@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from twotower_eval.engine.models.token_tree import Segment
+from twotower_eval.engine.models.protocol import Segment
 
 Tokens = tuple[int, ...]
 

@@ -14,6 +14,7 @@ import torch
 from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.models import sizes
 from twotower_eval.engine.models.config import NemotronHConfig
+from twotower_eval.engine.models.protocol import as_model
 from twotower_eval.engine.models.transformers_model import ForwardError, TransformersModel
 from twotower_eval.measure.speed.clock import CallClock
 from twotower_eval.measure.speed.lanes import Lane
@@ -76,7 +77,7 @@ def _beside_generate(
     model: TransformersModel, rows: Sequence[tuple[int, ...]], num_new: int, clock: CallClock
 ) -> dict[str, Any]:
     """Seconds of both for a few prompts, in turn, after one that is not counted."""
-    decoder = make_decoder(model, "autoregressive")
+    decoder = make_decoder(as_model(model), "autoregressive")
     own_s, generate_s, same = [], [], True
     chosen = [rows[number % len(rows)] for number in range(NUM_PROMPTS + 1)]
     try:

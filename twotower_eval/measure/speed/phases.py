@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from twotower_eval.engine.decoders.batch import Call
 from twotower_eval.engine.decoders.finish import Rules
 from twotower_eval.engine.decoders.rows import on_host
+from twotower_eval.engine.models.protocol import Model
 from twotower_eval.measure.speed.clock import CallClock, no_garbage_collection
 from twotower_eval.records import Prompt
 
@@ -50,7 +51,7 @@ def bookkeeping(prompts: Sequence[Prompt], rules: Rules) -> Repeat:
     """What the autoregressive loop does for its rows beside a step: looks for their ends, takes on those that go on."""
     num_rows = len(prompts)
     call = Call(
-        _Still(), prompts, rules, None, width=num_rows, capacity=num_rows, steady=False, on_finish=None
+        cast(Model, _Still()), prompts, rules, None, width=num_rows, capacity=num_rows, steady=False, on_finish=None
     )  # fmt: skip
     context = call.admit()
     tokens_B1 = torch.tensor([[prompt.token_ids[-1]] for prompt in prompts])

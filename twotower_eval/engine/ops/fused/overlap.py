@@ -9,7 +9,6 @@ only when it has waited itself (who was chosen, in experts.py).
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -33,7 +32,7 @@ def wait_for_previous(OVERLAP: tl.constexpr):
         gdc_wait()
 
 
-def overlapping(device: torch.device, *weights: torch.Tensor) -> dict[str, Any]:
+def overlapping(device: torch.device, *weights: torch.Tensor) -> dict[str, bool]:
     """Arguments of a launch on this device; weights that have to be laid out anew first are not there at once."""
     able = _can_overlap(device) and all(weight.is_contiguous() for weight in weights)
     return {"OVERLAP": able, "launch_pdl": able} if able else {"OVERLAP": False}

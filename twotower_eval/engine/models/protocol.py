@@ -1,0 +1,168 @@
+"""What decoders, scorers and the measuring rooms may ask of a model: one protocol, and one more for each power that
+only some families have.
+
+A family's own classes know what their contexts hold; for everybody else a context is opaque: whoever got it from a
+model gives it back to that model. Shape letters: B batch, S prompt, K block, M wanted positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, Self, TypeGuard, TypeVar, cast
+
+from twotower_eval.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from twotower_eval.records import Checkpoint
+
+
+class Context(Protocol):
+    """Committed tokens of B rows, as a model holds them. A value: extending it leaves it usable."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each row."""
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """A context of the given rows, in that order."""
+
+    def join(self, other: Self) -> Self:
+        """The context of these rows, then of the other's; only where the model ``joins_contexts``."""
+
+
+ContextT = TypeVar("ContextT", bound=Context)
+
+
+class TextCodec(Protocol):
+    """A tokenizer, or whatever stands in its place."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+    special_token_ids: frozenset[int]
+
+    def encode(self, text: str, add_special_tokens: bool = False, /) -> list[int]:
+        """Token ids of a text."""
+
+    def decode(self, token_ids: Sequence[int], /) -> str:
+        """Text of token ids, special tokens left out."""
+
+    def decode_with_special(self, token_ids: Sequence[int], /) -> str:
+        """Text of token ids, special tokens written out."""
+
+
+class Model(Protocol):
+    """A causal language model: what the autoregressive decoder and the causal scorers need. See models.base for the
+    meaning of the fields."""
+
+    checkpoint: Checkpoint
+    vocab_size: int
+    max_length: int | None
+    eos_token_ids: tuple[int, ...]
+    has_denoiser: bool
+    joins_contexts: bool
+    context_digest: str
+    folder_settings: Mapping[str, object]
+
+    @property
+    def tokenizer(self) -> TextCodec | None:
+        """None where the checkpoint has no tokenizer files."""
+
+    @property
+    def mask_token_id(self) -> int | None:
+        """None where the model knows no masks."""
+
+    def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Context:
+        """Read prompts, rows padded on the right."""
+
+    def extend(self, context: Context, ids_BK: Tensor) -> Context:
+        """The context after K more tokens in every row."""
+
+    def next_logits(self, context: Context) -> Tensor:
+        """Logits of each row's next token, (B, V) float32."""
+
+    def context_logits(
+        self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None, *, last: int | None = None
+    ) -> Tensor:
+        """Logits behind every position of whole rows, (B, S, V), or behind each row's ``last`` ones."""
+
+
+class Denoising(Model, Protocol):
+    """A two-tower model: a causal model with a denoiser that reads its context. See :func:`two_tower`."""
+
+    @property
+    def mask_token_id(self) -> int:
+        """What stands at positions of a block that are still open."""
+
+    @property
+    def context_tower(self) -> Model:
+        """The causal tower alone."""
+
+    def extend(self, context: Context, ids_BK: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Context:
+        """As of every model; rows may be extended by unequal numbers of tokens."""
+
+    def denoise(self, block_BK: Tensor, context: Context, t_B: Tensor | Sequence[float] | float | None) -> Tensor:
+        """Logits (B, K, V) for one noisy block per row, masked to the fraction ``t_B``; None: not told of any."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens behind those of ``parent``, an earlier segment of the tree (-1: the context).
+
+    ``wanted`` are ascending positions within ``tokens`` whose next-token logits are asked for.
+    """
+
+    parent: int
+    tokens: tuple[int, ...]
+    wanted: tuple[int, ...] = ()
+
+
+class Branching(Model, Protocol):
+    """A model that reads what several sequences share once, see models.token_tree; ``branch_tokens`` is above 0."""
+
+    branch_tokens: int
+
+    def tree_logits(self, context: Context | None, segments: Sequence[Segment]) -> Tensor:
+        """Logits (M, V) behind the wanted positions of a token tree on a context of one row."""
+
+
+class Family(Protocol[ContextT]):
+    """A family's own class, whose contexts are of one kind."""
+
+    def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> ContextT: ...
+    def extend(self, context: ContextT, ids_BK: Tensor) -> ContextT: ...
+    def next_logits(self, context: ContextT) -> Tensor: ...
+    def context_logits(
+        self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None, *, last: int | None = None
+    ) -> Tensor: ...
+
+
+def as_model(family: Family[ContextT]) -> Model:
+    """The model, for whoever need not know of which kind its contexts are."""
+    return cast(Model, family)
+
+
+def has_denoiser(model: Model) -> TypeGuard[Denoising]:
+    """Whether a model is a two-tower model."""
+    return model.has_denoiser
+
+
+def two_tower(model: Model, needed_by: str) -> Denoising:
+    """The model, for whoever needs its denoiser. UserError where it has none; ``needed_by`` is that line."""
+    if not has_denoiser(model):
+        raise UserError(needed_by)
+    return model
+
+
+def branching(model: Model) -> Branching | None:
+    """The model where it reads token trees; None where it has no such method."""
+    return cast(Branching, model) if getattr(model, "branch_tokens", 0) else None
+
+
+def text_codec(model: Model) -> TextCodec:
+    """The model's tokenizer. UserError where it has none."""
+    if model.tokenizer is None:
+        raise UserError(f"checkpoint {model.checkpoint.name} has no tokenizer files: tasks are text, it needs one")
+    return model.tokenizer
