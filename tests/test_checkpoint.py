@@ -271,7 +271,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
         "has token id 40, but the model's vocab_size is 40",
     ),
     "malformed tokenizer": (text("tokenizer.json", "{}"), "not a readable tokenizer.json"),
-    "tokenizer is no text": (text("tokenizer.json", b"\xff\xfe"), "not a readable tokenizer.json"),
+    "tokenizer is no text": (text("tokenizer.json", b"\xff\xfe"), "cannot read .*tokenizer.json: it is UTF-16"),
 }
 
 

@@ -18,10 +18,12 @@ from twotower_eval.analyse.compare.calls import complete_rounds
 from twotower_eval.analyse.compare.consistency import contradictions
 from twotower_eval.analyse.compare.timing import speed_points
 from twotower_eval.analyse.stats import serial
+from twotower_eval.errors import UserError
 from twotower_eval.measure import speed, suites
 from twotower_eval.measure.speed import launches, loop
 from twotower_eval.measure.speed.loop import launches_missing, share_of_launch
 from twotower_eval.plan import SpeedPlan, plan_from_json
+from twotower_eval.plugin_calls import PluginError
 from twotower_eval.progress import SilentProgress
 from twotower_eval.records import SpeedSample
 
@@ -182,8 +184,34 @@ def test_the_tenth_launch_comes_behind_the_ninth() -> None:
     assert num_incomplete == 0
 
 
+class StrangeError(UserError):
+    """A plug-in's own kind, which does not take one text."""
+
+    def __init__(self) -> None:
+        super().__init__("a strange prompt")
+
+
+StrangeError.__module__ = "somebodys.decoders"
+
+
 def refusing(**_: Any) -> None:
-    raise ValueError("no such prompt")
+    raise UserError("no such prompt")
+
+
+def refusing_strangely(**_: Any) -> None:
+    raise StrangeError
+
+
+def plugged(**_: Any) -> None:
+    raise PluginError("decoder x: its generate raised KeyError")
+
+
+def unwritable(**_: Any) -> None:
+    raise FileNotFoundError(2, "No such file", "rows")
+
+
+def buggy(**_: Any) -> None:
+    raise ValueError("operands could not be broadcast together")
 
 
 def vanishing(**_: Any) -> None:
@@ -198,7 +226,11 @@ def interrupted(**_: Any) -> None:
 @pytest.mark.parametrize(
     ("made", "error", "words"),
     [
-        (refusing, ValueError, "no such prompt"),
+        (refusing, UserError, "^no such prompt$"),
+        (refusing_strangely, UserError, "^a strange prompt$"),
+        (plugged, PluginError, "^decoder x: its generate raised KeyError$"),
+        (unwritable, OSError, "No such file"),
+        (buggy, RuntimeError, "^a launch failed: its traceback is above$"),
         (vanishing, ChildProcessError, "by signal 9: run the same command with --resume"),
         (interrupted, KeyboardInterrupt, ""),
     ],
@@ -210,5 +242,6 @@ def test_what_stops_a_launch_stops_the_command(
     context = multiprocessing.get_context("fork")
     monkeypatch.setattr(launches.multiprocessing, "get_context", lambda _: context)
     monkeypatch.setattr(launches, "run_launch", made)
-    with pytest.raises(error, match=words or None):
+    with pytest.raises(error, match=words or None) as raised:
         launches._in_process({"silent": True})
+    assert raised.type is error

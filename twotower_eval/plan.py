@@ -254,7 +254,7 @@ def load_plan(path: Path, cls: type[P]) -> P:
         if isinstance(settings := values.get("set"), Mapping):
             check_said_once(settings, values)
         return plan_from_json(cls, values)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"plan {path}: {error}") from error
 
 

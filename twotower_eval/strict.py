@@ -108,7 +108,7 @@ def _object_of(line: bytes, where: str) -> dict[str, Any]:
 def _placed(where: str, check: Callable[P, U], *arguments: P.args, **named: P.kwargs) -> U:
     try:
         return check(*arguments, **named)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
 

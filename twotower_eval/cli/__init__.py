@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -16,6 +17,8 @@ from twotower_eval.errors import UserError
 from twotower_eval.plugin_calls import TRACEBACK_VARIABLE
 
 EXIT_USER_ERROR = 2
+PROGRAM = "twotower-eval"
+BUG = f"This is a bug of {PROGRAM} or of a plug-in: please report it with this traceback and the command: {{command}}"
 
 app = typer.Typer(
     help="Does a parallel decoder keep its quality, and is it faster? Evaluate, time and report two-tower models.",
@@ -75,21 +78,25 @@ def _global(version: Annotated[bool, typer.Option("--version", help="Print the v
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0; 2: mend the input; 130: Ctrl-C.
 
+    Whatever is neither the user's to mend nor the system's is a bug: it is raised on, for a traceback and exit code 1.
     ``verify`` ends with 5 where a check failed; ``claims`` with 3 to 6, as its help says.
     """
     # Spinning OpenMP threads make small models many times slower where cores are shared; read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = app(arguments or ["--help"], prog_name="twotower-eval", standalone_mode=False)
+        code = app(arguments or ["--help"], prog_name=PROGRAM, standalone_mode=False)
     except typer.TyperException as error:
         return _fail(error.format_message())
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         return _fail(str(error) or type(error).__name__)
     except typer.Abort:
         return EXIT_INTERRUPTED
+    except Exception as error:
+        error.add_note(BUG.format(command=shlex.join([PROGRAM, *arguments])))  # Python's traceback ends with it
+        raise
     return code if isinstance(code, int) else 0
 
 

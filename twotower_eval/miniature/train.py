@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twotower_eval.engine.models import check_device
 from twotower_eval.engine.models.config import parse_config
 from twotower_eval.engine.models.initial import initialise
 from twotower_eval.engine.models.nemotron_h import MixtureOfExperts
@@ -301,7 +302,7 @@ def read_recipe(file: Path | None) -> dict[str, Any]:
     path = file or RECIPE_FILE
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # of tomllib, of text that is not UTF-8, of numbers with too many digits
         raise UserError(f"{path}: no readable recipe ({error})") from error
 
 
@@ -311,6 +312,8 @@ def train_pair(folder: Path, *, recipe_file: Path | None = None, threads: int = 
     ``threads`` micro-batches run beside each other on a CPU, each on one core; on a GPU (used if there is one) one.
     """
     recipe = read_recipe(recipe_file)
+    if device is not None:
+        check_device(device)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with _signals_save_first(), _one_thread():
         return _train(folder, recipe, place, threads)

@@ -59,7 +59,7 @@ def told_digests(events: Sequence[Mapping[str, Any]], where: str) -> dict[str, d
     for number, event in enumerate(events, start=1):
         try:
             files = from_json(Told, {"files": event.get("files", {})}).files
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{where}, line {number}: {error}") from error
         for name, summary in files.items():
             kept = {rows: sha256 for rows, sha256 in told[name].items() if rows <= summary.rows}
@@ -103,7 +103,7 @@ def read_closing(file: Path, names: Sequence[str]) -> Closing:
     data = parse_json(read_utf8(file), str(file))
     try:
         closing = from_json(Closing, data)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{file}: not a valid closing file ({error})") from error
     if closing.schema != SCHEMA_VERSION:
         raise UserError(f"{file}: schema {closing.schema}; this version reads schema {SCHEMA_VERSION} only")

@@ -189,7 +189,7 @@ def read_manifest(path: Path) -> RunManifest:
         raise UserError(f"{file}: schema {schema!r}; this version reads schema {SCHEMA_VERSION} only")
     try:
         return from_json(RunManifest, data)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{file}: {error}") from error
 
 

@@ -129,12 +129,12 @@ class RunWriter:
         data = to_json(row)
         try:
             from_json(type(row), data)  # what could not be read again is not written
-        except ValueError as error:
+        except UserError as error:  # a task's or a plug-in's words are in it
             raise UserError(f"{self.path / name}: {error}") from error
         if key in self._keys:
             raise UserError(f"{self.path / name}: row {key[1:]} is there already")
         if row.cell not in self._cells:
-            raise UserError(f"{self.path / name}: cell {row.cell!r} is not in the run's manifest")
+            raise ValueError(f"{self.path / name}: cell {row.cell!r} is not in the run's manifest")
         self._file(name).append(data)
         self._keys.add(key)
 

@@ -17,6 +17,7 @@ from twotower_eval.analyse import stats
 from twotower_eval.analyse.calibration.quality_worlds import QualityWorld
 from twotower_eval.analyse.calibration.speed_worlds import SpeedWorld
 from twotower_eval.analyse.stats.nulls import half_width, off_nulls, widest_null
+from twotower_eval.errors import NoEstimate
 from twotower_eval.progress import Advance
 from twotower_eval.records import Estimate, sha256_text
 
@@ -129,7 +130,7 @@ def _tally(
     for repetition in range(num):
         try:
             found, outcome = look(generator(seed, name, size, repetition))
-        except ValueError:  # no interval where the ratio is undefined: then there is no verdict either
+        except NoEstimate:  # no interval where the ratio is undefined: then there is no verdict either
             advance()
             continue
         counts["found"] += 1

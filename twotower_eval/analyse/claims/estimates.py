@@ -11,7 +11,7 @@ from twotower_eval.analyse.compare.measured import measured
 from twotower_eval.analyse.compare.points import OtherScore, candidate_mean
 from twotower_eval.analyse.compare.wholes import WholeScore
 from twotower_eval.analyse.stats.decide import DECISION_LEVEL
-from twotower_eval.errors import UserError
+from twotower_eval.errors import NoEstimate
 from twotower_eval.records import Claim, Estimate
 
 RETENTIONS = ("retention", "decoder_exercised_retention")
@@ -51,11 +51,11 @@ def quality_estimate(
         return own.score_at(level) if claim.quantity == "score" else own.difference_at(level)
     scope = tasks_judged(claim, point)
     if point.scores is None or not scope:
-        raise UserError("no task in scope is scored through the candidate's decoder")
+        raise NoEstimate("no task in scope is scored through the candidate's decoder")
     scores = subset(point.scores, [i for i, group in enumerate(point.scores.groups) if group in scope])
     if claim.quantity == "score":
         if len(scope) > 1:
-            raise UserError("a score is of one task or one group: claim a retention over several")
+            raise NoEstimate("a score is of one task or one group: claim a retention over several")
         return candidate_mean(scores, level)
     if is_equal_by_construction(claim, point):
         value = 1.0 if claim.quantity == "retention" else 0.0
@@ -88,7 +88,7 @@ def _scaled(claim: Claim, point: SpeedPoint, estimate: Estimate) -> Estimate:
         return estimate
     devices = point.baseline.workload.num_devices, point.candidate.workload.num_devices
     if devices[0] is None or devices[1] is None:
-        raise UserError("the run does not say how many devices each arm used")
+        raise NoEstimate("the run does not say how many devices each arm used")
     return stats.per_device(estimate, baseline_devices=devices[0], candidate_devices=devices[1])
 
 

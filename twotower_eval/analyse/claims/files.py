@@ -51,7 +51,7 @@ def load_claims(name: str | Path) -> ClaimFile:
     values = read_toml(path, "claims")
     try:
         return claims_from(path.stem, values)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"claims {path}: {error}") from error
 
 

@@ -30,6 +30,7 @@ from twotower_eval.analyse.claims.match import (
 from twotower_eval.analyse.compare import QualityPoint, SpeedPoint
 from twotower_eval.analyse.compare.gaps import was_cut_short
 from twotower_eval.analyse.compare.timing import tasks_of
+from twotower_eval.errors import UserError
 from twotower_eval.records import Cell, Claim, RunManifest, Score
 from twotower_eval.store import Run
 
@@ -182,7 +183,7 @@ def _manifests_in(root: Path) -> Iterator[tuple[Path, RunManifest]]:
     for file in sorted(root.glob(f"*/{store.MANIFEST}")):
         try:
             yield file.parent, _manifest_at(file.parent, file.stat().st_mtime_ns)
-        except ValueError:
+        except UserError:
             continue
 
 
@@ -197,7 +198,7 @@ def _each(runs: Iterable[Run]) -> Iterator[Evidence]:
     for run in runs:
         try:
             yield gather([run])
-        except ValueError:
+        except UserError:
             continue
 
 
@@ -205,5 +206,5 @@ def _loaded(paths: Iterable[Path]) -> Iterator[Run]:
     for path in paths:
         try:
             yield store.load(path)
-        except ValueError:  # what cannot be read has shown nothing that can be named
+        except UserError:  # what cannot be read has shown nothing that can be named
             continue

@@ -30,7 +30,7 @@ def value_of(where: str, table: Mapping[str, Any], key: str, kind: type[Any], de
         return default
     try:
         return check_value(key, kind, table[key])
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
 

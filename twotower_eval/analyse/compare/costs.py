@@ -124,7 +124,7 @@ def _explained(parts: list[CostSample], samples: Sequence[SpeedSample], block_si
         calls = {id(sample): _call(sample, block_size, cell.decoder, kept) for sample in samples}
         prediction = stats.predict(stats.CostTable(phases), [*calls.values()])
         explanation = stats.explain(sum(sample.wall_s for sample in samples), prediction.total_s)
-    except ValueError as error:
+    except NoEstimate as error:
         return _unexplained(phases, str(error))
     of_round: dict[Round, list[CostSample]] = defaultdict(list)
     for part in own:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from twotower_eval.errors import NoEstimate, UserError
 from twotower_eval.records import Estimate
 
 
-class ArmsDifferError(ValueError):
+class ArmsDifferError(UserError):
     """Baseline and candidate were not given the same: what they did cannot be compared."""
 
 
@@ -21,8 +22,8 @@ class Measured:
 
 
 def measured(compute: Callable[[], Estimate]) -> Measured:
-    """What ``compute`` gives, or the reason in its ValueError."""
+    """What ``compute`` gives, or the reason in its NoEstimate: whatever else it raises is a bug and goes on."""
     try:
         return Measured(estimate=compute())
-    except ValueError as error:
+    except NoEstimate as error:
         return Measured(estimate=None, reason=str(error))

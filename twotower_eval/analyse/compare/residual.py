@@ -17,6 +17,7 @@ from typing import Literal
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.measured import Measured
+from twotower_eval.errors import NoEstimate
 from twotower_eval.records import Arm, Estimate, SpeedSample
 
 Round = tuple[str, int]  # launch, number
@@ -195,7 +196,7 @@ def _tried(
 ) -> stats.Prediction | str:
     try:
         return predicted(round_, samples)
-    except ValueError as error:
+    except NoEstimate as error:
         return str(error)
 
 

@@ -20,7 +20,7 @@ from twotower_eval.analyse.compare.points import Measured, measured
 from twotower_eval.analyse.stats.costs import needed_tokens_per_nfe, predicted_speedup
 from twotower_eval.analyse.stats.intervals import LEVEL, Floats, t_quantile
 from twotower_eval.analyse.stats.speedup import NULL_LEVEL
-from twotower_eval.errors import NoEstimate, UserError
+from twotower_eval.errors import NoEstimate
 from twotower_eval.records import ROUTINGS, CostPart, CostSample, Estimate, Method, verb_of
 from twotower_eval.store import Run
 
@@ -101,7 +101,7 @@ class SizingPoint:
 
 
 class SizingRun:
-    """One sizing run. ValueError where it has no complete round or no cost card.
+    """One sizing run. NoEstimate where it has no complete round or no cost card.
 
     ``claimed`` is a speedup to look up in its curves.
     """
@@ -111,12 +111,12 @@ class SizingRun:
         self.claimed = claimed
         cards = [event for event in run.events if event.get("kind") == "cost_card"]
         if not cards:
-            raise UserError(f"run {run.manifest.run_id} holds costs on random weights but no cost card")
+            raise NoEstimate(f"run {run.manifest.run_id} holds costs on random weights but no cost card")
         self.card: Mapping[str, Any] = cards[-1]["card"]
         self._seconds = _per_repeat(run.costs)
         self.rounds = _complete_rounds(self._seconds, int(cards[-1]["num_items"]))
         if not self.rounds:
-            raise UserError(f"run {run.manifest.run_id} on random weights has no complete measured round yet")
+            raise NoEstimate(f"run {run.manifest.run_id} on random weights has no complete measured round yet")
         self.pattern: str = self.card["built_pattern"]
         self.full_pattern: str = self.card["pattern"]
         self.context_tokens = run.costs[0].context_tokens

@@ -253,7 +253,7 @@ def _of_equal_forwards(
             slower = _beyond_like(one, grids[0], there, with_alone)
             if other is not None and beside is not None:
                 slower -= _beyond_like(other[1][one.launch_id, one.call_id].new, grids[1], there, beside)
-        except ValueError:  # it says what was not timed, and reports show that with the parts
+        except NoEstimate:  # it says what was not timed, and reports show that with the parts
             continue
         found.append(slower)
     return found

@@ -300,7 +300,7 @@ def _resampled(arms: Sequence[Sequence[Score]], own: Sequence[Aggregate | None])
             replicates.append(made.replicates)
             seed = made.seed
         return stats.replicated(name, values, replicates, len(set(clusters)), seed=seed)
-    except ValueError as error:
+    except NoEstimate as error:
         return str(error)
 
 
@@ -337,7 +337,7 @@ def _figure(found: stats.WholeScores | str, own: Aggregate | None) -> stats.Figu
         return stats.Figure(value=None, reason=found)
     try:
         return stats.Figure(value=found.value())
-    except ValueError as error:
+    except NoEstimate as error:
         return stats.Figure(value=None, reason=str(error))
 
 

@@ -141,7 +141,7 @@ def _rendered(name: str, runs: JudgedRuns) -> Section:
     render: Callable[[Runs], Section] = resolve(SEAM.place(name))
     if not callable(render):
         raise UserError(f"section {name} is no function render(runs) that returns a Section: docs/section.md has one")
-    with calls_of(module_of(render), f"section {name}", getattr(render, "__name__", "render")):
+    with calls_of(module_of(render), f"section {name}", getattr(render, "__name__", "render"), let=(UserError,)):
         made = render(runs)
     wrong = _wrong_with(made)
     if wrong is not None:

@@ -12,6 +12,7 @@ from typing import Any
 from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.report.section import Section
 from twotower_eval.decoder_settings import set_text
+from twotower_eval.errors import UserError
 from twotower_eval.plan import AnyPlan, RunPlan, SizingPlan, SpeedPlan, VerifyPlan, plan_from_json
 from twotower_eval.records import RunManifest, sizing_config
 from twotower_eval.store import Run
@@ -39,7 +40,7 @@ def _command(manifest: RunManifest) -> str:
     """The command that makes the run's plan; a plan of another version cannot be told, and is said so."""
     try:
         words = command(plan_of(manifest.verb, manifest.plan))
-    except ValueError as error:
+    except UserError as error:
         return f"# no command of this version makes its plan ({' '.join(str(error).split())})"
     out = _out(manifest)
     return typed([*map(without_home, words), *(["--out", out] if out else [])])

@@ -16,6 +16,7 @@ from twotower_eval.analyse.report.plots import COLOURS, GREY, MARKERS, png
 from twotower_eval.analyse.report.section import Section
 from twotower_eval.analyse.report.text import NONE, bullets, code, count, escape, percent, seconds, table, times
 from twotower_eval.analyse.report.verdicts import claimed_speedup
+from twotower_eval.errors import NoEstimate
 from twotower_eval.records import GateLimits
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def sizing(runs: Runs) -> Section:
     for number, run in enumerate(concerned, start=1):
         try:
             found = SizingRun(run, None if claim is None else claim.expected)
-        except ValueError as error:
+        except NoEstimate as error:
             parts.append(f"{escape(error)}.")
             continue
         name = f"sizing_{number}.png"

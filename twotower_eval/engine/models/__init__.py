@@ -67,6 +67,17 @@ def _existing(path: str | Path) -> Path:
     return folder
 
 
+def check_device(name: str) -> None:
+    """UserError for a device that torch does not know or that is not there."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used here: {reason}") from error
+
+
 def load_model(
     path: str | Path,
     *,
@@ -106,7 +117,7 @@ def load_model(
                 model = load_own(family, load, folder, **options)
     except PluginError:
         raise
-    except ValueError as error:
+    except UserError as error:
         if str(folder) in str(error):
             raise
         raise UserError(f"{folder}: {error}") from error
@@ -127,9 +138,5 @@ def _usable(devices: Sequence[str | torch.device] | None, device: str | torch.de
     if len(places) > 2:
         raise UserError(f"a pair has two towers, but {len(places)} devices are named")
     for place in places:
-        try:
-            torch.empty(0, device=place)
-        except (RuntimeError, AssertionError) as error:  # torch raises either for a device that is not there
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"device {place!r} cannot be used here: {reason}") from error
+        check_device(place)
     return places

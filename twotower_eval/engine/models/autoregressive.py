@@ -20,7 +20,6 @@ from twotower_eval.engine.models.token_tree import logits_by_rows
 from twotower_eval.engine.ops import product
 from twotower_eval.engine.ops.attention import attend as attend_to
 from twotower_eval.engine.ops.attention import attention, kernel_for_few, seen
-from twotower_eval.errors import UserError
 
 PIECE_ROWS, MIN_PIECE = 256, 64  # token rows that a CPU takes at once; positions of a piece, however many its rows
 
@@ -216,5 +215,5 @@ def host_lengths(ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None) -> tu
         return (width,) * batch_size
     lengths = tuple(int(n) for n in (lengths_B.tolist() if isinstance(lengths_B, Tensor) else lengths_B))
     if len(lengths) != batch_size or any(not 0 <= n <= width for n in lengths):
-        raise UserError(f"lengths {lengths} do not fit token ids of shape {tuple(ids_BS.shape)}")
+        raise ValueError(f"lengths {lengths} do not fit token ids of shape {tuple(ids_BS.shape)}")
     return lengths

@@ -17,7 +17,7 @@ def naming(where: str) -> Iterator[None]:
     """Say where a text comes from in whatever is wrong with it."""
     try:
         yield
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
 

@@ -103,8 +103,9 @@ def load_tokenizer(
     file = folder / "tokenizer.json"
     if not file.exists():
         return None
+    text = read_utf8(file)
     try:
-        inner = tokenizers.Tokenizer.from_str(read_utf8(file))
+        inner = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception for a malformed file; said, not hidden
         raise UserError(f"{file}: not a readable tokenizer.json ({error})") from error
     _check_size(file, inner, vocab_size)
@@ -149,7 +150,7 @@ def _special_tokens(folder: Path, inner: tokenizers.Tokenizer, settings: JsonObj
     """Tokens that the settings declare or name as special, and that tokenizer.json may hold for plain text or not know
     at all. In the order of transformers, which gives unknown ones the next free ids."""
     declared = settings.get("added_tokens_decoder") or {}
-    if not isinstance(declared, dict) or not all(token_id.isdigit() for token_id in declared):
+    if not isinstance(declared, dict) or not all(token_id.isdecimal() for token_id in declared):
         raise UserError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder must be tokens by their ids")
     known = {token.content: token for token in inner.get_added_tokens_decoder().values()}
     found = {}

@@ -32,7 +32,7 @@ CACHE_ARGUMENTS = ("past_key_values", "cache_params")  # what a model's forward 
 FORWARD_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError)
 
 
-class ForwardError(UserError):
+class ForwardError(RuntimeError):
     """A model's own forward raised: what it said, in one line."""
 
 

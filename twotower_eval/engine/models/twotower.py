@@ -23,7 +23,6 @@ from twotower_eval.engine.models.nemotron_h import Mamba, Modulation, Tower, run
 from twotower_eval.engine.models.protocol import Segment
 from twotower_eval.engine.ops.attention import attend as attend_to
 from twotower_eval.engine.ops.attention import attention, kernel_for_few, seen
-from twotower_eval.errors import UserError
 
 TIME_SCALE = 1000.0
 MAX_PERIOD = 10_000.0
@@ -234,7 +233,7 @@ def _time_tensor(t_B: Tensor | Sequence[float] | float, batch_size: int, device:
     """One mask fraction per row, float32; a single one is meant for all rows."""
     t = torch.as_tensor(t_B, dtype=torch.float32, device=device).flatten()
     if t.numel() not in (1, batch_size):
-        raise UserError(f"t_B has {t.numel()} entries for {batch_size} rows")
+        raise ValueError(f"t_B has {t.numel()} entries for {batch_size} rows")
     return t.expand(batch_size)
 
 

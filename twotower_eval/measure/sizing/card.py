@@ -209,7 +209,7 @@ def _fits(
     """Whether so many of the layers can be built, and measured to extrapolate."""
     try:
         num_parts = len(measured_layers(config.pattern, num_layers))
-    except ValueError:  # they lack a kind
+    except UserError:  # they lack a kind
         return False
     needed = _needed(plan, cut(config, config.pattern[:num_layers]), num_parts, dtype)
     return all(p.free_bytes is None or n <= p.free_bytes for n, p in zip(needed, peaks, strict=True))

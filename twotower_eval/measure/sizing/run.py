@@ -99,7 +99,7 @@ def read_config(plan: SizingPlan) -> NemotronHConfig:
     data = read_json(file)
     try:
         config = parse_config(data)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{file}: {error}") from error
     longest = config.max_position_embeddings
     if longest is not None and plan.prompt_tokens > longest:

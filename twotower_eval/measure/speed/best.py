@@ -80,17 +80,17 @@ def _beside_generate(
     decoder = make_decoder(as_model(model), "autoregressive")
     own_s, generate_s, same = [], [], True
     chosen = [rows[number % len(rows)] for number in range(NUM_PROMPTS + 1)]
-    try:
-        for number, ids in enumerate(chosen):
-            began_s = clock()
-            [made] = decoder.generate([Prompt(id=str(number), token_ids=ids)], max_new_tokens=num_new)
-            half_s = clock()
+    for number, ids in enumerate(chosen):
+        began_s = clock()
+        [made] = decoder.generate([Prompt(id=str(number), token_ids=ids)], max_new_tokens=num_new)
+        half_s = clock()
+        try:
             theirs = model.own_generate(torch.tensor([ids]), num_new)
-            ended_s = clock()
-            same &= list(made.token_ids) == theirs
-            if number:
-                own_s.append(half_s - began_s)
-                generate_s.append(ended_s - half_s)
-    except ForwardError as error:
-        return {"reason": str(error)}
+        except ForwardError as error:
+            return {"reason": str(error)}
+        ended_s = clock()
+        same &= list(made.token_ids) == theirs
+        if number:
+            own_s.append(half_s - began_s)
+            generate_s.append(ended_s - half_s)
     return {"own_s": tuple(own_s), "generate_s": tuple(generate_s), "same_tokens": same}

@@ -27,21 +27,23 @@ from twotower_eval.measure.speed.loop import Launched
 from twotower_eval.measure.speed.rounds import run_launch
 from twotower_eval.measure.speed.workloads import Request
 from twotower_eval.plan import SpeedPlan
-from twotower_eval.plugin_calls import TRACEBACK_VARIABLE
+from twotower_eval.plugin_calls import TRACEBACK_VARIABLE, is_own
 from twotower_eval.progress import Progress, SilentProgress, choose_progress
 from twotower_eval.records import Override
 
 INTERRUPTED = 130
+FAILED = 1  # Python's exit code of a process that an exception ended, behind its traceback
 GRACE_S = 5.0  # for a launch to end by the Ctrl-C that it got itself, before it is sent one
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Told:
-    """What a launch's process says before it ends: what it left, or the one line that stopped it."""
+    """What a launch's process says before it ends: what it left, or the line that stopped it and its kind."""
 
     launched: Launched | None = None
-    error: str | None = None
+    error: str = ""
+    kind: type[UserError] | type[OSError] = UserError
 
 
 def run(
@@ -59,8 +61,9 @@ def run(
 
     ``temperature`` holds where the plan names none; ``overrides`` say what of the tasks' wishes does not.
     ``resume`` goes on with a run on the same machine: whole rounds count, a torn one is begun anew, and so is a launch
-    among several that was stopped. ``now`` gives seconds. Raises ValueError for whatever the user can mend, in the
-    words of the launch that met it, and ChildProcessError where a launch ended without a word.
+    among several that was stopped. ``now`` gives seconds. Raises UserError for whatever the user can mend, in the
+    words of the launch that met it, ChildProcessError where a launch was ended from outside, and RuntimeError where a
+    bug ended it, whose traceback it has printed.
     """
     given: dict[str, Any] = {"root": root, "now": now, "temperature": temperature, "overrides": tuple(overrides)}
     if plan.launches == 1:
@@ -94,12 +97,14 @@ def _in_process(given: dict[str, Any]) -> Launched:
         ours.close()
     if child.exitcode == INTERRUPTED:
         raise KeyboardInterrupt
+    if told is None and child.exitcode == FAILED:
+        raise RuntimeError("a launch failed: its traceback is above")
     if told is None:
         raise ChildProcessError(
             f"a launch ended {_ending(child.exitcode)}: run the same command with --resume to make what is missing"
         )
     if told.launched is None:
-        raise UserError(told.error)
+        raise told.kind(told.error)
     return told.launched
 
 
@@ -130,14 +135,21 @@ def _launch(theirs: Connection, given: dict[str, Any], parent: int) -> None:
     progress = SilentProgress() if given.pop("silent") else choose_progress()
     try:
         told = _Told(launched=run_launch(progress=progress, **given))
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):  # which is lost with this process
             traceback.print_exc()
-        told = _Told(error=str(error) or type(error).__name__)
+        told = _Told(error=str(error) or type(error).__name__, kind=_kind(error))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     theirs.send(told)
     theirs.close()
+
+
+def _kind(error: UserError | OSError) -> type[UserError] | type[OSError]:
+    """What it is raised as in the other process: a plug-in's own kind need not be known there, nor take one text."""
+    if isinstance(error, OSError):
+        return OSError
+    return type(error) if is_own(type(error).__module__) else UserError
 
 
 def _end_with(parent: int) -> None:

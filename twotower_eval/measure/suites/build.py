@@ -293,7 +293,7 @@ def _samples(name: str, repeats: set[int], doc: BuiltDoc, member: SuiteTask, wis
 def _asked(name: str, docs: Sequence[BuiltDoc]) -> Asked:
     try:
         return merged(frozenset[Asked]().union(*(doc.asked for doc in docs)))
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"task {name!r}: {error}") from error
 
 

@@ -8,7 +8,7 @@ are all counted as the task counts them. Answers in text have options only where
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -31,12 +31,23 @@ def chance_by_metric(source: Any, doc: Mapping[str, Any], instances: Sequence[An
     ``source`` is the lm-eval task that scores ``doc`` by the answers to ``instances``.
     """
     better = [metric for metric, higher in source.higher_is_better().items() if higher is not False]
-    unfit: tuple[type[Exception], ...] = (*lm_tasks.misfits(), ArithmeticError, SyntaxError, ValueError)
     try:
         with lm_tasks.quiet():
             return _chances(source, doc, instances, better)
-    except unfit:
+    except _UnfitError:
         return {}  # a scoring of its own kind, which real answers may well suit
+
+
+class _UnfitError(Exception):
+    """The task's own code cannot take what it is given here."""
+
+
+def _of_task(function: Callable[..., Any], *given: Any) -> Any:
+    """What the task's own code, or lm-eval's around it, makes of what it is given."""
+    try:
+        return function(*given)
+    except (*lm_tasks.misfits(), ArithmeticError, SyntaxError, ValueError) as error:
+        raise _UnfitError from error
 
 
 def _chances(source: Any, doc: Mapping[str, Any], instances: Sequence[Any], better: Sequence[str]) -> dict[str, float]:
@@ -60,7 +71,7 @@ def _if_first(source: Any, doc: Mapping[str, Any], option: int, num_options: int
     places = [(at - option) % num_options for at in range(num_options)]
     asked = [(FIRST_NATS + place * FAR_NATS, place == 0) for place in places]
     asked += [(WITHOUT_CONTEXT_NATS, False)] * (num - num_options)
-    scores = source.process_results(doc, asked)
+    scores = _of_task(lambda: dict(source.process_results(doc, asked)))
     return {metric: float(value) for metric, value in scores.items() if isinstance(value, (Real, np.bool_))}
 
 
@@ -71,9 +82,9 @@ def _is_share(metric: str, found: Sequence[Mapping[str, float]]) -> bool:
 
 def _share_listed(source: Any, doc: Mapping[str, Any]) -> float | None:
     """Share of right ones among the options that a document lists; ``None`` where a right answer is none of them."""
-    target = source.doc_to_target(doc)
+    target = _of_task(source.doc_to_target, doc)
     right = target if isinstance(target, list) else [target]
-    asked = str(source.doc_to_text(doc))
+    asked = str(_of_task(source.doc_to_text, doc))
     for options in (*_columns(source, doc), _dashed(asked)):
         texts = [str(option).strip() for option in options]
         places = {_place_among(texts, one) for one in right}
@@ -87,7 +98,7 @@ def _share_listed(source: Any, doc: Mapping[str, Any]) -> float | None:
 
 def _columns(source: Any, doc: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
     if source.config.doc_to_choice is not None:
-        yield source.doc_to_choice(doc)
+        yield _of_task(lambda: list(source.doc_to_choice(doc)))
     for name in COLUMNS:
         options = doc.get(name)
         options = options.get("text") if isinstance(options, Mapping) else options

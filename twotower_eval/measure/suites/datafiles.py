@@ -142,7 +142,7 @@ def _mgsm_rows(path: Path) -> Rows:
     # The published file has no worked solutions, which the stock prompts want to see as null, not missing.
     for number, line in enumerate(_text(path).rstrip("\n").split("\n"), start=1):
         cells = line.split("\t")
-        if len(cells) != 2 or not re.fullmatch(r"-?[\d,]{1,24}", cells[1].strip()):
+        if len(cells) != 2 or not re.fullmatch(r"-?\d[\d,]{0,23}", cells[1].strip()):
             raise UserError(f"{path}, line {number}: not a question, a tab and a whole number")
         _check_mark(cells[0], f"{path}, line {number}")
         answer = int(cells[1].replace(",", ""))

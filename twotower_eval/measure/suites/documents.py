@@ -75,7 +75,7 @@ def build_docs(name: str, leaf: str, source: Any, first_id: int, member: SuiteTa
                 try:
                     asked.add(decoding_asked(instance.args[1]))
                     settings = _generation_settings(instance.args[1], member, wishes)
-                except ValueError as error:
+                except UserError as error:
                     raise UserError(f"task {name!r}: {error}") from error
                 instance.arguments = (instance.args[0], settings)
         docs.append(_doc(name, leaf, source, index, instances, frozenset(asked)))

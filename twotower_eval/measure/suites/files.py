@@ -103,7 +103,7 @@ def _suite_task(entry: Mapping[str, Any], path: Path) -> SuiteTask:
     values.setdefault("parts", {"": values.pop("lm_eval", None)})
     try:
         task = from_json(SuiteTask, values)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{where}: {error}") from error
     for setting in task.published:
         if setting not in SETTINGS:

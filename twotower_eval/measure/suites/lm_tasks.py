@@ -98,6 +98,10 @@ def build_instances(name: str, task: Any, fewshot_seed: int) -> list[Any]:
         task.build_all_requests()
     except misfits() as error:
         raise UserError(f"task {name!r}: its data lacks what the prompts read ({_first_line(error)})") from error
+    except UserError:
+        raise
+    except MISTAKEN as error:
+        raise UserError(f"task {name!r}: its own code fails on its documents ({_first_line(error)})") from error
     return list(task.instances)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -58,7 +59,11 @@ def load_golden(folder: Path, model: Any, device: str) -> Golden:
     if not isinstance(meta, dict) or not isinstance(meta.get("prompts"), dict):
         raise UserError(f"{folder / DESCRIPTION}: no prompts are described in it")
     own = load_model(folder, device=device) if (folder / "config.json").is_file() else model
-    return Golden(own, load_file(folder / TENSORS), meta)
+    try:
+        tensors = load_file(folder / TENSORS)
+    except SafetensorError as error:
+        raise UserError(f"{folder / TENSORS}: not a whole safetensors file ({error}); fetch it again") from error
+    return Golden(own, tensors, meta)
 
 
 def golden_findings(golden: Golden) -> Iterator[Finding]:
