@@ -16,6 +16,7 @@ from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.models import load_model
 from twotower_eval.engine.models.counting import WatchedModel
 from twotower_eval.engine.models.proof import prove_up_to
+from twotower_eval.engine.models.transformers_model import ForwardError
 from twotower_eval.engine.models.transformers_tree import keeps_all_keys
 from twotower_eval.engine.scorers import make_scorer
 from twotower_eval.engine.scorers.pieces import ScoreRequest
@@ -344,7 +345,7 @@ def test_a_limit_under_another_name_is_the_models_limit(tmp_path: Path) -> None:
     model = load_model(tmp_path)
     assert model.max_length == 12
     model.prefill(torch.tensor([list(range(12))]))
-    with pytest.raises(ValueError, match="its forward raised"):
+    with pytest.raises(ForwardError, match="its forward raised"):
         model.prefill(torch.tensor([list(range(13))]))
 
 
@@ -380,7 +381,7 @@ def test_the_longest_context_is_lm_evals_as_far_as_there_is_room(name: str, tmp_
         assert torch.isfinite(model.context_logits(ids, last=1)).all()
         prove_up_to(model, 5000)  # reads as many
         if name in ("own", "padded"):
-            with pytest.raises(ValueError, match="its forward raised"):
+            with pytest.raises(ForwardError, match="its forward raised"):
                 model.context_logits(torch.full((1, wanted + 1), 5), last=1)
 
 

@@ -44,9 +44,10 @@ class _UnfitError(Exception):
 
 def _of_task(function: Callable[..., Any], *given: Any) -> Any:
     """What the task's own code, or lm-eval's around it, makes of what it is given."""
+    unfit: tuple[type[Exception], ...] = (*lm_tasks.misfits(), ArithmeticError, SyntaxError, ValueError)
     try:
         return function(*given)
-    except (*lm_tasks.misfits(), ArithmeticError, SyntaxError, ValueError) as error:
+    except unfit as error:
         raise _UnfitError from error
 
 
