@@ -130,8 +130,6 @@ def load_model(
 
 def _usable(devices: Sequence[str | torch.device] | None, device: str | torch.device) -> tuple[str, ...]:
     """Names of the towers' devices, by default of the single one. UserError for what torch has no use for here."""
-    import torch
-
     if isinstance(devices, str):
         raise UserError(f"devices names one for each tower, as in ({devices!r},): for a single one take device")
     places = tuple(str(place) for place in devices or (device,))
