@@ -40,6 +40,7 @@ PLAIN = "one call of the standard library"
 # Who may catch a bare ValueError, or more than that: around one call of code that is not this project's.
 HANDLERS = {
     "json_text.parse_json": "of Python's reader and its hooks",
+    "decoder_settings._read": PLAIN,
     "plan.read_toml": "of whole numbers with thousands of digits",
     "plugin_calls.calls_of": FOREIGN,
     "plugin_calls.calls_in": FOREIGN,

@@ -17,8 +17,7 @@ from twotower_eval.errors import UserError
 from twotower_eval.plugin_calls import TRACEBACK_VARIABLE
 
 EXIT_USER_ERROR = 2
-PROGRAM = "twotower-eval"
-BUG = f"This is a bug of {PROGRAM} or of a plug-in: please report it with this traceback and the command: {{command}}"
+BUG = "This is a bug of twotower-eval or of a plug-in: please report it with this traceback and the command: {command}"
 
 app = typer.Typer(
     help="Does a parallel decoder keep its quality, and is it faster? Evaluate, time and report two-tower models.",
@@ -85,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = app(arguments or ["--help"], prog_name=PROGRAM, standalone_mode=False)
+        code = app(arguments or ["--help"], prog_name="twotower-eval", standalone_mode=False)
     except typer.TyperException as error:
         return _fail(error.format_message())
     except (UserError, OSError) as error:
@@ -95,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except typer.Abort:
         return EXIT_INTERRUPTED
     except Exception as error:
-        error.add_note(BUG.format(command=shlex.join([PROGRAM, *arguments])))  # Python's traceback ends with it
+        error.add_note(BUG.format(command=shlex.join(["twotower-eval", *arguments])))  # Python's traceback ends with it
         raise
     return code if isinstance(code, int) else 0
 
