@@ -83,8 +83,8 @@ def verdict_on(table: dict[str, Any], runs: Sequence[Run], **point: Any) -> Verd
 def test_the_command_of_what_is_missing_measures_the_claims_point(claim: Claim, monkeypatch: Any, capsys: Any) -> None:
     """It recommended commands that never looked at the claim's baseline, tasks or settings."""
     plans: list[RunPlan | SpeedPlan] = []
-    monkeypatch.setattr("twotower_eval.measure.harness.run", lambda plan, **_: plans.append(plan))
-    monkeypatch.setattr("twotower_eval.api.time_and_score", lambda plan, **_: plans.append(plan))
+    for verb in ("evaluated", "timed_and_scored"):
+        monkeypatch.setattr(f"twotower_eval.api.measuring.{verb}", lambda plan, root, **_: plans.append(plan) or root)
     words = measuring_command(claim)
     assert words is not None
     assert cli.main(words[1:]) == 0

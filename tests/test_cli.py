@@ -116,7 +116,7 @@ def test_the_traceback_is_there_for_who_wants_it(tmp_path: Path, monkeypatch: py
 
 def capture_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunPlan, Path, Path | None]]:
     """Put a recorder in the place of the harness."""
-    from twotower_eval.measure import harness
+    from twotower_eval.api import measuring
 
     calls: list[tuple[RunPlan, Path, Path | None]] = []
 
@@ -124,7 +124,7 @@ def capture_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunPlan, Path, P
         calls.append((plan, root, resume))
         return root / "done"
 
-    monkeypatch.setattr(harness, "run", recorded)
+    monkeypatch.setattr(measuring, "evaluated", recorded)
     return calls
 
 
@@ -147,26 +147,21 @@ def test_run_options_reach_the_plan_over_the_toml(
     assert capsys.readouterr().out.strip() == "r/done"
 
 
-def test_a_run_begins_with_its_power_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_begins_with_its_power_plan() -> None:
     """The smallest drop that these documents can show was computed nowhere before a run."""
     from twotower_eval.analyse import stats
-    from twotower_eval.measure import harness, suites
+    from twotower_eval.api import measuring
+    from twotower_eval.measure import suites
 
-    lines = []
+    def line(*names: str) -> str | None:
+        return measuring.power_line(suites.resolve_tasks(names, limit=100), {"miniature_choice"})
 
-    def announced(plan: RunPlan, *, root: Path, announce: Any, **_: object) -> Path:
-        tasks = suites.resolve_tasks(plan.tasks, limit=plan.limit)
-        lines.append(announce(tasks, {"miniature_choice"}))
-        return root
-
-    monkeypatch.setattr(harness, "run", announced)
-    assert cli.main(["run", "--tasks", "miniature_sort,miniature_choice,miniature_perplexity", "--limit", "100"]) == 0
+    lines = [line("miniature_sort", "miniature_choice", "miniature_perplexity"), line("miniature_perplexity")]
     own = stats.PlannedTask(name="sort", num_clusters=100, accuracy=stats.ASSUMED_ACCURACY)
     shared = dataclasses.replace(own, name="choice", discordance=0.0)
-    assert lines == [stats.power_text(stats.power_plan([own, shared], 1.0))]
+    assert lines == [stats.power_text(stats.power_plan([own, shared], 1.0)), None]
+    assert lines[0] is not None
     assert "200 independent documents can show a drop of retention by" in lines[0]
-    assert cli.main(["run", "--tasks", "miniature_perplexity", "--limit", "100"]) == 0
-    assert lines[1] is None
 
 
 PLANS = {"run": RunPlan, "speed": SpeedPlan, "size": SizingPlan, "verify": VerifyPlan}
@@ -249,7 +244,7 @@ def test_resume_takes_the_plan_from_the_run_by_folder_or_id(
 def test_ctrl_c_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from twotower_eval.measure import harness
+    from twotower_eval.api import measuring
 
     make_run(tmp_path, RunPlan())  # an older run that must not be named
 
@@ -258,7 +253,7 @@ def test_ctrl_c_says_how_to_go_on(
         raise KeyboardInterrupt
 
     old = set(tmp_path.iterdir())
-    monkeypatch.setattr(harness, "run", interrupted)
+    monkeypatch.setattr(measuring, "evaluated", interrupted)
     assert cli.main(["run", "--out", str(tmp_path)]) == 130
     [begun] = set(tmp_path.iterdir()) - old
     assert f"twotower-eval run --resume {begun}\n" in capsys.readouterr().err
@@ -323,11 +318,11 @@ def test_a_run_is_not_resumed_as_the_other_verb(tmp_path: Path, capsys: pytest.C
 
 
 def test_a_real_ctrl_c_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
-    code = "import signal, sys, time; from twotower_eval import cli, plan\n"
+    code = "import signal, sys, time; from twotower_eval import api, cli\n"
     # A job that a script put into the background, such as this suite itself, ignores the signal otherwise.
     code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "def wait(*args): print('waiting', flush=True); time.sleep(60)\n"
-    code += "cli.run.resolve_plan = wait; sys.exit(cli.main(['run', '--out', sys.argv[1]]))"
+    code += "def wait(*args, **named): print('waiting', flush=True); time.sleep(60)\n"
+    code += "api.evaluate = wait; sys.exit(cli.main(['run', '--out', sys.argv[1]]))"
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny_pair import write_pair
 from twotower_eval import store
+from twotower_eval.api import measuring
 from twotower_eval.engine import decoders, scorers
 from twotower_eval.engine.models import load_model
 from twotower_eval.measure import harness, suites
@@ -490,15 +491,18 @@ def test_elapsed_times_include_what_the_estimate_answered(
     assert stream.getvalue().splitlines()[-1].endswith(f" in {duration_text(400)}")
 
 
-def test_what_is_announced_is_noted_before_anything_is_computed(plan: RunPlan, tmp_path: Path) -> None:
+def test_what_documents_can_show_is_noted_before_anything_is_computed(
+    plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: list[tuple[list[str], set[str]]] = []
 
-    def announce(tasks: Any, scored_once: Any) -> str:
+    def power_line(tasks: Any, scored_once: Any) -> str:
         given.append(([task.name for task in tasks], set(scored_once)))
         return "a plan"
 
+    monkeypatch.setattr(measuring, "power_line", power_line)
     recorder = _Recorder()
-    run = store.load(harness.run(plan, root=tmp_path, progress=recorder, announce=announce))
+    run = store.load(measuring.evaluated(plan, root=tmp_path, progress=recorder))
     assert recorder.notes[0] == "a plan"
     [(names, scored_once)] = given
     assert names == list(plan.tasks)
@@ -682,7 +686,8 @@ def test_an_ar_model_against_itself_is_one_cell(plan: RunPlan, tmp_path: Path, m
     monkeypatch.setattr("twotower_eval.engine.models.load_model", context_alone)
     plan = RunPlan(model=plan.model, tasks=TASKS, decoder="autoregressive", limit=2, max_new_tokens=8)
     said: list[str] = []
-    run = store.load(harness.run(plan, root=tmp_path, announce=lambda *_: said.append("power plan") or "power plan"))
+    monkeypatch.setattr(measuring, "power_line", lambda *_: said.append("power plan") or "power plan")
+    run = store.load(measuring.evaluated(plan, root=tmp_path))
     assert [cell.arm for cell in run.manifest.cells] == ["baseline"] * 3
     assert not said, "nothing is compared, so no drop of retention can be planned for"
     assert {s.scored_by for s in run.scores} == {"generation", "exact"}

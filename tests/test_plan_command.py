@@ -58,9 +58,9 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def caught(plan: AnyPlan, *_: Any, **__: Any) -> None:
         raise Parsed(plan)
 
-    for module in (cli.run, cli.speed, cli.size):
-        resolve = module.resolve_plan
-        monkeypatch.setattr(module, "resolve_plan", lambda *given, resolve=resolve: caught(resolve(*given)))
+    monkeypatch.setattr("twotower_eval.api.measuring.evaluated", caught)
+    monkeypatch.setattr("twotower_eval.api.measuring.timed_and_scored", caught)
+    monkeypatch.setattr("twotower_eval.measure.sizing.run", caught)
     monkeypatch.setattr("twotower_eval.measure.verify.verify", caught)
     monkeypatch.chdir(tmp_path)
     with store.create(tmp_path, made.manifest("profiled", "run", ())) as writer:  # --profile wants a run that is there

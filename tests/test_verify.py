@@ -14,8 +14,9 @@ from tiny_models import tiny_pair
 from tiny_pair import write_pair
 
 from twotower_eval import cli, store
+from twotower_eval.api.runs import check_lines
 from twotower_eval.engine.models import load_model
-from twotower_eval.measure.verify import batches, decoding, numerics, summary, table, verify
+from twotower_eval.measure.verify import batches, decoding, numerics, verify
 from twotower_eval.measure.verify.golden import golden_findings, load_golden
 from twotower_eval.measure.verify.run import make_prompts
 from twotower_eval.plan import VerifyPlan, data_path
@@ -62,7 +63,7 @@ def test_the_shipped_pair_passes_and_the_folder_says_so(tmp_path: Path, capsys: 
     }  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(run.checks) + 1
-    assert lines[-1] == f"{path}: {summary(run.checks)}"
+    assert lines[-1] == check_lines(run.checks, path)[-1]
 
 
 def test_an_autoregressive_model_is_checked_as_far_as_it_goes(tmp_path: Path) -> None:
@@ -245,7 +246,8 @@ def test_a_table_has_a_line_for_each_check() -> None:
         Check(cell="c", name="another", outcome="not_checked", detail="why"),
         Check(cell="c", name="third", outcome="failed", detail="bad", value=3.0, limit=1.0),
     ]
-    assert "0.5 (limit 1)" in table(checks).splitlines()[0]
-    assert "not checked  another" in table(checks)
-    assert summary(checks) == "FAILED: third; 1 passed, 1 not checked"
-    assert summary(checks[:2]) == "nothing failed: 1 passed, 1 not checked"
+    lines = check_lines(checks, Path("run"))
+    assert "0.5 (limit 1)" in lines[0]
+    assert lines[1].startswith("not checked  another")
+    assert lines[-1] == "run: FAILED: third; 1 passed, 1 not checked"
+    assert check_lines(checks[:2], Path("run"))[-1] == "run: nothing failed: 1 passed, 1 not checked"

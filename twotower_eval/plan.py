@@ -43,6 +43,7 @@ from twotower_eval.plan_fields import (
 from twotower_eval.records import LEFT_OUT, LikelihoodKind, sizing_config
 
 CONTEXT_TOWER = "context-tower"
+SHIPPED = "miniature"  # the pair that is part of the package, and the suite of its tasks: what is meant by default
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,11 @@ from typing import Annotated
 
 import typer
 
-from twotower_eval import __version__
 from twotower_eval.cli import calibrate, claims, data, report, run, size, speed, train, verify
 from twotower_eval.cli.runs import EXIT_INTERRUPTED
 from twotower_eval.errors import UserError
 from twotower_eval.plugin_calls import TRACEBACK_VARIABLE
+from twotower_eval.version import __version__
 
 EXIT_USER_ERROR = 2
 BUG = "This is a bug of twotower-eval or of a plug-in: please report it with this traceback and the command: {command}"

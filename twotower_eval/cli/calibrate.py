@@ -9,7 +9,6 @@ import typer
 
 from twotower_eval.cli.options import REPORTS, option
 from twotower_eval.cli.runs import EXIT_INTERRUPTED
-from twotower_eval.progress import choose_progress
 
 
 def calibrate(
@@ -20,10 +19,10 @@ def calibrate(
     ] = REPORTS / "calibration",
 ) -> None:
     """Verb ``calibrate``."""
-    from twotower_eval.analyse import calibration
+    from twotower_eval import api
 
     try:
-        path = calibration.calibrate(out, num_repetitions=repetitions, seed=seed, progress=choose_progress())
+        path = api.calibrate(out, repetitions=repetitions, seed=seed)
     except KeyboardInterrupt:
         typer.echo("interrupted; nothing was written. The same command starts over", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None

@@ -7,10 +7,8 @@ from typing import Annotated
 
 import typer
 
-from twotower_eval import store
 from twotower_eval.cli.options import RESULTS, option
-from twotower_eval.cli.runs import newest_of_each_verb, run_path
-from twotower_eval.errors import UserError
+from twotower_eval.cli.runs import chosen
 
 FileName = Annotated[str, typer.Argument(help="Claim file, or the name of a shipped one.", metavar="FILE")]
 
@@ -31,29 +29,22 @@ def check(
     results: Annotated[Path, option("Folder that run ids are looked up in [results].", metavar="DIR")] = RESULTS,
 ) -> None:
     """Verb ``claims check``."""
-    from twotower_eval.analyse import claims as claims_room
+    from twotower_eval import api
 
-    asked = claims_room.load_claims(file)
-    wanted = claims_room.select(asked.claims, claim or ())
-    if not wanted:
-        raise UserError(f"{file} holds no claims: `twotower-eval claims audit` reads its published numbers")
-    names = [run_path(name, results) for name in runs] if runs else newest_of_each_verb(results)
-    if not runs:
-        typer.echo(f"the newest of each verb: {', '.join(path.name for path in names)}", err=True)
-    loaded = [store.load(path) for path in names]
-    verdicts = claims_room.judge(asked.claims, loaded, claim or ())
-    for line in claims_room.verdict_lines(asked.claims, verdicts):
+    asked = api.claims_of(file, claim or ())  # a slip in them is said before any run is looked for
+    verdicts = api.judge(asked, *chosen(runs, results), names=claim or (), results=results)
+    for line in verdicts.lines:
         typer.echo(line)
-    if strict and (said := claims_room.strict_line(verdicts)):
+    if strict and (said := verdicts.strict_line):
         typer.echo(said)
-    raise typer.Exit(claims_room.exit_code(verdicts, strict=strict))
+    raise typer.Exit(verdicts.exit_code(strict=strict))
 
 
 def audit(file: FileName) -> None:
     """Verb ``claims audit``."""
-    from twotower_eval.analyse import claims as claims_room
+    from twotower_eval import api
 
-    findings = claims_room.audit(claims_room.load_claims(file).published)
-    for line in claims_room.audit_lines(findings):
+    findings = api.audit(file)
+    for line in findings.lines:
         typer.echo(line)
-    raise typer.Exit(claims_room.audit_code(findings))
+    raise typer.Exit(findings.exit_code)

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from twotower_eval import store
 from twotower_eval.cli.options import REPORTS, RESULTS, option
-from twotower_eval.cli.runs import newest_of_each_verb, run_path
+from twotower_eval.cli.runs import chosen
 from twotower_eval.errors import UserError
 
 
@@ -41,16 +40,11 @@ def report(
     """Verb ``report``."""
     if format not in (None, "csv"):
         raise UserError(f"--format can be csv, not {format!r}: Markdown is always written, --html adds HTML")
-    paths = [run_path(name, results) for name in runs] if runs else newest_of_each_verb(results)
-    if not runs:
-        num_others = len(store.find_runs(results)) - len(paths)
-        others = f"; left out, name runs to choose: {num_others} in {results}" if num_others else ""
-        typer.echo(f"the newest of each verb: {', '.join(path.name for path in paths)}{others}", err=True)
-    from twotower_eval.analyse import report as report_room
+    from twotower_eval import api
 
-    folder = report_room.write(paths, out, sections=section or None, claims=claims, html=html, csv=format == "csv")
-    typer.echo(folder / ("report.html" if html else "report.md"))
+    named = chosen(runs, results, count_others=True)
+    page = api.report(*named, out=out, sections=section, claims=claims, html=html, csv=format == "csv", results=results)
+    typer.echo(page.path)
     if publish:
-        loaded = [store.load(path) for path in paths]
-        for target in report_room.publish(loaded, folder, results=results, reports=out, say=typer.echo):
+        for target in api.publish(page, *named, results=results, reports=out, say=typer.echo):
             typer.echo(target)

@@ -10,10 +10,9 @@ import typer
 
 from twotower_eval import store
 from twotower_eval.cli.options import RESULTS, Out, PlanFile, Resume, plan_options
-from twotower_eval.cli.runs import resolve_plan, resumable, run_path
+from twotower_eval.cli.runs import resumable
 from twotower_eval.errors import UserError
 from twotower_eval.plan import SizingPlan, SpeedPlan, is_older_sizing_plan
-from twotower_eval.progress import choose_progress
 from twotower_eval.records import verb_of
 
 ALIAS = "speed --random-weights CONFIG is an alias of: twotower-eval size CONFIG"
@@ -22,19 +21,21 @@ ALIAS = "speed --random-weights CONFIG is an alias of: twotower-eval size CONFIG
 @plan_options(SizingPlan)
 def size(given: dict[str, Any], plan: PlanFile = None, out: Out = RESULTS, resume: Resume = None) -> None:
     """Verb ``size``."""
-    typer.echo(measure(given, plan, out, resume))
+    measure(given, plan, out, resume)
 
 
-def measure(given: dict[str, Any], plan_file: Path | None, out: Path, resume: str | None) -> Path:
-    """Measure what the command line says; the run's folder."""
-    resumed = run_path(resume, out) if resume else None
-    with resumable("size", out, resumed):
-        if given["profile"]:
-            given = given | {"profile": str(run_path(given["profile"], out))}
-        plan = resolve_plan(SizingPlan, plan_file, resumed, given)
-        from twotower_eval.measure import sizing
+def measure(given: dict[str, Any], plan: Path | None, out: Path, resume: str | None) -> None:
+    """Measure what the command line says, and print the run's folder."""
+    with resumable("size", out, resume):
+        from twotower_eval import api
 
-        return sizing.run(plan, root=out, resume=resumed, progress=choose_progress())
+        made = api.size(plan=plan, out=out, resume=resume, **of_plan(SizingPlan, given))
+    typer.echo(made.path)
+
+
+def of_plan(cls: type[Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Those options that a plan has fields for: ``speed`` has those of ``size`` as well, none of which is given."""
+    return {field.name: given[field.name] for field in dataclasses.fields(cls) if field.name in given}
 
 
 def is_meant(given: dict[str, Any], plan_file: Path | None, out: Path, resume: str | None) -> bool:
@@ -43,8 +44,10 @@ def is_meant(given: dict[str, Any], plan_file: Path | None, out: Path, resume: s
     ``given`` has ``config`` where ``--random-weights`` was given. ValueError for an option that the one or the other
     would ignore.
     """
+    from twotower_eval import api
+
     if resume:
-        meant = verb_of(store.load(run_path(resume, out)).manifest) == "size"
+        meant = verb_of(store.read_manifest(api.run_path(resume, out))) == "size"
     else:
         meant = given["config"] is not None or (plan_file is not None and is_older_sizing_plan(plan_file))
     if meant:

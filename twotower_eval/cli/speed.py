@@ -8,9 +8,8 @@ import typer
 
 from twotower_eval.cli import size
 from twotower_eval.cli.options import RESULTS, Out, PlanFile, Resume, option, plan_options
-from twotower_eval.cli.runs import resolve_plan, resumable, run_path
+from twotower_eval.cli.runs import resumable
 from twotower_eval.plan import SizingPlan, SpeedPlan
-from twotower_eval.progress import choose_progress
 
 RandomWeights = Annotated[
     str | None, option("Alias of `twotower-eval size CONFIG`, whose options it takes.", metavar="CONFIG")
@@ -28,12 +27,10 @@ def speed(
     """Verb ``speed``."""
     given = given | {"config": random_weights}
     if size.is_meant(given, plan, out, resume):
-        typer.echo(size.measure(given, plan, out, resume))
+        size.measure(given, plan, out, resume)
         return
-    resumed = run_path(resume, out) if resume else None
-    with resumable("speed", out, resumed):
-        resolved = resolve_plan(SpeedPlan, plan, resumed, given)
+    with resumable("speed", out, resume):
         from twotower_eval import api
 
-        path = api.time_and_score(resolved, root=out, resume=resumed, progress=choose_progress())
-    typer.echo(path)
+        made = api.time(plan, out=out, resume=resume, **size.of_plan(SpeedPlan, given))
+    typer.echo(made.path)

@@ -6,9 +6,8 @@ from typing import Any
 
 import typer
 
-from twotower_eval import store
 from twotower_eval.cli.options import RESULTS, Out, plan_options
-from twotower_eval.plan import VerifyPlan, merge
+from twotower_eval.plan import VerifyPlan
 
 EXIT_CHECK_FAILED = 5
 
@@ -16,11 +15,10 @@ EXIT_CHECK_FAILED = 5
 @plan_options(VerifyPlan)
 def verify(given: dict[str, Any], out: Out = RESULTS) -> None:
     """Verb ``verify``."""
-    from twotower_eval.measure import verify as verify_room
+    from twotower_eval import api
 
-    path = verify_room.verify(merge(VerifyPlan(), given), root=out)
-    checks = store.load(path).checks
-    typer.echo(verify_room.table(checks))
-    typer.echo(f"{path}: {verify_room.summary(checks)}")
-    if any(check.outcome == "failed" for check in checks):
+    made = api.verify(out=out, **given)
+    for line in made.check_lines:
+        typer.echo(line)
+    if any(check.outcome == "failed" for check in made.record.checks):
         raise typer.Exit(EXIT_CHECK_FAILED)

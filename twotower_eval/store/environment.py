@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from twotower_eval import __version__
 from twotower_eval.records import (
     SCHEMA_VERSION,
     Cell,
@@ -27,6 +26,7 @@ from twotower_eval.records import (
     to_json,
 )
 from twotower_eval.store.journal import now_text
+from twotower_eval.version import __version__
 
 SCORING_PACKAGES = (  # what lm-eval's tasks and metrics import to make scores of answers
     "lm-eval",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from twotower_eval import __version__
 from twotower_eval.analyse.calibration.look_worlds import calibrate_looks, look_worlds
 from twotower_eval.analyse.calibration.quality_worlds import fresh_quality_worlds, quality_worlds
 from twotower_eval.analyse.calibration.serial_worlds import fresh_serial_worlds, serial_worlds
@@ -19,6 +18,7 @@ from twotower_eval.analyse.calibration.tables import as_csv, as_markdown, rows
 from twotower_eval.analyse.calibration.tail_worlds import family_worlds, fresh_tail_worlds, tail_worlds
 from twotower_eval.errors import UserError
 from twotower_eval.progress import Progress, SilentProgress
+from twotower_eval.version import __version__
 
 NUM_REPETITIONS = 1_000
 NUM_RESAMPLES = 1_000

@@ -20,11 +20,10 @@ from twotower_eval.analyse.compare import QualityPoint, SpeedPoint
 from twotower_eval.analyse.compare.naming import checkpoint_name, long_name
 from twotower_eval.analyse.compare.points import OtherScore
 from twotower_eval.analyse.compare.wholes import WholeScore
-from twotower_eval.plan import CONTEXT_TOWER
+from twotower_eval.plan import CONTEXT_TOWER, SHIPPED
 from twotower_eval.records import Claim
 
 SHOWN = 4
-SHIPPED = "miniature"  # what the commands measure where no checkpoint and no tasks are named
 OPTIONS = {
     "block_size": "--block-sizes",
     "steps_per_block": "--steps",

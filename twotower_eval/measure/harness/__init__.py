@@ -1,5 +1,6 @@
 """Evaluation: cells made from a plan, answered through the lm-eval adapter, journalled, scored."""
 
-from twotower_eval.measure.harness.run import run, score_journal, timed_tasks
+from twotower_eval.measure.harness.jobs import Prepared, prepare
+from twotower_eval.measure.harness.run import answer, run, score_journal, timed_tasks
 
-__all__ = ["run", "score_journal", "timed_tasks"]
+__all__ = ["Prepared", "answer", "prepare", "run", "score_journal", "timed_tasks"]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from twotower_eval import store
 from twotower_eval.decoder_settings import block_sizes
 from twotower_eval.errors import UserError
+from twotower_eval.measure.harness.adapter import HarnessLM
 from twotower_eval.measure.harness.answers import Key
-from twotower_eval.measure.suites import FEWSHOT_SEED, BuiltTask
-from twotower_eval.plan import RunPlan, baseline_folder, model_folder
+from twotower_eval.measure.suites import FEWSHOT_SEED, BuiltTask, resolve_tasks, settle
+from twotower_eval.plan import RunPlan, baseline_folder, cross_decoders, model_folder
 from twotower_eval.records import Arm, Cell, DecoderSpec, LikelihoodKind, Override, RunManifest, Ways, Workload, cell_id
 from twotower_eval.store.environment import new_manifest
 
@@ -47,6 +51,75 @@ class Job:
         """Jobs that agree in this take about the same time per request."""
         way = self.cell.decoder.label if self.task.generates else self.kind
         return (self.cell.checkpoint.identity, way, self.task.request)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prepared:
+    """A plan with its documents built, its models loaded and proved, and its cells: all but the folder to write to."""
+
+    plan: RunPlan
+    tasks: Sequence[BuiltTask]
+    jobs: Sequence[Job]
+    overrides: Sequence[Override]
+    ways: Sequence[Ways]
+
+    @property
+    def compares(self) -> bool:
+        """Whether two models are held against each other; one model alone is compared with nothing."""
+        return any(job.cell.arm == "candidate" for job in self.jobs)
+
+    @cached_property
+    def scored_once(self) -> frozenset[str]:
+        """Tasks whose log-likelihoods one cell answers for all: nothing in them can differ."""
+        donors: dict[str, set[str]] = defaultdict(set)
+        for job in self.jobs:
+            donors[job.task.name].add(job.cell.id if job.task.generates else job.likelihoods_of)
+        return frozenset(name for name, cells in donors.items() if len(cells) == 1)
+
+
+def prepare(plan: RunPlan) -> Prepared:
+    """Build a plan's documents, load its models and make its cells. Nothing is written or answered yet.
+
+    Raises UserError for whatever the user can mend, before weights load where it can be known by then.
+    """
+    from twotower_eval.engine.models.arms import prove_arms
+
+    tasks = _tasks(plan)
+    decoding = settle(tasks, temperature=plan.temperature, samples=plan.samples)
+    held = dataclasses.replace(plan, temperature=decoding.temperature)
+    specs = cross_decoders(held)
+    check_scorers(plan, tasks)
+    baseline, candidate = arms = load_models(plan)
+    use_graphs(plan, tasks, arms)
+    jobs = make_jobs(held, tasks, specs, baseline, candidate)
+    _refuse_unreadable(jobs)
+    ways = prove_arms(arms, partial(longest_context, tasks))
+    return Prepared(plan=plan, tasks=tasks, jobs=jobs, overrides=decoding.overrides, ways=ways)
+
+
+def _tasks(plan: RunPlan) -> list[BuiltTask]:
+    return resolve_tasks(
+        plan.tasks,
+        data_dir=plan.data_dir,
+        limit=plan.limit,
+        seed=plan.seed,
+        samples=plan.samples,
+        max_new_tokens=plan.max_new_tokens,
+        temperature=plan.temperature,
+    )
+
+
+def _refuse_unreadable(jobs: Sequence[Job]) -> None:
+    """A text that a model cannot read is refused now, not hours into the run. Each task once for each way to read."""
+    from twotower_eval.engine.models.identity import reader_identity
+
+    readers = {id(job.model): reader_identity(job.model) for job in jobs}
+    read = set()
+    for job in jobs:
+        reader = (job.task.name, readers[id(job.model)])
+        if reader not in read and (requests := job.requests):
+            read.add(reader)
+            HarnessLM(job.model).check_texts(requests)
 
 
 def check_scorers(plan: RunPlan, tasks: Sequence[BuiltTask]) -> None:

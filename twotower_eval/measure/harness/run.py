@@ -5,33 +5,21 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from twotower_eval import store
 from twotower_eval.engine.decoders.reported import ReportError
-from twotower_eval.engine.models.arms import prove_arms
 from twotower_eval.errors import UserError
 from twotower_eval.measure.harness.adapter import Batch, HarnessLM
 from twotower_eval.measure.harness.answers import CellJournal, Key
 from twotower_eval.measure.harness.headlines import TaskFigure, group_lines, headline_text, task_figure
-from twotower_eval.measure.harness.jobs import (
-    Job,
-    check_scorers,
-    load_models,
-    longest_context,
-    make_jobs,
-    make_manifest,
-    make_scorer_of,
-    use_graphs,
-)
+from twotower_eval.measure.harness.jobs import Job, Prepared, make_manifest, make_scorer_of, prepare
 from twotower_eval.measure.harness.known import KnownScores, check_known
 from twotower_eval.measure.harness.scoring import Row, aggregate_rows, score_rows
-from twotower_eval.measure.suites import BuiltTask, resolve_tasks, settle
-from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders, model_folder, plan_from_json
+from twotower_eval.measure.suites import BuiltTask, resolve_tasks
+from twotower_eval.plan import RunPlan, SpeedPlan, model_folder, plan_from_json
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import Aggregate, RunManifest, Score, Witnessed, derive_seed, draws
 from twotower_eval.shortfalls import asked_and_not_done, joined_lines, truncation_line
@@ -40,43 +28,25 @@ from twotower_eval.store.environment import with_scoring_of_now
 from twotower_eval.ways import slower_lines
 
 WITNESSED_OF, MOST_WITNESSED = 200, 4  # one in so many requests of a cell, and the most of them
-Announce = Callable[[Sequence[BuiltTask], Collection[str]], str | None]
 
 
-def run(
-    plan: RunPlan,
-    *,
-    root: Path,
-    resume: Path | None = None,
-    progress: Progress | None = None,
-    announce: Announce | None = None,
-) -> Path:
-    """Evaluate both arms of a plan on its tasks and return the run's folder.
+def run(plan: RunPlan, *, root: Path, resume: Path | None = None, progress: Progress | None = None) -> Path:
+    """Evaluate both arms of a plan on its tasks and return the run's folder; see :func:`answer`."""
+    return answer(prepare(plan), root=root, resume=resume, progress=progress)
 
-    ``announce`` is given the tasks and the names of those that one computation scores for both arms; what it returns
-    is noted before anything is computed. One model alone is compared with nothing, and nothing is announced.
 
-    ``resume`` goes on with a run: nothing that its journals hold is computed again. Raises ValueError for whatever
-    the user can mend, before weights load where it can be known by then. An interrupted run can be resumed.
+def answer(prepared: Prepared, *, root: Path, resume: Path | None = None, progress: Progress | None = None) -> Path:
+    """Answer, journal and score what a prepared plan asks; the run's folder.
+
+    ``resume`` goes on with a run: nothing that its journals hold is computed again. Raises UserError for whatever
+    the user can mend. An interrupted run can be resumed.
     """
     progress = progress or SilentProgress()
-    tasks = _tasks(plan)
-    decoding = settle(tasks, temperature=plan.temperature, samples=plan.samples)
-    held = dataclasses.replace(plan, temperature=decoding.temperature)
-    specs = cross_decoders(held)
-    check_scorers(plan, tasks)
-    baseline, candidate = arms = load_models(plan)
-    use_graphs(plan, tasks, arms)
-    jobs = make_jobs(held, tasks, specs, baseline, candidate)
-    _refuse_unreadable(jobs)
-    ways = prove_arms(arms, partial(longest_context, tasks))
-    manifest = make_manifest(plan, jobs, tasks, decoding.overrides, ways, resume)
-    writer = _open(root, resume, manifest, jobs)
-    compared = any(job.cell.arm == "candidate" for job in jobs)
-    said = announce(tasks, _scored_once(jobs)) if announce and compared else None
-    with writer:
+    plan, tasks, jobs = prepared.plan, prepared.tasks, prepared.jobs
+    manifest = make_manifest(plan, jobs, tasks, prepared.overrides, prepared.ways, resume)
+    with _open(root, resume, manifest, jobs) as writer:
         warnings = [f"warning: {text}" for text in (*writer.warnings, *asked_and_not_done(manifest))]
-        for line in (*([said] if said else []), *warnings, *joined_lines(manifest), *slower_lines(manifest)):
+        for line in (*warnings, *joined_lines(manifest), *slower_lines(manifest)):
             progress.note(line)
         _keep_training_log(model_folder(plan), writer.path)
         _Evaluation(plan, writer, jobs, progress).run()
@@ -101,27 +71,6 @@ def _refuse_misreported(run: store.Run) -> None:
                 f"cannot resume {run.path}: its journal holds answers of a decoder whose reports were wrong "
                 f"({event.get('message')}): start a new run"
             )
-
-
-def _refuse_unreadable(jobs: Sequence[Job]) -> None:
-    """A text that a model cannot read is refused now, not hours into the run. Each task once for each way to read."""
-    from twotower_eval.engine.models.identity import reader_identity
-
-    readers = {id(job.model): reader_identity(job.model) for job in jobs}
-    read = set()
-    for job in jobs:
-        reader = (job.task.name, readers[id(job.model)])
-        if reader not in read and (requests := job.requests):
-            read.add(reader)
-            HarnessLM(job.model).check_texts(requests)
-
-
-def _scored_once(jobs: Sequence[Job]) -> set[str]:
-    """Tasks whose log-likelihoods one cell answers for all: nothing in them can differ."""
-    donors: dict[str, set[str]] = defaultdict(set)
-    for job in jobs:
-        donors[job.task.name].add(job.cell.id if job.task.generates else job.likelihoods_of)
-    return {name for name, cells in donors.items() if len(cells) == 1}
 
 
 def _keep_training_log(checkpoint: Path, run_folder: Path) -> None:
@@ -160,18 +109,6 @@ def score_journal(path: Path) -> Path:
             writer.append(made)
         writer.finish()
     return path
-
-
-def _tasks(plan: RunPlan) -> list[BuiltTask]:
-    return resolve_tasks(
-        plan.tasks,
-        data_dir=plan.data_dir,
-        limit=plan.limit,
-        seed=plan.seed,
-        samples=plan.samples,
-        max_new_tokens=plan.max_new_tokens,
-        temperature=plan.temperature,
-    )
 
 
 def timed_tasks(plan: SpeedPlan) -> list[BuiltTask]:

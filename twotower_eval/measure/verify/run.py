@@ -134,22 +134,3 @@ def _manifest(plan: VerifyPlan, cell: Cell, ways: Sequence[Ways]) -> RunManifest
         seeds={"run": plan.seed},
         ways=ways,
     )
-
-
-def table(checks: Sequence[Check]) -> str:
-    """A line for each check: outcome, name, value against its limit, what was looked at."""
-    width = max(len(check.name) for check in checks)
-    lines = []
-    for check in checks:
-        value = "" if check.value is None else f"{check.value:.3g}"
-        limit = "" if check.limit is None else f" (limit {check.limit:g})"
-        lines.append(f"{check.outcome.replace('_', ' '):11}  {check.name:{width}}  {value + limit:24}  {check.detail}")
-    return "\n".join(lines)
-
-
-def summary(checks: Sequence[Check]) -> str:
-    """One sentence on all of them."""
-    failed = [check.name for check in checks if check.outcome == "failed"]
-    num = {outcome: sum(check.outcome == outcome for check in checks) for outcome in ("passed", "not_checked")}
-    rest = f"{num['passed']} passed, {num['not_checked']} not checked"
-    return f"FAILED: {', '.join(failed)}; {rest}" if failed else f"nothing failed: {rest}"

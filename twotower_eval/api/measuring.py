@@ -1,27 +1,31 @@
-"""The product as Python functions: what the command line calls, and what a notebook may."""
+"""Measuring as the verbs do it: what a plan's documents can show is noted first, and timed answers are scored after."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from twotower_eval.analyse import stats
 from twotower_eval.measure import harness, speed, suites
 from twotower_eval.measure.suites import BuiltTask
 from twotower_eval.plan import RunPlan, SpeedPlan
-from twotower_eval.progress import Progress
+from twotower_eval.progress import Progress, SilentProgress
 
 
-def evaluate(plan: RunPlan, *, root: Path, resume: Path | None = None, progress: Progress | None = None) -> Path:
-    """Score both arms and return the run's folder; what these documents can show is noted before anything is computed.
+def evaluated(plan: RunPlan, *, root: Path, resume: Path | None = None, progress: Progress | None = None) -> Path:
+    """Score both arms and return the run's folder; what these documents can show is noted before anything is answered.
 
-    See :func:`harness.run`.
+    See :func:`harness.answer`.
     """
-    return harness.run(plan, root=root, resume=resume, progress=progress, announce=power_line)
+    progress = progress or SilentProgress()
+    prepared = harness.prepare(plan)
+    said = power_line(prepared.tasks, prepared.scored_once) if prepared.compares else None
+    if said is not None:
+        progress.note(said)
+    return harness.answer(prepared, root=root, resume=resume, progress=progress)
 
 
-def time_and_score(
+def timed_and_scored(
     plan: SpeedPlan, *, root: Path, resume: Path | None = None, progress: Progress | None = None
 ) -> Path:
     """Time both arms, then score the answers that were timed; the run's folder.
@@ -30,12 +34,19 @@ def time_and_score(
     """
     tasks = harness.timed_tasks(plan)
     requests = suites.build_requests(tasks)  # the plan's number is chosen from all of them
-    asked: dict[str, Any] = {}
-    if plan.workload == "answer":
-        settled = suites.settle(tasks, temperature=plan.temperature, samples=plan.samples, timed=True)
-        asked = {"temperature": settled.temperature, "overrides": settled.overrides}
-    path = speed.run(plan, requests, root=root, resume=resume, progress=progress, **asked)
-    return harness.score_journal(path) if plan.workload == "answer" else path
+    if plan.workload != "answer":
+        return speed.run(plan, requests, root=root, resume=resume, progress=progress)
+    settled = suites.settle(tasks, temperature=plan.temperature, samples=plan.samples, timed=True)
+    path = speed.run(
+        plan,
+        requests,
+        root=root,
+        resume=resume,
+        progress=progress,
+        temperature=settled.temperature,
+        overrides=settled.overrides,
+    )
+    return harness.score_journal(path)
 
 
 def power_line(tasks: Sequence[BuiltTask], scored_once: Collection[str]) -> str | None:

@@ -1,0 +1,380 @@
+"""The product in Python: plans from keywords, runs as frames, comparisons, verdicts and pages."""
+
+import dataclasses
+import inspect
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import report_fixture as made
+
+import twotower_eval as tt
+from tests.tiny_pair import write_pair
+from twotower_eval import api, cli, store
+from twotower_eval.analyse import report as report_room
+from twotower_eval.analyse.claims import load_claims
+from twotower_eval.api.given import plan_of
+from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan
+from twotower_eval.records import to_json
+
+SMALL: dict[str, Any] = {"tasks": ["miniature_sort", "miniature_choice"], "limit": 2, "max_new_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def scored(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> tt.Run:
+    out = tmp_path_factory.mktemp("scored")
+    return tt.evaluate(model=pair, block_sizes=4, thresholds=(0.9,), out=out, progress=False, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def timed(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> tt.Run:
+    return tt.time(
+        model=pair, tasks="miniature_sort", block_sizes=[4], thresholds=[0.9], num_prompts=3, new_tokens=6,
+        min_rounds=2, warmup_rounds=1, probes=0, costs=False, threads=1, progress=False,
+        out=tmp_path_factory.mktemp("timed"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Runs of known truth, of quality and of speed."""
+    out = tmp_path_factory.mktemp("measured")
+    points = [made.block_diffusion(threshold=threshold) for threshold in (0.8, 0.9, 0.7)]
+    small: dict[str, Any] = {"num_docs": 60, "tasks": ("arithmetic", "choice"), "perplexity": False}
+    timed: dict[str, Any] = {"num_rounds": 6, "num_calls": 4, "batch_sizes": (1, 2)}
+    return made.quality_run(out, decoders=points[:2], **small), made.speed_run(out, decoders=points[1:], **timed)
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("listed", [list, tuple])
+def test_lists_tuples_and_single_values_are_one_plan(listed: Any) -> None:
+    wanted = RunPlan(tasks=("gsm8k",), thresholds=(0.9,), block_sizes=(8,), steps=("auto",), devices=("cpu",))
+    values = {"tasks": "gsm8k", "thresholds": 0.9, "block_sizes": 8, "steps": "auto", "devices": "cpu"}
+    assert plan_of(RunPlan, None, None, values) == wanted
+    assert plan_of(RunPlan, None, None, {name: listed([value]) for name, value in values.items()}) == wanted
+
+
+def test_the_shipped_pair_is_named_miniature(tmp_path: Path) -> None:
+    assert plan_of(RunPlan, None, None, {"model": "miniature"}) == RunPlan()
+    assert plan_of(RunPlan, RunPlan(model="mine", limit=3), None, {"model": "miniature"}) == RunPlan(limit=3)
+    assert plan_of(RunPlan, None, None, {"model": tmp_path}) == RunPlan(model=str(tmp_path))
+
+
+def test_a_plan_may_be_given_whole_or_as_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "plan.toml"
+    file.write_text('tasks = ["gsm8k"]\nlimit = 9\n')
+    assert plan_of(RunPlan, file, None, {"limit": 4}) == RunPlan(tasks=("gsm8k",), limit=4)
+    assert plan_of(RunPlan, str(file), None, {"limit": None}) == RunPlan(tasks=("gsm8k",), limit=9)
+    assert plan_of(SpeedPlan, SpeedPlan(min_rounds=3), None, {"threads": 1}) == SpeedPlan(min_rounds=3, threads=1)
+    with pytest.raises(tt.UserError, match="must be a SpeedPlan or the path of a TOML file, not a RunPlan"):
+        tt.time(RunPlan())  # type: ignore[arg-type]
+
+
+def test_further_parameters_of_a_decoder_are_a_table() -> None:
+    plan = plan_of(RunPlan, None, None, {"set": {"batch_mean_t": [True, False]}})
+    assert plan == RunPlan(set={"batch_mean_t": (True, False)})
+    assert plan_of(RunPlan, None, None, {"set": {"batch_mean_t": "true"}}) == RunPlan(set={"batch_mean_t": (True,)})
+    with pytest.raises(tt.UserError, match="block_size is said twice"):
+        plan_of(RunPlan, None, None, {"set": {"block_size": 8}, "block_sizes": 16})
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: tt.evaluate(treshold=0.9), r"unknown key 'treshold' \(did you mean 'thresholds'\?\)"),
+        (lambda: tt.time(min_round=3), r"did you mean 'min_rounds'"),
+        (lambda: tt.evaluate(limit="many"), "limit must be a whole number"),
+        (lambda: tt.evaluate(thresholds=1.5), "a threshold is a probability"),
+        (lambda: tt.evaluate(resume="no-such-run"), "'no-such-run' is no run"),
+        (lambda: tt.load_run("no-such-run"), "'no-such-run' is no run"),
+        (lambda: tt.size(), "name the config.json"),
+        (lambda: tt.judge("miniatur", "x"), "did you mean 'miniature'"),
+        (lambda: tt.judge("miniature", names="fastr"), "did you mean 'faster'"),
+        (lambda: tt.audit("miniature"), r"no \[published\] numbers"),
+        (lambda: tt.compare(results="nowhere"), "no runs in nowhere"),
+    ],
+)
+def test_what_a_caller_can_mend_is_one_line(
+    call: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(tt.UserError, match=words) as found:
+        call()
+    assert isinstance(found.value, ValueError)
+    assert "\n" not in str(found.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("function", "cls"), [(tt.evaluate, RunPlan), (tt.time, SpeedPlan), (tt.size, SizingPlan), (tt.verify, VerifyPlan)]
+)
+def test_a_signature_shows_every_field_with_its_default(function: Any, cls: type) -> None:
+    shown = inspect.signature(function).parameters
+    for field in dataclasses.fields(cls):
+        assert field.name in shown
+        if field.name not in ("model", "config"):
+            assert shown[field.name].default == field.default
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_carry_point_prompt_target_and_answer(scored: tt.Run) -> None:
+    record = scored.record
+    assert scored.complete
+    assert scored.run_id == scored.path.name == record.manifest.run_id
+    frame = scored.scores
+    assert len(frame) == len(record.scores) == 8
+    documents = {}
+    for task in SMALL["tasks"]:
+        file = Path(__file__).parent.parent / "tasks" / "miniature" / f"{task}.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines()
+        documents |= {(task, number): json.loads(line) for number, line in enumerate(lines)}
+    for row, stored in zip(frame.to_dict("records"), record.scores, strict=True):
+        cell = record.cells[stored.cell]
+        assert (row["arm"], row["decoder"], row["value"]) == (cell.arm, cell.decoder.kind, stored.value)
+        document = documents[row["task"], row["doc_id"]]
+        assert row["prompt"] == document["prompt"]
+        assert row["target"] == document.get("answer", str(document.get("gold")))
+        made_here = [g for g in record.generations if (g.cell, g.doc_id) == (stored.cell, stored.doc_id)]
+        assert [row["answer"]] == [g.generation.text for g in made_here] or pd.isna(row["answer"])
+    candidates = frame[frame["arm"] == "candidate"]
+    assert set(candidates["threshold"]) == {0.9}
+    assert set(candidates["block_size"]) == {4}
+
+
+def test_generations_and_likelihoods_know_what_was_asked(scored: tt.Run) -> None:
+    assert scored.generations["prompt"].notna().all()
+    assert (scored.generations["num_tokens"] == [len(g.generation.token_ids) for g in scored.record.generations]).all()
+    options = scored.likelihoods
+    assert options["prompt"].notna().all()
+    assert options.groupby(["task", "doc_id"])["option"].nunique().min() > 1
+    assert (options["logprob_nats"] < 0).all()
+
+
+def test_a_text_that_no_file_holds_is_none(measured: tuple[Path, Path]) -> None:
+    frame = tt.load_run(measured[0]).scores
+    assert frame["prompt"].isna().all()
+    assert frame["target"].isna().all()
+    assert frame["answer"].notna().any(), "answers are in the run itself"
+
+
+def test_prompts_of_a_data_folder_are_found_by_their_hash(scored: tt.Run, tmp_path: Path) -> None:
+    """A task of another name than any shipped one: its texts are in the folder that the plan names, or nowhere."""
+    from twotower_eval.api.documents import known_texts
+
+    record = scored.record
+    mine = tmp_path / "data" / "mine"
+    mine.mkdir(parents=True)
+    prompts = ["sort this", "and that"]
+    (mine / "test.jsonl").write_text("".join(json.dumps({"question": one}) + "\n" for one in prompts))
+    rows = [
+        dataclasses.replace(row, task="mine", prompt_sha256=made.sha256_text(prompts[row.doc_id]))
+        for row in record.generations
+    ]
+    manifest = dataclasses.replace(record.manifest, plan={"data_dir": str(tmp_path / "data")})
+    mine_run = dataclasses.replace(record, manifest=manifest, generations=rows, likelihoods=[], scores=[])
+    assert {text.text for text in known_texts(mine_run).values()} == set(prompts)
+    elsewhere = dataclasses.replace(manifest, plan={"data_dir": None})
+    assert known_texts(dataclasses.replace(mine_run, manifest=elsewhere)) == {}
+
+
+def test_timed_calls_know_their_document(timed: tt.Run) -> None:
+    frame = timed.speed
+    assert len(frame) == len(timed.record.speed)
+    assert (frame["wall_s"] == [row.wall_s for row in timed.record.speed]).all()
+    calls = frame[(frame["phase"] == "measure") & (frame["replica"] == 0)]
+    assert set(calls["task"]) == {"miniature_sort"}
+    assert calls["prompt"].notna().all()
+    denoised = calls[calls["arm"] == "candidate"]
+    assert (denoised["num_denoise_passes"] > 0).all()
+    assert (denoised["num_denoise_passes"] == denoised["num_denoiser_forwards"]).all()
+    assert frame[frame["phase"] == "warmup"]["task"].isna().all()
+
+
+def test_a_parameter_named_like_a_column_stands_beside_it(measured: tuple[Path, Path]) -> None:
+    from twotower_eval.api import frames
+
+    record = store.load(measured[0])
+    cells = tuple(
+        dataclasses.replace(cell, decoder=dataclasses.replace(cell.decoder, params={"task": 3, **cell.decoder.params}))
+        for cell in record.manifest.cells
+    )
+    frame = frames.scores(dataclasses.replace(record, manifest=dataclasses.replace(record.manifest, cells=cells)), {})
+    assert set(frame["decoder_task"]) == {3}
+    assert set(frame["task"]) == {score.task for score in record.scores}
+
+
+def test_frames_of_empty_journals_have_their_columns(measured: tuple[Path, Path]) -> None:
+    run = tt.load_run(measured[0])
+    assert run.speed.empty
+    assert {"arm", "wall_s", "num_tokens"} <= set(run.speed.columns)
+    assert run.costs.empty
+    assert run.checks.empty
+
+
+def test_runs_show_themselves(scored: tt.Run, timed: tt.Run) -> None:
+    shown = scored._repr_html_()
+    assert scored.run_id in shown
+    assert "<td>candidate</td>" in shown
+    assert f"{len(timed.record.speed):,} timed calls" in timed._repr_html_()
+    assert os.fspath(scored) == str(scored.path)
+
+
+def test_a_run_is_resumed_with_its_own_plan(scored: tt.Run) -> None:
+    again = tt.evaluate(resume=scored, out=scored.path.parent, limit=3, progress=False)
+    assert again.path == scored.path
+    assert len(again.record.scores) > 8
+    assert again.manifest.plan["limit"] == 2, "the manifest is what the run began with"
+
+
+def test_reading_loads_neither_torch_nor_lm_eval(measured: tuple[Path, Path]) -> None:
+    code = "import sys, twotower_eval as tt; loaded = set(sys.modules); run = tt.load_run(sys.argv[1]); run.scores; "
+    code += "tt.compare(run, sys.argv[2]).to_frame(); run._repr_html_(); import time; time.monotonic(); "
+    code += "print(*loaded & {'torch', 'pandas', 'numpy', 'lm_eval'}, '|', *{*sys.modules} & {'torch', 'lm_eval'})"
+    done = subprocess.run([sys.executable, "-c", code, *map(str, measured)], capture_output=True, text=True, check=True)
+    assert done.stdout == "|\n"
+
+
+# --- comparisons, verdicts, pages -----------------------------------------------------------------------------------
+
+
+def test_a_comparison_has_the_numbers_of_the_report(measured: tuple[Path, Path], tmp_path: Path) -> None:
+    frame = tt.compare(*measured).to_frame()
+    tables = tt.report(measured, out=tmp_path, csv=True, sections="headline").folder / "tables"
+    retention = pd.read_csv(tables / "retention.csv")
+    speed = pd.read_csv(tables / "speed.csv")
+    assert len(frame) == 1 + 2 + 2, "one scored alone, one timed twice, and one timed twice and not scored"
+    for row in frame.to_dict("records"):
+        settings = ("block_size", "steps_per_block", "threshold")
+        for table, own, theirs in (
+            (retention[retention["task"] == "(headline)"], "retention", "retention"),
+            (retention[retention["task"] == "(decoder_exercised)"], "exercised_retention", "retention"),
+            (speed, "speedup", "speedup_time"),
+            (speed, "throughput_speedup", "speedup_throughput"),
+        ):
+            at = table
+            for name in (*settings, *(["batch_size"] if table is speed else [])):
+                at = at[at[name] == row[name]]
+            for end in ("", "_low", "_high"):
+                [wanted] = at[f"{theirs}{end}"] if len(at) else [math.nan]
+                assert row[f"{own}{end}"] == pytest.approx(wanted, rel=1e-12, nan_ok=True), (own, end)
+
+
+def test_the_first_point_is_that_of_the_report(measured: tuple[Path, Path]) -> None:
+    comparison = tt.compare(*measured)
+    first = comparison.runs.first
+    assert first.quality is not None
+    assert first.speed is not None
+    assert comparison.retention == first.quality.headline.estimate
+    assert comparison.speedup == first.speed.time.estimate
+    assert comparison.first in comparison.points
+    shown = comparison._repr_html_()
+    assert comparison.first.text("retention") in shown
+    assert comparison.first.text("speedup") in shown
+    assert comparison.first.name in repr(comparison)
+
+
+def test_what_was_not_measured_has_its_reason(measured: tuple[Path, Path]) -> None:
+    comparison = tt.compare(measured[0])
+    assert comparison.speedup is None
+    assert comparison.first is not None
+    assert "not timed" in comparison.first.reasons["speedup"]
+    assert comparison.to_frame()["speedup_reason"].str.contains("not timed").all()
+    assert "not timed" in comparison._repr_html_()
+
+
+def test_runs_are_taken_as_objects_paths_ids_and_lists(measured: tuple[Path, Path]) -> None:
+    quality, speed = measured
+    wanted = tt.compare(quality, speed).to_frame()
+    for runs in (
+        [tt.load_run(quality), tt.load_run(speed)],
+        [[str(quality), speed]],
+        [store.load(quality), speed.name],
+        [],
+    ):
+        assert tt.compare(*runs, results=quality.parent).to_frame().equals(wanted)
+
+
+def test_verdicts_are_those_of_the_command_line(measured: tuple[Path, Path], capsys: Any) -> None:
+    verdicts = tt.judge("miniature", *measured)
+    assert len(verdicts) == len(load_claims("miniature").claims)
+    assert verdicts.of(verdicts[0].claim) is verdicts[0]
+    assert cli.main(["claims", "check", "miniature", *map(str, measured)]) == verdicts.exit_code()
+    assert capsys.readouterr().out.splitlines() == verdicts.lines
+    assert list(verdicts.to_frame()["outcome"]) == [verdict.outcome for verdict in verdicts]
+    assert "NOT MEASURED" in verdicts._repr_html_()
+    [one] = tt.judge(load_claims("miniature").claims, *measured, names=verdicts[0].claim)
+    assert one == verdicts[0]
+    [alone] = tt.judge(load_claims("miniature").claims[0], list(measured))
+    assert alone.claim == load_claims("miniature").claims[0].name
+
+
+def test_an_audit_is_that_of_the_command_line(capsys: Any) -> None:
+    audit = tt.audit("nemotron-labs-twotower")
+    assert cli.main(["claims", "audit", "nemotron-labs-twotower"]) == audit.exit_code
+    assert capsys.readouterr().out.splitlines() == audit.lines
+
+
+def test_a_page_is_a_path_that_shows_itself(measured: tuple[Path, Path], tmp_path: Path) -> None:
+    page = tt.report(*measured, out=tmp_path, sections=["headline", "tradeoff"], html=True)
+    written = report_room.write(list(measured), tmp_path / "again", sections=["headline", "tradeoff"], html=True)
+    assert Path(page) == page.path == page.folder / "report.html"
+    assert page.markdown == (written / "report.md").read_text(encoding="utf-8")
+    assert page.html == (written / "report.html").read_text(encoding="utf-8")
+    shown = page._repr_html_()
+    assert shown.startswith("<iframe sandbox srcdoc=")
+    assert "data:image/png;base64," in shown
+    assert shown.count("<") == 2, "what is inside the frame is escaped, and no part of the notebook"
+    assert tt.report(measured, out=tmp_path, sections="headline").path.name == "report.md"
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_room_of_old_does_not_stand_in_the_way_of_a_verb(measured: tuple[Path, Path]) -> None:
+    """``import twotower_eval.report``, the old path, puts a module where the function is."""
+    code = (
+        "import sys, warnings; warnings.simplefilter('ignore'); import twotower_eval as tt; "
+        "from twotower_eval.report import write; import twotower_eval.verify; "
+        "print(tt.report(sys.argv[1], out=sys.argv[2], sections='headline').path); print(write.__module__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(measured[0]), str(measured[0].parent / "reports")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    path, module = done.stdout.splitlines()
+    assert Path(path).is_file()
+    assert module == "twotower_eval.analyse.report"
+
+
+def test_the_verbs_are_those_of_the_api() -> None:
+    for name in ("evaluate", "time", "compare", "judge", "report", "load_run", "verify", "size", "audit"):
+        assert getattr(tt, name) is getattr(api, name)
+        assert name in dir(tt)
+
+
+def test_a_size_and_a_check_are_runs_with_frames(pair: Path, tmp_path: Path) -> None:
+    sized = tt.size(
+        pair / "config.json", dtype="float32", prompt_tokens=8, repeats=1, min_rounds=1, warmup_rounds=0,
+        tokens_per_nfe=2.0, block_sizes=4, threads=1, out=tmp_path, progress=False,
+    )  # fmt: skip
+    assert list(sized.costs["part"]) == [row.part for row in sized.record.costs]
+    assert sized.manifest.plan["tokens_per_nfe"] == [2.0]
+    checked = tt.verify(pair, out=tmp_path)
+    assert list(checked.checks["outcome"]) == [row.outcome for row in checked.record.checks]
+    assert checked.check_lines[-1].startswith(str(checked.path))
+    assert to_json(checked.manifest)["verb"] == "verify"

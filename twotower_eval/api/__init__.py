@@ -1,0 +1,268 @@
+"""The product as Python functions: one call for each verb. The command line calls these and prints what they return.
+
+Heavy packages are imported where they are needed: reading runs needs neither torch nor lm-eval.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from twotower_eval.api.given import (
+    GivenRun,
+    PathText,
+    loaded_runs,
+    newest_runs,
+    plan_of,
+    resumed_path,
+    run_path,
+    run_paths,
+    shown_progress,
+    takes_fields,
+)
+from twotower_eval.api.runs import Run
+from twotower_eval.errors import UserError
+from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan
+from twotower_eval.progress import Progress
+from twotower_eval.records import Claim
+
+if TYPE_CHECKING:
+    from twotower_eval.analyse.claims import ClaimFile
+    from twotower_eval.api.comparison import Comparison
+    from twotower_eval.api.shown import Audit, Page, Verdicts
+
+__all__ = [
+    "Run",
+    "audit",
+    "calibrate",
+    "claims_of",
+    "compare",
+    "evaluate",
+    "judge",
+    "load_run",
+    "newest_runs",
+    "publish",
+    "report",
+    "run_path",
+    "size",
+    "time",
+    "verify",
+]
+
+Runs = GivenRun | Sequence[GivenRun]
+
+
+@takes_fields(RunPlan)
+def evaluate(
+    plan: RunPlan | PathText | None = None,
+    *,
+    out: PathText = "results",
+    resume: GivenRun | None = None,
+    progress: Progress | bool = True,
+    **fields: object,
+) -> Run:
+    """Score candidate and baseline on the same documents, sample by sample.
+
+    Keywords are the fields of :class:`RunPlan`, over those of ``plan`` (a plan, or the path of a TOML file) if given.
+    ``model="miniature"`` is the shipped pair. Lists, tuples and single values are all taken. The run is made in a
+    folder of its own under ``out``. ``resume`` continues a run that was stopped, with the plan that it has.
+    ``progress=False`` shows nothing. UserError for whatever the caller can mend.
+
+    >>> import twotower_eval as tt
+    >>> tt.evaluate(model="miniature", tasks="miniature", treshold=0.9)
+    Traceback (most recent call last):
+    twotower_eval.errors.UserError: unknown key 'treshold' (did you mean 'thresholds'?)
+    """
+    root = Path(out)
+    resumed = resumed_path(resume, root)
+    asked = plan_of(RunPlan, plan, resumed, fields)
+    from twotower_eval.api import measuring
+
+    return Run(measuring.evaluated(asked, root=root, resume=resumed, progress=shown_progress(progress)))
+
+
+@takes_fields(SpeedPlan)
+def time(
+    plan: SpeedPlan | PathText | None = None,
+    *,
+    out: PathText = "results",
+    resume: GivenRun | None = None,
+    progress: Progress | bool = True,
+    **fields: object,
+) -> Run:
+    """Time candidate and baseline in interleaved rounds, then score the answers that were timed.
+
+    Keywords are the fields of :class:`SpeedPlan`; all else is as in :func:`evaluate`.
+    """
+    root = Path(out)
+    resumed = resumed_path(resume, root)
+    asked = plan_of(SpeedPlan, plan, resumed, fields)
+    from twotower_eval.api import measuring
+
+    return Run(measuring.timed_and_scored(asked, root=root, resume=resumed, progress=shown_progress(progress)))
+
+
+@takes_fields(SizingPlan)
+def size(
+    config: PathText | None = None,
+    plan: SizingPlan | PathText | None = None,
+    *,
+    out: PathText = "results",
+    resume: GivenRun | None = None,
+    progress: Progress | bool = True,
+    **fields: object,
+) -> Run:
+    """Measure what a size of model costs, on random weights: no checkpoint is needed.
+
+    ``config`` is a ``config.json``, a folder that holds one, or the name of a shipped one; keywords are the fields of
+    :class:`SizingPlan`. A ``profile`` may be a run's id under ``out``. All else is as in :func:`evaluate`.
+    """
+    root = Path(out)
+    resumed = resumed_path(resume, root)
+    given = {**fields, "config": config}
+    if isinstance(profile := fields.get("profile"), str | os.PathLike):
+        given["profile"] = run_path(profile, root)
+    asked = plan_of(SizingPlan, plan, resumed, given)
+    from twotower_eval.measure import sizing
+
+    return Run(sizing.run(asked, root=root, resume=resumed, progress=shown_progress(progress)))
+
+
+@takes_fields(VerifyPlan)
+def verify(
+    model: PathText | None = None,
+    plan: VerifyPlan | PathText | None = None,
+    *,
+    out: PathText = "results",
+    **fields: object,
+) -> Run:
+    """Check a checkpoint, its kernels and its decoding before anything is measured; see the run's ``checks``.
+
+    Keywords are the fields of :class:`VerifyPlan`. A failed check is no error here.
+    """
+    asked = plan_of(VerifyPlan, plan, None, {**fields, "model": model})
+    from twotower_eval.measure import verify as verify_room
+
+    return Run(verify_room.verify(asked, root=Path(out)))
+
+
+def load_run(run: GivenRun, *, results: PathText = "results") -> Run:
+    """A run by its folder, or by its id under ``results``. Needs neither torch nor lm-eval.
+
+    UserError where there is none, or where one of its files is broken.
+    """
+    path = run_path(run, Path(results))
+    found = Run(path)
+    _ = found.record  # what is broken is said now
+    return found
+
+
+def compare(*runs: Runs, results: PathText = "results") -> Comparison:
+    """Retention and speedup of every operating point in these runs, with intervals: the numbers of a report.
+
+    Runs may be named by their folders or ids, alone or in lists; without any, the newest of each verb in ``results``
+    are compared.
+    """
+    from twotower_eval.api.comparison import Comparison
+
+    return Comparison(loaded_runs(runs, Path(results)))
+
+
+def judge(
+    claims: ClaimFile | Claim | Sequence[Claim] | PathText,
+    *runs: Runs,
+    names: str | Sequence[str] = (),
+    results: PathText = "results",
+) -> Verdicts:
+    """A verdict for each claim of a file, which may be a shipped one's name, or for those that ``names`` picks.
+
+    Every run of a claim's point is a look, also those that lie beside the given ones in their folder.
+    """
+    from twotower_eval.analyse import claims as claims_room
+    from twotower_eval.api.shown import Verdicts
+
+    wanted = [names] if isinstance(names, str) else list(names)
+    asked = claims_of(claims, wanted)
+    return Verdicts(asked, claims_room.judge(asked, loaded_runs(runs, Path(results)), wanted))
+
+
+def claims_of(claims: ClaimFile | Claim | Sequence[Claim] | PathText, names: Sequence[str] = ()) -> tuple[Claim, ...]:
+    """The claims of a file, or those given; UserError where there are none, or none of a name in ``names``."""
+    from twotower_eval.analyse import claims as claims_room
+
+    if isinstance(claims, str | os.PathLike):
+        claims = claims_room.load_claims(os.fspath(claims))
+    if isinstance(claims, claims_room.ClaimFile):
+        if not claims.claims:
+            raise UserError(f"{claims.name} holds no claims: `twotower-eval claims audit` reads its published numbers")
+        claims = claims.claims
+    asked = (claims,) if isinstance(claims, Claim) else tuple(claims)
+    claims_room.select(asked, names)
+    return asked
+
+
+def audit(claims: ClaimFile | PathText) -> Audit:
+    """Recompute the published numbers of a claim file from one another. Nothing is measured."""
+    from twotower_eval.analyse import claims as claims_room
+    from twotower_eval.api.shown import Audit
+
+    held = claims if isinstance(claims, claims_room.ClaimFile) else claims_room.load_claims(os.fspath(claims))
+    return Audit(claims_room.audit(held.published))
+
+
+def report(
+    *runs: Runs,
+    out: PathText = "reports",
+    sections: str | Sequence[str] | None = None,
+    claims: PathText | None = None,
+    html: bool = False,
+    csv: bool = False,
+    results: PathText = "results",
+) -> Page:
+    """Write a report of these runs under ``out``: tables and plots, the verdict first. Needs neither torch nor a GPU.
+
+    Without runs it is of the newest of each verb in ``results``. ``sections`` names some of its sections, also ones of
+    your own (``package.module:function``). ``claims`` is a claim file or a shipped one's name; by default the shipped
+    one about these models. ``html`` adds one self-contained page, ``csv`` the tables with all their digits.
+    """
+    from twotower_eval.analyse import report as report_room
+    from twotower_eval.api.shown import Page
+
+    named = [sections] if isinstance(sections, str) else sections
+    paths = run_paths(runs, Path(results))
+    file = None if claims is None else os.fspath(claims)
+    folder = report_room.write(paths, Path(out), sections=named or None, claims=file, html=html, csv=csv)
+    return Page(folder, report_room.PAGE if html else report_room.MARKDOWN)
+
+
+def publish(
+    page: Page,
+    *runs: Runs,
+    results: PathText = "results",
+    reports: PathText = "reports",
+    say: Callable[[str], None] = print,
+) -> tuple[Path, Path]:
+    """Copy runs and their report to ``published/`` in their folders; the two new folders.
+
+    ``say`` is given a line for each thing that the copy says otherwise, such as paths of this machine.
+    """
+    from twotower_eval.analyse import report as report_room
+
+    held = loaded_runs(runs, Path(results))
+    return report_room.publish(held, page.folder, results=Path(results), reports=Path(reports), say=say)
+
+
+def calibrate(
+    out: PathText = "reports/calibration",
+    *,
+    repetitions: int = 1_000,
+    seed: int = 0,
+    progress: Progress | bool = True,
+) -> Path:
+    """Simulate worlds with known truth: how often intervals cover it and verdicts are wrong. The report's path."""
+    from twotower_eval.analyse import calibration
+
+    shown = shown_progress(progress)
+    return calibration.calibrate(Path(out), num_repetitions=repetitions, seed=seed, progress=shown)

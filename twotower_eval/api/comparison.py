@@ -1,0 +1,199 @@
+"""What runs say of the candidate against its baseline, point by point: the numbers that a report shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from twotower_eval import store
+from twotower_eval.analyse.claims import joint_gates
+from twotower_eval.analyse.compare import Measured, QualityPoint, Runs, SpeedPoint
+from twotower_eval.analyse.compare.naming import checkpoint_name
+from twotower_eval.analyse.compare.numbers import PERCENT, TIMES, Unit, interval
+from twotower_eval.records import Cell, Estimate, Gate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NOT_SCORED = "not scored in both arms at this point: tt.evaluate, or `twotower-eval run`"
+NOT_TIMED = "not timed in both arms at this point: tt.time, or `twotower-eval speed`"
+QUANTITIES = {  # shown and tabled in this order
+    "retention": PERCENT,
+    "exercised_retention": PERCENT,
+    "speedup": TIMES,
+    "throughput_speedup": TIMES,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedPoint:
+    """One operating point of the candidate, timed in one way, against the baseline on the same documents.
+
+    ``retention`` is the candidate's mean score over the baseline's, each task weighing the same,
+    ``exercised_retention`` that of the tasks which the decoder answers; ``speedup`` is the baseline's wall-clock time
+    over the candidate's, ``throughput_speedup`` in useful tokens per second. Each is an Estimate with its 95 %
+    interval, or ``None``: then ``reasons`` says why, by its name. ``invalid``: a gate of the timing failed, and the
+    speedup must not be read as one. ``apart`` says why quality and speed are not of one thing and must not be quoted
+    together; empty where they may be. ``quality`` and ``speed`` hold all that was computed.
+    """
+
+    name: str
+    candidate: Cell
+    baseline: Cell
+    retention: Estimate | None
+    exercised_retention: Estimate | None
+    speedup: Estimate | None
+    throughput_speedup: Estimate | None
+    reasons: dict[str, str]
+    apart: tuple[str, ...]
+    quality: QualityPoint | None
+    speed: SpeedPoint | None
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        """What had to hold before the timing may be read as a speedup."""
+        return self.speed.gates if self.speed else ()
+
+    @property
+    def invalid(self) -> bool:
+        """Whether any gate of the timing failed."""
+        return self.speed is not None and self.speed.invalid
+
+    def text(self, quantity: str) -> str:
+        """``98.9 % [98.2, 99.6]``, or the reason why there is no such number."""
+        estimate: Estimate | None = getattr(self, quantity)
+        unit: Unit = QUANTITIES[quantity]
+        return self.reasons[quantity] if estimate is None else interval(unit, estimate)
+
+
+class Comparison:
+    """Every operating point of some runs, compared. Nothing is computed before it is asked for."""
+
+    def __init__(self, runs: Sequence[store.Run]) -> None:
+        self.runs = Runs(runs)
+
+    @cached_property
+    def points(self) -> tuple[ComparedPoint, ...]:
+        """All points in the order of the plan; one that was timed in several ways (batch sizes, workloads) is there
+        once for each."""
+        found = []
+        for key in self.runs.points:
+            quality = self.runs.quality_at(key)
+            timed: list[SpeedPoint | None] = [point for point in self.runs.speed if point.key == key]
+            found += [_compared(self.runs, quality, speed) for speed in timed or [None]]
+        return tuple(found)
+
+    @cached_property
+    def first(self) -> ComparedPoint | None:
+        """The first point of the plan with both retention and speedup, else the first: chosen without a look at any
+        result. ``None`` where nothing was measured in both arms."""
+        first = self.runs.first
+        if first.key is None:
+            return None
+        return next(one for one in self.points if (one.quality, one.speed) == (first.quality, first.speed))
+
+    @property
+    def retention(self) -> Estimate | None:
+        """Of the first point; those of the others are in ``points``."""
+        return self.first.retention if self.first else None
+
+    @property
+    def speedup(self) -> Estimate | None:
+        """Of the first point; those of the others are in ``points``."""
+        return self.first.speedup if self.first else None
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each point: the operating point, each estimate with its ends, and what speaks against it."""
+        import pandas as pd
+
+        params = dict.fromkeys(name for point in self.points for name in point.candidate.decoder.params)
+        return pd.DataFrame([_row(point, list(params)) for point in self.points])
+
+    def __repr__(self) -> str:
+        lines = [f"{point.name}: retention {point.text('retention')}; {_speed_text(point)}" for point in self.points]
+        return "\n".join(lines or ["nothing was measured in both arms"])
+
+    def _repr_html_(self) -> str:
+        import pandas as pd
+
+        rows = [
+            {
+                "operating point": point.name,
+                "retention": point.text("retention"),
+                "of which the decoder answers": point.text("exercised_retention"),
+                "speedup": _speed_text(point),
+                "not of one thing": "; ".join(point.apart),
+            }
+            for point in self.points
+        ]
+        note = "Brackets hold 95 % intervals. A point picked by its result needs a new run before it is quoted."
+        if not rows:
+            return "<p>Nothing was measured in both arms.</p>"
+        shown = pd.DataFrame(rows)
+        shown = shown if shown["not of one thing"].any() else shown.drop(columns="not of one thing")
+        return f"{shown.to_html(index=False, border=0)}<p>{note}</p>"
+
+
+def _compared(runs: Runs, quality: QualityPoint | None, speed: SpeedPoint | None) -> ComparedPoint:
+    point = quality or speed
+    assert point is not None, "a point is one where something was measured"
+    unscored, untimed = Measured(estimate=None, reason=NOT_SCORED), Measured(estimate=None, reason=NOT_TIMED)
+    found = {
+        "retention": quality.headline if quality else unscored,
+        "exercised_retention": quality.exercised if quality else unscored,
+        "speedup": speed.time if speed else untimed,
+        "throughput_speedup": speed.throughput if speed else untimed,
+    }
+    return ComparedPoint(
+        name=runs.name(point.candidate),
+        candidate=point.candidate,
+        baseline=point.baseline,
+        retention=found["retention"].estimate,
+        exercised_retention=found["exercised_retention"].estimate,
+        speedup=found["speedup"].estimate,
+        throughput_speedup=found["throughput_speedup"].estimate,
+        reasons={name: one.reason or "" for name, one in found.items() if one.estimate is None},
+        apart=tuple(joint_gates.apart(runs, quality, speed)) if quality and speed else (),
+        quality=quality,
+        speed=speed,
+    )
+
+
+def _speed_text(point: ComparedPoint) -> str:
+    if point.speed is None:
+        return point.text("speedup")
+    timed = f"{point.speed.workload} workload, batch {point.speed.batch_size}"
+    return f"{point.text('speedup')} ({timed}{', INVALID: a gate failed' if point.invalid else ''})"
+
+
+def _row(point: ComparedPoint, params: Sequence[str]) -> dict[str, object]:
+    decoder, quality, speed = point.candidate.decoder, point.quality, point.speed
+    row: dict[str, object] = {
+        "point": point.name,
+        "model": checkpoint_name(point.candidate.checkpoint),
+        "baseline": checkpoint_name(point.baseline.checkpoint),
+        "dtype": point.candidate.checkpoint.dtype,
+        "decoder": decoder.kind,
+        **{name: decoder.params.get(name) for name in params},
+        "outputs": None if quality is None else "timed" if quality.timed else "whole tasks",
+        "num_tasks": None if quality is None else len(quality.tasks),
+        "num_documents": None if quality is None else sum(task.num_documents for task in quality.tasks),
+        "workload": None if speed is None else speed.workload,
+        "batch_size": None if speed is None else speed.batch_size,
+        "num_rounds": None if speed is None else speed.num_rounds,
+        "num_launches": None if speed is None else speed.num_launches,
+    }
+    for name in QUANTITIES:
+        estimate: Estimate | None = getattr(point, name)
+        ends = (None, None, None) if estimate is None else (estimate.value, estimate.low, estimate.high)
+        row |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
+        row[f"{name}_reason"] = point.reasons.get(name)
+    return row | {
+        "invalid": point.invalid,
+        "failed_gates": ", ".join(gate.name for gate in point.gates if gate.outcome == "failed"),
+        "apart": "; ".join(point.apart),
+        "quality_run": None if quality is None else quality.run_id,
+        "speed_runs": None if speed is None else " ".join(speed.run_ids),
+    }

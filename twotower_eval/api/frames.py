@@ -1,0 +1,181 @@
+"""Journals as pandas frames with plain columns: a row for a row, with the arm and the operating point beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import pandas as pd
+
+from twotower_eval.analyse.compare.naming import checkpoint_name
+from twotower_eval.api.documents import Text
+from twotower_eval.records import Cell, Check, CostSample, Generation, GenerationRow, LikelihoodRow, Score, SpeedSample
+from twotower_eval.store import Run
+
+R = TypeVar("R", GenerationRow, LikelihoodRow, Score, SpeedSample, CostSample, Check)
+Columns = Mapping[str, Callable[[R], object]]
+Texts = Mapping[str, Text]
+Document = tuple[str, int]  # task and number
+OF_CELLS = ("run", "arm", "model", "dtype", "decoder")
+
+
+def scores(run: Run, texts: Texts) -> pd.DataFrame:
+    """A row for each document, metric and filter; ``answer`` and counts are of the first sample (or timed round)."""
+    first: dict[tuple[str, str, int], Generation] = {}
+    for row in sorted(run.generations, key=lambda row: (row.request_index, row.repeat)):
+        first.setdefault((row.cell, row.task, row.doc_id), row.generation)
+
+    def made(name: str) -> Callable[[Score], object]:
+        return lambda row: getattr(first.get((row.cell, row.task, row.doc_id)), name, None)
+
+    columns: Columns[Score] = {
+        "task": lambda row: row.task,
+        "doc_id": lambda row: row.doc_id,
+        "prompt": lambda row: _text(texts, row.prompt_sha256),
+        "target": lambda row: _text(texts, row.target_sha256),
+        "answer": made("text"),
+        "metric": lambda row: row.metric,
+        "filter": lambda row: row.filter,
+        "value": lambda row: row.value,
+        "missing_reason": lambda row: row.missing_reason,
+        "scored_by": lambda row: row.scored_by,
+        "headline": lambda row: row.headline,
+        "higher_is_better": lambda row: row.higher_is_better,
+        "chance": lambda row: row.chance,
+        "cluster_id": lambda row: row.cluster_id,
+        "group": lambda row: row.group,
+        "finish": made("finish"),
+        **{name: made(name) for name in COUNTS},
+    }
+    return _frame(run, run.scores, columns)
+
+
+def generations(run: Run, texts: Texts) -> pd.DataFrame:
+    """A row for each answer; in a speed run ``repeat`` is the round that it was timed in."""
+    targets = _targets(run, texts)
+    columns: Columns[GenerationRow] = {
+        "task": lambda row: row.task,
+        "doc_id": lambda row: row.doc_id,
+        "request_index": lambda row: row.request_index,
+        "repeat": lambda row: row.repeat,
+        "prompt": lambda row: _text(texts, row.prompt_sha256),
+        "target": lambda row: targets.get((row.task, row.doc_id)),
+        "answer": lambda row: row.generation.text,
+        "finish": lambda row: row.generation.finish,
+        "num_prompt_tokens": lambda row: row.generation.num_prompt_tokens,
+        **{name: _of_generation(name) for name in COUNTS},
+    }
+    return _frame(run, run.generations, columns)
+
+
+def likelihoods(run: Run, texts: Texts) -> pd.DataFrame:
+    """A row for each scored continuation; equal models were asked once, under the first cell that needed it."""
+    targets = _targets(run, texts)
+    columns: Columns[LikelihoodRow] = {
+        "task": lambda row: row.task,
+        "doc_id": lambda row: row.doc_id,
+        "request_index": lambda row: row.request_index,
+        "repeat": lambda row: row.repeat,
+        "prompt": lambda row: _text(texts, row.prompt_sha256),
+        "option": lambda row: getattr(texts.get(row.prompt_sha256), "option", None),
+        "target": lambda row: targets.get((row.task, row.doc_id)),
+        "request": lambda row: row.request,
+        "num_tokens": lambda row: row.num_tokens,
+        "logprob_nats": lambda row: row.likelihood.logprob_nats,
+        "is_greedy": lambda row: row.likelihood.is_greedy,
+        "kind": lambda row: row.likelihood.kind,
+        "stderr_nats": lambda row: row.likelihood.stderr_nats,
+        "num_draws": lambda row: row.likelihood.num_draws,
+    }
+    return _frame(run, run.likelihoods, columns)
+
+
+def speed(run: Run, texts: Texts) -> pd.DataFrame:
+    """A row for each timed call. Counts are of all its prompts; of a call on one prompt its document is there too.
+
+    Rows of the phase ``measure`` are what speedups rest on; warm-up rounds and probes are no part of one.
+    """
+    targets = _targets(run, texts)
+    answers = {(row.cell, row.repeat, row.generation.prompt_id): row for row in run.generations}
+
+    def answer(row: SpeedSample) -> GenerationRow | None:
+        alone = len(row.prompts) == 1 and row.phase == "measure"
+        return answers.get((row.cell, row.round, row.prompts[0].prompt_id)) if alone else None
+
+    def target(row: SpeedSample) -> str | None:
+        found = answer(row)
+        return None if found is None else targets.get((found.task, found.doc_id))
+
+    def total(name: str) -> Callable[[SpeedSample], object]:
+        return lambda row: sum(getattr(prompt, name) or 0 for prompt in row.prompts)
+
+    def passes(kind: str) -> Callable[[SpeedSample], object]:
+        return lambda row: sum(one.num for one in row.passes if one.kind == kind) if row.passes else None
+
+    columns: Columns[SpeedSample] = {
+        "task": lambda row: getattr(answer(row), "task", None),
+        "doc_id": lambda row: getattr(answer(row), "doc_id", None),
+        "prompt": lambda row: _text(texts, getattr(answer(row), "prompt_sha256", "")),
+        "target": target,
+        "answer": lambda row: None if (found := answer(row)) is None else found.generation.text,
+        **{name: _field(name) for name in ("launch_id", "round", "phase", "replica", "call_id", "batch_size")},
+        **{name: _field(name) for name in ("wall_s", "prefill_s", "first_output_s", "cpu_s", "caller_cpu_s")},
+        **{name: _field(name) for name in ("off_clock_s", "peak_memory_bytes", "fault", "held_out", "started_at")},
+        "num_prompt_tokens": total("num_prompt_tokens"),
+        **{name: total(name) for name in COUNTS},
+        **{f"num_{kind}_passes": passes(kind) for kind in ("prefill", "extend", "denoise")},
+    }
+    return _frame(run, run.speed, columns)
+
+
+def costs(run: Run) -> pd.DataFrame:
+    """A row for each part of decoding that was timed by itself."""
+    return _frame(run, run.costs, {name: _field(name) for name in CostSample.__dataclass_fields__ if name != "cell"})
+
+
+def checks(run: Run) -> pd.DataFrame:
+    """A row for each thing that ``verify`` looked at."""
+    return _frame(run, run.checks, {name: _field(name) for name in Check.__dataclass_fields__ if name != "cell"})
+
+
+COUNTS = (
+    "num_tokens",
+    "num_discarded_tokens",
+    "num_context_forwards",
+    "num_denoiser_forwards",
+    "num_forced_commits",
+)
+
+
+def _frame(run: Run, rows: Sequence[R], columns: Columns[R]) -> pd.DataFrame:
+    cells = run.cells
+    params: dict[str, None] = dict.fromkeys(name for cell in run.manifest.cells for name in cell.decoder.params)
+    of_cells = {cell: _of_cell(run, cells[cell], params) for cell in {row.cell for row in rows}}
+    taken: set[str] = {*OF_CELLS, *columns}
+    names = [*OF_CELLS, *(f"decoder_{name}" if name in taken else name for name in params)]
+    beside = {name: [of_cells[row.cell][place] for row in rows] for place, name in enumerate(names)}
+    return pd.DataFrame({**beside, **{name: [get(row) for row in rows] for name, get in columns.items()}})
+
+
+def _of_cell(run: Run, cell: Cell, params: Mapping[str, None]) -> tuple[object, ...]:
+    checkpoint = cell.checkpoint
+    own = (run.manifest.run_id, cell.arm, checkpoint_name(checkpoint), checkpoint.dtype, cell.decoder.kind)
+    return (*own, *(cell.decoder.params.get(name) for name in params))
+
+
+def _targets(run: Run, texts: Texts) -> dict[Document, str]:
+    known = {(row.task, row.doc_id): texts.get(row.target_sha256) for row in run.scores}
+    return {document: found.text for document, found in known.items() if found is not None}
+
+
+def _text(texts: Texts, digest: str) -> str | None:
+    found = texts.get(digest)
+    return None if found is None else found.text
+
+
+def _field(name: str) -> Callable[[object], object]:
+    return lambda row: getattr(row, name)
+
+
+def _of_generation(name: str) -> Callable[[GenerationRow], object]:
+    return lambda row: getattr(row.generation, name)

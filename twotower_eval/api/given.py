@@ -1,0 +1,167 @@
+"""What callers give, as keywords, texts, lists, paths or objects, made into the plans and the runs that they mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import os
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from twotower_eval import store
+from twotower_eval.api.runs import Run
+from twotower_eval.decoder_settings import check_said_once, typed_settings
+from twotower_eval.errors import UserError
+from twotower_eval.plan import SHIPPED, RunPlan, SizingPlan, SpeedPlan, VerifyPlan, load_plan, merge, plan_from_json
+from twotower_eval.progress import Progress, SilentProgress, choose_progress
+from twotower_eval.records import Verb, verb_of
+
+P = TypeVar("P", RunPlan, SpeedPlan, SizingPlan, VerifyPlan)
+F = TypeVar("F", bound=Callable[..., object])
+PathText = str | os.PathLike[str]
+GivenRun = Run | store.Run | PathText
+VERBS: dict[type, Verb] = {RunPlan: "run", SpeedPlan: "speed", SizingPlan: "size", VerifyPlan: "verify"}
+
+
+def takes_fields(cls: type) -> Callable[[F], F]:
+    """Show a plan's fields as keywords, with their defaults, in the signature of a function that takes ``**fields``."""
+
+    def shown(function: F) -> F:
+        own = [one for one in inspect.signature(function).parameters.values() if one.kind is not one.VAR_KEYWORD]
+        taken = {one.name for one in own}
+        fields = [
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+            for field in dataclasses.fields(cls)
+            if field.name not in taken
+        ]
+        function.__dict__["__signature__"] = inspect.signature(function).replace(parameters=[*own, *fields])
+        return function
+
+    return shown
+
+
+def plan_of(cls: type[P], plan: P | PathText | None, resumed: Path | None, given: Mapping[str, object]) -> P:
+    """The plan given, or that of a TOML file or of a resumed run, or the defaults; with ``given`` laid over it.
+
+    A field that is ``None`` in ``given`` is not given. One value stands for a list of one, and lists are taken like
+    tuples. UserError for a field that no such plan has, with the nearest one, and for a value that does not fit.
+    """
+    base = _base_of(cls, plan, resumed)
+    values = _values(cls, given)
+    if values.get("model") == SHIPPED:
+        del values["model"]
+        if base is not None:
+            base = plan_from_json(cls, {**vars(base), "model": None})
+    if isinstance(settings := values.get("set"), Mapping):
+        check_said_once(settings, values)
+        kind = values.get("decoder") or getattr(base or cls, "decoder", "")
+        values["set"] = {**settings, **typed_settings(str(kind), _texts(settings))}
+    return plan_from_json(cls, values) if base is None else merge(base, values)
+
+
+def _base_of(cls: type[P], plan: P | PathText | None, resumed: Path | None) -> P | None:
+    """What the keywords are laid over."""
+    if isinstance(plan, cls):
+        return plan
+    if isinstance(plan, str | os.PathLike):
+        if resumed is not None:
+            raise UserError("--resume takes the plan from the run: drop --plan")
+        return load_plan(Path(plan), cls)
+    if plan is not None:
+        raise UserError(f"plan must be a {cls.__name__} or the path of a TOML file, not a {type(plan).__name__}")
+    return None if resumed is None else plan_from_json(cls, _stored_plan(cls, resumed))
+
+
+def _texts(settings: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
+    """Parameters of a decoder that are given as texts, which become what the decoder says that they are."""
+    listed = {name: value if isinstance(value, list | tuple) else (value,) for name, value in settings.items()}
+    return {
+        str(name): tuple(value)
+        for name, value in listed.items()
+        if all(isinstance(one, str) for one in value) and value
+    }
+
+
+def _stored_plan(cls: type, resumed: Path) -> Mapping[str, object]:
+    manifest = store.read_manifest(resumed)
+    verb = verb_of(manifest)
+    if verb != VERBS[cls]:
+        raise UserError(f"{resumed} is a {verb!r}, not a {VERBS[cls]!r}: twotower-eval {verb} --resume …")
+    return manifest.plan
+
+
+def _values(cls: type, given: Mapping[str, object]) -> dict[str, object]:
+    listed = _list_fields(cls)
+    values: dict[str, object] = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if name in listed and not isinstance(value, list | tuple):
+            value = (value,)
+        values[name] = value
+    return values
+
+
+@functools.cache
+def _list_fields(cls: type) -> frozenset[str]:
+    hints = typing.get_type_hints(cls)  # without what is annotated beside the types
+    return frozenset(name for name, hint in hints.items() if typing.get_origin(hint) is tuple)
+
+
+def run_path(run: GivenRun, root: Path) -> Path:
+    """A run's folder, named by itself or by its id under ``root``."""
+    if isinstance(run, Run | store.Run):
+        return run.path
+    for path in (Path(run), root / run):
+        if (path / store.MANIFEST).is_file():
+            return path
+    raise UserError(f"{os.fspath(run)!r} is no run: there is no {store.MANIFEST} in it or in {root / run}")
+
+
+def resumed_path(resume: GivenRun | None, root: Path) -> Path | None:
+    """The folder of the run that is to go on, if any."""
+    return None if resume is None else run_path(resume, root)
+
+
+def newest_runs(root: Path) -> list[Path]:
+    """What is read when no run is named: the newest of each verb."""
+    found = [store.find_runs(root, verb) for verb in typing.get_args(Verb)]
+    newest = [paths[0] for paths in found if paths]
+    if not newest:
+        raise UserError(f"no runs in {root}: make one with `twotower-eval run`, or name run folders")
+    return newest
+
+
+def loaded_runs(runs: Iterable[GivenRun | Iterable[GivenRun]], root: Path) -> list[store.Run]:
+    """The runs given, alone or in lists; the newest of each verb under ``root`` where none is."""
+    return [_loaded(one, root) for one in _named(runs) or newest_runs(root)]
+
+
+def run_paths(runs: Iterable[GivenRun | Iterable[GivenRun]], root: Path) -> list[Path]:
+    """Folders of the runs given, alone or in lists; of the newest of each verb under ``root`` where none is."""
+    return [run_path(one, root) for one in _named(runs)] or newest_runs(root)
+
+
+def _named(runs: Iterable[GivenRun | Iterable[GivenRun]]) -> list[GivenRun]:
+    named: list[GivenRun] = []
+    for one in runs:
+        named += [one] if isinstance(one, str | os.PathLike | store.Run) else list(one)
+    return named
+
+
+def _loaded(run: GivenRun, root: Path) -> store.Run:
+    if isinstance(run, store.Run):
+        return run
+    return run.record if isinstance(run, Run) else store.load(run_path(run, root))
+
+
+def shown_progress(progress: Progress | bool) -> Progress:
+    """Bars or lines, as fits where this runs, for ``True``; nothing for ``False``; else the one given."""
+    if isinstance(progress, bool):
+        return choose_progress() if progress else SilentProgress()
+    return progress

@@ -1,0 +1,154 @@
+"""A run as it is handed to people: where it lies, and its rows as frames."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from twotower_eval import store
+from twotower_eval.api.documents import Text, known_texts
+from twotower_eval.records import Check, RunManifest, verb_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Run(os.PathLike[str]):
+    """A run folder. Its files are read when something of them is first asked for, and not again.
+
+    ``record`` holds the journals as records. The frames have a row for each row of a journal, with the run, the arm,
+    the model, its dtype, the decoder and each of its parameters in columns of their own. What does not exist is
+    ``None`` or NaN.
+
+    ``prompt`` and ``target`` are there where a file on this machine holds the very text whose hash the run recorded:
+    those of the shipped tasks, and of ``data_dir`` where a prompt or a target is a field as it stands. They are
+    ``None`` for prompts that lm-eval puts together, such as those with examples before them. The target of a multiple
+    choice is its option's number. ``answer`` is the text that was generated, ``None`` where log-likelihoods answered.
+
+    >>> import twotower_eval as tt
+    >>> run = tt.load_run("results/20261129T195736Z-run-d2db1f")  # doctest: +SKIP
+    >>> run.scores.groupby(["task", "arm", "threshold"], dropna=False)["value"].mean()  # doctest: +SKIP
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @cached_property
+    def record(self) -> store.Run:
+        """Everything in the folder, as records. UserError where it is no run folder, or where a file is broken."""
+        return store.load(self.path)
+
+    @cached_property
+    def manifest(self) -> RunManifest:
+        """What was to be run, and on what: models, decoders, plan, versions, machine."""
+        return store.read_manifest(self.path)
+
+    @property
+    def run_id(self) -> str:
+        """The run's id, which is also its folder's name."""
+        return self.manifest.run_id
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing; what is missing is made with ``resume=run``."""
+        return self.record.complete
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """A row for each document, metric and filter: ``value``, and what was asked, expected and answered."""
+        from twotower_eval.api import frames
+
+        return frames.scores(self.record, self._texts)
+
+    @cached_property
+    def generations(self) -> pd.DataFrame:
+        """A row for each generated answer, with its tokens and forwards counted."""
+        from twotower_eval.api import frames
+
+        return frames.generations(self.record, self._texts)
+
+    @cached_property
+    def likelihoods(self) -> pd.DataFrame:
+        """A row for each log-likelihood: ``logprob_nats`` of an ``option`` behind a ``prompt``."""
+        from twotower_eval.api import frames
+
+        return frames.likelihoods(self.record, self._texts)
+
+    @cached_property
+    def speed(self) -> pd.DataFrame:
+        """A row for each timed call: ``wall_s``, round, launch, and what the call did."""
+        from twotower_eval.api import frames
+
+        return frames.speed(self.record, self._texts)
+
+    @cached_property
+    def costs(self) -> pd.DataFrame:
+        """A row for each part of decoding that was timed by itself."""
+        from twotower_eval.api import frames
+
+        return frames.costs(self.record)
+
+    @cached_property
+    def checks(self) -> pd.DataFrame:
+        """A row for each thing that ``verify`` looked at."""
+        from twotower_eval.api import frames
+
+        return frames.checks(self.record)
+
+    @property
+    def check_lines(self) -> list[str]:
+        """A line for each check of ``verify``, and one on all of them."""
+        return check_lines(self.record.checks, self.path)
+
+    @cached_property
+    def _texts(self) -> dict[str, Text]:
+        return known_texts(self.record)
+
+    def _repr_html_(self) -> str:
+        """The run's name, whether it is complete, and mean scores by task where something was scored."""
+        record = self.record
+        counts = {"scores": len(record.scores), "generations": len(record.generations)}
+        counts |= {"log-likelihoods": len(record.likelihoods), "timed calls": len(record.speed)}
+        counts |= {"timed parts": len(record.costs), "checks": len(record.checks)}
+        held = ", ".join(f"{num:,} {name}" for name, num in counts.items() if num)
+        state = "complete" if record.complete else "not complete: resume it"
+        title = f"<b>{escape(verb_of(record.manifest))}</b> <code>{escape(self.run_id)}</code> ({state})"
+        return f"<p>{title}: {held or 'nothing yet'}</p>{self._means() if record.scores else ''}"
+
+    def _means(self) -> str:
+        shown = self.scores[self.scores["headline"]]
+        point = list(shown.columns[1 : shown.columns.get_loc("task")])  # all that an operating point has
+        means = shown.groupby([*point, "task"], dropna=False, sort=False)["value"].mean().unstack("task")
+        return str(
+            means.rename_axis(columns=None)
+            .reset_index()
+            .to_html(index=False, border=0, float_format="{:.3g}".format, na_rep="–")
+        )
+
+
+def check_lines(checks: Sequence[Check], path: Path) -> list[str]:
+    """A line for each check: outcome, name, value against its limit, what was looked at. Then one on all of them."""
+    width = max(len(check.name) for check in checks)
+    lines = []
+    for check in checks:
+        value = "" if check.value is None else f"{check.value:.3g}"
+        limit = "" if check.limit is None else f" (limit {check.limit:g})"
+        lines.append(f"{check.outcome.replace('_', ' '):11}  {check.name:{width}}  {value + limit:24}  {check.detail}")
+    return [*lines, f"{path}: {_summary(checks)}"]
+
+
+def _summary(checks: Sequence[Check]) -> str:
+    failed = [check.name for check in checks if check.outcome == "failed"]
+    num = {outcome: sum(check.outcome == outcome for check in checks) for outcome in ("passed", "not_checked")}
+    rest = f"{num['passed']} passed, {num['not_checked']} not checked"
+    return f"FAILED: {', '.join(failed)}; {rest}" if failed else f"nothing failed: {rest}"
