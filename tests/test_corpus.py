@@ -1,5 +1,6 @@
-"""The miniature's corpus: answers are right by a second computation, nothing leaks, the tasks are its output."""
+"""The miniature's corpora: answers are right by a second computation, nothing leaks, the tasks are an output of one."""
 
+import hashlib
 import json
 import operator
 import re
@@ -12,7 +13,8 @@ import pytest
 import yaml
 
 from twotower_eval.miniature import corpus
-from twotower_eval.miniature.corpus import KINDS, Document, documents, sample, training_documents
+from twotower_eval.miniature.corpus import KINDS, SHORT, Document, documents, sample, training_documents
+from twotower_eval.miniature.long_answers import LONG
 from twotower_eval.miniature.task_files import distractors, write_tasks
 from twotower_eval.miniature.tokenizer import CHARACTERS, encode
 
@@ -20,8 +22,8 @@ TASKS = Path(__file__).parents[1] / "tasks" / "miniature"
 GENERATION_TASKS = [f"miniature_{kind}" for kind in KINDS]
 
 
-def draw(kind: str, count: int = 1000) -> list[Document]:
-    return list(islice(documents(5, [kind]), count))
+def draw(kind: str, count: int = 1000, corpus: corpus.Corpus = SHORT) -> list[Document]:
+    return list(islice(documents(5, [kind], corpus), count))
 
 
 def rows(task: str) -> list[dict]:
@@ -147,16 +149,112 @@ def test_english_draws_the_right_conclusions():
     assert set(checked) == {"older", "younger", "order", "gift", "total", "tell"}
 
 
+# --- long answers ---
+
+
+def test_long_arithmetic_carries_right_and_spells_the_result():
+    seen = Counter()
+    for document in draw("arithmetic", corpus=LONG):
+        verb, *numbers = document.prompt.removesuffix("=").split()
+        compute = {"add": lambda n: sum(n), "sub": lambda n: n[0] - n[1], "mul": lambda n: n[0] * n[1]}[verb]
+        *columns, result = document.answer.split(", ")
+        assert result == f"so {compute([int(n) for n in numbers])}"
+        going, digits = 0, ""
+        for column in columns:
+            term, told = column.split("=")
+            assert int(re.split(r"[-+*]", term)[-1]) == going, "what the last column passes on"
+            if verb == "sub":
+                value, going = map(int, re.fullmatch(r"(\d) borrow (\d)", told).groups())
+                assert eval(term) == value - 10 * going
+                digits = f"{value}{digits}"
+            else:
+                value, kept, going = map(int, re.fullmatch(r"(\d\d) keep (\d) carry (\d)", told).groups())
+                assert sum(eval(t) for t in re.sub(r"\b0+(\d)", r"\1", term).split("+")) == value
+                assert (kept, going) == (value % 10, value // 10)
+                digits = f"{kept}{digits}"
+        assert int(f"{going}{digits}") == compute([int(n) for n in numbers])
+        seen[verb] += 1
+    assert min(seen[verb] for verb in ("add", "sub", "mul")) > 250
+
+
+def test_long_recall_facts_stand_in_the_table():
+    for document in draw("recall", corpus=LONG):
+        table_text, question = document.prompt.removesuffix("=").split("; ")
+        table = dict(row.split(" ", 1) for row in table_text.split(", "))
+        assert document.answer == ", ".join(f"{name} has {table[name]}" for name in question.split()[1:])
+
+
+def test_long_sort_orders_people_by_age():
+    for document in draw("sort", corpus=LONG):
+        _, direction, people = document.prompt.removesuffix("=").split(" ", 2)
+        ordered, ends = document.answer.split("; ")
+        ages = [int(person.split()[1]) for person in ordered.split(", ")]
+        assert sorted(ordered.split(", ")) == sorted(people.split(", "))
+        assert ages == sorted(ages, reverse=direction == "down")
+        assert ends == f"first {ordered.split(', ')[0]}, last {ordered.split(', ')[-1]}"
+
+
+def test_long_programs_print_what_an_interpreter_prints():
+    for document in draw("program", corpus=LONG):
+        words = document.prompt.removeprefix("run ").removesuffix("=").split()
+        if words[0] == "keep":
+            numbers, kept = words[words.index("of") + 1 :], interpret(document.prompt).removesuffix(" end").split()
+            dropped = [n for n in numbers if n not in kept]
+            told = f"keep {' '.join(kept)}, drop {' '.join(dropped)}, {len(kept)} of {len(numbers)}"
+        elif "=" in words[0]:
+            lines = interpret(document.prompt).split()
+            told = ", ".join(f"{i} {line}" for i, line in enumerate(lines, 1)) + f", end {lines[-1]}"
+        else:
+            made = interpret(document.prompt).removesuffix(" end").split(" then ")
+            pairs = zip(("start", *words[1:]), (words[0], *made), strict=True)
+            told = ", ".join(f"{name} {text}" for name, text in pairs) + ", end"
+        assert document.answer == told
+
+
+def test_long_english_tells_every_fact_of_its_prompt():
+    for document in draw("english", corpus=LONG):
+        facts, sentences = document.prompt.removesuffix("=").split("; "), re.findall(r"[^.]+\.", document.answer)
+        assert len(facts) == len(sentences) in (2, 3)
+        for fact, sentence in zip(facts, sentences, strict=True):
+            assert set(re.findall(r"[A-Z]\w+", fact)) == set(re.findall(r"[A-Z]\w+", sentence))
+
+
+def test_long_corpus_asks_evaluation_for_the_trained_lengths():
+    assert LONG.kinds == LONG.evaluation_kinds
+    for kind in LONG.kinds:
+        trained, held_out = ([len(d.answer) for d in some] for some in (
+            draw(kind, 1000, LONG), corpus.evaluation_documents(kind, LONG)
+        ))  # fmt: skip
+        assert abs(sum(trained) / len(trained) - sum(held_out) / len(held_out)) < 2
+        assert max(held_out) <= max(trained) + 5
+
+
+def test_no_held_out_prompt_of_the_long_corpus_is_trained_on(monkeypatch):
+    held_out = corpus.evaluation_prompts(LONG)
+    assert len(held_out) == LONG.held_out_per_kind * len(LONG.kinds)
+    assert not held_out & corpus.evaluation_prompts(SHORT)
+    planted = corpus.evaluation_documents("sort", LONG)[3]
+    monkeypatch.setitem(LONG.kinds, "sort", lambda rng: planted if rng.random() < 0.5 else corpus.sort(rng))
+    assert planted not in islice(training_documents(0, ["sort"], LONG), 200)
+
+
+def test_short_corpus_is_the_one_that_the_shipped_pair_was_trained_on():
+    text = "\n".join(document.prompt + document.answer for document in islice(training_documents(0), 500))
+    assert hashlib.sha256(text.encode()).hexdigest().startswith("62bb0ea66d44a349")
+
+
 # --- form ---
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_documents_fit_the_model_and_its_alphabet(kind):
-    for document in draw(kind, 3000):
+@pytest.mark.parametrize(("made", "prompt", "answer"), [(SHORT, (1, 110), (10, 80)), (LONG, (1, 175), (60, 150))])
+def test_documents_fit_the_model_and_its_alphabet(kind, made, prompt, answer):
+    for document in draw(kind, 2000, made):
         assert document.kind == kind
         assert document.prompt.endswith("=")
-        assert len(document.prompt) <= 110
-        assert 10 <= len(document.answer) <= 80
+        assert prompt[0] <= len(document.prompt) <= prompt[1]
+        assert answer[0] <= len(document.answer) <= answer[1]
+        assert len(document.answer) < made.max_new_tokens, "with its EOS"
         assert document.answer == document.answer.strip()
         assert set(document.prompt + document.answer) <= set(CHARACTERS)
 

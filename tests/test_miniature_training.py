@@ -1,5 +1,6 @@
 """Training of the miniature: its views of the towers equal inference, it resumes, and what it writes is loaded."""
 
+import dataclasses
 import json
 import tomllib
 
@@ -7,17 +8,23 @@ import pytest
 import torch
 
 import twotower_eval as tt
-from twotower_eval.miniature import evaluate, train
+from twotower_eval.errors import UserError
+from twotower_eval.miniature import evaluate, stages, train
 from twotower_eval.miniature.batches import make_batch, training_batches
 from twotower_eval.miniature.blocks import (
     Noise,
     autoregressive_loss,
+    chained_loss,
     denoise_blocks,
     denoiser_loss,
     draw_noise,
+    masked_loss,
+    reveal,
     run_clean,
+    teacher_probabilities,
 )
 from twotower_eval.miniature.export import RECIPE_FILE, export_pair
+from twotower_eval.miniature.long_answers import LONG
 from twotower_eval.miniature.tokenizer import EOS_ID, MASK_ID
 
 BLOCK = 8
@@ -106,6 +113,126 @@ def test_filler_behind_the_end_weighs_little_and_blocks_of_it_nothing(pair, batc
     assert torch.isnan(loss), "nothing that counts is masked"
 
 
+def noise_of(batch, *masked_rows):
+    """One draw: the columns of each document's answer that are masked."""
+    answers = batch.ids_NS[:, batch.num_prompt_columns :].unflatten(1, (-1, BLOCK))[None]
+    masked = torch.zeros(answers.shape[1], answers.shape[2] * BLOCK, dtype=torch.bool)
+    for row, columns in enumerate(masked_rows):
+        masked[row, list(columns)] = True
+    masked = masked.view(answers.shape)
+    return Noise(torch.where(masked, MASK_ID, answers), masked, masked.float().mean(-1))
+
+
+def logits_for(noise, confidences):
+    """Logits that are as sure as told of token 7, in the order of columns of the first document; others are flat."""
+    logits = torch.zeros(noise.ids.numel(), 96)
+    for column, confidence in confidences.items():
+        logits[column, 7] = torch.tensor(confidence * 94 / (1 - confidence)).log()  # the mask token has no part
+    return logits.view(-1, BLOCK, 96)
+
+
+def test_next_pass_of_a_chain_sees_the_right_tokens_where_the_last_was_surest(batch):
+    noise = noise_of(batch, range(8), ())
+    surest_first = {0: 0.3, 1: 0.999, 2: 0.2, 3: 0.998, 4: 0.4, 5: 0.997, 6: 0.45, 7: 0.1}
+    logits = logits_for(noise, surest_first)
+    logits[..., MASK_ID] = 50.0  # never predicted, however likely
+    after = reveal(noise, logits, batch, MASK_ID, torch.Generator().manual_seed(0))
+    assert after.masked[0, 0, 0].tolist() == [True, False, True, False, True, False, True, True]
+    assert after.ids[0, 0, 0].tolist() == [MASK_ID, 21, MASK_ID, 23, MASK_ID, 25, MASK_ID, MASK_ID]
+    assert float(after.t[0, 0, 0]) == 5 / 8
+    assert not after.masked[0, 0, 1].any()
+
+
+def test_chain_reveals_one_token_of_an_unsure_block_and_never_its_last(batch):
+    noise = noise_of(batch, range(8), (3,))
+    unsure = reveal(noise, logits_for(noise, {4: 0.2}), batch, MASK_ID, torch.Generator().manual_seed(0))
+    assert unsure.masked[0, 0, 0].tolist() == [True] * 4 + [False] + [True] * 3
+    assert unsure.masked[0, 1].sum() == 1, "the last masked token stays"
+    sure = reveal(noise, logits_for(noise, dict.fromkeys(range(7), 0.9999)), batch, MASK_ID, torch.Generator())
+    assert sure.masked[0, 0, 0].tolist() == [False] * 7 + [True]
+
+
+def test_thresholds_of_a_chain_spread_from_a_half_to_almost_one(batch):
+    many = noise_of(batch, (0, 1, 2), ())
+    many = Noise(*(t.expand(2000, *t.shape[1:]).contiguous() for t in (many.ids, many.masked, many.t)))
+    for confidence, share in ((0.499, 0.0), (0.9, 0.412), (0.9905, 1.0)):  # (log10(0.1) + 0.3) / -1.7 = 0.412
+        logits = torch.zeros(2000, 4 * BLOCK, 96)
+        logits[:, 1, 7] = 20.0  # the surest, revealed anyway; column 2 is the least sure
+        logits[:, 0, 7] = torch.tensor(confidence * 94 / (1 - confidence)).log()
+        after = reveal(many, logits.view(-1, BLOCK, 96), batch, MASK_ID, torch.Generator().manual_seed(1))
+        assert not after.masked[:, 0, 0, 1].any()
+        assert after.masked[:, 0, 0, 2].all()
+        assert float((~after.masked[:, 0, 0, 0]).float().mean()) == pytest.approx(share, abs=0.04)
+
+
+def test_chain_of_one_pass_is_the_plain_loss_and_of_two_the_mean_of_both(pair, batch):
+    _, states = run_clean(pair.context_tower, batch, BLOCK)
+    noise = draw_noise(batch, BLOCK, 2, MASK_ID, torch.Generator().manual_seed(0), full_share=1.0, suffix_share=0.0)
+    plain, _ = denoiser_loss(pair, batch, states, noise)
+    one, _ = chained_loss(pair, batch, states, noise, torch.Generator().manual_seed(1), num_passes=1)
+    assert torch.equal(one, plain)
+    logits = denoise_blocks(pair.denoiser, batch, states, noise)
+    second = reveal(noise, logits, batch, MASK_ID, torch.Generator().manual_seed(1))
+    assert int(second.masked.sum()) < int(noise.masked.sum())
+    after, _ = denoiser_loss(pair, batch, states, second)
+    two, _ = chained_loss(pair, batch, states, noise, torch.Generator().manual_seed(1), num_passes=2)
+    torch.testing.assert_close(two, (plain + after) / 2)
+
+
+@torch.no_grad()
+def test_teacher_of_soft_targets_is_the_context_tower_behind_the_right_tokens(pair, batch):
+    hidden, _ = run_clean(pair.context_tower, batch, BLOCK)
+    teacher = teacher_probabilities(pair.context_tower, batch, hidden)
+    real = batch.ids_NS[0][batch.valid_NS[0]]
+    alone = pair.context_logits(real[None])[0].softmax(-1)
+    torch.testing.assert_close(teacher[0], alone[4:-1], rtol=1e-4, atol=1e-5)  # the prompt has 5 tokens
+
+
+def test_soft_share_mixes_the_teacher_into_the_target_but_not_behind_the_end(batch):
+    noise = noise_of(batch, (0,), (5,))  # the second answer has three tokens: its masked one is filler
+    logits = torch.randn(4, BLOCK, 96, generator=torch.Generator().manual_seed(0))
+    teacher = torch.randn(2, 16, 96, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    loss, _ = masked_loss(logits, batch, noise, teacher, 0.25)
+    log_p = logits.log_softmax(-1)
+    hard = -log_p[0, 0, 20]
+    soft = -(teacher[0, 0] * log_p[0, 0]).sum()
+    filler = -log_p[2, 5, EOS_ID]
+    torch.testing.assert_close(loss, (0.75 * hard + 0.25 * soft + 0.1 * filler) / 1.1)
+
+
+def test_greedy_targets_are_what_the_context_tower_answers(pair, batch):
+    with torch.no_grad():
+        pair.context_tower.head.weight[EOS_ID] *= 3  # so that something ends
+    loosely = evaluate.with_greedy_answers(pair, batch, BLOCK, 200)
+    ended = 0
+    for row in range(loosely.ids_NS.shape[0]):
+        real = loosely.ids_NS[row][loosely.valid_NS[row]].tolist()
+        prompt = int(loosely.valid_NS[row, : loosely.num_prompt_columns].sum())
+        length = int(loosely.answer_lengths_N[row])
+        for end in range(prompt, prompt + length):
+            assert int(pair.context_logits(torch.tensor([real[:end]]))[0, -1].argmax()) == real[end]
+        ended += real[prompt + length - 1] == EOS_ID
+    assert ended == loosely.ids_NS.shape[0] > 0
+    with torch.no_grad():
+        pair.context_tower.head.weight[EOS_ID] = 0  # never the likeliest
+    assert evaluate.with_greedy_answers(pair, batch, BLOCK, 5) is batch, "where nothing ends"
+
+
+def test_muon_takes_the_layers_matrices_and_adamw_the_rest(pair):
+    named = dict(pair.denoiser.named_parameters())
+    adamw, muon = stages.make_optimizers(named, {"optimizer": "muon"})
+    taken = {id(p) for group in muon.param_groups for p in group["params"]}
+    rest = {id(p) for group in adamw.param_groups for p in group["params"]}
+    assert not taken & rest
+    assert taken | rest == {id(p) for p in named.values()}
+    names = {name for name, p in named.items() if id(p) in taken}
+    assert {name.rsplit(".", 2)[1] for name in names} == {
+        "in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+    [only] = stages.make_optimizers(named, {})
+    assert sum(len(group["params"]) for group in only.param_groups) == len(named)
+
+
 def test_losses_fall_when_trained_on_one_batch(pair):
     batch = next(training_batches(0, columns_per_batch=300, multiple=BLOCK, pool_size=16))
     for name in ("context", "denoiser"):
@@ -172,6 +299,65 @@ def test_interrupted_training_goes_on_to_the_same_weights(quick, tmp_path):
     assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     log = [json.loads(line) for line in (whole / "training_log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log if "retention" in row] == [4]
+
+
+def long_recipe():
+    """Every lever at once, on the long corpus, the denoiser in two stages."""
+    recipe = tiny_recipe(passes=2, soft_share=0.2, targets="greedy", optimizer="muon")
+    recipe["context"] |= {"optimizer": "muon"}
+    recipe |= {"corpus": "long", "stages": ["context", "denoiser", "longer"]}
+    for stage in ("context", "denoiser"):
+        recipe[stage] |= {"steps": 2, "batches_per_step": 1, "columns_per_batch": 200}
+    recipe["longer"] = recipe["denoiser"] | {"trains": "denoiser", "steps": 3}
+    return recipe
+
+
+def test_training_by_stages_goes_on_to_the_same_weights_and_keeps_count(quick, tmp_path):
+    quick.setattr(train, "read_recipe", lambda file: long_recipe())
+    quick.setitem(
+        train.CORPORA, "long", dataclasses.replace(LONG, max_new_tokens=4, held_out_per_kind=3, first_watched=2)
+    )
+    whole = train.train_pair(tmp_path / "whole", device="cpu")
+    real_step, calls = train.train_step, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 6:  # the second step of the last stage
+            raise KeyboardInterrupt
+        return real_step(*args)
+
+    quick.setattr(train, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.train_pair(tmp_path / "parts", device="cpu")
+    assert (tmp_path / "parts" / "pair" / "model.safetensors").exists(), "the first denoiser stage left a pair"
+    parts = train.train_pair(tmp_path / "parts", device="cpu")
+    assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    log = [json.loads(line) for line in (whole / "training_log.jsonl").read_text().splitlines()]
+    ends = [row for row in log if "loss_nats" in row]
+    assert [(row["stage"], row["step"]) for row in ends] == [("context", 2), ("denoiser", 2), ("denoiser", 3)]
+    assert ends[2]["num_tokens"] > ends[1]["num_tokens"], "tokens count over the stages of a tower"
+    assert train.train_pair(tmp_path / "parts", device="cpu") == parts, "a finished training is exported again"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"corpus": "verse"}, "corpus is 'verse'; choose from short, long"),
+        ({"stages": ["context", "more"]}, "stage 'more', but has no table"),
+        ({"stages": ["context", "model"]}, "trains 'model', not context or denoiser"),
+        ({"context": {"optimizer": "sgd"}}, "optimizer is 'sgd'; choose from adamw, muon"),
+        ({"denoiser": {"targets": "dreams"}}, "targets are 'dreams'; choose from corpus, greedy"),
+        ({"stages": ["context"]}, "last stage must train the denoiser"),
+    ],
+)
+def test_recipe_that_asks_for_something_unknown_is_one_clear_error(quick, tmp_path, changes, told):
+    recipe = tiny_recipe()
+    for key, value in changes.items():
+        recipe[key] = recipe[key] | value if isinstance(value, dict) else value
+    recipe["context"]["steps"] = recipe["denoiser"]["steps"] = 1
+    quick.setattr(train, "read_recipe", lambda file: recipe)
+    with pytest.raises(UserError, match=told):
+        train.train_pair(tmp_path, device="cpu")
 
 
 def test_exported_pair_is_a_checkpoint_in_the_released_layout(pair, tmp_path):

@@ -13,7 +13,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from twotower_eval.miniature.corpus import Document, training_documents
+from twotower_eval.miniature.corpus import SHORT, Corpus, Document, training_documents
 from twotower_eval.miniature.tokenizer import EOS_ID, PAD_ID, encode
 
 SEPARATOR_SHARE = 0.1  # documents that follow an EOS, as in a running text
@@ -59,10 +59,12 @@ def _rounded_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def training_batches(seed: int, *, columns_per_batch: int, multiple: int, pool_size: int) -> Iterator[Batch]:
+def training_batches(
+    seed: int, *, columns_per_batch: int, multiple: int, pool_size: int, corpus: Corpus = SHORT
+) -> Iterator[Batch]:
     """An endless stream. Each pool of documents is sorted by shape, cut into batches, and the batches are shuffled."""
     rng = Random(f"batches {seed}")
-    stream = training_documents(seed)
+    stream = training_documents(seed, corpus=corpus)
     while True:
         pool = [_encoded(document, rng) for document in islice(stream, pool_size)]
         pool.sort(key=lambda d: (_rounded_up(len(d[1]), multiple), _rounded_up(len(d[0]), multiple), rng.random()))

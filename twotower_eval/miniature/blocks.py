@@ -131,25 +131,100 @@ def draw_noise(
     return Noise(ids, masked, masked.float().mean(-1))
 
 
+@torch.no_grad()
+def reveal(noise: Noise, logits: Tensor, batch: Batch, mask_id: int, generator: torch.Generator) -> Noise:
+    """What a pass leaves masked: the right tokens stand where it was surest, as in decoding.
+
+    Each block has a threshold of its own, from 0.5 to 0.99, of which 1 - threshold is uniform in its logarithm. The
+    surest masked token is always revealed and the least sure never, so that every block goes on teaching something.
+    """
+    allowed = logits.view(*noise.ids.shape, -1).index_fill(-1, torch.tensor(mask_id, device=logits.device), -torch.inf)
+    confidence = allowed.softmax(-1).amax(-1)
+    draw = torch.rand(noise.t.shape, generator=generator, device=noise.t.device)
+    threshold = 1 - 10 ** -(0.3 + 1.7 * draw)
+    surest = confidence.masked_fill(~noise.masked, -1.0)
+    least = confidence.masked_fill(~noise.masked, 2.0)
+    taken = (surest > threshold[..., None]) | (surest == surest.amax(-1, keepdim=True))
+    masked = noise.masked & (~taken | (least == least.amin(-1, keepdim=True)))
+    return Noise(torch.where(masked, mask_id, _answers(batch, noise)), masked, masked.float().mean(-1))
+
+
+def _answers(batch: Batch, noise: Noise) -> Tensor:
+    """The clean answers in blocks, (D, N, blocks, K)."""
+    block_size = noise.ids.shape[-1]
+    answers = batch.ids_NS[:, batch.num_prompt_columns :].unflatten(1, (-1, block_size))
+    expanded: Tensor = answers.expand(noise.ids.shape)
+    return expanded
+
+
+def teacher_probabilities(model: ContextTower, batch: Batch, hidden_NSH: Tensor) -> Tensor:
+    """The context tower's own distribution of each answer token behind the right ones before it, (N, columns, V)."""
+    before_NAH = hidden_NSH[:, batch.num_prompt_columns - 1 : -1]
+    probabilities_NAV: Tensor = model.head(model.tower.norm_f(before_NAH)).float().softmax(-1)
+    return probabilities_NAV
+
+
 def denoiser_loss(
-    model: TwoTower, batch: Batch, states: CleanStates, noise: Noise, *, mixed_precision: bool = False
+    model: TwoTower,
+    batch: Batch,
+    states: CleanStates,
+    noise: Noise,
+    *,
+    mixed_precision: bool = False,
+    teacher_NAV: Tensor | None = None,
+    soft_share: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Mean negative log-likelihood (nats) at masked positions, and the share of them predicted right.
 
-    The 1/t weight of the bound is dropped. Blocks of nothing but filler do not count.
+    The 1/t weight of the bound is dropped. Blocks of nothing but filler do not count. A ``soft_share`` of the target
+    is the teacher's distribution.
     """
-    draws, documents, blocks, block_size = noise.ids.shape
     logits = denoise_blocks(model.denoiser, batch, states, noise, mixed_precision=mixed_precision)
-    logits = logits.view(draws, documents, blocks, block_size, -1)
-    targets = batch.ids_NS[:, batch.num_prompt_columns :].unflatten(1, (-1, block_size)).expand(noise.ids.shape)
-    column = torch.arange(blocks * block_size, device=targets.device).view(blocks, block_size)
+    return masked_loss(logits, batch, noise, teacher_NAV, soft_share)
+
+
+def chained_loss(
+    model: TwoTower,
+    batch: Batch,
+    states: CleanStates,
+    noise: Noise,
+    generator: torch.Generator,
+    *,
+    num_passes: int,
+    mixed_precision: bool = False,
+    teacher_NAV: Tensor | None = None,
+    soft_share: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`denoiser_loss` averaged over passes, each on what the last one left masked: the states of decoding."""
+    losses, rights = [], []
+    for number in range(num_passes):
+        logits = denoise_blocks(model.denoiser, batch, states, noise, mixed_precision=mixed_precision)
+        loss, right = masked_loss(logits, batch, noise, teacher_NAV, soft_share)
+        losses.append(loss)
+        rights.append(right)
+        if number + 1 < num_passes:
+            noise = reveal(noise, logits, batch, model.config.mask_token_id, generator)
+    return torch.stack(losses).mean(), torch.stack(rights).mean()
+
+
+def masked_loss(
+    logits: Tensor, batch: Batch, noise: Noise, teacher_NAV: Tensor | None, soft_share: float
+) -> tuple[Tensor, Tensor]:
+    """The loss of these logits (D * N * blocks, K, V) and the share predicted right, see :func:`denoiser_loss`."""
+    _, _, blocks, block_size = noise.ids.shape
+    logits_RV, targets_R = logits.flatten(0, 1), _answers(batch, noise).flatten()
+    column = torch.arange(blocks * block_size, device=targets_R.device).view(blocks, block_size)
     lengths = batch.answer_lengths_N[:, None, None]
     weights = torch.where(column < lengths, 1.0, FILLER_WEIGHT) * (column[:, :1] < lengths)
-    weights = weights * noise.masked
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 3), targets.flatten(), reduction="none")
-    flat = weights.flatten()
-    right = (logits.flatten(0, 3).argmax(-1) == targets.flatten()) * flat
-    return (losses * flat).sum() / flat.sum(), right.sum() / flat.sum()
+    weights_R = (weights * noise.masked).flatten()
+    losses_R = torch.nn.functional.cross_entropy(logits_RV, targets_R, reduction="none")
+    if teacher_NAV is not None and soft_share > 0:
+        teacher = teacher_NAV.unflatten(1, (blocks, block_size)).expand(*noise.ids.shape, -1)
+        soft_R = torch.nn.functional.cross_entropy(logits_RV, teacher.flatten(0, -2), reduction="none")
+        taught_R = soft_share * (column < lengths).expand(noise.ids.shape).flatten()
+        losses_R = losses_R + taught_R * (soft_R - losses_R)
+    right_R = (logits_RV.argmax(-1) == targets_R) * weights_R
+    return (losses_R * weights_R).sum() / weights_R.sum(), right_R.sum() / weights_R.sum()
 
 
 def denoise_blocks(

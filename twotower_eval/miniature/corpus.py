@@ -1,4 +1,4 @@
-"""The miniature's corpus: five kinds of generated task whose answers are checked exactly.
+"""The miniature's corpora: kinds of generated task whose answers are checked exactly. Here is the shipped pair's.
 
 Every document is a prompt that ends with "=" and an answer that starts right after it; the end of the answer is the
 EOS token, which is not part of the text. Each kind spans a range of difficulty, so that a model of a million
@@ -9,10 +9,9 @@ Training and evaluation draw from different seeds, and `training_documents` drop
 evaluation set, however it was reached.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import islice
 from random import Random
 
 from twotower_eval.errors import UserError
@@ -23,8 +22,10 @@ __all__ = [
     "CHARACTERS",
     "EVAL_SEED",
     "KINDS",
+    "SHORT",
     "SPECIAL_TOKENS",
     "TRAIN_SEED_BASE",
+    "Corpus",
     "Document",
     "decode",
     "documents",
@@ -158,13 +159,14 @@ def _filter(rng: Random) -> tuple[str, str]:
     while True:
         numbers = rng.sample(range(10, 100), rng.randint(4, 7))
         bound, condition = rng.randint(30, 70), rng.choice(("even", "odd", "over", "under"))
-        kept = [n for n in numbers if _keeps(condition, n, bound)]
+        kept = [n for n in numbers if keeps(condition, n, bound)]
         if len(kept) >= 3:
             shown = f"{condition} {bound}" if condition in ("over", "under") else condition
             return f"keep {shown} of {' '.join(map(str, numbers))}", f"{' '.join(map(str, kept))} end"
 
 
-def _keeps(condition: str, number: int, bound: int) -> bool:
+def keeps(condition: str, number: int, bound: int) -> bool:
+    """Whether the filter leaves a number in."""
     if condition in ("over", "under"):
         return number > bound if condition == "over" else number < bound
     return number % 2 == (condition == "odd")
@@ -188,45 +190,71 @@ KINDS: dict[str, Callable[[Random], Document]] = {
 EVALUATION_KINDS = KINDS | {"sort": partial(sort, fewest=8, most=11)}
 
 
-def sample(kind: str, rng: Random) -> Document:
-    """One document of a kind. An unknown kind is a ValueError."""
-    if kind not in KINDS:
-        raise UserError(f"unknown kind {kind!r} of miniature document; choose from {', '.join(KINDS)}")
-    return KINDS[kind](rng)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Corpus:
+    """Kinds of document, for training and for evaluation, and how many of each kind are held out.
+
+    The first ``first_watched`` held-out documents of a kind are for tasks; those behind them are for watching a
+    training. ``evaluation_seed`` goes into the seeds of the held-out documents.
+    """
+
+    kinds: Mapping[str, Callable[[Random], Document]]
+    evaluation_kinds: Mapping[str, Callable[[Random], Document]]
+    evaluation_seed: str
+    held_out_per_kind: int
+    first_watched: int
+    max_new_tokens: int
 
 
-def documents(seed: int, kinds: Sequence[str] | None = None) -> Iterator[Document]:
+SHORT = Corpus(
+    kinds=KINDS,
+    evaluation_kinds=EVALUATION_KINDS,
+    evaluation_seed=f"{EVAL_SEED}",
+    held_out_per_kind=EVALUATION_DOCUMENTS_PER_KIND,
+    first_watched=300,
+    max_new_tokens=96,  # the longest answer has about 60 tokens with its EOS
+)
+
+
+def sample(kind: str, rng: Random, corpus: Corpus = SHORT) -> Document:
+    """One document of a kind. An unknown kind is a UserError."""
+    if kind not in corpus.kinds:
+        raise UserError(f"unknown kind {kind!r} of miniature document; choose from {', '.join(corpus.kinds)}")
+    return corpus.kinds[kind](rng)
+
+
+def documents(seed: int, kinds: Sequence[str] | None = None, corpus: Corpus = SHORT) -> Iterator[Document]:
     """An endless stream of documents, each kind equally often; the same seed gives the same stream."""
     rng = Random(seed)
-    chosen = tuple(kinds or KINDS)
+    chosen = tuple(kinds or corpus.kinds)
     while True:
-        yield sample(rng.choice(chosen), rng)
+        yield sample(rng.choice(chosen), rng, corpus)
 
 
-def training_documents(seed: int = 0, kinds: Sequence[str] | None = None) -> Iterator[Document]:
+def training_documents(seed: int = 0, kinds: Sequence[str] | None = None, corpus: Corpus = SHORT) -> Iterator[Document]:
     """The stream for training: `documents` from a training seed, without the evaluation prompts."""
     assert seed >= 0, "training seeds count from 0"
-    stream = documents(TRAIN_SEED_BASE + seed, kinds)
-    return (document for document in stream if not is_evaluation_prompt(document.prompt))
+    stream = documents(TRAIN_SEED_BASE + seed, kinds, corpus)
+    return (document for document in stream if not is_evaluation_prompt(document.prompt, corpus))
 
 
 @cache
-def evaluation_documents(kind: str) -> tuple[Document, ...]:
+def evaluation_documents(kind: str, corpus: Corpus = SHORT) -> tuple[Document, ...]:
     """The held-out documents of one kind, all prompts different, always the same ones."""
-    rng = Random(f"{EVAL_SEED} {kind}")
+    rng = Random(f"{corpus.evaluation_seed} {kind}")
     by_prompt: dict[str, Document] = {}
-    while len(by_prompt) < EVALUATION_DOCUMENTS_PER_KIND:
-        document = EVALUATION_KINDS[kind](rng)
+    while len(by_prompt) < corpus.held_out_per_kind:
+        document = corpus.evaluation_kinds[kind](rng)
         by_prompt.setdefault(document.prompt, document)
-    return tuple(islice(by_prompt.values(), EVALUATION_DOCUMENTS_PER_KIND))
+    return tuple(by_prompt.values())
 
 
 @cache
-def evaluation_prompts() -> frozenset[str]:
+def evaluation_prompts(corpus: Corpus = SHORT) -> frozenset[str]:
     """Every held-out prompt, of all kinds."""
-    return frozenset(document.prompt for kind in KINDS for document in evaluation_documents(kind))
+    return frozenset(document.prompt for kind in corpus.kinds for document in evaluation_documents(kind, corpus))
 
 
-def is_evaluation_prompt(prompt: str) -> bool:
+def is_evaluation_prompt(prompt: str, corpus: Corpus = SHORT) -> bool:
     """Whether training has to leave this prompt out."""
-    return prompt in evaluation_prompts()
+    return prompt in evaluation_prompts(corpus)

@@ -1,7 +1,7 @@
 """How good the pair is while it trains, in the terms of the claim: retention and tokens per denoiser forward.
 
-Measured on held-out documents that no task uses (the tasks take the first 300 of each kind), so that watching the
-curve cannot tune anything to the evaluation.
+Measured on held-out documents that no task uses (tasks take the first ones of each kind), so that watching the curve
+cannot tune anything to the evaluation.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.models.protocol import as_model
 from twotower_eval.engine.models.twotower import TwoTower
-from twotower_eval.miniature.corpus import KINDS, Document, decode, encode, evaluation_documents
-from twotower_eval.miniature.task_files import MAX_NEW_TOKENS
+from twotower_eval.miniature.batches import Batch, make_batch
+from twotower_eval.miniature.corpus import SHORT, Corpus, Document, decode, encode, evaluation_documents
 from twotower_eval.miniature.tokenizer import EOS_ID
 from twotower_eval.records import Prompt
 
-FIRST_DOCUMENT = 300  # the tasks use those before it
 DOCUMENTS_PER_KIND = 60
+MAX_NEW_TOKENS = 1024  # whatever a corpus allows
 THRESHOLD = 0.9
 
 
@@ -30,16 +30,19 @@ def attach_facts(model: TwoTower) -> None:
     model.has_denoiser = True
 
 
-def accuracy_by_kind(model: TwoTower, decoder: str, **params: Any) -> tuple[dict[str, float], float | None]:
+def accuracy_by_kind(
+    model: TwoTower, decoder: str, corpus: Corpus = SHORT, **params: Any
+) -> tuple[dict[str, float], float | None]:
     """Share of exactly right answers by kind, and useful tokens per denoiser forward (None without any)."""
     attach_facts(model)
     generate = make_decoder(as_model(model), decoder, **params).generate
     accuracy: dict[str, float] = {}
     num_tokens = num_forwards = 0
-    for kind in KINDS:
-        documents = evaluation_documents(kind)[FIRST_DOCUMENT : FIRST_DOCUMENT + DOCUMENTS_PER_KIND]
+    budget = min(corpus.max_new_tokens, MAX_NEW_TOKENS)
+    for kind in corpus.kinds:
+        documents = evaluation_documents(kind, corpus)[corpus.first_watched :][:DOCUMENTS_PER_KIND]
         prompts = [Prompt(id=str(i), token_ids=tuple(encode(d.prompt))) for i, d in enumerate(documents)]
-        generations = generate(prompts, max_new_tokens=MAX_NEW_TOKENS, eos_token_ids=(EOS_ID,))
+        generations = generate(prompts, max_new_tokens=budget, eos_token_ids=(EOS_ID,))
         right = [_is_right(g.token_ids, g.finish, d) for g, d in zip(generations, documents, strict=True)]
         accuracy[kind] = sum(right) / len(right)
         num_tokens += sum(g.num_tokens for g in generations)
@@ -52,16 +55,16 @@ def _is_right(token_ids: tuple[int, ...], finish: str, document: Document) -> bo
 
 
 @torch.no_grad()
-def context_point(model: TwoTower) -> dict[str, Any]:
+def context_point(model: TwoTower, corpus: Corpus = SHORT) -> dict[str, Any]:
     """The AR model's accuracy, by kind."""
-    accuracy, _ = accuracy_by_kind(model, "autoregressive")
+    accuracy, _ = accuracy_by_kind(model, "autoregressive", corpus)
     return {"ar_accuracy": accuracy}
 
 
 @torch.no_grad()
-def learning_point(model: TwoTower, ar_accuracy: dict[str, float]) -> dict[str, Any]:
+def learning_point(model: TwoTower, ar_accuracy: dict[str, float], corpus: Corpus = SHORT) -> dict[str, Any]:
     """One point of the learning curve: block 16, 16 steps, one threshold."""
-    accuracy, tokens_per_nfe = accuracy_by_kind(model, "block_diffusion", threshold=THRESHOLD)
+    accuracy, tokens_per_nfe = accuracy_by_kind(model, "block_diffusion", corpus, threshold=THRESHOLD)
     baseline = sum(ar_accuracy.values())
     return {
         "threshold": THRESHOLD,
@@ -70,3 +73,19 @@ def learning_point(model: TwoTower, ar_accuracy: dict[str, float]) -> dict[str, 
         "retention": round(sum(accuracy.values()) / baseline, 4) if baseline else None,
         "tokens_per_nfe": round(tokens_per_nfe, 3) if tokens_per_nfe else None,
     }
+
+
+@torch.no_grad()
+def with_greedy_answers(model: TwoTower, batch: Batch, multiple: int, max_new_tokens: int) -> Batch:
+    """The batch with the context tower's own greedy answers in place of the corpus's: sequence-level distillation
+    (arXiv 1606.07947). Prompts whose answer does not end in time are left out; the batch as it is where none does."""
+    attach_facts(model)
+    columns = batch.num_prompt_columns
+    rows = zip(batch.ids_NS[:, :columns].tolist(), batch.valid_NS[:, :columns].tolist(), strict=True)
+    prompts = [[i for i, real in zip(ids, valid, strict=True) if real] for ids, valid in rows]
+    asked = [Prompt(id=str(i), token_ids=tuple(ids)) for i, ids in enumerate(prompts)]
+    generate = make_decoder(as_model(model), "autoregressive").generate
+    generations = generate(asked, max_new_tokens=max_new_tokens, eos_token_ids=(EOS_ID,))
+    pairs = zip(prompts, generations, strict=True)
+    answered = [(prompt, [*g.token_ids, EOS_ID]) for prompt, g in pairs if g.finish == "eos"]
+    return make_batch(answered, multiple).to(batch.ids_NS.device) if answered else batch

@@ -11,13 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 
-from twotower_eval.miniature.corpus import EVAL_SEED, KINDS, Document, evaluation_documents
+from twotower_eval.miniature.corpus import EVAL_SEED, KINDS, SHORT, Document, evaluation_documents
 from twotower_eval.miniature.english import ANIMALS, COLOURS, NAMES, PLACES
 
-GENERATION_DOCUMENTS = 300
+GENERATION_DOCUMENTS = SHORT.first_watched
 CHOICE_DOCUMENTS_PER_KIND, CHOICE_KINDS, OPTIONS = 150, ("recall", "english"), 4
 PERPLEXITY_DOCUMENTS_PER_KIND = 20
-MAX_NEW_TOKENS = 96  # the longest answer has about 60 tokens with its EOS
 
 _HEAD = """\
 # Written by twotower_eval.miniature.task_files.write_tasks; change it there.
@@ -81,7 +80,7 @@ metadata:
 def write_tasks(folder: Path) -> list[Path]:
     """Write every task's YAML and JSONL file into the folder, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    generation = _GENERATION.format(max_new_tokens=MAX_NEW_TOKENS)
+    generation = _GENERATION.format(max_new_tokens=SHORT.max_new_tokens)
     paths: list[Path] = []
     for kind in KINDS:
         paths += _write_task(folder, f"miniature_{kind}", generation, list(_generation_rows(kind)))

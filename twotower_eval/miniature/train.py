@@ -3,12 +3,16 @@
 Recipe (recipe.toml): AdamW with a warmup-stable-decay schedule; the denoiser starts as a copy of the context tower
 and trains on a curriculum of block sizes with several noise draws of each batch (arXiv 2606.26493). Micro-batches of
 a step run in threads beside each other. State is saved every few minutes; the same command goes on from there.
+
+What else a recipe may say, beside ``recipe.toml``: ``corpus`` ("long"), ``stages``; of a stage ``trains`` and
+``optimizer`` ("muon"), see :mod:`stages`; of a denoiser's ``passes`` (each on what the last one left masked, so that
+it sees the states of decoding), ``targets`` ("greedy": the context tower's own answers) and ``soft_share`` (of its
+distributions in the target).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 import time
@@ -16,7 +20,6 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,9 +35,26 @@ from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.engine.ops import moe
 from twotower_eval.errors import UserError
 from twotower_eval.miniature.batches import Batch, training_batches
-from twotower_eval.miniature.blocks import autoregressive_loss, denoiser_loss, draw_noise, run_clean
-from twotower_eval.miniature.evaluate import context_point, learning_point
+from twotower_eval.miniature.blocks import (
+    autoregressive_loss,
+    chained_loss,
+    draw_noise,
+    run_clean,
+    teacher_probabilities,
+)
+from twotower_eval.miniature.corpus import SHORT, Corpus
+from twotower_eval.miniature.evaluate import context_point, learning_point, with_greedy_answers
 from twotower_eval.miniature.export import RECIPE_FILE, config_json, export_pair
+from twotower_eval.miniature.long_answers import LONG
+from twotower_eval.miniature.stages import (
+    Stage,
+    block_size_at,
+    learning_rate,
+    load_state,
+    make_stage,
+    save_state,
+    stage_names,
+)
 from twotower_eval.store.publish import TRAINING_LOG
 
 SAVE_EVERY_S = 180.0
@@ -43,41 +63,7 @@ POOL_SIZE = 1024  # documents sorted by shape at a time
 BIAS_STEP = 1e-3  # of the router's correction bias, per step, towards equal load (arXiv 2408.15664)
 CLIP_NORM = 1.0
 TIME_TABLE_STD = 0.02
-STAGES = ("context", "denoiser")
-
-
-@dataclass
-class Stage:
-    """One stage under way: what trains, how far it is, and its optimiser."""
-
-    name: str
-    settings: Mapping[str, Any]
-    parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    num_tokens: int = 0
-    seconds: float = 0.0
-    ar_accuracy: dict[str, float] = field(default_factory=dict)
-
-
-def learning_rate(settings: Mapping[str, Any], step: int) -> float:
-    """Warmup-stable-decay: linear up, flat, linear down over the last ``decay_share`` of the steps."""
-    peak, final, steps = settings["learning_rate"], settings["final_learning_rate"], settings["steps"]
-    decay_steps = max(1, round(settings["decay_share"] * steps))
-    if step < settings["warmup_steps"]:
-        return float(peak * (step + 1) / settings["warmup_steps"])
-    remaining = (steps - step) / decay_steps
-    return float(final + (peak - final) * min(1.0, remaining))
-
-
-def block_size_at(settings: Mapping[str, Any], step: int) -> int:
-    """The curriculum's block size: shares of the steps, in order."""
-    end = 0.0
-    for block_size, share in settings["curriculum"]:
-        end += share * settings["steps"]
-        if step < end:
-            return int(block_size)
-    return int(settings["curriculum"][-1][0])
+CORPORA = {"short": SHORT, "long": LONG}
 
 
 def new_pair(recipe: Mapping[str, Any]) -> TwoTower:
@@ -105,41 +91,47 @@ def start_denoiser(model: TwoTower, seed: int) -> None:
             parameter.zero_() if name.endswith("bias") else parameter.normal_(0.0, TIME_TABLE_STD, generator=generator)
 
 
-def make_stage(name: str, model: TwoTower, settings: Mapping[str, Any]) -> Stage:
-    """The stage at its first step."""
-    trained: nn.Module = model.context_tower if name == "context" else model.denoiser
-    parameters = [p for n, p in trained.named_parameters() if not n.endswith("e_score_correction_bias")]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    return Stage(name, settings, parameters, torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95)))
-
-
 Loss = Callable[[Batch, int, torch.Generator], tuple[Tensor, int, float | None]]
 
 
-def stage_loss(name: str, model: TwoTower, settings: Mapping[str, Any]) -> Loss:
+def stage_loss(stage: Stage, model: TwoTower, corpus: Corpus) -> Loss:
     """Batch, step, generator -> loss (nats), tokens it was computed over, share predicted right (denoiser only)."""
+    settings = stage.settings
+    mixed_precision = settings["mixed_precision"]
 
     def context(batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, int, float | None]:
-        loss = autoregressive_loss(model.context_tower, batch, mixed_precision=settings["mixed_precision"])
+        loss = autoregressive_loss(model.context_tower, batch, mixed_precision=mixed_precision)
         return loss, batch.num_tokens, None
 
     def denoiser(batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, int, float | None]:
-        block_size, draws = block_size_at(settings, step), settings["draws"]
+        block_size, draws, num_passes = block_size_at(settings, step), settings["draws"], settings.get("passes", 1)
+        soft_share = settings.get("soft_share", 0.0)
+        if _targets(settings) == "greedy":
+            batch = with_greedy_answers(model, batch, _widest(settings), corpus.max_new_tokens)
         with torch.no_grad():
-            _, states = run_clean(model.context_tower, batch, block_size)
+            hidden_NSH, states = run_clean(model.context_tower, batch, block_size)
+            teacher = teacher_probabilities(model.context_tower, batch, hidden_NSH) if soft_share else None
         mask_id, from_left = model.config.mask_token_id, step >= settings["suffix_from"] * settings["steps"]
         shares = {"full_share": settings["full_share"], "suffix_share": settings["suffix_share"] if from_left else 0.0}
         noise = draw_noise(batch, block_size, draws, mask_id, generator, **shares)
-        loss, right = denoiser_loss(model, batch, states, noise, mixed_precision=settings["mixed_precision"])
-        return loss, draws * int(batch.answer_lengths_N.sum()), float(right)
+        options = {"mixed_precision": mixed_precision, "teacher_NAV": teacher, "soft_share": soft_share}
+        loss, right = chained_loss(model, batch, states, noise, generator, num_passes=num_passes, **options)
+        return loss, num_passes * draws * int(batch.answer_lengths_N.sum()), float(right.detach())
 
-    return context if name == "context" else denoiser
+    return context if stage.tower == "context" else denoiser
+
+
+def _targets(settings: Mapping[str, Any]) -> str:
+    """Whose answers the denoiser learns: the corpus's, or the context tower's own greedy ones."""
+    targets = settings.get("targets", "corpus")
+    if targets not in ("corpus", "greedy"):
+        raise UserError(f"the recipe's targets are {targets!r}; choose from corpus, greedy")
+    return str(targets)
+
+
+def _widest(settings: Mapping[str, Any]) -> int:
+    """The largest block of the curriculum: batches are padded to it."""
+    return max(int(size) for size, _ in settings.get("curriculum", [[16, 1.0]]))
 
 
 class LoadCounter:
@@ -189,9 +181,10 @@ def train_step(
         parameter.grad = torch.stack(present).sum(0).div_(len(batches)) if present else None
     norm = nn.utils.clip_grad_norm_(stage.parameters, CLIP_NORM)
     rate = learning_rate(stage.settings, stage.step)
-    for group in stage.optimizer.param_groups:
-        group["lr"] = rate
-    stage.optimizer.step()
+    for optimizer in stage.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
     stage.step += 1
     stage.num_tokens += sum(result[2] for result in results)
     rights = [result[3] for result in results if result[3] is not None]
@@ -203,13 +196,14 @@ def train_step(
     }
 
 
-def run_stage(stage: Stage, model: TwoTower, seed: int, folder: Path, device: torch.device, threads: int) -> None:
+def run_stage(
+    stage: Stage, model: TwoTower, recipe: Mapping[str, Any], folder: Path, device: torch.device, threads: int
+) -> None:
     """Train until the stage's last step, logging and saving on the way. Ctrl-C saves, then stops."""
-    per_step = stage.settings["batches_per_step"]
-    trained = model.context_tower.tower if stage.name == "context" else model.denoiser.tower
-    multiple = max(size for size, _ in stage.settings.get("curriculum", [[16, 1.0]]))
-    stream = _stream_from(stage, seed, multiple)
-    counter, loss_of = LoadCounter(trained), stage_loss(stage.name, model, stage.settings)
+    per_step, seed, corpus = stage.settings["batches_per_step"], recipe["seed"], corpus_of(recipe)
+    trained = model.context_tower.tower if stage.tower == "context" else model.denoiser.tower
+    stream = _stream_from(stage, recipe)
+    counter, loss_of = LoadCounter(trained), stage_loss(stage, model, corpus)
     saved_at = started = time.monotonic()
     before_s, totals = stage.seconds, []
     with ThreadPoolExecutor(threads) as workers:
@@ -220,7 +214,7 @@ def run_stage(stage: Stage, model: TwoTower, seed: int, folder: Path, device: to
                 counter.balance()
                 stage.seconds = before_s + time.monotonic() - started
                 if stage.step % stage.settings["evaluate_every"] == 0 or stage.step == stage.settings["steps"]:
-                    _evaluate(stage, model, folder)
+                    _evaluate(stage, model, corpus, folder)
                 if stage.step % LOG_EVERY_STEPS == 0 or stage.step == stage.settings["steps"]:
                     _log(stage, totals, folder)
                     totals = []
@@ -231,25 +225,35 @@ def run_stage(stage: Stage, model: TwoTower, seed: int, folder: Path, device: to
             save_state(folder, model, stage)
 
 
-def _stream_from(stage: Stage, seed: int, multiple: int) -> Iterator[Batch]:
+def corpus_of(recipe: Mapping[str, Any]) -> Corpus:
+    """The corpus that the recipe names, the short answers by default."""
+    name = recipe.get("corpus", "short")
+    if name not in CORPORA:
+        raise UserError(f"the recipe's corpus is {name!r}; choose from {', '.join(CORPORA)}")
+    return CORPORA[name]
+
+
+def _stream_from(stage: Stage, recipe: Mapping[str, Any]) -> Iterator[Batch]:
     """The stage's batches, going on after those already used. Stages draw from different seeds."""
+    names = stage_names(recipe)
     stream = training_batches(
-        2 * seed + STAGES.index(stage.name),
+        len(names) * recipe["seed"] + names.index(stage.name),
         columns_per_batch=stage.settings["columns_per_batch"],
-        multiple=multiple,
+        multiple=_widest(stage.settings),
         pool_size=POOL_SIZE,
+        corpus=corpus_of(recipe),
     )
     return islice(stream, stage.step * stage.settings["batches_per_step"], None)
 
 
-def _evaluate(stage: Stage, model: TwoTower, folder: Path) -> None:
+def _evaluate(stage: Stage, model: TwoTower, corpus: Corpus, folder: Path) -> None:
     """Add a point of the learning curve to the log. The frozen tower's accuracy is measured once per launch."""
-    if stage.name == "context":
-        point = context_point(model)
+    if stage.tower == "context":
+        point = context_point(model, corpus)
     else:
-        stage.ar_accuracy = stage.ar_accuracy or context_point(model)["ar_accuracy"]
-        point = learning_point(model, stage.ar_accuracy)
-    _append(folder, {"stage": stage.name, "step": stage.step, "num_tokens": stage.num_tokens, **point})
+        stage.ar_accuracy = stage.ar_accuracy or context_point(model, corpus)["ar_accuracy"]
+        point = learning_point(model, stage.ar_accuracy, corpus)
+    _append(folder, {"stage": stage.tower, "step": stage.step, "num_tokens": stage.num_tokens, **point})
 
 
 def _append(folder: Path, row: Mapping[str, Any]) -> None:
@@ -261,40 +265,13 @@ def _append(folder: Path, row: Mapping[str, Any]) -> None:
 def _log(stage: Stage, totals: Sequence[Mapping[str, Any]], folder: Path) -> None:
     mean = {key: sum(t[key] for t in totals) / len(totals) for key in totals[0] if totals[0][key] is not None}
     row = {
-        "stage": stage.name,
+        "stage": stage.tower,
         "step": stage.step,
         "num_tokens": stage.num_tokens,
         "seconds": round(stage.seconds, 1),
         **{key: float(f"{value:.5g}") for key, value in mean.items()},
     }
     _append(folder, row)
-
-
-def save_state(folder: Path, model: TwoTower, stage: Stage) -> None:
-    """Everything that resuming needs, written beside and moved into place."""
-    state = {
-        "model": model.state_dict(),
-        "optimizer": stage.optimizer.state_dict(),
-        "stage": stage.name,
-        "step": stage.step,
-        "num_tokens": stage.num_tokens,
-        "seconds": stage.seconds,
-    }
-    torch.save(state, folder / "state.tmp")
-    os.replace(folder / "state.tmp", folder / "state.pt")
-
-
-def load_state(folder: Path, model: TwoTower, recipe: Mapping[str, Any]) -> Stage | None:
-    """The stage to go on with, or None where nothing was saved. Our own file: loaded with weights_only."""
-    file = folder / "state.pt"
-    if not file.exists():
-        return None
-    state = torch.load(file, weights_only=True, map_location="cpu")
-    model.load_state_dict(state["model"])
-    stage = make_stage(state["stage"], model, recipe[state["stage"]])
-    stage.optimizer.load_state_dict(state["optimizer"])
-    stage.step, stage.num_tokens, stage.seconds = state["step"], state["num_tokens"], state["seconds"]
-    return stage
 
 
 def read_recipe(file: Path | None) -> dict[str, Any]:
@@ -346,14 +323,31 @@ def _one_thread() -> Iterator[None]:
 
 
 def _train(folder: Path, recipe: Mapping[str, Any], place: torch.device, threads: int) -> Path:
+    """All stages in order, from where the folder stands. Each denoiser stage leaves a pair, the next one a better."""
     folder.mkdir(parents=True, exist_ok=True)
+    names = stage_names(recipe)
     model = new_pair(recipe).to(place)
-    stage = load_state(folder, model, recipe) or make_stage("context", model, recipe["context"])
-    while True:
-        run_stage(stage, model, recipe["seed"], folder, place, threads if place.type == "cpu" else 1)
-        if stage.name == STAGES[-1]:
-            break
+    stage = load_state(folder, model, recipe) or make_stage(names[0], model, recipe)
+    pair = None
+    for name, following in zip(names, (*names[1:], None), strict=True):
+        if names.index(name) < names.index(stage.name):
+            continue
+        run_stage(stage, model, recipe, folder, place, threads if place.type == "cpu" else 1)
+        if stage.tower == "denoiser":
+            pair = export_pair(model, recipe, folder)
+        if following is not None:
+            stage = _next_stage(following, stage, model, recipe)
+            save_state(folder, model, stage)
+    if pair is None:
+        raise UserError("the recipe's last stage must train the denoiser")
+    return pair
+
+
+def _next_stage(name: str, done: Stage, model: TwoTower, recipe: Mapping[str, Any]) -> Stage:
+    """One that goes on with the same tower keeps count; a denoiser's first starts from the context tower."""
+    stage = make_stage(name, model, recipe)
+    if stage.tower == done.tower:
+        stage.num_tokens, stage.seconds = done.num_tokens, done.seconds
+    elif stage.tower == "denoiser":
         start_denoiser(model, recipe["seed"])
-        stage = make_stage("denoiser", model, recipe["denoiser"])
-        save_state(folder, model, stage)
-    return export_pair(model, recipe, folder)
+    return stage
