@@ -87,7 +87,7 @@ def test_no_public_function_says_any(found: list[Found]) -> None:
     public = [one for one in found if one.is_public]
     total = sum(one.num for one in public)
     if total > MOST_PUBLIC:
-        pytest.fail(f"{total} times Any in signatures of public functions; most in {_most(public)}", pytrace=False)
+        pytest.fail(f"public functions say Any {total} times; most in {_most(public)}", pytrace=False)
 
 
 def _most(found: list[Found]) -> str:

@@ -139,9 +139,20 @@ class Family(Protocol[ContextT]):
     ) -> Tensor: ...
 
 
+class PairFamily(Family[ContextT], Protocol[ContextT]):
+    """The class of a family of two-tower models."""
+
+    def denoise(self, block_BK: Tensor, context: ContextT, t_B: Tensor | Sequence[float] | float | None) -> Tensor: ...
+
+
 def as_model(family: Family[ContextT]) -> Model:
     """The model, for whoever need not know of which kind its contexts are."""
     return cast(Model, family)
+
+
+def as_pair(family: PairFamily[ContextT]) -> Denoising:
+    """The same of a two-tower model."""
+    return cast(Denoising, family)
 
 
 def has_denoiser(model: Model) -> TypeGuard[Denoising]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twotower_eval.engine.models.protocol import as_pair
 from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.errors import UserError
 from twotower_eval.measure.sizing.commits import Profile
@@ -121,20 +122,20 @@ def make_items(plan: SizingPlan, rigs: Sequence[Rig], profiles: Sequence[Profile
 
 
 def _baseline_items(plan: SizingPlan, rig: Rig, size: int) -> Iterator[Item]:
-    pair, context = rig.pair, rig.contexts[size]
+    pair, context = as_pair(rig.pair), rig.contexts[size]
     common: dict[str, Any] = {"cell_id": rig.baseline.id, "pattern": rig.pattern, "batch_size": size}
     common |= {"block_size": None, "routing": "independent", "num_steps": None}
-    ids_B1 = _ids(plan, pair, size, 1)
+    ids_B1 = _ids(plan, rig.pair, size, 1)
     ar_step = partial(phases.ar_step, pair, context, ids_B1)
     for replica in (0, 1):
         yield Item(part="ar_step", replica=replica, num_repeats=plan.repeats, make_ready=ar_step, **common)
-    prefill = partial(phases.prefill, pair, _ids(plan, pair, size, plan.prompt_tokens))
+    prefill = partial(phases.prefill, pair, _ids(plan, rig.pair, size, plan.prompt_tokens))
     yield Item(part="prefill", replica=0, num_repeats=1, make_ready=prefill, **common)
 
 
 def _block_items(plan: SizingPlan, rig: Rig, size: int, block: int, profiles: Sequence[Profile]) -> Iterator[Item]:
-    pair, context = rig.pair, rig.contexts[size]
-    block_BK = _ids(plan, pair, size, block)
+    pair, context = as_pair(rig.pair), rig.contexts[size]
+    block_BK = _ids(plan, rig.pair, size, block)
     denoise = partial(phases.denoise, pair, context, block_BK, [0.5] * size)
     context_pass = partial(phases.context_pass, pair, context, block_BK)
     for routing in ROUTINGS:

@@ -14,7 +14,7 @@ import torch
 from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.models import sizes
 from twotower_eval.engine.models.config import NemotronHConfig
-from twotower_eval.engine.models.protocol import as_model
+from twotower_eval.engine.models.protocol import Model, as_model
 from twotower_eval.engine.models.transformers_model import ForwardError, TransformersModel
 from twotower_eval.measure.speed.clock import CallClock
 from twotower_eval.measure.speed.lanes import Lane
@@ -26,10 +26,10 @@ NUM_PROMPTS, NUM_TOKENS = 5, 24  # that are decoded beside transformers' own gen
 
 
 def looked_at(
-    lanes: Mapping[int, Sequence[Lane]], calls: Calls, model: Any, clock: CallClock, *, cuda_graphs: bool
+    lanes: Mapping[int, Sequence[Lane]], calls: Calls, model: Model, clock: CallClock, *, cuda_graphs: bool
 ) -> Iterator[BaselineBest]:
     """One record for the baseline cell of each batch size; ``model`` is the baseline's."""
-    is_hf = isinstance(model, TransformersModel)
+    theirs = _of_transformers(model)
     bytes_per_s = copy_bytes_per_s(model.checkpoint.devices[0])
     for size, of_size in lanes.items():
         lane = next(lane for lane in of_size if lane.cell.arm == "baseline")
@@ -38,17 +38,21 @@ def looked_at(
         middle = sorted(map(len, rows))[len(rows) // 2] + budget // 2
         yield BaselineBest(
             cell=lane.cell.id,
-            engine="transformers" if is_hf else "own",
+            engine="own" if theirs is None else "transformers",
             cuda_graphs=cuda_graphs,
-            attention=getattr(model.inner.config, "_attn_implementation", None) if is_hf else None,
+            attention=None if theirs is None else getattr(theirs.inner.config, "_attn_implementation", None),
             num_threads=torch.get_num_threads(),
             step_bytes=_step_bytes(model, size, middle),
             bytes_per_s=bytes_per_s,
-            **(_beside_generate(model, rows, min(NUM_TOKENS, budget), clock) if is_hf else {}),
+            **({} if theirs is None else _beside_generate(theirs, rows, min(NUM_TOKENS, budget), clock)),
         )
 
 
-def _step_bytes(model: Any, batch_size: int, context_tokens: int) -> float | None:
+def _of_transformers(model: object) -> TransformersModel | None:
+    return model if isinstance(model, TransformersModel) else None
+
+
+def _step_bytes(model: Model, batch_size: int, context_tokens: int) -> float | None:
     """The least that a step of one token reads: weights and, where the config tells, the context.
 
     Of an embedding of its own a step reads a row or so; experts of models that are not ours are not told apart.
@@ -67,8 +71,8 @@ def _step_bytes(model: Any, batch_size: int, context_tokens: int) -> float | Non
         )
         return sizes.step_bytes(step, config, next(iter(parameters.values())).element_size())
     total = float(sum(weight.numel() * weight.element_size() for weight in parameters.values()))
-    if isinstance(model, TransformersModel):
-        table, head = model.inner.get_input_embeddings().weight, model.inner.get_output_embeddings().weight
+    if (theirs := _of_transformers(model)) is not None:
+        table, head = theirs.inner.get_input_embeddings().weight, theirs.inner.get_output_embeddings().weight
         total -= 0 if table is head else table.numel() * table.element_size()
     return total
 

@@ -9,12 +9,13 @@ can be sizes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from twotower_eval.decoder_settings import block_sizes
 from twotower_eval.engine.models.arms import give_graphs
 from twotower_eval.engine.models.fixed import MAX_NEW
 from twotower_eval.engine.models.graphs import StepGraphs
+from twotower_eval.engine.models.protocol import Model
 from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.costs import REPEATS
 from twotower_eval.measure.speed.lanes import Lane
@@ -72,7 +73,7 @@ def refuse_uneven(batch_sizes: Iterable[int], block_sizes: Iterable[int]) -> Non
 
 
 def graphs_for(
-    plan: SpeedPlan, calls: Calls, lanes: Mapping[int, Sequence[Lane]], models: tuple[Any, Any]
+    plan: SpeedPlan, calls: Calls, lanes: Mapping[int, Sequence[Lane]], models: tuple[Model, Model]
 ) -> tuple[StepGraphs, ...]:
     """Both arms' graphs, as many as this plan's prompts and budgets can ask for; none unless the plan wants them."""
     if not plan.cuda_graphs:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from threading import get_ident
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from twotower_eval.engine.models.counting import WatchedModel
+from twotower_eval.engine.models.protocol import Context, Model, TextCodec
 from twotower_eval.errors import UserError
 
 PERF_COUNTER = time.perf_counter  # as it was before any plug-in could put another in its place
 
 Seconds = Callable[[], float]
+T = TypeVar("T")
 
 
 class Devices:
@@ -97,18 +100,18 @@ class CallClock:
 
         return seconds
 
-    def untimed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def untimed(self, function: Callable[..., T]) -> Callable[..., T]:
         """The function of a tokenizer, off the clock; on it where what it is given is no finished plain value, and in
         any thread but the one that times: nothing else may run while the clock stands."""
 
-        def off_the_clock(*given: Any, **named: Any) -> Any:
+        def off_the_clock(*given: object, **named: object) -> T:
             if named or self.standing[0] or get_ident() != self._owner or not all(map(_is_plain, given)):
                 return function(*given, **named)
             copies = [tuple(value) if type(value) is list else value for value in given]
             began_s = self._stop()
             try:
                 self.num_texts += 1
-                self.num_text_tokens += len(copies[0]) if copies else 0
+                self.num_text_tokens += len(cast(Sized, copies[0])) if copies else 0
                 return function(*copies)
             finally:
                 self._go_on(began_s)
@@ -137,10 +140,12 @@ class CallClock:
         self.off_s += took_s
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     """Whether nothing can run when a value is looked at: a text, a yes or no, or a list of whole numbers."""
     kind = type(value)
-    return kind is str or kind is bool or ((kind is tuple or kind is list) and set(map(type, value)) <= {int})
+    if kind is tuple or kind is list:
+        return set(map(type, cast(Sequence[object], value))) <= {int}
+    return kind is str or kind is bool
 
 
 class UntimedTokenizer:
@@ -149,7 +154,7 @@ class UntimedTokenizer:
     Its functions are taken when it is made; what is later put in their place is not called.
     """
 
-    def __init__(self, tokenizer: Any, clock: CallClock) -> None:
+    def __init__(self, tokenizer: TextCodec, clock: CallClock) -> None:
         self._tokenizer = tokenizer
         self.encode = clock.untimed(tokenizer.encode)
         self.decode = clock.untimed(tokenizer.decode)
@@ -168,7 +173,7 @@ class TimedModel(WatchedModel):
     that forwards were about to run with.
     """
 
-    def __init__(self, model: Any, clock: CallClock) -> None:
+    def __init__(self, model: Model, clock: CallClock) -> None:
         super().__init__(model)
         self._read, self._standing = clock.reader(), clock.standing
         self.raw_tokenizer = model.tokenizer
@@ -183,18 +188,18 @@ class TimedModel(WatchedModel):
         self.num_while_stopped = 0
         self.num_threads: set[int] = set()
 
-    def prefill(self, *args: Any, **options: Any) -> Any:
+    def prefill(self, ids_BS: Tensor, *more: object, **options: object) -> Context:
         """The model's own, its end noted."""
-        context = super().prefill(*args, **options)
+        context = super().prefill(ids_BS, *more, **options)
         if self.prefilled_at_s is None:
             self.prefilled_at_s = self._read()
         return context
 
-    def extend(self, *args: Any, **options: Any) -> Any:
+    def extend(self, context: Context, ids_BK: Tensor, *more: object, **options: object) -> Context:
         """The model's own, its first beginning noted."""
         if self.extended_at_s is None:
             self.extended_at_s = self._read()
-        return super().extend(*args, **options)
+        return super().extend(context, ids_BK, *more, **options)
 
     def _before(self) -> None:
         self.num_while_stopped += self._standing[0]

@@ -13,12 +13,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from twotower_eval.engine.decoders.batch import no_denoiser
 from twotower_eval.engine.decoders.finish import Rules
+from twotower_eval.engine.models.protocol import Denoising, Model, two_tower
 from twotower_eval.errors import UserError
 from twotower_eval.measure.speed import phases
 from twotower_eval.measure.speed.clock import CallClock
@@ -68,7 +69,7 @@ class Parts:
     A part is timed once for all cells of an arm and a batch size, under the name of the first that needed it.
     """
 
-    def __init__(self, calls: Calls, lanes: Mapping[int, Sequence[Lane]], models: tuple[Any, Any]) -> None:
+    def __init__(self, calls: Calls, lanes: Mapping[int, Sequence[Lane]], models: tuple[Model, Model]) -> None:
         self._calls, self._models = calls, models
         self._lanes = {lane.cell.id: lane for of_size in lanes.values() for lane in of_size if lane.replica == 0}
         self._seen: dict[str, set[Passes]] = defaultdict(set)  # by cell
@@ -133,7 +134,7 @@ def _spread(values: set[int], *, middle: bool = False) -> list[int]:
     return sorted({known[0], between, known[-1]})
 
 
-def _contexts(lane: Lane, calls: Sequence[Call], model: Any, num_tokens: int) -> list[int]:
+def _contexts(lane: Lane, calls: Sequence[Call], model: Model, num_tokens: int) -> list[int]:
     """Context lengths of passes of so many tokens, from the longest prompt of each call."""
     longest = sorted(max(map(len, lane.ids[call.id])) for call in calls)
     budget = max(call.max_new_tokens for call in calls)
@@ -148,7 +149,7 @@ def _contexts(lane: Lane, calls: Sequence[Call], model: Any, num_tokens: int) ->
 def _item(
     lane: Lane,
     calls: Sequence[Call],
-    model: Any,
+    model: Model,
     part: CostPart,
     block_size: int | None,
     num_rows: int,
@@ -164,8 +165,9 @@ def _item(
             return phases.prefill(model, ids_BS)
         if block_size is None:
             return _ar_step(model, ids_BS)
-        make = _denoise if part == "denoise" else _context_pass
-        return make(model, ids_BS, block_size)
+        if part == "denoise":
+            return _denoise(two_tower(model, no_denoiser(lane.cell.decoder.kind)), ids_BS, block_size)
+        return _context_pass(model, ids_BS, block_size)
 
     return CostItem(
         cell=lane.cell.id,
@@ -182,7 +184,7 @@ def _ids(rows: Sequence[Sequence[int]], size: int, length: int) -> Tensor:
     return torch.tensor([list(islice(cycle(row), length)) for row in islice(cycle(rows), size)])
 
 
-def _ar_step(model: Any, ids_BS: Tensor) -> phases.Repeat:
+def _ar_step(model: Model, ids_BS: Tensor) -> phases.Repeat:
     return phases.ar_step(model, model.prefill(ids_BS), ids_BS[:, :1])
 
 
@@ -194,7 +196,7 @@ def _bookkeeping(lane: Lane, call: Call, rows: Sequence[tuple[int, ...]]) -> pha
     return phases.bookkeeping(prompts, rules)
 
 
-def _denoise(model: Any, ids_BS: Tensor, block_size: int) -> phases.Repeat:
+def _denoise(model: Denoising, ids_BS: Tensor, block_size: int) -> phases.Repeat:
     """Half of the block masked: masks alone would all route to the same experts."""
     block_BK = _block(ids_BS, block_size)
     if model.mask_token_id is not None:
@@ -203,7 +205,7 @@ def _denoise(model: Any, ids_BS: Tensor, block_size: int) -> phases.Repeat:
     return phases.denoise(model, model.prefill(ids_BS), block_BK, [t] * len(ids_BS))
 
 
-def _context_pass(model: Any, ids_BS: Tensor, block_size: int) -> phases.Repeat:
+def _context_pass(model: Model, ids_BS: Tensor, block_size: int) -> phases.Repeat:
     return phases.context_pass(model, model.prefill(ids_BS), _block(ids_BS, block_size))
 
 

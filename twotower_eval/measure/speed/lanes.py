@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from twotower_eval.engine.decoders import Decoder
 from twotower_eval.engine.decoders.reported import (
     ReportError,
     asked_of,
@@ -16,6 +16,7 @@ from twotower_eval.engine.decoders.reported import (
     generating,
 )
 from twotower_eval.engine.models.prompts import stops_of
+from twotower_eval.engine.models.protocol import Model
 from twotower_eval.engine.models.strays import Strays
 from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.clock import CallClock, Devices, TimedModel, no_garbage_collection
@@ -53,7 +54,7 @@ class Lane:
     cell: Cell
     replica: int
     model: TimedModel
-    decoder: Any
+    decoder: Decoder | None
     watch: Watch
     strays: Strays
     text_cost: TextCost | None
@@ -76,10 +77,11 @@ class Lane:
         stop = call.stop if call.ignore_eos else stops_of(self.model, call.stop)
         self.model.forget()
         self.devices.forget_peak()
-        watch = self.watch
+        watch, decoder = self.watch, self.decoder
+        assert decoder is not None
         with no_garbage_collection(), self.strays.noted(self.model):
             look = watch.begin()
-            given = self._decoded(prompts, max_new_tokens=call.max_new_tokens, eos_token_ids=eos_token_ids, stop=stop)
+            given = self._decoded(decoder, prompts, call.max_new_tokens, eos_token_ids, stop)
             generations = finished(given, self.name)
             wall_s, busy = watch.end(look, self.name)
         peak_memory_bytes, reason = self.devices.peak_memory()
@@ -106,9 +108,16 @@ class Lane:
             is_stalled=is_stalled,
         )
 
-    def _decoded(self, prompts: list[Prompt], **asked: Any) -> Any:
-        with generating(self.decoder, self.name, "--batch-sizes"):
-            return self.decoder.generate(prompts, **asked)
+    def _decoded(
+        self,
+        decoder: Decoder,
+        prompts: list[Prompt],
+        max_new_tokens: int,
+        eos_token_ids: Sequence[int],
+        stop: Sequence[str],
+    ) -> object:
+        with generating(decoder, self.name, "--batch-sizes"):
+            return decoder.generate(prompts, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, stop=stop)
 
     @property
     def name(self) -> str:
@@ -146,7 +155,7 @@ class Lane:
                 )
 
 
-def make_one(timed: TimedModel, spec: DecoderSpec, clock: CallClock, watch: Watch) -> Any:
+def make_one(timed: TimedModel, spec: DecoderSpec, clock: CallClock, watch: Watch) -> Decoder:
     """A decoder of the spec for a timed model; it may read the clock. ReportError where it starts threads to stay."""
     from twotower_eval.engine.decoders import from_spec
 
@@ -159,7 +168,7 @@ def make_lanes(
     calls: Calls,
     requests: Sequence[Request],
     specs: Sequence[DecoderSpec],
-    models: tuple[Any, Any],
+    models: tuple[Model, Model],
     clock: CallClock,
 ) -> dict[int, tuple[Lane, ...]]:
     """By batch size: the baseline, its copy, and every candidate. ``models`` are those of baseline and candidate."""
@@ -168,7 +177,9 @@ def make_lanes(
     autoregressive = decoder_spec("autoregressive", temperature=float(plan.temperature or 0))
     timed = [TimedModel(model, clock) for model in models]
     watch, strays = Watch(clock), Strays(models)
-    texts = [model.tokenizer and text_cost(model.tokenizer, model.vocab_size, clock.now) for model in models]
+    texts = [
+        None if model.tokenizer is None else text_cost(model.tokenizer, model.vocab_size, clock.now) for model in models
+    ]
     ids = [encode_calls(plan, calls, requests, model) for model in models]
     arms: list[tuple[Arm, int, DecoderSpec]] = [("baseline", 0, autoregressive), ("baseline", 1, autoregressive)]
     arms += [("candidate", 0, spec) for spec in specs]
@@ -210,7 +221,7 @@ def with_decoders(lanes: Mapping[int, tuple[Lane, ...]], clock: CallClock) -> di
     return {size: tuple(renewed(lane) for lane in of_size) for size, of_size in lanes.items()}
 
 
-def _cell(plan: SpeedPlan, calls: Sequence[Call], size: int, arm: Arm, model: Any, spec: DecoderSpec) -> Cell:
+def _cell(plan: SpeedPlan, calls: Sequence[Call], size: int, arm: Arm, model: Model, spec: DecoderSpec) -> Cell:
     workload = make_workload(plan, calls, size, len(model.checkpoint.devices))
     extra = {"seed": plan.seed if (plan.temperature or 0) > 0 else None}
     return Cell(

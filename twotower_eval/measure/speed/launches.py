@@ -17,10 +17,10 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.loop import Launched
@@ -65,26 +65,27 @@ def run(
     words of the launch that met it, ChildProcessError where a launch was ended from outside, and RuntimeError where a
     bug ended it, whose traceback it has printed.
     """
-    given: dict[str, Any] = {"root": root, "now": now, "temperature": temperature, "overrides": tuple(overrides)}
+    asked = tuple(requests)
+    launch = partial(run_launch, plan, asked, root=root, now=now, temperature=temperature, overrides=tuple(overrides))
     if plan.launches == 1:
-        return run_launch(plan, requests, resume=resume, progress=progress, **given).path
+        return launch(resume=resume, progress=progress).path
     progress = progress or SilentProgress()
-    given |= {"plan": plan, "requests": tuple(requests), "silent": isinstance(progress, SilentProgress)}
+    is_silent = isinstance(progress, SilentProgress)
     num_missing = plan.launches
     while True:
         if resume is None or num_missing < plan.launches:
             progress.note(f"launch {plan.launches - num_missing + 1} of {plan.launches}")
-        done = _in_process({**given, "resume": resume})
+        done = _in_process(partial(launch, resume=resume), is_silent)
         if not done.num_missing:
             return done.path
         resume, num_missing = done.path, done.num_missing
 
 
-def _in_process(given: dict[str, Any]) -> Launched:
+def _in_process(launch: Callable[..., Launched], is_silent: bool) -> Launched:
     """One launch in a fresh process that shares nothing with this one."""
     fresh = multiprocessing.get_context("spawn")
     ours, theirs = fresh.Pipe(duplex=False)
-    child = fresh.Process(target=_launch, args=(theirs, given, os.getpid()))
+    child = fresh.Process(target=_launch, args=(theirs, launch, is_silent, os.getpid()))
     child.start()
     theirs.close()
     try:
@@ -129,12 +130,12 @@ def _interrupt(child: BaseProcess) -> None:
     child.join()
 
 
-def _launch(theirs: Connection, given: dict[str, Any], parent: int) -> None:
+def _launch(theirs: Connection, launch: Callable[..., Launched], is_silent: bool, parent: int) -> None:
     """What the fresh process does."""
     _end_with(parent)
-    progress = SilentProgress() if given.pop("silent") else choose_progress()
+    progress = SilentProgress() if is_silent else choose_progress()
     try:
-        told = _Told(launched=run_launch(progress=progress, **given))
+        told = _Told(launched=launch(progress=progress))
     except (UserError, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):  # which is lost with this process
             traceback.print_exc()

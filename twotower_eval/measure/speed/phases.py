@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,14 +17,14 @@ from torch import Tensor
 from twotower_eval.engine.decoders.batch import Call
 from twotower_eval.engine.decoders.finish import Rules
 from twotower_eval.engine.decoders.rows import on_host
-from twotower_eval.engine.models.protocol import Model
+from twotower_eval.engine.models.protocol import Context, Denoising, Model
 from twotower_eval.measure.speed.clock import CallClock, no_garbage_collection
 from twotower_eval.records import Prompt
 
 Repeat = Callable[[], None]  # one repetition of a phase
 
 
-def prefill(model: Any, ids_BS: Tensor) -> Repeat:
+def prefill(model: Model, ids_BS: Tensor) -> Repeat:
     """Read the prompts and choose the first token of each."""
 
     def repeat() -> None:
@@ -33,7 +33,7 @@ def prefill(model: Any, ids_BS: Tensor) -> Repeat:
     return repeat
 
 
-def ar_step(model: Any, context: Any, ids_B1: Tensor) -> Repeat:
+def ar_step(model: Model, context: Context, ids_B1: Tensor) -> Repeat:
     """Extend by one token, logits, choice. Each repetition goes on where the last ended, one token further."""
     with torch.inference_mode():
         # The first extension copies the keys and values that others may still read: not part of any later step.
@@ -68,14 +68,14 @@ def bookkeeping(prompts: Sequence[Prompt], rules: Rules) -> Repeat:
 class _Still:
     """A model whose contexts are all the same and take no time."""
 
-    def prefill(self, *_: Any) -> _Still:
+    def prefill(self, *_: object) -> _Still:
         return self
 
-    def extend(self, *_: Any) -> _Still:
+    def extend(self, *_: object) -> _Still:
         return self
 
 
-def denoise(model: Any, context: Any, block_BK: Tensor, t_B: Sequence[float] | float | None) -> Repeat:
+def denoise(model: Denoising, context: Context, block_BK: Tensor, t_B: Sequence[float] | float | None) -> Repeat:
     """One denoiser pass over a block, and the choice of a token with its probability at every position.
 
     ``t_B`` is the mask fraction that the denoiser is told, as in :meth:`TwoTower.denoise`.
@@ -89,7 +89,7 @@ def denoise(model: Any, context: Any, block_BK: Tensor, t_B: Sequence[float] | f
     return repeat
 
 
-def context_pass(model: Any, context: Any, block_BK: Tensor) -> Repeat:
+def context_pass(model: Model, context: Context, block_BK: Tensor) -> Repeat:
     """Extend by a whole block, no logits. Each repetition goes on where the last ended, one block further."""
     with torch.inference_mode():
         newest = model.extend(context, block_BK)
@@ -101,7 +101,7 @@ def context_pass(model: Any, context: Any, block_BK: Tensor) -> Repeat:
     return repeat
 
 
-def forced_block(model: Any, context: Any, block_size: int, blocks: Sequence[Sequence[int]]) -> Repeat:
+def forced_block(model: Denoising, context: Context, block_size: int, blocks: Sequence[Sequence[int]]) -> Repeat:
     """Denoise a whole block and absorb it, each denoiser call committing as many tokens as it is told.
 
     ``blocks`` holds the commits per call of the first, second, ... repetition, the same for all rows. The most

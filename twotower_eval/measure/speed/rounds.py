@@ -8,9 +8,9 @@ import typing
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from twotower_eval import store
+from twotower_eval.engine.models.protocol import Model
 from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.best import looked_at
 from twotower_eval.measure.speed.captures import Captures, graphs_for, hint, refuse_uneven
@@ -106,7 +106,7 @@ def _block_sizes(specs: Sequence[DecoderSpec]) -> list[int]:
     return [size for spec in specs if isinstance(size := spec.params.get("block_size"), int)]
 
 
-def _load(plan: SpeedPlan) -> tuple[Any, Any]:
+def _load(plan: SpeedPlan) -> tuple[Model, Model]:
     from twotower_eval.engine.models.arms import load_arms
 
     return load_arms(
@@ -118,7 +118,7 @@ def _load(plan: SpeedPlan) -> tuple[Any, Any]:
     )
 
 
-def _truncated(plan: SpeedPlan, writer: store.RunWriter, calls: Calls, models: tuple[Any, Any]) -> list[str]:
+def _truncated(plan: SpeedPlan, writer: store.RunWriter, calls: Calls, models: tuple[Model, Model]) -> list[str]:
     """Write down for every cell how many prompts were cut, which a resumed run has already; the warnings of it."""
     lines = []
     for arm, model in zip(typing.get_args(Arm), models, strict=True):
@@ -160,7 +160,7 @@ def _manifest(
     lanes: Sequence[Lane],
     overrides: Sequence[Override],
     ways: Sequence[Ways],
-    models: Sequence[Any],
+    models: Sequence[Model],
     resume: Path | None,
 ) -> RunManifest:
     from twotower_eval.engine.models.identity import unheeded_settings

@@ -16,8 +16,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
+from twotower_eval.engine.models.protocol import Model
 from twotower_eval.measure.speed.lanes import Lane
 from twotower_eval.measure.speed.workloads import Call, Calls, Request, encode_calls
 from twotower_eval.plan import SpeedPlan
@@ -165,7 +165,7 @@ class Probes:
         plan: SpeedPlan,
         calls: Calls,
         requests: Sequence[Request],
-        models: tuple[Any, Any],
+        models: tuple[Model, Model],
         launch_id: str,
     ) -> None:
         self._plan, self._calls, self._requests, self._models = plan, calls, requests, models

@@ -19,11 +19,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import BuiltinFunctionType
-from typing import Any
 
 import torch
 
 from twotower_eval.engine.decoders.reported import ReportError
+from twotower_eval.engine.models.protocol import TextCodec
 from twotower_eval.measure.speed.clock import PERF_COUNTER, CallClock, Seconds
 
 RAW_S: Seconds = time.monotonic
@@ -241,7 +241,7 @@ class Watch:
             raise ReportError(f"{name}: a call took {elapsed_s:.6g} s by one clock and {most_s:.6g} s by another")
 
 
-def text_cost(tokenizer: Any, vocab_size: int, now: Seconds) -> TextCost:
+def text_cost(tokenizer: TextCodec, vocab_size: int, now: Seconds) -> TextCost:
     """How long a tokenizer takes to write texts, the fastest of a few."""
     many = tuple(range(min(64, vocab_size)))
 

@@ -10,6 +10,7 @@ from itertools import chain, cycle, islice, pairwise
 from typing import Any, Protocol
 
 from twotower_eval.engine.models.prompts import fitted_prompt_ids, naming, prompt_ids
+from twotower_eval.engine.models.protocol import Model, text_codec
 from twotower_eval.errors import UserError
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import Workload, canonical_json, sha256_text
@@ -160,7 +161,7 @@ def scored_tasks(plan: SpeedPlan, calls: Iterable[Call]) -> dict[str, dict[str, 
 
 
 def encode_calls(
-    plan: SpeedPlan, calls: Calls, requests: Sequence[Request], model: Any
+    plan: SpeedPlan, calls: Calls, requests: Sequence[Request], model: Model
 ) -> dict[str, tuple[tuple[int, ...], ...]]:
     """A model's token ids of every prompt, by call id. ValueError where the model has no tokenizer or no room."""
     if model.tokenizer is None:
@@ -184,7 +185,7 @@ def encode_calls(
     return encoded
 
 
-def count_truncated(plan: SpeedPlan, calls: Calls, model: Any) -> dict[str, tuple[int, int]]:
+def count_truncated(plan: SpeedPlan, calls: Calls, model: Model) -> dict[str, tuple[int, int]]:
     """By task, how many prompts a model is timed on and how many of them lose their beginning for want of room."""
     asked = {(r.task, r.doc_id): (call, r) for of_size in calls.values() for call in of_size for r in call.requests}
     counted: dict[str, tuple[int, int]] = {}
@@ -196,7 +197,7 @@ def count_truncated(plan: SpeedPlan, calls: Calls, model: Any) -> dict[str, tupl
     return counted
 
 
-def _fixed_ids(plan: SpeedPlan, request: Request, requests: Sequence[Request], model: Any) -> list[int]:
+def _fixed_ids(plan: SpeedPlan, request: Request, requests: Sequence[Request], model: Model) -> list[int]:
     """A prompt of ``plan.prompt_tokens`` tokens: this one and those after it, around and around, cut at the end.
 
     Natural text, because models degenerate on random ids, and a mixture of experts then routes as it never would.
@@ -207,7 +208,7 @@ def _fixed_ids(plan: SpeedPlan, request: Request, requests: Sequence[Request], m
         for other in cycle([*requests[first + 1 :], *requests[: first + 1]]):
             if len(ids) >= plan.prompt_tokens:
                 break
-            ids = [*ids, *(model.tokenizer.encode(f"\n{other.text}") if other.text else ids[:1])]
+            ids = [*ids, *(text_codec(model).encode(f"\n{other.text}") if other.text else ids[:1])]
         ids = ids[: plan.prompt_tokens]
     needed = len(ids) + (plan.new_tokens or 0)
     if model.max_length is not None and needed > model.max_length:

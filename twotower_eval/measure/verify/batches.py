@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders import decoder_spec, make_decoder
+from twotower_eval.engine.decoders.batch import no_denoiser
+from twotower_eval.engine.models.protocol import Model, has_denoiser, two_tower
 from twotower_eval.measure.verify.finding import Finding, judged, told
 from twotower_eval.records import CommitStep, Generation, Prompt
 
@@ -21,7 +23,7 @@ NUM_TOKENS = 40  # two and a half blocks
 PARAMS: dict[str, dict[str, Any]] = {"autoregressive": {}, "block_diffusion": {"trace": True}}
 
 
-def batch_logic(model: Any, prompts: Sequence[Prompt]) -> Finding:
+def batch_logic(model: Model, prompts: Sequence[Prompt]) -> Finding:
     """PROTOCOL's gate, on a float32 model: every difference must come from a margin of at most 1e-4."""
     margins = [
         _margin(model, kind, prompt, batched, alone)
@@ -37,7 +39,7 @@ def batch_logic(model: Any, prompts: Sequence[Prompt]) -> Finding:
     return judged("batch_equals_single", num_bad == 0, detail, value=max(margins, default=0.0), limit=MARGIN)
 
 
-def batch_numerics(model: Any, prompts: Sequence[Prompt], dtype: str) -> Finding:
+def batch_numerics(model: Model, prompts: Sequence[Prompt], dtype: str) -> Finding:
     """Share of prompts whose outputs are identical in a batch and alone, in the measured dtype: to be read."""
     same = [
         batched.token_ids == alone.token_ids
@@ -48,24 +50,24 @@ def batch_numerics(model: Any, prompts: Sequence[Prompt], dtype: str) -> Finding
     return told("batch_numerics", detail, value=sum(same) / len(same))
 
 
-def _kinds(model: Any) -> list[str]:
-    return ["autoregressive", "block_diffusion"] if model.has_denoiser else ["autoregressive"]
+def _kinds(model: Model) -> list[str]:
+    return ["autoregressive", "block_diffusion"] if has_denoiser(model) else ["autoregressive"]
 
 
-def _both(model: Any, kind: str, prompts: Sequence[Prompt]) -> list[tuple[Prompt, Generation, Generation]]:
+def _both(model: Model, kind: str, prompts: Sequence[Prompt]) -> list[tuple[Prompt, Generation, Generation]]:
     decoder = make_decoder(model, kind, **PARAMS[kind])
     batched = decoder.generate(prompts, max_new_tokens=NUM_TOKENS)
     alone = [decoder.generate([prompt], max_new_tokens=NUM_TOKENS)[0] for prompt in prompts]
     return list(zip(prompts, batched, alone, strict=True))
 
 
-def _margin(model: Any, kind: str, prompt: Prompt, batched: Generation, alone: Generation) -> float:
+def _margin(model: Model, kind: str, prompt: Prompt, batched: Generation, alone: Generation) -> float:
     if kind == "autoregressive":
         return _token_margin(model, prompt, batched.token_ids, alone.token_ids)
     return _step_margin(model, prompt, batched.trace or (), alone.trace or ())
 
 
-def _token_margin(model: Any, prompt: Prompt, batched: Sequence[int], alone: Sequence[int]) -> float:
+def _token_margin(model: Model, prompt: Prompt, batched: Sequence[int], alone: Sequence[int]) -> float:
     """Between the two best tokens where the outputs part; infinite where one is the beginning of the other."""
     parted = next((i for i, (a, b) in enumerate(zip(batched, alone, strict=False)) if a != b), None)
     if parted is None:
@@ -74,7 +76,7 @@ def _token_margin(model: Any, prompt: Prompt, batched: Sequence[int], alone: Seq
     return _top2(model.next_logits(model.prefill(ids_1S))[0])
 
 
-def _step_margin(model: Any, prompt: Prompt, batched: Sequence[CommitStep], alone: Sequence[CommitStep]) -> float:
+def _step_margin(model: Model, prompt: Prompt, batched: Sequence[CommitStep], alone: Sequence[CommitStep]) -> float:
     """What the first differing step hung by: the largest margin among its differing choices."""
     parted = next(
         (
@@ -110,18 +112,19 @@ def _commit_margin(confidence_K: Tensor, position: int, parted: Sequence[int]) -
     return min([abs(own - threshold), *others])
 
 
-def _logits_of_step(model: Any, prompt: Prompt, before: Sequence[CommitStep], block: int) -> Tensor:
+def _logits_of_step(model: Model, prompt: Prompt, before: Sequence[CommitStep], block: int) -> Tensor:
     """Logits (K, V) that a row alone sees after the steps ``before``, the mask excluded."""
+    pair = two_tower(model, no_denoiser("block_diffusion"))
     size = int(decoder_spec("block_diffusion").params["block_size"] or 0)
-    context = model.prefill(torch.tensor([prompt.token_ids]))
-    blocks = [torch.full((1, size), model.mask_token_id) for _ in range(block + 1)]
+    context = pair.prefill(torch.tensor([prompt.token_ids]))
+    blocks = [torch.full((1, size), pair.mask_token_id) for _ in range(block + 1)]
     for step in before:
         blocks[step.block][0, list(step.positions)] = torch.tensor(step.token_ids)
     for finished_1K in blocks[:-1]:
-        context = model.extend(context, finished_1K)
+        context = pair.extend(context, finished_1K)
     masked = sum(len(step.positions) for step in before if step.block == block)
-    logits_KV: Tensor = model.denoise(blocks[-1], context, [(size - masked) / size])[0].float()
-    logits_KV[:, model.mask_token_id] = -torch.inf
+    logits_KV = pair.denoise(blocks[-1], context, [(size - masked) / size])[0].float()
+    logits_KV[:, pair.mask_token_id] = -torch.inf
     return logits_KV
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from twotower_eval.engine.decoders import make_decoder
+from twotower_eval.engine.models.protocol import Denoising, Model, has_denoiser
 from twotower_eval.measure.verify.finding import Finding, judged, not_checked, told
 from twotower_eval.records import Prompt
 
@@ -16,13 +16,13 @@ AGREEMENT_TOKENS = 24
 SAMPLE_TOKENS = 48
 
 
-def mock_ar_agreement(model: Any, prompts: Sequence[Prompt]) -> Finding:
+def mock_ar_agreement(model: Model, prompts: Sequence[Prompt]) -> Finding:
     """How often the denoiser, fed the last token without time, chooses the context tower's own next token.
 
     On the context tower's tokens, so that one difference does not cause the next. A denoiser trained away from its
     start need not agree: only logits that are not finite fail.
     """
-    if not model.has_denoiser:
+    if not has_denoiser(model):
         return not_checked("mock_ar_agreement", NO_DENOISER)
     same, finite, margins = [], True, []
     for prompt in prompts:
@@ -45,16 +45,16 @@ def mock_ar_agreement(model: Any, prompts: Sequence[Prompt]) -> Finding:
     return told("mock_ar_agreement", detail, value=share)
 
 
-def _mock_logits(model: Any, ids_1S: torch.Tensor, position: int) -> torch.Tensor:
+def _mock_logits(model: Denoising, ids_1S: torch.Tensor, position: int) -> torch.Tensor:
     context = model.prefill(ids_1S[:, :position], [position])
-    logits_1V: torch.Tensor = model.denoise(ids_1S[:, position : position + 1], context, None)[:, 0]
+    logits_1V = model.denoise(ids_1S[:, position : position + 1], context, None)[:, 0]
     return logits_1V.to(ids_1S.device)
 
 
-def block_sample(model: Any, prompts: Sequence[Prompt]) -> tuple[Finding, Finding]:
+def block_sample(model: Model, prompts: Sequence[Prompt]) -> tuple[Finding, Finding]:
     """Tokens per denoiser pass on a short sample, at the default operating point, and the share forced by the floor."""
     names = ("tokens_per_nfe", "forced_share")
-    if not model.has_denoiser:
+    if not has_denoiser(model):
         return not_checked(names[0], NO_DENOISER), not_checked(names[1], NO_DENOISER)
     decoder = make_decoder(model, "block_diffusion")
     found = decoder.generate(prompts, max_new_tokens=SAMPLE_TOKENS, eos_token_ids=model.eos_token_ids)

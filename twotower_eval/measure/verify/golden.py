@@ -18,7 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from twotower_eval.engine.decoders import make_decoder
+from twotower_eval.engine.decoders.batch import no_denoiser
 from twotower_eval.engine.models import load_model
+from twotower_eval.engine.models.context import Context as OwnContext
+from twotower_eval.engine.models.protocol import Context, Model, two_tower
 from twotower_eval.errors import UserError
 from twotower_eval.json_text import parse_json, read_utf8
 from twotower_eval.measure.verify.finding import Finding, judged, not_checked
@@ -36,7 +39,7 @@ PREFILL = "prefill_last_logits"
 class Golden:
     """Reference outputs and the model that has to give them."""
 
-    model: Any
+    model: Model
     tensors: Mapping[str, Tensor]
     meta: Mapping[str, Any]
 
@@ -50,7 +53,7 @@ class Golden:
         return sorted(k.removesuffix(end) for k in self.tensors if k.startswith(start) and k.endswith(end))
 
 
-def load_golden(folder: Path, model: Any, device: str) -> Golden:
+def load_golden(folder: Path, model: Model, device: str) -> Golden:
     """Read a folder; its own checkpoint takes the place of ``model`` if it has one. ValueError for what is missing."""
     for name in (TENSORS, DESCRIPTION):
         if not (folder / name).is_file():
@@ -96,7 +99,8 @@ def _worst(ours: Tensor, theirs: Tensor, key: str) -> Difference:
 def _context(golden: Golden) -> Iterator[Difference]:
     model = golden.model
     for name in golden.prompts:
-        ids, whole, last = (golden.tensors.get(f"{name}.{key}") for key in ("ids", "context_logits", PREFILL))
+        ids = golden.tensors[f"{name}.ids"]
+        whole, last = (golden.tensors.get(f"{name}.{key}") for key in ("context_logits", PREFILL))
         if whole is not None:
             yield _worst(model.context_logits(ids), whole, f"{name}.context_logits")
         if last is not None:
@@ -104,7 +108,7 @@ def _context(golden: Golden) -> Iterator[Difference]:
 
 
 def _denoiser(golden: Golden) -> Iterator[Difference]:
-    get, model = golden.tensors.get, golden.model
+    get, model = golden.tensors.get, two_tower(golden.model, no_denoiser("block_diffusion"))
     for name in golden.prompts:
         context = model.prefill(golden.tensors[f"{name}.ids"])
         for case in golden.keys(f"{name}.den.", ".block_ids"):
@@ -127,7 +131,8 @@ def _states(golden: Golden) -> Iterator[Difference]:
             yield _worst(_state(context, int(layer), what), golden.tensors[key], key)
 
 
-def _state(context: Any, layer: int, what: str) -> Tensor:
+def _state(context: Context, layer: int, what: str) -> Tensor:
+    assert isinstance(context, OwnContext)  # of the one family that the reference is of
     found: dict[str, Tensor]
     if what in ("conv", "ssm"):
         found = {"conv": context.mamba[layer].conv_BCW, "ssm": context.mamba[layer].ssm_BhPN}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from twotower_eval.engine.models.nemotron_h import Mamba
 from twotower_eval.engine.models.probes import LIMITS, difference
+from twotower_eval.engine.models.protocol import Model, has_denoiser
 from twotower_eval.engine.ops.ssd import ssd, ssd_chunked, ssd_reference
 from twotower_eval.measure.verify.finding import Finding, judged, not_checked, told
 from twotower_eval.records import Prompt, Ways
@@ -22,7 +22,7 @@ SCAN_POSITIONS = 70  # more than two chunks of the fast path, and no multiple of
 SCAN_LIMIT = 1e-5  # relative: float32 sums in another order give 1e-6, a lost state gives 1
 
 
-def finite_logits(model: Any, prompts: Sequence[Prompt]) -> Finding:
+def finite_logits(model: Model, prompts: Sequence[Prompt]) -> Finding:
     """Context logits at every position of every prompt; denoiser logits of masked blocks at several t and without."""
     counted = [torch.isfinite(logits) for logits in _all_logits(model, prompts)]
     num_bad = sum(int((~finite).sum()) for finite in counted)
@@ -32,11 +32,11 @@ def finite_logits(model: Any, prompts: Sequence[Prompt]) -> Finding:
     return judged("finite_logits", num_bad == 0, detail, value=num_bad, limit=0)
 
 
-def _all_logits(model: Any, prompts: Sequence[Prompt]) -> Iterator[Tensor]:
+def _all_logits(model: Model, prompts: Sequence[Prompt]) -> Iterator[Tensor]:
     for prompt in prompts:
         ids_1S = torch.tensor([prompt.token_ids])
         yield model.context_logits(ids_1S)
-        if model.has_denoiser:
+        if has_denoiser(model):
             block_1K = torch.full((1, BLOCK_SIZE), model.mask_token_id)
             context = model.prefill(ids_1S)
             for t in (1.0, 0.5, 1 / BLOCK_SIZE, None):
@@ -49,12 +49,13 @@ def proved(ways: Ways) -> Finding:
     return found("proved_against_whole_rows", ways_text(ways))
 
 
-def seeded_scan(model: Any, seed: int) -> Finding:
+def seeded_scan(model: Model, seed: int) -> Finding:
     """The scan from a carried state, however cut, against the plain recurrence over the whole, in float32.
 
     Sizes and decay rates are those of the model's first and last Mamba layers; inputs are drawn.
     """
-    layers = [module for module in model.modules() if isinstance(module, Mamba)]
+    parts = model.modules() if isinstance(model, torch.nn.Module) else ()
+    layers = [module for module in parts if isinstance(module, Mamba)]
     if not layers:
         return not_checked("seeded_scan", "the model has no Mamba layer of ours")
     worst = max(_worst_scan(layer, seed + number) for number, layer in enumerate({*layers[:1], *layers[-1:]}))
@@ -87,7 +88,7 @@ def _worst_scan(layer: Mamba, seed: int) -> float:
     return max(relative(ours, theirs) for ours, theirs in found)
 
 
-def blockwise_context(model: Any, prompts: Sequence[Prompt], dtype: str) -> Finding:
+def blockwise_context(model: Model, prompts: Sequence[Prompt], dtype: str) -> Finding:
     """A context extended block by block and one prefill of the same tokens give the same next-token logits."""
     worst = 0.0
     for prompt in prompts:

@@ -6,12 +6,12 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from twotower_eval import store
 from twotower_eval.engine.models.prompts import naming, prompt_ids
+from twotower_eval.engine.models.protocol import Model
 from twotower_eval.engine.ops import kernels
 from twotower_eval.measure.verify.batches import NUM_TOKENS, batch_logic, batch_numerics
 from twotower_eval.measure.verify.decoding import block_sample, mock_ar_agreement
@@ -51,7 +51,7 @@ def verify(plan: VerifyPlan, *, root: Path) -> Path:
     return writer.path
 
 
-def make_prompts(model: Any, seed: int) -> list[Prompt]:
+def make_prompts(model: Model, seed: int) -> list[Prompt]:
     """A few prompts of unequal lengths. Text where the model can read it: random ids say little of a trained model."""
     if model.tokenizer is None:
         generator = torch.Generator().manual_seed(seed)
@@ -70,7 +70,7 @@ def make_prompts(model: Any, seed: int) -> list[Prompt]:
     return prompts
 
 
-def _findings(plan: VerifyPlan, model: Any, prompts: Sequence[Prompt], golden: Golden | None) -> Iterator[Finding]:
+def _findings(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt], golden: Golden | None) -> Iterator[Finding]:
     yield finite_logits(model, prompts)
     yield seeded_scan(model, plan.seed)
     yield blockwise_context(model, prompts, plan.dtype)
@@ -85,7 +85,7 @@ def _findings(plan: VerifyPlan, model: Any, prompts: Sequence[Prompt], golden: G
     yield _kernels(plan)
 
 
-def _batch_gate(plan: VerifyPlan, model: Any, prompts: Sequence[Prompt]) -> Finding:
+def _batch_gate(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt]) -> Finding:
     """On the model itself in float32, else on a float32 copy, where there is memory for one."""
     if plan.dtype == "float32":
         return batch_logic(model, prompts)
@@ -108,7 +108,7 @@ def _kernels(plan: VerifyPlan) -> Finding:
     return told("kernels", f"the project's own operations in {plan.dtype} on {', '.join(there)}{without}{proofs}")
 
 
-def _cell(plan: VerifyPlan, model: Any, prompts: Sequence[Prompt]) -> Cell:
+def _cell(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt]) -> Cell:
     from twotower_eval.engine.decoders import decoder_spec
 
     spec = decoder_spec("block_diffusion" if model.has_denoiser else "autoregressive")
