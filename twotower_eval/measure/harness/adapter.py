@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -27,8 +26,10 @@ from twotower_eval.engine.decoders.reported import (
 )
 from twotower_eval.engine.models import prompts
 from twotower_eval.engine.models.counting import noted_in_place
+from twotower_eval.engine.models.protocol import Model, text_codec
 from twotower_eval.engine.models.strays import Strays
 from twotower_eval.engine.scorers import Scorer
+from twotower_eval.engine.scorers.pieces import Piece, ScoreRequest
 from twotower_eval.errors import UserError
 from twotower_eval.measure.harness.answers import (
     CellJournal,
@@ -47,6 +48,7 @@ from twotower_eval.measure.suites import (
     DEFAULT_MAX_NEW_TOKENS,
     stops_and_budget,
 )
+from twotower_eval.measure.suites.lm_types import Instance
 from twotower_eval.plugin_calls import noting
 from twotower_eval.progress import Advance
 from twotower_eval.records import (
@@ -62,14 +64,14 @@ from twotower_eval.records import (
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # context ids, continuation ids
 Batch = Callable[[], None]  # answers some requests and journals them
-_Item = tuple[Any, Prompt, Key]  # a request for text, as a decoder is given it
+_Item = tuple[Instance, Prompt, Key]  # a request for text, as a decoder is given it
 
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
     """A likelihood request as pairs of ids: one, or the windows of a long text."""
 
-    request: Any
+    request: Instance
     key: Key
     pairs: Sequence[Pair]
 
@@ -86,7 +88,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         *,
         decoder: Decoder | None = None,
         scorer: Scorer | None = None,
@@ -100,9 +102,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         testify: Callable[[Witnessed], None] = lambda row: None,
     ) -> None:
         super().__init__()
-        if model.tokenizer is None:
-            raise UserError(f"checkpoint {model.checkpoint.name} has no tokenizer files: tasks are text, it needs one")
         self.model = model
+        self._codec = text_codec(model)
         self.decoder = decoder
         self.scorer = scorer
         self.kind: LikelihoodKind = kind
@@ -128,23 +129,23 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         """What stands before a text without context: BOS where the tokenizer has one, else EOS, as in lm-eval's hf."""
         return prompts.prefix_id(self.model)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: object) -> list[int]:
         """Token ids, with the special tokens that the tokenizer adds by itself unless told otherwise, or unless the
         text begins with the prefix token."""
         if add_special_tokens is None:
             return list(self._text_ids(string))
-        return list(self.model.tokenizer.encode(string, add_special_tokens))
+        return list(self._codec.encode(string, add_special_tokens))
 
     # Generation
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts of the requests' continuations; a request given several times is answered by as many samples."""
         numbered = with_repeats(requests)
         for answer in self.batches(numbered):
             answer()
         return [self.journal.generations[key].generation.text or "" for _, key in numbered]
 
-    def check_texts(self, numbered: Sequence[tuple[Any, Key]]) -> None:
+    def check_texts(self, numbered: Sequence[tuple[Instance, Key]]) -> None:
         """ValueError, with the document, for the first request whose texts this model cannot read."""
         for request, key in numbered:
             if request.request_type == "generate_until":
@@ -152,7 +153,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             else:
                 self._split(request, key, request.request_type)
 
-    def batches(self, numbered: Sequence[tuple[Any, Key]]) -> list[Batch]:
+    def batches(self, numbered: Sequence[tuple[Instance, Key]]) -> list[Batch]:
         """What is to be called, in order, to have every request answered and journalled; nothing where all are.
 
         Generations of one budget are one batch: its rows are journalled as they finish, and others take their places.
@@ -165,9 +166,9 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             return list(self._generation_batches(numbered))
         return list(self._likelihood_batches(numbered, *kinds)) if kinds else []
 
-    def _generation_batches(self, numbered: Sequence[tuple[Any, Key]]) -> Iterator[Batch]:
+    def _generation_batches(self, numbered: Sequence[tuple[Instance, Key]]) -> Iterator[Batch]:
         missing = self._missing(numbered, self.journal.generations)
-        groups: dict[tuple[int, tuple[str, ...]], list[tuple[Any, Prompt, Key]]] = defaultdict(list)
+        groups: dict[tuple[int, tuple[str, ...]], list[_Item]] = defaultdict(list)
         for request, key in numbered:
             stop, budget = stops_and_budget(request.args[1], DEFAULT_MAX_NEW_TOKENS)
             check_asked(request, key, self.decoder)
@@ -226,33 +227,35 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         assert self.decoder is not None, "a generation task without a decoder"
         return DecoderCall(decoder=self.decoder, batch_size=self.batch_size, strays=self._strays)
 
-    def _keep(self, request: Any, key: Key, generation: Generation) -> None:
+    def _keep(self, request: Instance, key: Key, generation: Generation) -> None:
         self.journal.add(generation_row(self.journal.cell, key, request, generation))
         self.advance()
 
     # Log-likelihoods
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-probability in nats of each continuation given its context, and whether greedy decoding would give it."""
         return [(found.logprob_nats, found.is_greedy) for found in self._likelihoods(requests)]
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability in nats of each whole text, in windows where it is longer than the model reads."""
         return [found.logprob_nats for found in self._likelihoods(requests)]
 
-    def _likelihoods(self, requests: Sequence[Any]) -> list[Likelihood]:
+    def _likelihoods(self, requests: Sequence[Instance]) -> list[Likelihood]:
         numbered = with_repeats(requests)
         for answer in self.batches(numbered):
             answer()
         return [self.journal.likelihoods[key].likelihood for _, key in numbered]
 
-    def _loglikelihood_tokens(self, requests: Sequence[Any], **_options: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[object, Sequence[int], Sequence[int]]], **_options: object
+    ) -> list[tuple[float, bool]]:
         assert self.scorer is not None, "a likelihood task without a scorer"
         pairs = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
         found = self.scorer.score(self._score_requests(pairs))
         return [(likelihood.logprob_nats, likelihood.is_greedy) for likelihood in found]
 
-    def _likelihood_batches(self, numbered: Sequence[tuple[Any, Key]], request_type: str) -> Iterator[Batch]:
+    def _likelihood_batches(self, numbered: Sequence[tuple[Instance, Key]], request_type: str) -> Iterator[Batch]:
         """Every distinct pair of context and continuation is scored once, whoever asks for it."""
         missing = self._missing(numbered, self.journal.likelihoods)
         asked = [self._split(request, key, request_type) for request, key in numbered]
@@ -268,7 +271,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             for part, rest in [(pairs, piece)] if whole else self._pieces(left):
                 yield partial(self._score_and_finish, part, rest, known, askers, missing)
 
-    def _pieces(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[Pair], Any]]:
+    def _pieces(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[Pair], Piece]]:
         """Pairs that the scorer takes together, and its piece for them."""
         assert self.scorer is not None, "a likelihood task without a scorer"
         for piece in self.scorer.plan(self._score_requests(pairs), self.batch_size) if pairs else ():
@@ -277,7 +280,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     def _score_and_finish(
         self,
         batch: Sequence[Pair],
-        piece: Any,
+        piece: Piece,
         known: dict[Pair, Likelihood],
         askers: Mapping[Pair, Sequence[_Asked]],
         missing: Set[Key],
@@ -293,7 +296,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             self.journal.add(likelihood_row(self.journal.cell, one.key, one.request, likelihood, num_tokens))
         self.advance(len(asked))
 
-    def _split(self, request: Any, key: Key, request_type: str) -> _Asked:
+    def _split(self, request: Instance, key: Key, request_type: str) -> _Asked:
         """The request in pairs of ids, each with something to score. ValueError, with the document, where none is."""
         is_rolling = request_type == "loglikelihood_rolling"
         split = self._windows if is_rolling else self._context_and_continuation
@@ -327,9 +330,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         windows = get_rolling_token_windows(ids, self.prefix_token_id, width, 1)
         return [(tuple(before), tuple(after)) for before, after in map(make_disjoint_window, windows)]
 
-    def _score_requests(self, pairs: Sequence[Pair]) -> list[Any]:
-        from twotower_eval.engine.scorers.pieces import ScoreRequest
-
+    def _score_requests(self, pairs: Sequence[Pair]) -> list[ScoreRequest]:
         requests = []
         for context, continuation in pairs:
             kept = self._room_for(context, continuation)
@@ -348,7 +349,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         return context[-room:]
 
     def _missing(
-        self, numbered: Sequence[tuple[Any, Key]], rows: Mapping[Key, GenerationRow | LikelihoodRow]
+        self, numbered: Sequence[tuple[Instance, Key]], rows: Mapping[Key, GenerationRow | LikelihoodRow]
     ) -> set[Key]:
         missing = missing_of(numbered, rows)
         self.advance(len(numbered) - len(missing))

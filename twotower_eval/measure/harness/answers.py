@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from twotower_eval.engine.decoders import Decoder
 from twotower_eval.engine.decoders.reported import (
@@ -18,10 +17,12 @@ from twotower_eval.engine.decoders.reported import (
     generating,
 )
 from twotower_eval.engine.models.counting import WatchedModel, noted_in_place
+from twotower_eval.engine.models.protocol import Model
 from twotower_eval.engine.models.strays import Strays
 from twotower_eval.engine.models.witness import Tally
 from twotower_eval.errors import UserError
 from twotower_eval.measure.suites import decoding_asked, in_words, instance_sha256
+from twotower_eval.measure.suites.lm_types import Instance
 from twotower_eval.records import (
     Generation,
     GenerationRow,
@@ -74,7 +75,7 @@ def join_likelihoods(likelihoods: Sequence[Likelihood], kind: LikelihoodKind) ->
     )
 
 
-def with_repeats(requests: Iterable[Any]) -> list[tuple[Any, Key]]:
+def with_repeats(requests: Iterable[Instance]) -> list[tuple[Instance, Key]]:
     """Each request with its key; the same one again is the next sample."""
     seen: Counter[tuple[str, int, int]] = Counter()
     numbered = []
@@ -85,7 +86,7 @@ def with_repeats(requests: Iterable[Any]) -> list[tuple[Any, Key]]:
     return numbered
 
 
-def missing_of(numbered: Iterable[tuple[Any, Key]], rows: Mapping[Key, GenerationRow | LikelihoodRow]) -> set[Key]:
+def missing_of(numbered: Iterable[tuple[Instance, Key]], rows: Mapping[Key, GenerationRow | LikelihoodRow]) -> set[Key]:
     """Keys that are not journalled yet. A journalled answer to another prompt is a ValueError."""
     missing = set()
     for request, key in numbered:
@@ -97,7 +98,7 @@ def missing_of(numbered: Iterable[tuple[Any, Key]], rows: Mapping[Key, Generatio
     return missing
 
 
-def generation_row(cell: str, key: Key, request: Any, generation: Generation) -> GenerationRow:
+def generation_row(cell: str, key: Key, request: Instance, generation: Generation) -> GenerationRow:
     """The journal's row of an answer to lm-eval's request."""
     task, doc_id, index, repeat = key
     return GenerationRow(
@@ -111,7 +112,7 @@ def generation_row(cell: str, key: Key, request: Any, generation: Generation) ->
     )
 
 
-def likelihood_row(cell: str, key: Key, request: Any, likelihood: Likelihood, num_tokens: int) -> LikelihoodRow:
+def likelihood_row(cell: str, key: Key, request: Instance, likelihood: Likelihood, num_tokens: int) -> LikelihoodRow:
     """The journal's row of the log-likelihood that lm-eval's request asks for."""
     task, doc_id, index, repeat = key
     return LikelihoodRow(
@@ -120,14 +121,14 @@ def likelihood_row(cell: str, key: Key, request: Any, likelihood: Likelihood, nu
         doc_id=doc_id,
         request_index=index,
         repeat=repeat,
-        request=request.request_type,
+        request="loglikelihood_rolling" if request.request_type == "loglikelihood_rolling" else "loglikelihood",
         prompt_sha256=instance_sha256(request),
         num_tokens=num_tokens,
         likelihood=likelihood,
     )
 
 
-def check_asked(request: Any, key: Key, decoder: Decoder | None) -> None:
+def check_asked(request: Instance, key: Key, decoder: Decoder | None) -> None:
     """ValueError where a request asks for what the decoder does not do; one that samples was asked for."""
     asked = decoding_asked(request.args[1])
     if asked.beyond:
@@ -156,7 +157,7 @@ class DecoderCall:
         watched: WatchedModel,
         on_finish: Callable[[Generation], None],
         failed: Sequence[BaseException] = (),
-    ) -> Any:
+    ) -> object:
         """What the decoder gives back for prompts; ``failed`` is what ``on_finish`` raised."""
         with self.strays.noted(watched), generating(self.decoder, asked.name, "--batch-size", failed):
             return self.decoder.generate(
@@ -174,7 +175,7 @@ class DecoderCall:
         check_forwards(made, watched, asked.name)
 
 
-def witnessed_answer(call: DecoderCall, model: Any, prompt: Prompt, asked: Asked) -> tuple[Generation, Tally]:
+def witnessed_answer(call: DecoderCall, model: Model, prompt: Prompt, asked: Asked) -> tuple[Generation, Tally]:
     """The answer to a prompt that is decoded alone, and what the witness of that says."""
     heard: list[Generation] = []
     with noted_in_place(model) as watched, watched.witnessed(prompt.token_ids) as witness:

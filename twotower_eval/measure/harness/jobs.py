@@ -8,14 +8,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from twotower_eval import store
 from twotower_eval.decoder_settings import block_sizes
+from twotower_eval.engine.models.protocol import Model, text_codec
+from twotower_eval.engine.scorers import Scorer
 from twotower_eval.errors import UserError
 from twotower_eval.measure.harness.adapter import HarnessLM
 from twotower_eval.measure.harness.answers import Key
 from twotower_eval.measure.suites import FEWSHOT_SEED, BuiltTask, resolve_tasks, settle
+from twotower_eval.measure.suites.lm_types import Instance
 from twotower_eval.plan import RunPlan, baseline_folder, cross_decoders, model_folder
 from twotower_eval.records import Arm, Cell, DecoderSpec, LikelihoodKind, Override, RunManifest, Ways, Workload, cell_id
 from twotower_eval.store.environment import new_manifest
@@ -33,12 +35,12 @@ class Job:
 
     cell: Cell
     task: BuiltTask
-    model: Any
+    model: Model
     kind: LikelihoodKind
     likelihoods_of: str
 
     @property
-    def requests(self) -> list[tuple[Any, Key]]:
+    def requests(self) -> list[tuple[Instance, Key]]:
         """lm-eval's requests with their keys, each as often as there are samples; none where another cell answers."""
         if not self.task.generates and self.likelihoods_of != self.cell.id:
             return []
@@ -47,7 +49,7 @@ class Job:
         return [(i, (self.task.name, i.doc_id, i.idx, repeat)) for i in instances for repeat in range(repeats)]
 
     @property
-    def costs_like(self) -> tuple[Any, ...]:
+    def costs_like(self) -> tuple[object, ...]:
         """Jobs that agree in this take about the same time per request."""
         way = self.cell.decoder.label if self.task.generates else self.kind
         return (self.cell.checkpoint.identity, way, self.task.request)
@@ -132,7 +134,7 @@ def check_scorers(plan: RunPlan, tasks: Sequence[BuiltTask]) -> None:
         )
 
 
-def load_models(plan: RunPlan) -> tuple[Any, Any]:
+def load_models(plan: RunPlan) -> tuple[Model, Model]:
     """Baseline and candidate; see :func:`twotower_eval.engine.models.arms.load_arms`."""
     from twotower_eval.engine.models.arms import load_arms
 
@@ -144,12 +146,11 @@ def load_models(plan: RunPlan) -> tuple[Any, Any]:
         cuda_graphs=plan.cuda_graphs,
     )
     for arm in arms:
-        if arm.tokenizer is None:
-            raise UserError(f"checkpoint {arm.checkpoint.name} has no tokenizer files: tasks are text, it needs one")
+        text_codec(arm)
     return arms
 
 
-def use_graphs(plan: RunPlan, tasks: Sequence[BuiltTask], arms: tuple[Any, Any]) -> None:
+def use_graphs(plan: RunPlan, tasks: Sequence[BuiltTask], arms: tuple[Model, Model]) -> None:
     """Have both arms take small steps from graphs, where the plan says so: as many kept as its requests can ask for."""
     from twotower_eval.engine.models.arms import give_graphs
     from twotower_eval.engine.models.fixed import MAX_NEW
@@ -165,7 +166,7 @@ def use_graphs(plan: RunPlan, tasks: Sequence[BuiltTask], arms: tuple[Any, Any])
     give_graphs(arms, max_rows=MAX_NEW, block_sizes=block_sizes(plan), longest=longest)
 
 
-def longest_context(tasks: Sequence[BuiltTask], model: Any) -> int:
+def longest_context(tasks: Sequence[BuiltTask], model: Model) -> int:
     """Tokens of the longest context that a model sees in these tasks, or a few more.
 
     Texts are encoded only where their bytes, of which there are more, may reach a length that nothing was tried at.
@@ -177,13 +178,14 @@ def longest_context(tasks: Sequence[BuiltTask], model: Any) -> int:
         for instance in doc.instances
     ]
     found = max((len(text.encode()) + budget for text, budget in asked), default=0)
-    if model.unproved and found + SPARE_TOKENS > model.unproved[0] - 2:
-        found = max(len(model.tokenizer.encode(text)) + budget for text, budget in asked)
+    unproved: Sequence[int] = getattr(model, "unproved", ())
+    if unproved and found + SPARE_TOKENS > unproved[0] - 2:
+        found = max(len(text_codec(model).encode(text)) + budget for text, budget in asked)
     return min(found + SPARE_TOKENS, model.max_length or found + SPARE_TOKENS)
 
 
 def make_jobs(
-    plan: RunPlan, tasks: Sequence[BuiltTask], specs: Sequence[DecoderSpec], baseline: Any, candidate: Any
+    plan: RunPlan, tasks: Sequence[BuiltTask], specs: Sequence[DecoderSpec], baseline: Model, candidate: Model
 ) -> list[Job]:
     """Every cell of the plan, task by task, the baseline first, at the plan's temperature.
 
@@ -193,11 +195,11 @@ def make_jobs(
     from twotower_eval.engine.models.identity import causal_identity
 
     autoregressive = decoder_spec("autoregressive", temperature=float(plan.temperature or 0))
-    arms: list[tuple[Arm, Any, DecoderSpec]] = [("baseline", baseline, autoregressive)]
+    arms: list[tuple[Arm, Model, DecoderSpec]] = [("baseline", baseline, autoregressive)]
     arms += [("candidate", candidate, spec) for spec in specs]
     shared = plan.likelihood == "context_tower" and _equal_context(baseline, candidate)
     jobs: dict[str, Job] = {}
-    first_with: dict[tuple[Any, ...], str] = {}
+    first_with: dict[tuple[object, ...], str] = {}
     for task in tasks:
         for arm, model, spec in arms:
             kind = _kind(plan, arm, model, shared)
@@ -217,7 +219,7 @@ def make_jobs(
     return list(jobs.values())
 
 
-def make_scorer_of(model: Any, kind: LikelihoodKind, spec: DecoderSpec) -> Any:
+def make_scorer_of(model: Model, kind: LikelihoodKind, spec: DecoderSpec) -> Scorer:
     """A scorer of the kind; the denoiser's read blocks as long as the decoder's."""
     from twotower_eval.engine.scorers import make_scorer
 
@@ -227,21 +229,21 @@ def make_scorer_of(model: Any, kind: LikelihoodKind, spec: DecoderSpec) -> Any:
     return make_scorer(model, kind)
 
 
-def _equal_context(baseline: Any, candidate: Any) -> bool:
+def _equal_context(baseline: Model, candidate: Model) -> bool:
     """Whether both causal towers are one model, down to the tokens that they read, so that one answer serves both."""
     from twotower_eval.engine.models.identity import causal_identity
 
     return bool(candidate.has_denoiser) and causal_identity(baseline) == causal_identity(candidate)
 
 
-def _kind(plan: RunPlan, arm: Arm, model: Any, shared: bool) -> LikelihoodKind:
+def _kind(plan: RunPlan, arm: Arm, model: Model, shared: bool) -> LikelihoodKind:
     """How a model's log-likelihoods are computed, as it will be named beside every score."""
     if arm == "candidate" and (model.has_denoiser or plan.likelihood in DENOISER_KINDS):
         return plan.likelihood
     return "context_tower" if shared or model.has_denoiser else "exact"
 
 
-def _cell(plan: RunPlan, arm: Arm, model: Any, spec: DecoderSpec, task: BuiltTask, kind: LikelihoodKind) -> Cell:
+def _cell(plan: RunPlan, arm: Arm, model: Model, spec: DecoderSpec, task: BuiltTask, kind: LikelihoodKind) -> Cell:
     workload = Workload(kind="task", name=task.name, digest=task.digest, max_new_tokens=task.max_new_tokens)
     random = (task.generates and (plan.temperature or 0) > 0) or (not task.generates and kind == "bound")
     extra = {

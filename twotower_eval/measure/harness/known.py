@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from twotower_eval import store
+from twotower_eval.engine.models.protocol import text_codec
 from twotower_eval.errors import UserError
 from twotower_eval.measure.harness.answers import Key
 from twotower_eval.measure.harness.jobs import Job
@@ -92,7 +93,7 @@ def _check_texts_are_of_tokens(run: store.Run, jobs: Sequence[Job]) -> None:
     own = {job.cell.id: job for job in jobs if job.task.generates and ":" not in job.cell.decoder.kind}
     for line, row in enumerate(run.generations, start=1):
         made, job = row.generation, own.get(row.cell)
-        if job is None or made.finish == "stop" or made.text == job.model.tokenizer.decode(made.token_ids):
+        if job is None or made.finish == "stop" or made.text == text_codec(job.model).decode(made.token_ids):
             continue
         where = f"{run.path / store.JOURNALS[GenerationRow][0]}, line {line}: task {row.task!r}, document {row.doc_id}"
         raise UserError(f"{where} has a text that is not that of its tokens: restore the file or start a new run")

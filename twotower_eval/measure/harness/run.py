@@ -19,6 +19,7 @@ from twotower_eval.measure.harness.jobs import Job, Prepared, make_manifest, mak
 from twotower_eval.measure.harness.known import KnownScores, check_known
 from twotower_eval.measure.harness.scoring import Row, aggregate_rows, score_rows
 from twotower_eval.measure.suites import BuiltTask, resolve_tasks
+from twotower_eval.measure.suites.lm_types import Instance
 from twotower_eval.plan import RunPlan, SpeedPlan, model_folder, plan_from_json
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import Aggregate, RunManifest, Score, Witnessed, derive_seed, draws
@@ -201,11 +202,11 @@ class _Evaluation:
     def _journal(self, job: Job) -> CellJournal:
         return self._journals[job.cell.id if job.task.generates else job.likelihoods_of]
 
-    def _answered(self, job: Job) -> Mapping[Key, Any]:
+    def _answered(self, job: Job) -> Mapping[Key, Row]:
         journal = self._journal(job)
         return journal.generations if job.task.generates else journal.likelihoods
 
-    def _missing(self, job: Job) -> list[tuple[Any, Key]]:
+    def _missing(self, job: Job) -> list[tuple[Instance, Key]]:
         """The job's requests without an answer."""
         answered = self._answered(job)
         return [(request, key) for request, key in job.requests if key not in answered]

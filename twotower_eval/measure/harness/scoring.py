@@ -10,11 +10,12 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import SupportsFloat, cast
 
 from twotower_eval.errors import UserError
 from twotower_eval.measure.harness.aggregates import FAILURES, SEED, mean_item, parts_of, replicates_of, value_of
 from twotower_eval.measure.suites import BuiltDoc, BuiltTask, aggregation_name, instance_sha256, lm_tasks, needing
+from twotower_eval.measure.suites.lm_types import Filter, Instance, Task
 from twotower_eval.progress import Progress
 from twotower_eval.records import MEAN, SUMMED_AGGREGATIONS, Aggregate, GenerationRow, LikelihoodRow, Score
 
@@ -111,11 +112,11 @@ def _check_prompts(task: BuiltTask, doc: BuiltDoc, answers: Mapping[int, Row]) -
 
 
 def _metrics(
-    task: BuiltTask, filter_: Any, docs: Sequence[BuiltDoc], samples: Mapping[int, Samples]
-) -> dict[int, dict[str, list[Any]]]:
+    task: BuiltTask, filter_: Filter, docs: Sequence[BuiltDoc], samples: Mapping[int, Samples]
+) -> dict[int, dict[str, list[object]]]:
     """What lm-eval makes of the answers under one filter: per document and metric a value for each sample."""
     pooled = task.pools_samples or _pools(docs[0].source, filter_.name)
-    found: dict[int, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[int, dict[str, list[object]]] = defaultdict(lambda: defaultdict(list))
     for number in range(1 if pooled else max(len(samples[doc.doc_id]) for doc in docs)):
         present = [doc for doc in docs if number < len(samples[doc.doc_id])]
         asked = {}
@@ -133,7 +134,7 @@ def _metrics(
     return found
 
 
-def _apply(task: BuiltTask, filter_: Any, instances: list[Any]) -> None:
+def _apply(task: BuiltTask, filter_: Filter, instances: list[Instance]) -> None:
     try:
         filter_.apply(instances)
     except FAILURES as error:
@@ -142,7 +143,7 @@ def _apply(task: BuiltTask, filter_: Any, instances: list[Any]) -> None:
         ) from error
 
 
-def _given(task: BuiltTask, doc: BuiltDoc, results: list[Any]) -> dict[str, Any]:
+def _given(task: BuiltTask, doc: BuiltDoc, results: list[object]) -> dict[str, object]:
     """What the task's own code makes of an answer; lm-eval would end at the same place."""
     try:
         return dict(doc.source.process_results(doc.doc, results))
@@ -153,12 +154,12 @@ def _given(task: BuiltTask, doc: BuiltDoc, results: list[Any]) -> dict[str, Any]
         ) from error
 
 
-def _pools(source: Any, filter_name: str) -> bool:
+def _pools(source: Task, filter_name: str) -> bool:
     own = [f for f in source.config.filter_list or [] if f["name"] == filter_name]
     return any(step["function"] in POOLING for f in own for step in f["filter"])
 
 
-def _response(row: Row) -> Any:
+def _response(row: Row) -> object:
     """An answer in the form in which lm-eval's models give it."""
     if isinstance(row, GenerationRow):
         return row.generation.text or ""
@@ -180,7 +181,7 @@ class _Value:
 NOTHING_GIVEN = _Value(aggregation=MEAN, missing_reason="the task's own code gives no metric for this answer")
 
 
-def _values(docs: Sequence[BuiltDoc], items: Mapping[int, Mapping[str, list[Any]]]) -> dict[str, dict[int, _Value]]:
+def _values(docs: Sequence[BuiltDoc], items: Mapping[int, Mapping[str, list[object]]]) -> dict[str, dict[int, _Value]]:
     """By metric and document; only under a mean has a document a value of its own."""
     source = docs[0].source
     found = {}
@@ -198,7 +199,7 @@ def _values(docs: Sequence[BuiltDoc], items: Mapping[int, Mapping[str, list[Any]
     return found
 
 
-def _summed_value(metric: str, aggregation: str, items: Sequence[Any]) -> _Value:
+def _summed_value(metric: str, aggregation: str, items: Sequence[object]) -> _Value:
     parts = _several(aggregation, [items]) or parts_of(aggregation, items[0])
     if isinstance(parts, str):
         return _Value(aggregation=aggregation, missing_reason=parts)
@@ -209,14 +210,14 @@ def _together(metric: str, aggregation: str) -> str:
     return f"{metric} is of all documents together, by {aggregation}"
 
 
-def _several(aggregation: str, items: Sequence[Sequence[Any]]) -> str | None:
+def _several(aggregation: str, items: Sequence[Sequence[object]]) -> str | None:
     """Why there is no score where documents have samples that differ."""
     if all(repr(item) == repr(samples[0]) for samples in items for item in samples):
         return None
     return f"{aggregation} of all documents takes one sample of each, and there are several that differ"
 
 
-def _mean_value(source: Any, metric: str, items: Sequence[Any]) -> _Value:
+def _mean_value(source: Task, metric: str, items: Sequence[object]) -> _Value:
     values = [_number(source, metric, item) for item in items]
     numbers = [value for value in values if isinstance(value, float)]
     reasons = [value for value in values if isinstance(value, str)]
@@ -225,12 +226,12 @@ def _mean_value(source: Any, metric: str, items: Sequence[Any]) -> _Value:
     return _Value(aggregation=MEAN, value=math.fsum(numbers) / len(numbers))
 
 
-def _number(source: Any, metric: str, item: Any) -> float | str:
+def _number(source: Task, metric: str, item: object) -> float | str:
     """One document's value, or the reason why there is none; a text is no number, even of digits."""
     if isinstance(item, str):
         return f"{metric} of this document is a text"
     try:
-        number = float(mean_item(source, metric, item))
+        number = float(cast(SupportsFloat, mean_item(source, metric, item)))
     except FAILURES as error:
         return f"{metric} of this document is no number ({type(error).__name__})"
     return number if math.isfinite(number) else f"{metric} of this document is {number}"
@@ -265,7 +266,12 @@ def _score(
 
 
 def _aggregate(
-    task: BuiltTask, cell: str, docs: Sequence[BuiltDoc], metric: str, filter_name: str, items: Sequence[Sequence[Any]]
+    task: BuiltTask,
+    cell: str,
+    docs: Sequence[BuiltDoc],
+    metric: str,
+    filter_name: str,
+    items: Sequence[Sequence[object]],
 ) -> Aggregate:
     source = docs[0].source
     aggregation, firsts = aggregation_name(source, metric), [samples[0] for samples in items]
@@ -289,7 +295,7 @@ def _aggregate(
 def _with_replicates(
     made: Aggregate,
     docs: Sequence[BuiltDoc],
-    items: Sequence[Sequence[Any]],
+    items: Sequence[Sequence[object]],
     stored: Stored,
     progress: Progress | None,
 ) -> Aggregate:

@@ -10,9 +10,10 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from twotower_eval.errors import UserError
+from twotower_eval.json_text import JsonObject
 from twotower_eval.names import did_you_mean
 from twotower_eval.records import Override, Scalar
 
@@ -87,7 +88,7 @@ class Decoding:
     overrides: tuple[Override, ...]
 
 
-def decoding_asked(settings: Mapping[str, Any]) -> Asked:
+def decoding_asked(settings: JsonObject) -> Asked:
     """What one generation's settings ask for. ValueError for values that mean nothing.
 
     As in lm-eval: without ``do_sample`` a temperature above 0 asks for sampling, and ``do_sample: false`` is greedy
@@ -195,13 +196,13 @@ def _overrides(task: AskingTask, temperature: float, samples: int | None) -> Ite
         yield Override(task=task.name, setting="samples", asked=task.asked_samples, done=samples, option="samples")
 
 
-def _truth(value: Any) -> bool | None:
+def _truth(value: object) -> bool | None:
     if value is None or value in (True, False):
         return None if value is None else bool(value)
     raise UserError(f"do_sample must be true or false, not {value!r}")
 
 
-def _temperature(value: Any) -> float | None:
+def _temperature(value: object) -> float | None:
     if value is None:
         return None
     number = _number(value)
@@ -210,18 +211,18 @@ def _temperature(value: Any) -> float | None:
     return number
 
 
-def _is_done(key: str, value: Any) -> bool:
+def _is_done(key: str, value: object) -> bool:
     """Whether a setting is followed here, or changes nothing at its value."""
     if key in ("until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
         return True
     return key in ("do_sample", "temperature") or _is_neutral(value, NEUTRAL.get(key, SAMPLING.get(key, ())))
 
 
-def _is_neutral(value: Any, neutral: Sequence[Scalar]) -> bool:
+def _is_neutral(value: object, neutral: Sequence[Scalar]) -> bool:
     return value is None or value in neutral or _number(value) in neutral
 
 
-def _number(value: Any) -> float | None:
+def _number(value: object) -> float | None:
     """A number, or a text that is one: YAML takes ``1e-3`` for a text."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
@@ -232,6 +233,9 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _scalar(value: Any) -> Scalar:
-    plain = isinstance(value, (str, bool)) or (_number(value) is not None and abs(value) < 2**63)
-    return value if plain else json.dumps(value, default=str, ensure_ascii=False)
+def _scalar(value: object) -> Scalar:
+    if isinstance(value, (str, bool)) or (
+        isinstance(value, (int, float)) and _number(value) is not None and abs(value) < 2**63
+    ):
+        return value
+    return json.dumps(value, default=str, ensure_ascii=False)

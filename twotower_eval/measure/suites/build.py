@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from twotower_eval.errors import UserError
+from twotower_eval.json_text import JsonObject
 from twotower_eval.measure.suites import groups, lm_tasks
 from twotower_eval.measure.suites.asked import Asked, merged
 from twotower_eval.measure.suites.documents import BuiltDoc, Wishes, build_docs, check_options, generates, joined, joins
 from twotower_eval.measure.suites.files import SuiteTask, load_suite, suite_names
+from twotower_eval.measure.suites.lm_types import Task
 from twotower_eval.measure.suites.parts import task_parts
 from twotower_eval.names import did_you_mean
 from twotower_eval.records import MEAN, canonical_json, sha256_text
@@ -177,8 +179,8 @@ class _Loaded:
     """A single task of lm-eval's with what was laid over it."""
 
     node: groups.Node
-    given: Mapping[str, Any]
-    source: Any
+    given: JsonObject
+    source: Task
 
 
 def _build(member: SuiteTask, wishes: Wishes) -> Iterator[BuiltTask]:
@@ -270,7 +272,7 @@ def _largest_budget(docs: Sequence[BuiltDoc]) -> int | None:
     return max(budgets, default=None)
 
 
-def _averages(source: Any, metric: str) -> bool:
+def _averages(source: Task, metric: str) -> bool:
     """Whether a metric is a mean over documents of which more is better, or is not there."""
     if metric not in source.higher_is_better():
         return True
@@ -297,7 +299,7 @@ def _asked(name: str, docs: Sequence[BuiltDoc]) -> Asked:
         raise UserError(f"task {name!r}: {error}") from error
 
 
-def _check_samples(name: str, source: Any, samples: int) -> None:
+def _check_samples(name: str, source: Task, samples: int) -> None:
     """A filter that picks k samples of each problem needs them."""
     steps = [(f["name"], step) for f in source.config.filter_list or [] for step in f["filter"]]
     for filter_name, step in steps:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
 from twotower_eval.measure.suites import lm_tasks
+from twotower_eval.measure.suites.lm_types import Doc, Instance, Task
 
+T = TypeVar("T")
 FIRST_NATS, FAR_NATS, WITHOUT_CONTEXT_NATS = -1e-6, -1e6, -1.0  # by far, whatever length they are divided by
 COLUMNS = ("choices", "options")
 TEXT_METRICS = ("exact_match", "acc", "accuracy", "em")  # right or wrong; a measure of likeness pays some wrong options
@@ -25,7 +27,7 @@ FIRST_LISTED = re.compile(r"(?:^|[?!.:;]\s*|\n\s*)A[).:]\s|\(A[).:]\s")  # not t
 UNDER_OPTIONS = re.compile(r"(?im)^[^\S\n]*options:[^\S\n]*\n((?:[^\S\n]*[-*\u2022][^\S\n]+\S.*(?:\n|\Z))+)")
 
 
-def chance_by_metric(source: Any, doc: Mapping[str, Any], instances: Sequence[Any]) -> dict[str, float]:
+def chance_by_metric(source: Task, doc: Doc, instances: Sequence[Instance]) -> dict[str, float]:
     """Metric -> expected score under uniform guessing; a metric without options, or of likelihoods, is not there.
 
     ``source`` is the lm-eval task that scores ``doc`` by the answers to ``instances``.
@@ -42,7 +44,7 @@ class _UnfitError(Exception):
     """The task's own code cannot take what it is given here."""
 
 
-def _of_task(function: Callable[..., Any], *given: Any) -> Any:
+def _of_task(function: Callable[..., T], *given: object) -> T:
     """What the task's own code, or lm-eval's around it, makes of what it is given."""
     unfit: tuple[type[Exception], ...] = (*lm_tasks.misfits(), ArithmeticError, SyntaxError, ValueError)
     try:
@@ -51,7 +53,7 @@ def _of_task(function: Callable[..., Any], *given: Any) -> Any:
         raise _UnfitError from error
 
 
-def _chances(source: Any, doc: Mapping[str, Any], instances: Sequence[Any], better: Sequence[str]) -> dict[str, float]:
+def _chances(source: Task, doc: Doc, instances: Sequence[Instance], better: Sequence[str]) -> dict[str, float]:
     if instances[0].request_type == "generate_until":
         share = _share_listed(source, doc)
         return {} if share is None else {metric: share for metric in better if metric in TEXT_METRICS}
@@ -64,7 +66,7 @@ def _chances(source: Any, doc: Mapping[str, Any], instances: Sequence[Any], bett
     return {metric: sum(one[metric] for one in found) / len(found) for metric in better if _is_share(metric, found)}
 
 
-def _if_first(source: Any, doc: Mapping[str, Any], option: int, num_options: int, num: int) -> dict[str, float]:
+def _if_first(source: Task, doc: Doc, option: int, num_options: int, num: int) -> dict[str, float]:
     """The document's scores if one option comes first, by far, and is what greedy decoding gives.
 
     The others follow in their order, round and round: over all options each takes each place once.
@@ -81,7 +83,7 @@ def _is_share(metric: str, found: Sequence[Mapping[str, float]]) -> bool:
     return all(0 <= one.get(metric, -1) <= 1 for one in found)
 
 
-def _share_listed(source: Any, doc: Mapping[str, Any]) -> float | None:
+def _share_listed(source: Task, doc: Doc) -> float | None:
     """Share of right ones among the options that a document lists; ``None`` where a right answer is none of them."""
     target = _of_task(source.doc_to_target, doc)
     right = target if isinstance(target, list) else [target]
@@ -97,7 +99,7 @@ def _share_listed(source: Any, doc: Mapping[str, Any]) -> float | None:
     return len(places) / num_lettered if known else None
 
 
-def _columns(source: Any, doc: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
+def _columns(source: Task, doc: Doc) -> Iterator[Sequence[object]]:
     if source.config.doc_to_choice is not None:
         yield _of_task(lambda: list(source.doc_to_choice(doc)))
     for name in COLUMNS:
@@ -107,14 +109,14 @@ def _columns(source: Any, doc: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
             yield options
 
 
-def _place_among(texts: Sequence[str], target: Any) -> int | None:
+def _place_among(texts: Sequence[str], target: object) -> int | None:
     """Where a right answer stands among options: by its number, its words or its letter."""
     text = str(target).strip()
     place = target if isinstance(target, int) else texts.index(text) if text in texts else _place_of_letter(target)
     return place if place in range(len(texts)) else None
 
 
-def _place_of_letter(target: Any) -> int | None:
+def _place_of_letter(target: object) -> int | None:
     """0 for ``A``, ``(a)`` or ``A.``; ``None`` for what is no lone letter."""
     letter = LETTER.fullmatch(str(target).strip())
     return ord(letter[1].upper()) - ord("A") if letter else None

@@ -16,13 +16,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from twotower_eval.errors import UserError
-from twotower_eval.json_text import BOM, check_whole_numbers, decode_utf8, parse_json, walk
+from twotower_eval.json_text import BOM, JsonObject, check_whole_numbers, decode_utf8, parse_json, walk
 from twotower_eval.names import did_you_mean
 
-Rows = Iterator[dict[str, Any]]
+Rows = Iterator[dict[str, object]]
 
 # Data set on the hub -> folder under the data directory; {} is the data set's configuration (subject, language).
 SHARED_FOLDERS = {
@@ -72,18 +71,18 @@ def prepare(source: Path, target: Path, names: Sequence[str] | None = None) -> l
     return written
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[dict[str, object]]:
     """All rows of a JSONL file, which must have the same columns throughout; anything else is a ValueError."""
     return [row for _, row in numbered_rows(path)]
 
 
-def numbered_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+def numbered_rows(path: Path) -> list[tuple[int, dict[str, object]]]:
     """The rows of a JSONL file, each with the number of its line.
 
     All have the same columns, and a column holds one kind of value. ValueError with file and line for all else, and
     for numbers and texts that no table of a data set carries.
     """
-    rows: list[tuple[int, dict[str, Any]]] = []
+    rows: list[tuple[int, dict[str, object]]] = []
     kinds: dict[str, tuple[str, int]] = {}
     # No JSON text holds a bare carriage return, so that one ends a line, as on old machines.
     for number, line in enumerate(_text(path).replace("\r", "\n").split("\n"), start=1):
@@ -105,7 +104,7 @@ def numbered_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     words = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list"}
     return words.get(type(value), "an object")
 
@@ -227,7 +226,7 @@ BENCHMARKS: dict[str, Callable[[Path], Iterator[tuple[str, str, Rows]]]] = {
 }
 
 
-def _check_mark(text: Any, where: str) -> None:
+def _check_mark(text: object, where: str) -> None:
     """ValueError for a text that begins with a byte order mark: files with one were joined or made into another."""
     if isinstance(text, str) and text.startswith(BOM):
         raise UserError(f"{where}: a text begins with a byte order mark (U+FEFF): take it out")
@@ -246,7 +245,7 @@ def _text(path: Path) -> str:
     return decode_utf8(content, str(path)).replace("\r\n", "\n")
 
 
-def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+def _write_jsonl(path: Path, rows: Iterable[JsonObject]) -> int:
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")

@@ -12,14 +12,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import SupportsFloat, cast
 
 from twotower_eval.errors import UserError
+from twotower_eval.json_text import JsonObject
 from twotower_eval.measure.suites import lm_tasks
 from twotower_eval.measure.suites.asked import Asked, decoding_asked
 from twotower_eval.measure.suites.chance import chance_by_metric
 from twotower_eval.measure.suites.families import families
 from twotower_eval.measure.suites.files import SuiteTask, cluster_id
+from twotower_eval.measure.suites.lm_types import Doc, Instance, Task
 from twotower_eval.records import MEAN, SUMMED_AGGREGATIONS, canonical_json, sha256_text
 
 DEFAULT_MAX_NEW_TOKENS = 256  # for tasks that name no budget; lm-eval's own models default to the same
@@ -32,9 +34,9 @@ class BuiltDoc:
     """A document with its requests; ``source`` is the lm-eval task that it comes from and that scores it."""
 
     doc_id: int
-    doc: Mapping[str, Any]
-    source: Any
-    instances: tuple[Any, ...]
+    doc: Doc
+    source: Task
+    instances: tuple[Instance, ...]
     cluster_id: str
     doc_sha256: str
     prompt_sha256: str
@@ -59,7 +61,7 @@ class Wishes:
     temperature: float | None
 
 
-def build_docs(name: str, leaf: str, source: Any, first_id: int, member: SuiteTask, wishes: Wishes) -> list[BuiltDoc]:
+def build_docs(name: str, leaf: str, source: Task, first_id: int, member: SuiteTask, wishes: Wishes) -> list[BuiltDoc]:
     """All documents of the lm-eval task ``leaf``, numbered from ``first_id`` on as documents of ``name``."""
     by_doc = defaultdict(list)
     for instance in lm_tasks.build_instances(leaf, source, FEWSHOT_SEED + wishes.seed):
@@ -84,14 +86,14 @@ def build_docs(name: str, leaf: str, source: Any, first_id: int, member: SuiteTa
     return docs
 
 
-def _check_scoring(name: str, source: Any, doc: BuiltDoc) -> None:
+def _check_scoring(name: str, source: Task, doc: BuiltDoc) -> None:
     """ValueError where scoring needs a package, a file or the network that is not there.
 
     It is tried on one made-up answer, which need not suit it, rather than after hours on those of models.
     """
     made_up = {"generate_until": str(source.doc_to_target(doc.doc)), "loglikelihood_rolling": -1.0}
     results = [made_up.get(instance.request_type, (-1.0, False)) for instance in doc.instances]
-    items: Mapping[str, Any] = {}
+    items: Mapping[str, object] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with lm_tasks.needing(name, "its scoring", made_up=True):
@@ -102,7 +104,9 @@ def _check_scoring(name: str, source: Any, doc: BuiltDoc) -> None:
                     lm_tasks.aggregation(source, metric)([items[metric]] if metric in items else [])
 
 
-def _doc(name: str, leaf: str, source: Any, index: int, instances: Sequence[Any], asked: frozenset[Asked]) -> BuiltDoc:
+def _doc(
+    name: str, leaf: str, source: Task, index: int, instances: Sequence[Instance], asked: frozenset[Asked]
+) -> BuiltDoc:
     # doc and target hashes are lm-eval's own, so that they can be compared with its sample logs.
     from lm_eval.utils import handle_non_serializable
 
@@ -152,7 +156,7 @@ def own_text(doc: BuiltDoc) -> str:
     return " ".join(str(value) for value in doc.doc.values() if isinstance(value, str | list))
 
 
-def instance_sha256(instance: Any) -> str:
+def instance_sha256(instance: Instance) -> str:
     """Hash of what a model is asked: the prompt of a generation, else all texts of the request."""
     texts = [arg for arg in instance.args if isinstance(arg, str)]
     return _sha256(texts[0]) if len(texts) == 1 else _sha256(canonical_json(texts))
@@ -163,7 +167,7 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def generates(instance: Any) -> bool:
+def generates(instance: Instance) -> bool:
     """Whether a request is answered in text."""
     return bool(instance.request_type == "generate_until")
 
@@ -184,7 +188,7 @@ def check_options(docs: Sequence[BuiltDoc]) -> None:
                 )
 
 
-def stops_and_budget(settings: Mapping[str, Any], default_budget: int) -> tuple[tuple[str, ...], int]:
+def stops_and_budget(settings: JsonObject, default_budget: int) -> tuple[tuple[str, ...], int]:
     """Stop strings and token budget in lm-eval's settings of a generation, under any of the names it goes by.
 
     ValueError for stops that are no text and for a budget that is no number of tokens.
@@ -198,9 +202,9 @@ def stops_and_budget(settings: Mapping[str, Any], default_budget: int) -> tuple[
     return tuple(stop for stop in stops if stop), _num_tokens(name, budget)
 
 
-def _num_tokens(name: str, value: Any) -> int:
+def _num_tokens(name: str, value: object) -> int:
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
+        number = math.nan if isinstance(value, bool) else float(cast(SupportsFloat, value))
     except (TypeError, ValueError):
         number = math.nan
     if not (number >= 1 and number.is_integer()):  # "not >=", so that NaN is refused too
@@ -208,7 +212,7 @@ def _num_tokens(name: str, value: Any) -> int:
     return int(number)
 
 
-def _generation_settings(own: Mapping[str, Any], member: SuiteTask, wishes: Wishes) -> dict[str, Any]:
+def _generation_settings(own: JsonObject, member: SuiteTask, wishes: Wishes) -> dict[str, object]:
     """The stops, the budget and the temperature that hold here; what else a task asks is in ``BuiltTask.asked``."""
     stops, own_budget = stops_and_budget(own, DEFAULT_MAX_NEW_TOKENS)
     budget = wishes.max_new_tokens or member.max_new_tokens or own_budget

@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from twotower_eval.errors import UserError
+from twotower_eval.json_text import JsonObject
 from twotower_eval.names import did_you_mean
 from twotower_eval.plan import data_path, read_toml
 from twotower_eval.strict import from_json
@@ -91,7 +92,7 @@ def read_suite(path: Path) -> Suite:
     return Suite(name=path.stem, description=str(data.get("description", "")), tasks=tasks)
 
 
-def _suite_task(entry: Mapping[str, Any], path: Path) -> SuiteTask:
+def _suite_task(entry: JsonObject, path: Path) -> SuiteTask:
     where = f"suite {path}, task {entry.get('name')!r}"
     known = [f.name for f in dataclasses.fields(SuiteTask)] + ["lm_eval"]
     for key in entry:
@@ -115,7 +116,7 @@ def _suite_task(entry: Mapping[str, Any], path: Path) -> SuiteTask:
     return task
 
 
-def cluster_id(task: str, lm_eval_name: str, doc: Mapping[str, Any], index: int, doc_id: int) -> str:
+def cluster_id(task: str, lm_eval_name: str, doc: JsonObject, index: int, doc_id: int) -> str:
     """The problem a document belongs to, across languages and tasks; by default the document itself.
 
     ``index`` is its position within its lm-eval task, ``doc_id`` its id within ``task``. A document can name its
@@ -126,14 +127,14 @@ def cluster_id(task: str, lm_eval_name: str, doc: Mapping[str, Any], index: int,
     if isinstance(doc.get("cluster"), str):
         return str(doc["cluster"])
     if re.match(r"gsm8k($|_cot)", lm_eval_name) or re.match(r"mgsm_\w+_en$", lm_eval_name):
-        known = gsm8k_items().get(_short_hash(doc["question"]))
-        return f"gsm8k:{known if known is not None else _short_hash(doc['question'])}"
+        known = gsm8k_items().get(_short_hash(str(doc["question"])))
+        return f"gsm8k:{known if known is not None else _short_hash(str(doc['question']))}"
     if lm_eval_name.startswith("mgsm_"):
         return f"gsm8k:{index}"
     if lm_eval_name.startswith("global_mmlu_") and "sample_id" in doc:
         return f"global_mmlu:{doc['sample_id']}"
     if lm_eval_name == "race":
-        return f"race:{_short_hash(doc['article'])}"
+        return f"race:{_short_hash(str(doc['article']))}"
     return f"{task}:{doc_id}"
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from twotower_eval.errors import UserError
+from twotower_eval.json_text import JsonObject
 from twotower_eval.measure.suites import lm_tasks
+from twotower_eval.measure.suites.lm_types import Task
 from twotower_eval.names import did_you_mean
 from twotower_eval.records import MEAN
 
@@ -38,7 +40,7 @@ class Node:
 
     name: str
     path: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: JsonObject = field(default_factory=dict)
     members: tuple[Node, ...] | None = None
     rules: tuple[Rule, ...] = ()
     yamls: tuple[Path, ...] = ()  # its own and those of groups on the way
@@ -97,7 +99,7 @@ def _with_includes(path: Path) -> Iterator[Path]:
     yield path
     included = lm_tasks.load_yaml(path, resolve_func=False, recursive=False).get("include", [])
     for name in included if isinstance(included, list) else [included]:
-        yield from _with_includes((path.parent / name).resolve())
+        yield from _with_includes((path.parent / str(name)).resolve())
 
 
 def _all(top: Node) -> Iterator[Node]:
@@ -106,7 +108,7 @@ def _all(top: Node) -> Iterator[Node]:
         yield from _all(member)
 
 
-def _indexed(name: str, settings: Mapping[str, Any], parent: str | None, above: tuple[Path, ...]) -> Node:
+def _indexed(name: str, settings: JsonObject, parent: str | None, above: tuple[Path, ...]) -> Node:
     """A task, group or tag that lm-eval knows by name, with the ``settings`` of the groups above."""
     if len(above) > MOST_LEVELS:
         raise UserError(f"group {name!r} contains itself, or groups more than {MOST_LEVELS} deep")
@@ -128,13 +130,11 @@ def _indexed(name: str, settings: Mapping[str, Any], parent: str | None, above: 
     return Node(name=name, path=path, settings=settings, yamls=yamls)
 
 
-def _group(
-    name: str, path: str, config: Mapping[str, Any], settings: Mapping[str, Any], yamls: tuple[Path, ...]
-) -> Node:
+def _group(name: str, path: str, config: JsonObject, settings: JsonObject, yamls: tuple[Path, ...]) -> Node:
     """A group by its YAML, or by what another group says inside itself."""
     own = {key: value for key, value in config.items() if key not in STRUCTURE}
     together = {**own, **settings}
-    members = config.get("task") or []
+    members: Any = config.get("task") or []
     return Node(
         name=name,
         path=path,
@@ -147,7 +147,7 @@ def _group(
     )
 
 
-def _member(group: str, given: str | Mapping[str, Any], settings: Mapping[str, Any], yamls: tuple[Path, ...]) -> Node:
+def _member(group: str, given: str | JsonObject, settings: JsonObject, yamls: tuple[Path, ...]) -> Node:
     if isinstance(given, str):
         return _indexed(given, settings, group, yamls)
     own = {key: value for key, value in given.items() if key not in STRUCTURE}
@@ -166,7 +166,7 @@ def _member(group: str, given: str | Mapping[str, Any], settings: Mapping[str, A
     )
 
 
-def _rules(group: str, listed: Any) -> Iterator[Rule]:
+def _rules(group: str, listed: object) -> Iterator[Rule]:
     for one in listed if isinstance(listed, list) else [listed]:
         if not isinstance(one, Mapping) or not isinstance(one.get("metric"), str):
             raise UserError(f"group {group!r}: an entry of its aggregate_metric_list names no metric: {one!r}")
@@ -203,7 +203,7 @@ class Figure:
     together: bool
 
 
-def facts(name: str, task: Any) -> Facts:
+def facts(name: str, task: Task) -> Facts:
     """Of a loaded task."""
     return Facts(
         name=name,

@@ -9,16 +9,22 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from twotower_eval.errors import UserError
+from twotower_eval.json_text import JsonObject
 from twotower_eval.measure.suites.datafiles import folders, numbered_rows
+from twotower_eval.measure.suites.lm_types import Aggregation, Entry, Filter, Instance, Task
 from twotower_eval.plan import data_path
 from twotower_eval.records import MEAN
 
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+T = TypeVar("T")
 # What a task's own code may raise on items that it cannot take, and where it lacks a package, a file or the network.
 MISTAKEN = (
     ArithmeticError,
@@ -35,20 +41,20 @@ SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
 @cache
-def local_index() -> Mapping[str, Any]:
+def local_index() -> Mapping[str, Entry]:
     """The tasks under ``tasks/`` by name."""
     from lm_eval.tasks import TaskManager
 
-    index: Mapping[str, Any] = TaskManager(include_path=str(data_path("tasks")), include_defaults=False).task_index
+    index: Mapping[str, Entry] = TaskManager(include_path=str(data_path("tasks")), include_defaults=False).task_index
     return index
 
 
 @cache
-def stock_index() -> Mapping[str, Any]:
+def stock_index() -> Mapping[str, Entry]:
     """lm-eval's own tasks by name. Reads some 14,000 files, about seven seconds: only when a stock task is named."""
     from lm_eval.tasks import TaskManager
 
-    index: Mapping[str, Any] = TaskManager().task_index
+    index: Mapping[str, Entry] = TaskManager().task_index
     return index
 
 
@@ -59,12 +65,12 @@ def roots() -> tuple[Path, ...]:
     return (data_path("tasks").resolve(), *(Path(path).resolve() for path in lm_eval.tasks.__path__))
 
 
-def index_of(name: str) -> Mapping[str, Any]:
+def index_of(name: str) -> Mapping[str, Entry]:
     """The index that holds ``name``, local tasks first."""
     return local_index() if name in local_index() else stock_index()
 
 
-def load_task(name: str, settings: Mapping[str, Any], data_dir: Path | None) -> Any:
+def load_task(name: str, settings: JsonObject, data_dir: Path | None) -> Task:
     """One lm-eval task with ``settings`` put over its own. Raises ValueError with what to do about it.
 
     Local tasks read the files beside their YAML; stock tasks those under ``data_dir`` if given, else the hub.
@@ -74,7 +80,7 @@ def load_task(name: str, settings: Mapping[str, Any], data_dir: Path | None) -> 
     from lm_eval.tasks import TaskManager
 
     try:
-        task = TaskManager(include_defaults=False).load(config)["tasks"][name]
+        task: Task = TaskManager(include_defaults=False).load(config)["tasks"][name]
     except OSError as error:
         if data_dir is not None or "custom_dataset" in config:
             raise UserError(f"{where}: {error}") from error
@@ -91,7 +97,7 @@ def load_task(name: str, settings: Mapping[str, Any], data_dir: Path | None) -> 
     return task
 
 
-def build_instances(name: str, task: Any, fewshot_seed: int) -> list[Any]:
+def build_instances(name: str, task: Task, fewshot_seed: int) -> list[Instance]:
     """lm-eval's requests for every document of the task."""
     task.set_fewshot_seed(fewshot_seed)
     try:
@@ -105,15 +111,14 @@ def build_instances(name: str, task: Any, fewshot_seed: int) -> list[Any]:
     return list(task.instances)
 
 
-def aggregation(task: Any, metric: str) -> Callable[[Sequence[Any]], Any]:
+def aggregation(task: Task, metric: str) -> Aggregation:
     """lm-eval's function that makes one number of all documents' items; a mean where the task names none."""
     from lm_eval.api.metrics import mean
 
-    function: Callable[[Sequence[Any]], Any] = task.aggregation().get(metric, mean)
-    return function
+    return task.aggregation().get(metric, mean)
 
 
-def aggregation_name(task: Any, metric: str) -> str:
+def aggregation_name(task: Task, metric: str) -> str:
     """What that function is called: as in lm-eval's registry, else its own name in the task's code."""
     from lm_eval.api.registry import AGGREGATION_REGISTRY
 
@@ -123,7 +128,7 @@ def aggregation_name(task: Any, metric: str) -> str:
     return MEAN if named == "brier_score" else named  # a mean of what it makes of each document
 
 
-def _own_name(function: Any, metric: str) -> str:
+def _own_name(function: object, metric: str) -> str:
     """``utils.agg('f1')`` for a function with some arguments given; what has no name goes by its metric's."""
     if isinstance(function, partial):
         words = [
@@ -137,7 +142,7 @@ def _own_name(function: Any, metric: str) -> str:
     return f"{module}.{own.replace('<locals>.', '').replace('<lambda>', metric)}".lstrip(".")
 
 
-def _argument(value: Any) -> str:
+def _argument(value: object) -> str:
     """The same in every process: no address."""
     if callable(value):
         return _own_name(value, "function")
@@ -195,36 +200,37 @@ def _with_data(name: str, config: dict[str, Any], data_dir: Path | None) -> dict
     return _on_files({**config, **lacking}, there)
 
 
-def _check_splits(name: str, config: Mapping[str, Any], files: Mapping[str, Path], there: Mapping[str, Path]) -> None:
+def _check_splits(name: str, config: JsonObject, files: Mapping[str, Path], there: Mapping[str, Path]) -> None:
     """Documents and few-shot examples must come from the split that the stock task takes them from, or fail."""
-    documents = config.get("test_split") or config.get("validation_split") or ""
+    documents = str(config.get("test_split") or config.get("validation_split") or "")
     if documents not in there:
         raise UserError(f"task {name!r}: file {files.get(documents, 'with its documents')} is missing")
     shots = config.get("num_fewshot")
-    if shots and not (config.get("fewshot_config") or {}).get("samples"):
+    own = config.get("fewshot_config")
+    if shots and not (isinstance(own, Mapping) and own.get("samples")):
         order = ("fewshot_split", "training_split", "validation_split", "test_split")
-        split = next((config[key] for key in order if config.get(key)), "")
+        split = next((str(config[key]) for key in order if config.get(key)), "")
         if split not in there:
             raise UserError(f"task {name!r}: file {files[split]} is missing, which its {shots} examples come from")
 
 
-def _on_files(config: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:
+def _on_files(config: JsonObject, files: Mapping[str, Path]) -> dict[str, object]:
     # Not the "json" builder of datasets: it writes a copy into the user's cache and takes 0.3 s a file.
     return {**config, "dataset_kwargs": None, "custom_dataset": partial(_read_dataset, dict(files))}
 
 
-def _read_dataset(files: Mapping[str, Path], **_metadata: Any) -> Any:
+def _read_dataset(files: Mapping[str, Path], **_metadata: object) -> DatasetDict:
     from datasets import DatasetDict
 
     return DatasetDict({split: _split(path, numbered_rows(path)) for split, path in files.items()})
 
 
-def _split(path: Path, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> Any:
+def _split(path: Path, rows: Sequence[tuple[int, JsonObject]]) -> Dataset:
     """The rows as a data set; ValueError with the first line that does not fit those before it."""
     from datasets import Dataset
     from pyarrow import ArrowException
 
-    def made(num: int) -> Any:
+    def made(num: int) -> Dataset:
         return Dataset.from_list([dict(row) for _, row in rows[:num]])
 
     misfits = (ArrowException, OverflowError, RecursionError)
@@ -243,25 +249,24 @@ def _split(path: Path, rows: Sequence[tuple[int, Mapping[str, Any]]]) -> Any:
     raise UserError(f"{path}, line {line}: values that do not fit those of the lines before ({_first_line(why)})")
 
 
-def load_yaml(path: Path, *, resolve_func: bool = True, recursive: bool = True) -> dict[str, Any]:
+def load_yaml(path: Path, *, resolve_func: bool = True, recursive: bool = True) -> dict[str, object]:
     """A task's or group's YAML with what it includes; ``resolve_func`` runs the files of the functions it names."""
     from lm_eval.tasks import _yaml_loader
 
-    config: dict[str, Any] = _yaml_loader.load_yaml(path, resolve_func=resolve_func, recursive=recursive)
+    config: dict[str, object] = _yaml_loader.load_yaml(path, resolve_func=resolve_func, recursive=recursive)
     return config
 
 
-def filters_of(task: Any) -> Sequence[Any]:
+def filters_of(task: Task) -> Sequence[Filter]:
     """The chains of filters that each make scores of their own from a task's answers."""
-    found: Sequence[Any] = task._filters
-    return found
+    return task._filters
 
 
-def sacrebleu_pair(reference: Any, answer: Any) -> tuple[Any, Any]:
+def sacrebleu_pair(reference: object, answer: object) -> tuple[list[object], list[str]]:
     """References and answers of one document as lm-eval hands them to sacrebleu."""
     from lm_eval.api.metrics import _sacreformat
 
-    found: tuple[Any, Any] = _sacreformat([reference], [answer])
+    found: tuple[list[object], list[str]] = _sacreformat([reference], [answer])
     return found
 
 
@@ -305,7 +310,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _put(owner: Any, name: str, value: Any) -> Iterator[None]:
+def _put(owner: object, name: str, value: object) -> Iterator[None]:
     """``value`` as the owner's attribute for as long as it is needed."""
     own = dict(vars(owner))
     setattr(owner, name, value)
@@ -319,12 +324,13 @@ def _put(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @cache
-def _compiled() -> Callable[[str], Any]:
+def _compiled() -> Callable[[str], object]:
     """lm-eval's templates by their source."""
     import lm_eval.utils
 
-    return lru_cache(maxsize=1024)(lm_eval.utils.env.from_string)
+    compiled: Callable[[str], object] = lru_cache(maxsize=1024)(lm_eval.utils.env.from_string)
+    return compiled
 
 
-def _no_bar(items: Any, **_options: Any) -> Any:
+def _no_bar(items: Iterable[T], **_options: object) -> Iterable[T]:
     return items

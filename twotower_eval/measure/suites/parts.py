@@ -17,13 +17,14 @@ import site
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from twotower_eval.json_text import JsonObject
 from twotower_eval.measure.suites import groups, lm_tasks
 from twotower_eval.measure.suites.documents import BuiltDoc, generates
 from twotower_eval.measure.suites.files import SuiteTask
+from twotower_eval.measure.suites.lm_types import Task
 from twotower_eval.records import canonical_json, sha256_text
 
 FUNCTION = re.compile(r"""!function\s+["']?([\w.]+)""")
@@ -34,8 +35,8 @@ OURS = "twotower_eval"  # goes by its version
 
 def task_parts(
     node: groups.Node,
-    given: Sequence[Mapping[str, Any]],
-    sources: Sequence[Any],
+    given: Sequence[JsonObject],
+    sources: Sequence[Task],
     docs: Sequence[BuiltDoc],
     member: SuiteTask,
 ) -> dict[str, str]:
@@ -51,7 +52,7 @@ def task_parts(
     return {"settings": sha256_text(settings), "documents": sha256_text(documents), **_file_digests(node)}
 
 
-def _name_of(part: Any) -> str:
+def _name_of(part: object) -> str:
     return str(getattr(part, "__qualname__", type(part).__name__))
 
 
