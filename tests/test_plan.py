@@ -8,8 +8,18 @@ from pathlib import Path
 import pytest
 
 from twotower_eval import plan as plans
+from twotower_eval.errors import UserError
 from twotower_eval.names import resolve
-from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders, load_plan, merge, plan_from_json
+from twotower_eval.plan import (
+    RunPlan,
+    SpeedPlan,
+    baseline_folder,
+    cross_decoders,
+    load_plan,
+    merge,
+    model_folder,
+    plan_from_json,
+)
 from twotower_eval.records import to_json
 
 
@@ -159,3 +169,18 @@ def test_an_odd_plan_is_refused_in_one_line_that_names_it(tmp_path: Path, conten
         load_plan(tmp_path / "plan.toml", RunPlan)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_baselines_family_needs_a_baselines_folder() -> None:
+    with pytest.raises(UserError, match="baseline_family has no effect on context-tower: drop it, or name a baseline"):
+        RunPlan(baseline_family="transformers")
+    assert RunPlan(baseline="miniature", baseline_family="nemotron_h").family is None
+
+
+def test_the_miniature_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless a folder here is called so."""
+    monkeypatch.chdir(tmp_path)
+    plan = RunPlan(model="miniature", baseline="miniature")
+    assert model_folder(plan) == baseline_folder(plan) == model_folder(RunPlan())
+    (tmp_path / "miniature").mkdir()
+    assert model_folder(plan) == Path("miniature") != model_folder(RunPlan())

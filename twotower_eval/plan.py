@@ -20,11 +20,13 @@ from twotower_eval.names import did_you_mean
 from twotower_eval.plan_fields import (
     AllSteps,
     Baseline,
+    BaselineFamily,
     BlockSizes,
     CudaGraphs,
     DataDir,
     DecoderKind,
     Devices,
+    Family,
     Further,
     MinSeconds,
     Model,
@@ -54,6 +56,7 @@ class VerifyPlan:
         str | None,
         Option(help="Checkpoint folder", metavar="[CKPT]", unset="the shipped miniature", argument=True),
     ] = None
+    family: Family = field(default=None, metadata=LEFT_OUT)
     golden: Annotated[
         str | None, Option(help="Folder of reference outputs, with the checkpoint they belong to", metavar="DIR")
     ] = None
@@ -71,16 +74,18 @@ class RunPlan:
     """What ``twotower-eval run`` does.
 
     ``model`` is a checkpoint folder, ``None`` the shipped miniature. ``baseline`` is a checkpoint folder, a Hugging
-    Face model folder, or ``context-tower``: the context tower of ``model`` decoded autoregressively. Block sizes,
-    steps, thresholds and then the parameters of ``set`` are crossed; steps ``auto`` means the block size. ``set``
-    reaches any parameter of the decoder, in TOML as a table: ``set = { width = [4, 8] }``. ``temperature``,
-    ``samples`` per problem and ``max_new_tokens`` are what the suite and the task say unless given. ``limit`` is
-    documents per task, ``trace`` how many of them have their denoising traces journalled. ``cuda_graphs`` launches
-    each small step of both arms as a whole.
+    Face model folder, ``miniature``, or ``context-tower``: the context tower of ``model`` decoded autoregressively.
+    ``family`` reads the model and ``baseline_family`` a baseline's folder, by default what their config.json says.
+    Block sizes, steps, thresholds and then the parameters of ``set`` are crossed; steps ``auto`` means the block size.
+    ``set`` reaches any parameter of the decoder, in TOML as a table: ``set = { width = [4, 8] }``. ``temperature``,
+    ``samples`` per problem and ``max_new_tokens`` are what suite and task say unless given. ``limit`` is documents per
+    task, of which ``trace`` have their denoising journalled. ``cuda_graphs`` launches small steps as a whole.
     """
 
     model: Model = None
+    family: Family = field(default=None, metadata=LEFT_OUT)
     baseline: Baseline = CONTEXT_TOWER
+    baseline_family: BaselineFamily = field(default=None, metadata=LEFT_OUT)
     tasks: Tasks = ("miniature",)
     decoder: DecoderKind = "block_diffusion"
     block_sizes: BlockSizes = (16,)
@@ -108,14 +113,14 @@ class RunPlan:
         _hold_settings(self)
         check_fields(self)
         check_cuda_graphs(self)
-        _check_decoders(self)
+        _check_arms(self)
         check_at_least(self, 1, "samples", "batch_size", "limit", "max_new_tokens")
         check_at_least(self, 0, "trace")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedPlan:
-    """What ``twotower-eval speed`` does; model, baseline, decoder options and graphs mean what they do in RunPlan.
+    """What ``twotower-eval speed`` does; models, families, decoder options and graphs mean what they do in RunPlan.
 
     ``fixed`` workloads make exactly ``new_tokens`` tokens whatever the model says; ``answer`` workloads stop where
     the task stops, at ``new_tokens`` at the latest, or at the task's own budget where it is ``None``.
@@ -130,7 +135,9 @@ class SpeedPlan:
     """
 
     model: Model = None
+    family: Family = field(default=None, metadata=LEFT_OUT)
     baseline: Baseline = CONTEXT_TOWER
+    baseline_family: BaselineFamily = field(default=None, metadata=LEFT_OUT)
     tasks: Tasks = ("miniature",)
     decoder: DecoderKind = "block_diffusion"
     block_sizes: BlockSizes = (16,)
@@ -181,7 +188,7 @@ class SpeedPlan:
         _hold_settings(self)
         check_fields(self)
         check_cuda_graphs(self)
-        _check_decoders(self)
+        _check_arms(self)
         check_at_least(self, 1, "batch_sizes", "prompt_tokens", "new_tokens", "num_prompts", "min_rounds", "threads")
         check_at_least(self, 1, "launches")
         check_at_least(self, 0, "min_seconds", "warmup_rounds", "probes")
@@ -320,12 +327,17 @@ def data_path(*parts: str) -> Path:
 
 def model_folder(plan: Plan | VerifyPlan) -> Path:
     """The checkpoint that a plan is about: the shipped miniature pair unless it names another."""
-    return data_path("miniature", "pair") if plan.model is None else Path(plan.model)
+    return data_path("miniature", "pair") if plan.model is None else _folder(plan.model)
 
 
 def baseline_folder(plan: RunPlan | SpeedPlan) -> Path | None:
     """The baseline's checkpoint; None where it is the candidate's own context tower."""
-    return None if plan.baseline == CONTEXT_TOWER else Path(plan.baseline)
+    return None if plan.baseline == CONTEXT_TOWER else _folder(plan.baseline)
+
+
+def _folder(name: str) -> Path:  # a folder here that is called like the shipped pair is what is meant
+    is_shipped = name == "miniature" and not Path(name).is_dir()
+    return data_path("miniature", "pair") if is_shipped else Path(name)
 
 
 def _hold_settings(plan: Plan) -> None:
@@ -339,7 +351,9 @@ def _hold_settings(plan: Plan) -> None:
     check_said_once(settings, {name: value for name, value in own.items() if value != defaults[name]})
 
 
-def _check_decoders(plan: Plan) -> None:
+def _check_arms(plan: Plan) -> None:
+    if plan.baseline_family is not None and plan.baseline == CONTEXT_TOWER:
+        raise UserError(f"baseline_family has no effect on {CONTEXT_TOWER}: drop it, or name a baseline's folder")
     check_at_least(plan, 1, "block_sizes", "steps")
     check_at_least(plan, 0, "temperature", "thresholds", "seed")
     if max(plan.thresholds) > 1:

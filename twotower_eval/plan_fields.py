@@ -30,7 +30,14 @@ class Option:
 
 # Fields that several plans have; what is said of a field here is its help on the command line.
 Model = Annotated[str | None, Option(help="Checkpoint folder", metavar="CKPT", unset="the shipped miniature")]
-Baseline = Annotated[str, Option(help="Checkpoint or Hugging Face model folder, or context-tower", metavar="CKPT")]
+Baseline = Annotated[
+    str, Option(help="Checkpoint folder (Hugging Face's too), miniature, or context-tower", metavar="CKPT")
+]
+FROM_CONFIG = "what config.json says"
+Family = Annotated[str | None, Option(help="Model family, or package.module:load", metavar="NAME", unset=FROM_CONFIG)]
+BaselineFamily = Annotated[
+    str | None, Option(help="The same of a baseline's folder", metavar="NAME", unset=FROM_CONFIG)
+]
 Tasks = Annotated[tuple[str, ...], Option(help="Tasks and suites; -NAME leaves one out", metavar="A,B")]
 DecoderKind = Annotated[str, Option(help="Decoder, or package.module:Class", metavar="KIND")]
 BlockSizes = Annotated[tuple[int, ...], Option(help="Block sizes, crossed", metavar="N,N")]

@@ -69,15 +69,25 @@ def decoder_class(kind: str) -> DecoderClass:
     return cls
 
 
-def _check_plug_in(kind: str, cls: DecoderClass) -> None:
+def _check_plug_in(kind: str, cls: Any) -> None:
     """UserError, one line that says what is missing, where a class of the user's own is no decoder."""
-    lacks = [name for name in ("Params", "VERSION", "generate") if not hasattr(cls, name)]
+    lacks = [name for name in ("Params", "VERSION") if not hasattr(cls, name)]
     if lacks:
         raise UserError(f"decoder {kind!r} lacks {', '.join(lacks)}: docs/decoder.md has a whole example")
     if not dataclasses.is_dataclass(cls.Params):
         raise UserError(f"decoder {kind!r}: Params must be a dataclass, of its parameters with their defaults")
     if type(cls.VERSION) is not int:
         raise UserError(f"decoder {kind!r}: VERSION must be a whole number, not {cls.VERSION!r}")
+
+
+def _check_calls(kind: str, cls: Any) -> None:
+    """UserError, one line that says how it is called, where a class cannot be made or run as decoders are."""
+    if not hasattr(cls, "generate"):
+        raise UserError(f"decoder {kind!r} lacks generate: docs/decoder.md has a whole example")
+    try:
+        inspect.signature(cls).bind(None, None, clock=None)
+    except TypeError as error:
+        raise UserError(f"decoder {kind!r} is made as {cls.__name__}(model, params, clock=clock): {error}") from error
     try:
         inspect.signature(cls.generate).bind(None, (), **dict.fromkeys(GIVEN))
     except TypeError as error:
@@ -89,10 +99,6 @@ def decoder_spec(kind: str, **params: object) -> DecoderSpec:
     """A full specification: parameters checked, defaults filled in, version from the class, code of a plug-in."""
     cls = decoder_class(kind)
     filled = dataclasses.asdict(_checked(cls, kind, params))
-    for name, value in filled.items():
-        if value is not None and not isinstance(value, (str, int, float, bool)):
-            plain = "a text, a number, true or false, or None"
-            raise UserError(f"decoder {kind!r}: its parameter {name} is a {type(value).__name__}; take {plain}")
     code = plugin_code(SEAM.place(kind))
     return DecoderSpec(kind=kind, params=filled, version=cls.VERSION, code=code)
 
@@ -104,10 +110,8 @@ def make_decoder(model: Model, kind: str, *, clock: Clock | None = None, **param
     class of the user's own raises.
     """
     cls = decoder_class(kind)
-    try:
-        inspect.signature(cls).bind(None, None, clock=None)
-    except TypeError as error:
-        raise UserError(f"decoder {kind!r} is made as {cls.__name__}(model, params, clock=clock): {error}") from error
+    if kind not in DECODERS:
+        _check_calls(kind, cls)
     checked = _checked(cls, kind, params)
     with calls_of(module_of(cls), f"decoder {kind}", "__init__"):
         return cls(model, checked, clock=clock)

@@ -9,11 +9,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from twotower_eval.engine.models.base import source_text
+from twotower_eval.engine.models.checkpoint import file_weights, joint_digest, opened, tensor_digest, tensor_files
 from twotower_eval.engine.models.protocol import Model, text_codec
-from twotower_eval.records import CONFIG_FILES, FileDigest, sha256_text
+from twotower_eval.errors import UserError
+from twotower_eval.records import CONFIG_FILES, Checkpoint, FileDigest, sha256_text
 
 CONFIG, GENERATION_CONFIG = CONFIG_FILES
 FILES = (
@@ -66,6 +72,54 @@ GREEDY_SETTINGS: Mapping[str, tuple[object, ...]] = {
     "guidance_scale": (1.0,),
 }
 OF_PAIRS = ("mask_token_id",)  # what a pair's config says beyond that of its causal tower
+
+
+def read_whole(
+    folder: Path, *, family: str, dtype: torch.dtype, devices: tuple[str, ...]
+) -> tuple[dict[str, Tensor], Checkpoint]:
+    """All tensors of a folder's safetensors files as they are stored, on the CPU, and the checkpoint that they make.
+
+    What the ``load`` of a family of one's own needs first. UserError for files that are missing, cut short, or hold NaN
+    or infinite values.
+
+    >>> tensors, checkpoint = read_whole(folder, family="mine", dtype=torch.float32, devices=("cpu",))  # doctest: +SKIP
+    """
+    files = tensor_files(folder)
+    tensors = dict(stored_tensors(files))
+    digests = {name: tensor_digest(name, tensor) for name, tensor in tensors.items()}
+    return tensors, stated(folder, files, digests, family=family, dtype=dtype, devices=devices)
+
+
+def stored_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor, file by file, as stored; ``files`` says where each is. UserError for NaN or infinite values."""
+    for file in sorted(set(files.values())):
+        with opened(file) as handle:
+            for name in sorted(name for name, where in files.items() if where == file):
+                tensor = handle.get_tensor(name)
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise UserError(f"{file}: {name} holds NaN or infinite values")
+                yield name, tensor
+
+
+def stated(
+    folder: Path,
+    files: Mapping[str, Path],
+    digests: Mapping[str, str],
+    *,
+    family: str,
+    dtype: torch.dtype,
+    devices: tuple[str, ...],
+) -> Checkpoint:
+    """The checkpoint of a folder whose tensors, by the names that ``files`` gives them, have these digests."""
+    return Checkpoint(
+        name=folder.resolve().name,
+        family=family,
+        source=source_text(folder),
+        digest=joint_digest(digests),
+        dtype=str(dtype).removeprefix("torch."),
+        devices=devices,
+        weights=file_weights(files, digests),
+    )
 
 
 def file_digests(folder: Path) -> tuple[FileDigest, ...]:

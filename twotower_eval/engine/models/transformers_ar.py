@@ -6,7 +6,7 @@ What is loaded has proved itself: see models.proof.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,24 +15,21 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from twotower_eval.engine.models.base import source_text
 from twotower_eval.engine.models.checkpoint import (
     SINGLE_FILE,
-    file_weights,
     joint_digest,
-    opened,
     read_json,
     tensor_digest,
     tensor_files,
 )
 from twotower_eval.engine.models.config import as_ids
+from twotower_eval.engine.models.identity import stated, stored_tensors
 from twotower_eval.engine.models.proof import prove
 from twotower_eval.engine.models.tokenizer import load_tokenizer
 from twotower_eval.engine.models.transformers_model import TransformersModel
 from twotower_eval.engine.models.transformers_types import CausalLM, Config, Loaded
 from twotower_eval.errors import UserError
 from twotower_eval.json_text import JsonObject
-from twotower_eval.records import Checkpoint
 
 ADAPTER_FILE = "adapter_config.json"
 LENGTH_NAMES = ("n_positions", "max_position_embeddings", "n_ctx")  # in lm-eval's order
@@ -61,17 +58,9 @@ def load(
     files = tensor_files(folder)
     inner = _load_inner(folder, dtype)
     model = TransformersModel(inner.to(devices[0]).eval().requires_grad_(False))
-    digests = _digests(files)
+    digests = {name: tensor_digest(name, tensor) for name, tensor in stored_tensors(files)}
     model.context_digest = joint_digest(digests)
-    model.checkpoint = Checkpoint(
-        name=folder.resolve().name,
-        family="transformers",
-        source=source_text(folder),
-        digest=joint_digest(digests),
-        dtype=str(dtype).removeprefix("torch."),
-        devices=devices[:1],
-        weights=file_weights(files, digests),
-    )
+    model.checkpoint = stated(folder, files, digests, family="transformers", dtype=dtype, devices=devices[:1])
     model.vocab_size = inner.get_output_embeddings().weight.shape[0]
     model.tokenizer = load_tokenizer(folder, vocab_size=model.vocab_size, unnamed=_class_tokens)
     model.max_length = _max_length(folder, inner)
@@ -167,19 +156,6 @@ def _quiet() -> Iterator[None]:
         log.set_verbosity(level)
         if bars:
             log.enable_progress_bar()
-
-
-def _digests(files: Mapping[str, Path]) -> dict[str, str]:
-    """Tensor name -> digest, as stored; ValueError for NaN or infinite weights."""
-    digests = {}
-    for file in sorted(set(files.values())):
-        with opened(file) as handle:
-            for name in sorted(name for name, where in files.items() if where == file):
-                tensor = handle.get_tensor(name)
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise UserError(f"{file}: {name} holds NaN or infinite values")
-                digests[name] = tensor_digest(name, tensor)
-    return digests
 
 
 def _class_tokens(folder: Path) -> dict[str, str]:

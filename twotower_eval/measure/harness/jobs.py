@@ -144,6 +144,8 @@ def load_models(plan: RunPlan) -> tuple[Model, Model]:
         dtype=plan.dtype,
         devices=plan.devices,
         cuda_graphs=plan.cuda_graphs,
+        family=plan.family,
+        baseline_family=plan.baseline_family,
     )
     for arm in arms:
         text_codec(arm)

@@ -11,6 +11,7 @@ from typing import Any
 
 from twotower_eval import store
 from twotower_eval.engine.decoders.reported import ReportError
+from twotower_eval.engine.models import family_calls
 from twotower_eval.errors import UserError
 from twotower_eval.measure.harness.adapter import Batch, HarnessLM
 from twotower_eval.measure.harness.answers import CellJournal, Key
@@ -45,7 +46,7 @@ def answer(prepared: Prepared, *, root: Path, resume: Path | None = None, progre
     progress = progress or SilentProgress()
     plan, tasks, jobs = prepared.plan, prepared.tasks, prepared.jobs
     manifest = make_manifest(plan, jobs, tasks, prepared.overrides, prepared.ways, resume)
-    with _open(root, resume, manifest, jobs) as writer:
+    with _open(root, resume, manifest, jobs) as writer, family_calls(plan.family, plan.baseline_family):
         warnings = [f"warning: {text}" for text in (*writer.warnings, *asked_and_not_done(manifest))]
         for line in (*warnings, *joined_lines(manifest), *slower_lines(manifest)):
             progress.note(line)

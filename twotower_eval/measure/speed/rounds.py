@@ -62,6 +62,7 @@ def run_launch(
     ``resume`` goes on with a run on the same machine: whole rounds count, a torn one is begun anew. ``now`` gives
     seconds. Raises ValueError for whatever the user can mend, before weights load where it can be known by then.
     """
+    from twotower_eval.engine.models import family_calls
     from twotower_eval.engine.models.arms import prove_arms
 
     progress = progress or SilentProgress()
@@ -71,7 +72,7 @@ def run_launch(
     if plan.cuda_graphs:
         refuse_uneven(plan.batch_sizes, _block_sizes(specs))
     devices = Devices(plan.devices)
-    with torch_threads(plan.threads):
+    with torch_threads(plan.threads), family_calls(plan.family, plan.baseline_family):
         models = _load(plan)
         if said := hint(plan):
             progress.note(said)
@@ -115,6 +116,8 @@ def _load(plan: SpeedPlan) -> tuple[Model, Model]:
         dtype=plan.dtype,
         devices=plan.devices,
         cuda_graphs=plan.cuda_graphs,
+        family=plan.family,
+        baseline_family=plan.baseline_family,
     )
 
 

@@ -34,11 +34,11 @@ def verify(plan: VerifyPlan, *, root: Path) -> Path:
 
     A failed check is no error here. Raises ValueError for whatever the user can mend.
     """
-    from twotower_eval.engine.models import load_model
+    from twotower_eval.engine.models import family_calls, load_model
     from twotower_eval.engine.models.arms import prove_arms
 
-    with torch.inference_mode():
-        model = load_model(model_folder(plan), dtype=plan.dtype, devices=plan.devices)
+    with torch.inference_mode(), family_calls(plan.family):
+        model = load_model(model_folder(plan), dtype=plan.dtype, devices=plan.devices, family=plan.family)
         golden = None if plan.golden is None else load_golden(Path(plan.golden), model, plan.devices[0])
         prompts = make_prompts(model, plan.seed)
         longest = max(len(prompt.token_ids) for prompt in prompts) + NUM_TOKENS
@@ -92,7 +92,7 @@ def _batch_gate(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt]) -> Fi
     from twotower_eval.engine.models import load_model
 
     try:
-        copy = load_model(model_folder(plan), dtype="float32", devices=plan.devices)
+        copy = load_model(model_folder(plan), dtype="float32", devices=plan.devices, family=plan.family)
         return batch_logic(copy, prompts)
     except torch.OutOfMemoryError:
         return not_checked("batch_equals_single", "no memory for a float32 copy: verify with --dtype float32 elsewhere")
