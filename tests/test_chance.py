@@ -24,6 +24,7 @@ from twotower_eval.analyse.report.headline import headline
 from twotower_eval.analyse.report.tables import quality
 from twotower_eval.analyse.report.text import retention
 from twotower_eval.analyse.report.verdicts import JudgedRuns
+from twotower_eval.analyse.words import found_text
 from twotower_eval.measure import suites
 from twotower_eval.measure.suites import lm_tasks
 from twotower_eval.records import GateLimits, Score, Verdict
@@ -522,9 +523,9 @@ def test_a_claim_with_some_task_above_chance_names_the_others_and_says_what_it_i
     assert (found.near_chance, found.above_chance) == (("choice",), alone.estimate)
     assert "; without choice, whose baseline is not clearly above chance: " in lines[0]
     assert (alone.near_chance, alone.above_chance) == ((), None)
-    gate = next(gate for gate in found.gates if gate.name == "above chance")
+    gate = next(gate for gate in found.gates if gate.kind == "above_chance")
     assert gate.outcome == "passed"
-    assert "on 2 of 3 tasks; not on choice (" in gate.detail
+    assert "on 2 of 3 tasks; not on choice (" in found_text(gate)
 
 
 def test_how_sure_is_the_claims_own_limit(tmp_path: Path) -> None:
@@ -599,4 +600,4 @@ def test_a_decoder_that_only_names_some_option_gives_no_answers(tmp_path: Path) 
         ]
         gates.append(floor_gate([the_point(replace(plain, scores=scores))], GateLimits()))
     assert [gate.outcome for gate in gates] == ["failed", "passed"]
-    assert gates[0].detail.startswith("fast and broken: retention above chance 0.0 % [")
+    assert found_text(gates[0]).startswith("fast and broken: retention above chance 0.0 % [")

@@ -33,6 +33,7 @@ from twotower_eval.analyse.claims.missing import measuring_command
 from twotower_eval.analyse.compare import SpeedPoint, gates, nulls
 from twotower_eval.analyse.compare.measured import Measured
 from twotower_eval.analyse.compare.timing import speed_points
+from twotower_eval.analyse.words import found_text, kind_text
 from twotower_eval.analyse.words.methods import EQUAL
 from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders
 from twotower_eval.records import (
@@ -127,7 +128,7 @@ def test_what_holds_is_supported_with_its_gates_and_its_bounds(good: list[Run]) 
     assert [one.outcome for one in (kept, fast, both)] == ["SUPPORTED"] * 3
     assert kept.estimate is not None
     assert kept.estimate.level == 0.9
-    assert {gate.name for gate in fast.gates} == {
+    assert {kind_text(gate.kind) for gate in fast.gates} == {
         "files agree", "complete run", "same inputs", "whole prompts", "A/A null", "degenerate outputs",
         "answers are answers", "verify", "same rounds", "same answers", "residual", "busy arms", "probes",
         "witnessed answers",
@@ -341,14 +342,14 @@ def test_nulls_are_corrected_over_all_pairs_for_report_and_verdict_alike(tmp_pat
     first, *rest = points
     factors = [1.02 + 0.0005 * step for step in range(400)]
     alone = next(bent for factor in factors if nulls.fault(bent := shifted(first, factor), [], None) is not None)
-    assert "off by more than 2 %" in (nulls.fault(alone, [], None) or "")
+    assert nulls.fault(alone, [], None) == nulls.NullFault(kind="off", offset=0.02)
     wide = GateLimits(null_half_width=1.0)
     assert nulls.fault(alone, [alone, *rest], None, wide) is None
     limits = GateLimits(null_half_width=1.0)
     judged = dataclasses.replace(stats.speedup(alone.timed), value=100.0)
     assert gates.null_gate(alone, rest, judged, None, limits).outcome == "passed"
     far = next(bent for factor in reversed(factors) if (bent := shifted(first, factor)))
-    assert "off by more than 2 %" in (nulls.fault(far, [far, *rest], None, wide) or "")
+    assert nulls.fault(far, [far, *rest], None, wide) == nulls.NullFault(kind="off", offset=0.02)
     assert gates.null_gate(far, rest, judged, None, limits).outcome == "failed"
 
 
@@ -456,8 +457,8 @@ def test_verify_runs_of_the_same_weights_are_a_gate(
     for table in (KEPT, FAST):
         verdict = verdict_on(table, [*good, store.load(path)])
         assert verdict.outcome == expected
-        [gate] = [gate for gate in verdict.gates if gate.name == "verify"]
-        assert "batch_equals_single" in gate.detail
+        [gate] = [gate for gate in verdict.gates if gate.kind == "verify"]
+        assert "batch_equals_single" in found_text(gate)
 
 
 def test_timed_answers_to_other_prompts_are_invalid(tmp_path: Path, good: list[Run]) -> None:

@@ -12,6 +12,7 @@ from twotower_eval import cli, store
 from twotower_eval.analyse.claims import exit_code, judge, strict_line, verdict_lines
 from twotower_eval.analyse.claims.estimates import at_stake, speed_readings
 from twotower_eval.analyse.claims.terms import RANGES, claimed_text
+from twotower_eval.analyse.compare.gate_facts import Unexplained
 from twotower_eval.analyse.compare.timing import speed_points
 from twotower_eval.records import Gate, GateKind, GateLimits, SpeedSample, Verdict
 from twotower_eval.store import Run
@@ -93,9 +94,12 @@ def test_a_supported_speedup_says_what_it_takes_on_trust() -> None:
     """Gates that could not be checked were silent in the verdict."""
     claims = claims_of(FAST)
     kinds: tuple[GateKind, ...] = ("residual", "verify")
-    unknown = [Gate(kind=kind, outcome="not_checked", detail="no costs") for kind in kinds]
+    unknown = [Gate(kind=kind, outcome="not_checked", facts=Unexplained(reasons=("no costs",))) for kind in kinds]
     verdict = Verdict(claim="fast", outcome="SUPPORTED", estimate=None, reason="r", evidence=(), gates=tuple(unknown))
-    assert "; not checked: residual (no costs)" in verdict_lines(claims, [verdict])[0]
+    assert (
+        "; not checked: residual (whether the times fit the forwards is not known: no costs)"
+        in verdict_lines(claims, [verdict])[0]
+    )
     assert "verify" not in verdict_lines(claims, [verdict])[0]
     refuted = dataclasses.replace(verdict, outcome="REFUTED")
     assert "not checked" not in verdict_lines(claims, [refuted])[0]

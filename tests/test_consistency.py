@@ -20,7 +20,7 @@ from report_fixture import (
 from twotower_eval import cli, store
 from twotower_eval.analyse import report
 from twotower_eval.analyse.compare.consistency import CHECKS, contradictions
-from twotower_eval.analyse.compare.contradiction import contradiction_text
+from twotower_eval.analyse.words.contradictions import contradiction_text
 from twotower_eval.records import (
     FileDigest,
     Generation,

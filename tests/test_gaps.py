@@ -12,9 +12,10 @@ from test_consistency import CELLS, PLAN, RUN_ID, Edit, answers, head, honest, s
 from twotower_eval import store
 from twotower_eval.analyse.claims.looks import num_measurings
 from twotower_eval.analyse.compare.consistency import contradictions
-from twotower_eval.analyse.compare.contradiction import contradiction_text
 from twotower_eval.analyse.compare.gaps import remarks, tells_digests
 from twotower_eval.analyse.compare.gates import files_agree_gate
+from twotower_eval.analyse.words import finding_text, found_text
+from twotower_eval.analyse.words.contradictions import contradiction_text
 from twotower_eval.records import SpeedSample, canonical_json, sha256_text
 from twotower_eval.store import Run
 
@@ -129,7 +130,7 @@ def test_a_run_gone_on_with_under_a_smaller_plan_says_so(honest: Run) -> None:
     another = events(lambda told: [*told[:1], {"at": "t", "kind": "resumed"}, *told[1:]])(fewer)
     assert "rounds below plan" not in {one.kind for one in contradictions(another)}
     [said] = remarks([another])
-    assert "has 3 whole rounds of the 5 that it was first made for" in said
+    assert "has 3 whole rounds of the 5 that it was first made for" in finding_text(said)
     assert [num_measurings(one) for one in (honest, one_command, another)] == [1, 1, 2], "ended early is another look"
 
 
@@ -150,5 +151,5 @@ def test_runs_of_before_have_no_digests_and_that_is_said(tmp_path: Path) -> None
     run_id = run.manifest.run_id
     gate = files_agree_gate({}, [run_id], [older])
     assert gate.outcome == "not_checked"
-    assert "no digests" in gate.detail
+    assert "no digests" in found_text(gate)
     assert files_agree_gate({}, [run_id], [run]).outcome == "passed"

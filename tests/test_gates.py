@@ -90,7 +90,8 @@ def test_every_kind_of_gate_is_made_somewhere() -> None:
     made: set[str] = set()
     for path in files:
         calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
-        values = [word.value for call in calls for word in call.keywords if word.arg == "kind"]
+        gates = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "Gate"]
+        values = [word.value for call in gates for word in call.keywords if word.arg == "kind"]
         made |= {str(value.value) for value in values if isinstance(value, ast.Constant)}
     made |= {"effect_on_scores", "drawn_answers"}  # by whether tokens are drawn: see tests/test_same.py
     assert made == set(typing.get_args(GateKind))

@@ -15,6 +15,7 @@ from twotower_eval.analyse import stats
 from twotower_eval.analyse.claims import judge, verdict_lines
 from twotower_eval.analyse.compare import Runs, SpeedPoint, gates
 from twotower_eval.analyse.compare.costs import NOT_COUNTED
+from twotower_eval.analyse.words import found_text
 from twotower_eval.records import Arm, CostPart, CostSample, Estimate, GateLimits, Passes, SpeedSample
 
 Factor = Callable[[Arm, SpeedSample], float]
@@ -76,7 +77,7 @@ def test_an_honest_pair_passes_with_both_residuals(tmp_path: Path) -> None:
     run = timed(tmp_path, only("candidate", 1.0))
     gate = gates.residual_gate(point_of(run), LIMITS)
     assert gate.outcome == "passed"
-    assert gate.detail.startswith("unexplained time: baseline ")
+    assert found_text(gate).startswith("unexplained time: baseline ")
     (verdict,) = judge(claims_of(FAST), [run])
     assert verdict.outcome == "SUPPORTED"
     assert "residual" not in verdict_lines(claims_of(FAST), [verdict])[0]
@@ -109,7 +110,7 @@ def test_each_arm_fails_in_the_direction_that_would_buy_something(
     gate = gates.residual_gate(point_of(timed(tmp_path, only(arm, factor))), LIMITS)
     assert gate.outcome == outcome
     if outcome == "failed":
-        assert gate.detail.startswith(f"the {arm} is {'slower' if factor > 1 else 'faster'} than its")
+        assert found_text(gate).startswith(f"the {arm} is {'slower' if factor > 1 else 'faster'} than its")
 
 
 def test_the_limit_is_a_field_of_the_claim(tmp_path: Path) -> None:
@@ -199,10 +200,10 @@ def test_without_parts_nothing_is_checked_and_a_supported_speedup_says_so(tmp_pa
 def test_a_batch_whose_passes_were_not_counted_is_held_to_the_least_that_they_can_take(tmp_path: Path) -> None:
     """Runs of old counted forwards by row. Rows beside each other take at least a row's share of their passes."""
     gate = gates.residual_gate(point_of(timed(tmp_path / "honest", only("candidate", 1.0), batch_size=4)), LIMITS)
-    assert (gate.outcome, NOT_COUNTED in gate.detail) == ("not_checked", True)
+    assert (gate.outcome, NOT_COUNTED in found_text(gate)) == ("not_checked", True)
     gate = gates.residual_gate(point_of(timed(tmp_path / "gone", only("candidate", 0.05), batch_size=4)), LIMITS)
     assert gate.outcome == "failed"
-    assert "the candidate is faster" in gate.detail
+    assert "the candidate is faster" in found_text(gate)
 
 
 def test_tokens_without_any_forward_are_invalid(tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ def test_tokens_without_any_forward_are_invalid(tmp_path: Path) -> None:
     run = timed(tmp_path, only("candidate", 0.01), passes=(), cpu_s=0.1)
     gate = gates.residual_gate(point_of(run), LIMITS)
     assert gate.outcome == "failed"
-    assert "gave tokens without any forward of its model" in gate.detail
+    assert "gave tokens without any forward of its model" in found_text(gate)
 
 
 def cost(part: CostPart, block_size: int | None, rows: int, seconds: float) -> stats.PhaseCost:

@@ -14,6 +14,7 @@ from twotower_eval.analyse.claims import judge, verdict_lines
 from twotower_eval.analyse.compare import Runs
 from twotower_eval.analyse.report.gates import gates as gates_section
 from twotower_eval.analyse.report.headline import headline
+from twotower_eval.analyse.words import found_text
 from twotower_eval.records import (
     Cell,
     FileDigest,
@@ -116,7 +117,7 @@ def verdicts(runs: list[Run], *, fast: dict[str, Any] | None = None, **point: An
 
 
 def gate(verdict: Verdict, name: str) -> Gate:
-    [found] = {gate for gate in verdict.gates if gate.name == name}
+    [found] = {gate for gate in verdict.gates if gate.kind == name.replace(" ", "_")}
     return found
 
 
@@ -163,7 +164,7 @@ def test_answers_of_another_task_or_of_drawn_tokens_are_not_compared(good: list[
     ]
     decoder = {**POINT["decoder"], "temperature": 0.7}
     _, fast, both = verdicts(hot, decoder=decoder)
-    assert "baseline: its answers are drawn at random" in gate(fast, "same answers").detail
+    assert "baseline: its answers are drawn at random" in found_text(gate(fast, "same answers"))
     assert fast.outcome == both.outcome == "SUPPORTED"
     noisy = [hot[0], worth_nothing(hot[1], "candidate", range(3))]
     assert verdicts(noisy, decoder=decoder)[2].outcome == "SUPPORTED"
@@ -175,7 +176,7 @@ def test_in_half_precision_rounding_may_part_some_answers_that_are_worth_the_sam
     same = [in_dtype(one, "bfloat16") for one in (good[0], matching(*good))]
     some = verdicts([same[0], answers_otherwise(same[1], "candidate", range(9))])[2]
     assert some.outcome == "SUPPORTED"
-    assert "candidate: 9 of 60 answers (15 %) differ in bfloat16" in gate(some, "same answers").detail
+    assert "candidate: 9 of 60 answers (15 %) differ in bfloat16" in found_text(gate(some, "same answers"))
     assert gate(some, "effect on scores").outcome == "passed"
     many = verdicts([same[0], answers_otherwise(same[1], "candidate", range(20))])[2]
     assert many.outcome == "INVALID"
@@ -262,7 +263,7 @@ def test_the_round_in_which_an_answer_parts_names_its_token(good: list[Run]) -> 
     )
     _, fast, _ = verdicts([good[0], dataclasses.replace(ids, generations=[*ids.generations, *later])])
     assert fast.outcome == "INVALID"
-    assert "task sorting, document 3 from token 3 on" in gate(fast, "same rounds").detail
+    assert "task sorting, document 3 from token 3 on" in found_text(gate(fast, "same rounds"))
 
 
 # Of one thing

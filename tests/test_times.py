@@ -15,6 +15,7 @@ from twotower_eval.analyse.compare import Runs
 from twotower_eval.analyse.compare.calls import Grid, usable
 from twotower_eval.analyse.compare.timing import SpeedPoint, speed_points
 from twotower_eval.analyse.report.gates import gates
+from twotower_eval.analyse.words import finding_text, found_text
 from twotower_eval.measure import harness, speed, suites
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import (
@@ -145,9 +146,10 @@ def test_one_negative_time_leaves_one_call_out_of_both_arms(timed: store.Run) ->
     assert point.time.estimate is not None
     assert point.timed.baseline_s.shape == point.timed.candidate_s.shape == (ROUNDS, CALLS - 1)
     assert [gate.outcome for gate in point.gates if gate.kind == "possible_times"] == ["passed"]
-    assert point.warnings == (
+    [found] = point.warnings
+    assert finding_text(found) == (
         "1 of 40 timed calls are void (1 with a negative time); they are left out with their prompts in every round, "
-        "or with their rounds",
+        "or with their rounds"
     )
 
 
@@ -156,9 +158,9 @@ def test_one_negative_time_leaves_one_call_out_of_both_arms(timed: store.Run) ->
 def test_one_impossible_time_never_vetoes_a_verdict(timed: store.Run, arm: str, wall_s: float) -> None:
     verdict = verdict_of(edited(timed, {3: wall_s}, arm))
     assert verdict.estimate is not None
-    (gate,) = [gate for gate in verdict.gates if gate.name == "possible times"]
+    (gate,) = [gate for gate in verdict.gates if gate.kind == "possible_times"]
     assert gate.outcome == "passed"
-    assert gate.detail.startswith("1 of 40 timed calls are void")
+    assert found_text(gate).startswith("1 of 40 timed calls are void")
     assert "possible times" not in verdict.reason
 
 

@@ -212,7 +212,7 @@ def test_a_claim_on_cut_prompts_is_invalid(tmp_path: Path) -> None:
     runs = [store.load(made.quality_run(tmp_path / "q", cut=CUT, perplexity=False))]
     whole, cut, member = (judge(claims_of(task), runs)[0] for task in ("arithmetic", "sorting", "words"))
     assert whole.outcome == "SUPPORTED"
-    assert {gate.outcome for gate in whole.gates if gate.name == "whole prompts"} == {"passed"}
+    assert {gate.outcome for gate in whole.gates if gate.kind == "whole_prompts"} == {"passed"}
     assert (cut.outcome, member.outcome) == ("INVALID", "INVALID")
     assert cut.reason.startswith("whole prompts: sorting, baseline: 3 of 10 prompts")
 
@@ -221,6 +221,6 @@ def test_a_speedup_on_cut_prompts_is_invalid(tmp_path: Path) -> None:
     cut = {("candidate", "answer: four tasks"): 2}
     made_runs = [made.speed_run(tmp_path / name, cut=given) for name, given in (("whole", {}), ("cut", cut))]
     whole, bad = (judge(claims_of("sorting"), [store.load(path)])[1] for path in made_runs)
-    assert "failed" not in {gate.outcome for gate in whole.gates if gate.name == "whole prompts"}
+    assert "failed" not in {gate.outcome for gate in whole.gates if gate.kind == "whole_prompts"}
     assert bad.outcome == "INVALID"
     assert "candidate: 2 of 10 prompts" in bad.reason

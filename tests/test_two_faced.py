@@ -8,6 +8,7 @@ from twotower_eval import store
 from twotower_eval.analyse.claims import judge
 from twotower_eval.analyse.claims.joint_gates import apart
 from twotower_eval.analyse.compare import Runs
+from twotower_eval.analyse.words import found_text, kind_text
 from twotower_eval.measure import harness, speed, suites
 from twotower_eval.plan import RunPlan, SpeedPlan
 from twotower_eval.records import Claim, OperatingPoint, Verdict
@@ -45,7 +46,7 @@ def verdicts(runs: list[store.Run]) -> dict[str, Verdict]:
 
 
 def gates_of(verdict: Verdict) -> dict[str, str]:
-    return {gate.name: gate.outcome for gate in verdict.gates}
+    return {kind_text(gate.kind): gate.outcome for gate in verdict.gates}
 
 
 def test_a_decoder_that_tells_timed_calls_from_scored_ones_is_found_out(runs: list[store.Run]) -> None:
@@ -66,9 +67,9 @@ def test_a_decoder_that_tells_timed_calls_from_scored_ones_is_found_out(runs: li
 
 def test_what_remembers_its_answers_does_not_do_the_same_in_every_round(runs: list[store.Run]) -> None:
     remembers = verdicts(runs)["what it knows"]
-    [gate] = [gate for gate in remembers.gates if gate.name == "same rounds"]
+    [gate] = [gate for gate in remembers.gates if gate.kind == "same_rounds"]
     assert gate.outcome == "failed"
-    assert "document 0 in its passes" in gate.detail
+    assert "document 0 in its passes" in found_text(gate)
 
 
 def test_quality_and_speed_of_the_honest_one_may_be_said_in_one_sentence(runs: list[store.Run]) -> None:

@@ -17,9 +17,11 @@ from twotower_eval import store
 from twotower_eval.analyse.claims import judge
 from twotower_eval.analyse.claims.text import unchecked_text
 from twotower_eval.analyse.compare import Runs, SpeedPoint
+from twotower_eval.analyse.compare.gate_facts import Probes
 from twotower_eval.analyse.compare.measured import Measured
 from twotower_eval.analyse.compare.timing import speed_points
-from twotower_eval.analyse.compare.unseen import Memory, Unseen, unseen_text
+from twotower_eval.analyse.compare.unseen import Memory, Unseen
+from twotower_eval.analyse.words import fact_text, found_text
 from twotower_eval.measure import harness, speed, suites
 from twotower_eval.measure.speed.unseen import NewPrompts, is_made_up, joined, turned
 from twotower_eval.measure.speed.workloads import make_calls
@@ -196,7 +198,7 @@ def test_the_line_of_the_probes_says_what_was_compared() -> None:
     )  # fmt: skip
     found = Unseen(baseline=Memory(seconds=shown(1.15, 30)), candidate=candidate, num_new=30)
     assert found.checked(1.25)
-    assert unseen_text(found, 1.25) == (
+    assert fact_text(Probes(unseen=found, limit=1.25)) == (
         "repeated prompts: the candidate is 1.14x [1.04, 1.24], the baseline 1.15x [1.05, 1.25] as fast as on the "
         "first reading (limit 1.25x); the candidate makes 1.00x [0.90, 1.10] as many forwards on the first reading of "
         "timed prompts as on later ones (limit 1.25x); 12 calls on untimed documents need 0.98x [0.88, 1.08] as many "
@@ -205,7 +207,9 @@ def test_the_line_of_the_probes_says_what_was_compared() -> None:
         "1.12] as long on new prompts as on timed ones (limit 1.25x)"
     )
     remembers = dataclasses.replace(found, candidate=dataclasses.replace(candidate, forward_s=shown(1.5, 30)))
-    assert unseen_text(remembers, 1.25).startswith("the candidate remembers what it has seen (above 1.25x): repeated ")
+    assert fact_text(Probes(unseen=remembers, limit=1.25)).startswith(
+        "the candidate remembers what it has seen (above 1.25x): repeated "
+    )
 
 
 def test_a_run_of_old_is_not_checked_and_says_so(clock: Forwards, pair: Path, requests: Any, tmp_path: Path) -> None:
@@ -217,8 +221,8 @@ def test_a_run_of_old_is_not_checked_and_says_so(clock: Forwards, pair: Path, re
     assert not point.unseen.checked(1.25)
     assert point.unseen.remembered(1.25) == ()
     verdict = verdict_of(run, point, 1.0)
-    (gate,) = [gate for gate in verdict.gates if gate.name == "probes"]
-    assert (gate.outcome, gate.detail) == ("not_checked", "no prompt was timed that was new in its round")
+    (gate,) = [gate for gate in verdict.gates if gate.kind == "probes"]
+    assert (gate.outcome, found_text(gate)) == ("not_checked", "no prompt was timed that was new in its round")
     supported = Verdict(claim="c", outcome="SUPPORTED", estimate=None, reason="", evidence=(), gates=verdict.gates)
     assert "probes (no prompt was timed that was new in its round)" in unchecked_text(supported)
 

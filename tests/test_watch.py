@@ -17,6 +17,7 @@ from twotower_eval.analyse.compare import Runs
 from twotower_eval.analyse.compare.gates import busy_gate
 from twotower_eval.analyse.compare.timing import speed_points
 from twotower_eval.analyse.report.gates import gates
+from twotower_eval.analyse.words import found_text
 from twotower_eval.engine.decoders.autoregressive import Autoregressive
 from twotower_eval.engine.decoders.reported import Asked, ReportError, check_answer, finished
 from twotower_eval.engine.models import load_model
@@ -322,8 +323,8 @@ def with_cpu(run: store.Run, arm: str, **seconds_per_wall: float | None) -> stor
 def gate_of(run: store.Run, **limits: float) -> tuple[str, str]:
     [point] = speed_points([run])[0]
     gate = busy_gate([run], point, dataclasses.replace(GateLimits(), **limits))
-    assert gate.name == "busy arms"
-    return gate.outcome, gate.detail
+    assert gate.kind == "busy_arms"
+    return gate.outcome, found_text(gate)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from twotower_eval import store
 from twotower_eval.analyse.claims import judge
 from twotower_eval.analyse.compare import Runs, SpeedPoint
 from twotower_eval.analyse.compare.witness import ArmWitnessed, scored_witness_gates, witness_gates, witnessed_arms
+from twotower_eval.analyse.words import found_text
 from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.models import load_model
 from twotower_eval.engine.models.counting import WatchedModel, noted_in_place
@@ -276,14 +277,14 @@ def test_whatever_knew_its_answers_is_invalid(timed: store.Run, trick: str, size
         assert found[witness_of].outcome == "passed"
         # Of larger batches four prompts are witnessed, too few to tell: more launches have more of them.
         assert found["drafts"].outcome == ("failed" if size == 1 else "not_checked")
-        assert "before it had computed them" in found["drafts"].detail
+        assert "before it had computed them" in found_text(found["drafts"])
     elif trick == "a file for what it has read before":
         assert found["same_rounds"].outcome == "failed"
         assert point.unseen.candidate.forwards.estimate is not None
         assert point.unseen.candidate.forwards.estimate.low > 2
     else:
         assert found[witness_of].outcome == "failed"
-        assert "no logits of their calls account for the others" in found[witness_of].detail
+        assert "no logits of their calls account for the others" in found_text(found[witness_of])
     at = OperatingPoint(name="here", decoder=point.candidate.decoder, batch_size=size, num_devices=1, workload="answer")
     claim = Claim(
         name="fast", quantity="speedup_time", subject=point.candidate.checkpoint.name, baseline="context-tower",

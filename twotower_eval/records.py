@@ -67,6 +67,24 @@ GateKind = Literal[
     "same_tasks",
     "answers_are_timed",
 ]
+WarningKind = Literal[
+    "incomplete_rounds",
+    "void_calls",
+    "resumed_with_fewer",
+    "lengths_differ",
+    "unlike_lengths",
+    "few_rounds",
+    "wide_null",
+    "unlike_answers",
+    "slower_than_generate",
+    "far_above_floor",
+    "unpaired_scores",
+    "unscored_documents",
+    "standard_errors_differ",
+    "lone_clusters",
+]
+FindingKind = Literal[GateKind, WarningKind]
+Severity = Literal["invalid", "warning", "note"]
 MethodKind = Literal[
     "equal_by_construction",
     "exact_binomial",
@@ -851,18 +869,34 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fact:
+    """What was found, in fields. Every kind is a record of its own, and the words for it are made where it is shown."""
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """What two of one kind have to share to be told once: everything but numbers and places."""
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What a reader of a figure has to know. ``invalid``: it must not be read as what it seems to be; ``note``: some of
+    what was measured is left out of it.
+    """
+
+    kind: FindingKind
+    severity: Severity
+    facts: Fact
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gate:
-    """One thing that has to be in order before the evidence may speak; ``not_checked`` says why in ``detail``."""
+    """One thing that has to be in order before the evidence may speak; ``facts`` say what was found, or why nothing."""
 
     kind: GateKind
     outcome: CheckOutcome
-    detail: str
+    facts: Fact
     evidence: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """The kind as it is shown."""
-        return "A/A null" if self.kind == "aa_null" else self.kind.replace("_", " ")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from twotower_eval.analyse.claims import joint_gates
 from twotower_eval.analyse.compare import Measured, QualityPoint, Runs, SpeedPoint
 from twotower_eval.analyse.compare.naming import checkpoint_name
 from twotower_eval.analyse.compare.numbers import PERCENT, TIMES, Unit, interval
+from twotower_eval.analyse.words import gate_text, kind_text
 from twotower_eval.records import Cell, Estimate, Gate
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ class ComparedPoint:
     ``exercised_retention`` that of the tasks which the decoder answers; ``speedup`` is the baseline's wall-clock time
     over the candidate's, ``throughput_speedup`` in useful tokens per second. Each is an Estimate with its 95 %
     interval, or ``None``: then ``reasons`` says why, by its name. ``invalid``: a gate of the timing failed, and the
-    speedup must not be read as one. ``apart`` says why quality and speed are not of one thing and must not be quoted
-    together; empty where they may be. ``quality`` and ``speed`` hold all that was computed.
+    speedup must not be read as one. ``apart`` are the gates that say why quality and speed are not of one thing and
+    must not be quoted together; empty where they may be. ``quality`` and ``speed`` hold all that was computed.
     """
 
     name: str
@@ -47,7 +48,7 @@ class ComparedPoint:
     speedup: Estimate | None
     throughput_speedup: Estimate | None
     reasons: dict[str, str]
-    apart: tuple[str, ...]
+    apart: tuple[Gate, ...]
     quality: QualityPoint | None
     speed: SpeedPoint | None
 
@@ -124,7 +125,7 @@ class Comparison:
                 "retention": point.text("retention"),
                 "of which the decoder answers": point.text("exercised_retention"),
                 "speedup": _speed_text(point),
-                "not of one thing": "; ".join(point.apart),
+                "not of one thing": "; ".join(map(gate_text, point.apart)),
             }
             for point in self.points
         ]
@@ -192,8 +193,8 @@ def _row(point: ComparedPoint, params: Sequence[str]) -> dict[str, object]:
         row[f"{name}_reason"] = point.reasons.get(name)
     return row | {
         "invalid": point.invalid,
-        "failed_gates": ", ".join(gate.name for gate in point.gates if gate.outcome == "failed"),
-        "apart": "; ".join(point.apart),
+        "failed_gates": ", ".join(kind_text(gate.kind) for gate in point.gates if gate.outcome == "failed"),
+        "apart": "; ".join(map(gate_text, point.apart)),
         "quality_run": None if quality is None else quality.run_id,
         "speed_runs": None if speed is None else " ".join(speed.run_ids),
     }

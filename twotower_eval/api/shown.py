@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
 from twotower_eval.analyse import claims as claims_room
+from twotower_eval.analyse.words import kind_text
 from twotower_eval.errors import UserError
 from twotower_eval.records import Claim, Verdict
 
@@ -98,7 +99,7 @@ class Verdicts(Shown[Verdict]):
                     **dict(zip(("measured", "measured_low", "measured_high"), ends, strict=True)),
                     "judged_at": one.level,
                     "reason": one.reason,
-                    "failed_gates": ", ".join(gate.name for gate in one.gates if gate.outcome == "failed"),
+                    "failed_gates": ", ".join(kind_text(gate.kind) for gate in one.gates if gate.outcome == "failed"),
                     "runs": " ".join(one.evidence),
                 }
             )

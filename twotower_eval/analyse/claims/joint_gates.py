@@ -7,13 +7,15 @@ measured at one point; answers that differ although all of that is the same make
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import combinations
 
 from twotower_eval.analyse.compare import QualityPoint, SpeedPoint
 from twotower_eval.analyse.compare.answers import timed_as_scored
-from twotower_eval.analyse.compare.same import prompt_text, run_ids_of, same_answers_gates
-from twotower_eval.analyse.compare.unlike import Unlike, tasks_against, unlike_budgets, unlike_settings
-from twotower_eval.records import Claim, Gate, GateKind, GateLimits, Outcome
+from twotower_eval.analyse.compare.gate_facts import AnswersTimed, OneThing, SameTasks
+from twotower_eval.analyse.compare.same import run_ids_of, same_answers_gates
+from twotower_eval.analyse.compare.unlike import tasks_against, unlike_budgets, unlike_settings
+from twotower_eval.records import CheckOutcome, Claim, Gate, GateKind, GateLimits, Outcome
 from twotower_eval.store import Run
 
 OF_ONE_POINT: tuple[GateKind, ...] = ("one_thing", "same_tasks")  # without: the parts were not measured at one point
@@ -34,7 +36,7 @@ def between(claim: Claim, runs: Sequence[Run], parts: Sequence[tuple[Claim, Qual
     return list(dict.fromkeys(found))
 
 
-def apart(runs: Sequence[Run], quality: QualityPoint, speed: SpeedPoint, scope: Sequence[str] = ()) -> list[str]:
+def apart(runs: Sequence[Run], quality: QualityPoint, speed: SpeedPoint, scope: Sequence[str] = ()) -> list[Gate]:
     """Why a quality and a speed may not be said of one thing, as a report has them side by side; nothing if they may.
 
     ``scope`` are the tasks that the quality is over, all of them by default.
@@ -43,7 +45,7 @@ def apart(runs: Sequence[Run], quality: QualityPoint, speed: SpeedPoint, scope: 
     pair, timed = (("quality", quality), ("speed", speed)), GateLimits()
     found = [_one_point_gate(*pair), _one_question_gate(runs, *pair), answered_gate(speed)]
     found += [_tasks_gate([quality], names, speed), *same_answers_gates(runs, quality, speed, timed)]
-    return [f"{gate.name}: {gate.detail}" for gate in found if gate.outcome == "failed"]
+    return [gate for gate in found if gate.outcome == "failed"]
 
 
 def outcomes(found: Iterable[Gate]) -> list[Outcome]:
@@ -59,76 +61,44 @@ def outcomes(found: Iterable[Gate]) -> list[Outcome]:
 
 def _one_point_gate(one: tuple[str, QualityPoint | SpeedPoint], other: tuple[str, QualityPoint | SpeedPoint]) -> Gate:
     """Two parts have one checkpoint, dtype, decoder and kind of device, in both arms."""
-    unlike = [_unlike_text(found, (one[0], other[0])) for found in unlike_settings(one[1], other[1])]
-    return _one_thing(unlike, "checkpoint, dtype, decoder and device are the same in both arms", one[1], other[1])
+    facts = OneThing(of="settings", parts=(one[0], other[0]), unlike=unlike_settings(one[1], other[1]))
+    return _one_thing(facts, one[1], other[1])
 
 
 def _one_question_gate(runs: Sequence[Run], quality: tuple[str, QualityPoint], speed: tuple[str, SpeedPoint]) -> Gate:
     """Quality and speed are of one budget and of one set of prompts."""
-    names, budgets = (quality[0], speed[0]), unlike_budgets(runs, quality[1], speed[1])
-    unlike = [
-        _unlike_text(Unlike(setting=f"the budget of {task}", values=pair), names) for task, pair in budgets.items()
-    ]
-    unlike += [
-        f"{one.arm}: {len(one.other_prompts)} documents were timed on other prompts than they were scored on, the "
-        f"first of them {prompt_text(one.other_prompts[0])}"
-        for one in timed_as_scored(runs, quality[1], speed[1])
-        if one.other_prompts
-    ]
-    return _one_thing(unlike, "budgets and prompts are the same", quality[1], speed[1])
-
-
-def _one_thing(unlike: Sequence[str], passed: str, *points: QualityPoint | SpeedPoint) -> Gate:
-    run_ids = (run_id for point in points for run_id in run_ids_of(point))
-    detail = "; ".join(dict.fromkeys(unlike)) or passed
-    return Gate(
-        kind="one_thing",
-        outcome="failed" if unlike else "passed",
-        detail=detail,
-        evidence=tuple(dict.fromkeys(run_ids)),
+    facts = OneThing(
+        of="question",
+        parts=(quality[0], speed[0]),
+        budgets=tuple(unlike_budgets(runs, quality[1], speed[1]).items()),
+        other_prompts=tuple(one for one in timed_as_scored(runs, quality[1], speed[1]) if one.other_prompts),
     )
+    return _one_thing(facts, quality[1], speed[1])
+
+
+def _one_thing(facts: OneThing, *points: QualityPoint | SpeedPoint) -> Gate:
+    run_ids = dict.fromkeys(run_id for point in points for run_id in run_ids_of(point))
+    if facts.unlike or facts.budgets or facts.other_prompts:
+        return Gate(kind="one_thing", outcome="failed", facts=facts, evidence=tuple(run_ids))
+    return Gate(kind="one_thing", outcome="passed", facts=replace(facts, parts=None), evidence=tuple(run_ids))
 
 
 def same_tasks_gate(claim: Claim, qualities: Sequence[QualityPoint], scope: Sequence[str], speed: SpeedPoint) -> Gate:
     """The timed tasks are those in scope that are generated, or those that the claim's point names."""
     if claim.point.timed_tasks:
-        return Gate(kind="same_tasks", outcome="passed", detail="timed as the point says", evidence=speed.run_ids)
+        return Gate(kind="same_tasks", outcome="passed", facts=SameTasks(tasks=None), evidence=speed.run_ids)
     return _tasks_gate(qualities, scope, speed)
 
 
 def _tasks_gate(qualities: Sequence[QualityPoint], scope: Sequence[str], speed: SpeedPoint) -> Gate:
     found = tasks_against(speed.tasks, qualities, scope)
-    if not found.timed:
-        detail = "the run does not say of which tasks its timed prompts are"
-        return Gate(kind="same_tasks", outcome="not_checked", detail=detail, evidence=speed.run_ids)
-    wrong = [f"timed were also {', '.join(found.beyond)}, outside the claimed quality"] if found.beyond else []
-    wrong += [f"not timed: {', '.join(found.untimed)}"] if found.untimed else []
-    if not wrong:
-        detail = "the timed tasks are those of the claimed quality"
-        return Gate(kind="same_tasks", outcome="passed", detail=detail, evidence=speed.run_ids)
-    detail = f"{'; '.join(wrong)}: time the tasks in scope, or name those of the speed in the point (timed_tasks)"
-    return Gate(kind="same_tasks", outcome="failed", detail=detail, evidence=speed.run_ids)
+    wrong = found.timed and (found.beyond or found.untimed)
+    outcome: CheckOutcome = "failed" if wrong else "passed" if found.timed else "not_checked"
+    return Gate(kind="same_tasks", outcome=outcome, facts=SameTasks(tasks=found), evidence=speed.run_ids)
 
 
 def answered_gate(speed: SpeedPoint) -> Gate:
     """A fixed workload goes on past the end of every answer: it says nothing of answers."""
-    fixed = speed.workload == "fixed"
-    detail = "outputs of the fixed workload are no answers: time the answer workload" if fixed else "answers were timed"
-    return Gate(
-        kind="answers_are_timed", outcome="failed" if fixed else "passed", detail=detail, evidence=speed.run_ids
-    )
-
-
-# Words
-
-
-def _unlike_text(unlike: Unlike, names: tuple[str, str]) -> str:
-    whose = f"{unlike.arm}: " if unlike.arm else ""
-    one, other = (_value_text(value) for value in unlike.values)
-    return f"{whose}{unlike.setting} {one} in {names[0]}, {other} in {names[1]}"
-
-
-def _value_text(value: object) -> str:
-    text = "none" if value is None else f"{value}"
-    is_digest = len(text) == 64 and set(text) <= set("0123456789abcdef")
-    return text[:8] if is_digest else text
+    facts = AnswersTimed(answers=speed.workload != "fixed")
+    outcome: CheckOutcome = "passed" if facts.answers else "failed"
+    return Gate(kind="answers_are_timed", outcome=outcome, facts=facts, evidence=speed.run_ids)

@@ -43,6 +43,7 @@ from twotower_eval.analyse.compare.measured import measured
 from twotower_eval.analyse.compare.same import same_prompts_gates
 from twotower_eval.analyse.compare.speed_gates import speed_gates
 from twotower_eval.analyse.compare.witness import scored_witness_gates
+from twotower_eval.analyse.words import gate_text
 from twotower_eval.records import Claim, Gate, Outcome, Verdict, VerdictScope
 from twotower_eval.store import Run
 
@@ -119,7 +120,7 @@ def _unless_contradicting(judged: _Judged, claim: Claim, evidence: Evidence) -> 
     verdict = dataclasses.replace(verdict, gates=(gate, *verdict.gates))
     if gate.outcome == "failed":
         before = f"; {verdict.reason}" if verdict.outcome == "INVALID" else ""
-        reason = f"{gate.name}: {gate.detail}{before}"
+        reason = f"{gate_text(gate)}{before}"
         shown = tuple(sorted({*verdict.evidence, *gate.evidence}))
         verdict = dataclasses.replace(verdict, outcome="INVALID", reason=reason, evidence=shown, scope=None)
     return dataclasses.replace(judged, verdict=verdict)
@@ -259,7 +260,7 @@ def _invalid_inputs(claim: Claim, differing: dict[str, str]) -> _Judged:
         claim=claim.name,
         outcome="INVALID",
         estimate=None,
-        reason=f"{gate.name}: {gate.detail}",
+        reason=gate_text(gate),
         evidence=gate.evidence,
         gates=(gate,),
         num_looks=len(differing),
@@ -280,7 +281,7 @@ def _joined(claim: Claim, parts: Sequence[_Judged], evidence: Evidence) -> _Judg
     named = {gate.kind for gate in between}
     outcome = first_outcome([*(verdict.outcome for verdict in verdicts), *joint_gates.outcomes(between)])
     reasons = [f"{verdict.claim} {said(verdict)}" for verdict in verdicts]
-    reasons += [f"{gate.name}: {gate.detail}" for gate in between if joint_gates.outcomes([gate])]
+    reasons += [gate_text(gate) for gate in between if joint_gates.outcomes([gate])]
     own = (gate for one in verdicts for gate in one.gates if gate.outcome != "passed" and gate.kind not in named)
     verdict = Verdict(
         claim=claim.name,

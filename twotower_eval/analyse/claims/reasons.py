@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.numbers import OWN, PERCENT, POINTS, TIMES, Unit, compared
+from twotower_eval.analyse.words import fact_text
 from twotower_eval.records import Quantity
 
 UNITS: Mapping[Quantity, Unit] = {
@@ -37,7 +38,9 @@ def look_text(num: int, declared: int | None = None) -> str:
 
 def decision_text(unit: Unit, decision: stats.Decision) -> str:
     """``the upper bound 90.1 % is below 98.2 %``; with too little evidence, what there is too little of."""
-    return decision.few or " and ".join(_comparison(unit, one) for one in decision.comparisons)
+    if decision.few is not None:
+        return fact_text(decision.few)
+    return " and ".join(_comparison(unit, one) for one in decision.comparisons)
 
 
 def _comparison(unit: Unit, found: stats.Comparison) -> str:

@@ -11,6 +11,7 @@ from twotower_eval.analyse.claims.files import SPEED_QUANTITIES
 from twotower_eval.analyse.claims.looks import Looks
 from twotower_eval.analyse.claims.reasons import decision_text, look_text, unit_of
 from twotower_eval.analyse.compare import Measured, SpeedPoint, gates
+from twotower_eval.analyse.words import found_text, gate_text
 from twotower_eval.analyse.words.methods import EQUAL
 from twotower_eval.errors import UserError
 from twotower_eval.records import Claim, Estimate, Gate, Outcome, VerdictScope
@@ -78,7 +79,7 @@ def ruled(claim: Claim, checks: Sequence[Gate], readings: Sequence[Measured], am
     """What gates and readings come to, and why. Several readings must all clear; the first is the claim's own."""
     failed = [gate for gate in checks if gate.outcome == "failed"]
     if failed:
-        return "INVALID", "; ".join(f"{gate.name}: {gate.detail}" for gate in failed)
+        return "INVALID", "; ".join(map(gate_text, failed))
     decided: list[tuple[Outcome, str]] = []
     for reading in readings:
         if reading.estimate is None:
@@ -96,7 +97,7 @@ def ruled(claim: Claim, checks: Sequence[Gate], readings: Sequence[Measured], am
         return "INCONCLUSIVE", f"the arms' outputs differ in length, so {other} has to clear too: {decided[1][1]}"
     open_gates = [gate for gate in checks if gate.outcome == "not_checked" and gate.kind in gates.NEEDED_FOR_SPEED]
     if claim.quantity in SPEED_QUANTITIES and open_gates:
-        return "INCONCLUSIVE", "; ".join(gate.detail for gate in open_gates)
+        return "INCONCLUSIVE", "; ".join(map(found_text, open_gates))
     return outcome, reason
 
 

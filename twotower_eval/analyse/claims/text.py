@@ -13,6 +13,7 @@ from twotower_eval.analyse.claims.reasons import look_text, unit_of
 from twotower_eval.analyse.claims.terms import terms_text
 from twotower_eval.analyse.compare.gates import SAID_WITH_SPEED
 from twotower_eval.analyse.compare.numbers import high_retention_text, interval
+from twotower_eval.analyse.words import found_text, kind_text
 from twotower_eval.records import MIN_LAUNCH_ROUNDS, Claim, Estimate, Verdict
 
 
@@ -66,7 +67,8 @@ def unchecked_text(verdict: Verdict) -> str:
     unchecked = [gate for gate in verdict.gates if gate.outcome == "not_checked" and gate.kind in SAID_WITH_SPEED]
     if verdict.outcome != "SUPPORTED" or not unchecked:
         return ""
-    return f"; not checked: {'; '.join(dict.fromkeys(f'{gate.name} ({gate.detail})' for gate in unchecked))}"
+    named = (f"{kind_text(gate.kind)} ({found_text(gate)})" for gate in unchecked)
+    return f"; not checked: {'; '.join(dict.fromkeys(named))}"
 
 
 def chance_text(claim: Claim, verdict: Verdict) -> str:

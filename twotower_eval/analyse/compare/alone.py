@@ -28,7 +28,7 @@ from twotower_eval.analyse.compare.costs import ArmCosts, arm_costs
 from twotower_eval.analyse.compare.counts import Counts, count
 from twotower_eval.analyse.compare.degenerate import Flags
 from twotower_eval.analyse.compare.measured import Measured, measured
-from twotower_eval.analyse.compare.nulls import fault
+from twotower_eval.analyse.compare.nulls import NullFault, fault
 from twotower_eval.analyse.compare.sizing import is_sizing_run
 from twotower_eval.analyse.compare.wholes import current_scores, is_whole, one_group, one_whole
 from twotower_eval.records import MEAN, Cell, Score, TimeFault
@@ -59,7 +59,7 @@ class TimedAlone:
     within: WithinCalls
     costs: ArmCosts
     flagged: FlaggedAlone
-    null_fault: str | None = None
+    null_fault: NullFault | None = None
     num_timed: int = 0
     faults: tuple[TimeFault, ...] = ()
 

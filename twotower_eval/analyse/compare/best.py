@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from twotower_eval.analyse import stats
-from twotower_eval.records import BaselineBest, Cell, Estimate
+from twotower_eval.analyse.compare.warned import FarAboveFloor, SlowerThanGenerate
+from twotower_eval.records import BaselineBest, Cell, Estimate, Finding
 from twotower_eval.store import Run
 from twotower_eval.strict import from_json
 
 FAR_ABOVE = 10.0  # times its floor: said as a warning
 TELLING_S = 5e-3  # floors of steps shorter than this say little: such a step is the host's time
-NOT_RECORDED = "whether the baseline is at its best was not recorded"
 FIELDS = {field.name for field in dataclasses.fields(BaselineBest)}
 
 
@@ -71,46 +71,15 @@ def _read(event: dict[str, Any]) -> BaselineBest:
     return from_json(BaselineBest, {name: value for name, value in event.items() if name in FIELDS})
 
 
-def best_text(best: Best | None) -> str:
-    """How the baseline was run, its rate beside its floor and beside transformers' own."""
-    if best is None:
-        return NOT_RECORDED
-    facts = best.facts
-    how = [f"batch {best.batch_size}", best.dtype]
-    how.append("transformers' model in our loop" if facts.engine == "transformers" else "our engine")
-    how += [f"{facts.attention} attention"] if facts.attention else []
-    how += ["CUDA graphs" if facts.cuda_graphs else "no CUDA graphs"]
-    how += [f"{facts.num_threads} CPU threads"] if facts.num_threads else []
-    rate = "" if best.tokens_per_s is None else f"{best.tokens_per_s:,.4g} useful tokens/s "
-    beside = f"; {generate_text(best)}" if facts.engine == "transformers" else ""
-    return f"{rate}({', '.join(how)}); {_floor_text(best)}{beside}"
-
-
-def _floor_text(best: Best) -> str:
-    facts = best.facts
-    if best.above_floor is None or facts.step_bytes is None or facts.bytes_per_s is None:
-        return "its memory floor is not known"
-    return (
-        f"{best.above_floor:.2g} times the floor that reading its {facts.step_bytes / 1e6:,.3g} MB a step sets at the "
-        f"{facts.bytes_per_s / 1e9:,.3g} GB/s of a copy"
-    )
-
-
-def generate_text(best: Best) -> str:
-    """``1.05 [1.02, 1.09] times as long as transformers' own generate``; why that is not known, where it is not."""
-    facts, found = best.facts, best.over_generate
-    if found is not None:
-        return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}] times as long as transformers' own generate"
-    return f"not compared with transformers' own generate: {facts.reason or 'it gives other tokens'}"
-
-
-def best_warning(best: Best | None) -> str | None:
+def best_warning(best: Best | None) -> Finding | None:
     """What is to be read before a speedup over this baseline is believed."""
     if best is None:
         return None
     if best.over_generate is not None and best.over_generate.low > 1:
-        return "the baseline is slower than transformers' own generate"
+        slower = SlowerThanGenerate(over_generate=best.over_generate)
+        return Finding(kind="slower_than_generate", severity="warning", facts=slower)
     step_bytes, bytes_per_s = best.facts.step_bytes or 0.0, best.facts.bytes_per_s or 1.0
     if (best.above_floor or 0.0) > FAR_ABOVE and step_bytes / bytes_per_s >= TELLING_S:
-        return f"the baseline takes more than {FAR_ABOVE:g} times as long as reading its weights does"
+        far = FarAboveFloor(above_floor=best.above_floor or 0.0, limit=FAR_ABOVE)
+        return Finding(kind="far_above_floor", severity="warning", facts=far)
     return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,24 +72,26 @@ def busy_of(runs: Sequence[Run], point: SpeedPoint) -> Busy | str:
     )
 
 
-def busy_text(found: Busy) -> str:
-    """``the baseline is busy for 99 % of its time, the candidate for 98 %``."""
-    baseline, candidate = found.share
-    return f"the baseline is busy for {100 * baseline:.0f} % of its time, the candidate for {100 * candidate:.0f} %"
+@dataclass(frozen=True, kw_only=True)
+class BusyFault:
+    """An arm that waits, or that keeps more processors busy than its threads may."""
+
+    kind: Literal["waits", "many processors"]
+    arm: Arm
 
 
-def busy_faults(found: Busy, limits: GateLimits) -> list[str]:
+def busy_faults(found: Busy, limits: GateLimits) -> tuple[BusyFault, ...]:
     """What of it makes a speedup invalid."""
     faults = [
-        f"the {arm} keeps {processors:.2f} processors busy, and the plan gives it {found.num_threads}"
+        BusyFault(kind="many processors", arm=arm)
         for arm, processors in zip(typing.get_args(Arm), found.processors, strict=True)
         if processors > limits.processors_per_thread * found.num_threads
     ]
     if found.most < limits.busy_share:
-        faults.append(f"the candidate waits: {busy_text(found)}")
+        faults.append(BusyFault(kind="waits", arm="candidate"))
     if found.least > 1 / limits.busy_share:
-        faults.append(f"the baseline waits: {busy_text(found)}")
-    return faults
+        faults.append(BusyFault(kind="waits", arm="baseline"))
+    return tuple(faults)
 
 
 def _calls(runs: Sequence[Run], cell: Cell) -> list[SpeedSample]:

@@ -15,9 +15,10 @@ from twotower_eval.analyse.compare.counts import Counts, count
 from twotower_eval.analyse.compare.degenerate import Flags
 from twotower_eval.analyse.compare.measured import Measured, measured
 from twotower_eval.analyse.compare.once import once
+from twotower_eval.analyse.compare.warned import IncompleteRounds, VoidCalls
 from twotower_eval.analyse.stats.intervals import Floats
 from twotower_eval.errors import UserError
-from twotower_eval.records import Arm, Cell, SpeedSample, TimeFault, canonical_json
+from twotower_eval.records import Arm, Cell, Finding, SpeedSample, TimeFault, canonical_json
 from twotower_eval.store import Run
 from twotower_eval.times import fault_of, void_text
 
@@ -165,14 +166,15 @@ def nothing_usable(there: Usable) -> str:
     return f"no call left: {void_text(there.num_timed, there.faults)}" if there.faults else "no complete measured round"
 
 
-def left_out(there: Usable) -> list[str]:
-    """What is left out of the figures, in words."""
+def left_out(there: Usable) -> list[Finding]:
+    """What is left out of the figures."""
     found = []
     if there.num_incomplete:
-        found.append(f"{there.num_incomplete} rounds are not complete in both arms and are left out")
+        rounds = IncompleteRounds(num_rounds=there.num_incomplete)
+        found.append(Finding(kind="incomplete_rounds", severity="note", facts=rounds))
     if there.faults:
-        where = "with their prompts in every round, or with their rounds"
-        found.append(f"{void_text(there.num_timed, there.faults)}; they are left out {where}")
+        calls = VoidCalls(num_timed=there.num_timed, faults=there.faults)
+        found.append(Finding(kind="void_calls", severity="note", facts=calls))
     return found
 
 

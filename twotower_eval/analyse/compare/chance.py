@@ -9,18 +9,13 @@ from functools import partial
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.measured import Measured, measured
-from twotower_eval.analyse.compare.numbers import PERCENT, compared
+from twotower_eval.analyse.compare.numbers import PERCENT
 from twotower_eval.records import Score
 from twotower_eval.store import Run
 
 RANKED = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")  # right where one option of several comes first
 SHARE = replace(PERCENT, most=PERCENT.decimals)  # more only where a baseline would look like its chance
 NOT_CLEAR = "the baseline is not clearly above chance"
-NEAR = {
-    "near": "is not clearly above chance",
-    "below": "lies below chance",
-    "zero": "is zero",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +80,6 @@ def _averages(
         else:
             found.append(measured(partial(rule, table, draws, weights_K)))
     return found[0], found[1]
-
-
-def standing_text(standing: stats.Standing) -> str:
-    """``choice (26.0 % is not clearly above chance, 25.0 %)``, for a baseline that is not; ``sort (0.0 % is zero)``."""
-    if standing.chance is None:
-        return f"{standing.task} ({PERCENT.text(standing.baseline)} {NEAR[standing.stand]})"
-    baseline, chance = compared(SHARE, standing.baseline, standing.chance)
-    return f"{standing.task} ({baseline} {NEAR[standing.stand]}, {chance})"
 
 
 def chances(run: Run, scores: Sequence[Score]) -> list[float]:

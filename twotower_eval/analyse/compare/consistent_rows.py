@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from twotower_eval.analyse.compare.contradiction import Check, ContradictionKind, Fact, Place
+from twotower_eval.analyse.compare.contradiction import Check, ContradictionKind, Place, Side
 from twotower_eval.records import (
     GENERATION_COUNTS,
     MEAN,
@@ -137,7 +137,7 @@ def _calls_and_answers(run: Run) -> Iterator[Place]:
 
 
 def _of_prompt(
-    call: SpeedSample, prompt: PromptTiming, field: str | None = None, stated: Fact = None, found: Fact = None
+    call: SpeedSample, prompt: PromptTiming, field: str | None = None, stated: Side = None, found: Side = None
 ) -> Place:
     return Place(row=call, prompt=prompt.prompt_id, field=field, stated=stated, found=found)
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from twotower_eval.analyse.compare.contradiction import Check, ContradictionKind, Place, Spot
 from twotower_eval.analyse.compare.once import once
-from twotower_eval.records import SpeedSample
+from twotower_eval.analyse.compare.warned import ResumedWithFewer
+from twotower_eval.records import Finding, SpeedSample
 from twotower_eval.store import EVENTS, JOURNALS, MANIFEST, Run
 
 SPEED = JOURNALS[SpeedSample][0]
@@ -145,16 +146,14 @@ def _digests_missing(run: Run) -> Iterator[Place]:
         told |= files
 
 
-def remarks(runs: Sequence[Run]) -> list[str]:
-    """What is missing for a reason that files allow, in words."""
+def remarks(runs: Sequence[Run]) -> list[Finding]:
+    """What is missing for a reason that files allow."""
     found = []
     for run in runs:
         if (short := _rounds_short(run)) and _was_resumed(run):
             asked, there = short
-            found.append(
-                f"run {run.manifest.run_id} has {there} whole rounds of the {asked} that it was first made for: "
-                "it was resumed with fewer"
-            )
+            fewer = ResumedWithFewer(run_id=run.manifest.run_id, num_asked=asked, num_whole=there)
+            found.append(Finding(kind="resumed_with_fewer", severity="note", facts=fewer))
     return found
 
 

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.measured import Measured
-from twotower_eval.analyse.compare.numbers import PERCENT, compared
-from twotower_eval.records import Cell, Estimate, GateLimits
+from twotower_eval.analyse.compare.warned import WideNull
+from twotower_eval.records import Cell, Estimate, Fact, Finding, GateLimits
 
 if TYPE_CHECKING:
     from twotower_eval.analyse.compare.timing import SpeedPoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class NullFault(Fact):
+    """Why a null forbids to judge a speedup: it is missing for a ``reason``, ``off`` by more than ``offset``, or its
+    ``half_width`` is above ``widest``.
+
+    Of a speedup that is judged, ``widest`` is the least of ``most`` and of ``share`` of what is at stake.
+    """
+
+    kind: Literal["missing", "off", "wide"]
+    reason: str | None = None
+    offset: float = 0.0
+    half_width: float = 0.0
+    widest: float = 0.0
+    most: float | None = None
+    share: float | None = None
 
 
 class Nulled(Protocol):
@@ -37,8 +55,8 @@ def fault(
     judged: Estimate | None,
     limits: GateLimits = LIMITS,
     claimed: float | None = None,
-) -> str | None:
-    """Why the point's null forbids to judge a speedup by it, in words; ``None`` where nothing does.
+) -> NullFault | None:
+    """Why the point's null forbids to judge a speedup by it; ``None`` where nothing does.
 
     A null that is missing does. That a baseline differs from itself is tested with Holm's correction over the nulls
     of all workloads and batch sizes among ``others``, each pair once. ``judged`` is the speedup, ``claimed`` what
@@ -46,7 +64,7 @@ def fault(
     """
     null = point.null.estimate
     if null is None or point.null_timed is None:
-        return f"without a null no speedup can be trusted: {point.null.reason}"
+        return NullFault(kind="missing", reason=point.null.reason)
     pairs = {
         _pair(other): other.null_timed
         for other in (*others, point)
@@ -55,18 +73,15 @@ def fault(
     intervals = [partial(_speedup_at, timed) for timed in pairs.values()]
     off = dict(zip(pairs, stats.off_nulls(intervals, offset=limits.null_offset), strict=True))
     if off[_pair(point)]:
-        return f"the baseline timed against itself is off by more than {100 * limits.null_offset:g} %"
+        return NullFault(kind="off", offset=limits.null_offset)
     half, widest = stats.half_width(null), stats.widest_null(judged, limits, claimed=claimed)
     if half > widest:
-        share = (
-            "" if judged is None else f", the least of {100 * limits.null_half_width:g} % and {_share(limits)} at stake"
-        )
-        width, limit = compared(PERCENT, half, widest)
-        return f"the null's half-width of {width} is above {limit}{share}: time more rounds"
+        most, share = (None, None) if judged is None else (limits.null_half_width, limits.null_share)
+        return NullFault(kind="wide", half_width=half, widest=widest, most=most, share=share)
     return None
 
 
-def caution(point: SpeedPoint, limits: GateLimits = LIMITS) -> str | None:
+def caution(point: SpeedPoint, limits: GateLimits = LIMITS) -> Finding | None:
     """What to say beside a speedup whose null is good enough in itself and yet wide for so small a difference."""
     null, found = point.null.estimate, point.time.estimate
     if null is None or found is None:
@@ -74,15 +89,8 @@ def caution(point: SpeedPoint, limits: GateLimits = LIMITS) -> str | None:
     half, widest = stats.half_width(null), stats.widest_null(found, limits)
     if half <= widest:
         return None
-    width, limit = compared(PERCENT, half, widest)
-    return (
-        f"near 1x for its A/A null, whose half-width of {width} is above {limit}, {_share(limits)}: noise may be "
-        "a good part of the difference, more rounds tell"
-    )
-
-
-def _share(limits: GateLimits) -> str:
-    return f"{100 * limits.null_share:g} % of the log speedup"
+    wide = WideNull(half_width=half, widest=widest, share=limits.null_share)
+    return Finding(kind="wide_null", severity="warning", facts=wide)
 
 
 def _pair(point: Nulled) -> tuple[str, tuple[str, ...]]:

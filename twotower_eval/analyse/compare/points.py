@@ -14,7 +14,7 @@ from twotower_eval.analyse.compare.measured import Measured as Measured
 from twotower_eval.analyse.compare.measured import measured as measured
 from twotower_eval.analyse.compare.wholes import WholeScore
 from twotower_eval.errors import UserError
-from twotower_eval.records import Cell, Estimate, Workload, canonical_json, to_json
+from twotower_eval.records import Cell, Estimate, Finding, Workload, canonical_json, to_json
 from twotower_eval.store import Run
 
 NOT_EXERCISING = ("context_tower", "exact")  # likelihoods in which the parallel decoder has no part
@@ -135,7 +135,7 @@ class QualityPoint:
     others: tuple[OtherScore, ...]
     wholes: tuple[WholeScore, ...]
     missing: tuple[MissingScore, ...]
-    warnings: tuple[str, ...]
+    warnings: tuple[Finding, ...]
     counts: Counts
     baseline_counts: Counts
     flagged: Flagged

@@ -25,9 +25,10 @@ from twotower_eval.analyse.compare.points import (
     measured,
     point_key,
 )
+from twotower_eval.analyse.compare.warned import LoneClusters, NoHeadline, StandardErrorsDiffer, Unpaired
 from twotower_eval.analyse.compare.wholes import current_scores, is_whole, whole_groups, whole_scores
 from twotower_eval.errors import UserError
-from twotower_eval.records import Cell, Score, canonical_json, sha256_text
+from twotower_eval.records import Cell, Finding, Score, canonical_json, sha256_text
 from twotower_eval.store import Run
 
 STDERR_TOLERANCE = 0.2
@@ -60,10 +61,12 @@ def _point(run: Run, cells: list[Cell], by_cell: dict[str, list[Score]]) -> Qual
     found_tasks = _headline_quality(scores, headline, answered_once)
     warnings = list(found_tasks.pop("warnings"))
     if unpaired:
-        warnings.append(f"{unpaired} scores have no partner in the other arm yet and are left out")
+        gone = Unpaired(num_scores=unpaired)
+        warnings.append(Finding(kind="unpaired_scores", severity="note", facts=gone))
     num_missing = len({(gap.task, doc_id) for gap in missing if gap.headline for doc_id in gap.doc_ids})
     if num_missing:
-        warnings.append(f"{num_missing} documents have no headline score in one arm and are left out of both")
+        lacking = NoHeadline(num_documents=num_missing)
+        warnings.append(Finding(kind="unscored_documents", severity="note", facts=lacking))
     ids, baseline_ids = {cell.id for cell in cells}, {cell.id for cell in baselines}
     by_arm = [outputs(run.manifest.run_id, run.generations_of(arm), arm) for arm in (baseline_ids, ids)]
     clusters = {(a.task, a.doc_id): a.cluster_id for a, _ in pairs}
@@ -216,16 +219,16 @@ def _clean(scores: stats.PairedScores, headline: list[Pair], dropped: list[set[t
     return clean_quality(scores, [(a.task, a.doc_id) for a, _ in headline], (dropped[0], dropped[1]))
 
 
-def _interval_warnings(table: stats.ScoreTable, draws: stats.Draws) -> Iterator[str]:
+def _interval_warnings(table: stats.ScoreTable, draws: stats.Draws) -> Iterator[Finding]:
     weights_K = table.weights_K()
     drawn = stats.bootstrap_stderr(draws, weights_K)
     linear = 0.0 if drawn is None else stats.linear_stderr(table, weights_K)  # the baseline may be 0 everywhere
     if drawn is not None and linear > 0 and abs(drawn / linear - 1) > STDERR_TOLERANCE:
-        figures = f"{100 * drawn:.2f} points by bootstrap, {100 * linear:.2f} by linearisation"
-        yield f"two ways to the headline's standard error differ by more than 20 %: {figures}"
+        differ = StandardErrorsDiffer(bootstrap=drawn, linear=linear, tolerance=STDERR_TOLERANCE)
+        yield Finding(kind="standard_errors_differ", severity="warning", facts=differ)
     lone = stats.num_lone_clusters(table)
     if lone:
-        yield f"{lone} clusters are alone in touching their set of tasks: the intervals do not see them vary"
+        yield Finding(kind="lone_clusters", severity="warning", facts=LoneClusters(num_clusters=lone))
 
 
 def _others(

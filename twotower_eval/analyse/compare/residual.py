@@ -149,40 +149,6 @@ def fastest_of_calls(samples: Sequence[SpeedSample]) -> list[SpeedSample]:
     return [*found.values()]
 
 
-def fault_text(fault: ResidualFault) -> str:
-    """``the candidate is faster than its forwards allow: these, timed alone, need 347 [346, 348] times its time``."""
-    found = fault.residual
-    if found is None:
-        return f"the {fault.arm} gave tokens without any forward of its model, in {fault.num_calls} calls"
-    if fault.kind == "faster":
-        times = [1 - share for share in (found.value, found.high, found.low)]
-        longer = f"{times[0]:,.3g} [{times[1]:,.3g}, {times[2]:,.3g}]"
-        return (
-            f"the {fault.arm} is faster than its own forwards allow: these, timed alone, need {longer} times its time"
-        )
-    slower = f"the {fault.arm} is slower than its parts: {residual_text(found)} of its time is in none of them"
-    return slower if fault.calm is None else f"{slower}, and {_share(fault.calm)} in the fastest round of every call"
-
-
-def held_up_text(baseline: Residual) -> str:
-    """Why nobody knows what a baseline's lag comes from, and what would tell."""
-    whole = baseline.whole.estimate
-    shown = "" if whole is None else f": {residual_text(whole)} of its time is in none of them"
-    return (
-        f"the baseline seems slower than its parts{shown}; it comes and goes, or is too uncertain, so whether other "
-        "work on the machine held it up is not known: time more rounds on a quieter machine"
-    )
-
-
-def residual_text(found: Estimate) -> str:
-    """``+12.0 % [+10.1 %, +13.9 %]``."""
-    return f"{_share(found.value)} [{_share(found.low)}, {_share(found.high)}]"
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:+,.1f} %"
-
-
 def by_round(samples: Sequence[SpeedSample]) -> dict[Round, list[SpeedSample]]:
     """Timed calls of each round, in order."""
     rounds: dict[Round, list[SpeedSample]] = defaultdict(list)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from twotower_eval.analyse.compare.answers import (
     Agreement,
-    Differing,
     OtherLength,
     from_round_to_round,
     timed_as_scored,
     unlike_prompts,
 )
-from twotower_eval.analyse.compare.numbers import POINTS, interval
+from twotower_eval.analyse.compare.gate_facts import EffectOnScores, OtherTokens, SameAnswers
 from twotower_eval.analyse.compare.points import Measured, QualityPoint
 from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.analyse.compare.unlike import unlike_budgets, unlike_settings
-from twotower_eval.records import CheckOutcome, Gate, GateKind, GateLimits
+from twotower_eval.records import Arm, CheckOutcome, Gate, GateKind, GateLimits
 from twotower_eval.store import Run
 
 SHOWN = 3
@@ -37,11 +37,14 @@ def answer_gates(
 def same_rounds_gate(runs: Sequence[Run], point: SpeedPoint, limits: GateLimits) -> Gate:
     """Every round gives the same tokens in the same passes: what is timed last is what was timed first."""
     found = from_round_to_round(runs, point)
-    wrong = [_differ_text(one) for one in found if one.share > _allowed(one, limits)]
-    reasons = list(dict.fromkeys(f"{one.arm}: {one.reason}" for one in found if one.reason))
-    detail = "; ".join(wrong or reasons) or "; ".join(_agree_text(one, "timed prompts") for one in found)
-    outcome: CheckOutcome = "failed" if wrong else "not_checked" if reasons else "passed"
-    return Gate(kind="same_rounds", outcome=outcome, detail=detail, evidence=point.run_ids)
+    differing = tuple(one.arm for one in found if one.share > _allowed(one, limits))
+    facts = SameAnswers(when="again", arms=found, differing=differing)
+    return Gate(kind="same_rounds", outcome=_outcome(facts), facts=facts, evidence=point.run_ids)
+
+
+def _outcome(found: SameAnswers) -> CheckOutcome:
+    unknown = not found.arms or any(one.reason for one in found.arms)
+    return "failed" if found.differing or found.idle else "not_checked" if unknown else "passed"
 
 
 def same_answers_gates(
@@ -52,20 +55,20 @@ def same_answers_gates(
     In half precision rounding parts some of them: then also, what that does to the scores.
     """
     if quality is None:
-        detail = "no run scored this point's answers apart from the clock"
-        return [Gate(kind="same_answers", outcome="not_checked", detail=detail, evidence=speed.run_ids)]
+        nothing = SameAnswers(when="scored")
+        return [Gate(kind="same_answers", outcome="not_checked", facts=nothing, evidence=speed.run_ids)]
     found, run_ids = _compared(runs, quality, speed), (quality.run_id, *speed.run_ids)
-    wrong = [_differ_text(one) for one in found if one.share > _allowed(one, limits)]
-    wrong += [_work_text(one) for one in found if one.work is not None and one.work < limits.least_work]
-    reasons = list(dict.fromkeys(f"{one.arm}: {one.reason}" for one in found if one.reason))
-    detail = "; ".join(wrong or reasons) or "; ".join(_agree_text(one, "documents timed and scored") for one in found)
-    outcome: CheckOutcome = "failed" if wrong else "not_checked" if reasons else "passed"
-    gates = [Gate(kind="same_answers", outcome=outcome, detail=detail, evidence=run_ids)]
-    lengths = [(one.arm, other) for one in found for other in one.other_lengths]
+    facts = SameAnswers(
+        when="scored",
+        arms=tuple(found),
+        differing=tuple(one.arm for one in found if one.share > _allowed(one, limits)),
+        idle=tuple(one.arm for one in found if one.work is not None and one.work < limits.least_work),
+    )
+    gates = [Gate(kind="same_answers", outcome=_outcome(facts), facts=facts, evidence=run_ids)]
+    lengths: list[tuple[Arm | None, OtherLength]] = [(one.arm, other) for one in found for other in one.other_lengths]
     if lengths:
-        detail = "; ".join(dict.fromkeys(f"{arm}: {_length_text(other)}" for arm, other in lengths[:SHOWN]))
-        detail = f"{len(lengths)} prompts were timed in other tokens than they were scored in: {detail}"
-        gates.append(Gate(kind="same_prompts", outcome="failed", detail=detail, evidence=run_ids))
+        others = OtherTokens(num_prompts=len(lengths), first=tuple(lengths[:SHOWN]), timed=True)
+        gates.append(Gate(kind="same_prompts", outcome="failed", facts=others, evidence=run_ids))
     return [*gates, *_effect_gates(found, limits, run_ids)]
 
 
@@ -96,13 +99,15 @@ def _effect_gate(one: Agreement, effect: Measured, limits: GateLimits, run_ids: 
     kind: GateKind = "drawn_answers" if one.reason else "effect_on_scores"
     found = effect.estimate
     if found is None:
-        return Gate(kind=kind, outcome="not_checked", detail=f"{one.arm}: {effect.reason}", evidence=run_ids)
+        unknown = EffectOnScores(arm=one.arm, effect=effect, limit=limits.score_effect)
+        return Gate(kind=kind, outcome="not_checked", facts=unknown, evidence=run_ids)
     far = abs(found.value) > limits.score_effect
-    outcome: CheckOutcome = "passed" if not far else "not_checked" if found.low <= 0 <= found.high else "failed"
-    how = {"passed": "within", "failed": "beyond", "not_checked": "not known to be within"}[outcome]
-    moved = f"{one.arm}: timed answers score {interval(POINTS, found)} beside the scored ones"
-    detail = f"{moved}, {how} {100 * limits.score_effect:g} points"
-    return Gate(kind=kind, outcome=outcome, detail=detail, evidence=run_ids)
+    stands: Literal["within", "beyond", "open"] = (
+        "within" if not far else "open" if found.low <= 0 <= found.high else "beyond"
+    )
+    outcome: CheckOutcome = "passed" if not far else "not_checked" if stands == "open" else "failed"
+    facts = EffectOnScores(arm=one.arm, effect=effect, limit=limits.score_effect, stands=stands)
+    return Gate(kind=kind, outcome=outcome, facts=facts, evidence=run_ids)
 
 
 def same_prompts_gates(runs: Sequence[Run], point: QualityPoint | SpeedPoint) -> list[Gate]:
@@ -110,49 +115,10 @@ def same_prompts_gates(runs: Sequence[Run], point: QualityPoint | SpeedPoint) ->
     found = unlike_prompts(runs, point)
     if not found:
         return []
-    shown = "; ".join(_length_text(one, ("in the baseline", "in the candidate")) for one in found[:SHOWN])
-    detail = f"{len(found)} prompts are not the same tokens in both arms: {shown}"
-    return [Gate(kind="same_prompts", outcome="failed", detail=detail, evidence=run_ids_of(point))]
+    facts = OtherTokens(num_prompts=len(found), first=tuple((None, one) for one in found[:SHOWN]), timed=False)
+    return [Gate(kind="same_prompts", outcome="failed", facts=facts, evidence=run_ids_of(point))]
 
 
 def run_ids_of(point: QualityPoint | SpeedPoint) -> tuple[str, ...]:
     """The runs that a point was measured in."""
     return (point.run_id,) if isinstance(point, QualityPoint) else point.run_ids
-
-
-# Words
-
-
-def _agree_text(one: Agreement, what: str) -> str:
-    if not one.differing:
-        return f"{one.arm}: {one.num_compared:,} {what}, all alike"
-    return _differ_text(one)
-
-
-def _differ_text(one: Agreement) -> str:
-    shown = "; ".join(_place_text(differing) for differing in one.differing[:SHOWN])
-    more = f" and {len(one.differing) - SHOWN} more" if len(one.differing) > SHOWN else ""
-    percent = 100 * one.share
-    share = f"{percent:.1f}" if percent < 10 else f"{percent:.0f}"
-    count = f"{len(one.differing)} of {one.num_compared:,} answers ({share} %)"
-    return f"{one.arm}: {count} differ in {one.dtype} at temperature 0: {shown}{more}"
-
-
-def _place_text(one: Differing) -> str:
-    if one.same_tokens:
-        return f"{prompt_text(one.prompt_id)} in its passes"
-    return prompt_text(one.prompt_id) + ("" if one.position is None else f" from token {one.position + 1} on")
-
-
-def _work_text(one: Agreement) -> str:
-    share = f"{100 * (one.work or 0):.3g} %"
-    return f"{one.arm}: timed answers took {share} of the passes that the same answers took when they were scored"
-
-
-def _length_text(one: OtherLength, whose: tuple[str, str] = ("scored", "timed")) -> str:
-    return f"{prompt_text(one.prompt_id)} ({one.num_tokens[0]} tokens {whose[0]}, {one.num_tokens[1]} {whose[1]})"
-
-
-def prompt_text(prompt_id: str) -> str:
-    task, _, number = prompt_id.rpartition("/")
-    return f"task {task}, document {number}" if task and number.isdigit() else f"prompt {prompt_id}"

@@ -6,7 +6,7 @@ runs stay apart. Warm-ups are never in a figure.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -39,7 +39,8 @@ from twotower_eval.analyse.compare.measured import ArmsDifferError
 from twotower_eval.analyse.compare.points import Measured, PointKey, baseline_of, measured, point_key
 from twotower_eval.analyse.compare.samples import Sample, answer_samples
 from twotower_eval.analyse.compare.unseen import UNCHECKED, Unseen, unseen
-from twotower_eval.records import Cell, Gate, GateLimits, SerialDependence, TimeFault
+from twotower_eval.analyse.compare.warned import LengthsDiffer, UnlikeLengths
+from twotower_eval.records import Cell, Finding, Gate, GateLimits, SerialDependence, TimeFault
 from twotower_eval.store import Run
 from twotower_eval.ways import Handicap, handicaps
 
@@ -81,7 +82,7 @@ class SpeedPoint:
     clean: CleanSpeed
     costs: Costs
     samples: tuple[Sample, ...]
-    warnings: tuple[str, ...]
+    warnings: tuple[Finding, ...]
     timed: stats.TimedCalls
     null_timed: stats.TimedCalls | None
     gates: tuple[Gate, ...] = ()
@@ -224,28 +225,20 @@ def tasks_of(prompt_ids: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(task for task, _, _ in parts)) if said else ()
 
 
-def _warnings(length: Measured, lengths: Sequence[Lengths]) -> list[str]:
+def _warnings(length: Measured, lengths: Sequence[Lengths]) -> Iterator[Finding]:
     """What to read with a speedup, for how long the answers are that it was timed on."""
-    warnings = []
     if lengths_differ(length):
-        warnings.append(
-            "the arms' outputs differ in length by more than a tenth: read the speedup in useful tokens per second, "
-            "not the wall-clock one alone"
-        )
+        yield Finding(kind="lengths_differ", severity="warning", facts=LengthsDiffer())
     if any(of_arm.misses_the_tail for of_arm in lengths):
-        warnings.append(
-            "the timed answers are clearly unlike those of all known documents in length: the interval allows for it, "
-            "more prompts would narrow it"
-        )
-    return warnings
+        yield Finding(kind="unlike_lengths", severity="warning", facts=UnlikeLengths())
 
 
-def _few_rounds(time: Measured, timed: stats.TimedCalls) -> list[str]:
+def _few_rounds(time: Measured, timed: stats.TimedCalls) -> list[Finding]:
     """That its rounds decide nothing, where they are too few or too much alike; launches count by themselves."""
     if time.estimate is None or stats.resamples_launches(timed.launches):
         return []
     found = stats.too_few_rounds(time.estimate, len(timed.launches))
-    return [] if found is None else [found]
+    return [] if found is None else [Finding(kind="few_rounds", severity="warning", facts=found)]
 
 
 def _handicaps(*arms: Lane) -> tuple[Handicap, ...]:

@@ -25,7 +25,6 @@ from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.calls import Call, Grid, Usable
 from twotower_eval.analyse.compare.costs import seconds_alone
 from twotower_eval.analyse.compare.measured import Measured, measured
-from twotower_eval.analyse.compare.numbers import TIMES, interval
 from twotower_eval.errors import NoEstimate
 from twotower_eval.records import Cell, SpeedSample
 from twotower_eval.store import Run
@@ -36,7 +35,6 @@ FAR = 3.0  # times the forwards per token that honest decoders may need where a 
 NUM_LIKE = 8  # timed calls that a new one is held against: those nearest in length
 NO_FORWARD = 0.5  # a call without any forward counts as half a forward, so that ratios exist
 NONE = "no prompt was timed that was new in its round"
-TOO_FEW = "too few to tell, time more rounds (--min-rounds) or more probes (--probes): "
 NOT_COUNTED = "forwards were not counted"
 NOTHING = Measured(estimate=None, reason=NONE)
 Key = tuple[str, str]  # launch, call
@@ -94,43 +92,6 @@ def _is_below(found: Measured, limit: float) -> bool:
 
 
 UNCHECKED = Unseen(baseline=Memory(), candidate=Memory(), num_new=0)
-
-
-def unseen_text(found: Unseen, limit: float) -> str:
-    """What the probes came to, and who remembers."""
-    remembers = found.remembered(limit)
-    lead = f"the {' and the '.join(remembers)} remembers what it has seen (above {limit:g}x): " if remembers else ""
-    if not found.num_new and not remembers:
-        return NONE
-    own = found.candidate
-    again = f"the candidate is {_shown(own.seconds)}, the baseline {_shown(found.baseline.seconds)} as fast"
-    first = f"{_shown(own.forwards)} as many forwards on the first reading of timed prompts as on later ones"
-    at_most = f" (limit {limit:g}x)"
-    lines = [
-        f"repeated prompts: {again} as on the first reading{at_most}",
-        f"the candidate makes {first}{at_most}",
-    ]
-    for one, kind, most in (
-        (own.documents, "untimed documents", at_most),
-        (own.made_up, "made-up prompts", f" (limit {FAR:g}x)"),
-    ):
-        if one.estimate is not None:
-            calls = f"{one.estimate.n} call{'s' * (one.estimate.n != 1)} on {kind}"
-            lines.append(f"{calls} need {_shown(one)} as many forwards per token as like timed calls{most}")
-    if own.forward_s.estimate is not None:
-        longer = f"{_shown(own.forward_s)} as long on new prompts as on timed ones"
-        lines.append(f"equal forwards of the candidate take {longer}{at_most}")
-    unclear = "" if remembers or found.checked(limit) or not _is_timed(own) else TOO_FEW
-    return f"{lead}{unclear}{'; '.join(lines)}"
-
-
-def _is_timed(own: Memory) -> bool:
-    """Whether there is something that could have told."""
-    return own.seconds.estimate is not None and own.forwards.estimate is not None
-
-
-def _shown(found: Measured) -> str:
-    return f"({found.reason})" if found.estimate is None else interval(TIMES, found.estimate)
 
 
 @dataclass(frozen=True, kw_only=True)

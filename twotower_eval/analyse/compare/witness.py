@@ -14,17 +14,20 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from statistics import fmean
+from typing import Literal
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.answers import Differing
 from twotower_eval.analyse.compare.points import QualityPoint, cells_of
-from twotower_eval.analyse.compare.same import prompt_text, run_ids_of
+from twotower_eval.analyse.compare.same import run_ids_of
 from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.records import (
     HALF_PRECISION,
     Arm,
     Cell,
     CheckOutcome,
+    Fact,
+    Finding,
     Gate,
     GateLimits,
     Witnessed,
@@ -40,8 +43,7 @@ MANY_DRAFTED = 0.3  # of the tokens of known prompts, from which on it matters w
 FAR_LESS = 10.0  # times as many drafted tokens on known prompts as on made-up ones: no drafter knows so much less
 ENOUGH_MADE_UP, ENOUGH_TOKENS = 8, 24  # made-up prompts, and tokens of their answers, to tell that
 UNLIKE, ENOUGH_CALLS = 0.5, 4  # of how like the baseline's answers are, on made-up prompts against timed ones
-NONE = "no call of these runs was witnessed"
-AT_RANDOM = "draws its tokens at random"
+Unknown = Literal["no call", "at random", "several prompts", "no token"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ class Drafted:
 @dataclass(frozen=True, kw_only=True)
 class ArmWitnessed:
     """What witnessed calls say of one arm. Of ``num_compared`` answers that were timed or scored as well ``differing``
-    are not the same; ``known`` are prompts that are timed, ``new`` made-up ones. ``reason``: why nothing is said."""
+    are not the same; ``known`` are prompts that are timed, ``new`` made-up ones. ``unknown``: why nothing is said."""
 
     arm: Arm
     dtype: str
@@ -79,7 +81,7 @@ class ArmWitnessed:
     differing: tuple[Differing, ...] = ()
     known: Drafted = Drafted()
     new: Drafted = Drafted()
-    reason: str | None = None
+    unknown: Unknown | None = None
 
     @property
     def share(self) -> float:
@@ -88,7 +90,7 @@ class ArmWitnessed:
 
     def is_short(self, limits: GateLimits) -> bool:
         """Whether too many tokens come from elsewhere."""
-        return self.reason is None and self.share < limits.witnessed_share
+        return self.unknown is None and self.share < limits.witnessed_share
 
     def is_two_faced(self, limits: GateLimits) -> bool:
         """Whether more answers differ than rounding parts; in half precision surely more."""
@@ -122,7 +124,36 @@ def _most(num: int, of: int) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Likeness:
+class WitnessedAnswers(Fact):
+    """Both arms' witnessed calls: too many tokens of ``short`` arms come from elsewhere, below ``least_share`` from
+    logits of their own call, and too many answers of ``two_faced`` arms are others than those of the other calls."""
+
+    arms: tuple[ArmWitnessed, ...]
+    short: tuple[Arm, ...]
+    two_faced: tuple[Arm, ...]
+    least_share: float
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """The same arms at fault, or the same reasons."""
+        return (self.short, self.two_faced, tuple(one.unknown for one in self.arms))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftedAnswers(Fact):
+    """Arms of which many tokens were drafted; ``too_few`` prompts may be to tell where drafts come from."""
+
+    arms: tuple[ArmWitnessed, ...]
+    too_few: bool
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """The same arms."""
+        return tuple(one.arm for one in self.arms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likeness(Fact):
     """How like the baseline's answers the candidate's are, as a mean share of tokens in common, in their order; over so
     many calls of each kind."""
 
@@ -151,13 +182,13 @@ def witnessed_arms(runs: Sequence[Run], point: QualityPoint | SpeedPoint) -> tup
 def _arm(runs: Sequence[Run], cell: Cell, ids: Collection[str]) -> ArmWitnessed:
     rows = [row for run in runs for row in run.witnessed if row.cell in ids]
     own = [row for row in rows if len(row.answers) == 1]
-    reason = AT_RANDOM if draws(cell) else NONE if not rows else None
-    if reason is None and not own:
-        reason = "its witnessed calls have several prompts each, whose rows of logits are not told apart"
-    if reason is None and not any(row.num_tokens for row in own):
-        reason = "has no token in any witnessed answer"
-    if reason is not None:
-        return ArmWitnessed(arm=cell.arm, dtype=cell.checkpoint.dtype, num_calls=len(rows), reason=reason)
+    unknown: Unknown | None = "at random" if draws(cell) else "no call" if not rows else None
+    if unknown is None and not own:
+        unknown = "several prompts"
+    if unknown is None and not any(row.num_tokens for row in own):
+        unknown = "no token"
+    if unknown is not None:
+        return ArmWitnessed(arm=cell.arm, dtype=cell.checkpoint.dtype, num_calls=len(rows), unknown=unknown)
     elsewhere = _not_witnessed(runs, ids)
     compared: dict[tuple[str, str], bool] = {}  # whether the answers are the same
     for row in rows:
@@ -250,12 +281,15 @@ def scored_witness_gates(runs: Sequence[Run], point: QualityPoint, limits: GateL
 
 
 def _answers_gate(arms: Sequence[ArmWitnessed], point: QualityPoint | SpeedPoint, limits: GateLimits) -> Gate:
-    wrong = [_short_text(one, limits) for one in arms if one.is_short(limits)]
-    wrong += [_two_faced_text(one) for one in arms if one.is_two_faced(limits)]
-    reasons = dict.fromkeys(NONE if one.reason == NONE else f"{one.arm}: {one.reason}" for one in arms if one.reason)
-    outcome: CheckOutcome = "failed" if wrong else "not_checked" if reasons else "passed"
-    detail = "; ".join(wrong or reasons) or "; ".join(map(_share_text, arms))
-    return Gate(kind="witnessed_answers", outcome=outcome, detail=detail, evidence=run_ids_of(point))
+    facts = WitnessedAnswers(
+        arms=tuple(arms),
+        short=tuple(one.arm for one in arms if one.is_short(limits)),
+        two_faced=tuple(one.arm for one in arms if one.is_two_faced(limits)),
+        least_share=limits.witnessed_share,
+    )
+    wrong, unknown = facts.short or facts.two_faced, any(one.unknown for one in arms)
+    outcome: CheckOutcome = "failed" if wrong else "not_checked" if unknown else "passed"
+    return Gate(kind="witnessed_answers", outcome=outcome, facts=facts, evidence=run_ids_of(point))
 
 
 def _drafts_gates(arms: Sequence[ArmWitnessed], run_ids: tuple[str, ...]) -> list[Gate]:
@@ -265,58 +299,12 @@ def _drafts_gates(arms: Sequence[ArmWitnessed], run_ids: tuple[str, ...]) -> lis
     wrong = [one for one in many if one.can_tell_drafts and one.surely_lacks_drafts]
     unknown = [one for one in many if not one.can_tell_drafts or one.lacks_drafts]
     outcome: CheckOutcome = "failed" if wrong else "not_checked" if unknown else "passed"
-    detail = "; ".join(map(_drafts_text, wrong or unknown or many))
-    if outcome == "not_checked":
-        detail += ": too few prompts to tell, time more of them (--num-prompts) or more launches (--launches)"
-    return [Gate(kind="drafts", outcome=outcome, detail=detail, evidence=run_ids)]
+    facts = DraftedAnswers(arms=tuple(wrong or unknown or many), too_few=outcome == "not_checked")
+    return [Gate(kind="drafts", outcome=outcome, facts=facts, evidence=run_ids)]
 
 
-# Words
-
-
-def _share_text(one: ArmWitnessed) -> str:
-    return (
-        f"{one.arm}: {_percent(one.share)} of the {one.num_tokens:,} tokens of {one.num_calls:,} witnessed answers are "
-        "among the likeliest of a row of logits that their own call computed"
-    )
-
-
-def _short_text(one: ArmWitnessed, limits: GateLimits) -> str:
-    least = _percent(limits.witnessed_share)
-    return f"{_share_text(one)}, fewer than {least}: no logits of their calls account for the others"
-
-
-def _two_faced_text(one: ArmWitnessed) -> str:
-    shown = "; ".join(dict.fromkeys(prompt_text(_document(one.prompt_id)) for one in one.differing[:3]))
-    return (
-        f"{one.arm}: {len(one.differing)} of {one.num_compared:,} answers of witnessed calls differ from those of the "
-        f"other calls: {shown}"
-    )
-
-
-def _document(prompt_id: str) -> str:
-    """``task/number``; prompts that are scored have their request and their sample behind it."""
-    task, *numbers = prompt_id.rsplit("/", 3)
-    return f"{task}/{numbers[0]}" if len(numbers) == 3 and all(map(str.isdigit, numbers)) else prompt_id
-
-
-def _drafts_text(one: ArmWitnessed) -> str:
-    known, new = one.known, one.new
-    return (
-        f"{one.arm}: the model was given {_percent(known.share)} of the tokens on {known.num_prompts:,} timed prompts "
-        f"before it had computed them, and {_percent(new.share)} on {new.num_prompts:,} made-up prompts"
-    )
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
-
-
-def likeness_warning(found: Likeness | None) -> str | None:
+def likeness_warning(found: Likeness | None) -> Finding | None:
     """What to look at where answers to made-up prompts are much less like the baseline's than those that are timed."""
     if found is None or not found.is_far_less:
         return None
-    return (
-        f"on made-up prompts the candidate's answers share {_percent(found.new)} of their tokens with the baseline's, "
-        f"on timed prompts {_percent(found.known)}: read them, it may answer new prompts carelessly"
-    )
+    return Finding(kind="unlike_answers", severity="warning", facts=found)

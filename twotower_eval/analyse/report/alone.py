@@ -13,7 +13,6 @@ from twotower_eval.analyse.compare.wholes import current_scores, is_whole
 from twotower_eval.analyse.report.columns import Row, count_columns, ends, measured_columns, operating_point
 from twotower_eval.analyse.report.costs import PARTS, explained
 from twotower_eval.analyse.report.text import (
-    INVALID,
     NONE,
     bullets,
     code,
@@ -28,6 +27,7 @@ from twotower_eval.analyse.report.text import (
     table,
     times,
 )
+from twotower_eval.analyse.words import INVALID, fact_text
 from twotower_eval.analyse.words.methods import method_line
 from twotower_eval.records import MEAN, Cell, Score
 from twotower_eval.shortfalls import override_lines
@@ -139,7 +139,7 @@ def _speed_remarks(found: Sequence[TimedAlone]) -> Iterator[str]:
         said = [] if one.complete else ["**the run is INCOMPLETE**"]
         said += [f"{one.num_dropped_rounds} rounds are not complete and are left out"] if one.num_dropped_rounds else []
         said += [f"{void_text(one.num_timed, one.faults)} and are left out"] if one.faults else []
-        said += [f"{INVALID}: {escape(one.null_fault)}"] if one.null_fault else []
+        said += [f"{INVALID}: {escape(fact_text(one.null_fault))}"] if one.null_fault else []
         said += [f"{NONE}: {escape(found.reason)}" for found in (one.rate, one.null) if found.reason]
         yield from (f"{name}: {words}." for words in said)
 
@@ -190,7 +190,7 @@ def null_rows(runs: Runs) -> Iterator[tuple[str, str | None, str, str]]:
         found = f"the model against itself {times(one.null)} (99 %), {one.num_rounds} rounds of {one.num_calls} calls"
         found = escape(one.null.reason) if one.null.estimate is None else found
         gate = f"A/A null, {one.baseline.workload.kind}, batch {batch_of(one)}"
-        yield gate, one.null_fault, found, code(" ".join(one.run_ids))
+        yield gate, None if one.null_fault is None else fact_text(one.null_fault), found, code(" ".join(one.run_ids))
 
 
 def degenerate_alone(runs: Runs) -> str:
@@ -277,7 +277,7 @@ def speed_row(one: TimedAlone) -> Row:
         **measured_columns("tokens_per_s", one.rate),
         "call_s": one.call_s,
         **measured_columns("against_itself", one.null),
-        "invalid_reason": one.null_fault,
+        "invalid_reason": None if one.null_fault is None else fact_text(one.null_fault),
         **count_columns("model", one.counts),
         "latency_median_s": one.latency.median_s,
         "latency_p95_s": one.latency.p95_s,

@@ -24,8 +24,9 @@ from twotower_eval.analyse.compare.truncation import truncated_by_task
 from twotower_eval.analyse.compare.wholes import WholeScore
 from twotower_eval.analyse.report import alone
 from twotower_eval.analyse.report.columns import Row, count_columns, ends, measured_columns, operating_point
-from twotower_eval.analyse.report.text import speed_warnings
+from twotower_eval.analyse.report.text import speed_findings
 from twotower_eval.analyse.report.verdicts import JudgedRuns
+from twotower_eval.analyse.words import finding_text
 from twotower_eval.records import MEAN, Cell, CostSample, Generation
 
 TRUNCATED = ("baseline_num_truncated", "candidate_num_truncated")  # empty where it was not counted
@@ -220,7 +221,7 @@ def _speed(point: SpeedPoint) -> Row:
         "candidate_latency_p95_s": point.latency.p95_s,
         "baseline_degenerate_share": point.flagged.baseline,
         "candidate_degenerate_share": point.flagged.candidate,
-        "warnings": "; ".join(speed_warnings(point)),
+        "warnings": "; ".join(map(finding_text, speed_findings(point))),
     }
 
 

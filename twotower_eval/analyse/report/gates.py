@@ -7,9 +7,7 @@ from collections.abc import Iterator
 
 from twotower_eval.analyse.compare.alone import compares, is_alone
 from twotower_eval.analyse.compare.clean import Flagged
-from twotower_eval.analyse.compare.contradiction import contradictions_text
 from twotower_eval.analyse.compare.gaps import tells_digests
-from twotower_eval.analyse.compare.gates import NO_DIGESTS
 from twotower_eval.analyse.compare.points import Measured, QualityPoint
 from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.compare.timing import SpeedPoint
@@ -18,7 +16,6 @@ from twotower_eval.analyse.compare.witness import scored_witness_gates
 from twotower_eval.analyse.report.alone import degenerate_alone, null_rows
 from twotower_eval.analyse.report.section import Section
 from twotower_eval.analyse.report.text import (
-    FIGURE,
     NONE,
     bullets,
     code,
@@ -33,6 +30,9 @@ from twotower_eval.analyse.report.text import (
     speedup,
     table,
 )
+from twotower_eval.analyse.words import found_text, kind_text
+from twotower_eval.analyse.words.contradictions import contradictions_text
+from twotower_eval.analyse.words.gates import NO_DIGESTS
 from twotower_eval.records import Check, Gate, GateKind, GateLimits
 from twotower_eval.shortfalls import truncation_line
 from twotower_eval.ways import ProofOutcome, named_ways, proof_outcome, ways_text
@@ -103,28 +103,29 @@ def _witnessed(runs: Runs) -> Iterator[Row]:
         for name, gate in rows.values():
             more = sum(other.kind == gate.kind and other.outcome == gate.outcome for _, other in found) - 1
             alone = gate.outcome == "failed" or not more
-            text = f"{name}: {gate.detail}" + ("" if alone else f"; likewise {plural(more, 'more point')}")
-            text = gate.detail if gate.outcome == "not_checked" else text
-            yield [f"{gate.name}, scored", OUTCOMES[gate.outcome], escape(text), code(run.manifest.run_id)]
+            text = f"{name}: {found_text(gate)}" + ("" if alone else f"; likewise {plural(more, 'more point')}")
+            text = found_text(gate) if gate.outcome == "not_checked" else text
+            yield [f"{kind_text(gate.kind)}, scored", OUTCOMES[gate.outcome], escape(text), code(run.manifest.run_id)]
 
 
 def _timed(runs: Runs) -> list[Row]:
     """The gates of timed points: faults and nulls one by one, the rest once for all points that it holds of."""
-    found: dict[tuple[str, ...], list[tuple[SpeedPoint, Gate]]] = {}
+    found: dict[tuple[str, str, str, str, object], list[tuple[SpeedPoint, Gate]]] = {}
     for point in runs.speed:
         for gate in (gate for gate in point.gates if gate.kind not in OF_RUNS):
             is_null, failed = gate.kind == "aa_null", gate.outcome == "failed"
             where = f", {point.workload}, batch {point.batch_size}" if failed or is_null else ""
             which = f"{runs.name(point.candidate)}: " if failed and not is_null else ""
-            same = "" if gate.outcome == "passed" and not is_null else FIGURE.sub("#", gate.detail)
-            same = gate.detail if failed or is_null else same
-            found.setdefault((gate.name + where, gate.outcome, which, same), []).append((point, gate))
+            same: object = gate.facts if failed or is_null else gate.facts.alike if gate.outcome != "passed" else ()
+            found.setdefault((gate.kind, gate.outcome, where, which, same), []).append((point, gate))
     rows = []
-    for (name, outcome, which, _), alike in found.items():
+    for (_, _, where, which, _), alike in found.items():
+        gate = alike[0][1]
         more = "" if which or len(alike) == 1 else f"; likewise {plural(len(alike) - 1, 'more timed cell')}"
         run_ids = dict.fromkeys(run_id for point, gate in alike for run_id in gate.evidence or point.run_ids)
-        text = escape(f"{which}{alike[0][1].detail}{more}")
-        rows.append((ORDER.index(alike[0][1].kind), [name, OUTCOMES[outcome], text, code(" ".join(run_ids))]))
+        text = escape(f"{which}{found_text(gate)}{more}")
+        name = f"{kind_text(gate.kind)}{where}"
+        rows.append((ORDER.index(gate.kind), [name, OUTCOMES[gate.outcome], text, code(" ".join(run_ids))]))
     return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
 

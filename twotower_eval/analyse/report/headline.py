@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from twotower_eval.analyse.claims import joint_gates
-from twotower_eval.analyse.compare.contradiction import contradictions_text
 from twotower_eval.analyse.compare.naming import checkpoint_name, long_name
 from twotower_eval.analyse.compare.numbers import high_retention_text
 from twotower_eval.analyse.compare.points import QualityPoint
@@ -21,12 +20,14 @@ from twotower_eval.analyse.report.text import (
     plural,
     retention,
     run_list,
-    speed_warnings,
+    speed_findings,
     speedup,
     times,
 )
 from twotower_eval.analyse.report.verdicts import points_text, timing_text, verdict_line
-from twotower_eval.records import GateLimits
+from twotower_eval.analyse.words import finding_text, gate_text
+from twotower_eval.analyse.words.contradictions import contradictions_text
+from twotower_eval.records import Gate, GateLimits
 from twotower_eval.store import Run
 
 
@@ -93,7 +94,7 @@ def _sentence(runs: Runs, found: Headline) -> str:
     return f"**{who}: nothing to quote.** {'; '.join(sorted(reasons))}."
 
 
-def _apart(runs: Runs, found: Headline) -> list[str]:
+def _apart(runs: Runs, found: Headline) -> list[Gate]:
     """Why the headline's quality and speed are not of one thing; nothing where they are, or where one is missing."""
     if found.quality is None or found.speed is None:
         return []
@@ -173,7 +174,7 @@ def _caveats(runs: Runs, found: Headline) -> list[str]:
     if point is not None:
         who = f"{escape(checkpoint_name(point.baseline.checkpoint))}, {escape(long_name(point.baseline.decoder))}"
         lines.append(f"The baseline is {who}. Brackets hold 95 % intervals.")
-    lines += [f"**Quality and speed are not of one thing.** {escape(text)}." for text in _apart(runs, found)]
+    lines += [f"**Quality and speed are not of one thing.** {escape(gate_text(gate))}." for gate in _apart(runs, found)]
     kept = quality.headline.estimate.value if quality and quality.headline.estimate else 0.0
     if kept > GateLimits().warn_retention:
         lines.append(f"**Read this first:** {high_retention_text(kept)}.")
@@ -197,6 +198,6 @@ def _caveats(runs: Runs, found: Headline) -> list[str]:
             f"Equal by construction: {names}, scored by the context tower that both arms share. This pulls the "
             "headline towards 100 %."
         )
-    lines += [f"Quality: {warning}." for warning in (quality.warnings if quality else ())]
-    lines += [f"Speed: {warning}." for warning in (speed_warnings(speed) if speed else ())]
+    lines += [f"Quality: {finding_text(one)}." for one in (quality.warnings if quality else ())]
+    lines += [f"Speed: {finding_text(one)}." for one in (speed_findings(speed) if speed else ())]
     return lines

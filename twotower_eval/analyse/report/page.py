@@ -119,6 +119,7 @@ def _own_marks(reader: MarkdownIt, raw: str) -> str:
         own = mark.group(0)
         if summary is not None:
             own = f"<details><summary>{html.escape(html.unescape(summary))}</summary>"
+        own = "" if own == VERBATIM else own
         parts += [html.escape(raw[at : mark.start()]), own]
         at = mark.end()
     return "".join([*parts, html.escape(raw[at:])])

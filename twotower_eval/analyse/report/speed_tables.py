@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from twotower_eval.analyse import stats
-from twotower_eval.analyse.compare.best import best_text
 from twotower_eval.analyse.compare.counts import Counts
 from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.compare.timing import SpeedPoint
+from twotower_eval.analyse.compare.warned import Incomplete
 from twotower_eval.analyse.report.alone import speed_alone
 from twotower_eval.analyse.report.costs import explanation
 from twotower_eval.analyse.report.section import Section
 from twotower_eval.analyse.report.text import (
-    FIGURE,
     NONE,
     bullets,
     code,
@@ -23,12 +22,15 @@ from twotower_eval.analyse.report.text import (
     percent,
     rate,
     run_list,
-    speed_warnings,
+    speed_findings,
     speedup,
     table,
     times,
 )
+from twotower_eval.analyse.words import finding_text
+from twotower_eval.analyse.words.facts import best_text
 from twotower_eval.analyse.words.methods import method_line
+from twotower_eval.records import Finding
 
 MAX_SHOWN = 6  # measurements; of more than these, only the headline's stay unfolded
 LEAD = (
@@ -179,21 +181,24 @@ def _speed_remarks(runs: Runs) -> Iterator[str]:
     yield from (f"{escape(gap)}." for gap in runs.speed_gaps)
 
 
+INCOMPLETE = Finding(kind="complete_run", severity="warning", facts=Incomplete())
+
+
 def _warnings(runs: Runs) -> Iterator[str]:
     """One line for each reason: how many measurements it concerns, and of which one the figures in it are."""
-    concerned: dict[str, list[tuple[str, SpeedPoint]]] = {}
+    concerned: dict[tuple[object, ...], list[tuple[Finding, SpeedPoint]]] = {}
     for point in runs.speed:
-        unfinished = () if point.complete else ("**the run is INCOMPLETE**",)
-        for warning in (*unfinished, *speed_warnings(point)):
-            concerned.setdefault(FIGURE.sub("#", warning), []).append((warning, point))
+        unfinished = () if point.complete else (INCOMPLETE,)
+        for one in (*unfinished, *speed_findings(point)):
+            concerned.setdefault((one.severity, one.kind, one.facts.alike), []).append((one, point))
     for found in concerned.values():
         first, point = found[0]
         name = f"{escape(runs.name(point.candidate))}, {point.workload}, batch {point.batch_size}"
-        differing = len({warning for warning, _ in found}) > 1
+        differing = any(one != first for one, _ in found)
         figures = f" (the figures of {name}; those of the others differ)" if differing else ""
         every = f"every one of {len(found)} measurements" if len(found) > 1 else name
         some = f"{len(found)} of {len(runs.speed)} measurements" if len(found) > 1 else name
-        yield f"{every if len(found) == len(runs.speed) else some}: {first}{figures}."
+        yield f"{every if len(found) == len(runs.speed) else some}: {finding_text(first)}{figures}."
 
 
 LENGTH_WORDS = (

@@ -8,7 +8,7 @@ from itertools import zip_longest
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.alone import group_scores, is_alone, score_of
-from twotower_eval.analyse.compare.chance import AgainstChance, standing_text
+from twotower_eval.analyse.compare.chance import AgainstChance
 from twotower_eval.analyse.compare.naming import checkpoint_name
 from twotower_eval.analyse.compare.points import Measured, QualityPoint, TaskQuality, point_key
 from twotower_eval.analyse.compare.runs import Runs
@@ -32,6 +32,8 @@ from twotower_eval.analyse.report.text import (
     table,
 )
 from twotower_eval.analyse.stats import Figure
+from twotower_eval.analyse.words import finding_text
+from twotower_eval.analyse.words.gates import standing_text
 from twotower_eval.analyse.words.methods import method_text
 from twotower_eval.records import MEAN, Cell, Score
 from twotower_eval.shortfalls import override_lines
@@ -264,7 +266,7 @@ def _remarks(runs: Runs, point: QualityPoint) -> Iterator[str]:
         elif stats.is_exact(task.retention.estimate):
             notes.setdefault(method_text(task.retention.estimate), []).append(escape(task.name))
     yield from (f"{', '.join(names)}: {note}." for note, names in notes.items())
-    yield from (f"{warning}." for warning in point.warnings)
+    yield from (f"{finding_text(one)}." for one in point.warnings)
     manifest = next(run.manifest for run in runs if run.manifest.run_id == point.run_id)
     yield from (f"{escape(line)}." for line in override_lines(manifest.overrides))
     yield from _bound_draws(runs, point)

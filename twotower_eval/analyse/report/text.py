@@ -10,12 +10,11 @@ from twotower_eval.analyse.compare.alike import MeasuredOn
 from twotower_eval.analyse.compare.best import best_warning
 from twotower_eval.analyse.compare.points import Measured
 from twotower_eval.analyse.compare.timing import SpeedPoint
-from twotower_eval.records import Estimate
+from twotower_eval.analyse.words import INVALID
+from twotower_eval.records import Estimate, Finding
 
 NONE = "\u2013"  # a dash: there is no such number
-INVALID = "INVALID"  # beside a timing that must not be read as a speedup
 VERBATIM = "<!-- verbatim -->"  # before a table: no Markdown can say what a table holds
-FIGURE = re.compile(r"\d[\d.,]*")
 SCORED_BY = {
     "generation": "generation",
     "exact": "autoregressive likelihood (exact)",
@@ -181,10 +180,10 @@ def measured_on_words(on: MeasuredOn) -> str:
     return f"{documents} of {tasks}" + ("" if on.kind == "task" else f", timed at batch {on.batch_size}")
 
 
-def speed_warnings(point: SpeedPoint) -> tuple[str, ...]:
+def speed_findings(point: SpeedPoint) -> tuple[Finding, ...]:
     """What a reader of this speedup must know; last why it is INVALID, if it is."""
     slow, failed = best_warning(point.best), [gate for gate in point.gates if gate.outcome == "failed"]
-    wrong = [f"{INVALID}: {gate.name}: {gate.detail}" for gate in failed]
+    wrong = [Finding(kind=gate.kind, severity="invalid", facts=gate.facts) for gate in failed]
     return (*point.warnings, *([] if slow is None else [slow]), *wrong)
 
 

@@ -10,10 +10,10 @@ error rate have another ``level`` (``looks``).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, isclose, isfinite
+from math import isclose, isfinite
 from typing import Literal
 
-from twotower_eval.records import MIN_LAUNCH_ROUNDS, MIN_LAUNCHES, TELLING_ROUNDS, Estimate, Outcome
+from twotower_eval.records import Estimate, Fact, Outcome, SerialDependence
 from twotower_eval.records import Relation as Relation
 
 DECISION_LEVEL = 0.90
@@ -36,12 +36,29 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TooFew(Fact):
+    """``num`` clusters, rounds or calls of sampled prompts, too few to support a claim, or of rounds to decide any.
+
+    ``serial`` is given where there are rounds enough, and they are worth too few for how alike neighbours are.
+    """
+
+    of: Literal["clusters", "rounds", "calls"]
+    num: int
+    serial: SerialDependence | None = None
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """What there is too little of, and whether it would be enough if neighbours were not alike."""
+        return (self.of, self.serial is None, self.serial is not None and self.serial.lag1 is None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Decision:
     """SUPPORTED, REFUTED or INCONCLUSIVE, and the comparisons that say why; ``few``: why so little decides nothing."""
 
     outcome: Outcome
     comparisons: tuple[Comparison, ...]
-    few: str | None = None
+    few: TooFew | None = None
 
 
 def limits(relation: Relation, expected: float, margin: float) -> tuple[float | None, float | None]:
@@ -95,35 +112,27 @@ def decide(
 
 def too_few(
     *, num_clusters: int | None = None, num_rounds: int | None = None, num_calls: int | None = None
-) -> str | None:
-    """Why this much evidence cannot support any claim; ``None`` where it can."""
+) -> TooFew | None:
+    """What of this much evidence cannot support any claim; ``None`` where it can."""
     if (num_clusters is None) == (num_rounds is None):
         raise ValueError("say either how many clusters or how many rounds the estimate rests on")
     if num_clusters is not None and num_clusters < MIN_CLUSTERS:
-        return f"{num_clusters} clusters: fewer than {MIN_CLUSTERS} cannot support a claim"
+        return TooFew(of="clusters", num=num_clusters)
     if num_rounds is not None and num_rounds < MIN_ROUNDS:
-        return f"{num_rounds} measured round(s): fewer than {MIN_ROUNDS} decide nothing, time more rounds"
+        return TooFew(of="rounds", num=num_rounds)
     if num_calls is not None and num_calls < MIN_CALLS:
-        return f"{num_calls} calls of sampled prompts: fewer than {MIN_CALLS} cannot support a claim, time more prompts"
+        return TooFew(of="calls", num=num_calls)
     return None
 
 
-def too_few_rounds(estimate: Estimate, num_rounds: int) -> str | None:
-    """Why these rounds decide nothing, and what would help; ``None`` where they do."""
+def too_few_rounds(estimate: Estimate, num_rounds: int) -> TooFew | None:
+    """Why these rounds decide nothing; ``None`` where they do."""
     serial = estimate.serial
     if num_rounds < MIN_ROUNDS:
         return too_few(num_rounds=num_rounds)
     if serial is None or serial.effective_rounds >= MIN_ROUNDS:
         return None
-    worth = f"{num_rounds} rounds are worth {serial.effective_rounds:.1f} independent ones"
-    few = f"fewer than {MIN_ROUNDS} decide nothing"
-    if serial.lag1 is None:
-        why = f"fewer than {TELLING_ROUNDS} rounds of a launch do not show how alike neighbours are"
-        enough = f"{MIN_LAUNCHES} launches or more of {MIN_LAUNCH_ROUNDS} rounds or more"
-        return f"{worth}, as {why}; {few}: time more rounds in each launch, or {enough}"
-    why = f"neighbours are alike (correlation {serial.lag1:.2f} before its correction for few rounds)"
-    more = ceil(num_rounds * MIN_ROUNDS / serial.effective_rounds)
-    return f"{worth}, as {why}; {few}: time {more:,} rounds or more, further apart, or {MIN_LAUNCHES} launches or more"
+    return TooFew(of="rounds", num=num_rounds, serial=serial)
 
 
 def _compared(

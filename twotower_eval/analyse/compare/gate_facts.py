@@ -1,0 +1,298 @@
+"""What gates found, as facts: a record for each kind of thing that is looked at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from twotower_eval.analyse import stats
+from twotower_eval.analyse.compare.answers import Agreement, OtherLength
+from twotower_eval.analyse.compare.best import Best
+from twotower_eval.analyse.compare.busy import Busy, BusyFault
+from twotower_eval.analyse.compare.contradiction import Contradiction
+from twotower_eval.analyse.compare.measured import Measured
+from twotower_eval.analyse.compare.nulls import NullFault
+from twotower_eval.analyse.compare.residual import ResidualFault
+from twotower_eval.analyse.compare.truncation import Truncated
+from twotower_eval.analyse.compare.unlike import TimedTasks, Unlike
+from twotower_eval.analyse.compare.unseen import Unseen
+from twotower_eval.records import Arm, Estimate, Fact, TimeFault
+from twotower_eval.ways import Handicap
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesAgree(Fact):
+    """By run what its files say in two ways; ``without_digests`` are runs that do not tell of later changes."""
+
+    contradictions: tuple[tuple[str, tuple[Contradiction, ...]], ...] = ()
+    without_digests: tuple[str, ...] = ()
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """Runs with contradictions of the same kinds."""
+        kinds = {one.kind for _, found in self.contradictions for one in found}
+        return (tuple(sorted(kinds)), bool(self.without_digests))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunComplete(Fact):
+    """Whether a run went to its end."""
+
+    complete: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllScored(Fact):
+    """Documents of the scope that have no score in one arm."""
+
+    num_documents: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AboveChance(Fact):
+    """How the baseline stands to chance on each task."""
+
+    standings: tuple[stats.Standing, ...]
+
+    @property
+    def unclear(self) -> tuple[stats.Standing, ...]:
+        """Those on which it is not clearly above."""
+        return tuple(one for one in self.standings if not one.is_clear)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholePrompts(Fact):
+    """Prompts that lost their beginning, and whether such prompts were counted at all."""
+
+    cut: tuple[Truncated, ...]
+    counted: bool
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """Prompts of the same tasks and arms."""
+        return (self.counted, *((one.task, one.arm) for one in self.cut))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SameInputs(Fact):
+    """Why arms were not given the same, run by run; nothing where they were."""
+
+    differing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified(Fact):
+    """What ``verify`` came to, if there was a run of it: checks by name, with what was found where one failed."""
+
+    found: bool
+    complete: bool = False
+    num_passed: int = 0
+    unchecked: tuple[str, ...] = ()
+    failed: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """Runs in which the same checks failed."""
+        return (self.found, self.complete, self.unchecked, tuple(name for name, _ in self.failed))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handicaps(Fact):
+    """Arms that were timed in a slower way than their models have."""
+
+    handicaps: tuple[Handicap, ...]
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """The same arms in the same ways."""
+        return self.handicaps
+
+
+@dataclass(frozen=True, kw_only=True)
+class BusyArms(Fact):
+    """How busy the processor was in both arms, and what of it is wrong; ``reason`` says why it is not known."""
+
+    busy: Busy | None = None
+    faults: tuple[BusyFault, ...] = ()
+    reason: str | None = None
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """The same faults, or the same reason."""
+        return (*((one.kind, one.arm) for one in self.faults), self.reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PossibleTimes(Fact):
+    """Calls whose times no clock can have given; ``share`` of the timings go with them. ``limit``: where that is too
+    many."""
+
+    num_timed: int
+    faults: tuple[TimeFault, ...]
+    share: float
+    limit: float | None = None
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """Calls with the same kinds of faults."""
+        return (*sorted(set(self.faults)), self.limit is None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probes(Fact):
+    """What arms take for new prompts against those that they have seen."""
+
+    unseen: Unseen
+    limit: float
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """Whether there were any, what is known of them, and who remembers."""
+        own = self.unseen.candidate
+        known = (own.seconds, own.forwards, own.documents, own.made_up, own.forward_s, self.unseen.baseline.seconds)
+        checked = self.unseen.checked(self.limit)
+        return (self.unseen.num_new > 0, checked, self.unseen.remembered(self.limit), *(one.reason for one in known))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Null(Fact):
+    """The baseline against itself, and why it forbids to judge a speedup, if it does."""
+
+    null: Estimate | None
+    fault: NullFault | None
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """The same fault."""
+        return () if self.fault is None else (self.fault.kind, self.fault.reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unexplained(Fact):
+    """By arm the share of its time that its parts lack; what of it is wrong, and ``reasons`` why it is not known."""
+
+    faults: tuple[ResidualFault, ...] = ()
+    reasons: tuple[str, ...] = ()
+    shares: tuple[tuple[Arm, Estimate], ...] = ()
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """The same faults, or the same reasons."""
+        return (*((one.arm, one.kind) for one in self.faults), self.reasons)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineLag(Fact):
+    """A baseline that seems slower than its parts, by this share of its time."""
+
+    whole: Estimate | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnGenerate(Fact):
+    """The baseline beside transformers' own ``generate``."""
+
+    best: Best
+
+
+@dataclass(frozen=True, kw_only=True)
+class DegenerateOutputs(Fact):
+    """Shares of degenerate outputs of baseline and candidate, ``None`` where none was kept; ``broken``: far more."""
+
+    shares: tuple[float, float] | None = None
+    broken: bool = False
+
+
+Stand = Literal["above", "open", "below"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityFloor(Fact):
+    """A retention against the floor under which outputs are no answers; ``above_chance``: of what lies above chance.
+
+    Without an estimate that is enough to judge by, ``reason`` says why, or ``num_clusters`` are too few.
+    """
+
+    floor: float
+    stands: Stand | None = None
+    retention: Estimate | None = None
+    above_chance: bool = False
+    reason: str | None = None
+    num_clusters: int | None = None
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """How it stands, or why that is not known."""
+        return (self.stands, self.above_chance, self.reason, self.num_clusters is None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SameAnswers(Fact):
+    """Both arms' answers, ``again`` from round to round or ``scored`` apart from the clock; none where nothing scored
+    them. Too many of ``differing`` arms' are not the same, and those of ``idle`` arms took too few passes.
+    """
+
+    when: Literal["again", "scored"]
+    arms: tuple[Agreement, ...] = ()
+    differing: tuple[Arm, ...] = ()
+    idle: tuple[Arm, ...] = ()
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """The same arms at fault, or the same reasons."""
+        return (self.differing, self.idle, tuple(one.reason for one in self.arms))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherTokens(Fact):
+    """Prompts that were read as other tokens, by arm when ``timed`` than when scored, or else in one arm than in the
+    other; the first of ``num_prompts``."""
+
+    num_prompts: int
+    first: tuple[tuple[Arm | None, OtherLength], ...]
+    timed: bool
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """Of the same arms."""
+        return (self.timed, *sorted({str(arm) for arm, _ in self.first}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EffectOnScores(Fact):
+    """What an arm's timed answers score beside the scored ones, against ``limit``."""
+
+    arm: Arm
+    effect: Measured
+    limit: float
+    stands: Literal["within", "beyond", "open"] | None = None
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """The same arm, and how it stands."""
+        return (self.arm, self.stands, self.effect.reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneThing(Fact):
+    """Settings, or budgets and prompts, that two ``parts`` of a claim do not share; no parts where they share all."""
+
+    of: Literal["settings", "question"]
+    parts: tuple[str, str] | None
+    unlike: tuple[Unlike, ...] = ()
+    budgets: tuple[tuple[str, tuple[int, int]], ...] = ()
+    other_prompts: tuple[Agreement, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SameTasks(Fact):
+    """What was timed against what the quality is over; ``None``: timed as the point says."""
+
+    tasks: TimedTasks | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswersTimed(Fact):
+    """Whether the outputs that were timed are answers, or those of the fixed workload."""
+
+    answers: bool

@@ -1,0 +1,180 @@
+"""The words for a fact, by its kind: here what a reader of a figure has to know, beside it what gates found."""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from math import ceil
+
+from twotower_eval.analyse import stats
+from twotower_eval.analyse.compare import warned
+from twotower_eval.analyse.compare.best import Best
+from twotower_eval.analyse.compare.numbers import PERCENT, compared
+from twotower_eval.analyse.compare.witness import Likeness
+from twotower_eval.records import MIN_LAUNCH_ROUNDS, MIN_LAUNCHES, TELLING_ROUNDS, Fact, FindingKind
+from twotower_eval.times import void_text
+
+NOT_RECORDED = "whether the baseline is at its best was not recorded"
+
+
+@singledispatch
+def fact_text(fact: Fact) -> str:
+    """A fact as part of a sentence, without its end; a kind that has no words is a bug."""
+    raise TypeError(f"no words for {type(fact).__name__}")
+
+
+def kind_text(kind: FindingKind) -> str:
+    """``A/A null``, ``possible times``."""
+    return "A/A null" if kind == "aa_null" else kind.replace("_", " ")
+
+
+@fact_text.register
+def _incomplete(_fact: warned.Incomplete) -> str:
+    return "**the run is INCOMPLETE**"
+
+
+@fact_text.register
+def _incomplete_rounds(fact: warned.IncompleteRounds) -> str:
+    return f"{fact.num_rounds} rounds are not complete in both arms and are left out"
+
+
+@fact_text.register
+def _void_calls(fact: warned.VoidCalls) -> str:
+    where = "with their prompts in every round, or with their rounds"
+    return f"{void_text(fact.num_timed, fact.faults)}; they are left out {where}"
+
+
+@fact_text.register
+def _resumed_with_fewer(fact: warned.ResumedWithFewer) -> str:
+    return (
+        f"run {fact.run_id} has {fact.num_whole} whole rounds of the {fact.num_asked} that it was first made for: "
+        "it was resumed with fewer"
+    )
+
+
+@fact_text.register
+def _lengths_differ(_fact: warned.LengthsDiffer) -> str:
+    return (
+        "the arms' outputs differ in length by more than a tenth: read the speedup in useful tokens per second, "
+        "not the wall-clock one alone"
+    )
+
+
+@fact_text.register
+def _unlike_lengths(_fact: warned.UnlikeLengths) -> str:
+    return (
+        "the timed answers are clearly unlike those of all known documents in length: the interval allows for it, "
+        "more prompts would narrow it"
+    )
+
+
+@fact_text.register
+def _wide_null(fact: warned.WideNull) -> str:
+    width, limit = compared(PERCENT, fact.half_width, fact.widest)
+    return (
+        f"near 1x for its A/A null, whose half-width of {width} is above {limit}, {share_text(fact.share)}: noise may "
+        "be a good part of the difference, more rounds tell"
+    )
+
+
+def share_text(share: float) -> str:
+    """``25 % of the log speedup``."""
+    return f"{100 * share:g} % of the log speedup"
+
+
+@fact_text.register
+def _slower_than_generate(_fact: warned.SlowerThanGenerate) -> str:
+    return "the baseline is slower than transformers' own generate"
+
+
+@fact_text.register
+def _far_above_floor(fact: warned.FarAboveFloor) -> str:
+    return f"the baseline takes more than {fact.limit:g} times as long as reading its weights does"
+
+
+@fact_text.register
+def _unlike_answers(fact: Likeness) -> str:
+    return (
+        f"on made-up prompts the candidate's answers share {100 * fact.new:.3g} % of their tokens with the baseline's, "
+        f"on timed prompts {100 * fact.known:.3g} %: read them, it may answer new prompts carelessly"
+    )
+
+
+@fact_text.register
+def _unpaired(fact: warned.Unpaired) -> str:
+    return f"{fact.num_scores} scores have no partner in the other arm yet and are left out"
+
+
+@fact_text.register
+def _no_headline(fact: warned.NoHeadline) -> str:
+    return f"{fact.num_documents} documents have no headline score in one arm and are left out of both"
+
+
+@fact_text.register
+def _standard_errors(fact: warned.StandardErrorsDiffer) -> str:
+    figures = f"{100 * fact.bootstrap:.2f} points by bootstrap, {100 * fact.linear:.2f} by linearisation"
+    return f"two ways to the headline's standard error differ by more than {100 * fact.tolerance:g} %: {figures}"
+
+
+@fact_text.register
+def _lone_clusters(fact: warned.LoneClusters) -> str:
+    return f"{fact.num_clusters} clusters are alone in touching their set of tasks: the intervals do not see them vary"
+
+
+@fact_text.register
+def _too_few(fact: stats.TooFew) -> str:
+    if fact.serial is not None:
+        return _alike_rounds(fact.num, fact.serial.effective_rounds, fact.serial.lag1)
+    if fact.of == "clusters":
+        return f"{fact.num} clusters: fewer than {stats.MIN_CLUSTERS} cannot support a claim"
+    if fact.of == "rounds":
+        return f"{fact.num} measured round(s): fewer than {stats.MIN_ROUNDS} decide nothing, time more rounds"
+    few = f"{fact.num} calls of sampled prompts: fewer than {stats.MIN_CALLS}"
+    return f"{few} cannot support a claim, time more prompts"
+
+
+def _alike_rounds(num_rounds: int, effective_rounds: float, lag1: float | None) -> str:
+    worth = f"{num_rounds} rounds are worth {effective_rounds:.1f} independent ones"
+    few = f"fewer than {stats.MIN_ROUNDS} decide nothing"
+    if lag1 is None:
+        why = f"fewer than {TELLING_ROUNDS} rounds of a launch do not show how alike neighbours are"
+        enough = f"{MIN_LAUNCHES} launches or more of {MIN_LAUNCH_ROUNDS} rounds or more"
+        return f"{worth}, as {why}; {few}: time more rounds in each launch, or {enough}"
+    why = f"neighbours are alike (correlation {lag1:.2f} before its correction for few rounds)"
+    more = ceil(num_rounds * stats.MIN_ROUNDS / effective_rounds)
+    return f"{worth}, as {why}; {few}: time {more:,} rounds or more, further apart, or {MIN_LAUNCHES} launches or more"
+
+
+# Is the baseline at its best?
+
+
+def best_text(best: Best | None) -> str:
+    """How the baseline was run, its rate beside its floor and beside transformers' own."""
+    if best is None:
+        return NOT_RECORDED
+    facts = best.facts
+    how = [f"batch {best.batch_size}", best.dtype]
+    how.append("transformers' model in our loop" if facts.engine == "transformers" else "our engine")
+    how += [f"{facts.attention} attention"] if facts.attention else []
+    how += ["CUDA graphs" if facts.cuda_graphs else "no CUDA graphs"]
+    how += [f"{facts.num_threads} CPU threads"] if facts.num_threads else []
+    rate = "" if best.tokens_per_s is None else f"{best.tokens_per_s:,.4g} useful tokens/s "
+    beside = f"; {generate_text(best)}" if facts.engine == "transformers" else ""
+    return f"{rate}({', '.join(how)}); {_floor_text(best)}{beside}"
+
+
+def _floor_text(best: Best) -> str:
+    facts = best.facts
+    if best.above_floor is None or facts.step_bytes is None or facts.bytes_per_s is None:
+        return "its memory floor is not known"
+    return (
+        f"{best.above_floor:.2g} times the floor that reading its {facts.step_bytes / 1e6:,.3g} MB a step sets at the "
+        f"{facts.bytes_per_s / 1e9:,.3g} GB/s of a copy"
+    )
+
+
+def generate_text(best: Best) -> str:
+    """``1.05 [1.02, 1.09] times as long as transformers' own generate``; why that is not known, where it is not."""
+    facts, found = best.facts, best.over_generate
+    if found is not None:
+        return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}] times as long as transformers' own generate"
+    return f"not compared with transformers' own generate: {facts.reason or 'it gives other tokens'}"

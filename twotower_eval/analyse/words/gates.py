@@ -1,0 +1,253 @@
+"""The words for what gates found: of files, prompts, times, costs and floors."""
+
+from __future__ import annotations
+
+from twotower_eval.analyse import stats
+from twotower_eval.analyse.compare import gate_facts as facts
+from twotower_eval.analyse.compare.busy import Busy, BusyFault
+from twotower_eval.analyse.compare.chance import SHARE
+from twotower_eval.analyse.compare.measured import Measured
+from twotower_eval.analyse.compare.nulls import NullFault
+from twotower_eval.analyse.compare.numbers import PERCENT, TIMES, compared, interval
+from twotower_eval.analyse.compare.residual import ResidualFault
+from twotower_eval.analyse.compare.unseen import FAR, Memory
+from twotower_eval.analyse.words.contradictions import contradictions_text
+from twotower_eval.analyse.words.facts import fact_text, generate_text, share_text
+from twotower_eval.records import Estimate
+from twotower_eval.shortfalls import truncation_line
+from twotower_eval.times import void_text
+from twotower_eval.ways import handicap_text
+
+BROKEN = "fast and broken"
+NO_DIGESTS = "whether journals were changed later is not known, as events of older versions hold no digests"
+NOT_COUNTED = "prompts that were cut were not counted in this run"
+NO_PROBE = "no prompt was timed that was new in its round"
+TOO_FEW = "too few to tell, time more rounds (--min-rounds) or more probes (--probes): "
+NEAR = {
+    "near": "is not clearly above chance",
+    "below": "lies below chance",
+    "zero": "is zero",
+}
+
+
+@fact_text.register
+def _files_agree(fact: facts.FilesAgree) -> str:
+    if fact.contradictions:
+        each = (
+            f"run {run_id} contradicts itself: {contradictions_text(found)}" for run_id, found in fact.contradictions
+        )
+        return "; ".join(each)
+    older = f"; {NO_DIGESTS} ({', '.join(fact.without_digests)})" if fact.without_digests else ""
+    return f"no file of a run contradicts another{older}"
+
+
+@fact_text.register
+def _run_complete(fact: facts.RunComplete) -> str:
+    return "the run went to its end" if fact.complete else "the run did not go to its end: resume it"
+
+
+@fact_text.register
+def _all_scored(fact: facts.AllScored) -> str:
+    if not fact.num_documents:
+        return "every document is scored in both arms"
+    return f"{fact.num_documents} documents have no score in one arm"
+
+
+@fact_text.register
+def _above_chance(fact: facts.AboveChance) -> str:
+    named, num_clear = "; ".join(map(standing_text, fact.unclear)), len(fact.standings) - len(fact.unclear)
+    if not num_clear:
+        return f"no task in scope has a baseline clearly above chance: {named}"
+    text = f"the baseline is clearly above chance on {num_clear} of {len(fact.standings)} tasks"
+    return text + (f"; not on {named}" if named else "")
+
+
+def standing_text(standing: stats.Standing) -> str:
+    """``choice (26.0 % is not clearly above chance, 25.0 %)``, for a baseline that is not; ``sort (0.0 % is zero)``."""
+    if standing.chance is None:
+        return f"{standing.task} ({PERCENT.text(standing.baseline)} {NEAR[standing.stand]})"
+    baseline, chance = compared(SHARE, standing.baseline, standing.chance)
+    return f"{standing.task} ({baseline} {NEAR[standing.stand]}, {chance})"
+
+
+@fact_text.register
+def _whole_prompts(fact: facts.WholePrompts) -> str:
+    lines = (truncation_line(one.task, one.arm, one.num_requests, one.num_truncated) for one in fact.cut)
+    return "; ".join(dict.fromkeys(lines)) or ("no prompt was cut" if fact.counted else NOT_COUNTED)
+
+
+@fact_text.register
+def _same_inputs(fact: facts.SameInputs) -> str:
+    return "; ".join(fact.differing) or "hashes agree between the arms"
+
+
+@fact_text.register
+def _verified(fact: facts.Verified) -> str:
+    if not fact.found:
+        return "no verify run of these weights is among the runs: kernels and batches are taken on trust"
+    if fact.failed:
+        return "failed: " + "; ".join(f"{name} ({found})" for name, found in fact.failed)
+    unchecked = f", not checked: {', '.join(fact.unchecked)}" if fact.unchecked else ""
+    passed = f"{fact.num_passed} checks passed{unchecked}"
+    return passed if fact.complete else f"verify did not go to its end; {passed}"
+
+
+@fact_text.register
+def _handicaps(fact: facts.Handicaps) -> str:
+    return handicap_text(fact.handicaps) if fact.handicaps else "neither arm is slowed by how it is run"
+
+
+@fact_text.register
+def _busy_arms(fact: facts.BusyArms) -> str:
+    if fact.busy is None:
+        return str(fact.reason)
+    busy = fact.busy
+    return "; ".join(_busy_fault(busy, one) for one in fact.faults) or _busy(busy)
+
+
+def _busy(found: Busy) -> str:
+    baseline, candidate = found.share
+    return f"the baseline is busy for {100 * baseline:.0f} % of its time, the candidate for {100 * candidate:.0f} %"
+
+
+def _busy_fault(found: Busy, fault: BusyFault) -> str:
+    if fault.kind == "waits":
+        return f"the {fault.arm} waits: {_busy(found)}"
+    processors = found.processors[0 if fault.arm == "baseline" else 1]
+    return f"the {fault.arm} keeps {processors:.2f} processors busy, and the plan gives it {found.num_threads}"
+
+
+@fact_text.register
+def _possible_times(fact: facts.PossibleTimes) -> str:
+    void = void_text(fact.num_timed, fact.faults)
+    if fact.limit is None:
+        return void
+    return f"{void}: {100 * fact.share:.1f} % of the timings go with them, more than {100 * fact.limit:g} %"
+
+
+@fact_text.register
+def _probes(fact: facts.Probes) -> str:
+    """What the probes came to, and who remembers."""
+    found, limit = fact.unseen, fact.limit
+    remembers = found.remembered(limit)
+    lead = f"the {' and the '.join(remembers)} remembers what it has seen (above {limit:g}x): " if remembers else ""
+    if not found.num_new and not remembers:
+        return NO_PROBE
+    own = found.candidate
+    again = f"the candidate is {_shown(own.seconds)}, the baseline {_shown(found.baseline.seconds)} as fast"
+    first = f"{_shown(own.forwards)} as many forwards on the first reading of timed prompts as on later ones"
+    at_most = f" (limit {limit:g}x)"
+    lines = [
+        f"repeated prompts: {again} as on the first reading{at_most}",
+        f"the candidate makes {first}{at_most}",
+    ]
+    for one, kind, most in (
+        (own.documents, "untimed documents", at_most),
+        (own.made_up, "made-up prompts", f" (limit {FAR:g}x)"),
+    ):
+        if one.estimate is not None:
+            calls = f"{one.estimate.n} call{'s' * (one.estimate.n != 1)} on {kind}"
+            lines.append(f"{calls} need {_shown(one)} as many forwards per token as like timed calls{most}")
+    if own.forward_s.estimate is not None:
+        longer = f"{_shown(own.forward_s)} as long on new prompts as on timed ones"
+        lines.append(f"equal forwards of the candidate take {longer}{at_most}")
+    unclear = "" if remembers or found.checked(limit) or not _is_timed(own) else TOO_FEW
+    return f"{lead}{unclear}{'; '.join(lines)}"
+
+
+def _is_timed(own: Memory) -> bool:
+    """Whether there is something that could have told."""
+    return own.seconds.estimate is not None and own.forwards.estimate is not None
+
+
+def _shown(found: Measured) -> str:
+    return f"({found.reason})" if found.estimate is None else interval(TIMES, found.estimate)
+
+
+@fact_text.register
+def _null(fact: facts.Null) -> str:
+    text = "the baseline timed against itself is neither off nor too wide"
+    if fact.fault is not None:
+        text = fact_text(fact.fault)
+    return text + (f" ({fact.null.value:.3f} [{fact.null.low:.3f}, {fact.null.high:.3f}])" if fact.null else "")
+
+
+@fact_text.register
+def _null_fault(fact: NullFault) -> str:
+    if fact.kind == "missing":
+        return f"without a null no speedup can be trusted: {fact.reason}"
+    if fact.kind == "off":
+        return f"the baseline timed against itself is off by more than {100 * fact.offset:g} %"
+    share = ""
+    if fact.most is not None and fact.share is not None:
+        share = f", the least of {100 * fact.most:g} % and {share_text(fact.share)} at stake"
+    width, limit = compared(PERCENT, fact.half_width, fact.widest)
+    return f"the null's half-width of {width} is above {limit}{share}: time more rounds"
+
+
+@fact_text.register
+def _unexplained(fact: facts.Unexplained) -> str:
+    if fact.faults:
+        return "; ".join(map(_residual_fault, fact.faults))
+    if fact.reasons:
+        return f"whether the times fit the forwards is not known: {'; '.join(fact.reasons)}"
+    return f"unexplained time: {', '.join(f'{arm} {_residual(found)}' for arm, found in fact.shares)}"
+
+
+def _residual_fault(fault: ResidualFault) -> str:
+    """``the candidate is faster than its forwards allow: these, timed alone, need 347 [346, 348] times its time``."""
+    found = fault.residual
+    if found is None:
+        return f"the {fault.arm} gave tokens without any forward of its model, in {fault.num_calls} calls"
+    if fault.kind == "faster":
+        times = [1 - share for share in (found.value, found.high, found.low)]
+        longer = f"{times[0]:,.3g} [{times[1]:,.3g}, {times[2]:,.3g}]"
+        return (
+            f"the {fault.arm} is faster than its own forwards allow: these, timed alone, need {longer} times its time"
+        )
+    slower = f"the {fault.arm} is slower than its parts: {_residual(found)} of its time is in none of them"
+    return slower if fault.calm is None else f"{slower}, and {_signed(fault.calm)} in the fastest round of every call"
+
+
+@fact_text.register
+def _baseline_lag(fact: facts.BaselineLag) -> str:
+    shown = "" if fact.whole is None else f": {_residual(fact.whole)} of its time is in none of them"
+    return (
+        f"the baseline seems slower than its parts{shown}; it comes and goes, or is too uncertain, so whether other "
+        "work on the machine held it up is not known: time more rounds on a quieter machine"
+    )
+
+
+def _residual(found: Estimate) -> str:
+    """``+12.0 % [+10.1 %, +13.9 %]``."""
+    return f"{_signed(found.value)} [{_signed(found.low)}, {_signed(found.high)}]"
+
+
+def _signed(value: float) -> str:
+    return f"{100 * value:+,.1f} %"
+
+
+@fact_text.register
+def _own_generate(fact: facts.OwnGenerate) -> str:
+    return f"the baseline takes {generate_text(fact.best)}"
+
+
+@fact_text.register
+def _degenerate(fact: facts.DegenerateOutputs) -> str:
+    if fact.shares is None:
+        return "no output of this point was kept, so none was looked at"
+    baseline, candidate = fact.shares
+    text = f"{100 * candidate:.1f} % of the outputs are degenerate, of the baseline's {100 * baseline:.1f} %"
+    return f"{BROKEN}: {text}" if fact.broken else text
+
+
+@fact_text.register
+def _floor(fact: facts.QualityFloor) -> str:
+    if fact.retention is None or fact.stands is None:
+        few = f"retention rests on {fact.num_clusters} clusters, fewer than {stats.MIN_CLUSTERS}"
+        return f"whether the outputs are answers is not known: {few if fact.reason is None else fact.reason}"
+    above = " above chance" if fact.above_chance else ""
+    stands = {"above": "is above", "open": "does not clear", "below": "is below"}[fact.stands]
+    kept = f"retention{above} {interval(PERCENT, fact.retention, against=fact.floor)}"
+    text = f"{kept} {stands} the floor of {100 * fact.floor:g} %"
+    return f"{BROKEN}: {text}" if fact.stands == "below" else text
