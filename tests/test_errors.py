@@ -6,7 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from tiny_pair import write_pair
 from twotower_eval import cli
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.measured import ArmsDifferError, measured
+from twotower_eval.analyse.compare.wholes import _resampled
 from twotower_eval.engine.models import load_model
 from twotower_eval.engine.models.transformers_model import ForwardError
 from twotower_eval.engine.models.twotower import TwoTower
@@ -30,6 +31,7 @@ from twotower_eval.measure.suites.datafiles import prepare
 from twotower_eval.measure.verify.golden import load_golden
 from twotower_eval.miniature.train import read_recipe, train_pair
 from twotower_eval.plugin_calls import PluginError
+from twotower_eval.records import Score
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "twotower_eval"
@@ -88,34 +90,42 @@ RAISES = {
 }
 
 
+WANTED = (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler, ast.Call, ast.Assign, ast.AnnAssign)
+
+
 @cache
-def modules() -> tuple[tuple[str, ast.Module], ...]:
-    return tuple(_modules())
-
-
-def _modules() -> Iterator[tuple[str, ast.Module]]:
+def modules() -> dict[str, list[ast.AST]]:
+    """Modules where anything is caught or raised -> their nodes that matter here."""
+    found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
-        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        yield name.removesuffix(".__init__"), ast.parse(path.read_text(encoding="utf-8"))
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        text = path.read_text(encoding="utf-8")
+        if any(word in text for word in ("except", "suppress", "ValueError")):
+            found[name] = [node for node in ast.walk(ast.parse(text)) if isinstance(node, WANTED)]
+    return found
 
 
-def inside(tree: ast.AST, place: str) -> Iterator[tuple[str, ast.AST]]:
-    """Every node with the name of the innermost function or class that it is in."""
-    for node in ast.iter_child_nodes(tree):
-        named = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-        within = f"{place}.{node.name}" if named else place  # type: ignore[attr-defined]
-        yield within, node
-        yield from inside(node, within)
+def place_of(module: str, node: Any) -> str:
+    """The module, class and function that a node is in."""
+    defined = [one for one in modules()[module] if isinstance(one, (ast.FunctionDef, ast.ClassDef))]
+    around = [one for one in defined if one.lineno <= node.lineno and (one.end_lineno or 0) >= node.lineno]
+    return ".".join([module, *(one.name for one in sorted(around, key=lambda one: one.lineno))])
 
 
 def names_in(node: ast.AST | None) -> set[str]:
     return {"BaseException"} if node is None else {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
 
 
+def caught_by(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("suppress", "contextlib.suppress"):
+        return names_in(node)
+    return names_in(node.type) if isinstance(node, ast.ExceptHandler) else set()
+
+
 def broad_names() -> set[str]:
     """``ValueError`` and the names of tuples that hold it."""
     broad = set(BROAD)
-    nodes = [node for _, tree in modules() for node in ast.walk(tree) if isinstance(node, (ast.Assign, ast.AnnAssign))]
+    nodes = [node for found in modules().values() for node in found if isinstance(node, (ast.Assign, ast.AnnAssign))]
     tuples = [node for node in nodes if isinstance(node.value, ast.Tuple)]
     for _ in range(3):  # tuples made of tuples
         for node in tuples:
@@ -129,24 +139,26 @@ def test_nobody_catches_a_bare_value_error_but_around_one_foreign_call() -> None
     broad = broad_names()
     assert {"MISTAKEN", "FAILURES", "LOAD_ERRORS", "FORWARD_ERRORS", "unfit"} <= broad
     found = set()
-    for module, tree in modules():
-        for place, node in inside(tree, module):
-            suppresses = isinstance(node, ast.Call) and "suppress" in ast.unparse(node.func)
-            if (isinstance(node, ast.ExceptHandler) and names_in(node.type) & broad) or (
-                suppresses and names_in(node) & broad
-            ):
-                found.add(place)
+    for module, nodes in modules().items():
+        for node in nodes:
+            suppresses = isinstance(node, ast.Call) and "suppress" in names_in(node.func) | {
+                getattr(node.func, "attr", "")
+            }
+            caught = names_in(node.type) if isinstance(node, ast.ExceptHandler) else set()
+            if (caught | (names_in(node) if suppresses else set())) & broad:
+                found.add(place_of(module, node))
     assert found - HANDLERS.keys() == set(), "catch UserError or NoEstimate, or the one call that raises, and list it"
     assert HANDLERS.keys() - found == set(), "stale: nothing is caught there any more"
 
 
 def test_nobody_raises_a_bare_value_error_but_for_arguments() -> None:
+    """Nor makes one, to be raised elsewhere."""
     found = {
-        place
-        for module, tree in modules()
+        place_of(module, node)
+        for module, nodes in modules().items()
         if not module.startswith("analyse.stats")
-        for place, node in inside(tree, module)
-        if isinstance(node, ast.Raise) and node.exc is not None and "ValueError" in names_in(node.exc)
+        for node in nodes
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "ValueError"
     }
     assert found - RAISES == set(), "raise UserError or NoEstimate, or list it"
     assert RAISES - found == set(), "stale: nothing is raised there any more"
@@ -307,7 +319,7 @@ def test_an_error_of_the_reading_side_names_its_file_and_is_the_users(
 
 def test_arms_that_differ_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def other_prompt(row: made.Row) -> made.Row:
-        if isinstance(row, made.Score) and row.doc_id == 1 and row.value is not None:
+        if isinstance(row, Score) and row.doc_id == 1 and row.value is not None:
             return dataclasses.replace(row, doc_sha256="0" * 64) if row.cell == first[0] else row
         return row
 
@@ -322,6 +334,52 @@ def test_arms_that_differ_are_refused_in_one_line(tmp_path: Path, capsys: pytest
     assert cli.main(["report", str(path), "--out", str(tmp_path / "report")]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "differs between baseline and candidate" in line
+
+
+def test_scores_of_two_groups_in_one_task_are_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def edit(row: made.Row) -> made.Row:
+        return dataclasses.replace(row, group="odd") if isinstance(row, Score) and row.doc_id == 1 else row
+
+    path = made.quality_run(tmp_path / "results", num_docs=6, tasks=("arithmetic",), perplexity=False, edit=edit)
+    assert cli.main(["report", str(path), "--out", str(tmp_path / "report")]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "task 'arithmetic' has scores of two groups, None and odd" in line
+
+
+def test_parts_that_do_not_fit_together_are_a_reason() -> None:
+    """Numpy's words about the shapes of arrays were the reason."""
+    named = dict.fromkeys(("cell", "task", "cluster_id", "doc_sha256", "prompt_sha256", "target_sha256", "filter"), "x")
+    score = Score(
+        **named,
+        doc_id=0,
+        metric="f1",
+        higher_is_better=True,
+        headline=True,
+        scored_by="generation",
+        value=None,
+        aggregation="f1",
+        parts=(1.0, 2.0),
+    )
+    other = dataclasses.replace(score, doc_id=1, cluster_id="1", parts=(1.0, 2.0, 3.0))
+    assert _resampled([[score, other]], [None]) == "the documents' parts in the score are not all of one kind"
+
+
+def test_ratios_beyond_all_numbers_have_a_reason() -> None:
+    seconds = np.array([[1e-300, 2e-300], [2e-300, 1e-300]])
+    tokens = np.full((2, 2), 10.0)
+    calls = stats.TimedCalls(
+        baseline_s=seconds * 1e300 * 1e300,
+        candidate_s=seconds,
+        baseline_tokens=tokens,
+        candidate_tokens=tokens,
+        launches=["a", "b"],
+        fixed=True,
+    )
+    assert (
+        measured(lambda: stats.speedup(calls)).reason == "the ratio, or an end of its interval, is too large a number"
+    )
 
 
 def test_a_section_of_somebodys_own_is_told_apart(

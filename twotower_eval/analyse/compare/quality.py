@@ -96,6 +96,10 @@ def _documents_sha256(headline: list[Pair], baselines: list[Cell]) -> str:
 
 
 def _scores(pairs: list[Pair], chance: Sequence[float] = ()) -> stats.PairedScores:
+    groups: dict[str, str | None] = {}
+    for score, _ in pairs:
+        if groups.setdefault(score.task, score.group) != score.group:
+            raise UserError(f"task {score.task!r} has scores of two groups, {groups[score.task]} and {score.group}")
     return stats.PairedScores(
         tasks=[a.task for a, _ in pairs],
         groups=[a.group or a.task for a, _ in pairs],

@@ -294,7 +294,7 @@ def _resampled(arms: Sequence[Sequence[Score]], own: Sequence[Aggregate | None])
         for made in own:
             if made is None:
                 return f"the run has not computed {name} of these documents"
-            if made.value is None or made.replicates is None:
+            if made.value is None or not made.replicates:
                 return made.missing_reason or "no reason recorded"
             values.append(made.value)
             replicates.append(made.replicates)
@@ -319,6 +319,8 @@ def _parts(arm: Sequence[Score]) -> list[tuple[float, ...]]:
     if missing:
         where = f"{len(missing)} of {len(arm)} documents"
         raise NoEstimate(f"{where}: {missing[0].missing_reason or 'no reason recorded'}")
+    if len({len(part) for _, part in found if part is not None}) > 1:
+        raise NoEstimate("the documents' parts in the score are not all of one kind")
     return [part for _, part in found if part is not None]
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import inf
+from math import exp, inf
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import betaincinv, ndtr, ndtri, stdtrit
 
+from twotower_eval.errors import NoEstimate
 from twotower_eval.records import Method
 
 NUM_RESAMPLES = 10_000
@@ -24,7 +25,16 @@ FEW = 5  # fewer discordant clusters or successes than this: no bootstrap over t
 FULL_DOF = 16  # degrees of freedom up to which one more value like the most telling one is added in full
 EVEN = 1e-9  # as a share of the range: how unlike the distances of the farthest values may be to count as alike
 
+MOST_LOG = 709.0  # exp of it is just below the largest double
+
 Floats = NDArray[np.float64]
+
+
+def from_log(log_value: float) -> float:
+    """``exp``, and NoEstimate where no number is that large."""
+    if log_value > MOST_LOG:
+        raise NoEstimate("the ratio, or an end of its interval, is too large a number")
+    return exp(log_value)
 
 
 def t_quantile(level: float, dof: float) -> float:

@@ -35,6 +35,7 @@ from twotower_eval.analyse.stats.intervals import (
     Floats,
     corrected_percentiles,
     dof_of_mean,
+    from_log,
     method_with,
     one_more,
     skewed_t_interval,
@@ -262,9 +263,9 @@ class _Crossing:
             skewed_low, skewed_high = corrected_percentiles(log_Q, log_Q, log_value, level=level, **corrections)
             low, high = min(low, skewed_low), max(high, skewed_high)
         return Estimate(
-            value=exp(log_value),
-            low=exp(low),
-            high=exp(high),
+            value=from_log(log_value),
+            low=from_log(low),
+            high=from_log(high),
             level=level,
             n=self._n,
             method=self._method,

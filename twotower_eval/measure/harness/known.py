@@ -67,9 +67,9 @@ class KnownScores:
         for line, row in self._left.values():
             raise self._refusal(line, row, "has a score that no answer in this run gives")
 
-    def _refusal(self, line: int, row: Score, what: str) -> ValueError:
+    def _refusal(self, line: int, row: Score, what: str) -> UserError:
         where = f"{self._file}, line {line}: task {row.task!r}, document {row.doc_id}"
-        return ValueError(f"{where} {what}: restore the file or start a new run")
+        return UserError(f"{where} {what}: restore the file or start a new run")
 
 
 def check_known(run: store.Run, manifest: RunManifest, jobs: Sequence[Job]) -> None:
