@@ -12,11 +12,13 @@ from tiny_pair import write_pair
 
 from twotower_eval import cli, store
 from twotower_eval.analyse.compare import Runs
+from twotower_eval.analyse.compare.calls import Lane
 from twotower_eval.analyse.compare.costs import costs
 from twotower_eval.measure import speed, suites
 from twotower_eval.measure.speed.costs import REPEATS
 from twotower_eval.plan import SpeedPlan
-from twotower_eval.records import CostSample, SpeedSample
+from twotower_eval.records import Cell, CostSample, SpeedSample
+from twotower_eval.store import Run
 
 PREFILL_S, AR_S, DENOISE_S, CONTEXT_S = 0.010, 0.004, 0.006, 0.005
 TASKS = ("miniature_sort", "miniature_recall")
@@ -152,13 +154,17 @@ def test_time_that_no_part_has_stays_unexplained(tmp_path: Path) -> None:
     assert explanation.residual > 0.5
 
 
+def lane(run: Run, cell: Cell, samples: list[SpeedSample]) -> Lane:
+    return Lane(runs=[run], cell=cell, rounds=[("l", 0)], samples_RC=[samples])
+
+
 def test_a_decoder_without_blocks_has_no_break_even_and_no_prediction(tmp_path: Path) -> None:
     run = known(tmp_path)
     sample = next(s for s in run.speed if run.cells[s.cell].arm == "candidate")
     workload = next(cell.workload for cell in run.manifest.cells)
     mock = make_cell("candidate", dataclasses.replace(block_diffusion(), kind="mock_ar", params={}), workload)
     baseline = next(cell for cell in run.manifest.cells if cell.arm == "baseline")
-    found = costs([run], baseline, mock, ([sample], [sample]))
+    found = costs(lane(run, baseline, [sample]), lane(run, mock, [sample]))
     assert found.candidate.reason == "this decoder has no blocks, and no parts of its own were timed"
     assert found.break_even.reason == "the candidate denoises no blocks, so there is no break-even"
 
@@ -169,5 +175,6 @@ def test_costs_of_other_weights_are_not_taken(tmp_path: Path) -> None:
     candidate = next(cell for cell in run.manifest.cells if cell.arm == "candidate")
     baseline = next(cell for cell in run.manifest.cells if cell.arm == "baseline")
     samples = [s for s in run.speed if s.cell == candidate.id]
-    found = costs([run], baseline, dataclasses.replace(candidate, checkpoint=other), (samples, samples))
+    unlike = dataclasses.replace(candidate, checkpoint=other)
+    found = costs(lane(run, baseline, samples), lane(run, unlike, samples))
     assert found.candidate.reason == "the parts of decoding were not timed alone"

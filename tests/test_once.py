@@ -11,7 +11,7 @@ from report_fixture import quality_run, speed_run, sweep
 
 from twotower_eval import store
 from twotower_eval.analyse.compare import Runs, calls, costs, lengths
-from twotower_eval.analyse.compare.once import once
+from twotower_eval.analyse.compare.once import forgotten, once
 
 
 def test_an_answer_is_kept_with_its_runs(tmp_path: Path) -> None:
@@ -59,3 +59,13 @@ def test_the_baseline_is_looked_at_once_for_all_candidates(tmp_path: Path, monke
     runs = Runs([store.load(speed_run(tmp_path, decoders=sweep()[:3], num_rounds=4, num_calls=3))])
     assert len(runs.speed) == 3
     assert all(found and len(found) == len(set(found)) for found in looked.values()), looked
+
+
+def test_what_is_found_within_a_block_is_forgotten(tmp_path: Path) -> None:
+    run = store.load(speed_run(tmp_path))
+    once([run], ("x",), lambda: 1)
+    with forgotten(run):
+        assert once([run], ("x",), lambda: 2) == 1
+        once([run], ("y",), lambda: 3)
+    assert once([run], ("x",), lambda: 4) == 1
+    assert once([run], ("y",), lambda: 5) == 5

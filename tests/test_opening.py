@@ -46,3 +46,21 @@ def test_collection_goes_on_after_a_bad_line_and_a_torn_one_is_dropped(tmp_path:
     with pytest.raises(ValueError, match=r"scores\.jsonl, line \d+: Score: value must be a number, not '1'"):
         store.load(path)
     assert gc.isenabled()
+
+
+def test_a_packed_journal_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was unpacked again for its digest, which took as long as reading its rows."""
+    path = opening.write_run(tmp_path, 200)
+    file = path / "scores.jsonl"
+    file.with_name("scores.jsonl.xz").write_bytes(lzma.compress(file.read_bytes()))
+    file.unlink()
+    unpacked: list[int] = []
+    own = lzma.decompress
+    monkeypatch.setattr(lzma, "decompress", lambda content: unpacked.append(1) or own(content))
+    assert store.load(path).complete
+    assert unpacked == [1]
+    file.with_name("scores.jsonl.xz").write_bytes(
+        lzma.compress(own(file.with_name("scores.jsonl.xz").read_bytes())[1:])
+    )
+    with pytest.raises(ValueError, match=r"scores\.jsonl"):
+        store.load(path)

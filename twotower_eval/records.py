@@ -959,13 +959,21 @@ def cell_id(checkpoint: Checkpoint, decoder: DecoderSpec, workload: Workload, ex
     Device type counts (numerics), device index does not; batch size counts only for timed workloads.
     ``extra`` holds whatever else a verb lets change outputs (seed, likelihood kind).
     """
-    identity = {
+    return digest_of_identity(cell_identity(checkpoint, decoder, workload), extra)
+
+
+def cell_identity(checkpoint: Checkpoint, decoder: DecoderSpec, workload: Workload) -> dict[str, Any]:
+    """What :func:`cell_id` is over, but for ``extra``."""
+    return {
         "checkpoint": [checkpoint.identity, checkpoint.tower, checkpoint.dtype, checkpoint.devices[0].split(":")[0]],
         "decoder": to_json(decoder),
         "workload": to_json(workload),
-        "extra": dict(extra or {}),
     }
-    return sha256_text(canonical_json(identity))[:12]
+
+
+def digest_of_identity(identity: Mapping[str, Any], extra: Params | None) -> str:
+    """The id of a cell of this :func:`cell_identity`."""
+    return sha256_text(canonical_json({**identity, "extra": dict(extra or {})}))[:12]
 
 
 def to_json(record: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Run folders: the only place where the two halves of the house meet."""
 
 from twotower_eval.store.publish import MANIFEST, TRAINING_LOG
-from twotower_eval.store.run import EVENTS, FILES, JOURNALS, Row, Run, find_runs, load, read_manifest
+from twotower_eval.store.run import EVENTS, FILES, JOURNALS, Row, Run, find_runs, load, no_collection, read_manifest
 from twotower_eval.store.writer import RunWriter, check_comparable, check_unedited, create, new_run_id, resume
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "find_runs",
     "load",
     "new_run_id",
+    "no_collection",
     "read_manifest",
     "resume",
 ]

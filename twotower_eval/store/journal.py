@@ -119,9 +119,15 @@ def content_of(file: Path) -> bytes | None:
         raise UserError(f"{copy}: cannot be unpacked ({error}): restore it") from error
 
 
-def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Line numbers from 1 and whole lines of a journal, one after the other; nothing where it does not exist."""
+def read_lines(file: Path, seen: dict[str, dict[str, Any]] | None = None) -> Iterator[tuple[int, bytes]]:
+    """Line numbers from 1 and whole lines of a journal, one after the other; nothing where it does not exist.
+
+    ``seen`` is given the :func:`summary_of` of a packed file by its name, as it has to be unpacked for that.
+    """
     with _stream(file) as stream:
+        if seen is not None and isinstance(stream, io.BytesIO) and packed_path(file).exists():
+            seen[file.name] = _summary(stream)
+            stream.seek(0)
         for number, line in enumerate(stream, start=1):
             if line.endswith(b"\n"):
                 yield number, line[:-1]
@@ -154,11 +160,15 @@ def summary_of(file: Path) -> dict[str, Any] | None:
     """Number of lines and sha256 of a file, or of what its packed copy holds; ``None`` where neither is there."""
     if not file.exists() and not packed_path(file).exists():
         return None
-    num_rows, digest = 0, hashlib.sha256()
     with _stream(file) as stream:
-        while part := stream.read(CHUNK_BYTES):
-            num_rows += part.count(b"\n")
-            digest.update(part)
+        return _summary(stream)
+
+
+def _summary(stream: IO[bytes]) -> dict[str, Any]:
+    num_rows, digest = 0, hashlib.sha256()
+    while part := stream.read(CHUNK_BYTES):
+        num_rows += part.count(b"\n")
+        digest.update(part)
     return {"rows": num_rows, "sha256": digest.hexdigest()}
 
 

@@ -121,13 +121,16 @@ def read_closing(file: Path, names: Sequence[str]) -> Closing:
     return closing
 
 
-def agrees_with_closing(path: Path, names: Sequence[str]) -> bool:
-    """Whether a run was finished. ValueError where one of the named files is not what it was then."""
+def agrees_with_closing(path: Path, names: Sequence[str], seen: Mapping[str, dict[str, Any]] | None = None) -> bool:
+    """Whether a run was finished. ValueError where one of the named files is not what it was then.
+
+    ``seen`` are summaries of files that were just read, by name.
+    """
     if not (path / DONE).exists():
         return False
     closing = read_closing(path / DONE, names)
     for name in names:
-        found, entry = summary_of(path / name), closing.files.get(name)
+        found, entry = (seen or {}).get(name) or summary_of(path / name), closing.files.get(name)
         if found is None and entry is None:
             continue
         if entry is None and name == TRAINING_LOG and closing.manifest_sha256 is not None:

@@ -100,7 +100,7 @@ class Run:
     witnessed: list[Witnessed] = field(default_factory=list)
     found: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @property
+    @cached_property
     def cells(self) -> dict[str, Cell]:
         """The manifest's cells by id."""
         return {cell.id: cell for cell in self.manifest.cells}
@@ -151,19 +151,26 @@ def load(path: Path) -> Run:
     """Read a run without changing it; a torn last line is dropped, anything else that is wrong is a ValueError."""
     manifest = read_manifest(path)
     cells = {cell.id for cell in manifest.cells}
+    seen: dict[str, dict[str, Any]] = {}
+
+    def rows(cls: type[R]) -> list[R]:
+        name, key_of = JOURNALS[cast(type[Row], cls)]
+        with no_collection():
+            return _keyed_rows(path / name, line_reader(cls), key_of, cells, seen)
+
     return Run(
         path=path,
         manifest=manifest,
-        generations=_read_rows(path, GenerationRow, cells),
-        likelihoods=_read_rows(path, LikelihoodRow, cells),
-        scores=_read_rows(path, Score, cells),
-        speed=_read_rows(path, SpeedSample, cells),
-        costs=_read_rows(path, CostSample, cells),
-        checks=_read_rows(path, Check, cells),
+        generations=rows(GenerationRow),
+        likelihoods=rows(LikelihoodRow),
+        scores=rows(Score),
+        speed=rows(SpeedSample),
+        costs=rows(CostSample),
+        checks=rows(Check),
+        aggregates=rows(Aggregate),
+        witnessed=rows(Witnessed),
         events=_read_events(path / EVENTS),
-        complete=agrees_with_closing(path, FILES),
-        aggregates=_read_rows(path, Aggregate, cells),
-        witnessed=_read_rows(path, Witnessed, cells),
+        complete=agrees_with_closing(path, FILES, seen),
     )
 
 
@@ -204,15 +211,9 @@ def _read_events(file: Path) -> list[dict[str, Any]]:
     return events
 
 
-def _read_rows(path: Path, cls: type[R], cells: set[str]) -> list[R]:
-    name, key_of = JOURNALS[cast(type[Row], cls)]
-    with _no_collection():
-        return _keyed_rows(path / name, line_reader(cls), key_of, cells)
-
-
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """No search for circles while rows are made: none of them is part of one, and each search looks at all."""
+def no_collection() -> Iterator[None]:
+    """No search for circles while rows are made or read: none is part of one, and each search looks at all of them."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -222,11 +223,18 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _keyed_rows(file: Path, read: Callable[[bytes, str], R], key_of: Callable[[Any], Key], cells: set[str]) -> list[R]:
+def _keyed_rows(
+    file: Path,
+    read: Callable[[bytes, str], R],
+    key_of: Callable[[Any], Key],
+    cells: set[str],
+    seen: dict[str, dict[str, Any]],
+) -> list[R]:
+    """The rows of a journal; ``seen`` is told what a packed one held, which takes long to unpack again."""
     rows: list[R] = []
     lines: dict[Key, int] = {}
     where = str(file)
-    for number, line in read_lines(file):
+    for number, line in read_lines(file, seen):
         row = read(line, f"{where}, line {number}")
         key = key_of(row)
         earlier = lines.setdefault(key, number)

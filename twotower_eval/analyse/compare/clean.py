@@ -6,7 +6,7 @@ on the very thing that is compared, so a figure here explains another one and ne
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -80,11 +80,14 @@ class CleanSpeed:
 
 def outputs(run_id: str, rows: Iterable[GenerationRow], cells: Collection[str]) -> dict[OutputKey, Flags]:
     """Flags of every output that the cells gave in a run; of several requests for one document, of all together."""
-    found: dict[OutputKey, list[Flags]] = defaultdict(list)
+    found: dict[OutputKey, Flags] = {}
     for row in rows:
         if row.cell in cells:
-            found[run_id, row.task, row.doc_id, row.repeat].append(flags(row.generation))
-    return {key: max(several, key=lambda one: len(one.names)) for key, several in found.items()}
+            own = flags(row.generation)
+            worst = found.setdefault((run_id, row.task, row.doc_id, row.repeat), own)
+            if worst is not own and len(own.names) > len(worst.names):
+                found[run_id, row.task, row.doc_id, row.repeat] = own
+    return found
 
 
 def flagged_documents(found: Outputs) -> set[Document]:

@@ -25,8 +25,20 @@ from twotower_eval.analyse.compare.contradiction import (
     contradiction_of,
 )
 from twotower_eval.analyse.compare.gaps import GAP_CHECKS, whole_rounds
+from twotower_eval.analyse.compare.once import forgotten
 from twotower_eval.analyse.compare.repeats import REPEAT_CHECKS, between_runs, moment_of
-from twotower_eval.records import Cell, LikelihoodKind, Params, Score, SpeedSample, canonical_json, cell_id, sha256_text
+from twotower_eval.records import (
+    Cell,
+    LikelihoodKind,
+    Params,
+    Score,
+    SpeedSample,
+    canonical_json,
+    cell_id,
+    cell_identity,
+    digest_of_identity,
+    sha256_text,
+)
 from twotower_eval.store import EVENTS, JOURNALS, MANIFEST, Run
 from twotower_eval.store.publish import changed_journals, short_journals
 
@@ -40,10 +52,11 @@ CLOCK_SHARE = 0.001  # and the day's clock may be slewed while a stopwatch is no
 def contradictions(run: Run) -> tuple[Contradiction, ...]:
     """All that a run's files contradict each other in, the first place of each kind; empty where they agree."""
     found = []
-    for kind, check in {**CHECKS, **GAP_CHECKS, **REPEAT_CHECKS, **ROW_CHECKS}.items():
-        places = list(check(run))
-        if places:
-            found.append(contradiction_of(kind, places, run))
+    with forgotten(run):
+        for kind, check in {**CHECKS, **GAP_CHECKS, **REPEAT_CHECKS, **ROW_CHECKS}.items():
+            places = list(check(run))
+            if places:
+                found.append(contradiction_of(kind, places, run))
     return tuple(found)
 
 
@@ -73,7 +86,7 @@ def _cell_ids(run: Run) -> Iterator[Place]:
     strict = [cell for cell in run.manifest.cells if cell.extra is not None]
     older = [cell for cell in run.manifest.cells if cell.extra is None]
     shapes = list(_older_extras(run)) if older else []
-    misfits = [cell for cell in older if all(_id_with(cell, extra) != cell.id for extra in shapes)]
+    misfits = [cell for cell in older if not any(map(cell.id.__eq__, _ids_with(cell, shapes)))]
     wrong = [cell for cell in strict if _id_with(cell, cell.extra or {}) != cell.id]
     wrong += misfits if len(misfits) < len(older) or strict else []
     for cell in wrong:
@@ -83,6 +96,11 @@ def _cell_ids(run: Run) -> Iterator[Place]:
 
 def _id_with(cell: Cell, extra: Params) -> str:
     return cell_id(cell.checkpoint, cell.decoder, cell.workload, extra)
+
+
+def _ids_with(cell: Cell, extras: Sequence[Params]) -> Iterator[str]:
+    identity = cell_identity(cell.checkpoint, cell.decoder, cell.workload)
+    return (digest_of_identity(identity, extra) for extra in extras)
 
 
 def _older_extras(run: Run) -> Iterator[Params]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import lru_cache, partial
+from operator import attrgetter
 from typing import Any
 
 from twotower_eval.analyse.compare.contradiction import Check, ContradictionKind, Place, Side
+from twotower_eval.analyse.compare.once import once
 from twotower_eval.records import (
     GENERATION_COUNTS,
     MEAN,
-    Checkpoint,
     GenerationRow,
     PromptTiming,
     Score,
@@ -22,6 +24,7 @@ from twotower_eval.store import Run
 
 SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "pass@1", "pass_at_1")
 COUNTED = (*GENERATION_COUNTS, "num_forced_commits", "finish")
+of_counts = attrgetter(*COUNTED)
 OF_CODE = ("pass@", "pass_at_", "pass_")  # how metrics begin that run the answer: it may run out of time by chance
 CLOSE = 1e-9
 Texts = tuple[str, ...]  # of a document, one for each request
@@ -57,10 +60,10 @@ def _prompt_tokens_of_arms(run: Run) -> Iterator[Place]:
     """Arms with one tokenizer read one prompt as equally many tokens, unless it was cut for want of room."""
     if any(event.get("num_truncated") for event in run.events):
         return
-    cells = run.cells
+    cells, readers = run.cells, _tokenizers(run)
     known: dict[tuple[str, str, str, tuple[str, ...]], int] = {}
     for call, prompt in _prompts(run):
-        reader = _tokenizer(cells[call.cell].checkpoint)
+        reader = readers[call.cell]
         if reader:
             key = (cells[call.cell].workload.digest, call.call_id, prompt.prompt_id, reader)
             num = known.setdefault(key, prompt.num_prompt_tokens)
@@ -68,9 +71,12 @@ def _prompt_tokens_of_arms(run: Run) -> Iterator[Place]:
                 yield _of_prompt(call, prompt, "num_prompt_tokens", num, prompt.num_prompt_tokens)
 
 
-def _tokenizer(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Digests of the files that make tokens of texts; none where they are not known."""
-    return tuple(sorted(f"{file.name} {file.sha256}" for file in checkpoint.files if "token" in file.name))
+def _tokenizers(run: Run) -> dict[str, tuple[str, ...]]:
+    """By cell, digests of the files that make tokens of texts; none where they are not known."""
+    return {
+        cell.id: tuple(sorted(f"{file.name} {file.sha256}" for file in cell.checkpoint.files if "token" in file.name))
+        for cell in run.manifest.cells
+    }
 
 
 def _prompts(run: Run) -> Iterator[tuple[SpeedSample, PromptTiming]]:
@@ -112,6 +118,10 @@ def _forwards_counted(run: Run) -> Iterator[Place]:
 
 def _timed_answers(run: Run) -> dict[tuple[str, int, str], GenerationRow]:
     """Answers of timed cells by cell, round and prompt."""
+    return once([run], ("timed answers",), lambda: _of_timed(run))
+
+
+def _of_timed(run: Run) -> dict[tuple[str, int, str], GenerationRow]:
     timed = {cell.id for cell in run.manifest.cells if cell.workload.kind == "answer"}
     return {(row.cell, row.repeat, row.generation.prompt_id): row for row in run.generations if row.cell in timed}
 
@@ -123,17 +133,22 @@ def _kept_calls(run: Run) -> Iterator[tuple[SpeedSample, PromptTiming]]:
 
 def _calls_and_answers(run: Run) -> Iterator[Place]:
     answers = _timed_answers(run)
+    digest = lru_cache(maxsize=100_000)(_digest)  # most answers are the same in every round
     for call, prompt in _kept_calls(run) if answers else ():
         row = answers.get((call.cell, call.round, prompt.prompt_id))
         if row is None:
             continue
-        for name in COUNTED:
-            stated, found = getattr(prompt, name), getattr(row.generation, name)
-            if stated != found:
-                yield _of_prompt(call, prompt, name, stated, found)
-        made = sha256_text(canonical_json(list(row.generation.token_ids)))
+        if of_counts(prompt) != of_counts(row.generation):
+            for name, stated, found in zip(COUNTED, of_counts(prompt), of_counts(row.generation), strict=True):
+                if stated != found:
+                    yield _of_prompt(call, prompt, name, stated, found)
+        made = digest(row.generation.token_ids)
         if prompt.tokens_sha256 != made:
             yield _of_prompt(call, prompt, "tokens_sha256", prompt.tokens_sha256, made)
+
+
+def _digest(token_ids: tuple[int, ...]) -> str:
+    return sha256_text(canonical_json(list(token_ids)))
 
 
 def _of_prompt(
@@ -143,7 +158,8 @@ def _of_prompt(
 
 
 def _call_keys(run: Run) -> set[tuple[str, int, str]]:
-    return {(call.cell, call.round, prompt.prompt_id) for call, prompt in _kept_calls(run)}
+    calls = _kept_calls(run)
+    return once([run], ("timed calls",), lambda: {(call.cell, call.round, prompt.prompt_id) for call, prompt in calls})
 
 
 def _calls_without_answers(run: Run) -> Iterator[Place]:
@@ -167,19 +183,23 @@ def _answers_without_calls(run: Run) -> Iterator[Place]:
 
 def _texts_of_equal_tokens(run: Run) -> Iterator[Place]:
     """Of one document and one tokenizer; a stop string may end within a token, and then the tokens do not say where."""
-    cells = run.cells
+    readers = _tokenizers(run)
     known: dict[tuple[Any, ...], str] = {}
     for row in run.generations:
         made = row.generation
         if made.text is None or made.finish == "stop":
             continue
-        reader = _tokenizer(cells[row.cell].checkpoint) or row.cell
+        reader = readers[row.cell] or row.cell
         key = (reader, row.task, row.doc_id, row.request_index, made.finish, made.token_ids)
         if known.setdefault(key, made.text) != made.text:
             yield Place(row=row, field="text")
 
 
 def _answers(run: Run) -> Answers:
+    return once([run], ("answers of documents",), lambda: _by_document(run))
+
+
+def _by_document(run: Run) -> Answers:
     found: Answers = defaultdict(list)
     for row in run.generations:
         found[row.cell, row.task, row.doc_id].append(row)
@@ -226,6 +246,9 @@ def _scores_of_no_share(run: Run) -> Iterator[Place]:
 
 def _one_text(rows: list[GenerationRow]) -> Texts | None:
     """What a document was answered, in every round or sample alike; ``None`` where they differ or are not kept."""
+    if len(rows) == 1:
+        text = rows[0].generation.text
+        return None if text is None else (text,)
     by_repeat: dict[int, dict[int, str | None]] = defaultdict(dict)
     for row in rows:
         by_repeat[row.repeat][row.request_index] = row.generation.text
@@ -237,12 +260,15 @@ def _one_text(rows: list[GenerationRow]) -> Texts | None:
 
 
 def _scored_texts(run: Run) -> Iterator[tuple[Score, Texts]]:
-    answers = _answers(run)
-    texts = {key: _one_text(rows) for key, rows in answers.items()}
+    texts = once([run], ("texts of documents",), partial(_texts, run))
     for score in run.scores:
         text = texts.get((score.cell, score.task, score.doc_id))
         if score.scored_by == "generation" and score.value is not None and text is not None:
             yield score, text
+
+
+def _texts(run: Run) -> dict[tuple[str, str, int], Texts | None]:
+    return {key: _one_text(rows) for key, rows in _answers(run).items()}
 
 
 def _scores_of_equal_answers(run: Run) -> Iterator[Place]:

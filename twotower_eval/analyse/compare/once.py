@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from twotower_eval.store import Run
@@ -22,3 +23,14 @@ def once(runs: Sequence[Run], what: tuple[Hashable, ...], compute: Callable[[], 
         kept[key] = (compute(), [run for run in runs[1:] if run is not runs[0]])
     found: T = kept[key][0]
     return found
+
+
+@contextmanager
+def forgotten(run: Run) -> Iterator[None]:
+    """What is found of a run within this block is not kept beyond it: it takes much room, and nobody asks again."""
+    before = set(run.found)
+    try:
+        yield
+    finally:
+        for key in run.found.keys() - before:
+            del run.found[key]

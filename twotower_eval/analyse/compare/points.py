@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from twotower_eval.analyse import stats
@@ -143,7 +144,7 @@ class QualityPoint:
     scores: stats.PairedScores | None
     documents_sha256: str
 
-    @property
+    @cached_property
     def key(self) -> PointKey:
         """Joins quality and speed of the same weights, dtype and decoder."""
         return point_key(self.candidate)

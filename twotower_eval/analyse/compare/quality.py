@@ -12,8 +12,17 @@ from typing import Any
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.chance import NOT_CLEAR, AgainstChance, against_chance, chances
-from twotower_eval.analyse.compare.clean import CleanQuality, clean_quality, flagged, flagged_documents, outputs
-from twotower_eval.analyse.compare.counts import count
+from twotower_eval.analyse.compare.clean import (
+    CleanQuality,
+    OutputKey,
+    clean_quality,
+    flagged,
+    flagged_documents,
+    outputs,
+)
+from twotower_eval.analyse.compare.counts import Counts, count
+from twotower_eval.analyse.compare.degenerate import Flags
+from twotower_eval.analyse.compare.once import once
 from twotower_eval.analyse.compare.pairing import Pair, lone_scores, missing_scores, paired
 from twotower_eval.analyse.compare.points import (
     Measured,
@@ -68,7 +77,8 @@ def _point(run: Run, cells: list[Cell], by_cell: dict[str, list[Score]]) -> Qual
         lacking = NoHeadline(num_documents=num_missing)
         warnings.append(Finding(kind="unscored_documents", severity="note", facts=lacking))
     ids, baseline_ids = {cell.id for cell in cells}, {cell.id for cell in baselines}
-    by_arm = [outputs(run.manifest.run_id, run.generations_of(arm), arm) for arm in (baseline_ids, ids)]
+    of_baseline = once([run], ("outputs", frozenset(baseline_ids)), lambda: _outputs(run, baseline_ids))
+    by_arm = [of_baseline[0], outputs(run.manifest.run_id, run.generations_of(ids), ids)]
     clusters = {(a.task, a.doc_id): a.cluster_id for a, _ in pairs}
     return QualityPoint(
         run_id=run.manifest.run_id,
@@ -80,13 +90,18 @@ def _point(run: Run, cells: list[Cell], by_cell: dict[str, list[Score]]) -> Qual
         missing=missing,
         warnings=tuple(warnings),
         counts=count(row.generation for row in run.generations_of(ids)),
-        baseline_counts=count(row.generation for row in run.generations_of(baseline_ids)),
+        baseline_counts=of_baseline[1],
         flagged=flagged(by_arm[0], by_arm[1], clusters),
         clean=_clean(scores, headline, [flagged_documents(arm) for arm in by_arm]),
         scores=scores if headline else None,
         documents_sha256=_documents_sha256(headline, baselines),
         **found_tasks,
     )
+
+
+def _outputs(run: Run, cells: set[str]) -> tuple[dict[OutputKey, Flags], Counts]:
+    rows = run.generations_of(cells)
+    return outputs(run.manifest.run_id, rows, cells), count(row.generation for row in rows)
 
 
 def _documents_sha256(headline: list[Pair], baselines: list[Cell]) -> str:

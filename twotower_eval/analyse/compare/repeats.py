@@ -59,14 +59,15 @@ class _Repeat(NamedTuple):
 
 def _repeats(values: Values, doubt: Doubt = lambda _: False) -> Iterator[_Repeat]:
     """Where nearly all values are those of one other place, or come twice within their own."""
-    holders: dict[Hashable, Counter[Spot]] = defaultdict(Counter)
+    held: dict[Hashable, list[Spot]] = defaultdict(list)
     for spot, own in values.items():
         for value in own:
-            holders[value][spot] += 1
+            held[value].append(spot)
+    holders = {value: Counter(spots) for value, spots in held.items() if len(spots) > 1}  # few are anywhere else
     for spot, own in values.items():
         shared: dict[Spot, list[Hashable]] = defaultdict(list)
         for value in own:
-            for other, times in holders[value].items():
+            for other, times in holders[value].items() if value in holders else ():
                 if other != spot or times > 1:
                     shared[other].append(value)
         enough = max(SHARE * len(own), MIN_VALUES)
@@ -77,16 +78,21 @@ def _repeats(values: Values, doubt: Doubt = lambda _: False) -> Iterator[_Repeat
 
 def _times(runs: Sequence[Run]) -> Iterator[_Repeat]:
     """By rounds; what has few calls a round, by all rounds of a launch."""
-    by_round: dict[Spot, list[int]] = defaultdict(list)
-    by_launch: dict[Spot, list[int]] = defaultdict(list)
+    by_round: dict[Spot, list[int]] = {}
+    by_launch: dict[Spot, list[int]] = {}
     ticks: dict[str | None, int] = {}
     for run in runs:
+        rounds: dict[tuple[object, ...], tuple[list[int], list[int]]] = {}
         for call in run.speed:
             if (time_ns := round(call.wall_s / DIGIT_S)) > 0:
-                lane = Spot(run=run.manifest.run_id, launch=call.launch_id, cell=call.cell, replica=call.replica)
-                by_round[lane._replace(round=call.round, phase=call.phase)].append(time_ns)
-                by_launch[lane].append(time_ns)
-                ticks[lane.run] = gcd(ticks.get(lane.run, 0), time_ns)
+                key = (call.launch_id, call.cell, call.replica, call.round, call.phase)
+                if key not in rounds:
+                    lane = Spot(run=run.manifest.run_id, launch=call.launch_id, cell=call.cell, replica=call.replica)
+                    of_round = by_round.setdefault(lane._replace(round=call.round, phase=call.phase), [])
+                    rounds[key] = of_round, by_launch.setdefault(lane, [])
+                for own in rounds[key]:
+                    own.append(time_ns)
+                ticks[run.manifest.run_id] = gcd(ticks.get(run.manifest.run_id, 0), time_ns)
     found = list(_repeats(by_round, _doubt(by_round, ticks)))
     lanes = {one.spot._replace(round=None, phase=None) for one in found}
     yield from found

@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
 from scipy.special import ndtr
 
 from twotower_eval.analyse.compare.points import Measured, measured
@@ -330,6 +329,8 @@ def fit_layers(patterns: Sequence[str], seconds_QF: Floats) -> tuple[str, Floats
     counts_FL = layer_counts(patterns, kinds)
     if np.linalg.matrix_rank(counts_FL) < counts_FL.shape[1]:
         raise NoEstimate(f"{len(patterns)} parts cannot tell {len(kinds)} kinds of layers apart")
+    from scipy.optimize import nnls  # takes long to import, and few reports are of sizing
+
     ones_F = np.ones(len(patterns))
     return kinds, np.array([nnls(counts_FL / row_F[:, None], ones_F)[0] for row_F in seconds_QF])
 

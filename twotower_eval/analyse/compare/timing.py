@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import chain
 
 from twotower_eval.analyse import stats
@@ -36,6 +37,7 @@ from twotower_eval.analyse.compare.degenerate import Flags
 from twotower_eval.analyse.compare.gaps import remarks
 from twotower_eval.analyse.compare.lengths import Lengths, with_lengths
 from twotower_eval.analyse.compare.measured import ArmsDifferError
+from twotower_eval.analyse.compare.once import once
 from twotower_eval.analyse.compare.points import Measured, PointKey, baseline_of, measured, point_key
 from twotower_eval.analyse.compare.samples import Sample, answer_samples
 from twotower_eval.analyse.compare.unseen import UNCHECKED, Unseen, unseen
@@ -43,6 +45,8 @@ from twotower_eval.analyse.compare.warned import LengthsDiffer, UnlikeLengths
 from twotower_eval.records import Cell, Finding, Gate, GateLimits, SerialDependence, TimeFault
 from twotower_eval.store import Run
 from twotower_eval.ways import Handicap, handicaps
+
+Asked = tuple[tuple[str, int, int], str]  # task, document and request; the hash of its prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +98,7 @@ class SpeedPoint:
     faults: tuple[TimeFault, ...] = ()
     unseen: Unseen = UNCHECKED
 
-    @property
+    @cached_property
     def key(self) -> PointKey:
         """Joins quality and speed of the same weights, dtype and decoder."""
         return point_key(self.candidate)
@@ -264,12 +268,20 @@ def _check_prompts(runs: list[Run], baseline: Grid, candidate: Grid) -> None:
         what = "baseline and candidate were timed on different prompts: they are no pair"
         raise ArmsDifferError(f"{names_of(runs)}: {what}")
     cells = {sample.cell for grid in (baseline, candidate) for sample in grid.values()}
+    asked = frozenset[Asked]().union(*(once(runs, ("asked", cell), partial(_asked, runs, cell)) for cell in cells))
+    if len(asked) == len({document for document, _ in asked}):
+        return
     hashes: dict[tuple[str, int, int], str] = {}
     for row in (row for run in runs for row in run.generations_of(cells)):
         known = hashes.setdefault((row.task, row.doc_id, row.request_index), row.prompt_sha256)
         if known != row.prompt_sha256:
             where = f"task {row.task!r}, document {row.doc_id}"
             raise ArmsDifferError(f"{names_of(runs)}: {where}: prompt_sha256 differs between timed generations")
+
+
+def _asked(runs: list[Run], cell: str) -> frozenset[Asked]:
+    rows = (row for run in runs for row in run.generations_of({cell}))
+    return frozenset(((row.task, row.doc_id, row.request_index), row.prompt_sha256) for row in rows)
 
 
 def _dropped_calls(by_arm: list[dict[OutputKey, Flags]], calls: list[Call]) -> tuple[list[bool], list[bool]] | None:

@@ -69,9 +69,21 @@ def write(
     ``report.html``, all in one file; ``csv`` adds the tables with all their digits under ``tables/``. Raises ValueError
     where the runs cannot be read or their arms are no pair.
     """
+    with store.no_collection():
+        folder, files = _made(run_paths, out_root, sections or (), claims, html=html, csv=csv)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def _made(
+    run_paths: Sequence[Path], out_root: Path, sections: Sequence[str], claims: str | None, *, html: bool, csv: bool
+) -> tuple[Path, dict[str, bytes]]:
+    """The report's folder, and its files by name."""
     loaded = [store.load(Path(path)) for path in run_paths]
     runs = JudgedRuns(loaded, shipped_claims(loaded) if claims is None else load_claims(claims))
-    rendered = [_rendered(name, runs) for name in _chosen(sections or (), runs)]
+    rendered = [_rendered(name, runs) for name in _chosen(sections, runs)]
     files: dict[str, bytes] = {}
     for section in rendered:
         clash = sorted(files.keys() & section.files.keys())
@@ -90,11 +102,7 @@ def write(
         from twotower_eval.analyse.report.frames import tables
 
         files |= {f"{TABLES}/{name}": content for name, content in tables(runs).items()}
-    folder = Path(out_root) / report_id([run.manifest.run_id for run in runs])
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return folder
+    return Path(out_root) / report_id([run.manifest.run_id for run in runs]), files
 
 
 def _concerning(runs: JudgedRuns) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 from scipy.special import bdtr, stdtrit
@@ -97,6 +98,11 @@ class PartPasses:
     contexts: tuple[float, ...]
     repeats: float = 1.0
     num_rows: int | None = None
+
+    @cached_property
+    def contexts_N(self) -> Floats:
+        """The same as an array."""
+        return np.array(self.contexts, dtype=float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,8 +198,8 @@ def predict(table: CostTable, calls: Sequence[CallCounts | Sequence[PartPasses]]
     by_part: dict[CostPart, float] = {}
     num_passes = num_beyond = 0
     for (part, block_size, num_rows), passes in alike.items():
-        contexts_N = np.concatenate([one.contexts for one in passes])
-        repeats_N = np.concatenate([np.full(len(one.contexts), one.repeats) for one in passes])
+        contexts_N = np.concatenate([one.contexts_N for one in passes])
+        repeats_N = np.repeat([one.repeats for one in passes], [len(one.contexts) for one in passes])
         seconds_N, beyond = table.seconds_N(part, block_size, contexts_N, num_rows)
         by_part[part] = by_part.get(part, 0.0) + float(seconds_N @ repeats_N)
         num_passes += len(contexts_N)
@@ -278,23 +284,24 @@ def needed_tokens_per_nfe(
     return Figure(value=speedup * denoise_s / (ar_step_s - speedup * context_pass_s / block_size))
 
 
-def passes_of(call: CallCounts) -> list[PartPasses]:
+@lru_cache(maxsize=100_000)  # a call makes the same passes in every round
+def passes_of(call: CallCounts) -> tuple[PartPasses, ...]:
     """All passes of a call, each over the whole batch, in order of context lengths."""
     start, steps = float(call.prompt_tokens), call.num_steps
     prefill = PartPasses(part="prefill", block_size=None, contexts=(start,))
     if call.block_size is None:
         contexts = tuple(start + step for step in range(steps))
-        return [prefill, PartPasses(part="ar_step", block_size=None, contexts=contexts)]
+        return prefill, PartPasses(part="ar_step", block_size=None, contexts=contexts)
     num_blocks = call.num_context_passes + 1 if steps else 0
     contexts = tuple(start + call.block_size * block for block in range(num_blocks))
     absorbed = contexts[: call.num_context_passes]
     # Which block took how many passes is not counted: they are spread evenly.
     each = steps / num_blocks if num_blocks else 0.0
-    return [
+    return (
         prefill,
         PartPasses(part="denoise", block_size=call.block_size, contexts=contexts, repeats=each),
         PartPasses(part="context_pass", block_size=call.block_size, contexts=absorbed),
-    ]
+    )
 
 
 def _check_costs(ar_step_s: float, denoise_s: float, context_pass_s: float) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, log, sqrt
 
-from scipy.optimize import brentq
 from scipy.special import ndtri
 
 from twotower_eval.analyse.stats.decide import MIN_CLUSTERS, Relation, limits
@@ -194,6 +193,8 @@ def _crossing(function: Callable[[float], float], low: float, high: float) -> fl
     at_low, at_high = function(low), function(high)
     if (at_low > 0) == (at_high > 0):
         return None
+    from scipy.optimize import brentq  # takes long to import, and few plan a size
+
     return float(brentq(function, low, high, xtol=1e-9))
 
 
