@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from twotower_eval.engine.decoders.finish import check_batch_size, generation, is_finished, make_rules
+from twotower_eval.engine.decoders.finish import check_batch_size, check_prompts, generation, is_finished, make_rules
 from twotower_eval.engine.decoders.rows import padded_ids
 from twotower_eval.engine.models.counting import CountingModel
 
@@ -35,7 +35,8 @@ class Greedy:
         max_batch_size: int | None = None,
         on_finish: Any = None,
     ) -> list[Any]:
-        size = check_batch_size(max_batch_size) or len(prompts)
+        check_prompts(self.model, prompts)
+        size = check_batch_size(max_batch_size) or max(1, len(prompts))
         rules = make_rules(self.model, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, stop=stop)
         made = []
         for start in range(0, len(prompts), size):

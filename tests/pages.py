@@ -3,6 +3,7 @@
 import re
 import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ def write_files(page: str, folder: Path) -> list[str]:
     found = re.findall(r"into `([\w.]+)`:\n\n```python\n(.*?)```\n", text, re.S)
     for name, code in found:
         (folder / name).write_text(code, encoding="utf-8")
+        sys.modules.pop(name.removesuffix(".py"), None)  # of another test's folder
     return [name for name, _ in found]
 
 

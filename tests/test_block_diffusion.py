@@ -175,30 +175,6 @@ def test_the_end_of_a_text_alone_never_stops_a_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, not 0"),
-        ({"max_new_tokens": 2.5}, "max_new_tokens must be"),
-        ({"max_new_tokens": 4, "stop": ["\n"]}, "stop strings need a tokenizer"),
-        ({"max_new_tokens": 4, "stop": "ab"}, "not one string"),
-    ],
-)
-@pytest.mark.parametrize("kind", DECODERS)
-def test_bad_arguments(kind: str, arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_decoder(tiny_pair(), kind).generate([PROMPT], **arguments)
-
-
-@pytest.mark.parametrize("kind", DECODERS)
-@pytest.mark.parametrize(
-    ("ids", "message"), [((), "is empty"), ((1, 40), "outside the vocabulary"), ((-1,), "outside")]
-)
-def test_bad_prompts(kind: str, ids: tuple[int, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_decoder(tiny_pair(), kind).generate([Prompt(id="bad", token_ids=ids)], max_new_tokens=2)
-
-
-@pytest.mark.parametrize(
     ("params", "message"),
     [
         ({"block_size": 0}, "block_size must be"),

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, VOCAB, Pieces, tiny_pair
 
-from twotower_eval.engine.decoders import DECODERS, make_decoder
+from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.models.counting import WatchedModel
 from twotower_eval.records import Generation, Prompt
 
@@ -192,23 +192,6 @@ def test_rows_that_depend_on_their_neighbours_keep_them() -> None:
     assert together != decoder.generate(prompts, max_new_tokens=24)
 
 
-@pytest.mark.parametrize("kind", DECODERS)
-def test_each_row_is_heard_of_when_it_finishes(kind: str) -> None:
-    prompts = [Prompt(id=str(i), token_ids=(5, 6 + i)) for i in range(4)]
-    heard: list[Generation] = []
-    decoder = make_decoder(tiny_pair(), kind)
-    generations = decoder.generate(prompts, max_new_tokens=5, max_batch_size=2, on_finish=heard.append)
-    assert [g.prompt_id for g in generations] == ["0", "1", "2", "3"]
-    assert sorted(heard, key=lambda g: g.prompt_id) == generations
-
-
-@pytest.mark.parametrize("kind", DECODERS)
-@pytest.mark.parametrize("width", [0, -1, 2.0, True])
-def test_bad_batch_sizes(kind: str, width: Any) -> None:
-    with pytest.raises(ValueError, match="max_batch_size must be a whole number of at least 1"):
-        make_decoder(tiny_pair(), kind).generate([], max_new_tokens=4, max_batch_size=width)
-
-
 @EVERY_MODEL
 @FEW
 @given(**ANY_CALL)
@@ -309,11 +292,6 @@ def test_a_prompts_tokens_may_be_a_list_or_a_tensor() -> None:
     for ids in ([5, 6, 7], torch.tensor([5, 6, 7], dtype=torch.int32), torch.tensor([5, 6, 7]).numpy()):
         given_otherwise: Any = ids
         assert Prompt(id="p", token_ids=given_otherwise) == wanted
-
-
-@pytest.mark.parametrize("kind", [*KINDS, "reference"])
-def test_no_prompts(kind: str) -> None:
-    assert make_decoder(tiny_pair(), kind).generate([], max_new_tokens=4) == []
 
 
 def test_batch_mean_t_must_be_asked_for() -> None:

@@ -913,15 +913,6 @@ def test_a_section_of_ones_own(usual, tmp_path) -> None:
         report.write(usual[:2], tmp_path, sections=[sections[1]] * 2)
 
 
-@pytest.mark.parametrize("name", sorted(report.SECTIONS))
-def test_every_section_renders_alone_and_of_either_verb(usual, tmp_path, name: str) -> None:
-    for paths in (usual[:2], usual[:1], usual[1:2]):
-        folder = report.write(paths, tmp_path, sections=[name])
-        assert len(markdown_of(folder).splitlines()) > 4
-        for link in re.findall(r"\]\(([\w.]+)\)", markdown_of(folder)):
-            assert (folder / link).exists()
-
-
 # --- formats -------------------------------------------------------------------------------------------------------
 
 

@@ -165,3 +165,6 @@ class Pieces:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(self.pieces[token] for token in token_ids)
+
+    def decode_with_special(self, token_ids: Sequence[int]) -> str:
+        return self.decode(token_ids)
