@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from twotower_eval import api, cli, store
 from twotower_eval.analyse import report as report_room
 from twotower_eval.analyse.claims import load_claims
 from twotower_eval.api.given import plan_of
-from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan
+from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, model_folder
 from twotower_eval.records import to_json
 
 SMALL: dict[str, Any] = {"tasks": ["miniature_sort", "miniature_choice"], "limit": 2, "max_new_tokens": 6}
@@ -68,8 +69,9 @@ def test_lists_tuples_and_single_values_are_one_plan(listed: Any) -> None:
 
 
 def test_the_shipped_pair_is_named_miniature(tmp_path: Path) -> None:
-    assert plan_of(RunPlan, None, None, {"model": "miniature"}) == RunPlan()
-    assert plan_of(RunPlan, RunPlan(model="mine", limit=3), None, {"model": "miniature"}) == RunPlan(limit=3)
+    pair = model_folder(RunPlan())
+    assert model_folder(plan_of(RunPlan, None, None, {"model": "miniature"})) == pair
+    assert model_folder(plan_of(RunPlan, RunPlan(model="mine"), None, {"model": "miniature"})) == pair
     assert plan_of(RunPlan, None, None, {"model": tmp_path}) == RunPlan(model=str(tmp_path))
 
 
@@ -263,8 +265,8 @@ def test_a_comparison_has_the_numbers_of_the_report(measured: tuple[Path, Path],
         for table, own, theirs in (
             (retention[retention["task"] == "(headline)"], "retention", "retention"),
             (retention[retention["task"] == "(decoder_exercised)"], "exercised_retention", "retention"),
-            (speed, "speedup", "speedup_time"),
-            (speed, "throughput_speedup", "speedup_throughput"),
+            (speed, "speedup", "time_speedup"),
+            (speed, "throughput_speedup", "throughput_speedup"),
         ):
             at = table
             for name in (*settings, *(["batch_size"] if table is speed else [])):
@@ -378,3 +380,65 @@ def test_a_size_and_a_check_are_runs_with_frames(pair: Path, tmp_path: Path) -> 
     assert list(checked.checks["outcome"]) == [row.outcome for row in checked.record.checks]
     assert checked.check_lines[-1].startswith(str(checked.path))
     assert to_json(checked.manifest)["verb"] == "verify"
+
+
+# --- prompts --------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_of_a_text_is_read_as_tasks_are(pair: Path) -> None:
+    from twotower_eval.engine.models.prompts import prompt_ids
+
+    model = tt.load_model(pair)
+    text = "sort 3 1 2="
+    prompt = tt.Prompt.from_text(text, model)
+    assert prompt.token_ids == tuple(prompt_ids(model, text)) == tt.Prompt.from_text(text, model.tokenizer).token_ids
+    assert prompt.text == text
+    assert prompt == tt.Prompt.from_text(text, model)
+    assert prompt.id != tt.Prompt.from_text("sort 1=", model).id
+    decoder = tt.make_decoder(model, "block_diffusion", block_size=4)
+    named = tt.Prompt.from_text(text, model, id="mine", seed=3)
+    same = tt.Prompt(id="list", token_ids=list(prompt.token_ids))
+    answers = decoder.generate([prompt, named, same], max_new_tokens=8)
+    assert [answer.prompt_id for answer in answers] == [prompt.id, "mine", "list"]
+    assert answers[0].token_ids == answers[1].token_ids == answers[2].token_ids
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one(pair: Path) -> None:
+    class Reader:
+        """A tokenizer that adds a BOS by itself."""
+
+        bos_token_id, eos_token_id = 1, 2
+
+        def encode(self, text: str, special: bool = False) -> list[int]:
+            return [1] * special + [1 if part == "<s>" else 7 for part in text.replace("<s>", "<s> ").split()]
+
+        def decode_with_special(self, token_ids: Any) -> str:
+            return "<s>"
+
+        def prompt_ids(self, text: str) -> list[int]:
+            return Tokenizer.prompt_ids(self, text)  # type: ignore[arg-type]
+
+    from twotower_eval.engine.models.tokenizer import Tokenizer
+
+    assert tt.Prompt.from_text("a b", Reader()).token_ids == (1, 7, 7)
+    assert tt.Prompt.from_text("<s>a b", Reader()).token_ids == (1, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: tt.Prompt(id="p", token_ids="abc"), "whole numbers"),
+        (lambda: tt.Prompt(id="p", token_ids=[1.5]), "whole numbers"),
+        (lambda: tt.Prompt(id="p", token_ids=7), "whole numbers"),
+        (lambda: tt.Prompt(id="p", token_ids=[3, -1]), "token id -1 is below 0"),
+        (lambda: tt.Prompt(id=3, token_ids=[3]), "id must be a text"),
+        (lambda: tt.Prompt.from_text("a", object()), "a object reads no text"),
+        (lambda: tt.Prompt.from_text("a", types.SimpleNamespace(tokenizer=None)), "no tokenizer files"),
+        (lambda: tt.DecoderSpec(kind=""), "kind must be a name"),
+        (lambda: tt.DecoderSpec(kind="x", params=[3]), "params must be a table"),
+    ],
+)
+def test_a_prompt_or_a_decoder_that_cannot_be_is_refused(make: Any, words: str) -> None:
+    """1.5 was the token 1, and -1 the last one of the vocabulary."""
+    with pytest.raises(tt.UserError, match=words):
+        make()

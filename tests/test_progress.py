@@ -1,6 +1,12 @@
 """Progress: bars for people, few plain lines for logs, nothing lost when a loop ends early."""
 
+import builtins
+import contextlib
+import importlib.machinery
+import importlib.util
 import io
+import sys
+import types
 
 import pytest
 from rich.console import Console
@@ -68,3 +74,61 @@ def test_silence_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("value", "text"), [(8.31, "8.3 s"), (245, "4 min 05 s"), (7630, "2 h 07 min")])
 def test_durations_read_well(value: float, text: str) -> None:
     assert duration_text(value) == text
+
+
+class ZMQInteractiveShell:
+    """A notebook's kernel, by the name that it goes by."""
+
+
+class TerminalInteractiveShell:
+    """IPython in a terminal, or fed from a file."""
+
+
+def in_ipython(monkeypatch: pytest.MonkeyPatch, shell: type) -> None:
+    monkeypatch.setattr(builtins, "get_ipython", shell, raising=False)
+
+
+def test_a_notebook_without_widgets_gets_plain_lines_below_the_cell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They came on standard error, which notebooks colour as a fault."""
+    in_ipython(monkeypatch, ZMQInteractiveShell)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    progress = choose_progress()
+    assert isinstance(progress, LogProgress)
+    with progress.track(1, "cells") as advance:
+        advance()
+    out, err = capsys.readouterr()
+    assert out.startswith("cells: 1/1 in")
+    assert err == ""
+
+
+def test_a_notebook_with_widgets_gets_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[object] = []
+
+    class Output(contextlib.nullcontext[None]):
+        def clear_output(self, wait: bool) -> None:
+            shown.append("redrawn")
+
+    def module(name: str, **names: object) -> types.ModuleType:
+        made = types.ModuleType(name)
+        made.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        vars(made).update(names)
+        return made
+
+    display = module("IPython.display", display=lambda *given, **named: shown.append(given))
+    for made in (module("IPython", display=display), display, module("ipywidgets", Output=Output)):
+        monkeypatch.setitem(sys.modules, made.__name__, made)
+    in_ipython(monkeypatch, ZMQInteractiveShell)
+    progress = choose_progress()
+    assert isinstance(progress, TerminalProgress)
+    with progress.track(2, "cells") as advance:
+        advance(2)
+    assert "redrawn" in shown
+
+
+def test_ipython_without_a_terminal_or_a_notebook_is_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_ipython(monkeypatch, TerminalInteractiveShell)
+    assert isinstance(choose_progress(), LogProgress)
+    in_ipython(monkeypatch, ZMQInteractiveShell)
+    assert isinstance(choose_progress(io.StringIO()), LogProgress), "a stream that is named is written to"

@@ -45,7 +45,7 @@ from twotower_eval.plan_fields import (
 from twotower_eval.records import LEFT_OUT, LikelihoodKind, sizing_config
 
 CONTEXT_TOWER = "context-tower"
-SHIPPED = "miniature"  # the pair that is part of the package, and the suite of its tasks: what is meant by default
+SHIPPED = "miniature"  # the pair that is part of the package
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,7 +336,7 @@ def baseline_folder(plan: RunPlan | SpeedPlan) -> Path | None:
 
 
 def _folder(name: str) -> Path:  # a folder here that is called like the shipped pair is what is meant
-    is_shipped = name == "miniature" and not Path(name).is_dir()
+    is_shipped = name == SHIPPED and not Path(name).is_dir()
     return data_path("miniature", "pair") if is_shipped else Path(name)
 
 

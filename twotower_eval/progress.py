@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import importlib.util
 import sys
 import time
 from collections.abc import Iterator
@@ -112,13 +114,25 @@ class TerminalProgress:
 
 
 def choose_progress(stream: TextIO | None = None) -> Progress:
-    """Bars where ``stream`` (standard error by default) is a terminal, plain lines where it is not."""
-    stream = stream or sys.stderr
-    if not stream.isatty():
-        return LogProgress(stream)
+    """Bars where ``stream`` (standard error by default) is a terminal, plain lines where it is not.
+
+    A notebook has no terminal: it shows bars where ``ipywidgets`` is installed, and else plain lines below the cell,
+    on its standard output, since notebooks colour what comes on standard error as a fault.
+    """
+    if (stream or sys.stderr).isatty():
+        return TerminalProgress(_console(stream or sys.stderr))
+    if stream is None and "get_ipython" in vars(builtins):
+        console = _console(sys.stdout)
+        if console.is_jupyter:
+            shows_bars = all(importlib.util.find_spec(name) is not None for name in ("IPython", "ipywidgets"))
+            return TerminalProgress(console) if shows_bars else LogProgress(sys.stdout)
+    return LogProgress(stream or sys.stderr)
+
+
+def _console(stream: TextIO) -> Console:
     from rich.console import Console
 
-    return TerminalProgress(Console(file=stream))
+    return Console(file=stream)
 
 
 def duration_text(duration_s: float) -> str:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import operator
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
+
+from twotower_eval.errors import UserError
 
 SCHEMA_VERSION = 1
 
@@ -209,6 +212,12 @@ class DecoderSpec:
     version: Whole = 1
     code: tuple[FileDigest, ...] | None = field(default=None, metadata=LEFT_OUT)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.kind, str) or not self.kind:
+            raise UserError(f"a decoder's kind must be a name, not {self.kind!r}")
+        if not isinstance(self.params, Mapping) or not all(isinstance(name, str) for name in self.params):
+            raise UserError(f"decoder {self.kind!r}: params must be a table of parameters, not {self.params!r}")
+
     @property
     def label(self) -> str:
         """Short name, parameters in their own order, as in ``block_diffusion(block_size=16, threshold=0.8)``.
@@ -224,7 +233,7 @@ class Prompt:
     """One prompt. ``seed`` makes sampling independent of the batch a prompt happens to be in.
 
     ``trace`` asks for the trace of its generation, which changes no token. ``token_ids`` may be given as any sequence
-    of whole numbers, a tensor included.
+    of whole numbers: a list, a tuple, a tensor. :meth:`from_text` makes them of a text.
     """
 
     id: str
@@ -234,7 +243,39 @@ class Prompt:
     trace: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "token_ids", tuple(int(token) for token in self.token_ids))
+        try:
+            token_ids = tuple(map(operator.index, self.token_ids))  # which takes no part of a number, as int() does
+        except TypeError as error:
+            raise UserError(f"prompt {self.id!r}: token_ids must be a sequence of whole numbers: {error}") from error
+        if min(token_ids, default=0) < 0:
+            raise UserError(f"prompt {self.id!r}: token id {min(token_ids)} is below 0")
+        if not isinstance(self.id, str):
+            raise UserError(f"a prompt's id must be a text, not {self.id!r}")
+        object.__setattr__(self, "token_ids", token_ids)
+
+    @classmethod
+    def from_text(
+        cls, text: str, model: object, *, id: str | None = None, seed: int = 0, trace: bool = False
+    ) -> Prompt:
+        """A prompt of the tokens that a model reads in ``text``, as the prompts of tasks are read.
+
+        ``model`` is what ``load_model`` gives, or its tokenizer. Equal texts have equal ids unless ``id`` is given.
+        UserError where the model has no tokenizer, or where it finds no token in the text.
+
+        >>> import twotower_eval as tt
+        >>> model = tt.load_model("twotower_eval/miniature/pair")  # doctest: +SKIP
+        >>> prompt = tt.Prompt.from_text("add 193 151=", model)  # doctest: +SKIP
+        """
+        reader = getattr(model, "tokenizer", model)
+        if reader is None:
+            raise UserError("this model has no tokenizer files, and reads no text: give the prompt's token_ids")
+        if not hasattr(reader, "prompt_ids"):
+            raise UserError(f"a {type(model).__name__} reads no text: give a model of load_model, or its tokenizer")
+        token_ids = tuple(reader.prompt_ids(text))
+        if not token_ids:
+            raise UserError("an empty text has no tokens to begin with: give the prompt's token_ids")
+        named = f"text-{sha256_text(text)[:12]}" if id is None else id
+        return cls(id=named, token_ids=token_ids, text=text, seed=seed, trace=trace)
 
 
 @dataclass(frozen=True, kw_only=True)

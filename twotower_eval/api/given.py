@@ -15,7 +15,7 @@ from twotower_eval import store
 from twotower_eval.api.runs import Run
 from twotower_eval.decoder_settings import check_said_once, typed_settings
 from twotower_eval.errors import UserError
-from twotower_eval.plan import SHIPPED, RunPlan, SizingPlan, SpeedPlan, VerifyPlan, load_plan, merge, plan_from_json
+from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, load_plan, merge, plan_from_json
 from twotower_eval.progress import Progress, SilentProgress, choose_progress
 from twotower_eval.records import Verb, verb_of
 
@@ -51,10 +51,6 @@ def plan_of(cls: type[P], plan: P | PathText | None, resumed: Path | None, given
     """
     base = _base_of(cls, plan, resumed)
     values = _values(cls, given)
-    if values.get("model") == SHIPPED:
-        del values["model"]
-        if base is not None:
-            base = plan_from_json(cls, {**vars(base), "model": None})
     if isinstance(settings := values.get("set"), Mapping):
         check_said_once(settings, values)
         kind = values.get("decoder") or getattr(base or cls, "decoder", "")

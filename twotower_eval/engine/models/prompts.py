@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 from twotower_eval.engine.models.protocol import Model, text_codec
+from twotower_eval.engine.models.tokenizer import encode_once
 from twotower_eval.errors import UserError
 
 
@@ -43,7 +44,7 @@ def _end_of_text_ids(model: Model) -> list[int]:
 def prompt_ids(model: Model, text: str) -> list[int]:
     """Token ids of the prompt of a generation, with what the tokenizer adds by itself, unless it begins with BOS."""
     bos = text_codec(model).bos_token_id
-    return _encode(model, text, None if bos is None else int(bos)) or [prefix_id(model)]
+    return encode_once(text_codec(model), text, None if bos is None else int(bos)) or [prefix_id(model)]
 
 
 def text_ids(model: Model, text: str) -> list[int]:
@@ -52,12 +53,7 @@ def text_ids(model: Model, text: str) -> list[int]:
     A model without a prefix reads it too: only texts without context need one.
     """
     knows_one = text_codec(model).bos_token_id is not None or _end_of_text_ids(model)
-    return _encode(model, text, prefix_id(model) if knows_one else None)
-
-
-def _encode(model: Model, text: str, first: int | None) -> list[int]:
-    mark = "" if first is None else text_codec(model).decode_with_special([first])
-    return text_codec(model).encode(text, not (mark and text.startswith(mark)))
+    return encode_once(text_codec(model), text, prefix_id(model) if knows_one else None)
 
 
 def fitted_prompt_ids(model: Model, text: str, budget: int) -> tuple[list[int], bool]:

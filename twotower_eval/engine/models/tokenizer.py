@@ -10,6 +10,7 @@ from pathlib import Path
 
 import tokenizers
 
+from twotower_eval.engine.models.protocol import TextCodec
 from twotower_eval.errors import UserError
 from twotower_eval.json_text import JsonObject, parse_json, read_utf8
 
@@ -27,6 +28,12 @@ CLEANED_UP = (
     (" 've", "'ve"),
     (" 're", "'re"),
 )
+
+
+def encode_once(tokenizer: TextCodec, text: str, first: int | None) -> list[int]:
+    """Token ids with what the tokenizer adds by itself, unless the text begins with that of ``first`` already."""
+    mark = "" if first is None else tokenizer.decode_with_special([first])
+    return tokenizer.encode(text, not (mark and text.startswith(mark)))
 
 
 class Tokenizer:
@@ -76,6 +83,11 @@ class Tokenizer:
                 "tokens only"
             )
         return ids
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Token ids of the prompt of a generation, with what the tokenizer adds by itself, unless it begins with BOS.
+        An empty text may have none."""
+        return encode_once(self, text, self.bos_token_id)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
