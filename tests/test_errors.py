@@ -18,8 +18,9 @@ import torch
 from own_tasks import task_yaml, use_tasks, write_tasks
 from tiny_pair import write_pair
 
-from twotower_eval import cli
+from twotower_eval import cli, store
 from twotower_eval.analyse import stats
+from twotower_eval.analyse.compare.consistency import contradictions
 from twotower_eval.analyse.compare.measured import ArmsDifferError, measured
 from twotower_eval.analyse.compare.wholes import _resampled
 from twotower_eval.engine.models import load_model
@@ -31,7 +32,7 @@ from twotower_eval.measure.suites.datafiles import prepare
 from twotower_eval.measure.verify.golden import load_golden
 from twotower_eval.miniature.train import read_recipe, train_pair
 from twotower_eval.plugin_calls import PluginError
-from twotower_eval.records import Score
+from twotower_eval.records import Score, SpeedSample
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "twotower_eval"
@@ -380,6 +381,16 @@ def test_ratios_beyond_all_numbers_have_a_reason() -> None:
     assert (
         measured(lambda: stats.speedup(calls)).reason == "the ratio, or an end of its interval, is too large a number"
     )
+
+
+def test_a_time_beyond_all_clocks_ends_no_report(tmp_path: Path) -> None:
+    """It is more nanoseconds than a number holds."""
+
+    def edit(row: made.Row) -> made.Row:
+        return dataclasses.replace(row, wall_s=1e300) if isinstance(row, SpeedSample) else row
+
+    run = store.load(made.speed_run(tmp_path, num_rounds=3, num_calls=2, edit=edit))
+    contradictions(run)
 
 
 def test_a_section_of_somebodys_own_is_told_apart(

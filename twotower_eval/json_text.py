@@ -1,7 +1,7 @@
 """JSON as it may be carried: one reader for every file, which refuses what Python would take and nobody could mean.
 
 Python's reader takes NaN, rounds 1e999 to infinity, keeps the last of two equal keys and lets half a surrogate pair
-through, which no UTF-8 file can hold. Here each is a ValueError of one line that says where. Standard library only.
+through, which no UTF-8 file can hold. Here each is a UserError of one line that says where. Standard library only.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def parse_object(line: bytes, where: str) -> dict[str, Any]:
 def read_utf8(file: Path) -> str:
     """The text of a file that somebody brings, without the mark that some editors put in front of it.
 
-    ValueError that names the file, and the line where it is not UTF-8.
+    UserError that names the file, and the line where it is not UTF-8.
     """
     try:
         return decode_utf8(file.read_bytes(), str(file))
@@ -67,7 +67,7 @@ def read_utf8(file: Path) -> str:
 
 
 def decode_utf8(content: bytes, where: str) -> str:
-    """The text of UTF-8 bytes, one byte order mark in front left out; ValueError with the line that is not UTF-8."""
+    """The text of UTF-8 bytes, one byte order mark in front left out; UserError with the line that is not UTF-8."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # as UTF-32 in the usual order does too
         raise UserError(f"cannot read {where}: it is UTF-16, not UTF-8: save it as UTF-8")
     try:
@@ -90,7 +90,7 @@ def walk(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def check_text(value: Any, where: str) -> None:
-    """ValueError for lone surrogates anywhere in a value: no file and no tokenizer takes them."""
+    """UserError for lone surrogates anywhere in a value: no file and no tokenizer takes them."""
     for path, inner in walk(value):
         texts = inner if isinstance(inner, dict) else (inner,) if isinstance(inner, str) else ()
         found = next(filter(None, (None if text.isascii() else _HALF_PAIR.search(text) for text in texts)), None)
@@ -100,7 +100,7 @@ def check_text(value: Any, where: str) -> None:
 
 
 def check_whole_numbers(value: Any, where: str) -> None:
-    """ValueError for whole numbers beyond 64 bits anywhere in a value: tables round or refuse them."""
+    """UserError for whole numbers beyond 64 bits anywhere in a value: tables round or refuse them."""
     for path, inner in walk(value):
         if type(inner) is int and inner not in INT64:
             raise UserError(f"{_at(where, path)}: a whole number beyond 64 bits")

@@ -83,7 +83,7 @@ def registered(what: str) -> dict[str, str]:
 
 
 def resolve(name: str) -> Any:
-    """The object that ``"package.module:attribute"`` names; ValueError says which half is wrong, and how."""
+    """The object that ``"package.module:attribute"`` names; UserError says which half is wrong, and how."""
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
         raise UserError(f"{name!r} is not of the form package.module:attribute")

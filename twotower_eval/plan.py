@@ -256,7 +256,7 @@ P = TypeVar("P", RunPlan, SpeedPlan, SizingPlan, VerifyPlan)
 
 
 def load_plan(path: Path, cls: type[P]) -> P:
-    """Read a plan from a TOML file; an unknown key, a wrong type or a missing file is a ValueError."""
+    """Read a plan from a TOML file; an unknown key, a wrong type or a missing file is a UserError."""
     values = read_toml(path, "plan")
     try:
         if isinstance(settings := values.get("set"), Mapping):
@@ -272,7 +272,7 @@ def is_older_sizing_plan(path: Path) -> bool:
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """The values of a TOML file; a missing or broken one is a ValueError that says what it was read as."""
+    """The values of a TOML file; a missing or broken one is a UserError that says what it was read as."""
     try:
         text = decode_utf8(path.read_bytes(), f"{what} {path}").replace("\r\n", "\n")
         values = tomllib.loads(text)

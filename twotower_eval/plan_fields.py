@@ -84,7 +84,7 @@ def _parted(hint: Any) -> tuple[Option | None, Any]:
 
 
 def check_fields(plan: Any) -> None:
-    """ValueError for a value of another type than its field's, and for a list that is empty or names one twice."""
+    """UserError for a value of another type than its field's, and for a list that is empty or names one twice."""
     hints = typing.get_type_hints(type(plan), include_extras=True)
     for field in dataclasses.fields(plan):
         value = getattr(plan, field.name)
@@ -98,7 +98,7 @@ def check_fields(plan: Any) -> None:
 
 
 def check_at_least(plan: Any, least: int, *names: str) -> None:
-    """ValueError for a number below ``least`` or not finite among the named fields; ``None`` is none."""
+    """UserError for a number below ``least`` or not finite among the named fields; ``None`` is none."""
     for name in names:
         value = getattr(plan, name)
         for item in value if isinstance(value, tuple) else (value,):
@@ -108,6 +108,6 @@ def check_at_least(plan: Any, least: int, *names: str) -> None:
 
 
 def check_cuda_graphs(plan: Any) -> None:
-    """ValueError for graphs on devices that have none: known from the plan, so before anything is loaded."""
+    """UserError for graphs on devices that have none: known from the plan, so before anything is loaded."""
     if plan.cuda_graphs and any(device.partition(":")[0] not in GRAPH_DEVICES for device in plan.devices):
         raise UserError("CUDA graphs need CUDA devices: name some with --devices, or drop --cuda-graphs")

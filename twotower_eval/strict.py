@@ -1,7 +1,7 @@
 """Records out of JSON, read and checked by msgspec: every value is held against what its field is annotated with.
 
 Nothing unknown is passed over: a value of another type, a word that no field knows, half a token, a number that is
-not finite or beyond 64 bits, and fields that contradict each other are a ValueError that names record and field.
+not finite or beyond 64 bits, and fields that contradict each other are a UserError that names record and field.
 msgspec decodes dataclasses at full speed but lets pass what Python's reader lets pass too: fields that no record has,
 keys that are there twice, numbers that a double cannot hold. What a line says beyond its record shows when the record
 is written again: only lines that are not how that begins are looked at key by key.
@@ -46,7 +46,7 @@ BITS = " of at most 64 bits"
 
 
 def from_json(cls: type[T], data: Any) -> T:
-    """Rebuild a record of class ``cls``; whatever does not fit is a ValueError that names record and field."""
+    """Rebuild a record of class ``cls``; whatever does not fit is a UserError that names record and field."""
     try:
         record = msgspec.convert(data, cls, strict=True)
     except (msgspec.ValidationError, OverflowError) as error:
@@ -59,7 +59,7 @@ def from_json(cls: type[T], data: Any) -> T:
 
 
 def check_value(name: str, hint: Any, value: Any) -> Any:
-    """``value`` as a field ``name`` with the annotation ``hint`` holds it; ValueError where it cannot."""
+    """``value`` as a field ``name`` with the annotation ``hint`` holds it; UserError where it cannot."""
     if isinstance(value, float):
         value = float(value)  # numpy's is one, too
     if not _fits(hint, value):
@@ -70,7 +70,7 @@ def check_value(name: str, hint: Any, value: Any) -> Any:
 
 
 def line_reader(cls: type[T]) -> Callable[[bytes, str], T]:
-    """What makes a record of a journal's line, given its place; ValueError with the place where it is none."""
+    """What makes a record of a journal's line, given its place; UserError with the place where it is none."""
     decode, contradiction = msgspec.json.Decoder(cls, strict=True).decode, CONTRADICTIONS.get(cls)
 
     def read(line: bytes, where: str) -> T:
@@ -113,7 +113,7 @@ def _placed(where: str, check: Callable[P, U], *arguments: P.args, **named: P.kw
 
 
 def check_surplus(cls: type, data: Any, held: Any, path: str = "") -> None:
-    """ValueError for what ``data`` has beyond ``held``, which is what a record made of it holds."""
+    """UserError for what ``data`` has beyond ``held``, which is what a record made of it holds."""
     if type(data) is dict or isinstance(data, Mapping):
         if unknown := data.keys() - held.keys():
             said = f"{path}: " if path else ""

@@ -41,7 +41,7 @@ def of_plan(cls: type[Any], given: dict[str, Any]) -> dict[str, Any]:
 def is_meant(given: dict[str, Any], plan_file: Path | None, out: Path, resume: str | None) -> bool:
     """Whether ``speed`` is to do what ``size`` does, as its options, its plan or the resumed run say.
 
-    ``given`` has ``config`` where ``--random-weights`` was given. ValueError for an option that the one or the other
+    ``given`` has ``config`` where ``--random-weights`` was given. UserError for an option that the one or the other
     would ignore.
     """
     from twotower_eval import api

@@ -28,7 +28,7 @@ SHARED_FOLDERS = ("site-packages", "dist-packages")  # modules there lie beside 
 def plugin_code(name: str) -> tuple[FileDigest, ...] | None:
     """Files of the plug-in that a ``"module:attribute"`` names; ``None`` for what is part of this project.
 
-    A compiled module stands for itself, and one without a file has the reason in place of its sha256. ValueError where
+    A compiled module stands for itself, and one without a file has the reason in place of its sha256. UserError where
     there is no such module or attribute.
     """
     found = resolve(name)

@@ -80,7 +80,7 @@ class Journal:
 
 
 def lock_run(path: Path) -> int:
-    """Lock the run folder ``path`` for this writer until the returned descriptor is closed; ValueError if taken."""
+    """Lock the run folder ``path`` for this writer until the returned descriptor is closed; UserError if taken."""
     # A file of its own, opened for writing: flock on a folder or a read-only descriptor fails on NFS.
     descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -104,7 +104,7 @@ def packed_path(file: Path) -> Path:
 def content_of(file: Path) -> bytes | None:
     """The bytes of a file, or of its packed copy where only that is there; ``None`` where neither is.
 
-    ValueError where the packed copy is broken, or where both are there and might differ.
+    UserError where the packed copy is broken, or where both are there and might differ.
     """
     copy = packed_path(file)
     if file.exists():

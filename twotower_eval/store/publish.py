@@ -49,7 +49,7 @@ class Closing:
 
 
 def told_digests(events: Sequence[Mapping[str, Any]], where: str) -> dict[str, dict[int, str]]:
-    """By journal and number of lines, the sha256 that events tell of its first so many. ValueError, with the line in
+    """By journal and number of lines, the sha256 that events tell of its first so many. UserError, with the line in
     ``where``, if one tells none.
 
     An event that tells of fewer lines than the ones before it came after a loss of lines: what those told of the lost
@@ -99,7 +99,7 @@ def close_run(path: Path, names: Sequence[str], finished_at: str | None = None) 
 
 
 def read_closing(file: Path, names: Sequence[str]) -> Closing:
-    """``done.json``, checked in itself; ValueError where it is none, contradicts itself or lists unknown files."""
+    """``done.json``, checked in itself; UserError where it is none, contradicts itself or lists unknown files."""
     data = parse_json(read_utf8(file), str(file))
     try:
         closing = from_json(Closing, data)
@@ -122,7 +122,7 @@ def read_closing(file: Path, names: Sequence[str]) -> Closing:
 
 
 def agrees_with_closing(path: Path, names: Sequence[str], seen: Mapping[str, dict[str, Any]] | None = None) -> bool:
-    """Whether a run was finished. ValueError where one of the named files is not what it was then.
+    """Whether a run was finished. UserError where one of the named files is not what it was then.
 
     ``seen`` are summaries of files that were just read, by name.
     """

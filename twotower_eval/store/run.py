@@ -148,7 +148,7 @@ def _merged(by_cell: Mapping[str, Placed[R]], cells: Collection[str]) -> list[R]
 
 
 def load(path: Path) -> Run:
-    """Read a run without changing it; a torn last line is dropped, anything else that is wrong is a ValueError."""
+    """Read a run without changing it; a torn last line is dropped, anything else that is wrong is a UserError."""
     manifest = read_manifest(path)
     cells = {cell.id for cell in manifest.cells}
     seen: dict[str, dict[str, Any]] = {}
@@ -184,7 +184,7 @@ def find_runs(root: Path, verb: Verb | None = None) -> list[Path]:
 
 
 def read_manifest(path: Path) -> RunManifest:
-    """The manifest of a run folder; ValueError where there is none or it cannot be read."""
+    """The manifest of a run folder; UserError where there is none or it cannot be read."""
     file = path / MANIFEST
     try:
         content = file.read_bytes()

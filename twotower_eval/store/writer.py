@@ -53,7 +53,7 @@ def create(root: Path, manifest: RunManifest) -> RunWriter:
 def resume(path: Path, manifest: RunManifest, *, event: str = "resumed") -> RunWriter:
     """Open a run that was begun before, after checking that ``manifest`` would produce the same rows.
 
-    The folder's own manifest stays. Differences that would mix unlike rows are a ValueError that names them;
+    The folder's own manifest stays. Differences that would mix unlike rows are a UserError that names them;
     another commit or an edited checkout is only noted, in the ``event`` and in ``writer.warnings``. Torn
     last lines are cut off; ``done.json`` is taken away until the run is finished again.
     """
@@ -80,7 +80,7 @@ def resume(path: Path, manifest: RunManifest, *, event: str = "resumed") -> RunW
 
 
 def check_comparable(run: Run, manifest: RunManifest) -> None:
-    """ValueError that names the differences where ``manifest`` would not produce the same rows as the run's own."""
+    """UserError that names the differences where ``manifest`` would not produce the same rows as the run's own."""
     differences = comparable.differences(run.manifest, manifest)
     if differences:
         listed = "; ".join(differences)
@@ -88,7 +88,7 @@ def check_comparable(run: Run, manifest: RunManifest) -> None:
 
 
 def check_unedited(run: Run) -> None:
-    """ValueError where a journal does not hold any more what it held at an event that its lines still reach.
+    """UserError where a journal does not hold any more what it held at an event that its lines still reach.
 
     Lines lost from a file are no edit: what they said is made again.
     """
@@ -123,7 +123,7 @@ class RunWriter:
                 self._file(name)  # events tell of it from the first on, also where its lines were lost
 
     def append(self, row: Row) -> None:
-        """Write one row to the journal of its kind; a key that is there already is a ValueError."""
+        """Write one row to the journal of its kind; a key that is there already is a UserError."""
         name, key_of = JOURNALS[type(row)]
         key = (type(row), *key_of(row))
         data = to_json(row)

@@ -43,7 +43,7 @@ def standings(claim: Claim, point: QualityPoint) -> tuple[stats.Standing, ...]:
 def quality_estimate(
     claim: Claim, point: QualityPoint, own: OtherScore | WholeScore | None = None, *, level: float = DECISION_LEVEL
 ) -> Estimate:
-    """The claim's quantity over its own scope, at the level that its verdict needs; ValueError where there is none.
+    """The claim's quantity over its own scope, at the level that its verdict needs; NoEstimate where there is none.
 
     ``own`` is the score outside retention that it is about, if it is about one.
     """

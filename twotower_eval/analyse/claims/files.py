@@ -46,7 +46,7 @@ class ClaimFile:
 
 
 def load_claims(name: str | Path) -> ClaimFile:
-    """Read a claim file by its path or, for shipped ones, by its name. Every fault is a ValueError of one line."""
+    """Read a claim file by its path or, for shipped ones, by its name. Every fault is a UserError of one line."""
     path = _find(name)
     values = read_toml(path, "claims")
     try:
@@ -66,7 +66,7 @@ def _find(name: str | Path) -> Path:
 
 
 def select(claims: Sequence[Claim], names: Sequence[str]) -> tuple[Claim, ...]:
-    """The claims named, in the file's order; all without names. An unknown name is a ValueError with a hint."""
+    """The claims named, in the file's order; all without names. An unknown name is a UserError with a hint."""
     known = [claim.name for claim in claims]
     for name in names:
         if name not in known:

@@ -112,7 +112,7 @@ KINDS = ("task", "aggregate", "score", "rate", "speedup", "gap")
 
 
 def published_from(table: Any) -> Published:
-    """``[published]`` as records; ValueError for what is unknown, missing or does not fit together."""
+    """``[published]`` as records; UserError for what is unknown, missing or does not fit together."""
     within("published", table, ("decimals", *(f"{column}_decimals" for column in ARMS), *KINDS))
     decimals = _decimals("published", table, "decimals", None)
     of_column = {column: _decimals("published", table, f"{column}_decimals", decimals) for column in ARMS}

@@ -13,7 +13,7 @@ _NEEDED: Any = object()
 
 
 def within(where: str, table: Any, known: Iterable[str]) -> None:
-    """ValueError for what is no table, and for a key that is not known, with a near-miss hint."""
+    """UserError for what is no table, and for a key that is not known, with a near-miss hint."""
     if not isinstance(table, Mapping):
         raise UserError(f"{where} must be a table")
     names = list(known)
@@ -43,7 +43,7 @@ def tables(where: str, table: Mapping[str, Any], key: str) -> list[Mapping[str, 
 
 
 def at_least(where: str, least: int, record: Any, *names: str) -> None:
-    """ValueError for a number of a record below ``least``; ``None`` is none."""
+    """UserError for a number of a record below ``least``; ``None`` is none."""
     for name in names:
         value = getattr(record, name)
         if value is not None and value < least:

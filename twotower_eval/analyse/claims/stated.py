@@ -100,7 +100,7 @@ def stated_of(where: str, table: Mapping[str, Any], key: str, decimals: int | No
     """The number of a key. As a text it says its own decimals, as in ``"98.70"``.
 
     A number of TOML has lost its trailing zeros, so ``decimals`` say how many it was printed with; where they are
-    ``None``, as many as it shows. ValueError where it has more, or is no number.
+    ``None``, as many as it shows. UserError where it has more, or is no number.
     """
     value = table.get(key)
     if isinstance(value, str) and _PRINTED.fullmatch(value.strip()):
@@ -119,7 +119,7 @@ def stated_of(where: str, table: Mapping[str, Any], key: str, decimals: int | No
 
 
 def check_decimals(where: str, decimals: int) -> None:
-    """ValueError where nobody prints so many."""
+    """UserError where nobody prints so many."""
     if decimals not in DECIMALS:
         raise UserError(f"{where}: decimals must be from 0 to {DECIMALS[-1]}, not {decimals}")
 

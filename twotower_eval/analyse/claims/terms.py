@@ -100,7 +100,7 @@ RANGES: Mapping[str, Range] = {
 
 
 def check_limits(where: str, limits: GateLimits, names: Iterable[str]) -> None:
-    """ValueError for a limit, of those named, outside its range."""
+    """UserError for a limit, of those named, outside its range."""
     for name in names:
         value, allowed = getattr(limits, name), RANGES[name]
         if not allowed.least <= value <= allowed.most:
@@ -110,7 +110,7 @@ def check_limits(where: str, limits: GateLimits, names: Iterable[str]) -> None:
 
 
 def check_margin(where: str, claim: Claim) -> None:
-    """ValueError for a margin that a claim could hide behind, or that leaves nothing to be false."""
+    """UserError for a margin that a claim could hide behind, or that leaves nothing to be false."""
     most, margin = MOST_MARGIN.get(claim.quantity), claim.margin
     if most is None or margin is None or claim.expected is None:
         return

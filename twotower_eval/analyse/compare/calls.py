@@ -72,7 +72,7 @@ def pools(runs: Sequence[Run], arm: Arm) -> list[tuple[list[Run], Cell]]:
 
 
 def grid_of(runs: list[Run], cell: Cell, replica: int) -> Grid:
-    """Every measured call of one copy of a cell; a ValueError where one was timed twice."""
+    """Every measured call of one copy of a cell; a UserError where one was timed twice."""
     return once(runs, ("grid", cell.id, replica), lambda: _grid(runs, cell, replica))
 
 

@@ -112,7 +112,7 @@ def flagged(baseline: Outputs, candidate: Outputs, clusters: Mapping[Document, s
 
 
 def paired_difference(baseline: list[float], candidate: list[float], clusters: list[str]) -> Estimate:
-    """Mean of the second values minus that of the first, of the same outputs; ValueError without outputs.
+    """Mean of the second values minus that of the first, of the same outputs; NoEstimate without outputs.
 
     Where fewer than 5 clusters differ, each side is bounded by the binomial tail of the clusters that moved that way,
     each counted with the weight of the largest: on the safe side, exact where clusters are equal.

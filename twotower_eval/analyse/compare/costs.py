@@ -157,7 +157,7 @@ def _calm(phases: tuple[stats.PhaseCost, ...], samples: Sequence[SpeedSample], c
 def seconds_alone(runs: Sequence[Run], cell: Cell, samples: Sequence[SpeedSample]) -> Callable[[SpeedSample], float]:
     """What the forwards of a call take by the parts of its cell, of which ``samples`` are the timed calls.
 
-    The function raises ValueError where parts were not timed, or none that the call needs.
+    The function raises NoEstimate where parts were not timed, or none that the call needs.
     """
     block_size = _block_size(cell)
     own = _own(_parts(runs, cell), samples, block_size, cell)

@@ -64,7 +64,7 @@ def kept(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def accuracy_under_parallelism(points: Iterable[tuple[float, float]], best: float) -> float:
-    """AUP of (tokens per forward, accuracy in percent); ValueError without a point, or where nothing is ever right."""
+    """AUP of (tokens per forward, accuracy in percent); NoEstimate without a point, or where nothing is ever right."""
     curve = kept(points)
     if not curve:
         raise NoEstimate("no point to compute AUP of")

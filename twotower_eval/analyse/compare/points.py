@@ -85,11 +85,11 @@ class OtherScore:
     scores: stats.PairedScores
 
     def score_at(self, level: float) -> Estimate:
-        """The candidate's score with its interval at that level; ValueError where there is none."""
+        """The candidate's score with its interval at that level; NoEstimate where there is none."""
         return candidate_mean(self.scores, level)
 
     def difference_at(self, level: float) -> Estimate:
-        """Candidate minus baseline at that level; ValueError where there is none."""
+        """Candidate minus baseline at that level; NoEstimate where there is none."""
         if self.is_equal:
             return stats.equal_by_construction(0.0, len(set(self.scores.clusters)), level=level)
         table = self.scores.table
@@ -97,7 +97,7 @@ class OtherScore:
 
 
 def candidate_mean(scores: stats.PairedScores, level: float) -> Estimate:
-    """The candidate's mean over one task or over a group's members; ValueError where there is no interval."""
+    """The candidate's mean over one task or over a group's members; NoEstimate where there is no interval."""
     return stats.mean_of_members(
         scores.candidate, scores.tasks, scores.clusters, by_size=bool(scores.by_size), level=level
     )
@@ -172,7 +172,7 @@ def point_key(cell: Cell) -> PointKey:
 
 
 def baseline_of(run: Run, candidate: Cell) -> Cell:
-    """The baseline cell on the same workload (device count apart); a ValueError if there is not exactly one."""
+    """The baseline cell on the same workload (device count apart); a UserError if there is not exactly one."""
     found = [
         cell
         for cell in run.manifest.cells

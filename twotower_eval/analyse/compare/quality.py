@@ -223,7 +223,7 @@ def _members(table: stats.ScoreTable, k: int) -> tuple[tuple[str, int, float, fl
 
 
 def _headline_metrics(pairs: Sequence[Pair]) -> dict[str, tuple[str, str]]:
-    """Metric and filter of each task's headline score; ValueError where one has several."""
+    """Metric and filter of each task's headline score; UserError where one has several."""
     found: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for score, _ in pairs:
         found[score.task].add((score.metric, score.filter))

@@ -40,6 +40,7 @@ SPEED = JOURNALS[SpeedSample][0]
 SHARE = 0.8  # of timings that have to be those of one other round or launch
 MIN_VALUES = 5  # different ones: fewer may be alike by chance
 DIGIT_S = 1e-9  # times are compared by whole nanoseconds: what clocks show, less what floats add
+LONGEST_S = 1e9  # nothing is timed for thirty years: a longer time is compared as this one
 STEADY = 1e-4  # of its seconds: no call repeats itself more closely
 BESIDE = 1.5  # ticks to either side: more than one, as nanoseconds round it
 BY_CHANCE = 1e-9  # chance of so many equal times from which on they are copied: a file has many pairs of rounds
@@ -84,7 +85,7 @@ def _times(runs: Sequence[Run]) -> Iterator[_Repeat]:
     for run in runs:
         rounds: dict[tuple[object, ...], tuple[list[int], list[int]]] = {}
         for call in run.speed:
-            if (time_ns := round(call.wall_s / DIGIT_S)) > 0:
+            if (time_ns := round(min(call.wall_s, LONGEST_S) / DIGIT_S)) > 0:
                 key = (call.launch_id, call.cell, call.replica, call.round, call.phase)
                 if key not in rounds:
                     lane = Spot(run=run.manifest.run_id, launch=call.launch_id, cell=call.cell, replica=call.replica)

@@ -309,7 +309,7 @@ def round_draws(seconds_RF: Floats, seed: int) -> Floats:
 
 
 def round_estimate(values_Q: Floats, *, num_rounds: int, seed: int, level: float = LEVEL) -> Estimate:
-    """Row 0 of (Q,) with the interval of the other rows; its ends may be infinite. ValueError for a single round."""
+    """Row 0 of (Q,) with the interval of the other rows; its ends may be infinite. NoEstimate for a single round."""
     if num_rounds < 2:
         raise NoEstimate("one round gives no interval: measure more")
     inflation = (num_rounds / (num_rounds - 1)) ** 0.5
@@ -323,7 +323,7 @@ def round_estimate(values_Q: Floats, *, num_rounds: int, seed: int, level: float
 def fit_layers(patterns: Sequence[str], seconds_QF: Floats) -> tuple[str, Floats]:
     """Layer kinds, and seconds (Q, 1 + kinds) of what is outside the layers and of one layer of each kind.
 
-    Least squares of relative errors, no cost below zero. ValueError where the parts cannot tell the kinds apart.
+    Least squares of relative errors, no cost below zero. NoEstimate where the parts cannot tell the kinds apart.
     """
     kinds = "".join(sorted(set("".join(patterns))))
     counts_FL = layer_counts(patterns, kinds)

@@ -53,11 +53,11 @@ class WholeScore:
     resampled: Resampled
 
     def score_at(self, level: float) -> Estimate:
-        """The candidate's score with its interval at that level; ValueError where there is none."""
+        """The candidate's score with its interval at that level; NoEstimate where there is none."""
         return _known(self.resampled.singles[1]).score(level=level)
 
     def difference_at(self, level: float) -> Estimate:
-        """Candidate minus baseline at that level; ValueError where there is none."""
+        """Candidate minus baseline at that level; NoEstimate where there is none."""
         if self.is_equal:
             return stats.equal_by_construction(0.0, self.resampled.num_clusters, level=level)
         return _known(self.resampled.both).difference(level=level)
@@ -305,7 +305,7 @@ def _resampled(arms: Sequence[Sequence[Score]], own: Sequence[Aggregate | None])
 
 
 def _checked(found: stats.WholeScores, own: Sequence[Aggregate | None]) -> stats.WholeScores:
-    """ValueError where parts do not come to lm-eval's own number, as where documents differ in their references."""
+    """NoEstimate where parts do not come to lm-eval's own number, as where documents differ in their references."""
     for arm, made in enumerate(own):
         if made is not None and made.value is not None and not isclose(found.value(arm), made.value, rel_tol=1e-6):
             raise NoEstimate("documents one by one do not come to lm-eval's number of all together")

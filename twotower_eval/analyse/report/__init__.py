@@ -66,7 +66,7 @@ def write(
     :data:`SECTIONS`, of which by default all that concern these runs are shown, and sections of the user's own
     (``package.module:render``, or as installed packages call theirs), which are added to them. ``claims`` is a claim
     file or the name of a shipped one, by default the shipped one about a candidate of these runs. ``html`` adds
-    ``report.html``, all in one file; ``csv`` adds the tables with all their digits under ``tables/``. Raises ValueError
+    ``report.html``, all in one file; ``csv`` adds the tables with all their digits under ``tables/``. Raises UserError
     where the runs cannot be read or their arms are no pair.
     """
     with store.no_collection():

@@ -28,7 +28,7 @@ def publish(runs: Sequence[Run], report: Path, *, results: Path, reports: Path, 
     """Copy run folders to ``results/published/NAME/RUN`` and a report to ``reports/published/NAME``; the two folders.
 
     Long journals are packed; every reader of runs takes them for the journals themselves. NAME is
-    ``<model>_<hardware>_<date>``. ValueError where a run is incomplete, where the runs together are larger than
+    ``<model>_<hardware>_<date>``. UserError where a run is incomplete, where the runs together are larger than
     :data:`MAX_BYTES`, or where either folder exists already.
     """
     name = published_name(Runs(runs))

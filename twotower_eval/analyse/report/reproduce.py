@@ -73,7 +73,7 @@ def without_home(text: str) -> str:
 
 
 def plan_of(verb: str, values: Mapping[str, Any]) -> AnyPlan:
-    """The plan that a run's manifest holds; ValueError where this version knows no such plan."""
+    """The plan that a run's manifest holds; UserError where this version knows no such plan."""
     if verb == "run":
         return plan_from_json(RunPlan, values)
     if verb == "verify":

@@ -4,7 +4,7 @@
 guessing, ``flips`` into tests of flipped answers; ``aggregates`` handles scores of all documents together, ``speedup``
 timed calls, ``nulls`` the A/A gate. ``decide`` judges an estimate, ``power`` plans and says how much is missing,
 ``costs`` predicts times from measured parts, ``granularity`` checks published percentages. numpy and scipy only. No
-data is a ValueError, never 0.
+data is a NoEstimate, never 0; wrong arguments are a ValueError.
 """
 
 from twotower_eval.analyse.stats.aggregates import WholeScores, averaged, replicated, summed

@@ -41,7 +41,7 @@ class WholeScores:
 
     ``left_AC`` are the scores without each cluster in turn, ``None`` where only draws are known. With ``log`` all of
     it is logarithms. No interval leaves ``within``, the range of the function's values, on their own scale, nor, where
-    that is unknown (``None``), the values of the draws. Every estimate raises ValueError where there is none.
+    that is unknown (``None``), the values of the draws. Every estimate raises NoEstimate where there is none.
     """
 
     score_A: Floats

@@ -119,7 +119,7 @@ def retention_above_chance(
 
     1 where nothing is lost, 0 where the candidate guesses, less where it does worse. With fewer than 5 discordant
     clusters an exact bound: what harmed or helped clusters can weigh, over the lower bound of the baseline's excess.
-    ValueError where the baseline is so near chance that the ratio has no finite interval.
+    NoEstimate where the baseline is so near chance that the ratio has no finite interval.
     """
     weights_K = table.weights_K() if weights_K is None else weights_K
     if table.smallest_score < 0 or table.largest_score > 1 + EPSILON:

@@ -29,7 +29,7 @@ def median(values: Sequence[float], *, level: float = LEVEL) -> Estimate:
     """Median of independent values with its order-statistic interval, free of assumptions on their distribution.
 
     With few values the widest such interval, their range, covers less than ``level``: the estimate then carries the
-    level that it reaches, e.g. 93.75 % for 5 values. ValueError for no value.
+    level that it reaches, e.g. 93.75 % for 5 values. NoEstimate for no value.
     """
     sorted_N = np.sort(np.asarray(values, dtype=float))
     n = len(sorted_N)
@@ -54,8 +54,8 @@ def mean_time(values_s: Sequence[float], *, level: float = LEVEL) -> Estimate:
 
     Student's t, corrected for skewness; its lower half-width is taken as a share of the mean and laid out on the log
     scale, which moves a low end up by little where it is near the mean and keeps it above 0 where it is not. One or two
-    values have their range instead, at the level that it reaches. ValueError for no value and for times that are not
-    above 0.
+    values have their range instead, at the level that it reaches. NoEstimate for no value, ValueError
+    for times that are not above 0.
     """
     if min(values_s, default=1.0) <= 0:
         raise ValueError("a time is above 0 seconds")
@@ -187,7 +187,7 @@ def _around(known: Sequence[int], wanted: int) -> list[tuple[int, float]]:
 
 
 def predict(table: CostTable, calls: Sequence[CallCounts | Sequence[PartPasses]]) -> Prediction:
-    """Sum the measured parts over calls; ValueError where a part that they need was not measured."""
+    """Sum the measured parts over calls; NoEstimate where a part that they need was not measured."""
     alike: dict[tuple[CostPart, int | None, int | None], list[PartPasses]] = {}
     for call in calls:
         for one in passes_of(call) if isinstance(call, CallCounts) else call:
@@ -231,7 +231,7 @@ def residual_over_rounds(measured_R: Sequence[float], predicted_R: Sequence[floa
     """The residual of :class:`Explanation` with its interval over rounds, each held against its own parts.
 
     Student's t on the logarithm of measured over predicted seconds, so that a round in which a neighbour held up a part
-    weighs little. One or two rounds have their range, at the level that it reaches. ValueError for no round and for
+    weighs little. One or two rounds have their range, at the level that it reaches. NoEstimate for no round and for
     seconds that are not above 0.
     """
     if min([*measured_R, *predicted_R], default=0.0) <= 0:

@@ -30,7 +30,7 @@ def mean_score(values: Sequence[float], clusters: Sequence[str], *, level: float
     The latter is corrected for skewness: without that, the mean of 25 graded scores near 1 supported what is false in
     10 %. Where scores lie between 0 and 1 and fewer than 5 of many clusters are not all 0, or not all 1, the t interval
     says too little of the others: an exact bound, as if every cluster were as heavy as the heaviest, widens it.
-    ValueError for no scores, and for graded scores of a single cluster.
+    NoEstimate for no scores, and for graded scores of a single cluster.
     """
     value_N = np.asarray(values, dtype=float)
     if len(value_N) == 0:
@@ -63,7 +63,7 @@ def mean_of_members(
     """Mean over a group's tasks of one model's mean scores, each task weighing as many as its documents or all alike.
 
     The interval is that of a difference from a model that scores 0 everywhere. Scores between 0 and 1 keep it there,
-    and the exact bound of :func:`mean_score` widens it. ValueError where a task has a single cluster.
+    and the exact bound of :func:`mean_score` widens it. NoEstimate where a task has a single cluster.
     """
     if len(set(tasks)) == 1:
         return mean_score(values, clusters, level=level)
@@ -94,7 +94,7 @@ def mean_of_members(
 
 
 def geometric_mean(values: Sequence[float], *, level: float = LEVEL) -> Estimate:
-    """Geometric mean of independent ratios, with Student's interval on the log. ValueError for fewer than two."""
+    """Geometric mean of independent ratios, with Student's interval on the log. NoEstimate for fewer than two."""
     log_N = np.log(np.asarray(values, dtype=float))
     if len(log_N) < 2:
         raise NoEstimate(f"{'one ratio' if len(log_N) else 'no ratio'} only: its variation is unknown")
@@ -103,7 +103,7 @@ def geometric_mean(values: Sequence[float], *, level: float = LEVEL) -> Estimate
 
 
 def ratio_of_geometric_means(above: Sequence[float], below: Sequence[float], *, level: float = LEVEL) -> Estimate:
-    """Geometric mean of one sample over that of another, with Welch's interval on the log. ValueError where either has
+    """Geometric mean of one sample over that of another, with Welch's interval on the log. NoEstimate where either has
     fewer than two values; ``n`` counts the smaller one."""
     logs = [np.log(np.asarray(values, dtype=float)) for values in (above, below)]
     if min(map(len, logs)) < 2:

@@ -39,7 +39,7 @@ def retention(table: ScoreTable, draws: Draws, weights_K: Floats | None = None, 
     """Ratio of weighted mean scores, candidate over baseline, with its paired clustered bootstrap interval.
 
     With fewer than 5 discordant clusters the interval is an exact bound instead. ``n`` counts clusters. Raises
-    ValueError where the ratio is undefined (baseline at zero, or so near that the draws reach it).
+    NoEstimate where the ratio is undefined (baseline at zero, or so near that the draws reach it).
     """
     weights_K = table.weights_K() if weights_K is None else weights_K
     scope = Scope(table, weights_K)
@@ -94,7 +94,7 @@ def bootstrap_stderr(draws: Draws, weights_K: Floats) -> float | None:
 
 
 def mean_of_ratios(table: ScoreTable, draws: Draws, *, level: float = LEVEL) -> Estimate:
-    """Unweighted mean over tasks of each task's own ratio; ValueError where a task's baseline is too near zero."""
+    """Unweighted mean over tasks of each task's own ratio; NoEstimate where a task's baseline is too near zero."""
     baseline_K = table.task_means_K(table.baseline_CL)
     if (baseline_K <= EPSILON).any():
         raise NoEstimate("a task's baseline is 0: the mean of per-task ratios is undefined")
@@ -121,7 +121,7 @@ def difference(
 ) -> Estimate:
     """Difference of weighted mean scores, candidate minus baseline, in the scores' own unit.
 
-    ValueError where fewer than ``min_discordant`` clusters differ; a verdict needs ``MIN_DISCORDANT``.
+    NoEstimate where fewer than ``min_discordant`` clusters differ; a verdict needs ``MIN_DISCORDANT``.
     """
     weights_K = table.weights_K() if weights_K is None else weights_K
     delta_Q = (draws.candidate_QK - draws.baseline_QK) @ weights_K

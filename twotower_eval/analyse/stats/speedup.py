@@ -103,7 +103,7 @@ def speedup(
 
     ``time``: seconds of the baseline over those of the candidate. ``throughput``: useful tokens per second, candidate
     over baseline. ``length``: useful tokens, candidate over baseline. ``baseline_rate``, ``candidate_rate``: useful
-    tokens per second of one arm. ValueError where there is one round only, or one call of sampled prompts, or where a
+    tokens per second of one arm. NoEstimate where there is one round only, or one call of sampled prompts, or where a
     sum is 0. ``caution`` says how dependence between rounds widens the interval: ``bounded`` for what is judged,
     ``estimated`` for an A/A null, which tells how noisy the machine is.
     """

@@ -106,7 +106,7 @@ def decoder_spec(kind: str, **params: object) -> DecoderSpec:
 def make_decoder(model: Model, kind: str, *, clock: Clock | None = None, **params: object) -> Decoder:
     """A decoder for ``model``. With a ``clock`` each generation's ``finish_s`` is filled in.
 
-    ValueError for an unknown kind or parameter, a bad value, a model that lacks what the decoder needs, or whatever a
+    UserError for an unknown kind or parameter, a bad value, a model that lacks what the decoder needs, or whatever a
     class of the user's own raises.
     """
     cls = decoder_class(kind)
@@ -118,7 +118,7 @@ def make_decoder(model: Model, kind: str, *, clock: Clock | None = None, **param
 
 
 def from_spec(model: Model, spec: DecoderSpec, *, clock: Clock | None = None) -> Decoder:
-    """The decoder that a specification names; ValueError if it was written for another version."""
+    """The decoder that a specification names; UserError if it was written for another version."""
     version = decoder_class(spec.kind).VERSION
     if spec.version != version:
         raise UserError(f"decoder {spec.kind}: version {spec.version} was asked for, this is version {version}")

@@ -49,7 +49,7 @@ def make_rules(model: Model, *, max_new_tokens: int, eos_token_ids: Sequence[int
 
 
 def check_batch_size(max_batch_size: int | None) -> int | None:
-    """The same, or ValueError where it is no width of a batch."""
+    """The same, or UserError where it is no width of a batch."""
     if max_batch_size is None:
         return None
     if isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int) or max_batch_size < 1:

@@ -42,7 +42,7 @@ LET = (ReportError, torch.OutOfMemoryError)  # that have words of their own, who
 
 @contextmanager
 def generating(decoder: object, name: str, option: str, ours: Sequence[BaseException] = ()) -> Iterator[None]:
-    """Around a decoder's ``generate``: PluginError as in ``calls_of``, and ValueError where memory runs out, which
+    """Around a decoder's ``generate``: PluginError as in ``calls_of``, and UserError where memory runs out, which
     names the command's ``option`` for smaller batches. ``name`` is for people."""
     try:
         with calls_of(module_of(decoder), decoder_name(decoder), "generate", let=LET, ours=ours):

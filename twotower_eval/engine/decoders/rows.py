@@ -19,7 +19,7 @@ def padded_ids(rows: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
 
 
 def check_temperature(temperature: float) -> None:
-    """ValueError unless it is a finite number of at least 0."""
+    """UserError unless it is a finite number of at least 0."""
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
 

@@ -92,7 +92,7 @@ def load_model(
     A pair gives a :class:`Denoising` model, an AR base checkpoint, ``tower="context"`` or any Hugging Face causal LM a
     :class:`Model` alone. ``devices`` places the towers, context first. ``family`` is a key of ``FAMILIES``, a name that
     an installed package registers, or a ``"module:function"`` (see docs/family.md); by default the folder's config.json
-    decides. Raises ValueError with one line that says what is wrong with the checkpoint, or with the family's code.
+    decides. Raises UserError with one line that says what is wrong with the checkpoint, or with the family's code.
     """
     import torch
 

@@ -31,7 +31,7 @@ def load_arms(
 
     Without ``baseline`` it is the candidate's own context tower. A baseline of its own goes on the first device. The
     families are what ``models.load_model`` takes; None: what each folder says.
-    ``cuda_graphs`` says that steps are to come from graphs: ValueError, before anything loads, where one arm cannot.
+    ``cuda_graphs`` says that steps are to come from graphs: UserError, before anything loads, where one arm cannot.
     """
     if cuda_graphs:
         _refuse_without_graphs({model: family, **({} if baseline is None else {baseline: baseline_family})})
@@ -50,7 +50,7 @@ def _read_alike(folder: Path, *families: str | None) -> bool:
 def prove_arms(arms: Sequence[Model], longest: Callable[[Model], int]) -> tuple[Ways, ...]:
     """Have every Hugging Face model prove itself as far as the contexts that it will see reach, each once.
 
-    ``longest`` gives the tokens of an arm's longest context. How each of them is run, for a manifest. ValueError where
+    ``longest`` gives the tokens of an arm's longest context. How each of them is run, for a manifest. UserError where
     one cannot be right.
     """
     models_of = {id(arm): arm for arm in arms if getattr(arm, "ways", None) is not None}

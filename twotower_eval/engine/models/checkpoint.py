@@ -54,7 +54,7 @@ class Slot:
 
 
 def read_json(file: Path) -> dict[str, object]:
-    """A JSON object from a file; ValueError with one line if it is missing or malformed."""
+    """A JSON object from a file; UserError with one line if it is missing or malformed."""
     if not file.is_file():
         raise UserError(f"{file}: not found")
     data = parse_json(read_utf8(file), str(file), infinities=True)  # transformers writes time_step_limit so
@@ -101,7 +101,7 @@ def _check_index(folder: Path, files: Mapping[str, Path]) -> None:
 
 
 def opened(file: Path) -> safe_open:
-    """A safetensors file, memory-mapped; ValueError with one line if it is none or not whole."""
+    """A safetensors file, memory-mapped; UserError with one line if it is none or not whole."""
     try:
         return safe_open(str(file), framework="pt")
     except (SafetensorError, OSError) as error:
@@ -187,7 +187,7 @@ def _allocate(module: nn.Module, shape: torch.Size, dtype: torch.dtype, device: 
 
 
 def check(slots: Mapping[str, Slot], files: Mapping[str, Path]) -> None:
-    """Names, shapes and dtypes of a checkpoint against the slots, from the files' headers alone; ValueError if wrong.
+    """Names, shapes and dtypes of a checkpoint against the slots, from the files' headers alone; UserError if wrong.
 
     The slots may be those of a model on the meta device, so that nothing is allocated for a checkpoint that is wrong.
     """
@@ -211,7 +211,7 @@ def check(slots: Mapping[str, Slot], files: Mapping[str, Path]) -> None:
 def fill(slots: Mapping[str, Slot], files: Mapping[str, Path]) -> dict[str, str]:
     """Copy every tensor into its slot; canonical name -> sha256 of name, dtype, shape and bytes as stored.
 
-    The slots must have passed :func:`check`. Raises ValueError for NaN or infinite weights.
+    The slots must have passed :func:`check`. Raises UserError for NaN or infinite weights.
     """
     digests: dict[str, str] = {}
     for file in sorted(set(files.values())):

@@ -97,7 +97,7 @@ class NemotronHConfig:
 
 
 def parse_config(data: JsonObject) -> NemotronHConfig:
-    """Check a ``config.json`` and keep what the model needs; ValueError says what is wrong and with which field."""
+    """Check a ``config.json`` and keep what the model needs; UserError says what is wrong and with which field."""
     if data.get("model_type") != "nemotron_h":
         raise UserError(f"config.json: model_type is {data.get('model_type')!r}, expected 'nemotron_h'")
     data = _with_pattern(data)

@@ -246,7 +246,7 @@ def use_graphs(
 ) -> StepGraphs:
     """From now on take the small steps of a pair, or of a context tower alone, from graphs, and return these.
 
-    See :class:`StepGraphs`. ValueError where a tower is on no CUDA device.
+    See :class:`StepGraphs`. UserError where a tower is on no CUDA device.
     """
     for device in model.step_devices:
         if device.type not in GRAPH_DEVICES:

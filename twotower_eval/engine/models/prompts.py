@@ -23,7 +23,7 @@ def naming(where: str) -> Iterator[None]:
 
 
 def end_of_text_id(model: Model) -> int:
-    """The tokenizer's EOS, else the first of the model's. ValueError where neither has one."""
+    """The tokenizer's EOS, else the first of the model's. UserError where neither has one."""
     ids = _end_of_text_ids(model)
     if not ids:
         raise UserError(f"checkpoint {model.checkpoint.name} names no EOS token, which empty contexts need")

@@ -59,7 +59,7 @@ CHECKS: Mapping[ProofCheck, Callable[[TransformersModel, Probe], Pairs]] = {
 def prove(model: TransformersModel) -> None:
     """Choose the model's ways, as far as short rows and the cheap ones of its named lengths tell.
 
-    Contexts beyond a length that was not tried are read the plain way. ValueError where the model cannot be right.
+    Contexts beyond a length that was not tried are read the plain way. UserError where the model cannot be right.
     """
     model.run_by(replace(model.ways, options_packed=model.may_pack))
     with _refusing(model):
@@ -109,7 +109,7 @@ def _prove_as_run(model: TransformersModel) -> None:
 def prove_up_to(model: TransformersModel, longest: int) -> Ways:
     """Try whatever lengths contexts of up to ``longest`` tokens reach. How the model is run then, as manifests say it.
 
-    ValueError where the model cannot be right.
+    UserError where the model cannot be right.
     """
     longest_tried = min(longest, MAX_PROVED_TOKENS)
     if _is_open(model, longest_tried):
@@ -126,7 +126,7 @@ def prove_up_to(model: TransformersModel, longest: int) -> Ways:
 def _check_reach(model: TransformersModel, longest: int) -> None:
     """One pass over as many tokens as contexts may have, as the model is run: its settings may promise too many.
 
-    ValueError where it raises, or gives no numbers. Left out where it would take long, or more memory than there is.
+    UserError where it raises, or gives no numbers. Left out where it would take long, or more memory than there is.
     """
     length = min(longest, _room(model))
     parameters = sum(parameter.numel() for parameter in model.inner.parameters())
@@ -157,7 +157,7 @@ def _in_float32(model: TransformersModel) -> Iterator[None]:
 
 @contextmanager
 def _refusing(model: TransformersModel) -> Iterator[None]:
-    """What plain passes raise is a ValueError: there is no slower way than theirs."""
+    """What plain passes raise is a UserError: there is no slower way than theirs."""
     try:
         yield
     except ForwardError as error:
@@ -219,7 +219,7 @@ def _settle_ways(model: TransformersModel, probe: Probe, most_cached: int) -> No
 
 
 def _depends_on_length(model: TransformersModel, probe: Probe) -> bool:
-    """Whether a row's logits change where it only grows longer. ValueError where they are no causal model's."""
+    """Whether a row's logits change where it only grows longer. UserError where they are no causal model's."""
     limit, num_common = LIMITS[model.precision], probe.at - probe.first
     _check_finite(model, torch.cat([probe.row_NV, probe.fork_NV]))
     found = difference(probe.fork_NV[:num_common], probe.row_NV[:num_common], model.precision)
@@ -243,7 +243,7 @@ def _by(found: float) -> str:
 
 
 def _needs_resets(model: TransformersModel, probe: Probe) -> bool:
-    """Whether a row gives something else behind a longer one. ValueError where a short row does not undo that."""
+    """Whether a row gives something else behind a longer one. UserError where a short row does not undo that."""
 
     def behind(row: Tokens) -> torch.Tensor:
         whole(model, row, 1)

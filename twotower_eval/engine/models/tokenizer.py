@@ -68,7 +68,7 @@ class Tokenizer:
         self._of_nothing = {special: inner.encode("", add_special_tokens=special).ids for special in (False, True)}
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of ``text``. ValueError where it is no proper text, where nothing of it is left, or where the
+        """Token ids of ``text``. UserError where it is no proper text, where nothing of it is left, or where the
         model has no such token."""
         try:
             ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens).ids
@@ -109,7 +109,7 @@ def load_tokenizer(
 ) -> Tokenizer | None:
     """The tokenizer in ``folder``; None where there is none.
 
-    Added tokens may lie beyond ``vocab_size``: they are refused when a text holds one. ValueError if others do.
+    Added tokens may lie beyond ``vocab_size``: they are refused when a text holds one. UserError if others do.
     ``unnamed`` is asked for BOS and EOS where the settings are silent about one of them.
     """
     file = folder / "tokenizer.json"

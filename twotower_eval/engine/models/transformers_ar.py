@@ -50,7 +50,7 @@ LOAD_ERRORS = (  # what transformers raises for folders that are wrong in one wa
 def load(
     folder: Path, *, devices: tuple[str, ...], dtype: torch.dtype, tower: Literal["context"] | None = None
 ) -> TransformersModel:
-    """Load a causal language model. ValueError with one line for whatever is wrong with the folder."""
+    """Load a causal language model. UserError with one line for whatever is wrong with the folder."""
     if tower is not None:
         raise UserError(f"{folder}: is no two-tower checkpoint, so it has no context tower to take out")
     data = read_json(folder / "config.json")

@@ -20,7 +20,7 @@ class Scorer(Protocol):
 
 
 def make_scorer(model: Model, kind: LikelihoodKind, *, block_size: int = 16, num_draws: int = 32) -> Scorer:
-    """A scorer of the given kind, see :mod:`twotower_eval.engine.scorers.likelihood`; ValueError where the model
+    """A scorer of the given kind, see :mod:`twotower_eval.engine.scorers.likelihood`; UserError where the model
     cannot give it."""
     from twotower_eval.engine.scorers.likelihood import make
 

@@ -67,7 +67,7 @@ class _DenoiserScorer(Scorer):
     def plan(self, requests: Sequence[ScoreRequest], batch_size: int) -> list[Piece]:
         """See :meth:`Scorer.plan`; contexts may be empty.
 
-        ValueError for a continuation with the mask token: no denoiser writes it, so its log-likelihood is minus
+        UserError for a continuation with the mask token: no denoiser writes it, so its log-likelihood is minus
         infinity, which no record can hold.
         """
         check_requests(requests, self.model, needs_context=False)

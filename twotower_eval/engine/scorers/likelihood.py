@@ -34,7 +34,7 @@ from twotower_eval.records import Likelihood, LikelihoodKind
 
 
 def make(model: Model, kind: LikelihoodKind, *, block_size: int, num_draws: int) -> Scorer:
-    """The scorer of a kind; ValueError where the model cannot give it."""
+    """The scorer of a kind; UserError where the model cannot give it."""
     if kind in ("exact", "context_tower"):
         if (kind == "context_tower") != model.has_denoiser and model.checkpoint.tower != "context":
             given = "context_tower" if model.has_denoiser else "exact"

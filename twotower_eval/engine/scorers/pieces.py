@@ -59,7 +59,7 @@ class Scorer:
     def plan(self, requests: Sequence[ScoreRequest], batch_size: int) -> list[Piece]:
         """Every request in exactly one piece; called in their order, pieces share the most work.
 
-        ValueError for requests that cannot be scored. ``batch_size`` counts rows where nothing is shared.
+        UserError for requests that cannot be scored. ``batch_size`` counts rows where nothing is shared.
         """
         raise NotImplementedError
 

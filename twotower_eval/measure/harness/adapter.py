@@ -146,7 +146,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         return [self.journal.generations[key].generation.text or "" for _, key in numbered]
 
     def check_texts(self, numbered: Sequence[tuple[Instance, Key]]) -> None:
-        """ValueError, with the document, for the first request whose texts this model cannot read."""
+        """UserError, with the document, for the first request whose texts this model cannot read."""
         for request, key in numbered:
             if request.request_type == "generate_until":
                 self._prompt(request.args[0], key, stops_and_budget(request.args[1], DEFAULT_MAX_NEW_TOKENS)[1])
@@ -297,7 +297,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         self.advance(len(asked))
 
     def _split(self, request: Instance, key: Key, request_type: str) -> _Asked:
-        """The request in pairs of ids, each with something to score. ValueError, with the document, where none is."""
+        """The request in pairs of ids, each with something to score. UserError, with the document, where none is."""
         is_rolling = request_type == "loglikelihood_rolling"
         split = self._windows if is_rolling else self._context_and_continuation
         with prompts.naming(_where(key) + ("" if is_rolling else f", option {key[2] + 1}")):

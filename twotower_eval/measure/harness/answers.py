@@ -87,7 +87,7 @@ def with_repeats(requests: Iterable[Instance]) -> list[tuple[Instance, Key]]:
 
 
 def missing_of(numbered: Iterable[tuple[Instance, Key]], rows: Mapping[Key, GenerationRow | LikelihoodRow]) -> set[Key]:
-    """Keys that are not journalled yet. A journalled answer to another prompt is a ValueError."""
+    """Keys that are not journalled yet. A journalled answer to another prompt is a UserError."""
     missing = set()
     for request, key in numbered:
         row = rows.get(key)
@@ -129,7 +129,7 @@ def likelihood_row(cell: str, key: Key, request: Instance, likelihood: Likelihoo
 
 
 def check_asked(request: Instance, key: Key, decoder: Decoder | None) -> None:
-    """ValueError where a request asks for what the decoder does not do; one that samples was asked for."""
+    """UserError where a request asks for what the decoder does not do; one that samples was asked for."""
     asked = decoding_asked(request.args[1])
     if asked.beyond:
         raise UserError(f"task {key[0]!r} asks for {in_words(asked.beyond)}: no decoder here does that")

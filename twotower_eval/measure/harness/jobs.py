@@ -191,7 +191,7 @@ def make_jobs(
 ) -> list[Job]:
     """Every cell of the plan, task by task, the baseline first, at the plan's temperature.
 
-    ValueError if a model cannot score as asked.
+    UserError if a model cannot score as asked.
     """
     from twotower_eval.engine.decoders import decoder_spec, from_spec
     from twotower_eval.engine.models.identity import causal_identity

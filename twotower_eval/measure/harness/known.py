@@ -33,7 +33,7 @@ class KnownScores:
         self._aggregates = {key_of(row): (line, row) for line, row in enumerate(run.aggregates, start=1)}
 
     def new(self, scores: Iterable[Score]) -> list[Score]:
-        """Those that are not on disk. ValueError with file and line where one on disk says something else."""
+        """Those that are not on disk. UserError with file and line where one on disk says something else."""
         new = []
         for score in scores:
             key = self._key_of(score)
@@ -63,7 +63,7 @@ class KnownScores:
         return new
 
     def check_all_made(self) -> None:
-        """ValueError where one on disk was not among the scores made."""
+        """UserError where one on disk was not among the scores made."""
         for line, row in self._left.values():
             raise self._refusal(line, row, "has a score that no answer in this run gives")
 
@@ -73,7 +73,7 @@ class KnownScores:
 
 
 def check_known(run: store.Run, manifest: RunManifest, jobs: Sequence[Job]) -> None:
-    """ValueError, before a run is opened again, where a score on disk is not that of its journalled answer, or an
+    """UserError, before a run is opened again, where a score on disk is not that of its journalled answer, or an
     answer contradicts itself."""
     store.check_comparable(run, manifest)
     known = KnownScores(run)
@@ -88,7 +88,7 @@ def check_known(run: store.Run, manifest: RunManifest, jobs: Sequence[Job]) -> N
 
 
 def _check_texts_are_of_tokens(run: store.Run, jobs: Sequence[Job]) -> None:
-    """ValueError where a text is not that of its tokens. Decoders of others may write their texts as they like, and
+    """UserError where a text is not that of its tokens. Decoders of others may write their texts as they like, and
     before a stop string stands part of a token that is counted no more."""
     own = {job.cell.id: job for job in jobs if job.task.generates and ":" not in job.cell.decoder.kind}
     for line, row in enumerate(run.generations, start=1):

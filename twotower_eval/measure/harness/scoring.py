@@ -31,7 +31,7 @@ def score_rows(task: BuiltTask, cell: str, rows: Iterable[Row]) -> list[Score]:
     """Scores of every document that the rows answer completely, for each metric and filter of the task.
 
     A document's value is the mean over its samples; where the task itself asks for several, it is what lm-eval makes
-    of all of them. Rows made for another prompt are a ValueError.
+    of all of them. Rows made for another prompt are a UserError.
     """
     samples = _samples(task, rows)
     scores = []

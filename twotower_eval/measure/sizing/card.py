@@ -68,7 +68,7 @@ def measured_layers(pattern: str, num_layers: int | None) -> tuple[tuple[int, ..
 
     All layers where they are all built. Else the first ``num_layers``, the same with every second layer of one kind
     left out, for each kind, no layer at all, and the first half, which no fit needs and which therefore tests it.
-    ValueError where the first layers lack a kind that the others have, so that nothing could be said of it.
+    UserError where the first layers lack a kind that the others have, so that nothing could be said of it.
     """
     if num_layers is None or num_layers == len(pattern):
         return (tuple(range(len(pattern))),)
@@ -165,7 +165,7 @@ def describe(card: CostCard) -> Iterator[str]:
 
 
 def refuse_if_too_large(card: CostCard, plan: SizingPlan, config: NemotronHConfig, dtype: torch.dtype) -> None:
-    """ValueError that says by how much, and what would fit."""
+    """UserError that says by how much, and what would fit."""
     if card.fits:
         return
     peak, needed, free = next(

@@ -37,7 +37,7 @@ class Profile:
 
 
 def even_profile(tokens_per_nfe: float, block_size: int, num_blocks: int) -> Profile:
-    """A rate spread as evenly as whole tokens and whole calls allow; ValueError for a rate no block can have."""
+    """A rate spread as evenly as whole tokens and whole calls allow; UserError for a rate no block can have."""
     if not 1 <= tokens_per_nfe <= block_size:
         raise UserError(
             f"a block of {block_size} commits 1 to {block_size} tokens per denoiser call, not {tokens_per_nfe:g}"
@@ -56,7 +56,7 @@ def recorded_profiles(run: Run, block_size: int, num_blocks: int, seed: int) -> 
     """One profile for each decoder setting that a run has at this block size: blocks drawn from those it decoded.
 
     Where generations carry traces their steps are taken as they were; elsewhere each prompt's calls per block, spread
-    evenly. ValueError where the run has no such block.
+    evenly. UserError where the run has no such block.
     """
     pools = {_label(cell.decoder): _blocks(run, cell.id, block_size) for cell in run.manifest.cells
              if cell.decoder.params.get("block_size") == block_size}  # fmt: skip

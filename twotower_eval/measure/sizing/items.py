@@ -71,7 +71,7 @@ class Item:
 
 
 def make_rigs(plan: SizingPlan, pairs: Sequence[TwoTower]) -> list[Rig]:
-    """Cells and contexts of each pair. ValueError where the weights make nothing finite in the plan's dtype."""
+    """Cells and contexts of each pair. UserError where the weights make nothing finite in the plan's dtype."""
     return [_rig(plan, pair) for pair in pairs]
 
 

@@ -57,7 +57,7 @@ def run(
 ) -> Path:
     """Measure a config's costs and return the run's folder.
 
-    ``resume`` goes on with a run on the same machine by whole rounds. ``now`` gives seconds. ValueError for whatever
+    ``resume`` goes on with a run on the same machine by whole rounds. ``now`` gives seconds. UserError for whatever
     the user can mend, before anything is built where it can be known by then.
     """
     progress = progress or SilentProgress()
@@ -94,7 +94,7 @@ def run(
 
 
 def read_config(plan: SizingPlan) -> NemotronHConfig:
-    """The config that the plan names; ValueError with the file's name if it is none."""
+    """The config that the plan names; UserError with the file's name if it is none."""
     file = config_file(plan.config)
     data = read_json(file)
     try:
@@ -110,7 +110,7 @@ def read_config(plan: SizingPlan) -> NemotronHConfig:
 def config_file(name: str) -> Path:
     """The file that is meant: by its path, by a folder that holds a ``config.json``, or by the name of a shipped one.
 
-    ValueError with the shipped names where there is none.
+    UserError with the shipped names where there is none.
     """
     for file in (Path(name), Path(name) / "config.json"):
         if file.is_file():
@@ -125,7 +125,7 @@ def config_file(name: str) -> Path:
 
 
 def make_profiles(plan: SizingPlan) -> tuple[Profile, ...]:
-    """Commit profiles for every block size, equal ones once; ValueError where a rate fits no block size."""
+    """Commit profiles for every block size, equal ones once; UserError where a rate fits no block size."""
     unfit = [rate for rate in plan.tokens_per_nfe if rate > max(plan.block_sizes)]
     if unfit:
         raise UserError(f"{unfit[0]:g} tokens per NFE do not fit into blocks of {max(plan.block_sizes)}")

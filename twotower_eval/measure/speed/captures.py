@@ -63,7 +63,7 @@ def hint(plan: SpeedPlan | SizingPlan) -> str | None:
 
 
 def refuse_uneven(batch_sizes: Iterable[int], block_sizes: Iterable[int]) -> None:
-    """ValueError where the steps of one token would come from graphs and those of a block would not."""
+    """UserError where the steps of one token would come from graphs and those of a block would not."""
     rows, width = max(batch_sizes), max(block_sizes, default=1)
     if rows * width > MAX_NEW:
         raise UserError(

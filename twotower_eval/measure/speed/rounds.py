@@ -60,7 +60,7 @@ def run_launch(
 
     ``temperature`` holds where the plan names none; ``overrides`` say what of the tasks' wishes does not.
     ``resume`` goes on with a run on the same machine: whole rounds count, a torn one is begun anew. ``now`` gives
-    seconds. Raises ValueError for whatever the user can mend, before weights load where it can be known by then.
+    seconds. Raises UserError for whatever the user can mend, before weights load where it can be known by then.
     """
     from twotower_eval.engine.models import family_calls
     from twotower_eval.engine.models.arms import prove_arms
@@ -142,7 +142,7 @@ def _longest(calls: Calls, lanes: dict[int, tuple[Lane, ...]]) -> int:
 
 
 def _is_scored(plan: SpeedPlan, resume: Path, manifest: RunManifest, calls_per_round: int) -> bool:
-    """Whether a run's answers are scored. ValueError where more rounds are wanted then: scores would leave them out.
+    """Whether a run's answers are scored. UserError where more rounds are wanted then: scores would leave them out.
 
     Besides, what is added after a look at the result is another run (PROTOCOL); reports pool runs of the same cells.
     """

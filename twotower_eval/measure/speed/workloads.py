@@ -57,7 +57,7 @@ def make_calls(plan: SpeedPlan, requests: Sequence[Request]) -> Calls:
 
     On the ``answer`` workload prompts of one call share stops and budget, tasks take turns, and what is chosen of a
     task is spread over the lengths of all its prompts. Where the plan names no number, they are ``ENOUGH_PROMPTS``, or
-    as many as make whole batches. ValueError where there are fewer than it names, or no whole batch.
+    as many as make whole batches. UserError where there are fewer than it names, or no whole batch.
     """
     together = math.lcm(*plan.batch_sizes)
     wanted = _wanted(plan, together)
@@ -163,7 +163,7 @@ def scored_tasks(plan: SpeedPlan, calls: Iterable[Call]) -> dict[str, dict[str, 
 def encode_calls(
     plan: SpeedPlan, calls: Calls, requests: Sequence[Request], model: Model
 ) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """A model's token ids of every prompt, by call id. ValueError where the model has no tokenizer or no room."""
+    """A model's token ids of every prompt, by call id. UserError where the model has no tokenizer or no room."""
     if model.tokenizer is None:
         raise UserError(f"checkpoint {model.checkpoint.name} has no tokenizer files: prompts are text, it needs one")
     known: dict[tuple[str, int], tuple[int, ...]] = {}

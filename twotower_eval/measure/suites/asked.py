@@ -89,7 +89,7 @@ class Decoding:
 
 
 def decoding_asked(settings: JsonObject) -> Asked:
-    """What one generation's settings ask for. ValueError for values that mean nothing.
+    """What one generation's settings ask for. UserError for values that mean nothing.
 
     As in lm-eval: without ``do_sample`` a temperature above 0 asks for sampling, and ``do_sample: false`` is greedy
     whatever stands beside it.
@@ -111,7 +111,7 @@ def decoding_asked(settings: JsonObject) -> Asked:
 
 
 def merged(found: Iterable[Asked]) -> Asked:
-    """What several generations of one task ask for together; ValueError for unlike temperatures."""
+    """What several generations of one task ask for together; UserError for unlike temperatures."""
     several = list(found)
     temperatures = sorted({one.temperature or 0.0 for one in several})
     if len(temperatures) > 1:
@@ -127,7 +127,7 @@ def settle(
 ) -> Decoding:
     """The one temperature at which a plan decodes: its own, else what the tasks ask for, else greedy.
 
-    What the plan's ``temperature`` and ``samples`` override is told. ValueError, with what to give, where tasks ask
+    What the plan's ``temperature`` and ``samples`` override is told. UserError, with what to give, where tasks ask
     for what is not done here, for unlike temperatures, or for several samples where they are all the same or where
     answers are ``timed``, one a round.
     """

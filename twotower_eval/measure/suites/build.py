@@ -91,7 +91,7 @@ def resolve_tasks(
     ``-NAME`` leaves a task out. ``limit`` keeps the first documents of each task (of each subject, where lm-eval's
     task is a group). ``seed`` moves the few-shot examples of tasks that draw them. ``samples``, ``max_new_tokens`` and
     ``temperature`` hold instead of what suite and task say; :func:`settle` tells what that overrides and refuses what
-    nothing here does. Raises ValueError for unknown names, tasks that execute model output, and data that is missing
+    nothing here does. Raises UserError for unknown names, tasks that execute model output, and data that is missing
     or does not fit.
     """
     if data_dir is not None and not Path(data_dir).is_dir():

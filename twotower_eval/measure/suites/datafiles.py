@@ -51,7 +51,7 @@ def prepare(source: Path, target: Path, names: Sequence[str] | None = None) -> l
     """Write stock-column files under ``target`` from the published files under ``source``.
 
     ``names`` are some of gsm8k, mgsm, mmlu, math500, hellaswag; by default whichever has a folder under ``source``.
-    A missing file or an unexpected line is a ValueError naming it; files are replaced whole or not at all.
+    A missing file or an unexpected line is a UserError naming it; files are replaced whole or not at all.
     """
     for name in names or ():
         if name not in BENCHMARKS:
@@ -72,14 +72,14 @@ def prepare(source: Path, target: Path, names: Sequence[str] | None = None) -> l
 
 
 def read_jsonl(path: Path) -> list[dict[str, object]]:
-    """All rows of a JSONL file, which must have the same columns throughout; anything else is a ValueError."""
+    """All rows of a JSONL file, which must have the same columns throughout; anything else is a UserError."""
     return [row for _, row in numbered_rows(path)]
 
 
 def numbered_rows(path: Path) -> list[tuple[int, dict[str, object]]]:
     """The rows of a JSONL file, each with the number of its line.
 
-    All have the same columns, and a column holds one kind of value. ValueError with file and line for all else, and
+    All have the same columns, and a column holds one kind of value. UserError with file and line for all else, and
     for numbers and texts that no table of a data set carries.
     """
     rows: list[tuple[int, dict[str, object]]] = []
@@ -227,7 +227,7 @@ BENCHMARKS: dict[str, Callable[[Path], Iterator[tuple[str, str, Rows]]]] = {
 
 
 def _check_mark(text: object, where: str) -> None:
-    """ValueError for a text that begins with a byte order mark: files with one were joined or made into another."""
+    """UserError for a text that begins with a byte order mark: files with one were joined or made into another."""
     if isinstance(text, str) and text.startswith(BOM):
         raise UserError(f"{where}: a text begins with a byte order mark (U+FEFF): take it out")
 

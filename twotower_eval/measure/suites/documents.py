@@ -87,7 +87,7 @@ def build_docs(name: str, leaf: str, source: Task, first_id: int, member: SuiteT
 
 
 def _check_scoring(name: str, source: Task, doc: BuiltDoc) -> None:
-    """ValueError where scoring needs a package, a file or the network that is not there.
+    """UserError where scoring needs a package, a file or the network that is not there.
 
     It is tried on one made-up answer, which need not suit it, rather than after hours on those of models.
     """
@@ -173,7 +173,7 @@ def generates(instance: Instance) -> bool:
 
 
 def check_options(docs: Sequence[BuiltDoc]) -> None:
-    """ValueError for a request to score no text: whatever it were given, such an option would win or lose for nothing.
+    """UserError for a request to score no text: whatever it were given, such an option would win or lose for nothing.
 
     Blanks that end a context are scored with what follows, so that they are something.
     """
@@ -191,7 +191,7 @@ def check_options(docs: Sequence[BuiltDoc]) -> None:
 def stops_and_budget(settings: JsonObject, default_budget: int) -> tuple[tuple[str, ...], int]:
     """Stop strings and token budget in lm-eval's settings of a generation, under any of the names it goes by.
 
-    ValueError for stops that are no text and for a budget that is no number of tokens.
+    UserError for stops that are no text and for a budget that is no number of tokens.
     """
     until = settings.get("until") or []
     stops = [until] if isinstance(until, str) else until

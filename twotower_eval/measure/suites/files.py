@@ -69,7 +69,7 @@ def suite_names() -> list[str]:
 
 
 def load_suite(name: str) -> Suite:
-    """Read a shipped suite; an unknown name or a broken file is a ValueError."""
+    """Read a shipped suite; an unknown name or a broken file is a UserError."""
     path = data_path("tasks", "suites", f"{name}.toml")
     if not path.is_file():
         raise UserError(f"unknown suite {name!r}{did_you_mean(name, suite_names())}")
@@ -77,7 +77,7 @@ def load_suite(name: str) -> Suite:
 
 
 def read_suite(path: Path) -> Suite:
-    """Read one suite file; unknown keys, repeated names and impossible values are a ValueError naming the task."""
+    """Read one suite file; unknown keys, repeated names and impossible values are a UserError naming the task."""
     data = read_toml(path, "suite")
     unknown = set(data) - {"description", "task"}
     if unknown:

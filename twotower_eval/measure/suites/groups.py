@@ -47,7 +47,7 @@ class Node:
 
 
 def node(path: str) -> Node:
-    """The node of that path. ValueError for what lm-eval does not have, or what no task here can be."""
+    """The node of that path. UserError for what lm-eval does not have, or what no task here can be."""
     root = _indexed(path.partition(WITHIN)[0], {}, None, ())
     found = next((one for one in _all(root) if one.path == path), None)
     if found is None:
@@ -58,7 +58,7 @@ def node(path: str) -> Node:
 def leaves(top: Node) -> list[Node]:
     """The single tasks below a node, each once: lm-eval knows them by their names.
 
-    ValueError for a group without any, and for a task that several groups below it name: lm-eval counts that twice.
+    UserError for a group without any, and for a task that several groups below it name: lm-eval counts that twice.
     """
     found = {one.name: one for one in _all(top) if one.members is None}
     if not found:
@@ -218,7 +218,7 @@ def figure(
 ) -> Figure:
     """How ``members`` make one figure; ``metric`` and ``filter_`` are a suite's own choice and must exist.
 
-    ValueError where lm-eval has none, or several over different members.
+    UserError where lm-eval has none, or several over different members.
     """
     known = (("metric", metric, list(members[0].metrics)), ("filter", filter_, list(members[0].filters)))
     for kind, wanted, there in known:

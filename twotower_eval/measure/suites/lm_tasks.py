@@ -71,7 +71,7 @@ def index_of(name: str) -> Mapping[str, Entry]:
 
 
 def load_task(name: str, settings: JsonObject, data_dir: Path | None) -> Task:
-    """One lm-eval task with ``settings`` put over its own. Raises ValueError with what to do about it.
+    """One lm-eval task with ``settings`` put over its own. Raises UserError with what to do about it.
 
     Local tasks read the files beside their YAML; stock tasks those under ``data_dir`` if given, else the hub.
     """
@@ -156,7 +156,7 @@ def is_lacking(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def needing(name: str, what: str, *, made_up: bool = False) -> Iterator[None]:
-    """ValueError that names a task where ``what`` of it lacks something. ``made_up`` answers need not suit it."""
+    """UserError that names a task where ``what`` of it lacks something. ``made_up`` answers need not suit it."""
     try:
         yield
     except (*LACKING, *MISTAKEN) as error:
@@ -226,7 +226,7 @@ def _read_dataset(files: Mapping[str, Path], **_metadata: object) -> DatasetDict
 
 
 def _split(path: Path, rows: Sequence[tuple[int, JsonObject]]) -> Dataset:
-    """The rows as a data set; ValueError with the first line that does not fit those before it."""
+    """The rows as a data set; UserError with the first line that does not fit those before it."""
     from datasets import Dataset
     from pyarrow import ArrowException
 

@@ -54,7 +54,7 @@ class Golden:
 
 
 def load_golden(folder: Path, model: Model, device: str) -> Golden:
-    """Read a folder; its own checkpoint takes the place of ``model`` if it has one. ValueError for what is missing."""
+    """Read a folder; its own checkpoint takes the place of ``model`` if it has one. UserError for what is missing."""
     for name in (TENSORS, DESCRIPTION):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: --golden wants a folder of reference outputs")

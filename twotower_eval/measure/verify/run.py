@@ -32,7 +32,7 @@ RANDOM_LENGTHS = (3, 9, 17, 33)  # around a block's ends, unequal so that batche
 def verify(plan: VerifyPlan, *, root: Path) -> Path:
     """Check a checkpoint and return the run's folder, whose ``checks.jsonl`` says what was found.
 
-    A failed check is no error here. Raises ValueError for whatever the user can mend.
+    A failed check is no error here. Raises UserError for whatever the user can mend.
     """
     from twotower_eval.engine.models import family_calls, load_model
     from twotower_eval.engine.models.arms import prove_arms
