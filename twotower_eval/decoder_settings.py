@@ -91,8 +91,8 @@ def settings_from(given: Any) -> dict[str, Any]:
         check_value(f"set.{name}", tuple[Value, ...], values)
         if not values:
             raise UserError(f"set.{name} is empty: name at least one value")
-        told = [set_text(name, [value]) for value in values]
-        if twice := sorted({one.partition("=")[2] for one in told if told.count(one) > 1}):
+        written = [_text(value) for value in values]  # 1.0 is 1 there
+        if twice := sorted({one for one in written if written.count(one) > 1}):
             raise UserError(f"set.{name} names {', '.join(twice)} twice")
     return found
 

@@ -35,9 +35,10 @@ def parse_json(text: str, where: str, *, infinities: bool = False, half_pairs: b
         raise UserError(f"{where}: not valid JSON ({error.msg}, {place})") from error
     except RecursionError as error:
         raise UserError(f"{where}: nested too deeply to be read") from error
-    except ValueError as error:  # of the hooks below, or a whole number of thousands of digits
-        digits = "a whole number has more digits than Python reads" if "integer string conversion" in str(error) else ""
-        raise UserError(f"{where}: {digits or error}") from error
+    except UserError as error:  # of the hooks below
+        raise UserError(f"{where}: {error}") from error
+    except ValueError as error:  # nothing else is left that the decoder does not call a fault of JSON
+        raise UserError(f"{where}: a whole number has more digits than Python reads") from error
     if not half_pairs and ("\\u" in text or not text.isascii()):
         check_text(value, where)
     return value

@@ -282,10 +282,10 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         raise UserError(f"{what} {path} is not valid TOML: {error}") from error
     except RecursionError as error:
         raise UserError(f"{what} {path} is nested too deeply to be read") from error
-    except ValueError as error:  # of whole numbers with thousands of digits
-        if "integer string conversion" in str(error):
-            raise UserError(f"{what} {path}: a whole number has more digits than Python reads") from error
+    except UserError:
         raise
+    except ValueError as error:  # nothing else is left that tomllib does not call a fault of TOML
+        raise UserError(f"{what} {path}: a whole number has more digits than Python reads") from error
     check_whole_numbers(values, f"{what} {path}")
     return values
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from twotower_eval.analyse import stats
+from twotower_eval.analyse.claims.files import RETENTIONS
 from twotower_eval.analyse.compare import Measured, QualityPoint, SpeedPoint
 from twotower_eval.analyse.compare.clean import subset
 from twotower_eval.analyse.compare.measured import measured
@@ -13,8 +14,6 @@ from twotower_eval.analyse.compare.wholes import WholeScore
 from twotower_eval.analyse.stats.decide import DECISION_LEVEL
 from twotower_eval.errors import NoEstimate
 from twotower_eval.records import Claim, Estimate
-
-RETENTIONS = ("retention", "decoder_exercised_retention")
 
 
 def is_equal_by_construction(claim: Claim, point: QualityPoint, own: OtherScore | WholeScore | None = None) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 from twotower_eval.analyse.claims.published import Published, published_from
 from twotower_eval.analyse.claims.reading import at_least, tables, texts, value_of, within
+from twotower_eval.analyse.claims.terms import SPEED_QUANTITIES as SPEED_QUANTITIES
 from twotower_eval.analyse.claims.terms import check_limits, check_margin
 from twotower_eval.errors import UserError
 from twotower_eval.names import did_you_mean
@@ -23,9 +24,9 @@ from twotower_eval.plan import data_path, read_toml
 from twotower_eval.records import Averaging, Claim, DecoderSpec, GateLimits, OperatingPoint, Quantity, Relation
 
 QUANTITIES, RELATIONS, AVERAGINGS = (typing.get_args(kind) for kind in (Quantity, Relation, Averaging))
-TASK_QUANTITIES = ("retention", "decoder_exercised_retention", "score", "score_difference")
+RETENTIONS = ("retention", "decoder_exercised_retention")
 SCORE_QUANTITIES = ("score", "score_difference")
-SPEED_QUANTITIES = ("speedup_time", "speedup_throughput", "speedup_time_per_device")
+TASK_QUANTITIES = (*RETENTIONS, *SCORE_QUANTITIES)
 SLIP_OF_SUITE, SLIP_OF_TASK = 0.8, 0.91  # how alike a name is to another one that was meant, at least
 MOST_LOOKS = 20  # each judged at 99.75 % then
 MARGINS = {"retention": 0.005, "decoder_exercised_retention": 0.005} | dict.fromkeys(SPEED_QUANTITIES, 0.05)
@@ -243,7 +244,7 @@ def _check_claim(where: str, claim: Claim, table: Mapping[str, Any]) -> None:
         raise UserError(f"{where}: scope is missing: name the tasks that {claim.quantity} is over")
     if claim.quantity in SPEED_QUANTITIES:
         _check_speed(where, claim, table)
-    elif "retention" not in claim.quantity and "averaging" in table:
+    elif claim.quantity not in RETENTIONS and "averaging" in table:
         raise UserError(f"{where}: averaging has no effect on {claim.quantity}: drop it")
 
 

@@ -109,8 +109,9 @@ def _difference(columns: Columns, weights: Weights) -> Span:
 
 
 Formula = Callable[[Columns, Weights], Span]
+OF_RATIOS = "{} mean of per-task ratios"
 READINGS: Mapping[AggregateOf, Mapping[str, Formula]] = {
-    "retention": {"ratio of the {} means": _ratio_of_means, "{} mean of per-task ratios": _mean_of_ratios},
+    "retention": {"ratio of the {} means": _ratio_of_means, OF_RATIOS: _mean_of_ratios},
     "candidate": {"{} mean of the candidate's column": lambda columns, weights: _mean(columns[0], weights)},
     "baseline": {"{} mean of the baseline's column": lambda columns, weights: _mean(columns[1], weights)},
     "difference": {"difference of the {} means": _difference},
@@ -182,8 +183,8 @@ def _rounded_pairs(
 
 def _named(name: str, how: str) -> str:
     """A mean of ratios is unweighted unless it is said to be weighted."""
-    plain = name.startswith("{} mean of per-task") and how == "unweighted"
-    return name.format(how) if not plain else name.removeprefix("{} ")
+    plain = name == OF_RATIOS and how == "unweighted"
+    return name.format("" if plain else how).strip()
 
 
 def aggregates(published: Published) -> Iterator[Finding]:

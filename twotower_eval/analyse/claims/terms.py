@@ -45,6 +45,7 @@ POSSIBLE: Mapping[Quantity, tuple[float, float]] = {
     "score": (0.0, 1.0),
     "score_difference": (-1.0, 1.0),
 }  # least and largest value; of scores: of those that are shares
+SPEED_QUANTITIES = ("speedup_time", "speedup_throughput", "speedup_time_per_device")
 LIKE_SHARES = re.compile(r"acc(uracy|_.*)|.*_acc|pass(@|_at_)(k|\d+)")  # as tasks name theirs, besides ``SHARES``
 
 
@@ -156,7 +157,7 @@ def allowed_values(claim: Claim) -> tuple[float | None, float | None]:
     """Least and largest true value at which a claim with a margin holds; ``None`` on the side that it leaves open."""
     if claim.expected is None or claim.margin is None:
         raise UserError(f"claim {claim.name!r} has no expected value with its margin")
-    margin = claim.margin * claim.expected if claim.quantity.startswith("speedup") else claim.margin
+    margin = claim.margin * claim.expected if claim.quantity in SPEED_QUANTITIES else claim.margin
     least, largest = stats.limits(claim.relation, claim.expected, margin)
     # 0.987 - 0.005 is not quite 0.982
     return least if least is None else round(least, DIGITS), largest if largest is None else round(largest, DIGITS)
@@ -197,7 +198,7 @@ def claimed_text(claim: Claim, metric: str | None = None) -> str:
         unit = of_margin = _Shown(scale=1, suffix="")
     elif claim.quantity == "score_difference":
         unit = POINTS
-    elif claim.quantity.startswith("speedup"):
+    elif claim.quantity in SPEED_QUANTITIES:
         unit, of_margin = _Shown(scale=1, suffix="x"), PER_CENT
     allowed = f" (margin {of_margin(claim.margin)}, so {_allowed_text(claim, unit)})" if claim.margin else MARGINLESS
     return f"{named} {RELATIONS[claim.relation]} {unit(claim.expected)}{allowed}"

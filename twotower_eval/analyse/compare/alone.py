@@ -98,7 +98,7 @@ class GroupScore:
     metric: str
     filter: str
     aggregation: str
-    scored_by: str
+    scored_by: tuple[str, ...]
     headline: bool
     num_documents: int
     num_without: int
@@ -177,7 +177,7 @@ def _group_score(run: Run, members: dict[str, list[Score]]) -> GroupScore:
         metric=first.metric,
         filter=first.filter,
         aggregation=wholes[0] if wholes else MEAN,
-        scored_by=" + ".join(sorted({score.scored_by for score in rows})),
+        scored_by=tuple(sorted({score.scored_by for score in rows})),
         headline=first.headline,
         num_documents=len(rows) - num_without,
         num_without=num_without,

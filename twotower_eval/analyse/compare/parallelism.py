@@ -101,7 +101,9 @@ def curves(runs: Iterable[Run], quality: Sequence[QualityPoint]) -> tuple[Curve,
 
 def _answered(point: QualityPoint) -> Iterator[TaskQuality]:
     """Tasks whose scores are shares of what the decoder wrote."""
-    return (task for task in point.tasks if task.scored_by == "generation" and max(task.baseline, task.candidate) <= 1)
+    return (
+        task for task in point.tasks if task.scored_by == ("generation",) and max(task.baseline, task.candidate) <= 1
+    )
 
 
 def _family(point: QualityPoint) -> str:

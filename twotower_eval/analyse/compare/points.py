@@ -35,15 +35,15 @@ class TaskQuality:
     """One task that counts once in the average; ``members`` are (name, documents, baseline, candidate) if it has any,
     weighted ``by_size`` or all alike.
 
-    ``scored_by`` is the candidate's. Means lie between 0 and 1 for the usual metrics. ``equal_by_construction``: both
-    arms were scored by one computation, on the tensors that they share. ``above_chance`` is the retention of what lies
-    above chance.
+    ``scored_by`` are the candidate's ways, of a group maybe several. Means lie between 0 and 1 for the usual metrics.
+    ``equal_by_construction``: both arms were scored by one computation, on the tensors that they share.
+    ``above_chance`` is the retention of what lies above chance.
     """
 
     name: str
     metric: str
     filter: str
-    scored_by: str
+    scored_by: tuple[str, ...]
     num_documents: int
     num_clusters: int
     num_discordant: int
@@ -60,7 +60,7 @@ class TaskQuality:
     @property
     def exercises_decoder(self) -> bool:
         """Whether the candidate's decoder had a part in these scores."""
-        return self.scored_by not in NOT_EXERCISING
+        return not set(self.scored_by) <= set(NOT_EXERCISING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class OtherScore:
     task: str
     metric: str
     filter: str
-    scored_by: str
+    scored_by: tuple[str, ...]
     higher_is_better: bool
     num_documents: int
     baseline: float

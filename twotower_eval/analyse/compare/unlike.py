@@ -110,7 +110,7 @@ def _members(point: QualityPoint) -> Iterator[tuple[str, tuple[str, ...]]]:
 def _generated(point: QualityPoint) -> Iterator[str]:
     ways = [(task.name, task.scored_by) for task in point.tasks]
     ways += [(one.task, one.scored_by) for one in _other_scores(point)]
-    yield from (name for name, scored_by in ways if "generation" in scored_by.split(" + "))
+    yield from (name for name, scored_by in ways if "generation" in scored_by)
 
 
 def _other_scores(point: QualityPoint) -> list[OtherScore | WholeScore]:

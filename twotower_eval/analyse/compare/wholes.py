@@ -38,7 +38,7 @@ class WholeScore:
     metric: str
     filter: str
     aggregation: str
-    scored_by: str
+    scored_by: tuple[str, ...]
     higher_is_better: bool
     num_documents: int
     baseline: stats.Figure
@@ -73,7 +73,7 @@ class Resampled:
     rows: Sequence[Score]
     sizes: tuple[int, int]
     num_shared: int
-    scored_by: str
+    scored_by: tuple[str, ...]
     both: stats.WholeScores | str
     singles: Sequence[stats.WholeScores | str]
     own: Sequence[Aggregate | None]
@@ -192,7 +192,7 @@ def _resampled_arms(arms: Sequence[Sequence[Score]], own: Sequence[Aggregate | N
         rows=arms[0] or arms[1],
         sizes=(len(arms[0]), len(arms[1])),
         num_shared=len(set(documents[0]) & set(documents[1])),
-        scored_by=" + ".join(sorted({score.scored_by for score in arms[1] or arms[0]})),
+        scored_by=tuple(sorted({score.scored_by for score in arms[1] or arms[0]})),
         both=both,
         singles=[
             _resampled(arms[arm : arm + 1], own[arm : arm + 1]) if isinstance(both, str) else both.alone(arm)
@@ -212,7 +212,7 @@ def _group(members: Sequence[Resampled]) -> Resampled:
         rows=rows,
         sizes=(sum(member.sizes[0] for member in members), sum(member.sizes[1] for member in members)),
         num_shared=sum(member.num_shared for member in members),
-        scored_by=" + ".join(sorted({member.scored_by for member in members})),
+        scored_by=tuple(sorted({way for member in members for way in member.scored_by})),
         both=_mean([member.both for member in members], sizes[0] if by_size else None),
         singles=[_mean([one.singles[arm] for one in members], sizes[arm] if by_size else None) for arm in (0, 1)],
         own=(None, None),

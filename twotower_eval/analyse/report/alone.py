@@ -255,7 +255,7 @@ def _group_row(run: Run, one: GroupScore) -> Row:
         "metric": one.metric,
         "filter": one.filter,
         "aggregation": one.aggregation,
-        "scored_by": one.scored_by,
+        "scored_by": " + ".join(one.scored_by),
         "headline": one.headline,
         "num_documents": one.num_documents,
         "num_documents_without_value": one.num_without,

@@ -17,7 +17,7 @@ from twotower_eval.analyse.compare.calls import WithinCalls
 from twotower_eval.analyse.compare.degenerate import flags
 from twotower_eval.analyse.compare.documents import DocumentPair, document_pairs
 from twotower_eval.analyse.compare.parallelism import Curve, curves
-from twotower_eval.analyse.compare.points import Measured, OtherScore, QualityPoint
+from twotower_eval.analyse.compare.points import Measured, OtherScore, QualityPoint, TaskQuality
 from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.analyse.compare.truncation import truncated_by_task
@@ -73,7 +73,7 @@ def _retention(point: QualityPoint, cut: Mapping[str, tuple[int, int]]) -> Itera
             "task": task.name,
             "metric": task.metric,
             "filter": task.filter,
-            "scored_by": task.scored_by,
+            "scored_by": " + ".join(task.scored_by),
             "num_documents": task.num_documents,
             "num_clusters": task.num_clusters,
             "baseline_mean": task.baseline,
@@ -92,19 +92,22 @@ def _retention(point: QualityPoint, cut: Mapping[str, tuple[int, int]]) -> Itera
             **dict(zip(TRUNCATED, cut.get(task.name, (None, None)), strict=True)),
         }
     everything = Measured(estimate=None, reason="not computed for this average")
+    exercised = [task for task in point.tasks if task.exercises_decoder]
     averages = {
-        "headline": (point.headline, point.chance.headline),
-        "decoder_exercised": (point.exercised, point.chance.exercised),
-        "mean_of_ratios": (point.mean_of_ratios, everything),
-        "headline_clearly_above_chance": (point.chance.clear_headline, everything),
-        "decoder_exercised_clearly_above_chance": (point.chance.clear_exercised, everything),
+        "headline": (point.headline, point.chance.headline, point.tasks),
+        "decoder_exercised": (point.exercised, point.chance.exercised, exercised),
+        "mean_of_ratios": (point.mean_of_ratios, everything, point.tasks),
+        "headline_clearly_above_chance": (point.chance.clear_headline, everything, _clear(point.tasks)),
+        "decoder_exercised_clearly_above_chance": (point.chance.clear_exercised, everything, _clear(exercised)),
     }
-    for name, (found, above) in averages.items():
-        used = [task for task in point.tasks if task.exercises_decoder or not name.startswith("decoder_exercised")]
-        used = [task for task in used if task.standing.is_clear or not name.endswith("chance")]
+    for name, (found, above, used) in averages.items():
         columns = {**measured_columns("retention", found), **measured_columns("retention_above_chance", above)}
         num_documents = sum(task.num_documents for task in used)
         yield {**start, "task": f"({name})", "num_documents": num_documents, **columns}
+
+
+def _clear(tasks: Sequence[TaskQuality]) -> list[TaskQuality]:
+    return [task for task in tasks if task.standing.is_clear]
 
 
 def _others(point: QualityPoint) -> Iterator[Row]:
@@ -119,7 +122,7 @@ def _others(point: QualityPoint) -> Iterator[Row]:
             "task": score.task,
             "metric": score.metric,
             "filter": score.filter,
-            "scored_by": score.scored_by,
+            "scored_by": " + ".join(score.scored_by),
             "higher_is_better": score.higher_is_better,
             "num_documents": score.num_documents,
             **(_whole_columns(score) if isinstance(score, WholeScore) else _mean_columns(score)),

@@ -14,7 +14,7 @@ from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.compare.sizing import SizingPoint, SizingRun, StepCost, is_sizing_run
 from twotower_eval.analyse.report.plots import COLOURS, GREY, MARKERS, png
 from twotower_eval.analyse.report.section import Section
-from twotower_eval.analyse.report.text import NONE, bullets, code, count, escape, percent, seconds, table, times
+from twotower_eval.analyse.report.text import NONE, bullets, code, count, escape, percent, ratio, seconds, table, times
 from twotower_eval.analyse.report.verdicts import claimed_speedup
 from twotower_eval.errors import NoEstimate
 from twotower_eval.records import GateLimits
@@ -157,7 +157,7 @@ def _needs(found: SizingRun) -> str:
 
 
 def _rate(value: Measured) -> str:
-    return escape(value.reason) if value.estimate is None else times(value).replace("x", "")
+    return escape(value.reason) if value.estimate is None else ratio(value)
 
 
 def _blocks(found: SizingRun) -> str:

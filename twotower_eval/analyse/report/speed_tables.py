@@ -21,6 +21,7 @@ from twotower_eval.analyse.report.text import (
     escape,
     percent,
     rate,
+    ratio,
     run_list,
     speed_findings,
     speedup,
@@ -124,7 +125,7 @@ def _speedups(runs: Runs, points: Sequence[SpeedPoint]) -> str:
             count(point.batch_size),
             f"{point.num_rounds} x {point.num_calls}",
             _independent(point),
-            times(point.length).replace("x", ""),
+            ratio(point.length),
             speedup(point, point.geometric),
             times(point.null),
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -233,10 +235,11 @@ def _dress(axes: Axes, name: str, label: str, what: str, ticks: Sequence[float])
 
 def _tell_grounds(axes: Axes, grounds: Sequence[MeasuredOn], joined: Collection[MeasuredOn]) -> None:
     """Above a panel, what its figures were measured on; with the runs where two would say the same."""
-    words = [measured_on_words(on) for on in grounds]
-    shown = [
-        f"{w} ({', '.join(on.run_ids)})" if words.count(w) > 1 else w for w, on in zip(words, grounds, strict=True)
-    ]
+    alike = Counter(dataclasses.replace(on, run_ids=(), same="") for on in grounds)
+    shown = []
+    for on in grounds:
+        several = alike[dataclasses.replace(on, run_ids=(), same="")] > 1
+        shown.append(measured_on_words(on) + (f" ({', '.join(on.run_ids)})" if several else ""))
     keys = [handle(**_look(None, ground=i, joined=on in joined)) for i, on in enumerate(grounds)]
     axes.legend(keys, shown, loc="lower left", bbox_to_anchor=(0, 1), fontsize=7, borderaxespad=0.2, handlelength=2.6)
 

@@ -72,6 +72,11 @@ def speedup(point: SpeedPoint, value: Measured) -> str:
     return times(value) + (f" **{INVALID}**" if marked else "")
 
 
+def ratio(value: Measured) -> str:
+    """``1.03 [1.01, 1.05]``: as :func:`times`, of what is no number of times."""
+    return _interval(value, lambda e: _decimals(10 * (e.high - e.low), coarse=2))
+
+
 def rate(value: Measured) -> str:
     """Tokens per second with their interval, three significant digits."""
     found = value.estimate
@@ -166,9 +171,9 @@ def details(summary: str, body: str) -> str:
     return f"<details><summary>{plain}</summary>\n\n{body.rstrip()}\n\n</details>\n"
 
 
-def scored_by_words(kinds: str) -> str:
+def scored_by_words(kinds: Sequence[str]) -> str:
     """How a task was scored, for people; a task of several members may have several kinds."""
-    return " + ".join(SCORED_BY.get(kind, escape(kind)) for kind in kinds.split(" + "))
+    return " + ".join(SCORED_BY.get(kind, escape(kind)) for kind in kinds)
 
 
 def measured_on_words(on: MeasuredOn) -> str:

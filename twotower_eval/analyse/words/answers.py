@@ -94,8 +94,8 @@ def _witnessed(fact: WitnessedAnswers) -> str:
     return "; ".join(wrong or reasons) or "; ".join(map(_share, fact.arms))
 
 
-def _unknown(one: ArmWitnessed, why: Unknown) -> str:
-    return UNKNOWN[why] if why == "no call" else f"{one.arm}: {UNKNOWN[why]}"
+def _unknown(one: ArmWitnessed, unknown: Unknown) -> str:
+    return UNKNOWN[unknown] if unknown == "no call" else f"{one.arm}: {UNKNOWN[unknown]}"
 
 
 def _share(one: ArmWitnessed) -> str:
