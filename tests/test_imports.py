@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibration": {"stats", "progress"},
     "compare": {"ways", "strict", "times", "store", "stats"},
     "words": {"shortfalls", "ways", "times", "stats", "compare"},
-    "claims": {"plan", "strict", "store", "stats", "compare", "words"},
+    "claims": {"plan", "decoder_settings", "strict", "store", "stats", "compare", "words"},
     "report": {"shortfalls", "ways", "times", "store", "stats", "compare", "claims", "words", "plan"}
     | {"decoder_settings"},
     # what sees both arms

@@ -127,6 +127,8 @@ def _cell_differences(old: RunManifest, new: RunManifest, *, explained: bool) ->
 
 def _plain(value: Any) -> str:
     """A plan's value as one gives it."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}={_plain(inner)}" for name, inner in value.items())
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 

@@ -102,7 +102,11 @@ def _point(table: Mapping[str, Any]) -> OperatingPoint:
     where = f"point {table.get('name', '?')!r}"
     within(where, table, [field.name for field in dataclasses.fields(OperatingPoint)])
     decoder = value_of(where, table, "decoder", dict)
-    params = {key: value for key, value in decoder.items() if key != "kind"}
+    params = {key: value for key, value in decoder.items() if key not in ("kind", "set")}
+    further = value_of(where, decoder, "set", dict, {})
+    if twice := sorted(params.keys() & further.keys()):
+        raise UserError(f"{where}: decoder says {twice[0]} twice, in set and beside it")
+    params |= further
     if params.get("steps_per_block") == "auto":
         params["steps_per_block"] = value_of(where, params, "block_size", int)
     workload = value_of(where, table, "workload", str, None)

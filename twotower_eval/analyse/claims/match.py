@@ -17,7 +17,7 @@ from twotower_eval.analyse.compare.quality import quality_points
 from twotower_eval.analyse.compare.timing import speed_points
 from twotower_eval.analyse.compare.wholes import WholeScore
 from twotower_eval.plan import CONTEXT_TOWER
-from twotower_eval.records import Arm, Cell, Checkpoint, Claim, Workload
+from twotower_eval.records import Arm, Cell, Checkpoint, Claim, DecoderSpec, Workload
 from twotower_eval.store import Run
 
 MIN_DIGEST = 8  # hex digits of a digest that name a checkpoint
@@ -267,8 +267,13 @@ def cell_fits(claim: Claim, cell: Cell) -> bool:
         return False
     if any(name not in decoder.params or decoder.params[name] != value for name, value in wanted.params.items()):
         return False
-    rest = {name: value for name, value in decoder.params.items() if name not in wanted.params}
-    return all(value in UNSTATED for name, value in rest.items() if name not in WITHOUT_EFFECT)
+    return all(value in UNSTATED for value in unnamed(claim, decoder).values())
+
+
+def unnamed(claim: Claim, decoder: DecoderSpec) -> dict[str, Any]:
+    """The parameters of a decoder that a claim's point says nothing of; a record of decoding changes nothing."""
+    named = (*claim.point.decoder.params, *WITHOUT_EFFECT)
+    return {name: value for name, value in decoder.params.items() if name not in named}
 
 
 def timing_fits(claim: Claim, point: SpeedPoint) -> bool:

@@ -15,31 +15,41 @@ from twotower_eval.analyse.claims.match import (
     scores_of,
     subject_of,
     timing_fits,
+    unnamed,
 )
 from twotower_eval.analyse.compare import QualityPoint, SpeedPoint
 from twotower_eval.analyse.compare.naming import checkpoint_name, long_name
 from twotower_eval.analyse.compare.points import OtherScore
 from twotower_eval.analyse.compare.wholes import WholeScore
+from twotower_eval.decoder_settings import SHORTHANDS, set_text
 from twotower_eval.plan import CONTEXT_TOWER, SHIPPED
 from twotower_eval.records import Claim
 
 SHOWN = 4
-OPTIONS = {
-    "block_size": "--block-sizes",
-    "steps_per_block": "--steps",
-    "threshold": "--thresholds",
-    "temperature": "--temperature",
-}
+OPTIONS = {param: f"--{field.replace('_', '-')}" for field, param in SHORTHANDS.items()}
 
 
 def missing(claim: Claim, points: Sequence[QualityPoint | SpeedPoint], alone: Sequence[str] = ()) -> str:
     """Why a claim is NOT MEASURED, in words, and what measures it. ``alone``: models measured beside no other."""
-    found, words = _nearby(claim, points, alone) + _meant(claim), measuring_command(claim)
-    if words is None:
-        return found
+    found = _nearby(claim, points, alone) + _left_open(claim, points) + _meant(claim)
+    words = measuring_command(claim)
     where = f" on {claim.point.hardware}" if claim.point.hardware else ""
     refused = "" if claim.subject == SHIPPED else "; tasks whose scoring executes what a model wrote are refused"
     return f"{found}; `{shlex.join(words)}`{where} measures it{refused if claim.scope else ''}"
+
+
+def _left_open(claim: Claim, points: Sequence[QualityPoint | SpeedPoint]) -> str:
+    """A hint where all that keeps a claim from a measured point are parameters that it does not name and that are on
+    there: a point is its whole decoder."""
+    wanted = claim.point.decoder
+    for point in points:
+        held = point.candidate.decoder
+        on = {name: value for name, value in unnamed(claim, held).items() if value not in UNSTATED}
+        same = held.kind == wanted.kind and all(held.params.get(name) == value for name, value in wanted.params.items())
+        if same and on and names_subject(claim, subject_of(point)):
+            said = ", ".join(set_text(name, [value]) for name, value in on.items())
+            return f"; the claim's point does not name {', '.join(on)}, and this decoder was measured with {said}"
+    return ""
 
 
 def _meant(claim: Claim) -> str:
@@ -79,17 +89,16 @@ def _kind_of(one: OtherScore | WholeScore) -> str:
     )
 
 
-def measuring_command(claim: Claim) -> list[str] | None:
+def measuring_command(claim: Claim) -> list[str]:
     """The command line that measures a claim at its own point; words in capitals are for the reader to fill in.
 
-    ``None`` where the decoder has a setting that no option says: that takes a plan file.
+    Parameters without an option of their own are said by ``--set``.
     """
     timed, point, shipped = claim.quantity in SPEED_QUANTITIES, claim.point, claim.subject == SHIPPED
-    params = {name: value for name, value in point.decoder.params.items() if value not in UNSTATED}
+    plug_in = ":" in point.decoder.kind  # whose defaults are not known here
+    params = {name: value for name, value in point.decoder.params.items() if plug_in or value not in UNSTATED}
     if point.decoder.kind == "block_diffusion":  # a threshold that is not named is off, and off is not the default
         params["threshold"] = point.decoder.params.get("threshold") or 0.0
-    if not params.keys() <= OPTIONS.keys():
-        return None
     words = ["twotower-eval", "speed" if timed else "run"]
     words += [] if shipped else ["--model", "CKPT"]
     words += [] if claim.baseline == CONTEXT_TOWER else ["--baseline", "BASELINE"]
@@ -98,7 +107,10 @@ def measuring_command(claim: Claim) -> list[str] | None:
     words += [] if point.decoder.kind == "block_diffusion" else ["--decoder", point.decoder.kind]
     words += ["--launches", str(stats.MIN_LAUNCHES)] if timed else []  # with fewer a verdict holds in them alone
     for name, option in OPTIONS.items():
-        words += [option, f"{params[name]}"] if name in params else []
+        value = params.pop(name, None)
+        words += [] if value is None else [option, f"{value}"]
+    for name, value in params.items():
+        words += ["--set", set_text(name, [value])]
     words += [] if point.dtype in (None, "float32") else ["--dtype", str(point.dtype)]
     if not timed:
         return words

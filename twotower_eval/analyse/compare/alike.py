@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from twotower_eval.analyse.compare.naming import checkpoint_name, setting, unusual
+from twotower_eval.analyse.compare.naming import checkpoint_name, number, setting, unusual
 from twotower_eval.analyse.compare.points import QualityPoint
 from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.records import Cell, DecoderSpec, Estimate, WorkloadKind, canonical_json
@@ -103,7 +103,7 @@ class Series:
 
 def families(name: str, candidates: Iterable[Cell]) -> dict[str, str]:
     """Words for every family of operating points, by its key: what they share apart from the setting ``name``."""
-    cells = {family_key(name, cell): cell for cell in candidates if setting(cell.decoder, name) is not None}
+    cells = {family_key(name, cell): cell for cell in candidates if number(cell.decoder, name) is not None}
     models = {_model(cell)[:2]: checkpoint_name(cell.checkpoint) for cell in cells.values()}
     names = Counter(models.values())
     dtypes = len({cell.checkpoint.dtype for cell in cells.values()}) > 1
@@ -132,6 +132,8 @@ def _model(cell: Cell) -> tuple[str, str | None, str]:
 
 def _label(name: str, decoder: DecoderSpec) -> str:
     parts = []
+    if "block_size" not in decoder.params:
+        return ", ".join(unusual(decoder, without=(name,))) or decoder.kind
     if name != "block_size":
         parts.append(f"block {setting(decoder, 'block_size')}")
     if name != "steps_per_block":
@@ -139,7 +141,7 @@ def _label(name: str, decoder: DecoderSpec) -> str:
         parts.append("steps = block" if steps == setting(decoder, "block_size") else f"{steps} steps")
     if name != "threshold" and "threshold" in decoder.params:
         parts.append(f"threshold {decoder.params['threshold']:g}")
-    return ", ".join([*parts, *unusual(decoder)])
+    return ", ".join([*parts, *unusual(decoder, without=(name,))])
 
 
 def series(name: str, label: str, figures: Sequence[PointFigure]) -> tuple[Series, ...]:
@@ -150,7 +152,9 @@ def series(name: str, label: str, figures: Sequence[PointFigure]) -> tuple[Serie
     """
     groups: dict[MeasuredOn, dict[float, PointFigure]] = {}
     for figure in figures:
-        groups.setdefault(figure.on, {})[float(setting(figure.candidate.decoder, name))] = figure
+        value = number(figure.candidate.decoder, name)
+        assert value is not None, "families are of decoders that have the setting"
+        groups.setdefault(figure.on, {})[value] = figure
     found: list[Series] = []
     seen: set[float] = set()
     for on in sorted(groups, key=lambda on: (on.wanted, -len(groups[on]), on.run_ids, on.same)):

@@ -1,7 +1,8 @@
 """Accuracy under parallelism (AUP): one number for a decoder's whole curve of accuracy over tokens per forward.
 
-Points of one curve differ in threshold and steps alone, on one task of one run. In their order of tokens per forward,
-rho_1 < rho_2 < ..., with accuracies y in percent:
+Points of one curve differ in threshold and steps alone, or in other numbers of a decoder's own but its block size and
+temperature, on one task of one run. In their order of tokens per forward, rho_1 < rho_2 < ..., with accuracies y in
+percent:
 
     AUP = rho_1 y_1 + sum over i > 1 of (rho_i - rho_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1})) / 2
     W(y) = min(1, exp(-3 (1 - y / y_max)))
@@ -19,14 +20,15 @@ from math import exp
 from typing import Any
 
 from twotower_eval.analyse.compare.counts import Counts, count
+from twotower_eval.analyse.compare.naming import number
 from twotower_eval.analyse.compare.points import QualityPoint, TaskQuality, point_key
 from twotower_eval.errors import NoEstimate
-from twotower_eval.records import Cell, Generation, canonical_json
+from twotower_eval.records import Cell, DecoderSpec, Generation, canonical_json
 from twotower_eval.store import Run
 
 STEEPNESS = 3.0
 MAX_LOSS = 5.0  # points of accuracy below the curve's first point
-SWEPT = ("threshold", "steps_per_block")
+KEPT = ("block_size", "temperature")  # numbers that are the same all along a curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +111,13 @@ def _answered(point: QualityPoint) -> Iterator[TaskQuality]:
 def _family(point: QualityPoint) -> str:
     """What a curve's points share: all but what is swept."""
     decoder = point.candidate.decoder
-    params = {name: value for name, value in decoder.params.items() if name not in SWEPT}
+    params = {name: value for name, value in decoder.params.items() if not is_swept(decoder, name)}
     return canonical_json([*point.key[:-1], decoder.kind, decoder.version, params])
+
+
+def is_swept(decoder: DecoderSpec, name: str) -> bool:
+    """Whether a parameter may differ along a curve."""
+    return name not in KEPT and (name == "steps_per_block" or number(decoder, name) is not None)
 
 
 Answers = dict[tuple[str, str], list[Generation]]  # by cell and task

@@ -115,6 +115,12 @@ class Runs(Sequence[Run]):
         return dict(found + [(point.key, point.candidate) for point in self.speed])
 
     @cached_property
+    def point_header(self) -> str:
+        """What stands above a column of operating points."""
+        named = all("block_size" in cell.decoder.params for cell in self.points.values())
+        return "block, steps, threshold" if named else "operating point"
+
+    @cached_property
     def headline(self) -> Headline:
         """What the report quotes first; these runs are held against no claim."""
         return self.first

@@ -6,12 +6,11 @@ from typing import Any
 
 from twotower_eval.analyse.compare.counts import Counts
 from twotower_eval.analyse.compare.measured import Measured
-from twotower_eval.analyse.compare.naming import checkpoint_name, setting
+from twotower_eval.analyse.compare.naming import NAMED, checkpoint_name, setting
 from twotower_eval.analyse.words.methods import method_text
 from twotower_eval.records import Cell
 
 Row = dict[str, Any]
-SETTINGS = ("block_size", "steps_per_block", "threshold")
 
 
 def measured_columns(name: str, found: Measured) -> Row:
@@ -24,7 +23,11 @@ def measured_columns(name: str, found: Measured) -> Row:
 
 
 def operating_point(cell: Cell) -> Row:
-    named = {name: setting(cell.decoder, name) for name in SETTINGS}
+    """A point's columns: the usual three settings, then of a plug-in every parameter of its own, as ``param_NAME``."""
+    named = {name: setting(cell.decoder, name) for name in NAMED}
+    if ":" in cell.decoder.kind:
+        others = (name for name in cell.decoder.params if name not in NAMED)
+        named |= {f"param_{name}": cell.decoder.params[name] for name in others}
     return {"checkpoint": checkpoint_name(cell.checkpoint), "decoder": cell.decoder.label, **named}
 
 

@@ -45,7 +45,7 @@ def explanation(runs: Runs, points: Sequence[SpeedPoint]) -> str:
     if not explained:
         reasons = sorted({arm.reason for point in points for arm in _arms(point) if arm.reason})
         return bullets(f"No explanation of the times: {escape(reason)}." for reason in reasons)
-    header = ["block, steps, threshold", "workload, batch", "baseline measured", "predicted", "residual"]
+    header = [runs.point_header, "workload, batch", "baseline measured", "predicted", "residual"]
     header += ["candidate measured", "predicted", "residual", "tokens per NFE", "break-even"]
     body = table(header, [_row(runs, point) for point in explained])
     found = f"Do the parts explain the whole?\n\n{body}\n{details('How to read these figures', READING)}"

@@ -177,7 +177,7 @@ def _degenerate(runs: Runs) -> str:
         " Figures on clean outputs leave out whatever is flagged in either arm; they are *conditional, diagnostic "
         "only*, and no verdict rests on them.\n"
     )
-    header = ["block, steps, threshold", "outputs", "n", "baseline flagged", "candidate flagged", "difference [95 %]"]
+    header = [runs.point_header, "outputs", "n", "baseline flagged", "candidate flagged", "difference [95 %]"]
     header += ["on all outputs", "on clean outputs", "run"]
     body = table(header, rows, left=2)
     body = body if len(rows) <= 4 else details(f"Flagged shares at {len(rows)} points", body)

@@ -40,7 +40,7 @@ def latency(runs: Runs) -> Section:
     if not runs.speed and not runs.timed_alone:
         return Section(title="Latency", markdown="Nothing has been timed completely.\n")
     cells = [*_alone(runs), *_compared(runs)]
-    first = "block, steps, threshold" if runs.speed else "model"
+    first = runs.point_header if runs.speed else "model"
     rows = [
         [*cell.setting, count(cell.latency.n), seconds(cell.latency.median_s), seconds(cell.latency.p95_s)]
         for cell in cells

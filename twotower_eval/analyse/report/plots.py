@@ -7,7 +7,7 @@ apart by every kind of colour vision; markers repeat what colours say.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GREY = "#666666"
 CROSS: dict[str, Any] = {"marker": "x", "color": "black", "markersize": 9, "markeredgewidth": 1.1}  # an INVALID timing
+SIZES = {1: (6.4, 4.6), 2: (10.4, 4.2)}  # inches of a row of so many panels
+WIDEST = (11.4, 4.0)
+LEGEND_LETTERS = 16  # to an inch, in the small print of a legend
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -39,6 +42,12 @@ def handle(**look: Any) -> Any:
     return Line2D([], [], **{"linestyle": "none", **look})
 
 
+def legend_columns(labels: Iterable[str], most: int, *, panels: int) -> int:
+    """How many columns of labels find room below so many panels, side by side: long names need more of it."""
+    room = LEGEND_LETTERS * SIZES.get(panels, WIDEST)[0]
+    return max(1, min(most, int(room // (5 + max(map(len, labels), default=0)))))
+
+
 def png(draw: Callable[[Figure], None], *, columns: int = 1, rows: int = 1, row_height: float | None = None) -> bytes:
     """A PNG of what ``draw`` puts on a figure with room for so many panels; no date and no version in it.
 
@@ -55,7 +64,7 @@ def png(draw: Callable[[Figure], None], *, columns: int = 1, rows: int = 1, row_
         }
         matplotlib.rcParams.update(defaults)
         matplotlib.rcParams.update(STYLE)
-        width, height = {1: (6.4, 4.6), 2: (10.4, 4.2)}.get(columns, (11.4, 4.0))
+        width, height = SIZES.get(columns, WIDEST)
         figure = Figure(figsize=(width, (row_height or height) * rows), layout="constrained")
         canvas: Any = FigureCanvasAgg(figure)
         draw(figure)

@@ -112,7 +112,7 @@ def order(point: SpeedPoint) -> tuple[str, int]:
 
 def _speedups(runs: Runs, points: Sequence[SpeedPoint]) -> str:
     per_device = not all(point.equal_devices for point in runs.speed)
-    header = ["block, steps, threshold", "S_time [95 %]", "S_throughput [95 %]", "workload", "batch", "rounds x calls"]
+    header = [runs.point_header, "S_time [95 %]", "S_throughput [95 %]", "workload", "batch", "rounds x calls"]
     header += ["effective rounds (lag-1)", "length ratio [95 %]", "geometric mean [95 %]", "A/A null [99 %]"]
     header += ["S_time per device [95 %]"] * per_device
     rows = []
@@ -241,7 +241,7 @@ def _optional(value: float | None) -> str:
 
 
 def _timed_cost(runs: Runs) -> str:
-    header = ["block, steps, threshold", "workload", "batch", "prompts timed", "useful tokens/s [95 %]", *COST_HEADER]
+    header = [runs.point_header, "workload", "batch", "prompts timed", "useful tokens/s [95 %]", *COST_HEADER]
     rows, baselines = [], set()
     for point in sorted(runs.speed, key=order):
         setting = [f"{point.workload}", count(point.batch_size)]
@@ -267,5 +267,5 @@ def _scored_cost(runs: Runs) -> str:
             rows.append(["baseline", count(counts.num_prompts), *_cost(counts), code(point.run_id)])
         name = escape(runs.name(point.candidate))
         rows.append([name, count(point.counts.num_prompts), *_cost(point.counts), code(point.run_id)])
-    text = table(["block, steps, threshold", "outputs", *COST_HEADER, "run"], rows)
+    text = table([runs.point_header, "outputs", *COST_HEADER, "run"], rows)
     return f"In the scored runs:\n\n{text}"

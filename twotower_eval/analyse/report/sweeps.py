@@ -1,4 +1,4 @@
-"""Pictures over one setting at a time: block size, steps per block, threshold."""
+"""Pictures over one setting at a time: block size, steps per block, threshold, and any other number that varies."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from twotower_eval.analyse.compare.alike import (
     series,
     timed_on,
 )
-from twotower_eval.analyse.compare.naming import setting
-from twotower_eval.analyse.compare.parallelism import Curve, curves
+from twotower_eval.analyse.compare.naming import number, unusual
+from twotower_eval.analyse.compare.parallelism import Curve, curves, is_swept
 from twotower_eval.analyse.compare.pareto import BROKEN, is_fast_and_broken
 from twotower_eval.analyse.compare.runs import Runs
-from twotower_eval.analyse.report.plots import COLOURS, CROSS, GREY, MARKERS, handle, png
+from twotower_eval.analyse.report.plots import COLOURS, CROSS, GREY, MARKERS, handle, legend_columns, png
 from twotower_eval.analyse.report.section import Section
 from twotower_eval.analyse.report.text import (
     NONE,
@@ -50,7 +50,13 @@ AUP_WORDS = (
     "the baseline included. Points more than 5 points below the first are left out (here counted by NFE). "
     "Numbers by different counts of forwards are not to be compared."
 )
-AXES = {"block_size": "block size (tokens)", "steps_per_block": "steps per block", "threshold": "confidence threshold"}
+AXES: Mapping[str, str] = {
+    "block_size": "block size (tokens)",
+    "steps_per_block": "steps per block",
+    "threshold": "confidence threshold",
+}
+
+LOGARITHMIC = ("block_size", "steps_per_block")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,18 +73,19 @@ class Measure:
         labels = families(name, [figure.candidate for figure in self.figures])
         members: dict[str, list[PointFigure]] = {key: [] for key in labels}
         for figure in self.figures:
-            if setting(figure.candidate.decoder, name) is not None:
+            if number(figure.candidate.decoder, name) is not None:
                 members[family_key(name, figure.candidate)].append(figure)
         return {key: series(name, labels[key], own) for key, own in members.items()}
 
 
 def sweeps(runs: Runs) -> Section:
-    """Retention, speedup and tokens per NFE over block size, step count and threshold, one picture each."""
+    """Retention, speedup and tokens per NFE over each setting that is a number, one picture each."""
     parts, files = [], {}
     found = [measure for measure in measures(runs) if measure.figures]
     cells = [figure.candidate for measure in found for figure in measure.figures]
     crossed = False
-    for name, label in AXES.items():
+    axes = _axes(cells)
+    for name, label in axes.items():
         labels, values = families(name, cells), _values(name, cells)
         if not any(len(own) > 1 for own in values.values()):
             parts.append(f"Over {label}: {_why_no_plot(sorted(set().union(*values.values())))}, so there is no plot.")
@@ -98,8 +105,23 @@ def sweeps(runs: Runs) -> Section:
         )
     parts[:0] = [_collapsed(runs)] if files else []
     parts += [_parallelism(runs)] if files else []
-    title = "Collapse: over block size, steps and threshold"
-    return Section(title=title, markdown="\n\n".join(parts) + "\n", files=files)
+    return Section(title=f"Collapse: over {_listed(axes)}", markdown="\n\n".join(parts) + "\n", files=files)
+
+
+def _axes(cells: Sequence[Cell]) -> Mapping[str, str]:
+    """What there is to draw over: every other number that a decoder has and that varies, behind the usual three; these
+    are left out where there are others and no decoder has one of them."""
+    names = dict.fromkeys(name for cell in cells for name in cell.decoder.params if name not in AXES)
+    varying = [name for name in names if any(len(own) > 1 for own in _values(name, cells).values())]
+    usual = AXES if not varying or any(_values(name, cells) for name in AXES) else {}
+    return {**usual, **{name: name.replace("_", " ") for name in varying}}
+
+
+def _listed(axes: Mapping[str, str]) -> str:
+    """``block size, steps and threshold``"""
+    words = {"block_size": "block size", "steps_per_block": "steps", "threshold": "threshold"}
+    *first, last = [words.get(name, label) for name, label in axes.items()]
+    return " and ".join([", ".join(first), last] if first else [last])
 
 
 def _parallelism(runs: Runs) -> str:
@@ -128,16 +150,20 @@ def _parallelism(runs: Runs) -> str:
 def _curve_name(curve: Curve) -> str:
     """The decoder, with what its points share."""
     decoder = curve.points[0].candidate.decoder
-    size = setting(decoder, "block_size")
-    return decoder.kind.replace("_", " ") + (f", block {size}" if size is not None else "")
+    size = number(decoder, "block_size")
+    block = [f"block {size:g}"] if size is not None else []
+    if ":" not in decoder.kind:
+        return ", ".join([decoder.kind.replace("_", " "), *block])
+    kind, *shared = unusual(decoder, without=[name for name in decoder.params if is_swept(decoder, name)])
+    return ", ".join([kind, *block, *shared])
 
 
 def _values(name: str, cells: Sequence[Cell]) -> dict[str, set[float]]:
     """By family, the values of a setting that were measured."""
     found: dict[str, set[float]] = {}
     for cell in cells:
-        if (value := setting(cell.decoder, name)) is not None:
-            found.setdefault(family_key(name, cell), set()).add(float(value))
+        if (value := number(cell.decoder, name)) is not None:
+            found.setdefault(family_key(name, cell), set()).add(value)
     return found
 
 
@@ -211,20 +237,20 @@ def _draw_sweep(
         joined = {one.on for own in drawn.values() for one in own if one.joined}
         _dress(axes, name, label, measure.label, ticks)
         _tell_grounds(axes, grounds, joined)
-    columns = 3 if len(measures) > 1 else 1
+    columns = legend_columns(handles, 3 if len(measures) > 1 else 1, panels=len(measures))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def _moved(name: str, aside: float, ticks: Sequence[float]) -> Callable[[float], float]:
     """Where a value is drawn, a little aside: by a factor on the logarithmic axes, else by a distance."""
-    if name == "threshold":
+    if name not in LOGARITHMIC:
         return lambda x: x + 0.06 * aside * (ticks[-1] - ticks[0])
     return lambda x: x * 2 ** (0.24 * aside)
 
 
 def _dress(axes: Axes, name: str, label: str, what: str, ticks: Sequence[float]) -> None:
     """The axes' names and ticks."""
-    if name != "threshold":
+    if name in LOGARITHMIC:
         axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()

@@ -298,7 +298,7 @@ def _missing(point: QualityPoint) -> str:
 
 def _grid(runs: Runs) -> str:
     with_chance = any(point.chance.has_options for point in runs.quality)
-    header = ["block, steps, threshold", "outputs", "tasks", "n", "headline [95 %]"]
+    header = [runs.point_header, "outputs", "tasks", "n", "headline [95 %]"]
     header += [*["above chance [95 %]"] * with_chance, "decoder-exercised [95 %]"]
     header += ["mean of ratios [95 %]", "leaving one out", "run"]
     rows = []

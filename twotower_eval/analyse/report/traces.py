@@ -43,7 +43,7 @@ def traces(runs: Runs) -> Section:
         text = "No trace was kept. `twotower-eval run --trace N` keeps those of the first N documents of each task.\n"
         return Section(title=title, markdown=text)
     run_id, cell, rows = found
-    block_size = int(setting(cell.decoder, "block_size"))
+    block_size = _block_size(cell, rows)
     draw = partial(_draw, rows=rows, block_size=block_size)
     columns = min(2, len(rows))
     picture = png(draw, columns=columns, rows=-(-len(rows) // columns), row_height=2.3)
@@ -57,13 +57,20 @@ def traces(runs: Runs) -> Section:
     return Section(title=title, markdown=text, files={NAME: picture})
 
 
+def _block_size(cell: Cell, rows: Sequence[GenerationRow]) -> int:
+    """The decoder's own; of one that has no such parameter as far as the positions reach that it committed."""
+    size = setting(cell.decoder, "block_size")
+    reached = (position for row in rows for step in row.generation.trace or () for position in step.positions)
+    return size if isinstance(size, int) else 1 + max(reached, default=0)
+
+
 def _chosen(runs: Runs) -> tuple[str, Cell, list[GenerationRow]] | None:
     """The headline point's traced rows of the first run that has any, else those of another point."""
     found: dict[PointKey, tuple[str, Cell, list[GenerationRow]]] = {}
     for run in runs:
         for row in run.generations:
             cell = run.cells[row.cell]
-            if row.generation.trace and setting(cell.decoder, "block_size"):
+            if row.generation.trace:
                 entry = found.setdefault(point_key(cell), (run.manifest.run_id, cell, []))
                 if entry[0] == run.manifest.run_id and row.repeat == 0:
                     entry[2].append(row)

@@ -15,7 +15,7 @@ from twotower_eval.analyse.compare.naming import setting
 from twotower_eval.analyse.compare.pareto import Panel, TradeOff
 from twotower_eval.analyse.compare.points import PointKey
 from twotower_eval.analyse.compare.runs import Runs
-from twotower_eval.analyse.report.plots import COLOURS, CROSS, GREY, MARKERS, handle, png
+from twotower_eval.analyse.report.plots import COLOURS, CROSS, GREY, MARKERS, handle, legend_columns, png
 from twotower_eval.analyse.report.section import Section
 from twotower_eval.analyse.report.text import count, run_list
 from twotower_eval.records import Cell, DecoderSpec
@@ -44,13 +44,16 @@ def tradeoff(runs: Runs) -> Section:
     columns = min(2, len(panels))
     numbers = _numbers(panels)
     draw = partial(_draw, runs=runs, panels=panels, numbers=numbers)
-    legend_height = 0.17 * (len(numbers) + 6) / (3 if columns == 1 else 5)  # inches for the names below the panels
+    in_a_row = _in_a_row(runs, numbers, columns)
+    legend_height = 0.17 * (len(numbers) + 6) / in_a_row  # inches for the names below the panels
     rows = -(-len(panels) // columns)
     picture = png(draw, columns=columns, rows=rows, row_height=4.2 + legend_height / rows)
     run_ids = {run_id for panel in panels for run_id in panel.run_ids}
+    blocks = all("block_size" in cell.decoder.params for _, cell in numbers.values())
+    by = " by block size / steps / threshold" if blocks else ""
     text = (
         "![Retention against speedup](tradeoff.png)\n\n"
-        "Each number is an operating point, named in the legend by block size / steps / threshold; the box around it "
+        f"Each number is an operating point, named in the legend{by}; the box around it "
         "spans both 95 % intervals. Up and to the right is better; the baseline stands at 1x and 100 %. The thick line "
         "is the Pareto front: of the points at its corners none, the baseline included, is beaten in both by its "
         "estimates. Points whose timing is INVALID are crossed and never on the front. Hollow: fast and broken. "
@@ -58,6 +61,12 @@ def tradeoff(runs: Runs) -> Section:
         f"Runs: {run_list(run_ids)}.\n"
     )
     return Section(title=title, markdown=text, files={"tradeoff.png": picture})
+
+
+def _in_a_row(runs: Runs, numbers: Numbers, columns: int) -> int:
+    """Names beside each other in the legend below so many panels."""
+    names = [f"{number}  {runs.name(cell, short=True)}" for number, cell in numbers.values()]
+    return legend_columns(names, 3 if columns == 1 else 5, panels=columns)
 
 
 def _sources(panels: Sequence[Panel]) -> str:
@@ -100,9 +109,8 @@ def _draw(figure: Figure, *, runs: Runs, panels: Sequence[Panel], numbers: Numbe
     handles = _legend([point for panel in panels for point in panel.points])
     for key, (number, cell) in numbers.items():
         handles[f"{number}  {runs.name(cell, short=True)}"] = handle(**_look(colours[key]))
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=3 if columns == 1 else 5, fontsize=8
-    )
+    in_a_row = _in_a_row(runs, numbers, columns)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=in_a_row, fontsize=8)
     figure.draw_without_rendering()  # numbers are placed in pixels, so the layout must stand
     for axes, points in drawn:
         labels = [f"{numbers[point.key][0]}{'~' if point.uneven else ''}" for point in points]

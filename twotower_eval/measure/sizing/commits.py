@@ -79,7 +79,10 @@ def _label(decoder: DecoderSpec) -> str:
     """What a block's commits depend on, in short."""
     named = {"steps_per_block": "steps", "threshold": "threshold", "temperature": "temperature"}
     given = [f"{word} {decoder.params[key]:g}" for key, word in named.items() if decoder.params.get(key)]
-    return ", ".join([decoder.kind.replace("_", " "), *given])
+    others = {key: value for key, value in decoder.params.items() if key not in (*named, "block_size", "trace")}
+    given += [f"{key.replace('_', ' ')} {value}" for key, value in others.items() if value or ":" in decoder.kind]
+    kind = decoder.kind if ":" in decoder.kind else decoder.kind.replace("_", " ")
+    return ", ".join([kind, *given])
 
 
 def _blocks(run: Run, cell_id: str, block_size: int) -> list[Block]:
