@@ -176,7 +176,7 @@ def test_a_plan_of_before_is_read_and_stays_as_it_was() -> None:
 
 def test_options_override_a_plan_parameter_by_parameter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("twotower_eval.measure.harness.run", lambda plan, **_: seen.append(plan) or tmp_path)
+    monkeypatch.setattr("twotower_eval.api.measuring.evaluated", lambda plan, **_: seen.append(plan) or tmp_path)
     path = tmp_path / "plan.toml"
     path.write_text(f'decoder = "{KIND}"\n[set]\npatience = [1, 2]\nchoice = "second"\n')
     assert cli.main(["run", "--plan", str(path), "--set", "patience=3"]) == 0
