@@ -18,7 +18,7 @@ from twotower_eval.analyse.compare.naming import long_name, short_name
 from twotower_eval.analyse.report.plots import legend_columns
 from twotower_eval.measure.sizing import commits
 from twotower_eval.plan import RunPlan, cross_decoders
-from twotower_eval.records import DecoderSpec, Workload
+from twotower_eval.records import OWN_DECODERS, DecoderSpec, Workload
 
 KIND = "tests.two_parameters:Impatient"
 TASK = "miniature_sort"
@@ -151,6 +151,13 @@ def test_names_of_ours_stay_as_they_were() -> None:
     assert short_name(hot) == "16/16/0.9, temperature 0.7"
     greedy = DecoderSpec(kind="autoregressive", params={"temperature": 0.0})
     assert (long_name(greedy), short_name(greedy)) == ("autoregressive", "autoregressive")
+
+
+def test_our_decoders_are_known_to_both_arms() -> None:
+    from twotower_eval.engine.decoders import DECODERS
+
+    assert set(OWN_DECODERS) == set(DECODERS)
+    assert DecoderSpec(kind="registered").is_plug_in, "an installed package's decoder has a short name, too"
 
 
 def test_two_points_of_a_plug_in_never_share_a_name() -> None:

@@ -71,6 +71,7 @@ def cross_decoders(plan: Decoding) -> tuple[DecoderSpec, ...]:
         if params["steps_per_block"] in ("auto", None):
             params["steps_per_block"] = params["block_size"]
         spec = decoder_spec(plan.decoder, **{name: value for name, value in params.items() if name in names})
+        _check_plain(spec)
         specs.setdefault(tuple(spec.params.items()), spec)
     return tuple(specs.values())
 
@@ -218,6 +219,14 @@ def _read(kind: Any, text: str) -> tuple[Value, ...]:
         return (int(text) if kind is int else float(text),)
     except ValueError:
         return ()
+
+
+def _check_plain(spec: DecoderSpec) -> None:
+    """UserError for a parameter that no cell can hold: records are of plain values."""
+    for name, value in spec.params.items():
+        if value is not None and not isinstance(value, (str, int, float)):
+            plain = "a text, a number, true or false, or None"
+            raise UserError(f"decoder {spec.kind!r}: its parameter {name} is a {type(value).__name__}; take {plain}")
 
 
 def _default(plan: Decoding, name: str) -> Any:

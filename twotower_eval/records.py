@@ -134,6 +134,7 @@ ROUTINGS: tuple[Routing, ...] = typing.get_args(Routing)
 GRAPH_DEVICES = ("cuda",)  # types of devices that can be given a whole step at once
 CONFIG_FILES = ("config.json", "generation_config.json")  # of a checkpoint's files those that no text is read with
 Params = Mapping[str, Scalar]
+OWN_DECODERS = ("autoregressive", "mock_ar", "block_diffusion", "reference")
 
 # Of a generation, what its row of a timed call repeats.
 GENERATION_COUNTS = (
@@ -217,6 +218,11 @@ class DecoderSpec:
             raise UserError(f"a decoder's kind must be a name, not {self.kind!r}")
         if not isinstance(self.params, Mapping) or not all(isinstance(name, str) for name in self.params):
             raise UserError(f"decoder {self.kind!r}: params must be a table of parameters, not {self.params!r}")
+
+    @property
+    def is_plug_in(self) -> bool:
+        """Whether it is not one of this project's own, so that the defaults of its parameters are not known here."""
+        return self.kind not in OWN_DECODERS
 
     @property
     def label(self) -> str:

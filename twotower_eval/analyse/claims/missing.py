@@ -95,8 +95,9 @@ def measuring_command(claim: Claim) -> list[str]:
     Parameters without an option of their own are said by ``--set``.
     """
     timed, point, shipped = claim.quantity in SPEED_QUANTITIES, claim.point, claim.subject == SHIPPED
-    plug_in = ":" in point.decoder.kind  # whose defaults are not known here
-    params = {name: value for name, value in point.decoder.params.items() if plug_in or value not in UNSTATED}
+    params = {
+        name: value for name, value in point.decoder.params.items() if point.decoder.is_plug_in or value not in UNSTATED
+    }
     if point.decoder.kind == "block_diffusion":  # a threshold that is not named is off, and off is not the default
         params["threshold"] = point.decoder.params.get("threshold") or 0.0
     words = ["twotower-eval", "speed" if timed else "run"]

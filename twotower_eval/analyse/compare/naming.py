@@ -63,10 +63,9 @@ def unusual(decoder: DecoderSpec, *, without: Collection[str] = ()) -> list[str]
     """
     named = (*(NAMED if "block_size" in decoder.params else ()), "trace", *without)
     kind = [] if decoder.kind == "block_diffusion" else [decoder.kind]
-    whole = ":" in decoder.kind
     told = [
         f"{name.replace('_', ' ')} {json.dumps(value)}"
         for name, value in decoder.params.items()
-        if name not in named and (value or (whole and value is not None and name != "temperature"))
+        if name not in named and (value or (decoder.is_plug_in and value is not None and name != "temperature"))
     ]
     return kind + told

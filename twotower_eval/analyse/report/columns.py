@@ -25,7 +25,7 @@ def measured_columns(name: str, found: Measured) -> Row:
 def operating_point(cell: Cell) -> Row:
     """A point's columns: the usual three settings, then of a plug-in every parameter of its own, as ``param_NAME``."""
     named = {name: setting(cell.decoder, name) for name in NAMED}
-    if ":" in cell.decoder.kind:
+    if cell.decoder.is_plug_in:
         others = (name for name in cell.decoder.params if name not in NAMED)
         named |= {f"param_{name}": cell.decoder.params[name] for name in others}
     return {"checkpoint": checkpoint_name(cell.checkpoint), "decoder": cell.decoder.label, **named}

@@ -152,7 +152,7 @@ def _curve_name(curve: Curve) -> str:
     decoder = curve.points[0].candidate.decoder
     size = number(decoder, "block_size")
     block = [f"block {size:g}"] if size is not None else []
-    if ":" not in decoder.kind:
+    if not decoder.is_plug_in:
         return ", ".join([decoder.kind.replace("_", " "), *block])
     kind, *shared = unusual(decoder, without=[name for name in decoder.params if is_swept(decoder, name)])
     return ", ".join([kind, *block, *shared])

@@ -80,8 +80,8 @@ def _label(decoder: DecoderSpec) -> str:
     named = {"steps_per_block": "steps", "threshold": "threshold", "temperature": "temperature"}
     given = [f"{word} {decoder.params[key]:g}" for key, word in named.items() if decoder.params.get(key)]
     others = {key: value for key, value in decoder.params.items() if key not in (*named, "block_size", "trace")}
-    given += [f"{key.replace('_', ' ')} {value}" for key, value in others.items() if value or ":" in decoder.kind]
-    kind = decoder.kind if ":" in decoder.kind else decoder.kind.replace("_", " ")
+    given += [f"{key.replace('_', ' ')} {value}" for key, value in others.items() if value or decoder.is_plug_in]
+    kind = decoder.kind if decoder.is_plug_in else decoder.kind.replace("_", " ")
     return ", ".join([kind, *given])
 
 
