@@ -17,6 +17,7 @@ from twotower_eval.analyse import report
 from twotower_eval.engine.decoders import decoder_class, decoder_spec
 from twotower_eval.engine.decoders.autoregressive import Autoregressive
 from twotower_eval.engine.models import family_calls, family_of, load_model
+from twotower_eval.engine.models.arms import load_arms
 from twotower_eval.plugin_calls import PluginError
 
 SECTION = """
@@ -142,6 +143,20 @@ def test_packages_are_not_asked_about_shipped_names(monkeypatch: pytest.MonkeyPa
     decoder_spec("autoregressive")
 
 
+@pytest.mark.parametrize("verb", ["run", "speed", "verify", "report"])
+def test_the_help_lists_what_packages_register(installed: Any, capsys: Any, verb: str) -> None:
+    assert cli.main([verb, "--help"]) == 0
+    assert "installed packages" not in capsys.readouterr().out
+    installed("one", "twotower_eval.decoders", f"one_by_one = {PLACE}")
+    installed("two", "twotower_eval.sections", "own = elsewhere:render")
+    installed("three", "twotower_eval.families", "bigram = elsewhere:load", "trigram = elsewhere:more")
+    assert cli.main([verb, "--help"]) == 0
+    listed = re.findall("^From installed packages, as (.*)", capsys.readouterr().out, re.M)
+    families, decoders = "model family: bigram, trigram", "decoder: one_by_one"
+    expected = {"verify": [families], "report": ["report section: own"]}
+    assert listed == expected.get(verb, [families, decoders])
+
+
 def test_two_of_one_name_are_an_error(installed: Any) -> None:
     installed("one", "twotower_eval.decoders", f"fast = {PLACE}")
     installed("two", "twotower_eval.decoders", f"fast = {PLACE}")
@@ -241,6 +256,59 @@ def test_a_load_that_cannot_be_called_so(tmp_path: Path, pair: Path, monkeypatch
         load_model(pair, family="family_of_one:load")
     with pytest.raises(ValueError, match="model family 'nemotron' is unknown; did you mean nemotron_h"):
         load_model(pair, family="nemotron")
+
+
+LATER = """
+import os
+from twotower_eval.engine.models import autoregressive, checkpoint
+
+class Own(autoregressive.ContextTower):
+    def extend(self, context, ids_BK, lengths_B=None):
+        if context.lengths[0] > 9:  # which no trial reaches
+            return {}["cache"]
+        return super().extend(context, ids_BK, lengths_B)
+
+def load(folder, *, devices, dtype, tower=None):
+    model = checkpoint.load(folder, devices=devices, dtype=dtype, tower="context")
+    model.__class__ = Own
+    return model
+"""
+
+
+def test_what_a_family_raises_in_a_run_is_one_line_that_says_where(
+    tmp_path: Path, pair: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Its own decoder is ours: nobody would be told whose fault it is."""
+    (tmp_path / "family_in_runs.py").write_text(LATER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    command = ["--model", str(pair), "--family", "family_in_runs:load", "--decoder", "autoregressive"]
+    command += ["--tasks", "miniature_sort", "--out", str(tmp_path / "out")]
+    runs = {
+        "run": ["--limit", "2", "--batch-size", "2", "--max-new-tokens", "4"],
+        "speed": ["--num-prompts", "2", "--batch-sizes", "2", "--new-tokens", "4", "--min-rounds", "1", "--no-costs"],
+    }
+    for verb, options in runs.items():
+        capsys.readouterr()
+        assert cli.main([verb, *command, *options]) == 2
+        (line,) = [line for line in capsys.readouterr().err.split("\n") if line.startswith("error: ")]
+        said = (
+            r"error: family family_in_runs:load: its extend raised KeyError: 'cache' at \S*family_in_runs\.py:8 in Own"
+        )
+        assert re.match(said, line), line
+
+
+def test_one_folder_read_by_two_families_is_two_models(
+    tmp_path: Path, pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "family_twice.py").write_text(FAMILY.format(change="pass"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    options: dict[str, Any] = {"dtype": "float32", "devices": ("cpu",)}
+    baseline, candidate = load_arms(pair, pair, family="family_twice:load", **options)
+    assert (baseline.checkpoint.family, candidate.checkpoint.family) == ("nemotron_h", "family_twice:load")
+    baseline, candidate = load_arms(pair, pair, baseline_family="nemotron_h", **options)
+    assert baseline is candidate
+    tower, candidate = load_arms(pair, None, family="family_twice:load", **options)
+    assert tower is candidate
 
 
 def test_what_a_family_raises_later_is_told_and_what_others_raise_is_not(

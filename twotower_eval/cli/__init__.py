@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from twotower_eval.cli import calibrate, claims, data, report, run, size, speed, train, verify
+from twotower_eval.cli.options import listing
 from twotower_eval.cli.runs import EXIT_INTERRUPTED
 from twotower_eval.errors import UserError
 from twotower_eval.plugin_calls import TRACEBACK_VARIABLE
@@ -27,13 +28,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-app.command(help="Score baseline and candidate on the same documents; --resume makes what a stopped run lacks.")(
-    run.run
-)
-app.command(help="Time baseline and candidate in interleaved rounds; timed answers are scored afterwards.")(speed.speed)
+app.command(
+    cls=listing("model family", "decoder"),
+    help="Score baseline and candidate on the same documents; --resume makes what a stopped run lacks.",
+)(run.run)
+app.command(
+    cls=listing("model family", "decoder"),
+    help="Time baseline and candidate in interleaved rounds; timed answers are scored afterwards.",
+)(speed.speed)
 app.command(help="Measure what a size of model costs per step, on random weights: no checkpoint is needed.")(size.size)
-app.command(help="Check a checkpoint, its kernels and its decoding before anything is measured.")(verify.verify)
-app.command(help="Write a report with tables and plots from run folders; needs neither torch nor a GPU.")(report.report)
+app.command(
+    cls=listing("model family"), help="Check a checkpoint, its kernels and its decoding before anything is measured."
+)(verify.verify)
+app.command(
+    cls=listing("report section"),
+    help="Write a report with tables and plots from run folders; needs neither torch nor a GPU.",
+)(report.report)
 app.command(help="Simulate worlds with known truth: how often intervals cover it and verdicts are wrong.")(
     calibrate.calibrate
 )

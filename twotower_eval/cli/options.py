@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from twotower_eval.decoder_settings import parse_set
 from twotower_eval.errors import UserError
+from twotower_eval.names import registered
 from twotower_eval.plan_fields import option_of
 
 RESULTS, REPORTS, TRAINING = Path("results"), Path("reports"), Path("training/miniature")
@@ -29,6 +31,24 @@ Out = Annotated[Path, option("Folder that run folders are made in [results].", "
 Resume = Annotated[
     str | None, option("Go on with this run: its folder, or its id under --out.", "--resume", metavar="RUN")
 ]
+
+
+def listing(*kinds: str) -> type[TyperCommand]:
+    """A command whose help ends with the names that installed packages register as ``kinds`` (keys of names.GROUPS),
+    where there are any. Packages are looked at for nothing but that help."""
+
+    class Listing(TyperCommand):
+        def format_epilog(self, ctx: Any, formatter: Any) -> None:
+            super().format_epilog(ctx, formatter)
+            for kind in kinds:
+                try:
+                    found = ", ".join(registered(kind))
+                except UserError as error:
+                    found = str(error)
+                if found:
+                    formatter.write(f"\nFrom installed packages, as {kind}: {found}\n")
+
+    return Listing
 
 
 def plan_options(cls: type, *, hidden: type | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
