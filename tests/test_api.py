@@ -382,6 +382,22 @@ def test_a_size_and_a_check_are_runs_with_frames(pair: Path, tmp_path: Path) -> 
     assert to_json(checked.manifest)["verb"] == "verify"
 
 
+def test_a_script_that_a_launch_reads_again_does_not_begin_anew(tmp_path: Path) -> None:
+    """Without the guard a fresh process evaluated everything a second time before it failed."""
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "import multiprocessing, sys, twotower_eval as tt\n"
+        "if __name__ != '__main__': tt.evaluate(limit=1)\n"
+        "else:\n"
+        "    child = multiprocessing.get_context('spawn').Process(target=print)\n"
+        "    child.start(); child.join(); sys.exit(child.exitcode)\n"
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "put what the script does below if __name__" in done.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == [script]
+
+
 # --- prompts --------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,9 @@ from twotower_eval.records import to_json
 # Every field off its default, so that a field without an option, or an option of another name, is found.
 DECODING: dict[str, Any] = {
     "model": "my models/pair",
+    "family": "package.module:load",
     "baseline": "o'hara/gpt2",
+    "baseline_family": "transformers",
     "tasks": ("miniature", "-miniature_sort"),
     "decoder": "tests.two_parameters:Impatient",
     "block_sizes": (8, 32),
@@ -43,7 +45,9 @@ SIZING = SizingPlan(
     tokens_per_nfe=(1.25, 3.0), profile="results/a run", repeats=2, min_rounds=3, min_seconds=0.1, warmup_rounds=2,
     seed=5, dtype="float32", devices=("cuda",), threads=1, share_towers=True, cuda_graphs=True,
 )  # fmt: skip
-VERIFY = VerifyPlan(model="a pair", golden="g", seed=2, dtype="float16", devices=("cuda:1",))
+VERIFY = VerifyPlan(
+    model="a pair", family="package.module:load", golden="g", seed=2, dtype="float16", devices=("cuda:1",)
+)
 PLAIN = (RunPlan(), SpeedPlan(), SizingPlan(config="c.json"), VerifyPlan())
 
 

@@ -16,6 +16,7 @@ from twotower_eval.api.given import (
     loaded_runs,
     newest_runs,
     plan_of,
+    refuse_anew,
     resumed_path,
     run_path,
     run_paths,
@@ -75,6 +76,7 @@ def evaluate(
     Traceback (most recent call last):
     twotower_eval.errors.UserError: unknown key 'treshold' (did you mean 'thresholds'?)
     """
+    refuse_anew()
     root = Path(out)
     resumed = resumed_path(resume, root)
     asked = plan_of(RunPlan, plan, resumed, fields)
@@ -96,6 +98,7 @@ def time(
 
     Keywords are the fields of :class:`SpeedPlan`; all else is as in :func:`evaluate`.
     """
+    refuse_anew()
     root = Path(out)
     resumed = resumed_path(resume, root)
     asked = plan_of(SpeedPlan, plan, resumed, fields)
@@ -119,6 +122,7 @@ def size(
     ``config`` is a ``config.json``, a folder that holds one, or the name of a shipped one; keywords are the fields of
     :class:`SizingPlan`. A ``profile`` may be a run's id under ``out``. All else is as in :func:`evaluate`.
     """
+    refuse_anew()
     root = Path(out)
     resumed = resumed_path(resume, root)
     given = {**fields, "config": config}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import multiprocessing
 import os
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -30,10 +31,13 @@ def takes_fields(cls: type) -> Callable[[F], F]:
     """Show a plan's fields as keywords, with their defaults, in the signature of a function that takes ``**fields``."""
 
     def shown(function: F) -> F:
+        hints = typing.get_type_hints(cls)
         own = [one for one in inspect.signature(function).parameters.values() if one.kind is not one.VAR_KEYWORD]
         taken = {one.name for one in own}
         fields = [
-            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+            )
             for field in dataclasses.fields(cls)
             if field.name not in taken
         ]
@@ -154,6 +158,16 @@ def _loaded(run: GivenRun, root: Path) -> store.Run:
     if isinstance(run, store.Run):
         return run
     return run.record if isinstance(run, Run) else store.load(run_path(run, root))
+
+
+def refuse_anew() -> None:
+    """UserError where a script that measures is being read a second time: a launch is a fresh process, which reads the
+    script that began it, and would do all of it again."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(
+            "a launch reads the script that began it, and would begin everything anew: put what the script does below "
+            'if __name__ == "__main__":'
+        )
 
 
 def shown_progress(progress: Progress | bool) -> Progress:
