@@ -64,7 +64,7 @@ HANDLERS = {
     "engine.models.transformers_ar._class_tokens": FOREIGN,
     "engine.models.transformers_model.TransformersModel.own_generate": FOREIGN,
     "engine.models.transformers_model.TransformersModel._logits": FOREIGN,
-    "miniature.train.read_recipe": PLAIN,
+    "miniature.recipes.read_recipe": PLAIN,
     "analyse.compare.repeats.moment_of": PLAIN,
     "measure.suites.asked._number": PLAIN,
     "measure.suites.chance._of_task": FOREIGN,

@@ -23,8 +23,9 @@ from twotower_eval.miniature.blocks import (
     run_clean,
     teacher_probabilities,
 )
-from twotower_eval.miniature.export import RECIPE_FILE, export_pair
+from twotower_eval.miniature.export import export_pair
 from twotower_eval.miniature.long_answers import LONG
+from twotower_eval.miniature.recipes import RECIPE_FILE
 from twotower_eval.miniature.tokenizer import EOS_ID, MASK_ID
 
 BLOCK = 8

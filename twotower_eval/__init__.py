@@ -4,7 +4,7 @@ Names are resolved on first use, so that importing this package costs nothing an
 """
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from twotower_eval.moved import MovedFinder
 from twotower_eval.version import __version__
@@ -85,7 +85,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     import importlib
 
     if name not in _HOMES:

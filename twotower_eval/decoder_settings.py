@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from twotower_eval.errors import UserError
 from twotower_eval.names import did_you_mean
@@ -82,7 +82,7 @@ def block_sizes(plan: Decoding) -> tuple[int, ...]:
     return tuple(size for size in said if isinstance(size, int))
 
 
-def settings_from(given: Any) -> dict[str, Any]:
+def settings_from(given: object) -> dict[str, tuple[Value, ...]]:
     """``set`` as a plan holds it: every parameter with a tuple of its values, of which one may stand alone."""
     if not isinstance(given, Mapping):
         raise UserError(f"set must be a table of a decoder's parameters, not {given!r}")
@@ -97,7 +97,7 @@ def settings_from(given: Any) -> dict[str, Any]:
     return found
 
 
-def check_said_once(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def check_said_once(settings: Mapping[str, object], given: Mapping[str, object]) -> None:
     """UserError for a parameter that ``set`` and a field of ``given`` say; of a temperature always."""
     for field, param in SHORTHANDS.items():
         option = f"--{field.replace('_', '-')}"
@@ -135,7 +135,7 @@ def typed_settings(kind: str, given: Mapping[str, Sequence[str]]) -> dict[str, t
     return {name: tuple(_typed(name, hints[name], text) for text in texts) for name, texts in given.items()}
 
 
-def set_text(name: str, values: Sequence[Any]) -> str:
+def set_text(name: str, values: Sequence[object]) -> str:
     """``name=value,value`` as ``--set`` takes it.
 
     >>> set_text("width", [4, 0.5, None, True])
@@ -146,7 +146,7 @@ def set_text(name: str, values: Sequence[Any]) -> str:
     return f"{name}={written.getvalue()}"
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
@@ -158,7 +158,7 @@ def _names(kind: str) -> list[str]:
     return [field.name for field in dataclasses.fields(decoder_class(kind).Params)]
 
 
-def _hints(kind: str) -> dict[str, Any]:
+def _hints(kind: str) -> dict[str, object]:
     """The parameters of a decoder, by name, with their types."""
     from twotower_eval.engine.decoders import decoder_class
 
@@ -170,7 +170,7 @@ def _hints(kind: str) -> dict[str, Any]:
     return {name: hints[name] for name in _names(kind)}
 
 
-def _check_known(kind: str, names: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+def _check_known(kind: str, names: Mapping[str, object], hints: Mapping[str, object]) -> None:
     for name in names:
         if name not in hints:
             raise UserError(f"decoder {kind!r} has no parameter {name!r} to set{did_you_mean(name, hints)}")
@@ -185,15 +185,15 @@ def _checked(kind: str, settings: Settings) -> dict[str, tuple[Value, ...]]:
     return found
 
 
-def _held(name: str, hint: Any, value: Value) -> Value:
+def _held(name: str, hint: object, value: Value) -> Value:
     try:
-        held: Value = check_value(name, hint, value)
+        held = cast(Value, check_value(name, hint, value))
     except TypeError as error:  # msgspec knows no such type
         raise UserError(f"{name}: its type, {hint}, is none that a plan can say: {error}") from error
     return held
 
 
-def _typed(name: str, hint: Any, text: str) -> Value:
+def _typed(name: str, hint: object, text: str) -> Value:
     """A text as a parameter's type; UserError says what was wanted."""
     bare = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
     either = typing.get_origin(bare) in (typing.Union, types.UnionType)
@@ -204,7 +204,7 @@ def _typed(name: str, hint: Any, text: str) -> Value:
     return _held(f"--set {name}", hint, text)
 
 
-def _read(kind: Any, text: str) -> tuple[Value, ...]:
+def _read(kind: object, text: str) -> tuple[Value, ...]:
     """The value that a text is of one kind, alone; nothing where it is none."""
     if typing.get_origin(kind) is typing.Annotated:
         return _read(typing.get_args(kind)[0], text)
@@ -229,6 +229,6 @@ def _check_plain(spec: DecoderSpec) -> None:
             raise UserError(f"decoder {spec.kind!r}: its parameter {name} is a {type(value).__name__}; take {plain}")
 
 
-def _default(plan: Decoding, name: str) -> Any:
+def _default(plan: Decoding, name: str) -> object:
     fields = dataclasses.fields(typing.cast(Any, plan))
     return next(field.default for field in fields if field.name == name)

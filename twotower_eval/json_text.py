@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import NoReturn, TypeAlias
 
 from twotower_eval.errors import UserError
 
@@ -21,7 +21,7 @@ INT64 = range(-(2**63), 2**63)  # what numpy, Arrow and pandas carry as a whole 
 _HALF_PAIR = re.compile(r"[\ud800-\udfff]")
 
 
-def parse_json(text: str, where: str, *, infinities: bool = False, half_pairs: bool = False) -> Any:
+def parse_json(text: str, where: str, *, infinities: bool = False, half_pairs: bool = False) -> object:
     """The value of a JSON text. ``where`` begins every error.
 
     ``infinities`` lets NaN and Infinity be, as Python and transformers write them; ``half_pairs`` lone surrogates.
@@ -44,7 +44,7 @@ def parse_json(text: str, where: str, *, infinities: bool = False, half_pairs: b
     return value
 
 
-def parse_object(line: bytes, where: str) -> dict[str, Any]:
+def parse_object(line: bytes, where: str) -> dict[str, object]:
     """The JSON object on a line of a journal, half surrogate pairs and all; ``where`` begins every error."""
     try:
         text = line.decode("utf-8", "surrogatepass")  # as journals write what they are given
@@ -78,9 +78,9 @@ def decode_utf8(content: bytes, where: str) -> str:
         raise UserError(f"cannot read {where}, line {line}: not UTF-8 (byte {content[error.start]:#04x})") from error
 
 
-def walk(value: Any) -> Iterator[tuple[str, Any]]:
+def walk(value: object) -> Iterator[tuple[str, object]]:
     """A value and all inside it, in order, each with its path as in ``choices[].text``; no depth is too deep."""
-    left = [("", value)]
+    left: list[tuple[str, object]] = [("", value)]
     while left:
         path, inner = left.pop()
         yield path, inner
@@ -90,7 +90,7 @@ def walk(value: Any) -> Iterator[tuple[str, Any]]:
             left += [(f"{path}[]", item) for item in reversed(inner)]
 
 
-def check_text(value: Any, where: str) -> None:
+def check_text(value: object, where: str) -> None:
     """UserError for lone surrogates anywhere in a value: no file and no tokenizer takes them."""
     for path, inner in walk(value):
         texts = inner if isinstance(inner, dict) else (inner,) if isinstance(inner, str) else ()
@@ -100,7 +100,7 @@ def check_text(value: Any, where: str) -> None:
             raise UserError(f"{_at(where, path)}: {said}")
 
 
-def check_whole_numbers(value: Any, where: str) -> None:
+def check_whole_numbers(value: object, where: str) -> None:
     """UserError for whole numbers beyond 64 bits anywhere in a value: tables round or refuse them."""
     for path, inner in walk(value):
         if type(inner) is int and inner not in INT64:
@@ -124,7 +124,7 @@ def _finite(text: str) -> float:
     return value
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
     values = dict(pairs)
     if len(values) != len(pairs):
         keys = [key for key, _ in pairs]

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 PACKAGE = "twotower_eval."
 # Old path below the package -> where its names are now, the first that has one; the longest old path counts.
@@ -76,7 +75,7 @@ class _Forwarding(Loader):
         message = f"{old} has moved to {' and '.join(homes)}; the old path goes with version 0.2"
         warnings.warn(message, DeprecationWarning, stacklevel=2)
 
-        def look_up(name: str) -> Any:
+        def look_up(name: str) -> object:
             for home in map(importlib.import_module, homes):
                 if hasattr(home, name):
                     return getattr(home, name)
@@ -90,5 +89,5 @@ class _Room(ModuleType):
     """A room under its old name. Importing it puts it where the package may have a function of that name, as in
     ``twotower_eval.report(run)``, so that calling it calls that."""
 
-    def __call__(self, *given: Any, **named: Any) -> Any:
+    def __call__(self, *given: object, **named: object) -> object:
         return getattr(importlib.import_module(f"{PACKAGE}api"), self.__name__.removeprefix(PACKAGE))(*given, **named)

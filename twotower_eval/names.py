@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from twotower_eval.errors import UserError
 from twotower_eval.plugin_calls import imported
@@ -82,7 +81,7 @@ def registered(what: str) -> dict[str, str]:
     return found
 
 
-def resolve(name: str) -> Any:
+def resolve(name: str) -> object:
     """The object that ``"package.module:attribute"`` names; UserError says which half is wrong, and how."""
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from twotower_eval.decoder_settings import SHORTHANDS, check_said_once, settings_from
 from twotower_eval.decoder_settings import cross_decoders as cross_decoders
 from twotower_eval.errors import UserError
-from twotower_eval.json_text import check_whole_numbers, decode_utf8
+from twotower_eval.json_text import JsonObject, check_whole_numbers, decode_utf8
 from twotower_eval.names import did_you_mean
 from twotower_eval.plan_fields import (
     AllSteps,
@@ -271,7 +271,7 @@ def is_older_sizing_plan(path: Path) -> bool:
     return sizing_config("speed", read_toml(path, "plan")) is not None
 
 
-def read_toml(path: Path, what: str) -> dict[str, Any]:
+def read_toml(path: Path, what: str) -> dict[str, object]:
     """The values of a TOML file; a missing or broken one is a UserError that says what it was read as."""
     try:
         text = decode_utf8(path.read_bytes(), f"{what} {path}").replace("\r\n", "\n")
@@ -290,7 +290,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     return values
 
 
-def plan_from_json(cls: type[P], values: Mapping[str, Any]) -> P:
+def plan_from_json(cls: type[P], values: JsonObject) -> P:
     """A plan from plain values, as TOML or a run's manifest holds them; lists become tuples."""
     if cls is SizingPlan and "config" not in values and (older := sizing_config("speed", values)) is not None:
         values = {"config": older, **{key: value for key, value in values.items() if key != "random_weights"}}
@@ -302,12 +302,12 @@ def plan_from_json(cls: type[P], values: Mapping[str, Any]) -> P:
     return cls(**arguments)
 
 
-def merge(plan: P, overrides: Mapping[str, Any]) -> P:
+def merge(plan: P, overrides: JsonObject) -> P:
     """``plan`` with every override that is not ``None`` put in its place, of ``set`` parameter by parameter; checked
     like any plan."""
     given = {key: value for key, value in overrides.items() if value is not None}
-    if "set" in given:
-        given["set"] = {**(getattr(plan, "set", None) or {}), **given["set"]}
+    if isinstance(settings := given.get("set"), Mapping):
+        given["set"] = {**(getattr(plan, "set", None) or {}), **settings}
     held = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
     return plan_from_json(type(plan), held | given)
 

@@ -5,12 +5,24 @@ from __future__ import annotations
 import dataclasses
 import typing
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from twotower_eval.decoder_settings import Settings
 from twotower_eval.errors import UserError
 from twotower_eval.records import GRAPH_DEVICES
 from twotower_eval.strict import check_value
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+class OnDevices(Protocol):
+    """A plan that says where it runs."""
+
+    @property
+    def devices(self) -> tuple[str, ...]: ...
+    @property
+    def cuda_graphs(self) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +77,7 @@ CudaGraphs = Annotated[bool, Option(help="Launch small steps, of both arms, as C
 DataDir = Annotated[str | None, Option(help="Folder with TASK/SPLIT.jsonl, as `data prepare` makes it", metavar="DIR")]
 
 
-def option_of(cls: type, name: str) -> tuple[Option, Any]:
+def option_of(cls: type, name: str) -> tuple[Option, object]:
     """The option that stands beside a field, and the field's type without it; a field without one is a KeyError."""
     said, bare = _parted(typing.get_type_hints(cls, include_extras=True)[name])
     if said is None:
@@ -73,7 +85,7 @@ def option_of(cls: type, name: str) -> tuple[Option, Any]:
     return said, bare
 
 
-def _parted(hint: Any) -> tuple[Option | None, Any]:
+def _parted(hint: object) -> tuple[Option | None, object]:
     """An annotation's option and the rest of it."""
     if typing.get_origin(hint) is not typing.Annotated:
         return None, hint
@@ -83,7 +95,7 @@ def _parted(hint: Any) -> tuple[Option | None, Any]:
     return said, typing.Annotated[(base, *rest)] if rest else base
 
 
-def check_fields(plan: Any) -> None:
+def check_fields(plan: DataclassInstance) -> None:
     """UserError for a value of another type than its field's, and for a list that is empty or names one twice."""
     hints = typing.get_type_hints(type(plan), include_extras=True)
     for field in dataclasses.fields(plan):
@@ -97,7 +109,7 @@ def check_fields(plan: Any) -> None:
                 raise UserError(f"{field.name} names {', '.join(twice)} twice")
 
 
-def check_at_least(plan: Any, least: int, *names: str) -> None:
+def check_at_least(plan: object, least: int, *names: str) -> None:
     """UserError for a number below ``least`` or not finite among the named fields; ``None`` is none."""
     for name in names:
         value = getattr(plan, name)
@@ -107,7 +119,7 @@ def check_at_least(plan: Any, least: int, *names: str) -> None:
                 raise UserError(f"{name} must be {least} or more, not {item}")
 
 
-def check_cuda_graphs(plan: Any) -> None:
+def check_cuda_graphs(plan: OnDevices) -> None:
     """UserError for graphs on devices that have none: known from the plan, so before anything is loaded."""
     if plan.cuda_graphs and any(device.partition(":")[0] not in GRAPH_DEVICES for device in plan.devices):
         raise UserError("CUDA graphs need CUDA devices: name some with --devices, or drop --cuda-graphs")

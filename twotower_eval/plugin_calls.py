@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any
+from typing import TypeVar
 
 from twotower_eval.errors import UserError
 
 OWN = __name__.partition(".")[0]
+T = TypeVar("T")
 TRACEBACK_VARIABLE = "TWOTOWER_EVAL_TRACEBACK"  # set, it has errors end with the whole traceback
 SHOWN = 4  # innermost lines of a plug-in that an error names
 
@@ -30,7 +31,7 @@ def is_own(module: str) -> bool:
     return module.partition(".")[0] == OWN
 
 
-def module_of(plugin: Any) -> str:
+def module_of(plugin: object) -> str:
     """The module that a class, a function or an object of a class comes from."""
     kind = plugin if hasattr(plugin, "__qualname__") else type(plugin)
     return str(getattr(kind, "__module__", OWN))
@@ -71,10 +72,10 @@ def _told(error: BaseException, module: str, name: str, what: str) -> str:
     return f"{name}: its {what} raised {said}; set {TRACEBACK_VARIABLE}=1 for the whole traceback"
 
 
-def noting(failed: list[BaseException], function: Callable[..., Any]) -> Callable[..., Any]:
+def noting(failed: list[BaseException], function: Callable[..., T]) -> Callable[..., T]:
     """A function that a plug-in is given to call; what it raises is no fault of the plug-in's, and is noted."""
 
-    def noted(*given: Any) -> Any:
+    def noted(*given: object) -> T:
         try:
             return function(*given)
         except Exception as error:

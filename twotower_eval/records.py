@@ -728,7 +728,7 @@ class RunManifest:
     ways: tuple[Ways, ...] = ()
 
 
-def sizing_config(verb: str, plan: Mapping[str, Any]) -> str | None:
+def sizing_config(verb: str, plan: Mapping[str, object]) -> str | None:
     """The config whose size a plan is to measure without weights, as it was named; ``None`` for every other plan.
 
     The one place that tells these apart, also from before they had the verb ``size``: then ``speed`` made them, and
@@ -979,7 +979,7 @@ class Verdict:
     high_retention: float | None = None
 
 
-def canonical_json(value: Any) -> str:
+def canonical_json(value: object) -> str:
     """JSON with sorted keys and no spaces, so that equal values give equal bytes. NaN is refused."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
@@ -989,7 +989,7 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def derive_seed(*parts: Any) -> int:
+def derive_seed(*parts: object) -> int:
     """63 bits that depend on all parts and nothing else, so that no answer depends on its batch or on a resume."""
     return int(sha256_text(canonical_json(list(parts)))[:16], 16) >> 1
 
@@ -1009,7 +1009,7 @@ def cell_id(checkpoint: Checkpoint, decoder: DecoderSpec, workload: Workload, ex
     return digest_of_identity(cell_identity(checkpoint, decoder, workload), extra)
 
 
-def cell_identity(checkpoint: Checkpoint, decoder: DecoderSpec, workload: Workload) -> dict[str, Any]:
+def cell_identity(checkpoint: Checkpoint, decoder: DecoderSpec, workload: Workload) -> dict[str, object]:
     """What :func:`cell_id` is over, but for ``extra``."""
     return {
         "checkpoint": [checkpoint.identity, checkpoint.tower, checkpoint.dtype, checkpoint.devices[0].split(":")[0]],
@@ -1018,17 +1018,17 @@ def cell_identity(checkpoint: Checkpoint, decoder: DecoderSpec, workload: Worklo
     }
 
 
-def digest_of_identity(identity: Mapping[str, Any], extra: Params | None) -> str:
+def digest_of_identity(identity: Mapping[str, object], extra: Params | None) -> str:
     """The id of a cell of this :func:`cell_identity`."""
     return sha256_text(canonical_json({**identity, "extra": dict(extra or {})}))[:12]
 
 
-def to_json(record: Any) -> dict[str, Any]:
+def to_json(record: object) -> dict[str, object]:
     """A record as a plain JSON object, field order kept."""
-    return typing.cast(dict[str, Any], _plain(record))
+    return typing.cast(dict[str, object], _plain(record))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [f for f in dataclasses.fields(value) if not f.metadata or getattr(value, f.name) is not None]
         return {f.name: _plain(getattr(value, f.name)) for f in fields}

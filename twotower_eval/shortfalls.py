@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from twotower_eval.records import Override, RunManifest, Scalar
 
@@ -25,7 +24,7 @@ def override_lines(overrides: Sequence[Override]) -> list[str]:
     ]
 
 
-def unheeded_lines(unheeded: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def unheeded_lines(unheeded: Mapping[str, Mapping[str, object]]) -> list[str]:
     """One line for each checkpoint whose generation settings ask for what no decoder here does."""
     return [
         f"generation_config.json of {name} asks for {', '.join(f'{key} {value}' for key, value in asked.items())}, "

@@ -39,26 +39,26 @@ T = TypeVar("T")
 U = TypeVar("U")
 P = ParamSpec("P")
 ENCODE = msgspec.json.Encoder().encode
-WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text"}
+WORDS: dict[object, str] = {int: "a whole number", float: "a number", str: "a text"}
 WORDS |= {bool: "true or false", list: "a list", dict: "a table"}
 
 BITS = " of at most 64 bits"
 
 
-def from_json(cls: type[T], data: Any) -> T:
+def from_json(cls: type[T], data: object) -> T:
     """Rebuild a record of class ``cls``; whatever does not fit is a UserError that names record and field."""
     try:
         record = msgspec.convert(data, cls, strict=True)
     except (msgspec.ValidationError, OverflowError) as error:
         raise UserError(f"{cls.__name__}: {_misfit(cls, data)}") from error
-    check_surplus(cls, data, msgspec.to_builtins(record))
+    _check_surplus(cls, data, msgspec.to_builtins(record))
     contradiction = CONTRADICTIONS.get(cls)
     if contradiction is not None and (said := contradiction(record)):
         raise UserError(f"{cls.__name__}: {said}")
     return record
 
 
-def check_value(name: str, hint: Any, value: Any) -> Any:
+def check_value(name: str, hint: object, value: object) -> object:
     """``value`` as a field ``name`` with the annotation ``hint`` holds it; UserError where it cannot."""
     if isinstance(value, float):
         value = float(value)  # numpy's is one, too
@@ -79,7 +79,7 @@ def line_reader(cls: type[T]) -> Callable[[bytes, str], T]:
         except (msgspec.DecodeError, RecursionError):
             return _placed(where, from_json, cls, parse_object(line, where))
         if not _begins(ENCODE(record), line):
-            _placed(where, check_surplus, cls, _object_of(line, where), msgspec.to_builtins(record))
+            _placed(where, _check_surplus, cls, _object_of(line, where), msgspec.to_builtins(record))
         if contradiction is not None and (said := contradiction(record)):
             raise UserError(f"{where}: {cls.__name__}: {said}")
         return record
@@ -99,9 +99,9 @@ def _begins(written: bytes, line: bytes) -> bool:
     return written.startswith(said) and written[len(said) : len(said) + 1] == b","
 
 
-def _object_of(line: bytes, where: str) -> dict[str, Any]:
+def _object_of(line: bytes, where: str) -> dict[str, object]:
     """:func:`parse_object` of a line that holds one: what comes out as it went in has every key once."""
-    data: dict[str, Any] = msgspec.json.decode(line)
+    data: dict[str, object] = msgspec.json.decode(line)
     return data if ENCODE(data) == line else parse_object(line, where)
 
 
@@ -112,7 +112,7 @@ def _placed(where: str, check: Callable[P, U], *arguments: P.args, **named: P.kw
         raise UserError(f"{where}: {error}") from error
 
 
-def check_surplus(cls: type, data: Any, held: Any, path: str = "") -> None:
+def _check_surplus(cls: type, data: Any, held: Any, path: str = "") -> None:
     """UserError for what ``data`` has beyond ``held``, which is what a record made of it holds."""
     if type(data) is dict or isinstance(data, Mapping):
         if unknown := data.keys() - held.keys():
@@ -129,7 +129,7 @@ def check_surplus(cls: type, data: Any, held: Any, path: str = "") -> None:
             if not -MOST <= value <= MOST:  # seldom: NaN, infinities, and sound numbers that large
                 _check_number(cls, value, path, name)
         elif kind is not str and kind is not bool and value is not None:
-            check_surplus(cls, value, held[name], _below(path, name if type(name) is str else f"[{name}]"))
+            _check_surplus(cls, value, held[name], _below(path, name if type(name) is str else f"[{name}]"))
 
 
 def _check_number(cls: type, value: float, path: str, name: str | int) -> None:
@@ -143,7 +143,7 @@ def _check_number(cls: type, value: float, path: str, name: str | int) -> None:
         raise UserError(f"{cls.__name__}: {place} must be {wanted}, not {_shown(value)}")
 
 
-def _fits(hint: Any, value: Any) -> bool:
+def _fits(hint: object, value: object) -> bool:
     try:
         msgspec.convert(value, hint, strict=True)
     except (msgspec.ValidationError, OverflowError):
@@ -151,7 +151,7 @@ def _fits(hint: Any, value: Any) -> bool:
     return True
 
 
-def _misfit(hint: Any, value: Any, path: str = "") -> str:
+def _misfit(hint: object, value: object, path: str = "") -> str:
     """The innermost part of a value that does not fit its annotation: where, what was wanted, what was found."""
     for name, inner_hint, inner in _parts(hint, value):
         if not _fits(inner_hint, inner):
@@ -163,7 +163,7 @@ def _misfit(hint: Any, value: Any, path: str = "") -> str:
     return f"{path or 'it'} must be {_wanted(hint, value)}, not {_shown(value)}"
 
 
-def _parts(hint: Any, value: Any) -> Iterator[tuple[str, Any, Any]]:
+def _parts(hint: object, value: object) -> Iterator[tuple[str, object, object]]:
     """What a value is made of: names, annotations and values."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -180,11 +180,11 @@ def _parts(hint: Any, value: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: type) -> dict[str, object]:
     return typing.get_type_hints(cls, include_extras=True)
 
 
-def _wanted(hint: Any, value: Any) -> str:
+def _wanted(hint: object, value: object) -> str:
     """What an annotation asks for, in words; of a value that is only out of bounds, the bounds."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
@@ -211,7 +211,7 @@ def _below(path: str, name: str) -> str:
     return f"{path}{name}" if not path or name.startswith("[") else f"{path}.{name}"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 

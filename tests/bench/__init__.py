@@ -71,7 +71,7 @@ def _chosen(names: Sequence[str], given: dict[str, Any], say: Say) -> list[tuple
     """Name, function and options of each bench to run."""
     chosen = []
     for name in names or list(BENCHES):
-        bench = resolve(BENCHES.get(name, name))
+        bench: Any = resolve(BENCHES.get(name, name))
         parameters = [
             p for p in inspect.signature(bench).parameters.values() if p.name not in ("rounds", "full", "say")
         ]

@@ -6,24 +6,27 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperCommand
+from typer.models import OptionInfo
 
 from twotower_eval.decoder_settings import parse_set
 from twotower_eval.errors import UserError
 from twotower_eval.names import registered
 from twotower_eval.plan_fields import option_of
 
+Given = dict[str, object]  # what was given on the command line, by field; None where nothing was
 RESULTS, REPORTS, TRAINING = Path("results"), Path("reports"), Path("training/miniature")
 
 
-def option(text: str, *names: str, metavar: str | None = None, hidden: bool = False) -> Any:
+def option(text: str, *names: str, metavar: str | None = None, hidden: bool = False) -> OptionInfo:
     """One option with its help; ``[…]`` in it says the default."""
-    return typer.Option(*names, help=text, metavar=metavar, show_default=False, hidden=hidden)
+    made: OptionInfo = typer.Option(*names, help=text, metavar=metavar, show_default=False, hidden=hidden)
+    return made
 
 
 PlanFile = Annotated[Path | None, option("TOML plan; options given here override it.", "--plan", metavar="FILE")]
@@ -63,7 +66,7 @@ def plan_options(cls: type, *, hidden: type | None = None) -> Callable[[Callable
             fields.setdefault(field.name, typing.cast(type, hidden))
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
-        def command(**values: Any) -> None:
+        def command(**values: object) -> None:
             given = {name: read(owner, name, values.pop(name)) for name, owner in fields.items()}
             verb(given, **values)
 
@@ -112,34 +115,35 @@ def help_of(cls: type, name: str) -> str:
     return f"{text} [{shown}]." if shown else f"{text}."
 
 
-def default_of(cls: type, name: str) -> Any:
+def default_of(cls: type, name: str) -> object:
     """What a field is where nothing is given."""
     return next(field.default for field in dataclasses.fields(cls) if field.name == name)
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(map(_text, value))
     return "" if value is False else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def read(cls: type, name: str, value: Any) -> Any:
+def read(cls: type, name: str, value: object) -> object:
     """What was given on the command line, as the plan's field holds it; UserError names the option."""
     kind = _inner(option_of(cls, name)[1])
     if _is_table(kind):
-        return parse_set(value) if value else None
+        return parse_set(cast(Sequence[str], value)) if value else None
     if value is None or typing.get_origin(kind) is not tuple:
         return value
     item = typing.get_args(kind)[0]
-    return numbers(value, item, option_names(cls, name)[0]) if item is not str else texts(value)
+    text = str(value)
+    return numbers(text, item, option_names(cls, name)[0]) if item is not str else texts(text)
 
 
-def _is_table(kind: Any) -> bool:
+def _is_table(kind: object) -> bool:
     """Whether a field is one of names with values: its option may be there several times."""
     return isinstance(origin := typing.get_origin(kind), type) and issubclass(origin, Mapping)
 
 
-def _inner(hint: Any) -> Any:
+def _inner(hint: object) -> object:
     """An annotation without ``| None``."""
     if typing.get_origin(hint) not in (typing.Union, types.UnionType):
         return hint
@@ -152,7 +156,7 @@ def texts(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def numbers(text: str, kind: Any, option: str) -> tuple[Any, ...]:
+def numbers(text: str, kind: object, option: str) -> tuple[str | float, ...]:
     """Numbers of a kind, or words that stand for one, separated by commas; UserError names the option."""
     words = [word for arg in typing.get_args(kind) for word in typing.get_args(arg)]
     number = float if kind is float else int

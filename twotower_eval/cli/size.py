@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import typer
 
 from twotower_eval import store
-from twotower_eval.cli.options import RESULTS, Out, PlanFile, Resume, plan_options
+from twotower_eval.cli.options import RESULTS, Given, Out, PlanFile, Resume, plan_options
 from twotower_eval.cli.runs import resumable
 from twotower_eval.errors import UserError
 from twotower_eval.plan import SizingPlan, SpeedPlan, is_older_sizing_plan
@@ -19,26 +19,26 @@ ALIAS = "speed --random-weights CONFIG is an alias of: twotower-eval size CONFIG
 
 
 @plan_options(SizingPlan)
-def size(given: dict[str, Any], plan: PlanFile = None, out: Out = RESULTS, resume: Resume = None) -> None:
+def size(given: Given, plan: PlanFile = None, out: Out = RESULTS, resume: Resume = None) -> None:
     """Verb ``size``."""
     measure(given, plan, out, resume)
 
 
-def measure(given: dict[str, Any], plan: Path | None, out: Path, resume: str | None) -> None:
+def measure(given: Given, plan: Path | None, out: Path, resume: str | None) -> None:
     """Measure what the command line says, and print the run's folder."""
     with resumable("size", out, resume):
         from twotower_eval import api
 
-        made = api.size(plan=plan, out=out, resume=resume, **of_plan(SizingPlan, given))
+        made = api.size(plan=plan, out=out, resume=resume, **cast(dict[str, Any], of_plan(SizingPlan, given)))
     typer.echo(made.path)
 
 
-def of_plan(cls: type[Any], given: dict[str, Any]) -> dict[str, Any]:
+def of_plan(cls: type, given: Given) -> Given:
     """Those options that a plan has fields for: ``speed`` has those of ``size`` as well, none of which is given."""
     return {field.name: given[field.name] for field in dataclasses.fields(cls) if field.name in given}
 
 
-def is_meant(given: dict[str, Any], plan_file: Path | None, out: Path, resume: str | None) -> bool:
+def is_meant(given: Given, plan_file: Path | None, out: Path, resume: str | None) -> bool:
     """Whether ``speed`` is to do what ``size`` does, as its options, its plan or the resumed run say.
 
     ``given`` has ``config`` where ``--random-weights`` was given. UserError for an option that the one or the other
@@ -58,7 +58,7 @@ def is_meant(given: dict[str, Any], plan_file: Path | None, out: Path, resume: s
     return meant
 
 
-def _refuse_foreign(cls: type[Any], given: dict[str, Any], words: str) -> None:
+def _refuse_foreign(cls: type, given: Given, words: str) -> None:
     known = {field.name for field in dataclasses.fields(cls)}
     foreign = [key for key, value in given.items() if value is not None and key not in known]
     if foreign:

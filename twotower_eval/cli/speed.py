@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 from twotower_eval.cli import size
-from twotower_eval.cli.options import RESULTS, Out, PlanFile, Resume, option, plan_options
+from twotower_eval.cli.options import RESULTS, Given, Out, PlanFile, Resume, option, plan_options
 from twotower_eval.cli.runs import resumable
 from twotower_eval.plan import SizingPlan, SpeedPlan
 
@@ -18,7 +18,7 @@ RandomWeights = Annotated[
 
 @plan_options(SpeedPlan, hidden=SizingPlan)
 def speed(
-    given: dict[str, Any],
+    given: Given,
     random_weights: RandomWeights = None,
     plan: PlanFile = None,
     out: Out = RESULTS,
@@ -32,5 +32,5 @@ def speed(
     with resumable("speed", out, resume):
         from twotower_eval import api
 
-        made = api.time(plan, out=out, resume=resume, **size.of_plan(SpeedPlan, given))
+        made = api.time(plan, out=out, resume=resume, **cast(dict[str, Any], size.of_plan(SpeedPlan, given)))
     typer.echo(made.path)

@@ -31,11 +31,12 @@ def attach_facts(model: TwoTower) -> None:
 
 
 def accuracy_by_kind(
-    model: TwoTower, decoder: str, corpus: Corpus = SHORT, **params: Any
+    model: TwoTower, decoder: str, corpus: Corpus = SHORT, **params: float
 ) -> tuple[dict[str, float], float | None]:
     """Share of exactly right answers by kind, and useful tokens per denoiser forward (None without any)."""
     attach_facts(model)
-    generate = make_decoder(as_model(model), decoder, **params).generate
+    options: dict[str, Any] = {**params}
+    generate = make_decoder(as_model(model), decoder, **options).generate
     accuracy: dict[str, float] = {}
     num_tokens = num_forwards = 0
     budget = min(corpus.max_new_tokens, MAX_NEW_TOKENS)
@@ -55,14 +56,14 @@ def _is_right(token_ids: tuple[int, ...], finish: str, document: Document) -> bo
 
 
 @torch.no_grad()
-def context_point(model: TwoTower, corpus: Corpus = SHORT) -> dict[str, Any]:
+def context_point(model: TwoTower, corpus: Corpus = SHORT) -> dict[str, dict[str, float]]:
     """The AR model's accuracy, by kind."""
     accuracy, _ = accuracy_by_kind(model, "autoregressive", corpus)
     return {"ar_accuracy": accuracy}
 
 
 @torch.no_grad()
-def learning_point(model: TwoTower, ar_accuracy: dict[str, float], corpus: Corpus = SHORT) -> dict[str, Any]:
+def learning_point(model: TwoTower, ar_accuracy: dict[str, float], corpus: Corpus = SHORT) -> dict[str, object]:
     """One point of the learning curve: block 16, 16 steps, one threshold."""
     accuracy, tokens_per_nfe = accuracy_by_kind(model, "block_diffusion", corpus, threshold=THRESHOLD)
     baseline = sum(ar_accuracy.values())

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from twotower_eval.engine.models.checkpoint import FLOAT32_PARAMETERS, pair_slots
 from twotower_eval.engine.models.twotower import TwoTower
+from twotower_eval.miniature.recipes import Recipe
 from twotower_eval.miniature.tokenizer import BOS_ID, EOS_ID, MASK_ID, PAD_ID, VOCABULARY, write_tokenizer
 from twotower_eval.store.publish import TRAINING_LOG
 
-RECIPE_FILE = Path(__file__).with_name("recipe.toml")
 
-
-def config_json(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def config_json(recipe: Recipe) -> dict[str, object]:
     """The config.json of the recipe's pair, in the released layout."""
     return {
         "_name_or_path": "miniature",
@@ -27,7 +24,7 @@ def config_json(recipe: Mapping[str, Any]) -> dict[str, Any]:
         "model_type": "nemotron_h",
         "vocab_size": len(VOCABULARY),
         "layer_norm_epsilon": 1e-5,
-        "num_hidden_layers": len(recipe["model"]["hybrid_override_pattern"]),
+        "num_hidden_layers": len(str(recipe["model"]["hybrid_override_pattern"])),
         "pad_token_id": PAD_ID,
         "bos_token_id": BOS_ID,
         "eos_token_id": EOS_ID,
@@ -42,7 +39,7 @@ def config_json(recipe: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def export_pair(model: TwoTower, recipe: Mapping[str, Any], folder: Path) -> Path:
+def export_pair(model: TwoTower, recipe: Recipe, folder: Path) -> Path:
     """Weights rounded to bfloat16 (routers float32), config and tokenizer into ``folder/pair``; that folder."""
     pair = folder / "pair"
     pair.mkdir(parents=True, exist_ok=True)

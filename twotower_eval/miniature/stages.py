@@ -10,13 +10,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.errors import UserError
+from twotower_eval.miniature.recipes import Recipe, Settings, settings_of
 
 DEFAULT_STAGES = ("context", "denoiser")
 MATRIX_DECAY = 0.05
@@ -29,7 +29,7 @@ class Stage:
 
     name: str
     tower: str
-    settings: Mapping[str, Any]
+    settings: Settings
     parameters: list[nn.Parameter]
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
@@ -38,7 +38,7 @@ class Stage:
     ar_accuracy: dict[str, float] = field(default_factory=dict)
 
 
-def stage_names(recipe: Mapping[str, Any]) -> tuple[str, ...]:
+def stage_names(recipe: Recipe) -> tuple[str, ...]:
     """The recipe's stages in order. One without a table, or of no known tower, is a UserError."""
     names = tuple(recipe.get("stages", DEFAULT_STAGES))
     for name in names:
@@ -49,12 +49,12 @@ def stage_names(recipe: Mapping[str, Any]) -> tuple[str, ...]:
     return names
 
 
-def tower_of(name: str, recipe: Mapping[str, Any]) -> str:
+def tower_of(name: str, recipe: Recipe) -> str:
     """Which tower a stage trains, ``context`` or ``denoiser``."""
-    return str(recipe[name].get("trains", name))
+    return str(settings_of(recipe, name).get("trains", name))
 
 
-def learning_rate(settings: Mapping[str, Any], step: int) -> float:
+def learning_rate(settings: Settings, step: int) -> float:
     """Warmup-stable-decay: linear up, flat, linear down over the last ``decay_share`` of the steps."""
     peak, final, steps = settings["learning_rate"], settings["final_learning_rate"], settings["steps"]
     decay_steps = max(1, round(settings["decay_share"] * steps))
@@ -64,7 +64,7 @@ def learning_rate(settings: Mapping[str, Any], step: int) -> float:
     return float(final + (peak - final) * min(1.0, remaining))
 
 
-def block_size_at(settings: Mapping[str, Any], step: int) -> int:
+def block_size_at(settings: Settings, step: int) -> int:
     """The curriculum's block size: shares of the steps, in order."""
     end = 0.0
     for block_size, share in settings["curriculum"]:
@@ -74,9 +74,9 @@ def block_size_at(settings: Mapping[str, Any], step: int) -> int:
     return int(settings["curriculum"][-1][0])
 
 
-def make_stage(name: str, model: TwoTower, recipe: Mapping[str, Any]) -> Stage:
+def make_stage(name: str, model: TwoTower, recipe: Recipe) -> Stage:
     """The stage at its first step."""
-    settings, tower = recipe[name], tower_of(name, recipe)
+    settings, tower = settings_of(recipe, name), tower_of(name, recipe)
     trained: nn.Module = model.context_tower if tower == "context" else model.denoiser
     named = {n: p for n, p in trained.named_parameters() if not n.endswith("e_score_correction_bias")}
     for parameter in model.parameters():
@@ -86,7 +86,7 @@ def make_stage(name: str, model: TwoTower, recipe: Mapping[str, Any]) -> Stage:
     return Stage(name, tower, settings, list(named.values()), make_optimizers(named, settings))
 
 
-def make_optimizers(named: Mapping[str, nn.Parameter], settings: Mapping[str, Any]) -> list[torch.optim.Optimizer]:
+def make_optimizers(named: Mapping[str, nn.Parameter], settings: Settings) -> list[torch.optim.Optimizer]:
     """AdamW for all, or with ``optimizer = "muon"`` Muon for the layers' matrices and AdamW for the rest.
 
     Muon's updates are scaled to AdamW's size, so that one learning rate serves both (arXiv 2502.16982).
@@ -126,7 +126,7 @@ def save_state(folder: Path, model: TwoTower, stage: Stage) -> None:
     os.replace(folder / "state.tmp", folder / "state.pt")
 
 
-def load_state(folder: Path, model: TwoTower, recipe: Mapping[str, Any]) -> Stage | None:
+def load_state(folder: Path, model: TwoTower, recipe: Recipe) -> Stage | None:
     """The stage to go on with, or None where nothing was saved. Our own file: loaded with weights_only."""
     file = folder / "state.pt"
     if not file.exists():

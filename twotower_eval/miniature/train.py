@@ -16,13 +16,12 @@ import json
 import signal
 import threading
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +33,7 @@ from twotower_eval.engine.models.nemotron_h import MixtureOfExperts
 from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.engine.ops import moe
 from twotower_eval.errors import UserError
+from twotower_eval.json_text import JsonObject
 from twotower_eval.miniature.batches import Batch, training_batches
 from twotower_eval.miniature.blocks import (
     autoregressive_loss,
@@ -44,8 +44,9 @@ from twotower_eval.miniature.blocks import (
 )
 from twotower_eval.miniature.corpus import SHORT, Corpus
 from twotower_eval.miniature.evaluate import context_point, learning_point, with_greedy_answers
-from twotower_eval.miniature.export import RECIPE_FILE, config_json, export_pair
+from twotower_eval.miniature.export import config_json, export_pair
 from twotower_eval.miniature.long_answers import LONG
+from twotower_eval.miniature.recipes import Recipe, Settings, read_recipe
 from twotower_eval.miniature.stages import (
     Stage,
     block_size_at,
@@ -66,7 +67,7 @@ TIME_TABLE_STD = 0.02
 CORPORA = {"short": SHORT, "long": LONG}
 
 
-def new_pair(recipe: Mapping[str, Any]) -> TwoTower:
+def new_pair(recipe: Recipe) -> TwoTower:
     """A randomly initialised pair of the recipe's sizes, from its seed."""
     with torch.random.fork_rng(devices=()):  # torch's own initial weights, which are replaced, draw from everyone's
         model = TwoTower(parse_config(config_json(recipe)))
@@ -114,14 +115,23 @@ def stage_loss(stage: Stage, model: TwoTower, corpus: Corpus) -> Loss:
         mask_id, from_left = model.config.mask_token_id, step >= settings["suffix_from"] * settings["steps"]
         shares = {"full_share": settings["full_share"], "suffix_share": settings["suffix_share"] if from_left else 0.0}
         noise = draw_noise(batch, block_size, draws, mask_id, generator, **shares)
-        options = {"mixed_precision": mixed_precision, "teacher_NAV": teacher, "soft_share": soft_share}
-        loss, right = chained_loss(model, batch, states, noise, generator, num_passes=num_passes, **options)
+        loss, right = chained_loss(
+            model,
+            batch,
+            states,
+            noise,
+            generator,
+            num_passes=num_passes,
+            mixed_precision=mixed_precision,
+            teacher_NAV=teacher,
+            soft_share=soft_share,
+        )
         return loss, num_passes * draws * int(batch.answer_lengths_N.sum()), float(right.detach())
 
     return context if stage.tower == "context" else denoiser
 
 
-def _targets(settings: Mapping[str, Any]) -> str:
+def _targets(settings: Settings) -> str:
     """Whose answers the denoiser learns: the corpus's, or the context tower's own greedy ones."""
     targets = settings.get("targets", "corpus")
     if targets not in ("corpus", "greedy"):
@@ -129,7 +139,7 @@ def _targets(settings: Mapping[str, Any]) -> str:
     return str(targets)
 
 
-def _widest(settings: Mapping[str, Any]) -> int:
+def _widest(settings: Settings) -> int:
     """The largest block of the curriculum: batches are padded to it."""
     return max(int(size) for size, _ in settings.get("curriculum", [[16, 1.0]]))
 
@@ -165,7 +175,7 @@ def _counting_hook(load: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], No
 
 def train_step(
     stage: Stage, loss_of: Loss, batches: Sequence[Batch], seed: int, workers: ThreadPoolExecutor
-) -> dict[str, Any]:
+) -> dict[str, float | None]:
     """One optimiser step over the micro-batches, computed in threads beside each other."""
 
     def gradients(position: int) -> tuple[tuple[Tensor | None, ...], float, int, float | None]:
@@ -196,9 +206,7 @@ def train_step(
     }
 
 
-def run_stage(
-    stage: Stage, model: TwoTower, recipe: Mapping[str, Any], folder: Path, device: torch.device, threads: int
-) -> None:
+def run_stage(stage: Stage, model: TwoTower, recipe: Recipe, folder: Path, device: torch.device, threads: int) -> None:
     """Train until the stage's last step, logging and saving on the way. Ctrl-C saves, then stops."""
     per_step, seed, corpus = stage.settings["batches_per_step"], recipe["seed"], corpus_of(recipe)
     trained = model.context_tower.tower if stage.tower == "context" else model.denoiser.tower
@@ -225,7 +233,7 @@ def run_stage(
             save_state(folder, model, stage)
 
 
-def corpus_of(recipe: Mapping[str, Any]) -> Corpus:
+def corpus_of(recipe: Recipe) -> Corpus:
     """The corpus that the recipe names, the short answers by default."""
     name = recipe.get("corpus", "short")
     if name not in CORPORA:
@@ -233,7 +241,7 @@ def corpus_of(recipe: Mapping[str, Any]) -> Corpus:
     return CORPORA[name]
 
 
-def _stream_from(stage: Stage, recipe: Mapping[str, Any]) -> Iterator[Batch]:
+def _stream_from(stage: Stage, recipe: Recipe) -> Iterator[Batch]:
     """The stage's batches, going on after those already used. Stages draw from different seeds."""
     names = stage_names(recipe)
     stream = training_batches(
@@ -248,6 +256,7 @@ def _stream_from(stage: Stage, recipe: Mapping[str, Any]) -> Iterator[Batch]:
 
 def _evaluate(stage: Stage, model: TwoTower, corpus: Corpus, folder: Path) -> None:
     """Add a point of the learning curve to the log. The frozen tower's accuracy is measured once per launch."""
+    point: JsonObject
     if stage.tower == "context":
         point = context_point(model, corpus)
     else:
@@ -256,14 +265,15 @@ def _evaluate(stage: Stage, model: TwoTower, corpus: Corpus, folder: Path) -> No
     _append(folder, {"stage": stage.tower, "step": stage.step, "num_tokens": stage.num_tokens, **point})
 
 
-def _append(folder: Path, row: Mapping[str, Any]) -> None:
+def _append(folder: Path, row: JsonObject) -> None:
     with (folder / TRAINING_LOG).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)
 
 
-def _log(stage: Stage, totals: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    mean = {key: sum(t[key] for t in totals) / len(totals) for key in totals[0] if totals[0][key] is not None}
+def _log(stage: Stage, totals: Sequence[Mapping[str, float | None]], folder: Path) -> None:
+    known = [key for key, value in totals[0].items() if value is not None]
+    mean = {key: sum(cast(float, total[key]) for total in totals) / len(totals) for key in known}
     row = {
         "stage": stage.tower,
         "step": stage.step,
@@ -272,15 +282,6 @@ def _log(stage: Stage, totals: Sequence[Mapping[str, Any]], folder: Path) -> Non
         **{key: float(f"{value:.5g}") for key, value in mean.items()},
     }
     _append(folder, row)
-
-
-def read_recipe(file: Path | None) -> dict[str, Any]:
-    """The recipe as plain data; the shipped one by default."""
-    path = file or RECIPE_FILE
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # of tomllib, of text that is not UTF-8, of numbers with too many digits
-        raise UserError(f"{path}: no readable recipe ({error})") from error
 
 
 def train_pair(folder: Path, *, recipe_file: Path | None = None, threads: int = 2, device: str | None = None) -> Path:
@@ -322,7 +323,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _train(folder: Path, recipe: Mapping[str, Any], place: torch.device, threads: int) -> Path:
+def _train(folder: Path, recipe: Recipe, place: torch.device, threads: int) -> Path:
     """All stages in order, from where the folder stands. Each denoiser stage leaves a pair, the next one a better."""
     folder.mkdir(parents=True, exist_ok=True)
     names = stage_names(recipe)
@@ -343,7 +344,7 @@ def _train(folder: Path, recipe: Mapping[str, Any], place: torch.device, threads
     return pair
 
 
-def _next_stage(name: str, done: Stage, model: TwoTower, recipe: Mapping[str, Any]) -> Stage:
+def _next_stage(name: str, done: Stage, model: TwoTower, recipe: Recipe) -> Stage:
     """One that goes on with the same tower keeps count; a denoiser's first starts from the context tower."""
     stage = make_stage(name, model, recipe)
     if stage.tower == done.tower:

@@ -49,7 +49,7 @@ def _packages(old: RunManifest) -> tuple[str, ...]:
     return (*PACKAGES_THAT_MUST_AGREE, *later)
 
 
-def _flags(manifest: RunManifest) -> list[Any]:
+def _flags(manifest: RunManifest) -> list[tuple[object, ...]]:
     """What in the ways of its models changes how fast they are."""
     return [(ways.cached, ways.rows_together, ways.positions_passed, ways.plain_beyond) for ways in manifest.ways]
 
@@ -125,7 +125,7 @@ def _cell_differences(old: RunManifest, new: RunManifest, *, explained: bool) ->
     return told
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     """A plan's value as one gives it."""
     if isinstance(value, Mapping):
         return " ".join(f"{name}={_plain(inner)}" for name, inner in value.items())

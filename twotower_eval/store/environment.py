@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from twotower_eval.records import (
     SCHEMA_VERSION,
@@ -64,20 +63,21 @@ def new_manifest(
     verb: Verb,
     *,
     run_id: str,
-    plan: Any,
+    plan: object,
     cells: Sequence[Cell],
     devices: Sequence[str],
     seeds: Mapping[str, int],
     notes: Sequence[str] = (),
     tasks: Mapping[str, Mapping[str, str]] | None = None,
     overrides: Sequence[Override] = (),
-    unheeded: Mapping[str, Mapping[str, Any]] | None = None,
+    unheeded: Mapping[str, Mapping[str, object]] | None = None,
     joined: Mapping[str, int] | None = None,
     ways: Sequence[Ways] = (),
 ) -> RunManifest:
     """The manifest of a run that begins now, here, with this command line. ``plan`` is a record."""
     commit, dirty = git_state()
     plan_json = to_json(plan)
+    dtype = str(plan_json["dtype"]) if plan_json.get("dtype") else None
     return RunManifest(
         schema=SCHEMA_VERSION,
         run_id=run_id,
@@ -91,7 +91,7 @@ def new_manifest(
         commit=commit,
         dirty=dirty,
         packages=package_versions(),
-        machine=describe_machine(devices) | {"kernels": _active_kernels(devices, plan_json.get("dtype"))},
+        machine=describe_machine(devices) | {"kernels": _active_kernels(devices, dtype)},
         seeds=seeds,
         notes=tuple(notes),
         tasks=dict(tasks or {}),
@@ -123,7 +123,7 @@ def with_scoring_of_now(recorded: Mapping[str, str]) -> dict[str, str]:
     return {**others, **now} if recorded else {}
 
 
-def describe_machine(devices: Sequence[str] = ("cpu",)) -> dict[str, Any]:
+def describe_machine(devices: Sequence[str] = ("cpu",)) -> dict[str, object]:
     """The machine as far as it bears on results: no host name, nothing that changes between two calls."""
     torch = sys.modules.get("torch")
     return {
@@ -198,7 +198,7 @@ def _nvidia_driver() -> str | None:
     return text.splitlines()[0].removeprefix("NVRM version:").strip()
 
 
-def _describe_device(device: str) -> dict[str, Any]:
+def _describe_device(device: str) -> dict[str, object]:
     torch = sys.modules.get("torch")
     if not device.startswith("cuda") or torch is None or not torch.cuda.is_available():
         return {"device": device}

@@ -16,10 +16,10 @@ import time
 from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from twotower_eval.errors import UserError
-from twotower_eval.json_text import parse_object
+from twotower_eval.json_text import JsonObject, parse_object
 
 FSYNC_INTERVAL_S = 0.5
 LOCK = "writer.lock"
@@ -44,7 +44,7 @@ class Journal:
         if new:
             fsync_folder(path.parent)
 
-    def append(self, value: dict[str, Any]) -> None:
+    def append(self, value: JsonObject) -> None:
         """Write one line; NaN and infinity are a ValueError."""
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         line = text.encode("utf-8", "surrogatepass") + b"\n"
@@ -63,7 +63,7 @@ class Journal:
             self.sync()
 
     @property
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """Number of lines and sha256 so far, as :func:`summary_of` gives them of a file."""
         return {"rows": self._num_rows, "sha256": self._sha256.hexdigest()}
 
@@ -119,7 +119,7 @@ def content_of(file: Path) -> bytes | None:
         raise UserError(f"{copy}: cannot be unpacked ({error}): restore it") from error
 
 
-def read_lines(file: Path, seen: dict[str, dict[str, Any]] | None = None) -> Iterator[tuple[int, bytes]]:
+def read_lines(file: Path, seen: dict[str, dict[str, object]] | None = None) -> Iterator[tuple[int, bytes]]:
     """Line numbers from 1 and whole lines of a journal, one after the other; nothing where it does not exist.
 
     ``seen`` is given the :func:`summary_of` of a packed file by its name, as it has to be unpacked for that.
@@ -140,7 +140,7 @@ def _stream(file: Path) -> IO[bytes]:
     return io.BytesIO(content_of(file) or b"")
 
 
-def read_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_objects(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
     """Line numbers from 1 and JSON objects of a journal; nothing where it does not exist."""
     for number, line in read_lines(file):
         yield number, parse_object(line, f"{file}, line {number}")
@@ -156,7 +156,7 @@ def truncate_torn_line(file: Path) -> None:
         os.truncate(file, whole)
 
 
-def summary_of(file: Path) -> dict[str, Any] | None:
+def summary_of(file: Path) -> dict[str, object] | None:
     """Number of lines and sha256 of a file, or of what its packed copy holds; ``None`` where neither is there."""
     if not file.exists() and not packed_path(file).exists():
         return None
@@ -164,7 +164,7 @@ def summary_of(file: Path) -> dict[str, Any] | None:
         return _summary(stream)
 
 
-def _summary(stream: IO[bytes]) -> dict[str, Any]:
+def _summary(stream: IO[bytes]) -> dict[str, object]:
     num_rows, digest = 0, hashlib.sha256()
     while part := stream.read(CHUNK_BYTES):
         num_rows += part.count(b"\n")

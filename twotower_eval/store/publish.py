@@ -11,10 +11,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from twotower_eval.errors import UserError
-from twotower_eval.json_text import parse_json, read_utf8
+from twotower_eval.json_text import JsonObject, parse_json, read_utf8
 from twotower_eval.records import SCHEMA_VERSION, Count
 from twotower_eval.store.journal import content_of, now_text, prefix_digests, summary_of, write_atomically
 from twotower_eval.strict import from_json
@@ -48,7 +47,7 @@ class Closing:
     manifest_sha256: str | None = None  # of older files only
 
 
-def told_digests(events: Sequence[Mapping[str, Any]], where: str) -> dict[str, dict[int, str]]:
+def told_digests(events: Sequence[JsonObject], where: str) -> dict[str, dict[int, str]]:
     """By journal and number of lines, the sha256 that events tell of its first so many. UserError, with the line in
     ``where``, if one tells none.
 
@@ -67,7 +66,7 @@ def told_digests(events: Sequence[Mapping[str, Any]], where: str) -> dict[str, d
     return told
 
 
-def changed_journals(path: Path, events: Sequence[Mapping[str, Any]], where: str) -> dict[str, int]:
+def changed_journals(path: Path, events: Sequence[JsonObject], where: str) -> dict[str, int]:
     """Journals that do not begin with what an event tells of them: name -> how many of the first lines differ.
 
     ``where`` is the name of the events' own file.
@@ -81,7 +80,7 @@ def changed_journals(path: Path, events: Sequence[Mapping[str, Any]], where: str
     return changed
 
 
-def short_journals(path: Path, events: Sequence[Mapping[str, Any]], where: str) -> dict[str, tuple[int, int]]:
+def short_journals(path: Path, events: Sequence[JsonObject], where: str) -> dict[str, tuple[int, int]]:
     """Journals that have fewer lines than an event tells of: name -> lines told, lines there."""
     short = {}
     for name, digests in told_digests(events, str(path / where)).items():
@@ -121,7 +120,7 @@ def read_closing(file: Path, names: Sequence[str]) -> Closing:
     return closing
 
 
-def agrees_with_closing(path: Path, names: Sequence[str], seen: Mapping[str, dict[str, Any]] | None = None) -> bool:
+def agrees_with_closing(path: Path, names: Sequence[str], seen: Mapping[str, dict[str, object]] | None = None) -> bool:
     """Whether a run was finished. UserError where one of the named files is not what it was then.
 
     ``seen`` are summaries of files that were just read, by name.

@@ -151,7 +151,7 @@ def load(path: Path) -> Run:
     """Read a run without changing it; a torn last line is dropped, anything else that is wrong is a UserError."""
     manifest = read_manifest(path)
     cells = {cell.id for cell in manifest.cells}
-    seen: dict[str, dict[str, Any]] = {}
+    seen: dict[str, dict[str, object]] = {}
 
     def rows(cls: type[R]) -> list[R]:
         name, key_of = JOURNALS[cast(type[Row], cls)]
@@ -200,7 +200,7 @@ def read_manifest(path: Path) -> RunManifest:
         raise UserError(f"{file}: {error}") from error
 
 
-def _read_events(file: Path) -> list[dict[str, Any]]:
+def _read_events(file: Path) -> list[dict[str, object]]:
     """Events of any kind, since every version may note new ones; each says when and what."""
     events = []
     for number, event in read_objects(file):
@@ -226,9 +226,9 @@ def no_collection() -> Iterator[None]:
 def _keyed_rows(
     file: Path,
     read: Callable[[bytes, str], R],
-    key_of: Callable[[Any], Key],
+    key_of: Callable[[R], Key],
     cells: set[str],
-    seen: dict[str, dict[str, Any]],
+    seen: dict[str, dict[str, object]],
 ) -> list[R]:
     """The rows of a journal; ``seen`` is told what a packed one held, which takes long to unpack again."""
     rows: list[R] = []

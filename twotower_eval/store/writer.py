@@ -9,7 +9,6 @@ import secrets
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from twotower_eval.errors import UserError
 from twotower_eval.records import RunManifest, to_json
@@ -138,7 +137,7 @@ class RunWriter:
         self._file(name).append(data)
         self._keys.add(key)
 
-    def event(self, kind: str, **detail: Any) -> None:
+    def event(self, kind: str, **detail: object) -> None:
         """Note that something happened, with the time; rows written before it are on disk when this returns.
 
         Each event says how many rows the journals hold by then, and their sha256: a later edit will be noticed.

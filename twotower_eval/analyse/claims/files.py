@@ -12,13 +12,14 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, cast
 
 from twotower_eval.analyse.claims.published import Published, published_from
 from twotower_eval.analyse.claims.reading import at_least, tables, texts, value_of, within
 from twotower_eval.analyse.claims.terms import SPEED_QUANTITIES as SPEED_QUANTITIES
 from twotower_eval.analyse.claims.terms import check_limits, check_margin
 from twotower_eval.errors import UserError
+from twotower_eval.json_text import JsonObject
 from twotower_eval.names import did_you_mean
 from twotower_eval.plan import data_path, read_toml
 from twotower_eval.records import Averaging, Claim, DecoderSpec, GateLimits, OperatingPoint, Quantity, Relation
@@ -75,7 +76,7 @@ def select(claims: Sequence[Claim], names: Sequence[str]) -> tuple[Claim, ...]:
     return tuple(claim for claim in claims if not names or claim.name in names)
 
 
-def claims_from(name: str, values: Mapping[str, Any]) -> ClaimFile:
+def claims_from(name: str, values: JsonObject) -> ClaimFile:
     """A claim file from plain values, as TOML holds them."""
     within("the file", values, ("title", "config", "point", "claim", "published"))
     points = [_point(table) for table in tables("the file", values, "point")]
@@ -98,7 +99,7 @@ def claims_from(name: str, values: Mapping[str, Any]) -> ClaimFile:
     )
 
 
-def _point(table: Mapping[str, Any]) -> OperatingPoint:
+def _point(table: JsonObject) -> OperatingPoint:
     where = f"point {table.get('name', '?')!r}"
     within(where, table, [field.name for field in dataclasses.fields(OperatingPoint)])
     decoder = value_of(where, table, "decoder", dict)
@@ -110,14 +111,14 @@ def _point(table: Mapping[str, Any]) -> OperatingPoint:
     if params.get("steps_per_block") == "auto":
         params["steps_per_block"] = value_of(where, params, "block_size", int)
     workload = value_of(where, table, "workload", str, None)
-    if workload not in (None, "fixed", "answer"):
+    if workload is not None and workload not in ("fixed", "answer"):
         raise UserError(f"{where}: workload must be fixed or answer, not {workload!r}")
     point = OperatingPoint(
         name=value_of(where, table, "name", str),
         decoder=DecoderSpec(kind=value_of(where, decoder, "kind", str), params=params),
         batch_size=value_of(where, table, "batch_size", int, None),
         num_devices=value_of(where, table, "num_devices", int, None),
-        workload=workload,
+        workload=cast("Literal['fixed', 'answer'] | None", workload),
         dtype=value_of(where, table, "dtype", str, None),
         hardware=value_of(where, table, "hardware", str, None),
         timed_tasks=texts(where, table, "timed_tasks"),
@@ -126,10 +127,10 @@ def _point(table: Mapping[str, Any]) -> OperatingPoint:
     return point
 
 
-def _claim(table: Mapping[str, Any], points: Mapping[str, OperatingPoint]) -> Claim:
+def _claim(table: JsonObject, points: Mapping[str, OperatingPoint]) -> Claim:
     where = f"claim {table.get('name', '?')!r}"
     within(where, table, [field.name for field in dataclasses.fields(Claim)])
-    quantity = _choice(where, table, "quantity", QUANTITIES)
+    quantity = cast(Quantity, _choice(where, table, "quantity", QUANTITIES))
     point = value_of(where, table, "point", str)
     if point not in points:
         raise UserError(f"{where}: no [[point]] is named {point!r}{did_you_mean(point, points)}")
@@ -144,8 +145,8 @@ def _claim(table: Mapping[str, Any], points: Mapping[str, OperatingPoint]) -> Cl
         point=points[point],
         source=value_of(where, table, "source", str),
         scope=_scope(where, quantity, texts(where, table, "scope")),
-        averaging=_choice(where, table, "averaging", AVERAGINGS, "ratio_of_means"),
-        relation=_choice(where, table, "relation", RELATIONS, "at_least"),
+        averaging=cast(Averaging, _choice(where, table, "averaging", AVERAGINGS, "ratio_of_means")),
+        relation=cast(Relation, _choice(where, table, "relation", RELATIONS, "at_least")),
         parts=texts(where, table, "parts"),
         limits=_limits(where, value_of(where, table, "limits", dict, {})),
         metric=value_of(where, table, "metric", str, None),
@@ -166,7 +167,7 @@ def _scope(where: str, quantity: Quantity, names: Sequence[str]) -> tuple[str, .
     found: list[str] = []
     for name in names:
         if name in suites and name not in tasks:
-            found += [t["name"] for t in suites[name] if t.get("headline", True) or quantity in SCORE_QUANTITIES]
+            found += [str(t["name"]) for t in suites[name] if t.get("headline", True) or quantity in SCORE_QUANTITIES]
             continue
         near = difflib.get_close_matches(name, suites, n=1, cutoff=SLIP_OF_SUITE)
         if name not in tasks and near:
@@ -182,12 +183,12 @@ def meant_tasks(scope: Sequence[str]) -> dict[str, str]:
     return {name: found[0] for name, found in near.items() if name not in tasks and found}
 
 
-def _suites() -> dict[str, list[dict[str, Any]]]:
+def _suites() -> dict[str, list[JsonObject]]:
     """The tasks of every shipped suite."""
-    return {path.stem: read_toml(path, "suite").get("task", []) for path in suite_paths()}
+    return {path.stem: tables(path.stem, read_toml(path, "suite"), "task") for path in suite_paths()}
 
 
-def _tasks_of(suites: Mapping[str, Sequence[Mapping[str, Any]]]) -> set[str]:
+def _tasks_of(suites: Mapping[str, Sequence[JsonObject]]) -> set[str]:
     return {str(task["name"]) for members in suites.values() for task in members}
 
 
@@ -196,14 +197,14 @@ def suite_paths() -> list[Path]:
     return sorted(data_path("tasks", "suites").glob("*.toml"))
 
 
-def _choice(where: str, table: Mapping[str, Any], key: str, known: Sequence[str], *default: Any) -> Any:
-    found = value_of(where, table, key, str, *default)
+def _choice(where: str, table: JsonObject, key: str, known: Sequence[str], default: str | None = None) -> str:
+    found = value_of(where, table, key, str) if default is None else value_of(where, table, key, str, default)
     if found not in known:
         raise UserError(f"{where}: unknown {key} {found!r}{did_you_mean(found, known)}")
     return found
 
 
-def _limits(where: str, table: Mapping[str, Any]) -> GateLimits:
+def _limits(where: str, table: JsonObject) -> GateLimits:
     names = [field.name for field in dataclasses.fields(GateLimits)]
     within(f"{where}, limits", table, names)
     limits = GateLimits(**{key: value_of(f"{where}, limits", table, key, float) for key in table})
@@ -211,14 +212,14 @@ def _limits(where: str, table: Mapping[str, Any]) -> GateLimits:
     return limits
 
 
-def _looks(where: str, table: Mapping[str, Any]) -> int:
-    looks: int = value_of(where, table, "looks", int, 1)
+def _looks(where: str, table: JsonObject) -> int:
+    looks = value_of(where, table, "looks", int, 1)
     if not 1 <= looks <= MOST_LOOKS:
         raise UserError(f"{where}: looks lies between 1 and {MOST_LOOKS}, not {looks}")
     return looks
 
 
-def _check_claim(where: str, claim: Claim, table: Mapping[str, Any]) -> None:
+def _check_claim(where: str, claim: Claim, table: JsonObject) -> None:
     """Refuse what would be ignored, and what the quantity cannot be judged without."""
     joint = claim.quantity == "joint"
     if joint != bool(claim.parts):
@@ -252,7 +253,7 @@ def _check_claim(where: str, claim: Claim, table: Mapping[str, Any]) -> None:
         raise UserError(f"{where}: averaging has no effect on {claim.quantity}: drop it")
 
 
-def _check_speed(where: str, claim: Claim, table: Mapping[str, Any]) -> None:
+def _check_speed(where: str, claim: Claim, table: JsonObject) -> None:
     for key in ("scope", "averaging"):
         if key in table:
             raise UserError(f"{where}: {key} has no effect on a speedup: drop it")

@@ -16,6 +16,7 @@ from twotower_eval.analyse.compare.points import OtherScore
 from twotower_eval.analyse.compare.quality import quality_points
 from twotower_eval.analyse.compare.timing import speed_points
 from twotower_eval.analyse.compare.wholes import WholeScore
+from twotower_eval.json_text import JsonObject
 from twotower_eval.plan import CONTEXT_TOWER
 from twotower_eval.records import Arm, Cell, Checkpoint, Claim, DecoderSpec, Workload
 from twotower_eval.store import Run
@@ -270,7 +271,7 @@ def cell_fits(claim: Claim, cell: Cell) -> bool:
     return all(value in UNSTATED for value in unnamed(claim, decoder).values())
 
 
-def unnamed(claim: Claim, decoder: DecoderSpec) -> dict[str, Any]:
+def unnamed(claim: Claim, decoder: DecoderSpec) -> dict[str, object]:
     """The parameters of a decoder that a claim's point says nothing of; a record of decoding changes nothing."""
     named = (*claim.point.decoder.params, *WITHOUT_EFFECT)
     return {name: value for name, value in decoder.params.items() if name not in named}
@@ -290,15 +291,18 @@ def tasks_fit(claim: Claim, timed_tasks: Iterable[str]) -> bool:
     return not claim.point.timed_tasks or set(claim.point.timed_tasks) == set(timed_tasks)
 
 
-def _machines(point: SpeedPoint, evidence: Evidence) -> list[Mapping[str, Any]]:
+def _machines(point: SpeedPoint, evidence: Evidence) -> list[JsonObject]:
     return [run.manifest.machine for run in evidence.runs if run.manifest.run_id in point.run_ids]
 
 
-def hardware_fits(claim: Claim, machines: Iterable[Mapping[str, Any]]) -> bool:
+def hardware_fits(claim: Claim, machines: Iterable[JsonObject]) -> bool:
     """Whether every device of these machines is the claim's, if it says any."""
     if claim.point.hardware is None:
         return True
-    described = [str(device.get("name", device)) for machine in machines for device in machine.get("devices", [])]
+    described: list[str] = []
+    for machine in machines:
+        devices: Any = machine.get("devices", [])
+        described += [str(device.get("name", device)) for device in devices]
     return bool(described) and all(claim.point.hardware.lower() in text.lower() for text in described)
 
 

@@ -10,12 +10,13 @@ import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, cast
 
 from twotower_eval.analyse.claims.reading import at_least, tables, texts, value_of, within
 from twotower_eval.analyse.claims.stated import Stated, check_decimals, percent_of, stated_of
 from twotower_eval.analyse.compare.pairing import ARMS
 from twotower_eval.errors import UserError
+from twotower_eval.json_text import JsonObject
 from twotower_eval.names import did_you_mean
 
 AggregateOf = Literal["retention", "baseline", "candidate", "difference"]
@@ -111,9 +112,9 @@ class Published:
 KINDS = ("task", "aggregate", "score", "rate", "speedup", "gap")
 
 
-def published_from(table: Any) -> Published:
+def published_from(given: object) -> Published:
     """``[published]`` as records; UserError for what is unknown, missing or does not fit together."""
-    within("published", table, ("decimals", *(f"{column}_decimals" for column in ARMS), *KINDS))
+    table = within("published", given, ("decimals", *(f"{column}_decimals" for column in ARMS), *KINDS))
     decimals = _decimals("published", table, "decimals", None)
     of_column = {column: _decimals("published", table, f"{column}_decimals", decimals) for column in ARMS}
     rows = {kind: tables("published", table, kind) for kind in KINDS}
@@ -141,8 +142,8 @@ def published_from(table: Any) -> Published:
     )
 
 
-def _decimals(where: str, table: Mapping[str, Any], key: str, default: int | None) -> int | None:
-    found: int | None = value_of(where, table, key, int, default)
+def _decimals(where: str, table: JsonObject, key: str, default: int | None) -> int | None:
+    found = value_of(where, table, key, int, default)
     if found is not None:
         check_decimals(where, found)
     return found
@@ -166,7 +167,7 @@ def _check_percentages(tasks: Sequence[PublishedTask]) -> None:
         raise UserError("published: no score is above 1 %: write shares of 1 as percentages, 79.27 for 0.7927")
 
 
-def _rate(table: Mapping[str, Any]) -> PublishedRate:
+def _rate(table: JsonObject) -> PublishedRate:
     where = f"published rate {table.get('name', '?')!r}"
     within(where, table, ("name", "tokens_per_s", "decimals", "devices", "batch_size"))
     rate = PublishedRate(
@@ -181,7 +182,7 @@ def _rate(table: Mapping[str, Any]) -> PublishedRate:
     return rate
 
 
-def _speedup(table: Mapping[str, Any]) -> PublishedSpeedup:
+def _speedup(table: JsonObject) -> PublishedSpeedup:
     where = f"published speedup {table.get('name', '?')!r}"
     known = [field.name for field in dataclasses.fields(PublishedSpeedup)]
     within(where, table, (*known, "percent_faster", "decimals"))
@@ -200,7 +201,7 @@ def _speedup(table: Mapping[str, Any]) -> PublishedSpeedup:
     return speedup
 
 
-def _factor(where: str, table: Mapping[str, Any]) -> Stated:
+def _factor(where: str, table: JsonObject) -> Stated:
     """As it was printed: ``factor = 2.42``, or ``percent_faster = 142``."""
     decimals = _decimals(where, table, "decimals", None)
     if "percent_faster" not in table:
@@ -211,7 +212,7 @@ def _factor(where: str, table: Mapping[str, Any]) -> Stated:
     return Stated(value=1 + more.value / 100, decimals=more.decimals + 2)
 
 
-def _score(table: Mapping[str, Any], decimals: int | None, names: Sequence[str]) -> PublishedScore:
+def _score(table: JsonObject, decimals: int | None, names: Sequence[str]) -> PublishedScore:
     where = f"published score of {table.get('task', '?')!r}"
     within(where, table, ("task", "percent", "where", "decimals"))
     score = PublishedScore(
@@ -223,7 +224,7 @@ def _score(table: Mapping[str, Any], decimals: int | None, names: Sequence[str])
     return score
 
 
-def _percent(where: str, table: Mapping[str, Any], key: str, decimals: int | None) -> Stated:
+def _percent(where: str, table: JsonObject, key: str, decimals: int | None) -> Stated:
     if decimals is None and not isinstance(table.get(key, ""), str):
         raise UserError(f"{where}: say with how many decimals {key} was printed, or write it as a text")
     if key not in table:
@@ -231,7 +232,7 @@ def _percent(where: str, table: Mapping[str, Any], key: str, decimals: int | Non
     return percent_of(where, table, key, decimals)
 
 
-def _task(table: Mapping[str, Any], decimals: Mapping[str, int | None]) -> PublishedTask:
+def _task(table: JsonObject, decimals: Mapping[str, int | None]) -> PublishedTask:
     where = f"published task {table.get('name', '?')!r}"
     within(where, table, [field.name for field in dataclasses.fields(PublishedTask)])
     percents = {key: _percent(where, table, key, decimals[key]) for key in ARMS}
@@ -251,10 +252,10 @@ def _task(table: Mapping[str, Any], decimals: Mapping[str, int | None]) -> Publi
     return task
 
 
-def _aggregate(table: Mapping[str, Any], decimals: int | None, tasks: Sequence[PublishedTask]) -> PublishedAggregate:
+def _aggregate(table: JsonObject, decimals: int | None, tasks: Sequence[PublishedTask]) -> PublishedAggregate:
     where = f"published aggregate {table.get('name', '?')!r}"
     within(where, table, ("name", "percent", "decimals", "kinds", "of"))
-    of = value_of(where, table, "of", str, "retention")
+    of = cast(AggregateOf, value_of(where, table, "of", str, "retention"))
     if of not in typing.get_args(AggregateOf):
         raise UserError(f"{where}: of must be {' or '.join(typing.get_args(AggregateOf))}, not {of!r}")
     own = _decimals(where, table, "decimals", decimals)
@@ -274,7 +275,7 @@ def _aggregate(table: Mapping[str, Any], decimals: int | None, tasks: Sequence[P
     return aggregate
 
 
-def _gap(table: Mapping[str, Any]) -> PublishedGap:
+def _gap(table: JsonObject) -> PublishedGap:
     where = f"published gap {table.get('name', '?')!r}"
     within(where, table, ("name", "points"))
     points = value_of(where, table, "points", dict)

@@ -7,15 +7,15 @@ rounded are not counted as honest: an audit only says where that would explain a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from math import ceil, floor
-from typing import Any
 
 from twotower_eval.analyse.claims.reading import value_of
 from twotower_eval.errors import UserError
+from twotower_eval.json_text import JsonObject
 
 DECIMALS = range(10)  # of a number that somebody prints
 HUNDRED = Fraction(100)
@@ -96,7 +96,7 @@ def difference(first: Span, second: Span) -> Span:
     return Span(first.value - second.value, first.low - second.high, first.high - second.low)
 
 
-def stated_of(where: str, table: Mapping[str, Any], key: str, decimals: int | None = None) -> Stated:
+def stated_of(where: str, table: JsonObject, key: str, decimals: int | None = None) -> Stated:
     """The number of a key. As a text it says its own decimals, as in ``"98.70"``.
 
     A number of TOML has lost its trailing zeros, so ``decimals`` say how many it was printed with; where they are
@@ -124,7 +124,7 @@ def check_decimals(where: str, decimals: int) -> None:
         raise UserError(f"{where}: decimals must be from 0 to {DECIMALS[-1]}, not {decimals}")
 
 
-def percent_of(where: str, table: Mapping[str, Any], key: str, decimals: int | None = None) -> Stated:
+def percent_of(where: str, table: JsonObject, key: str, decimals: int | None = None) -> Stated:
     """The same of a percentage from 0 to 100; another unit is refused, with what it may be."""
     value = table.get(key)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and decimals is not None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.warned import FarAboveFloor, SlowerThanGenerate
+from twotower_eval.json_text import JsonObject
 from twotower_eval.records import BaselineBest, Cell, Estimate, Finding
 from twotower_eval.store import Run
 from twotower_eval.strict import from_json
@@ -67,7 +67,7 @@ def best_of(runs: Sequence[Run], cell: Cell, tokens_per_s: float | None) -> Best
     )
 
 
-def _read(event: dict[str, Any]) -> BaselineBest:
+def _read(event: JsonObject) -> BaselineBest:
     return from_json(BaselineBest, {name: value for name, value in event.items() if name in FIELDS})
 
 

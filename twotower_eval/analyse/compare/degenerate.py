@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 from twotower_eval.records import Generation
 
@@ -88,10 +87,10 @@ def flags(generation: Generation) -> Flags:
 
 @lru_cache(maxsize=100_000)  # greedy decoding gives the same output in every round
 def _flags(text: str | None, token_ids: tuple[int, ...], unended: bool) -> Flags:
-    words: Sequence[Any] = token_ids if text is None else _WORDS.findall(text)
+    words: Sequence[object] = token_ids if text is None else _WORDS.findall(text)
     of_text = None if text is None else periodic_tail(text, MIN_TEXT_SPAN)
     loop = of_text or periodic_tail(token_ids, MIN_TOKEN_SPAN)
-    head: Sequence[Any] = ""
+    head: Sequence[object] = ""
     if loop is not None:
         head = text[: loop.start] if text is not None and of_text else token_ids[: loop.start]
     compression, repeated_share = compression_ratio(_raw(text, token_ids)), repeated_ngram_share(words)
@@ -108,7 +107,7 @@ def _flags(text: str | None, token_ids: tuple[int, ...], unended: bool) -> Flags
     )
 
 
-def periodic_tail(symbols: Sequence[Any], min_span: int) -> Loop | None:
+def periodic_tail(symbols: Sequence[object], min_span: int) -> Loop | None:
     """The loop that a sequence ends in, by its shortest period; ``None`` without one that is long enough.
 
     The last repeat may be cut off, as a budget does, and counts by its share.
@@ -123,7 +122,7 @@ def periodic_tail(symbols: Sequence[Any], min_span: int) -> Loop | None:
     return None
 
 
-def _matching(symbols: Sequence[Any], period: int) -> int:
+def _matching(symbols: Sequence[object], period: int) -> int:
     """How many symbols at the end equal the one a period before."""
     matching = 0
     for new, old in zip(reversed(symbols), reversed(symbols[:-period]), strict=False):
@@ -138,13 +137,13 @@ def compression_ratio(raw: bytes) -> float | None:
     return len(zlib.compress(raw, 9)) / len(raw) if len(raw) >= MIN_COMPRESSIBLE_BYTES else None
 
 
-def repeated_ngram_share(words: Sequence[Any]) -> float | None:
+def repeated_ngram_share(words: Sequence[object]) -> float | None:
     """Share of n-grams that came before in the same output; ``None`` where there are too few to tell."""
     ngrams = [tuple(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if len(ngrams) >= MIN_NGRAMS else None
 
 
-def _holds_something(head: Sequence[Any]) -> bool:
+def _holds_something(head: Sequence[object]) -> bool:
     """Whether there is an answer in front of a loop."""
     return bool(head.strip() if isinstance(head, str) else head)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from typing import Any
 
-from twotower_eval.records import Checkpoint, DecoderSpec, canonical_json, sha256_text
+from twotower_eval.records import Checkpoint, DecoderSpec, Scalar, canonical_json, sha256_text
 
 NAMED = ("block_size", "steps_per_block", "threshold")  # parameters with a place of their own in a name
 
@@ -16,7 +15,7 @@ def checkpoint_name(checkpoint: Checkpoint) -> str:
     return f"{checkpoint.name} ({checkpoint.tower} tower)" if checkpoint.tower else checkpoint.name
 
 
-def setting(decoder: DecoderSpec, name: str) -> Any:
+def setting(decoder: DecoderSpec, name: str) -> Scalar:
     """A decoder's parameter, ``None`` without it; steps left open are the block size."""
     value = decoder.params.get(name)
     return decoder.params.get("block_size") if name == "steps_per_block" and value is None else value

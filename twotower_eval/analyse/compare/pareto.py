@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from twotower_eval.analyse.compare.alike import MeasuredOn, any_run, scored_on, timed_on
 from twotower_eval.records import Cell, Estimate, GateLimits
@@ -74,7 +74,7 @@ def panels(speed: Iterable[SpeedPoint], quality: Sequence[QualityPoint]) -> tupl
     return tuple(panel for panel in found if panel is not None)
 
 
-def _order(on: MeasuredOn) -> tuple[Any, ...]:
+def _order(on: MeasuredOn) -> tuple[object, ...]:
     return (on.kind, on.batch_size, on.run_ids, on.same)
 
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from scipy.special import ndtr
@@ -44,6 +44,15 @@ class StepCost:
     num_experts_touched: float | None
 
 
+class Drawn(TypedDict):
+    """One row of costs, by the names that the statistics of costs take."""
+
+    ar_step_s: float
+    denoise_s: float
+    context_pass_s: float
+    block_size: int
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BlockCosts:
     """Seconds of an AR step, a denoise step and a context pass, (Q,) each: as measured first, then bootstrap draws."""
@@ -53,10 +62,14 @@ class BlockCosts:
     context_Q: Floats
     block_size: int
 
-    def draw(self, row: int) -> dict[str, Any]:
+    def draw(self, row: int) -> Drawn:
         """One row, as the statistics of costs want it."""
-        seconds = {"ar_step_s": self.ar_Q, "denoise_s": self.denoise_Q, "context_pass_s": self.context_Q}
-        return {"block_size": self.block_size, **{name: float(of_row[row]) for name, of_row in seconds.items()}}
+        return Drawn(
+            block_size=self.block_size,
+            ar_step_s=float(self.ar_Q[row]),
+            denoise_s=float(self.denoise_Q[row]),
+            context_pass_s=float(self.context_Q[row]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,7 +307,7 @@ def _ar(batch_size: int, replica: int) -> Item:
     return ("ar_step", replica, batch_size, None, "independent", None)
 
 
-def _order(item: Item) -> tuple[Any, ...]:
+def _order(item: Item) -> tuple[int, ...]:
     parts = ("prefill", "ar_step", "denoise", "context_pass", "forced_block")
     part, replica, batch_size, block_size, routing, num_steps = item
     where = ROUTINGS.index(routing) if routing in ROUTINGS else -1

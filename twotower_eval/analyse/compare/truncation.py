@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from twotower_eval.analyse.compare.points import PointKey, QualityPoint, point_key
 from twotower_eval.errors import UserError
+from twotower_eval.json_text import JsonObject
 from twotower_eval.records import Arm
 from twotower_eval.store import Run
 
@@ -36,7 +36,7 @@ def truncated(run: Run) -> list[Truncated]:
     return list(found.values())
 
 
-def _truncated(run: Run, event: dict[str, Any]) -> Truncated:
+def _truncated(run: Run, event: JsonObject) -> Truncated:
     cell = run.cells.get(str(event.get("cell")))
     told = [event[name] for name in ("num_requests", "num_truncated") if name in event]
     numbers = [number for number in told if isinstance(number, int)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from twotower_eval import store
 from twotower_eval.analyse.claims import load_claims
@@ -146,7 +147,7 @@ def _chosen(names: Sequence[str], runs: JudgedRuns) -> list[str]:
 
 def _rendered(name: str, runs: JudgedRuns) -> Section:
     """One section. A user's own that raises, or gives something else, is told in one line."""
-    render: Callable[[Runs], Section] = resolve(SEAM.place(name))
+    render = cast(Callable[[Runs], Section], resolve(SEAM.place(name)))
     if not callable(render):
         raise UserError(f"section {name} is no function render(runs) that returns a Section: docs/section.md has one")
     with calls_of(module_of(render), f"section {name}", getattr(render, "__name__", "render"), let=(UserError,)):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from twotower_eval.analyse.compare.counts import Counts
 from twotower_eval.analyse.compare.measured import Measured
 from twotower_eval.analyse.compare.naming import NAMED, checkpoint_name, setting
 from twotower_eval.analyse.words.methods import method_text
 from twotower_eval.records import Cell
 
-Row = dict[str, Any]
+Row = dict[str, object]
 
 
 def measured_columns(name: str, found: Measured) -> Row:

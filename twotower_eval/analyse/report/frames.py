@@ -27,7 +27,7 @@ from twotower_eval.analyse.report.columns import Row, count_columns, ends, measu
 from twotower_eval.analyse.report.text import speed_findings
 from twotower_eval.analyse.report.verdicts import JudgedRuns
 from twotower_eval.analyse.words import finding_text
-from twotower_eval.records import MEAN, Cell, CostSample, Generation
+from twotower_eval.records import MEAN, Cell, Check, CostSample, Generation
 
 TRUNCATED = ("baseline_num_truncated", "candidate_num_truncated")  # empty where it was not counted
 
@@ -56,7 +56,7 @@ def tables(runs: Runs) -> dict[str, bytes]:
     return {name: csv(rows) for name, rows in found.items() if rows}
 
 
-def csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def csv(rows: Sequence[Row]) -> bytes:
     """Rows with the same keys as CSV, one line each."""
     return str(pd.DataFrame.from_records(list(rows)).to_csv(index=False, lineterminator="\n")).encode()
 
@@ -342,7 +342,7 @@ def _costs(run_id: str, cells: Mapping[str, Cell], measured: Sequence[CostSample
         }
 
 
-def _check(check: Any) -> Row:
+def _check(check: Check) -> Row:
     return {name: getattr(check, name) for name in ("name", "outcome", "value", "limit", "detail")}
 
 

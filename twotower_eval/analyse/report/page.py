@@ -10,7 +10,7 @@ import base64
 import html
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -93,10 +93,10 @@ def _reader(files: Mapping[str, bytes]) -> MarkdownIt:
     # "html" only makes raw HTML arrive as tokens of its own, which the rules below turn into text.
     reader = MarkdownIt("commonmark", {"html": True, "linkify": False}).enable("table")
 
-    def raw(_self: Any, tokens: Sequence[Token], index: int, *_rest: Any) -> str:
+    def raw(_self: object, tokens: Sequence[Token], index: int, *_rest: object) -> str:
         return _own_marks(reader, tokens[index].content)
 
-    def image(_self: Any, tokens: Sequence[Token], index: int, *_rest: Any) -> str:
+    def image(_self: object, tokens: Sequence[Token], index: int, *_rest: object) -> str:
         return _picture(files, str(tokens[index].attrGet("src")), tokens[index].content)
 
     reader.add_render_rule("html_block", raw)

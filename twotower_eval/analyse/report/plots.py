@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -35,11 +36,12 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def handle(**look: Any) -> Any:
+def handle(**look: object) -> Line2D:
     """What a legend shows of a marker."""
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], **{"linestyle": "none", **look})
+    drawn: dict[str, Any] = {"linestyle": "none", **look}
+    return Line2D([], [], **drawn)
 
 
 def legend_columns(labels: Iterable[str], most: int, *, panels: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from twotower_eval.analyse.compare.alone import is_alone
 from twotower_eval.analyse.compare.naming import checkpoint_name
@@ -13,6 +12,7 @@ from twotower_eval.analyse.compare.sizing import is_sizing_run
 from twotower_eval.analyse.report.reproduce import without_home
 from twotower_eval.analyse.report.section import Section
 from twotower_eval.analyse.report.text import NONE, bullets, code, count, details, escape, run_list, table
+from twotower_eval.json_text import JsonObject
 from twotower_eval.records import Cell, Checkpoint, DecoderSpec, FileDigest
 from twotower_eval.shortfalls import asked_and_not_done, joined_lines
 from twotower_eval.store import Run
@@ -100,18 +100,18 @@ def _run(run: Run) -> str:
     return f"### Run {code(manifest.run_id)}\n\n{bullets(facts)}\n{folded}"
 
 
-def _steps(plan: Mapping[str, Any]) -> str:
+def _steps(plan: JsonObject) -> str:
     """Whether small steps were launched as a whole."""
     return "small ones of both arms from CUDA graphs" if plan["cuda_graphs"] else "not from CUDA graphs"
 
 
-def _flat(values: Mapping[str, Any]) -> str:
+def _flat(values: JsonObject) -> str:
     """Nested facts on one line; what the system does not tell is said so."""
     parts = [f"{name.replace('_', ' ')} {_value(name, value)}" for name, value in values.items()]
     return escape("; ".join(parts)) or "none recorded"
 
 
-def _value(name: str, value: Any) -> str:
+def _value(name: str, value: object) -> str:
     if value is None:
         return "not told"
     if name.endswith("_bytes") and isinstance(value, int):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.report.reproduce import plain_argv
 from twotower_eval.errors import UserError
+from twotower_eval.json_text import JsonObject
 from twotower_eval.store import FILES, Run
 from twotower_eval.store.journal import LOCK, packed, packed_path
 from twotower_eval.store.publish import DONE, MANIFEST, close_run, read_closing
@@ -60,9 +61,10 @@ def published_name(runs: Runs) -> str:
     return "_".join(["+".join(sorted(map(_slug, names))) for names in (models, hardware)] + [date])
 
 
-def _hardware(machine: Mapping[str, Any]) -> str:
+def _hardware(machine: JsonObject) -> str:
     """The accelerators' name with their number if there are several, else ``cpu``."""
-    names = [str(d.get("name") or str(d.get("device", "cpu")).split(":")[0]) for d in machine.get("devices", ())]
+    devices: Any = machine.get("devices", ())
+    names = [str(d.get("name") or str(d.get("device", "cpu")).split(":")[0]) for d in devices]
     distinct = sorted(set(names)) or ["cpu"]
     number = f"-x{len(names)}" if len(names) > 1 else ""
     return "-".join(distinct) + number
@@ -109,7 +111,7 @@ def _make_plain(manifest: Path) -> Iterator[str]:
     yield from (f"still names {path!r} under {where}" for where, path in _paths(held) if where.split(".")[0] != "argv")
 
 
-def _paths(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
+def _paths(value: object, where: str = "") -> Iterator[tuple[str, str]]:
     """Absolute paths anywhere in a manifest, with the keys that lead to them."""
     if isinstance(value, str) and re.match(r"/\w|[A-Za-z]:\\", value):
         yield where, value

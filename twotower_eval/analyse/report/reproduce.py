@@ -7,12 +7,12 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.report.section import Section
 from twotower_eval.decoder_settings import set_text
 from twotower_eval.errors import UserError
+from twotower_eval.json_text import JsonObject
 from twotower_eval.plan import AnyPlan, RunPlan, SizingPlan, SpeedPlan, VerifyPlan, plan_from_json
 from twotower_eval.records import RunManifest, sizing_config
 from twotower_eval.store import Run
@@ -72,7 +72,7 @@ def without_home(text: str) -> str:
     return HOME.sub("~", text)
 
 
-def plan_of(verb: str, values: Mapping[str, Any]) -> AnyPlan:
+def plan_of(verb: str, values: JsonObject) -> AnyPlan:
     """The plan that a run's manifest holds; UserError where this version knows no such plan."""
     if verb == "run":
         return plan_from_json(RunPlan, values)

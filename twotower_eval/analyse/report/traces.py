@@ -20,6 +20,7 @@ from twotower_eval.records import Cell, CommitStep, GenerationRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.collections import PathCollection
     from matplotlib.figure import Figure
 
 MAX_SHOWN = 6
@@ -112,7 +113,7 @@ def _draw(figure: Figure, *, rows: Sequence[GenerationRow], block_size: int) -> 
     bar.set_label("confidence", fontsize=8)
 
 
-def _draw_answer(axes: Axes, row: GenerationRow, block_size: int) -> Any:
+def _draw_answer(axes: Axes, row: GenerationRow, block_size: int) -> PathCollection:
     from matplotlib.ticker import MaxNLocator
 
     made = row.generation

@@ -23,6 +23,8 @@ from twotower_eval.records import Cell, DecoderSpec
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.transforms import Bbox, BboxBase
 
 FRONT = "#F0B400"
 BASELINE: dict[str, Any] = {"marker": "*", "color": "black", "markersize": 11}
@@ -145,7 +147,7 @@ def _look(family: int, *, broken: bool = False) -> dict[str, Any]:
     }
 
 
-def _legend(points: Sequence[TradeOff]) -> dict[str, Any]:
+def _legend(points: Sequence[TradeOff]) -> dict[str, Line2D]:
     """What is not an operating point: of the odd kinds of points, those that occur."""
     handles = {"baseline": handle(**BASELINE), "Pareto front": handle(**{**FRONT_LINE, "linestyle": "-"})}
     if any(point.invalid for point in points):
@@ -224,16 +226,16 @@ def _place_numbers(
         )
 
 
-def _square(x: float, y: float, half: float) -> Any:
+def _square(x: float, y: float, half: float) -> Bbox:
     return _rectangle(x, y, half, half)
 
 
-def _rectangle(x: float, y: float, half_w: float, half_h: float) -> Any:
+def _rectangle(x: float, y: float, half_w: float, half_h: float) -> Bbox:
     from matplotlib.transforms import Bbox
 
     return Bbox([[x - half_w, y - half_h], [x + half_w, y + half_h]])
 
 
-def _free(box: Any, blocked: Sequence[Any], inside: Any) -> bool:
+def _free(box: BboxBase, blocked: Sequence[BboxBase], inside: BboxBase) -> bool:
     held = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
     return held and not any(box.overlaps(other) for other in blocked)

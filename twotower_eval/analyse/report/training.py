@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.report.plots import COLOURS, GREY, png
@@ -15,13 +15,23 @@ from twotower_eval.store.journal import read_objects
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Row = Mapping[str, Any]
+
+class Row(TypedDict, total=False):
+    """A line of the log: a loss while a stage trained, or a point of the learning curve."""
+
+    stage: str
+    num_tokens: int
+    loss_nats: float
+    retention: float
+    tokens_per_nfe: float
+    threshold: float
 
 
 def training(runs: Runs) -> Section:
     """Loss curves and the learning curve in the terms of the claim; nothing for a checkpoint without a log."""
     title = "How the candidate learned"
-    rows = next(filter(None, ([row for _, row in read_objects(run.path / TRAINING_LOG)] for run in runs)), None)
+    logs = ([cast(Row, row) for _, row in read_objects(run.path / TRAINING_LOG)] for run in runs)
+    rows = next(filter(None, logs), None)
     if rows is None:
         return Section(title=title, markdown="No training log lay beside the candidate's weights.\n")
     points = [row for row in rows if row.get("retention") is not None]

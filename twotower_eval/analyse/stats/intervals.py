@@ -138,6 +138,7 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     return tuple(float(p) for p in adjusted_K)
 
 
-def method_with(method: Method | str, **fields: Any) -> Method | str:
+def method_with(method: Method | str, **fields: object) -> Method | str:
     """A method of ours with further fields; what others call theirs stays as it is."""
-    return replace(method, **fields) if isinstance(method, Method) else method
+    changed: Any = fields
+    return replace(method, **changed) if isinstance(method, Method) else method

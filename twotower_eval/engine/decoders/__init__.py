@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from twotower_eval.engine.decoders.finish import Clock, OnFinish
 from twotower_eval.engine.models.protocol import Model
@@ -63,13 +63,13 @@ class DecoderClass(Protocol):
 
 def decoder_class(kind: str) -> DecoderClass:
     """The class behind a short name, a registered one or a ``"module:Class"``; UserError with a near-miss hint."""
-    cls: DecoderClass = resolve(SEAM.place(kind))
+    cls = cast(DecoderClass, resolve(SEAM.place(kind)))
     if kind not in DECODERS:
         _check_plug_in(kind, cls)
     return cls
 
 
-def _check_plug_in(kind: str, cls: Any) -> None:
+def _check_plug_in(kind: str, cls: DecoderClass) -> None:
     """UserError, one line that says what is missing, where a class of the user's own is no decoder."""
     lacks = [name for name in ("Params", "VERSION") if not hasattr(cls, name)]
     if lacks:
@@ -80,7 +80,7 @@ def _check_plug_in(kind: str, cls: Any) -> None:
         raise UserError(f"decoder {kind!r}: VERSION must be a whole number, not {cls.VERSION!r}")
 
 
-def _check_calls(kind: str, cls: Any) -> None:
+def _check_calls(kind: str, cls: DecoderClass) -> None:
     """UserError, one line that says how it is called, where a class cannot be made or run as decoders are."""
     if not hasattr(cls, "generate"):
         raise UserError(f"decoder {kind!r} lacks generate: docs/decoder.md has a whole example")

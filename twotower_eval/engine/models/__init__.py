@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from twotower_eval.engine.plugin_source import plugin_code
 from twotower_eval.errors import UserError
@@ -106,11 +106,11 @@ def load_model(
         family = family_of(folder)
     found_at = SEAM.place(family)
     options = {"devices": _usable(devices, device), "dtype": getattr(torch, dtype), "tower": tower}
-    load = resolve(found_at)
+    load = cast("Callable[..., Model]", resolve(found_at))
     try:
         with torch.inference_mode(False):
             if family in FAMILIES:
-                model: Model = load(folder, **options)
+                model = load(folder, **options)
             else:
                 from twotower_eval.engine.models.contract import load_own
 
