@@ -6,6 +6,7 @@ import dataclasses
 import io
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,6 +159,17 @@ def test_our_decoders_are_known_to_both_arms() -> None:
 
     assert set(OWN_DECODERS) == set(DECODERS)
     assert DecoderSpec(kind="registered").is_plug_in, "an installed package's decoder has a short name, too"
+
+
+def test_a_registered_decoder_may_write_its_texts_as_it_likes() -> None:
+    """Its name has no colon, and on --resume it was taken for one of ours, whose texts are those of their tokens."""
+    from twotower_eval.measure.harness import known
+
+    cell = made.make_cell("candidate", DecoderSpec(kind="registered"), WORKLOAD)
+    answer = SimpleNamespace(finish="eos", text="as it likes", token_ids=(1,))
+    run = SimpleNamespace(generations=[SimpleNamespace(generation=answer, cell=cell.id)])
+    job = SimpleNamespace(cell=cell, task=SimpleNamespace(generates=True), model=None)
+    known._check_texts_are_of_tokens(run, [job])  # type: ignore[arg-type, list-item]
 
 
 def test_two_points_of_a_plug_in_never_share_a_name() -> None:

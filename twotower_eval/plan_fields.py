@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol
@@ -79,10 +80,16 @@ DataDir = Annotated[str | None, Option(help="Folder with TASK/SPLIT.jsonl, as `d
 
 def option_of(cls: type, name: str) -> tuple[Option, object]:
     """The option that stands beside a field, and the field's type without it; a field without one is a KeyError."""
-    said, bare = _parted(typing.get_type_hints(cls, include_extras=True)[name])
+    said, bare = _parted(_hints(cls)[name])
     if said is None:
         raise KeyError(f"{cls.__name__}.{name} has no Option beside it")
     return said, bare
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, object]:
+    """A class's annotations with what stands beside them; every option asks, and help is to be instant."""
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def _parted(hint: object) -> tuple[Option | None, object]:
@@ -97,7 +104,7 @@ def _parted(hint: object) -> tuple[Option | None, object]:
 
 def check_fields(plan: DataclassInstance) -> None:
     """UserError for a value of another type than its field's, and for a list that is empty or names one twice."""
-    hints = typing.get_type_hints(type(plan), include_extras=True)
+    hints = _hints(type(plan))
     for field in dataclasses.fields(plan):
         value = getattr(plan, field.name)
         check_value(field.name, _parted(hints[field.name])[1], value)

@@ -90,7 +90,7 @@ def check_known(run: store.Run, manifest: RunManifest, jobs: Sequence[Job]) -> N
 def _check_texts_are_of_tokens(run: store.Run, jobs: Sequence[Job]) -> None:
     """UserError where a text is not that of its tokens. Decoders of others may write their texts as they like, and
     before a stop string stands part of a token that is counted no more."""
-    own = {job.cell.id: job for job in jobs if job.task.generates and ":" not in job.cell.decoder.kind}
+    own = {job.cell.id: job for job in jobs if job.task.generates and not job.cell.decoder.is_plug_in}
     for line, row in enumerate(run.generations, start=1):
         made, job = row.generation, own.get(row.cell)
         if job is None or made.finish == "stop" or made.text == text_codec(job.model).decode(made.token_ids):
