@@ -102,8 +102,23 @@ def _made(
     if csv:
         from twotower_eval.analyse.report.frames import tables
 
-        files |= {f"{TABLES}/{name}": content for name, content in tables(runs).items()}
+        files |= _tables(tables(runs), rendered)
     return Path(out_root) / report_id([run.manifest.run_id for run in runs]), files
+
+
+def _tables(of_runs: Mapping[str, bytes], rendered: Sequence[Section]) -> dict[str, bytes]:
+    """CSV files by their names in the report's folder: those of the runs, and of each section's own frames."""
+    from twotower_eval.analyse.report.rendering import csv
+
+    found = {f"{TABLES}/{name}": content for name, content in of_runs.items()}
+    for section in rendered:
+        for name, frame in section.tables.items():
+            file = f"{TABLES}/{name}.csv"
+            if file in found:
+                raise UserError(f"two tables of the report are {file}: section {section.title!r} needs another name")
+            if not frame.empty:
+                found[file] = csv(frame)
+    return found
 
 
 def _concerning(runs: JudgedRuns) -> list[str]:
@@ -172,8 +187,24 @@ def _wrong_with(made: object) -> str | None:
     odd = [name for name, content in made.files.items() if not (isinstance(name, str) and isinstance(content, bytes))]
     if odd:
         return f"its files hold {odd[0]!r}, which is not a name with bytes"
+    if (wrong := _wrong_tables(made.tables)) is not None:
+        return wrong
     taken = [name for name in made.files if name in (MARKDOWN, PAGE) or Path(name).name != name]
     return f"its files hold {taken[0]!r}, which is a file of the report's own or in another folder" if taken else None
+
+
+def _wrong_tables(tables: object) -> str | None:
+    """What keeps a value from being a section's tables."""
+    import pandas as pd
+
+    if not isinstance(tables, Mapping):
+        return f"its tables are a {type(tables).__name__}, not a dictionary of names and frames"
+    for name, frame in tables.items():
+        if not isinstance(frame, pd.DataFrame):
+            return f"its table {name!r} is a {type(frame).__name__}, not a pandas DataFrame"
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            return f"its tables hold {name!r}, which is no name of a file"
+    return None
 
 
 def _title(runs: Runs) -> str:

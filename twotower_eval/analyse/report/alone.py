@@ -184,15 +184,6 @@ def _phase_rows(costs: ArmCosts) -> Iterator[list[str]]:
         ]
 
 
-def null_rows(runs: Runs) -> Iterator[tuple[str, str | None, str, str]]:
-    """By timed cell: the gate's name, why it fails or None, what was found, and its runs."""
-    for one in runs.timed_alone:
-        found = f"the model against itself {times(one.null)} (99 %), {one.num_rounds} rounds of {one.num_calls} calls"
-        found = escape(one.null.reason) if one.null.estimate is None else found
-        gate = f"A/A null, {one.baseline.workload.kind}, batch {batch_of(one)}"
-        yield gate, None if one.null_fault is None else fact_text(one.null_fault), found, code(" ".join(one.run_ids))
-
-
 def degenerate_alone(runs: Runs) -> str:
     """How many outputs of the models measured alone are degenerate; empty where none was kept."""
     rows = [

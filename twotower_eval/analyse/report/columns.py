@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from twotower_eval.analyse.compare.calls import WithinCalls
 from twotower_eval.analyse.compare.counts import Counts
 from twotower_eval.analyse.compare.measured import Measured
 from twotower_eval.analyse.compare.naming import NAMED, checkpoint_name, setting
@@ -47,4 +48,13 @@ def count_columns(arm: str, counts: Counts) -> Row:
         f"{arm}_tokens_per_nfe": counts.tokens_per_nfe,
         f"{arm}_tokens_per_nfe_and_commit": counts.tokens_per_nfe_and_commit,
         f"{arm}_tokens_per_forward": counts.tokens_per_forward,
+    }
+
+
+def within_columns(arm: str, within: WithinCalls) -> Row:
+    """What timed calls say of their inside; None where they say nothing."""
+    return {
+        f"{arm}_prefill_median_s": within.prefill_s,
+        f"{arm}_first_output_median_s": within.first_output_s,
+        f"{arm}_peak_memory_bytes": within.peak_memory_bytes,
     }

@@ -13,7 +13,6 @@ import pandas as pd
 
 from twotower_eval.analyse.claims.terms import own_limits
 from twotower_eval.analyse.compare.alone import is_alone
-from twotower_eval.analyse.compare.calls import WithinCalls
 from twotower_eval.analyse.compare.degenerate import flags
 from twotower_eval.analyse.compare.documents import DocumentPair, document_pairs
 from twotower_eval.analyse.compare.parallelism import Curve, curves
@@ -23,7 +22,15 @@ from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.analyse.compare.truncation import truncated_by_task
 from twotower_eval.analyse.compare.wholes import WholeScore
 from twotower_eval.analyse.report import alone
-from twotower_eval.analyse.report.columns import Row, count_columns, ends, measured_columns, operating_point
+from twotower_eval.analyse.report.columns import (
+    Row,
+    count_columns,
+    ends,
+    measured_columns,
+    operating_point,
+    within_columns,
+)
+from twotower_eval.analyse.report.rendering import csv, frame_of
 from twotower_eval.analyse.report.text import speed_findings
 from twotower_eval.analyse.report.verdicts import JudgedRuns
 from twotower_eval.analyse.words import finding_text
@@ -39,7 +46,7 @@ def tables(runs: Runs) -> dict[str, bytes]:
         "other_scores.csv": [row for point in runs.quality for row in _others(point)],
         "forwards.csv": [_forwards(point) for point in runs.quality if point.counts.num_prompts],
         "aup.csv": [row for curve in curves(runs, runs.quality) for row in _aup(curve)],
-        "speed.csv": [_speed(point) for point in runs.speed],
+        "speed.csv": [_speed(runs, point) for point in runs.speed],
         "documents.csv": [_sample(p, s) for p in runs.quality for s in document_pairs(runs, p)],
         "flips.csv": [_flip(p, s) for p in runs.quality for s in document_pairs(runs, p) if s.change],
         "answers.csv": [row for point in runs.speed for row in _answers(point)],
@@ -53,12 +60,12 @@ def tables(runs: Runs) -> dict[str, bytes]:
             for check in run.checks
         ],
     }
-    return {name: csv(rows) for name, rows in found.items() if rows}
+    return {name: csv(frame_of(rows)) for name, rows in found.items() if rows}
 
 
-def csv(rows: Sequence[Row]) -> bytes:
-    """Rows with the same keys as CSV, one line each."""
-    return str(pd.DataFrame.from_records(list(rows)).to_csv(index=False, lineterminator="\n")).encode()
+def speed_frame(runs: Runs, points: Sequence[SpeedPoint]) -> pd.DataFrame:
+    """One row for each timed point: speedups, what they rest on, and what they cost."""
+    return frame_of(_speed(runs, point) for point in points)
 
 
 def _outputs(point: QualityPoint) -> Row:
@@ -196,7 +203,7 @@ def _aup(curve: Curve) -> Iterator[Row]:
         }
 
 
-def _speed(point: SpeedPoint) -> Row:
+def _speed(runs: Runs, point: SpeedPoint) -> Row:
     return {
         "runs": " ".join(point.run_ids),
         "complete": point.complete,
@@ -216,8 +223,8 @@ def _speed(point: SpeedPoint) -> Row:
         **measured_columns("candidate_tokens_per_s", point.candidate_rate),
         **count_columns("baseline", point.baseline_counts),
         **count_columns("candidate", point.counts),
-        **_within("baseline", point.baseline_within),
-        **_within("candidate", point.within),
+        **within_columns("baseline", point.baseline_within),
+        **within_columns("candidate", point.within),
         "baseline_latency_median_s": point.baseline_latency.median_s,
         "baseline_latency_p95_s": point.baseline_latency.p95_s,
         "candidate_latency_median_s": point.latency.median_s,
@@ -225,6 +232,11 @@ def _speed(point: SpeedPoint) -> Row:
         "baseline_degenerate_share": point.flagged.baseline,
         "candidate_degenerate_share": point.flagged.candidate,
         "warnings": "; ".join(map(finding_text, speed_findings(point))),
+        "operating_point": runs.name(point.candidate),
+        "workload_name": point.candidate.workload.name,
+        "invalid": point.invalid,
+        "resamples_launches": None if point.serial is None else point.serial.launches,
+        **measured_columns("time_speedup_per_device", point.time_per_device),
     }
 
 
@@ -344,12 +356,3 @@ def _costs(run_id: str, cells: Mapping[str, Cell], measured: Sequence[CostSample
 
 def _check(check: Check) -> Row:
     return {name: getattr(check, name) for name in ("name", "outcome", "value", "limit", "detail")}
-
-
-def _within(arm: str, within: WithinCalls) -> Row:
-    """What timed calls say of their inside; None where they say nothing."""
-    return {
-        f"{arm}_prefill_median_s": within.prefill_s,
-        f"{arm}_first_output_median_s": within.first_output_s,
-        f"{arm}_peak_memory_bytes": within.peak_memory_bytes,
-    }

@@ -5,54 +5,96 @@ from __future__ import annotations
 import typing
 from collections.abc import Iterator
 
+import pandas as pd
+
 from twotower_eval.analyse.compare.alone import compares, is_alone
-from twotower_eval.analyse.compare.clean import Flagged
 from twotower_eval.analyse.compare.gaps import tells_digests
 from twotower_eval.analyse.compare.points import Measured, QualityPoint
 from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.analyse.compare.truncation import truncated
 from twotower_eval.analyse.compare.witness import scored_witness_gates
-from twotower_eval.analyse.report.alone import degenerate_alone, null_rows
+from twotower_eval.analyse.report.alone import batch_of, degenerate_alone
+from twotower_eval.analyse.report.columns import Row, measured_columns
+from twotower_eval.analyse.report.rendering import (
+    Column,
+    Raw,
+    Show,
+    frame_of,
+    ids,
+    interval,
+    markdown,
+    share,
+    speedup_or_invalid,
+    whole,
+    words,
+)
 from twotower_eval.analyse.report.section import Section
 from twotower_eval.analyse.report.text import (
     NONE,
     bullets,
-    code,
     count,
     details,
     escape,
-    percent,
     plural,
     retention,
     scored_by_words,
     significant,
-    speedup,
     table,
+    times,
 )
-from twotower_eval.analyse.words import found_text, kind_text
+from twotower_eval.analyse.words import fact_text, found_text, kind_text
 from twotower_eval.analyse.words.contradictions import contradictions_text
 from twotower_eval.analyse.words.gates import NO_DIGESTS
-from twotower_eval.records import Check, Gate, GateKind, GateLimits
+from twotower_eval.records import Gate, GateKind, GateLimits
 from twotower_eval.shortfalls import truncation_line
 from twotower_eval.ways import ProofOutcome, named_ways, proof_outcome, ways_text
 
-Row = list[str]
-GATE_HEADER = ["gate", "outcome", "what was found", "run"]
-OUTCOMES = {"passed": "passed", "failed": "**FAILED**", "not_checked": "not checked"}
+OUTCOMES = {"passed": "passed", "failed": "**FAILED**", "not_checked": "not checked", "slower": "slower way"}
 ORDER = typing.get_args(GateKind)
 OF_RUNS: tuple[GateKind, ...] = ("files_agree", "complete_run", "same_inputs", "whole_prompts", "verify")  # their rows
-PROOF_WORDS: dict[ProofOutcome, str] = {"fastest": "passed", "slower": "slower way", "not checked": "not checked"}
+PROOFS: dict[ProofOutcome, str] = {"fastest": "passed", "slower": "slower", "not checked": "not_checked"}
 
 
 def gates(runs: Runs) -> Section:
     """One row for each gate, then the shares of degenerate outputs with the figures on clean ones."""
-    rows = [*_files_agree(runs), *_hashes(runs), *_whole_prompts(runs), *_ways(runs), *_witnessed(runs), *_timed(runs)]
-    rows += [*_nulls_alone(runs), *_checks(runs)]
+    frame = gate_frame(runs)
     verified = any(run.manifest.verb == "verify" for run in runs)
     missing = "" if verified else "Parity and batch logic were not checked: `twotower-eval verify` does it.\n"
-    parts = [table(GATE_HEADER, rows, left=len(GATE_HEADER)), missing, _degenerate(runs)]
-    return Section(title="Gates", markdown="\n".join(part for part in parts if part))
+    flagged = _flagged_frame(runs)
+    parts = [_gate_table(frame), missing, _degenerate(runs, flagged)]
+    tables = {"gates": frame, "degenerate_outputs": flagged}
+    return Section(title="Gates", markdown="\n".join(part for part in parts if part), tables=tables)
+
+
+def gate_frame(runs: Runs) -> pd.DataFrame:
+    """One row for each gate: its outcome, and what was found in words or, of nulls and checks, in numbers."""
+    rows = [*_files_agree(runs), *_hashes(runs), *_whole_prompts(runs), *_ways(runs), *_witnessed(runs), *_timed(runs)]
+    blank = {"value": None, "limit": None, **measured_columns("against_itself", Measured(estimate=None))}
+    blank |= {"num_rounds": None, "num_calls": None}
+    return frame_of({**_row("", "", None, ""), **blank, **row} for row in [*rows, *_nulls_alone(runs), *_checks(runs)])
+
+
+def _gate_table(frame: pd.DataFrame) -> str:
+    columns = [
+        Column(header="gate", show=words("gate")),
+        Column(header="outcome", show=lambda row: OUTCOMES[row["outcome"]]),
+        Column(header="what was found", show=_found),
+        Column(header="run", show=ids("run")),
+    ]
+    return markdown(frame, columns, left=len(columns))
+
+
+def _found(row: Raw) -> str:
+    parts = [] if row["found"] is None else [escape(row["found"])]
+    if row["against_itself"] is not None:
+        null, calls = (
+            interval("against_itself", times)(row),
+            f"{int(row['num_rounds'])} rounds of {int(row['num_calls'])}",
+        )
+        parts.insert(0, f"the model against itself {null} (99 %), {calls} calls")
+    numbers = [f"{name} {significant(row[name])}" for name in ("value", "limit") if row[name] is not None]
+    return "; ".join(parts) + (f" ({', '.join(numbers)})" if numbers else "")
 
 
 def _files_agree(runs: Runs) -> Iterator[Row]:
@@ -60,13 +102,12 @@ def _files_agree(runs: Runs) -> Iterator[Row]:
         run_id = run.manifest.run_id
         wrong, known = runs.contradictions.get(run_id, ()), tells_digests(run)
         found = "no file of the run contradicts another" + ("" if known else f"; {NO_DIGESTS}")
-        found = escape(contradictions_text(wrong)) if wrong else found
-        yield [
-            "files agree",
-            OUTCOMES["failed" if wrong else "passed" if known else "not_checked"],
-            found,
-            code(run_id),
-        ]
+        found = contradictions_text(wrong) if wrong else found
+        yield _row("files agree", "failed" if wrong else "passed" if known else "not_checked", found, run_id)
+
+
+def _row(gate: str, outcome: str, found: str | None, run: str) -> Row:
+    return {"gate": gate, "outcome": outcome, "found": found, "run": run}
 
 
 def _hashes(runs: Runs) -> Iterator[Row]:
@@ -75,7 +116,7 @@ def _hashes(runs: Runs) -> Iterator[Row]:
         num_scores = len({(score.task, score.doc_id) for score in run.scores})
         if num_scores:
             found = f"documents, prompts and targets of {count(num_scores)} items agree between the arms"
-            yield ["same documents, same prompts", "passed", found, code(run.manifest.run_id)]
+            yield _row("same documents, same prompts", "passed", found, run.manifest.run_id)
 
 
 def _whole_prompts(runs: Runs) -> Iterator[Row]:
@@ -86,10 +127,10 @@ def _whole_prompts(runs: Runs) -> Iterator[Row]:
         found = truncated(run)
         arms = {"baseline": "the model" if is_alone(run) else "baseline", "candidate": "candidate"}
         cut = [(one.task, arms[one.arm], one.num_requests, one.num_truncated) for one in found if one.num_truncated]
-        outcome = OUTCOMES["failed" if cut else "passed" if found else "not_checked"]
-        lines = [escape(truncation_line(*one)) for one in dict.fromkeys(cut)]
+        outcome = "failed" if cut else "passed" if found else "not_checked"
+        lines = [truncation_line(*one) for one in dict.fromkeys(cut)]
         none = "no prompt was cut" if found else "prompts that were cut were not counted in this run"
-        yield ["whole prompts", outcome, "; ".join(lines) or none, code(run.manifest.run_id)]
+        yield _row("whole prompts", outcome, "; ".join(lines) or none, run.manifest.run_id)
 
 
 def _witnessed(runs: Runs) -> Iterator[Row]:
@@ -105,7 +146,7 @@ def _witnessed(runs: Runs) -> Iterator[Row]:
             alone = gate.outcome == "failed" or not more
             text = f"{name}: {found_text(gate)}" + ("" if alone else f"; likewise {plural(more, 'more point')}")
             text = found_text(gate) if gate.outcome == "not_checked" else text
-            yield [f"{kind_text(gate.kind)}, scored", OUTCOMES[gate.outcome], escape(text), code(run.manifest.run_id)]
+            yield _row(f"{kind_text(gate.kind)}, scored", gate.outcome, text, run.manifest.run_id)
 
 
 def _timed(runs: Runs) -> list[Row]:
@@ -123,9 +164,10 @@ def _timed(runs: Runs) -> list[Row]:
         gate = alike[0][1]
         more = "" if which or len(alike) == 1 else f"; likewise {plural(len(alike) - 1, 'more timed cell')}"
         run_ids = dict.fromkeys(run_id for point, gate in alike for run_id in gate.evidence or point.run_ids)
-        text = escape(f"{which}{found_text(gate)}{more}")
-        name = f"{kind_text(gate.kind)}{where}"
-        rows.append((ORDER.index(gate.kind), [name, OUTCOMES[gate.outcome], text, code(" ".join(run_ids))]))
+        row = _row(
+            f"{kind_text(gate.kind)}{where}", gate.outcome, f"{which}{found_text(gate)}{more}", " ".join(run_ids)
+        )
+        rows.append((ORDER.index(gate.kind), row))
     return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
 
@@ -133,70 +175,96 @@ def _ways(runs: Runs) -> Iterator[Row]:
     """How Hugging Face models proved to run rightly."""
     for run in runs:
         for name, ways in named_ways(run.manifest):
-            yield [
-                "proved against whole rows",
-                PROOF_WORDS[proof_outcome(ways)],
-                f"{escape(name)}: {escape(ways_text(ways))}",
-                code(run.manifest.run_id),
-            ]
+            outcome, found = PROOFS[proof_outcome(ways)], f"{name}: {ways_text(ways)}"
+            yield _row("proved against whole rows", outcome, found, run.manifest.run_id)
 
 
 def _nulls_alone(runs: Runs) -> Iterator[Row]:
     """The nulls of models that were measured alone."""
-    for gate, fault, found, run in null_rows(runs):
-        yield [gate, OUTCOMES["failed" if fault else "passed"], f"{found}; {escape(fault)}" if fault else found, run]
+    for one in runs.timed_alone:
+        fault = None if one.null_fault is None else fact_text(one.null_fault)
+        said = [text for text in (one.null.reason, fault) if text]
+        gate = f"A/A null, {one.baseline.workload.kind}, batch {batch_of(one)}"
+        row = _row(gate, "failed" if fault else "passed", "; ".join(said) or None, " ".join(one.run_ids))
+        measured = measured_columns("against_itself", one.null)
+        yield {**row, **measured, "num_rounds": one.num_rounds, "num_calls": one.num_calls}
 
 
 def _checks(runs: Runs) -> Iterator[Row]:
     for run in runs:
         for check in run.checks:
-            name = escape(check.name.replace("_", " "))
-            yield [name, OUTCOMES[check.outcome], _found(check), code(run.manifest.run_id)]
+            row = _row(check.name.replace("_", " "), check.outcome, check.detail, run.manifest.run_id)
+            yield {**row, "value": check.value, "limit": check.limit}
 
 
-def _found(check: Check) -> str:
-    numbers = [
-        f"{word} {significant(v)}" for word, v in (("value", check.value), ("limit", check.limit)) if v is not None
-    ]
-    return escape(check.detail) + (f" ({', '.join(numbers)})" if numbers else "")
+def _flagged_frame(runs: Runs) -> pd.DataFrame:
+    """One row for each point whose outputs were kept: shares of degenerate ones, and figures with and without them."""
+    points: list[QualityPoint | SpeedPoint] = [*runs.quality, *runs.speed]
+    return frame_of(_flag_row(runs, point) for point in points if point.flagged.num_outputs)
 
 
-def _degenerate(runs: Runs) -> str:
-    rows = [row for point in runs.quality if point.flagged.num_outputs for row in [_flag_row(runs, point)]]
-    rows += [row for point in runs.speed if point.flagged.num_outputs for row in [_flag_row(runs, point)]]
+def _degenerate(runs: Runs, frame: pd.DataFrame) -> str:
     alone = degenerate_alone(runs)
-    if not rows and not alone:
+    if frame.empty and not alone:
         return "No outputs were kept, so none was looked at for degeneration.\n"
     lead = (
         "Degenerate outputs: empty, ending in a loop, compressible like one, full of repeated n-grams, or going on "
         "with junk behind the answer.\n"
     )
-    if not rows:
+    if frame.empty:
         return f"{lead}\n{alone}"
     lead = lead.rstrip() + (
         " Figures on clean outputs leave out whatever is flagged in either arm; they are *conditional, diagnostic "
         "only*, and no verdict rests on them.\n"
     )
-    header = [runs.point_header, "outputs", "n", "baseline flagged", "candidate flagged", "difference [95 %]"]
-    header += ["on all outputs", "on clean outputs", "run"]
-    body = table(header, rows, left=2)
-    body = body if len(rows) <= 4 else details(f"Flagged shares at {len(rows)} points", body)
+    columns = [
+        Column(header=runs.point_header, show=words("operating_point")),
+        Column(header="outputs", show=_outputs),
+        Column(header="n", show=whole("num_outputs")),
+        Column(header="baseline flagged", show=share("baseline_share")),
+        Column(header="candidate flagged", show=share("candidate_share")),
+        Column(header="difference [95 %]", show=interval("difference", _points)),
+        Column(header="on all outputs", show=_figure("all")),
+        Column(header="on clean outputs", show=_figure("clean")),
+        Column(header="run", show=ids("runs")),
+    ]
+    body = markdown(frame, columns, left=2)
+    body = body if len(frame) <= 4 else details(f"Flagged shares at {len(frame)} points", body)
     return f"{lead}\n{body}" + (f"\n{alone}" if alone else "")
 
 
 def _flag_row(runs: Runs, point: QualityPoint | SpeedPoint) -> Row:
-    if isinstance(point, QualityPoint):
-        kind = f"timed, batch {point.candidate.workload.batch_size}: scores" if point.timed else "whole tasks: scores"
-        figures, run_ids = [retention(point.headline), retention(point.clean.headline)], [point.run_id]
-    else:
-        kind = f"{point.workload}, batch {point.batch_size}: S_time"
-        figures, run_ids = [speedup(point, point.time), speedup(point, point.clean.time)], list(point.run_ids)
-    return [escape(runs.name(point.candidate)), kind, *_shares(point.flagged), *figures, code(" ".join(run_ids))]
+    of_scores = isinstance(point, QualityPoint)
+    figures = (
+        (point.headline, point.clean.headline) if isinstance(point, QualityPoint) else (point.time, point.clean.time)
+    )
+    return {
+        "operating_point": runs.name(point.candidate),
+        "quantity": "retention" if of_scores else "time_speedup",
+        "workload": point.candidate.workload.kind,
+        "batch_size": point.candidate.workload.batch_size,
+        "num_outputs": point.flagged.num_outputs,
+        "baseline_share": point.flagged.baseline,
+        "candidate_share": point.flagged.candidate,
+        **measured_columns("difference", point.flagged.difference),
+        **measured_columns("all", figures[0]),
+        **measured_columns("clean", figures[1]),
+        "invalid": isinstance(point, SpeedPoint) and point.invalid,
+        "runs": point.run_id if isinstance(point, QualityPoint) else " ".join(point.run_ids),
+    }
 
 
-def _shares(flagged: Flagged) -> Row:
-    shares = [NONE if share is None else percent(share) for share in (flagged.baseline, flagged.candidate)]
-    return [count(flagged.num_outputs), *shares, _points(flagged.difference)]
+def _outputs(row: Raw) -> str:
+    if row["quantity"] == "time_speedup":
+        return f"{row['workload']}, batch {int(row['batch_size'] or 1)}: S_time"
+    timed = row["workload"] != "task"
+    return f"timed, batch {int(row['batch_size'])}: scores" if timed else "whole tasks: scores"
+
+
+def _figure(name: str) -> Show:
+    """Retention, or a speedup that may be INVALID."""
+    kept, faster = interval(name, retention), speedup_or_invalid(name)
+    return lambda row: (kept if row["quantity"] == "retention" else faster)(row)
 
 
 def _points(difference: Measured) -> str:
@@ -209,7 +277,7 @@ def _points(difference: Measured) -> str:
 def scoring(runs: Runs) -> Section:
     """How each task was scored, once per task."""
     title = "How each task was scored"
-    rows: list[Row] = []
+    rows: list[list[str]] = []
     for point in runs.quality:
         for task in point.tasks:
             filtered = f" ({escape(task.filter)})" if task.filter != "none" else ""

@@ -11,6 +11,8 @@ from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.analyse.compare.warned import Incomplete
 from twotower_eval.analyse.report.alone import speed_alone
 from twotower_eval.analyse.report.costs import explanation
+from twotower_eval.analyse.report.frames import speed_frame
+from twotower_eval.analyse.report.rendering import Column, Raw, interval, markdown, speedup_or_invalid, whole, words
 from twotower_eval.analyse.report.section import Section
 from twotower_eval.analyse.report.text import (
     NONE,
@@ -24,7 +26,6 @@ from twotower_eval.analyse.report.text import (
     ratio,
     run_list,
     speed_findings,
-    speedup,
     table,
     times,
 )
@@ -112,37 +113,31 @@ def order(point: SpeedPoint) -> tuple[str, int]:
 
 def _speedups(runs: Runs, points: Sequence[SpeedPoint]) -> str:
     per_device = not all(point.equal_devices for point in runs.speed)
-    header = [runs.point_header, "S_time [95 %]", "S_throughput [95 %]", "workload", "batch", "rounds x calls"]
-    header += ["effective rounds (lag-1)", "length ratio [95 %]", "geometric mean [95 %]", "A/A null [99 %]"]
-    header += ["S_time per device [95 %]"] * per_device
-    rows = []
-    for point in points:
-        row = [
-            escape(runs.name(point.candidate)),
-            speedup(point, point.time),
-            speedup(point, point.throughput),
-            escape(point.candidate.workload.name),
-            count(point.batch_size),
-            f"{point.num_rounds} x {point.num_calls}",
-            _independent(point),
-            ratio(point.length),
-            speedup(point, point.geometric),
-            times(point.null),
-        ]
-        if per_device:
-            row.append(speedup(point, point.time_per_device))
-        rows.append(row)
-    return table(header, rows, texts=("workload",))
+    columns = [
+        Column(header=runs.point_header, show=words("operating_point")),
+        Column(header="S_time [95 %]", show=speedup_or_invalid("time_speedup")),
+        Column(header="S_throughput [95 %]", show=speedup_or_invalid("throughput_speedup")),
+        Column(header="workload", show=words("workload_name"), text=True),
+        Column(header="batch", show=whole("batch_size")),
+        Column(header="rounds x calls", show=lambda row: f"{row['num_rounds']} x {row['num_calls']}"),
+        Column(header="effective rounds (lag-1)", show=_independent),
+        Column(header="length ratio [95 %]", show=interval("length_ratio", ratio)),
+        Column(header="geometric mean [95 %]", show=speedup_or_invalid("geometric_speedup")),
+        Column(header="A/A null [99 %]", show=interval("baseline_against_itself", times)),
+    ]
+    per_device_column = Column(header="S_time per device [95 %]", show=speedup_or_invalid("time_speedup_per_device"))
+    return markdown(speed_frame(runs, points), [*columns, *[per_device_column] * per_device])
 
 
-def _independent(point: SpeedPoint) -> str:
+def _independent(row: Raw) -> str:
     """How many independent rounds would say as much, and how alike neighbouring rounds are."""
-    serial = point.serial
-    if serial is None:
+    if row["resamples_launches"] is None:
         return NONE
-    if serial.launches:
-        return f"{point.num_launches} launches"
-    return "too few to tell" if serial.lag1 is None else f"{serial.effective_rounds:.1f} ({serial.lag1:+.2f})"
+    if row["resamples_launches"]:
+        return f"{row['num_launches']} launches"
+    if row["lag1_correlation"] is None:
+        return "too few to tell"
+    return f"{row['effective_rounds']:.1f} ({row['lag1_correlation']:+.2f})"
 
 
 def _widened(runs: Runs) -> Iterator[str]:

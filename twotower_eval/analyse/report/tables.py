@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 
+import pandas as pd
+
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.alone import group_scores, is_alone, score_of
 from twotower_eval.analyse.compare.chance import AgainstChance
@@ -14,7 +16,9 @@ from twotower_eval.analyse.compare.points import Measured, QualityPoint, TaskQua
 from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.compare.truncation import truncated, truncated_by_task
 from twotower_eval.analyse.compare.wholes import current_scores, is_whole
+from twotower_eval.analyse.report.columns import measured_columns, operating_point
 from twotower_eval.analyse.report.others import other_scores, whole_figure
+from twotower_eval.analyse.report.rendering import Column, Raw, frame_of, ids, interval, markdown, whole, words
 from twotower_eval.analyse.report.section import Section
 from twotower_eval.analyse.report.text import (
     NONE,
@@ -72,7 +76,8 @@ def quality(runs: Runs) -> Section:
         )
     alone = [run for run in runs if is_alone(run)]
     parts += [_single_arm(Runs(alone))] if alone else []
-    return Section(title="Retention: is the quality kept?", markdown="\n\n".join(parts) + "\n")
+    frames = {"retention_points": retention_points(runs)}
+    return Section(title="Retention: is the quality kept?", markdown="\n\n".join(parts) + "\n", tables=frames)
 
 
 def _single_arm(runs: Runs) -> str:
@@ -298,24 +303,52 @@ def _missing(point: QualityPoint) -> str:
 
 def _grid(runs: Runs) -> str:
     with_chance = any(point.chance.has_options for point in runs.quality)
-    header = [runs.point_header, "outputs", "tasks", "n", "headline [95 %]"]
-    header += [*["above chance [95 %]"] * with_chance, "decoder-exercised [95 %]"]
-    header += ["mean of ratios [95 %]", "leaving one out", "run"]
+    above = Column(header="above chance [95 %]", show=interval("headline_above_chance", retention))
+    columns = [
+        Column(header=runs.point_header, show=words("operating_point")),
+        Column(header="outputs", show=_outputs),
+        Column(header="tasks", show=whole("num_tasks")),
+        Column(header="n", show=whole("num_documents")),
+        Column(header="headline [95 %]", show=interval("headline", retention)),
+        *[above] * with_chance,
+        Column(header="decoder-exercised [95 %]", show=interval("decoder_exercised", retention)),
+        Column(header="mean of ratios [95 %]", show=interval("mean_of_ratios", retention)),
+        Column(header="leaving one out", show=_leaving_one_out),
+        Column(header="run", show=ids("run")),
+    ]
+    return markdown(retention_points(runs), columns, left=2)
+
+
+def _outputs(row: Raw) -> str:
+    return f"timed, batch {int(row['batch_size'])}" if row["timed"] else "whole tasks"
+
+
+def _leaving_one_out(row: Raw) -> str:
+    low, high = row["leaving_one_out_low"], row["leaving_one_out_high"]
+    return NONE if low is None else f"{percent(low)} to {percent(high)}"
+
+
+def retention_points(runs: Runs) -> pd.DataFrame:
+    """One row for each measurement of retention: its averages over tasks."""
     rows = []
     for point in runs.quality:
         ends = [ratio for _, ratio in point.leave_one_out]
+        low, high = (ends[0], ends[-1]) if len(ends) > 1 else (None, None)
         rows.append(
-            [
-                escape(runs.name(point.candidate)),
-                f"timed, batch {point.candidate.workload.batch_size}" if point.timed else "whole tasks",
-                count(len(point.tasks)),
-                count(sum(task.num_documents for task in point.tasks)),
-                retention(point.headline),
-                *[retention(point.chance.headline)] * with_chance,
-                retention(point.exercised),
-                retention(point.mean_of_ratios),
-                f"{percent(ends[0])} to {percent(ends[-1])}" if len(ends) > 1 else NONE,
-                code(point.run_id),
-            ]
+            {
+                "run": point.run_id,
+                "operating_point": runs.name(point.candidate),
+                **operating_point(point.candidate),
+                "timed": point.timed,
+                "batch_size": point.candidate.workload.batch_size,
+                "num_tasks": len(point.tasks),
+                "num_documents": sum(task.num_documents for task in point.tasks),
+                **measured_columns("headline", point.headline),
+                **measured_columns("headline_above_chance", point.chance.headline),
+                **measured_columns("decoder_exercised", point.exercised),
+                **measured_columns("mean_of_ratios", point.mean_of_ratios),
+                "leaving_one_out_low": low,
+                "leaving_one_out_high": high,
+            }
         )
-    return table(header, rows, left=2)
+    return frame_of(rows)

@@ -11,11 +11,15 @@ from functools import partial
 from math import cos, radians, sin
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from twotower_eval.analyse.compare.naming import setting
 from twotower_eval.analyse.compare.pareto import Panel, TradeOff
-from twotower_eval.analyse.compare.points import PointKey
+from twotower_eval.analyse.compare.points import Measured, PointKey
 from twotower_eval.analyse.compare.runs import Runs
+from twotower_eval.analyse.report.columns import measured_columns
 from twotower_eval.analyse.report.plots import COLOURS, CROSS, GREY, MARKERS, handle, legend_columns, png
+from twotower_eval.analyse.report.rendering import frame_of
 from twotower_eval.analyse.report.section import Section
 from twotower_eval.analyse.report.text import count, run_list
 from twotower_eval.records import Cell, DecoderSpec
@@ -62,7 +66,31 @@ def tradeoff(runs: Runs) -> Section:
         f"Behind a number, ~: answers differ in length by more than a tenth. {_sources(panels)} "
         f"Runs: {run_list(run_ids)}.\n"
     )
-    return Section(title=title, markdown=text, files={"tradeoff.png": picture})
+    tables = {"tradeoff": tradeoff_frame(runs, numbers)}
+    return Section(title=title, markdown=text, files={"tradeoff.png": picture}, tables=tables)
+
+
+def tradeoff_frame(runs: Runs, numbers: Numbers) -> pd.DataFrame:
+    """One row for each point of each panel: what the picture shows, by its number in it."""
+    return frame_of(
+        {
+            "number": numbers[point.key][0],
+            "operating_point": runs.name(point.candidate),
+            "workload": panel.workload,
+            "batch_size": panel.batch_size,
+            "outputs": "timed" if panel.same_outputs else "whole_tasks",
+            "num_documents": panel.scored.num_documents,
+            **measured_columns("retention", Measured(estimate=point.retention)),
+            **measured_columns("time_speedup", Measured(estimate=point.speedup)),
+            "on_front": point.on_front,
+            "invalid": point.invalid,
+            "broken": point.broken,
+            "lengths_differ": point.uneven,
+            "runs": " ".join(sorted(panel.run_ids)),
+        }
+        for panel in runs.trade_offs
+        for point in panel.points
+    )
 
 
 def _in_a_row(runs: Runs, numbers: Numbers, columns: int) -> int:
