@@ -238,10 +238,9 @@ def interrupted(**_: Any) -> None:
 def test_what_stops_a_launch_stops_the_command(
     monkeypatch: pytest.MonkeyPatch, made: Any, error: type[BaseException], words: str
 ) -> None:
-    """In a forked process, so that the launch can be replaced."""
+    """In a forked process, which does what it is given without reading it anew."""
     context = multiprocessing.get_context("fork")
     monkeypatch.setattr(launches.multiprocessing, "get_context", lambda _: context)
-    monkeypatch.setattr(launches, "run_launch", made)
     with pytest.raises(error, match=words or None) as raised:
-        launches._in_process({"silent": True})
+        launches._in_process(made, True)
     assert raised.type is error
