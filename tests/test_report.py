@@ -835,7 +835,7 @@ def test_steps_that_only_follow_the_block_size_are_no_sweep_of_steps(tmp_path) -
 
 def test_the_same_runs_give_the_same_bytes_in_any_order_and_process(usual, tmp_path) -> None:
     run, speed, folder = usual
-    code = "import sys; from pathlib import Path; from twotower_eval import report; "
+    code = "import sys; from pathlib import Path; from twotower_eval.analyse import report; "
     code += "print(report.write([Path(p) for p in sys.argv[2:]], Path(sys.argv[1])))"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "MPLBACKEND": "svg"}
     command = [sys.executable, "-c", code, str(tmp_path), str(speed), str(run)]
@@ -847,7 +847,7 @@ def test_the_same_runs_give_the_same_bytes_in_any_order_and_process(usual, tmp_p
 
 
 def test_a_report_needs_neither_torch_nor_lm_eval(usual, tmp_path) -> None:
-    code = "import sys; from pathlib import Path; from twotower_eval import report; "
+    code = "import sys; from pathlib import Path; from twotower_eval.analyse import report; "
     code += "report.write([Path(p) for p in sys.argv[2:]], Path(sys.argv[1])); "
     code += "print(*{name.split('.')[0] for name in sys.modules})"
     command = [sys.executable, "-c", code, str(tmp_path), str(usual[0]), str(usual[1])]
