@@ -5,8 +5,14 @@ from typing import Any
 
 import torch
 
-from twotower_eval.engine.decoders.finish import check_batch_size, check_prompts, generation, is_finished, make_rules
-from twotower_eval.engine.decoders.rows import padded_ids
+from twotower_eval.engine.decoders.rows import (
+    check_batch_size,
+    check_prompts,
+    generation,
+    is_finished,
+    make_rules,
+    padded_ids,
+)
 from twotower_eval.engine.models.counting import CountingModel
 
 

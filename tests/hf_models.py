@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from twotower_eval.miniature.tokenizer import EOS_ID, write_tokenizer
+from twotower_eval.miniature.export import EOS_ID, write_tokenizer
 
 VOCAB = 64
 READING_VOCAB = 112  # at least the miniature's tokenizer's

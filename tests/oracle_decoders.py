@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from twotower_eval.engine.decoders import make_decoder
-from twotower_eval.engine.decoders.finish import generation, is_finished, make_rules
+from twotower_eval.engine.decoders.rows import generation, is_finished, make_rules
 from twotower_eval.records import Generation, Prompt
 
 KIND = "tests.oracle_decoders:Oracle"

@@ -8,8 +8,7 @@ import random
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from twotower_eval.engine.decoders.finish import generation, make_rules
-from twotower_eval.engine.decoders.rows import padded_ids
+from twotower_eval.engine.decoders.rows import generation, make_rules, padded_ids
 from twotower_eval.engine.models.autoregressive import ContextTower
 from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.records import Generation, Prompt

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 
 from twotower_eval.engine.decoders import make_decoder
-from twotower_eval.engine.decoders.finish import generation, make_rules
-from twotower_eval.measure.speed.witness import NUM_DOCUMENTS, NUM_MADE_UP
+from twotower_eval.engine.decoders.rows import generation, make_rules
+from twotower_eval.measure.speed.probes import NUM_DOCUMENTS, NUM_MADE_UP
 from twotower_eval.records import Generation, Prompt, to_json
 from twotower_eval.strict import from_json
 

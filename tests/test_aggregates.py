@@ -15,9 +15,9 @@ import pytest
 from lm_eval.api.registry import AGGREGATION_REGISTRY
 
 from twotower_eval.analyse import stats
-from twotower_eval.analyse.stats import aggregates, functions
-from twotower_eval.analyse.words.methods import method_text
-from twotower_eval.measure.harness.aggregates import parts_of, replicates_of, value_of
+from twotower_eval.analyse.stats import aggregates
+from twotower_eval.analyse.words.facts import method_text
+from twotower_eval.measure.harness.scoring import parts_of, replicates_of, value_of
 from twotower_eval.measure.suites import aggregation_name
 from twotower_eval.progress import Advance
 from twotower_eval.records import LABEL_AGGREGATIONS, MEAN, SUMMED_AGGREGATIONS, Estimate
@@ -62,7 +62,7 @@ def summed(name: str, *arms: list[Any]) -> stats.WholeScores:
 
 
 def test_every_sum_that_reports_know_is_kept_while_measuring() -> None:
-    assert {*functions.FUNCTIONS, *functions.LOG_FUNCTIONS, *functions.LABEL_FUNCTIONS} == SUMMED_AGGREGATIONS
+    assert {*aggregates.FUNCTIONS, *aggregates.LOG_FUNCTIONS, *aggregates.LABEL_FUNCTIONS} == SUMMED_AGGREGATIONS
 
 
 @pytest.mark.parametrize("name", sorted(SUMMED_AGGREGATIONS))
@@ -81,7 +81,7 @@ def test_a_score_from_parts_is_lm_evals_own(name: str, num: int) -> None:
 @pytest.mark.parametrize("name", ["weighted_perplexity", "bleu"])
 def test_draws_are_lm_evals_function_over_resampled_documents(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The spread of the draws is that of the function itself, called on documents drawn one by one."""
-    monkeypatch.setattr("twotower_eval.measure.harness.aggregates.NUM_REPLICATES", 300)
+    monkeypatch.setattr("twotower_eval.measure.harness.scoring.NUM_REPLICATES", 300)
     items = items_of(name, np.random.default_rng(3), 30)
     found = summed(name, items)
     direct = replicates_of(Source(AGGREGATION_REGISTRY[name]), "m", items, [f"d{i}" for i in range(30)])
@@ -284,13 +284,11 @@ def test_functions_without_a_name_of_their_own_are_told_apart() -> None:
 def test_a_slow_function_is_resampled_as_often_as_its_time_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     """10,000 documents took a minute for each metric and arm, and squad's metrics hours."""
     clock_s = itertools.count(0.0, 0.5)  # half a second a call
-    monkeypatch.setattr(
-        "twotower_eval.measure.harness.aggregates.time", SimpleNamespace(monotonic=lambda: next(clock_s))
-    )
+    monkeypatch.setattr("twotower_eval.measure.harness.scoring.time", SimpleNamespace(monotonic=lambda: next(clock_s)))
     clusters, progress = [f"c{i // 2}" for i in range(30)], Noted()
 
     def called(limit_s: float, items: list[int]) -> tuple[float, ...]:
-        monkeypatch.setattr("twotower_eval.measure.harness.aggregates.BUDGET_S", limit_s)
+        monkeypatch.setattr("twotower_eval.measure.harness.scoring.BUDGET_S", limit_s)
         found = replicates_of(Source(max), "m", items, clusters, progress)
         assert isinstance(found, tuple)
         return found
@@ -351,7 +349,7 @@ def test_no_interval_leaves_the_range_of_its_function(name: str) -> None:
         ]
     found, again = summed(name, items, items[::-1]), summed(name, items[::-1])
     one = found.score(0)
-    low, high = functions.RANGES[name]
+    low, high = aggregates.RANGES[name]
     assert low <= one.low <= one.value <= one.high <= high
     assert again.score().value == pytest.approx(one.value)
     group = stats.averaged([found, found], [1.0, 3.0]).score()

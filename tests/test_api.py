@@ -176,7 +176,7 @@ def test_a_text_that_no_file_holds_is_none(measured: tuple[Path, Path]) -> None:
 
 def test_prompts_of_a_data_folder_are_found_by_their_hash(scored: tt.Run, tmp_path: Path) -> None:
     """A task of another name than any shipped one: its texts are in the folder that the plan names, or nowhere."""
-    from twotower_eval.api.documents import known_texts
+    from twotower_eval.api.frames import known_texts
 
     record = scored.record
     mine = tmp_path / "data" / "mine"
@@ -402,7 +402,7 @@ def test_a_script_that_a_launch_reads_again_does_not_begin_anew(tmp_path: Path) 
 
 
 def test_a_prompt_of_a_text_is_read_as_tasks_are(pair: Path) -> None:
-    from twotower_eval.engine.models.prompts import prompt_ids
+    from twotower_eval.engine.models.tokenizer import prompt_ids
 
     model = tt.load_model(pair)
     text = "sort 3 1 2="

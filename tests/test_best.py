@@ -14,12 +14,12 @@ from tiny_models import tiny_pair
 from twotower_eval import store
 from twotower_eval.analyse.claims import judge
 from twotower_eval.analyse.compare import Runs, SpeedPoint
-from twotower_eval.analyse.compare.best import best_warning
+from twotower_eval.analyse.compare.timing import best_warning
 from twotower_eval.analyse.words import finding_text
 from twotower_eval.analyse.words.facts import NOT_RECORDED, best_text
-from twotower_eval.engine.models import load_model, sizes
-from twotower_eval.measure.speed.best import _beside_generate, _step_bytes
+from twotower_eval.engine.models import config, load_model
 from twotower_eval.measure.speed.clock import CallClock, Devices
+from twotower_eval.measure.speed.conditions import _beside_generate, _step_bytes
 from twotower_eval.records import BaselineBest, to_json
 
 
@@ -92,8 +92,8 @@ def test_a_step_reads_all_weights_but_an_embedding_of_its_own(tmp_path: Path) ->
     assert _step_bytes(model, 1, 10) == 4 * (whole - (0 if tied else table.numel()))
     assert _step_bytes(object(), 1, 10) is None
     tower = tiny_pair().context_tower
-    step = sizes.Step(part="ar_step", batch_size=2, num_tokens=1, context_tokens=10, routing="independent")
-    assert _step_bytes(tower, 2, 10) == sizes.step_bytes(step, tower.config, torch.float32.itemsize)
+    step = config.Step(part="ar_step", batch_size=2, num_tokens=1, context_tokens=10, routing="independent")
+    assert _step_bytes(tower, 2, 10) == config.step_bytes(step, tower.config, torch.float32.itemsize)
 
 
 def test_far_above_its_floor_is_a_warning_only_where_a_step_is_not_the_host_s_time(tmp_path: Path) -> None:

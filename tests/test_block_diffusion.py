@@ -12,8 +12,7 @@ from tiny_models import Pieces, Scripted, tiny_pair
 from torch import Tensor
 
 from twotower_eval.engine.decoders import DECODERS, decoder_spec, from_spec, make_decoder
-from twotower_eval.engine.decoders.finish import cut, is_finished, make_rules
-from twotower_eval.engine.decoders.rows import packed, unpacked
+from twotower_eval.engine.decoders.rows import cut, is_finished, make_rules, packed, unpacked
 from twotower_eval.records import Generation, Prompt
 
 PROMPT = Prompt(id="p", token_ids=(1, 2))

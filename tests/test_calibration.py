@@ -20,13 +20,14 @@ from twotower_eval.analyse.calibration.quality_worlds import (
     other_quality_worlds,
     quality_worlds,
 )
-from twotower_eval.analyse.calibration.serial_worlds import fresh_serial_worlds, serial_worlds
 from twotower_eval.analyse.calibration.speed_worlds import (
     SpeedWorld,
+    fresh_serial_worlds,
     fresh_speed_worlds,
     noise,
     null_worlds,
     sampled,
+    serial_worlds,
     speed_worlds,
 )
 from twotower_eval.analyse.calibration.tables import remark

@@ -20,10 +20,9 @@ from twotower_eval.analyse.claims.files import claims_from
 from twotower_eval.analyse.compare import ArmsDifferError, QualityPoint, Runs
 from twotower_eval.analyse.compare.gates import floor_gate
 from twotower_eval.analyse.compare.quality import quality_points
-from twotower_eval.analyse.report.headline import headline
 from twotower_eval.analyse.report.tables import quality
 from twotower_eval.analyse.report.text import retention
-from twotower_eval.analyse.report.verdicts import JudgedRuns
+from twotower_eval.analyse.report.verdicts import JudgedRuns, headline
 from twotower_eval.analyse.words import found_text
 from twotower_eval.measure import suites
 from twotower_eval.measure.suites import lm_tasks

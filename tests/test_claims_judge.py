@@ -29,13 +29,14 @@ from twotower_eval import cli, store
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.claims import EXIT_CODES, exit_code, judge, verdict_lines
 from twotower_eval.analyse.claims.files import claims_from, load_claims
-from twotower_eval.analyse.claims.missing import measuring_command
-from twotower_eval.analyse.compare import SpeedPoint, gates, nulls
-from twotower_eval.analyse.compare.measured import Measured
+from twotower_eval.analyse.claims.looks import measuring_command
+from twotower_eval.analyse.compare import SpeedPoint, fairness, gates
+from twotower_eval.analyse.compare.figures import Measured
 from twotower_eval.analyse.compare.timing import speed_points
 from twotower_eval.analyse.words import found_text, kind_text
-from twotower_eval.analyse.words.methods import EQUAL
-from twotower_eval.plan import RunPlan, SpeedPlan, cross_decoders
+from twotower_eval.analyse.words.facts import EQUAL
+from twotower_eval.decoder_settings import cross_decoders
+from twotower_eval.plan import RunPlan, SpeedPlan
 from twotower_eval.records import (
     Check,
     Claim,
@@ -341,15 +342,15 @@ def test_nulls_are_corrected_over_all_pairs_for_report_and_verdict_alike(tmp_pat
     points = speed_points([run])[0]
     first, *rest = points
     factors = [1.02 + 0.0005 * step for step in range(400)]
-    alone = next(bent for factor in factors if nulls.fault(bent := shifted(first, factor), [], None) is not None)
-    assert nulls.fault(alone, [], None) == nulls.NullFault(kind="off", offset=0.02)
+    alone = next(bent for factor in factors if fairness.fault(bent := shifted(first, factor), [], None) is not None)
+    assert fairness.fault(alone, [], None) == fairness.NullFault(kind="off", offset=0.02)
     wide = GateLimits(null_half_width=1.0)
-    assert nulls.fault(alone, [alone, *rest], None, wide) is None
+    assert fairness.fault(alone, [alone, *rest], None, wide) is None
     limits = GateLimits(null_half_width=1.0)
     judged = dataclasses.replace(stats.speedup(alone.timed), value=100.0)
     assert gates.null_gate(alone, rest, judged, None, limits).outcome == "passed"
     far = next(bent for factor in reversed(factors) if (bent := shifted(first, factor)))
-    assert nulls.fault(far, [far, *rest], None, wide) == nulls.NullFault(kind="off", offset=0.02)
+    assert fairness.fault(far, [far, *rest], None, wide) == fairness.NullFault(kind="off", offset=0.02)
     assert gates.null_gate(far, rest, judged, None, limits).outcome == "failed"
 
 

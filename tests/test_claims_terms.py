@@ -10,7 +10,7 @@ from test_claims_judge import BOTH, FAST, KEPT, claims_of
 
 from twotower_eval import cli, store
 from twotower_eval.analyse.claims import exit_code, judge, strict_line, verdict_lines
-from twotower_eval.analyse.claims.estimates import at_stake, speed_readings
+from twotower_eval.analyse.claims.match import at_stake, speed_readings
 from twotower_eval.analyse.claims.terms import RANGES, claimed_text
 from twotower_eval.analyse.compare.gate_facts import Unexplained
 from twotower_eval.analyse.compare.timing import speed_points

@@ -9,8 +9,7 @@ from report_fixture import quality_run, speed_run, write
 
 from twotower_eval import store
 from twotower_eval.analyse.compare import Runs
-from twotower_eval.analyse.compare.clean import flagged
-from twotower_eval.analyse.compare.degenerate import flags
+from twotower_eval.analyse.compare.clean import flagged, flags
 from twotower_eval.records import Generation, GenerationRow, PromptTiming, Score, SpeedSample
 
 LOOP = "31 50 " + "8 " * 40

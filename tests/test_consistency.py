@@ -20,7 +20,7 @@ from report_fixture import (
 from twotower_eval import cli, store
 from twotower_eval.analyse import report
 from twotower_eval.analyse.compare.consistency import CHECKS, contradictions
-from twotower_eval.analyse.words.contradictions import contradiction_text
+from twotower_eval.analyse.words.gates import contradiction_text
 from twotower_eval.records import (
     FileDigest,
     Generation,
@@ -36,7 +36,7 @@ from twotower_eval.records import (
     sha256_text,
 )
 from twotower_eval.store import Run
-from twotower_eval.store.publish import DONE, close_run
+from twotower_eval.store.journal import DONE, close_run
 
 RUN_ID, ROUNDS, DOCS = "20261103T120000Z-speed-cccccc", 3, 4
 PLAN = {"workload": "answer", "batch_sizes": [2], "dtype": "float32", "seed": 7}

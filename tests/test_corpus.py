@@ -14,9 +14,9 @@ import yaml
 
 from twotower_eval.miniature import corpus
 from twotower_eval.miniature.corpus import KINDS, SHORT, Document, documents, sample, training_documents
+from twotower_eval.miniature.evaluate import distractors, write_tasks
+from twotower_eval.miniature.export import CHARACTERS, encode
 from twotower_eval.miniature.long_answers import LONG
-from twotower_eval.miniature.task_files import distractors, write_tasks
-from twotower_eval.miniature.tokenizer import CHARACTERS, encode
 
 TASKS = Path(__file__).parents[1] / "tasks" / "miniature"
 GENERATION_TASKS = [f"miniature_{kind}" for kind in KINDS]

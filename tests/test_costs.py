@@ -87,7 +87,7 @@ def test_out_of_memory_while_a_part_is_timed_is_one_clear_line(
     def burst(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("twotower_eval.measure.speed.phases.denoise", burst)
+    monkeypatch.setattr("twotower_eval.measure.speed.costs.denoise", burst)
     plan = SpeedPlan(model=str(pair), tasks=("miniature_sort",), num_prompts=1, new_tokens=3, workload="fixed")
     requests = suites.build_requests(suites.resolve_tasks(("miniature_sort",)))
     with pytest.raises(ValueError, match=r"denoise at .* batch size 1: out of memory: .*--no-costs"):

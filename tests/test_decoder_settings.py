@@ -11,8 +11,8 @@ import pytest
 
 from tests.two_parameters import Impatient
 from twotower_eval import cli
-from twotower_eval.decoder_settings import block_sizes, parse_set, set_text, typed_settings
-from twotower_eval.plan import RunPlan, cross_decoders, load_plan, merge, plan_from_json
+from twotower_eval.decoder_settings import block_sizes, cross_decoders, parse_set, set_text, typed_settings
+from twotower_eval.plan import RunPlan, load_plan, merge, plan_from_json
 from twotower_eval.records import to_json
 
 KIND = "tests.two_parameters:Impatient"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower_eval.analyse.compare import degenerate
-from twotower_eval.analyse.compare.degenerate import flags, periodic_tail
+from twotower_eval.analyse.compare import clean
+from twotower_eval.analyse.compare.clean import flags, periodic_tail
 from twotower_eval.plan import data_path
 from twotower_eval.records import FinishReason, Generation
 
@@ -153,5 +153,5 @@ def test_any_output_has_flags(text: str, token_ids: list[int], finish: FinishRea
     for shown in (text, None):
         found = flags(output(shown, tuple(token_ids), finish))
         assert found.degenerate == bool(found.names)
-        assert set(found.names) <= set(degenerate.FLAG_NAMES)
+        assert set(found.names) <= set(clean.FLAG_NAMES)
         assert found.periodic_tail == (found.period is not None) == (found.num_repeats is not None)

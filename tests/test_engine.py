@@ -12,9 +12,8 @@ from torch import Tensor
 from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.models import autoregressive
 from twotower_eval.engine.models.checkpoint import build
-from twotower_eval.engine.models.derived import Derived
-from twotower_eval.engine.models.direct import Linear, RMSNorm
 from twotower_eval.engine.models.twotower import MAX_TIMES
+from twotower_eval.engine.models.weights import Derived, Linear, RMSNorm
 from twotower_eval.records import Prompt
 
 ATOL = 2e-5

@@ -21,7 +21,7 @@ from tiny_pair import write_pair
 from twotower_eval import cli, store
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.consistency import contradictions
-from twotower_eval.analyse.compare.measured import ArmsDifferError, measured
+from twotower_eval.analyse.compare.figures import ArmsDifferError, measured
 from twotower_eval.analyse.compare.wholes import _resampled
 from twotower_eval.engine.models import load_model
 from twotower_eval.engine.models.transformers_model import ForwardError
@@ -444,13 +444,13 @@ def test_a_bug_in_what_is_known_of_chance_is_no_scoring_of_its_own_kind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was passed over, and the document had no chance."""
-    from twotower_eval.measure.suites import chance
+    from twotower_eval.measure.suites import documents
 
     metrics = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
     rows = [{"prompt": "a", "choices": ["x", "y"], "gold": 0}]
     write_tasks(tmp_path, [task_yaml("own", "rows", "multiple_choice", metrics)], {"rows": rows})
     use_tasks(monkeypatch, tmp_path)
-    monkeypatch.setattr(chance, "_is_share", broadcast_wrongly)
+    monkeypatch.setattr(documents, "_is_share", broadcast_wrongly)
     [task] = suites.resolve_tasks(["own"])
     with pytest.raises(ValueError, match="could not be broadcast"):
         _ = task.docs[0].chance

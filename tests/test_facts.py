@@ -12,15 +12,15 @@ import twotower_eval
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.calibration.simulate import Tally
 from twotower_eval.analyse.calibration.tables import remark, rows
+from twotower_eval.analyse.compare.fairness import NullFault
+from twotower_eval.analyse.compare.figures import Measured
 from twotower_eval.analyse.compare.gate_facts import Null, QualityFloor
-from twotower_eval.analyse.compare.measured import Measured
-from twotower_eval.analyse.compare.nulls import NullFault
 from twotower_eval.analyse.compare.points import TaskQuality
 from twotower_eval.analyse.compare.warned import LengthsDiffer, VoidCalls
 from twotower_eval.analyse.report.page import page
 from twotower_eval.analyse.report.text import ratio, table, times
 from twotower_eval.analyse.words import fact_text, finding_text
-from twotower_eval.analyse.words.methods import method_text
+from twotower_eval.analyse.words.facts import method_text
 from twotower_eval.records import Estimate, Fact, Finding, Method, MethodKind, WarningKind
 
 

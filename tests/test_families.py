@@ -10,10 +10,10 @@ from own_tasks import task_yaml, use_tasks, write_tasks
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.calibration.tail_worlds import family_world
 from twotower_eval.measure import suites
-from twotower_eval.measure.suites.families import families
+from twotower_eval.measure.suites.documents import families
 from twotower_eval.plan import data_path
 from twotower_eval.records import RunManifest
-from twotower_eval.shortfalls import joined_lines
+from twotower_eval.rules import joined_lines
 
 STORY = "Anna has {} red apples in her basket and gives {} of them to her brother, how many apples are left in it?"
 

@@ -10,8 +10,7 @@ import pytest
 from report_fixture import quality_run, speed_run
 
 from twotower_eval.analyse import report
-from twotower_eval.analyse.compare.points import Measured
-from twotower_eval.analyse.report.columns import measured_columns
+from twotower_eval.analyse.compare.figures import Measured
 from twotower_eval.analyse.report.rendering import (
     Column,
     csv,
@@ -25,8 +24,7 @@ from twotower_eval.analyse.report.rendering import (
     whole,
     words,
 )
-from twotower_eval.analyse.report.section import Section
-from twotower_eval.analyse.report.text import NONE, retention, times
+from twotower_eval.analyse.report.text import NONE, Section, measured_columns, retention, times
 from twotower_eval.records import Estimate
 
 KEPT = Measured(estimate=Estimate(value=0.9123456, low=0.88, high=0.941, level=0.95, n=9, method="by hand"))

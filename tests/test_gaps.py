@@ -12,10 +12,10 @@ from test_consistency import CELLS, PLAN, RUN_ID, Edit, answers, head, honest, s
 from twotower_eval import store
 from twotower_eval.analyse.claims.looks import num_measurings
 from twotower_eval.analyse.compare.consistency import contradictions
-from twotower_eval.analyse.compare.gaps import remarks, tells_digests
+from twotower_eval.analyse.compare.contradiction import remarks, tells_digests
 from twotower_eval.analyse.compare.gates import files_agree_gate
 from twotower_eval.analyse.words import finding_text, found_text
-from twotower_eval.analyse.words.contradictions import contradiction_text
+from twotower_eval.analyse.words.gates import contradiction_text
 from twotower_eval.records import SpeedSample, canonical_json, sha256_text
 from twotower_eval.store import Run
 

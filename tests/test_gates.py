@@ -14,9 +14,8 @@ from twotower_eval import store
 from twotower_eval.analyse.claims import judge
 from twotower_eval.analyse.claims.text import unchecked_text
 from twotower_eval.analyse.report.gates import gates as gates_section
-from twotower_eval.analyse.report.headline import headline
 from twotower_eval.analyse.report.speed_tables import speed
-from twotower_eval.analyse.report.verdicts import JudgedRuns
+from twotower_eval.analyse.report.verdicts import JudgedRuns, headline
 from twotower_eval.records import GateKind
 
 PACKAGE = Path(twotower_eval.__file__).parent

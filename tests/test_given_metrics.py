@@ -10,9 +10,8 @@ from tests import own_tasks
 from tests import test_whole_scores as whole
 from twotower_eval import store
 from twotower_eval.analyse import report
-from twotower_eval.analyse.compare.measured import ArmsDifferError
-from twotower_eval.analyse.compare.pairing import NOT_GIVEN
-from twotower_eval.analyse.compare.quality import quality_points
+from twotower_eval.analyse.compare.figures import ArmsDifferError
+from twotower_eval.analyse.compare.quality import NOT_GIVEN, quality_points
 from twotower_eval.measure import suites
 from twotower_eval.measure.harness.scoring import aggregate_rows, score_rows
 
@@ -137,7 +136,7 @@ def _tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own_tasks.write_tasks(tmp_path, [TASK, FAILING, LUCKLESS, SPARING], {"generating": whole.GENERATING}, CODE)
     own_tasks.use_tasks(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("twotower_eval.measure.harness.aggregates.NUM_REPLICATES", 200)
+    monkeypatch.setattr("twotower_eval.measure.harness.scoring.NUM_REPLICATES", 200)
 
 
 def texts(seed: int) -> list[str]:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from twotower_eval.engine.decoders import make_decoder
-from twotower_eval.engine.decoders.commit import commit
+from twotower_eval.engine.decoders.block_diffusion import commit
 from twotower_eval.records import Prompt
 
 CASES: dict[str, dict[str, Any]] = json.loads((SHIPPED / "scheduler" / "golden.json").read_text())["cases"]

@@ -24,9 +24,8 @@ from twotower_eval.engine.models import arms as arms_room
 from twotower_eval.engine.models import graphs, load_model
 from twotower_eval.engine.models.graphs import StepGraphs, num_sizes
 from twotower_eval.measure import harness, speed, suites
-from twotower_eval.measure.speed import captures
-from twotower_eval.measure.speed.lanes import Lane, Timing
-from twotower_eval.measure.speed.workloads import Call
+from twotower_eval.measure.speed import conditions
+from twotower_eval.measure.speed.workloads import Call, Lane, Timing
 from twotower_eval.plan import RunPlan, SpeedPlan
 from twotower_eval.records import Prompt
 
@@ -273,5 +272,5 @@ def test_the_option_is_a_field_of_plan_files(pair, tmp_path, capsys):
     [(("cuda:0",), False, True), (("cuda:0",), True, False), (("cpu",), False, False)],
 )
 def test_a_gpu_without_graphs_is_told_of_them(devices, cuda_graphs, said):
-    hint = captures.hint(SpeedPlan(devices=devices, cuda_graphs=cuda_graphs))
+    hint = conditions.hint(SpeedPlan(devices=devices, cuda_graphs=cuda_graphs))
     assert (hint is not None and "without --cuda-graphs" in hint) == said

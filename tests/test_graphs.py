@@ -7,8 +7,7 @@ from tiny_models import ARCHITECTURES, VOCAB, tiny_config, tiny_pair
 from twotower_eval import make_decoder
 from twotower_eval.engine.models import graphs
 from twotower_eval.engine.models.checkpoint import build
-from twotower_eval.engine.models.fixed import Remembered
-from twotower_eval.engine.models.graphs import DenoiseStep, ExtendStep, StepGraphs, use_graphs
+from twotower_eval.engine.models.graphs import DenoiseStep, ExtendStep, Remembered, StepGraphs, use_graphs
 from twotower_eval.records import Prompt
 
 

@@ -18,12 +18,12 @@ from tests.report_fixture import AUTOREGRESSIVE, block_diffusion, make_cell, man
 from tests.scripted_llama import byte_tokenizer, save_random, save_tokenizer
 from twotower_eval import store
 from twotower_eval.analyse import report, stats
-from twotower_eval.analyse.compare.alone import group_scores
 from twotower_eval.analyse.compare.quality import quality_points
+from twotower_eval.analyse.compare.runs import group_scores
 from twotower_eval.analyse.compare.wholes import WholeScore
 from twotower_eval.analyse.report.text import significant
 from twotower_eval.measure import harness, suites
-from twotower_eval.measure.harness.headlines import group_lines, task_figure
+from twotower_eval.measure.harness.run import group_lines, task_figure
 from twotower_eval.measure.harness.scoring import aggregate_rows, score_rows
 from twotower_eval.measure.suites import groups, lm_tasks
 from twotower_eval.plan import RunPlan

@@ -593,7 +593,7 @@ def test_likelihoods_go_on_in_the_middle_of_a_piece(
 ) -> None:
     """Only what the journal lacks is scored, whatever it was scored with before; what it holds stays as it is."""
     monkeypatch.setattr("twotower_eval.engine.models.twotower.TwoTower.branch_tokens", 60)
-    monkeypatch.setattr("twotower_eval.engine.scorers.denoiser_likelihood.MAX_TOKENS", 100)
+    monkeypatch.setattr("twotower_eval.engine.scorers.likelihood.MAX_TOKENS", 100)
     tasks = ("miniature_choice", "miniature_perplexity")
     plan = dataclasses.replace(plan, tasks=tasks, likelihood=kind)
     path = harness.run(plan, root=tmp_path)

@@ -23,7 +23,7 @@ from twotower_eval.engine.scorers import make_scorer
 from twotower_eval.engine.scorers.pieces import ScoreRequest
 from twotower_eval.measure import harness, speed, suites
 from twotower_eval.measure.harness.adapter import HarnessLM
-from twotower_eval.miniature.tokenizer import write_tokenizer
+from twotower_eval.miniature.export import write_tokenizer
 from twotower_eval.plan import RunPlan, SpeedPlan
 from twotower_eval.records import Cell, Checkpoint, DecoderSpec, Workload, cell_id, to_json
 from twotower_eval.strict import from_json

@@ -18,7 +18,7 @@ HALVES = {"engine", "measure", "analyse"}
 ENGINE = {"models", "decoders"}
 
 # Everyone may import these: they know nothing of the rest.
-COMMON = {"version", "errors", "records", "names", "json_text", "plugin_calls"}
+COMMON = {"version", "errors", "records", "names", "strict", "plugin_calls"}
 # Room -> further rooms of this package that it may import, directly and anywhere in its files.
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"models", "decoders", "scorers", "moved", "api", "plan"},
@@ -27,16 +27,13 @@ ALLOWED: dict[str, set[str]] = {
     "version": set(),
     "records": set(),
     "names": set(),
-    "json_text": set(),
     "strict": set(),
     "progress": set(),
-    "shortfalls": set(),
-    "ways": set(),
-    "times": set(),
-    "decoder_settings": {"decoders", "strict"},
-    "plan_fields": {"decoder_settings", "strict"},
+    "rules": set(),
+    "decoder_settings": {"decoders"},
+    "plan_fields": {"decoder_settings"},
     "plan": {"decoder_settings", "plan_fields"},
-    "store": {"strict"},
+    "store": set(),
     "plugin_calls": set(),
     # engine
     "ops": set(),
@@ -45,19 +42,18 @@ ALLOWED: dict[str, set[str]] = {
     "decoders": {"models", "plugin_source"},
     "scorers": {"models", "decoders"},
     # measure
-    "suites": {"plan", "strict"},
-    "harness": {"plan", "decoder_settings", "shortfalls", "ways", "store", "progress", "suites", "scorers", *ENGINE},
-    "speed": {"plan", "decoder_settings", "shortfalls", "ways", "times", "store", "progress", *ENGINE},
+    "suites": {"plan"},
+    "harness": {"plan", "decoder_settings", "rules", "store", "progress", "suites", "scorers", *ENGINE},
+    "speed": {"plan", "decoder_settings", "rules", "store", "progress", *ENGINE},
     "sizing": {"plan", "store", "progress", "speed", "models"},
-    "verify": {"plan", "ways", "store", "ops", "models", "decoders"},
+    "verify": {"plan", "rules", "store", "ops", "models", "decoders"},
     # analyse
     "stats": set(),
     "calibration": {"stats", "progress"},
-    "compare": {"ways", "strict", "times", "store", "stats"},
-    "words": {"shortfalls", "ways", "times", "stats", "compare"},
-    "claims": {"plan", "decoder_settings", "strict", "store", "stats", "compare", "words"},
-    "report": {"shortfalls", "ways", "times", "store", "stats", "compare", "claims", "words", "plan"}
-    | {"decoder_settings"},
+    "compare": {"rules", "store", "stats"},
+    "words": {"rules", "stats", "compare"},
+    "claims": {"plan", "decoder_settings", "store", "stats", "compare", "words"},
+    "report": {"rules", "store", "stats", "compare", "claims", "words", "plan"} | {"decoder_settings"},
     # what sees both arms
     "miniature": {"store", "ops", "models", "decoders"},
     "api": {

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from twotower_eval.engine.ops import conv, kernels, moe, ssd
+from twotower_eval.engine.ops import kernels, mamba, moe, ssd
 from twotower_eval.store import environment
 
 CPU = torch.device("cpu")
@@ -177,8 +177,8 @@ def test_gradients_go_through_our_own_code():
 def test_wrappers_equal_the_reference_when_called_by_themselves():
     u, state = torch.randn(2, 5, 6), torch.randn(2, 6, 4)
     weight, bias = torch.randn(6, 4), torch.randn(6)
-    ours = conv.conv_by_kernel(u, state, weight, bias, correct_convolution)
-    torch.testing.assert_close(ours, conv.causal_conv_reference(u, state, weight, bias))
+    ours = mamba.conv_by_kernel(u, state, weight, bias, correct_convolution)
+    torch.testing.assert_close(ours, mamba.causal_conv_reference(u, state, weight, bias))
 
 
 def test_paths_for_gpus_ask_the_device_nothing():

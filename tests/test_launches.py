@@ -17,11 +17,11 @@ from twotower_eval.analyse.compare.answers import from_round_to_round
 from twotower_eval.analyse.compare.calls import complete_rounds
 from twotower_eval.analyse.compare.consistency import contradictions
 from twotower_eval.analyse.compare.timing import speed_points
-from twotower_eval.analyse.stats import serial
+from twotower_eval.analyse.stats import intervals
 from twotower_eval.errors import UserError
 from twotower_eval.measure import speed, suites
-from twotower_eval.measure.speed import launches, loop
-from twotower_eval.measure.speed.loop import launches_missing, share_of_launch
+from twotower_eval.measure.speed import launches, session
+from twotower_eval.measure.speed.session import launches_missing, share_of_launch
 from twotower_eval.plan import SpeedPlan, plan_from_json
 from twotower_eval.plugin_calls import PluginError
 from twotower_eval.progress import SilentProgress
@@ -136,7 +136,7 @@ def test_a_few_launches_make_rounds_enough_to_tell_how_these_depend_on_each_othe
     least = share_of_launch(SpeedPlan(launches=num_launches, min_rounds=12)).min_rounds
     launches_R = [str(number) for number in range(num_launches) for _ in range(least)]
     rounds_R = np.random.default_rng(0).normal(size=len(launches_R))
-    assert serial.serial_dependence(rounds_R, launches_R).facts.lag1 is not None
+    assert intervals.serial_dependence(rounds_R, launches_R).facts.lag1 is not None
     assert share_of_launch(SpeedPlan(launches=num_launches)).min_rounds == ceil(20 / num_launches)
 
 
@@ -155,7 +155,7 @@ def test_a_few_launches_make_rounds_enough_to_tell_how_these_depend_on_each_othe
     ],
 )
 def test_rounds_that_decide_nothing_are_told_beforehand(rounds: tuple[int, ...], words: str) -> None:
-    found = loop.undecided_text(rounds)
+    found = session.undecided_text(rounds)
     assert found.startswith(f"warning: {words}" if words else "")
     assert bool(found) == bool(words)
 

@@ -9,7 +9,7 @@ import torch
 from tiny_models import ARCHITECTURES, VOCAB, tiny_pair
 
 from twotower_eval.engine.scorers import make_scorer
-from twotower_eval.engine.scorers.denoiser_likelihood import MAX_ROWS
+from twotower_eval.engine.scorers.likelihood import MAX_ROWS
 from twotower_eval.engine.scorers.pieces import ScoreRequest, target_logprobs
 
 EVERY_MODEL = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -115,7 +115,7 @@ def test_what_is_shared_changes_nothing(name: str, kind: Any, max_tokens: int, m
     scorer = make_scorer(model, kind, block_size=K, num_draws=4)
     alone = [scorer.score([request])[0] for request in MANY]
     monkeypatch.setattr(model, "branch_tokens", max_tokens)
-    monkeypatch.setattr("twotower_eval.engine.scorers.denoiser_likelihood.MAX_TOKENS", max_tokens)
+    monkeypatch.setattr("twotower_eval.engine.scorers.likelihood.MAX_TOKENS", max_tokens)
     for ours, wanted in zip(scorer.score(MANY), alone, strict=True):
         assert ours.logprob_nats == pytest.approx(wanted.logprob_nats, abs=ATOL)
         assert ours.is_greedy == wanted.is_greedy

@@ -12,7 +12,7 @@ from twotower_eval import cli, store
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.claims import exit_code, judge, strict_line, verdict_lines
 from twotower_eval.analyse.claims.looks import num_measurings
-from twotower_eval.analyse.claims.reasons import look_text
+from twotower_eval.analyse.claims.ruling import look_text
 from twotower_eval.records import Score, SpeedSample, Verdict
 from twotower_eval.store import Run
 

@@ -3,7 +3,14 @@
 from itertools import islice
 
 from twotower_eval.miniature.corpus import documents
-from twotower_eval.miniature.tokenizer import CHARACTERS, SPECIAL_TOKENS, VOCABULARY, decode, encode, write_tokenizer
+from twotower_eval.miniature.export import (
+    CHARACTERS,
+    SPECIAL_TOKENS,
+    VOCABULARY,
+    decode,
+    encode,
+    write_tokenizer,
+)
 
 AWKWARD_TEXTS = [
     "  two  spaces , a comma , it 's n't . \n\n and\nlines \n",

@@ -10,7 +10,6 @@ import torch
 import twotower_eval as tt
 from twotower_eval.errors import UserError
 from twotower_eval.miniature import evaluate, stages, train
-from twotower_eval.miniature.batches import make_batch, training_batches
 from twotower_eval.miniature.blocks import (
     Noise,
     autoregressive_loss,
@@ -18,15 +17,16 @@ from twotower_eval.miniature.blocks import (
     denoise_blocks,
     denoiser_loss,
     draw_noise,
+    make_batch,
     masked_loss,
     reveal,
     run_clean,
     teacher_probabilities,
+    training_batches,
 )
-from twotower_eval.miniature.export import export_pair
+from twotower_eval.miniature.export import EOS_ID, MASK_ID, export_pair
 from twotower_eval.miniature.long_answers import LONG
 from twotower_eval.miniature.recipes import RECIPE_FILE
-from twotower_eval.miniature.tokenizer import EOS_ID, MASK_ID
 
 BLOCK = 8
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower_eval.analyse.compare.numbers import PERCENT, POINTS, TIMES, Unit, compared, interval
+from twotower_eval.analyse.compare.figures import PERCENT, POINTS, TIMES, Unit, compared, interval
 from twotower_eval.records import Estimate
 
 

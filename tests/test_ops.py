@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from twotower_eval.engine.ops import attention, conv, moe, norm, product, ssd
+from twotower_eval.engine.ops import attention, mamba, moe, norm, product, ssd
 
 FLOAT32_RTOL = 2e-6  # of the largest value; sums in another order
 DTYPES = [torch.float32, torch.bfloat16]
@@ -105,7 +105,7 @@ def test_causal_conv(S: int, W: int, bias: bool) -> None:
     """For few positions (one product of windows) and for many (shifted products)."""
     u, state, weight = noise(3, S, 10), noise(3, 10, W, seed=1), noise(10, W, seed=2)
     b = noise(10, seed=3) if bias else None
-    assert close(conv.causal_conv(u, state, weight, b), conv.causal_conv_reference(u, state, weight, b))
+    assert close(mamba.causal_conv(u, state, weight, b), mamba.causal_conv_reference(u, state, weight, b))
 
 
 @pytest.mark.parametrize(("B", "bias", "dtype"), [*itertools.product([1, 3], [True, False], DTYPES)])
@@ -114,23 +114,23 @@ def test_causal_conv_step(B: int, bias: bool, dtype: torch.dtype) -> None:
     shapes = [(B, 1, 10), (B, 10, 4), (10, 4)]
     u, state, weight = (noise(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes))
     b = noise(10, seed=3, dtype=dtype) if bias else None
-    out, after = conv.causal_conv_step(u, state, weight, b)
-    wanted = conv.causal_conv_reference(u, state, weight, b)
+    out, after = mamba.causal_conv_step(u, state, weight, b)
+    wanted = mamba.causal_conv_reference(u, state, weight, b)
     assert close(out, wanted, FLOAT32_RTOL if dtype == torch.float32 else BFLOAT16_RTOL)
-    assert torch.equal(after, conv.next_conv_state(u, state, None))
-    again, _ = conv.causal_conv_step(u, after, weight, b)
+    assert torch.equal(after, mamba.next_conv_state(u, state, None))
+    again, _ = mamba.causal_conv_step(u, after, weight, b)
     assert close(
         again,
-        conv.causal_conv_reference(u, after, weight, b),
+        mamba.causal_conv_reference(u, after, weight, b),
         FLOAT32_RTOL if dtype == torch.float32 else BFLOAT16_RTOL,
     )
 
 
 def test_causal_conv_bfloat16() -> None:
     u, state, weight, b = (t.bfloat16() for t in (noise(2, 9, 10), noise(2, 10, 4), noise(10, 4), noise(10)))
-    ours = conv.causal_conv(u, state, weight, b)
-    assert close(ours, conv.causal_conv_reference(u, state, weight, b), BFLOAT16_RTOL)
-    wide = conv.causal_conv_reference(u.float(), state.float(), weight.float(), b.float())
+    ours = mamba.causal_conv(u, state, weight, b)
+    assert close(ours, mamba.causal_conv_reference(u, state, weight, b), BFLOAT16_RTOL)
+    wide = mamba.causal_conv_reference(u.float(), state.float(), weight.float(), b.float())
     assert close(ours.float(), wide, BFLOAT16_RTOL)
 
 
@@ -138,20 +138,20 @@ def test_causal_conv_bfloat16() -> None:
 def test_conv_state_carries_on(first: int) -> None:
     """In two parts as in one, also where the first part is shorter than the window."""
     u, state, weight, b = noise(2, 9, 6), noise(2, 6, 4, seed=1), noise(6, 4, seed=2), noise(6, seed=3)
-    middle = conv.next_conv_state(u[:, :first], state, None)
-    parts = [conv.causal_conv(u[:, :first], state, weight, b), conv.causal_conv(u[:, first:], middle, weight, b)]
-    assert close(torch.cat(parts, dim=1), conv.causal_conv(u, state, weight, b))
-    assert torch.equal(conv.next_conv_state(u[:, first:], middle, None), conv.next_conv_state(u, state, None))
+    middle = mamba.next_conv_state(u[:, :first], state, None)
+    parts = [mamba.causal_conv(u[:, :first], state, weight, b), mamba.causal_conv(u[:, first:], middle, weight, b)]
+    assert close(torch.cat(parts, dim=1), mamba.causal_conv(u, state, weight, b))
+    assert torch.equal(mamba.next_conv_state(u[:, first:], middle, None), mamba.next_conv_state(u, state, None))
 
 
 def test_conv_state_with_lengths() -> None:
     """Each row's state is as if its padding were not there; a row of length 0 keeps its state."""
     lengths = [0, 1, 3, 4, 7]
     u, state = noise(5, 7, 6), noise(5, 6, 4, seed=1)
-    states = conv.next_conv_state(u, state, torch.tensor(lengths))
+    states = mamba.next_conv_state(u, state, torch.tensor(lengths))
     assert torch.equal(states[0], state[0])
     for row, length in enumerate(lengths[1:], start=1):
-        alone = conv.next_conv_state(u[row : row + 1, :length], state[row : row + 1], None)
+        alone = mamba.next_conv_state(u[row : row + 1, :length], state[row : row + 1], None)
         assert torch.equal(states[row], alone[0])
 
 

@@ -11,9 +11,9 @@ from report_fixture import block_diffusion, quality_run
 
 from twotower_eval import store
 from twotower_eval.analyse import report
-from twotower_eval.analyse.compare.counts import count
-from twotower_eval.analyse.compare.parallelism import accuracy_under_parallelism, curves, kept
+from twotower_eval.analyse.compare.figures import count
 from twotower_eval.analyse.compare.runs import Runs
+from twotower_eval.analyse.compare.tradeoff import accuracy_under_parallelism, curves, kept
 from twotower_eval.records import Generation
 
 ANSWER = Generation(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from twotower_eval import store
 from twotower_eval.analyse.compare import Runs
-from twotower_eval.analyse.compare.pareto import front
+from twotower_eval.analyse.compare.tradeoff import front
 from twotower_eval.analyse.report.tradeoff import corners
 from twotower_eval.records import Generation, GenerationRow, Score, SpeedSample, sha256_text
 

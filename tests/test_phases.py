@@ -3,7 +3,7 @@
 import torch
 from tiny_models import tiny_pair
 
-from twotower_eval.measure.speed import phases
+from twotower_eval.measure.speed import costs
 from twotower_eval.measure.speed.clock import CallClock, Devices
 
 
@@ -47,24 +47,24 @@ def made_ready():
 
 def test_a_prefill_reads_and_chooses():
     spy, _, clock = made_ready()
-    walls_s = phases.time_repeats(phases.prefill(spy, torch.full((2, 6), 5)), clock, 3)
+    walls_s = costs.time_repeats(costs.prefill(spy, torch.full((2, 6), 5)), clock, 3)
     assert walls_s == (2.0, 2.0, 2.0)
     assert [name for name, _ in spy.calls] == ["prefill", "next_logits"] * 3
 
 
 def test_an_ar_step_goes_on_where_the_last_one_ended_and_copies_off_the_clock():
     spy, context, clock = made_ready()
-    step = phases.ar_step(spy, context, torch.full((2, 1), 5))
+    step = costs.ar_step(spy, context, torch.full((2, 1), 5))
     assert spy.calls == [("extend", 6)]
-    assert phases.time_repeats(step, clock, 2) == (2.0, 2.0)
+    assert costs.time_repeats(step, clock, 2) == (2.0, 2.0)
     assert spy.calls[1:] == [("extend", 7), ("next_logits", 8), ("extend", 8), ("next_logits", 9)]
     assert context.max_length == 6
 
 
 def test_a_context_pass_takes_whole_blocks_and_no_logits():
     spy, context, clock = made_ready()
-    passes = phases.context_pass(spy, context, torch.full((2, 4), 5))
-    assert phases.time_repeats(passes, clock, 2) == (1.0, 1.0)
+    passes = costs.context_pass(spy, context, torch.full((2, 4), 5))
+    assert costs.time_repeats(passes, clock, 2) == (1.0, 1.0)
     assert spy.calls == [("extend", 6), ("extend", 10), ("extend", 14)]
 
 
@@ -72,7 +72,7 @@ def test_a_denoise_step_leaves_the_context_as_it_was():
     spy, context, clock = made_ready()
     block_BK = torch.full((2, 4), spy.mask_token_id)
     before = tiny_pair().denoise(block_BK, context, 1.0)
-    assert phases.time_repeats(phases.denoise(spy, context, block_BK, 1.0), clock, 3) == (1.0, 1.0, 1.0)
+    assert costs.time_repeats(costs.denoise(spy, context, block_BK, 1.0), clock, 3) == (1.0, 1.0, 1.0)
     assert torch.equal(tiny_pair().denoise(block_BK, context, 1.0), before)
 
 
@@ -88,7 +88,7 @@ def test_a_forced_block_commits_what_it_is_told_and_is_absorbed():
             return extend(context, ids_BK)
 
     spy = Keeping(spy.model, spy.ticks)
-    block = phases.forced_block(spy, context, 4, [(1, 3), (2, 1, 1)])
-    assert phases.time_repeats(block, clock, 3) == (3.0, 4.0, 3.0)
+    block = costs.forced_block(spy, context, 4, [(1, 3), (2, 1, 1)])
+    assert costs.time_repeats(block, clock, 3) == (3.0, 4.0, 3.0)
     assert len(absorbed) == 4
     assert all(bool((ids != spy.mask_token_id).all()) for ids in absorbed[1:])

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from twotower_eval import plan as plans
+from twotower_eval.decoder_settings import cross_decoders
 from twotower_eval.errors import UserError
 from twotower_eval.names import resolve
 from twotower_eval.plan import (
     RunPlan,
     SpeedPlan,
     baseline_folder,
-    cross_decoders,
     load_plan,
     merge,
     model_folder,

@@ -11,7 +11,7 @@ import report_fixture as made
 
 from twotower_eval import cli, store
 from twotower_eval.analyse import report
-from twotower_eval.analyse.report.reproduce import command, plan_of, typed
+from twotower_eval.analyse.report.provenance import command, plan_of, typed
 from twotower_eval.plan import AnyPlan, RunPlan, SizingPlan, SpeedPlan, VerifyPlan
 from twotower_eval.records import to_json
 

@@ -7,10 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twotower_eval.engine.models.token_tree import LEAST_SHARED, Branch, Segment, branches, logits_by_rows, walk
+from twotower_eval.engine.models.context import (
+    LEAST_SHARED,
+    Branch,
+    Segment,
+    branches,
+    logits_by_rows,
+    walk,
+)
 from twotower_eval.engine.scorers.likelihood import CausalScorer
-from twotower_eval.engine.scorers.pieces import PathContexts, ScoreRequest
-from twotower_eval.engine.scorers.prefixes import Chunk, Row, ending_where_wanted, plan
+from twotower_eval.engine.scorers.pieces import Chunk, PathContexts, Row, ScoreRequest, ending_where_wanted, plan
 
 Tokens = tuple[int, ...]
 

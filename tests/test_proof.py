@@ -11,13 +11,13 @@ from hf_models import CONFIGS, GPT2, ODD, SMALL, save_tiny
 from torch import Tensor
 
 from twotower_eval.engine.decoders import make_decoder
-from twotower_eval.engine.models import load_model, precision, proof
+from twotower_eval.engine.models import load_model, probes, proof
 from twotower_eval.engine.models.probes import difference, named_lengths
 from twotower_eval.engine.models.transformers_model import TransformersModel
 from twotower_eval.engine.scorers import make_scorer
 from twotower_eval.engine.scorers.pieces import ScoreRequest
 from twotower_eval.records import Prompt, Ways
-from twotower_eval.ways import handicaps, ways_text
+from twotower_eval.rules import handicaps, ways_text
 
 RIGHT = [name for name in ODD if name != "bert"]
 ROWS = [[5, 6, 7], [9], list(range(20, 38)), [3, 4, 5, 6, 7, 8], [11, 12, 13]]
@@ -319,7 +319,7 @@ def test_without_memory_for_float32_no_fast_way_is_taken_on_trust(
     name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In bfloat16 both passed trials that they fail by far in float32."""
-    monkeypatch.setattr(precision, "free_bytes", lambda _: 0)
+    monkeypatch.setattr(probes, "free_bytes", lambda _: 0)
     model = load_model(folders[name], dtype="bfloat16")
     ways = model.ways
     assert (ways.cached, ways.passes_together, ways.options_packed) == (False, False, False)
@@ -342,10 +342,10 @@ def test_float32_fits_where_there_is_memory_for_its_surplus_or_for_one_layer(
     outside = model.inner.get_input_embeddings().weight.numel() * 2
     hows = []
     for free in (1.1 * (sum(sizes) + max(sizes)) + 1, sum(sizes), outside):
-        monkeypatch.setattr(precision, "free_bytes", lambda _, free=free: free)
-        hows.append(precision.widening(model.inner, model.device))
+        monkeypatch.setattr(probes, "free_bytes", lambda _, free=free: free)
+        hows.append(probes.widening(model.inner, model.device))
     assert hows == ["at once", "by layer", None]
-    monkeypatch.setattr(precision, "free_bytes", lambda _: sum(sizes))
+    monkeypatch.setattr(probes, "free_bytes", lambda _: sum(sizes))
     again = load_model(folders[name], dtype="bfloat16")
     for ways in (model.ways, again.ways):
         for fact in ("cached", "rows_together", "passes_together", "options_packed", "positions_passed"):
@@ -359,7 +359,7 @@ def test_float32_fits_where_there_is_memory_for_its_surplus_or_for_one_layer(
 def test_layers_that_cannot_be_widened_alone_are_told_from_others(models: dict[str, Any]) -> None:
     """One who reads a layer's weights from outside gets them in half precision: then no fast way is taken."""
     half = copy.deepcopy(models["llama"].inner).to(torch.bfloat16)
-    with pytest.raises(RuntimeError, match="dtype"), precision.widened(half, "by layer"):
+    with pytest.raises(RuntimeError, match="dtype"), probes.widened(half, "by layer"):
         half.model.layers[0].mlp(torch.zeros(1, half.config.hidden_size))
     assert {tensor.dtype for tensor in half.parameters()} == {torch.bfloat16}
 

@@ -19,12 +19,20 @@ from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.report.gates import gates as gates_section
 from twotower_eval.measure import harness
 from twotower_eval.measure.suites import resolve_tasks
-from twotower_eval.measure.verify.numerics import proved
+from twotower_eval.measure.verify.checks import proved
 from twotower_eval.plan import RunPlan
 from twotower_eval.records import FailedTrial, SpeedSample, Ways
+from twotower_eval.rules import (
+    Handicap,
+    ProofOutcome,
+    handicap_text,
+    handicaps,
+    proof_outcome,
+    slower_lines,
+    ways_text,
+)
 from twotower_eval.store import load
-from twotower_eval.store.comparable import differences
-from twotower_eval.ways import Handicap, ProofOutcome, handicap_text, handicaps, proof_outcome, slower_lines, ways_text
+from twotower_eval.store.resume import what_differs
 
 TASKS = ("miniature_sort", "miniature_choice")
 CLAIM: dict[str, Any] = {
@@ -216,5 +224,5 @@ def test_ways_are_told_in_plain_words() -> None:
 def test_a_run_that_is_timed_goes_on_in_the_same_ways_only(tmp_path: Path) -> None:
     old = load(speed_run(tmp_path / "a", ways=(Ways(cached=False),))).manifest
     new = load(speed_run(tmp_path / "b", ways=(Ways(proved_tokens=9),))).manifest
-    assert any("how models are run" in line for line in differences(old, new))
-    assert not any("how models are run" in line for line in differences(new, new))
+    assert any("how models are run" in line for line in what_differs(old, new))
+    assert not any("how models are run" in line for line in what_differs(new, new))

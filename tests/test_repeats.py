@@ -15,10 +15,10 @@ from test_claims_terms import CLAIM_FILE
 from twotower_eval import cli, store
 from twotower_eval.analyse.claims import judge
 from twotower_eval.analyse.compare.consistency import by_run, contradictions
-from twotower_eval.analyse.words.contradictions import contradiction_text
+from twotower_eval.analyse.words.gates import contradiction_text
 from twotower_eval.records import SpeedSample
 from twotower_eval.store import Run
-from twotower_eval.store.publish import DONE, close_run
+from twotower_eval.store.journal import DONE, close_run
 
 OTHER_ID = "20261103T120000Z-speed-cccccc"
 

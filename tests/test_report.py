@@ -16,12 +16,12 @@ import report_fixture as made
 
 from twotower_eval import store
 from twotower_eval.analyse import report, stats
-from twotower_eval.analyse.compare.alike import families
-from twotower_eval.analyse.compare.points import Measured
+from twotower_eval.analyse.compare.figures import Measured
 from twotower_eval.analyse.compare.runs import Runs
+from twotower_eval.analyse.compare.tradeoff import families
 from twotower_eval.analyse.report import text
-from twotower_eval.analyse.report.section import Section
 from twotower_eval.analyse.report.sweeps import measures
+from twotower_eval.analyse.report.text import Section
 from twotower_eval.records import DecoderSpec, Estimate, FileDigest, GenerationRow, Score, SpeedSample, sha256_text
 
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from twotower_eval import store
 from twotower_eval.analyse import report
+from twotower_eval.analyse.report.answers import Committed, committed
 from twotower_eval.analyse.report.page import page
-from twotower_eval.analyse.report.reproduce import plain_argv
+from twotower_eval.analyse.report.provenance import plain_argv
 from twotower_eval.analyse.report.text import details, escape, lines_of, table, with_commands
-from twotower_eval.analyse.report.traces import Committed, committed
 from twotower_eval.cli import main
 from twotower_eval.records import Check, CommitStep, GenerationRow, Score, SpeedSample, to_json
 
@@ -325,7 +325,7 @@ def test_what_is_unfinished_or_too_large_is_not_published(tmp_path, monkeypatch,
     places = {"results": tmp_path, "reports": tmp_path, "say": print}
     with pytest.raises(ValueError, match="is not complete: finish it"):
         report.publish([unfinished], usual[2], **places)
-    monkeypatch.setattr("twotower_eval.analyse.report.publishing.MAX_BYTES", 1000)
+    monkeypatch.setattr("twotower_eval.analyse.report.page.MAX_BYTES", 1000)
     with pytest.raises(ValueError, match=r"the runs are \d\.\d MiB when packed, more than .* publish fewer runs"):
         report.publish([store.load(usual[0])], usual[2], **places)
     assert not (tmp_path / "published").exists()

@@ -13,7 +13,7 @@ from twotower_eval import store
 from twotower_eval.analyse.claims import judge, verdict_lines
 from twotower_eval.analyse.compare import Runs
 from twotower_eval.analyse.report.gates import gates as gates_section
-from twotower_eval.analyse.report.headline import headline
+from twotower_eval.analyse.report.verdicts import headline
 from twotower_eval.analyse.words import found_text
 from twotower_eval.records import (
     Cell,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from twotower_eval.analyse import stats
-from twotower_eval.analyse.stats import serial
+from twotower_eval.analyse.stats import intervals
 
 
 def timed(baseline_s, candidate_s, *, launches=None, fixed=False) -> stats.TimedCalls:
@@ -174,7 +174,7 @@ def test_launches_of_quiet_rounds_are_widened_little_and_those_that_jump_not_at_
 
 
 def carried_over(series_R: np.ndarray, launches: list[str], level: float = stats.DECISION_LEVEL) -> float:
-    return serial.carried_over(series_R, launches, level)
+    return intervals.carried_over(series_R, launches, level)
 
 
 def test_the_wider_interval_is_that_at_its_own_level() -> None:
@@ -206,15 +206,15 @@ def test_launches_of_a_round_or_two_decide_nothing(num_launches: int, num_each: 
 def test_rounds_of_a_short_launch_count_with_the_one_before_it() -> None:
     """A launch that was stopped keeps its rounds and is made again."""
     names = [*"baaaabcdddddeeeeffffffggggh"]
-    sat = serial.sittings(names)
+    sat = intervals.sittings(names)
     assert "".join(sat) == "aaaaaaadddddeeeeffffffggggg"
     assert stats.resamples_launches(names)
     logs_R = 0.3 + 0.01 * np.random.default_rng(8).normal(size=len(names))
     alike, apart = (stats.speedup(rounds(logs_R, launches=[*one])) for one in (names, sat))
     assert alike == apart
     assert alike.serial.effective_rounds == 5
-    assert serial.sittings([*"abcd"]) == [*"abcd"]
-    assert serial.sittings([*"aaabbbcccdddeee"]) == ["a"] * 15
+    assert intervals.sittings([*"abcd"]) == [*"abcd"]
+    assert intervals.sittings([*"aaabbbcccdddeee"]) == ["a"] * 15
 
 
 def test_one_void_round_leaves_a_verdict_of_these_launches() -> None:

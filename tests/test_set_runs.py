@@ -14,11 +14,12 @@ import report_fixture as made
 
 from twotower_eval import cli, store
 from twotower_eval.analyse.claims import load_claims
-from twotower_eval.analyse.compare.alike import families
-from twotower_eval.analyse.compare.naming import long_name, short_name
+from twotower_eval.analyse.compare.points import long_name, short_name
+from twotower_eval.analyse.compare.tradeoff import families
 from twotower_eval.analyse.report.plots import legend_columns
-from twotower_eval.measure.sizing import commits
-from twotower_eval.plan import RunPlan, cross_decoders
+from twotower_eval.decoder_settings import cross_decoders
+from twotower_eval.measure.sizing import items
+from twotower_eval.plan import RunPlan
 from twotower_eval.records import OWN_DECODERS, DecoderSpec, Workload
 
 KIND = "tests.two_parameters:Impatient"
@@ -114,7 +115,7 @@ def test_claims_are_judged_at_the_whole_point(measured: Path, capsys: pytest.Cap
 
 
 def test_the_command_of_a_claim_measures_its_point(measured: Path) -> None:
-    from twotower_eval.analyse.claims.missing import measuring_command
+    from twotower_eval.analyse.claims.looks import measuring_command
     from twotower_eval.decoder_settings import parse_set, typed_settings
 
     [claim] = [one for one in load_claims(measured / "claims.toml").claims if one.name == "nowhere"]
@@ -163,13 +164,13 @@ def test_our_decoders_are_known_to_both_arms() -> None:
 
 def test_a_registered_decoder_may_write_its_texts_as_it_likes() -> None:
     """Its name has no colon, and on --resume it was taken for one of ours, whose texts are those of their tokens."""
-    from twotower_eval.measure.harness import known
+    from twotower_eval.measure.harness import jobs
 
     cell = made.make_cell("candidate", DecoderSpec(kind="registered"), WORKLOAD)
     answer = SimpleNamespace(finish="eos", text="as it likes", token_ids=(1,))
     run = SimpleNamespace(generations=[SimpleNamespace(generation=answer, cell=cell.id)])
     job = SimpleNamespace(cell=cell, task=SimpleNamespace(generates=True), model=None)
-    known._check_texts_are_of_tokens(run, [job])  # type: ignore[arg-type, list-item]
+    jobs._check_texts_are_of_tokens(run, [job])  # type: ignore[arg-type, list-item]
 
 
 def test_two_points_of_a_plug_in_never_share_a_name() -> None:
@@ -193,10 +194,10 @@ def test_families_are_called_by_what_they_share() -> None:
 
 def test_profiles_of_two_settings_of_a_plug_in_are_two() -> None:
     """Only steps, threshold and temperature were named, and of two settings of anything else one was lost."""
-    named = {commits._label(DecoderSpec(kind="a.b:C", params={"block_size": 4, "width": width})) for width in (0, 1)}
+    named = {items._label(DecoderSpec(kind="a.b:C", params={"block_size": 4, "width": width})) for width in (0, 1)}
     assert named == {"a.b:C, width 0", "a.b:C, width 1"}
     plain = made.block_diffusion(threshold=0.9)
-    assert commits._label(plain) == "block diffusion, steps 16, threshold 0.9"
+    assert items._label(plain) == "block diffusion, steps 16, threshold 0.9"
 
 
 def test_a_legend_has_fewer_columns_where_names_are_long() -> None:

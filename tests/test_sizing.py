@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from tests.tiny_models import SIZES
 from twotower_eval import cli, plan_fields, store
 from twotower_eval.analyse import report
-from twotower_eval.analyse.compare.measured import measured
+from twotower_eval.analyse.compare.figures import measured
 from twotower_eval.analyse.compare.sizing import SizingRun, fit_layers, round_draws, round_estimate
-from twotower_eval.analyse.report.reproduce import plan_of
+from twotower_eval.analyse.report.provenance import plan_of
 from twotower_eval.engine.models import graphs
 from twotower_eval.engine.models.config import parse_config
 from twotower_eval.engine.models.graphs import use_graphs
@@ -31,15 +31,15 @@ from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.measure import sizing
 from twotower_eval.measure.sizing import card
 from twotower_eval.measure.sizing.card import make_card, measured_layers, refuse_if_too_large
-from twotower_eval.measure.sizing.commits import even_profile, recorded_profiles
+from twotower_eval.measure.sizing.items import even_profile, recorded_profiles
 from twotower_eval.measure.sizing.pairs import build_random_pair
 from twotower_eval.measure.sizing.run import config_file
-from twotower_eval.measure.speed import peak
-from twotower_eval.measure.speed.peak import DevicePeak
+from twotower_eval.measure.speed import conditions
+from twotower_eval.measure.speed.conditions import DevicePeak
 from twotower_eval.plan import SizingPlan, data_path
 from twotower_eval.progress import SilentProgress
 from twotower_eval.records import CommitStep, Estimate, Generation, canonical_json, sha256_text, verb_of
-from twotower_eval.store.publish import close_run
+from twotower_eval.store.journal import close_run
 
 sizing_module = importlib.import_module("twotower_eval.measure.sizing.run")
 RELEASED_NAME = "nemotron-labs-twotower-30b-a3b"
@@ -216,7 +216,7 @@ def test_a_run_without_a_whole_round_says_so_in_its_report(plan, tmp_path, ticks
 
 
 def test_what_does_not_fit_is_refused_after_its_card(plan, tmp_path, ticks, monkeypatch):
-    monkeypatch.setattr(peak, "free_memory", lambda device: (100_000, None))
+    monkeypatch.setattr(conditions, "free_memory", lambda device: (100_000, None))
     notes = []
     progress = SilentProgress()
     monkeypatch.setattr(progress, "note", notes.append)
@@ -289,13 +289,13 @@ def test_memory_that_a_system_does_not_tell_is_bounded_by_what_it_has(monkeypatc
     def missing(self, **_options):
         raise FileNotFoundError(self)
 
-    monkeypatch.setattr(peak.Path, "read_text", missing)
-    num_bytes, reason = peak.free_memory("cpu")
+    monkeypatch.setattr(conditions.Path, "read_text", missing)
+    num_bytes, reason = conditions.free_memory("cpu")
     assert num_bytes is not None
     assert num_bytes >= 1 << 28
     assert "if nothing else" in reason
-    monkeypatch.delattr(peak.os, "sysconf")
-    assert peak.free_memory("cpu") == (None, "the system does not tell how much memory is free")
+    monkeypatch.delattr(conditions.os, "sysconf")
+    assert conditions.free_memory("cpu") == (None, "the system does not tell how much memory is free")
 
 
 def test_a_card_is_read_without_exponents_and_zeros():
@@ -379,7 +379,7 @@ def test_bad_requests_are_one_line(arguments, words, config, tmp_path, capsys):
 
 def test_the_released_size_by_its_name_on_a_small_machine_is_one_line_that_helps(tmp_path, capsys, monkeypatch):
     """Was to be named by a path inside the package. What is proposed is no more than what fits."""
-    monkeypatch.setattr(peak, "free_memory", lambda device: (16 << 30, None))
+    monkeypatch.setattr(conditions, "free_memory", lambda device: (16 << 30, None))
     assert cli.main(["size", RELEASED_NAME, "--out", str(tmp_path / "results")]) == 2
     *card, error = capsys.readouterr().err.splitlines()
     assert card[0].startswith(f"cost card of {RELEASED_NAME}: RANDOM WEIGHTS, 52 of 52 layers")
@@ -633,7 +633,7 @@ def test_a_published_size_has_the_figures_that_it_was_published_with(tmp_path):
 
 
 def test_a_probe_finds_a_device_that_does_something():
-    found = peak.device_peak("cpu", torch.float32)
+    found = conditions.device_peak("cpu", torch.float32)
     assert 1e8 < found.bytes_per_s < 1e13
     assert 1e8 < found.flops_per_s < 1e15
     assert found.free_bytes is None or found.free_bytes > 0

@@ -6,8 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, tiny_config
 
-from twotower_eval.engine.models import sizes
-from twotower_eval.engine.models.sizes import expected_touched
+from twotower_eval.engine.models.config import (
+    Step,
+    expected_touched,
+    key_value_bytes,
+    pair_bytes,
+    state_bytes,
+    step_bytes,
+    step_flops,
+    touched_experts,
+    tower_bytes,
+)
 from twotower_eval.measure.sizing.pairs import build_random_pair, draw, steer, with_layers
 from twotower_eval.records import ROUTINGS
 
@@ -27,13 +36,13 @@ def stored_bytes(pair):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_are_those_of_the_model(name, share_towers, dtype):
     pair = build(name, dtype, share_towers=share_towers)
-    assert sizes.pair_bytes(pair.config, dtype.itemsize, share_towers=share_towers) == stored_bytes(pair)
+    assert pair_bytes(pair.config, dtype.itemsize, share_towers=share_towers) == stored_bytes(pair)
     context = pair.prefill(torch.full((2, 5), 7))
     state = sum(tensor.nbytes for state in context.mamba.values() for tensor in state)
-    assert 2 * sizes.state_bytes(pair.config, dtype.itemsize) == state
+    assert 2 * state_bytes(pair.config, dtype.itemsize) == state
     slots = [*context.buffer.keys.values(), *context.buffer.values.values()]
     per_slot = sum(tensor.nbytes for tensor in slots) / context.buffer.capacity
-    assert 2 * sizes.key_value_bytes(pair.config, dtype.itemsize) == per_slot
+    assert 2 * key_value_bytes(pair.config, dtype.itemsize) == per_slot
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,10 +145,10 @@ def test_bytes_and_arithmetic_of_the_released_size():
 
     file = data_path("tasks", "configs", "nemotron-labs-twotower-30b-a3b.config.json")
     config = parse_config(json.loads(file.read_text()))
-    assert sizes.tower_bytes(config, 2) / 2 == pytest.approx(31.6e9, rel=0.002)
-    assert sizes.pair_bytes(config, 2, share_towers=False) / 2**30 == pytest.approx(118, rel=0.005)
-    step = sizes.Step(part="ar_step", batch_size=1, num_tokens=1, context_tokens=0, routing="independent")
+    assert tower_bytes(config, 2) / 2 == pytest.approx(31.6e9, rel=0.002)
+    assert pair_bytes(config, 2, share_towers=False) / 2**30 == pytest.approx(118, rel=0.005)
+    step = Step(part="ar_step", batch_size=1, num_tokens=1, context_tokens=0, routing="independent")
     embeddings = config.vocab_size * config.hidden_size
-    assert sizes.step_bytes(step, config, 2) / 2 + embeddings == pytest.approx(3.58e9, rel=0.03)
-    assert sizes.touched_experts(step, config) == pytest.approx(6)
-    assert sizes.step_flops(step, config) / 2 + embeddings == pytest.approx(3.58e9, rel=0.04)
+    assert step_bytes(step, config, 2) / 2 + embeddings == pytest.approx(3.58e9, rel=0.03)
+    assert touched_experts(step, config) == pytest.approx(6)
+    assert step_flops(step, config) / 2 + embeddings == pytest.approx(3.58e9, rel=0.04)

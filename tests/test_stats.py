@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.stats.intervals import t_quantile
-from twotower_eval.analyse.words.methods import method_text
+from twotower_eval.analyse.words.facts import method_text
 
 PAPER = {  # FACTS: AR baseline, TwoTower, in percent
     "mmlu": (78.56, 78.24),

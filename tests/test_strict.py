@@ -13,9 +13,8 @@ import report_fixture as made
 import test_store as plain
 
 from twotower_eval import cli, store
-from twotower_eval.json_text import parse_json
 from twotower_eval.records import Check, CostSample, Generation, RunManifest, Score, SpeedSample, to_json
-from twotower_eval.strict import from_json
+from twotower_eval.strict import from_json, parse_json
 
 Change = Callable[[dict[str, Any]], Any]
 

@@ -10,9 +10,9 @@ import lm_eval.tasks
 import pytest
 
 from twotower_eval.measure import suites
-from twotower_eval.measure.suites import files, groups, lm_tasks
+from twotower_eval.measure.suites import groups, lm_tasks
 from twotower_eval.measure.suites.datafiles import prepare
-from twotower_eval.measure.suites.files import SETTINGS, cluster_id, load_suite, read_suite, suite_names
+from twotower_eval.measure.suites.groups import SETTINGS, cluster_id, load_suite, read_suite, suite_names
 
 STOCK = Path(lm_eval.tasks.__file__).parent
 
@@ -277,7 +277,7 @@ def test_clusters_join_languages_and_gsm8k() -> None:
     assert cluster_id("t", "gsm8k_platinum", doc, 4, 4) == "t:4"
     assert cluster_id("race", "race", {"article": "A"}, 0, 0) == cluster_id("race", "race", {"article": "A"}, 1, 1)
     assert cluster_id("t", "own", {"cluster": "passage 3"}, 4, 4) == "passage 3"
-    assert len(set(files.gsm8k_items())) == 250
+    assert len(set(groups.gsm8k_items())) == 250
 
 
 def test_timed_prompts_go_round_the_generation_tasks() -> None:
@@ -365,7 +365,7 @@ def test_a_vote_over_samples_needs_the_samples(own_task: Path) -> None:
 def test_a_suites_metric_must_exist(own_task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (own_task / "own.yaml").write_text(OWN)
     for change, message in (({"metric": "acc"}, "no metric 'acc'"), ({"filter": "strict"}, "no filter 'strict'")):
-        member = files.SuiteTask(name="own", parts={"": "own"}, **change)  # type: ignore[arg-type]
+        member = groups.SuiteTask(name="own", parts={"": "own"}, **change)  # type: ignore[arg-type]
         monkeypatch.setattr("twotower_eval.measure.suites.build.select", lambda names, member=member: [member])
         with pytest.raises(ValueError, match=message):
             suites.resolve_tasks(["own"])
@@ -374,7 +374,7 @@ def test_a_suites_metric_must_exist(own_task: Path, monkeypatch: pytest.MonkeyPa
 def test_languages_become_tasks_of_a_group(data_dir: Path, tmp_path: Path) -> None:
     """MGSM without its eight examples, which the published files do not hold."""
     prepare(data_dir, tmp_path, ["mgsm", "gsm8k"])
-    member = files.SuiteTask(
+    member = groups.SuiteTask(
         name="mgsm", parts={"en": "mgsm_direct_en", "fr": "mgsm_direct_fr"}, filter="flexible-extract"
     )
     monkey = pytest.MonkeyPatch()

@@ -19,11 +19,10 @@ from scripted_llama import beyond, byte_tokenizer, piece_tokenizer, save_random,
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from twotower_eval import store
-from twotower_eval.engine.decoders.finish import cut, is_finished, make_rules
+from twotower_eval.engine.decoders.rows import cut, is_finished, make_rules
 from twotower_eval.engine.models import load_model
-from twotower_eval.engine.models.prompts import stops_of
 from twotower_eval.engine.models.tokenizer import Tokenizer as OurTokenizer
-from twotower_eval.engine.models.tokenizer import load_tokenizer
+from twotower_eval.engine.models.tokenizer import load_tokenizer, stops_of
 from twotower_eval.measure import harness, speed
 from twotower_eval.measure.suites import TimedPrompt
 from twotower_eval.plan import RunPlan, SpeedPlan

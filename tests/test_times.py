@@ -28,8 +28,8 @@ from twotower_eval.records import (
     Verdict,
     to_json,
 )
+from twotower_eval.rules import fault_of, gone_by, time_fault
 from twotower_eval.strict import from_json
-from twotower_eval.times import fault_of, gone_by, time_fault
 
 TASKS = ("miniature_sort",)
 ROUNDS, CALLS = 5, 8

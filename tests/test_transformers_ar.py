@@ -16,8 +16,7 @@ from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.models import load_model
 from twotower_eval.engine.models.counting import WatchedModel
 from twotower_eval.engine.models.proof import prove_up_to
-from twotower_eval.engine.models.transformers_model import ForwardError
-from twotower_eval.engine.models.transformers_tree import keeps_all_keys
+from twotower_eval.engine.models.transformers_model import ForwardError, keeps_all_keys
 from twotower_eval.engine.scorers import make_scorer
 from twotower_eval.engine.scorers.pieces import ScoreRequest
 from twotower_eval.records import Prompt

@@ -14,7 +14,7 @@ from twotower_eval import cli, store
 from twotower_eval.analyse import report
 from twotower_eval.analyse.claims import judge
 from twotower_eval.analyse.claims.files import claims_from
-from twotower_eval.analyse.compare.truncation import truncated
+from twotower_eval.analyse.compare.documents import truncated
 from twotower_eval.measure import harness, speed, suites
 from twotower_eval.plan import RunPlan, SpeedPlan
 

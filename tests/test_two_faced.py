@@ -6,7 +6,7 @@ from tiny_pair import write_pair
 from tests.two_faced import KIND, TELLS, TwoFaced
 from twotower_eval import store
 from twotower_eval.analyse.claims import judge
-from twotower_eval.analyse.claims.joint_gates import apart
+from twotower_eval.analyse.claims.ruling import apart
 from twotower_eval.analyse.compare import Runs
 from twotower_eval.analyse.words import found_text, kind_text
 from twotower_eval.measure import harness, speed, suites

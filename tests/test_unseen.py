@@ -17,13 +17,13 @@ from twotower_eval import store
 from twotower_eval.analyse.claims import judge
 from twotower_eval.analyse.claims.text import unchecked_text
 from twotower_eval.analyse.compare import Runs, SpeedPoint
+from twotower_eval.analyse.compare.figures import Measured
 from twotower_eval.analyse.compare.gate_facts import Probes
-from twotower_eval.analyse.compare.measured import Measured
 from twotower_eval.analyse.compare.timing import speed_points
 from twotower_eval.analyse.compare.unseen import Memory, Unseen
 from twotower_eval.analyse.words import fact_text, found_text
 from twotower_eval.measure import harness, speed, suites
-from twotower_eval.measure.speed.unseen import NewPrompts, is_made_up, joined, turned
+from twotower_eval.measure.speed.probes import NewPrompts, is_made_up, joined, turned
 from twotower_eval.measure.speed.workloads import make_calls
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import Claim, Estimate, OperatingPoint, Passes, SpeedSample, Verdict

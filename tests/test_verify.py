@@ -16,7 +16,10 @@ from tiny_pair import write_pair
 from twotower_eval import cli, store
 from twotower_eval.api.runs import check_lines
 from twotower_eval.engine.models import load_model
-from twotower_eval.measure.verify import batches, decoding, numerics, verify
+from twotower_eval.measure.verify import checks as batches
+from twotower_eval.measure.verify import checks as numerics
+from twotower_eval.measure.verify import verify
+from twotower_eval.measure.verify.checks import block_sample, mock_ar_agreement
 from twotower_eval.measure.verify.golden import golden_findings, load_golden
 from twotower_eval.measure.verify.run import make_prompts
 from twotower_eval.plan import VerifyPlan, data_path
@@ -111,7 +114,7 @@ def test_logits_that_are_not_finite_fail() -> None:
     assert numerics.finite_logits(tiny_pair(), PROMPTS).outcome == "passed"
     found = numerics.finite_logits(Faulty(tiny_pair(), denoise=spoil), PROMPTS)
     assert (found.outcome, found.value) == ("failed", 3 * 4 * numerics.BLOCK_SIZE)
-    assert decoding.mock_ar_agreement(Faulty(tiny_pair(), denoise=spoil), PROMPTS).outcome == "failed"
+    assert mock_ar_agreement(Faulty(tiny_pair(), denoise=spoil), PROMPTS).outcome == "failed"
 
 
 def test_a_context_that_forgets_between_blocks_fails() -> None:
@@ -216,7 +219,7 @@ def _generation(model: Any, prompt: Prompt) -> Generation:
 def test_a_pair_that_gains_nothing_fails(tmp_path: Path) -> None:
     """Random weights are never sure: one token a pass, the price of two towers for the pace of one."""
     model = load_model(write_pair(tmp_path / "pair"))
-    sample, forced = decoding.block_sample(model, make_prompts(model, 0))
+    sample, forced = block_sample(model, make_prompts(model, 0))
     assert sample.outcome == "failed"
     assert sample.value is not None
     assert sample.value <= 1

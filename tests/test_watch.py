@@ -21,8 +21,7 @@ from twotower_eval.analyse.words import found_text
 from twotower_eval.engine.decoders.autoregressive import Autoregressive
 from twotower_eval.engine.decoders.reported import Asked, ReportError, check_answer, finished
 from twotower_eval.engine.models import load_model
-from twotower_eval.engine.models.counting import WatchedModel, noted_in_place
-from twotower_eval.engine.models.strays import Strays
+from twotower_eval.engine.models.counting import Strays, WatchedModel, noted_in_place
 from twotower_eval.measure import harness, speed, suites
 from twotower_eval.measure.speed.clock import CallClock, Devices, UntimedTokenizer
 from twotower_eval.plan import RunPlan, SpeedPlan

@@ -21,7 +21,7 @@ from twotower_eval.analyse.compare.quality import quality_points
 from twotower_eval.analyse.compare.wholes import WholeScore, current_scores, one_whole
 from twotower_eval.cli import main
 from twotower_eval.measure import suites
-from twotower_eval.measure.harness.known import KnownScores
+from twotower_eval.measure.harness.jobs import KnownScores
 from twotower_eval.measure.harness.scoring import aggregate_rows, score_rows
 from twotower_eval.measure.suites import lm_tasks
 from twotower_eval.records import Claim, Likelihood, LikelihoodRow, OperatingPoint, Score, Workload
@@ -91,7 +91,7 @@ def _tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own_tasks.write_tasks(tmp_path, CONFIGS, rows, CODE)
     own_tasks.use_tasks(monkeypatch, tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("twotower_eval.measure.harness.aggregates.NUM_REPLICATES", 200)
+    monkeypatch.setattr("twotower_eval.measure.harness.scoring.NUM_REPLICATES", 200)
 
 
 def model(seed: int) -> Callable[[Instance], Any]:

@@ -22,8 +22,8 @@ from twotower_eval.analyse.compare.witness import ArmWitnessed, scored_witness_g
 from twotower_eval.analyse.words import found_text
 from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.models import load_model
+from twotower_eval.engine.models.context import Segment
 from twotower_eval.engine.models.counting import WatchedModel, noted_in_place
-from twotower_eval.engine.models.token_tree import Segment
 from twotower_eval.engine.models.witness import LIKELIEST, MOST_TOKENS, Tally, Witness
 from twotower_eval.measure import harness, speed, suites
 from twotower_eval.measure.harness.adapter import HarnessLM

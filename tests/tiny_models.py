@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twotower_eval.engine.models.checkpoint import build
 from twotower_eval.engine.models.config import NemotronHConfig, parse_config
-from twotower_eval.engine.models.initial import initialise
+from twotower_eval.engine.models.nemotron_h import initialise
 from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.records import Checkpoint
 

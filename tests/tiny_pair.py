@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from twotower_eval.engine.models.checkpoint import build, pair_slots
 from twotower_eval.engine.models.config import parse_config
 from twotower_eval.engine.models.twotower import TwoTower
-from twotower_eval.miniature.tokenizer import EOS_ID, MASK_ID, write_tokenizer
+from twotower_eval.miniature.export import EOS_ID, MASK_ID, write_tokenizer
 
 CONFIG = {
     "model_type": "nemotron_h",

@@ -6,8 +6,7 @@ from typing import Any, Literal
 import torch
 
 from tests import example_decoder
-from twotower_eval.engine.decoders.finish import generation, is_finished
-from twotower_eval.engine.decoders.rows import padded_ids
+from twotower_eval.engine.decoders.rows import generation, is_finished, padded_ids
 from twotower_eval.engine.models.counting import CountingModel
 
 

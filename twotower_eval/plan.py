@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal, TypeVar
 from twotower_eval.decoder_settings import SHORTHANDS, check_said_once, settings_from
 from twotower_eval.decoder_settings import cross_decoders as cross_decoders
 from twotower_eval.errors import UserError
-from twotower_eval.json_text import JsonObject, check_whole_numbers, decode_utf8
 from twotower_eval.names import did_you_mean
 from twotower_eval.plan_fields import (
     AllSteps,
@@ -43,6 +42,7 @@ from twotower_eval.plan_fields import (
     check_fields,
 )
 from twotower_eval.records import LEFT_OUT, LikelihoodKind, sizing_config
+from twotower_eval.strict import JsonObject, check_whole_numbers, decode_utf8
 
 CONTEXT_TOWER = "context-tower"
 SHIPPED = "miniature"  # the pair that is part of the package

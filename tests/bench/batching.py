@@ -16,7 +16,7 @@ from bench.measure import interleave, ratios, spread
 from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.models import load_model
 from twotower_eval.engine.models.counting import WatchedModel
-from twotower_eval.engine.models.prompts import prompt_ids
+from twotower_eval.engine.models.tokenizer import prompt_ids
 from twotower_eval.measure.suites import build_requests, resolve_tasks
 from twotower_eval.plan import data_path
 from twotower_eval.records import Generation, Prompt

@@ -21,7 +21,7 @@ import report_fixture as made
 import bench
 from twotower_eval import store
 from twotower_eval.records import Cell, Generation, GenerationRow, Score, Workload, sha256_text, to_json
-from twotower_eval.store.publish import close_run
+from twotower_eval.store.journal import close_run
 
 NUM_ROWS, FULL_ROWS = 20_000, 1_000_000
 TASKS = ("sums", "sorting")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from twotower_eval.engine.models.autoregressive import ContextTower
 from twotower_eval.engine.models.checkpoint import SINGLE_FILE, build, pair_slots
 from twotower_eval.engine.models.config import parse_config
-from twotower_eval.engine.models.initial import initialise
+from twotower_eval.engine.models.nemotron_h import initialise
 from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.records import Checkpoint
 

@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from twotower_eval import store
-from twotower_eval.analyse.claims import joint_gates
+from twotower_eval.analyse.claims import ruling
 from twotower_eval.analyse.compare import Measured, QualityPoint, Runs, SpeedPoint
-from twotower_eval.analyse.compare.naming import checkpoint_name
-from twotower_eval.analyse.compare.numbers import PERCENT, TIMES, Unit, interval
+from twotower_eval.analyse.compare.figures import PERCENT, TIMES, Unit, interval
+from twotower_eval.analyse.compare.points import checkpoint_name
 from twotower_eval.analyse.words import gate_text, kind_text
 from twotower_eval.records import Cell, Estimate, Gate
 
@@ -156,7 +156,7 @@ def _compared(runs: Runs, quality: QualityPoint | None, speed: SpeedPoint | None
         speedup=found["speedup"].estimate,
         throughput_speedup=found["throughput_speedup"].estimate,
         reasons={name: one.reason or "" for name, one in found.items() if one.estimate is None},
-        apart=tuple(joint_gates.apart(runs, quality, speed)) if quality and speed else (),
+        apart=tuple(ruling.apart(runs, quality, speed)) if quality and speed else (),
         quality=quality,
         speed=speed,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from twotower_eval import store
-from twotower_eval.api.documents import Text, known_texts
+from twotower_eval.api.frames import Text, known_texts
 from twotower_eval.records import Check, RunManifest, verb_of
 
 if TYPE_CHECKING:

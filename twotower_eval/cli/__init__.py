@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from twotower_eval.cli import calibrate, claims, data, report, run, size, speed, train, verify
+from twotower_eval.cli import analyse, measure, prepare
 from twotower_eval.cli.options import listing
 from twotower_eval.cli.runs import EXIT_INTERRUPTED
 from twotower_eval.errors import UserError
@@ -31,21 +31,23 @@ app = typer.Typer(
 app.command(
     cls=listing("model family", "decoder"),
     help="Score baseline and candidate on the same documents; --resume makes what a stopped run lacks.",
-)(run.run)
+)(measure.run)
 app.command(
     cls=listing("model family", "decoder"),
     help="Time baseline and candidate in interleaved rounds; timed answers are scored afterwards.",
-)(speed.speed)
-app.command(help="Measure what a size of model costs per step, on random weights: no checkpoint is needed.")(size.size)
+)(measure.speed)
+app.command(help="Measure what a size of model costs per step, on random weights: no checkpoint is needed.")(
+    measure.size
+)
 app.command(
     cls=listing("model family"), help="Check a checkpoint, its kernels and its decoding before anything is measured."
-)(verify.verify)
+)(measure.verify)
 app.command(
     cls=listing("report section"),
     help="Write a report with tables and plots from run folders; needs neither torch nor a GPU.",
-)(report.report)
+)(analyse.report)
 app.command(help="Simulate worlds with known truth: how often intervals cover it and verdicts are wrong.")(
-    calibrate.calibrate
+    analyse.calibrate
 )
 
 claims_app = typer.Typer(help="Judge claims that were written before measuring.", rich_markup_mode=None)
@@ -54,20 +56,22 @@ claims_app.command(
     "first in the order refuted, invalid, inconclusive, not measured, supported. A speedup of fewer than 5 launches is "
     "supported in these launches (0; with --strict 4). Every run of a claim's point is a look, also those that lie "
     "beside the given ones; looks beyond the declared ones are judged more strictly."
-)(claims.check)
+)(analyse.check)
 claims_app.command(help="Recompute published numbers from one another; exit code 3 if a stated one does not follow.")(
-    claims.audit
+    analyse.audit
 )
 app.add_typer(claims_app, name="claims")
 
 train_app = typer.Typer(help="Train the models that the project ships.", rich_markup_mode=None)
 train_app.command(help="Train the miniature pair from nothing; the same command resumes a training that was stopped.")(
-    train.miniature
+    prepare.miniature
 )
 app.add_typer(train_app, name="train")
 
 data_app = typer.Typer(help="Make benchmark files ready for use.", rich_markup_mode=None)
-data_app.command(help="Make DIR/TASK/SPLIT.jsonl for --data-dir from the files that benchmarks publish.")(data.prepare)
+data_app.command(help="Make DIR/TASK/SPLIT.jsonl for --data-dir from the files that benchmarks publish.")(
+    prepare.prepare
+)
 app.add_typer(data_app, name="data")
 
 

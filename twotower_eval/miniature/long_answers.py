@@ -9,15 +9,18 @@ from collections.abc import Callable
 from random import Random
 
 from twotower_eval.miniature.corpus import (
+    COLOURS,
     CONSONANTS,
     EVAL_SEED,
+    FORMS,
+    NAMES,
+    PLURAL_OF_THING,
     STRING_OPERATIONS,
     VOWELS,
     Corpus,
     Document,
     keeps,
 )
-from twotower_eval.miniature.english import COLOURS, FORMS, NAMES, PLURAL_OF_THING
 
 LONGEST = 150  # characters of an answer; the shortest have 60
 HELD_OUT, FIRST_WATCHED = 1200, 1000

@@ -28,19 +28,18 @@ from torch import Tensor, nn
 
 from twotower_eval.engine.models import check_device
 from twotower_eval.engine.models.config import parse_config
-from twotower_eval.engine.models.initial import initialise
-from twotower_eval.engine.models.nemotron_h import MixtureOfExperts
+from twotower_eval.engine.models.nemotron_h import MixtureOfExperts, initialise
 from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.engine.ops import moe
 from twotower_eval.errors import UserError
-from twotower_eval.json_text import JsonObject
-from twotower_eval.miniature.batches import Batch, training_batches
 from twotower_eval.miniature.blocks import (
+    Batch,
     autoregressive_loss,
     chained_loss,
     draw_noise,
     run_clean,
     teacher_probabilities,
+    training_batches,
 )
 from twotower_eval.miniature.corpus import SHORT, Corpus
 from twotower_eval.miniature.evaluate import context_point, learning_point, with_greedy_answers
@@ -56,7 +55,8 @@ from twotower_eval.miniature.stages import (
     save_state,
     stage_names,
 )
-from twotower_eval.store.publish import TRAINING_LOG
+from twotower_eval.store.journal import TRAINING_LOG
+from twotower_eval.strict import JsonObject
 
 SAVE_EVERY_S = 180.0
 LOG_EVERY_STEPS = 20

@@ -1,8 +1,15 @@
 """Run folders: the only place where the two halves of the house meet."""
 
-from twotower_eval.store.publish import MANIFEST, TRAINING_LOG
+from twotower_eval.store.journal import MANIFEST, TRAINING_LOG
+from twotower_eval.store.resume import (
+    RunWriter,
+    check_comparable,
+    check_unedited,
+    create,
+    new_run_id,
+    resume,
+)
 from twotower_eval.store.run import EVENTS, FILES, JOURNALS, Row, Run, find_runs, load, no_collection, read_manifest
-from twotower_eval.store.writer import RunWriter, check_comparable, check_unedited, create, new_run_id, resume
 
 __all__ = [
     "EVENTS",

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from twotower_eval.errors import UserError
-from twotower_eval.json_text import decode_utf8, parse_json
 from twotower_eval.records import (
     SCHEMA_VERSION,
     Aggregate,
@@ -34,11 +33,13 @@ from twotower_eval.records import (
     verb_of,
 )
 from twotower_eval.store.journal import (
+    MANIFEST,
+    TRAINING_LOG,
+    agrees_with_closing,
     read_lines,
     read_objects,
 )
-from twotower_eval.store.publish import MANIFEST, TRAINING_LOG, agrees_with_closing
-from twotower_eval.strict import from_json, line_reader
+from twotower_eval.strict import decode_utf8, from_json, line_reader, parse_json
 
 EVENTS = "events.jsonl"
 

@@ -11,9 +11,14 @@ from pathlib import Path
 
 from twotower_eval.analyse.calibration.look_worlds import calibrate_looks, look_worlds
 from twotower_eval.analyse.calibration.quality_worlds import fresh_quality_worlds, quality_worlds
-from twotower_eval.analyse.calibration.serial_worlds import fresh_serial_worlds, serial_worlds
 from twotower_eval.analyse.calibration.simulate import calibrate_null, calibrate_quality, calibrate_speed
-from twotower_eval.analyse.calibration.speed_worlds import fresh_speed_worlds, null_worlds, speed_worlds
+from twotower_eval.analyse.calibration.speed_worlds import (
+    fresh_serial_worlds,
+    fresh_speed_worlds,
+    null_worlds,
+    serial_worlds,
+    speed_worlds,
+)
 from twotower_eval.analyse.calibration.tables import as_csv, as_markdown, rows
 from twotower_eval.analyse.calibration.tail_worlds import family_worlds, fresh_tail_worlds, tail_worlds
 from twotower_eval.errors import UserError

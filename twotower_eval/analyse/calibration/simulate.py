@@ -16,7 +16,7 @@ import numpy as np
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.calibration.quality_worlds import QualityWorld
 from twotower_eval.analyse.calibration.speed_worlds import SpeedWorld
-from twotower_eval.analyse.stats.nulls import half_width, off_nulls, widest_null
+from twotower_eval.analyse.stats.decide import half_width, off_nulls, widest_null
 from twotower_eval.errors import NoEstimate
 from twotower_eval.progress import Advance
 from twotower_eval.records import Estimate, sha256_text

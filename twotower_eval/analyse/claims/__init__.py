@@ -4,9 +4,10 @@
 order, ``judge`` makes verdicts, ``audit`` checks published numbers alone. Needs neither torch nor lm-eval.
 """
 
-from twotower_eval.analyse.claims.audit import Finding, audit, audit_code
+from twotower_eval.analyse.claims.audit import audit, audit_code
 from twotower_eval.analyse.claims.files import ClaimFile, load_claims, select
 from twotower_eval.analyse.claims.judge import EXIT_CODES, exit_code, judge
+from twotower_eval.analyse.claims.recomputed import Finding
 from twotower_eval.analyse.claims.text import audit_lines, strict_line, verdict_lines
 
 __all__ = [

@@ -10,11 +10,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from twotower_eval.analyse import stats
-from twotower_eval.analyse.claims.published import Published, PublishedSpeedup, PublishedTask
+from twotower_eval.analyse.claims.published import Published, PublishedSpeedup, PublishedTask, Stated
 from twotower_eval.analyse.claims.recomputed import Finding as Finding
 from twotower_eval.analyse.claims.recomputed import aggregates, of_kinds, retention, span_text, speedups
-from twotower_eval.analyse.claims.stated import Stated
-from twotower_eval.analyse.compare.numbers import TIMES
+from twotower_eval.analyse.compare.figures import TIMES
 from twotower_eval.errors import UserError
 
 EXIT_CONTRADICTED = 3

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Literal, cast
 
 from twotower_eval.analyse.claims.published import Published, published_from
-from twotower_eval.analyse.claims.reading import at_least, tables, texts, value_of, within
 from twotower_eval.analyse.claims.terms import SPEED_QUANTITIES as SPEED_QUANTITIES
-from twotower_eval.analyse.claims.terms import check_limits, check_margin
+from twotower_eval.analyse.claims.terms import at_least, check_limits, check_margin, tables, texts, value_of, within
 from twotower_eval.errors import UserError
-from twotower_eval.json_text import JsonObject
 from twotower_eval.names import did_you_mean
 from twotower_eval.plan import data_path, read_toml
 from twotower_eval.records import Averaging, Claim, DecoderSpec, GateLimits, OperatingPoint, Quantity, Relation
+from twotower_eval.strict import JsonObject
 
 QUANTITIES, RELATIONS, AVERAGINGS = (typing.get_args(kind) for kind in (Quantity, Relation, Averaging))
 RETENTIONS = ("retention", "decoder_exercised_retention")

@@ -13,35 +13,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from twotower_eval.analyse import stats
-from twotower_eval.analyse.claims import joint_gates
-from twotower_eval.analyse.claims.estimates import (
-    at_stake,
-    is_equal_by_construction,
-    kept_at,
-    kept_of,
-    quality_estimate,
-    speed_readings,
-    standings,
-)
-from twotower_eval.analyse.claims.files import SPEED_QUANTITIES, select
-from twotower_eval.analyse.claims.looks import Looks, looks_at_quality, looks_at_speed
+from twotower_eval.analyse.claims import ruling
+from twotower_eval.analyse.claims.files import select
+from twotower_eval.analyse.claims.looks import Looks, looks_at_quality, looks_at_speed, missing, missing_quality
 from twotower_eval.analyse.claims.match import (
     Evidence,
+    at_stake,
     differing_at,
     gather,
     has_subject,
+    is_equal_by_construction,
+    kept_at,
+    kept_of,
     measured_points,
     own_score,
     quality_at,
+    quality_estimate,
     same_point,
     speed_at,
+    speed_readings,
+    standings,
 )
-from twotower_eval.analyse.claims.missing import missing, missing_quality
 from twotower_eval.analyse.claims.ruling import DECIDED, Amount, doubt, outcome_of, ruled, timed_amount
+from twotower_eval.analyse.claims.terms import SPEED_QUANTITIES
 from twotower_eval.analyse.compare import Measured, QualityPoint, SpeedPoint, gates
-from twotower_eval.analyse.compare.measured import measured
+from twotower_eval.analyse.compare.figures import measured
+from twotower_eval.analyse.compare.gates import speed_gates
 from twotower_eval.analyse.compare.same import same_prompts_gates
-from twotower_eval.analyse.compare.speed_gates import speed_gates
 from twotower_eval.analyse.compare.witness import scored_witness_gates
 from twotower_eval.analyse.words import gate_text
 from twotower_eval.records import Claim, Gate, Outcome, Verdict, VerdictScope
@@ -277,11 +275,11 @@ def _joined(claim: Claim, parts: Sequence[_Judged], evidence: Evidence) -> _Judg
     """All parts at one point: SUPPORTED only if each is, and if they are of one thing."""
     verdicts = [part.verdict for part in parts]
     measured_parts = [(part.claim, part.point) for part in parts if part.point is not None]
-    between = joint_gates.between(claim, evidence.runs, measured_parts)
+    between = ruling.between(claim, evidence.runs, measured_parts)
     named = {gate.kind for gate in between}
-    outcome = first_outcome([*(verdict.outcome for verdict in verdicts), *joint_gates.outcomes(between)])
+    outcome = first_outcome([*(verdict.outcome for verdict in verdicts), *ruling.outcomes(between)])
     reasons = [f"{verdict.claim} {said(verdict)}" for verdict in verdicts]
-    reasons += [gate_text(gate) for gate in between if joint_gates.outcomes([gate])]
+    reasons += [gate_text(gate) for gate in between if ruling.outcomes([gate])]
     own = (gate for one in verdicts for gate in one.gates if gate.outcome != "passed" and gate.kind not in named)
     verdict = Verdict(
         claim=claim.name,

@@ -24,8 +24,12 @@ from twotower_eval.analyse.claims.published import (
     PublishedRate,
     PublishedSpeedup,
     PublishedTask,
+    Span,
+    Stated,
+    difference,
+    ratio,
+    total,
 )
-from twotower_eval.analyse.claims.stated import Span, Stated, difference, ratio, total
 
 Kind = Literal["CONFIRMS", "FITS", "CONTRADICTS", "REMARK"]
 Weights = Sequence[int]

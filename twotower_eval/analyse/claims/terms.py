@@ -1,8 +1,4 @@
-"""A claim's terms: what it claims in words, with its margin and its own limits, and how far these may go.
-
-A margin may hide no more than what a reader would shrug at, and a limit may be loosened, not done away with: what lies
-outside is refused where the file is read. What lies inside and is not the shipped value stands in every verdict.
-"""
+"""A claim's terms out of TOML tables: what it claims in words, with its margin and its own limits. Errors say where."""
 
 from __future__ import annotations
 
@@ -11,11 +7,70 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Any, TypeVar, overload
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.consistent_rows import SHARES
 from twotower_eval.errors import UserError
+from twotower_eval.names import did_you_mean
 from twotower_eval.records import Claim, GateLimits, Quantity
+from twotower_eval.strict import JsonObject, check_value
+
+T = TypeVar("T")
+U = TypeVar("U")
+_NEEDED = object()
+
+
+def within(where: str, table: object, known: Iterable[str]) -> JsonObject:
+    """The table. UserError for what is no table, and for a key that is not known, with a near-miss hint."""
+    if not isinstance(table, Mapping):
+        raise UserError(f"{where} must be a table")
+    names = list(known)
+    for key in table:
+        if key not in names:
+            raise UserError(f"{where}: unknown key {key!r}{did_you_mean(key, names)}")
+    return table
+
+
+@overload
+def value_of(where: str, table: JsonObject, key: str, kind: type[T]) -> T: ...
+@overload
+def value_of(where: str, table: JsonObject, key: str, kind: type[T], default: U) -> T | U: ...
+def value_of(where: str, table: JsonObject, key: str, kind: type[T], default: object = _NEEDED) -> object:
+    """The value of a key, of the type asked for; a whole number is a number, a truth value is neither."""
+    if key not in table:
+        if default is _NEEDED:
+            raise UserError(f"{where}: {key} is missing")
+        return default
+    try:
+        return check_value(key, kind, table[key])
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def tables(where: str, table: JsonObject, key: str) -> list[JsonObject]:
+    """The tables of a ``[[key]]``, none without the key."""
+    found: list[Any] = value_of(where, table, key, list, [])
+    if not all(isinstance(item, Mapping) for item in found):
+        raise UserError(f"{where}: {key} must be a list of tables, as [[{key}]] makes them")
+    return list(found)
+
+
+def at_least(where: str, least: int, record: object, *names: str) -> None:
+    """UserError for a number of a record below ``least``; ``None`` is none."""
+    for name in names:
+        value = getattr(record, name)
+        if value is not None and value < least:
+            raise UserError(f"{where}: {name} must be {least} or more, not {value:g}")
+
+
+def texts(where: str, table: JsonObject, key: str) -> tuple[str, ...]:
+    """A list of different texts, empty without the key."""
+    found: list[Any] = value_of(where, table, key, list, [])
+    if not all(isinstance(item, str) for item in found) or len(set(found)) != len(found):
+        raise UserError(f"{where}: {key} must be a list of different texts")
+    return tuple(found)
+
 
 RELATIONS = {"at_least": "at least", "at_most": "at most", "equal": "equal to"}
 QUANTITIES: Mapping[Quantity, str] = {

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from math import isclose
 
 from twotower_eval.analyse import stats
-from twotower_eval.analyse.claims.audit import Finding
 from twotower_eval.analyse.claims.judge import EXIT_CODES, said
-from twotower_eval.analyse.claims.reasons import look_text, unit_of
+from twotower_eval.analyse.claims.recomputed import Finding
+from twotower_eval.analyse.claims.ruling import look_text, unit_of
 from twotower_eval.analyse.claims.terms import terms_text
+from twotower_eval.analyse.compare.figures import high_retention_text, interval
 from twotower_eval.analyse.compare.gates import SAID_WITH_SPEED
-from twotower_eval.analyse.compare.numbers import high_retention_text, interval
 from twotower_eval.analyse.words import found_text, kind_text
 from twotower_eval.records import MIN_LAUNCH_ROUNDS, Claim, Estimate, Verdict
 

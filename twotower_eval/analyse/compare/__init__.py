@@ -3,15 +3,14 @@
 Claims judge it and reports show it; neither computes it again. Needs neither torch nor lm-eval.
 """
 
-from twotower_eval.analyse.compare.clean import CleanQuality, CleanSpeed, Flagged
+from twotower_eval.analyse.compare.clean import CleanQuality, CleanSpeed, Flagged, Flags
 from twotower_eval.analyse.compare.costs import Costs
-from twotower_eval.analyse.compare.degenerate import Flags
-from twotower_eval.analyse.compare.measured import ArmsDifferError
-from twotower_eval.analyse.compare.pareto import Panel, TradeOff
-from twotower_eval.analyse.compare.points import Measured, PointKey, QualityPoint, TaskQuality
+from twotower_eval.analyse.compare.documents import Sample
+from twotower_eval.analyse.compare.figures import ArmsDifferError, Measured
+from twotower_eval.analyse.compare.points import PointKey, QualityPoint, TaskQuality
 from twotower_eval.analyse.compare.runs import Runs
-from twotower_eval.analyse.compare.samples import Sample
 from twotower_eval.analyse.compare.timing import SpeedPoint
+from twotower_eval.analyse.compare.tradeoff import Panel, TradeOff
 
 __all__ = [
     "ArmsDifferError",

@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from twotower_eval.analyse.compare.clean import paired_difference
-from twotower_eval.analyse.compare.measured import Measured, measured
-from twotower_eval.analyse.compare.once import once
+from twotower_eval.analyse.compare.figures import Measured, measured, once
 from twotower_eval.analyse.compare.points import QualityPoint, cells_of
 from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.records import (

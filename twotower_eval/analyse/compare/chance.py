@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from twotower_eval.analyse import stats
-from twotower_eval.analyse.compare.measured import Measured, measured
-from twotower_eval.analyse.compare.numbers import PERCENT
+from twotower_eval.analyse.compare.figures import PERCENT, Measured, measured
 from twotower_eval.records import Score
 from twotower_eval.store import Run
 

@@ -9,7 +9,7 @@ from operator import attrgetter
 from typing import Any
 
 from twotower_eval.analyse.compare.contradiction import Check, ContradictionKind, Place, Side
-from twotower_eval.analyse.compare.once import once
+from twotower_eval.analyse.compare.figures import once
 from twotower_eval.records import (
     GENERATION_COUNTS,
     MEAN,

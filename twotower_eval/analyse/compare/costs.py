@@ -12,8 +12,7 @@ from functools import partial
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.calls import Lane
-from twotower_eval.analyse.compare.measured import Measured, measured
-from twotower_eval.analyse.compare.once import once
+from twotower_eval.analyse.compare.figures import Measured, measured, once
 from twotower_eval.analyse.compare.residual import Residual, Round, by_round, fastest_of_calls, residual, unknown
 from twotower_eval.errors import NoEstimate
 from twotower_eval.records import Arm, Cell, CostPart, CostSample, DecoderSpec, Estimate, Passes, SpeedSample

@@ -7,17 +7,15 @@ from typing import Literal
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.answers import Agreement, OtherLength
-from twotower_eval.analyse.compare.best import Best
-from twotower_eval.analyse.compare.busy import Busy, BusyFault
 from twotower_eval.analyse.compare.contradiction import Contradiction
-from twotower_eval.analyse.compare.measured import Measured
-from twotower_eval.analyse.compare.nulls import NullFault
+from twotower_eval.analyse.compare.documents import Truncated
+from twotower_eval.analyse.compare.fairness import Busy, BusyFault, NullFault, TimedTasks, Unlike
+from twotower_eval.analyse.compare.figures import Measured
 from twotower_eval.analyse.compare.residual import ResidualFault
-from twotower_eval.analyse.compare.truncation import Truncated
-from twotower_eval.analyse.compare.unlike import TimedTasks, Unlike
+from twotower_eval.analyse.compare.timing import Best
 from twotower_eval.analyse.compare.unseen import Unseen
 from twotower_eval.records import Arm, Estimate, Fact, TimeFault
-from twotower_eval.ways import Handicap
+from twotower_eval.rules import Handicap
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,20 +1,19 @@
-"""What has to be in order before evidence may speak. A failed gate makes a claim INVALID.
-
-A gate that could not be checked is said: in the verdict itself for those in ``SAID_WITH_SPEED``. Where a speedup would
-lean on it, it keeps the claim from SUPPORTED: see ``NEEDED_FOR_SPEED``. Loops, padding and early ends are the fastest
-outputs there are, so a speedup always answers for the outputs that it was timed on.
+"""What has to be in order before evidence may speak. A failed gate makes a claim INVALID, and a report marks by the
+very same gates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from twotower_eval.analyse import stats
-from twotower_eval.analyse.compare import nulls
-from twotower_eval.analyse.compare.busy import busy_faults, busy_of
+from twotower_eval.analyse.compare import fairness
 from twotower_eval.analyse.compare.clean import Flagged
-from twotower_eval.analyse.compare.contradiction import Contradiction
-from twotower_eval.analyse.compare.gaps import tells_digests
+from twotower_eval.analyse.compare.contradiction import Contradiction, tells_digests
+from twotower_eval.analyse.compare.documents import truncated_at
+from twotower_eval.analyse.compare.fairness import busy_faults, busy_of, caution
+from twotower_eval.analyse.compare.figures import Measured, measured
 from twotower_eval.analyse.compare.gate_facts import (
     AboveChance,
     AllScored,
@@ -35,13 +34,12 @@ from twotower_eval.analyse.compare.gate_facts import (
     Verified,
     WholePrompts,
 )
-from twotower_eval.analyse.compare.measured import Measured, measured
 from twotower_eval.analyse.compare.points import MissingScore, OtherScore, QualityPoint
 from twotower_eval.analyse.compare.residual import faults, is_held_up
-from twotower_eval.analyse.compare.same import run_ids_of
+from twotower_eval.analyse.compare.same import answer_gates, run_ids_of
 from twotower_eval.analyse.compare.timing import SpeedPoint
-from twotower_eval.analyse.compare.truncation import truncated_at
 from twotower_eval.analyse.compare.wholes import WholeScore
+from twotower_eval.analyse.compare.witness import likeness, likeness_warning, witness_gates
 from twotower_eval.analyse.stats.decide import DECISION_LEVEL
 from twotower_eval.records import CheckOutcome, Estimate, Gate, GateKind, GateLimits
 from twotower_eval.store import Run
@@ -198,7 +196,7 @@ def null_gate(
     point: SpeedPoint, others: Iterable[SpeedPoint], judged: Estimate | None, claimed: float | None, limits: GateLimits
 ) -> Gate:
     """PROTOCOL "Speed" 5: the baseline timed against itself is 1, and narrowly. A null that is missing fails."""
-    found = nulls.fault(point, others, judged, limits, claimed)
+    found = fairness.fault(point, others, judged, limits, claimed)
     facts = Null(null=point.null.estimate, fault=found)
     return Gate(kind="aa_null", outcome="failed" if found else "passed", facts=facts, evidence=point.run_ids)
 
@@ -306,3 +304,72 @@ def exercised_retention(point: QualityPoint) -> Measured:
     weights_K, draws = table.weights_K(names), stats.draw_task_means(table)
     rule = stats.retention_above_chance if _can_be_guessed(point) else stats.retention
     return measured(lambda: rule(table, draws, weights_K, level=DECISION_LEVEL))
+
+
+Contradictions = Mapping[str, Sequence[Contradiction]]  # by run id
+
+
+def speed_gates(
+    point: SpeedPoint,
+    runs: Sequence[Run],
+    limits: GateLimits,
+    *,
+    quality: Sequence[QualityPoint],
+    speed: Sequence[SpeedPoint],
+    contradictions: Contradictions,
+    judged: Estimate | None = None,
+    claimed: float | None = None,
+) -> tuple[Gate, ...]:
+    """All gates of a timed point, by these limits.
+
+    ``quality`` and ``speed`` are all points of the runs: what was measured at the same point, and whose nulls are
+    corrected for together. ``judged`` is the speedup that the null is held against and ``claimed`` what is claimed of
+    it; without them the null is held against its own limits alone.
+    """
+    own = [one for one in quality if one.key == point.key]
+    found = [*_gates(point, runs, own, limits)]
+    if point.time.estimate is not None:
+        found.append(null_gate(point, speed, judged, claimed, limits))
+    run_ids = dict.fromkeys([*point.run_ids, *(run_id for gate in found for run_id in gate.evidence)])
+    return (files_agree_gate(contradictions, [*run_ids], runs), *found)
+
+
+def _gates(point: SpeedPoint, runs: Sequence[Run], own: Sequence[QualityPoint], limits: GateLimits) -> Iterator[Gate]:
+    """Those that hang on nothing that is claimed."""
+    yield complete_gate(point)
+    yield same_inputs_gate({}, point.run_ids)
+    yield whole_prompts_gate(runs, point, point.run_ids)
+    yield from answer_gates(runs, own, point, limits)
+    if point.handicaps:
+        yield fastest_way_gate(point)
+    yield busy_gate(runs, point, limits)
+    if (beside := own_generate_gate(point, limits)) is not None:
+        yield beside
+    if point.faults:
+        yield times_gate(point, limits)
+    yield probes_gate(point, limits)
+    yield from witness_gates(runs, point, limits)
+    yield residual_gate(point, limits)
+    if (lag := baseline_lag_gate(point, limits)) is not None:
+        yield lag
+    yield degenerate_gate(point, own, limits)
+    yield floor_gate(own, limits)
+    yield verify_gate(runs, point.candidate.checkpoint.identity)
+
+
+def gated(
+    speed: Sequence[SpeedPoint], runs: Sequence[Run], quality: Sequence[QualityPoint], contradictions: Contradictions
+) -> tuple[SpeedPoint, ...]:
+    """The points with their gates, by the limits of a claim that names none.
+
+    One whose null is good enough in itself, and yet wide for so small a speedup, gets a warning, and one that answers
+    made-up prompts quite unlike the baseline.
+    """
+    found = []
+    for point in speed:
+        own = speed_gates(point, runs, GateLimits(), quality=quality, speed=speed, contradictions=contradictions)
+        null_failed = any(gate.kind == "aa_null" and gate.outcome == "failed" for gate in own)
+        more = (None if null_failed else caution(point), likeness_warning(likeness(runs, point)))
+        warnings = (*point.warnings, *(warning for warning in more if warning is not None))
+        found.append(replace(point, gates=own, warnings=warnings))
+    return tuple(found)

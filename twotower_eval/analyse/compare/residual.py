@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from twotower_eval.analyse import stats
-from twotower_eval.analyse.compare.measured import Measured
+from twotower_eval.analyse.compare.figures import Measured
 from twotower_eval.errors import NoEstimate
 from twotower_eval.records import Arm, Estimate, SpeedSample
 

@@ -1,24 +1,263 @@
-"""What verdicts and reports read: the runs, and what they say of quality and speed, computed once."""
+"""What verdicts and reports read: the runs, and what they say of quality and speed, computed once; runs of one model
+alone too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import overload
 
+from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare import consistency
-from twotower_eval.analyse.compare.alone import ScoredAlone, TimedAlone, compares, is_alone, scored_alone, timed_alone
+from twotower_eval.analyse.compare.calls import (
+    Latency,
+    WithinCalls,
+    grid_of,
+    lane_of,
+    names_of,
+    nothing_usable,
+    null_calls,
+    null_of,
+    pools,
+    timed_calls,
+    usable,
+)
+from twotower_eval.analyse.compare.clean import Flags, outputs
 from twotower_eval.analyse.compare.contradiction import Contradiction
-from twotower_eval.analyse.compare.naming import checkpoint_name, code_name, long_name, short_name
-from twotower_eval.analyse.compare.pareto import Panel, panels
-from twotower_eval.analyse.compare.points import PointKey, QualityPoint
+from twotower_eval.analyse.compare.costs import ArmCosts, arm_costs
+from twotower_eval.analyse.compare.fairness import NullFault, fault
+from twotower_eval.analyse.compare.figures import Counts, Measured, count, measured
+from twotower_eval.analyse.compare.gates import gated
+from twotower_eval.analyse.compare.points import (
+    PointKey,
+    QualityPoint,
+    checkpoint_name,
+    code_name,
+    long_name,
+    short_name,
+)
 from twotower_eval.analyse.compare.quality import quality_points
-from twotower_eval.analyse.compare.speed_gates import gated
+from twotower_eval.analyse.compare.sizing import is_sizing_run
 from twotower_eval.analyse.compare.timing import SpeedPoint, speed_points
+from twotower_eval.analyse.compare.tradeoff import Panel, panels
+from twotower_eval.analyse.compare.wholes import current_scores, is_whole, one_group, one_whole
 from twotower_eval.errors import UserError
-from twotower_eval.records import Cell, Claim
+from twotower_eval.records import MEAN, Cell, Claim, Score, TimeFault
 from twotower_eval.store import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedAlone:
+    """Speed of a cell that nothing was compared with; ``null`` is the cell against itself, as in SpeedPoint.
+
+    ``rate`` is in useful tokens per second, ``call_s`` the mean seconds of a call. Of ``num_timed`` calls those of
+    ``faults`` took impossible times.
+    """
+
+    run_ids: tuple[str, ...]
+    complete: bool
+    baseline: Cell
+    num_rounds: int
+    num_calls: int
+    num_launches: int
+    num_dropped_rounds: int
+    rate: Measured
+    call_s: float
+    null: Measured
+    null_timed: stats.TimedCalls | None
+    counts: Counts
+    latency: Latency
+    within: WithinCalls
+    costs: ArmCosts
+    flagged: FlaggedAlone
+    null_fault: NullFault | None = None
+    num_timed: int = 0
+    faults: tuple[TimeFault, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlaggedAlone:
+    """How many of a cell's outputs are degenerate; none are known where no text was kept."""
+
+    num_outputs: int
+    num_degenerate: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredAlone:
+    """What a run of one model alone wrote for its tasks, all of them together; ``num_documents`` were scored."""
+
+    run_id: str
+    cell: Cell
+    tasks: tuple[str, ...]
+    num_documents: int
+    counts: Counts
+    flagged: FlaggedAlone
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupScore:
+    """A group's figure in one arm, as lm-eval makes it of its ``members``: their mean, by documents or all alike.
+
+    ``cell`` is that of the first member; ``num_documents`` have a value, ``num_without`` have none.
+    """
+
+    cell: Cell
+    group: str
+    members: tuple[str, ...]
+    by_size: bool
+    metric: str
+    filter: str
+    aggregation: str
+    scored_by: tuple[str, ...]
+    headline: bool
+    num_documents: int
+    num_without: int
+    value: stats.Figure
+    interval: Measured
+
+
+def compares(run: Run) -> bool:
+    """Whether the run holds a candidate against its baseline; what ``verify`` checks, and sizes of model, do not."""
+    kinds = {cell.workload.kind for cell in run.manifest.cells if cell.arm == "candidate"}
+    return bool(kinds - {"checks", "costs"})
+
+
+def is_alone(run: Run) -> bool:
+    """Whether the run measures one model alone."""
+    return run.manifest.verb in ("run", "speed") and not is_sizing_run(run) and not compares(run)
+
+
+def scored_alone(run: Run) -> tuple[ScoredAlone, ...]:
+    """By decoder and way of timing, what a run of one model alone scored; empty before anything was."""
+    tasks: dict[str, list[str]] = defaultdict(list)
+    documents: dict[str, set[tuple[str, int]]] = defaultdict(set)
+    for score in run.scores:
+        if score.task not in tasks[score.cell]:
+            tasks[score.cell].append(score.task)
+        documents[score.cell].add((score.task, score.doc_id))
+    groups: dict[tuple[str, str, int | None], list[Cell]] = defaultdict(list)
+    for cell in run.manifest.cells:
+        if cell.id in documents:
+            groups[cell.decoder.label, cell.workload.kind, cell.workload.batch_size].append(cell)
+    return tuple(
+        ScoredAlone(
+            run_id=run.manifest.run_id,
+            cell=cells[0],
+            tasks=tuple(task for cell in cells for task in tasks[cell.id]),
+            num_documents=sum(len(documents[cell.id]) for cell in cells),
+            counts=count(row.generation for row in run.generations if row.cell in {cell.id for cell in cells}),
+            flagged=_flagged(outputs(run.manifest.run_id, run.generations, {cell.id for cell in cells}).values()),
+        )
+        for cells in groups.values()
+    )
+
+
+def score_of(scores: Sequence[Score], run: Run) -> tuple[stats.Figure, Measured]:
+    """One arm's score from its rows of one task, metric and filter: their mean, or lm-eval's of all together."""
+    if is_whole(scores[0]):
+        return one_whole(scores, run)
+    known = [(score.value, score.cluster_id) for score in scores if score.value is not None]
+    found = measured(lambda: stats.mean_score([value for value, _ in known], [cluster for _, cluster in known]))
+    mean = sum(value for value, _ in known) / len(known) if known else None
+    return stats.Figure(value=mean, reason=None if known else "no document has a value"), found
+
+
+def group_scores(run: Run) -> tuple[GroupScore, ...]:
+    """Every group's figure in every arm; none before the run's end, since what is left may be of a member."""
+    found: dict[tuple[object, ...], dict[str, list[Score]]] = defaultdict(lambda: defaultdict(list))
+    for score in current_scores(run) if run.complete else ():
+        if score.group is not None:
+            cell = run.cells[score.cell]
+            where = (cell.arm, cell.checkpoint, cell.decoder.label, cell.workload.kind, cell.workload.batch_size)
+            found[*where, score.group, score.metric, score.filter][score.task].append(score)
+    return tuple(_group_score(run, members) for members in found.values())
+
+
+def _group_score(run: Run, members: dict[str, list[Score]]) -> GroupScore:
+    rows = [score for scores in members.values() for score in scores]
+    first = rows[0]
+    wholes = [str(score.aggregation) for score in rows if is_whole(score)]
+    num_without = sum(score.value is None and not is_whole(score) for score in rows)
+    value, interval = one_group(list(members.values()), run) if wholes else _group_mean(members)
+    return GroupScore(
+        cell=run.cells[first.cell],
+        group=str(first.group),
+        members=tuple(members),
+        by_size=first.by_size,
+        metric=first.metric,
+        filter=first.filter,
+        aggregation=wholes[0] if wholes else MEAN,
+        scored_by=tuple(sorted({score.scored_by for score in rows})),
+        headline=first.headline,
+        num_documents=len(rows) - num_without,
+        num_without=num_without,
+        value=value,
+        interval=interval,
+    )
+
+
+def _group_mean(members: dict[str, list[Score]]) -> tuple[stats.Figure, Measured]:
+    """Of scores that each document has by itself; those without a value are left out, as in their task's own mean."""
+    known = [score for scores in members.values() for score in scores if score.value is not None]
+    sums = {task: [s.value for s in scores if s.value is not None] for task, scores in members.items()}
+    without = [task for task, own in sums.items() if not own]
+    if without:
+        reason = f"no document of {without[0]} has a value"
+        return stats.Figure(value=None, reason=reason), Measured(estimate=None, reason=reason)
+    by_size = known[0].by_size
+    weights = [len(own) if by_size else 1 for own in sums.values()]
+    mean = sum(w * sum(own) / len(own) for w, own in zip(weights, sums.values(), strict=True)) / sum(weights)
+    values = [value for own in sums.values() for value in own]
+    tasks = [task for task, own in sums.items() for _ in own]
+    clusters = [score.cluster_id for score in known]
+    return stats.Figure(value=mean), measured(lambda: stats.mean_of_members(values, tasks, clusters, by_size=by_size))
+
+
+def timed_alone(runs: Sequence[Run]) -> tuple[tuple[TimedAlone, ...], tuple[str, ...]]:
+    """Every timed cell of runs of one model alone, and in words what has no complete round yet."""
+    found = [_timed(pool, cell) for pool, cell in pools([run for run in runs if is_alone(run)], "baseline")]
+    timed = [one for one in found if isinstance(one, TimedAlone)]
+    gated = [one if one.null.estimate is None else replace(one, null_fault=fault(one, timed, None)) for one in timed]
+    return tuple(gated), tuple(one for one in found if isinstance(one, str))
+
+
+def _timed(runs: list[Run], cell: Cell) -> TimedAlone | str:
+    grid = grid_of(runs, cell, 0)
+    there = usable(grid)
+    rounds, calls = there.rounds, there.calls
+    if not rounds:
+        return f"{names_of(runs)}: cell {cell.id} ({cell.decoder.label}) has {nothing_usable(there)}"
+    lane = lane_of(runs, cell, 0, there)
+    timed = timed_calls(lane, lane)
+    return TimedAlone(
+        run_ids=tuple(run.manifest.run_id for run in runs),
+        complete=all(run.complete for run in runs),
+        baseline=cell,
+        num_rounds=len(rounds),
+        num_calls=len(calls),
+        num_launches=len(set(timed.launches)),
+        num_dropped_rounds=there.num_incomplete,
+        num_timed=there.num_timed,
+        faults=there.faults,
+        rate=measured(lambda: stats.speedup(timed, "baseline_rate")),
+        call_s=sum(sample.wall_s for sample in lane.samples) / len(lane.samples),
+        null=null_of(runs, cell),
+        null_timed=null_calls(runs, cell),
+        counts=lane.counts,
+        latency=lane.latency,
+        within=lane.within,
+        costs=arm_costs(lane),
+        flagged=_flagged(lane.flags.values()),
+    )
+
+
+def _flagged(found: Iterable[Flags]) -> FlaggedAlone:
+    raised = [flags.degenerate for flags in found]
+    return FlaggedAlone(num_outputs=len(raised), num_degenerate=sum(raised))
 
 
 @dataclass(frozen=True, kw_only=True)

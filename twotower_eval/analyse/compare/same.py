@@ -12,10 +12,11 @@ from twotower_eval.analyse.compare.answers import (
     timed_as_scored,
     unlike_prompts,
 )
+from twotower_eval.analyse.compare.fairness import unlike_budgets, unlike_settings
+from twotower_eval.analyse.compare.figures import Measured
 from twotower_eval.analyse.compare.gate_facts import EffectOnScores, OtherTokens, SameAnswers
-from twotower_eval.analyse.compare.points import Measured, QualityPoint
+from twotower_eval.analyse.compare.points import QualityPoint
 from twotower_eval.analyse.compare.timing import SpeedPoint
-from twotower_eval.analyse.compare.unlike import unlike_budgets, unlike_settings
 from twotower_eval.records import Arm, CheckOutcome, Gate, GateKind, GateLimits
 from twotower_eval.store import Run
 

@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 import numpy as np
 from scipy.special import ndtr
 
-from twotower_eval.analyse.compare.points import Measured, measured
+from twotower_eval.analyse.compare.figures import Measured, measured
 from twotower_eval.analyse.stats.costs import needed_tokens_per_nfe, predicted_speedup
 from twotower_eval.analyse.stats.intervals import LEVEL, Floats, t_quantile
 from twotower_eval.analyse.stats.speedup import NULL_LEVEL

@@ -24,11 +24,11 @@ from statistics import fmean
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.calls import Call, Grid, Usable
 from twotower_eval.analyse.compare.costs import seconds_alone
-from twotower_eval.analyse.compare.measured import Measured, measured
+from twotower_eval.analyse.compare.figures import Measured, measured
 from twotower_eval.errors import NoEstimate
 from twotower_eval.records import Cell, SpeedSample
+from twotower_eval.rules import fault_of
 from twotower_eval.store import Run
-from twotower_eval.times import fault_of
 
 LEVEL = stats.NULL_LEVEL
 FAR = 3.0  # times the forwards per token that honest decoders may need where a prompt is made up

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import exp, isclose, log
 
 from twotower_eval.analyse import stats
-from twotower_eval.analyse.compare.measured import Measured, measured
+from twotower_eval.analyse.compare.figures import Measured, measured
 from twotower_eval.errors import NoEstimate
 from twotower_eval.records import MEAN, SUMMED_AGGREGATIONS, Aggregate, Estimate, LikelihoodRow, Score
 from twotower_eval.store import Run

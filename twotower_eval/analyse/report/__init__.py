@@ -13,14 +13,12 @@ from typing import cast
 
 from twotower_eval import store
 from twotower_eval.analyse.claims import load_claims
-from twotower_eval.analyse.compare.alone import is_alone
-from twotower_eval.analyse.compare.naming import checkpoint_name
-from twotower_eval.analyse.compare.runs import Runs
+from twotower_eval.analyse.compare.points import checkpoint_name
+from twotower_eval.analyse.compare.runs import Runs, is_alone
 from twotower_eval.analyse.compare.sizing import is_sizing_run
 from twotower_eval.analyse.report.alone import names_alone
-from twotower_eval.analyse.report.publishing import publish
-from twotower_eval.analyse.report.section import Section
-from twotower_eval.analyse.report.text import escape, table
+from twotower_eval.analyse.report.page import publish
+from twotower_eval.analyse.report.text import Section, escape, table
 from twotower_eval.analyse.report.verdicts import JudgedRuns, shipped_claims
 from twotower_eval.errors import UserError
 from twotower_eval.names import Seam, resolve
@@ -30,21 +28,21 @@ from twotower_eval.records import sha256_text
 __all__ = ["SECTIONS", "Runs", "Section", "publish", "report_id", "table", "write"]
 
 SECTIONS = {
-    "headline": "twotower_eval.analyse.report.headline:headline",
+    "headline": "twotower_eval.analyse.report.verdicts:headline",
     "claims": "twotower_eval.analyse.report.verdicts:claims",
     "quality": "twotower_eval.analyse.report.tables:quality",
     "speed": "twotower_eval.analyse.report.speed_tables:speed",
     "tradeoff": "twotower_eval.analyse.report.tradeoff:tradeoff",
     "sweeps": "twotower_eval.analyse.report.sweeps:sweeps",
-    "traces": "twotower_eval.analyse.report.traces:traces",
-    "flips": "twotower_eval.analyse.report.flips:flips",
+    "traces": "twotower_eval.analyse.report.answers:traces",
+    "flips": "twotower_eval.analyse.report.answers:flips",
     "scoring": "twotower_eval.analyse.report.gates:scoring",
     "gates": "twotower_eval.analyse.report.gates:gates",
-    "latency": "twotower_eval.analyse.report.latency:latency",
+    "latency": "twotower_eval.analyse.report.speed_tables:latency",
     "sizing": "twotower_eval.analyse.report.sizing:sizing",
-    "training": "twotower_eval.analyse.report.training:training",
+    "training": "twotower_eval.analyse.report.provenance:training",
     "setup": "twotower_eval.analyse.report.provenance:setup",
-    "reproduce": "twotower_eval.analyse.report.reproduce:reproduce",
+    "reproduce": "twotower_eval.analyse.report.provenance:reproduce",
 }
 LAST = ("setup", "reproduce")  # what users add stands before these
 SEAM = Seam(what="report section", form="package.module:render", shipped=SECTIONS)

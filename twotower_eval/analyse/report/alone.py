@@ -5,20 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from twotower_eval.analyse import stats
-from twotower_eval.analyse.compare.alone import FlaggedAlone, GroupScore, TimedAlone, group_scores, is_alone, score_of
 from twotower_eval.analyse.compare.costs import ArmCosts
-from twotower_eval.analyse.compare.naming import checkpoint_name, long_name
-from twotower_eval.analyse.compare.runs import Runs
+from twotower_eval.analyse.compare.points import checkpoint_name, long_name
+from twotower_eval.analyse.compare.runs import (
+    FlaggedAlone,
+    GroupScore,
+    Runs,
+    TimedAlone,
+    group_scores,
+    is_alone,
+    score_of,
+)
 from twotower_eval.analyse.compare.wholes import current_scores, is_whole
-from twotower_eval.analyse.report.columns import Row, count_columns, ends, measured_columns, operating_point
 from twotower_eval.analyse.report.costs import PARTS, explained
 from twotower_eval.analyse.report.text import (
     NONE,
+    Row,
     bullets,
     code,
     count,
+    count_columns,
     details,
+    ends,
     escape,
+    measured_columns,
+    operating_point,
     percent,
     plural,
     rate,
@@ -28,11 +39,10 @@ from twotower_eval.analyse.report.text import (
     times,
 )
 from twotower_eval.analyse.words import INVALID, fact_text
-from twotower_eval.analyse.words.methods import method_line
+from twotower_eval.analyse.words.facts import method_line
 from twotower_eval.records import MEAN, Cell, Score
-from twotower_eval.shortfalls import override_lines
+from twotower_eval.rules import override_lines, void_text
 from twotower_eval.store import Run
-from twotower_eval.times import void_text
 
 LEAD = "Useful tokens over the seconds of their calls, as the model decodes by itself.\n\n"
 

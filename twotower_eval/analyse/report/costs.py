@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from twotower_eval.analyse.compare.costs import ArmCosts
-from twotower_eval.analyse.compare.measured import Measured
+from twotower_eval.analyse.compare.figures import Measured
 from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.analyse.report.text import (

@@ -12,26 +12,25 @@ from typing import Any
 import pandas as pd
 
 from twotower_eval.analyse.claims.terms import own_limits
-from twotower_eval.analyse.compare.alone import is_alone
-from twotower_eval.analyse.compare.degenerate import flags
-from twotower_eval.analyse.compare.documents import DocumentPair, document_pairs
-from twotower_eval.analyse.compare.parallelism import Curve, curves
-from twotower_eval.analyse.compare.points import Measured, OtherScore, QualityPoint, TaskQuality
-from twotower_eval.analyse.compare.runs import Runs
+from twotower_eval.analyse.compare.clean import flags
+from twotower_eval.analyse.compare.documents import DocumentPair, document_pairs, truncated_by_task
+from twotower_eval.analyse.compare.figures import Measured
+from twotower_eval.analyse.compare.points import OtherScore, QualityPoint, TaskQuality
+from twotower_eval.analyse.compare.runs import Runs, is_alone
 from twotower_eval.analyse.compare.timing import SpeedPoint
-from twotower_eval.analyse.compare.truncation import truncated_by_task
+from twotower_eval.analyse.compare.tradeoff import Curve, curves
 from twotower_eval.analyse.compare.wholes import WholeScore
 from twotower_eval.analyse.report import alone
-from twotower_eval.analyse.report.columns import (
+from twotower_eval.analyse.report.rendering import csv, frame_of
+from twotower_eval.analyse.report.text import (
     Row,
     count_columns,
     ends,
     measured_columns,
     operating_point,
+    speed_findings,
     within_columns,
 )
-from twotower_eval.analyse.report.rendering import csv, frame_of
-from twotower_eval.analyse.report.text import speed_findings
 from twotower_eval.analyse.report.verdicts import JudgedRuns
 from twotower_eval.analyse.words import finding_text
 from twotower_eval.records import MEAN, Cell, Check, CostSample, Generation

@@ -7,15 +7,14 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from twotower_eval.analyse.compare.alone import compares, is_alone
-from twotower_eval.analyse.compare.gaps import tells_digests
-from twotower_eval.analyse.compare.points import Measured, QualityPoint
-from twotower_eval.analyse.compare.runs import Runs
+from twotower_eval.analyse.compare.contradiction import tells_digests
+from twotower_eval.analyse.compare.documents import truncated
+from twotower_eval.analyse.compare.figures import Measured
+from twotower_eval.analyse.compare.points import QualityPoint
+from twotower_eval.analyse.compare.runs import Runs, compares, is_alone
 from twotower_eval.analyse.compare.timing import SpeedPoint
-from twotower_eval.analyse.compare.truncation import truncated
 from twotower_eval.analyse.compare.witness import scored_witness_gates
 from twotower_eval.analyse.report.alone import batch_of, degenerate_alone
-from twotower_eval.analyse.report.columns import Row, measured_columns
 from twotower_eval.analyse.report.rendering import (
     Column,
     Raw,
@@ -29,13 +28,15 @@ from twotower_eval.analyse.report.rendering import (
     whole,
     words,
 )
-from twotower_eval.analyse.report.section import Section
 from twotower_eval.analyse.report.text import (
     NONE,
+    Row,
+    Section,
     bullets,
     count,
     details,
     escape,
+    measured_columns,
     plural,
     retention,
     scored_by_words,
@@ -44,11 +45,9 @@ from twotower_eval.analyse.report.text import (
     times,
 )
 from twotower_eval.analyse.words import fact_text, found_text, kind_text
-from twotower_eval.analyse.words.contradictions import contradictions_text
-from twotower_eval.analyse.words.gates import NO_DIGESTS
+from twotower_eval.analyse.words.gates import NO_DIGESTS, contradictions_text
 from twotower_eval.records import Gate, GateKind, GateLimits
-from twotower_eval.shortfalls import truncation_line
-from twotower_eval.ways import ProofOutcome, named_ways, proof_outcome, ways_text
+from twotower_eval.rules import ProofOutcome, named_ways, proof_outcome, truncation_line, ways_text
 
 OUTCOMES = {"passed": "passed", "failed": "**FAILED**", "not_checked": "not checked", "slower": "slower way"}
 ORDER = typing.get_args(GateKind)

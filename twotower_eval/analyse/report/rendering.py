@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from twotower_eval.analyse.compare.measured import Measured
+from twotower_eval.analyse.compare.figures import Measured
 from twotower_eval.analyse.report.text import NONE, code, count, escape, percent, table, times
 from twotower_eval.analyse.words import INVALID
 from twotower_eval.records import Estimate

@@ -9,12 +9,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from twotower_eval.analyse import stats
-from twotower_eval.analyse.compare.points import Measured
+from twotower_eval.analyse.compare.figures import Measured
 from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.compare.sizing import SizingPoint, SizingRun, StepCost, is_sizing_run
 from twotower_eval.analyse.report.plots import COLOURS, GREY, MARKERS, png
-from twotower_eval.analyse.report.section import Section
-from twotower_eval.analyse.report.text import NONE, bullets, code, count, escape, percent, ratio, seconds, table, times
+from twotower_eval.analyse.report.text import (
+    NONE,
+    Section,
+    bullets,
+    code,
+    count,
+    escape,
+    percent,
+    ratio,
+    seconds,
+    table,
+    times,
+)
 from twotower_eval.analyse.report.verdicts import claimed_speedup
 from twotower_eval.errors import NoEstimate
 from twotower_eval.records import GateLimits

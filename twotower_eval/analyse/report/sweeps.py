@@ -9,24 +9,27 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from twotower_eval.analyse.compare.alike import (
+from twotower_eval.analyse.compare.points import number, unusual
+from twotower_eval.analyse.compare.runs import Runs
+from twotower_eval.analyse.compare.tradeoff import (
+    BROKEN,
+    Curve,
     MeasuredOn,
     PointFigure,
     Series,
+    curves,
     families,
     family_key,
+    is_fast_and_broken,
+    is_swept,
     scored_on,
     series,
     timed_on,
 )
-from twotower_eval.analyse.compare.naming import number, unusual
-from twotower_eval.analyse.compare.parallelism import Curve, curves, is_swept
-from twotower_eval.analyse.compare.pareto import BROKEN, is_fast_and_broken
-from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.report.plots import COLOURS, CROSS, GREY, MARKERS, handle, legend_columns, png
-from twotower_eval.analyse.report.section import Section
 from twotower_eval.analyse.report.text import (
     NONE,
+    Section,
     bullets,
     code,
     count,

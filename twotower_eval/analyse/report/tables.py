@@ -1,33 +1,34 @@
-"""The quality section: retention by task and by operating point. Every table says which run it is from."""
+"""The quality section: retention by task and by operating point, and other scores beside it. Every table says which run
+it is from.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 
 import pandas as pd
 
 from twotower_eval.analyse import stats
-from twotower_eval.analyse.compare.alone import group_scores, is_alone, score_of
 from twotower_eval.analyse.compare.chance import AgainstChance
-from twotower_eval.analyse.compare.naming import checkpoint_name
-from twotower_eval.analyse.compare.points import Measured, QualityPoint, TaskQuality, point_key
-from twotower_eval.analyse.compare.runs import Runs
-from twotower_eval.analyse.compare.truncation import truncated, truncated_by_task
-from twotower_eval.analyse.compare.wholes import current_scores, is_whole
-from twotower_eval.analyse.report.columns import measured_columns, operating_point
-from twotower_eval.analyse.report.others import other_scores, whole_figure
+from twotower_eval.analyse.compare.documents import truncated, truncated_by_task
+from twotower_eval.analyse.compare.figures import Measured
+from twotower_eval.analyse.compare.points import OtherScore, QualityPoint, TaskQuality, checkpoint_name, point_key
+from twotower_eval.analyse.compare.runs import Runs, group_scores, is_alone, score_of
+from twotower_eval.analyse.compare.wholes import WholeScore, current_scores, is_whole
 from twotower_eval.analyse.report.rendering import Column, Raw, frame_of, ids, interval, markdown, whole, words
-from twotower_eval.analyse.report.section import Section
 from twotower_eval.analyse.report.text import (
     NONE,
     SCORED_BY,
+    Section,
     bullets,
     code,
     count,
     details,
     escape,
+    measured_columns,
+    operating_point,
     percent,
     plural,
     retention,
@@ -37,11 +38,89 @@ from twotower_eval.analyse.report.text import (
 )
 from twotower_eval.analyse.stats import Figure
 from twotower_eval.analyse.words import finding_text
+from twotower_eval.analyse.words.facts import method_text
 from twotower_eval.analyse.words.gates import standing_text
-from twotower_eval.analyse.words.methods import method_text
 from twotower_eval.records import MEAN, Cell, Score
-from twotower_eval.shortfalls import override_lines
+from twotower_eval.rules import override_lines
 from twotower_eval.store import Run
+
+
+def other_scores(point: QualityPoint) -> str:
+    """The table, and under it how scores of all documents together come about."""
+    header = ["task", "scored by", "metric (filter)", "better", "n", "baseline", "candidate", "difference [95 %]"]
+    found: list[OtherScore | WholeScore] = [*point.others, *point.wholes]
+    rows = []
+    for other in sorted(found, key=lambda other: (other.task, other.metric, other.filter)):
+        filtered = f" ({escape(other.filter)})" if other.filter != "none" else ""
+        rows.append(
+            [
+                escape(other.task),
+                scored_by_words(other.scored_by),
+                escape(other.metric) + filtered,
+                "higher" if other.higher_is_better else "lower",
+                count(other.num_documents),
+                *_figures(other),
+            ]
+        )
+    remarks = bullets(_whole_remarks(point.wholes))
+    return table(header, rows, left=4) + (f"\n{remarks}" if remarks else "")
+
+
+def _figures(other: OtherScore | WholeScore) -> list[str]:
+    """Baseline, candidate and what lies between them."""
+    if isinstance(other, OtherScore):
+        arms = [significant(other.baseline, 4), significant(other.candidate, 4)]
+        return [*arms, _change(Measured(estimate=other.difference))]
+    return [
+        whole_figure(other.baseline, other.baseline_interval),
+        whole_figure(other.candidate, other.candidate_interval),
+        _change(other.difference),
+    ]
+
+
+def whole_figure(value: stats.Figure, interval: Measured) -> str:
+    """A score of all documents together with its interval, where it has them."""
+    if value.value is None:
+        return NONE
+    found = interval.estimate
+    ends = "" if found is None else f" [{significant(found.low, 4)}, {significant(found.high, 4)}]"
+    return significant(value.value, 4) + ends
+
+
+def _change(change: Measured) -> str:
+    found = change.estimate
+    if found is None:
+        return NONE
+    if found.method_kind == "equal_by_construction":
+        return "0 by construction"
+    return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+
+
+def _whole_remarks(wholes: Sequence[WholeScore]) -> Iterator[str]:
+    """Which function made each score, what is kept of it, and why figures are missing."""
+    for one in wholes:
+        named = f"{escape(one.task)}, {escape(one.metric)}"
+        named += f" ({escape(one.filter)})" if one.filter != "none" else ""
+        kept = f"; retention {retention(one.retention)}" if one.retention.estimate else ""
+        yield f"{named}: of all documents together, by lm-eval's {escape(one.aggregation)}{kept}."
+        found = {"baseline": one.baseline.reason, "candidate": one.candidate.reason}
+        if not any(found.values()):
+            found = {
+                "interval of the baseline": one.baseline_interval.reason,
+                "interval of the candidate": one.candidate_interval.reason,
+                "difference": one.difference.reason,
+                "retention": one.retention.reason if one.higher_is_better else None,
+            }
+        reasons: dict[str, list[str]] = {}
+        for what, why in found.items():
+            if why is not None:
+                reasons.setdefault(why, []).append(what)
+        yield from (f"{named}: no {', '.join(what)}: {escape(why)}." for why, what in reasons.items())
+    intervals = [found.estimate for whole in wholes for found in (whole.baseline_interval, whole.candidate_interval)]
+    methods = sorted({method_text(found) for found in intervals if found})
+    if methods:
+        yield f"Intervals of scores of all documents together: {escape('; '.join(methods))}."
+
 
 MAX_LISTED = 20
 READING = (

@@ -1,17 +1,89 @@
-"""Words and numbers of a report: formats and Markdown."""
+"""Words and numbers of a report: formats, Markdown, sections, and columns that several tables share."""
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from twotower_eval.analyse.compare.alike import MeasuredOn
-from twotower_eval.analyse.compare.best import best_warning
-from twotower_eval.analyse.compare.points import Measured
-from twotower_eval.analyse.compare.timing import SpeedPoint
+from twotower_eval.analyse.compare.calls import WithinCalls
+from twotower_eval.analyse.compare.figures import Counts, Measured
+from twotower_eval.analyse.compare.points import NAMED, checkpoint_name, setting
+from twotower_eval.analyse.compare.timing import SpeedPoint, best_warning
+from twotower_eval.analyse.compare.tradeoff import MeasuredOn
 from twotower_eval.analyse.words import INVALID
-from twotower_eval.records import Estimate, Finding
+from twotower_eval.analyse.words.facts import method_text
+from twotower_eval.records import Cell, Estimate, Finding
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One part of a report: a title, Markdown below it, and the files that the Markdown links to.
+
+    ``tables`` are frames of raw values by name: with ``--format csv`` each is written as ``tables/NAME.csv``.
+    """
+
+    title: str
+    markdown: str
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+
+
+Row = dict[str, object]
+
+
+def measured_columns(name: str, found: Measured) -> Row:
+    """An estimate as four columns and the reason where there is none."""
+    estimate = found.estimate
+    numbers = (None,) * 4 if estimate is None else (estimate.value, estimate.low, estimate.high, estimate.level)
+    values = dict(zip((name, f"{name}_low", f"{name}_high", f"{name}_level"), numbers, strict=True))
+    method = None if estimate is None else method_text(estimate)
+    return {**values, f"{name}_method": method, f"{name}_missing_reason": found.reason}
+
+
+def operating_point(cell: Cell) -> Row:
+    """A point's columns: the usual three settings, then of a plug-in every parameter of its own, as ``param_NAME``."""
+    named = {name: setting(cell.decoder, name) for name in NAMED}
+    if cell.decoder.is_plug_in:
+        others = (name for name in cell.decoder.params if name not in NAMED)
+        named |= {f"param_{name}": cell.decoder.params[name] for name in others}
+    return {"checkpoint": checkpoint_name(cell.checkpoint), "decoder": cell.decoder.label, **named}
+
+
+def ends(arm: str, interval: Measured) -> Row:
+    """The ends of an arm's own interval, or why it has none."""
+    columns = measured_columns(arm, interval)
+    return {name: columns[name] for name in (f"{arm}_low", f"{arm}_high", f"{arm}_missing_reason")}
+
+
+def count_columns(arm: str, counts: Counts) -> Row:
+    return {
+        f"{arm}_num_prompts": counts.num_prompts,
+        f"{arm}_num_tokens": counts.num_tokens,
+        f"{arm}_num_discarded_tokens": counts.num_discarded_tokens,
+        f"{arm}_num_context_forwards": counts.num_context_forwards,
+        f"{arm}_num_prefill_forwards": counts.num_prefill_forwards,
+        f"{arm}_num_denoiser_forwards": counts.num_denoiser_forwards,
+        f"{arm}_num_forced_commits": counts.num_forced_commits,
+        f"{arm}_tokens_per_nfe": counts.tokens_per_nfe,
+        f"{arm}_tokens_per_nfe_and_commit": counts.tokens_per_nfe_and_commit,
+        f"{arm}_tokens_per_forward": counts.tokens_per_forward,
+    }
+
+
+def within_columns(arm: str, within: WithinCalls) -> Row:
+    """What timed calls say of their inside; None where they say nothing."""
+    return {
+        f"{arm}_prefill_median_s": within.prefill_s,
+        f"{arm}_first_output_median_s": within.first_output_s,
+        f"{arm}_peak_memory_bytes": within.peak_memory_bytes,
+    }
+
 
 NONE = "\u2013"  # a dash: there is no such number
 VERBATIM = "<!-- verbatim -->"  # before a table: no Markdown can say what a table holds

@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from twotower_eval.analyse.compare.naming import setting
-from twotower_eval.analyse.compare.pareto import Panel, TradeOff
-from twotower_eval.analyse.compare.points import Measured, PointKey
+from twotower_eval.analyse.compare.figures import Measured
+from twotower_eval.analyse.compare.points import PointKey, setting
 from twotower_eval.analyse.compare.runs import Runs
-from twotower_eval.analyse.report.columns import measured_columns
+from twotower_eval.analyse.compare.tradeoff import Panel, TradeOff
 from twotower_eval.analyse.report.plots import COLOURS, CROSS, GREY, MARKERS, handle, legend_columns, png
 from twotower_eval.analyse.report.rendering import frame_of
-from twotower_eval.analyse.report.section import Section
-from twotower_eval.analyse.report.text import count, run_list
+from twotower_eval.analyse.report.text import Section, count, measured_columns, run_list
 from twotower_eval.records import Cell, DecoderSpec
 
 if TYPE_CHECKING:

@@ -8,7 +8,16 @@ data is a NoEstimate, never 0; wrong arguments are a ValueError.
 """
 
 from twotower_eval.analyse.stats.aggregates import WholeScores, averaged, replicated, summed
-from twotower_eval.analyse.stats.chance import ABOVE_CHANCE_LEVEL, Standing, retention_above_chance, standings
+from twotower_eval.analyse.stats.chance import (
+    ABOVE_CHANCE_LEVEL,
+    Standing,
+    geometric_mean,
+    mean_of_members,
+    mean_score,
+    ratio_of_geometric_means,
+    retention_above_chance,
+    standings,
+)
 from twotower_eval.analyse.stats.costs import (
     CallCounts,
     CostTable,
@@ -27,42 +36,50 @@ from twotower_eval.analyse.stats.costs import (
     residual_over_rounds,
 )
 from twotower_eval.analyse.stats.decide import (
+    ALPHA,
     DECISION_LEVEL,
     MIN_CALLS,
     MIN_CLUSTERS,
     MIN_ROUNDS,
     Comparison,
     Decision,
-    Relation,
     TooFew,
     decide,
+    half_width,
+    is_off,
     limits,
+    look_alpha,
+    off_nulls,
+    strictest_alpha,
     too_few,
     too_few_rounds,
+    widest_null,
 )
-from twotower_eval.analyse.stats.figure import Figure
-from twotower_eval.analyse.stats.flips import Flips, flips, mcnemar, sign_flip_test
-from twotower_eval.analyse.stats.granularity import (
-    can_misfit,
-    chance_of_equal,
-    possible_counts,
-    share_possible,
-    smallest_samples,
+from twotower_eval.analyse.stats.intervals import FEW, LEVEL, NUM_RESAMPLES, Figure, binomial_upper_bound, holm
+from twotower_eval.analyse.stats.paired import (
+    Draws,
+    Flips,
+    PairedScores,
+    ScoreTable,
+    draw_task_means,
+    flips,
+    mcnemar,
+    sign_flip_test,
 )
-from twotower_eval.analyse.stats.intervals import FEW, LEVEL, NUM_RESAMPLES, binomial_upper_bound, holm
-from twotower_eval.analyse.stats.looks import ALPHA, look_alpha, strictest_alpha
-from twotower_eval.analyse.stats.mean import geometric_mean, mean_of_members, mean_score, ratio_of_geometric_means
-from twotower_eval.analyse.stats.nulls import half_width, is_off, off_nulls, widest_null
-from twotower_eval.analyse.stats.paired import Draws, PairedScores, ScoreTable, draw_task_means
 from twotower_eval.analyse.stats.power import (
     ASSUMED_ACCURACY,
     ASSUMED_DISCORDANCE,
     Needed,
     PlannedTask,
     PowerPlan,
+    can_misfit,
+    chance_of_equal,
     planned_stderr,
+    possible_counts,
     power_plan,
     power_text,
+    share_possible,
+    smallest_samples,
     still_needed,
 )
 from twotower_eval.analyse.stats.quality import (
@@ -89,6 +106,7 @@ from twotower_eval.analyse.stats.speedup import (
 )
 from twotower_eval.analyse.stats.tails import Documents, Tail, seconds_per_token
 from twotower_eval.records import MIN_LAUNCHES as MIN_LAUNCHES
+from twotower_eval.records import Relation
 
 __all__ = [
     "ABOVE_CHANCE_LEVEL",

@@ -16,9 +16,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 from scipy.special import bdtr, stdtrit
 
-from twotower_eval.analyse.stats.figure import Figure
-from twotower_eval.analyse.stats.intervals import LEVEL, Floats
-from twotower_eval.analyse.stats.mean import t_interval_of_mean
+from twotower_eval.analyse.stats.chance import t_interval_of_mean
+from twotower_eval.analyse.stats.intervals import LEVEL, Figure, Floats
 from twotower_eval.errors import NoEstimate
 from twotower_eval.records import CostPart, Estimate, Method
 

@@ -1,20 +1,83 @@
-"""The verdict rule: what one estimate says of one expected value. Pure; gates and missing data are for claims.
-
-A claim ``at_least`` is true where the quantity is at least ``expected - margin``, ``at_most`` where it is at most
-``expected + margin``, ``equal`` where it is both (two one-sided tests). Each limit is tested one-sided at 5 %, so the
-estimate must carry the interval at ``DECISION_LEVEL`` = 0.90, of which either end is a one-sided 95 % bound:
-``retention(table, draws, level=DECISION_LEVEL)``, ``speedup(calls, level=DECISION_LEVEL)``. Looks that spend another
-error rate have another ``level`` (``looks``).
+"""The verdict rule: what one estimate says of one expected value; the A/A gate on the baseline timed against itself;
+the price of looking again. Pure: gates and missing data are for claims, limits are parameters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isclose, isfinite
+from math import isclose, isfinite, log
 from typing import Literal
 
-from twotower_eval.records import Estimate, Fact, Outcome, SerialDependence
+from twotower_eval.analyse.stats.speedup import NULL_LEVEL
+from twotower_eval.records import Estimate, Fact, GateLimits, Outcome, SerialDependence
 from twotower_eval.records import Relation as Relation
+
+ALPHA = 0.05  # one-sided, of all declared looks together
+FIRST_EXTRA_ALPHA = 0.005  # of the first look that was not declared
+MOST_EXTRA = 4  # a further one decides nothing: its level would be beyond what intervals are good for
+
+
+def look_alpha(num_looks: int, declared: int = 1) -> float | None:
+    """The one-sided error rate that this many looks, of which so many were declared, leave to the last one.
+
+    ``None`` where nothing is left.
+    """
+    if num_looks < 1 or declared < 1:
+        raise ValueError(f"{num_looks} looks, {declared} declared: there is at least one of each")
+    if num_looks <= declared:
+        return ALPHA / declared
+    extra = num_looks - declared
+    return FIRST_EXTRA_ALPHA * 0.5 ** (extra - 1) if extra <= MOST_EXTRA else None
+
+
+def strictest_alpha() -> float:
+    """That of the last look that can decide anything."""
+    return FIRST_EXTRA_ALPHA * 0.5 ** (MOST_EXTRA - 1)
+
+
+LIMITS = GateLimits()
+
+
+def off_nulls(
+    intervals: Sequence[Callable[[float], Estimate]], *, offset: float = LIMITS.null_offset, level: float = NULL_LEVEL
+) -> tuple[bool, ...]:
+    """For each pair, whether its interval lies wholly outside ``exp(+-offset)``, with Holm's correction over pairs.
+
+    ``intervals`` are functions from a level to the pair's speedup, e.g.
+    ``lambda level: speedup(calls, level=level)``.
+    """
+    off = [False] * len(intervals)
+    while not all(off):
+        at = 1 - (1 - level) / off.count(False)
+        newly = [not known and is_off(interval(at), offset) for known, interval in zip(off, intervals, strict=True)]
+        if not any(newly):
+            break
+        off = [known or new for known, new in zip(off, newly, strict=True)]
+    return tuple(off)
+
+
+def is_off(null: Estimate, offset: float = LIMITS.null_offset) -> bool:
+    """Whether an interval of a speedup lies wholly outside ``exp(+-offset)``."""
+    return log(null.low) > offset or log(null.high) < -offset
+
+
+def widest_null(judged: Estimate | None, limits: GateLimits = LIMITS, *, claimed: float | None = None) -> float:
+    """Largest half-width of a null, on the log scale, that a speedup can be judged by.
+
+    At stake is the end of the judged interval that is farther from 1, or the claimed speedup if that is farther still:
+    a speedup of 1.00 does not ask for a null without any width, and a claim of 2x is refuted by it.
+    """
+    if judged is None:
+        return limits.null_half_width
+    at_stake = [judged.low, judged.high, *([] if claimed is None else [claimed])]
+    return min(limits.null_half_width, limits.null_share * max(abs(log(end)) for end in at_stake))
+
+
+def half_width(null: Estimate) -> float:
+    """Half the width of a speedup's interval, on the log scale."""
+    return (log(null.high) - log(null.low)) / 2
+
 
 DECISION_LEVEL = 0.90
 MIN_CLUSTERS = 20  # fewer cannot support a claim

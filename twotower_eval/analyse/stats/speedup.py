@@ -32,16 +32,20 @@ import numpy as np
 from twotower_eval.analyse.stats.intervals import (
     LEVEL,
     NUM_RESAMPLES,
+    Caution,
     Floats,
+    Widening,
+    carried_over,
     corrected_percentiles,
     dof_of_mean,
     from_log,
     method_with,
     one_more,
+    serial_dependence,
+    sittings,
     skewed_t_interval,
     third_cumulant,
 )
-from twotower_eval.analyse.stats.serial import Caution, Widening, carried_over, serial_dependence, sittings
 from twotower_eval.analyse.stats.tails import Documents, PerCall, Tail, shifts, tail_of
 from twotower_eval.errors import NoEstimate
 from twotower_eval.records import MIN_LAUNCHES, Estimate, Method

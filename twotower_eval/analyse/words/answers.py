@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from twotower_eval.analyse.compare import gate_facts as facts
 from twotower_eval.analyse.compare.answers import Agreement, Differing, OtherLength
-from twotower_eval.analyse.compare.numbers import POINTS, interval
+from twotower_eval.analyse.compare.fairness import Unlike
+from twotower_eval.analyse.compare.figures import POINTS, interval
 from twotower_eval.analyse.compare.same import SHOWN
-from twotower_eval.analyse.compare.unlike import Unlike
 from twotower_eval.analyse.compare.witness import ArmWitnessed, DraftedAnswers, Unknown, WitnessedAnswers
 from twotower_eval.analyse.words.facts import fact_text
 

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from twotower_eval.engine.decoders.finish import Clock, OnFinish
+from twotower_eval.engine.decoders.rows import Clock, OnFinish
 from twotower_eval.engine.models.protocol import Model
 from twotower_eval.engine.plugin_source import plugin_code
 from twotower_eval.errors import UserError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DECODERS = {
     "autoregressive": "twotower_eval.engine.decoders.autoregressive:Autoregressive",
-    "mock_ar": "twotower_eval.engine.decoders.mock_ar:MockAR",
+    "mock_ar": "twotower_eval.engine.decoders.autoregressive:MockAR",
     "block_diffusion": "twotower_eval.engine.decoders.block_diffusion:BlockDiffusion",
     "reference": "twotower_eval.engine.decoders.reference:Reference",
 }

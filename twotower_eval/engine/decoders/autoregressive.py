@@ -1,8 +1,12 @@
-"""One token at a time from the context tower (or any causal model): the baseline."""
+"""One token at a time: the baseline, and the denoiser made to decode like one, as a check that it
+knows the language.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import torch
 
 from twotower_eval.engine.decoders.batch import BatchDecoder, Call
 from twotower_eval.engine.decoders.rows import check_temperature, choose
@@ -33,3 +37,20 @@ class Autoregressive(BatchDecoder[Params]):
             tokens_B1 = tokens_B[:, None].cpu()
             going = call.absorb(context.rows, tokens_B1.tolist())
             context = call.admit(call.extended(context, going, tokens_B1))
+
+
+class MockAR(BatchDecoder[Params]):
+    """One denoiser and one context forward per token."""
+
+    KIND = "mock_ar"
+    Params = Params
+    VERSION = 1
+
+    def _decode(self, call: Call) -> None:
+        context = call.admit(without_last=1)
+        while context is not None:
+            last_B1 = torch.tensor([[call.last_token(row)] for row in context.rows])
+            logits_BV = call.counted.denoise(last_B1, context, None)[:, 0]
+            tokens_B1 = choose(logits_BV, self.params.temperature, call.noise, context.rows)[:, None].cpu()
+            going = call.absorb(context.rows, tokens_B1.tolist())
+            context = call.admit(call.extended(context, going, last_B1), without_last=1)

@@ -12,17 +12,18 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from twotower_eval.engine.decoders.finish import (
+from twotower_eval.engine.decoders.rows import (
     Clock,
     OnFinish,
+    RowNoise,
     Rules,
     check_batch_size,
     check_prompts,
     generation,
     is_finished,
     make_rules,
+    padded_ids,
 )
-from twotower_eval.engine.decoders.rows import RowNoise, padded_ids
 from twotower_eval.engine.models.counting import CountedContext, CountingModel
 from twotower_eval.engine.models.protocol import Model, two_tower
 from twotower_eval.records import CommitStep, Generation, Prompt

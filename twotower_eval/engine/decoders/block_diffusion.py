@@ -1,6 +1,5 @@
-"""Block diffusion: a block of masks is denoised in parallel steps, then the context tower absorbs it.
-
-Arithmetic of a step is in :mod:`commit`; here is the loop. Each row has its own mask fraction, steps and end.
+"""Block diffusion: a block of masks is denoised in parallel steps, then the context tower absorbs it (TWOTOWER:
+confidence unmasking). B batch, K block.
 """
 
 from __future__ import annotations
@@ -13,12 +12,33 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders.batch import BatchDecoder, Call, no_denoiser
-from twotower_eval.engine.decoders.commit import commit
 from twotower_eval.engine.decoders.rows import RowNoise, check_temperature, choose, on_host
 from twotower_eval.engine.models.counting import CountedContext
 from twotower_eval.engine.models.protocol import two_tower
 from twotower_eval.errors import UserError
 from twotower_eval.records import CommitStep
+
+
+def num_commits(above_B: Tensor, masked_B: Tensor, steps_left_B: Tensor) -> Tensor:
+    """``max(1, masked above the threshold, ceil(masked / steps left))``, capped at the number masked; (B,) int64."""
+    floor_B = torch.div(masked_B + steps_left_B - 1, steps_left_B, rounding_mode="floor")
+    return torch.minimum(torch.maximum(above_B, floor_B).clamp(min=1), masked_B)
+
+
+def commit(confidence_BK: Tensor, masked_BK: Tensor, steps_left_B: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Positions to commit (B, K) and how many of them the floor forced (B,).
+
+    The most confident masked positions go first; of equal confidences the higher positions (the reference sorts
+    ascending and stably, and takes the end). "Above" is strict. A forced commit is one whose confidence does not
+    exceed the threshold.
+    """
+    above_BK = masked_BK & (confidence_BK > threshold)
+    wanted_B = num_commits(above_BK.sum(1), masked_BK.sum(1), steps_left_B)
+    order_BK = confidence_BK.masked_fill(~masked_BK, -torch.inf).argsort(dim=1, stable=True)
+    block_size = confidence_BK.shape[1]
+    from_end_K = torch.arange(block_size - 1, -1, -1, device=confidence_BK.device)
+    taken_BK = torch.zeros_like(masked_BK).scatter(1, order_BK, from_end_K < wanted_B[:, None])
+    return taken_BK, (taken_BK & ~above_BK).sum(1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from twotower_eval.engine.decoders.batch import no_denoiser
 from twotower_eval.engine.decoders.block_diffusion import Params as BlockParams
-from twotower_eval.engine.decoders.finish import (
+from twotower_eval.engine.decoders.rows import (
     Clock,
     OnFinish,
     check_batch_size,
     check_prompts,
+    check_temperature,
     generation,
     is_finished,
     make_rules,
 )
-from twotower_eval.engine.decoders.rows import check_temperature
 from twotower_eval.engine.models.protocol import Model, two_tower
 from twotower_eval.errors import UserError
 from twotower_eval.records import Generation, Prompt

@@ -1,14 +1,175 @@
-"""What all decoders share about a batch of rows: padding prompts, one random stream per row, choosing tokens."""
+"""Rows of a batch: padding prompts, one random stream per row, choosing tokens; when a row is finished, and what of it
+is useful.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from twotower_eval.engine.models.protocol import Model, TextCodec
 from twotower_eval.errors import UserError
-from twotower_eval.records import Prompt
+from twotower_eval.records import CommitStep, FinishReason, Generation, Prompt
+
+Clock = Callable[[], float]  # seconds, after all devices have finished their work
+OnFinish = Callable[[Generation], None]  # hears of every row as it finishes
+
+STOP_WINDOW_SPARE = 8  # tokens decoded beyond a stop string's bytes when looking for it at the end
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Stop events of one call, the same for all rows and all decoders."""
+
+    max_new_tokens: int
+    eos_token_ids: frozenset[int]
+    stop: tuple[str, ...]
+    tokenizer: TextCodec | None
+
+    @property
+    def stop_window(self) -> int:
+        """How many tokens at the end surely hold a stop string that has just been completed."""
+        return max(len(text.encode()) for text in self.stop) + STOP_WINDOW_SPARE
+
+
+def make_rules(model: Model, *, max_new_tokens: int, eos_token_ids: Sequence[int], stop: Sequence[str]) -> Rules:
+    """Check the stop events. String stops need the model's tokenizer."""
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens!r}")
+    if isinstance(stop, str):
+        raise UserError("stop must be a sequence of strings, not one string")
+    if stop and model.tokenizer is None:
+        raise UserError("stop strings need a tokenizer, and this checkpoint has none; use eos_token_ids")
+    if any(not text for text in stop):
+        raise UserError("an empty stop string would stop everything; leave it out")
+    return Rules(max_new_tokens, frozenset(eos_token_ids), tuple(stop), model.tokenizer)
+
+
+def check_batch_size(max_batch_size: int | None) -> int | None:
+    """The same, or UserError where it is no width of a batch."""
+    if max_batch_size is None:
+        return None
+    if isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int) or max_batch_size < 1:
+        raise UserError(f"max_batch_size must be a whole number of at least 1, not {max_batch_size!r}")
+    return max_batch_size
+
+
+def check_prompts(model: Model, prompts: Sequence[Prompt]) -> None:
+    """Prompts of at least one token, all within the vocabulary."""
+    for prompt in prompts:
+        if not prompt.token_ids:
+            raise UserError(f"prompt {prompt.id!r} is empty; give it at least one token")
+        if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < model.vocab_size:
+            raise UserError(f"prompt {prompt.id!r} has a token id outside the vocabulary of {model.vocab_size}")
+
+
+def is_finished(token_ids: Sequence[int], num_new: int, rules: Rules) -> bool:
+    """Whether a row may stop, given that only its last ``num_new`` tokens have not been looked at before.
+
+    A stop string is looked for at the end of the text first, then :func:`cut` has the last word: some tokenizers write
+    the first token of a text differently, so that an end alone may show what the whole does not hold.
+    """
+    if len(token_ids) >= rules.max_new_tokens:
+        return True
+    if any(token in rules.eos_token_ids for token in token_ids[-num_new:]):
+        return True
+    if not rules.stop:
+        return False
+    assert rules.tokenizer is not None
+    return _holds_stop(token_ids[-(num_new + rules.stop_window) :], rules) and cut(token_ids, rules)[2] == "stop"
+
+
+def cut(token_ids: Sequence[int], rules: Rules) -> tuple[tuple[int, ...], str | None, FinishReason]:
+    """Useful tokens, their text up to the stop, and why the row ended.
+
+    A token straddling the start of a stop string is not useful, but its text before the stop is kept.
+    """
+    kept = list(token_ids[: rules.max_new_tokens])
+    finish: FinishReason = "length"
+    for position, token in enumerate(kept):
+        if token in rules.eos_token_ids:
+            kept, finish = kept[:position], "eos"
+            break
+    if rules.tokenizer is None:
+        return tuple(kept), None, finish
+    num_read = _num_until_stop(kept, rules)
+    if num_read is None:
+        return tuple(kept), rules.tokenizer.decode(kept), finish
+    read = kept[:num_read]
+    return tuple(read[: _num_useful(read, rules)]), _before_stops(rules.tokenizer.decode(read), rules), "stop"
+
+
+def _holds_stop(token_ids: Sequence[int], rules: Rules) -> bool:
+    texts = [read(token_ids) for read in _readings(token_ids, rules)]
+    return any(stop in text for text in texts for stop in rules.stop)
+
+
+def _readings(token_ids: Sequence[int], rules: Rules) -> list[Callable[[Sequence[int]], str]]:
+    """How tokens become text: without special tokens, as it is scored, and with them, as stop strings may hold some."""
+    tokenizer = rules.tokenizer
+    assert tokenizer is not None
+    has_special = not tokenizer.special_token_ids.isdisjoint(token_ids)
+    return [tokenizer.decode, tokenizer.decode_with_special] if has_special else [tokenizer.decode]
+
+
+def _num_until_stop(token_ids: Sequence[int], rules: Rules) -> int | None:
+    """The fewest tokens from the start that hold a stop string, by bisection; None where all hold none."""
+    if not rules.stop or not _holds_stop(token_ids, rules):
+        return None
+    without, holding = 0, len(token_ids)
+    while holding - without > 1:
+        middle = (without + holding) // 2
+        without, holding = (without, middle) if _holds_stop(token_ids[:middle], rules) else (middle, holding)
+    return holding
+
+
+def _num_useful(token_ids: Sequence[int], rules: Rules) -> int:
+    """Tokens that lie wholly before the stop strings, in each reading that holds one."""
+    num_useful = len(token_ids)
+    for read in _readings(token_ids, rules):
+        whole = read(token_ids)
+        before = _before_stops(whole, rules)
+        while before != whole and num_useful and len(read(token_ids[:num_useful])) > len(before):
+            num_useful -= 1
+    return num_useful
+
+
+def _before_stops(text: str, rules: Rules) -> str:
+    for stop in rules.stop:
+        text = text.split(stop, 1)[0]
+    return text
+
+
+def generation(
+    prompt: Prompt,
+    produced: Sequence[int],
+    rules: Rules,
+    *,
+    num_context_forwards: int,
+    num_denoiser_forwards: int,
+    num_forced_commits: int | None = None,
+    finish_s: float | None = None,
+    trace: tuple[CommitStep, ...] | None = None,
+) -> Generation:
+    """The record of one row; whatever was produced behind the cut is counted as discarded."""
+    token_ids, text, finish = cut(produced, rules)
+    return Generation(
+        prompt_id=prompt.id,
+        token_ids=token_ids,
+        text=text,
+        finish=finish,
+        num_prompt_tokens=len(prompt.token_ids),
+        num_tokens=len(token_ids),
+        num_discarded_tokens=len(produced) - len(token_ids),
+        num_context_forwards=num_context_forwards,
+        num_denoiser_forwards=num_denoiser_forwards,
+        num_forced_commits=num_forced_commits,
+        finish_s=finish_s,
+        trace=trace,
+    )
 
 
 def padded_ids(rows: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:

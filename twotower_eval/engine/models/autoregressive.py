@@ -12,11 +12,17 @@ from torch import Tensor, nn
 
 from twotower_eval.engine.models.base import LanguageModel
 from twotower_eval.engine.models.config import NemotronHConfig
-from twotower_eval.engine.models.context import Context, KeyValueBuffer, Writer, ends_of, writable_buffer
+from twotower_eval.engine.models.context import (
+    Context,
+    KeyValueBuffer,
+    Writer,
+    ends_of,
+    logits_by_rows,
+    writable_buffer,
+)
 from twotower_eval.engine.models.graphs import StepGraphs
 from twotower_eval.engine.models.nemotron_h import Attention, Mamba, MambaState, Tower, run_layers
 from twotower_eval.engine.models.protocol import Segment
-from twotower_eval.engine.models.token_tree import logits_by_rows
 from twotower_eval.engine.ops import product
 from twotower_eval.engine.ops.attention import attend as attend_to
 from twotower_eval.engine.ops.attention import attention, kernel_for_few, seen

@@ -24,8 +24,8 @@ from twotower_eval.engine.models.nemotron_h import Gate, MixtureOfExperts, Tower
 from twotower_eval.engine.models.tokenizer import Tokenizer, load_tokenizer
 from twotower_eval.engine.models.twotower import Denoiser, TwoTower
 from twotower_eval.errors import UserError
-from twotower_eval.json_text import parse_json, read_utf8
 from twotower_eval.records import Checkpoint, FileDigest
+from twotower_eval.strict import parse_json, read_utf8
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

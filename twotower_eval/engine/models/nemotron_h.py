@@ -1,11 +1,8 @@
-"""NemotronH: one tower of Mamba-2 (M), attention (*), mixture-of-experts (E) and plain MLP (-) layers.
-
-Parameter names follow the released checkpoint, but for the routed experts, which are stacked into one tensor each
-way. Shape letters: see ops/__init__.
-"""
+"""NemotronH: one tower of Mamba-2 (M), attention (*), mixture-of-experts (E) and plain MLP (-) layers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, cast
 
@@ -14,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from twotower_eval.engine.models.config import NemotronHConfig
-from twotower_eval.engine.models.derived import Derived, DerivedByKey
-from twotower_eval.engine.models.direct import Conv1d, Direct, Linear, RMSNorm
-from twotower_eval.engine.ops import conv, kernels, mamba, moe, norm, product, ssd
+from twotower_eval.engine.models.weights import Conv1d, Derived, DerivedByKey, Direct, Linear, RMSNorm
+from twotower_eval.engine.ops import kernels, mamba, moe, norm, product, ssd
 
 
 class MambaState(NamedTuple):
@@ -70,13 +66,13 @@ class Mamba(Direct):
         x, b, c = self.convolve(u_BSC, state.conv_BCW)
         precision = self.out_proj.weight.dtype
         y, ssm_BhPN = ssd.ssd(x, delta_BSh, self.decay_rate(), b, c, state.ssm_BhPN, precision=precision)
-        return self.finish(y, x, z), MambaState(conv.next_conv_state(u_BSC, state.conv_BCW, lengths_B), ssm_BhPN)
+        return self.finish(y, x, z), MambaState(mamba.next_conv_state(u_BSC, state.conv_BCW, lengths_B), ssm_BhPN)
 
     def step(self, x_B1H: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """What :meth:`forward` gives for one position, in fewer calls."""
         z, u_B1C, delta_B1h = self.project(x_B1H)
         taps_CW = self._taps_CW(self.conv1d.weight)
-        mixed_B1C, conv_BCW = conv.causal_conv_step(u_B1C, state.conv_BCW, taps_CW, self.conv1d.bias)
+        mixed_B1C, conv_BCW = mamba.causal_conv_step(u_B1C, state.conv_BCW, taps_CW, self.conv1d.bias)
         x, b, c = self.split_mixed(mixed_B1C.float())
         y, ssm_BhPN = ssd.ssd_step(x, delta_B1h, self.decay_rate(), b, c, state.ssm_BhPN)
         return self.finish(y, x, z), MambaState(conv_BCW, ssm_BhPN)
@@ -134,7 +130,7 @@ class Mamba(Direct):
     def convolve(self, u_BSC: Tensor, conv_BCW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, S, h, P), b and c (B, S, G, N), float32."""
         taps_CW = self._taps_CW(self.conv1d.weight)
-        return self.split_mixed(conv.causal_conv(u_BSC, conv_BCW, taps_CW, self.conv1d.bias).float())
+        return self.split_mixed(mamba.causal_conv(u_BSC, conv_BCW, taps_CW, self.conv1d.bias).float())
 
     def split_mixed(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The convolution's output as heads of x and groups of b and c."""
@@ -354,3 +350,29 @@ def _mixed(layer: Layer, index: int, x_BSH: Tensor, attend: Attend, mix: Mix) ->
         return mixer.finish(attend(index, *mixer.project(x_BSH)))
     out: Tensor = mixer(x_BSH)
     return out
+
+
+@torch.no_grad()
+def initialise(tower: Tower, generator: torch.Generator) -> None:
+    """Random weights for a tower to be trained: normal(0, initializer_range), outputs shrunk with depth, Mamba's
+    step sizes log-uniform between ``time_step_min`` and ``time_step_max`` (arXiv 2312.00752, section 3.6)."""
+    config = tower.config
+    for name, parameter in tower.named_parameters():
+        if name.endswith(("norm.weight", "norm_f.weight", ".D")):
+            parameter.fill_(1.0)
+        elif name.endswith("A_log"):
+            parameter.copy_(torch.arange(1, config.mamba_num_heads + 1).log())
+        elif name.endswith("dt_bias"):
+            low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+            step = torch.empty_like(parameter).uniform_(low, high, generator=generator).exp()
+            step = step.clamp(min=config.time_step_floor)
+            parameter.copy_(step + torch.log(-torch.expm1(-step)))
+        elif name.endswith(("conv1d.bias", "e_score_correction_bias")):
+            parameter.zero_()
+        elif name.endswith("conv1d.weight"):
+            bound = 1 / math.sqrt(config.conv_kernel)
+            parameter.uniform_(-bound, bound, generator=generator)
+        else:
+            out = name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight", "experts_down_EHI"))
+            shrink = math.sqrt(len(config.pattern)) if out else 1.0
+            parameter.normal_(0.0, config.initializer_range / shrink, generator=generator)

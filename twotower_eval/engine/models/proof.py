@@ -23,7 +23,6 @@ from dataclasses import replace
 import torch
 
 from twotower_eval.engine.models import probes
-from twotower_eval.engine.models.precision import widened, widening
 from twotower_eval.engine.models.probes import (
     LIMITS,
     Pairs,
@@ -35,6 +34,8 @@ from twotower_eval.engine.models.probes import (
     make_probe,
     named_lengths,
     whole,
+    widened,
+    widening,
 )
 from twotower_eval.engine.models.transformers_model import ForwardError, TransformersModel
 from twotower_eval.errors import UserError

@@ -29,7 +29,7 @@ from twotower_eval.engine.models.tokenizer import load_tokenizer
 from twotower_eval.engine.models.transformers_model import TransformersModel
 from twotower_eval.engine.models.transformers_types import CausalLM, Config, Loaded
 from twotower_eval.errors import UserError
-from twotower_eval.json_text import JsonObject
+from twotower_eval.strict import JsonObject
 
 ADAPTER_FILE = "adapter_config.json"
 LENGTH_NAMES = ("n_positions", "max_position_embeddings", "n_ctx")  # in lm-eval's order

@@ -1,31 +1,183 @@
-"""A transformers model behind the project's protocol of causal models, run in the ways that it was proved to run in.
-
-A row of a batch gives what it gives alone. Models whose cache is attention alone run unequal rows padded on the left,
-with a mask and their own positions. Models that carry states (Mamba, convolutions) cannot pass over padding: rows of
-one length run together, and tokens are appended one at a time. See models.proof for the slower ways.
+"""A transformers model behind the project's protocol of causal models, run in the ways that it was proved to run: its
+caches as values, forked before they are extended, and token trees as one row.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+from torch.nn import functional
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from twotower_eval.engine.models.autoregressive import host_lengths
 from twotower_eval.engine.models.base import LanguageModel
 from twotower_eval.engine.models.protocol import Segment
-from twotower_eval.engine.models.transformers_context import CacheContext, Part, Tokens, can_join, forked
-from twotower_eval.engine.models.transformers_tree import keeps_all_keys, packed
-from twotower_eval.engine.models.transformers_types import Cache, CausalLM
+from twotower_eval.engine.models.transformers_types import Cache, CacheLayer, CausalLM, Config
 from twotower_eval.errors import UserError
 from twotower_eval.records import Ways
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a context that share a cache, or have none (``None``); ``rows`` are their positions in the context."""
+
+    rows: tuple[int, ...]
+    cache: Cache | None
+    padding: tuple[int, ...]
+    last_logits_BV: Tensor
+
+    def select(self, wanted: Mapping[int, Sequence[int]]) -> Part | None:
+        """The rows named by ``wanted`` (old position -> new positions); None where there are none."""
+        chosen = [(i, new) for i, row in enumerate(self.rows) for new in wanted.get(row, ())]
+        if not chosen:
+            return None
+        index = torch.tensor([i for i, _ in chosen], device=self.last_logits_BV.device)
+        cache = None if self.cache is None else forked(self.cache)
+        if cache is not None:
+            cache.reorder_cache(index)
+        rows, padding = tuple(new for _, new in chosen), tuple(self.padding[i] for i, _ in chosen)
+        return Part(rows, cache, padding, self.last_logits_BV.index_select(0, index))
+
+
+@dataclass(frozen=True)
+class CacheContext:
+    """Committed tokens of B rows. A value: extending it leaves it usable."""
+
+    tokens: tuple[Tokens, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each row."""
+        return tuple(len(row) for row in self.tokens)
+
+    def select(self, rows: Sequence[int]) -> CacheContext:
+        """A context of the given rows, in that order; a row may be repeated."""
+        wanted: dict[int, list[int]] = {}
+        for new, row in enumerate(rows):
+            wanted.setdefault(row, []).append(new)
+        parts = [part.select(wanted) for part in self.parts]
+        return CacheContext(tuple(self.tokens[row] for row in rows), tuple(part for part in parts if part))
+
+    def join(self, other: CacheContext) -> CacheContext:
+        """The context of these rows, then of the other's; for caches of attention layers alone, padded on the left."""
+        tokens = self.tokens + other.tokens
+        shifted = [replace(part, rows=tuple(self.batch_size + row for row in part.rows)) for part in other.parts]
+        parts = [*self.parts, *shifted]
+        plain = [part for part in parts if part.cache is None]
+        cached = [part for part in parts if part.cache is not None]
+        if len(cached) == 2:
+            cached = [_joined(cached[0], cached[1], [len(row) for row in tokens])]
+        return CacheContext(tokens, (*cached, *plain))
+
+
+def _joined(ours: Part, theirs: Part, lengths: Sequence[int]) -> Part:
+    """Both as one, as wide as its longest row."""
+    rows = (*ours.rows, *theirs.rows)
+    width = max(lengths[row] for row in rows)
+    assert ours.cache is not None
+    assert theirs.cache is not None
+    cache = forked(ours.cache)
+    cache.layers = [_joined_layer(*pair, width) for pair in zip(ours.cache.layers, theirs.cache.layers, strict=True)]
+    padding = tuple(width - lengths[row] for row in rows)
+    return Part(rows, cache, padding, torch.cat([ours.last_logits_BV, theirs.last_logits_BV]))
+
+
+def can_join(layers: Sequence[CacheLayer]) -> bool:
+    """Whether caches of such layers can be joined: attention over all columns, or over a window of the last ones."""
+    kinds: set[type[object]] = set(map(type, layers))
+    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+def _joined_layer(ours: CacheLayer, theirs: CacheLayer, width: int) -> CacheLayer:
+    """Rows of both, all ``width`` columns wide: padding that nobody needs goes, what is missing is put on the left."""
+    layer = copy.copy(ours)
+    if not ours.is_initialized:  # a layer that shares another's keys keeps none
+        return layer
+    kept = width
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        kept, layer.cumulative_length = min(width, layer.sliding_window - 1), width
+    layer.keys = torch.cat([_fitted(ours.keys, kept), _fitted(theirs.keys, kept)])
+    layer.values = torch.cat([_fitted(ours.values, kept), _fitted(theirs.values, kept)])
+    return layer
+
+
+def _fitted(columns_BJTD: Tensor, num_columns: int) -> Tensor:
+    """The last columns, with zeros before them where there are too few."""
+    missing = num_columns - columns_BJTD.shape[2]
+    return functional.pad(columns_BJTD, (0, 0, missing, 0))  # negative: cut off
+
+
+def forked(cache: Cache) -> Cache:
+    """A copy that may be extended. Attention layers replace their tensors and need no copy of them; states are
+    overwritten in place and do."""
+    fork = copy.copy(cache)
+    fork.layers = [_forked_layer(layer) for layer in cache.layers]
+    return fork
+
+
+def _forked_layer(layer: CacheLayer) -> CacheLayer:
+    fork = copy.copy(layer)
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        for name, value in vars(layer).items():
+            if isinstance(value, dict):
+                copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()}
+                setattr(fork, name, copies)
+    return fork
+
+
+# Rotary embeddings that depend on how long the whole row is: what is read first would have to be read again.
+LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+def packed(segments: Sequence[Segment], known: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids (1, N), positions (1, N), additive mask (1, 1, N, T) and columns (M,) of the wanted logits.
+
+    ``known`` tokens of context stand before the tree.
+    """
+    starts: list[int] = []
+    ends: list[int] = []
+    depths: list[int] = []  # tokens before the segment, on its own branch
+    for segment in segments:
+        starts.append(ends[-1] if ends else 0)
+        ends.append(starts[-1] + len(segment.tokens))
+        depths.append(known if segment.parent < 0 else depths[segment.parent] + len(segments[segment.parent].tokens))
+    seen_NT = torch.zeros(ends[-1], known + ends[-1], dtype=torch.bool)
+    seen_NT[:, :known] = True
+    for segment, start, end in zip(segments, starts, ends, strict=True):
+        if segment.parent >= 0:
+            # The parent's last token sees exactly what every token of this segment sees before its own segment.
+            seen_NT[start:end] = seen_NT[ends[segment.parent] - 1]
+        seen_NT[start:end, known + start : known + end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+    ids_1N = torch.tensor([[token for segment in segments for token in segment.tokens]])
+    position_1N = torch.cat([torch.arange(d, d + e - s) for s, e, d in zip(starts, ends, depths, strict=True)])[None]
+    columns_M = torch.tensor([s + at for segment, s in zip(segments, starts, strict=True) for at in segment.wanted])
+    mask_NT = torch.zeros(seen_NT.shape, dtype=dtype).masked_fill_(~seen_NT, torch.finfo(dtype).min)
+    return ids_1N, position_1N, mask_NT[None, None], columns_M.long()
+
+
+def keeps_all_keys(config: Config, layers: Sequence[CacheLayer]) -> bool:
+    """Whether every layer keeps all keys (no window that a mask of ours would undo) at positions fixed for good."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    classes: set[type[object]] = set(map(type, layers))
+    return classes <= {DynamicLayer} and not kinds & LENGTH_DEPENDENT_ROPE
+
 
 BRANCH_TOKENS = 512  # more fill the processor no better, while each sees the others' keys behind its mask
 CACHE_ARGUMENTS = ("past_key_values", "cache_params")  # what a model's forward may call its cache

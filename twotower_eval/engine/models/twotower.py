@@ -17,10 +17,10 @@ from twotower_eval.engine.models.autoregressive import ContextTower
 from twotower_eval.engine.models.base import LanguageModel
 from twotower_eval.engine.models.config import SINUSOID_SIZE, NemotronHConfig
 from twotower_eval.engine.models.context import Context, ends_of, room_for_block
-from twotower_eval.engine.models.derived import DerivedByKey
 from twotower_eval.engine.models.graphs import StepGraphs
 from twotower_eval.engine.models.nemotron_h import Mamba, Modulation, Tower, run_layers
 from twotower_eval.engine.models.protocol import Segment
+from twotower_eval.engine.models.weights import DerivedByKey
 from twotower_eval.engine.ops.attention import attend as attend_to
 from twotower_eval.engine.ops.attention import attention, kernel_for_few, seen
 

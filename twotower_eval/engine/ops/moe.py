@@ -302,9 +302,9 @@ GROUPED_PRODUCT = kernels.register(
 
 
 def _load_router() -> Callable[..., tuple[Tensor, Tensor]]:
-    from twotower_eval.engine.ops.fused import router
+    from twotower_eval.engine.ops.fused import experts
 
-    return router.route
+    return experts.route
 
 
 def _router_pairs(

@@ -24,10 +24,9 @@ from twotower_eval.engine.decoders.reported import (
     decoder_name,
     finished,
 )
-from twotower_eval.engine.models import prompts
-from twotower_eval.engine.models.counting import noted_in_place
+from twotower_eval.engine.models import tokenizer
+from twotower_eval.engine.models.counting import Strays, noted_in_place
 from twotower_eval.engine.models.protocol import Model, text_codec
-from twotower_eval.engine.models.strays import Strays
 from twotower_eval.engine.scorers import Scorer
 from twotower_eval.engine.scorers.pieces import Piece, ScoreRequest
 from twotower_eval.errors import UserError
@@ -112,8 +111,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         self.journal = journal or CellJournal(cell="")
         self.num_truncated = 0
         # The choices of one question share their context, which is most of what there is to encode.
-        self._text_ids = lru_cache(maxsize=16)(partial(prompts.text_ids, model))
-        self._prompt_ids = lru_cache(maxsize=16)(partial(prompts.fitted_prompt_ids, model))
+        self._text_ids = lru_cache(maxsize=16)(partial(tokenizer.text_ids, model))
+        self._prompt_ids = lru_cache(maxsize=16)(partial(tokenizer.fitted_prompt_ids, model))
         self.advance = advance
         self.traced = traced
         self.witnessed, self.testify = witnessed, testify
@@ -122,12 +121,12 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     @property
     def eot_token_id(self) -> int:
         """End of text: the tokenizer's EOS, else the first of the model's."""
-        return prompts.end_of_text_id(self.model)
+        return tokenizer.end_of_text_id(self.model)
 
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without context: BOS where the tokenizer has one, else EOS, as in lm-eval's hf."""
-        return prompts.prefix_id(self.model)
+        return tokenizer.prefix_id(self.model)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: object) -> list[int]:
         """Token ids, with the special tokens that the tokenizer adds by itself unless told otherwise, or unless the
@@ -183,7 +182,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
                 yield partial(self._generate, rest, budget, stop)
 
     def _prompt(self, text: str, key: Key, budget: int) -> Prompt:
-        with prompts.naming(_where(key)):
+        with tokenizer.naming(_where(key)):
             ids, is_truncated = self._prompt_ids(text, budget)
         self.num_truncated += is_truncated
         name = "/".join(str(part) for part in key)
@@ -219,7 +218,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         self._keep(request, key, generation)
 
     def _asked(self, budget: int, stop: tuple[str, ...]) -> Asked:
-        stops = prompts.stops_of(self.model, stop)
+        stops = tokenizer.stops_of(self.model, stop)
         return asked_of(self.model, decoder_name(self.decoder), budget, self.model.eos_token_ids, stops)
 
     @property
@@ -300,7 +299,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         """The request in pairs of ids, each with something to score. UserError, with the document, where none is."""
         is_rolling = request_type == "loglikelihood_rolling"
         split = self._windows if is_rolling else self._context_and_continuation
-        with prompts.naming(_where(key) + ("" if is_rolling else f", option {key[2] + 1}")):
+        with tokenizer.naming(_where(key) + ("" if is_rolling else f", option {key[2] + 1}")):
             pairs = split(*request.args)
             for pair in pairs:
                 self._room_for(*pair)

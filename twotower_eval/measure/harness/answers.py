@@ -16,9 +16,8 @@ from twotower_eval.engine.decoders.reported import (
     finished,
     generating,
 )
-from twotower_eval.engine.models.counting import WatchedModel, noted_in_place
+from twotower_eval.engine.models.counting import Strays, WatchedModel, noted_in_place
 from twotower_eval.engine.models.protocol import Model
-from twotower_eval.engine.models.strays import Strays
 from twotower_eval.engine.models.witness import Tally
 from twotower_eval.errors import UserError
 from twotower_eval.measure.suites import decoding_asked, in_words, instance_sha256

@@ -11,12 +11,21 @@ from dataclasses import dataclass
 
 import torch
 
-from twotower_eval.engine.models import sizes
-from twotower_eval.engine.models.config import NemotronHConfig
+from twotower_eval.engine.models.config import (
+    FLOAT32_BYTES,
+    NemotronHConfig,
+    Step,
+    key_value_bytes,
+    pair_bytes,
+    state_bytes,
+    step_bytes,
+    step_flops,
+    touched_experts,
+    tower_bytes,
+)
 from twotower_eval.engine.models.graphs import num_slot_counts
-from twotower_eval.engine.models.sizes import Step
 from twotower_eval.errors import UserError
-from twotower_eval.measure.speed.peak import DevicePeak
+from twotower_eval.measure.speed.conditions import DevicePeak
 from twotower_eval.plan import SizingPlan
 from twotower_eval.records import ROUTINGS
 
@@ -99,7 +108,7 @@ def make_card(
 ) -> CostCard:
     """The card for towers of ``patterns[0]``, and floors for all the patterns and for the whole config's."""
     built = cut(config, patterns[0])
-    weigh = {p: sizes.pair_bytes(cut(config, p), dtype.itemsize, share_towers=plan.share_towers)
+    weigh = {p: pair_bytes(cut(config, p), dtype.itemsize, share_towers=plan.share_towers)
              for p in (patterns[0], config.pattern)}  # fmt: skip
     floors = [_floor(plan, cut(config, p), step, peaks, dtype)
               for p in dict.fromkeys([*patterns, config.pattern]) for step in _steps(plan)]  # fmt: skip
@@ -111,8 +120,8 @@ def make_card(
         peaks=tuple(peaks),
         weight_bytes=weigh[patterns[0]],
         full_weight_bytes=weigh[config.pattern],
-        key_value_bytes_per_token=sizes.key_value_bytes(built, dtype.itemsize),
-        state_bytes_per_row=sizes.state_bytes(built, dtype.itemsize),
+        key_value_bytes_per_token=key_value_bytes(built, dtype.itemsize),
+        state_bytes_per_row=state_bytes(built, dtype.itemsize),
         needed_bytes=_needed(plan, built, len(patterns), dtype),
         floors=tuple(floors),
     )
@@ -232,14 +241,14 @@ def _floor(
     plan: SizingPlan, config: NemotronHConfig, step: Step, peaks: Sequence[DevicePeak], dtype: torch.dtype
 ) -> Floor:
     peak = peaks[-1] if step.part == "denoise" else peaks[0]
-    num_bytes, flops = sizes.step_bytes(step, config, dtype.itemsize), sizes.step_flops(step, config)
+    num_bytes, flops = step_bytes(step, config, dtype.itemsize), step_flops(step, config)
     return Floor(
         pattern=config.pattern,
         part=step.part,
         batch_size=step.batch_size,
         block_size=step.num_tokens if step.part in ("denoise", "context_pass") else None,
         routing=step.routing,
-        num_experts_touched=sizes.touched_experts(step, config) if "E" in config.pattern else 0.0,
+        num_experts_touched=touched_experts(step, config) if "E" in config.pattern else 0.0,
         bytes_read=num_bytes,
         flops=flops,
         floor_s=max(num_bytes / peak.bytes_per_s, flops / peak.flops_per_s),
@@ -251,11 +260,11 @@ def _needed(plan: SizingPlan, config: NemotronHConfig, num_patterns: int, dtype:
     rows = sum(plan.batch_sizes) * num_patterns + CONTEXTS_HELD * max(plan.batch_sizes)
     if plan.cuda_graphs:  # for each size a context at a fixed place, with up to twice the slots
         rows += 2 * sum(plan.batch_sizes) * num_patterns * _num_slot_counts(plan)
-    of_row = int(1.25 * _longest(plan)) * sizes.key_value_bytes(config, dtype.itemsize)
-    contexts = rows * (of_row + sizes.state_bytes(config, dtype.itemsize))
-    logits = 3 * max(plan.batch_sizes) * max(plan.block_sizes) * config.vocab_size * sizes.FLOAT32_BYTES
-    whole = sizes.pair_bytes(config, dtype.itemsize, share_towers=plan.share_towers)
-    tower = sizes.tower_bytes(config, dtype.itemsize)
+    of_row = int(1.25 * _longest(plan)) * key_value_bytes(config, dtype.itemsize)
+    contexts = rows * (of_row + state_bytes(config, dtype.itemsize))
+    logits = 3 * max(plan.batch_sizes) * max(plan.block_sizes) * config.vocab_size * FLOAT32_BYTES
+    whole = pair_bytes(config, dtype.itemsize, share_towers=plan.share_towers)
+    tower = tower_bytes(config, dtype.itemsize)
     weights = [whole] if len(plan.devices) == 1 else [tower, whole - tower]
     return tuple(int((1 + SPARE) * held) + contexts + logits for held in weights)
 

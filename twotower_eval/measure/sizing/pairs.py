@@ -17,10 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from twotower_eval.engine.models.checkpoint import materialise
-from twotower_eval.engine.models.config import NemotronHConfig
-from twotower_eval.engine.models.initial import initialise
-from twotower_eval.engine.models.nemotron_h import Layer, MixtureOfExperts, Tower
-from twotower_eval.engine.models.sizes import num_common
+from twotower_eval.engine.models.config import NemotronHConfig, num_common
+from twotower_eval.engine.models.nemotron_h import Layer, MixtureOfExperts, Tower, initialise
 from twotower_eval.engine.models.twotower import TwoTower
 from twotower_eval.errors import UserError
 from twotower_eval.records import Checkpoint, Routing, canonical_json, derive_seed, sha256_text

@@ -1,31 +1,160 @@
-"""The parts of decoding, timed alone in the rounds of a run: what explains its times, or does not.
-
-Which parts those are is what the calls of a run were seen to do: prefills, steps of one token, denoiser passes and
-context passes of so many tokens, over as many rows as were seen at least, at most and in between, at context lengths
-that span the workload: prompts at their shortest, median and longest, with none, half and all of the budget behind
-them. Nothing is read off a decoder's parameters.
+"""The parts of decoding (prefill, AR step, denoise step, context pass), timed alone in the rounds of a run: what
+explains its times, or does not.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from twotower_eval.engine.decoders.batch import Call as DecoderCall
 from twotower_eval.engine.decoders.batch import no_denoiser
-from twotower_eval.engine.decoders.finish import Rules
-from twotower_eval.engine.models.protocol import Denoising, Model, two_tower
+from twotower_eval.engine.decoders.rows import Rules, on_host
+from twotower_eval.engine.models.protocol import Context, Denoising, Model, two_tower
 from twotower_eval.errors import UserError
-from twotower_eval.measure.speed import phases
-from twotower_eval.measure.speed.clock import CallClock
-from twotower_eval.measure.speed.lanes import Lane
-from twotower_eval.measure.speed.workloads import Call, Calls
+from twotower_eval.measure.speed.clock import CallClock, no_garbage_collection
+from twotower_eval.measure.speed.workloads import Call, Calls, Lane
 from twotower_eval.records import Arm, CostPart, Passes, Prompt
+
+Repeat = Callable[[], None]  # one repetition of a phase
+
+
+def prefill(model: Model, ids_BS: Tensor) -> Repeat:
+    """Read the prompts and choose the first token of each."""
+
+    def repeat() -> None:
+        _choose(model.next_logits(model.prefill(ids_BS)))
+
+    return repeat
+
+
+def ar_step(model: Model, context: Context, ids_B1: Tensor) -> Repeat:
+    """Extend by one token, logits, choice. Each repetition goes on where the last ended, one token further."""
+    with torch.inference_mode():
+        # The first extension copies the keys and values that others may still read: not part of any later step.
+        newest = model.extend(context, ids_B1)
+
+    def repeat() -> None:
+        nonlocal newest
+        newest = model.extend(newest, ids_B1)
+        _choose(model.next_logits(newest))
+
+    return repeat
+
+
+def bookkeeping(prompts: Sequence[Prompt], rules: Rules) -> Repeat:
+    """What the autoregressive loop does for its rows beside a step: looks for their ends, takes on those that go on."""
+    num_rows = len(prompts)
+    call = DecoderCall(
+        cast(Model, _Still()), prompts, rules, None, width=num_rows, capacity=num_rows, steady=False, on_finish=None
+    )  # fmt: skip
+    context = call.admit()
+    tokens_B1 = torch.tensor([[prompt.token_ids[-1]] for prompt in prompts])
+
+    def repeat() -> None:
+        nonlocal context
+        assert context is not None
+        going = call.absorb(context.rows, tokens_B1.tolist())
+        context = call.admit(call.extended(context, going, tokens_B1))
+
+    return repeat
+
+
+class _Still:
+    """A model whose contexts are all the same and take no time."""
+
+    def prefill(self, *_: object) -> _Still:
+        return self
+
+    def extend(self, *_: object) -> _Still:
+        return self
+
+
+def denoise(model: Denoising, context: Context, block_BK: Tensor, t_B: Sequence[float] | float | None) -> Repeat:
+    """One denoiser pass over a block, and the choice of a token with its probability at every position.
+
+    ``t_B`` is the mask fraction that the denoiser is told, as in :meth:`TwoTower.denoise`.
+    """
+
+    def repeat() -> None:
+        _choose_confident(model.denoise(block_BK, context, t_B), model.mask_token_id)
+
+    with torch.inference_mode():
+        repeat()  # a first step may have things to make ready that no later one has
+    return repeat
+
+
+def context_pass(model: Model, context: Context, block_BK: Tensor) -> Repeat:
+    """Extend by a whole block, no logits. Each repetition goes on where the last ended, one block further."""
+    with torch.inference_mode():
+        newest = model.extend(context, block_BK)
+
+    def repeat() -> None:
+        nonlocal newest
+        newest = model.extend(newest, block_BK)
+
+    return repeat
+
+
+def forced_block(model: Denoising, context: Context, block_size: int, blocks: Sequence[Sequence[int]]) -> Repeat:
+    """Denoise a whole block and absorb it, each denoiser call committing as many tokens as it is told.
+
+    ``blocks`` holds the commits per call of the first, second, ... repetition, the same for all rows. The most
+    confident positions are committed, as a decoder would.
+    """
+    schedules = itertools.cycle(blocks)
+    with torch.inference_mode():
+        masks_BK = torch.full((len(context.lengths), block_size), model.mask_token_id)
+        newest = model.extend(context, masks_BK)
+        model.denoise(masks_BK, newest, [1.0] * len(context.lengths))
+
+    def repeat() -> None:
+        nonlocal newest
+        block_BK = torch.full((len(newest.lengths), block_size), model.mask_token_id)
+        masked_BK = torch.ones_like(block_BK, dtype=torch.bool)
+        num_masked = block_size
+        for num_commits in next(schedules):
+            logits_BKV = model.denoise(block_BK, newest, [num_masked / block_size] * len(newest.lengths))
+            tokens_BK, confidence_BK = _choose_confident(logits_BKV, model.mask_token_id)
+            best_BC = confidence_BK.masked_fill(~masked_BK, -torch.inf).topk(num_commits, dim=1).indices
+            block_BK.scatter_(1, best_BC, tokens_BK.gather(1, best_BC))
+            masked_BK.scatter_(1, best_BC, False)
+            num_masked -= num_commits
+        newest = model.extend(newest, block_BK)
+
+    return repeat
+
+
+def time_repeats(repeat: Repeat, clock: CallClock, num_repeats: int) -> tuple[float, ...]:
+    """Seconds of each repetition, every device waited for before and after it."""
+    walls_s = []
+    with torch.inference_mode(), no_garbage_collection():
+        for _ in range(num_repeats):
+            started_s = clock()
+            repeat()
+            walls_s.append(clock() - started_s)
+    return tuple(walls_s)
+
+
+def _choose(logits_BV: Tensor) -> None:
+    logits_BV.argmax(-1).cpu()
+
+
+def _choose_confident(logits_BKV: Tensor, mask_token_id: int | None) -> tuple[Tensor, Tensor]:
+    """Tokens and confidences (B, K) on the host, as block diffusion chooses at temperature 0."""
+    if mask_token_id is not None:
+        logits_BKV[..., mask_token_id] = -torch.inf
+    confidence_BK, tokens_BK = logits_BKV.float().softmax(-1).max(-1)
+    return on_host(tokens_BK, confidence_BK)
+
 
 # Enough that one repetition's jitter does not matter, few enough to stay a small share of a round.
 REPEATS: dict[CostPart, int] = {"prefill": 2, "ar_step": 8, "bookkeeping": 8, "denoise": 4, "context_pass": 4}
@@ -43,7 +172,7 @@ class CostItem:
     batch_size: int
     context_tokens: int
     block_size: int | None
-    prepare: Callable[[], phases.Repeat]
+    prepare: Callable[[], Repeat]
 
     @property
     def num_repeats(self) -> int:
@@ -55,7 +184,7 @@ class CostItem:
         try:
             with torch.inference_mode():
                 repeat = self.prepare()
-            return sum(phases.time_repeats(repeat, clock, self.num_repeats + 1)[1:])
+            return sum(time_repeats(repeat, clock, self.num_repeats + 1)[1:])
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{self.part} at {self.context_tokens} tokens, batch size {self.batch_size}: out of memory: take "
@@ -157,12 +286,12 @@ def _item(
 ) -> CostItem:
     rows = [ids for call in calls for ids in lane.ids[call.id]]
 
-    def prepare() -> phases.Repeat:
+    def prepare() -> Repeat:
         if part == "bookkeeping":  # reads no context
             return _bookkeeping(lane, calls[0], list(islice(cycle(rows), num_rows)))
         ids_BS = _ids(rows, num_rows, context_tokens)
         if part == "prefill":
-            return phases.prefill(model, ids_BS)
+            return prefill(model, ids_BS)
         if block_size is None:
             return _ar_step(model, ids_BS)
         if part == "denoise":
@@ -184,29 +313,29 @@ def _ids(rows: Sequence[Sequence[int]], size: int, length: int) -> Tensor:
     return torch.tensor([list(islice(cycle(row), length)) for row in islice(cycle(rows), size)])
 
 
-def _ar_step(model: Model, ids_BS: Tensor) -> phases.Repeat:
-    return phases.ar_step(model, model.prefill(ids_BS), ids_BS[:, :1])
+def _ar_step(model: Model, ids_BS: Tensor) -> Repeat:
+    return ar_step(model, model.prefill(ids_BS), ids_BS[:, :1])
 
 
-def _bookkeeping(lane: Lane, call: Call, rows: Sequence[tuple[int, ...]]) -> phases.Repeat:
+def _bookkeeping(lane: Lane, call: Call, rows: Sequence[tuple[int, ...]]) -> Repeat:
     """For rows that never end, and stop strings as long as the call's that never come."""
     stop = tuple(NEVER * len(text) for text in call.stop)
     rules = Rules(max_new_tokens=sys.maxsize, eos_token_ids=frozenset(), stop=stop, tokenizer=lane.model.tokenizer)
     prompts = [Prompt(id=str(number), token_ids=ids) for number, ids in enumerate(rows)]
-    return phases.bookkeeping(prompts, rules)
+    return bookkeeping(prompts, rules)
 
 
-def _denoise(model: Denoising, ids_BS: Tensor, block_size: int) -> phases.Repeat:
+def _denoise(model: Denoising, ids_BS: Tensor, block_size: int) -> Repeat:
     """Half of the block masked: masks alone would all route to the same experts."""
     block_BK = _block(ids_BS, block_size)
     if model.mask_token_id is not None:
         block_BK[:, ::2] = model.mask_token_id
     t = -(-block_size // 2) / block_size
-    return phases.denoise(model, model.prefill(ids_BS), block_BK, [t] * len(ids_BS))
+    return denoise(model, model.prefill(ids_BS), block_BK, [t] * len(ids_BS))
 
 
-def _context_pass(model: Model, ids_BS: Tensor, block_size: int) -> phases.Repeat:
-    return phases.context_pass(model, model.prefill(ids_BS), _block(ids_BS, block_size))
+def _context_pass(model: Model, ids_BS: Tensor, block_size: int) -> Repeat:
+    return context_pass(model, model.prefill(ids_BS), _block(ids_BS, block_size))
 
 
 def _block(ids_BS: Tensor, block_size: int) -> Tensor:

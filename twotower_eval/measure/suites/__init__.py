@@ -9,7 +9,7 @@ from twotower_eval.measure.suites.documents import (
     instance_sha256,
     stops_and_budget,
 )
-from twotower_eval.measure.suites.files import Suite, SuiteTask, load_suite, suite_names
+from twotower_eval.measure.suites.groups import Suite, SuiteTask, load_suite, suite_names
 from twotower_eval.measure.suites.lm_tasks import LACKING, MISTAKEN, aggregation, aggregation_name, is_lacking, needing
 
 __all__ = [

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from twotower_eval.errors import UserError
-from twotower_eval.json_text import JsonObject
 from twotower_eval.names import did_you_mean
 from twotower_eval.records import Override, Scalar
+from twotower_eval.strict import JsonObject
 
 # Settings that change nothing at these values; ``None`` changes nothing anywhere. Those of sampling and of beams change
 # nothing without sampling and without beams, as in transformers.

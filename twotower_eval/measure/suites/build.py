@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from twotower_eval.errors import UserError
-from twotower_eval.json_text import JsonObject
 from twotower_eval.measure.suites import groups, lm_tasks
 from twotower_eval.measure.suites.asked import Asked, merged
 from twotower_eval.measure.suites.documents import BuiltDoc, Wishes, build_docs, check_options, generates, joined, joins
-from twotower_eval.measure.suites.files import SuiteTask, load_suite, suite_names
+from twotower_eval.measure.suites.groups import SuiteTask, load_suite, suite_names
 from twotower_eval.measure.suites.lm_types import Task
 from twotower_eval.measure.suites.parts import task_parts
 from twotower_eval.names import did_you_mean
 from twotower_eval.records import MEAN, canonical_json, sha256_text
+from twotower_eval.strict import JsonObject
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

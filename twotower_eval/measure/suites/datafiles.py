@@ -18,8 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twotower_eval.errors import UserError
-from twotower_eval.json_text import BOM, JsonObject, check_whole_numbers, decode_utf8, parse_json, walk
 from twotower_eval.names import did_you_mean
+from twotower_eval.strict import (
+    BOM,
+    JsonObject,
+    check_whole_numbers,
+    decode_utf8,
+    parse_json,
+    walk,
+)
 
 Rows = Iterator[dict[str, object]]
 

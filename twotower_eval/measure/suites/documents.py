@@ -1,4 +1,6 @@
-"""Documents with their requests: made by lm-eval, numbered, hashed, with the stops and the budget that hold here."""
+"""Documents with their requests: made by lm-eval, numbered, hashed, with stops and budget, what guessing scores on
+them, and those that are nearly the same.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +8,221 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import warnings
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
-from typing import SupportsFloat, cast
+from typing import SupportsFloat, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from twotower_eval.errors import UserError
-from twotower_eval.json_text import JsonObject
 from twotower_eval.measure.suites import lm_tasks
 from twotower_eval.measure.suites.asked import Asked, decoding_asked
-from twotower_eval.measure.suites.chance import chance_by_metric
-from twotower_eval.measure.suites.families import families
-from twotower_eval.measure.suites.files import SuiteTask, cluster_id
+from twotower_eval.measure.suites.groups import SuiteTask, cluster_id
 from twotower_eval.measure.suites.lm_types import Doc, Instance, Task
 from twotower_eval.records import MEAN, SUMMED_AGGREGATIONS, canonical_json, sha256_text
+from twotower_eval.strict import JsonObject
+
+T = TypeVar("T")
+FIRST_NATS, FAR_NATS, WITHOUT_CONTEXT_NATS = -1e-6, -1e6, -1.0  # by far, whatever length they are divided by
+COLUMNS = ("choices", "options")
+TEXT_METRICS = ("exact_match", "acc", "accuracy", "em")  # right or wrong; a measure of likeness pays some wrong options
+LETTER = re.compile(r"\(?([A-Za-z])[).:]?\.?")
+LISTED = re.compile(r"(?:^|\s)\(?([A-Z])[).:]\s")
+FIRST_LISTED = re.compile(r"(?:^|[?!.:;]\s*|\n\s*)A[).:]\s|\(A[).:]\s")  # not the A of "Plan A: …"
+UNDER_OPTIONS = re.compile(r"(?im)^[^\S\n]*options:[^\S\n]*\n((?:[^\S\n]*[-*\u2022][^\S\n]+\S.*(?:\n|\Z))+)")
+
+
+def chance_by_metric(source: Task, doc: Doc, instances: Sequence[Instance]) -> dict[str, float]:
+    """Metric -> expected score under uniform guessing; a metric without options, or of likelihoods, is not there.
+
+    ``source`` is the lm-eval task that scores ``doc`` by the answers to ``instances``.
+    """
+    better = [metric for metric, higher in source.higher_is_better().items() if higher is not False]
+    try:
+        with lm_tasks.quiet():
+            return _chances(source, doc, instances, better)
+    except _UnfitError:
+        return {}  # a scoring of its own kind, which real answers may well suit
+
+
+class _UnfitError(Exception):
+    """The task's own code cannot take what it is given here."""
+
+
+def _of_task(function: Callable[..., T], *given: object) -> T:
+    """What the task's own code, or lm-eval's around it, makes of what it is given."""
+    unfit: tuple[type[Exception], ...] = (*lm_tasks.misfits(), ArithmeticError, SyntaxError, ValueError)
+    try:
+        return function(*given)
+    except unfit as error:
+        raise _UnfitError from error
+
+
+def _chances(source: Task, doc: Doc, instances: Sequence[Instance], better: Sequence[str]) -> dict[str, float]:
+    if instances[0].request_type == "generate_until":
+        share = _share_listed(source, doc)
+        return {} if share is None else {metric: share for metric in better if metric in TEXT_METRICS}
+    num_options = len(instances)
+    if instances[0].request_type != "loglikelihood" or (num_options < 2 and source.OUTPUT_TYPE != "multiple_choice"):
+        return {}
+    # With this metric lm-eval asks for every option a second time, without the question.
+    num_options //= 2 if "acc_mutual_info" in better else 1
+    found = [_if_first(source, doc, option, num_options, len(instances)) for option in range(num_options)]
+    return {metric: sum(one[metric] for one in found) / len(found) for metric in better if _is_share(metric, found)}
+
+
+def _if_first(source: Task, doc: Doc, option: int, num_options: int, num: int) -> dict[str, float]:
+    """The document's scores if one option comes first, by far, and is what greedy decoding gives.
+
+    The others follow in their order, round and round: over all options each takes each place once.
+    """
+    places = [(at - option) % num_options for at in range(num_options)]
+    asked = [(FIRST_NATS + place * FAR_NATS, place == 0) for place in places]
+    asked += [(WITHOUT_CONTEXT_NATS, False)] * (num - num_options)
+    scores = _of_task(lambda: dict(source.process_results(doc, asked)))
+    return {metric: float(value) for metric, value in scores.items() if isinstance(value, (Real, np.bool_))}
+
+
+def _is_share(metric: str, found: Sequence[Mapping[str, float]]) -> bool:
+    """Whether a metric is a number between 0 and 1 whichever option comes first; log-likelihoods are not."""
+    return all(0 <= one.get(metric, -1) <= 1 for one in found)
+
+
+def _share_listed(source: Task, doc: Doc) -> float | None:
+    """Share of right ones among the options that a document lists; ``None`` where a right answer is none of them."""
+    target = _of_task(source.doc_to_target, doc)
+    right = target if isinstance(target, list) else [target]
+    asked = str(_of_task(source.doc_to_text, doc))
+    for options in (*_columns(source, doc), _dashed(asked)):
+        texts = [str(option).strip() for option in options]
+        places = {_place_among(texts, one) for one in right}
+        if len(texts) > 1 and right and None not in places:
+            return len(places) / len(texts)
+    places = {_place_of_letter(one) for one in right}
+    num_lettered = _num_lettered(asked) if None not in places else 0
+    known = num_lettered > 1 and places and max(place for place in places if place is not None) < num_lettered
+    return len(places) / num_lettered if known else None
+
+
+def _columns(source: Task, doc: Doc) -> Iterator[Sequence[object]]:
+    if source.config.doc_to_choice is not None:
+        yield _of_task(lambda: list(source.doc_to_choice(doc)))
+    for name in COLUMNS:
+        options = doc.get(name)
+        options = options.get("text") if isinstance(options, Mapping) else options
+        if isinstance(options, (list, tuple)):
+            yield options
+
+
+def _place_among(texts: Sequence[str], target: object) -> int | None:
+    """Where a right answer stands among options: by its number, its words or its letter."""
+    text = str(target).strip()
+    place = target if isinstance(target, int) else texts.index(text) if text in texts else _place_of_letter(target)
+    return place if place in range(len(texts)) else None
+
+
+def _place_of_letter(target: object) -> int | None:
+    """0 for ``A``, ``(a)`` or ``A.``; ``None`` for what is no lone letter."""
+    letter = LETTER.fullmatch(str(target).strip())
+    return ord(letter[1].upper()) - ord("A") if letter else None
+
+
+def _dashed(text: str) -> list[str]:
+    """The lines with a dash under the last ``Options:``."""
+    lists = UNDER_OPTIONS.findall(text)
+    return [line.strip().lstrip("-*\u2022").strip() for line in lists[-1].splitlines()] if lists else []
+
+
+def _num_lettered(text: str) -> int:
+    """How far the letters before a text's options go without a gap, as in ``(A) red (B) blue``."""
+    first = FIRST_LISTED.search(text)
+    num = 0
+    for letter in LISTED.findall(text[first.start() :].lstrip("?!.:; ") if first else ""):
+        num += letter == chr(ord("A") + num)
+    return num
+
+
+Shingles = NDArray[np.uint64]  # distinct, sorted
+
+NUM_WORDS = 3
+LEAST_SHINGLES = 8  # distinct ones, to call two texts alike
+ALIKE = 0.5  # Jaccard: shared shingles over all of both; a word changed in twenty leaves 0.7
+FORM_SHARE, FORM_LEAST = 0.25, 20  # of the documents, and at the least, that hold what is the form of a task
+BANDS, ROWS = 32, 3  # of minhashes: a pair at 0.5 meets in some band with 99 % probability
+COMPARED = 8  # earlier documents of a bucket that one is held against
+# Scripts without spaces have a word in every character.
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_\u3040-\u30ff\u3400-\u9fff]+|\d+")
+
+
+def families(texts: Sequence[str]) -> list[int]:
+    """For each text the place of the first one of its family: its own where it is alone or the first.
+
+    The same texts give the same families. Takes time in proportion to the texts.
+    """
+    firsts = list(range(len(texts)))
+    shingles = _without_form([_shingles(text) for text in texts])
+    seen: dict[str, int] = {}
+    buckets: dict[tuple[int, bytes], list[int]] = defaultdict(list)
+    multipliers = np.random.default_rng(0).integers(1, 2**63, size=BANDS * ROWS, dtype=np.uint64) | np.uint64(1)
+    for place, text in enumerate(texts):
+        equal = seen.setdefault(" ".join(text.split()), place)
+        if equal != place:
+            _join(firsts, place, equal)
+            continue
+        own = shingles[place]
+        if len(own) < LEAST_SHINGLES:
+            continue
+        least = (own[None, :] * multipliers[:, None]).min(axis=1)
+        for band in range(BANDS):
+            bucket = buckets[band, least[band * ROWS : (band + 1) * ROWS].tobytes()]
+            for other in bucket:
+                if _first(firsts, other) != _first(firsts, place) and _jaccard(own, shingles[other]) >= ALIKE:
+                    _join(firsts, place, other)
+            if len(bucket) < COMPARED:
+                bucket.append(place)
+    return [_first(firsts, place) for place in range(len(texts))]
+
+
+def _shingles(text: str) -> Shingles:
+    words = ["0" if word.isdigit() else word for word in WORD.findall(text.lower())]
+    # Half of a surrogate pair, as web text may hold, is no UTF-8.
+    rows = (words[i : i + NUM_WORDS] for i in range(len(words) - NUM_WORDS + 1))
+    told = (" ".join(row).encode("utf-8", "surrogatepass") for row in rows if row != ["0"] * NUM_WORDS)
+    return np.unique(np.fromiter((zlib.crc32(row) for row in told), dtype=np.uint64))
+
+
+def _without_form(shingles: Sequence[Shingles]) -> list[Shingles]:
+    """Without what so many documents hold that it is no sign of a family."""
+    held = Counter(shingle for own in shingles for shingle in own.tolist())
+    most = max(FORM_LEAST, FORM_SHARE * len(shingles))
+    form = np.array(sorted(shingle for shingle, num in held.items() if num >= most), dtype=np.uint64)
+    return [np.setdiff1d(own, form, assume_unique=True) for own in shingles]
+
+
+def _jaccard(one: Shingles, other: Shingles) -> float:
+    shared = len(np.intersect1d(one, other, assume_unique=True))
+    return shared / (len(one) + len(other) - shared)
+
+
+def _first(firsts: list[int], place: int) -> int:
+    while firsts[place] != place:
+        firsts[place] = firsts[firsts[place]]
+        place = firsts[place]
+    return place
+
+
+def _join(firsts: list[int], one: int, other: int) -> None:
+    low, high = sorted((_first(firsts, one), _first(firsts, other)))
+    firsts[high] = low
+
 
 DEFAULT_MAX_NEW_TOKENS = 256  # for tasks that name no budget; lm-eval's own models default to the same
 FEWSHOT_SEED = 1234  # lm-eval's own default, so that seed 0 gives the prompts that lm-eval gives

@@ -20,12 +20,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from twotower_eval.json_text import JsonObject
 from twotower_eval.measure.suites import groups, lm_tasks
 from twotower_eval.measure.suites.documents import BuiltDoc, generates
-from twotower_eval.measure.suites.files import SuiteTask
+from twotower_eval.measure.suites.groups import SuiteTask
 from twotower_eval.measure.suites.lm_types import Task
 from twotower_eval.records import canonical_json, sha256_text
+from twotower_eval.strict import JsonObject
 
 FUNCTION = re.compile(r"""!function\s+["']?([\w.]+)""")
 FILE_PATTERN = re.compile(r"[\w.-]*\*\.\w+")  # as in *.txt, not as in a regular expression

@@ -23,9 +23,9 @@ from twotower_eval.engine.models import load_model
 from twotower_eval.engine.models.context import Context as OwnContext
 from twotower_eval.engine.models.protocol import Context, Model, two_tower
 from twotower_eval.errors import UserError
-from twotower_eval.json_text import parse_json, read_utf8
-from twotower_eval.measure.verify.finding import Finding, judged, not_checked
+from twotower_eval.measure.verify.checks import Finding, judged, not_checked
 from twotower_eval.records import Prompt
+from twotower_eval.strict import parse_json, read_utf8
 
 TENSORS, DESCRIPTION = "golden.safetensors", "golden.json"
 # Absolute, float32. A reference's own rounding counts too: its denoiser lies up to 1.9e-4 from a pass in float64, and a

@@ -10,15 +10,25 @@ from pathlib import Path
 import torch
 
 from twotower_eval import store
-from twotower_eval.engine.models.prompts import naming, prompt_ids
 from twotower_eval.engine.models.protocol import Model
+from twotower_eval.engine.models.tokenizer import naming, prompt_ids
 from twotower_eval.engine.ops import kernels
-from twotower_eval.measure.verify.batches import NUM_TOKENS, batch_logic, batch_numerics
-from twotower_eval.measure.verify.decoding import block_sample, mock_ar_agreement
-from twotower_eval.measure.verify.finding import Finding, not_checked, told
+from twotower_eval.measure.verify.checks import (
+    NUM_TOKENS,
+    Finding,
+    batch_logic,
+    batch_numerics,
+    block_sample,
+    blockwise_context,
+    finite_logits,
+    mock_ar_agreement,
+    not_checked,
+    proved,
+    seeded_scan,
+    told,
+)
 from twotower_eval.measure.verify.golden import NAMES as GOLDEN_NAMES
 from twotower_eval.measure.verify.golden import Golden, golden_findings, load_golden
-from twotower_eval.measure.verify.numerics import blockwise_context, finite_logits, proved, seeded_scan
 from twotower_eval.plan import VerifyPlan, data_path, model_folder
 from twotower_eval.records import Cell, Check, Prompt, RunManifest, Ways, Workload, canonical_json, cell_id, sha256_text
 from twotower_eval.store.environment import new_manifest, package_versions

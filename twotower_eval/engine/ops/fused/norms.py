@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower_eval.engine.ops.fused.overlap import let_next_begin, overlapping, wait_for_previous
+from twotower_eval.engine.ops.fused.product import let_next_begin, overlapping, wait_for_previous
 
 
 @triton.jit

@@ -1,15 +1,46 @@
-"""One row times a weight: nothing but a stream of the weight, whose rows are asked for before anything else is done."""
+"""One row times a weight, and kernels that begin while the one before them ends (programmatic dependent launch)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from twotower_eval.engine.ops.fused.overlap import let_next_begin, overlapping, wait_for_previous
+FIRST_CAPABILITY = (9, 0)
+
+
+@triton.jit
+def let_next_begin(OVERLAP: tl.constexpr):
+    """The next kernel may begin when all programs have come here: what it waits for is the end of this one."""
+    if OVERLAP:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(OVERLAP: tl.constexpr):
+    """From here on everything that earlier kernels wrote is there."""
+    if OVERLAP:
+        gdc_wait()
+
+
+def overlapping(device: torch.device, *weights: torch.Tensor) -> dict[str, bool]:
+    """Arguments of a launch on this device; weights that have to be laid out anew first are not there at once."""
+    able = _can_overlap(device) and all(weight.is_contiguous() for weight in weights)
+    return {"OVERLAP": able, "launch_pdl": able} if able else {"OVERLAP": False}
+
+
+@cache
+def _can_overlap(device: torch.device) -> bool:
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

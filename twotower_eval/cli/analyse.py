@@ -1,0 +1,108 @@
+"""``twotower-eval report``, ``claims`` and ``calibrate``: verbs that read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from twotower_eval.cli.options import REPORTS, RESULTS, option
+from twotower_eval.cli.runs import EXIT_INTERRUPTED, chosen
+from twotower_eval.errors import UserError
+
+
+def report(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(help="Run folders or ids [the newest of each verb].", metavar="[RUNS]...", show_default=False),
+    ] = None,
+    results: Annotated[Path, option("Folder that run ids are looked up in [results].", metavar="DIR")] = RESULTS,
+    out: Annotated[Path, option("Folder that reports are made in [reports].", metavar="DIR")] = REPORTS,
+    section: Annotated[
+        list[str] | None,
+        option(
+            "Shipped section, to show only those named, or package.module:render, to add one of your own; may be given "
+            "several times [all shipped ones that concern the runs].",
+            metavar="NAME",
+        ),
+    ] = None,
+    claims: Annotated[
+        str | None,
+        option("Claim file, or the name of a shipped one [a shipped one about this model].", metavar="FILE"),
+    ] = None,
+    html: Annotated[bool, typer.Option("--html", help="Also one self-contained HTML file.")] = False,
+    format: Annotated[str | None, option("csv: also the tables, with all their digits.", metavar="csv")] = None,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Copy the runs and the report to published/ in their folders.")
+    ] = False,
+) -> None:
+    """Verb ``report``."""
+    if format not in (None, "csv"):
+        raise UserError(f"--format can be csv, not {format!r}: Markdown is always written, --html adds HTML")
+    from twotower_eval import api
+
+    named = chosen(runs, results, count_others=True)
+    page = api.report(*named, out=out, sections=section, claims=claims, html=html, csv=format == "csv", results=results)
+    typer.echo(page.path)
+    if publish:
+        for target in api.publish(page, *named, results=results, reports=out, say=typer.echo):
+            typer.echo(target)
+
+
+FileName = Annotated[str, typer.Argument(help="Claim file, or the name of a shipped one.", metavar="FILE")]
+
+
+def check(
+    file: FileName,
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(help="Run folders or ids [the newest of each verb].", metavar="[RUNS]...", show_default=False),
+    ] = None,
+    claim: Annotated[
+        list[str] | None, option("This claim only; may be given several times [all].", "--claim", metavar="NAME")
+    ] = None,
+    strict: Annotated[
+        bool,
+        option("Count as inconclusive what fewer than 5 launches support, or not all runs that lie there.", "--strict"),
+    ] = False,
+    results: Annotated[Path, option("Folder that run ids are looked up in [results].", metavar="DIR")] = RESULTS,
+) -> None:
+    """Verb ``claims check``."""
+    from twotower_eval import api
+
+    asked = api.claims_of(file, claim or ())  # a slip in them is said before any run is looked for
+    verdicts = api.judge(asked, *chosen(runs, results), names=claim or (), results=results)
+    for line in verdicts.lines:
+        typer.echo(line)
+    if strict and (said := verdicts.strict_line):
+        typer.echo(said)
+    raise typer.Exit(verdicts.exit_code(strict=strict))
+
+
+def audit(file: FileName) -> None:
+    """Verb ``claims audit``."""
+    from twotower_eval import api
+
+    findings = api.audit(file)
+    for line in findings.lines:
+        typer.echo(line)
+    raise typer.Exit(findings.exit_code)
+
+
+def calibrate(
+    repetitions: Annotated[int, option("Simulated measurements per world [1000].", metavar="N")] = 1_000,
+    seed: Annotated[int, option("Seed of everything random [0].", metavar="S")] = 0,
+    out: Annotated[
+        Path, option("Folder for calibration.md and calibration.csv [reports/calibration].", metavar="DIR")
+    ] = REPORTS / "calibration",
+) -> None:
+    """Verb ``calibrate``."""
+    from twotower_eval import api
+
+    try:
+        path = api.calibrate(out, repetitions=repetitions, seed=seed)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing was written. The same command starts over", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    typer.echo(path)

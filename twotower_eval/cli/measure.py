@@ -1,0 +1,119 @@
+"""``twotower-eval run``, ``speed``, ``size`` and ``verify``: verbs that measure. ``speed --random-weights`` is an alias
+of ``size``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from twotower_eval import store
+from twotower_eval.cli.options import RESULTS, Given, Out, PlanFile, Resume, option, plan_options
+from twotower_eval.cli.runs import resumable
+from twotower_eval.errors import UserError
+from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, is_older_sizing_plan
+from twotower_eval.records import verb_of
+
+ALIAS = "speed --random-weights CONFIG is an alias of: twotower-eval size CONFIG"
+
+
+@plan_options(SizingPlan)
+def size(given: Given, plan: PlanFile = None, out: Out = RESULTS, resume: Resume = None) -> None:
+    """Verb ``size``."""
+    measure(given, plan, out, resume)
+
+
+def measure(given: Given, plan: Path | None, out: Path, resume: str | None) -> None:
+    """Measure what the command line says, and print the run's folder."""
+    with resumable("size", out, resume):
+        from twotower_eval import api
+
+        made = api.size(plan=plan, out=out, resume=resume, **cast(dict[str, Any], of_plan(SizingPlan, given)))
+    typer.echo(made.path)
+
+
+def of_plan(cls: type, given: Given) -> Given:
+    """Those options that a plan has fields for: ``speed`` has those of ``size`` as well, none of which is given."""
+    return {field.name: given[field.name] for field in dataclasses.fields(cls) if field.name in given}
+
+
+def is_meant(given: Given, plan_file: Path | None, out: Path, resume: str | None) -> bool:
+    """Whether ``speed`` is to do what ``size`` does, as its options, its plan or the resumed run say.
+
+    ``given`` has ``config`` where ``--random-weights`` was given. UserError for an option that the one or the other
+    would ignore.
+    """
+    from twotower_eval import api
+
+    if resume:
+        meant = verb_of(store.read_manifest(api.run_path(resume, out))) == "size"
+    else:
+        meant = given["config"] is not None or (plan_file is not None and is_older_sizing_plan(plan_file))
+    if meant:
+        _refuse_foreign(SizingPlan, given, "has no use for random weights: drop it")
+        typer.echo(ALIAS, err=True)
+    else:
+        _refuse_foreign(SpeedPlan, given, "belongs to --random-weights CONFIG: add that, or drop it")
+    return meant
+
+
+def _refuse_foreign(cls: type, given: Given, words: str) -> None:
+    known = {field.name for field in dataclasses.fields(cls)}
+    foreign = [key for key, value in given.items() if value is not None and key not in known]
+    if foreign:
+        no = "no-" if given[foreign[0]] is False else ""
+        name = "random-weights" if foreign[0] == "config" else foreign[0].replace("_", "-")
+        raise UserError(f"--{no}{name} {words}")
+
+
+@plan_options(RunPlan)
+def run(given: Given, plan: PlanFile = None, out: Out = RESULTS, resume: Resume = None) -> None:
+    """Verb ``run``."""
+    with resumable("run", out, resume):
+        from twotower_eval import api
+
+        made = api.evaluate(plan, out=out, resume=resume, **cast(dict[str, Any], given))
+    typer.echo(made.path)
+
+
+RandomWeights = Annotated[
+    str | None, option("Alias of `twotower-eval size CONFIG`, whose options it takes.", metavar="CONFIG")
+]
+
+
+@plan_options(SpeedPlan, hidden=SizingPlan)
+def speed(
+    given: Given,
+    random_weights: RandomWeights = None,
+    plan: PlanFile = None,
+    out: Out = RESULTS,
+    resume: Resume = None,
+) -> None:
+    """Verb ``speed``."""
+    given = given | {"config": random_weights}
+    if is_meant(given, plan, out, resume):
+        measure(given, plan, out, resume)
+        return
+    with resumable("speed", out, resume):
+        from twotower_eval import api
+
+        made = api.time(plan, out=out, resume=resume, **cast(dict[str, Any], of_plan(SpeedPlan, given)))
+    typer.echo(made.path)
+
+
+EXIT_CHECK_FAILED = 5
+
+
+@plan_options(VerifyPlan)
+def verify(given: Given, out: Out = RESULTS) -> None:
+    """Verb ``verify``."""
+    from twotower_eval import api
+
+    made = api.verify(out=out, **cast(dict[str, Any], given))
+    for line in made.check_lines:
+        typer.echo(line)
+    if any(check.outcome == "failed" for check in made.record.checks):
+        raise typer.Exit(EXIT_CHECK_FAILED)

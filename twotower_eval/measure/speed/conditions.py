@@ -1,0 +1,255 @@
+"""Under which conditions calls are timed: what the device can do at best, the baseline at its best, CUDA graphs in both
+arms or in none. Looked at off the rounds.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from twotower_eval.decoder_settings import block_sizes
+from twotower_eval.engine.decoders import make_decoder
+from twotower_eval.engine.models.arms import give_graphs
+from twotower_eval.engine.models.config import NemotronHConfig, Step, step_bytes
+from twotower_eval.engine.models.graphs import MAX_NEW, StepGraphs
+from twotower_eval.engine.models.protocol import Model, as_model
+from twotower_eval.engine.models.transformers_model import ForwardError, TransformersModel
+from twotower_eval.errors import UserError
+from twotower_eval.measure.speed.clock import CallClock, Devices
+from twotower_eval.measure.speed.costs import REPEATS
+from twotower_eval.measure.speed.workloads import Calls, Lane
+from twotower_eval.plan import SizingPlan, SpeedPlan
+from twotower_eval.records import BaselineBest, Prompt, SpeedPhase
+from twotower_eval.store import RunWriter
+
+NUM_TRIALS = 5
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}  # well beyond any cache
+PRODUCT_SIZE = {"cuda": 8192, "cpu": 768}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DevicePeak:
+    """The best of a few trials each: a floor built from it errs on the side of asking too much of the model.
+
+    ``free_reason`` says why ``free_bytes`` are unknown, or how they are to be read.
+    """
+
+    device: str
+    dtype: str
+    bytes_per_s: float
+    flops_per_s: float
+    free_bytes: int | None
+    free_reason: str | None
+
+
+def device_peak(device: str, dtype: torch.dtype) -> DevicePeak:
+    """Copy, multiply, and ask how much memory is free."""
+    devices = Devices([device])  # refuses what nobody can wait for
+    product_s = _product_s(device, devices, dtype)
+    kind = torch.device(device).type
+    free_bytes, reason = free_memory(device)
+    return DevicePeak(
+        device=device,
+        dtype=str(dtype).removeprefix("torch."),
+        bytes_per_s=copy_bytes_per_s(device),
+        flops_per_s=2 * PRODUCT_SIZE[kind] ** 3 / product_s,
+        free_bytes=free_bytes,
+        free_reason=reason,
+    )
+
+
+def copy_bytes_per_s(device: str) -> float:
+    """Bytes that a copy reads and writes in a second, at best."""
+    return 2 * COPY_BYTES[torch.device(device).type] / _copy_s(device, Devices([device]))
+
+
+def _copy_s(device: str, devices: Devices) -> float:
+    source = torch.ones(COPY_BYTES[torch.device(device).type] // 4, device=device)
+    target = torch.empty_like(source)
+    return _best_s(devices, lambda: target.copy_(source))
+
+
+def _product_s(device: str, devices: Devices, dtype: torch.dtype) -> float:
+    size = PRODUCT_SIZE[torch.device(device).type]
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    return _best_s(devices, lambda: matrix @ matrix)
+
+
+def free_memory(device: str) -> tuple[int | None, str | None]:
+    """Bytes that can still be taken on a device; a reason where they are not known, or not well."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0], None
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return _whole_memory()
+    kilobytes = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return _whole_memory() if kilobytes is None else (int(kilobytes) * 1024, None)
+
+
+def _whole_memory() -> tuple[int | None, str]:
+    """The machine's memory, where the system does not tell how much of it is free: more can never be taken."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "if nothing else used this machine's memory"
+    except (AttributeError, ValueError, OSError):  # Windows has no such call, others may not know the names
+        return None, "the system does not tell how much memory is free"
+
+
+def _best_s(devices: Devices, action: Callable[[], object]) -> float:
+    walls_s = []
+    for _ in range(NUM_TRIALS + 1):  # the first one warms up, and is no better than the rest
+        devices.synchronise()
+        started_s = time.perf_counter()
+        action()
+        devices.synchronise()
+        walls_s.append(time.perf_counter() - started_s)
+    return min(walls_s)
+
+
+NUM_PROMPTS, NUM_TOKENS = 5, 24  # that are decoded beside transformers' own generate
+
+
+def looked_at(
+    lanes: Mapping[int, Sequence[Lane]], calls: Calls, model: Model, clock: CallClock, *, cuda_graphs: bool
+) -> Iterator[BaselineBest]:
+    """One record for the baseline cell of each batch size; ``model`` is the baseline's."""
+    theirs = _of_transformers(model)
+    bytes_per_s = copy_bytes_per_s(model.checkpoint.devices[0])
+    for size, of_size in lanes.items():
+        lane = next(lane for lane in of_size if lane.cell.arm == "baseline")
+        rows = [ids for call in calls[size] for ids in lane.ids[call.id]]
+        budget = max(call.max_new_tokens for call in calls[size])
+        middle = sorted(map(len, rows))[len(rows) // 2] + budget // 2
+        yield BaselineBest(
+            cell=lane.cell.id,
+            engine="own" if theirs is None else "transformers",
+            cuda_graphs=cuda_graphs,
+            attention=None if theirs is None else getattr(theirs.inner.config, "_attn_implementation", None),
+            num_threads=torch.get_num_threads(),
+            step_bytes=_step_bytes(model, size, middle),
+            bytes_per_s=bytes_per_s,
+            **({} if theirs is None else _beside_generate(theirs, rows, min(NUM_TOKENS, budget), clock)),
+        )
+
+
+def _of_transformers(model: object) -> TransformersModel | None:
+    return model if isinstance(model, TransformersModel) else None
+
+
+def _step_bytes(model: Model, batch_size: int, context_tokens: int) -> float | None:
+    """The least that a step of one token reads: weights and, where the config tells, the context.
+
+    Of an embedding of its own a step reads a row or so; experts of models that are not ours are not told apart.
+    """
+    parameters = {id(weight): weight for weight in model.parameters()} if hasattr(model, "parameters") else {}
+    if not parameters:
+        return None
+    config = getattr(model, "config", None)
+    if isinstance(config, NemotronHConfig):
+        step = Step(
+            part="ar_step",
+            batch_size=batch_size,
+            num_tokens=1,
+            context_tokens=context_tokens,
+            routing="independent",
+        )
+        return step_bytes(step, config, next(iter(parameters.values())).element_size())
+    total = float(sum(weight.numel() * weight.element_size() for weight in parameters.values()))
+    if (theirs := _of_transformers(model)) is not None:
+        table, head = theirs.inner.get_input_embeddings().weight, theirs.inner.get_output_embeddings().weight
+        total -= 0 if table is head else table.numel() * table.element_size()
+    return total
+
+
+def _beside_generate(
+    model: TransformersModel, rows: Sequence[tuple[int, ...]], num_new: int, clock: CallClock
+) -> dict[str, Any]:
+    """Seconds of both for a few prompts, in turn, after one that is not counted."""
+    decoder = make_decoder(as_model(model), "autoregressive")
+    own_s, generate_s, same = [], [], True
+    chosen = [rows[number % len(rows)] for number in range(NUM_PROMPTS + 1)]
+    for number, ids in enumerate(chosen):
+        began_s = clock()
+        [made] = decoder.generate([Prompt(id=str(number), token_ids=ids)], max_new_tokens=num_new)
+        half_s = clock()
+        try:
+            theirs = model.own_generate(torch.tensor([ids]), num_new)
+        except ForwardError as error:
+            return {"reason": str(error)}
+        ended_s = clock()
+        same &= list(made.token_ids) == theirs
+        if number:
+            own_s.append(half_s - began_s)
+            generate_s.append(ended_s - half_s)
+    return {"own_s": tuple(own_s), "generate_s": tuple(generate_s), "same_tokens": same}
+
+
+Timing = TypeVar("Timing")
+MAX_ATTEMPTS = 5  # the same prompts ask for the same sizes, so that the second has all it needs
+
+
+class Captures:
+    """The steps that a run's graphs have made, and timings without any of them; nothing to do without graphs."""
+
+    def __init__(self, graphs: Sequence[StepGraphs], writer: RunWriter) -> None:
+        self._graphs, self._writer = graphs, writer
+
+    @property
+    def num_made(self) -> int:
+        """Steps made so far."""
+        return sum(graphs.num_made for graphs in self._graphs)
+
+    def outside(self, phase: SpeedPhase, number: int, what: str, measure: Callable[[], Timing]) -> Timing:
+        """What ``measure`` gives when no step is made meanwhile; warm-ups and probes are as they come."""
+        for _ in range(MAX_ATTEMPTS):
+            before = self.num_made
+            timing = measure()
+            num_made = self.num_made - before
+            if phase != "measure" or not num_made:
+                return timing
+            self._writer.event("timed_again", what=what, round=number, num_captured=num_made)
+        raise UserError(f"{what}: every attempt asks for CUDA graphs of new sizes: drop --cuda-graphs")
+
+
+def hint(plan: SpeedPlan | SizingPlan) -> str | None:
+    """What to say where a GPU is given the kernels of a step one by one: its small steps then last as long as the host
+    needs for that, in both arms."""
+    if plan.cuda_graphs or not any(device.startswith("cuda") for device in plan.devices):
+        return None
+    return (
+        "without --cuda-graphs small steps last as long as the host needs to launch their kernels, in both arms "
+        "(on one H200 24 ms for an AR step instead of 2.4)"
+    )
+
+
+def refuse_uneven(batch_sizes: Iterable[int], block_sizes: Iterable[int]) -> None:
+    """UserError where the steps of one token would come from graphs and those of a block would not."""
+    rows, width = max(batch_sizes), max(block_sizes, default=1)
+    if rows * width > MAX_NEW:
+        raise UserError(
+            f"batch size {rows} with blocks of {width} makes steps of {rows * width} tokens, and CUDA graphs serve "
+            f"{MAX_NEW}: graphs in one arm alone would handicap the other: take smaller ones, or drop --cuda-graphs"
+        )
+
+
+def graphs_for(
+    plan: SpeedPlan, calls: Calls, lanes: Mapping[int, Sequence[Lane]], models: tuple[Model, Model]
+) -> tuple[StepGraphs, ...]:
+    """Both arms' graphs, as many as this plan's prompts and budgets can ask for; none unless the plan wants them."""
+    if not plan.cuda_graphs:
+        return ()
+    longest_prompt = max(
+        len(ids) for of_size in lanes.values() for lane in of_size for call in lane.ids.values() for ids in call
+    )
+    budget = max(call.max_new_tokens for of_size in calls.values() for call in of_size)
+    # The last block may go beyond the budget, and parts timed alone go on from there.
+    beyond = (max(REPEATS.values()) + 2) * max(block_sizes(plan), default=1)
+    longest = longest_prompt + budget + beyond
+    return give_graphs(models, max_rows=max(plan.batch_sizes), block_sizes=block_sizes(plan), longest=longest)

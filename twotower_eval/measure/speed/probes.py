@@ -1,0 +1,312 @@
+"""Calls beside the timed ones: prompts that nothing has read before, and answers whose every row of logits is
+witnessed.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from twotower_eval.engine.models.protocol import Model
+from twotower_eval.engine.models.witness import Tally
+from twotower_eval.measure.speed.workloads import Call, Calls, Lane, Request, Timing, encode_calls
+from twotower_eval.plan import SpeedPlan
+from twotower_eval.records import Arm, Witnessed, WitnessedAnswer, WitnessedKind, derive_seed, draws, sha256_text
+
+NUM_AS_THEY_ARE, NUM_ALONE = 8, 4  # timed prompts of a launch: of a batch size of 1, and of larger ones
+NUM_MADE_UP, NUM_DOCUMENTS = 8, 2  # of every candidate
+NUM_BESIDE = 4  # of these, those that the baseline is given as well
+
+
+@dataclass(frozen=True, kw_only=True)
+class Witnessing:
+    """A call of one prompt, which these lanes decode in this order."""
+
+    lanes: tuple[Lane, ...]
+    call: Call
+    kind: WitnessedKind
+
+
+def watched_calls(calls: Calls, chance: random.Random) -> frozenset[str]:
+    """Ids of the calls of the plan that are witnessed as they are."""
+    alone = [call.id for call in calls.get(1, ())]
+    return frozenset(chance.sample(alone, min(NUM_AS_THEY_ARE, len(alone))))
+
+
+def witnessings(
+    lanes: Mapping[int, Sequence[Lane]], calls: Calls, probes: Probes, chance: random.Random
+) -> Iterator[Witnessing]:
+    """What a launch decodes besides."""
+    for size, of_size in lanes.items():
+        watched = tuple(lane for lane in of_size if is_watched(lane))
+        if size > 1 and watched:
+            yield from _of_timed(calls[size], watched, chance)
+        for lane in watched:
+            beside = tuple(other for other in watched if other.cell.arm == "baseline" and other is not lane)
+            if lane.cell.arm == "candidate":
+                for number, probe in enumerate(probes.alone(size, (lane, *beside), NUM_MADE_UP, NUM_DOCUMENTS)):
+                    kind: WitnessedKind = "made up" if is_made_up(probe.call) else "document"
+                    own = probe.lanes if number < NUM_BESIDE else probe.lanes[:1]
+                    yield Witnessing(lanes=own, call=probe.call, kind=kind)
+
+
+def is_watched(lane: Lane) -> bool:
+    """Whether a lane has witnessed calls: not the baseline's copy, and nothing that draws its tokens."""
+    return lane.replica == 0 and not draws(lane.cell)
+
+
+def _of_timed(calls: Sequence[Call], lanes: Sequence[Lane], chance: random.Random) -> Iterator[Witnessing]:
+    """Some prompts of larger calls, each by itself."""
+    places = [(call, at) for call in calls for at in range(len(call.requests))]
+    for call, at in chance.sample(places, min(NUM_ALONE, len(places))):
+        alone = replace(call, id=f"{call.id}-{at}", requests=(call.requests[at],))
+        own = tuple(replace(lane, ids={alone.id: (lane.ids[call.id][at],)}) for lane in lanes)
+        yield Witnessing(lanes=own, call=alone, kind="timed")
+
+
+def witnessed(lane: Lane, call: Call) -> tuple[Timing, Tally]:
+    """Decode a call of one prompt under a witness. Whatever is an error in a timed call is one here."""
+    with lane.model.witnessed(lane.ids[call.id][0]) as witness:
+        timing = lane.time(call, 0)
+    return timing, witness.tally(timing.generations[0].token_ids)
+
+
+def witnessed_row(
+    lane: Lane, call: Call, kind: WitnessedKind, launch_id: str, timing: Timing, tally: Tally
+) -> Witnessed:
+    """The journal's row of it."""
+    (made,) = timing.generations
+    return Witnessed(
+        cell=lane.cell.id,
+        launch_id=launch_id,
+        round=0,
+        call_id=call.id,
+        kind=kind,
+        answers=(WitnessedAnswer(prompt_id=made.prompt_id, token_ids=made.token_ids),),
+        num_rows=tally.num_rows,
+        num_tokens=tally.num_tokens,
+        num_witnessed=tally.num_witnessed,
+        num_drafted=tally.num_drafted,
+    )
+
+
+NUM_TRIES = 20  # pairs of documents that are tried before there is no new prompt to be had
+NUM_NEAR = 8  # documents of the nearest lengths, one of which a prompt goes on like
+Kind = tuple[str, tuple[str, ...], int]
+Ids = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewPrompt:
+    """A made-up request; its ``doc_id`` is beyond those of all documents."""
+
+    task: str
+    doc_id: int
+    text: str
+    stop: tuple[str, ...]
+    max_new_tokens: int
+    prompt_sha256: str
+    task_parts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A call to be timed by ``lanes`` in this order, off the record of what is measured."""
+
+    call: Call
+    lanes: tuple[Lane, ...]
+
+
+class NewPrompts:
+    """Prompts of the kinds that are timed, never one twice: documents that are not timed, or made up of two."""
+
+    def __init__(self, calls: Calls, requests: Sequence[Request], seed: int) -> None:
+        self._random = random.Random(seed)
+        self._texts = {request.text for request in requests}
+        self._next_id = 1 + max((request.doc_id for request in requests), default=0)
+        self._all: dict[Kind, list[Request]] = defaultdict(list)
+        for request in requests:
+            self._all[_kind(request)].append(request)
+        timed = {request.text for of_size in calls.values() for call in of_size for request in call.requests}
+        self._documents: dict[Kind, list[Request]] = {}  # given as they are, each once
+        self._beginnings: dict[Kind, list[Request]] = {}  # made-up prompts begin like these, each once; then like any
+        for kind, known in self._all.items():
+            left = list({one.text: one for one in known if one.text not in timed}.values())
+            self._random.shuffle(left)
+            self._documents[kind], self._beginnings[kind] = left[::2], left[1::2]
+
+    def like(self, call: Call, call_id: str, *, of_documents: bool = False) -> Call | None:
+        """A call as large as ``call``, of prompts of its kinds and lengths; ``None`` where none can be had.
+
+        ``of_documents``: documents as they are, if enough are left.
+        """
+        found = self._documents_like(call.requests) if of_documents else None
+        if found is None:
+            made = [self._made_up_like(request) for request in call.requests]
+            there = tuple(one for one in made if one is not None)
+            found = there if len(there) == len(made) else None
+        return None if found is None else replace(call, id=call_id, requests=found)
+
+    def _documents_like(self, requests: Sequence[Request]) -> tuple[Request, ...] | None:
+        needed = Counter(map(_kind, requests))
+        if any(len(self._documents[kind]) < num for kind, num in needed.items()):
+            return None
+        return tuple(_taken(self._documents[_kind(request)], len(request.text)) for request in requests)
+
+    def _made_up_like(self, request: Request) -> NewPrompt | None:
+        kind, length = _kind(request), len(request.text)
+        known = self._all[kind]
+        for _ in range(NUM_TRIES):
+            self._beginnings[kind] = self._beginnings[kind] or list(known)
+            first = _taken(self._beginnings[kind], length)
+            near = sorted((one for one in known if one is not first), key=lambda one: abs(len(one.text) - length))
+            text = joined(first.text, self._random.choice(near[:NUM_NEAR]).text, self._random) if near else first.text
+            if text not in self._texts:
+                self._texts.add(text)
+                self._next_id += 1
+                return NewPrompt(
+                    task=request.task,
+                    doc_id=self._next_id,
+                    text=text,
+                    stop=request.stop,
+                    max_new_tokens=request.max_new_tokens,
+                    prompt_sha256=sha256_text(text),
+                )
+        return None
+
+
+def _taken(left: list[Request], length: int) -> Request:
+    """The one of about that length, which is no longer left then."""
+    found = min(left, key=lambda one: abs(len(one.text) - length))
+    left.remove(found)
+    return found
+
+
+def is_made_up(call: Call) -> bool:
+    """Whether the prompts of a probe are made up, and no documents."""
+    return any(isinstance(request, NewPrompt) for request in call.requests)
+
+
+def _kind(request: Request) -> Kind:
+    return (request.task, request.stop, request.max_new_tokens)
+
+
+def joined(first: str, second: str, chance: random.Random) -> str:
+    """A text that begins like ``first`` and goes on like ``second``, whole lines that both begin with in other order.
+
+    At most half is of the first: where that was read before, most of the text is new.
+    """
+    unlike = (at for at, (own, other) in enumerate(zip(first, second, strict=False)) if own != other)
+    shared = first[: next(unlike, min(len(first), len(second)))]
+    shared = shared[: shared.rfind("\n") + 1]
+    own = [re.findall(r"\s*\S+\s*$|\s*\S+", text[len(shared) :]) for text in (first, second)]
+    if min(map(len, own)) < 2:
+        own = [list(text[len(shared) :]) for text in (first, second)]
+    cut = chance.randint(1, max(1, len(own[0]) // 2))
+    other = min(max(1, round(cut / max(1, len(own[0])) * len(own[1]))), max(1, len(own[1]) - 1))
+    return turned(shared, chance) + "".join([*own[0][:cut], *own[1][other:]])
+
+
+def turned(shared: str, chance: random.Random) -> str:
+    """Examples, else lines, else sentences in an order that begins with another; as it is where there is but one."""
+    inside = shared.rstrip("\n")
+    for pattern, separator in (("\n\n", "\n\n"), ("\n", "\n"), (r"(?<=[.!?]) ", " ")):
+        parts = re.split(pattern, inside)
+        starts = [index for index, part in enumerate(parts) if part != parts[0]]
+        if starts:
+            start = chance.choice(starts)
+            return separator.join([*parts[start:], *parts[:start]]) + shared[len(inside) :]
+    return shared
+
+
+class Probes:
+    """What a launch times beside its rounds: for every cell a few new calls, and those of the round before again.
+
+    Each cell has its own new calls. It is timed on them first, because another cell that reads them before it could
+    share its memory with it. Right after a candidate the baseline is timed on the same call, for comparison. The second
+    copy of the baseline has no new calls.
+    """
+
+    def __init__(
+        self,
+        plan: SpeedPlan,
+        calls: Calls,
+        requests: Sequence[Request],
+        models: tuple[Model, Model],
+        launch_id: str,
+    ) -> None:
+        self._plan, self._calls, self._requests, self._models = plan, calls, requests, models
+        self._launch = launch_id.rpartition("/")[2]
+        self._prompts = NewPrompts(calls, requests, derive_seed(plan.seed, "new prompts", launch_id))
+        self._random = random.Random(derive_seed(plan.seed, "calls that are probed", launch_id))
+        self._num_made: Counter[str] = Counter()  # by cell
+        self._seen: list[tuple[str, int, Call]] = []  # cell, batch size and call of the round before
+        self._num_alone = 0
+        self._ids: dict[str, dict[Arm, Ids]] = {}  # by call
+
+    def num_timings(self, lanes: Mapping[int, tuple[Lane, ...]]) -> int:
+        """Timings that a round has of probes, from its second on."""
+        of_sizes = [(size, sum(lane.replica == 0 for lane in of_size)) for size, of_size in lanes.items()]
+        return sum(self._num_calls(size) * (3 * num_cells - 1) for size, num_cells in of_sizes)
+
+    def _num_calls(self, size: int) -> int:
+        return -(-self._plan.probes // size)
+
+    def of_round(self, lanes: Mapping[int, tuple[Lane, ...]]) -> list[Probe]:
+        """The probes of the next round, on the round's own lanes."""
+        again = self._seen
+        self._seen = [made for size, of_size in lanes.items() for made in self._make(size, of_size)]
+        kept = {call.id for _, _, call in (*again, *self._seen)}
+        self._ids = {call_id: ids for call_id, ids in self._ids.items() if call_id in kept}
+        return [
+            *(self._probe(cell, size, call, lanes[size], controlled=True) for cell, size, call in self._seen),
+            *(self._probe(cell, size, call, lanes[size], controlled=False) for cell, size, call in again),
+        ]
+
+    def alone(self, size: int, lanes: tuple[Lane, ...], num_made_up: int, num_documents: int) -> Iterator[Probe]:
+        """New prompts that are not timed, each for itself; none where a plan has no probes."""
+        for number in range(num_made_up + num_documents if self._plan.probes else 0):
+            timed = self._random.choice(self._calls[size])
+            like = replace(timed, requests=(self._random.choice(timed.requests),))
+            call_id = f"b{size}-alone{self._launch}-{self._num_alone}"
+            call = self._prompts.like(like, call_id, of_documents=number >= num_made_up)
+            self._num_alone += 1
+            if call is not None:
+                ids = self._encoded(call, lanes, size)
+                yield Probe(call=call, lanes=tuple(replace(one, ids={call.id: ids[one.cell.arm]}) for one in lanes))
+
+    def _make(self, size: int, lanes: Sequence[Lane]) -> Iterator[tuple[str, int, Call]]:
+        """New calls of every cell of a batch size, with their token ids."""
+        for lane in (lane for lane in lanes if lane.replica == 0):
+            for _ in range(self._num_calls(size)):
+                cell, number = lane.cell.id, self._num_made.total()
+                like, of_documents = self._random.choice(self._calls[size]), self._num_made[cell] % 2 == 0
+                call = self._prompts.like(like, f"b{size}-new{self._launch}-{number}", of_documents=of_documents)
+                self._num_made[cell] += 1
+                if call is not None:
+                    self._ids[call.id] = self._encoded(call, lanes, size)
+                    yield cell, size, call
+
+    def _encoded(self, call: Call, lanes: Sequence[Lane], size: int) -> dict[Arm, Ids]:
+        """Token ids by arm, their beginning cut off where they are more than any prompt has that is timed in calls of
+        that size."""
+        found: dict[Arm, Ids] = {}
+        requests = [*call.requests, *self._requests]
+        for lane in lanes:
+            arm = lane.cell.arm
+            if arm not in found:
+                model = self._models[0 if arm == "baseline" else 1]
+                ids = encode_calls(self._plan, {len(call.requests): (call,)}, requests, model)[call.id]
+                most = max(len(row) for timed in self._calls[size] for row in lane.ids[timed.id])
+                found[arm] = tuple(row[-most:] for row in ids)
+        return found
+
+    def _probe(self, cell: str, size: int, call: Call, lanes: Sequence[Lane], *, controlled: bool) -> Probe:
+        own = [lane for lane in lanes if lane.replica == 0 and lane.cell.id == cell]
+        if controlled:
+            own += [lane for lane in lanes if lane.replica == 0 and lane.cell.arm == "baseline" and lane is not own[0]]
+        arms = tuple(replace(lane, ids={call.id: self._ids[call.id][lane.cell.arm]}) for lane in own)
+        return Probe(call=call, lanes=arms)

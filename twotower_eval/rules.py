@@ -1,0 +1,231 @@
+"""Rules and words that both arms share: how models are run, what tasks ask for and are not given, times that void a
+call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from twotower_eval.records import (
+    HALF_PRECISION,
+    Arm,
+    FailedTrial,
+    Override,
+    RunManifest,
+    Scalar,
+    SpeedSample,
+    TimeFault,
+    Ways,
+)
+
+LEAST_S = 1e-7  # no call takes less: reading a clock twice does not
+SLACK_S = 1e-4  # how far outside its call rounding, or a coarse clock, may put a moment
+WORDS: dict[TimeFault, str] = {
+    "not finite": "not a finite time",
+    "negative": "a negative time",
+    "no time": "no time at all",
+    "after the end": "a moment after the call's end",
+    "graph made": "a CUDA graph made meanwhile",
+    "clock stood": "too long a stop of the clock for its texts",
+}
+
+
+def time_fault(wall_s: float, moments_s: Sequence[float]) -> TimeFault | None:
+    """What is wrong with a call's duration or with moments in it, in seconds from its start; ``None``: nothing."""
+    if not all(map(math.isfinite, (wall_s, *moments_s))):
+        return "not finite"
+    if wall_s < 0 or min(moments_s, default=0.0) < -SLACK_S:
+        return "negative"
+    if wall_s < LEAST_S:
+        return "no time"
+    if max(moments_s, default=0.0) > wall_s + SLACK_S:
+        return "after the end"
+    return None
+
+
+def fault_of(sample: SpeedSample) -> TimeFault | None:
+    """What was wrong when the call was timed, or is wrong with what stands there now."""
+    moments_s = (sample.prefill_s, sample.first_output_s, *(prompt.finish_s for prompt in sample.prompts))
+    return sample.fault or time_fault(sample.wall_s, [moment for moment in moments_s if moment is not None])
+
+
+def finite(seconds: float) -> float:
+    """What JSON can hold of a time that is none."""
+    return seconds if math.isfinite(seconds) else 0.0
+
+
+def gone_by(walls_s: Iterable[float]) -> float:
+    """Seconds that passed, of times some of which may be none."""
+    return sum(wall_s for wall_s in walls_s if math.isfinite(wall_s) and wall_s > 0)
+
+
+def void_text(num_timed: int, faults: Sequence[TimeFault]) -> str:
+    """``3 of 80 timed calls are void (2 with a negative time, 1 with no time at all)``."""
+    counted = ", ".join(f"{number} with {WORDS[fault]}" for fault, number in sorted(Counter(faults).items()))
+    return f"{len(faults)} of {num_timed} timed calls are void ({counted})"
+
+
+SlowWay = Literal["no cache", "no cache for long contexts", "one prompt after the other", "one length after the other"]
+ProofOutcome = Literal["fastest", "slower", "not checked"]
+SLOW_WORDS: dict[SlowWay, str] = {
+    "no cache": "without a cache, every token by a pass over all before it",
+    "no cache for long contexts": "without a cache where contexts are long",
+    "one prompt after the other": "one prompt after the other in batches of several",
+    "one length after the other": "with prompts of one length together only, several passes a step for a mixed batch",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handicap:
+    """An arm that was timed in a slower way than its model has: no speedup can be read off that."""
+
+    arm: Arm
+    way: SlowWay
+
+
+def handicaps(
+    arm: Arm, ways: Ways, *, batch_size: int, longest: int, unlike_lengths: bool = True
+) -> tuple[Handicap, ...]:
+    """What slows an arm in calls of ``batch_size`` prompts, of ``unlike_lengths`` in one call or not, and contexts of
+    up to ``longest`` tokens.
+
+    Prompts one after the other are as fast as any where each is timed alone; positions passed cost nothing, and
+    options are not timed.
+    """
+    slow: list[SlowWay] = []
+    if not ways.cached:
+        slow.append("no cache")
+    elif ways.plain_beyond is not None and longest > ways.plain_beyond:
+        slow.append("no cache for long contexts")
+    if not ways.rows_together and batch_size > 1:
+        slow.append("one prompt after the other")
+    elif ways.cached and not ways.unlike_lengths_together and batch_size > 1 and unlike_lengths:
+        slow.append("one length after the other")
+    return tuple(Handicap(arm=arm, way=way) for way in slow)
+
+
+def handicap_text(found: Sequence[Handicap]) -> str:
+    """Why no speedup can be read off such times."""
+    told = "; ".join(f"the {one.arm} was timed {SLOW_WORDS[one.way]}" for one in found)
+    return f"{told}: a model that is slowed down gives no speedup"
+
+
+def proof_outcome(ways: Ways) -> ProofOutcome:
+    """Whether the model proved right in the fastest way that there is, in a slower one, or could not be tried."""
+    if ways.precision in HALF_PRECISION:
+        return "not checked"
+    fast = ways.cached and ways.rows_together and ways.passes_together and ways.unlike_lengths_together
+    return "fastest" if fast and ways.plain_beyond is None and not _splits_options(ways) else "slower"
+
+
+def ways_text(ways: Ways) -> str:
+    """One line: how the model is run, on how many tokens that was tried, and why it is not run faster."""
+    found = list(_ways(ways)) or ["with a cache, the rows of a batch together"]
+    tried = f"tried on up to {ways.proved_tokens:,} tokens against whole rows without a cache"
+    if ways.precision in HALF_PRECISION:
+        tried = f"not proved: float32 does not fit into memory, and in {ways.precision} rounding hides faults"
+    reasons = list(dict.fromkeys(map(_reason, ways.failed)))
+    return "; ".join([", ".join(found), tried, *reasons])
+
+
+def slower_lines(manifest: RunManifest) -> list[str]:
+    """A line for each model of a run that is not run in the fastest way, by name."""
+    return [
+        f"{name}: {ways_text(ways)}"
+        for name, ways in named_ways(manifest)
+        if ways.failed or proof_outcome(ways) != "fastest"
+    ]
+
+
+def named_ways(manifest: RunManifest) -> list[tuple[str, Ways]]:
+    """Each model's with the name of its checkpoint."""
+    names = {cell.checkpoint.identity: cell.checkpoint.name for cell in manifest.cells}
+    return [(names.get(ways.checkpoint, ways.checkpoint), ways) for ways in manifest.ways]
+
+
+def _ways(ways: Ways) -> Iterator[str]:
+    if not ways.cached:
+        yield SLOW_WORDS["no cache"]
+    if not ways.rows_together:
+        yield "one prompt after the other, whatever the batch size"
+    elif ways.cached and not ways.unlike_lengths_together:
+        yield "prompts of one length together, others after them"
+    if not ways.passes_together:
+        yield "rows that are scored one by one"
+    if _splits_options(ways):
+        yield "every option of a question in a row of its own"
+    if ways.positions_passed:
+        yield "cached, with the positions of its tokens passed to it"
+    if ways.plain_beyond is not None:
+        yield f"contexts of more than {ways.plain_beyond:,} tokens without a cache, one by one"
+    if ways.resets_first:
+        yield "with a short row before each of these, which undoes what a long one leaves behind"
+    if ways.short_of_memory_at is not None:
+        yield f"where {ways.short_of_memory_at:,} tokens were too many to be tried in the memory there is"
+
+
+def _splits_options(ways: Ways) -> bool:
+    """Whether options are read one by one that the model might have read in one row."""
+    return not ways.options_packed and any(trial.check == "options in one row" for trial in ways.failed)
+
+
+def _reason(trial: FailedTrial) -> str:
+    way = " with positions passed" if trial.positions_passed else ""
+    way += "" if trial.rows_together else ", one row at a time"
+    way += "" if trial.precision == "float32" else f", in {trial.precision}"
+    if trial.difference is None:
+        return f"{trial.check}{way} failed: {trial.error}"
+    by = f"{trial.difference:.2g} of the logits' spread (limit {trial.limit:g})"
+    return f"{trial.check}{way} differ by {by} on {trial.num_tokens:,} tokens"
+
+
+def asked_and_not_done(manifest: RunManifest) -> list[str]:
+    """All that the tasks and the checkpoints of a run ask of decoding and are not given."""
+    return [*override_lines(manifest.overrides), *unheeded_lines(manifest.unheeded)]
+
+
+def override_lines(overrides: Sequence[Override]) -> list[str]:
+    """One line for each thing asked for, with all the tasks that ask for it."""
+    tasks: dict[tuple[str, str, str], list[str]] = {}
+    for one in overrides:
+        held = "not done" if one.done is None else f"done with {_plain(one.done)}"
+        tasks.setdefault((f"{one.setting}: {_plain(one.asked)}", held, one.option), []).append(one.task)
+    return [
+        f"{', '.join(names)} ask{'s' if len(names) == 1 else ''} for {asked}, {held}: --{option} overrides it"
+        for (asked, held, option), names in tasks.items()
+    ]
+
+
+def unheeded_lines(unheeded: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """One line for each checkpoint whose generation settings ask for what no decoder here does."""
+    return [
+        f"generation_config.json of {name} asks for {', '.join(f'{key} {value}' for key, value in asked.items())}, "
+        "which is not done here and would be by transformers' generate: texts are those of plain decoding"
+        for name, asked in unheeded.items()
+    ]
+
+
+def joined_lines(manifest: RunManifest) -> list[str]:
+    """One line for each task with documents that are nearly the same as others."""
+    return [
+        f"{task}: {num:,} document{'s are' if num > 1 else ' is'} nearly the same as others and share"
+        f"{'' if num > 1 else 's'} their clusters, in which they count once"
+        for task, num in manifest.joined.items()
+    ]
+
+
+def truncation_line(task: str, arm: str, num_requests: int | None, num_truncated: int) -> str:
+    """How many of a task's requests lost the beginning of their prompt; how many there were is not always known."""
+    of = "" if num_requests is None else f" of {num_requests:,}"
+    were = "prompt was" if num_truncated == 1 else "prompts were"
+    return f"{task}, {arm}: {num_truncated:,}{of} {were} longer than the model has room for and lost the beginning"
+
+
+def _plain(value: Scalar) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
