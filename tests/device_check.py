@@ -45,7 +45,7 @@ from twotower_eval.measure.speed.clock import CallClock, Devices
 from twotower_eval.measure.verify.golden import LIMITS
 from twotower_eval.miniature import evaluate
 from twotower_eval.miniature.train import read_recipe, train_pair
-from twotower_eval.plan import data_path
+from twotower_eval.resources import data_path
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "public"
 RELEASED_NAME = "nemotron-labs-twotower-30b-a3b"

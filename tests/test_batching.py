@@ -13,7 +13,7 @@ from bench.subject import random_pair, write_tower
 
 from twotower_eval.engine.models import load_model
 from twotower_eval.engine.models.counting import RowSteps, WatchedModel
-from twotower_eval.plan import data_path
+from twotower_eval.resources import data_path
 
 NUM_PROMPTS, MAX_NEW_TOKENS = batching.FULL
 

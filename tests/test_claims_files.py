@@ -8,8 +8,8 @@ import pytest
 
 from twotower_eval.analyse.claims import files
 from twotower_eval.analyse.claims.files import ClaimFile, claims_from, load_claims, select
-from twotower_eval.plan import data_path
 from twotower_eval.records import GateLimits
+from twotower_eval.resources import data_path
 
 POINT = {
     "name": "p",

@@ -477,7 +477,7 @@ def test_lines_lost_from_a_finished_run_are_missed(tmp_path: Path) -> None:
 def test_a_point_that_was_edited_away_is_invalid_not_unmeasured(tmp_path: Path) -> None:
     from twotower_eval.analyse.claims import judge
     from twotower_eval.analyse.claims.files import claims_from
-    from twotower_eval.plan import read_toml
+    from twotower_eval.resources import read_toml
 
     run = store.load(quality_run(tmp_path / "runs", tasks=("arithmetic",), perplexity=False))
     (tmp_path / "claims.toml").write_text(CLAIM, encoding="utf-8")

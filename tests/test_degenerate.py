@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from twotower_eval.analyse.compare import clean
 from twotower_eval.analyse.compare.clean import flags, periodic_tail
-from twotower_eval.plan import data_path
 from twotower_eval.records import FinishReason, Generation
+from twotower_eval.resources import data_path
 
 # Answers of the shipped model's kinds and of benchmarks: prose, working, lists, code, a table.
 REAL = (

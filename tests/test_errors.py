@@ -42,9 +42,9 @@ PLAIN = "one call of the standard library"
 
 # Who may catch a bare ValueError, or more than that: around one call of code that is not this project's.
 HANDLERS = {
-    "json_text.parse_json": "of Python's reader and its hooks",
+    "strict.parse_json": "of Python's reader and its hooks",
     "decoder_settings._read": PLAIN,
-    "plan.read_toml": "of whole numbers with thousands of digits",
+    "resources.read_toml": "of whole numbers with thousands of digits",
     "plugin_calls.calls_of": FOREIGN,
     "plugin_calls.calls_in": FOREIGN,
     "plugin_calls.noting.noted": "noted, and raised on",
@@ -52,34 +52,34 @@ HANDLERS = {
     "cli.options.numbers": PLAIN,
     "store.environment._memory_bytes": PLAIN,
     "store.journal.Journal.append": "what was written is taken back, and it is raised on",
-    "store.writer.resume": "the temporary file is removed, and it is raised on",
+    "store.resume.resume": "the temporary file is removed, and it is raised on",
     "engine.ops.kernels.Kernel._prove": FOREIGN,
     "engine.plugin_source._spec": PLAIN,
     "engine.plugin_source._imported": PLAIN,
     "engine.models.config._as_interval": PLAIN,
     "engine.models.identity._content": PLAIN,
-    "engine.models.precision.free_bytes": PLAIN,
+    "engine.models.probes.free_bytes": PLAIN,
     "engine.models.tokenizer.load_tokenizer": "tokenizers raises nothing finer than Exception",
     "engine.models.transformers_ar._load_inner": FOREIGN,
     "engine.models.transformers_ar._class_tokens": FOREIGN,
     "engine.models.transformers_model.TransformersModel.own_generate": FOREIGN,
     "engine.models.transformers_model.TransformersModel._logits": FOREIGN,
     "miniature.recipes.read_recipe": PLAIN,
-    "analyse.compare.repeats.moment_of": PLAIN,
+    "analyse.compare.consistency.moment_of": PLAIN,
     "measure.suites.asked._number": PLAIN,
-    "measure.suites.chance._of_task": FOREIGN,
+    "measure.suites.documents._of_task": FOREIGN,
     "measure.suites.datafiles._text": PLAIN,
     "measure.suites.documents._num_tokens": PLAIN,
     "measure.suites.lm_tasks.load_task": FOREIGN,
     "measure.suites.lm_tasks.build_instances": FOREIGN,
     "measure.suites.lm_tasks.needing": FOREIGN,
     "measure.suites.parts._parsed": PLAIN,
-    "measure.harness.aggregates.parts_of": FOREIGN,
-    "measure.harness.aggregates._called": FOREIGN,
+    "measure.harness.scoring.parts_of": FOREIGN,
+    "measure.harness.scoring._called": FOREIGN,
     "measure.harness.scoring._apply": FOREIGN,
     "measure.harness.scoring._given": FOREIGN,
     "measure.harness.scoring._number": FOREIGN,
-    "measure.speed.peak._whole_memory": PLAIN,
+    "measure.speed.conditions._whole_memory": PLAIN,
     "measure.speed.watch._thread_s": PLAIN,
 }
 
@@ -87,7 +87,7 @@ HANDLERS = {
 RAISES = {
     "engine.models.autoregressive.host_lengths",
     "engine.models.twotower._time_tensor",
-    "store.writer.RunWriter.append",
+    "store.resume.RunWriter.append",
 }
 
 

@@ -11,8 +11,8 @@ from twotower_eval.analyse import stats
 from twotower_eval.analyse.calibration.tail_worlds import family_world
 from twotower_eval.measure import suites
 from twotower_eval.measure.suites.documents import families
-from twotower_eval.plan import data_path
 from twotower_eval.records import RunManifest
+from twotower_eval.resources import data_path
 from twotower_eval.rules import joined_lines
 
 STORY = "Anna has {} red apples in her basket and gives {} of them to her brother, how many apples are left in it?"

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 from twotower_eval.engine.models import load_model
 from twotower_eval.engine.models.graphs import StepGraphs
 from twotower_eval.engine.ops import attention, kernels, mamba, moe, norm, product
-from twotower_eval.plan import data_path
+from twotower_eval.resources import data_path
 
 CPU = torch.device("cpu")
 PLACES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from twotower_eval import plan as plans
+from twotower_eval import resources
 from twotower_eval.decoder_settings import cross_decoders
 from twotower_eval.errors import UserError
 from twotower_eval.names import resolve
@@ -135,12 +135,12 @@ def test_resolve_names_the_half_that_is_wrong() -> None:
 
 
 def test_data_path_finds_tasks_beside_or_inside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert plans.data_path("tasks", "miniature").is_dir()
-    assert plans.data_path("miniature", "corpus.py").is_file()
+    assert resources.data_path("tasks", "miniature").is_dir()
+    assert resources.data_path("miniature", "corpus.py").is_file()
     package = tmp_path / "twotower_eval"
     (package / "_data" / "tasks").mkdir(parents=True)
-    monkeypatch.setattr(plans, "__file__", str(package / "plan.py"))
-    assert plans.data_path("tasks", "x.yaml") == package / "_data" / "tasks" / "x.yaml"
+    monkeypatch.setattr(resources, "__file__", str(package / "resources.py"))
+    assert resources.data_path("tasks", "x.yaml") == package / "_data" / "tasks" / "x.yaml"
 
 
 @pytest.mark.parametrize("content", [b"\xef\xbb\xbfseed = 3\r\n", b"seed = 3"])

@@ -18,8 +18,9 @@ from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.models import load_model
 from twotower_eval.measure import harness, speed, suites
 from twotower_eval.measure.speed.workloads import make_calls
-from twotower_eval.plan import SpeedPlan, data_path
+from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import Claim, OperatingPoint, Prompt, Quantity, Verdict
+from twotower_eval.resources import data_path
 
 TASKS = ("miniature_sort", "miniature_recall")
 NUM_PROMPTS, BATCH, BUDGET = 32, 4, 96  # 8 calls: fewer of sampled prompts support nothing

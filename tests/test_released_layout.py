@@ -13,7 +13,7 @@ from tiny_models import SIZES
 from twotower_eval.engine.models.checkpoint import build, context_slots, pair_slots
 from twotower_eval.engine.models.config import parse_config
 from twotower_eval.engine.models.twotower import TwoTower
-from twotower_eval.plan import data_path
+from twotower_eval.resources import data_path
 
 PROC_STATUS = Path("/proc/self/status")
 LAYERS = {"M": 23, "E": 23, "*": 6}

@@ -36,9 +36,10 @@ from twotower_eval.measure.sizing.pairs import build_random_pair
 from twotower_eval.measure.sizing.run import config_file
 from twotower_eval.measure.speed import conditions
 from twotower_eval.measure.speed.conditions import DevicePeak
-from twotower_eval.plan import SizingPlan, data_path
+from twotower_eval.plan import SizingPlan
 from twotower_eval.progress import SilentProgress
 from twotower_eval.records import CommitStep, Estimate, Generation, canonical_json, sha256_text, verb_of
+from twotower_eval.resources import data_path
 from twotower_eval.store.journal import close_run
 
 sizing_module = importlib.import_module("twotower_eval.measure.sizing.run")

@@ -141,7 +141,7 @@ def test_bytes_and_arithmetic_of_the_released_size():
     import json
 
     from twotower_eval.engine.models.config import parse_config
-    from twotower_eval.plan import data_path
+    from twotower_eval.resources import data_path
 
     file = data_path("tasks", "configs", "nemotron-labs-twotower-30b-a3b.config.json")
     config = parse_config(json.loads(file.read_text()))

@@ -22,8 +22,9 @@ from twotower_eval.measure.verify import verify
 from twotower_eval.measure.verify.checks import block_sample, mock_ar_agreement
 from twotower_eval.measure.verify.golden import golden_findings, load_golden
 from twotower_eval.measure.verify.run import make_prompts
-from twotower_eval.plan import VerifyPlan, data_path
+from twotower_eval.plan import VerifyPlan
 from twotower_eval.records import Check, CommitStep, Generation, Prompt
+from twotower_eval.resources import data_path
 
 PROMPTS = [Prompt(id=str(n), token_ids=tuple(range(4, 4 + n))) for n in (1, 5, 18)]
 

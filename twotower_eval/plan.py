@@ -6,7 +6,6 @@ Nothing here imports torch; :func:`cross_decoders` asks a decoder for its own pa
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +41,8 @@ from twotower_eval.plan_fields import (
     check_fields,
 )
 from twotower_eval.records import LEFT_OUT, LikelihoodKind, sizing_config
-from twotower_eval.strict import JsonObject, check_whole_numbers, decode_utf8
+from twotower_eval.resources import data_path, read_toml
+from twotower_eval.strict import JsonObject
 
 CONTEXT_TOWER = "context-tower"
 SHIPPED = "miniature"  # the pair that is part of the package
@@ -271,25 +271,6 @@ def is_older_sizing_plan(path: Path) -> bool:
     return sizing_config("speed", read_toml(path, "plan")) is not None
 
 
-def read_toml(path: Path, what: str) -> dict[str, object]:
-    """The values of a TOML file; a missing or broken one is a UserError that says what it was read as."""
-    try:
-        text = decode_utf8(path.read_bytes(), f"{what} {path}").replace("\r\n", "\n")
-        values = tomllib.loads(text)
-    except OSError as error:
-        raise UserError(f"cannot read {what} {path}: {error.strerror or error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{what} {path} is not valid TOML: {error}") from error
-    except RecursionError as error:
-        raise UserError(f"{what} {path} is nested too deeply to be read") from error
-    except UserError:
-        raise
-    except ValueError as error:  # nothing else is left that tomllib does not call a fault of TOML
-        raise UserError(f"{what} {path}: a whole number has more digits than Python reads") from error
-    check_whole_numbers(values, f"{what} {path}")
-    return values
-
-
 def plan_from_json(cls: type[P], values: JsonObject) -> P:
     """A plan from plain values, as TOML or a run's manifest holds them; lists become tuples."""
     if cls is SizingPlan and "config" not in values and (older := sizing_config("speed", values)) is not None:
@@ -310,19 +291,6 @@ def merge(plan: P, overrides: JsonObject) -> P:
         given["set"] = {**(getattr(plan, "set", None) or {}), **settings}
     held = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
     return plan_from_json(type(plan), held | given)
-
-
-def data_path(*parts: str) -> Path:
-    """Where the package's data lies, in a checkout and in an installed wheel alike.
-
-    ``data_path("tasks", …)`` is beside the package in a checkout and inside it in a wheel; everything else, such as
-    ``data_path("miniature", "pair")``, lies inside the package in both.
-    """
-    package = Path(__file__).resolve().parent
-    if parts[:1] != ("tasks",):
-        return package.joinpath(*parts)
-    shipped = package / "_data" / "tasks"
-    return (shipped if shipped.is_dir() else package.parent / "tasks").joinpath(*parts[1:])
 
 
 def model_folder(plan: Plan | VerifyPlan) -> Path:

@@ -18,8 +18,8 @@ from twotower_eval.engine.models import load_model
 from twotower_eval.engine.models.counting import WatchedModel
 from twotower_eval.engine.models.tokenizer import prompt_ids
 from twotower_eval.measure.suites import build_requests, resolve_tasks
-from twotower_eval.plan import data_path
 from twotower_eval.records import Generation, Prompt
+from twotower_eval.resources import data_path
 
 WIDTHS = (1, 2, 4, 8)
 SMALL, FULL = (16, 24), (80, 96)  # prompts, tokens at most of each answer

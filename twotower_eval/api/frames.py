@@ -16,7 +16,6 @@ import pandas as pd
 
 from twotower_eval.analyse.compare.points import checkpoint_name
 from twotower_eval.errors import UserError
-from twotower_eval.plan import data_path
 from twotower_eval.records import (
     Cell,
     Check,
@@ -28,6 +27,7 @@ from twotower_eval.records import (
     SpeedSample,
     canonical_json,
 )
+from twotower_eval.resources import data_path
 from twotower_eval.store import Run
 from twotower_eval.store.journal import read_objects
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from twotower_eval.cli import analyse, measure, prepare
+from twotower_eval.cli import analyse, measure
 from twotower_eval.cli.options import listing
 from twotower_eval.cli.runs import EXIT_INTERRUPTED
 from twotower_eval.errors import UserError
@@ -64,13 +64,13 @@ app.add_typer(claims_app, name="claims")
 
 train_app = typer.Typer(help="Train the models that the project ships.", rich_markup_mode=None)
 train_app.command(help="Train the miniature pair from nothing; the same command resumes a training that was stopped.")(
-    prepare.miniature
+    measure.miniature
 )
 app.add_typer(train_app, name="train")
 
 data_app = typer.Typer(help="Make benchmark files ready for use.", rich_markup_mode=None)
 data_app.command(help="Make DIR/TASK/SPLIT.jsonl for --data-dir from the files that benchmarks publish.")(
-    prepare.prepare
+    measure.prepare
 )
 app.add_typer(data_app, name="data")
 

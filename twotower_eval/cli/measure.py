@@ -1,5 +1,5 @@
-"""``twotower-eval run``, ``speed``, ``size`` and ``verify``: verbs that measure. ``speed --random-weights`` is an alias
-of ``size``.
+"""Verbs that write: ``twotower-eval run``, ``speed``, ``size`` and ``verify`` measure, ``data`` and ``train`` make what
+is measured. ``speed --random-weights`` is an alias of ``size``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Annotated, Any, cast
 import typer
 
 from twotower_eval import store
-from twotower_eval.cli.options import RESULTS, Given, Out, PlanFile, Resume, option, plan_options
-from twotower_eval.cli.runs import resumable
+from twotower_eval.cli.options import RESULTS, TRAINING, Given, Out, PlanFile, Resume, option, plan_options, texts
+from twotower_eval.cli.runs import EXIT_INTERRUPTED, resumable
 from twotower_eval.errors import UserError
 from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, is_older_sizing_plan
 from twotower_eval.records import verb_of
@@ -117,3 +117,32 @@ def verify(given: Given, out: Out = RESULTS) -> None:
         typer.echo(line)
     if any(check.outcome == "failed" for check in made.record.checks):
         raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+def prepare(
+    source: Annotated[Path, typer.Argument(help="Folder with gsm8k/, mgsm/, mmlu/, …", metavar="SOURCE")],
+    target: Annotated[Path, typer.Argument(help="Folder to write to.", metavar="TARGET")],
+    only: Annotated[str | None, option("Some of the benchmarks [all that are there].", metavar="A,B")] = None,
+) -> None:
+    """Verb ``data prepare``."""
+    from twotower_eval.measure.suites import datafiles
+
+    for file in datafiles.prepare(source, target, texts(only)):
+        typer.echo(f"{file.path}: {file.num_rows} rows")
+
+
+def miniature(
+    out: Annotated[Path, option("Folder of the training state and the pair.", metavar="DIR")] = TRAINING,
+    recipe: Annotated[Path | None, option("TOML recipe [the shipped one].", metavar="FILE")] = None,
+    threads: Annotated[int, option("CPU threads [2].", metavar="N")] = 2,
+    device: Annotated[str | None, option("Device [a GPU if there is one].", metavar="D")] = None,
+) -> None:
+    """Verb ``train miniature``."""
+    from twotower_eval.miniature import train
+
+    try:
+        pair = train.train_pair(out, recipe_file=recipe, threads=threads, device=device)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; to go on: twotower-eval train miniature --out {out}", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    typer.echo(pair)

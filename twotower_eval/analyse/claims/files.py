@@ -19,8 +19,8 @@ from twotower_eval.analyse.claims.terms import SPEED_QUANTITIES as SPEED_QUANTIT
 from twotower_eval.analyse.claims.terms import at_least, check_limits, check_margin, tables, texts, value_of, within
 from twotower_eval.errors import UserError
 from twotower_eval.names import did_you_mean
-from twotower_eval.plan import data_path, read_toml
 from twotower_eval.records import Averaging, Claim, DecoderSpec, GateLimits, OperatingPoint, Quantity, Relation
+from twotower_eval.resources import data_path, read_toml
 from twotower_eval.strict import JsonObject
 
 QUANTITIES, RELATIONS, AVERAGINGS = (typing.get_args(kind) for kind in (Quantity, Relation, Averaging))

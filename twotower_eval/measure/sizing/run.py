@@ -43,9 +43,10 @@ from twotower_eval.measure.speed.clock import CallClock, Devices, torch_threads
 from twotower_eval.measure.speed.conditions import Captures, DevicePeak, device_peak, hint, refuse_uneven
 from twotower_eval.measure.speed.session import RoundLoop, whole_rounds
 from twotower_eval.names import config_name
-from twotower_eval.plan import SizingPlan, data_path
+from twotower_eval.plan import SizingPlan
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import CostSample, RunManifest, SpeedPhase, Verb, derive_seed, to_json
+from twotower_eval.resources import data_path
 from twotower_eval.store.environment import new_manifest
 from twotower_eval.store.journal import now_text
 

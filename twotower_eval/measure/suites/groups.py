@@ -16,8 +16,8 @@ from twotower_eval.errors import UserError
 from twotower_eval.measure.suites import lm_tasks
 from twotower_eval.measure.suites.lm_types import Task
 from twotower_eval.names import did_you_mean
-from twotower_eval.plan import data_path, read_toml
 from twotower_eval.records import MEAN
+from twotower_eval.resources import data_path, read_toml
 from twotower_eval.strict import JsonObject, from_json
 
 SETTINGS = ("num_fewshot", "metric", "filter", "max_new_tokens", "samples", "headline", "stop")

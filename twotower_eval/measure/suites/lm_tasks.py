@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from twotower_eval.errors import UserError
 from twotower_eval.measure.suites.datafiles import folders, numbered_rows
 from twotower_eval.measure.suites.lm_types import Aggregation, Entry, Filter, Instance, Task
-from twotower_eval.plan import data_path
 from twotower_eval.records import MEAN
+from twotower_eval.resources import data_path
 from twotower_eval.strict import JsonObject
 
 if TYPE_CHECKING:

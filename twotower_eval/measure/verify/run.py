@@ -29,8 +29,9 @@ from twotower_eval.measure.verify.checks import (
 )
 from twotower_eval.measure.verify.golden import NAMES as GOLDEN_NAMES
 from twotower_eval.measure.verify.golden import Golden, golden_findings, load_golden
-from twotower_eval.plan import VerifyPlan, data_path, model_folder
+from twotower_eval.plan import VerifyPlan, model_folder
 from twotower_eval.records import Cell, Check, Prompt, RunManifest, Ways, Workload, canonical_json, cell_id, sha256_text
+from twotower_eval.resources import data_path
 from twotower_eval.store.environment import new_manifest, package_versions
 
 KERNELS = ("mamba-ssm", "causal-conv1d", "flash-attn")
