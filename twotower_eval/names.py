@@ -1,4 +1,5 @@
-"""Names that users give: resolved to objects, shortened, and answered with the nearest known one where wrong.
+"""Names that users give: resolved to objects, shortened, and answered with the nearest known one where wrong; and
+:func:`plural`, for every text that counts things.
 
 A name is that of something shipped, one that an installed package registers (see :data:`GROUPS`), or
 ``package.module:attribute``.
@@ -120,3 +121,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if near is not None:
         return f" (did you mean {near!r}?)"
     return f" (known: {', '.join(names)})" if 0 < len(names) <= 30 else ""
+
+
+def plural(number: int, noun: str, nouns: str | None = None) -> str:
+    """``1 task``, ``1,800 documents``; ``nouns`` is the plural where it is not the noun with an s."""
+    return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"

@@ -994,6 +994,54 @@ def derive_seed(*parts: object) -> int:
     return int(sha256_text(canonical_json(list(parts)))[:16], 16) >> 1
 
 
+def document_prompt_id(task: str, doc_id: int) -> str:
+    """The id of the prompt that is made of one document: ``sorting/3``."""
+    return f"{task}/{doc_id}"
+
+
+def document_of(prompt_id: str) -> tuple[str, int] | None:
+    """Task and document of a :func:`document_prompt_id`; ``None`` of any other id.
+
+    >>> document_of("sorting/3"), document_of("text-9f86d0")
+    (('sorting', 3), None)
+    """
+    task, _, number = prompt_id.rpartition("/")
+    return (task, int(number)) if task and number.isdecimal() else None
+
+
+def scored_prompt_id(task: str, doc_id: int, request_index: int, repeat: int) -> str:
+    """The id of a prompt that lm-eval asks for: ``sorting/3/0/0``, its document, its request and its sample."""
+    return f"{document_prompt_id(task, doc_id)}/{request_index}/{repeat}"
+
+
+def scored_document_of(prompt_id: str) -> tuple[str, int] | None:
+    """Task and document of a :func:`scored_prompt_id`; ``None`` of any other id."""
+    task, *numbers = prompt_id.rsplit("/", 3)
+    return (task, int(numbers[0])) if len(numbers) == 3 and all(map(str.isdecimal, numbers)) else None
+
+
+def run_id_of(time: str, verb: str, digits: str) -> str:
+    """``20261123T101500Z-run-3f9a1c``: time in UTC, verb, random hex digits."""
+    return f"{time}-{verb}-{digits}"
+
+
+def time_and_verb(run_id: str) -> tuple[str, str]:
+    """The first two parts of a :func:`run_id_of`; the verb is empty where an id has none."""
+    time, _, rest = run_id.partition("-")
+    return time, rest.partition("-")[0]
+
+
+def launch_id_of(run_id: str, number: int) -> str:
+    """The id of a run's launch: ``20261123T101500Z-speed-3f9a1c/2``."""
+    return f"{run_id}/{number}"
+
+
+def run_and_launch(launch_id: str) -> tuple[str, str]:
+    """The run's id and the launch's number in a :func:`launch_id_of`; the whole of an id that has no number."""
+    run_id, slash, number = launch_id.rpartition("/")
+    return (run_id, number) if slash else (launch_id, "")
+
+
 def draws(cell: Cell) -> bool:
     """Whether a decoder draws its tokens, so that no two answers need be equal."""
     temperature = cell.decoder.params.get("temperature")

@@ -106,7 +106,7 @@ class Verdicts(Shown[Verdict]):
         return pd.DataFrame(rows)
 
 
-class Audit(Shown[claims_room.Finding]):
+class Audit(Shown[claims_room.AuditLine]):
     """What published numbers alone give away."""
 
     @property

@@ -15,7 +15,13 @@ from types import TracebackType
 from typing import Any
 
 from twotower_eval.errors import UserError
-from twotower_eval.records import Arm, Cell, RunManifest, to_json
+from twotower_eval.records import (
+    Arm,
+    Cell,
+    RunManifest,
+    run_id_of,
+    to_json,
+)
 from twotower_eval.store.environment import SCORING_PACKAGES
 from twotower_eval.store.journal import (
     DONE,
@@ -164,7 +170,7 @@ def _cell_text(cell: Cell) -> str:
 
 def new_run_id(verb: str, now: datetime | None = None) -> str:
     """``20261123T101500Z-run-3f9a1c``: time in UTC, verb, six random hex digits."""
-    return f"{(now or datetime.now(UTC)).astimezone(UTC):%Y%m%dT%H%M%SZ}-{verb}-{secrets.token_hex(3)}"
+    return run_id_of(f"{(now or datetime.now(UTC)).astimezone(UTC):%Y%m%dT%H%M%SZ}", verb, secrets.token_hex(3))
 
 
 def create(root: Path, manifest: RunManifest) -> RunWriter:

@@ -7,13 +7,13 @@ order, ``judge`` makes verdicts, ``audit`` checks published numbers alone. Needs
 from twotower_eval.analyse.claims.audit import audit, audit_code
 from twotower_eval.analyse.claims.files import ClaimFile, load_claims, select
 from twotower_eval.analyse.claims.judge import EXIT_CODES, exit_code, judge
-from twotower_eval.analyse.claims.recomputed import Finding
+from twotower_eval.analyse.claims.recomputed import AuditLine
 from twotower_eval.analyse.claims.text import audit_lines, strict_line, verdict_lines
 
 __all__ = [
     "EXIT_CODES",
+    "AuditLine",
     "ClaimFile",
-    "Finding",
     "audit",
     "audit_code",
     "audit_lines",

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.claims.published import Published, PublishedSpeedup, PublishedTask, Stated
-from twotower_eval.analyse.claims.recomputed import Finding as Finding
+from twotower_eval.analyse.claims.recomputed import AuditLine as AuditLine
 from twotower_eval.analyse.claims.recomputed import aggregates, of_kinds, retention, span_text, speedups
 from twotower_eval.analyse.compare.figures import TIMES
 from twotower_eval.errors import UserError
@@ -22,7 +22,7 @@ TELLING_SHARE = 0.5  # of all percentages: where more of them fit, that one does
 Places = Mapping[str, Stated]  # where a percentage of a task is printed
 
 
-def audit(published: Published | None) -> tuple[Finding, ...]:
+def audit(published: Published | None) -> tuple[AuditLine, ...]:
     """All findings, in the order aggregates, granularity, identical columns, speedups, variants."""
     if published is None:
         raise UserError("this claim file has no [published] numbers, so there is nothing to audit")
@@ -38,12 +38,12 @@ def audit(published: Published | None) -> tuple[Finding, ...]:
     )
 
 
-def audit_code(findings: Sequence[Finding]) -> int:
+def audit_code(findings: Sequence[AuditLine]) -> int:
     """3 where something contradicts, else 0: remarks are no contradictions."""
     return EXIT_CONTRADICTED if any(finding.kind == "CONTRADICTS" for finding in findings) else 0
 
 
-def _by_kind(published: Published) -> Iterator[Finding]:
+def _by_kind(published: Published) -> Iterator[AuditLine]:
     """What the table says of each kind of task, and of code and math together."""
     kinds = list(dict.fromkeys(kind for task in published.tasks for kind in task.kinds))
     groups: list[tuple[str, ...]] = [(kind,) for kind in kinds]
@@ -53,10 +53,10 @@ def _by_kind(published: Published) -> Iterator[Finding]:
         tasks = of_kinds(published.tasks, group)
         name, num = " + ".join(group).replace("_", " "), len(tasks)
         text = f"{name} ({num} task{'s' if num > 1 else ''}: {', '.join(task.name for task in tasks)})"
-        yield Finding(kind="REMARK", text=f"{text}: retention {span_text(retention(tasks), 2, ' %')}")
+        yield AuditLine(kind="REMARK", text=f"{text}: retention {span_text(retention(tasks), 2, ' %')}")
 
 
-def _granularity(published: Published) -> Iterator[Finding]:
+def _granularity(published: Published) -> Iterator[AuditLine]:
     """Percentages that are no k of the task's documents, and how many samples each would make them possible.
 
     A percentage that fits is a remark only where most others would not have; the rest are counted in one line.
@@ -79,7 +79,7 @@ def _granularity(published: Published) -> Iterator[Finding]:
             if not likely and fitting:
                 vacuous[decimals, True].append((task, len(fitting)))
     for (decimals, could), found in sorted(vacuous.items()):
-        yield Finding(kind="REMARK", text=_vacuous_text(found, decimals, could))
+        yield AuditLine(kind="REMARK", text=_vacuous_text(found, decimals, could))
 
 
 def _can_misfit(decimals: int, n: int) -> tuple[bool, bool]:
@@ -101,18 +101,18 @@ def _vacuous_text(found: Sequence[tuple[PublishedTask, int]], decimals: int, cou
     return f"{checks} at {places} {why} and {'is' if num == 1 else 'are'} left out: {names}"
 
 
-def _task_granularity(task: PublishedTask, places: Places, n: int, decimals: int) -> Iterator[Finding]:
+def _task_granularity(task: PublishedTask, places: Places, n: int, decimals: int) -> Iterator[AuditLine]:
     counts = {where: stats.possible_counts(float(one), decimals, n) for where, one in places.items()}
     fitting = [f"{places[where].text} % ({where}) = {k[0]}/{n}" for where, k in counts.items() if len(k) == 1]
     if fitting:
-        yield Finding(kind="REMARK", text=f"{task.name}: {', '.join(fitting)}: as from one greedy run")
+        yield AuditLine(kind="REMARK", text=f"{task.name}: {', '.join(fitting)}: as from one greedy run")
     odd = [where for where, found in counts.items() if not found]
     if not odd:
         return
     shown = ", ".join(f"{places[where].text} % ({where})" for where in odd)
     smallest = stats.smallest_samples([float(places[where]) for where in odd], decimals, n)
     verb = "is" if len(odd) == 1 else "are"
-    yield Finding(kind="REMARK", text=f"{task.name}: {shown} {verb} no k/{n}: {_fewest(smallest, decimals, n, odd)}")
+    yield AuditLine(kind="REMARK", text=f"{task.name}: {shown} {verb} no k/{n}: {_fewest(smallest, decimals, n, odd)}")
 
 
 def _fewest(smallest: int | None, decimals: int, n: int, odd: Sequence[str]) -> str:
@@ -124,7 +124,7 @@ def _fewest(smallest: int | None, decimals: int, n: int, odd: Sequence[str]) -> 
     return f"{smallest} samples a problem fit, but with so many every percentage does"
 
 
-def _identical(published: Published) -> Iterator[Finding]:
+def _identical(published: Published) -> Iterator[AuditLine]:
     """Equal figures, apart for tasks that one computation may have scored for both models."""
     same = [task for task in published.tasks if task.baseline.value == task.candidate.value]
     for by_likelihood, why in (
@@ -135,7 +135,7 @@ def _identical(published: Published) -> Iterator[Finding]:
         if found:
             named = ", ".join(task.name for task in found)
             text = f"{named}: identical in both columns: {why}, or chance{_by_chance(found)}"
-            yield Finding(kind="REMARK", text=text)
+            yield AuditLine(kind="REMARK", text=text)
 
 
 def _by_chance(tasks: Sequence[PublishedTask]) -> str:
@@ -151,7 +151,7 @@ def _by_chance(tasks: Sequence[PublishedTask]) -> str:
     return f" (how often equally good models that err independently of each other print the same: {listed})"
 
 
-def _devices(published: Published) -> Iterator[Finding]:
+def _devices(published: Published) -> Iterator[AuditLine]:
     rates = {rate.name: rate for rate in published.rates}
     for speedup in published.speedups:
         devices = speedup.baseline_devices, speedup.candidate_devices
@@ -160,10 +160,10 @@ def _devices(published: Published) -> Iterator[Finding]:
         if devices[0] and devices[1] and devices[0] != devices[1]:
             each = float(speedup.factor) * devices[0] / devices[1]
             text = f"{speedup.name}: {_factor(speedup)} on {devices[1]} devices against {devices[0]}"
-            yield Finding(kind="REMARK", text=f"{text} is {each:.2f}x per device")
+            yield AuditLine(kind="REMARK", text=f"{text} is {each:.2f}x per device")
 
 
-def _blocks(speedups: Sequence[PublishedSpeedup]) -> Iterator[Finding]:
+def _blocks(speedups: Sequence[PublishedSpeedup]) -> Iterator[AuditLine]:
     by_block: dict[int, list[PublishedSpeedup]] = defaultdict(list)
     for speedup in speedups:
         if speedup.block_size is not None:
@@ -173,7 +173,7 @@ def _blocks(speedups: Sequence[PublishedSpeedup]) -> Iterator[Finding]:
         if any(not one.meets(other) for one in spans for other in spans):
             listed = ", ".join(f"{_factor(speedup)} ({speedup.name})" for speedup in found)
             text = f"block {block_size} is stated at {listed}: they differ in something that is not stated"
-            yield Finding(kind="REMARK", text=text)
+            yield AuditLine(kind="REMARK", text=text)
 
 
 def _factor(speedup: PublishedSpeedup) -> str:
@@ -181,10 +181,10 @@ def _factor(speedup: PublishedSpeedup) -> str:
     return TIMES.text(float(speedup.factor), speedup.factor.decimals)
 
 
-def _gaps(published: Published) -> Iterator[Finding]:
+def _gaps(published: Published) -> Iterator[AuditLine]:
     """How far variants lie apart, group by group: the first one listed against each of the others."""
     for other in published.gaps[1:]:
         first = published.gaps[0]
         shared = [group for group in first.points if group in other.points]
         apart = ", ".join(f"{group} {first.points[group] - other.points[group]:+.1f}" for group in shared)
-        yield Finding(kind="REMARK", text=f"{first.name} against {other.name}, points: {apart}")
+        yield AuditLine(kind="REMARK", text=f"{first.name} against {other.name}, points: {apart}")

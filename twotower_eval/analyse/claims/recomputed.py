@@ -30,6 +30,7 @@ from twotower_eval.analyse.claims.published import (
     ratio,
     total,
 )
+from twotower_eval.names import plural
 
 Kind = Literal["CONFIRMS", "FITS", "CONTRADICTS", "REMARK"]
 Weights = Sequence[int]
@@ -39,7 +40,7 @@ MOST_ROUNDINGS = 100  # of one mean: where there are more, its column hardly rou
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class AuditLine:
     """One thing that an audit found, in words."""
 
     kind: Kind
@@ -191,7 +192,7 @@ def _named(name: str, how: str) -> str:
     return name.format("" if plain else how).strip()
 
 
-def aggregates(published: Published) -> Iterator[Finding]:
+def aggregates(published: Published) -> Iterator[AuditLine]:
     """Each stated summary, with the readings that give it, or with all that do not."""
     for aggregate in published.aggregates:
         tasks = of_kinds(published.tasks, aggregate.kinds)
@@ -206,12 +207,12 @@ def aggregates(published: Published) -> Iterator[Finding]:
         listed = ", ".join(reading.text(decimals, unit, aggregate.percent) for reading in readings)
         if not fitting:
             why = _if_cut(aggregate, tasks) + _untried(aggregate, tasks)
-            text = f"{stated} over {_plural(len(tasks), 'task')}, recomputed {listed}{why}"
-            yield Finding(kind="CONTRADICTS", text=text)
+            text = f"{stated} over {plural(len(tasks), 'task')}, recomputed {listed}{why}"
+            yield AuditLine(kind="CONTRADICTS", text=text)
             continue
-        text = f"{stated} {_is_or_fits(fitting, aggregate.percent)} of {_plural(len(tasks), 'task')}: {listed}"
+        text = f"{stated} {_is_or_fits(fitting, aggregate.percent)} of {plural(len(tasks), 'task')}: {listed}"
         text += _means(tasks) if aggregate.of == "retention" else ""
-        yield Finding(kind=_kind(fitting, aggregate.percent), text=text)
+        yield AuditLine(kind=_kind(fitting, aggregate.percent), text=text)
 
 
 def _fitting(readings: Iterable[Reading], stated: Stated) -> list[Reading]:
@@ -260,7 +261,7 @@ def _untried(aggregate: PublishedAggregate, tasks: Sequence[PublishedTask]) -> s
     return f"; weighted by documents it was not tried, for want of num_documents of {named}"
 
 
-def speedups(published: Published) -> Iterator[Finding]:
+def speedups(published: Published) -> Iterator[AuditLine]:
     """Each stated speedup against the rates, or the other speedups, that it is said to be made of."""
     rates = {rate.name: rate for rate in published.rates}
     factors = {speedup.name: speedup for speedup in published.speedups}
@@ -273,7 +274,7 @@ def speedups(published: Published) -> Iterator[Finding]:
             yield _compared(speedup, [Reading(name=text, span=_product(parts))])
 
 
-def _of_rates(speedup: PublishedSpeedup, first: PublishedRate, second: PublishedRate) -> Iterator[Finding]:
+def _of_rates(speedup: PublishedSpeedup, first: PublishedRate, second: PublishedRate) -> Iterator[AuditLine]:
     quotient = ratio(first.tokens_per_s.span(), second.tokens_per_s.span())
     shown = f"{first.tokens_per_s.text} / {second.tokens_per_s.text} tokens/s"
     readings = [Reading(name=shown, span=quotient)]
@@ -285,7 +286,7 @@ def _of_rates(speedup: PublishedSpeedup, first: PublishedRate, second: Published
     yield _compared(speedup, readings, upside_down=Reading(name="", span=ratio(*reversed(_spans(first, second)))))
     if first.batch_size and second.batch_size and first.batch_size != second.batch_size:
         sizes = f"batch {first.batch_size} against batch {second.batch_size}"
-        yield Finding(kind="REMARK", text=f"{speedup.name}: its rates were measured at {sizes}")
+        yield AuditLine(kind="REMARK", text=f"{speedup.name}: its rates were measured at {sizes}")
 
 
 def _of_rounded_rates(first: PublishedRate, second: PublishedRate) -> Iterator[Reading]:
@@ -310,19 +311,15 @@ def _product(parts: Sequence[Stated]) -> Span:
     return product
 
 
-def _compared(speedup: PublishedSpeedup, readings: Sequence[Reading], upside_down: Reading | None = None) -> Finding:
+def _compared(speedup: PublishedSpeedup, readings: Sequence[Reading], upside_down: Reading | None = None) -> AuditLine:
     decimals = max(2, speedup.factor.decimals + 1)
     listed = ", ".join(reading.text(decimals, "x", speedup.factor) for reading in readings)
     fitting = _fitting(readings, speedup.factor)
     if fitting:
         kind = _kind(fitting, speedup.factor)
         verb = "is" if kind == "CONFIRMS" else "fits"
-        return Finding(kind=kind, text=f"{speedup.name}: stated {speedup.factor.text}x {verb} {listed}")
+        return AuditLine(kind=kind, text=f"{speedup.name}: stated {speedup.factor.text}x {verb} {listed}")
     swapped = upside_down is not None and upside_down.fits(speedup.factor)
     hint = "; the rates in the other order would give it" if swapped else ""
     text = f"{speedup.name}: stated {speedup.factor.text}x, recomputed {listed}{hint}"
-    return Finding(kind="CONTRADICTS", text=text)
-
-
-def _plural(num: int, noun: str) -> str:
-    return f"{num} {noun}{'' if num == 1 else 's'}"
+    return AuditLine(kind="CONTRADICTS", text=text)

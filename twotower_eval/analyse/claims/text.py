@@ -8,12 +8,13 @@ from math import isclose
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.claims.judge import EXIT_CODES, said
-from twotower_eval.analyse.claims.recomputed import Finding
+from twotower_eval.analyse.claims.recomputed import AuditLine
 from twotower_eval.analyse.claims.ruling import look_text, unit_of
 from twotower_eval.analyse.claims.terms import terms_text
 from twotower_eval.analyse.compare.figures import high_retention_text, interval
 from twotower_eval.analyse.compare.gates import SAID_WITH_SPEED
 from twotower_eval.analyse.words import found_text, kind_text
+from twotower_eval.names import plural
 from twotower_eval.records import MIN_LAUNCH_ROUNDS, Claim, Estimate, Verdict
 
 
@@ -164,8 +165,9 @@ def strict_line(verdicts: Sequence[Verdict]) -> str:
     return f"strict: {'; '.join(lines)}" if lines else ""
 
 
-def audit_lines(findings: Sequence[Finding]) -> list[str]:
-    """One line for each finding, then one that counts those that contradict."""
-    lines = [f"{finding.kind:11}  {finding.text}" for finding in findings]
-    wrong = sum(finding.kind == "CONTRADICTS" for finding in findings)
-    return [*lines, f"{len(findings)} findings, {wrong} of them contradict what is published"]
+def audit_lines(lines: Sequence[AuditLine]) -> list[str]:
+    """One line of text for each, then one that counts those that contradict."""
+    shown = [f"{line.kind:11}  {line.text}" for line in lines]
+    wrong = sum(line.kind == "CONTRADICTS" for line in lines)
+    contradict = "contradicts" if wrong == 1 else "contradict"
+    return [*shown, f"{plural(len(lines), 'finding')}, {wrong} of them {contradict} what is published"]

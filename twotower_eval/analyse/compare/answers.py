@@ -26,6 +26,7 @@ from twotower_eval.records import (
     GenerationRow,
     PromptTiming,
     Score,
+    document_prompt_id,
     draws,
 )
 from twotower_eval.store import Run
@@ -294,7 +295,7 @@ def _kept(runs: Iterable[Run], cells: Collection[str]) -> dict[Document, list[Ge
 
 
 def _prompt_id(document: Document) -> str:
-    return f"{document[0]}/{document[1]}"
+    return document_prompt_id(*document[:2])
 
 
 def _agreement(cell: Cell, *, num_compared: int, differing: Sequence[Differing]) -> Agreement:

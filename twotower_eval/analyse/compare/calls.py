@@ -18,7 +18,17 @@ from twotower_eval.analyse.compare.points import point_key
 from twotower_eval.analyse.compare.warned import IncompleteRounds, VoidCalls
 from twotower_eval.analyse.stats.intervals import Floats
 from twotower_eval.errors import UserError
-from twotower_eval.records import Arm, Cell, Finding, GenerationRow, SpeedSample, TimeFault, canonical_json
+from twotower_eval.records import (
+    Arm,
+    Cell,
+    Finding,
+    GenerationRow,
+    SpeedSample,
+    TimeFault,
+    canonical_json,
+    document_of,
+    run_and_launch,
+)
 from twotower_eval.rules import fault_of, void_text
 from twotower_eval.store import Run
 
@@ -99,8 +109,7 @@ def complete_rounds(*grids: Grid) -> tuple[list[Round], list[Call], int]:
 def _as_timed(round_: Round) -> tuple[str, int, str]:
     """Run after run, and within a run by number, which goes on from launch to launch: its tenth is not its second."""
     launch, number = round_
-    run_id, named, _ = launch.rpartition("/")
-    return (run_id if named else launch, number, launch)
+    return (run_and_launch(launch)[0], number, launch)
 
 
 def processes_of(runs: Sequence[Run]) -> dict[str, str]:
@@ -403,9 +412,9 @@ def with_lengths(
 def _arm(everyone: Sequence[Run], cell: Cell, samples: Sequence[SpeedSample]) -> _Arm:
     timed: dict[Document, list[int]] = {}
     for prompt in (prompt for sample in samples for prompt in sample.prompts):
-        task, _, number = prompt.prompt_id.rpartition("/")
-        if task and number.isdigit():
-            timed.setdefault((task, int(number)), []).append(prompt.num_tokens)
+        document = document_of(prompt.prompt_id)
+        if document is not None:
+            timed.setdefault(document, []).append(prompt.num_tokens)
     tasks = {task for task, _ in timed}
     found: dict[Document, float] = {}
     whole: set[str] = set()

@@ -14,7 +14,7 @@ import numpy as np
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.figures import Measured, measured
 from twotower_eval.errors import NoEstimate
-from twotower_eval.records import Estimate, Generation, GenerationRow, Method
+from twotower_eval.records import Estimate, Generation, GenerationRow, Method, document_prompt_id
 
 MAX_PERIOD = 400  # symbols: a paragraph of which a model writes copies; longer ones compress far too well anyway
 MIN_REPEATS = 3.0  # a refrain may come twice
@@ -241,7 +241,7 @@ def flagged(baseline: Outputs, candidate: Outputs, clusters: Mapping[Document, s
     """Shares of degenerate outputs, paired by document and sample; without ``clusters`` a document is its own."""
     keys = sorted(baseline.keys() & candidate.keys())
     pairs = [(baseline[key], candidate[key]) for key in keys]
-    names = [(clusters or {}).get((task, doc_id), f"{task}/{doc_id}") for _, task, doc_id, _ in keys]
+    names = [(clusters or {}).get((task, doc_id), document_prompt_id(task, doc_id)) for _, task, doc_id, _ in keys]
     by_arm = [np.array([pair[arm].degenerate for pair in pairs], dtype=float) for arm in (0, 1)]
     counted = [Counter(name for pair in pairs for name in pair[arm].names) for arm in (0, 1)]
     return Flagged(

@@ -39,6 +39,7 @@ from twotower_eval.records import (
     cell_id,
     cell_identity,
     digest_of_identity,
+    run_and_launch,
     sha256_text,
 )
 from twotower_eval.store import EVENTS, JOURNALS, MANIFEST, Run
@@ -372,7 +373,7 @@ def _launches(run: Run) -> Iterator[Place]:
 
 def _launches_begun(run: Run) -> Iterator[Place]:
     """Versions that do not tell of launches tell how often a run was begun or resumed."""
-    own = {call.launch_id for call in run.speed if call.launch_id.startswith(f"{run.manifest.run_id}/")}
+    own = {call.launch_id for call in run.speed if run_and_launch(call.launch_id)[0] == run.manifest.run_id}
     told = any(event["kind"] == "launched" for event in run.events)
     begun = sum(event["kind"] in ("started", "resumed") for event in run.events)
     if not told and len(own) > begun:

@@ -14,7 +14,16 @@ from twotower_eval.analyse.compare.clean import FLAG_NAMES, flags
 from twotower_eval.analyse.compare.figures import once
 from twotower_eval.analyse.compare.points import PointKey, QualityPoint, cells_of, point_key
 from twotower_eval.errors import UserError
-from twotower_eval.records import Arm, Cell, FinishReason, Generation, GenerationRow, Score, SpeedSample
+from twotower_eval.records import (
+    Arm,
+    Cell,
+    FinishReason,
+    Generation,
+    GenerationRow,
+    Score,
+    SpeedSample,
+    document_prompt_id,
+)
 from twotower_eval.store import Run
 from twotower_eval.strict import JsonObject
 
@@ -229,7 +238,7 @@ def _arm(
             walls[prompt.prompt_id].append(call)
     found = {}
     for document, rows in kept.items():
-        prompt_id = f"{document[0]}/{document[1]}"
+        prompt_id = document_prompt_id(*document[:2])
         if prompt_id in walls:
             found[document] = _sample_arm(prompt_id, rows, walls[prompt_id], scores.get(document, []))
     return found

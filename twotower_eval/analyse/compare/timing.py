@@ -46,7 +46,18 @@ from twotower_eval.analyse.compare.figures import ArmsDifferError, Counts, Measu
 from twotower_eval.analyse.compare.points import PointKey, baseline_of, point_key
 from twotower_eval.analyse.compare.unseen import UNCHECKED, Unseen, unseen
 from twotower_eval.analyse.compare.warned import FarAboveFloor, LengthsDiffer, SlowerThanGenerate, UnlikeLengths
-from twotower_eval.records import BaselineBest, Cell, Estimate, Finding, Gate, GateLimits, SerialDependence, TimeFault
+from twotower_eval.records import (
+    BaselineBest,
+    Cell,
+    Estimate,
+    Finding,
+    Gate,
+    GateLimits,
+    SerialDependence,
+    TimeFault,
+    document_of,
+    document_prompt_id,
+)
 from twotower_eval.rules import Handicap, handicaps
 from twotower_eval.store import Run
 from twotower_eval.strict import JsonObject, from_json
@@ -296,10 +307,10 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
 
 
 def tasks_of(prompt_ids: Iterable[str]) -> tuple[str, ...]:
-    """The tasks of prompts, by their ids (``task/number``); none where one does not say."""
-    parts = [prompt_id.rpartition("/") for prompt_id in sorted(set(prompt_ids))]
-    said = all(task and number.isdigit() for task, _, number in parts)
-    return tuple(dict.fromkeys(task for task, _, _ in parts)) if said else ()
+    """The tasks of prompts, by their ids; none where any prompt is of no document."""
+    documents = [document_of(prompt_id) for prompt_id in sorted(set(prompt_ids))]
+    known = [document for document in documents if document is not None]
+    return tuple(dict.fromkeys(task for task, _ in known)) if len(known) == len(documents) else ()
 
 
 def _warnings(length: Measured, lengths: Sequence[Lengths]) -> Iterator[Finding]:
@@ -360,9 +371,9 @@ def _asked(runs: list[Run], cell: str) -> frozenset[Asked]:
 def _dropped_calls(by_arm: list[dict[OutputKey, Flags]], calls: list[Call]) -> tuple[list[bool], list[bool]] | None:
     """Per arm and call, whether one of its prompts was ever answered degenerately; ``None`` without the outputs."""
     prompts = {prompt for call in calls for prompt in call}
-    kept = [{f"{task}/{doc_id}" for _, task, doc_id, _ in arm} for arm in by_arm]
+    kept = [{document_prompt_id(task, doc_id) for _, task, doc_id, _ in arm} for arm in by_arm]
     if not all(prompts <= arm for arm in kept):
         return None
-    bad = [{f"{task}/{doc_id}" for task, doc_id in flagged_documents(arm)} for arm in by_arm]
+    bad = [{document_prompt_id(*document) for document in flagged_documents(arm)} for arm in by_arm]
     baseline, candidate = ([not arm.isdisjoint(call) for call in calls] for arm in bad)
     return baseline, candidate

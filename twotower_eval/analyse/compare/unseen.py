@@ -26,7 +26,11 @@ from twotower_eval.analyse.compare.calls import Call, Grid, Usable
 from twotower_eval.analyse.compare.costs import seconds_alone
 from twotower_eval.analyse.compare.figures import Measured, measured
 from twotower_eval.errors import NoEstimate
-from twotower_eval.records import Cell, SpeedSample
+from twotower_eval.records import (
+    Cell,
+    SpeedSample,
+    document_of,
+)
 from twotower_eval.rules import fault_of
 from twotower_eval.store import Run
 
@@ -234,7 +238,8 @@ def _forwards_per_token(sample: SpeedSample) -> float:
 
 
 def _tasks(prompt_ids: Iterable[str]) -> list[str]:
-    return sorted(prompt_id.rpartition("/")[0] for prompt_id in prompt_ids)
+    documents = (document_of(prompt_id) for prompt_id in prompt_ids)
+    return sorted("" if document is None else document[0] for document in documents)
 
 
 def _length(sample: SpeedSample) -> int:

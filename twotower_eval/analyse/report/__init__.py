@@ -23,7 +23,10 @@ from twotower_eval.analyse.report.verdicts import JudgedRuns, shipped_claims
 from twotower_eval.errors import UserError
 from twotower_eval.names import Seam, resolve
 from twotower_eval.plugin_calls import calls_of, module_of
-from twotower_eval.records import sha256_text
+from twotower_eval.records import (
+    sha256_text,
+    time_and_verb,
+)
 
 __all__ = ["SECTIONS", "Runs", "Section", "publish", "report_id", "table", "write"]
 
@@ -144,8 +147,8 @@ def report_id(run_ids: Sequence[str]) -> str:
     ordered = sorted(run_ids)
     if len(ordered) == 1:
         return ordered[0]
-    verbs = {part for run_id in ordered for part in run_id.split("-")[1:2]}
-    return "-".join([ordered[-1].split("-")[0], *sorted(verbs), sha256_text(" ".join(ordered))[:6]])
+    verbs = {verb for _, verb in map(time_and_verb, ordered) if verb}
+    return "-".join([time_and_verb(ordered[-1])[0], *sorted(verbs), sha256_text(" ".join(ordered))[:6]])
 
 
 def _chosen(names: Sequence[str], runs: JudgedRuns) -> list[str]:

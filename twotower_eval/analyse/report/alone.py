@@ -31,7 +31,6 @@ from twotower_eval.analyse.report.text import (
     measured_columns,
     operating_point,
     percent,
-    plural,
     rate,
     run_list,
     seconds,
@@ -40,6 +39,7 @@ from twotower_eval.analyse.report.text import (
 )
 from twotower_eval.analyse.words import INVALID, fact_text
 from twotower_eval.analyse.words.facts import method_line
+from twotower_eval.names import plural
 from twotower_eval.records import MEAN, Cell, Score
 from twotower_eval.rules import override_lines, void_text
 from twotower_eval.store import Run

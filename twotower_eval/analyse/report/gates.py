@@ -37,7 +37,6 @@ from twotower_eval.analyse.report.text import (
     details,
     escape,
     measured_columns,
-    plural,
     retention,
     scored_by_words,
     significant,
@@ -46,6 +45,7 @@ from twotower_eval.analyse.report.text import (
 )
 from twotower_eval.analyse.words import fact_text, found_text, kind_text
 from twotower_eval.analyse.words.gates import NO_DIGESTS, contradictions_text
+from twotower_eval.names import plural
 from twotower_eval.records import Gate, GateKind, GateLimits
 from twotower_eval.rules import ProofOutcome, named_ways, proof_outcome, truncation_line, ways_text
 

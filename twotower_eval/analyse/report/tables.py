@@ -30,7 +30,6 @@ from twotower_eval.analyse.report.text import (
     measured_columns,
     operating_point,
     percent,
-    plural,
     retention,
     scored_by_words,
     significant,
@@ -40,6 +39,7 @@ from twotower_eval.analyse.stats import Figure
 from twotower_eval.analyse.words import finding_text
 from twotower_eval.analyse.words.facts import method_text
 from twotower_eval.analyse.words.gates import standing_text
+from twotower_eval.names import plural
 from twotower_eval.records import MEAN, Cell, Score
 from twotower_eval.rules import override_lines
 from twotower_eval.store import Run

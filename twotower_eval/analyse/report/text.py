@@ -123,11 +123,6 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
-def plural(number: int, noun: str, nouns: str | None = None) -> str:
-    """``1 task``, ``1,800 documents``."""
-    return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
-
-
 def retention(value: Measured) -> str:
     """``91.2 % [88.0, 94.1]``; one more digit where the interval is narrower than a fifth of a point."""
     return _interval(value, lambda e: _decimals(100 * (e.high - e.low), coarse=1), scale=100, unit=" %")

@@ -31,7 +31,6 @@ from twotower_eval.analyse.report.text import (
     code,
     details,
     escape,
-    plural,
     retention,
     run_list,
     speed_findings,
@@ -43,7 +42,7 @@ from twotower_eval.analyse.report.text import (
 from twotower_eval.analyse.words import finding_text, gate_text
 from twotower_eval.analyse.words.facts import method_text
 from twotower_eval.analyse.words.gates import contradictions_text
-from twotower_eval.names import config_name
+from twotower_eval.names import config_name, plural
 from twotower_eval.records import Checkpoint, Claim, Gate, GateLimits, OperatingPoint, Verdict, sizing_config
 from twotower_eval.resources import data_path
 from twotower_eval.store import Run

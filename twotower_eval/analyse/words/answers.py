@@ -9,6 +9,7 @@ from twotower_eval.analyse.compare.figures import POINTS, interval
 from twotower_eval.analyse.compare.same import SHOWN
 from twotower_eval.analyse.compare.witness import ArmWitnessed, DraftedAnswers, Unknown, WitnessedAnswers
 from twotower_eval.analyse.words.facts import fact_text
+from twotower_eval.records import document_of, document_prompt_id, scored_document_of
 
 UNKNOWN: dict[Unknown, str] = {
     "at random": "draws its tokens at random",
@@ -70,8 +71,8 @@ def _lengths(one: OtherLength, whose: tuple[str, str]) -> str:
 
 def prompt_text(prompt_id: str) -> str:
     """``task sorting, document 3``, of a prompt whose id says so."""
-    task, _, number = prompt_id.rpartition("/")
-    return f"task {task}, document {number}" if task and number.isdigit() else f"prompt {prompt_id}"
+    document = document_of(prompt_id)
+    return f"prompt {prompt_id}" if document is None else f"task {document[0]}, document {document[1]}"
 
 
 @fact_text.register
@@ -114,9 +115,9 @@ def _two_faced(one: ArmWitnessed) -> str:
 
 
 def _document(prompt_id: str) -> str:
-    """``task/number``; prompts that are scored have their request and their sample behind it."""
-    task, *numbers = prompt_id.rsplit("/", 3)
-    return f"{task}/{numbers[0]}" if len(numbers) == 3 and all(map(str.isdigit, numbers)) else prompt_id
+    """The id without the request and the sample that prompts of ``run`` have at its end."""
+    document = scored_document_of(prompt_id)
+    return prompt_id if document is None else document_prompt_id(*document)
 
 
 @fact_text.register

@@ -59,6 +59,7 @@ from twotower_eval.records import (
     Prompt,
     Witnessed,
     derive_seed,
+    scored_prompt_id,
 )
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # context ids, continuation ids
@@ -185,7 +186,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         with tokenizer.naming(_where(key)):
             ids, is_truncated = self._prompt_ids(text, budget)
         self.num_truncated += is_truncated
-        name = "/".join(str(part) for part in key)
+        name = scored_prompt_id(*key)
         traced = key[1] in self.traced
         return Prompt(id=name, token_ids=tuple(ids), text=text, seed=derive_seed(self.seed, *key), trace=traced)
 

@@ -45,7 +45,15 @@ from twotower_eval.measure.speed.session import RoundLoop, whole_rounds
 from twotower_eval.names import config_name
 from twotower_eval.plan import SizingPlan
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
-from twotower_eval.records import CostSample, RunManifest, SpeedPhase, Verb, derive_seed, to_json
+from twotower_eval.records import (
+    CostSample,
+    RunManifest,
+    SpeedPhase,
+    Verb,
+    derive_seed,
+    launch_id_of,
+    to_json,
+)
 from twotower_eval.resources import data_path
 from twotower_eval.store.environment import new_manifest
 from twotower_eval.store.journal import now_text
@@ -85,7 +93,7 @@ class Session(RoundLoop):
         self._routing, self._captures = routing, captures
         self._touched = _Touched(routing, {})
         earlier = writer.run.costs
-        self._launch_id = f"{writer.run.manifest.run_id}/{len({sample.launch_id for sample in earlier}) + 1}"
+        self._launch_id = launch_id_of(writer.run.manifest.run_id, len({sample.launch_id for sample in earlier}) + 1)
         num_items = sum(map(len, groups))
         super().__init__(
             plan,

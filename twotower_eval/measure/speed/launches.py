@@ -52,6 +52,7 @@ from twotower_eval.records import (
     SpeedSample,
     Ways,
     Witnessed,
+    launch_id_of,
     to_json,
 )
 from twotower_eval.rules import asked_and_not_done, slower_lines, truncation_line
@@ -204,7 +205,7 @@ def _manifest(
 
 def _launch_id(run: store.Run) -> str:
     timed: list[SpeedSample | CostSample | Witnessed] = [*run.speed, *run.costs, *run.witnessed]
-    return f"{run.manifest.run_id}/{len({sample.launch_id for sample in timed}) + 1}"
+    return launch_id_of(run.manifest.run_id, len({sample.launch_id for sample in timed}) + 1)
 
 
 INTERRUPTED = 130

@@ -14,7 +14,16 @@ from twotower_eval.engine.models.protocol import Model
 from twotower_eval.engine.models.witness import Tally
 from twotower_eval.measure.speed.workloads import Call, Calls, Lane, Request, Timing, encode_calls
 from twotower_eval.plan import SpeedPlan
-from twotower_eval.records import Arm, Witnessed, WitnessedAnswer, WitnessedKind, derive_seed, draws, sha256_text
+from twotower_eval.records import (
+    Arm,
+    Witnessed,
+    WitnessedAnswer,
+    WitnessedKind,
+    derive_seed,
+    draws,
+    run_and_launch,
+    sha256_text,
+)
 
 NUM_AS_THEY_ARE, NUM_ALONE = 8, 4  # timed prompts of a launch: of a batch size of 1, and of larger ones
 NUM_MADE_UP, NUM_DOCUMENTS = 8, 2  # of every candidate
@@ -239,7 +248,7 @@ class Probes:
         launch_id: str,
     ) -> None:
         self._plan, self._calls, self._requests, self._models = plan, calls, requests, models
-        self._launch = launch_id.rpartition("/")[2]
+        self._launch = run_and_launch(launch_id)[1]
         self._prompts = NewPrompts(calls, requests, derive_seed(plan.seed, "new prompts", launch_id))
         self._random = random.Random(derive_seed(plan.seed, "calls that are probed", launch_id))
         self._num_made: Counter[str] = Counter()  # by cell

@@ -39,6 +39,7 @@ from twotower_eval.records import (
     canonical_json,
     cell_id,
     derive_seed,
+    document_prompt_id,
     sha256_text,
 )
 
@@ -287,7 +288,7 @@ class Lane:
         prompts = []
         for request, ids in zip(call.requests, self.ids[call.id], strict=True):
             seed = derive_seed(self.seed, request.task, request.doc_id, 0, sample)
-            prompts.append(Prompt(id=f"{request.task}/{request.doc_id}", token_ids=ids, seed=seed))
+            prompts.append(Prompt(id=document_prompt_id(request.task, request.doc_id), token_ids=ids, seed=seed))
         return prompts
 
     def time(self, call: Call, sample: int) -> Timing:

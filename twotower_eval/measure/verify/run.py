@@ -30,7 +30,18 @@ from twotower_eval.measure.verify.checks import (
 from twotower_eval.measure.verify.golden import NAMES as GOLDEN_NAMES
 from twotower_eval.measure.verify.golden import Golden, golden_findings, load_golden
 from twotower_eval.plan import VerifyPlan, model_folder
-from twotower_eval.records import Cell, Check, Prompt, RunManifest, Ways, Workload, canonical_json, cell_id, sha256_text
+from twotower_eval.records import (
+    Cell,
+    Check,
+    Prompt,
+    RunManifest,
+    Ways,
+    Workload,
+    canonical_json,
+    cell_id,
+    document_prompt_id,
+    sha256_text,
+)
 from twotower_eval.resources import data_path
 from twotower_eval.store.environment import new_manifest, package_versions
 
@@ -77,7 +88,7 @@ def make_prompts(model: Model, seed: int) -> list[Prompt]:
             text = json.loads(line)["prompt"]
             with naming(f"task {task!r}, document {doc_id}"):
                 ids = tuple(prompt_ids(model, text))
-            prompts.append(Prompt(id=f"{task}/{doc_id}", token_ids=ids, text=text))
+            prompts.append(Prompt(id=document_prompt_id(task, doc_id), token_ids=ids, text=text))
     return prompts
 
 
