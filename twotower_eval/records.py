@@ -1048,6 +1048,14 @@ def draws(cell: Cell) -> bool:
     return isinstance(temperature, (int, float)) and temperature > 0
 
 
+def make_cell(
+    arm: Arm, checkpoint: Checkpoint, decoder: DecoderSpec, workload: Workload, extra: Params | None = None
+) -> Cell:
+    """A cell with the id that follows from all else."""
+    identity = cell_id(checkpoint, decoder, workload, extra)
+    return Cell(id=identity, arm=arm, checkpoint=checkpoint, decoder=decoder, workload=workload, extra=extra or {})
+
+
 def cell_id(checkpoint: Checkpoint, decoder: DecoderSpec, workload: Workload, extra: Params | None = None) -> str:
     """First 12 hex digits over everything that may change a cell's outputs, and nothing else.
 

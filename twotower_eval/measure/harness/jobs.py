@@ -36,7 +36,7 @@ from twotower_eval.records import (
     Ways,
     Workload,
     canonical_json,
-    cell_id,
+    make_cell,
     to_json,
 )
 from twotower_eval.store.environment import new_manifest
@@ -274,14 +274,7 @@ def _cell(plan: RunPlan, arm: Arm, model: Model, spec: DecoderSpec, task: BuiltT
         **({"pools_samples": True} if task.pools_samples else {}),
         **({"cuda_graphs": True} if plan.cuda_graphs else {}),  # sums may run in another order
     }
-    return Cell(
-        id=cell_id(model.checkpoint, spec, workload, extra),
-        arm=arm,
-        checkpoint=model.checkpoint,
-        decoder=spec,
-        workload=workload,
-        extra=extra,
-    )
+    return make_cell(arm, model.checkpoint, spec, workload, extra)
 
 
 def make_manifest(

@@ -32,8 +32,8 @@ from twotower_eval.records import (
     Routing,
     Workload,
     canonical_json,
-    cell_id,
     derive_seed,
+    make_cell,
     sha256_text,
 )
 from twotower_eval.store import Run
@@ -208,8 +208,7 @@ def _cell(plan: SizingPlan, arm: Arm, checkpoint: Checkpoint, decoder: DecoderSp
         prompt_tokens=plan.prompt_tokens,
         num_devices=len(checkpoint.devices),
     )
-    identity = cell_id(checkpoint, decoder, workload)
-    return Cell(id=identity, arm=arm, checkpoint=checkpoint, decoder=decoder, workload=workload, extra={})
+    return make_cell(arm, checkpoint, decoder, workload)
 
 
 def make_items(plan: SizingPlan, rigs: Sequence[Rig], profiles: Sequence[Profile]) -> list[list[Item]]:

@@ -37,9 +37,9 @@ from twotower_eval.records import (
     Prompt,
     Workload,
     canonical_json,
-    cell_id,
     derive_seed,
     document_prompt_id,
+    make_cell,
     sha256_text,
 )
 
@@ -445,11 +445,4 @@ def with_decoders(lanes: Mapping[int, tuple[Lane, ...]], clock: CallClock) -> di
 def _cell(plan: SpeedPlan, calls: Sequence[Call], size: int, arm: Arm, model: Model, spec: DecoderSpec) -> Cell:
     workload = make_workload(plan, calls, size, len(model.checkpoint.devices))
     extra = {"seed": plan.seed if (plan.temperature or 0) > 0 else None}
-    return Cell(
-        id=cell_id(model.checkpoint, spec, workload, extra),
-        arm=arm,
-        checkpoint=model.checkpoint,
-        decoder=spec,
-        workload=workload,
-        extra=extra,
-    )
+    return make_cell(arm, model.checkpoint, spec, workload, extra)

@@ -38,8 +38,8 @@ from twotower_eval.records import (
     Ways,
     Workload,
     canonical_json,
-    cell_id,
     document_prompt_id,
+    make_cell,
     sha256_text,
 )
 from twotower_eval.resources import data_path
@@ -136,14 +136,7 @@ def _cell(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt]) -> Cell:
     spec = decoder_spec("block_diffusion" if model.has_denoiser else "autoregressive")
     asked = canonical_json([list(prompt.token_ids) for prompt in prompts])
     workload = Workload(kind="checks", name="checks", digest=sha256_text(asked), num_devices=len(plan.devices))
-    return Cell(
-        id=cell_id(model.checkpoint, spec, workload),
-        arm="candidate",
-        checkpoint=model.checkpoint,
-        decoder=spec,
-        workload=workload,
-        extra={},
-    )
+    return make_cell("candidate", model.checkpoint, spec, workload)
 
 
 def _manifest(plan: VerifyPlan, cell: Cell, ways: Sequence[Ways]) -> RunManifest:
