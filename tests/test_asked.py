@@ -120,8 +120,8 @@ def temperatures(found: store.Run) -> set[Any]:
 def test_sampling_or_greedy_is_what_lm_eval_takes_it_for(settings: dict[str, Any]) -> None:
     """Sampling was done greedily, whatever was asked."""
     theirs = normalize_gen_kwargs({"until": [], **{k: v for k, v in settings.items() if v is not None}})
-    asked = suites.decoding_asked(settings)
-    assert asked.beyond == ()
+    asked = suites.read_decoding_request(settings)
+    assert asked.unsupported == ()
     assert (asked.temperature or 0) == (float(theirs["temperature"]) if theirs["do_sample"] else 0.0)
 
 
@@ -134,7 +134,7 @@ NEUTRAL: dict[str, Any] = {
 
 
 def test_what_changes_nothing_is_not_asked_for() -> None:
-    assert suites.decoding_asked(NEUTRAL) == suites.Asked(temperature=0.7)
+    assert suites.read_decoding_request(NEUTRAL) == suites.DecodingRequest(temperature=0.7)
 
 
 @pytest.mark.parametrize(
@@ -148,21 +148,21 @@ def test_what_changes_nothing_is_not_asked_for() -> None:
     ],
 )  # fmt: skip
 def test_what_is_not_done_is_asked_for(key: str, value: Any) -> None:
-    asked = suites.decoding_asked({"do_sample": True, "temperature": 0.7, key: value})
-    assert asked == suites.Asked(temperature=0.7, beyond=((key, value),))
+    asked = suites.read_decoding_request({"do_sample": True, "temperature": 0.7, key: value})
+    assert asked == suites.DecodingRequest(temperature=0.7, unsupported=((key, value),))
 
 
 def test_lists_and_tables_are_asked_for_too() -> None:
-    asked = suites.decoding_asked({"bad_words_ids": [[1, 2]], "num_beams": 2, "length_penalty": 2.0})
-    assert dict(asked.beyond) == {"bad_words_ids": "[[1, 2]]", "num_beams": 2, "length_penalty": 2.0}
+    asked = suites.read_decoding_request({"bad_words_ids": [[1, 2]], "num_beams": 2, "length_penalty": 2.0})
+    assert dict(asked.unsupported) == {"bad_words_ids": "[[1, 2]]", "num_beams": 2, "length_penalty": 2.0}
     odd = {"logit_bias": {1: math.inf}, "top_p": math.nan, "top_k": 2**70, "temperature": 1}
     texts = {"logit_bias": '{"1": Infinity}', "top_p": "NaN", "top_k": str(2**70)}
-    assert dict(suites.decoding_asked(odd).beyond) == texts, "as a manifest can hold them"
+    assert dict(suites.read_decoding_request(odd).unsupported) == texts, "as a manifest can hold them"
 
 
 def test_sampling_without_a_temperature_is_asked_for() -> None:
     for settings in ({"do_sample": True}, {"do_sample": True, "temperature": 0}):
-        assert suites.decoding_asked(settings).beyond == (("do_sample", True),)
+        assert suites.read_decoding_request(settings).unsupported == (("do_sample", True),)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_repeats_of_log_likelihoods_are_all_the_same(own: Own) -> None:
     (own.folder / "own.yaml").write_text(choice.format(name="own", folder=""))
     lm_tasks.local_index.cache_clear()
     [task] = suites.resolve_tasks(["own"])
-    assert (task.samples, task.asked) == (1, suites.Asked())
+    assert (task.samples, task.asked) == (1, suites.DecodingRequest())
     assert suites.settle([task], temperature=None, samples=None) == suites.Decoding(temperature=0.0, overrides=())
 
 

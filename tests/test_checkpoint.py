@@ -19,6 +19,7 @@ from twotower_eval.engine.models.autoregressive import ContextTower
 from twotower_eval.engine.models.checkpoint import INDEX_FILE, SINGLE_FILE, build, pair_slots
 from twotower_eval.engine.models.config import parse_config
 from twotower_eval.engine.models.twotower import TwoTower
+from twotower_eval.errors import FileError
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 BLOCK = torch.tensor([[3, 9, 3, 3]])
@@ -329,6 +330,24 @@ def test_bad_arguments(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=pattern) as caught:
             load_model(path, **options)
         assert "\n" not in str(caught.value)
+
+
+def test_an_error_names_the_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a folder whose short name is in the message by chance, as "config" is."""
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(Path("config"))
+    config = json.loads(Path("config/config.json").read_text())
+    for change, message in (
+        ({"head_dim": None}, "config: config.json lacks head_dim"),
+        ({"vocab_size": 1000}, "config/model.safetensors: "),
+    ):
+        Path("config/config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(FileError) as caught:
+            load_model("config")
+        assert str(caught.value).startswith(message)
+    Path("config/config.json").write_text("{")
+    with pytest.raises(FileError, match=r"^config/config\.json: not valid JSON"):
+        load_model("config")
 
 
 def test_torchs_own_devices_and_dtypes_will_do(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tiny_pair import write_pair
 
 from twotower_eval.analyse import report
 from twotower_eval.engine.decoders import DECODERS, make_decoder
-from twotower_eval.engine.decoders.reported import asked_of, check_answers, check_forwards, finished
+from twotower_eval.engine.decoders.reported import call_request, check_answers, check_forwards, finished
 from twotower_eval.engine.models import FAMILIES, contract, load_model
 from twotower_eval.engine.models.counting import WatchedModel
 from twotower_eval.records import Generation, Prompt
@@ -140,7 +140,7 @@ def generate(kind: str, params: dict[str, Any], prompts: Sequence[Prompt], budge
     decoder = make_decoder(model, kind, **params)
     generations = decoder.generate(prompts, max_new_tokens=budget, **asked)
     assert type(generations) is list
-    held = asked_of(model, kind, budget, asked.get("eos_token_ids", ()), asked.get("stop", ()))
+    held = call_request(model, kind, budget, asked.get("eos_token_ids", ()), asked.get("stop", ()))
     check_answers([g for g in finished(generations, kind) if g.text is not None], prompts, held)
     if kind != "reference":  # which computes everything anew, and says what a decoder would have needed
         check_forwards(generations, model, kind)

@@ -7,7 +7,7 @@ from tiny_models import ARCHITECTURES, VOCAB, tiny_config, tiny_pair
 from twotower_eval import make_decoder
 from twotower_eval.engine.models import graphs
 from twotower_eval.engine.models.checkpoint import build
-from twotower_eval.engine.models.graphs import DenoiseStep, ExtendStep, Remembered, StepGraphs, use_graphs
+from twotower_eval.engine.models.graphs import DenoiseStep, ExtendStep, StaticContext, StepGraphs, use_graphs
 from twotower_eval.records import Prompt
 
 
@@ -103,7 +103,7 @@ def test_no_step_asks_the_device_anything(name, num_new, monkeypatch):
     """On the meta device nothing has a value: whatever would wait for one fails there, as it would in a capture."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     pair = build(tiny_config(name), "pair", torch.bfloat16, ("meta",))
-    past = Remembered(pair.config, 2, 256, pair.context_tower.head.weight)
+    past = StaticContext(pair.config, 2, 256, pair.context_tower.head.weight)
     extend = ExtendStep(pair.context_tower, past, num_new, None)
     hidden_BH, new_keys, _ = extend.launch()
     assert hidden_BH.shape == (2, 32)

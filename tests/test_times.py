@@ -28,7 +28,7 @@ from twotower_eval.records import (
     Verdict,
     to_json,
 )
-from twotower_eval.rules import fault_of, gone_by, time_fault
+from twotower_eval.rules import fault_of, time_fault, total_finite_s
 from twotower_eval.strict import from_json
 
 TASKS = ("miniature_sort",)
@@ -106,7 +106,7 @@ def test_what_no_clock_can_give(wall_s: float, moments_s: tuple[float, ...], fau
 
 
 def test_such_times_add_nothing_to_the_time_that_passed() -> None:
-    assert gone_by([1.0, -5.0, math.nan, math.inf, 0.0, 2.0]) == 3.0
+    assert total_finite_s([1.0, -5.0, math.nan, math.inf, 0.0, 2.0]) == 3.0
 
 
 def test_rows_with_impossible_times_are_read(timed: store.Run) -> None:

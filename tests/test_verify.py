@@ -20,7 +20,7 @@ from twotower_eval.measure.verify import checks as batches
 from twotower_eval.measure.verify import checks as numerics
 from twotower_eval.measure.verify import verify
 from twotower_eval.measure.verify.checks import block_sample, mock_ar_agreement
-from twotower_eval.measure.verify.golden import golden_findings, load_golden
+from twotower_eval.measure.verify.golden import golden_results, load_golden
 from twotower_eval.measure.verify.run import make_prompts
 from twotower_eval.plan import VerifyPlan
 from twotower_eval.records import Check, CommitStep, Generation, Prompt
@@ -84,7 +84,7 @@ def test_an_autoregressive_model_is_checked_as_far_as_it_goes(tmp_path: Path) ->
 
 def test_golden_outputs_are_matched_by_their_own_checkpoint_and_by_no_other(tmp_path: Path) -> None:
     folder = SHIPPED / "public"
-    found = {f.name: f for f in golden_findings(load_golden(folder, None, "cpu"))}
+    found = {f.name: f for f in golden_results(load_golden(folder, None, "cpu"))}
     assert {f.outcome for f in found.values()} == {"passed"}
     assert found["golden_tokens"].detail.split()[0] == found["golden_tokens"].detail.split()[2]
     bare = tmp_path / "outputs"
@@ -93,7 +93,7 @@ def test_golden_outputs_are_matched_by_their_own_checkpoint_and_by_no_other(tmp_
         shutil.copy(folder / name, bare / name)
     nudged = load_model(folder)
     nudged.denoiser.head.weight.data.mul_(1.001)
-    wrong = {f.name: f.outcome for f in golden_findings(load_golden(bare, nudged, "cpu"))}
+    wrong = {f.name: f.outcome for f in golden_results(load_golden(bare, nudged, "cpu"))}
     assert wrong["golden_denoiser"] == "failed"
     assert wrong["golden_context"] == wrong["golden_states"] == "passed"
 

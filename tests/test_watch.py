@@ -19,9 +19,9 @@ from twotower_eval.analyse.compare.timing import speed_points
 from twotower_eval.analyse.report.gates import gates
 from twotower_eval.analyse.words import found_text
 from twotower_eval.engine.decoders.autoregressive import Autoregressive
-from twotower_eval.engine.decoders.reported import Asked, ReportError, check_answer, finished
+from twotower_eval.engine.decoders.reported import CallRequest, ReportError, check_answer, finished
 from twotower_eval.engine.models import load_model
-from twotower_eval.engine.models.counting import Strays, WatchedModel, noted_in_place
+from twotower_eval.engine.models.counting import UncountedForwards, WatchedModel, watched_in_place
 from twotower_eval.measure import harness, speed, suites
 from twotower_eval.measure.speed.clock import CallClock, Devices, UntimedTokenizer
 from twotower_eval.plan import RunPlan, SpeedPlan
@@ -218,21 +218,21 @@ def test_what_a_tokenizer_is_given_off_the_clock_is_finished() -> None:
 
 def test_nested_and_inner_forwards_count_once(pair: Path) -> None:
     model = load_model(pair)
-    strays = Strays([model])
-    with noted_in_place(model) as watched, strays.noted(watched), torch.inference_mode():
+    uncounted = UncountedForwards([model])
+    with watched_in_place(model) as watched, uncounted.noted(watched), torch.inference_mode():
         context = model.prefill(torch.tensor([[5, 6], [7, 8]]))
         model.context_tower.extend(context, torch.tensor([[5], [6]]))
         model.context_logits(torch.tensor([[5]]))
-    assert (watched.prefills.rows, watched.prefills.tokens, strays.num) == ([2, 1], [2, 1], 0)
+    assert (watched.prefills.rows, watched.prefills.tokens, uncounted.num) == ([2, 1], [2, 1], 0)
     assert (watched.extensions.rows, watched.extensions.tokens) == ([2], [1])
     assert "prefill" not in {**vars(model), **vars(model.context_tower)}
-    with strays.noted(WatchedModel(model)), torch.inference_mode():
+    with uncounted.noted(WatchedModel(model)), torch.inference_mode():
         model.context_tower.prefill(torch.tensor([[5, 6]]))
-    assert strays.num > 0
+    assert uncounted.num > 0
     tower = WatchedModel(model)
-    with strays.noted(tower), torch.inference_mode():
+    with uncounted.noted(tower), torch.inference_mode():
         tower.context_tower.prefill(torch.tensor([[5, 6]]))
-    assert (tower.prefills.rows, strays.num) == ([1], 0)
+    assert (tower.prefills.rows, uncounted.num) == ([1], 0)
 
 
 def answer(**changes: Any) -> Generation:
@@ -255,7 +255,7 @@ class Letters:
         return [ord(letter) - 92 for letter in text]
 
 
-ASKED = Asked(
+ASKED = CallRequest(
     name="d", max_new_tokens=2, eos_token_ids=(9,), stop=("x",), tokenizer=Letters(), vocab_size=40
 )  # fmt: skip
 PROMPT = Prompt(id="p", token_ids=(5,))

@@ -23,7 +23,7 @@ from twotower_eval.analyse.words import found_text
 from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.models import load_model
 from twotower_eval.engine.models.context import Segment
-from twotower_eval.engine.models.counting import WatchedModel, noted_in_place
+from twotower_eval.engine.models.counting import WatchedModel, watched_in_place
 from twotower_eval.engine.models.witness import LIKELIEST, MOST_TOKENS, Tally, Witness
 from twotower_eval.measure import harness, speed, suites
 from twotower_eval.measure.harness.adapter import HarnessLM
@@ -214,7 +214,7 @@ def test_whatever_an_honest_decoder_answers_is_witnessed(pair: Path, kind: str, 
         found = heard.tally(made.token_ids)
         assert found.num_tokens == found.num_witnessed > 0
         assert found.num_drafted == 0 or params.get("block_size") in (5, 8)
-        with noted_in_place(model) as noted, noted.witnessed(prompt.token_ids) as other:
+        with watched_in_place(model) as noted, noted.witnessed(prompt.token_ids) as other:
             assert make_decoder(model, kind, **params).generate([prompt], **asked) == [made]
         assert other.tally(made.token_ids) == found
 

@@ -97,7 +97,7 @@ def settings_from(given: object) -> dict[str, tuple[Value, ...]]:
     return found
 
 
-def check_said_once(settings: Mapping[str, object], given: Mapping[str, object]) -> None:
+def check_given_once(settings: Mapping[str, object], given: Mapping[str, object]) -> None:
     """UserError for a parameter that ``set`` and a field of ``given`` say; of a temperature always."""
     for field, param in SHORTHANDS.items():
         option = f"--{field.replace('_', '-')}"

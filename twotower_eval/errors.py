@@ -1,4 +1,4 @@
-"""The two errors that are answers: what a user can mend, and what cannot be computed.
+"""The errors that are answers: what a user can mend, in a file or elsewhere, and what cannot be computed.
 
 Any other exception, a bare ValueError of this project or of a library among them, is a bug: it ends in a traceback and
 never becomes a verdict, a reason in a table or exit code 2. Both are ValueErrors, so that ``except ValueError`` around
@@ -10,6 +10,10 @@ from __future__ import annotations
 
 class UserError(ValueError):
     """Something given from outside does not fit: one line says what is wrong and what to do; exit code 2."""
+
+
+class FileError(UserError):
+    """A file or folder does not fit; the message names it already, so nobody has to put its name in front again."""
 
 
 class NoEstimate(ValueError):

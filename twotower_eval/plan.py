@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from twotower_eval.decoder_settings import SHORTHANDS, check_said_once, settings_from
+from twotower_eval.decoder_settings import SHORTHANDS, check_given_once, settings_from
 from twotower_eval.decoder_settings import cross_decoders as cross_decoders
 from twotower_eval.errors import UserError
 from twotower_eval.names import did_you_mean
@@ -260,7 +260,7 @@ def load_plan(path: Path, cls: type[P]) -> P:
     values = read_toml(path, "plan")
     try:
         if isinstance(settings := values.get("set"), Mapping):
-            check_said_once(settings, values)
+            check_given_once(settings, values)
         return plan_from_json(cls, values)
     except UserError as error:
         raise UserError(f"plan {path}: {error}") from error
@@ -316,7 +316,7 @@ def _hold_settings(plan: Plan) -> None:
     object.__setattr__(plan, "set", settings or None)
     own = {one.name: getattr(plan, one.name) for one in dataclasses.fields(plan) if one.name in SHORTHANDS}
     defaults = {one.name: one.default for one in dataclasses.fields(plan)}
-    check_said_once(settings, {name: value for name, value in own.items() if value != defaults[name]})
+    check_given_once(settings, {name: value for name, value in own.items() if value != defaults[name]})
 
 
 def _check_arms(plan: Plan) -> None:

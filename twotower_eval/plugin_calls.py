@@ -39,35 +39,41 @@ def module_of(plugin: object) -> str:
 
 @contextmanager
 def calls_of(
-    module: str, name: str, what: str, *, let: tuple[type[BaseException], ...] = (), ours: Sequence[BaseException] = ()
+    module: str,
+    name: str,
+    what: str,
+    *,
+    pass_through: tuple[type[BaseException], ...] = (),
+    ours: Sequence[BaseException] = (),
 ) -> Iterator[None]:
-    """Around a call into ``module``, for people the ``what`` of ``name``: PluginError for whatever it raises.
+    """Context of a call into ``module``: whatever it raises becomes a PluginError.
 
-    Kinds of exceptions in ``let`` go on as they are, and so do the very ones in ``ours``, which were raised by what
-    this project handed over to be called. Nothing is caught where the module is part of this project.
+    ``what`` and ``name`` are for the error's text: the ``what`` of ``name``. Exceptions of the classes in
+    ``pass_through`` are raised on unchanged, and so are the objects in ``ours``, which this project's own callbacks
+    raised. Nothing is caught where the module is part of this project.
     """
     try:
         yield
     except Exception as error:  # whatever a user's own code may raise
-        if is_own(module) or isinstance(error, (PluginError, *let)) or any(error is one for one in ours):
+        if is_own(module) or isinstance(error, (PluginError, *pass_through)) or any(error is one for one in ours):
             raise
-        raise PluginError(_told(error, module, name, what)) from error
+        raise PluginError(_error_line(error, module, name, what)) from error
 
 
 @contextmanager
-def calls_in(module: str, name: str, *, let: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+def calls_in(module: str, name: str, *, pass_through: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
     """Around work that may call into ``module`` from anywhere, for people ``name``: PluginError for what went through
     a line of it, whose first function is named; anything else goes on as it is. See :func:`calls_of`."""
     try:
         yield
     except Exception as error:  # whatever a user's own code may raise
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if _is_of(frame, module)]
-        if is_own(module) or isinstance(error, (PluginError, *let)) or not frames:
+        if is_own(module) or isinstance(error, (PluginError, *pass_through)) or not frames:
             raise
-        raise PluginError(_told(error, module, name, frames[0].f_code.co_name)) from error
+        raise PluginError(_error_line(error, module, name, frames[0].f_code.co_name)) from error
 
 
-def _told(error: BaseException, module: str, name: str, what: str) -> str:
+def _error_line(error: BaseException, module: str, name: str, what: str) -> str:
     said = f"{type(error).__name__}{f': {error}' if str(error) else ''}{_place(error, module)}"
     return f"{name}: its {what} raised {said}; set {TRACEBACK_VARIABLE}=1 for the whole traceback"
 
@@ -115,5 +121,5 @@ def _line(frame: FrameType, number: int) -> str:
 
 def imported(module: str, name: str) -> ModuleType:
     """The module; ImportError where there is none, PluginError where running a user's own raises anything else."""
-    with calls_of(module, name, "module", let=(ImportError,)):
+    with calls_of(module, name, "module", pass_through=(ImportError,)):
         return importlib.import_module(module)

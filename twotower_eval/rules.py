@@ -58,7 +58,7 @@ def finite(seconds: float) -> float:
     return seconds if math.isfinite(seconds) else 0.0
 
 
-def gone_by(walls_s: Iterable[float]) -> float:
+def total_finite_s(walls_s: Iterable[float]) -> float:
     """Seconds that passed, of times some of which may be none."""
     return sum(wall_s for wall_s in walls_s if math.isfinite(wall_s) and wall_s > 0)
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn, ParamSpec, TypeAlias, TypeVar
 
 import msgspec
 
-from twotower_eval.errors import UserError
+from twotower_eval.errors import FileError, UserError
 from twotower_eval.records import (
     MOST,
     SUMMED_AGGREGATIONS,
@@ -45,18 +45,18 @@ def parse_json(text: str, where: str, *, infinities: bool = False, half_pairs: b
     ``infinities`` lets NaN and Infinity be, as Python and transformers write them; ``half_pairs`` lone surrogates.
     """
     if text.startswith(BOM):
-        raise UserError(f"{where}: begins with a byte order mark (U+FEFF): save it without one")
+        raise FileError(f"{where}: begins with a byte order mark (U+FEFF): save it without one")
     try:
         value = (_LOOSE if infinities else _STRICT).decode(text)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{where}: not valid JSON ({error.msg}, {place})") from error
+        raise FileError(f"{where}: not valid JSON ({error.msg}, {place})") from error
     except RecursionError as error:
-        raise UserError(f"{where}: nested too deeply to be read") from error
+        raise FileError(f"{where}: nested too deeply to be read") from error
     except UserError as error:  # of the hooks below
-        raise UserError(f"{where}: {error}") from error
+        raise FileError(f"{where}: {error}") from error
     except ValueError as error:  # nothing else is left that the decoder does not call a fault of JSON
-        raise UserError(f"{where}: a whole number has more digits than Python reads") from error
+        raise FileError(f"{where}: a whole number has more digits than Python reads") from error
     if not half_pairs and ("\\u" in text or not text.isascii()):
         check_text(value, where)
     return value
@@ -67,10 +67,10 @@ def parse_object(line: bytes, where: str) -> dict[str, object]:
     try:
         text = line.decode("utf-8", "surrogatepass")  # as journals write what they are given
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from error
+        raise FileError(f"{where}: not valid JSON ({error})") from error
     data = parse_json(text, where, half_pairs=True)
     if not isinstance(data, dict):
-        raise UserError(f"{where}: not a JSON object")
+        raise FileError(f"{where}: not a JSON object")
     return data
 
 
@@ -82,18 +82,18 @@ def read_utf8(file: Path) -> str:
     try:
         return decode_utf8(file.read_bytes(), str(file))
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+        raise FileError(f"cannot read {file}: {error.strerror or error}") from error
 
 
 def decode_utf8(content: bytes, where: str) -> str:
     """The text of UTF-8 bytes, one byte order mark in front left out; UserError with the line that is not UTF-8."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # as UTF-32 in the usual order does too
-        raise UserError(f"cannot read {where}: it is UTF-16, not UTF-8: save it as UTF-8")
+        raise FileError(f"cannot read {where}: it is UTF-16, not UTF-8: save it as UTF-8")
     try:
         return content.decode("utf-8").removeprefix(BOM)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"cannot read {where}, line {line}: not UTF-8 (byte {content[error.start]:#04x})") from error
+        raise FileError(f"cannot read {where}, line {line}: not UTF-8 (byte {content[error.start]:#04x})") from error
 
 
 def walk(value: object) -> Iterator[tuple[str, object]]:
@@ -115,14 +115,14 @@ def check_text(value: object, where: str) -> None:
         found = next(filter(None, (None if text.isascii() else _HALF_PAIR.search(text) for text in texts)), None)
         if found:
             said = f"half a surrogate pair, \\u{ord(found.group()):04x}, which is no character"
-            raise UserError(f"{_at(where, path)}: {said}")
+            raise FileError(f"{_at(where, path)}: {said}")
 
 
 def check_whole_numbers(value: object, where: str) -> None:
     """UserError for whole numbers beyond 64 bits anywhere in a value: tables round or refuse them."""
     for path, inner in walk(value):
         if type(inner) is int and inner not in INT64:
-            raise UserError(f"{_at(where, path)}: a whole number beyond 64 bits")
+            raise FileError(f"{_at(where, path)}: a whole number beyond 64 bits")
 
 
 def _at(where: str, path: str) -> str:
@@ -200,7 +200,7 @@ def line_reader(cls: type[T]) -> Callable[[bytes, str], T]:
         if not _begins(ENCODE(record), line):
             _placed(where, _check_surplus, cls, _object_of(line, where), msgspec.to_builtins(record))
         if contradiction is not None and (said := contradiction(record)):
-            raise UserError(f"{where}: {cls.__name__}: {said}")
+            raise FileError(f"{where}: {cls.__name__}: {said}")
         return record
 
     return read
@@ -228,7 +228,7 @@ def _placed(where: str, check: Callable[P, U], *arguments: P.args, **named: P.kw
     try:
         return check(*arguments, **named)
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise FileError(f"{where}: {error}") from error
 
 
 def _check_surplus(cls: type, data: Any, held: Any, path: str = "") -> None:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from twotower_eval import store
 from twotower_eval.api.runs import Run
-from twotower_eval.decoder_settings import check_said_once, typed_settings
+from twotower_eval.decoder_settings import check_given_once, typed_settings
 from twotower_eval.errors import UserError
 from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, load_plan, merge, plan_from_json
 from twotower_eval.progress import Progress, SilentProgress, choose_progress
@@ -56,7 +56,7 @@ def plan_of(cls: type[P], plan: P | PathText | None, resumed: Path | None, given
     base = _base_of(cls, plan, resumed)
     values = _values(cls, given)
     if isinstance(settings := values.get("set"), Mapping):
-        check_said_once(settings, values)
+        check_given_once(settings, values)
         kind = values.get("decoder") or getattr(base or cls, "decoder", "")
         values["set"] = {**settings, **typed_settings(str(kind), _texts(settings))}
     return plan_from_json(cls, values) if base is None else merge(base, values)

@@ -19,9 +19,9 @@ def evaluated(plan: RunPlan, *, root: Path, resume: Path | None = None, progress
     """
     progress = progress or SilentProgress()
     prepared = harness.prepare(plan)
-    said = power_line(prepared.tasks, prepared.scored_once) if prepared.compares else None
-    if said is not None:
-        progress.note(said)
+    line = power_line(prepared.tasks, prepared.scored_once) if prepared.compares else None
+    if line is not None:
+        progress.note(line)
     return harness.answer(prepared, root=root, resume=resume, progress=progress)
 
 

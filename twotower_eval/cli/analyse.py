@@ -71,12 +71,12 @@ def check(
     """Verb ``claims check``."""
     from twotower_eval import api
 
-    asked = api.claims_of(file, claim or ())  # a slip in them is said before any run is looked for
-    verdicts = api.judge(asked, *chosen(runs, results), names=claim or (), results=results)
+    selected = api.claims_of(file, claim or ())  # a slip in them is said before any run is looked for
+    verdicts = api.judge(selected, *chosen(runs, results), names=claim or (), results=results)
     for line in verdicts.lines:
         typer.echo(line)
-    if strict and (said := verdicts.strict_line):
-        typer.echo(said)
+    if strict and (note := verdicts.strict_line):
+        typer.echo(note)
     raise typer.Exit(verdicts.exit_code(strict=strict))
 
 

@@ -85,12 +85,12 @@ def plan_options(cls: type, *, hidden: type | None = None) -> Callable[[Callable
 
 def _parameter(cls: type, name: str, *, hidden: bool) -> inspect.Parameter:
     """A field as typer reads a parameter; one that is not given is ``None``, and the plan's default holds."""
-    said, hint = option_of(cls, name)
+    declared, hint = option_of(cls, name)
     text = help_of(cls, name)
-    if said.argument:
-        info = typer.Argument(help=text, metavar=said.metavar, show_default=False)
+    if declared.argument:
+        info = typer.Argument(help=text, metavar=declared.metavar, show_default=False)
     else:
-        info = option(text, *option_names(cls, name), metavar=said.metavar, hidden=hidden)
+        info = option(text, *option_names(cls, name), metavar=declared.metavar, hidden=hidden)
     kind = _inner(hint)
     taken = list[str] if _is_table(kind) else kind if kind in (int, float, bool) else str
     return inspect.Parameter(
@@ -100,18 +100,18 @@ def _parameter(cls: type, name: str, *, hidden: bool) -> inspect.Parameter:
 
 def option_names(cls: type, name: str) -> list[str]:
     """``--devices`` and what else means the same; of a switch that is on by default also what turns it off."""
-    said = option_of(cls, name)[0]
-    names = [f"--{one.replace('_', '-')}" for one in (name, *said.other_names)]
+    declared = option_of(cls, name)[0]
+    names = [f"--{one.replace('_', '-')}" for one in (name, *declared.other_names)]
     return [f"{names[0]}/--no-{names[0][2:]}"] if default_of(cls, name) is True else names
 
 
 def help_of(cls: type, name: str) -> str:
     """What the help says of a field, its default in brackets behind it."""
-    said, hint = option_of(cls, name)
+    declared, hint = option_of(cls, name)
     default = default_of(cls, name)
-    shown = said.unset if default is None else name if default is True else _text(default)
+    shown = declared.unset if default is None else name if default is True else _text(default)
     words = [str(arg) for arg in typing.get_args(hint)]
-    text = said.help.format(choices=" or ".join([", ".join(words[:-1]), *words[-1:]]))
+    text = declared.help.format(choices=" or ".join([", ".join(words[:-1]), *words[-1:]]))
     return f"{text} [{shown}]." if shown else f"{text}."
 
 

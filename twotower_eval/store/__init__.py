@@ -9,7 +9,17 @@ from twotower_eval.store.resume import (
     new_run_id,
     resume,
 )
-from twotower_eval.store.run import EVENTS, FILES, JOURNALS, Row, Run, find_runs, load, no_collection, read_manifest
+from twotower_eval.store.run import (
+    EVENTS,
+    FILES,
+    JOURNALS,
+    Row,
+    Run,
+    find_runs,
+    load,
+    paused_garbage_collection,
+    read_manifest,
+)
 
 __all__ = [
     "EVENTS",
@@ -26,7 +36,7 @@ __all__ = [
     "find_runs",
     "load",
     "new_run_id",
-    "no_collection",
+    "paused_garbage_collection",
     "read_manifest",
     "resume",
 ]

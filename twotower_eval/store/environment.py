@@ -143,8 +143,8 @@ def describe_machine(devices: Sequence[str] = ("cpu",)) -> dict[str, object]:
 def _active_kernels(devices: Sequence[str], dtype: str | None) -> dict[str, str] | None:
     """Which kernels have proved themselves, asked of the ops where something has loaded them."""
     ops = sys.modules.get("twotower_eval.engine.ops.kernels")
-    told: dict[str, str] | None = ops.describe(devices, dtype) if ops and dtype else None
-    return told
+    states: dict[str, str] | None = ops.describe(devices, dtype) if ops and dtype else None
+    return states
 
 
 def git_state() -> tuple[str | None, bool | None]:

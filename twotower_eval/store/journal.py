@@ -221,7 +221,7 @@ class FileSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class RecordedCounts:
     """What an event tells of the journals, by name."""
 
     files: Mapping[str, FileSummary]
@@ -237,23 +237,23 @@ class Closing:
     manifest_sha256: str | None = None  # of older files only
 
 
-def told_digests(events: Sequence[JsonObject], where: str) -> dict[str, dict[int, str]]:
+def recorded_digests(events: Sequence[JsonObject], where: str) -> dict[str, dict[int, str]]:
     """By journal and number of lines, the sha256 that events tell of its first so many. UserError, with the line in
     ``where``, if one tells none.
 
-    An event that tells of fewer lines than the ones before it came after a loss of lines: what those told of the lost
+    An event that tells of fewer lines than the ones before it came after a loss of lines: what those said of the lost
     ones holds no longer.
     """
-    told: dict[str, dict[int, str]] = defaultdict(dict)
+    digests: dict[str, dict[int, str]] = defaultdict(dict)
     for number, event in enumerate(events, start=1):
         try:
-            files = from_json(Told, {"files": event.get("files", {})}).files
+            files = from_json(RecordedCounts, {"files": event.get("files", {})}).files
         except UserError as error:
             raise UserError(f"{where}, line {number}: {error}") from error
         for name, summary in files.items():
-            kept = {rows: sha256 for rows, sha256 in told[name].items() if rows <= summary.rows}
-            told[name] = {**kept, summary.rows: summary.sha256}
-    return told
+            kept = {rows: sha256 for rows, sha256 in digests[name].items() if rows <= summary.rows}
+            digests[name] = {**kept, summary.rows: summary.sha256}
+    return digests
 
 
 def changed_journals(path: Path, events: Sequence[JsonObject], where: str) -> dict[str, int]:
@@ -262,7 +262,7 @@ def changed_journals(path: Path, events: Sequence[JsonObject], where: str) -> di
     ``where`` is the name of the events' own file.
     """
     changed = {}
-    for name, digests in told_digests(events, str(path / where)).items():
+    for name, digests in recorded_digests(events, str(path / where)).items():
         found = prefix_digests(content_of(path / name) or b"", digests)
         wrong = [rows for rows in sorted(found) if found[rows] != digests[rows]]
         if wrong:
@@ -271,9 +271,9 @@ def changed_journals(path: Path, events: Sequence[JsonObject], where: str) -> di
 
 
 def short_journals(path: Path, events: Sequence[JsonObject], where: str) -> dict[str, tuple[int, int]]:
-    """Journals that have fewer lines than an event tells of: name -> lines told, lines there."""
+    """Journals that have fewer lines than an event tells of: name -> recorded lines, lines there."""
     short = {}
-    for name, digests in told_digests(events, str(path / where)).items():
+    for name, digests in recorded_digests(events, str(path / where)).items():
         there = (content_of(path / name) or b"").count(b"\n")
         if there < max(digests):
             short[name] = (max(digests), there)

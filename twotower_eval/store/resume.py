@@ -144,7 +144,7 @@ def _cell_differences(old: RunManifest, new: RunManifest, *, explained: bool) ->
     if not gone and not added:
         return []
     fields = sorted({*old.plan} | {*new.plan})
-    told = [
+    differences = [
         f"{name} was {_plain(old.plan.get(name))}, is {_plain(new.plan.get(name))}"
         for name in fields
         if old.plan.get(name) != new.plan.get(name)
@@ -152,8 +152,8 @@ def _cell_differences(old: RunManifest, new: RunManifest, *, explained: bool) ->
     for cells, words in ((gone, "no longer has"), (added, "newly has")):
         if cells and not explained:
             more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
-            told.append(f"the plan {words} {_cell_text(cells[0])}{more}")
-    return told
+            differences.append(f"the plan {words} {_cell_text(cells[0])}{more}")
+    return differences
 
 
 def _plain(value: object) -> str:

@@ -156,7 +156,7 @@ def load(path: Path) -> Run:
 
     def rows(cls: type[R]) -> list[R]:
         name, key_of = JOURNALS[cast(type[Row], cls)]
-        with no_collection():
+        with paused_garbage_collection():
             return _keyed_rows(path / name, line_reader(cls), key_of, cells, seen)
 
     return Run(
@@ -213,7 +213,7 @@ def _read_events(file: Path) -> list[dict[str, object]]:
 
 
 @contextlib.contextmanager
-def no_collection() -> Iterator[None]:
+def paused_garbage_collection() -> Iterator[None]:
     """No search for circles while rows are made or read: none is part of one, and each search looks at all of them."""
     enabled = gc.isenabled()
     gc.disable()

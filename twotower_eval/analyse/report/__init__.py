@@ -71,7 +71,7 @@ def write(
     ``report.html``, all in one file; ``csv`` adds the tables with all their digits under ``tables/``. Raises UserError
     where the runs cannot be read or their arms are no pair.
     """
-    with store.no_collection():
+    with store.paused_garbage_collection():
         folder, files = _made(run_paths, out_root, sections or (), claims, html=html, csv=csv)
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,9 @@ def _rendered(name: str, runs: JudgedRuns) -> Section:
     render = cast(Callable[[Runs], Section], resolve(SEAM.place(name)))
     if not callable(render):
         raise UserError(f"section {name} is no function render(runs) that returns a Section: docs/section.md has one")
-    with calls_of(module_of(render), f"section {name}", getattr(render, "__name__", "render"), let=(UserError,)):
+    with calls_of(
+        module_of(render), f"section {name}", getattr(render, "__name__", "render"), pass_through=(UserError,)
+    ):
         made = render(runs)
     wrong = _wrong_with(made)
     if wrong is not None:

@@ -37,7 +37,7 @@ class ReportError(UserError):
     """A decoder's answers are no finished plain values, or say what the harness knows to be otherwise."""
 
 
-LET = (ReportError, torch.OutOfMemoryError)  # that have words of their own, whoever's code raises them
+PASS_THROUGH = (ReportError, torch.OutOfMemoryError)  # that have words of their own, whoever's code raises them
 
 
 @contextmanager
@@ -45,14 +45,14 @@ def generating(decoder: object, name: str, option: str, ours: Sequence[BaseExcep
     """Around a decoder's ``generate``: PluginError as in ``calls_of``, and UserError where memory runs out, which
     names the command's ``option`` for smaller batches. ``name`` is for people."""
     try:
-        with calls_of(module_of(decoder), decoder_name(decoder), "generate", let=LET, ours=ours):
+        with calls_of(module_of(decoder), decoder_name(decoder), "generate", pass_through=PASS_THROUGH, ours=ours):
             yield
     except torch.OutOfMemoryError as error:
         raise UserError(f"{name}: out of memory: take a smaller {option} or shorter prompts") from error
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class CallRequest:
     """What a decoder was asked for in one call; ``name`` is its own, for people."""
 
     name: str
@@ -63,9 +63,11 @@ class Asked:
     vocab_size: int
 
 
-def asked_of(model: Model, name: str, max_new_tokens: int, eos_token_ids: Sequence[int], stop: Sequence[str]) -> Asked:
+def call_request(
+    model: Model, name: str, max_new_tokens: int, eos_token_ids: Sequence[int], stop: Sequence[str]
+) -> CallRequest:
     """What the decoder ``name`` of a model is asked for; texts are held against the tokenizer that no clock is in."""
-    return Asked(
+    return CallRequest(
         name=name,
         max_new_tokens=max_new_tokens,
         eos_token_ids=eos_token_ids,
@@ -75,7 +77,7 @@ def asked_of(model: Model, name: str, max_new_tokens: int, eos_token_ids: Sequen
     )
 
 
-def check_no_strays(num: int, name: str) -> None:
+def check_all_counted(num: int, name: str) -> None:
     """ReportError where a model was run so many times past the harness."""
     if num:
         raise ReportError(
@@ -128,7 +130,7 @@ def _kind(value: object) -> str:
     return type(value).__qualname__
 
 
-def check_answers(generations: Sequence[Generation], prompts: Sequence[Prompt], asked: Asked) -> None:
+def check_answers(generations: Sequence[Generation], prompts: Sequence[Prompt], asked: CallRequest) -> None:
     """ReportError, with both figures, where an answer contradicts its prompt, what was asked for, or itself."""
     if len(generations) != len(prompts):
         raise ReportError(f"{asked.name}: {len(generations)} generations for {len(prompts)} prompts")
@@ -136,7 +138,7 @@ def check_answers(generations: Sequence[Generation], prompts: Sequence[Prompt], 
         check_answer(generation, prompt, asked)
 
 
-def check_answer(generation: Generation, prompt: Prompt, asked: Asked) -> None:
+def check_answer(generation: Generation, prompt: Prompt, asked: CallRequest) -> None:
     """See :func:`check_answers`; of one prompt."""
     for fault in _faults(generation, prompt, asked):
         raise ReportError(f"{asked.name}: prompt {prompt.id!r}: {fault}")
@@ -162,7 +164,7 @@ def check_returned(
     return [generation for generation in made if generation.prompt_id not in before]
 
 
-def _faults(generation: Generation, prompt: Prompt, asked: Asked) -> Iterator[str]:
+def _faults(generation: Generation, prompt: Prompt, asked: CallRequest) -> Iterator[str]:
     ids, num_tokens = generation.token_ids, len(generation.token_ids)
     if generation.prompt_id != prompt.id:
         yield f"the answer in its place is that of prompt {generation.prompt_id!r}"
@@ -182,7 +184,7 @@ def _faults(generation: Generation, prompt: Prompt, asked: Asked) -> Iterator[st
         yield f"its text is not that of its {num_tokens} token_ids"
 
 
-def _faults_of_end(generation: Generation, asked: Asked) -> Iterator[str]:
+def _faults_of_end(generation: Generation, asked: CallRequest) -> Iterator[str]:
     finish, num_tokens = generation.finish, len(generation.token_ids)
     if finish not in FINISHES:
         yield f"finish is {finish!r}, not one of {', '.join(FINISHES)}"
@@ -197,7 +199,7 @@ def _faults_of_end(generation: Generation, asked: Asked) -> Iterator[str]:
         yield f"token_ids hold the end of the text ({counted[0]}), which is not counted"
 
 
-def _is_text_of(generation: Generation, asked: Asked) -> bool:
+def _is_text_of(generation: Generation, asked: CallRequest) -> bool:
     """Whether a text comes from its tokens, blanks apart, which readers treat unlike.
 
     Before a stop string it may have what the token that straddles it says, and of one that holds special tokens, which

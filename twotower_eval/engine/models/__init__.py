@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from twotower_eval.engine.plugin_source import plugin_code
-from twotower_eval.errors import UserError
+from twotower_eval.errors import FileError, UserError
 from twotower_eval.names import Seam, resolve
 from twotower_eval.plugin_calls import PluginError, calls_in
 
@@ -56,7 +56,7 @@ def family_calls(*families: str | None) -> Iterator[None]:
     with ExitStack() as stack:
         for family in dict.fromkeys(family for family in families if family is not None):
             module = SEAM.place(family).partition(":")[0]
-            stack.enter_context(calls_in(module, f"family {family}", let=(UserError, torch.OutOfMemoryError)))
+            stack.enter_context(calls_in(module, f"family {family}", pass_through=(UserError, torch.OutOfMemoryError)))
         yield
 
 
@@ -115,12 +115,10 @@ def load_model(
                 from twotower_eval.engine.models.contract import load_own
 
                 model = load_own(family, load, folder, **options)
-    except PluginError:
+    except (PluginError, FileError):
         raise
     except UserError as error:
-        if str(folder) in str(error):
-            raise
-        raise UserError(f"{folder}: {error}") from error
+        raise FileError(f"{folder}: {error}") from error
     stated = model.checkpoint if family in FAMILIES else dataclasses.replace(model.checkpoint, family=family)
     code = plugin_code(found_at) or ()
     model.checkpoint = dataclasses.replace(stated, files=(*file_digests(folder), *code))

@@ -72,7 +72,7 @@ def _refuse_without_graphs(families: Mapping[Path, str | None]) -> None:
             )
 
 
-def give_graphs(
+def enable_cuda_graphs(
     arms: Sequence[Model], *, max_rows: int, block_sizes: Sequence[int], longest: int
 ) -> tuple[StepGraphs, ...]:
     """Have both arms take their small steps from graphs, and return these, each once.

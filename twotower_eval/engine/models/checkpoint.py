@@ -23,7 +23,7 @@ from twotower_eval.engine.models.config import NemotronHConfig, as_ids, parse_co
 from twotower_eval.engine.models.nemotron_h import Gate, MixtureOfExperts, Tower
 from twotower_eval.engine.models.tokenizer import Tokenizer, load_tokenizer
 from twotower_eval.engine.models.twotower import Denoiser, TwoTower
-from twotower_eval.errors import UserError
+from twotower_eval.errors import FileError, UserError
 from twotower_eval.records import Checkpoint, FileDigest
 from twotower_eval.strict import parse_json, read_utf8
 
@@ -56,10 +56,10 @@ class Slot:
 def read_json(file: Path) -> dict[str, object]:
     """A JSON object from a file; UserError with one line if it is missing or malformed."""
     if not file.is_file():
-        raise UserError(f"{file}: not found")
+        raise FileError(f"{file}: not found")
     data = parse_json(read_utf8(file), str(file), infinities=True)  # transformers writes time_step_limit so
     if not isinstance(data, dict):
-        raise UserError(f"{file}: expected a JSON object")
+        raise FileError(f"{file}: expected a JSON object")
     return data
 
 
@@ -75,17 +75,17 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     if (folder / INDEX_FILE).exists():
         weight_map = read_json(folder / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{folder / INDEX_FILE}: has no weight_map")
+            raise FileError(f"{folder / INDEX_FILE}: has no weight_map")
         files = {str(name): folder / str(file) for name, file in weight_map.items()}
         missing = sorted({file.name for file in files.values() if not file.is_file()})
         if missing:
-            raise UserError(f"{folder / INDEX_FILE}: names a shard that is not there: {missing[0]}")
+            raise FileError(f"{folder / INDEX_FILE}: names a shard that is not there: {missing[0]}")
         _check_index(folder, files)
         return files
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     if pickles:
-        raise UserError(f"{folder}: only pickled weights ({pickles[0]}); convert them to safetensors first")
-    raise UserError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} found")
+        raise FileError(f"{folder}: only pickled weights ({pickles[0]}); convert them to safetensors first")
+    raise FileError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} found")
 
 
 def _check_index(folder: Path, files: Mapping[str, Path]) -> None:
@@ -95,9 +95,9 @@ def _check_index(folder: Path, files: Mapping[str, Path]) -> None:
         with opened(file) as handle:
             held = set(handle.keys())
         if named - held:
-            raise UserError(f"{folder / INDEX_FILE}: {file.name} does not hold {min(named - held)}")
+            raise FileError(f"{folder / INDEX_FILE}: {file.name} does not hold {min(named - held)}")
         if held - named:
-            raise UserError(f"{folder / INDEX_FILE}: does not name {min(held - named)} of {file.name}")
+            raise FileError(f"{folder / INDEX_FILE}: does not name {min(held - named)} of {file.name}")
 
 
 def opened(file: Path) -> safe_open:
@@ -105,7 +105,7 @@ def opened(file: Path) -> safe_open:
     try:
         return safe_open(str(file), framework="pt")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error}); fetch it again") from error
+        raise FileError(f"{file}: not a whole safetensors file ({error}); fetch it again") from error
 
 
 def context_slots(model: ContextTower, *, prefix: str, head: str) -> dict[str, Slot]:
@@ -201,9 +201,9 @@ def check(slots: Mapping[str, Slot], files: Mapping[str, Path]) -> None:
                 stored, wanted = handle.get_slice(name), tuple(slots[name].target.shape)
                 if tuple(stored.get_shape()) != wanted:
                     shape = tuple(stored.get_shape())
-                    raise UserError(f"{file}: {name} has shape {shape}, the config asks for {wanted}")
+                    raise FileError(f"{file}: {name} has shape {shape}, the config asks for {wanted}")
                 if stored.get_dtype() not in STORED_DTYPES:
-                    raise UserError(
+                    raise FileError(
                         f"{file}: {name} is stored as {stored.get_dtype()}; supported are {', '.join(STORED_DTYPES)}"
                     )
 
@@ -231,7 +231,7 @@ def _fill_batch(file: Path, names: list[str], slots: Mapping[str, Slot], digests
             slot = slots[name]
             tensor = handle.get_tensor(name)
             if not torch.isfinite(tensor).all():
-                raise UserError(f"{file}: {name} holds NaN or infinite values")
+                raise FileError(f"{file}: {name} holds NaN or infinite values")
             digests[slot.canonical] = tensor_digest(slot.canonical, tensor)
             slot.target.copy_(tensor)
             num_bytes += tensor.nbytes

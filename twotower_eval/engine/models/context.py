@@ -256,7 +256,7 @@ def writable_buffer(context: Context, num_new: int) -> KeyValueBuffer:
     buffer, needed = context.buffer, context.max_length + num_new
     if buffer.capacity >= needed and buffer.num_writes == context.write_mark and _may_write(buffer):
         return buffer
-    capacity = roomy(needed)
+    capacity = slots_to_allocate(needed)
     length = min(context.max_length, buffer.capacity)
     return KeyValueBuffer(
         keys={i: _grown(k, length, capacity) for i, k in buffer.keys.items()},
@@ -265,7 +265,7 @@ def writable_buffer(context: Context, num_new: int) -> KeyValueBuffer:
     )
 
 
-def roomy(needed: int) -> int:
+def slots_to_allocate(needed: int) -> int:
     """Token slots to allocate where so many are needed."""
     return needed + max(MIN_SPARE, needed // 4)
 

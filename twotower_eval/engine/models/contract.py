@@ -20,7 +20,7 @@ from twotower_eval.plugin_calls import calls_in, calls_of, module_of
 from twotower_eval.records import Checkpoint
 
 GIVEN = ("devices", "dtype", "tower")  # what load gets by name
-LET = (UserError, torch.OutOfMemoryError)  # that have words of their own, whoever's code raises them
+PASS_THROUGH = (UserError, torch.OutOfMemoryError)  # that have words of their own, whoever's code raises them
 # Attributes of a model, and the kinds of their values.
 FIELDS: Mapping[str, tuple[type, ...]] = {
     "checkpoint": (Checkpoint,),
@@ -53,12 +53,12 @@ def load_own(
         inspect.signature(load).bind(folder, **dict.fromkeys(GIVEN))
     except TypeError as error:
         raise UserError(f"family {family} is called as load(folder, devices=…, dtype=…, tower=…): {error}") from error
-    with calls_of(module_of(load), f"family {family}", getattr(load, "__name__", "load"), let=LET):
+    with calls_of(module_of(load), f"family {family}", getattr(load, "__name__", "load"), pass_through=PASS_THROUGH):
         model = load(folder, devices=devices, dtype=dtype, tower=tower)
     if missing := _missing(model):
         raise UserError(f"family {family}: {missing}; docs/family.md has a whole example")
     if "meta" not in devices:  # where nothing can be computed
-        with calls_in(module_of(model), f"family {family}", let=LET):
+        with calls_in(module_of(model), f"family {family}", pass_through=PASS_THROUGH):
             wrong = _found_wrong(model, dtype)
         if wrong is not None:
             raise UserError(f"family {family}: {wrong}")

@@ -303,7 +303,7 @@ NOTED = ("prefill", "extend", "denoise", "context_logits", "extend_logits", "tre
 
 
 @contextmanager
-def noted_in_place(model: Model) -> Iterator[WatchedModel]:
+def watched_in_place(model: Model) -> Iterator[WatchedModel]:
     """Note the forwards of a model that somebody else holds already: its own methods are watched for a while, and those
     of its context tower."""
     parts: list[object] = [model, *(part for part in (getattr(model, "context_tower", None),) if part is not None)]
@@ -326,7 +326,7 @@ def _put_back(part: object, name: str, before: object) -> None:
         setattr(part, name, before)
 
 
-class Strays:
+class UncountedForwards:
     """Counts what enters the networks of some models outside of noted forwards, while it is asked to."""
 
     def __init__(self, models: Iterable[Model]) -> None:
@@ -345,7 +345,7 @@ class Strays:
                 stack.callback(module.register_forward_pre_hook(self._entered).remove)
             for graphs in {id(part.graphs): part.graphs for part in self._with_graphs if part.graphs}.values():
                 for name in ("extend", "denoise"):
-                    setattr(graphs, name, self._heard(getattr(graphs, name)))
+                    setattr(graphs, name, self._graph_step_entered(getattr(graphs, name)))
                     stack.callback(delattr, graphs, name)
             yield
 
@@ -353,7 +353,7 @@ class Strays:
         if get_ident() not in self._running:
             self.num += 1
 
-    def _heard(self, step: Callable[..., T]) -> Callable[..., T]:
+    def _graph_step_entered(self, step: Callable[..., T]) -> Callable[..., T]:
         """A step from a graph, in which no module is called."""
 
         def heard(*given: object) -> T:

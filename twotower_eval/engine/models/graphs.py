@@ -28,25 +28,25 @@ Pool: TypeAlias = "_POOL_HANDLE | None"  # memory that captures share
 MAX_NEW = 256  # token rows of a step: more of them keep a GPU busy without a graph
 
 
-class Remembered:
+class StaticContext:
     """A context at fixed places: keys and values with room, Mamba states of all layers in two tensors.
 
     Steps of one batch size and as many slots share it, so that what an extension leaves there is what the denoiser
     reads next. Behind ``num_slots`` there is room for a block.
     """
 
-    def __init__(self, config: NemotronHConfig, batch_size: int, num_slots: int, like: Tensor) -> None:
+    def __init__(self, config: NemotronHConfig, batch_size: int, num_slots: int, template: Tensor) -> None:
         self.attentions = [i for i, kind in enumerate(config.pattern) if kind == "*"]
         self.mambas = [i for i, kind in enumerate(config.pattern) if kind == "M"]
         self.num_slots = num_slots
         slots = (batch_size, config.num_key_value_heads, num_slots + MAX_NEW // batch_size, config.head_dim)
-        self.keys = {i: like.new_zeros(slots) for i in self.attentions}
-        self.values = {i: like.new_zeros(slots) for i in self.attentions}
-        self.conv_LBCW = like.new_zeros(len(self.mambas), batch_size, config.conv_channels, config.conv_kernel)
+        self.keys = {i: template.new_zeros(slots) for i in self.attentions}
+        self.values = {i: template.new_zeros(slots) for i in self.attentions}
+        self.conv_LBCW = template.new_zeros(len(self.mambas), batch_size, config.conv_channels, config.conv_kernel)
         self.conv_after_LBCW = torch.empty_like(self.conv_LBCW)
         heads = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
-        self.ssm_LBhPN = like.new_zeros(len(self.mambas), batch_size, *heads, dtype=torch.float32)
-        self.ends_B = torch.zeros(batch_size, dtype=torch.int64, device=like.device)
+        self.ssm_LBhPN = template.new_zeros(len(self.mambas), batch_size, *heads, dtype=torch.float32)
+        self.ends_B = torch.zeros(batch_size, dtype=torch.int64, device=template.device)
         self.holds: Context | None = None
 
     def clear(self) -> None:
@@ -81,7 +81,7 @@ class Remembered:
 class Launch(Generic[T]):
     """A function of no arguments over fixed buffers: captured on a GPU, called elsewhere."""
 
-    def __init__(self, body: Callable[[], T], past: Remembered, device: torch.device, pool: Pool) -> None:
+    def __init__(self, body: Callable[[], T], past: StaticContext, device: torch.device, pool: Pool) -> None:
         self._body, self._graph = body, None
         past.clear()  # a warm-up steps on whatever is there
         if device.type != "cuda":
@@ -148,7 +148,7 @@ class Stepped(Protocol):
 class ExtendStep:
     """The context tower over S more tokens in every row: the AR step, and the context pass of a block."""
 
-    def __init__(self, model: Causal, past: Remembered, num_new: int, pool: Pool) -> None:
+    def __init__(self, model: Causal, past: StaticContext, num_new: int, pool: Pool) -> None:
         self.tower, self.past = model.tower, past
         device = past.ends_B.device
         self.ids_BS = torch.zeros(len(past.ends_B), num_new, dtype=torch.int64, device=device)
@@ -204,7 +204,7 @@ class ExtendStep:
 class DenoiseStep:
     """The denoiser over one block of K in every row."""
 
-    def __init__(self, denoiser: Denoises, past: Remembered, block_size: int, timed: bool, pool: Pool) -> None:
+    def __init__(self, denoiser: Denoises, past: StaticContext, block_size: int, timed: bool, pool: Pool) -> None:
         self.denoiser, self.past, self.timed = denoiser, past, timed
         batch_size, device = len(past.ends_B), past.ends_B.device
         self.block_BK = torch.zeros(batch_size, block_size, dtype=torch.int64, device=device)
@@ -256,7 +256,7 @@ class StepGraphs:
     ) -> None:
         self.variant, self.max_graphs, self.widths, self.num_made = variant, max_graphs, widths, 0
         self._steps: OrderedDict[Hashable, object] = OrderedDict()
-        self._pasts: WeakValueDictionary[Hashable, Remembered] = WeakValueDictionary()
+        self._pasts: WeakValueDictionary[Hashable, StaticContext] = WeakValueDictionary()
         self._pools: dict[torch.device, Pool] = {}
 
     def serves(self, batch_size: int, num_new: int) -> bool:
@@ -295,12 +295,12 @@ class StepGraphs:
         self._steps.move_to_end(key)
         return cast(StepT, self._steps[key])
 
-    def _past(self, config: NemotronHConfig, batch_size: int, slots: int, like: Tensor) -> Remembered:
+    def _past(self, config: NemotronHConfig, batch_size: int, slots: int, template: Tensor) -> StaticContext:
         """Kept by the steps that use it, as long as there are any."""
-        key = (like.device, batch_size, slots)
+        key = (template.device, batch_size, slots)
         past = self._pasts.get(key)
         if past is None:
-            past = self._pasts[key] = Remembered(config, batch_size, slots, like)
+            past = self._pasts[key] = StaticContext(config, batch_size, slots, template)
         return past
 
     def _pool(self, device: torch.device) -> Pool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from twotower_eval.engine.models.base import source_text
 from twotower_eval.engine.models.checkpoint import file_weights, joint_digest, opened, tensor_digest, tensor_files
 from twotower_eval.engine.models.protocol import Model, text_codec
-from twotower_eval.errors import UserError
+from twotower_eval.errors import FileError
 from twotower_eval.records import CONFIG_FILES, Checkpoint, FileDigest, sha256_text
 
 CONFIG, GENERATION_CONFIG = CONFIG_FILES
@@ -97,7 +97,7 @@ def stored_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
             for name in sorted(name for name, where in files.items() if where == file):
                 tensor = handle.get_tensor(name)
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise UserError(f"{file}: {name} holds NaN or infinite values")
+                    raise FileError(f"{file}: {name} holds NaN or infinite values")
                 yield name, tensor
 
 

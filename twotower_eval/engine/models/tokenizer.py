@@ -11,7 +11,7 @@ from pathlib import Path
 import tokenizers
 
 from twotower_eval.engine.models.protocol import Model, TextCodec, text_codec
-from twotower_eval.errors import UserError
+from twotower_eval.errors import FileError, UserError
 from twotower_eval.strict import JsonObject, parse_json, read_utf8
 
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")  # of an added token: how it is found in a text
@@ -119,7 +119,7 @@ def load_tokenizer(
     try:
         inner = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception for a malformed file; said, not hidden
-        raise UserError(f"{file}: not a readable tokenizer.json ({error})") from error
+        raise FileError(f"{file}: not a readable tokenizer.json ({error})") from error
     _check_size(file, inner, vocab_size)
     settings = _settings(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in settings:  # as transformers: an older file, which the newer one makes void
@@ -143,7 +143,7 @@ def _check_size(file: Path, inner: tokenizers.Tokenizer, vocab_size: int) -> Non
     own = inner.get_vocab(with_added_tokens=False).values()
     largest = max((token_id for token_id in own if token_id not in added), default=-1)
     if largest >= vocab_size:
-        raise UserError(
+        raise FileError(
             f"{file}: has token id {largest}, but the model's vocab_size is {vocab_size}; "
             "this tokenizer belongs to another model"
         )
@@ -154,7 +154,7 @@ def _settings(file: Path) -> dict[str, object]:
         return {}
     settings = parse_json(read_utf8(file), str(file), infinities=True)
     if not isinstance(settings, dict):
-        raise UserError(f"{file}: expected a JSON object")
+        raise FileError(f"{file}: expected a JSON object")
     return settings
 
 
@@ -163,7 +163,7 @@ def _special_tokens(folder: Path, inner: tokenizers.Tokenizer, settings: JsonObj
     at all. In the order of transformers, which gives unknown ones the next free ids."""
     declared = settings.get("added_tokens_decoder") or {}
     if not isinstance(declared, dict) or not all(token_id.isdecimal() for token_id in declared):
-        raise UserError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder must be tokens by their ids")
+        raise FileError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder must be tokens by their ids")
     known = {token.content: token for token in inner.get_added_tokens_decoder().values()}
     found = {}
     for _, value in sorted(declared.items(), key=lambda item: int(item[0])):

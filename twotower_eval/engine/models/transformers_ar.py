@@ -28,7 +28,7 @@ from twotower_eval.engine.models.proof import prove
 from twotower_eval.engine.models.tokenizer import load_tokenizer
 from twotower_eval.engine.models.transformers_model import TransformersModel
 from twotower_eval.engine.models.transformers_types import CausalLM, Config, Loaded
-from twotower_eval.errors import UserError
+from twotower_eval.errors import FileError
 from twotower_eval.strict import JsonObject
 
 ADAPTER_FILE = "adapter_config.json"
@@ -52,7 +52,7 @@ def load(
 ) -> TransformersModel:
     """Load a causal language model. UserError with one line for whatever is wrong with the folder."""
     if tower is not None:
-        raise UserError(f"{folder}: is no two-tower checkpoint, so it has no context tower to take out")
+        raise FileError(f"{folder}: is no two-tower checkpoint, so it has no context tower to take out")
     data = read_json(folder / "config.json")
     _check_config(folder, data)
     files = tensor_files(folder)
@@ -107,15 +107,15 @@ def _check_config(folder: Path, data: JsonObject) -> None:
     kind = data.get("model_type")
     if not knows(kind):
         own = "; it needs code of its own, which is never run" if "auto_map" in data else ""
-        raise UserError(f"{folder}: transformers {transformers.__version__} has no causal language model {kind!r}{own}")
+        raise FileError(f"{folder}: transformers {transformers.__version__} has no causal language model {kind!r}{own}")
     if kind == "nemotron_h":  # transformers clamps its time steps otherwise than the released model
-        raise UserError(f"{folder}: nemotron_h is read by this project's own family; leave family out")
+        raise FileError(f"{folder}: nemotron_h is read by this project's own family; leave family out")
     if data.get("quantization_config"):
-        raise UserError(f"{folder}: quantised weights are not supported; give the full-precision checkpoint")
+        raise FileError(f"{folder}: quantised weights are not supported; give the full-precision checkpoint")
     if (named := data.get("transformers_weights")) is not None:
-        raise UserError(f"{folder}: transformers_weights names {named!r} for its weights; call them {SINGLE_FILE}")
+        raise FileError(f"{folder}: transformers_weights names {named!r} for its weights; call them {SINGLE_FILE}")
     if (folder / ADAPTER_FILE).exists():  # transformers adds it to the weights where peft is installed, else not
-        raise UserError(f"{folder}: {ADAPTER_FILE} adds an adapter to the weights; merge it into them, or remove it")
+        raise FileError(f"{folder}: {ADAPTER_FILE} adds an adapter to the weights; merge it into them, or remove it")
 
 
 def _load_inner(folder: Path, dtype: torch.dtype) -> CausalLM:
@@ -133,13 +133,13 @@ def _load_inner(folder: Path, dtype: torch.dtype) -> CausalLM:
             )
     except LOAD_ERRORS as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{folder}: transformers cannot load it ({reason})") from error
+        raise FileError(f"{folder}: transformers cannot load it ({reason})") from error
     inner, report = loaded
     for problem, key in (("lacks", "missing_keys"), ("has unexpected", "unexpected_keys")):
         names = sorted(map(str, report[key]))
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{folder}: checkpoint {problem} tensor {names[0]}{more}; it does not fit its config.json")
+            raise FileError(f"{folder}: checkpoint {problem} tensor {names[0]}{more}; it does not fit its config.json")
     return inner
 
 

@@ -189,8 +189,8 @@ class TwoTower(LanguageModel):
             return self.graphs.denoise(denoiser, block_BK, context, time_B)
         length, end = context.max_length, context.max_length + block_BK.shape[1]
         batch_size, block_size = block_BK.shape
-        head_dim, like = self.config.head_dim, denoiser.head.weight
-        few = kernel_for_few(like, batch_size, block_size, length, head_dim) is not None
+        head_dim, example = self.config.head_dim, denoiser.head.weight
+        few = kernel_for_few(example, batch_size, block_size, length, head_dim) is not None
         ends_B = ends_of(context, device) if few else None
         mask = None if few else _block_mask(context, block_BK.shape[1], device)
         appended = None if torch.is_grad_enabled() else room_for_block(context, block_BK.shape[1])

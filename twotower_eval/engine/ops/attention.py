@@ -81,13 +81,13 @@ def attend_reference(
 
 
 def kernel_for_few(
-    like: Tensor, batch_size: int, num_new: int, num_slots: int, head_dim: int
+    example: Tensor, batch_size: int, num_new: int, num_slots: int, head_dim: int
 ) -> Callable[..., Tensor] | None:
-    """One for so many new positions behind so many slots, on the device and in the precision of ``like``; None where
+    """One for so many new positions behind so many slots, on the device and in the precision of ``example``; None where
     they are not few, or it has not proved itself."""
     few = num_new <= KERNEL_MAX_NEW and batch_size * num_new <= KERNEL_MAX_ROWS and num_slots <= KERNEL_MAX_SLOTS
     small = batch_size * num_new * num_slots <= KERNEL_MAX_PAIRS and head_dim in KERNEL_DIMS
-    return FEW_QUERIES.on(like.device, like.dtype) if few and small and kernels.may_serve(like) else None
+    return FEW_QUERIES.on(example.device, example.dtype) if few and small and kernels.may_serve(example) else None
 
 
 def seen(ends_B: Tensor, num_new: int, num_slots: int, *, behind: bool) -> tuple[int, Tensor]:

@@ -107,11 +107,11 @@ def describe(devices: Sequence[str], dtype: str) -> dict[str, str] | None:
     if not places:
         return None
     precision: torch.dtype = getattr(torch, dtype)
-    told = {}
+    states = {}
     for name, kernel in sorted(KERNELS.items()):
         proofs = [kernel.proof(place, precision) for place in sorted(places, key=str)]
-        told[name] = "; ".join(dict.fromkeys(f"{_state(proof)}: {proof.reason}" for proof in proofs))
-    return told
+        states[name] = "; ".join(dict.fromkeys(f"{_state(proof)}: {proof.reason}" for proof in proofs))
+    return states
 
 
 def _state(proof: Proof[object]) -> str:

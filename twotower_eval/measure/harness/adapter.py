@@ -16,16 +16,16 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from twotower_eval.engine.decoders import Decoder
 from twotower_eval.engine.decoders.reported import (
-    Asked,
+    CallRequest,
     ReportError,
-    asked_of,
+    call_request,
     check_answer,
     check_returned,
     decoder_name,
     finished,
 )
 from twotower_eval.engine.models import tokenizer
-from twotower_eval.engine.models.counting import Strays, noted_in_place
+from twotower_eval.engine.models.counting import UncountedForwards, watched_in_place
 from twotower_eval.engine.models.protocol import Model, text_codec
 from twotower_eval.engine.scorers import Scorer
 from twotower_eval.engine.scorers.pieces import Piece, ScoreRequest
@@ -68,7 +68,7 @@ _Item = tuple[Instance, Prompt, Key]  # a request for text, as a decoder is give
 
 
 @dataclass(frozen=True, eq=False)
-class _Asked:
+class _PendingLikelihood:
     """A likelihood request as pairs of ids: one, or the windows of a long text."""
 
     request: Instance
@@ -117,7 +117,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         self.advance = advance
         self.traced = traced
         self.witnessed, self.testify = witnessed, testify
-        self._strays = Strays([model])
+        self._uncounted = UncountedForwards([model])
 
     @property
     def eot_token_id(self) -> int:
@@ -193,7 +193,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     def _generate(self, items: Sequence[_Item], budget: int, stop: tuple[str, ...]) -> None:
         by_id = {prompt.id: (request, prompt, key) for request, prompt, key in items}
         asked = self._asked(budget, stop)
-        heard: list[Generation] = []
+        received: list[Generation] = []
         failed: list[BaseException] = []
 
         def journal(given: Generation) -> None:
@@ -202,14 +202,14 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
                 raise ReportError(f"{asked.name}: an answer to prompt {generation.prompt_id!r}, which was not asked")
             request, prompt, key = by_id[generation.prompt_id]
             check_answer(generation, prompt, asked)
-            heard.append(generation)
+            received.append(generation)
             self._keep(request, key, generation)
 
-        with noted_in_place(self.model) as watched:
+        with watched_in_place(self.model) as watched:
             given = self._call([prompt for _, prompt, _ in items], asked, watched, noting(failed, journal), failed)
-        for generation in check_returned(given, [prompt for _, prompt, _ in items], heard, asked.name):
+        for generation in check_returned(given, [prompt for _, prompt, _ in items], received, asked.name):
             journal(generation)
-        self._call.check(heard, asked, watched)
+        self._call.check(received, asked, watched)
 
     def _generate_witnessed(self, item: _Item, budget: int, stop: tuple[str, ...]) -> None:
         """The answer to one prompt. What its witness says is written down before it, so that no answer lacks it."""
@@ -218,14 +218,14 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         self.testify(witnessed_row(self.journal.cell, generation, tally))
         self._keep(request, key, generation)
 
-    def _asked(self, budget: int, stop: tuple[str, ...]) -> Asked:
+    def _asked(self, budget: int, stop: tuple[str, ...]) -> CallRequest:
         stops = tokenizer.stops_of(self.model, stop)
-        return asked_of(self.model, decoder_name(self.decoder), budget, self.model.eos_token_ids, stops)
+        return call_request(self.model, decoder_name(self.decoder), budget, self.model.eos_token_ids, stops)
 
     @property
     def _call(self) -> DecoderCall:
         assert self.decoder is not None, "a generation task without a decoder"
-        return DecoderCall(decoder=self.decoder, batch_size=self.batch_size, strays=self._strays)
+        return DecoderCall(decoder=self.decoder, batch_size=self.batch_size, uncounted=self._uncounted)
 
     def _keep(self, request: Instance, key: Key, generation: Generation) -> None:
         self.journal.add(generation_row(self.journal.cell, key, request, generation))
@@ -259,7 +259,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         """Every distinct pair of context and continuation is scored once, whoever asks for it."""
         missing = self._missing(numbered, self.journal.likelihoods)
         asked = [self._split(request, key, request_type) for request, key in numbered]
-        askers: dict[Pair, list[_Asked]] = defaultdict(list)
+        askers: dict[Pair, list[_PendingLikelihood]] = defaultdict(list)
         for one in asked:
             for pair in one.pairs:
                 askers[pair].append(one)
@@ -282,21 +282,21 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         batch: Sequence[Pair],
         piece: Piece,
         known: dict[Pair, Likelihood],
-        askers: Mapping[Pair, Sequence[_Asked]],
+        askers: Mapping[Pair, Sequence[_PendingLikelihood]],
         missing: Set[Key],
     ) -> None:
         known.update(zip(batch, piece.score(), strict=True))
         touched = {one.key: one for pair in batch for one in askers[pair] if one.key in missing}
         self._finish([one for one in touched.values() if all(pair in known for pair in one.pairs)], known)
 
-    def _finish(self, asked: Sequence[_Asked], known: Mapping[Pair, Likelihood]) -> None:
+    def _finish(self, asked: Sequence[_PendingLikelihood], known: Mapping[Pair, Likelihood]) -> None:
         for one in asked:
             likelihood = join_likelihoods([known[pair] for pair in one.pairs], self.kind)
             num_tokens = sum(len(continuation) for _, continuation in one.pairs)
             self.journal.add(likelihood_row(self.journal.cell, one.key, one.request, likelihood, num_tokens))
         self.advance(len(asked))
 
-    def _split(self, request: Instance, key: Key, request_type: str) -> _Asked:
+    def _split(self, request: Instance, key: Key, request_type: str) -> _PendingLikelihood:
         """The request in pairs of ids, each with something to score. UserError, with the document, where none is."""
         is_rolling = request_type == "loglikelihood_rolling"
         split = self._windows if is_rolling else self._context_and_continuation
@@ -304,7 +304,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             pairs = split(*request.args)
             for pair in pairs:
                 self._room_for(*pair)
-        return _Asked(request, key, pairs)
+        return _PendingLikelihood(request, key, pairs)
 
     def _context_and_continuation(self, context: str, continuation: str) -> list[Pair]:
         if context == "":

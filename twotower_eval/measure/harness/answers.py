@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 
 from twotower_eval.engine.decoders import Decoder
 from twotower_eval.engine.decoders.reported import (
-    Asked,
+    CallRequest,
+    check_all_counted,
     check_answers,
     check_forwards,
-    check_no_strays,
     finished,
     generating,
 )
-from twotower_eval.engine.models.counting import Strays, WatchedModel, noted_in_place
+from twotower_eval.engine.models.counting import UncountedForwards, WatchedModel, watched_in_place
 from twotower_eval.engine.models.protocol import Model
 from twotower_eval.engine.models.witness import Tally
 from twotower_eval.errors import UserError
-from twotower_eval.measure.suites import decoding_asked, in_words, instance_sha256
+from twotower_eval.measure.suites import instance_sha256, read_decoding_request, settings_text
 from twotower_eval.measure.suites.lm_types import Instance
 from twotower_eval.records import (
     Generation,
@@ -129,9 +129,9 @@ def likelihood_row(cell: str, key: Key, request: Instance, likelihood: Likelihoo
 
 def check_asked(request: Instance, key: Key, decoder: Decoder | None) -> None:
     """UserError where a request asks for what the decoder does not do; one that samples was asked for."""
-    asked = decoding_asked(request.args[1])
-    if asked.beyond:
-        raise UserError(f"task {key[0]!r} asks for {in_words(asked.beyond)}: no decoder here does that")
+    asked = read_decoding_request(request.args[1])
+    if asked.unsupported:
+        raise UserError(f"task {key[0]!r} asks for {settings_text(asked.unsupported)}: no decoder here does that")
     params = getattr(decoder, "params", None)  # a plug-in need not keep them: its cell names them
     has = float(getattr(params, "temperature", 0.0))
     if params is not None and asked.temperature and asked.temperature != has:
@@ -143,22 +143,22 @@ def check_asked(request: Instance, key: Key, decoder: Decoder | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderCall:
-    """How a decoder is asked for texts; ``strays`` sees to it that its model is run under watch."""
+    """How a decoder is asked for texts; ``uncounted`` sees to it that its model is run under watch."""
 
     decoder: Decoder
     batch_size: int
-    strays: Strays
+    uncounted: UncountedForwards
 
     def __call__(
         self,
         prompts: list[Prompt],
-        asked: Asked,
+        asked: CallRequest,
         watched: WatchedModel,
         on_finish: Callable[[Generation], None],
         failed: Sequence[BaseException] = (),
     ) -> object:
         """What the decoder gives back for prompts; ``failed`` is what ``on_finish`` raised."""
-        with self.strays.noted(watched), generating(self.decoder, asked.name, "--batch-size", failed):
+        with self.uncounted.noted(watched), generating(self.decoder, asked.name, "--batch-size", failed):
             return self.decoder.generate(
                 prompts,
                 max_new_tokens=asked.max_new_tokens,
@@ -168,18 +168,18 @@ class DecoderCall:
                 on_finish=on_finish,
             )
 
-    def check(self, made: Sequence[Generation], asked: Asked, watched: WatchedModel) -> None:
+    def check(self, made: Sequence[Generation], asked: CallRequest, watched: WatchedModel) -> None:
         """ReportError where the model was run otherwise than the answers report."""
-        check_no_strays(self.strays.num, asked.name)
+        check_all_counted(self.uncounted.num, asked.name)
         check_forwards(made, watched, asked.name)
 
 
-def witnessed_answer(call: DecoderCall, model: Model, prompt: Prompt, asked: Asked) -> tuple[Generation, Tally]:
+def witnessed_answer(call: DecoderCall, model: Model, prompt: Prompt, asked: CallRequest) -> tuple[Generation, Tally]:
     """The answer to a prompt that is decoded alone, and what the witness of that says."""
-    heard: list[Generation] = []
-    with noted_in_place(model) as watched, watched.witnessed(prompt.token_ids) as witness:
-        given = call([prompt], asked, watched, heard.append)
-    made = finished(heard or given, asked.name)
+    received: list[Generation] = []
+    with watched_in_place(model) as watched, watched.witnessed(prompt.token_ids) as witness:
+        given = call([prompt], asked, watched, received.append)
+    made = finished(received or given, asked.name)
     check_answers(made, [prompt], asked)
     call.check(made, asked, watched)
     (generation,) = made

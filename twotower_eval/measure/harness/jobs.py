@@ -173,7 +173,7 @@ def load_models(plan: RunPlan) -> tuple[Model, Model]:
 
 def use_graphs(plan: RunPlan, tasks: Sequence[BuiltTask], arms: tuple[Model, Model]) -> None:
     """Have both arms take small steps from graphs, where the plan says so: as many kept as its requests can ask for."""
-    from twotower_eval.engine.models.arms import give_graphs
+    from twotower_eval.engine.models.arms import enable_cuda_graphs
     from twotower_eval.engine.models.graphs import MAX_NEW
 
     if not plan.cuda_graphs:
@@ -184,7 +184,7 @@ def use_graphs(plan: RunPlan, tasks: Sequence[BuiltTask], arms: tuple[Model, Mod
     longest += max((task.max_new_tokens or 0 for task in tasks), default=0)
     longest = min(longest, *(arm.max_length or longest for arm in arms))
     # Scorers choose how many rows they read at once.
-    give_graphs(arms, max_rows=MAX_NEW, block_sizes=block_sizes(plan), longest=longest)
+    enable_cuda_graphs(arms, max_rows=MAX_NEW, block_sizes=block_sizes(plan), longest=longest)
 
 
 def longest_context(tasks: Sequence[BuiltTask], model: Model) -> int:

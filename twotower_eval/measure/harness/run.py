@@ -300,10 +300,10 @@ class _Evaluation:
             lm = self._model_of(job, self._advance)
             batches = lm.batches(job.requests)
             counted = len(job.requests), lm.num_truncated
-        self._tell_truncated(job, counted)
+        self._warn_of_truncation(job, counted)
         return batches
 
-    def _tell_truncated(self, job: Job, counted: tuple[int, int]) -> None:
+    def _warn_of_truncation(self, job: Job, counted: tuple[int, int]) -> None:
         num_requests, num_truncated = counted
         if self._truncated.get(job.cell.id) != counted:
             self._truncated[job.cell.id] = counted

@@ -190,8 +190,8 @@ def run(
         for line in describe(card):
             progress.note(line)
         refuse_if_too_large(card, plan, config, dtype)
-        if said := hint(plan):
-            progress.note(said)
+        if text := hint(plan):
+            progress.note(text)
         began_s = time.monotonic()
         progress.note("making the weights: nothing else is printed until they are there")
         rigs, routing = _build(plan, config, parts, dtype)

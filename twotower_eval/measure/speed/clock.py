@@ -114,7 +114,7 @@ class CallClock:
                 self.num_text_tokens += len(cast(Sized, copies[0])) if copies else 0
                 return function(*copies)
             finally:
-                self._go_on(began_s)
+                self._restart(began_s)
 
         return off_the_clock
 
@@ -125,7 +125,7 @@ class CallClock:
         try:
             yield
         finally:
-            self._go_on(began_s)
+            self._restart(began_s)
 
     def _stop(self) -> float:
         self.devices.synchronise()
@@ -133,7 +133,7 @@ class CallClock:
         self.standing[0] = True
         return began_s
 
-    def _go_on(self, began_s: float) -> None:
+    def _restart(self, began_s: float) -> None:
         self.standing[0] = False
         took_s = self.now() - began_s
         self._off_s[0] += took_s

@@ -15,7 +15,7 @@ import torch
 
 from twotower_eval.decoder_settings import block_sizes
 from twotower_eval.engine.decoders import make_decoder
-from twotower_eval.engine.models.arms import give_graphs
+from twotower_eval.engine.models.arms import enable_cuda_graphs
 from twotower_eval.engine.models.config import NemotronHConfig, Step, step_bytes
 from twotower_eval.engine.models.graphs import MAX_NEW, StepGraphs
 from twotower_eval.engine.models.protocol import Model, as_model
@@ -116,7 +116,7 @@ def _best_s(devices: Devices, action: Callable[[], object]) -> float:
 NUM_PROMPTS, NUM_TOKENS = 5, 24  # that are decoded beside transformers' own generate
 
 
-def looked_at(
+def measured_conditions(
     lanes: Mapping[int, Sequence[Lane]], calls: Calls, model: Model, clock: CallClock, *, cuda_graphs: bool
 ) -> Iterator[BaselineBest]:
     """One record for the baseline cell of each batch size; ``model`` is the baseline's."""
@@ -252,4 +252,4 @@ def graphs_for(
     # The last block may go beyond the budget, and parts timed alone go on from there.
     beyond = (max(REPEATS.values()) + 2) * max(block_sizes(plan), default=1)
     longest = longest_prompt + budget + beyond
-    return give_graphs(models, max_rows=max(plan.batch_sizes), block_sizes=block_sizes(plan), longest=longest)
+    return enable_cuda_graphs(models, max_rows=max(plan.batch_sizes), block_sizes=block_sizes(plan), longest=longest)

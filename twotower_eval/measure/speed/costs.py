@@ -192,7 +192,7 @@ class CostItem:
             ) from error
 
 
-class Parts:
+class TimedParts:
     """Parts of a run, each from the first call on that was seen to need it. ``models``: baseline and candidate.
 
     A part is timed once for all cells of an arm and a batch size, under the name of the first that needed it.
@@ -209,12 +209,12 @@ class Parts:
         """All that are known so far."""
         return tuple(self._items.values())
 
-    def saw(self, lane: Lane, passes: Iterable[Passes]) -> None:
+    def note_call(self, lane: Lane, passes: Iterable[Passes]) -> None:
         """A call of the lane made these passes."""
         if lane.replica == 0:
             self._seen[lane.cell.id] |= {replace(one, num=1) for one in passes}
 
-    def new(self) -> tuple[CostItem, ...]:
+    def take_new(self) -> tuple[CostItem, ...]:
         """Those that have been seen to be needed since this was asked last."""
         before = len(self._items)
         for cell, seen in self._seen.items():

@@ -26,8 +26,8 @@ from twotower_eval.decoder_settings import cross_decoders
 from twotower_eval.engine.models.protocol import Model
 from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.clock import CallClock, Devices, torch_threads
-from twotower_eval.measure.speed.conditions import Captures, graphs_for, hint, looked_at, refuse_uneven
-from twotower_eval.measure.speed.costs import Parts
+from twotower_eval.measure.speed.conditions import Captures, graphs_for, hint, measured_conditions, refuse_uneven
+from twotower_eval.measure.speed.costs import TimedParts
 from twotower_eval.measure.speed.probes import Probes
 from twotower_eval.measure.speed.session import Launched, Session, calls_per_round, launches_missing, whole_rounds
 from twotower_eval.measure.speed.workloads import (
@@ -94,12 +94,12 @@ def run_launch(
     devices = Devices(plan.devices)
     with torch_threads(plan.threads), family_calls(plan.family, plan.baseline_family):
         models = _load(plan)
-        if said := hint(plan):
-            progress.note(said)
+        if text := hint(plan):
+            progress.note(text)
         clock = CallClock(devices, now)
         lanes = make_lanes(held, calls, requests, specs, models, clock)
         ways = prove_arms(models, lambda model: _longest(calls, lanes))
-        parts = Parts(calls, lanes, models) if plan.costs else None
+        parts = TimedParts(calls, lanes, models) if plan.costs else None
         graphs = graphs_for(plan, calls, lanes, models)
         manifest = _manifest(plan, calls, [*chain.from_iterable(lanes.values())], overrides, ways, models, resume)
         if resume is not None and _is_scored(plan, resume, manifest, calls_per_round(calls, lanes)):
@@ -111,7 +111,7 @@ def run_launch(
             for line in (*warnings, *slower_lines(manifest)):
                 progress.note(line)
             if plan.costs:
-                for best in looked_at(lanes, calls, models[0], clock, cuda_graphs=plan.cuda_graphs):
+                for best in measured_conditions(lanes, calls, models[0], clock, cuda_graphs=plan.cuda_graphs):
                     writer.event("baseline_best", **to_json(best))
             launch_id = _launch_id(writer.run)
             probes = Probes(held, calls, requests, models, launch_id)
@@ -215,7 +215,7 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Told:
+class _LaunchResult:
     """What a launch's process says before it ends: what it left, or the line that stopped it and its kind."""
 
     launched: Launched | None = None
@@ -266,7 +266,7 @@ def _in_process(launch: Callable[..., Launched], is_silent: bool) -> Launched:
     child.start()
     theirs.close()
     try:
-        told = _heard(ours)
+        result = _receive(ours)
         child.join()
     except KeyboardInterrupt:
         _interrupt(child)
@@ -275,24 +275,24 @@ def _in_process(launch: Callable[..., Launched], is_silent: bool) -> Launched:
         ours.close()
     if child.exitcode == INTERRUPTED:
         raise KeyboardInterrupt
-    if told is None and child.exitcode == FAILED:
+    if result is None and child.exitcode == FAILED:
         raise RuntimeError("a launch failed: its traceback is above")
-    if told is None:
+    if result is None:
         raise ChildProcessError(
             f"a launch ended {_ending(child.exitcode)}: run the same command with --resume to make what is missing"
         )
-    if told.launched is None:
-        raise told.kind(told.error)
-    return told.launched
+    if result.launched is None:
+        raise result.kind(result.error)
+    return result.launched
 
 
-def _heard(ours: Connection) -> _Told | None:
+def _receive(ours: Connection) -> _LaunchResult | None:
     """What the launch says; ``None`` where it ends without a word."""
     try:
-        told: _Told = ours.recv()
+        result: _LaunchResult = ours.recv()
     except EOFError:
         return None
-    return told
+    return result
 
 
 def _ending(code: int | None) -> str:
@@ -312,14 +312,14 @@ def _launch(theirs: Connection, launch: Callable[..., Launched], is_silent: bool
     _end_with(parent)
     progress = SilentProgress() if is_silent else choose_progress()
     try:
-        told = _Told(launched=launch(progress=progress))
+        result = _LaunchResult(launched=launch(progress=progress))
     except (UserError, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):  # which is lost with this process
             traceback.print_exc()
-        told = _Told(error=str(error) or type(error).__name__, kind=_kind(error))
+        result = _LaunchResult(error=str(error) or type(error).__name__, kind=_kind(error))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    theirs.send(told)
+    theirs.send(result)
     theirs.close()
 
 

@@ -20,7 +20,7 @@ from typing import Protocol
 from twotower_eval import store
 from twotower_eval.measure.speed.clock import CallClock
 from twotower_eval.measure.speed.conditions import Captures
-from twotower_eval.measure.speed.costs import CostItem, Parts
+from twotower_eval.measure.speed.costs import CostItem, TimedParts
 from twotower_eval.measure.speed.probes import (
     Probe,
     Probes,
@@ -50,7 +50,7 @@ from twotower_eval.records import (
     derive_seed,
     sha256_text,
 )
-from twotower_eval.rules import finite, gone_by, time_fault
+from twotower_eval.rules import finite, time_fault, total_finite_s
 from twotower_eval.store.journal import now_text
 
 ENOUGH_ROUNDS = 12  # of one launch; of fewer, a fifth and more of all runs can decide nothing
@@ -64,7 +64,7 @@ class Launched:
     num_missing: int
 
 
-class HowLong(Protocol):
+class RoundSettings(Protocol):
     """What a plan says of its rounds."""
 
     @property
@@ -79,36 +79,42 @@ class RoundLoop:
     """Base of the sessions. ``whole_s`` are the seconds on the clock of the rounds that are there already."""
 
     def __init__(
-        self, how_long: HowLong, progress: Progress, *, whole_s: Sequence[float], next_round: int, steps_per_round: int
+        self,
+        settings: RoundSettings,
+        progress: Progress,
+        *,
+        whole_s: Sequence[float],
+        next_round: int,
+        steps_per_round: int,
     ) -> None:
-        self._how_long, self._progress = how_long, progress
+        self._settings, self._progress = settings, progress
         self._num_done, self._timed_s = len(whole_s), sum(whole_s)
         self._next_round, self._steps_per_round = next_round, steps_per_round
         self._besides_s = 0.0  # that went by in a round on what measured ones do not have
 
     def _rounds(self) -> None:
         """Warm up, say how long it will take, and measure until there is enough; nothing where there is."""
-        if not is_enough(self._how_long, self._num_done, self._timed_s):
+        if not is_enough(self._settings, self._num_done, self._timed_s):
             self._measure(self._warm_up())
 
     def _warm_up(self) -> float | None:
         """Duration of a round by the last warm-up, everything around the clock included."""
         duration_s = None
-        with self._progress.track(self._how_long.warmup_rounds * self._steps_per_round, "warm-up") as advance:
-            for number in range(self._how_long.warmup_rounds):
+        with self._progress.track(self._settings.warmup_rounds * self._steps_per_round, "warm-up") as advance:
+            for number in range(self._settings.warmup_rounds):
                 began_s, self._besides_s = time.monotonic(), 0.0
                 self._round("warmup", number, advance)
                 duration_s = time.monotonic() - began_s - self._besides_s
         return duration_s
 
     def _measure(self, round_s: float | None) -> None:
-        num_left = max(0, self._how_long.min_rounds - self._num_done)
+        num_left = max(0, self._settings.min_rounds - self._num_done)
         if round_s:
-            num_left = max(num_left, round((self._how_long.min_seconds - self._timed_s) / round_s))
+            num_left = max(num_left, round((self._settings.min_seconds - self._timed_s) / round_s))
             self._progress.note(f"estimated duration: about {duration_text(num_left * round_s)} for {num_left} rounds")
         self._forecast(num_left)
         with self._progress.track(num_left * self._steps_per_round, "measure") as advance:
-            while not is_enough(self._how_long, self._num_done, self._timed_s):
+            while not is_enough(self._settings, self._num_done, self._timed_s):
                 self._timed_s += self._round("measure", self._next_round, advance)
                 self._next_round += 1
                 self._num_done += 1
@@ -121,9 +127,9 @@ class RoundLoop:
         raise AssertionError(f"{type(self).__name__} says nothing about what a round times")
 
 
-def is_enough(how_long: HowLong, num_rounds: int, timed_s: float) -> bool:
+def is_enough(settings: RoundSettings, num_rounds: int, timed_s: float) -> bool:
     """Whether both the least number of rounds and the least time on the clock are reached."""
-    return num_rounds >= how_long.min_rounds and timed_s >= how_long.min_seconds
+    return num_rounds >= settings.min_rounds and timed_s >= settings.min_seconds
 
 
 def whole_rounds(samples: Sequence[SpeedSample] | Sequence[CostSample], samples_per_round: int) -> list[float]:
@@ -179,7 +185,7 @@ def _by_launch(samples: Sequence[SpeedSample] | Sequence[CostSample], samples_pe
         if sample.phase == "measure":
             rounds[sample.launch_id][sample.round].append(sample.wall_s)
     return [
-        [gone_by(walls_s) for walls_s in launch.values() if len(walls_s) == samples_per_round]
+        [total_finite_s(walls_s) for walls_s in launch.values() if len(walls_s) == samples_per_round]
         for launch in rounds.values()
     ]
 
@@ -203,7 +209,7 @@ class Session(RoundLoop):
         calls: Calls,
         lanes: dict[int, tuple[Lane, ...]],
         probes: Probes,
-        parts: Parts | None,
+        parts: TimedParts | None,
         clock: CallClock,
         captures: Captures,
         progress: Progress,
@@ -249,7 +255,7 @@ class Session(RoundLoop):
             f"{num_cells} cells and {num_lanes - num_cells} copies of the baseline, {self._plan.workload} workload, "
             f"batch sizes {sizes}; {num_prompts} prompts, {self._calls_per_round} timed calls a round"
         )
-        num_rounds = max(0, self._how_long.min_rounds - self._num_done) + self._how_long.warmup_rounds
+        num_rounds = max(0, self._settings.min_rounds - self._num_done) + self._settings.warmup_rounds
         self._progress.note(
             f"{num_rounds} rounds, {num_rounds * self._calls_per_round:,} timed calls; "
             "fewer: --num-prompts, --min-rounds"
@@ -304,9 +310,9 @@ class Session(RoundLoop):
                 for lane in order.sample(lanes[size], len(lanes[size])):
                     walls_s.append(self._time_call(lane, call, phase, number))
                     advance()
-        for item in self._parts.new() if self._parts else ():
+        for item in self._parts.take_new() if self._parts else ():
             self._time_part(item, phase, number)
-        return gone_by(walls_s)
+        return total_finite_s(walls_s)
 
     def _time_call(self, lane: Lane, call: Call, phase: SpeedPhase, number: int) -> float:
         """Time a call, write it down; seconds on the clock. A probe is sampled the same way whenever it is timed."""
@@ -391,7 +397,7 @@ class Session(RoundLoop):
         )
         self._writer.append(sample)
         if self._parts and phase != "probe":  # what is predicted are the measured calls
-            self._parts.saw(lane, sample.passes)
+            self._parts.note_call(lane, sample.passes)
 
 
 def _begun(lane: Lane, call: Call, number: int) -> tuple[str, Timing]:

@@ -48,7 +48,7 @@ class Busy:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Look:
+class _Snapshot:
     """What was there before a call."""
 
     threads: frozenset[int]
@@ -82,7 +82,7 @@ class _TextTimes:
 
 
 @dataclass(kw_only=True)
-class _Outliving:
+class _BackgroundThread:
     """A Python thread that outlives the call of ``owner`` which started it, and the processor time it had used when it
     was last looked at; ``later_s`` is what it used outside its owner's calls, since ``left_s``."""
 
@@ -99,7 +99,7 @@ class Watch:
     def __init__(self, clock: CallClock) -> None:
         self.clock = clock
         self._texts: dict[str, _TextTimes] = defaultdict(_TextTimes)
-        self._outliving: dict[int, _Outliving] = {}  # by the system's number of the thread
+        self._outliving: dict[int, _BackgroundThread] = {}  # by the system's number of the thread
         self.num_threads = torch.get_num_threads()
         self._num_interop = torch.get_num_interop_threads()
 
@@ -110,7 +110,7 @@ class Watch:
         yield
         self._check_new_threads(before, name)
 
-    def begin(self) -> _Look:
+    def begin(self) -> _Snapshot:
         """Look around, and start the clock. ReportError where a thread of an earlier call worked on behind it."""
         self._check_outliving()
         threads, pools, allocations = frozenset(sys._current_frames()), _pools(), self._allocations()
@@ -119,7 +119,7 @@ class Watch:
         cpu_s, caller_cpu_s, off_s = PROCESS_CPU_S(), THREAD_CPU_S(), clock.off_s
         before_s = RAW_S()
         started_s = clock()
-        return _Look(
+        return _Snapshot(
             threads=threads,
             pools=pools,
             allocations=allocations,
@@ -133,7 +133,7 @@ class Watch:
             started_s=started_s,
         )
 
-    def end(self, look: _Look, name: str) -> tuple[float, Busy]:
+    def end(self, look: _Snapshot, name: str) -> tuple[float, Busy]:
         """Stop the clock: the seconds of the call, and what else it took. ReportError where more was in use than the
         plan says, or where work goes on."""
         before_s = RAW_S()
@@ -160,7 +160,7 @@ class Watch:
         )
         return wall_s, busy
 
-    def check_texts(self, look: _Look, cost: TextCost, lengths: list[int], wall_s: float, name: str) -> bool:
+    def check_texts(self, look: _Snapshot, cost: TextCost, lengths: list[int], wall_s: float, name: str) -> bool:
         """Whether no more time went by off the clock than texts of rows of these ``lengths`` take; a call that was
         stalled meanwhile is void. ReportError where it is too much over all calls of this ``name``."""
         off_s = self.clock.off_s - look.off_s
@@ -202,7 +202,7 @@ class Watch:
             elif cpu_s - before_s > IDLE_S:
                 busy.append(thread.name)
             else:
-                left = _Outliving(owner=name, name=thread.name, cpu_s=cpu_s, left_s=RAW_S())
+                left = _BackgroundThread(owner=name, name=thread.name, cpu_s=cpu_s, left_s=RAW_S())
                 self._outliving[thread.native_id] = left
         _refuse_threads(name, busy)
 
@@ -227,7 +227,7 @@ class Watch:
         stats = {device: torch.cuda.memory_stats(device) for device in self.clock.devices.others()}
         return {device: int(found.get("allocation.all.allocated", 0)) for device, found in stats.items()}
 
-    def _check_clocks(self, look: _Look, raw_s: tuple[float, float], elapsed_s: float, name: str) -> None:
+    def _check_clocks(self, look: _Snapshot, raw_s: tuple[float, float], elapsed_s: float, name: str) -> None:
         clock = self.clock
         if not clock.is_intact:
             raise ReportError(f"{name}: the clock was changed from outside")

@@ -14,14 +14,14 @@ from typing import Any, Protocol
 from twotower_eval.engine.decoders import Decoder
 from twotower_eval.engine.decoders.reported import (
     ReportError,
-    asked_of,
+    call_request,
+    check_all_counted,
     check_answers,
     check_forwards,
-    check_no_strays,
     finished,
     generating,
 )
-from twotower_eval.engine.models.counting import Strays
+from twotower_eval.engine.models.counting import UncountedForwards
 from twotower_eval.engine.models.protocol import Model, text_codec
 from twotower_eval.engine.models.tokenizer import fitted_prompt_ids, naming, prompt_ids, stops_of
 from twotower_eval.errors import UserError
@@ -268,8 +268,8 @@ class Timing:
 class Lane:
     """One cell as it is timed. ``replica`` is 1 for the second copy of the baseline; ``ids`` are by call id.
 
-    ``decoder`` is there while a round lasts, see :func:`with_decoders`. ``watch`` and ``strays`` see to it that a call
-    is what it says; ``text_cost`` is None without a tokenizer.
+    ``decoder`` is set only during a round, see :func:`with_decoders`. ``watch`` and ``uncounted`` check that a call
+    does only what it reports. ``text_cost`` is None without a tokenizer.
     """
 
     cell: Cell
@@ -277,7 +277,7 @@ class Lane:
     model: TimedModel
     decoder: Decoder | None
     watch: Watch
-    strays: Strays
+    uncounted: UncountedForwards
     text_cost: TextCost | None
     devices: Devices
     ids: Mapping[str, tuple[tuple[int, ...], ...]]
@@ -300,13 +300,13 @@ class Lane:
         self.devices.forget_peak()
         watch, decoder = self.watch, self.decoder
         assert decoder is not None
-        with no_garbage_collection(), self.strays.noted(self.model):
+        with no_garbage_collection(), self.uncounted.noted(self.model):
             look = watch.begin()
             given = self._decoded(decoder, prompts, call.max_new_tokens, eos_token_ids, stop)
             generations = finished(given, self.name)
             wall_s, busy = watch.end(look, self.name)
         peak_memory_bytes, reason = self.devices.peak_memory()
-        asked = asked_of(self.model, self.name, call.max_new_tokens, eos_token_ids, stop)
+        asked = call_request(self.model, self.name, call.max_new_tokens, eos_token_ids, stop)
         self._check_count(call, generations)
         check_answers(generations, prompts, asked)
         self._check_passes(generations)
@@ -352,7 +352,7 @@ class Lane:
 
     def _check_passes(self, generations: Sequence[Generation]) -> None:
         """ReportError where the model was run in ways that the harness does not count, or others than reported."""
-        check_no_strays(self.strays.num, self.name)
+        check_all_counted(self.uncounted.num, self.name)
         if self.model.num_while_stopped:
             raise ReportError(
                 f"{self.name}: ran {self.model.num_while_stopped} forwards while the clock stood for a text"
@@ -397,7 +397,7 @@ def make_lanes(
 
     autoregressive = decoder_spec("autoregressive", temperature=float(plan.temperature or 0))
     timed = [TimedModel(model, clock) for model in models]
-    watch, strays = Watch(clock), Strays(models)
+    watch, uncounted = Watch(clock), UncountedForwards(models)
     texts = [
         None if model.tokenizer is None else text_cost(model.tokenizer, model.vocab_size, clock.now) for model in models
     ]
@@ -416,7 +416,7 @@ def make_lanes(
                 model=timed[which],
                 decoder=make_one(timed[which], spec, clock, watch),
                 watch=watch,
-                strays=strays,
+                uncounted=uncounted,
                 text_cost=texts[which],
                 devices=Devices(cell.checkpoint.devices),
                 ids=ids[which],

@@ -1,6 +1,6 @@
 """Suites and tasks: which documents and requests a name stands for, the same for every model."""
 
-from twotower_eval.measure.suites.asked import Asked, Decoding, decoding_asked, in_words, settle
+from twotower_eval.measure.suites.asked import Decoding, DecodingRequest, read_decoding_request, settings_text, settle
 from twotower_eval.measure.suites.build import BuiltTask, TimedPrompt, build_requests, resolve_tasks, select
 from twotower_eval.measure.suites.documents import (
     DEFAULT_MAX_NEW_TOKENS,
@@ -17,24 +17,24 @@ __all__ = [
     "FEWSHOT_SEED",
     "LACKING",
     "MISTAKEN",
-    "Asked",
     "BuiltDoc",
     "BuiltTask",
     "Decoding",
+    "DecodingRequest",
     "Suite",
     "SuiteTask",
     "TimedPrompt",
     "aggregation",
     "aggregation_name",
     "build_requests",
-    "decoding_asked",
-    "in_words",
     "instance_sha256",
     "is_lacking",
     "load_suite",
     "needing",
+    "read_decoding_request",
     "resolve_tasks",
     "select",
+    "settings_text",
     "settle",
     "stops_and_budget",
     "suite_names",

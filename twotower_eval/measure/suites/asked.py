@@ -54,18 +54,18 @@ KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", *NEUTRAL, *SAMPLIN
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """How a task wants its texts made.
+class DecodingRequest:
+    """How a task asks for its texts to be made.
 
-    ``temperature`` is 0 for greedy decoding and ``None`` where the task says nothing. ``beyond`` holds what no decoder
-    here does, by the task's own keys.
+    ``temperature`` is 0 for greedy decoding and ``None`` where the task names none. ``unsupported`` holds the settings,
+    by the task's own keys, that no decoder here follows.
     """
 
     temperature: float | None = None
-    beyond: tuple[tuple[str, Scalar], ...] = ()
+    unsupported: tuple[tuple[str, Scalar], ...] = ()
 
 
-class AskingTask(Protocol):
+class DecodingTask(Protocol):
     """A built task, as far as this matters. ``asked_samples`` is ``None`` where neither task nor suite names any."""
 
     @property
@@ -73,7 +73,7 @@ class AskingTask(Protocol):
     @property
     def generates(self) -> bool: ...
     @property
-    def asked(self) -> Asked: ...
+    def asked(self) -> DecodingRequest: ...
     @property
     def asked_samples(self) -> int | None: ...
     @property
@@ -88,7 +88,7 @@ class Decoding:
     overrides: tuple[Override, ...]
 
 
-def decoding_asked(settings: JsonObject) -> Asked:
+def read_decoding_request(settings: JsonObject) -> DecodingRequest:
     """What one generation's settings ask for. UserError for values that mean nothing.
 
     As in lm-eval: without ``do_sample`` a temperature above 0 asks for sampling, and ``do_sample: false`` is greedy
@@ -99,18 +99,20 @@ def decoding_asked(settings: JsonObject) -> Asked:
     without_effect = {*NO_EFFECT, *(() if sampling else SAMPLING)}
     if _is_neutral(settings.get("num_beams"), NEUTRAL["num_beams"]):
         without_effect |= BEAMS.keys()
-    beyond = {key: value for key, value in settings.items() if key not in without_effect and not _is_done(key, value)}
+    unsupported = {
+        key: value for key, value in settings.items() if key not in without_effect and not _is_done(key, value)
+    }
     if sampling and not temperature:
-        beyond = {"do_sample": True, **beyond}
+        unsupported = {"do_sample": True, **unsupported}
     held = temperature if sampling else 0.0
     says_nothing = sample is None and temperature is None
-    return Asked(
+    return DecodingRequest(
         temperature=None if says_nothing else held or (None if sampling else 0.0),
-        beyond=tuple((key, _scalar(value)) for key, value in beyond.items()),
+        unsupported=tuple((key, _scalar(value)) for key, value in unsupported.items()),
     )
 
 
-def merged(found: Iterable[Asked]) -> Asked:
+def merged(found: Iterable[DecodingRequest]) -> DecodingRequest:
     """What several generations of one task ask for together; UserError for unlike temperatures."""
     several = list(found)
     temperatures = sorted({one.temperature or 0.0 for one in several})
@@ -118,12 +120,12 @@ def merged(found: Iterable[Asked]) -> Asked:
         listed = ", ".join(f"{temperature:g}" for temperature in temperatures)
         raise UserError(f"its documents ask for unlike temperatures ({listed}), and a task has one")
     held = [one.temperature for one in several if one.temperature is not None]
-    beyond = {pair: None for one in several for pair in one.beyond}
-    return Asked(temperature=next(iter(held), None), beyond=tuple(sorted(beyond, key=str)))
+    unsupported = {pair: None for one in several for pair in one.unsupported}
+    return DecodingRequest(temperature=next(iter(held), None), unsupported=tuple(sorted(unsupported, key=str)))
 
 
 def settle(
-    tasks: Sequence[AskingTask], *, temperature: float | None, samples: int | None, timed: bool = False
+    tasks: Sequence[DecodingTask], *, temperature: float | None, samples: int | None, timed: bool = False
 ) -> Decoding:
     """The one temperature at which a plan decodes: its own, else what the tasks ask for, else greedy.
 
@@ -133,36 +135,36 @@ def settle(
     """
     asking = [task for task in tasks if task.generates]
     if temperature is None:
-        _refuse_beyond(asking)
+        _refuse_unsupported(asking)
         temperature = _common_temperature(asking)
     _refuse_samples(asking, temperature, samples or 1, timed)
     overrides = [one for task in asking for one in _overrides(task, temperature, samples)]
     return Decoding(temperature=temperature, overrides=tuple(overrides))
 
 
-def in_words(asked: Iterable[tuple[str, Scalar]]) -> str:
+def settings_text(asked: Iterable[tuple[str, Scalar]]) -> str:
     """Settings as a YAML file has them, with a hint at what an unknown one may have meant."""
-    return ", ".join(_said(key, value) for key, value in asked)
+    return ", ".join(_setting_text(key, value) for key, value in asked)
 
 
-def _said(key: str, value: Scalar) -> str:
+def _setting_text(key: str, value: Scalar) -> str:
     if key == "do_sample":
         return "do_sample: true without a temperature above 0"
     hint = "" if key in KNOWN else f", which is no known setting{did_you_mean(key, KNOWN)}"
     return f"{key}: {value}{hint}"
 
 
-def _refuse_beyond(tasks: Sequence[AskingTask]) -> None:
+def _refuse_unsupported(tasks: Sequence[DecodingTask]) -> None:
     for task in tasks:
-        if task.asked.beyond:
+        if task.asked.unsupported:
             instead = f"--temperature {task.asked.temperature or 0:g}"
             raise UserError(
-                f"task {task.name!r} asks for {in_words(task.asked.beyond)}: no decoder here does that; "
+                f"task {task.name!r} asks for {settings_text(task.asked.unsupported)}: no decoder here does that; "
                 f"give {instead} to decode at that temperature without it, which the run then says"
             )
 
 
-def _common_temperature(tasks: Sequence[AskingTask]) -> float:
+def _common_temperature(tasks: Sequence[DecodingTask]) -> float:
     by_temperature = {float(task.asked.temperature or 0): task.name for task in reversed(tasks)}
     if len(by_temperature) > 1:
         (low, one), *_, (high, other) = sorted(by_temperature.items())
@@ -173,7 +175,7 @@ def _common_temperature(tasks: Sequence[AskingTask]) -> float:
     return next(iter(by_temperature), 0.0)
 
 
-def _refuse_samples(tasks: Sequence[AskingTask], temperature: float, given: int, timed: bool) -> None:
+def _refuse_samples(tasks: Sequence[DecodingTask], temperature: float, given: int, timed: bool) -> None:
     instead = "give --samples 1, or a --temperature above 0"
     if temperature == 0 and given > 1:
         raise UserError(f"{given} samples at temperature 0 are {given} times the same: {instead}")
@@ -185,9 +187,9 @@ def _refuse_samples(tasks: Sequence[AskingTask], temperature: float, given: int,
             raise UserError(f"{asks}, which greedy decoding makes {task.samples} times the same: {instead}")
 
 
-def _overrides(task: AskingTask, temperature: float, samples: int | None) -> Iterator[Override]:
+def _overrides(task: DecodingTask, temperature: float, samples: int | None) -> Iterator[Override]:
     asked = task.asked
-    for key, value in asked.beyond:
+    for key, value in asked.unsupported:
         yield Override(task=task.name, setting=key, asked=value, done=None, option="temperature")
     if asked.temperature not in (None, temperature):
         common = {"task": task.name, "setting": "temperature", "option": "temperature"}

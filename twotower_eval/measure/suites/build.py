@@ -16,8 +16,16 @@ from typing import Any
 
 from twotower_eval.errors import UserError
 from twotower_eval.measure.suites import groups, lm_tasks
-from twotower_eval.measure.suites.asked import Asked, merged
-from twotower_eval.measure.suites.documents import BuiltDoc, Wishes, build_docs, check_options, generates, joined, joins
+from twotower_eval.measure.suites.asked import DecodingRequest, merged
+from twotower_eval.measure.suites.documents import (
+    BuildOptions,
+    BuiltDoc,
+    build_docs,
+    check_options,
+    generates,
+    joined,
+    joins,
+)
 from twotower_eval.measure.suites.groups import SuiteTask, load_suite, suite_names
 from twotower_eval.measure.suites.lm_types import Task
 from twotower_eval.measure.suites.parts import task_parts
@@ -45,7 +53,7 @@ class BuiltTask:
     samples: int
     asked_samples: int | None
     pools_samples: bool
-    asked: Asked
+    asked: DecodingRequest
     max_new_tokens: int | None
     metric: str
     filter: str
@@ -96,9 +104,11 @@ def resolve_tasks(
     """
     if data_dir is not None and not Path(data_dir).is_dir():
         raise UserError(f"--data-dir {data_dir}: no such folder; `twotower-eval data prepare` makes one")
-    wishes = Wishes(None if data_dir is None else Path(data_dir), limit, seed, samples, max_new_tokens, temperature)
+    build_options = BuildOptions(
+        None if data_dir is None else Path(data_dir), limit, seed, samples, max_new_tokens, temperature
+    )
     with lm_tasks.quiet():
-        built = [task for member in select(names) for task in _build(member, wishes)]
+        built = [task for member in select(names) for task in _build(member, build_options)]
     twice = {task.name for task in built if sum(other.name == task.name for other in built) > 1}
     if twice:
         raise UserError(f"task {min(twice)!r} is named twice, alone and as a part of another")
@@ -183,21 +193,21 @@ class _Loaded:
     source: Task
 
 
-def _build(member: SuiteTask, wishes: Wishes) -> Iterator[BuiltTask]:
+def _build(member: SuiteTask, build_options: BuildOptions) -> Iterator[BuiltTask]:
     """A task for each part; of a group whose members cannot be scored as one, a task for each of these."""
     for label, path in member.parts.items():
         name = f"{member.name}_{label}" if label else member.name
         top = groups.node(path)
-        loaded = [_load(leaf, member, wishes) for leaf in groups.leaves(top)]
+        loaded = [_load(leaf, member, build_options) for leaf in groups.leaves(top)]
         known = [groups.facts(one.node.name, one.source) for one in loaded]
         figure = groups.figure(name, top.rules, known, member.metric, member.filter)
         if figure.together:
             group = member.name if label else None
-            yield _build_part(name, group, top, loaded, figure, member, wishes)
+            yield _build_part(name, group, top, loaded, figure, member, build_options)
         elif label:
             raise UserError(f"task {name!r}: {path!r} is no task and no group whose documents are scored alike")
         else:
-            yield from _members(name, loaded, known, figure, member, wishes)
+            yield from _members(name, loaded, known, figure, member, build_options)
 
 
 def _members(
@@ -206,22 +216,22 @@ def _members(
     known: Sequence[groups.Facts],
     figure: groups.Figure,
     member: SuiteTask,
-    wishes: Wishes,
+    build_options: BuildOptions,
 ) -> Iterator[BuiltTask]:
     """The tasks of a group, those with its metric as parts of its figure; a headline takes all of these or none."""
     has = [fact.has(figure.metric, figure.filter) for fact in known]
     averages = all(_averages(one.source, figure.metric) for one, there in zip(loaded, has, strict=True) if there)
     for one, fact, there in zip(loaded, known, has, strict=True):
         own = figure if there else groups.figure(one.node.name, (), [fact])
-        built = _build_part(one.node.name, name if there else None, one.node, [one], own, member, wishes)
+        built = _build_part(one.node.name, name if there else None, one.node, [one], own, member, build_options)
         headline = built.headline and there and averages
         yield dataclasses.replace(built, by_size=there and figure.by_size, headline=headline)
 
 
-def _load(leaf: groups.Node, member: SuiteTask, wishes: Wishes) -> _Loaded:
+def _load(leaf: groups.Node, member: SuiteTask, build_options: BuildOptions) -> _Loaded:
     shots = {} if member.num_fewshot is None else {"num_fewshot": member.num_fewshot}
     given = {**leaf.settings, **shots}
-    return _Loaded(node=leaf, given=given, source=lm_tasks.load_task(leaf.name, given, wishes.data_dir))
+    return _Loaded(node=leaf, given=given, source=lm_tasks.load_task(leaf.name, given, build_options.data_dir))
 
 
 def _build_part(
@@ -231,18 +241,18 @@ def _build_part(
     loaded: Sequence[_Loaded],
     figure: groups.Figure,
     member: SuiteTask,
-    wishes: Wishes,
+    build_options: BuildOptions,
 ) -> BuiltTask:
     kept: list[BuiltDoc] = []
     every: list[BuiltDoc] = []
     repeats: set[int] = set()
     for one in loaded:
         repeats.add(one.source.config.repeats)
-        docs = build_docs(name, one.node.name, one.source, len(every), member, wishes)
+        docs = build_docs(name, one.node.name, one.source, len(every), member, build_options)
         every += docs
-        kept += docs[: wishes.limit]
+        kept += docs[: build_options.limit]
     check_options(kept)
-    sampled = _samples(name, repeats, kept[0], member, wishes)
+    sampled = _samples(name, repeats, kept[0], member, build_options)
     sources = [one.source for one in loaded]
     for source in sources:
         _check_samples(name, source, sampled["samples"])
@@ -280,9 +290,11 @@ def _averages(source: Task, metric: str) -> bool:
     return more_is_better and lm_tasks.aggregation_name(source, metric) == MEAN
 
 
-def _samples(name: str, repeats: set[int], doc: BuiltDoc, member: SuiteTask, wishes: Wishes) -> dict[str, Any]:
+def _samples(
+    name: str, repeats: set[int], doc: BuiltDoc, member: SuiteTask, build_options: BuildOptions
+) -> dict[str, Any]:
     """The fields of a BuiltTask about samples: what is wished, else what the suite says, else lm-eval's ``repeats``."""
-    given = wishes.samples or member.samples
+    given = build_options.samples or member.samples
     if len(repeats) > 1 and not given:
         raise UserError(f"task {name!r}: its parts ask for unlike numbers of samples {sorted(repeats)}: give --samples")
     asked = member.samples or max(repeats)
@@ -292,9 +304,9 @@ def _samples(name: str, repeats: set[int], doc: BuiltDoc, member: SuiteTask, wis
     return {"samples": samples, "asked_samples": asked_samples, "pools_samples": samples > 1 and not given}
 
 
-def _asked(name: str, docs: Sequence[BuiltDoc]) -> Asked:
+def _asked(name: str, docs: Sequence[BuiltDoc]) -> DecodingRequest:
     try:
-        return merged(frozenset[Asked]().union(*(doc.asked for doc in docs)))
+        return merged(frozenset[DecodingRequest]().union(*(doc.asked for doc in docs)))
     except UserError as error:
         raise UserError(f"task {name!r}: {error}") from error
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from twotower_eval.errors import UserError
 from twotower_eval.measure.suites import lm_tasks
-from twotower_eval.measure.suites.asked import Asked, decoding_asked
+from twotower_eval.measure.suites.asked import DecodingRequest, read_decoding_request
 from twotower_eval.measure.suites.groups import SuiteTask, cluster_id
 from twotower_eval.measure.suites.lm_types import Doc, Instance, Task
 from twotower_eval.records import MEAN, SUMMED_AGGREGATIONS, canonical_json, sha256_text
@@ -195,8 +195,8 @@ def _shingles(text: str) -> Shingles:
     words = ["0" if word.isdigit() else word for word in WORD.findall(text.lower())]
     # Half of a surrogate pair, as web text may hold, is no UTF-8.
     rows = (words[i : i + NUM_WORDS] for i in range(len(words) - NUM_WORDS + 1))
-    told = (" ".join(row).encode("utf-8", "surrogatepass") for row in rows if row != ["0"] * NUM_WORDS)
-    return np.unique(np.fromiter((zlib.crc32(row) for row in told), dtype=np.uint64))
+    encoded = (" ".join(row).encode("utf-8", "surrogatepass") for row in rows if row != ["0"] * NUM_WORDS)
+    return np.unique(np.fromiter((zlib.crc32(row) for row in encoded), dtype=np.uint64))
 
 
 def _without_form(shingles: Sequence[Shingles]) -> list[Shingles]:
@@ -241,7 +241,7 @@ class BuiltDoc:
     doc_sha256: str
     prompt_sha256: str
     target_sha256: str
-    asked: frozenset[Asked]  # how its texts are to be made
+    asked: frozenset[DecodingRequest]  # how its texts are to be made
 
     @cached_property
     def chance(self) -> Mapping[str, float]:
@@ -250,7 +250,7 @@ class BuiltDoc:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class BuildOptions:
     """What the caller of :func:`resolve_tasks` asks for beside the names."""
 
     data_dir: Path | None
@@ -261,10 +261,12 @@ class Wishes:
     temperature: float | None
 
 
-def build_docs(name: str, leaf: str, source: Task, first_id: int, member: SuiteTask, wishes: Wishes) -> list[BuiltDoc]:
+def build_docs(
+    name: str, leaf: str, source: Task, first_id: int, member: SuiteTask, build_options: BuildOptions
+) -> list[BuiltDoc]:
     """All documents of the lm-eval task ``leaf``, numbered from ``first_id`` on as documents of ``name``."""
     by_doc = defaultdict(list)
-    for instance in lm_tasks.build_instances(leaf, source, FEWSHOT_SEED + wishes.seed):
+    for instance in lm_tasks.build_instances(leaf, source, FEWSHOT_SEED + build_options.seed):
         by_doc[instance.doc_id].append(instance)
     docs = []
     for index in sorted(by_doc):
@@ -275,8 +277,8 @@ def build_docs(name: str, leaf: str, source: Task, first_id: int, member: SuiteT
             instance.task_name, instance.doc_id, instance.repeats = instance.metadata
             if generates(instance):
                 try:
-                    asked.add(decoding_asked(instance.args[1]))
-                    settings = _generation_settings(instance.args[1], member, wishes)
+                    asked.add(read_decoding_request(instance.args[1]))
+                    settings = _generation_settings(instance.args[1], member, build_options)
                 except UserError as error:
                     raise UserError(f"task {name!r}: {error}") from error
                 instance.arguments = (instance.args[0], settings)
@@ -305,7 +307,7 @@ def _check_scoring(name: str, source: Task, doc: BuiltDoc) -> None:
 
 
 def _doc(
-    name: str, leaf: str, source: Task, index: int, instances: Sequence[Instance], asked: frozenset[Asked]
+    name: str, leaf: str, source: Task, index: int, instances: Sequence[Instance], asked: frozenset[DecodingRequest]
 ) -> BuiltDoc:
     # doc and target hashes are lm-eval's own, so that they can be compared with its sample logs.
     from lm_eval.utils import handle_non_serializable
@@ -412,10 +414,12 @@ def _num_tokens(name: str, value: object) -> int:
     return int(number)
 
 
-def _generation_settings(own: JsonObject, member: SuiteTask, wishes: Wishes) -> dict[str, object]:
+def _generation_settings(own: JsonObject, member: SuiteTask, build_options: BuildOptions) -> dict[str, object]:
     """The stops, the budget and the temperature that hold here; what else a task asks is in ``BuiltTask.asked``."""
     stops, own_budget = stops_and_budget(own, DEFAULT_MAX_NEW_TOKENS)
-    budget = wishes.max_new_tokens or member.max_new_tokens or own_budget
-    temperature = decoding_asked(own).temperature if wishes.temperature is None else wishes.temperature
+    budget = build_options.max_new_tokens or member.max_new_tokens or own_budget
+    temperature = (
+        read_decoding_request(own).temperature if build_options.temperature is None else build_options.temperature
+    )
     sampling = {} if temperature is None else {"do_sample": temperature > 0, "temperature": temperature}
     return {"until": list(stops if member.stop is None else member.stop), "max_gen_toks": budget, **sampling}

@@ -24,7 +24,7 @@ from twotower_eval.rules import proof_outcome, ways_text
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class CheckResult:
     """As in :class:`twotower_eval.records.Check`, without the cell."""
 
     name: str
@@ -34,21 +34,23 @@ class Finding:
     limit: float | None = None
 
 
-def judged(name: str, ok: bool, detail: str, *, value: float | None = None, limit: float | None = None) -> Finding:
+def pass_or_fail(
+    name: str, ok: bool, detail: str, *, value: float | None = None, limit: float | None = None
+) -> CheckResult:
     """A check that can fail. A value that is not finite has failed, and is said in words: no journal can hold it."""
     if value is not None and not isfinite(value):
         ok, value, detail = False, None, f"{detail}; the value is not finite"
-    return Finding(name=name, outcome="passed" if ok else "failed", detail=detail, value=value, limit=limit)
+    return CheckResult(name=name, outcome="passed" if ok else "failed", detail=detail, value=value, limit=limit)
 
 
-def told(name: str, detail: str, *, value: float | None = None) -> Finding:
+def informative(name: str, detail: str, *, value: float | None = None) -> CheckResult:
     """A figure to be read beside the others; there is no limit that it could miss."""
-    return Finding(name=name, outcome="passed", detail=detail, value=value)
+    return CheckResult(name=name, outcome="passed", detail=detail, value=value)
 
 
-def not_checked(name: str, reason: str) -> Finding:
+def not_checked(name: str, reason: str) -> CheckResult:
     """A check that does not apply, or cannot be made here."""
-    return Finding(name=name, outcome="not_checked", detail=reason)
+    return CheckResult(name=name, outcome="not_checked", detail=reason)
 
 
 BLOCK_SIZE = 16
@@ -58,14 +60,14 @@ SCAN_POSITIONS = 70  # more than two chunks of the fast path, and no multiple of
 SCAN_LIMIT = 1e-5  # relative: float32 sums in another order give 1e-6, a lost state gives 1
 
 
-def finite_logits(model: Model, prompts: Sequence[Prompt]) -> Finding:
+def finite_logits(model: Model, prompts: Sequence[Prompt]) -> CheckResult:
     """Context logits at every position of every prompt; denoiser logits of masked blocks at several t and without."""
     counted = [torch.isfinite(logits) for logits in _all_logits(model, prompts)]
     num_bad = sum(int((~finite).sum()) for finite in counted)
     total = sum(finite.numel() for finite in counted)
     who = "both towers" if model.has_denoiser else "the model"
     detail = f"{num_bad} of {total:,} logits of {who} are not finite, on {len(prompts)} prompts"
-    return judged("finite_logits", num_bad == 0, detail, value=num_bad, limit=0)
+    return pass_or_fail("finite_logits", num_bad == 0, detail, value=num_bad, limit=0)
 
 
 def _all_logits(model: Model, prompts: Sequence[Prompt]) -> Iterator[Tensor]:
@@ -79,13 +81,13 @@ def _all_logits(model: Model, prompts: Sequence[Prompt]) -> Iterator[Tensor]:
                 yield model.denoise(block_1K, context, t)
 
 
-def proved(ways: Ways) -> Finding:
+def proved(ways: Ways) -> CheckResult:
     """How a Hugging Face model has to be run; one that is right in no way is refused before."""
-    found = told if proof_outcome(ways) != "not checked" else not_checked
+    found = informative if proof_outcome(ways) != "not checked" else not_checked
     return found("proved_against_whole_rows", ways_text(ways))
 
 
-def seeded_scan(model: Model, seed: int) -> Finding:
+def seeded_scan(model: Model, seed: int) -> CheckResult:
     """The scan from a carried state, however cut, against the plain recurrence over the whole, in float32.
 
     Sizes and decay rates are those of the model's first and last Mamba layers; inputs are drawn.
@@ -97,7 +99,7 @@ def seeded_scan(model: Model, seed: int) -> Finding:
     worst = max(_worst_scan(layer, seed + number) for number, layer in enumerate({*layers[:1], *layers[-1:]}))
     ways = f"chunks of {', '.join(map(str, CHUNKS))} and cuts after {', '.join(map(str, SPLITS))}"
     detail = f"{SCAN_POSITIONS} positions from a carried state by {ways}, against the recurrence"
-    return judged("seeded_scan", worst <= SCAN_LIMIT, detail, value=worst, limit=SCAN_LIMIT)
+    return pass_or_fail("seeded_scan", worst <= SCAN_LIMIT, detail, value=worst, limit=SCAN_LIMIT)
 
 
 def _worst_scan(layer: Mamba, seed: int) -> float:
@@ -124,7 +126,7 @@ def _worst_scan(layer: Mamba, seed: int) -> float:
     return max(relative(ours, theirs) for ours, theirs in found)
 
 
-def blockwise_context(model: Model, prompts: Sequence[Prompt], dtype: str) -> Finding:
+def blockwise_context(model: Model, prompts: Sequence[Prompt], dtype: str) -> CheckResult:
     """A context extended block by block and one prefill of the same tokens give the same next-token logits."""
     worst = 0.0
     for prompt in prompts:
@@ -137,7 +139,7 @@ def blockwise_context(model: Model, prompts: Sequence[Prompt], dtype: str) -> Fi
         worst = max(worst, difference(model.next_logits(context), model.next_logits(whole), dtype))
     limit = LIMITS[dtype]
     detail = f"next-token logits after blocks of {BLOCK_SIZE} against one prefill, relative to their spread"
-    return judged("blockwise_context", worst <= limit, detail, value=worst, limit=limit)
+    return pass_or_fail("blockwise_context", worst <= limit, detail, value=worst, limit=limit)
 
 
 def _at_least(token_ids: Sequence[int], num: int) -> list[int]:
@@ -157,7 +159,7 @@ NUM_TOKENS = 40  # two and a half blocks
 PARAMS: dict[str, dict[str, Any]] = {"autoregressive": {}, "block_diffusion": {"trace": True}}
 
 
-def batch_logic(model: Model, prompts: Sequence[Prompt]) -> Finding:
+def batch_logic(model: Model, prompts: Sequence[Prompt]) -> CheckResult:
     """PROTOCOL's gate, on a float32 model: every difference must come from a margin of at most 1e-4."""
     margins = [
         _margin(model, kind, prompt, batched, alone)
@@ -170,10 +172,10 @@ def batch_logic(model: Model, prompts: Sequence[Prompt]) -> Finding:
     compared = f"{len(prompts)} prompts, {' and '.join(_kinds(model))}"
     close = f"{len(margins) - num_bad} of {len(margins)} differences lie within a margin of {MARGIN:g}"
     detail = f"{compared}: {close}" if margins else f"{compared}: all tokens equal"
-    return judged("batch_equals_single", num_bad == 0, detail, value=max(margins, default=0.0), limit=MARGIN)
+    return pass_or_fail("batch_equals_single", num_bad == 0, detail, value=max(margins, default=0.0), limit=MARGIN)
 
 
-def batch_numerics(model: Model, prompts: Sequence[Prompt], dtype: str) -> Finding:
+def batch_numerics(model: Model, prompts: Sequence[Prompt], dtype: str) -> CheckResult:
     """Share of prompts whose outputs are identical in a batch and alone, in the measured dtype: to be read."""
     same = [
         batched.token_ids == alone.token_ids
@@ -181,7 +183,7 @@ def batch_numerics(model: Model, prompts: Sequence[Prompt], dtype: str) -> Findi
         for _, batched, alone in _both(model, kind, prompts)
     ]
     detail = f"{sum(same)} of {len(same)} outputs in {dtype} are the same in a batch of {len(prompts)} and alone"
-    return told("batch_numerics", detail, value=sum(same) / len(same))
+    return informative("batch_numerics", detail, value=sum(same) / len(same))
 
 
 def _kinds(model: Model) -> list[str]:
@@ -272,7 +274,7 @@ AGREEMENT_TOKENS = 24
 SAMPLE_TOKENS = 48
 
 
-def mock_ar_agreement(model: Model, prompts: Sequence[Prompt]) -> Finding:
+def mock_ar_agreement(model: Model, prompts: Sequence[Prompt]) -> CheckResult:
     """How often the denoiser, fed the last token without time, chooses the context tower's own next token.
 
     On the context tower's tokens, so that one difference does not cause the next. A denoiser trained away from its
@@ -297,8 +299,8 @@ def mock_ar_agreement(model: Model, prompts: Sequence[Prompt]) -> Finding:
     apart = f"; first divergences at margins of {min(margins):.3g} to {max(margins):.3g} nats" if margins else ""
     detail = f"{sum(same)} of {len(same)} tokens are the context tower's{apart}"
     if not finite:
-        return judged("mock_ar_agreement", False, f"logits are not finite; {detail}", value=share)
-    return told("mock_ar_agreement", detail, value=share)
+        return pass_or_fail("mock_ar_agreement", False, f"logits are not finite; {detail}", value=share)
+    return informative("mock_ar_agreement", detail, value=share)
 
 
 def _mock_logits(model: Denoising, ids_1S: torch.Tensor, position: int) -> torch.Tensor:
@@ -307,7 +309,7 @@ def _mock_logits(model: Denoising, ids_1S: torch.Tensor, position: int) -> torch
     return logits_1V.to(ids_1S.device)
 
 
-def block_sample(model: Model, prompts: Sequence[Prompt]) -> tuple[Finding, Finding]:
+def block_sample(model: Model, prompts: Sequence[Prompt]) -> tuple[CheckResult, CheckResult]:
     """Tokens per denoiser pass on a short sample, at the default operating point, and the share forced by the floor."""
     names = ("tokens_per_nfe", "forced_share")
     if not has_denoiser(model):
@@ -317,7 +319,7 @@ def block_sample(model: Model, prompts: Sequence[Prompt]) -> tuple[Finding, Find
     num_tokens, num_passes = sum(g.num_tokens for g in found), sum(g.num_denoiser_forwards for g in found)
     num_committed = num_tokens + sum(g.num_discarded_tokens for g in found)
     num_forced = sum(g.num_forced_commits or 0 for g in found)
-    forced = told(
+    forced = informative(
         names[1],
         f"{num_forced} of {num_committed} commits were forced by the step limit, below the threshold",
         value=num_forced / num_committed,
@@ -326,4 +328,4 @@ def block_sample(model: Model, prompts: Sequence[Prompt]) -> tuple[Finding, Find
         return not_checked(names[0], "no tokenizer: on random ids the model knows nothing to be sure of"), forced
     value = num_tokens / num_passes
     detail = f"{num_tokens} useful tokens in {num_passes} denoiser passes; block 16, 16 steps, threshold 0.8"
-    return judged(names[0], value > 1, detail, value=value, limit=1), forced
+    return pass_or_fail(names[0], value > 1, detail, value=value, limit=1), forced

@@ -23,7 +23,7 @@ from twotower_eval.engine.models import load_model
 from twotower_eval.engine.models.context import Context as OwnContext
 from twotower_eval.engine.models.protocol import Context, Model, two_tower
 from twotower_eval.errors import UserError
-from twotower_eval.measure.verify.checks import Finding, judged, not_checked
+from twotower_eval.measure.verify.checks import CheckResult, not_checked, pass_or_fail
 from twotower_eval.records import Prompt
 from twotower_eval.strict import parse_json, read_utf8
 
@@ -69,7 +69,7 @@ def load_golden(folder: Path, model: Model, device: str) -> Golden:
     return Golden(own, tensors, meta)
 
 
-def golden_findings(golden: Golden) -> Iterator[Finding]:
+def golden_results(golden: Golden) -> Iterator[CheckResult]:
     """Context, denoiser, states and tokens, each over everything that the folder holds."""
     differences = {"golden_context": _context, "golden_denoiser": _denoiser, "golden_states": _states}
     for name, compare in differences.items():
@@ -82,7 +82,7 @@ def golden_findings(golden: Golden) -> Iterator[Finding]:
             continue
         worst, where = max(found)
         detail = f"{len(found)} tensors, the worst at {where}"
-        yield judged(name, worst <= LIMITS[name], detail, value=worst, limit=LIMITS[name])
+        yield pass_or_fail(name, worst <= LIMITS[name], detail, value=worst, limit=LIMITS[name])
     yield _tokens(golden)
 
 
@@ -142,7 +142,7 @@ def _state(context: Context, layer: int, what: str) -> Tensor:
     return found[what]
 
 
-def _tokens(golden: Golden) -> Finding:
+def _tokens(golden: Golden) -> CheckResult:
     """Autoregressive, mock-autoregressive and block-diffusion tokens, exactly; a batch by the reference's mean t."""
     wrong, num = [], 0
     for key, kind, params in _token_cases(golden):
@@ -158,7 +158,7 @@ def _tokens(golden: Golden) -> Finding:
     if not num:
         return not_checked("golden_tokens", "the folder holds no tokens that this model could give")
     detail = f"{num - len(wrong)} of {num} token sequences are equal" + (f"; not {wrong[0]}" if wrong else "")
-    return judged("golden_tokens", not wrong, detail, value=len(wrong), limit=0)
+    return pass_or_fail("golden_tokens", not wrong, detail, value=len(wrong), limit=0)
 
 
 def _token_cases(golden: Golden) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -166,14 +166,14 @@ def _token_cases(golden: Golden) -> Iterator[tuple[str, str, dict[str, Any]]]:
         for mode, kind in (("ar", "autoregressive"), ("mock_ar", "mock_ar")):
             if f"{name}.{mode}.tokens" in golden.tensors:
                 yield f"{name}.{mode}.tokens", kind, {}
-        for case, told in golden.meta["prompts"][name].get("diffusion", {}).items():
+        for case, settings in golden.meta["prompts"][name].get("diffusion", {}).items():
             key = f"{name}.diff.{case}.tokens"
             # Cases with an end-of-sequence token keep what we cut; sampled ones hang on the generator's order.
-            if key in golden.tensors and told.get("eos_token_id") is None and not told.get("temperature"):
-                params = {"block_size": told["block_size"], "steps_per_block": told["steps_per_block"]}
+            if key in golden.tensors and settings.get("eos_token_id") is None and not settings.get("temperature"):
+                params = {"block_size": settings["block_size"], "steps_per_block": settings["steps_per_block"]}
                 mean_t = len(golden.tensors[f"{name}.ids"]) > 1
                 yield (
                     key,
                     "block_diffusion",
-                    {**params, "threshold": told["confidence_threshold"], "batch_mean_t": mean_t},
+                    {**params, "threshold": settings["confidence_threshold"], "batch_mean_t": mean_t},
                 )

@@ -15,20 +15,20 @@ from twotower_eval.engine.models.tokenizer import naming, prompt_ids
 from twotower_eval.engine.ops import kernels
 from twotower_eval.measure.verify.checks import (
     NUM_TOKENS,
-    Finding,
+    CheckResult,
     batch_logic,
     batch_numerics,
     block_sample,
     blockwise_context,
     finite_logits,
+    informative,
     mock_ar_agreement,
     not_checked,
     proved,
     seeded_scan,
-    told,
 )
 from twotower_eval.measure.verify.golden import NAMES as GOLDEN_NAMES
-from twotower_eval.measure.verify.golden import Golden, golden_findings, load_golden
+from twotower_eval.measure.verify.golden import Golden, golden_results, load_golden
 from twotower_eval.plan import VerifyPlan, model_folder
 from twotower_eval.records import (
     Cell,
@@ -67,8 +67,8 @@ def verify(plan: VerifyPlan, *, root: Path) -> Path:
         ways = prove_arms((model,), lambda _: longest)
         cell = _cell(plan, model, prompts)
         with store.create(root, _manifest(plan, cell, ways)) as writer:
-            for finding in (*map(proved, ways), *_findings(plan, model, prompts, golden)):
-                writer.append(Check(cell=cell.id, **dataclasses.asdict(finding)))
+            for result in (*map(proved, ways), *_results(plan, model, prompts, golden)):
+                writer.append(Check(cell=cell.id, **dataclasses.asdict(result)))
             writer.finish()
     return writer.path
 
@@ -92,7 +92,7 @@ def make_prompts(model: Model, seed: int) -> list[Prompt]:
     return prompts
 
 
-def _findings(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt], golden: Golden | None) -> Iterator[Finding]:
+def _results(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt], golden: Golden | None) -> Iterator[CheckResult]:
     yield finite_logits(model, prompts)
     yield seeded_scan(model, plan.seed)
     yield blockwise_context(model, prompts, plan.dtype)
@@ -103,11 +103,11 @@ def _findings(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt], golden:
     if golden is None:
         yield from (not_checked(name, "no reference outputs named: --golden DIR") for name in GOLDEN_NAMES)
     else:
-        yield from golden_findings(golden)
+        yield from golden_results(golden)
     yield _kernels(plan)
 
 
-def _batch_gate(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt]) -> Finding:
+def _batch_gate(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt]) -> CheckResult:
     """On the model itself in float32, else on a float32 copy, where there is memory for one."""
     if plan.dtype == "float32":
         return batch_logic(model, prompts)
@@ -120,14 +120,16 @@ def _batch_gate(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt]) -> Fi
         return not_checked("batch_equals_single", "no memory for a float32 copy: verify with --dtype float32 elsewhere")
 
 
-def _kernels(plan: VerifyPlan) -> Finding:
+def _kernels(plan: VerifyPlan) -> CheckResult:
     versions = package_versions()
     absent = [name for name in KERNELS if name not in versions]
     there = [f"{name} {versions[name]}" for name in ("torch", *KERNELS) if name in versions]
     without = f"; not installed: {', '.join(absent)}" if absent else ""
     found = kernels.describe(plan.devices, plan.dtype) or {}
     proofs = "".join(f"; {name} {state}" for name, state in found.items())
-    return told("kernels", f"the project's own operations in {plan.dtype} on {', '.join(there)}{without}{proofs}")
+    return informative(
+        "kernels", f"the project's own operations in {plan.dtype} on {', '.join(there)}{without}{proofs}"
+    )
 
 
 def _cell(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt]) -> Cell:
