@@ -330,7 +330,7 @@ def test_a_real_ctrl_c_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert err == "interrupted before anything was begun\n"
+    assert err == "interrupted before a run was started\n"
 
 
 def test_report_takes_the_newest_run_of_each_verb(

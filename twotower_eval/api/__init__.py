@@ -64,12 +64,12 @@ def evaluate(
     progress: Progress | bool = True,
     **fields: object,
 ) -> Run:
-    """Score candidate and baseline on the same documents, sample by sample.
+    """Score candidate and baseline on the same documents; the run.
 
-    Keywords are the fields of :class:`RunPlan`, over those of ``plan`` (a plan, or the path of a TOML file) if given.
-    ``model="miniature"`` is the shipped pair. Lists, tuples and single values are all taken. The run is made in a
-    folder of its own under ``out``. ``resume`` continues a run that was stopped, with the plan that it has.
-    ``progress=False`` shows nothing. UserError for whatever the caller can mend.
+    Keywords are the fields of :class:`RunPlan`. They override those of ``plan``, which is a plan or the path of a TOML
+    file. ``model="miniature"`` is the shipped pair. Lists, tuples and single values are all accepted. The run gets its
+    own folder under ``out``. ``resume`` continues a stopped run with its own plan. ``progress=False`` shows nothing.
+    UserError for whatever the caller can mend.
 
     >>> import twotower_eval as tt
     >>> tt.evaluate(model="miniature", tasks="miniature", treshold=0.9)
@@ -94,9 +94,9 @@ def time(
     progress: Progress | bool = True,
     **fields: object,
 ) -> Run:
-    """Time candidate and baseline in interleaved rounds, then score the answers that were timed.
+    """Time candidate and baseline in interleaved rounds, then score the timed answers; the run.
 
-    Keywords are the fields of :class:`SpeedPlan`; all else is as in :func:`evaluate`.
+    Keywords are the fields of :class:`SpeedPlan`; everything else is as in :func:`evaluate`.
     """
     refuse_anew()
     root = Path(out)
@@ -117,10 +117,10 @@ def size(
     progress: Progress | bool = True,
     **fields: object,
 ) -> Run:
-    """Measure what a size of model costs, on random weights: no checkpoint is needed.
+    """Measure what a size of model costs on random weights; the run. No checkpoint is needed.
 
-    ``config`` is a ``config.json``, a folder that holds one, or the name of a shipped one; keywords are the fields of
-    :class:`SizingPlan`. A ``profile`` may be a run's id under ``out``. All else is as in :func:`evaluate`.
+    ``config`` is a ``config.json``, a folder with one, or the name of a shipped one; keywords are the fields of
+    :class:`SizingPlan`. ``profile`` may be a run's id under ``out``. Everything else is as in :func:`evaluate`.
     """
     refuse_anew()
     root = Path(out)
@@ -142,9 +142,9 @@ def verify(
     out: PathText = "results",
     **fields: object,
 ) -> Run:
-    """Check a checkpoint, its kernels and its decoding before anything is measured; see the run's ``checks``.
+    """Check a checkpoint, its kernels and its decoding; the results are the run's ``checks``.
 
-    Keywords are the fields of :class:`VerifyPlan`. A failed check is no error here.
+    Keywords are the fields of :class:`VerifyPlan`. A failed check raises no error.
     """
     asked = plan_of(VerifyPlan, plan, None, {**fields, "model": model})
     from twotower_eval.measure import verify as verify_room
@@ -153,21 +153,20 @@ def verify(
 
 
 def load_run(run: GivenRun, *, results: PathText = "results") -> Run:
-    """A run by its folder, or by its id under ``results``. Needs neither torch nor lm-eval.
+    """Open a run by its folder, or by its id under ``results``. Needs neither torch nor lm-eval.
 
-    UserError where there is none, or where one of its files is broken.
+    UserError if there is no such run, or if one of its files is broken.
     """
     path = run_path(run, Path(results))
     found = Run(path)
-    _ = found.record  # what is broken is said now
+    _ = found.record  # raises now if a file is broken
     return found
 
 
 def compare(*runs: Runs, results: PathText = "results") -> Comparison:
-    """Retention and speedup of every operating point in these runs, with intervals: the numbers of a report.
+    """Compare both arms at every operating point of these runs: retention and speedup with intervals, as in a report.
 
-    Runs may be named by their folders or ids, alone or in lists; without any, the newest of each verb in ``results``
-    are compared.
+    Runs are named by folder or id, alone or in lists. Without any, the newest of each verb in ``results`` are compared.
     """
     from twotower_eval.api.comparison import Comparison
 
@@ -180,9 +179,10 @@ def judge(
     names: str | Sequence[str] = (),
     results: PathText = "results",
 ) -> Verdicts:
-    """A verdict for each claim of a file, which may be a shipped one's name, or for those that ``names`` picks.
+    """Judge the claims of a file; a verdict for each.
 
-    Every run of a claim's point is a look, also those that lie beside the given ones in their folder.
+    ``claims`` is a file or the name of a shipped one; ``names`` picks some of its claims. Every run at a claim's
+    operating point is a look, including runs beside the given ones in their folder.
     """
     from twotower_eval.analyse import claims as claims_room
     from twotower_eval.api.shown import Verdicts
@@ -193,7 +193,7 @@ def judge(
 
 
 def claims_of(claims: ClaimFile | Claim | Sequence[Claim] | PathText, names: Sequence[str] = ()) -> tuple[Claim, ...]:
-    """The claims of a file, or those given; UserError where there are none, or none of a name in ``names``."""
+    """The claims of a file, or the given ones. UserError if there are none, or none of a name in ``names``."""
     from twotower_eval.analyse import claims as claims_room
 
     if isinstance(claims, str | os.PathLike):
@@ -208,7 +208,7 @@ def claims_of(claims: ClaimFile | Claim | Sequence[Claim] | PathText, names: Seq
 
 
 def audit(claims: ClaimFile | PathText) -> Audit:
-    """Recompute the published numbers of a claim file from one another. Nothing is measured."""
+    """Recompute the published numbers of a claim file from one another; nothing is measured."""
     from twotower_eval.analyse import claims as claims_room
     from twotower_eval.api.shown import Audit
 
@@ -225,11 +225,11 @@ def report(
     csv: bool = False,
     results: PathText = "results",
 ) -> Page:
-    """Write a report of these runs under ``out``: tables and plots, the verdict first. Needs neither torch nor a GPU.
+    """Write a report of these runs under ``out``: verdicts, tables and plots. Needs neither torch nor a GPU.
 
-    Without runs it is of the newest of each verb in ``results``. ``sections`` names some of its sections, also ones of
-    your own (``package.module:function``). ``claims`` is a claim file or a shipped one's name; by default the shipped
-    one about these models. ``html`` adds one self-contained page, ``csv`` the tables with all their digits.
+    Without runs it covers the newest of each verb in ``results``. ``sections`` names the shipped sections to show, and
+    adds your own (``package.module:function``). ``claims`` is a claim file or the name of a shipped one; by default the
+    shipped one about these models. ``html`` adds one self-contained page, ``csv`` the tables with all their digits.
     """
     from twotower_eval.analyse import report as report_room
     from twotower_eval.api.shown import Page
@@ -250,7 +250,7 @@ def publish(
 ) -> tuple[Path, Path]:
     """Copy runs and their report to ``published/`` in their folders; the two new folders.
 
-    ``say`` is given a line for each thing that the copy says otherwise, such as paths of this machine.
+    ``say`` is called with a line for each thing that the copy leaves out or changes, such as paths of this machine.
     """
     from twotower_eval.analyse import report as report_room
 
@@ -265,7 +265,7 @@ def calibrate(
     seed: int = 0,
     progress: Progress | bool = True,
 ) -> Path:
-    """Simulate worlds with known truth: how often intervals cover it and verdicts are wrong. The report's path."""
+    """Simulate data with known truth: how often intervals cover it and verdicts are wrong; the report's path."""
     from twotower_eval.analyse import calibration
 
     shown = shown_progress(progress)

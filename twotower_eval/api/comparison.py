@@ -1,4 +1,4 @@
-"""What runs say of the candidate against its baseline, point by point: the numbers that a report shows."""
+"""The candidate compared with its baseline, operating point by operating point: the numbers that a report shows."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ QUANTITIES = {  # shown and tabled in this order
 class ComparedPoint:
     """One operating point of the candidate, timed in one way, against the baseline on the same documents.
 
-    ``retention`` is the candidate's mean score over the baseline's, each task weighing the same,
-    ``exercised_retention`` that of the tasks which the decoder answers; ``speedup`` is the baseline's wall-clock time
-    over the candidate's, ``throughput_speedup`` in useful tokens per second. Each is an Estimate with its 95 %
-    interval, or ``None``: then ``reasons`` says why, by its name. ``invalid``: a gate of the timing failed, and the
-    speedup must not be read as one. ``apart`` are the gates that say why quality and speed are not of one thing and
-    must not be quoted together; empty where they may be. ``quality`` and ``speed`` hold all that was computed.
+    ``retention`` is the candidate's mean score over the baseline's, each task weighing the same;
+    ``exercised_retention`` is the same over the decoder-exercised tasks. ``speedup`` is the baseline's wall-clock time
+    over the candidate's, ``throughput_speedup`` the ratio of useful tokens per second. Each is an Estimate with its 95
+    % interval, or ``None`` with a reason in ``reasons``. ``invalid``: a gate of the timing failed, so the speedup must
+    not be quoted. ``apart`` are the gates that forbid quoting quality and speed together; empty if none does.
+    ``quality`` and ``speed`` hold everything that was computed.
     """
 
     name: str
@@ -54,7 +54,7 @@ class ComparedPoint:
 
     @property
     def gates(self) -> tuple[Gate, ...]:
-        """What had to hold before the timing may be read as a speedup."""
+        """The gates of the timing: what must hold before it counts as a speedup."""
         return self.speed.gates if self.speed else ()
 
     @property
@@ -63,22 +63,22 @@ class ComparedPoint:
         return self.speed is not None and self.speed.invalid
 
     def text(self, quantity: str) -> str:
-        """``98.9 % [98.2, 99.6]``, or the reason why there is no such number."""
+        """``98.9 % [98.2, 99.6]``, or the reason why there is no number."""
         estimate: Estimate | None = getattr(self, quantity)
         unit: Unit = QUANTITIES[quantity]
         return self.reasons[quantity] if estimate is None else interval(unit, estimate)
 
 
 class Comparison:
-    """Every operating point of some runs, compared. Nothing is computed before it is asked for."""
+    """All operating points of some runs, compared. Each number is computed when it is first read."""
 
     def __init__(self, runs: Sequence[store.Run]) -> None:
         self.runs = Runs(runs)
 
     @cached_property
     def points(self) -> tuple[ComparedPoint, ...]:
-        """All points in the order of the plan; one that was timed in several ways (batch sizes, workloads) is there
-        once for each."""
+        """All points in the order of the plan; a point timed in several ways (batch sizes, workloads) is there once for
+        each."""
         found = []
         for key in self.runs.points:
             quality = self.runs.quality_at(key)
@@ -88,8 +88,8 @@ class Comparison:
 
     @cached_property
     def first(self) -> ComparedPoint | None:
-        """The first point of the plan with both retention and speedup, else the first: chosen without a look at any
-        result. ``None`` where nothing was measured in both arms."""
+        """The plan's first point with both retention and speedup, else its first point; ``None`` if nothing was
+        measured in both arms. The choice does not depend on any result."""
         first = self.runs.first
         if first.key is None:
             return None
@@ -97,16 +97,16 @@ class Comparison:
 
     @property
     def retention(self) -> Estimate | None:
-        """Of the first point; those of the others are in ``points``."""
+        """The value at the first point; ``points`` has the others."""
         return self.first.retention if self.first else None
 
     @property
     def speedup(self) -> Estimate | None:
-        """Of the first point; those of the others are in ``points``."""
+        """The value at the first point; ``points`` has the others."""
         return self.first.speedup if self.first else None
 
     def to_frame(self) -> pd.DataFrame:
-        """A row for each point: the operating point, each estimate with its ends, and what speaks against it."""
+        """A row for each point: the operating point, each estimate with its ends, and the gates that failed."""
         import pandas as pd
 
         params = dict.fromkeys(name for point in self.points for name in point.candidate.decoder.params)

@@ -1,6 +1,5 @@
-"""Journals as pandas frames with plain columns: a row for a row, with the arm and the operating point beside it;
-prompts and targets where files on this machine know them.
-"""
+"""Journals as pandas frames: one row per journal row, with the arm and the operating point beside it, and prompts and
+targets where files on this machine hold them."""
 
 from __future__ import annotations
 
@@ -34,21 +33,22 @@ from twotower_eval.store.journal import read_objects
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """A text that some hash of a run is of; with ``option`` where the hash is of a context and what may follow it."""
+    """A text whose hash a run recorded; ``option`` is set where the hash covers a context and an option after it."""
 
     text: str
     option: str | None = None
 
 
 def known_texts(run: Run) -> dict[str, Text]:
-    """By sha256 the texts of the run's prompts and targets, those that files here hold.
+    """sha256 -> text, for those prompts and targets of the run that files on this machine hold.
 
-    Prompts with examples before them, and any that lm-eval makes of several fields, are in no file and not found.
+    Prompts with few-shot examples, and prompts that lm-eval builds from several fields, are in no file and are not
+    found.
     """
     wanted = _recorded(run)
     found: dict[str, Text] = {}
     for file in _files(run):
-        with contextlib.suppress(UserError):  # a file that is no JSONL of ours holds nothing that we know
+        with contextlib.suppress(UserError):  # not a JSONL file of ours: no text to find in it
             for _, row in read_objects(file):
                 found |= {digest: text for digest, text in _texts(row) if digest in wanted}
     return found
@@ -62,7 +62,7 @@ def _recorded(run: Run) -> set[str]:
 
 
 def _files(run: Run) -> Iterator[Path]:
-    """Files of the run's tasks: shipped ones, and those that ``data_dir`` has for them."""
+    """The data files of the run's tasks: shipped ones, and those under ``data_dir``."""
     tasks = sorted({row.task for rows in (run.scores, run.generations, run.likelihoods) for row in rows})
     folder = run.manifest.plan.get("data_dir")
     for task in tasks:
@@ -74,7 +74,7 @@ def _files(run: Run) -> Iterator[Path]:
 
 
 def _texts(row: Mapping[str, object]) -> Iterator[tuple[str, Text]]:
-    """Every text of a row by its hash, numbers as lm-eval writes them; and each text with each option behind it."""
+    """Every text of a row by its hash (numbers as lm-eval writes them), and each text followed by each option."""
     plain = [str(value) for value in row.values() if isinstance(value, str | int)]
     yield from ((_sha256(text), Text(text=text)) for text in plain)
     lists = [value for value in row.values() if isinstance(value, list) and all(isinstance(one, str) for one in value)]
@@ -128,7 +128,7 @@ def scores(run: Run, texts: Texts) -> pd.DataFrame:
 
 
 def generations(run: Run, texts: Texts) -> pd.DataFrame:
-    """A row for each answer; in a speed run ``repeat`` is the round that it was timed in."""
+    """A row for each answer; in a speed run ``repeat`` is the round in which it was timed."""
     targets = _targets(run, texts)
     columns: Columns[GenerationRow] = {
         "task": lambda row: row.task,
@@ -146,7 +146,7 @@ def generations(run: Run, texts: Texts) -> pd.DataFrame:
 
 
 def likelihoods(run: Run, texts: Texts) -> pd.DataFrame:
-    """A row for each scored continuation; equal models were asked once, under the first cell that needed it."""
+    """A row for each scored continuation; those of equal models appear once, under the first cell that needed them."""
     targets = _targets(run, texts)
     columns: Columns[LikelihoodRow] = {
         "task": lambda row: row.task,
@@ -168,9 +168,9 @@ def likelihoods(run: Run, texts: Texts) -> pd.DataFrame:
 
 
 def speed(run: Run, texts: Texts) -> pd.DataFrame:
-    """A row for each timed call. Counts are of all its prompts; of a call on one prompt its document is there too.
+    """A row for each timed call. Counts add up all of its prompts; a call on one prompt also has its document.
 
-    Rows of the phase ``measure`` are what speedups rest on; warm-up rounds and probes are no part of one.
+    Speedups use the rows of the phase ``measure`` only; warm-up rounds and probes are left out.
     """
     targets = _targets(run, texts)
     answers = {(row.cell, row.repeat, row.generation.prompt_id): row for row in run.generations}
@@ -206,12 +206,12 @@ def speed(run: Run, texts: Texts) -> pd.DataFrame:
 
 
 def costs(run: Run) -> pd.DataFrame:
-    """A row for each part of decoding that was timed by itself."""
+    """A row for each part of decoding that was timed alone."""
     return _frame(run, run.costs, {name: _field(name) for name in CostSample.__dataclass_fields__ if name != "cell"})
 
 
 def checks(run: Run) -> pd.DataFrame:
-    """A row for each thing that ``verify`` looked at."""
+    """A row for each check of ``verify``."""
     return _frame(run, run.checks, {name: _field(name) for name in Check.__dataclass_fields__ if name != "cell"})
 
 

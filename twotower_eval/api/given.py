@@ -1,4 +1,4 @@
-"""What callers give, as keywords, texts, lists, paths or objects, made into the plans and the runs that they mean."""
+"""Turns what callers pass (keywords, texts, lists, paths, objects) into plans and runs."""
 
 from __future__ import annotations
 
@@ -48,10 +48,11 @@ def takes_fields(cls: type) -> Callable[[F], F]:
 
 
 def plan_of(cls: type[P], plan: P | PathText | None, resumed: Path | None, given: Mapping[str, object]) -> P:
-    """The plan given, or that of a TOML file or of a resumed run, or the defaults; with ``given`` laid over it.
+    """The plan that a call asks for: ``plan``, a TOML file, a resumed run's plan or the defaults, overridden by
+    ``given``.
 
-    A field that is ``None`` in ``given`` is not given. One value stands for a list of one, and lists are taken like
-    tuples. UserError for a field that no such plan has, with the nearest one, and for a value that does not fit.
+    A field that is ``None`` in ``given`` counts as not given. A single value stands for a list of one; lists are taken
+    like tuples. UserError for an unknown field, with the nearest known one, and for a value that does not fit.
     """
     base = _base_of(cls, plan, resumed)
     values = _values(cls, given)
@@ -63,7 +64,7 @@ def plan_of(cls: type[P], plan: P | PathText | None, resumed: Path | None, given
 
 
 def _base_of(cls: type[P], plan: P | PathText | None, resumed: Path | None) -> P | None:
-    """What the keywords are laid over."""
+    """The plan that the keywords override."""
     if isinstance(plan, cls):
         return plan
     if isinstance(plan, str | os.PathLike):
@@ -76,7 +77,7 @@ def _base_of(cls: type[P], plan: P | PathText | None, resumed: Path | None) -> P
 
 
 def _texts(settings: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
-    """Parameters of a decoder that are given as texts, which become what the decoder says that they are."""
+    """Decoder parameters given as texts, converted to the types that the decoder declares."""
     listed = {name: value if isinstance(value, list | tuple) else (value,) for name, value in settings.items()}
     return {
         str(name): tuple(value)
@@ -124,12 +125,12 @@ def run_path(run: GivenRun, root: Path) -> Path:
 
 
 def resumed_path(resume: GivenRun | None, root: Path) -> Path | None:
-    """The folder of the run that is to go on, if any."""
+    """The folder of the run to continue, if any."""
     return None if resume is None else run_path(resume, root)
 
 
 def newest_runs(root: Path) -> list[Path]:
-    """What is read when no run is named: the newest of each verb."""
+    """The runs to read when none is named: the newest of each verb."""
     found = [store.find_runs(root, verb) for verb in typing.get_args(Verb)]
     newest = [paths[0] for paths in found if paths]
     if not newest:
@@ -138,12 +139,12 @@ def newest_runs(root: Path) -> list[Path]:
 
 
 def loaded_runs(runs: Iterable[GivenRun | Iterable[GivenRun]], root: Path) -> list[store.Run]:
-    """The runs given, alone or in lists; the newest of each verb under ``root`` where none is."""
+    """The given runs, alone or in lists; without any, the newest of each verb under ``root``."""
     return [_loaded(one, root) for one in _named(runs) or newest_runs(root)]
 
 
 def run_paths(runs: Iterable[GivenRun | Iterable[GivenRun]], root: Path) -> list[Path]:
-    """Folders of the runs given, alone or in lists; of the newest of each verb under ``root`` where none is."""
+    """Folders of the given runs, alone or in lists; without any, of the newest of each verb under ``root``."""
     return [run_path(one, root) for one in _named(runs)] or newest_runs(root)
 
 
@@ -161,17 +162,17 @@ def _loaded(run: GivenRun, root: Path) -> store.Run:
 
 
 def refuse_anew() -> None:
-    """UserError where a script that measures is being read a second time: a launch is a fresh process, which reads the
-    script that began it, and would do all of it again."""
+    """UserError if a script that measures is being read a second time: a launch is a fresh process that imports the
+    script which started it, and would measure everything again."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise UserError(
-            "a launch reads the script that began it, and would begin everything anew: put what the script does below "
+            "a launch imports the script that started it and would run all of it again: put what the script does below "
             'if __name__ == "__main__":'
         )
 
 
 def shown_progress(progress: Progress | bool) -> Progress:
-    """Bars or lines, as fits where this runs, for ``True``; nothing for ``False``; else the one given."""
+    """A display for ``True`` (bars or lines), ``False`` (none), or the given one."""
     if isinstance(progress, bool):
         return choose_progress() if progress else SilentProgress()
     return progress

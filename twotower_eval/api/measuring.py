@@ -1,4 +1,4 @@
-"""Measuring as the verbs do it: what a plan's documents can show is noted first, and timed answers are scored after."""
+"""Measuring as the verbs do it: the power line comes first, and timed answers are scored afterwards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from twotower_eval.progress import Progress, SilentProgress
 
 
 def evaluated(plan: RunPlan, *, root: Path, resume: Path | None = None, progress: Progress | None = None) -> Path:
-    """Score both arms and return the run's folder; what these documents can show is noted before anything is answered.
+    """Score both arms and return the run's folder; the power line is shown before anything is answered.
 
     See :func:`harness.answer`.
     """
@@ -28,9 +28,9 @@ def evaluated(plan: RunPlan, *, root: Path, resume: Path | None = None, progress
 def timed_and_scored(
     plan: SpeedPlan, *, root: Path, resume: Path | None = None, progress: Progress | None = None
 ) -> Path:
-    """Time both arms, then score the answers that were timed; the run's folder.
+    """Time both arms, then score the timed answers; the run's folder.
 
-    A fixed workload takes nothing of a task but its prompts, and has no answers to score. See :func:`speed.run`.
+    The answers of a fixed workload are not scored: it takes only prompts from the tasks. See :func:`speed.run`.
     """
     tasks = harness.timed_tasks(plan)
     requests = suites.build_requests(tasks)  # the plan's number is chosen from all of them
@@ -50,9 +50,9 @@ def timed_and_scored(
 
 
 def power_line(tasks: Sequence[BuiltTask], scored_once: Collection[str]) -> str | None:
-    """The smallest drop of retention that these documents can show, and what that assumes; nothing without a headline.
+    """The power line: the smallest drop of retention that these documents can show, and what that assumes.
 
-    Members of a multi-language task count once, by the problems that they share.
+    Empty (``None``) without a headline. Members of a multi-language task count once, by the problems that they share.
     """
     clusters: dict[str, set[str]] = {}
     for task in (task for task in tasks if task.headline):

@@ -1,4 +1,4 @@
-"""A run as it is handed to people: where it lies, and its rows as frames."""
+"""A run as Python objects: its folder, its records, and its rows as frames."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ if TYPE_CHECKING:
 
 
 class Run(os.PathLike[str]):
-    """A run folder. Its files are read when something of them is first asked for, and not again.
+    """A run folder. Its files are read once, when something of them is first needed.
 
-    ``record`` holds the journals as records. The frames have a row for each row of a journal, with the run, the arm,
-    the model, its dtype, the decoder and each of its parameters in columns of their own. What does not exist is
-    ``None`` or NaN.
+    ``record`` holds the journals as records. The frames have one row per journal row, with the run, the arm, the model,
+    its dtype, the decoder and each of its parameters as columns. What does not exist is ``None`` or NaN.
 
-    ``prompt`` and ``target`` are there where a file on this machine holds the very text whose hash the run recorded:
-    those of the shipped tasks, and of ``data_dir`` where a prompt or a target is a field as it stands. They are
-    ``None`` for prompts that lm-eval puts together, such as those with examples before them. The target of a multiple
-    choice is its option's number. ``answer`` is the text that was generated, ``None`` where log-likelihoods answered.
+    ``prompt`` and ``target`` are filled in where a file on this machine holds the text whose hash the run recorded: for
+    the shipped tasks, and for ``data_dir`` where a prompt or target is a single field. They are ``None`` for prompts
+    that lm-eval assembles, such as those with few-shot examples. The target of a multiple-choice question is the number
+    of its option. ``answer`` is the generated text, ``None`` where log-likelihoods answered.
 
     >>> import twotower_eval as tt
     >>> run = tt.load_run("results/20261129T195736Z-run-d2db1f")  # doctest: +SKIP
@@ -45,27 +44,27 @@ class Run(os.PathLike[str]):
 
     @cached_property
     def record(self) -> store.Run:
-        """Everything in the folder, as records. UserError where it is no run folder, or where a file is broken."""
+        """Everything in the folder, as records. UserError if it is no run folder or a file is broken."""
         return store.load(self.path)
 
     @cached_property
     def manifest(self) -> RunManifest:
-        """What was to be run, and on what: models, decoders, plan, versions, machine."""
+        """The manifest: models, decoders, plan, versions, machine."""
         return store.read_manifest(self.path)
 
     @property
     def run_id(self) -> str:
-        """The run's id, which is also its folder's name."""
+        """The run's id, which is the name of its folder."""
         return self.manifest.run_id
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is missing; what is missing is made with ``resume=run``."""
+        """Whether the run is complete; ``resume=run`` continues one that is not."""
         return self.record.complete
 
     @cached_property
     def scores(self) -> pd.DataFrame:
-        """A row for each document, metric and filter: ``value``, and what was asked, expected and answered."""
+        """A row for each document, metric and filter: ``value``, prompt, target and answer."""
         from twotower_eval.api import frames
 
         return frames.scores(self.record, self._texts)
@@ -93,21 +92,21 @@ class Run(os.PathLike[str]):
 
     @cached_property
     def costs(self) -> pd.DataFrame:
-        """A row for each part of decoding that was timed by itself."""
+        """A row for each part of decoding that was timed alone."""
         from twotower_eval.api import frames
 
         return frames.costs(self.record)
 
     @cached_property
     def checks(self) -> pd.DataFrame:
-        """A row for each thing that ``verify`` looked at."""
+        """A row for each check of ``verify``."""
         from twotower_eval.api import frames
 
         return frames.checks(self.record)
 
     @property
     def check_lines(self) -> list[str]:
-        """A line for each check of ``verify``, and one on all of them."""
+        """A line for each check of ``verify``, then a summary line."""
         return check_lines(self.record.checks, self.path)
 
     @cached_property
@@ -137,7 +136,7 @@ class Run(os.PathLike[str]):
 
 
 def check_lines(checks: Sequence[Check], path: Path) -> list[str]:
-    """A line for each check: outcome, name, value against its limit, what was looked at. Then one on all of them."""
+    """A line for each check (outcome, name, value and limit, detail), then a summary line."""
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:

@@ -1,4 +1,4 @@
-"""What the reading verbs hand back: verdicts, audits and report pages, which also show themselves in a notebook."""
+"""Results of the reading verbs: verdicts, audits and report pages, which also display themselves in a notebook."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class Shown(Sequence[T], Generic[T]):
 
 
 class Verdicts(Shown[Verdict]):
-    """Verdicts in the order of their claims; one is also found :meth:`of` its claim's name."""
+    """Verdicts in the order of their claims; :meth:`of` finds one by its claim's name."""
 
     def __init__(self, claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> None:
         super().__init__(verdicts)
         self.claims = tuple(claims)
 
     def of(self, claim: str) -> Verdict:
-        """The verdict on a claim; UserError where it was not judged."""
+        """The verdict on a claim; UserError if it was not judged."""
         for verdict in self:
             if verdict.claim == claim:
                 return verdict
@@ -71,11 +71,11 @@ class Verdicts(Shown[Verdict]):
 
     @property
     def strict_line(self) -> str:
-        """What a strict check counts otherwise than it is printed; empty where there is nothing of the kind."""
+        """A line on what ``--strict`` counts differently; empty if nothing."""
         return claims_room.strict_line(self)
 
     def exit_code(self, *, strict: bool = False) -> int:
-        """What ``twotower-eval claims check`` ends with."""
+        """The exit code of ``twotower-eval claims check``."""
         return claims_room.exit_code(self, strict=strict)
 
     def to_frame(self) -> pd.DataFrame:
@@ -107,7 +107,7 @@ class Verdicts(Shown[Verdict]):
 
 
 class Audit(Shown[claims_room.AuditLine]):
-    """What published numbers alone give away."""
+    """The audit of published numbers."""
 
     @property
     def lines(self) -> list[str]:
@@ -116,15 +116,15 @@ class Audit(Shown[claims_room.AuditLine]):
 
     @property
     def exit_code(self) -> int:
-        """What ``twotower-eval claims audit`` ends with: 3 where something contradicts."""
+        """The exit code of ``twotower-eval claims audit``: 3 if a published number is contradicted."""
         return claims_room.audit_code(self)
 
 
 @dataclass(frozen=True)
 class Page(os.PathLike[str]):
-    """A report on disk: ``path`` is what to open, ``report.html`` where it was asked for, else ``report.md``.
+    """A report on disk. ``path`` is the file to open: ``report.html`` if it was asked for, else ``report.md``.
 
-    In a notebook it shows itself, pictures and all.
+    In a notebook it displays itself, pictures included.
     """
 
     folder: Path
@@ -150,7 +150,7 @@ class Page(os.PathLike[str]):
 
     @property
     def html(self) -> str:
-        """One self-contained HTML page of it: no script, no request to anywhere, pictures inside."""
+        """The report as one self-contained HTML page: no script, no request to any server, pictures inside."""
         from twotower_eval.analyse.report.page import page
 
         return page(self.markdown, {file.name: file.read_bytes() for file in sorted(self.folder.glob("*.png"))})

@@ -30,7 +30,7 @@ app = typer.Typer(
 )
 app.command(
     cls=listing("model family", "decoder"),
-    help="Score baseline and candidate on the same documents; --resume makes what a stopped run lacks.",
+    help="Score baseline and candidate on the same documents; --resume continues a stopped run.",
 )(measure.run)
 app.command(
     cls=listing("model family", "decoder"),
@@ -46,13 +46,13 @@ app.command(
     cls=listing("report section"),
     help="Write a report with tables and plots from run folders; needs neither torch nor a GPU.",
 )(analyse.report)
-app.command(help="Simulate worlds with known truth: how often intervals cover it and verdicts are wrong.")(
+app.command(help="Check the statistics on simulated data with known truth: interval coverage and wrong verdicts.")(
     analyse.calibrate
 )
 
 claims_app = typer.Typer(help="Judge claims that were written before measuring.", rich_markup_mode=None)
 claims_app.command(
-    help="Verdicts: exit code 0 supported, 3 refuted, 5 invalid, 4 inconclusive, 6 not measured; of several, the "
+    help="Judge claims. Exit code: 0 supported, 3 refuted, 5 invalid, 4 inconclusive, 6 not measured; of several, the "
     "first in the order refuted, invalid, inconclusive, not measured, supported. A speedup of fewer than 5 launches is "
     "supported in these launches (0; with --strict 4). Every run of a claim's point is a look, also those that lie "
     "beside the given ones; looks beyond the declared ones are judged more strictly."
@@ -63,12 +63,12 @@ claims_app.command(help="Recompute published numbers from one another; exit code
 app.add_typer(claims_app, name="claims")
 
 train_app = typer.Typer(help="Train the models that the project ships.", rich_markup_mode=None)
-train_app.command(help="Train the miniature pair from nothing; the same command resumes a training that was stopped.")(
+train_app.command(help="Train the miniature pair from scratch; the same command continues a stopped training.")(
     measure.miniature
 )
 app.add_typer(train_app, name="train")
 
-data_app = typer.Typer(help="Make benchmark files ready for use.", rich_markup_mode=None)
+data_app = typer.Typer(help="Prepare benchmark files.", rich_markup_mode=None)
 data_app.command(help="Make DIR/TASK/SPLIT.jsonl for --data-dir from the files that benchmarks publish.")(
     measure.prepare
 )
@@ -78,7 +78,7 @@ app.add_typer(data_app, name="data")
 @app.command("bench", hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def _bench() -> None:
     """A verb of earlier versions."""
-    raise UserError("the benches are not part of the package any more: run make bench in a checkout of the project")
+    raise UserError("benches are no longer part of the package: run `make bench` in a checkout of the project")
 
 
 @app.callback(invoke_without_command=True)
@@ -89,10 +89,10 @@ def _global(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0; 2: mend the input; 130: Ctrl-C.
+    """Run the command line; its exit code: 0 done, 2 a mistake in the input, 130 Ctrl-C.
 
-    Whatever is neither the user's to mend nor the system's is a bug: it is raised on, for a traceback and exit code 1.
-    ``verify`` ends with 5 where a check failed; ``claims`` with 3 to 6, as its help says.
+    Errors that neither the user nor the system causes are bugs: they are raised, with a traceback and exit code 1.
+    ``verify`` ends with 5 if a check failed, ``claims`` with 3 to 6 as its help says.
     """
     # Spinning OpenMP threads make small models many times slower where cores are shared; read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

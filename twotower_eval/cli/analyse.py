@@ -1,4 +1,4 @@
-"""``twotower-eval report``, ``claims`` and ``calibrate``: verbs that read."""
+"""``twotower-eval report``, ``claims`` and ``calibrate``: the verbs that only read."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def report(
         list[str] | None,
         typer.Argument(help="Run folders or ids [the newest of each verb].", metavar="[RUNS]...", show_default=False),
     ] = None,
-    results: Annotated[Path, option("Folder that run ids are looked up in [results].", metavar="DIR")] = RESULTS,
-    out: Annotated[Path, option("Folder that reports are made in [reports].", metavar="DIR")] = REPORTS,
+    results: Annotated[Path, option("Parent folder of run folders [results].", metavar="DIR")] = RESULTS,
+    out: Annotated[Path, option("Parent folder of reports [reports].", metavar="DIR")] = REPORTS,
     section: Annotated[
         list[str] | None,
         option(
@@ -31,8 +31,8 @@ def report(
         str | None,
         option("Claim file, or the name of a shipped one [a shipped one about this model].", metavar="FILE"),
     ] = None,
-    html: Annotated[bool, typer.Option("--html", help="Also one self-contained HTML file.")] = False,
-    format: Annotated[str | None, option("csv: also the tables, with all their digits.", metavar="csv")] = None,
+    html: Annotated[bool, typer.Option("--html", help="Also write one self-contained HTML file.")] = False,
+    format: Annotated[str | None, option("csv: also write the tables as CSV, with all digits.", metavar="csv")] = None,
     publish: Annotated[
         bool, typer.Option("--publish", help="Copy the runs and the report to published/ in their folders.")
     ] = False,
@@ -64,14 +64,17 @@ def check(
     ] = None,
     strict: Annotated[
         bool,
-        option("Count as inconclusive what fewer than 5 launches support, or not all runs that lie there.", "--strict"),
+        option(
+            "Count as inconclusive what fewer than 5 launches support, or only some of the runs in the folder.",
+            "--strict",
+        ),
     ] = False,
-    results: Annotated[Path, option("Folder that run ids are looked up in [results].", metavar="DIR")] = RESULTS,
+    results: Annotated[Path, option("Parent folder of run folders [results].", metavar="DIR")] = RESULTS,
 ) -> None:
     """Verb ``claims check``."""
     from twotower_eval import api
 
-    selected = api.claims_of(file, claim or ())  # a slip in them is said before any run is looked for
+    selected = api.claims_of(file, claim or ())  # a mistake in them is an error before any run is looked for
     verdicts = api.judge(selected, *chosen(runs, results), names=claim or (), results=results)
     for line in verdicts.lines:
         typer.echo(line)
@@ -103,6 +106,6 @@ def calibrate(
     try:
         path = api.calibrate(out, repetitions=repetitions, seed=seed)
     except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was written. The same command starts over", err=True)
+        typer.echo("interrupted; nothing was written. The same command starts again", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     typer.echo(path)

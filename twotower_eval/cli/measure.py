@@ -36,15 +36,14 @@ def measure(given: Given, plan: Path | None, out: Path, resume: str | None) -> N
 
 
 def of_plan(cls: type, given: Given) -> Given:
-    """Those options that a plan has fields for: ``speed`` has those of ``size`` as well, none of which is given."""
+    """The options that ``cls`` has fields for: ``speed`` also has those of ``size``, unset."""
     return {field.name: given[field.name] for field in dataclasses.fields(cls) if field.name in given}
 
 
 def is_meant(given: Given, plan_file: Path | None, out: Path, resume: str | None) -> bool:
-    """Whether ``speed`` is to do what ``size`` does, as its options, its plan or the resumed run say.
+    """Whether ``speed`` has to do what ``size`` does, by its options, its plan or the resumed run.
 
-    ``given`` has ``config`` where ``--random-weights`` was given. UserError for an option that the one or the other
-    would ignore.
+    ``given`` has ``config`` if ``--random-weights`` was given. UserError for an option that would be ignored.
     """
     from twotower_eval import api
 
@@ -122,7 +121,7 @@ def verify(given: Given, out: Out = RESULTS) -> None:
 def prepare(
     source: Annotated[Path, typer.Argument(help="Folder with gsm8k/, mgsm/, mmlu/, …", metavar="SOURCE")],
     target: Annotated[Path, typer.Argument(help="Folder to write to.", metavar="TARGET")],
-    only: Annotated[str | None, option("Some of the benchmarks [all that are there].", metavar="A,B")] = None,
+    only: Annotated[str | None, option("Only these benchmarks [all found in SOURCE].", metavar="A,B")] = None,
 ) -> None:
     """Verb ``data prepare``."""
     from twotower_eval.measure.suites import datafiles
@@ -143,6 +142,6 @@ def miniature(
     try:
         pair = train.train_pair(out, recipe_file=recipe, threads=threads, device=device)
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; to go on: twotower-eval train miniature --out {out}", err=True)
+        typer.echo(f"interrupted; to continue: twotower-eval train miniature --out {out}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     typer.echo(pair)

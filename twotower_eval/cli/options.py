@@ -1,4 +1,4 @@
-"""Options of the verbs that take a plan, made from the plan's class: one option a field, in the fields' order."""
+"""The options of verbs that take a plan, generated from its class: one per field, in the fields' order."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ from twotower_eval.errors import UserError
 from twotower_eval.names import registered
 from twotower_eval.plan_fields import option_of
 
-Given = dict[str, object]  # what was given on the command line, by field; None where nothing was
+Given = dict[str, object]  # values from the command line by field; None: not given
 RESULTS, REPORTS, TRAINING = Path("results"), Path("reports"), Path("training/miniature")
 
 
 def option(text: str, *names: str, metavar: str | None = None, hidden: bool = False) -> OptionInfo:
-    """One option with its help; ``[…]`` in it says the default."""
+    """One option with its help text; the text in ``[…]`` states the default."""
     made: OptionInfo = typer.Option(*names, help=text, metavar=metavar, show_default=False, hidden=hidden)
     return made
 
 
 PlanFile = Annotated[Path | None, option("TOML plan; options given here override it.", "--plan", metavar="FILE")]
-Out = Annotated[Path, option("Folder that run folders are made in [results].", "--out", metavar="DIR")]
+Out = Annotated[Path, option("Parent folder of run folders [results].", "--out", metavar="DIR")]
 Resume = Annotated[
-    str | None, option("Go on with this run: its folder, or its id under --out.", "--resume", metavar="RUN")
+    str | None, option("Continue this run: its folder, or its id under --out.", "--resume", metavar="RUN")
 ]
 
 
 def listing(*kinds: str) -> type[TyperCommand]:
-    """A command whose help ends with the names that installed packages register as ``kinds`` (keys of names.GROUPS),
-    where there are any. Packages are looked at for nothing but that help."""
+    """A command class whose help ends with the names that installed packages register.
+
+    ``kinds`` are keys of names.GROUPS. Packages are searched only when that help is shown.
+    """
 
     class Listing(TyperCommand):
         def format_epilog(self, ctx: Any, formatter: Any) -> None:
@@ -57,8 +59,8 @@ def listing(*kinds: str) -> type[TyperCommand]:
 def plan_options(cls: type, *, hidden: type | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a verb one option for each field of a plan's class, before its own parameters.
 
-    The verb gets what was given as its first parameter, by field and as the field holds it; ``None`` is not given.
-    Fields of the class ``hidden`` beyond those of ``cls`` are options, too, that the help does not show.
+    The verb's first parameter is a dictionary of values by field, converted to the fields' types; ``None`` means not
+    given. Fields of ``hidden`` that ``cls`` lacks become options that the help does not list.
     """
     fields = dict.fromkeys((field.name for field in dataclasses.fields(cls)), cls)
     for field in dataclasses.fields(hidden) if hidden else ():
@@ -84,7 +86,7 @@ def plan_options(cls: type, *, hidden: type | None = None) -> Callable[[Callable
 
 
 def _parameter(cls: type, name: str, *, hidden: bool) -> inspect.Parameter:
-    """A field as typer reads a parameter; one that is not given is ``None``, and the plan's default holds."""
+    """A field as a typer parameter; ``None`` if not given, so that the plan's default applies."""
     declared, hint = option_of(cls, name)
     text = help_of(cls, name)
     if declared.argument:
@@ -99,14 +101,15 @@ def _parameter(cls: type, name: str, *, hidden: bool) -> inspect.Parameter:
 
 
 def option_names(cls: type, name: str) -> list[str]:
-    """``--devices`` and what else means the same; of a switch that is on by default also what turns it off."""
+    """The names of a field's option, such as ``--devices`` and ``--device``; a switch that is on by default has
+    ``--no-…`` too."""
     declared = option_of(cls, name)[0]
     names = [f"--{one.replace('_', '-')}" for one in (name, *declared.other_names)]
     return [f"{names[0]}/--no-{names[0][2:]}"] if default_of(cls, name) is True else names
 
 
 def help_of(cls: type, name: str) -> str:
-    """What the help says of a field, its default in brackets behind it."""
+    """The help text of a field, with its default in brackets."""
     declared, hint = option_of(cls, name)
     default = default_of(cls, name)
     shown = declared.unset if default is None else name if default is True else _text(default)
@@ -116,7 +119,7 @@ def help_of(cls: type, name: str) -> str:
 
 
 def default_of(cls: type, name: str) -> object:
-    """What a field is where nothing is given."""
+    """The default of a field."""
     return next(field.default for field in dataclasses.fields(cls) if field.name == name)
 
 
@@ -127,7 +130,7 @@ def _text(value: object) -> str:
 
 
 def read(cls: type, name: str, value: object) -> object:
-    """What was given on the command line, as the plan's field holds it; UserError names the option."""
+    """A value from the command line, converted to the field's type; UserError names the option."""
     kind = _inner(option_of(cls, name)[1])
     if _is_table(kind):
         return parse_set(cast(Sequence[str], value)) if value else None
@@ -139,7 +142,7 @@ def read(cls: type, name: str, value: object) -> object:
 
 
 def _is_table(kind: object) -> bool:
-    """Whether a field is one of names with values: its option may be there several times."""
+    """Whether a field is a table: its option may be repeated."""
     return isinstance(origin := typing.get_origin(kind), type) and issubclass(origin, Mapping)
 
 
@@ -157,11 +160,11 @@ def texts(text: str | None) -> tuple[str, ...] | None:
 
 
 def numbers(text: str, kind: object, option: str) -> tuple[str | float, ...]:
-    """Numbers of a kind, or words that stand for one, separated by commas; UserError names the option."""
+    """Numbers of one kind, or words that stand for one, separated by commas; UserError names the option."""
     words = [word for arg in typing.get_args(kind) for word in typing.get_args(arg)]
     number = float if kind is float else int
     try:
         return tuple(part if part in words else number(part) for part in texts(text) or ())
     except ValueError as error:
         wanted = " or ".join(["numbers" if number is float else "whole numbers", *words])
-        raise UserError(f"{option} wants {wanted} separated by commas, not {text!r}") from error
+        raise UserError(f"{option} takes {wanted} separated by commas, not {text!r}") from error

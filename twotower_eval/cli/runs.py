@@ -1,4 +1,4 @@
-"""What the verbs that measure say after Ctrl-C, and what those that read say of the runs that nobody named."""
+"""What measuring verbs print after Ctrl-C, and what reading verbs print when no run was named."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXIT_INTERRUPTED = 130
 
 @contextmanager
 def resumable(verb: str, out: Path, resume: str | None) -> Iterator[None]:
-    """On Ctrl-C say how to go on with the run that was being written, if one was begun."""
+    """On Ctrl-C print how to continue the run that was being written, if one was started."""
     before = _run_folders(out)
     try:
         yield
@@ -25,10 +25,10 @@ def resumable(verb: str, out: Path, resume: str | None) -> Iterator[None]:
         newest = next(iter(sorted(_run_folders(out) - before, reverse=True)), None)
         begun = newest if resume is None else api.run_path(resume, out)
         if begun is None:
-            typer.echo("interrupted before anything was begun", err=True)
+            typer.echo("interrupted before a run was started", err=True)
         else:
             hint = f"twotower-eval {verb} --resume {begun}"
-            typer.echo(f"interrupted; what is finished is kept. To go on: {hint}", err=True)
+            typer.echo(f"interrupted; what is finished is kept. To continue: {hint}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
@@ -37,7 +37,7 @@ def _run_folders(out: Path) -> set[Path]:
 
 
 def chosen(runs: list[str] | None, results: Path, *, count_others: bool = False) -> list[str]:
-    """The runs that were named, else the newest of each verb, which is said."""
+    """The named runs, else the newest of each verb, which are printed."""
     from twotower_eval import api
 
     if runs:

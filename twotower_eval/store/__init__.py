@@ -1,4 +1,4 @@
-"""Run folders: the only place where the two halves of the house meet."""
+"""Run folders: the only place where measuring and analysing meet."""
 
 from twotower_eval.store.journal import MANIFEST, TRAINING_LOG
 from twotower_eval.store.resume import (

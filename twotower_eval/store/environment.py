@@ -1,6 +1,6 @@
-"""What a run was made on: machine, driver, packages, commit. Facts are ``None`` where the system does not tell.
+"""The environment of a run: machine, driver, packages, commit. What the system does not report is ``None``.
 
-Torch is asked only when something else has imported it already, so that the reading arm stays free of it.
+Torch is read only if something else has imported it already, so that the reading arm never imports it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from twotower_eval.records import (
 from twotower_eval.store.journal import now_text
 from twotower_eval.version import __version__
 
-SCORING_PACKAGES = (  # what lm-eval's tasks and metrics import to make scores of answers
+SCORING_PACKAGES = (  # what lm-eval's tasks and metrics import to score answers
     "lm-eval",
     "evaluate",
     "sacrebleu",
@@ -74,7 +74,7 @@ def new_manifest(
     joined: Mapping[str, int] | None = None,
     ways: Sequence[Ways] = (),
 ) -> RunManifest:
-    """The manifest of a run that begins now, here, with this command line. ``plan`` is a record."""
+    """The manifest of a run that starts now, on this machine, with this command line. ``plan`` is a record."""
     commit, dirty = git_state()
     plan_json = to_json(plan)
     dtype = str(plan_json["dtype"]) if plan_json.get("dtype") else None
@@ -114,9 +114,10 @@ def package_versions() -> dict[str, str]:
 
 
 def with_scoring_of_now(recorded: Mapping[str, str]) -> dict[str, str]:
-    """Recorded versions, but of the packages that score those installed here: for scores made later than answers.
+    """Recorded versions, with those of the scoring packages replaced by the installed ones: for scores made after
+    answers.
 
-    Nothing is added to a manifest that records none.
+    A manifest without versions stays without them.
     """
     now = {name: version for name, version in package_versions().items() if name in SCORING_PACKAGES}
     others = {name: version for name, version in recorded.items() if name not in SCORING_PACKAGES}
@@ -124,7 +125,7 @@ def with_scoring_of_now(recorded: Mapping[str, str]) -> dict[str, str]:
 
 
 def describe_machine(devices: Sequence[str] = ("cpu",)) -> dict[str, object]:
-    """The machine as far as it bears on results: no host name, nothing that changes between two calls."""
+    """The machine, as far as it affects results: no host name, nothing that changes between two calls."""
     torch = sys.modules.get("torch")
     return {
         "system": platform.system(),
@@ -141,17 +142,17 @@ def describe_machine(devices: Sequence[str] = ("cpu",)) -> dict[str, object]:
 
 
 def _active_kernels(devices: Sequence[str], dtype: str | None) -> dict[str, str] | None:
-    """Which kernels have proved themselves, asked of the ops where something has loaded them."""
+    """Which kernels are active, if something has loaded the operations."""
     ops = sys.modules.get("twotower_eval.engine.ops.kernels")
     states: dict[str, str] | None = ops.describe(devices, dtype) if ops and dtype else None
     return states
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """Commit of the checkout this package runs from and whether it has changes; ``(None, None)`` in a wheel."""
+    """Commit of the checkout that this package runs from, and whether it has changes; ``(None, None)`` in a wheel."""
     root = Path(__file__).resolve().parents[2]
     top = _git(root, "rev-parse", "--show-toplevel")
-    # An environment inside somebody else's repository must not lend its commit to this package.
+    # A virtual environment inside another repository must not give that repository's commit.
     if top is None or Path(top).resolve() != root:
         return None, None
     commit = _git(root, "rev-parse", "HEAD")

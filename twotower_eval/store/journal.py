@@ -1,6 +1,5 @@
-"""Journals and whole files that survive a kill: append-only JSONL by whole lines, atomic replacement, and the closing
-file that says what every file held.
-"""
+"""Files that survive a kill: append-only JSONL journals, files replaced atomically, and the closing file with the
+digests of all others."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ CHUNK_BYTES = 1 << 20
 
 
 class Journal:
-    """A journal open for appending: whole lines or nothing, fsync at most every ``FSYNC_INTERVAL_S``.
+    """A journal open for appending whole lines, with an fsync at most every ``FSYNC_INTERVAL_S``.
 
     ``path`` must not end in a torn line.
     """
@@ -46,7 +45,7 @@ class Journal:
             fsync_folder(path.parent)
 
     def append(self, value: JsonObject) -> None:
-        """Write one line; NaN and infinity are a ValueError."""
+        """Write one line; a ValueError for NaN and infinity."""
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         line = text.encode("utf-8", "surrogatepass") + b"\n"
         try:
@@ -65,7 +64,7 @@ class Journal:
 
     @property
     def summary(self) -> dict[str, object]:
-        """Number of lines and sha256 so far, as :func:`summary_of` gives them of a file."""
+        """Number of lines and sha256 so far, as :func:`summary_of` gives them for a file."""
         return {"rows": self._num_rows, "sha256": self._sha256.hexdigest()}
 
     def sync(self) -> None:
@@ -93,19 +92,19 @@ def lock_run(path: Path) -> int:
 
 
 def packed(content: bytes) -> bytes:
-    """What a packed file holds; the same content gives the same bytes."""
+    """The packed (xz) form of a content; the same content gives the same bytes."""
     return lzma.compress(content)
 
 
 def packed_path(file: Path) -> Path:
-    """Where a packed copy of a file lies."""
+    """The path of a file's packed copy."""
     return file.with_name(file.name + PACKED)
 
 
 def content_of(file: Path) -> bytes | None:
-    """The bytes of a file, or of its packed copy where only that is there; ``None`` where neither is.
+    """The bytes of a file or of its packed copy; ``None`` if neither exists.
 
-    UserError where the packed copy is broken, or where both are there and might differ.
+    UserError if the packed copy is broken, or if both exist, as they might differ.
     """
     copy = packed_path(file)
     if file.exists():
@@ -121,9 +120,9 @@ def content_of(file: Path) -> bytes | None:
 
 
 def read_lines(file: Path, seen: dict[str, dict[str, object]] | None = None) -> Iterator[tuple[int, bytes]]:
-    """Line numbers from 1 and whole lines of a journal, one after the other; nothing where it does not exist.
+    """Line numbers from 1 and whole lines of a journal; nothing if it does not exist.
 
-    ``seen`` is given the :func:`summary_of` of a packed file by its name, as it has to be unpacked for that.
+    A packed file has to be unpacked anyway: its :func:`summary_of` is stored in ``seen`` under its name.
     """
     with _stream(file) as stream:
         if seen is not None and isinstance(stream, io.BytesIO) and packed_path(file).exists():
@@ -135,14 +134,14 @@ def read_lines(file: Path, seen: dict[str, dict[str, object]] | None = None) -> 
 
 
 def _stream(file: Path) -> IO[bytes]:
-    """A file as it is, so that large ones are never held whole, or what a packed one holds."""
+    """A stream of a file, never held whole, or of its packed copy."""
     if file.exists() and not packed_path(file).exists():
         return open(file, "rb")
     return io.BytesIO(content_of(file) or b"")
 
 
 def read_objects(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    """Line numbers from 1 and JSON objects of a journal; nothing where it does not exist."""
+    """Line numbers from 1 and JSON objects of a journal; nothing if it does not exist."""
     for number, line in read_lines(file):
         yield number, parse_object(line, f"{file}, line {number}")
 
@@ -158,7 +157,7 @@ def truncate_torn_line(file: Path) -> None:
 
 
 def summary_of(file: Path) -> dict[str, object] | None:
-    """Number of lines and sha256 of a file, or of what its packed copy holds; ``None`` where neither is there."""
+    """Number of lines and sha256 of a file or of what its packed copy holds; ``None`` if neither exists."""
     if not file.exists() and not packed_path(file).exists():
         return None
     with _stream(file) as stream:
@@ -174,7 +173,7 @@ def _summary(stream: IO[bytes]) -> dict[str, object]:
 
 
 def prefix_digests(content: bytes, wanted: Collection[int]) -> dict[int, str]:
-    """By number of lines, the sha256 of a journal's first so many; of as many as it has, for those ``wanted``."""
+    """Number of lines -> sha256 of that many first lines of a journal, for each ``wanted`` number that it has."""
     digest, found = hashlib.sha256(), {}
     for number, line in enumerate([b"", *content.split(b"\n")[:-1]]):
         digest.update(line + b"\n" if number else b"")
@@ -184,7 +183,7 @@ def prefix_digests(content: bytes, wanted: Collection[int]) -> dict[int, str]:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write ``text`` and a newline so that readers see the whole file or none, also after a power cut."""
+    """Write ``text`` and a newline so that readers see all of it or nothing, even after a power cut."""
     temporary = file.with_suffix(".tmp")
     with open(temporary, "w", encoding="utf-8") as stream:
         stream.write(text + "\n")
@@ -209,12 +208,12 @@ def now_text() -> str:
 
 
 MANIFEST, DONE = "manifest.json", "done.json"
-TRAINING_LOG = "training_log.jsonl"  # a copy of what lies beside a trained checkpoint; no journal of ours
+TRAINING_LOG = "training_log.jsonl"  # copied from beside a trained checkpoint; not one of our journals
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileSummary:
-    """What a file held: its lines counted, and its digest."""
+    """A file's number of lines and digest when the run was closed."""
 
     rows: Count
     sha256: str
@@ -222,7 +221,7 @@ class FileSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedCounts:
-    """What an event tells of the journals, by name."""
+    """The journals' lines and digests that an event recorded, by name."""
 
     files: Mapping[str, FileSummary]
 
@@ -234,15 +233,14 @@ class Closing:
     schema: int
     finished_at: str
     files: Mapping[str, FileSummary]
-    manifest_sha256: str | None = None  # of older files only
+    manifest_sha256: str | None = None  # in older files only
 
 
 def recorded_digests(events: Sequence[JsonObject], where: str) -> dict[str, dict[int, str]]:
-    """By journal and number of lines, the sha256 that events tell of its first so many. UserError, with the line in
-    ``where``, if one tells none.
+    """Journal -> number of lines -> sha256 of that many first lines, as events recorded them.
 
-    An event that tells of fewer lines than the ones before it came after a loss of lines: what those said of the lost
-    ones holds no longer.
+    UserError, with the line in ``where``, for an event without digests. An event with fewer lines than earlier ones
+    came after lines were lost: what earlier events recorded beyond them is dropped.
     """
     digests: dict[str, dict[int, str]] = defaultdict(dict)
     for number, event in enumerate(events, start=1):
@@ -257,7 +255,7 @@ def recorded_digests(events: Sequence[JsonObject], where: str) -> dict[str, dict
 
 
 def changed_journals(path: Path, events: Sequence[JsonObject], where: str) -> dict[str, int]:
-    """Journals that do not begin with what an event tells of them: name -> how many of the first lines differ.
+    """Journals whose first lines differ from what an event recorded: name -> number of those lines.
 
     ``where`` is the name of the events' own file.
     """
@@ -271,7 +269,7 @@ def changed_journals(path: Path, events: Sequence[JsonObject], where: str) -> di
 
 
 def short_journals(path: Path, events: Sequence[JsonObject], where: str) -> dict[str, tuple[int, int]]:
-    """Journals that have fewer lines than an event tells of: name -> recorded lines, lines there."""
+    """Journals with fewer lines than an event recorded: name -> (recorded lines, present lines)."""
     short = {}
     for name, digests in recorded_digests(events, str(path / where)).items():
         there = (content_of(path / name) or b"").count(b"\n")
@@ -281,14 +279,14 @@ def short_journals(path: Path, events: Sequence[JsonObject], where: str) -> dict
 
 
 def close_run(path: Path, names: Sequence[str], finished_at: str | None = None) -> None:
-    """Write ``done.json`` over those of the named files that are there, packed or not."""
+    """Write ``done.json`` for those of the named files that exist, packed or not."""
     files = {name: summary for name in names if (summary := summary_of(path / name)) is not None}
     done = {"schema": SCHEMA_VERSION, "finished_at": finished_at or now_text(), "files": files}
     write_atomically(path / DONE, json.dumps(done, indent=1))
 
 
 def read_closing(file: Path, names: Sequence[str]) -> Closing:
-    """``done.json``, checked in itself; UserError where it is none, contradicts itself or lists unknown files."""
+    """Read ``done.json``; UserError if it is invalid, contradicts itself or lists unknown files."""
     data = parse_json(read_utf8(file), str(file))
     try:
         closing = from_json(Closing, data)
@@ -311,9 +309,9 @@ def read_closing(file: Path, names: Sequence[str]) -> Closing:
 
 
 def agrees_with_closing(path: Path, names: Sequence[str], seen: Mapping[str, dict[str, object]] | None = None) -> bool:
-    """Whether a run was finished. UserError where one of the named files is not what it was then.
+    """Whether a run is complete. UserError if one of the named files has changed since.
 
-    ``seen`` are summaries of files that were just read, by name.
+    ``seen`` are summaries, by name, of files that were just read.
     """
     if not (path / DONE).exists():
         return False
@@ -323,7 +321,7 @@ def agrees_with_closing(path: Path, names: Sequence[str], seen: Mapping[str, dic
         if found is None and entry is None:
             continue
         if entry is None and name == TRAINING_LOG and closing.manifest_sha256 is not None:
-            continue  # older closing files left it out
+            continue  # older closing files do not list it
         if entry is None and name == MANIFEST and found is not None and found["sha256"] == closing.manifest_sha256:
             continue
         if entry is None or found != {"rows": entry.rows, "sha256": entry.sha256}:

@@ -1,6 +1,4 @@
-"""Writing a run: its folder and manifest, then rows and events until it is finished; and whether rows made now may join
-a run begun before.
-"""
+"""Writing a run: its folder, its manifest, its rows and events; and whether new rows may join an existing run."""
 
 from __future__ import annotations
 
@@ -52,14 +50,14 @@ RECORDED_LATER = tuple(name for name in SCORING_PACKAGES if name not in PACKAGES
 
 
 def what_differs(old: RunManifest, new: RunManifest) -> list[str]:
-    """What forbids adding rows made under ``new`` to a run begun under ``old``, in words."""
+    """Why rows made under ``new`` must not join a run started under ``old``, a line each; empty if they may."""
     pairs: list[tuple[str, Any, Any]] = [
         ("verb", old.verb, new.verb),
         ("twotower-eval", old.project_version, new.project_version),
         *((name, old.packages.get(name), new.packages.get(name)) for name in _packages(old)),
         ("active kernels", old.machine.get("kernels"), new.machine.get("kernels")),
     ]
-    if old.verb == "run":  # what cells do not tell, or not where decoding is greedy
+    if old.verb == "run":  # not part of cells, or not if decoding is greedy
         pairs.append(("seed", old.plan.get("seed"), new.plan.get("seed")))
     if old.verb in ("speed", "size"):
         pairs.append(("how models are run", _flags(old), _flags(new)))
@@ -74,19 +72,19 @@ def what_differs(old: RunManifest, new: RunManifest) -> list[str]:
 
 
 def _packages(old: RunManifest) -> tuple[str, ...]:
-    """Packages whose versions must agree. Manifests of old tell of none that score beside lm-eval: nothing is known
-    of these there, neither that they were installed nor that they were not."""
+    """Packages whose versions must agree. Older manifests do not record the packages that score beside lm-eval, so
+    these are not compared."""
     later = RECORDED_LATER if any(name in old.packages for name in RECORDED_LATER) else ()
     return (*PACKAGES_THAT_MUST_AGREE, *later)
 
 
 def _flags(manifest: RunManifest) -> list[tuple[object, ...]]:
-    """What in the ways of its models changes how fast they are."""
+    """The flags, from how its models are run, that change speed."""
     return [(ways.cached, ways.rows_together, ways.positions_passed, ways.plain_beyond) for ways in manifest.ways]
 
 
 def what_to_note(old: RunManifest, new: RunManifest) -> tuple[str, ...]:
-    """What is worth a note, though it forbids nothing: another commit, an edited checkout."""
+    """Differences worth a note that do not prevent a resume: another commit, an edited checkout."""
     found = []
     if old.commit != new.commit:
         found.append(f"begun at commit {old.commit}, resumed at {new.commit}")
@@ -96,7 +94,7 @@ def what_to_note(old: RunManifest, new: RunManifest) -> tuple[str, ...]:
 
 
 def _file_differences(old: RunManifest, new: RunManifest) -> Iterator[str]:
-    """Files of either arm's checkpoint that hold something else than before."""
+    """Files of either arm's checkpoint whose content has changed."""
     arms: tuple[Arm, ...] = ("baseline", "candidate")
     for arm in arms:
         before, after = (next((c.checkpoint for c in m.cells if c.arm == arm), None) for m in (old, new))
@@ -112,7 +110,7 @@ def _file_differences(old: RunManifest, new: RunManifest) -> Iterator[str]:
 
 
 def _code_differences(old: RunManifest, new: RunManifest) -> Iterator[str]:
-    """Files of a plug-in decoder that hold something else than before."""
+    """Files of a plug-in decoder whose content has changed."""
     then, now = ({cell.decoder.kind: cell.decoder.code for cell in manifest.cells} for manifest in (old, new))
     for kind in sorted(then.keys() & now.keys()):
         files = [{file.name: file.sha256 for file in code or ()} for code in (then[kind], now[kind])]
@@ -121,21 +119,21 @@ def _code_differences(old: RunManifest, new: RunManifest) -> Iterator[str]:
 
 
 def _task_differences(old: RunManifest, new: RunManifest) -> Iterator[str]:
-    """Parts of a task that are not what they were: what it asks, or the code that makes scores of the answers."""
+    """Parts of a task that have changed: what it asks, or the code that scores answers."""
     for task in sorted(old.tasks.keys() & new.tasks.keys()):
         for part, done in _edits(old.tasks[task], new.tasks[task]):
             yield f"{part} of task {task!r} {done}"
 
 
 def _edits(then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Names whose digests are not the same, and what happened to them."""
+    """Names whose digests differ, and what happened to them."""
     for name in sorted(name for name in {*then, *now} if then.get(name) != now.get(name)):
         yield name, "is new" if name not in then else "is gone" if name not in now else "was changed"
 
 
 def _cell_differences(old: RunManifest, new: RunManifest, *, explained: bool) -> list[str]:
-    """Cells that only one of two plans has: the plans' own words where these differ, and an example, unless what made
-    them others is ``explained`` already."""
+    """Cells that only one of two plans has: the plan fields that differ, with an example cell, unless the cause is
+    already ``explained``."""
     old_cells, new_cells = ({cell.id: cell for cell in manifest.cells} for manifest in (old, new))
     gone, added = (
         [have[name] for name in have if name not in lack]
@@ -157,7 +155,7 @@ def _cell_differences(old: RunManifest, new: RunManifest, *, explained: bool) ->
 
 
 def _plain(value: object) -> str:
-    """A plan's value as one gives it."""
+    """A plan's value as a user writes it."""
     if isinstance(value, Mapping):
         return " ".join(f"{name}={_plain(inner)}" for name, inner in value.items())
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
@@ -174,7 +172,7 @@ def new_run_id(verb: str, now: datetime | None = None) -> str:
 
 
 def create(root: Path, manifest: RunManifest) -> RunWriter:
-    """Make the folder ``root/run_id``, its manifest first, and open it for writing."""
+    """Create the folder ``root/run_id``, write its manifest, and open it for writing."""
     text = json.dumps(to_json(manifest), indent=1, ensure_ascii=False, allow_nan=False)
     path = root / manifest.run_id
     try:
@@ -191,11 +189,11 @@ def create(root: Path, manifest: RunManifest) -> RunWriter:
 
 
 def resume(path: Path, manifest: RunManifest, *, event: str = "resumed") -> RunWriter:
-    """Open a run that was begun before, after checking that ``manifest`` would produce the same rows.
+    """Open an existing run, after checking that ``manifest`` would produce the same rows.
 
-    The folder's own manifest stays. Differences that would mix unlike rows are a UserError that names them;
-    another commit or an edited checkout is only noted, in the ``event`` and in ``writer.warnings``. Torn
-    last lines are cut off; ``done.json`` is taken away until the run is finished again.
+    The folder keeps its manifest. Differences that would mix unlike rows are a UserError that names them; another
+    commit or an edited checkout is only noted, in the ``event`` and in ``writer.warnings``. Torn last lines are cut
+    off. ``done.json`` is removed until the run is complete again.
     """
     read_manifest(path)  # before the lock, so that a wrong path leaves no lock file behind
     if sorted(path.glob(f"*{PACKED}")):
@@ -220,7 +218,7 @@ def resume(path: Path, manifest: RunManifest, *, event: str = "resumed") -> RunW
 
 
 def check_comparable(run: Run, manifest: RunManifest) -> None:
-    """UserError that names the differences where ``manifest`` would not produce the same rows as the run's own."""
+    """UserError, naming the differences, if ``manifest`` would not produce the same rows as the run's own."""
     differences = what_differs(run.manifest, manifest)
     if differences:
         listed = "; ".join(differences)
@@ -228,9 +226,9 @@ def check_comparable(run: Run, manifest: RunManifest) -> None:
 
 
 def check_unedited(run: Run) -> None:
-    """UserError where a journal does not hold any more what it held at an event that its lines still reach.
+    """UserError if lines of a journal were changed after an event recorded their digest.
 
-    Lines lost from a file are no edit: what they said is made again.
+    Lines lost at the end of a file are no edit: their rows are made again.
     """
     for name, rows in changed_journals(run.path, run.events, EVENTS).items():
         raise UserError(
@@ -240,10 +238,10 @@ def check_unedited(run: Run) -> None:
 
 
 class RunWriter:
-    """Appends rows and events to one run; holds the run's lock until closed. Use it as a context manager.
+    """Appends rows and events to one run and holds its lock until closed. Use it as a context manager.
 
-    ``run`` is what was there when the run was opened. Rows survive the process being killed as soon as ``append``
-    returns, and a power cut after ``FSYNC_INTERVAL_S`` or the next event.
+    ``run`` is the run's content when it was opened. A row survives a kill of the process as soon as ``append`` returns,
+    and a power cut after ``FSYNC_INTERVAL_S`` or the next event.
     """
 
     def __init__(self, run: Run, lock: int, warnings: tuple[str, ...] = ()) -> None:
@@ -260,16 +258,16 @@ class RunWriter:
         for name in (EVENTS, *(name for name, _ in JOURNALS.values())):
             truncate_torn_line(self.path / name)
             if (self.path / name).exists() or any(name in event.get("files", {}) for event in run.events):
-                self._file(name)  # events tell of it from the first on, also where its lines were lost
+                self._file(name)  # events record it from the first on, even if its lines were lost
 
     def append(self, row: Row) -> None:
-        """Write one row to the journal of its kind; a key that is there already is a UserError."""
+        """Write one row to the journal of its kind; UserError if its key exists already."""
         name, key_of = JOURNALS[type(row)]
         key = (type(row), *key_of(row))
         data = to_json(row)
         try:
-            from_json(type(row), data)  # what could not be read again is not written
-        except UserError as error:  # a task's or a plug-in's words are in it
+            from_json(type(row), data)  # refuse to write what could not be read again
+        except UserError as error:  # it may contain a task's or a plug-in's text
             raise UserError(f"{self.path / name}: {error}") from error
         if key in self._keys:
             raise UserError(f"{self.path / name}: row {key[1:]} is there already")
@@ -279,9 +277,9 @@ class RunWriter:
         self._keys.add(key)
 
     def event(self, kind: str, **detail: object) -> None:
-        """Note that something happened, with the time; rows written before it are on disk when this returns.
+        """Record that something happened, with the time; rows written before it are on disk when this returns.
 
-        Each event says how many rows the journals hold by then, and their sha256: a later edit will be noticed.
+        Each event records how many rows the journals hold by then, and their sha256, so that a later edit is noticed.
         """
         self._sync()
         files = {name: file.summary for name, file in sorted(self._files.items()) if name != EVENTS}
@@ -290,14 +288,14 @@ class RunWriter:
         file.sync()
 
     def finish(self) -> None:
-        """Tell of the journals a last time, close them and write ``done.json``: the run takes nothing more."""
+        """Record the journals a last time, close them and write ``done.json``: the run is complete."""
         self.event("finished")
         self._close_files()
         self._finished = True
         close_run(self.path, FILES)
 
     def close(self) -> None:
-        """Bring everything to disk and let go of the lock; calling it twice is fine."""
+        """Sync everything to disk and release the lock; may be called twice."""
         self._close_files()
         if self._lock >= 0:
             os.close(self._lock)

@@ -1,4 +1,4 @@
-"""A run on disk: a manifest written once, append-only journals, and a closing file that says the run is complete.
+"""A run on disk: a manifest written once, append-only journals, and a closing file that marks the run complete.
 
 A run folder holds ``manifest.json`` (first, atomic, never edited), one JSONL journal per kind of row, ``events.jsonl``
 and, last, ``done.json`` with row counts and sha256 of every file. A line counts once its newline is written: what
@@ -46,7 +46,7 @@ EVENTS = "events.jsonl"
 Row = GenerationRow | LikelihoodRow | Score | Aggregate | SpeedSample | CostSample | Witnessed | Check
 Key = tuple[str | int, ...]
 R = TypeVar("R", bound=Row)
-Placed = tuple[list[int], list[R]]  # where rows lie in their journal, and the rows
+Placed = tuple[list[int], list[R]]  # a journal's position of each row by key, and the rows
 
 
 def _request_key(row: GenerationRow | LikelihoodRow) -> Key:
@@ -82,9 +82,9 @@ FILES = (MANIFEST, EVENTS, *(name for name, _ in JOURNALS.values()), TRAINING_LO
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run folder holds. ``complete`` means ``done.json`` is there and agrees with every journal.
+    """The content of a run folder. ``complete``: ``done.json`` exists and agrees with every journal.
 
-    ``found`` is for those who analyse it: what they computed and will ask for again, by keys of their own.
+    ``found`` caches what analyses compute from the run, by keys of their own.
     """
 
     path: Path
@@ -107,7 +107,7 @@ class Run:
         return {cell.id: cell for cell in self.manifest.cells}
 
     def generations_of(self, cells: Collection[str]) -> list[GenerationRow]:
-        """Generations of these cells, in the journal's order; so that no figure of a cell has to go through all."""
+        """Generations of these cells, in the journal's order, without a pass over all rows."""
         return _merged(self._generations_by_cell, cells)
 
     def scores_of(self, cells: Collection[str]) -> list[Score]:
@@ -149,7 +149,7 @@ def _merged(by_cell: Mapping[str, Placed[R]], cells: Collection[str]) -> list[R]
 
 
 def load(path: Path) -> Run:
-    """Read a run without changing it; a torn last line is dropped, anything else that is wrong is a UserError."""
+    """Read a run without changing it. A torn last line is dropped; anything else that is wrong is a UserError."""
     manifest = read_manifest(path)
     cells = {cell.id for cell in manifest.cells}
     seen: dict[str, dict[str, object]] = {}
@@ -176,7 +176,7 @@ def load(path: Path) -> Run:
 
 
 def find_runs(root: Path, verb: Verb | None = None) -> list[Path]:
-    """Run folders directly under ``root`` that ``verb`` makes, newest first; folders without a manifest are no runs."""
+    """Run folders of ``verb`` directly under ``root``, newest first; a folder without a manifest is no run."""
     if not root.is_dir():
         return []
     manifests = [(read_manifest(path.parent), path.parent) for path in root.glob(f"*/{MANIFEST}")]
@@ -185,7 +185,7 @@ def find_runs(root: Path, verb: Verb | None = None) -> list[Path]:
 
 
 def read_manifest(path: Path) -> RunManifest:
-    """The manifest of a run folder; UserError where there is none or it cannot be read."""
+    """The manifest of a run folder; UserError if there is none or it cannot be read."""
     file = path / MANIFEST
     try:
         content = file.read_bytes()
@@ -202,7 +202,7 @@ def read_manifest(path: Path) -> RunManifest:
 
 
 def _read_events(file: Path) -> list[dict[str, object]]:
-    """Events of any kind, since every version may note new ones; each says when and what."""
+    """Events of any kind, as later versions may add some; each has a time and a kind."""
     events = []
     for number, event in read_objects(file):
         for key in ("at", "kind"):
@@ -214,7 +214,7 @@ def _read_events(file: Path) -> list[dict[str, object]]:
 
 @contextlib.contextmanager
 def paused_garbage_collection() -> Iterator[None]:
-    """No search for circles while rows are made or read: none is part of one, and each search looks at all of them."""
+    """Pause the cycle collector while many rows are made: none is part of a cycle, and each pass scans all."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -231,7 +231,7 @@ def _keyed_rows(
     cells: set[str],
     seen: dict[str, dict[str, object]],
 ) -> list[R]:
-    """The rows of a journal; ``seen`` is told what a packed one held, which takes long to unpack again."""
+    """The rows of a journal by key; the summary of a packed one, which is slow to unpack, is stored in ``seen``."""
     rows: list[R] = []
     lines: dict[Key, int] = {}
     where = str(file)
