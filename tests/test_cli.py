@@ -77,10 +77,10 @@ def test_help_imports_nothing_heavy(verb: list[str], record_property: Any) -> No
     [
         (["rum"], "Did you mean 'run'"),
         (["run", "--block-size", "8"], "--block-sizes"),
-        (["run", "--block-sizes", "eight"], "--block-sizes wants whole numbers separated by commas, not 'eight'"),
+        (["run", "--block-sizes", "eight"], "--block-sizes takes whole numbers separated by commas, not 'eight'"),
         (["run", "--thresholds", "0.9,1.5"], "a threshold is a probability, 1.5 is above 1"),
         (["data", "prepare", "no-such-folder", "there"], "no-such-folder: no such folder"),
-        (["run", "--steps", "auto,all"], "--steps wants whole numbers or auto separated by commas"),
+        (["run", "--steps", "auto,all"], "--steps takes whole numbers or auto separated by commas"),
         (["run", "--thresholds", ","], "thresholds is empty"),
         (["run", "--limit", "0"], "limit must be 1 or more"),
         (["run", "--dtype", "float8"], "dtype must be float32"),

@@ -1,7 +1,7 @@
-"""What tasks ask of decoding beside stops and budget: honoured, overridden in so many words, or refused.
+"""What tasks ask of decoding beside stops and token budget: followed, overridden by an option, or refused.
 
-A task's ``generation_kwargs`` reach lm-eval's models as they are. Decoders here sample at a temperature and nothing
-more, so whatever else would change a text is refused unless an option says what holds instead.
+A task's ``generation_kwargs`` reach lm-eval's models unchanged. Decoders here only sample at a temperature, so any
+other setting that would change a text is refused unless an option overrides it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class DecodingRequest:
 
 
 class DecodingTask(Protocol):
-    """A built task, as far as this matters. ``asked_samples`` is ``None`` where neither task nor suite names any."""
+    """What this module needs of a built task. ``asked_samples`` is ``None`` if neither task nor suite names a
+    number."""
 
     @property
     def name(self) -> str: ...
@@ -82,17 +83,17 @@ class DecodingTask(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """What holds for all tasks of a plan, and what of their wishes does not."""
+    """The decoding settings of all tasks of a plan, and what they override."""
 
     temperature: float
     overrides: tuple[Override, ...]
 
 
 def read_decoding_request(settings: JsonObject) -> DecodingRequest:
-    """What one generation's settings ask for. UserError for values that mean nothing.
+    """Read one request's generation settings. UserError for values without a meaning.
 
-    As in lm-eval: without ``do_sample`` a temperature above 0 asks for sampling, and ``do_sample: false`` is greedy
-    whatever stands beside it.
+    As in lm-eval, a temperature above 0 without ``do_sample`` means sampling, and ``do_sample: false`` means greedy
+    whatever the temperature.
     """
     sample, temperature = _truth(settings.get("do_sample")), _temperature(settings.get("temperature"))
     sampling = (temperature or 0) > 0 if sample is None else sample
@@ -113,7 +114,7 @@ def read_decoding_request(settings: JsonObject) -> DecodingRequest:
 
 
 def merged(found: Iterable[DecodingRequest]) -> DecodingRequest:
-    """What several generations of one task ask for together; UserError for unlike temperatures."""
+    """What several requests of one task ask for together; UserError for different temperatures."""
     several = list(found)
     temperatures = sorted({one.temperature or 0.0 for one in several})
     if len(temperatures) > 1:
@@ -127,11 +128,10 @@ def merged(found: Iterable[DecodingRequest]) -> DecodingRequest:
 def settle(
     tasks: Sequence[DecodingTask], *, temperature: float | None, samples: int | None, timed: bool = False
 ) -> Decoding:
-    """The one temperature at which a plan decodes: its own, else what the tasks ask for, else greedy.
+    """The one temperature of a plan: its own, else the tasks', else greedy; and what that overrides.
 
-    What the plan's ``temperature`` and ``samples`` override is told. UserError, with what to give, where tasks ask
-    for what is not done here, for unlike temperatures, or for several samples where they are all the same or where
-    answers are ``timed``, one a round.
+    UserError, with the option to give, if tasks ask for what no decoder here does, for different temperatures, or for
+    several samples that would all be equal or that ``timed`` answers (one a round) cannot have.
     """
     asking = [task for task in tasks if task.generates]
     if temperature is None:
@@ -143,7 +143,7 @@ def settle(
 
 
 def settings_text(asked: Iterable[tuple[str, Scalar]]) -> str:
-    """Settings as a YAML file has them, with a hint at what an unknown one may have meant."""
+    """Settings as a YAML file writes them, with a hint for an unknown one."""
     return ", ".join(_setting_text(key, value) for key, value in asked)
 
 

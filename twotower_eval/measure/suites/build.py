@@ -1,8 +1,8 @@
-"""From task and suite names to documents and requests, built once for all documents and all models.
+"""From task and suite names to documents and requests, built once for all models.
 
-lm-eval loads the tasks, makes the prompts and later scores the answers; nothing of that is redone here. Few-shot
-prompts of lm-eval's random sampler depend on a document's position in the run, so all documents' requests are built,
-and only then cut to ``limit``: a document has the same prompt whatever the limit.
+lm-eval loads the tasks, makes the prompts and later scores the answers. Few-shot prompts of lm-eval's random sampler
+depend on a document's position, so all requests are built first and then cut to ``limit``: a document has the same
+prompt at any limit.
 """
 
 from __future__ import annotations
@@ -36,13 +36,12 @@ from twotower_eval.strict import JsonObject
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BuiltTask:
-    """One task ready to be given to models: what a cell works on.
+    """One task, ready for models: what a cell works on.
 
-    ``digest`` covers every document and request of the task, whatever the limit, and the code that asks and scores;
-    ``parts`` are what it is made of (see suites.parts). ``asked_samples`` is what the task or the suite names;
-    ``pools_samples``: the task's own filters take all samples of a problem together, as in lm-eval, and its score is no
-    mean over them. ``joins``: clusters that near-duplicates among all its documents make one, which no cluster id
-    of the task's own does.
+    ``digest`` covers every document and request of the task, independent of the limit, and the code that asks and
+    scores; ``parts`` are its components (see suites.parts). ``asked_samples`` is the number that the task or the suite
+    names. ``pools_samples``: the task's filters take all samples of a problem together, as in lm-eval, so its score is
+    no mean over samples. ``joins``: clusters to merge because they hold near-duplicates.
     """
 
     name: str
@@ -61,18 +60,18 @@ class BuiltTask:
     digest: str
     parts: Mapping[str, str]
     spec: SuiteTask
-    by_size: bool = False  # in the mean over its group's members it counts by its documents
+    by_size: bool = False  # the group's mean weighs it by its documents
     joins: tuple[tuple[str, str], ...] = ()
 
     @property
     def generates(self) -> bool:
-        """Whether models answer in text."""
+        """Whether the task is answered by generated text."""
         return self.request == "generate_until"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimedPrompt:
-    """A prompt to be timed by ``speed``, with all that is needed to find its document again for scoring."""
+    """A prompt for ``speed``, with what is needed to find its document again for scoring."""
 
     task: str
     doc_id: int
@@ -96,11 +95,10 @@ def resolve_tasks(
 ) -> list[BuiltTask]:
     """Build the named tasks: suites, members (``SUITE/TASK``), tasks under ``tasks/``, stock lm-eval tasks.
 
-    ``-NAME`` leaves a task out. ``limit`` keeps the first documents of each task (of each subject, where lm-eval's
-    task is a group). ``seed`` moves the few-shot examples of tasks that draw them. ``samples``, ``max_new_tokens`` and
-    ``temperature`` hold instead of what suite and task say; :func:`settle` tells what that overrides and refuses what
-    nothing here does. Raises UserError for unknown names, tasks that execute model output, and data that is missing
-    or does not fit.
+    ``-NAME`` leaves a task out. ``limit`` keeps the first documents of each task (of each subject, if lm-eval's task is
+    a group). ``seed`` changes the few-shot examples of tasks that draw them. ``samples``, ``max_new_tokens`` and
+    ``temperature`` override suite and task; :func:`settle` reports that. UserError for unknown names, tasks that
+    execute model output, settings that no decoder here follows, and data that is missing or does not fit.
     """
     if data_dir is not None and not Path(data_dir).is_dir():
         raise UserError(f"--data-dir {data_dir}: no such folder; `twotower-eval data prepare` makes one")
@@ -117,7 +115,7 @@ def resolve_tasks(
 
 
 def build_requests(tasks: Sequence[BuiltTask], num: int | None = None) -> list[TimedPrompt]:
-    """``num`` prompts (``None``: all) of the generation tasks, one task after the other in turn, documents in order."""
+    """``num`` prompts (``None``: all) of the generation tasks, taking turns between tasks, documents in order."""
     by_task = [[(task, doc) for doc in task.docs] for task in tasks if task.generates]
     if not by_task:
         raise UserError(f"none of the tasks {', '.join(t.name for t in tasks)} generates text: nothing to time")
@@ -143,7 +141,7 @@ def build_requests(tasks: Sequence[BuiltTask], num: int | None = None) -> list[T
 
 
 def select(names: Sequence[str]) -> list[SuiteTask]:
-    """What the names stand for, before any data is read. Tasks that execute model output are refused here."""
+    """The tasks that names stand for, before any data is read; UserError for tasks that execute model output."""
     chosen: dict[str, SuiteTask] = {}
     for name in names:
         if name.startswith("-"):
@@ -186,7 +184,7 @@ def _named(name: str) -> Sequence[SuiteTask]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Loaded:
-    """A single task of lm-eval's with what was laid over it."""
+    """A single lm-eval task with the settings that override its own."""
 
     node: groups.Node
     given: JsonObject
@@ -194,7 +192,7 @@ class _Loaded:
 
 
 def _build(member: SuiteTask, build_options: BuildOptions) -> Iterator[BuiltTask]:
-    """A task for each part; of a group whose members cannot be scored as one, a task for each of these."""
+    """A task for each part. A group whose members cannot be scored as one task gives a task for each member."""
     for label, path in member.parts.items():
         name = f"{member.name}_{label}" if label else member.name
         top = groups.node(path)
@@ -218,7 +216,7 @@ def _members(
     member: SuiteTask,
     build_options: BuildOptions,
 ) -> Iterator[BuiltTask]:
-    """The tasks of a group, those with its metric as parts of its figure; a headline takes all of these or none."""
+    """The tasks of a group. Those with its metric are parts of its figure; a headline takes all of these or none."""
     has = [fact.has(figure.metric, figure.filter) for fact in known]
     averages = all(_averages(one.source, figure.metric) for one, there in zip(loaded, has, strict=True) if there)
     for one, fact, there in zip(loaded, known, has, strict=True):
@@ -283,7 +281,7 @@ def _largest_budget(docs: Sequence[BuiltDoc]) -> int | None:
 
 
 def _averages(source: Task, metric: str) -> bool:
-    """Whether a metric is a mean over documents of which more is better, or is not there."""
+    """Whether a metric is absent, or a mean over documents of which higher is better."""
     if metric not in source.higher_is_better():
         return True
     more_is_better = source.higher_is_better()[metric] is not False
@@ -293,10 +291,10 @@ def _averages(source: Task, metric: str) -> bool:
 def _samples(
     name: str, repeats: set[int], doc: BuiltDoc, member: SuiteTask, build_options: BuildOptions
 ) -> dict[str, Any]:
-    """The fields of a BuiltTask about samples: what is wished, else what the suite says, else lm-eval's ``repeats``."""
+    """The BuiltTask fields about samples: the given number, else the suite's, else lm-eval's ``repeats``."""
     given = build_options.samples or member.samples
     if len(repeats) > 1 and not given:
-        raise UserError(f"task {name!r}: its parts ask for unlike numbers of samples {sorted(repeats)}: give --samples")
+        raise UserError(f"task {name!r}: its parts differ in samples {sorted(repeats)}: give --samples")
     asked = member.samples or max(repeats)
     # Log-likelihoods are the same however often they are asked for.
     samples = given or asked if generates(doc.instances[0]) else 1
@@ -312,7 +310,7 @@ def _asked(name: str, docs: Sequence[BuiltDoc]) -> DecodingRequest:
 
 
 def _check_samples(name: str, source: Task, samples: int) -> None:
-    """A filter that picks k samples of each problem needs them."""
+    """UserError if a filter needs more samples of each problem than there are."""
     steps = [(f["name"], step) for f in source.config.filter_list or [] for step in f["filter"]]
     for filter_name, step in steps:
         if step["function"] == "take_first_k" and step["k"] > samples:

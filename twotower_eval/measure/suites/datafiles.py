@@ -1,8 +1,8 @@
-"""Benchmark files in the columns that lm-eval's stock tasks expect: made from the published files, and read again.
+"""Benchmark files in the columns that lm-eval's stock tasks expect: converted from the published files, and read.
 
 ``prepare`` turns the files as gsm8k, MGSM, MMLU, MATH-500 and HellaSwag publish them into ``DIR/NAME/SPLIT.jsonl``.
-``run --data-dir DIR`` then reads ``DIR/TASK/SPLIT.jsonl``, or the folder of the data set that several stock tasks
-share (:func:`folders`). Standard library only.
+``run --data-dir DIR`` then reads ``DIR/TASK/SPLIT.jsonl``, or the folder of the data set that several stock tasks share
+(:func:`folders`). Standard library only.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class PreparedFile:
 
 
 def folders(task: str, dataset: str | None, configuration: str | None) -> list[str]:
-    """Folder names under a data directory where the data of a stock task may lie, the task's own name first."""
+    """Folders under a data directory that may hold a stock task's data, the task's own name first."""
     shared = SHARED_FOLDERS.get(dataset or "")
     return [task] if shared is None else list(dict.fromkeys([task, shared.format(configuration)]))
 
@@ -57,8 +57,8 @@ def folders(task: str, dataset: str | None, configuration: str | None) -> list[s
 def prepare(source: Path, target: Path, names: Sequence[str] | None = None) -> list[PreparedFile]:
     """Write stock-column files under ``target`` from the published files under ``source``.
 
-    ``names`` are some of gsm8k, mgsm, mmlu, math500, hellaswag; by default whichever has a folder under ``source``.
-    A missing file or an unexpected line is a UserError naming it; files are replaced whole or not at all.
+    ``names`` are some of gsm8k, mgsm, mmlu, math500, hellaswag; by default all that have a folder under ``source``.
+    UserError for a missing file or an unexpected line. Each file is replaced whole or not at all.
     """
     for name in names or ():
         if name not in BENCHMARKS:
@@ -79,15 +79,15 @@ def prepare(source: Path, target: Path, names: Sequence[str] | None = None) -> l
 
 
 def read_jsonl(path: Path) -> list[dict[str, object]]:
-    """All rows of a JSONL file, which must have the same columns throughout; anything else is a UserError."""
+    """All rows of a JSONL file, which must all have the same columns; anything else is a UserError."""
     return [row for _, row in numbered_rows(path)]
 
 
 def numbered_rows(path: Path) -> list[tuple[int, dict[str, object]]]:
-    """The rows of a JSONL file, each with the number of its line.
+    """The rows of a JSONL file with their line numbers.
 
-    All have the same columns, and a column holds one kind of value. UserError with file and line for all else, and
-    for numbers and texts that no table of a data set carries.
+    All must have the same columns, each of one type. UserError, with file and line, for anything else, and for numbers
+    and texts that no table can hold.
     """
     rows: list[tuple[int, dict[str, object]]] = []
     kinds: dict[str, tuple[str, int]] = {}
@@ -167,7 +167,7 @@ def _mmlu(source: Path) -> Iterator[tuple[str, str, Rows]]:
 
 
 def _mmlu_rows(path: Path, subject: str) -> Rows:
-    # Two forms are about: the original without a header and with a letter, and one with a header and an index.
+    # There are two forms: the original without a header and with a letter, and one with a header and an index.
     for number, cells in _csv_records(path):
         if number == 1 and cells[:1] == ["question"] and cells[-1:] == ["answer"]:
             continue
@@ -180,7 +180,7 @@ def _mmlu_rows(path: Path, subject: str) -> Rows:
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Records, each with the number of the line on which it begins; a field in quotes may go on over several."""
+    """CSV records with the line on which each begins; a quoted field may span lines."""
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     try:
         line = 1
@@ -234,20 +234,20 @@ BENCHMARKS: dict[str, Callable[[Path], Iterator[tuple[str, str, Rows]]]] = {
 
 
 def _check_mark(text: object, where: str) -> None:
-    """UserError for a text that begins with a byte order mark: files with one were joined or made into another."""
+    """UserError for a text with a byte order mark: files that had one were joined."""
     if isinstance(text, str) and text.startswith(BOM):
         raise UserError(f"{where}: a text begins with a byte order mark (U+FEFF): take it out")
 
 
 def _text(path: Path) -> str:
-    """The content of a UTF-8 file, bz2 or plain, newlines as they are within records."""
+    """The text of a UTF-8 file, bz2 or plain, with newlines inside records unchanged."""
     try:
         content = path.read_bytes()
         if path.suffix == ".bz2":
             content = bz2.decompress(content)
     except FileNotFoundError as error:
         raise UserError(f"file {path} is missing") from error
-    except (OSError, EOFError, ValueError) as error:  # the latter two for a file that ends too early
+    except (OSError, EOFError, ValueError) as error:  # the last two: a truncated file
         raise UserError(f"cannot read {path}: {error}") from error
     return decode_utf8(content, str(path)).replace("\r\n", "\n")
 

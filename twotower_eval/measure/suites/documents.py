@@ -1,6 +1,5 @@
-"""Documents with their requests: made by lm-eval, numbered, hashed, with stops and budget, what guessing scores on
-them, and those that are nearly the same.
-"""
+"""Documents with their requests: built by lm-eval, numbered and hashed, with stops and budget, their chance scores, and
+near-duplicates."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ from twotower_eval.strict import JsonObject
 T = TypeVar("T")
 FIRST_NATS, FAR_NATS, WITHOUT_CONTEXT_NATS = -1e-6, -1e6, -1.0  # by far, whatever length they are divided by
 COLUMNS = ("choices", "options")
-TEXT_METRICS = ("exact_match", "acc", "accuracy", "em")  # right or wrong; a measure of likeness pays some wrong options
+TEXT_METRICS = ("exact_match", "acc", "accuracy", "em")  # right or wrong; similarity metrics reward some wrong options
 LETTER = re.compile(r"\(?([A-Za-z])[).:]?\.?")
 LISTED = re.compile(r"(?:^|\s)\(?([A-Z])[).:]\s")
 FIRST_LISTED = re.compile(r"(?:^|[?!.:;]\s*|\n\s*)A[).:]\s|\(A[).:]\s")  # not the A of "Plan A: …"
@@ -41,7 +40,7 @@ UNDER_OPTIONS = re.compile(r"(?im)^[^\S\n]*options:[^\S\n]*\n((?:[^\S\n]*[-*\u20
 
 
 def chance_by_metric(source: Task, doc: Doc, instances: Sequence[Instance]) -> dict[str, float]:
-    """Metric -> expected score under uniform guessing; a metric without options, or of likelihoods, is not there.
+    """Metric -> expected score of uniform guessing; only for metrics over options, and not those of likelihoods.
 
     ``source`` is the lm-eval task that scores ``doc`` by the answers to ``instances``.
     """
@@ -50,15 +49,15 @@ def chance_by_metric(source: Task, doc: Doc, instances: Sequence[Instance]) -> d
         with lm_tasks.quiet():
             return _chances(source, doc, instances, better)
     except _UnfitError:
-        return {}  # a scoring of its own kind, which real answers may well suit
+        return {}  # an unusual scoring, which may still suit real answers
 
 
 class _UnfitError(Exception):
-    """The task's own code cannot take what it is given here."""
+    """The task's own code cannot handle this input."""
 
 
 def _of_task(function: Callable[..., T], *given: object) -> T:
-    """What the task's own code, or lm-eval's around it, makes of what it is given."""
+    """The result of the task's own code, or of lm-eval's around it, for this input."""
     unfit: tuple[type[Exception], ...] = (*lm_tasks.misfits(), ArithmeticError, SyntaxError, ValueError)
     try:
         return function(*given)
@@ -80,9 +79,9 @@ def _chances(source: Task, doc: Doc, instances: Sequence[Instance], better: Sequ
 
 
 def _if_first(source: Task, doc: Doc, option: int, num_options: int, num: int) -> dict[str, float]:
-    """The document's scores if one option comes first, by far, and is what greedy decoding gives.
+    """The document's scores if one option is by far the likeliest, and is the greedy one.
 
-    The others follow in their order, round and round: over all options each takes each place once.
+    The others follow in their order, cyclically: over all options each takes each place once.
     """
     places = [(at - option) % num_options for at in range(num_options)]
     asked = [(FIRST_NATS + place * FAR_NATS, place == 0) for place in places]
@@ -92,12 +91,12 @@ def _if_first(source: Task, doc: Doc, option: int, num_options: int, num: int) -
 
 
 def _is_share(metric: str, found: Sequence[Mapping[str, float]]) -> bool:
-    """Whether a metric is a number between 0 and 1 whichever option comes first; log-likelihoods are not."""
+    """Whether a metric lies between 0 and 1 whichever option comes first; log-likelihoods do not."""
     return all(0 <= one.get(metric, -1) <= 1 for one in found)
 
 
 def _share_listed(source: Task, doc: Doc) -> float | None:
-    """Share of right ones among the options that a document lists; ``None`` where a right answer is none of them."""
+    """Share of right options among those that a document lists; ``None`` if a right answer is not among them."""
     target = _of_task(source.doc_to_target, doc)
     right = target if isinstance(target, list) else [target]
     asked = str(_of_task(source.doc_to_text, doc))
@@ -123,14 +122,14 @@ def _columns(source: Task, doc: Doc) -> Iterator[Sequence[object]]:
 
 
 def _place_among(texts: Sequence[str], target: object) -> int | None:
-    """Where a right answer stands among options: by its number, its words or its letter."""
+    """Position of a right answer among options, by its number, its words or its letter."""
     text = str(target).strip()
     place = target if isinstance(target, int) else texts.index(text) if text in texts else _place_of_letter(target)
     return place if place in range(len(texts)) else None
 
 
 def _place_of_letter(target: object) -> int | None:
-    """0 for ``A``, ``(a)`` or ``A.``; ``None`` for what is no lone letter."""
+    """0 for ``A``, ``(a)`` or ``A.``; ``None`` for anything but a single letter."""
     letter = LETTER.fullmatch(str(target).strip())
     return ord(letter[1].upper()) - ord("A") if letter else None
 
@@ -142,7 +141,7 @@ def _dashed(text: str) -> list[str]:
 
 
 def _num_lettered(text: str) -> int:
-    """How far the letters before a text's options go without a gap, as in ``(A) red (B) blue``."""
+    """Number of lettered options without a gap, as in ``(A) red (B) blue``."""
     first = FIRST_LISTED.search(text)
     num = 0
     for letter in LISTED.findall(text[first.start() :].lstrip("?!.:; ") if first else ""):
@@ -153,19 +152,22 @@ def _num_lettered(text: str) -> int:
 Shingles = NDArray[np.uint64]  # distinct, sorted
 
 NUM_WORDS = 3
-LEAST_SHINGLES = 8  # distinct ones, to call two texts alike
+LEAST_SHINGLES = 8  # distinct shingles needed to call two texts alike
 ALIKE = 0.5  # Jaccard: shared shingles over all of both; a word changed in twenty leaves 0.7
-FORM_SHARE, FORM_LEAST = 0.25, 20  # of the documents, and at the least, that hold what is the form of a task
+FORM_SHARE, FORM_LEAST = (
+    0.25,
+    20,
+)  # share and minimum number of documents with a boilerplate shingle
 BANDS, ROWS = 32, 3  # of minhashes: a pair at 0.5 meets in some band with 99 % probability
-COMPARED = 8  # earlier documents of a bucket that one is held against
-# Scripts without spaces have a word in every character.
+COMPARED = 8  # earlier documents of a bucket that each is compared with
+# In scripts without spaces every character counts as a word.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_\u3040-\u30ff\u3400-\u9fff]+|\d+")
 
 
 def families(texts: Sequence[str]) -> list[int]:
-    """For each text the place of the first one of its family: its own where it is alone or the first.
+    """For each text the index of the first text of its near-duplicate family; its own if it is alone or first.
 
-    The same texts give the same families. Takes time in proportion to the texts.
+    Deterministic; time grows linearly with the texts.
     """
     firsts = list(range(len(texts)))
     shingles = _without_form([_shingles(text) for text in texts])
@@ -200,7 +202,7 @@ def _shingles(text: str) -> Shingles:
 
 
 def _without_form(shingles: Sequence[Shingles]) -> list[Shingles]:
-    """Without what so many documents hold that it is no sign of a family."""
+    """The shingles without those that too many documents hold to be a sign of a family."""
     held = Counter(shingle for own in shingles for shingle in own.tolist())
     most = max(FORM_LEAST, FORM_SHARE * len(shingles))
     form = np.array(sorted(shingle for shingle, num in held.items() if num >= most), dtype=np.uint64)
@@ -224,7 +226,7 @@ def _join(firsts: list[int], one: int, other: int) -> None:
     firsts[high] = low
 
 
-DEFAULT_MAX_NEW_TOKENS = 256  # for tasks that name no budget; lm-eval's own models default to the same
+DEFAULT_MAX_NEW_TOKENS = 256  # for tasks without a budget; the default of lm-eval's own models
 FEWSHOT_SEED = 1234  # lm-eval's own default, so that seed 0 gives the prompts that lm-eval gives
 BUDGET_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
@@ -241,17 +243,17 @@ class BuiltDoc:
     doc_sha256: str
     prompt_sha256: str
     target_sha256: str
-    asked: frozenset[DecodingRequest]  # how its texts are to be made
+    asked: frozenset[DecodingRequest]  # decoding settings of its requests
 
     @cached_property
     def chance(self) -> Mapping[str, float]:
-        """What blind guessing scores under each metric that has options to guess among."""
+        """The expected score of blind guessing under each metric over options."""
         return chance_by_metric(self.source, self.doc, self.instances)
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What the caller of :func:`resolve_tasks` asks for beside the names."""
+    """Options of :func:`resolve_tasks` beside the names."""
 
     data_dir: Path | None
     limit: int | None
@@ -264,7 +266,7 @@ class BuildOptions:
 def build_docs(
     name: str, leaf: str, source: Task, first_id: int, member: SuiteTask, build_options: BuildOptions
 ) -> list[BuiltDoc]:
-    """All documents of the lm-eval task ``leaf``, numbered from ``first_id`` on as documents of ``name``."""
+    """All documents of the lm-eval task ``leaf``, numbered from ``first_id``, as documents of ``name``."""
     by_doc = defaultdict(list)
     for instance in lm_tasks.build_instances(leaf, source, FEWSHOT_SEED + build_options.seed):
         by_doc[instance.doc_id].append(instance)
@@ -289,9 +291,9 @@ def build_docs(
 
 
 def _check_scoring(name: str, source: Task, doc: BuiltDoc) -> None:
-    """UserError where scoring needs a package, a file or the network that is not there.
+    """UserError if scoring needs a package, a file or the network that is not available.
 
-    It is tried on one made-up answer, which need not suit it, rather than after hours on those of models.
+    Scoring is tried on a made-up answer (which need not suit it), rather than failing after hours of generation.
     """
     made_up = {"generate_until": str(source.doc_to_target(doc.doc)), "loglikelihood_rolling": -1.0}
     results = [made_up.get(instance.request_type, (-1.0, False)) for instance in doc.instances]
@@ -329,14 +331,14 @@ def _doc(
 
 
 def joins(docs: Sequence[BuiltDoc]) -> tuple[tuple[str, str], ...]:
-    """Pairs of clusters that near-duplicates among the documents make one, the later one first."""
+    """Pairs of clusters that near-duplicates merge, the later one first."""
     firsts = families([own_text(doc) for doc in docs])
     pairs = ((doc.cluster_id, docs[first].cluster_id) for doc, first in zip(docs, firsts, strict=True))
     return tuple(dict.fromkeys(pair for pair in pairs if pair[0] != pair[1]))
 
 
 def joined(docs: Sequence[BuiltDoc], pairs: Iterable[tuple[str, str]]) -> tuple[BuiltDoc, ...]:
-    """Documents in the clusters that these pairs leave of theirs."""
+    """The documents with clusters merged by these pairs."""
     into: dict[str, str] = {}
 
     def root(cluster: str) -> str:
@@ -351,7 +353,7 @@ def joined(docs: Sequence[BuiltDoc], pairs: Iterable[tuple[str, str]]) -> tuple[
 
 
 def own_text(doc: BuiltDoc) -> str:
-    """What a document asks or holds by itself, without examples before it; all its texts where these are no text."""
+    """A document's own text without few-shot examples; all its texts if that is no text."""
     for text in (doc.source.doc_to_text(dict(doc.doc)), doc.source.doc_to_target(dict(doc.doc))):
         if isinstance(text, str) and text.strip():
             return text
@@ -359,7 +361,7 @@ def own_text(doc: BuiltDoc) -> str:
 
 
 def instance_sha256(instance: Instance) -> str:
-    """Hash of what a model is asked: the prompt of a generation, else all texts of the request."""
+    """Hash of a request: the prompt of a generation, else all of its texts."""
     texts = [arg for arg in instance.args if isinstance(arg, str)]
     return _sha256(texts[0]) if len(texts) == 1 else _sha256(canonical_json(texts))
 
@@ -370,14 +372,14 @@ def _sha256(text: str) -> str:
 
 
 def generates(instance: Instance) -> bool:
-    """Whether a request is answered in text."""
+    """Whether a request is answered by generated text."""
     return bool(instance.request_type == "generate_until")
 
 
 def check_options(docs: Sequence[BuiltDoc]) -> None:
-    """UserError for a request to score no text: whatever it were given, such an option would win or lose for nothing.
+    """UserError for a request to score an empty text: such an option would win or lose without any evidence.
 
-    Blanks that end a context are scored with what follows, so that they are something.
+    Blanks at the end of a context are scored with what follows, so they count.
     """
     for doc in docs:
         for instance in doc.instances:
@@ -391,9 +393,9 @@ def check_options(docs: Sequence[BuiltDoc]) -> None:
 
 
 def stops_and_budget(settings: JsonObject, default_budget: int) -> tuple[tuple[str, ...], int]:
-    """Stop strings and token budget in lm-eval's settings of a generation, under any of the names it goes by.
+    """Stop strings and token budget of a generation's settings, under any of their names.
 
-    UserError for stops that are no text and for a budget that is no number of tokens.
+    UserError for stops that are not text and for a budget that is no number of tokens.
     """
     until = settings.get("until") or []
     stops = [until] if isinstance(until, str) else until
@@ -415,7 +417,7 @@ def _num_tokens(name: str, value: object) -> int:
 
 
 def _generation_settings(own: JsonObject, member: SuiteTask, build_options: BuildOptions) -> dict[str, object]:
-    """The stops, the budget and the temperature that hold here; what else a task asks is in ``BuiltTask.asked``."""
+    """The stops, budget and temperature that apply here; ``BuiltTask.asked`` has everything else that a task asks."""
     stops, own_budget = stops_and_budget(own, DEFAULT_MAX_NEW_TOKENS)
     budget = build_options.max_new_tokens or member.max_new_tokens or own_budget
     temperature = (

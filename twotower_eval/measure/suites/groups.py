@@ -1,4 +1,4 @@
-"""Suites as data (which tasks, how many shots, which metric, what is published), and groups of lm-eval's tasks."""
+"""Suites as data (tasks, shots, metric, published figures), and lm-eval's groups of tasks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SETTINGS = ("num_fewshot", "metric", "filter", "max_new_tokens", "samples", "hea
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteTask:
-    """One task as we score it: one or several lm-eval tasks whose documents are scored together.
+    """One task as it is scored here: one or several lm-eval tasks whose documents are scored together.
 
     ``parts`` maps a label to an lm-eval task or group. A single part has the label ``""``; labelled parts are the
     languages of a multi-language task, whose mean is the mean over languages: they become the tasks ``NAME_LABEL`` of
@@ -47,7 +47,7 @@ class SuiteTask:
     note: str | None = None
 
     def origin(self, setting: str) -> Literal["published", "our choice"]:
-        """Whether a setting is what the paper says or what we chose."""
+        """Whether a setting is published or was chosen here."""
         assert setting in SETTINGS, setting
         return "published" if setting in self.published else "our choice"
 
@@ -115,12 +115,12 @@ def _suite_task(entry: JsonObject, path: Path) -> SuiteTask:
 
 
 def cluster_id(task: str, lm_eval_name: str, doc: JsonObject, index: int, doc_id: int) -> str:
-    """The problem a document belongs to, across languages and tasks; by default the document itself.
+    """The cluster of a document: the problem it belongs to, across languages and tasks; by default itself.
 
-    ``index`` is its position within its lm-eval task, ``doc_id`` its id within ``task``. A document can name its
-    cluster in a column ``cluster``. GSM8K items are known by the hash of their question, and so are the English MGSM
-    items, which are GSM8K items; in other languages an MGSM item is the item of the same position. Global-MMLU items
-    share ``sample_id``, RACE questions their article.
+    ``index`` is its position in its lm-eval task, ``doc_id`` its id in ``task``. A column ``cluster`` names the cluster
+    explicitly. GSM8K items, and the English MGSM items (which are GSM8K items), are identified by the hash of their
+    question; an MGSM item in another language is the item at the same position. Global-MMLU items share ``sample_id``,
+    RACE questions their article.
     """
     if isinstance(doc.get("cluster"), str):
         return str(doc["cluster"])
@@ -144,19 +144,19 @@ def gsm8k_items() -> dict[str, int]:
 
 
 def _short_hash(text: str) -> str:
-    """12 hex digits over the words alone: files differ in double spaces and line ends."""
+    """12 hex digits over the words alone, as files differ in double spaces and line ends."""
     return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:12]
 
 
 STRUCTURE = ("group", "group_alias", "task", "task_alias", "tag", "aggregate_metric_list", "metadata")
 MOST_LEVELS = 30
-WITHIN = "::"  # what lm-eval puts between a group and a group that it defines inside itself
-KINDS = {"multiple_choice": "loglikelihood"}  # what is asked of a model, by output type where it differs
+WITHIN = "::"  # lm-eval's separator between a group and a group defined inside it
+KINDS = {"multiple_choice": "loglikelihood"}  # request type by output type, if it differs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One metric of which a group has a figure; without ``filters`` under every one that its members have."""
+    """One metric that a group averages; without ``filters``, under every filter that its members have."""
 
     metric: str
     filters: tuple[str, ...] | None
@@ -165,7 +165,7 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """A task, or a group or tag with ``members``. ``path`` finds it again: ``GROUP::NAME`` where a group sets it up."""
+    """A task, or a group or tag with ``members``. ``path`` finds it again: ``GROUP::NAME`` inside a group."""
 
     name: str
     path: str
@@ -176,7 +176,7 @@ class Node:
 
 
 def node(path: str) -> Node:
-    """The node of that path. UserError for what lm-eval does not have, or what no task here can be."""
+    """The node at a path. UserError for what lm-eval does not have or what cannot be a task here."""
     root = _indexed(path.partition(WITHIN)[0], {}, None, ())
     found = next((one for one in _all(root) if one.path == path), None)
     if found is None:
@@ -185,9 +185,9 @@ def node(path: str) -> Node:
 
 
 def leaves(top: Node) -> list[Node]:
-    """The single tasks below a node, each once: lm-eval knows them by their names.
+    """The single tasks below a node, each once.
 
-    UserError for a group without any, and for a task that several groups below it name: lm-eval counts that twice.
+    UserError for an empty group, and for a task that several groups below it name: lm-eval would count it twice.
     """
     found = {one.name: one for one in _all(top) if one.members is None}
     if not found:
@@ -204,7 +204,7 @@ def leaves(top: Node) -> list[Node]:
 
 
 def apart(top: Node) -> Iterator[Node]:
-    """What counts by itself: a task, a group with a figure, or each member of any other."""
+    """The units that count separately: a task, a group with a figure, or each member of any other group."""
     if top.members is None or top.rules:
         yield top
         return
@@ -213,12 +213,12 @@ def apart(top: Node) -> Iterator[Node]:
 
 
 def executes_code(top: Node) -> bool:
-    """Whether scoring any task below a node runs model output. Resolves no function of the task to find out."""
+    """Whether scoring any task below a node runs model output; decided without importing the task's functions."""
     return any(lm_tasks.load_yaml(leaf.yamls[-1], resolve_func=False).get("unsafe_code") for leaf in leaves(top))
 
 
 def yaml_files(top: Node) -> Iterator[Path]:
-    """Every YAML that a node is read from: its own, those of groups on the way to it, and all that they include."""
+    """Every YAML file that a node is read from: its own, those of enclosing groups, and all that they include."""
     for one in _all(top):
         for path in one.yamls:
             yield from _with_includes(path.resolve())
@@ -238,7 +238,7 @@ def _all(top: Node) -> Iterator[Node]:
 
 
 def _indexed(name: str, settings: JsonObject, parent: str | None, above: tuple[Path, ...]) -> Node:
-    """A task, group or tag that lm-eval knows by name, with the ``settings`` of the groups above."""
+    """A task, group or tag by its lm-eval name, with the ``settings`` of enclosing groups."""
     if len(above) > MOST_LEVELS:
         raise UserError(f"group {name!r} contains itself, or groups more than {MOST_LEVELS} deep")
     index = lm_tasks.index_of(name)
@@ -253,14 +253,14 @@ def _indexed(name: str, settings: JsonObject, parent: str | None, above: tuple[P
         return Node(name=name, path=path, settings=settings, members=members, yamls=yamls)
     if entry.kind.name == "GROUP":
         sets = any(key not in STRUCTURE for key in entry.cfg)
-        # Functions in what a group sets for its members are not resolved in the index.
+        # The index does not resolve functions in the settings of a group's members.
         config = lm_tasks.load_yaml(entry.yaml_path) if sets else entry.cfg
         return _group(name, path, config, settings, yamls)
     return Node(name=name, path=path, settings=settings, yamls=yamls)
 
 
 def _group(name: str, path: str, config: JsonObject, settings: JsonObject, yamls: tuple[Path, ...]) -> Node:
-    """A group by its YAML, or by what another group says inside itself."""
+    """A group from its YAML, or from its definition inside another group."""
     own = {key: value for key, value in config.items() if key not in STRUCTURE}
     together = {**own, **settings}
     members: Any = config.get("task") or []
@@ -286,7 +286,7 @@ def _member(group: str, given: str | JsonObject, settings: JsonObject, yamls: tu
     if known in lm_tasks.index_of(known):
         return _indexed(known, {**settings, **own}, group, yamls)
     if "group" in given:
-        # lm-eval gives these no settings of their own but those of the group around.
+        # lm-eval gives these only the settings of the enclosing group.
         inner = f"{group}{WITHIN}{known}"
         return _group(inner, inner, given, settings, yamls)
     raise UserError(
@@ -311,7 +311,7 @@ def _rules(group: str, listed: object) -> Iterator[Rule]:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What of a single task decides how it can be put together with others."""
+    """The facts of a single task that decide whether it can be scored together with others."""
 
     name: str
     kind: str  # what is asked of a model
@@ -324,7 +324,7 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """Which scores a group's figure is a mean of, and whether its documents may be scored as those of one task."""
+    """The scores that a group's figure averages, and whether its documents may be scored as one task."""
 
     metric: str
     filter: str
@@ -333,7 +333,7 @@ class Figure:
 
 
 def facts(name: str, task: Task) -> Facts:
-    """Of a loaded task."""
+    """The facts of a loaded task."""
     return Facts(
         name=name,
         kind=KINDS.get(task.OUTPUT_TYPE, task.OUTPUT_TYPE),
@@ -345,9 +345,9 @@ def facts(name: str, task: Task) -> Facts:
 def figure(
     name: str, rules: Sequence[Rule], members: Sequence[Facts], metric: str | None = None, filter_: str | None = None
 ) -> Figure:
-    """How ``members`` make one figure; ``metric`` and ``filter_`` are a suite's own choice and must exist.
+    """How ``members`` combine into one figure; ``metric`` and ``filter_`` are a suite's choice and must exist.
 
-    UserError where lm-eval has none, or several over different members.
+    UserError if lm-eval has no such figure, or several over different members.
     """
     known = (("metric", metric, list(members[0].metrics)), ("filter", filter_, list(members[0].filters)))
     for kind, wanted, there in known:
@@ -363,7 +363,7 @@ def figure(
 
 
 def _listed(name: str, rules: Sequence[Rule], members: Sequence[Facts]) -> tuple[str, str, bool]:
-    """The first listed metric and filter that all members have; a lone metric may be some members' only."""
+    """The first listed metric and filter that all members have; a single metric may be that of some members only."""
     every = sorted({filter_ for one in members for filter_ in one.filters})
     listed = [(rule.metric, filter_, rule.by_size) for rule in rules for filter_ in rule.filters or every]
     there = [one for one in listed if any(member.has(*one[:2]) for member in members)]

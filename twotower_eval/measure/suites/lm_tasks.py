@@ -1,7 +1,7 @@
-"""lm-eval's tasks, found by name and loaded on local files or from the hub.
+"""lm-eval's tasks, found by name and loaded from local files or the hub.
 
-Everything of lm-eval that is private or global is touched here and nowhere else: its YAML reader, its progress bars,
-its template compiler, its filters. tests/test_suites.py guards what is relied on.
+Only this module touches lm-eval's private or global parts: its YAML reader, progress bars, template compiler and
+filters. tests/test_suites.py checks what is relied on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 T = TypeVar("T")
-# What a task's own code may raise on items that it cannot take, and where it lacks a package, a file or the network.
+# What a task's own code may raise on items that it cannot handle, or without a package, a file or the network.
 MISTAKEN = (
     ArithmeticError,
     ValueError,
@@ -71,7 +71,7 @@ def index_of(name: str) -> Mapping[str, Entry]:
 
 
 def load_task(name: str, settings: JsonObject, data_dir: Path | None) -> Task:
-    """One lm-eval task with ``settings`` put over its own. Raises UserError with what to do about it.
+    """Load one lm-eval task with ``settings`` over its own. UserError that says what to do.
 
     Local tasks read the files beside their YAML; stock tasks those under ``data_dir`` if given, else the hub.
     """
@@ -112,14 +112,14 @@ def build_instances(name: str, task: Task, fewshot_seed: int) -> list[Instance]:
 
 
 def aggregation(task: Task, metric: str) -> Aggregation:
-    """lm-eval's function that makes one number of all documents' items; a mean where the task names none."""
+    """lm-eval's aggregation function, from all documents' items to one number; a mean if the task names none."""
     from lm_eval.api.metrics import mean
 
     return task.aggregation().get(metric, mean)
 
 
 def aggregation_name(task: Task, metric: str) -> str:
-    """What that function is called: as in lm-eval's registry, else its own name in the task's code."""
+    """The name of the aggregation: as in lm-eval's registry, else its name in the task's code."""
     from lm_eval.api.registry import AGGREGATION_REGISTRY
 
     function = aggregation(task, metric)
@@ -129,7 +129,7 @@ def aggregation_name(task: Task, metric: str) -> str:
 
 
 def _own_name(function: object, metric: str) -> str:
-    """``utils.agg('f1')`` for a function with some arguments given; what has no name goes by its metric's."""
+    """``utils.agg('f1')`` for a partial function; a function without a name is called after its metric."""
     if isinstance(function, partial):
         words = [
             *map(_argument, function.args),
@@ -143,20 +143,21 @@ def _own_name(function: object, metric: str) -> str:
 
 
 def _argument(value: object) -> str:
-    """The same in every process: no address."""
+    """A text of an argument that is the same in every process: no address."""
     if callable(value):
         return _own_name(value, "function")
     return type(value).__name__ if " at 0x" in repr(value) else repr(value)
 
 
 def is_lacking(error: Exception) -> bool:
-    """Whether code lacks a package, a file or the network; NLTK's error for data that is not there is a bare one."""
+    """Whether an error means a missing package, file or network; NLTK raises a bare error for missing data."""
     return isinstance(error, LACKING) or type(error) is LookupError
 
 
 @contextlib.contextmanager
 def needing(name: str, what: str, *, made_up: bool = False) -> Iterator[None]:
-    """UserError that names a task where ``what`` of it lacks something. ``made_up`` answers need not suit it."""
+    """UserError, naming the task, if ``what`` of it needs something that is not available. ``made_up`` answers need not
+    suit it."""
     try:
         yield
     except (*LACKING, *MISTAKEN) as error:
@@ -226,7 +227,7 @@ def _read_dataset(files: Mapping[str, Path], **_metadata: object) -> DatasetDict
 
 
 def _split(path: Path, rows: Sequence[tuple[int, JsonObject]]) -> Dataset:
-    """The rows as a data set; UserError with the first line that does not fit those before it."""
+    """The rows as a data set; UserError with the first line that does not fit the earlier ones."""
     from datasets import Dataset
     from pyarrow import ArrowException
 
@@ -250,7 +251,7 @@ def _split(path: Path, rows: Sequence[tuple[int, JsonObject]]) -> Dataset:
 
 
 def load_yaml(path: Path, *, resolve_func: bool = True, recursive: bool = True) -> dict[str, object]:
-    """A task's or group's YAML with what it includes; ``resolve_func`` runs the files of the functions it names."""
+    """A task's or group's YAML with its includes; ``resolve_func`` imports the functions it names."""
     from lm_eval.tasks import _yaml_loader
 
     config: dict[str, object] = _yaml_loader.load_yaml(path, resolve_func=resolve_func, recursive=recursive)
@@ -258,12 +259,12 @@ def load_yaml(path: Path, *, resolve_func: bool = True, recursive: bool = True) 
 
 
 def filters_of(task: Task) -> Sequence[Filter]:
-    """The chains of filters that each make scores of their own from a task's answers."""
+    """The filter chains that each turn a task's answers into scores."""
     return task._filters
 
 
 def sacrebleu_pair(reference: object, answer: object) -> tuple[list[object], list[str]]:
-    """References and answers of one document as lm-eval hands them to sacrebleu."""
+    """References and answers of one document in the form that lm-eval passes to sacrebleu."""
     from lm_eval.api.metrics import _sacreformat
 
     found: tuple[list[object], list[str]] = _sacreformat([reference], [answer])
@@ -271,7 +272,7 @@ def sacrebleu_pair(reference: object, answer: object) -> tuple[list[object], lis
 
 
 def misfits() -> tuple[type[Exception], ...]:
-    """What lm-eval raises when a document lacks a column or holds something else than the task expects."""
+    """The errors that lm-eval raises for a document without a column or with an unexpected value."""
     from jinja2 import TemplateError
 
     return (TemplateError, KeyError, IndexError, TypeError, AttributeError, AssertionError)
@@ -283,10 +284,10 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval without its own progress bars, without notes on settings we set anyway, and with templates compiled once.
+    """lm-eval without progress bars and without notes on settings that we set, with templates compiled once.
 
-    Compiling per call is most of its overhead: 1,000 prompts took 3.8 s, with the cache 0.3 s. All of it is undone
-    afterwards, and the random numbers that lm-eval draws for names of tasks are put back; what was compiled is kept.
+    Compiling per call is most of its overhead: 1,000 prompts took 3.8 s, with the cache 0.3 s. Everything is undone
+    afterwards, including the random numbers that lm-eval draws for task names; compiled templates are kept.
     """
     import datasets
     import lm_eval.api.task
@@ -311,7 +312,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _put(owner: object, name: str, value: object) -> Iterator[None]:
-    """``value`` as the owner's attribute for as long as it is needed."""
+    """Set an attribute of ``owner`` for the duration of the context."""
     own = dict(vars(owner))
     setattr(owner, name, value)
     try:
@@ -319,7 +320,7 @@ def _put(owner: object, name: str, value: object) -> Iterator[None]:
     finally:
         if name in own:
             setattr(owner, name, own[name])
-        else:  # it was its class's
+        else:  # inherited from its class
             delattr(owner, name)
 
 

@@ -1,7 +1,7 @@
-"""What we use of lm-eval's objects, which carry few types of their own: tasks, requests, filters, entries of the index.
+"""Types of the lm-eval objects used here (tasks, requests, filters, index entries), which carry few types of their own.
 
-Nothing here is ever made: lm-eval's own classes have these parts. What a task's own code gives may be of any kind, so
-whoever reads it looks first, or catches what comes of it.
+None is instantiated here: lm-eval's own classes have these attributes. What a task's own code returns may be of any
+type, so callers check it or catch the errors.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ Aggregation = Callable[[Sequence[object]], float]  # makes one number of an item
 
 
 class Instance(Protocol):
-    """A request: what is asked of a model about one document, and later what it answered."""
+    """A request about one document, later with its answers."""
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
     request_type: str
     doc: dict[str, object]
     args: tuple[Any, ...]  # texts; behind the prompt of a generation its settings
-    arguments: tuple[object, ...]  # the same, to be set
+    arguments: tuple[object, ...]  # the same, writable
     idx: int
     doc_id: int
     task_name: str
@@ -33,7 +33,7 @@ class Instance(Protocol):
 
 
 class Filter(Protocol):
-    """A chain of filters, which makes of each request's answers what is scored."""
+    """A filter chain, which turns each request's answers into what is scored."""
 
     name: str
 
@@ -60,13 +60,13 @@ class Task(Protocol):
     _filters: Sequence[Filter]
 
     def set_fewshot_seed(self, seed: int) -> None:
-        """Of the examples before a prompt."""
+        """Set the seed of the few-shot examples."""
 
     def build_all_requests(self) -> None:
         """Fill ``instances``."""
 
     def doc_to_text(self, doc: Doc) -> object:
-        """What a document asks."""
+        """The question of a document."""
 
     def doc_to_target(self, doc: Doc) -> object:
         """Its right answer."""
@@ -75,23 +75,23 @@ class Task(Protocol):
         """Its options."""
 
     def process_results(self, doc: Doc, results: Sequence[object]) -> Mapping[str, object]:
-        """By metric, what the answers to a document's requests are worth."""
+        """Metric -> value of the answers to a document's requests."""
 
     def aggregation(self) -> Mapping[str, Aggregation]:
-        """By metric, what makes one number of all documents'."""
+        """Metric -> aggregation over all documents."""
 
     def higher_is_better(self) -> Mapping[str, bool]:
         """By metric."""
 
 
 class Kind(Protocol):
-    """Of an entry: its name is TASK, GROUP or TAG."""
+    """The kind of an entry; its name is TASK, GROUP or TAG."""
 
     name: str
 
 
 class Entry(Protocol):
-    """What lm-eval's index knows of a name."""
+    """An entry of lm-eval's index."""
 
     kind: Kind
     yaml_path: Path

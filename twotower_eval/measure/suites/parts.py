@@ -1,9 +1,9 @@
-"""What a task consists of, part by part: its YAML, the code that it names, its settings, its documents.
+"""What a task consists of: its YAML, the code that it names, its settings, its documents.
 
-A task is the same only where all of them are, so each has a digest, and a refusal can say which one was changed. Code
-is looked for without running it: what a YAML names with ``!function``, what such a file imports from beside itself or
-from anywhere that no package was installed to, and files beside it that its texts name, as code may load or read them
-by hand. Of installed packages the run's manifest has the versions, and those that score are compared.
+A task is the same only if all of them are; each has a digest, so that a refusal can name what changed. Code is found
+without running it: functions that a YAML names with ``!function``, what such files import from beside themselves or
+from folders without installed packages, and neighbouring files that their texts name. The manifest records the versions
+of installed packages, and those that score are compared.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from twotower_eval.strict import JsonObject
 
 FUNCTION = re.compile(r"""!function\s+["']?([\w.]+)""")
 FILE_PATTERN = re.compile(r"[\w.-]*\*\.\w+")  # as in *.txt, not as in a regular expression
-INSTALLED = {"site-packages", "dist-packages"}  # whoever put such a folder on the search path
-OURS = "twotower_eval"  # goes by its version
+INSTALLED = {"site-packages", "dist-packages"}  # folders that were put on the search path by hand
+OURS = "twotower_eval"  # compared by version
 
 
 def task_parts(
@@ -40,9 +40,9 @@ def task_parts(
     docs: Sequence[BuiltDoc],
     member: SuiteTask,
 ) -> dict[str, str]:
-    """Digest of every part of a task: its settings, its documents (all of them, whatever the limit), each file.
+    """Part -> digest: the task's settings, all of its documents (independent of the limit), each file.
 
-    ``sources`` are the single tasks below ``node``, and ``given`` what is laid over each.
+    ``sources`` are the single tasks below ``node``, ``given`` the settings that override theirs.
     """
     scoring = [[s.config.output_type, s.config.metric_list, s.config.filter_list] for s in sources]
     stops = sorted({canonical_json(i.args[1]["until"]) for doc in docs for i in doc.instances if generates(i)})
@@ -64,8 +64,8 @@ def _file_digests(node: groups.Node) -> dict[str, str]:
 
 
 def shown_names(files: Collection[Path]) -> dict[str, Path]:
-    """The files by names that hold wherever the checkout lies: within the folder of tasks, else within their own
-    folders. Files that share such a name have as many folders more in theirs as it takes to tell them apart."""
+    """Files by names that do not depend on where the checkout lies: relative to the tasks folder, else by name with as
+    many parent folders as it takes to tell files apart."""
     num_parts = {file: _num_parts(file) for file in files}
     while True:
         names = {file: "/".join(file.parts[-num:]) for file, num in num_parts.items()}
@@ -83,13 +83,13 @@ def _num_parts(file: Path) -> int:
 
 
 def _named_code(yaml: Path) -> Iterator[Path]:
-    """Files of the functions that a YAML names: beside it, else where Python would import them from."""
+    """The files of the functions that a YAML names: beside it, else where Python would import them from."""
     for function in FUNCTION.findall(yaml.read_text(encoding="utf-8")):
         yield from _modules(function.rpartition(".")[0], [yaml.parent, *_search_path()])
 
 
 def with_imports(files: Iterable[Path]) -> set[Path]:
-    """The files and all that they import or name, directly or not, as far as it is not installed."""
+    """The files and everything they import or name, directly or not, that is not an installed package."""
     found: set[Path] = set()
     waiting = list(files)
     while waiting:
@@ -107,13 +107,13 @@ def _parsed(file: Path) -> ast.Module | None:
         return None
     try:
         return ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError):  # whoever runs it says what is wrong with it
+    except (SyntaxError, ValueError):  # running it will report what is wrong
         return None
 
 
 def _named_in_texts(file: Path, tree: ast.Module) -> Iterator[Path]:
-    """Files beside the code, or in folders there that it names, by their names: what ``import_module``, ``open`` or a
-    folder put on the search path may reach."""
+    """Neighbouring files and folders that the code names in texts: what ``import_module``, ``open`` or a changed search
+    path may reach."""
     names = {*_texts(tree), *_module_names(tree)}
     words = {word for name in names for word in (name, *re.split(r"[/\\]", name), *name.split("."))}
     patterns = [word for word in words if FILE_PATTERN.fullmatch(word)]
@@ -155,7 +155,7 @@ def _imported(file: Path, tree: ast.Module) -> Iterator[Path]:
 
 
 def _modules(dotted: str, roots: Sequence[Path]) -> Iterator[Path]:
-    """The module's file and those of the packages around it, under the first root that has it."""
+    """The module's file and its packages' files, under the first root that has it."""
     names = dotted.split(".")
     if names[0] in ("", OURS):
         return

@@ -1,4 +1,4 @@
-"""The ``verify`` verb: is this checkpoint, on this machine, with these kernels, what it should be? Before measuring."""
+"""The ``verify`` verb: checks a checkpoint on this machine, with these kernels, before anything is measured."""
 
 from twotower_eval.measure.verify.run import verify
 

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint: rows of a batch as alone, numbers of its parts by two ways, what decoding shows.
+"""Checks of a checkpoint: batched against single rows, the same values computed in two ways, what decoding shows.
 
 Shape letters: see ops.
 """
@@ -19,13 +19,14 @@ from twotower_eval.engine.models.nemotron_h import Mamba
 from twotower_eval.engine.models.probes import LIMITS, difference
 from twotower_eval.engine.models.protocol import Denoising, Model, has_denoiser, two_tower
 from twotower_eval.engine.ops.ssd import ssd, ssd_chunked, ssd_reference
+from twotower_eval.names import plural
 from twotower_eval.records import CheckOutcome, CommitStep, Generation, Prompt, Ways
 from twotower_eval.rules import proof_outcome, ways_text
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckResult:
-    """As in :class:`twotower_eval.records.Check`, without the cell."""
+    """The result of one check: a :class:`twotower_eval.records.Check` without its cell."""
 
     name: str
     outcome: CheckOutcome
@@ -37,36 +38,37 @@ class CheckResult:
 def pass_or_fail(
     name: str, ok: bool, detail: str, *, value: float | None = None, limit: float | None = None
 ) -> CheckResult:
-    """A check that can fail. A value that is not finite has failed, and is said in words: no journal can hold it."""
+    """A check that can fail. A value that is not finite fails and goes into the text, as no journal can hold it."""
     if value is not None and not isfinite(value):
         ok, value, detail = False, None, f"{detail}; the value is not finite"
     return CheckResult(name=name, outcome="passed" if ok else "failed", detail=detail, value=value, limit=limit)
 
 
 def informative(name: str, detail: str, *, value: float | None = None) -> CheckResult:
-    """A figure to be read beside the others; there is no limit that it could miss."""
+    """A figure for information, without a limit: it cannot fail."""
     return CheckResult(name=name, outcome="passed", detail=detail, value=value)
 
 
 def not_checked(name: str, reason: str) -> CheckResult:
-    """A check that does not apply, or cannot be made here."""
+    """A check that does not apply or cannot be made here."""
     return CheckResult(name=name, outcome="not_checked", detail=reason)
 
 
 BLOCK_SIZE = 16
 CHUNKS = (4, 16, 32, 128)
-SPLITS = (1, 16, 31)  # where the scan is interrupted and goes on from its carried state
+SPLITS = (1, 16, 31)  # where the scan is cut and continued from its carried state
 SCAN_POSITIONS = 70  # more than two chunks of the fast path, and no multiple of any chunk
 SCAN_LIMIT = 1e-5  # relative: float32 sums in another order give 1e-6, a lost state gives 1
 
 
 def finite_logits(model: Model, prompts: Sequence[Prompt]) -> CheckResult:
-    """Context logits at every position of every prompt; denoiser logits of masked blocks at several t and without."""
+    """Whether all logits are finite: the context's at every position, the denoiser's of masked blocks with and without
+    t."""
     counted = [torch.isfinite(logits) for logits in _all_logits(model, prompts)]
     num_bad = sum(int((~finite).sum()) for finite in counted)
     total = sum(finite.numel() for finite in counted)
     who = "both towers" if model.has_denoiser else "the model"
-    detail = f"{num_bad} of {total:,} logits of {who} are not finite, on {len(prompts)} prompts"
+    detail = f"{num_bad} of {total:,} logits of {who} are not finite, on {plural(len(prompts), 'prompt')}"
     return pass_or_fail("finite_logits", num_bad == 0, detail, value=num_bad, limit=0)
 
 
@@ -82,13 +84,13 @@ def _all_logits(model: Model, prompts: Sequence[Prompt]) -> Iterator[Tensor]:
 
 
 def proved(ways: Ways) -> CheckResult:
-    """How a Hugging Face model has to be run; one that is right in no way is refused before."""
+    """How a Hugging Face model has to be run. A model that is right in no way was refused earlier."""
     found = informative if proof_outcome(ways) != "not checked" else not_checked
     return found("proved_against_whole_rows", ways_text(ways))
 
 
 def seeded_scan(model: Model, seed: int) -> CheckResult:
-    """The scan from a carried state, however cut, against the plain recurrence over the whole, in float32.
+    """The scan from a carried state, cut in several ways, against the plain recurrence over the whole, in float32.
 
     Sizes and decay rates are those of the model's first and last Mamba layers; inputs are drawn.
     """
@@ -127,7 +129,7 @@ def _worst_scan(layer: Mamba, seed: int) -> float:
 
 
 def blockwise_context(model: Model, prompts: Sequence[Prompt], dtype: str) -> CheckResult:
-    """A context extended block by block and one prefill of the same tokens give the same next-token logits."""
+    """Whether extending a context block by block gives the next-token logits of one prefill."""
     worst = 0.0
     for prompt in prompts:
         row = _at_least(prompt.token_ids, 2 * BLOCK_SIZE + 3)
@@ -143,7 +145,7 @@ def blockwise_context(model: Model, prompts: Sequence[Prompt], dtype: str) -> Ch
 
 
 def _at_least(token_ids: Sequence[int], num: int) -> list[int]:
-    """The prompt, over again until it is long enough for several blocks."""
+    """The prompt, repeated until it is long enough for several blocks."""
     return [*token_ids] * -(-num // len(token_ids))
 
 
@@ -160,7 +162,7 @@ PARAMS: dict[str, dict[str, Any]] = {"autoregressive": {}, "block_diffusion": {"
 
 
 def batch_logic(model: Model, prompts: Sequence[Prompt]) -> CheckResult:
-    """PROTOCOL's gate, on a float32 model: every difference must come from a margin of at most 1e-4."""
+    """Whether batches change no token, on a float32 model: any difference must come from a margin of at most 1e-4."""
     margins = [
         _margin(model, kind, prompt, batched, alone)
         for kind in _kinds(model)
@@ -176,7 +178,7 @@ def batch_logic(model: Model, prompts: Sequence[Prompt]) -> CheckResult:
 
 
 def batch_numerics(model: Model, prompts: Sequence[Prompt], dtype: str) -> CheckResult:
-    """Share of prompts whose outputs are identical in a batch and alone, in the measured dtype: to be read."""
+    """Share of prompts with identical outputs in a batch and alone, in the measured dtype; for information."""
     same = [
         batched.token_ids == alone.token_ids
         for kind in _kinds(model)
@@ -204,7 +206,8 @@ def _margin(model: Model, kind: str, prompt: Prompt, batched: Generation, alone:
 
 
 def _token_margin(model: Model, prompt: Prompt, batched: Sequence[int], alone: Sequence[int]) -> float:
-    """Between the two best tokens where the outputs part; infinite where one is the beginning of the other."""
+    """Margin between the two best tokens where the outputs part; infinite if one output is the beginning of the
+    other."""
     parted = next((i for i, (a, b) in enumerate(zip(batched, alone, strict=False)) if a != b), None)
     if parted is None:
         return float("inf")
@@ -213,7 +216,7 @@ def _token_margin(model: Model, prompt: Prompt, batched: Sequence[int], alone: S
 
 
 def _step_margin(model: Model, prompt: Prompt, batched: Sequence[CommitStep], alone: Sequence[CommitStep]) -> float:
-    """What the first differing step hung by: the largest margin among its differing choices."""
+    """The largest margin among the choices that differ in the first differing step."""
     parted = next(
         (
             i
@@ -241,7 +244,7 @@ def _step_margin(model: Model, prompt: Prompt, batched: Sequence[CommitStep], al
 
 
 def _commit_margin(confidence_K: Tensor, position: int, parted: Sequence[int]) -> float:
-    """How near a position's confidence is to what decided its commit: the threshold, or another position's."""
+    """Distance of a position's confidence from what decided its commit: the threshold, or another position's."""
     threshold = float(decoder_spec("block_diffusion").params["threshold"] or 0)
     own = float(confidence_K[position])
     others = [abs(own - float(confidence_K[other])) for other in parted if other != position]
@@ -249,7 +252,7 @@ def _commit_margin(confidence_K: Tensor, position: int, parted: Sequence[int]) -
 
 
 def _logits_of_step(model: Model, prompt: Prompt, before: Sequence[CommitStep], block: int) -> Tensor:
-    """Logits (K, V) that a row alone sees after the steps ``before``, the mask excluded."""
+    """Logits (K, V) of a row decoded alone after the steps ``before``, the mask excluded."""
     pair = two_tower(model, no_denoiser("block_diffusion"))
     size = int(decoder_spec("block_diffusion").params["block_size"] or 0)
     context = pair.prefill(torch.tensor([prompt.token_ids]))
@@ -275,10 +278,10 @@ SAMPLE_TOKENS = 48
 
 
 def mock_ar_agreement(model: Model, prompts: Sequence[Prompt]) -> CheckResult:
-    """How often the denoiser, fed the last token without time, chooses the context tower's own next token.
+    """How often the denoiser, given the last token and no time, chooses the context tower's next token.
 
-    On the context tower's tokens, so that one difference does not cause the next. A denoiser trained away from its
-    start need not agree: only logits that are not finite fail.
+    Each comparison continues the context tower's own tokens, so that one difference does not cause the next. A trained
+    denoiser need not agree: only logits that are not finite fail.
     """
     if not has_denoiser(model):
         return not_checked("mock_ar_agreement", NO_DENOISER)
@@ -310,7 +313,7 @@ def _mock_logits(model: Denoising, ids_1S: torch.Tensor, position: int) -> torch
 
 
 def block_sample(model: Model, prompts: Sequence[Prompt]) -> tuple[CheckResult, CheckResult]:
-    """Tokens per denoiser pass on a short sample, at the default operating point, and the share forced by the floor."""
+    """Tokens per denoiser pass on a short sample at the default operating point, and the share of forced commits."""
     names = ("tokens_per_nfe", "forced_share")
     if not has_denoiser(model):
         return not_checked(names[0], NO_DENOISER), not_checked(names[1], NO_DENOISER)

@@ -1,4 +1,4 @@
-"""Parity with a folder of reference outputs: logits, states and tokens that another implementation gave.
+"""Parity with a folder of reference outputs: logits, states and tokens of another implementation.
 
 The folder holds ``golden.safetensors`` and ``golden.json``, and beside them the checkpoint that they belong to, if it
 is not the one verified. Keys: ``{prompt}.ids``, ``.context_logits``, ``.prefill_last_logits``, ``.den.*`` with
@@ -24,6 +24,7 @@ from twotower_eval.engine.models.context import Context as OwnContext
 from twotower_eval.engine.models.protocol import Context, Model, two_tower
 from twotower_eval.errors import UserError
 from twotower_eval.measure.verify.checks import CheckResult, not_checked, pass_or_fail
+from twotower_eval.names import plural
 from twotower_eval.records import Prompt
 from twotower_eval.strict import parse_json, read_utf8
 
@@ -37,7 +38,7 @@ PREFILL = "prefill_last_logits"
 
 @dataclass(frozen=True)
 class Golden:
-    """Reference outputs and the model that has to give them."""
+    """Reference outputs, and the model that must give them."""
 
     model: Model
     tensors: Mapping[str, Tensor]
@@ -49,12 +50,12 @@ class Golden:
         return [name for name in self.meta["prompts"] if f"{name}.ids" in self.tensors]
 
     def keys(self, start: str, end: str) -> list[str]:
-        """Keys that start and end so, without their ends."""
+        """The keys with this start and end, both removed."""
         return sorted(k.removesuffix(end) for k in self.tensors if k.startswith(start) and k.endswith(end))
 
 
 def load_golden(folder: Path, model: Model, device: str) -> Golden:
-    """Read a folder; its own checkpoint takes the place of ``model`` if it has one. UserError for what is missing."""
+    """Read a folder. A checkpoint in it replaces ``model``. UserError for what is missing."""
     for name in (TENSORS, DESCRIPTION):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: --golden wants a folder of reference outputs")
@@ -70,7 +71,7 @@ def load_golden(folder: Path, model: Model, device: str) -> Golden:
 
 
 def golden_results(golden: Golden) -> Iterator[CheckResult]:
-    """Context, denoiser, states and tokens, each over everything that the folder holds."""
+    """Results for context, denoiser, states and tokens, each over everything that the folder holds."""
     differences = {"golden_context": _context, "golden_denoiser": _denoiser, "golden_states": _states}
     for name, compare in differences.items():
         if name != "golden_context" and not golden.model.has_denoiser:
@@ -81,7 +82,7 @@ def golden_results(golden: Golden) -> Iterator[CheckResult]:
             yield not_checked(name, "the folder holds nothing of this kind")
             continue
         worst, where = max(found)
-        detail = f"{len(found)} tensors, the worst at {where}"
+        detail = f"{plural(len(found), 'tensor')}, the worst at {where}"
         yield pass_or_fail(name, worst <= LIMITS[name], detail, value=worst, limit=LIMITS[name])
     yield _tokens(golden)
 

@@ -1,4 +1,4 @@
-"""All checks of a checkpoint, journalled as a run of its own, and how they read."""
+"""The ``verify`` verb: all checks of a checkpoint, journalled as a run."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ RANDOM_LENGTHS = (3, 9, 17, 33)  # around a block's ends, unequal so that batche
 
 
 def verify(plan: VerifyPlan, *, root: Path) -> Path:
-    """Check a checkpoint and return the run's folder, whose ``checks.jsonl`` says what was found.
+    """Check a checkpoint; the run's folder, whose ``checks.jsonl`` holds the results.
 
-    A failed check is no error here. Raises UserError for whatever the user can mend.
+    A failed check raises no error. UserError for whatever the user can mend.
     """
     from twotower_eval.engine.models import family_calls, load_model
     from twotower_eval.engine.models.arms import prove_arms
@@ -74,7 +74,8 @@ def verify(plan: VerifyPlan, *, root: Path) -> Path:
 
 
 def make_prompts(model: Model, seed: int) -> list[Prompt]:
-    """A few prompts of unequal lengths. Text where the model can read it: random ids say little of a trained model."""
+    """A few prompts of unequal lengths: text if the model can read it, as random ids say little about a trained
+    model."""
     if model.tokenizer is None:
         generator = torch.Generator().manual_seed(seed)
         usable = [token for token in range(model.vocab_size) if token != model.mask_token_id]
@@ -108,7 +109,7 @@ def _results(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt], golden: 
 
 
 def _batch_gate(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt]) -> CheckResult:
-    """On the model itself in float32, else on a float32 copy, where there is memory for one."""
+    """The batch check on the model itself in float32, else on a float32 copy if memory allows."""
     if plan.dtype == "float32":
         return batch_logic(model, prompts)
     from twotower_eval.engine.models import load_model
