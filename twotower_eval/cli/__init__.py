@@ -78,7 +78,7 @@ app.add_typer(data_app, name="data")
 @app.command("bench", hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def _bench() -> None:
     """A verb of earlier versions."""
-    raise UserError("benches are no longer part of the package: run `make bench` in a checkout of the project")
+    raise UserError("benches are no longer part of the package: run make bench in a checkout of the project")
 
 
 @app.callback(invoke_without_command=True)

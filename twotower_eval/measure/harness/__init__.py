@@ -1,4 +1,4 @@
-"""Evaluation: cells made from a plan, answered through the lm-eval adapter, journalled, scored."""
+"""Evaluation: cells made from a plan, answered through the lm-eval adapter, journalled and scored."""
 
 from twotower_eval.measure.harness.jobs import Prepared, prepare
 from twotower_eval.measure.harness.run import answer, run, score_journal, timed_tasks

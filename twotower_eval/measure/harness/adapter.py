@@ -1,7 +1,7 @@
-"""The one lm-eval adapter: every model and every decoder answers lm-eval's requests through it, into the journal.
+"""The lm-eval adapter: every model and decoder answers lm-eval's requests through it, into the journal.
 
-Requests whose answer is journalled are not computed again. lm-eval sees texts and log-likelihoods only; counts,
-finish reasons and traces stay in the journal.
+Requests whose answer is journalled are not computed again. lm-eval sees only texts and log-likelihoods; counts, finish
+reasons and traces stay in the journal.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ from twotower_eval.records import (
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # context ids, continuation ids
 Batch = Callable[[], None]  # answers some requests and journals them
-_Item = tuple[Instance, Prompt, Key]  # a request for text, as a decoder is given it
+_Item = tuple[Instance, Prompt, Key]  # a generation request, as a decoder receives it
 
 
 @dataclass(frozen=True, eq=False)
 class _PendingLikelihood:
-    """A likelihood request as pairs of ids: one, or the windows of a long text."""
+    """A log-likelihood request as pairs of ids: one, or the windows of a long text."""
 
     request: Instance
     key: Key
@@ -79,11 +79,11 @@ class _PendingLikelihood:
 class HarnessLM(TemplateLM):  # type: ignore[misc]
     """lm-eval's view of a model with a decoder and a scorer.
 
-    ``seed`` is the run's: every prompt gets one of its own, derived from it. ``batch_size`` requests for text run at a
-    time, those for log-likelihoods in the pieces that the scorer plans; answers do not depend on either. ``advance``
-    hears of every finished request. Documents in ``traced`` have their denoising traces journalled. ``num_truncated``
-    counts the requests, answered or not, whose prompt or context lost its beginning for want of room. Requests in
-    ``witnessed`` are decoded first, each alone, with a witness of every row of logits; ``testify`` hears what it says.
+    ``seed`` is the run's; each prompt's seed is derived from it. ``batch_size`` generation requests run at a time,
+    log-likelihoods in the pieces that the scorer plans; answers depend on neither. ``advance`` is called for every
+    finished request. Documents in ``traced`` have their denoising traces journalled. ``num_truncated`` counts the
+    requests, answered or not, whose prompt or context lost its beginning because it was too long. Requests in
+    ``witnessed`` are decoded first, each alone, with a witness of every row of logits; ``testify`` receives its result.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         self.seed = seed
         self.journal = journal or CellJournal(cell="")
         self.num_truncated = 0
-        # The choices of one question share their context, which is most of what there is to encode.
+        # The choices of one question share their context, which is most of the text to encode.
         self._text_ids = lru_cache(maxsize=16)(partial(tokenizer.text_ids, model))
         self._prompt_ids = lru_cache(maxsize=16)(partial(tokenizer.fitted_prompt_ids, model))
         self.advance = advance
@@ -126,12 +126,12 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: BOS where the tokenizer has one, else EOS, as in lm-eval's hf."""
+        """The token before a text without context: BOS if the tokenizer has one, else EOS, as in lm-eval's hf."""
         return tokenizer.prefix_id(self.model)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: object) -> list[int]:
-        """Token ids, with the special tokens that the tokenizer adds by itself unless told otherwise, or unless the
-        text begins with the prefix token."""
+        """Token ids, with the special tokens that the tokenizer adds itself, unless ``add_special_tokens`` says
+        otherwise or the text begins with the prefix token."""
         if add_special_tokens is None:
             return list(self._text_ids(string))
         return list(self._codec.encode(string, add_special_tokens))
@@ -139,14 +139,14 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     # Generation
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts of the requests' continuations; a request given several times is answered by as many samples."""
+        """Texts of the requests' continuations; a request given several times is answered by that many samples."""
         numbered = with_repeats(requests)
         for answer in self.batches(numbered):
             answer()
         return [self.journal.generations[key].generation.text or "" for _, key in numbered]
 
     def check_texts(self, numbered: Sequence[tuple[Instance, Key]]) -> None:
-        """UserError, with the document, for the first request whose texts this model cannot read."""
+        """UserError, naming the document, for the first request whose texts this model cannot read."""
         for request, key in numbered:
             if request.request_type == "generate_until":
                 self._prompt(request.args[0], key, stops_and_budget(request.args[1], DEFAULT_MAX_NEW_TOKENS)[1])
@@ -154,11 +154,11 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
                 self._split(request, key, request.request_type)
 
     def batches(self, numbered: Sequence[tuple[Instance, Key]]) -> list[Batch]:
-        """What is to be called, in order, to have every request answered and journalled; nothing where all are.
+        """Calls that, in order, answer and journal every missing request.
 
-        Generations of one budget are one batch: its rows are journalled as they finish, and others take their places.
-        Log-likelihoods' batches are made from all requests, answered or not: after a resume the rest are the ones
-        that an uninterrupted run would have computed, and give the same bits.
+        Generations with one budget are one batch: rows are journalled as they finish, and waiting prompts take their
+        places. Log-likelihood batches are made from all requests, answered or not, so that a resumed run computes the
+        same batches as an uninterrupted one, with the same bits.
         """
         kinds = {request.request_type for request, _ in numbered}
         assert len(kinds) <= 1, kinds
@@ -212,7 +212,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         self._call.check(received, asked, watched)
 
     def _generate_witnessed(self, item: _Item, budget: int, stop: tuple[str, ...]) -> None:
-        """The answer to one prompt. What its witness says is written down before it, so that no answer lacks it."""
+        """Decode one prompt with a witness, whose result is journalled before the answer, so that no answer lacks
+        it."""
         request, prompt, key = item
         generation, tally = witnessed_answer(self._call, self.model, prompt, self._asked(budget, stop))
         self.testify(witnessed_row(self.journal.cell, generation, tally))
@@ -256,7 +257,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         return [(likelihood.logprob_nats, likelihood.is_greedy) for likelihood in found]
 
     def _likelihood_batches(self, numbered: Sequence[tuple[Instance, Key]], request_type: str) -> Iterator[Batch]:
-        """Every distinct pair of context and continuation is scored once, whoever asks for it."""
+        """Batches in which every distinct pair of context and continuation is scored once, for all requests that need
+        it."""
         missing = self._missing(numbered, self.journal.likelihoods)
         asked = [self._split(request, key, request_type) for request, key in numbered]
         askers: dict[Pair, list[_PendingLikelihood]] = defaultdict(list)
@@ -272,7 +274,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
                 yield partial(self._score_and_finish, part, rest, known, askers, missing)
 
     def _pieces(self, pairs: Sequence[Pair]) -> Iterator[tuple[list[Pair], Piece]]:
-        """Pairs that the scorer takes together, and its piece for them."""
+        """Pairs that the scorer takes together, with its piece for them."""
         assert self.scorer is not None, "a likelihood task without a scorer"
         for piece in self.scorer.plan(self._score_requests(pairs), self.batch_size) if pairs else ():
             yield [pairs[index] for index in piece.requests], piece
@@ -297,7 +299,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         self.advance(len(asked))
 
     def _split(self, request: Instance, key: Key, request_type: str) -> _PendingLikelihood:
-        """The request in pairs of ids, each with something to score. UserError, with the document, where none is."""
+        """The request as pairs of ids, each with something to score. UserError, naming the document, if there is
+        nothing."""
         is_rolling = request_type == "loglikelihood_rolling"
         split = self._windows if is_rolling else self._context_and_continuation
         with tokenizer.naming(_where(key) + ("" if is_rolling else f", option {key[2] + 1}")):
@@ -317,7 +320,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             before, after = (after[:1], after[1:]) if starts else ([self.prefix_token_id], after)
         if not after:
             raise UserError(
-                f"{continuation!r} adds no token to its context, so that there is nothing to score: mend the document "
+                f"{continuation!r} adds no token to its context, so there is nothing to score: mend the document "
                 "or leave the task out"
             )
         return [(tuple(before), tuple(after))]
@@ -325,7 +328,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     def _windows(self, text: str) -> list[Pair]:
         ids = self.tok_encode(text)
         if not ids:
-            raise UserError("the text is empty, so that there is nothing to score: leave the document out")
+            raise UserError("the text is empty, so there is nothing to score: leave the document out")
         width = self.model.max_length or len(ids)
         windows = get_rolling_token_windows(ids, self.prefix_token_id, width, 1)
         return [(tuple(before), tuple(after)) for before, after in map(make_disjoint_window, windows)]
@@ -339,7 +342,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         return requests
 
     def _room_for(self, context: tuple[int, ...], continuation: tuple[int, ...]) -> tuple[int, ...]:
-        """The end of the context that fits before the continuation; the last token is predicted, never read."""
+        """The end of the context that fits before the continuation, whose last token is predicted but never read."""
         longest = self.model.max_length
         if longest is None or len(context) + len(continuation) <= longest + 1:
             return context

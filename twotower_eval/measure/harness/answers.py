@@ -1,4 +1,4 @@
-"""Answers of one cell, and the small rules about them: their keys, their rows, their sums, what their witness says."""
+"""Answers of one cell: their keys, their journal rows, their sums, and their witnesses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Key = tuple[str, int, int, int]  # task, doc_id, request_index, repeat
 
 @dataclass(kw_only=True, eq=False)
 class CellJournal:
-    """The rows of one cell: those on disk, and where new ones go."""
+    """The journal rows of one cell, and where new ones are written."""
 
     cell: str
     append: Callable[[GenerationRow | LikelihoodRow], None] = lambda row: None
@@ -51,7 +51,7 @@ class CellJournal:
         self.keep(row)
 
     def keep(self, row: GenerationRow | LikelihoodRow) -> None:
-        """Take up a row that is on disk."""
+        """Remember a row that is on disk."""
         key = (row.task, row.doc_id, row.request_index, row.repeat)
         if isinstance(row, GenerationRow):
             self.generations[key] = row
@@ -60,7 +60,7 @@ class CellJournal:
 
 
 def join_likelihoods(likelihoods: Sequence[Likelihood], kind: LikelihoodKind) -> Likelihood:
-    """The likelihood of pieces that follow each other; their errors are independent."""
+    """The likelihood of consecutive pieces; their errors are independent."""
     if len(likelihoods) == 1:
         return likelihoods[0]
     errors = [piece.stderr_nats for piece in likelihoods if piece.stderr_nats is not None]
@@ -75,7 +75,7 @@ def join_likelihoods(likelihoods: Sequence[Likelihood], kind: LikelihoodKind) ->
 
 
 def with_repeats(requests: Iterable[Instance]) -> list[tuple[Instance, Key]]:
-    """Each request with its key; the same one again is the next sample."""
+    """Each request with its key; a repeated request is the next sample."""
     seen: Counter[tuple[str, int, int]] = Counter()
     numbered = []
     for request in requests:
@@ -86,7 +86,7 @@ def with_repeats(requests: Iterable[Instance]) -> list[tuple[Instance, Key]]:
 
 
 def missing_of(numbered: Iterable[tuple[Instance, Key]], rows: Mapping[Key, GenerationRow | LikelihoodRow]) -> set[Key]:
-    """Keys that are not journalled yet. A journalled answer to another prompt is a UserError."""
+    """Keys that are not journalled yet. UserError for a journalled answer to another prompt."""
     missing = set()
     for request, key in numbered:
         row = rows.get(key)
@@ -98,7 +98,7 @@ def missing_of(numbered: Iterable[tuple[Instance, Key]], rows: Mapping[Key, Gene
 
 
 def generation_row(cell: str, key: Key, request: Instance, generation: Generation) -> GenerationRow:
-    """The journal's row of an answer to lm-eval's request."""
+    """The journal row of an answer to lm-eval's request."""
     task, doc_id, index, repeat = key
     return GenerationRow(
         cell=cell,
@@ -112,7 +112,7 @@ def generation_row(cell: str, key: Key, request: Instance, generation: Generatio
 
 
 def likelihood_row(cell: str, key: Key, request: Instance, likelihood: Likelihood, num_tokens: int) -> LikelihoodRow:
-    """The journal's row of the log-likelihood that lm-eval's request asks for."""
+    """The journal row of a log-likelihood that lm-eval requests."""
     task, doc_id, index, repeat = key
     return LikelihoodRow(
         cell=cell,
@@ -128,11 +128,11 @@ def likelihood_row(cell: str, key: Key, request: Instance, likelihood: Likelihoo
 
 
 def check_asked(request: Instance, key: Key, decoder: Decoder | None) -> None:
-    """UserError where a request asks for what the decoder does not do; one that samples was asked for."""
+    """UserError if a request asks for something that the decoder does not do."""
     asked = read_decoding_request(request.args[1])
     if asked.unsupported:
         raise UserError(f"task {key[0]!r} asks for {settings_text(asked.unsupported)}: no decoder here does that")
-    params = getattr(decoder, "params", None)  # a plug-in need not keep them: its cell names them
+    params = getattr(decoder, "params", None)  # a plug-in may ignore them: its cell names its own
     has = float(getattr(params, "temperature", 0.0))
     if params is not None and asked.temperature and asked.temperature != has:
         raise UserError(
@@ -143,7 +143,7 @@ def check_asked(request: Instance, key: Key, decoder: Decoder | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderCall:
-    """How a decoder is asked for texts; ``uncounted`` sees to it that its model is run under watch."""
+    """Calls a decoder for texts; ``uncounted`` counts forwards that bypass the watched model."""
 
     decoder: Decoder
     batch_size: int
@@ -157,7 +157,7 @@ class DecoderCall:
         on_finish: Callable[[Generation], None],
         failed: Sequence[BaseException] = (),
     ) -> object:
-        """What the decoder gives back for prompts; ``failed`` is what ``on_finish`` raised."""
+        """The decoder's generations for prompts; ``failed`` collects what ``on_finish`` raised."""
         with self.uncounted.noted(watched), generating(self.decoder, asked.name, "--batch-size", failed):
             return self.decoder.generate(
                 prompts,
@@ -169,13 +169,13 @@ class DecoderCall:
             )
 
     def check(self, made: Sequence[Generation], asked: CallRequest, watched: WatchedModel) -> None:
-        """ReportError where the model was run otherwise than the answers report."""
+        """ReportError if the model ran other forwards than the answers report."""
         check_all_counted(self.uncounted.num, asked.name)
         check_forwards(made, watched, asked.name)
 
 
 def witnessed_answer(call: DecoderCall, model: Model, prompt: Prompt, asked: CallRequest) -> tuple[Generation, Tally]:
-    """The answer to a prompt that is decoded alone, and what the witness of that says."""
+    """The answer to a prompt that is decoded alone, and its witness's tally."""
     received: list[Generation] = []
     with watched_in_place(model) as watched, watched.witnessed(prompt.token_ids) as witness:
         given = call([prompt], asked, watched, received.append)
@@ -187,7 +187,7 @@ def witnessed_answer(call: DecoderCall, model: Model, prompt: Prompt, asked: Cal
 
 
 def witnessed_row(cell: str, generation: Generation, tally: Tally) -> Witnessed:
-    """The journal's row of what the witness of a scored answer says."""
+    """The journal row of a scored answer's witness."""
     return Witnessed(
         cell=cell,
         launch_id="",

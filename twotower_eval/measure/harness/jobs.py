@@ -1,6 +1,4 @@
-"""A plan's cells: which model, decoder and task each one is, whose log-likelihoods serve it, and which of its scores a
-run holds already.
-"""
+"""The cells of a plan: their models, decoders and tasks, whose log-likelihoods they use, and their known scores."""
 
 from __future__ import annotations
 
@@ -41,15 +39,15 @@ from twotower_eval.records import (
 )
 from twotower_eval.store.environment import new_manifest
 
-SPARE_TOKENS = 8  # more than special tokens add to a text's own
+SPARE_TOKENS = 8  # more special tokens than a tokenizer adds to a text
 DENOISER_KINDS: tuple[LikelihoodKind, ...] = ("denoiser_left_to_right", "bound")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Job:
-    """A cell with what it takes to fill it. ``model`` answers, by likelihoods of ``kind`` where it does not generate.
+    """A cell with what is needed to fill it. ``model`` answers, by likelihoods of ``kind`` if it does not generate.
 
-    ``likelihoods_of`` is the cell whose log-likelihoods this one is scored by, itself or one of an equal model.
+    ``likelihoods_of`` is the cell whose log-likelihoods score this one: itself or one of an equal model.
     """
 
     cell: Cell
@@ -60,7 +58,7 @@ class Job:
 
     @property
     def requests(self) -> list[tuple[Instance, Key]]:
-        """lm-eval's requests with their keys, each as often as there are samples; none where another cell answers."""
+        """lm-eval's requests with their keys, once per sample; none if another cell answers them."""
         if not self.task.generates and self.likelihoods_of != self.cell.id:
             return []
         repeats = self.task.samples if self.task.generates else 1
@@ -69,14 +67,14 @@ class Job:
 
     @property
     def costs_like(self) -> tuple[object, ...]:
-        """Jobs that agree in this take about the same time per request."""
+        """Key of jobs that take about the same time per request."""
         way = self.cell.decoder.label if self.task.generates else self.kind
         return (self.cell.checkpoint.identity, way, self.task.request)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prepared:
-    """A plan with its documents built, its models loaded and proved, and its cells: all but the folder to write to."""
+    """A plan, ready to run: documents built, models loaded and proved, cells made. No folder is written yet."""
 
     plan: RunPlan
     tasks: Sequence[BuiltTask]
@@ -86,12 +84,12 @@ class Prepared:
 
     @property
     def compares(self) -> bool:
-        """Whether two models are held against each other; one model alone is compared with nothing."""
+        """Whether the plan has two arms to compare; a single model is compared with nothing."""
         return any(job.cell.arm == "candidate" for job in self.jobs)
 
     @cached_property
     def scored_once(self) -> frozenset[str]:
-        """Tasks whose log-likelihoods one cell answers for all: nothing in them can differ."""
+        """Tasks that one cell answers for both arms by log-likelihoods: their scores are equal by construction."""
         donors: dict[str, set[str]] = defaultdict(set)
         for job in self.jobs:
             donors[job.task.name].add(job.cell.id if job.task.generates else job.likelihoods_of)
@@ -101,7 +99,7 @@ class Prepared:
 def prepare(plan: RunPlan) -> Prepared:
     """Build a plan's documents, load its models and make its cells. Nothing is written or answered yet.
 
-    Raises UserError for whatever the user can mend, before weights load where it can be known by then.
+    UserError for whatever the user can mend, before weights are loaded where possible.
     """
     from twotower_eval.engine.models.arms import prove_arms
 
@@ -131,7 +129,7 @@ def _tasks(plan: RunPlan) -> list[BuiltTask]:
 
 
 def _refuse_unreadable(jobs: Sequence[Job]) -> None:
-    """A text that a model cannot read is refused now, not hours into the run. Each task once for each way to read."""
+    """Refuse texts that a model cannot read now, not hours into the run; each task once per tokenizer."""
     from twotower_eval.engine.models.identity import reader_identity
 
     readers = {id(job.model): reader_identity(job.model) for job in jobs}
@@ -144,7 +142,7 @@ def _refuse_unreadable(jobs: Sequence[Job]) -> None:
 
 
 def check_scorers(plan: RunPlan, tasks: Sequence[BuiltTask]) -> None:
-    """Known before any weights load: a decoder without a denoiser has no denoiser likelihood."""
+    """UserError, before weights are loaded, for a denoiser likelihood with a decoder that has no denoiser."""
     needy = [task.name for task in tasks if not task.generates]
     if needy and plan.likelihood in DENOISER_KINDS and plan.decoder == "autoregressive":
         raise UserError(
@@ -172,25 +170,25 @@ def load_models(plan: RunPlan) -> tuple[Model, Model]:
 
 
 def use_graphs(plan: RunPlan, tasks: Sequence[BuiltTask], arms: tuple[Model, Model]) -> None:
-    """Have both arms take small steps from graphs, where the plan says so: as many kept as its requests can ask for."""
+    """Run both arms' small steps as CUDA graphs if the plan says so, keeping as many as its requests can need."""
     from twotower_eval.engine.models.arms import enable_cuda_graphs
     from twotower_eval.engine.models.graphs import MAX_NEW
 
     if not plan.cuda_graphs:
         return
     texts = ("".join(map(str, i.args)) for task in tasks for doc in task.docs for i in doc.instances)
-    # Tokens are not known yet; a text has no more of them than bytes, and a model reads no more than it can.
+    # Tokens are not counted yet: a text has at most as many tokens as bytes, and a model reads at most its limit.
     longest = max((len(text.encode()) for text in texts), default=0) + max(block_sizes(plan), default=1)
     longest += max((task.max_new_tokens or 0 for task in tasks), default=0)
     longest = min(longest, *(arm.max_length or longest for arm in arms))
-    # Scorers choose how many rows they read at once.
+    # Scorers choose their own number of rows.
     enable_cuda_graphs(arms, max_rows=MAX_NEW, block_sizes=block_sizes(plan), longest=longest)
 
 
 def longest_context(tasks: Sequence[BuiltTask], model: Model) -> int:
-    """Tokens of the longest context that a model sees in these tasks, or a few more.
+    """Tokens of the longest context that a model sees in these tasks, or slightly more.
 
-    Texts are encoded only where their bytes, of which there are more, may reach a length that nothing was tried at.
+    Texts are encoded only if their bytes, an upper bound, reach a length at which nothing was tried.
     """
     asked = [
         ("".join(str(part) for part in instance.args if isinstance(part, str)), task.max_new_tokens or 0)
@@ -210,7 +208,7 @@ def make_jobs(
 ) -> list[Job]:
     """Every cell of the plan, task by task, the baseline first, at the plan's temperature.
 
-    UserError if a model cannot score as asked.
+    UserError if a model cannot score in the requested way.
     """
     from twotower_eval.engine.decoders import decoder_spec, from_spec
     from twotower_eval.engine.models.identity import causal_identity
@@ -230,7 +228,7 @@ def make_jobs(
             alike = (task.name, kind, whose, spec.params.get("block_size") if by_denoiser else None)
             donor = first_with.setdefault(alike, cell.id)
             answering = candidate if shared and not task.generates else model
-            # A model that cannot answer is refused now, not hours into the run.
+            # Refuse a model that cannot answer now, not hours into the run.
             if task.generates:
                 from_spec(answering, spec)
             else:
@@ -241,7 +239,7 @@ def make_jobs(
 
 
 def make_scorer_of(model: Model, kind: LikelihoodKind, spec: DecoderSpec) -> Scorer:
-    """A scorer of the kind; the denoiser's read blocks as long as the decoder's."""
+    """A scorer of the kind; a denoiser's uses the decoder's block size."""
     from twotower_eval.engine.scorers import make_scorer
 
     block_size = spec.params.get("block_size")
@@ -251,14 +249,14 @@ def make_scorer_of(model: Model, kind: LikelihoodKind, spec: DecoderSpec) -> Sco
 
 
 def _equal_context(baseline: Model, candidate: Model) -> bool:
-    """Whether both causal towers are one model, down to the tokens that they read, so that one answer serves both."""
+    """Whether both causal towers are the same model and read the same tokens, so that one answer serves both."""
     from twotower_eval.engine.models.identity import causal_identity
 
     return bool(candidate.has_denoiser) and causal_identity(baseline) == causal_identity(candidate)
 
 
 def _kind(plan: RunPlan, arm: Arm, model: Model, shared: bool) -> LikelihoodKind:
-    """How a model's log-likelihoods are computed, as it will be named beside every score."""
+    """The kind of a model's log-likelihoods, as named beside every score."""
     if arm == "candidate" and (model.has_denoiser or plan.likelihood in DENOISER_KINDS):
         return plan.likelihood
     return "context_tower" if shared or model.has_denoiser else "exact"
@@ -312,7 +310,7 @@ def _notes(jobs: Sequence[Job]) -> Iterator[str]:
 
 
 class KnownScores:
-    """The scores on disk. ``reason`` says in an error how one of them may have come to differ from its answer."""
+    """The scores on disk. ``reason`` explains in an error how one may differ from its answer."""
 
     def __init__(self, run: store.Run, reason: str = "has another score") -> None:
         self._reason = reason
@@ -324,7 +322,7 @@ class KnownScores:
         self._aggregates = {key_of(row): (line, row) for line, row in enumerate(run.aggregates, start=1)}
 
     def new(self, scores: Iterable[Score]) -> list[Score]:
-        """Those that are not on disk. UserError with file and line where one on disk says something else."""
+        """The scores that are not on disk yet. UserError, with file and line, if one on disk differs."""
         new = []
         for score in scores:
             key = self._key_of(score)
@@ -338,11 +336,11 @@ class KnownScores:
         return new
 
     def stored(self, made: Aggregate) -> Aggregate | None:
-        """The row on disk of the same score of the same documents."""
+        """The row on disk of the same score."""
         return self._aggregates.get(store.JOURNALS[Aggregate][1](made), (0, None))[1]
 
     def new_aggregates(self, aggregates: Iterable[Aggregate]) -> list[Aggregate]:
-        """The same for what functions made of all documents. Those of fewer documents, under an older limit, stay."""
+        """The same for aggregates. Those of fewer documents, under an older limit, are kept."""
         new = []
         for made in aggregates:
             line, row = self._aggregates.get(store.JOURNALS[Aggregate][1](made), (0, made))
@@ -354,7 +352,7 @@ class KnownScores:
         return new
 
     def check_all_made(self) -> None:
-        """UserError where one on disk was not among the scores made."""
+        """UserError if a score on disk was not among the scores made."""
         for line, row in self._left.values():
             raise self._refusal(line, row, "has a score that no answer in this run gives")
 
@@ -364,8 +362,8 @@ class KnownScores:
 
 
 def check_known(run: store.Run, manifest: RunManifest, jobs: Sequence[Job]) -> None:
-    """UserError, before a run is opened again, where a score on disk is not that of its journalled answer, or an
-    answer contradicts itself."""
+    """UserError, before a run is opened again, if a score on disk does not match its journalled answer, or an answer
+    contradicts itself."""
     store.check_comparable(run, manifest)
     known = KnownScores(run)
     answered: dict[str, dict[Key, Row]] = defaultdict(dict)
@@ -379,8 +377,8 @@ def check_known(run: store.Run, manifest: RunManifest, jobs: Sequence[Job]) -> N
 
 
 def _check_texts_are_of_tokens(run: store.Run, jobs: Sequence[Job]) -> None:
-    """UserError where a text is not that of its tokens. Decoders of others may write their texts as they like, and
-    before a stop string stands part of a token that is counted no more."""
+    """UserError if a text does not match its tokens. Plug-in decoders may write texts differently, and before a stop
+    string there may be part of a token that is not counted."""
     own = {job.cell.id: job for job in jobs if job.task.generates and not job.cell.decoder.is_plug_in}
     for line, row in enumerate(run.generations, start=1):
         made, job = row.generation, own.get(row.cell)
@@ -391,7 +389,7 @@ def _check_texts_are_of_tokens(run: store.Run, jobs: Sequence[Job]) -> None:
 
 
 def _whole_documents(task: BuiltTask, answered: Mapping[Key, Row]) -> Iterator[Row]:
-    """Answers of the documents that have all of theirs: only these have the scores that they will have at the end."""
+    """Answers of completely answered documents: only these have final scores."""
     repeats = task.samples if task.generates else 1
     wanted = {doc.doc_id: len(doc.instances) * repeats for doc in task.docs}
     found = Counter(doc_id for name, doc_id, _, _ in answered if name == task.name)
@@ -401,7 +399,7 @@ def _whole_documents(task: BuiltTask, answered: Mapping[Key, Row]) -> Iterator[R
 
 
 def _difference(row: Score, score: Score) -> str:
-    """The first field in which they differ, the value before all others."""
+    """The first differing field, ``value`` before all others."""
     fields: tuple[dict[str, Any], dict[str, Any]] = (to_json(row), to_json(score))
     names = sorted(fields[1], key=lambda name: name != "value")
     name = next(name for name in names if fields[0][name] != fields[1][name])

@@ -1,6 +1,4 @@
-"""The ``run`` verb: every cell's requests are answered, journalled and scored, also those of timed answers; and what
-the terminal says of it.
-"""
+"""The ``run`` verb: answers, journals and scores every cell, scores timed answers, and reports progress."""
 
 from __future__ import annotations
 
@@ -31,6 +29,7 @@ from twotower_eval.measure.harness.jobs import (
 from twotower_eval.measure.harness.scoring import Row, aggregate_rows, score_rows
 from twotower_eval.measure.suites import BuiltTask, resolve_tasks
 from twotower_eval.measure.suites.lm_types import Instance
+from twotower_eval.names import plural
 from twotower_eval.plan import RunPlan, SpeedPlan, model_folder, plan_from_json
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import Aggregate, Cell, RunManifest, Score, Witnessed, derive_seed, draws
@@ -41,10 +40,10 @@ from twotower_eval.store.environment import with_scoring_of_now
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFigure:
-    """A task's score in one cell, under the metric that stands for it.
+    """A task's score in one cell, under its headline metric.
 
-    It is over ``num_documents``, and ``num_without`` more have no value. ``value`` is ``None`` where there is none,
-    for ``reason`` if one is known.
+    It covers ``num_documents``; ``num_without`` more have no value. ``value`` is ``None`` if there is none, for
+    ``reason`` if one is known.
     """
 
     task: BuiltTask
@@ -56,12 +55,12 @@ class TaskFigure:
 
     @property
     def arm(self) -> str:
-        """Which arm it is of, and how that decodes."""
+        """The arm and its decoder."""
         return f"{self.cell.arm} {self.cell.decoder.label}"
 
 
 def task_figure(task: BuiltTask, cell: Cell, scores: Sequence[Score], aggregates: Sequence[Aggregate]) -> TaskFigure:
-    """A mean of documents' values, or by lm-eval's own function where that is no mean."""
+    """The mean of documents' values, or lm-eval's own aggregate if the metric is no mean."""
     chosen = (task.metric, task.filter)
     for made in aggregates:
         if (made.metric, made.filter) == chosen:
@@ -80,7 +79,7 @@ def headline_text(figure: TaskFigure) -> str:
     if figure.value is None:
         return f"{metric} without a value" + (f" ({figure.reason})" if figure.reason else "")
     without = f", {figure.num_without} more without a value" if figure.num_without else ""
-    return f"{metric} {figure.value:.4g} over {figure.num_documents} documents{without}"
+    return f"{metric} {figure.value:.4g} over {plural(figure.num_documents, 'document')}{without}"
 
 
 def group_lines(figures: Iterable[TaskFigure]) -> Iterator[str]:
@@ -94,7 +93,8 @@ def group_lines(figures: Iterable[TaskFigure]) -> Iterator[str]:
 
 
 def _group_text(members: Sequence[TaskFigure]) -> str:
-    """lm-eval's figure: the mean over its members, by their documents or all alike; none where one has none."""
+    """lm-eval's figure of a group: the mean over its members, weighted by documents or equally; none if one has
+    none."""
     task = members[0].task
     without = [member.task.name for member in members if member.value is None]
     if without:
@@ -102,23 +102,23 @@ def _group_text(members: Sequence[TaskFigure]) -> str:
     weights = [member.num_documents if task.by_size else 1 for member in members]
     values = [member.value for member in members if member.value is not None]
     mean = sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
-    noun = "task" if len(members) == 1 else "tasks"
-    return f"{task.metric} {mean:.4g}, mean of {len(members)} {noun}{' by their documents' if task.by_size else ''}"
+    weighted = " by their documents" if task.by_size else ""
+    return f"{task.metric} {mean:.4g}, mean of {plural(len(members), 'task')}{weighted}"
 
 
-WITNESSED_OF, MOST_WITNESSED = 200, 4  # one in so many requests of a cell, and the most of them
+WITNESSED_OF, MOST_WITNESSED = 200, 4  # one in that many requests of a cell, up to a maximum
 
 
 def run(plan: RunPlan, *, root: Path, resume: Path | None = None, progress: Progress | None = None) -> Path:
-    """Evaluate both arms of a plan on its tasks and return the run's folder; see :func:`answer`."""
+    """Evaluate both arms of a plan on its tasks; the run's folder. See :func:`answer`."""
     return answer(prepare(plan), root=root, resume=resume, progress=progress)
 
 
 def answer(prepared: Prepared, *, root: Path, resume: Path | None = None, progress: Progress | None = None) -> Path:
-    """Answer, journal and score what a prepared plan asks; the run's folder.
+    """Answer, journal and score a prepared plan; the run's folder.
 
-    ``resume`` goes on with a run: nothing that its journals hold is computed again. Raises UserError for whatever
-    the user can mend. An interrupted run can be resumed.
+    ``resume`` continues a run: nothing in its journals is computed again. An interrupted run can be resumed. UserError
+    for whatever the user can mend.
     """
     progress = progress or SilentProgress()
     plan, tasks, jobs = prepared.plan, prepared.tasks, prepared.jobs
@@ -143,7 +143,7 @@ def _open(root: Path, resume: Path | None, manifest: RunManifest, jobs: Sequence
 
 
 def _refuse_misreported(run: store.Run) -> None:
-    """Answers are journalled as they come, and what a decoder says of them may turn out to be wrong afterwards."""
+    """UserError if the run ended because its decoder misreported: its journalled answers cannot be trusted."""
     for event in run.events:
         if event["kind"] == "failed" and event.get("error") == ReportError.__name__:
             raise UserError(
@@ -153,20 +153,20 @@ def _refuse_misreported(run: store.Run) -> None:
 
 
 def _keep_training_log(checkpoint: Path, run_folder: Path) -> None:
-    """Copy the log that lies beside a pair trained here, so that a report needs the run's folder and nothing else."""
+    """Copy the training log beside a pair trained here, so that a report needs only the run's folder."""
     log = checkpoint / TRAINING_LOG
     if log.is_file():
         shutil.copyfile(log, run_folder / TRAINING_LOG)
 
 
 def score_journal(path: Path) -> Path:
-    """Score the generations that a speed run of the answer workload journalled, with the code that scores runs."""
+    """Score the journalled answers of a speed run with the code that scores runs."""
     found = store.load(path)
     if found.manifest.verb != "speed":
         raise UserError(f"{path} is a {found.manifest.verb!r} run: only timed answers are scored afterwards")
     plan = plan_from_json(SpeedPlan, found.manifest.plan)
     if plan.workload != "answer":
-        raise UserError(f"{path} timed the {plan.workload!r} workload, whose texts answer nothing")
+        raise UserError(f"{path} timed the {plan.workload!r} workload, whose texts are no answers")
     tasks = timed_tasks(plan)
     manifest = dataclasses.replace(
         found.manifest,
@@ -191,14 +191,14 @@ def score_journal(path: Path) -> Path:
 
 
 def timed_tasks(plan: SpeedPlan) -> list[BuiltTask]:
-    """The tasks whose prompts a speed run times and whose answers it scores."""
+    """The tasks whose prompts a speed run times and whose answers are scored."""
     return resolve_tasks(
         plan.tasks, data_dir=plan.data_dir, seed=plan.seed, samples=plan.samples, temperature=plan.temperature
     )
 
 
 class _Evaluation:
-    """One pass over a run's jobs: answers what is missing, scores what is complete."""
+    """One pass over a run's jobs: answers what is missing and scores what is complete."""
 
     def __init__(self, plan: RunPlan, writer: store.RunWriter, jobs: Sequence[Job], progress: Progress) -> None:
         self._plan = plan
@@ -206,8 +206,8 @@ class _Evaluation:
         self._jobs = jobs
         self._progress = progress
         self._prepared: dict[str, list[Batch]] = {}
-        self._estimate_s: dict[str, float] = {}  # by cell: what was spent on it before its turn came
-        # By cell: its requests, and how many of them were cut.
+        self._estimate_s: dict[str, float] = {}  # by cell: time spent on the estimate
+        # By cell: number of requests, and of truncated ones.
         self._truncated = {
             event["cell"]: (event["num_requests"], event["num_truncated"])
             for event in writer.run.events
@@ -223,10 +223,12 @@ class _Evaluation:
             self._journals[row.cell].keep(row)
 
     def run(self) -> None:
-        """Answer and score every job; the estimate comes from one batch of each kind of job."""
+        """Answer and score every job, with a time estimate from one batch of each kind of job."""
         total = sum(len(job.requests) for job in self._jobs)
         num_tasks = len({job.task.name for job in self._jobs})
-        self._progress.note(f"{len(self._jobs)} cells over {num_tasks} tasks, {total} requests")
+        self._progress.note(
+            f"{plural(len(self._jobs), 'cell')} over {plural(num_tasks, 'task')}, {plural(total, 'request')}"
+        )
         figures: list[TaskFigure] = []
         with self._progress.track(total, "run") as self._advance:
             self._estimate()
@@ -244,7 +246,7 @@ class _Evaluation:
             self._progress.note(line)
 
     def _estimate(self) -> None:
-        """Have a few requests of middling length answered for each kind of job, and say how long the rest will take."""
+        """Answer a few requests of middling length for each kind of job, and report the estimated duration."""
         left_s = 0.0
         per_request_s: dict[tuple[Any, ...], float] = {}
         for job in self._jobs:
@@ -263,7 +265,7 @@ class _Evaluation:
             self._progress.note(f"estimated duration: about {duration_text(left_s)}")
 
     def _answer_some(self, job: Job) -> None:
-        """Answer a batch's worth of requests, or a piece of those that are scored together."""
+        """Answer one batch of requests, or one piece of those that are scored together."""
         if not job.task.generates:
             batches = self._prepared[job.cell.id] = self._batches(job)
             batches.pop(len(batches) // 2)()
@@ -273,7 +275,7 @@ class _Evaluation:
         usual = [item for item in self._missing(job) if item[1] not in chosen]
         missing = sorted(usual or self._missing(job), key=lambda item: len(item[0].args[0]))
         start = max(0, len(missing) - size) // 2
-        # Whoever prepares the whole job reports these answers as progress.
+        # These answers are reported as progress when the whole job is prepared.
         for answer in self._model_of(job, advance=lambda num=1, /: None).batches(missing[start : start + size]):
             answer()
 
@@ -290,7 +292,7 @@ class _Evaluation:
         return [(request, key) for request, key in job.requests if key not in answered]
 
     def _batches(self, job: Job) -> list[Batch]:
-        """What is left of a job, batch by batch. Requests that had to be cut are counted over all of it, once."""
+        """The remaining work of a job, batch by batch. Truncated requests are counted once, over all of it."""
         counted = self._truncated.get(job.cell.id if job.requests else job.likelihoods_of)
         known = counted and (not job.requests or counted[0] == len(job.requests))  # a resume may raise the limit
         if counted and known and not self._missing(job):
@@ -315,7 +317,7 @@ class _Evaluation:
             self._progress.note(f"warning: {truncation_line(*who, num_requests, num_truncated)}")
 
     def _model_of(self, job: Job, advance: Advance) -> HarnessLM:
-        """What answers the job's requests, into its journal."""
+        """The adapter that answers the job's requests into its journal."""
         from twotower_eval.engine.decoders import from_spec
 
         spec, generates = job.cell.decoder, job.task.generates
@@ -334,19 +336,19 @@ class _Evaluation:
         )
 
     def _witnessed(self, job: Job) -> frozenset[Key]:
-        """The requests of a job whose answers are witnessed: a few, chosen by the seed."""
+        """The requests of a job that are decoded with a witness: a few, chosen by the seed."""
         if not job.task.generates or draws(job.cell):
             return frozenset()
         keys = sorted((key for _, key in job.requests), key=lambda key: derive_seed(self._plan.seed, "witness", *key))
         return frozenset(keys[: min(MOST_WITNESSED, -(-len(keys) // WITNESSED_OF))])
 
     def _testify(self, row: Witnessed) -> None:
-        """A run that was killed between a witness and its answer decodes again what is told of already."""
+        """Journal a witness row, once: a run killed between a witness and its answer decodes that request again."""
         if (row.cell, row.call_id) not in self._testified:
             self._writer.append(row)
 
     def _score(self, job: Job) -> TaskFigure:
-        """Write the job's scores, if they are not there yet, and return the task's figure."""
+        """Write the job's scores, if missing, and return the task's figure."""
         rows = list(self._answered(job).values())
         scores = score_rows(job.task, job.cell.id, rows)
         aggregates = aggregate_rows(job.task, job.cell.id, rows, self._known.stored, self._progress)

@@ -1,6 +1,5 @@
-"""From journalled answers to scores: lm-eval's filters and metrics, one document and one sample at a time, and metrics
-of all documents together.
-"""
+"""From journalled answers to scores: lm-eval's filters and metrics per document and sample, and aggregates over all
+documents."""
 
 from __future__ import annotations
 
@@ -44,10 +43,10 @@ from twotower_eval.records import (
     sha256_text,
 )
 
-# Of functions that take all documents anew each time: at least and at most so many, in between as time allows.
+# Replicates of functions of all documents: minimum and maximum, in between as time allows.
 LEAST_REPLICATES, NUM_REPLICATES = 100, 1_000
 BUDGET_S = 60.0  # of one metric in one cell
-SLOW_S = 5.0  # what takes longer shows how far it is
+SLOW_S = 5.0  # longer work shows progress
 SEED = 0
 FAILURES = (*MISTAKEN, *LACKING)  # lm-eval would fail as well
 
@@ -56,7 +55,7 @@ Parts = tuple[float, ...]
 
 
 def mean_item(source: Task, metric: str, item: object) -> object:
-    """A document's value under a metric that is a mean; the Brier score's own function makes it of one item."""
+    """A document's value under a metric that is a mean; for the Brier score its own function of one item."""
     from lm_eval.api.metrics import brier_score
 
     return brier_score([item]) if aggregation(source, metric) is brier_score else item
@@ -65,7 +64,7 @@ def mean_item(source: Task, metric: str, item: object) -> object:
 def parts_of(name: str, item: object) -> Parts | str:
     """A document's part in the sums that an aggregation is a function of, or the reason why it has none.
 
-    It depends on nothing but the document's item. References of a text are taken as many as there are.
+    It depends only on the document's item. A text may have any number of references.
     """
     try:
         parts = _parts(name, item)
@@ -77,7 +76,7 @@ def parts_of(name: str, item: object) -> Parts | str:
 
 
 def value_of(source: Task, metric: str, items: Items) -> float | str:
-    """What lm-eval's own function makes of all documents, or the reason why there is no such number."""
+    """lm-eval's aggregate over all documents, or the reason why there is none."""
     value = _called(aggregation(source, metric), items)
     return f"lm-eval's {aggregation_name(source, metric)} of all documents {value}" if isinstance(value, str) else value
 
@@ -85,10 +84,10 @@ def value_of(source: Task, metric: str, items: Items) -> float | str:
 def replicates_of(
     source: Task, metric: str, items: Items, clusters: Sequence[str], progress: Progress | None = None
 ) -> tuple[float, ...] | str:
-    """The function's values on the documents of resampled clusters, or the reason why there are none.
+    """An aggregate's values on resampled clusters, or the reason why there are none.
 
-    Draws depend on the clusters' names and on ``SEED`` alone: both arms draw the same, in the same order. A slow
-    function is called as often as ``BUDGET_S`` allows, but ``LEAST_REPLICATES`` times.
+    Draws depend only on the clusters' names and ``SEED``, so both arms use the same draws in the same order. A slow
+    function is called as often as ``BUDGET_S`` allows, but at least ``LEAST_REPLICATES`` times.
     """
     members: dict[str, list[object]] = {cluster: [] for cluster in sorted(set(clusters))}
     for cluster, item in zip(clusters, items, strict=True):
@@ -117,7 +116,8 @@ def replicates_of(
 
 
 def _called(function: Aggregation, items: Items) -> float | str:
-    """A function's value, or what is wrong with it; what it lacks is no property of the answers, and is raised."""
+    """A function's value, or what is wrong with it; an error about something missing is raised, as it is no fault of
+    the answers."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # scikit-learn's, of labels that do not occur
@@ -141,24 +141,24 @@ def _parts(name: str, item: object) -> Parts:
 
 
 def _as_float(value: object) -> float:
-    """Raises where it is no number."""
+    """The value as a float; raises if it is no number."""
     return float(cast(SupportsFloat, value))
 
 
 def _label(label: object) -> float:
-    """A number for a label; functions of labels only ask whether two are the same, and which is 1."""
+    """A number for a label; functions of labels only compare them and ask which is 1."""
     return float(int(sha256_text(label)[:12], 16)) if isinstance(label, str) else _as_float(label)
 
 
 def _text_parts(name: str, item: object) -> Parts:
-    """sacrebleu's own statistics of a document, in the settings that lm-eval's functions take."""
+    """sacrebleu's statistics of a document, with the settings of lm-eval's functions."""
     references, answers = sacrebleu_pair(*cast(Sequence[object], item)[:2])
     [found] = _sacrebleu(name)._extract_corpus_statistics(answers, references)
     return tuple(float(number) for number in found)
 
 
 class _SacreBleu(Protocol):
-    """What we use of sacrebleu's metrics."""
+    """The part of sacrebleu's metrics that is used here."""
 
     def _extract_corpus_statistics(self, answers: list[str], references: list[object]) -> list[list[float]]: ...
 
@@ -179,7 +179,7 @@ def _sacrebleu(name: str) -> _SacreBleu:
     return metric
 
 
-POOLING = ("majority_vote", "take_first_k")  # filters that look at all samples of a problem together
+POOLING = ("majority_vote", "take_first_k")  # filters over all samples of a problem together
 
 Row = GenerationRow | LikelihoodRow
 Stored = Callable[[Aggregate], Aggregate | None]
@@ -188,10 +188,10 @@ Samples = list[list[Row]]  # of one document: per sample, one answer for each re
 
 @lm_tasks.quiet()
 def score_rows(task: BuiltTask, cell: str, rows: Iterable[Row]) -> list[Score]:
-    """Scores of every document that the rows answer completely, for each metric and filter of the task.
+    """Scores of every completely answered document, for each metric and filter of the task.
 
-    A document's value is the mean over its samples; where the task itself asks for several, it is what lm-eval makes
-    of all of them. Rows made for another prompt are a UserError.
+    A document's value is the mean over its samples; if the task itself asks for several, it is lm-eval's value of all
+    of them. UserError for rows of another prompt.
     """
     samples = _samples(task, rows)
     scores = []
@@ -217,9 +217,9 @@ def aggregate_rows(
     stored: Stored = lambda made: None,
     progress: Progress | None = None,
 ) -> list[Aggregate]:
-    """What lm-eval's functions make of all documents together, for each filter and metric that is no mean.
+    """lm-eval's aggregates over all documents, for each filter and metric that is no mean.
 
-    ``stored`` is asked for the row on disk of the same score: its replicates are taken as they are.
+    ``stored`` gives the row on disk of the same score, whose replicates are reused.
     """
     samples = _samples(task, rows)
     made = []
@@ -239,7 +239,7 @@ def aggregate_rows(
 
 
 def _by_source(task: BuiltTask, samples: Mapping[int, Samples]) -> Iterable[list[BuiltDoc]]:
-    """Answered documents, apart by the lm-eval task that scores them."""
+    """Answered documents, grouped by the lm-eval task that scores them."""
     by_source: dict[int, list[BuiltDoc]] = defaultdict(list)
     for doc in task.docs:
         if doc.doc_id in samples:
@@ -248,7 +248,7 @@ def _by_source(task: BuiltTask, samples: Mapping[int, Samples]) -> Iterable[list
 
 
 def _samples(task: BuiltTask, rows: Iterable[Row]) -> dict[int, Samples]:
-    """Per document its complete samples, in the order of their numbers."""
+    """Document -> its complete samples, in order of their numbers."""
     found: dict[int, dict[int, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         if row.task == task.name:
@@ -274,7 +274,7 @@ def _check_prompts(task: BuiltTask, doc: BuiltDoc, answers: Mapping[int, Row]) -
 def _metrics(
     task: BuiltTask, filter_: Filter, docs: Sequence[BuiltDoc], samples: Mapping[int, Samples]
 ) -> dict[int, dict[str, list[object]]]:
-    """What lm-eval makes of the answers under one filter: per document and metric a value for each sample."""
+    """lm-eval's scores under one filter: document and metric -> a value per sample."""
     pooled = task.pools_samples or _pools(docs[0].source, filter_.name)
     found: dict[int, dict[str, list[object]]] = defaultdict(lambda: defaultdict(list))
     for number in range(1 if pooled else max(len(samples[doc.doc_id]) for doc in docs)):
@@ -304,7 +304,7 @@ def _apply(task: BuiltTask, filter_: Filter, instances: list[Instance]) -> None:
 
 
 def _given(task: BuiltTask, doc: BuiltDoc, results: list[object]) -> dict[str, object]:
-    """What the task's own code makes of an answer; lm-eval would end at the same place."""
+    """The metrics that the task's own code gives for an answer; UserError if it fails, as lm-eval would."""
     try:
         return dict(doc.source.process_results(doc.doc, results))
     except FAILURES as error:
@@ -320,7 +320,7 @@ def _pools(source: Task, filter_name: str) -> bool:
 
 
 def _response(row: Row) -> object:
-    """An answer in the form in which lm-eval's models give it."""
+    """An answer in the form that lm-eval's models return."""
     if isinstance(row, GenerationRow):
         return row.generation.text or ""
     if row.request == "loglikelihood_rolling":
@@ -330,7 +330,7 @@ def _response(row: Row) -> object:
 
 @dataclass(frozen=True, kw_only=True)
 class _Value:
-    """What a document's score has, as its fields."""
+    """The value fields of a document's score."""
 
     aggregation: str
     value: float | None = None
@@ -342,7 +342,7 @@ NOTHING_GIVEN = _Value(aggregation=MEAN, missing_reason="the task's own code giv
 
 
 def _values(docs: Sequence[BuiltDoc], items: Mapping[int, Mapping[str, list[object]]]) -> dict[str, dict[int, _Value]]:
-    """By metric and document; only under a mean has a document a value of its own."""
+    """(metric, document) -> value; only under a mean does a document have a value of its own."""
     source = docs[0].source
     found = {}
     for metric in {metric: None for doc in docs for metric in items[doc.doc_id]}:
@@ -371,7 +371,7 @@ def _together(metric: str, aggregation: str) -> str:
 
 
 def _several(aggregation: str, items: Sequence[Sequence[object]]) -> str | None:
-    """Why there is no score where documents have samples that differ."""
+    """Why there is no score if a document's samples differ."""
     if all(repr(item) == repr(samples[0]) for samples in items for item in samples):
         return None
     return f"{aggregation} of all documents takes one sample of each, and there are several that differ"
@@ -459,7 +459,7 @@ def _with_replicates(
     stored: Stored,
     progress: Progress | None,
 ) -> Aggregate:
-    """The same with its function's values over resampled documents, where reports cannot compute them from parts."""
+    """The aggregate with its values over resampled documents, if reports cannot compute them from parts."""
     if made.value is None or made.aggregation in SUMMED_AGGREGATIONS:
         return made
     if (known := stored(made)) is not None:

@@ -1,6 +1,6 @@
-"""The cost card: which layers are measured, what they weigh, whether they fit, how fast their steps can be at best.
+"""The cost card: which layers are measured, their weights, whether they fit, and the fastest possible steps.
 
-Printed before anything is built, from the config and a short measurement of the device alone.
+It is printed before anything is built, from the config and a short measurement of the device.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from twotower_eval.records import ROUTINGS
 
 GIB, MIB = 2**30, 2**20
 SPARE = 0.05  # of the weights: allocator, kernels' workspaces, activations
-CONTEXTS_HELD = 3  # the one that steps start from, the one they go on with, and the copy in between
+CONTEXTS_HELD = 3  # the context that steps start from, the one that they extend, and the copy in between
 
 
 @dataclass(frozen=True, kw_only=True)
 class Floor:
-    """Least seconds of one repetition: what it must read at the probed bandwidth, or compute at the probed rate."""
+    """Lower bound on the seconds of one repetition: what it must read at the measured bandwidth, or compute at the
+    measured rate."""
 
     pattern: str
     part: str
@@ -51,7 +52,7 @@ class Floor:
 
 @dataclass(frozen=True, kw_only=True)
 class CostCard:
-    """What is known before building. ``needed_bytes`` and ``fits`` are per device, in the order of the plan's."""
+    """What is known before building. ``needed_bytes`` and ``fits`` are per device, in the plan's order."""
 
     config: str
     pattern: str
@@ -67,17 +68,17 @@ class CostCard:
 
     @property
     def fits(self) -> bool:
-        """Whether every device has room, as far as is known."""
+        """Whether each device has room, as far as is known."""
         pairs = zip(self.needed_bytes, self.peaks, strict=True)
         return all(peak.free_bytes is None or needed <= peak.free_bytes for needed, peak in pairs)
 
 
 def measured_layers(pattern: str, num_layers: int | None) -> tuple[tuple[int, ...], ...]:
-    """Layer indices of every part to be measured, the largest first.
+    """Layer indices of every set of layers to measure, the largest first.
 
-    All layers where they are all built. Else the first ``num_layers``, the same with every second layer of one kind
-    left out, for each kind, no layer at all, and the first half, which no fit needs and which therefore tests it.
-    UserError where the first layers lack a kind that the others have, so that nothing could be said of it.
+    All layers, if all are built. Else the first ``num_layers``; the same without every second layer of one kind, for
+    each kind; no layers; and the first half, which no fit uses and which therefore tests it. UserError if the first
+    layers lack a kind that the others have, as its cost could not be extrapolated.
     """
     if num_layers is None or num_layers == len(pattern):
         return (tuple(range(len(pattern))),)
@@ -98,7 +99,7 @@ def measured_layers(pattern: str, num_layers: int | None) -> tuple[tuple[int, ..
 
 
 def _thinned(pattern: str, kind: str) -> tuple[int, ...]:
-    """Without every second layer of a kind, the first of them included."""
+    """The layers without every second one of a kind, the first of them included."""
     of_kind = [index for index, letter in enumerate(pattern) if letter == kind]
     return tuple(index for index in range(len(pattern)) if index not in of_kind[::2])
 
@@ -106,7 +107,7 @@ def _thinned(pattern: str, kind: str) -> tuple[int, ...]:
 def make_card(
     plan: SizingPlan, config: NemotronHConfig, patterns: Sequence[str], peaks: Sequence[DevicePeak], dtype: torch.dtype
 ) -> CostCard:
-    """The card for towers of ``patterns[0]``, and floors for all the patterns and for the whole config's."""
+    """The card for towers of ``patterns[0]``, with floors for all patterns and for the whole config."""
     built = cut(config, patterns[0])
     weigh = {p: pair_bytes(cut(config, p), dtype.itemsize, share_towers=plan.share_towers)
              for p in (patterns[0], config.pattern)}  # fmt: skip
@@ -128,7 +129,7 @@ def make_card(
 
 
 def graphs_needed(plan: SizingPlan) -> int:
-    """Sizes and routings of steps that a round goes through: AR, and both passes of a block at every routing."""
+    """Sizes and routings of the steps of a round: AR, and both passes of a block at every routing."""
     return len(plan.batch_sizes) * (1 + 2 * len(ROUTINGS) * len(plan.block_sizes)) * _num_slot_counts(plan)
 
 
@@ -137,7 +138,7 @@ def _num_slot_counts(plan: SizingPlan) -> int:
 
 
 def _longest(plan: SizingPlan) -> int:
-    """Tokens of a context behind the last repetition; one comes before them, off the clock."""
+    """Tokens of a context after the last repetition, including one untimed repetition before them."""
     return plan.prompt_tokens + (1 + plan.repeats) * max(plan.block_sizes)
 
 
@@ -147,7 +148,7 @@ def cut(config: NemotronHConfig, pattern: str) -> NemotronHConfig:
 
 
 def describe(card: CostCard) -> Iterator[str]:
-    """The card in lines for people."""
+    """The card as lines of text."""
     layers = f"{len(card.built_pattern)} of {len(card.pattern)} layers a tower"
     towers = "one set of weights for both towers" if card.shared_towers else "two towers"
     yield f"cost card of {card.config}: RANDOM WEIGHTS, {layers}, {towers}"
@@ -174,7 +175,7 @@ def describe(card: CostCard) -> Iterator[str]:
 
 
 def refuse_if_too_large(card: CostCard, plan: SizingPlan, config: NemotronHConfig, dtype: torch.dtype) -> None:
-    """UserError that says by how much, and what would fit."""
+    """UserError, with the shortfall and what would fit, if a device lacks room."""
     if card.fits:
         return
     peak, needed, free = next(
@@ -193,7 +194,7 @@ def refuse_if_too_large(card: CostCard, plan: SizingPlan, config: NemotronHConfi
 def _ways_to_fit(
     plan: SizingPlan, config: NemotronHConfig, num_layers: int, peaks: Sequence[DevicePeak], dtype: torch.dtype
 ) -> Iterator[str]:
-    """What could be asked for instead; nothing that would be refused in its turn."""
+    """Options that would fit instead; none that would be refused in turn."""
     # A step on shared towers costs what it does on two, so all of the layers shared come before fewer of them.
     alone = len(plan.devices) == 1 and not plan.share_towers
     shared = dataclasses.replace(plan, share_towers=True) if alone else plan
@@ -215,7 +216,7 @@ def _ways_to_fit(
 def _fits(
     plan: SizingPlan, config: NemotronHConfig, num_layers: int, peaks: Sequence[DevicePeak], dtype: torch.dtype
 ) -> bool:
-    """Whether so many of the layers can be built, and measured to extrapolate."""
+    """Whether that many layers can be built, and measured to extrapolate."""
     try:
         num_parts = len(measured_layers(config.pattern, num_layers))
     except UserError:  # they lack a kind
@@ -225,7 +226,7 @@ def _fits(
 
 
 def _steps(plan: SizingPlan) -> Iterator[Step]:
-    """Every repetition that is timed, the forced blocks apart."""
+    """Every timed repetition except the forced blocks."""
     for size in plan.batch_sizes:
         length = plan.prompt_tokens
         yield Step(part="prefill", batch_size=size, num_tokens=length, context_tokens=0, routing="independent")
@@ -256,7 +257,7 @@ def _floor(
 
 
 def _needed(plan: SizingPlan, config: NemotronHConfig, num_patterns: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """Bytes on each device: weights, contexts of all batch sizes, logits of the largest block."""
+    """Bytes needed on each device: weights, contexts of all batch sizes, logits of the largest block."""
     rows = sum(plan.batch_sizes) * num_patterns + CONTEXTS_HELD * max(plan.batch_sizes)
     if plan.cuda_graphs:  # for each size a context at a fixed place, with up to twice the slots
         rows += 2 * sum(plan.batch_sizes) * num_patterns * _num_slot_counts(plan)
@@ -270,7 +271,7 @@ def _needed(plan: SizingPlan, config: NemotronHConfig, num_patterns: int, dtype:
 
 
 def _size(num_bytes: float) -> str:
-    """Bytes for people, in the largest unit of which there is at least one."""
+    """Bytes in the largest unit of which there is at least one."""
     for unit, name in ((GIB, "GiB"), (MIB, "MiB")):
         if num_bytes >= unit:
             return f"{num_bytes / unit:.1f} {name}"
@@ -278,5 +279,5 @@ def _size(num_bytes: float) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-    """Three figures, and never an exponent."""
+    """Seconds as milliseconds with three digits, never with an exponent."""
     return f"{1000 * seconds:.0f} ms" if seconds >= 0.1 else f"{1000 * seconds:.3g} ms"

@@ -1,6 +1,5 @@
-"""What a round of sizing is made of: every part of decoding per size, batch, block and forced routing, and how many
-tokens each denoiser call commits.
-"""
+"""The items of a sizing round: every part of decoding per size, batch, block and forced routing, and the commits per
+denoiser call."""
 
 from __future__ import annotations
 
@@ -43,7 +42,7 @@ Block = tuple[int, ...]  # tokens committed by each denoiser call; together the 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Blocks one after the other, as they are timed together."""
+    """A commit profile: consecutive blocks that are timed together."""
 
     name: str
     block_size: int
@@ -61,7 +60,8 @@ class Profile:
 
 
 def even_profile(tokens_per_nfe: float, block_size: int, num_blocks: int) -> Profile:
-    """A rate spread as evenly as whole tokens and whole calls allow; UserError for a rate no block can have."""
+    """A profile with a given rate, spread as evenly as whole tokens and calls allow; UserError for a rate no block can
+    have."""
     if not 1 <= tokens_per_nfe <= block_size:
         raise UserError(
             f"a block of {block_size} commits 1 to {block_size} tokens per denoiser call, not {tokens_per_nfe:g}"
@@ -72,15 +72,15 @@ def even_profile(tokens_per_nfe: float, block_size: int, num_blocks: int) -> Pro
 
 
 def even_block(block_size: int, num_steps: int) -> Block:
-    """One block in so many calls, their commits differing by at most one."""
+    """One block in ``num_steps`` calls whose commits differ by at most one."""
     return tuple(_spread(block_size, num_steps))
 
 
 def recorded_profiles(run: Run, block_size: int, num_blocks: int, seed: int) -> tuple[Profile, ...]:
-    """One profile for each decoder setting that a run has at this block size: blocks drawn from those it decoded.
+    """One profile for each decoder setting of a run at this block size, drawn from the blocks that it decoded.
 
-    Where generations carry traces their steps are taken as they were; elsewhere each prompt's calls per block, spread
-    evenly. UserError where the run has no such block.
+    Generations with traces give their steps as recorded; others give each prompt's mean calls per block, spread evenly.
+    UserError if the run has no such block.
     """
     pools = {_label(cell.decoder): _blocks(run, cell.id, block_size) for cell in run.manifest.cells
              if cell.decoder.params.get("block_size") == block_size}  # fmt: skip
@@ -100,7 +100,7 @@ def recorded_profiles(run: Run, block_size: int, num_blocks: int, seed: int) -> 
 
 
 def _label(decoder: DecoderSpec) -> str:
-    """What a block's commits depend on, in short."""
+    """A short label of what a block's commits depend on."""
     named = {"steps_per_block": "steps", "threshold": "threshold", "temperature": "temperature"}
     given = [f"{word} {decoder.params[key]:g}" for key, word in named.items() if decoder.params.get(key)]
     others = {key: value for key, value in decoder.params.items() if key not in (*named, "block_size", "trace")}
@@ -126,7 +126,7 @@ def _traced(generation: Generation, block_size: int) -> Iterator[Block]:
 
 
 def _averaged(prompts: Iterable[Generation | PromptTiming], block_size: int) -> Iterator[Block]:
-    """A prompt of n context forwards denoised n blocks: one after the prefill, one after each extension."""
+    """Blocks of a prompt: n context forwards denoised n blocks, one after the prefill and one after each extension."""
     for prompt in prompts:
         num_blocks, num_steps = prompt.num_context_forwards, prompt.num_denoiser_forwards
         if 0 < num_blocks <= num_steps <= num_blocks * block_size:
@@ -134,14 +134,14 @@ def _averaged(prompts: Iterable[Generation | PromptTiming], block_size: int) -> 
 
 
 def _spread(total: int, parts: int) -> Iterator[int]:
-    """Whole numbers that add up to ``total``, differing by at most one, large and small ones mixed."""
+    """Whole numbers that sum to ``total`` and differ by at most one, large and small ones mixed."""
     for index in range(parts):
         yield total * (index + 1) // parts - total * index // parts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rig:
-    """A pair of some layers, its cells, and a context of the plan's length for every batch size."""
+    """A pair with some of the layers, its cells, and a context of the plan's length per batch size."""
 
     pair: TwoTower
     baseline: Cell
@@ -161,7 +161,7 @@ class Rig:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Item:
-    """One timed sample of a round. ``make_ready`` is off the clock and gives one repetition."""
+    """One timed sample of a round. ``make_ready`` runs off the clock and returns one repetition."""
 
     cell_id: str
     pattern: str
@@ -176,7 +176,7 @@ class Item:
 
 
 def make_rigs(plan: SizingPlan, pairs: Sequence[TwoTower]) -> list[Rig]:
-    """Cells and contexts of each pair. UserError where the weights make nothing finite in the plan's dtype."""
+    """Cells and contexts of each pair. UserError if the weights give no finite logits in the plan's dtype."""
     return [_rig(plan, pair) for pair in pairs]
 
 
@@ -198,7 +198,7 @@ def _rig(plan: SizingPlan, pair: TwoTower) -> Rig:
 
 
 def _cell(plan: SizingPlan, arm: Arm, checkpoint: Checkpoint, decoder: DecoderSpec) -> Cell:
-    # All that makes up a round: one that goes on with another would not be comparable.
+    # Everything that defines a round: rounds that differ in it are not comparable.
     asked = [plan.prompt_tokens, plan.seed, plan.batch_sizes, plan.repeats, plan.cuda_graphs]
     asked += [plan.tokens_per_nfe, plan.profile]
     workload = Workload(
@@ -212,7 +212,7 @@ def _cell(plan: SizingPlan, arm: Arm, checkpoint: Checkpoint, decoder: DecoderSp
 
 
 def make_items(plan: SizingPlan, rigs: Sequence[Rig], profiles: Sequence[Profile]) -> list[list[Item]]:
-    """Items in groups of what is compared: one group per pair, batch size and block size, AR twice in each first."""
+    """Items in groups to compare: one per pair, batch size and block size; AR comes twice in the first of each."""
     groups = []
     for rig in rigs:
         # Whole blocks check what the parts predict: on the largest pair only.
@@ -253,6 +253,6 @@ def _block_items(plan: SizingPlan, rig: Rig, size: int, block: int, profiles: Se
 
 
 def _ids(plan: SizingPlan, pair: TwoTower, batch_size: int, num_tokens: int) -> Tensor:
-    """Seeded token ids (B, S): which ones does not matter where experts are forced."""
+    """Seeded token ids (B, S); their values do not matter when experts are forced."""
     generator = torch.Generator().manual_seed(derive_seed(plan.seed, "ids", batch_size, num_tokens))
     return torch.randint(pair.vocab_size, (batch_size, num_tokens), generator=generator)

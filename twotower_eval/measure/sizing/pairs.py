@@ -1,9 +1,8 @@
-"""Pairs of random weights with forced experts, made on their devices: for what a step costs without a checkpoint.
+"""Pairs of random weights with forced experts, made on their devices: step costs without a checkpoint.
 
-Nothing of what such a pair says means anything, and its checkpoint's name says so. Random routers spread a block over
-nearly as many experts as chance allows, trained ones over fewer, and a denoise step's time follows the number of
-experts whose weights are read. So experts are forced, and a step is timed at both ends and in the middle.
-Shape letters: see ops/__init__.
+The outputs of such a pair mean nothing, and its checkpoint's name says so. Random routers spread a block over nearly as
+many experts as chance allows, trained ones over fewer, and a denoise step's time grows with the number of experts read.
+So experts are forced, and a step is timed at both extremes and in the middle. Shape letters: see ops/__init__.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ def build_random_pair(
 ) -> TwoTower:
     """A pair of seeded random weights, each made on the device where it stays.
 
-    With ``share_towers`` both towers are one set of layers, which takes half the memory: a step runs one tower, and
-    reads as much of it whether or not the other has weights of its own. That needs a single device.
+    With ``share_towers`` both towers use one set of layers, which halves the memory: a step runs one tower and reads as
+    much either way. That needs a single device.
     """
     if share_towers and len(set(devices)) > 1:
         raise UserError("towers that share their weights are on one device: name one, or drop --share-towers")
@@ -46,8 +45,8 @@ def build_random_pair(
 
 
 def steer(pair: TwoTower, seed: int) -> ForcedRouting:
-    """The forced routing of both towers' experts, attached; every layer serves all positions, wherever it stands, so
-    that layers that are not built cost what those cost that are."""
+    """Force the routing of both towers' experts; every layer serves all positions, wherever it stands, so that layers
+    that are not built cost the same as built ones."""
     pair.context_tower.last_alone = False
     routing = ForcedRouting(pair.config.n_routed_experts, seed)
     for tower in (pair.context_tower.tower, pair.denoiser.tower):
@@ -56,7 +55,7 @@ def steer(pair: TwoTower, seed: int) -> ForcedRouting:
 
 
 def with_layers(pair: TwoTower, kept: Sequence[int]) -> TwoTower:
-    """A pair of some of the layers, on the same tensors: its steps cost what those layers cost."""
+    """A pair with some of the layers, on the same tensors: its steps cost what those layers cost."""
     config = pair.config
     pattern = "".join(config.pattern[index] for index in kept)
     config = dataclasses.replace(config, hybrid_override_pattern=pattern)
@@ -80,7 +79,7 @@ def with_layers(pair: TwoTower, kept: Sequence[int]) -> TwoTower:
 
 @torch.no_grad()
 def _fill(pair: TwoTower, seed: int) -> None:
-    """Every weight from a generator on its own device; gates of the time tables at 1, so that all layers count."""
+    """Draw every weight from a generator on its own device; time tables keep gates at 1, so that all layers count."""
     config, denoiser = pair.config, pair.denoiser
     for offset, (tower, head) in enumerate(
         ((pair.context_tower.tower, pair.context_tower.head), (denoiser.tower, denoiser.head))
@@ -120,10 +119,10 @@ def _limits(pair: TwoTower) -> None:
 
 
 class ForcedRouting:
-    """Steers the experts of every layer it is attached to. ``kind`` None leaves the routers their choice.
+    """Forces the experts of every layer it is attached to. ``kind`` None leaves the routers their choice.
 
-    ``shared``: all tokens of a row go to one set of experts; ``half``: to half of that set, and each token to others
-    of its own; ``independent``: each token to its own. Rows never share on purpose, nor do layers.
+    ``shared``: all tokens of a row use one set of experts; ``half``: half of that set, and other experts per token;
+    ``independent``: each token its own set. Rows and layers are drawn separately.
     """
 
     def __init__(self, num_experts: int, seed: int) -> None:
@@ -133,21 +132,22 @@ class ForcedRouting:
         self._touched: list[Tensor] | None = None
 
     def attach(self, tower: Tower) -> None:
-        """Steer the tower's experts from now on."""
+        """Force the tower's experts from now on."""
         for index, layer in enumerate(cast(Iterable[Layer], tower.layers)):
             if isinstance(layer.mixer, MixtureOfExperts):
                 layer.mixer.steer = partial(self._steer, index)
 
     def variant(self) -> str | None:
-        """What a captured step must not be mixed up with; None while experts are counted, which no replay does."""
+        """Key of captured steps, which depend on the routing; None while experts are counted, as replays count
+        nothing."""
         return None if self._touched is not None else self.kind or "own"
 
     def count_touched(self) -> None:
-        """Begin to note which experts are touched; ask :meth:`mean_touched` afterwards."""
+        """Start counting touched experts; :meth:`mean_touched` gives the result."""
         self._touched = []
 
     def mean_touched(self) -> float | None:
-        """Distinct experts per layer and call since :meth:`count_touched`, the mean; None without such a layer."""
+        """Mean distinct experts per layer and call since :meth:`count_touched`; None without such a layer."""
         counts = [chosen.unique().numel() for chosen in self._touched or ()]
         self._touched = None
         return sum(counts) / len(counts) if counts else None
@@ -169,7 +169,7 @@ class ForcedRouting:
 def draw(
     kind: Routing, shape_BS: torch.Size, experts_per_token: int, num_experts: int, generator: torch.Generator
 ) -> Tensor:
-    """Experts (B, S, A) for every token, all of a token's distinct."""
+    """Experts (B, S, A) for every token, distinct within a token."""
     keys_BSE = torch.rand(*shape_BS, num_experts, generator=generator)
     common = num_common(kind, experts_per_token)
     if common:

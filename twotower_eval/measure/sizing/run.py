@@ -1,6 +1,4 @@
-"""The ``size`` verb: what the parts of decoding cost at a size of model whose weights are not at hand, launch by
-launch.
-"""
+"""The ``size`` verb: times the parts of decoding at a size of model whose weights are not at hand."""
 
 from __future__ import annotations
 
@@ -42,7 +40,7 @@ from twotower_eval.measure.speed import costs
 from twotower_eval.measure.speed.clock import CallClock, Devices, torch_threads
 from twotower_eval.measure.speed.conditions import Captures, DevicePeak, device_peak, hint, refuse_uneven
 from twotower_eval.measure.speed.session import RoundLoop, whole_rounds
-from twotower_eval.names import config_name
+from twotower_eval.names import config_name, plural
 from twotower_eval.plan import SizingPlan
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import (
@@ -61,7 +59,7 @@ from twotower_eval.store.journal import now_text
 
 @dataclass
 class _Touched:
-    """Distinct experts per layer and step of every item, counted off the clock the first time it comes up."""
+    """Distinct experts per layer and step of every item, counted off the clock when it first comes up."""
 
     routing: ForcedRouting
     counts: dict[Item, float | None]
@@ -104,14 +102,15 @@ class Session(RoundLoop):
         )
 
     def run(self) -> None:
-        """Warm up, say how long it will take, and measure until there is enough."""
-        self._progress.note(f"{self._steps_per_round} timed items a round, {self._num_done} whole rounds are there")
+        """Warm up, report the estimated duration, and measure until both minimums are reached."""
+        done = plural(self._num_done, "complete round")
+        self._progress.note(f"{plural(self._steps_per_round, 'timed item')} per round; {done} so far")
         self._rounds()
-        self._progress.note(f"{self._num_done} rounds, {duration_text(self._timed_s)} on the clock")
+        self._progress.note(f"{plural(self._num_done, 'round')}, {duration_text(self._timed_s)} on the clock")
         self._writer.event("measured", num_rounds=self._num_done, timed_s=self._timed_s)
 
     def _round(self, phase: SpeedPhase, number: int, advance: Advance) -> float:
-        """Every item once; what is compared with each other lies close in time. Seconds on the clock."""
+        """Time every item once, items to compare close in time; the seconds on the clock."""
         order = random.Random(derive_seed(self._plan.seed, phase, number))
         timed_s = 0.0
         gc.collect()
@@ -122,7 +121,7 @@ class Session(RoundLoop):
         return timed_s
 
     def _begun(self, item: Item) -> tuple[str, float]:
-        """When the repetitions began, and their seconds."""
+        """When the repetitions started, and their seconds."""
         repeat = item.make_ready()
         return now_text(), sum(costs.time_repeats(repeat, self._clock, item.num_repeats))
 
@@ -172,10 +171,10 @@ def run(
     progress: Progress | None = None,
     now: Callable[[], float] = time.perf_counter,
 ) -> Path:
-    """Measure a config's costs and return the run's folder.
+    """Measure a config's costs; the run's folder.
 
-    ``resume`` goes on with a run on the same machine by whole rounds. ``now`` gives seconds. UserError for whatever
-    the user can mend, before anything is built where it can be known by then.
+    ``resume`` continues a run on the same machine by whole rounds. ``now`` gives seconds. UserError for whatever the
+    user can mend, before anything is built where possible.
     """
     progress = progress or SilentProgress()
     config = read_config(plan)
@@ -193,7 +192,7 @@ def run(
         if text := hint(plan):
             progress.note(text)
         began_s = time.monotonic()
-        progress.note("making the weights: nothing else is printed until they are there")
+        progress.note("making the weights; this takes a while")
         rigs, routing = _build(plan, config, parts, dtype)
         progress.note(f"weights made in {duration_text(time.monotonic() - began_s)}")
         manifest = _manifest(plan, rigs, resume)
@@ -211,7 +210,7 @@ def run(
 
 
 def read_config(plan: SizingPlan) -> NemotronHConfig:
-    """The config that the plan names; UserError with the file's name if it is none."""
+    """Read the plan's config; UserError, naming the file, if it is invalid."""
     file = config_file(plan.config)
     data = read_json(file)
     try:
@@ -225,9 +224,9 @@ def read_config(plan: SizingPlan) -> NemotronHConfig:
 
 
 def config_file(name: str) -> Path:
-    """The file that is meant: by its path, by a folder that holds a ``config.json``, or by the name of a shipped one.
+    """The config file of a name: its path, a folder with a ``config.json``, or the name of a shipped one.
 
-    UserError with the shipped names where there is none.
+    UserError, listing the shipped names, if there is none.
     """
     for file in (Path(name), Path(name) / "config.json"):
         if file.is_file():
@@ -242,7 +241,7 @@ def config_file(name: str) -> Path:
 
 
 def make_profiles(plan: SizingPlan) -> tuple[Profile, ...]:
-    """Commit profiles for every block size, equal ones once; UserError where a rate fits no block size."""
+    """Commit profiles for every block size, equal ones once; UserError for a rate that fits no block size."""
     unfit = [rate for rate in plan.tokens_per_nfe if rate > max(plan.block_sizes)]
     if unfit:
         raise UserError(f"{unfit[0]:g} tokens per NFE do not fit into blocks of {max(plan.block_sizes)}")
@@ -253,7 +252,7 @@ def make_profiles(plan: SizingPlan) -> tuple[Profile, ...]:
         if recorded is not None:
             profiles += recorded_profiles(recorded, size, plan.repeats, plan.seed)
         for profile in profiles:
-            found.setdefault((size, profile.num_steps), profile)  # time follows the number of calls
+            found.setdefault((size, profile.num_steps), profile)  # time depends on the number of calls
     return tuple(found.values())
 
 
@@ -268,7 +267,7 @@ def _peak(device: str, dtype: torch.dtype) -> DevicePeak:
 def _build(
     plan: SizingPlan, config: NemotronHConfig, parts: Sequence[Sequence[int]], dtype: torch.dtype
 ) -> tuple[list[Rig], ForcedRouting]:
-    """The largest part with weights of its own, the others on the same ones; forced routing attached to all."""
+    """Build the largest set of layers, the others on the same weights, and force the routing of all."""
     try:
         pair = build_random_pair(
             cut(config, config.pattern[: len(parts[0])]),
@@ -291,7 +290,7 @@ def _build(
 
 
 def _manifest(plan: SizingPlan, rigs: Sequence[Rig], resume: Path | None) -> RunManifest:
-    # Runs from before this verb go on under the one that began them.
+    # Runs from before this verb are continued under the verb that started them.
     verb: Verb = "size" if resume is None else store.load(resume).manifest.verb
     return new_manifest(
         verb,
@@ -305,7 +304,7 @@ def _manifest(plan: SizingPlan, rigs: Sequence[Rig], resume: Path | None) -> Run
 
 
 def _journal_card(writer: store.RunWriter, card: CostCard, profiles: Sequence[Profile], *, num_items: int) -> None:
-    """What the report needs beside the costs: floors, sizes, and which profile a number of steps stands for."""
+    """Journal what the report needs beside the costs: floors, sizes, and the profile of each number of steps."""
     writer.event("cost_card", card=to_json(card), num_items=num_items)
     for profile in profiles:
         writer.event(
