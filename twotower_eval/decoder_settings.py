@@ -18,7 +18,7 @@ from typing import Any, Protocol, cast
 from twotower_eval.errors import UserError
 from twotower_eval.names import did_you_mean
 from twotower_eval.records import DecoderSpec
-from twotower_eval.strict import check_value
+from twotower_eval.strict import check_value, plain
 
 SHORTHANDS = {
     "block_sizes": "block_size",
@@ -82,13 +82,21 @@ def block_sizes(plan: Decoding) -> tuple[int, ...]:
     return tuple(size for size in said if isinstance(size, int))
 
 
+def as_tuple(value: object) -> tuple[object, ...]:
+    """What can be gone through as a tuple of plain values; one value as a tuple of one."""
+    held = plain(value)
+    return held if isinstance(held, tuple) else (held,)
+
+
 def settings_from(given: object) -> dict[str, tuple[Value, ...]]:
     """``set`` as a plan holds it: every parameter with a tuple of its values, of which one may stand alone."""
     if not isinstance(given, Mapping):
         raise UserError(f"set must be a table of a decoder's parameters, not {given!r}")
-    found = {str(name): tuple(v) if isinstance(v, (list, tuple)) else (v,) for name, v in given.items()}
+    found: dict[str, tuple[Value, ...]] = {}
+    for name, value in given.items():
+        values = check_value(f"set.{name}", tuple[Value, ...], as_tuple(value))
+        found[str(name)] = cast(tuple[Value, ...], values)
     for name, values in found.items():
-        check_value(f"set.{name}", tuple[Value, ...], values)
         if not values:
             raise UserError(f"set.{name} is empty: name at least one value")
         written = [_text(value) for value in values]  # 1.0 is 1 there

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from twotower_eval.decoder_settings import SHORTHANDS, check_given_once, settings_from
 from twotower_eval.decoder_settings import cross_decoders as cross_decoders
@@ -42,7 +42,7 @@ from twotower_eval.plan_fields import (
 )
 from twotower_eval.records import LEFT_OUT, LikelihoodKind, sizing_config
 from twotower_eval.resources import data_path, read_toml
-from twotower_eval.strict import JsonObject
+from twotower_eval.strict import JsonObject, plain
 
 CONTEXT_TOWER = "context-tower"
 SHIPPED = "miniature"  # the pair that is part of the package
@@ -272,15 +272,14 @@ def is_older_sizing_plan(path: Path) -> bool:
 
 
 def plan_from_json(cls: type[P], values: JsonObject) -> P:
-    """A plan from plain values, as TOML or a run's manifest holds them; lists become tuples."""
+    """A plan from plain values, as TOML or a run's manifest holds them."""
     if cls is SizingPlan and "config" not in values and (older := sizing_config("speed", values)) is not None:
         values = {"config": older, **{key: value for key, value in values.items() if key != "random_weights"}}
     names = [field.name for field in dataclasses.fields(cls)]
     for key in values:
         if key not in names:
             raise UserError(f"unknown key {key!r}{did_you_mean(key, names)}")
-    arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return cls(**arguments)
+    return cls(**cast(dict[str, Any], values))
 
 
 def merge(plan: P, overrides: JsonObject) -> P:
@@ -314,6 +313,8 @@ def _hold_settings(plan: Plan) -> None:
         return
     settings = settings_from(plan.set)
     object.__setattr__(plan, "set", settings or None)
+    for name in SHORTHANDS:
+        object.__setattr__(plan, name, plain(getattr(plan, name)))
     own = {one.name: getattr(plan, one.name) for one in dataclasses.fields(plan) if one.name in SHORTHANDS}
     defaults = {one.name: one.default for one in dataclasses.fields(plan)}
     check_given_once(settings, {name: value for name, value in own.items() if value != defaults[name]})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 from twotower_eval.decoder_settings import Settings
 from twotower_eval.errors import UserError
 from twotower_eval.records import GRAPH_DEVICES
-from twotower_eval.strict import check_value
+from twotower_eval.strict import check_value, plain
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -103,11 +103,15 @@ def _parted(hint: object) -> tuple[Option | None, object]:
 
 
 def check_fields(plan: DataclassInstance) -> None:
-    """UserError for a value of another type than its field's, and for a list that is empty or names one twice."""
+    """Have each field of a frozen plan hold its value as the field's type has it: 1.0 for 1, a tuple for a list.
+
+    Equal plans then make cells of the same ids. UserError for a value of another type than its field's, and for a list
+    that is empty or names one twice.
+    """
     hints = _hints(type(plan))
     for field in dataclasses.fields(plan):
-        value = getattr(plan, field.name)
-        check_value(field.name, _parted(hints[field.name])[1], value)
+        value = check_value(field.name, _parted(hints[field.name])[1], plain(getattr(plan, field.name)))
+        object.__setattr__(plan, field.name, value)
         if isinstance(value, tuple):
             if not value:
                 raise UserError(f"{field.name} is empty: name at least one")

@@ -8,6 +8,7 @@ import codecs
 import functools
 import json
 import math
+import os
 import re
 import types
 import typing
@@ -175,6 +176,26 @@ def from_json(cls: type[T], data: object) -> T:
     if contradiction is not None and (said := contradiction(record)):
         raise UserError(f"{cls.__name__}: {said}")
     return record
+
+
+def plain(value: object) -> object:
+    """A value that a caller in Python gives, as JSON and TOML would have it: texts for paths, tuples for what can be
+    gone through, Python's own numbers for those of numpy. UserError for a set: it has no order.
+
+    >>> from pathlib import Path
+    >>> plain([Path("a"), "b", range(2)])
+    ('a', 'b', (0, 1))
+    """
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (str, bytes, Mapping)):
+        return value
+    if isinstance(value, (set, frozenset)):
+        raise UserError(f"{value!r} has no order: give a list")
+    item = getattr(value, "item", None)
+    if callable(item) and getattr(value, "ndim", None) == 0:  # of numpy, or a tensor
+        return item()
+    return tuple(map(plain, value)) if isinstance(value, Iterable) else value
 
 
 def check_value(name: str, hint: object, value: object) -> object:

@@ -10,11 +10,11 @@ import os
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from twotower_eval import store
 from twotower_eval.api.runs import Run
-from twotower_eval.decoder_settings import check_given_once, typed_settings
+from twotower_eval.decoder_settings import as_tuple, check_given_once, typed_settings
 from twotower_eval.errors import UserError
 from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, load_plan, merge, plan_from_json
 from twotower_eval.progress import Progress, SilentProgress, choose_progress
@@ -76,13 +76,12 @@ def _base_of(cls: type[P], plan: P | PathText | None, resumed: Path | None) -> P
     return None if resumed is None else plan_from_json(cls, _stored_plan(cls, resumed))
 
 
-def _texts(settings: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
+def _texts(settings: Mapping[str, tuple[object, ...]]) -> dict[str, tuple[str, ...]]:
     """Decoder parameters given as texts, converted to the types that the decoder declares."""
-    listed = {name: value if isinstance(value, list | tuple) else (value,) for name, value in settings.items()}
     return {
-        str(name): tuple(value)
-        for name, value in listed.items()
-        if all(isinstance(one, str) for one in value) and value
+        name: cast(tuple[str, ...], values)
+        for name, values in settings.items()
+        if all(isinstance(one, str) for one in values) and values
     }
 
 
@@ -100,11 +99,9 @@ def _values(cls: type, given: Mapping[str, object]) -> dict[str, object]:
     for name, value in given.items():
         if value is None:
             continue
-        if isinstance(value, os.PathLike):
-            value = os.fspath(value)
-        if name in listed and not isinstance(value, list | tuple):
-            value = (value,)
-        values[name] = value
+        if isinstance(value, Mapping):
+            value = {str(key): as_tuple(held) for key, held in value.items()}
+        values[name] = as_tuple(value) if name in listed else value
     return values
 
 
