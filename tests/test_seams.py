@@ -2,6 +2,7 @@
 against what a model must give; each mistake is one line."""
 
 import re
+import shutil
 import textwrap
 from collections.abc import Iterator
 from importlib import metadata
@@ -297,6 +298,27 @@ def test_what_a_family_raises_in_a_run_is_one_line_that_says_where(
         assert re.match(said, line), line
 
 
+def test_what_a_family_raises_that_config_json_chose_is_its_fault_too(
+    tmp_path: Path, pair: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, installed: Any
+) -> None:
+    """No plan names it: it was a bug of this project's, with a traceback."""
+    (tmp_path / "family_of_type.py").write_text(
+        LATER.replace("checkpoint.load(folder", "checkpoint.load(folder / 'inner'")
+    )
+    folder = tmp_path / "own"
+    shutil.copytree(pair, folder / "inner")
+    (folder / "config.json").write_text('{"model_type": "own_hybrid"}')
+    installed("own", "twotower_eval.families", "own_hybrid = family_of_type:load")
+    assert family_of(folder) == "own_hybrid"
+    command = ["run", "--model", str(folder), "--decoder", "autoregressive", "--tasks", "miniature_sort"]
+    command += ["--limit", "2", "--batch-size", "2", "--max-new-tokens", "4", "--out", str(tmp_path / "out")]
+    assert cli.main(command) == 2
+    (line,) = [line for line in capsys.readouterr().err.split("\n") if line.startswith("error: ")]
+    assert re.match(
+        r"error: family own_hybrid: its extend raised KeyError: 'cache' at \S*family_of_type\.py:8 in", line
+    )
+
+
 def test_one_folder_read_by_two_families_is_two_models(
     tmp_path: Path, pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,7 +347,7 @@ def test_what_a_family_raises_later_is_told_and_what_others_raise_is_not(
     import family_later  # type: ignore[import-not-found]
 
     told = r"family family_later:load: its step raised ZeroDivisionError: .* at \S*family_later\.py:3 in step; set "
-    with pytest.raises(PluginError, match=told), family_calls("family_later:load", None):
+    with pytest.raises(PluginError, match=told), family_calls((tmp_path, "family_later:load"), (None, None)):
         family_later.step(0)
-    with pytest.raises(KeyError), family_calls("family_later:load", "nemotron_h"):
+    with pytest.raises(KeyError), family_calls((tmp_path, "family_later:load"), (tmp_path, "nemotron_h")):
         _ = {}["here"]

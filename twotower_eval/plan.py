@@ -302,6 +302,11 @@ def baseline_folder(plan: RunPlan | SpeedPlan) -> Path | None:
     return None if plan.baseline == CONTEXT_TOWER else _folder(plan.baseline)
 
 
+def arm_folders(plan: Plan) -> tuple[tuple[Path | None, str | None], ...]:
+    """The checkpoint of each arm, candidate first, with the family that the plan chooses for it."""
+    return (model_folder(plan), plan.family), (baseline_folder(plan), plan.baseline_family)
+
+
 def _folder(name: str) -> Path:  # a folder here that is called like the shipped pair is what is meant
     is_shipped = name == SHIPPED and not Path(name).is_dir()
     return data_path("miniature", "pair") if is_shipped else Path(name)

@@ -48,13 +48,17 @@ def family_of(path: str | Path) -> str:
 
 
 @contextmanager
-def family_calls(*families: str | None) -> Iterator[None]:
-    """Around work with models of these families (None: what the checkpoint says): PluginError, in one line that says
-    where, for what the code of a user's own family raises."""
+def family_calls(*arms: tuple[str | Path | None, str | None]) -> Iterator[None]:
+    """Around work with these checkpoint folders, each with the family that was chosen for it (None: what its
+    config.json says): PluginError, in one line that says where, for what the code of a user's own family raises.
+
+    An arm without a folder has no checkpoint of its own. UserError where a folder's family cannot be told.
+    """
     import torch
 
+    families = [family or family_of(folder) for folder, family in arms if folder is not None]
     with ExitStack() as stack:
-        for family in dict.fromkeys(family for family in families if family is not None):
+        for family in dict.fromkeys(families):
             module = SEAM.place(family).partition(":")[0]
             stack.enter_context(calls_in(module, f"family {family}", pass_through=(UserError, torch.OutOfMemoryError)))
         yield

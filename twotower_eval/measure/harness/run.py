@@ -30,7 +30,7 @@ from twotower_eval.measure.harness.scoring import Row, aggregate_rows, score_row
 from twotower_eval.measure.suites import BuiltTask, resolve_tasks
 from twotower_eval.measure.suites.lm_types import Instance
 from twotower_eval.names import plural
-from twotower_eval.plan import RunPlan, SpeedPlan, model_folder, plan_from_json
+from twotower_eval.plan import RunPlan, SpeedPlan, arm_folders, model_folder, plan_from_json
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import Aggregate, Cell, RunManifest, Score, Witnessed, derive_seed, draws
 from twotower_eval.rules import asked_and_not_done, joined_lines, slower_lines, truncation_line
@@ -123,7 +123,7 @@ def answer(prepared: Prepared, *, root: Path, resume: Path | None = None, progre
     progress = progress or SilentProgress()
     plan, tasks, jobs = prepared.plan, prepared.tasks, prepared.jobs
     manifest = make_manifest(plan, jobs, tasks, prepared.overrides, prepared.ways, resume)
-    with _open(root, resume, manifest, jobs) as writer, family_calls(plan.family, plan.baseline_family):
+    with _open(root, resume, manifest, jobs) as writer, family_calls(*arm_folders(plan)):
         warnings = [f"warning: {text}" for text in (*writer.warnings, *asked_and_not_done(manifest))]
         for line in (*warnings, *joined_lines(manifest), *slower_lines(manifest)):
             progress.note(line)

@@ -40,7 +40,7 @@ from twotower_eval.measure.speed.workloads import (
     scored_tasks,
     without_decoders,
 )
-from twotower_eval.plan import SpeedPlan, baseline_folder, model_folder
+from twotower_eval.plan import SpeedPlan, arm_folders, baseline_folder, model_folder
 from twotower_eval.plugin_calls import TRACEBACK_VARIABLE, is_own
 from twotower_eval.progress import Progress, SilentProgress, choose_progress
 from twotower_eval.records import (
@@ -92,7 +92,7 @@ def run_launch(
     if plan.cuda_graphs:
         refuse_uneven(plan.batch_sizes, _block_sizes(specs))
     devices = Devices(plan.devices)
-    with torch_threads(plan.threads), family_calls(plan.family, plan.baseline_family):
+    with torch_threads(plan.threads), family_calls(*arm_folders(plan)):
         models = _load(plan)
         if text := hint(plan):
             progress.note(text)

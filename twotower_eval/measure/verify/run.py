@@ -59,7 +59,7 @@ def verify(plan: VerifyPlan, *, root: Path) -> Path:
     from twotower_eval.engine.models import family_calls, load_model
     from twotower_eval.engine.models.arms import prove_arms
 
-    with torch.inference_mode(), family_calls(plan.family):
+    with torch.inference_mode(), family_calls((model_folder(plan), plan.family)):
         model = load_model(model_folder(plan), dtype=plan.dtype, devices=plan.devices, family=plan.family)
         golden = None if plan.golden is None else load_golden(Path(plan.golden), model, plan.devices[0])
         prompts = make_prompts(model, plan.seed)
