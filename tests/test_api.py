@@ -220,6 +220,55 @@ def test_a_parameter_named_like_a_column_stands_beside_it(measured: tuple[Path, 
     assert set(frame["task"]) == {score.task for score in record.scores}
 
 
+def test_parameters_named_like_columns_of_a_comparison_stand_beside_them(measured: tuple[Path, Path]) -> None:
+    """The batch size of a decoder's own was lost behind that of the timing."""
+    own = {"batch_size": 5, "decoder_batch_size": 6, "workload": "mine", "point": 3}
+    found = []
+    for record in map(store.load, measured):
+        cells = tuple(
+            dataclasses.replace(cell, decoder=dataclasses.replace(cell.decoder, params=own | cell.decoder.params))
+            for cell in record.manifest.cells
+        )
+        found.append(dataclasses.replace(record, manifest=dataclasses.replace(record.manifest, cells=cells)))
+    frame, plain = tt.compare(found).to_frame(), tt.compare(*measured).to_frame()
+    assert frame[list(plain.columns.drop("point"))].equals(plain.drop(columns="point"))
+    added = ["decoder_decoder_batch_size", "decoder_batch_size", "decoder_workload", "decoder_point"]
+    assert frame[added].drop_duplicates().to_numpy().tolist() == [[5, 6, "mine", 3]]
+    assert list(frame.columns) == list(dict.fromkeys(frame.columns))
+
+
+def test_counts_that_a_decoder_does_not_say_are_missing_not_0(measured: tuple[Path, Path]) -> None:
+    """An answer without a number of forced commits made the sum one of fewer answers, or 0."""
+    from twotower_eval.api import frames
+
+    record = store.load(measured[1])
+    sample = next(row for row in record.speed if len(row.prompts) == 2)
+    said, silent = (dataclasses.replace(sample.prompts[0], num_forced_commits=num) for num in (4, None))
+    prompts = [(said, said), (said, silent), (silent, silent)]
+    rows = [dataclasses.replace(sample, prompts=pair) for pair in prompts]
+    frame = frames.speed(dataclasses.replace(record, speed=rows), {})
+    assert frame["num_forced_commits"].dtype == "Int64"
+    assert frame["num_forced_commits"].tolist() == [8, pd.NA, pd.NA]
+    assert frame["num_tokens"].tolist() == [2 * said.num_tokens] * 3
+
+
+def test_counts_and_truth_values_stay_what_they_are_beside_missing_ones(
+    measured: tuple[Path, Path], scored: tt.Run
+) -> None:
+    """One missing count made floats of all the others, one missing truth value made objects of them."""
+    frame = tt.compare(*measured).to_frame()
+    assert frame["num_rounds"].isna().any()
+    for name in ("num_documents", "batch_size", "num_rounds", "num_launches", "block_size"):
+        assert frame[name].dtype == "Int64", name
+    assert frame["invalid"].dtype == "boolean"
+    scores = scored.scores
+    assert scores["num_tokens"].isna().any()
+    assert {str(scores[name].dtype) for name in ("num_tokens", "doc_id", "block_size")} == {"Int64"}
+    assert {str(scores[name].dtype) for name in ("headline", "higher_is_better")} == {"boolean"}
+    assert scores["value"].dtype == "float64"
+    assert scored.likelihoods["is_greedy"].dtype == "boolean"
+
+
 def test_frames_of_empty_journals_have_their_columns(measured: tuple[Path, Path]) -> None:
     run = tt.load_run(measured[0])
     assert run.speed.empty

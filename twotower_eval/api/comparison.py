@@ -107,10 +107,17 @@ class Comparison:
 
     def to_frame(self) -> pd.DataFrame:
         """A row for each point: the operating point, each estimate with its ends, and the gates that failed."""
-        import pandas as pd
+        from twotower_eval.api import frames
 
-        params = dict.fromkeys(name for point in self.points for name in point.candidate.decoder.params)
-        return pd.DataFrame([_row(point, list(params)) for point in self.points])
+        names = dict.fromkeys(name for point in self.points for name in point.candidate.decoder.params)
+        rows = [(_of_point(point), _of_figures(point)) for point in self.points]
+        columns = frames.parameter_columns(names, [name for one in rows[:1] for part in one for name in part])
+        return frames.table_of(
+            [
+                own | {column: point.candidate.decoder.params.get(name) for name, column in columns.items()} | figures
+                for point, (own, figures) in zip(self.points, rows, strict=True)
+            ]
+        )
 
     def __repr__(self) -> str:
         lines = [f"{point.name}: retention {point.text('retention')}; {_speed_text(point)}" for point in self.points]
@@ -169,15 +176,19 @@ def _speed_text(point: ComparedPoint) -> str:
     return f"{point.text('speedup')} ({timed}{', INVALID: a gate failed' if point.invalid else ''})"
 
 
-def _row(point: ComparedPoint, params: Sequence[str]) -> dict[str, object]:
-    decoder, quality, speed = point.candidate.decoder, point.quality, point.speed
-    row: dict[str, object] = {
+def _of_point(point: ComparedPoint) -> dict[str, object]:
+    return {
         "point": point.name,
         "model": checkpoint_name(point.candidate.checkpoint),
         "baseline": checkpoint_name(point.baseline.checkpoint),
         "dtype": point.candidate.checkpoint.dtype,
-        "decoder": decoder.kind,
-        **{name: decoder.params.get(name) for name in params},
+        "decoder": point.candidate.decoder.kind,
+    }
+
+
+def _of_figures(point: ComparedPoint) -> dict[str, object]:
+    quality, speed = point.quality, point.speed
+    row: dict[str, object] = {
         "outputs": None if quality is None else "timed" if quality.timed else "whole tasks",
         "num_tasks": None if quality is None else len(quality.tasks),
         "num_documents": None if quality is None else sum(task.num_documents for task in quality.tasks),

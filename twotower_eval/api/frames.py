@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import TypeVar
+from types import NoneType
+from typing import Literal, TypeVar
 
 import pandas as pd
 
@@ -184,7 +185,7 @@ def speed(run: Run, texts: Texts) -> pd.DataFrame:
         return None if found is None else targets.get((found.task, found.doc_id))
 
     def total(name: str) -> Callable[[SpeedSample], object]:
-        return lambda row: sum(getattr(prompt, name) or 0 for prompt in row.prompts)
+        return lambda row: _sum([getattr(prompt, name) for prompt in row.prompts])
 
     def passes(kind: str) -> Callable[[SpeedSample], object]:
         return lambda row: sum(one.num for one in row.passes if one.kind == kind) if row.passes else None
@@ -224,14 +225,54 @@ COUNTS = (
 )
 
 
+def _sum(parts: Sequence[int | None]) -> int | None:
+    """``None`` where there is no part, or where the decoder did not say one of them: that is not 0."""
+    known = [part for part in parts if part is not None]
+    return sum(known) if parts and len(known) == len(parts) else None
+
+
+def parameter_columns(params: Iterable[str], taken: Collection[str]) -> dict[str, str]:
+    """Each parameter of a decoder, and the column that it is in: of its own name, or with ``decoder_`` before that
+    where some other column is called so.
+
+    >>> parameter_columns(["width", "task"], ["task", "value"])
+    {'width': 'width', 'task': 'decoder_task'}
+    """
+    names = list(params)
+    used = {*taken, *(name for name in names if name not in taken)}
+    columns = {}
+    for name in names:
+        column = name
+        while column in (used if column != name else taken):
+            column = f"decoder_{column}"
+        used.add(column)
+        columns[name] = column
+    return columns
+
+
+def table(columns: Mapping[str, Sequence[object]]) -> pd.DataFrame:
+    """A frame of these columns. Those of whole numbers and of truth values are pandas' ``Int64`` and ``boolean``, which
+    have room for a missing one: else one missing count would make floats of all the others."""
+    return pd.DataFrame({name: pd.Series(list(values), dtype=_dtype(values)) for name, values in columns.items()})
+
+
+def table_of(rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
+    """A :func:`table` of rows that all have the same columns."""
+    return table({name: [row[name] for row in rows] for name in (rows[0] if rows else ())})
+
+
+def _dtype(values: Iterable[object]) -> Literal["Int64", "boolean"] | None:
+    kinds = {type(value) for value in values} - {NoneType}
+    return "Int64" if kinds == {int} else "boolean" if kinds == {bool} else None
+
+
 def _frame(run: Run, rows: Sequence[R], columns: Columns[R]) -> pd.DataFrame:
     cells = run.cells
     params: dict[str, None] = dict.fromkeys(name for cell in run.manifest.cells for name in cell.decoder.params)
     of_cells = {cell: _of_cell(run, cells[cell], params) for cell in {row.cell for row in rows}}
-    taken: set[str] = {*OF_CELLS, *columns}
-    names = [*OF_CELLS, *(f"decoder_{name}" if name in taken else name for name in params)]
+    names = [*OF_CELLS, *parameter_columns(params, {*OF_CELLS, *columns}).values()]
     beside = {name: [of_cells[row.cell][place] for row in rows] for place, name in enumerate(names)}
-    return pd.DataFrame({**beside, **{name: [get(row) for row in rows] for name, get in columns.items()}})
+    return table({**beside, **{name: [get(row) for row in rows] for name, get in columns.items()}})
 
 
 def _of_cell(run: Run, cell: Cell, params: Mapping[str, None]) -> tuple[object, ...]:

@@ -80,7 +80,7 @@ class Verdicts(Shown[Verdict]):
 
     def to_frame(self) -> pd.DataFrame:
         """A row for each verdict, with its estimate, its bounds and its reason."""
-        import pandas as pd
+        from twotower_eval.api import frames
 
         claims = {claim.name: claim for claim in self.claims}
         rows = []
@@ -103,7 +103,7 @@ class Verdicts(Shown[Verdict]):
                     "runs": " ".join(one.evidence),
                 }
             )
-        return pd.DataFrame(rows)
+        return frames.table_of(rows)
 
 
 class Audit(Shown[claims_room.AuditLine]):
