@@ -89,7 +89,7 @@ def test_further_parameters_of_a_decoder_are_a_table() -> None:
     plan = plan_of(RunPlan, None, None, {"set": {"batch_mean_t": [True, False]}})
     assert plan == RunPlan(set={"batch_mean_t": (True, False)})
     assert plan_of(RunPlan, None, None, {"set": {"batch_mean_t": "true"}}) == RunPlan(set={"batch_mean_t": (True,)})
-    with pytest.raises(tt.UserError, match="block_size is said twice"):
+    with pytest.raises(tt.UserError, match="block_size is given twice"):
         plan_of(RunPlan, None, None, {"set": {"block_size": 8}, "block_sizes": 16})
 
 

@@ -75,10 +75,10 @@ def test_texts_become_what_the_decoders_params_are(typed: str, text: str, values
         ("mode=quick", "--set mode must be fast or sure or 3, not 'quick'"),
         ("rows=0", "--set rows must be at least 1, not 0"),
         ("widht=4", "has no parameter 'widht' to set (did you mean 'width'?)"),
-        ("width", "--set wants name=value[,value…], not 'width'"),
-        ("=4", "--set wants name=value[,value…]"),
+        ("width", "--set takes name=value[,value…], not 'width'"),
+        ("=4", "--set takes name=value[,value…]"),
         ("width=4,4", "set.width names 4 twice"),
-        ("temperature=0.5", "say it by --temperature, not by set"),
+        ("temperature=0.5", "give --temperature, not set"),
         ("layers=1", "--set layers must be"),
     ],
 )
@@ -102,13 +102,13 @@ def test_a_slip_is_one_line_and_nothing_is_loaded(
 def test_a_parameter_is_said_once(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """By its shorthand or by --set, be it the default that the shorthand says."""
     assert cli.main(["run", *argv]) == 2
-    assert "is said twice, by --" in capsys.readouterr().err
+    assert "is given twice, by --" in capsys.readouterr().err
 
 
 def test_a_plan_file_says_a_parameter_once(tmp_path: Path) -> None:
     path = tmp_path / "plan.toml"
     path.write_text("thresholds = [0.8]\nset = { threshold = [0.9] }\n")
-    with pytest.raises(ValueError, match=r"plan\.toml: threshold is said twice"):
+    with pytest.raises(ValueError, match=r"plan\.toml: threshold is given twice"):
         load_plan(path, RunPlan)
 
 

@@ -460,7 +460,7 @@ def test_what_libraries_say_of_files_is_the_users(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     for content in (b"\xff\xfe", b"steps = " + b"9" * 5000, b"steps ="):
         recipe.write_bytes(content)
-        with pytest.raises(UserError, match=r"recipe\.toml: no readable recipe"):
+        with pytest.raises(UserError, match=r"recipe\.toml: not a readable recipe"):
             read_recipe(recipe)
     with pytest.raises(UserError, match="device 'abacus' cannot be used here"):
         train_pair(tmp_path / "training", device="abacus")

@@ -372,5 +372,5 @@ def test_exported_pair_is_a_checkpoint_in_the_released_layout(pair, tmp_path):
 
 
 def test_unreadable_recipe_is_one_clear_error(tmp_path):
-    with pytest.raises(ValueError, match="no readable recipe"):
+    with pytest.raises(ValueError, match="not a readable recipe"):
         train.read_recipe(tmp_path / "none.toml")

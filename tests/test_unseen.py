@@ -264,7 +264,7 @@ def test_two_launches_have_no_new_prompt_in_common(pair: Path, requests: Any) ->
     made = []
     for seed in (1, 2):
         prompts = NewPrompts(calls, requests, seed)
-        found = [prompts.like(calls[1][index % 6], str(index)) for index in range(40)]
+        found = [prompts.similar_call(calls[1][index % 6], str(index)) for index in range(40)]
         made.append({request.text for call in found if call is not None for request in call.requests})
     assert [len(texts) for texts in made] == [40, 40]
     assert len(made[0] & made[1]) <= 1
@@ -275,7 +275,7 @@ def test_new_prompts_are_of_the_kind_and_the_length_of_those_that_are_timed(pair
     calls = make_calls(plan(pair, batch_sizes=(2,)), requests)
     prompts = NewPrompts(calls, requests, 0)
     for like in calls[2]:
-        call = prompts.like(like, "new")
+        call = prompts.similar_call(like, "new")
         assert call is not None
         assert (call.stop, call.max_new_tokens, call.ignore_eos) == (like.stop, like.max_new_tokens, like.ignore_eos)
         for new, old in zip(call.requests, like.requests, strict=True):
@@ -288,7 +288,7 @@ def test_documents_that_are_not_timed_are_new_as_they_are(pair: Path, requests: 
     calls = make_calls(plan(pair), requests)
     timed = {request.text for call in calls[1] for request in call.requests}
     prompts, found = NewPrompts(calls, requests, 0), []
-    while (call := prompts.like(calls[1][0], "new", of_documents=True)) is not None and not is_made_up(call):
+    while (call := prompts.similar_call(calls[1][0], "new", of_documents=True)) is not None and not is_made_up(call):
         found += call.requests
     assert {request.task for request in found} == {calls[1][0].requests[0].task}
     assert len({request.text for request in found}) == len(found) > 20
@@ -301,11 +301,11 @@ def test_documents_that_run_out_still_make_new_prompts(pair: Path, requests: Any
     few = [request for request in requests if request.task == TASKS[0]][:8]
     prompts = NewPrompts(make_calls(plan(pair, tasks=TASKS[:1]), few), few, 0)
     (like, *_) = make_calls(plan(pair, tasks=TASKS[:1]), few)[1]
-    made = [prompts.like(like, str(index)) for index in range(30)]
+    made = [prompts.similar_call(like, str(index)) for index in range(30)]
     texts = {request.text for call in made if call is not None for request in call.requests}
     assert len(texts) == 30
     alone = NewPrompts({1: (like,)}, few[:1], 0)
-    assert alone.like(like, "none") is None, "one document cannot be joined with another"
+    assert alone.similar_call(like, "none") is None, "one document cannot be joined with another"
 
 
 def test_examples_that_prompts_share_come_in_another_order() -> None:

@@ -1,7 +1,7 @@
-"""A decoder's parameters as a plan and the command line set them: read, held against its ``Params``, and crossed.
+"""A decoder's parameters as a plan and the command line set them: read, checked against its ``Params``, and crossed.
 
-``--set name=value[,value…]`` and, in a plan, the table ``[set]`` reach any parameter of any decoder; some have options
-of their own, the shorthands. Nothing here imports torch before a decoder is asked for its parameters.
+``--set name=value[,value…]``, or a plan's table ``[set]``, reaches any parameter of any decoder; the shorthands are
+options of their own. Nothing here imports torch until a decoder's parameters are needed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ SHORTHANDS = {
     "steps": "steps_per_block",
     "thresholds": "threshold",
     "temperature": "temperature",
-}  # fields of plans, and the parameters that they set
+}  # shorthand fields of plans -> the parameters that they set
 Value = str | int | float | bool | None
 Settings = Mapping[str, tuple[Value, ...]]  # by parameter; crossed in this order
 
 
 class Decoding(Protocol):
-    """What a plan says of its decoder."""
+    """The decoder fields of a plan."""
 
     @property
     def decoder(self) -> str: ...
@@ -48,11 +48,11 @@ class Decoding(Protocol):
 
 
 def cross_decoders(plan: Decoding) -> tuple[DecoderSpec, ...]:
-    """Every decoder setting the plan asks for, crossed, equal ones once.
+    """All decoder settings of the plan, crossed, duplicates once.
 
-    The order is block sizes, steps, thresholds, then the parameters of ``set`` as they stand there; the last changes
-    first. A shorthand that the decoder does not have is left out where it stands at its default and refused otherwise:
-    nothing given is ever ignored. Without a temperature, specs are greedy.
+    The order is block sizes, steps, thresholds, then the parameters of ``set`` in their order; the last changes
+    fastest. A shorthand that the decoder lacks is left out at its default value and refused otherwise: nothing given is
+    ignored. Without a temperature, specs are greedy.
     """
     from twotower_eval.engine.decoders import decoder_spec
 
@@ -77,7 +77,7 @@ def cross_decoders(plan: Decoding) -> tuple[DecoderSpec, ...]:
 
 
 def block_sizes(plan: Decoding) -> tuple[int, ...]:
-    """The block sizes that a plan decodes with, by whichever way it says them."""
+    """The block sizes of a plan, given as an option or in ``set``."""
     said = (plan.set or {}).get("block_size", plan.block_sizes)
     return tuple(size for size in said if isinstance(size, int))
 
@@ -89,7 +89,7 @@ def as_tuple(value: object) -> tuple[object, ...]:
 
 
 def settings_from(given: object) -> dict[str, tuple[Value, ...]]:
-    """``set`` as a plan holds it: every parameter with a tuple of its values, of which one may stand alone."""
+    """``set`` as a plan holds it: each parameter with a tuple of its values; a single value may stand alone."""
     if not isinstance(given, Mapping):
         raise UserError(f"set must be a table of a decoder's parameters, not {given!r}")
     found: dict[str, tuple[Value, ...]] = {}
@@ -106,17 +106,17 @@ def settings_from(given: object) -> dict[str, tuple[Value, ...]]:
 
 
 def check_given_once(settings: Mapping[str, object], given: Mapping[str, object]) -> None:
-    """UserError for a parameter that ``set`` and a field of ``given`` say; of a temperature always."""
+    """UserError for a parameter given both in ``set`` and as a field, and for a temperature in ``set``."""
     for field, param in SHORTHANDS.items():
         option = f"--{field.replace('_', '-')}"
         if param in settings and field == "temperature":
-            raise UserError(f"temperature is one for both arms and all points: say it by {option}, not by set")
+            raise UserError(f"temperature is the same for both arms and all operating points: give {option}, not set")
         if param in settings and field in given:
-            raise UserError(f"{param} is said twice, by {option} (or {field} in a plan) and by set: drop one")
+            raise UserError(f"{param} is given twice, by {option} (or {field} in a plan) and by set: drop one")
 
 
 def parse_set(items: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """``name=value[,value…]`` of each ``--set``, values still as texts; one with a comma stands in double quotes.
+    """Parse ``name=value[,value…]`` of each ``--set``; values are still texts, one with a comma is in double quotes.
 
     >>> parse_set(["width=4,8", 'order="a,b"'])
     {'width': ('4', '8'), 'order': ('a,b',)}
@@ -125,7 +125,7 @@ def parse_set(items: Sequence[str]) -> dict[str, tuple[str, ...]]:
     for item in items:
         name, equals, text = (part.strip() for part in item.partition("="))
         if not (name and equals):
-            raise UserError(f"--set wants name=value[,value…], not {item!r}")
+            raise UserError(f"--set takes name=value[,value…], not {item!r}")
         name = name.replace("-", "_")
         if name in found:
             raise UserError(f"--set names {name} twice: put its values behind one, as {name}=value,value")
@@ -134,9 +134,10 @@ def parse_set(items: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def typed_settings(kind: str, given: Mapping[str, Sequence[str]]) -> dict[str, tuple[Value, ...]]:
-    """What :func:`parse_set` found, each text as the type of the decoder's own parameter; UserError where it is none.
+    """The result of :func:`parse_set` with each text converted to the type of its parameter; UserError if it does not
+    fit.
 
-    ``none`` is None where the parameter may be that; ``true`` and ``false`` are truth values.
+    ``none`` is None if the parameter may be that; ``true`` and ``false`` are truth values.
     """
     hints = _hints(kind)
     _check_known(kind, given, hints)
@@ -197,12 +198,12 @@ def _held(name: str, hint: object, value: Value) -> Value:
     try:
         held = cast(Value, check_value(name, hint, value))
     except TypeError as error:  # msgspec knows no such type
-        raise UserError(f"{name}: its type, {hint}, is none that a plan can say: {error}") from error
+        raise UserError(f"{name}: its type, {hint}, is none that a plan can express: {error}") from error
     return held
 
 
 def _typed(name: str, hint: object, text: str) -> Value:
-    """A text as a parameter's type; UserError says what was wanted."""
+    """A text converted to a parameter's type; UserError says what was expected."""
     bare = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
     either = typing.get_origin(bare) in (typing.Union, types.UnionType)
     for one in typing.get_args(bare) if either else (bare,):
@@ -213,7 +214,7 @@ def _typed(name: str, hint: object, text: str) -> Value:
 
 
 def _read(kind: object, text: str) -> tuple[Value, ...]:
-    """The value that a text is of one kind, alone; nothing where it is none."""
+    """The value of a text as one of these types; nothing if it is none."""
     if typing.get_origin(kind) is typing.Annotated:
         return _read(typing.get_args(kind)[0], text)
     if typing.get_origin(kind) is typing.Literal:
@@ -230,7 +231,7 @@ def _read(kind: object, text: str) -> tuple[Value, ...]:
 
 
 def _check_plain(spec: DecoderSpec) -> None:
-    """UserError for a parameter that no cell can hold: records are of plain values."""
+    """UserError for a parameter that no cell can hold, as records hold plain values."""
     for name, value in spec.params.items():
         if value is not None and not isinstance(value, (str, int, float)):
             plain = "a text, a number, true or false, or None"

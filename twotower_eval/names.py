@@ -1,5 +1,4 @@
-"""Names that users give: resolved to objects, shortened, and answered with the nearest known one where wrong; and
-:func:`plural`, for every text that counts things.
+"""Names that users give: resolved to objects, shortened, and answered with the nearest known one if wrong.
 
 A name is that of something shipped, one that an installed package registers (see :data:`GROUPS`), or
 ``package.module:attribute``.
@@ -16,7 +15,7 @@ from pathlib import Path
 from twotower_eval.errors import UserError
 from twotower_eval.plugin_calls import imported
 
-# What users may add -> the group of entry points that their packages register it in.
+# What users may add -> the entry-point group in which their packages register it.
 GROUPS = {
     "model family": "twotower_eval.families",
     "decoder": "twotower_eval.decoders",
@@ -26,10 +25,10 @@ GROUPS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Seam:
-    """Where users may add something of their own.
+    """A place where users may add something of their own.
 
-    ``what`` is a key of :data:`GROUPS`, ``shipped`` gives the place (``package.module:attribute``) behind each name of
-    this project, ``form`` shows how one of the user's own is written, as in ``package.module:Class``.
+    ``what`` is a key of :data:`GROUPS`, ``shipped`` maps this project's names to places (``package.module:attribute``),
+    ``form`` shows how a user's own is written, as in ``package.module:Class``.
     """
 
     what: str
@@ -37,9 +36,9 @@ class Seam:
     shipped: Mapping[str, str]
 
     def place(self, name: str) -> str:
-        """The ``package.module:attribute`` behind a name. UserError, with a hint, for a name that nobody knows.
+        """The ``package.module:attribute`` behind a name. UserError, with a hint, for an unknown name.
 
-        A shipped name is always the shipped thing; installed packages are asked only about others.
+        A shipped name always means the shipped thing; installed packages are searched only for other names.
         """
         if name in self.shipped:
             return self.shipped[name]
@@ -54,7 +53,7 @@ class Seam:
         raise UserError(f"{self.what} {name!r} is unknown; {f'did you mean {near}?' if near else choose}")
 
     def registered(self) -> dict[str, str]:
-        """Name -> place of all that installed packages register. UserError where a name is taken already."""
+        """Name -> place of everything that installed packages register. UserError if a name is taken."""
         found = registered(self.what)
         for name in found:
             if name in self.shipped:
@@ -67,8 +66,10 @@ class Seam:
 
 @cache
 def registered(what: str) -> dict[str, str]:
-    """Name -> ``package.module:attribute`` of what installed packages register, by name. UserError where two packages
-    register different things under one name. ``what`` is a key of :data:`GROUPS`."""
+    """Name -> ``package.module:attribute`` of what installed packages register under ``what``, a key of :data:`GROUPS`.
+
+    UserError if two packages register different things under one name.
+    """
     from importlib.metadata import entry_points
 
     found: dict[str, str] = {}
@@ -83,7 +84,7 @@ def registered(what: str) -> dict[str, str]:
 
 
 def resolve(name: str) -> object:
-    """The object that ``"package.module:attribute"`` names; UserError says which half is wrong, and how."""
+    """The object named by ``"package.module:attribute"``; UserError says which half is wrong, and how."""
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
         raise UserError(f"{name!r} is not of the form package.module:attribute")
@@ -97,25 +98,25 @@ def resolve(name: str) -> object:
 
 
 def _beside(module: str) -> str:
-    """What to do where a module that Python does not find lies in the current folder."""
+    """A hint if a module that Python does not find lies in the current folder."""
     top = module.partition(".")[0]
     there = next((path for path in (Path(f"{top}.py"), Path(top)) if path.exists()), None)
     return "" if there is None else f"; {there} lies in this folder: set PYTHONPATH=. to have Python look here"
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known name that ``word`` was probably meant to be; None where none is near."""
+    """The known name that ``word`` probably means; None if none is close."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
 
 
 def config_name(path: str) -> str:
-    """What the size of a model is called after its config's file, or the folder of it, wherever that lies."""
+    """A name for a size of model: its config's file, or that file's folder, without the path."""
     last = path.replace("\\", "/").rstrip("/").rpartition("/")[2]
     return last.removesuffix(".json").removesuffix(".config")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` where ``known`` holds something near ``word``, else the whole list if it is short."""
+    """`` (did you mean 'x'?)`` if ``known`` has something close to ``word``, else the whole list if it is short."""
     names = list(known)
     near = nearest(word, names)
     if near is not None:

@@ -1,4 +1,4 @@
-"""What is said beside a plan's field: its option on the command line; and its value against annotation and bounds."""
+"""The command-line option of a plan's field, and checks of its value against annotation and bounds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class OnDevices(Protocol):
-    """A plan that says where it runs."""
+    """A plan with devices."""
 
     @property
     def devices(self) -> tuple[str, ...]: ...
@@ -28,10 +28,10 @@ class OnDevices(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """A field's option on the command line, as ``Annotated[type, Option(…)]`` beside the field.
+    """A field's option on the command line, as ``Annotated[type, Option(…)]`` on the field.
 
-    ``{choices}`` in ``help`` are the words that the field may be; its default follows in brackets, ``unset`` where that
-    is ``None``. ``other_names`` are options that mean the same. An ``argument`` is taken by its place instead.
+    ``{choices}`` in ``help`` is replaced by the field's possible words; its default follows in brackets, or ``unset``
+    if that is ``None``. ``other_names`` are further names of the option. An ``argument`` is positional.
     """
 
     help: str
@@ -41,15 +41,16 @@ class Option:
     argument: bool = False
 
 
-# Fields that several plans have; what is said of a field here is its help on the command line.
+# Fields of several plans, with their help texts.
 Model = Annotated[str | None, Option(help="Checkpoint folder", metavar="CKPT", unset="the shipped miniature")]
 Baseline = Annotated[
-    str, Option(help="Checkpoint folder (Hugging Face's too), miniature, or context-tower", metavar="CKPT")
+    str,
+    Option(help="Baseline: checkpoint folder (ours or Hugging Face's), miniature, or context-tower", metavar="CKPT"),
 ]
 FROM_CONFIG = "what config.json says"
 Family = Annotated[str | None, Option(help="Model family, or package.module:load", metavar="NAME", unset=FROM_CONFIG)]
 BaselineFamily = Annotated[
-    str | None, Option(help="The same of a baseline's folder", metavar="NAME", unset=FROM_CONFIG)
+    str | None, Option(help="Model family of the baseline's folder", metavar="NAME", unset=FROM_CONFIG)
 ]
 Tasks = Annotated[tuple[str, ...], Option(help="Tasks and suites; -NAME leaves one out", metavar="A,B")]
 DecoderKind = Annotated[str, Option(help="Decoder, or package.module:Class", metavar="KIND")]
@@ -59,27 +60,27 @@ AllSteps = Annotated[
 ]
 Thresholds = Annotated[tuple[float, ...], Option(help="Confidence thresholds, crossed", metavar="X,X")]
 Temperature = Annotated[
-    float | None, Option(help="Sampling temperature; 0 is greedy", metavar="T", unset="what the tasks ask")
+    float | None, Option(help="Sampling temperature; 0 is greedy", metavar="T", unset="as the tasks ask")
 ]
 Further = Annotated[
     Settings | None,
-    Option(help="Any other parameter of the decoder, crossed; one --set for each", metavar="NAME=V,V"),
+    Option(help="Any parameter of the decoder, crossed; one --set for each", metavar="NAME=V,V"),
 ]
 MinSeconds = Annotated[float, Option(help="Minimum seconds of rounds", metavar="S")]
 WarmupRounds = Annotated[int, Option(help="Warm-up rounds: recorded, not reported", metavar="R")]
 Threads = Annotated[int | None, Option(help="CPU threads", metavar="N", unset="torch's own choice")]
-Seed = Annotated[int, Option(help="Seed of everything random", metavar="S")]
+Seed = Annotated[int, Option(help="Random seed", metavar="S")]
 NumberType = Annotated[Literal["float32", "bfloat16", "float16"], Option(help="{choices}", metavar="TYPE")]
 Devices = Annotated[
     tuple[str, ...],
     Option(help="Devices, the context tower's first, e.g. cuda:0,cuda:1", metavar="D,D", other_names=("device",)),
 ]
-CudaGraphs = Annotated[bool, Option(help="Launch small steps, of both arms, as CUDA graphs")]
+CudaGraphs = Annotated[bool, Option(help="Run small steps of both arms as CUDA graphs")]
 DataDir = Annotated[str | None, Option(help="Folder with TASK/SPLIT.jsonl, as `data prepare` makes it", metavar="DIR")]
 
 
 def option_of(cls: type, name: str) -> tuple[Option, object]:
-    """The option that stands beside a field, and the field's type without it; a field without one is a KeyError."""
+    """A field's option, and its type without it; KeyError for a field without one."""
     said, bare = _parted(_hints(cls)[name])
     if said is None:
         raise KeyError(f"{cls.__name__}.{name} has no Option beside it")
@@ -88,12 +89,12 @@ def option_of(cls: type, name: str) -> tuple[Option, object]:
 
 @functools.cache
 def _hints(cls: type) -> dict[str, object]:
-    """A class's annotations with what stands beside them; every option asks, and help is to be instant."""
+    """A class's annotations with their options; cached, as help has to be instant."""
     return typing.get_type_hints(cls, include_extras=True)
 
 
 def _parted(hint: object) -> tuple[Option | None, object]:
-    """An annotation's option and the rest of it."""
+    """An annotation's option, and the annotation without it."""
     if typing.get_origin(hint) is not typing.Annotated:
         return None, hint
     base, *extras = typing.get_args(hint)
@@ -103,10 +104,10 @@ def _parted(hint: object) -> tuple[Option | None, object]:
 
 
 def check_fields(plan: DataclassInstance) -> None:
-    """Have each field of a frozen plan hold its value as the field's type has it: 1.0 for 1, a tuple for a list.
+    """Convert each field of a frozen plan to its type's form: 1.0 for 1, a tuple for a list.
 
-    Equal plans then make cells of the same ids. UserError for a value of another type than its field's, and for a list
-    that is empty or names one twice.
+    Equal plans then make cells with the same ids. UserError for a value that does not fit its field's type, and for a
+    list that is empty or has duplicates.
     """
     hints = _hints(type(plan))
     for field in dataclasses.fields(plan):
@@ -121,7 +122,7 @@ def check_fields(plan: DataclassInstance) -> None:
 
 
 def check_at_least(plan: object, least: int, *names: str) -> None:
-    """UserError for a number below ``least`` or not finite among the named fields; ``None`` is none."""
+    """UserError if one of the named fields is below ``least`` or not finite; ``None`` is allowed."""
     for name in names:
         value = getattr(plan, name)
         for item in value if isinstance(value, tuple) else (value,):
@@ -131,6 +132,6 @@ def check_at_least(plan: object, least: int, *names: str) -> None:
 
 
 def check_cuda_graphs(plan: OnDevices) -> None:
-    """UserError for graphs on devices that have none: known from the plan, so before anything is loaded."""
+    """UserError for CUDA graphs on other devices, known from the plan before anything is loaded."""
     if plan.cuda_graphs and any(device.partition(":")[0] not in GRAPH_DEVICES for device in plan.devices):
         raise UserError("CUDA graphs need CUDA devices: name some with --devices, or drop --cuda-graphs")

@@ -1,6 +1,6 @@
-"""Calls into a user's own code: whatever it raises is its fault, and is told in one line that says where.
+"""Calls into a user's own code: whatever it raises becomes an error of one line that says where.
 
-Only code that is no part of this project is treated so: what this project's own code raises goes on as it is.
+Errors of this project's own code pass through unchanged.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from twotower_eval.errors import UserError
 
 OWN = __name__.partition(".")[0]
 T = TypeVar("T")
-TRACEBACK_VARIABLE = "TWOTOWER_EVAL_TRACEBACK"  # set, it has errors end with the whole traceback
+TRACEBACK_VARIABLE = "TWOTOWER_EVAL_TRACEBACK"  # if set, errors end with the whole traceback
 SHOWN = 4  # innermost lines of a plug-in that an error names
 
 
 class PluginError(UserError):
-    """A user's own code raised; the exception itself is the cause of this one."""
+    """A user's own code raised an exception, which is the cause of this one."""
 
 
 def is_own(module: str) -> bool:
@@ -32,7 +32,7 @@ def is_own(module: str) -> bool:
 
 
 def module_of(plugin: object) -> str:
-    """The module that a class, a function or an object of a class comes from."""
+    """The module of a class, of a function or of an object's class."""
     kind = plugin if hasattr(plugin, "__qualname__") else type(plugin)
     return str(getattr(kind, "__module__", OWN))
 
@@ -62,8 +62,12 @@ def calls_of(
 
 @contextmanager
 def calls_in(module: str, name: str, *, pass_through: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
-    """Around work that may call into ``module`` from anywhere, for people ``name``: PluginError for what went through
-    a line of it, whose first function is named; anything else goes on as it is. See :func:`calls_of`."""
+    """Context of work that may call into ``module`` from anywhere: an exception that passed through its lines becomes a
+    PluginError.
+
+    ``name`` is for the error's text, with the first function of the module on the traceback. Anything else passes
+    through. See :func:`calls_of`.
+    """
     try:
         yield
     except Exception as error:  # whatever a user's own code may raise
@@ -79,7 +83,7 @@ def _error_line(error: BaseException, module: str, name: str, what: str) -> str:
 
 
 def noting(failed: list[BaseException], function: Callable[..., T]) -> Callable[..., T]:
-    """A function that a plug-in is given to call; what it raises is no fault of the plug-in's, and is noted."""
+    """A callback for a plug-in; what it raises is recorded in ``failed``, as it is no fault of the plug-in."""
 
     def noted(*given: object) -> T:
         try:
@@ -92,13 +96,13 @@ def noting(failed: list[BaseException], function: Callable[..., T]) -> Callable[
 
 
 def _place(error: BaseException, module: str) -> str:
-    """`` at mine.py:41 in _step, called at mine.py:20 in generate``, and what it called there, if that raised."""
+    """`` at mine.py:41 in _step, called at mine.py:20 in generate``, and the function it called if that raised."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" at {error.filename}:{error.lineno}"
     frames = list(traceback.walk_tb(error.__traceback__))
     own = [number for number, (frame, _) in enumerate(frames) if _is_of(frame, module)]
     if not own:
-        return ""  # it could not even be called so
+        return ""  # the call itself failed
     places = [_line(*frames[number]) for number in reversed(own)][:SHOWN]
     below = frames[own[-1] + 1 :]
     called = f", in its call of {below[0][0].f_code.co_qualname}" if below else ""
@@ -106,7 +110,7 @@ def _place(error: BaseException, module: str) -> str:
 
 
 def _is_of(frame: FrameType, module: str) -> bool:
-    """Whether a line belongs to a plug-in: to its package or, where it is in none, to a file beside it."""
+    """Whether a line belongs to a plug-in: to its package or, without one, to a file beside it."""
     name = str(frame.f_globals.get("__name__", OWN))
     if is_own(name):
         return False
@@ -120,6 +124,6 @@ def _line(frame: FrameType, number: int) -> str:
 
 
 def imported(module: str, name: str) -> ModuleType:
-    """The module; ImportError where there is none, PluginError where running a user's own raises anything else."""
+    """Import a module; ImportError if there is none, PluginError if a user's own raises anything else."""
     with calls_of(module, name, "module", pass_through=(ImportError,)):
         return importlib.import_module(module)

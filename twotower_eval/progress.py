@@ -1,4 +1,4 @@
-"""One progress display for every long loop: bars with the time left on a terminal, plain lines in a log."""
+"""One progress display for all long loops: bars with the time left on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Advance(Protocol):
 
 
 class Progress(Protocol):
-    """What loops are given: a bar per :meth:`track`, and :meth:`note` for a line of text beside the bars."""
+    """The display that loops receive: a bar per :meth:`track`, and :meth:`note` for a line of text."""
 
     def track(self, total: int, description: str) -> AbstractContextManager[Advance]: ...
 
@@ -43,7 +43,7 @@ class SilentProgress:
 
 
 class LogProgress:
-    """Plain lines, one per track at most every ``interval_s`` seconds, and a last one when a track ends."""
+    """Plain lines: one per track at most every ``interval_s`` seconds, and a last one when a track ends."""
 
     def __init__(self, stream: TextIO, interval_s: float = LOG_INTERVAL_S) -> None:
         self._stream = stream
@@ -55,7 +55,7 @@ class LogProgress:
 
     @contextmanager
     def track(self, total: int, description: str) -> Iterator[Advance]:
-        """Count to ``total``; the last line says how far it came even when an error ends the loop."""
+        """Count to ``total``; the last line says how far it came, also after an error."""
         started_s = last_s = time.monotonic()
         done = 0
 
@@ -114,10 +114,10 @@ class TerminalProgress:
 
 
 def choose_progress(stream: TextIO | None = None) -> Progress:
-    """Bars where ``stream`` (standard error by default) is a terminal, plain lines where it is not.
+    """Bars if ``stream`` (standard error by default) is a terminal, else plain lines.
 
-    A notebook has no terminal: it shows bars where ``ipywidgets`` is installed, and else plain lines below the cell,
-    on its standard output, since notebooks colour what comes on standard error as a fault.
+    A notebook has no terminal: it shows bars if ``ipywidgets`` is installed, else plain lines on standard output, as
+    notebooks colour standard error as errors.
     """
     if (stream or sys.stderr).isatty():
         return TerminalProgress(_console(stream or sys.stderr))

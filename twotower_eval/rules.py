@@ -1,6 +1,5 @@
-"""Rules and words that both arms share: how models are run, what tasks ask for and are not given, times that void a
-call.
-"""
+"""Rules and words that both arms share: how models are run, which task settings are not followed, times that void a
+call."""
 
 from __future__ import annotations
 
@@ -22,8 +21,8 @@ from twotower_eval.records import (
     Ways,
 )
 
-LEAST_S = 1e-7  # no call takes less: reading a clock twice does not
-SLACK_S = 1e-4  # how far outside its call rounding, or a coarse clock, may put a moment
+LEAST_S = 1e-7  # no call is shorter: two readings of a clock are further apart
+SLACK_S = 1e-4  # how far rounding or a coarse clock may put a moment outside its call
 WORDS: dict[TimeFault, str] = {
     "not finite": "not a finite time",
     "negative": "a negative time",
@@ -35,7 +34,7 @@ WORDS: dict[TimeFault, str] = {
 
 
 def time_fault(wall_s: float, moments_s: Sequence[float]) -> TimeFault | None:
-    """What is wrong with a call's duration or with moments in it, in seconds from its start; ``None``: nothing."""
+    """What is wrong with a call's duration, or with moments in it (seconds from its start); ``None``: nothing."""
     if not all(map(math.isfinite, (wall_s, *moments_s))):
         return "not finite"
     if wall_s < 0 or min(moments_s, default=0.0) < -SLACK_S:
@@ -48,18 +47,18 @@ def time_fault(wall_s: float, moments_s: Sequence[float]) -> TimeFault | None:
 
 
 def fault_of(sample: SpeedSample) -> TimeFault | None:
-    """What was wrong when the call was timed, or is wrong with what stands there now."""
+    """The fault noted when the call was timed, or visible in its recorded times."""
     moments_s = (sample.prefill_s, sample.first_output_s, *(prompt.finish_s for prompt in sample.prompts))
     return sample.fault or time_fault(sample.wall_s, [moment for moment in moments_s if moment is not None])
 
 
 def finite(seconds: float) -> float:
-    """What JSON can hold of a time that is none."""
+    """The time if it is finite, else ``None``, as JSON has no such number."""
     return seconds if math.isfinite(seconds) else 0.0
 
 
 def total_finite_s(walls_s: Iterable[float]) -> float:
-    """Seconds that passed, of times some of which may be none."""
+    """Sum of the finite, positive times."""
     return sum(wall_s for wall_s in walls_s if math.isfinite(wall_s) and wall_s > 0)
 
 
@@ -81,7 +80,7 @@ SLOW_WORDS: dict[SlowWay, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Handicap:
-    """An arm that was timed in a slower way than its model has: no speedup can be read off that."""
+    """An arm that was timed in a slower way than its model allows, so that no speedup can be computed."""
 
     arm: Arm
     way: SlowWay
@@ -90,11 +89,10 @@ class Handicap:
 def handicaps(
     arm: Arm, ways: Ways, *, batch_size: int, longest: int, unlike_lengths: bool = True
 ) -> tuple[Handicap, ...]:
-    """What slows an arm in calls of ``batch_size`` prompts, of ``unlike_lengths`` in one call or not, and contexts of
-    up to ``longest`` tokens.
+    """What slows an arm in calls of ``batch_size`` prompts, with contexts of up to ``longest`` tokens.
 
-    Prompts one after the other are as fast as any where each is timed alone; positions passed cost nothing, and
-    options are not timed.
+    ``unlike_lengths``: whether prompts of one call differ in length. Running prompts one after the other is no handicap
+    at batch size 1; passing positions costs nothing, and options are not timed.
     """
     slow: list[SlowWay] = []
     if not ways.cached:
@@ -109,13 +107,13 @@ def handicaps(
 
 
 def handicap_text(found: Sequence[Handicap]) -> str:
-    """Why no speedup can be read off such times."""
-    told = "; ".join(f"the {one.arm} was timed {SLOW_WORDS[one.way]}" for one in found)
-    return f"{told}: a model that is slowed down gives no speedup"
+    """Why such times give no speedup."""
+    slowed = "; ".join(f"the {one.arm} was timed {SLOW_WORDS[one.way]}" for one in found)
+    return f"{slowed}: a model that is slowed down gives no speedup"
 
 
 def proof_outcome(ways: Ways) -> ProofOutcome:
-    """Whether the model proved right in the fastest way that there is, in a slower one, or could not be tried."""
+    """Whether the model proved right in the fastest way, in a slower one, or could not be checked."""
     if ways.precision in HALF_PRECISION:
         return "not checked"
     fast = ways.cached and ways.rows_together and ways.passes_together and ways.unlike_lengths_together
@@ -123,7 +121,7 @@ def proof_outcome(ways: Ways) -> ProofOutcome:
 
 
 def ways_text(ways: Ways) -> str:
-    """One line: how the model is run, on how many tokens that was tried, and why it is not run faster."""
+    """One line: how the model is run, up to how many tokens that was checked, and why it is not run faster."""
     found = list(_ways(ways)) or ["with a cache, the rows of a batch together"]
     tried = f"tried on up to {ways.proved_tokens:,} tokens against whole rows without a cache"
     if ways.precision in HALF_PRECISION:
@@ -133,7 +131,7 @@ def ways_text(ways: Ways) -> str:
 
 
 def slower_lines(manifest: RunManifest) -> list[str]:
-    """A line for each model of a run that is not run in the fastest way, by name."""
+    """A line for each model of a run that is not run in the fastest way."""
     return [
         f"{name}: {ways_text(ways)}"
         for name, ways in named_ways(manifest)
@@ -142,7 +140,7 @@ def slower_lines(manifest: RunManifest) -> list[str]:
 
 
 def named_ways(manifest: RunManifest) -> list[tuple[str, Ways]]:
-    """Each model's with the name of its checkpoint."""
+    """(name of the checkpoint, ways) of each model."""
     names = {cell.checkpoint.identity: cell.checkpoint.name for cell in manifest.cells}
     return [(names.get(ways.checkpoint, ways.checkpoint), ways) for ways in manifest.ways]
 
@@ -169,7 +167,7 @@ def _ways(ways: Ways) -> Iterator[str]:
 
 
 def _splits_options(ways: Ways) -> bool:
-    """Whether options are read one by one that the model might have read in one row."""
+    """Whether options are read separately although the model might have read them in one row."""
     return not ways.options_packed and any(trial.check == "options in one row" for trial in ways.failed)
 
 
@@ -184,12 +182,12 @@ def _reason(trial: FailedTrial) -> str:
 
 
 def asked_and_not_done(manifest: RunManifest) -> list[str]:
-    """All that the tasks and the checkpoints of a run ask of decoding and are not given."""
+    """Lines on task and checkpoint settings that a run does not follow."""
     return [*override_lines(manifest.overrides), *unheeded_lines(manifest.unheeded)]
 
 
 def override_lines(overrides: Sequence[Override]) -> list[str]:
-    """One line for each thing asked for, with all the tasks that ask for it."""
+    """One line for each overridden setting, with all tasks that ask for it."""
     tasks: dict[tuple[str, str, str], list[str]] = {}
     for one in overrides:
         held = "not done" if one.done is None else f"done with {_plain(one.done)}"
@@ -201,7 +199,7 @@ def override_lines(overrides: Sequence[Override]) -> list[str]:
 
 
 def unheeded_lines(unheeded: Mapping[str, Mapping[str, object]]) -> list[str]:
-    """One line for each checkpoint whose generation settings ask for what no decoder here does."""
+    """One line for each checkpoint whose generation settings ask for something that no decoder here does."""
     return [
         f"generation_config.json of {name} asks for {', '.join(f'{key} {value}' for key, value in asked.items())}, "
         "which is not done here and would be by transformers' generate: texts are those of plain decoding"
@@ -219,7 +217,7 @@ def joined_lines(manifest: RunManifest) -> list[str]:
 
 
 def truncation_line(task: str, arm: str, num_requests: int | None, num_truncated: int) -> str:
-    """How many of a task's requests lost the beginning of their prompt; how many there were is not always known."""
+    """How many of a task's prompts lost their beginning; ``num_requests`` is None if the total is unknown."""
     of = "" if num_requests is None else f" of {num_requests:,}"
     were = "prompt was" if num_truncated == 1 else "prompts were"
     return f"{task}, {arm}: {num_truncated:,}{of} {were} longer than the model has room for and lost the beginning"

@@ -1,6 +1,4 @@
-"""JSON as it may be carried, and records out of it, checked by msgspec: every value is held against its field's
-annotation.
-"""
+"""JSON and records made of it, checked by msgspec: every value must fit its field's annotation."""
 
 from __future__ import annotations
 
@@ -34,16 +32,17 @@ from twotower_eval.records import (
     SpeedSample,
 )
 
-JsonObject: TypeAlias = Mapping[str, object]  # values of any kind: whoever takes one looks at its kind first
+JsonObject: TypeAlias = Mapping[str, object]  # values of any type, which their users check
 BOM = "\ufeff"
-INT64 = range(-(2**63), 2**63)  # what numpy, Arrow and pandas carry as a whole number
+INT64 = range(-(2**63), 2**63)  # the whole numbers of numpy, Arrow and pandas
 _HALF_PAIR = re.compile(r"[\ud800-\udfff]")
 
 
 def parse_json(text: str, where: str, *, infinities: bool = False, half_pairs: bool = False) -> object:
     """The value of a JSON text. ``where`` begins every error.
 
-    ``infinities`` lets NaN and Infinity be, as Python and transformers write them; ``half_pairs`` lone surrogates.
+    ``infinities`` allows NaN and Infinity, as Python and transformers write them; ``half_pairs`` allows lone
+    surrogates.
     """
     if text.startswith(BOM):
         raise FileError(f"{where}: begins with a byte order mark (U+FEFF): save it without one")
@@ -56,7 +55,7 @@ def parse_json(text: str, where: str, *, infinities: bool = False, half_pairs: b
         raise FileError(f"{where}: nested too deeply to be read") from error
     except UserError as error:  # of the hooks below
         raise FileError(f"{where}: {error}") from error
-    except ValueError as error:  # nothing else is left that the decoder does not call a fault of JSON
+    except ValueError as error:  # the only ValueError left
         raise FileError(f"{where}: a whole number has more digits than Python reads") from error
     if not half_pairs and ("\\u" in text or not text.isascii()):
         check_text(value, where)
@@ -64,9 +63,9 @@ def parse_json(text: str, where: str, *, infinities: bool = False, half_pairs: b
 
 
 def parse_object(line: bytes, where: str) -> dict[str, object]:
-    """The JSON object on a line of a journal, half surrogate pairs and all; ``where`` begins every error."""
+    """The JSON object on a line of a journal, lone surrogates allowed; ``where`` begins every error."""
     try:
-        text = line.decode("utf-8", "surrogatepass")  # as journals write what they are given
+        text = line.decode("utf-8", "surrogatepass")  # as journals are written
     except UnicodeDecodeError as error:
         raise FileError(f"{where}: not valid JSON ({error})") from error
     data = parse_json(text, where, half_pairs=True)
@@ -76,9 +75,9 @@ def parse_object(line: bytes, where: str) -> dict[str, object]:
 
 
 def read_utf8(file: Path) -> str:
-    """The text of a file that somebody brings, without the mark that some editors put in front of it.
+    """The text of a UTF-8 file, without a byte order mark.
 
-    UserError that names the file, and the line where it is not UTF-8.
+    UserError that names the file, and the line that is not UTF-8.
     """
     try:
         return decode_utf8(file.read_bytes(), str(file))
@@ -87,7 +86,7 @@ def read_utf8(file: Path) -> str:
 
 
 def decode_utf8(content: bytes, where: str) -> str:
-    """The text of UTF-8 bytes, one byte order mark in front left out; UserError with the line that is not UTF-8."""
+    """The text of UTF-8 bytes, without a byte order mark; UserError with the line that is not UTF-8."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # as UTF-32 in the usual order does too
         raise FileError(f"cannot read {where}: it is UTF-16, not UTF-8: save it as UTF-8")
     try:
@@ -98,7 +97,7 @@ def decode_utf8(content: bytes, where: str) -> str:
 
 
 def walk(value: object) -> Iterator[tuple[str, object]]:
-    """A value and all inside it, in order, each with its path as in ``choices[].text``; no depth is too deep."""
+    """A value and everything inside it, in order, each with its path as in ``choices[].text``; any depth."""
     left: list[tuple[str, object]] = [("", value)]
     while left:
         path, inner = left.pop()
@@ -110,7 +109,7 @@ def walk(value: object) -> Iterator[tuple[str, object]]:
 
 
 def check_text(value: object, where: str) -> None:
-    """UserError for lone surrogates anywhere in a value: no file and no tokenizer takes them."""
+    """UserError for lone surrogates anywhere in a value: no file and no tokenizer accepts them."""
     for path, inner in walk(value):
         texts = inner if isinstance(inner, dict) else (inner,) if isinstance(inner, str) else ()
         found = next(filter(None, (None if text.isascii() else _HALF_PAIR.search(text) for text in texts)), None)
@@ -120,7 +119,7 @@ def check_text(value: object, where: str) -> None:
 
 
 def check_whole_numbers(value: object, where: str) -> None:
-    """UserError for whole numbers beyond 64 bits anywhere in a value: tables round or refuse them."""
+    """UserError for whole numbers beyond 64 bits anywhere in a value: tables would round or refuse them."""
     for path, inner in walk(value):
         if type(inner) is int and inner not in INT64:
             raise FileError(f"{_at(where, path)}: a whole number beyond 64 bits")
@@ -166,7 +165,7 @@ BITS = " of at most 64 bits"
 
 
 def from_json(cls: type[T], data: object) -> T:
-    """Rebuild a record of class ``cls``; whatever does not fit is a UserError that names record and field."""
+    """Make a record of class ``cls``; whatever does not fit is a UserError that names record and field."""
     try:
         record = msgspec.convert(data, cls, strict=True)
     except (msgspec.ValidationError, OverflowError) as error:
@@ -199,9 +198,9 @@ def plain(value: object) -> object:
 
 
 def check_value(name: str, hint: object, value: object) -> object:
-    """``value`` as a field ``name`` with the annotation ``hint`` holds it; UserError where it cannot."""
+    """``value`` converted for a field ``name`` with the annotation ``hint``; UserError if it does not fit."""
     if isinstance(value, float):
-        value = float(value)  # numpy's is one, too
+        value = float(value)  # numpy's float64 is a float, too
     if not _fits(hint, value):
         raise UserError(_misfit(hint, value, name))
     if isinstance(value, float) and not math.isfinite(value):
@@ -210,7 +209,7 @@ def check_value(name: str, hint: object, value: object) -> object:
 
 
 def line_reader(cls: type[T]) -> Callable[[bytes, str], T]:
-    """What makes a record of a journal's line, given its place; UserError with the place where it is none."""
+    """A function from a journal's line and its place to a record; UserError, with the place, if it is none."""
     decode, contradiction = msgspec.json.Decoder(cls, strict=True).decode, CONTRADICTIONS.get(cls)
 
     def read(line: bytes, where: str) -> T:
@@ -228,10 +227,10 @@ def line_reader(cls: type[T]) -> Callable[[bytes, str], T]:
 
 
 def _begins(written: bytes, line: bytes) -> bool:
-    """Whether a line is its record, written again, but for fields at the end that have their defaults.
+    """Whether a line equals its record written again, except for fields at the end that have their defaults.
 
-    Those are what rows of older versions lack. What begins a text that msgspec wrote has no key twice, and none that
-    the record does not hold.
+    Rows of older versions lack these. A line that begins as msgspec wrote it has no key twice, and none that the record
+    lacks.
     """
     if written == line:
         return True
@@ -240,7 +239,7 @@ def _begins(written: bytes, line: bytes) -> bool:
 
 
 def _object_of(line: bytes, where: str) -> dict[str, object]:
-    """:func:`parse_object` of a line that holds one: what comes out as it went in has every key once."""
+    """The object on a line; if writing it again gives the same line, it has every key once."""
     data: dict[str, object] = msgspec.json.decode(line)
     return data if ENCODE(data) == line else parse_object(line, where)
 
@@ -253,7 +252,7 @@ def _placed(where: str, check: Callable[P, U], *arguments: P.args, **named: P.kw
 
 
 def _check_surplus(cls: type, data: Any, held: Any, path: str = "") -> None:
-    """UserError for what ``data`` has beyond ``held``, which is what a record made of it holds."""
+    """UserError for keys of ``data`` that ``held``, the record made of it, does not have."""
     if type(data) is dict or isinstance(data, Mapping):
         if unknown := data.keys() - held.keys():
             said = f"{path}: " if path else ""
@@ -266,7 +265,7 @@ def _check_surplus(cls: type, data: Any, held: Any, path: str = "") -> None:
     for name, value in parts:
         kind = type(value)
         if kind is int or kind is float:
-            if not -MOST <= value <= MOST:  # seldom: NaN, infinities, and sound numbers that large
+            if not -MOST <= value <= MOST:  # rare: NaN, infinities, and valid numbers that large
                 _check_number(cls, value, path, name)
         elif kind is not str and kind is not bool and value is not None:
             _check_surplus(cls, value, held[name], _below(path, name if type(name) is str else f"[{name}]"))
@@ -292,7 +291,7 @@ def _fits(hint: object, value: object) -> bool:
 
 
 def _misfit(hint: object, value: object, path: str = "") -> str:
-    """The innermost part of a value that does not fit its annotation: where, what was wanted, what was found."""
+    """The innermost part of a value that does not fit its annotation: where, what was expected, what was found."""
     for name, inner_hint, inner in _parts(hint, value):
         if not _fits(inner_hint, inner):
             return _misfit(inner_hint, inner, _below(path, name))
@@ -304,7 +303,7 @@ def _misfit(hint: object, value: object, path: str = "") -> str:
 
 
 def _parts(hint: object, value: object) -> Iterator[tuple[str, object, object]]:
-    """What a value is made of: names, annotations and values."""
+    """The parts of a value: names, annotations and values."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         held = [arg for arg in args if arg is not types.NoneType]
@@ -325,7 +324,7 @@ def _hints(cls: type) -> dict[str, object]:
 
 
 def _wanted(hint: object, value: object) -> str:
-    """What an annotation asks for, in words; of a value that is only out of bounds, the bounds."""
+    """What an annotation expects, in words; the bounds, for a value that only violates these."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         meta = next(one for one in args[1:] if isinstance(one, msgspec.Meta))
@@ -411,8 +410,8 @@ def _cost(row: CostSample) -> str | None:
     return None
 
 
-# What no annotation says: fields of one record that have to agree. Held against what is read and written, and not when
-# a record is made: of a plug-in's answer that contradicts itself the harness says so by the decoder's name.
+# Checks that annotations cannot express: fields of one record that must agree. They run when records are read and
+# written, not when they are made: for a plug-in's contradictory answer the harness names the decoder instead.
 CONTRADICTIONS: dict[type, Callable[[Any], str | None]] = {
     CommitStep: _step,
     Generation: _generation,

@@ -1,6 +1,5 @@
-"""Training batches, and the towers as training sees them: the context tower over whole documents, the denoiser over all
-blocks at once.
-"""
+"""Training batches, and how training runs the towers: the context tower over whole documents, the denoiser over all
+blocks at once."""
 
 from __future__ import annotations
 
@@ -20,14 +19,14 @@ from twotower_eval.engine.ops.attention import attention
 from twotower_eval.miniature.corpus import SHORT, Corpus, Document, training_documents
 from twotower_eval.miniature.export import EOS_ID, PAD_ID, encode
 
-SEPARATOR_SHARE = 0.1  # documents that follow an EOS, as in a running text
-PROMPT_WEIGHT = 0.1  # of a prompt token's loss in AR training: most prompts are random by design
-FILLER_WEIGHT = 0.1  # of an EOS behind the first one, in the denoiser's loss
+SEPARATOR_SHARE = 0.1  # share of documents that follow an EOS, as in running text
+PROMPT_WEIGHT = 0.1  # weight of a prompt token's loss in AR training: most prompts are random by design
+FILLER_WEIGHT = 0.1  # weight of an EOS after the first one in the denoiser's loss
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids (N, S), which of them are real, prompt columns P, and each answer's length with its EOS."""
+    """A batch: token ids (N, S), which of them are real, prompt columns P, and each answer's length with its EOS."""
 
     ids_NS: Tensor
     valid_NS: Tensor
@@ -66,7 +65,8 @@ def _rounded_up(length: int, multiple: int) -> int:
 def training_batches(
     seed: int, *, columns_per_batch: int, multiple: int, pool_size: int, corpus: Corpus = SHORT
 ) -> Iterator[Batch]:
-    """An endless stream. Each pool of documents is sorted by shape, cut into batches, and the batches are shuffled."""
+    """An endless stream of batches. Each pool of documents is sorted by shape, cut into batches, and these are
+    shuffled."""
     rng = Random(f"batches {seed}")
     stream = training_documents(seed, corpus=corpus)
     while True:
@@ -99,8 +99,8 @@ def _take(documents: list[tuple[list[int], list[int]]], columns: int, multiple: 
 
 @dataclass(frozen=True)
 class CleanStates:
-    """What the denoiser reads of the clean documents: keys and values (N, J, S, D) and, before each block that
-    starts at or behind the prompt's end, the Mamba states (N, blocks, ...)."""
+    """The context that the denoiser reads: keys and values (N, J, S, D) and, before each block at or after the prompt's
+    end, the Mamba states (N, blocks, ...)."""
 
     keys: dict[int, Tensor]
     values: dict[int, Tensor]
@@ -153,7 +153,7 @@ def _conv_tails(u_NSC: Tensor, num_taps: int, first_column: int, block_size: int
 
 
 def autoregressive_loss(model: ContextTower, batch: Batch, *, mixed_precision: bool = False) -> Tensor:
-    """Mean negative log-likelihood (nats) of the next token; prompts count little, filler not at all."""
+    """Mean negative log-likelihood (nats) of the next token; prompts have a small weight, filler none."""
     hidden_NSH, _ = run_clean(model, batch, None, mixed_precision=mixed_precision)
     width, start = batch.ids_NS.shape[1], batch.num_prompt_columns
     column_S = torch.arange(width, device=batch.ids_NS.device)
@@ -186,11 +186,11 @@ def draw_noise(
     full_share: float,
     suffix_share: float,
 ) -> Noise:
-    """Mask every block's tokens with a probability of its own, uniform in (0, 1); but a ``full_share`` of blocks
-    wholly, and a ``suffix_share`` of the others from a random position on.
+    """Mask each block's tokens with its own probability, uniform in (0, 1), except that a ``full_share`` of blocks is
+    masked wholly and a ``suffix_share`` of the others from a random position on.
 
-    Decoding starts from blocks masked wholly and mostly fills them from the left, which scattered masks hardly ever
-    show. At least one token is masked, so that every block teaches something.
+    Decoding starts from wholly masked blocks and mostly fills them from the left, which scattered masks hardly ever
+    show. At least one token is masked, so that every block contributes to the loss.
     """
     answers = batch.ids_NS[:, batch.num_prompt_columns :].unflatten(1, (-1, block_size))
     shape = (num_draws, *answers.shape)
@@ -210,10 +210,10 @@ def draw_noise(
 
 @torch.no_grad()
 def reveal(noise: Noise, logits: Tensor, batch: Batch, mask_id: int, generator: torch.Generator) -> Noise:
-    """What a pass leaves masked: the right tokens stand where it was surest, as in decoding.
+    """The masks left after a pass: right tokens stand where it was surest, as in decoding.
 
-    Each block has a threshold of its own, from 0.5 to 0.99, of which 1 - threshold is uniform in its logarithm. The
-    surest masked token is always revealed and the least sure never, so that every block goes on teaching something.
+    Each block has its own threshold from 0.5 to 0.99, with 1 - threshold log-uniform. The surest masked token is always
+    revealed and the least sure never, so that every block keeps contributing.
     """
     allowed = logits.view(*noise.ids.shape, -1).index_fill(-1, torch.tensor(mask_id, device=logits.device), -torch.inf)
     confidence = allowed.softmax(-1).amax(-1)
@@ -235,7 +235,7 @@ def _answers(batch: Batch, noise: Noise) -> Tensor:
 
 
 def teacher_probabilities(model: ContextTower, batch: Batch, hidden_NSH: Tensor) -> Tensor:
-    """The context tower's own distribution of each answer token behind the right ones before it, (N, columns, V)."""
+    """The context tower's distribution of each answer token given the right ones before it, (N, columns, V)."""
     before_NAH = hidden_NSH[:, batch.num_prompt_columns - 1 : -1]
     probabilities_NAV: Tensor = model.head(model.tower.norm_f(before_NAH)).float().softmax(-1)
     return probabilities_NAV
@@ -253,8 +253,8 @@ def denoiser_loss(
 ) -> tuple[Tensor, Tensor]:
     """Mean negative log-likelihood (nats) at masked positions, and the share of them predicted right.
 
-    The 1/t weight of the bound is dropped. Blocks of nothing but filler do not count. A ``soft_share`` of the target
-    is the teacher's distribution.
+    The 1/t weight of the bound is dropped. Blocks of filler only do not count. A ``soft_share`` of the target is the
+    teacher's distribution.
     """
     logits = denoise_blocks(model.denoiser, batch, states, noise, mixed_precision=mixed_precision)
     return masked_loss(logits, batch, noise, teacher_NAV, soft_share)
@@ -272,7 +272,7 @@ def chained_loss(
     teacher_NAV: Tensor | None = None,
     soft_share: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`denoiser_loss` averaged over passes, each on what the last one left masked: the states of decoding."""
+    """:func:`denoiser_loss` averaged over passes, each on the masks that the last one left: the states of decoding."""
     losses, rights = [], []
     for number in range(num_passes):
         logits = denoise_blocks(model.denoiser, batch, states, noise, mixed_precision=mixed_precision)
@@ -351,7 +351,7 @@ def _split_blocks(heads: Tensor, blocks: int) -> Tensor:
 
 
 def _block_mask(batch: Batch, blocks: int, block_size: int) -> Tensor:
-    """(N, 1, blocks * K, S + blocks * K): a noisy block sees the clean past before it, and all of itself."""
+    """Mask (N, 1, blocks * K, S + blocks * K): a noisy block sees the clean context before it, and all of itself."""
     device = batch.ids_NS.device
     block = torch.arange(blocks, device=device).repeat_interleave(block_size)
     clean_block = (torch.arange(batch.ids_NS.shape[1], device=device) - batch.num_prompt_columns) // block_size

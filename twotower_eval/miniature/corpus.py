@@ -100,7 +100,7 @@ CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One task with its answer. A model's answer is right when its text equals `answer`, ended by EOS."""
+    """One task with its answer. A model is right when its text equals `answer` and ends with EOS."""
 
     kind: str
     prompt: str
@@ -148,7 +148,7 @@ def _subtraction(rng: Random) -> tuple[str, list[str], int]:
 
 
 def recall(rng: Random) -> Document:
-    """Look-ups by name in a table of made-up names."""
+    """Look up entries by name in a table of made-up names."""
     rows = rng.randint(3, 6)
     names: list[str] = []
     while len(names) < rows:
@@ -164,7 +164,7 @@ def recall(rng: Random) -> Document:
 
 
 def sort(rng: Random, fewest: int = 5, most: int = 9) -> Document:
-    """Two-digit numbers, up or down, then the extremes."""
+    """Sort two-digit numbers, up or down, then name the extremes."""
     numbers = rng.sample(range(10, 100), rng.randint(fewest, most))
     downwards = rng.random() < 0.5
     ordered = " ".join(map(str, sorted(numbers, reverse=downwards)))
@@ -208,7 +208,7 @@ def _string_program(rng: Random) -> tuple[str, str]:
 
 
 def _filter(rng: Random) -> tuple[str, str]:
-    """Draws again until at least three numbers stay, so that no answer is short."""
+    """Keep the numbers that a filter leaves; redrawn until at least three stay, so that no answer is short."""
     while True:
         numbers = rng.sample(range(10, 100), rng.randint(4, 7))
         bound, condition = rng.randint(30, 70), rng.choice(("even", "odd", "over", "under"))
@@ -219,14 +219,14 @@ def _filter(rng: Random) -> tuple[str, str]:
 
 
 def keeps(condition: str, number: int, bound: int) -> bool:
-    """Whether the filter leaves a number in."""
+    """Whether the filter keeps a number."""
     if condition in ("over", "under"):
         return number > bound if condition == "over" else number < bound
     return number % 2 == (condition == "odd")
 
 
 def english(rng: Random) -> Document:
-    """Facts in short form, to be told in whole sentences with a small conclusion."""
+    """Facts in short form, to be written as whole sentences with a small conclusion."""
     prompt, told = rng.choice(FORMS)(rng)
     return Document(kind="english", prompt=f"{prompt}=", answer=told)
 
@@ -239,16 +239,16 @@ KINDS: dict[str, Callable[[Random], Document]] = {
     "english": english,
 }
 
-# Evaluation asks for longer lists to sort than training: the trained lengths come out right nearly always.
+# Evaluation sorts longer lists than training: the trained lengths are nearly always right.
 EVALUATION_KINDS = KINDS | {"sort": partial(sort, fewest=8, most=11)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
-    """Kinds of document, for training and for evaluation, and how many of each kind are held out.
+    """Kinds of document for training and evaluation, and how many of each are held out.
 
-    The first ``first_watched`` held-out documents of a kind are for tasks; those behind them are for watching a
-    training. ``evaluation_seed`` goes into the seeds of the held-out documents.
+    The first ``first_watched`` held-out documents of a kind are for tasks, the others for watching a training.
+    ``evaluation_seed`` enters the seeds of held-out documents.
     """
 
     kinds: Mapping[str, Callable[[Random], Document]]
@@ -309,5 +309,5 @@ def evaluation_prompts(corpus: Corpus = SHORT) -> frozenset[str]:
 
 
 def is_evaluation_prompt(prompt: str, corpus: Corpus = SHORT) -> bool:
-    """Whether training has to leave this prompt out."""
+    """Whether training must leave this prompt out."""
     return prompt in evaluation_prompts(corpus)

@@ -1,4 +1,4 @@
-"""How good the pair is while it trains, in the terms of the claim, on lm-eval files written from the corpus."""
+"""Measures the pair while it trains, in the terms of the claim, and writes the lm-eval files of the corpus."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _write_task(folder: Path, task: str, body: str, rows: Sequence[Mapping[str, 
 
 
 def _named(doc_id: str, **fields: object) -> dict[str, object]:
-    """A row; every document is drawn on its own, so it is its own cluster in the statistics."""
+    """A row; every document is drawn independently, so it is its own cluster in the statistics."""
     return {"doc_id": doc_id, "cluster": doc_id, **fields}
 
 
@@ -157,7 +157,8 @@ def distractors(document: Document, rng: Random) -> list[str]:
 
 
 def _substitutes(document: Document, word: str) -> list[str]:
-    """What a word of the answer could be mistaken for: values of its table column, near numbers, words of its sort."""
+    """Words that an answer's word could be mistaken for: values of its table column, near numbers, words of its
+    kind."""
     if document.kind == "recall":
         rows = [row.split() for row in document.prompt.split(";")[0].split(", ")]
         pool = [value for column in zip(*rows, strict=True) if word in column for value in column]
@@ -170,12 +171,12 @@ def _substitutes(document: Document, word: str) -> list[str]:
 
 
 DOCUMENTS_PER_KIND = 60
-MAX_NEW_TOKENS = 1024  # whatever a corpus allows
+MAX_NEW_TOKENS = 1024  # as far as a corpus allows
 THRESHOLD = 0.9
 
 
 def attach_facts(model: TwoTower) -> None:
-    """What a loader would attach and decoders ask for; training has no checkpoint to read it from."""
+    """Attach what a loader would and decoders need; in training there is no checkpoint to read it from."""
     model.vocab_size = model.config.vocab_size
     model.mask_token_id = model.config.mask_token_id
     model.has_denoiser = True
@@ -229,8 +230,8 @@ def learning_point(model: TwoTower, ar_accuracy: dict[str, float], corpus: Corpu
 
 @torch.no_grad()
 def with_greedy_answers(model: TwoTower, batch: Batch, multiple: int, max_new_tokens: int) -> Batch:
-    """The batch with the context tower's own greedy answers in place of the corpus's: sequence-level distillation
-    (arXiv 1606.07947). Prompts whose answer does not end in time are left out; the batch as it is where none does."""
+    """The batch with the context tower's greedy answers in place of the corpus's: sequence-level distillation (arXiv
+    1606.07947). Prompts whose answer does not end in time are left out; the batch is unchanged if none does."""
     attach_facts(model)
     columns = batch.num_prompt_columns
     rows = zip(batch.ids_NS[:, :columns].tolist(), batch.valid_NS[:, :columns].tolist(), strict=True)

@@ -1,8 +1,8 @@
-"""A corpus of long answers: the kinds of :mod:`corpus` with 60 to 150 characters to say.
+"""A corpus of long answers: the kinds of :mod:`corpus` with answers of 60 to 150 characters.
 
-The longer an answer, the less of its time goes into reading the prompt, and the more a parallel decoder can show.
-What is worked out stands between words that repeat it or lead up to it, as in a text. Training and evaluation ask for
-the same lengths. Arithmetic is the kind that is hard for a parallel decoder: each column needs the carry of the last.
+The longer an answer, the smaller the share of its time that the prompt takes, and the more a parallel decoder can show.
+Worked steps stand between words that repeat them or lead up to them, as in text. Training and evaluation use the same
+lengths. Arithmetic is the hard kind for a parallel decoder: each column needs the carry of the last.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def _number(rng: Random, digits: int) -> int:
 
 
 def _carried(terms: list[str], totals: list[int]) -> list[str]:
-    """One clause for each column: what is added up without the carry, and what stays and goes on."""
+    """One clause for each column: the sum without the carry, the digit kept and the carry."""
     carry, columns = 0, []
     for term, total in zip(terms, totals, strict=True):
         whole = total + carry
@@ -130,7 +130,7 @@ def _string_program(rng: Random) -> tuple[str, str]:
 
 
 def _partition(rng: Random) -> tuple[str, str]:
-    """Draws again until both sides have numbers."""
+    """A partition by a condition, redrawn until both sides have numbers."""
     while True:
         numbers = rng.sample(range(10, 100), rng.randint(14, 20))
         bound, condition = rng.randint(25, 75), rng.choice(("even", "odd", "over", "under"))
@@ -143,7 +143,7 @@ def _partition(rng: Random) -> tuple[str, str]:
 
 
 def english(rng: Random) -> Document:
-    """Two or three facts in short form, to be told in whole sentences with small conclusions."""
+    """Two or three facts in short form, to be written as whole sentences with small conclusions."""
     facts = [form(rng) for form in rng.sample(FORMS, 3)]
     while len(" ".join(told for _, told in facts)) > LONGEST:
         facts.pop()

@@ -1,4 +1,4 @@
-"""What a recipe says: the pair's sizes, its seed, and how each stage trains its tower. See train.py for the meaning."""
+"""A training recipe: the pair's sizes, its seed, and how each stage trains its tower. See train.py for the meaning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ RECIPE_FILE = Path(__file__).with_name("recipe.toml")
 
 
 class Settings(TypedDict):
-    """Of one stage; what has no default must be there. ``curriculum``: block sizes and their shares of the steps."""
+    """Settings of one stage; those without a default are required. ``curriculum``: block sizes and their shares of the
+    steps."""
 
     steps: int
     batches_per_step: int
@@ -37,7 +38,7 @@ class Settings(TypedDict):
 
 
 class Recipe(TypedDict):
-    """Beside these it has a table of :class:`Settings` for each stage, by the stage's name."""
+    """A recipe. It also has a table of :class:`Settings` for each stage, by the stage's name."""
 
     seed: int
     model: Mapping[str, object]
@@ -46,7 +47,7 @@ class Recipe(TypedDict):
 
 
 def settings_of(recipe: Recipe, stage: str) -> Settings:
-    """A stage's own table."""
+    """The settings of a stage."""
     return cast(Settings, cast(Mapping[str, object], recipe)[stage])
 
 
@@ -56,4 +57,4 @@ def read_recipe(file: Path | None) -> Recipe:
     try:
         return cast(Recipe, tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:  # of tomllib, of text that is not UTF-8, of numbers with too many digits
-        raise UserError(f"{path}: no readable recipe ({error})") from error
+        raise UserError(f"{path}: not a readable recipe ({error})") from error

@@ -1,7 +1,7 @@
 """A stage of the training: what trains, by which optimiser, on what schedule, and how it is saved.
 
 A recipe names its stages in order (``stages``, by default the context tower, then the denoiser). Each has a table of
-settings; one that goes on training the same tower names it (``trains``).
+settings; a stage that continues training a tower names it (``trains``).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ MATRIX_DECAY = 0.05
 
 @dataclass
 class Stage:
-    """One stage under way: what trains, how far it is, and its optimisers. Tokens and seconds count over all stages
-    of a tower."""
+    """One stage under way: what trains, its progress, and its optimisers. Tokens and seconds count over all stages of a
+    tower."""
 
     name: str
     tower: str
@@ -39,7 +39,7 @@ class Stage:
 
 
 def stage_names(recipe: Recipe) -> tuple[str, ...]:
-    """The recipe's stages in order. One without a table, or of no known tower, is a UserError."""
+    """The recipe's stages in order. UserError for a stage without a table or of an unknown tower."""
     names = tuple(recipe.get("stages", DEFAULT_STAGES))
     for name in names:
         if name not in recipe:
@@ -113,7 +113,7 @@ def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def save_state(folder: Path, model: TwoTower, stage: Stage) -> None:
-    """Everything that resuming needs, written beside and moved into place."""
+    """Save everything that resuming needs, atomically."""
     state = {
         "model": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in stage.optimizers],
@@ -127,7 +127,7 @@ def save_state(folder: Path, model: TwoTower, stage: Stage) -> None:
 
 
 def load_state(folder: Path, model: TwoTower, recipe: Recipe) -> Stage | None:
-    """The stage to go on with, or None where nothing was saved. Our own file: loaded with weights_only."""
+    """The saved stage to continue, or None if nothing was saved. Our own file: loaded with weights_only."""
     file = folder / "state.pt"
     if not file.exists():
         return None

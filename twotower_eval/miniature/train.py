@@ -2,10 +2,10 @@
 
 Recipe (recipe.toml): AdamW with a warmup-stable-decay schedule; the denoiser starts as a copy of the context tower
 and trains on a curriculum of block sizes with several noise draws of each batch (arXiv 2606.26493). Micro-batches of
-a step run in threads beside each other. State is saved every few minutes; the same command goes on from there.
+a step run in threads beside each other. State is saved every few minutes; the same command continues from there.
 
 What else a recipe may say, beside ``recipe.toml``: ``corpus`` ("long"), ``stages``; of a stage ``trains`` and
-``optimizer`` ("muon"), see :mod:`stages`; of a denoiser's ``passes`` (each on what the last one left masked, so that
+``optimizer`` ("muon"), see :mod:`stages`; of a denoiser's ``passes`` (each on the masks that the last one left, so that
 it sees the states of decoding), ``targets`` ("greedy": the context tower's own answers) and ``soft_share`` (of its
 distributions in the target).
 """
@@ -96,7 +96,8 @@ Loss = Callable[[Batch, int, torch.Generator], tuple[Tensor, int, float | None]]
 
 
 def stage_loss(stage: Stage, model: TwoTower, corpus: Corpus) -> Loss:
-    """Batch, step, generator -> loss (nats), tokens it was computed over, share predicted right (denoiser only)."""
+    """The loss function of a stage: batch, step, generator -> loss (nats), tokens it covers, share predicted right
+    (denoiser only)."""
     settings = stage.settings
     mixed_precision = settings["mixed_precision"]
 
@@ -132,7 +133,7 @@ def stage_loss(stage: Stage, model: TwoTower, corpus: Corpus) -> Loss:
 
 
 def _targets(settings: Settings) -> str:
-    """Whose answers the denoiser learns: the corpus's, or the context tower's own greedy ones."""
+    """The answers that the denoiser learns: the corpus's, or the context tower's greedy ones."""
     targets = settings.get("targets", "corpus")
     if targets not in ("corpus", "greedy"):
         raise UserError(f"the recipe's targets are {targets!r}; choose from corpus, greedy")
@@ -145,7 +146,7 @@ def _widest(settings: Settings) -> int:
 
 
 class LoadCounter:
-    """Counts how many tokens each expert of the trained tower got, through hooks, to balance the routers."""
+    """Counts the tokens of each expert of the trained tower, through hooks, to balance the routers."""
 
     def __init__(self, tower: nn.Module) -> None:
         self.mixers = [m for m in tower.modules() if isinstance(m, MixtureOfExperts)]
@@ -242,7 +243,7 @@ def corpus_of(recipe: Recipe) -> Corpus:
 
 
 def _stream_from(stage: Stage, recipe: Recipe) -> Iterator[Batch]:
-    """The stage's batches, going on after those already used. Stages draw from different seeds."""
+    """The stage's batches, continuing after those already used. Stages draw from different seeds."""
     names = stage_names(recipe)
     stream = training_batches(
         len(names) * recipe["seed"] + names.index(stage.name),
@@ -285,7 +286,7 @@ def _log(stage: Stage, totals: Sequence[Mapping[str, float | None]], folder: Pat
 
 
 def train_pair(folder: Path, *, recipe_file: Path | None = None, threads: int = 2, device: str | None = None) -> Path:
-    """Train both stages in ``folder``, resuming what is there; the folder of the exported pair.
+    """Train all stages in ``folder``, resuming what is there; the folder of the exported pair.
 
     ``threads`` micro-batches run beside each other on a CPU, each on one core; on a GPU (used if there is one) one.
     """
@@ -299,8 +300,8 @@ def train_pair(folder: Path, *, recipe_file: Path | None = None, threads: int = 
 
 @contextmanager
 def _signals_save_first() -> Iterator[None]:
-    """SIGTERM, and SIGINT where a shell made background jobs deaf to it, interrupt as Ctrl-C does, so that what is
-    trained is saved. Only the main thread hears signals, or may say who does."""
+    """Make SIGTERM, and SIGINT where a shell's background jobs ignore it, interrupt as Ctrl-C does, so that training is
+    saved. Only the main thread can set or receive signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -314,7 +315,7 @@ def _signals_save_first() -> Iterator[None]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """torch on one thread: micro-batches run beside each other."""
+    """Run torch on one thread, as micro-batches run in parallel."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -324,7 +325,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _train(folder: Path, recipe: Recipe, place: torch.device, threads: int) -> Path:
-    """All stages in order, from where the folder stands. Each denoiser stage leaves a pair, the next one a better."""
+    """Run all stages in order, from the folder's state. Each denoiser stage exports a pair, the next one a better."""
     folder.mkdir(parents=True, exist_ok=True)
     names = stage_names(recipe)
     model = new_pair(recipe).to(place)
@@ -345,7 +346,8 @@ def _train(folder: Path, recipe: Recipe, place: torch.device, threads: int) -> P
 
 
 def _next_stage(name: str, done: Stage, model: TwoTower, recipe: Recipe) -> Stage:
-    """One that goes on with the same tower keeps count; a denoiser's first starts from the context tower."""
+    """The next stage: one of the same tower keeps the counts; a denoiser's first stage starts from the context
+    tower."""
     stage = make_stage(name, model, recipe)
     if stage.tower == done.tower:
         stage.num_tokens, stage.seconds = done.num_tokens, done.seconds

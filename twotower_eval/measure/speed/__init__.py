@@ -1,4 +1,4 @@
-"""Timing: cells of both arms in interleaved rounds, on prompts that are the same for all."""
+"""Timing: cells of both arms in interleaved rounds, on the same prompts for all."""
 
 from twotower_eval.measure.speed.launches import run
 

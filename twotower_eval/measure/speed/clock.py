@@ -1,4 +1,4 @@
-"""The clock of timed calls: read when all devices have finished, off while text is encoded or decoded."""
+"""The clock of timed calls: it waits for all devices when read, and stands while text is encoded or decoded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from twotower_eval.engine.models.counting import WatchedModel
 from twotower_eval.engine.models.protocol import Context, Model, TextCodec
 from twotower_eval.errors import UserError
 
-PERF_COUNTER = time.perf_counter  # as it was before any plug-in could put another in its place
+PERF_COUNTER = time.perf_counter  # taken before any plug-in could replace it
 
 Seconds = Callable[[], float]
 T = TypeVar("T")
@@ -33,47 +33,45 @@ class Devices:
         self._indexes = {0 if device.index is None else device.index for device in self.cuda}
 
     def synchronise(self) -> None:
-        """Return when everything asked of the devices is done, and of any other that this process has put to use. A
-        CPU has always finished."""
+        """Wait until the devices, and any other that this process has used, have finished. A CPU always has."""
         for device in self.cuda:
             torch.cuda.synchronize(device)
         for index in self.others():
             torch.cuda.synchronize(index)
 
     def others(self) -> list[int]:
-        """CUDA devices that this process has put to use besides these."""
+        """CUDA devices that this process uses besides these."""
         if not torch.cuda.is_initialized():
             return []
-        # Asking in most other ways would put a device to use.
+        # Most other queries would initialise a device.
         in_use = vars(torch._C).get("_cuda_hasPrimaryContext", torch.cuda.memory_reserved)
         return [i for i in range(torch.cuda.device_count()) if i not in self._indexes and in_use(i)]
 
     def forget_peak(self) -> None:
-        """Let the peak begin anew."""
+        """Reset the peak memory."""
         for device in self.cuda:
             torch.cuda.reset_peak_memory_stats(device)
 
     def peak_memory(self) -> tuple[int | None, str | None]:
-        """Bytes that tensors took at most since :meth:`forget_peak`, all devices added up, or why it is not known."""
+        """Peak bytes of tensors since :meth:`forget_peak`, all devices added up, or why they are unknown."""
         if not self.cuda:
             return None, "not measured on a CPU"
         return sum(torch.cuda.max_memory_allocated(device) for device in self.cuda), None
 
 
 class CallClock:
-    """Seconds from an arbitrary start. Reading it waits for the devices; time inside :meth:`stopped` does not count.
+    """Seconds from an arbitrary start. Reading waits for the devices; time inside :meth:`stopped` does not count.
 
-    Plug-ins never get it: :meth:`reader` and :meth:`untimed` make plain functions for them, which hold nothing that
-    could stop it.
+    Plug-ins never get the clock: :meth:`reader` and :meth:`untimed` make plain functions for them that cannot stop it.
     """
 
     def __init__(self, devices: Devices, now: Seconds) -> None:
         self.devices = devices
         self.now = now
-        self.standing = [False]  # whether it is stopped; shared, as the next is, with what is handed out
+        self.standing = [False]  # whether it is stopped; shared, like the next, with the functions handed out
         self._off_s = [0.0]
-        self.off_s = 0.0  # the same, where nobody else reaches it
-        self.num_texts = self.num_text_tokens = 0  # that it was stopped for
+        self.off_s = 0.0  # the same, out of reach of plug-ins
+        self.num_texts = self.num_text_tokens = 0  # total time that it was stopped
         self._owner = get_ident()
 
     def __call__(self) -> float:
@@ -82,16 +80,16 @@ class CallClock:
 
     @property
     def is_real(self) -> bool:
-        """Whether it is this machine's own clock, not one that a test moves."""
+        """Whether it is this machine's clock, not a test's."""
         return self.now is PERF_COUNTER
 
     @property
     def is_intact(self) -> bool:
-        """Whether the time that it was off is the sum of the times that it was stopped."""
+        """Whether the time off the clock equals the sum of its stops."""
         return self._off_s[0] == self.off_s
 
     def reader(self) -> Seconds:
-        """A function that gives the seconds, for whoever may read the clock and do nothing else with it."""
+        """A function that returns the seconds and allows nothing else."""
         synchronise, now, off_s = self.devices.synchronise, self.now, self._off_s
 
         def seconds() -> float:
@@ -101,8 +99,11 @@ class CallClock:
         return seconds
 
     def untimed(self, function: Callable[..., T]) -> Callable[..., T]:
-        """The function of a tokenizer, off the clock; on it where what it is given is no finished plain value, and in
-        any thread but the one that times: nothing else may run while the clock stands."""
+        """A tokenizer's function, run off the clock.
+
+        It stays on the clock for arguments that are no plain values, and in any thread but the timing one: nothing else
+        may run while the clock stands.
+        """
 
         def off_the_clock(*given: object, **named: object) -> T:
             if named or self.standing[0] or get_ident() != self._owner or not all(map(_is_plain, given)):
@@ -120,7 +121,7 @@ class CallClock:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Do something on the host that is not to be timed. What the devices still have to do is waited for first."""
+        """Context for untimed work on the host; pending work on the devices is waited for first."""
         began_s = self._stop()
         try:
             yield
@@ -141,7 +142,7 @@ class CallClock:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether nothing can run when a value is looked at: a text, a yes or no, or a list of whole numbers."""
+    """Whether a value runs no code when looked at: a text, a bool, or a list of whole numbers."""
     kind = type(value)
     if kind is tuple or kind is list:
         return set(map(type, cast(Sequence[object], value))) <= {int}
@@ -149,9 +150,9 @@ def _is_plain(value: object) -> bool:
 
 
 class UntimedTokenizer:
-    """A tokenizer off the clock: decoders look for stop strings, one token at a time more often than others.
+    """A tokenizer off the clock, because decoders look for stop strings at different rates.
 
-    Its functions are taken when it is made; what is later put in their place is not called.
+    Its functions are bound when it is made; later replacements are not called.
     """
 
     def __init__(self, tokenizer: TextCodec, clock: CallClock) -> None:
@@ -165,12 +166,13 @@ class UntimedTokenizer:
 
 
 class TimedModel(WatchedModel):
-    """A model as a timed decoder sees it: its tokenizer off the clock, its forwards noted, and two moments of a call.
+    """A model as a timed decoder sees it: tokenizer off the clock, forwards counted, and two moments of a call
+    recorded.
 
-    ``prefilled_at_s``: the prompts are read. ``extended_at_s``: the context begins to be extended, so the first
-    token (of a block decoder: the first block) is on the host. Each costs one synchronisation a call, in all modes.
-    ``num_while_stopped`` counts forwards that ran while the clock stood, ``num_threads`` are the numbers of CPU threads
-    that forwards were about to run with.
+    ``prefilled_at_s``: the prompts are read. ``extended_at_s``: the first extension of the context starts, so the first
+    token (for a block decoder, the first block) is on the host. Each costs one synchronisation per call, in all modes.
+    ``num_while_stopped`` counts forwards that ran while the clock stood; ``num_threads`` are the CPU thread counts seen
+    before forwards.
     """
 
     def __init__(self, model: Model, clock: CallClock) -> None:
@@ -181,7 +183,7 @@ class TimedModel(WatchedModel):
         self.forget()
 
     def forget(self) -> None:
-        """Begin a new call."""
+        """Reset for a new call."""
         super().forget()
         self.prefilled_at_s: float | None = None
         self.extended_at_s: float | None = None
@@ -189,14 +191,14 @@ class TimedModel(WatchedModel):
         self.num_threads: set[int] = set()
 
     def prefill(self, ids_BS: Tensor, *more: object, **options: object) -> Context:
-        """The model's own, its end noted."""
+        """The model's prefill; its end is recorded."""
         context = super().prefill(ids_BS, *more, **options)
         if self.prefilled_at_s is None:
             self.prefilled_at_s = self._read()
         return context
 
     def extend(self, context: Context, ids_BK: Tensor, *more: object, **options: object) -> Context:
-        """The model's own, its first beginning noted."""
+        """The model's extend; the start of the first one is recorded."""
         if self.extended_at_s is None:
             self.extended_at_s = self._read()
         return super().extend(context, ids_BK, *more, **options)
@@ -208,7 +210,7 @@ class TimedModel(WatchedModel):
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Keep Python's cycle collector, which strikes at random, out of a timed call."""
+    """Pause Python's cycle collector, which runs at arbitrary moments, during a timed call."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -220,7 +222,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 @contextmanager
 def torch_threads(num_threads: int | None) -> Iterator[None]:
-    """CPU threads of torch, ``None`` its own choice; put back afterwards."""
+    """Set torch's CPU threads (``None``: its own choice) and restore them afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads or before)
     try:

@@ -1,6 +1,5 @@
-"""Under which conditions calls are timed: what the device can do at best, the baseline at its best, CUDA graphs in both
-arms or in none. Looked at off the rounds.
-"""
+"""Conditions of timing: the device's peak rates, the baseline's best case, and CUDA graphs in both arms or neither.
+Measured outside the rounds."""
 
 from __future__ import annotations
 
@@ -35,9 +34,9 @@ PRODUCT_SIZE = {"cuda": 8192, "cpu": 768}
 
 @dataclass(frozen=True, kw_only=True)
 class DevicePeak:
-    """The best of a few trials each: a floor built from it errs on the side of asking too much of the model.
+    """Peak rates, each the best of a few trials, so that a floor computed from them is, if anything, too low.
 
-    ``free_reason`` says why ``free_bytes`` are unknown, or how they are to be read.
+    ``free_reason`` says why ``free_bytes`` are unknown, or how to read them.
     """
 
     device: str
@@ -49,8 +48,8 @@ class DevicePeak:
 
 
 def device_peak(device: str, dtype: torch.dtype) -> DevicePeak:
-    """Copy, multiply, and ask how much memory is free."""
-    devices = Devices([device])  # refuses what nobody can wait for
+    """Measure copy bandwidth, matrix-product rate and free memory."""
+    devices = Devices([device])  # refuses devices that cannot be synchronised
     product_s = _product_s(device, devices, dtype)
     kind = torch.device(device).type
     free_bytes, reason = free_memory(device)
@@ -65,7 +64,7 @@ def device_peak(device: str, dtype: torch.dtype) -> DevicePeak:
 
 
 def copy_bytes_per_s(device: str) -> float:
-    """Bytes that a copy reads and writes in a second, at best."""
+    """Bytes read and written per second by a copy, at best."""
     return 2 * COPY_BYTES[torch.device(device).type] / _copy_s(device, Devices([device]))
 
 
@@ -82,7 +81,7 @@ def _product_s(device: str, devices: Devices, dtype: torch.dtype) -> float:
 
 
 def free_memory(device: str) -> tuple[int | None, str | None]:
-    """Bytes that can still be taken on a device; a reason where they are not known, or not well."""
+    """Free bytes on a device, with a reason if they are unknown or uncertain."""
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0], None
@@ -95,16 +94,16 @@ def free_memory(device: str) -> tuple[int | None, str | None]:
 
 
 def _whole_memory() -> tuple[int | None, str]:
-    """The machine's memory, where the system does not tell how much of it is free: more can never be taken."""
+    """The machine's total memory, an upper bound, if the system does not report what is free."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "if nothing else used this machine's memory"
-    except (AttributeError, ValueError, OSError):  # Windows has no such call, others may not know the names
+    except (AttributeError, ValueError, OSError):  # missing on Windows; the names may be unknown elsewhere
         return None, "the system does not tell how much memory is free"
 
 
 def _best_s(devices: Devices, action: Callable[[], object]) -> float:
     walls_s = []
-    for _ in range(NUM_TRIALS + 1):  # the first one warms up, and is no better than the rest
+    for _ in range(NUM_TRIALS + 1):  # the first one warms up
         devices.synchronise()
         started_s = time.perf_counter()
         action()
@@ -113,13 +112,13 @@ def _best_s(devices: Devices, action: Callable[[], object]) -> float:
     return min(walls_s)
 
 
-NUM_PROMPTS, NUM_TOKENS = 5, 24  # that are decoded beside transformers' own generate
+NUM_PROMPTS, NUM_TOKENS = 5, 24  # prompts decoded to compare with transformers' generate
 
 
 def measured_conditions(
     lanes: Mapping[int, Sequence[Lane]], calls: Calls, model: Model, clock: CallClock, *, cuda_graphs: bool
 ) -> Iterator[BaselineBest]:
-    """One record for the baseline cell of each batch size; ``model`` is the baseline's."""
+    """One record per batch size of the baseline cell; ``model`` is the baseline's."""
     theirs = _of_transformers(model)
     bytes_per_s = copy_bytes_per_s(model.checkpoint.devices[0])
     for size, of_size in lanes.items():
@@ -144,9 +143,9 @@ def _of_transformers(model: object) -> TransformersModel | None:
 
 
 def _step_bytes(model: Model, batch_size: int, context_tokens: int) -> float | None:
-    """The least that a step of one token reads: weights and, where the config tells, the context.
+    """Lower bound on the bytes that a one-token step reads: the weights and, if the config allows, the context.
 
-    Of an embedding of its own a step reads a row or so; experts of models that are not ours are not told apart.
+    Of a separate embedding a step reads about a row; experts of foreign models are not separated.
     """
     parameters = {id(weight): weight for weight in model.parameters()} if hasattr(model, "parameters") else {}
     if not parameters:
@@ -171,7 +170,7 @@ def _step_bytes(model: Model, batch_size: int, context_tokens: int) -> float | N
 def _beside_generate(
     model: TransformersModel, rows: Sequence[tuple[int, ...]], num_new: int, clock: CallClock
 ) -> dict[str, Any]:
-    """Seconds of both for a few prompts, in turn, after one that is not counted."""
+    """Seconds of our decoding and of transformers' generate on a few prompts, alternating, after a warm-up."""
     decoder = make_decoder(as_model(model), "autoregressive")
     own_s, generate_s, same = [], [], True
     chosen = [rows[number % len(rows)] for number in range(NUM_PROMPTS + 1)]
@@ -192,22 +191,23 @@ def _beside_generate(
 
 
 Timing = TypeVar("Timing")
-MAX_ATTEMPTS = 5  # the same prompts ask for the same sizes, so that the second has all it needs
+MAX_ATTEMPTS = 5  # the same prompts need the same sizes, so the second attempt captures nothing
 
 
 class Captures:
-    """The steps that a run's graphs have made, and timings without any of them; nothing to do without graphs."""
+    """Keeps captures of CUDA graphs out of timings; does nothing without graphs."""
 
     def __init__(self, graphs: Sequence[StepGraphs], writer: RunWriter) -> None:
         self._graphs, self._writer = graphs, writer
 
     @property
     def num_made(self) -> int:
-        """Steps made so far."""
+        """Number of steps captured so far."""
         return sum(graphs.num_made for graphs in self._graphs)
 
     def outside(self, phase: SpeedPhase, number: int, what: str, measure: Callable[[], Timing]) -> Timing:
-        """What ``measure`` gives when no step is made meanwhile; warm-ups and probes are as they come."""
+        """The result of ``measure``, repeated until no step was captured meanwhile; warm-ups and probes are not
+        repeated."""
         for _ in range(MAX_ATTEMPTS):
             before = self.num_made
             timing = measure()
@@ -215,7 +215,7 @@ class Captures:
             if phase != "measure" or not num_made:
                 return timing
             self._writer.event("timed_again", what=what, round=number, num_captured=num_made)
-        raise UserError(f"{what}: every attempt asks for CUDA graphs of new sizes: drop --cuda-graphs")
+        raise UserError(f"{what}: every attempt needs CUDA graphs of new sizes: drop --cuda-graphs")
 
 
 def hint(plan: SpeedPlan | SizingPlan) -> str | None:
@@ -230,7 +230,7 @@ def hint(plan: SpeedPlan | SizingPlan) -> str | None:
 
 
 def refuse_uneven(batch_sizes: Iterable[int], block_sizes: Iterable[int]) -> None:
-    """UserError where the steps of one token would come from graphs and those of a block would not."""
+    """UserError if one-token steps would use CUDA graphs and block steps would not."""
     rows, width = max(batch_sizes), max(block_sizes, default=1)
     if rows * width > MAX_NEW:
         raise UserError(
@@ -242,7 +242,7 @@ def refuse_uneven(batch_sizes: Iterable[int], block_sizes: Iterable[int]) -> Non
 def graphs_for(
     plan: SpeedPlan, calls: Calls, lanes: Mapping[int, Sequence[Lane]], models: tuple[Model, Model]
 ) -> tuple[StepGraphs, ...]:
-    """Both arms' graphs, as many as this plan's prompts and budgets can ask for; none unless the plan wants them."""
+    """Both arms' CUDA graphs, as many as this plan's prompts and budgets can need; none unless the plan wants them."""
     if not plan.cuda_graphs:
         return ()
     longest_prompt = max(

@@ -1,6 +1,5 @@
-"""The parts of decoding (prefill, AR step, denoise step, context pass), timed alone in the rounds of a run: what
-explains its times, or does not.
-"""
+"""The parts of decoding (prefill, AR step, denoise step, context pass), timed alone in the rounds of a run. They
+explain its times, or show what is unexplained."""
 
 from __future__ import annotations
 
@@ -37,9 +36,9 @@ def prefill(model: Model, ids_BS: Tensor) -> Repeat:
 
 
 def ar_step(model: Model, context: Context, ids_B1: Tensor) -> Repeat:
-    """Extend by one token, logits, choice. Each repetition goes on where the last ended, one token further."""
+    """Extend by one token, compute logits, choose. Each repetition continues one token further."""
     with torch.inference_mode():
-        # The first extension copies the keys and values that others may still read: not part of any later step.
+        # The first extension copies keys and values that others may still read; later steps do not.
         newest = model.extend(context, ids_B1)
 
     def repeat() -> None:
@@ -51,7 +50,7 @@ def ar_step(model: Model, context: Context, ids_B1: Tensor) -> Repeat:
 
 
 def bookkeeping(prompts: Sequence[Prompt], rules: Rules) -> Repeat:
-    """What the autoregressive loop does for its rows beside a step: looks for their ends, takes on those that go on."""
+    """The autoregressive loop's own work beside a step: checks which rows have ended and keeps the others."""
     num_rows = len(prompts)
     call = DecoderCall(
         cast(Model, _Still()), prompts, rules, None, width=num_rows, capacity=num_rows, steady=False, on_finish=None
@@ -79,21 +78,21 @@ class _Still:
 
 
 def denoise(model: Denoising, context: Context, block_BK: Tensor, t_B: Sequence[float] | float | None) -> Repeat:
-    """One denoiser pass over a block, and the choice of a token with its probability at every position.
+    """One denoiser pass over a block, with the choice of a token and its probability at every position.
 
-    ``t_B`` is the mask fraction that the denoiser is told, as in :meth:`TwoTower.denoise`.
+    ``t_B`` is the mask fraction given to the denoiser, as in :meth:`TwoTower.denoise`.
     """
 
     def repeat() -> None:
         _choose_confident(model.denoise(block_BK, context, t_B), model.mask_token_id)
 
     with torch.inference_mode():
-        repeat()  # a first step may have things to make ready that no later one has
+        repeat()  # a first step may prepare things that later ones reuse
     return repeat
 
 
 def context_pass(model: Model, context: Context, block_BK: Tensor) -> Repeat:
-    """Extend by a whole block, no logits. Each repetition goes on where the last ended, one block further."""
+    """Extend by a whole block, without logits. Each repetition continues one block further."""
     with torch.inference_mode():
         newest = model.extend(context, block_BK)
 
@@ -105,10 +104,10 @@ def context_pass(model: Model, context: Context, block_BK: Tensor) -> Repeat:
 
 
 def forced_block(model: Denoising, context: Context, block_size: int, blocks: Sequence[Sequence[int]]) -> Repeat:
-    """Denoise a whole block and absorb it, each denoiser call committing as many tokens as it is told.
+    """Denoise a whole block and absorb it; each denoiser call commits a given number of tokens.
 
-    ``blocks`` holds the commits per call of the first, second, ... repetition, the same for all rows. The most
-    confident positions are committed, as a decoder would.
+    ``blocks`` holds the commits per call of each repetition, the same for all rows. The most confident positions are
+    committed, as a decoder would.
     """
     schedules = itertools.cycle(blocks)
     with torch.inference_mode():
@@ -134,7 +133,7 @@ def forced_block(model: Denoising, context: Context, block_size: int, blocks: Se
 
 
 def time_repeats(repeat: Repeat, clock: CallClock, num_repeats: int) -> tuple[float, ...]:
-    """Seconds of each repetition, every device waited for before and after it."""
+    """Seconds of each repetition; every device is waited for before and after."""
     walls_s = []
     with torch.inference_mode(), no_garbage_collection():
         for _ in range(num_repeats):
@@ -158,14 +157,14 @@ def _choose_confident(logits_BKV: Tensor, mask_token_id: int | None) -> tuple[Te
 
 # Enough that one repetition's jitter does not matter, few enough to stay a small share of a round.
 REPEATS: dict[CostPart, int] = {"prefill": 2, "ar_step": 8, "bookkeeping": 8, "denoise": 4, "context_pass": 4}
-NEVER = "\uffff"  # a character that is none
+NEVER = "\uffff"  # a noncharacter
 
 Key = tuple[Arm, CostPart, int, int | None, int, int]  # batch size of the cell, block size, rows, context tokens
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CostItem:
-    """One part to be timed, as a row of ``costs.jsonl`` names it; ``prepare`` makes it ready off the clock."""
+    """One part to time, as a row of ``costs.jsonl`` names it; ``prepare`` sets it up off the clock."""
 
     cell: str
     part: CostPart
@@ -180,7 +179,8 @@ class CostItem:
         return REPEATS[self.part]
 
     def time(self, clock: CallClock) -> float:
-        """Seconds of all repetitions together; one before them, not counted, is on whatever the last part left."""
+        """Seconds of all repetitions together, after an uncounted one that absorbs what the last part left in
+        caches."""
         try:
             with torch.inference_mode():
                 repeat = self.prepare()
@@ -193,9 +193,9 @@ class CostItem:
 
 
 class TimedParts:
-    """Parts of a run, each from the first call on that was seen to need it. ``models``: baseline and candidate.
+    """The parts of a run, each timed from the first call that needs it. ``models``: baseline and candidate.
 
-    A part is timed once for all cells of an arm and a batch size, under the name of the first that needed it.
+    A part is timed once per arm and batch size, under the first cell that needed it.
     """
 
     def __init__(self, calls: Calls, lanes: Mapping[int, Sequence[Lane]], models: tuple[Model, Model]) -> None:
@@ -206,16 +206,16 @@ class TimedParts:
 
     @property
     def items(self) -> tuple[CostItem, ...]:
-        """All that are known so far."""
+        """All parts known so far."""
         return tuple(self._items.values())
 
     def note_call(self, lane: Lane, passes: Iterable[Passes]) -> None:
-        """A call of the lane made these passes."""
+        """Record the passes that a call of the lane made."""
         if lane.replica == 0:
             self._seen[lane.cell.id] |= {replace(one, num=1) for one in passes}
 
     def take_new(self) -> tuple[CostItem, ...]:
-        """Those that have been seen to be needed since this was asked last."""
+        """The parts newly needed since the last call."""
         before = len(self._items)
         for cell, seen in self._seen.items():
             for item in self._needed(self._lanes[cell], seen):
@@ -242,7 +242,7 @@ class TimedParts:
 
 
 def _parts(lane: Lane, seen: Iterable[Passes]) -> list[tuple[CostPart, int | None]]:
-    """Parts that passes are of; of block sizes too many to be timed, the smallest, the largest and one in between."""
+    """Parts that passes belong to; of many block sizes, the smallest, the largest and a middle one."""
     sizes: dict[CostPart, set[int | None]] = defaultdict(set)
     for one in seen:
         part, block_size = one.part(lane.cell.decoder)
@@ -255,7 +255,7 @@ def _parts(lane: Lane, seen: Iterable[Passes]) -> list[tuple[CostPart, int | Non
 
 
 def _spread(values: set[int], *, middle: bool = False) -> list[int]:
-    """The smallest, the median and the largest of what was seen; ``middle``: half way between the ends instead."""
+    """The smallest, median and largest value; with ``middle`` the midpoint instead of the median."""
     known = sorted(values)
     if len(known) <= 1:
         return known
@@ -264,12 +264,12 @@ def _spread(values: set[int], *, middle: bool = False) -> list[int]:
 
 
 def _contexts(lane: Lane, calls: Sequence[Call], model: Model, num_tokens: int) -> list[int]:
-    """Context lengths of passes of so many tokens, from the longest prompt of each call."""
+    """Context lengths of passes with that many tokens, from the longest prompt of each call."""
     longest = sorted(max(map(len, lane.ids[call.id])) for call in calls)
     budget = max(call.max_new_tokens for call in calls)
     contexts = [longest[0], longest[len(longest) // 2] + budget // 2, longest[-1] + budget]
     if model.max_length is not None:
-        # One repetition not counted, one made when it is prepared: each goes on where the last ended.
+        # One repetition is not counted, one runs in the preparation; each continues where the last ended.
         room = model.max_length - (max(REPEATS.values()) + 2) * num_tokens
         contexts = [min(length, room) for length in contexts]
     return sorted({length for length in contexts if length > 0})
@@ -309,7 +309,7 @@ def _item(
 
 
 def _ids(rows: Sequence[Sequence[int]], size: int, length: int) -> Tensor:
-    """Token ids (B, S) of the workload's own prompts, each over again until it is long enough: never random ids."""
+    """Token ids (B, S) from the workload's own prompts, repeated to the length; never random ids."""
     return torch.tensor([list(islice(cycle(row), length)) for row in islice(cycle(rows), size)])
 
 
@@ -318,7 +318,7 @@ def _ar_step(model: Model, ids_BS: Tensor) -> Repeat:
 
 
 def _bookkeeping(lane: Lane, call: Call, rows: Sequence[tuple[int, ...]]) -> Repeat:
-    """For rows that never end, and stop strings as long as the call's that never come."""
+    """The loop's work for rows that never end, with stop strings as long as the call's that never occur."""
     stop = tuple(NEVER * len(text) for text in call.stop)
     rules = Rules(max_new_tokens=sys.maxsize, eos_token_ids=frozenset(), stop=stop, tokenizer=lane.model.tokenizer)
     prompts = [Prompt(id=str(number), token_ids=ids) for number, ids in enumerate(rows)]
@@ -326,7 +326,7 @@ def _bookkeeping(lane: Lane, call: Call, rows: Sequence[tuple[int, ...]]) -> Rep
 
 
 def _denoise(model: Denoising, ids_BS: Tensor, block_size: int) -> Repeat:
-    """Half of the block masked: masks alone would all route to the same experts."""
+    """A denoise step with half of the block masked: masks alone would all route to the same experts."""
     block_BK = _block(ids_BS, block_size)
     if model.mask_token_id is not None:
         block_BK[:, ::2] = model.mask_token_id

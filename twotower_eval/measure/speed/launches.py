@@ -1,6 +1,4 @@
-"""The ``speed`` verb: a run's launches, fresh processes one after the other into one run folder, each
-made ready first.
-"""
+"""The ``speed`` verb: the launches of a run, fresh processes one after the other that write into one run folder."""
 
 from __future__ import annotations
 
@@ -76,11 +74,11 @@ def run_launch(
     temperature: float = 0.0,
     overrides: Sequence[Override] = (),
 ) -> Launched:
-    """Time both arms of a plan, for one launch, on prompts chosen from ``requests``; the last one closes the run.
+    """Time both arms of a plan, in one launch, on prompts chosen from ``requests``; the last launch closes the run.
 
-    ``temperature`` holds where the plan names none; ``overrides`` say what of the tasks' wishes does not.
-    ``resume`` goes on with a run on the same machine: whole rounds count, a torn one is begun anew. ``now`` gives
-    seconds. Raises UserError for whatever the user can mend, before weights load where it can be known by then.
+    ``temperature`` applies if the plan names none; ``overrides`` are the task settings that it overrides. ``resume``
+    continues a run on the same machine: whole rounds count, a torn one is repeated. ``now`` gives seconds. UserError
+    for whatever the user can mend, before weights are loaded where possible.
     """
     from twotower_eval.engine.models import family_calls
     from twotower_eval.engine.models.arms import prove_arms
@@ -103,7 +101,7 @@ def run_launch(
         graphs = graphs_for(plan, calls, lanes, models)
         manifest = _manifest(plan, calls, [*chain.from_iterable(lanes.values())], overrides, ways, models, resume)
         if resume is not None and _is_scored(plan, resume, manifest, calls_per_round(calls, lanes)):
-            # Whoever scored it checks the scores before the run is called complete again.
+            # Its scores are checked before the run is complete again.
             return Launched(path=resume, num_missing=0)
         with store.create(root, manifest) if resume is None else store.resume(resume, manifest) as writer:
             truncated = _truncated(plan, writer, calls, models)
@@ -142,7 +140,8 @@ def _load(plan: SpeedPlan) -> tuple[Model, Model]:
 
 
 def _truncated(plan: SpeedPlan, writer: store.RunWriter, calls: Calls, models: tuple[Model, Model]) -> list[str]:
-    """Write down for every cell how many prompts were cut, which a resumed run has already; the warnings of it."""
+    """Journal for every cell how many prompts were truncated, unless a resumed run has it already; the warnings of
+    it."""
     lines = []
     for arm, model in zip(typing.get_args(Arm), models, strict=True):
         for task, (num_prompts, num_truncated) in count_truncated(plan, calls, model).items():
@@ -156,18 +155,18 @@ def _truncated(plan: SpeedPlan, writer: store.RunWriter, calls: Calls, models: t
 
 
 def _longest(calls: Calls, lanes: dict[int, tuple[Lane, ...]]) -> int:
-    """Tokens of the longest context of any lane, its budget behind it."""
+    """Tokens of the longest context of any lane, with its budget."""
     rows = (ids for of_size in lanes.values() for lane in of_size for own in lane.ids.values() for ids in own)
     return max(map(len, rows)) + max(call.max_new_tokens for of_size in calls.values() for call in of_size)
 
 
 def _is_scored(plan: SpeedPlan, resume: Path, manifest: RunManifest, calls_per_round: int) -> bool:
-    """Whether a run's answers are scored. UserError where more rounds are wanted then: scores would leave them out.
+    """Whether a run's answers are scored. UserError if more rounds are wanted then, as scores would leave them out.
 
-    Besides, what is added after a look at the result is another run (PROTOCOL); reports pool runs of the same cells.
+    Rounds added after a look at the result belong to another run (PROTOCOL); reports pool runs of the same cells.
     """
     found = store.load(resume)
-    store.check_comparable(found, manifest)  # first: what is whole cannot be counted by another plan
+    store.check_comparable(found, manifest)  # first: another plan counts whole rounds differently
     if found.scores and launches_missing(plan, found.speed, calls_per_round):
         num_whole = len(whole_rounds(found.speed, calls_per_round))
         raise UserError(
@@ -209,14 +208,14 @@ def _launch_id(run: store.Run) -> str:
 
 
 INTERRUPTED = 130
-FAILED = 1  # Python's exit code of a process that an exception ended, behind its traceback
-GRACE_S = 5.0  # for a launch to end by the Ctrl-C that it got itself, before it is sent one
+FAILED = 1  # Python's exit code after an uncaught exception
+GRACE_S = 5.0  # wait this long for a launch to end by its own Ctrl-C before sending one
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _LaunchResult:
-    """What a launch's process says before it ends: what it left, or the line that stopped it and its kind."""
+    """How a launch ended: its result, or the error line and its class."""
 
     launched: Launched | None = None
     error: str = ""
@@ -234,13 +233,12 @@ def run(
     temperature: float = 0.0,
     overrides: Sequence[Override] = (),
 ) -> Path:
-    """Time both arms of a plan on prompts chosen from ``requests``, in all its launches; the run's folder.
+    """Time both arms of a plan on prompts chosen from ``requests``, in all launches; the run's folder.
 
-    ``temperature`` holds where the plan names none; ``overrides`` say what of the tasks' wishes does not.
-    ``resume`` goes on with a run on the same machine: whole rounds count, a torn one is begun anew, and so is a launch
-    among several that was stopped. ``now`` gives seconds. Raises UserError for whatever the user can mend, in the
-    words of the launch that met it, ChildProcessError where a launch was ended from outside, and RuntimeError where a
-    bug ended it, whose traceback it has printed.
+    ``temperature`` applies if the plan names none; ``overrides`` are the task settings that it overrides. ``resume``
+    continues a run on the same machine: whole rounds count, a torn one is repeated, and so is an interrupted launch of
+    several. ``now`` gives seconds. UserError for whatever the user can mend, with the launch's own message;
+    ChildProcessError if a launch was ended from outside; RuntimeError if a bug ended it, after its traceback.
     """
     asked = tuple(requests)
     launch = partial(run_launch, plan, asked, root=root, now=now, temperature=temperature, overrides=tuple(overrides))
@@ -287,7 +285,7 @@ def _in_process(launch: Callable[..., Launched], is_silent: bool) -> Launched:
 
 
 def _receive(ours: Connection) -> _LaunchResult | None:
-    """What the launch says; ``None`` where it ends without a word."""
+    """The launch's result; ``None`` if it ends without one."""
     try:
         result: _LaunchResult = ours.recv()
     except EOFError:
@@ -300,7 +298,8 @@ def _ending(code: int | None) -> str:
 
 
 def _interrupt(child: BaseProcess) -> None:
-    """Let it close its journals: a terminal's Ctrl-C reaches every process of the command, a signal only its own."""
+    """Interrupt a launch so that it closes its journals: Ctrl-C reaches every process of the command, a signal only its
+    own."""
     child.join(GRACE_S)
     if child.is_alive() and child.pid is not None:
         os.kill(child.pid, signal.SIGINT)
@@ -308,13 +307,13 @@ def _interrupt(child: BaseProcess) -> None:
 
 
 def _launch(theirs: Connection, launch: Callable[..., Launched], is_silent: bool, parent: int) -> None:
-    """What the fresh process does."""
+    """The fresh process's entry point."""
     _end_with(parent)
     progress = SilentProgress() if is_silent else choose_progress()
     try:
         result = _LaunchResult(launched=launch(progress=progress))
     except (UserError, OSError) as error:
-        if os.environ.get(TRACEBACK_VARIABLE):  # which is lost with this process
+        if os.environ.get(TRACEBACK_VARIABLE):  # the exception itself is lost with this process
             traceback.print_exc()
         result = _LaunchResult(error=str(error) or type(error).__name__, kind=_kind(error))
     except KeyboardInterrupt:
@@ -324,14 +323,14 @@ def _launch(theirs: Connection, launch: Callable[..., Launched], is_silent: bool
 
 
 def _kind(error: UserError | OSError) -> type[UserError] | type[OSError]:
-    """What it is raised as in the other process: a plug-in's own kind need not be known there, nor take one text."""
+    """The class to raise in the other process: a plug-in's own class may be unknown there, or not take one text."""
     if isinstance(error, OSError):
         return OSError
     return type(error) if is_own(type(error).__module__) else UserError
 
 
 def _end_with(parent: int) -> None:
-    """Where the system can: no launch goes on writing into a run whose command was killed."""
+    """End this process with its parent where the system supports it: no launch outlives its command."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:

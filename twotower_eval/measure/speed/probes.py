@@ -1,6 +1,4 @@
-"""Calls beside the timed ones: prompts that nothing has read before, and answers whose every row of logits is
-witnessed.
-"""
+"""Calls beside the timed ones: prompts that were never read before, and answers decoded with a witness."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ NUM_BESIDE = 4  # of these, those that the baseline is given as well
 
 @dataclass(frozen=True, kw_only=True)
 class Witnessing:
-    """A call of one prompt, which these lanes decode in this order."""
+    """A call on one prompt that these lanes decode in this order."""
 
     lanes: tuple[Lane, ...]
     call: Call
@@ -40,7 +38,7 @@ class Witnessing:
 
 
 def watched_calls(calls: Calls, chance: random.Random) -> frozenset[str]:
-    """Ids of the calls of the plan that are witnessed as they are."""
+    """Ids of the plan's calls that are witnessed unchanged."""
     alone = [call.id for call in calls.get(1, ())]
     return frozenset(chance.sample(alone, min(NUM_AS_THEY_ARE, len(alone))))
 
@@ -48,7 +46,7 @@ def watched_calls(calls: Calls, chance: random.Random) -> frozenset[str]:
 def witnessings(
     lanes: Mapping[int, Sequence[Lane]], calls: Calls, probes: Probes, chance: random.Random
 ) -> Iterator[Witnessing]:
-    """What a launch decodes besides."""
+    """The witnessed calls of a launch."""
     for size, of_size in lanes.items():
         watched = tuple(lane for lane in of_size if is_watched(lane))
         if size > 1 and watched:
@@ -63,12 +61,12 @@ def witnessings(
 
 
 def is_watched(lane: Lane) -> bool:
-    """Whether a lane has witnessed calls: not the baseline's copy, and nothing that draws its tokens."""
+    """Whether a lane has witnessed calls: not the baseline's copy, and nothing that samples."""
     return lane.replica == 0 and not draws(lane.cell)
 
 
 def _of_timed(calls: Sequence[Call], lanes: Sequence[Lane], chance: random.Random) -> Iterator[Witnessing]:
-    """Some prompts of larger calls, each by itself."""
+    """Some prompts of larger calls, each alone."""
     places = [(call, at) for call in calls for at in range(len(call.requests))]
     for call, at in chance.sample(places, min(NUM_ALONE, len(places))):
         alone = replace(call, id=f"{call.id}-{at}", requests=(call.requests[at],))
@@ -77,7 +75,7 @@ def _of_timed(calls: Sequence[Call], lanes: Sequence[Lane], chance: random.Rando
 
 
 def witnessed(lane: Lane, call: Call) -> tuple[Timing, Tally]:
-    """Decode a call of one prompt under a witness. Whatever is an error in a timed call is one here."""
+    """Decode a call on one prompt with a witness. Errors are those of a timed call."""
     with lane.model.witnessed(lane.ids[call.id][0]) as witness:
         timing = lane.time(call, 0)
     return timing, witness.tally(timing.generations[0].token_ids)
@@ -86,7 +84,7 @@ def witnessed(lane: Lane, call: Call) -> tuple[Timing, Tally]:
 def witnessed_row(
     lane: Lane, call: Call, kind: WitnessedKind, launch_id: str, timing: Timing, tally: Tally
 ) -> Witnessed:
-    """The journal's row of it."""
+    """The journal row of a witnessed call."""
     (made,) = timing.generations
     return Witnessed(
         cell=lane.cell.id,
@@ -103,14 +101,14 @@ def witnessed_row(
 
 
 NUM_TRIES = 20  # pairs of documents that are tried before there is no new prompt to be had
-NUM_NEAR = 8  # documents of the nearest lengths, one of which a prompt goes on like
+NUM_NEAR = 8  # documents of the nearest lengths, one of which continues a prompt
 Kind = tuple[str, tuple[str, ...], int]
 Ids = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewPrompt:
-    """A made-up request; its ``doc_id`` is beyond those of all documents."""
+    """A made-up request; its ``doc_id`` is above those of all documents."""
 
     task: str
     doc_id: int
@@ -123,14 +121,14 @@ class NewPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A call to be timed by ``lanes`` in this order, off the record of what is measured."""
+    """A call that ``lanes`` time in this order; it is no part of the measured results."""
 
     call: Call
     lanes: tuple[Lane, ...]
 
 
 class NewPrompts:
-    """Prompts of the kinds that are timed, never one twice: documents that are not timed, or made up of two."""
+    """New prompts, none twice: documents that are not timed, or prompts made from two documents."""
 
     def __init__(self, calls: Calls, requests: Sequence[Request], seed: int) -> None:
         self._random = random.Random(seed)
@@ -147,10 +145,10 @@ class NewPrompts:
             self._random.shuffle(left)
             self._documents[kind], self._beginnings[kind] = left[::2], left[1::2]
 
-    def like(self, call: Call, call_id: str, *, of_documents: bool = False) -> Call | None:
-        """A call as large as ``call``, of prompts of its kinds and lengths; ``None`` where none can be had.
+    def similar_call(self, call: Call, call_id: str, *, of_documents: bool = False) -> Call | None:
+        """A call as large as ``call``, with prompts of the same kinds and lengths; ``None`` if there are none.
 
-        ``of_documents``: documents as they are, if enough are left.
+        ``of_documents``: use unchanged documents if enough are left.
         """
         found = self._documents_like(call.requests) if of_documents else None
         if found is None:
@@ -188,14 +186,14 @@ class NewPrompts:
 
 
 def _taken(left: list[Request], length: int) -> Request:
-    """The one of about that length, which is no longer left then."""
+    """Remove and return the one nearest to that length."""
     found = min(left, key=lambda one: abs(len(one.text) - length))
     left.remove(found)
     return found
 
 
 def is_made_up(call: Call) -> bool:
-    """Whether the prompts of a probe are made up, and no documents."""
+    """Whether the prompts of a probe are made up, not documents."""
     return any(isinstance(request, NewPrompt) for request in call.requests)
 
 
@@ -204,9 +202,9 @@ def _kind(request: Request) -> Kind:
 
 
 def joined(first: str, second: str, chance: random.Random) -> str:
-    """A text that begins like ``first`` and goes on like ``second``, whole lines that both begin with in other order.
+    """A text that begins like ``first`` and continues like ``second``, with the lines that both begin with reordered.
 
-    At most half is of the first: where that was read before, most of the text is new.
+    At most half comes from the first: if that was read before, most of the text is still new.
     """
     unlike = (at for at, (own, other) in enumerate(zip(first, second, strict=False)) if own != other)
     shared = first[: next(unlike, min(len(first), len(second)))]
@@ -220,7 +218,7 @@ def joined(first: str, second: str, chance: random.Random) -> str:
 
 
 def turned(shared: str, chance: random.Random) -> str:
-    """Examples, else lines, else sentences in an order that begins with another; as it is where there is but one."""
+    """Examples (else lines, else sentences) in an order with another beginning; unchanged if there is only one."""
     inside = shared.rstrip("\n")
     for pattern, separator in (("\n\n", "\n\n"), ("\n", "\n"), (r"(?<=[.!?]) ", " ")):
         parts = re.split(pattern, inside)
@@ -232,11 +230,11 @@ def turned(shared: str, chance: random.Random) -> str:
 
 
 class Probes:
-    """What a launch times beside its rounds: for every cell a few new calls, and those of the round before again.
+    """The probes of a launch: for every cell a few new calls, and those of the last round again.
 
-    Each cell has its own new calls. It is timed on them first, because another cell that reads them before it could
-    share its memory with it. Right after a candidate the baseline is timed on the same call, for comparison. The second
-    copy of the baseline has no new calls.
+    Each cell has its own new calls and is timed on them first, as another cell that read them before could share its
+    memory. Right after a candidate the baseline is timed on the same call, for comparison. The baseline's copy has no
+    new calls.
     """
 
     def __init__(
@@ -252,12 +250,12 @@ class Probes:
         self._prompts = NewPrompts(calls, requests, derive_seed(plan.seed, "new prompts", launch_id))
         self._random = random.Random(derive_seed(plan.seed, "calls that are probed", launch_id))
         self._num_made: Counter[str] = Counter()  # by cell
-        self._seen: list[tuple[str, int, Call]] = []  # cell, batch size and call of the round before
+        self._seen: list[tuple[str, int, Call]] = []  # cell, batch size and call of the last round
         self._num_alone = 0
         self._ids: dict[str, dict[Arm, Ids]] = {}  # by call
 
     def num_timings(self, lanes: Mapping[int, tuple[Lane, ...]]) -> int:
-        """Timings that a round has of probes, from its second on."""
+        """Number of probe timings per round, from the second round on."""
         of_sizes = [(size, sum(lane.replica == 0 for lane in of_size)) for size, of_size in lanes.items()]
         return sum(self._num_calls(size) * (3 * num_cells - 1) for size, num_cells in of_sizes)
 
@@ -265,7 +263,7 @@ class Probes:
         return -(-self._plan.probes // size)
 
     def of_round(self, lanes: Mapping[int, tuple[Lane, ...]]) -> list[Probe]:
-        """The probes of the next round, on the round's own lanes."""
+        """The probes of the next round, on that round's lanes."""
         again = self._seen
         self._seen = [made for size, of_size in lanes.items() for made in self._make(size, of_size)]
         kept = {call.id for _, _, call in (*again, *self._seen)}
@@ -276,32 +274,33 @@ class Probes:
         ]
 
     def alone(self, size: int, lanes: tuple[Lane, ...], num_made_up: int, num_documents: int) -> Iterator[Probe]:
-        """New prompts that are not timed, each for itself; none where a plan has no probes."""
+        """New prompts, each alone, that are not timed; none if a plan has no probes."""
         for number in range(num_made_up + num_documents if self._plan.probes else 0):
             timed = self._random.choice(self._calls[size])
             like = replace(timed, requests=(self._random.choice(timed.requests),))
             call_id = f"b{size}-alone{self._launch}-{self._num_alone}"
-            call = self._prompts.like(like, call_id, of_documents=number >= num_made_up)
+            call = self._prompts.similar_call(like, call_id, of_documents=number >= num_made_up)
             self._num_alone += 1
             if call is not None:
                 ids = self._encoded(call, lanes, size)
                 yield Probe(call=call, lanes=tuple(replace(one, ids={call.id: ids[one.cell.arm]}) for one in lanes))
 
     def _make(self, size: int, lanes: Sequence[Lane]) -> Iterator[tuple[str, int, Call]]:
-        """New calls of every cell of a batch size, with their token ids."""
+        """Make new calls of every cell of a batch size, with their token ids."""
         for lane in (lane for lane in lanes if lane.replica == 0):
             for _ in range(self._num_calls(size)):
                 cell, number = lane.cell.id, self._num_made.total()
                 like, of_documents = self._random.choice(self._calls[size]), self._num_made[cell] % 2 == 0
-                call = self._prompts.like(like, f"b{size}-new{self._launch}-{number}", of_documents=of_documents)
+                call = self._prompts.similar_call(
+                    like, f"b{size}-new{self._launch}-{number}", of_documents=of_documents
+                )
                 self._num_made[cell] += 1
                 if call is not None:
                     self._ids[call.id] = self._encoded(call, lanes, size)
                     yield cell, size, call
 
     def _encoded(self, call: Call, lanes: Sequence[Lane], size: int) -> dict[Arm, Ids]:
-        """Token ids by arm, their beginning cut off where they are more than any prompt has that is timed in calls of
-        that size."""
+        """Arm -> token ids, with the beginning cut off if they are longer than any timed prompt of that batch size."""
         found: dict[Arm, Ids] = {}
         requests = [*call.requests, *self._requests]
         for lane in lanes:

@@ -1,6 +1,4 @@
-"""One launch of ``speed``: warm-up, then rounds in which every lane times every call of its batch size, never a number
-twice.
-"""
+"""One launch of ``speed``: warm-up, then rounds in which every lane times every call of its batch size."""
 
 from __future__ import annotations
 
@@ -33,6 +31,7 @@ from twotower_eval.measure.speed.probes import (
     witnessings,
 )
 from twotower_eval.measure.speed.workloads import Call, Calls, Lane, Request, Timing, with_decoders
+from twotower_eval.names import plural
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.progress import Advance, Progress, duration_text
 from twotower_eval.records import (
@@ -53,19 +52,19 @@ from twotower_eval.records import (
 from twotower_eval.rules import finite, time_fault, total_finite_s
 from twotower_eval.store.journal import now_text
 
-ENOUGH_ROUNDS = 12  # of one launch; of fewer, a fifth and more of all runs can decide nothing
+ENOUGH_ROUNDS = 12  # in a single launch; with fewer, a fifth or more of all runs can decide nothing
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launched:
-    """What one launch leaves: the run's folder, and how many launches its plan still asks for."""
+    """Result of a launch: the run's folder, and how many launches the plan still needs."""
 
     path: Path
     num_missing: int
 
 
 class RoundSettings(Protocol):
-    """What a plan says of its rounds."""
+    """The round settings of a plan."""
 
     @property
     def min_rounds(self) -> int: ...
@@ -76,7 +75,7 @@ class RoundSettings(Protocol):
 
 
 class RoundLoop:
-    """Base of the sessions. ``whole_s`` are the seconds on the clock of the rounds that are there already."""
+    """Base of the sessions. ``whole_s`` are the seconds on the clock of the rounds that exist already."""
 
     def __init__(
         self,
@@ -90,15 +89,15 @@ class RoundLoop:
         self._settings, self._progress = settings, progress
         self._num_done, self._timed_s = len(whole_s), sum(whole_s)
         self._next_round, self._steps_per_round = next_round, steps_per_round
-        self._besides_s = 0.0  # that went by in a round on what measured ones do not have
+        self._besides_s = 0.0  # seconds of a round spent on what measured rounds do not have
 
     def _rounds(self) -> None:
-        """Warm up, say how long it will take, and measure until there is enough; nothing where there is."""
+        """Warm up, report the estimated duration, and measure until both minimums are reached; nothing if they are."""
         if not is_enough(self._settings, self._num_done, self._timed_s):
             self._measure(self._warm_up())
 
     def _warm_up(self) -> float | None:
-        """Duration of a round by the last warm-up, everything around the clock included."""
+        """Duration of a round from the last warm-up, including everything around the clock."""
         duration_s = None
         with self._progress.track(self._settings.warmup_rounds * self._steps_per_round, "warm-up") as advance:
             for number in range(self._settings.warmup_rounds):
@@ -120,15 +119,15 @@ class RoundLoop:
                 self._num_done += 1
 
     def _forecast(self, num_left: int) -> None:
-        """Say what so many more rounds cannot tell; nothing where a session judges nothing."""
+        """Report what that many more rounds cannot decide; nothing in sessions without verdicts."""
 
     def _round(self, phase: SpeedPhase, number: int, advance: Advance) -> float:
-        """Time everything once; seconds on the clock."""
+        """Time everything once; the seconds on the clock."""
         raise AssertionError(f"{type(self).__name__} says nothing about what a round times")
 
 
 def is_enough(settings: RoundSettings, num_rounds: int, timed_s: float) -> bool:
-    """Whether both the least number of rounds and the least time on the clock are reached."""
+    """Whether both the minimum rounds and the minimum seconds are reached."""
     return num_rounds >= settings.min_rounds and timed_s >= settings.min_seconds
 
 
@@ -138,7 +137,7 @@ def whole_rounds(samples: Sequence[SpeedSample] | Sequence[CostSample], samples_
 
 
 def share_of_launch(plan: SpeedPlan) -> SpeedPlan:
-    """What each of a plan's launches has to reach by itself: at least as many rounds as can tell something."""
+    """The share of a plan that each launch has to reach, with at least as many rounds as can decide something."""
     if plan.launches == 1:
         return plan
     least = TELLING_ROUNDS if plan.launches < MIN_LAUNCHES else MIN_LAUNCH_ROUNDS
@@ -147,28 +146,28 @@ def share_of_launch(plan: SpeedPlan) -> SpeedPlan:
 
 
 def undecided_text(rounds_of_launches: Sequence[int]) -> str:
-    """A warning that so many rounds in each launch cannot decide a claim, or often do not; empty where they do."""
+    """A warning that this many rounds per launch cannot, or often do not, decide a claim; empty if they do."""
     num_launches, num = len(rounds_of_launches), sum(rounds_of_launches)
     resampled = num_launches >= MIN_LAUNCHES
     enough = MIN_LAUNCH_ROUNDS * num_launches if resampled else max(ENOUGH_ROUNDS, TELLING_ROUNDS * num_launches)
     if num >= enough:
         return ""
-    there = f"{num} rounds in {num_launches} launch{'es' if num_launches > 1 else ''}"
+    there = f"{plural(num, 'round')} in {plural(num_launches, 'launch', 'launches')}"
     needed = f"time {enough} or more (--min-rounds)"
     if not resampled and num < TELLING_ROUNDS * num_launches:
-        return f"warning: {there} cannot decide a claim, with fewer than {TELLING_ROUNDS} a launch: {needed}"
+        return f"warning: {there} cannot decide a claim, with fewer than {TELLING_ROUNDS} per launch: {needed}"
     return f"warning: {there} often cannot decide a claim: {needed}"
 
 
 def rounds_by_launch(samples: Sequence[SpeedSample], samples_per_round: int) -> list[int]:
-    """How many complete measured rounds every launch has."""
+    """Number of complete measured rounds per launch."""
     return [len(launch) for launch in _by_launch(samples, samples_per_round)]
 
 
 def launches_missing(plan: SpeedPlan, samples: Sequence[SpeedSample], samples_per_round: int) -> int:
-    """How many launches are still to be made. One that was stopped short keeps its rounds and is made again.
+    """How many launches are still missing. An interrupted one keeps its rounds and is made again.
 
-    A plan of one launch asks for its rounds whatever launches they come from, so that a resumed run is enough.
+    A plan of one launch counts its rounds whatever launches they come from, so that a resumed run is enough.
     """
     by_launch = _by_launch(samples, samples_per_round)
     if plan.launches == 1:
@@ -179,7 +178,7 @@ def launches_missing(plan: SpeedPlan, samples: Sequence[SpeedSample], samples_pe
 
 
 def _by_launch(samples: Sequence[SpeedSample] | Sequence[CostSample], samples_per_round: int) -> list[list[float]]:
-    """Seconds of the complete measured rounds of every launch."""
+    """Seconds of the complete measured rounds per launch."""
     rounds: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for sample in samples:
         if sample.phase == "measure":
@@ -190,11 +189,11 @@ def _by_launch(samples: Sequence[SpeedSample] | Sequence[CostSample], samples_pe
     ]
 
 
-PROCESS = secrets.token_hex(8)  # this process: launches that it makes one after the other are no separate ones
+PROCESS = secrets.token_hex(8)  # identifies this process: launches inside one process are not independent
 
 
 def calls_per_round(calls: Calls, lanes: dict[int, tuple[Lane, ...]]) -> int:
-    """Timed calls of a round, without probes."""
+    """Timed calls per round, without probes."""
     return sum(len(calls[size]) * len(lanes[size]) for size in calls)
 
 
@@ -222,7 +221,7 @@ class Session(RoundLoop):
         timed: list[SpeedSample | CostSample] = [*earlier, *writer.run.costs]
         self._calls_per_round = calls_per_round(calls, lanes)
         begun = [s.round for s in timed if s.phase == "measure"] + [row.repeat for row in writer.run.generations]
-        # A launch among several has its own rounds to reach; one that goes on where another stopped has what is left.
+        # A launch among several has its own target; a single one that continues a run has what is left.
         whole_s = whole_rounds(earlier, self._calls_per_round)
         self._num_missing = launches_missing(plan, earlier, self._calls_per_round)
         self._earlier_rounds = [num for num in rounds_by_launch(earlier, self._calls_per_round) if num]
@@ -235,12 +234,13 @@ class Session(RoundLoop):
         )
 
     def run(self) -> int:
-        """Warm up, say how long it will take, and measure until there is enough; how many launches are missing then."""
+        """Warm up, report the estimated duration, and measure until both minimums are reached; the number of missing
+        launches."""
         self._announce()
         if self._num_missing:
             self._writer.event("launched", launch=self._launch_id, process=PROCESS)
             self._rounds()
-        rounds = f"{self._num_done} rounds of {self._calls_per_round} timed calls"
+        rounds = f"{plural(self._num_done, 'round')} of {plural(self._calls_per_round, 'timed call')}"
         self._progress.note(f"{rounds}, {duration_text(self._timed_s)} on the clock")
         num_missing = max(0, self._num_missing - 1)
         self._writer.event("measured", num_rounds=self._num_done, timed_s=self._timed_s, num_missing=num_missing)
@@ -252,19 +252,20 @@ class Session(RoundLoop):
         num_prompts = sum(len(call.requests) for call in next(iter(self._calls.values())))
         num_cells = sum(lane.replica == 0 for lanes in self._lanes.values() for lane in lanes)
         self._progress.note(
-            f"{num_cells} cells and {num_lanes - num_cells} copies of the baseline, {self._plan.workload} workload, "
-            f"batch sizes {sizes}; {num_prompts} prompts, {self._calls_per_round} timed calls a round"
+            f"{plural(num_cells, 'cell')} and {plural(num_lanes - num_cells, 'copy', 'copies')} of the baseline, "
+            f"{self._plan.workload} workload, batch sizes {sizes}; {plural(num_prompts, 'prompt')}, "
+            f"{plural(self._calls_per_round, 'timed call')} per round"
         )
         num_rounds = max(0, self._settings.min_rounds - self._num_done) + self._settings.warmup_rounds
         self._progress.note(
-            f"{num_rounds} rounds, {num_rounds * self._calls_per_round:,} timed calls; "
+            f"{plural(num_rounds, 'round')}, {plural(num_rounds * self._calls_per_round, 'timed call')}; "
             "fewer: --num-prompts, --min-rounds"
         )
         if self._num_done:
-            self._progress.note(f"{self._num_done} whole rounds are there already")
+            self._progress.note(f"{plural(self._num_done, 'complete round')} so far")
 
     def _forecast(self, num_left: int) -> None:
-        """Warn of too few rounds before they are measured: of several launches once, before the first."""
+        """Warn of too few rounds before they are measured; with several launches once, before the first."""
         if self._plan.launches == 1:
             planned = [*self._earlier_rounds, num_left]
         else:
@@ -273,10 +274,10 @@ class Session(RoundLoop):
             self._progress.note(warning)
 
     def _round(self, phase: SpeedPhase, number: int, advance: Advance) -> float:
-        """Every lane times every call, and every part is timed alone; seconds on the clock, without the parts. In the
-        first round of a warm-up some calls are witnessed.
+        """Every lane times every call, and every part is timed alone; the seconds on the clock without the parts.
 
-        Parts that a call of this round is the first to need are timed at its end.
+        The first warm-up round also decodes the witnessed calls. Parts that a call of this round is the first to need
+        are timed at its end.
         """
         order = random.Random(derive_seed(self._plan.seed, phase, number))
         gc.collect()
@@ -284,7 +285,9 @@ class Session(RoundLoop):
         positions = [(size, call) for size, calls in self._calls.items() for call in calls]
         probes = self._probes.of_round(lanes) if phase == "measure" else []
         is_first = phase == "warmup" and number == 0
-        chance = random.Random(derive_seed(self._plan.seed, "witness", self._launch_id))  # others in every launch
+        chance = random.Random(
+            derive_seed(self._plan.seed, "witness", self._launch_id)
+        )  # a different choice in every launch
         self._watched = watched_calls(self._calls, chance) if is_first else frozenset()
         besides = list(witnessings(lanes, self._calls, self._probes, chance)) if is_first else []
         steps: list[tuple[int, Call] | Probe | Witnessing | CostItem] = [
@@ -315,7 +318,7 @@ class Session(RoundLoop):
         return total_finite_s(walls_s)
 
     def _time_call(self, lane: Lane, call: Call, phase: SpeedPhase, number: int) -> float:
-        """Time a call, write it down; seconds on the clock. A probe is sampled the same way whenever it is timed."""
+        """Time a call and journal it; the seconds on the clock. A probe is sampled the same way each time."""
         what, num_made = f"{lane.name}, call {call.id}", self._captures.num_made
         begin = partial(_begun, lane, call, 0 if phase == "probe" else number)
         if call.id in self._watched and is_watched(lane):
@@ -367,10 +370,10 @@ class Session(RoundLoop):
         timing: Timing,
         fault: TimeFault | None,
     ) -> None:
-        # Generations first: a sample on disk then means that all of its call is.
+        # Generations first, so that a sample on disk implies its whole call.
         if phase == "measure" and lane.replica == 0 and self._plan.workload == "answer":
             for request, generation in zip(call.requests, timing.generations, strict=True):
-                # When it was finished cannot be told where the clock went wrong.
+                # The time to finish is unknown if the clock went wrong.
                 kept = generation if fault is None else dataclasses.replace(generation, finish_s=None)
                 self._writer.append(_generation_row(lane, request, kept, number))
         sample = SpeedSample(
@@ -396,12 +399,12 @@ class Session(RoundLoop):
             held_out=phase == "probe" and not is_made_up(call),
         )
         self._writer.append(sample)
-        if self._parts and phase != "probe":  # what is predicted are the measured calls
+        if self._parts and phase != "probe":  # predictions are of measured calls
             self._parts.note_call(lane, sample.passes)
 
 
 def _begun(lane: Lane, call: Call, number: int) -> tuple[str, Timing]:
-    """When the call began, and its timing."""
+    """When the call started, and its timing."""
     return now_text(), lane.time(call, number)
 
 
@@ -425,7 +428,7 @@ def _generation_row(lane: Lane, request: Request, generation: Generation, number
 
 
 def _prompt_timing(generation: Generation, wall_s: float) -> PromptTiming:
-    """A decoder that does not say when a prompt was finished hands it over at the end of the call."""
+    """The timing of one prompt; without a reported finish time, the prompt finishes at the end of the call."""
     return PromptTiming(
         prompt_id=generation.prompt_id,
         num_prompt_tokens=generation.num_prompt_tokens,
@@ -441,5 +444,6 @@ def _prompt_timing(generation: Generation, wall_s: float) -> PromptTiming:
 
 
 def _finish_s(generation: Generation, wall_s: float) -> float:
-    """Within the call, as the decoder's clock may have begun a hair before or ended behind the harness's."""
+    """The finish time, clipped to the call: the decoder's clock may start slightly before or end after the
+    harness's."""
     return wall_s if generation.finish_s is None else max(0.0, min(finite(generation.finish_s), wall_s))

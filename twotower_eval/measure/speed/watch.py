@@ -1,8 +1,7 @@
 """What the process does during a timed call besides the call: threads, processors, other devices, other clocks.
 
-All is read outside the timed region, before the clock starts and after it has stopped. Not seen: a plug-in that
-replaces what is read here by its own, work on devices that torch does not know of, and processes that this one did not
-start.
+Everything is read outside the timed region. Not seen: a plug-in that replaces what is read here, work on devices that
+torch does not know, and processes that this one did not start.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, kw_only=True)
 class Busy:
-    """Seconds of processor during one call; see :class:`twotower_eval.records.SpeedSample`. None on a clock that is
-    not the machine's own, with which they have nothing to do."""
+    """Processor seconds during one call; see :class:`twotower_eval.records.SpeedSample`. None on a test's clock, which
+    has no relation to them."""
 
     cpu_s: float | None
     caller_cpu_s: float | None
@@ -49,7 +48,7 @@ class Busy:
 
 @dataclass(frozen=True, kw_only=True)
 class _Snapshot:
-    """What was there before a call."""
+    """The state of the process before a call."""
 
     threads: frozenset[int]
     pools: str
@@ -66,7 +65,7 @@ class _Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class TextCost:
-    """What a tokenizer takes: seconds a call, and seconds a token."""
+    """A tokenizer's cost: seconds per call, and seconds per token."""
 
     call_s: float
     token_s: float
@@ -74,7 +73,7 @@ class TextCost:
 
 @dataclass(kw_only=True)
 class _TextTimes:
-    """Of all calls of a cell: seconds off the clock, seconds that their texts take, and seconds on the clock."""
+    """Totals over a cell's calls: seconds off the clock, seconds that their texts need, and seconds on the clock."""
 
     off_s: float = 0.0
     takes_s: float = 0.0
@@ -83,8 +82,10 @@ class _TextTimes:
 
 @dataclass(kw_only=True)
 class _BackgroundThread:
-    """A Python thread that outlives the call of ``owner`` which started it, and the processor time it had used when it
-    was last looked at; ``later_s`` is what it used outside its owner's calls, since ``left_s``."""
+    """A Python thread that outlives the call of ``owner`` that started it, with its processor time at the last look.
+
+    ``later_s`` is the time it used outside its owner's calls, since ``left_s``.
+    """
 
     owner: str
     name: str
@@ -94,24 +95,24 @@ class _BackgroundThread:
 
 
 class Watch:
-    """Looks at the process around timed calls. ``num_threads`` are the CPU threads of the plan, those at its making."""
+    """Checks the process around timed calls. ``num_threads`` are the plan's CPU threads."""
 
     def __init__(self, clock: CallClock) -> None:
         self.clock = clock
         self._texts: dict[str, _TextTimes] = defaultdict(_TextTimes)
-        self._outliving: dict[int, _BackgroundThread] = {}  # by the system's number of the thread
+        self._outliving: dict[int, _BackgroundThread] = {}  # by the system's thread id
         self.num_threads = torch.get_num_threads()
         self._num_interop = torch.get_num_interop_threads()
 
     @contextlib.contextmanager
     def no_threads_left(self, name: str) -> Iterator[None]:
-        """ReportError where Python threads that were not there before are at work at the end."""
+        """ReportError if Python threads started inside this context are at work at its end."""
         before = frozenset(sys._current_frames())
         yield
         self._check_new_threads(before, name)
 
     def begin(self) -> _Snapshot:
-        """Look around, and start the clock. ReportError where a thread of an earlier call worked on behind it."""
+        """Record the state and start the clock. ReportError if a thread of an earlier call worked on after it."""
         self._check_outliving()
         threads, pools, allocations = frozenset(sys._current_frames()), _pools(), self._allocations()
         children_s = _children_s()
@@ -134,8 +135,8 @@ class Watch:
         )
 
     def end(self, look: _Snapshot, name: str) -> tuple[float, Busy]:
-        """Stop the clock: the seconds of the call, and what else it took. ReportError where more was in use than the
-        plan says, or where work goes on."""
+        """Stop the clock; the seconds of the call and what else it used. ReportError if it used more than the plan
+        allows, or if work continues."""
         before_s = RAW_S()
         wall_s = self.clock() - look.started_s
         raw_s = (before_s, RAW_S())
@@ -161,8 +162,10 @@ class Watch:
         return wall_s, busy
 
     def check_texts(self, look: _Snapshot, cost: TextCost, lengths: list[int], wall_s: float, name: str) -> bool:
-        """Whether no more time went by off the clock than texts of rows of these ``lengths`` take; a call that was
-        stalled meanwhile is void. ReportError where it is too much over all calls of this ``name``."""
+        """Whether the time off the clock fits texts of rows with these ``lengths``; a call that was stalled is void.
+
+        ReportError if it is too much over all calls of this ``name``.
+        """
         off_s = self.clock.off_s - look.off_s
         num_texts = self.clock.num_texts - look.num_texts
         num_tokens = self.clock.num_text_tokens - look.num_text_tokens
@@ -185,7 +188,7 @@ class Watch:
         return off_s <= TEXT_FACTOR * takes_s + TEXT_S
 
     def _check_new_threads(self, before: frozenset[int], name: str) -> None:
-        """ReportError where threads that were not there before are at work; idle ones are remembered."""
+        """ReportError if new threads are at work; idle ones are remembered."""
         new = frozenset(sys._current_frames()) - before
         if not new:
             return
@@ -207,7 +210,7 @@ class Watch:
         _refuse_threads(name, busy)
 
     def _check_outliving(self, of_call: str | None = None) -> None:
-        """Look at the threads that outlive their call; ReportError where one has worked outside its owner's calls."""
+        """Check threads that outlive their call; ReportError if one worked outside its owner's calls."""
         for number, left in list(self._outliving.items()):
             cpu_s = _thread_s(number)
             if cpu_s is None:  # it has ended
@@ -223,7 +226,7 @@ class Watch:
         return torch.get_num_threads(), torch.get_num_interop_threads()
 
     def _allocations(self) -> dict[int, int]:
-        """Allocations ever made on CUDA devices that are not the plan's."""
+        """Allocations so far on CUDA devices outside the plan."""
         stats = {device: torch.cuda.memory_stats(device) for device in self.clock.devices.others()}
         return {device: int(found.get("allocation.all.allocated", 0)) for device, found in stats.items()}
 
@@ -242,7 +245,7 @@ class Watch:
 
 
 def text_cost(tokenizer: TextCodec, vocab_size: int, now: Seconds) -> TextCost:
-    """How long a tokenizer takes to write texts, the fastest of a few."""
+    """Seconds that a tokenizer needs to write texts, the fastest of a few trials."""
     many = tuple(range(min(64, vocab_size)))
 
     def takes_s(ids: tuple[int, ...]) -> float:
@@ -264,8 +267,7 @@ def _refuse_threads(name: str, busy: list[str]) -> None:
 
 
 def _thread_s(number: int | None) -> float | None:
-    """Seconds of processor that a thread of this process has used; None where it has ended or the system does not
-    tell."""
+    """Processor seconds of a thread of this process; None if it has ended or the system does not report it."""
     try:
         return int(Path(f"/proc/self/task/{number}/schedstat").read_text().split()[0]) / 1e9
     except (OSError, ValueError, IndexError):
@@ -273,19 +275,19 @@ def _thread_s(number: int | None) -> float | None:
 
 
 def _pools() -> str:
-    """What torch says of its thread pools: its own, OpenMP's, MKL's."""
+    """Torch's report of its thread pools: its own, OpenMP's, MKL's."""
     text: str = torch.__config__.parallel_info()
     return text
 
 
 def _children_s() -> float:
-    """Seconds of processor that child processes have taken, the living ones and those waited for."""
+    """Processor seconds of child processes, living or waited for."""
     gone = resource.getrusage(resource.RUSAGE_CHILDREN)
     return gone.ru_utime + gone.ru_stime + sum(map(_process_s, _children()))
 
 
 def _children() -> set[str]:
-    """Ids of the living child processes; none where the system does not tell."""
+    """Ids of living child processes; none if the system does not report them."""
     found: set[str] = set()
     for file in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(OSError):

@@ -1,6 +1,4 @@
-"""What is timed and by whom: task prompts cut into calls, the same for all cells; lanes, the cells of a plan ready to
-time them.
-"""
+"""What is timed: task prompts cut into calls, the same for all cells, and lanes, the cells ready to time them."""
 
 from __future__ import annotations
 
@@ -43,12 +41,12 @@ from twotower_eval.records import (
     sha256_text,
 )
 
-# A runaway in a hundred prompts is among so many with 98 % probability; whole batches of 1 to 128 by powers of two.
+# Includes a runaway of one in a hundred prompts with 98 % probability; whole batches of 1 to 128 by powers of two.
 ENOUGH_PROMPTS = 384
 
 
 class Request(Protocol):
-    """A task's prompt with what ends its answer, as ``suites.build_requests`` gives it."""
+    """A task's prompt with stops and budget, as ``suites.build_requests`` gives it."""
 
     @property
     def task(self) -> str: ...
@@ -68,7 +66,7 @@ class Request(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """Prompts that are decoded together, and what ends them: ``stop`` strings, EOS unless ignored, the budget."""
+    """Prompts that are decoded together: their ``stop`` strings, whether EOS ends them, and their budget."""
 
     id: str
     requests: tuple[Request, ...]
@@ -83,9 +81,9 @@ Calls = Mapping[int, tuple[Call, ...]]  # by batch size
 def make_calls(plan: SpeedPlan, requests: Sequence[Request]) -> Calls:
     """Choose ``plan.num_prompts`` prompts and cut them into calls of each batch size: the same prompts for all sizes.
 
-    On the ``answer`` workload prompts of one call share stops and budget, tasks take turns, and what is chosen of a
-    task is spread over the lengths of all its prompts. Where the plan names no number, they are ``ENOUGH_PROMPTS``, or
-    as many as make whole batches. UserError where there are fewer than it names, or no whole batch.
+    On the ``answer`` workload the prompts of a call share stops and budget, tasks take turns, and a task's prompts are
+    spread over all of its lengths. Without a number, ``ENOUGH_PROMPTS`` are chosen, or as many as make whole batches.
+    UserError if there are fewer than asked for, or no whole batch.
     """
     together = math.lcm(*plan.batch_sizes)
     wanted = _wanted(plan, together)
@@ -102,7 +100,7 @@ def make_calls(plan: SpeedPlan, requests: Sequence[Request]) -> Calls:
 
 
 def _wanted(plan: SpeedPlan, together: int) -> int:
-    """How many prompts; enough of them are rounded up to whole batches, a number that is given has to make them."""
+    """How many prompts: the default is rounded up to whole batches, a given number must make them."""
     fitting = math.ceil((plan.num_prompts or ENOUGH_PROMPTS) / together) * together
     if plan.num_prompts not in (fitting, None):
         sizes = ", ".join(map(str, plan.batch_sizes))
@@ -115,8 +113,7 @@ def _wanted(plan: SpeedPlan, together: int) -> int:
 def _spread(requests: Sequence[Request], together: int, wanted: int) -> list[Request]:
     """Prompts in groups of ``together`` that share task, stops and budget; tasks in turn, each spread over its lengths.
 
-    The first prompts of a task need not be like the rest: of every kind, as many as its turns give are taken from all
-    lengths alike.
+    A task's first prompts may be unlike the rest, so each kind is sampled from all of its lengths.
     """
     by_kind: dict[tuple[str, tuple[str, ...], int], list[Request]] = defaultdict(list)
     for request in requests:
@@ -129,10 +126,10 @@ def _spread(requests: Sequence[Request], together: int, wanted: int) -> list[Req
 
 
 def _strata(group: Sequence[Request], num: int) -> list[Request]:
-    """One prompt of each of ``num`` strata of lengths, all as large; in the order that the group has them in.
+    """One prompt from each of ``num`` equally large strata of lengths, in the group's order.
 
-    Of each stratum the first: a run on the first documents of a task then holds most of what is timed. Of documents
-    that share a cluster one is enough, where the others suffice: they tell the same twice.
+    The first of each stratum is taken, so that a run on a task's first documents holds most of what is timed. Of
+    documents that share a cluster one is taken if the others suffice.
     """
     first_of: dict[str, Request] = {}
     for i, request in enumerate(group):
@@ -162,13 +159,13 @@ def _cut(plan: SpeedPlan, chosen: Sequence[Request], size: int) -> tuple[Call, .
 
 
 def make_workload(plan: SpeedPlan, calls: Sequence[Call], size: int, num_devices: int) -> Workload:
-    """The workload of a cell; its digest covers the prompts and what ends them, not the cut into batches, and what
-    scores the answers."""
+    """The workload of a cell. Its digest covers the prompts, what ends them and what scores the answers, but not the
+    cut into batches."""
     asked: list[Any] = [
         [r.task, r.doc_id, r.prompt_sha256, c.stop, c.max_new_tokens] for c in calls for r in c.requests
     ]
     asked.append(scored_tasks(plan, calls))
-    # Part of the name, and so of the cell: times with and without graphs are never pooled, and tables tell them apart.
+    # Part of the name, and so of the cell: times with and without graphs are never pooled.
     graphs = ", CUDA graphs" if plan.cuda_graphs else ""
     return Workload(
         kind=plan.workload,
@@ -182,7 +179,7 @@ def make_workload(plan: SpeedPlan, calls: Sequence[Call], size: int, num_devices
 
 
 def scored_tasks(plan: SpeedPlan, calls: Iterable[Call]) -> dict[str, dict[str, str]]:
-    """Parts of the tasks whose timed answers are scored afterwards, by name."""
+    """Parts of the tasks whose timed answers are scored, by name."""
     if plan.workload != "answer":
         return {}
     return {request.task: dict(request.task_parts) for call in calls for request in call.requests}
@@ -191,7 +188,7 @@ def scored_tasks(plan: SpeedPlan, calls: Iterable[Call]) -> dict[str, dict[str, 
 def encode_calls(
     plan: SpeedPlan, calls: Calls, requests: Sequence[Request], model: Model
 ) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """A model's token ids of every prompt, by call id. UserError where the model has no tokenizer or no room."""
+    """A model's token ids of every prompt, by call id. UserError if the model has no tokenizer or no room."""
     if model.tokenizer is None:
         raise UserError(f"checkpoint {model.checkpoint.name} has no tokenizer files: prompts are text, it needs one")
     known: dict[tuple[str, int], tuple[int, ...]] = {}
@@ -202,7 +199,7 @@ def encode_calls(
             if key not in known:
                 fixed = plan.workload == "fixed"
                 with naming(f"task {request.task!r}, document {request.doc_id}"):
-                    # Answers as in an evaluation of the same prompt: its end, where there is no room for the whole.
+                    # As in an evaluation of the same prompt: its end, if there is no room for the whole.
                     ids = (
                         _fixed_ids(plan, request, requests, model)
                         if fixed
@@ -214,21 +211,21 @@ def encode_calls(
 
 
 def count_truncated(plan: SpeedPlan, calls: Calls, model: Model) -> dict[str, tuple[int, int]]:
-    """By task, how many prompts a model is timed on and how many of them lose their beginning for want of room."""
+    """Task -> how many prompts a model is timed on, and how many of them are truncated."""
     asked = {(r.task, r.doc_id): (call, r) for of_size in calls.values() for call in of_size for r in call.requests}
     counted: dict[str, tuple[int, int]] = {}
     for call, request in asked.values():
         num_prompts, num_truncated = counted.get(request.task, (0, 0))
-        # A fixed workload says itself how long its prompts are, and is refused where there is no room.
+        # A fixed workload sets its prompt length and is refused without room.
         cut = plan.workload == "answer" and fitted_prompt_ids(model, request.text, call.max_new_tokens)[1]
         counted[request.task] = num_prompts + 1, num_truncated + cut
     return counted
 
 
 def _fixed_ids(plan: SpeedPlan, request: Request, requests: Sequence[Request], model: Model) -> list[int]:
-    """A prompt of ``plan.prompt_tokens`` tokens: this one and those after it, around and around, cut at the end.
+    """A prompt of ``plan.prompt_tokens`` tokens: this one and those after it, cyclically, cut at the end.
 
-    Natural text, because models degenerate on random ids, and a mixture of experts then routes as it never would.
+    Natural text, because models degenerate on random ids, which a mixture of experts routes unlike any text.
     """
     ids = prompt_ids(model, request.text)
     if plan.prompt_tokens is not None:
@@ -246,12 +243,13 @@ def _fixed_ids(plan: SpeedPlan, request: Request, requests: Sequence[Request], m
     return ids
 
 
-FINISH_SHARE, FINISH_S = 1e-3, 1e-4  # how far a finish may seem to lie behind the end: two readings of one clock
+FINISH_SHARE, FINISH_S = 1e-3, 1e-4  # how far a finish may lie after the end: two readings of one clock
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What one timed call gave, in seconds from its start. ``is_stalled``: the clock stood longer than texts take."""
+    """The result of one timed call, in seconds from its start. ``is_stalled``: the clock stood longer than texts
+    need."""
 
     generations: tuple[Generation, ...]
     wall_s: float
@@ -284,7 +282,7 @@ class Lane:
     seed: int
 
     def prompts(self, call: Call, sample: int) -> list[Prompt]:
-        """The call's prompts; sampling differs from ``sample`` to sample, as between an evaluation's samples."""
+        """The call's prompts; their seeds differ from ``sample`` to ``sample``, as between samples of an evaluation."""
         prompts = []
         for request, ids in zip(call.requests, self.ids[call.id], strict=True):
             seed = derive_seed(self.seed, request.task, request.doc_id, 0, sample)
@@ -351,7 +349,7 @@ class Lane:
             raise UserError(f"{self.name}: made {short[0]} tokens where exactly {call.max_new_tokens} were asked for")
 
     def _check_passes(self, generations: Sequence[Generation]) -> None:
-        """ReportError where the model was run in ways that the harness does not count, or others than reported."""
+        """ReportError if the model ran uncounted forwards, or others than reported."""
         check_all_counted(self.uncounted.num, self.name)
         if self.model.num_while_stopped:
             raise ReportError(
@@ -365,8 +363,8 @@ class Lane:
             )
 
     def _check_times(self, generations: Sequence[Generation], wall_s: float) -> None:
-        """ReportError where an answer was finished before its call began or after it ended. A call whose own time is
-        impossible says nothing of its answers'."""
+        """ReportError if an answer finished before its call started or after it ended; not checked if the call's own
+        time is impossible."""
         for generation in generations if wall_s > 0 else ():
             finish_s = generation.finish_s
             if finish_s is not None and not -FINISH_S <= finish_s <= wall_s * (1 + FINISH_SHARE) + FINISH_S:
@@ -377,7 +375,7 @@ class Lane:
 
 
 def make_one(timed: TimedModel, spec: DecoderSpec, clock: CallClock, watch: Watch) -> Decoder:
-    """A decoder of the spec for a timed model; it may read the clock. ReportError where it starts threads to stay."""
+    """A decoder of the spec for a timed model; it may read the clock. ReportError if it starts lasting threads."""
     from twotower_eval.engine.decoders import from_spec
 
     with watch.no_threads_left(f"decoder {spec.label}"):
@@ -392,7 +390,7 @@ def make_lanes(
     models: tuple[Model, Model],
     clock: CallClock,
 ) -> dict[int, tuple[Lane, ...]]:
-    """By batch size: the baseline, its copy, and every candidate. ``models`` are those of baseline and candidate."""
+    """Batch size -> lanes: the baseline, its copy, and every candidate. ``models`` are baseline and candidate."""
     from twotower_eval.engine.decoders import decoder_spec
 
     autoregressive = decoder_spec("autoregressive", temperature=float(plan.temperature or 0))
@@ -429,12 +427,12 @@ def make_lanes(
 
 
 def without_decoders(lanes: Mapping[int, tuple[Lane, ...]]) -> dict[int, tuple[Lane, ...]]:
-    """The lanes between two rounds."""
+    """The lanes without decoders, between two rounds."""
     return {size: tuple(replace(lane, decoder=None) for lane in of_size) for size, of_size in lanes.items()}
 
 
 def with_decoders(lanes: Mapping[int, tuple[Lane, ...]], clock: CallClock) -> dict[int, tuple[Lane, ...]]:
-    """The lanes, each with a decoder made anew: what one keeps to itself ends with its round."""
+    """The lanes, each with a new decoder: what a decoder keeps ends with its round."""
 
     def renewed(lane: Lane) -> Lane:
         return replace(lane, decoder=make_one(lane.model, lane.cell.decoder, clock, lane.watch))
