@@ -50,16 +50,14 @@ SHIPPED = "miniature"  # the pair that is part of the package
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyPlan:
-    """What ``twotower-eval verify`` does; ``golden`` is a folder of reference outputs."""
+    """The plan of ``twotower-eval verify``; ``golden`` is a folder of reference outputs."""
 
     model: Annotated[
         str | None,
         Option(help="Checkpoint folder", metavar="[CKPT]", unset="the shipped miniature", argument=True),
     ] = None
     family: Family = field(default=None, metadata=LEFT_OUT)
-    golden: Annotated[
-        str | None, Option(help="Folder of reference outputs, with the checkpoint they belong to", metavar="DIR")
-    ] = None
+    golden: Annotated[str | None, Option(help="Folder of reference outputs and their checkpoint", metavar="DIR")] = None
     seed: Seed = 0
     dtype: NumberType = "float32"
     devices: Devices = ("cpu",)
@@ -93,14 +91,14 @@ class RunPlan:
     thresholds: Thresholds = (0.8,)
     temperature: Temperature = None
     set: Further = field(default=None, metadata=LEFT_OUT)
-    samples: Annotated[int | None, Option(help="Samples per problem", metavar="N", unset="what the tasks ask")] = None
+    samples: Annotated[int | None, Option(help="Samples per problem", metavar="N", unset="as the tasks ask")] = None
     batch_size: Annotated[int, Option(help="Prompts per batch; scores do not depend on it", metavar="N")] = 8
     limit: Annotated[int | None, Option(help="First N documents of each task only", metavar="N")] = None
-    max_new_tokens: Annotated[int | None, Option(help="Budget of every task", metavar="N", unset="the task's own")] = (
-        None
-    )
+    max_new_tokens: Annotated[
+        int | None, Option(help="Token budget per answer", metavar="N", unset="the task's own")
+    ] = None
     trace: Annotated[
-        int, Option(help="Documents of each task whose denoising is traced for the report", metavar="N")
+        int, Option(help="Documents per task whose denoising steps are recorded for the report", metavar="N")
     ] = 2
     likelihood: Annotated[LikelihoodKind, Option(help="{choices}", metavar="KIND")] = "context_tower"
     seed: Seed = 0
@@ -173,7 +171,7 @@ class SpeedPlan:
             metavar="N",
         ),
     ] = 1
-    costs: Annotated[bool, Option(help="Time the parts of decoding alone, in the same rounds")] = True
+    costs: Annotated[bool, Option(help="Also time the parts of decoding alone, in the same rounds")] = True
     probes: Annotated[
         int, Option(help="Prompts per cell and round that nothing has read before, 0 for none", metavar="N")
     ] = 2
@@ -217,15 +215,17 @@ class SizingPlan:
             help="A config.json, a folder that holds one, or the name of a shipped one", metavar="CONFIG", argument=True
         ),
     ] = ""
-    layers: Annotated[int | None, Option(help="Build the first N layers, extrapolate", metavar="N", unset="all")] = None
+    layers: Annotated[
+        int | None, Option(help="Build only the first N layers and extrapolate", metavar="N", unset="all")
+    ] = None
     share_towers: Annotated[bool, Option(help="One set of random weights for both towers: half the memory")] = False
     block_sizes: BlockSizes = (16,)
     batch_sizes: Annotated[tuple[int, ...], Option(help="Rows per step, crossed", metavar="N,N")] = (1,)
     prompt_tokens: Annotated[int, Option(help="Tokens of context before each step", metavar="N")] = 512
     tokens_per_nfe: Annotated[
-        tuple[float, ...], Option(help="Tokens per denoiser call that commits follow", metavar="X,X")
+        tuple[float, ...], Option(help="Tokens committed per denoise step (NFE), crossed", metavar="X,X")
     ] = (1.5, 2.5, 4.0)
-    profile: Annotated[str | None, Option(help="Run whose blocks commits follow, too", metavar="RUN")] = None
+    profile: Annotated[str | None, Option(help="Run whose recorded commits are timed, too", metavar="RUN")] = None
     repeats: Annotated[int, Option(help="Repetitions per timed cost", metavar="N")] = 8
     min_rounds: Annotated[int, Option(help="Minimum rounds", metavar="R")] = 5
     min_seconds: MinSeconds = 0.0

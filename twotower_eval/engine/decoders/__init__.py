@@ -24,18 +24,19 @@ DECODERS = {
     "block_diffusion": "twotower_eval.engine.decoders.block_diffusion:BlockDiffusion",
     "reference": "twotower_eval.engine.decoders.reference:Reference",
 }
-GIVEN = ("max_new_tokens", "eos_token_ids", "stop")  # what every verb gives generate by name
+GIVEN = ("max_new_tokens", "eos_token_ids", "stop")  # the keywords with which every verb calls generate
 SEAM = Seam(what="decoder", form="package.module:Class", shipped=DECODERS)
 
 
 class Decoder(Protocol):
-    """Any number of prompts, of which a forward serves at most ``max_batch_size`` (None: all). No row depends on its
-    neighbours, so whatever finishes makes room for the next prompt, and neither order nor width changes an answer.
-    Prompts are read so many at a time, and rows between two blocks wait for others: contexts of up to six times as
-    many rows are held.
+    """Decodes any number of prompts, at most ``max_batch_size`` (None: all) in one forward.
 
-    Generations come back in the order of the prompts; ``on_finish`` gets each as soon as it is there, and
-    ``finish_s`` counts from the start of the call, a prompt's wait for its place included.
+    No row depends on its neighbours, so a finished row makes room for the next prompt, and neither order nor batch size
+    changes an answer. Prompts are prefilled that many at a time, and rows between two blocks wait for others: up to six
+    times as many contexts are held.
+
+    Generations are returned in the order of the prompts. ``on_finish`` receives each as soon as it is done;
+    ``finish_s`` counts from the start of the call, including the wait for a place.
     """
 
     def generate(
@@ -51,7 +52,7 @@ class Decoder(Protocol):
 
 
 class DecoderClass(Protocol):
-    """The class of a decoder: what is called to make one, the version of its loop, and its parameters."""
+    """A decoder class: how to make one, the version of its loop, and its parameters."""
 
     __name__: str
     VERSION: int
@@ -62,7 +63,7 @@ class DecoderClass(Protocol):
 
 
 def decoder_class(kind: str) -> DecoderClass:
-    """The class behind a short name, a registered one or a ``"module:Class"``; UserError with a near-miss hint."""
+    """The class of a short, registered or ``"module:Class"`` name; UserError with a near-miss hint."""
     cls = cast(DecoderClass, resolve(SEAM.place(kind)))
     if kind not in DECODERS:
         _check_plug_in(kind, cls)
@@ -70,7 +71,7 @@ def decoder_class(kind: str) -> DecoderClass:
 
 
 def _check_plug_in(kind: str, cls: DecoderClass) -> None:
-    """UserError, one line that says what is missing, where a class of the user's own is no decoder."""
+    """UserError, naming what is missing, if a plug-in class is no decoder."""
     lacks = [name for name in ("Params", "VERSION") if not hasattr(cls, name)]
     if lacks:
         raise UserError(f"decoder {kind!r} lacks {', '.join(lacks)}: docs/decoder.md has a whole example")
@@ -81,7 +82,7 @@ def _check_plug_in(kind: str, cls: DecoderClass) -> None:
 
 
 def _check_calls(kind: str, cls: DecoderClass) -> None:
-    """UserError, one line that says how it is called, where a class cannot be made or run as decoders are."""
+    """UserError, showing the call, if a class cannot be made or called as decoders are."""
     if not hasattr(cls, "generate"):
         raise UserError(f"decoder {kind!r} lacks generate: docs/decoder.md has a whole example")
     try:
@@ -96,7 +97,7 @@ def _check_calls(kind: str, cls: DecoderClass) -> None:
 
 
 def decoder_spec(kind: str, **params: object) -> DecoderSpec:
-    """A full specification: parameters checked, defaults filled in, version from the class, code of a plug-in."""
+    """A full specification: parameters checked, defaults filled in, the class's version, a plug-in's code."""
     cls = decoder_class(kind)
     filled = dataclasses.asdict(_checked(cls, kind, params))
     code = plugin_code(SEAM.place(kind))
@@ -104,10 +105,10 @@ def decoder_spec(kind: str, **params: object) -> DecoderSpec:
 
 
 def make_decoder(model: Model, kind: str, *, clock: Clock | None = None, **params: object) -> Decoder:
-    """A decoder for ``model``. With a ``clock`` each generation's ``finish_s`` is filled in.
+    """Make a decoder for ``model``. With a ``clock`` each generation's ``finish_s`` is filled in.
 
-    UserError for an unknown kind or parameter, a bad value, a model that lacks what the decoder needs, or whatever a
-    class of the user's own raises.
+    UserError for an unknown kind or parameter, a bad value, a model that lacks what the decoder needs, or anything that
+    a plug-in class raises.
     """
     cls = decoder_class(kind)
     if kind not in DECODERS:
@@ -118,7 +119,7 @@ def make_decoder(model: Model, kind: str, *, clock: Clock | None = None, **param
 
 
 def from_spec(model: Model, spec: DecoderSpec, *, clock: Clock | None = None) -> Decoder:
-    """The decoder that a specification names; UserError if it was written for another version."""
+    """The decoder of a specification; UserError if it names another version."""
     version = decoder_class(spec.kind).VERSION
     if spec.version != version:
         raise UserError(f"decoder {spec.kind}: version {spec.version} was asked for, this is version {version}")

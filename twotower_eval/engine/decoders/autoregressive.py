@@ -1,6 +1,5 @@
-"""One token at a time: the baseline, and the denoiser made to decode like one, as a check that it
-knows the language.
-"""
+"""Decoders of one token at a time: the baseline, and the denoiser used like one, to check that it knows the
+language."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One call of a batch decoder: checks, counting, random streams, stop events and records, the same for all of them.
+"""One call of a batch decoder: checks, counting, random streams, stop events and records, the same for all.
 
-A decoder says only how tokens come about (:meth:`BatchDecoder._decode`).
+A decoder only defines how tokens are made (:meth:`BatchDecoder._decode`).
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ ParamsT = TypeVar("ParamsT")
 
 @dataclass
 class Row:
-    """What one prompt has so far. ``num_forced`` stays None for decoders without a threshold, ``steps`` without a
-    trace."""
+    """The state of one prompt. ``num_forced`` is None for decoders without a threshold, ``steps`` without a trace."""
 
     produced: list[int] = field(default_factory=list)
     num_forced: int | None = None
@@ -42,12 +41,12 @@ class Row:
 
 
 class Call:
-    """The batch while it is decoded. Rows that have finished leave it, those that go on are selected by position, and
-    prompts that wait take the freed places.
+    """The batch during decoding. Finished rows leave it, the others are selected by position, and waiting prompts take
+    the free places.
 
-    ``width`` is the most rows that a forward serves, ``capacity`` the most that are under way. Prompts are read
-    ``width`` at a time, so that up to as many contexts wait for a place. ``steady`` keeps rows together that began
-    together: prompts that wait come in only when the last row of the batch has finished.
+    ``width`` is the maximum of rows per forward, ``capacity`` that of rows in progress. Prompts are prefilled ``width``
+    at a time, so up to that many contexts wait for a place. ``steady`` keeps rows together that started together:
+    waiting prompts enter only when the last row of the batch has finished.
     """
 
     def __init__(
@@ -69,14 +68,15 @@ class Call:
         self.noise = RowNoise(prompts)
         self.rows = [Row() for _ in prompts]
         self.waiting = list(range(len(prompts)))
-        self._read: CountedContext | None = None  # prompts that have been read, of which the first have places
+        self._read: CountedContext | None = None  # prefilled prompts, the first of which have places
         self._num_placed = 0
         self.generations: dict[int, Generation] = {}
 
     def admit(self, running: CountedContext | None = None, *, without_last: int = 0) -> CountedContext | None:
-        """The running rows and as many waiting prompts, but for their last tokens, as there is room for.
+        """The running rows and as many waiting prompts as there is room for, without their last tokens if
+        ``without_last``.
 
-        None where nothing runs and nothing waits: all is done.
+        None if nothing runs and nothing waits: the call is done.
         """
         room = 0 if running and self.steady else self.capacity - (len(running.rows) if running else 0)
         room = min(self.width, room)
@@ -92,17 +92,18 @@ class Call:
         return running
 
     def _prefill(self, without_last: int) -> CountedContext:
-        """Read as many prompts as a forward serves."""
+        """Prefill as many prompts as a forward serves."""
         new, self.waiting = self.waiting[: self.width], self.waiting[self.width :]
         ids = [self.prompts[row].token_ids for row in new]
         return self.counted.prefill(new, *padded_ids([row[: len(row) - without_last] for row in ids]))
 
     def extended(self, context: CountedContext, going: Sequence[int], ids_BK: Tensor) -> CountedContext | None:
-        """The context of the rows at ``going`` after their ids; None where no row goes on."""
+        """The context of the rows at ``going`` extended by their ids; None if no row continues."""
         return self.counted.extend(context.select(going), ids_BK[going]) if going else None
 
     def absorb(self, rows: Sequence[int], new_tokens: Sequence[Sequence[int]]) -> list[int]:
-        """Add each row's new tokens; positions, within ``rows``, of those that go on. The others are finished."""
+        """Add each row's new tokens; the positions, within ``rows``, of those that continue. The others are
+        finished."""
         going = []
         for position, (index, tokens) in enumerate(zip(rows, new_tokens, strict=True)):
             produced = self.rows[index].produced
@@ -114,11 +115,11 @@ class Call:
         return going
 
     def last_token(self, row: int) -> int:
-        """The last token that a row has, of its prompt where it has made none."""
+        """The last token of a row, the prompt's if it has none of its own."""
         return (self.rows[row].produced or self.prompts[row].token_ids)[-1]
 
     def _finish(self, index: int) -> None:
-        """Make the record of a row, and tell whoever waits for it."""
+        """Make the record of a finished row, and pass it to ``on_finish``."""
         row = self.rows[index]
         made = self.generations[index] = generation(
             self.prompts[index],
@@ -135,14 +136,14 @@ class Call:
 
 
 def no_denoiser(decoder: str) -> str:
-    """Why a decoder cannot take a model, and what can."""
+    """Why a decoder cannot use a model, and which one can."""
     return (
         f"decoder {decoder!r} needs a two-tower checkpoint and this one has no denoiser: give --decoder autoregressive"
     )
 
 
 class BatchDecoder(Generic[ParamsT]):
-    """Base of the decoders that run the prompts of a call beside each other."""
+    """Base of the decoders that run the prompts of a call in batches."""
 
     KIND: ClassVar[str]
     NEEDS_DENOISER: ClassVar[bool] = True
@@ -168,7 +169,7 @@ class BatchDecoder(Generic[ParamsT]):
         check_prompts(self.model, prompts)
         width = check_batch_size(max_batch_size) or len(prompts)
         if not getattr(self.model, "rows_together", True):
-            width = 1  # a model that proved right for one prompt after the other alone
+            width = 1  # a model that is only right with one prompt at a time
         steady = self._depends_on_neighbours or (len(prompts) > 1 and not self.model.joins_contexts)
         capacity = width if steady else self._capacity(width)
         call = Call(
@@ -190,13 +191,13 @@ class BatchDecoder(Generic[ParamsT]):
 
     @property
     def _depends_on_neighbours(self) -> bool:
-        """Whether a row's tokens depend on what runs beside it, so that batches must stay as they began."""
+        """Whether a row's tokens depend on its neighbours, so that batches must keep their rows."""
         return False
 
     def _capacity(self, width: int) -> int:
-        """Rows that may be under way where ``width`` of them run at a time."""
+        """Maximum of rows in progress if ``width`` of them run at a time."""
         return width
 
     def _decode(self, call: Call) -> None:
-        """Give every row tokens until none goes on."""
-        raise AssertionError(f"{type(self).__name__} says nothing about how to decode")
+        """Decode until no row continues."""
+        raise AssertionError(f"{type(self).__name__} does not define how to decode")

@@ -26,11 +26,11 @@ def num_commits(above_B: Tensor, masked_B: Tensor, steps_left_B: Tensor) -> Tens
 
 
 def commit(confidence_BK: Tensor, masked_BK: Tensor, steps_left_B: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Positions to commit (B, K) and how many of them the floor forced (B,).
+    """Positions to commit (B, K), and the number of forced commits (B,).
 
-    The most confident masked positions go first; of equal confidences the higher positions (the reference sorts
-    ascending and stably, and takes the end). "Above" is strict. A forced commit is one whose confidence does not
-    exceed the threshold.
+    The most confident masked positions come first; of equal confidences the higher positions (the reference sorts
+    ascending and stably, and takes the end). The threshold is strict: a forced commit is one whose confidence does not
+    exceed it.
     """
     above_BK = masked_BK & (confidence_BK > threshold)
     wanted_B = num_commits(above_BK.sum(1), masked_BK.sum(1), steps_left_B)
@@ -69,7 +69,7 @@ class Params:
 
 
 class Blocks:
-    """The block that each of R prompts is at, on the host: its tokens, what is masked, blocks and steps done."""
+    """The current block of each of R prompts, on the host: its tokens, its mask, blocks and steps done."""
 
     def __init__(self, num_prompts: int, block_size: int, mask_id: int) -> None:
         self.mask_id = mask_id
@@ -79,7 +79,7 @@ class Blocks:
         self.num_steps = [0] * num_prompts
 
     def renew(self, rows: Sequence[int]) -> None:
-        """The rows' next blocks: all mask."""
+        """Start the rows' next blocks: all masks."""
         self.tokens_RK[list(rows)] = self.mask_id
         self.masked_RK[list(rows)] = True
         for row in rows:
@@ -88,7 +88,7 @@ class Blocks:
 
 
 class Predicted(NamedTuple):
-    """What a pass says of some rows: a token and its probability at every position, on the denoiser's device."""
+    """A pass's prediction for some rows: token and probability at every position, on the denoiser's device."""
 
     rows: list[int]
     tokens_BK: Tensor
@@ -96,17 +96,17 @@ class Predicted(NamedTuple):
 
 
 class BlockDiffusion(BatchDecoder[Params]):
-    """No extension of the context behind the last block; the last block is K long like the others.
+    """Block diffusion. The context is not extended after the last block, which is K long like the others.
 
-    Rows are at steps and blocks of their own. A row whose block is finished waits for others, so that the extension
-    of their contexts serves as many as it can; others are denoised meanwhile. So fewer than twice as many rows are
-    under way as a forward serves. The last rows of a call, and all rows of one whose prompts have places from the
+    Rows are at their own steps and blocks. A row with a finished block waits for others, so that one extension of
+    contexts serves as many as it can; the others are denoised meanwhile. So fewer than twice as many rows are in
+    progress as a forward serves. The last rows of a call, and all rows of a call whose prompts all have places from the
     start, absorb their blocks when at least half of them have finished one.
 
-    With the towers on two devices both work at a time: rows whose blocks are finished are extended while the others
-    are denoised, both passes on their way before the host waits for either. Rows never depend on each other, so no
-    token changes. A row alone, or rows that finish their blocks together, have nothing to overlap: each pass needs
-    the one before it. Nor do a prompt that is read, or what moves contexts between the devices.
+    With the towers on two devices both work at the same time: finished blocks are absorbed while other rows are
+    denoised, both passes launched before the host waits for either. Rows never depend on each other, so no token
+    changes. A single row, or rows that finish their blocks together, cannot overlap: each pass needs the one before it.
+    Nor can the prefill or moving contexts between devices.
     """
 
     KIND = "block_diffusion"
@@ -159,8 +159,7 @@ class BlockDiffusion(BatchDecoder[Params]):
         return _without_ended(call, blocks, context, positions) or call.admit()
 
     def _denoise(self, call: Call, blocks: Blocks, context: CountedContext, view: CountedContext) -> Predicted:
-        """One pass for the rows of ``view``, some of the context's, each at its own step of its own block; not waited
-        for."""
+        """One denoising pass for the rows of ``view``, each at its own step of its block; not waited for."""
         params, rows = self.params, list(view.rows)
         t = (blocks.masked_RK[rows].sum(1) / params.block_size).tolist()
         if params.batch_mean_t:
@@ -169,7 +168,7 @@ class BlockDiffusion(BatchDecoder[Params]):
         return Predicted(rows, *_predict(logits_BKV, blocks.mask_id, params.temperature, call.noise, rows))
 
     def _commit(self, call: Call, blocks: Blocks, predicted: Predicted) -> None:
-        """Wait for a pass, and take the tokens that it is sure of."""
+        """Wait for a pass, and commit tokens by its confidence."""
         rows = predicted.rows
         tokens_BK, confidence_BK = on_host(predicted.tokens_BK, predicted.confidence_BK)
         masked_BK = blocks.masked_RK[rows]
@@ -185,8 +184,8 @@ class BlockDiffusion(BatchDecoder[Params]):
 def _kept_together(
     blocks: Blocks, context: CountedContext, view: CountedContext, positions: Sequence[int]
 ) -> tuple[CountedContext, Sequence[int]]:
-    """The context with the rows of ``view``, which stand at ``positions``, as they were gathered for a pass, if just
-    these rows are to be denoised again; and where they stand then."""
+    """The context with the rows of ``view`` (at ``positions``) as they were gathered for a pass, if exactly these are
+    denoised again; and their positions in it."""
     if view is context or not all(blocks.masked_RK[list(view.rows)].any(1).tolist()):
         return context, positions
     others = context.select([position for position in range(len(context.rows)) if position not in positions])
@@ -196,9 +195,9 @@ def _kept_together(
 def _without_ended(
     call: Call, blocks: Blocks, context: CountedContext, denoised: Sequence[int]
 ) -> CountedContext | None:
-    """Look at the blocks that a pass has finished; the context of the rows that go on, None where none does.
+    """Finish the blocks that a pass has completed; the context of the rows that continue, None if none does.
 
-    Rows that depend on each other are looked at together, when all their blocks are finished.
+    Rows that depend on each other are finished together, when all of their blocks are complete.
     """
     still_open = blocks.masked_RK[list(context.rows)].any(1).tolist()
     if call.steady:
@@ -228,7 +227,7 @@ def _record(
     confidence_BK: Tensor,
     forced_B: Tensor,
 ) -> None:
-    """Count forced commits, and keep the step if a trace is wanted."""
+    """Count forced commits, and keep the step for the trace if one is wanted."""
     for position, (index, num_forced) in enumerate(zip(rows, forced_B.tolist(), strict=True)):
         row = call.rows[index]
         row.num_forced = (row.num_forced or 0) + num_forced

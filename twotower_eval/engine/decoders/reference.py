@@ -1,6 +1,6 @@
-"""The slow obvious decoder: one prompt at a time, everything recomputed from the tokens for every token or block.
+"""The reference decoder, slow and simple: one prompt at a time, everything recomputed from the tokens each time.
 
-It shares no loop, no cache and no commit code with the fast decoders, so that they can be tested against it.
+It shares no loop, cache or commit code with the fast decoders, so that they can be tested against it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MODES = ("autoregressive", "mock_ar", "block_diffusion")
 
 @dataclass(frozen=True, kw_only=True)
 class Params:
-    """``mode`` says which decoder is spelt out; block parameters matter for ``block_diffusion`` alone."""
+    """``mode`` selects the decoder to imitate; block parameters matter for ``block_diffusion`` only."""
 
     mode: Literal["autoregressive", "mock_ar", "block_diffusion"] = "block_diffusion"
     block_size: int = 16
@@ -111,7 +111,7 @@ class Reference:
         return generations
 
     def _one(self, known: list[int], generator: torch.Generator) -> int:
-        """The next token, by one causal pass or by the denoiser on the context before the last token."""
+        """The next token, by one causal pass, or by the denoiser on the context without the last token."""
         if self.params.mode == "autoregressive":
             logits_V = self.model.context_logits(torch.tensor([known]))[0, -1]
         else:
@@ -121,7 +121,7 @@ class Reference:
         return int(self._pick(logits_V, generator))
 
     def _block(self, known: list[int], generator: torch.Generator) -> tuple[list[int], int, int]:
-        """A finished block, the denoiser calls it took and the commits that only the floor made."""
+        """A finished block, its number of denoiser calls, and its forced commits."""
         assert self._pair is not None
         params, mask = self.params, self._pair.mask_token_id
         num_steps = params.steps_per_block or params.block_size

@@ -1,7 +1,7 @@
-"""What a decoder hands over, held against what the harness knows by itself: finished plain values, and true ones.
+"""Checks of what a decoder returns: finished plain values that agree with what the harness knows.
 
-A value that computes when it is looked at would move work behind the clock, so only the plain types pass: exactly
-``int``, ``str``, ``float``, ``tuple`` or ``list``, no kin of theirs.
+A value that computes when it is read would move work off the clock, so only plain types pass: exactly ``int``, ``str``,
+``float``, ``tuple`` or ``list``, no subclasses.
 """
 
 from __future__ import annotations
@@ -29,21 +29,23 @@ OTHERS: dict[str, tuple[type, ...]] = {
     "trace": (tuple, type(None)),
 }
 FINISHES = typing.get_args(FinishReason)
-MAX_STRADDLING = 4  # tokens that the text before a stop string may hold beyond the useful ones
+MAX_STRADDLING = 4  # tokens of the text before a stop string beyond the useful ones
 UNREADABLE = "\ufffd"  # what a tokenizer writes for half a character
 
 
 class ReportError(UserError):
-    """A decoder's answers are no finished plain values, or say what the harness knows to be otherwise."""
+    """A decoder's answers are not finished plain values, or contradict what the harness knows."""
 
 
-PASS_THROUGH = (ReportError, torch.OutOfMemoryError)  # that have words of their own, whoever's code raises them
+PASS_THROUGH = (ReportError, torch.OutOfMemoryError)  # errors with a message of their own, whoever raises them
 
 
 @contextmanager
 def generating(decoder: object, name: str, option: str, ours: Sequence[BaseException] = ()) -> Iterator[None]:
-    """Around a decoder's ``generate``: PluginError as in ``calls_of``, and UserError where memory runs out, which
-    names the command's ``option`` for smaller batches. ``name`` is for people."""
+    """Context of a decoder's ``generate``: PluginError as in ``calls_of``, and UserError if memory runs out.
+
+    ``option`` is the command's option for smaller batches, ``name`` the decoder's name in errors.
+    """
     try:
         with calls_of(module_of(decoder), decoder_name(decoder), "generate", pass_through=PASS_THROUGH, ours=ours):
             yield
@@ -53,7 +55,7 @@ def generating(decoder: object, name: str, option: str, ours: Sequence[BaseExcep
 
 @dataclass(frozen=True, kw_only=True)
 class CallRequest:
-    """What a decoder was asked for in one call; ``name`` is its own, for people."""
+    """What one call asks a decoder for; ``name`` is the decoder's name in errors."""
 
     name: str
     max_new_tokens: int
@@ -66,7 +68,7 @@ class CallRequest:
 def call_request(
     model: Model, name: str, max_new_tokens: int, eos_token_ids: Sequence[int], stop: Sequence[str]
 ) -> CallRequest:
-    """What the decoder ``name`` of a model is asked for; texts are held against the tokenizer that no clock is in."""
+    """The request to a decoder; texts are checked with the tokenizer that is not on a clock."""
     return CallRequest(
         name=name,
         max_new_tokens=max_new_tokens,
@@ -78,7 +80,7 @@ def call_request(
 
 
 def check_all_counted(num: int, name: str) -> None:
-    """ReportError where a model was run so many times past the harness."""
+    """ReportError if the model was run uncounted ``num`` times."""
     if num:
         raise ReportError(
             f"{name}: ran a model {num} times past the harness, which counts prefill, extend, denoise and "
@@ -87,13 +89,13 @@ def check_all_counted(num: int, name: str) -> None:
 
 
 def decoder_name(decoder: object) -> str:
-    """What a decoder is called, for people."""
+    """A decoder's name in errors."""
     cls = type(decoder)
     return f"decoder {getattr(cls, 'KIND', f'{cls.__module__}:{cls.__qualname__}')}"
 
 
 def finished(generations: object, name: str) -> tuple[Generation, ...]:
-    """The same answers, once it is sure that nothing in them computes when it is looked at; else ReportError."""
+    """The same answers, checked to be plain values that compute nothing when read; else ReportError."""
     if type(generations) is not list and type(generations) is not tuple:
         raise ReportError(f"{name}: its answers are a {_kind(generations)}, not a list of finished Generations")
     plain = []
@@ -106,7 +108,7 @@ def finished(generations: object, name: str) -> tuple[Generation, ...]:
 
 
 def _not_plain(generation: object) -> str | None:
-    """What of an answer is no plain value; None where all is."""
+    """What part of an answer is no plain value; None if all are."""
     if type(generation) is not Generation:
         return f"it is a {_kind(generation)}, not a Generation"
     ids: object = generation.token_ids
@@ -131,7 +133,7 @@ def _kind(value: object) -> str:
 
 
 def check_answers(generations: Sequence[Generation], prompts: Sequence[Prompt], asked: CallRequest) -> None:
-    """ReportError, with both figures, where an answer contradicts its prompt, what was asked for, or itself."""
+    """ReportError, with both values, if an answer contradicts its prompt, the request, or itself."""
     if len(generations) != len(prompts):
         raise ReportError(f"{asked.name}: {len(generations)} generations for {len(prompts)} prompts")
     for generation, prompt in zip(generations, prompts, strict=True):
@@ -139,7 +141,7 @@ def check_answers(generations: Sequence[Generation], prompts: Sequence[Prompt], 
 
 
 def check_answer(generation: Generation, prompt: Prompt, asked: CallRequest) -> None:
-    """See :func:`check_answers`; of one prompt."""
+    """See :func:`check_answers`; for one prompt."""
     for fault in _faults(generation, prompt, asked):
         raise ReportError(f"{asked.name}: prompt {prompt.id!r}: {fault}")
 
@@ -147,9 +149,9 @@ def check_answer(generation: Generation, prompt: Prompt, asked: CallRequest) -> 
 def check_returned(
     given: object, prompts: Sequence[Prompt], heard: Sequence[Generation], name: str
 ) -> list[Generation]:
-    """Of what ``generate`` gave back, the answers that ``on_finish`` has not heard of.
+    """The returned answers that ``on_finish`` has not received.
 
-    ReportError where these are not one for each prompt, in order, or not what ``on_finish`` heard.
+    ReportError if the returned ones are not one per prompt, in order, or differ from those that ``on_finish`` received.
     """
     made = finished(given, name)
     if len(made) != len(prompts):
@@ -160,7 +162,7 @@ def check_returned(
             raise ReportError(f"{name}: in the place of prompt {prompt.id!r} is the answer to {generation.prompt_id!r}")
         known = before.get(prompt.id, generation)
         if (known.token_ids, known.text) != (generation.token_ids, generation.text):
-            raise ReportError(f"{name}: prompt {prompt.id!r}: on_finish heard another answer than generate returned")
+            raise ReportError(f"{name}: prompt {prompt.id!r}: on_finish received another answer than generate returned")
     return [generation for generation in made if generation.prompt_id not in before]
 
 
@@ -200,10 +202,10 @@ def _faults_of_end(generation: Generation, asked: CallRequest) -> Iterator[str]:
 
 
 def _is_text_of(generation: Generation, asked: CallRequest) -> bool:
-    """Whether a text comes from its tokens, blanks apart, which readers treat unlike.
+    """Whether a text comes from its tokens, ignoring blanks, which tokenizers treat differently.
 
-    Before a stop string it may have what the token that straddles it says, and of one that holds special tokens, which
-    no text shows, what else it says.
+    Before a stop string it may include part of the token that contains the stop's beginning, and with special tokens,
+    which texts leave out, what these read as.
     """
     tokenizer, text = asked.tokenizer, _without_blanks(generation.text or "")
     assert tokenizer is not None
@@ -228,7 +230,7 @@ def _without_blanks(text: str) -> str:
 
 
 def check_forwards(generations: Sequence[Generation], watched: WatchedModel, name: str) -> None:
-    """ReportError where a call's forwards are others than the harness counted, row by row of every model call."""
+    """ReportError if a call's reported forwards differ from the harness's count, row by row of every model call."""
     counted = {
         "context": sum(watched.prefills.rows) + sum(watched.extensions.rows),
         "denoiser": sum(watched.denoisings.rows),

@@ -1,6 +1,5 @@
-"""Rows of a batch: padding prompts, one random stream per row, choosing tokens; when a row is finished, and what of it
-is useful.
-"""
+"""Rows of a batch: padding prompts, one random stream per row, choosing tokens, detecting ends, and counting useful
+tokens."""
 
 from __future__ import annotations
 
@@ -14,10 +13,10 @@ from twotower_eval.engine.models.protocol import Model, TextCodec
 from twotower_eval.errors import UserError
 from twotower_eval.records import CommitStep, FinishReason, Generation, Prompt
 
-Clock = Callable[[], float]  # seconds, after all devices have finished their work
-OnFinish = Callable[[Generation], None]  # hears of every row as it finishes
+Clock = Callable[[], float]  # seconds; waits for all devices
+OnFinish = Callable[[Generation], None]  # called with every row as it finishes
 
-STOP_WINDOW_SPARE = 8  # tokens decoded beyond a stop string's bytes when looking for it at the end
+STOP_WINDOW_SPARE = 8  # extra tokens decoded, beyond a stop string's bytes, when looking for it at the end
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,12 @@ class Rules:
 
     @property
     def stop_window(self) -> int:
-        """How many tokens at the end surely hold a stop string that has just been completed."""
+        """Number of last tokens that surely contain a stop string that has just been completed."""
         return max(len(text.encode()) for text in self.stop) + STOP_WINDOW_SPARE
 
 
 def make_rules(model: Model, *, max_new_tokens: int, eos_token_ids: Sequence[int], stop: Sequence[str]) -> Rules:
-    """Check the stop events. String stops need the model's tokenizer."""
+    """Check and bundle the stop events. Stop strings need the model's tokenizer."""
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens!r}")
     if isinstance(stop, str):
@@ -49,7 +48,7 @@ def make_rules(model: Model, *, max_new_tokens: int, eos_token_ids: Sequence[int
 
 
 def check_batch_size(max_batch_size: int | None) -> int | None:
-    """The same, or UserError where it is no width of a batch."""
+    """The batch size, or UserError if it is none."""
     if max_batch_size is None:
         return None
     if isinstance(max_batch_size, bool) or not isinstance(max_batch_size, int) or max_batch_size < 1:
@@ -58,7 +57,7 @@ def check_batch_size(max_batch_size: int | None) -> int | None:
 
 
 def check_prompts(model: Model, prompts: Sequence[Prompt]) -> None:
-    """Prompts of at least one token, all within the vocabulary."""
+    """UserError unless all prompts have at least one token, all within the vocabulary."""
     for prompt in prompts:
         if not prompt.token_ids:
             raise UserError(f"prompt {prompt.id!r} is empty; give it at least one token")
@@ -67,10 +66,10 @@ def check_prompts(model: Model, prompts: Sequence[Prompt]) -> None:
 
 
 def is_finished(token_ids: Sequence[int], num_new: int, rules: Rules) -> bool:
-    """Whether a row may stop, given that only its last ``num_new`` tokens have not been looked at before.
+    """Whether a row may stop, if only its last ``num_new`` tokens have not been checked before.
 
-    A stop string is looked for at the end of the text first, then :func:`cut` has the last word: some tokenizers write
-    the first token of a text differently, so that an end alone may show what the whole does not hold.
+    A stop string is looked for at the end of the text first, then :func:`cut` decides: some tokenizers write the first
+    token of a text differently, so an end alone may show what the whole text does not hold.
     """
     if len(token_ids) >= rules.max_new_tokens:
         return True
@@ -85,7 +84,7 @@ def is_finished(token_ids: Sequence[int], num_new: int, rules: Rules) -> bool:
 def cut(token_ids: Sequence[int], rules: Rules) -> tuple[tuple[int, ...], str | None, FinishReason]:
     """Useful tokens, their text up to the stop, and why the row ended.
 
-    A token straddling the start of a stop string is not useful, but its text before the stop is kept.
+    A token that contains the start of a stop string is not useful, but its text before the stop is kept.
     """
     kept = list(token_ids[: rules.max_new_tokens])
     finish: FinishReason = "length"
@@ -108,7 +107,7 @@ def _holds_stop(token_ids: Sequence[int], rules: Rules) -> bool:
 
 
 def _readings(token_ids: Sequence[int], rules: Rules) -> list[Callable[[Sequence[int]], str]]:
-    """How tokens become text: without special tokens, as it is scored, and with them, as stop strings may hold some."""
+    """The texts of tokens: without special tokens, as scored, and with them, as stop strings may contain some."""
     tokenizer = rules.tokenizer
     assert tokenizer is not None
     has_special = not tokenizer.special_token_ids.isdisjoint(token_ids)
@@ -116,7 +115,7 @@ def _readings(token_ids: Sequence[int], rules: Rules) -> list[Callable[[Sequence
 
 
 def _num_until_stop(token_ids: Sequence[int], rules: Rules) -> int | None:
-    """The fewest tokens from the start that hold a stop string, by bisection; None where all hold none."""
+    """The smallest number of first tokens that contain a stop string, by bisection; None if all do not."""
     if not rules.stop or not _holds_stop(token_ids, rules):
         return None
     without, holding = 0, len(token_ids)
@@ -127,7 +126,7 @@ def _num_until_stop(token_ids: Sequence[int], rules: Rules) -> int | None:
 
 
 def _num_useful(token_ids: Sequence[int], rules: Rules) -> int:
-    """Tokens that lie wholly before the stop strings, in each reading that holds one."""
+    """Number of tokens wholly before the stop strings, in each reading that contains one."""
     num_useful = len(token_ids)
     for read in _readings(token_ids, rules):
         whole = read(token_ids)
@@ -154,7 +153,7 @@ def generation(
     finish_s: float | None = None,
     trace: tuple[CommitStep, ...] | None = None,
 ) -> Generation:
-    """The record of one row; whatever was produced behind the cut is counted as discarded."""
+    """The record of one row; tokens produced after the cut are counted as discarded."""
     token_ids, text, finish = cut(produced, rules)
     return Generation(
         prompt_id=prompt.id,
@@ -186,7 +185,7 @@ def check_temperature(temperature: float) -> None:
 
 
 def on_host(tokens: Tensor, confidence: Tensor) -> tuple[Tensor, Tensor]:
-    """Both on the host, with a single wait for the device: all that a denoiser step waits for."""
+    """Tokens and confidence on the host, with a single wait: the only one of a denoiser step."""
     if tokens.device.type == "cpu":
         return tokens, confidence
     return unpacked(packed(tokens, confidence).cpu(), confidence.dtype)

@@ -1,4 +1,4 @@
-"""Model families behind one protocol, and the one way to load them."""
+"""Model families behind one protocol, and the function that loads them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def family_of(path: str | Path) -> str:
-    """The family that reads a checkpoint folder, as its config.json says: ours, one that an installed package registers
-    under the config's ``model_type``, else ``transformers``. UserError where there is no config.json, or where both
-    transformers and an installed package know that type."""
+    """The family of a checkpoint folder, by its config.json: ours, a registered one for its ``model_type``, else
+    ``transformers``.
+
+    UserError without a config.json, or if both transformers and an installed package know that type.
+    """
     from twotower_eval.engine.models.checkpoint import read_json
 
     kind = read_json(_existing(path) / "config.json").get("model_type")
@@ -72,7 +74,7 @@ def _existing(path: str | Path) -> Path:
 
 
 def check_device(name: str) -> None:
-    """UserError for a device that torch does not know or that is not there."""
+    """UserError for a device that torch does not know or that is not available."""
     import torch
 
     try:
@@ -131,7 +133,7 @@ def load_model(
 
 
 def _usable(devices: Sequence[str | torch.device] | None, device: str | torch.device) -> tuple[str, ...]:
-    """Names of the towers' devices, by default of the single one. UserError for what torch has no use for here."""
+    """Names of the towers' devices, by default the single one. UserError for devices that torch cannot use."""
     if isinstance(devices, str):
         raise UserError(f"devices names one for each tower, as in ({devices!r},): for a single one take device")
     places = tuple(str(place) for place in devices or (device,))

@@ -1,4 +1,4 @@
-"""The two models of a comparison, loaded so that what they share is in memory once."""
+"""The two models of a comparison, loaded so that shared parts are in memory once."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def load_arms(
     family: str | None = None,
     baseline_family: str | None = None,
 ) -> tuple[Model, Model]:
-    """Baseline and candidate; one object where they are the same, shared tensors where one is part of the other.
+    """Load baseline and candidate: one object if they are the same, shared tensors if one is part of the other.
 
-    Without ``baseline`` it is the candidate's own context tower. A baseline of its own goes on the first device. The
-    families are what ``models.load_model`` takes; None: what each folder says.
-    ``cuda_graphs`` says that steps are to come from graphs: UserError, before anything loads, where one arm cannot.
+    Without ``baseline`` it is the candidate's own context tower. A separate baseline goes on the first device. The
+    families are as in ``models.load_model``; None: the folder's own. ``cuda_graphs``: UserError, before anything loads,
+    if one arm cannot run its steps as graphs.
     """
     if cuda_graphs:
         _refuse_without_graphs({model: family, **({} if baseline is None else {baseline: baseline_family})})
@@ -48,10 +48,9 @@ def _read_alike(folder: Path, *families: str | None) -> bool:
 
 
 def prove_arms(arms: Sequence[Model], longest: Callable[[Model], int]) -> tuple[Ways, ...]:
-    """Have every Hugging Face model prove itself as far as the contexts that it will see reach, each once.
+    """Check every Hugging Face model up to the contexts that it will see, each once; how each is run, for a manifest.
 
-    ``longest`` gives the tokens of an arm's longest context. How each of them is run, for a manifest. UserError where
-    one cannot be right.
+    ``longest`` gives the tokens of an arm's longest context. UserError if a model cannot be right.
     """
     models_of = {id(arm): arm for arm in arms if getattr(arm, "ways", None) is not None}
     if not models_of:
@@ -62,7 +61,7 @@ def prove_arms(arms: Sequence[Model], longest: Callable[[Model], int]) -> tuple[
 
 
 def _refuse_without_graphs(families: Mapping[Path, str | None]) -> None:
-    """Graphs in one arm alone would be a handicap of the other."""
+    """UserError if one arm cannot use graphs: graphs in one arm alone would handicap the other."""
     for folder, named in families.items():
         family = named or models.family_of(folder)
         if family != "nemotron_h":
@@ -75,15 +74,15 @@ def _refuse_without_graphs(families: Mapping[Path, str | None]) -> None:
 def enable_cuda_graphs(
     arms: Sequence[Model], *, max_rows: int, block_sizes: Sequence[int], longest: int
 ) -> tuple[StepGraphs, ...]:
-    """Have both arms take their small steps from graphs, and return these, each once.
+    """Run both arms' small steps as CUDA graphs; the graphs, each once.
 
-    None is ever given up while batches have up to ``max_rows`` rows and contexts up to ``longest`` tokens. A pair's
-    context tower as the other arm shares the pair's.
+    None is ever evicted while batches have up to ``max_rows`` rows and contexts up to ``longest`` tokens. A pair's
+    context tower as the other arm shares the pair's graphs.
     """
     widths = {1, *block_sizes}
     max_graphs = num_sizes(max_rows, widths, longest)
     found: dict[int, StepGraphs] = {}
-    # The pair first: its graphs are its context tower's, too.
+    # The pair first: its context tower uses the same graphs.
     for model in sorted(arms, key=lambda model: not model.has_denoiser):
         own = stepped(model)
         graphs = own.graphs

@@ -1,4 +1,4 @@
-"""The context tower with its head: a causal language model, alone the autoregressive baseline of a pair.
+"""The context tower with its head: a causal language model; alone, the autoregressive baseline of a pair.
 
 Shape letters: see ops/__init__.
 """
@@ -31,10 +31,10 @@ PIECE_ROWS, MIN_PIECE = 256, 64  # token rows that a CPU takes at once; position
 
 
 class ContextTower(LanguageModel):
-    """Causal tower and head. Rows of a batch are right-padded; what is behind ``lengths_B`` changes nothing.
+    """Causal tower and head. Rows of a batch are right-padded; values after ``lengths_B`` have no effect.
 
-    ``last_alone``: where only the last position is asked for, a CPU leaves the others out of the layers behind the last
-    that mixes positions.
+    ``last_alone``: if only the last position is needed, a CPU computes only that one in the layers after the last that
+    mixes positions.
     """
 
     branch_tokens = 2048
@@ -49,16 +49,16 @@ class ContextTower(LanguageModel):
 
     @property
     def device(self) -> torch.device:
-        """Where this tower's weights are."""
+        """The device of this tower's weights."""
         return self.head.weight.device
 
     @property
     def step_devices(self) -> tuple[torch.device, ...]:
-        """Where steps run, see :class:`models.graphs.Stepped`."""
+        """The devices of the steps, see :class:`models.graphs.Stepped`."""
         return (self.device,)
 
     def take_steps_from(self, graphs: StepGraphs) -> None:
-        """From now on take small extensions from there."""
+        """Use these graphs for small extensions from now on."""
         self.graphs = graphs
 
     def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Context:
@@ -77,13 +77,13 @@ class ContextTower(LanguageModel):
     def extend_logits(
         self, context: Context, ids_BK: Tensor, lengths_B: Sequence[int], wanted: Sequence[tuple[int, int]]
     ) -> tuple[Context, Tensor]:
-        """See :meth:`extend`; and logits (M, V) float32 behind the ``wanted`` (row, column) among the new tokens."""
+        """See :meth:`extend`; also logits (M, V) float32 after the ``wanted`` (row, column) among the new tokens."""
         extended, hidden_BKH = self._advance(context, ids_BK, host_lengths(ids_BK, lengths_B))
         places_M2 = torch.tensor(wanted, dtype=torch.int64, device=hidden_BKH.device).view(-1, 2)
         return extended, self._logits(hidden_BKH[places_M2[:, 0], places_M2[:, 1]])
 
     def tree_logits(self, context: Context | None, segments: Sequence[Segment]) -> Tensor:
-        """Logits (M, V) float32 behind the wanted positions of a token tree on a context of one row, in their order.
+        """Logits (M, V) float32 after the wanted positions of a token tree on a context of one row, in their order.
 
         ``None`` is the empty context.
         """
@@ -109,7 +109,7 @@ class ContextTower(LanguageModel):
         return self._logits(hidden_BSH)
 
     def empty_context(self, batch_size: int) -> Context:
-        """The context of no tokens; its next-token logits are those of a zero hidden state and mean nothing."""
+        """The context of no tokens; its next-token logits, those of a zero hidden state, mean nothing."""
         cfg, weight = self.config, self.head.weight
         shape = (batch_size, cfg.num_key_value_heads, 0, cfg.head_dim)
         mixers = {i: layer.mixer for i, layer in enumerate(self.tower.layers)}
@@ -127,10 +127,10 @@ class ContextTower(LanguageModel):
     def _advance(
         self, context: Context, ids_BS: Tensor, new_lengths: tuple[int, ...], *, last: bool = False
     ) -> tuple[Context, Tensor]:
-        """The context after the new tokens, and their hidden states (B, S, H) before the final norm, or with ``last``
-        as many of them as were computed for each row's last token.
+        """The context after the new tokens, and their hidden states (B, S, H) before the final norm; with ``last``,
+        those computed for each row's last token.
 
-        On a CPU in pieces: what a piece needs stays in its cache, and memory grows with S by hidden states alone.
+        A CPU reads in pieces that fit its cache; memory grows with S only by hidden states.
         """
         num_new, width = ids_BS.shape[1], max(MIN_PIECE, PIECE_ROWS // ids_BS.shape[0])
         if self.device.type != "cpu" or num_new <= width:
@@ -191,7 +191,7 @@ class ContextTower(LanguageModel):
 
 
 def _causal_mask(context: Context, num_new: int, device: torch.device) -> tuple[Tensor | None, bool]:
-    """Mask (B, 1, S, T) or None, and whether plain causality says it all. Slots below a query's position are real."""
+    """Mask (B, 1, S, T) or None, and whether plain causality is all of it. Slots below a query's position are real."""
     if context.uniform and num_new == 1:
         return None, False
     if context.max_length == 0:
@@ -200,7 +200,7 @@ def _causal_mask(context: Context, num_new: int, device: torch.device) -> tuple[
 
 
 def _last_column(x_BSH: Tensor, new_lengths_B: Tensor | None) -> Tensor:
-    """Each row's last real position, (B, 1, H); the first one of rows without any."""
+    """Each row's last real position, (B, 1, H); the first one for rows without any."""
     if new_lengths_B is None:
         return x_BSH[:, -1:]
     index_B = (new_lengths_B - 1).clamp(min=0)
@@ -215,7 +215,7 @@ def _last_hidden(last_BH: Tensor, new_lengths_B: Tensor | None, context: Context
 
 
 def host_lengths(ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None) -> tuple[int, ...]:
-    """Lengths as host integers, checked against the batch; None means that all rows are full."""
+    """Lengths as host integers, checked against the batch; None: all rows are full."""
     batch_size, width = ids_BS.shape
     if lengths_B is None:
         return (width,) * batch_size

@@ -1,4 +1,4 @@
-"""What every loaded model carries besides its mathematics: identity, tokenizer, limits."""
+"""What every loaded model has besides its mathematics: identity, tokenizer, limits."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ PACKAGE_PARENT = Path(__file__).resolve().parents[3]
 
 
 def source_text(folder: Path) -> str:
-    """Where a checkpoint came from, as records say it; for what the package ships, wherever it is installed, the
-    place inside the package."""
+    """The source of a checkpoint for records; for shipped ones the path inside the package, wherever it is
+    installed."""
     inside = folder.resolve().is_relative_to(PACKAGE_PARENT / "twotower_eval")
     return folder.resolve().relative_to(PACKAGE_PARENT).as_posix() if inside else str(folder)
 
 
 class LanguageModel(nn.Module):
-    """Base of all families. The attributes are set by the family's loader.
+    """Base of all families. The loader sets the attributes.
 
-    ``context_digest`` covers the tensors of the causal tower alone, under the names of the pair's layout, so that a
-    pair and its baseline can be shown to share them; ``folder_settings`` is what the other files of the checkpoint say
-    (see models.identity). ``joins_contexts``: contexts have ``join``, and joined rows run
-    together as well as rows that were prefilled together, so that a batch may take up new rows as others finish.
-    ``branch_tokens`` is about how many tokens of a tree one call of ``tree_logits`` serves best; 0 where the model has
-    no such method. ``rows_together``: prompts of a batch may run beside each other. Contexts longer than
-    ``plain_beyond`` are to be scored as whole rows. ``ways``: how a model that is not ours proved to run rightly.
+    ``context_digest`` covers the tensors of the causal tower only, under the names of the pair's layout, so that a pair
+    and its baseline can be shown to share them. ``folder_settings`` are the settings in the checkpoint's other files
+    (see models.identity). ``joins_contexts``: contexts have ``join``, and joined rows run together like rows that were
+    prefilled together, so that a batch may admit new rows as others finish. ``branch_tokens`` is about the best number
+    of tree tokens per call of ``tree_logits``; 0 if the model has no such method. ``rows_together``: prompts of a batch
+    may run together. Contexts longer than ``plain_beyond`` are scored as whole rows. ``ways``: how a foreign model has
+    to be run to be right.
     """
 
     checkpoint: Checkpoint

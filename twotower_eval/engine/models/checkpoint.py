@@ -1,7 +1,7 @@
 """Reads the released checkpoint layout: safetensors, one file or sharded, memory-mapped, checked by name and shape.
 
-Models are built without memory (meta device); each tensor goes straight to its place on its tower's device. Files are
-mapped for a small batch of tensors at a time, so that pages already copied do not pile up in host memory.
+Models are built without memory (meta device), and each tensor goes straight to its tower's device. A file is mapped for
+a few tensors at a time, so that copied pages do not pile up in host memory.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 MAPPED_BYTES = 64 << 20  # bytes of tensors read per mapping of a file
 STORED_DTYPES = ("BF16", "F16", "F32", "F64")
 DENOISER_PREFIXES = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
-FLOAT32_PARAMETERS = ("gate.weight", "gate.e_score_correction_bias")  # in every dtype, as in the reference
+FLOAT32_PARAMETERS = ("gate.weight", "gate.e_score_correction_bias")  # float32 in every dtype, as in the reference
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a checkpoint tensor goes: a parameter, or one expert's slice of a stacked one.
+    """The destination of a checkpoint tensor: a parameter, or one expert's slice of a stacked one.
 
-    ``canonical`` is its name in the pair's layout, so that digests of a pair and of its baseline can be compared.
+    ``canonical`` is its name in the pair's layout, so that digests of a pair and its baseline can be compared.
     """
 
     parameter: Tensor
@@ -64,9 +64,9 @@ def read_json(file: Path) -> dict[str, object]:
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file that holds it, the single file before shards, as transformers reads them.
+    """Tensor name -> the file that holds it; a single file is preferred over shards, as in transformers.
 
-    Pickles are refused, a missing shard is named.
+    Pickles are refused, and a missing shard is named.
     """
     single = folder / SINGLE_FILE
     if single.is_file():
@@ -89,7 +89,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def _check_index(folder: Path, files: Mapping[str, Path]) -> None:
-    """The index and the shards must name the same tensors."""
+    """FileError unless index and shards name the same tensors."""
     for file in sorted(set(files.values())):
         named = {name for name, where in files.items() if where == file}
         with opened(file) as handle:
@@ -101,7 +101,7 @@ def _check_index(folder: Path, files: Mapping[str, Path]) -> None:
 
 
 def opened(file: Path) -> safe_open:
-    """A safetensors file, memory-mapped; UserError with one line if it is none or not whole."""
+    """A safetensors file, memory-mapped; FileError if it is not whole."""
     try:
         return safe_open(str(file), framework="pt")
     except (SafetensorError, OSError) as error:
@@ -160,7 +160,7 @@ def build(
 
 
 def materialise(part: nn.Module, dtype: torch.dtype, device: str) -> None:
-    """Give memory on ``device`` to the parameters that have none yet; routers are float32 in every dtype."""
+    """Allocate the parameters on ``device`` that have no memory yet; routers are float32 in every dtype."""
     for path, module in part.named_modules():
         # The denoiser reads blocks, the context tower mostly single tokens. Its time modules read one row.
         turned = isinstance(part, Denoiser) and path.startswith(("tower.", "head"))
@@ -177,9 +177,9 @@ def materialise(part: nn.Module, dtype: torch.dtype, device: str) -> None:
 
 
 def _allocate(module: nn.Module, shape: torch.Size, dtype: torch.dtype, device: str, *, turned: bool) -> Tensor:
-    """Memory for a parameter; ``turned`` lays float32 products on a CPU out input by input.
+    """Allocate a parameter. ``turned`` stores float32 weights on a CPU transposed.
 
-    A block of 16 rows reads such a weight from memory a quarter faster, one row (see ops/product) half as fast.
+    A block of 16 rows reads a transposed weight from memory a quarter faster, one row (see ops/product) half as fast.
     """
     if turned and isinstance(module, nn.Linear) and len(shape) == 2 and dtype == torch.float32 and device == "cpu":
         return torch.empty(shape[::-1], dtype=dtype, device=device).t()
@@ -187,9 +187,10 @@ def _allocate(module: nn.Module, shape: torch.Size, dtype: torch.dtype, device: 
 
 
 def check(slots: Mapping[str, Slot], files: Mapping[str, Path]) -> None:
-    """Names, shapes and dtypes of a checkpoint against the slots, from the files' headers alone; UserError if wrong.
+    """Check names, shapes and dtypes of a checkpoint against the slots, using the files' headers only; UserError if
+    wrong.
 
-    The slots may be those of a model on the meta device, so that nothing is allocated for a checkpoint that is wrong.
+    The slots may be those of a model on the meta device, so that nothing is allocated for a wrong checkpoint.
     """
     for problem, names in (("lacks", slots.keys() - files.keys()), ("has unexpected", files.keys() - slots.keys())):
         if names:
@@ -222,7 +223,7 @@ def fill(slots: Mapping[str, Slot], files: Mapping[str, Path]) -> dict[str, str]
 
 
 def _fill_batch(file: Path, names: list[str], slots: Mapping[str, Slot], digests: dict[str, str]) -> list[str]:
-    """Map the file once, read up to MAPPED_BYTES, unmap; the names still to be read."""
+    """Map the file once, read up to MAPPED_BYTES, unmap; the names left to read."""
     num_bytes = 0
     with opened(file) as handle:
         for position, name in enumerate(names):
@@ -252,7 +253,7 @@ def joint_digest(digests: Mapping[str, str], prefix: tuple[str, ...] = ("",)) ->
 
 
 def file_weights(files: Mapping[str, Path], digests: Mapping[str, str]) -> tuple[FileDigest, ...]:
-    """Per file one digest over the tensors in it; ``digests`` are by the names that ``files`` gives them."""
+    """One digest per file over its tensors; ``digests`` are by the names in ``files``."""
     return tuple(
         FileDigest(name=held.name, sha256=joint_digest({n: digests[n] for n, file in files.items() if file == held}))
         for held in sorted(set(files.values()))
@@ -262,7 +263,7 @@ def file_weights(files: Mapping[str, Path], digests: Mapping[str, str]) -> tuple
 def load(
     folder: Path, *, devices: tuple[str, ...], dtype: torch.dtype, tower: Literal["context"] | None = None
 ) -> LanguageModel:
-    """A pair, its context tower alone (``tower="context"``), or an AR base checkpoint (``backbone.*`` names)."""
+    """Load a pair, its context tower alone (``tower="context"``), or an AR base checkpoint (``backbone.*`` names)."""
     data = read_json(folder / "config.json")
     config = parse_config(data)
     files = tensor_files(folder)
@@ -322,7 +323,7 @@ def _identify(
 
 
 def _eos_ids(folder: Path, config: NemotronHConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """All that the generation settings, the config and the tokenizer name: each of them stops."""
+    """The EOS ids that generation settings, config and tokenizer name: each of them stops."""
     file = folder / "generation_config.json"
     chosen = as_ids(file.name, read_json(file).get("eos_token_id")) if file.exists() else ()
     own = tokenizer.eos_token_id if tokenizer else None

@@ -1,4 +1,4 @@
-"""The released config.json as a checked record, and the bytes and arithmetic of a tower from it alone.
+"""The released config.json as a checked record, and the bytes and arithmetic of a tower computed from it.
 
 Fields that the released model ignores are ignored here too.
 """
@@ -90,7 +90,7 @@ class NemotronHConfig:
 
     @property
     def routing(self) -> Routing:
-        """What the router needs to know."""
+        """The router's settings."""
         return Routing(
             experts_per_token=self.num_experts_per_tok,
             num_groups=self.n_group,
@@ -101,7 +101,7 @@ class NemotronHConfig:
 
 
 def parse_config(data: JsonObject) -> NemotronHConfig:
-    """Check a ``config.json`` and keep what the model needs; UserError says what is wrong and with which field."""
+    """Check a ``config.json`` and keep what the model needs; UserError names the field and what is wrong."""
     if data.get("model_type") != "nemotron_h":
         raise UserError(f"config.json: model_type is {data.get('model_type')!r}, expected 'nemotron_h'")
     data = _with_pattern(data)
@@ -122,7 +122,7 @@ def parse_config(data: JsonObject) -> NemotronHConfig:
 
 
 def _with_pattern(data: JsonObject) -> JsonObject:
-    """The config with a layer pattern, made from ``layers_block_type`` where it has only that."""
+    """The config with a layer pattern, derived from ``layers_block_type`` if it has only that."""
     kinds = data.get("layers_block_type")
     if data.get("hybrid_override_pattern") is not None or kinds is None:
         return data
@@ -134,7 +134,7 @@ def _with_pattern(data: JsonObject) -> JsonObject:
 
 
 def as_ids(file: str, value: object) -> tuple[int, ...]:
-    """The EOS ids that a file's ``eos_token_id`` names: none, one or several."""
+    """The EOS ids in a file's ``eos_token_id``: none, one or several."""
     ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
     if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
         raise UserError(f"{file}: eos_token_id must be a token id or a list of them, not {value!r}")
@@ -142,7 +142,7 @@ def as_ids(file: str, value: object) -> tuple[int, ...]:
 
 
 def _as_interval(value: object) -> tuple[float, float]:
-    """Two numbers; infinity has no JSON number, so that they may be texts, or ``{"__float__": "Infinity"}``."""
+    """Two numbers, which may be texts or ``{"__float__": "Infinity"}``, as JSON has no infinity."""
     ends = [v.get("__float__") if isinstance(v, dict) else v for v in value] if isinstance(value, list) else []
     try:
         low, high = (float(v) for v in ends if isinstance(v, int | float | str) and not isinstance(v, bool))
@@ -154,7 +154,7 @@ def _as_interval(value: object) -> tuple[float, float]:
 
 
 def _check_type(name: str, value: object, wanted: str) -> None:
-    """JSON gives numbers, texts and true or false; ``wanted`` is a field's annotation."""
+    """UserError unless a JSON value fits ``wanted``, the annotation of its field."""
     if wanted.startswith("tuple"):
         return  # made above
     kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
@@ -166,7 +166,7 @@ def _check_type(name: str, value: object, wanted: str) -> None:
 
 
 def _check(config: NemotronHConfig, data: JsonObject) -> None:
-    """Refuse what we would otherwise compute wrongly."""
+    """UserError for settings that would be computed wrongly here."""
     unknown = sorted(set(config.pattern) - set(LAYER_KINDS))
     if unknown:
         raise UserError(
@@ -273,20 +273,20 @@ def time_parameters(config: NemotronHConfig) -> int:
 
 
 def pair_bytes(config: NemotronHConfig, element_bytes: int, *, share_towers: bool) -> int:
-    """All weights of a pair; with one set of layers and embeddings for both towers only the second head is added."""
+    """Bytes of a pair; with shared towers only the second head is added."""
     tower = tower_bytes(config, element_bytes)
     second = config.vocab_size * config.hidden_size * element_bytes if share_towers else tower
     return tower + second + time_parameters(config) * element_bytes
 
 
 def key_value_bytes(config: NemotronHConfig, element_bytes: int) -> int:
-    """Keys and values of one token of one row, all layers."""
+    """Bytes of keys and values per token and row, all layers."""
     per_layer = 2 * config.num_key_value_heads * config.head_dim * element_bytes
     return config.pattern.count("*") * per_layer
 
 
 def state_bytes(config: NemotronHConfig, element_bytes: int) -> int:
-    """Mamba states of one row, all layers: float32 scan states, convolution inputs in the model's dtype."""
+    """Bytes of Mamba states per row, all layers: float32 scan states, convolution inputs in the model's dtype."""
     scan = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size * FLOAT32_BYTES
     convolution = config.conv_channels * config.conv_kernel * element_bytes
     return config.pattern.count("M") * (scan + convolution)
@@ -294,7 +294,7 @@ def state_bytes(config: NemotronHConfig, element_bytes: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One repetition of a part of decoding: B rows of S new tokens each behind T tokens of context."""
+    """One repetition of a part of decoding: B rows of S new tokens each, after T tokens of context."""
 
     part: Part
     batch_size: int
@@ -304,21 +304,23 @@ class Step:
 
 
 def touched_experts(step: Step, config: NemotronHConfig) -> float:
-    """Distinct experts per layer that the step is expected to read."""
+    """Expected number of distinct experts per layer that the step reads."""
     chosen = (config.num_experts_per_tok, config.n_routed_experts)
     return expected_touched(step.routing, step.batch_size, step.num_tokens, *chosen)
 
 
 def num_common(kind: RoutingKind, experts_per_token: int) -> int:
-    """Experts of a token that all tokens of its row take."""
+    """Number of a token's experts that all tokens of its row share."""
     return {"shared": experts_per_token, "half": experts_per_token // 2, "independent": 0}[kind]
 
 
 def expected_touched(
     kind: RoutingKind, batch_size: int, num_tokens: int, experts_per_token: int, num_experts: int
 ) -> float:
-    """Distinct experts per layer to be expected where B rows of S tokens choose at random within the routing: each
-    expert is missed with the same chance, by a row's common set first, then by each token's own among the rest."""
+    """Expected number of distinct experts per layer if B rows of S tokens choose at random within the routing.
+
+    Each expert has the same chance to be missed: by a row's common set, then by each token's own choice among the rest.
+    """
     common = num_common(kind, experts_per_token)
     missed = 1 - common / num_experts
     if common < experts_per_token:
@@ -327,7 +329,7 @@ def expected_touched(
 
 
 def step_bytes(step: Step, config: NemotronHConfig, element_bytes: int) -> float:
-    """Weights, keys, values and states that the step must read, and states that it must write."""
+    """Bytes of weights, keys, values and states that the step must read, and of states that it must write."""
     touched = touched_experts(step, config) if "E" in config.pattern else 0.0
     total = 0.0 if step.part == "context_pass" else config.vocab_size * config.hidden_size * element_bytes
     for kind in config.pattern:
@@ -341,7 +343,7 @@ def step_bytes(step: Step, config: NemotronHConfig, element_bytes: int) -> float
 
 
 def step_flops(step: Step, config: NemotronHConfig) -> float:
-    """Additions and multiplications of the step's matrix products, scan and attention."""
+    """FLOPs of the step's matrix products, scan and attention."""
     with_head = {"prefill": 1, "ar_step": 1, "denoise": step.num_tokens, "context_pass": 0}[step.part]
     total = 2.0 * with_head * config.vocab_size * config.hidden_size
     scan = 6 * config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size

@@ -1,4 +1,4 @@
-"""What the context tower remembers of its tokens, and token sequences with common beginnings read as one tree."""
+"""The contexts of the context tower, and token sequences with common beginnings read as one tree."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from twotower_eval.engine.models.nemotron_h import MambaState
 from twotower_eval.engine.models.protocol import ContextT, Segment
 
-LEAST_SHARED = 8  # an inner segment shorter than this is read by each of its children: a pass less for a few tokens
+LEAST_SHARED = 8  # a shorter inner segment is read again by each of its children: a few tokens instead of a pass
 MAX_ROWS = 64  # rows per pass; each carries a copy of its context
-WELL_FILLED = 256  # tokens of a pass, padding too, from which a larger one is no faster per token
+WELL_FILLED = 256  # tokens of a pass, with padding, above which it is no faster per token
 LEAST_FILL = 0.75  # of the longest row
 
 
 @dataclass
 class Branch:
-    """A segment as rows read it. ``wanted``: positions in ``tokens``, and which result each of them gives."""
+    """A segment as read by rows. ``wanted``: positions in ``tokens``, and the number of the result at each."""
 
     tokens: tuple[int, ...]
     wanted: list[tuple[int, int]]
@@ -28,14 +28,14 @@ class Branch:
 
 
 class ReadsRows(Protocol[ContextT]):
-    """A model that extends contexts and gives logits behind any of the new positions."""
+    """A model that extends contexts and gives logits after any of the new positions."""
 
     vocab_size: int
 
     def extend_logits(
         self, context: ContextT, ids_BK: Tensor, lengths_B: Sequence[int], wanted: Sequence[tuple[int, int]]
     ) -> tuple[ContextT, Tensor]:
-        """The context after each row's new tokens, and logits (M, V) behind the wanted (row, column)."""
+        """The context after each row's new tokens, and logits (M, V) after the wanted (row, column)."""
 
 
 # (context of B rows, ids (B, K) padded on the right, lengths, the rows' branches) -> extended context
@@ -43,10 +43,10 @@ Read = Callable[[ContextT, Tensor, Sequence[int], Sequence[Branch]], ContextT]
 
 
 def branches(segments: Sequence[Segment], *, contexts: bool = False) -> list[Branch]:
-    """The tree's topmost branches. Results are numbered in the order of segments and wanted positions.
+    """The tree's root branches. Results are numbered in the order of segments and wanted positions.
 
-    Short inner segments go in front of each of their children, the first of which gives their results; not those
-    where results are ``contexts``, which stand behind a segment's end.
+    Short inner segments are prepended to each of their children, the first of which gives their results; not if results
+    are ``contexts``, which stand at a segment's end.
     """
     made: list[Branch] = []
     roots: list[Branch] = []
@@ -73,7 +73,7 @@ def _merged(branch: Branch, contexts: bool) -> Iterator[Branch]:
 
 
 def walk(context: ContextT, roots: Sequence[Branch], read: Read[ContextT], *, max_rows: int = MAX_ROWS) -> None:
-    """Read a tree on a context of one row, depth first in batches of rows, so that few contexts live at a time."""
+    """Read a tree on a context of one row, depth first in batches of rows, so that few contexts exist at a time."""
     _walk_level(context, [(0, root) for root in roots], read, max_rows)
 
 
@@ -93,7 +93,7 @@ def _walk_level(context: ContextT, pending: list[tuple[int, Branch]], read: Read
 
 
 def _batches(pending: Sequence[tuple[int, Branch]], max_rows: int) -> Iterator[Sequence[tuple[int, Branch]]]:
-    """Rows of like lengths together, longest first: a well-filled pass takes no row that would be much padding."""
+    """Batches of rows of similar lengths, longest first, with little padding."""
     start = 0
     for end, (_, branch) in enumerate(pending):
         longest = len(pending[start][1].tokens)
@@ -106,7 +106,7 @@ def _batches(pending: Sequence[tuple[int, Branch]], max_rows: int) -> Iterator[S
 
 
 def logits_by_rows(model: ReadsRows[ContextT], context: ContextT, segments: Sequence[Segment]) -> Tensor:
-    """Logits (M, V) float32 behind every wanted position, by a model that has ``extend_logits``."""
+    """Logits (M, V) float32 after every wanted position, from a model that has ``extend_logits``."""
     numbers: list[int] = []
     found: list[Tensor] = []
 
@@ -125,14 +125,14 @@ def logits_by_rows(model: ReadsRows[ContextT], context: ContextT, segments: Sequ
     return joined_MV[torch.tensor(numbers, dtype=torch.int64, device=joined_MV.device).argsort()]
 
 
-MIN_SPARE = 64  # token slots allocated beyond what is needed, so that most extensions write in place
-LEAST_SPARE = 16  # the same where rows are gathered, which is soon done again
-CAPACITY_STEP = 32  # of which their capacity is a multiple, so that most agree in it
+MIN_SPARE = 64  # extra token slots, so that most extensions write in place
+LEAST_SPARE = 16  # the same for gathered rows, which are soon gathered again
+CAPACITY_STEP = 32  # capacities are multiples of it, so that most agree
 
 
 @dataclass
 class KeyValueBuffer:
-    """Keys and values (B, J, T, D) by layer; ``num_writes`` tells who wrote last."""
+    """Keys and values (B, J, T, D) by layer; ``num_writes`` identifies the newest user."""
 
     keys: dict[int, Tensor]
     values: dict[int, Tensor]
@@ -142,7 +142,7 @@ class KeyValueBuffer:
 
 @dataclass
 class Context:
-    """B rows of committed tokens. ``lengths`` are host integers, so that nothing waits for a device."""
+    """B rows of committed tokens. ``lengths`` are on the host, so that no device is waited for."""
 
     lengths: tuple[int, ...]
     buffer: KeyValueBuffer
@@ -176,7 +176,7 @@ class Context:
 
     @staticmethod
     def gathered(parts: Sequence[tuple[Context, Sequence[int]]]) -> Context:
-        """The context of the given rows of several others, with room for some more tokens; each is copied once."""
+        """The context of the given rows of several contexts, with spare slots; each row is copied once."""
         first, num_rows = parts[0][0], sum(len(rows) for _, rows in parts)
         lengths = [tuple(part.lengths[row] for row in rows) for part, rows in parts]
         longest = [max(of_part, default=0) for of_part in lengths]
@@ -203,7 +203,7 @@ class Context:
             new_BJTD = of_parts[0].new_empty(num_rows, num_heads, capacity, dim)
             for (place, index), length, old_BJTD in zip(taken, longest, of_parts, strict=True):
                 _copy_rows(new_BJTD[place, :, :length], old_BJTD[:, :, :length], index)
-                new_BJTD[place, :, length:] = 0  # not garbage: padding may be read, and must then be finite
+                new_BJTD[place, :, length:] = 0  # zeros, as padding may be read and must be finite
             return new_BJTD
 
         buffers = [part.buffer for part, _ in parts]
@@ -225,7 +225,7 @@ class Context:
         )
 
     def on(self, device: torch.device) -> Context:
-        """This context's tensors on ``device`` (itself where they are there already); copied once."""
+        """This context on ``device`` (itself if it is there already); copied once."""
         if self.last_hidden_BH.device == device:
             return self
         if device not in self._mirrors:
@@ -245,14 +245,14 @@ class Context:
 
 
 def ends_of(context: Context, device: torch.device) -> Tensor:
-    """Lengths (B,) int64 on a device, which is not waited for where all rows are equally long."""
+    """Lengths (B,) int64 on a device, which is not waited for if all rows are equally long."""
     if context.uniform:
         return torch.full((context.batch_size,), context.max_length, dtype=torch.int64, device=device)
     return torch.tensor(context.lengths, dtype=torch.int64, device=device)
 
 
 def writable_buffer(context: Context, num_new: int) -> KeyValueBuffer:
-    """A buffer with room for ``num_new`` more tokens per row, shared if ``context`` is its newest user."""
+    """A buffer with room for ``num_new`` more tokens per row; shared if ``context`` is its newest user."""
     buffer, needed = context.buffer, context.max_length + num_new
     if buffer.capacity >= needed and buffer.num_writes == context.write_mark and _may_write(buffer):
         return buffer
@@ -266,15 +266,15 @@ def writable_buffer(context: Context, num_new: int) -> KeyValueBuffer:
 
 
 def slots_to_allocate(needed: int) -> int:
-    """Token slots to allocate where so many are needed."""
+    """Number of token slots to allocate for ``needed`` tokens."""
     return needed + max(MIN_SPARE, needed // 4)
 
 
 def room_for_block(context: Context, num_new: int) -> KeyValueBuffer:
-    """The context's own buffer, of which ``num_new`` slots behind the longest row may be written to and mean nothing.
+    """The context's buffer, with ``num_new`` scratch slots after the longest row.
 
-    What a denoiser appends for one call lies there, so that no step of a block copies the context. Where a newer
-    context uses these slots, or there are too few, the context moves to a buffer of its own, once.
+    The denoiser's appended keys and values go there, so that no step of a block copies the context. If a newer context
+    uses these slots, or there are too few, the context moves to its own buffer, once.
     """
     buffer = writable_buffer(context, num_new)
     if buffer is not context.buffer:
@@ -283,13 +283,12 @@ def room_for_block(context: Context, num_new: int) -> KeyValueBuffer:
 
 
 def _may_write(buffer: KeyValueBuffer) -> bool:
-    """Tensors made in inference mode cannot be written to outside it."""
+    """Whether a buffer may be written: tensors made in inference mode cannot be changed outside it."""
     return torch.is_inference_mode_enabled() or not any(keys.is_inference() for keys in buffer.keys.values())
 
 
 def _grown(old_BJTD: Tensor, length: int, capacity: int) -> Tensor:
-    """A copy with ``capacity`` slots. Zeros behind the copied ones, not garbage: padding may be read, and must then be
-    finite."""
+    """A copy with ``capacity`` slots; the new ones are zeros, as padding may be read and must be finite."""
     num_rows, num_heads, _, dim = old_BJTD.shape
     new_BJTD = old_BJTD.new_zeros(num_rows, num_heads, capacity, dim)
     new_BJTD[:, :, :length] = old_BJTD[:, :, :length]
@@ -305,7 +304,7 @@ def _copy_rows(new: Tensor, old: Tensor, index: Tensor) -> None:
 
 
 class Writer:
-    """Puts S new columns behind each row's own end, in place; where these lie is worked out once for all layers."""
+    """Writes S new columns after each row's end, in place; their positions are computed once for all layers."""
 
     def __init__(self, lengths: tuple[int, ...], num_new: int, device: torch.device) -> None:
         self._slots = slice(lengths[0], lengths[0] + num_new)

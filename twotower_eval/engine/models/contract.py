@@ -1,7 +1,7 @@
-"""What a model family of a user's own must give: held against it as it is loaded, and told in one line.
+"""The contract of a user's own model family: checked as it is loaded; a violation is an error of one line.
 
-``load(folder, *, devices, dtype, tower)`` returns a model as models.protocol.Model describes it, and one with a
-denoiser as models.protocol.Denoising does. Its methods are tried once on a few tokens.
+``load(folder, *, devices, dtype, tower)`` returns a model as in models.protocol.Model, and one with a denoiser as in
+models.protocol.Denoising. Its methods are tried once on a few tokens.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from twotower_eval.errors import UserError
 from twotower_eval.plugin_calls import calls_in, calls_of, module_of
 from twotower_eval.records import Checkpoint
 
-GIVEN = ("devices", "dtype", "tower")  # what load gets by name
-PASS_THROUGH = (UserError, torch.OutOfMemoryError)  # that have words of their own, whoever's code raises them
+GIVEN = ("devices", "dtype", "tower")  # keyword arguments of load
+PASS_THROUGH = (UserError, torch.OutOfMemoryError)  # errors with a message of their own, whoever raises them
 # Attributes of a model, and the kinds of their values.
 FIELDS: Mapping[str, tuple[type, ...]] = {
     "checkpoint": (Checkpoint,),
@@ -35,7 +35,7 @@ FIELDS: Mapping[str, tuple[type, ...]] = {
 }
 METHODS = ("prefill", "extend", "next_logits", "context_logits")
 OF_PAIRS = ("denoise", "context_tower")
-# How far the same logits may lie apart, as a share of the largest, where they are computed in two ways.
+# Largest difference of the same logits computed in two ways, as a share of the largest logit.
 APART = {torch.float64: 0.001, torch.float32: 0.01, torch.bfloat16: 0.2, torch.float16: 0.2}
 
 
@@ -48,7 +48,7 @@ def load_own(
     dtype: torch.dtype,
     tower: str | None,
 ) -> Model:
-    """What a user's own ``load`` makes of a folder. PluginError for what it raises, UserError for what is missing."""
+    """Load a folder by a user's own ``load``. PluginError for what it raises, UserError for what is missing."""
     try:
         inspect.signature(load).bind(folder, **dict.fromkeys(GIVEN))
     except TypeError as error:
@@ -66,7 +66,7 @@ def load_own(
 
 
 def _missing(model: object) -> str | None:
-    """What a model lacks, or has of the wrong kind; None where it has all."""
+    """What a model lacks, or has with a wrong type; None if nothing."""
     if model is None:
         return "its load returned nothing, not a model"
     needed = [*FIELDS, *METHODS, *(OF_PAIRS if getattr(model, "has_denoiser", False) else ())]
@@ -83,7 +83,7 @@ def _missing(model: object) -> str | None:
 
 @torch.inference_mode()
 def _found_wrong(model: Model, dtype: torch.dtype) -> str | None:
-    """What a few tokens, read in two rows of unlike lengths, show to be wrong; None where nothing does."""
+    """What is wrong with the model on a few tokens in two rows of different lengths; None if nothing."""
     ids_BS, lengths, num_words = torch.tensor([[1, 2, 3], [2, 1, 0]]) % model.vocab_size, [3, 2], model.vocab_size
     context = model.prefill(ids_BS, lengths)
     lacks = [name for name in ("select", *(["join"] if model.joins_contexts else [])) if not hasattr(context, name)]

@@ -1,6 +1,5 @@
-"""Counts forwards, the only place where they are counted: per sequence, and how many sequences shared each; and finds
-forwards that went past the count.
-"""
+"""Counts forwards; the only place that does: per sequence, with the number of sequences that shared each. Also finds
+forwards that bypass the count."""
 
 from __future__ import annotations
 
@@ -19,14 +18,14 @@ from twotower_eval.engine.models.witness import Lengths, Witness
 from twotower_eval.records import Passes, PassKind
 
 T = TypeVar("T")
-MAX_HELD = 2  # times as many rows as are meant
+MAX_HELD = 2  # gather when more than this many times the needed rows are held
 
 
 class CountedContext:
     """Batch rows, and the model's contexts that hold them.
 
-    Selecting and joining only note which rows of which contexts are meant; they are gathered when a model is called,
-    in one copy, or when most of what is held is rows that nobody means any more.
+    Selecting and joining only record rows; they are gathered when a model is called, in one copy, or when most of the
+    held rows are no longer needed.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -71,7 +70,7 @@ class CountedContext:
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a model's context of ``size`` rows: their numbers in the batch and their positions in it."""
+    """Some rows of a model's context of ``size`` rows: their batch numbers, and their positions in it."""
 
     context: Context
     size: int
@@ -94,7 +93,7 @@ def whole(context: Context, rows: Sequence[int]) -> Part:
 
 
 def _gathered(parts: Sequence[Part]) -> Context:
-    """One context of the parts' rows; in a single copy where the model's contexts know how to."""
+    """One context of the parts' rows; a single copy if the model's contexts support it."""
     in_one_copy = getattr(parts[0].context, "gathered", None)
     if in_one_copy is not None:
         gathered: Context = in_one_copy([(part.context, part.positions) for part in parts])
@@ -106,11 +105,11 @@ def _gathered(parts: Sequence[Part]) -> Context:
 
 
 class CountingModel:
-    """A model as decoders see it, with ``num_context_forwards`` and ``num_denoiser_forwards`` for each batch row."""
+    """A model as decoders see it; counts ``num_context_forwards`` and ``num_denoiser_forwards`` per batch row."""
 
     def __init__(self, model: Model, num_rows: int) -> None:
         self.model = model
-        self._pair = cast(Denoising, model)  # decoders that call the denoiser have asked for one
+        self._pair = cast(Denoising, model)  # only decoders that require a denoiser call it
         self.num_context_forwards = [0] * num_rows
         self.num_denoiser_forwards = [0] * num_rows
 
@@ -133,7 +132,7 @@ class CountingModel:
         return logits
 
     def next_logits(self, context: CountedContext) -> Tensor:
-        """Logits (B, V) from the context as it is: no forward of a tower, not counted."""
+        """Logits (B, V) from the context as it is: no forward, so not counted."""
         return self.model.next_logits(context.inner)
 
     def _count(self, counts: list[int], rows: Sequence[int]) -> None:
@@ -143,28 +142,28 @@ class CountingModel:
 
 @dataclass
 class RowSteps:
-    """Rows that each forward of a kind served, in order, and how many tokens each row had in it."""
+    """Rows that each forward of a kind served, in order, and the tokens of each row in it."""
 
     rows: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
 
     def share(self, width: int) -> float | None:
-        """Row-steps that served a sequence, of all that ``width`` slots had; None where there was no forward."""
+        """Share of row-steps that served a sequence, of ``width`` slots; None without forwards."""
         return sum(self.rows) / (width * len(self.rows)) if self.rows else None
 
 
 class WatchedModel:
-    """A model that notes how many rows each of its forwards serves. Decoders made for it decode as for the model.
+    """A model that records how many rows each of its forwards serves. Decoders treat it like the model itself.
 
-    Decoders never give a finished row to a forward, so every row here is work: it is one of a generation's forwards.
-    Passes over whole rows (``context_logits``, ``tree_logits``) read them from the beginning, as a prefill does. What
-    is called of ``context_tower`` counts alike. A witness, while there is one, hears of all that goes in and comes out.
+    Decoders never pass a finished row to a forward, so every row here belongs to a generation. Passes over whole rows
+    (``context_logits``, ``tree_logits``) count as prefill. Calls of ``context_tower`` count alike. A witness, while
+    there is one, receives all inputs and outputs.
     """
 
     def __init__(self, model: object, of: WatchedModel | None = None) -> None:
-        self._model: Any = model  # whatever it can do is passed on, and noted where it is a forward
+        self._model: Any = model  # everything else is passed on, and recorded if it is a forward
         self.prefills, self.extensions, self.denoisings = RowSteps(), RowSteps(), RowSteps()
-        self.running: list[int] = []  # the threads that are inside a forward which was noted
+        self.running: list[int] = []  # threads inside a recorded forward
         self._witnesses: list[Witness] = []  # none, or one
         if of is not None:
             self._witnesses = of._witnesses
@@ -176,12 +175,12 @@ class WatchedModel:
 
     @property
     def context_tower(self) -> WatchedModel:
-        """The model's own, noted as well."""
+        """The model's context tower, recorded as well."""
         return WatchedModel(self._model.context_tower, of=self)
 
     @property
     def passes(self) -> tuple[Passes, ...]:
-        """All that was noted, by kind and size."""
+        """All recorded passes, by kind and size."""
         kinds: tuple[tuple[PassKind, RowSteps], ...] = (
             ("prefill", self.prefills),
             ("extend", self.extensions),
@@ -201,7 +200,7 @@ class WatchedModel:
 
     @contextmanager
     def witnessed(self, prompt: Sequence[int]) -> Iterator[Witness]:
-        """Have a witness of the call that follows, made for this prompt; it looks at every row of logits, which takes
+        """Context in which a witness for this prompt records the next call; it reads every row of logits, which takes
         time."""
         witness = Witness(prompt, getattr(self, "mask_token_id", None))
         self._witnesses.append(witness)
@@ -211,21 +210,21 @@ class WatchedModel:
             self._witnesses.remove(witness)
 
     def prefill(self, ids_BS: Tensor, *more: object, **options: object) -> Context:
-        """The model's own, noted."""
+        """The model's own, recorded."""
         made: Context = self._run(self.prefills, ids_BS.shape, self._model.prefill, ids_BS, *more, **options)
         for witness in self._listening():
             witness.prefilled(ids_BS, _lengths(more, options))
         return made
 
     def context_logits(self, ids_BS: Tensor, *more: object, **options: object) -> Tensor:
-        """The model's own, noted."""
+        """The model's own, recorded."""
         logits: Tensor = self._run(self.prefills, ids_BS.shape, self._model.context_logits, ids_BS, *more, **options)
         for witness in self._listening():
             witness.read(ids_BS, _lengths(more, options), logits)
         return logits
 
     def tree_logits(self, context: Context | None, segments: Sequence[Segment]) -> Tensor:
-        """The model's own, noted as one row of all its tokens."""
+        """The model's own, recorded as one row of all its tokens."""
         size = (1, sum(len(segment.tokens) for segment in segments))
         logits: Tensor = self._run(self.prefills, size, self._model.tree_logits, context, segments)
         for witness in self._listening():
@@ -233,7 +232,7 @@ class WatchedModel:
         return logits
 
     def extend(self, context: Context, ids_BK: Tensor, *more: object, **options: object) -> Context:
-        """The model's own, noted."""
+        """The model's own, recorded."""
         made: Context = self._run(self.extensions, ids_BK.shape, self._model.extend, context, ids_BK, *more, **options)
         for witness in self._listening():
             witness.extended(ids_BK, _lengths(more, options))
@@ -242,7 +241,7 @@ class WatchedModel:
     def extend_logits(
         self, context: Context, ids_BK: Tensor, *more: object, **options: object
     ) -> tuple[Context, Tensor]:
-        """The model's own, noted."""
+        """The model's own, recorded."""
         call = self._model.extend_logits
         made: tuple[Context, Tensor] = self._run(self.extensions, ids_BK.shape, call, context, ids_BK, *more, **options)
         for witness in self._listening():
@@ -251,28 +250,28 @@ class WatchedModel:
         return made
 
     def denoise(self, block_BK: Tensor, *more: object, **options: object) -> Tensor:
-        """The model's own, noted."""
+        """The model's own, recorded."""
         logits: Tensor = self._run(self.denoisings, block_BK.shape, self._model.denoise, block_BK, *more, **options)
         for witness in self._listening():
             witness.denoised(block_BK, logits, _held(more[0] if more else options.get("context")))
         return logits
 
     def next_logits(self, context: Context) -> Tensor:
-        """The model's own: no forward, so nothing but a witness hears of it."""
+        """The model's own: no forward, so only a witness receives it."""
         logits: Tensor = self._model.next_logits(context)
         for witness in self._listening():
             witness.asked(logits)
         return logits
 
     def _listening(self) -> Sequence[Witness]:
-        """The witness, unless this is inside a forward that it hears of anyway."""
+        """The witness, unless this call is part of a forward that it receives anyway."""
         return () if not self._witnesses or get_ident() in self.running else self._witnesses
 
     def _run(
         self, steps: RowSteps, size: Sequence[int], call: Callable[..., T], *given: object, **options: object
     ) -> T:
         thread = get_ident()
-        if thread in self.running:  # a forward that a noted one is made of
+        if thread in self.running:  # part of a recorded forward
             return call(*given, **options)
         self._before()
         rows, tokens = size
@@ -285,17 +284,17 @@ class WatchedModel:
             self.running.remove(thread)
 
     def _before(self) -> None:
-        """Hear of a forward that is about to run."""
+        """Called before a forward runs."""
 
 
 def _held(context: object) -> Sequence[int] | None:
-    """How many tokens each row of a context holds, for contexts that say so."""
+    """Number of tokens of each row of a context, for contexts that report it."""
     lengths = getattr(context, "lengths", None)
     return lengths if isinstance(lengths, tuple) else None
 
 
 def _lengths(more: Sequence[object], options: Mapping[str, object]) -> Lengths:
-    """Those of the rows, the first that a forward is given behind its ids; None where all are full."""
+    """The rows' lengths, the first argument after the ids; None if all rows are full."""
     return cast(Lengths, options["lengths_B"] if "lengths_B" in options else more[0] if more else None)
 
 
@@ -304,8 +303,8 @@ NOTED = ("prefill", "extend", "denoise", "context_logits", "extend_logits", "tre
 
 @contextmanager
 def watched_in_place(model: Model) -> Iterator[WatchedModel]:
-    """Note the forwards of a model that somebody else holds already: its own methods are watched for a while, and those
-    of its context tower."""
+    """Record the forwards of a model that others hold already: its own methods, and its context tower's, are wrapped
+    for the duration of the context."""
     parts: list[object] = [model, *(part for part in (getattr(model, "context_tower", None),) if part is not None)]
     own = [{name: getattr(part, name) for name in NOTED if hasattr(part, name)} for part in parts]
     watched = WatchedModel(SimpleNamespace(**own[0], mask_token_id=getattr(model, "mask_token_id", None)))
@@ -319,7 +318,7 @@ def watched_in_place(model: Model) -> Iterator[WatchedModel]:
 
 
 def _put_back(part: object, name: str, before: object) -> None:
-    """An attribute that an object had of its own, or none."""
+    """Restore an object's own attribute, or remove it if there was none."""
     if before is None:
         delattr(part, name)
     else:
@@ -327,7 +326,7 @@ def _put_back(part: object, name: str, before: object) -> None:
 
 
 class UncountedForwards:
-    """Counts what enters the networks of some models outside of noted forwards, while it is asked to."""
+    """Counts what enters the networks of some models outside of recorded forwards, inside :meth:`noted`."""
 
     def __init__(self, models: Iterable[Model]) -> None:
         models = list(models)
@@ -338,7 +337,7 @@ class UncountedForwards:
 
     @contextmanager
     def noted(self, watched: WatchedModel) -> Iterator[None]:
-        """Count from nothing what is not inside a forward of ``watched``; see ``num`` afterwards."""
+        """Context that counts, from 0, what is outside a forward of ``watched``; the result is ``num``."""
         self._running, self.num = watched.running, 0
         with ExitStack() as stack:
             for module in self._entrances:
@@ -354,7 +353,7 @@ class UncountedForwards:
             self.num += 1
 
     def _graph_step_entered(self, step: Callable[..., T]) -> Callable[..., T]:
-        """A step from a graph, in which no module is called."""
+        """A step run as a graph, which calls no module."""
 
         def heard(*given: object) -> T:
             if get_ident() not in self._running:
@@ -365,7 +364,7 @@ class UncountedForwards:
 
 
 def _networks(model: Model) -> list[nn.Module]:
-    """The modules that a model is, or holds."""
+    """The modules of a model: itself, or those that it holds."""
     if isinstance(model, nn.Module):
         return list(model.modules())
     held = vars(model).values() if hasattr(model, "__dict__") else ()
@@ -373,7 +372,7 @@ def _networks(model: Model) -> list[nn.Module]:
 
 
 def _entrances(models: Iterable[Model]) -> list[nn.Module]:
-    """Where tokens enter: embeddings, the first of every list of layers, and what is called as a whole."""
+    """The modules where tokens enter: embeddings, the first of every list of layers, and whole models."""
     found: dict[int, nn.Module] = {}
     for model in models:
         networks = _networks(model)

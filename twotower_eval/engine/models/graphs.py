@@ -1,4 +1,4 @@
-"""Steps from buffers that stay where they are, so that a GPU is given a whole step at once, as a CUDA graph."""
+"""Steps over buffers at fixed addresses, so that a GPU receives a whole step at once, as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from twotower_eval.records import GRAPH_DEVICES
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE
 
-WARMUPS = 3  # before a capture: lazy initialisation must not be captured
+WARMUPS = 3  # runs before a capture, as lazy initialisation must not be captured
 
 T = TypeVar("T")
 Pool: TypeAlias = "_POOL_HANDLE | None"  # memory that captures share
-MAX_NEW = 256  # token rows of a step: more of them keep a GPU busy without a graph
+MAX_NEW = 256  # maximum token rows of a step: more keep a GPU busy without a graph
 
 
 class StaticContext:
-    """A context at fixed places: keys and values with room, Mamba states of all layers in two tensors.
+    """A context at fixed addresses: keys and values with spare slots, and Mamba states of all layers in two tensors.
 
-    Steps of one batch size and as many slots share it, so that what an extension leaves there is what the denoiser
-    reads next. Behind ``num_slots`` there is room for a block.
+    Steps of the same batch size and number of slots share it, so that the denoiser reads what an extension leaves
+    there. After ``num_slots`` there is room for a block.
     """
 
     def __init__(self, config: NemotronHConfig, batch_size: int, num_slots: int, template: Tensor) -> None:
@@ -50,12 +50,12 @@ class StaticContext:
         self.holds: Context | None = None
 
     def clear(self) -> None:
-        """Hold nobody's context, an empty one: what lies here is overwritten."""
+        """Forget the loaded context, which is about to be overwritten."""
         self.holds = None
         self.ends_B.zero_()
 
     def load(self, context: Context) -> None:
-        """Copy a context in, unless it is there already."""
+        """Copy a context in, unless it is loaded already."""
         if self.holds is context:
             return
         length = context.max_length
@@ -69,21 +69,21 @@ class StaticContext:
         self.holds = context
 
     def state(self, index: int) -> MambaState:
-        """A layer's state, where it lies."""
+        """A layer's state, in place."""
         position = self.mambas.index(index)
         return MambaState(self.conv_LBCW[position], self.ssm_LBhPN[position])
 
     def conv_after(self, index: int) -> Tensor:
-        """Where a step leaves a layer's window (B, C, W) until all of it has been read."""
+        """The buffer in which a step leaves a layer's window (B, C, W) until all of it has been read."""
         return self.conv_after_LBCW[self.mambas.index(index)]
 
 
 class Launch(Generic[T]):
-    """A function of no arguments over fixed buffers: captured on a GPU, called elsewhere."""
+    """A function without arguments over fixed buffers: captured on a GPU, called elsewhere."""
 
     def __init__(self, body: Callable[[], T], past: StaticContext, device: torch.device, pool: Pool) -> None:
         self._body, self._graph = body, None
-        past.clear()  # a warm-up steps on whatever is there
+        past.clear()  # the warm-up overwrites the buffers
         if device.type != "cuda":
             return
         with torch.cuda.device(device):
@@ -99,15 +99,15 @@ class Launch(Generic[T]):
                 self._result = body()
 
     def __call__(self) -> T:
-        """What the body gives; on a GPU tensors that the next call overwrites."""
+        """Run the body; on a GPU its result is overwritten by the next call."""
         if self._graph is None:
             return self._body()
         self._graph.replay()
         return self._result
 
 
-MIN_SLOTS = 256  # slots are a power of two, so that a growing context changes graphs seldom
-MAX_GRAPHS = 8  # kept at once unless said otherwise, the least recently used given up
+MIN_SLOTS = 256  # slots are a power of two, so that a growing context rarely changes graphs
+MAX_GRAPHS = 8  # kept at once by default; the least recently used is evicted
 KINDS = 3  # of steps: the extension, the denoiser with time and without
 
 StepT = TypeVar("StepT")
@@ -121,32 +121,32 @@ class Causal(Protocol):
 
 
 class Denoises(Causal, Protocol):
-    """What a denoise step needs: a tower that is told the mask fraction, and its head."""
+    """What a denoise step needs: a tower with time conditioning, and its head."""
 
     def modulation(self, t_B: Tensor) -> Modulation:
-        """Of all layers, at each row's mask fraction."""
+        """The modulation of all layers at each row's mask fraction."""
 
     def logits(self, x_BKH: Tensor) -> Tensor:
         """Logits (B, K, V) float32 of the layers' output."""
 
 
 class Stepped(Protocol):
-    """A model whose small steps may come from graphs."""
+    """A model whose small steps may run as graphs."""
 
     @property
     def graphs(self) -> StepGraphs | None:
-        """Where its small steps come from, if not from itself."""
+        """The graphs of its small steps, or None."""
 
     @property
     def step_devices(self) -> tuple[torch.device, ...]:
-        """Where its towers are."""
+        """The devices of its towers."""
 
     def take_steps_from(self, graphs: StepGraphs) -> None:
-        """From now on take the small steps of all its towers from there."""
+        """Use these graphs for small steps of all towers from now on."""
 
 
 class ExtendStep:
-    """The context tower over S more tokens in every row: the AR step, and the context pass of a block."""
+    """The context tower over S more tokens per row: the AR step, and the context pass of a block."""
 
     def __init__(self, model: Causal, past: StaticContext, num_new: int, pool: Pool) -> None:
         self.tower, self.past = model.tower, past
@@ -155,10 +155,10 @@ class ExtendStep:
         self.launch = Launch(self._body, past, device, pool)
 
     def __call__(self, context: Context, ids_BS: Tensor) -> Context:
-        """As the ``extend`` of a context tower."""
+        """Like the ``extend`` of a context tower."""
         self.past.load(context)
         self.ids_BS.copy_(ids_BS)
-        self.past.holds = None  # should anything fail from here on, the buffers are nobody's context
+        self.past.holds = None  # if anything fails from here on, the buffers hold no valid context
         hidden_BH, new_keys, new_values = self.launch()
         buffer = writable_buffer(context, ids_BS.shape[1])
         write = Writer(context.lengths, ids_BS.shape[1], self.ids_BS.device)
@@ -175,7 +175,7 @@ class ExtendStep:
             mamba={index: MambaState(conv, ssm) for index, conv, ssm in states},
             last_hidden_BH=hidden_BH.clone(),
         )
-        # The step has left its buffers as the new context has them: the next step copies nothing in.
+        # The buffers now hold the new context, so the next step copies nothing in.
         self.past.holds = extended
         return extended
 
@@ -192,7 +192,7 @@ class ExtendStep:
 
         def mix(index: int, mixer: Mamba, x: Tensor) -> Tensor:
             before = past.state(index)
-            # A window is read by several programs at once: the new one lies elsewhere until the step is over.
+            # Several programs read a window at once: the new one stays elsewhere until the step is over.
             return mixer.advance(x, before, MambaState(past.conv_after(index), before.ssm_BhPN))
 
         x_BSH = run_layers(self.tower, self.tower.embed(self.ids_BS), attend=attend, mix=mix)
@@ -212,7 +212,7 @@ class DenoiseStep:
         self.launch = Launch(self._body, past, device, pool)
 
     def __call__(self, block_BK: Tensor, context: Context, t_B: Tensor | None) -> Tensor:
-        """As the ``denoise`` of a pair."""
+        """Like the ``denoise`` of a pair."""
         self.past.load(context)
         self.block_BK.copy_(block_BK)
         if t_B is not None:
@@ -224,7 +224,7 @@ class DenoiseStep:
         past, num_slots, block_size = self.past, self.past.num_slots, self.block_BK.shape[1]
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            # The block's own always lie behind all slots, whatever the context's length.
+            # The block's keys lie after all slots, at any context length.
             keys, values = (slots[index][:, :, : num_slots + block_size] for slots in (past.keys, past.values))
             keys[:, :, num_slots:].copy_(k)
             values[:, :, num_slots:].copy_(v)
@@ -240,12 +240,12 @@ class DenoiseStep:
 
 
 class StepGraphs:
-    """The steps of one model by their sizes, made when first asked for, at most ``max_graphs`` of them.
+    """The steps of one model by size, made when first needed, at most ``max_graphs`` of them.
 
-    ``variant`` tells apart what is not in the sizes: forced routing changes what a step does. None there means that
-    no graph is to be used. ``widths`` are the numbers of new tokens that recur: pieces of prompts have any, each once,
-    and are no steps; None takes all for steps. ``num_made`` counts the steps made so far: on a GPU each is a capture,
-    which takes longer than many steps.
+    ``variant`` distinguishes what sizes do not, such as forced routing; if it returns None, no graph is used.
+    ``widths`` are the recurring numbers of new tokens (pieces of prompts have any number, once each, and run without
+    graphs); None: all. ``num_made`` counts the steps made so far: on a GPU each is a capture, which takes longer than
+    many steps.
     """
 
     def __init__(
@@ -260,7 +260,7 @@ class StepGraphs:
         self._pools: dict[torch.device, Pool] = {}
 
     def serves(self, batch_size: int, num_new: int) -> bool:
-        """Whether a step of this size is to come from here. Only without gradients; large ones gain nothing."""
+        """Whether steps of this size run as graphs: only without gradients; large ones gain nothing."""
         small = batch_size * num_new <= MAX_NEW and (self.widths is None or num_new in self.widths)
         return small and torch.is_inference_mode_enabled() and self.variant() is not None
 
@@ -296,7 +296,7 @@ class StepGraphs:
         return cast(StepT, self._steps[key])
 
     def _past(self, config: NemotronHConfig, batch_size: int, slots: int, template: Tensor) -> StaticContext:
-        """Kept by the steps that use it, as long as there are any."""
+        """A static context, kept while steps use it."""
         key = (template.device, batch_size, slots)
         past = self._pasts.get(key)
         if past is None:
@@ -310,7 +310,7 @@ class StepGraphs:
 
 
 def stepped(model: Model) -> Stepped:
-    """The model, for whoever has its steps come from graphs; UserError where its family knows none."""
+    """The model as :class:`Stepped`; UserError if its family has no graphs."""
     if not hasattr(model, "take_steps_from"):
         raise UserError(
             f"checkpoint {model.checkpoint.name} is of family {model.checkpoint.family}, whose steps cannot come from "
@@ -325,10 +325,7 @@ def use_graphs(
     max_graphs: int = MAX_GRAPHS,
     widths: Collection[int] | None = None,
 ) -> StepGraphs:
-    """From now on take the small steps of a pair, or of a context tower alone, from graphs, and return these.
-
-    See :class:`StepGraphs`. UserError where a tower is on no CUDA device.
-    """
+    """Use these graphs for small steps of all towers from now on."""
     for device in model.step_devices:
         if device.type not in GRAPH_DEVICES:
             raise UserError(f"CUDA graphs need CUDA devices, a tower is on {device}: drop --cuda-graphs")
@@ -338,20 +335,20 @@ def use_graphs(
 
 
 def slots_for(num_tokens: int) -> int:
-    """Slots of the steps that work on contexts of up to so many tokens."""
+    """Slots of the steps on contexts of up to that many tokens."""
     return max(MIN_SLOTS, 1 << (num_tokens - 1).bit_length()) if num_tokens > 0 else MIN_SLOTS
 
 
 def num_slot_counts(shortest: int, longest: int) -> int:
-    """How many numbers of slots contexts go through that grow from so many tokens to so many."""
+    """Number of slot counts that contexts growing from ``shortest`` to ``longest`` tokens go through."""
     return (slots_for(longest) // slots_for(shortest)).bit_length()
 
 
 def num_sizes(max_rows: int, widths: Collection[int], longest: int) -> int:
-    """The most steps that there can be of up to ``max_rows`` rows: there are fewer as they finish, one by one.
+    """The maximum number of steps with up to ``max_rows`` rows, which become fewer as they finish.
 
-    ``widths`` are the new tokens of a row: 1, and block sizes. Contexts have up to ``longest`` tokens, those of the
-    last step included.
+    ``widths`` are the new tokens per row: 1, and block sizes. Contexts have up to ``longest`` tokens, including those
+    of the last step.
     """
     of_rows = sum(min(max_rows, MAX_NEW // width) for width in set(widths))
     return KINDS * of_rows * num_slot_counts(0, longest)

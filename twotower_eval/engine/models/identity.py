@@ -1,7 +1,7 @@
-"""What makes two models one: their weights, and every other file of a checkpoint that decides a logit or a text.
+"""What makes two models the same: their weights, and every other file that affects a logit or a text.
 
-Two questions are asked. Is this the folder that was measured before? Then the bytes of each file count. Do two folders
-give one and the same causal model? Then what the files say counts, wherever they lie and however they are written.
+There are two questions. Is this the folder that was measured before? Then the bytes of each file count. Do two folders
+give the same causal model? Then the content of the files counts, wherever they lie and however they are written.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
-BOOKKEEPING = frozenset(  # of settings: says where a folder came from and who wrote it; everything else counts
+BOOKKEEPING = frozenset(  # bookkeeping settings: where a folder came from and who wrote it
     {
         "_commit_hash",
         "_from_model_config",
         "_name_or_path",
         "architectures",
         "auto_map",
-        "dtype",  # the one that the model was loaded in counts
+        "dtype",  # the dtype that the model was loaded in counts
         "name_or_path",
         "tokenizer_file",
         "torch_dtype",
@@ -54,7 +54,7 @@ BOOKKEEPING = frozenset(  # of settings: says where a folder came from and who w
     }
 )
 SETTINGS = (CONFIG, GENERATION_CONFIG, "tokenizer_config.json")  # the files whose names are names of settings
-# What transformers' generate heeds in greedy decoding, too, and no decoder here does -> values that ask for nothing.
+# Settings that transformers' generate follows even in greedy decoding, and no decoder here does -> neutral values.
 GREEDY_SETTINGS: Mapping[str, tuple[object, ...]] = {
     "repetition_penalty": (1.0,),
     "encoder_repetition_penalty": (1.0,),
@@ -91,7 +91,7 @@ def read_whole(
 
 
 def stored_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor, file by file, as stored; ``files`` says where each is. UserError for NaN or infinite values."""
+    """Names and stored tensors, file by file, by ``files``. FileError for NaN or infinite values."""
     for file in sorted(set(files.values())):
         with opened(file) as handle:
             for name in sorted(name for name, where in files.items() if where == file):
@@ -110,7 +110,7 @@ def stated(
     dtype: torch.dtype,
     devices: tuple[str, ...],
 ) -> Checkpoint:
-    """The checkpoint of a folder whose tensors, by the names that ``files`` gives them, have these digests."""
+    """The checkpoint of a folder with these tensor digests, by the names in ``files``."""
     return Checkpoint(
         name=folder.resolve().name,
         family=family,
@@ -123,14 +123,17 @@ def stated(
 
 
 def file_digests(folder: Path) -> tuple[FileDigest, ...]:
-    """The files beside the weights that decide a logit or a text, those that are there."""
+    """Digests of the files beside the weights that affect a logit or a text."""
     there = [folder / name for name in FILES if (folder / name).is_file()]
     return tuple(FileDigest(name=file.name, sha256=hashlib.sha256(file.read_bytes()).hexdigest()) for file in there)
 
 
 def folder_settings(folder: Path, read: object = None) -> dict[str, object]:
-    """By file, what these files say, without bookkeeping. ``read`` is the record that a family makes of its config:
-    its fields stand in for the config's own, so that a default means the same said and unsaid."""
+    """The settings in these files, by file, without bookkeeping.
+
+    ``read`` is a family's record of its config: its fields replace the config's own, so that a stated and an omitted
+    default are equal.
+    """
     said = {name: _content(folder / name) for name in FILES if (folder / name).is_file()}
     config, generation = _settings(said.get(CONFIG)), _settings(said.pop(GENERATION_CONFIG, None))
     if dataclasses.is_dataclass(read) and not isinstance(read, type):
@@ -142,12 +145,12 @@ def folder_settings(folder: Path, read: object = None) -> dict[str, object]:
 
 
 def _settings(said: object) -> Mapping[str, object]:
-    """Those of a file; none where it is missing or holds something else, of which only the digest is known."""
+    """The settings of a file; none if it is missing or holds something else, which only its digest identifies."""
     return said if isinstance(said, Mapping) else {}
 
 
 def unheeded_settings(models: Iterable[Model]) -> dict[str, dict[str, object]]:
-    """By checkpoint what its generation settings ask of greedy decoding and is not done here."""
+    """Checkpoint -> the generation settings for greedy decoding that no decoder here follows."""
     found = {model.checkpoint.name: _unheeded(model) for model in models}
     return {name: settings for name, settings in found.items() if settings}
 
@@ -161,7 +164,7 @@ def _unheeded(model: Model) -> dict[str, object]:
 
 
 def causal_identity(model: Model) -> str:
-    """Equal for two models only where everything is equal that decides a logit or a text of their causal towers."""
+    """Equal for two models only if everything is equal that affects a logit or a text of their causal towers."""
     devices = model.checkpoint.devices[:1]
     parts: list[object] = [model.checkpoint.family, model.context_digest, model.checkpoint.dtype, devices]
     parts += [model.vocab_size, model.max_length, model.eos_token_ids, dict(model.folder_settings)]
@@ -169,7 +172,7 @@ def causal_identity(model: Model) -> str:
 
 
 def reader_identity(model: Model) -> str:
-    """Equal for two models only where they read every text alike: same tokens, same room, same refusals."""
+    """Equal for two models only if they read every text alike: same tokens, same limits, same refusals."""
     files = {name: said for name, said in model.folder_settings.items() if name not in (CONFIG, GENERATION_CONFIG)}
     tokenizer = text_codec(model)
     named = [tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.special_token_ids)]
@@ -178,11 +181,11 @@ def reader_identity(model: Model) -> str:
 
 
 def _content(file: Path) -> object:
-    """What a file says: its JSON without bookkeeping, else its digest."""
+    """A file's content: its JSON without bookkeeping, else its digest."""
     content = file.read_bytes()
     try:
         data = json.loads(content) if file.suffix == ".json" else None
-    except ValueError:  # whoever needs the file says what is wrong with it
+    except ValueError:  # reading the file will report what is wrong
         data = None
     if data is None:
         return hashlib.sha256(content).hexdigest()

@@ -16,15 +16,15 @@ from twotower_eval.engine.ops import kernels, mamba, moe, norm, product, ssd
 
 
 class MambaState(NamedTuple):
-    """What a Mamba layer carries: the last W raw convolution inputs (B, C, W) and the float32 SSM state."""
+    """A Mamba layer's state: the last W raw convolution inputs (B, C, W) and the float32 SSM state."""
 
     conv_BCW: Tensor
     ssm_BhPN: Tensor
 
 
 class Mamba(Direct):
-    """Mamba-2 mixer. ``forward`` continues from a state; the steps are public because training needs the states
-    at block boundaries too."""
+    """Mamba-2 mixer. ``forward`` continues from a state; the steps are public because training needs states at block
+    boundaries."""
 
     def __init__(self, config: NemotronHConfig) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Mamba(Direct):
         return self.finish(y, x, z), MambaState(mamba.next_conv_state(u_BSC, state.conv_BCW, lengths_B), ssm_BhPN)
 
     def step(self, x_B1H: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        """What :meth:`forward` gives for one position, in fewer calls."""
+        """Like :meth:`forward` for one position, in fewer calls."""
         z, u_B1C, delta_B1h = self.project(x_B1H)
         taps_CW = self._taps_CW(self.conv1d.weight)
         mixed_B1C, conv_BCW = mamba.causal_conv_step(u_B1C, state.conv_BCW, taps_CW, self.conv1d.bias)
@@ -78,7 +78,7 @@ class Mamba(Direct):
         return self.finish(y, x, z), MambaState(conv_BCW, ssm_BhPN)
 
     def advance(self, x_BSH: Tensor, state: MambaState, after: MambaState) -> Tensor:
-        """What :meth:`forward` gives, the state after it left in ``after``, whose SSM state may be the one read."""
+        """Like :meth:`forward`; the new state is left in ``after``, whose SSM state may be the one read."""
         scan = self._kernel(x_BSH, state)
         if scan is not None:
             return self._by_kernel(scan, x_BSH, state, after)
@@ -88,7 +88,7 @@ class Mamba(Direct):
         return y_BSH
 
     def outputs(self, x_BSH: Tensor, state: MambaState) -> Tensor:
-        """What :meth:`forward` gives, for whoever needs no state after it."""
+        """Like :meth:`forward`, without the state after it."""
         scan = self._kernel(x_BSH, state)
         if scan is not None:
             return self._by_kernel(scan, x_BSH, state, None)
@@ -97,7 +97,7 @@ class Mamba(Direct):
         return self.finish(ssd.ssd_outputs(x, delta_BSh, self.decay_rate(), b, c, state.ssm_BhPN), x, z)
 
     def _kernel(self, x_BSH: Tensor, state: MambaState) -> Callable[..., Tensor] | None:
-        """One for the middle of the layer, where it serves these positions and has proved itself."""
+        """The kernel for the middle of the layer, if it serves these positions and has proved itself."""
         convolution = (self.conv1d.weight, self.conv1d.bias)
         if not kernels.may_serve(x_BSH, self.in_proj.weight, *convolution, self.A_log, self.D, self.dt_bias, *state):
             return None
@@ -154,7 +154,7 @@ class Mamba(Direct):
 
 
 class Attention(Direct):
-    """Projections of grouped-query attention; who sees which key is the caller's matter."""
+    """Projections of grouped-query attention; the caller decides which keys a query sees."""
 
     def __init__(self, config: NemotronHConfig) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class Mlp(Direct):
 
 
 class Gate(Direct):
-    """The router's weights, float32 whatever the rest is."""
+    """The router's weights, always float32."""
 
     def __init__(self, num_experts: int, hidden: int) -> None:
         super().__init__()
@@ -321,9 +321,9 @@ def run_layers(
 ) -> Tensor:
     """The residual stream after all layers, (B, S, H).
 
-    ``attend`` and ``mix`` bring what depends on the past: who sees which keys, and from which state Mamba goes on.
-    With ``modulation`` the layers are adaptive, see :meth:`Layer.forward`. ``wanted`` takes the only positions whose
-    stream is asked for: layers behind the last that mixes positions (M, *) serve these alone.
+    ``attend`` and ``mix`` supply what depends on the past: which keys a query sees, and from which state Mamba
+    continues. With ``modulation`` the layers are adaptive, see :meth:`Layer.forward`. ``wanted`` are the only positions
+    needed: layers after the last that mixes positions (M, *) compute only these.
     """
     num_mixing = 1 + max(tower.config.pattern.rfind(kind) for kind in "M*")
     mixed_BSH: Tensor | None = None

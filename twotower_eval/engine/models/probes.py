@@ -1,6 +1,5 @@
-"""What a model is tried on: lengths that its config names, rows of tokens, what whole rows give, half
-precision apart.
-"""
+"""Trial inputs for foreign models: lengths that a config names, rows of tokens, the results of whole rows, and
+limits."""
 
 from __future__ import annotations
 
@@ -21,12 +20,12 @@ from twotower_eval.records import HALF_PRECISION
 from twotower_eval.strict import JsonObject
 
 Widening = Literal["at once", "by layer"]
-SLACK = 1.1  # blocks of memory are larger than what is asked for
+SLACK = 1.1  # memory blocks are larger than requested
 Narrow = list[tuple[Tensor, torch.dtype]]
 
 
 def widening(inner: nn.Module, device: torch.device) -> Widening | None:
-    """How the free memory allows to widen a model; None where it does not."""
+    """How the model can be widened to float32 in the free memory; None if it cannot."""
     outside, layers = _parts(inner)
     free = free_bytes(device)
     everything = [tensor for part in (outside, *layers) for tensor in part]
@@ -52,7 +51,7 @@ def widened(inner: nn.Module, how: Widening | None) -> Iterator[None]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that may be taken: on a GPU with what torch keeps for later, on Linux with what caches files."""
+    """Available memory: on a GPU with torch's cache, on Linux with the file cache."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -62,12 +61,12 @@ def free_bytes(device: torch.device) -> int:
         if told is not None:
             return 1024 * int(told)
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # a system that does not tell
+    except (AttributeError, ValueError, OSError):  # the system does not report it
         return 0
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    """Members of the outermost lists: a layer's own lists, of experts, run inside it."""
+    """Members of the outermost lists of modules; a layer's own lists, such as experts, run inside it."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from child
@@ -76,7 +75,7 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _parts(inner: nn.Module) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Half-precision tensors outside all layers, and those of each layer; some are of several."""
+    """Half-precision tensors outside all layers, and those of each layer; some belong to several."""
     layers = [_half(layer) for layer in _layers(inner)]
     inside = {id(tensor) for layer in layers for tensor in layer}
     return [tensor for tensor in _half(inner) if id(tensor) not in inside], layers
@@ -88,7 +87,7 @@ def _half(module: nn.Module) -> list[Tensor]:
 
 
 def _needed(tensors: Sequence[Tensor]) -> float:
-    """Bytes beyond today's while they are widened one after the other, each beside its old self."""
+    """Extra bytes needed to widen tensors one after the other."""
     sizes = list({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
     return SLACK * (sum(sizes) + max(sizes, default=0))
 
@@ -159,7 +158,7 @@ class Probe:
 
 
 def named_lengths(config: JsonObject) -> tuple[int, ...]:
-    """Every such number of a config, ascending, from whatever depth."""
+    """The lengths that a config names anywhere, ascending."""
     return tuple(sorted({length for length in _lengths_in(config) if length > 1}))
 
 
@@ -186,7 +185,7 @@ def make_probe(model: TransformersModel, at: int, length: int) -> Probe:
 
 
 def whole(model: TransformersModel, row: Tokens, last: int) -> Tensor:
-    """What is right: logits (last, V) behind a row's last positions, by one pass over it alone."""
+    """The reference: logits (last, V) after a row's last positions, by one pass over it alone."""
     return model.context_logits(_ids(row), last=last)[0]
 
 
@@ -257,7 +256,7 @@ def options(model: TransformersModel, probe: Probe) -> Pairs:
 
 
 def apart(pairs: Pairs, dtype: str) -> float:
-    """How far all of a way's logits lie from the right ones: the worst position, or the mean in half precision."""
+    """How far a way's logits are from the reference: the worst position, or the mean in half precision."""
     ours, theirs = zip(*pairs, strict=True)
     return difference(torch.cat(ours), torch.cat(theirs), dtype)
 
@@ -290,7 +289,7 @@ def _behind(probe: Probe, rows: Sequence[tuple[Tokens, int]]) -> Tensor:
 
 
 def drawn_tokens(model: TransformersModel, number: int) -> Tokens:
-    """Drawn ones, none of which the config names: these may be padding, or pictures."""
+    """Random tokens without those that the config names, which may be padding or pictures."""
     named: set[int] = set()
     for name, value in model.inner.config.to_dict().items():
         if "token_id" in name or "token_index" in name:

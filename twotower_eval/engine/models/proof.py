@@ -58,9 +58,9 @@ CHECKS: Mapping[ProofCheck, Callable[[TransformersModel, Probe], Pairs]] = {
 @torch.inference_mode(False)
 @torch.no_grad()
 def prove(model: TransformersModel) -> None:
-    """Choose the model's ways, as far as short rows and the cheap ones of its named lengths tell.
+    """Choose the model's ways by trying short rows and the cheap ones of its named lengths.
 
-    Contexts beyond a length that was not tried are read the plain way. UserError where the model cannot be right.
+    Contexts beyond a length that was not tried are read the plain way. UserError if the model cannot be right.
     """
     model.run_by(replace(model.ways, options_packed=model.may_pack))
     with _refusing(model):
@@ -71,7 +71,7 @@ def prove(model: TransformersModel) -> None:
 
 
 def _prove(model: TransformersModel) -> Tokens:
-    """See :func:`prove`; the row that was read."""
+    """Like :func:`prove`; returns the row that was read."""
     probe = _base_probe(model)
     _check_finite(model, torch.cat([probe.row_NV, probe.fork_NV, probe.other_NV]))
     again = whole(model, probe.row, len(probe.row_NV))
@@ -90,15 +90,15 @@ def _prove(model: TransformersModel) -> Tokens:
 
 
 def _run_unproved(model: TransformersModel, probe: Probe) -> None:
-    """Whole rows alone, without a cache: what is right where no trial can tell faults of other ways from rounding."""
+    """Read whole rows alone, without a cache: the only right way if no trial can tell faults from rounding."""
     _depends_on_length(model, probe)
     _read_plainly(model, 0, _needs_resets(model, probe))
     model.run_by(replace(model.ways, passes_together=False, proved_tokens=len(probe.row)))
 
 
 def _prove_as_run(model: TransformersModel) -> None:
-    """Whatever was right in float32 once more in the model's own dtype: kernels may fail there alone, and numbers run
-    over. Ways that do are given up; what is looked for is coarse."""
+    """Try what was right in float32 again in the model's own dtype, where kernels may fail and numbers may overflow.
+    Ways that fail are dropped; only large differences are looked for."""
     if model.ways.precision != model.precision:
         unproved = model.unproved
         _settle_ways(model, _base_probe(model), most_cached=0)
@@ -108,9 +108,9 @@ def _prove_as_run(model: TransformersModel) -> None:
 @torch.inference_mode(False)
 @torch.no_grad()
 def prove_up_to(model: TransformersModel, longest: int) -> Ways:
-    """Try whatever lengths contexts of up to ``longest`` tokens reach. How the model is run then, as manifests say it.
+    """Try the lengths that contexts of up to ``longest`` tokens reach; how the model is run then, for manifests.
 
-    UserError where the model cannot be right.
+    UserError if the model cannot be right.
     """
     longest_tried = min(longest, MAX_PROVED_TOKENS)
     if _is_open(model, longest_tried):
@@ -125,9 +125,9 @@ def prove_up_to(model: TransformersModel, longest: int) -> Ways:
 
 
 def _check_reach(model: TransformersModel, longest: int) -> None:
-    """One pass over as many tokens as contexts may have, as the model is run: its settings may promise too many.
+    """One pass over as many tokens as contexts may have, as its settings may promise too many.
 
-    UserError where it raises, or gives no numbers. Left out where it would take long, or more memory than there is.
+    UserError if it raises or gives no finite numbers. Skipped if it would take long, or more memory than there is.
     """
     length = min(longest, _room(model))
     parameters = sum(parameter.numel() for parameter in model.inner.parameters())
@@ -143,8 +143,8 @@ def _check_reach(model: TransformersModel, longest: int) -> None:
 
 @contextmanager
 def _in_float32(model: TransformersModel) -> Iterator[None]:
-    """Its weights widened as memory allows; as they are where it does not, or where the model reaches into its layers
-    from outside, so that they cannot be widened one by one."""
+    """The model with weights widened to float32 as memory allows; unchanged if it does not, or if the model accesses
+    its layers from outside."""
     how = widening(model.inner, model.device)
     if how == "by layer":
         try:
@@ -158,7 +158,7 @@ def _in_float32(model: TransformersModel) -> Iterator[None]:
 
 @contextmanager
 def _refusing(model: TransformersModel) -> Iterator[None]:
-    """What plain passes raise is a UserError: there is no slower way than theirs."""
+    """UserError for anything that plain passes raise: there is no slower way."""
     try:
         yield
     except ForwardError as error:
@@ -166,9 +166,9 @@ def _refusing(model: TransformersModel) -> Iterator[None]:
 
 
 def _prove_lengths(model: TransformersModel, longest: int) -> None:
-    """Try the unproved lengths that so many tokens reach, shortest first, until one of them ends all other ways.
+    """Try the untried lengths that this many tokens reach, shortest first, until one of them rules out all other ways.
 
-    None is tried in half precision, where that would tell nothing.
+    None is tried in half precision, where it would show nothing.
     """
     while _is_open(model, longest) and model.precision not in HALF_PRECISION:
         length, *others = unproved = model.unproved
@@ -198,9 +198,9 @@ def _room(model: TransformersModel) -> int:
 
 
 def _settle(model: TransformersModel, probe: Probe, most_cached: int) -> None:
-    """Keep of the model's ways what is right across the probe's length.
+    """Keep the model's ways that are right across the probe's length.
 
-    What no other way mends is read the plain way beyond ``most_cached`` tokens.
+    If nothing else helps, contexts beyond ``most_cached`` tokens are read the plain way.
     """
     tried = max(model.ways.proved_tokens, len(probe.row))
     if _depends_on_length(model, probe):
@@ -211,7 +211,7 @@ def _settle(model: TransformersModel, probe: Probe, most_cached: int) -> None:
 
 
 def _settle_ways(model: TransformersModel, probe: Probe, most_cached: int) -> None:
-    """See :func:`_settle`; where a row is what it is, however long it grows."""
+    """Like :func:`_settle`, for models whose row does not change as it grows."""
     _settle_rows(model, probe, most_cached)
     if model.ways.passes_together and (failure := _failure(model, "whole rows in batches", probe)):
         model.run_by(replace(model.ways, passes_together=False, failed=(*model.ways.failed, failure)))
@@ -220,7 +220,7 @@ def _settle_ways(model: TransformersModel, probe: Probe, most_cached: int) -> No
 
 
 def _depends_on_length(model: TransformersModel, probe: Probe) -> bool:
-    """Whether a row's logits change where it only grows longer. UserError where they are no causal model's."""
+    """Whether a row's logits change when only later tokens are added. UserError if the model is not causal."""
     limit, num_common = LIMITS[model.precision], probe.at - probe.first
     _check_finite(model, torch.cat([probe.row_NV, probe.fork_NV]))
     found = difference(probe.fork_NV[:num_common], probe.row_NV[:num_common], model.precision)
@@ -244,7 +244,7 @@ def _by(found: float) -> str:
 
 
 def _needs_resets(model: TransformersModel, probe: Probe) -> bool:
-    """Whether a row gives something else behind a longer one. UserError where a short row does not undo that."""
+    """Whether a row changes after a longer one. UserError if a short row does not undo that."""
 
     def behind(row: Tokens) -> torch.Tensor:
         whole(model, row, 1)
@@ -259,7 +259,7 @@ def _needs_resets(model: TransformersModel, probe: Probe) -> bool:
 
 
 def _settle_rows(model: TransformersModel, probe: Probe, most_cached: int) -> None:
-    """The fastest right way to go on from a context; none of them is the plain way."""
+    """Find the fastest right way to continue from a context, if any."""
     before = model.ways
     if not before.cached:
         return
@@ -283,7 +283,7 @@ def _settle_rows(model: TransformersModel, probe: Probe, most_cached: int) -> No
 
 
 def _candidates(model: TransformersModel) -> list[Ways]:
-    """The ways as they are, then slower ones."""
+    """The current ways, then slower ones."""
     alone = replace(model.ways, rows_together=False, options_packed=False)
     found = []
     for ways in (model.ways, alone):
@@ -292,7 +292,7 @@ def _candidates(model: TransformersModel) -> list[Ways]:
 
 
 def _read_plainly(model: TransformersModel, most_cached: int, resets: bool = False) -> None:
-    """Contexts beyond so many tokens whole, alone, without a cache."""
+    """Read contexts beyond that many tokens whole, alone, without a cache."""
     ways = replace(model.ways, plain_beyond=most_cached, resets_first=resets)
     if not most_cached:
         ways = replace(ways, cached=False, rows_together=True, options_packed=False, positions_passed=False)
@@ -301,7 +301,7 @@ def _read_plainly(model: TransformersModel, most_cached: int, resets: bool = Fal
 
 
 def _failure(model: TransformersModel, check: ProofCheck, probe: Probe) -> FailedTrial | None:
-    """What is wrong with the model's ways by one check; None where they are right."""
+    """What is wrong with the model's ways by one check; None if nothing."""
     limit, error, found = LIMITS[model.precision], None, float("inf")
     try:
         found = apart(CHECKS[check](model, probe), model.precision)

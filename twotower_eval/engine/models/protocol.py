@@ -1,8 +1,7 @@
-"""What decoders, scorers and the measuring rooms may ask of a model: one protocol, and one more for each power that
-only some families have.
+"""The protocols of models for decoders, scorers and measuring: one for all, and one for each ability of some families.
 
-A family's own classes know what their contexts hold; for everybody else a context is opaque: whoever got it from a
-model gives it back to that model. Shape letters: B batch, S prompt, K block, M wanted positions, V vocabulary.
+Only a family's own classes know the content of its contexts; others only pass them back to the model that made them.
+Shape letters: B batch, S prompt, K block, M wanted positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Context(Protocol):
-    """Committed tokens of B rows, as a model holds them. A value: extending it leaves it usable."""
+    """Committed tokens of B rows, in a model's own form. Extending it leaves it usable."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -37,7 +36,7 @@ ContextT = TypeVar("ContextT", bound=Context)
 
 
 class TextCodec(Protocol):
-    """A tokenizer, or whatever stands in its place."""
+    """A tokenizer, or a replacement of one."""
 
     bos_token_id: int | None
     eos_token_id: int | None
@@ -54,8 +53,7 @@ class TextCodec(Protocol):
 
 
 class Model(Protocol):
-    """A causal language model: what the autoregressive decoder and the causal scorers need. See models.base for the
-    meaning of the fields."""
+    """A causal language model, for the autoregressive decoder and causal scorers. See models.base for the fields."""
 
     checkpoint: Checkpoint
     vocab_size: int
@@ -68,11 +66,11 @@ class Model(Protocol):
 
     @property
     def tokenizer(self) -> TextCodec | None:
-        """None where the checkpoint has no tokenizer files."""
+        """None if the checkpoint has no tokenizer files."""
 
     @property
     def mask_token_id(self) -> int | None:
-        """None where the model knows no masks."""
+        """None if the model has no mask token."""
 
     def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Context:
         """Read prompts, rows padded on the right."""
@@ -86,7 +84,7 @@ class Model(Protocol):
     def context_logits(
         self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None, *, last: int | None = None
     ) -> Tensor:
-        """Logits behind every position of whole rows, (B, S, V), or behind each row's ``last`` ones."""
+        """Logits after every position of whole rows, (B, S, V), or after each row's ``last`` ones."""
 
 
 class Denoising(Model, Protocol):
@@ -94,24 +92,24 @@ class Denoising(Model, Protocol):
 
     @property
     def mask_token_id(self) -> int:
-        """What stands at positions of a block that are still open."""
+        """The token at positions of a block that are not committed yet."""
 
     @property
     def context_tower(self) -> Model:
         """The causal tower alone."""
 
     def extend(self, context: Context, ids_BK: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Context:
-        """As of every model; rows may be extended by unequal numbers of tokens."""
+        """As in every model; rows may be extended by different numbers of tokens."""
 
     def denoise(self, block_BK: Tensor, context: Context, t_B: Tensor | Sequence[float] | float | None) -> Tensor:
-        """Logits (B, K, V) for one noisy block per row, masked to the fraction ``t_B``; None: not told of any."""
+        """Logits (B, K, V) for one noisy block per row, masked to the fraction ``t_B``; None: no time conditioning."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens behind those of ``parent``, an earlier segment of the tree (-1: the context).
+    """Tokens after those of ``parent``, an earlier segment of the tree (-1: the context).
 
-    ``wanted`` are ascending positions within ``tokens`` whose next-token logits are asked for.
+    ``wanted`` are ascending positions in ``tokens`` whose next-token logits are needed.
     """
 
     parent: int
@@ -146,12 +144,12 @@ class PairFamily(Family[ContextT], Protocol[ContextT]):
 
 
 def as_model(family: Family[ContextT]) -> Model:
-    """The model, for whoever need not know of which kind its contexts are."""
+    """The model, its contexts opaque."""
     return cast(Model, family)
 
 
 def as_pair(family: PairFamily[ContextT]) -> Denoising:
-    """The same of a two-tower model."""
+    """The same for a two-tower model."""
     return cast(Denoising, family)
 
 
@@ -161,19 +159,19 @@ def has_denoiser(model: Model) -> TypeGuard[Denoising]:
 
 
 def two_tower(model: Model, needed_by: str) -> Denoising:
-    """The model, for whoever needs its denoiser. UserError where it has none; ``needed_by`` is that line."""
+    """The model as a two-tower model. UserError with the message ``needed_by`` if it has no denoiser."""
     if not has_denoiser(model):
         raise UserError(needed_by)
     return model
 
 
 def branching(model: Model) -> Branching | None:
-    """The model where it reads token trees; None where it has no such method."""
+    """The model if it reads token trees, else None."""
     return cast(Branching, model) if getattr(model, "branch_tokens", 0) else None
 
 
 def text_codec(model: Model) -> TextCodec:
-    """The model's tokenizer. UserError where it has none."""
+    """The model's tokenizer. UserError if it has none."""
     if model.tokenizer is None:
         raise UserError(f"checkpoint {model.checkpoint.name} has no tokenizer files: tasks are text, it needs one")
     return model.tokenizer

@@ -1,6 +1,5 @@
-"""Text to token ids and back, from the ``tokenizer.json`` beside a checkpoint; prompts and stops by the rules of lm-
-eval's ``hf``.
-"""
+"""Text to token ids and back, by the ``tokenizer.json`` beside a checkpoint; prompts and stops as in lm-eval's
+``hf``."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ CLEANED_UP = (
 
 
 def encode_once(tokenizer: TextCodec, text: str, first: int | None) -> list[int]:
-    """Token ids with what the tokenizer adds by itself, unless the text begins with that of ``first`` already."""
+    """Token ids with the special tokens that the tokenizer adds itself, unless the text begins with ``first``."""
     mark = "" if first is None else tokenizer.decode_with_special([first])
     return tokenizer.encode(text, not (mark and text.startswith(mark)))
 
@@ -39,8 +38,8 @@ def encode_once(tokenizer: TextCodec, text: str, first: int | None) -> list[int]
 class Tokenizer:
     """A fast tokenizer with the ids that generation needs.
 
-    Texts are encoded whole, as they are and always alike: truncation, padding and dropout, which tokenizer.json may
-    carry from training, are off. ``vocab_size`` is the model's: ids beyond it have no meaning there.
+    Texts are always encoded whole and alike: truncation, padding and dropout, which tokenizer.json may keep from
+    training, are off. ``vocab_size`` is the model's: ids beyond it have no meaning.
     """
 
     def __init__(
@@ -68,8 +67,8 @@ class Tokenizer:
         self._of_nothing = {special: inner.encode("", add_special_tokens=special).ids for special in (False, True)}
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of ``text``. UserError where it is no proper text, where nothing of it is left, or where the
-        model has no such token."""
+        """Token ids of ``text``. UserError if it is no valid text, gives no token, or needs a token that the model
+        lacks."""
         try:
             ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError as error:  # what the library says of half a surrogate pair
@@ -85,8 +84,8 @@ class Tokenizer:
         return ids
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Token ids of the prompt of a generation, with what the tokenizer adds by itself, unless it begins with BOS.
-        An empty text may have none."""
+        """Token ids of a generation's prompt, with the special tokens that the tokenizer adds itself, unless it begins
+        with BOS."""
         return encode_once(self, text, self.bos_token_id)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -107,10 +106,10 @@ class Tokenizer:
 def load_tokenizer(
     folder: Path, *, vocab_size: int, unnamed: Callable[[Path], Mapping[str, str]] = lambda _: {}
 ) -> Tokenizer | None:
-    """The tokenizer in ``folder``; None where there is none.
+    """The tokenizer in ``folder``; None if there is none.
 
-    Added tokens may lie beyond ``vocab_size``: they are refused when a text holds one. UserError if others do.
-    ``unnamed`` is asked for BOS and EOS where the settings are silent about one of them.
+    Added tokens may lie beyond ``vocab_size``: they are refused when a text uses one. UserError if others do.
+    ``unnamed`` supplies BOS and EOS if the settings lack one of them.
     """
     file = folder / "tokenizer.json"
     if not file.exists():
@@ -122,7 +121,7 @@ def load_tokenizer(
         raise FileError(f"{file}: not a readable tokenizer.json ({error})") from error
     _check_size(file, inner, vocab_size)
     settings = _settings(folder / "tokenizer_config.json")
-    if "added_tokens_decoder" not in settings:  # as transformers: an older file, which the newer one makes void
+    if "added_tokens_decoder" not in settings:  # as in transformers: an older file, ignored if the newer one exists
         settings |= _settings(folder / "special_tokens_map.json")
     if not {"bos_token", "eos_token"} <= settings.keys():
         settings = {**unnamed(folder), **settings}
@@ -183,20 +182,20 @@ def _special_tokens(folder: Path, inner: tokenizers.Tokenizer, settings: JsonObj
 
 
 def _added_token(text: str, value: object) -> tokenizers.AddedToken:
-    """A token, special unless its settings say otherwise."""
+    """An added token, special unless its settings say otherwise."""
     flags = {name: bool(value[name]) for name in FLAGS if name in value} if isinstance(value, dict) else {}
     special = value.get("special", True) is not False if isinstance(value, dict) else True
     return tokenizers.AddedToken(text, special=special, **{"normalized": not special, **flags})
 
 
 def _token_text(token: object) -> str | None:
-    """Special tokens stand in the settings as text, or as an object with ``content``."""
+    """The text of a special token, which settings hold as text or as an object with ``content``."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
 
 def _cleans_up(inner: tokenizers.Tokenizer, settings: JsonObject) -> bool:
-    """Whether texts lose spaces before marks: transformers leaves those of BPE alone, even where it is asked for."""
+    """Whether spaces before punctuation are removed: transformers does not do so for BPE, even if told to."""
     forced = settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
     asked = bool(settings.get("clean_up_tokenization_spaces", False))
     return asked and (bool(forced) or not isinstance(inner.model, tokenizers.models.BPE))
@@ -209,7 +208,7 @@ def _shown(text: str) -> str:
 
 @contextlib.contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Say where a text comes from in whatever is wrong with it."""
+    """Context that puts ``where`` in front of any UserError about a text."""
     try:
         yield
     except UserError as error:
@@ -217,7 +216,7 @@ def naming(where: str) -> Iterator[None]:
 
 
 def end_of_text_id(model: Model) -> int:
-    """The tokenizer's EOS, else the first of the model's. UserError where neither has one."""
+    """The tokenizer's EOS, else the model's first. UserError if neither has one."""
     ids = _end_of_text_ids(model)
     if not ids:
         raise UserError(f"checkpoint {model.checkpoint.name} names no EOS token, which empty contexts need")
@@ -225,7 +224,7 @@ def end_of_text_id(model: Model) -> int:
 
 
 def prefix_id(model: Model) -> int:
-    """What stands before a text without context: the tokenizer's BOS, else the end of a text."""
+    """The token before a text without context: the tokenizer's BOS, else the end of a text."""
     bos = text_codec(model).bos_token_id
     return end_of_text_id(model) if bos is None else int(bos)
 
@@ -236,23 +235,24 @@ def _end_of_text_ids(model: Model) -> list[int]:
 
 
 def prompt_ids(model: Model, text: str) -> list[int]:
-    """Token ids of the prompt of a generation, with what the tokenizer adds by itself, unless it begins with BOS."""
+    """Token ids of a generation's prompt, with the special tokens that the tokenizer adds itself, unless it begins with
+    BOS."""
     bos = text_codec(model).bos_token_id
     return encode_once(text_codec(model), text, None if bos is None else int(bos)) or [prefix_id(model)]
 
 
 def text_ids(model: Model, text: str) -> list[int]:
-    """Token ids of a text to be scored, with what the tokenizer adds by itself, unless it begins with the prefix.
+    """Token ids of a text to score, with the special tokens that the tokenizer adds itself, unless it begins with the
+    prefix.
 
-    A model without a prefix reads it too: only texts without context need one.
+    A model without a prefix can read it too: only texts without context need one.
     """
     knows_one = text_codec(model).bos_token_id is not None or _end_of_text_ids(model)
     return encode_once(text_codec(model), text, prefix_id(model) if knows_one else None)
 
 
 def fitted_prompt_ids(model: Model, text: str, budget: int) -> tuple[list[int], bool]:
-    """Token ids of a prompt, its beginning cut off where the model has no room for all and ``budget`` new tokens; and
-    whether it was."""
+    """Token ids of a prompt, and whether its beginning was cut off to leave room for ``budget`` new tokens."""
     ids = prompt_ids(model, text)
     if model.max_length is None:
         return ids, False
@@ -266,7 +266,7 @@ def fitted_prompt_ids(model: Model, text: str, budget: int) -> tuple[list[int], 
 
 
 def stops_of(model: Model, stop: Sequence[str]) -> tuple[str, ...]:
-    """Stop strings with the text of the tokenizer's EOS, which a model may also spell out."""
+    """Stop strings plus the text of the tokenizer's EOS, which a model may also spell out."""
     eos = text_codec(model).eos_token_id
     text = "" if eos is None else text_codec(model).decode_with_special([eos])
     return tuple(dict.fromkeys([*stop, *([text] if text else [])]))
