@@ -18,7 +18,8 @@ from twotower_eval.analyse.compare.gate_facts import Null, QualityFloor
 from twotower_eval.analyse.compare.points import TaskQuality
 from twotower_eval.analyse.compare.warned import LengthsDiffer, VoidCalls
 from twotower_eval.analyse.report.page import page
-from twotower_eval.analyse.report.text import ratio, table, times
+from twotower_eval.analyse.report.rendering import table
+from twotower_eval.analyse.report.text import ratio, times
 from twotower_eval.analyse.words import fact_text, finding_text
 from twotower_eval.analyse.words.facts import method_text
 from twotower_eval.records import Estimate, Fact, Finding, Method, MethodKind, WarningKind

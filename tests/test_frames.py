@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import io
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from report_fixture import quality_run, speed_run
+from report_fixture import block_diffusion, quality_run, speed_run
 
 from twotower_eval.analyse import report
 from twotower_eval.analyse.compare.figures import Measured
@@ -121,3 +122,108 @@ def test_the_shown_tables_are_the_frames(tmp_path: Path) -> None:
     point = tables["tradeoff"].iloc[0]
     assert point["time_speedup"] == tables["speed"]["time_speedup"][0]
     assert point["number"] == 1
+
+
+REPORT = Path(report.__file__).parent
+CONCERNING_BOTH = {
+    "aup",
+    "answers",
+    "checkpoints",
+    "documents",
+    "flips",
+    "forwards",
+    "latency",
+    "other_scores",
+    "retention",
+    "retention_members",
+    "scoring",
+    "speed",
+    "token_counts",
+    "verdicts",
+}
+
+
+@pytest.mark.parametrize("file", sorted(file.name for file in REPORT.glob("*.py") if file.name != "rendering.py"))
+def test_no_section_builds_a_table_by_hand(file: str) -> None:
+    """Tables were lists of texts, made apart from the CSV files of the same numbers."""
+    tree = ast.parse((REPORT / file).read_text(encoding="utf-8"))
+    texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    assert not [node.lineno for node in texts if "| " in node.value or " |" in node.value]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    assert not [node.lineno for node in calls if node.func.id == "table"], "a section gives a frame to markdown()"
+
+
+def rows_below(shown: str, header: str) -> list[list[str]]:
+    """The cells of the first table whose header line begins so."""
+    below = shown.partition(f"\n| {header}")[2].split("\n\n")[0].splitlines()[2:]
+    return [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in below]
+
+
+@pytest.fixture(scope="module")
+def shown_and_tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, pd.DataFrame]]:
+    """A report of scored and timed runs, a group among the tasks and some prompts cut; and its CSV files."""
+    root = tmp_path_factory.mktemp("tables")
+    decoders = [block_diffusion(threshold=0.8), block_diffusion(threshold=0.9)]
+    runs = [
+        quality_run(root, decoders=decoders, cut={("language_en", "candidate"): 3}),
+        speed_run(root, decoders=decoders, scored=True, num_rounds=4, num_calls=3),
+    ]
+    folder = report.write(runs, root / "reports", csv=True)
+    tables = {file.stem: pd.read_csv(file) for file in (folder / "tables").iterdir()}
+    return (folder / "report.md").read_text(encoding="utf-8"), tables
+
+
+def test_the_task_table_shows_the_rows_of_its_csv_files(shown_and_tables) -> None:
+    """Tasks and averages are those of retention.csv, members of groups those of retention_members.csv."""
+    shown, tables = shown_and_tables
+    below = rows_below(shown, "task | retention")
+    frame, members = tables["retention"], tables["retention_members"]
+    of_first = frame[frame["measurement"] == frame["measurement"].iloc[0]]
+    tasks = of_first[of_first["level"] == "task"]
+    assert len(below) == len(tasks) + len(members[members["measurement"] == of_first["measurement"].iloc[0]]) + 2
+    named = {cells[0].partition(" (")[0].removeprefix(f"{NONE} "): cells for cells in below}
+    for row in tasks.to_dict("records"):
+        cells = " ".join(named[row["task"]])
+        assert f"{100 * row['baseline_mean']:.1f} %" in cells
+        assert f"{100 * row['candidate_mean']:.1f} %" in cells
+        assert f"{row['num_lost']:.0f} / {row['num_gained']:.0f} (" in cells
+    for row in members[members["measurement"] == of_first["measurement"].iloc[0]].to_dict("records"):
+        assert f"{100 * row['candidate_mean']:.1f} %" in " ".join(named[row["task"]])
+        assert row["group"] in set(tasks["task"])
+    [headline] = of_first[of_first["task"] == "(headline)"].to_dict("records")
+    assert f"**{100 * headline['baseline_mean']:.1f} %**" in named["**headline**"]
+    assert headline["baseline_mean"] == pytest.approx(tasks["baseline_mean"].mean())
+    assert headline["num_tasks"] == len(tasks)
+
+
+@pytest.mark.parametrize(
+    ("header", "table", "column", "at", "form"),
+    [
+        ("operating point | workload | batch | n ", "latency", "num_prompts", 3, "{:,.0f}"),
+        ("operating point | workload | batch | prompts timed", "token_counts", "num_tokens", 10, "{:,.0f}"),
+        ("operating point | workload | batch | prompts timed", "token_counts", "tokens_per_forward", 7, "{:.2f}"),
+        ("checkpoint", "checkpoints", "sha256", 5, "`{}`"),
+        ("claim", "verdicts", "verdict", 1, "**{}**"),
+        ("task | scored by | metric (filter) | candidate's", "scoring", "task", 0, "{}"),
+    ],
+)
+def test_a_shown_column_is_that_of_the_csv_file(shown_and_tables, header, table, column, at, form) -> None:
+    shown, tables = shown_and_tables
+    below = rows_below(shown, header)
+    assert below, header
+    wanted = [form.format(value) for value in tables[table][column]][: len(below)]
+    found = [cells[at] for cells in below]
+    assert (sorted(found) if table == "scoring" else found) == (sorted(wanted) if table == "scoring" else wanted)
+
+
+def test_tables_are_given_for_sections_that_are_not_shown(tmp_path: Path, shown_and_tables) -> None:
+    """CSV files do not depend on what is shown of the runs."""
+    _, tables = shown_and_tables
+    assert tables.keys() >= CONCERNING_BOTH - {"aup"}
+    run = quality_run(tmp_path)
+    every, one = (
+        report.write([run], tmp_path / name, sections=sections, csv=True)
+        for name, sections in (("every", None), ("one", ["scoring"]))
+    )
+    of_all, of_one = ({f.name: f.read_bytes() for f in (folder / "tables").iterdir()} for folder in (every, one))
+    assert of_all == of_one

@@ -19,7 +19,8 @@ from twotower_eval.analyse import report
 from twotower_eval.analyse.report.answers import Committed, committed
 from twotower_eval.analyse.report.page import page
 from twotower_eval.analyse.report.provenance import plain_argv
-from twotower_eval.analyse.report.text import details, escape, lines_of, table, with_commands
+from twotower_eval.analyse.report.rendering import table
+from twotower_eval.analyse.report.text import details, escape, lines_of, with_commands
 from twotower_eval.cli import main
 from twotower_eval.records import Check, CommitStep, GenerationRow, Score, SpeedSample, to_json
 

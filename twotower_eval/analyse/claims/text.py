@@ -15,7 +15,7 @@ from twotower_eval.analyse.compare.figures import high_retention_text, interval
 from twotower_eval.analyse.compare.gates import SAID_WITH_SPEED
 from twotower_eval.analyse.words import found_text, kind_text
 from twotower_eval.names import plural
-from twotower_eval.records import MIN_LAUNCH_ROUNDS, Claim, Estimate, Verdict
+from twotower_eval.records import MIN_LAUNCH_ROUNDS, Claim, Estimate, Quantity, Verdict
 
 
 def verdict_lines(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> list[str]:
@@ -44,9 +44,13 @@ def estimate_text(claim: Claim, estimate: Estimate | None, metric: str | None = 
     """
     if estimate is None:
         return ""
-    unit, named = unit_of(claim.quantity, metric), "" if metric is None else f"{metric} "
-    known = estimate.method_kind == "equal_by_construction"
-    return f"{named}{unit.text(estimate.value) if known else interval(unit, estimate)}:"
+    return f"{figure_text(claim.quantity, estimate, metric, estimate.method_kind == 'equal_by_construction')}:"
+
+
+def figure_text(quantity: Quantity, estimate: Estimate, metric: str | None, is_known: bool) -> str:
+    """A claimed quantity's estimate with its bounds, or without them where it ``is_known`` by construction."""
+    unit, named = unit_of(quantity, metric), "" if metric is None else f"{metric} "
+    return f"{named}{unit.text(estimate.value) if is_known else interval(unit, estimate)}"
 
 
 def scope_text(verdict: Verdict) -> str:

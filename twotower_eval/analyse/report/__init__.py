@@ -18,7 +18,9 @@ from twotower_eval.analyse.compare.runs import Runs, is_alone
 from twotower_eval.analyse.compare.sizing import is_sizing_run
 from twotower_eval.analyse.report.alone import names_alone
 from twotower_eval.analyse.report.page import publish
-from twotower_eval.analyse.report.text import Section, escape, table
+from twotower_eval.analyse.report.rendering import csv as csv_of
+from twotower_eval.analyse.report.rendering import table
+from twotower_eval.analyse.report.text import Section, escape
 from twotower_eval.analyse.report.verdicts import JudgedRuns, shipped_claims
 from twotower_eval.errors import UserError
 from twotower_eval.names import Seam, resolve
@@ -41,7 +43,7 @@ SECTIONS = {
     "flips": "twotower_eval.analyse.report.answers:flips",
     "scoring": "twotower_eval.analyse.report.gates:scoring",
     "gates": "twotower_eval.analyse.report.gates:gates",
-    "latency": "twotower_eval.analyse.report.speed_tables:latency",
+    "latency": "twotower_eval.analyse.report.call_tables:latency",
     "sizing": "twotower_eval.analyse.report.sizing:sizing",
     "training": "twotower_eval.analyse.report.provenance:training",
     "setup": "twotower_eval.analyse.report.provenance:setup",
@@ -85,14 +87,14 @@ def _made(
     """The report's folder, and its files by name."""
     loaded = [store.load(Path(path)) for path in run_paths]
     runs = JudgedRuns(loaded, shipped_claims(loaded) if claims is None else load_claims(claims))
-    rendered = [_rendered(name, runs) for name in _chosen(sections, runs)]
+    rendered = [(name, _rendered(name, runs)) for name in _chosen(sections, runs)]
     files: dict[str, bytes] = {}
-    for section in rendered:
+    for _, section in rendered:
         clash = sorted(files.keys() & section.files.keys())
         if clash:
             raise UserError(f"two sections of the report write {clash[0]}")
         files.update(section.files)
-    body = "\n".join(f"## {section.title}\n\n{section.markdown.strip()}\n" for section in rendered)
+    body = "\n".join(f"## {section.title}\n\n{section.markdown.strip()}\n" for _, section in rendered)
     markdown = f"# {_title(runs)}\n\n{body}"
     pictures = dict(files)
     files[MARKDOWN] = markdown.encode()
@@ -101,24 +103,31 @@ def _made(
 
         files[PAGE] = page(markdown, pictures).encode()
     if csv:
-        from twotower_eval.analyse.report.frames import tables
-
-        files |= _tables(tables(runs), rendered)
+        files |= _csv_files(runs, rendered)
     return Path(out_root) / report_id([run.manifest.run_id for run in runs]), files
 
 
-def _tables(of_runs: Mapping[str, bytes], rendered: Sequence[Section]) -> dict[str, bytes]:
-    """CSV files by their names in the report's folder: those of the runs, and of each section's own frames."""
-    from twotower_eval.analyse.report.rendering import csv
+def _csv_files(runs: JudgedRuns, rendered: Sequence[tuple[str, Section]]) -> dict[str, bytes]:
+    """CSV files by their names in the report's folder: what was measured row by row, then each section's tables.
 
-    found = {f"{TABLES}/{name}": content for name, content in of_runs.items()}
-    for section in rendered:
-        for name, frame in section.tables.items():
+    Shipped sections that concern the runs give their tables whether they are shown or not, and so does the one on
+    claims. Users' own come last, so that an error about a name that is taken is about theirs.
+    """
+    from twotower_eval.analyse.report.frames import tables
+
+    with_tables = dict.fromkeys([*_concerning(runs), *(["claims"] if runs.claims is not None else [])])
+    shown = {name for name, _ in rendered}
+    hidden = [_rendered(name, runs) for name in with_tables if name not in shown]
+    own = [section for name, section in rendered if name not in SECTIONS]
+    shipped = [section for name, section in rendered if name in SECTIONS]
+    found: dict[str, bytes] = {}
+    for title, frames in [("", tables(runs)), *((one.title, one.tables) for one in (*hidden, *shipped, *own))]:
+        for name, frame in frames.items():
             file = f"{TABLES}/{name}.csv"
             if file in found:
-                raise UserError(f"two tables of the report are {file}: section {section.title!r} needs another name")
+                raise UserError(f"two tables of the report are {file}: section {title!r} needs another name")
             if not frame.empty:
-                found[file] = csv(frame)
+                found[file] = csv_of(frame)
     return found
 
 

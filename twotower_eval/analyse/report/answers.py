@@ -7,12 +7,26 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from twotower_eval.analyse.compare.clean import flags
 from twotower_eval.analyse.compare.documents import DocumentPair, document_pairs
 from twotower_eval.analyse.compare.points import PointKey, QualityPoint, point_key, setting
 from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.report.plots import GREY, png
-from twotower_eval.analyse.report.text import NONE, Section, code, count, details, escape, lines_of, table
+from twotower_eval.analyse.report.rendering import Column, Raw, Show, frame_of, markdown
+from twotower_eval.analyse.report.text import (
+    NONE,
+    Row,
+    Section,
+    code,
+    count,
+    details,
+    escape,
+    lines_of,
+    operating_point,
+    outputs_columns,
+)
 from twotower_eval.records import Cell, CommitStep, Generation, GenerationRow
 
 if TYPE_CHECKING:
@@ -30,16 +44,16 @@ def flips(runs: Runs) -> Section:
     point = runs.shown.quality or next(iter(runs.quality), None)
     if point is None:
         return Section(title=title, markdown="Nothing has been scored in both arms, so nothing can have flipped.\n")
-    flipped = [sample for sample in document_pairs(runs, point) if sample.change]
-    shown = [sample for sample in flipped if sample.baseline and sample.candidate]
+    flipped = [pair for pair in document_pairs(runs, point) if pair.change]
+    shown = [pair for pair in flipped if pair.baseline and pair.candidate]
     lead = _lead(runs, point, flipped, shown)
-    tasks = list(dict.fromkeys(sample.task for sample in shown))
-    parts = [_of_task(task, [sample for sample in shown if sample.task == task]) for task in tasks]
+    frame = flips_frame(runs, [point])
+    parts = [_of_task(task, frame[frame["task"] == task]) for task in dict.fromkeys(pair.task for pair in shown)]
     return Section(title=title, markdown="\n".join([lead, *parts]))
 
 
 def _lead(runs: Runs, point: QualityPoint, flipped: Sequence[DocumentPair], shown: Sequence[DocumentPair]) -> str:
-    lost = sum(sample.change == "lost" for sample in flipped)
+    lost = sum(pair.change == "lost" for pair in flipped)
     where = f"{escape(runs.name(point.candidate))}, run {code(point.run_id)}"
     text = f"At {where}: {count(lost)} documents lost, {count(len(flipped) - lost)} gained by the candidate. "
     if not flipped:
@@ -52,31 +66,67 @@ def _lead(runs: Runs, point: QualityPoint, flipped: Sequence[DocumentPair], show
     )
 
 
-def _of_task(task: str, flipped: Sequence[DocumentPair]) -> str:
-    by_change = {change: [sample for sample in flipped if sample.change == change] for change in ("lost", "gained")}
-    chosen = [*by_change["lost"][:MAX_LOST], *by_change["gained"][:MAX_GAINED]]
-    rows = [row for sample in chosen for row in _row(sample)]
-    summary = f"{task}: {count(len(by_change['lost']))} lost, {count(len(by_change['gained']))} gained"
-    return details(summary, table(["document", "baseline says", "candidate says"], rows, left=3, verbatim=True))
+def flips_frame(runs: Runs, points: Sequence[QualityPoint]) -> pd.DataFrame:
+    """One row for each document that only one of the models got right, with what both wrote."""
+    return frame_of(
+        {
+            "run": pair.run_id,
+            **operating_point(point.candidate),
+            **outputs_columns(point.candidate),
+            "task": pair.task,
+            "doc_id": pair.doc_id,
+            "change": pair.change,
+            "baseline_score": pair.baseline_score,
+            "candidate_score": pair.candidate_score,
+            **_answer("baseline", pair.baseline),
+            **_answer("candidate", pair.candidate),
+        }
+        for point in points
+        for pair in document_pairs(runs, point)
+        if pair.change
+    )
 
 
-def _row(sample: DocumentPair) -> Iterator[list[str]]:
-    assert sample.baseline is not None
-    assert sample.candidate is not None
-    scores = f"{sample.baseline_score:g} to {sample.candidate_score:g}"
-    yield [f"{sample.doc_id}: **{sample.change}**, {scores}", _text(sample.baseline), _text(sample.candidate)]
+def _answer(arm: str, made: Generation | None) -> Row:
+    return {
+        f"{arm}_text": None if made is None else made.text,
+        f"{arm}_num_tokens": None if made is None else made.num_tokens,
+        f"{arm}_flags": None if made is None else " ".join(flags(made).names),
+    }
 
 
-def _text(generation: Generation) -> str:
+def _of_task(task: str, frame: pd.DataFrame) -> str:
+    """Some of a task's flips, lost ones first."""
+    answered = frame[frame["baseline_num_tokens"].notna() & frame["candidate_num_tokens"].notna()]
+    lost, gained = (answered[answered["change"] == change] for change in ("lost", "gained"))
+    columns = [
+        Column(header="document", show=_document),
+        Column(header="baseline says", show=_text("baseline")),
+        Column(header="candidate says", show=_text("candidate")),
+    ]
+    chosen = pd.concat([lost.head(MAX_LOST), gained.head(MAX_GAINED)])
+    summary = f"{task}: {count(len(lost))} lost, {count(len(gained))} gained"
+    return details(summary, markdown(chosen, columns, left=3, verbatim=True))
+
+
+def _document(row: Raw) -> str:
+    return f"{row['doc_id']}: **{row['change']}**, {row['baseline_score']:g} to {row['candidate_score']:g}"
+
+
+def _text(arm: str) -> Show:
     """A text as it is, marked where it is cut, empty or degenerate."""
-    text = generation.text
-    if text is None:
-        return f"{count(generation.num_tokens)} tokens without a text"
-    more = len(text) - MAX_CHARACTERS
-    shown = lines_of(text[:MAX_CHARACTERS]) or NONE
-    notes = [f"{count(more)} more characters"] if more > 0 else []
-    notes += [name.replace("_", " ") for name in flags(generation).names]
-    return f"{shown} *({', '.join(notes)})*" if notes else shown
+
+    def show(row: Raw) -> str:
+        text = row[f"{arm}_text"]
+        if text is None:
+            return f"{count(int(row[f'{arm}_num_tokens']))} tokens without a text"
+        more = len(text) - MAX_CHARACTERS
+        shown = lines_of(text[:MAX_CHARACTERS]) or NONE
+        notes = [f"{count(more)} more characters"] if more > 0 else []
+        notes += [name.replace("_", " ") for name in row[f"{arm}_flags"].split()]
+        return f"{shown} *({', '.join(notes)})*" if notes else shown
+
+    return show
 
 
 MAX_SHOWN = 6

@@ -23,6 +23,9 @@ from twotower_eval.analyse.report.rendering import (
     ids,
     interval,
     markdown,
+    metric,
+    raw_rows,
+    scored_by,
     share,
     speedup_or_invalid,
     whole,
@@ -38,9 +41,7 @@ from twotower_eval.analyse.report.text import (
     escape,
     measured_columns,
     retention,
-    scored_by_words,
     significant,
-    table,
     times,
 )
 from twotower_eval.analyse.words import fact_text, found_text, kind_text
@@ -61,8 +62,9 @@ def gates(runs: Runs) -> Section:
     verified = any(run.manifest.verb == "verify" for run in runs)
     missing = "" if verified else "Parity and batch logic were not checked: `twotower-eval verify` does it.\n"
     flagged = _flagged_frame(runs)
-    parts = [_gate_table(frame), missing, _degenerate(runs, flagged)]
-    tables = {"gates": frame, "degenerate_outputs": flagged}
+    of_one, flagged_alone = degenerate_alone(runs)
+    parts = [_gate_table(frame), missing, _degenerate(runs, flagged, of_one)]
+    tables = {"gates": frame, "degenerate_outputs": flagged, "degenerate_outputs_alone": flagged_alone}
     return Section(title="Gates", markdown="\n".join(part for part in parts if part), tables=tables)
 
 
@@ -202,8 +204,8 @@ def _flagged_frame(runs: Runs) -> pd.DataFrame:
     return frame_of(_flag_row(runs, point) for point in points if point.flagged.num_outputs)
 
 
-def _degenerate(runs: Runs, frame: pd.DataFrame) -> str:
-    alone = degenerate_alone(runs)
+def _degenerate(runs: Runs, frame: pd.DataFrame, alone: str) -> str:
+    """The table of degenerate outputs; ``alone`` is that of models measured alone."""
     if frame.empty and not alone:
         return "No outputs were kept, so none was looked at for degeneration.\n"
     lead = (
@@ -276,22 +278,43 @@ def _points(difference: Measured) -> str:
 def scoring(runs: Runs) -> Section:
     """How each task was scored, once per task."""
     title = "How each task was scored"
-    rows: list[list[str]] = []
-    for point in runs.quality:
-        for task in point.tasks:
-            filtered = f" ({escape(task.filter)})" if task.filter != "none" else ""
-            part = "yes" if task.exercises_decoder else "no"
-            if task.equal_by_construction:
-                part += ": equal by construction"
-            row = [escape(task.name), scored_by_words(task.scored_by), escape(task.metric) + filtered, part]
-            if row not in rows:
-                rows.append(row)
-    if not rows:
+    frame = scoring_frame(runs)
+    if frame.empty:
         return Section(title=title, markdown="Nothing has been scored in both arms.\n")
-    header = ["task", "scored by", "metric (filter)", "candidate's decoder has a part in it"]
+    columns = [
+        Column(header="task", show=words("task")),
+        Column(header="scored by", show=scored_by),
+        Column(header="metric (filter)", show=metric),
+        Column(header="candidate's decoder has a part in it", show=_part_of_decoder),
+    ]
     remarks = [
         "Scored by generation: the candidate's decoder wrote the text that is scored.",
         "Scored by the context tower's likelihood: the decoder has no part in it; where the tower's tensors are the "
         "baseline's own, one computation serves both arms and retention is 100 % by construction.",
     ]
-    return Section(title=title, markdown=f"{table(header, sorted(rows), left=len(header))}\n{bullets(remarks)}")
+    rows = raw_rows(frame)
+    order = sorted(range(len(rows)), key=lambda i: [column.show(rows[i]) for column in columns])
+    body = markdown(frame.iloc[order], columns, left=len(columns))
+    return Section(title=title, markdown=f"{body}\n{bullets(remarks)}", tables={"scoring": frame})
+
+
+def scoring_frame(runs: Runs) -> pd.DataFrame:
+    """One row for each way in which a task was scored."""
+    rows = [
+        {
+            "task": task.name,
+            "scored_by": " + ".join(task.scored_by),
+            "metric": task.metric,
+            "filter": task.filter,
+            "exercises_decoder": task.exercises_decoder,
+            "equal_by_construction": task.equal_by_construction,
+        }
+        for point in runs.quality
+        for task in point.tasks
+    ]
+    return frame_of(rows).drop_duplicates(ignore_index=True)
+
+
+def _part_of_decoder(row: Raw) -> str:
+    equal = ": equal by construction" if row["equal_by_construction"] else ""
+    return ("yes" if row["exercises_decoder"] else "no") + equal

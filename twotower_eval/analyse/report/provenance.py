@@ -11,11 +11,14 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypedDict, cast
 
+import pandas as pd
+
 from twotower_eval.analyse.compare.points import checkpoint_name
 from twotower_eval.analyse.compare.runs import Runs, is_alone
 from twotower_eval.analyse.compare.sizing import is_sizing_run
 from twotower_eval.analyse.report.plots import COLOURS, GREY, png
-from twotower_eval.analyse.report.text import NONE, Section, bullets, code, count, details, escape, run_list, table
+from twotower_eval.analyse.report.rendering import Column, frame_of, ids, markdown, optional, words
+from twotower_eval.analyse.report.text import Section, bullets, code, count, details, escape, run_list
 from twotower_eval.decoder_settings import set_text
 from twotower_eval.errors import UserError
 from twotower_eval.plan import AnyPlan, RunPlan, SizingPlan, SpeedPlan, VerifyPlan, plan_from_json
@@ -57,7 +60,8 @@ def training(runs: Runs) -> Section:
             f"{last['retention']:.1%}, {last['tokens_per_nfe']:.2f} tokens per denoiser forward. These points have no "
             "intervals and are no part of any verdict.\n"
         )
-    return Section(title=title, markdown=text, files={"training.png": png(partial(_draw, rows=rows), columns=2)})
+    picture = png(partial(_draw, rows=rows), columns=2)
+    return Section(title=title, markdown=text, files={"training.png": picture}, tables={"training": frame_of(rows)})
 
 
 def _draw(figure: Figure, rows: Sequence[Row]) -> None:
@@ -83,34 +87,53 @@ QUIET_EVENTS = {"started", "cell_done", "done", "truncated"}
 
 def setup(runs: Runs) -> Section:
     """Checkpoints with their digests, documents, machine, packages, commit and seeds of every run."""
-    parts = ["Checkpoints, each with the sha256 of its tensors:\n", _checkpoints(runs)]
+    frame = checkpoints_frame(runs)
+    parts = ["Checkpoints, each with the sha256 of its tensors:\n", _checkpoints(runs, frame)]
     parts += [_run(run) for run in runs]
-    return Section(title="Environment: what was run on what", markdown="\n".join(parts))
+    title = "Environment: what was run on what"
+    return Section(title=title, markdown="\n".join(parts), tables={"checkpoints": frame})
 
 
-def _checkpoints(runs: Runs) -> str:
+def _arms(runs: Runs) -> dict[Checkpoint, set[str]]:
+    """Every checkpoint with what it was in the runs."""
     used: dict[Checkpoint, set[str]] = {}
     for run in runs:
         for cell in run.manifest.cells:
             used.setdefault(cell.checkpoint, set()).add(_arm(run, cell))
-    rows = []
-    for checkpoint, arms in used.items():
-        rows.append(
-            [
-                escape(checkpoint_name(checkpoint)),
-                " and ".join(sorted(arms)),
-                escape(checkpoint.family),
-                escape(without_home(checkpoint.source)),
-                code(checkpoint.revision) if checkpoint.revision else NONE,
-                code(checkpoint.digest),
-                escape(checkpoint.dtype),
-                escape(", ".join(checkpoint.devices)),
-            ]
-        )
-    header = ["checkpoint", "arm", "family", "source", "revision", "sha256", "dtype", "devices"]
-    beside = list(dict.fromkeys(_files(checkpoint) for checkpoint in used if checkpoint.files))
+    return used
+
+
+def checkpoints_frame(runs: Runs) -> pd.DataFrame:
+    """One row for each checkpoint."""
+    return frame_of(
+        {
+            "checkpoint": checkpoint_name(checkpoint),
+            "arm": " and ".join(sorted(arms)),
+            "family": checkpoint.family,
+            "source": without_home(checkpoint.source),
+            "revision": checkpoint.revision or None,
+            "sha256": checkpoint.digest,
+            "dtype": checkpoint.dtype,
+            "devices": ", ".join(checkpoint.devices),
+        }
+        for checkpoint, arms in _arms(runs).items()
+    )
+
+
+def _checkpoints(runs: Runs, frame: pd.DataFrame) -> str:
+    columns = [
+        Column(header="checkpoint", show=words("checkpoint")),
+        Column(header="arm", show=words("arm")),
+        Column(header="family", show=words("family")),
+        Column(header="source", show=words("source")),
+        Column(header="revision", show=optional("revision", code)),
+        Column(header="sha256", show=ids("sha256")),
+        Column(header="dtype", show=words("dtype")),
+        Column(header="devices", show=words("devices")),
+    ]
+    beside = list(dict.fromkeys(_files(checkpoint) for checkpoint in _arms(runs) if checkpoint.files))
     beside += dict.fromkeys(_code(cell.decoder) for run in runs for cell in run.manifest.cells if cell.decoder.code)
-    return table(header, rows, left=len(header)) + (f"\n{bullets(beside)}" if beside else "")
+    return markdown(frame, columns, left=len(columns)) + (f"\n{bullets(beside)}" if beside else "")
 
 
 def _files(checkpoint: Checkpoint) -> str:
@@ -255,7 +278,7 @@ def _out(manifest: RunManifest) -> str | None:
 
 
 def plain_argv(argv: Sequence[str]) -> list[str]:
-    """The command as one types it: where the script was installed, and whose home it was, is nobody's business."""
+    """The command as one types it: without the folder of the script and anyone's home folder."""
     return [argv[0].rsplit("/", 1)[-1], *map(without_home, argv[1:])] if argv else []
 
 

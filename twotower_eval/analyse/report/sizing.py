@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.figures import Measured
 from twotower_eval.analyse.compare.runs import Runs
-from twotower_eval.analyse.compare.sizing import SizingPoint, SizingRun, StepCost, is_sizing_run
+from twotower_eval.analyse.compare.sizing import SizingPoint, SizingRun, is_sizing_run
 from twotower_eval.analyse.report.plots import COLOURS, GREY, MARKERS, png
+from twotower_eval.analyse.report.rendering import (
+    Column,
+    fixed,
+    frame_of,
+    interval,
+    markdown,
+    optional,
+    raw_rows,
+    whole,
+    words,
+)
 from twotower_eval.analyse.report.text import (
     NONE,
     Section,
@@ -20,10 +32,10 @@ from twotower_eval.analyse.report.text import (
     code,
     count,
     escape,
+    measured_columns,
     percent,
     ratio,
     seconds,
-    table,
     times,
 )
 from twotower_eval.analyse.report.verdicts import claimed_speedup
@@ -52,7 +64,7 @@ def sizing(runs: Runs) -> Section:
     if not concerned:
         text = "No run on random weights. `twotower-eval size CONFIG` measures a model's size.\n"
         return Section(title=TITLE, markdown=text)
-    parts, files = [WARNING], {}
+    parts, files, frames = [WARNING], {}, []
     claim = claimed_speedup(runs)
     for number, run in enumerate(concerned, start=1):
         try:
@@ -66,13 +78,34 @@ def sizing(runs: Runs) -> Section:
             _draw, points=found.points, columns=columns, dots=not found.extrapolated, claimed=found.claimed
         )
         files[name] = png(picture, columns=columns, rows=-(-len(found.points) // columns))
-        parts += _of_run(found, name)
+        frames.append(SizingFrames(found))
+        parts += _of_run(found, frames[-1], name)
     if claim is not None:
         parts.append(f"{claim.expected:g}x on these random weights: what claim {escape(claim.name)} says of its model.")
-    return Section(title=TITLE, markdown="\n\n".join(part.strip() for part in parts) + "\n", files=files)
+    text = "\n\n".join(part.strip() for part in parts) + "\n"
+    tables = {
+        "sizing_steps": _joined(one.steps for one in frames),
+        "sizing_needs": _joined(one.needs for one in frames),
+        "sizing_blocks": _joined(one.blocks for one in frames),
+    }
+    return Section(title=TITLE, markdown=text, files=files, tables=tables)
 
 
-def _of_run(found: SizingRun, picture: str) -> list[str]:
+def _joined(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Rows of all runs in one frame."""
+    return frame_of(row for frame in frames for row in raw_rows(frame))
+
+
+class SizingFrames:
+    """The frames of one sizing run."""
+
+    def __init__(self, found: SizingRun) -> None:
+        self.steps = steps_frame(found)
+        self.needs = needs_frame(found)
+        self.blocks = blocks_frame(found)
+
+
+def _of_run(found: SizingRun, frames: SizingFrames, picture: str) -> list[str]:
     run = found.run
     towers = "one set of weights for both towers" if found.card["shared_towers"] else "two towers"
     layers = f"{len(found.pattern)} of {len(found.full_pattern)} layers a tower"
@@ -87,15 +120,15 @@ def _of_run(found: SizingRun, picture: str) -> list[str]:
         bullets(_in_short(found)),
         head,
         f"What each step costs (random weights; {whole}), beside the floor that probed bandwidth and arithmetic set.",
-        _steps(found.steps),
+        _steps(frames.steps),
         f"What a speedup needs (random weights; {whole}). At x tokens per NFE a block of K takes K / x denoise steps "
         f"and one context pass against K AR steps; a rate above K cannot be had.",
-        _needs(found),
+        _needs(frames.needs, found.claimed),
         f"![Speedup over tokens per NFE, random weights]({picture})",
         f"Whole blocks with forced commits, on the {len(found.pattern)} layers that were built (random weights): "
         f"{'not in the picture, which is about all layers' if found.extrapolated else 'the dots in the picture'}. "
         "Residual: what the single steps, timed apart, predict over what was measured.",
-        _blocks(found),
+        _blocks(frames.blocks),
         bullets(_remarks(found)),
     ]
 
@@ -117,34 +150,37 @@ def _rounded(rate: Measured) -> str:
     return "no rate" if rate.estimate is None else f"{rate.estimate.value:.1f}"
 
 
-def _steps(steps: Sequence[StepCost]) -> str:
-    header = [
-        "step",
-        "batch",
-        "block",
-        "experts forced",
-        "distinct experts per layer",
-        "time [95 %]",
-        "floor",
-        "x floor",
+def steps_frame(found: SizingRun) -> pd.DataFrame:
+    """One row for each step: its seconds beside the floor that probed bandwidth and arithmetic set."""
+    return frame_of(
+        {
+            "run": found.run.manifest.run_id,
+            "step": step.part,
+            "batch_size": step.batch_size,
+            "block_size": step.block_size,
+            "experts_forced": step.routing,
+            "extrapolated": step.extrapolated,
+            "num_experts_touched": step.num_experts_touched,
+            **measured_columns("time_s", step.seconds),
+            "floor_s": step.floor_s,
+            "times_floor": value.value / step.floor_s if (value := step.seconds.estimate) and step.floor_s else None,
+        }
+        for step in found.steps
+    )
+
+
+def _steps(frame: pd.DataFrame) -> str:
+    columns = [
+        Column(header="step", show=lambda row: PARTS[row["step"]]),
+        Column(header="batch", show=whole("batch_size")),
+        Column(header="block", show=whole("block_size")),
+        Column(header="experts forced", show=lambda row: str(row["experts_forced"])),
+        Column(header="distinct experts per layer", show=fixed("num_experts_touched", 1)),
+        Column(header="time [95 %]", show=interval("time_s", _time)),
+        Column(header="floor", show=optional("floor_s", seconds)),
+        Column(header="x floor", show=fixed("times_floor", 1)),
     ]
-    rows = []
-    for step in steps:
-        value = step.seconds.estimate
-        ratio = value.value / step.floor_s if value and step.floor_s else None
-        rows.append(
-            [
-                PARTS[step.part],
-                count(step.batch_size),
-                NONE if step.block_size is None else count(step.block_size),
-                step.routing,
-                NONE if step.num_experts_touched is None else f"{step.num_experts_touched:.1f}",
-                _time(step.seconds),
-                NONE if step.floor_s is None else seconds(step.floor_s),
-                NONE if ratio is None else f"{ratio:.1f}",
-            ]
-        )
-    return table(header, rows)
+    return markdown(frame, columns)
 
 
 def _time(value: Measured) -> str:
@@ -154,36 +190,75 @@ def _time(value: Measured) -> str:
     return f"{seconds(found.value)} [{seconds(found.low)}, {seconds(found.high)}]"
 
 
-def _needs(found: SizingRun) -> str:
-    header = ["batch", "block", "experts forced", "break-even, tokens per NFE [95 %]"]
-    header += [] if found.claimed is None else [f"{found.claimed:g}x needs, tokens per NFE [95 %]"]
-    header.append("most that the block allows")
-    rows = []
-    for point in found.points:
-        for curve in point.curves:
-            most = curve.speedup(point.block_size)
-            needs = [_rate(value) for value in (curve.break_even, curve.needed) if value]
-            rows.append([count(point.batch_size), count(point.block_size), curve.routing, *needs, f"{most:.2f}x"])
-    return table(header, rows)
+def needs_frame(found: SizingRun) -> pd.DataFrame:
+    """One row for each curve of speedup over tokens per NFE: its break-even, and what the claimed speedup needs."""
+    return frame_of(
+        {
+            "run": found.run.manifest.run_id,
+            "batch_size": point.batch_size,
+            "block_size": point.block_size,
+            "experts_forced": curve.routing,
+            **measured_columns("break_even_tokens_per_nfe", curve.break_even),
+            "claimed_speedup": found.claimed,
+            **measured_columns("needed_tokens_per_nfe", curve.needed or Measured(estimate=None)),
+            "largest_speedup": curve.speedup(point.block_size),
+        }
+        for point in found.points
+        for curve in point.curves
+    )
+
+
+def _needs(frame: pd.DataFrame, claimed: float | None) -> str:
+    needed = [] if claimed is None else [(f"{claimed:g}x needs, tokens per NFE [95 %]", "needed_tokens_per_nfe")]
+    rates = [("break-even, tokens per NFE [95 %]", "break_even_tokens_per_nfe"), *needed]
+    columns = [
+        Column(header="batch", show=whole("batch_size")),
+        Column(header="block", show=whole("block_size")),
+        Column(header="experts forced", show=lambda row: str(row["experts_forced"])),
+        *(Column(header=header, show=interval(name, _rate)) for header, name in rates),
+        Column(header="most that the block allows", show=fixed("largest_speedup", 2, "x")),
+    ]
+    return markdown(frame, columns)
 
 
 def _rate(value: Measured) -> str:
     return escape(value.reason) if value.estimate is None else ratio(value)
 
 
-def _blocks(found: SizingRun) -> str:
-    header = ["batch", "block", "commits follow", "experts forced", "tokens per NFE", "speedup [95 %]", "residual"]
-    rows = []
-    for point in found.points:
-        for block in point.blocks:
-            residual = block.residual
-            words = NONE if residual is None else percent(residual)
-            if residual is not None and abs(residual) > 0.1:
-                words += " unexplained"
-            sizes = [count(point.batch_size), count(point.block_size)]
-            rate = f"{block.tokens_per_nfe:.2f}"
-            rows.append([*sizes, escape(block.profile), block.routing, rate, times(block.speedup), words])
-    return table(header, rows)
+def blocks_frame(found: SizingRun) -> pd.DataFrame:
+    """One row for each kind of whole block that was decoded at a forced rate."""
+    return frame_of(
+        {
+            "run": found.run.manifest.run_id,
+            "batch_size": point.batch_size,
+            "block_size": point.block_size,
+            "commits_follow": block.profile,
+            "experts_forced": block.routing,
+            "tokens_per_nfe": block.tokens_per_nfe,
+            **measured_columns("speedup", block.speedup),
+            "predicted_speedup": block.predicted,
+            "residual": block.residual,
+        }
+        for point in found.points
+        for block in point.blocks
+    )
+
+
+def _blocks(frame: pd.DataFrame) -> str:
+    columns = [
+        Column(header="batch", show=whole("batch_size")),
+        Column(header="block", show=whole("block_size")),
+        Column(header="commits follow", show=words("commits_follow")),
+        Column(header="experts forced", show=lambda row: str(row["experts_forced"])),
+        Column(header="tokens per NFE", show=fixed("tokens_per_nfe", 2)),
+        Column(header="speedup [95 %]", show=interval("speedup", times)),
+        Column(header="residual", show=optional("residual", _residual)),
+    ]
+    return markdown(frame, columns)
+
+
+def _residual(residual: float) -> str:
+    return percent(residual) + (" unexplained" if abs(residual) > 0.1 else "")
 
 
 def _remarks(found: SizingRun) -> Iterator[str]:

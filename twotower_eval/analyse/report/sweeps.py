@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from twotower_eval.analyse.compare.points import number, unusual
 from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.compare.tradeoff import (
@@ -27,18 +29,17 @@ from twotower_eval.analyse.compare.tradeoff import (
     timed_on,
 )
 from twotower_eval.analyse.report.plots import COLOURS, CROSS, GREY, MARKERS, handle, legend_columns, png
+from twotower_eval.analyse.report.rendering import Column, fixed, frame_of, ids, markdown, whole, words
 from twotower_eval.analyse.report.text import (
-    NONE,
     Section,
     bullets,
-    code,
-    count,
+    count_columns,
     details,
     escape,
     measured_on_words,
+    operating_point,
     retention,
     run_list,
-    table,
     times,
 )
 from twotower_eval.records import Cell
@@ -107,8 +108,10 @@ def sweeps(runs: Runs) -> Section:
             f"Runs: {run_list(run_ids)}."
         )
     parts[:0] = [_collapsed(runs)] if files else []
-    parts += [_parallelism(runs)] if files else []
-    return Section(title=f"Collapse: over {_listed(axes)}", markdown="\n\n".join(parts) + "\n", files=files)
+    frame = parallelism_frame(runs)
+    parts += [_parallelism(frame)] if files else []
+    text = "\n\n".join(parts) + "\n"
+    return Section(title=f"Collapse: over {_listed(axes)}", markdown=text, files=files, tables={"aup": frame})
 
 
 def _axes(cells: Sequence[Cell]) -> Mapping[str, str]:
@@ -127,27 +130,46 @@ def _listed(axes: Mapping[str, str]) -> str:
     return " and ".join([", ".join(first), last] if first else [last])
 
 
-def _parallelism(runs: Runs) -> str:
+def parallelism_frame(runs: Runs) -> pd.DataFrame:
+    """One row for each point of each curve of accuracy over parallelism, with the areas under the curve."""
+    return frame_of(
+        {
+            "run": curve.run_id,
+            **operating_point(point.candidate),
+            "task": curve.task,
+            "metric": curve.metric,
+            "accuracy_percent": point.accuracy,
+            "best_accuracy_percent": curve.best,
+            **count_columns("candidate", point.counts),
+            "aup_by_nfe": curve.aup,
+            "aup_by_nfe_and_commit": curve.aup_with_commits,
+            "aup_by_all_forwards": curve.aup_with_all,
+            "curve": number,
+            "decoder_of_curve": _curve_name(curve),
+            "num_points": len(curve.points),
+            "num_left_out": curve.num_left_out,
+        }
+        for number, curve in enumerate(curves(runs, runs.quality), start=1)
+        for point in curve.points
+    )
+
+
+def _parallelism(frame: pd.DataFrame) -> str:
     """Accuracy under parallelism of every curve; empty without any."""
-    found = curves(runs, runs.quality)
-    rows = [
-        [
-            escape(curve.task),
-            escape(_curve_name(curve)),
-            count(len(curve.points)),
-            count(curve.num_left_out),
-            *(
-                NONE if area is None else f"{area:.1f}"
-                for area in (curve.aup, curve.aup_with_commits, curve.aup_with_all)
-            ),
-            code(curve.run_id),
-        ]
-        for curve in found
-    ]
-    if not rows:
+    if frame.empty:
         return ""
-    header = ["task", "decoder", "points", "left out", "AUP by NFE", "with commits", "with prefill and all else", "run"]
-    return details("Accuracy under parallelism (AUP)", f"{AUP_WORDS}\n\n{table(header, rows, left=2)}")
+    columns = [
+        Column(header="task", show=words("task")),
+        Column(header="decoder", show=words("decoder_of_curve")),
+        Column(header="points", show=whole("num_points")),
+        Column(header="left out", show=whole("num_left_out")),
+        Column(header="AUP by NFE", show=fixed("aup_by_nfe", 1)),
+        Column(header="with commits", show=fixed("aup_by_nfe_and_commit", 1)),
+        Column(header="with prefill and all else", show=fixed("aup_by_all_forwards", 1)),
+        Column(header="run", show=ids("run")),
+    ]
+    body = markdown(frame.drop_duplicates("curve"), columns, left=2)
+    return details("Accuracy under parallelism (AUP)", f"{AUP_WORDS}\n\n{body}")
 
 
 def _curve_name(curve: Curve) -> str:

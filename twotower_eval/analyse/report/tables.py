@@ -4,96 +4,76 @@ it is from.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.chance import AgainstChance
-from twotower_eval.analyse.compare.documents import truncated, truncated_by_task
 from twotower_eval.analyse.compare.figures import Measured
-from twotower_eval.analyse.compare.points import OtherScore, QualityPoint, TaskQuality, checkpoint_name, point_key
-from twotower_eval.analyse.compare.runs import Runs, group_scores, is_alone, score_of
-from twotower_eval.analyse.compare.wholes import WholeScore, current_scores, is_whole
-from twotower_eval.analyse.report.rendering import Column, Raw, frame_of, ids, interval, markdown, whole, words
+from twotower_eval.analyse.compare.points import QualityPoint, point_key
+from twotower_eval.analyse.compare.runs import Runs, is_alone
+from twotower_eval.analyse.compare.wholes import WholeScore
+from twotower_eval.analyse.report import alone
+from twotower_eval.analyse.report.quality_frames import AVERAGE, MEMBER, TASK, TRUNCATED, QualityFrames, quality_frames
+from twotower_eval.analyse.report.rendering import (
+    Column,
+    Raw,
+    Show,
+    ids,
+    interval,
+    markdown,
+    metric,
+    raw_rows,
+    score_with_interval,
+    scored_by,
+    share,
+    whole,
+    words,
+)
 from twotower_eval.analyse.report.text import (
     NONE,
-    SCORED_BY,
     Section,
     bullets,
     code,
     count,
     details,
     escape,
-    measured_columns,
-    operating_point,
+    mean_of,
     percent,
     retention,
-    scored_by_words,
     significant,
-    table,
 )
-from twotower_eval.analyse.stats import Figure
 from twotower_eval.analyse.words import finding_text
 from twotower_eval.analyse.words.facts import method_text
 from twotower_eval.analyse.words.gates import standing_text
 from twotower_eval.names import plural
-from twotower_eval.records import MEAN, Cell, Score
 from twotower_eval.rules import override_lines
-from twotower_eval.store import Run
 
 
-def other_scores(point: QualityPoint) -> str:
-    """The table, and under it how scores of all documents together come about."""
-    header = ["task", "scored by", "metric (filter)", "better", "n", "baseline", "candidate", "difference [95 %]"]
-    found: list[OtherScore | WholeScore] = [*point.others, *point.wholes]
-    rows = []
-    for other in sorted(found, key=lambda other: (other.task, other.metric, other.filter)):
-        filtered = f" ({escape(other.filter)})" if other.filter != "none" else ""
-        rows.append(
-            [
-                escape(other.task),
-                scored_by_words(other.scored_by),
-                escape(other.metric) + filtered,
-                "higher" if other.higher_is_better else "lower",
-                count(other.num_documents),
-                *_figures(other),
-            ]
-        )
-    remarks = bullets(_whole_remarks(point.wholes))
-    return table(header, rows, left=4) + (f"\n{remarks}" if remarks else "")
-
-
-def _figures(other: OtherScore | WholeScore) -> list[str]:
-    """Baseline, candidate and what lies between them."""
-    if isinstance(other, OtherScore):
-        arms = [significant(other.baseline, 4), significant(other.candidate, 4)]
-        return [*arms, _change(Measured(estimate=other.difference))]
-    return [
-        whole_figure(other.baseline, other.baseline_interval),
-        whole_figure(other.candidate, other.candidate_interval),
-        _change(other.difference),
+def _other_scores(point: QualityPoint, frame: pd.DataFrame) -> str:
+    """The table of a point's other scores, and under it how scores of all documents together are made."""
+    columns = [
+        Column(header="task", show=words("task")),
+        Column(header="scored by", show=scored_by),
+        Column(header="metric (filter)", show=metric),
+        Column(header="better", show=lambda row: "higher" if row["higher_is_better"] else "lower"),
+        Column(header="n", show=whole("num_documents")),
+        Column(header="baseline", show=score_with_interval("baseline")),
+        Column(header="candidate", show=score_with_interval("candidate")),
+        Column(header="difference [95 %]", show=_difference),
     ]
+    remarks = bullets(_whole_remarks(point.wholes))
+    ordered = frame.sort_values(["task", "metric", "filter"], kind="stable")
+    return markdown(ordered, columns, left=4) + (f"\n{remarks}" if remarks else "")
 
 
-def whole_figure(value: stats.Figure, interval: Measured) -> str:
-    """A score of all documents together with its interval, where it has them."""
-    if value.value is None:
+def _difference(row: Raw) -> str:
+    if row["difference"] is None:
         return NONE
-    found = interval.estimate
-    ends = "" if found is None else f" [{significant(found.low, 4)}, {significant(found.high, 4)}]"
-    return significant(value.value, 4) + ends
-
-
-def _change(change: Measured) -> str:
-    found = change.estimate
-    if found is None:
-        return NONE
-    if found.method_kind == "equal_by_construction":
+    if row["equal_by_construction"]:
         return "0 by construction"
-    return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+    return f"{row['difference']:+.4f} [{row['difference_low']:+.4f}, {row['difference_high']:+.4f}]"
 
 
 def _whole_remarks(wholes: Sequence[WholeScore]) -> Iterator[str]:
@@ -140,169 +120,132 @@ READING_CHANCE = (
 def quality(runs: Runs) -> Section:
     """Retention by task at the headline's operating point, and of all points in one grid."""
     if not runs.compare:
-        return Section(title="Scores", markdown=_single_arm(runs) or "Nothing has been scored yet.\n")
+        text, frame = alone.scores(runs)
+        return Section(title="Scores", markdown=text or "Nothing has been scored yet.\n", tables=_alone(frame))
     if not runs.quality:
-        text = "Nothing has been scored in both arms. `twotower-eval run` scores baseline and candidate.\n"
-        return Section(title="Retention: is the quality kept?", markdown=text + _single_arm(runs))
+        text, frame = alone.scores(runs)
+        lead = "Nothing has been scored in both arms. `twotower-eval run` scores baseline and candidate.\n"
+        title = "Retention: is the quality kept?"
+        return Section(title=title, markdown=lead + text, tables=_alone(frame))
     first = runs.shown.quality or runs.quality[0]
     reading = READING + READING_CHANCE * first.chance.has_options
-    parts = [_point(runs, first), details("How to read this table", reading)]
+    frames = quality_frames(runs)
+    parts = [_point(runs, first, frames), details("How to read this table", reading)]
     rest = [point for point in runs.quality if point is not first]
     if rest:
-        parts.append(details(f"All {len(runs.quality)} measurements of retention", _grid(runs)))
+        parts.append(details(f"All {len(runs.quality)} measurements of retention", _grid(runs, frames.points)))
         parts.append(
-            details("Task by task in the other measurements", "\n\n".join(_point(runs, point) for point in rest))
+            details("Task by task in the other measurements", "\n\n".join(_point(runs, one, frames) for one in rest))
         )
-    alone = [run for run in runs if is_alone(run)]
-    parts += [_single_arm(Runs(alone))] if alone else []
-    frames = {"retention_points": retention_points(runs)}
-    return Section(title="Retention: is the quality kept?", markdown="\n\n".join(parts) + "\n", tables=frames)
+    text, of_one = alone.scores([run for run in runs if is_alone(run)])
+    parts += [text] if text else []
+    tables = {**frames.tables(), **_alone(of_one)}
+    return Section(title="Retention: is the quality kept?", markdown="\n\n".join(parts) + "\n", tables=tables)
 
 
-def _single_arm(runs: Runs) -> str:
-    """Mean scores where there is one model only, or one arm so far."""
-    groups: dict[tuple[str, str, str, str, str, str], list[Score]] = {}
-    by_id = {run.manifest.run_id: run for run in runs}
-    for run in runs:
-        for score in current_scores(run):
-            arm = _arm(run, run.cells[score.cell])
-            key = (run.manifest.run_id, arm, score.task, score.metric, score.filter, score.scored_by)
-            groups.setdefault(key, []).append(score)
-    told = {run.manifest.run_id: truncated(run) for run in runs}
-    rows, cut, gaps = [], [], []
-    for (run_id, arm, task, metric, filter_, scored_by), scores in groups.items():
-        figure, interval = score_of(scores, by_id[run_id])
-        if is_whole(scores[0]):
-            shown, num = whole_figure(figure, interval), len(scores)
-        else:
-            shown, num = _mean(figure, interval), sum(score.value is not None for score in scores)
-        named = escape(metric) + (f" ({escape(filter_)})" if filter_ != "none" else "")
-        gaps += [
-            f"{escape(task)}, {named}, {escape(arm)}: {words}" for words in _without_value(scores, figure, interval)
-        ]
-        how = SCORED_BY.get(scored_by, escape(scored_by))
-        rows.append([escape(task), named, how, escape(arm), code(run_id), count(num), shown])
-        cut.append(sum(one.num_truncated for one in told[run_id] if (one.task, one.cell) == (task, scores[0].cell)))
-    header = ["task", "metric (filter)", "scored by", "model", "run", "n", "score [95 %]"]
-    if any(cut):
-        header.append("cut prompts")
-        rows = [[*row, count(num)] for row, num in zip(rows, cut, strict=True)]
-    rows += [[*row, *[""] * any(cut)] for run in runs for row in _group_rows(run)]
-    without = f"\nScores without a value:\n\n{bullets(gaps)}" if gaps else ""
-    return f"\nWhat has been scored:\n\n{table(header, rows, left=5)}{without}" if rows else ""
+def _of(frame: pd.DataFrame, measurement: int) -> pd.DataFrame:
+    """The rows of one measurement."""
+    return frame[frame["measurement"] == measurement] if len(frame) else frame
 
 
-def _group_rows(run: Run) -> Iterator[list[str]]:
-    """Groups' figures, as lm-eval makes them of their members."""
-    for one in group_scores(run):
-        named = escape(one.metric) + (f" ({escape(one.filter)})" if one.filter != "none" else "")
-        how, arm, num = scored_by_words(one.scored_by), escape(_arm(run, one.cell)), count(one.num_documents)
-        name = escape(one.group) + _mean_of(len(one.members), one.by_size)
-        shown = _mean(one.value, one.interval) if one.aggregation == MEAN else whole_figure(one.value, one.interval)
-        yield [name, named, how, arm, code(run.manifest.run_id), num, shown]
+def _alone(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    return {} if frame.empty else {"scores_alone": frame.drop(columns="level")}
 
 
-def _mean(figure: Figure, interval: Measured) -> str:
-    found = interval.estimate
-    ends = "" if found is None else f" [{found.low:.4f}, {found.high:.4f}]"
-    return NONE if figure.value is None else f"{figure.value:.4f}{ends}"
-
-
-def _without_value(scores: list[Score], figure: Figure, interval: Measured) -> Iterator[str]:
-    """How many documents are left out of a mean, by the reason; why a score of all together is not known."""
-    if is_whole(scores[0]):
-        yield from [escape(why) for why in (figure.reason or interval.reason,) if why]
-        return
-    reasons = Counter(score.missing_reason or "no reason recorded" for score in scores if score.value is None)
-    for reason, num in reasons.items():
-        yield f"{count(num)} of {count(len(scores))} documents: {escape(reason)}"
-    if interval.reason and figure.value is not None:
-        yield f"no interval: {escape(interval.reason)}"
-
-
-def _arm(run: Run, cell: Cell) -> str:
-    """Which model a score is of, by which decoder; timed answers with their batch."""
-    who = checkpoint_name(cell.checkpoint) if is_alone(run) else cell.arm
-    timed = "" if cell.workload.kind == "task" else f", timed at batch {cell.workload.batch_size}"
-    return f"{who}, {cell.decoder.label}{timed}"
-
-
-def _point(runs: Runs, point: QualityPoint) -> str:
+def _point(runs: Runs, point: QualityPoint, frames: QualityFrames) -> str:
     kind = f"timed outputs, batch {point.candidate.workload.batch_size}" if point.timed else "whole tasks"
     state = "" if point.complete else " (INCOMPLETE run)"
     title = f"### {escape(runs.name(point.candidate))}: {kind}{state}\n"
-    parts = [title, _task_table(point, truncated_by_task(runs, point)), bullets(_remarks(runs, point))]
+    number = 1 + next(i for i, one in enumerate(runs.quality) if one is point)
+    table = _task_table(_of(frames.by_task, number), point.chance.has_options)
+    parts = [title, table, bullets(_remarks(runs, point))]
     if point.others or point.wholes:
-        parts.append(details("Other scores, which are not part of retention", other_scores(point)))
+        table = _other_scores(point, _of(frames.others, number))
+        parts.append(details("Other scores, which are not part of retention", table))
     if point.missing:
         parts.append(_missing(point))
     return "\n".join(part for part in parts if part)
 
 
-def _task_table(point: QualityPoint, cut: Mapping[str, tuple[int, int]]) -> str:
-    with_chance = point.chance.has_options
-    header = ["task", "retention [95 %]", *["above chance [95 %]", "chance"] * with_chance, "baseline", "candidate"]
-    header += ["lost / gained (p)", "n (clusters)", "scored by", "metric (filter)"]
-    rows = [row for task in point.tasks for row in _task_rows(task, with_chance)]
-    above = [retention(point.chance.headline)] * with_chance
-    rows.append(_total_row("**headline**", point.tasks, retention(point.headline), above))
-    if not point.all_exercise_decoder:
-        exercising = tuple(task for task in point.tasks if task.exercises_decoder)
-        above = [retention(point.chance.exercised)] * with_chance
-        rows.append(_total_row("**decoder-exercised**", exercising, retention(point.exercised), above))
-    if any(map(any, cut.values())):
-        header.append("cut prompts: baseline / candidate")
-        names = [name for task in point.tasks for name in (task.name, *(member for member, *_ in task.members))]
-        cells = [" / ".join(map(count, cut.get(name, (0, 0)))) for name in names]
-        rows = [[*row, cell] for row, cell in zip_longest(rows, cells, fillvalue="")]
-    return table(header, rows, texts=("scored by", "metric (filter)"))
+SHOWN_AVERAGES = {"(headline)": "headline", "(decoder_exercised)": "decoder-exercised"}
 
 
-def _averaged(task: TaskQuality) -> str:
-    """How a task of several members is one figure."""
-    return _mean_of(len(task.members), task.by_size) if task.members else ""
-
-
-def _mean_of(num: int, by_size: bool) -> str:
-    weighted = ", by documents" if by_size else ""
-    return f" (mean of {num}{weighted})"
-
-
-def _task_rows(task: TaskQuality, with_chance: bool) -> Iterator[list[str]]:
-    flips = f"{task.flips.num_lost} / {task.flips.num_gained} ({significant(max(task.flips.p_holm, 1e-4), 2)})"
-    filtered = f" ({escape(task.filter)})" if task.filter != "none" else ""
-    chance = NONE if task.standing.chance is None else percent(task.standing.chance)
-    yield [
-        escape(task.name) + (_averaged(task)),
-        _kept(task, task.retention),
-        *[_kept(task, task.above_chance), chance] * with_chance,
-        percent(task.baseline),
-        percent(task.candidate),
-        flips,
-        f"{count(task.num_documents)} ({count(task.num_clusters)})",
-        scored_by_words(task.scored_by),
-        escape(task.metric) + filtered,
+def _task_table(frame: pd.DataFrame, with_chance: bool) -> str:
+    """One measurement's tasks, each followed by its members, then the averages."""
+    averages = ["(headline)", *([] if frame["exercises_decoder"].all() else ["(decoder_exercised)"])]
+    shown = frame[(frame["level"] != AVERAGE) | frame["task"].isin(averages)]
+    chance = [
+        Column(header="above chance [95 %]", show=_by_level(_kept("retention_above_chance"), share_of_average=True)),
+        Column(header="chance", show=_by_level(share("chance"), share_of_average=True)),
     ]
-    for name, num_documents, baseline, candidate in task.members:
-        blanks = ["", *["", ""] * with_chance]
-        means = [percent(baseline), percent(candidate)]
-        yield [f"{NONE} {escape(name)}", *blanks, *means, "", count(num_documents), "", ""]
+    columns = [
+        Column(header="task", show=_task_name),
+        Column(header="retention [95 %]", show=_by_level(_kept("retention"), share_of_average=True)),
+        *chance * with_chance,
+        Column(header="baseline", show=_mean("baseline_mean")),
+        Column(header="candidate", show=_mean("candidate_mean")),
+        Column(header="lost / gained (p)", show=_by_level(_flips)),
+        Column(header="n (clusters)", show=_num_documents),
+        Column(header="scored by", show=_by_level(scored_by), text=True),
+        Column(header="metric (filter)", show=_by_level(metric), text=True),
+    ]
+    if any(row[name] for row in raw_rows(frame) for name in TRUNCATED):
+        columns.append(Column(header="cut prompts: baseline / candidate", show=_cut))
+    return markdown(shown, columns)
 
 
-def _kept(task: TaskQuality, found: Measured) -> str:
-    return "100 % by construction" if task.equal_by_construction and found.estimate else retention(found)
+def _by_level(show: Show, *, share_of_average: bool = False) -> Show:
+    """A cell of a task; blank for a group's member. An average has its own figures in bold, and else a blank."""
+
+    def shown(row: Raw) -> str:
+        if row["level"] == TASK:
+            return show(row)
+        return _bold(row, show) if share_of_average and row["level"] == AVERAGE else ""
+
+    return shown
 
 
-def _total_row(name: str, tasks: tuple[TaskQuality, ...], kept: str, above: list[str]) -> list[str]:
-    """``above`` holds the retention above chance, and nothing where no task can be guessed at."""
-    if not tasks:
-        return [name, NONE, *[NONE, NONE] * len(above), NONE, NONE, "", "0", "", ""]
-    means = [sum(task.baseline for task in tasks), sum(task.candidate for task in tasks)]
-    chances = [task.standing.chance or 0.0 for task in tasks]
-    chance = percent(sum(chances) / len(tasks)) if any(chances) else NONE
-    cells = [kept, *[*above, chance] * len(above), *(percent(total / len(tasks)) for total in means)]
-    num_documents = count(sum(task.num_documents for task in tasks))
-    return [f"{name} ({len(tasks)} tasks)", *(f"**{cell}**" for cell in cells), "", num_documents, "", ""]
+def _bold(row: Raw, show: Show) -> str:
+    """An average's figure; a plain dash where no task is averaged."""
+    return f"**{show(row)}**" if row["num_tasks"] else NONE
+
+
+def _mean(name: str) -> Show:
+    return lambda row: _bold(row, share(name)) if row["level"] == AVERAGE else share(name)(row)
+
+
+def _task_name(row: Raw) -> str:
+    if row["level"] == MEMBER:
+        return f"{NONE} {escape(row['task'])}"
+    if row["level"] == TASK:
+        return escape(row["task"]) + (mean_of(int(row["num_members"]), row["by_size"]) if row["num_members"] else "")
+    tasks = f" ({int(row['num_tasks'])} tasks)" if row["num_tasks"] else ""
+    return f"**{SHOWN_AVERAGES[row['task']]}**{tasks}"
+
+
+def _kept(name: str) -> Show:
+    """Retention, or that it is 100 % by construction."""
+
+    def show(row: Raw) -> str:
+        if row["equal_by_construction"] and row[name] is not None:
+            return "100 % by construction"
+        return interval(name, retention)(row)
+
+    return show
+
+
+def _flips(row: Raw) -> str:
+    return f"{int(row['num_lost'])} / {int(row['num_gained'])} ({significant(max(row['p_holm'], 1e-4), 2)})"
+
+
+def _num_documents(row: Raw) -> str:
+    clusters = f" ({count(int(row['num_clusters']))})" if row["level"] == TASK else ""
+    return whole("num_documents")(row) + clusters
+
+
+def _cut(row: Raw) -> str:
+    """How many prompts were cut; none is said of an average."""
+    return "" if row["level"] == AVERAGE else " / ".join(count(int(row[name] or 0)) for name in TRUNCATED)
 
 
 def without_unclear(found: AgainstChance, headline: Measured, exercised: Measured) -> str | None:
@@ -380,7 +323,7 @@ def _missing(point: QualityPoint) -> str:
     return f"Scores without a value:\n\n{bullets(lines)}"
 
 
-def _grid(runs: Runs) -> str:
+def _grid(runs: Runs, frame: pd.DataFrame) -> str:
     with_chance = any(point.chance.has_options for point in runs.quality)
     above = Column(header="above chance [95 %]", show=interval("headline_above_chance", retention))
     columns = [
@@ -395,7 +338,7 @@ def _grid(runs: Runs) -> str:
         Column(header="leaving one out", show=_leaving_one_out),
         Column(header="run", show=ids("run")),
     ]
-    return markdown(retention_points(runs), columns, left=2)
+    return markdown(frame, columns, left=2)
 
 
 def _outputs(row: Raw) -> str:
@@ -405,29 +348,3 @@ def _outputs(row: Raw) -> str:
 def _leaving_one_out(row: Raw) -> str:
     low, high = row["leaving_one_out_low"], row["leaving_one_out_high"]
     return NONE if low is None else f"{percent(low)} to {percent(high)}"
-
-
-def retention_points(runs: Runs) -> pd.DataFrame:
-    """One row for each measurement of retention: its averages over tasks."""
-    rows = []
-    for point in runs.quality:
-        ends = [ratio for _, ratio in point.leave_one_out]
-        low, high = (ends[0], ends[-1]) if len(ends) > 1 else (None, None)
-        rows.append(
-            {
-                "run": point.run_id,
-                "operating_point": runs.name(point.candidate),
-                **operating_point(point.candidate),
-                "timed": point.timed,
-                "batch_size": point.candidate.workload.batch_size,
-                "num_tasks": len(point.tasks),
-                "num_documents": sum(task.num_documents for task in point.tasks),
-                **measured_columns("headline", point.headline),
-                **measured_columns("headline_above_chance", point.chance.headline),
-                **measured_columns("decoder_exercised", point.exercised),
-                **measured_columns("mean_of_ratios", point.mean_of_ratios),
-                "leaving_one_out_low": low,
-                "leaving_one_out_high": high,
-            }
-        )
-    return frame_of(rows)

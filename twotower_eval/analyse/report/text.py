@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -55,13 +55,23 @@ def operating_point(cell: Cell) -> Row:
     return {"checkpoint": checkpoint_name(cell.checkpoint), "decoder": cell.decoder.label, **named}
 
 
+def outputs_columns(cell: Cell) -> Row:
+    """Whether scores are of whole tasks or of timed answers, and the batch size of the latter."""
+    outputs = "whole_tasks" if cell.workload.kind == "task" else "timed"
+    return {"outputs": outputs, "batch_size": cell.workload.batch_size}
+
+
 def ends(arm: str, interval: Measured) -> Row:
     """The ends of an arm's own interval, or why it has none."""
     columns = measured_columns(arm, interval)
     return {name: columns[name] for name in (f"{arm}_low", f"{arm}_high", f"{arm}_missing_reason")}
 
 
+FINISHES = ("eos", "stop", "length")
+
+
 def count_columns(arm: str, counts: Counts) -> Row:
+    """What an arm's answers cost: tokens and forwards."""
     return {
         f"{arm}_num_prompts": counts.num_prompts,
         f"{arm}_num_tokens": counts.num_tokens,
@@ -73,6 +83,8 @@ def count_columns(arm: str, counts: Counts) -> Row:
         f"{arm}_tokens_per_nfe": counts.tokens_per_nfe,
         f"{arm}_tokens_per_nfe_and_commit": counts.tokens_per_nfe_and_commit,
         f"{arm}_tokens_per_forward": counts.tokens_per_forward,
+        f"{arm}_forced_share": counts.forced_share,
+        **{f"{arm}_num_ended_by_{reason}": counts.num_finished[reason] for reason in FINISHES},
     }
 
 
@@ -208,25 +220,6 @@ def code(text: object) -> str:
     return f"`{plain}`" if "`" not in plain else f"`` {plain} ``"
 
 
-def table(
-    header: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    *,
-    left: int = 1,
-    texts: Collection[str] = (),
-    verbatim: bool = False,
-) -> str:
-    """A Markdown table; the first ``left`` columns and those named in ``texts`` are flush left, the others right.
-
-    ``verbatim``: its last two columns hold what models wrote, which a page shows in letters of one width.
-    """
-    rule = [":--" if i < left or name in texts else "--:" for i, name in enumerate(header)]
-    lines = [header, rule, *rows]
-    assert all(len(line) == len(header) for line in lines), "a table row has another number of cells than its header"
-    mark = f"{VERBATIM}\n" if verbatim else ""
-    return mark + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
 def bullets(lines: Iterable[str]) -> str:
     """A Markdown list, empty for no lines."""
     return "".join(f"- {line}\n" for line in lines)
@@ -241,6 +234,11 @@ def details(summary: str, body: str) -> str:
 def scored_by_words(kinds: Sequence[str]) -> str:
     """How a task was scored, for people; a task of several members may have several kinds."""
     return " + ".join(SCORED_BY.get(kind, escape(kind)) for kind in kinds)
+
+
+def mean_of(num: int, by_size: bool) -> str:
+    """Behind a group's name: of how many members its figure is the mean."""
+    return f" (mean of {num}{', by documents' if by_size else ''})"
 
 
 def measured_on_words(on: MeasuredOn) -> str:

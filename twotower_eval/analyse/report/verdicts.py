@@ -6,23 +6,26 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
+import pandas as pd
+
 from twotower_eval.analyse.claims import ClaimFile, judge, load_claims, ruling
 from twotower_eval.analyse.claims.judge import said
 from twotower_eval.analyse.claims.match import at_point, gather, is_about, names_subject
-from twotower_eval.analyse.claims.terms import SPEED_QUANTITIES, claimed_text, limits_text, terms_text
+from twotower_eval.analyse.claims.terms import SPEED_QUANTITIES, claimed_text, limits_text, own_limits, terms_text
 from twotower_eval.analyse.claims.text import (
     chance_text,
     count_line,
-    estimate_text,
+    figure_text,
     look_remarks,
     retention_text,
     unchecked_text,
 )
-from twotower_eval.analyse.compare.figures import high_retention_text
+from twotower_eval.analyse.compare.figures import Measured, high_retention_text
 from twotower_eval.analyse.compare.points import QualityPoint, checkpoint_name, long_name, short_name
 from twotower_eval.analyse.compare.runs import Headline, Runs
 from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.analyse.report import alone
+from twotower_eval.analyse.report.rendering import Column, Raw, frame_of, markdown, measured_at, words
 from twotower_eval.analyse.report.tables import without_unclear
 from twotower_eval.analyse.report.text import (
     NONE,
@@ -31,11 +34,11 @@ from twotower_eval.analyse.report.text import (
     code,
     details,
     escape,
+    measured_columns,
     retention,
     run_list,
     speed_findings,
     speedup,
-    table,
     times,
     with_commands,
 )
@@ -153,16 +156,72 @@ def claims(runs: Runs) -> Section:
     if not isinstance(runs, JudgedRuns) or runs.claims is None:
         text = "No claim file names a checkpoint of these runs; `twotower-eval report --claims FILE` judges one.\n"
         return Section(title=title, markdown=text + _with_another_baseline(runs))
-    rows = [_row(claim, verdict, runs) for claim, verdict in runs.verdicts]
-    header = ["claim", "verdict", "measured", "claimed", "at"]
+    frame = verdicts_frame(runs)
     parts = [
         f"{escape(runs.claims.title)}. {escape(count_line([verdict for _, verdict in runs.verdicts]))}.",
-        table(header, rows, left=len(header)),
+        _verdict_table(frame),
         _about_others(runs),
         details("Reasons, evidence and sources", bullets(_reason(*pair) for pair in runs.verdicts)),
         _looks(runs),
     ]
-    return Section(title=title, markdown="\n\n".join(part.strip() for part in parts if part) + "\n")
+    text = "\n\n".join(part.strip() for part in parts if part) + "\n"
+    return Section(title=title, markdown=text, tables={"verdicts": frame})
+
+
+def verdicts_frame(runs: JudgedRuns) -> pd.DataFrame:
+    """One row for each claim: what it says, what was measured, and how it was judged."""
+    metrics = {one.name: found.metric for one, found in runs.verdicts}
+    everything = [one for one, _ in runs.verdicts]
+    return frame_of(
+        {
+            "claim": claim.name,
+            "outcome": verdict.outcome,
+            "scope": verdict.scope,
+            "num_launches": verdict.num_launches,
+            "quantity": claim.quantity,
+            "relation": claim.relation,
+            "expected": claim.expected,
+            "margin": claim.margin,
+            "limits": " ".join(f"{name}={own:g}" for name, (own, _) in own_limits(claim).items()),
+            **measured_columns("measured", Measured(estimate=verdict.estimate)),
+            **measured_columns("measured_above_chance", Measured(estimate=verdict.above_chance)),
+            "tasks_near_chance": " ".join(verdict.near_chance),
+            "reason": verdict.reason,
+            "runs": " ".join(verdict.evidence),
+            "num_points": verdict.num_points,
+            "num_looks": verdict.num_looks,
+            "declared_looks": claim.looks,
+            "judged_at": verdict.level,
+            "runs_not_given": " ".join(verdict.not_given),
+            "source": claim.source,
+            "verdict": said(verdict),
+            "metric": verdict.metric,
+            "equal_by_construction": _is_by_construction(verdict),
+            "claimed": terms_text(claim, metrics, everything),
+            "at": ", ".join(part for part in (long_name(claim.point.decoder), timing_text(claim.point)) if part),
+        }
+        for claim, verdict in runs.verdicts
+    )
+
+
+def _is_by_construction(verdict: Verdict) -> bool:
+    return verdict.estimate is not None and verdict.estimate.method_kind == "equal_by_construction"
+
+
+def _verdict_table(frame: pd.DataFrame) -> str:
+    columns = [
+        Column(header="claim", show=words("claim")),
+        Column(header="verdict", show=lambda row: f"**{row['verdict']}**"),
+        Column(header="measured", show=_measured),
+        Column(header="claimed", show=words("claimed")),
+        Column(header="at", show=words("at")),
+    ]
+    return markdown(frame, columns, left=len(columns))
+
+
+def _measured(row: Raw) -> str:
+    found = measured_at(row, "measured").estimate
+    return NONE if found is None else figure_text(row["quantity"], found, row["metric"], row["equal_by_construction"])
 
 
 def _with_another_baseline(runs: Runs) -> str:
@@ -200,13 +259,6 @@ def _looks(runs: JudgedRuns) -> str:
     return text
 
 
-def _row(claim: Claim, verdict: Verdict, runs: JudgedRuns) -> list[str]:
-    shown = estimate_text(claim, verdict.estimate, verdict.metric).rstrip(":") or NONE
-    metrics = {one.name: found.metric for one, found in runs.verdicts}
-    claimed = terms_text(claim, metrics, [one for one, _ in runs.verdicts])
-    return [escape(claim.name), f"**{said(verdict)}**", shown, escape(claimed), _at(claim.point)]
-
-
 def _short_at(point: OperatingPoint, timed: bool) -> str:
     """``16/16/0.8 (block/steps/threshold), batch 1, answer workload``; the latter two where speed is claimed."""
     names = ["block", "steps", *(["threshold"] if "threshold" in point.decoder.params else [])]
@@ -215,10 +267,6 @@ def _short_at(point: OperatingPoint, timed: bool) -> str:
         parts += [f"batch {point.batch_size}"] if point.batch_size is not None else []
         parts += [f"{point.workload} workload"] if point.workload is not None else []
     return escape(", ".join(parts))
-
-
-def _at(point: OperatingPoint) -> str:
-    return escape(", ".join(part for part in (long_name(point.decoder), timing_text(point)) if part))
 
 
 def timing_text(point: OperatingPoint) -> str:
