@@ -139,7 +139,12 @@ def test_its_scores_are_tables_too(tmp_path: Path) -> None:
     path = scored(tmp_path)
     report.write([path], tmp_path, csv=True)
     tables = tmp_path / path.name / "tables"
-    assert sorted(file.name for file in tables.iterdir()) == ["gates.csv", "scores_alone.csv"]
+    assert sorted(file.name for file in tables.iterdir()) == [
+        "checkpoints.csv",
+        "degenerate_outputs_alone.csv",
+        "gates.csv",
+        "scores_alone.csv",
+    ]
     rows = pd.read_csv(tables / "scores_alone.csv").set_index(["task", "metric"])
     values = [s.value for s in store.load(path).scores if s.task == "sorting"]
     row = rows.loc["sorting", "exact_match"]
