@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 
 from twotower_eval.errors import UserError
 from twotower_eval.names import did_you_mean
-from twotower_eval.records import DecoderSpec
+from twotower_eval.records import Cell, DecoderSpec
 from twotower_eval.strict import check_value, plain
 
 SHORTHANDS = {
@@ -26,6 +26,9 @@ SHORTHANDS = {
     "thresholds": "threshold",
     "temperature": "temperature",
 }  # shorthand fields of plans -> the parameters that they set
+AUTO = "auto"  # of steps: the block size
+BEFORE: Mapping[str, tuple[Any, ...]] = {"block_sizes": (16,), "steps": (AUTO,), "thresholds": (0.8,)}
+HAVE_BEFORE = ("block_diffusion", "reference")  # decoders whose own defaults these are
 Value = str | int | float | bool | None
 Settings = Mapping[str, tuple[Value, ...]]  # by parameter; crossed in this order
 
@@ -36,11 +39,11 @@ class Decoding(Protocol):
     @property
     def decoder(self) -> str: ...
     @property
-    def block_sizes(self) -> tuple[int, ...]: ...
+    def block_sizes(self) -> tuple[int, ...] | None: ...
     @property
-    def steps(self) -> tuple[int | typing.Literal["auto"], ...]: ...
+    def steps(self) -> tuple[int | typing.Literal["auto"], ...] | None: ...
     @property
-    def thresholds(self) -> tuple[float, ...]: ...
+    def thresholds(self) -> tuple[float, ...] | None: ...
     @property
     def temperature(self) -> float | None: ...
     @property
@@ -51,35 +54,73 @@ def cross_decoders(plan: Decoding) -> tuple[DecoderSpec, ...]:
     """All decoder settings of the plan, crossed, duplicates once.
 
     The order is block sizes, steps, thresholds, then the parameters of ``set`` in their order; the last changes
-    fastest. A shorthand that the decoder lacks is left out at its default value and refused otherwise: nothing given is
-    ignored. Without a temperature, specs are greedy.
+    fastest. What is not given is what the decoder's own ``Params`` say, except for the temperature: without one, specs
+    are greedy, as both arms decode at the same. UserError for whatever is given and the decoder does not have.
     """
-    from twotower_eval.engine.decoders import decoder_spec
-
-    names, further = _names(plan.decoder), _checked(plan.decoder, plan.set) if plan.set else {}
-    axes: dict[str, Sequence[Any]] = {}
-    for field, param in SHORTHANDS.items():
-        value = getattr(plan, field)
-        if param not in names and value not in (_default(plan, field), 0.0):
-            option = field.replace("_", "-")
-            raise UserError(f"decoder {plan.decoder!r} has no {param}: drop {option} or change decoder")
-        axes[param] = value if isinstance(value, tuple) else (float(value or 0),)
-    axes |= further
+    names = _names(plan.decoder)
+    given = _shorthands(plan, names) | (_checked(plan.decoder, plan.set) if plan.set else {})
+    axes = {param: given[param] for param in (*SHORTHANDS.values(), *given) if param in given}
     specs: dict[tuple[tuple[str, Any], ...], DecoderSpec] = {}
     for values in product(*axes.values()):
-        params = dict(zip(axes, values, strict=True))
-        if params["steps_per_block"] in ("auto", None):
-            params["steps_per_block"] = params["block_size"]
-        spec = decoder_spec(plan.decoder, **{name: value for name, value in params.items() if name in names})
-        _check_plain(spec)
+        spec = _spec(plan.decoder, dict(zip(axes, values, strict=True)))
         specs.setdefault(tuple(spec.params.items()), spec)
     return tuple(specs.values())
 
 
+def _shorthands(plan: Decoding, names: Sequence[str]) -> dict[str, tuple[Value, ...]]:
+    """The parameters that a plan's own fields give, each with its values."""
+    given: dict[str, tuple[Value, ...]] = {}
+    for field, param in SHORTHANDS.items():
+        value = getattr(plan, field)
+        if param == "temperature":
+            value = (float(value or 0),) if value or param in names else None
+        if value is None:
+            continue
+        option = field.replace("_", "-")
+        if param not in names:
+            raise UserError(f"decoder {plan.decoder!r} has no {param}: drop {option} or change decoder")
+        if AUTO in value and "block_size" not in names:
+            raise UserError(f"steps {AUTO} are the block size, and decoder {plan.decoder!r} has none: give a number")
+        given[param] = value
+    return given
+
+
+def _spec(kind: str, params: Mapping[str, Value]) -> DecoderSpec:
+    """A decoder's specification; steps that are ``auto``, or None, are its block size."""
+    from twotower_eval.engine.decoders import decoder_spec
+
+    said = {name: value for name, value in params.items() if (name, value) != ("steps_per_block", AUTO)}
+    spec = decoder_spec(kind, **said)
+    open_steps = len(said) < len(params) or spec.params.get("steps_per_block", AUTO) is None
+    if open_steps and spec.params.get("block_size") is not None:
+        spec = decoder_spec(kind, **{**said, "steps_per_block": spec.params["block_size"]})
+    _check_plain(spec)
+    return spec
+
+
 def block_sizes(plan: Decoding) -> tuple[int, ...]:
-    """The block sizes of a plan, given as an option or in ``set``."""
-    said = (plan.set or {}).get("block_size", plan.block_sizes)
-    return tuple(size for size in said if isinstance(size, int))
+    """The block sizes that a plan decodes with; the usual one where the decoder has no such parameter, as it may still
+    use blocks."""
+    sizes = dict.fromkeys(spec.params.get("block_size") for spec in cross_decoders(plan))
+    return tuple(size for size in sizes if isinstance(size, int)) or BEFORE["block_sizes"]
+
+
+def given_settings(plan: Mapping[str, object], cells: Sequence[Cell]) -> dict[str, object]:
+    """A run's stored plan without the block sizes, steps and thresholds that stand in it though nobody gave them.
+
+    Until these could be left open, manifests held ``BEFORE`` for every decoder: where it has no such parameter, where
+    ``set`` gives it, and where it is the decoder's own default.
+    """
+    there = {name for cell in cells if cell.arm == "candidate" for name in cell.decoder.params}
+    also = plan.get("set") or {}
+    kept = dict(plan)
+    for field, before in BEFORE.items():
+        param, value = SHORTHANDS[field], plan.get(field)
+        ours = plan.get("decoder", "block_diffusion") in HAVE_BEFORE
+        unasked = ours or param in cast(Mapping[str, object], also) or bool(cells and param not in there)
+        if unasked and isinstance(value, list | tuple) and tuple(value) == before:
+            del kept[field]
+    return kept
 
 
 def as_tuple(value: object) -> tuple[object, ...]:
@@ -236,8 +277,3 @@ def _check_plain(spec: DecoderSpec) -> None:
         if value is not None and not isinstance(value, (str, int, float)):
             plain = "a text, a number, true or false, or None"
             raise UserError(f"decoder {spec.kind!r}: its parameter {name} is a {type(value).__name__}; take {plain}")
-
-
-def _default(plan: Decoding, name: str) -> object:
-    fields = dataclasses.fields(typing.cast(Any, plan))
-    return next(field.default for field in fields if field.name == name)

@@ -42,7 +42,7 @@ from twotower_eval.plan_fields import (
 )
 from twotower_eval.records import LEFT_OUT, LikelihoodKind, sizing_config
 from twotower_eval.resources import data_path, read_toml
-from twotower_eval.strict import JsonObject, plain
+from twotower_eval.strict import JsonObject
 
 CONTEXT_TOWER = "context-tower"
 SHIPPED = "miniature"  # the pair that is part of the package
@@ -75,6 +75,7 @@ class RunPlan:
     Face model folder, ``miniature``, or ``context-tower``: the context tower of ``model`` decoded autoregressively.
     ``family`` reads the model and ``baseline_family`` a baseline's folder, by default what their config.json says.
     Block sizes, steps, thresholds and then the parameters of ``set`` are crossed; steps ``auto`` means the block size.
+    Those that are ``None`` are the decoder's own defaults.
     ``set`` reaches any parameter of the decoder, in TOML as a table: ``set = { width = [4, 8] }``. ``temperature``,
     ``samples`` per problem and ``max_new_tokens`` are what suite and task say unless given. ``limit`` is documents per
     task, of which ``trace`` have their denoising journalled. ``cuda_graphs`` launches small steps as a whole.
@@ -86,9 +87,9 @@ class RunPlan:
     baseline_family: BaselineFamily = field(default=None, metadata=LEFT_OUT)
     tasks: Tasks = ("miniature",)
     decoder: DecoderKind = "block_diffusion"
-    block_sizes: BlockSizes = (16,)
-    steps: AllSteps = ("auto",)
-    thresholds: Thresholds = (0.8,)
+    block_sizes: BlockSizes = None
+    steps: AllSteps = None
+    thresholds: Thresholds = None
     temperature: Temperature = None
     set: Further = field(default=None, metadata=LEFT_OUT)
     samples: Annotated[int | None, Option(help="Samples per problem", metavar="N", unset="as the tasks ask")] = None
@@ -138,9 +139,9 @@ class SpeedPlan:
     baseline_family: BaselineFamily = field(default=None, metadata=LEFT_OUT)
     tasks: Tasks = ("miniature",)
     decoder: DecoderKind = "block_diffusion"
-    block_sizes: BlockSizes = (16,)
-    steps: AllSteps = ("auto",)
-    thresholds: Thresholds = (0.8,)
+    block_sizes: BlockSizes = None
+    steps: AllSteps = None
+    thresholds: Thresholds = None
     temperature: Temperature = None
     set: Further = field(default=None, metadata=LEFT_OUT)
     samples: Annotated[
@@ -219,7 +220,7 @@ class SizingPlan:
         int | None, Option(help="Build only the first N layers and extrapolate", metavar="N", unset="all")
     ] = None
     share_towers: Annotated[bool, Option(help="One set of random weights for both towers: half the memory")] = False
-    block_sizes: BlockSizes = (16,)
+    block_sizes: Annotated[tuple[int, ...], Option(help="Block sizes, crossed", metavar="N,N")] = (16,)
     batch_sizes: Annotated[tuple[int, ...], Option(help="Rows per step, crossed", metavar="N,N")] = (1,)
     prompt_tokens: Annotated[int, Option(help="Tokens of context before each step", metavar="N")] = 512
     tokens_per_nfe: Annotated[
@@ -318,11 +319,7 @@ def _hold_settings(plan: Plan) -> None:
         return
     settings = settings_from(plan.set)
     object.__setattr__(plan, "set", settings or None)
-    for name in SHORTHANDS:
-        object.__setattr__(plan, name, plain(getattr(plan, name)))
-    own = {one.name: getattr(plan, one.name) for one in dataclasses.fields(plan) if one.name in SHORTHANDS}
-    defaults = {one.name: one.default for one in dataclasses.fields(plan)}
-    check_given_once(settings, {name: value for name, value in own.items() if value != defaults[name]})
+    check_given_once(settings, {name: True for name in SHORTHANDS if getattr(plan, name) is not None})
 
 
 def _check_arms(plan: Plan) -> None:
@@ -330,5 +327,5 @@ def _check_arms(plan: Plan) -> None:
         raise UserError(f"baseline_family has no effect on {CONTEXT_TOWER}: drop it, or name a baseline's folder")
     check_at_least(plan, 1, "block_sizes", "steps")
     check_at_least(plan, 0, "temperature", "thresholds", "seed")
-    if max(plan.thresholds) > 1:
+    if plan.thresholds and max(plan.thresholds) > 1:
         raise UserError(f"a threshold is a probability, {max(plan.thresholds):g} is above 1: take 1 for the strictest")

@@ -54,11 +54,15 @@ BaselineFamily = Annotated[
 ]
 Tasks = Annotated[tuple[str, ...], Option(help="Tasks and suites; -NAME leaves one out", metavar="A,B")]
 DecoderKind = Annotated[str, Option(help="Decoder, or package.module:Class", metavar="KIND")]
-BlockSizes = Annotated[tuple[int, ...], Option(help="Block sizes, crossed", metavar="N,N")]
+OWN = "the decoder's own, "  # a default of its Params; behind it that of block_diffusion
+BlockSizes = Annotated[tuple[int, ...] | None, Option(help="Block sizes, crossed", metavar="N,N", unset=f"{OWN}16")]
 AllSteps = Annotated[
-    tuple[int | Literal["auto"], ...], Option(help="Steps per block; auto: the block size", metavar="N,auto")
+    tuple[int | Literal["auto"], ...] | None,
+    Option(help="Steps per block; auto: the block size", metavar="N,auto", unset=f"{OWN}auto"),
 ]
-Thresholds = Annotated[tuple[float, ...], Option(help="Confidence thresholds, crossed", metavar="X,X")]
+Thresholds = Annotated[
+    tuple[float, ...] | None, Option(help="Confidence thresholds, crossed", metavar="X,X", unset=f"{OWN}0.8")
+]
 Temperature = Annotated[
     float | None, Option(help="Sampling temperature; 0 is greedy", metavar="T", unset="as the tasks ask")
 ]

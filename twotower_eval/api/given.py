@@ -14,7 +14,7 @@ from typing import TypeVar, cast
 
 from twotower_eval import store
 from twotower_eval.api.runs import Run
-from twotower_eval.decoder_settings import as_tuple, check_given_once, typed_settings
+from twotower_eval.decoder_settings import as_tuple, check_given_once, given_settings, typed_settings
 from twotower_eval.errors import UserError
 from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, load_plan, merge, plan_from_json
 from twotower_eval.progress import Progress, SilentProgress, choose_progress
@@ -90,7 +90,7 @@ def _stored_plan(cls: type, resumed: Path) -> Mapping[str, object]:
     verb = verb_of(manifest)
     if verb != VERBS[cls]:
         raise UserError(f"{resumed} is a {verb!r}, not a {VERBS[cls]!r}: twotower-eval {verb} --resume …")
-    return manifest.plan
+    return given_settings(manifest.plan, manifest.cells)
 
 
 def _values(cls: type, given: Mapping[str, object]) -> dict[str, object]:
@@ -108,7 +108,11 @@ def _values(cls: type, given: Mapping[str, object]) -> dict[str, object]:
 @functools.cache
 def _list_fields(cls: type) -> frozenset[str]:
     hints = typing.get_type_hints(cls)  # without what is annotated beside the types
-    return frozenset(name for name, hint in hints.items() if typing.get_origin(hint) is tuple)
+    return frozenset(
+        name
+        for name, hint in hints.items()
+        if tuple in (typing.get_origin(hint), *map(typing.get_origin, typing.get_args(hint)))
+    )
 
 
 def run_path(run: GivenRun, root: Path) -> Path:

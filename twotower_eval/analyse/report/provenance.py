@@ -19,7 +19,7 @@ from twotower_eval.analyse.compare.sizing import is_sizing_run
 from twotower_eval.analyse.report.plots import COLOURS, GREY, png
 from twotower_eval.analyse.report.rendering import Column, frame_of, ids, markdown, optional, words
 from twotower_eval.analyse.report.text import Section, bullets, code, count, details, escape, run_list
-from twotower_eval.decoder_settings import set_text
+from twotower_eval.decoder_settings import given_settings, set_text
 from twotower_eval.errors import UserError
 from twotower_eval.plan import AnyPlan, RunPlan, SizingPlan, SpeedPlan, VerifyPlan, plan_from_json
 from twotower_eval.records import Cell, Checkpoint, DecoderSpec, FileDigest, RunManifest, sizing_config
@@ -254,7 +254,7 @@ def reproduce(runs: Runs) -> Section:
 def _command(manifest: RunManifest) -> str:
     """The command that makes the run's plan; a plan of another version cannot be told, and is said so."""
     try:
-        words = command(plan_of(manifest.verb, manifest.plan))
+        words = command(plan_of(manifest.verb, given_settings(manifest.plan, manifest.cells)))
     except UserError as error:
         return f"# no command of this version makes its plan ({' '.join(str(error).split())})"
     out = _out(manifest)
