@@ -132,7 +132,7 @@ def _csv_files(runs: JudgedRuns, rendered: Sequence[tuple[str, Section]]) -> dic
 
 
 def _concerning(runs: JudgedRuns) -> list[str]:
-    """Shipped sections; that on sizing only where a run is of it, and alone where none is of anything else."""
+    """Shipped sections that these runs call for: the one on sizing with sizing runs only, and alone without others."""
     of_size = [is_sizing_run(run) for run in runs]
     if all(of_size):
         return ["sizing", "setup", "reproduce"]
@@ -171,7 +171,7 @@ def _chosen(names: Sequence[str], runs: JudgedRuns) -> list[str]:
 
 
 def _rendered(name: str, runs: JudgedRuns) -> Section:
-    """One section. A user's own that raises, or gives something else, is told in one line."""
+    """One section. A user's own that raises, or returns something else, is a one-line error."""
     render = cast(Callable[[Runs], Section], resolve(SEAM.place(name)))
     if not callable(render):
         raise UserError(f"section {name} is no function render(runs) that returns a Section: docs/section.md has one")

@@ -1,4 +1,4 @@
-"""What reports say of one model alone: its scores, its speed, its outputs, and nothing of a comparison."""
+"""One model alone in a report: its scores, its speed and its outputs; nothing is compared."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def sentence(runs: Runs) -> str:
 
 
 def remarks(runs: Runs) -> Iterator[str]:
-    """Where the figures of the sentence are from, and what there is not."""
+    """Which runs the sentence rests on, and that nothing is compared."""
     run_ids = {one.run_id for one in runs.scored_alone} | {i for one in runs.timed_alone for i in one.run_ids}
     if run_ids:
         noun = "run" if len(run_ids) == 1 else "runs"
@@ -166,12 +166,17 @@ def _speed_remarks(found: Sequence[TimedAlone]) -> Iterator[str]:
         yield f"{plural(min(not_resampled), 'launch', 'launches')}: variation between launches was not measured."
     for one in found:
         name = f"{escape(model_name(one.baseline))}, {one.baseline.workload.kind}, batch {batch_of(one)}"
-        said = [] if one.complete else ["**the run is INCOMPLETE**"]
-        said += [f"{one.num_dropped_rounds} rounds are not complete and are left out"] if one.num_dropped_rounds else []
-        said += [f"{void_text(one.num_timed, one.faults)} and are left out"] if one.faults else []
-        said += [f"{INVALID}: {escape(fact_text(one.null_fault))}"] if one.null_fault else []
-        said += [f"{NONE}: {escape(found.reason)}" for found in (one.rate, one.null) if found.reason]
-        yield from (f"{name}: {words}." for words in said)
+        lines = [] if one.complete else ["**the run is INCOMPLETE**"]
+        lines += [_left_out(one.num_dropped_rounds)] if one.num_dropped_rounds else []
+        lines += [f"{void_text(one.num_timed, one.faults)} and are left out"] if one.faults else []
+        lines += [f"{INVALID}: {escape(fact_text(one.null_fault))}"] if one.null_fault else []
+        lines += [f"{NONE}: {escape(found.reason)}" for found in (one.rate, one.null) if found.reason]
+        yield from (f"{name}: {words}." for words in lines)
+
+
+def _left_out(num_rounds: int) -> str:
+    verb = "is" if num_rounds == 1 else "are"
+    return f"{plural(num_rounds, 'round')} {verb} not complete and {verb} left out"
 
 
 def _resamples_launches(one: TimedAlone) -> bool:
@@ -345,7 +350,7 @@ TASK, GROUP = "task", "group"
 
 def _score_row(one: OneScore) -> Row:
     first = one.rows[0]
-    cut = [told.num_truncated for told in truncated(one.run) if (told.task, told.cell) == (first.task, first.cell)]
+    cut = [known.num_truncated for known in truncated(one.run) if (known.task, known.cell) == (first.task, first.cell)]
     return {
         **_scored_columns(one.run, one.run.cells[first.cell]),
         "task": first.task,

@@ -57,7 +57,7 @@ PROOFS: dict[ProofOutcome, str] = {"fastest": "passed", "slower": "slower", "not
 
 
 def gates(runs: Runs) -> Section:
-    """One row for each gate, then the shares of degenerate outputs with the figures on clean ones."""
+    """A table of gates, then shares of degenerate outputs with the figures on clean ones."""
     frame = gate_frame(runs)
     verified = any(run.manifest.verb == "verify" for run in runs)
     missing = "" if verified else "Parity and batch logic were not checked: `twotower-eval verify` does it.\n"
@@ -151,7 +151,7 @@ def _witnessed(runs: Runs) -> Iterator[Row]:
 
 
 def _timed(runs: Runs) -> list[Row]:
-    """The gates of timed points: faults and nulls one by one, the rest once for all points that it holds of."""
+    """The gates of timed points: faults and nulls one by one, any other once for all points alike."""
     found: dict[tuple[str, str, str, str, object], list[tuple[SpeedPoint, Gate]]] = {}
     for point in runs.speed:
         for gate in (gate for gate in point.gates if gate.kind not in OF_RUNS):
@@ -184,9 +184,9 @@ def _nulls_alone(runs: Runs) -> Iterator[Row]:
     """The nulls of models that were measured alone."""
     for one in runs.timed_alone:
         fault = None if one.null_fault is None else fact_text(one.null_fault)
-        said = [text for text in (one.null.reason, fault) if text]
+        faults = [text for text in (one.null.reason, fault) if text]
         gate = f"A/A null, {one.baseline.workload.kind}, batch {batch_of(one)}"
-        row = _row(gate, "failed" if fault else "passed", "; ".join(said) or None, " ".join(one.run_ids))
+        row = _row(gate, "failed" if fault else "passed", "; ".join(faults) or None, " ".join(one.run_ids))
         measured = measured_columns("against_itself", one.null)
         yield {**row, **measured, "num_rounds": one.num_rounds, "num_calls": one.num_calls}
 

@@ -1,7 +1,7 @@
 """How all pictures here are made.
 
-The same data give the same bytes: no pyplot, no dates, no settings of the user's. Colours are Okabe and Ito's, told
-apart by every kind of colour vision; markers repeat what colours say.
+The same data give the same bytes: no pyplot, no dates, no settings of the user's. Colours are Okabe and
+Ito's, which every kind of colour vision can distinguish; markers repeat them.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ def _steps(plan: JsonObject) -> str:
 
 
 def _flat(values: JsonObject) -> str:
-    """Nested facts on one line; what the system does not tell is said so."""
+    """Nested facts on one line; one that the system does not give is "not told"."""
     parts = [f"{name.replace('_', ' ')} {_value(name, value)}" for name, value in values.items()]
     return escape("; ".join(parts)) or "none recorded"
 
@@ -238,7 +238,7 @@ HOME = re.compile(r"(?:/home/[^/,=]+|/Users/[^/,=]+|/root)(?=/|$)")
 
 
 def reproduce(runs: Runs) -> Section:
-    """The command lines, in order, and how to get back to the code: from the plans, whatever began the runs."""
+    """The command lines in order, made from the plans, and the commit of each run."""
     lines = []
     for run in runs:
         commit = run.manifest.commit
@@ -252,7 +252,7 @@ def reproduce(runs: Runs) -> Section:
 
 
 def _command(manifest: RunManifest) -> str:
-    """The command that makes the run's plan; a plan of another version cannot be told, and is said so."""
+    """The command that makes the run's plan; a comment instead where this version cannot read the plan."""
     try:
         words = command(plan_of(manifest.verb, given_settings(manifest.plan, manifest.cells)))
     except UserError as error:
@@ -268,7 +268,7 @@ def _folder(run: Run) -> str:
 
 
 def _out(manifest: RunManifest) -> str | None:
-    """Where our command line was told to make the run; what else began it may mean anything by ``--out``."""
+    """The ``--out`` of our command line; ``None`` where another program began the run."""
     given = plain_argv(manifest.argv)
     if given[1:2] != [manifest.verb] and not (manifest.verb == "size" and given[1:2] == ["speed"]):  # its alias
         return None
@@ -299,7 +299,7 @@ def plan_of(verb: str, values: JsonObject) -> AnyPlan:
 
 
 def command(plan: AnyPlan) -> list[str]:
-    """The words of a command line that makes this plan; fields at their default go unsaid.
+    """The words of a command line that makes this plan; fields at their default are left out.
 
     Options are called as fields are; only the checkpoint of ``verify`` and the config of ``size`` have none.
     """

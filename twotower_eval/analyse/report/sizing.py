@@ -275,14 +275,14 @@ def _remarks(found: SizingRun) -> Iterator[str]:
 
 
 def _mark(null: Measured) -> str:
-    """What stands behind a finding whose null does not hold."""
+    """A mark behind a finding whose A/A null is missing or off."""
     if null.estimate is None:
         return " (without an A/A null)"
     return " **INVALID**: see the A/A null" if stats.is_off(null.estimate) else ""
 
 
 def _of_null(null: Measured) -> str:
-    """What the AR step timed against itself says of the other times."""
+    """How far the A/A null of the AR step lets the other times be trusted."""
     limits = GateLimits()
     if null.estimate is None:
         return "so nothing says how far the machine was quiet"

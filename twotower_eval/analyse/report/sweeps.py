@@ -261,7 +261,7 @@ def _draw_sweep(
             handles["INVALID"] = handle(**CROSS)
         joined = {one.on for own in drawn.values() for one in own if one.joined}
         _dress(axes, name, label, measure.label, ticks)
-        _tell_grounds(axes, grounds, joined)
+        _name_grounds(axes, grounds, joined)
     columns = legend_columns(handles, 3 if len(measures) > 1 else 1, panels=len(measures))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
 
@@ -284,7 +284,7 @@ def _dress(axes: Axes, name: str, label: str, what: str, ticks: Sequence[float])
     axes.set_ylabel(what)
 
 
-def _tell_grounds(axes: Axes, grounds: Sequence[MeasuredOn], joined: Collection[MeasuredOn]) -> None:
+def _name_grounds(axes: Axes, grounds: Sequence[MeasuredOn], joined: Collection[MeasuredOn]) -> None:
     """Above a panel, what its figures were measured on; with the runs where two would say the same."""
     alike = Counter(dataclasses.replace(on, run_ids=(), same="") for on in grounds)
     shown = []

@@ -77,7 +77,7 @@ def _difference(row: Raw) -> str:
 
 
 def _whole_remarks(wholes: Sequence[WholeScore]) -> Iterator[str]:
-    """Which function made each score, what is kept of it, and why figures are missing."""
+    """How each score of all documents together was computed, its retention, and why figures are missing."""
     for one in wholes:
         named = f"{escape(one.task)}, {escape(one.metric)}"
         named += f" ({escape(one.filter)})" if one.filter != "none" else ""
@@ -244,7 +244,7 @@ def _num_documents(row: Raw) -> str:
 
 
 def _cut(row: Raw) -> str:
-    """How many prompts were cut; none is said of an average."""
+    """How many prompts were cut; blank for an average."""
     return "" if row["level"] == AVERAGE else " / ".join(count(int(row[name] or 0)) for name in TRUNCATED)
 
 

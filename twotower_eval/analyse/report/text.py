@@ -47,7 +47,7 @@ def measured_columns(name: str, found: Measured) -> Row:
 
 
 def operating_point(cell: Cell) -> Row:
-    """A point's columns: the usual three settings, then of a plug-in every parameter of its own, as ``param_NAME``."""
+    """An operating point's columns: three usual settings, then a plug-in's other parameters as ``param_NAME``."""
     named = {name: setting(cell.decoder, name) for name in NAMED}
     if cell.decoder.is_plug_in:
         others = (name for name in cell.decoder.params if name not in NAMED)
@@ -89,7 +89,7 @@ def count_columns(arm: str, counts: Counts) -> Row:
 
 
 def within_columns(arm: str, within: WithinCalls) -> Row:
-    """What timed calls say of their inside; None where they say nothing."""
+    """Medians within timed calls and peak memory; None where nothing was recorded."""
     return {
         f"{arm}_prefill_median_s": within.prefill_s,
         f"{arm}_first_output_median_s": within.first_output_s,

@@ -217,7 +217,7 @@ def corners(points: Sequence[TradeOff]) -> list[tuple[float, float]]:
 def _place_numbers(
     axes: Axes, labels: Sequence[str], places: Sequence[tuple[float, float]], colours: Sequence[int]
 ) -> None:
-    """Put each number at the nearest spot where it covers no other number, no marker and no line to a number."""
+    """Put each number at the nearest place where it covers no other number, no marker and no line to a number."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     pixels = figure.dpi / 72
@@ -226,21 +226,21 @@ def _place_numbers(
     blocked = [_square(x, y, MARKER_ROOM * pixels) for x, y in middles]
     for label, place, colour, (x, y) in zip(labels, places, colours, middles[1:], strict=True):
         half_w, half_h = (2.4 * len(label) + 0.8) * pixels, 3.8 * pixels
-        spots = [(reach * cos(radians(a)), reach * sin(radians(a))) for reach in NUMBER_REACH for a in NUMBER_ANGLES]
+        offsets = [(reach * cos(radians(a)), reach * sin(radians(a))) for reach in NUMBER_REACH for a in NUMBER_ANGLES]
         free = [
-            spot
-            for spot in spots
-            if _free(_rectangle(x + spot[0] * pixels, y + spot[1] * pixels, half_w, half_h), blocked, inside)
+            offset
+            for offset in offsets
+            if _free(_rectangle(x + offset[0] * pixels, y + offset[1] * pixels, half_w, half_h), blocked, inside)
         ]
-        spot = free[0] if free else spots[0]
-        middle_x, middle_y = x + spot[0] * pixels, y + spot[1] * pixels
+        offset = free[0] if free else offsets[0]
+        middle_x, middle_y = x + offset[0] * pixels, y + offset[1] * pixels
         blocked.append(_rectangle(middle_x, middle_y, half_w, half_h))
         steps = [i / 6 for i in range(2, 5)]  # a number upon another's line would seem to be at its end
         blocked += [_square(x + s * (middle_x - x), y + s * (middle_y - y), pixels) for s in steps]
         axes.annotate(
             label,
             place,
-            xytext=spot,
+            xytext=offset,
             textcoords="offset points",
             ha="center",
             va="center",

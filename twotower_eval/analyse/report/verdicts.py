@@ -85,7 +85,7 @@ class JudgedRuns(Runs):
         return Headline(quality=quality, speed=speed, claim=claim, scope=scope)
 
     def parts(self, claim: Claim) -> list[Claim]:
-        """The claims that a joint claim is made of; any other is its own only part."""
+        """The parts of a joint claim; of any other claim, itself."""
         return [one for one in (self.claims.claims if self.claims else ()) if one.name in claim.parts] or [claim]
 
 
@@ -143,7 +143,7 @@ def verdict_line(runs: Runs) -> str:
 
 
 def points_text(runs: Runs) -> str:
-    """How much there was to choose from: operating points, and the measurements of them."""
+    """How many operating points and measurements there were to choose from."""
     return (
         f"{len(runs.points)} operating points (decoder settings) were measured: {len(runs.quality)} measurements of "
         f"retention and {len(runs.speed)} of speed, counting batch sizes and workloads"
@@ -288,7 +288,7 @@ def _reason(claim: Claim, verdict: Verdict) -> str:
 
 
 def headline(runs: Runs) -> Section:
-    """One sentence to quote, and what a reader must know before quoting it."""
+    """The sentence to quote, and the caveats that belong to it."""
     if not runs.compare:
         return _alone(runs)
     found = runs.headline
@@ -303,14 +303,14 @@ def headline(runs: Runs) -> Section:
 
 
 def _alone(runs: Runs) -> Section:
-    """The same of one model alone."""
+    """The headline of one model alone."""
     lines = [*_contradicting(runs), verdict_line(runs), *(_incomplete(run) for run in runs if not run.complete)]
     lines += [alone.sentence(runs), bullets(alone.remarks(runs))]
     return Section(title="One model alone", markdown="\n\n".join(line for line in lines if line) + "\n")
 
 
 def _contradicting(runs: Runs) -> list[str]:
-    """Before anything is quoted: what follows is from files of which some are not what they were."""
+    """A warning for each run whose files contradict each other."""
     return [
         f"> **INVALID: the files of run {code(run_id)} contradict each other: {escape(contradictions_text(found))}.** "
         "No figure from it is evidence."
@@ -368,7 +368,7 @@ def _not_measured(runs: Runs, found: Headline) -> str:
 
 
 def _timed_so(found: Headline) -> str:
-    """How the claim wants its speed to be timed, where it says so."""
+    """How the claim's speed is to be timed; empty where the claim leaves it open."""
     timing = "" if found.claim is None else timing_text(found.claim.point)
     return f" as the claim has it ({escape(timing)})" if timing else ""
 
@@ -391,7 +391,7 @@ def _faster(speed: SpeedPoint | None) -> str | None:
 
 
 def _picked(found: Headline) -> str:
-    """By which rule the point above was picked."""
+    """The rule by which the headline's point was picked."""
     if found.key is None:
         return "None of them is the claim's: "
     rule = "the claim's own" if found.claim else "the first of the plan, of those with both retention and speed if any"
@@ -399,7 +399,7 @@ def _picked(found: Headline) -> str:
 
 
 def _of_quality(quality: QualityPoint) -> list[str]:
-    """What a retention rests on, and what is left of it above guessing."""
+    """How many tasks and documents a retention rests on, and retention above chance."""
     num_documents = sum(task.num_documents for task in quality.tasks)
     num_exercising = sum(task.exercises_decoder for task in quality.tasks)
     what = f"{plural(len(quality.tasks), 'task')}, {plural(num_documents, 'document')}"
@@ -413,7 +413,7 @@ def _of_quality(quality: QualityPoint) -> list[str]:
 
 
 def _of_scope(quality: QualityPoint, scope: Sequence[str]) -> list[str]:
-    """Where the tasks that the sentence is over are not those of the claim."""
+    """Tasks that the claim covers and the figure does not, and the other way round."""
     tasks = [task.name for task in quality.tasks]
     lacking, beside = [name for name in scope if name not in tasks], [name for name in tasks if name not in scope]
     lines = [f"The claim also covers {escape(', '.join(lacking))}, which this figure leaves out."] if lacking else []
