@@ -441,7 +441,7 @@ def test_what_is_not_finished_or_not_scored_is_invalid(tmp_path: Path, good: lis
         return dataclasses.replace(row, value=None, missing_reason="no sandbox") if gone else row
 
     stopped = store.load(quality_run(tmp_path / "stopped", complete=False))
-    assert "did not go to its end" in verdict_on(KEPT, [stopped]).reason
+    assert "the run is not complete" in verdict_on(KEPT, [stopped]).reason
     holes = store.load(quality_run(tmp_path / "holes", edit=unscored))
     verdict = verdict_on(KEPT, [holes])
     assert (verdict.outcome, verdict.reason) == ("INVALID", "all scored: 9 documents have no score in one arm")

@@ -282,15 +282,15 @@ def later_launch(row: SpeedSample) -> SpeedSample:
 EDITS: dict[str, tuple[Edit, str, str]] = {
     "time divided": (speed(faster), "seconds told", "10.800 s on the clock, the calls of speed.jsonl add up to 5.9"),
     "time doubled": (speed(slower), "calls overlap", "took 1.800 s, and the next call of its launch began 1.000 s"),
-    "a round deleted": (speed(without_round), "rounds told", "tells of 3 measured rounds, speed.jsonl has 2"),
-    "a call deleted": (speed(without_call), "rounds told", "tells of 3 measured rounds, speed.jsonl has 2"),
+    "a round deleted": (speed(without_round), "rounds told", "recorded 3 measured rounds, speed.jsonl has 2"),
+    "a call deleted": (speed(without_call), "rounds told", "recorded 3 measured rounds, speed.jsonl has 2"),
     "answers left over": (
         speed(without_round),
         "answer without call",
         "was answered in a timed call that is not there",
     ),
-    "seconds retold": (told("measured", timed_s=5.0), "seconds told", "tells of 5.000 s on the clock"),
-    "documents retold": (told("cell_done", num_documents=400), "documents told", "tells of 400 documents of task sums"),
+    "seconds retold": (told("measured", timed_s=5.0), "seconds told", "recorded 5.000 s on the clock"),
+    "documents retold": (told("cell_done", num_documents=400), "documents told", "recorded 400 documents of task sums"),
     "a launch renamed": (speed(later_launch), "launch untold", f"speed.jsonl has launch {RUN_ID}/2"),
     "the plan edited": (head(plan={**PLAN, "seed": 8}), "plan hash", "that of the plan is"),
     "another plan": (
@@ -325,7 +325,7 @@ EDITS: dict[str, tuple[Edit, str, str]] = {
         "call without answer",
         "was timed, and its answer is not there",
     ),
-    "a text changed": (answers(lambda row: retold(row, text="1!")), "text of equal tokens", "stand for two texts"),
+    "a text changed": (answers(lambda row: retold(row, text="1!")), "text of equal tokens", "have two different texts"),
     "all answers to one document deleted": (
         answers(lambda row: None if row.doc_id == 1 else row),
         "score without answer",

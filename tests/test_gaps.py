@@ -68,7 +68,7 @@ def missing_round(row: Any) -> bool:
 
 GAPS: dict[str, tuple[Edit, str, str]] = {
     "a round with its answers": (only(missing_round), "round missing", "round 1 is not there, though rounds up to 2"),
-    "a launch": (events(one_launch_more), "launch without calls", f"tells of launch {RUN_ID}/2, which measured to its"),
+    "a launch": (events(one_launch_more), "launch without calls", f"recorded launch {RUN_ID}/2 as complete, but speed"),
     "a warm-up": (
         both(planned(warmup_rounds=1), warmed_up, speed(later_launch)),
         "launch without warm-up",
@@ -78,7 +78,7 @@ GAPS: dict[str, tuple[Edit, str, str]] = {
     "a cell": (
         only(lambda row: row.cell != CELLS[1].id),
         "cell without rows",
-        f"cell {CELLS[1].id} has no row, in a run that went to its end",
+        f"the run is complete, but cell {CELLS[1].id} has no row",
     ),
     "a size of blocks": (
         planned(block_sizes=[16, 32]),
@@ -130,7 +130,7 @@ def test_a_run_gone_on_with_under_a_smaller_plan_says_so(honest: Run) -> None:
     another = events(lambda told: [*told[:1], {"at": "t", "kind": "resumed"}, *told[1:]])(fewer)
     assert "rounds below plan" not in {one.kind for one in contradictions(another)}
     [said] = remarks([another])
-    assert "has 3 whole rounds of the 5 that it was first made for" in finding_text(said)
+    assert "was planned with 5 rounds and resumed with fewer: it has 3 whole rounds" in finding_text(said)
     assert [num_measurings(one) for one in (honest, one_command, another)] == [1, 1, 2], "ended early is another look"
 
 

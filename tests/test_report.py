@@ -618,7 +618,7 @@ def test_an_unfinished_run_says_so_first(tmp_path) -> None:
     path = made.quality_run(tmp_path, complete=False, edit=stop_early, tasks=["arithmetic"], perplexity=False)
     markdown = write(tmp_path, path)
     assert "> **INCOMPLETE: run `20261101T120000Z-run-aaaaaa` has not finished.**" in markdown
-    assert "have no partner in the other arm yet" in markdown
+    assert "left out: not yet in the other arm" in markdown
     assert kept(markdown, "arithmetic")["n (clusters)"].startswith("50 ")
 
 
@@ -628,7 +628,7 @@ def test_an_unfinished_speed_run_uses_whole_rounds_only(tmp_path) -> None:
 
     markdown = write(tmp_path / "a", made.speed_run(tmp_path / "a", complete=False, edit=late))
     assert faster(markdown)["rounds x calls"] == "11 x 8"
-    assert "1 rounds are not complete in both arms" in markdown
+    assert "1 round left out: not complete in both arms" in markdown
 
     def first(row):
         return None if isinstance(row, SpeedSample) and row.call_id == "7" and row.replica == 0 else row

@@ -187,7 +187,7 @@ def test_in_half_precision_rounding_may_part_some_answers_that_are_worth_the_sam
     few = worth_nothing(answers_otherwise(same[1], "candidate", range(12)), "candidate", range(3))
     open_ = verdicts([same[0], few])[2]
     assert open_.outcome == "INCONCLUSIVE"
-    assert "not known to be within 2 points" in open_.reason
+    assert "not shown to be within 2 points" in open_.reason
 
 
 def matching(quality: Run, speed: Run) -> Run:
@@ -213,7 +213,7 @@ def test_the_same_answers_in_a_fraction_of_the_passes_are_remembered_ones(good: 
 
     _, fast, both = verdicts([good[0], rows_changed(good[1], remembered)])
     assert fast.outcome == both.outcome == "INVALID"
-    assert "of the passes that the same answers took when they were scored" in fast.reason
+    assert "of the forwards that the same answers took when they were scored" in fast.reason
 
 
 # From round to round
@@ -266,7 +266,7 @@ def test_the_round_in_which_an_answer_parts_names_its_token(good: list[Run]) -> 
     assert "task sorting, document 3 from token 3 on" in found_text(gate(fast, "same rounds"))
 
 
-# Of one thing
+# Quality and speed of one setting
 
 
 def other_baseline(cell: Cell) -> Cell:
@@ -380,7 +380,7 @@ def test_a_prompt_in_other_tokens_is_another_prompt(good: list[Run]) -> None:
         ),
     )
     _, fast, _ = verdicts([good[0], cut])
-    assert "8 prompts are not the same tokens in both arms: prompt q0 (30 tokens in the baseline, 29" in fast.reason
+    assert "8 prompts with different tokens in the two arms: prompt q0 (30 tokens in the baseline, 29" in fast.reason
 
 
 def test_tokenizers_that_differ_read_prompts_as_they_do(good: list[Run]) -> None:
@@ -400,7 +400,7 @@ def test_a_speed_is_of_the_tasks_that_the_quality_is_over(good: list[Run]) -> No
     assert "same tasks: not timed: arithmetic" in one.reason
     *_, other = verdicts([good[0], of_tasks(good[1], "arithmetic", "sorting", "words_de")])
     assert other.outcome == "NOT_MEASURED"
-    assert "timed were also words_de, outside the claimed quality" in other.reason
+    assert "also timed: words_de, outside the claimed quality" in other.reason
     group = claims_of({**KEPT, "scope": ["arithmetic", "words", "choice"]}, FAST, BOTH)
     *_, of_group = judge(group, [good[0], of_tasks(good[1], "arithmetic", "words_de")])
     assert gate(of_group, "same tasks").outcome == "passed", (

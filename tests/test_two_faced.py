@@ -62,7 +62,7 @@ def test_a_decoder_that_tells_timed_calls_from_scored_ones_is_found_out(runs: li
     remembers = found.pop("what it knows")
     assert not found
     assert remembers.outcome == "INVALID"
-    assert "of the passes that the same answers took when they were scored" in remembers.reason
+    assert "of the forwards that the same answers took when they were scored" in remembers.reason
 
 
 def test_what_remembers_its_answers_does_not_do_the_same_in_every_round(runs: list[store.Run]) -> None:

@@ -114,7 +114,7 @@ def test_whoever_remembers_is_found_out(remembered: store.Run, read: dict[str, S
     assert point.invalid
     verdict = verdict_of(remembered, point, 1.5)
     assert verdict.outcome == "INVALID"
-    assert "probes: the candidate remembers what it has seen (above 1.25x)" in verdict.reason
+    assert "probes: the candidate remembers earlier prompts (above 1.25x)" in verdict.reason
 
 
 @pytest.mark.parametrize("trick", ["honest", "by itself"])
@@ -208,7 +208,7 @@ def test_the_line_of_the_probes_says_what_was_compared() -> None:
     )
     remembers = dataclasses.replace(found, candidate=dataclasses.replace(candidate, forward_s=shown(1.5, 30)))
     assert fact_text(Probes(unseen=remembers, limit=1.25)).startswith(
-        "the candidate remembers what it has seen (above 1.25x): repeated "
+        "the candidate remembers earlier prompts (above 1.25x): repeated "
     )
 
 
@@ -222,7 +222,7 @@ def test_a_run_of_old_is_not_checked_and_says_so(clock: Forwards, pair: Path, re
     assert point.unseen.remembered(1.25) == ()
     verdict = verdict_of(run, point, 1.0)
     (gate,) = [gate for gate in verdict.gates if gate.kind == "probes"]
-    assert (gate.outcome, found_text(gate)) == ("not_checked", "no prompt was timed that was new in its round")
+    assert (gate.outcome, found_text(gate)) == ("not_checked", "no new prompt was timed")
     supported = Verdict(claim="c", outcome="SUPPORTED", estimate=None, reason="", evidence=(), gates=verdict.gates)
     assert "probes (no prompt was timed that was new in its round)" in unchecked_text(supported)
 

@@ -38,7 +38,7 @@ LEVEL = stats.NULL_LEVEL
 FAR = 3.0  # times the forwards per token that honest decoders may need where a prompt is made up
 NUM_LIKE = 8  # timed calls that a new one is held against: those nearest in length
 NO_FORWARD = 0.5  # a call without any forward counts as half a forward, so that ratios exist
-NONE = "no prompt was timed that was new in its round"
+NONE = "no new prompt was timed"
 NOT_COUNTED = "forwards were not counted"
 NOTHING = Measured(estimate=None, reason=NONE)
 Key = tuple[str, str]  # launch, call

@@ -1,4 +1,4 @@
-"""Words for facts: how an interval was made, what a gate or a warning found. Nothing reads them back."""
+"""Words for facts: how an interval was made, what a gate or a warning found. No code parses them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def gate_text(gate: Gate) -> str:
 
 
 def finding_text(finding: Finding) -> str:
-    """A warning, or of what makes a figure INVALID the gate that says so."""
+    """A warning; of a failed gate also its name, behind INVALID."""
     text = fact_text(finding.facts)
     return f"{INVALID}: {kind_text(finding.kind)}: {text}" if finding.severity == "invalid" else text

@@ -1,4 +1,4 @@
-"""The words for what gates found of answers: whether they are one answer, of their own call, and of one thing."""
+"""The words for what gates found in answers: whether they repeat, come from their own call, and fit together."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from twotower_eval.analyse.compare.figures import POINTS, interval
 from twotower_eval.analyse.compare.same import SHOWN
 from twotower_eval.analyse.compare.witness import ArmWitnessed, DraftedAnswers, Unknown, WitnessedAnswers
 from twotower_eval.analyse.words.facts import fact_text
+from twotower_eval.names import plural
 from twotower_eval.records import document_of, document_prompt_id, scored_document_of
 
 UNKNOWN: dict[Unknown, str] = {
     "at random": "draws its tokens at random",
-    "several prompts": "its witnessed calls have several prompts each, whose rows of logits are not told apart",
+    "several prompts": "its witnessed calls have several prompts each, whose rows of logits cannot be told apart",
     "no token": "has no token in any witnessed answer",
     "no call": "no call of these runs was witnessed",
 }
@@ -22,7 +23,7 @@ UNKNOWN: dict[Unknown, str] = {
 @fact_text.register
 def _same_answers(fact: facts.SameAnswers) -> str:
     if not fact.arms:
-        return "no run scored this point's answers apart from the clock"
+        return "no run scored this point's answers off the clock"
     wrong = [_differ(one) for one in fact.arms if one.arm in fact.differing]
     wrong += [_work(one) for one in fact.arms if one.arm in fact.idle]
     reasons = list(dict.fromkeys(f"{one.arm}: {one.reason}" for one in fact.arms if one.reason))
@@ -32,7 +33,7 @@ def _same_answers(fact: facts.SameAnswers) -> str:
 
 def _agree(one: Agreement, what: str) -> str:
     if not one.differing:
-        return f"{one.arm}: {one.num_compared:,} {what}, all alike"
+        return f"{one.arm}: {one.num_compared:,} {what}, all equal"
     return _differ(one)
 
 
@@ -47,22 +48,22 @@ def _differ(one: Agreement) -> str:
 
 def _place(one: Differing) -> str:
     if one.same_tokens:
-        return f"{prompt_text(one.prompt_id)} in its passes"
+        return f"{prompt_text(one.prompt_id)} in its forwards"
     return prompt_text(one.prompt_id) + ("" if one.position is None else f" from token {one.position + 1} on")
 
 
 def _work(one: Agreement) -> str:
     share = f"{100 * (one.work or 0):.3g} %"
-    return f"{one.arm}: timed answers took {share} of the passes that the same answers took when they were scored"
+    return f"{one.arm}: timed answers took {share} of the forwards that the same answers took when they were scored"
 
 
 @fact_text.register
 def _other_tokens(fact: facts.OtherTokens) -> str:
     if fact.timed:
         shown = "; ".join(dict.fromkeys(f"{arm}: {_lengths(one, ('scored', 'timed'))}" for arm, one in fact.first))
-        return f"{fact.num_prompts} prompts were timed in other tokens than they were scored in: {shown}"
+        return f"{plural(fact.num_prompts, 'prompt')} with other tokens when timed than when scored: {shown}"
     shown = "; ".join(_lengths(one, ("in the baseline", "in the candidate")) for _, one in fact.first)
-    return f"{fact.num_prompts} prompts are not the same tokens in both arms: {shown}"
+    return f"{plural(fact.num_prompts, 'prompt')} with different tokens in the two arms: {shown}"
 
 
 def _lengths(one: OtherLength, whose: tuple[str, str]) -> str:
@@ -70,7 +71,7 @@ def _lengths(one: OtherLength, whose: tuple[str, str]) -> str:
 
 
 def prompt_text(prompt_id: str) -> str:
-    """``task sorting, document 3``, of a prompt whose id says so."""
+    """``task sorting, document 3``; ``prompt mine`` where a prompt is of no document."""
     document = document_of(prompt_id)
     return f"prompt {prompt_id}" if document is None else f"task {document[0]}, document {document[1]}"
 
@@ -80,15 +81,15 @@ def _effect(fact: facts.EffectOnScores) -> str:
     found = fact.effect.estimate
     if found is None or fact.stands is None:
         return f"{fact.arm}: {fact.effect.reason}"
-    how = {"within": "within", "beyond": "beyond", "open": "not known to be within"}[fact.stands]
-    moved = f"{fact.arm}: timed answers score {interval(POINTS, found)} beside the scored ones"
+    how = {"within": "within", "beyond": "beyond", "open": "not shown to be within"}[fact.stands]
+    moved = f"{fact.arm}: timed answers score {interval(POINTS, found)} above the scored ones"
     return f"{moved}, {how} {100 * fact.limit:g} points"
 
 
 @fact_text.register
 def _witnessed(fact: WitnessedAnswers) -> str:
     least = _percent(fact.least_share)
-    accounted = f", fewer than {least}: no logits of their calls account for the others"
+    accounted = f", fewer than {least}: no logits of these calls explain the others"
     wrong = [f"{_share(one)}{accounted}" for one in fact.arms if one.arm in fact.short]
     wrong += [_two_faced(one) for one in fact.arms if one.arm in fact.two_faced]
     reasons = dict.fromkeys(_unknown(one, one.unknown) for one in fact.arms if one.unknown)
@@ -102,7 +103,7 @@ def _unknown(one: ArmWitnessed, unknown: Unknown) -> str:
 def _share(one: ArmWitnessed) -> str:
     return (
         f"{one.arm}: {_percent(one.share)} of the {one.num_tokens:,} tokens of {one.num_calls:,} witnessed answers are "
-        "among the likeliest of a row of logits that their own call computed"
+        "among the likeliest of a row of logits of their own call"
     )
 
 
@@ -123,15 +124,15 @@ def _document(prompt_id: str) -> str:
 @fact_text.register
 def _drafted(fact: DraftedAnswers) -> str:
     text = "; ".join(map(_drafts, fact.arms))
-    more = ": too few prompts to tell, time more of them (--num-prompts) or more launches (--launches)"
+    more = ": too few prompts to decide, time more prompts (--num-prompts) or more launches (--launches)"
     return text + more if fact.too_few else text
 
 
 def _drafts(one: ArmWitnessed) -> str:
     known, new = one.known, one.new
     return (
-        f"{one.arm}: the model was given {_percent(known.share)} of the tokens on {known.num_prompts:,} timed prompts "
-        f"before it had computed them, and {_percent(new.share)} on {new.num_prompts:,} made-up prompts"
+        f"{one.arm}: drafts were {_percent(known.share)} of the tokens on {plural(known.num_prompts, 'timed prompt')} "
+        f"and {_percent(new.share)} on {plural(new.num_prompts, 'made-up prompt')}"
     )
 
 
@@ -139,7 +140,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-# Of one thing
+# Quality and speed of one setting
 
 
 @fact_text.register
@@ -150,8 +151,8 @@ def _one_thing(fact: facts.OneThing) -> str:
     budgets = [Unlike(setting=f"the budget of {task}", values=pair) for task, pair in fact.budgets]
     unlike = [_unlike(one, fact.parts) for one in (*fact.unlike, *budgets)]
     unlike += [
-        f"{one.arm}: {len(one.other_prompts)} documents were timed on other prompts than they were scored on, the "
-        f"first of them {prompt_text(one.other_prompts[0])}"
+        f"{one.arm}: {plural(len(one.other_prompts), 'document')} timed on other prompts than scored, first "
+        f"{prompt_text(one.other_prompts[0])}"
         for one in fact.other_prompts
     ]
     return "; ".join(dict.fromkeys(unlike))
@@ -172,15 +173,15 @@ def _value(value: object) -> str:
 @fact_text.register
 def _same_tasks(fact: facts.SameTasks) -> str:
     if fact.tasks is None:
-        return "timed as the point says"
+        return "timed on the tasks that the claim's point names"
     found = fact.tasks
     if not found.timed:
-        return "the run does not say of which tasks its timed prompts are"
-    wrong = [f"timed were also {', '.join(found.beyond)}, outside the claimed quality"] if found.beyond else []
+        return "the ids of the timed prompts name no task"
+    wrong = [f"also timed: {', '.join(found.beyond)}, outside the claimed quality"] if found.beyond else []
     wrong += [f"not timed: {', '.join(found.untimed)}"] if found.untimed else []
     if not wrong:
         return "the timed tasks are those of the claimed quality"
-    return f"{'; '.join(wrong)}: time the tasks in scope, or name those of the speed in the point (timed_tasks)"
+    return f"{'; '.join(wrong)}: time the tasks in scope, or name the timed tasks in the point (timed_tasks)"
 
 
 @fact_text.register

@@ -1,4 +1,4 @@
-"""The words for a fact, by its kind: what a reader of a figure has to know, and how an interval came about."""
+"""The words for a fact, by its kind: warnings beside a figure, and how its interval was made."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from twotower_eval.analyse.compare import warned
 from twotower_eval.analyse.compare.figures import PERCENT, compared
 from twotower_eval.analyse.compare.timing import Best
 from twotower_eval.analyse.compare.witness import Likeness
+from twotower_eval.names import plural
 from twotower_eval.records import MIN_LAUNCH_ROUNDS, MIN_LAUNCHES, TELLING_ROUNDS, Estimate, Fact, FindingKind, Method
 from twotower_eval.rules import void_text
 
-EQUAL = "equal by construction: one computation scores both arms"
+EQUAL = "equal by construction: one computation scored both arms"
 
 
 def method_text(found: Estimate) -> str:
@@ -22,7 +23,7 @@ def method_text(found: Estimate) -> str:
 
 
 def method_line(found: Estimate) -> str:
-    """The same as the beginning of a sentence."""
+    """The same with a capital, to begin a sentence."""
     text = method_text(found)
     return text[:1].upper() + text[1:]
 
@@ -38,7 +39,7 @@ def _text(method: Method, n: int) -> str:
     if method.num_tasks is not None:
         text = f"mean over {method.num_tasks} tasks, {text}"
     if method.moved_out:
-        text += ", moved out for calls that were not timed"
+        text += ", widened for calls that were not timed"
     if method.devices is not None:
         text += f", times {method.devices[0]} / {method.devices[1]} devices"
     return text
@@ -86,12 +87,12 @@ def _kind_text(method: Method, n: int) -> str:
             return f"range of {n} ratios"
 
 
-NOT_RECORDED = "whether the baseline is at its best was not recorded"
+NOT_RECORDED = "how the baseline was run was not recorded"
 
 
 @singledispatch
 def fact_text(fact: Fact) -> str:
-    """A fact as part of a sentence, without its end; a kind that has no words is a bug."""
+    """A fact in words, without a full stop; a kind that has no words is a bug."""
     raise TypeError(f"no words for {type(fact).__name__}")
 
 
@@ -107,36 +108,36 @@ def _incomplete(_fact: warned.Incomplete) -> str:
 
 @fact_text.register
 def _incomplete_rounds(fact: warned.IncompleteRounds) -> str:
-    return f"{fact.num_rounds} rounds are not complete in both arms and are left out"
+    return f"{plural(fact.num_rounds, 'round')} left out: not complete in both arms"
 
 
 @fact_text.register
 def _void_calls(fact: warned.VoidCalls) -> str:
-    where = "with their prompts in every round, or with their rounds"
-    return f"{void_text(fact.num_timed, fact.faults)}; they are left out {where}"
+    where = "their prompts are left out in every round, or their rounds are left out"
+    return f"{void_text(fact.num_timed, fact.faults)}; {where}"
 
 
 @fact_text.register
 def _resumed_with_fewer(fact: warned.ResumedWithFewer) -> str:
     return (
-        f"run {fact.run_id} has {fact.num_whole} whole rounds of the {fact.num_asked} that it was first made for: "
-        "it was resumed with fewer"
+        f"run {fact.run_id} was planned with {plural(fact.num_asked, 'round')} and resumed with fewer: it has "
+        f"{plural(fact.num_whole, 'whole round')}"
     )
 
 
 @fact_text.register
 def _lengths_differ(_fact: warned.LengthsDiffer) -> str:
     return (
-        "the arms' outputs differ in length by more than a tenth: read the speedup in useful tokens per second, "
-        "not the wall-clock one alone"
+        "the arms' outputs differ in length by more than a tenth: read the speedup in useful tokens per second "
+        "beside the wall-clock speedup"
     )
 
 
 @fact_text.register
 def _unlike_lengths(_fact: warned.UnlikeLengths) -> str:
     return (
-        "the timed answers are clearly unlike those of all known documents in length: the interval allows for it, "
-        "more prompts would narrow it"
+        "the timed answers clearly differ in length from those of all known documents: the interval allows for that, "
+        "and more prompts would narrow it"
     )
 
 
@@ -144,8 +145,8 @@ def _unlike_lengths(_fact: warned.UnlikeLengths) -> str:
 def _wide_null(fact: warned.WideNull) -> str:
     width, limit = compared(PERCENT, fact.half_width, fact.widest)
     return (
-        f"near 1x for its A/A null, whose half-width of {width} is above {limit}, {share_text(fact.share)}: noise may "
-        "be a good part of the difference, more rounds tell"
+        f"close to 1x beside the noise of its A/A null: the null's half-width of {width} is above {limit}, "
+        f"{share_text(fact.share)}; noise may explain much of the difference, time more rounds"
     )
 
 
@@ -161,36 +162,39 @@ def _slower_than_generate(_fact: warned.SlowerThanGenerate) -> str:
 
 @fact_text.register
 def _far_above_floor(fact: warned.FarAboveFloor) -> str:
-    return f"the baseline takes more than {fact.limit:g} times as long as reading its weights does"
+    return f"the baseline takes more than {fact.limit:g} times as long as reading its weights"
 
 
 @fact_text.register
 def _unlike_answers(fact: Likeness) -> str:
     return (
-        f"on made-up prompts the candidate's answers share {100 * fact.new:.3g} % of their tokens with the baseline's, "
-        f"on timed prompts {100 * fact.known:.3g} %: read them, it may answer new prompts carelessly"
+        f"the candidate's answers share {100 * fact.new:.3g} % of their tokens with the baseline's on made-up prompts, "
+        f"{100 * fact.known:.3g} % on timed prompts: read them, it may answer new prompts carelessly"
     )
 
 
 @fact_text.register
 def _unpaired(fact: warned.Unpaired) -> str:
-    return f"{fact.num_scores} scores have no partner in the other arm yet and are left out"
+    return f"{plural(fact.num_scores, 'score')} left out: not yet in the other arm"
 
 
 @fact_text.register
 def _no_headline(fact: warned.NoHeadline) -> str:
-    return f"{fact.num_documents} documents have no headline score in one arm and are left out of both"
+    return f"{plural(fact.num_documents, 'document')} left out of both arms: no headline score in one of them"
 
 
 @fact_text.register
 def _standard_errors(fact: warned.StandardErrorsDiffer) -> str:
     figures = f"{100 * fact.bootstrap:.2f} points by bootstrap, {100 * fact.linear:.2f} by linearisation"
-    return f"two ways to the headline's standard error differ by more than {100 * fact.tolerance:g} %: {figures}"
+    return f"the headline's standard errors by two methods differ by more than {100 * fact.tolerance:g} %: {figures}"
 
 
 @fact_text.register
 def _lone_clusters(fact: warned.LoneClusters) -> str:
-    return f"{fact.num_clusters} clusters are alone in touching their set of tasks: the intervals do not see them vary"
+    return (
+        f"{plural(fact.num_clusters, 'cluster')} with a set of tasks that no other cluster has: the intervals do not "
+        "include how such clusters vary"
+    )
 
 
 @fact_text.register
@@ -198,21 +202,22 @@ def _too_few(fact: stats.TooFew) -> str:
     if fact.serial is not None:
         return _alike_rounds(fact.num, fact.serial.effective_rounds, fact.serial.lag1)
     if fact.of == "clusters":
-        return f"{fact.num} clusters: fewer than {stats.MIN_CLUSTERS} cannot support a claim"
+        return f"{plural(fact.num, 'cluster')}: fewer than {stats.MIN_CLUSTERS} cannot support a claim"
     if fact.of == "rounds":
-        return f"{fact.num} measured round(s): fewer than {stats.MIN_ROUNDS} decide nothing, time more rounds"
-    few = f"{fact.num} calls of sampled prompts: fewer than {stats.MIN_CALLS}"
+        return f"{plural(fact.num, 'measured round')}: a verdict needs {stats.MIN_ROUNDS}, time more rounds"
+    few = f"{plural(fact.num, 'call')} of sampled prompts: fewer than {stats.MIN_CALLS}"
     return f"{few} cannot support a claim, time more prompts"
 
 
 def _alike_rounds(num_rounds: int, effective_rounds: float, lag1: float | None) -> str:
-    worth = f"{num_rounds} rounds are worth {effective_rounds:.1f} independent ones"
-    few = f"fewer than {stats.MIN_ROUNDS} decide nothing"
+    are = "is" if num_rounds == 1 else "are"
+    worth = f"{plural(num_rounds, 'round')} {are} worth {effective_rounds:.1f} independent ones"
+    few = f"a verdict needs {stats.MIN_ROUNDS}"
     if lag1 is None:
-        why = f"fewer than {TELLING_ROUNDS} rounds of a launch do not show how alike neighbours are"
+        why = f"fewer than {TELLING_ROUNDS} rounds of a launch do not show how much neighbours resemble each other"
         enough = f"{MIN_LAUNCHES} launches or more of {MIN_LAUNCH_ROUNDS} rounds or more"
         return f"{worth}, as {why}; {few}: time more rounds in each launch, or {enough}"
-    why = f"neighbours are alike (correlation {lag1:.2f} before its correction for few rounds)"
+    why = f"neighbouring rounds resemble each other (correlation {lag1:.2f} before its correction for few rounds)"
     more = ceil(num_rounds * stats.MIN_ROUNDS / effective_rounds)
     return f"{worth}, as {why}; {few}: time {more:,} rounds or more, further apart, or {MIN_LAUNCHES} launches or more"
 
@@ -221,7 +226,7 @@ def _alike_rounds(num_rounds: int, effective_rounds: float, lag1: float | None) 
 
 
 def best_text(best: Best | None) -> str:
-    """How the baseline was run, its rate beside its floor and beside transformers' own."""
+    """How the baseline was run; its rate beside its memory floor and beside transformers' own generate."""
     if best is None:
         return NOT_RECORDED
     facts = best.facts
@@ -240,13 +245,13 @@ def _floor_text(best: Best) -> str:
     if best.above_floor is None or facts.step_bytes is None or facts.bytes_per_s is None:
         return "its memory floor is not known"
     return (
-        f"{best.above_floor:.2g} times the floor that reading its {facts.step_bytes / 1e6:,.3g} MB a step sets at the "
-        f"{facts.bytes_per_s / 1e9:,.3g} GB/s of a copy"
+        f"{best.above_floor:.2g} times its memory floor, the time to read {facts.step_bytes / 1e6:,.3g} MB a step at "
+        f"{facts.bytes_per_s / 1e9:,.3g} GB/s, as a copy does"
     )
 
 
 def generate_text(best: Best) -> str:
-    """``1.05 [1.02, 1.09] times as long as transformers' own generate``; why that is not known, where it is not."""
+    """``1.05 [1.02, 1.09] times as long as transformers' own generate``, or why that is not known."""
     facts, found = best.facts, best.over_generate
     if found is not None:
         return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}] times as long as transformers' own generate"

@@ -1,4 +1,4 @@
-"""The words for what gates found: of files and what they say in two ways, of prompts, times, costs and floors."""
+"""The words for what gates found in files, prompts, times, costs and quality."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from twotower_eval.analyse.compare.figures import PERCENT, TIMES, Measured, comp
 from twotower_eval.analyse.compare.residual import ResidualFault
 from twotower_eval.analyse.compare.unseen import FAR, Memory
 from twotower_eval.analyse.words.facts import fact_text, generate_text, share_text
+from twotower_eval.names import plural
 from twotower_eval.records import Estimate
 from twotower_eval.rules import handicap_text, truncation_line, void_text
 
@@ -22,58 +23,56 @@ _DOCUMENT = "document {document} of {task}, cell {cell}"
 _SCORE = f"{{metric}} of {_DOCUMENT}"
 
 WORDS: Mapping[ContradictionKind, str] = {
-    "plan hash": "the plan's sha256 is written as {stated:.12}, that of the plan is {found:.12}",
-    "plan and cells": "the plan says {field} {stated}, its cells say {field} {found}",
-    "cell id": "cell {cell} is not made of its checkpoint, decoder and workload, which give {found}",
-    "journal changed": "{file}: lines 1 to {line} are not those that were written, by the sha256 in events.jsonl",
-    "journal short": "{file} has {found} lines, and events.jsonl tells of {stated}",
-    "digests missing": "line {line} of {file} does not tell how many lines the journals have, with their sha256, as "
-    "events of this version do",
-    "rounds told": "events.jsonl tells of {stated} measured rounds, speed.jsonl has {found}",
-    "seconds told": "events.jsonl tells of {stated:.3f} s on the clock, the calls of speed.jsonl add up to "
+    "plan hash": "the manifest gives the plan's sha256 as {stated:.12}, but the plan hashes to {found:.12}",
+    "plan and cells": "{field} is {stated} in the plan and {found} in its cells",
+    "cell id": "the id of cell {cell} does not follow from its checkpoint, decoder and workload, which give {found}",
+    "journal changed": "{file}: lines 1 to {line} were changed after they were written, by the sha256 in events.jsonl",
+    "journal short": "{file} has {found} lines, events.jsonl recorded {stated}",
+    "digests missing": "line {line} of {file} lacks the journals' line counts and sha256, which events of this "
+    "version have",
+    "rounds told": "events.jsonl recorded {stated} measured rounds, speed.jsonl has {found}",
+    "seconds told": "events.jsonl recorded {stated:.3f} s on the clock, the calls of speed.jsonl add up to "
     "{found:.3f} s",
-    "documents told": "events.jsonl tells of {stated} documents of task {task} in cell {cell}, {found} are scored",
-    "launch untold": "speed.jsonl has launch {found}, and events.jsonl tells of {stated} only",
-    "launches begun": "speed.jsonl has {found} launches of this run, and events.jsonl tells of {stated} starts",
-    "launch without calls": "events.jsonl tells of launch {launch}, which measured to its end, and speed.jsonl has no "
-    "call of it",
-    "launch without warm-up": "launch {launch} has no warm-up, and the plan asks for {stated} in every launch",
-    "round missing": "round {round} is not there, though rounds up to {found} are and no number is left out",
-    "rounds below plan": "the plan asks for {stated} rounds, and speed.jsonl has {found} whole ones of a run that went "
-    "to its end",
-    "cell without rows": "cell {cell} has no row, in a run that went to its end",
-    "plan without cells": "the plan has {field} {stated}, and no cell is of it: they are of {found}",
+    "documents told": "events.jsonl recorded {stated} documents of task {task} in cell {cell}, {found} are scored",
+    "launch untold": "speed.jsonl has launch {found}, events.jsonl recorded only {stated}",
+    "launches begun": "speed.jsonl has {found} launches of this run, events.jsonl recorded {stated} starts",
+    "launch without calls": "events.jsonl recorded launch {launch} as complete, but speed.jsonl has no call of it",
+    "launch without warm-up": "launch {launch} has no warm-up, the plan asks for {stated} in every launch",
+    "round missing": "round {round} is missing, though rounds run up to {found} and the harness skips no number",
+    "rounds below plan": "the run is complete and its plan asks for {stated} rounds, but speed.jsonl has {found} "
+    "whole ones",
+    "cell without rows": "the run is complete, but cell {cell} has no row",
+    "plan without cells": "the plan has {field} {stated}, but no cell has it: they have {found}",
     "calls overlap": f"{_CALL} took {{stated:.3f}} s, and the next call of its launch began {{found:.3f}} s after it",
-    "launches at once": "{stated} calls of {here} began while {there} was being timed, and a run's launches come one "
-    "after the other",
-    "moments repeated": "{stated} calls of {here} began at the very moments at which calls of {there} did",
-    "times repeated": "{stated} timings of {here} are, to the last digit, those of {there}",
-    "batch size": f"{_CALL} was of {{found}} prompts, its cell times {{stated}}",
-    "prompts of a call": f"{_CALL} is on other prompts in one round than in another",
+    "launches at once": "{stated} calls of {here} began while {there} was being timed, but the launches of a run never "
+    "overlap",
+    "moments repeated": "{stated} calls of {here} began at exactly the same moments as calls of {there}",
+    "times repeated": "{stated} timings of {here} equal those of {there} to the last digit",
+    "batch size": f"{_CALL} has {{found}} prompts, its cell's batch size is {{stated}}",
+    "prompts of a call": f"{_CALL} has different prompts in different rounds",
     "prompt tokens": "prompt {prompt} of cell {cell} has {stated} tokens in one round and {found} in another",
-    "prompt tokens of arms": "prompt {prompt} has {stated} tokens for one arm and {found} for the other, of one "
+    "prompt tokens of arms": "prompt {prompt} has {stated} tokens in one arm and {found} in the other, with the same "
     "tokenizer",
-    "tokens of equal hash": f"{_PROMPT}: tokens of one sha256 are said to be {{stated}} and {{found}}",
-    "tokens beyond budget": "prompt {prompt} of cell {cell} made {found} tokens, at most {stated} were asked for",
-    "forwards counted": f"the prompts of {_CALL} report {{stated}} in {{field}}, and the harness counted {{found}}",
-    "call and answer": f"{_PROMPT}: the timed call says {{field}} {{stated}}, the answer that it made {{found}}",
-    "call without answer": f"{_PROMPT} was timed, and its answer is not there",
-    "answer without call": "prompt {prompt} of cell {cell}, round {round} was answered in a timed call that is not "
-    "there",
-    "text of equal tokens": f"{_DOCUMENT}: the same tokens stand for two texts",
-    "score without answer": f"{_DOCUMENT} has a score, and its answer is not there",
-    "answer without score": f"{_DOCUMENT} was answered in a run whose answers are scored, and has no score",
-    "score of another prompt": f"{_DOCUMENT} was scored for another prompt than it was answered for",
+    "tokens of equal hash": f"{_PROMPT}: the same sha256 of tokens stands for {{stated}} tokens and for {{found}}",
+    "tokens beyond budget": "prompt {prompt} of cell {cell} got {found} tokens, above the budget of {stated}",
+    "forwards counted": f"the prompts of {_CALL} report {{stated}} in {{field}}, the harness counted {{found}}",
+    "call and answer": f"{_PROMPT}: {{field}} is {{stated}} in the timed call and {{found}} in its answer",
+    "call without answer": f"{_PROMPT} was timed, but its answer is missing",
+    "answer without call": "prompt {prompt} of cell {cell}, round {round} has an answer, but its timed call is missing",
+    "text of equal tokens": f"{_DOCUMENT}: the same tokens have two different texts",
+    "score without answer": f"{_DOCUMENT} has a score, but its answer is missing",
+    "answer without score": f"{_DOCUMENT} has an answer but no score, in a run that scores its answers",
+    "score of another prompt": f"{_DOCUMENT} was scored on another prompt than it was answered on",
     "score outside 0 to 1": f"{_SCORE} is {{found:g}}",
-    "scores of equal answers": f"{_SCORE}: equal answers to one document are scored {{stated:g}} and {{found:g}}",
-    "score of the target": f"{_SCORE} is the target itself, and is scored {{found:g}}",
+    "scores of equal answers": f"{_SCORE}: equal answers to the same document are scored {{stated:g}} and {{found:g}}",
+    "score of the target": f"{_SCORE}: the answer is the target itself, but is scored {{found:g}}",
     "scores of one likelihood": f"{_SCORE} has the same log-likelihoods in both cells, scored {{stated}} and {{found}}",
 }
-_OTHER_TOKENS = f"{_PROMPT}: the timed call says other tokens than the answer that it made"
+_OTHER_TOKENS = f"{_PROMPT}: the timed call and its answer have different tokens"
 
 
 def contradiction_text(one: Contradiction) -> str:
-    """In words, with how many there are besides."""
+    """One contradiction in words, with the number of further ones like it."""
     words = _OTHER_TOKENS if (one.kind, one.field) == ("call and answer", "tokens_sha256") else WORDS[one.kind]
     sides = {"stated": _stated(one.stated, ", "), "found": _stated(one.found, " or ")}
     places = {"here": _timed_text(one.spot), "there": "" if one.like is None else _timed_text(one.like)}
@@ -84,7 +83,7 @@ def contradiction_text(one: Contradiction) -> str:
 
 
 def _timed_text(spot: Spot) -> str:
-    """``cell x in launch y, round 3``, as far as it is known."""
+    """``cell x in launch y, round 3``; parts that are not known are left out."""
     cell = f"{'the second copy of ' * (spot.replica == 1)}cell {spot.cell} in " * (spot.cell is not None)
     number = "warm-up" if spot.phase == "warmup" else "round"
     return f"{cell}launch {spot.launch}" + f", {number} {spot.round}" * (spot.round is not None)
@@ -95,15 +94,15 @@ def _stated(fact: Side, between: str) -> str | int | float | None:
 
 
 def contradictions_text(found: Sequence[Contradiction]) -> str:
-    """All of a run's, one after the other."""
+    """All contradictions of a run in words."""
     return ", and ".join(map(contradiction_text, found))
 
 
 BROKEN = "fast and broken"
-NO_DIGESTS = "whether journals were changed later is not known, as events of older versions hold no digests"
+NO_DIGESTS = "whether journals were changed later cannot be checked: events of older versions hold no digests"
 NOT_COUNTED = "prompts that were cut were not counted in this run"
-NO_PROBE = "no prompt was timed that was new in its round"
-TOO_FEW = "too few to tell, time more rounds (--min-rounds) or more probes (--probes): "
+NO_PROBE = "no new prompt was timed"
+TOO_FEW = "too few probes to decide, time more rounds (--min-rounds) or more probes (--probes): "
 NEAR = {
     "near": "is not clearly above chance",
     "below": "lies below chance",
@@ -124,7 +123,7 @@ def _files_agree(fact: facts.FilesAgree) -> str:
 
 @fact_text.register
 def _run_complete(fact: facts.RunComplete) -> str:
-    return "the run went to its end" if fact.complete else "the run did not go to its end: resume it"
+    return "the run is complete" if fact.complete else "the run is not complete: resume it"
 
 
 @fact_text.register
@@ -165,12 +164,12 @@ def _same_inputs(fact: facts.SameInputs) -> str:
 @fact_text.register
 def _verified(fact: facts.Verified) -> str:
     if not fact.found:
-        return "no verify run of these weights is among the runs: kernels and batches are taken on trust"
+        return "no verify run of these weights is among the runs, so kernels and batching were not checked"
     if fact.failed:
         return "failed: " + "; ".join(f"{name} ({found})" for name, found in fact.failed)
     unchecked = f", not checked: {', '.join(fact.unchecked)}" if fact.unchecked else ""
     passed = f"{fact.num_passed} checks passed{unchecked}"
-    return passed if fact.complete else f"verify did not go to its end; {passed}"
+    return passed if fact.complete else f"the verify run is not complete; {passed}"
 
 
 @fact_text.register
@@ -208,10 +207,11 @@ def _possible_times(fact: facts.PossibleTimes) -> str:
 
 @fact_text.register
 def _probes(fact: facts.Probes) -> str:
-    """What the probes came to, and who remembers."""
+    """What the probes found, and which arm remembers earlier prompts."""
     found, limit = fact.unseen, fact.limit
     remembers = found.remembered(limit)
-    lead = f"the {' and the '.join(remembers)} remembers what it has seen (above {limit:g}x): " if remembers else ""
+    verb = "remembers" if len(remembers) == 1 else "remember"
+    lead = f"the {' and the '.join(remembers)} {verb} earlier prompts (above {limit:g}x): " if remembers else ""
     if not found.num_new and not remembers:
         return NO_PROBE
     own = found.candidate
@@ -228,7 +228,7 @@ def _probes(fact: facts.Probes) -> str:
     ):
         if one.estimate is not None:
             calls = f"{one.estimate.n} call{'s' * (one.estimate.n != 1)} on {kind}"
-            lines.append(f"{calls} need {_shown(one)} as many forwards per token as like timed calls{most}")
+            lines.append(f"{calls} need {_shown(one)} as many forwards per token as similar timed calls{most}")
     if own.forward_s.estimate is not None:
         longer = f"{_shown(own.forward_s)} as long on new prompts as on timed ones"
         lines.append(f"equal forwards of the candidate take {longer}{at_most}")
@@ -237,7 +237,7 @@ def _probes(fact: facts.Probes) -> str:
 
 
 def _is_timed(own: Memory) -> bool:
-    """Whether there is something that could have told."""
+    """Whether there are times and forwards to compare."""
     return own.seconds.estimate is not None and own.forwards.estimate is not None
 
 
@@ -247,7 +247,7 @@ def _shown(found: Measured) -> str:
 
 @fact_text.register
 def _null(fact: facts.Null) -> str:
-    text = "the baseline timed against itself is neither off nor too wide"
+    text = "the baseline timed against itself agrees with 1, narrowly enough"
     if fact.fault is not None:
         text = fact_text(fact.fault)
     return text + (f" ({fact.null.value:.3f} [{fact.null.low:.3f}, {fact.null.high:.3f}])" if fact.null else "")
@@ -256,14 +256,14 @@ def _null(fact: facts.Null) -> str:
 @fact_text.register
 def _null_fault(fact: NullFault) -> str:
     if fact.kind == "missing":
-        return f"without a null no speedup can be trusted: {fact.reason}"
+        return f"without an A/A null no speedup can be judged: {fact.reason}"
     if fact.kind == "off":
         return f"the baseline timed against itself is off by more than {100 * fact.offset:g} %"
     share = ""
     if fact.most is not None and fact.share is not None:
-        share = f", the least of {100 * fact.most:g} % and {share_text(fact.share)} at stake"
+        share = f", the smaller of {100 * fact.most:g} % and {share_text(fact.share)}"
     width, limit = compared(PERCENT, fact.half_width, fact.widest)
-    return f"the null's half-width of {width} is above {limit}{share}: time more rounds"
+    return f"the A/A null's half-width of {width} is above {limit}{share}: time more rounds"
 
 
 @fact_text.register
@@ -271,7 +271,7 @@ def _unexplained(fact: facts.Unexplained) -> str:
     if fact.faults:
         return "; ".join(map(_residual_fault, fact.faults))
     if fact.reasons:
-        return f"whether the times fit the forwards is not known: {'; '.join(fact.reasons)}"
+        return f"cannot compare times with forwards: {'; '.join(fact.reasons)}"
     return f"unexplained time: {', '.join(f'{arm} {_residual(found)}' for arm, found in fact.shares)}"
 
 
@@ -279,23 +279,23 @@ def _residual_fault(fault: ResidualFault) -> str:
     """``the candidate is faster than its forwards allow: these, timed alone, need 347 [346, 348] times its time``."""
     found = fault.residual
     if found is None:
-        return f"the {fault.arm} gave tokens without any forward of its model, in {fault.num_calls} calls"
+        return f"the {fault.arm} made tokens without any forward of its model, in {plural(fault.num_calls, 'call')}"
     if fault.kind == "faster":
         times = [1 - share for share in (found.value, found.high, found.low)]
         longer = f"{times[0]:,.3g} [{times[1]:,.3g}, {times[2]:,.3g}]"
         return (
-            f"the {fault.arm} is faster than its own forwards allow: these, timed alone, need {longer} times its time"
+            f"the {fault.arm} is faster than its own forwards allow: these, timed alone, take {longer} times its time"
         )
-    slower = f"the {fault.arm} is slower than its parts: {_residual(found)} of its time is in none of them"
+    slower = f"the {fault.arm} is slower than its parts: they do not explain {_residual(found)} of its time"
     return slower if fault.calm is None else f"{slower}, and {_signed(fault.calm)} in the fastest round of every call"
 
 
 @fact_text.register
 def _baseline_lag(fact: facts.BaselineLag) -> str:
-    shown = "" if fact.whole is None else f": {_residual(fact.whole)} of its time is in none of them"
+    shown = "" if fact.whole is None else f": they do not explain {_residual(fact.whole)} of its time"
     return (
-        f"the baseline seems slower than its parts{shown}; it comes and goes, or is too uncertain, so whether other "
-        "work on the machine held it up is not known: time more rounds on a quieter machine"
+        f"the baseline seems slower than its parts{shown}; that varies or is too uncertain, so other work on the "
+        "machine may have slowed it: time more rounds on a quieter machine"
     )
 
 
@@ -316,17 +316,19 @@ def _own_generate(fact: facts.OwnGenerate) -> str:
 @fact_text.register
 def _degenerate(fact: facts.DegenerateOutputs) -> str:
     if fact.shares is None:
-        return "no output of this point was kept, so none was looked at"
+        return "no output of this point was kept, so none was checked"
     baseline, candidate = fact.shares
-    text = f"{100 * candidate:.1f} % of the outputs are degenerate, of the baseline's {100 * baseline:.1f} %"
+    text = (
+        f"{100 * candidate:.1f} % of the candidate's outputs are degenerate, {100 * baseline:.1f} % of the baseline's"
+    )
     return f"{BROKEN}: {text}" if fact.broken else text
 
 
 @fact_text.register
 def _floor(fact: facts.QualityFloor) -> str:
     if fact.retention is None or fact.stands is None:
-        few = f"retention rests on {fact.num_clusters} clusters, fewer than {stats.MIN_CLUSTERS}"
-        return f"whether the outputs are answers is not known: {few if fact.reason is None else fact.reason}"
+        few = f"retention rests on {plural(fact.num_clusters or 0, 'cluster')}, fewer than {stats.MIN_CLUSTERS}"
+        return f"the quality floor cannot be checked: {few if fact.reason is None else fact.reason}"
     above = " above chance" if fact.above_chance else ""
     stands = {"above": "is above", "open": "does not clear", "below": "is below"}[fact.stands]
     kept = f"retention{above} {interval(PERCENT, fact.retention, against=fact.floor)}"
