@@ -157,7 +157,7 @@ def test_a_suite_in_a_scope_is_its_tasks() -> None:
     """The suite's name was taken for a task, of which nothing is ever measured."""
     tasks = scope_of("miniature")
     assert {"miniature_sort", "miniature_choice"} <= set(tasks)
-    assert "miniature_perplexity" not in tasks  # has no part in a retention
+    assert "miniature_perplexity" not in tasks  # cannot be part of a retention
     assert scope_of("miniature_sort", "miniature") == ("miniature_sort", *(t for t in tasks if t != "miniature_sort"))
     assert len(scope_of("paper-11")) == 11
     assert scope_of("some_task_of_lm_eval", "mmlu_pro") == ("some_task_of_lm_eval", "mmlu_pro")

@@ -180,9 +180,9 @@ def test_every_quality_quantity_is_over_its_own_scope(
     [
         ({"batch_size": 4}, "answer workload, batch 1"),
         ({"workload": "fixed"}, "answer workload"),
-        ({"num_devices": 2}, "1 device(s)"),
+        ({"num_devices": 2}, "1 device"),
         ({"dtype": "bfloat16"}, "float32"),
-        ({"hardware": "H100"}, "measured were"),
+        ({"hardware": "H100"}, "measured instead"),
         ({"decoder": {**POINT["decoder"], "threshold": 0.9}}, "threshold 0.8"),
         ({"decoder": {**POINT["decoder"], "batch_mean_t": True}}, "threshold 0.8"),
         ({"decoder": {"kind": "block_diffusion", "block_size": 16, "steps_per_block": 16}}, "threshold 0.8"),
@@ -199,7 +199,7 @@ def test_other_models_and_other_tasks_are_not_the_claims(good: list[Run]) -> Non
     other = verdict_on({**KEPT, "subject": "another"}, good)
     assert (other.outcome, other.reason) == (
         "NOT_MEASURED",
-        "measured were only pair; `twotower-eval run --model CKPT --tasks arithmetic,sorting "
+        "only pair was measured; `twotower-eval run --model CKPT --tasks arithmetic,sorting "
         "--block-sizes 16 --steps 16 --thresholds 0.8` measures it; tasks whose scoring executes what a model wrote "
         "are refused",
     )
@@ -208,7 +208,7 @@ def test_other_models_and_other_tasks_are_not_the_claims(good: list[Run]) -> Non
     assert verdict_on({**KEPT, "subject": PAIR.digest[:12]}, good).outcome == "SUPPORTED"
     missing = verdict_on(FAST, good[:1]).reason
     assert missing.startswith(
-        "nothing of the kind was measured; `twotower-eval speed --model CKPT --tasks TASKS --launches 5 --b"
+        "nothing was measured at this point; `twotower-eval speed --model CKPT --tasks TASKS --launches 5 --b"
     )
     other_place = verdict_on(FAST, good[:1], workload="fixed", batch_size=4, num_devices=2, dtype="bfloat16")
     assert "--dtype bfloat16 --batch-sizes 4 --workload fixed --devices D,D` measures it" in other_place.reason

@@ -62,7 +62,7 @@ def test_few_launches_speak_for_themselves_alone(tmp_path: Path, kept_run: Run, 
     said = f"SUPPORTED {scope}" if scope else "SUPPORTED"
     lines = verdict_lines(claims_of(*tables), [kept, fast, both])
     assert lines[1].startswith(f"{said:12}  fast")
-    assert (f"; for a verdict that is not only {scope}: `twotower-eval speed --launches 5`" in lines[1]) == bool(scope)
+    assert (f"; holds {scope} only: `twotower-eval speed --launches 5`" in lines[1]) == bool(scope)
     assert both.reason == f"kept SUPPORTED; fast {said}"
     assert exit_code([kept, fast, both]) == 0
     assert exit_code([kept, fast, both], strict=True) == (4 if scope else 0)
@@ -84,7 +84,7 @@ def test_a_strict_check_ends_with_4_and_says_why(tmp_path: Path, kept_run: Run, 
     words = ["claims", "check", str(file), str(kept_run.path), str(launched(tmp_path / "few", 2).path)]
     assert cli.main(words) == 0
     assert cli.main([*words, "--strict"]) == 4
-    assert "strict: 1 SUPPORTED in fewer than 5 launches is counted as inconclusive" in capsys.readouterr().out
+    assert "strict: 1 SUPPORTED in fewer than 5 launches counts as inconclusive" in capsys.readouterr().out
     enough = [*words[:-1], str(launched(tmp_path / "enough", 5).path), "--strict"]
     assert cli.main(enough) == 0
     assert "strict" not in capsys.readouterr().out
@@ -107,7 +107,7 @@ def test_a_supported_speedup_says_what_it_takes_on_trust() -> None:
 def test_the_unchecked_gates_of_a_part_are_said_of_the_joint_claim(
     tmp_path: Path, kept_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("twotower_eval.analyse.claims.text.SAID_WITH_SPEED", ("verify",))
+    monkeypatch.setattr("twotower_eval.analyse.claims.text.NAMED_WITH_SPEED", ("verify",))
     claims = claims_of(KEPT, FAST, BOTH)
     verdicts = judge(claims, [kept_run, launched(tmp_path, 5)])
     assert "; not checked: verify (no verify run" in verdict_lines(claims, verdicts)[2]

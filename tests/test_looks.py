@@ -114,7 +114,7 @@ def test_what_is_left_open_says_what_a_further_look_costs(tmp_path: Path, kept_r
         verdict = judge(claims, [kept_run, store.load(tmp_path / SPEED_ID)])[0]
         assert f"a further {words}" in verdict_lines(claims, [verdict])[0]
     spent = dataclasses.replace(verdict, num_looks=6)
-    assert "a further look can decide nothing" in verdict_lines(claims_of(near), [spent])[0]
+    assert "no further look can decide" in verdict_lines(claims_of(near), [spent])[0]
 
 
 def test_an_equal_run_is_no_look_and_the_first_is_judged(tmp_path: Path, kept_run: Run) -> None:
@@ -161,12 +161,12 @@ def test_runs_beside_the_given_ones_count_and_are_named(tmp_path: Path, kept_run
     assert (kept.not_given, fast.not_given, both.not_given) == ((), (SECOND_SPEED_ID,), (SECOND_SPEED_ID,))
     assert (fast.num_looks, fast.level) == (2, 0.995)
     line = verdict_lines(claims_of(KEPT, FAST, BOTH), [kept, fast, both])[1]
-    assert f"1 more run of this point lies beside and was not given: {SECOND_SPEED_ID}" in line
+    assert f"1 further run of this point lies in the results folder, unused: {SECOND_SPEED_ID}" in line
     five = dataclasses.replace(fast, scope=None)
     assert (exit_code([five]), exit_code([five], strict=True)) == (0, 4)
-    left_out = "SUPPORTED verdict{} out runs of the same point in this results folder; strict counts {} as inconclusive"
-    assert f"1 {left_out.format(' leaves', 'it')}" in strict_line([five])
-    assert f"2 {left_out.format('s leave', 'them')}" in strict_line([five, five])
+    left_out = "SUPPORTED verdict{} out runs of the same point in this results folder and {} as inconclusive"
+    assert f"1 {left_out.format(' leaves', 'counts')}" in strict_line([five])
+    assert f"2 {left_out.format('s leave', 'count')}" in strict_line([five, five])
 
 
 def test_a_run_that_was_left_out_may_contradict_the_given_one(tmp_path: Path, kept_run: Run) -> None:

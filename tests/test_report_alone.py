@@ -235,10 +235,10 @@ source = "a test"
     )
     path = scored(tmp_path)
     assert main(["claims", "check", str(claims), str(path)]) == 6
-    assert "NOT MEASURED  kept  gpt2 alone was measured, against no baseline; `" in capsys.readouterr().out
+    assert "NOT MEASURED  kept  gpt2 was measured only without a baseline; `" in capsys.readouterr().out
     claims.write_text(claims.read_text(encoding="utf-8").replace('"arithmetic"', '"miniature_srot"'), encoding="utf-8")
     assert main(["claims", "check", str(claims), str(path)]) == 6
-    assert "against no baseline; miniature_srot: did you mean miniature_sort?; `" in capsys.readouterr().out
+    assert "without a baseline; miniature_srot: did you mean miniature_sort?; `" in capsys.readouterr().out
     markdown = written(tmp_path, path, claims=str(claims))
     assert "**NOT MEASURED**: claim kept, " in markdown
     assert "**gpt2, autoregressive, measured alone: 80 documents of " in markdown

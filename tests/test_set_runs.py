@@ -111,7 +111,7 @@ def test_claims_are_judged_at_the_whole_point(measured: Path, capsys: pytest.Cap
     assert f"{command} measures it" in nowhere
     assert 'patience 0, choice "first"' in nowhere
     assert half.startswith("NOT MEASURED")
-    assert "does not name choice, and this decoder was measured with choice=first" in half
+    assert "does not name choice, but this decoder was measured with choice=first" in half
 
 
 def test_the_command_of_a_claim_measures_its_point(measured: Path) -> None:

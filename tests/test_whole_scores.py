@@ -404,16 +404,20 @@ def claim_on(quantity: Any, *scope: str, **more: Any) -> Claim:
         (
             "retention",
             ["rolling"],
-            "rolling has no part in a retention: its word_perplexity is no mean of documents but lm-eval's "
-            "weighted_perplexity of all of them together; claim its score or score_difference alone",
+            "rolling cannot be part of a retention: its word_perplexity is not a mean over documents but lm-eval's "
+            "weighted_perplexity over all of them; claim its score or score_difference by itself",
         ),
         (
             "score_difference",
             ["choosing", "rolling"],
-            "choosing has no part in a score_difference over several tasks: its f1 is no mean of documents but "
-            "lm-eval's f1 of all of them together; claim its score or score_difference alone",
+            "choosing cannot be part of a score_difference over several tasks: its f1 is not a mean over documents but "
+            "lm-eval's f1 over all of them; claim its score or score_difference by itself",
         ),
-        ("decoder_exercised_retention", ["hooked"], "hooked has no part in a decoder_exercised_retention: its size "),
+        (
+            "decoder_exercised_retention",
+            ["hooked"],
+            "hooked cannot be part of a decoder_exercised_retention: its size ",
+        ),
     ],
 )
 def test_what_such_a_task_has_no_part_in_is_not_measured(

@@ -1,9 +1,9 @@
 """Claims and evidence -> verdicts (PROTOCOL "Claims and verdicts").
 
-A failed gate is INVALID, no data at the claim's own operating point NOT_MEASURED; else the pure rule of
-``stats.decide`` speaks, on one-sided bounds at the level that ``looks`` leave, 95 % at the first. Where a point was
-measured several times one run is judged, and INCONCLUSIVE if another one comes to another decision. What cannot be
-computed is INCONCLUSIVE: an error is never a yes.
+A failed gate makes a claim INVALID; without data at its own operating point it is NOT_MEASURED. Else ``stats.decide``
+decides, on one-sided bounds at the level that ``looks`` leave: 95 % at the first look. Where a point was measured
+several times, one run is judged; if another run decides otherwise, the claim is INCONCLUSIVE. What cannot be computed
+is INCONCLUSIVE: an error is never a yes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ EXIT_CODES: Mapping[Outcome, int] = {
 
 
 def judge(claims: Sequence[Claim], runs: Sequence[Run], names: Sequence[str] = ()) -> tuple[Verdict, ...]:
-    """A verdict for each claim named (all without names), in the file's order."""
+    """A verdict for each named claim, or for all without names, in the file's order."""
     evidence = gather(runs)
     wanted = select(claims, names)
     needed = {claim.name for claim in wanted} | {part for claim in wanted for part in claim.parts}
@@ -71,14 +71,15 @@ def judge(claims: Sequence[Claim], runs: Sequence[Run], names: Sequence[str] = (
 
 
 def first_outcome(outcomes: Sequence[Outcome]) -> Outcome:
-    """The one that several together come to; nothing is NOT_MEASURED, never SUPPORTED."""
+    """The outcome of several together, in the order of EXIT_CODES; of none it is NOT_MEASURED, never SUPPORTED."""
     return next((outcome for outcome in EXIT_CODES if outcome in outcomes), "NOT_MEASURED")
 
 
 def exit_code(verdicts: Sequence[Verdict], *, strict: bool = False) -> int:
-    """Of the first outcome present in the order refuted, invalid, inconclusive, not measured, supported.
+    """The exit code of the first outcome present: refuted, invalid, inconclusive, not measured, supported.
 
-    ``strict`` counts as inconclusive what is SUPPORTED in its own launches alone, or without runs that lie beside.
+    ``strict`` counts as inconclusive what is SUPPORTED only in the timed launches, or while runs of the same point in
+    the results folder were left out.
     """
     return EXIT_CODES[first_outcome([_counted(verdict, strict) for verdict in verdicts])]
 
@@ -90,7 +91,7 @@ def _counted(verdict: Verdict, strict: bool) -> Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class _Judged:
-    """A verdict on a claim and the evidence that it rests on, ``None`` where there is none."""
+    """A verdict on a claim and the point that it was measured at; ``None`` where there is none."""
 
     claim: Claim
     verdict: Verdict
@@ -106,9 +107,9 @@ def _judge_one(claim: Claim, evidence: Evidence) -> _Judged:
 
 
 def _unless_contradicting(judged: _Judged, claim: Claim, evidence: Evidence) -> _Judged:
-    """INVALID where the files of a run that the verdict rests on contradict each other.
+    """The verdict, INVALID where files of a run that it rests on contradict each other.
 
-    Nothing measured is told by no run, so then any run of the claim's model counts: the point may have been edited.
+    A claim that was not measured rests on no run. Then every run of its model counts: its point may have been edited.
     """
     verdict = judged.verdict
     run_ids = verdict.evidence or [run.manifest.run_id for run in evidence.runs if has_subject(claim, run)]
@@ -151,7 +152,7 @@ def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:
 
 
 def _quality_reading(claim: Claim, point: QualityPoint, looks: Looks) -> tuple[Measured, Amount]:
-    """A claim's quantity at a point, and what it rests on."""
+    """A claim's quantity at a point, and the amount of evidence behind it."""
     own = own_score(claim, point)
     estimated = measured(lambda: quality_estimate(claim, point, own, level=looks.level))
     amount = Amount(
@@ -211,7 +212,7 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
 
 
 def _warned(judged: _Judged, kept: float | None) -> _Judged:
-    """The verdict with a retention that is higher than the claim takes without a word."""
+    """The verdict with its retention noted where that is above the claim's ``warn_retention``."""
     if kept is None or kept <= judged.claim.limits.warn_retention:
         return judged
     return dataclasses.replace(judged, verdict=dataclasses.replace(judged.verdict, high_retention=kept))
@@ -227,9 +228,9 @@ def _ruled(
     amount: Amount,
     others: Mapping[str, Outcome],
 ) -> _Judged:
-    """The verdict of gates and readings. Several readings must all clear; the first one is the claim's own.
+    """The verdict of gates and readings. All readings must clear; the first one is the claim's own.
 
-    ``others`` are what further looks at the point come to.
+    ``others`` are the outcomes of further looks at the point, by run id.
     """
     outcome, reason = ruled(claim, checks, readings, amount)
     if outcome in DECIDED and not amount.by_construction and (why := doubt(outcome, run_ids, looks, others)):
@@ -272,7 +273,7 @@ def _not_measured(claim: Claim, reason: str) -> _Judged:
 
 
 def _joined(claim: Claim, parts: Sequence[_Judged], evidence: Evidence) -> _Judged:
-    """All parts at one point: SUPPORTED only if each is, and if they are of one thing."""
+    """A joint claim: SUPPORTED only if every part is, and if all parts are of one setting and one set of prompts."""
     verdicts = [part.verdict for part in parts]
     measured_parts = [(part.claim, part.point) for part in parts if part.point is not None]
     between = ruling.between(claim, evidence.runs, measured_parts)
@@ -301,12 +302,12 @@ def _joined(claim: Claim, parts: Sequence[_Judged], evidence: Evidence) -> _Judg
 
 
 def _joint_scope(outcome: Outcome, verdicts: Sequence[Verdict]) -> VerdictScope | None:
-    """The speed part's; none where another part refutes the claim by itself."""
+    """The scope of the speed part; none where another part alone refutes the claim."""
     scopes = [one.scope for one in verdicts if one.outcome == outcome]
     refuted_without = outcome == "REFUTED" and None in scopes
     return None if refuted_without else next((scope for scope in scopes if scope), None)
 
 
 def said(verdict: Verdict) -> str:
-    """A verdict's outcome as it is printed, with the launches that it holds in where it holds in no others."""
+    """``NOT MEASURED``, ``SUPPORTED in this launch``: the outcome as it is printed, with its scope."""
     return " ".join([verdict.outcome.replace("_", " "), *([verdict.scope] if verdict.scope else [])])

@@ -1,5 +1,5 @@
-"""Looks: every run towards a claim is counted, given or not, and decides at what level its verdict is made; and what to
-say of a claim that nothing was measured for.
+"""Looks: every run towards a claim counts, given or not, and sets the level of its verdict. Also the reason of
+NOT MEASURED.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from twotower_eval.analyse.compare.timing import tasks_of
 from twotower_eval.analyse.compare.wholes import WholeScore
 from twotower_eval.decoder_settings import SHORTHANDS, set_text
 from twotower_eval.errors import UserError
+from twotower_eval.names import plural
 from twotower_eval.plan import CONTEXT_TOWER, SHIPPED
 from twotower_eval.records import Cell, Claim, RunManifest, Score
 from twotower_eval.store import Run
@@ -50,7 +51,10 @@ KEPT_MANIFESTS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Looks:
-    """How often a claim was looked at, of which ``not_given`` are the runs beside those given, and what it may err."""
+    """The number of looks at a claim, with the error rate that they leave.
+
+    ``not_given``: runs of the point in the same folder that were not given.
+    """
 
     num: int
     declared: int
@@ -58,17 +62,17 @@ class Looks:
 
     @property
     def alpha(self) -> float | None:
-        """The one-sided error rate of this verdict; ``None`` where looking has used it up."""
+        """The one-sided error rate of this verdict; ``None`` where earlier looks have used it up."""
         return stats.look_alpha(max(self.num, 1), self.declared)
 
     @property
     def level(self) -> float:
-        """Of the two-sided interval whose ends are the verdict's bounds."""
+        """Level of the two-sided interval whose ends are the verdict's one-sided bounds."""
         return 1 - 2 * (stats.strictest_alpha() if self.alpha is None else self.alpha)
 
 
 def looks_at_speed(claim: Claim, evidence: Evidence, found: Sequence[SpeedPoint]) -> tuple[Looks, list[SpeedPoint]]:
-    """Runs that timed the claim's point, of which the first of ``found`` is judged; and the points of the others."""
+    """The looks at a claimed speedup, and the points of all but the first of ``found``, which is judged."""
     telling = [point for point in found if point is found[0] or point.timed.fixed or point.num_calls >= stats.MIN_CALLS]
     ids = {run_id for point in telling for run_id in point.run_ids}
     num = sum(num_measurings(run) for run in evidence.runs if run.manifest.run_id in ids)
@@ -84,7 +88,7 @@ def looks_at_speed(claim: Claim, evidence: Evidence, found: Sequence[SpeedPoint]
 def looks_at_quality(
     claim: Claim, evidence: Evidence, found: Sequence[QualityPoint]
 ) -> tuple[Looks, list[QualityPoint]]:
-    """Runs that scored the claim's point like the first of ``found``, which is judged; and one point of each other."""
+    """The looks at a claimed quality, and one point of each run but the first of ``found``, which is judged."""
     alike = [point for point in found if point.timed == found[0].timed]
     runs = {run.manifest.run_id: run for run in evidence.runs}
     apart: dict[Scored, QualityPoint] = {}
@@ -108,9 +112,9 @@ def looks_at_quality(
 
 
 def num_measurings(run: Run) -> int:
-    """How often a speed run was brought to its end with more rounds than before; one that never was counts once.
+    """How often a speed run was completed with more rounds than before; at least once.
 
-    One that was ended earlier than planned counts once more: whoever did so may have seen what there was.
+    A run that was ended before its planned rounds counts once more, as its results may have been seen by then.
     """
     num, last, is_new = 0, None, False
     for event in run.events:
@@ -122,7 +126,7 @@ def num_measurings(run: Run) -> int:
 
 
 def scored_by(claim: Claim, run: Run, *, timed: bool) -> Scored:
-    """All that a run's scores say of a claim: equal ones are of the same documents, answered equally well."""
+    """A run's scores in a claim's scope; two runs with equal scores count as one look."""
     arms = {cell.id: cell.arm for cell in run.manifest.cells if _is_of(claim, cell, timed=timed)}
     return frozenset(
         (arms[row.cell], row.task, row.doc_id, row.doc_sha256, row.metric, row.filter, row.value, row.parts)
@@ -132,7 +136,7 @@ def scored_by(claim: Claim, run: Run, *, timed: bool) -> Scored:
 
 
 def _is_of(claim: Claim, cell: Cell, *, timed: bool) -> bool:
-    """Whether a cell is one of the claim's two arms, in its timed answers or in whole tasks."""
+    """Whether a cell is one of the claim's two arms, with timed answers or with whole tasks."""
     named = names_baseline(claim, cell.checkpoint) if cell.arm == "baseline" else cell_fits(claim, cell)
     return named and (cell.workload.kind != "task") == timed
 
@@ -142,12 +146,12 @@ def _in_scope(claim: Claim, row: Score) -> bool:
 
 
 def _is_telling(claim: Claim, point: QualityPoint) -> bool:
-    """Whether a point has documents enough to support a claim."""
+    """Whether a point has enough documents to support a claim."""
     return num_documents(claim, point) >= stats.MIN_CLUSTERS
 
 
 def _times(claim: Claim, manifest: RunManifest) -> bool:
-    """Whether a run is meant to time a claim's point, on prompts enough to support it."""
+    """Whether a run's plan times a claim's point, on enough prompts to support it."""
     point, num_prompts = claim.point, manifest.plan.get("num_prompts")
     few = isinstance(num_prompts, int) and num_prompts // (point.batch_size or 1) < stats.MIN_CALLS
     if manifest.verb != "speed" or (few and point.workload == "answer"):
@@ -157,7 +161,7 @@ def _times(claim: Claim, manifest: RunManifest) -> bool:
 
 
 def _scores(claim: Claim, manifest: RunManifest) -> bool:
-    """Whether a run is meant to score a claim's point."""
+    """Whether a run's plan scores a claim's point."""
     return manifest.verb == "run" and _has_both(claim, manifest, lambda cell: cell.workload.kind == "task")
 
 
@@ -170,17 +174,17 @@ def _has_both(claim: Claim, manifest: RunManifest, fits: Callable[[Cell], bool])
 
 
 def _has_timed(claim: Claim, run: Run) -> bool:
-    """Whether there was anything to see: a run that was stopped after a glance at the claim's tasks has shown it."""
+    """Whether a run has any measured call on the claim's tasks, even if it was stopped early."""
     prompts = [prompt.prompt_id for sample in run.speed if sample.phase != "probe" for prompt in sample.prompts]
     return any(sample.phase == "measure" for sample in run.speed) and tasks_fit(claim, tasks_of(prompts))
 
 
 def _beside(evidence: Evidence, is_meant: Callable[[RunManifest], bool], shows: Callable[[Run], bool]) -> list[Run]:
-    """Runs in the folders that the given ones lie in, which are not given themselves and show something."""
+    """Further runs of the point in the folders of the given runs."""
     given = {run.manifest.run_id for run in evidence.runs}
     roots = sorted({run.path.resolve().parent for run in evidence.runs})
     paths = {
-        manifest.run_id: path  # a copy of a run is not another one
+        manifest.run_id: path  # a copy of a run is not a further run
         for root in roots
         for path, manifest in _manifests_in(root)
         if manifest.run_id not in given and is_meant(manifest)
@@ -189,7 +193,7 @@ def _beside(evidence: Evidence, is_meant: Callable[[RunManifest], bool], shows: 
 
 
 def _manifests_in(root: Path) -> Iterator[tuple[Path, RunManifest]]:
-    """Run folders directly under a folder; one whose manifest cannot be read is none."""
+    """Run folders directly under a folder, without those whose manifest cannot be read."""
     for file in sorted(root.glob(f"*/{store.MANIFEST}")):
         try:
             yield file.parent, _manifest_at(file.parent, file.stat().st_mtime_ns)
@@ -199,12 +203,12 @@ def _manifests_in(root: Path) -> Iterator[tuple[Path, RunManifest]]:
 
 @lru_cache(maxsize=KEPT_MANIFESTS)
 def _manifest_at(path: Path, _changed_ns: int) -> RunManifest:
-    """Read once for all claims: manifests never change."""
+    """A manifest, read once for all claims, as manifests never change."""
     return store.read_manifest(path)
 
 
 def _each(runs: Iterable[Run]) -> Iterator[Evidence]:
-    """The points of every run by itself; of one that makes none, nothing: it must not stop what was given."""
+    """The points of every single run; a run that raises is skipped, as it was not given."""
     for run in runs:
         try:
             yield gather([run])
@@ -216,7 +220,7 @@ def _loaded(paths: Iterable[Path]) -> Iterator[Run]:
     for path in paths:
         try:
             yield store.load(path)
-        except UserError:  # what cannot be read has shown nothing that can be named
+        except UserError:  # a run that cannot be read cannot be judged
             continue
 
 
@@ -225,35 +229,34 @@ OPTIONS = {param: f"--{field.replace('_', '-')}" for field, param in SHORTHANDS.
 
 
 def missing(claim: Claim, points: Sequence[QualityPoint | SpeedPoint], alone: Sequence[str] = ()) -> str:
-    """Why a claim is NOT MEASURED, in words, and what measures it. ``alone``: models measured beside no other."""
+    """Why a claim is NOT MEASURED, and the command that measures it. ``alone``: models measured without a baseline."""
     found = _nearby(claim, points, alone) + _left_open(claim, points) + _meant(claim)
     words = measuring_command(claim)
     where = f" on {claim.point.hardware}" if claim.point.hardware else ""
-    refused = "" if claim.subject == SHIPPED else "; tasks whose scoring executes what a model wrote are refused"
+    refused = "" if claim.subject == SHIPPED else "; tasks that execute model-written code to score it are refused"
     return f"{found}; `{shlex.join(words)}`{where} measures it{refused if claim.scope else ''}"
 
 
 def _left_open(claim: Claim, points: Sequence[QualityPoint | SpeedPoint]) -> str:
-    """A hint where all that keeps a claim from a measured point are parameters that it does not name and that are on
-    there: a point is its whole decoder."""
+    """A hint where a measured point differs from the claim's only in parameters that the claim does not name."""
     wanted = claim.point.decoder
     for point in points:
         held = point.candidate.decoder
         on = {name: value for name, value in unnamed(claim, held).items() if value not in UNSTATED}
         same = held.kind == wanted.kind and all(held.params.get(name) == value for name, value in wanted.params.items())
         if same and on and names_subject(claim, subject_of(point)):
-            said = ", ".join(set_text(name, [value]) for name, value in on.items())
-            return f"; the claim's point does not name {', '.join(on)}, and this decoder was measured with {said}"
+            settings = ", ".join(set_text(name, [value]) for name, value in on.items())
+            return f"; the claim's point does not name {', '.join(on)}, but this decoder was measured with {settings}"
     return ""
 
 
 def _meant(claim: Claim) -> str:
-    """A hint where the name of a task in scope may be a slip; many tasks of lm-eval are named much alike."""
+    """A hint where the name of a task in scope is close to another task's; lm-eval has many similar names."""
     return "".join(f"; {name}: did you mean {near}?" for name, near in meant_tasks(claim.scope).items())
 
 
 def missing_quality(claim: Claim, evidence: Evidence) -> str:
-    """The same for a claim of quality, which may be of tasks that were measured and have no such quantity."""
+    """The same for a claim on quality; its tasks may have been measured with scores that do not fit the quantity."""
     near = quality_near(claim, evidence) if claim.scope else []
     return _unlike(claim, near[0]) if near else missing(claim, evidence.quality, evidence.alone)
 
@@ -270,24 +273,22 @@ def _unlike(claim: Claim, point: QualityPoint) -> str:
     name = next(name for name in claim.scope if name not in headlines)
     found = scores_of(point, name)
     one = next((one for one in found if one.main), found[0])
-    no_place = f"{name} has no part in a {claim.quantity}"
+    no_place = f"{name} cannot be part of a {claim.quantity}"
     no_place += " over several tasks" if len(claim.scope) > 1 else ""
-    return f"{no_place}: {_kind_of(one)}; claim its score or score_difference alone"
+    return f"{no_place}: {_kind_of(one)}; claim its score or score_difference by itself"
 
 
 def _kind_of(one: OtherScore | WholeScore) -> str:
-    """Why a score can be averaged with no other."""
+    """Why a score cannot be averaged with others."""
     if isinstance(one, WholeScore):
-        return f"its {one.metric} is no mean of documents but lm-eval's {one.aggregation} of all of them together"
-    return (
-        f"of its {one.metric} {'more' if one.higher_is_better else 'less'} is better, and it stands outside retention"
-    )
+        return f"its {one.metric} is not a mean over documents but lm-eval's {one.aggregation} over all of them"
+    return f"its {one.metric} is outside retention ({'higher' if one.higher_is_better else 'lower'} is better)"
 
 
 def measuring_command(claim: Claim) -> list[str]:
-    """The command line that measures a claim at its own point; words in capitals are for the reader to fill in.
+    """The command line that measures a claim at its own point; the reader fills in the words in capitals.
 
-    Parameters without an option of their own are said by ``--set``.
+    Parameters without their own option are given by ``--set``.
     """
     timed, point, shipped = claim.quantity in SPEED_QUANTITIES, claim.point, claim.subject == SHIPPED
     params = {
@@ -316,22 +317,24 @@ def measuring_command(claim: Claim) -> list[str]:
 
 
 def _nearby(claim: Claim, points: Sequence[QualityPoint | SpeedPoint], alone: Sequence[str]) -> str:
-    """In words, what was measured instead: points of the same subject, nearest first; else the other subjects."""
+    """What was measured instead: points of the same subject, nearest first, else other subjects."""
     own = [point for point in points if names_subject(claim, subject_of(point))]
     if not own:
         others = sorted({checkpoint_name(subject_of(point)) for point in points})
         if not others and alone:
-            return f"{', '.join(alone)} alone {'was' if len(alone) == 1 else 'were'} measured, against no baseline"
-        return f"measured were only {', '.join(others)}" if others else "nothing of the kind was measured"
+            return f"{', '.join(alone)} {'was' if len(alone) == 1 else 'were'} measured only without a baseline"
+        if not others:
+            return "nothing was measured at this point"
+        return f"only {', '.join(others)} {'was' if len(others) == 1 else 'were'} measured"
     nearest = sorted(own, key=lambda point: _num_apart(claim, point))
     with_tasks = bool(claim.point.timed_tasks)
     ordered = list(dict.fromkeys(_described(point, with_tasks=with_tasks) for point in nearest))
     more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
-    return f"measured were: {'; '.join(ordered[:SHOWN])}{more}"
+    return f"measured instead: {'; '.join(ordered[:SHOWN])}{more}"
 
 
 def _num_apart(claim: Claim, point: QualityPoint | SpeedPoint) -> int:
-    """In how many settings a point differs from the claim's."""
+    """The number of settings in which a point differs from the claim's."""
     params = point.candidate.decoder.params
     apart = sum(params.get(name) != value for name, value in claim.point.decoder.params.items())
     return apart + (isinstance(point, SpeedPoint) and not timing_fits(claim, point))
@@ -341,7 +344,11 @@ def _described(point: QualityPoint | SpeedPoint, *, with_tasks: bool) -> str:
     cell = point.candidate
     parts = [long_name(cell.decoder) or cell.decoder.kind, cell.checkpoint.dtype]
     if isinstance(point, SpeedPoint):
-        parts += [f"{point.workload} workload", f"batch {point.batch_size}", f"{cell.workload.num_devices} device(s)"]
+        parts += [
+            f"{point.workload} workload",
+            f"batch {point.batch_size}",
+            plural(cell.workload.num_devices or 0, "device"),
+        ]
         parts += [f"on prompts of {', '.join(point.tasks)}"] if with_tasks else []
     else:
         parts.append("on " + ", ".join(task.name for task in point.tasks))

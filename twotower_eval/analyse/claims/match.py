@@ -1,6 +1,4 @@
-"""The evidence at a claim's own operating point, exactly there and never merely near it, and the claim's quantity
-estimated from it.
-"""
+"""The evidence at exactly a claim's own operating point, and the claim's quantity estimated from it."""
 
 from __future__ import annotations
 
@@ -35,9 +33,9 @@ WITHOUT_EFFECT = ("trace",)  # keeps a record of decoding and changes nothing
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Every run, the points of those that can be compared, and why others cannot (run id -> reason).
+    """Every run, the points of runs whose arms can be compared, and why those of others cannot (run id -> reason).
 
-    ``contradictions`` are of runs whose files do not agree with each other.
+    ``contradictions``: by run id, for runs whose files contradict each other.
     """
 
     runs: tuple[Run, ...]
@@ -48,15 +46,15 @@ class Evidence:
 
     @property
     def alone(self) -> list[str]:
-        """Models that were measured beside no other."""
+        """Names of the models that were measured without a baseline."""
         cells = [cell for run in self.runs if is_alone(run) for cell in run.manifest.cells]
         return sorted({checkpoint_name(cell.checkpoint) for cell in cells})
 
 
 def gather(runs: Sequence[Run]) -> Evidence:
-    """Points of all runs; a run whose arms were not given the same speaks for nothing, and is named.
+    """The points of all runs. A run whose arms were given different inputs has none and is in ``differing``.
 
-    Of ``Runs`` that a report has computed already nothing is computed again.
+    Points that a report's ``Runs`` already hold are not computed again.
     """
     together = runs if isinstance(runs, Runs) else Runs(runs)
     ordered = list(together)
@@ -68,7 +66,7 @@ def gather(runs: Sequence[Run]) -> Evidence:
 
 
 def _apart(ordered: list[Run]) -> Evidence:
-    """Run by run, so that those which differ are found."""
+    """The points run by run, so that the runs whose arms differ are found."""
     differing: dict[str, str] = {}
     quality: list[QualityPoint] = []
     for run in ordered:
@@ -81,7 +79,7 @@ def _apart(ordered: list[Run]) -> Evidence:
 
 
 def _speed_of(runs: Sequence[Run], differing: dict[str, str]) -> tuple[SpeedPoint, ...]:
-    """Speed of the runs that agree; the others are added to ``differing``."""
+    """The speed points of the runs that agree; the others are added to ``differing``."""
     try:
         return speed_points(runs)[0]
     except ArmsDifferError as error:
@@ -105,9 +103,9 @@ def _agreeing(points: Iterable[QualityPoint], differing: Mapping[str, str]) -> t
 
 
 def quality_at(claim: Claim, evidence: Evidence) -> list[QualityPoint]:
-    """Quality at the claim's decoder, with its whole scope: whole tasks before timed answers, then the most documents.
+    """Quality points at the claim's decoder with its whole scope: whole tasks first, then by number of documents.
 
-    Among equals the first run comes first: a later one adds nothing to it.
+    Among equals the earliest run comes first.
     """
     found = [
         point
@@ -120,7 +118,7 @@ def quality_at(claim: Claim, evidence: Evidence) -> list[QualityPoint]:
 
 
 def num_documents(claim: Claim, point: QualityPoint) -> int:
-    """Documents of a point within a claim's scope, of a claim without one all."""
+    """Number of documents of a point within a claim's scope; of all tasks where the claim names none."""
     by_task = {task.name: task.num_documents for task in point.tasks}
     others: list[OtherScore | WholeScore] = [*point.others, *point.wholes]
     by_task |= {one.task: one.num_documents for one in others if one.task not in by_task}
@@ -128,9 +126,9 @@ def num_documents(claim: Claim, point: QualityPoint) -> int:
 
 
 def own_score(claim: Claim, point: QualityPoint) -> OtherScore | WholeScore | None:
-    """The score outside retention that a claim on one task is about: the one it names, or what stands for the task.
+    """The score outside retention that a claim on one task is about: the metric it names, or the task's main one.
 
-    ``None`` where the claim is of what retention is made of, and where it does not say which of several is meant.
+    ``None`` where the claim is about the metric of retention, and where it leaves open which of several is meant.
     """
     if claim.quantity not in SCORE_QUANTITIES or len(claim.scope) != 1 or _is_headline(claim, point):
         return None
@@ -148,18 +146,18 @@ def scores_of(point: QualityPoint, task: str) -> list[OtherScore | WholeScore]:
 
 
 def _is_headline(claim: Claim, point: QualityPoint) -> bool:
-    """Whether retention has the score that a claim on one task is about."""
+    """Whether a claim on one task is about the metric that retention uses."""
     here = [task for task in point.tasks if task.name == claim.scope[0]]
     return any(claim.metric in (None, task.metric, f"{task.metric},{task.filter}") for task in here)
 
 
 def speed_at(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
-    """Speed at the claim's whole operating point, newest first."""
-    return [point for point in _decoded_so(claim, evidence) if timing_fits(claim, point)]
+    """Speed points at the claim's whole operating point, newest first."""
+    return [point for point in _speed_at_decoder(claim, evidence) if timing_fits(claim, point)]
 
 
 def quality_near(claim: Claim, evidence: Evidence) -> list[QualityPoint]:
-    """Quality at the claim's decoder with a score of every task in scope, be it one that the claim can be of or not."""
+    """Quality points at the claim's decoder with any score of every task in scope, also of another metric."""
     anything = dataclasses.replace(claim, scope=(), metric=None)
     return [
         point
@@ -168,8 +166,8 @@ def quality_near(claim: Claim, evidence: Evidence) -> list[QualityPoint]:
     ]
 
 
-def _decoded_so(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
-    """Speed of the claim's decoder, baseline and hardware, however it was timed; newest first."""
+def _speed_at_decoder(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
+    """Speed points of the claim's decoder, baseline and hardware, with any workload and batch size; newest first."""
     found = [
         point
         for point in evidence.speed
@@ -180,7 +178,7 @@ def _decoded_so(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
 
 
 def differing_at(claim: Claim, evidence: Evidence, verb: str) -> dict[str, str]:
-    """Runs of the verb with the claim's point in their plan whose arms were not given the same."""
+    """Runs of a verb at the claim's point whose arms were given different inputs (run id -> reason)."""
     return {
         run.manifest.run_id: evidence.differing[run.manifest.run_id]
         for run in evidence.runs
@@ -190,10 +188,9 @@ def differing_at(claim: Claim, evidence: Evidence, verb: str) -> dict[str, str]:
 
 
 def at_point(claim: Claim, parts: Sequence[Claim], evidence: Evidence) -> tuple[QualityPoint | None, SpeedPoint | None]:
-    """Quality and speed at a claim's operating point, of the same weights: what its ``parts`` are judged by.
+    """Quality and speed at a claim's operating point, of the same weights, as its ``parts`` are judged.
 
-    Where no part is about the one or the other, or not all tasks of its scope were measured, what there is at the
-    point; what the point leaves open of the timing is then free.
+    Where no part is about quality (or speed), or tasks of its scope are missing, any quality (or speed) at the point.
     """
     timed = [part for part in parts if part.quantity in SPEED_QUANTITIES]
     quality = [point for part in parts if part not in timed for point in quality_at(part, evidence)]
@@ -208,9 +205,9 @@ def at_point(claim: Claim, parts: Sequence[Claim], evidence: Evidence) -> tuple[
 
 
 def _speed_near(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
-    """Speed of the claim's decoder, timed as its point says as far as it says anything; newest first."""
+    """Speed points of the claim's decoder that fit what its point says of the timing; newest first."""
     found = []
-    for point in _decoded_so(claim, evidence):
+    for point in _speed_at_decoder(claim, evidence):
         workload = point.candidate.workload
         asked = (claim.point.batch_size, claim.point.num_devices, claim.point.workload)
         pairs = zip(asked, (point.batch_size, workload.num_devices, point.workload), strict=True)
@@ -220,12 +217,12 @@ def _speed_near(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
 
 
 def same_point(quality: Iterable[QualityPoint], key: PointKey) -> list[QualityPoint]:
-    """Quality of the very weights and decoder of another point."""
+    """The quality points with the same weights and decoder as ``key``."""
     return [point for point in quality if point.key == key]
 
 
 def names_subject(claim: Claim, checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is the one that the claim is about."""
+    """Whether a checkpoint is the claim's subject."""
     return _names(claim.subject, checkpoint)
 
 
@@ -242,13 +239,13 @@ def names_baseline(claim: Claim, checkpoint: Checkpoint) -> bool:
 
 
 def names_pair(claim: Claim, baseline: Checkpoint, candidate: Checkpoint) -> bool:
-    """Whether a claim is about these two; a pair's own context tower comes from the pair's own folder."""
+    """Whether these are the claim's two models. A ``context-tower`` baseline comes from the candidate's folder."""
     own = claim.baseline != CONTEXT_TOWER or baseline.source == candidate.source
     return own and names_subject(claim, candidate) and names_baseline(claim, baseline)
 
 
 def is_about(claim: Claim, runs: Iterable[Run]) -> bool:
-    """Whether some run has the claim's two models; of models measured beside no other, whether one is its subject."""
+    """Whether some run has the claim's two models, or its subject measured without a baseline."""
     for run in runs:
         arms: dict[Arm, list[Checkpoint]] = {"baseline": [], "candidate": []}
         for cell in run.manifest.cells:
@@ -279,13 +276,13 @@ def cell_fits(claim: Claim, cell: Cell) -> bool:
 
 
 def unnamed(claim: Claim, decoder: DecoderSpec) -> dict[str, object]:
-    """The parameters of a decoder that a claim's point says nothing of; a record of decoding changes nothing."""
+    """The decoder parameters that a claim's point does not name, apart from those without effect on answers."""
     named = (*claim.point.decoder.params, *WITHOUT_EFFECT)
     return {name: value for name, value in decoder.params.items() if name not in named}
 
 
 def timing_fits(claim: Claim, point: SpeedPoint) -> bool:
-    """Whether a point was timed as the claim says: its batch, its devices, its workload and, if it says them, tasks."""
+    """Whether a point has the claim's batch size, devices, workload and, where it names any, timed tasks."""
     return workload_fits(claim, point.candidate.workload) and tasks_fit(claim, point.tasks)
 
 
@@ -303,7 +300,7 @@ def _machines(point: SpeedPoint, evidence: Evidence) -> list[JsonObject]:
 
 
 def hardware_fits(claim: Claim, machines: Iterable[JsonObject]) -> bool:
-    """Whether every device of these machines is the claim's, if it says any."""
+    """Whether every device of these machines is the claim's hardware, where it names any."""
     if claim.point.hardware is None:
         return True
     described: list[str] = []
@@ -314,7 +311,7 @@ def hardware_fits(claim: Claim, machines: Iterable[JsonObject]) -> bool:
 
 
 def measured_points(claim: Claim, evidence: Evidence) -> int:
-    """Different operating points (decoder settings) of the claim's subject in all runs."""
+    """Number of different operating points of the claim's subject in all runs."""
     points: list[QualityPoint | SpeedPoint] = [*evidence.quality, *evidence.speed]
     return len({point.key for point in points if names_subject(claim, subject_of(point))})
 
@@ -325,7 +322,7 @@ def subject_of(point: QualityPoint | SpeedPoint) -> Checkpoint:
 
 
 def is_equal_by_construction(claim: Claim, point: QualityPoint, own: OtherScore | WholeScore | None = None) -> bool:
-    """Whether one computation scored both arms in the claim's whole scope, so that nothing is left to estimate."""
+    """Whether one computation scored both arms on the claim's whole scope, so that their scores cannot differ."""
     if own is not None:
         return claim.quantity == "score_difference" and own.is_equal
     comparing = claim.quantity in ("retention", "score_difference")
@@ -334,13 +331,13 @@ def is_equal_by_construction(claim: Claim, point: QualityPoint, own: OtherScore 
 
 
 def tasks_judged(claim: Claim, point: QualityPoint) -> tuple[str, ...]:
-    """The tasks that a claim is over: its scope, of a decoder-exercised retention what goes through the decoder."""
+    """The tasks that a claim is about: its scope; for a decoder-exercised retention, those that the decoder answers."""
     every = claim.quantity != "decoder_exercised_retention"
     return tuple(task.name for task in point.tasks if task.name in claim.scope and (every or task.exercises_decoder))
 
 
 def standings(claim: Claim, point: QualityPoint) -> tuple[stats.Standing, ...]:
-    """How the baseline stands to chance on each task of a retention; nothing for other quantities."""
+    """Per task of a retention, whether the baseline is above chance; empty for other quantities."""
     if claim.quantity not in RETENTIONS or point.scores is None:
         return ()
     level, tasks = claim.limits.above_chance_level, tasks_judged(claim, point)
@@ -350,9 +347,9 @@ def standings(claim: Claim, point: QualityPoint) -> tuple[stats.Standing, ...]:
 def quality_estimate(
     claim: Claim, point: QualityPoint, own: OtherScore | WholeScore | None = None, *, level: float = DECISION_LEVEL
 ) -> Estimate:
-    """The claim's quantity over its own scope, at the level that its verdict needs; NoEstimate where there is none.
+    """The claim's quantity over its own scope, with an interval at ``level``. NoEstimate where it cannot be computed.
 
-    ``own`` is the score outside retention that it is about, if it is about one.
+    ``own``: the score outside retention that the claim is about, if any.
     """
     if own is not None:
         return own.score_at(level) if claim.quantity == "score" else own.difference_at(level)
@@ -362,7 +359,7 @@ def quality_estimate(
     scores = subset(point.scores, [i for i, group in enumerate(point.scores.groups) if group in scope])
     if claim.quantity == "score":
         if len(scope) > 1:
-            raise NoEstimate("a score is of one task or one group: claim a retention over several")
+            raise NoEstimate("a score is of one task or one group: for several tasks, claim a retention")
         return candidate_mean(scores, level)
     if is_equal_by_construction(claim, point):
         value = 1.0 if claim.quantity == "retention" else 0.0
@@ -377,7 +374,7 @@ def quality_estimate(
 
 
 def speed_readings(claim: Claim, point: SpeedPoint, *, level: float = DECISION_LEVEL) -> list[Measured]:
-    """The reading that the claim means; behind it, where the arms' lengths differ much, the other one as well."""
+    """The claimed speedup; where the arms' output lengths differ much, also the other kind of speedup."""
     time = measured(lambda: _scaled(claim, point, _speedup(point, "time", level)))
     throughput = measured(lambda: _scaled(claim, point, _speedup(point, "throughput", level)))
     both = [throughput, time] if claim.quantity == "speedup_throughput" else [time, throughput]
@@ -400,7 +397,7 @@ def _scaled(claim: Claim, point: SpeedPoint, estimate: Estimate) -> Estimate:
 
 
 def at_stake(claim: Claim, point: SpeedPoint, estimate: Estimate) -> tuple[Estimate, float | None]:
-    """The speedup that a null is held against, judged and claimed: both are of the calls, never per device."""
+    """The judged and the claimed speedup that the A/A null is compared with; never per device."""
     if claim.quantity != "speedup_time_per_device" or claim.expected is None:
         return estimate, claim.expected
     judged = _speedup(point, "time")
@@ -408,7 +405,7 @@ def at_stake(claim: Claim, point: SpeedPoint, estimate: Estimate) -> tuple[Estim
 
 
 def kept_of(claim: Claim, point: QualityPoint, estimate: Estimate | None) -> float | None:
-    """The share of the baseline's score that the candidate has on a claim's scope; ``None`` where there is none."""
+    """The candidate's share of the baseline's score on a claim's scope; ``None`` where the baseline scores 0."""
     if claim.quantity in RETENTIONS:
         return None if estimate is None else estimate.value
     here = [task for task in point.tasks if task.name in claim.scope]
@@ -417,7 +414,7 @@ def kept_of(claim: Claim, point: QualityPoint, estimate: Estimate | None) -> flo
 
 
 def kept_at(point: QualityPoint) -> float:
-    """The same of all tasks of a point that the candidate's decoder has a part in; 0 where the baseline has none."""
+    """The same over all tasks that the candidate's decoder answers; 0 where the baseline scores 0."""
     here = [task for task in point.tasks if task.exercises_decoder]
     baseline = sum(task.baseline for task in here)
     return sum(task.candidate for task in here) / baseline if baseline > 0 else 0.0

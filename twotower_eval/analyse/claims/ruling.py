@@ -1,5 +1,5 @@
-"""The rule of one claim: gates, what has to hold between quality and speed, and what they rest on -> an outcome with
-its reason (PROTOCOL "Claims and verdicts").
+"""The rule of one claim: gates and readings -> an outcome with its reason (PROTOCOL "Claims and verdicts"). Also what
+has to hold between quality and speed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ UNITS: Mapping[Quantity, Unit] = {
 
 
 def unit_of(quantity: Quantity, metric: str | None = None) -> Unit:
-    """The unit of a quantity; of a score outside retention that of its ``metric``, whatever that is."""
+    """The unit of a quantity; a score outside retention has the unit of its ``metric``."""
     return UNITS[quantity] if metric is None else OWN
 
 
@@ -53,7 +53,7 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "
 
 
 def look_text(num: int, declared: int | None = None) -> str:
-    """``second look, one was declared``; how many were declared is left out where it is not known."""
+    """``second look, one was declared``, or ``second look`` where ``declared`` is ``None``."""
     shown = f"{ORDINALS[num - 1]} look" if 1 <= num <= len(ORDINALS) else f"look {num}"
     if declared is None:
         return shown
@@ -61,7 +61,7 @@ def look_text(num: int, declared: int | None = None) -> str:
 
 
 def decision_text(unit: Unit, decision: stats.Decision) -> str:
-    """``the upper bound 90.1 % is below 98.2 %``; with too little evidence, what there is too little of."""
+    """``the upper bound 90.1 % is below 98.2 %``, or what there is too little of."""
     if decision.few is not None:
         return fact_text(decision.few)
     return " and ".join(_comparison(unit, one) for one in decision.comparisons)
@@ -79,7 +79,7 @@ FORWARDS_ONLY = "on the fixed workload: a claim about forwards, not about answer
 
 
 def between(claim: Claim, runs: Sequence[Run], parts: Sequence[tuple[Claim, QualityPoint | SpeedPoint]]) -> list[Gate]:
-    """What holds between the parts of a joint claim, of those that were measured."""
+    """The gates between the measured parts of a joint claim."""
     qualities = [(part.name, point) for part, point in parts if isinstance(point, QualityPoint)]
     scope = list(dict.fromkeys(task for part, _ in parts for task in part.scope))
     found = [_one_point_gate(*pair) for pair in combinations([(part.name, point) for part, point in parts], 2)]
@@ -93,9 +93,9 @@ def between(claim: Claim, runs: Sequence[Run], parts: Sequence[tuple[Claim, Qual
 
 
 def apart(runs: Sequence[Run], quality: QualityPoint, speed: SpeedPoint, scope: Sequence[str] = ()) -> list[Gate]:
-    """Why a quality and a speed may not be said of one thing, as a report has them side by side; nothing if they may.
+    """The failed gates between a quality and a speed that a report shows side by side; empty if they fit together.
 
-    ``scope`` are the tasks that the quality is over, all of them by default.
+    ``scope`` names the tasks of the quality; by default, all of them.
     """
     names = scope or [task.name for task in quality.tasks]
     pair, timed = (("quality", quality), ("speed", speed)), GateLimits()
@@ -105,24 +105,24 @@ def apart(runs: Sequence[Run], quality: QualityPoint, speed: SpeedPoint, scope: 
 
 
 def outcomes(found: Iterable[Gate]) -> list[Outcome]:
-    """What gates of a joint claim make of it: nothing where they passed."""
-    said: list[Outcome] = []
+    """The outcomes that failed or open gates of a joint claim lead to; none where all passed."""
+    outcomes_found: list[Outcome] = []
     for gate in found:
         if gate.outcome == "failed":
-            said.append("NOT_MEASURED" if gate.kind in OF_ONE_POINT else "INVALID")
+            outcomes_found.append("NOT_MEASURED" if gate.kind in OF_ONE_POINT else "INVALID")
         if gate.outcome == "not_checked" and gate.kind == "effect_on_scores":
-            said.append("INCONCLUSIVE")
-    return said
+            outcomes_found.append("INCONCLUSIVE")
+    return outcomes_found
 
 
 def _one_point_gate(one: tuple[str, QualityPoint | SpeedPoint], other: tuple[str, QualityPoint | SpeedPoint]) -> Gate:
-    """Two parts have one checkpoint, dtype, decoder and kind of device, in both arms."""
+    """Whether two parts share checkpoint, dtype, decoder and device type, in both arms."""
     facts = OneThing(of="settings", parts=(one[0], other[0]), unlike=unlike_settings(one[1], other[1]))
     return _one_thing(facts, one[1], other[1])
 
 
 def _one_question_gate(runs: Sequence[Run], quality: tuple[str, QualityPoint], speed: tuple[str, SpeedPoint]) -> Gate:
-    """Quality and speed are of one budget and of one set of prompts."""
+    """Whether quality and speed share their budget and their prompts."""
     facts = OneThing(
         of="question",
         parts=(quality[0], speed[0]),
@@ -140,7 +140,7 @@ def _one_thing(facts: OneThing, *points: QualityPoint | SpeedPoint) -> Gate:
 
 
 def same_tasks_gate(claim: Claim, qualities: Sequence[QualityPoint], scope: Sequence[str], speed: SpeedPoint) -> Gate:
-    """The timed tasks are those in scope that are generated, or those that the claim's point names."""
+    """Whether the timed tasks are those of the scope that are generated, or those that the claim's point names."""
     if claim.point.timed_tasks:
         return Gate(kind="same_tasks", outcome="passed", facts=SameTasks(tasks=None), evidence=speed.run_ids)
     return _tasks_gate(qualities, scope, speed)
@@ -154,24 +154,26 @@ def _tasks_gate(qualities: Sequence[QualityPoint], scope: Sequence[str], speed: 
 
 
 def answered_gate(speed: SpeedPoint) -> Gate:
-    """A fixed workload goes on past the end of every answer: it says nothing of answers."""
+    """Whether answers were timed: the fixed workload decodes past the end of every answer."""
     facts = AnswersTimed(answers=speed.workload != "fixed")
     outcome: CheckOutcome = "passed" if facts.answers else "failed"
     return Gate(kind="answers_are_timed", outcome=outcome, facts=facts, evidence=speed.run_ids)
 
 
 DECIDED = ("SUPPORTED", "REFUTED")
-LENGTHS = "; a `run` on all documents of the timed tasks tells how long the other answers are, and narrows the interval"
+LENGTHS = (
+    "; a `run` on all documents of the timed tasks measures the lengths of the other answers and narrows the interval"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Amount:
-    """What an estimate rests on: clusters, or rounds (``unit`` says if they are launches) and calls of each.
+    """The amount of evidence behind an estimate: clusters, or rounds (``unit`` says if they are launches) and calls.
 
     ``num_calls`` is ``None`` where the prompts are no sample. ``by_construction``: one computation scored both arms.
-    ``num_launches`` are those that a speedup was timed in, ``scope`` the launches that it is confined to.
-    ``metric`` is the score outside retention that it is of, if it is of one. ``lacks_lengths``: how long the answers to
-    the prompts are that were not timed is not known, and a run would tell.
+    ``num_launches``: launches that a speedup was timed in. ``scope``: the launches that it holds for, ``None`` for any.
+    ``metric``: the name of a score outside retention. ``lacks_lengths``: the answer lengths of prompts that were not
+    timed are unknown, and a ``run`` would measure them.
     """
 
     unit: str
@@ -186,7 +188,7 @@ class Amount:
 
 
 def timed_amount(point: SpeedPoint) -> Amount:
-    """What a speedup rests on."""
+    """The rounds, launches and calls behind a speedup."""
     calls, num_launches = None if point.timed.fixed else point.num_calls, point.num_launches
     known = point.timed.documents is not None and point.timed.documents.whole
     amount = Amount(
@@ -194,7 +196,7 @@ def timed_amount(point: SpeedPoint) -> Amount:
         num_rounds=num_launches,
         num_calls=calls,
         num_launches=num_launches,
-        # A batch lasts as long as its longest answer, of which the documents' lengths do not tell.
+        # A batch lasts as long as its longest answer, which lengths of single documents do not give.
         lacks_lengths=calls is not None and not known and point.batch_size == 1,
     )
     if stats.resamples_launches(point.timed.launches):
@@ -204,23 +206,23 @@ def timed_amount(point: SpeedPoint) -> Amount:
 
 
 def outcome_of(claim: Claim, reading: Measured, amount: Amount) -> Outcome:
-    """What a look comes to by itself, whatever its gates say."""
+    """The outcome of one look, without its gates."""
     return "INCONCLUSIVE" if reading.estimate is None else _decided(claim, reading.estimate, amount)[0]
 
 
 def doubt(outcome: Outcome, run_ids: Sequence[str], looks: Looks, others: Mapping[str, Outcome]) -> str | None:
-    """Why looking again leaves a decision open: another look comes to another one, or no error rate is left."""
+    """Why further looks leave a decision open: one of them decides otherwise, or no error rate is left."""
     opposed = [f"{name} is {other}" for name, other in others.items() if other in DECIDED and other != outcome]
     if opposed:
         return f"the looks contradict each other: {', '.join(run_ids)} is {outcome}, {'; '.join(opposed)}"
     if looks.alpha is None:
         looked = look_text(looks.num, looks.declared)
-        return f"too many looks ({looked}): no error rate is left, so nothing can be decided"
+        return f"too many looks ({looked}): no error rate is left to decide with"
     return None
 
 
 def ruled(claim: Claim, checks: Sequence[Gate], readings: Sequence[Measured], amount: Amount) -> tuple[Outcome, str]:
-    """What gates and readings come to, and why. Several readings must all clear; the first is the claim's own."""
+    """The outcome of gates and readings, with its reason. All readings must clear; the first is the claim's own."""
     failed = [gate for gate in checks if gate.outcome == "failed"]
     if failed:
         return "INVALID", "; ".join(map(gate_text, failed))
@@ -246,7 +248,7 @@ def ruled(claim: Claim, checks: Sequence[Gate], readings: Sequence[Measured], am
 
 
 def _decided(claim: Claim, estimate: Estimate, amount: Amount) -> tuple[Outcome, str]:
-    """The pure rule; INCONCLUSIVE says how much evidence would decide."""
+    """The outcome by ``stats.decide``; the reason of INCONCLUSIVE says how much evidence would decide."""
     if claim.expected is None or claim.margin is None:
         raise UserError(f"claim {claim.name!r} has no expected value with its margin")
     is_speed = claim.quantity in SPEED_QUANTITIES
@@ -264,10 +266,10 @@ def _decided(claim: Claim, estimate: Estimate, amount: Amount) -> tuple[Outcome,
         num_calls=amount.num_calls,
         level=estimate.level,
     )
-    said_of_it = decision_text(unit_of(claim.quantity, amount.metric), decision)
+    reason = decision_text(unit_of(claim.quantity, amount.metric), decision)
     blind = amount.num_rounds is not None and stats.too_few_rounds(estimate, amount.num_rounds)
     if decision.outcome != "INCONCLUSIVE" or blind:
-        return decision.outcome, said_of_it
+        return decision.outcome, reason
     needed = stats.still_needed(
         estimate,
         relation=relation,
@@ -277,17 +279,17 @@ def _decided(claim: Claim, estimate: Estimate, amount: Amount) -> tuple[Outcome,
         log_scale=is_speed,
         least_n=stats.MIN_ROUNDS if is_speed else stats.MIN_CLUSTERS,
     )
-    return "INCONCLUSIVE", f"{said_of_it}{_needed_text(needed, amount)}"
+    return "INCONCLUSIVE", f"{reason}{_needed_text(needed, amount)}"
 
 
 def _decided_by_construction(value: float, least: float | None, largest: float | None) -> tuple[Outcome, str]:
-    """No sample and no bound: the value is known, and the claim holds at its limits as well."""
+    """The outcome of a value that is known exactly; a claim holds at its limits as well."""
     holds = (least is None or value >= least) and (largest is None or value <= largest)
     return "SUPPORTED" if holds else "REFUTED", EQUAL
 
 
 def _needed_text(needed: stats.Needed, amount: Amount) -> str:
-    """What would decide, behind the reason why nothing is decided; nothing where that reason has said it all."""
+    """``; about 900 clusters would decide, 250 were measured``; empty where nothing more would help."""
     if needed.decided:
         return ""
     return _more_text(needed, amount) + (LENGTHS if amount.lacks_lengths else "")

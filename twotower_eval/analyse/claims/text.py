@@ -12,7 +12,7 @@ from twotower_eval.analyse.claims.recomputed import AuditLine
 from twotower_eval.analyse.claims.ruling import look_text, unit_of
 from twotower_eval.analyse.claims.terms import terms_text
 from twotower_eval.analyse.compare.figures import high_retention_text, interval
-from twotower_eval.analyse.compare.gates import SAID_WITH_SPEED
+from twotower_eval.analyse.compare.gates import NAMED_WITH_SPEED
 from twotower_eval.analyse.words import found_text, kind_text
 from twotower_eval.names import plural
 from twotower_eval.records import MIN_LAUNCH_ROUNDS, Claim, Estimate, Quantity, Verdict
@@ -54,22 +54,22 @@ def figure_text(quantity: Quantity, estimate: Estimate, metric: str | None, is_k
 
 
 def scope_text(verdict: Verdict) -> str:
-    """How a verdict that holds in its own launches alone comes to hold in any; nothing elsewhere."""
+    """What to run for a verdict that holds beyond the timed launches; empty for other verdicts."""
     if verdict.scope is None:
         return ""
-    return f"; for a verdict that is not only {verdict.scope}: `twotower-eval speed --launches {stats.MIN_LAUNCHES}`"
+    return f"; holds {verdict.scope} only: `twotower-eval speed --launches {stats.MIN_LAUNCHES}` decides for others"
 
 
 def retention_text(verdict: Verdict) -> str:
-    """A warning where the candidate scores far better than its baseline; nothing elsewhere."""
+    """A warning where the candidate scores far better than its baseline, else empty."""
     if verdict.high_retention is None:
         return ""
     return f"; WARNING: {high_retention_text(verdict.high_retention)}"
 
 
 def unchecked_text(verdict: Verdict) -> str:
-    """What a SUPPORTED speedup takes on trust: the gates that matter for it and could not be checked."""
-    unchecked = [gate for gate in verdict.gates if gate.outcome == "not_checked" and gate.kind in SAID_WITH_SPEED]
+    """The gates that a SUPPORTED speedup needs and that could not be checked."""
+    unchecked = [gate for gate in verdict.gates if gate.outcome == "not_checked" and gate.kind in NAMED_WITH_SPEED]
     if verdict.outcome != "SUPPORTED" or not unchecked:
         return ""
     named = (f"{kind_text(gate.kind)} ({found_text(gate)})" for gate in unchecked)
@@ -77,7 +77,7 @@ def unchecked_text(verdict: Verdict) -> str:
 
 
 def chance_text(claim: Claim, verdict: Verdict) -> str:
-    """What is measured without the tasks whose baseline is not clearly above chance; nothing where all are."""
+    """The figure without the tasks whose baseline is not clearly above chance; empty where there are none."""
     if not verdict.near_chance or verdict.above_chance is None:
         return ""
     shown = estimate_text(claim, verdict.above_chance).rstrip(":")
@@ -85,14 +85,14 @@ def chance_text(claim: Claim, verdict: Verdict) -> str:
 
 
 def looks_text(claim: Claim, verdict: Verdict) -> str:
-    """Among how many points and looks this was chosen, and what looking has cost; nothing where there was no choice."""
+    """How many operating points and looks there were, and the level that follows; empty for one point and one look."""
     looks = [f"one of {verdict.num_points} operating points"] if verdict.num_points > 1 and verdict.num_looks else []
     looks += look_remarks(claim, verdict)
     return f" ({'; '.join(looks)})" if looks else ""
 
 
 def look_remarks(claim: Claim, verdict: Verdict) -> list[str]:
-    """What looking has cost, what was left out, and what a further look would cost; nothing of one that decides."""
+    """The level that the looks leave, runs that were not given, and the level of a further look where it is open."""
     return [
         *([price_text(claim, verdict)] if has_price(verdict) else []),
         *([not_given_text(verdict)] if verdict.not_given else []),
@@ -101,9 +101,9 @@ def look_remarks(claim: Claim, verdict: Verdict) -> list[str]:
 
 
 def next_text(claim: Claim, verdict: Verdict) -> str:
-    """What a further look would cost whoever is told that more evidence would decide."""
+    """The level at which a further look would be judged."""
     alpha = stats.look_alpha(verdict.num_looks + 1, claim.looks)
-    return "a further look can decide nothing" if alpha is None else f"a further look is judged at {_level(1 - alpha)}"
+    return "no further look can decide" if alpha is None else f"a further look is judged at {_level(1 - alpha)}"
 
 
 def _level(level: float) -> str:
@@ -116,31 +116,30 @@ def has_price(verdict: Verdict) -> bool:
 
 
 def price_text(claim: Claim, verdict: Verdict) -> str:
-    """``second look, one was declared: bounds are one-sided 99.5 %``; of a joint claim the strictest of its parts."""
+    """``second look, one was declared: bounds are one-sided 99.5 %``; for a joint claim, the strictest of its parts."""
     looked = look_text(verdict.num_looks, None if claim.parts else claim.looks)
     return f"{looked}: bounds are one-sided {_level(verdict.level)}"
 
 
 def not_given_text(verdict: Verdict) -> str:
-    """Runs of the point that the verdict was made without."""
+    """Runs of the point in the results folder that the verdict does not use."""
     num = len(verdict.not_given)
-    lie = "run of this point lies" if num == 1 else "runs of this point lie"
-    were = "was" if num == 1 else "were"
-    return f"{num} more {lie} beside and {were} not given: {', '.join(verdict.not_given)}"
+    lie = "lies" if num == 1 else "lie"
+    runs = plural(num, "further run")
+    return f"{runs} of this point {lie} in the results folder, unused: {', '.join(verdict.not_given)}"
 
 
 def count_line(verdicts: Sequence[Verdict]) -> str:
     """``3 claims: 1 REFUTED, 2 SUPPORTED in this launch``, in the order that decides the exit code."""
     ordered = sorted(verdicts, key=lambda verdict: list(EXIT_CODES).index(verdict.outcome))
     counts = [f"{number} {outcome}" for outcome, number in Counter(map(said, ordered)).items()]
-    noun = "claim" if len(verdicts) == 1 else "claims"
     levels = {verdict.level for verdict in verdicts if verdict.estimate}
     bounds = f"; {bounds_text(levels)}" if levels else ""
-    return f"{len(verdicts)} {noun}: {', '.join(counts) or 'none judged'}{bounds}"
+    return f"{plural(len(verdicts), 'claim')}: {', '.join(counts) or 'none judged'}{bounds}"
 
 
 def bounds_text(levels: Iterable[float]) -> str:
-    """What brackets hold, at the level or levels of the verdicts beside them."""
+    """What the numbers in brackets are, at the level or levels of these verdicts."""
     shown = [_level(level) for level in sorted(set(levels))]
     return (
         f"brackets hold one-sided {shown[0]} bounds"
@@ -150,7 +149,7 @@ def bounds_text(levels: Iterable[float]) -> str:
 
 
 def strict_line(verdicts: Sequence[Verdict]) -> str:
-    """What a strict check counts otherwise than it is printed; empty where there is nothing of the kind."""
+    """The SUPPORTED verdicts that a strict check counts as inconclusive, and why; empty where there are none."""
     supported = [verdict for verdict in verdicts if verdict.outcome == "SUPPORTED"]
     in_few = [verdict for verdict in supported if verdict.scope is not None]
     few, torn = len(in_few), any((verdict.num_launches or 0) >= stats.MIN_LAUNCHES for verdict in in_few)
@@ -158,13 +157,13 @@ def strict_line(verdicts: Sequence[Verdict]) -> str:
     without = sum(bool(verdict.not_given) for verdict in supported)
     lines = [
         f"{few} SUPPORTED in fewer than {stats.MIN_LAUNCHES} launches{of_rounds} "
-        f"{'is' if few == 1 else 'are'} counted as inconclusive; `twotower-eval speed --launches {stats.MIN_LAUNCHES}` "
+        f"{'counts' if few == 1 else 'count'} as inconclusive; `twotower-eval speed --launches {stats.MIN_LAUNCHES}` "
         "measures how launches differ"
     ] * (few > 0)
-    leave, them = ("verdict leaves", "it") if without == 1 else ("verdicts leave", "them")
+    leaves, counts = ("verdict leaves", "counts") if without == 1 else ("verdicts leave", "count")
     lines += [
-        f"{without} SUPPORTED {leave} out runs of the same point in this results folder; strict counts {them} as "
-        "inconclusive; give all runs of the point"
+        f"{without} SUPPORTED {leaves} out runs of the same point in this results folder and {counts} as inconclusive; "
+        "give all runs of the point"
     ] * (without > 0)
     return f"strict: {'; '.join(lines)}" if lines else ""
 

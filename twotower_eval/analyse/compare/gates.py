@@ -45,8 +45,8 @@ from twotower_eval.records import CheckOutcome, Estimate, Gate, GateKind, GateLi
 from twotower_eval.store import Run
 
 NEEDED_FOR_SPEED: tuple[GateKind, ...] = ("baseline_lag", "degenerate_outputs", "answers_are_answers")
-# A SUPPORTED speedup, or a joint claim with one, says which of these was not checked.
-SAID_WITH_SPEED: tuple[GateKind, ...] = (
+# A SUPPORTED speedup, or a joint claim with one, names those of these gates that were not checked.
+NAMED_WITH_SPEED: tuple[GateKind, ...] = (
     "files_agree",
     "residual",
     "probes",
