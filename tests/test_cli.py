@@ -161,7 +161,7 @@ def test_a_run_begins_with_its_power_plan() -> None:
     shared = dataclasses.replace(own, name="choice", discordance=0.0)
     assert lines == [stats.power_text(stats.power_plan([own, shared], 1.0)), None]
     assert lines[0] is not None
-    assert "200 independent documents can show a drop of retention by" in lines[0]
+    assert "the smallest drop of retention that 200 independent documents can show is" in lines[0]
 
 
 PLANS = {"run": RunPlan, "speed": SpeedPlan, "size": SizingPlan, "verify": VerifyPlan}

@@ -332,7 +332,7 @@ def test_the_plan_is_one_line_that_says_what_it_assumes() -> None:
     plan = stats.power_plan(tasks, 1.0)
     assert plan.smallest_drop.value is not None
     line = stats.power_text(plan)
-    assert f"1,000 independent documents can show a drop of retention by {100 * plan.smallest_drop.value:.2g} " in line
+    assert f"that 1,000 independent documents can show is {100 * plan.smallest_drop.value:.2g} points" in line
     assert line.endswith("assuming that 10 % of the answers differ and that the baseline is right in 80 %")
     few = stats.power_text(stats.power_plan([dataclasses.replace(tasks[0], num_clusters=12)], 1.0))
     assert "12 independent documents cannot show a drop" in few

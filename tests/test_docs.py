@@ -20,7 +20,6 @@ WORDS = (
         "Chance",
         "Cluster",
         "Commit",
-        "Decoder-exercised",
     ),
     *(
         "Decoder-exercised",
@@ -28,7 +27,7 @@ WORDS = (
         "Equal by construction",
         "Flip",
         "Forward",
-        "forced commit",
+        "Forced commit",
         "Gate",
         "Headline",
     ),
@@ -44,7 +43,7 @@ WORDS = (
     ),
     *("Pareto front", "Power line", "Prefill", "Probe", "Residual", "Retention", "Round", "Threshold", "Trace"),
     *("Tokens per NFE", "Tokens per forward", "Useful tokens", "Wall-clock speedup", "Warm-up rounds", "Witness"),
-    *("Workload", "SUPPORTED", "REFUTED", "INVALID", "INCONCLUSIVE", "NOT MEASURED", "Bootstrap", "Crossed"),
+    *("Workload", "SUPPORTED", "REFUTED", "INVALID", "INCONCLUSIVE", "NOT MEASURED", "Bootstrap", "Crossed bootstrap"),
 )
 
 

@@ -686,7 +686,7 @@ def test_an_ar_model_against_itself_is_one_cell(plan: RunPlan, tmp_path: Path, m
     monkeypatch.setattr("twotower_eval.engine.models.load_model", context_alone)
     plan = RunPlan(model=plan.model, tasks=TASKS, decoder="autoregressive", limit=2, max_new_tokens=8)
     said: list[str] = []
-    monkeypatch.setattr(measuring, "power_line", lambda *_: said.append("power plan") or "power plan")
+    monkeypatch.setattr(measuring, "power_line", lambda *_: said.append("power line") or "power line")
     run = store.load(measuring.evaluated(plan, root=tmp_path))
     assert [cell.arm for cell in run.manifest.cells] == ["baseline"] * 3
     assert not said, "nothing is compared, so no drop of retention can be planned for"

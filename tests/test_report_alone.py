@@ -34,7 +34,7 @@ COMPARING = (
     "between the arms",
     "no baseline",
     "scored or timed completely yet",
-    "power plan",
+    "power line",
     "Pareto",
     "Collapse",
     "Flips",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
 from twotower_eval.analyse import claims as claims_room
 from twotower_eval.analyse.words import kind_text
+from twotower_eval.analyse.words.glossary import term_lines
 from twotower_eval.errors import UserError
 from twotower_eval.records import Claim, Verdict
 
@@ -66,8 +67,9 @@ class Verdicts(Shown[Verdict]):
 
     @property
     def lines(self) -> list[str]:
-        """One line for each verdict, then one that counts them."""
-        return claims_room.verdict_lines(self.claims, self)
+        """One line for each verdict, one that counts them, and one for each term in them that needs explaining."""
+        found = claims_room.verdict_lines(self.claims, self)
+        return [*found, *term_lines("\n".join(found))]
 
     @property
     def strict_line(self) -> str:

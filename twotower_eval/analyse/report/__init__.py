@@ -20,8 +20,9 @@ from twotower_eval.analyse.report.alone import names_alone
 from twotower_eval.analyse.report.page import publish
 from twotower_eval.analyse.report.rendering import csv as csv_of
 from twotower_eval.analyse.report.rendering import table
-from twotower_eval.analyse.report.text import Section, escape
+from twotower_eval.analyse.report.text import Section, bullets, details, escape
 from twotower_eval.analyse.report.verdicts import JudgedRuns, shipped_claims
+from twotower_eval.analyse.words.glossary import terms_in
 from twotower_eval.errors import UserError
 from twotower_eval.names import Seam, resolve
 from twotower_eval.plugin_calls import calls_of, module_of
@@ -94,7 +95,8 @@ def _made(
         if clash:
             raise UserError(f"two sections of the report write {clash[0]}")
         files.update(section.files)
-    body = "\n".join(f"## {section.title}\n\n{section.markdown.strip()}\n" for _, section in rendered)
+    bodies = [f"## {section.title}\n\n{section.markdown.strip()}\n" for _, section in rendered]
+    body = "\n".join([bodies[0] + _words_used("\n".join(bodies)), *bodies[1:]]) if bodies else ""
     markdown = f"# {_title(runs)}\n\n{body}"
     pictures = dict(files)
     files[MARKDOWN] = markdown.encode()
@@ -105,6 +107,12 @@ def _made(
     if csv:
         files |= _csv_files(runs, rendered)
     return Path(out_root) / report_id([run.manifest.run_id for run in runs]), files
+
+
+def _words_used(markdown: str) -> str:
+    """The terms that a report uses, folded behind its first section, before any of them is needed."""
+    lines = bullets([f"**{term.name}**: {term.meaning}" for term in terms_in(markdown)])
+    return f"\n{details('Words used in this report', lines)}\n" if lines else ""
 
 
 def _csv_files(runs: JudgedRuns, rendered: Sequence[tuple[str, Section]]) -> dict[str, bytes]:

@@ -92,7 +92,7 @@ def power_plan(tasks: Sequence[PlannedTask], least: float, *, power: float = POW
 
 
 def power_text(plan: PowerPlan) -> str:
-    """The plan in one line for who starts a run, with what it assumes of tasks at the assumed rates."""
+    """The power line, printed before a run: the smallest drop that its documents can show, and what that assumes."""
     assumed = (
         f"assuming that {100 * ASSUMED_DISCORDANCE:g} % of the answers differ and that the baseline is right in "
         f"{100 * ASSUMED_ACCURACY:g} %"
@@ -100,9 +100,9 @@ def power_text(plan: PowerPlan) -> str:
     size = f"{plan.num_clusters:,} independent documents"
     drop = plan.smallest_drop
     if drop.value is None:
-        return f"power plan: {size} cannot show a drop of retention, {assumed}: {drop.reason}"
-    can = f"{size} can show a drop of retention by {100 * drop.value:.2g} points or more"
-    return f"power plan: {can} with {100 * POWER:g} % power, one-sided {100 * ALPHA:g} %, {assumed}"
+        return f"power line: {size} cannot show a drop of retention, {assumed}: {drop.reason}"
+    smallest = f"the smallest drop of retention that {size} can show is {100 * drop.value:.2g} points"
+    return f"power line: {smallest}, with {100 * POWER:g} % power, one-sided {100 * ALPHA:g} %, {assumed}"
 
 
 def planned_stderr(tasks: Sequence[PlannedTask], retention: float) -> float:
