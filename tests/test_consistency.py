@@ -280,18 +280,26 @@ def later_launch(row: SpeedSample) -> SpeedSample:
 
 
 EDITS: dict[str, tuple[Edit, str, str]] = {
-    "time divided": (speed(faster), "seconds told", "10.800 s on the clock, the calls of speed.jsonl add up to 5.9"),
+    "time divided": (
+        speed(faster),
+        "seconds recorded",
+        "10.800 s on the clock, the calls of speed.jsonl add up to 5.9",
+    ),
     "time doubled": (speed(slower), "calls overlap", "took 1.800 s, and the next call of its launch began 1.000 s"),
-    "a round deleted": (speed(without_round), "rounds told", "recorded 3 measured rounds, speed.jsonl has 2"),
-    "a call deleted": (speed(without_call), "rounds told", "recorded 3 measured rounds, speed.jsonl has 2"),
+    "a round deleted": (speed(without_round), "rounds recorded", "recorded 3 measured rounds, speed.jsonl has 2"),
+    "a call deleted": (speed(without_call), "rounds recorded", "recorded 3 measured rounds, speed.jsonl has 2"),
     "answers left over": (
         speed(without_round),
         "answer without call",
         "was answered in a timed call that is not there",
     ),
-    "seconds retold": (told("measured", timed_s=5.0), "seconds told", "recorded 5.000 s on the clock"),
-    "documents retold": (told("cell_done", num_documents=400), "documents told", "recorded 400 documents of task sums"),
-    "a launch renamed": (speed(later_launch), "launch untold", f"speed.jsonl has launch {RUN_ID}/2"),
+    "seconds retold": (told("measured", timed_s=5.0), "seconds recorded", "recorded 5.000 s on the clock"),
+    "documents retold": (
+        told("cell_done", num_documents=400),
+        "documents recorded",
+        "recorded 400 documents of task sums",
+    ),
+    "a launch renamed": (speed(later_launch), "launch not recorded", f"speed.jsonl has launch {RUN_ID}/2"),
     "the plan edited": (head(plan={**PLAN, "seed": 8}), "plan hash", "that of the plan is"),
     "another plan": (
         head(plan={**PLAN, "dtype": "bfloat16"}),
@@ -353,10 +361,10 @@ def test_a_contradiction_is_facts_and_words_come_last(honest: Run) -> None:
     assert (one.file, one.field, one.stated, one.found, one.num) == ("speed.jsonl", "batch_size", 2, 3, 1)
     assert one.line is not None
     row = json.loads((honest.path / one.file).read_text(encoding="utf-8").splitlines()[one.line - 1])
-    assert (row["cell"], row["call_id"], row["round"]) == (one.spot.cell, one.spot.call, one.spot.round)
+    assert (row["cell"], row["call_id"], row["round"]) == (one.location.cell, one.location.call, one.location.round)
     [flipped] = [one for one in contradictions(one_score(value=1.5)(honest)) if one.kind == "score outside 0 to 1"]
-    assert (flipped.file, flipped.found, flipped.spot.document) == ("scores.jsonl", 1.5, 1)
-    [retold] = [one for one in contradictions(told("measured", timed_s=5.0)(honest)) if one.kind == "seconds told"]
+    assert (flipped.file, flipped.found, flipped.location.document) == ("scores.jsonl", 1.5, 1)
+    [retold] = [one for one in contradictions(told("measured", timed_s=5.0)(honest)) if one.kind == "seconds recorded"]
     assert (retold.stated, retold.found, retold.line) == (5.0, pytest.approx(10.8), None)
 
 
@@ -384,7 +392,7 @@ def test_a_launch_that_goes_on_tells_of_all_before_it_or_of_its_own_rounds(hones
         events = [*first, {"at": "t", "kind": "measured", "num_rounds": num, "timed_s": seconds}]
         assert not [c for c in contradictions(dataclasses.replace(run, events=events)) if "told" in c.kind]
     events = [*first, {"at": "t", "kind": "measured", "num_rounds": 2, "timed_s": 7.2}]
-    assert "rounds told" in {one.kind for one in contradictions(dataclasses.replace(run, events=events))}
+    assert "rounds recorded" in {one.kind for one in contradictions(dataclasses.replace(run, events=events))}
 
 
 def test_a_call_without_a_time_contradicts_nothing(honest: Run) -> None:

@@ -59,8 +59,8 @@ def test_one_launch_copied_under_more_names_is_no_five(tmp_path: Path) -> None:
 
 def test_copies_are_told_as_facts(timed: Run) -> None:
     [one] = [one for one in contradictions(copied(timed, 1)) if one.kind == "times repeated"]
-    assert one.like is not None
-    assert {one.spot.launch, one.like.launch} == {"launch-1", "launch-2"}
+    assert one.other is not None
+    assert {one.location.launch, one.other.launch} == {"launch-1", "launch-2"}
     assert (one.file, one.field, one.stated) == ("speed.jsonl", "wall_s", 8)
     assert "8 timings of cell" in contradiction_text(one)
 

@@ -1,6 +1,4 @@
-"""Do a run's files agree with each other? What contradicts itself, or repeats another run's rows, is no evidence,
-whoever changed it and why.
-"""
+"""Do a run's files agree? A run that contradicts itself, or repeats another run's rows, is no evidence."""
 
 from __future__ import annotations
 
@@ -23,8 +21,8 @@ from twotower_eval.analyse.compare.contradiction import (
     Check,
     Contradiction,
     ContradictionKind,
+    Location,
     Place,
-    Spot,
     contradiction_of,
     whole_rounds,
 )
@@ -55,41 +53,45 @@ BESIDE = 1.5  # ticks to either side: more than one, as nanoseconds round it
 BY_CHANCE = 1e-9  # chance of so many equal times from which on they are copied: a file has many pairs of rounds
 INSIDE = 0.5  # of a launch's calls that have to lie within another launch: a clock may have been set back
 
-Values = Mapping[Spot, Sequence[Hashable]]
+Values = Mapping[Location, Sequence[Hashable]]
 Doubt = Callable[["_Repeat"], bool]  # whether values may be equal by chance
 
 
 class _Repeat(NamedTuple):
-    """``num`` values of ``spot`` are those of ``like``, which may be itself."""
+    """``num`` values of ``location`` are those of ``other``, which may be itself."""
 
-    spot: Spot
-    like: Spot
+    location: Location
+    other: Location
     num: int
 
 
 def _repeats(values: Values, doubt: Doubt = lambda _: False) -> Iterator[_Repeat]:
-    """Where nearly all values are those of one other place, or come twice within their own."""
-    held: dict[Hashable, list[Spot]] = defaultdict(list)
-    for spot, own in values.items():
+    """Places nearly all of whose values are also those of one other place, or occur twice in their own."""
+    held: dict[Hashable, list[Location]] = defaultdict(list)
+    for location, own in values.items():
         for value in own:
-            held[value].append(spot)
-    holders = {value: Counter(spots) for value, spots in held.items() if len(spots) > 1}  # few are anywhere else
-    for spot, own in values.items():
-        shared: dict[Spot, list[Hashable]] = defaultdict(list)
+            held[value].append(location)
+    holders = {
+        value: Counter(locations) for value, locations in held.items() if len(locations) > 1
+    }  # few are anywhere else
+    for location, own in values.items():
+        shared: dict[Location, list[Hashable]] = defaultdict(list)
         for value in own:
             for other, times in holders[value].items() if value in holders else ():
-                if other != spot or times > 1:
+                if other != location or times > 1:
                     shared[other].append(value)
         enough = max(SHARE * len(own), MIN_VALUES)
-        like = [_Repeat(spot, other, len(same)) for other, same in shared.items() if len(set(same)) >= MIN_VALUES]
-        nearest = sorted((one for one in like if one.num >= enough), key=lambda one: -one.num)
+        repeats = [
+            _Repeat(location, other, len(same)) for other, same in shared.items() if len(set(same)) >= MIN_VALUES
+        ]
+        nearest = sorted((one for one in repeats if one.num >= enough), key=lambda one: -one.num)
         yield from [one for one in nearest if not doubt(one)][:1]
 
 
 def _times(runs: Sequence[Run]) -> Iterator[_Repeat]:
-    """By rounds; what has few calls a round, by all rounds of a launch."""
-    by_round: dict[Spot, list[int]] = {}
-    by_launch: dict[Spot, list[int]] = {}
+    """Repeated times, by round; for cells with few calls a round, by launch."""
+    by_round: dict[Location, list[int]] = {}
+    by_launch: dict[Location, list[int]] = {}
     ticks: dict[str | None, int] = {}
     for run in runs:
         rounds: dict[tuple[object, ...], tuple[list[int], list[int]]] = {}
@@ -97,35 +99,37 @@ def _times(runs: Sequence[Run]) -> Iterator[_Repeat]:
             if (time_ns := round(min(call.wall_s, LONGEST_S) / DIGIT_S)) > 0:
                 key = (call.launch_id, call.cell, call.replica, call.round, call.phase)
                 if key not in rounds:
-                    lane = Spot(run=run.manifest.run_id, launch=call.launch_id, cell=call.cell, replica=call.replica)
+                    lane = Location(
+                        run=run.manifest.run_id, launch=call.launch_id, cell=call.cell, replica=call.replica
+                    )
                     of_round = by_round.setdefault(lane._replace(round=call.round, phase=call.phase), [])
                     rounds[key] = of_round, by_launch.setdefault(lane, [])
                 for own in rounds[key]:
                     own.append(time_ns)
                 ticks[run.manifest.run_id] = gcd(ticks.get(run.manifest.run_id, 0), time_ns)
     found = list(_repeats(by_round, _doubt(by_round, ticks)))
-    lanes = {one.spot._replace(round=None, phase=None) for one in found}
+    lanes = {one.location._replace(round=None, phase=None) for one in found}
     yield from found
-    yield from (one for one in _repeats(by_launch, _doubt(by_launch, ticks)) if one.spot not in lanes)
+    yield from (one for one in _repeats(by_launch, _doubt(by_launch, ticks)) if one.location not in lanes)
 
 
-def _doubt(times_ns: Mapping[Spot, Sequence[int]], ticks: Mapping[str | None, int]) -> Doubt:
+def _doubt(times_ns: Mapping[Location, Sequence[int]], ticks: Mapping[str | None, int]) -> Doubt:
     def may_be_chance(one: _Repeat) -> bool:
-        own_ns, like_ns = np.asarray(times_ns[one.spot], float), np.asarray(times_ns[one.like], float)
-        steady = float(np.minimum(1, ticks[one.spot.run] / (sqrt(4 * pi) * STEADY * own_ns)).mean())
-        share = max(steady, _share_beside(own_ns, like_ns, ticks[one.spot.run]))
+        own_ns, other_ns = np.asarray(times_ns[one.location], float), np.asarray(times_ns[one.other], float)
+        steady = float(np.minimum(1, ticks[one.location.run] / (sqrt(4 * pi) * STEADY * own_ns)).mean())
+        share = max(steady, _share_beside(own_ns, other_ns, ticks[one.location.run]))
         return bool(share >= 1 or bdtrc(one.num - 1, len(own_ns), share) > BY_CHANCE)
 
     return may_be_chance
 
 
-def _share_beside(own_ns: Floats, like_ns: Floats, tick_ns: int) -> float:
-    """Share of times that have another one just above them or below, by the shortest step that there is between two.
+def _share_beside(own_ns: Floats, other_ns: Floats, tick_ns: int) -> float:
+    """Share of times with another time just above or below, within the shortest step between two of them.
 
-    The two times with that step are left out. Where it is longer than the clock's tick and than what a steady call
-    varies by, times lie far apart, and nothing is beside any.
+    The two times with that step are left out. If the step is longer than the clock's tick and than the variation of a
+    steady call, times lie far apart and the share is 0.
     """
-    there_ns = np.unique(like_ns)
+    there_ns = np.unique(other_ns)
     step_ns = float(np.diff(np.unique(np.concatenate([own_ns, there_ns]))).min())
     near_ns = BESIDE * np.minimum(step_ns, np.maximum(tick_ns, STEADY * own_ns))
     here = np.searchsorted(there_ns, own_ns, "left"), np.searchsorted(there_ns, own_ns, "right")
@@ -135,17 +139,17 @@ def _share_beside(own_ns: Floats, like_ns: Floats, tick_ns: int) -> float:
 
 
 def _moments(runs: Sequence[Run]) -> Iterator[_Repeat]:
-    """Of two launches: one moment is enough of each call, and calls of one launch may be shorter than a clock shows."""
-    values: dict[Spot, dict[str, Hashable]] = defaultdict(dict)
+    """Repeated moments of calls, by launch. One moment a call is enough, as short calls share a tick of the clock."""
+    values: dict[Location, dict[str, Hashable]] = defaultdict(dict)
     for run in runs:
         for call in run.speed:
             key = (call.cell, call.replica, call.call_id, call.started_at)
-            values[Spot(run=run.manifest.run_id, launch=call.launch_id)].setdefault(call.started_at, key)
-    yield from _repeats({spot: list(by_moment.values()) for spot, by_moment in values.items()})
+            values[Location(run=run.manifest.run_id, launch=call.launch_id)].setdefault(call.started_at, key)
+    yield from _repeats({location: list(by_moment.values()) for location, by_moment in values.items()})
 
 
 def _place(one: _Repeat, field: str) -> Place:
-    return Place(file=SPEED, field=field, stated=one.num, spot=one.spot, like=one.like)
+    return Place(file=SPEED, field=field, stated=one.num, location=one.location, other=one.other)
 
 
 def _times_within(run: Run) -> Iterator[Place]:
@@ -157,21 +161,21 @@ def _moments_within(run: Run) -> Iterator[Place]:
 
 
 def _launches_at_once(run: Run) -> Iterator[Place]:
-    """A run's launches come one after the other. Those without the moments of their calls are left out."""
+    """Launches of a run that overlap in time. Launches without the moments of their calls are left out."""
     moments: dict[str, list[datetime]] = defaultdict(list)
     for call in run.speed:
         if (moment := moment_of(call.started_at)) is not None:
             moments[call.launch_id].append(moment)
-    told = {launch: sorted(found) for launch, found in moments.items() if len(set(found)) >= MIN_VALUES}
-    for (launch, own), (other, theirs) in permutations(told.items(), 2):
+    telling = {launch: sorted(found) for launch, found in moments.items() if len(set(found)) >= MIN_VALUES}
+    for (launch, own), (other, theirs) in permutations(telling.items(), 2):
         inside = sum(theirs[0] <= moment <= theirs[-1] for moment in own)
         if inside > INSIDE * len(own):
-            spot, like = (Spot(run=run.manifest.run_id, launch=one) for one in (launch, other))
-            yield Place(file=SPEED, field="started_at", stated=inside, spot=spot, like=like)
+            location, there = (Location(run=run.manifest.run_id, launch=one) for one in (launch, other))
+            yield Place(file=SPEED, field="started_at", stated=inside, location=location, other=there)
 
 
 def moment_of(text: str) -> datetime | None:
-    """A moment as rows write it; ``None`` for what is none."""
+    """A moment as rows write it; ``None`` for a text that is none."""
     try:
         return datetime.fromisoformat(text)
     except ValueError:
@@ -186,7 +190,7 @@ REPEAT_CHECKS: Mapping[ContradictionKind, Check] = {
 
 
 def between_runs(runs: Sequence[Run]) -> dict[str, list[Contradiction]]:
-    """By run id, what of its timings is that of another of these runs."""
+    """By run id, timings that equal those of another of these runs."""
     by_id = {run.manifest.run_id: run for run in runs if run.speed}
     timed = list(by_id.values())
     places: dict[tuple[str, ContradictionKind], list[Place]] = defaultdict(list)
@@ -196,8 +200,8 @@ def between_runs(runs: Sequence[Run]) -> dict[str, list[Contradiction]]:
     )
     for kind, field, found in kinds if len(timed) > 1 else ():
         for one in found:
-            if one.spot.run is not None and one.spot.run != one.like.run:
-                places[one.spot.run, kind].append(_place(one, field))
+            if one.location.run is not None and one.location.run != one.other.run:
+                places[one.location.run, kind].append(_place(one, field))
     by_run: dict[str, list[Contradiction]] = defaultdict(list)
     for (run_id, kind), own in places.items():
         by_run[run_id].append(contradiction_of(kind, own, by_id[run_id]))
@@ -212,7 +216,7 @@ CLOCK_SHARE = 0.001  # and the day's clock may be slewed while a stopwatch is no
 
 
 def contradictions(run: Run) -> tuple[Contradiction, ...]:
-    """All that a run's files contradict each other in, the first place of each kind; empty where they agree."""
+    """All contradictions between a run's files, the first place of each kind; empty where they agree."""
     found = []
     with forgotten(run):
         for kind, check in {**CHECKS, **GAP_CHECKS, **REPEAT_CHECKS, **ROW_CHECKS}.items():
@@ -229,7 +233,7 @@ def _plan_hash(run: Run) -> Iterator[Place]:
 
 
 def _plan_and_cells(run: Run) -> Iterator[Place]:
-    """What a plan and its cells both say in so many words."""
+    """Settings that a plan and its cells both record."""
     plan = run.manifest.plan
     cells = [cell for cell in run.manifest.cells if cell.workload.kind in ("task", "fixed", "answer")]
     said: list[tuple[str, set[Any], set[Any]]] = [
@@ -244,7 +248,7 @@ def _plan_and_cells(run: Run) -> Iterator[Place]:
 
 
 def _cell_ids(run: Run) -> Iterator[Place]:
-    """Cells that say what else is in their id; of the others, those that differ from what their run's other ids fit."""
+    """Cells whose id does not follow from their settings; in older runs, those that do not fit the run's other ids."""
     strict = [cell for cell in run.manifest.cells if cell.extra is not None]
     older = [cell for cell in run.manifest.cells if cell.extra is None]
     shapes = list(_older_extras(run)) if older else []
@@ -253,7 +257,7 @@ def _cell_ids(run: Run) -> Iterator[Place]:
     wrong += misfits if len(misfits) < len(older) or strict else []
     for cell in wrong:
         made = _id_with(cell, cell.extra or {})
-        yield Place(file=MANIFEST, field="id", stated=cell.id, found=made, spot=Spot(cell=cell.id))
+        yield Place(file=MANIFEST, field="id", stated=cell.id, found=made, location=Location(cell=cell.id))
 
 
 def _id_with(cell: Cell, extra: Params) -> str:
@@ -266,7 +270,7 @@ def _ids_with(cell: Cell, extras: Sequence[Params]) -> Iterator[str]:
 
 
 def _older_extras(run: Run) -> Iterator[Params]:
-    """What went into ids before cells said it."""
+    """What older versions added to cell ids without recording it."""
     plan = run.manifest.plan
     seeds = dict.fromkeys((None, plan.get("seed")))
     yield {}
@@ -284,14 +288,14 @@ def _changed(run: Run) -> Iterator[Place]:
 
 
 def _short(run: Run) -> Iterator[Place]:
-    """Of a run that went to its end: one that is still written may have lost lines to a crash, and makes them again."""
+    """Journals with fewer lines than recorded, in complete runs: an open run may have lost lines to a crash."""
     if run.complete:
-        for name, (told, there) in short_journals(run.path, run.events, EVENTS).items():
-            yield Place(file=name, field="rows", stated=told, found=there)
+        for name, (recorded, there) in short_journals(run.path, run.events, EVENTS).items():
+            yield Place(file=name, field="rows", stated=recorded, found=there)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Told:
+class _MeasuredEvent:
     """What one ``measured`` event tells, and the calls that were there by then."""
 
     num_rounds: int
@@ -300,8 +304,8 @@ class _Told:
     calls: list[SpeedSample]
 
 
-def _measured(run: Run) -> Iterator[_Told]:
-    """None of runs that time parts of decoding alone: their rounds are of those."""
+def _measured(run: Run) -> Iterator[_MeasuredEvent]:
+    """The ``measured`` events; none for runs that time only parts of decoding."""
     launch = None
     for event in run.events if run.speed else ():
         if event["kind"] == "launched":
@@ -313,7 +317,7 @@ def _measured(run: Run) -> Iterator[_Told]:
         if known is None and event is not run.events[-1] and not run.complete:
             continue
         calls = [sample for sample in rows if sample.phase == "measure"]
-        yield _Told(num_rounds=event["num_rounds"], timed_s=event["timed_s"], launch=launch, calls=calls)
+        yield _MeasuredEvent(num_rounds=event["num_rounds"], timed_s=event["timed_s"], launch=launch, calls=calls)
 
 
 def _whole_s(calls: Iterable[SpeedSample]) -> list[float]:
@@ -321,29 +325,29 @@ def _whole_s(calls: Iterable[SpeedSample]) -> list[float]:
     return [sum(call.wall_s for call in own if call.wall_s > 0) for own in whole_rounds(calls)]
 
 
-def _readings(told: _Told) -> list[list[float]]:
-    """An event tells of all launches so far, or of its own."""
-    own = [call for call in told.calls if call.launch_id == told.launch]
-    return [_whole_s(told.calls), *([_whole_s(own)] if own else [])]
+def _readings(event: _MeasuredEvent) -> list[list[float]]:
+    """Seconds of each complete round, of all launches so far and of the event's own: an event may count either."""
+    own = [call for call in event.calls if call.launch_id == event.launch]
+    return [_whole_s(event.calls), *([_whole_s(own)] if own else [])]
 
 
-def _rounds_told(run: Run) -> Iterator[Place]:
-    for told in _measured(run):
-        found = [len(whole) for whole in _readings(told)]
-        if told.num_rounds not in found:
-            yield Place(file=SPEED, field="num_rounds", stated=told.num_rounds, found=tuple(dict.fromkeys(found)))
+def _rounds_recorded(run: Run) -> Iterator[Place]:
+    for event in _measured(run):
+        found = [len(whole) for whole in _readings(event)]
+        if event.num_rounds not in found:
+            yield Place(file=SPEED, field="num_rounds", stated=event.num_rounds, found=tuple(dict.fromkeys(found)))
 
 
-def _seconds_told(run: Run) -> Iterator[Place]:
-    for told in _measured(run):
-        found = [sum(whole) for whole in _readings(told) if len(whole) == told.num_rounds]
-        if found and not any(math.isclose(told.timed_s, one, rel_tol=TOLERANCE, abs_tol=TOLERANCE) for one in found):
-            yield Place(file=SPEED, field="timed_s", stated=float(told.timed_s), found=found[0])
+def _seconds_recorded(run: Run) -> Iterator[Place]:
+    for event in _measured(run):
+        found = [sum(whole) for whole in _readings(event) if len(whole) == event.num_rounds]
+        if found and not any(math.isclose(event.timed_s, one, rel_tol=TOLERANCE, abs_tol=TOLERANCE) for one in found):
+            yield Place(file=SPEED, field="timed_s", stated=float(event.timed_s), found=found[0])
 
 
-def _documents_told(run: Run) -> Iterator[Place]:
-    """The newest word on each cell; scores that all documents have, not those of all of them together."""
-    told = {
+def _documents_recorded(run: Run) -> Iterator[Place]:
+    """The newest event of each cell and task against its scores; aggregate scores are left out."""
+    recorded = {
         (event["cell"], event["task"]): event["num_documents"]
         for event in run.events
         if event["kind"] == "cell_done" and {"cell", "task", "num_documents"} <= event.keys()
@@ -352,36 +356,36 @@ def _documents_told(run: Run) -> Iterator[Place]:
     for score in run.scores:
         if score.aggregation in (None, "mean"):
             scored[score.cell, score.task].add(score.doc_id)
-    for (cell, task), num in told.items():
+    for (cell, task), num in recorded.items():
         found = len(scored[cell, task])
         if found and found != num:
-            spot = Spot(cell=cell, task=task)
-            yield Place(file=SCORES, field="num_documents", stated=num, found=found, spot=spot)
+            location = Location(cell=cell, task=task)
+            yield Place(file=SCORES, field="num_documents", stated=num, found=found, location=location)
 
 
 def _launches(run: Run) -> Iterator[Place]:
-    """Launches are named after their run; each is told, or began when the run was begun or resumed."""
+    """Launches in speed.jsonl that no event names; their ids begin with their run's id."""
     launches = list(dict.fromkeys(sample.launch_id for sample in run.speed))
     own = [name for name in launches if name.startswith(f"{run.manifest.run_id}/")]
     if not own:
         return
-    told = {str(event.get("launch")) for event in run.events if event["kind"] == "launched"}
-    odd = [name for name in launches if name not in (told or own)]
+    recorded = {str(event.get("launch")) for event in run.events if event["kind"] == "launched"}
+    odd = [name for name in launches if name not in (recorded or own)]
     if odd:
-        yield Place(file=SPEED, field="launch_id", stated=tuple(sorted(told)), found=odd[0])
+        yield Place(file=SPEED, field="launch_id", stated=tuple(sorted(recorded)), found=odd[0])
 
 
 def _launches_begun(run: Run) -> Iterator[Place]:
-    """Versions that do not tell of launches tell how often a run was begun or resumed."""
+    """In older versions, without events of launches: launches against the number of starts and resumes."""
     own = {call.launch_id for call in run.speed if run_and_launch(call.launch_id)[0] == run.manifest.run_id}
-    told = any(event["kind"] == "launched" for event in run.events)
+    recorded = any(event["kind"] == "launched" for event in run.events)
     begun = sum(event["kind"] in ("started", "resumed") for event in run.events)
-    if not told and len(own) > begun:
+    if not recorded and len(own) > begun:
         yield Place(file=SPEED, field="launch_id", stated=begun, found=len(own))
 
 
 def _overlaps(run: Run) -> Iterator[Place]:
-    """One process times one call after the other. Launches without the moments of their calls are left out."""
+    """Calls that overlap within a launch, which times one call after the other. Calls without moments are left out."""
     by_launch: dict[str, list[SpeedSample]] = defaultdict(list)
     for sample in run.speed:
         by_launch[sample.launch_id].append(sample)
@@ -395,7 +399,7 @@ def _overlaps(run: Run) -> Iterator[Place]:
 
 
 def _overlaps_of(calls: Sequence[SpeedSample]) -> Iterator[tuple[SpeedSample, float]]:
-    """The calls that took longer than until the next one began, with the seconds until then."""
+    """The calls that took longer than the time until the next one began, with that time in seconds."""
     moments = [moment_of(call.started_at) for call in calls]
     if None in moments or len(set(moments)) < 2:
         return
@@ -412,17 +416,17 @@ CHECKS: Mapping[ContradictionKind, Check] = {
     "cell id": _cell_ids,
     "journal changed": _changed,
     "journal short": _short,
-    "rounds told": _rounds_told,
-    "seconds told": _seconds_told,
-    "documents told": _documents_told,
-    "launch untold": _launches,
+    "rounds recorded": _rounds_recorded,
+    "seconds recorded": _seconds_recorded,
+    "documents recorded": _documents_recorded,
+    "launch not recorded": _launches,
     "launches begun": _launches_begun,
     "calls overlap": _overlaps,
 }
 
 
 def by_run(runs: Sequence[Run]) -> dict[str, tuple[Contradiction, ...]]:
-    """Run id -> its contradictions, in itself and with the others, for runs that have any."""
+    """By run id, the contradictions within a run and with the other runs; runs without any are left out."""
     copied = between_runs(runs)
     found = {(run_id := run.manifest.run_id): (*contradictions(run), *copied.get(run_id, ())) for run in runs}
     return {run_id: own for run_id, own in found.items() if own}

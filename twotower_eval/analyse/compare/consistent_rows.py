@@ -1,4 +1,4 @@
-"""Rows of a run against each other: timed calls against the answers that they made, answers against their scores."""
+"""Rows of a run against each other: timed calls against their answers, answers against their scores."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _batch_sizes(run: Run) -> Iterator[Place]:
 
 
 def _prompts_of_calls(run: Run) -> Iterator[Place]:
-    """A call keeps its prompts, and their order, from round to round and from cell to cell."""
+    """A call has the same prompts in the same order in every round and cell."""
     known: dict[tuple[str, int], tuple[str, ...]] = {}
     for call in run.speed:
         prompts = tuple(prompt.prompt_id for prompt in call.prompts)
@@ -57,7 +57,7 @@ def _prompt_tokens(run: Run) -> Iterator[Place]:
 
 
 def _prompt_tokens_of_arms(run: Run) -> Iterator[Place]:
-    """Arms with one tokenizer read one prompt as equally many tokens, unless it was cut for want of room."""
+    """Arms with the same tokenizer read a prompt as equally many tokens, unless it was cut."""
     if any(event.get("num_truncated") for event in run.events):
         return
     cells, readers = run.cells, _tokenizers(run)
@@ -72,7 +72,7 @@ def _prompt_tokens_of_arms(run: Run) -> Iterator[Place]:
 
 
 def _tokenizers(run: Run) -> dict[str, tuple[str, ...]]:
-    """By cell, digests of the files that make tokens of texts; none where they are not known."""
+    """By cell, digests of its tokenizer's files; empty where they are not known."""
     return {
         cell.id: tuple(sorted(f"{file.name} {file.sha256}" for file in cell.checkpoint.files if "token" in file.name))
         for cell in run.manifest.cells
@@ -105,7 +105,7 @@ def _beyond_budget(run: Run) -> Iterator[Place]:
 
 
 def _forwards_counted(run: Run) -> Iterator[Place]:
-    """What a decoder reports of a call, against the model calls in it; every row of a model call counts once."""
+    """A decoder's reported forwards against the model calls of the call; every row of a model call counts once."""
     for call in (call for call in run.speed if call.passes):
         counted = {"context": 0, "denoiser": 0}
         for one in call.passes:
@@ -171,7 +171,7 @@ def _calls_without_answers(run: Run) -> Iterator[Place]:
 
 
 def _answers_without_calls(run: Run) -> Iterator[Place]:
-    """Answers are written before their call: each launch that was stopped may leave those of one."""
+    """Answers without their timed call. Answers are written first, so a stopped launch may leave those of one call."""
     calls, answers = _call_keys(run), _timed_answers(run)
     kept = {cell for cell, *_ in answers.keys() & calls} if run.complete else set()
     lone = [key for key in answers if key not in calls and key[0] in kept]
@@ -182,7 +182,7 @@ def _answers_without_calls(run: Run) -> Iterator[Place]:
 
 
 def _texts_of_equal_tokens(run: Run) -> Iterator[Place]:
-    """Of one document and one tokenizer; a stop string may end within a token, and then the tokens do not say where."""
+    """Texts of equal tokens, per document and tokenizer. A stop string may end within a token and is left out."""
     readers = _tokenizers(run)
     known: dict[tuple[Any, ...], str] = {}
     for row in run.generations:
@@ -216,7 +216,7 @@ def _scores_without_answers(run: Run) -> Iterator[Place]:
 
 
 def _answers_without_scores(run: Run) -> Iterator[Place]:
-    """Of a run that went to its end, in tasks whose documents are scored one by one."""
+    """Answers without a score, in complete runs, for tasks whose documents are scored one by one."""
     if not run.complete:
         return
     scored: dict[tuple[str, str], set[int]] = defaultdict(set)
@@ -229,7 +229,7 @@ def _answers_without_scores(run: Run) -> Iterator[Place]:
 
 
 def _scores_of_other_prompts(run: Run) -> Iterator[Place]:
-    """Where a document is asked once; else its score's hash is over several prompts."""
+    """Scores on another prompt than the answer; only for documents with one request."""
     answers = _answers(run)
     for score in run.scores:
         rows = answers.get((score.cell, score.task, score.doc_id), [])
@@ -245,7 +245,7 @@ def _scores_of_no_share(run: Run) -> Iterator[Place]:
 
 
 def _one_text(rows: list[GenerationRow]) -> Texts | None:
-    """What a document was answered, in every round or sample alike; ``None`` where they differ or are not kept."""
+    """The text that a document was answered with, if equal in every round and sample; else ``None``."""
     if len(rows) == 1:
         text = rows[0].generation.text
         return None if text is None else (text,)
@@ -272,7 +272,7 @@ def _texts(run: Run) -> dict[tuple[str, str, int], Texts | None]:
 
 
 def _scores_of_equal_answers(run: Run) -> Iterator[Place]:
-    """Of one document in any cell and round; by exact match, of any document of the task with the same target."""
+    """Different scores of equal answers to a document; by exact match also across documents with the same target."""
     known: dict[tuple[Any, ...], float] = {}
     for score, text in _scored_texts(run):
         if score.metric.startswith(OF_CODE):
@@ -284,7 +284,7 @@ def _scores_of_equal_answers(run: Run) -> Iterator[Place]:
 
 
 def _scores_of_targets(run: Run) -> Iterator[Place]:
-    """An answer that is the target, letter by letter, matches it; what else matches, only the task's code can say."""
+    """Answers that equal the target letter by letter but are not scored as right by exact match."""
     for score, text in _scored_texts(run):
         plain = (score.metric, score.filter) == ("exact_match", "none") and len(text) == 1 and text[0] != ""
         if (
@@ -296,7 +296,7 @@ def _scores_of_targets(run: Run) -> Iterator[Place]:
 
 
 def _scores_of_one_likelihood(run: Run) -> Iterator[Place]:
-    """Log-likelihoods of equal models are computed once: cells without their own have the scores of one that has."""
+    """Scores of cells that share one computation of log-likelihoods but differ."""
     answering: dict[str, set[str]] = defaultdict(set)
     for row in run.likelihoods:
         answering[row.task].add(row.cell)

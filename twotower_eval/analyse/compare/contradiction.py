@@ -1,6 +1,4 @@
-"""What a run's files say in two ways, and what they lack by the run's own plan and events: kinds as facts, and the
-words for them.
-"""
+"""Contradictions between a run's files, and rows that its own plan and events require but that are missing."""
 
 from __future__ import annotations
 
@@ -21,10 +19,10 @@ ContradictionKind = Literal[
     "journal changed",
     "journal short",
     "digests missing",
-    "rounds told",
-    "seconds told",
-    "documents told",
-    "launch untold",
+    "rounds recorded",
+    "seconds recorded",
+    "documents recorded",
+    "launch not recorded",
     "launches begun",
     "launch without calls",
     "launch without warm-up",
@@ -58,8 +56,8 @@ ContradictionKind = Literal[
 Side = str | int | float | tuple[str, ...] | tuple[int, ...] | None
 
 
-class Spot(NamedTuple):
-    """What a contradiction is about, as far as it is about one of these."""
+class Location(NamedTuple):
+    """What a contradiction is about; fields that do not apply are ``None``."""
 
     run: str | None = None
     cell: str | None = None
@@ -74,16 +72,15 @@ class Spot(NamedTuple):
     metric: str | None = None
 
 
-NOWHERE = Spot()
+NOWHERE = Location()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contradiction:
-    """What a run's files say in two ways, at the first of ``num`` places.
+    """What a run's files record in two ways, at the first of ``num`` places.
 
-    ``file`` says it in its ``line``, where it is one of a journal, and there in its ``field``; ``stated`` is what one
-    side says and ``found`` what the other does, each ``None`` where the kind says it all. ``like`` is the other place
-    of a kind that is about two.
+    ``file`` holds it in its ``line`` (of a journal) and ``field``; ``stated`` and ``found`` are the two values,
+    ``None`` where the kind says all. ``other`` is the other place of a kind with two.
     """
 
     kind: ContradictionKind
@@ -92,16 +89,16 @@ class Contradiction:
     field: str | None
     stated: Side
     found: Side
-    spot: Spot
-    like: Spot | None = None
+    location: Location
+    other: Location | None = None
     num: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """One place that a check found: in a ``row`` of a journal, or in a ``file`` as a whole or in one ``line`` of it.
+    """One place that a check found: a ``row`` of a journal, a whole ``file``, or one ``line`` of it.
 
-    What a row is about is told by the row, except for ``prompt``: one of a call's.
+    The row names its cell, round and call; ``prompt`` names one prompt of the call.
     """
 
     row: Row | None = None
@@ -110,8 +107,8 @@ class Place:
     field: str | None = None
     stated: Side = None
     found: Side = None
-    spot: Spot = NOWHERE
-    like: Spot | None = None
+    location: Location = NOWHERE
+    other: Location | None = None
     prompt: str | None = None
 
 
@@ -119,7 +116,7 @@ Check = Callable[[Run], Iterable[Place]]
 
 
 def contradiction_of(kind: ContradictionKind, places: Sequence[Place], run: Run) -> Contradiction:
-    """The first place, with the number of all."""
+    """The first place of a check, with the number of all."""
     first = places[0]
     return Contradiction(
         kind=kind,
@@ -128,28 +125,28 @@ def contradiction_of(kind: ContradictionKind, places: Sequence[Place], run: Run)
         field=first.field,
         stated=first.stated,
         found=first.found,
-        spot=first.spot if first.row is None else _spot(first.row, first.prompt),
-        like=first.like,
+        location=first.location if first.row is None else _location(first.row, first.prompt),
+        other=first.other,
         num=len(places),
     )
 
 
 def _line(run: Run, row: Row) -> int | None:
-    """Every row is a line of its own; ``None`` for one that is not the run's."""
+    """The line of a row in its journal; ``None`` for a row that is not the run's."""
     rows: Sequence[Row] = run.speed if isinstance(row, SpeedSample) else run.generations
     rows = run.scores if isinstance(row, Score) else rows
     return next((number for number, one in enumerate(rows, start=1) if one is row), None)
 
 
-def _spot(row: Row, prompt: str | None) -> Spot:
+def _location(row: Row, prompt: str | None) -> Location:
     if isinstance(row, SpeedSample):
-        return Spot(cell=row.cell, launch=row.launch_id, round=row.round, call=row.call_id, prompt=prompt)
+        return Location(cell=row.cell, launch=row.launch_id, round=row.round, call=row.call_id, prompt=prompt)
     if isinstance(row, GenerationRow):
         asked = row.generation.prompt_id
-        return Spot(cell=row.cell, round=row.repeat, task=row.task, document=row.doc_id, prompt=asked)
+        return Location(cell=row.cell, round=row.repeat, task=row.task, document=row.doc_id, prompt=asked)
     if isinstance(row, Score):
-        return Spot(cell=row.cell, task=row.task, document=row.doc_id, metric=row.metric)
-    return Spot(cell=row.cell)
+        return Location(cell=row.cell, task=row.task, document=row.doc_id, metric=row.metric)
+    return Location(cell=row.cell)
 
 
 SPEED = JOURNALS[SpeedSample][0]
@@ -158,7 +155,7 @@ AFTER_ROWS = ("measured", "cell_done", "finished")  # events that come behind ro
 
 
 def whole_rounds(calls: Iterable[SpeedSample]) -> list[list[SpeedSample]]:
-    """Measured rounds in which every copy of every cell has every call that it has in any round."""
+    """Measured rounds in which every copy of every cell has each of its calls."""
     rounds: dict[tuple[str, int], list[SpeedSample]] = defaultdict(list)
     seen = set()
     for call in calls:
@@ -169,7 +166,7 @@ def whole_rounds(calls: Iterable[SpeedSample]) -> list[list[SpeedSample]]:
 
 
 def _rounds_missing(run: Run) -> Iterator[Place]:
-    """Rounds are numbered on end, over launches as well; any row of one shows that its number was taken."""
+    """Missing rounds: rounds are numbered without gaps, over launches too, and any row of a round shows its number."""
     timed = {cell.id for cell in run.manifest.cells if cell.workload.kind == "answer"}
     taken = {call.round for call in run.speed if call.phase != "warmup"}
     taken |= {cost.round for cost in run.costs if cost.phase == "measure"}
@@ -177,32 +174,32 @@ def _rounds_missing(run: Run) -> Iterator[Place]:
     if run.manifest.verb == "speed" and run.speed:
         for number in range(max(taken, default=0)):
             if number not in taken:
-                yield Place(file=SPEED, field="round", found=max(taken), spot=Spot(round=number))
+                yield Place(file=SPEED, field="round", found=max(taken), location=Location(round=number))
 
 
 def _launches_without_calls(run: Run) -> Iterator[Place]:
-    """A launch that measured to its end has calls; one that was stopped may have none."""
+    """Launches recorded as complete without calls; a launch that was stopped may have none."""
     there, launch = {call.launch_id for call in run.speed}, None
     for event in run.events if run.speed else ():
         if event["kind"] in ("launched", "resumed", "failed"):
             launch = event.get("launch")
         elif event["kind"] == "measured" and launch is not None and launch not in there:
-            yield Place(file=SPEED, field="launch_id", spot=Spot(launch=str(launch)))
+            yield Place(file=SPEED, field="launch_id", location=Location(launch=str(launch)))
 
 
 def _launches_without_warmup(run: Run) -> Iterator[Place]:
-    """Each warms up before it measures, so one that never did is a part of another."""
+    """Launches without warm-up rounds: every launch warms up before it measures."""
     if not run.manifest.plan.get("warmup_rounds") or _was_resumed(run):  # maybe without a warm-up
         return
     warm = {call.launch_id for call in run.speed if call.phase == "warmup"}
     for launch in dict.fromkeys(call.launch_id for call in run.speed if call.phase == "measure"):
         if launch not in warm:
             stated = run.manifest.plan["warmup_rounds"]
-            yield Place(file=SPEED, field="phase", stated=stated, found=0, spot=Spot(launch=launch))
+            yield Place(file=SPEED, field="phase", stated=stated, found=0, location=Location(launch=launch))
 
 
 def _rounds_short(run: Run) -> tuple[int, int] | None:
-    """Rounds that the plan asks for and whole ones that are there, where a complete run has too few."""
+    """Rounds that the plan of a complete run asks for, and its whole rounds, where these are fewer."""
     asked = run.manifest.plan.get("min_rounds")
     found = once([run], ("whole rounds",), lambda: len(whole_rounds(run.speed)))
     is_speed = run.complete and run.manifest.verb == "speed" and bool(run.speed)
@@ -210,7 +207,7 @@ def _rounds_short(run: Run) -> tuple[int, int] | None:
 
 
 def _was_resumed(run: Run) -> bool:
-    """By another command. The later launches of one command resume the run as well, and do not count."""
+    """Whether another command resumed the run; later launches of one command do not count."""
     before: Mapping[str, Any] = {}
     for event in run.events:
         if event["kind"] == "resumed" and not (before.get("kind") == "measured" and before.get("num_missing")):
@@ -220,7 +217,7 @@ def _was_resumed(run: Run) -> bool:
 
 
 def was_cut_short(run: Run) -> bool:
-    """Whether a run was ended by another command with fewer rounds than it was begun with."""
+    """Whether another command ended a run with fewer rounds than it was started with."""
     return _rounds_short(run) is not None and _was_resumed(run)
 
 
@@ -230,16 +227,16 @@ def _rounds_below_plan(run: Run) -> Iterator[Place]:
 
 
 def _cells_without_rows(run: Run) -> Iterator[Place]:
-    """Every cell of a run that went to its end was scored or timed."""
+    """Cells of a complete run without any score or timed call."""
     journals = (run.speed, run.generations, run.likelihoods, run.scores, run.aggregates)
     there = {row.cell for rows in journals for row in rows}
     for cell in run.manifest.cells if run.complete and there else ():
         if cell.workload.kind in MEASURED and cell.id not in there:
-            yield Place(file=MANIFEST, field="cells", spot=Spot(cell=cell.id))
+            yield Place(file=MANIFEST, field="cells", location=Location(cell=cell.id))
 
 
 def _block_sizes_without_cells(run: Run) -> Iterator[Place]:
-    """A sweep has cells for every size of a block and of a batch that it is over."""
+    """Block sizes and batch sizes of a sweep's plan without cells."""
     candidates = [
         cell for cell in run.manifest.cells if cell.arm == "candidate" and cell.workload.kind in ("fixed", "answer")
     ]
@@ -255,9 +252,9 @@ def _block_sizes_without_cells(run: Run) -> Iterator[Place]:
 
 
 def tells_digests(run: Run) -> bool:
-    """Whether a run was made by a version whose events tell how many lines journals have, with their sha256.
+    """Whether a run's version records the journals' line counts and sha256 in its events.
 
-    Such a version says more in other places as well, which those before it do not.
+    Such versions record more in other places, too.
     """
     return once([run], ("tells digests",), lambda: _tells_digests(run))
 
@@ -269,7 +266,7 @@ def _tells_digests(run: Run) -> bool:
 
 
 def _digests_missing(run: Run) -> Iterator[Place]:
-    """Every event behind rows tells of them, and once events have told of a journal all others do."""
+    """Events without the journals' digests, or that drop a journal which earlier events had."""
     told: set[str] = set()
     rows: Sequence[object] = [*run.speed, *run.costs] if run.manifest.verb == "speed" else [*run.scores]
     for number, event in enumerate(run.events if tells_digests(run) else (), start=1):
@@ -281,7 +278,7 @@ def _digests_missing(run: Run) -> Iterator[Place]:
 
 
 def remarks(runs: Sequence[Run]) -> list[Finding]:
-    """What is missing for a reason that files allow."""
+    """Missing rows that a run may lack for a valid reason."""
     found = []
     for run in runs:
         if (short := _rounds_short(run)) and _was_resumed(run):

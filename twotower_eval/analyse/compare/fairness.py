@@ -1,4 +1,4 @@
-"""Was the comparison a fair one? Both arms busy, the A/A null near 1, quality and speed of one thing."""
+"""Was the comparison fair? Both arms busy, the A/A null near 1, quality and speed of the same setting."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Seconds = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Busy:
-    """Of both arms, baseline first: the share of their time in which the calling thread, or as much of others, was
-    busy; and the processors in use at a time.
+    """Processor use of both arms, baseline first: the share of their time that the calling thread (or as much work on
+    other threads) was busy, and the mean number of busy processors.
 
-    ``least`` and ``most`` bound the ratio of the shares, candidate over baseline, under resampling of the calls.
+    ``least`` and ``most`` bound the ratio of the shares, candidate over baseline, over resampled calls.
     """
 
     share: tuple[float, float]
@@ -86,7 +86,7 @@ class BusyFault:
 
 
 def busy_faults(found: Busy, limits: GateLimits) -> tuple[BusyFault, ...]:
-    """What of it makes a speedup invalid."""
+    """Why the arms' processor use makes a speedup invalid; empty where it does not."""
     faults = [
         BusyFault(kind="many processors", arm=arm)
         for arm, processors in zip(typing.get_args(Arm), found.processors, strict=True)
@@ -104,7 +104,7 @@ def _calls(runs: Sequence[Run], cell: Cell) -> list[SpeedSample]:
 
 
 def _ratio_bounds(elapsed: tuple[Seconds, ...], busy: tuple[Seconds, ...]) -> tuple[float, float]:
-    """Bounds of the ratio of the arms' shares, candidate over baseline: each arm's calls are drawn by themselves."""
+    """Bounds of the ratio of busy shares, candidate over baseline; each arm's calls are resampled separately."""
     rng = np.random.default_rng(0)
     drawn = []
     for spent, worked in zip(elapsed, busy, strict=True):
@@ -118,10 +118,10 @@ def _ratio_bounds(elapsed: tuple[Seconds, ...], busy: tuple[Seconds, ...]) -> tu
 
 @dataclass(frozen=True, kw_only=True)
 class NullFault(Fact):
-    """Why a null forbids to judge a speedup: it is missing for a ``reason``, ``off`` by more than ``offset``, or its
+    """Why an A/A null invalidates a speedup: it is missing for a ``reason``, ``off`` by more than ``offset``, or its
     ``half_width`` is above ``widest``.
 
-    Of a speedup that is judged, ``widest`` is the least of ``most`` and of ``share`` of what is at stake.
+    For a judged speedup, ``widest`` is the smaller of ``most`` and ``share`` of its logarithm.
     """
 
     kind: Literal["missing", "off", "wide"]
@@ -134,7 +134,7 @@ class NullFault(Fact):
 
 
 class Nulled(Protocol):
-    """What was timed against itself in these runs."""
+    """A timed point with its A/A null."""
 
     @property
     def run_ids(self) -> tuple[str, ...]: ...
@@ -156,11 +156,11 @@ def fault(
     limits: GateLimits = LIMITS,
     claimed: float | None = None,
 ) -> NullFault | None:
-    """Why the point's null forbids to judge a speedup by it; ``None`` where nothing does.
+    """Why the point's A/A null invalidates a speedup; ``None`` where it does not.
 
-    A null that is missing does. That a baseline differs from itself is tested with Holm's correction over the nulls
-    of all workloads and batch sizes among ``others``, each pair once. ``judged`` is the speedup, ``claimed`` what
-    is claimed of it: a null may be no wider than a share of what is at stake.
+    A missing null does. Whether a baseline differs from itself is tested with Holm's correction over the nulls of all
+    workloads and batch sizes among ``others``, each pair once. ``judged`` is the speedup and ``claimed`` its claimed
+    value: a null may be no wider than a share of either's distance from 1.
     """
     null = point.null.estimate
     if null is None or point.null_timed is None:
@@ -182,7 +182,7 @@ def fault(
 
 
 def caution(point: SpeedPoint, limits: GateLimits = LIMITS) -> Finding | None:
-    """What to say beside a speedup whose null is good enough in itself and yet wide for so small a difference."""
+    """A warning where the null passes but is wide for so small a speedup, else ``None``."""
     null, found = point.null.estimate, point.time.estimate
     if null is None or found is None:
         return None
@@ -203,7 +203,7 @@ def _speedup_at(timed: stats.TimedCalls, level: float) -> Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Unlike:
-    """A setting that two measurements do not share, with its value in each; ``arm`` is ``None`` for both arms'."""
+    """A setting that differs between two measurements, with both values; ``arm`` is ``None`` if it is of both arms."""
 
     setting: str
     values: tuple[Scalar, Scalar]
@@ -212,9 +212,10 @@ class Unlike:
 
 @dataclass(frozen=True, kw_only=True)
 class TimedTasks:
-    """What was timed against what a quality is over: ``beyond`` it, and what is generated in it but was not timed.
+    """Timed tasks against the tasks of a quality: ``beyond`` are timed only, ``untimed`` are generated there but not
+    timed.
 
-    ``timed`` is empty in runs whose prompts do not say of which task they are.
+    ``timed`` is empty where the ids of prompts name no task.
     """
 
     timed: tuple[str, ...]
@@ -223,7 +224,7 @@ class TimedTasks:
 
 
 def unlike_settings(one: QualityPoint | SpeedPoint, other: QualityPoint | SpeedPoint) -> tuple[Unlike, ...]:
-    """Settings of either arm that two points do not share."""
+    """The settings of either arm that differ between two points."""
     arms = ((one.baseline, other.baseline), (one.candidate, other.candidate))
     return tuple(found for pair in arms for found in _unlike_cells(*pair))
 
@@ -236,9 +237,9 @@ def _unlike_cells(one: Cell, other: Cell) -> Iterator[Unlike]:
 
 
 def _settings(cell: Cell) -> dict[str, Scalar]:
-    """All that decides an answer, apart from what is asked: kernels of another kind of device round otherwise, too.
+    """Every setting of a cell that affects answers. The device type counts, as other kernels round differently.
 
-    Checkpoints and plug-ins of older runs know of no files.
+    Checkpoints and plug-ins of older runs have no file digests.
     """
     checkpoint, decoder = cell.checkpoint, cell.decoder
     found: dict[str, Scalar] = {"tensors": checkpoint.digest, "tower": checkpoint.tower, "dtype": checkpoint.dtype}
@@ -249,10 +250,10 @@ def _settings(cell: Cell) -> dict[str, Scalar]:
 
 
 def unlike_budgets(runs: Sequence[Run], quality: QualityPoint, speed: SpeedPoint) -> dict[str, tuple[int, int]]:
-    """Timed tasks that were scored with another budget, each with both.
+    """Timed tasks that were scored with another budget, with both budgets.
 
-    A timed cell knows its largest budget alone. Where neither plan sets one, tasks have their own, and one within
-    their range is theirs.
+    A timed cell records only its largest budget. Where neither plan sets one, each task has its own, and a largest
+    budget within their range is taken as equal.
     """
     by_id = {run.manifest.run_id: run for run in runs}
     scored, timed = by_id[quality.run_id], by_id[speed.run_ids[0]]
@@ -272,9 +273,9 @@ def unlike_budgets(runs: Sequence[Run], quality: QualityPoint, speed: SpeedPoint
 
 
 def tasks_against(timed: Collection[str], quality: Sequence[QualityPoint], scope: Collection[str]) -> TimedTasks:
-    """Timed tasks against those in scope, which may be groups: which are beyond it, and which generate but are missing.
+    """Timed tasks against those in scope, which may be groups.
 
-    Of a group one timed member is enough. A task that no answer is generated for cannot be timed.
+    One timed member of a group is enough. A task without generated answers cannot be timed.
     """
     members = {name: leaves for point in quality for name, leaves in _members(point) if name in scope}
     generated = {name for point in quality for name in _generated(point)}

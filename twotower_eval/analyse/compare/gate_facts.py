@@ -1,4 +1,4 @@
-"""What gates found, as facts: a record for each kind of thing that is looked at."""
+"""What gates found, as facts: one record for each kind of check."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from twotower_eval.rules import Handicap
 
 @dataclass(frozen=True, kw_only=True)
 class FilesAgree(Fact):
-    """By run what its files say in two ways; ``without_digests`` are runs that do not tell of later changes."""
+    """By run, its contradictions; ``without_digests``: runs whose events would not show later changes of journals."""
 
     contradictions: tuple[tuple[str, tuple[Contradiction, ...]], ...] = ()
     without_digests: tuple[str, ...] = ()
@@ -34,33 +34,33 @@ class FilesAgree(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class RunComplete(Fact):
-    """Whether a run went to its end."""
+    """Whether a run is complete."""
 
     complete: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class AllScored(Fact):
-    """Documents of the scope that have no score in one arm."""
+    """Number of documents of the scope without a score in one arm."""
 
     num_documents: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class AboveChance(Fact):
-    """How the baseline stands to chance on each task."""
+    """Whether the baseline is above chance on each task."""
 
     standings: tuple[stats.Standing, ...]
 
     @property
     def unclear(self) -> tuple[stats.Standing, ...]:
-        """Those on which it is not clearly above."""
+        """The tasks on which it is not clearly above."""
         return tuple(one for one in self.standings if not one.is_clear)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WholePrompts(Fact):
-    """Prompts that lost their beginning, and whether such prompts were counted at all."""
+    """Prompts that were cut, and whether the run counted such prompts."""
 
     cut: tuple[Truncated, ...]
     counted: bool
@@ -73,14 +73,14 @@ class WholePrompts(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class SameInputs(Fact):
-    """Why arms were not given the same, run by run; nothing where they were."""
+    """Why the arms of a run had different inputs, run by run; empty where they had the same."""
 
     differing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verified(Fact):
-    """What ``verify`` came to, if there was a run of it: checks by name, with what was found where one failed."""
+    """What a ``verify`` run found, if there was one: its checks by name, with the detail of those that failed."""
 
     found: bool
     complete: bool = False
@@ -96,7 +96,7 @@ class Verified(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class Handicaps(Fact):
-    """Arms that were timed in a slower way than their models have."""
+    """Arms that were timed in a slower way than their models offer."""
 
     handicaps: tuple[Handicap, ...]
 
@@ -108,7 +108,7 @@ class Handicaps(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class BusyArms(Fact):
-    """How busy the processor was in both arms, and what of it is wrong; ``reason`` says why it is not known."""
+    """How busy the processor was in both arms, and the faults; ``reason``: why that is not known."""
 
     busy: Busy | None = None
     faults: tuple[BusyFault, ...] = ()
@@ -122,8 +122,9 @@ class BusyArms(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class PossibleTimes(Fact):
-    """Calls whose times no clock can have given; ``share`` of the timings go with them. ``limit``: where that is too
-    many."""
+    """Calls with impossible times; ``share`` of the timings is left out with them. ``limit`` is set where that is too
+    many.
+    """
 
     num_timed: int
     faults: tuple[TimeFault, ...]
@@ -138,14 +139,14 @@ class PossibleTimes(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class Probes(Fact):
-    """What arms take for new prompts against those that they have seen."""
+    """Times and forwards of both arms on new prompts, relative to prompts that they have read before."""
 
     unseen: Unseen
     limit: float
 
     @property
     def alike(self) -> tuple[object, ...]:
-        """Whether there were any, what is known of them, and who remembers."""
+        """Whether there were probes, what is known of them, and which arm remembers."""
         own = self.unseen.candidate
         known = (own.seconds, own.forwards, own.documents, own.made_up, own.forward_s, self.unseen.baseline.seconds)
         checked = self.unseen.checked(self.limit)
@@ -154,7 +155,7 @@ class Probes(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class Null(Fact):
-    """The baseline against itself, and why it forbids to judge a speedup, if it does."""
+    """The baseline against itself, and why that invalidates a speedup, if it does."""
 
     null: Estimate | None
     fault: NullFault | None
@@ -167,7 +168,7 @@ class Null(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class Unexplained(Fact):
-    """By arm the share of its time that its parts lack; what of it is wrong, and ``reasons`` why it is not known."""
+    """By arm, the share of its time that its parts do not explain; the faults, and ``reasons`` why it is not known."""
 
     faults: tuple[ResidualFault, ...] = ()
     reasons: tuple[str, ...] = ()
@@ -206,9 +207,9 @@ Stand = Literal["above", "open", "below"]
 
 @dataclass(frozen=True, kw_only=True)
 class QualityFloor(Fact):
-    """A retention against the floor under which outputs are no answers; ``above_chance``: of what lies above chance.
+    """A retention against the floor below which outputs are no answers; ``above_chance``: retention above chance.
 
-    Without an estimate that is enough to judge by, ``reason`` says why, or ``num_clusters`` are too few.
+    Without a usable estimate, ``reason`` says why, or ``num_clusters`` are too few.
     """
 
     floor: float
@@ -226,8 +227,10 @@ class QualityFloor(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class SameAnswers(Fact):
-    """Both arms' answers, ``again`` from round to round or ``scored`` apart from the clock; none where nothing scored
-    them. Too many of ``differing`` arms' are not the same, and those of ``idle`` arms took too few passes.
+    """Both arms' answers, ``again`` in each round or ``scored`` off the clock; empty ``arms`` where nothing scored
+    them.
+
+    ``differing``: arms with too many different answers. ``idle``: arms whose timed answers took too few forwards.
     """
 
     when: Literal["again", "scored"]
@@ -243,8 +246,9 @@ class SameAnswers(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class OtherTokens(Fact):
-    """Prompts that were read as other tokens, by arm when ``timed`` than when scored, or else in one arm than in the
-    other; the first of ``num_prompts``."""
+    """Prompts with other tokens: when ``timed`` than when scored (by arm), or in one arm than in the other. ``first``
+    are the first of ``num_prompts``.
+    """
 
     num_prompts: int
     first: tuple[tuple[Arm | None, OtherLength], ...]
@@ -258,7 +262,7 @@ class OtherTokens(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class EffectOnScores(Fact):
-    """What an arm's timed answers score beside the scored ones, against ``limit``."""
+    """Scores of an arm's timed answers minus those of its scored ones, against ``limit``."""
 
     arm: Arm
     effect: Measured
@@ -273,7 +277,9 @@ class EffectOnScores(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class OneThing(Fact):
-    """Settings, or budgets and prompts, that two ``parts`` of a claim do not share; no parts where they share all."""
+    """Settings, or budgets and prompts, in which two ``parts`` of a claim differ; ``parts`` is ``None`` where they
+    agree.
+    """
 
     of: Literal["settings", "question"]
     parts: tuple[str, str] | None
@@ -284,13 +290,13 @@ class OneThing(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class SameTasks(Fact):
-    """What was timed against what the quality is over; ``None``: timed as the point says."""
+    """Timed tasks against those of the quality; ``None``: the claim's point names the timed tasks."""
 
     tasks: TimedTasks | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswersTimed(Fact):
-    """Whether the outputs that were timed are answers, or those of the fixed workload."""
+    """Whether the timed outputs are answers, or outputs of the fixed workload."""
 
     answers: bool

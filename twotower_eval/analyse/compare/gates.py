@@ -1,5 +1,5 @@
-"""What has to be in order before evidence may speak. A failed gate makes a claim INVALID, and a report marks by the
-very same gates.
+"""The gates: what has to hold before a number counts as evidence. A failed gate makes a claim INVALID; reports mark
+figures by the same gates.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ NAMED_WITH_SPEED: tuple[GateKind, ...] = (
 
 
 def files_agree_gate(found: Mapping[str, Sequence[Contradiction]], run_ids: Sequence[str], runs: Sequence[Run]) -> Gate:
-    """No file of these runs says something else than another: what contradicts itself is no evidence.
+    """No file of these runs contradicts another, and no run repeats another's rows.
 
-    Not checked where nothing would show that journals were changed after they were written.
+    Not checked for runs whose events would not show that journals were changed later.
     """
     wrong = [run_id for run_id in run_ids if run_id in found]
     if wrong:
@@ -75,16 +75,16 @@ def files_agree_gate(found: Mapping[str, Sequence[Contradiction]], run_ids: Sequ
 
 
 def complete_gate(point: QualityPoint | SpeedPoint) -> Gate:
-    """The run went to its end: what is missing from it may not be missing by chance."""
+    """The run is complete: what is missing from an incomplete run may be missing for a reason."""
     outcome: CheckOutcome = "passed" if point.complete else "failed"
     facts = RunComplete(complete=point.complete)
     return Gate(kind="complete_run", outcome=outcome, facts=facts, evidence=run_ids_of(point))
 
 
 def scored_gate(point: QualityPoint, scope: Sequence[str], own: OtherScore | WholeScore | None = None) -> Gate:
-    """No document of the scope was left out for want of a score: those left out need not be like the others.
+    """Every document of the scope has a score in both arms: documents without one may differ from the others.
 
-    ``own`` is the score outside retention that is judged, if it is one.
+    ``own``: the score outside retention that is judged, if any.
     """
     named = _leaves(point, scope)
     gaps = [gap for gap in point.missing if gap.task in named and (gap.headline if own is None else _is_of(gap, own))]
@@ -98,7 +98,9 @@ def _is_of(gap: MissingScore, own: OtherScore | WholeScore) -> bool:
 
 
 def above_chance_gate(standings: Sequence[stats.Standing], run_id: str) -> Gate:
-    """The baseline does better than guessing on some task: models that guess keep each other's quality whole."""
+    """The baseline is clearly above chance on at least one task: two models that guess always keep each other's
+    quality.
+    """
     facts = AboveChance(standings=tuple(standings))
     outcome: CheckOutcome = "failed" if len(facts.unclear) == len(standings) else "passed"
     return Gate(kind="above_chance", outcome=outcome, facts=facts, evidence=(run_id,))
@@ -107,7 +109,7 @@ def above_chance_gate(standings: Sequence[stats.Standing], run_id: str) -> Gate:
 def whole_prompts_gate(
     runs: Sequence[Run], point: QualityPoint | SpeedPoint, run_ids: Sequence[str], scope: Sequence[str] | None = None
 ) -> Gate:
-    """No prompt of the scope lost its beginning in either arm: what is cut is not the task any more."""
+    """No prompt of the scope was cut in either arm: a cut prompt is not the task any more."""
     tasks = None if scope is None or not isinstance(point, QualityPoint) else _leaves(point, scope)
     own = [run for run in runs if run.manifest.run_id in run_ids]
     found = [one for run in own for one in truncated_at(run, point.key, tasks)]
@@ -117,21 +119,21 @@ def whole_prompts_gate(
 
 
 def _leaves(point: QualityPoint, scope: Sequence[str]) -> set[str]:
-    """The tasks of a scope and, of those that are a mean over several, their members."""
+    """The tasks of a scope, with the members of those that are groups."""
     members = {member for task in point.tasks if task.name in scope for member, *_ in task.members}
     others: list[OtherScore | WholeScore] = [*point.others, *point.wholes]
     return set(scope) | members | {member for one in others if one.task in scope for member in one.members}
 
 
 def same_inputs_gate(differing: dict[str, str], run_ids: Sequence[str]) -> Gate:
-    """Both arms were given the same documents and prompts, by their hashes."""
+    """Both arms had the same documents and prompts, by their hashes."""
     outcome: CheckOutcome = "failed" if differing else "passed"
     facts = SameInputs(differing=tuple(differing.values()))
     return Gate(kind="same_inputs", outcome=outcome, facts=facts, evidence=tuple(differing or run_ids))
 
 
 def verify_gate(runs: Sequence[Run], identity: str) -> Gate:
-    """What the newest ``verify`` of the same weights, settings and tokenizer found."""
+    """What the newest ``verify`` run of the same weights, settings and tokenizer found."""
     of_it = [run for run in runs if any(cell.checkpoint.identity == identity for cell in run.manifest.cells)]
     found = [run for run in of_it if run.manifest.verb == "verify" and run.checks]
     if not found:
@@ -151,14 +153,14 @@ def verify_gate(runs: Sequence[Run], identity: str) -> Gate:
 
 
 def fastest_way_gate(point: SpeedPoint) -> Gate:
-    """Neither arm was slowed by how its model has to be run here: a handicap is no speedup."""
+    """Neither arm is slowed by how its model is run here: a handicap is not a speedup."""
     outcome: CheckOutcome = "failed" if point.handicaps else "passed"
     facts = Handicaps(handicaps=point.handicaps)
     return Gate(kind="fastest_way", outcome=outcome, facts=facts, evidence=point.run_ids)
 
 
 def busy_gate(runs: Sequence[Run], point: SpeedPoint, limits: GateLimits) -> Gate:
-    """Both arms work all the time, on as much of the processor as the plan gives them: no arm waits or has help."""
+    """Both arms are busy all the time, on no more processors than planned: no arm waits or has help."""
     found = busy_of(runs, point)
     if isinstance(found, str):
         return Gate(kind="busy_arms", outcome="not_checked", facts=BusyArms(reason=found), evidence=point.run_ids)
@@ -168,7 +170,7 @@ def busy_gate(runs: Sequence[Run], point: SpeedPoint, limits: GateLimits) -> Gat
 
 
 def times_gate(point: SpeedPoint, limits: GateLimits) -> Gate:
-    """Hardly any timed call took a time that no clock can give; what does is left out in both arms."""
+    """Few timed calls have impossible times; such calls are left out in both arms."""
     many = point.too_many_faults(limits)
     facts = PossibleTimes(
         num_timed=point.num_paired,
@@ -181,9 +183,9 @@ def times_gate(point: SpeedPoint, limits: GateLimits) -> Gate:
 
 
 def probes_gate(point: SpeedPoint, limits: GateLimits) -> Gate:
-    """Neither arm is faster on prompts that it has seen than on new ones: nothing carries over between timed calls.
+    """Neither arm is faster on prompts that it has read before: nothing carries over between timed calls.
 
-    Where the intervals hold the limit nothing can be told.
+    Not checked where the intervals include the limit.
     """
     outcome: CheckOutcome = "passed" if point.unseen.checked(limits.seen_gain) else "not_checked"
     if point.unseen.remembered(limits.seen_gain):
@@ -195,14 +197,14 @@ def probes_gate(point: SpeedPoint, limits: GateLimits) -> Gate:
 def null_gate(
     point: SpeedPoint, others: Iterable[SpeedPoint], judged: Estimate | None, claimed: float | None, limits: GateLimits
 ) -> Gate:
-    """PROTOCOL "Speed" 5: the baseline timed against itself is 1, and narrowly. A null that is missing fails."""
+    """PROTOCOL "Speed" 5: the baseline timed against itself gives 1, with a narrow interval. A missing null fails."""
     found = fairness.fault(point, others, judged, limits, claimed)
     facts = Null(null=point.null.estimate, fault=found)
     return Gate(kind="aa_null", outcome="failed" if found else "passed", facts=facts, evidence=point.run_ids)
 
 
 def residual_gate(point: SpeedPoint, limits: GateLimits) -> Gate:
-    """PROTOCOL "Speed" 6: no arm is faster than its own forwards allow, nor the baseline slower than its parts."""
+    """PROTOCOL "Speed" 6: no arm is faster than its forwards allow, the baseline not much slower than its parts."""
     found = point.costs.residuals
     wrong = faults(found, limits.residual)
     if wrong:
@@ -217,7 +219,7 @@ def residual_gate(point: SpeedPoint, limits: GateLimits) -> Gate:
 
 
 def baseline_lag_gate(point: SpeedPoint, limits: GateLimits) -> Gate | None:
-    """A baseline that seems slower than its parts was not held up; ``None`` where it does not, or is at fault."""
+    """Not checked where other work may explain a baseline that seems slower than its parts; ``None`` elsewhere."""
     found = point.costs.residuals
     if not is_held_up(found, limits.residual):
         return None
@@ -226,7 +228,7 @@ def baseline_lag_gate(point: SpeedPoint, limits: GateLimits) -> Gate | None:
 
 
 def own_generate_gate(point: SpeedPoint, limits: GateLimits) -> Gate | None:
-    """A Hugging Face baseline is not much slower than its own library; ``None`` for other baselines."""
+    """A Hugging Face baseline is not much slower than transformers' own generate; ``None`` for other baselines."""
     if point.best is None or point.best.over_generate is None:
         return None
     outcome: CheckOutcome = "failed" if point.best.is_handicapped(limits.own_generate) else "passed"
@@ -234,9 +236,9 @@ def own_generate_gate(point: SpeedPoint, limits: GateLimits) -> Gate | None:
 
 
 def degenerate_gate(point: SpeedPoint, quality: Sequence[QualityPoint], limits: GateLimits) -> Gate:
-    """The timed outputs are not loops, padding or nothing more often than the baseline's.
+    """The timed outputs are degenerate (loops, padding, empty) about as rarely as the baseline's.
 
-    Outputs of the ``fixed`` workload go on past their end by design, so there the point's own answers are looked at.
+    On the ``fixed`` workload, which decodes past the end of answers, the point's scored answers are checked instead.
     """
     seen = [(point.flagged, point.run_ids)] if point.workload == "answer" else []
     seen += [(one.flagged, (one.run_id,)) for one in quality if not seen or not one.timed]
@@ -256,10 +258,10 @@ def _shares(flagged: Flagged) -> tuple[float, float]:
 
 
 def floor_gate(quality: Sequence[QualityPoint], limits: GateLimits) -> Gate:
-    """The outputs are answers: their retention, on tasks that exercise the decoder, lies above the floor.
+    """The quality floor: retention on tasks that the decoder answers lies above ``min_retention``.
 
-    Fails where any upper bound lies below it. Passes on the timed answers' lower bound, where these are enough to
-    judge by, else on that of the same point's whole tasks.
+    Fails if any upper bound lies below the floor. Passes on the lower bound of the timed answers, where there are
+    enough of them, else on that of the same point's whole tasks.
     """
     found = [(one, exercised_retention(one)) for one in quality]
     judged = [(one, est.estimate) for one, est in found if est.estimate is not None]
@@ -288,14 +290,14 @@ def _against_floor(point: QualityPoint, estimate: Estimate, limits: GateLimits) 
 
 
 def _can_be_guessed(point: QualityPoint) -> bool:
-    """Whether the decoder may be right by naming some option."""
+    """Whether the decoder may be right by guessing one of a document's options."""
     return any(task.standing.chance is not None for task in point.tasks if task.exercises_decoder)
 
 
 def exercised_retention(point: QualityPoint) -> Measured:
-    """Retention over the tasks that go through the decoder, with one-sided 95 % bounds.
+    """Retention over the tasks that the decoder answers, with one-sided 95 % bounds.
 
-    Of what lies above chance where any of them can be guessed at: a broken decoder may still name an option.
+    Retention above chance if any of these tasks can be guessed: a broken decoder may still name an option.
     """
     names = [task.name for task in point.tasks if task.exercises_decoder]
     if point.scores is None or not names:
@@ -322,9 +324,9 @@ def speed_gates(
 ) -> tuple[Gate, ...]:
     """All gates of a timed point, by these limits.
 
-    ``quality`` and ``speed`` are all points of the runs: what was measured at the same point, and whose nulls are
-    corrected for together. ``judged`` is the speedup that the null is held against and ``claimed`` what is claimed of
-    it; without them the null is held against its own limits alone.
+    ``quality`` and ``speed`` are all points of the runs: quality at the same point, and the nulls that are corrected
+    together. ``judged`` is the speedup that the null is compared with, ``claimed`` its claimed value; without them the
+    null has its own limits only.
     """
     own = [one for one in quality if one.key == point.key]
     found = [*_gates(point, runs, own, limits)]
@@ -335,7 +337,7 @@ def speed_gates(
 
 
 def _gates(point: SpeedPoint, runs: Sequence[Run], own: Sequence[QualityPoint], limits: GateLimits) -> Iterator[Gate]:
-    """Those that hang on nothing that is claimed."""
+    """The gates that do not depend on a claim."""
     yield complete_gate(point)
     yield same_inputs_gate({}, point.run_ids)
     yield whole_prompts_gate(runs, point, point.run_ids)
@@ -360,10 +362,10 @@ def _gates(point: SpeedPoint, runs: Sequence[Run], own: Sequence[QualityPoint], 
 def gated(
     speed: Sequence[SpeedPoint], runs: Sequence[Run], quality: Sequence[QualityPoint], contradictions: Contradictions
 ) -> tuple[SpeedPoint, ...]:
-    """The points with their gates, by the limits of a claim that names none.
+    """The points with their gates, by the default limits of a claim.
 
-    One whose null is good enough in itself, and yet wide for so small a speedup, gets a warning, and one that answers
-    made-up prompts quite unlike the baseline.
+    Adds a warning where the null passes but is wide for so small a speedup, and where answers to made-up prompts are
+    much less like the baseline's.
     """
     found = []
     for point in speed:

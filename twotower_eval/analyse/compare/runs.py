@@ -1,5 +1,5 @@
-"""What verdicts and reports read: the runs, and what they say of quality and speed, computed once; runs of one model
-alone too.
+"""What verdicts and reports read: the runs, with quality and speed at every operating point, computed once. Also runs
+of one model without a baseline.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ from twotower_eval.store import Run
 
 @dataclass(frozen=True, kw_only=True)
 class TimedAlone:
-    """Speed of a cell that nothing was compared with; ``null`` is the cell against itself, as in SpeedPoint.
+    """Speed of a cell without a baseline; ``null`` is the cell against itself, as in SpeedPoint.
 
-    ``rate`` is in useful tokens per second, ``call_s`` the mean seconds of a call. Of ``num_timed`` calls those of
-    ``faults`` took impossible times.
+    ``rate`` is in useful tokens per second, ``call_s`` the mean seconds of a call. ``faults`` are those of
+    ``num_timed`` calls with impossible times.
     """
 
     run_ids: tuple[str, ...]
@@ -80,7 +80,7 @@ class TimedAlone:
 
 @dataclass(frozen=True, kw_only=True)
 class FlaggedAlone:
-    """How many of a cell's outputs are degenerate; none are known where no text was kept."""
+    """Number of a cell's outputs, and of degenerate ones; 0 outputs where no text was kept."""
 
     num_outputs: int
     num_degenerate: int
@@ -88,7 +88,7 @@ class FlaggedAlone:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredAlone:
-    """What a run of one model alone wrote for its tasks, all of them together; ``num_documents`` were scored."""
+    """Outputs of a run of one model without a baseline, over all its tasks; ``num_documents`` were scored."""
 
     run_id: str
     cell: Cell
@@ -100,7 +100,8 @@ class ScoredAlone:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupScore:
-    """A group's figure in one arm, as lm-eval makes it of its ``members``: their mean, by documents or all alike.
+    """A group's score in one arm, as lm-eval computes it: the mean of its ``members``, weighted by documents or
+    equally.
 
     ``cell`` is that of the first member; ``num_documents`` have a value, ``num_without`` have none.
     """
@@ -121,18 +122,18 @@ class GroupScore:
 
 
 def compares(run: Run) -> bool:
-    """Whether the run holds a candidate against its baseline; what ``verify`` checks, and sizes of model, do not."""
+    """Whether the run compares a candidate with a baseline; ``verify`` and ``size`` runs do not."""
     kinds = {cell.workload.kind for cell in run.manifest.cells if cell.arm == "candidate"}
     return bool(kinds - {"checks", "costs"})
 
 
 def is_alone(run: Run) -> bool:
-    """Whether the run measures one model alone."""
+    """Whether the run measures one model without a baseline."""
     return run.manifest.verb in ("run", "speed") and not is_sizing_run(run) and not compares(run)
 
 
 def scored_alone(run: Run) -> tuple[ScoredAlone, ...]:
-    """By decoder and way of timing, what a run of one model alone scored; empty before anything was."""
+    """By decoder and way of timing, what a run of one model scored; empty before anything was scored."""
     tasks: dict[str, list[str]] = defaultdict(list)
     documents: dict[str, set[tuple[str, int]]] = defaultdict(set)
     for score in run.scores:
@@ -157,7 +158,7 @@ def scored_alone(run: Run) -> tuple[ScoredAlone, ...]:
 
 
 def score_of(scores: Sequence[Score], run: Run) -> tuple[stats.Figure, Measured]:
-    """One arm's score from its rows of one task, metric and filter: their mean, or lm-eval's of all together."""
+    """One arm's score from its rows of one task, metric and filter: their mean, or lm-eval's own aggregate."""
     if is_whole(scores[0]):
         return one_whole(scores, run)
     known = [(score.value, score.cluster_id) for score in scores if score.value is not None]
@@ -167,7 +168,7 @@ def score_of(scores: Sequence[Score], run: Run) -> tuple[stats.Figure, Measured]
 
 
 def group_scores(run: Run) -> tuple[GroupScore, ...]:
-    """Every group's figure in every arm; none before the run's end, since what is left may be of a member."""
+    """Every group's score in every arm; empty for an incomplete run, where rows of a member may be missing."""
     found: dict[tuple[object, ...], dict[str, list[Score]]] = defaultdict(lambda: defaultdict(list))
     for score in current_scores(run) if run.complete else ():
         if score.group is not None:
@@ -201,7 +202,7 @@ def _group_score(run: Run, members: dict[str, list[Score]]) -> GroupScore:
 
 
 def _group_mean(members: dict[str, list[Score]]) -> tuple[stats.Figure, Measured]:
-    """Of scores that each document has by itself; those without a value are left out, as in their task's own mean."""
+    """Group mean of per-document scores; documents without a value are left out, as in the task's own mean."""
     known = [score for scores in members.values() for score in scores if score.value is not None]
     sums = {task: [s.value for s in scores if s.value is not None] for task, scores in members.items()}
     without = [task for task, own in sums.items() if not own]
@@ -218,7 +219,7 @@ def _group_mean(members: dict[str, list[Score]]) -> tuple[stats.Figure, Measured
 
 
 def timed_alone(runs: Sequence[Run]) -> tuple[tuple[TimedAlone, ...], tuple[str, ...]]:
-    """Every timed cell of runs of one model alone, and in words what has no complete round yet."""
+    """Every timed cell of runs without a baseline; and, in words, the cells without a complete round."""
     found = [_timed(pool, cell) for pool, cell in pools([run for run in runs if is_alone(run)], "baseline")]
     timed = [one for one in found if isinstance(one, TimedAlone)]
     gated = [one if one.null.estimate is None else replace(one, null_fault=fault(one, timed, None)) for one in timed]
@@ -262,11 +263,10 @@ def _flagged(found: Iterable[Flags]) -> FlaggedAlone:
 
 @dataclass(frozen=True, kw_only=True)
 class Headline:
-    """What a report quotes first: what was measured at one operating point, chosen without a look at any result.
+    """What a report quotes first: one operating point, chosen without looking at any result.
 
-    The point is that of ``claim``, and nothing is quoted in its place where it was not measured; ``scope`` names the
-    tasks that the claim's quality is over. Without a claim it is the first point of the plan with both quality and
-    speed, else the first.
+    The point is that of ``claim``; if it was not measured, no other is quoted. ``scope`` names the tasks of the claim's
+    quality. Without a claim, the first point of the plan with both quality and speed, else the first.
     """
 
     quality: QualityPoint | None
@@ -282,7 +282,7 @@ class Headline:
 
 
 class Runs(Sequence[Run]):
-    """Loaded runs in the order of their ids, with what follows from them."""
+    """Loaded runs in the order of their ids, with what is computed from them."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._runs = sorted(runs, key=lambda run: run.manifest.run_id)
@@ -319,22 +319,22 @@ class Runs(Sequence[Run]):
 
     @property
     def speed(self) -> tuple[SpeedPoint, ...]:
-        """Speed of every timed candidate cell, with its gates by the limits that claims have by default."""
+        """Speed of every timed candidate cell, with its gates by the default limits of claims."""
         return self._speed[0]
 
     @property
     def speed_gaps(self) -> tuple[str, ...]:
-        """Timed cells that have no complete round yet, in words."""
+        """In words, the timed cells without a complete round."""
         return self._speed[1]
 
     @cached_property
     def contradictions(self) -> dict[str, tuple[Contradiction, ...]]:
-        """By run id, what files of a run contradict each other in; runs whose files agree are left out."""
+        """By run id, the contradictions between a run's files; runs without any are left out."""
         return consistency.by_run(self._runs)
 
     @property
     def compare(self) -> bool:
-        """Whether any of these runs holds a candidate against a baseline."""
+        """Whether any of these runs compares a candidate with a baseline."""
         return any(compares(run) for run in self._runs)
 
     @cached_property
@@ -355,13 +355,13 @@ class Runs(Sequence[Run]):
 
     @cached_property
     def point_header(self) -> str:
-        """What stands above a column of operating points."""
+        """The header of a column of operating points."""
         named = all("block_size" in cell.decoder.params for cell in self.points.values())
         return "block, steps, threshold" if named else "operating point"
 
     @cached_property
     def headline(self) -> Headline:
-        """What the report quotes first; these runs are held against no claim."""
+        """What the report quotes first, for runs that are not judged by a claim."""
         return self.first
 
     @cached_property
@@ -376,7 +376,7 @@ class Runs(Sequence[Run]):
 
     @property
     def shown(self) -> Headline:
-        """What tables and pictures begin with: the headline, where its point was measured."""
+        """The point that tables and pictures begin with: the headline's, or the first where that was not measured."""
         return self.headline if self.headline.key else self.first
 
     @property
@@ -385,7 +385,7 @@ class Runs(Sequence[Run]):
         return self.shown.key
 
     def quality_at(self, key: PointKey) -> QualityPoint | None:
-        """Quality of an operating point: of whole tasks where they were run, else of the timed outputs."""
+        """Quality of an operating point: on whole tasks where they were run, else of the timed outputs."""
         found = [point for point in self.quality if point.key == key]
         return min(found, key=lambda point: (point.timed, -len(point.tasks)), default=None)
 

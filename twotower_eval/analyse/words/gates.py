@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare import gate_facts as facts
 from twotower_eval.analyse.compare.chance import SHARE
-from twotower_eval.analyse.compare.contradiction import Contradiction, ContradictionKind, Side, Spot
+from twotower_eval.analyse.compare.contradiction import Contradiction, ContradictionKind, Location, Side
 from twotower_eval.analyse.compare.fairness import Busy, BusyFault, NullFault
 from twotower_eval.analyse.compare.figures import PERCENT, TIMES, Measured, compared, interval
 from twotower_eval.analyse.compare.residual import ResidualFault
@@ -30,11 +30,11 @@ WORDS: Mapping[ContradictionKind, str] = {
     "journal short": "{file} has {found} lines, events.jsonl recorded {stated}",
     "digests missing": "line {line} of {file} lacks the journals' line counts and sha256, which events of this "
     "version have",
-    "rounds told": "events.jsonl recorded {stated} measured rounds, speed.jsonl has {found}",
-    "seconds told": "events.jsonl recorded {stated:.3f} s on the clock, the calls of speed.jsonl add up to "
+    "rounds recorded": "events.jsonl recorded {stated} measured rounds, speed.jsonl has {found}",
+    "seconds recorded": "events.jsonl recorded {stated:.3f} s on the clock, the calls of speed.jsonl add up to "
     "{found:.3f} s",
-    "documents told": "events.jsonl recorded {stated} documents of task {task} in cell {cell}, {found} are scored",
-    "launch untold": "speed.jsonl has launch {found}, events.jsonl recorded only {stated}",
+    "documents recorded": "events.jsonl recorded {stated} documents of task {task} in cell {cell}, {found} are scored",
+    "launch not recorded": "speed.jsonl has launch {found}, events.jsonl recorded only {stated}",
     "launches begun": "speed.jsonl has {found} launches of this run, events.jsonl recorded {stated} starts",
     "launch without calls": "events.jsonl recorded launch {launch} as complete, but speed.jsonl has no call of it",
     "launch without warm-up": "launch {launch} has no warm-up, the plan asks for {stated} in every launch",
@@ -75,18 +75,18 @@ def contradiction_text(one: Contradiction) -> str:
     """One contradiction in words, with the number of further ones like it."""
     words = _OTHER_TOKENS if (one.kind, one.field) == ("call and answer", "tokens_sha256") else WORDS[one.kind]
     sides = {"stated": _stated(one.stated, ", "), "found": _stated(one.found, " or ")}
-    places = {"here": _timed_text(one.spot), "there": "" if one.like is None else _timed_text(one.like)}
-    if one.like is not None and one.like.run != one.spot.run:
-        places["there"] += f" of run {one.like.run}"
-    text = words.format(file=one.file, line=one.line, field=one.field, **sides, **places, **one.spot._asdict())
+    places = {"here": _timed_text(one.location), "there": "" if one.other is None else _timed_text(one.other)}
+    if one.other is not None and one.other.run != one.location.run:
+        places["there"] += f" of run {one.other.run}"
+    text = words.format(file=one.file, line=one.line, field=one.field, **sides, **places, **one.location._asdict())
     return text + (f" (and {one.num - 1:,} more like this)" if one.num > 1 else "")
 
 
-def _timed_text(spot: Spot) -> str:
+def _timed_text(location: Location) -> str:
     """``cell x in launch y, round 3``; parts that are not known are left out."""
-    cell = f"{'the second copy of ' * (spot.replica == 1)}cell {spot.cell} in " * (spot.cell is not None)
-    number = "warm-up" if spot.phase == "warmup" else "round"
-    return f"{cell}launch {spot.launch}" + f", {number} {spot.round}" * (spot.round is not None)
+    cell = f"{'the second copy of ' * (location.replica == 1)}cell {location.cell} in " * (location.cell is not None)
+    number = "warm-up" if location.phase == "warmup" else "round"
+    return f"{cell}launch {location.launch}" + f", {number} {location.round}" * (location.round is not None)
 
 
 def _stated(fact: Side, between: str) -> str | int | float | None:
