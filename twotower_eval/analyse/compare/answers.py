@@ -1,9 +1,9 @@
-"""Whether answers to one prompt are one answer: from round to round of timing, and timed as they were scored.
+"""Whether answers to a prompt repeat: in every round of timing, and timed as they were scored.
 
-A decoder that draws nothing gives the same tokens in the same passes whenever it is asked, and by whoever. One that
-does not was timed on other work than what was scored, or remembers what it did. Rounding may turn an argmax whose two
-largest logits lie as near as rounding itself: in full precision that is too rare to be met, in half precision it is
-not, so there the share of answers that differ counts, and what they do to the scores.
+A decoder that draws nothing at random gives the same tokens in the same forwards every time. One that does not was
+timed on other work than what was scored, or remembers earlier answers. Rounding may change an argmax between two nearly
+equal logits. In full precision that is too rare to be seen; in half precision it is not, so there the share of
+different answers counts, and their effect on scores.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ Document = tuple[str, int, int]  # task, number, request
 
 @dataclass(frozen=True, kw_only=True)
 class Differing:
-    """A prompt, by its id in timed calls, whose answers differ; ``position`` is the first token that does.
+    """A prompt whose answers differ, by its id in timed calls; ``position`` is the first different token.
 
-    ``None`` where the tokens were not kept but their hashes alone, and where only the passes differ (``same_tokens``).
+    ``None`` where only hashes of the tokens were kept, and where only the forwards differ (``same_tokens``).
     """
 
     prompt_id: str
@@ -48,7 +48,7 @@ class Differing:
 
 @dataclass(frozen=True, kw_only=True)
 class OtherLength:
-    """A prompt of one text that was read as so many tokens and as so many others."""
+    """A prompt whose text was read as two different numbers of tokens."""
 
     prompt_id: str
     num_tokens: tuple[int, int]
@@ -56,12 +56,11 @@ class OtherLength:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """One arm's answers held against each other. ``reason`` says why there were none to compare.
+    """One arm's answers compared with each other. ``reason``: why there were none to compare.
 
-    ``other_prompts`` were timed on another text than they were scored on, ``other_lengths`` on the same text in other
-    tokens; neither is compared. ``effect`` is the mean of the timed scores minus that of the others on the same
-    documents, ``None`` where no answer differs. ``work`` is the share of the passes behind scored answers that their
-    equals took when timed.
+    ``other_prompts`` were timed on another text than they were scored on, ``other_lengths`` on the same text with other
+    tokens; neither is compared. ``effect``: mean of the timed scores minus that of the others on the same documents,
+    ``None`` where all answers are equal. ``work``: forwards of timed answers over those of equal scored answers.
     """
 
     arm: Arm
@@ -76,12 +75,12 @@ class Agreement:
 
     @property
     def share(self) -> float:
-        """Share of the prompts compared whose answers differ."""
+        """Share of the compared prompts whose answers differ."""
         return len(self.differing) / self.num_compared if self.num_compared else 0.0
 
     @property
     def is_exact(self) -> bool:
-        """Whether the arithmetic is too fine for rounding to be met in tokens."""
+        """Whether the arithmetic is precise enough that rounding does not change tokens."""
         return self.dtype not in HALF_PRECISION
 
 
@@ -89,7 +88,7 @@ class Agreement:
 
 
 def from_round_to_round(runs: Sequence[Run], point: SpeedPoint) -> tuple[Agreement, ...]:
-    """Either arm's answers over all rounds, with warm-ups and the baseline's second copy."""
+    """Each arm's answers compared over all rounds, with warm-ups and the baseline's second copy."""
     own = [run for run in runs if run.manifest.run_id in point.run_ids]
     return tuple(
         once(own, ("from round to round", cell.id), partial(_rounds, own, cell))
@@ -127,7 +126,7 @@ def _rounds(runs: Sequence[Run], cell: Cell) -> Agreement:
 def timed_as_scored(
     runs: Sequence[Run], quality: QualityPoint, speed: SpeedPoint, unlike: Collection[str] = ()
 ) -> tuple[Agreement, ...]:
-    """Either arm's timed answers against those that were scored. ``unlike`` are tasks whose budgets differ."""
+    """Each arm's timed answers against its scored ones. ``unlike``: tasks with different budgets."""
     by_id = {run.manifest.run_id: run for run in runs}
     scored, timed = by_id[quality.run_id], [by_id[run_id] for run_id in speed.run_ids]
     arms = zip(cells_of(scored, quality), (speed.baseline, speed.candidate), strict=True)
@@ -182,7 +181,7 @@ Kept = Mapping[Document, Sequence[GenerationRow]]
 
 
 def _other_prompts(scored: Run, ids: set[str], known: Kept, mine: Kept) -> tuple[list[str], list[OtherLength]]:
-    """Documents that were not asked the same, and those that were in other tokens."""
+    """Documents with different prompts, and those with the same text in other tokens."""
     hashes: dict[tuple[str, int], set[str]] = defaultdict(set)  # request by request, and of all requests together
     rows: list[GenerationRow | Score] = [*scored.generations_of(ids), *scored.scores_of(ids)]
     for row in rows:
@@ -199,7 +198,7 @@ def _other_prompts(scored: Run, ids: set[str], known: Kept, mine: Kept) -> tuple
 
 
 def _work(known: Kept, equals: Kept) -> float | None:
-    """Passes of timed answers over those of the scored ones, on documents with the same tokens."""
+    """Forwards of timed answers over those of scored ones, on documents with the same tokens."""
     scored = sum(_passes(known[document][0].generation) for document in equals)
     timed = sum(_passes(rows[0].generation) for rows in equals.values())
     return timed / scored if scored else None
@@ -210,7 +209,7 @@ def _passes(generation: Generation) -> int:
 
 
 def _effect(scored: Run, ids: set[str], timed: Sequence[Run], cell: Cell) -> Measured:
-    """Timed scores minus the others, on every document that has both."""
+    """Timed minus other scores, over documents that have both."""
     known, mine = _headline_scores([scored], ids), _headline_scores(timed, {cell.id})
     both = sorted(known.keys() & mine.keys())
     if not both:
@@ -231,7 +230,7 @@ def _headline_scores(runs: Iterable[Run], cells: Collection[str]) -> dict[tuple[
 
 
 def unlike_prompts(runs: Sequence[Run], point: QualityPoint | SpeedPoint) -> tuple[OtherLength, ...]:
-    """Prompts that the arms, of one tokenizer, read as different numbers of tokens; nothing where they have two."""
+    """Prompts that arms with the same tokenizer read as different numbers of tokens; empty where they have two."""
     if not _one_tokenizer(point.baseline, point.candidate):
         return ()
     if isinstance(point, SpeedPoint):
@@ -270,7 +269,7 @@ def _scored_lengths(run: Run, cells: Collection[str]) -> dict[str, int]:
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """Where two answers part, from 0 on; the length of the shorter one where it begins the other."""
+    """First position, from 0, at which two answers differ; the shorter one's length where it begins the other."""
     if one == other:
         return None
     for position, (a, b) in enumerate(zip(one, other, strict=False)):
@@ -280,7 +279,7 @@ def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
 
 
 def _first_place(prompt_id: str, known: Generation, rows: Iterable[GenerationRow]) -> dict[str, int]:
-    """The first token in which any of the answers differs, by prompt; nothing where none does."""
+    """By prompt, the first token in which any of its answers differ; empty where none do."""
     places = [first_difference(known.token_ids, row.generation.token_ids) for row in rows]
     found = [place for place in places if place is not None]
     return {prompt_id: min(found)} if found else {}

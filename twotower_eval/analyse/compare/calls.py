@@ -1,5 +1,5 @@
-"""Timed calls of a cell by round and prompts, what can be said of them, and their lengths beside those of all
-documents. Warm-ups are never among them.
+"""Timed calls of a cell by round and prompts, their latencies, and their lengths beside those of all documents.
+Warm-ups are left out.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Grid(dict[tuple[Round, Call], SpeedSample]):
 
     @cached_property
     def faults(self) -> dict[tuple[Round, Call], TimeFault]:
-        """What is wrong with calls whose times cannot be."""
+        """The faults of calls with impossible times."""
         return {place: fault for place, sample in self.items() if (fault := fault_of(sample))}
 
 
@@ -57,10 +57,10 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class WithinCalls:
-    """What the measured calls of a cell say of themselves besides how long they took; ``None`` where none of them does.
+    """What the measured calls of a cell recorded besides their time; ``None`` where none recorded it.
 
     Medians over calls, in seconds from the start: ``prefill_s`` until all prompts are read, ``first_output_s`` until
-    the first token (of a block decoder: the first block) is there. ``peak_memory_bytes`` is the largest of any call.
+    the first token (for block decoders, the first block) is there. ``peak_memory_bytes`` is the largest of any call.
     """
 
     num_calls: int
@@ -70,7 +70,7 @@ class WithinCalls:
 
 
 def pools(runs: Sequence[Run], arm: Arm) -> list[tuple[list[Run], Cell]]:
-    """Timed cells of an arm with their runs: those that differ in nothing but their launch are taken together."""
+    """Timed cells of an arm with their runs; cells that differ only in their launch are pooled."""
     found: dict[tuple[str, str], tuple[list[Run], Cell]] = {}
     for run in runs:
         setting = canonical_json([run.manifest.machine, run.manifest.packages, run.manifest.project_version])
@@ -107,24 +107,24 @@ def complete_rounds(*grids: Grid) -> tuple[list[Round], list[Call], int]:
 
 
 def _as_timed(round_: Round) -> tuple[str, int, str]:
-    """Run after run, and within a run by number, which goes on from launch to launch: its tenth is not its second."""
+    """Sort key of rounds: by run, then by number, which continues over launches."""
     launch, number = round_
     return (run_and_launch(launch)[0], number, launch)
 
 
 def processes_of(runs: Sequence[Run]) -> dict[str, str]:
-    """The process of every launch that says so. One process that resumes a run is no further launch."""
+    """The process of every launch that recorded it. A process that resumes a run is not a further launch."""
     events = (event for run in runs for event in run.events if event["kind"] == "launched")
     return {str(event.get("launch")): str(event.get("process")) for event in events}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Usable:
-    """Rounds and calls that every lane has, with times that can be.
+    """Rounds and calls that every lane has, with possible times.
 
-    ``num_incomplete`` rounds lack calls. Of ``num_timed`` calls in the others each is one of all lanes; those of
-    ``faults`` are void, because one lane's times cannot be. With them go the rounds or the calls that they are in,
-    whichever are the fewer timings, so that every round still has every call.
+    ``num_incomplete`` rounds lack calls. ``num_timed`` calls in the others count each call of all lanes once;
+    ``faults`` are those of void calls. A void call takes its round or its prompts along, whichever has fewer timings,
+    so that every remaining round has every remaining call.
     """
 
     rounds: list[Round]
@@ -135,7 +135,7 @@ class Usable:
 
 
 def usable(*grids: Grid) -> Usable:
-    """What of these grids can be compared."""
+    """The rounds and calls of these grids that can be compared."""
     rounds, calls, num_incomplete = complete_rounds(*grids)
     num_timed = len(rounds) * len(calls)
     void = [grid.faults for grid in grids if grid.faults]
@@ -158,7 +158,7 @@ def usable(*grids: Grid) -> Usable:
 
 
 def _without(void: set[tuple[Round, Call]], rounds: list[Round], calls: list[Call]) -> tuple[list[Round], list[Call]]:
-    """Rounds and calls that are left when those go that have most of what is void, for the fewest timings."""
+    """Rounds and calls that remain when void ones are removed at the cost of the fewest timings."""
     while void:
         of_round, of_call = Counter(r for r, _ in void), Counter(call for _, call in void)
         (worst_round, num_round), (worst_call, num_call) = of_round.most_common(1)[0], of_call.most_common(1)[0]
@@ -189,9 +189,9 @@ def left_out(there: Usable) -> list[Finding]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Lane:
-    """One copy of a cell in the rounds and calls that count, with what is asked of it alone.
+    """One copy of a cell in the rounds and calls that count, with its own totals.
 
-    There is one object for one of them: the candidates of a run have the same baseline.
+    There is one object for each: all candidates of a run share the same baseline.
     """
 
     runs: Sequence[Run]
@@ -201,17 +201,17 @@ class Lane:
 
     @cached_property
     def samples(self) -> list[SpeedSample]:
-        """Round after round."""
+        """The calls, round after round."""
         return [sample for row in self.samples_RC for sample in row]
 
     @cached_property
     def seconds_RC(self) -> Floats:
-        """Of each call."""
+        """Seconds of each call, rounds by calls."""
         return np.array([[sample.wall_s for sample in row] for row in self.samples_RC], dtype=float)
 
     @cached_property
     def tokens_RC(self) -> Floats:
-        """Useful tokens of each call."""
+        """Useful tokens of each call, rounds by calls."""
         rows = [[sum(prompt.num_tokens for prompt in sample.prompts) for sample in row] for row in self.samples_RC]
         return np.array(rows, dtype=float)
 
@@ -222,14 +222,14 @@ class Lane:
 
     @cached_property
     def latency(self) -> Latency:
-        """Of all prompts."""
+        """Latency over all prompts."""
         finish_s = np.array([prompt.finish_s for sample in self.samples for prompt in sample.prompts])
         median_s, p95_s = (float(np.quantile(finish_s, q)) for q in (0.5, 0.95))
         return Latency(median_s=median_s, p95_s=p95_s, n=len(finish_s))
 
     @cached_property
     def within(self) -> WithinCalls:
-        """What its calls say of themselves."""
+        """Prefill, first output and peak memory of its calls."""
         peaks = [sample.peak_memory_bytes for sample in self.samples if sample.peak_memory_bytes is not None]
         return WithinCalls(
             num_calls=len(self.samples),
@@ -240,7 +240,7 @@ class Lane:
 
     @cached_property
     def flags(self) -> dict[OutputKey, Flags]:
-        """Of the outputs in its rounds; none where a workload's outputs are not kept."""
+        """Flags of the outputs in its rounds; empty where outputs are not kept."""
         numbers = {number for _, number in self.rounds}
         found: dict[OutputKey, Flags] = {}
         for run in self.runs:
@@ -287,7 +287,7 @@ def _null_calls(runs: list[Run], baseline: Cell) -> stats.TimedCalls | None:
 
 
 def null_of(runs: list[Run], baseline: Cell) -> Measured:
-    """The baseline's speedup over itself, at the level that nulls are held to."""
+    """The baseline's speedup over itself, at the level of A/A nulls."""
     return once(runs, ("null's speedup", baseline.id), lambda: _null(null_calls(runs, baseline)))
 
 
@@ -298,7 +298,7 @@ def _null(timed: stats.TimedCalls | None) -> Measured:
 
 
 def names_of(runs: Sequence[Run]) -> str:
-    """Runs, as errors name them."""
+    """The runs' ids as errors name them."""
     return "run " + ", ".join(run.manifest.run_id for run in runs)
 
 
@@ -315,9 +315,9 @@ FEW_AT_BUDGET = 0.01  # share of all answers that run on to the budget while non
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Useful tokens of one arm's answers: those of the timed prompts, and all of the tasks as runs have them, each
-    sorted; ``all_tokens`` is empty where no run has them. ``whole``: the tasks have no further documents. ``budget`` is
-    the largest of the timed calls'.
+    """Useful tokens of one arm's answers, sorted: those of the timed prompts, and all of the tasks; ``all_tokens`` is
+    empty where no run has them. ``whole``: the tasks have no further documents. ``budget`` is the largest of the timed
+    calls.
     """
 
     arm: Arm
@@ -328,7 +328,7 @@ class Lengths:
     whole: bool = False
 
     def quantiles(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Of the timed and of all; the latter empty where they are not known."""
+        """Quantiles of the timed answers and of all; the latter empty where they are not known."""
         timed, every = (
             tuple(float(np.quantile(tokens, q)) for q in QUANTILES) if tokens else ()
             for tokens in (self.timed_tokens, self.all_tokens)
@@ -336,7 +336,7 @@ class Lengths:
         return timed, every
 
     def shares_at_budget(self) -> tuple[float, float] | None:
-        """Of the timed and of all answers, how many are as long as the budget; ``None`` without either."""
+        """Shares of the timed and of all answers that reach the budget; ``None`` where not known."""
         if self.budget is None or not self.all_tokens:
             return None
         timed, every = (
@@ -346,7 +346,7 @@ class Lengths:
 
     @property
     def misses_the_tail(self) -> bool:
-        """Whether the timed answers are clearly unlike all: in their mean, or in how many reach the budget."""
+        """Whether the timed answers clearly differ from all in their mean length or in how many reach the budget."""
         if not self.all_tokens:
             return False
         means = [max(float(np.mean(tokens)), 0.5) for tokens in (self.timed_tokens, self.all_tokens)]
@@ -356,7 +356,7 @@ class Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class _Arm:
-    """One arm's timed calls, and the tokens of documents; of the tasks in ``whole`` a run has all."""
+    """One arm's timed calls, and the tokens of its documents; of the tasks in ``whole``, a run has all documents."""
 
     cell: Cell
     samples: Sequence[SpeedSample]
@@ -367,11 +367,11 @@ class _Arm:
 
     @property
     def longest(self) -> list[int]:
-        """Of each call: its time goes by its longest answer."""
+        """Tokens of each call's longest answer, which decides its time."""
         return [max(prompt.num_tokens for prompt in sample.prompts) for sample in self.samples]
 
     def tokens_of(self, document: Document) -> float:
-        """As a run has them, else as they were timed."""
+        """Tokens of a document, from a ``run`` where it has them, else as timed."""
         return self.every[document] if document in self.every else self.timed[document]
 
 
@@ -380,9 +380,9 @@ def with_lengths(
     everyone: Sequence[Run],
     lanes: tuple[Lane, Lane],
 ) -> tuple[stats.TimedCalls, tuple[Lengths, ...]]:
-    """The calls with what is known beside them, and the lengths themselves.
+    """The calls with all known answer lengths, and the lengths themselves.
 
-    Nothing where calls are fixed, and where the ids of prompts name no documents: then there is no more to be timed.
+    Unchanged for fixed calls and where prompt ids name no documents: then there are no further ones.
     """
     arms = [once(everyone, ("lengths", lane), partial(_arm, everyone, lane.cell, lane.samples)) for lane in lanes]
     baseline, candidate = arms
@@ -432,7 +432,7 @@ def _arm(everyone: Sequence[Run], cell: Cell, samples: Sequence[SpeedSample]) ->
 
 
 def _whole_tasks(run: Run, rows: Sequence[GenerationRow]) -> set[str]:
-    """Tasks of which a run has all documents: it is complete, and its limit, if any, left none out."""
+    """Tasks of which a complete run has all documents."""
     if not run.complete:
         return set()
     limit, documents = run.manifest.plan.get("limit"), {(row.task, row.doc_id) for row in rows}
@@ -441,12 +441,12 @@ def _whole_tasks(run: Run, rows: Sequence[GenerationRow]) -> set[str]:
 
 
 def _same_point(cell: Cell, other: Cell) -> bool:
-    """Whether the other cell scores answers of this one's weights and decoder."""
+    """Whether another cell has the same weights and decoder."""
     return other.workload.kind == "task" and other.arm == cell.arm and point_key(other) == point_key(cell)
 
 
 def _documents(baseline: _Arm, candidate: _Arm, known: set[Document], whole: bool) -> stats.Documents:
-    """What is known of the timed tasks' documents, with those that were timed; every task weighs as much as there."""
+    """Lengths of the timed tasks' documents, with the timed ones; every task weighs as much as among the timed ones."""
     documents = sorted(known | (baseline.timed.keys() & candidate.timed.keys()))
     timed, every = Counter(task for task, _ in baseline.timed), Counter(task for task, _ in documents)
     budgets = baseline.cell.workload.max_new_tokens, candidate.cell.workload.max_new_tokens
@@ -463,10 +463,10 @@ def _documents(baseline: _Arm, candidate: _Arm, known: set[Document], whole: boo
 
 
 def _limits(baseline: _Arm, candidate: _Arm) -> tuple[float, float] | None:
-    """Seconds of a call of either arm whose longest answer runs on to the budget.
+    """Seconds of each arm's call whose longest answer runs on to the budget.
 
-    What runs on may have no gain: a loop commits a token a pass. So the candidate's seconds per further token are the
-    baseline's at the least.
+    Such an answer may gain nothing: a loop commits one token a forward. So the candidate's seconds per further token
+    are at least the baseline's.
     """
     found: list[float] = []
     least = 0.0

@@ -1,4 +1,4 @@
-"""What guessing scores on a run's documents; retention above it, and retention without the tasks that are near it."""
+"""Chance scores of a run's documents; retention above chance, and retention without tasks near chance."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ NOT_CLEAR = "the baseline is not clearly above chance"
 
 @dataclass(frozen=True, kw_only=True)
 class AgainstChance:
-    """Every task's standing; retention above chance; and retention without the tasks that are not clearly above it.
+    """Every task against chance; retention above chance; and retention without the tasks that are not clearly above it.
 
-    ``exercised`` is over the tasks that go through the candidate's decoder, as is ``clear_exercised``.
+    ``exercised`` and ``clear_exercised`` are over the tasks that the candidate's decoder answers.
     """
 
     standings: tuple[stats.Standing, ...]
@@ -48,7 +48,7 @@ def against_chance(
     exercising: Sequence[str],
     equal: Sequence[str],
 ) -> AgainstChance:
-    """Both figures for all tasks and for those that exercise the decoder; ``equal`` tasks are so by construction."""
+    """Both figures for all tasks and for those that the decoder answers; ``equal`` tasks are equal by construction."""
     headline, clear_headline = _averages(table, draws, standings, equal)
     by_decoder = [one for one in standings if one.task in exercising]
     exercised, clear_exercised = _averages(table, draws, by_decoder, equal)
@@ -64,7 +64,7 @@ def against_chance(
 def _averages(
     table: stats.ScoreTable, draws: stats.Draws, standings: Sequence[stats.Standing], equal: Sequence[str]
 ) -> tuple[Measured, Measured]:
-    """Retention above chance over these tasks, and retention over those of them that are clearly above it."""
+    """Retention above chance over these tasks, and retention over those clearly above it."""
     tasks, kept = [one.task for one in standings], [one.task for one in standings if one.is_clear]
     guessed = any(one.chance is not None for one in standings)
     if not kept:
@@ -82,9 +82,9 @@ def _averages(
 
 
 def chances(run: Run, scores: Sequence[Score]) -> list[float]:
-    """What guessing scores on each score's document; 0 where nothing lists its options.
+    """The chance score of each score's document; 0 where no options are listed.
 
-    A document of which nothing is known, in a task of which something is, is taken for like the others.
+    A document without options in a task that has some counts like the others.
     """
     options = _num_options(run)
     known = [_chance(score, options) for score in scores]
@@ -99,9 +99,9 @@ def chances(run: Run, scores: Sequence[Score]) -> list[float]:
 
 
 def _chance(score: Score, num_options: Mapping[tuple[str, int], int]) -> float | None:
-    """The row's own; of rows of versions that did not say, one in as many as the options that were scored.
+    """The row's own chance; for older versions, one over the number of scored options.
 
-    That takes one option for right: where several are, it is too low, and only those versions' documents could tell.
+    That assumes one right option; with several it is too low, and older rows do not show that.
     """
     if score.chance is not None or score.metric not in RANKED:
         return score.chance
@@ -110,7 +110,7 @@ def _chance(score: Score, num_options: Mapping[tuple[str, int], int]) -> float |
 
 
 def _num_options(run: Run) -> dict[tuple[str, int], int]:
-    """Options scored by likelihood, by task and document; with mutual information each was asked for twice."""
+    """Options scored by likelihood, by task and document; for mutual information each was scored twice."""
     requests: dict[tuple[str, int], set[int]] = defaultdict(set)
     for row in run.likelihoods:
         if row.request == "loglikelihood":

@@ -1,4 +1,4 @@
-"""Degenerate outputs (loops, padding, emptiness, junk behind an answer), and figures on what remains without them."""
+"""Degenerate outputs (loops, padding, emptiness, junk behind an answer), and figures without them."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ class Flags:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The flags that are raised."""
+        """Names of the raised flags."""
         return tuple(name for name in FLAG_NAMES if getattr(self, name))
 
     @cached_property
     def degenerate(self) -> bool:
-        """Whether any is raised."""
+        """Whether any flag is raised."""
         return bool(self.names)
 
 
@@ -72,7 +72,7 @@ FLAG_NAMES = ("empty", "periodic_tail", "compressible", "repeated_ngrams", "junk
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """The end of a sequence that repeats itself: ``num_repeats`` times ``period`` symbols, from ``start`` on."""
+    """The repeating end of a sequence: ``num_repeats`` times ``period`` symbols, from position ``start``."""
 
     period: int
     num_repeats: float
@@ -122,7 +122,7 @@ def periodic_tail(symbols: Sequence[object], min_span: int) -> Loop | None:
 
 
 def _matching(symbols: Sequence[object], period: int) -> int:
-    """How many symbols at the end equal the one a period before."""
+    """How many symbols at the end equal the symbol one period before."""
     matching = 0
     for new, old in zip(reversed(symbols), reversed(symbols[:-period]), strict=False):
         if new != old:
@@ -143,18 +143,18 @@ def repeated_ngram_share(words: Sequence[object]) -> float | None:
 
 
 def _holds_something(head: Sequence[object]) -> bool:
-    """Whether there is an answer in front of a loop."""
+    """Whether there is an answer before a loop."""
     return bool(head.strip() if isinstance(head, str) else head)
 
 
 def _goes_on(text: str | None) -> bool:
-    """Whether the text of an output that nothing ended begins a new question behind an answer."""
+    """Whether an output without an end continues with a new question behind its answer."""
     found = None if text is None else NEXT_ITEM.search(text)
     return found is not None and text is not None and bool(text[: found.start()].strip())
 
 
 def _raw(text: str | None, token_ids: Sequence[int]) -> bytes:
-    """What is compressed. Spaces are collapsed: deep indentation is no loop, and one of spaces is a periodic tail."""
+    """The bytes that are compressed. Spaces are collapsed: deep indentation is not a loop."""
     if text is None:
         return b"".join(token.to_bytes(4, "little") for token in token_ids)
     return _SPACES.sub(" ", text).encode("utf-8", "surrogatepass")
@@ -221,7 +221,7 @@ class CleanSpeed:
 
 
 def outputs(run_id: str, rows: Iterable[GenerationRow], cells: Collection[str]) -> dict[OutputKey, Flags]:
-    """Flags of every output that the cells gave in a run; of several requests for one document, of all together."""
+    """Flags of every output of these cells; several requests for one document are flagged together."""
     found: dict[OutputKey, Flags] = {}
     for row in rows:
         if row.cell in cells:
@@ -233,12 +233,12 @@ def outputs(run_id: str, rows: Iterable[GenerationRow], cells: Collection[str]) 
 
 
 def flagged_documents(found: Outputs) -> set[Document]:
-    """Documents with a degenerate output in any sample: a score is a mean over samples and cannot be parted."""
+    """Documents with a degenerate output in any sample, as a score is a mean over samples."""
     return {(task, doc_id) for (_, task, doc_id, _), flag in found.items() if flag.degenerate}
 
 
 def flagged(baseline: Outputs, candidate: Outputs, clusters: Mapping[Document, str] | None = None) -> Flagged:
-    """Shares of degenerate outputs, paired by document and sample; without ``clusters`` a document is its own."""
+    """Shares of degenerate outputs, paired by document and sample; without ``clusters``, each document is its own."""
     keys = sorted(baseline.keys() & candidate.keys())
     pairs = [(baseline[key], candidate[key]) for key in keys]
     names = [(clusters or {}).get((task, doc_id), document_prompt_id(task, doc_id)) for _, task, doc_id, _ in keys]
@@ -317,7 +317,7 @@ def _clean_task(table: stats.ScoreTable, draws: stats.Draws, name: str) -> Clean
 
 
 def subset(scores: stats.PairedScores, kept: list[int]) -> stats.PairedScores:
-    """The scores at these places."""
+    """The scores at these positions."""
     return stats.PairedScores(
         tasks=[scores.tasks[i] for i in kept],
         groups=[scores.groups[i] for i in kept],
@@ -330,7 +330,7 @@ def subset(scores: stats.PairedScores, kept: list[int]) -> stats.PairedScores:
 
 
 def clean_speed(timed: stats.TimedCalls, dropped: tuple[list[bool], list[bool]] | None) -> CleanSpeed:
-    """Speedups without the calls that either arm's flags drop, one truth value per call and arm.
+    """Speedups without the flagged calls, given as one truth value per call and arm.
 
     ``dropped`` is ``None`` where the outputs were not kept.
     """

@@ -1,6 +1,6 @@
-"""What a speedup is made of: measured parts times counts against measured times, and where the break-even lies.
+"""What a speedup is made of: parts times counts against measured times, and the break-even.
 
-A residual is what the parts leave unexplained; it is printed, never absorbed into a part.
+The residual is what the parts do not explain; it is printed and never absorbed into a part.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ NOT_COUNTED = "how many rows each pass of a batch served was not counted"
 
 @dataclass(frozen=True, kw_only=True)
 class ArmCosts:
-    """One arm's measured parts, and its measured time against what they predict.
+    """One arm's measured parts, and its measured time against their prediction.
 
-    ``reason`` says why there is no prediction. ``residual`` is that of the explanation with its interval over rounds.
+    ``reason``: why there is no prediction. ``residual`` has its interval over rounds.
     """
 
     phases: tuple[stats.PhaseCost, ...]
@@ -55,7 +55,7 @@ class Costs:
 
     @property
     def residuals(self) -> Mapping[Arm, Residual]:
-        """What each arm is held to."""
+        """The residuals of both arms."""
         return {"baseline": self.baseline.residual, "candidate": self.candidate.residual}
 
 
@@ -73,19 +73,19 @@ def costs(baseline: Lane, candidate: Lane) -> Costs:
 
 
 def arm_costs(arm: Lane) -> ArmCosts:
-    """One arm's part of it."""
+    """The parts and residual of one arm."""
     made = partial(_arm, _parts(arm.runs, arm.cell), arm.samples, _block_size(arm.cell), arm.cell)
     return once(arm.runs, ("costs", arm), made)
 
 
 def _block_size(cell: Cell) -> int | None:
-    """Of the passes that its decoder makes; baselines have none."""
+    """Block size of its decoder's forwards; ``None`` for baselines."""
     found = cell.decoder.params.get("block_size") if cell.arm == "candidate" else None
     return found if isinstance(found, int) else None
 
 
 def _parts(runs: Sequence[Run], cell: Cell) -> list[CostSample]:
-    """Measured parts of the cell or of those beside it that cost the same: same weights, same timed prompts.
+    """Measured parts of the cell, or of cells that cost the same: same weights and same timed prompts.
 
     Parts are timed once for all thresholds and steps of a block size.
     """
@@ -147,16 +147,16 @@ def _explained(parts: list[CostSample], samples: Sequence[SpeedSample], block_si
 
 
 def _calm(phases: tuple[stats.PhaseCost, ...], samples: Sequence[SpeedSample], calls: Mapping[int, Call]) -> float:
-    """The share of each call's fastest round that its parts lack, these at their mean over all rounds."""
+    """The unexplained share of each call's fastest round, with its parts at their mean over all rounds."""
     fastest = fastest_of_calls(samples)
     alone = stats.predict(stats.CostTable(phases), [calls[id(sample)] for sample in fastest])
     return stats.explain(sum(sample.wall_s for sample in fastest), alone.total_s).residual
 
 
 def seconds_alone(runs: Sequence[Run], cell: Cell, samples: Sequence[SpeedSample]) -> Callable[[SpeedSample], float]:
-    """What the forwards of a call take by the parts of its cell, of which ``samples`` are the timed calls.
+    """A function from a call of a cell to the seconds that its forwards take alone; ``samples`` are its timed calls.
 
-    The function raises NoEstimate where parts were not timed, or none that the call needs.
+    The function raises NoEstimate where the parts that a call needs were not timed.
     """
     block_size = _block_size(cell)
     own = _own(_parts(runs, cell), samples, block_size, cell)
@@ -167,7 +167,7 @@ def seconds_alone(runs: Sequence[Run], cell: Cell, samples: Sequence[SpeedSample
 def _own(
     parts: Sequence[CostSample], samples: Sequence[SpeedSample], block_size: int | None, cell: Cell
 ) -> list[CostSample]:
-    """Parts of the sizes that the passes have; sizes that were not timed lie between others that were."""
+    """Parts at the sizes of the forwards; sizes that were not timed are interpolated."""
     sizes, timed = _sizes(samples, block_size, cell.decoder), {part.block_size for part in parts}
     return [part for part in parts if part.block_size is None or part.block_size in sizes or sizes - timed]
 
@@ -203,15 +203,15 @@ def _in_order(item: tuple[Point, object]) -> tuple[CostPart, int, int, int]:
 
 
 def _sizes(samples: Sequence[SpeedSample], block_size: int | None, decoder: DecoderSpec) -> set[int]:
-    """Block sizes of the passes that were seen; where none were, the decoder's own."""
+    """Block sizes of the recorded forwards; without any, the decoder's own."""
     seen = {one.part(decoder)[1] for sample in samples for one in sample.passes}
     return {size for size in (seen or {block_size}) if size is not None}
 
 
 def _call(sample: SpeedSample, block_size: int | None, decoder: DecoderSpec, bookkeeping: bool) -> Call:
-    """The passes of a call: those that were seen or, in runs of old, those that its decoder reports.
+    """The forwards of a call: recorded ones or, in older runs, those that its decoder reports.
 
-    ``bookkeeping``: what an autoregressive loop does beside its steps was timed, too.
+    ``bookkeeping``: an autoregressive loop's own work beside its steps was timed, too.
     """
     if not sample.passes:
         return _reported(sample, block_size)
@@ -226,7 +226,7 @@ def _call(sample: SpeedSample, block_size: int | None, decoder: DecoderSpec, boo
 
 
 def _seen(passes: Passes, decoder: DecoderSpec, start: int, end: int) -> stats.PartPasses:
-    """At which context each pass ran was not noted: they are spread evenly over the answer."""
+    """The context of each forward is not recorded, so they are spread evenly over the answer."""
     part, block_size = passes.part(decoder)
     if part == "prefill":
         contexts: tuple[float, ...] = (float(passes.tokens),)
@@ -243,10 +243,10 @@ def _seen(passes: Passes, decoder: DecoderSpec, start: int, end: int) -> stats.P
 
 
 def _reported(sample: SpeedSample, block_size: int | None) -> Call:
-    """Passes of the whole batch: as many as its longest row takes.
+    """Forwards of the whole batch: as many as its longest row takes.
 
-    In a batch of several, rows may take more passes in different blocks, which counts of whole rows do not show: then
-    fewer passes are predicted than there were, and the residual has the rest.
+    In a batch, rows may take more forwards in different blocks, which counts per row do not show: then fewer forwards
+    are predicted than there were, and the residual holds the rest.
     """
     context_passes = max(prompt.num_context_forwards for prompt in sample.prompts) - 1
     num_passes = max(prompt.num_denoiser_forwards for prompt in sample.prompts)
@@ -278,7 +278,7 @@ def _tokens_per_nfe(samples: Sequence[SpeedSample]) -> float | None:
 def _break_even(
     parts: list[list[CostSample]], samples: Sequence[SpeedSample], block_size: int | None, middle: float
 ) -> Estimate:
-    """Median over rounds of what each round's own costs give, so that drift hits all parts of it alike."""
+    """Median over rounds of each round's break-even, so that drift affects all its parts alike."""
     prompts = [prompt for sample in samples for prompt in sample.prompts]
     num_passes = sum(prompt.num_denoiser_forwards for prompt in prompts)
     if block_size is None or not num_passes:

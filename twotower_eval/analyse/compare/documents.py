@@ -1,5 +1,5 @@
 """Document by document: both arms' scores and outputs at one operating point, timed answers one by one, and prompts
-that lost their beginning because a model had no room for them.
+that were cut because a model had no room for them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from twotower_eval.strict import JsonObject
 class Truncated:
     """Requests of one task in one cell, and how many of them were cut.
 
-    ``num_requests`` is ``None`` in runs that told of cells with cut requests only.
+    ``num_requests`` is ``None`` in older runs, which recorded only cells with cut requests.
     """
 
     cell: str
@@ -43,7 +43,7 @@ class Truncated:
 
 
 def truncated(run: Run) -> list[Truncated]:
-    """What a run tells of each of its cells and tasks; nothing where it did not count."""
+    """The cut requests that a run recorded, by cell and task; empty where it did not count them."""
     found: dict[tuple[str, str], Truncated] = {}
     for event in run.events:
         if event.get("kind") == "truncated":
@@ -68,7 +68,7 @@ def _truncated(run: Run, event: JsonObject) -> Truncated:
 
 
 def truncated_at(run: Run, key: PointKey, tasks: Collection[str] | None = None) -> list[Truncated]:
-    """What is told of the tasks (``None``: all) in the cells of an operating point and in those of the baseline."""
+    """Cut requests of these tasks (``None``: all) in the cells of an operating point and its baseline."""
     return [
         one
         for one in truncated(run)
@@ -77,7 +77,7 @@ def truncated_at(run: Run, key: PointKey, tasks: Collection[str] | None = None) 
 
 
 def truncated_by_task(runs: Sequence[Run], point: QualityPoint) -> dict[str, tuple[int, int]]:
-    """By task and member, how many prompts of baseline and candidate were cut; of tasks where it was counted."""
+    """By task and member, how many prompts of baseline and candidate were cut; only tasks where they were counted."""
     run = next(run for run in runs if run.manifest.run_id == point.run_id)
     counted: dict[str, tuple[int, int]] = {}
     for one in truncated_at(run, point.key):
@@ -96,8 +96,9 @@ Key = tuple[str, int]  # task, number
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentPair:
-    """One document under its headline metric. Outputs are of its first request and sample, of timed answers of the
-    first round; ``None`` where a likelihood answered."""
+    """One document under its headline metric, in both arms. Outputs are those of its first request and sample, for
+    timed answers of the first round; ``None`` for likelihoods.
+    """
 
     run_id: str
     task: str
@@ -159,11 +160,11 @@ def _order(row: GenerationRow) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleArm:
-    """One arm's answers to one prompt, means over the measured rounds.
+    """One arm's answers to one prompt; numbers are means over the measured rounds.
 
-    ``wall_s`` is the call's, shared by its batch, ``finish_s`` the prompt's own. ``finish``, ``text`` and
-    ``token_ids`` are those of the first round; ``num_different`` counts rounds whose tokens were others. ``flags``
-    were raised in any round. ``score`` is ``None`` with ``score_reason``.
+    ``wall_s`` is the call's, shared by its batch, ``finish_s`` the prompt's own. ``finish``, ``text`` and ``token_ids``
+    are those of the first round; ``num_different`` counts rounds with other tokens. ``flags`` were raised in any round.
+    ``score`` may be ``None``, with ``score_reason``.
     """
 
     wall_s: float
@@ -182,7 +183,7 @@ class SampleArm:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One prompt in both arms. ``metric`` and ``filter`` name the score, ``None`` where there is none."""
+    """One prompt in both arms. ``metric`` and ``filter`` name its score; ``None`` without one."""
 
     task: str
     doc_id: int
@@ -201,9 +202,9 @@ Document = tuple[str, int]
 
 
 def answer_samples(baseline: Lane, candidate: Lane) -> tuple[Sample, ...]:
-    """Every prompt that both arms answered in the measured rounds, by task and document; none where no text was kept.
+    """Every prompt that both arms answered in the measured rounds, by task and document; empty where no text was kept.
 
-    Baseline and candidate are their calls of the rounds that count.
+    Baseline and candidate are the lanes of the rounds that count.
     """
     scores = [_headline_scores(arm.runs, arm.cell) for arm in (baseline, candidate)]
     arms = [_answers(arm, own) for arm, own in zip((baseline, candidate), scores, strict=True)]

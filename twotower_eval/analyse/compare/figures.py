@@ -1,5 +1,5 @@
-"""Figures as evidence holds them: an estimate or the reason for none, sums of what decoding cost, numbers in words;
-found once, however many points ask.
+"""Figures: an estimate or the reason for none, totals of decoding, numbers in words. Each is computed once, however
+many points use it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 
 def once(runs: Sequence[Run], what: tuple[Hashable, ...], compute: Callable[[], T]) -> T:
-    """What ``compute`` gives of these runs, which is kept with the first of them and not computed again.
+    """The result of ``compute`` for these runs, kept with the first of them and not computed again.
 
-    ``what`` begins with a name of its own and holds everything else that the answer depends on. Nobody may change the
-    answer. An error is raised each time.
+    ``what`` begins with a unique name and holds everything else that the result depends on. The result must not be
+    changed. An error is raised each time.
     """
     kept, key = runs[0].found, (*what, *map(id, runs))
     if key not in kept:
@@ -32,7 +32,7 @@ def once(runs: Sequence[Run], what: tuple[Hashable, ...], compute: Callable[[], 
 
 @contextmanager
 def forgotten(run: Run) -> Iterator[None]:
-    """What is found of a run within this block is not kept beyond it: it takes much room, and nobody asks again."""
+    """Results found for a run within this block are dropped at its end, as they are large and not needed again."""
     before = set(run.found)
     try:
         yield
@@ -42,7 +42,7 @@ def forgotten(run: Run) -> Iterator[None]:
 
 
 class ArmsDifferError(UserError):
-    """Baseline and candidate were not given the same: what they did cannot be compared."""
+    """Baseline and candidate had different inputs, so their results cannot be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Measured:
 
 
 def measured(compute: Callable[[], Estimate]) -> Measured:
-    """What ``compute`` gives, or the reason in its NoEstimate: whatever else it raises is a bug and goes on."""
+    """The result of ``compute``, or the reason of its NoEstimate; any other error is a bug and is raised."""
     try:
         return Measured(estimate=compute())
     except NoEstimate as error:
@@ -65,7 +65,7 @@ def measured(compute: Callable[[], Estimate]) -> Measured:
 class Counts:
     """Totals over ``num_prompts`` prompts; ``num_forced_commits`` is ``None`` where the decoder forces none.
 
-    ``num_prefill_forwards`` are the context forwards that read prompts, one for each that has any.
+    ``num_prefill_forwards`` are the context forwards that read prompts, one for each prompt with any.
     """
 
     num_prompts: int
@@ -126,9 +126,9 @@ ROUNDING = 1e-9  # 0.987 - 0.005 is not quite 0.982
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """What a number is multiplied by, what stands behind it, and its usual decimals.
+    """How a number is printed: its factor, its suffix, and its usual decimals.
 
-    ``most`` decimals are kept where the limit that a number is held against has them itself.
+    ``most`` decimals are kept where the limit that a number is compared with has them itself.
     """
 
     scale: float
@@ -148,13 +148,15 @@ TIMES = Unit(scale=1, suffix="x", decimals=2, most=2)
 
 
 def compared(unit: Unit, value: float, limit: float) -> tuple[str, str]:
-    """A number and what it is held against, with as many decimals as it takes to tell them apart."""
+    """A number and its limit, with enough decimals to show which is larger."""
     decimals = _decimals(unit, value, limit)
     return unit.text(value, decimals), unit.text(limit, decimals)
 
 
 def interval(unit: Unit, estimate: Estimate, *, against: float | None = None) -> str:
-    """``98.9 % [98.2, 99.6]``, ``2.41x [2.30, 2.53]``; ``against`` is what either end is held against, if anything."""
+    """``98.9 % [98.2, 99.6]``, ``2.41x [2.30, 2.53]``; with ``against``, enough decimals to compare
+    either end with it.
+    """
     ends = (estimate.low, estimate.high)
     decimals = unit.decimals if against is None else max(_decimals(unit, end, against) for end in ends)
     low, high = (f"{unit.scale * end:z.{decimals}f}" for end in ends)
@@ -173,7 +175,7 @@ def _decimals(unit: Unit, value: float, limit: float) -> int:
 
 
 def high_retention_text(kept: float) -> str:
-    """What a retention far above 100 % may mean, for verdicts and reports alike."""
+    """What a retention far above 100 % may mean."""
     return (
         f"the candidate scores {100 * kept:.0f} % of the baseline: a baseline with a broken config or tokenizer looks "
         "like this; check the baseline"

@@ -1,6 +1,4 @@
-"""Operating points: their names, what a report knows of quality at one, and how cells of the two arms
-find each other.
-"""
+"""Operating points: their names, quality at one, and how cells of the two arms are paired."""
 
 from __future__ import annotations
 
@@ -35,18 +33,18 @@ NAMED = ("block_size", "steps_per_block", "threshold")  # parameters with a plac
 
 
 def checkpoint_name(checkpoint: Checkpoint) -> str:
-    """A checkpoint's name, and which of its towers if only one is meant."""
+    """A checkpoint's name, with its tower if only one is meant."""
     return f"{checkpoint.name} ({checkpoint.tower} tower)" if checkpoint.tower else checkpoint.name
 
 
 def setting(decoder: DecoderSpec, name: str) -> Scalar:
-    """A decoder's parameter, ``None`` without it; steps left open are the block size."""
+    """A decoder's parameter, ``None`` without it; open steps are the block size."""
     value = decoder.params.get(name)
     return decoder.params.get("block_size") if name == "steps_per_block" and value is None else value
 
 
 def number(decoder: DecoderSpec, name: str) -> float | None:
-    """A decoder's parameter that is a number, ``None`` without it and where it is none: a switch, a word."""
+    """A decoder's numeric parameter; ``None`` without it, and for a switch or a word."""
     value = setting(decoder, name)
     return None if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
 
@@ -72,17 +70,17 @@ def short_name(decoder: DecoderSpec) -> str:
 
 
 def code_name(decoder: DecoderSpec) -> str:
-    """Which code of a plug-in it is."""
+    """Names the code of a plug-in by its digest."""
     if decoder.code is None:
         return "code not recorded"
     return f"code {sha256_text(canonical_json([[file.name, file.sha256] for file in decoder.code]))[:8]}"
 
 
 def unusual(decoder: DecoderSpec, *, without: Collection[str] = ()) -> list[str]:
-    """The kind, unless it is block diffusion, and each parameter that has no place of its own in a name.
+    """The kind, unless it is block diffusion, and each parameter that :func:`long_name` has no words for.
 
-    Of ours those that are on; of a plug-in, whose defaults are not known here, all but those that are None and a
-    temperature of 0. What keeps traces changes no answer.
+    For our decoders, those that are on; for a plug-in, whose defaults are unknown, all but ``None`` and a temperature
+    of 0. A switch for traces is left out, as it changes no answer.
     """
     named = (*(NAMED if "block_size" in decoder.params else ()), "trace", *without)
     kind = [] if decoder.kind == "block_diffusion" else [decoder.kind]
@@ -98,7 +96,7 @@ NOT_EXERCISING = ("context_tower", "exact")  # likelihoods in which the parallel
 
 
 class PointKey(NamedTuple):
-    """An operating point apart from its workload: a checkpoint's identity, its tower and dtype, the full decoder."""
+    """An operating point without its workload: a checkpoint's identity, tower and dtype, and the full decoder."""
 
     checkpoint: str
     tower: str | None
@@ -109,11 +107,11 @@ class PointKey(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class TaskQuality:
     """One task that counts once in the average; ``members`` are (name, documents, baseline, candidate) if it has any,
-    weighted ``by_size`` or all alike.
+    weighted ``by_size`` or equally.
 
-    ``scored_by`` are the candidate's ways, of a group maybe several. Means lie between 0 and 1 for the usual metrics.
-    ``equal_by_construction``: both arms were scored by one computation, on the tensors that they share.
-    ``above_chance`` is the retention of what lies above chance.
+    ``scored_by`` are the candidate's ways of scoring, for a group maybe several. Means lie between 0 and 1 for the
+    usual metrics. ``equal_by_construction``: one computation scored both arms, on tensors that they share.
+    ``above_chance``: the retention above chance.
     """
 
     name: str
@@ -143,7 +141,7 @@ class TaskQuality:
 class OtherScore:
     """A mean score outside retention: another metric or filter, or one of which less is better.
 
-    ``main``: it stands for its task. ``members`` are a group's. ``is_equal``: one computation scored both arms.
+    ``main``: the task's main score. ``members`` are a group's. ``is_equal``: one computation scored both arms.
     """
 
     task: str
@@ -181,7 +179,7 @@ def candidate_mean(scores: stats.PairedScores, level: float) -> Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class MissingScore:
-    """Documents of a task that one arm has no value for, for one and the same reason."""
+    """Documents of a task without a value in one arm, all for the same reason."""
 
     arm: str
     task: str
@@ -194,9 +192,9 @@ class MissingScore:
 
 @dataclass(frozen=True, kw_only=True)
 class QualityPoint:
-    """Quality at one operating point within one run; ``scores`` are what retention rests on, ``None`` without any.
+    """Quality at one operating point in one run; ``scores`` are those behind retention, ``None`` without any.
 
-    ``documents_sha256`` is over those very documents, as they were put and held against their targets.
+    ``documents_sha256`` is over these documents with their prompts and targets.
     """
 
     run_id: str
@@ -232,7 +230,7 @@ class QualityPoint:
 
     @property
     def all_exercise_decoder(self) -> bool:
-        """Whether every task's score went through the decoder, so that one retention says it all."""
+        """Whether the decoder answers every task, so that both retentions are equal."""
         return all(task.exercises_decoder for task in self.tasks)
 
     @property
@@ -242,7 +240,7 @@ class QualityPoint:
 
 
 def point_key(cell: Cell) -> PointKey:
-    """The operating point of a cell; the same weights in another dtype give other tokens and are another point."""
+    """The operating point of a cell; the same weights in another dtype are another point."""
     checkpoint = cell.checkpoint
     return PointKey(checkpoint.identity, checkpoint.tower, checkpoint.dtype, canonical_json(to_json(cell.decoder)))
 
@@ -265,7 +263,7 @@ def _comparable(workload: Workload) -> Workload:
 
 
 def cells_of(run: Run, point: QualityPoint) -> tuple[set[str], set[str]]:
-    """The cells of a run that a point is made of, by id: those of the baseline and those of the candidate."""
+    """The ids of a point's cells in its run: those of the baseline and those of the candidate."""
     workload = point.candidate.workload
     candidates = [
         cell

@@ -1,4 +1,4 @@
-"""From score rows to what a report says of quality: baseline and candidate paired document by document."""
+"""From score rows to a report's quality: baseline and candidate paired document by document."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ NOT_GIVEN = "the task's own code gives none for this answer"
 class Pairing:
     """Scores of a baseline's and a candidate's cell on the same workload.
 
-    ``lone`` holds, by arm, scores of documents that the other arm answered too, but for whose answer the task's own
-    code gave no such metric. ``num_unanswered`` scores wait for the other arm's answer, in runs that did not end.
+    ``lone`` holds, by arm, scores of documents that both arms answered but for which the other arm has no such metric.
+    ``num_unanswered`` scores wait for the other arm's answer in incomplete runs.
     """
 
     pairs: tuple[Pair, ...]
@@ -58,7 +58,7 @@ class Pairing:
 def paired(run: Run, cells: tuple[Cell, Cell], by_cell: Mapping[str, Sequence[Score]]) -> Pairing:
     """Baseline's and candidate's scores of the same document, metric and filter.
 
-    ArmsDifferError where they cannot be a pair, or where an arm of a run that went to its end lacks an answer.
+    ArmsDifferError where they cannot be paired, or where an arm of a complete run lacks an answer.
     """
     by_key = [{_key(score): score for score in by_cell[cell.id]} for cell in cells]
     answered = [{(score.task, score.doc_id) for score in by_cell[cell.id]} for cell in cells]
@@ -89,7 +89,7 @@ def _check_alike(run: Run, a: Score, b: Score) -> None:
 
 
 def lone_scores(found: Iterable[Pairing]) -> tuple[list[Score], list[Score]]:
-    """By arm, what the other arm's answers were not given."""
+    """By arm, the scores that the other arm's answers did not get."""
     pairings = list(found)
     baseline, candidate = ([score for one in pairings for score in one.lone[arm]] for arm in (0, 1))
     return baseline, candidate
@@ -189,7 +189,7 @@ def _outputs(run: Run, cells: set[str]) -> tuple[dict[OutputKey, Flags], Counts]
 
 
 def _documents_sha256(headline: list[Pair], baselines: list[Cell]) -> str:
-    """Identity of what was asked and in how many tokens it was to be answered."""
+    """A digest of the documents, their prompts and their budgets."""
     asked = [[a.task, a.doc_id, a.doc_sha256, a.prompt_sha256, a.target_sha256, a.metric] for a, _ in headline]
     return sha256_text(canonical_json([asked, [cell.workload.max_new_tokens for cell in baselines]]))
 
@@ -211,7 +211,7 @@ def _scores(pairs: list[Pair], chance: Sequence[float] = ()) -> stats.PairedScor
 
 
 def _tasks_answered_once(run: Run, cells: list[Cell], baselines: list[Cell]) -> set[str]:
-    """Tasks whose log-likelihoods were computed for the baseline only and serve both arms: the tensors are equal."""
+    """Tasks whose log-likelihoods were computed once for both arms, as their tensors are equal."""
     answering = {row.cell for row in run.likelihoods}
     once = set()
     for cell, baseline in zip(cells, baselines, strict=True):
@@ -222,7 +222,7 @@ def _tasks_answered_once(run: Run, cells: list[Cell], baselines: list[Cell]) -> 
 
 
 def _headline_quality(scores: stats.PairedScores, pairs: list[Pair], answered_once: set[str]) -> dict[str, Any]:
-    """Everything about retention, as fields of a QualityPoint."""
+    """The retention and its parts, as fields of a QualityPoint."""
     if not pairs:
         none = Measured(estimate=None, reason="no task with a headline score")
         fields = {"headline": none, "exercised": none, "mean_of_ratios": none, "leave_one_out": ()}
@@ -296,7 +296,7 @@ def _task_quality(
 
 
 def _members(table: stats.ScoreTable, k: int) -> tuple[tuple[str, int, float, float], ...]:
-    """Name, number of documents and both means of each leaf of a task; nothing where it has one alone."""
+    """Name, number of documents and both means of each member of a task; empty for a single task."""
     means_L = table.leaf_means_L(table.baseline_CL), table.leaf_means_L(table.candidate_CL)
     members = [
         (leaf, int(table.count_CL[:, i].sum()), float(means_L[0][i]), float(means_L[1][i]))
@@ -337,7 +337,9 @@ def _interval_warnings(table: stats.ScoreTable, draws: stats.Draws) -> Iterator[
 def _others(
     pairs: list[Pair], answered_once: set[str], apart: Container[tuple[str | None, str, str]]
 ) -> Iterator[OtherScore]:
-    """By task and metric, then by group; ``apart`` are groups whose figure is no mean of documents' own values."""
+    """Scores outside retention by task and metric, then by group; ``apart``: groups whose score is not a mean over
+    documents.
+    """
     tasks: dict[tuple[str, str, str], list[Pair]] = defaultdict(list)
     groups: dict[tuple[str, str, str], list[Pair]] = defaultdict(list)
     for a, b in pairs:

@@ -1,11 +1,11 @@
 """Does an arm's time fit its own forwards? Measured seconds against what the parts of each round predict.
 
-An arm that is much faster than its parts did not do what it counts; a baseline that is much slower was held up outside
-its model. A candidate that is slower than its parts hurts only itself: choosing tokens takes time, too.
+An arm that is much faster than its parts did not do the work that it counts; a baseline that is much slower was slowed
+outside its model. A candidate that is slower than its parts hurts only itself: choosing tokens takes time, too.
 
-Neighbours on the machine hold up whole calls longer than the short moments in which parts are timed, and no call for
-ever: what the fastest round of every call still takes beyond its parts is the baseline's own, whatever the candidate
-does. What comes and goes may be either's: it supports nothing, and is no fault where the candidate lags, too.
+Other work on the machine slows whole calls longer than the short moments in which parts are timed, but not every call
+for ever. So what the fastest round of every call still takes beyond its parts is the baseline's own time. A slowdown
+that comes and goes may be either: it supports no claim, and is not a fault where the candidate lags as well.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ LARGEST_BEYOND = 0.1  # share of the passes beyond what was timed, above which a
 
 @dataclass(frozen=True, kw_only=True)
 class Residual:
-    """The share of an arm's time that its parts lack, below 0 where they take longer than all of it.
+    """The share of an arm's time that its parts do not explain; below 0 where they take longer than all of it.
 
-    ``floor`` is held against the least seconds that its forwards can take: fewer than the parts' sum where towers on
-    two devices work at a time, or where a batch's passes were not counted by the rows that they served. There
-    ``whole``, against the sum, has no estimate but a reason. ``seconds`` are those of each round, measured and
-    predicted. ``num_idle_calls`` gave tokens although the harness saw no forward. ``calm`` is the share of each call's
-    fastest round that its parts lack, these at their mean over the rounds.
+    ``floor`` compares with the least seconds of its forwards: fewer than the parts' sum where towers on two devices
+    overlap, or where a batch's forwards were not counted by the rows that they served. There ``whole``, against the
+    sum, has a reason instead of an estimate. ``seconds`` are measured and predicted ones of each round.
+    ``num_idle_calls`` made tokens without any counted forward. ``calm``: the unexplained share of each call's fastest
+    round, with parts at their mean over the rounds.
     """
 
     whole: Measured
@@ -46,7 +46,7 @@ class Residual:
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualFault:
-    """An arm whose time does not fit its forwards. ``idle``: that gave tokens in ``num_calls`` without any forward.
+    """An arm whose time does not fit its forwards. ``idle``: it made tokens in ``num_calls`` without any forward.
 
     ``calm`` is given where the baseline is slower in the fastest round of every call as well.
     """
@@ -59,7 +59,7 @@ class ResidualFault:
 
 
 def unknown(reason: str) -> Residual:
-    """Nothing to hold an arm against."""
+    """A residual that is not known, with the reason."""
     found = Measured(estimate=None, reason=reason)
     return Residual(whole=found, floor=found)
 
@@ -71,10 +71,10 @@ def residual(
     towers_apart: bool,
     not_counted: str | None,
 ) -> Residual:
-    """The residual with its interval over the rounds whose parts were timed; why there is none, if there is none.
+    """The residual with its interval over the rounds whose parts were timed, or why there is none.
 
-    ``not_counted`` says why passes are known by their longest row alone. Each of them served at least that row, and
-    rows beside each other take no longer than one after the other.
+    ``not_counted``: why forwards are known only by their longest row. Each of them served at least that row, and rows
+    in one batch take no longer than one after the other.
     """
     found = {round_: _tried(predicted, round_, samples) for round_, samples in rounds.items()}
     known = {round_: one for round_, one in found.items() if isinstance(one, stats.Prediction)}
@@ -103,10 +103,10 @@ def _too_little(known: Sequence[stats.Prediction], reasons: Sequence[str]) -> st
 
 
 def faults(residuals: Mapping[Arm, Residual], limit: float) -> tuple[ResidualFault, ...]:
-    """What lies outside the limit. A candidate that is slower than its parts is no fault.
+    """The residuals outside the limit. A candidate that is slower than its parts is no fault.
 
-    A baseline is at fault where its calmest calls lie outside the limit; or where its rounds surely do, and lie behind
-    the candidate's by more than the limit as well.
+    A baseline is at fault where its fastest rounds lie outside the limit; or where all its rounds do, by a lower bound,
+    and lie beyond the candidate's by more than the limit as well.
     """
     found = []
     for arm, one in residuals.items():
@@ -115,7 +115,7 @@ def faults(residuals: Mapping[Arm, Residual], limit: float) -> tuple[ResidualFau
             found.append(ResidualFault(arm=arm, kind="faster", residual=floor))
         elif arm == "baseline" and whole is not None and whole.value > limit:
             calm = one.calm if one.calm is not None and one.calm > limit else None
-            if calm is not None or (whole.low > limit and _is_alone(one, residuals["candidate"], limit)):
+            if calm is not None or (whole.low > limit and _lags_alone(one, residuals["candidate"], limit)):
                 found.append(ResidualFault(arm=arm, kind="slower", residual=whole, calm=calm))
         if one.num_idle_calls:
             found.append(ResidualFault(arm=arm, kind="idle", num_calls=one.num_idle_calls))
@@ -123,15 +123,15 @@ def faults(residuals: Mapping[Arm, Residual], limit: float) -> tuple[ResidualFau
 
 
 def is_held_up(residuals: Mapping[Arm, Residual], limit: float) -> bool:
-    """Whether the baseline seems slower than the limit allows, and the run does not tell who held it up."""
+    """Whether the baseline seems slower than the limit allows, while other work on the machine may be the cause."""
     whole = residuals["baseline"].whole.estimate
     return whole is not None and whole.value > limit and not faults(residuals, limit)
 
 
-def _is_alone(baseline: Residual, candidate: Residual, limit: float) -> bool:
-    """Whether the baseline is farther behind its parts than the candidate by more than the limit, as far as is known.
+def _lags_alone(baseline: Residual, candidate: Residual, limit: float) -> bool:
+    """Whether the baseline lags behind its parts more than the candidate does, by more than the limit.
 
-    Both are held against each other round by round. Two arms that neighbours hold up differ by chance, too.
+    Both are compared round by round, as other work slows the two arms by chance differently.
     """
     both = [round_ for round_ in baseline.seconds if round_ in candidate.seconds]
     if len(both) < MIN_ROUNDS or candidate.whole.estimate is None:
@@ -141,7 +141,7 @@ def _is_alone(baseline: Residual, candidate: Residual, limit: float) -> bool:
 
 
 def fastest_of_calls(samples: Sequence[SpeedSample]) -> list[SpeedSample]:
-    """Of every call its fastest round."""
+    """The fastest round of every call."""
     found: dict[str, SpeedSample] = {}
     for sample in samples:
         if sample.call_id not in found or sample.wall_s < found[sample.call_id].wall_s:
@@ -167,6 +167,6 @@ def _tried(
 
 
 def _least_s(prediction: stats.Prediction) -> float:
-    """Seconds of the slower of two devices, the other one's work behind it."""
+    """Seconds of the slower of two devices, as the other one works at the same time."""
     denoiser_s = prediction.by_part_s.get("denoise", 0.0)
     return max(denoiser_s, prediction.total_s - denoiser_s)

@@ -1,4 +1,4 @@
-"""Timed answers are the same in every round, and those that were scored (PROTOCOL "Claims and verdicts")."""
+"""Gates on timed answers: the same in every round, and the same as scored (PROTOCOL "Claims and verdicts")."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SHOWN = 3
 def answer_gates(
     runs: Sequence[Run], quality: Sequence[QualityPoint], speed: SpeedPoint, limits: GateLimits
 ) -> list[Gate]:
-    """What a speedup's own answers have to be: the same in every round, and those of the newest run that scored them.
+    """A speedup's own answers are the same in every round, and equal those of the newest run that scored them.
 
-    ``quality`` is what was measured at the same point, oldest first.
+    ``quality``: what was measured at the same point, oldest first.
     """
     scored = next((point for point in reversed(quality) if not point.timed), None)
     found = [same_rounds_gate(runs, speed, limits), *same_answers_gates(runs, scored, speed, limits)]
@@ -36,7 +36,7 @@ def answer_gates(
 
 
 def same_rounds_gate(runs: Sequence[Run], point: SpeedPoint, limits: GateLimits) -> Gate:
-    """Every round gives the same tokens in the same passes: what is timed last is what was timed first."""
+    """Every round gives the same tokens in the same forwards."""
     found = from_round_to_round(runs, point)
     differing = tuple(one.arm for one in found if one.share > _allowed(one, limits))
     facts = SameAnswers(when="again", arms=found, differing=differing)
@@ -51,9 +51,9 @@ def _outcome(found: SameAnswers) -> CheckOutcome:
 def same_answers_gates(
     runs: Sequence[Run], quality: QualityPoint | None, speed: SpeedPoint, limits: GateLimits
 ) -> list[Gate]:
-    """Timed answers are the scored ones of the same documents, token for token, and took the same passes.
+    """Timed answers equal the scored ones of the same documents, token for token, in as many forwards.
 
-    In half precision rounding parts some of them: then also, what that does to the scores.
+    In half precision rounding changes some; then their effect on the scores is checked as well.
     """
     if quality is None:
         nothing = SameAnswers(when="scored")
@@ -74,7 +74,7 @@ def same_answers_gates(
 
 
 def _compared(runs: Sequence[Run], quality: QualityPoint, speed: SpeedPoint) -> list[Agreement]:
-    """Both arms' answers, as far as nothing else differs that would make them differ."""
+    """Both arms' timed against scored answers, where their settings are the same."""
     unlike = {one.arm for one in unlike_settings(quality, speed)}
     budgets = unlike_budgets(runs, quality, speed)
     found = []
@@ -91,7 +91,7 @@ def _allowed(found: Agreement, limits: GateLimits) -> float:
 
 
 def _effect_gates(found: Iterable[Agreement], limits: GateLimits, run_ids: tuple[str, ...]) -> list[Gate]:
-    """Whether answers that may differ are worth as much as the scored ones; nothing where none differs."""
+    """Whether different answers score as well as the scored ones; empty where none differ."""
     return [_effect_gate(one, one.effect, limits, run_ids) for one in found if one.effect is not None]
 
 
@@ -112,7 +112,7 @@ def _effect_gate(one: Agreement, effect: Measured, limits: GateLimits, run_ids: 
 
 
 def same_prompts_gates(runs: Sequence[Run], point: QualityPoint | SpeedPoint) -> list[Gate]:
-    """Arms of one tokenizer that read some prompts as other tokens; nothing where they do not."""
+    """Failed where arms with the same tokenizer read prompts as other tokens; else empty."""
     found = unlike_prompts(runs, point)
     if not found:
         return []

@@ -1,7 +1,7 @@
-"""What sizing runs say: step costs, their floors, and the speedup that a rate of commits would give.
+"""Sizing runs: step costs, their floors, and the speedup at a given rate of commits.
 
-Costs of a model whose weights are not at hand, never a measured speedup: claims do not read this. Layers that were
-not built are extrapolated to. Letters as in stats/intervals; F measured parts of a model.
+Costs of a model whose weights are not at hand, never a measured speedup: claims do not read them. Layers that were not
+built are extrapolated. Letters as in stats/intervals; F measured parts of a model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Item = tuple[CostPart, int, int, int | None, str, int | None]
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """One part of decoding beside its floor. ``extrapolated``: the whole model's, from ``pattern``'s layers."""
+    """One part of decoding beside its floor. ``extrapolated``: the whole model's cost, from ``pattern``'s layers."""
 
     part: CostPart
     batch_size: int
@@ -45,7 +45,7 @@ class StepCost:
 
 
 class Drawn(TypedDict):
-    """One row of costs, by the names that the statistics of costs take."""
+    """One row of costs, under the names that the statistics of costs use."""
 
     ar_step_s: float
     denoise_s: float
@@ -104,7 +104,7 @@ class RoutingCurve:
 
 @dataclass(frozen=True, kw_only=True)
 class SizingPoint:
-    """One batch size and block size: a band of curves, and the whole blocks that check them."""
+    """One batch size and block size: a band of curves, and whole blocks that check them."""
 
     batch_size: int
     block_size: int
@@ -152,7 +152,7 @@ class SizingRun:
         return dict(zip(keys, round_draws(seconds_RF, SEED).T, strict=True))
 
     def whole(self, item: Item) -> Floats:
-        """Seconds (Q,) for all layers of the config: as measured, or put together from the costs of its layers."""
+        """Seconds (Q,) for all layers of the config: measured, or the sum of its layers' costs."""
         if not self.extrapolated:
             return self._draws[item, self.pattern]
         key = (item, "whole")
@@ -171,7 +171,7 @@ class SizingRun:
 
     @cached_property
     def held_out(self) -> str | None:
-        """The first half of the built layers, which tests the fit; None where the fit cannot do without it."""
+        """The first half of the built layers, which tests the fit; ``None`` where the fit needs it."""
         half = self.pattern[: len(self.pattern) // 2]
         others = [pattern for pattern in self.patterns if pattern != half]
         kinds = set(self.pattern)
@@ -245,7 +245,7 @@ class SizingRun:
         return RoutingCurve(routing=routing, costs=costs, break_even=self._needed(costs, 1.0), needed=needed)
 
     def _needed(self, costs: BlockCosts, speedup: float) -> Measured:
-        """Tokens per NFE that the speedup takes; a resample in which no rate gives it counts as infinitely many."""
+        """Tokens per NFE that the speedup needs; infinite in a resample where no rate reaches it."""
         figures = [needed_tokens_per_nfe(speedup, **costs.draw(row)) for row in range(len(costs.ar_Q))]
         if figures[0].value is None:
             return Measured(estimate=None, reason=figures[0].reason)
@@ -322,7 +322,7 @@ def round_draws(seconds_RF: Floats, seed: int) -> Floats:
 
 
 def round_estimate(values_Q: Floats, *, num_rounds: int, seed: int, level: float = LEVEL) -> Estimate:
-    """Row 0 of (Q,) with the interval of the other rows; its ends may be infinite. NoEstimate for a single round."""
+    """Row 0 of (Q,) with an interval from the other rows; its ends may be infinite. NoEstimate for a single round."""
     if num_rounds < 2:
         raise NoEstimate("one round gives no interval: measure more")
     inflation = (num_rounds / (num_rounds - 1)) ** 0.5
@@ -334,9 +334,9 @@ def round_estimate(values_Q: Floats, *, num_rounds: int, seed: int, level: float
 
 
 def fit_layers(patterns: Sequence[str], seconds_QF: Floats) -> tuple[str, Floats]:
-    """Layer kinds, and seconds (Q, 1 + kinds) of what is outside the layers and of one layer of each kind.
+    """Layer kinds, and seconds (Q, 1 + kinds) outside the layers and of one layer of each kind.
 
-    Least squares of relative errors, no cost below zero. NoEstimate where the parts cannot tell the kinds apart.
+    Least squares of relative errors, no cost below zero. NoEstimate where the parts cannot separate the kinds.
     """
     kinds = "".join(sorted(set("".join(patterns))))
     counts_FL = layer_counts(patterns, kinds)

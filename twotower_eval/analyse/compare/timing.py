@@ -1,4 +1,4 @@
-"""From timed calls to what a report says of speed: arms paired call by call and round by round, the baseline at its
+"""From timed calls to a report's speed: arms paired call by call and round by round, and whether the baseline is at its
 best.
 """
 
@@ -69,11 +69,11 @@ FIELDS = {field.name for field in dataclasses.fields(BaselineBest)}
 
 @dataclass(frozen=True, kw_only=True)
 class Best:
-    """What was found of one baseline cell, over all launches of its runs.
+    """Whether one baseline cell is at its best, over all launches of its runs.
 
-    ``above_floor``: times as long as reading a step's bytes takes, from ``tokens_per_s`` useful ones.
-    ``over_generate``: times as long as transformers' own ``generate``, ``None`` where that was not timed or gave other
-    tokens.
+    ``above_floor``: its time over that of reading a step's bytes, from ``tokens_per_s`` useful tokens.
+    ``over_generate``: its time over that of transformers' own ``generate``, ``None`` where that was not timed or gave
+    other tokens.
     """
 
     batch_size: int
@@ -84,12 +84,12 @@ class Best:
     over_generate: Estimate | None
 
     def is_handicapped(self, limit: float) -> bool:
-        """Whether transformers' own is surely faster, by more than ``limit`` of its time."""
+        """Whether transformers' own generate is faster by more than ``limit`` of its time, by the interval."""
         return self.over_generate is not None and self.over_generate.low > 1 + limit
 
 
 def best_of(runs: Sequence[Run], cell: Cell, tokens_per_s: float | None) -> Best | None:
-    """``None`` where no launch looked, as in runs of old."""
+    """The record over all launches; ``None`` in older runs, which did not check."""
     found = [_read(event) for run in runs for event in run.events if event.get("kind") == "baseline_best"]
     own = [one for one in found if one.cell == cell.id]
     if not own:
@@ -117,7 +117,7 @@ def _read(event: JsonObject) -> BaselineBest:
 
 
 def best_warning(best: Best | None) -> Finding | None:
-    """What is to be read before a speedup over this baseline is believed."""
+    """A warning for a speedup over a slow baseline, else ``None``."""
     if best is None:
         return None
     if best.over_generate is not None and best.over_generate.low > 1:
@@ -137,13 +137,12 @@ Asked = tuple[tuple[str, int, int], str]  # task, document and request; the hash
 class SpeedPoint:
     """Speed of one candidate cell against its baseline cell; ``null`` is the baseline against itself.
 
-    ``gates`` are those of a claim that names no limits, none before :class:`Runs` has looked; where one failed this is
-    INVALID. ``handicaps``: arms that were timed in a slower way than their models have.
-    ``best``: whether the baseline is at its best, ``None`` where that was not recorded.
-    ``timed`` and ``null_timed`` are the calls that these figures rest on, for other levels. ``tasks`` are those that
-    the timed prompts are of, none where their ids do not say. ``lengths`` are of the baseline's answers and the
-    candidate's, none where prompts are fixed. Of ``num_paired`` calls in complete rounds those of ``faults`` took
-    impossible times in either arm. ``unseen`` is what prompts that were new say of memory.
+    ``gates`` are those of a claim with default limits, empty before :class:`Runs` has computed them; a failed one makes
+    the point INVALID. ``handicaps``: arms that were timed in a slower way than their models offer. ``best``: whether
+    the baseline is at its best, ``None`` if not recorded. ``timed`` and ``null_timed`` are the calls behind the
+    figures, for other levels. ``tasks`` are those of the timed prompts, empty where their ids name none. ``lengths``
+    are of baseline and candidate, empty for fixed prompts. ``faults`` are those of ``num_paired`` calls in complete
+    rounds with impossible times in either arm. ``unseen``: what new prompts show of memory.
     """
 
     run_ids: tuple[str, ...]
@@ -199,26 +198,26 @@ class SpeedPoint:
 
     @property
     def serial(self) -> SerialDependence | None:
-        """How much its rounds depend on their neighbours; ``None`` where there is no speedup."""
+        """How much its rounds depend on their neighbours; ``None`` without a speedup."""
         return None if self.time.estimate is None else self.time.estimate.serial
 
     @property
     def invalid(self) -> bool:
-        """Whether this must not be read as a speedup: whether any of its gates failed."""
+        """Whether any gate failed, so that this must not be read as a speedup."""
         return any(gate.outcome == "failed" for gate in self.gates)
 
     def too_many_faults(self, limits: GateLimits) -> bool:
-        """Whether more timings are left out for void calls than a claim allows; one void call never is too many."""
+        """Whether void calls remove more timings than a claim allows; a single void call is never too many."""
         return len(self.faults) > 1 and self.void_share > limits.void_share
 
     @property
     def void_share(self) -> float:
-        """Of the timings in complete rounds, those that are left out: a void call takes its prompts or round along."""
+        """Share of the timings in complete rounds that are left out; a void call takes its prompts or round along."""
         return 1 - self.num_rounds * self.num_calls / self.num_paired if self.faults else 0.0
 
     @property
     def lengths_differ(self) -> bool:
-        """Whether the arms' outputs differ so much in length that the wall-clock speedup does not say all."""
+        """Whether the arms' outputs differ so much in length that the throughput speedup has to be read as well."""
         return lengths_differ(self.length)
 
     @property
@@ -234,7 +233,7 @@ class SpeedPoint:
 
     @property
     def equal_devices(self) -> bool:
-        """Whether both arms use as many devices, as far as the run says."""
+        """Whether both arms use equally many devices, as far as is recorded."""
         baseline, candidate = self.baseline.workload.num_devices, self.candidate.workload.num_devices
         return not baseline or not candidate or baseline == candidate
 
@@ -246,9 +245,9 @@ def lengths_differ(length: Measured) -> bool:
 
 
 def speed_points(runs: Sequence[Run]) -> tuple[tuple[SpeedPoint, ...], tuple[str, ...]]:
-    """Every timed candidate cell, pooled over runs that differ in nothing but their launch; and what is not there yet.
+    """Every timed candidate cell, pooled over runs that differ only in their launch; and what is missing.
 
-    A cell of an unfinished run without one complete round gives a line of the second kind.
+    A cell of an incomplete run without a complete round gives a line of the second kind.
     """
     found = [_point(pool, cell, runs) for pool, cell in pools(runs, "candidate")]
     points = [point for point in found if isinstance(point, SpeedPoint)]
@@ -314,7 +313,7 @@ def tasks_of(prompt_ids: Iterable[str]) -> tuple[str, ...]:
 
 
 def _warnings(length: Measured, lengths: Sequence[Lengths]) -> Iterator[Finding]:
-    """What to read with a speedup, for how long the answers are that it was timed on."""
+    """Warnings about the lengths of the timed answers."""
     if lengths_differ(length):
         yield Finding(kind="lengths_differ", severity="warning", facts=LengthsDiffer())
     if any(of_arm.misses_the_tail for of_arm in lengths):
@@ -322,7 +321,7 @@ def _warnings(length: Measured, lengths: Sequence[Lengths]) -> Iterator[Finding]
 
 
 def _few_rounds(time: Measured, timed: stats.TimedCalls) -> list[Finding]:
-    """That its rounds decide nothing, where they are too few or too much alike; launches count by themselves."""
+    """A warning where rounds are too few or too much alike for a verdict; resampled launches count as units instead."""
     if time.estimate is None or stats.resamples_launches(timed.launches):
         return []
     found = stats.too_few_rounds(time.estimate, len(timed.launches))
@@ -330,7 +329,7 @@ def _few_rounds(time: Measured, timed: stats.TimedCalls) -> list[Finding]:
 
 
 def _handicaps(*arms: Lane) -> tuple[Handicap, ...]:
-    """What slows either arm, by how its model is run."""
+    """What slows either arm by how its model is run."""
     found: list[Handicap] = []
     for arm in arms:
         cell = arm.cell
@@ -345,7 +344,7 @@ def _handicaps(*arms: Lane) -> tuple[Handicap, ...]:
 
 
 def _check_prompts(runs: list[Run], baseline: Grid, candidate: Grid) -> None:
-    """Both arms must have been given the same prompts, in the same batches."""
+    """ArmsDifferError unless both arms had the same prompts in the same batches."""
     calls = [{call for _, call in grid} for grid in (baseline, candidate)]
     # A killed run may have stopped before one arm saw a batch; that is no mismatch.
     if calls[0] != calls[1] and all(run.complete for run in runs):
@@ -369,7 +368,7 @@ def _asked(runs: list[Run], cell: str) -> frozenset[Asked]:
 
 
 def _dropped_calls(by_arm: list[dict[OutputKey, Flags]], calls: list[Call]) -> tuple[list[bool], list[bool]] | None:
-    """Per arm and call, whether one of its prompts was ever answered degenerately; ``None`` without the outputs."""
+    """Per arm and call, whether any of its prompts was answered degenerately; ``None`` without the outputs."""
     prompts = {prompt for call in calls for prompt in call}
     kept = [{document_prompt_id(task, doc_id) for _, task, doc_id, _ in arm} for arm in by_arm]
     if not all(prompts <= arm for arm in kept):

@@ -1,5 +1,5 @@
-"""Quality against speed over operating points: which points share what a line needs, the Pareto front, and accuracy
-under parallelism (AUP).
+"""Quality against speed over operating points: which points can share a line, the Pareto front, and accuracy under
+parallelism (AUP).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredOn:
-    """What a figure was measured on; equal ones are alike. ``kind`` is ``task`` for whole tasks.
+    """What a figure was measured on; equal records can share a line. ``kind`` is ``task`` for whole tasks.
 
-    ``num_documents`` were scored over ``num_tasks``, or ``num_calls`` were timed; the others are ``None``. ``same`` is
-    all that has to be equal beside what is told here.
+    ``num_documents`` were scored over ``num_tasks``, or ``num_calls`` were timed; the others are ``None``. ``same``
+    holds everything else that has to be equal.
     """
 
     kind: WorkloadKind
@@ -49,7 +49,7 @@ class MeasuredOn:
 
     @property
     def wanted(self) -> tuple[int, ...]:
-        """Sorts what says most of a point first: whole tasks, more of them, answers before fixed lengths."""
+        """Sort key: whole tasks first, then more tasks, then answers before fixed lengths."""
         kind = ("task", "answer", "fixed").index(self.kind)
         sizes = (self.num_tasks or 0, self.num_documents or 0, self.num_calls or 0)
         return (kind, *(-size for size in sizes[:2]), self.batch_size or 0, -sizes[2])
@@ -81,7 +81,7 @@ def timed_on(point: SpeedPoint) -> MeasuredOn:
 
 
 def any_run(found: MeasuredOn) -> MeasuredOn:
-    """The same, whichever run it was measured in: for scores, which do not depend on it."""
+    """The same without the run: scores do not depend on it."""
     return dataclasses.replace(found, run_ids=())
 
 
@@ -98,7 +98,7 @@ class PointFigure:
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """Figures that are alike, over one setting, each with its value of the setting; what they share is ``label``."""
+    """Figures over one setting that can share a line, each with its value; ``label`` is what they share."""
 
     label: str
     on: MeasuredOn
@@ -106,17 +106,17 @@ class Series:
 
     @property
     def joined(self) -> bool:
-        """Whether there is a line."""
+        """Whether a line joins the figures."""
         return len(self.figures) > 1
 
     @property
     def crossed(self) -> bool:
-        """Whether a timing among them is INVALID."""
+        """Whether any timing among them is INVALID."""
         return any(figure.invalid for _, figure in self.figures)
 
 
 def families(name: str, candidates: Iterable[Cell]) -> dict[str, str]:
-    """Words for every family of operating points, by its key: what they share apart from the setting ``name``."""
+    """Labels of the families of operating points, by key: what they share apart from the setting ``name``."""
     cells = {family_key(name, cell): cell for cell in candidates if number(cell.decoder, name) is not None}
     models = {_model(cell)[:2]: checkpoint_name(cell.checkpoint) for cell in cells.values()}
     names = Counter(models.values())
@@ -131,7 +131,7 @@ def families(name: str, candidates: Iterable[Cell]) -> dict[str, str]:
 
 
 def family_key(name: str, cell: Cell) -> str:
-    """All that an operating point is apart from the setting ``name``; steps may be said to follow the block size."""
+    """An operating point without the setting ``name``; steps may follow the block size."""
     params = {key: value for key, value in cell.decoder.params.items() if key != name}
     if name != "steps_per_block" and "block_size" in cell.decoder.params:
         follows = setting(cell.decoder, "steps_per_block") == setting(cell.decoder, "block_size")
@@ -159,10 +159,9 @@ def _label(name: str, decoder: DecoderSpec) -> str:
 
 
 def series(name: str, label: str, figures: Sequence[PointFigure]) -> tuple[Series, ...]:
-    """One family's figures over a setting, those that are alike together.
+    """One family's figures over a setting, grouped by what they were measured on.
 
-    What says most of a point comes first; what was measured on something else follows only where it has further
-    points.
+    The most telling measurements come first; others follow only where they have further points.
     """
     groups: dict[MeasuredOn, dict[float, PointFigure]] = {}
     for figure in figures:
@@ -184,10 +183,10 @@ BROKEN = GateLimits().min_retention  # broken: the whole interval of retention l
 
 @dataclass(frozen=True, kw_only=True)
 class TradeOff:
-    """One operating point: its box of two intervals, and what forbids to read it as a point among others.
+    """One operating point: its box of two intervals, and why it may not count among the others.
 
-    ``on_front``: by the estimates no other point, the baseline included, is at least as good in both and better in
-    one. Points with an ``invalid`` timing are never on it and beat nobody.
+    ``on_front``: by the estimates, no other point, the baseline included, is at least as good in both and better in
+    one. Points with an ``invalid`` timing are never on the front and beat no other.
     """
 
     key: PointKey
@@ -202,9 +201,9 @@ class TradeOff:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """Points that were timed alike, with retentions on the same documents of outputs of one kind.
+    """Points that were timed alike, with retentions on the same documents and the same kind of outputs.
 
-    ``same_outputs``: these are of the outputs that were timed; else of whole tasks, scored apart.
+    ``same_outputs``: retention of the timed outputs themselves, else of whole tasks.
     """
 
     workload: str
@@ -226,7 +225,7 @@ def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
 
 
 def is_fast_and_broken(retention: Estimate, speedup: Estimate) -> bool:
-    """Faster than the baseline by its estimate, and surely less than ``BROKEN`` of its quality kept."""
+    """Faster than the baseline by its estimate, and with an upper bound of retention below ``BROKEN``."""
     return speedup.value > 1 and retention.high < BROKEN
 
 
@@ -245,7 +244,7 @@ def _order(on: MeasuredOn) -> tuple[object, ...]:
 
 
 def _panel(on: MeasuredOn, timed: Sequence[SpeedPoint], quality: Sequence[QualityPoint]) -> Panel | None:
-    """Of all kinds of retention the one that most points have: two kinds would not make one front."""
+    """The kind of retention that most points have, as two kinds cannot share a front."""
     kinds: dict[MeasuredOn, dict[str, QualityPoint]] = {}
     for point in timed:
         for one in quality:
@@ -304,7 +303,7 @@ KEPT = ("block_size", "temperature")  # numbers that are the same all along a cu
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """One decoder setting on one task: its accuracy in percent, and the counts of the very answers that it is of."""
+    """One decoder setting on one task: its accuracy in percent, with the counts of the same answers."""
 
     candidate: Cell
     accuracy: float
@@ -315,8 +314,8 @@ class CurvePoint:
 class Curve:
     """Settings of one decoder on one task of one run; ``best`` is the best accuracy there, in percent.
 
-    ``aup`` counts denoiser forwards, ``aup_with_commits`` these and commits, ``aup_with_all`` prefills as well; each
-    is ``None`` where some point has no such count. ``num_left_out`` of the first are too inaccurate.
+    ``aup`` counts denoiser forwards, ``aup_with_commits`` these and commits, ``aup_with_all`` prefills as well; each is
+    ``None`` where some point lacks the count. ``num_left_out`` points are too inaccurate for the first.
     """
 
     run_id: str
@@ -331,7 +330,7 @@ class Curve:
 
 
 def kept(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """(tokens per forward, accuracy in percent) in order, without those that lie too far below the first."""
+    """(tokens per forward, accuracy in percent) in order, without those too far below the first."""
     ordered = sorted(points)
     return [point for point in ordered if point[1] >= ordered[0][1] - MAX_LOSS]
 
@@ -373,14 +372,14 @@ def curves(runs: Iterable[Run], quality: Sequence[QualityPoint]) -> tuple[Curve,
 
 
 def _answered(point: QualityPoint) -> Iterator[TaskQuality]:
-    """Tasks whose scores are shares of what the decoder wrote."""
+    """Tasks whose scores are shares of the decoder's answers."""
     return (
         task for task in point.tasks if task.scored_by == ("generation",) and max(task.baseline, task.candidate) <= 1
     )
 
 
 def _family(point: QualityPoint) -> str:
-    """What a curve's points share: all but what is swept."""
+    """What a curve's points share: everything but the swept settings."""
     decoder = point.candidate.decoder
     params = {name: value for name, value in decoder.params.items() if not is_swept(decoder, name)}
     return canonical_json([*point.key[:-1], decoder.kind, decoder.version, params])

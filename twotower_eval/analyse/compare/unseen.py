@@ -1,15 +1,15 @@
-"""Whether an arm remembers what it has read before: what it takes for new prompts against what it takes for seen ones.
+"""Whether an arm remembers earlier prompts: its time and forwards on new prompts against those on prompts read before.
 
-A decoder may honestly need more passes for one prompt than for another, above all for text that nobody would write. So
-no two prompts are compared by their seconds. Compared are
+A decoder may honestly need more forwards for one prompt than for another, above all for made-up text. So the seconds of
+two different prompts are never compared. Compared are
 
 - the same prompt, twice: the seconds of a probe when it was new over those in the next round, and the forwards per
-  token of every timed prompt when it was first read, in the warm-up as a rule, over those of all later readings;
-- like prompts, by what is counted: the forwards per token of a probe when it was new over those of timed prompts of
-  the same task and about the same length. Documents that are not timed are like them. Prompts that are made up of two
-  documents are not: only far more forwards than honest decoders need for such text count;
-- like prompts, forward by forward: the seconds of a new probe over those that its own forwards take alone, against the
-  same of timed prompts, and against the same of the other arm on that probe.
+  token of every timed prompt on its first reading (in the warm-up as a rule) over those of all later readings;
+- similar prompts, by forwards per token: new probes against timed prompts of the same task and about the same length.
+  Documents that are not timed are similar. Prompts made up of two documents are not: there, only far more forwards
+  than honest decoders need for such text count;
+- similar prompts, forward by forward: the seconds of a new probe over those that its own forwards take alone, against
+  the same ratio of timed prompts, and against the same of the other arm on that probe.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ Key = tuple[str, str]  # launch, call
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """How many times as much an arm takes for what is new as for what it has seen; 1 where nothing is remembered.
+    """By how much an arm takes longer on new prompts than on prompts that it has read; 1 where it remembers nothing.
 
-    ``seconds`` and ``forwards`` are of the same prompt read again, ``documents`` and ``made_up`` are forwards per token
-    of new prompts against like ones that are timed, ``forward_s`` the seconds of equal forwards.
+    ``seconds`` and ``forwards``: the same prompt read again. ``documents`` and ``made_up``: forwards per token of new
+    prompts against similar timed ones. ``forward_s``: seconds of equal forwards.
     """
 
     seconds: Measured = NOTHING
@@ -59,14 +59,15 @@ class Memory:
     forward_s: Measured = NOTHING
 
     def exceeds(self, limit: float) -> bool:
-        """Whether any of them surely lies above the limit."""
+        """Whether any of these lies above the limit by its lower bound."""
         alike = (self.seconds, self.forwards, self.documents, self.forward_s)
         bounds = [*((one, limit) for one in alike), (self.made_up, FAR)]
         return any(one.estimate is not None and one.estimate.low > most for one, most in bounds)
 
     def tells(self, limit: float) -> bool:
-        """Whether a gain above the limit would have been noticed: on the same prompts read again, in seconds and in
-        forwards, and on new prompts of either kind, where there were any."""
+        """Whether a gain above the limit would have been noticed, in seconds and forwards of prompts read again and on
+        new prompts of either kind, where there were any.
+        """
         again = all(_is_below(one, limit) for one in (self.seconds, self.forwards))
         new = [_is_below(one, most) for one, most in ((self.documents, limit), (self.made_up, FAR)) if one.estimate]
         return again and (not new or any(new))
@@ -82,11 +83,11 @@ class Unseen:
     num_void: int = 0
 
     def checked(self, limit: float) -> bool:
-        """Whether the candidate read the same prompts twice, often enough for a gain above the limit to be noticed."""
+        """Whether the candidate read enough prompts twice to notice a gain above the limit."""
         return self.candidate.tells(limit)
 
     def remembered(self, limit: float) -> tuple[str, ...]:
-        """Which arms surely take more than ``limit`` times as much for what is new."""
+        """The arms that take more than ``limit`` times as long on new prompts, by their lower bounds."""
         arms = (("baseline", self.baseline), ("candidate", self.candidate))
         return tuple(arm for arm, memory in arms if memory.exceeds(limit))
 
@@ -100,14 +101,14 @@ UNCHECKED = Unseen(baseline=Memory(), candidate=Memory(), num_new=0)
 
 @dataclass(frozen=True, kw_only=True)
 class _Probed:
-    """A probe call by cell: when it was new, and the first time after that."""
+    """A probe call of a cell: when it was new, and the first time after that."""
 
     new: SpeedSample
     again: SpeedSample | None
 
 
 def unseen(runs: Sequence[Run], arms: tuple[Cell, Cell], grids: tuple[Grid, Grid], there: Usable) -> Unseen:
-    """The probes of both arms' cells, and the first readings of what is timed, held against the calls of the rounds."""
+    """Probes and first readings of both arms' cells against the timed calls of the rounds."""
     probes = [_probes(runs, cell) for cell in arms]
     own_new = {key: probe for key, probe in probes[1].items() if key in probes[0]}
     cells = {cell.id for cell in arms}
@@ -128,7 +129,7 @@ def _memory(
     there: Usable,
     other: tuple[Cell, Mapping[Key, _Probed]] | None,
 ) -> Memory:
-    """One arm's; ``grids`` are its own and the other's, ``other`` has timed the same probes."""
+    """One arm's memory; ``grids`` are its own and the other arm's, ``other`` timed the same probes."""
     new = [one.new for one in probes.values() if (one.new.launch_id, one.new.round) in there.rounds]
     counted = any(sample.passes for run in runs for sample in run.speed_of({cell.id}))
     more = [(one.held_out, _beyond_like(one, grids[0], there, _forwards_per_token)) for one in new] if counted else []
@@ -146,7 +147,7 @@ def _mean(logs: Sequence[float]) -> Measured:
 
 
 def _probes(runs: Sequence[Run], cell: Cell) -> dict[Key, _Probed]:
-    """By launch and call what the cell was probed with; without those whose first time cannot be."""
+    """By launch and call, a cell's probes; those with an impossible first time are left out."""
     found: dict[Key, list[SpeedSample]] = defaultdict(list)
     for sample in (sample for run in runs for sample in run.speed_of({cell.id})):
         if sample.phase == "probe":
@@ -160,9 +161,10 @@ def _probes(runs: Sequence[Run], cell: Cell) -> dict[Key, _Probed]:
 
 
 def _gains(probes: Sequence[_Probed], other: Grid, there: Usable) -> list[float]:
-    """Seconds of each prompt when it was new over those when it had been seen, but for what its rounds differ in.
+    """Seconds of each prompt when it was new over those when it was read again, corrected for differences between
+    rounds.
 
-    That is told by the other arm, since in its own a memory would hide behind what it did to the rounds.
+    The other arm gives the correction: in the arm's own rounds, memory would hide itself.
     """
     of_round = {round_: fmean(log(other[round_, call].wall_s) for call in there.calls) for round_ in there.rounds}
     found = []
@@ -176,7 +178,7 @@ def _gains(probes: Sequence[_Probed], other: Grid, there: Usable) -> list[float]
 
 
 def _first_readings(runs: Sequence[Run], cell: Cell) -> list[float]:
-    """Of every timed call, forwards per token when it was first read over those of all later readings."""
+    """Of every timed call, forwards per token on the first reading over those of all later readings."""
     readings: dict[Call, list[SpeedSample]] = defaultdict(list)
     for sample in (sample for run in runs for sample in run.speed_of({cell.id})):
         if sample.replica == 0 and sample.phase != "probe":
@@ -190,7 +192,7 @@ def _first_readings(runs: Sequence[Run], cell: Cell) -> list[float]:
 
 
 def _beyond_like(new: SpeedSample, grid: Grid, there: Usable, of: Callable[[SpeedSample], float]) -> float:
-    """What a figure is of a new call beyond what it is, in the same round, of the timed calls that are most like it."""
+    """A figure of a new call over the mean of the most similar timed calls of the same round, on the log scale."""
     tasks, length = _tasks(prompt.prompt_id for prompt in new.prompts), _length(new)
     timed = [grid[(new.launch_id, new.round), call] for call in there.calls]
     alike = [one for one in timed if _tasks(prompt.prompt_id for prompt in one.prompts) == tasks] or timed
@@ -206,9 +208,9 @@ def _of_equal_forwards(
     there: Usable,
     other: tuple[Cell, Mapping[Key, _Probed]] | None,
 ) -> list[float]:
-    """How many times as long equal forwards take on new prompts as on like ones that are timed, beside the other arm.
+    """By how much equal forwards take longer on new prompts than on similar timed ones, relative to the other arm.
 
-    Nothing where parts were not timed alone, or not of these sizes.
+    Empty where parts were not timed alone, or not at these sizes.
     """
     found = []
     with_alone = partial(_beyond_alone, seconds_alone(runs, cell, list(grids[0].values())))
@@ -232,7 +234,7 @@ def _beyond_alone(alone: Callable[[SpeedSample], float], sample: SpeedSample) ->
 
 
 def _forwards_per_token(sample: SpeedSample) -> float:
-    """On the log."""
+    """Logarithm of the forwards per token of a call."""
     num_tokens = sum(prompt.num_tokens for prompt in sample.prompts)
     return log(max(NO_FORWARD, sum(one.num for one in sample.passes)) / max(1, num_tokens))
 

@@ -1,4 +1,4 @@
-"""What a reader of a figure has to know, as facts: what was left out, and what makes it less than it seems."""
+"""Facts for warnings: what was left out of a figure, and what weakens it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from twotower_eval.records import Estimate, Fact, TimeFault
 
 @dataclass(frozen=True, kw_only=True)
 class Incomplete(Fact):
-    """A run that has not finished."""
+    """A run that is not complete."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class IncompleteRounds(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class VoidCalls(Fact):
-    """Timed calls whose times no clock can have given."""
+    """Timed calls with impossible times."""
 
     num_timed: int
     faults: tuple[TimeFault, ...]
@@ -34,7 +34,7 @@ class VoidCalls(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class ResumedWithFewer(Fact):
-    """A run that was resumed with a plan of fewer rounds than it was first made for."""
+    """A run that was resumed with fewer rounds than first planned."""
 
     run_id: str
     num_asked: int
@@ -48,12 +48,12 @@ class LengthsDiffer(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class UnlikeLengths(Fact):
-    """Timed answers whose lengths are unlike those of all known documents."""
+    """Timed answers whose lengths clearly differ from those of all known documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WideNull(Fact):
-    """A null that is good enough in itself, and wide for so small a speedup. ``widest`` is ``share`` of its log."""
+    """An A/A null that passes but is wide for so small a speedup. ``widest`` is ``share`` of its logarithm."""
 
     half_width: float
     widest: float
@@ -69,7 +69,7 @@ class SlowerThanGenerate(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class FarAboveFloor(Fact):
-    """A baseline that takes ``above_floor`` times as long as reading its weights does, more than ``limit`` times."""
+    """A baseline at ``above_floor`` times the time of reading its weights, above ``limit``."""
 
     above_floor: float
     limit: float
@@ -84,7 +84,7 @@ class Unpaired(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class NoHeadline(Fact):
-    """Documents that have no headline score in one arm: they are left out of both."""
+    """Documents without a headline score in one arm; they are left out of both."""
 
     num_documents: int
 
@@ -100,6 +100,6 @@ class StandardErrorsDiffer(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class LoneClusters(Fact):
-    """Clusters that are alone in touching their set of tasks: no interval sees them vary."""
+    """Clusters with a set of tasks that no other cluster has: intervals do not include how they vary."""
 
     num_clusters: int

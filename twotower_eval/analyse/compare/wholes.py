@@ -1,4 +1,4 @@
-"""Scores that lm-eval computes from all documents of a task together, by its own functions: no mean stands for them."""
+"""Scores that lm-eval computes from all documents of a task together, with its own functions, instead of a mean."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Pair = tuple[Score, Score]
 
 @dataclass(frozen=True, kw_only=True)
 class WholeScore:
-    """One such score in both arms: the number by lm-eval's function, and the same function over resampled documents.
+    """One such score in both arms: lm-eval's number, and the same function over resampled documents.
 
-    ``retention`` is only of scores of which more is better. ``main``: it stands for its task. ``members`` are those of
-    a group.
+    ``retention`` only for scores of which more is better. ``main``: the task's main score. ``members`` are those of a
+    group.
     """
 
     task: str
@@ -97,7 +97,7 @@ def is_whole(score: Score) -> bool:
 
 
 def current_scores(run: Run) -> list[Score]:
-    """A run's scores, perplexities of older versions with their parts, which its likelihoods still tell."""
+    """A run's scores; perplexities of older versions get their parts from the run's likelihoods."""
     if not any(score.aggregation is None and score.metric in UNNAMED for score in run.scores):
         return run.scores
     likelihoods: dict[tuple[str, str, int], LikelihoodRow] = {}
@@ -134,7 +134,7 @@ def _with_parts(score: Score, rows: Sequence[LikelihoodRow]) -> Score:
 
 
 def _weighted(score: Score, row: LikelihoodRow) -> Iterator[tuple[float, float]]:
-    """Log-likelihood and words or bytes of a document, if they give the value that was written."""
+    """Log-likelihood and words or bytes of a document, if they reproduce the recorded value."""
     nats, value = row.likelihood.logprob_nats, score.value
     if value is None or value <= 0 or nats == 0:
         return
@@ -149,9 +149,9 @@ def _weighted(score: Score, row: LikelihoodRow) -> Iterator[tuple[float, float]]
 def whole_scores(
     run: Run, pairs: Sequence[Pair], lone: tuple[Sequence[Score], Sequence[Score]], answered_once: set[str]
 ) -> Iterator[WholeScore]:
-    """Every score of all documents together, then those of groups of tasks; each arm's over all that have it there.
+    """Every such score, then those of groups; each arm's over all documents that have it there.
 
-    ``lone`` are, by arm, scores of documents that have none in the other.
+    ``lone``: by arm, scores of documents that have none in the other.
     """
     made = _made(run)
     arms = ([*(a for a, _ in pairs), *lone[0]], [*(b for _, b in pairs), *lone[1]])
@@ -180,7 +180,7 @@ def whole_groups(scores: Iterable[Score]) -> set[tuple[str | None, str, str]]:
 
 
 def _made(run: Run) -> dict[tuple[str, str, str, str, int], Aggregate]:
-    """What lm-eval's own functions came to, by what they are of."""
+    """lm-eval's own numbers, by task, metric and filter."""
     return {(row.cell, row.task, row.metric, row.filter, row.num_documents): row for row in run.aggregates}
 
 
@@ -305,7 +305,9 @@ def _resampled(arms: Sequence[Sequence[Score]], own: Sequence[Aggregate | None])
 
 
 def _checked(found: stats.WholeScores, own: Sequence[Aggregate | None]) -> stats.WholeScores:
-    """NoEstimate where parts do not come to lm-eval's own number, as where documents differ in their references."""
+    """NoEstimate where the parts do not reproduce lm-eval's number, for instance where documents
+    differ in references.
+    """
     for arm, made in enumerate(own):
         if made is not None and made.value is not None and not isclose(found.value(arm), made.value, rel_tol=1e-6):
             raise NoEstimate("documents one by one do not come to lm-eval's number of all together")
@@ -313,7 +315,7 @@ def _checked(found: stats.WholeScores, own: Sequence[Aggregate | None]) -> stats
 
 
 def _parts(arm: Sequence[Score]) -> list[tuple[float, ...]]:
-    """Of every document: none may be left out."""
+    """The part of every document; none may be missing."""
     found = [(score, _part(score)) for score in arm]
     missing = [score for score, part in found if part is None]
     if missing:
@@ -332,7 +334,7 @@ def _part(score: Score) -> tuple[float, ...] | None:
 
 
 def _figure(found: stats.WholeScores | str, own: Aggregate | None) -> stats.Figure:
-    """lm-eval's own number where the run has it, of these very documents; else what the parts come to."""
+    """lm-eval's own number where the run has it for exactly these documents, else the function of the parts."""
     if own is not None and own.value is not None:
         return stats.Figure(value=own.value)
     if isinstance(found, str):

@@ -1,10 +1,10 @@
-"""Whether answers come from the logits of their own call, by calls that were witnessed: each on one prompt, untimed.
+"""Whether answers come from the logits of their own call, by untimed witnessed calls of one prompt each.
 
-Three things are looked at. Tokens of an answer that find no row of logits of their call were known before it. An answer
-that differs from what the same prompt got when it was timed, or scored, shows that a decoder has two faces. And a token
-that was given to the model as a draft was drafted somewhere: a decoder that has drafts for what it is timed on, and
-none for prompts that are made up, drafts from what it knows by heart. Where a draft comes from is not seen. Small
-models, tables of n-grams and the prompt itself are as good as any, as long as they have drafts for made-up prompts.
+Three things are checked. Tokens of an answer without a row of logits in their call were known before it. An answer that
+differs from the timed or scored answer to the same prompt shows that a decoder behaves differently when watched. And a
+draft comes from somewhere: a decoder that drafts on timed prompts and not on made-up ones knows the timed ones by
+heart. Where drafts come from is not seen. Small models, n-gram tables and the prompt itself are all fine, as they give
+drafts for made-up prompts too.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ Unknown = Literal["no call", "at random", "several prompts", "no token"]
 
 @dataclass(frozen=True, kw_only=True)
 class Drafted:
-    """Witnessed answers to prompts of one kind: their tokens, and those that were drafted; the prompts, and those of
-    which many tokens were."""
+    """Witnessed answers to prompts of one kind: their tokens and drafted tokens, their prompts and those with many
+    drafts.
+    """
 
     num_tokens: int = 0
     num_drafted: int = 0
@@ -58,19 +59,20 @@ class Drafted:
 
     @property
     def share(self) -> float:
-        """Of the tokens."""
+        """Drafted tokens over all tokens."""
         return self.num_drafted / self.num_tokens if self.num_tokens else 0.0
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Exact ones of the share of prompts with many drafts."""
+        """Exact bounds of the share of prompts with many drafts."""
         return _least(self.num_with_many, self.num_prompts), _most(self.num_with_many, self.num_prompts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArmWitnessed:
-    """What witnessed calls say of one arm. Of ``num_compared`` answers that were timed or scored as well ``differing``
-    are not the same; ``known`` are prompts that are timed, ``new`` made-up ones. ``unknown``: why nothing is said."""
+    """Witnessed calls of one arm. Of ``num_compared`` answers that were also timed or scored, ``differing`` are not the
+    same; ``known`` are timed prompts, ``new`` made-up ones. ``unknown``: why nothing is known.
+    """
 
     arm: Arm
     dtype: str
@@ -85,15 +87,15 @@ class ArmWitnessed:
 
     @property
     def share(self) -> float:
-        """Of the tokens, those that come from logits of their call."""
+        """Share of the tokens that come from logits of their call."""
         return self.num_witnessed / self.num_tokens if self.num_tokens else 0.0
 
     def is_short(self, limits: GateLimits) -> bool:
-        """Whether too many tokens come from elsewhere."""
+        """Whether too many tokens do not come from logits of their call."""
         return self.unknown is None and self.share < limits.witnessed_share
 
     def is_two_faced(self, limits: GateLimits) -> bool:
-        """Whether more answers differ than rounding parts; in half precision surely more."""
+        """Whether more answers differ than rounding explains; in half precision, by a lower bound."""
         num, of = len(self.differing), self.num_compared
         if self.dtype in HALF_PRECISION:
             return _least(num, of) > limits.differing_answers_half
@@ -101,17 +103,17 @@ class ArmWitnessed:
 
     @property
     def can_tell_drafts(self) -> bool:
-        """Whether enough made-up prompts were answered."""
+        """Whether enough made-up prompts were answered to compare drafts."""
         return self.new.num_prompts >= ENOUGH_MADE_UP and self.new.num_tokens >= ENOUGH_TOKENS
 
     @property
     def lacks_drafts(self) -> bool:
-        """Whether it drafts next to nothing for made-up prompts, in these calls."""
+        """Whether drafts are far less common on made-up prompts in these calls."""
         return self.new.share < self.known.share / FAR_LESS
 
     @property
     def surely_lacks_drafts(self) -> bool:
-        """Whether that is no chance of which prompts they are."""
+        """Whether that cannot be chance, by exact bounds."""
         return self.lacks_drafts and self.new.bounds[1] < self.known.bounds[0]
 
 
@@ -125,8 +127,9 @@ def _most(num: int, of: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class WitnessedAnswers(Fact):
-    """Both arms' witnessed calls: too many tokens of ``short`` arms come from elsewhere, below ``least_share`` from
-    logits of their own call, and too many answers of ``two_faced`` arms are others than those of the other calls."""
+    """Both arms' witnessed calls: in ``short`` arms, fewer than ``least_share`` of the tokens come from logits of their
+    own call; in ``two_faced`` arms, too many answers differ from those of other calls.
+    """
 
     arms: tuple[ArmWitnessed, ...]
     short: tuple[Arm, ...]
@@ -141,7 +144,7 @@ class WitnessedAnswers(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class DraftedAnswers(Fact):
-    """Arms of which many tokens were drafted; ``too_few`` prompts may be to tell where drafts come from."""
+    """Arms with many drafted tokens; ``too_few``: too few prompts to decide where drafts come from."""
 
     arms: tuple[ArmWitnessed, ...]
     too_few: bool
@@ -154,8 +157,9 @@ class DraftedAnswers(Fact):
 
 @dataclass(frozen=True, kw_only=True)
 class Likeness(Fact):
-    """How like the baseline's answers the candidate's are, as a mean share of tokens in common, in their order; over so
-    many calls of each kind."""
+    """How similar the candidate's answers are to the baseline's: the mean share of tokens in common, in order, over so
+    many calls of each kind.
+    """
 
     known: float
     new: float
@@ -164,7 +168,7 @@ class Likeness(Fact):
 
     @property
     def is_far_less(self) -> bool:
-        """Whether so much less of made-up prompts' answers is alike that somebody should look at them."""
+        """Whether answers to made-up prompts are so much less similar that a reader should look at them."""
         return min(self.num_known, self.num_new) >= ENOUGH_CALLS and self.new < UNLIKE * self.known
 
 
@@ -210,8 +214,9 @@ def _arm(runs: Sequence[Run], cell: Cell, ids: Collection[str]) -> ArmWitnessed:
 
 
 def _not_witnessed(runs: Sequence[Run], ids: Collection[str]) -> Hashes:
-    """What was timed, without the warm-up whose calls may be witnessed, or scored. Every launch makes up new prompts of
-    its own."""
+    """Timed or scored answers, without the warm-up, whose calls may be witnessed. Every launch has other made-up
+    prompts.
+    """
     found: dict[tuple[str, str], set[str]] = defaultdict(set)
     for sample in (sample for run in runs for sample in run.speed if sample.cell in ids):
         for prompt in sample.prompts if sample.phase != "warmup" else ():
@@ -231,7 +236,7 @@ def _hash(token_ids: Sequence[int]) -> str:
 
 
 def _drafted(rows: Iterable[Witnessed]) -> Drafted:
-    """Each prompt once: what several launches say of one is the same."""
+    """Drafts, each prompt once: several launches repeat the same answer."""
     once = {(_launch_of(row), row.answers[0].prompt_id): row for row in rows}.values()
     return Drafted(
         num_tokens=sum(row.num_tokens for row in once),
@@ -242,7 +247,7 @@ def _drafted(rows: Iterable[Witnessed]) -> Drafted:
 
 
 def likeness(runs: Sequence[Run], point: SpeedPoint) -> Likeness | None:
-    """The arms' answers to the same prompts beside each other; ``None`` where they are drawn or not there."""
+    """Similarity of the arms' answers to the same prompts; ``None`` where they are drawn at random or missing."""
     if draws(point.baseline) or draws(point.candidate):
         return None
     answers: dict[str, dict[tuple[str, str, WitnessedKind], tuple[int, ...]]] = {"baseline": {}, "candidate": {}}
@@ -264,15 +269,17 @@ def likeness(runs: Sequence[Run], point: SpeedPoint) -> Likeness | None:
 
 
 def witness_gates(runs: Sequence[Run], point: SpeedPoint, limits: GateLimits) -> list[Gate]:
-    """Those of a timed point: its answers come from logits of their own call, and its drafts from something that has
-    drafts for any prompt. The second is left out where hardly anything is drafted."""
+    """The gates of a timed point: its answers come from logits of their own call, and its drafts are not known by
+    heart. The second is left out where hardly anything is drafted.
+    """
     arms = witnessed_arms(runs, point)
     return [_answers_gate(arms, point, limits), *_drafts_gates(arms, run_ids_of(point))]
 
 
 def scored_witness_gates(runs: Sequence[Run], point: QualityPoint, limits: GateLimits) -> list[Gate]:
-    """Those of a quality; none where nothing of it was generated. No made-up prompt is answered in a run, so that of
-    drafts nothing is said."""
+    """The gates of a quality; none where nothing of it was generated. A ``run`` has no made-up prompts, so drafts are
+    not checked.
+    """
     [run] = [run for run in runs if run.manifest.run_id == point.run_id]
     ids = {cell for of_arm in cells_of(run, point) for cell in of_arm}
     if not any(row.cell in ids for row in run.generations):
@@ -304,7 +311,7 @@ def _drafts_gates(arms: Sequence[ArmWitnessed], run_ids: tuple[str, ...]) -> lis
 
 
 def likeness_warning(found: Likeness | None) -> Finding | None:
-    """What to look at where answers to made-up prompts are much less like the baseline's than those that are timed."""
+    """A warning where answers to made-up prompts are much less like the baseline's than those to timed prompts."""
     if found is None or not found.is_far_less:
         return None
     return Finding(kind="unlike_answers", severity="warning", facts=found)
