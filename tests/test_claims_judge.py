@@ -200,7 +200,7 @@ def test_other_models_and_other_tasks_are_not_the_claims(good: list[Run]) -> Non
     assert (other.outcome, other.reason) == (
         "NOT_MEASURED",
         "only pair was measured; `twotower-eval run --model CKPT --tasks arithmetic,sorting "
-        "--block-sizes 16 --steps 16 --thresholds 0.8` measures it; tasks whose scoring executes what a model wrote "
+        "--block-sizes 16 --steps 16 --thresholds 0.8` measures it; tasks that execute model-written code to score it "
         "are refused",
     )
     assert verdict_on({**KEPT, "baseline": "another"}, good).outcome == "NOT_MEASURED"
@@ -238,7 +238,7 @@ def null_wild(row: Row, arm: str) -> Row:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(null_off, "off by more than 2 %"), (null_gone, "without a null"), (null_wild, "time more rounds")],
+    [(null_off, "off by more than 2 %"), (null_gone, "without an A/A null"), (null_wild, "time more rounds")],
 )
 def test_without_a_good_null_no_speed_is_judged(tmp_path: Path, good: list[Run], change: Any, words: str) -> None:
     verdict = verdict_on(FAST, edited_speed(tmp_path, good, change))

@@ -291,7 +291,7 @@ EDITS: dict[str, tuple[Edit, str, str]] = {
     "answers left over": (
         speed(without_round),
         "answer without call",
-        "was answered in a timed call that is not there",
+        "has an answer, but its timed call is missing",
     ),
     "seconds retold": (told("measured", timed_s=5.0), "seconds recorded", "recorded 5.000 s on the clock"),
     "documents retold": (
@@ -300,29 +300,29 @@ EDITS: dict[str, tuple[Edit, str, str]] = {
         "recorded 400 documents of task sums",
     ),
     "a launch renamed": (speed(later_launch), "launch not recorded", f"speed.jsonl has launch {RUN_ID}/2"),
-    "the plan edited": (head(plan={**PLAN, "seed": 8}), "plan hash", "that of the plan is"),
+    "the plan edited": (head(plan={**PLAN, "seed": 8}), "plan hash", "but the plan hashes to"),
     "another plan": (
         head(plan={**PLAN, "dtype": "bfloat16"}),
         "plan and cells",
-        "the plan says dtype bfloat16, its cells say dtype float32",
+        "dtype is bfloat16 in the plan and float32 in its cells",
     ),
-    "a decoder edited": (other_decoder, "cell id", f"cell {CELLS[1].id} is not made of its checkpoint"),
-    "a batch size": (call(batch_size=3), "batch size", "was of 3 prompts, its cell times 2"),
-    "prompts in another order": (speed(swapped), "prompts of a call", "is on other prompts in one round than in"),
+    "a decoder edited": (other_decoder, "cell id", f"the id of cell {CELLS[1].id} does not follow"),
+    "a batch size": (call(batch_size=3), "batch size", "has 3 prompts, its cell's batch size is 2"),
+    "prompts in another order": (speed(swapped), "prompts of a call", "has different prompts in different rounds"),
     "num_tokens raised": (
         first_prompt(num_tokens=3),
         "call and answer",
-        "the timed call says num_tokens 3, the answer",
+        "num_tokens is 3 in the timed call and 2",
     ),
-    "tokens of a hash": (first_prompt(num_tokens=3), "tokens of equal hash", "are said to be 2 and 3"),
+    "tokens of a hash": (first_prompt(num_tokens=3), "tokens of equal hash", "stands for 2 tokens and for 3"),
     "tokens beyond the budget": (
         first_prompt(num_tokens=9),
         "tokens beyond budget",
-        "made 9 tokens, at most 8 were asked",
+        "got 9 tokens, above the budget of 8",
     ),
-    "a hash": (first_prompt(tokens_sha256=sha256_text("x")), "call and answer", "says other tokens"),
+    "a hash": (first_prompt(tokens_sha256=sha256_text("x")), "call and answer", "have different tokens"),
     "prompt tokens": (first_prompt(num_prompt_tokens=1), "prompt tokens", "has 7 tokens in one round and 1 in another"),
-    "prompt tokens of one arm": (longer_prompt_of_the_candidate, "prompt tokens of arms", "for one arm and"),
+    "prompt tokens of one arm": (longer_prompt_of_the_candidate, "prompt tokens of arms", "in one arm and"),
     "forwards": (
         call(passes=(Passes(kind="denoise", rows=1, tokens=1, num=1),)),
         "forwards counted",
@@ -331,18 +331,18 @@ EDITS: dict[str, tuple[Edit, str, str]] = {
     "an answer deleted": (
         answers(lambda row: None if (row.doc_id, row.repeat) == (1, 1) else row),
         "call without answer",
-        "was timed, and its answer is not there",
+        "was timed, but its answer is missing",
     ),
     "a text changed": (answers(lambda row: retold(row, text="1!")), "text of equal tokens", "have two different texts"),
     "all answers to one document deleted": (
         answers(lambda row: None if row.doc_id == 1 else row),
         "score without answer",
-        "has a score, and its answer is not there",
+        "has a score, but its answer is missing",
     ),
     "a document unscored": (scores(lambda row: None if row.doc_id == 1 else row), "answer without score", "no score"),
     "a score flipped": (one_score(value=0.0), "scores of equal answers", "are scored 1 and 0"),
     "a right answer called wrong": (one_score(value=0.0), "score of the target", "is the target itself"),
-    "another prompt": (one_score(prompt_sha256="p"), "score of another prompt", "scored for another prompt"),
+    "another prompt": (one_score(prompt_sha256="p"), "score of another prompt", "scored on another prompt"),
     "more than all": (one_score(value=1.5), "score outside 0 to 1", "is 1.5"),
 }
 
@@ -499,4 +499,4 @@ def test_a_point_that_was_edited_away_is_invalid_not_unmeasured(tmp_path: Path) 
     )
     [verdict] = judge(claims, [dataclasses.replace(run, manifest=edited)])
     assert verdict.outcome == "INVALID"
-    assert "is not made of its checkpoint, decoder and workload" in verdict.reason
+    assert "does not follow from its checkpoint, decoder and workload" in verdict.reason

@@ -188,6 +188,7 @@ ALLOWED = {
     "FIRST_LISTED.search(text)": "a task's prompt",
     "_text(path).replace('\\r', '\\n')": "the text of a file",
     "_TOKEN.findall(text)": "what is tokenized",
+    "term.pattern.search(text)": "a report or a verdict, for the terms that are explained behind it",
 }
 
 

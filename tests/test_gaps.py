@@ -67,14 +67,14 @@ def missing_round(row: Any) -> bool:
 
 
 GAPS: dict[str, tuple[Edit, str, str]] = {
-    "a round with its answers": (only(missing_round), "round missing", "round 1 is not there, though rounds up to 2"),
+    "a round with its answers": (only(missing_round), "round missing", "round 1 is missing, though rounds run up to 2"),
     "a launch": (events(one_launch_more), "launch without calls", f"recorded launch {RUN_ID}/2 as complete, but speed"),
     "a warm-up": (
         both(planned(warmup_rounds=1), warmed_up, speed(later_launch)),
         "launch without warm-up",
         f"launch {RUN_ID}/2 has no warm-up",
     ),
-    "rounds": (planned(min_rounds=5), "rounds below plan", "asks for 5 rounds, and speed.jsonl has 3 whole ones"),
+    "rounds": (planned(min_rounds=5), "rounds below plan", "asks for 5 rounds, but speed.jsonl has 3 whole ones"),
     "a cell": (
         only(lambda row: row.cell != CELLS[1].id),
         "cell without rows",
@@ -83,13 +83,13 @@ GAPS: dict[str, tuple[Edit, str, str]] = {
     "a size of blocks": (
         planned(block_sizes=[16, 32]),
         "plan without cells",
-        "the plan has block_sizes 32, and no cell is of it: they are of 16",
+        "the plan has block_sizes 32, but no cell has it: they have 16",
     ),
-    "all digests": (events(without_files), "digests missing", "of events.jsonl does not tell how many lines"),
+    "all digests": (events(without_files), "digests missing", "of events.jsonl lacks the journals' line counts"),
     "the last digests": (
         events(lambda told: [*told[:-1], *without_files(told[-1:])]),
         "digests missing",
-        "of events.jsonl does not tell how many lines",
+        "of events.jsonl lacks the journals' line counts",
     ),
 }
 

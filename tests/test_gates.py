@@ -85,7 +85,7 @@ def test_a_supported_speedup_says_that_its_arms_were_not_looked_at(run: store.Ru
 
 def test_every_kind_of_gate_is_made_somewhere() -> None:
     files = [PACKAGE / "analyse" / "compare" / name for name in ("gates.py", "same.py", "witness.py")]
-    files.append(PACKAGE / "analyse" / "claims" / "joint_gates.py")
+    files.append(PACKAGE / "analyse" / "claims" / "ruling.py")
     made: set[str] = set()
     for path in files:
         calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]

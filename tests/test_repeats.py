@@ -54,7 +54,7 @@ def test_one_launch_copied_under_more_names_is_no_five(tmp_path: Path) -> None:
     assert (alone.outcome, alone.scope) == ("SUPPORTED", "in this launch")
     [verdict] = judge(claims_of({**FAST, "expected": 1.2}), [copied(run, 4)])
     assert verdict.outcome == "INVALID"
-    assert "are, to the last digit, those of cell" in verdict.reason
+    assert "are equal, to the last digit, to those of cell" in verdict.reason
 
 
 def test_copies_are_told_as_facts(timed: Run) -> None:

@@ -255,7 +255,9 @@ def test_rounds_that_are_alike_are_said_to_be_worth_less(tmp_path) -> None:
 
     markdown = write(tmp_path, made.speed_run(tmp_path, edit=slower))
     assert faster(markdown)["effective rounds (lag-1)"].startswith("1.")
-    assert re.search(r"12 rounds are worth 1\.\d independent ones, as neighbours are alike", markdown)
+    assert re.search(
+        r"12 rounds are worth 1\.\d independent ones, as neighbouring rounds resemble each other", markdown
+    )
     assert re.search(r"their standard error is taken \d+\.\d times as large as that of independent ones\.", markdown)
 
 
@@ -323,7 +325,7 @@ def test_outputs_of_another_length_carry_a_warning(tmp_path) -> None:
         return dataclasses.replace(row, prompts=tuple(short))
 
     markdown = write(tmp_path, made.speed_run(tmp_path, edit=shorten))
-    assert "read the speedup in useful tokens per second, " in markdown
+    assert "read the speedup in useful tokens per second " in markdown
     assert faster(markdown)["length ratio [95 %]"].startswith("0.49")
 
 
@@ -593,7 +595,7 @@ def test_missing_scores_are_left_out_of_both_arms_and_listed(tmp_path) -> None:
     candidate = next(c for c in work if c.arm == "candidate" and c.workload.name == "sorting")
     markdown = write(tmp_path, made.quality_run(tmp_path / "cut", edit=lose))
     assert kept(markdown, "sorting")["n (clusters)"] == "148 (148)"
-    assert "2 documents have no headline score in one arm and are left out of both" in markdown
+    assert "2 documents left out of both arms: no headline score in one of them" in markdown
     assert "2 of the candidate's (headline; documents 3, 4): the sandbox \\| timed out" in markdown
 
 

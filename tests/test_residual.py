@@ -88,7 +88,7 @@ def test_a_decoder_that_remembers_is_invalid(tmp_path: Path) -> None:
     run = timed(tmp_path, only("candidate", 1 / 347))
     (verdict,) = judge(claims_of(FAST), [run])
     assert verdict.outcome == "INVALID"
-    assert "residual: the candidate is faster than its own forwards allow: these, timed alone, need 3" in verdict.reason
+    assert "residual: the candidate is faster than its own forwards allow: these, timed alone, take 3" in verdict.reason
     assert point_of(run).invalid
 
 
@@ -119,7 +119,7 @@ def test_the_limit_is_a_field_of_the_claim(tmp_path: Path) -> None:
     assert verdict.outcome == "SUPPORTED"
     (verdict,) = judge(claims_of(FAST), [run])
     assert verdict.outcome == "INVALID"
-    assert "the baseline is slower than its parts: +" in verdict.reason
+    assert "the baseline is slower than its parts: they do not explain +" in verdict.reason
 
 
 def slowed(kind: str, candidate: bool) -> Factor:
@@ -145,7 +145,7 @@ def test_a_slowed_baseline_is_invalid_whatever_the_candidate_does(tmp_path: Path
     run = timed(tmp_path, slowed(kind, candidate), noise=0.03)
     (verdict,) = judge(claims_of({**FAST, "expected": 1.05}), [run])
     assert verdict.outcome == "INVALID"
-    assert "the baseline is slower than its parts: +" in verdict.reason
+    assert "the baseline is slower than its parts: they do not explain +" in verdict.reason
     assert "in the fastest round of every call" in verdict.reason
 
 
@@ -211,7 +211,7 @@ def test_tokens_without_any_forward_are_invalid(tmp_path: Path) -> None:
     run = timed(tmp_path, only("candidate", 0.01), passes=(), cpu_s=0.1)
     gate = gates.residual_gate(point_of(run), LIMITS)
     assert gate.outcome == "failed"
-    assert "gave tokens without any forward of its model" in found_text(gate)
+    assert "made tokens without any forward of its model" in found_text(gate)
 
 
 def cost(part: CostPart, block_size: int | None, rows: int, seconds: float) -> stats.PhaseCost:

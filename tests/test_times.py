@@ -148,8 +148,8 @@ def test_one_negative_time_leaves_one_call_out_of_both_arms(timed: store.Run) ->
     assert [gate.outcome for gate in point.gates if gate.kind == "possible_times"] == ["passed"]
     [found] = point.warnings
     assert finding_text(found) == (
-        "1 of 40 timed calls are void (1 with a negative time); they are left out with their prompts in every round, "
-        "or with their rounds"
+        "1 of 40 timed calls are void (1 with a negative time); their prompts are left out in every round, or their "
+        "rounds are left out"
     )
 
 

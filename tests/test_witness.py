@@ -284,7 +284,7 @@ def test_whatever_knew_its_answers_is_invalid(timed: store.Run, trick: str, size
         assert point.unseen.candidate.forwards.estimate.low > 2
     else:
         assert found[witness_of].outcome == "failed"
-        assert "no logits of their calls account for the others" in found_text(found[witness_of])
+        assert "no logits of these calls explain the others" in found_text(found[witness_of])
     at = OperatingPoint(name="here", decoder=point.candidate.decoder, batch_size=size, num_devices=1, workload="answer")
     claim = Claim(
         name="fast", quantity="speedup_time", subject=point.candidate.checkpoint.name, baseline="context-tower",

@@ -1,9 +1,9 @@
-"""Worlds of somebody who looks again until the claim is supported: what that buys without a price, and with one.
+"""Worlds of repeated looks at a claim until it is supported: the error rate without a correction, and with it.
 
-The claim lies at the boundary: every SUPPORTED is as wrong as one can be. Whoever looks stops at the first SUPPORTED,
-at the fifth look at the latest. Rounds of the same prompts are pooled, each look a launch of its own, as runs of the
-same cells are; looks at other prompts stay apart and the newest is judged. Without a price every look is judged at
-95 %, with one as ``stats.look_alpha`` says.
+The claim lies at the boundary, so every SUPPORTED is wrong. Looking stops at the first SUPPORTED, at the fifth look at
+the latest. Rounds of the same prompts are pooled, each look a launch, as runs of the same cells are; looks at other
+prompts stay apart and the newest is judged. Without a correction every look is judged at 95 %, with one at the level of
+``stats.look_alpha``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Draw = Callable[[np.random.Generator], list[stats.TimedCalls]]
 
 @dataclass(frozen=True, kw_only=True)
 class LookWorld:
-    """A speedup that is ``truth``; ``draw`` gives what lies on the table at each look."""
+    """A speedup that is ``truth``; ``draw`` gives the data at each look."""
 
     name: str
     num_calls: int
@@ -36,7 +36,9 @@ class LookWorld:
 
 @dataclass(frozen=True, kw_only=True)
 class LookTally:
-    """Of ``num`` attempts at a false claim, how many had it SUPPORTED: at the first look, at any, and at a price."""
+    """Of ``num`` attempts at a false claim, how many were SUPPORTED: at the first look, at any look, and at any
+    corrected look.
+    """
 
     name: str
     size: str
@@ -72,7 +74,7 @@ def _again(name: str, num_calls: int, kind: Noise, size: float, *, fixed: bool) 
 
 
 def _others(name: str, num_calls: int, kind: Noise, size: float) -> LookWorld:
-    """Prompts of its own at every look."""
+    """New prompts at every look."""
 
     def draw(rng: np.random.Generator) -> list[stats.TimedCalls]:
         drawn = [population(0.2).of(rng.integers(0, POPULATION, num_calls)) for _ in range(MOST_LOOKS)]
@@ -95,7 +97,7 @@ def pooled(parts: Sequence[stats.TimedCalls]) -> stats.TimedCalls:
 
 
 def calibrate_looks(world: LookWorld, *, num: int, num_resamples: int, seed: int, advance: Advance) -> LookTally:
-    """Look at the claim that the speedup is at least what it is, up to ``MOST_LOOKS`` times, ``num`` times over."""
+    """Look up to ``MOST_LOOKS`` times at the claim that the speedup is at least its true value, ``num`` times over."""
     num_first = num_free = num_priced = 0
     for repetition in range(num):
         rng = generator(seed, "looks", world.name, repetition)

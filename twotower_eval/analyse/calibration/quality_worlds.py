@@ -26,10 +26,10 @@ PAPER = (  # accuracy of the baseline in percent, and documents, of the publishe
 
 @dataclass(frozen=True, kw_only=True)
 class QualityWorld:
-    """A scenario: what its scores are on average, how a repetition's are drawn, and what is asked of them.
+    """A scenario: its expected scores, how a repetition's are drawn, and the quantity that is estimated.
 
-    ``baseline`` and ``candidate`` are expected means over tasks, ``mean_ratio`` that of the tasks' own ratios where it
-    is another than theirs. A ``score`` is the candidate's alone.
+    ``baseline`` and ``candidate`` are expected means over tasks, ``mean_ratio`` the mean of the tasks' own ratios where
+    that is not theirs. A ``score`` is the candidate's alone.
     """
 
     name: str
@@ -112,7 +112,7 @@ def one_task(n: int, accuracy: float, lost: float, gained: float) -> QualityWorl
 
 
 def equal_arms(n: int, accuracy: float) -> QualityWorld:
-    """Two models that are equally good and have nothing else in common, near the ceiling: retention is 1."""
+    """Two equally good, otherwise independent models near the ceiling: retention is 1."""
 
     def draw(rng: np.random.Generator) -> Scores:
         a_N, b_N = ((rng.random(n) < accuracy).astype(float) for _ in range(2))
@@ -177,7 +177,7 @@ def languages(num_items: int, num_languages: int, num_more: int, lost: float, ga
 
 
 def passages(num_passages: int, lost: float, gained: float) -> QualityWorld:
-    """Passages with 1 to 8 questions each, hard and easy ones; a passage that is lost loses most of its answers."""
+    """Passages with 1 to 8 questions each, hard and easy ones; a lost passage loses most of its answers."""
     sizes = [1 + (5 * i) % 8 for i in range(num_passages)]
     passage_N = np.repeat(np.arange(num_passages), sizes)
 

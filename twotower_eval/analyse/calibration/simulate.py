@@ -1,7 +1,7 @@
 """Repeat a world, let the project's own functions judge every repetition, and count how often they are right.
 
-Verdicts are asked for at the boundary: the claim is that the quantity is at least its true value, with no margin. A
-claim that is false by a hair would be SUPPORTED as often as this one, and one that is just true REFUTED as often.
+Verdicts are made at the boundary: the claim is that the quantity is at least its true value, with no margin. A claim
+that is just false would be SUPPORTED as often as this one, and one that is just true REFUTED as often.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PAIRS = 4  # A/A pairs that one gate looks at
 
 @dataclass(frozen=True, kw_only=True)
 class Tally:
-    """What ``num`` repetitions of a world came to: ``num_found`` had an interval, ``num_exact`` an exact one."""
+    """The counts of ``num`` repetitions of a world: ``num_found`` had an interval, ``num_exact`` an exact one."""
 
     name: str
     size: str

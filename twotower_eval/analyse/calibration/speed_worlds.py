@@ -37,7 +37,7 @@ class SpeedWorld:
 
     @property
     def size(self) -> str:
-        """As tables say it."""
+        """Rounds, launches and calls, as tables show them."""
         launches = f"{self.num_launches} launches, " if self.num_launches > 1 else ""
         return f"{launches}{self.num_rounds} rounds x {self.num_calls} calls"
 
@@ -52,7 +52,7 @@ class Population:
     candidate_tokens: Floats
 
     def of(self, index_P: NDArray[np.int64]) -> Population:
-        """Some of the calls."""
+        """The population restricted to some calls."""
         columns = (self.baseline_s, self.candidate_s, self.baseline_tokens, self.candidate_tokens)
         a_s, b_s, a, b = (column[index_P] for column in columns)
         return Population(baseline_s=a_s, candidate_s=b_s, baseline_tokens=a, candidate_tokens=b)
@@ -230,7 +230,7 @@ def wander(correlation: float, size: float) -> Factors:
 
 
 def spells(factor: float, length: int, share: float) -> Factors:
-    """Either arm, anew for each spell, is slower for some rounds; ``share`` of quiet rounds begin one."""
+    """Either arm, drawn anew for each spell, is slower for some rounds; ``share`` of quiet rounds begin one."""
 
     def draw(rng: np.random.Generator, num_rounds: int) -> tuple[Floats, Floats]:
         arms_2R = np.ones((2, LONG_AGO + num_rounds))
@@ -261,7 +261,7 @@ def one_spell(factor: float, length: int) -> Factors:
 def in_launches(num_launches: int, size: float, *, of_these: bool = False) -> Factors:
     """Launches of equally many rounds, in which the baseline is slower or faster by ``size`` on the log scale.
 
-    ``of_these``: about the mean of the launches that are there, so that the truth is that of these launches.
+    ``of_these``: about the mean of the drawn launches, so that the truth is theirs.
     """
 
     def draw(rng: np.random.Generator, num_rounds: int) -> tuple[Floats, Floats]:
@@ -317,7 +317,7 @@ def _timed(
 
 
 def serial_worlds() -> tuple[SpeedWorld, ...]:
-    """The dependence that rounds were found to have, at the numbers of rounds and launches that people use."""
+    """The dependence that rounds showed in measurements, at usual numbers of rounds and launches."""
     ar, short, long = wander(0.8, 0.05), spells(1.2, 3, 0.1), spells(1.6, 3, 0.1)
     return (
         *(world("AR(1) 0.8 of 5 % between rounds", ar, num) for num in (5, 6, 8, 12, 20, 40)),

@@ -43,7 +43,7 @@ class Rate:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One world's rates, and what it misses of what is required, beyond Monte-Carlo error."""
+    """One world's rates, and what it misses of the requirements, beyond Monte-Carlo error."""
 
     tally: Tally
     coverage: Rate
@@ -76,7 +76,7 @@ def _row(tally: Tally, alpha: float) -> Row:
 
 
 def remark(row: Row) -> str:
-    """What is not as required, and why a coverage is higher than asked; empty where there is nothing to say."""
+    """Which requirement is missed, and why a coverage is higher than needed; else empty."""
     tally, remarks = row.tally, []
     if row.missed is not None:
         remarks.append(f"MISSED: {row.missed}")
@@ -107,13 +107,13 @@ def as_markdown(
 {num:,} repetitions per world, {num_resamples:,} resamples per interval, seed {seed}, version {version}. Every
 repetition goes through the functions that reports and claims use: `stats.retention`, `mean_of_ratios`, `difference`,
 `mean_score`, `speedup` and `decide`. The claim judged is that the quantity is at least its true value, with no
-margin. *Wrong SUPPORTED* is the share supported, as if the truth lay a hair below the limit; *wrong REFUTED* the
+margin. *Wrong SUPPORTED* is the share supported, as if the truth lay just below the limit; *wrong REFUTED* the
 share refuted, as if it lay on it. Brackets hold 95 % Monte-Carlo intervals. *Missed*: coverage below 93 % or wrong
 verdicts above 5 % by more than chance allows over all {3 * len(found)} rates. With fewer than 5 clusters that differ
-the interval is an exact bound, which covers more than it says. Fewer than {stats.MIN_CLUSTERS} clusters or
+the interval is an exact bound, which covers more than 95 %. Fewer than {stats.MIN_CLUSTERS} clusters or
 {stats.MIN_CALLS} calls of sampled prompts are never supported, and rounds worth fewer than {stats.MIN_ROUNDS}
-independent ones decide nothing. Intervals of speedups reckon with rounds that depend on their neighbours, so they
-cover more than they say where rounds are independent. Launches are independent in every world.
+independent ones cannot decide. Intervals of speedups allow for rounds that depend on their neighbours, so they
+cover more than 95 % where rounds are independent. Launches are independent in every world.
 """
     lines = [head]
     titles = ("Worlds that the methods were chosen on", "Fresh worlds, on which nothing was tuned")
@@ -147,7 +147,7 @@ def _verdict(found: Sequence[Row], num: int) -> str:
 
 
 def _extremes(found: Sequence[Row]) -> str:
-    """The rates as they came out, without any allowance for chance but what is said."""
+    """The rates without any allowance for chance except where stated."""
     coverages = [row.coverage.value for row in found if row.coverage.value is not None]
     worst = [max(found, key=lambda row: _value(rate_of(row)), default=None) for rate_of in (_supported, _refuted)]
     if worst[0] is None or worst[1] is None or not coverages:
@@ -207,10 +207,10 @@ def _look_lines(looks: Sequence[LookTally]) -> Iterator[str]:
     if not looks:
         return
     yield "\n## Looking again until a false claim is supported\n"
-    yield f"{looks[0].num:,} attempts each, at the boundary, of up to {MOST_LOOKS} looks. *Free*: every look judged at"
-    yield "95 %. *At its price*: each look after the first at the level that it has left, so that all together err in"
-    yield "less than 6 %.\n"
-    yield "| world | size | wrong SUPPORTED at the first look, % | at any, free, % | at any, at its price, % |"
+    yield f"{looks[0].num:,} attempts each, at the boundary, of up to {MOST_LOOKS} looks. *Uncorrected*: every look"
+    yield "judged at 95 %. *Corrected*: each look after the first at the level that remains for it, so that all together"
+    yield "err in less than 6 %.\n"
+    yield "| world | size | wrong SUPPORTED at the first look, % | at any, uncorrected, % | at any, corrected, % |"
     yield "|---|---|---|---|---|"
     for look in looks:
         rates = (Rate(events=k, n=look.num) for k in (look.num_first, look.num_free, look.num_priced))
@@ -218,7 +218,7 @@ def _look_lines(looks: Sequence[LookTally]) -> Iterator[str]:
 
 
 def as_csv(found: Sequence[Row], nulls: Sequence[NullTally], looks: Sequence[LookTally] = ()) -> str:
-    """Counts as they are, one line per world; what a kind of world does not have is empty."""
+    """The counts, one line per world; columns that a kind of world does not have are empty."""
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
     names = "kind world size repetitions with_interval covered supported refuted exact null_off null_too_wide remark"

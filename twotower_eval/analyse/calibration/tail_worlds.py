@@ -1,8 +1,8 @@
-"""Worlds in which few prompts hold much of the time: runaways, Pareto lengths, gains that fall with length, mixtures;
+"""Worlds in which few prompts carry much of the time: runaways, Pareto lengths, gains that fall with length, mixtures;
 and families of documents that are right or wrong together.
 
-The truth is the ratio of sums over a whole population. Prompts are as many as ``speed`` takes by default, or fewer
-where the answers' budgets, or the lengths of all documents, are known.
+The truth is the ratio of sums over a whole population. There are as many prompts as ``speed`` takes by default, or
+fewer where the answers' budgets, or the lengths of all documents, are known.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Tailed:
 
     @property
     def name(self) -> str:
-        """In words."""
+        """The scenario in words."""
         lengths = "lognormal lengths" if self.alpha is None else f"Pareto({self.alpha:g}) lengths"
         lengths += "" if self.longest == np.inf else f" up to {self.longest:g} times the least"
         gain = f", gain falls as length^-{self.fall:g}" if self.fall else ""
@@ -54,7 +54,7 @@ class Tailed:
 
 @cache
 def population(kind: Tailed) -> Population:
-    """Runaways have no gain: what loops commits a token a pass."""
+    """A population of answers. Runaways have no gain: a loop commits one token a forward."""
     rng = np.random.default_rng(20261129)
     if kind.alpha is None:
         length = rng.lognormal(0, 0.4, POPULATION)
@@ -74,7 +74,7 @@ def population(kind: Tailed) -> Population:
 
 
 def known(calls: stats.TimedCalls, kind: Tailed, knows: Knows) -> stats.TimedCalls:
-    """The calls with what else is known of the population that they come from."""
+    """The calls with what else is known of their population."""
     everyone = population(kind)
     if knows == "budgets":
         budget_s = STEP_S * 100 * max(kind.times, 1.0)
@@ -112,7 +112,9 @@ def tailed(
 
 
 def family_world(clusters: Sequence[str], family_size: int = 5) -> QualityWorld:
-    """Families of documents that are right or wrong together in both arms; ``clusters`` is what is known of them."""
+    """Families of documents that are right or wrong together in both arms; ``clusters`` is what the estimate knows of
+    them.
+    """
     num = len(clusters) // family_size
 
     def draw(rng: np.random.Generator) -> Scores:

@@ -157,7 +157,7 @@ Stand = Literal["above", "near", "below", "zero"]
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """How a task's baseline stands to ``chance``, the mean over its documents, or ``None`` where none has options.
+    """A task's baseline against ``chance``, the mean over its documents, or ``None`` where none has options.
 
     ``low`` and ``high`` bound the baseline's mean less chance, one-sided at ``level`` each. They are ``None`` without
     chance, where any score above 0 is above it, and for a single cluster of several scores.
@@ -172,7 +172,7 @@ class Standing:
 
     @property
     def stand(self) -> Stand:
-        """``above`` or ``below`` chance where a bound says so, ``zero`` without any score, else ``near``."""
+        """``above`` or ``below`` chance where a bound shows it, ``zero`` for a score of 0, else ``near``."""
         if self.baseline <= EPSILON:
             return "zero"
         if self.chance is None or (self.low is not None and self.low > EPSILON):
@@ -191,7 +191,7 @@ def standings(
     """Every task's standing, by default of all tasks; ``level`` holds for all that are tested together.
 
     Each of K tasks with options is tested at ``1 - (1 - level) / K`` (Bonferroni): of eleven tasks on which a baseline
-    guesses, one would else pass in 43 % of cases, and be taken for evidence.
+    guesses, one would else pass in 43 % of cases and count as evidence.
     """
     wanted = table.tasks if tasks is None else tuple(task for task in table.tasks if task in tasks)
     chance_K = table.task_means_K(table.chance_CL)
@@ -209,11 +209,11 @@ def _standing(table: ScoreTable, task: str, level: float) -> Standing:
 
 
 def excess_bounds(table: ScoreTable, weights_K: Floats, level: float) -> tuple[float, float] | None:
-    """One-sided bounds of the baseline's weighted mean less chance; ``None`` where one cluster tells nothing.
+    """One-sided bounds of the baseline's weighted mean less chance; ``None`` for a single cluster of several scores.
 
     Exact (Clopper and Pearson) where each cluster is one right or wrong answer of one task: a guesser whose chances
     differ by document has lighter tails than a binomial of the same mean (Hoeffding 1956). Else Student's t over
-    clusters as for the mean of one model, with the exact bound where next to all clusters score nothing, or all.
+    clusters as for the mean of one model, with the exact bound where nearly all clusters score 0, or 1.
     """
     leaf_weight_L = weights_K @ table.averaging_KL
     inside_C = table.count_CL @ (leaf_weight_L > 0) > 0

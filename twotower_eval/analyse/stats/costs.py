@@ -75,7 +75,7 @@ def mean_time(values_s: Sequence[float], *, level: float = LEVEL) -> Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseCost:
-    """Seconds of one pass of a part of decoding over ``num_rows`` rows, with ``context_tokens`` per row before it.
+    """Seconds of one forward of a part of decoding over ``num_rows`` rows, behind ``context_tokens`` per row.
 
     ``prefill`` reads ``context_tokens`` per row. ``block_size`` is ``None`` for ``prefill`` and ``ar_step``.
     """
@@ -106,10 +106,10 @@ class PartPasses:
 
 @dataclass(frozen=True, kw_only=True)
 class CallCounts:
-    """What one timed call did: sequential passes of the whole batch, not sums over its rows.
+    """The sequential forwards of one timed call, each over the whole batch, not sums over its rows.
 
     ``prompt_tokens`` per row (the longest). AR: ``num_steps`` AR steps and no block. Block diffusion: ``num_steps``
-    denoiser passes over blocks of ``block_size``, and ``num_context_passes``.
+    denoiser forwards over blocks of ``block_size``, and ``num_context_passes``.
     """
 
     prompt_tokens: int
@@ -208,7 +208,9 @@ def predict(table: CostTable, calls: Sequence[CallCounts | Sequence[PartPasses]]
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """Measured against predicted seconds; ``residual`` is the share of the measured time that the parts lack."""
+    """Measured against predicted seconds; ``residual`` is the share of the measured time that the
+    parts do not explain.
+    """
 
     measured_s: float
     predicted_s: float
@@ -217,7 +219,7 @@ class Explanation:
 
 
 def explain(measured_s: float, predicted_s: float, *, limit: float = EXPLAINED) -> Explanation:
-    """Compare; a residual above ``limit`` either way is unexplained."""
+    """Compare measured with predicted seconds; a residual beyond ``limit`` on either side is unexplained."""
     if measured_s <= 0:
         raise NoEstimate("no time was measured, so there is nothing to explain")
     residual = (measured_s - predicted_s) / measured_s
@@ -227,9 +229,9 @@ def explain(measured_s: float, predicted_s: float, *, limit: float = EXPLAINED) 
 
 
 def residual_over_rounds(measured_R: Sequence[float], predicted_R: Sequence[float], level: float = LEVEL) -> Estimate:
-    """The residual of :class:`Explanation` with its interval over rounds, each held against its own parts.
+    """The residual of :class:`Explanation` with its interval over rounds, each against its own parts.
 
-    Student's t on the logarithm of measured over predicted seconds, so that a round in which a neighbour held up a part
+    Student's t on the logarithm of measured over predicted seconds, so that a round in which other work slowed a part
     weighs little. One or two rounds have their range, at the level that it reaches. NoEstimate for no round and for
     seconds that are not above 0.
     """
@@ -271,7 +273,7 @@ def predicted_speedup(
 def needed_tokens_per_nfe(
     speedup: float, *, ar_step_s: float, denoise_s: float, context_pass_s: float, block_size: int
 ) -> Figure:
-    """Tokens per NFE that a speedup of decoding takes; no value where no number of tokens in a block gives it."""
+    """Tokens per NFE that a speedup of decoding needs; no value where no number of tokens in a block reaches it."""
     _check_costs(ar_step_s, denoise_s, context_pass_s)
     if speedup <= 0:
         raise ValueError(f"a speedup of {speedup:g} is none: give one above 0")

@@ -1,5 +1,5 @@
-"""The verdict rule: what one estimate says of one expected value; the A/A gate on the baseline timed against itself;
-the price of looking again. Pure: gates and missing data are for claims, limits are parameters.
+"""The verdict rule: an estimate against an expected value; the gate on the A/A null; the level of further looks. Pure:
+gates and missing data belong to claims, limits are parameters.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ MOST_EXTRA = 4  # a further one decides nothing: its level would be beyond what 
 
 
 def look_alpha(num_looks: int, declared: int = 1) -> float | None:
-    """The one-sided error rate that this many looks, of which so many were declared, leave to the last one.
-
-    ``None`` where nothing is left.
+    """The one-sided error rate of the last of ``num_looks`` looks, ``declared`` of which were declared; ``None`` where
+    no error rate is left.
     """
     if num_looks < 1 or declared < 1:
         raise ValueError(f"{num_looks} looks, {declared} declared: there is at least one of each")
@@ -32,7 +31,7 @@ def look_alpha(num_looks: int, declared: int = 1) -> float | None:
 
 
 def strictest_alpha() -> float:
-    """That of the last look that can decide anything."""
+    """The error rate of the last look that can decide."""
     return FIRST_EXTRA_ALPHA * 0.5 ** (MOST_EXTRA - 1)
 
 
@@ -42,10 +41,9 @@ LIMITS = GateLimits()
 def off_nulls(
     intervals: Sequence[Callable[[float], Estimate]], *, offset: float = LIMITS.null_offset, level: float = NULL_LEVEL
 ) -> tuple[bool, ...]:
-    """For each pair, whether its interval lies wholly outside ``exp(+-offset)``, with Holm's correction over pairs.
+    """For each pair, whether its interval lies entirely outside ``exp(+-offset)``, with Holm's correction over pairs.
 
-    ``intervals`` are functions from a level to the pair's speedup, e.g.
-    ``lambda level: speedup(calls, level=level)``.
+    ``intervals`` are functions from a level to the pair's speedup, e.g. ``lambda level: speedup(calls, level=level)``.
     """
     off = [False] * len(intervals)
     while not all(off):
@@ -58,15 +56,15 @@ def off_nulls(
 
 
 def is_off(null: Estimate, offset: float = LIMITS.null_offset) -> bool:
-    """Whether an interval of a speedup lies wholly outside ``exp(+-offset)``."""
+    """Whether an interval of a speedup lies entirely outside ``exp(+-offset)``."""
     return log(null.low) > offset or log(null.high) < -offset
 
 
 def widest_null(judged: Estimate | None, limits: GateLimits = LIMITS, *, claimed: float | None = None) -> float:
-    """Largest half-width of a null, on the log scale, that a speedup can be judged by.
+    """Largest half-width of an A/A null, on the log scale, with which a speedup can be judged.
 
-    At stake is the end of the judged interval that is farther from 1, or the claimed speedup if that is farther still:
-    a speedup of 1.00 does not ask for a null without any width, and a claim of 2x is refuted by it.
+    A share of the log of the interval's end that is farther from 1, or of the claimed speedup if that is farther still:
+    a speedup of 1.00 needs no null without width, and refutes a claim of 2x.
     """
     if judged is None:
         return limits.null_half_width
@@ -90,7 +88,7 @@ Stands = Literal["above", "below", "open"]
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One bound of the interval against one limit of the claim; ``open``: it does not clear it."""
+    """One bound of the interval against one limit of the claim; ``open``: the bound does not clear it."""
 
     bound: Literal["lower", "upper"]
     value: float
@@ -100,9 +98,10 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class TooFew(Fact):
-    """``num`` clusters, rounds or calls of sampled prompts, too few to support a claim, or of rounds to decide any.
+    """``num`` clusters, rounds or calls of sampled prompts: too few to support a claim; rounds also too few to refute
+    one.
 
-    ``serial`` is given where there are rounds enough, and they are worth too few for how alike neighbours are.
+    ``serial`` is given where there are enough rounds, but they resemble each other too much.
     """
 
     of: Literal["clusters", "rounds", "calls"]
@@ -111,13 +110,13 @@ class TooFew(Fact):
 
     @property
     def alike(self) -> tuple[object, ...]:
-        """What there is too little of, and whether it would be enough if neighbours were not alike."""
+        """What there is too little of, and whether it is only for dependence between rounds."""
         return (self.of, self.serial is None, self.serial is not None and self.serial.lag1 is None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """SUPPORTED, REFUTED or INCONCLUSIVE, and the comparisons that say why; ``few``: why so little decides nothing."""
+    """SUPPORTED, REFUTED or INCONCLUSIVE, with the comparisons behind it; ``few``: too little evidence to decide."""
 
     outcome: Outcome
     comparisons: tuple[Comparison, ...]
@@ -125,7 +124,7 @@ class Decision:
 
 
 def limits(relation: Relation, expected: float, margin: float) -> tuple[float | None, float | None]:
-    """Least and largest true value at which the claim holds; ``None`` on the side that it leaves open."""
+    """Smallest and largest true value at which the claim holds; ``None`` on the open side."""
     if relation not in ("at_least", "at_most", "equal"):
         raise ValueError(f"relation {relation!r} is none of at_least, at_most, equal")
     if not isfinite(expected) or not isfinite(margin) or margin < 0:
@@ -149,9 +148,9 @@ def decide(
     """Judge a claim by an estimate at ``level``; ``expected`` and ``margin`` are in the estimate's unit.
 
     Exactly one of ``num_clusters`` (quality: ``estimate.n``) and ``num_rounds`` (speed: measured rounds, or launches
-    where these are resampled) says how much evidence there is; too little of it never supports a claim. For speed on
-    sampled prompts give ``num_calls``, the timed calls of a round, too; fixed prompts need none. Too few rounds, or
-    rounds so dependent that the estimate's ``serial`` calls them worth too few, do not refute a claim either.
+    where these are resampled) gives the amount of evidence; too little never supports a claim. For speed on sampled
+    prompts give ``num_calls``, the timed calls of a round, too; fixed prompts need none. Too few rounds, or rounds that
+    depend on each other too much by the estimate's ``serial``, do not refute a claim either.
     """
     if not isclose(estimate.level, level):
         raise ValueError(
@@ -176,7 +175,7 @@ def decide(
 def too_few(
     *, num_clusters: int | None = None, num_rounds: int | None = None, num_calls: int | None = None
 ) -> TooFew | None:
-    """What of this much evidence cannot support any claim; ``None`` where it can."""
+    """What there is too little of to support any claim; ``None`` where there is enough."""
     if (num_clusters is None) == (num_rounds is None):
         raise ValueError("say either how many clusters or how many rounds the estimate rests on")
     if num_clusters is not None and num_clusters < MIN_CLUSTERS:
@@ -189,7 +188,7 @@ def too_few(
 
 
 def too_few_rounds(estimate: Estimate, num_rounds: int) -> TooFew | None:
-    """Why these rounds decide nothing; ``None`` where they do."""
+    """Why these rounds cannot decide; ``None`` where they can."""
     serial = estimate.serial
     if num_rounds < MIN_ROUNDS:
         return too_few(num_rounds=num_rounds)
@@ -201,7 +200,7 @@ def too_few_rounds(estimate: Estimate, num_rounds: int) -> TooFew | None:
 def _compared(
     estimate: Estimate, least: float | None, largest: float | None
 ) -> tuple[tuple[Comparison, ...], tuple[Comparison, ...], tuple[Comparison, ...]]:
-    """What clears a limit, what leaves one open, and what lies wholly beyond one."""
+    """The comparisons that clear a limit, that leave one open, and that lie entirely beyond one."""
     cleared: list[Comparison] = []
     opened: list[Comparison] = []
     refuted: list[Comparison] = []

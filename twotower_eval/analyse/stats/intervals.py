@@ -1,5 +1,5 @@
 """What quality and speed statistics share: figures that may be missing, intervals from bootstrap draws, exact bounds,
-Holm's correction; and how much less dependent rounds say than as many independent ones.
+Holm's correction; and the dependence between rounds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from twotower_eval.records import MIN_LAUNCH_ROUNDS, MIN_LAUNCHES, TELLING_ROUND
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A number without an interval, or ``None`` with the reason why there is none."""
+    """A number without an interval, or ``None`` with the reason."""
 
     value: float | None
     reason: str | None = None
@@ -44,7 +44,7 @@ Floats = NDArray[np.float64]
 
 
 def from_log(log_value: float) -> float:
-    """``exp``, and NoEstimate where no number is that large."""
+    """``exp``; NoEstimate where the result is too large."""
     if log_value > MOST_LOG:
         raise NoEstimate("the ratio, or an end of its interval, is too large a number")
     return exp(log_value)
@@ -56,11 +56,11 @@ def t_quantile(level: float, dof: float) -> float:
 
 
 def skewed_t_interval(value: float, stderr: float, *, level: float, dof: float, skew: float) -> tuple[float, float]:
-    """Student's interval, its end on the side of the tail moved out for the ``skew`` of the estimate.
+    """Student's interval, widened on the side of the tail for the ``skew`` of the estimate.
 
-    By as much as skewness shifts Student's t (Johnson 1978, "Modified t tests and confidence intervals for
-    asymmetrical populations"), at the normal quantile and stretched as Student's is: the square of t runs away where
-    degrees of freedom are few. The other end stays: to move it in would trust an estimated skewness too far.
+    By as much as skewness shifts Student's t (Johnson 1978, "Modified t tests and confidence intervals for asymmetrical
+    populations"), at the normal quantile and stretched as Student's is: the square of t grows too fast with few degrees
+    of freedom. The other end stays: moving it in would trust an estimated skewness too far.
     """
     reach, normal = t_quantile(level, dof) * stderr, t_quantile(level, inf)
     shift = skew / 6 * (1 / normal + 2 * normal) * reach
@@ -68,17 +68,17 @@ def skewed_t_interval(value: float, stderr: float, *, level: float, dof: float, 
 
 
 def third_cumulant(values_I: Floats) -> float:
-    """Third cumulant of the mean of independent values; 0 where two or fewer say nothing of it."""
+    """Third cumulant of the mean of independent values; 0 for two or fewer, which do not show it."""
     num = values_I.size
     cubes = float(((values_I - values_I.mean()) ** 3).sum())
     return cubes / ((num - 1) * (num - 2) * num) if num > 2 else 0.0
 
 
 def one_more(values_I: Floats) -> tuple[float, float]:
-    """Variance and third cumulant that one more value like the most telling one adds to those of the mean.
+    """Variance and third cumulant of the mean with one more value like the most extreme one.
 
     Few values may lack the rare large one. It counts in full up to ``FULL_DOF`` degrees of freedom, less and less
-    beyond. Two values, or the farthest two as far out on either side, do not say on which side more would lie.
+    beyond. Two values, or two equally extreme ones on either side, do not show on which side more would lie.
     """
     centred_I = (values_I - values_I.mean()) / values_I.size
     low, high = float(centred_I.min()), float(centred_I.max())
@@ -152,7 +152,7 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
 
 
 def method_with(method: Method | str, **fields: object) -> Method | str:
-    """A method of ours with further fields; what others call theirs stays as it is."""
+    """One of our methods with further fields; the text of an outside method stays as it is."""
     changed: Any = fields
     return replace(method, **changed) if isinstance(method, Method) else method
 
@@ -170,7 +170,7 @@ Caution = Literal["bounded", "estimated"]
 
 
 class Widening(NamedTuple):
-    """Factor on the variance of a mean of independent rounds, degrees of freedom left, and the facts for reports."""
+    """Factor on the variance of a mean of rounds, remaining degrees of freedom, and the facts for reports."""
 
     factor: float
     dof: float
@@ -180,8 +180,8 @@ class Widening(NamedTuple):
 def serial_dependence(series_R: Floats, launches: Sequence[str], caution: Caution = "bounded") -> Widening:
     """How dependence between rounds widens the interval of their mean; ``series_R`` is in time order.
 
-    ``bounded`` reckons with the correlation that there may be, as a verdict has to. ``estimated`` takes the corrected
-    correlation as it comes out, to tell how noisy a machine is.
+    ``bounded`` uses an upper bound of the correlation, as a verdict needs. ``estimated`` uses the corrected correlation
+    itself, to measure how noisy a machine is.
     """
     whole, num = _series(series_R, sittings(launches)), len(series_R)
     found = _Found(factor=1.0, dof=num - 1.0, block=1)
@@ -201,9 +201,9 @@ def serial_dependence(series_R: Floats, launches: Sequence[str], caution: Cautio
 
 
 def sittings(launches: Sequence[str]) -> list[str]:
-    """By round, the launch that it counts with: its own, or the one before it (or behind) where that has few rounds.
+    """By round, the launch that it counts with: its own, or a neighbouring one where that has few rounds.
 
-    Of many launches of which fewer than ``MIN_LAUNCHES`` are left, all rounds count as one.
+    Of many launches of which fewer than ``MIN_LAUNCHES`` remain, all rounds count as one.
     """
     num_rounds = Counter(launches)
     if len(num_rounds) < MIN_LAUNCHES:
@@ -219,16 +219,16 @@ def sittings(launches: Sequence[str]) -> list[str]:
 
 
 def _tells(whole: Sequence[Floats], launches: Sequence[str]) -> bool:
-    """Whether rounds show how alike neighbours are. Those of many launches of a round or two do not."""
+    """Whether there are enough rounds in a launch to see how much neighbours resemble each other."""
     num_launches = len(set(launches))
     is_torn = num_launches >= MIN_LAUNCHES and len(launches) < (MIN_LAUNCH_ROUNDS - VOID_ROUNDS) * num_launches
     return _mean_length(whole) >= TELLING_ROUNDS and not is_torn
 
 
 def carried_over(series_R: Floats, launches: Sequence[str], level: float) -> float:
-    """Factor, at least 1, on the variance of the mean of launches for what goes on from one of them into the next.
+    """Factor, at least 1, on the variance of the mean of launches for what neighbouring launches share.
 
-    ``level`` is that of the interval which is to be the wider one.
+    ``level`` is that of the interval that is to be the wider one.
     """
     whole = _series(series_R, sittings(launches))
     series_R = np.concatenate(whole)
@@ -259,7 +259,7 @@ class _Found(NamedTuple):
 
 
 def _widest(whole: Sequence[Floats], bound: float) -> _Found:
-    """By rounds with the bounded correlation or by blocks of them, whichever makes the interval wider."""
+    """The wider of two intervals: with the bounded correlation of rounds, or by blocks of rounds."""
     num = sum(map(len, whole))
     rounds = _Found(factor=_factor(whole, bound), dof=num - 1.0, block=1)
     length = num // NUM_BLOCKS
@@ -285,7 +285,7 @@ def _series(series_R: Floats, launches: Sequence[str]) -> list[Floats]:
 
 
 def _lag1(whole: Sequence[Floats]) -> float:
-    """Correlation of neighbours about the mean of their launch; 0 where nothing varies."""
+    """Correlation of neighbours about the mean of their launch; 0 without variation."""
     centred = [part_R - part_R.mean() for part_R in whole]
     squares = sum(float((part_R**2).sum()) for part_R in centred)
     products = sum(float((part_R[1:] * part_R[:-1]).sum()) for part_R in centred)
@@ -311,7 +311,7 @@ def _corrected(whole: Sequence[Floats], num_errors: float) -> float:
 
 
 def _mean_variance(whole: Sequence[Floats], correlation: float) -> float:
-    """Variance of the mean of all values as a share of that of one; launches are independent of each other."""
+    """Variance of the mean of all values over that of one; launches are independent."""
     total = 0.0
     for length in map(len, whole):
         lags = np.arange(1, length)
@@ -320,13 +320,13 @@ def _mean_variance(whole: Sequence[Floats], correlation: float) -> float:
 
 
 def _factor(whole: Sequence[Floats], correlation: float) -> float:
-    """Variance of the mean over what the values' own spread, which is too small, says of it."""
+    """Variance of the mean over its estimate from the values' own spread, which is too small."""
     of_mean, num = _mean_variance(whole, correlation), sum(map(len, whole))
     return of_mean * (num - 1) / (1 - of_mean)
 
 
 def _block_means(part_R: Floats, length: int) -> Floats:
-    """Means of so many rounds on end; the first rounds are left out where they fill no block."""
+    """Means of consecutive blocks of rounds; the first rounds are left out where they fill no block."""
     num = len(part_R) // length
     means_B: Floats = part_R[len(part_R) - num * length :].reshape(num, length).mean(axis=1)
     return means_B

@@ -182,10 +182,10 @@ def resampled_sums(
 ) -> Floats:
     """Sums over C clusters drawn with replacement, for each resample: (Q, V).
 
-    Equal clusters are counted, not drawn one by one: the counts are multinomial, which for right-or-wrong scores
-    leaves four cells a task. Where most clusters differ, they are drawn and looked up, two columns at a time as one
-    complex number, in chunks that stay in cache. Columns that are alike in every cluster need no draw. The last
-    ``num_carried`` columns have no say in which clusters are equal, nor in any sum but their own.
+    Equal clusters are counted, not drawn one by one: the counts are multinomial, which for right-or-wrong scores leaves
+    four cells a task. Where most clusters differ, they are drawn and looked up, two columns at a time as one complex
+    number, in chunks that stay in cache. Columns that are equal in every cluster need no draw. The last ``num_carried``
+    columns do not affect which clusters are equal, nor any other sum.
     """
     num, num_own = len(values_CV), values_CV.shape[1] - num_carried
     own_CV, counts_P = np.unique(values_CV[:, :num_own], axis=0, return_counts=True)
@@ -204,7 +204,7 @@ def resampled_sums(
 
 
 def _carried(rng: np.random.Generator, counts_QP: Ints, part_of_S: Ints, values_SV: Floats, sizes_S: Ints) -> Floats:
-    """Sums of columns that differ among clusters that count as equal: these are drawn among themselves."""
+    """Sums of carried columns, which differ among clusters that count as equal: drawn among themselves."""
     sums_QV = np.zeros((len(counts_QP), values_SV.shape[1]))
     for part, counts_Q in enumerate(counts_QP.T):
         here = part_of_S == part
@@ -277,7 +277,7 @@ def flips(scores: PairedScores, *, num_resamples: int = NUM_RESAMPLES, seed: int
 
 
 def mcnemar(num_lost: int, num_gained: int) -> float:
-    """Two-sided exact p-value that losses and gains are equally likely; 1 where there is neither."""
+    """Two-sided exact p-value that losses and gains are equally likely; 1 without either."""
     num = num_lost + num_gained
     return min(1.0, 2 * float(bdtr(min(num_lost, num_gained), num, 0.5))) if num else 1.0
 

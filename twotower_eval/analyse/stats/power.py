@@ -24,9 +24,9 @@ TOO_MANY = 1_000  # times the evidence there is: no advice any more
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedTask:
-    """A task as it will be run: independent clusters, the baseline's accuracy, and the share that will differ.
+    """A planned task: independent clusters, the baseline's accuracy, and the share of answers that differ.
 
-    ``discordance`` 0 is for tasks that both arms are scored on by one computation.
+    ``discordance`` 0 is for tasks that one computation scores for both arms.
     """
 
     name: str
@@ -44,11 +44,11 @@ class PlannedTask:
 
 @dataclass(frozen=True, kw_only=True)
 class PowerPlan:
-    """What planned tasks can resolve of retention, with 80 % power at a one-sided 5 %.
+    """What planned tasks can show of retention, with 80 % power at a one-sided 5 %.
 
     ``stderr``: expected standard error of retention if nothing is lost. ``smallest_drop``: smallest true drop below 1
-    that would be told from no drop. ``refuted_at``: largest true retention at which a claim of ``least`` would be
-    refuted; ``supported_at``: smallest at which it would be supported (above 1: not even a lossless decoder would).
+    that can be shown. ``refuted_at``: largest true retention at which a claim of ``least`` is refuted;
+    ``supported_at``: smallest at which it is supported (above 1: not even a lossless decoder is).
     """
 
     num_clusters: int
@@ -126,7 +126,7 @@ def planned_stderr(tasks: Sequence[PlannedTask], retention: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Needed:
-    """How much evidence would decide if the estimate stayed where it is: in all, and beyond what there is.
+    """How much evidence would decide if the estimate stayed the same: in total, and beyond what there is.
 
     ``None`` with a reason where no amount would, or where the interval has ``decided`` already.
     """
@@ -149,9 +149,9 @@ def still_needed(
 ) -> Needed:
     """Clusters (or, with ``n`` rounds and ``log_scale``, rounds) at which an inconclusive verdict would be decided.
 
-    Scales the estimate's own distance to its bounds by 1 / sqrt(n), that of an exact bound on no difference at all,
-    as long as none shows up, by 1 / n. For speed that takes prompts to grow with the
-    rounds where prompts are sampled. ``least_n`` is the smallest number that can support a claim at all.
+    The estimate's distance to its bounds scales by 1 / sqrt(n); for an exact bound on no difference, by 1 / n as long
+    as none is seen. For speed on sampled prompts, prompts grow with the rounds. ``least_n`` is the smallest number that
+    can support a claim at all.
     """
     n = estimate.n if n is None else n
     points = (estimate.value, estimate.low, estimate.high, *limits(relation, expected, margin))
@@ -206,9 +206,9 @@ MAX_SAMPLES = 100
 
 
 def possible_counts(percent: float, decimals: int, n: int) -> tuple[int, ...]:
-    """Every k for which 100 k / n rounds to ``percent`` at ``decimals`` decimals; empty where there is none.
+    """Every k for which 100 k / n rounds to ``percent`` at ``decimals`` decimals; may be empty.
 
-    ValueError for a percentage outside 0 to 100 or one that has more decimals than it was said to have.
+    ValueError for a percentage outside 0 to 100 or with more than ``decimals`` decimals.
     """
     if n < 1 or decimals < 0:
         raise ValueError(f"{n} trials at {decimals} decimals: there must be at least one trial and no fewer than 0")
@@ -221,7 +221,7 @@ def possible_counts(percent: float, decimals: int, n: int) -> tuple[int, ...]:
 
 
 def can_misfit(decimals: int, n: int) -> bool:
-    """Whether some percentage with so many decimals is no k / n; where none is, that one fits says nothing.
+    """Whether some percentage with so many decimals is no k / n; if none is, a fit means nothing.
 
     There are N = 10^(decimals + 2) steps from 0 to 100 %. From n = N on each is within half a unit of some k / n.
     Below, n + 1 counts cover as many steps, and one more for each count that lies halfway between two.

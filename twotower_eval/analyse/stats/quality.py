@@ -63,7 +63,7 @@ def retention(table: ScoreTable, draws: Draws, weights_K: Floats | None = None, 
 
 
 def equal_by_construction(value: float, n: int, *, level: float = LEVEL) -> Estimate:
-    """What one computation that scores both arms leaves no doubt of: a retention of 1, or a difference of 0."""
+    """The known value where one computation scores both arms: a retention of 1, or a difference of 0."""
     return Estimate(value=value, low=value, high=value, level=level, n=n, method=EQUAL)
 
 
@@ -141,15 +141,15 @@ def num_discordant(table: ScoreTable, weights_K: Floats | None = None) -> tuple[
 
 
 def num_lone_clusters(table: ScoreTable) -> int:
-    """Clusters that are alone in their stratum, whose variation no interval here can see."""
+    """Clusters alone in their stratum, whose variation no interval here includes."""
     return int((np.bincount(table.stratum_C) == 1).sum())
 
 
 class Scope:
     """The clusters that touch the weighted tasks, and what the interval rules need to know of them.
 
-    ``ratios_K`` are what the baseline's scores are multiplied by in the linearised numerator, task by task: by default
-    the ratio of the weighted means.
+    ``ratios_K`` multiply the baseline's scores in the linearised numerator, task by task: by default the ratio of the
+    weighted means.
     """
 
     def __init__(self, table: ScoreTable, weights_K: Floats, ratios_K: Floats | None = None) -> None:
@@ -219,7 +219,7 @@ class Scope:
 
     @property
     def skew(self) -> float:
-        """Skewness of the estimate, 0 where nothing varies; strata of two clusters say nothing of theirs."""
+        """Skewness of the estimate, 0 without variation; strata of two clusters do not show it."""
         sizes_H, _, cubes_H, _ = self._moments
         factor_H = np.where(sizes_H > 2, sizes_H**2 / np.maximum((sizes_H - 1) * (sizes_H - 2), 1), 0.0)
         variance = float(self.variance_H.sum())
@@ -247,10 +247,10 @@ class Scope:
 
     @property
     def _unseen_H(self) -> Floats:
-        """What is added to the variance of each stratum for what it may have failed to show.
+        """Added variance of each stratum for what it may have failed to show.
 
-        A stratum with few discordant clusters may have shown so few by luck: one more, as heavy as its heaviest, is
-        added. Few clusters may lack the rare large loss: one more like the worst seen is added.
+        A stratum with few discordant clusters may have so few by luck: one more, as heavy as its heaviest, is added.
+        Few clusters may lack the rare large loss: one more like the worst seen is added.
         """
         worst_H = np.zeros(len(self._size_H))
         np.maximum.at(worst_H, self._code_C, self._centred_C**2)

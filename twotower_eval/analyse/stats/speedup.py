@@ -51,7 +51,7 @@ from twotower_eval.errors import NoEstimate
 from twotower_eval.records import MIN_LAUNCHES, Estimate, Method
 
 NULL_LEVEL = 0.99  # of the A/A null's interval
-TOLD = 0.001  # on the log scale: what calls that were not timed move less than this goes unsaid
+MIN_MOVE = 0.001  # on the log scale: smaller changes by calls that were not timed are not mentioned
 JUDGED = ("time", "throughput")  # the quantities that claims of speed are about
 Quantity = Literal["time", "throughput", "length", "baseline_rate", "candidate_rate"]
 
@@ -90,7 +90,7 @@ class TimedCalls:
 
     @property
     def tail(self) -> Tail:
-        """How the time is spread over calls."""
+        """How the time is spread over calls, in the arm in which fewer calls carry it."""
         return tail_of(self.baseline_s, self.candidate_s)
 
 
@@ -131,7 +131,7 @@ def speedup(
 
 
 def with_unseen(estimate: Estimate, calls: TimedCalls, *, throughput: bool) -> Estimate:
-    """With the ends moved out for what calls that were not timed may change; see ``tails``."""
+    """The estimate with its ends widened for calls that were not timed; see ``tails``."""
     if calls.fixed:
         return estimate
     arrays = (calls.baseline_s, calls.candidate_s, calls.baseline_tokens, calls.candidate_tokens)
@@ -144,7 +144,7 @@ def with_unseen(estimate: Estimate, calls: TimedCalls, *, throughput: bool) -> E
         limits_s=calls.limits_s,
         documents=calls.documents,
     )
-    method = method_with(estimate.method, moved_out=max(-low, high) >= TOLD)
+    method = method_with(estimate.method, moved_out=max(-low, high) >= MIN_MOVE)
     return replace(estimate, low=estimate.low * exp(low), high=estimate.high * exp(high), method=method)
 
 
@@ -182,7 +182,9 @@ def per_device(estimate: Estimate, *, baseline_devices: int, candidate_devices: 
 
 
 def resamples_launches(launches: Sequence[str]) -> bool:
-    """Whether there are launches enough, of rounds enough, to resample them; else how they differ is not measured."""
+    """Whether there are enough launches, with enough rounds, to resample launches; else their variation is not
+    measured.
+    """
     return len(set(sittings(launches))) >= MIN_LAUNCHES
 
 
@@ -236,7 +238,7 @@ class _Crossing:
         return _DRAWN[key]
 
     def widening(self, logs_R: Floats, caution: Caution, level: float) -> Widening:
-        """What dependence between rounds, by the logarithm of each round's own ratio, asks of their variance."""
+        """The widening of the variance between rounds for their dependence, from each round's own log ratio."""
         found = serial_dependence(logs_R, self._launches, caution)
         if not resamples_launches(self._launches):
             return found
@@ -296,7 +298,7 @@ class _Spread(NamedTuple):
 
 
 def _of_units(of_unit_U: Floats, widening: Widening) -> _Spread:
-    """Where only rounds, or launches, vary."""
+    """The spread where only rounds, or launches, vary."""
     num = len(of_unit_U)
     variance = float(of_unit_U.var(ddof=1)) / num
     skew = third_cumulant(of_unit_U) / variance**1.5 if variance > 0 else 0.0
@@ -305,7 +307,7 @@ def _of_units(of_unit_U: Floats, widening: Widening) -> _Spread:
 
 
 def _of_both(influence_UP: Floats, without_P: Floats, widening: Widening) -> _Spread:
-    """Where calls are drawn as well; ``without_P``: the estimate without each call in turn."""
+    """The spread where calls are drawn as well; ``without_P``: the estimate without each call in turn."""
     num_units, num_calls = influence_UP.shape
     rows_UP, columns_UP = influence_UP.mean(axis=1, keepdims=True), influence_UP.mean(axis=0, keepdims=True)
     residual_UP = influence_UP - rows_UP - columns_UP + influence_UP.mean()
@@ -333,26 +335,26 @@ def _of_both(influence_UP: Floats, without_P: Floats, widening: Widening) -> _Sp
 
 
 def _own(of_margin: float, of_residual: float) -> float:
-    """Share of a margin's variance that is its own and not noise of single timings, whose skewness averages out."""
+    """Share of a margin's variance that is not noise of single timings, whose skewness averages out."""
     return max(0.0, of_margin - of_residual) / of_margin if of_margin > 0 else 0.0
 
 
 def _others(values_UP: Floats) -> Floats:
-    """For each call, the sum over all others; added up, as a difference may leave nothing of a small sum."""
+    """For each call, the sum over all others; added up, as a subtraction may lose small sums."""
     of_call_P: Floats = values_UP.sum(axis=0)
     others_P: Floats = of_call_P @ (1 - np.eye(len(of_call_P)))
     return others_P
 
 
 def _log_sums(values_RP: Floats) -> Floats:
-    """Logarithm of each round's sum; a round without anything is left at the mean of all."""
+    """Logarithm of each round's sum; a round with a sum of 0 is set to the mean of the others."""
     sums_R = values_RP.sum(axis=1)
     logs_R: Floats = np.log(np.where(sums_R > 0, sums_R, sums_R.mean()))
     return logs_R
 
 
 def _terms(calls: TimedCalls, quantity: Quantity) -> tuple[tuple[int, Floats], ...]:
-    """Signed logarithms of sums that make up a quantity."""
+    """Signed logarithms of the sums that make up a quantity."""
     of_baseline, of_candidate = (1, calls.baseline_tokens), (1, calls.candidate_tokens)
     terms: dict[Quantity, tuple[tuple[int, Floats], ...]] = {
         "time": ((1, calls.baseline_s), (-1, calls.candidate_s)),

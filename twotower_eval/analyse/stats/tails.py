@@ -68,9 +68,9 @@ class Documents:
         return shares
 
     def unseen_at_budget(self, alpha: float) -> tuple[float, float]:
-        """Share of documents in either arm that may run on to the budget beyond those that these show.
+        """Upper bound of the share of documents in either arm that run on to the budget, beyond the seen share.
 
-        By Clopper-Pearson's upper bound; for no such document it is the rule of three.
+        By Clopper-Pearson's upper bound; without any such document it is the rule of three.
         """
         num = int(1 / float(self.weight_D @ self.weight_D) + 1e-9)
         budgets = self.budgets or (inf, inf)
@@ -86,9 +86,9 @@ class Documents:
 class Tail:
     """How the time is spread over calls, in the arm in which fewer of them carry it.
 
-    ``effective_calls``: as many calls of equal length would tell as much (Kish). ``largest_share``: of the time, that
-    of the longest call. ``index``: Hill's, of the longest calls; below 2 the variance is infinite. ``None`` where the
-    longest are alike, or too few.
+    ``effective_calls``: so many calls of equal length would give the same precision (Kish). ``largest_share``: the
+    longest call's share of the time. ``index``: Hill's, of the longest calls; below 2 the variance is infinite.
+    ``None`` where the longest are equal, or too few.
     """
 
     num_calls: int
@@ -151,9 +151,9 @@ def shifts(
     limits_s: tuple[float, float] | None,
     documents: Documents | None,
 ) -> Shifts:
-    """How far the ends of a speedup's interval move out for calls that were not timed; see the module's text.
+    """How far the ends of a speedup's interval are widened for calls that were not timed; see the module's text.
 
-    ``limits_s``: seconds of a call at its budget, of either arm.
+    ``limits_s``: seconds of a call at its budget, in either arm.
     """
     if min(calls.baseline_s.min(), calls.candidate_s.min()) <= 0:
         return 0.0, 0.0  # a call that took no time has no gain
@@ -175,9 +175,9 @@ def shifts(
 def _by_limits(
     calls: PerCall, shares: tuple[float, float], limits_s: tuple[float, float], log_value: float, level: float
 ) -> Shifts:
-    """So many calls at the budget in one arm, of ordinary length in the other.
+    """The widening for calls at the budget in one arm that are of ordinary length in the other.
 
-    Their tokens count in a throughput: the candidate's at no gain, or at the greatest that the trend foretells. The
+    Their tokens count in a throughput: the candidate's at no gain, or at the largest that the trend predicts. The
     baseline makes its own at its own rate.
     """
     means = float(calls.baseline_s.mean()), float(calls.candidate_s.mean())
@@ -193,7 +193,7 @@ def _by_limits(
 def _by_extrapolation(
     calls: PerCall, share: float, log_value: float, level: float, limits_s: tuple[float, float] | None
 ) -> Shifts:
-    """The heavy tail drawn out beyond the longest call, which ``share`` of all calls may lie beyond."""
+    """The heavy tail extended beyond the longest call, where up to ``share`` of all calls may lie."""
     size_P = calls.size_P
     index = _tail_index(size_P)
     heaviness = min(1.0, max(0.0, (LIGHT - index) / (LIGHT - HEAVY)))
@@ -212,7 +212,7 @@ def _by_extrapolation(
 
 
 def _by_documents(calls: PerCall, documents: Documents, log_value: float, level: float) -> Shifts:
-    """What the lengths of all documents change, by regression of seconds on tokens; and those beyond the longest."""
+    """What the lengths of all documents change, by regression of seconds on tokens, with those beyond the longest."""
     moved, beyond = 0.0, []
     arms = (
         (1, calls.baseline_s, calls.baseline_tokens, documents.baseline_tokens, documents.longest_baseline),
@@ -243,14 +243,14 @@ def _by_documents(calls: PerCall, documents: Documents, log_value: float, level:
 
 
 def _diluted(mass: float, gain: tuple[float, float], log_value: float, rest: float = 1.0) -> Shifts:
-    """Beside calls of total size ``rest`` there are others of size ``mass``, of least or greatest log ``gain``."""
+    """A speedup over calls of total size ``rest`` and others of size ``mass`` with least or greatest log ``gain``."""
     low, high = min(0.0, gain[0] - log_value), max(0.0, gain[1] - log_value)
     both = rest + mass
     return log((rest + mass * exp(low)) / both), -log((rest + mass * exp(-high)) / both)
 
 
 def _gain_at(calls: PerCall, size: float, level: float) -> tuple[float, float]:
-    """Least and greatest log gain of a call so long, by the trend of gain over length; long calls weigh most."""
+    """Least and greatest log gain of a call of this length, by the trend of gain over length; long calls weigh most."""
     size_P, gain_P = np.log(calls.size_P), calls.log_gain_P
     weight_P = calls.size_P / calls.size_P.sum()
     at, mean = float(weight_P @ size_P), float(weight_P @ gain_P)
@@ -264,9 +264,9 @@ def _gain_at(calls: PerCall, size: float, level: float) -> tuple[float, float]:
 
 
 def seconds_per_token(seconds_P: Floats, tokens_P: Floats) -> float:
-    """Seconds per further token, by regression over calls: at least 0, and at most what all of the time makes.
+    """Seconds per further token, by regression over calls: at least 0, and at most all of the time over all tokens.
 
-    That most where all calls have the same number of tokens, and 0 where none has any.
+    The maximum where all calls have the same number of tokens, and 0 where none has any.
     """
     centred_P = tokens_P - tokens_P.mean()
     square, mean = float(centred_P @ centred_P), float(tokens_P.mean())
@@ -277,7 +277,7 @@ def seconds_per_token(seconds_P: Floats, tokens_P: Floats) -> float:
 
 
 def _tail_index(values_P: Floats) -> float:
-    """Hill's index of the longest calls, lower by half its standard error; infinite where they are alike or too few."""
+    """Hill's index of the longest calls less half its standard error; infinite where they are equal or too few."""
     num = len(values_P)
     in_tail = max(LEAST_TAIL, ceil(TAIL_SHARE * num))
     if num < LEAST_CALLS:

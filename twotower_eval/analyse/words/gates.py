@@ -47,7 +47,7 @@ WORDS: Mapping[ContradictionKind, str] = {
     "launches at once": "{stated} calls of {here} began while {there} was being timed, but the launches of a run never "
     "overlap",
     "moments repeated": "{stated} calls of {here} began at exactly the same moments as calls of {there}",
-    "times repeated": "{stated} timings of {here} equal those of {there} to the last digit",
+    "times repeated": "{stated} timings of {here} are equal, to the last digit, to those of {there}",
     "batch size": f"{_CALL} has {{found}} prompts, its cell's batch size is {{stated}}",
     "prompts of a call": f"{_CALL} has different prompts in different rounds",
     "prompt tokens": "prompt {prompt} of cell {cell} has {stated} tokens in one round and {found} in another",

@@ -12,7 +12,12 @@ class Term:
 
     name: str
     meaning: str
-    pattern: str
+    pattern: re.Pattern[str]
+
+
+def _words(pattern: str) -> re.Pattern[str]:
+    """Whole words in upper or lower case."""
+    return re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE)
 
 
 TERMS = (
@@ -20,67 +25,67 @@ TERMS = (
         name="Operating point",
         meaning="a decoder with all of its parameters, such as its block size, steps and threshold. Another value of "
         "any parameter is another point.",
-        pattern="operating points?",
+        pattern=_words("operating points?"),
     ),
     Term(
         name="Decoder-exercised",
         meaning="only the tasks whose answers the decoder made.",
-        pattern="decoder-exercised",
+        pattern=_words("decoder-exercised"),
     ),
     Term(
         name="NFE",
         meaning="number of function evaluations: denoise steps, each a forward of the denoiser.",
-        pattern="NFE",
+        pattern=_words("NFE"),
     ),
     Term(
         name="Forced commit",
         meaning="a commit below the threshold, made because every step has to commit at least one position.",
-        pattern="forced commits?",
+        pattern=_words("forced commits?"),
     ),
     Term(
         name="A/A null",
         meaning="the baseline timed against a second copy of itself. Its ratio has to be 1; how far it strays says how "
         "noisy the machine was.",
-        pattern="A/A nulls?",
+        pattern=_words("A/A nulls?"),
     ),
     Term(
         name="Residual",
         meaning="the part of a measured time that the parts, timed alone, do not explain.",
-        pattern="residuals?",
+        pattern=_words("residuals?"),
     ),
     Term(
         name="Break-even",
         meaning="tokens per NFE at which both arms take equally long.",
-        pattern="break-even",
+        pattern=_words("break-even"),
     ),
     Term(
         name="Crossed bootstrap",
         meaning="prompts and rounds (or launches) are drawn with replacement, each on its own, and the statistic is "
         "computed again; its spread gives the interval.",
-        pattern="crossed (paired )?bootstrap",
+        pattern=_words("crossed (paired )?bootstrap"),
     ),
     Term(
         name="AUP",
         meaning="accuracy under parallelism: the area under accuracy over tokens per forward, where accuracy lost "
         "weighs heavily.",
-        pattern="AUP",
+        pattern=_words("AUP"),
     ),
     Term(
         name="Look",
         meaning="one run towards a claim. Every look counts; the more there are, the stricter each is judged.",
-        pattern=r"(first|second|third|\w+th|further|many|the) looks?|look \d+",
+        pattern=_words(r"(first|second|third|\w+th|further|many|the) looks?|look \d+"),
     ),
     Term(
         name="Power line",
         meaning="the smallest drop of retention that these documents can show, printed before a run.",
-        pattern="power line",
+        pattern=_words("power line"),
     ),
 )
 
 
 def terms_in(text: str) -> tuple[Term, ...]:
     """The terms that a text uses, in the order of :data:`TERMS`."""
-    return tuple(term for term in TERMS if re.search(rf"\b(?:{term.pattern})\b", text, re.IGNORECASE))
+    return tuple(term for term in TERMS if term.pattern.search(text))
 
 
 def term_lines(text: str) -> list[str]:
