@@ -103,9 +103,9 @@ def test_the_command_of_what_is_missing_measures_the_claims_point(claim: Claim, 
         assert plan.tasks == claim.scope
 
 
-def test_what_no_option_says_has_no_command(good: list[Run]) -> None:
+def test_what_no_option_says_is_said_by_set(good: list[Run]) -> None:
     reason = verdict_on(FAST, good[:1], decoder={**POINT["decoder"], "batch_mean_t": True}).reason
-    assert "measures it" not in reason
+    assert "--set batch_mean_t=true` measures it" in reason
     eager = verdict_on(FAST, good[:1], decoder={**POINT["decoder"], "threshold": 0.0}).reason
     assert "--thresholds 0.0`" in eager, "off is not the default"
     other = {**KEPT, "baseline": "another"}

@@ -208,8 +208,8 @@ def _look_lines(looks: Sequence[LookTally]) -> Iterator[str]:
         return
     yield "\n## Looking again until a false claim is supported\n"
     yield f"{looks[0].num:,} attempts each, at the boundary, of up to {MOST_LOOKS} looks. *Uncorrected*: every look"
-    yield "judged at 95 %. *Corrected*: each look after the first at the level that remains for it, so that all together"
-    yield "err in less than 6 %.\n"
+    yield "judged at 95 %. *Corrected*: each look after the first at the level that remains for it, so that all of them"
+    yield "together err in less than 6 %.\n"
     yield "| world | size | wrong SUPPORTED at the first look, % | at any, uncorrected, % | at any, corrected, % |"
     yield "|---|---|---|---|---|"
     for look in looks:
