@@ -203,8 +203,8 @@ def test_the_line_of_the_probes_says_what_was_compared() -> None:
         "first reading (limit 1.25x); the candidate makes 1.00x [0.90, 1.10] as many forwards on the first reading of "
         "timed prompts as on later ones (limit 1.25x); 12 calls on untimed documents need 0.98x [0.88, 1.08] as many "
         "forwards per token as similar timed calls (limit 1.25x); 18 calls on made-up prompts need 1.29x [1.19, 1.39] "
-        "as many forwards per token as similar timed calls (limit 3x); equal forwards of the candidate take 1.02x [0.92, "
-        "1.12] as long on new prompts as on timed ones (limit 1.25x)"
+        "as many forwards per token as similar timed calls (limit 3x); equal forwards of the candidate take 1.02x "
+        "[0.92, 1.12] as long on new prompts as on timed ones (limit 1.25x)"
     )
     remembers = dataclasses.replace(found, candidate=dataclasses.replace(candidate, forward_s=shown(1.5, 30)))
     assert fact_text(Probes(unseen=remembers, limit=1.25)).startswith(
