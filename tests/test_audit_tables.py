@@ -89,7 +89,7 @@ def test_averages_by_documents_are_a_reading() -> None:
     unknown = [{key: value for key, value in row.items() if key != "num_documents"} for row in rows]
     [first, *_] = texts({"task": unknown, "aggregate": weighted})
     assert first.startswith("CONTRADICTS h")
-    assert "weighted by documents it was not tried, for want of num_documents of small, large" in first
+    assert "not tried weighted by documents, as num_documents is missing for small, large" in first
 
 
 def test_digits_that_were_cut_off_are_named_and_no_excuse() -> None:
@@ -177,7 +177,7 @@ def test_a_count_that_most_figures_have_is_no_sign_of_one_run() -> None:
         ({"speedup": [{"name": "s", "factor": "2", "percent_faster": 3}]}, "say the same: keep the one that was pri"),
         ({"speedup": [{"name": "s", "factor": "2", "product_of": ["s"]}]}, "product_of: no speedup 's'"),
         ({"rate": [{"name": "r", "tokens_per_s": "0"}]}, "tokens_per_s must be above 0"),
-        ({"rate": [{"name": "r", "tokens_per_s": 5}, {"name": "r", "tokens_per_s": 6}]}, "rate 'r' is there twice"),
+        ({"rate": [{"name": "r", "tokens_per_s": 5}, {"name": "r", "tokens_per_s": 6}]}, "rate 'r' is defined twice"),
         ({"rate": [{"name": "r", "tokens_per_s": "5 tok/s"}]}, "must be a number, as printed, not '5 tok/s'"),
     ],
 )

@@ -535,7 +535,7 @@ def test_how_sure_is_the_claims_own_limit(tmp_path: Path) -> None:
     for level in (1 - p_value - 0.001, 1 - p_value + 0.001):
         found, _ = verdicts(run, "sorting", limits={"above_chance_level": level})
         assert (found.outcome == "INVALID") == (p_value > 1 - level)
-    with pytest.raises(ValueError, match=r"above_chance_level lies between 0.75 and 0.9999 .*, not 95"):
+    with pytest.raises(ValueError, match=r"above_chance_level must be between 0.75 and 0.9999 .*, not 95"):
         claims_from("test", retention_claim("sorting", limits={"above_chance_level": 95.0}))
 
 

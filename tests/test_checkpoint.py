@@ -232,7 +232,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config is no object": (text("config.json", "[1]"), "config.json: expected a JSON object"),
     "config is no text": (text("config.json", b'{"a": "\xff"}'), r"config.json, line 1: not UTF-8 \(byte 0xff\)"),
     "config in UTF-16": (text("config.json", "{}".encode("utf-16")), "config.json: it is UTF-16"),
-    "a key twice": (text("config.json", '{"vocab_size": 1, "vocab_size": 2}'), "key 'vocab_size' is there twice"),
+    "a key twice": (text("config.json", '{"vocab_size": 1, "vocab_size": 2}'), "key 'vocab_size' is defined twice"),
     "beyond a double": (text("config.json", '{"a": 1e999}'), "config.json: the number 1e999 is beyond"),
     "too deep": (text("config.json", '{"a": ' + "[" * 9000), "config.json: nested too deeply"),
     "too many digits": (text("config.json", '{"vocab_size": ' + "9" * 5000 + "}"), "more digits than Python reads"),

@@ -136,7 +136,7 @@ def test_a_number_of_samples_that_makes_everything_fit_explains_nothing() -> Non
 
 
 def test_nothing_published_is_nothing_to_audit() -> None:
-    with pytest.raises(ValueError, match="nothing to audit"):
+    with pytest.raises(ValueError, match="numbers to audit"):
         audit(load_claims("miniature").published)
 
 

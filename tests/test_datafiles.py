@@ -144,7 +144,7 @@ ODD_JSONL = {
     "halves in the wrong order": (of(b'"\\ude00\\ud83d"'), "line 2, 'answer': half a surrogate pair"),
     "deep in Python": (of(b"[" * 900 + b"9" * 20 + b"]" * 900), "a whole number beyond 64 bits"),
     "deep": (of(b"[" * 9000 + b"]" * 9000), "line 2: nested too deeply"),
-    "a name twice": (b'{"question": "?", "answer": "1", "answer": "2"}\n', "line 1: key 'answer' is there twice"),
+    "a name twice": (b'{"question": "?", "answer": "1", "answer": "2"}\n', "line 1: key 'answer' is defined twice"),
     "kinds": (of(b"3"), "line 2, 'answer': a number, but a text in line 1"),
     "true is no number": (b'{"a": 1}\n{"a": null}\n\n{"a": true}\n', "line 4, 'a': true or false, but a number"),
     "no columns": (b"{}\n{}\n", "line 1: not a JSON object with the columns"),

@@ -274,4 +274,4 @@ def test_looks_are_said_on_the_command_line(tmp_path: Path, kept_run: Run, capsy
     assert "first look, 3 were declared: bounds are one-sided 98.33 %" in capsys.readouterr().out
     file.write_text(CLAIM_FILE + "looks = 0\n")
     assert cli.main(["claims", "check", str(file), str(first)]) == 2
-    assert "looks lies between 1 and 20, not 0" in capsys.readouterr().err
+    assert "looks must be between 1 and 20, not 0" in capsys.readouterr().err

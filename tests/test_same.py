@@ -200,7 +200,7 @@ def test_how_many_answers_may_differ_is_the_claims(good: list[Run]) -> None:
     run = answers_otherwise(good[1], "candidate", {7})
     loose = {"limits": {"differing_answers": 0.02}}
     assert verdicts([good[0], matching(good[0], run)], fast=loose)[2].outcome == "SUPPORTED"
-    with pytest.raises(ValueError, match=r"differing_answers lies between 0 and 0.02 \(0\), not 0.5"):
+    with pytest.raises(ValueError, match=r"differing_answers must be between 0 and 0.02 \(shipped: 0\), not 0.5"):
         claims_of({**FAST, "limits": {"differing_answers": 0.5}})
 
 

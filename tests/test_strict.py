@@ -123,7 +123,7 @@ def test_a_row_that_cannot_be_is_refused_when_read_and_when_written(
         ("1e999", "the number 1e999 is beyond what a double holds"),
         ("NaN", "NaN is not allowed"),
         ("9" * 5000, "more digits than Python reads"),
-        ("1.0,\"value\":0.0", "key 'value' is there twice"),
+        ("1.0,\"value\":0.0", "key 'value' is defined twice"),
     ],
 )  # fmt: skip
 def test_numbers_that_python_would_bend_are_refused(tmp_path: Path, number: str, words: str) -> None:
@@ -139,7 +139,7 @@ def test_numbers_that_python_would_bend_are_refused(tmp_path: Path, number: str,
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ('"value":1.0', '"value":1.0,"value":0.0', "key 'value' is there twice"),
+        ('"value":1.0', '"value":1.0,"value":0.0', "key 'value' is defined twice"),
         ('"value":1.0', '"value":1e-999', "the number 1e-999 is beyond what a double holds"),
         ('"value":1.0', '"value":1' + "0" * 30, "value must be a whole number of at most 64 bits, not 1000"),
         ('"value":1.0', '"value" : 1.0, "vaule": 1.0', "Score: unknown field(s) vaule"),

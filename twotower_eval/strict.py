@@ -146,7 +146,7 @@ def _distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
     values = dict(pairs)
     if len(values) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise UserError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        raise UserError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is defined twice")
     return values
 
 

@@ -100,9 +100,9 @@ def tailed(
         chosen = everyone.of(rng.integers(0, POPULATION, num_calls))
         return known(timed(rng, chosen, NUM_ROUNDS, "lognormal", NOISE, fixed=False), kind, knows)
 
-    said = "" if knows == "nothing more" else f", {knows} known"
+    suffix = "" if knows == "nothing more" else f", {knows} known"
     return SpeedWorld(
-        name=f"{quantity}: {kind.name}{said}",
+        name=f"{quantity}: {kind.name}{suffix}",
         quantity=quantity,
         num_rounds=NUM_ROUNDS,
         num_calls=num_calls,

@@ -1,7 +1,7 @@
-"""Published numbers alone: do they follow from one another, and what do they give away?
+"""Published numbers alone: do they follow from one another, and what do they reveal?
 
-Nothing is measured here. A stated summary that no usual reading gives back, whatever the figures were before they were
-rounded, CONTRADICTS what it summarises (see ``recomputed``); everything else is a remark.
+Nothing is measured here. A stated summary that no usual reading gives, whatever the figures were before rounding,
+CONTRADICTS what it summarises (see ``recomputed``); everything else is a remark.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ Places = Mapping[str, Stated]  # where a percentage of a task is printed
 
 
 def audit(published: Published | None) -> tuple[AuditLine, ...]:
-    """All findings, in the order aggregates, granularity, identical columns, speedups, variants."""
+    """All results, in the order aggregates, kinds of task, granularity, identical columns,
+    speedups, devices, variants.
+    """
     if published is None:
-        raise UserError("this claim file has no [published] numbers, so there is nothing to audit")
+        raise UserError("this claim file has no [published] numbers to audit")
     return (
         *aggregates(published),
         *_by_kind(published),
@@ -39,12 +41,12 @@ def audit(published: Published | None) -> tuple[AuditLine, ...]:
 
 
 def audit_code(findings: Sequence[AuditLine]) -> int:
-    """3 where something contradicts, else 0: remarks are no contradictions."""
+    """3 where a line contradicts, else 0."""
     return EXIT_CONTRADICTED if any(finding.kind == "CONTRADICTS" for finding in findings) else 0
 
 
 def _by_kind(published: Published) -> Iterator[AuditLine]:
-    """What the table says of each kind of task, and of code and math together."""
+    """The retention of each kind of task, and of code and math together."""
     kinds = list(dict.fromkeys(kind for task in published.tasks for kind in task.kinds))
     groups: list[tuple[str, ...]] = [(kind,) for kind in kinds]
     if {"code", "math"} <= set(kinds):
@@ -57,9 +59,9 @@ def _by_kind(published: Published) -> Iterator[AuditLine]:
 
 
 def _granularity(published: Published) -> Iterator[AuditLine]:
-    """Percentages that are no k of the task's documents, and how many samples each would make them possible.
+    """Percentages that are no k / n of the task's documents, and how many samples each would make them possible.
 
-    A percentage that fits is a remark only where most others would not have; the rest are counted in one line.
+    A fitting percentage is a remark only where most others would not fit; the rest are counted in one line.
     """
     vacuous: dict[tuple[int, bool], list[tuple[PublishedTask, int]]] = defaultdict(list)
     for task in published.tasks:
@@ -116,7 +118,7 @@ def _task_granularity(task: PublishedTask, places: Places, n: int, decimals: int
 
 
 def _fewest(smallest: int | None, decimals: int, n: int, odd: Sequence[str]) -> str:
-    """What is known of the number of samples a problem, where one sample does not fit."""
+    """What follows for the number of samples a problem, where one sample does not fit."""
     if smallest is None:
         return "no number of samples up to 100 fits"
     if stats.can_misfit(decimals, n * smallest):
@@ -125,7 +127,7 @@ def _fewest(smallest: int | None, decimals: int, n: int, odd: Sequence[str]) -> 
 
 
 def _identical(published: Published) -> Iterator[AuditLine]:
-    """Equal figures, apart for tasks that one computation may have scored for both models."""
+    """Equal figures in both columns; tasks that one computation may score for both models are listed apart."""
     same = [task for task in published.tasks if task.baseline.value == task.candidate.value]
     for by_likelihood, why in (
         (True, "one computation for both models, as of likelihoods of a tower that they share, or equal answers"),
@@ -182,7 +184,7 @@ def _factor(speedup: PublishedSpeedup) -> str:
 
 
 def _gaps(published: Published) -> Iterator[AuditLine]:
-    """How far variants lie apart, group by group: the first one listed against each of the others."""
+    """How far variants lie apart, by group: the first one listed against each of the others."""
     for other in published.gaps[1:]:
         first = published.gaps[0]
         shared = [group for group in first.points if group in other.points]

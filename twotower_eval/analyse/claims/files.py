@@ -1,4 +1,5 @@
-"""Claim files: TOML -> records. What is unknown, missing or of the wrong type is one line that says where.
+"""Claim files: TOML -> records. An unknown key, a missing key or a wrong type is an error of one line that names the
+place.
 
 A file holds ``[[point]]`` (operating points, named once), ``[[claim]]`` (each at one of them) and, for ``audit``,
 ``[published]`` with the numbers as they were printed (see ``published``).
@@ -34,7 +35,7 @@ MARGINS = {"retention": 0.005, "decoder_exercised_retention": 0.005} | dict.from
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimFile:
-    """Everything a claim file says; ``published`` is ``None`` where it lists no published numbers.
+    """A whole claim file; ``published`` is ``None`` where it lists no published numbers.
 
     ``config`` names the shipped config of the model's size, for costs on random weights.
     """
@@ -67,7 +68,7 @@ def _find(name: str | Path) -> Path:
 
 
 def select(claims: Sequence[Claim], names: Sequence[str]) -> tuple[Claim, ...]:
-    """The claims named, in the file's order; all without names. An unknown name is a UserError with a hint."""
+    """The named claims, or all without names, in the file's order. An unknown name is a UserError with a hint."""
     known = [claim.name for claim in claims]
     for name in names:
         if name not in known:
@@ -82,11 +83,11 @@ def claims_from(name: str, values: JsonObject) -> ClaimFile:
     by_name = {point.name: point for point in points}
     claims = tuple(_claim(table, by_name) for table in tables("the file", values, "claim"))
     if not claims and "published" not in values:
-        raise UserError("it holds neither a [[claim]] nor [published] numbers")
+        raise UserError("it has neither a [[claim]] nor [published] numbers")
     for what, names in (("point", [point.name for point in points]), ("claim", [claim.name for claim in claims])):
         twice = sorted({one for one in names if names.count(one) > 1})
         if twice:
-            raise UserError(f"{what} {twice[0]!r} is there twice")
+            raise UserError(f"{what} {twice[0]!r} is defined twice")
     for claim in claims:
         _check_parts(claim, claims)
     return ClaimFile(
@@ -105,7 +106,7 @@ def _point(table: JsonObject) -> OperatingPoint:
     params = {key: value for key, value in decoder.items() if key not in ("kind", "set")}
     further = value_of(where, decoder, "set", dict, {})
     if twice := sorted(params.keys() & further.keys()):
-        raise UserError(f"{where}: decoder says {twice[0]} twice, in set and beside it")
+        raise UserError(f"{where}: decoder sets {twice[0]} twice, inside and outside of set")
     params |= further
     if params.get("steps_per_block") == "auto":
         params["steps_per_block"] = value_of(where, params, "block_size", int)
@@ -157,9 +158,9 @@ def _claim(table: JsonObject, points: Mapping[str, OperatingPoint]) -> Claim:
 
 
 def _scope(where: str, quantity: Quantity, names: Sequence[str]) -> tuple[str, ...]:
-    """The tasks of a scope, shipped suites by their tasks; of a retention those that have a part in one.
+    """The tasks of a scope. A suite stands for its tasks; for a retention, for those that are part of one.
 
-    Any task of lm-eval may be named, many of them much like a suite's task, so only a slip of a suite is refused.
+    lm-eval has many tasks with similar names, so only a name close to a suite's is refused.
     """
     suites = _suites() if names else {}
     tasks = _tasks_of(suites)
@@ -176,7 +177,7 @@ def _scope(where: str, quantity: Quantity, names: Sequence[str]) -> tuple[str, .
 
 
 def meant_tasks(scope: Sequence[str]) -> dict[str, str]:
-    """Tasks of a scope that no suite has, though one has a task that is named almost so."""
+    """Tasks of a scope that no suite has, with the task of a suite that has nearly the same name."""
     tasks = _tasks_of(_suites())
     near = {name: difflib.get_close_matches(name, sorted(tasks), n=1, cutoff=SLIP_OF_TASK) for name in scope}
     return {name: found[0] for name, found in near.items() if name not in tasks and found}
@@ -214,15 +215,15 @@ def _limits(where: str, table: JsonObject) -> GateLimits:
 def _looks(where: str, table: JsonObject) -> int:
     looks = value_of(where, table, "looks", int, 1)
     if not 1 <= looks <= MOST_LOOKS:
-        raise UserError(f"{where}: looks lies between 1 and {MOST_LOOKS}, not {looks}")
+        raise UserError(f"{where}: looks must be between 1 and {MOST_LOOKS}, not {looks}")
     return looks
 
 
 def _check_claim(where: str, claim: Claim, table: JsonObject) -> None:
-    """Refuse what would be ignored, and what the quantity cannot be judged without."""
+    """UserError for keys without effect on this quantity, and for missing ones."""
     joint = claim.quantity == "joint"
     if joint != bool(claim.parts):
-        raise UserError(f"{where}: a joint claim, and only one, names its parts")
+        raise UserError(f"{where}: a joint claim names its parts, other claims have none")
     if joint:
         ignored = [
             key
@@ -241,11 +242,9 @@ def _check_claim(where: str, claim: Claim, table: JsonObject) -> None:
             raise UserError(f"{where}: {key} must be 0 or more, not {value:g}")
     check_margin(where, claim)
     if claim.metric is not None and (claim.quantity not in SCORE_QUANTITIES or len(claim.scope) != 1):
-        raise UserError(
-            f"{where}: metric names the score of one task, of which score and score_difference are: drop it"
-        )
+        raise UserError(f"{where}: metric is for score and score_difference of one task: drop it")
     if claim.quantity in TASK_QUANTITIES and not claim.scope:
-        raise UserError(f"{where}: scope is missing: name the tasks that {claim.quantity} is over")
+        raise UserError(f"{where}: scope is missing: name the tasks of the {claim.quantity}")
     if claim.quantity in SPEED_QUANTITIES:
         _check_speed(where, claim, table)
     elif claim.quantity not in RETENTIONS and "averaging" in table:
@@ -260,7 +259,7 @@ def _check_speed(where: str, claim: Claim, table: JsonObject) -> None:
         raise UserError(f"{where}: a speedup of 0 cannot be claimed")
     for key in ("batch_size", "num_devices", "workload"):
         if getattr(claim.point, key) is None:
-            raise UserError(f"{where}: point {claim.point.name!r} lacks {key}: a speedup holds at one only")
+            raise UserError(f"{where}: point {claim.point.name!r} lacks {key}, which a speedup needs")
     if claim.quantity == "speedup_throughput" and claim.point.workload == "fixed":
         raise UserError(f"{where}: on the fixed workload both arms make equally many tokens: claim speedup_time")
 
@@ -270,13 +269,13 @@ def _check_parts(claim: Claim, claims: Sequence[Claim]) -> None:
     by_name = {one.name: one for one in claims if one.quantity != "joint"}
     for name in claim.parts:
         if name not in by_name:
-            raise UserError(f"{where}: no claim {name!r} to be part of it{did_you_mean(name, by_name)}")
+            raise UserError(f"{where}: no claim is named {name!r}, its part{did_you_mean(name, by_name)}")
         for key in ("subject", "baseline", "point"):
             if getattr(by_name[name], key) != getattr(claim, key):
                 raise UserError(f"{where}: part {name!r} has another {key}: a joint claim holds at one point")
     quantities = {by_name[name].quantity for name in claim.parts}
     if claim.point.workload == "fixed" and quantities & {*TASK_QUANTITIES} and quantities & {*SPEED_QUANTITIES}:
         raise UserError(
-            f"{where}: the fixed workload goes on past the end of answers and says nothing of them: join its quality "
-            'with a speedup on workload "answer", or claim the two apart'
+            f"{where}: the fixed workload decodes past the end of answers: join its quality with a speedup on workload "
+            '"answer", or make two claims'
         )

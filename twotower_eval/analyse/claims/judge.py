@@ -279,7 +279,7 @@ def _joined(claim: Claim, parts: Sequence[_Judged], evidence: Evidence) -> _Judg
     between = ruling.between(claim, evidence.runs, measured_parts)
     named = {gate.kind for gate in between}
     outcome = first_outcome([*(verdict.outcome for verdict in verdicts), *ruling.outcomes(between)])
-    reasons = [f"{verdict.claim} {said(verdict)}" for verdict in verdicts]
+    reasons = [f"{verdict.claim} {outcome_text(verdict)}" for verdict in verdicts]
     reasons += [gate_text(gate) for gate in between if ruling.outcomes([gate])]
     own = (gate for one in verdicts for gate in one.gates if gate.outcome != "passed" and gate.kind not in named)
     verdict = Verdict(
@@ -308,6 +308,6 @@ def _joint_scope(outcome: Outcome, verdicts: Sequence[Verdict]) -> VerdictScope 
     return None if refuted_without else next((scope for scope in scopes if scope), None)
 
 
-def said(verdict: Verdict) -> str:
+def outcome_text(verdict: Verdict) -> str:
     """``NOT MEASURED``, ``SUPPORTED in this launch``: the outcome as it is printed, with its scope."""
     return " ".join([verdict.outcome.replace("_", " "), *([verdict.scope] if verdict.scope else [])])

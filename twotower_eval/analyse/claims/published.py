@@ -82,26 +82,26 @@ class Stated:
 
 
 def total(spans: Iterable[Span]) -> Span:
-    """The sum: every term may lie anywhere in its interval, whatever the others do."""
+    """The sum; every term may lie anywhere in its interval, independently of the others."""
     found = list(spans)
     return Span(*(sum((getattr(one, end) for one in found), Fraction(0)) for end in ("value", "low", "high")))
 
 
 def ratio(above: Span, below: Span) -> Span:
-    """The quotient of numbers that are not negative; ``below`` is above 0 all over."""
+    """The quotient of two numbers at or above 0; the whole of ``below`` is above 0."""
     return Span(above.value / below.value, above.low / below.high, above.high / below.low)
 
 
 def difference(first: Span, second: Span) -> Span:
-    """The first less the second."""
+    """The first minus the second."""
     return Span(first.value - second.value, first.low - second.high, first.high - second.low)
 
 
 def stated_of(where: str, table: JsonObject, key: str, decimals: int | None = None) -> Stated:
-    """The number of a key. As a text it says its own decimals, as in ``"98.70"``.
+    """The number of a key. A text such as ``"98.70"`` gives its own decimals.
 
-    A number of TOML has lost its trailing zeros, so ``decimals`` say how many it was printed with; where they are
-    ``None``, as many as it shows. UserError where it has more, or is no number.
+    A TOML number has lost its trailing zeros, so ``decimals`` is how many it was printed with; if ``None``, as many as
+    it shows. UserError where it has more, or is not a number.
     """
     value = table.get(key)
     if isinstance(value, str) and _PRINTED.fullmatch(value.strip()):
@@ -120,13 +120,13 @@ def stated_of(where: str, table: JsonObject, key: str, decimals: int | None = No
 
 
 def check_decimals(where: str, decimals: int) -> None:
-    """UserError where nobody prints so many."""
+    """UserError for a number of decimals outside :data:`DECIMALS`."""
     if decimals not in DECIMALS:
         raise UserError(f"{where}: decimals must be from 0 to {DECIMALS[-1]}, not {decimals}")
 
 
 def percent_of(where: str, table: JsonObject, key: str, decimals: int | None = None) -> Stated:
-    """The same of a percentage from 0 to 100; another unit is refused, with what it may be."""
+    """The same for a percentage from 0 to 100; another unit is refused with a hint."""
     value = table.get(key)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and decimals is not None:
         odd = abs(round(value, decimals) - value) > 1e-9 or not 0 <= value <= 100
@@ -274,7 +274,7 @@ def _decimals(where: str, table: JsonObject, key: str, default: int | None) -> i
 def _check_once(what: str, names: Sequence[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"published: {what} {twice[0]!r} is there twice")
+        raise UserError(f"published: {what} {twice[0]!r} is defined twice")
 
 
 def _check_named(where: str, what: str, named: Sequence[str], known: Sequence[str]) -> None:

@@ -1,12 +1,13 @@
-"""Stated summaries against what they summarise: averages of a table, speedups out of rates and of other speedups.
+"""Stated summaries against the figures that they summarise: averages of a table, speedups from rates and from other
+speedups.
 
-Some papers divide or subtract what they have rounded to be printed: means, and tokens per second. Such a reading is
-tried where no other gives the summary, and is then named with the figures that give it.
+Some papers divide or subtract means or rates that they have rounded first. That reading is tried where no other gives
+the summary, and is then named with the figures that give it.
 
-Every stated figure is an interval (see ``stated``). Each formula here has every figure once and grows or falls with it,
-so the ends of its result are reached at ends of the figures, and what lies in between is reached too: a summary
-CONTRADICTS only where no value of the figures gives any value of it, under no usual reading. It is CONFIRMED only where
-no other figure of as many decimals could be there; else it FITS, and the figures that would fit as well are named.
+Every stated figure is an interval (see ``stated``). Each formula here uses every figure once and is monotone in it, so
+the ends of its result are reached at ends of the figures, and all values between are reached too. A summary CONTRADICTS
+only if no value of the figures gives any value of it, by any usual reading. It is CONFIRMED only if no other figure
+with as many decimals could stand there; else it FITS, and the figures that would fit as well are named.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ MOST_ROUNDINGS = 100  # of one mean: where there are more, its column hardly rou
 
 @dataclass(frozen=True, kw_only=True)
 class AuditLine:
-    """One thing that an audit found, in words."""
+    """One result of an audit, in words."""
 
     kind: Kind
     text: str
@@ -49,7 +50,7 @@ class AuditLine:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """One way to read a stated summary: its name, and what it gives."""
+    """One way to read a stated summary: its name, and the value that it gives."""
 
     name: str
     span: Span
@@ -66,11 +67,11 @@ class Reading:
         return f"{self.name} {float(self.span.value):.{decimals}f}{unit} (fits: {low} to {high})"
 
     def fits(self, stated: Stated) -> bool:
-        """Whether it can be what is stated."""
+        """Whether it can be the stated figure."""
         return self.span.meets(stated.span())
 
     def is_only(self, stated: Stated) -> bool:
-        """Whether it can be no other figure of as many decimals."""
+        """Whether no other figure with as many decimals fits."""
         return self.span.figures(stated.decimals) == (stated.value, stated.value)
 
 
@@ -124,7 +125,7 @@ READINGS: Mapping[AggregateOf, Mapping[str, Formula]] = {
 
 
 def _readings(aggregate: PublishedAggregate, tasks: Sequence[PublishedTask], *, cut: bool = False) -> list[Reading]:
-    """Every task weighing the same, then every document, where their numbers are known and differ."""
+    """Equal weights first, then weights by documents where their numbers are known and differ."""
     columns, weights = _columns(tasks, cut=cut), _weights(tasks)
     return [
         Reading(name=_named(name, how), span=formula(columns, weights[how]))
@@ -144,9 +145,10 @@ def _weights(tasks: Sequence[PublishedTask]) -> dict[str, Weights]:
 def _of_rounded_means(
     aggregate: PublishedAggregate, tasks: Sequence[PublishedTask], published: Published
 ) -> Iterator[Reading]:
-    """A ratio or difference of means that were rounded first: to those that are stated or, without, as their columns.
+    """A ratio or difference of means that were rounded first: the stated ones or, without any, to their columns'
+    decimals.
 
-    Stated means stand for a way of weighting that they can be of.
+    A stated mean is used for the weights that can give it.
     """
     if aggregate.of not in ("retention", "difference") or len(tasks) < 2:  # the mean of one figure is that figure
         return
@@ -162,7 +164,7 @@ def _of_rounded_means(
 
 
 def _stated_means(aggregate: PublishedAggregate, published: Published) -> tuple[list[Stated], list[Stated]]:
-    """What a table says of the means that a summary is of: the candidate's, and the baseline's."""
+    """The stated means of both columns that a summary is made of: the candidate's, and the baseline's."""
     here = [one for one in published.aggregates if one.kinds == aggregate.kinds]
     candidate, baseline = ([one.percent for one in here if one.of == arm] for arm in ("candidate", "baseline"))
     return candidate, baseline
@@ -187,13 +189,13 @@ def _rounded_pairs(
 
 
 def _named(name: str, how: str) -> str:
-    """A mean of ratios is unweighted unless it is said to be weighted."""
+    """A mean of ratios is called unweighted only where it could be weighted."""
     plain = name == OF_RATIOS and how == "unweighted"
     return name.format("" if plain else how).strip()
 
 
 def aggregates(published: Published) -> Iterator[AuditLine]:
-    """Each stated summary, with the readings that give it, or with all that do not."""
+    """Each stated summary with the readings that give it, or with all that do not."""
     for aggregate in published.aggregates:
         tasks = of_kinds(published.tasks, aggregate.kinds)
         readings = _readings(aggregate, tasks)
@@ -258,11 +260,11 @@ def _untried(aggregate: PublishedAggregate, tasks: Sequence[PublishedTask]) -> s
     if not unknown or len(tasks) == 1:
         return ""
     named = ", ".join(unknown[:SHOWN]) + (f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else "")
-    return f"; weighted by documents it was not tried, for want of num_documents of {named}"
+    return f"; not tried weighted by documents, as num_documents is missing for {named}"
 
 
 def speedups(published: Published) -> Iterator[AuditLine]:
-    """Each stated speedup against the rates, or the other speedups, that it is said to be made of."""
+    """Each stated speedup against the rates or other speedups that it is made of."""
     rates = {rate.name: rate for rate in published.rates}
     factors = {speedup.name: speedup for speedup in published.speedups}
     for speedup in published.speedups:
@@ -290,7 +292,7 @@ def _of_rates(speedup: PublishedSpeedup, first: PublishedRate, second: Published
 
 
 def _of_rounded_rates(first: PublishedRate, second: PublishedRate) -> Iterator[Reading]:
-    """Quotients of the two once they are rounded to as many decimals as the coarser one is printed with."""
+    """Quotients of the two rates after rounding to as many decimals as the coarser one has."""
     rates = first.tokens_per_s, second.tokens_per_s
     decimals = min(rate.decimals for rate in rates)
     for above, below in product(*(Span(rate.value, rate.value, rate.value).roundings(decimals) for rate in rates)):

@@ -1,4 +1,4 @@
-"""A claim's terms out of TOML tables: what it claims in words, with its margin and its own limits. Errors say where."""
+"""A claim's terms from TOML tables: the claim in words, its margin and its own limits. Errors name the place."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NEEDED = object()
 
 
 def within(where: str, table: object, known: Iterable[str]) -> JsonObject:
-    """The table. UserError for what is no table, and for a key that is not known, with a near-miss hint."""
+    """The table. UserError if it is not a table or has an unknown key, with a near-miss hint."""
     if not isinstance(table, Mapping):
         raise UserError(f"{where} must be a table")
     names = list(known)
@@ -37,7 +37,7 @@ def value_of(where: str, table: JsonObject, key: str, kind: type[T]) -> T: ...
 @overload
 def value_of(where: str, table: JsonObject, key: str, kind: type[T], default: U) -> T | U: ...
 def value_of(where: str, table: JsonObject, key: str, kind: type[T], default: object = _NEEDED) -> object:
-    """The value of a key, of the type asked for; a whole number is a number, a truth value is neither."""
+    """The value of a key, checked against ``kind``: a whole number counts as a number, a truth value does not."""
     if key not in table:
         if default is _NEEDED:
             raise UserError(f"{where}: {key} is missing")
@@ -57,7 +57,7 @@ def tables(where: str, table: JsonObject, key: str) -> list[JsonObject]:
 
 
 def at_least(where: str, least: int, record: object, *names: str) -> None:
-    """UserError for a number of a record below ``least``; ``None`` is none."""
+    """UserError for a number of a record below ``least``; ``None`` is allowed."""
     for name in names:
         value = getattr(record, name)
         if value is not None and value < least:
@@ -156,17 +156,17 @@ RANGES: Mapping[str, Range] = {
 
 
 def check_limits(where: str, limits: GateLimits, names: Iterable[str]) -> None:
-    """UserError for a limit, of those named, outside its range."""
+    """UserError for any of the named limits outside its range."""
     for name in names:
         value, allowed = getattr(limits, name), RANGES[name]
         if not allowed.least <= value <= allowed.most:
             shipped = getattr(GateLimits(), name)
-            inside = f"lies between {allowed.least:g} and {allowed.most:g} ({shipped:g})"
+            inside = f"must be between {allowed.least:g} and {allowed.most:g} (shipped: {shipped:g})"
             raise UserError(f"{where}: {name} {inside}, not {value:g}")
 
 
 def check_margin(where: str, claim: Claim) -> None:
-    """UserError for a margin that a claim could hide behind, or that leaves nothing to be false."""
+    """UserError for a margin that is too wide, or with which every result would support the claim."""
     most, margin = MOST_MARGIN.get(claim.quantity), claim.margin
     if most is None or margin is None or claim.expected is None:
         return
@@ -179,14 +179,14 @@ def check_margin(where: str, claim: Claim) -> None:
     if margin > most + ROUNDING:
         unit = "points" if claim.quantity in POSSIBLE else "%"
         if is_score:
-            unit += ", or name the metric that is no share"
+            unit += ", or name a metric that is not a share"
         raise UserError(
             f"{where}: a margin of {100 * margin:g} leaves too little of the claim: at most {100 * most:g} {unit}"
         )
 
 
 def _is_share(claim: Claim) -> bool:
-    """Whether a claim's score lies between 0 and 1, by its metric's name; without one, by what is expected."""
+    """Whether a claim's score lies between 0 and 1, by its metric's name or, without one, by its expected value."""
     if claim.metric is None:
         return claim.expected is not None and abs(claim.expected) <= 1  # a perplexity lies above
     name = claim.metric.partition(",")[0]
@@ -194,7 +194,7 @@ def _is_share(claim: Claim) -> bool:
 
 
 def _is_true_of_anything(claim: Claim) -> bool:
-    """Whether no value of the quantity could lie outside what a claim allows."""
+    """Whether every possible value of the quantity is allowed by the claim."""
     if claim.quantity not in POSSIBLE:
         return False
     (lowest, highest), (least, largest) = POSSIBLE[claim.quantity], allowed_values(claim)
@@ -202,14 +202,14 @@ def _is_true_of_anything(claim: Claim) -> bool:
 
 
 def _most_of_expected(claim: Claim) -> float:
-    """The largest margin that still leaves most of what is expected at least."""
+    """The largest margin that leaves most of the expected value."""
     if claim.relation != "at_least" or claim.expected is None:
         return inf
     return MOST_OF_EXPECTED.get(claim.quantity, inf) * abs(claim.expected)
 
 
 def allowed_values(claim: Claim) -> tuple[float | None, float | None]:
-    """Least and largest true value at which a claim with a margin holds; ``None`` on the side that it leaves open."""
+    """Smallest and largest true value at which a claim with its margin holds; ``None`` on the open side."""
     if claim.expected is None or claim.margin is None:
         raise UserError(f"claim {claim.name!r} has no expected value with its margin")
     margin = claim.margin * claim.expected if claim.quantity in SPEED_QUANTITIES else claim.margin
@@ -239,10 +239,10 @@ def limits_text(claims: Sequence[Claim]) -> str:
 
 
 def claimed_text(claim: Claim, metric: str | None = None) -> str:
-    """``retention at least 98.7 % (margin 0.5 points, so at least 98.2 %)``; a joint claim has its parts.
+    """``retention at least 98.7 % (margin 0.5 points, so at least 98.2 %)``; for a joint claim, the names of its parts.
 
-    A score outside retention is in the unit of its ``metric``. Of one that was not measured that much is known only
-    where it is no share.
+    A score outside retention has the unit of its ``metric``. Before it is measured, that is known only where it is not
+    a share.
     """
     if claim.expected is None or claim.margin is None:
         return " and ".join(claim.parts)
@@ -260,7 +260,7 @@ def claimed_text(claim: Claim, metric: str | None = None) -> str:
 
 
 def _allowed_text(claim: Claim, unit: _Shown) -> str:
-    """``at least 98.2 %``: what is left of a claim by its margin."""
+    """``at least 98.2 %``: what the claim allows with its margin."""
     least, largest = allowed_values(claim)
     if least is not None and largest is not None:
         return f"from {unit(least)} to {unit(largest)}"
@@ -268,6 +268,6 @@ def _allowed_text(claim: Claim, unit: _Shown) -> str:
 
 
 def terms_text(claim: Claim, metrics: Mapping[str, str | None], claims: Sequence[Claim]) -> str:
-    """What a claim is judged by: the terms of its parts, or its own. ``metrics``: by claim what was judged of it."""
+    """The terms that a claim is judged by: its parts' or its own. ``metrics``: by claim, the metric that was judged."""
     parts = [one for one in claims if one.name in claim.parts] or [claim]
     return " and ".join(claimed_text(part, metrics.get(part.name)) for part in parts) + limits_text(parts)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from math import isclose
 
 from twotower_eval.analyse import stats
-from twotower_eval.analyse.claims.judge import EXIT_CODES, said
+from twotower_eval.analyse.claims.judge import EXIT_CODES, outcome_text
 from twotower_eval.analyse.claims.recomputed import AuditLine
 from twotower_eval.analyse.claims.ruling import look_text, unit_of
 from twotower_eval.analyse.claims.terms import terms_text
@@ -23,11 +23,11 @@ def verdict_lines(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> list[
     by_name = {claim.name: claim for claim in claims}
     metrics = {verdict.claim: verdict.metric for verdict in verdicts}
     width = max((len(verdict.claim) for verdict in verdicts), default=0)
-    widest = max([12, *(len(said(verdict)) for verdict in verdicts)])
+    widest = max([12, *(len(outcome_text(verdict)) for verdict in verdicts)])
     lines = []
     for verdict in verdicts:
         shown = estimate_text(by_name[verdict.claim], verdict.estimate, verdict.metric)
-        words = [f"{said(verdict):{widest}}", f"{verdict.claim:{width}}", f"{shown} {verdict.reason}".strip()]
+        words = [f"{outcome_text(verdict):{widest}}", f"{verdict.claim:{width}}", f"{shown} {verdict.reason}".strip()]
         remarks = scope_text(verdict) + retention_text(verdict) + unchecked_text(verdict)
         remarks += chance_text(by_name[verdict.claim], verdict)
         remarks += f"; claimed: {terms_text(by_name[verdict.claim], metrics, claims)}" + looks_text(
@@ -132,7 +132,7 @@ def not_given_text(verdict: Verdict) -> str:
 def count_line(verdicts: Sequence[Verdict]) -> str:
     """``3 claims: 1 REFUTED, 2 SUPPORTED in this launch``, in the order that decides the exit code."""
     ordered = sorted(verdicts, key=lambda verdict: list(EXIT_CODES).index(verdict.outcome))
-    counts = [f"{number} {outcome}" for outcome, number in Counter(map(said, ordered)).items()]
+    counts = [f"{number} {outcome}" for outcome, number in Counter(map(outcome_text, ordered)).items()]
     levels = {verdict.level for verdict in verdicts if verdict.estimate}
     bounds = f"; {bounds_text(levels)}" if levels else ""
     return f"{plural(len(verdicts), 'claim')}: {', '.join(counts) or 'none judged'}{bounds}"

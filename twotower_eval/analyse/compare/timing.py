@@ -62,7 +62,7 @@ from twotower_eval.rules import Handicap, handicaps
 from twotower_eval.store import Run
 from twotower_eval.strict import JsonObject, from_json
 
-FAR_ABOVE = 10.0  # times its floor: said as a warning
+FAR_ABOVE = 10.0  # times its floor: beyond it, a warning
 TELLING_S = 5e-3  # floors of steps shorter than this say little: such a step is the host's time
 FIELDS = {field.name for field in dataclasses.fields(BaselineBest)}
 

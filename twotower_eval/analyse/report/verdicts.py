@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from twotower_eval.analyse.claims import ClaimFile, judge, load_claims, ruling
-from twotower_eval.analyse.claims.judge import said
+from twotower_eval.analyse.claims.judge import outcome_text
 from twotower_eval.analyse.claims.match import at_point, gather, is_about, names_subject
 from twotower_eval.analyse.claims.terms import SPEED_QUANTITIES, claimed_text, limits_text, own_limits, terms_text
 from twotower_eval.analyse.claims.text import (
@@ -134,7 +134,7 @@ def verdict_line(runs: Runs) -> str:
     metrics = {one.name: found.metric for one, found in runs.verdicts}
     claimed = escape(" and ".join(claimed_text(part, metrics.get(part.name)) for part in parts))
     timed = any(part.quantity in SPEED_QUANTITIES for part in parts)
-    outcome, at = said(verdict), _short_at(claim.point, timed)
+    outcome, at = outcome_text(verdict), _short_at(claim.point, timed)
     beside = retention_text(verdict) + unchecked_text(verdict)
     beside += "".join(chance_text(part, found) for part, found in runs.verdicts if part in parts)
     at += escape(limits_text(parts))
@@ -194,7 +194,7 @@ def verdicts_frame(runs: JudgedRuns) -> pd.DataFrame:
             "judged_at": verdict.level,
             "runs_not_given": " ".join(verdict.not_given),
             "source": claim.source,
-            "verdict": said(verdict),
+            "verdict": outcome_text(verdict),
             "metric": verdict.metric,
             "equal_by_construction": _is_by_construction(verdict),
             "claimed": terms_text(claim, metrics, everything),
@@ -284,7 +284,7 @@ def _reason(claim: Claim, verdict: Verdict) -> str:
     beside = f"{retention_text(verdict)}{unchecked_text(verdict)}{chance_text(claim, verdict)}"
     beside += "".join(f"; {remark}" for remark in look_remarks(claim, verdict))
     reason = with_commands(f"{verdict.reason}{n}{beside}")
-    return f"**{escape(claim.name)}** {said(verdict)}: {reason}. {evidence} Source: {escape(claim.source)}."
+    return f"**{escape(claim.name)}** {outcome_text(verdict)}: {reason}. {evidence} Source: {escape(claim.source)}."
 
 
 def headline(runs: Runs) -> Section:
