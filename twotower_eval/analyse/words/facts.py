@@ -96,9 +96,12 @@ def fact_text(fact: Fact) -> str:
     raise TypeError(f"no words for {type(fact).__name__}")
 
 
+KINDS: dict[FindingKind, str] = {"aa_null": "A/A null", "answers_are_answers": "quality floor"}
+
+
 def kind_text(kind: FindingKind) -> str:
-    """``A/A null``, ``possible times``."""
-    return "A/A null" if kind == "aa_null" else kind.replace("_", " ")
+    """``A/A null``, ``quality floor``, ``possible times``."""
+    return KINDS.get(kind) or kind.replace("_", " ")
 
 
 @fact_text.register
