@@ -131,7 +131,7 @@ def test_what_holds_is_supported_with_its_gates_and_its_bounds(good: list[Run]) 
     assert kept.estimate.level == 0.9
     assert {kind_text(gate.kind) for gate in fast.gates} == {
         "files agree", "complete run", "same inputs", "whole prompts", "A/A null", "degenerate outputs",
-        "answers are answers", "verify", "same rounds", "same answers", "residual", "busy arms", "probes",
+        "quality floor", "verify", "same rounds", "same answers", "residual", "busy arms", "probes",
         "witnessed answers",
     }  # fmt: skip
     assert kept.evidence == (RUN_ID,)
