@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -47,8 +47,8 @@ def flips(runs: Runs) -> Section:
     flipped = [pair for pair in document_pairs(runs, point) if pair.change]
     shown = [pair for pair in flipped if pair.baseline and pair.candidate]
     lead = _lead(runs, point, flipped, shown)
-    frame = flips_frame(runs, [point])
-    parts = [_of_task(task, frame[frame["task"] == task]) for task in dict.fromkeys(pair.task for pair in shown)]
+    tasks = dict.fromkeys(pair.task for pair in shown)
+    parts = [_of_task(point, task, [pair for pair in shown if pair.task == task]) for task in tasks]
     return Section(title=title, markdown="\n".join([lead, *parts]))
 
 
@@ -66,7 +66,12 @@ def _lead(runs: Runs, point: QualityPoint, flipped: Sequence[DocumentPair], show
     )
 
 
-def flips_frame(runs: Runs, points: Sequence[QualityPoint]) -> pd.DataFrame:
+def all_flips(runs: Runs) -> pd.DataFrame:
+    """Every flip of every measurement of retention."""
+    return flips_frame((p, pair) for p in runs.quality for pair in document_pairs(runs, p) if pair.change)
+
+
+def flips_frame(flipped: Iterable[tuple[QualityPoint, DocumentPair]]) -> pd.DataFrame:
     """One row for each document that only one of the models got right, with what both wrote."""
     return frame_of(
         {
@@ -81,9 +86,7 @@ def flips_frame(runs: Runs, points: Sequence[QualityPoint]) -> pd.DataFrame:
             **_answer("baseline", pair.baseline),
             **_answer("candidate", pair.candidate),
         }
-        for point in points
-        for pair in document_pairs(runs, point)
-        if pair.change
+        for point, pair in flipped
     )
 
 
@@ -95,16 +98,15 @@ def _answer(arm: str, made: Generation | None) -> Row:
     }
 
 
-def _of_task(task: str, frame: pd.DataFrame) -> str:
+def _of_task(point: QualityPoint, task: str, flipped: Sequence[DocumentPair]) -> str:
     """Some of a task's flips, lost ones first."""
-    answered = frame[frame["baseline_num_tokens"].notna() & frame["candidate_num_tokens"].notna()]
-    lost, gained = (answered[answered["change"] == change] for change in ("lost", "gained"))
+    lost, gained = ([pair for pair in flipped if pair.change == change] for change in ("lost", "gained"))
     columns = [
         Column(header="document", show=_document),
         Column(header="baseline says", show=_text("baseline")),
         Column(header="candidate says", show=_text("candidate")),
     ]
-    chosen = pd.concat([lost.head(MAX_LOST), gained.head(MAX_GAINED)])
+    chosen = flips_frame((point, pair) for pair in (*lost[:MAX_LOST], *gained[:MAX_GAINED]))
     summary = f"{task}: {count(len(lost))} lost, {count(len(gained))} gained"
     return details(summary, markdown(chosen, columns, left=3, verbatim=True))
 

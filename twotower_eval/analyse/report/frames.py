@@ -16,7 +16,7 @@ from twotower_eval.analyse.compare.documents import DocumentPair, document_pairs
 from twotower_eval.analyse.compare.points import QualityPoint
 from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.compare.timing import SpeedPoint
-from twotower_eval.analyse.report.answers import flips_frame
+from twotower_eval.analyse.report.answers import all_flips
 from twotower_eval.analyse.report.rendering import frame_of
 from twotower_eval.analyse.report.text import Row, operating_point, outputs_columns
 from twotower_eval.records import Cell, Check, CostSample, Generation
@@ -26,7 +26,7 @@ def tables(runs: Runs) -> dict[str, pd.DataFrame]:
     """What was measured, row by row, by the name of the CSV file; what sections show is in their own tables."""
     return {
         "documents": frame_of(_document(p, pair) for p in runs.quality for pair in document_pairs(runs, p)),
-        "flips": flips_frame(runs, runs.quality),
+        "flips": all_flips(runs),
         "answers": frame_of(row for point in runs.speed for row in _answers(point)),
         "costs": frame_of(row for run in runs for row in _costs(run.manifest.run_id, run.cells, run.costs)),
         "checks": frame_of(
