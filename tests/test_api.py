@@ -107,6 +107,14 @@ def test_further_parameters_of_a_decoder_are_a_table() -> None:
         (lambda: tt.judge("miniature", names="fastr"), "did you mean 'faster'"),
         (lambda: tt.audit("miniature"), r"no \[published\] numbers"),
         (lambda: tt.compare(results="nowhere"), "no runs in nowhere"),
+        (lambda: tt.compare([]), "the list of runs is empty"),
+        (lambda: tt.judge("miniature", []), "the list of runs is empty"),
+        (lambda: tt.report([], []), "the list of runs is empty"),
+        (lambda: tt.compare(None), "None is no run: give its folder"),
+        (lambda: tt.compare([None]), "None is no run: give its folder"),
+        (lambda: tt.load_run(3), "3 is no run: give its folder"),
+        (lambda: tt.evaluate("miniature"), "no plan file miniature: .* given as model='miniature'"),
+        (lambda: tt.verify(plan="mine"), "no plan file mine: a plan is a VerifyPlan or a TOML file's path"),
     ],
 )
 def test_what_a_caller_can_mend_is_one_line(
@@ -342,6 +350,7 @@ def test_the_first_point_is_that_of_the_report(measured: tuple[Path, Path]) -> N
 def test_what_was_not_measured_has_its_reason(measured: tuple[Path, Path]) -> None:
     comparison = tt.compare(measured[0])
     assert comparison.speedup is None
+    assert "not timed" in comparison.reasons["speedup"]
     assert comparison.first is not None
     assert "not timed" in comparison.first.reasons["speedup"]
     assert comparison.to_frame()["speedup_reason"].str.contains("not timed").all()
@@ -360,11 +369,35 @@ def test_runs_are_taken_as_objects_paths_ids_and_lists(measured: tuple[Path, Pat
         assert tt.compare(*runs, results=quality.parent).to_frame().equals(wanted)
 
 
+def test_a_folder_of_runs_stands_for_all_of_them(measured: tuple[Path, Path], tmp_path: Path) -> None:
+    root = measured[0].parent
+    assert set(api.given.run_paths([root], Path("results"))) == set(store.find_runs(root)) >= set(measured)
+    assert tt.compare(root).to_frame().equals(tt.compare(*reversed(store.find_runs(root))).to_frame())
+    assert tt.report(root, out=tmp_path, sections="headline").path.is_file()
+    with pytest.raises(tt.UserError, match="is no run"):
+        tt.compare(tmp_path / "empty")
+
+
+def test_an_estimate_is_a_number_with_its_interval_in_print(measured: tuple[Path, Path]) -> None:
+    """It was a record of 400 characters."""
+    estimate = tt.compare(*measured).retention
+    assert estimate is not None
+    assert str(estimate) == f"{estimate.value:.4g} [{estimate.low:.4g}, {estimate.high:.4g}] at 95 %"
+    assert "method=" in repr(estimate)
+
+
+def test_both_exit_codes_are_read_the_same_way(measured: tuple[Path, Path]) -> None:
+    verdicts = tt.judge("miniature", *measured)
+    assert isinstance(verdicts.exit_code, int)
+    assert verdicts.exit_code == verdicts.exit_code(), "it was a method, and may still be called"
+    assert verdicts.strict_exit_code == verdicts.exit_code(strict=True)
+
+
 def test_verdicts_are_those_of_the_command_line(measured: tuple[Path, Path], capsys: Any) -> None:
     verdicts = tt.judge("miniature", *measured)
     assert len(verdicts) == len(load_claims("miniature").claims)
     assert verdicts.of(verdicts[0].claim) is verdicts[0]
-    assert cli.main(["claims", "check", "miniature", *map(str, measured)]) == verdicts.exit_code()
+    assert cli.main(["claims", "check", "miniature", *map(str, measured)]) == verdicts.exit_code
     assert capsys.readouterr().out.splitlines() == verdicts.lines
     assert list(verdicts.to_frame()["outcome"]) == [verdict.outcome for verdict in verdicts]
     assert "NOT MEASURED" in verdicts._repr_html_()
@@ -429,6 +462,25 @@ def test_a_size_and_a_check_are_runs_with_frames(pair: Path, tmp_path: Path) -> 
     assert list(checked.checks["outcome"]) == [row.outcome for row in checked.record.checks]
     assert checked.check_lines[-1].startswith(str(checked.path))
     assert to_json(checked.manifest)["verb"] == "verify"
+
+
+def test_idle_threads_sleep_where_torch_is_not_loaded_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python they spun, which only the command line prevented."""
+
+    def policy(loaded: bool, value: str | None) -> str | None:
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if value is not None:
+            monkeypatch.setenv("OMP_WAIT_POLICY", value)
+        with monkeypatch.context() as patch:
+            if not loaded:
+                patch.delitem(sys.modules, "torch", raising=False)
+            with pytest.raises(tt.UserError, match="limit must be"):
+                tt.evaluate(limit="many")
+        return os.environ.get("OMP_WAIT_POLICY")
+
+    assert (policy(False, None), policy(False, "ACTIVE")) == ("PASSIVE", "ACTIVE")
+    monkeypatch.setitem(sys.modules, "torch", sys.modules.get("torch", types.ModuleType("torch")))
+    assert policy(True, None) is None, "torch has read it already: the record would say what is not so"
 
 
 def test_a_script_that_a_launch_reads_again_does_not_begin_anew(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What is recorded about the machine and the code."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from twotower_eval.plan import VerifyPlan
 from twotower_eval.store import environment
+from twotower_eval.store.resume import what_differs
 
 
 def test_facts_are_json_and_stay_the_same_between_calls() -> None:
@@ -28,6 +31,21 @@ def test_asking_imports_no_torch() -> None:
     code += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("policy", [None, "PASSIVE", "ACTIVE"])
+def test_a_run_says_whether_idle_threads_slept(monkeypatch: pytest.MonkeyPatch, policy: str | None) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    made = environment.new_manifest(
+        "verify", run_id="r", plan=VerifyPlan(model="m"), cells=(), devices=("cpu",), seeds={}
+    )
+    assert made.omp_wait_policy == policy
+    later = dataclasses.replace(made, verb="speed", omp_wait_policy="ACTIVE")
+    timed = dataclasses.replace(made, verb="speed")
+    differs = ["OMP_WAIT_POLICY was PASSIVE, is ACTIVE"] if policy == "PASSIVE" else []
+    assert what_differs(timed, later) == differs, "older runs do not say it, and are resumed as before"
 
 
 def git(folder: Path, *args: str) -> None:

@@ -703,7 +703,8 @@ class RunManifest:
     ``tasks`` are those whose answers are scored: name -> part (settings, documents, files by name) -> sha256.
     ``ways`` has one entry for each Hugging Face model. ``unheeded``: by checkpoint what its generation settings ask of
     greedy decoding and is not done. ``joined``: by task how many documents are nearly the same as others, which no
-    cluster id of the task's own says, and share their clusters.
+    cluster id of the task's own says, and share their clusters. ``omp_wait_policy`` is the variable that says whether
+    idle threads of torch sleep (``PASSIVE``) or spin; ``None`` where it was not set, and in older runs.
     """
 
     schema: Whole
@@ -726,6 +727,7 @@ class RunManifest:
     unheeded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     joined: Mapping[str, Whole] = field(default_factory=dict)
     ways: tuple[Ways, ...] = ()
+    omp_wait_policy: str | None = None
 
 
 def sizing_config(verb: str, plan: Mapping[str, object]) -> str | None:
@@ -812,6 +814,10 @@ class Estimate:
     def method_kind(self) -> MethodKind | None:
         """``None`` where others made the estimate."""
         return self.method.kind if isinstance(self.method, Method) else None
+
+    def __str__(self) -> str:
+        """``0.9895 [0.9821, 0.9964] at 95 %``; ``repr`` shows every field."""
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}] at {100 * self.level:g} %"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from twotower_eval.api.given import (
     GivenRun,
     PathText,
+    begin,
     loaded_runs,
     newest_runs,
     plan_of,
-    refuse_anew,
     resumed_path,
     run_path,
     run_paths,
@@ -76,7 +76,7 @@ def evaluate(
     Traceback (most recent call last):
     twotower_eval.errors.UserError: unknown key 'treshold' (did you mean 'thresholds'?)
     """
-    refuse_anew()
+    begin()
     root = Path(out)
     resumed = resumed_path(resume, root)
     asked = plan_of(RunPlan, plan, resumed, fields)
@@ -98,7 +98,7 @@ def time(
 
     Keywords are the fields of :class:`SpeedPlan`; everything else is as in :func:`evaluate`.
     """
-    refuse_anew()
+    begin()
     root = Path(out)
     resumed = resumed_path(resume, root)
     asked = plan_of(SpeedPlan, plan, resumed, fields)
@@ -122,7 +122,7 @@ def size(
     ``config`` is a ``config.json``, a folder with one, or the name of a shipped one; keywords are the fields of
     :class:`SizingPlan`. ``profile`` may be a run's id under ``out``. Everything else is as in :func:`evaluate`.
     """
-    refuse_anew()
+    begin()
     root = Path(out)
     resumed = resumed_path(resume, root)
     given = {**fields, "config": config}
@@ -146,6 +146,7 @@ def verify(
 
     Keywords are the fields of :class:`VerifyPlan`. A failed check raises no error.
     """
+    begin()
     asked = plan_of(VerifyPlan, plan, None, {**fields, "model": model})
     from twotower_eval.measure import verify as verify_room
 
@@ -166,7 +167,8 @@ def load_run(run: GivenRun, *, results: PathText = "results") -> Run:
 def compare(*runs: Runs, results: PathText = "results") -> Comparison:
     """Compare both arms at every operating point of these runs: retention and speedup with intervals, as in a report.
 
-    Runs are named by folder or id, alone or in lists. Without any, the newest of each verb in ``results`` are compared.
+    Runs are named by folder or id, alone or in lists; a folder of runs stands for all of them. Without any, the newest
+    of each verb in ``results`` are compared.
     """
     from twotower_eval.api.comparison import Comparison
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 NOT_SCORED = "not scored in both arms at this point: tt.evaluate, or `twotower-eval run`"
 NOT_TIMED = "not timed in both arms at this point: tt.time, or `twotower-eval speed`"
+NOTHING = "nothing was measured in both arms"
 QUANTITIES = {  # shown and tabled in this order
     "retention": PERCENT,
     "exercised_retention": PERCENT,
@@ -97,13 +98,18 @@ class Comparison:
 
     @property
     def retention(self) -> Estimate | None:
-        """The value at the first point; ``points`` has the others."""
+        """The value at the first point; ``points`` has the others. ``None`` if there is none: ``reasons`` says why."""
         return self.first.retention if self.first else None
 
     @property
     def speedup(self) -> Estimate | None:
         """The value at the first point; ``points`` has the others."""
         return self.first.speedup if self.first else None
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why the first point lacks a figure, by the figure's name; empty if it lacks none."""
+        return self.first.reasons if self.first else dict.fromkeys(QUANTITIES, NOTHING)
 
     def to_frame(self) -> pd.DataFrame:
         """A row for each point: the operating point, each estimate with its ends, and the gates that failed."""
@@ -121,7 +127,7 @@ class Comparison:
 
     def __repr__(self) -> str:
         lines = [f"{point.name}: retention {point.text('retention')}; {_speed_text(point)}" for point in self.points]
-        return "\n".join(lines or ["nothing was measured in both arms"])
+        return "\n".join(lines or [NOTHING])
 
     def _repr_html_(self) -> str:
         import pandas as pd

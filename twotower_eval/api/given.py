@@ -19,6 +19,7 @@ from twotower_eval.errors import UserError
 from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, load_plan, merge, plan_from_json
 from twotower_eval.progress import Progress, SilentProgress, choose_progress
 from twotower_eval.records import Verb, verb_of
+from twotower_eval.store.environment import let_threads_sleep
 
 P = TypeVar("P", RunPlan, SpeedPlan, SizingPlan, VerifyPlan)
 F = TypeVar("F", bound=Callable[..., object])
@@ -70,6 +71,9 @@ def _base_of(cls: type[P], plan: P | PathText | None, resumed: Path | None) -> P
     if isinstance(plan, str | os.PathLike):
         if resumed is not None:
             raise UserError("--resume takes the plan from the run: drop --plan")
+        if not (Path(plan).is_file() or Path(plan).suffix == ".toml"):
+            model = f"; a checkpoint is given as model={os.fspath(plan)!r}" if "model" in cls.__annotations__ else ""
+            raise UserError(f"no plan file {os.fspath(plan)}: a plan is a {cls.__name__} or a TOML file's path{model}")
         return load_plan(Path(plan), cls)
     if plan is not None:
         raise UserError(f"plan must be a {cls.__name__} or the path of a TOML file, not a {type(plan).__name__}")
@@ -119,6 +123,8 @@ def run_path(run: GivenRun, root: Path) -> Path:
     """A run's folder, named by itself or by its id under ``root``."""
     if isinstance(run, Run | store.Run):
         return run.path
+    if not isinstance(run, str | os.PathLike):
+        raise UserError(f"{run!r} is no run: give its folder, its id, or what tt.evaluate or tt.time returned")
     for path in (Path(run), root / run):
         if (path / store.MANIFEST).is_file():
             return path
@@ -141,19 +147,33 @@ def newest_runs(root: Path) -> list[Path]:
 
 def loaded_runs(runs: Iterable[GivenRun | Iterable[GivenRun]], root: Path) -> list[store.Run]:
     """The given runs, alone or in lists; without any, the newest of each verb under ``root``."""
-    return [_loaded(one, root) for one in _named(runs) or newest_runs(root)]
+    return [_loaded(one, root) for one in _named(runs, root)]
 
 
 def run_paths(runs: Iterable[GivenRun | Iterable[GivenRun]], root: Path) -> list[Path]:
     """Folders of the given runs, alone or in lists; without any, of the newest of each verb under ``root``."""
-    return [run_path(one, root) for one in _named(runs)] or newest_runs(root)
+    return [run_path(one, root) for one in _named(runs, root)]
 
 
-def _named(runs: Iterable[GivenRun | Iterable[GivenRun]]) -> list[GivenRun]:
+def _named(runs: Iterable[GivenRun | Iterable[GivenRun]], root: Path) -> list[GivenRun]:
+    """Every run that is meant, alone. A folder that holds runs stands for all of them, the oldest first."""
+    given = list(runs)
+    if not given:
+        return [*newest_runs(root)]
     named: list[GivenRun] = []
-    for one in runs:
-        named += [one] if isinstance(one, str | os.PathLike | store.Run) else list(one)
-    return named
+    for one in given:
+        alone = isinstance(one, str | os.PathLike | store.Run) or not isinstance(one, Iterable)
+        named += [cast(GivenRun, one)] if alone else cast(Iterable[GivenRun], one)
+    if not named:
+        raise UserError("the list of runs is empty: name runs, or leave it out for the newest of each verb")
+    return [run for one in named for run in _runs_in(one, root)]
+
+
+def _runs_in(given: GivenRun, root: Path) -> list[GivenRun]:
+    if not isinstance(given, str | os.PathLike) or isinstance(given, Run):
+        return [given]
+    is_run = any((path / store.MANIFEST).is_file() for path in (Path(given), root / given))
+    return [given] if is_run else [*reversed(store.find_runs(Path(given)))] or [given]
 
 
 def _loaded(run: GivenRun, root: Path) -> store.Run:
@@ -162,14 +182,18 @@ def _loaded(run: GivenRun, root: Path) -> store.Run:
     return run.record if isinstance(run, Run) else store.load(run_path(run, root))
 
 
-def refuse_anew() -> None:
-    """UserError if a script that measures is being read a second time: a launch is a fresh process that imports the
-    script which started it, and would measure everything again."""
+def begin() -> None:
+    """What comes before every measurement, and before torch loads: idle threads are to sleep.
+
+    UserError if a script that measures is being read a second time: a launch is a fresh process that imports the
+    script which started it, and would measure everything again.
+    """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise UserError(
             "a launch imports the script that started it and would run all of it again: put what the script does below "
             'if __name__ == "__main__":'
         )
+    let_threads_sleep()
 
 
 def shown_progress(progress: Progress | bool) -> Progress:

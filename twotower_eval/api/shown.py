@@ -51,6 +51,20 @@ class Shown(Sequence[T], Generic[T]):
         return f"<pre style='white-space: pre-wrap'>{escape(repr(self))}</pre>"
 
 
+class ExitCode(int):
+    """An exit code that may also be called, as ``Verdicts.exit_code`` once was a method."""
+
+    _strict: int
+
+    def __new__(cls, code: int, *, strict: int) -> ExitCode:
+        made = super().__new__(cls, code)
+        made._strict = strict
+        return made
+
+    def __call__(self, *, strict: bool = False) -> int:
+        return self._strict if strict else int(self)
+
+
 class Verdicts(Shown[Verdict]):
     """Verdicts in the order of their claims; :meth:`of` finds one by its claim's name."""
 
@@ -76,9 +90,15 @@ class Verdicts(Shown[Verdict]):
         """A line on what ``--strict`` counts differently; empty if nothing."""
         return claims_room.strict_line(self)
 
-    def exit_code(self, *, strict: bool = False) -> int:
+    @property
+    def exit_code(self) -> ExitCode:
         """The exit code of ``twotower-eval claims check``."""
-        return claims_room.exit_code(self, strict=strict)
+        return ExitCode(claims_room.exit_code(self), strict=self.strict_exit_code)
+
+    @property
+    def strict_exit_code(self) -> int:
+        """The exit code of ``twotower-eval claims check --strict``."""
+        return claims_room.exit_code(self, strict=True)
 
     def to_frame(self) -> pd.DataFrame:
         """A row for each verdict, with its estimate, its bounds and its reason."""

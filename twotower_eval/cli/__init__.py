@@ -15,6 +15,7 @@ from twotower_eval.cli.options import listing
 from twotower_eval.cli.runs import EXIT_INTERRUPTED
 from twotower_eval.errors import UserError
 from twotower_eval.plugin_calls import TRACEBACK_VARIABLE
+from twotower_eval.store.environment import let_threads_sleep
 from twotower_eval.version import __version__
 
 EXIT_USER_ERROR = 2
@@ -94,8 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Errors that neither the user nor the system causes are bugs: they are raised, with a traceback and exit code 1.
     ``verify`` ends with 5 if a check failed, ``claims`` with 3 to 6 as its help says.
     """
-    # Spinning OpenMP threads make small models many times slower where cores are shared; read when torch loads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    let_threads_sleep()  # before any verb loads torch
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         code = app(arguments or ["--help"], prog_name="twotower-eval", standalone_mode=False)

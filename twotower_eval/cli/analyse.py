@@ -15,7 +15,7 @@ from twotower_eval.errors import UserError
 def report(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(help="Run folders or ids [the newest of each verb].", metavar="[RUNS]...", show_default=False),
+        typer.Argument(help="Run folders or ids [the newest of each verb].", metavar="RUN", show_default=False),
     ] = None,
     results: Annotated[Path, option("Parent folder of run folders [results].", metavar="DIR")] = RESULTS,
     out: Annotated[Path, option("Parent folder of reports [reports].", metavar="DIR")] = REPORTS,
@@ -57,7 +57,7 @@ def check(
     file: FileName,
     runs: Annotated[
         list[str] | None,
-        typer.Argument(help="Run folders or ids [the newest of each verb].", metavar="[RUNS]...", show_default=False),
+        typer.Argument(help="Run folders or ids [the newest of each verb].", metavar="RUN", show_default=False),
     ] = None,
     claim: Annotated[
         list[str] | None, option("This claim only; may be given several times [all].", "--claim", metavar="NAME")
@@ -80,7 +80,7 @@ def check(
         typer.echo(line)
     if strict and (note := verdicts.strict_line):
         typer.echo(note)
-    raise typer.Exit(verdicts.exit_code(strict=strict))
+    raise typer.Exit(verdicts.strict_exit_code if strict else verdicts.exit_code)
 
 
 def audit(file: FileName) -> None:

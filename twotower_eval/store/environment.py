@@ -57,6 +57,7 @@ PACKAGES = (
     *SCORING_PACKAGES,
 )
 GIT_TIMEOUT_S = 10.0
+WAIT_POLICY = "OMP_WAIT_POLICY"
 
 
 def new_manifest(
@@ -99,7 +100,15 @@ def new_manifest(
         unheeded=dict(unheeded or {}),
         joined=dict(joined or {}),
         ways=tuple(ways),
+        omp_wait_policy=os.environ.get(WAIT_POLICY),
     )
+
+
+def let_threads_sleep() -> None:
+    """Have idle OpenMP threads sleep, unless ``OMP_WAIT_POLICY`` says otherwise: spinning ones make small models many
+    times slower where cores are shared. Torch reads it as it loads, so nothing is changed after that."""
+    if "torch" not in sys.modules:
+        os.environ.setdefault(WAIT_POLICY, "PASSIVE")
 
 
 def package_versions() -> dict[str, str]:

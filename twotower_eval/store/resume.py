@@ -61,6 +61,8 @@ def what_differs(old: RunManifest, new: RunManifest) -> list[str]:
         pairs.append(("seed", old.plan.get("seed"), new.plan.get("seed")))
     if old.verb in ("speed", "size"):
         pairs.append(("how models are run", _flags(old), _flags(new)))
+        if old.omp_wait_policy is not None:  # older manifests do not record it
+            pairs.append(("OMP_WAIT_POLICY", old.omp_wait_policy, new.omp_wait_policy))
         keys = sorted(({*old.machine} | {*new.machine}) - {"kernels"})
         pairs += [(f"machine {key}", old.machine.get(key), new.machine.get(key)) for key in keys]
     found = [f"{name} was {before}, is {after}" for name, before, after in pairs if before != after]

@@ -73,9 +73,9 @@ def pools(runs: Sequence[Run], arm: Arm) -> list[tuple[list[Run], Cell]]:
     """Timed cells of an arm with their runs; cells that differ only in their launch are pooled."""
     found: dict[tuple[str, str], tuple[list[Run], Cell]] = {}
     for run in runs:
-        setting = canonical_json([run.manifest.machine, run.manifest.packages, run.manifest.project_version])
-        timed = {sample.cell for sample in run.speed}
-        for cell in run.manifest.cells:
+        made, timed = run.manifest, {sample.cell for sample in run.speed}
+        setting = canonical_json([made.machine, made.packages, made.project_version, made.omp_wait_policy])
+        for cell in made.cells:
             if cell.arm == arm and cell.id in timed:
                 found.setdefault((cell.id, setting), ([], cell))[0].append(run)
     return list(found.values())

@@ -165,6 +165,7 @@ def _run(run: Run) -> str:
         f"verb {code(manifest.verb)}, started {escape(manifest.started_at)}, {state}",
         f"twotower-eval {escape(manifest.project_version)}, commit {commit}{edited}",
         f"machine: {_flat(manifest.machine)}",
+        *([f"idle threads: OMP_WAIT_POLICY {escape(policy)}"] if (policy := manifest.omp_wait_policy) else []),
         f"packages: {_flat(manifest.packages)}",
         *([f"steps: {_steps(manifest.plan)}"] if "cuda_graphs" in manifest.plan else []),
         f"seeds: {_flat(manifest.seeds)}",
