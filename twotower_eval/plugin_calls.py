@@ -54,7 +54,7 @@ def calls_of(
     """
     try:
         yield
-    except Exception as error:  # whatever a user's own code may raise
+    except (Exception, SystemExit) as error:  # whatever a user's own code may raise
         if is_own(module) or isinstance(error, (PluginError, *pass_through)) or any(error is one for one in ours):
             raise
         raise PluginError(_error_line(error, module, name, what)) from error
@@ -70,7 +70,7 @@ def calls_in(module: str, name: str, *, pass_through: tuple[type[BaseException],
     """
     try:
         yield
-    except Exception as error:  # whatever a user's own code may raise
+    except (Exception, SystemExit) as error:  # whatever a user's own code may raise
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if _is_of(frame, module)]
         if is_own(module) or isinstance(error, (PluginError, *pass_through)) or not frames:
             raise

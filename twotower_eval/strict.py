@@ -203,9 +203,18 @@ def check_value(name: str, hint: object, value: object) -> object:
         value = float(value)  # numpy's float64 is a float, too
     if not _fits(hint, value):
         raise UserError(_misfit(hint, value, name))
+    check_number(name, value)
+    for item in value if isinstance(value, (list, tuple)) else ():
+        check_number(name, item)
+    return msgspec.convert(value, hint, strict=True)
+
+
+def check_number(name: str, value: object) -> None:
+    """UserError for a number that no run folder can hold: one that is not finite, or a whole one beyond 64 bits."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} must be a finite number, not {value!r}")
-    return msgspec.convert(value, hint, strict=True)
+    if type(value) is int and value not in INT64:
+        raise UserError(f"{name} must be {WORDS[int]}{BITS}, not one of {value.bit_length()}")
 
 
 def line_reader(cls: type[T]) -> Callable[[bytes, str], T]:

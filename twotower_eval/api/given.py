@@ -141,6 +141,8 @@ def newest_runs(root: Path) -> list[Path]:
     found = [store.find_runs(root, verb) for verb in typing.get_args(Verb)]
     newest = [paths[0] for paths in found if paths]
     if not newest:
+        if broken := store.unreadable_runs(root):
+            raise UserError(f"no run in {root} can be read: {broken[0]}")
         raise UserError(f"no runs in {root}: make one with `twotower-eval run`, or name run folders")
     return newest
 

@@ -46,4 +46,6 @@ def chosen(runs: list[str] | None, results: Path, *, count_others: bool = False)
     num_others = len(store.find_runs(results)) - len(newest) if count_others else 0
     others = f"; left out, name runs to choose: {num_others} in {results}" if num_others else ""
     typer.echo(f"the newest of each verb: {', '.join(path.name for path in newest)}{others}", err=True)
+    for why in store.unreadable_runs(results):
+        typer.echo(f"left out, as it cannot be read: {why}", err=True)
     return [str(path) for path in newest]

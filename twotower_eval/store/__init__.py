@@ -19,6 +19,7 @@ from twotower_eval.store.run import (
     load,
     paused_garbage_collection,
     read_manifest,
+    unreadable_runs,
 )
 
 __all__ = [
@@ -39,4 +40,5 @@ __all__ = [
     "paused_garbage_collection",
     "read_manifest",
     "resume",
+    "unreadable_runs",
 ]

@@ -175,7 +175,9 @@ def new_run_id(verb: str, now: datetime | None = None) -> str:
 
 def create(root: Path, manifest: RunManifest) -> RunWriter:
     """Create the folder ``root/run_id``, write its manifest, and open it for writing."""
-    text = json.dumps(to_json(manifest), indent=1, ensure_ascii=False, allow_nan=False)
+    data = to_json(manifest)
+    from_json(RunManifest, data)  # whatever could not be read back is refused before there is a folder
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
     path = root / manifest.run_id
     try:
         path.mkdir(parents=True)

@@ -176,12 +176,25 @@ def load(path: Path) -> Run:
 
 
 def find_runs(root: Path, verb: Verb | None = None) -> list[Path]:
-    """Run folders of ``verb`` directly under ``root``, newest first; a folder without a manifest is no run."""
-    if not root.is_dir():
-        return []
-    manifests = [(read_manifest(path.parent), path.parent) for path in root.glob(f"*/{MANIFEST}")]
+    """Run folders of ``verb`` directly under ``root``, newest first; one whose manifest is missing or cannot be read is
+    no run: :func:`unreadable_runs` says why."""
+    manifests = [(held, path) for path, held in _manifests(root) if isinstance(held, RunManifest)]
     wanted = [(m.started_at, m.run_id, path) for m, path in manifests if verb in (None, verb_of(m))]
     return [path for _, _, path in sorted(wanted, reverse=True)]
+
+
+def unreadable_runs(root: Path) -> list[str]:
+    """Why the manifests under ``root`` that cannot be read are none, a line for each, which names the file."""
+    return [str(held) for _, held in _manifests(root) if isinstance(held, UserError)]
+
+
+def _manifests(root: Path) -> Iterator[tuple[Path, RunManifest | UserError]]:
+    """Folders with a manifest, by name, each with that or with what keeps it from being read."""
+    for file in sorted(root.glob(f"*/{MANIFEST}")) if root.is_dir() else ():
+        try:
+            yield file.parent, read_manifest(file.parent)
+        except UserError as error:
+            yield file.parent, error
 
 
 def read_manifest(path: Path) -> RunManifest:

@@ -14,6 +14,7 @@ from twotower_eval.errors import UserError
 from twotower_eval.names import Seam, nearest, resolve
 from twotower_eval.plugin_calls import calls_of, module_of
 from twotower_eval.records import DecoderSpec, Generation, Prompt
+from twotower_eval.strict import check_number
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -79,6 +80,7 @@ def _check_plug_in(kind: str, cls: DecoderClass) -> None:
         raise UserError(f"decoder {kind!r}: Params must be a dataclass, of its parameters with their defaults")
     if type(cls.VERSION) is not int:
         raise UserError(f"decoder {kind!r}: VERSION must be a whole number, not {cls.VERSION!r}")
+    check_number(f"decoder {kind!r}: VERSION", cls.VERSION)
 
 
 def _check_calls(kind: str, cls: DecoderClass) -> None:
@@ -96,10 +98,12 @@ def _check_calls(kind: str, cls: DecoderClass) -> None:
         raise UserError(f"decoder {kind!r} is called as generate(prompts, {given}): {error}") from error
 
 
-def decoder_spec(kind: str, **params: object) -> DecoderSpec:
+def decoder_spec(kind: str, /, **params: object) -> DecoderSpec:
     """A full specification: parameters checked, defaults filled in, the class's version, a plug-in's code."""
     cls = decoder_class(kind)
     filled = dataclasses.asdict(_checked(cls, kind, params))
+    for name, value in filled.items():
+        check_number(f"decoder {kind!r}: its parameter {name}", value)  # it may be a default that nothing has read
     code = plugin_code(SEAM.place(kind))
     return DecoderSpec(kind=kind, params=filled, version=cls.VERSION, code=code)
 
@@ -107,15 +111,12 @@ def decoder_spec(kind: str, **params: object) -> DecoderSpec:
 def make_decoder(model: Model, kind: str, *, clock: Clock | None = None, **params: object) -> Decoder:
     """Make a decoder for ``model``. With a ``clock`` each generation's ``finish_s`` is filled in.
 
+    Parameters called ``model``, ``kind`` or ``clock`` need :func:`from_spec`.
+
     UserError for an unknown kind or parameter, a bad value, a model that lacks what the decoder needs, or anything that
     a plug-in class raises.
     """
-    cls = decoder_class(kind)
-    if kind not in DECODERS:
-        _check_calls(kind, cls)
-    checked = _checked(cls, kind, params)
-    with calls_of(module_of(cls), f"decoder {kind}", "__init__"):
-        return cls(model, checked, clock=clock)
+    return _made(model, kind, params, clock)
 
 
 def from_spec(model: Model, spec: DecoderSpec, *, clock: Clock | None = None) -> Decoder:
@@ -123,7 +124,16 @@ def from_spec(model: Model, spec: DecoderSpec, *, clock: Clock | None = None) ->
     version = decoder_class(spec.kind).VERSION
     if spec.version != version:
         raise UserError(f"decoder {spec.kind}: version {spec.version} was asked for, this is version {version}")
-    return make_decoder(model, spec.kind, clock=clock, **spec.params)
+    return _made(model, spec.kind, spec.params, clock)
+
+
+def _made(model: Model, kind: str, params: Mapping[str, object], clock: Clock | None) -> Decoder:
+    cls = decoder_class(kind)
+    if kind not in DECODERS:
+        _check_calls(kind, cls)
+    checked = _checked(cls, kind, params)
+    with calls_of(module_of(cls), f"decoder {kind}", "__init__"):
+        return cls(model, checked, clock=clock)
 
 
 def _checked(cls: DecoderClass, kind: str, params: Mapping[str, object]) -> DataclassInstance:
