@@ -15,6 +15,27 @@ OLD = {
     "twotower_eval.stats.paired": ["PairedScores"],
     "twotower_eval.suites": ["lm_tasks"],
 }
+# What other modules hold now, by old path.
+JOINED = {
+    "claims.gates": ["null_gate", "floor_gate"],
+    "comparability": ["differences", "warnings"],
+    "evidence.nulls": ["Nulled", "caution"],
+    "evidence.pairing": ["Pairing", "paired"],
+    "harness.aggregates": ["mean_item", "replicates_of"],
+    "models": ["CausalModel", "TwoTowerModel", "BranchingModel", "load_model"],
+    "models.routing": ["ForcedRouting", "expected_touched"],
+    "plan_command": ["command"],
+    "report.flips": ["flips"],
+    "report.headline": ["headline"],
+    "report.section": ["Section"],
+    "shortfalls": ["override_lines", "truncation_line"],
+    "speed.loop": ["RoundLoop"],
+    "speed.phases": ["prefill", "denoise"],
+    "speed.rounds": ["run"],
+    "suites.chance": ["chance_by_metric"],
+    "suites.files": ["Suite", "load_suite"],
+    "ways": ["Handicap", "ways_text"],
+}
 
 
 @pytest.mark.parametrize("old", OLD)
@@ -49,6 +70,16 @@ def test_paths_that_never_were_are_not_found() -> None:
         importlib.import_module("twotower_eval.nothing_of_that_name")
     assert moved.homes_of("twotower_eval.records") == ()
     assert moved.homes_of("somebody.stats") == ()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("old", JOINED)
+def test_names_of_modules_that_others_hold_now_are_served(old: str) -> None:
+    """They were joined with others, and their old paths with them."""
+    module = importlib.import_module(f"twotower_eval.{old}")
+    for name in JOINED[old]:
+        now = moved.RENAMED.get(f"{old}.{name}", name)
+        assert getattr(module, name).__name__ == now
 
 
 def test_every_home_is_there() -> None:
