@@ -79,6 +79,17 @@ class Lying(Greedy):
         return [dataclasses.replace(one, text=f"{one.text}!") for one in made]
 
 
+class Twice(Greedy):
+    """Tells of every answer twice."""
+
+    def generate(self, prompts: Any, *, on_finish: Any = None, **asked: Any) -> list[Generation]:
+        def tell(generation: Generation) -> None:
+            on_finish(generation)
+            on_finish(generation)
+
+        return super().generate(prompts, on_finish=on_finish and tell, **asked)
+
+
 class Silent(Greedy):
     """Honest; it says nothing of answers as they finish."""
 

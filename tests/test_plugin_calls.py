@@ -137,6 +137,7 @@ def test_what_our_own_code_raises_is_no_fault_of_the_plug_ins(
 GIVEN_BACK = {
     "Short": "3 generations for 4 prompts",
     "Swapped": "in the place of prompt ",
+    "Twice": "on_finish received its answer twice",
     "Lying": "on_finish received another answer than generate returned",
 }
 

@@ -140,7 +140,7 @@ def test_registered_names_are_used_like_short_ones(
 
 
 def test_packages_are_not_asked_about_shipped_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "entry_points", lambda **_: pytest.fail("packages were asked"))
+    monkeypatch.setattr(metadata, "distributions", lambda **_: pytest.fail("packages were asked"))
     decoder_spec("autoregressive")
 
 

@@ -7,13 +7,19 @@ A name is that of something shipped, one that an installed package registers (se
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from twotower_eval.errors import UserError
 from twotower_eval.plugin_calls import imported
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution
 
 # What users may add -> the entry-point group in which their packages register it.
 GROUPS = {
@@ -47,6 +53,8 @@ class Seam:
         others = self.registered()
         if name in others:
             return others[name]
+        if (wrong := _misregistered(self.what, name)) is not None:
+            raise UserError(wrong)
         known = [*self.shipped, *others]
         near = nearest(name, known)
         choose = f"choose from {', '.join(known)}, or name your own as {self.form}"
@@ -66,21 +74,58 @@ class Seam:
 
 @cache
 def registered(what: str) -> dict[str, str]:
-    """Name -> ``package.module:attribute`` of what installed packages register under ``what``, a key of :data:`GROUPS`.
-
-    UserError if two packages register different things under one name.
-    """
-    from importlib.metadata import entry_points
-
+    """Name -> ``package.module:attribute`` of what installed packages register, by name. UserError where two packages
+    register different things under one name. ``what`` is a key of :data:`GROUPS`."""
     found: dict[str, str] = {}
-    for entry in sorted(entry_points(group=GROUPS[what])):
-        place = f"{entry.module}:{entry.attr}"
-        if found.setdefault(entry.name, place) != place:
+    for name, place in sorted({line for lines in _lines(GROUPS[what]).values() for line in lines}):
+        if ":" in place and found.setdefault(name, place) != place:
             raise UserError(
-                f"installed packages register both {found[entry.name]} and {place} as {what} {entry.name!r}: "
-                "uninstall one of them"
+                f"installed packages register both {found[name]} and {place} as {what} {name!r}: uninstall one of them"
             )
     return found
+
+
+def _misregistered(what: str, name: str) -> str | None:
+    """What is wrong with how an installed package registers a name; None where none does, or nothing is."""
+    for package, lines in _lines(GROUPS[what]).items():
+        for left, place in lines:
+            if ":" not in place and name in re.findall(r"[\w.-]+", left):
+                said = f"{left} = {place}" if place else left
+                return (
+                    f"{what} {name!r}: package {package} registers it as {said!r}, which is not of the form "
+                    "name = package.module:attribute"
+                )
+    return None
+
+
+def _lines(group: str) -> dict[str, list[tuple[str, str]]]:
+    """Installed package -> name and place of each line below ``[group]`` in its entry_points.txt.
+
+    These files are read line by line, not by importlib's parser: it stops at the first line of any package that it
+    cannot read. Of two copies of a package the first on Python's path counts.
+    """
+    from importlib import metadata
+
+    found: dict[str, list[tuple[str, str]]] = {}
+    for package in metadata.distributions():
+        text = _entry_points(package)
+        if f"[{group}]" not in text or (package.read_text("METADATA") or package.read_text("PKG-INFO")) is None:
+            continue
+        name = package.name
+        if name in found or _entry_points(metadata.distribution(name)) != text:
+            continue
+        below = text.partition(f"[{group}]")[2].splitlines()[1:]
+        own = list(takewhile(lambda line: not line.lstrip().startswith("["), below))
+        lines = [line.partition("=") for line in own if line.strip() and not line.lstrip().startswith(("#", ";"))]
+        found[name] = [(one.strip(), "".join(place.partition("[")[0].split())) for one, _, place in lines]
+    return found
+
+
+def _entry_points(package: Distribution) -> str:
+    try:
+        return package.read_text("entry_points.txt") or ""
+    except UnicodeDecodeError:
+        return ""
 
 
 def resolve(name: str) -> object:
@@ -88,10 +133,16 @@ def resolve(name: str) -> object:
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
         raise UserError(f"{name!r} is not of the form package.module:attribute")
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise UserError(
+            f"{name!r}: {module_name!r} is no module's name but, it seems, a file's: write module:{attribute}, and set "
+            "PYTHONPATH to the folder that the module is in"
+        )
     try:
         module = imported(module_name, name)
     except ImportError as error:
-        raise UserError(f"cannot import {module_name!r} (named by {name!r}): {error}{_beside(module_name)}") from error
+        hint = _beside(module_name) if error.name == module_name.partition(".")[0] else ""
+        raise UserError(f"cannot import {module_name!r} (named by {name!r}): {error}{hint}") from error
     if not hasattr(module, attribute):
         raise UserError(f"module {module_name!r} has no {attribute!r}{did_you_mean(attribute, dir(module))}")
     return getattr(module, attribute)

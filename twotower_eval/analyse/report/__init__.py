@@ -25,7 +25,7 @@ from twotower_eval.analyse.report.verdicts import JudgedRuns, shipped_claims
 from twotower_eval.analyse.words.glossary import terms_in
 from twotower_eval.errors import UserError
 from twotower_eval.names import Seam, resolve
-from twotower_eval.plugin_calls import calls_of, module_of
+from twotower_eval.plugin_calls import PluginError, calls_of, is_own, module_of
 from twotower_eval.records import (
     sha256_text,
     time_and_verb,
@@ -183,10 +183,16 @@ def _rendered(name: str, runs: JudgedRuns) -> Section:
     render = cast(Callable[[Runs], Section], resolve(SEAM.place(name)))
     if not callable(render):
         raise UserError(f"section {name} is no function render(runs) that returns a Section: docs/section.md has one")
-    with calls_of(
-        module_of(render), f"section {name}", getattr(render, "__name__", "render"), pass_through=(UserError,)
-    ):
-        made = render(runs)
+    module = module_of(render)
+    try:
+        with calls_of(module, f"section {name}", getattr(render, "__name__", "render"), pass_through=(UserError,)):
+            made = render(runs)
+    except PluginError:
+        raise
+    except UserError as error:
+        if is_own(module):
+            raise
+        raise UserError(f"section {name}: {error}") from error
     wrong = _wrong_with(made)
     if wrong is not None:
         raise UserError(f"section {name}: {wrong}; return Section(title=…, markdown=…, files=…)")
@@ -209,7 +215,7 @@ def _wrong_with(made: object) -> str | None:
         return f"its files hold {odd[0]!r}, which is not a name with bytes"
     if (wrong := _wrong_tables(made.tables)) is not None:
         return wrong
-    taken = [name for name in made.files if name in (MARKDOWN, PAGE) or Path(name).name != name]
+    taken = [name for name in made.files if name in (MARKDOWN, PAGE, TABLES, "..") or Path(name).name != name]
     return f"its files hold {taken[0]!r}, which is a file of the report's own or in another folder" if taken else None
 
 

@@ -194,12 +194,16 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         by_id = {prompt.id: (request, prompt, key) for request, prompt, key in items}
         asked = self._asked(budget, stop)
         received: list[Generation] = []
+        heard: set[str] = set()
         failed: list[BaseException] = []
 
         def journal(given: Generation) -> None:
             (generation,) = finished([given], asked.name)
             if generation.prompt_id not in by_id:
                 raise ReportError(f"{asked.name}: an answer to prompt {generation.prompt_id!r}, which was not asked")
+            if generation.prompt_id in heard:
+                raise ReportError(f"{asked.name}: prompt {generation.prompt_id!r}: on_finish received its answer twice")
+            heard.add(generation.prompt_id)
             request, prompt, key = by_id[generation.prompt_id]
             check_answer(generation, prompt, asked)
             received.append(generation)
