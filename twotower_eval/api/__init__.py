@@ -6,7 +6,7 @@ Heavy packages are imported where they are needed: reading runs needs neither to
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -189,6 +189,8 @@ def judge(
     from twotower_eval.analyse import claims as claims_room
     from twotower_eval.api.shown import Verdicts
 
+    if not isinstance(names, Iterable):
+        raise UserError(f"names are those of claims, as in names=['speed'], not {names!r}")
     wanted = [names] if isinstance(names, str) else list(names)
     asked = claims_of(claims, wanted)
     return Verdicts(asked, claims_room.judge(asked, loaded_runs(runs, Path(results)), wanted))
@@ -204,7 +206,11 @@ def claims_of(claims: ClaimFile | Claim | Sequence[Claim] | PathText, names: Seq
         if not claims.claims:
             raise UserError(f"{claims.name} holds no claims: `twotower-eval claims audit` reads its published numbers")
         claims = claims.claims
-    asked = (claims,) if isinstance(claims, Claim) else tuple(claims)
+    asked = tuple(claims) if isinstance(claims, Iterable) else (claims,)
+    if odd := [one for one in asked if not isinstance(one, Claim)]:
+        raise UserError(f"{odd[0]!r} is no claim: give a claim file, the name of a shipped one, or claims of a file")
+    if not asked:
+        raise UserError("the list of claims is empty: give one claim at least")
     claims_room.select(asked, names)
     return asked
 
@@ -214,6 +220,8 @@ def audit(claims: ClaimFile | PathText) -> Audit:
     from twotower_eval.analyse import claims as claims_room
     from twotower_eval.api.shown import Audit
 
+    if not isinstance(claims, claims_room.ClaimFile | str | os.PathLike):
+        raise UserError(f"{claims!r} is no claim file: give its path, or the name of a shipped one")
     held = claims if isinstance(claims, claims_room.ClaimFile) else claims_room.load_claims(os.fspath(claims))
     return Audit(claims_room.audit(held.published))
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from twotower_eval import store
 from twotower_eval.api.frames import Text, known_texts
+from twotower_eval.errors import UserError
 from twotower_eval.records import Check, RunManifest, verb_of
 
 if TYPE_CHECKING:
@@ -137,6 +138,8 @@ class Run(os.PathLike[str]):
 
 def check_lines(checks: Sequence[Check], path: Path) -> list[str]:
     """A line for each check (outcome, name, value and limit, detail), then a summary line."""
+    if not checks:
+        raise UserError(f"{path} has no checks: only twotower-eval verify makes some")
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:

@@ -65,6 +65,8 @@ class DecoderClass(Protocol):
 
 def decoder_class(kind: str) -> DecoderClass:
     """The class of a short, registered or ``"module:Class"`` name; UserError with a near-miss hint."""
+    if not isinstance(kind, str):
+        raise UserError(f"a decoder is chosen by its name or as {SEAM.form}, not by {kind!r}")
     cls = cast(DecoderClass, resolve(SEAM.place(kind)))
     if kind not in DECODERS:
         _check_plug_in(kind, cls)

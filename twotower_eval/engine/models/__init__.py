@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -67,6 +68,8 @@ def family_calls(*arms: tuple[str | Path | None, str | None]) -> Iterator[None]:
 
 
 def _existing(path: str | Path) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"{path!r} is no checkpoint folder: give its path")
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such checkpoint folder")
