@@ -12,7 +12,7 @@ import twotower_eval as tt
 from tests.example_decoder import Greedy
 from tests.test_store import make_manifest
 from twotower_eval import api, cli, store
-from twotower_eval.decoder_settings import cross_decoders
+from twotower_eval.decoder_settings import cross_decoders, typed_settings
 from twotower_eval.engine.decoders import decoder_spec, from_spec
 from twotower_eval.errors import UserError
 from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan
@@ -123,6 +123,18 @@ def test_parameters_may_be_called_like_arguments_of_our_own() -> None:
     assert spec == decoder_spec(f"{HERE}:Shadowing", model=2, kind="b", clock=1.5)
     decoder: Any = from_spec(None, spec)  # type: ignore[arg-type]
     assert dataclasses.asdict(decoder.params) == spec.params
+
+
+class Either(Greedy):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Params:
+        x: int | bool = 0
+
+
+def test_one_and_true_are_two_cells() -> None:
+    """They are equal in Python, and one of the two was silently left out."""
+    plan = RunPlan(decoder=f"{HERE}:Either", set=typed_settings(f"{HERE}:Either", {"x": ("1", "true", "0")}))
+    assert [repr(spec.params["x"]) for spec in cross_decoders(plan)] == ["1", "True", "0"]
 
 
 def test_a_plug_in_that_exits_is_told_as_one_that_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

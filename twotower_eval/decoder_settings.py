@@ -60,10 +60,11 @@ def cross_decoders(plan: Decoding) -> tuple[DecoderSpec, ...]:
     names = _names(plan.decoder)
     given = _shorthands(plan, names) | (_checked(plan.decoder, plan.set) if plan.set else {})
     axes = {param: given[param] for param in (*SHORTHANDS.values(), *given) if param in given}
-    specs: dict[tuple[tuple[str, Any], ...], DecoderSpec] = {}
+    specs: dict[tuple[tuple[str, bool, Any], ...], DecoderSpec] = {}
     for values in product(*axes.values()):
         spec = _spec(plan.decoder, dict(zip(axes, values, strict=True)))
-        specs.setdefault(tuple(spec.params.items()), spec)
+        key = tuple((name, isinstance(value, bool), value) for name, value in spec.params.items())  # 1 is not True
+        specs.setdefault(key, spec)
     return tuple(specs.values())
 
 
