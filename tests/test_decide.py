@@ -91,7 +91,7 @@ def test_a_decision_says_which_bound_met_which_limit() -> None:
     assert equal.comparisons == (stats.Comparison(bound="lower", value=0.95, stands="open", limit=0.987 - 0.005),)
     most = stats.decide(estimate, relation="at_most", **{**judged, "num_clusters": 5})
     assert most.comparisons == (stats.Comparison(bound="upper", value=0.99, stands="below", limit=0.987 + 0.005),)
-    assert (most.outcome, most.few) == ("INCONCLUSIVE", "5 clusters: fewer than 20 cannot support a claim")
+    assert (most.outcome, most.few) == ("INCONCLUSIVE", stats.TooFew(of="clusters", num=5))
 
 
 # --- granularity ---------------------------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ TERMS = (
     ),
     Term(
         name="A/A null",
-        meaning="the baseline timed against a second copy of itself. Its ratio has to be 1; how far it strays says how "
-        "noisy the machine was.",
+        meaning="the ratio of two copies of the baseline, timed like two arms. It has to be 1; how far it strays says "
+        "how noisy the machine was.",
         pattern=_words("A/A nulls?"),
     ),
     Term(
@@ -89,5 +89,5 @@ def terms_in(text: str) -> tuple[Term, ...]:
 
 
 def term_lines(text: str) -> list[str]:
-    """``A/A null: the baseline timed against a second copy of itself. ...``, a line for each term that a text uses."""
+    """``Residual: the part of a measured time that ...``, a line for each term that a text uses."""
     return [f"{term.name}: {term.meaning}" for term in terms_in(text)]
