@@ -483,6 +483,28 @@ def test_idle_threads_sleep_where_torch_is_not_loaded_yet(monkeypatch: pytest.Mo
     assert policy(True, None) is None, "torch has read it already: the record would say what is not so"
 
 
+def test_data_and_training_are_functions_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command line went round them."""
+    from twotower_eval.miniature import train
+
+    (tmp_path / "published" / "gsm8k").mkdir(parents=True)
+    row = {"question": "2 + 2?", "answer": "4 #### 4"}
+    for split in ("train", "test"):
+        (tmp_path / "published" / "gsm8k" / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    written = api.prepare_data(tmp_path / "published", str(tmp_path / "data"), only="gsm8k")
+    assert {file.path.read_text(encoding="utf-8") for file in written} == {json.dumps(row) + "\n"}
+    assert cli.main(["data", "prepare", str(tmp_path / "published"), str(tmp_path / "data")]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{file.path}: 1 rows" for file in written]
+    calls: list[object] = []
+    monkeypatch.setattr(train, "train_pair", lambda folder, **given: calls.append((folder, given)) or folder / "pair")
+    assert api.train(str(tmp_path), recipe="mine.toml", threads=1) == tmp_path / "pair"
+    assert cli.main(["train", "miniature", "--out", str(tmp_path), "--recipe", "mine.toml", "--threads", "1"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'pair'}\n"
+    assert calls == [(tmp_path, {"recipe_file": Path("mine.toml"), "threads": 1, "device": None})] * 2
+
+
 def test_a_script_that_a_launch_reads_again_does_not_begin_anew(tmp_path: Path) -> None:
     """Without the guard a fresh process evaluated everything a second time before it failed."""
     script = tmp_path / "mine.py"

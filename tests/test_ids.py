@@ -1,5 +1,6 @@
 """Ids of prompts, runs and launches: each is made and taken apart in one place."""
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from twotower_eval.records import (
     run_id_of,
     scored_document_of,
     scored_prompt_id,
+    sha256_text,
     time_and_verb,
 )
 from twotower_eval.store import new_run_id
@@ -73,3 +75,9 @@ def test_an_audits_line_is_no_finding_of_a_run() -> None:
 def test_one_thing_is_one() -> None:
     assert [plural(1, "cell"), plural(2, "cell"), plural(1800, "cell")] == ["1 cell", "2 cells", "1,800 cells"]
     assert plural(2, "launch", "launches") == "2 launches"
+
+
+def test_half_a_surrogate_pair_has_a_hash() -> None:
+    """Web text may hold one; lm-eval's logs hash it so, and other texts as ever."""
+    assert sha256_text("a\ud83d") == hashlib.sha256(b"a\xed\xa0\xbd").hexdigest()
+    assert sha256_text("ä") == hashlib.sha256("ä".encode()).hexdigest()

@@ -70,8 +70,8 @@ ALLOWED: dict[str, set[str]] = {
         "stats",
         "calibration",
     }
-    | {"compare", "claims", "words", "report"},
-    "cli": {"plan", "plan_fields", "decoder_settings", "store", "api", "miniature", "suites"},
+    | {"compare", "claims", "words", "report", "miniature"},
+    "cli": {"plan", "plan_fields", "decoder_settings", "store", "api"},
 }
 # Packages that cost or weigh something -> the only rooms that may import them, anywhere in their files.
 HEAVY = {

@@ -326,7 +326,7 @@ def test_what_is_unfinished_or_too_large_is_not_published(tmp_path, monkeypatch,
     places = {"results": tmp_path, "reports": tmp_path, "say": print}
     with pytest.raises(ValueError, match="is not complete: finish it"):
         report.publish([unfinished], usual[2], **places)
-    monkeypatch.setattr("twotower_eval.analyse.report.page.MAX_BYTES", 1000)
+    monkeypatch.setattr("twotower_eval.analyse.report.publishing.MAX_BYTES", 1000)
     with pytest.raises(ValueError, match=r"the runs are \d\.\d MiB when packed, more than .* publish fewer runs"):
         report.publish([store.load(usual[0])], usual[2], **places)
     assert not (tmp_path / "published").exists()

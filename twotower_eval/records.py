@@ -991,8 +991,9 @@ def canonical_json(value: object) -> str:
 
 
 def sha256_text(text: str) -> str:
-    """Hex sha256 of the UTF-8 bytes of ``text``."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Hex sha256 of the UTF-8 bytes of ``text``. Half a surrogate pair, which web text may hold and strict UTF-8
+    refuses, is hashed as lm-eval's own logs do."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def derive_seed(*parts: object) -> int:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from twotower_eval.analyse.claims import ClaimFile
     from twotower_eval.api.comparison import Comparison
     from twotower_eval.api.shown import Audit, Page, Verdicts
+    from twotower_eval.measure.suites.datafiles import PreparedFile
 
 __all__ = [
     "Run",
@@ -44,11 +45,13 @@ __all__ = [
     "judge",
     "load_run",
     "newest_runs",
+    "prepare_data",
     "publish",
     "report",
     "run_path",
     "size",
     "time",
+    "train",
     "verify",
 ]
 
@@ -280,3 +283,30 @@ def calibrate(
 
     shown = shown_progress(progress)
     return calibration.calibrate(Path(out), num_repetitions=repetitions, seed=seed, progress=shown)
+
+
+def prepare_data(source: PathText, target: PathText, *, only: str | Sequence[str] | None = None) -> list[PreparedFile]:
+    """Make ``TARGET/TASK/SPLIT.jsonl``, which ``data_dir`` reads, from the files that benchmarks publish; what was
+    written. ``only`` names some of the benchmarks; by default all that have a folder in ``source``."""
+    from twotower_eval.measure.suites import datafiles
+
+    names = [only] if isinstance(only, str) else only
+    return datafiles.prepare(Path(source), Path(target), names)
+
+
+def train(
+    out: PathText = "training/miniature",
+    *,
+    recipe: PathText | None = None,
+    threads: int = 2,
+    device: str | None = None,
+) -> Path:
+    """Train the miniature pair in ``out``, continuing what is there; the folder of the exported pair.
+
+    ``recipe`` is a TOML file, by default the shipped one; ``device`` by default a GPU if there is one.
+    """
+    begin()
+    from twotower_eval.miniature import train as training
+
+    file = None if recipe is None else Path(recipe)
+    return training.train_pair(Path(out), recipe_file=file, threads=threads, device=device)

@@ -4,7 +4,6 @@ targets where files on this machine hold them."""
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -26,6 +25,7 @@ from twotower_eval.records import (
     Score,
     SpeedSample,
     canonical_json,
+    sha256_text,
 )
 from twotower_eval.resources import data_path
 from twotower_eval.store import Run
@@ -77,17 +77,12 @@ def _files(run: Run) -> Iterator[Path]:
 def _texts(row: Mapping[str, object]) -> Iterator[tuple[str, Text]]:
     """Every text of a row by its hash (numbers as lm-eval writes them), and each text followed by each option."""
     plain = [str(value) for value in row.values() if isinstance(value, str | int)]
-    yield from ((_sha256(text), Text(text=text)) for text in plain)
+    yield from ((sha256_text(text), Text(text=text)) for text in plain)
     lists = [value for value in row.values() if isinstance(value, list) and all(isinstance(one, str) for one in value)]
     for text, options in product(plain, lists):
-        digests = [_sha256(canonical_json([text, option])) for option in options]
+        digests = [sha256_text(canonical_json([text, option])) for option in options]
         yield from zip(digests, (Text(text=text, option=option) for option in options), strict=True)
-        yield _sha256("".join(digests)), Text(text=text)  # of all requests of a document together
-
-
-def _sha256(text: str) -> str:
-    # Half of a surrogate pair, which web text may hold, is hashed as lm-eval's own logs do.
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        yield sha256_text("".join(digests)), Text(text=text)  # of all requests of a document together
 
 
 R = TypeVar("R", GenerationRow, LikelihoodRow, Score, SpeedSample, CostSample, Check)

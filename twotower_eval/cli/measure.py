@@ -124,9 +124,9 @@ def prepare(
     only: Annotated[str | None, option("Only these benchmarks [all found in SOURCE].", metavar="A,B")] = None,
 ) -> None:
     """Verb ``data prepare``."""
-    from twotower_eval.measure.suites import datafiles
+    from twotower_eval import api
 
-    for file in datafiles.prepare(source, target, texts(only)):
+    for file in api.prepare_data(source, target, only=texts(only)):
         typer.echo(f"{file.path}: {file.num_rows} rows")
 
 
@@ -137,10 +137,10 @@ def miniature(
     device: Annotated[str | None, option("Device [a GPU if there is one].", metavar="D")] = None,
 ) -> None:
     """Verb ``train miniature``."""
-    from twotower_eval.miniature import train
+    from twotower_eval import api
 
     try:
-        pair = train.train_pair(out, recipe_file=recipe, threads=threads, device=device)
+        pair = api.train(out, recipe=recipe, threads=threads, device=device)
     except KeyboardInterrupt:
         typer.echo(f"interrupted; to continue: twotower-eval train miniature --out {out}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None

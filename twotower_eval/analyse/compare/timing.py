@@ -16,7 +16,6 @@ from twotower_eval.analyse.compare.calls import (
     Grid,
     Lane,
     Latency,
-    Lengths,
     WithinCalls,
     grid_of,
     lane_of,
@@ -28,7 +27,6 @@ from twotower_eval.analyse.compare.calls import (
     pools,
     timed_calls,
     usable,
-    with_lengths,
 )
 from twotower_eval.analyse.compare.clean import (
     CleanSpeed,
@@ -43,6 +41,7 @@ from twotower_eval.analyse.compare.contradiction import remarks
 from twotower_eval.analyse.compare.costs import Costs, costs
 from twotower_eval.analyse.compare.documents import Sample, answer_samples
 from twotower_eval.analyse.compare.figures import ArmsDifferError, Counts, Measured, measured, once
+from twotower_eval.analyse.compare.lengths import Lengths, with_lengths
 from twotower_eval.analyse.compare.points import PointKey, baseline_of, point_key
 from twotower_eval.analyse.compare.unseen import UNCHECKED, Unseen, unseen
 from twotower_eval.analyse.compare.warned import FarAboveFloor, LengthsDiffer, SlowerThanGenerate, UnlikeLengths

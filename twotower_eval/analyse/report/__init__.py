@@ -17,7 +17,7 @@ from twotower_eval.analyse.compare.points import checkpoint_name
 from twotower_eval.analyse.compare.runs import Runs, is_alone
 from twotower_eval.analyse.compare.sizing import is_sizing_run
 from twotower_eval.analyse.report.alone import names_alone
-from twotower_eval.analyse.report.page import publish
+from twotower_eval.analyse.report.publishing import publish
 from twotower_eval.analyse.report.rendering import csv as csv_of
 from twotower_eval.analyse.report.rendering import table
 from twotower_eval.analyse.report.text import Section, bullets, details, escape

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pandas as pd
 
-from twotower_eval.analyse.compare.calls import Latency, Lengths, WithinCalls
+from twotower_eval.analyse.compare.calls import Latency, WithinCalls
 from twotower_eval.analyse.compare.figures import Counts
+from twotower_eval.analyse.compare.lengths import Lengths
 from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.analyse.report.alone import batch_of, model_name

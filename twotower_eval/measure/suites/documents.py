@@ -4,7 +4,6 @@ near-duplicates."""
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import re
@@ -323,9 +322,9 @@ def _doc(
         source=source,
         instances=tuple(instances),
         cluster_id=cluster_id(name, leaf, doc, index, doc_id),
-        doc_sha256=_sha256(text),
+        doc_sha256=sha256_text(text),
         prompt_sha256=prompts[0] if len(prompts) == 1 else sha256_text("".join(prompts)),
-        target_sha256=_sha256(str(source.doc_to_target(doc))),
+        target_sha256=sha256_text(str(source.doc_to_target(doc))),
         asked=asked,
     )
 
@@ -363,12 +362,7 @@ def own_text(doc: BuiltDoc) -> str:
 def instance_sha256(instance: Instance) -> str:
     """Hash of a request: the prompt of a generation, else all of its texts."""
     texts = [arg for arg in instance.args if isinstance(arg, str)]
-    return _sha256(texts[0]) if len(texts) == 1 else _sha256(canonical_json(texts))
-
-
-def _sha256(text: str) -> str:
-    # Web text may hold half of a surrogate pair, which strict UTF-8 refuses.
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return sha256_text(texts[0]) if len(texts) == 1 else sha256_text(canonical_json(texts))
 
 
 def generates(instance: Instance) -> bool:
