@@ -69,3 +69,12 @@ def test_the_glossary_explains_each_word_once() -> None:
 def test_the_readme_takes_a_minute() -> None:
     """The rest is in docs/."""
     assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 160
+
+
+def test_the_code_cites_only_what_is_in_the_repository() -> None:
+    """Some docstrings cited a specification that no reader has, by its name in capitals."""
+    for file in sorted((ROOT / "twotower_eval").rglob("*.py")):
+        text = file.read_text(encoding="utf-8")
+        assert not re.findall(r"\b(?:PROTOCOL|DESIGN|ECOSYSTEM)\b", text), file
+        for page in re.findall(r"docs/[\w/]+\.md", text):
+            assert (ROOT / page).is_file(), f"{file} cites {page}"

@@ -1,4 +1,4 @@
-"""Claims and evidence -> verdicts (PROTOCOL "Claims and verdicts").
+"""Claims and evidence -> verdicts (docs/trust.md).
 
 A failed gate makes a claim INVALID; without data at its own operating point it is NOT_MEASURED. Else ``stats.decide``
 decides, on one-sided bounds at the level that ``looks`` leave: 95 % at the first look. Where a point was measured

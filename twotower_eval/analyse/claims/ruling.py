@@ -1,5 +1,5 @@
-"""The rule of one claim: gates and readings -> an outcome with its reason (PROTOCOL "Claims and verdicts"). Also what
-has to hold between quality and speed.
+"""The rule of one claim: gates and readings -> an outcome with its reason. Also what has to hold between quality and
+speed.
 """
 
 from __future__ import annotations

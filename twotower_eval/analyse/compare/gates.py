@@ -197,14 +197,14 @@ def probes_gate(point: SpeedPoint, limits: GateLimits) -> Gate:
 def null_gate(
     point: SpeedPoint, others: Iterable[SpeedPoint], judged: Estimate | None, claimed: float | None, limits: GateLimits
 ) -> Gate:
-    """PROTOCOL "Speed" 5: the baseline timed against itself gives 1, with a narrow interval. A missing null fails."""
+    """The baseline timed against itself gives 1, with a narrow interval. A missing null fails."""
     found = fairness.fault(point, others, judged, limits, claimed)
     facts = Null(null=point.null.estimate, fault=found)
     return Gate(kind="aa_null", outcome="failed" if found else "passed", facts=facts, evidence=point.run_ids)
 
 
 def residual_gate(point: SpeedPoint, limits: GateLimits) -> Gate:
-    """PROTOCOL "Speed" 6: no arm is faster than its forwards allow, the baseline not much slower than its parts."""
+    """No arm is faster than its forwards allow, the baseline not much slower than its parts."""
     found = point.costs.residuals
     wrong = faults(found, limits.residual)
     if wrong:

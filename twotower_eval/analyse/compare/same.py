@@ -1,4 +1,4 @@
-"""Gates on timed answers: the same in every round, and the same as scored (PROTOCOL "Claims and verdicts")."""
+"""Gates on timed answers: the same in every round, and the same as scored."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """Statistics of retention and speedup: pure functions on arrays that return estimates with their intervals.
 
-``paired`` turns scores into sums and bootstrap draws, ``quality`` into retention, ``chance`` into what lies above
-guessing, ``flips`` into tests of flipped answers; ``aggregates`` handles scores of all documents together, ``speedup``
-timed calls, ``nulls`` the A/A gate. ``decide`` judges an estimate, ``power`` plans and says how much is missing,
-``costs`` predicts times from measured parts, ``granularity`` checks published percentages. numpy and scipy only. No
+``paired`` turns scores into sums and bootstrap draws and tests flipped answers, ``quality`` makes retention of them,
+``chance`` what lies above guessing; ``aggregates`` handles scores of all documents together, ``speedup`` timed calls,
+``tails`` answers longer than the timed ones. ``intervals`` has the estimates' ends. ``decide`` judges an estimate and
+the A/A null, ``power`` plans, says how much is missing and checks published percentages, ``costs`` predicts times from
+measured parts. numpy and scipy only. No
 data is a NoEstimate, never 0; wrong arguments are a ValueError.
 """
 

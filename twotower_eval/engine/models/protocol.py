@@ -118,7 +118,7 @@ class Segment:
 
 
 class Branching(Model, Protocol):
-    """A model that reads what several sequences share once, see models.token_tree; ``branch_tokens`` is above 0."""
+    """A model that reads what several sequences share once, see models.context; ``branch_tokens`` is above 0."""
 
     branch_tokens: int
 

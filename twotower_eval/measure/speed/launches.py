@@ -163,7 +163,7 @@ def _longest(calls: Calls, lanes: dict[int, tuple[Lane, ...]]) -> int:
 def _is_scored(plan: SpeedPlan, resume: Path, manifest: RunManifest, calls_per_round: int) -> bool:
     """Whether a run's answers are scored. UserError if more rounds are wanted then, as scores would leave them out.
 
-    Rounds added after a look at the result belong to another run (PROTOCOL); reports pool runs of the same cells.
+    Rounds added after a look at the result belong to another run; reports pool runs of the same cells.
     """
     found = store.load(resume)
     store.check_comparable(found, manifest)  # first: another plan counts whole rounds differently
