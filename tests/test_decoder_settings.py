@@ -11,7 +11,9 @@ import pytest
 
 from tests.two_parameters import Impatient
 from twotower_eval import cli
+from twotower_eval.api.given import plan_of
 from twotower_eval.decoder_settings import block_sizes, cross_decoders, parse_set, set_text, typed_settings
+from twotower_eval.errors import UserError
 from twotower_eval.plan import RunPlan, load_plan, merge, plan_from_json
 from twotower_eval.records import to_json
 
@@ -25,6 +27,7 @@ class Params:
     width: int = 4
     share: float = 0.5
     order: str = "left"
+    either: str | int = "left"
     greedy: bool = True
     mode: Literal["fast", "sure", 3] = "fast"
     most: int | None = None
@@ -57,6 +60,8 @@ def typed(monkeypatch: pytest.MonkeyPatch) -> str:
         ("most=none,4", (None, 4)),
         ("block-size=8", (8,)),
         ("order=", ("",)),
+        ('either=1,"1",left,"a ""b"""', (1, "1", "left", 'a "b"')),
+        ('width="4"', (4,)),
     ],
 )
 def test_texts_become_what_the_decoders_params_are(typed: str, text: str, values: tuple[Any, ...]) -> None:
@@ -80,6 +85,10 @@ def test_texts_become_what_the_decoders_params_are(typed: str, text: str, values
         ("width=4,4", "set.width names 4 twice"),
         ("temperature=0.5", "give --temperature, not set"),
         ("layers=1", "--set layers must be"),
+        ("share=0.9\n1", "--set share must be a number, not '0.9\\n1'"),
+        ('order="left', "a value in quotes ends with a quote"),
+        ('order="left"right', "a value in quotes ends with a quote"),
+        ("trace=true", "give --trace of `run`, not set"),
     ],
 )
 def test_a_slip_is_one_line_and_nothing_is_loaded(
@@ -186,5 +195,28 @@ def test_options_override_a_plan_parameter_by_parameter(tmp_path: Path, monkeypa
 
 
 def test_what_set_prints_is_what_it_reads(typed: str) -> None:
-    held = {"share": (1.0, 0.1 + 0.2), "order": ("a,b", 'c"d', ""), "greedy": (True,), "most": (None, 3)}
+    held = {"share": (1.0, 0.1 + 0.2), "order": ("a,b", 'c"d', "", " e"), "greedy": (True,), "most": (None, 3)}
+    held |= {"either": (1, "1", "true", "none", "x\ny")}
     assert typed_settings(typed, parse_set([set_text(name, values) for name, values in held.items()])) == held
+
+
+def test_a_text_in_python_stays_one_where_it_may_be_one(typed: str) -> None:
+    """``"1"`` became 1; a text for a number is still read."""
+    plan = plan_of(RunPlan, None, None, {"decoder": typed, "set": {"either": "1", "width": "4", "most": "none"}})
+    assert plan.set == {"either": ("1",), "width": (4,), "most": (None,)}
+
+
+@pytest.mark.parametrize("kind", ["block_diffusion", "reference"])
+def test_bounds_are_the_decoders_whichever_way_a_value_comes(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--set threshold=1.5`` ran, where ``--thresholds 1.5`` was refused."""
+    words = "a threshold is a probability, 1.5 is above 1"
+    with pytest.raises(UserError, match=words):
+        cross_decoders(RunPlan(decoder=kind, thresholds=(1.5,)))
+    assert cli.main(["run", "--decoder", kind, "--set", "threshold=1.5", "--limit", "1"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_trace_makes_no_operating_point() -> None:
+    """Two points of one name came of it."""
+    with pytest.raises(UserError, match="trace changes no answer"):
+        RunPlan(set={"trace": (False, True)})

@@ -34,7 +34,7 @@ def test_toml_gives_a_plan_and_overrides_win(tmp_path: Path) -> None:
     plan = load_plan(write(tmp_path, text), RunPlan)
     assert plan.tasks == ("gsm8k", "mgsm")
     assert plan.steps == ("auto", 4)
-    merged = merge(plan, {"limit": 7, "tasks": ("arc",), "seed": None})
+    merged = merge(plan, {"limit": 7, "tasks": ("arc",)})
     assert (merged.limit, merged.tasks, merged.seed, merged.block_sizes) == (7, ("arc",), 0, (8, 16))
 
 

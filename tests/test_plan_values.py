@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import report_fixture as made
 
+import twotower_eval as tt
 from twotower_eval import cli
 from twotower_eval.api.given import plan_of
 from twotower_eval.decoder_settings import cross_decoders
@@ -131,3 +133,40 @@ def test_numbers_of_numpy_and_whatever_can_be_gone_through_are_taken(given: Any,
     if not isinstance(given.get("thresholds"), np.float64) and not isinstance(given.get("block_sizes"), np.ndarray):
         assert RunPlan(**fresh(given)) == plan  # a class takes no value for a list
     assert {type(one) for one in (*(plan.thresholds or ()), *(plan.block_sizes or ()))} <= {int, float}
+
+
+def test_none_is_a_value_too(tmp_path: Path) -> None:
+    """``limit=None`` over a plan or a run was ignored."""
+    path = tmp_path / "plan.toml"
+    path.write_text('limit = 2\nmodel = "pair"\n[set]\nthreshold = 0.9\n')
+    plan = load_plan(path, RunPlan)
+    assert plan_of(RunPlan, plan, None, {"limit": None}) == RunPlan(model="pair", set={"threshold": (0.9,)})
+    assert plan_of(RunPlan, path, None, {"set": None, "model": None}) == RunPlan(limit=2)
+    stopped = run_folder(tmp_path, limit=3, tasks=["arithmetic"])
+    assert plan_of(RunPlan, None, stopped, {"limit": None}) == RunPlan(tasks=("arithmetic",))
+    assert plan_of(RunPlan, None, stopped, {}).limit == 3
+    with pytest.raises(UserError, match="seed must be a whole number, not None"):
+        plan_of(RunPlan, None, None, {"seed": None})
+    with pytest.raises(UserError, match="tasks must be a list, not None"):
+        plan_of(RunPlan, plan, None, {"tasks": None})
+
+
+def test_a_model_that_is_not_named_stays_the_plans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("twotower_eval.measure.verify.verify", lambda plan, **_: seen.append(plan) or tmp_path)
+    monkeypatch.setattr("twotower_eval.measure.sizing.run", lambda plan, **_: seen.append(plan) or tmp_path)
+    tt.verify(plan=VerifyPlan(model="pair"))
+    tt.verify(None, VerifyPlan(model="pair"))
+    tt.size(plan=SizingPlan(config="c.json"))
+    assert seen == [VerifyPlan(model="pair"), VerifyPlan(), SizingPlan(config="c.json")]
+
+
+def test_a_run_that_goes_on_takes_no_second_plan(tmp_path: Path) -> None:
+    """A plan object was taken in silence, where a path was refused."""
+    for plan in (RunPlan(limit=5), "plan.toml"):
+        with pytest.raises(UserError, match="a run that is resumed has its own plan"):
+            tt.evaluate(plan, resume=run_folder(tmp_path / str(type(plan).__name__)), out=tmp_path)
+
+
+def run_folder(folder: Path, **plan: Any) -> Path:
+    return made.write(folder, made.manifest("20261101T120000Z-run-aaaaaa", "run", (), plan=plan), [])

@@ -6,9 +6,9 @@ options of their own. Nothing here imports torch until a decoder's parameters ar
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import dataclasses
-import io
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -31,6 +31,13 @@ BEFORE: Mapping[str, tuple[Any, ...]] = {"block_sizes": (16,), "steps": (AUTO,),
 HAVE_BEFORE = ("block_diffusion", "reference")  # decoders whose own defaults these are
 Value = str | int | float | bool | None
 Settings = Mapping[str, tuple[Value, ...]]  # by parameter; crossed in this order
+
+
+_VALUE = re.compile(r'\s*(?:"((?:[^"]|"")*)"|((?:[^",\s][^,]*?)?))\s*(,|\Z)')
+
+
+class Bare(str):
+    """A text that was typed without quotes: a number, none, true or false where its parameter may be that."""
 
 
 class Decoding(Protocol):
@@ -148,11 +155,14 @@ def settings_from(given: object) -> dict[str, tuple[Value, ...]]:
 
 
 def check_given_once(settings: Mapping[str, object], given: Mapping[str, object]) -> None:
-    """UserError for a parameter given both in ``set`` and as a field, and for a temperature in ``set``."""
+    """UserError for a parameter given both in ``set`` and as a field, and for a temperature or a trace in
+    ``set``."""
     for field, param in SHORTHANDS.items():
         option = f"--{field.replace('_', '-')}"
         if param in settings and field == "temperature":
             raise UserError(f"temperature is the same for both arms and all operating points: give {option}, not set")
+        if "trace" in settings:
+            raise UserError("trace changes no answer, so it makes no operating point: give --trace of `run`, not set")
         if param in settings and field in given:
             raise UserError(f"{param} is given twice, by {option} (or {field} in a plan) and by set: drop one")
 
@@ -171,15 +181,30 @@ def parse_set(items: Sequence[str]) -> dict[str, tuple[str, ...]]:
         name = name.replace("-", "_")
         if name in found:
             raise UserError(f"--set names {name} twice: put its values behind one, as {name}=value,value")
-        found[name] = tuple(part.strip() for part in next(csv.reader([text], skipinitialspace=True), [])) or ("",)
+        found[name] = _values(item, text)
     return found
+
+
+def _values(item: str, text: str) -> tuple[str, ...]:
+    """The values of one ``--set``: in quotes, where a quote is written twice, or bare."""
+    values: list[str] = []
+    place, more = 0, True
+    while more:
+        found = _VALUE.match(text, place)
+        if found is None:
+            raise UserError(f"--set {item!r}: a value in quotes ends with a quote, behind which a comma may follow")
+        quoted, bare, comma = found.groups()
+        values.append(Bare(bare) if quoted is None else quoted.replace('""', '"'))
+        place, more = found.end(), bool(comma)
+    return tuple(values)
 
 
 def typed_settings(kind: str, given: Mapping[str, Sequence[str]]) -> dict[str, tuple[Value, ...]]:
     """The result of :func:`parse_set` with each text converted to the type of its parameter; UserError if it does not
     fit.
 
-    ``none`` is None if the parameter may be that; ``true`` and ``false`` are truth values.
+    ``none`` is None if the parameter may be that; ``true`` and ``false`` are truth values. What stood in quotes, or
+    is a text in Python, stays one if the parameter may be a text.
     """
     hints = _hints(kind)
     _check_known(kind, given, hints)
@@ -192,9 +217,16 @@ def set_text(name: str, values: Sequence[object]) -> str:
     >>> set_text("width", [4, 0.5, None, True])
     'width=4,0.5,none,true'
     """
-    written = io.StringIO()
-    csv.writer(written, lineterminator="").writerow([_text(value) for value in values])
-    return f"{name}={written.getvalue()}"
+    return f"{name}={','.join(map(_written, values))}"
+
+
+def _written(value: object) -> str:
+    """A value as ``--set`` takes it; a text in quotes where it would be read as something else without."""
+    text = _text(value)
+    odd = text != text.strip() or any(sign in text for sign in ',"')
+    if isinstance(value, str) and (odd or any(_read(kind, text) for kind in (int, float, bool, types.NoneType))):
+        return '"' + text.replace('"', '""') + '"'
+    return text
 
 
 def _text(value: object) -> str:
@@ -246,13 +278,16 @@ def _held(name: str, hint: object, value: Value) -> Value:
 
 def _typed(name: str, hint: object, text: str) -> Value:
     """A text converted to a parameter's type; UserError says what was expected."""
+    if not isinstance(text, Bare):
+        with contextlib.suppress(UserError):  # it may be meant as something else
+            return _held(f"--set {name}", hint, text)
     bare = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
     either = typing.get_origin(bare) in (typing.Union, types.UnionType)
     for one in typing.get_args(bare) if either else (bare,):
         found = _read(one, text)
         if found:
             return _held(f"--set {name}", hint, found[0])
-    return _held(f"--set {name}", hint, text)
+    return _held(f"--set {name}", hint, str(text))
 
 
 def _read(kind: object, text: str) -> tuple[Value, ...]:

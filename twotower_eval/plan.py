@@ -284,9 +284,8 @@ def plan_from_json(cls: type[P], values: JsonObject) -> P:
 
 
 def merge(plan: P, overrides: JsonObject) -> P:
-    """``plan`` with every override that is not ``None`` put in its place, of ``set`` parameter by parameter; checked
-    like any plan."""
-    given = {key: value for key, value in overrides.items() if value is not None}
+    """``plan`` with every override put in its place, of ``set`` parameter by parameter; checked like any plan."""
+    given = dict(overrides)
     if isinstance(settings := given.get("set"), Mapping):
         given["set"] = {**(getattr(plan, "set", None) or {}), **settings}
     held = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
@@ -327,5 +326,3 @@ def _check_arms(plan: Plan) -> None:
         raise UserError(f"baseline_family has no effect on {CONTEXT_TOWER}: drop it, or name a baseline's folder")
     check_at_least(plan, 1, "block_sizes", "steps")
     check_at_least(plan, 0, "temperature", "thresholds", "seed")
-    if plan.thresholds and max(plan.thresholds) > 1:
-        raise UserError(f"a threshold is a probability, {max(plan.thresholds):g} is above 1: take 1 for the strictest")

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from twotower_eval.api.given import (
+    UNSET,
     GivenRun,
     PathText,
+    Unset,
     begin,
     loaded_runs,
     newest_runs,
@@ -70,9 +72,9 @@ def evaluate(
     """Score candidate and baseline on the same documents; the run.
 
     Keywords are the fields of :class:`RunPlan`. They override those of ``plan``, which is a plan or the path of a TOML
-    file. ``model="miniature"`` is the shipped pair. Lists, tuples and single values are all accepted. The run gets its
-    own folder under ``out``. ``resume`` continues a stopped run with its own plan. ``progress=False`` shows nothing.
-    UserError for whatever the caller can mend.
+    file, also with ``None``: ``limit=None`` lifts its limit. ``model="miniature"`` is the shipped pair. Lists, tuples
+    and single values are all accepted. The run gets its own folder under ``out``. ``resume`` continues a stopped run
+    with its own plan. ``progress=False`` shows nothing. UserError for whatever the caller can mend.
 
     >>> import twotower_eval as tt
     >>> tt.evaluate(model="miniature", tasks="miniature", treshold=0.9)
@@ -112,7 +114,7 @@ def time(
 
 @takes_fields(SizingPlan)
 def size(
-    config: PathText | None = None,
+    config: PathText | Unset = UNSET,
     plan: SizingPlan | PathText | None = None,
     *,
     out: PathText = "results",
@@ -139,7 +141,7 @@ def size(
 
 @takes_fields(VerifyPlan)
 def verify(
-    model: PathText | None = None,
+    model: PathText | Unset | None = UNSET,
     plan: VerifyPlan | PathText | None = None,
     *,
     out: PathText = "results",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import inspect
 import multiprocessing
@@ -25,6 +26,18 @@ P = TypeVar("P", RunPlan, SpeedPlan, SizingPlan, VerifyPlan)
 F = TypeVar("F", bound=Callable[..., object])
 PathText = str | os.PathLike[str]
 GivenRun = Run | store.Run | PathText
+
+
+class Unset(enum.Enum):
+    """What an argument is that was not given, where ``None`` would say something."""
+
+    UNSET = enum.auto()
+
+    def __repr__(self) -> str:
+        return "not given"
+
+
+UNSET = Unset.UNSET
 VERBS: dict[type, Verb] = {RunPlan: "run", SpeedPlan: "speed", SizingPlan: "size", VerifyPlan: "verify"}
 
 
@@ -52,8 +65,9 @@ def plan_of(cls: type[P], plan: P | PathText | None, resumed: Path | None, given
     """The plan that a call asks for: ``plan``, a TOML file, a resumed run's plan or the defaults, overridden by
     ``given``.
 
-    A field that is ``None`` in ``given`` counts as not given. A single value stands for a list of one; lists are taken
-    like tuples. UserError for an unknown field, with the nearest known one, and for a value that does not fit.
+    ``None`` is a value: ``limit=None`` lifts the plan's limit. A single value stands for a list of one; whatever can be
+    iterated is a list, except a set. UserError for an unknown field, with the nearest known one, and for a value that
+    does not fit.
     """
     base = _base_of(cls, plan, resumed)
     values = _values(cls, given)
@@ -66,11 +80,11 @@ def plan_of(cls: type[P], plan: P | PathText | None, resumed: Path | None, given
 
 def _base_of(cls: type[P], plan: P | PathText | None, resumed: Path | None) -> P | None:
     """The plan that the keywords override."""
+    if plan is not None and resumed is not None:
+        raise UserError("a run that is resumed has its own plan: drop --plan (in Python plan), or do not resume")
     if isinstance(plan, cls):
         return plan
     if isinstance(plan, str | os.PathLike):
-        if resumed is not None:
-            raise UserError("--resume takes the plan from the run: drop --plan")
         if not (Path(plan).is_file() or Path(plan).suffix == ".toml"):
             model = f"; a checkpoint is given as model={os.fspath(plan)!r}" if "model" in cls.__annotations__ else ""
             raise UserError(f"no plan file {os.fspath(plan)}: a plan is a {cls.__name__} or a TOML file's path{model}")
@@ -101,11 +115,11 @@ def _values(cls: type, given: Mapping[str, object]) -> dict[str, object]:
     listed = _list_fields(cls)
     values: dict[str, object] = {}
     for name, value in given.items():
-        if value is None:
+        if value is UNSET:
             continue
         if isinstance(value, Mapping):
             value = {str(key): as_tuple(held) for key, held in value.items()}
-        values[name] = as_tuple(value) if name in listed else value
+        values[name] = as_tuple(value) if name in listed and value is not None else value
     return values
 
 

@@ -50,7 +50,7 @@ def is_meant(given: Given, plan_file: Path | None, out: Path, resume: str | None
     if resume:
         meant = verb_of(store.read_manifest(api.run_path(resume, out))) == "size"
     else:
-        meant = given["config"] is not None or (plan_file is not None and is_older_sizing_plan(plan_file))
+        meant = "config" in given or (plan_file is not None and is_older_sizing_plan(plan_file))
     if meant:
         _refuse_foreign(SizingPlan, given, "has no use for random weights: drop it")
         typer.echo(ALIAS, err=True)
@@ -61,7 +61,7 @@ def is_meant(given: Given, plan_file: Path | None, out: Path, resume: str | None
 
 def _refuse_foreign(cls: type, given: Given, words: str) -> None:
     known = {field.name for field in dataclasses.fields(cls)}
-    foreign = [key for key, value in given.items() if value is not None and key not in known]
+    foreign = [key for key in given if key not in known]
     if foreign:
         no = "no-" if given[foreign[0]] is False else ""
         name = "random-weights" if foreign[0] == "config" else foreign[0].replace("_", "-")
@@ -92,7 +92,8 @@ def speed(
     resume: Resume = None,
 ) -> None:
     """Verb ``speed``."""
-    given = given | {"config": random_weights}
+    if random_weights is not None:
+        given = given | {"config": random_weights}
     if is_meant(given, plan, out, resume):
         measure(given, plan, out, resume)
         return

@@ -19,7 +19,7 @@ from twotower_eval.errors import UserError
 from twotower_eval.names import registered
 from twotower_eval.plan_fields import option_of
 
-Given = dict[str, object]  # values from the command line by field; None: not given
+Given = dict[str, object]  # values from the command line by field; what was not given is not there
 RESULTS, REPORTS, TRAINING = Path("results"), Path("reports"), Path("training/miniature")
 
 
@@ -59,8 +59,8 @@ def listing(*kinds: str) -> type[TyperCommand]:
 def plan_options(cls: type, *, hidden: type | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a verb one option for each field of a plan's class, before its own parameters.
 
-    The verb's first parameter is a dictionary of values by field, converted to the fields' types; ``None`` means not
-    given. Fields of ``hidden`` that ``cls`` lacks become options that the help does not list.
+    The verb's first parameter is a dictionary of values by field, converted to the fields' types, of those that
+    were given. Fields of ``hidden`` that ``cls`` lacks become options that the help does not list.
     """
     fields = dict.fromkeys((field.name for field in dataclasses.fields(cls)), cls)
     for field in dataclasses.fields(hidden) if hidden else ():
@@ -69,8 +69,8 @@ def plan_options(cls: type, *, hidden: type | None = None) -> Callable[[Callable
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
         def command(**values: object) -> None:
-            given = {name: read(owner, name, values.pop(name)) for name, owner in fields.items()}
-            verb(given, **values)
+            read_values = {name: read(owner, name, values.pop(name)) for name, owner in fields.items()}
+            verb({name: value for name, value in read_values.items() if value is not None}, **values)
 
         own = typing.get_type_hints(verb, include_extras=True)
         parameters = [_parameter(owner, name, hidden=owner is not cls) for name, owner in fields.items()]

@@ -61,6 +61,8 @@ class Params:
                 raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
         if not self.threshold >= 0:
             raise UserError(f"threshold must be a number of at least 0, not {self.threshold}")
+        if self.threshold > 1:
+            raise UserError(f"a threshold is a probability, {self.threshold:g} is above 1: take 1 for the strictest")
 
     @property
     def num_steps(self) -> int:
