@@ -79,7 +79,7 @@ def test_a_plan_may_be_given_whole_or_as_a_file(tmp_path: Path) -> None:
     file = tmp_path / "plan.toml"
     file.write_text('tasks = ["gsm8k"]\nlimit = 9\n')
     assert plan_of(RunPlan, file, None, {"limit": 4}) == RunPlan(tasks=("gsm8k",), limit=4)
-    assert plan_of(RunPlan, str(file), None, {"limit": None}) == RunPlan(tasks=("gsm8k",), limit=9)
+    assert plan_of(RunPlan, str(file), None, {}) == RunPlan(tasks=("gsm8k",), limit=9)
     assert plan_of(SpeedPlan, SpeedPlan(min_rounds=3), None, {"threads": 1}) == SpeedPlan(min_rounds=3, threads=1)
     with pytest.raises(tt.UserError, match="must be a SpeedPlan or the path of a TOML file, not a RunPlan"):
         tt.time(RunPlan())  # type: ignore[arg-type]
