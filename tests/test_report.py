@@ -934,6 +934,27 @@ def test_significant_digits(value: float, shown: str) -> None:
     assert text.significant(value) == shown
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(1.0, "1.0"), (0.0123, "0.012"), (1e-4, "0.00010"), (9.99e-5, "&lt; 0.0001"), (7e-49, "&lt; 0.0001")],
+)
+def test_a_tiny_p_is_said_to_be_below_what_is_told_apart(value: float, shown: str) -> None:
+    """7e-49 was printed as 0.00010."""
+    assert text.p_value(value) == shown
+
+
+def test_a_tiny_p_stands_in_the_table_so_and_whole_in_the_frame(tmp_path) -> None:
+    def lost(row):
+        return dataclasses.replace(row, value=0.0) if isinstance(row, Score) and row.cell in candidates else row
+
+    first = store.load(made.quality_run(tmp_path / "a", tasks=("arithmetic",), perplexity=False))
+    candidates = {cell.id for cell in first.manifest.cells if cell.arm == "candidate"}
+    run = made.quality_run(tmp_path / "b", tasks=("arithmetic",), perplexity=False, edit=lost)
+    folder = report.write([run], tmp_path / "out", sections=["quality"], csv=True)
+    assert " / 0 (&lt; 0.0001) |" in (folder / "report.md").read_text()
+    assert any(re.search(r",[0-9.]+e-[1-9][0-9],", file.read_text()) for file in (folder / "tables").glob("*.csv"))
+
+
 def test_intervals_have_as_many_digits_as_they_deserve() -> None:
     def estimate(value: float, low: float, high: float) -> Measured:
         return Measured(estimate=Estimate(value=value, low=low, high=high, level=0.95, n=9, method="any"))

@@ -40,6 +40,7 @@ from twotower_eval.analyse.report.text import (
     details,
     escape,
     mean_of,
+    p_value,
     percent,
     retention,
     significant,
@@ -107,8 +108,8 @@ READING = (
     "Retention is the candidate's mean score over the baseline's on the same documents; the headline averages tasks, "
     "each weighing the same, before it divides. Intervals come from resampling clusters (problems, passages), or are "
     "exact bounds where fewer than five clusters differ. Lost and gained count documents that only the baseline or "
-    "only the candidate got right, with McNemar's exact p (by sign flips where a cluster has several scores), "
-    "Holm-adjusted over the tasks."
+    "only the candidate got right, with McNemar's exact p in brackets (by sign flips where a cluster has "
+    "several scores), Holm-adjusted over the tasks; below 0.0001 the table only says so."
 )
 READING_CHANCE = (
     " Chance is what guessing among a document's options scores. Retention above chance divides what lies above it: "
@@ -235,7 +236,7 @@ def _kept(name: str) -> Show:
 
 
 def _flips(row: Raw) -> str:
-    return f"{int(row['num_lost'])} / {int(row['num_gained'])} ({significant(max(row['p_holm'], 1e-4), 2)})"
+    return f"{int(row['num_lost'])} / {int(row['num_gained'])} ({p_value(row['p_holm'])})"
 
 
 def _num_documents(row: Raw) -> str:

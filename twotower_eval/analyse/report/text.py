@@ -35,6 +35,7 @@ class Section:
 
 
 Row = dict[str, object]
+LEAST_P = 1e-4  # smaller ones are not told apart
 
 
 def measured_columns(name: str, found: Measured) -> Row:
@@ -123,6 +124,11 @@ def significant(value: float, digits: int = 3) -> str:
     rounded = float(f"{value:.{digits - 1}e}")
     decimals = max(0, digits - 1 - int(f"{rounded:e}".partition("e")[2])) if rounded else 0
     return f"{rounded:,.{decimals}f}"
+
+
+def p_value(value: float) -> str:
+    """``0.012``; below 0.0001 only that it is."""
+    return "&lt; 0.0001" if value < LEAST_P else significant(value, 2)
 
 
 def seconds(value_s: float) -> str:
