@@ -173,7 +173,7 @@ def compare(*runs: Runs, results: PathText = "results") -> Comparison:
     """Compare both arms at every operating point of these runs: retention and speedup with intervals, as in a report.
 
     Runs are named by folder or id, alone or in lists; a folder of runs stands for all of them. Without any, the newest
-    of each verb in ``results`` are compared.
+    complete one of each verb in ``results`` is compared.
     """
     from twotower_eval.api.comparison import Comparison
 
@@ -242,9 +242,10 @@ def report(
 ) -> Page:
     """Write a report of these runs under ``out``: verdicts, tables and plots. Needs neither torch nor a GPU.
 
-    Without runs it covers the newest of each verb in ``results``. ``sections`` names the shipped sections to show, and
-    adds your own (``package.module:function``). ``claims`` is a claim file or the name of a shipped one; by default the
-    shipped one about these models. ``html`` adds one self-contained page, ``csv`` the tables with all their digits.
+    Without runs it covers the newest complete one of each verb in ``results``. ``sections`` names the shipped sections
+    to show, and adds your own (``package.module:function``). ``claims`` is a claim file or the name of a shipped one;
+    by default the shipped one about these models. ``html`` adds one self-contained page, ``csv`` the tables with all
+    their digits.
     """
     from twotower_eval.analyse import report as report_room
     from twotower_eval.api.shown import Page

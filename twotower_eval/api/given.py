@@ -9,6 +9,7 @@ import inspect
 import multiprocessing
 import os
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar, cast
@@ -26,6 +27,7 @@ P = TypeVar("P", RunPlan, SpeedPlan, SizingPlan, VerifyPlan)
 F = TypeVar("F", bound=Callable[..., object])
 PathText = str | os.PathLike[str]
 GivenRun = Run | store.Run | PathText
+CALLER = 6  # whose line a warning names: it calls compare, judge or report; then come four functions of this file
 
 
 class Unset(enum.Enum):
@@ -145,29 +147,44 @@ def run_path(run: GivenRun, root: Path) -> Path:
     raise UserError(f"{os.fspath(run)!r} is no run: there is no {store.MANIFEST} in it or in {root / run}")
 
 
+def _warn(text: str) -> None:
+    warnings.warn(text, UserWarning, stacklevel=CALLER)
+
+
 def resumed_path(resume: GivenRun | None, root: Path) -> Path | None:
     """The folder of the run to continue, if any."""
     return None if resume is None else run_path(resume, root)
 
 
-def newest_runs(root: Path) -> list[Path]:
-    """The runs to read when none is named: the newest of each verb."""
-    found = [store.find_runs(root, verb) for verb in typing.get_args(Verb)]
-    newest = [paths[0] for paths in found if paths]
+def newest_runs(root: Path, say: Callable[[str], None] = _warn) -> list[Path]:
+    """The runs to read when none is named: the newest complete one of each verb, or the newest if none is complete.
+
+    ``say`` is called with a line that names newer unfinished runs which were skipped; by default that is a warning.
+    """
+    newest, skipped = [], []
+    for verb in typing.get_args(Verb):
+        paths = store.find_runs(root, verb)
+        at = next((at for at, path in enumerate(paths) if store.is_closed(path)), 0)
+        newest += paths[at : at + 1]
+        skipped += paths[:at]
     if not newest:
         if broken := store.unreadable_runs(root):
             raise UserError(f"no run in {root} can be read: {broken[0]}")
         raise UserError(f"no runs in {root}: make one with `twotower-eval run`, or name run folders")
+    if skipped:
+        named = ", ".join(path.name for path in skipped)
+        it = "it" if len(skipped) == 1 else "them"
+        say(f"skipped, as newer but unfinished: {named}; to read {it}, name every run to read, by folder or id")
     return newest
 
 
 def loaded_runs(runs: Iterable[GivenRun | Iterable[GivenRun]], root: Path) -> list[store.Run]:
-    """The given runs, alone or in lists; without any, the newest of each verb under ``root``."""
+    """The given runs, alone or in lists; without any, those of :func:`newest_runs`."""
     return [_loaded(one, root) for one in _named(runs, root)]
 
 
 def run_paths(runs: Iterable[GivenRun | Iterable[GivenRun]], root: Path) -> list[Path]:
-    """Folders of the given runs, alone or in lists; without any, of the newest of each verb under ``root``."""
+    """Folders of the given runs, alone or in lists; without any, of those of :func:`newest_runs`."""
     return [run_path(one, root) for one in _named(runs, root)]
 
 

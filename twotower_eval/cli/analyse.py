@@ -15,7 +15,9 @@ from twotower_eval.errors import UserError
 def report(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(help="Run folders or ids [the newest of each verb].", metavar="RUN", show_default=False),
+        typer.Argument(
+            help="Run folders or ids [the newest complete one of each verb].", metavar="RUN", show_default=False
+        ),
     ] = None,
     results: Annotated[Path, option("Parent folder of run folders [results].", metavar="DIR")] = RESULTS,
     out: Annotated[Path, option("Parent folder of reports [reports].", metavar="DIR")] = REPORTS,
@@ -57,7 +59,9 @@ def check(
     file: FileName,
     runs: Annotated[
         list[str] | None,
-        typer.Argument(help="Run folders or ids [the newest of each verb].", metavar="RUN", show_default=False),
+        typer.Argument(
+            help="Run folders or ids [the newest complete one of each verb].", metavar="RUN", show_default=False
+        ),
     ] = None,
     claim: Annotated[
         list[str] | None, option("This claim only; may be given several times [all].", "--claim", metavar="NAME")

@@ -37,12 +37,12 @@ def _run_folders(out: Path) -> set[Path]:
 
 
 def chosen(runs: list[str] | None, results: Path, *, count_others: bool = False) -> list[str]:
-    """The named runs, else the newest of each verb, which are printed."""
+    """The named runs, else the newest complete one of each verb, which are printed."""
     from twotower_eval import api
 
     if runs:
         return runs
-    newest = api.newest_runs(results)
+    newest = api.newest_runs(results, say=lambda text: typer.echo(text, err=True))
     num_others = len(store.find_runs(results)) - len(newest) if count_others else 0
     others = f"; left out, name runs to choose: {num_others} in {results}" if num_others else ""
     typer.echo(f"the newest of each verb: {', '.join(path.name for path in newest)}{others}", err=True)

@@ -33,6 +33,7 @@ from twotower_eval.records import (
     verb_of,
 )
 from twotower_eval.store.journal import (
+    DONE,
     MANIFEST,
     TRAINING_LOG,
     agrees_with_closing,
@@ -181,6 +182,11 @@ def find_runs(root: Path, verb: Verb | None = None) -> list[Path]:
     manifests = [(held, path) for path, held in _manifests(root) if isinstance(held, RunManifest)]
     wanted = [(m.started_at, m.run_id, path) for m, path in manifests if verb in (None, verb_of(m))]
     return [path for _, _, path in sorted(wanted, reverse=True)]
+
+
+def is_closed(path: Path) -> bool:
+    """Whether a run was brought to its end: its closing file is there. :func:`load` compares that with the journals."""
+    return (path / DONE).is_file()
 
 
 def unreadable_runs(root: Path) -> list[str]:
