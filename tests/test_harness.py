@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny_pair import write_pair
 from twotower_eval import store
+from twotower_eval.analyse.claims import judge
+from twotower_eval.analyse.claims.files import claims_from
 from twotower_eval.api import measuring
 from twotower_eval.engine import decoders, scorers
 from twotower_eval.engine.models import load_model
@@ -45,6 +47,7 @@ from twotower_eval.records import (
     derive_seed,
     to_json,
 )
+from twotower_eval.rules import EXTENDED
 
 TASKS = ("miniature_sort", "miniature_choice", "miniature_perplexity")
 
@@ -353,9 +356,26 @@ def test_traces_of_the_first_documents_change_neither_cells_nor_tokens(plan: Run
     assert outputs[0] == outputs[1]
 
 
+def num_looks(path: Path) -> int:
+    """Looks at a claim about all that a run's candidate answered, as `claims check` counts them."""
+    run = store.load(path)
+    decoder = next(cell.decoder for cell in run.manifest.cells if cell.arm == "candidate" and cell.decoder.params)
+    point = {"name": "here", "decoder": {"kind": decoder.kind, **decoder.params}}
+    claim = {"name": "kept", "quantity": "retention", "scope": ["miniature_sort"], "expected": 0.9, "point": "here"}
+    claim |= {"subject": run.manifest.cells[0].checkpoint.name, "baseline": "context-tower", "source": "a test"}
+    [verdict] = judge(claims_from("test", {"title": "t", "point": [point], "claim": [claim]}).claims, [run])
+    return verdict.num_looks
+
+
 def test_resume_may_raise_the_limit(plan: RunPlan, tmp_path: Path) -> None:
     path = harness.run(dataclasses.replace(plan, limit=2), root=tmp_path)
-    assert harness.run(plan, root=tmp_path, resume=path) == path
+    assert num_looks(path) == 1
+    extended, again = _Recorder(), _Recorder()
+    for shown in (extended, again):
+        assert harness.run(plan, root=tmp_path, resume=path, progress=shown) == path
+        assert num_looks(path) == 2
+    assert EXTENDED == "this run was complete; extending it counts as another look"
+    assert [shown.notes.count(EXTENDED) for shown in (extended, again)] == [1, 0]
     assert values(path) == pytest.approx(values(harness.run(plan, root=tmp_path / "whole")), rel=1e-4)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from tests.tiny_pair import write_pair
 from twotower_eval import store
+from twotower_eval.analyse.claims.looks import num_measurings
 from twotower_eval.analyse.compare.answers import from_round_to_round
 from twotower_eval.analyse.compare.calls import complete_rounds
 from twotower_eval.analyse.compare.consistency import contradictions
@@ -26,6 +27,7 @@ from twotower_eval.plan import SpeedPlan, plan_from_json
 from twotower_eval.plugin_calls import PluginError
 from twotower_eval.progress import SilentProgress
 from twotower_eval.records import SpeedSample
+from twotower_eval.rules import EXTENDED
 
 TASKS = ("miniature_sort", "miniature_recall")
 
@@ -72,6 +74,8 @@ def test_one_command_makes_its_launches_in_processes_of_their_own(
     # Each launch makes up new prompts of its own, under ids that the other has as well.
     assert [one.differing for one in from_round_to_round([run], point)] == [(), ()]
     assert plan_from_json(SpeedPlan, run.manifest.plan).launches == 2
+    speed.run(dataclasses.replace(plan, probes=1), requests, root=tmp_path, resume=run.path)
+    assert num_measurings(store.load(run.path)) == 1, "nothing was added"
 
 
 def test_one_process_that_goes_on_is_no_further_launch(
@@ -80,8 +84,12 @@ def test_one_process_that_goes_on_is_no_further_launch(
     """Resuming in a loop made five launches of one process."""
     alone = dataclasses.replace(plan, launches=1, min_rounds=1)
     path = speed.run(alone, requests, root=tmp_path)
-    for num in (2, 3):
-        speed.run(dataclasses.replace(alone, min_rounds=num), requests, root=tmp_path, resume=path)
+    for num, is_look in ((2, True), (3, True), (3, False)):
+        shown = Noting()
+        more = dataclasses.replace(alone, min_rounds=num)
+        speed.run(more, requests, root=tmp_path, resume=path, progress=shown)
+        assert shown.notes.count(EXTENDED) == is_look
+        assert num_measurings(store.load(path)) == num
     run = store.load(path)
     assert len({sample.launch_id for sample in run.speed}) == 3
     assert contradictions(run) == ()

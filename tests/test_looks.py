@@ -1,6 +1,7 @@
 """Looks: every run towards a claim counts, given or not, and each further one is judged more strictly."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from report_fixture import RUN_ID, SPEED_ID, Row, quality_run, speed_run
 from test_claims_judge import BOTH, FAST, KEPT, claims_of
 
+import twotower_eval as tt
 from twotower_eval import cli, store
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.claims import exit_code, judge, strict_line, verdict_lines
@@ -264,6 +266,84 @@ def test_rounds_added_to_a_finished_run_are_another_look(kept_run: Run, events: 
     assert num_measurings(dataclasses.replace(kept_run, events=events)) == num
 
 
+def test_a_resume_that_adds_nothing_to_several_launches_is_no_look(kept_run: Run) -> None:
+    """Such a resume tells of 0 rounds of its own, and these were counted as another measuring."""
+    events = [*measured(5, missing=1), *measured(5), {"kind": "finished"}, {"kind": "resumed"}]
+    events += measured(0, launched=False)[1:]
+    assert num_measurings(dataclasses.replace(kept_run, events=events)) == 1
+
+
+def in_steps(root: Path, run: Run, key: Callable[[Any], float], *steps: float, complete: bool = True) -> Run:
+    """The run as if it was made in steps, each of them finished: rows below a step's number, by ``key``."""
+    done: set[int] = set()
+    rows: list[Row] = [*run.speed, *run.generations, *run.likelihoods, *run.scores]
+    for number, step in enumerate(steps, start=1):
+        again = store.resume(root / run.path.name, run.manifest) if done else store.create(root, run.manifest)
+        with again as writer:
+            for row in rows:
+                if key(row) < step and id(row) not in done:
+                    writer.append(row)
+                    done.add(id(row))
+            if complete or number < len(steps):
+                writer.finish()
+    return store.load(root / run.path.name)
+
+
+@pytest.mark.parametrize(("steps", "num"), [((40,), 1), ((40, 40), 1), ((30, 40), 2), ((3, 30, 40, 40), 3)])
+@pytest.mark.parametrize("complete", [True, False])
+def test_documents_added_to_a_finished_run_are_another_look(
+    tmp_path: Path, steps: tuple[int, ...], num: int, complete: bool
+) -> None:
+    """A run could be extended by --resume until its verdict pleased, and that cost nothing."""
+    whole = store.load(quality_run(tmp_path / "a", tasks=("arithmetic", "sorting"), num_docs=40, perplexity=False))
+    run = in_steps(tmp_path / "b", whole, lambda row: row.doc_id, *steps, complete=complete)
+    assert len([event for event in run.events if event["kind"] == "finished"]) == len(steps) - (not complete)
+    verdict = verdict_on(KEPT, [run])
+    alpha = stats.look_alpha(num)
+    assert alpha is not None
+    assert (verdict.num_looks, verdict.level) == (num, pytest.approx(1 - alpha))
+    other = dataclasses.replace(whole, manifest=dataclasses.replace(whole.manifest, run_id=SECOND_ID))
+    assert verdict_on(KEPT, [run, other]).num_looks == num, "both say the same in the end"
+
+
+def test_an_extended_run_beside_the_given_one_counts_twice(tmp_path: Path) -> None:
+    whole = store.load(quality_run(tmp_path / "a", tasks=("arithmetic", "sorting"), num_docs=40, perplexity=False))
+    given = store.load(quality_run(tmp_path / "b", tasks=("arithmetic", "sorting"), num_docs=60, perplexity=False))
+    in_steps(
+        tmp_path / "b",
+        dataclasses.replace(
+            whole, manifest=dataclasses.replace(whole.manifest, run_id=SECOND_ID), path=tmp_path / SECOND_ID
+        ),
+        lambda row: row.doc_id,
+        30,
+        40,
+    )
+    assert verdict_on(KEPT, [given]).num_looks == 3
+
+
+def test_documents_of_other_tasks_are_no_look(tmp_path: Path) -> None:
+    whole = store.load(quality_run(tmp_path / "a", tasks=("arithmetic", "sorting"), num_docs=40, perplexity=False))
+    run = in_steps(tmp_path / "b", whole, lambda row: row.task != "arithmetic", 1, 2)
+    assert verdict_on({**KEPT, "scope": ["arithmetic"]}, [run]).num_looks == 1
+    assert verdict_on(KEPT, [run]).num_looks == 2
+
+
+@pytest.mark.parametrize(
+    ("steps", "complete", "num"), [((4,), True, 1), ((4, 4), True, 1), ((2, 4), True, 2), ((2, 4), False, 2)]
+)
+def test_calls_timed_after_a_run_was_complete_are_another_look(
+    tmp_path: Path, steps: tuple[int, ...], complete: bool, num: int
+) -> None:
+    """Also where none finished it again: what was timed can be read."""
+    whole = store.load(speed_run(tmp_path / "a", num_rounds=4, num_calls=2))
+    run = in_steps(tmp_path / "b", whole, round_of, *steps, complete=complete)
+    assert num_measurings(run) == num
+
+
+def round_of(row: Any) -> int:
+    return row.round if isinstance(row, SpeedSample) else getattr(row, "repeat", 0)
+
+
 def test_looks_are_said_on_the_command_line(tmp_path: Path, kept_run: Run, capsys: Any) -> None:
     from test_claims_terms import CLAIM_FILE
 
@@ -275,3 +355,30 @@ def test_looks_are_said_on_the_command_line(tmp_path: Path, kept_run: Run, capsy
     file.write_text(CLAIM_FILE + "looks = 0\n")
     assert cli.main(["claims", "check", str(file), str(first)]) == 2
     assert "looks must be between 1 and 20, not 0" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_does_not_hide_an_older_complete_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that was begun and stopped took the place of the one with the result."""
+    monkeypatch.chdir(tmp_path)
+    results = Path("results")
+    few: dict[str, Any] = {"tasks": ("arithmetic",), "perplexity": False, "num_docs": 5}
+    for day, complete in ((1, True), (2, True), (3, False), (4, False)):
+        begun = f"2026-11-0{day}T12:00:00.000+00:00"
+        run_id = f"2026110{day}T120000Z-run-aaaaaa"
+        quality_run(results, **few, run_id=run_id, complete=complete, started_at=begun)
+    timed = speed_run(results, num_rounds=2, num_calls=2, complete=False)
+    skipped = (
+        "skipped, as newer but unfinished: 20261104T120000Z-run-aaaaaa, 20261103T120000Z-run-aaaaaa; "
+        "to read them, name every run to read, by folder or id"
+    )
+    taken = f"the newest of each verb: 20261102T120000Z-run-aaaaaa, {timed.name}"
+    assert cli.main(["claims", "check", "miniature"]) == 6
+    assert capsys.readouterr().err == f"{skipped}\n{taken}\n"
+    assert cli.main(["report", "--section", "setup"]) == 0
+    assert capsys.readouterr().err == f"{skipped}\n{taken}; left out, name runs to choose: 3 in results\n"
+    for call in (tt.compare, lambda: tt.judge("miniature"), lambda: tt.report(sections="setup")):
+        with pytest.warns(UserWarning, match=skipped) as told:
+            call()
+        assert [one.filename for one in told] == [__file__]

@@ -21,6 +21,7 @@ from twotower_eval.records import (
     Ways,
 )
 
+EXTENDED = "this run was complete; extending it counts as another look"
 LEAST_S = 1e-7  # no call is shorter: two readings of a clock are further apart
 SLACK_S = 1e-4  # how far rounding or a coarse clock may put a moment outside its call
 WORDS: dict[TimeFault, str] = {

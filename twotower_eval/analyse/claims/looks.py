@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 from twotower_eval import store
@@ -42,8 +43,8 @@ from twotower_eval.decoder_settings import SHORTHANDS, set_text
 from twotower_eval.errors import UserError
 from twotower_eval.names import plural
 from twotower_eval.plan import CONTEXT_TOWER, SHIPPED
-from twotower_eval.records import Cell, Claim, RunManifest, Score
-from twotower_eval.store import Run
+from twotower_eval.records import Cell, Claim, RunManifest, Score, SpeedSample
+from twotower_eval.store import Row, Run
 
 Scored = frozenset[tuple[object, ...]]  # every score of one run in a claim's scope, of both arms
 KEPT_MANIFESTS = 4096
@@ -102,8 +103,10 @@ def looks_at_quality(
 
     beside = [] if found[0].timed else _beside(evidence, lambda manifest: _scores(claim, manifest), shows_more)
     apart_beside = {scored_by(claim, run, timed=False): run.manifest.run_id for run in beside}
+    judged = [runs[run_id] for run_id in {point.run_id for point in (found[0], *others)}]
+    earlier = {scored for run in (*judged, *beside) for scored in scored_before(claim, run, timed=found[0].timed)}
     looks = Looks(
-        num=1 + len({point.run_id for point in others}) + len(apart_beside),
+        num=1 + len({point.run_id for point in others}) + len(apart_beside) + len(earlier - {*apart, *apart_beside}),
         declared=claim.looks,
         not_given=tuple(sorted(apart_beside.values())),
     )
@@ -114,23 +117,43 @@ def looks_at_quality(
 def num_measurings(run: Run) -> int:
     """How often a speed run was completed with more rounds than before; at least once.
 
-    A run that was ended before its planned rounds counts once more, as its results may have been seen by then.
+    Calls timed after a run was complete count once more, even if it was never completed again. So does a run that was
+    ended before its planned rounds, as its results may have been seen by then.
     """
-    num, last, is_new = 0, None, False
+    num, last, is_new = 0, 0, False
     for event in run.events:
         is_new |= event["kind"] == "launched"
         if event["kind"] == "measured" and not event.get("num_missing"):
-            num += is_new or event.get("num_rounds") != last
-            last, is_new = event.get("num_rounds"), False
-    return max(num, 1) + was_cut_short(run)
+            num_rounds = event.get("num_rounds", 0)  # of one launch among several: none where nothing was missing
+            num += is_new or num_rounds > last
+            last, is_new = max(last, num_rounds), False
+    measured = [sample.phase == "measure" for sample in run.speed]
+    timed = [sum(measured[:num_rows]) for num_rows in _rows_when_complete(run, SpeedSample)]
+    num_extended = sum(later > earlier for earlier, later in pairwise([*timed, sum(measured)]))
+    return max(num, 1 + num_extended) + was_cut_short(run)
 
 
-def scored_by(claim: Claim, run: Run, *, timed: bool) -> Scored:
-    """A run's scores in a claim's scope; two runs with equal scores count as one look."""
+def scored_before(claim: Claim, run: Run, *, timed: bool) -> set[Scored]:
+    """A run's scores in a claim's scope each time the run was complete and extended later.
+
+    Each is a look, on however few documents, as the run's results may have been seen before it was extended.
+    """
+    ends = {num_rows for num_rows in _rows_when_complete(run, Score) if num_rows < len(run.scores)}
+    return {scored_by(claim, run, timed=timed, num_rows=num_rows) for num_rows in ends} - {frozenset()}
+
+
+def _rows_when_complete(run: Run, kind: type[Row]) -> list[int]:
+    """Number of rows in the journal of a kind each time the run was complete, by its events."""
+    finished = [event["files"] for event in run.events if event["kind"] == "finished" and "files" in event]
+    return [files.get(store.JOURNALS[kind][0], {}).get("rows", 0) for files in finished]
+
+
+def scored_by(claim: Claim, run: Run, *, timed: bool, num_rows: int | None = None) -> Scored:
+    """A run's scores in a claim's scope, or the first ``num_rows`` of all; runs with equal ones count as one look."""
     arms = {cell.id: cell.arm for cell in run.manifest.cells if _is_of(claim, cell, timed=timed)}
     return frozenset(
         (arms[row.cell], row.task, row.doc_id, row.doc_sha256, row.metric, row.filter, row.value, row.parts)
-        for row in run.scores
+        for row in run.scores[:num_rows]
         if row.cell in arms and _in_scope(claim, row)
     )
 

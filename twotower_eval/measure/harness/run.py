@@ -33,7 +33,7 @@ from twotower_eval.names import plural
 from twotower_eval.plan import RunPlan, SpeedPlan, arm_folders, model_folder, plan_from_json
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import Aggregate, Cell, RunManifest, Score, Witnessed, derive_seed, draws
-from twotower_eval.rules import asked_and_not_done, joined_lines, slower_lines, truncation_line
+from twotower_eval.rules import EXTENDED, asked_and_not_done, joined_lines, slower_lines, truncation_line
 from twotower_eval.store import TRAINING_LOG
 from twotower_eval.store.environment import with_scoring_of_now
 
@@ -128,7 +128,10 @@ def answer(prepared: Prepared, *, root: Path, resume: Path | None = None, progre
         for line in (*warnings, *joined_lines(manifest), *slower_lines(manifest)):
             progress.note(line)
         _keep_training_log(model_folder(plan), writer.path)
-        _Evaluation(plan, writer, jobs, progress).run()
+        evaluation = _Evaluation(plan, writer, jobs, progress)
+        if writer.run.complete and evaluation.lacks_answers:
+            progress.note(EXTENDED)
+        evaluation.run()
         writer.finish()
     return writer.path
 
@@ -221,6 +224,11 @@ class _Evaluation:
         rows: list[Row] = [*writer.run.generations, *writer.run.likelihoods]
         for row in rows:
             self._journals[row.cell].keep(row)
+
+    @property
+    def lacks_answers(self) -> bool:
+        """Whether any request is still to be answered."""
+        return any(self._missing(job) for job in self._jobs)
 
     def run(self) -> None:
         """Answer and score every job, with a time estimate from one batch of each kind of job."""

@@ -49,7 +49,7 @@ from twotower_eval.records import (
     derive_seed,
     sha256_text,
 )
-from twotower_eval.rules import finite, time_fault, total_finite_s
+from twotower_eval.rules import EXTENDED, finite, time_fault, total_finite_s
 from twotower_eval.store.journal import now_text
 
 ENOUGH_ROUNDS = 12  # in a single launch; with fewer, a fifth or more of all runs can decide nothing
@@ -238,6 +238,8 @@ class Session(RoundLoop):
         launches."""
         self._announce()
         if self._num_missing:
+            if self._writer.run.complete:
+                self._progress.note(EXTENDED)
             self._writer.event("launched", launch=self._launch_id, process=PROCESS)
             self._rounds()
         rounds = f"{plural(self._num_done, 'round')} of {plural(self._calls_per_round, 'timed call')}"
