@@ -113,7 +113,7 @@ def speedup_or_invalid(name: str) -> Show:
     return show
 
 
-def optional(name: str, show: Callable[[Any], str]) -> Show:
+def optional(name: str, show: Callable[..., str]) -> Show:
     """A value as ``show`` formats it, or a dash where it is missing."""
     return lambda row: NONE if row[name] is None else show(row[name])
 

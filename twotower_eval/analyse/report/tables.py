@@ -190,7 +190,7 @@ def _task_table(frame: pd.DataFrame, with_chance: bool) -> str:
         Column(header="scored by", show=_by_level(scored_by), text=True),
         Column(header="metric (filter)", show=_by_level(metric), text=True),
     ]
-    if any(row[name] for row in raw_rows(frame) for name in TRUNCATED):
+    if any(row.get(name) for row in raw_rows(frame) for name in TRUNCATED):  # no task, no such column
         columns.append(Column(header="cut prompts: baseline / candidate", show=_cut))
     return markdown(shown, columns)
 
