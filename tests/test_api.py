@@ -581,3 +581,57 @@ def test_a_prompt_or_a_decoder_that_cannot_be_is_refused(make: Any, words: str) 
     """1.5 was the token 1, and -1 the last one of the vocabulary."""
     with pytest.raises(tt.UserError, match=words):
         make()
+
+
+# --- what newcomers try -----------------------------------------------------------------------------------------------
+
+
+def test_a_device_is_taken_as_on_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "plan.toml"
+    file.write_text('device = "cuda:0"\nthresholds = 0.9\n')
+    wanted = RunPlan(devices=("cuda:0",), thresholds=(0.9,))
+    assert plan_of(RunPlan, None, None, {"device": "cuda:0", "thresholds": 0.9}) == wanted
+    assert plan_of(RunPlan, file, None, {}) == wanted
+    assert plan_of(RunPlan, file, None, {"device": "cpu"}) == RunPlan(thresholds=(0.9,))
+    with pytest.raises(tt.UserError, match="device and devices are the same: give one of them"):
+        plan_of(RunPlan, None, None, {"device": "cpu", "devices": ["cpu"]})
+
+
+def test_of_several_unknown_keys_the_near_miss_comes_first() -> None:
+    with pytest.raises(tt.UserError, match=r"'treshold' \(did you mean 'thresholds'\?\); also unknown: 'xyzzy'"):
+        plan_of(RunPlan, None, None, {"xyzzy": 1, "treshold": 0.9})
+
+
+def test_load_model_knows_the_shipped_pair_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tt.load_model("miniature").checkpoint.family == "nemotron_h"
+    (tmp_path / "miniature").mkdir()
+    with pytest.raises(tt.UserError, match=r"^miniature is no checkpoint folder: it has no config.json$"):
+        tt.load_model("miniature")
+
+
+def test_texts_are_refused_with_what_makes_prompts_of_them(pair: Path) -> None:
+    decoder = tt.make_decoder(tt.load_model(pair), "autoregressive")
+    with pytest.raises(tt.UserError, match=r"takes Prompts, not 'hello': tt.Prompt.from_text\(text, model\)"):
+        decoder.generate(["hello"], max_new_tokens=4)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "time", "verify"])
+def test_a_checkpoint_that_is_not_there_is_said_before_torch_is_loaded(verb: str, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    script = f"""
+import sys
+import twotower_eval as tt
+for name in ("gpt2", "docs"):
+    try:
+        tt.{verb}(model=name)
+    except tt.UserError as error:
+        print(error)
+print({{"torch", "lm_eval"}} & sys.modules.keys())
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "gpt2 is no folder here; hub names are not downloaded: give the folder of a checkpoint",
+        "docs is no checkpoint folder: it has no config.json",
+        "set()",
+    ]

@@ -59,6 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "miniature": {"store", "ops", "models", "decoders"},
     "api": {
         "plan",
+        "plan_fields",
         "decoder_settings",
         "progress",
         "store",

@@ -47,7 +47,7 @@ def test_a_plan_survives_its_manifest(plan: RunPlan | SpeedPlan) -> None:
     ("text", "words"),
     [
         ("block_size = [8]", "unknown key 'block_size' (did you mean 'block_sizes'?)"),
-        ("block_sizes = 8", "block_sizes must be a list, not 8"),
+        ("block_sizes = 8.5", "block_sizes[0] must be a whole number, not 8.5"),
         ("block_sizes = [0]", "block_sizes must be 1 or more, not 0"),
         ("block_sizes = []", "block_sizes is empty"),
         ("block_sizes = [8, 8]", "block_sizes names 8 twice"),
@@ -60,6 +60,7 @@ def test_a_plan_survives_its_manifest(plan: RunPlan | SpeedPlan) -> None:
         ('dtype = "float8"', "dtype must be float32 or bfloat16 or float16"),
         ('likelihood = "guess"', "likelihood must be exact or context_tower"),
         ("tasks = [", "is not valid TOML"),
+        ("[run]\nlimit = 4", "plans have no tables such as [run]: write its keys without it"),
     ],
 )
 def test_bad_toml_is_refused_with_the_reason_and_the_file(tmp_path: Path, text: str, words: str) -> None:

@@ -65,6 +65,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr("twotower_eval.api.measuring.evaluated", caught)
     monkeypatch.setattr("twotower_eval.api.measuring.timed_and_scored", caught)
     monkeypatch.setattr("twotower_eval.measure.sizing.run", caught)
+    monkeypatch.setattr("twotower_eval.api.check_checkpoints", lambda _: None)  # there are none
     monkeypatch.setattr("twotower_eval.measure.verify.verify", caught)
     monkeypatch.chdir(tmp_path)
     with store.create(tmp_path, made.manifest("profiled", "run", ())) as writer:  # --profile wants a run that is there

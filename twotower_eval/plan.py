@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 from twotower_eval.decoder_settings import SHORTHANDS, check_given_once, settings_from
 from twotower_eval.decoder_settings import cross_decoders as cross_decoders
 from twotower_eval.errors import UserError
-from twotower_eval.names import did_you_mean
+from twotower_eval.names import did_you_mean, nearest
 from twotower_eval.plan_fields import (
     AllSteps,
     Baseline,
@@ -39,13 +39,14 @@ from twotower_eval.plan_fields import (
     check_at_least,
     check_cuda_graphs,
     check_fields,
+    list_fields,
+    option_of,
 )
 from twotower_eval.records import LEFT_OUT, LikelihoodKind, sizing_config
-from twotower_eval.resources import data_path, read_toml
+from twotower_eval.resources import checkpoint_folder, data_path, read_toml, refuse_no_checkpoint
 from twotower_eval.strict import JsonObject
 
 CONTEXT_TOWER = "context-tower"
-SHIPPED = "miniature"  # the pair that is part of the package
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,16 +277,38 @@ def plan_from_json(cls: type[P], values: JsonObject) -> P:
     """A plan from plain values, as TOML or a run's manifest holds them."""
     if cls is SizingPlan and "config" not in values and (older := sizing_config("speed", values)) is not None:
         values = {"config": older, **{key: value for key, value in values.items() if key != "random_weights"}}
-    names = [field.name for field in dataclasses.fields(cls)]
-    for key in values:
-        if key not in names:
-            raise UserError(f"unknown key {key!r}{did_you_mean(key, names)}")
-    return cls(**cast(dict[str, Any], values))
+    return cls(**cast(dict[str, Any], _by_field(cls, values)))
+
+
+def _by_field(cls: type, values: JsonObject) -> dict[str, object]:
+    """Values by the plan's fields, of which some have other names; one value of a list is a list of one.
+
+    UserError for keys that are no field: those that look like one come first.
+    """
+    fields = {field.name: option_of(cls, field.name)[0] for field in dataclasses.fields(cls)}
+    others = {other: name for name, option in fields.items() for other in option.other_names}
+    unknown = sorted(
+        (key for key in values if key not in fields and key not in others), key=lambda key: not nearest(key, fields)
+    )
+    for key in unknown:
+        if isinstance(values[key], Mapping):
+            raise UserError(f"plans have no tables such as [{key}]: write its keys without it, above all tables")
+        others_text = f"; also unknown: {', '.join(map(repr, unknown[1:]))}" if unknown[1:] else ""
+        raise UserError(f"unknown key {key!r}{did_you_mean(key, fields)}{others_text}")
+    for other, name in others.items():
+        if other in values and name in values:
+            raise UserError(f"{other} and {name} are the same: give one of them")
+    lists = list_fields(cls)
+    named = {others.get(key, key): value for key, value in values.items()}
+    return {
+        name: (value,) if name in lists and isinstance(value, (str, int, float)) else value
+        for name, value in named.items()
+    }
 
 
 def merge(plan: P, overrides: JsonObject) -> P:
     """``plan`` with every override put in its place, of ``set`` parameter by parameter; checked like any plan."""
-    given = dict(overrides)
+    given = _by_field(type(plan), overrides)
     if isinstance(settings := given.get("set"), Mapping):
         given["set"] = {**(getattr(plan, "set", None) or {}), **settings}
     held = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
@@ -294,12 +317,12 @@ def merge(plan: P, overrides: JsonObject) -> P:
 
 def model_folder(plan: Plan | VerifyPlan) -> Path:
     """The checkpoint that a plan is about: the shipped miniature pair unless it names another."""
-    return data_path("miniature", "pair") if plan.model is None else _folder(plan.model)
+    return data_path("miniature", "pair") if plan.model is None else checkpoint_folder(plan.model)
 
 
 def baseline_folder(plan: RunPlan | SpeedPlan) -> Path | None:
     """The baseline's checkpoint; None where it is the candidate's own context tower."""
-    return None if plan.baseline == CONTEXT_TOWER else _folder(plan.baseline)
+    return None if plan.baseline == CONTEXT_TOWER else checkpoint_folder(plan.baseline)
 
 
 def arm_folders(plan: Plan) -> tuple[tuple[Path | None, str | None], ...]:
@@ -307,9 +330,12 @@ def arm_folders(plan: Plan) -> tuple[tuple[Path | None, str | None], ...]:
     return (model_folder(plan), plan.family), (baseline_folder(plan), plan.baseline_family)
 
 
-def _folder(name: str) -> Path:  # a folder here that is called like the shipped pair is what is meant
-    is_shipped = name == SHIPPED and not Path(name).is_dir()
-    return data_path("miniature", "pair") if is_shipped else Path(name)
+def check_checkpoints(plan: Plan | VerifyPlan) -> None:
+    """UserError, before anything heavy is imported, for checkpoints of a plan that are not there."""
+    arms = ((model_folder(plan), plan.family),) if isinstance(plan, VerifyPlan) else arm_folders(plan)
+    for folder, family in arms:
+        if folder is not None:
+            refuse_no_checkpoint(folder, needs_config=family is None)
 
 
 def _hold_settings(plan: Plan) -> None:

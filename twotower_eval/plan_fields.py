@@ -92,6 +92,17 @@ def option_of(cls: type, name: str) -> tuple[Option, object]:
 
 
 @functools.cache
+def list_fields(cls: type) -> frozenset[str]:
+    """The fields of a plan that hold a list of values."""
+    hints = {name: _parted(hint)[1] for name, hint in _hints(cls).items()}
+    return frozenset(
+        name
+        for name, hint in hints.items()
+        if tuple in (typing.get_origin(hint), *map(typing.get_origin, typing.get_args(hint)))
+    )
+
+
+@functools.cache
 def _hints(cls: type) -> dict[str, object]:
     """A class's annotations with their options; cached, as help has to be instant."""
     return typing.get_type_hints(cls, include_extras=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 import inspect
 import multiprocessing
 import os
@@ -19,6 +18,7 @@ from twotower_eval.api.runs import Run
 from twotower_eval.decoder_settings import as_tuple, check_given_once, given_settings, typed_settings
 from twotower_eval.errors import UserError
 from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, load_plan, merge, plan_from_json
+from twotower_eval.plan_fields import list_fields
 from twotower_eval.progress import Progress, SilentProgress, choose_progress
 from twotower_eval.records import Verb, verb_of
 from twotower_eval.store.environment import let_threads_sleep
@@ -114,7 +114,7 @@ def _stored_plan(cls: type, resumed: Path) -> Mapping[str, object]:
 
 
 def _values(cls: type, given: Mapping[str, object]) -> dict[str, object]:
-    listed = _list_fields(cls)
+    listed = list_fields(cls)
     values: dict[str, object] = {}
     for name, value in given.items():
         if value is UNSET:
@@ -123,16 +123,6 @@ def _values(cls: type, given: Mapping[str, object]) -> dict[str, object]:
             value = {str(key): as_tuple(held) for key, held in value.items()}
         values[name] = as_tuple(value) if name in listed and value is not None else value
     return values
-
-
-@functools.cache
-def _list_fields(cls: type) -> frozenset[str]:
-    hints = typing.get_type_hints(cls)  # without what is annotated beside the types
-    return frozenset(
-        name
-        for name, hint in hints.items()
-        if tuple in (typing.get_origin(hint), *map(typing.get_origin, typing.get_args(hint)))
-    )
 
 
 def run_path(run: GivenRun, root: Path) -> Path:

@@ -42,8 +42,9 @@ from twotower_eval.analyse.compare.wholes import WholeScore
 from twotower_eval.decoder_settings import SHORTHANDS, set_text
 from twotower_eval.errors import UserError
 from twotower_eval.names import plural
-from twotower_eval.plan import CONTEXT_TOWER, SHIPPED
+from twotower_eval.plan import CONTEXT_TOWER
 from twotower_eval.records import Cell, Claim, RunManifest, Score, SpeedSample
+from twotower_eval.resources import SHIPPED
 from twotower_eval.store import Row, Run
 
 Scored = frozenset[tuple[object, ...]]  # every score of one run in a claim's scope, of both arms

@@ -59,6 +59,8 @@ def check_batch_size(max_batch_size: int | None) -> int | None:
 def check_prompts(model: Model, prompts: Sequence[Prompt]) -> None:
     """UserError unless all prompts have at least one token, all within the vocabulary."""
     for prompt in prompts:
+        if not isinstance(prompt, Prompt):
+            raise UserError(f"a decoder takes Prompts, not {prompt!r:.40}: tt.Prompt.from_text(text, model) makes one")
         if not prompt.token_ids:
             raise UserError(f"prompt {prompt.id!r} is empty; give it at least one token")
         if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < model.vocab_size:

@@ -13,6 +13,7 @@ from twotower_eval.engine.plugin_source import plugin_code
 from twotower_eval.errors import FileError, UserError
 from twotower_eval.names import Seam, resolve
 from twotower_eval.plugin_calls import PluginError, calls_in
+from twotower_eval.resources import checkpoint_folder, refuse_no_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -70,9 +71,8 @@ def family_calls(*arms: tuple[str | Path | None, str | None]) -> Iterator[None]:
 def _existing(path: str | Path) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"{path!r} is no checkpoint folder: give its path")
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such checkpoint folder")
+    folder = checkpoint_folder(os.fspath(path))
+    refuse_no_checkpoint(folder, needs_config=False)
     return folder
 
 
@@ -96,7 +96,7 @@ def load_model(
     tower: Literal["context"] | None = None,
     family: str | None = None,
 ) -> Model:
-    """Load a checkpoint folder.
+    """Load a checkpoint folder, or the shipped pair as ``"miniature"``.
 
     A pair gives a :class:`Denoising` model, an AR base checkpoint, ``tower="context"`` or any Hugging Face causal LM a
     :class:`Model` alone. ``devices`` places the towers, context first. ``family`` is a key of ``FAMILIES``, a name that
@@ -111,6 +111,7 @@ def load_model(
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+    refuse_no_checkpoint(folder, needs_config=family is None)
     if family is None:
         family = family_of(folder)
     found_at = SEAM.place(family)
