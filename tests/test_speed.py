@@ -22,9 +22,9 @@ from twotower_eval.engine.models.arms import load_arms
 from twotower_eval.engine.models.tokenizer import Tokenizer
 from twotower_eval.measure import harness, speed, suites
 from twotower_eval.measure.speed.clock import CallClock, Devices, TimedModel, torch_threads
-from twotower_eval.measure.speed.workloads import encode_calls, make_calls
+from twotower_eval.measure.speed.workloads import encode_calls, make_calls, untimed_tasks_text
 from twotower_eval.plan import RunPlan, SpeedPlan, plan_from_json
-from twotower_eval.progress import SilentProgress
+from twotower_eval.progress import Advance, SilentProgress
 from twotower_eval.records import Prompt, SpeedSample, canonical_json, sha256_text
 
 TASKS = ("miniature_sort", "miniature_recall")
@@ -180,6 +180,50 @@ def test_rounds_go_on_until_both_minima_hold(sleepy: SpeedPlan, requests: Any, t
         "4 cells and 2 copies of the baseline, answer workload, batch sizes 1, 2; 4 prompts"
     )
     assert any(note.startswith("estimated duration: about ") for note in notes.notes)
+
+
+@pytest.mark.parametrize("probes", [0, 2])
+def test_the_progress_ends_at_what_was_announced(probes: int, sleepy: SpeedPlan, requests: Any, tmp_path: Path) -> None:
+    class Counting(SilentProgress):
+        def __init__(self) -> None:
+            self.totals: dict[str, int] = {}
+            self.counts: Counter[str] = Counter()
+            self.notes: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+        @contextmanager
+        def track(self, total: int, description: str) -> Iterator[Advance]:
+            self.totals[description] = total
+
+            def advance(num: int = 1, /) -> None:
+                self.counts[description] += num
+
+            yield advance
+
+    progress = Counting()
+    plan = dataclasses.replace(sleepy, min_rounds=3, warmup_rounds=1, probes=probes)
+    run = store.load(speed.run(plan, requests, root=tmp_path, now=TIME, progress=progress))
+    assert progress.totals == progress.counts
+    timed = Counter(sample.phase for sample in run.speed)
+    measured = timed["measure"] + timed["probe"]
+    assert progress.totals == {"warm-up": timed["warmup"], "measure": measured}
+    fresh = f" and {timed['probe']} calls on new prompts (--probes)" if probes else ""
+    assert (
+        f"warm-up: {timed['warmup']} calls in 1 round; measure: {timed['measure']} timed calls{fresh} in 3 rounds, "
+        f"{measured:,} in all; fewer: --num-prompts, --min-rounds"
+    ) in progress.notes
+
+
+def test_tasks_without_a_timed_prompt_are_told_first(sleepy: SpeedPlan, requests: Any) -> None:
+    others = [dataclasses.replace(request, task=f"task {n}") for n, request in enumerate(requests[:4])]
+    plan = dataclasses.replace(sleepy, num_prompts=2, batch_sizes=(1,))
+    assert untimed_tasks_text(plan, others) == (
+        "warning: 2 prompts of 4 tasks: not timed: task 2, task 3; to time every task, take --num-prompts 4 or more"
+    )
+    assert untimed_tasks_text(dataclasses.replace(plan, num_prompts=4), others) == ""
+    assert untimed_tasks_text(dataclasses.replace(plan, num_prompts=None), others) == ""
 
 
 # The clock

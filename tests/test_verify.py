@@ -249,9 +249,13 @@ def test_a_table_has_a_line_for_each_check() -> None:
         Check(cell="c", name="one", outcome="passed", detail="fine", value=0.5, limit=1.0),
         Check(cell="c", name="another", outcome="not_checked", detail="why"),
         Check(cell="c", name="third", outcome="failed", detail="bad", value=3.0, limit=1.0),
+        Check(cell="c", name="forced_share", outcome="passed", detail="seen", value=0.25),
+        Check(cell="c", name="tokens_per_nfe", outcome="passed", detail="many", value=5.47, limit=1.0),
     ]
     lines = check_lines(checks, Path("run"))
-    assert "0.5 (limit 1)" in lines[0]
+    assert "0.5 (at most 1)" in lines[0]
+    assert lines[3].startswith("measured     forced_share")
+    assert "5.47 (above 1)" in lines[4]
     assert lines[1].startswith("not checked  another")
-    assert lines[-1] == "run: FAILED: third; 1 passed, 1 not checked"
+    assert lines[-1] == "run: FAILED: third; 2 passed, 1 measured, 1 not checked"
     assert check_lines(checks[:2], Path("run"))[-1] == "run: nothing failed: 1 passed, 1 not checked"

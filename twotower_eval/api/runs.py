@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from html import escape
@@ -136,6 +137,9 @@ class Run(os.PathLike[str]):
         )
 
 
+FLOORS = {"tokens_per_nfe"}  # checks whose value has to be above its limit; others must not be
+
+
 def check_lines(checks: Sequence[Check], path: Path) -> list[str]:
     """A line for each check (outcome, name, value and limit, detail), then a summary line."""
     if not checks:
@@ -144,13 +148,21 @@ def check_lines(checks: Sequence[Check], path: Path) -> list[str]:
     lines = []
     for check in checks:
         value = "" if check.value is None else f"{check.value:.3g}"
-        limit = "" if check.limit is None else f" (limit {check.limit:g})"
-        lines.append(f"{check.outcome.replace('_', ' '):11}  {check.name:{width}}  {value + limit:24}  {check.detail}")
+        bound = "above" if check.name in FLOORS else "at most"
+        limit = "" if check.limit is None else f" ({bound} {check.limit:g})"
+        lines.append(f"{_outcome(check):11}  {check.name:{width}}  {value + limit:24}  {check.detail}")
     return [*lines, f"{path}: {_summary(checks)}"]
+
+
+def _outcome(check: Check) -> str:
+    """What is printed of a check: one without a limit is a figure that nothing is held against."""
+    if check.outcome == "passed" and check.limit is None:
+        return "measured"
+    return check.outcome.replace("_", " ")
 
 
 def _summary(checks: Sequence[Check]) -> str:
     failed = [check.name for check in checks if check.outcome == "failed"]
-    num = {outcome: sum(check.outcome == outcome for check in checks) for outcome in ("passed", "not_checked")}
-    rest = f"{num['passed']} passed, {num['not_checked']} not checked"
+    num = Counter(map(_outcome, checks))
+    rest = ", ".join(f"{num[outcome]} {outcome}" for outcome in ("passed", "measured", "not checked") if num[outcome])
     return f"FAILED: {', '.join(failed)}; {rest}" if failed else f"nothing failed: {rest}"

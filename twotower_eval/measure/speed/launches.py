@@ -36,6 +36,7 @@ from twotower_eval.measure.speed.workloads import (
     make_calls,
     make_lanes,
     scored_tasks,
+    untimed_tasks_text,
     without_decoders,
 )
 from twotower_eval.plan import SpeedPlan, arm_folders, baseline_folder, model_folder
@@ -241,10 +242,12 @@ def run(
     ChildProcessError if a launch was ended from outside; RuntimeError if a bug ended it, after its traceback.
     """
     asked = tuple(requests)
+    progress = progress or SilentProgress()
+    if text := untimed_tasks_text(plan, asked):
+        progress.note(text)
     launch = partial(run_launch, plan, asked, root=root, now=now, temperature=temperature, overrides=tuple(overrides))
     if plan.launches == 1:
         return launch(resume=resume, progress=progress).path
-    progress = progress or SilentProgress()
     is_silent = isinstance(progress, SilentProgress)
     num_missing = plan.launches
     while True:

@@ -254,10 +254,14 @@ class Probes:
         self._num_alone = 0
         self._ids: dict[str, dict[Arm, Ids]] = {}  # by call
 
-    def num_timings(self, lanes: Mapping[int, tuple[Lane, ...]]) -> int:
-        """Number of probe timings per round, from the second round on."""
+    def num_timings(self, lanes: Mapping[int, tuple[Lane, ...]], num_rounds: int) -> int:
+        """Number of probe timings in the first ``num_rounds``: the first has none of the round before again."""
         of_sizes = [(size, sum(lane.replica == 0 for lane in of_size)) for size, of_size in lanes.items()]
-        return sum(self._num_calls(size) * (3 * num_cells - 1) for size, num_cells in of_sizes)
+        return (
+            sum(self._num_calls(size) * ((3 * num_cells - 1) * num_rounds - num_cells) for size, num_cells in of_sizes)
+            if num_rounds
+            else 0
+        )
 
     def _num_calls(self, size: int) -> int:
         return -(-self._plan.probes // size)

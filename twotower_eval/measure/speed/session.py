@@ -96,10 +96,14 @@ class RoundLoop:
         if not is_enough(self._settings, self._num_done, self._timed_s):
             self._measure(self._warm_up())
 
+    def _num_steps(self, phase: SpeedPhase, num_rounds: int) -> int:
+        """How often so many rounds from now on advance the progress."""
+        return num_rounds * self._steps_per_round
+
     def _warm_up(self) -> float | None:
         """Duration of a round from the last warm-up, including everything around the clock."""
         duration_s = None
-        with self._progress.track(self._settings.warmup_rounds * self._steps_per_round, "warm-up") as advance:
+        with self._progress.track(self._num_steps("warmup", self._settings.warmup_rounds), "warm-up") as advance:
             for number in range(self._settings.warmup_rounds):
                 began_s, self._besides_s = time.monotonic(), 0.0
                 self._round("warmup", number, advance)
@@ -112,7 +116,7 @@ class RoundLoop:
             num_left = max(num_left, round((self._settings.min_seconds - self._timed_s) / round_s))
             self._progress.note(f"estimated duration: about {duration_text(num_left * round_s)} for {num_left} rounds")
         self._forecast(num_left)
-        with self._progress.track(num_left * self._steps_per_round, "measure") as advance:
+        with self._progress.track(self._num_steps("measure", num_left), "measure") as advance:
             while not is_enough(self._settings, self._num_done, self._timed_s):
                 self._timed_s += self._round("measure", self._next_round, advance)
                 self._next_round += 1
@@ -230,8 +234,17 @@ class Session(RoundLoop):
             progress,
             whole_s=whole_s if plan.launches == 1 else [],
             next_round=1 + max(begun, default=-1),
-            steps_per_round=self._calls_per_round + probes.num_timings(lanes),
+            steps_per_round=self._calls_per_round,
         )
+        self._num_probed = 0  # rounds of this launch, which the first has fewer probes in
+
+    def _num_steps(self, phase: SpeedPhase, num_rounds: int) -> int:
+        return num_rounds * self._calls_per_round + (self._num_probes(num_rounds) if phase == "measure" else 0)
+
+    def _num_probes(self, num_rounds: int) -> int:
+        """Timings of probes in so many measured rounds from now on."""
+        until = self._probes.num_timings(self._lanes, self._num_probed + num_rounds)
+        return until - self._probes.num_timings(self._lanes, self._num_probed)
 
     def run(self) -> int:
         """Warm up, report the estimated duration, and measure until both minimums are reached; the number of missing
@@ -258,13 +271,20 @@ class Session(RoundLoop):
             f"{self._plan.workload} workload, batch sizes {sizes}; {plural(num_prompts, 'prompt')}, "
             f"{plural(self._calls_per_round, 'timed call')} per round"
         )
-        num_rounds = max(0, self._settings.min_rounds - self._num_done) + self._settings.warmup_rounds
-        self._progress.note(
-            f"{plural(num_rounds, 'round')}, {plural(num_rounds * self._calls_per_round, 'timed call')}; "
-            "fewer: --num-prompts, --min-rounds"
-        )
+        self._progress.note(self._planned_text())
         if self._num_done:
             self._progress.note(f"{plural(self._num_done, 'complete round')} so far")
+
+    def _planned_text(self) -> str:
+        """The calls of the warm-up and of the measured rounds, as their progress counts them."""
+        num_rounds, warmup = max(0, self._settings.min_rounds - self._num_done), self._settings.warmup_rounds
+        timed, probes = num_rounds * self._calls_per_round, self._num_probes(num_rounds)
+        fresh = f" and {plural(probes, 'call')} on new prompts (--probes)" if probes else ""
+        return (
+            f"warm-up: {plural(self._num_steps('warmup', warmup), 'call')} in {plural(warmup, 'round')}; measure: "
+            f"{plural(timed, 'timed call')}{fresh} in {plural(num_rounds, 'round')}, {timed + probes:,} in all; "
+            "fewer: --num-prompts, --min-rounds"
+        )
 
     def _forecast(self, num_left: int) -> None:
         """Warn of too few rounds before they are measured; with several launches once, before the first."""
@@ -315,6 +335,9 @@ class Session(RoundLoop):
                 for lane in order.sample(lanes[size], len(lanes[size])):
                     walls_s.append(self._time_call(lane, call, phase, number))
                     advance()
+        if phase == "measure":
+            advance(self._num_probes(1) - sum(len(probe.lanes) for probe in probes))  # where no new prompt was left
+            self._num_probed += 1
         for item in self._parts.take_new() if self._parts else ():
             self._time_part(item, phase, number)
         return total_finite_s(walls_s)

@@ -25,6 +25,7 @@ from twotower_eval.engine.models.tokenizer import fitted_prompt_ids, naming, pro
 from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.clock import CallClock, Devices, TimedModel, no_garbage_collection
 from twotower_eval.measure.speed.watch import Busy, TextCost, Watch, text_cost
+from twotower_eval.names import plural
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import (
     Arm,
@@ -97,6 +98,21 @@ def make_calls(plan: SpeedPlan, requests: Sequence[Request]) -> Calls:
         batches = f" in batches of {together} from one task" if plan.workload == "answer" and together > 1 else ""
         raise UserError(f"{wanted} prompts wanted{batches}, the tasks give {len(chosen)}: name more tasks")
     return {size: _cut(plan, chosen, size) for size in plan.batch_sizes}
+
+
+def untimed_tasks_text(plan: SpeedPlan, requests: Sequence[Request]) -> str:
+    """A warning where so few prompts are asked for that tasks have none among them; empty where all have."""
+    tasks = list(dict.fromkeys(request.task for request in requests))
+    chosen = (request for calls in make_calls(plan, requests).values() for call in calls for request in call.requests)
+    untimed = sorted({*tasks} - {request.task for request in chosen})
+    if not untimed or plan.num_prompts is None:
+        return ""
+    enough = len(tasks) * math.lcm(*plan.batch_sizes)
+    more = f"--num-prompts {enough} or more" if enough > plan.num_prompts else "more prompts (--num-prompts)"
+    return (
+        f"warning: {plural(plan.num_prompts, 'prompt')} of {plural(len(tasks), 'task')}: not timed: "
+        f"{', '.join(untimed)}; to time every task, take {more}"
+    )
 
 
 def _wanted(plan: SpeedPlan, together: int) -> int:
