@@ -227,7 +227,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not safetensors": (text(SINGLE_FILE, b"hello " * 100), "not a whole safetensors file"),
     "only a pickle": (only_a_pickle, r"only pickled weights \(pytorch_model.bin\); convert them"),
     "no weights": (lambda folder: (folder / SINGLE_FILE).unlink(), "neither model.safetensors nor"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: not found"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "is no checkpoint folder: it has no config.json"),
     "malformed config": (text("config.json", "{'a': 1}"), "config.json: not valid JSON"),
     "config is no object": (text("config.json", "[1]"), "config.json: expected a JSON object"),
     "config is no text": (text("config.json", b'{"a": "\xff"}'), r"config.json, line 1: not UTF-8 \(byte 0xff\)"),
