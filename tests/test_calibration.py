@@ -253,7 +253,7 @@ def test_the_same_seed_gives_the_same_files(tmp_path: Path, monkeypatch: pytest.
         texts.append((tmp_path / name / "calibration.csv").read_text())
         assert path.read_text().startswith("# Calibration")
     assert texts[0] == texts[1] != texts[2]
-    with pytest.raises(ValueError, match="at least 1 repetition"):
+    with pytest.raises(ValueError, match="repetitions must be 1 or more, not"):
         calibration.calibrate(tmp_path, num_repetitions=0)
 
 

@@ -238,7 +238,7 @@ def null_wild(row: Row, arm: str) -> Row:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(null_off, "off by more than 2 %"), (null_gone, "without an A/A null"), (null_wild, "time more rounds")],
+    [(null_off, "off by more than 2 %"), (null_gone, "without an A/A null"), (null_wild, "the machine is too noisy")],
 )
 def test_without_a_good_null_no_speed_is_judged(tmp_path: Path, good: list[Run], change: Any, words: str) -> None:
     verdict = verdict_on(FAST, edited_speed(tmp_path, good, change))

@@ -98,6 +98,17 @@ def test_help_imports_nothing_heavy(verb: list[str], record_property: Any) -> No
         (["data", "prepare", "nowhere"], "Missing argument"),
         (["data", "prepare", "nowhere", "there"], "nowhere"),
         (["train", "minature"], "miniature"),
+        (["claims"], "twotower-eval claims needs a command after it: check or audit"),
+        (["data"], "twotower-eval data needs a command after it: prepare"),
+        (["train"], "twotower-eval train needs a command after it: miniature"),
+        (["run", "--batch-size", "auto"], "--batch-size takes a whole number, not 'auto'"),
+        (["run", "--limit", "0.1"], "--limit takes a whole number, not '0.1'"),
+        (["run", "--temperature", "warm"], "--temperature takes a number, not 'warm'"),
+        (["run", "--dtype", "bf16"], "dtype 'bf16' is unknown; did you mean bfloat16?"),
+        (["verify", "--dtype", "half"], "dtype 'half' is unknown; did you mean float16?"),
+        (["run", "--model", "gpt2"], "gpt2 is no folder here; hub names are not downloaded"),
+        (["report", "results/nope"], "'results/nope' is no run: there is no manifest.json in it\n"),
+        (["calibrate", "--repetitions", "0"], "error: repetitions must be 1 or more, not 0\n"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_two(
@@ -364,4 +375,7 @@ def test_report_takes_the_newest_run_of_each_verb(
     make_run(tmp_path / "results", RunPlan())
     assert cli.main(["report"]) == 0
     taken = calls[-1][0][0].name
-    assert capsys.readouterr().err == f"the newest of each verb: {taken}; left out, name runs to choose: 1 in results\n"
+    assert (
+        capsys.readouterr().err
+        == f"the newest of each verb: {taken}; 1 older run in results is not used; name runs to use them\n"
+    )

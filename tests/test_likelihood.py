@@ -263,10 +263,10 @@ def test_bad_requests(kind: Any, request_: ScoreRequest, message: str) -> None:
 def test_kinds_that_do_not_fit_the_model() -> None:
     pair = tiny_pair()
     for model, kind, message in (
-        (pair, "exact", "its causal one is 'context_tower'"),
+        (pair, "exact", "is a pair: take context_tower"),
         (pair, "bounds", "is unknown"),
         (pair.context_tower, "bound", "needs a denoiser"),
-        (pair.context_tower, "context_tower", "its causal one is 'exact'"),
+        (pair.context_tower, "context_tower", "is one tower: take exact"),
     ):
         with pytest.raises(ValueError, match=message):
             make_scorer(model, kind)

@@ -114,9 +114,9 @@ def test_what_is_left_open_says_what_a_further_look_costs(tmp_path: Path, kept_r
     for declared, words in ((1, "look is judged at 99.5 %"), (2, "look is judged at 97.5 %")):
         claims = claims_of({**near, "looks": declared})
         verdict = judge(claims, [kept_run, store.load(tmp_path / SPEED_ID)])[0]
-        assert f"a further {words}" in verdict_lines(claims, [verdict])[0]
+        assert f"more runs would be {words.removeprefix('look is ')}" in verdict_lines(claims, [verdict])[0]
     spent = dataclasses.replace(verdict, num_looks=6)
-    assert "no further look can decide" in verdict_lines(claims_of(near), [spent])[0]
+    assert "more runs can decide nothing" in verdict_lines(claims_of(near), [spent])[0]
 
 
 def test_an_equal_run_is_no_look_and_the_first_is_judged(tmp_path: Path, kept_run: Run) -> None:

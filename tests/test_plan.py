@@ -106,6 +106,17 @@ def test_an_unknown_decoder_gets_a_near_miss_hint() -> None:
         cross_decoders(RunPlan(decoder="block_difusion"))
 
 
+@pytest.mark.parametrize("word", ["greedy", "ar"])
+def test_other_words_for_a_decoder_are_understood(word: str) -> None:
+    with pytest.raises(ValueError, match="did you mean autoregressive"):
+        cross_decoders(RunPlan(decoder=word))
+
+
+def test_a_module_that_is_not_found_may_lie_in_this_folder() -> None:
+    with pytest.raises(ValueError, match=r"cannot import 'no_such_foo'.* set PYTHONPATH=\."):
+        resolve("no_such_foo:Bar")
+
+
 def test_a_decoder_from_another_package_is_crossed_by_its_own_params(monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclass(frozen=True, kw_only=True)
     class Params:

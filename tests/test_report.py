@@ -279,7 +279,7 @@ def test_speedup_per_device_is_printed_where_the_arms_use_different_numbers(tmp_
     ("factor", "words"),
     [
         (lambda row: 1.05, "INVALID: A/A null: the baseline timed against itself is off by more than 2 %"),
-        (lambda row: 1.15 - 0.3 * (row.round % 2), " is above 3.0 %: time more rounds"),
+        (lambda row: 1.15 - 0.3 * (row.round % 2), " (allowed: 3.0 %): time more rounds (--min-rounds)"),
     ],
 )
 def test_a_null_that_is_off_or_too_wide_invalidates(tmp_path, factor, words: str) -> None:

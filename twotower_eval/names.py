@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
@@ -40,6 +40,7 @@ class Seam:
     what: str
     form: str
     shipped: Mapping[str, str]
+    other_words: Mapping[str, str] = field(default_factory=dict)  # what others call something shipped
 
     def place(self, name: str) -> str:
         """The ``package.module:attribute`` behind a name. UserError, with a hint, for an unknown name.
@@ -56,7 +57,7 @@ class Seam:
         if (wrong := _misregistered(self.what, name)) is not None:
             raise UserError(wrong)
         known = [*self.shipped, *others]
-        near = nearest(name, known)
+        near = self.other_words.get(name) or nearest(name, known)
         choose = f"choose from {', '.join(known)}, or name your own as {self.form}"
         raise UserError(f"{self.what} {name!r} is unknown; {f'did you mean {near}?' if near else choose}")
 
@@ -149,10 +150,12 @@ def resolve(name: str) -> object:
 
 
 def _beside(module: str) -> str:
-    """A hint if a module that Python does not find lies in the current folder."""
+    """How Python finds a module in the current folder, which it does not look into by itself."""
     top = module.partition(".")[0]
     there = next((path for path in (Path(f"{top}.py"), Path(top)) if path.exists()), None)
-    return "" if there is None else f"; {there} lies in this folder: set PYTHONPATH=. to have Python look here"
+    if there is None:
+        return f"; if {top}.py is in the current folder, set PYTHONPATH=."
+    return f"; {there} lies in this folder: set PYTHONPATH=. to have Python look here"
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

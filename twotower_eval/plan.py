@@ -146,7 +146,8 @@ class SpeedPlan:
     temperature: Temperature = None
     set: Further = field(default=None, metadata=LEFT_OUT)
     samples: Annotated[
-        int | None, Option(help="1: one sample a round, also of tasks that ask for several", metavar="1")
+        int | None,
+        Option(help="Can only be 1: each round times one sample, even if a task asks for several", metavar="1"),
     ] = None
     batch_sizes: Annotated[tuple[int, ...], Option(help="Prompts per timed call, crossed", metavar="N,N")] = (1,)
     workload: Annotated[
@@ -168,8 +169,8 @@ class SpeedPlan:
     launches: Annotated[
         int,
         Option(
-            help="Processes, one after the other; rounds are shared out. 5 or more measure how launches differ; "
-            "2 to 4 make at least 5 rounds each, more at least 4",
+            help="Separate processes, one after the other, that share the rounds; 5 or more show how launches differ. "
+            "Of 2 to 4 each makes at least 5 rounds, of more at least 4",
             metavar="N",
         ),
     ] = 1

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
+# What others call the number types.
+DTYPE_WORDS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+
+
 class OnDevices(Protocol):
     """A plan with devices."""
 
@@ -125,6 +129,8 @@ def check_fields(plan: DataclassInstance) -> None:
     list that is empty or has duplicates.
     """
     hints = _hints(type(plan))
+    if (meant := DTYPE_WORDS.get(str(getattr(plan, "dtype", "")))) is not None:
+        raise UserError(f"dtype {getattr(plan, 'dtype', '')!r} is unknown; did you mean {meant}?")
     for field in dataclasses.fields(plan):
         value = check_value(field.name, _parted(hints[field.name])[1], plain(getattr(plan, field.name)))
         object.__setattr__(plan, field.name, value)

@@ -134,7 +134,8 @@ def run_path(run: GivenRun, root: Path) -> Path:
     for path in (Path(run), root / run):
         if (path / store.MANIFEST).is_file():
             return path
-    raise UserError(f"{os.fspath(run)!r} is no run: there is no {store.MANIFEST} in it or in {root / run}")
+    by_id = f" or in {root / run}" if len(Path(run).parts) == 1 else ""
+    raise UserError(f"{os.fspath(run)!r} is no run: there is no {store.MANIFEST} in it{by_id}")
 
 
 def _warn(text: str) -> None:

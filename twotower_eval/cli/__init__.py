@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = app(arguments or ["--help"], prog_name="twotower-eval", standalone_mode=False)
     except typer.TyperException as error:
-        return _fail(error.format_message())
+        return _fail(_missing_command(error) or error.format_message())
     except (UserError, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
@@ -111,6 +111,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         error.add_note(BUG.format(command=shlex.join(["twotower-eval", *arguments])))  # Python's traceback ends with it
         raise
     return code if isinstance(code, int) else 0
+
+
+def _missing_command(error: typer.TyperException) -> str:
+    """What a verb of several commands wants after it; empty for other errors."""
+    context = getattr(error, "ctx", None)
+    commands = getattr(getattr(context, "command", None), "commands", None)
+    if context is None or not commands or not error.format_message().startswith("Missing command"):
+        return ""
+    return f"{context.command_path} needs a command after it: {' or '.join(commands)}"
 
 
 def _fail(message: str) -> int:

@@ -69,7 +69,7 @@ def check(
     strict: Annotated[
         bool,
         option(
-            "Count as inconclusive what fewer than 5 launches support, or only some of the runs in the folder.",
+            "Count SUPPORTED as inconclusive where it rests on fewer than 5 launches or leaves out runs of the folder.",
             "--strict",
         ),
     ] = False,

@@ -32,7 +32,7 @@ def option(text: str, *names: str, metavar: str | None = None, hidden: bool = Fa
 PlanFile = Annotated[Path | None, option("TOML plan; options given here override it.", "--plan", metavar="FILE")]
 Out = Annotated[Path, option("Parent folder of run folders [results].", "--out", metavar="DIR")]
 Resume = Annotated[
-    str | None, option("Continue this run: its folder, or its id under --out.", "--resume", metavar="RUN")
+    str | None, option("Continue an interrupted run: its folder, or its id under --out.", "--resume", metavar="RUN")
 ]
 
 
@@ -94,7 +94,7 @@ def _parameter(cls: type, name: str, *, hidden: bool) -> inspect.Parameter:
     else:
         info = option(text, *option_names(cls, name), metavar=declared.metavar, hidden=hidden)
     kind = _inner(hint)
-    taken = list[str] if _is_table(kind) else kind if kind in (int, float, bool) else str
+    taken = list[str] if _is_table(kind) else bool if kind is bool else str
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[taken | None, info]
     )
@@ -134,11 +134,20 @@ def read(cls: type, name: str, value: object) -> object:
     kind = _inner(option_of(cls, name)[1])
     if _is_table(kind):
         return parse_set(cast(Sequence[str], value)) if value else None
+    if value is not None and kind in (int, float):
+        return _number(str(value), kind, option_names(cls, name)[0])
     if value is None or typing.get_origin(kind) is not tuple:
         return value
     item = typing.get_args(kind)[0]
     text = str(value)
     return numbers(text, item, option_names(cls, name)[0]) if item is not str else texts(text)
+
+
+def _number(text: str, kind: object, option: str) -> int | float:
+    try:
+        return float(text) if kind is float else int(text)
+    except ValueError as error:
+        raise UserError(f"{option} takes a {'' if kind is float else 'whole '}number, not {text!r}") from error
 
 
 def _is_table(kind: object) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from twotower_eval import store
+from twotower_eval.names import plural
 
 EXIT_INTERRUPTED = 130
 
@@ -44,7 +45,9 @@ def chosen(runs: list[str] | None, results: Path, *, count_others: bool = False)
         return runs
     newest = api.newest_runs(results, say=lambda text: typer.echo(text, err=True))
     num_others = len(store.find_runs(results)) - len(newest) if count_others else 0
-    others = f"; left out, name runs to choose: {num_others} in {results}" if num_others else ""
+    are = "is" if num_others == 1 else "are"
+    older = f"{plural(num_others, 'older run')} in {results} {are} not used; name runs to use them"
+    others = f"; {older}" if num_others else ""
     typer.echo(f"the newest of each verb: {', '.join(path.name for path in newest)}{others}", err=True)
     for why in store.unreadable_runs(results):
         typer.echo(f"left out, as it cannot be read: {why}", err=True)

@@ -41,8 +41,13 @@ def calibrate(
 
     Files are written at the end, so an interrupted run leaves what was there. The same seed gives the same files.
     """
-    if num_repetitions < 1 or num_resamples < 100 or seed < 0:
-        raise UserError("calibrate needs at least 1 repetition, 100 resamples and a seed of at least 0")
+    for what, number, least in (
+        ("repetitions", num_repetitions, 1),
+        ("resamples", num_resamples, 100),
+        ("seed", seed, 0),
+    ):
+        if number < least:
+            raise UserError(f"{what} must be {least} or more, not {number}")
     progress = progress or SilentProgress()
     known, fresh, nulls = (
         ((*quality_worlds(), *family_worlds()), (*speed_worlds(), *tail_worlds(), *serial_worlds())),

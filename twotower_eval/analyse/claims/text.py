@@ -103,7 +103,7 @@ def look_remarks(claim: Claim, verdict: Verdict) -> list[str]:
 def next_text(claim: Claim, verdict: Verdict) -> str:
     """The level at which a further look would be judged."""
     alpha = stats.look_alpha(verdict.num_looks + 1, claim.looks)
-    return "no further look can decide" if alpha is None else f"a further look is judged at {_level(1 - alpha)}"
+    return "more runs can decide nothing" if alpha is None else f"more runs would be judged at {_level(1 - alpha)}"
 
 
 def _level(level: float) -> str:

@@ -100,9 +100,20 @@ def power_text(plan: PowerPlan) -> str:
     size = f"{plan.num_clusters:,} independent documents"
     drop = plan.smallest_drop
     if drop.value is None:
-        return f"power line: {size} cannot show a drop of retention, {assumed}: {drop.reason}"
+        return (
+            f"warning: {plan.num_clusters:,} documents are too few to see a drop of retention; {_enough_text(plan)} "
+            f"(power line: {assumed}; {drop.reason})"
+        )
     smallest = f"the smallest drop of retention that {size} can show is {100 * drop.value:.2g} points"
     return f"power line: {smallest}, with {100 * POWER:g} % power, one-sided {100 * ALPHA:g} %, {assumed}"
+
+
+def _enough_text(plan: PowerPlan) -> str:
+    """How many documents in all would be enough, at the share of them that is expected to differ."""
+    if not 0 < plan.expected_discordant < FEW:
+        return "take more documents or tasks (--limit, --tasks)"
+    enough = ceil(FEW * plan.num_clusters / plan.expected_discordant - 1e-9)
+    return f"{enough:,} or more in all are enough (--limit, --tasks)"
 
 
 def planned_stderr(tasks: Sequence[PlannedTask], retention: float) -> float:

@@ -181,7 +181,8 @@ def _same_tasks(fact: facts.SameTasks) -> str:
     wrong += [f"not timed: {', '.join(found.untimed)}"] if found.untimed else []
     if not wrong:
         return "the timed tasks are those of the claimed quality"
-    return f"{'; '.join(wrong)}: time the tasks in scope, or name the timed tasks in the point (timed_tasks)"
+    how = " (speed --num-prompts: at least one for each task)" if found.untimed else ""
+    return f"{'; '.join(wrong)}: time the tasks in scope{how}, or name the timed ones in the claim file (timed_tasks)"
 
 
 @fact_text.register

@@ -263,7 +263,10 @@ def _null_fault(fact: NullFault) -> str:
     if fact.most is not None and fact.share is not None:
         share = f", the smaller of {100 * fact.most:g} % and {share_text(fact.share)}"
     width, limit = compared(PERCENT, fact.half_width, fact.widest)
-    return f"the A/A null's half-width of {width} is above {limit}{share}: time more rounds"
+    return (
+        f"the machine is too noisy: the baseline timed against itself varies by ±{width} (allowed: {limit}{share}): "
+        "time more rounds (--min-rounds)"
+    )
 
 
 @fact_text.register

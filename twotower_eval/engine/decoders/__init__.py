@@ -25,8 +25,9 @@ DECODERS = {
     "block_diffusion": "twotower_eval.engine.decoders.block_diffusion:BlockDiffusion",
     "reference": "twotower_eval.engine.decoders.reference:Reference",
 }
+OTHER_WORDS = {"greedy": "autoregressive", "ar": "autoregressive"}
 GIVEN = ("max_new_tokens", "eos_token_ids", "stop")  # the keywords with which every verb calls generate
-SEAM = Seam(what="decoder", form="package.module:Class", shipped=DECODERS)
+SEAM = Seam(what="decoder", form="package.module:Class", shipped=DECODERS, other_words=OTHER_WORDS)
 
 
 class Decoder(Protocol):

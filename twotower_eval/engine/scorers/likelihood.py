@@ -233,8 +233,12 @@ def make(model: Model, kind: LikelihoodKind, *, block_size: int, num_draws: int)
     """The scorer of a kind; UserError where the model cannot give it."""
     if kind in ("exact", "context_tower"):
         if (kind == "context_tower") != model.has_denoiser and model.checkpoint.tower != "context":
-            given = "context_tower" if model.has_denoiser else "exact"
-            raise UserError(f"likelihood {kind!r} does not fit {model.checkpoint.name}; its causal one is {given!r}")
+            name, is_pair = model.checkpoint.name, model.has_denoiser
+            raise UserError(
+                f"likelihood exact is for models with one tower, and {name} is a pair: take context_tower"
+                if is_pair
+                else f"likelihood context_tower is for pairs, and {name} is one tower: take exact"
+            )
         return CausalScorer(model, kind)
     if kind not in ("denoiser_left_to_right", "bound"):
         raise UserError(f"likelihood {kind!r} is unknown; choose exact, context_tower, denoiser_left_to_right or bound")

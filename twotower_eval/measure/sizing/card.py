@@ -90,7 +90,7 @@ def measured_layers(pattern: str, num_layers: int | None) -> tuple[tuple[int, ..
         enough = max(pattern.index(kind) for kind in set(pattern)) + 1
         raise UserError(
             f"the first {num_layers} layers ({first}) have no {lacking[0]} layer to extrapolate from: take --layers "
-            f"{enough} or more"
+            f"{enough} or more (M is Mamba, E a mixture of experts, * attention)"
         )
     parts = [tuple(range(num_layers))]
     parts += [_thinned(first, kind) for kind in sorted(set(first))]

@@ -86,7 +86,7 @@ def load_task(name: str, settings: JsonObject, data_dir: Path | None) -> Task:
             raise UserError(f"{where}: {error}") from error
         raise UserError(
             f"{where}: its data {config.get('dataset_path')!r} cannot be reached ({_first_line(error)}); "
-            "give local files with --data-dir"
+            f"give it with --data-dir DIR, as {_places(name, config)}"
         ) from error
     except misfits() as error:
         raise UserError(f"{where}: its data lacks what the task reads ({_first_line(error)})") from error
@@ -199,6 +199,13 @@ def _with_data(name: str, config: dict[str, Any], data_dir: Path | None) -> dict
     _check_splits(name, config, files, there)
     lacking = {key: None for key in SPLITS if config.get(key) and config[key] not in there}
     return _on_files({**config, **lacking}, there)
+
+
+def _places(name: str, config: JsonObject) -> str:
+    """``DIR/hellaswag/SPLIT.jsonl, SPLIT being train and validation``: where a data folder holds a task's data."""
+    folder = folders(name, *(str(config.get(key)) for key in ("dataset_path", "dataset_name")))[-1]
+    splits = dict.fromkeys(str(config[key]) for key in SPLITS if config.get(key))
+    return f"DIR/{folder}/SPLIT.jsonl, SPLIT being {' and '.join(splits)}"
 
 
 def _check_splits(name: str, config: JsonObject, files: Mapping[str, Path], there: Mapping[str, Path]) -> None:
