@@ -52,7 +52,7 @@ def test_a_plan_survives_its_manifest(plan: RunPlan | SpeedPlan) -> None:
         ("block_sizes = []", "block_sizes is empty"),
         ("block_sizes = [8, 8]", "block_sizes names 8 twice"),
         ('steps = ["all"]', "steps[0] must be a whole number or auto, not 'all'"),
-        ("thresholds = [nan]", "thresholds must be 0 or more, not nan"),
+        ("thresholds = [nan]", "thresholds must be a finite number, not nan"),
         ("limit = true", "limit must be a whole number, not True"),
         ("limit = 0", "limit must be 1 or more"),
         ("temperature = -1", "temperature must be 0 or more"),
