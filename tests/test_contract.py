@@ -192,7 +192,7 @@ def test_what_is_asked_wrongly_is_one_line(kind: str, params: dict[str, Any]) ->
 
 @EVERY_DECODER
 @pytest.mark.parametrize(
-    ("ids", "words"), [((), "is empty"), ((1, VOCAB), "outside the vocabulary"), ((-1,), "outside")]
+    ("ids", "words"), [((), "is empty"), ((1, VOCAB), "outside the vocabulary"), ((-1,), "is below 0")]
 )
 def test_a_prompt_that_no_model_reads_is_one_line(
     kind: str, params: dict[str, Any], ids: tuple[int, ...], words: str

@@ -103,6 +103,10 @@ def _spec(kind: str, params: Mapping[str, Value]) -> DecoderSpec:
     if open_steps and spec.params.get("block_size") is not None:
         spec = decoder_spec(kind, **{**said, "steps_per_block": spec.params["block_size"]})
     _check_plain(spec)
+    threshold = spec.params.get("threshold")
+    # Above 1 it is the fixed schedule of reference outputs. In a plan it is a slip: nothing is ever that sure.
+    if not spec.is_plug_in and isinstance(threshold, (int, float)) and threshold > 1:
+        raise UserError(f"a threshold is a probability, {threshold:g} is above 1: take 1 for the strictest")
     return spec
 
 

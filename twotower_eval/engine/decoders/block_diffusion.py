@@ -44,7 +44,8 @@ def commit(confidence_BK: Tensor, masked_BK: Tensor, steps_left_B: Tensor, thres
 @dataclass(frozen=True, kw_only=True)
 class Params:
     """``steps_per_block`` None means the block size. ``batch_mean_t`` feeds every row the batch's mean mask fraction,
-    as the released sampler does: rows then depend on their neighbours, so it is for parity only."""
+    as the released sampler does: rows then depend on their neighbours, so it is for parity only. A ``threshold`` above
+    1 commits by the schedule alone."""
 
     block_size: int = 16
     steps_per_block: int | None = None
@@ -61,8 +62,6 @@ class Params:
                 raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
         if not self.threshold >= 0:
             raise UserError(f"threshold must be a number of at least 0, not {self.threshold}")
-        if self.threshold > 1:
-            raise UserError(f"a threshold is a probability, {self.threshold:g} is above 1: take 1 for the strictest")
 
     @property
     def num_steps(self) -> int:
