@@ -49,7 +49,7 @@ def test_the_line_says_how_it_was_run_and_how_far_above_its_floor(tmp_path: Path
     _, point = point_with(tmp_path, own_s=(1.05,) * 5, generate_s=(1.0,) * 5, same_tokens=True)
     text = best_text(point.best)
     assert "useful tokens/s (batch 1, float32, transformers' model in our loop, sdpa attention, no CUDA graphs" in text
-    assert "times the floor that reading its 12.6 MB a step sets at the 10 GB/s of a copy" in text
+    assert "time to read 12.6 MB a step at 10 GB/s, as a copy does" in text
     assert "; 1.05 [1.05, 1.05] times as long as transformers' own generate" in text
     assert point.best is not None
     assert point.baseline_rate.estimate is not None
@@ -105,4 +105,4 @@ def test_far_above_its_floor_is_a_warning_only_where_a_step_is_not_the_host_s_ti
     assert large.best is not None
     slow = dataclasses.replace(large.best, above_floor=40.0)
     found = finding_text(best_warning(slow))
-    assert found == "the baseline takes more than 10 times as long as reading its weights does"
+    assert found == "the baseline takes more than 10 times as long as reading its weights"

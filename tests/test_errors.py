@@ -49,6 +49,7 @@ HANDLERS = {
     "plugin_calls.calls_in": FOREIGN,
     "plugin_calls.noting.noted": "noted, and raised on",
     "cli.main": "a note is added, and it is raised on",
+    "cli.options._number": PLAIN,
     "cli.options.numbers": PLAIN,
     "store.environment._memory_bytes": PLAIN,
     "store.journal.Journal.append": "what was written is taken back, and it is raised on",

@@ -25,7 +25,8 @@ from twotower_eval.engine.models import graphs, load_model
 from twotower_eval.engine.models.graphs import StepGraphs, num_sizes
 from twotower_eval.measure import harness, speed, suites
 from twotower_eval.measure.speed import conditions
-from twotower_eval.measure.speed.workloads import Call, Lane, Timing
+from twotower_eval.measure.speed.lanes import Lane, Timing
+from twotower_eval.measure.speed.workloads import Call
 from twotower_eval.plan import RunPlan, SpeedPlan
 from twotower_eval.records import Prompt
 
@@ -150,7 +151,7 @@ def test_a_timing_that_captured_is_taken_again(plan, requests, made, tmp_path, m
 
 def test_too_few_graphs_end_in_one_line(plan, requests, made, tmp_path, monkeypatch):
     monkeypatch.setattr(arms_room, "num_sizes", lambda *_: 1)
-    with pytest.raises(ValueError, match="every attempt asks for CUDA graphs of new sizes"):
+    with pytest.raises(ValueError, match="every attempt needs CUDA graphs of new sizes"):
         speed.run(with_graphs(plan), requests, root=tmp_path)
 
 

@@ -377,7 +377,9 @@ def test_an_unfinished_run_does_not_hide_an_older_complete_one(
     assert cli.main(["claims", "check", "miniature"]) == 6
     assert capsys.readouterr().err == f"{skipped}\n{taken}\n"
     assert cli.main(["report", "--section", "setup"]) == 0
-    assert capsys.readouterr().err == f"{skipped}\n{taken}; left out, name runs to choose: 3 in results\n"
+    assert (
+        capsys.readouterr().err == f"{skipped}\n{taken}; 3 older runs in results are not used; name runs to use them\n"
+    )
     for call in (tt.compare, lambda: tt.judge("miniature"), lambda: tt.report(sections="setup")):
         with pytest.warns(UserWarning, match=skipped) as told:
             call()

@@ -85,3 +85,11 @@ def test_names_of_modules_that_others_hold_now_are_served(old: str) -> None:
 def test_every_home_is_there() -> None:
     for old, homes in moved.HOMES.items():
         assert moved.homes_of(f"twotower_eval.{old}") == tuple(f"twotower_eval.{home}" for home in homes)
+
+
+def test_an_old_path_is_not_loaded_by_who_only_asks_what_it_is() -> None:
+    """Torch asks every module for its file while it is imported: the room was then loaded amid that, in a circle."""
+    code = "import warnings; warnings.simplefilter('ignore'); from twotower_eval import harness; "
+    code += "import sys; print(hasattr(harness, '__file__'), 'twotower_eval.measure.harness' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"

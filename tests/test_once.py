@@ -10,7 +10,7 @@ import pytest
 from report_fixture import quality_run, speed_run, sweep
 
 from twotower_eval import store
-from twotower_eval.analyse.compare import Runs, calls, costs
+from twotower_eval.analyse.compare import Runs, calls, costs, lengths
 from twotower_eval.analyse.compare.figures import forgotten, once
 
 
@@ -47,7 +47,7 @@ def test_the_baseline_is_looked_at_once_for_all_candidates(tmp_path: Path, monke
     for module, name, cell_of in (
         (calls, "_grid", lambda args: f"{args[1].id} {args[2]}"),
         (costs, "_arm", lambda args: args[3].id),
-        (calls, "_arm", lambda args: args[1].id),
+        (lengths, "_arm", lambda args: args[1].id),
     ):
         own, found = getattr(module, name), looked.setdefault(f"{module.__name__}.{name}", [])
 

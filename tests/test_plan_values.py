@@ -155,6 +155,9 @@ def test_a_model_that_is_not_named_stays_the_plans(monkeypatch: pytest.MonkeyPat
     seen: list[Any] = []
     monkeypatch.setattr("twotower_eval.measure.verify.verify", lambda plan, **_: seen.append(plan) or tmp_path)
     monkeypatch.setattr("twotower_eval.measure.sizing.run", lambda plan, **_: seen.append(plan) or tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pair").mkdir()
+    (tmp_path / "pair" / "config.json").write_text("{}")
     tt.verify(plan=VerifyPlan(model="pair"))
     tt.verify(None, VerifyPlan(model="pair"))
     tt.size(plan=SizingPlan(config="c.json"))

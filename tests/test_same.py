@@ -419,7 +419,7 @@ def test_a_point_may_say_which_tasks_are_timed(good: list[Run]) -> None:
 
 
 def test_a_fixed_workload_supports_nothing_about_answers(good: list[Run], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"claim 'both': the fixed workload goes on past the end of answers") as caught:
+    with pytest.raises(ValueError, match=r"claim 'both': the fixed workload decodes past the end of answers") as caught:
         claims_of(KEPT, FAST, BOTH, workload="fixed")
     assert "\n" not in str(caught.value)
     run = store.load(speed_run(tmp_path, workload="fixed"))

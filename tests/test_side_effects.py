@@ -111,20 +111,20 @@ def nothing_changes() -> Iterator[None]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run and a speed run. They come first, as packages change things when they are first imported."""
     root = tmp_path_factory.mktemp("results")
-    verbs.evaluate(RunPlan(tasks=TASKS, limit=1), root=root)
-    verbs.time_and_score(TIMED, root=root)
+    verbs.evaluate(RunPlan(tasks=TASKS, limit=1), out=root)
+    verbs.time(TIMED, out=root)
     return root
 
 
 def test_run_leaves_no_trace(tmp_path: Path) -> None:
     with nothing_changes():
-        verbs.evaluate(RunPlan(tasks=TASKS, limit=1), root=tmp_path)
+        verbs.evaluate(RunPlan(tasks=TASKS, limit=1), out=tmp_path)
 
 
 def test_speed_and_the_scoring_behind_it_leave_no_trace(tmp_path: Path) -> None:
     with nothing_changes():
-        path = verbs.time_and_score(TIMED, root=tmp_path)
-    assert store.load(path).scores
+        path = verbs.time(TIMED, out=tmp_path)
+    assert store.load(path.path).scores
 
 
 def test_report_leaves_no_trace(runs: Path, tmp_path: Path) -> None:

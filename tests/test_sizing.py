@@ -336,6 +336,7 @@ def test_the_command_line_measures_and_reports(config, tmp_path, capsys):
     )
     assert not re.search(r"2\.42x (at|needs)", text), "no claim is about this config"
     section = text.partition("## Costs of a model's size, on random weights")[2].partition("\n## ")[0]
+    section = section.partition("<details><summary>Words used")[0]
     paragraphs = [part for part in section.split("\n\n") if part.strip() and not part.lstrip().startswith(("|", "-"))]
     assert all("andom weights" in part for part in paragraphs)
     assert "6 of 12 layers a tower" in section

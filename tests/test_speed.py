@@ -59,7 +59,7 @@ def sleepy(plan: SpeedPlan, monkeypatch: pytest.MonkeyPatch) -> SpeedPlan:
         return plain(self, token_ids)
 
     monkeypatch.setattr(Tokenizer, "decode", slow)
-    return dataclasses.replace(plan, decoder=SLEEPY, block_sizes=(16,), thresholds=(0.8,), costs=False)
+    return dataclasses.replace(plan, decoder=SLEEPY, block_sizes=None, thresholds=None, costs=False)
 
 
 @pytest.fixture(scope="module")
@@ -510,7 +510,7 @@ def test_a_baseline_of_its_own(plan: SpeedPlan, requests: Any, tmp_path: Path) -
     run = store.load(speed.run(plan, requests, root=tmp_path))
     assert {cell.checkpoint.source for cell in run.manifest.cells if cell.arm == "baseline"} == {str(other)}
     itself = dataclasses.replace(
-        plan, baseline=str(plan.model), decoder="autoregressive", block_sizes=(16,), thresholds=(0.8,)
+        plan, baseline=str(plan.model), decoder="autoregressive", block_sizes=None, thresholds=None
     )
     alone = store.load(speed.run(itself, requests, root=tmp_path))
     assert [cell.arm for cell in alone.manifest.cells] == ["baseline"] * 2, "an AR model against itself is one cell"

@@ -69,7 +69,7 @@ def test_what_remembers_its_answers_does_not_do_the_same_in_every_round(runs: li
     remembers = verdicts(runs)["what it knows"]
     [gate] = [gate for gate in remembers.gates if gate.kind == "same_rounds"]
     assert gate.outcome == "failed"
-    assert "document 0 in its passes" in found_text(gate)
+    assert "document 0 in its forwards" in found_text(gate)
 
 
 def test_quality_and_speed_of_the_honest_one_may_be_said_in_one_sentence(runs: list[store.Run]) -> None:

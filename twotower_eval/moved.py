@@ -167,6 +167,8 @@ class _Forwarding(Loader):
         warnings.warn(message, DeprecationWarning, stacklevel=2)
 
         def look_up(name: str) -> object:
+            if name.startswith("__") and name != "__all__":  # Python asks every module, torch while it is imported
+                raise AttributeError(f"module {old!r} has no attribute {name!r}")
             now = RENAMED.get(f"{old.removeprefix(PACKAGE)}.{name}", name)
             for home in map(importlib.import_module, homes):
                 if hasattr(home, now):

@@ -22,7 +22,8 @@ from twotower_eval.engine.models.transformers_model import ForwardError, Transfo
 from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.clock import CallClock, Devices
 from twotower_eval.measure.speed.costs import REPEATS
-from twotower_eval.measure.speed.workloads import Calls, Lane
+from twotower_eval.measure.speed.lanes import Lane
+from twotower_eval.measure.speed.workloads import Calls
 from twotower_eval.plan import SizingPlan, SpeedPlan
 from twotower_eval.records import BaselineBest, Prompt, SpeedPhase
 from twotower_eval.store import RunWriter

@@ -20,7 +20,8 @@ from twotower_eval.engine.decoders.rows import Rules, on_host
 from twotower_eval.engine.models.protocol import Context, Denoising, Model, two_tower
 from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.clock import CallClock, no_garbage_collection
-from twotower_eval.measure.speed.workloads import Call, Calls, Lane
+from twotower_eval.measure.speed.lanes import Lane
+from twotower_eval.measure.speed.workloads import Call, Calls
 from twotower_eval.records import Arm, CostPart, Passes, Prompt
 
 Repeat = Callable[[], None]  # one repetition of a phase

@@ -26,18 +26,16 @@ from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.clock import CallClock, Devices, torch_threads
 from twotower_eval.measure.speed.conditions import Captures, graphs_for, hint, measured_conditions, refuse_uneven
 from twotower_eval.measure.speed.costs import TimedParts
+from twotower_eval.measure.speed.lanes import Lane, make_lanes, without_decoders
 from twotower_eval.measure.speed.probes import Probes
 from twotower_eval.measure.speed.session import Launched, Session, calls_per_round, launches_missing, whole_rounds
 from twotower_eval.measure.speed.workloads import (
     Calls,
-    Lane,
     Request,
     count_truncated,
     make_calls,
-    make_lanes,
     scored_tasks,
     untimed_tasks_text,
-    without_decoders,
 )
 from twotower_eval.plan import SpeedPlan, arm_folders, baseline_folder, model_folder
 from twotower_eval.plugin_calls import TRACEBACK_VARIABLE, is_own

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 
 from twotower_eval.engine.models.protocol import Model
 from twotower_eval.engine.models.witness import Tally
-from twotower_eval.measure.speed.workloads import Call, Calls, Lane, Request, Timing, encode_calls
+from twotower_eval.measure.speed.lanes import Lane, Timing
+from twotower_eval.measure.speed.workloads import Call, Calls, Request, encode_calls
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import (
     Arm,

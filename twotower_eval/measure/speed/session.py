@@ -19,6 +19,7 @@ from twotower_eval import store
 from twotower_eval.measure.speed.clock import CallClock
 from twotower_eval.measure.speed.conditions import Captures
 from twotower_eval.measure.speed.costs import CostItem, TimedParts
+from twotower_eval.measure.speed.lanes import Lane, Timing, with_decoders
 from twotower_eval.measure.speed.probes import (
     Probe,
     Probes,
@@ -30,7 +31,7 @@ from twotower_eval.measure.speed.probes import (
     witnessed_row,
     witnessings,
 )
-from twotower_eval.measure.speed.workloads import Call, Calls, Lane, Request, Timing, with_decoders
+from twotower_eval.measure.speed.workloads import Call, Calls, Request
 from twotower_eval.names import plural
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.progress import Advance, Progress, duration_text

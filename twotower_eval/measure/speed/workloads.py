@@ -1,44 +1,22 @@
-"""What is timed: task prompts cut into calls, the same for all cells, and lanes, the cells ready to time them."""
+"""What is timed: task prompts cut into calls, the same for every cell of a batch size and in every round."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, cycle, islice, pairwise
 from typing import Any, Protocol
 
-from twotower_eval.engine.decoders import Decoder
-from twotower_eval.engine.decoders.reported import (
-    ReportError,
-    call_request,
-    check_all_counted,
-    check_answers,
-    check_forwards,
-    finished,
-    generating,
-)
-from twotower_eval.engine.models.counting import UncountedForwards
 from twotower_eval.engine.models.protocol import Model, text_codec
-from twotower_eval.engine.models.tokenizer import fitted_prompt_ids, naming, prompt_ids, stops_of
+from twotower_eval.engine.models.tokenizer import fitted_prompt_ids, naming, prompt_ids
 from twotower_eval.errors import UserError
-from twotower_eval.measure.speed.clock import CallClock, Devices, TimedModel, no_garbage_collection
-from twotower_eval.measure.speed.watch import Busy, TextCost, Watch, text_cost
 from twotower_eval.names import plural
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import (
-    Arm,
-    Cell,
-    DecoderSpec,
-    Generation,
-    Passes,
-    Prompt,
     Workload,
     canonical_json,
-    derive_seed,
-    document_prompt_id,
-    make_cell,
     sha256_text,
 )
 
@@ -257,206 +235,3 @@ def _fixed_ids(plan: SpeedPlan, request: Request, requests: Sequence[Request], m
             f"{needed} tokens of prompt and output do not fit into {model.max_length} tokens of {model.checkpoint.name}"
         )
     return ids
-
-
-FINISH_SHARE, FINISH_S = 1e-3, 1e-4  # how far a finish may lie after the end: two readings of one clock
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """The result of one timed call, in seconds from its start. ``is_stalled``: the clock stood longer than texts
-    need."""
-
-    generations: tuple[Generation, ...]
-    wall_s: float
-    prefill_s: float | None
-    first_output_s: float
-    peak_memory_bytes: int | None
-    peak_memory_reason: str | None
-    passes: tuple[Passes, ...]
-    busy: Busy
-    is_stalled: bool
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Lane:
-    """One cell as it is timed. ``replica`` is 1 for the second copy of the baseline; ``ids`` are by call id.
-
-    ``decoder`` is set only during a round, see :func:`with_decoders`. ``watch`` and ``uncounted`` check that a call
-    does only what it reports. ``text_cost`` is None without a tokenizer.
-    """
-
-    cell: Cell
-    replica: int
-    model: TimedModel
-    decoder: Decoder | None
-    watch: Watch
-    uncounted: UncountedForwards
-    text_cost: TextCost | None
-    devices: Devices
-    ids: Mapping[str, tuple[tuple[int, ...], ...]]
-    seed: int
-
-    def prompts(self, call: Call, sample: int) -> list[Prompt]:
-        """The call's prompts; their seeds differ from ``sample`` to ``sample``, as between samples of an evaluation."""
-        prompts = []
-        for request, ids in zip(call.requests, self.ids[call.id], strict=True):
-            seed = derive_seed(self.seed, request.task, request.doc_id, 0, sample)
-            prompts.append(Prompt(id=document_prompt_id(request.task, request.doc_id), token_ids=ids, seed=seed))
-        return prompts
-
-    def time(self, call: Call, sample: int) -> Timing:
-        """Decode the call once, from prompt ids on the host to the last id on the host."""
-        prompts = self.prompts(call, sample)
-        eos_token_ids = () if call.ignore_eos else self.model.eos_token_ids
-        stop = call.stop if call.ignore_eos else stops_of(self.model, call.stop)
-        self.model.forget()
-        self.devices.forget_peak()
-        watch, decoder = self.watch, self.decoder
-        assert decoder is not None
-        with no_garbage_collection(), self.uncounted.noted(self.model):
-            look = watch.begin()
-            given = self._decoded(decoder, prompts, call.max_new_tokens, eos_token_ids, stop)
-            generations = finished(given, self.name)
-            wall_s, busy = watch.end(look, self.name)
-        peak_memory_bytes, reason = self.devices.peak_memory()
-        asked = call_request(self.model, self.name, call.max_new_tokens, eos_token_ids, stop)
-        self._check_count(call, generations)
-        check_answers(generations, prompts, asked)
-        self._check_passes(generations)
-        self._check_times(generations, wall_s)
-        lengths = [g.num_prompt_tokens + g.num_tokens + g.num_discarded_tokens for g in generations]
-        cost = self.text_cost
-        is_stalled = cost is not None and not watch.check_texts(look, cost, lengths, wall_s, self.name)
-        moments_s = (self.model.prefilled_at_s, self.model.extended_at_s)
-        prefill_s, extended_s = (None if moment is None else moment - look.started_s for moment in moments_s)
-        ends_s = [wall_s, *(g.finish_s for g in generations if g.finish_s is not None)]
-        return Timing(
-            generations=generations,
-            wall_s=wall_s,
-            prefill_s=prefill_s,
-            first_output_s=min([*ends_s, *([] if extended_s is None else [extended_s])]),
-            peak_memory_bytes=peak_memory_bytes,
-            peak_memory_reason=reason,
-            passes=self.model.passes,
-            busy=busy,
-            is_stalled=is_stalled,
-        )
-
-    def _decoded(
-        self,
-        decoder: Decoder,
-        prompts: list[Prompt],
-        max_new_tokens: int,
-        eos_token_ids: Sequence[int],
-        stop: Sequence[str],
-    ) -> object:
-        with generating(decoder, self.name, "--batch-sizes"):
-            return decoder.generate(prompts, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, stop=stop)
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return f"{self.cell.arm} {self.cell.decoder.label}, batch size {self.cell.workload.batch_size}"
-
-    def _check_count(self, call: Call, generations: Sequence[Generation]) -> None:
-        short = [g.num_tokens for g in generations if call.ignore_eos and g.num_tokens != call.max_new_tokens]
-        if short:
-            raise UserError(f"{self.name}: made {short[0]} tokens where exactly {call.max_new_tokens} were asked for")
-
-    def _check_passes(self, generations: Sequence[Generation]) -> None:
-        """ReportError if the model ran uncounted forwards, or others than reported."""
-        check_all_counted(self.uncounted.num, self.name)
-        if self.model.num_while_stopped:
-            raise ReportError(
-                f"{self.name}: ran {self.model.num_while_stopped} forwards while the clock stood for a text"
-            )
-        check_forwards(generations, self.model, self.name)
-        others = self.model.num_threads - {self.watch.num_threads}
-        if others:
-            raise ReportError(
-                f"{self.name}: ran forwards with {min(others)} CPU threads, and the plan has {self.watch.num_threads}"
-            )
-
-    def _check_times(self, generations: Sequence[Generation], wall_s: float) -> None:
-        """ReportError if an answer finished before its call started or after it ended; not checked if the call's own
-        time is impossible."""
-        for generation in generations if wall_s > 0 else ():
-            finish_s = generation.finish_s
-            if finish_s is not None and not -FINISH_S <= finish_s <= wall_s * (1 + FINISH_SHARE) + FINISH_S:
-                raise ReportError(
-                    f"{self.name}: prompt {generation.prompt_id!r}: finish_s is {finish_s:.6g}, and the call took "
-                    f"{wall_s:.6g} s"
-                )
-
-
-def make_one(timed: TimedModel, spec: DecoderSpec, clock: CallClock, watch: Watch) -> Decoder:
-    """A decoder of the spec for a timed model; it may read the clock. ReportError if it starts lasting threads."""
-    from twotower_eval.engine.decoders import from_spec
-
-    with watch.no_threads_left(f"decoder {spec.label}"):
-        return from_spec(timed, spec, clock=clock.reader())
-
-
-def make_lanes(
-    plan: SpeedPlan,
-    calls: Calls,
-    requests: Sequence[Request],
-    specs: Sequence[DecoderSpec],
-    models: tuple[Model, Model],
-    clock: CallClock,
-) -> dict[int, tuple[Lane, ...]]:
-    """Batch size -> lanes: the baseline, its copy, and every candidate. ``models`` are baseline and candidate."""
-    from twotower_eval.engine.decoders import decoder_spec
-
-    autoregressive = decoder_spec("autoregressive", temperature=float(plan.temperature or 0))
-    timed = [TimedModel(model, clock) for model in models]
-    watch, uncounted = Watch(clock), UncountedForwards(models)
-    texts = [
-        None if model.tokenizer is None else text_cost(model.tokenizer, model.vocab_size, clock.now) for model in models
-    ]
-    ids = [encode_calls(plan, calls, requests, model) for model in models]
-    arms: list[tuple[Arm, int, DecoderSpec]] = [("baseline", 0, autoregressive), ("baseline", 1, autoregressive)]
-    arms += [("candidate", 0, spec) for spec in specs]
-    lanes: dict[int, tuple[Lane, ...]] = {}
-    for size in plan.batch_sizes:
-        found: dict[tuple[str, int], Lane] = {}
-        for arm, replica, spec in arms:
-            which = 0 if arm == "baseline" else 1
-            cell = _cell(plan, calls[size], size, arm, models[which], spec)
-            lane = Lane(
-                cell=cell,
-                replica=replica,
-                model=timed[which],
-                decoder=make_one(timed[which], spec, clock, watch),
-                watch=watch,
-                uncounted=uncounted,
-                text_cost=texts[which],
-                devices=Devices(cell.checkpoint.devices),
-                ids=ids[which],
-                seed=plan.seed,
-            )
-            # An AR model timed against itself is one cell; its copy is the only other lane.
-            found.setdefault((cell.id, replica), lane)
-        lanes[size] = tuple(found.values())
-    return lanes
-
-
-def without_decoders(lanes: Mapping[int, tuple[Lane, ...]]) -> dict[int, tuple[Lane, ...]]:
-    """The lanes without decoders, between two rounds."""
-    return {size: tuple(replace(lane, decoder=None) for lane in of_size) for size, of_size in lanes.items()}
-
-
-def with_decoders(lanes: Mapping[int, tuple[Lane, ...]], clock: CallClock) -> dict[int, tuple[Lane, ...]]:
-    """The lanes, each with a new decoder: what a decoder keeps ends with its round."""
-
-    def renewed(lane: Lane) -> Lane:
-        return replace(lane, decoder=make_one(lane.model, lane.cell.decoder, clock, lane.watch))
-
-    return {size: tuple(renewed(lane) for lane in of_size) for size, of_size in lanes.items()}
-
-
-def _cell(plan: SpeedPlan, calls: Sequence[Call], size: int, arm: Arm, model: Model, spec: DecoderSpec) -> Cell:
-    workload = make_workload(plan, calls, size, len(model.checkpoint.devices))
-    extra = {"seed": plan.seed if (plan.temperature or 0) > 0 else None}
-    return make_cell(arm, model.checkpoint, spec, workload, extra)
