@@ -15,6 +15,7 @@ import typer
 
 from twotower_eval import cli, store
 from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan
+from twotower_eval.plan_fields import option_of
 from twotower_eval.records import RunManifest, to_json
 
 HEAVY = {"torch", "lm_eval", "pandas", "matplotlib", "transformers", "datasets", "numpy"}
@@ -200,7 +201,7 @@ def test_the_default_that_help_shows_is_the_plans(verb: str) -> None:
         option = options_of(verb)[field.name]
         [*_, shown] = re.findall(r"\[([^][]*)\]\.$", option.help) or [None]
         if field.default is None or field.default is False or field.default == "":
-            assert shown in ("the shipped miniature", "all", None) or " " in shown, field.name
+            assert shown == option_of(PLANS[verb], field.name)[0].unset, field.name
             continue
         if field.default is True:
             assert (shown, option.secondary_opts) == (field.name, [f"--no-{field.name}"])

@@ -87,6 +87,14 @@ def test_every_home_is_there() -> None:
         assert moved.homes_of(f"twotower_eval.{old}") == tuple(f"twotower_eval.{home}" for home in homes)
 
 
+@pytest.mark.parametrize("old", [old for old in moved.HOMES if old.partition(".")[0] in moved.HOMES and "." in old])
+def test_no_path_is_led_past_the_module_that_its_room_still_has(old: str) -> None:
+    """A module that got its file back was looked for in the one that had held it in between."""
+    room, _, module = old.partition(".")
+    kept = [f"twotower_eval.{home}.{module}" for home in moved.HOMES[room]]
+    assert not [name for name in kept if moved._is_there(name)]
+
+
 def test_an_old_path_is_not_loaded_by_who_only_asks_what_it_is() -> None:
     """Torch asks every module for its file while it is imported: the room was then loaded amid that, in a circle."""
     code = "import warnings; warnings.simplefilter('ignore'); from twotower_eval import harness; "

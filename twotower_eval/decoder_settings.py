@@ -161,12 +161,12 @@ def settings_from(given: object) -> dict[str, tuple[Value, ...]]:
 def check_given_once(settings: Mapping[str, object], given: Mapping[str, object]) -> None:
     """UserError for a parameter given both in ``set`` and as a field, and for a temperature or a trace in
     ``set``."""
+    if "trace" in settings:
+        raise UserError("trace changes no answer, so it makes no operating point: give --trace of `run`, not set")
     for field, param in SHORTHANDS.items():
         option = f"--{field.replace('_', '-')}"
         if param in settings and field == "temperature":
             raise UserError(f"temperature is the same for both arms and all operating points: give {option}, not set")
-        if "trace" in settings:
-            raise UserError("trace changes no answer, so it makes no operating point: give --trace of `run`, not set")
         if param in settings and field in given:
             raise UserError(f"{param} is given twice, by {option} (or {field} in a plan) and by set: drop one")
 
