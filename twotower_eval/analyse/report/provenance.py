@@ -190,14 +190,14 @@ def _steps(plan: JsonObject) -> str:
 
 
 def _flat(values: JsonObject) -> str:
-    """Nested facts on one line; one that the system does not give is "not told"."""
+    """Nested facts on one line; one that the system does not give is "unknown"."""
     parts = [f"{name.replace('_', ' ')} {_value(name, value)}" for name, value in values.items()]
     return escape("; ".join(parts)) or "none recorded"
 
 
 def _value(name: str, value: object) -> str:
     if value is None:
-        return "not told"
+        return "unknown"
     if name.endswith("_bytes") and isinstance(value, int):
         return f"{value / 2**30:.1f} GiB"
     if isinstance(value, Mapping) and "device" in value:
