@@ -161,7 +161,7 @@ BOUND = 2.0  # standard errors from the corrected correlation of rounds to the b
 BLOCK_BOUND = 0.5  # the same for blocks of rounds, whose correlation is less by itself
 LARGEST = 0.95  # correlation that is reckoned with: above it no number of rounds in one sitting is enough
 VOID_ROUNDS = 1  # that each of many launches may have lost while their rounds are still estimated as one series
-NUM_BLOCKS = 10  # at the least: of fewer blocks the correlation is no better known than that of rounds
+NUM_BLOCKS = 10  # minimum: of fewer blocks the correlation is no better known than that of rounds
 STILL = 1e-20  # sum of squares, on the log scale, below which rounds are equal but for rounding
 
 JUMPS_LEVEL = 0.1  # of the test for jumps between launches; the figures there were chosen by the same simulation

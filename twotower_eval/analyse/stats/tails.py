@@ -27,7 +27,7 @@ import numpy as np
 from twotower_eval.analyse.stats.intervals import Floats, binomial_upper_bound, t_quantile
 
 TAIL_SHARE = 0.1  # of the calls, the longest, that tell how heavy the tail is
-LEAST_TAIL = 4  # calls in it at the least
+LEAST_TAIL = 4  # minimum number of calls in it
 LEAST_CALLS = 20  # of fewer, the longest four are no tail
 HEAVY, LIGHT = 2.0, 2.5  # tail indices: up to the first the tail counts in full, from the second on not at all
 DEAREST_PASS = 2.0  # steps of the baseline that a pass which commits one token may take
@@ -56,7 +56,7 @@ class Documents:
         arrays = [self.baseline_tokens, self.candidate_tokens]
         arrays += [] if self.weights is None else [self.weights]
         if any(array.shape != self.baseline_tokens.shape or array.ndim != 1 for array in arrays) or not arrays[0].size:
-            raise ValueError("lengths of all documents: both arms need the same documents, one at the least")
+            raise ValueError("lengths of all documents: both arms need the same documents, at least one")
         if not all(np.isfinite(array).all() for array in arrays) or min(array.min() for array in arrays) < 0:
             raise ValueError("lengths of all documents: tokens must be finite and at least 0")
 
