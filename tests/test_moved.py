@@ -101,3 +101,14 @@ def test_an_old_path_is_not_loaded_by_who_only_asks_what_it_is() -> None:
     code += "import sys; print(hasattr(harness, '__file__'), 'twotower_eval.measure.harness' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False False\n"
+
+
+def test_a_function_of_the_package_stays_where_an_old_room_had_its_name() -> None:
+    """`twotower_eval.report` was a room and is a verb: importing the room put it over the verb."""
+    code = (
+        "import warnings; warnings.simplefilter('ignore'); import twotower_eval as tt; "
+        "from twotower_eval.report import Section; import twotower_eval.verify; "
+        "from twotower_eval import api; print(tt.report is api.report, tt.verify is api.verify)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True True\n"

@@ -4,9 +4,10 @@ Names are resolved on first use, so that importing this package costs nothing an
 """
 
 import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-from twotower_eval.moved import MovedFinder
+from twotower_eval.moved import MovedFinder, Room
 from twotower_eval.version import __version__
 
 if TYPE_CHECKING:
@@ -99,5 +100,14 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+class _Package(ModuleType):
+    """Importing an old path, ``twotower_eval.report``, puts that room into its package; never over a function."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, Room)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 if not any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
     sys.meta_path.append(MovedFinder())

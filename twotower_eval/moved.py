@@ -172,12 +172,8 @@ class _Forwarding(Loader):
             raise AttributeError(f"module {old!r} has no attribute {name!r}")
 
         module.__dict__["__getattr__"] = look_up
-        module.__class__ = _Room
+        module.__class__ = Room
 
 
-class _Room(ModuleType):
-    """A room under its old name. Importing it puts it where the package may have a function of that name, as in
-    ``twotower_eval.report(run)``, so that calling it calls that."""
-
-    def __call__(self, *given: object, **named: object) -> object:
-        return getattr(importlib.import_module(f"{PACKAGE}api"), self.__name__.removeprefix(PACKAGE))(*given, **named)
+class Room(ModuleType):
+    """A room under its old path."""
