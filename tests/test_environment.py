@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,15 @@ def test_commit_and_dirty_are_those_of_this_checkout_only(tmp_path: Path, monkey
     inner.mkdir(parents=True)
     monkeypatch.setattr(environment, "__file__", str(inner / "environment.py"))
     assert environment.git_state() == (None, None)
+
+
+def test_a_report_multiplies_on_one_thread_unless_told_otherwise() -> None:
+    """Products of a report are small: a second thread of OpenBLAS doubled its processor time by spinning."""
+    code = "import os; from twotower_eval import cli; cli.main(['report', 'nowhere']); "
+    code += "print(os.environ['OPENBLAS_NUM_THREADS'])"
+    unset = {key: value for key, value in os.environ.items() if key != "OPENBLAS_NUM_THREADS"}
+    for given, threads in (({}, "1"), ({"OPENBLAS_NUM_THREADS": "2"}, "2")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**unset, **given}
+        )
+        assert done.stdout.split()[-1] == threads

@@ -10,6 +10,7 @@ import typer
 from twotower_eval.cli.options import REPORTS, RESULTS, option
 from twotower_eval.cli.runs import EXIT_INTERRUPTED, chosen
 from twotower_eval.errors import UserError
+from twotower_eval.store.environment import read_on_one_thread
 
 
 def report(
@@ -42,6 +43,7 @@ def report(
     """Verb ``report``."""
     if format not in (None, "csv"):
         raise UserError(f"--format can be csv, not {format!r}: Markdown is always written, --html adds HTML")
+    read_on_one_thread()
     from twotower_eval import api
 
     named = chosen(runs, results, count_others=True)
@@ -76,6 +78,7 @@ def check(
     results: Annotated[Path, option("Parent folder of run folders [results].", metavar="DIR")] = RESULTS,
 ) -> None:
     """Verb ``claims check``."""
+    read_on_one_thread()
     from twotower_eval import api
 
     selected = api.claims_of(file, claim or ())  # a mistake in them is an error before any run is looked for

@@ -58,6 +58,7 @@ PACKAGES = (
 )
 GIT_TIMEOUT_S = 10.0
 WAIT_POLICY = "OMP_WAIT_POLICY"
+BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 
 
 def new_manifest(
@@ -109,6 +110,13 @@ def let_threads_sleep() -> None:
     times slower where cores are shared. Torch reads it as it loads, so nothing is changed after that."""
     if "torch" not in sys.modules:
         os.environ.setdefault(WAIT_POLICY, "PASSIVE")
+
+
+def read_on_one_thread() -> None:
+    """Have numpy multiply on one thread, unless ``OPENBLAS_NUM_THREADS`` says otherwise: the products of a report are
+    small, and more threads only spin. Numpy reads it as it loads, so nothing is changed after that."""
+    if "numpy" not in sys.modules:
+        os.environ.setdefault(BLAS_THREADS, "1")
 
 
 def package_versions() -> dict[str, str]:
