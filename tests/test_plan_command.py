@@ -21,6 +21,8 @@ DECODING: dict[str, Any] = {
     "family": "package.module:load",
     "baseline": "o'hara/gpt2",
     "baseline_family": "transformers",
+    "baseline_decoder": "tests.two_parameters:Impatient",
+    "baseline_set": {"patience": (3,), "choice": ("second",)},
     "tasks": ("miniature", "-miniature_sort"),
     "decoder": "tests.two_parameters:Impatient",
     "block_sizes": (8, 32),

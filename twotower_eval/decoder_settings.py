@@ -26,6 +26,7 @@ SHORTHANDS = {
     "thresholds": "threshold",
     "temperature": "temperature",
 }  # shorthand fields of plans -> the parameters that they set
+BASELINE_DECODER = "autoregressive"
 AUTO = "auto"  # of steps: the block size
 BEFORE: Mapping[str, tuple[Any, ...]] = {"block_sizes": (16,), "steps": (AUTO,), "thresholds": (0.8,)}
 HAVE_BEFORE = ("block_diffusion", "reference")  # decoders whose own defaults these are
@@ -57,6 +58,17 @@ class Decoding(Protocol):
     def set(self) -> Settings | None: ...
 
 
+class DecodesBaseline(Protocol):
+    """The fields of a plan that say how its baseline is decoded."""
+
+    @property
+    def baseline_decoder(self) -> str | None: ...
+    @property
+    def baseline_set(self) -> Settings | None: ...
+    @property
+    def temperature(self) -> float | None: ...
+
+
 def cross_decoders(plan: Decoding) -> tuple[DecoderSpec, ...]:
     """All decoder settings of the plan, crossed, duplicates once.
 
@@ -73,6 +85,21 @@ def cross_decoders(plan: Decoding) -> tuple[DecoderSpec, ...]:
         key = tuple((name, isinstance(value, bool), value) for name, value in spec.params.items())  # 1 is not True
         specs.setdefault(key, spec)
     return tuple(specs.values())
+
+
+def baseline_spec(plan: DecodesBaseline) -> DecoderSpec:
+    """The decoder of a plan's baseline, at the temperature of both arms.
+
+    UserError for whatever is given and that decoder does not have.
+    """
+    kind = plan.baseline_decoder or BASELINE_DECODER
+    given = {name: values[0] for name, values in _checked(kind, plan.baseline_set or {}, "baseline_set").items()}
+    temperature = float(plan.temperature or 0)
+    if "temperature" in _names(kind):
+        given["temperature"] = temperature
+    elif temperature:
+        raise UserError(f"decoder {kind!r} has no temperature: drop it, or change --baseline-decoder")
+    return _spec(kind, given)
 
 
 def _shorthands(plan: Decoding, names: Sequence[str]) -> dict[str, tuple[Value, ...]]:
@@ -141,20 +168,34 @@ def as_tuple(value: object) -> tuple[object, ...]:
     return held if isinstance(held, tuple) else (held,)
 
 
-def settings_from(given: object) -> dict[str, tuple[Value, ...]]:
+def settings_from(given: object, field: str = "set") -> dict[str, tuple[Value, ...]]:
     """``set`` as a plan holds it: each parameter with a tuple of its values; a single value may stand alone."""
     if not isinstance(given, Mapping):
-        raise UserError(f"set must be a table of a decoder's parameters, not {given!r}")
+        raise UserError(f"{field} must be a table of a decoder's parameters, not {given!r}")
     found: dict[str, tuple[Value, ...]] = {}
     for name, value in given.items():
-        values = check_value(f"set.{name}", tuple[Value, ...], as_tuple(value))
+        values = check_value(f"{field}.{name}", tuple[Value, ...], as_tuple(value))
         found[str(name)] = cast(tuple[Value, ...], values)
     for name, values in found.items():
         if not values:
-            raise UserError(f"set.{name} is empty: name at least one value")
+            raise UserError(f"{field}.{name} is empty: name at least one value")
         written = [_text(value) for value in values]  # 1.0 is 1 there
         if twice := sorted({one for one in written if written.count(one) > 1}):
-            raise UserError(f"set.{name} names {', '.join(twice)} twice")
+            raise UserError(f"{field}.{name} names {', '.join(twice)} twice")
+    return found
+
+
+def one_value_each(given: object) -> dict[str, tuple[Value, ...]]:
+    """``baseline_set`` as a plan holds it: a baseline is one operating point, so each parameter has one value."""
+    found = settings_from(given, "baseline_set")
+    for name, values in found.items():
+        if len(values) > 1:
+            named = ", ".join(map(_text, values))
+            raise UserError(f"baseline_set.{name} names {named}: a baseline has one value of each parameter")
+        if name == "temperature":
+            raise UserError("temperature is the same for both arms: give --temperature, not baseline_set")
+        if name == "trace":
+            raise UserError("trace changes no answer, so it makes no operating point: drop it from baseline_set")
     return found
 
 
@@ -203,7 +244,9 @@ def _values(item: str, text: str) -> tuple[str, ...]:
     return tuple(values)
 
 
-def typed_settings(kind: str, given: Mapping[str, Sequence[str]]) -> dict[str, tuple[Value, ...]]:
+def typed_settings(
+    kind: str, given: Mapping[str, Sequence[str]], option: str = "--set"
+) -> dict[str, tuple[Value, ...]]:
     """The result of :func:`parse_set` with each text converted to the type of its parameter; UserError if it does not
     fit.
 
@@ -212,7 +255,9 @@ def typed_settings(kind: str, given: Mapping[str, Sequence[str]]) -> dict[str, t
     """
     hints = _hints(kind)
     _check_known(kind, given, hints)
-    return {name: tuple(_typed(name, hints[name], text) for text in texts) for name, texts in given.items()}
+    return {
+        name: tuple(_typed(f"{option} {name}", hints[name], text) for text in texts) for name, texts in given.items()
+    }
 
 
 def set_text(name: str, values: Sequence[object]) -> str:
@@ -263,12 +308,12 @@ def _check_known(kind: str, names: Mapping[str, object], hints: Mapping[str, obj
             raise UserError(f"decoder {kind!r} has no parameter {name!r} to set{did_you_mean(name, hints)}")
 
 
-def _checked(kind: str, settings: Settings) -> dict[str, tuple[Value, ...]]:
+def _checked(kind: str, settings: Settings, field: str = "set") -> dict[str, tuple[Value, ...]]:
     hints = _hints(kind)
     _check_known(kind, settings, hints)
     found = {}
     for name, values in settings.items():
-        found[name] = tuple(_held(f"set.{name}", hints[name], value) for value in values)
+        found[name] = tuple(_held(f"{field}.{name}", hints[name], value) for value in values)
     return found
 
 
@@ -281,17 +326,17 @@ def _held(name: str, hint: object, value: Value) -> Value:
 
 
 def _typed(name: str, hint: object, text: str) -> Value:
-    """A text converted to a parameter's type; UserError says what was expected."""
+    """A text converted to a parameter's type; UserError says what was expected, and of which ``name``."""
     if not isinstance(text, Bare):
         with contextlib.suppress(UserError):  # it may be meant as something else
-            return _held(f"--set {name}", hint, text)
+            return _held(name, hint, text)
     bare = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
     either = typing.get_origin(bare) in (typing.Union, types.UnionType)
     for one in typing.get_args(bare) if either else (bare,):
         found = _read(one, text)
         if found:
-            return _held(f"--set {name}", hint, found[0])
-    return _held(f"--set {name}", hint, str(text))
+            return _held(name, hint, found[0])
+    return _held(name, hint, str(text))
 
 
 def _read(kind: object, text: str) -> tuple[Value, ...]:

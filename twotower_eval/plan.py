@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from twotower_eval.decoder_settings import SHORTHANDS, check_given_once, settings_from
+from twotower_eval.decoder_settings import SHORTHANDS, check_given_once, one_value_each, settings_from
 from twotower_eval.decoder_settings import cross_decoders as cross_decoders
 from twotower_eval.errors import UserError
 from twotower_eval.names import did_you_mean, nearest
 from twotower_eval.plan_fields import (
     AllSteps,
     Baseline,
+    BaselineDecoder,
     BaselineFamily,
+    BaselineSet,
     BlockSizes,
     CudaGraphs,
     DataDir,
@@ -75,6 +77,8 @@ class RunPlan:
     ``model`` is a checkpoint folder, ``None`` the shipped miniature. ``baseline`` is a checkpoint folder, a Hugging
     Face model folder, ``miniature``, or ``context-tower``: the context tower of ``model`` decoded autoregressively.
     ``family`` reads the model and ``baseline_family`` a baseline's folder, by default what their config.json says.
+    ``baseline_decoder`` decodes the baseline, by default one token at a time; ``baseline_set`` gives one value to any
+    of its parameters.
     Block sizes, steps, thresholds and then the parameters of ``set`` are crossed; steps ``auto`` means the block size.
     Those that are ``None`` are the decoder's own defaults.
     ``set`` reaches any parameter of the decoder, in TOML as a table: ``set = { width = [4, 8] }``. ``temperature``,
@@ -86,6 +90,8 @@ class RunPlan:
     family: Family = field(default=None, metadata=LEFT_OUT)
     baseline: Baseline = CONTEXT_TOWER
     baseline_family: BaselineFamily = field(default=None, metadata=LEFT_OUT)
+    baseline_decoder: BaselineDecoder = field(default=None, metadata=LEFT_OUT)
+    baseline_set: BaselineSet = field(default=None, metadata=LEFT_OUT)
     tasks: Tasks = ("miniature",)
     decoder: DecoderKind = "block_diffusion"
     block_sizes: BlockSizes = None
@@ -138,6 +144,8 @@ class SpeedPlan:
     family: Family = field(default=None, metadata=LEFT_OUT)
     baseline: Baseline = CONTEXT_TOWER
     baseline_family: BaselineFamily = field(default=None, metadata=LEFT_OUT)
+    baseline_decoder: BaselineDecoder = field(default=None, metadata=LEFT_OUT)
+    baseline_set: BaselineSet = field(default=None, metadata=LEFT_OUT)
     tasks: Tasks = ("miniature",)
     decoder: DecoderKind = "block_diffusion"
     block_sizes: BlockSizes = None
@@ -308,10 +316,12 @@ def _by_field(cls: type, values: JsonObject) -> dict[str, object]:
 
 
 def merge(plan: P, overrides: JsonObject) -> P:
-    """``plan`` with every override put in its place, of ``set`` parameter by parameter; checked like any plan."""
+    """``plan`` with every override put in its place, of ``set`` and ``baseline_set`` parameter by parameter; checked
+    like any plan."""
     given = _by_field(type(plan), overrides)
-    if isinstance(settings := given.get("set"), Mapping):
-        given["set"] = {**(getattr(plan, "set", None) or {}), **settings}
+    for name in ("set", "baseline_set"):
+        if isinstance(settings := given.get(name), Mapping):
+            given[name] = {**(getattr(plan, name, None) or {}), **settings}
     held = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
     return plan_from_json(type(plan), held | given)
 
@@ -340,12 +350,14 @@ def check_checkpoints(plan: Plan | VerifyPlan) -> None:
 
 
 def _hold_settings(plan: Plan) -> None:
-    """``set`` with a tuple for each parameter; UserError for one that a field off its default says, too."""
-    if plan.set is None:
-        return
-    settings = settings_from(plan.set)
-    object.__setattr__(plan, "set", settings or None)
-    check_given_once(settings, {name: True for name in SHORTHANDS if getattr(plan, name) is not None})
+    """``set`` and ``baseline_set`` with a tuple for each parameter; UserError for one that a field off its default
+    says, too."""
+    if plan.set is not None:
+        settings = settings_from(plan.set)
+        object.__setattr__(plan, "set", settings or None)
+        check_given_once(settings, {name: True for name in SHORTHANDS if getattr(plan, name) is not None})
+    if plan.baseline_set is not None:
+        object.__setattr__(plan, "baseline_set", one_value_each(plan.baseline_set) or None)
 
 
 def _check_arms(plan: Plan) -> None:

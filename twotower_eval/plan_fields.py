@@ -74,6 +74,14 @@ Further = Annotated[
     Settings | None,
     Option(help="Any parameter of the decoder, crossed; one --set for each", metavar="NAME=V,V"),
 ]
+BaselineDecoder = Annotated[
+    str | None,
+    Option(help="The baseline's decoder, or package.module:Class", metavar="KIND", unset="autoregressive"),
+]
+BaselineSet = Annotated[
+    Settings | None,
+    Option(help="Any parameter of the baseline's decoder; one --baseline-set for each", metavar="NAME=V"),
+]
 MinSeconds = Annotated[float, Option(help="Minimum seconds of rounds", metavar="S")]
 WarmupRounds = Annotated[int, Option(help="Warm-up rounds: recorded, not reported", metavar="R")]
 Threads = Annotated[int | None, Option(help="CPU threads", metavar="N", unset="torch's own choice")]

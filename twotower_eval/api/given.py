@@ -15,7 +15,13 @@ from typing import TypeVar, cast
 
 from twotower_eval import store
 from twotower_eval.api.runs import Run
-from twotower_eval.decoder_settings import as_tuple, check_given_once, given_settings, typed_settings
+from twotower_eval.decoder_settings import (
+    BASELINE_DECODER,
+    as_tuple,
+    check_given_once,
+    given_settings,
+    typed_settings,
+)
 from twotower_eval.errors import UserError
 from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, load_plan, merge, plan_from_json
 from twotower_eval.plan_fields import list_fields
@@ -77,6 +83,10 @@ def plan_of(cls: type[P], plan: P | PathText | None, resumed: Path | None, given
         check_given_once(settings, values)
         kind = values.get("decoder") or getattr(base or cls, "decoder", "")
         values["set"] = {**settings, **typed_settings(str(kind), _texts(settings))}
+    if isinstance(settings := values.get("baseline_set"), Mapping):
+        kind = values.get("baseline_decoder") or getattr(base, "baseline_decoder", None) or BASELINE_DECODER
+        typed = typed_settings(str(kind), _texts(settings), "--baseline-set")
+        values["baseline_set"] = {**settings, **typed}
     return plan_from_json(cls, values) if base is None else merge(base, values)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower_eval import store
-from twotower_eval.decoder_settings import block_sizes, cross_decoders
+from twotower_eval.decoder_settings import baseline_spec, block_sizes, cross_decoders
 from twotower_eval.engine.models.protocol import Model, text_codec
 from twotower_eval.engine.scorers import Scorer
 from twotower_eval.errors import UserError
@@ -107,6 +107,7 @@ def prepare(plan: RunPlan) -> Prepared:
     decoding = settle(tasks, temperature=plan.temperature, samples=plan.samples)
     held = dataclasses.replace(plan, temperature=decoding.temperature)
     specs = cross_decoders(held)
+    baseline_spec(held)  # a slip in it is found before weights are loaded
     check_scorers(plan, tasks)
     baseline, candidate = arms = load_models(plan)
     use_graphs(plan, tasks, arms)
@@ -210,11 +211,10 @@ def make_jobs(
 
     UserError if a model cannot score in the requested way.
     """
-    from twotower_eval.engine.decoders import decoder_spec, from_spec
+    from twotower_eval.engine.decoders import from_spec
     from twotower_eval.engine.models.identity import causal_identity
 
-    autoregressive = decoder_spec("autoregressive", temperature=float(plan.temperature or 0))
-    arms: list[tuple[Arm, Model, DecoderSpec]] = [("baseline", baseline, autoregressive)]
+    arms: list[tuple[Arm, Model, DecoderSpec]] = [("baseline", baseline, baseline_spec(plan))]
     arms += [("candidate", candidate, spec) for spec in specs]
     shared = plan.likelihood == "context_tower" and _equal_context(baseline, candidate)
     jobs: dict[str, Job] = {}

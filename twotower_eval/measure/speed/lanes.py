@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from twotower_eval.decoder_settings import baseline_spec
 from twotower_eval.engine.decoders import Decoder
 from twotower_eval.engine.decoders.reported import (
     ReportError,
@@ -189,16 +190,14 @@ def make_lanes(
     clock: CallClock,
 ) -> dict[int, tuple[Lane, ...]]:
     """Batch size -> lanes: the baseline, its copy, and every candidate. ``models`` are baseline and candidate."""
-    from twotower_eval.engine.decoders import decoder_spec
-
-    autoregressive = decoder_spec("autoregressive", temperature=float(plan.temperature or 0))
+    own = baseline_spec(plan)
     timed = [TimedModel(model, clock) for model in models]
     watch, uncounted = Watch(clock), UncountedForwards(models)
     texts = [
         None if model.tokenizer is None else text_cost(model.tokenizer, model.vocab_size, clock.now) for model in models
     ]
     ids = [encode_calls(plan, calls, requests, model) for model in models]
-    arms: list[tuple[Arm, int, DecoderSpec]] = [("baseline", 0, autoregressive), ("baseline", 1, autoregressive)]
+    arms: list[tuple[Arm, int, DecoderSpec]] = [("baseline", 0, own), ("baseline", 1, own)]
     arms += [("candidate", 0, spec) for spec in specs]
     lanes: dict[int, tuple[Lane, ...]] = {}
     for size in plan.batch_sizes:

@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from twotower_eval import store
-from twotower_eval.decoder_settings import cross_decoders
+from twotower_eval.decoder_settings import baseline_spec, cross_decoders
 from twotower_eval.engine.models.protocol import Model
 from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.clock import CallClock, Devices, torch_threads
@@ -85,6 +85,7 @@ def run_launch(
     progress = progress or SilentProgress()
     held = dataclasses.replace(plan, temperature=temperature if plan.temperature is None else plan.temperature)
     specs = cross_decoders(held)
+    baseline_spec(held)  # a slip in it is found before weights are loaded
     calls = make_calls(plan, requests)
     if plan.cuda_graphs:
         refuse_uneven(plan.batch_sizes, _block_sizes(specs))
