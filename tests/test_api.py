@@ -21,7 +21,7 @@ from twotower_eval import api, cli, store
 from twotower_eval.analyse import report as report_room
 from twotower_eval.analyse.claims import load_claims
 from twotower_eval.api.given import plan_of
-from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, model_folder
+from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, model_source
 from twotower_eval.records import to_json
 
 SMALL: dict[str, Any] = {"tasks": ["miniature_sort", "miniature_choice"], "limit": 2, "max_new_tokens": 6}
@@ -69,9 +69,9 @@ def test_lists_tuples_and_single_values_are_one_plan(listed: Any) -> None:
 
 
 def test_the_shipped_pair_is_named_miniature(tmp_path: Path) -> None:
-    pair = model_folder(RunPlan())
-    assert model_folder(plan_of(RunPlan, None, None, {"model": "miniature"})) == pair
-    assert model_folder(plan_of(RunPlan, RunPlan(model="mine"), None, {"model": "miniature"})) == pair
+    pair = model_source(RunPlan())
+    assert model_source(plan_of(RunPlan, None, None, {"model": "miniature"})) == pair
+    assert model_source(plan_of(RunPlan, RunPlan(model="mine"), None, {"model": "miniature"})) == pair
     assert plan_of(RunPlan, None, None, {"model": tmp_path}) == RunPlan(model=str(tmp_path))
 
 

@@ -18,7 +18,7 @@ HALVES = {"engine", "measure", "analyse"}
 ENGINE = {"models", "decoders"}
 
 # Everyone may import these: they know nothing of the rest.
-COMMON = {"version", "errors", "records", "names", "strict", "resources", "plugin_calls"}
+COMMON = {"version", "errors", "records", "names", "strict", "resources", "sources", "plugin_calls"}
 # Room -> further rooms of this package that it may import, directly and anywhere in its files.
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"models", "decoders", "scorers", "moved", "api", "plan"},
@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "strict": set(),
     "progress": set(),
     "resources": set(),
+    "sources": set(),
     "rules": set(),
     "decoder_settings": {"decoders"},
     "plan_fields": {"decoder_settings"},

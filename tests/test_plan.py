@@ -14,10 +14,10 @@ from twotower_eval.names import resolve
 from twotower_eval.plan import (
     RunPlan,
     SpeedPlan,
-    baseline_folder,
+    baseline_source,
     load_plan,
     merge,
-    model_folder,
+    model_source,
     plan_from_json,
 )
 from twotower_eval.records import to_json
@@ -193,6 +193,6 @@ def test_the_miniature_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.Monk
     """Unless a folder here is called so."""
     monkeypatch.chdir(tmp_path)
     plan = RunPlan(model="miniature", baseline="miniature")
-    assert model_folder(plan) == baseline_folder(plan) == model_folder(RunPlan())
+    assert model_source(plan) == baseline_source(plan) == model_source(RunPlan())
     (tmp_path / "miniature").mkdir()
-    assert model_folder(plan) == Path("miniature") != model_folder(RunPlan())
+    assert model_source(plan).folder == Path("miniature") != model_source(RunPlan()).folder

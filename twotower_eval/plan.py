@@ -45,7 +45,8 @@ from twotower_eval.plan_fields import (
     option_of,
 )
 from twotower_eval.records import LEFT_OUT, LikelihoodKind, sizing_config
-from twotower_eval.resources import checkpoint_folder, data_path, read_toml, refuse_no_checkpoint
+from twotower_eval.resources import read_toml
+from twotower_eval.sources import SHIPPED_PAIR, Source, located, read_source
 from twotower_eval.strict import JsonObject
 
 CONTEXT_TOWER = "context-tower"
@@ -326,27 +327,27 @@ def merge(plan: P, overrides: JsonObject) -> P:
     return plan_from_json(type(plan), held | given)
 
 
-def model_folder(plan: Plan | VerifyPlan) -> Path:
-    """The checkpoint that a plan is about: the shipped miniature pair unless it names another."""
-    return data_path("miniature", "pair") if plan.model is None else checkpoint_folder(plan.model)
+def model_source(plan: Plan | VerifyPlan) -> Source:
+    """The model that a plan is about: the shipped miniature pair unless it names another."""
+    return read_source(SHIPPED_PAIR if plan.model is None else plan.model)
 
 
-def baseline_folder(plan: RunPlan | SpeedPlan) -> Path | None:
-    """The baseline's checkpoint; None where it is the candidate's own context tower."""
-    return None if plan.baseline == CONTEXT_TOWER else checkpoint_folder(plan.baseline)
+def baseline_source(plan: Plan) -> Source | None:
+    """The baseline's model; None where it is the candidate's own context tower."""
+    return None if plan.baseline == CONTEXT_TOWER else read_source(plan.baseline)
 
 
-def arm_folders(plan: Plan) -> tuple[tuple[Path | None, str | None], ...]:
-    """The checkpoint of each arm, candidate first, with the family that the plan chooses for it."""
-    return (model_folder(plan), plan.family), (baseline_folder(plan), plan.baseline_family)
+def arm_sources(plan: Plan) -> tuple[tuple[Source | None, str | None], ...]:
+    """The model of each arm, candidate first, with the family that the plan chooses for it."""
+    return (model_source(plan), plan.family), (baseline_source(plan), plan.baseline_family)
 
 
 def check_checkpoints(plan: Plan | VerifyPlan) -> None:
     """UserError, before anything heavy is imported, for checkpoints of a plan that are not there."""
-    arms = ((model_folder(plan), plan.family),) if isinstance(plan, VerifyPlan) else arm_folders(plan)
-    for folder, family in arms:
-        if folder is not None:
-            refuse_no_checkpoint(folder, needs_config=family is None)
+    arms = ((model_source(plan), plan.family),) if isinstance(plan, VerifyPlan) else arm_sources(plan)
+    for source, family in arms:
+        if source is not None:
+            located(source, needs_config=family is None)
 
 
 def _hold_settings(plan: Plan) -> None:

@@ -24,22 +24,6 @@ def data_path(*parts: str) -> Path:
     return (shipped if shipped.is_dir() else package.parent / "tasks").joinpath(*parts[1:])
 
 
-def checkpoint_folder(name: str) -> Path:
-    """A checkpoint's folder by its path, or the shipped pair's by its name: unless a folder here is called like it."""
-    is_shipped = name == SHIPPED and not Path(name).is_dir()
-    return data_path("miniature", "pair") if is_shipped else Path(name)
-
-
-def refuse_no_checkpoint(folder: Path, *, needs_config: bool = True) -> None:
-    """UserError where ``folder`` cannot be a checkpoint; ``needs_config``: its config.json says how it is read."""
-    if not folder.is_dir():
-        if folder.is_absolute() or folder.exists() or len(folder.parts) > 2 or folder.parts[:1] == ("..",):
-            raise UserError(f"{folder}: no such checkpoint folder")
-        raise UserError(f"{folder} is no folder here; hub names are not downloaded: give the folder of a checkpoint")
-    if needs_config and not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no checkpoint folder: it has no config.json")
-
-
 def read_toml(path: Path, what: str) -> dict[str, object]:
     """The values of a TOML file; a missing or broken one is a UserError that says what it was read as."""
     try:

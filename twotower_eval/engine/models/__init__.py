@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from twotower_eval.engine.plugin_source import plugin_code
 from twotower_eval.errors import FileError, UserError
 from twotower_eval.names import Seam, resolve
 from twotower_eval.plugin_calls import PluginError, calls_in
-from twotower_eval.resources import checkpoint_folder, refuse_no_checkpoint
+from twotower_eval.sources import GivenModel, Source, located, read_source
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +26,7 @@ SEAM = Seam(what="model family", form="package.module:load", shipped=FAMILIES)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def family_of(path: str | Path) -> str:
+def family_of(path: GivenModel) -> str:
     """The family of a checkpoint folder, by its config.json: ours, a registered one for its ``model_type``, else
     ``transformers``.
 
@@ -36,7 +34,7 @@ def family_of(path: str | Path) -> str:
     """
     from twotower_eval.engine.models.checkpoint import read_json
 
-    kind = read_json(_existing(path) / "config.json").get("model_type")
+    kind = read_json(_existing(path).files / "config.json").get("model_type")
     if kind in FAMILIES and kind != "transformers":
         return str(kind)
     if kind not in SEAM.registered():
@@ -52,15 +50,15 @@ def family_of(path: str | Path) -> str:
 
 
 @contextmanager
-def family_calls(*arms: tuple[str | Path | None, str | None]) -> Iterator[None]:
-    """Around work with these checkpoint folders, each with the family that was chosen for it (None: what its
-    config.json says): PluginError, in one line that says where, for what the code of a user's own family raises.
+def family_calls(*arms: tuple[GivenModel | None, str | None]) -> Iterator[None]:
+    """Around work with these models, each with the family that was chosen for it (None: what its config.json says):
+    PluginError, in one line that says where, for what the code of a user's own family raises.
 
-    An arm without a folder has no checkpoint of its own. UserError where a folder's family cannot be told.
+    An arm that is None has no checkpoint of its own. UserError where a model's family cannot be told.
     """
     import torch
 
-    families = [family or family_of(folder) for folder, family in arms if folder is not None]
+    families = [family or family_of(model) for model, family in arms if model is not None]
     with ExitStack() as stack:
         for family in dict.fromkeys(families):
             module = SEAM.place(family).partition(":")[0]
@@ -68,12 +66,8 @@ def family_calls(*arms: tuple[str | Path | None, str | None]) -> Iterator[None]:
         yield
 
 
-def _existing(path: str | Path) -> Path:
-    if not isinstance(path, str | os.PathLike):
-        raise UserError(f"{path!r} is no checkpoint folder: give its path")
-    folder = checkpoint_folder(os.fspath(path))
-    refuse_no_checkpoint(folder, needs_config=False)
-    return folder
+def _existing(given: GivenModel) -> Source:
+    return located(read_source(given), needs_config=False)
 
 
 def check_device(name: str) -> None:
@@ -88,7 +82,7 @@ def check_device(name: str) -> None:
 
 
 def load_model(
-    path: str | Path,
+    path: GivenModel,
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
@@ -107,11 +101,12 @@ def load_model(
 
     from twotower_eval.engine.models.identity import file_digests, folder_settings
 
-    folder = _existing(path)
+    source = _existing(path)
+    folder = source.files
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
-    refuse_no_checkpoint(folder, needs_config=family is None)
+    located(source, needs_config=family is None)
     if family is None:
         family = family_of(folder)
     found_at = SEAM.place(family)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from twotower_eval.engine import models
@@ -12,14 +11,15 @@ from twotower_eval.engine.models.graphs import StepGraphs, num_sizes, stepped, u
 from twotower_eval.engine.models.protocol import Model, has_denoiser
 from twotower_eval.errors import UserError
 from twotower_eval.records import Ways
+from twotower_eval.sources import GivenModel, read_source
 
 if TYPE_CHECKING:
     from twotower_eval.engine.models.transformers_model import TransformersModel
 
 
 def load_arms(
-    model: Path,
-    baseline: Path | None,
+    model: GivenModel,
+    baseline: GivenModel | None,
     *,
     dtype: str,
     devices: Sequence[str],
@@ -38,13 +38,13 @@ def load_arms(
     candidate = models.load_model(model, dtype=dtype, devices=devices, family=family)
     if baseline is None:
         return context_tower(candidate), candidate
-    if baseline.resolve() == model.resolve() and _read_alike(model, family, baseline_family):
+    if read_source(baseline).place == read_source(model).place and _read_alike(model, family, baseline_family):
         return candidate, candidate
     return models.load_model(baseline, dtype=dtype, devices=devices[:1], family=baseline_family), candidate
 
 
-def _read_alike(folder: Path, *families: str | None) -> bool:
-    return len({models.family_of(folder) if family is None else family for family in families}) == 1
+def _read_alike(model: GivenModel, *families: str | None) -> bool:
+    return len({models.family_of(model) if family is None else family for family in families}) == 1
 
 
 def prove_arms(arms: Sequence[Model], longest: Callable[[Model], int]) -> tuple[Ways, ...]:
@@ -60,13 +60,14 @@ def prove_arms(arms: Sequence[Model], longest: Callable[[Model], int]) -> tuple[
     return tuple(prove_up_to(cast("TransformersModel", model), longest(model)) for model in models_of.values())
 
 
-def _refuse_without_graphs(families: Mapping[Path, str | None]) -> None:
+def _refuse_without_graphs(families: Mapping[GivenModel, str | None]) -> None:
     """UserError if one arm cannot use graphs: graphs in one arm alone would handicap the other."""
-    for folder, named in families.items():
-        family = named or models.family_of(folder)
+    for model, named in families.items():
+        family = named or models.family_of(model)
         if family != "nemotron_h":
+            name = read_source(model).name
             raise UserError(
-                f"checkpoint {folder.name} is of family {family}, whose steps cannot come from CUDA graphs, and in the "
+                f"checkpoint {name} is of family {family}, whose steps cannot come from CUDA graphs, and in the "
                 "other arm alone they would handicap this one: drop --cuda-graphs"
             )
 

@@ -20,7 +20,7 @@ from twotower_eval.measure.harness.answers import Key
 from twotower_eval.measure.harness.scoring import Row, score_rows
 from twotower_eval.measure.suites import FEWSHOT_SEED, BuiltTask, resolve_tasks, settle
 from twotower_eval.measure.suites.lm_types import Instance
-from twotower_eval.plan import RunPlan, baseline_folder, model_folder
+from twotower_eval.plan import RunPlan, baseline_source, model_source
 from twotower_eval.records import (
     Aggregate,
     Arm,
@@ -157,8 +157,8 @@ def load_models(plan: RunPlan) -> tuple[Model, Model]:
     from twotower_eval.engine.models.arms import load_arms
 
     arms = load_arms(
-        model_folder(plan),
-        baseline_folder(plan),
+        model_source(plan),
+        baseline_source(plan),
         dtype=plan.dtype,
         devices=plan.devices,
         cuda_graphs=plan.cuda_graphs,

@@ -30,10 +30,11 @@ from twotower_eval.measure.harness.scoring import Row, aggregate_rows, score_row
 from twotower_eval.measure.suites import BuiltTask, resolve_tasks
 from twotower_eval.measure.suites.lm_types import Instance
 from twotower_eval.names import plural
-from twotower_eval.plan import RunPlan, SpeedPlan, arm_folders, model_folder, plan_from_json
+from twotower_eval.plan import RunPlan, SpeedPlan, arm_sources, model_source, plan_from_json
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import Aggregate, Cell, RunManifest, Score, Witnessed, derive_seed, draws
 from twotower_eval.rules import EXTENDED, asked_and_not_done, joined_lines, slower_lines, truncation_line
+from twotower_eval.sources import Source
 from twotower_eval.store import TRAINING_LOG
 from twotower_eval.store.environment import with_scoring_of_now
 
@@ -123,11 +124,11 @@ def answer(prepared: Prepared, *, root: Path, resume: Path | None = None, progre
     progress = progress or SilentProgress()
     plan, tasks, jobs = prepared.plan, prepared.tasks, prepared.jobs
     manifest = make_manifest(plan, jobs, tasks, prepared.overrides, prepared.ways, resume)
-    with _open(root, resume, manifest, jobs) as writer, family_calls(*arm_folders(plan)):
+    with _open(root, resume, manifest, jobs) as writer, family_calls(*arm_sources(plan)):
         warnings = [f"warning: {text}" for text in (*writer.warnings, *asked_and_not_done(manifest))]
         for line in (*warnings, *joined_lines(manifest), *slower_lines(manifest)):
             progress.note(line)
-        _keep_training_log(model_folder(plan), writer.path)
+        _keep_training_log(model_source(plan), writer.path)
         evaluation = _Evaluation(plan, writer, jobs, progress)
         if writer.run.complete and evaluation.lacks_answers:
             progress.note(EXTENDED)
@@ -155,10 +156,10 @@ def _refuse_misreported(run: store.Run) -> None:
             )
 
 
-def _keep_training_log(checkpoint: Path, run_folder: Path) -> None:
+def _keep_training_log(source: Source, run_folder: Path) -> None:
     """Copy the training log beside a pair trained here, so that a report needs only the run's folder."""
-    log = checkpoint / TRAINING_LOG
-    if log.is_file():
+    log = None if source.folder is None else source.folder / TRAINING_LOG
+    if log is not None and log.is_file():
         shutil.copyfile(log, run_folder / TRAINING_LOG)
 
 

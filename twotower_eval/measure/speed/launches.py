@@ -37,7 +37,7 @@ from twotower_eval.measure.speed.workloads import (
     scored_tasks,
     untimed_tasks_text,
 )
-from twotower_eval.plan import SpeedPlan, arm_folders, baseline_folder, model_folder
+from twotower_eval.plan import SpeedPlan, arm_sources, baseline_source, model_source
 from twotower_eval.plugin_calls import TRACEBACK_VARIABLE, is_own
 from twotower_eval.progress import Progress, SilentProgress, choose_progress
 from twotower_eval.records import (
@@ -90,7 +90,7 @@ def run_launch(
     if plan.cuda_graphs:
         refuse_uneven(plan.batch_sizes, _block_sizes(specs))
     devices = Devices(plan.devices)
-    with torch_threads(plan.threads), family_calls(*arm_folders(plan)):
+    with torch_threads(plan.threads), family_calls(*arm_sources(plan)):
         models = _load(plan)
         if text := hint(plan):
             progress.note(text)
@@ -129,8 +129,8 @@ def _load(plan: SpeedPlan) -> tuple[Model, Model]:
     from twotower_eval.engine.models.arms import load_arms
 
     return load_arms(
-        model_folder(plan),
-        baseline_folder(plan),
+        model_source(plan),
+        baseline_source(plan),
         dtype=plan.dtype,
         devices=plan.devices,
         cuda_graphs=plan.cuda_graphs,

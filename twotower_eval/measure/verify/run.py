@@ -29,7 +29,7 @@ from twotower_eval.measure.verify.checks import (
 )
 from twotower_eval.measure.verify.golden import NAMES as GOLDEN_NAMES
 from twotower_eval.measure.verify.golden import Golden, golden_results, load_golden
-from twotower_eval.plan import VerifyPlan, model_folder
+from twotower_eval.plan import VerifyPlan, model_source
 from twotower_eval.records import (
     Cell,
     Check,
@@ -59,8 +59,8 @@ def verify(plan: VerifyPlan, *, root: Path) -> Path:
     from twotower_eval.engine.models import family_calls, load_model
     from twotower_eval.engine.models.arms import prove_arms
 
-    with torch.inference_mode(), family_calls((model_folder(plan), plan.family)):
-        model = load_model(model_folder(plan), dtype=plan.dtype, devices=plan.devices, family=plan.family)
+    with torch.inference_mode(), family_calls((model_source(plan), plan.family)):
+        model = load_model(model_source(plan), dtype=plan.dtype, devices=plan.devices, family=plan.family)
         golden = None if plan.golden is None else load_golden(Path(plan.golden), model, plan.devices[0])
         prompts = make_prompts(model, plan.seed)
         longest = max(len(prompt.token_ids) for prompt in prompts) + NUM_TOKENS
@@ -115,7 +115,7 @@ def _batch_gate(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt]) -> Ch
     from twotower_eval.engine.models import load_model
 
     try:
-        copy = load_model(model_folder(plan), dtype="float32", devices=plan.devices, family=plan.family)
+        copy = load_model(model_source(plan), dtype="float32", devices=plan.devices, family=plan.family)
         return batch_logic(copy, prompts)
     except torch.OutOfMemoryError:
         return not_checked("batch_equals_single", "no memory for a float32 copy: verify with --dtype float32 elsewhere")
