@@ -1,4 +1,4 @@
-"""Every noun of the project, as frozen records, which know nothing of their display.
+"""Every noun of the project, as frozen records; how they are shown is decided elsewhere.
 
 Units and counts live in field names (``wall_s``, ``num_tokens``). Absence is ``None`` with a reason beside it,
 never 0 or NaN. Each record turns into a JSON object with :func:`to_json` and back with
@@ -111,9 +111,9 @@ Arm = Literal["baseline", "candidate"]
 Routing = Literal["shared", "half", "independent"]  # forced on random weights: how far a block's tokens share experts
 ProofCheck = Literal["cached steps", "rows beside each other", "whole rows in batches", "options in one row"]
 Outcome = Literal["SUPPORTED", "REFUTED", "INCONCLUSIVE", "INVALID", "NOT_MEASURED"]
-MIN_LAUNCHES = 5  # fewer say nothing of how launches differ
-MIN_LAUNCH_ROUNDS = 4  # of each of them: of fewer nobody can tell whether one launch goes on into the next
-TELLING_ROUNDS = 5  # of a launch by itself: fewer do not show how they depend on each other
+MIN_LAUNCHES = 5  # fewer do not show how launches differ
+MIN_LAUNCH_ROUNDS = 4  # of each of them: fewer do not show whether drift continues from one launch into the next
+TELLING_ROUNDS = 5  # of a single launch: fewer do not show how rounds depend on each other
 VerdictScope = Literal["in this launch", "in these launches"]
 Relation = Literal["at_least", "at_most", "equal"]
 Averaging = Literal["ratio_of_means", "mean_of_ratios"]
@@ -131,8 +131,8 @@ Quantity = Literal[
 Scalar = str | Whole | float | bool | None
 HALF_PRECISION = ("float16", "bfloat16")
 ROUTINGS: tuple[Routing, ...] = typing.get_args(Routing)
-GRAPH_DEVICES = ("cuda",)  # types of devices that can be given a whole step at once
-CONFIG_FILES = ("config.json", "generation_config.json")  # of a checkpoint's files those that no text is read with
+GRAPH_DEVICES = ("cuda",)  # device types that can run a whole step as one graph
+CONFIG_FILES = ("config.json", "generation_config.json")  # files of a checkpoint that do not affect how text is read
 Params = Mapping[str, Scalar]
 OWN_DECODERS = ("autoregressive", "mock_ar", "block_diffusion", "reference")
 
@@ -177,7 +177,7 @@ class Checkpoint:
 
     ``digest`` is a sha256 over the tensors' content; ``tower`` is ``None`` for a whole checkpoint and
     ``"context"`` where only the context tower of a pair is used (the AR baseline ``context-tower``). ``files`` are
-    those beside the weights that decide a logit or a text: config, generation settings, tokenizer; runs of old have
+    those beside the weights that affect a logit or a text: config, generation settings, tokenizer; older runs have
     none. ``weights`` are the files of a whole checkpoint's tensors, each with a sha256 over those in it.
     """
 
@@ -226,9 +226,9 @@ class DecoderSpec:
 
     @property
     def label(self) -> str:
-        """Short name, parameters in their own order, as in ``block_diffusion(block_size=16, threshold=0.8)``.
+        """Short name with parameters in their declared order, as in ``block_diffusion(block_size=16, threshold=0.8)``.
 
-        Switches that are off go unsaid.
+        Switches that are off are left out.
         """
         inside = ", ".join(f"{key}={value}" for key, value in self.params.items() if value is not False)
         return f"{self.kind}({inside})" if inside else self.kind
@@ -301,7 +301,7 @@ class Workload:
 class Cell:
     """One checkpoint, one decoder, one workload. ``id`` comes from :func:`cell_id`, with ``extra`` in it.
 
-    Runs of old do not say what else was in it (``None``).
+    Older runs do not record what else was in it (``None``).
     """
 
     id: str
@@ -326,7 +326,7 @@ class CommitStep:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
-    """What one prompt gave. Useful tokens only: those before the first EOS or stop string, neither counted.
+    """The answer to one prompt. Useful tokens only: those before the first EOS or stop string, neither counted.
 
     ``num_context_forwards`` counts the prefill as one and each extension as one; ``num_denoiser_forwards`` (NFE)
     counts denoiser calls. ``num_forced_commits`` counts tokens that the step floor committed although their
@@ -504,7 +504,7 @@ class SpeedSample:
     ``passes`` are the model calls that the harness counted, those over whole rows (``context_logits``) as prefills.
     ``cpu_s`` are the seconds that all threads of the process and its child processes were busy, ``caller_cpu_s``
     those of the thread that called the decoder; both from the call's start to its end, ``off_clock_s`` included: the
-    time for texts, which is no part of ``wall_s``. Runs of old have none of these.
+    time for texts, which is no part of ``wall_s``. Older runs have none of these.
     """
 
     call_id: str
@@ -619,7 +619,7 @@ class BaselineBest:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One line of ``checks.jsonl``: one thing that ``verify`` looked at before anything is measured.
+    """One line of ``checks.jsonl``: one check that ``verify`` made before anything is measured.
 
     ``value`` is what was measured and ``limit`` what it is held against, each ``None`` where there is no number.
     ``not_checked`` carries its reason in ``detail``.
@@ -768,7 +768,7 @@ class SerialDependence:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """How an interval or a test came about. The words for it are made where it is shown.
+    """How an interval or a test was computed. The words for it are made where it is shown.
 
     ``num_resamples`` were drawn. ``function`` is what was computed on all documents together, ``jackknife`` whether the
     bootstrap was widened to it. ``num_tasks`` is given for a mean over so many tasks. Of the estimate's clusters
@@ -797,7 +797,7 @@ class Method:
 class Estimate:
     """A number with its two-sided interval at ``level``, its sample size and how it was obtained.
 
-    ``method`` is a text where others than this package made the estimate. ``serial`` is there where it rests on timed
+    ``method`` is a text where the estimate was not made by this package. ``serial`` is there where it rests on timed
     rounds.
     """
 
@@ -812,7 +812,7 @@ class Estimate:
 
     @property
     def method_kind(self) -> MethodKind | None:
-        """``None`` where others made the estimate."""
+        """``None`` where the estimate was not made by this package."""
         return self.method.kind if isinstance(self.method, Method) else None
 
     def __str__(self) -> str:
@@ -923,11 +923,11 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Fact:
-    """What was found, in fields. Every kind is a record of its own, and the words for it are made where it is shown."""
+    """One finding, as fields. Every kind is a record of its own; the words for it are made where it is shown."""
 
     @property
     def alike(self) -> tuple[object, ...]:
-        """What two of one kind have to share to be told once: everything but numbers and places."""
+        """What two of one kind must share to be shown as one: everything but numbers and places."""
         return ()
 
 
@@ -944,7 +944,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """One thing that has to be in order before the evidence may speak; ``facts`` say what was found, or why nothing."""
+    """One condition that must hold before the evidence counts; ``facts`` say what was found, or why nothing."""
 
     kind: GateKind
     outcome: CheckOutcome
@@ -954,7 +954,7 @@ class Gate:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the evidence says of a claim, and on which runs it rests.
+    """What the evidence says about a claim, and which runs it rests on.
 
     ``estimate`` has at either end a one-sided bound at ``level``. ``num_points`` operating points of the subject
     were measured in the runs looked at, and the claim's own ``num_looks`` times. ``near_chance`` names the tasks of a
@@ -1002,7 +1002,7 @@ def derive_seed(*parts: object) -> int:
 
 
 def document_prompt_id(task: str, doc_id: int) -> str:
-    """The id of the prompt that is made of one document: ``sorting/3``."""
+    """The id of the prompt made from one document: ``sorting/3``."""
     return f"{task}/{doc_id}"
 
 
@@ -1050,7 +1050,7 @@ def run_and_launch(launch_id: str) -> tuple[str, str]:
 
 
 def draws(cell: Cell) -> bool:
-    """Whether a decoder draws its tokens, so that no two answers need be equal."""
+    """Whether a decoder samples its tokens, so that two answers to one prompt may differ."""
     temperature = cell.decoder.params.get("temperature")
     return isinstance(temperature, (int, float)) and temperature > 0
 
@@ -1064,7 +1064,7 @@ def make_cell(
 
 
 def cell_id(checkpoint: Checkpoint, decoder: DecoderSpec, workload: Workload, extra: Params | None = None) -> str:
-    """First 12 hex digits over everything that may change a cell's outputs, and nothing else.
+    """First 12 hex digits of a hash over everything that may change a cell's outputs, and nothing else.
 
     Device type counts (numerics), device index does not; batch size counts only for timed workloads.
     ``extra`` holds whatever else a verb lets change outputs (seed, likelihood kind).
@@ -1073,7 +1073,7 @@ def cell_id(checkpoint: Checkpoint, decoder: DecoderSpec, workload: Workload, ex
 
 
 def cell_identity(checkpoint: Checkpoint, decoder: DecoderSpec, workload: Workload) -> dict[str, object]:
-    """What :func:`cell_id` is over, but for ``extra``."""
+    """What :func:`cell_id` hashes, without ``extra``."""
     return {
         "checkpoint": [checkpoint.identity, checkpoint.tower, checkpoint.dtype, checkpoint.devices[0].split(":")[0]],
         "decoder": to_json(decoder),

@@ -83,7 +83,7 @@ def _is_package(name: str) -> bool:
 
 
 def _spec(name: str) -> ModuleSpec | None:
-    """Where a module comes from, ``None`` for what is no module.
+    """The module's spec; ``None`` for anything that is not a module.
 
     Looked up folder by folder: ``importlib.util.find_spec`` would import every package that the module is in.
     """
@@ -96,12 +96,12 @@ def _spec(name: str) -> ModuleSpec | None:
         return next((found for finder in finders if finder and (found := finder.find_spec(name))), None)
     try:
         return importlib.util.find_spec(name)
-    except (ImportError, ValueError, AttributeError):  # no name of a module, or one that says nothing of itself
+    except (ImportError, ValueError, AttributeError):  # not a module's name, or a module without a spec
         return None
 
 
 def _folders(package: str) -> list[str]:
-    """Where the modules of a package lie; nowhere for what is no package."""
+    """Folders of a package's modules; none for anything that is not a package."""
     loaded, spec = sys.modules.get(package), _spec(package)
     places = getattr(loaded, "__path__", None) or (spec and spec.submodule_search_locations)
     return [str(place) for place in places or ()]
@@ -124,7 +124,7 @@ def _imported(module: str, content: bytes, *, is_package: bool) -> list[str]:
     """Names that a file imports, with the packages that they are in; some may be attributes and no modules."""
     try:
         tree = ast.parse(content)
-    except (SyntaxError, ValueError):  # whoever runs it says what is wrong
+    except (SyntaxError, ValueError):  # running it reports what is wrong
         return []
     package = module if is_package else module.rpartition(".")[0]
     names: list[str] = []

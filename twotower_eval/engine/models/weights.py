@@ -91,7 +91,7 @@ class Derived(Generic[T]):
         return value
 
     def drop(self) -> None:
-        """Make it anew at the next call."""
+        """Forget the value: the next call computes it again."""
         self._kept = None
 
 
@@ -120,5 +120,5 @@ class DerivedByKey(Generic[T]):
         return self._kept[key]
 
     def drop(self) -> None:
-        """Make all anew at the next calls."""
+        """Forget all values: the next calls compute them again."""
         self._stamp, self._kept = [], {}

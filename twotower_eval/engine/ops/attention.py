@@ -30,7 +30,7 @@ def attention(
     """
     grouped = q_BQSD.shape[1] != k_BJTD.shape[1]
     if q_BQSD.is_cuda:
-        if grouped and mask is not None:  # else torch writes all scores out
+        if grouped and mask is not None:  # else torch materialises all scores
             repeats, grouped = q_BQSD.shape[1] // k_BJTD.shape[1], False
             k_BJTD, v_BJTD = (t.repeat_interleave(repeats, dim=1) for t in (k_BJTD, v_BJTD))
         with sdpa_kernel(GPU_BACKENDS):

@@ -1,4 +1,4 @@
-"""Kernels for GPUs, others' and our own, used only where they have just proved to compute what our reference computes.
+"""GPU kernels, from other packages and our own. Each is used only after it agreed with our reference in this process.
 
 That a package is installed proves nothing: kernels are wrong for some shapes, some devices and some versions. Each is
 run beside the reference on the device and in the precision that are wanted, once per process, and refused with one
@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-T = TypeVar("T")  # what a kernel gives: a tensor, or several
+T = TypeVar("T")  # a kernel's outputs: one tensor or several
 # Root-mean-square error relative to the reference's own root mean square. TF32 products pass for bfloat16 models only.
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -49,7 +49,7 @@ class Kernel(Generic[T]):
         return self.proof(device, precision).function
 
     def proof(self, device: torch.device, precision: torch.dtype) -> Proof[T]:
-        """Looked up, or made now."""
+        """The proof for this device and precision, made at the first call."""
         key = (device, precision)
         if key not in self._proofs:
             self._proofs[key] = self._prove(device, precision)
@@ -91,7 +91,7 @@ ON_ANY_DEVICE = False  # tests set it: Triton's interpreter runs ops/fused on a 
 
 
 def may_serve(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether a kernel can take these: on a GPU, and nothing to be differentiated."""
+    """Whether a kernel can take these tensors: on a GPU, no gradients needed."""
     return (x.is_cuda or ON_ANY_DEVICE) and without_gradients(x, *others)
 
 
@@ -125,13 +125,13 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
 
 
 def without_gradients(*tensors: Tensor | None) -> bool:
-    """Whether nothing has to be differentiated: kernels need not know how to."""
+    """Whether no gradients are needed: kernels have no backward pass."""
     return not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 @contextmanager
 def no_waiting(device: torch.device) -> Iterator[None]:
-    """On a GPU raise where the host waits for it: such a kernel would hold up every step, and fail in a capture."""
+    """On a GPU, raise if the host waits for the device: it would stall every step and break graph capture."""
     if device.type != "cuda":
         yield
         return

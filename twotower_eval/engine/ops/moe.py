@@ -13,7 +13,7 @@ from torch.nn import functional
 from twotower_eval.engine.ops import kernels, product
 
 GATHER_MAX_ROWS = 4  # up to this many rows, gathering weights beats reading all experts
-PADDED_MAX_ROWS = 64  # up to this many, reading all experts beats waiting for the device to say who chose what
+PADDED_MAX_ROWS = 64  # up to this many rows, reading all experts beats waiting for the device's routing
 # On a CPU: experts so small (numbers of one direction) that a call for each of them costs more than reading them all.
 SMALL_EXPERTS, SMALL_MAX_ROWS = 1 << 17, 16
 # Of the fused kernels: rows of the router, each of which reads the gate again, and pairs of a row and an expert.
@@ -32,7 +32,7 @@ class Routing:
 
 
 def route(x_RH: Tensor, gate_EH: Tensor, bias_E: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-    """Chosen experts (R, A) and their float32 weights (R, A), in float64 as the reference computes them.
+    """Chosen experts (R, A) and their float32 weights (R, A), computed in float64 as in the reference.
 
     Choice uses the bias-corrected scores; weights are the uncorrected ones. Experts of dropped groups keep a choice
     score of 0.0 (the reference's habit, not -inf), so a negative bias can let one of them through.
@@ -111,7 +111,7 @@ def experts_and_shared(
 
 
 class Joined(NamedTuple):
-    """Small experts and the shared one as one, M wide: theirs side by side, then its own."""
+    """Small experts and the shared one as one MLP, M wide: the experts side by side, then the shared one."""
 
     up_MH: Tensor
     down_MH: Tensor
@@ -120,7 +120,7 @@ class Joined(NamedTuple):
 
 
 def join(up_EIH: Tensor, down_EHI: Tensor, shared_IH: Tensor, shared_HI: Tensor) -> Joined:
-    """Copies of the weights, each direction in one."""
+    """Copies of the weights, one tensor for each direction."""
     up_MH = torch.cat([up_EIH.flatten(0, 1), shared_IH])
     down_MH = torch.cat([down_EHI.transpose(1, 2).flatten(0, 1), shared_HI.t()])
     return Joined(up_MH, down_MH, *up_EIH.shape[:2])
@@ -134,7 +134,7 @@ def serves_joined(x_RH: Tensor, *weights: Tensor) -> bool:
 
 
 def experts_joined(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, joined: Joined) -> Tensor:
-    """:func:`experts_and_shared` in a product each way; experts that were not chosen weigh 0."""
+    """:func:`experts_and_shared` with one product in each direction; experts that were not chosen have weight 0."""
     weights_RE1 = weights_RA.new_zeros(len(x_RH), joined.num_experts, 1).scatter_(
         1, chosen_RA[..., None], weights_RA[..., None]
     )
@@ -178,7 +178,7 @@ def experts_of_row(
 ) -> Tensor:
     """One row: the shared expert, then the chosen ones, each added with its weight by the product itself.
 
-    For what :func:`product.reads_halves` says can be multiplied so.
+    Only for weights that :func:`product.reads_halves` accepts.
     """
     columns, (num_experts, width, hidden) = product.as_columns(x), up_EIH.shape
     inner = torch.bmm(product.in_halves(shared_IH), columns).relu_()
@@ -224,7 +224,7 @@ def _experts_in_place(x_RH: Tensor, chosen_RA: Tensor, weights_RA: Tensor, up_EI
     for expert in used:
         torch.mm(pieces[expert], ups_HI[expert], out=inner[expert])
     inner_MI.relu_().mul_(inner_MI)
-    for expert in used:  # what went in is no longer needed where it comes out
+    for expert in used:  # the input is no longer needed: its memory takes the output
         torch.mm(inner[expert], downs_IH[expert], out=pieces[expert])
     weighted_MH = x_MH.float().mul_(weights_RA.flatten().index_select(0, order)[:, None])
     out_RH = torch.zeros(x_RH.shape, dtype=torch.float32, device=x_RH.device)

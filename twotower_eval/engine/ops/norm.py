@@ -14,7 +14,7 @@ from twotower_eval.engine.ops import kernels
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """``w * x / sqrt(mean(x^2) + eps)`` over the last dimension, computed in float32, cast back to ``x.dtype``."""
-    one = x.numel() == x.shape[-1] and eps > 0  # eps 0 over a row of zeros is torch's to answer
+    one = x.numel() == x.shape[-1] and eps > 0  # with eps 0 a row of zeros is left to torch
     if one and x.dtype == weight_H.dtype == torch.float32 and _is_plain(x, weight_H):
         return _rms_norm_of_one(x, weight_H, eps)
     wide = x.float()
@@ -33,9 +33,9 @@ def add_norm(
     gain_B1H: Tensor | None,
     before: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The residual stream with what the last layer made of it, and the next layer's input in the weight's dtype.
+    """The residual stream plus the last layer's output, and the next layer's input in the weight's dtype.
 
-    ``x + gate * mixed``, and its norm, scaled and shifted ``before`` the norm or behind it (adaLN); None leaves out.
+    ``x + gate * mixed``, and its norm; adaLN scales and shifts before it (``before``) or after. None: left out.
     Rows of gate, shift and gain are a batch row's, or one for all.
     """
     if kernels.may_serve(x_BSH, weight_H, mixed_BSH, gate_B1H, shift_B1H, gain_B1H):
@@ -69,7 +69,7 @@ def add_norm_reference(
     gain_B1H: Tensor | None,
     before: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The same by the norm's formula."""
+    """Reference for :func:`add_norm`, by the norm's formula."""
     sum_BSH = x_BSH
     if mixed_BSH is not None:
         sum_BSH = x_BSH + (mixed_BSH if gate_B1H is None else gate_B1H * mixed_BSH)
@@ -80,7 +80,7 @@ def add_norm_reference(
 
 
 def rms_norm_reference(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-    """The formula, letter by letter."""
+    """RMS norm exactly as its formula is written."""
     wide = x.float()
     return (weight_H.float() * wide / torch.sqrt((wide * wide).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -105,14 +105,14 @@ def gated_group_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, num_g
 
 
 def gated_group_rms_norm_reference(y: Tensor, z: Tensor, weight: Tensor, eps: float, num_groups: int) -> Tensor:
-    """The same, one group at a time."""
+    """Reference for :func:`gated_group_rms_norm`, one group at a time."""
     gated = y.float() * (z.float() * torch.sigmoid(z.float()))
     groups = [g / torch.sqrt((g * g).mean(-1, keepdim=True) + eps) for g in gated.chunk(num_groups, dim=-1)]
     return (torch.cat(groups, dim=-1) * weight.float()).to(z.dtype)
 
 
 def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """On a CPU and not to be differentiated: where torch's own norm is not the fastest."""
+    """On a CPU without gradients, where torch's own norm is not the fastest."""
     return bool(x.is_cpu) and not (x.requires_grad or weight.requires_grad)
 
 

@@ -49,7 +49,7 @@ def ssd(
 def ssd_outputs(
     x_BShP: Tensor, delta_BSh: Tensor, a_h: Tensor, b_BSGN: Tensor, c_BSGN: Tensor, state_BhPN: Tensor
 ) -> Tensor:
-    """Outputs (B, S, h, P) alone, where nothing goes on from the last position: one chunk, and no state after it."""
+    """Outputs (B, S, h, P) alone, where no position follows the last: one chunk, and no state after it."""
     without_gradients = kernels.without_gradients(x_BShP, delta_BSh, a_h, state_BhPN)
     if not (1 < x_BShP.shape[1] <= CHUNK and without_gradients):
         return ssd(x_BShP, delta_BSh, a_h, b_BSGN, c_BSGN, state_BhPN)[0]
@@ -86,7 +86,7 @@ def _chunk_outputs(
     """Outputs (B, S, h, P) of one chunk, of x weighted by delta and the sums of its logarithmic decays."""
     heads = (b_BSGN.shape[2], -1)
     cumulative_BhS = cumulative_BSh.transpose(1, 2)
-    if cumulative_BhS.is_cpu:  # what is made of it is then laid out alike, and computed in vectors
+    if cumulative_BhS.is_cpu:  # results then have the same layout, and are computed by vector instructions
         cumulative_BhS = cumulative_BhS.contiguous()
     decay_BhSS = (cumulative_BhS[..., :, None] - cumulative_BhS[..., None, :]).tril_().exp_()
     c_BGSN = c_BSGN.transpose(1, 2)

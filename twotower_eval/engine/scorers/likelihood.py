@@ -45,7 +45,7 @@ MAX_TOKENS = 256  # context tokens per piece: the denoiser costs more, so that l
 
 @dataclass(frozen=True)
 class Query:
-    """One denoiser row: a noisy block behind the ``before``-th block of its request, and the positions whose tokens
+    """One denoiser row: a noisy block after the ``before``-th block of its request, and the positions whose tokens
     are asked for. ``num_true`` of the block's tokens are the request's, ``masked`` of its positions are masked."""
 
     before: int
@@ -68,11 +68,11 @@ class _DenoiserScorer(Scorer):
         self._contexts = PathContexts(model)
 
     def queries(self, request: ScoreRequest) -> list[Query]:
-        """What must be known of a request."""
+        """The denoiser rows that a request needs."""
         raise NotImplementedError
 
     def likelihood(self, queries: Sequence[Query], answers: Sequence[Answer]) -> Likelihood:
-        """What the answers to a request's queries come to."""
+        """A request's likelihood, from the answers to its queries."""
         raise NotImplementedError
 
     def plan(self, requests: Sequence[ScoreRequest], batch_size: int) -> list[Piece]:
@@ -92,7 +92,7 @@ class _DenoiserScorer(Scorer):
         return [Piece(tuple(chunk.places), partial(self._score_chunk, chunk, requests)) for chunk in chunks]
 
     def _row(self, request: ScoreRequest) -> Row:
-        """What stands before each block, the last block's tokens left out."""
+        """The tokens before each block, without the last block's."""
         starts = range(0, len(request.continuation_ids), self.block_size)
         tokens = request.context_ids + request.continuation_ids[: starts[-1]]
         return Row(tokens, tuple(len(request.context_ids) + start - 1 for start in starts))
@@ -112,7 +112,7 @@ class _DenoiserScorer(Scorer):
         answers: dict[tuple[int, int], Answer] = {}
 
         def answer(context: Context, places: Sequence[int]) -> None:
-            """Whatever is asked behind row i of the context, which is result ``places[i]``."""
+            """Answer every query after row i of the context; that row is result ``places[i]``."""
             names = [(row, name) for row, place in enumerate(places) for name in by_place.get(place, ())]
             for start in range(0, len(names), MAX_ROWS):
                 part = names[start : start + MAX_ROWS]
@@ -193,7 +193,7 @@ class BoundScorer(_DenoiserScorer):
         self.num_draws = num_draws
 
     def queries(self, request: ScoreRequest) -> list[Query]:
-        """As many as there are draws, for every block; the request's seed fixes them."""
+        """For every block as many as there are draws; the request's seed fixes them."""
         generator = torch.Generator().manual_seed(request.seed)
         return [
             self._draw(number, truth, draw, generator)
@@ -282,7 +282,7 @@ class CausalScorer(Scorer):
         if chunk.segments:
             assert self.branching is not None  # chunks are made for such models alone
             logits.append(self.branching.tree_logits(context, chunk.segments))
-        # Where there is no path, result 0 is nothing that anyone asks for.
+        # Without a path nothing asks for result 0.
         places = [[place - (context is None) for place in chunk.places[index]] for index in chunk.places]
         targets = [requests[index].continuation_ids for index in chunk.places]
         return self._likelihoods(torch.cat(logits), places, targets)
@@ -309,6 +309,6 @@ class CausalScorer(Scorer):
 
 
 def _causal_row(request: ScoreRequest) -> Row:
-    """What is read and behind what; the last token is predicted, never read."""
+    """The tokens to read, and the positions whose next token is scored; the last token is predicted, never read."""
     tokens = (*request.context_ids, *request.continuation_ids)[:-1]
     return Row(tokens, tuple(range(len(request.context_ids) - 1, len(tokens))))

@@ -18,7 +18,7 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Row:
-    """A sequence, and the ascending positions in it behind which something is asked for; -1 is before its first."""
+    """A sequence, and the ascending positions after which a prediction is wanted; -1 is before its first token."""
 
     tokens: Tokens
     wanted: Tokens
@@ -26,9 +26,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What is read in one go: a tree behind a path of contexts, outermost first.
+    """What one call reads: a tree after a path of contexts, outermost first.
 
-    Result 0 stands behind the path; the others behind the segments' wanted positions, in order. ``places`` says for
+    Result 0 is for the end of the path; the others for the segments' wanted positions, in order. ``places`` says for
     each row of the chunk which results its wanted positions are.
     """
 
@@ -60,7 +60,7 @@ def plan(rows: Sequence[Row], max_tokens: int) -> list[Chunk]:
                 bundles[-1] += group
                 total += size
                 continue
-            # Who asks for something inside what the group shares cannot have it from a context.
+            # A position inside the group's common beginning cannot be asked of a context.
             early = [index for index in group if rows[index].wanted[0] < end - 1]
             bundles[:0] = [[index] for index in early]
             late = [index for index in group if rows[index].wanted[0] >= end - 1]
@@ -122,7 +122,7 @@ def _chunk(rows: Sequence[Row], members: Sequence[int], depth: int, path: tuple[
 
 
 def ending_where_wanted(segments: Sequence[Segment]) -> list[Segment]:
-    """The same tree and results, cut so that whatever is wanted is wanted behind a segment's last token."""
+    """The same tree and results, cut so that every wanted position is a segment's last token."""
     cut: list[Segment] = []
     last: list[int] = []  # of each given segment, the piece that ends it
     for segment in segments:
@@ -140,7 +140,7 @@ def ending_where_wanted(segments: Sequence[Segment]) -> list[Segment]:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRequest:
-    """How likely is ``continuation_ids`` behind ``context_ids``? ``seed`` fixes the draws of a bound."""
+    """How likely is ``continuation_ids`` after ``context_ids``? ``seed`` fixes the draws of a bound."""
 
     context_ids: tuple[int, ...]
     continuation_ids: tuple[int, ...]

@@ -54,7 +54,7 @@ def _choose_kernel(
     slots = tl.arange(0, SLOTS)
     chosen, weights = tl.zeros([SLOTS], dtype=tl.int64), tl.zeros([SLOTS], dtype=tl.float64)
     for slot in tl.static_range(PER_TOKEN):
-        # Of equals the first; numbers that are none (NaN) must not lead out of the table.
+        # Ties take the first; a NaN must not index outside the table.
         best = tl.min(tl.where(wanted == tl.max(wanted, axis=0), experts, num_experts - 1), axis=0)
         chosen = tl.where(slots == slot, best.to(tl.int64), chosen)
         weights = tl.where(slots == slot, tl.sum(tl.where(experts == best, score, 0.0), axis=0), weights)
@@ -89,7 +89,7 @@ def route(
 
 MAX_ROWS = 16  # of a tile
 
-# By bytes of a number; measured on an H200 in bfloat16, in float32 not at all.
+# By bytes per number; measured on an H200 in bfloat16, not in float32.
 MANY_ROWS = {2: Tile(outputs=64, inputs=128, num_warps=4, num_stages=4),
              4: Tile(outputs=32, inputs=64, num_warps=4, num_stages=2)}  # fmt: skip
 
@@ -98,7 +98,7 @@ MANY_ROWS = {2: Tile(outputs=64, inputs=128, num_warps=4, num_stages=4),
 def _plan_kernel(
     chosen_ptr, order_ptr, starts_ptr, num_pairs, num_experts, PAIRS: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
-    """Pairs in the order of their experts, and where each expert's begin."""
+    """Pairs sorted by expert, and where each expert's pairs begin."""
     let_next_begin(OVERLAP)
     wait_for_previous(OVERLAP)
     expert, pairs = tl.program_id(0), tl.arange(0, PAIRS)
@@ -127,14 +127,14 @@ def _up_row_kernel(
     PER_TOKEN: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     program, num_shared = tl.program_id(0), tl.cdiv(shared_width, OUTPUTS)
-    if program < num_shared:  # the shared expert first: it need not wait for who was chosen
+    if program < num_shared:  # the shared expert first: it does not wait for the routing
         let_next_begin(OVERLAP)
         outputs = program * OUTPUTS + tl.arange(0, OUTPUTS)
         value = row_product(x_ptr, shared_ptr, outputs, shared_width, hidden, OUTPUTS, INPUTS, OVERLAP)
         _store_up(shared_inner_ptr, value, outputs, outputs < shared_width)
     else:
         wait_for_previous(OVERLAP)
-        let_next_begin(OVERLAP)  # only now: the next kernel reads who was chosen before it waits
+        let_next_begin(OVERLAP)  # only now: the next kernel reads the routing before it waits
         program -= num_shared
         slot, outputs = program % PER_TOKEN, (program // PER_TOKEN) * OUTPUTS + tl.arange(0, OUTPUTS)
         weight_ptr = up_ptr + tl.load(chosen_ptr + slot) * width * hidden
@@ -160,7 +160,7 @@ def _down_row_kernel(
     else:
         program -= num_tiles
         slot, outputs = program % PER_TOKEN, (program // PER_TOKEN) * OUTPUTS + tl.arange(0, OUTPUTS)
-        # Who was chosen is there: the kernel before had waited for it when it let this one begin.
+        # The routing is there: the kernel before waited for it, then let this one begin.
         weight_ptr = down_ptr + tl.load(chosen_ptr + slot, cache_modifier=".cg") * width * hidden
         value = row_product(inner_ptr + slot * width, weight_ptr, outputs, hidden, width, OUTPUTS, INPUTS, OVERLAP)
         at = slot * hidden + outputs
@@ -172,7 +172,7 @@ def _rows_product(
     x_ptr, rows, real, weight_ptr, outputs, num_outputs, num_inputs: tl.constexpr,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of x (by their numbers) times rows of a weight, (rows, outputs) float32."""
+    """Rows of x (by index) times rows of a weight, (rows, outputs) float32."""
     known = outputs < num_outputs
     weight_ptr += outputs[:, None].to(tl.int64) * num_inputs
     x_ptr += rows[:, None] * num_inputs
@@ -256,7 +256,7 @@ def _combine_kernel(
     out_ptr, shared_ptr, weights_ptr, sum_ptr, hidden,
     PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The routed outputs by their weights, in float32, plus the shared one."""
+    """Weighted sum of the routed outputs, in float32, plus the shared expert's."""
     let_next_begin(OVERLAP)
     wait_for_previous(OVERLAP)
     row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

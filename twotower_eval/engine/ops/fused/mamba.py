@@ -18,10 +18,10 @@ from twotower_eval.engine.ops.fused.product import let_next_begin, overlapping, 
 
 @triton.jit
 def _step_size(dt, bias, smallest, largest):
-    """Softplus, beyond 20 the number itself as torch has it, within the limits."""
+    """Softplus (above 20 the input itself, as in torch), clamped to the limits."""
     raw = dt.to(tl.float32) + bias.to(tl.float32)
     grown = tl.exp(tl.minimum(raw, 20.0))
-    # Where almost nothing is added to 1, the series of the logarithm: the sum would lose it.
+    # Near 0 the logarithm's series: 1 + x would round x away.
     soft = tl.where(raw > 20.0, raw, tl.where(raw < -7.0, grown - grown * grown / 2, tl.log(1.0 + grown)))
     return tl.minimum(tl.maximum(soft, smallest), largest)
 
@@ -143,7 +143,7 @@ def _keep(u_ptr, state_ptr, after_ptr, channels, num_positions, strides, TAPS: t
 
 @triton.jit
 def _outputs(x_SP, b_SN, c_SN, state_PN, delta, cumulative, positions):
-    """What a block's positions give each other and what the state gives them, (S, P)."""
+    """Outputs of a block's positions, from each other and from the state, (S, P)."""
     causal = positions[:, None] >= positions[None, :]
     difference = tl.where(causal, cumulative[:, None] - cumulative[None, :], 0.0)
     scores_SS = tl.dot(c_SN, tl.trans(b_SN), input_precision="tf32x3")
@@ -225,7 +225,7 @@ def scan(
     heads, dim, state_size = ssm_BhPN.shape[1:]
     projected_BSZ, ssm_BhPN, weight_C1W = projected_BSZ.contiguous(), ssm_BhPN.contiguous(), weight_C1W.contiguous()
     y_BSI = torch.empty(batch_size, num_positions, heads * dim, dtype=torch.float32, device=projected_BSZ.device)
-    conv_after, ssm_after = after or (conv_BCW, ssm_BhPN)  # not written to without an after
+    conv_after, ssm_after = after or (conv_BCW, ssm_BhPN)  # not written where there is no ``after``
     given = (
         projected_BSZ, conv_BCW, conv_after, ssm_BhPN, ssm_after, y_BSI, weight_C1W,
         weight_C1W if bias_C is None else bias_C, A_log_h, D_h, dt_bias_h,

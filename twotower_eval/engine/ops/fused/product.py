@@ -16,14 +16,14 @@ FIRST_CAPABILITY = (9, 0)
 
 @triton.jit
 def let_next_begin(OVERLAP: tl.constexpr):
-    """The next kernel may begin when all programs have come here: what it waits for is the end of this one."""
+    """Lets the next kernel begin once all programs reach this line; it still waits for the end of this one."""
     if OVERLAP:
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_previous(OVERLAP: tl.constexpr):
-    """From here on everything that earlier kernels wrote is there."""
+    """Waits until everything that earlier kernels wrote can be read."""
     if OVERLAP:
         gdc_wait()
 
@@ -102,6 +102,6 @@ def linear_of_row(x: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def tile_for(num_inputs: int) -> Tile:
-    """The inputs as one piece where they are few enough, and as many rows as make up the usual piece."""
+    """All inputs at once where they are few; then as many rows as make up a usual tile."""
     inputs = min(triton.next_power_of_2(num_inputs), ONE_ROW.inputs)
     return Tile(outputs=ONE_ROW.outputs * ONE_ROW.inputs // inputs, inputs=inputs, num_warps=ONE_ROW.num_warps)
