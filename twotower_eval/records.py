@@ -504,7 +504,8 @@ class SpeedSample:
     ``passes`` are the model calls that the harness counted, those over whole rows (``context_logits``) as prefills.
     ``cpu_s`` are the seconds that all threads of the process and its child processes were busy, ``caller_cpu_s``
     those of the thread that called the decoder; both from the call's start to its end, ``off_clock_s`` included: the
-    time for texts, which is no part of ``wall_s``. Older runs have none of these.
+    time for texts, which is no part of ``wall_s``. Older runs have none of these. ``energy_j`` are the joules that the
+    cell's GPUs drew meanwhile by their own counters, which tick some ten times a second: short calls tell it together.
     """
 
     call_id: str
@@ -527,6 +528,7 @@ class SpeedSample:
     off_clock_s: NotNegative | None = None
     fault: TimeFault | None = None
     held_out: bool = False
+    energy_j: NotNegative | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True, kw_only=True)

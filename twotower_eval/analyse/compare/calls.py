@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Literal
 
 import numpy as np
 
@@ -55,13 +56,15 @@ class WithinCalls:
     """What the measured calls of a cell recorded besides their time; ``None`` where none recorded it.
 
     Medians over calls, in seconds from the start: ``prefill_s`` until all prompts are read, ``first_output_s`` until
-    the first token (for block decoders, the first block) is there. ``peak_memory_bytes`` is the largest of any call.
+    the first token (for block decoders, the first block) is there. ``peak_memory_bytes`` is the largest of any call,
+    ``energy_j`` what all calls together drew.
     """
 
     num_calls: int
     prefill_s: float | None
     first_output_s: float | None
     peak_memory_bytes: int | None
+    energy_j: float | None = None
 
 
 def pools(runs: Sequence[Run], arm: Arm) -> list[tuple[list[Run], Cell]]:
@@ -211,6 +214,11 @@ class Lane:
         return np.array(rows, dtype=float)
 
     @cached_property
+    def answers_RC(self) -> Floats:
+        """Answers of each call: one a prompt."""
+        return np.array([[len(sample.prompts) for sample in row] for row in self.samples_RC], dtype=float)
+
+    @cached_property
     def counts(self) -> Counts:
         """Totals over all prompts."""
         return count(prompt for sample in self.samples for prompt in sample.prompts)
@@ -226,11 +234,13 @@ class Lane:
     def within(self) -> WithinCalls:
         """Prefill, first output and peak memory of its calls."""
         peaks = [sample.peak_memory_bytes for sample in self.samples if sample.peak_memory_bytes is not None]
+        energies_j = [sample.energy_j for sample in self.samples if sample.energy_j is not None]
         return WithinCalls(
             num_calls=len(self.samples),
             prefill_s=_median(sample.prefill_s for sample in self.samples),
             first_output_s=_median(sample.first_output_s for sample in self.samples),
             peak_memory_bytes=max(peaks, default=None),
+            energy_j=sum(energies_j) if len(energies_j) == len(self.samples) else None,
         )
 
     @cached_property
@@ -266,6 +276,14 @@ def timed_calls(baseline: Lane, candidate: Lane) -> stats.TimedCalls:
         launches=[processes.get(launch, launch) for launch, _ in candidate.rounds],
         fixed=candidate.cell.workload.kind == "fixed",  # then its prompts are no sample
     )
+
+
+def answers_per_s(timed: stats.TimedCalls, *arms: Lane) -> tuple[Measured, ...]:
+    """Answers per second of baseline and candidate, or of the one lane that was timed."""
+    baseline_RC, candidate_RC = arms[0].answers_RC, arms[-1].answers_RC
+    of_answers = replace(timed, baseline_tokens=baseline_RC, candidate_tokens=candidate_RC)
+    rates: tuple[Literal["baseline_rate", "candidate_rate"], ...] = ("baseline_rate", "candidate_rate")
+    return tuple(measured(partial(stats.speedup, of_answers, rate)) for rate in rates[: len(arms)])
 
 
 def null_calls(runs: list[Run], baseline: Cell) -> stats.TimedCalls | None:

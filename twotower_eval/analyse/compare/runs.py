@@ -15,6 +15,7 @@ from twotower_eval.analyse.compare import consistency
 from twotower_eval.analyse.compare.calls import (
     Latency,
     WithinCalls,
+    answers_per_s,
     grid_of,
     lane_of,
     names_of,
@@ -53,8 +54,8 @@ from twotower_eval.store import Run
 class TimedAlone:
     """Speed of a cell without a baseline; ``null`` is the cell against itself, as in SpeedPoint.
 
-    ``rate`` is in useful tokens per second, ``call_s`` the mean seconds of a call. ``faults`` are those of
-    ``num_timed`` calls with impossible times.
+    ``rate`` is in useful tokens per second, ``answers`` in answers, ``call_s`` the mean seconds of a call. ``faults``
+    are those of ``num_timed`` calls with impossible times.
     """
 
     run_ids: tuple[str, ...]
@@ -65,6 +66,7 @@ class TimedAlone:
     num_launches: int
     num_dropped_rounds: int
     rate: Measured
+    answers: Measured
     call_s: float
     null: Measured
     null_timed: stats.TimedCalls | None
@@ -245,6 +247,7 @@ def _timed(runs: list[Run], cell: Cell) -> TimedAlone | str:
         num_timed=there.num_timed,
         faults=there.faults,
         rate=measured(lambda: stats.speedup(timed, "baseline_rate")),
+        answers=answers_per_s(timed, lane)[0],
         call_s=sum(sample.wall_s for sample in lane.samples) / len(lane.samples),
         null=null_of(runs, cell),
         null_timed=null_calls(runs, cell),

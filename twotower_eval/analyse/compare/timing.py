@@ -17,6 +17,7 @@ from twotower_eval.analyse.compare.calls import (
     Lane,
     Latency,
     WithinCalls,
+    answers_per_s,
     grid_of,
     lane_of,
     left_out,
@@ -134,7 +135,8 @@ Asked = tuple[tuple[str, int, int], str]  # task, document and request; the hash
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedPoint:
-    """Speed of one candidate cell against its baseline cell; ``null`` is the baseline against itself.
+    """Speed of one candidate cell against its baseline cell; ``null`` is the baseline against itself. Rates are useful
+    tokens per second, ``…_answers`` answers per second.
 
     ``gates`` are those of a claim with default limits, empty before :class:`Runs` has computed them; a failed one makes
     the point INVALID. ``handicaps``: arms that were timed in a slower way than their models offer. ``best``: whether
@@ -158,6 +160,8 @@ class SpeedPoint:
     null: Measured
     baseline_rate: Measured
     candidate_rate: Measured
+    baseline_answers: Measured
+    candidate_answers: Measured
     counts: Counts
     baseline_counts: Counts
     latency: Latency
@@ -266,6 +270,7 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
     length = measured(lambda: stats.speedup(timed, "length"))
     time = measured(lambda: stats.speedup(timed))
     rate = measured(lambda: stats.speedup(timed, "baseline_rate"))
+    answers = answers_per_s(timed, *arms)
     return SpeedPoint(
         run_ids=tuple(run.manifest.run_id for run in runs),
         complete=all(run.complete for run in runs),
@@ -281,6 +286,8 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
         null=null_of(runs, baseline),
         baseline_rate=rate,
         candidate_rate=measured(lambda: stats.speedup(timed, "candidate_rate")),
+        baseline_answers=answers[0],
+        candidate_answers=answers[1],
         counts=arms[1].counts,
         baseline_counts=arms[0].counts,
         latency=arms[1].latency,

@@ -15,6 +15,7 @@ from twotower_eval.analyse.compare.points import checkpoint_name, long_name
 from twotower_eval.analyse.compare.runs import Runs, TimedAlone, group_scores, is_alone, score_of
 from twotower_eval.analyse.compare.wholes import current_scores, is_whole
 from twotower_eval.analyse.report.costs import explained_columns, explained_values, part_columns, part_rows
+from twotower_eval.analyse.report.rates import alone_rates, rate_columns
 from twotower_eval.analyse.report.rendering import (
     Column,
     Raw,
@@ -144,6 +145,7 @@ def speed_alone(runs: Runs) -> tuple[str, Tables]:
         Column(header="batch", show=whole("batch_size")),
         Column(header="rounds x calls", show=lambda row: f"{row['num_rounds']} x {row['num_calls']}"),
         Column(header="useful tokens/s [95 %]", show=_rate_or_invalid),
+        *rate_columns(frame, without="tokens_per_s"),
         Column(header="a call", show=optional("call_s", seconds)),
         Column(header="A/A null [99 %]", show=interval("against_itself", times)),
     ]
@@ -418,7 +420,7 @@ def _speed_row(one: TimedAlone) -> Row:
         "num_rounds": one.num_rounds,
         "num_calls": one.num_calls,
         "num_launches": one.num_launches,
-        **measured_columns("tokens_per_s", one.rate),
+        **alone_rates(one),
         "call_s": one.call_s,
         **measured_columns("against_itself", one.null),
         "invalid_reason": None if one.null_fault is None else fact_text(one.null_fault),

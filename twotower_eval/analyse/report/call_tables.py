@@ -12,6 +12,7 @@ from twotower_eval.analyse.compare.lengths import Lengths
 from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.analyse.report.alone import batch_of, model_name
+from twotower_eval.analyse.report.rates import gibibytes
 from twotower_eval.analyse.report.rendering import (
     Column,
     Raw,
@@ -272,7 +273,7 @@ def latency(runs: Runs) -> Section:
 
 
 def _inside_columns(with_memory: bool) -> list[Column]:
-    memory = optional("peak_memory_bytes", lambda num_bytes: f"{num_bytes / 2**30:.2f} GiB")
+    memory = optional("peak_memory_bytes", gibibytes)
     return [
         Column(header="calls", show=whole("num_calls")),
         Column(header="prompts read", show=optional("prefill_median_s", seconds)),

@@ -21,6 +21,7 @@ from twotower_eval.analyse.report.call_tables import (
     order,
 )
 from twotower_eval.analyse.report.costs import cost_values, explanation, part_costs_frame
+from twotower_eval.analyse.report.rates import rates_frame, rates_table
 from twotower_eval.analyse.report.rendering import (
     Column,
     Raw,
@@ -78,6 +79,7 @@ def speed(runs: Runs) -> Section:
         return Section(title="Speed", markdown=f"{text}\n{lines}" + counts(runs, of_counts), tables=tables)
     frame, of_lengths = speed_frame(runs), lengths_frame(runs)
     tables |= {"speed": frame, "lengths": of_lengths, "part_costs": part_costs_frame(runs.speed)}
+    tables["rates"] = rates_frame(runs, runs.speed)
     ordered = sorted(runs.speed, key=order)
     shown = ordered if len(ordered) <= MAX_SHOWN else [point for point in ordered if point.key == runs.chosen]
     rest = [point for point in ordered if point not in shown]
@@ -88,6 +90,7 @@ def speed(runs: Runs) -> Section:
         if rest
         else "",
         bullets(_speed_remarks(runs)),
+        rates_table(rates_frame(runs, main), runs.point_header),
         explanation(runs, main, _rows_of(runs, frame, main), part_costs_frame(main)),
         details("How to read this table", READING),
         lengths(_rows_of(runs, of_lengths, main)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ class Devices:
             raise UserError(f"cannot wait for a device of type {min(kinds - {'cpu', 'cuda'})!r}, only for cpu and cuda")
         self.cuda = [torch.device(name) for name in names if torch.device(name).type == "cuda"]
         self._indexes = {0 if device.index is None else device.index for device in self.cuda}
+        self.energy = EnergyMeter(self.cuda)
 
     def synchronise(self) -> None:
         """Wait until the devices, and any other that this process has used, have finished. A CPU always has."""
@@ -57,6 +59,42 @@ class Devices:
         if not self.cuda:
             return None, "not measured on a CPU"
         return sum(torch.cuda.max_memory_allocated(device) for device in self.cuda), None
+
+
+class EnergyMeter:
+    """Joules that devices have drawn since some moment, by NVML's counters; unknown without ``pynvml``, a counter, or a
+    GPU. A counter ticks some ten times a second."""
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._nvml: Any = None
+        self._handles: list[object] = []
+        if not devices:
+            return
+        try:
+            nvml = importlib.import_module("pynvml")
+        except ImportError:
+            return
+        try:
+            nvml.nvmlInit()
+            # By its UUID, as CUDA may number and show devices in another way than NVML.
+            uuids = [f"GPU-{torch.cuda.get_device_properties(device).uuid}" for device in devices]
+            handles = [nvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids]
+            for handle in handles:
+                nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        except nvml.NVMLError:  # no driver, no counter on this model, or a part of a GPU (MIG)
+            return
+        self._nvml, self._handles = nvml, handles
+
+    def read_j(self) -> float | None:
+        """The counters of all devices added up, or ``None``."""
+        if not self._handles:
+            return None
+        return float(sum(self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in self._handles)) / 1000
+
+    def since_j(self, before_j: float | None) -> float | None:
+        """Joules since a reading; ``None`` where either is unknown, or the counter began anew."""
+        now_j = self.read_j()
+        return None if before_j is None or now_j is None or now_j < before_j else now_j - before_j
 
 
 class CallClock:

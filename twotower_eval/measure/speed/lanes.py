@@ -59,6 +59,7 @@ class Timing:
     passes: tuple[Passes, ...]
     busy: Busy
     is_stalled: bool
+    energy_j: float | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,10 +99,12 @@ class Lane:
         watch, decoder = self.watch, self.decoder
         assert decoder is not None
         with no_garbage_collection(), self.uncounted.noted(self.model):
+            before_j = self.devices.energy.read_j()
             look = watch.begin()
             given = self._decoded(decoder, prompts, call.max_new_tokens, eos_token_ids, stop)
             generations = finished(given, self.name)
             wall_s, busy = watch.end(look, self.name)
+            energy_j = self.devices.energy.since_j(before_j)
         peak_memory_bytes, reason = self.devices.peak_memory()
         asked = call_request(self.model, self.name, call.max_new_tokens, eos_token_ids, stop)
         self._check_count(call, generations)
@@ -124,6 +127,7 @@ class Lane:
             passes=self.model.passes,
             busy=busy,
             is_stalled=is_stalled,
+            energy_j=energy_j,
         )
 
     def _decoded(

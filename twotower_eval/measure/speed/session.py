@@ -423,6 +423,7 @@ class Session(RoundLoop):
             off_clock_s=timing.busy.off_clock_s,
             fault=fault,
             held_out=phase == "probe" and not is_made_up(call),
+            energy_j=timing.energy_j,
         )
         self._writer.append(sample)
         if self._parts and phase != "probe":  # predictions are of measured calls
