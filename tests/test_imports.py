@@ -88,7 +88,7 @@ HEAVY = {
     "scipy": {"stats", "compare"},
     "markdown_it": {"report"},
     "typer": {"cli"},
-    "rich": {"progress"},
+    "rich": {"progress", "cli"},
 }
 # Names of numbers that agree by chance and mean another thing in each file.
 BY_CHANCE = {"CLOSE", "MAX_ROWS", "MAX_SHOWN", "SEED", "SHOWN"}

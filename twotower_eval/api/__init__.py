@@ -256,8 +256,9 @@ def report(
     named = [sections] if isinstance(sections, str) else sections
     paths = run_paths(runs, Path(results))
     file = None if claims is None else os.fspath(claims)
-    folder = report_room.write(paths, Path(out), sections=named or None, claims=file, html=html, csv=csv)
-    return Page(folder, report_room.PAGE if html else report_room.MARKDOWN)
+    runs_read = report_room.read(paths, file)
+    folder = report_room.write_of(runs_read, Path(out), sections=named or None, html=html, csv=csv)
+    return Page(folder, report_room.PAGE if html else report_room.MARKDOWN, runs_read)
 
 
 def publish(

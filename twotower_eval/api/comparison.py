@@ -18,6 +18,8 @@ from twotower_eval.records import Cell, Estimate, Gate
 if TYPE_CHECKING:
     import pandas as pd
 
+    from twotower_eval.api.summary import Table
+
 NOT_SCORED = "not scored in both arms at this point: tt.evaluate, or `twotower-eval run`"
 NOT_TIMED = "not timed in both arms at this point: tt.time, or `twotower-eval speed`"
 NOTHING = "nothing was measured in both arms"
@@ -110,6 +112,13 @@ class Comparison:
     def reasons(self) -> dict[str, str]:
         """Why the first point lacks a figure, by the figure's name; empty if it lacks none."""
         return self.first.reasons if self.first else dict.fromkeys(QUANTITIES, NOTHING)
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """The same in a few small tables of text, as the command line shows them; models measured alone included."""
+        from twotower_eval.api import summary
+
+        return summary.tables(self.runs)
 
     def to_frame(self) -> pd.DataFrame:
         """A row for each point: the operating point, each estimate with its ends, and the gates that failed."""

@@ -18,6 +18,8 @@ from twotower_eval.records import Check, RunManifest, verb_of
 if TYPE_CHECKING:
     import pandas as pd
 
+    from twotower_eval.api.summary import Table
+
 
 class Run(os.PathLike[str]):
     """A run folder. Its files are read once, when something of them is first needed.
@@ -105,6 +107,13 @@ class Run(os.PathLike[str]):
         from twotower_eval.api import frames
 
         return frames.checks(self.record)
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """What it found, in a few small tables of text: scores, retention, speedups, rates."""
+        from twotower_eval.api.comparison import Comparison
+
+        return Comparison([self.record]).tables
 
     @property
     def check_lines(self) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -18,6 +18,9 @@ from twotower_eval.records import Claim, Verdict
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from twotower_eval.analyse.compare import Runs
+    from twotower_eval.api.summary import Table
 
 T = TypeVar("T")
 FRAME_HEIGHT = 720  # pixels of a report within a notebook
@@ -146,11 +149,19 @@ class Audit(Shown[claims_room.AuditLine]):
 class Page(os.PathLike[str]):
     """A report on disk. ``path`` is the file to open: ``report.html`` if it was asked for, else ``report.md``.
 
-    In a notebook it displays itself, pictures included.
+    In a notebook it displays itself, pictures included. ``runs`` are those that it is about.
     """
 
     folder: Path
     name: str
+    runs: Runs | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """Its most important numbers in a few small tables."""
+        from twotower_eval.api import summary
+
+        return () if self.runs is None else summary.tables(self.runs)
 
     @property
     def path(self) -> Path:

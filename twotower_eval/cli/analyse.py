@@ -9,6 +9,7 @@ import typer
 
 from twotower_eval.cli.options import REPORTS, RESULTS, option
 from twotower_eval.cli.runs import EXIT_INTERRUPTED, chosen
+from twotower_eval.cli.tables import show
 from twotower_eval.errors import UserError
 from twotower_eval.store.environment import read_on_one_thread
 
@@ -48,6 +49,7 @@ def report(
 
     named = chosen(runs, results, count_others=True)
     page = api.report(*named, out=out, sections=section, claims=claims, html=html, csv=format == "csv", results=results)
+    show(lambda: page.tables)
     typer.echo(page.path)
     if publish:
         for target in api.publish(page, *named, results=results, reports=out, say=typer.echo):

@@ -13,6 +13,7 @@ import typer
 from twotower_eval import store
 from twotower_eval.cli.options import RESULTS, TRAINING, Given, Out, PlanFile, Resume, option, plan_options, texts
 from twotower_eval.cli.runs import EXIT_INTERRUPTED, resumable
+from twotower_eval.cli.tables import show
 from twotower_eval.errors import UserError
 from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, is_older_sizing_plan
 from twotower_eval.records import verb_of
@@ -75,6 +76,7 @@ def run(given: Given, plan: PlanFile = None, out: Out = RESULTS, resume: Resume 
         from twotower_eval import api
 
         made = api.evaluate(plan, out=out, resume=resume, **cast(dict[str, Any], given))
+    show(lambda: made.tables)
     typer.echo(made.path)
 
 
@@ -101,6 +103,7 @@ def speed(
         from twotower_eval import api
 
         made = api.time(plan, out=out, resume=resume, **cast(dict[str, Any], of_plan(SpeedPlan, given)))
+    show(lambda: made.tables)
     typer.echo(made.path)
 
 

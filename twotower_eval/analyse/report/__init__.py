@@ -31,7 +31,7 @@ from twotower_eval.records import (
     time_and_verb,
 )
 
-__all__ = ["SECTIONS", "Runs", "Section", "publish", "report_id", "table", "write"]
+__all__ = ["SECTIONS", "JudgedRuns", "Runs", "Section", "publish", "read", "report_id", "table", "write", "write_of"]
 
 SECTIONS = {
     "headline": "twotower_eval.analyse.report.verdicts:headline",
@@ -56,6 +56,14 @@ OLDER_NAMES = {"scale": "sizing"}  # of sections
 MARKDOWN, PAGE, TABLES = "report.md", "report.html", "tables"
 
 
+def read(run_paths: Sequence[Path], claims: str | None = None) -> JudgedRuns:
+    """The runs with the claims that they are held against: those of a file, or of the shipped one of a name; by
+    default the shipped one about a candidate of these runs."""
+    with store.paused_garbage_collection():
+        loaded = [store.load(Path(path)) for path in run_paths]
+    return JudgedRuns(loaded, shipped_claims(loaded) if claims is None else load_claims(claims))
+
+
 def write(
     run_paths: Sequence[Path],
     out_root: Path,
@@ -65,17 +73,23 @@ def write(
     html: bool = False,
     csv: bool = False,
 ) -> Path:
+    """Write the report of these runs; see :func:`read` and :func:`write_of`."""
+    return write_of(read(run_paths, claims), out_root, sections=sections, html=html, csv=csv)
+
+
+def write_of(
+    runs: JudgedRuns, out_root: Path, *, sections: Sequence[str] | None = None, html: bool = False, csv: bool = False
+) -> Path:
     """Write ``out_root/<id>/report.md`` and its pictures; return the folder.
 
     The id follows from the run ids, and the same runs give the same bytes. ``sections`` names entries of
     :data:`SECTIONS`, of which by default all that concern these runs are shown, and sections of the user's own
-    (``package.module:render``, or as installed packages call theirs), which are added to them. ``claims`` is a claim
-    file or the name of a shipped one, by default the shipped one about a candidate of these runs. ``html`` adds
+    (``package.module:render``, or as installed packages call theirs), which are added to them. ``html`` adds
     ``report.html``, all in one file; ``csv`` adds the tables with all their digits under ``tables/``. Raises UserError
-    where the runs cannot be read or their arms are no pair.
+    where the arms of the runs are no pair.
     """
     with store.paused_garbage_collection():
-        folder, files = _made(run_paths, out_root, sections or (), claims, html=html, csv=csv)
+        folder, files = _made(runs, out_root, sections or (), html=html, csv=csv)
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -83,11 +97,9 @@ def write(
 
 
 def _made(
-    run_paths: Sequence[Path], out_root: Path, sections: Sequence[str], claims: str | None, *, html: bool, csv: bool
+    runs: JudgedRuns, out_root: Path, sections: Sequence[str], *, html: bool, csv: bool
 ) -> tuple[Path, dict[str, bytes]]:
     """The report's folder, and its files by name."""
-    loaded = [store.load(Path(path)) for path in run_paths]
-    runs = JudgedRuns(loaded, shipped_claims(loaded) if claims is None else load_claims(claims))
     rendered = [(name, _rendered(name, runs)) for name in _chosen(sections, runs)]
     files: dict[str, bytes] = {}
     for _, section in rendered:
