@@ -34,7 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "rules": set(),
     "decoder_settings": {"decoders"},
     "plan_fields": {"decoder_settings"},
-    "plan": {"decoder_settings", "plan_fields"},
+    "plan_baselines": {"plan_fields"},
+    "plan": {"decoder_settings", "plan_baselines", "plan_fields"},
     "store": set(),
     "plugin_calls": set(),
     # engine
@@ -55,7 +56,8 @@ ALLOWED: dict[str, set[str]] = {
     "compare": {"rules", "store", "stats"},
     "words": {"rules", "stats", "compare"},
     "claims": {"plan", "decoder_settings", "store", "stats", "compare", "words"},
-    "report": {"rules", "store", "stats", "compare", "claims", "words", "plan"} | {"decoder_settings"},
+    "report": {"rules", "store", "stats", "compare", "claims", "words", "plan"}
+    | {"decoder_settings", "plan_baselines"},
     # what sees both arms
     "miniature": {"store", "ops", "models", "decoders"},
     "api": {
@@ -73,7 +75,7 @@ ALLOWED: dict[str, set[str]] = {
         "calibration",
     }
     | {"compare", "claims", "words", "report", "miniature"},
-    "cli": {"plan", "plan_fields", "decoder_settings", "store", "api"},
+    "cli": {"plan", "plan_baselines", "plan_fields", "decoder_settings", "store", "api"},
 }
 # Packages that cost or weigh something -> the only rooms that may import them, anywhere in their files.
 HEAVY = {

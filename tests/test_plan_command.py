@@ -23,6 +23,7 @@ DECODING: dict[str, Any] = {
     "baseline_family": "transformers",
     "baseline_decoder": "tests.two_parameters:Impatient",
     "baseline_set": {"patience": (3,), "choice": ("second",)},
+    "baselines": ({"name": 'a "quick" one', "set": {"patience": 4}}, {"model": "gpt2", "decoder": "autoregressive"}),
     "tasks": ("miniature", "-miniature_sort"),
     "decoder": "tests.two_parameters:Impatient",
     "block_sizes": (8, 32),

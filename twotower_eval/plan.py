@@ -15,11 +15,15 @@ from twotower_eval.decoder_settings import SHORTHANDS, check_given_once, one_val
 from twotower_eval.decoder_settings import cross_decoders as cross_decoders
 from twotower_eval.errors import UserError
 from twotower_eval.names import did_you_mean, nearest
+from twotower_eval.plan_baselines import each_baseline as each_baseline
+from twotower_eval.plan_baselines import hold_baselines, overridden, with_baselines
+from twotower_eval.plan_baselines import named_baselines as named_baselines
 from twotower_eval.plan_fields import (
     AllSteps,
     Baseline,
     BaselineDecoder,
     BaselineFamily,
+    Baselines,
     BaselineSet,
     BlockSizes,
     CudaGraphs,
@@ -80,6 +84,7 @@ class RunPlan:
     ``family`` reads the model and ``baseline_family`` a baseline's folder, by default what their config.json says.
     ``baseline_decoder`` decodes the baseline, by default one token at a time; ``baseline_set`` gives one value to any
     of its parameters.
+    ``baselines`` are several, each a table of a ``model``, whatever else ``baseline_…`` says of one, and a ``name``.
     Block sizes, steps, thresholds and then the parameters of ``set`` are crossed; steps ``auto`` means the block size.
     Those that are ``None`` are the decoder's own defaults.
     ``set`` reaches any parameter of the decoder, in TOML as a table: ``set = { width = [4, 8] }``. ``temperature``,
@@ -93,6 +98,7 @@ class RunPlan:
     baseline_family: BaselineFamily = field(default=None, metadata=LEFT_OUT)
     baseline_decoder: BaselineDecoder = field(default=None, metadata=LEFT_OUT)
     baseline_set: BaselineSet = field(default=None, metadata=LEFT_OUT)
+    baselines: Baselines = field(default=None, metadata=LEFT_OUT)
     tasks: Tasks = ("miniature",)
     decoder: DecoderKind = "block_diffusion"
     block_sizes: BlockSizes = None
@@ -118,6 +124,7 @@ class RunPlan:
 
     def __post_init__(self) -> None:
         _hold_settings(self)
+        hold_baselines(self)
         check_fields(self)
         check_cuda_graphs(self)
         _check_arms(self)
@@ -147,6 +154,7 @@ class SpeedPlan:
     baseline_family: BaselineFamily = field(default=None, metadata=LEFT_OUT)
     baseline_decoder: BaselineDecoder = field(default=None, metadata=LEFT_OUT)
     baseline_set: BaselineSet = field(default=None, metadata=LEFT_OUT)
+    baselines: Baselines = field(default=None, metadata=LEFT_OUT)
     tasks: Tasks = ("miniature",)
     decoder: DecoderKind = "block_diffusion"
     block_sizes: BlockSizes = None
@@ -196,6 +204,7 @@ class SpeedPlan:
 
     def __post_init__(self) -> None:
         _hold_settings(self)
+        hold_baselines(self)
         check_fields(self)
         check_cuda_graphs(self)
         _check_arms(self)
@@ -309,7 +318,7 @@ def _by_field(cls: type, values: JsonObject) -> dict[str, object]:
         if other in values and name in values:
             raise UserError(f"{other} and {name} are the same: give one of them")
     lists = list_fields(cls)
-    named = {others.get(key, key): value for key, value in values.items()}
+    named = with_baselines(cls, {others.get(key, key): value for key, value in values.items()})
     return {
         name: (value,) if name in lists and isinstance(value, (str, int, float)) else value
         for name, value in named.items()
@@ -324,6 +333,8 @@ def merge(plan: P, overrides: JsonObject) -> P:
         if isinstance(settings := given.get(name), Mapping):
             given[name] = {**(getattr(plan, name, None) or {}), **settings}
     held = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    if "baselines" in held:
+        held["baselines"] = overridden(type(plan), held["baselines"], given)
     return plan_from_json(type(plan), held | given)
 
 
@@ -338,8 +349,9 @@ def baseline_source(plan: Plan) -> Source | None:
 
 
 def arm_sources(plan: Plan) -> tuple[tuple[Source | None, str | None], ...]:
-    """The model of each arm, candidate first, with the family that the plan chooses for it."""
-    return (model_source(plan), plan.family), (baseline_source(plan), plan.baseline_family)
+    """The model of the candidate and of every baseline, with the family that the plan chooses for it."""
+    baselines = ((baseline_source(single), single.baseline_family) for single in each_baseline(plan))
+    return (model_source(plan), plan.family), *baselines
 
 
 def check_checkpoints(plan: Plan | VerifyPlan) -> None:
@@ -362,7 +374,9 @@ def _hold_settings(plan: Plan) -> None:
 
 
 def _check_arms(plan: Plan) -> None:
-    if plan.baseline_family is not None and plan.baseline == CONTEXT_TOWER:
+    if plan.baselines is not None:
+        named_baselines(plan)  # each is checked as a plan with that one alone
+    elif plan.baseline_family is not None and plan.baseline == CONTEXT_TOWER:
         raise UserError(f"baseline_family has no effect on {CONTEXT_TOWER}: drop it, or name a baseline's folder")
     check_at_least(plan, 1, "block_sizes", "steps")
     check_at_least(plan, 0, "temperature", "thresholds", "seed")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from twotower_eval.decoder_settings import Settings
 from twotower_eval.errors import UserError
@@ -35,7 +36,8 @@ class Option:
     """A field's option on the command line, as ``Annotated[type, Option(…)]`` on the field.
 
     ``{choices}`` in ``help`` is replaced by the field's possible words; its default follows in brackets, or ``unset``
-    if that is ``None``. ``other_names`` are further names of the option. An ``argument`` is positional.
+    if that is ``None``. ``other_names`` are further names of the option. An ``argument`` is positional. What is
+    ``repeatable`` may be given several times.
     """
 
     help: str
@@ -43,13 +45,26 @@ class Option:
     unset: str | None = None
     other_names: tuple[str, ...] = ()
     argument: bool = False
+    repeatable: bool = False
 
 
 # Fields of several plans, with their help texts.
 Model = Annotated[str | None, Option(help="Checkpoint folder", metavar="CKPT", unset="the shipped miniature")]
 Baseline = Annotated[
     str,
-    Option(help="Baseline: checkpoint folder (ours or Hugging Face's), miniature, or context-tower", metavar="CKPT"),
+    Option(
+        help="Baseline: checkpoint folder (ours or Hugging Face's), miniature, or context-tower; repeat it for several",
+        metavar="CKPT",
+        repeatable=True,
+    ),
+]
+Baselines = Annotated[
+    tuple[Mapping[str, Any], ...] | None,
+    Option(
+        help="One of several baselines as a table of what --baseline… say, and a name; repeat it for each",
+        metavar="{KEY=V,…}",
+        repeatable=True,
+    ),
 ]
 FROM_CONFIG = "what config.json says"
 Family = Annotated[str | None, Option(help="Model family, or package.module:load", metavar="NAME", unset=FROM_CONFIG)]

@@ -301,7 +301,9 @@ class Workload:
 class Cell:
     """One checkpoint, one decoder, one workload. ``id`` comes from :func:`cell_id`, with ``extra`` in it.
 
-    Older runs do not record what else was in it (``None``).
+    Older runs do not record what else was in it (``None``). ``baseline`` is the name of a baseline among several, and
+    ``likelihoods_of`` the cell whose log-likelihoods score this one beside several baselines; neither is part of the
+    id.
     """
 
     id: str
@@ -310,6 +312,13 @@ class Cell:
     decoder: DecoderSpec
     workload: Workload
     extra: Params | None = field(default=None, metadata=LEFT_OUT)
+    baseline: str | None = field(default=None, metadata=LEFT_OUT)
+    likelihoods_of: str | None = field(default=None, metadata=LEFT_OUT)
+
+    @property
+    def who(self) -> str:
+        """``candidate``, ``baseline``, or among several baselines ``baseline prompt_lookup``."""
+        return self.arm if self.baseline is None else f"{self.arm} {self.baseline}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -777,7 +786,8 @@ class Method:
     ``num_differing`` differ between the arms, and ``num_scoring`` are those in which the candidate scores at all, where
     these are so few that an exact bound widens the interval. ``widened``: some other exact bound does. ``drawn`` says
     what a speedup's bootstrap drew, ``num_drawn`` of them, crossed with ``num_calls`` where prompts are a sample;
-    ``moved_out``: for calls that were not timed. ``devices`` of baseline and candidate scaled it.
+    ``moved_out``: for calls that were not timed. ``devices`` of baseline and candidate scaled it. ``least_of``: the
+    least over so many baselines.
     """
 
     kind: MethodKind
@@ -793,6 +803,7 @@ class Method:
     num_calls: Count | None = None
     moved_out: bool = False
     devices: tuple[Count, Count] | None = None
+    least_of: Count | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1058,11 +1069,24 @@ def draws(cell: Cell) -> bool:
 
 
 def make_cell(
-    arm: Arm, checkpoint: Checkpoint, decoder: DecoderSpec, workload: Workload, extra: Params | None = None
+    arm: Arm,
+    checkpoint: Checkpoint,
+    decoder: DecoderSpec,
+    workload: Workload,
+    extra: Params | None = None,
+    baseline: str | None = None,
 ) -> Cell:
-    """A cell with the id that follows from all else."""
+    """A cell with the id that follows from all else but the baseline's name."""
     identity = cell_id(checkpoint, decoder, workload, extra)
-    return Cell(id=identity, arm=arm, checkpoint=checkpoint, decoder=decoder, workload=workload, extra=extra or {})
+    return Cell(
+        id=identity,
+        arm=arm,
+        checkpoint=checkpoint,
+        decoder=decoder,
+        workload=workload,
+        extra=extra or {},
+        baseline=baseline,
+    )
 
 
 def cell_id(checkpoint: Checkpoint, decoder: DecoderSpec, workload: Workload, extra: Params | None = None) -> str:

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from twotower_eval.errors import UserError
 from twotower_eval.records import (
     HALF_PRECISION,
     Arm,
+    Cell,
     FailedTrial,
     Override,
     RunManifest,
@@ -32,6 +34,15 @@ WORDS: dict[TimeFault, str] = {
     "graph made": "a CUDA graph made meanwhile",
     "clock stood": "too long a stop of the clock for its texts",
 }
+
+
+def refuse_same(cells: Sequence[Cell]) -> None:
+    """UserError where one of several baselines is another one, or is the candidate, under a second name."""
+    by_id: dict[str, Cell] = {}
+    for cell in cells:
+        other = by_id.setdefault(cell.id, cell)
+        if other is not cell and other.who != cell.who:
+            raise UserError(f"{other.who} and {cell.who} are one model with one decoder: drop one of them")
 
 
 def time_fault(wall_s: float, moments_s: Sequence[float]) -> TimeFault | None:

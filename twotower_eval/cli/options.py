@@ -17,6 +17,7 @@ from typer.models import OptionInfo
 from twotower_eval.decoder_settings import parse_set
 from twotower_eval.errors import UserError
 from twotower_eval.names import registered
+from twotower_eval.plan_baselines import table_of
 from twotower_eval.plan_fields import option_of
 
 Given = dict[str, object]  # values from the command line by field; what was not given is not there
@@ -94,7 +95,7 @@ def _parameter(cls: type, name: str, *, hidden: bool) -> inspect.Parameter:
     else:
         info = option(text, *option_names(cls, name), metavar=declared.metavar, hidden=hidden)
     kind = _inner(hint)
-    taken = list[str] if _is_table(kind) else bool if kind is bool else str
+    taken = list[str] if _is_table(kind) or declared.repeatable else bool if kind is bool else str
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[taken | None, info]
     )
@@ -131,9 +132,15 @@ def _text(value: object) -> str:
 
 def read(cls: type, name: str, value: object) -> object:
     """A value from the command line, converted to the field's type; UserError names the option."""
-    kind = _inner(option_of(cls, name)[1])
+    declared, hint = option_of(cls, name)
+    kind = _inner(hint)
     if _is_table(kind):
         return parse_set(cast(Sequence[str], value)) if value else None
+    if declared.repeatable:
+        given = tuple(cast(Sequence[str], value or ()))
+        if kind is not str:
+            return tuple(map(table_of, given)) or None
+        return given if len(given) > 1 else next(iter(given), None)
     if value is not None and kind in (int, float):
         return _number(str(value), kind, option_names(cls, name)[0])
     if value is None or typing.get_origin(kind) is not tuple:

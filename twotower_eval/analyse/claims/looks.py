@@ -37,6 +37,7 @@ from twotower_eval.analyse.claims.terms import SPEED_QUANTITIES
 from twotower_eval.analyse.compare import QualityPoint, SpeedPoint
 from twotower_eval.analyse.compare.contradiction import was_cut_short
 from twotower_eval.analyse.compare.points import OtherScore, checkpoint_name, long_name
+from twotower_eval.analyse.compare.several import whole
 from twotower_eval.analyse.compare.timing import tasks_of
 from twotower_eval.analyse.compare.wholes import WholeScore
 from twotower_eval.decoder_settings import SHORTHANDS, set_text
@@ -122,6 +123,7 @@ def num_measurings(run: Run) -> int:
     ended before its planned rounds, as its results may have been seen by then.
     """
     num, last, is_new = 0, 0, False
+    run = whole(run)  # of a run against one of its baselines, whose rows are not all that its events count
     for event in run.events:
         is_new |= event["kind"] == "launched"
         if event["kind"] == "measured" and not event.get("num_missing"):
@@ -139,7 +141,8 @@ def scored_before(claim: Claim, run: Run, *, timed: bool) -> set[Scored]:
 
     Each is a look, on however few documents, as the run's results may have been seen before it was extended.
     """
-    ends = {num_rows for num_rows in _rows_when_complete(run, Score) if num_rows < len(run.scores)}
+    rows = whole(run).scores
+    ends = {num_rows for num_rows in _rows_when_complete(run, Score) if num_rows < len(rows)}
     return {scored_by(claim, run, timed=timed, num_rows=num_rows) for num_rows in ends} - {frozenset()}
 
 
@@ -154,7 +157,7 @@ def scored_by(claim: Claim, run: Run, *, timed: bool, num_rows: int | None = Non
     arms = {cell.id: cell.arm for cell in run.manifest.cells if _is_of(claim, cell, timed=timed)}
     return frozenset(
         (arms[row.cell], row.task, row.doc_id, row.doc_sha256, row.metric, row.filter, row.value, row.parts)
-        for row in run.scores[:num_rows]
+        for row in whole(run).scores[:num_rows]
         if row.cell in arms and _in_scope(claim, row)
     )
 

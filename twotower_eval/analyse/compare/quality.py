@@ -215,6 +215,10 @@ def _tasks_answered_once(run: Run, cells: list[Cell], baselines: list[Cell]) -> 
     answering = {row.cell for row in run.likelihoods}
     once = set()
     for cell, baseline in zip(cells, baselines, strict=True):
+        if baseline.likelihoods_of is not None:  # beside other baselines, whose log-likelihoods may serve these cells
+            if cell.likelihoods_of == baseline.likelihoods_of:
+                once.add(cell.workload.name)
+            continue
         others = {other.id for other in run.manifest.cells if other.workload == cell.workload} - {baseline.id}
         if baseline.id in answering and not others & answering:
             once.add(cell.workload.name)

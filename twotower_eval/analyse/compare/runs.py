@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import overload
 
 from twotower_eval.analyse import stats
-from twotower_eval.analyse.compare import consistency
+from twotower_eval.analyse.compare import consistency, several
 from twotower_eval.analyse.compare.calls import (
     Latency,
     WithinCalls,
@@ -41,6 +41,7 @@ from twotower_eval.analyse.compare.points import (
     short_name,
 )
 from twotower_eval.analyse.compare.quality import quality_points
+from twotower_eval.analyse.compare.several import AgainstOne
 from twotower_eval.analyse.compare.sizing import is_sizing_run
 from twotower_eval.analyse.compare.timing import SpeedPoint, speed_points
 from twotower_eval.analyse.compare.tradeoff import Panel, panels
@@ -285,16 +286,54 @@ class Headline:
 
 
 class Runs(Sequence[Run]):
-    """Loaded runs in the order of their ids, with what is computed from them."""
+    """Loaded runs in the order of their ids, with what is computed from them.
 
-    def __init__(self, runs: Sequence[Run]) -> None:
-        self._runs = sorted(runs, key=lambda run: run.manifest.run_id)
-        ids = [run.manifest.run_id for run in self._runs]
+    Those with several baselines are here against one of them, by default the first that decodes one token at a time;
+    :meth:`against` gives the others. ``whole`` are the runs with all their baselines.
+    """
+
+    def __init__(self, runs: Sequence[Run], *, baseline: str | None = None) -> None:
+        self.whole = tuple(sorted(map(several.whole, runs), key=lambda run: run.manifest.run_id))
+        ids = [run.manifest.run_id for run in self.whole]
         twice = sorted({run_id for run_id in ids if ids.count(run_id) > 1})
         if twice:
             raise UserError(f"run {twice[0]} is named twice")
         if not ids:
             raise UserError("no run to report on")
+        self.baseline = baseline or next(filter(None, map(several.default_baseline, self.whole)), None)
+        self._runs = [*several.views(self.whole, baseline)]
+
+    @cached_property
+    def baselines(self) -> tuple[str, ...]:
+        """The names of all baselines, where any run has several; that of :attr:`baseline` first."""
+        named = [name for run in self.whole for name in several.baselines_of(run)]
+        return tuple(dict.fromkeys([*filter(None, [self.baseline]), *named])) if len(set(named)) > 1 else ()
+
+    def against(self, name: str) -> Runs:
+        """The runs as they are against one of :attr:`baselines`."""
+        if name == self.baseline:
+            return self
+        if name not in self._against:
+            other = Runs(self.whole, baseline=name)
+            other.__dict__["contradictions"] = self.contradictions  # they are of whole runs
+            self._against[name] = other
+        return self._against[name]
+
+    @cached_property
+    def _against(self) -> dict[str, Runs]:
+        return {}
+
+    def each_baseline(self, key: PointKey, speed: SpeedPoint | None = None) -> tuple[AgainstOne, ...]:
+        """An operating point against each of :attr:`baselines`, timed as ``speed`` is; empty where there is only
+        one."""
+        found = []
+        for name in self.baselines:
+            runs = self.against(name)
+            timed = [one for one in runs.speed if speed is not None and one.candidate.id == speed.candidate.id]
+            one = AgainstOne(name=name, quality=runs.quality_at(key), speed=next(iter(timed), None))
+            if one.quality or one.speed:
+                found.append(one)
+        return tuple(found)
 
     @overload
     def __getitem__(self, index: int) -> Run: ...
@@ -333,7 +372,7 @@ class Runs(Sequence[Run]):
     @cached_property
     def contradictions(self) -> dict[str, tuple[Contradiction, ...]]:
         """By run id, the contradictions between a run's files; runs without any are left out."""
-        return consistency.by_run(self._runs)
+        return consistency.by_run(self.whole)
 
     @property
     def compare(self) -> bool:

@@ -22,6 +22,7 @@ from twotower_eval.analyse.report.text import Section, bullets, code, count, det
 from twotower_eval.decoder_settings import given_settings, set_text
 from twotower_eval.errors import UserError
 from twotower_eval.plan import AnyPlan, RunPlan, SizingPlan, SpeedPlan, VerifyPlan, plan_from_json
+from twotower_eval.plan_baselines import MODEL, ONE, SEVERAL, Table, table_text
 from twotower_eval.records import Cell, Checkpoint, DecoderSpec, FileDigest, RunManifest, sizing_config
 from twotower_eval.rules import asked_and_not_done, joined_lines, named_ways, ways_text
 from twotower_eval.store import TRAINING_LOG, Run
@@ -311,7 +312,9 @@ def command(plan: AnyPlan) -> list[str]:
         if value == field.default:
             continue
         option = field.name.replace("_", "-")
-        if isinstance(value, Mapping):
+        if field.name == SEVERAL:
+            words += _baseline_words(value)
+        elif isinstance(value, Mapping):
             words += [word for name, values in value.items() for word in (f"--{option}", set_text(name, values))]
         elif isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
@@ -320,6 +323,13 @@ def command(plan: AnyPlan) -> list[str]:
         else:
             words += [f"--{option}", ",".join(map(_text, value)) if isinstance(value, tuple) else _text(value)]
     return words
+
+
+def _baseline_words(tables: Sequence[Table]) -> list[str]:
+    """Options for several baselines: their models alone, where tables say no more."""
+    if len(tables) > 1 and all(set(table) == {MODEL} for table in tables):
+        return [word for table in tables for word in (f"--{ONE}", str(table[MODEL]))]
+    return [word for table in tables for word in (f"--{SEVERAL}", table_text(table))]
 
 
 def typed(words: Sequence[str]) -> str:

@@ -130,6 +130,25 @@ def speedup(
     return with_unseen(found, calls, throughput=quantity == "throughput") if quantity in JUDGED else found
 
 
+def least_speedup(calls: Sequence[TimedCalls], quantity: Quantity = "time", *, level: float = LEVEL) -> Estimate:
+    """The least of the speedups over several baselines: that over the strongest one, whichever it is.
+
+    The lower end is the least of the lower ends. It needs no correction for the choice: it lies above the true least
+    only where the lower end of the strongest baseline's own speedup does. The upper end is the least of upper ends that
+    hold for all baselines at once (Bonferroni).
+
+    NoEstimate where one of the speedups has none.
+    """
+    found = [speedup(one, quantity, level=level) for one in calls]
+    least = min(found, key=lambda one: one.value)
+    if len(found) == 1:
+        return least
+    together = 1 - (1 - level) / len(found)
+    high = min(speedup(one, quantity, level=together).high for one in calls)
+    low = min(one.low for one in found)
+    return replace(least, low=low, high=high, method=method_with(least.method, least_of=len(found)))
+
+
 def with_unseen(estimate: Estimate, calls: TimedCalls, *, throughput: bool) -> Estimate:
     """The estimate with its ends widened for calls that were not timed; see ``tails``."""
     if calls.fixed:

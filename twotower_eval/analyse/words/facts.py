@@ -42,6 +42,8 @@ def _text(method: Method, n: int) -> str:
         text += ", widened for calls that were not timed"
     if method.devices is not None:
         text += f", times {method.devices[0]} / {method.devices[1]} devices"
+    if method.least_of is not None:
+        text += f", the least over {method.least_of} baselines: of their lower ends, and of upper ends for all at once"
     return text
 
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from twotower_eval.engine.models.transformers_model import TransformersModel
 
 
+Loaded = dict[tuple[object, ...], Model]  # by what a model was loaded with
+
+
 def load_arms(
     model: GivenModel,
     baseline: GivenModel | None,
@@ -26,21 +29,31 @@ def load_arms(
     cuda_graphs: bool = False,
     family: str | None = None,
     baseline_family: str | None = None,
+    loaded: Loaded | None = None,
 ) -> tuple[Model, Model]:
     """Load baseline and candidate: one object if they are the same, shared tensors if one is part of the other.
 
     Without ``baseline`` it is the candidate's own context tower. A separate baseline goes on the first device. The
     families are as in ``models.load_model``; None: the folder's own. ``cuda_graphs``: UserError, before anything loads,
-    if one arm cannot run its steps as graphs.
+    if one arm cannot run its steps as graphs. What is in ``loaded`` is not loaded again, and what is loaded is put
+    there: one candidate has several baselines, which may share a checkpoint.
     """
     if cuda_graphs:
         _refuse_without_graphs({model: family, **({} if baseline is None else {baseline: baseline_family})})
-    candidate = models.load_model(model, dtype=dtype, devices=devices, family=family)
+    held = {} if loaded is None else loaded
+    candidate = _load_once(held, model, dtype, devices, family)
     if baseline is None:
         return context_tower(candidate), candidate
     if read_source(baseline).place == read_source(model).place and _read_alike(model, family, baseline_family):
         return candidate, candidate
-    return models.load_model(baseline, dtype=dtype, devices=devices[:1], family=baseline_family), candidate
+    return _load_once(held, baseline, dtype, devices[:1], baseline_family), candidate
+
+
+def _load_once(loaded: Loaded, model: GivenModel, dtype: str, devices: Sequence[str], family: str | None) -> Model:
+    key = (read_source(model).place, dtype, tuple(devices), models.family_of(model) if family is None else family)
+    if key not in loaded:
+        loaded[key] = models.load_model(model, dtype=dtype, devices=devices, family=family)
+    return loaded[key]
 
 
 def _read_alike(model: GivenModel, *families: str | None) -> bool:

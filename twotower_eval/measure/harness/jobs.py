@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twotower_eval import store
 from twotower_eval.decoder_settings import baseline_spec, block_sizes, cross_decoders
@@ -20,7 +20,7 @@ from twotower_eval.measure.harness.answers import Key
 from twotower_eval.measure.harness.scoring import Row, score_rows
 from twotower_eval.measure.suites import FEWSHOT_SEED, BuiltTask, resolve_tasks, settle
 from twotower_eval.measure.suites.lm_types import Instance
-from twotower_eval.plan import RunPlan, baseline_source, model_source
+from twotower_eval.plan import RunPlan, baseline_source, each_baseline, model_source, named_baselines
 from twotower_eval.records import (
     Aggregate,
     Arm,
@@ -37,7 +37,11 @@ from twotower_eval.records import (
     make_cell,
     to_json,
 )
+from twotower_eval.rules import refuse_same
 from twotower_eval.store.environment import new_manifest
+
+if TYPE_CHECKING:
+    from twotower_eval.engine.models.arms import Loaded
 
 SPARE_TOKENS = 8  # more special tokens than a tokenizer adds to a text
 DENOISER_KINDS: tuple[LikelihoodKind, ...] = ("denoiser_left_to_right", "bound")
@@ -107,11 +111,12 @@ def prepare(plan: RunPlan) -> Prepared:
     decoding = settle(tasks, temperature=plan.temperature, samples=plan.samples)
     held = dataclasses.replace(plan, temperature=decoding.temperature)
     specs = cross_decoders(held)
-    baseline_spec(held)  # a slip in it is found before weights are loaded
+    for single in each_baseline(held):
+        baseline_spec(single)  # a slip in it is found before weights are loaded
     check_scorers(plan, tasks)
-    baseline, candidate = arms = load_models(plan)
+    arms = load_models(plan)
     use_graphs(plan, tasks, arms)
-    jobs = make_jobs(held, tasks, specs, baseline, candidate)
+    jobs = make_jobs(held, tasks, specs, arms)
     _refuse_unreadable(jobs)
     ways = prove_arms(arms, partial(longest_context, tasks))
     return Prepared(plan=plan, tasks=tasks, jobs=jobs, overrides=decoding.overrides, ways=ways)
@@ -152,8 +157,17 @@ def check_scorers(plan: RunPlan, tasks: Sequence[BuiltTask]) -> None:
         )
 
 
-def load_models(plan: RunPlan) -> tuple[Model, Model]:
-    """Baseline and candidate; see :func:`twotower_eval.engine.models.arms.load_arms`."""
+def load_models(plan: RunPlan) -> tuple[Model, ...]:
+    """The model of every baseline, then the candidate's; a checkpoint that several have is loaded once.
+
+    See :func:`twotower_eval.engine.models.arms.load_arms`.
+    """
+    loaded: Loaded = {}
+    pairs = [_load_pair(single, loaded) for single in each_baseline(plan)]
+    return (*(baseline for baseline, _ in pairs), pairs[0][1])
+
+
+def _load_pair(plan: RunPlan, loaded: Loaded) -> tuple[Model, Model]:
     from twotower_eval.engine.models.arms import load_arms
 
     arms = load_arms(
@@ -164,13 +178,14 @@ def load_models(plan: RunPlan) -> tuple[Model, Model]:
         cuda_graphs=plan.cuda_graphs,
         family=plan.family,
         baseline_family=plan.baseline_family,
+        loaded=loaded,
     )
     for arm in arms:
         text_codec(arm)
     return arms
 
 
-def use_graphs(plan: RunPlan, tasks: Sequence[BuiltTask], arms: tuple[Model, Model]) -> None:
+def use_graphs(plan: RunPlan, tasks: Sequence[BuiltTask], arms: Sequence[Model]) -> None:
     """Run both arms' small steps as CUDA graphs if the plan says so, keeping as many as its requests can need."""
     from twotower_eval.engine.models.arms import enable_cuda_graphs
     from twotower_eval.engine.models.graphs import MAX_NEW
@@ -204,38 +219,72 @@ def longest_context(tasks: Sequence[BuiltTask], model: Model) -> int:
     return min(found + SPARE_TOKENS, model.max_length or found + SPARE_TOKENS)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Arm:
+    """What a cell is made of, for any task; ``name`` is that of a baseline among several.
+
+    ``shared``: its causal tower is also that of the other arm, so that one computation gives both log-likelihoods.
+    """
+
+    arm: Arm
+    name: str | None
+    model: Model
+    spec: DecoderSpec
+    shared: bool
+
+
+def _arms(plan: RunPlan, specs: Sequence[DecoderSpec], models: Sequence[Model]) -> list[_Arm]:
+    """The baselines, then the candidates. ``models`` are those of the baselines, and the candidate's."""
+    *baselines, candidate = models
+    found = []
+    for (name, single), model in zip(named_baselines(plan), baselines, strict=True):
+        shared = plan.likelihood == "context_tower" and _equal_context(model, candidate)
+        spec = baseline_spec(single)
+        found.append(_Arm(arm="baseline", name=name, model=model, spec=spec, shared=shared))
+    shared = any(arm.shared for arm in found)
+    return found + [_Arm(arm="candidate", name=None, model=candidate, spec=spec, shared=shared) for spec in specs]
+
+
 def make_jobs(
-    plan: RunPlan, tasks: Sequence[BuiltTask], specs: Sequence[DecoderSpec], baseline: Model, candidate: Model
+    plan: RunPlan, tasks: Sequence[BuiltTask], specs: Sequence[DecoderSpec], models: Sequence[Model]
 ) -> list[Job]:
-    """Every cell of the plan, task by task, the baseline first, at the plan's temperature.
+    """Every cell of the plan, task by task, the baselines first, at the plan's temperature.
 
     UserError if a model cannot score in the requested way.
     """
     from twotower_eval.engine.decoders import from_spec
-    from twotower_eval.engine.models.identity import causal_identity
 
-    arms: list[tuple[Arm, Model, DecoderSpec]] = [("baseline", baseline, baseline_spec(plan))]
-    arms += [("candidate", candidate, spec) for spec in specs]
-    shared = plan.likelihood == "context_tower" and _equal_context(baseline, candidate)
+    arms = _arms(plan, specs, models)
     jobs: dict[str, Job] = {}
     first_with: dict[tuple[object, ...], str] = {}
     for task in tasks:
-        for arm, model, spec in arms:
-            kind = _kind(plan, arm, model, shared)
-            cell = _cell(plan, arm, model, spec, task, kind)
-            by_denoiser = kind in DENOISER_KINDS
-            whose = model.checkpoint.identity if by_denoiser else causal_identity(model)
-            alike = (task.name, kind, whose, spec.params.get("block_size") if by_denoiser else None)
-            donor = first_with.setdefault(alike, cell.id)
-            answering = candidate if shared and not task.generates else model
+        of_task: list[Cell] = []
+        for arm in arms:
+            kind = _kind(plan, arm.arm, arm.model, arm.shared)
+            cell = _cell(plan, arm, task, kind)
+            of_task.append(cell)
+            donor = first_with.setdefault(_scored_alike(arm, task, kind), cell.id)
+            if plan.baselines and not task.generates:
+                cell = dataclasses.replace(cell, likelihoods_of=donor)
+            answering = models[-1] if arm.shared and not task.generates else arm.model
             # Refuse a model that cannot answer now, not hours into the run.
             if task.generates:
-                from_spec(answering, spec)
+                from_spec(answering, arm.spec)
             else:
-                make_scorer_of(answering, kind, spec)
+                make_scorer_of(answering, kind, arm.spec)
             # An AR model compared with itself is one cell, not two.
             jobs.setdefault(cell.id, Job(cell=cell, task=task, model=answering, kind=kind, likelihoods_of=donor))
+        refuse_same(of_task)
     return list(jobs.values())
+
+
+def _scored_alike(arm: _Arm, task: BuiltTask, kind: LikelihoodKind) -> tuple[object, ...]:
+    """What cells have to share to have the same log-likelihoods."""
+    from twotower_eval.engine.models.identity import causal_identity
+
+    by_denoiser = kind in DENOISER_KINDS
+    whose = arm.model.checkpoint.identity if by_denoiser else causal_identity(arm.model)
+    return (task.name, kind, whose, arm.spec.params.get("block_size") if by_denoiser else None)
 
 
 def make_scorer_of(model: Model, kind: LikelihoodKind, spec: DecoderSpec) -> Scorer:
@@ -262,7 +311,7 @@ def _kind(plan: RunPlan, arm: Arm, model: Model, shared: bool) -> LikelihoodKind
     return "context_tower" if shared or model.has_denoiser else "exact"
 
 
-def _cell(plan: RunPlan, arm: Arm, model: Model, spec: DecoderSpec, task: BuiltTask, kind: LikelihoodKind) -> Cell:
+def _cell(plan: RunPlan, arm: _Arm, task: BuiltTask, kind: LikelihoodKind) -> Cell:
     workload = Workload(kind="task", name=task.name, digest=task.digest, max_new_tokens=task.max_new_tokens)
     random = (task.generates and (plan.temperature or 0) > 0) or (not task.generates and kind == "bound")
     extra = {
@@ -272,7 +321,7 @@ def _cell(plan: RunPlan, arm: Arm, model: Model, spec: DecoderSpec, task: BuiltT
         **({"pools_samples": True} if task.pools_samples else {}),
         **({"cuda_graphs": True} if plan.cuda_graphs else {}),  # sums may run in another order
     }
-    return make_cell(arm, model.checkpoint, spec, workload, extra)
+    return make_cell(arm.arm, arm.model.checkpoint, arm.spec, workload, extra, arm.name)
 
 
 def make_manifest(

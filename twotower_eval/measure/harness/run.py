@@ -57,7 +57,7 @@ class TaskFigure:
     @property
     def arm(self) -> str:
         """The arm and its decoder."""
-        return f"{self.cell.arm} {self.cell.decoder.label}"
+        return f"{self.cell.who} {self.cell.decoder.label}"
 
 
 def task_figure(task: BuiltTask, cell: Cell, scores: Sequence[Score], aggregates: Sequence[Aggregate]) -> TaskFigure:

@@ -117,13 +117,20 @@ NUM_PROMPTS, NUM_TOKENS = 5, 24  # prompts decoded to compare with transformers'
 
 
 def measured_conditions(
-    lanes: Mapping[int, Sequence[Lane]], calls: Calls, model: Model, clock: CallClock, *, cuda_graphs: bool
+    lanes: Mapping[int, Sequence[Lane]], calls: Calls, clock: CallClock, *, cuda_graphs: bool
 ) -> Iterator[BaselineBest]:
-    """One record per batch size of the baseline cell; ``model`` is the baseline's."""
-    theirs = _of_transformers(model)
-    bytes_per_s = copy_bytes_per_s(model.checkpoint.devices[0])
-    for size, of_size in lanes.items():
-        lane = next(lane for lane in of_size if lane.cell.arm == "baseline")
+    """One record per baseline and batch size."""
+    of_baselines = [
+        (size, lane)
+        for size, of_size in lanes.items()
+        for lane in of_size
+        if lane.cell.arm == "baseline" and lane.replica == 0
+    ]
+    devices = dict.fromkeys(lane.cell.checkpoint.devices[0] for _, lane in of_baselines)
+    rates = {device: copy_bytes_per_s(device) for device in devices}
+    for size, lane in of_baselines:
+        model = lane.untimed
+        theirs = _of_transformers(model)
         rows = [ids for call in calls[size] for ids in lane.ids[call.id]]
         budget = max(call.max_new_tokens for call in calls[size])
         middle = sorted(map(len, rows))[len(rows) // 2] + budget // 2
@@ -134,7 +141,7 @@ def measured_conditions(
             attention=None if theirs is None else getattr(theirs.inner.config, "_attn_implementation", None),
             num_threads=torch.get_num_threads(),
             step_bytes=_step_bytes(model, size, middle),
-            bytes_per_s=bytes_per_s,
+            bytes_per_s=rates[model.checkpoint.devices[0]],
             **({} if theirs is None else _beside_generate(theirs, rows, min(NUM_TOKENS, budget), clock)),
         )
 
@@ -241,7 +248,7 @@ def refuse_uneven(batch_sizes: Iterable[int], block_sizes: Iterable[int]) -> Non
 
 
 def graphs_for(
-    plan: SpeedPlan, calls: Calls, lanes: Mapping[int, Sequence[Lane]], models: tuple[Model, Model]
+    plan: SpeedPlan, calls: Calls, lanes: Mapping[int, Sequence[Lane]], models: Sequence[Model]
 ) -> tuple[StepGraphs, ...]:
     """Both arms' CUDA graphs, as many as this plan's prompts and budgets can need; none unless the plan wants them."""
     if not plan.cuda_graphs:

@@ -22,7 +22,7 @@ from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.clock import CallClock, no_garbage_collection
 from twotower_eval.measure.speed.lanes import Lane
 from twotower_eval.measure.speed.workloads import Call, Calls
-from twotower_eval.records import Arm, CostPart, Passes, Prompt
+from twotower_eval.records import CostPart, Passes, Prompt
 
 Repeat = Callable[[], None]  # one repetition of a phase
 
@@ -160,7 +160,7 @@ def _choose_confident(logits_BKV: Tensor, mask_token_id: int | None) -> tuple[Te
 REPEATS: dict[CostPart, int] = {"prefill": 2, "ar_step": 8, "bookkeeping": 8, "denoise": 4, "context_pass": 4}
 NEVER = "\uffff"  # a noncharacter
 
-Key = tuple[Arm, CostPart, int, int | None, int, int]  # batch size of the cell, block size, rows, context tokens
+Key = tuple[str, CostPart, int, int | None, int, int]  # whose; batch size of the cell, block size, rows, context tokens
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -194,13 +194,13 @@ class CostItem:
 
 
 class TimedParts:
-    """The parts of a run, each timed from the first call that needs it. ``models``: baseline and candidate.
+    """The parts of a run, each timed from the first call that needs it.
 
-    A part is timed once per arm and batch size, under the first cell that needed it.
+    A part is timed once per baseline, for the candidates once, and per batch size, under the first cell that needed it.
     """
 
-    def __init__(self, calls: Calls, lanes: Mapping[int, Sequence[Lane]], models: tuple[Model, Model]) -> None:
-        self._calls, self._models = calls, models
+    def __init__(self, calls: Calls, lanes: Mapping[int, Sequence[Lane]]) -> None:
+        self._calls = calls
         self._lanes = {lane.cell.id: lane for of_size in lanes.values() for lane in of_size if lane.replica == 0}
         self._seen: dict[str, set[Passes]] = defaultdict(set)  # by cell
         self._items: dict[Key, CostItem] = {}
@@ -222,11 +222,11 @@ class TimedParts:
             for item in self._needed(self._lanes[cell], seen):
                 size = self._lanes[cell].cell.workload.batch_size or 1
                 sizes = (item.block_size, item.batch_size, item.context_tokens)
-                self._items.setdefault((self._lanes[cell].cell.arm, item.part, size, *sizes), item)
+                self._items.setdefault((self._lanes[cell].cell.who, item.part, size, *sizes), item)
         return self.items[before:]
 
     def _needed(self, lane: Lane, seen: set[Passes]) -> list[CostItem]:
-        model = self._models[0 if lane.cell.arm == "baseline" else 1]
+        model = lane.untimed
         calls = self._calls[lane.cell.workload.batch_size or 1]
         found = []
         for part, block_size in _parts(lane, seen):

@@ -1,4 +1,4 @@
-"""Lanes: the cells of a plan, each ready to time any of its calls. The baseline has two, for the A/A null."""
+"""Lanes: the cells of a plan, each ready to time any of its calls. Every baseline has two, for its A/A null."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from twotower_eval.measure.speed.workloads import (
     encode_calls,
     make_workload,
 )
-from twotower_eval.plan import SpeedPlan
+from twotower_eval.plan import SpeedPlan, named_baselines
 from twotower_eval.records import (
     Arm,
     Cell,
@@ -41,6 +41,7 @@ from twotower_eval.records import (
     document_prompt_id,
     make_cell,
 )
+from twotower_eval.rules import refuse_same
 
 FINISH_SHARE, FINISH_S = 1e-3, 1e-4  # how far a finish may lie after the end: two readings of one clock
 
@@ -64,15 +65,16 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Lane:
-    """One cell as it is timed. ``replica`` is 1 for the second copy of the baseline; ``ids`` are by call id.
+    """One cell as it is timed. ``replica`` is 1 for the second copy of a baseline; ``ids`` are by call id.
 
     ``decoder`` is set only during a round, see :func:`with_decoders`. ``watch`` and ``uncounted`` check that a call
-    does only what it reports. ``text_cost`` is None without a tokenizer.
+    does only what it reports. ``text_cost`` is None without a tokenizer. ``untimed`` is the model itself.
     """
 
     cell: Cell
     replica: int
     model: TimedModel
+    untimed: Model
     decoder: Decoder | None
     watch: Watch
     uncounted: UncountedForwards
@@ -144,7 +146,7 @@ class Lane:
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self.cell.arm} {self.cell.decoder.label}, batch size {self.cell.workload.batch_size}"
+        return f"{self.cell.who} {self.cell.decoder.label}, batch size {self.cell.workload.batch_size}"
 
     def _check_count(self, call: Call, generations: Sequence[Generation]) -> None:
         short = [g.num_tokens for g in generations if call.ignore_eos and g.num_tokens != call.max_new_tokens]
@@ -190,41 +192,76 @@ def make_lanes(
     calls: Calls,
     requests: Sequence[Request],
     specs: Sequence[DecoderSpec],
-    models: tuple[Model, Model],
+    models: Sequence[Model],
     clock: CallClock,
 ) -> dict[int, tuple[Lane, ...]]:
-    """Batch size -> lanes: the baseline, its copy, and every candidate. ``models`` are baseline and candidate."""
-    own = baseline_spec(plan)
-    timed = [TimedModel(model, clock) for model in models]
+    """Batch size -> lanes: every baseline with its copy, then every candidate. ``models`` are those of the baselines in
+    their order, and the candidate's."""
     watch, uncounted = Watch(clock), UncountedForwards(models)
-    texts = [
-        None if model.tokenizer is None else text_cost(model.tokenizer, model.vocab_size, clock.now) for model in models
-    ]
-    ids = [encode_calls(plan, calls, requests, model) for model in models]
-    arms: list[tuple[Arm, int, DecoderSpec]] = [("baseline", 0, own), ("baseline", 1, own)]
-    arms += [("candidate", 0, spec) for spec in specs]
+    ready: dict[int, _Ready] = {}
+    for model in models:
+        if id(model) not in ready:
+            ready[id(model)] = _ready(plan, calls, requests, model, clock)
+    arms = _arms(plan, specs, models)
     lanes: dict[int, tuple[Lane, ...]] = {}
     for size in plan.batch_sizes:
         found: dict[tuple[str, int], Lane] = {}
-        for arm, replica, spec in arms:
-            which = 0 if arm == "baseline" else 1
-            cell = _cell(plan, calls[size], size, arm, models[which], spec)
+        cells = [_cell(plan, calls[size], size, arm) for arm in arms]
+        refuse_same(cells)
+        for arm, cell in zip(arms, cells, strict=True):
+            own = ready[id(arm.model)]
             lane = Lane(
                 cell=cell,
-                replica=replica,
-                model=timed[which],
-                decoder=make_one(timed[which], spec, clock, watch),
+                replica=arm.replica,
+                model=own.timed,
+                untimed=arm.model,
+                decoder=make_one(own.timed, arm.spec, clock, watch),
                 watch=watch,
                 uncounted=uncounted,
-                text_cost=texts[which],
+                text_cost=own.text_cost,
                 devices=Devices(cell.checkpoint.devices),
-                ids=ids[which],
+                ids=own.ids,
                 seed=plan.seed,
             )
             # An AR model timed against itself is one cell; its copy is the only other lane.
-            found.setdefault((cell.id, replica), lane)
+            found.setdefault((cell.id, arm.replica), lane)
         lanes[size] = tuple(found.values())
     return lanes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ready:
+    """What all lanes of a model share."""
+
+    timed: TimedModel
+    text_cost: TextCost | None
+    ids: Mapping[str, tuple[tuple[int, ...], ...]]
+
+
+def _ready(plan: SpeedPlan, calls: Calls, requests: Sequence[Request], model: Model, clock: CallClock) -> _Ready:
+    cost = None if model.tokenizer is None else text_cost(model.tokenizer, model.vocab_size, clock.now)
+    ids = encode_calls(plan, calls, requests, model)
+    return _Ready(timed=TimedModel(model, clock), text_cost=cost, ids=ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Arm:
+    """What a lane is made of, at any batch size; ``name`` is that of a baseline among several."""
+
+    arm: Arm
+    name: str | None
+    replica: int
+    model: Model
+    spec: DecoderSpec
+
+
+def _arms(plan: SpeedPlan, specs: Sequence[DecoderSpec], models: Sequence[Model]) -> list[_Arm]:
+    """The baselines, each with its copy, then the candidates."""
+    found = []
+    for (name, single), model in zip(named_baselines(plan), models, strict=False):
+        own = baseline_spec(single)
+        found += [_Arm(arm="baseline", name=name, replica=copy, model=model, spec=own) for copy in (0, 1)]
+    return found + [_Arm(arm="candidate", name=None, replica=0, model=models[-1], spec=spec) for spec in specs]
 
 
 def without_decoders(lanes: Mapping[int, tuple[Lane, ...]]) -> dict[int, tuple[Lane, ...]]:
@@ -241,7 +278,8 @@ def with_decoders(lanes: Mapping[int, tuple[Lane, ...]], clock: CallClock) -> di
     return {size: tuple(renewed(lane) for lane in of_size) for size, of_size in lanes.items()}
 
 
-def _cell(plan: SpeedPlan, calls: Sequence[Call], size: int, arm: Arm, model: Model, spec: DecoderSpec) -> Cell:
-    workload = make_workload(plan, calls, size, len(model.checkpoint.devices))
+def _cell(plan: SpeedPlan, calls: Sequence[Call], size: int, arm: _Arm) -> Cell:
+    checkpoint = arm.model.checkpoint
+    workload = make_workload(plan, calls, size, len(checkpoint.devices))
     extra = {"seed": plan.seed if (plan.temperature or 0) > 0 else None}
-    return make_cell(arm, model.checkpoint, spec, workload, extra)
+    return make_cell(arm.arm, checkpoint, arm.spec, workload, extra, arm.name)

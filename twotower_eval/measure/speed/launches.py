@@ -10,14 +10,14 @@ import signal
 import sys
 import time
 import traceback
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from twotower_eval import store
 from twotower_eval.decoder_settings import baseline_spec, cross_decoders
@@ -37,7 +37,7 @@ from twotower_eval.measure.speed.workloads import (
     scored_tasks,
     untimed_tasks_text,
 )
-from twotower_eval.plan import SpeedPlan, arm_sources, baseline_source, model_source
+from twotower_eval.plan import SpeedPlan, arm_sources, baseline_source, each_baseline, model_source
 from twotower_eval.plugin_calls import TRACEBACK_VARIABLE, is_own
 from twotower_eval.progress import Progress, SilentProgress, choose_progress
 from twotower_eval.records import (
@@ -54,6 +54,9 @@ from twotower_eval.records import (
 )
 from twotower_eval.rules import asked_and_not_done, slower_lines, truncation_line
 from twotower_eval.store.environment import new_manifest
+
+if TYPE_CHECKING:
+    from twotower_eval.engine.models.arms import Loaded
 
 NOTES = (
     "Timed answers of the measured rounds are journalled, the round as the sample's number; warm-ups and the second "
@@ -85,7 +88,8 @@ def run_launch(
     progress = progress or SilentProgress()
     held = dataclasses.replace(plan, temperature=temperature if plan.temperature is None else plan.temperature)
     specs = cross_decoders(held)
-    baseline_spec(held)  # a slip in it is found before weights are loaded
+    for single in each_baseline(held):
+        baseline_spec(single)  # a slip in it is found before weights are loaded
     calls = make_calls(plan, requests)
     if plan.cuda_graphs:
         refuse_uneven(plan.batch_sizes, _block_sizes(specs))
@@ -97,22 +101,22 @@ def run_launch(
         clock = CallClock(devices, now)
         lanes = make_lanes(held, calls, requests, specs, models, clock)
         ways = prove_arms(models, lambda model: _longest(calls, lanes))
-        parts = TimedParts(calls, lanes, models) if plan.costs else None
+        parts = TimedParts(calls, lanes) if plan.costs else None
         graphs = graphs_for(plan, calls, lanes, models)
         manifest = _manifest(plan, calls, [*chain.from_iterable(lanes.values())], overrides, ways, models, resume)
         if resume is not None and _is_scored(plan, resume, manifest, calls_per_round(calls, lanes)):
             # Its scores are checked before the run is complete again.
             return Launched(path=resume, num_missing=0)
         with store.create(root, manifest) if resume is None else store.resume(resume, manifest) as writer:
-            truncated = _truncated(plan, writer, calls, models)
+            truncated = _truncated(plan, writer, calls, lanes)
             warnings = [f"warning: {text}" for text in (*writer.warnings, *asked_and_not_done(manifest), *truncated)]
             for line in (*warnings, *slower_lines(manifest)):
                 progress.note(line)
             if plan.costs:
-                for best in measured_conditions(lanes, calls, models[0], clock, cuda_graphs=plan.cuda_graphs):
+                for best in measured_conditions(lanes, calls, clock, cuda_graphs=plan.cuda_graphs):
                     writer.event("baseline_best", **to_json(best))
             launch_id = _launch_id(writer.run)
-            probes = Probes(held, calls, requests, models, launch_id)
+            probes = Probes(held, calls, requests, launch_id)
             idle, captures = without_decoders(lanes), Captures(graphs, writer)
             session = Session(plan, writer, launch_id, calls, idle, probes, parts, clock, captures, progress)
             num_missing = session.run()
@@ -125,7 +129,14 @@ def _block_sizes(specs: Sequence[DecoderSpec]) -> list[int]:
     return [size for spec in specs if isinstance(size := spec.params.get("block_size"), int)]
 
 
-def _load(plan: SpeedPlan) -> tuple[Model, Model]:
+def _load(plan: SpeedPlan) -> tuple[Model, ...]:
+    """The model of every baseline, then the candidate's; a checkpoint that several have is loaded once."""
+    loaded: Loaded = {}
+    pairs = [_load_pair(single, loaded) for single in each_baseline(plan)]
+    return (*(baseline for baseline, _ in pairs), pairs[0][1])
+
+
+def _load_pair(plan: SpeedPlan, loaded: Loaded) -> tuple[Model, Model]:
     from twotower_eval.engine.models.arms import load_arms
 
     return load_arms(
@@ -136,22 +147,29 @@ def _load(plan: SpeedPlan) -> tuple[Model, Model]:
         cuda_graphs=plan.cuda_graphs,
         family=plan.family,
         baseline_family=plan.baseline_family,
+        loaded=loaded,
     )
 
 
-def _truncated(plan: SpeedPlan, writer: store.RunWriter, calls: Calls, models: tuple[Model, Model]) -> list[str]:
+def _truncated(
+    plan: SpeedPlan, writer: store.RunWriter, calls: Calls, lanes: Mapping[int, Sequence[Lane]]
+) -> list[str]:
     """Journal for every cell how many prompts were truncated, unless a resumed run has it already; the warnings of
     it."""
+    whose: dict[str, tuple[Arm, Model]] = {}
+    for lane in chain.from_iterable(lanes.values()):
+        whose.setdefault(lane.cell.who, (lane.cell.arm, lane.untimed))
+    known = any(event["kind"] == "truncated" for event in writer.run.events)
     lines = []
-    for arm, model in zip(typing.get_args(Arm), models, strict=True):
+    for who, (arm, model) in whose.items():
         for task, (num_prompts, num_truncated) in count_truncated(plan, calls, model).items():
             numbers = {"num_requests": num_prompts, "num_truncated": num_truncated}
-            if not any(event["kind"] == "truncated" for event in writer.run.events):
-                for cell in (cell for cell in writer.run.manifest.cells if cell.arm == arm):
+            for cell in writer.run.manifest.cells if not known else ():
+                if cell.who == who:
                     writer.event("truncated", cell=cell.id, task=task, **numbers)
             if num_truncated:
                 lines.append(truncation_line(task, arm, num_prompts, num_truncated))
-    return lines
+    return list(dict.fromkeys(lines))
 
 
 def _longest(calls: Calls, lanes: dict[int, tuple[Lane, ...]]) -> int:

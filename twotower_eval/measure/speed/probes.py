@@ -8,13 +8,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from twotower_eval.engine.models.protocol import Model
 from twotower_eval.engine.models.witness import Tally
 from twotower_eval.measure.speed.lanes import Lane, Timing
 from twotower_eval.measure.speed.workloads import Call, Calls, Request, encode_calls
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import (
-    Arm,
     Witnessed,
     WitnessedAnswer,
     WitnessedKind,
@@ -234,8 +232,8 @@ class Probes:
     """The probes of a launch: for every cell a few new calls, and those of the last round again.
 
     Each cell has its own new calls and is timed on them first, as another cell that read them before could share its
-    memory. Right after a candidate the baseline is timed on the same call, for comparison. The baseline's copy has no
-    new calls.
+    memory. Right after a candidate every baseline is timed on the same call, for comparison. The baselines' copies have
+    no new calls.
     """
 
     def __init__(
@@ -243,26 +241,27 @@ class Probes:
         plan: SpeedPlan,
         calls: Calls,
         requests: Sequence[Request],
-        models: tuple[Model, Model],
         launch_id: str,
     ) -> None:
-        self._plan, self._calls, self._requests, self._models = plan, calls, requests, models
+        self._plan, self._calls, self._requests = plan, calls, requests
         self._launch = run_and_launch(launch_id)[1]
         self._prompts = NewPrompts(calls, requests, derive_seed(plan.seed, "new prompts", launch_id))
         self._random = random.Random(derive_seed(plan.seed, "calls that are probed", launch_id))
         self._num_made: Counter[str] = Counter()  # by cell
         self._seen: list[tuple[str, int, Call]] = []  # cell, batch size and call of the last round
         self._num_alone = 0
-        self._ids: dict[str, dict[Arm, Ids]] = {}  # by call
+        self._ids: dict[str, dict[str, Ids]] = {}  # by call and cell
 
     def num_timings(self, lanes: Mapping[int, tuple[Lane, ...]], num_rounds: int) -> int:
         """Number of probe timings in the first ``num_rounds``: the first has none of the round before again."""
-        of_sizes = [(size, sum(lane.replica == 0 for lane in of_size)) for size, of_size in lanes.items()]
-        return (
-            sum(self._num_calls(size) * ((3 * num_cells - 1) * num_rounds - num_cells) for size, num_cells in of_sizes)
-            if num_rounds
-            else 0
-        )
+        if not num_rounds:
+            return 0
+        num = 0
+        for size, of_size in lanes.items():
+            arms = [lane.cell.arm for lane in of_size if lane.replica == 0]
+            beside = arms.count("baseline") * arms.count("candidate")
+            num += self._num_calls(size) * ((2 * len(arms) + beside) * num_rounds - len(arms))
+        return num
 
     def _num_calls(self, size: int) -> int:
         return -(-self._plan.probes // size)
@@ -288,7 +287,7 @@ class Probes:
             self._num_alone += 1
             if call is not None:
                 ids = self._encoded(call, lanes, size)
-                yield Probe(call=call, lanes=tuple(replace(one, ids={call.id: ids[one.cell.arm]}) for one in lanes))
+                yield Probe(call=call, lanes=tuple(replace(one, ids={call.id: ids[one.cell.id]}) for one in lanes))
 
     def _make(self, size: int, lanes: Sequence[Lane]) -> Iterator[tuple[str, int, Call]]:
         """Make new calls of every cell of a batch size, with their token ids."""
@@ -304,22 +303,20 @@ class Probes:
                     self._ids[call.id] = self._encoded(call, lanes, size)
                     yield cell, size, call
 
-    def _encoded(self, call: Call, lanes: Sequence[Lane], size: int) -> dict[Arm, Ids]:
-        """Arm -> token ids, with the beginning cut off if they are longer than any timed prompt of that batch size."""
-        found: dict[Arm, Ids] = {}
+    def _encoded(self, call: Call, lanes: Sequence[Lane], size: int) -> dict[str, Ids]:
+        """Cell -> token ids, with the beginning cut off if they are longer than any timed prompt of that batch size."""
+        found: dict[int, Ids] = {}  # by model
         requests = [*call.requests, *self._requests]
         for lane in lanes:
-            arm = lane.cell.arm
-            if arm not in found:
-                model = self._models[0 if arm == "baseline" else 1]
-                ids = encode_calls(self._plan, {len(call.requests): (call,)}, requests, model)[call.id]
+            if id(lane.untimed) not in found:
+                ids = encode_calls(self._plan, {len(call.requests): (call,)}, requests, lane.untimed)[call.id]
                 most = max(len(row) for timed in self._calls[size] for row in lane.ids[timed.id])
-                found[arm] = tuple(row[-most:] for row in ids)
-        return found
+                found[id(lane.untimed)] = tuple(row[-most:] for row in ids)
+        return {lane.cell.id: found[id(lane.untimed)] for lane in lanes}
 
     def _probe(self, cell: str, size: int, call: Call, lanes: Sequence[Lane], *, controlled: bool) -> Probe:
         own = [lane for lane in lanes if lane.replica == 0 and lane.cell.id == cell]
-        if controlled:
-            own += [lane for lane in lanes if lane.replica == 0 and lane.cell.arm == "baseline" and lane is not own[0]]
-        arms = tuple(replace(lane, ids={call.id: self._ids[call.id][lane.cell.arm]}) for lane in own)
+        if controlled and own[0].cell.arm == "candidate":
+            own += [lane for lane in lanes if lane.replica == 0 and lane.cell.arm == "baseline"]
+        arms = tuple(replace(lane, ids={call.id: self._ids[call.id][lane.cell.id]}) for lane in own)
         return Probe(call=call, lanes=arms)

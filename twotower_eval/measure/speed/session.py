@@ -267,8 +267,10 @@ class Session(RoundLoop):
         num_lanes = sum(map(len, self._lanes.values()))
         num_prompts = sum(len(call.requests) for call in next(iter(self._calls.values())))
         num_cells = sum(lane.replica == 0 for lanes in self._lanes.values() for lane in lanes)
+        several = any(lane.cell.baseline for lanes in self._lanes.values() for lane in lanes)
         self._progress.note(
-            f"{plural(num_cells, 'cell')} and {plural(num_lanes - num_cells, 'copy', 'copies')} of the baseline, "
+            f"{plural(num_cells, 'cell')} and {plural(num_lanes - num_cells, 'copy', 'copies')} of the baseline"
+            f"{'s' * several}, "
             f"{self._plan.workload} workload, batch sizes {sizes}; {plural(num_prompts, 'prompt')}, "
             f"{plural(self._calls_per_round, 'timed call')} per round"
         )
