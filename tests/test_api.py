@@ -21,7 +21,8 @@ from twotower_eval import api, cli, store
 from twotower_eval.analyse import report as report_room
 from twotower_eval.analyse.claims import load_claims
 from twotower_eval.api.given import plan_of
-from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, model_source
+from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan
+from twotower_eval.plan_sources import model_source
 from twotower_eval.records import to_json
 
 SMALL: dict[str, Any] = {"tasks": ["miniature_sort", "miniature_choice"], "limit": 2, "max_new_tokens": 6}
@@ -629,9 +630,12 @@ for name in ("gpt2", "docs"):
         print(error)
 print({{"torch", "lm_eval"}} & sys.modules.keys())
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    hub = {**os.environ, "HF_HUB_CACHE": f"{tmp_path}/hub", "HF_HUB_OFFLINE": "1"}
+    python = [sys.executable, "-c", script]
+    done = subprocess.run(python, cwd=tmp_path, env=hub, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
-        "gpt2 is no folder here; hub names are not downloaded: give the folder of a checkpoint",
+        f"gpt2 is no folder here, nor in the Hugging Face cache {tmp_path}/hub, and the hub is not asked, as "
+        "HF_HUB_OFFLINE is set",
         "docs is no checkpoint folder: it has no config.json",
         "set()",
     ]

@@ -107,7 +107,7 @@ def test_help_imports_nothing_heavy(verb: list[str], record_property: Any) -> No
         (["run", "--temperature", "warm"], "--temperature takes a number, not 'warm'"),
         (["run", "--dtype", "bf16"], "dtype 'bf16' is unknown; did you mean bfloat16?"),
         (["verify", "--dtype", "half"], "dtype 'half' is unknown; did you mean float16?"),
-        (["run", "--model", "gpt2"], "gpt2 is no folder here; hub names are not downloaded"),
+        (["run", "--model", "gpt2"], "gpt2 is no folder here, nor in the Hugging Face cache"),
         (["report", "results/nope"], "'results/nope' is no run: there is no manifest.json in it\n"),
         (["calibrate", "--repetitions", "0"], "error: repetitions must be 1 or more, not 0\n"),
     ],
@@ -137,7 +137,7 @@ def capture_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunPlan, Path, P
         return root / "done"
 
     monkeypatch.setattr(measuring, "evaluated", recorded)
-    monkeypatch.setattr("twotower_eval.api.check_checkpoints", lambda _: None)  # there are none
+    monkeypatch.setattr("twotower_eval.api.check_checkpoints", lambda plan, **_: plan)  # there are none
     return calls
 
 

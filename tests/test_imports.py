@@ -30,12 +30,14 @@ ALLOWED: dict[str, set[str]] = {
     "strict": set(),
     "progress": set(),
     "resources": set(),
-    "sources": set(),
+    "hub": set(),
+    "sources": {"hub"},
     "rules": set(),
     "decoder_settings": {"decoders"},
     "plan_fields": {"decoder_settings"},
     "plan_baselines": {"plan_fields"},
     "plan": {"decoder_settings", "plan_baselines", "plan_fields"},
+    "plan_sources": {"plan", "plan_baselines"},
     "store": set(),
     "plugin_calls": set(),
     # engine
@@ -46,10 +48,10 @@ ALLOWED: dict[str, set[str]] = {
     "scorers": {"models", "decoders"},
     # measure
     "suites": set(),
-    "harness": {"plan", "decoder_settings", "rules", "store", "progress", "suites", "scorers", *ENGINE},
-    "speed": {"plan", "decoder_settings", "rules", "store", "progress", *ENGINE},
+    "harness": {"plan", "plan_sources", "decoder_settings", "rules", "store", "progress", "suites", "scorers", *ENGINE},
+    "speed": {"plan", "plan_sources", "decoder_settings", "rules", "store", "progress", *ENGINE},
     "sizing": {"plan", "store", "progress", "speed", "models"},
-    "verify": {"plan", "rules", "store", "ops", "models", "decoders"},
+    "verify": {"plan", "plan_sources", "rules", "store", "ops", "models", "decoders"},
     # analyse
     "stats": set(),
     "calibration": {"stats", "progress"},
@@ -62,6 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     "miniature": {"store", "ops", "models", "decoders"},
     "api": {
         "plan",
+        "plan_sources",
         "plan_fields",
         "decoder_settings",
         "progress",
@@ -81,6 +84,8 @@ ALLOWED: dict[str, set[str]] = {
 HEAVY = {
     "torch": {"ops", "models", "decoders", "scorers", "speed", "sizing", "miniature", "verify"},
     "transformers": {"models"},
+    "huggingface_hub": {"hub", "models"},
+    "httpx2": {"hub"},
     "safetensors": {"models", "miniature", "verify"},
     "tokenizers": {"models"},
     "lm_eval": {"harness", "suites"},

@@ -18,8 +18,12 @@ from twotower_eval.records import to_json
 # Every field off its default, so that a field without an option, or an option of another name, is found.
 DECODING: dict[str, Any] = {
     "model": "my models/pair",
+    "revision": "v1.0",
+    "trust_remote_code": True,
     "family": "package.module:load",
     "baseline": "o'hara/gpt2",
+    "baseline_revision": "refs/pr/2",
+    "baseline_trust_remote_code": True,
     "baseline_family": "transformers",
     "baseline_decoder": "tests.two_parameters:Impatient",
     "baseline_set": {"patience": (3,), "choice": ("second",)},
@@ -49,7 +53,14 @@ SIZING = SizingPlan(
     seed=5, dtype="float32", devices=("cuda",), threads=1, share_towers=True, cuda_graphs=True,
 )  # fmt: skip
 VERIFY = VerifyPlan(
-    model="a pair", family="package.module:load", golden="g", seed=2, dtype="float16", devices=("cuda:1",)
+    model="a pair",
+    family="package.module:load",
+    golden="g",
+    seed=2,
+    dtype="float16",
+    devices=("cuda:1",),
+    revision="v1.0",
+    trust_remote_code=True,
 )
 PLAIN = (RunPlan(), SpeedPlan(), SizingPlan(config="c.json"), VerifyPlan())
 
@@ -68,7 +79,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr("twotower_eval.api.measuring.evaluated", caught)
     monkeypatch.setattr("twotower_eval.api.measuring.timed_and_scored", caught)
     monkeypatch.setattr("twotower_eval.measure.sizing.run", caught)
-    monkeypatch.setattr("twotower_eval.api.check_checkpoints", lambda _: None)  # there are none
+    monkeypatch.setattr("twotower_eval.api.check_checkpoints", lambda plan, **_: plan)  # there are none
     monkeypatch.setattr("twotower_eval.measure.verify.verify", caught)
     monkeypatch.chdir(tmp_path)
     with store.create(tmp_path, made.manifest("profiled", "run", ())) as writer:  # --profile wants a run that is there

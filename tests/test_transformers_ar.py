@@ -276,7 +276,7 @@ NORM = "model.layers.0.input_layernorm.weight"
         (lambda f: reconfigure(f, model_type="no_such_model"), "has no causal language model 'no_such_model'$"),
         (
             lambda f: reconfigure(f, model_type="foreign", auto_map={"AutoModelForCausalLM": "x.Y"}),
-            "needs code of its own, which is never run",
+            "but one comes with it: to run its code, give --trust-remote-code",
         ),
         (lambda f: reconfigure(f, model_type="t5"), "has no causal language model 't5'"),
         (lambda f: reconfigure(f, quantization_config={"quant_method": "fp8"}), "quantised weights"),

@@ -23,8 +23,10 @@ from twotower_eval.plan_fields import (
     Baseline,
     BaselineDecoder,
     BaselineFamily,
+    BaselineRevision,
     Baselines,
     BaselineSet,
+    BaselineTrustRemoteCode,
     BlockSizes,
     CudaGraphs,
     DataDir,
@@ -36,11 +38,13 @@ from twotower_eval.plan_fields import (
     Model,
     NumberType,
     Option,
+    Revision,
     Seed,
     Tasks,
     Temperature,
     Threads,
     Thresholds,
+    TrustRemoteCode,
     WarmupRounds,
     check_at_least,
     check_cuda_graphs,
@@ -50,7 +54,6 @@ from twotower_eval.plan_fields import (
 )
 from twotower_eval.records import LEFT_OUT, LikelihoodKind, sizing_config
 from twotower_eval.resources import read_toml
-from twotower_eval.sources import SHIPPED_PAIR, Source, located, read_source
 from twotower_eval.strict import JsonObject
 
 CONTEXT_TOWER = "context-tower"
@@ -62,8 +65,15 @@ class VerifyPlan:
 
     model: Annotated[
         str | None,
-        Option(help="Checkpoint folder", metavar="[CKPT]", unset="the shipped miniature", argument=True),
+        Option(
+            help="Checkpoint folder, or org/name[@revision] of the hub",
+            metavar="[CKPT]",
+            unset="the shipped miniature",
+            argument=True,
+        ),
     ] = None
+    revision: Revision = field(default=None, metadata=LEFT_OUT)
+    trust_remote_code: TrustRemoteCode = field(default=None, metadata=LEFT_OUT)
     family: Family = field(default=None, metadata=LEFT_OUT)
     golden: Annotated[str | None, Option(help="Folder of reference outputs and their checkpoint", metavar="DIR")] = None
     seed: Seed = 0
@@ -72,6 +82,7 @@ class VerifyPlan:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        _drop_refusals(self)
         check_at_least(self, 0, "seed")
 
 
@@ -93,8 +104,12 @@ class RunPlan:
     """
 
     model: Model = None
+    revision: Revision = field(default=None, metadata=LEFT_OUT)
+    trust_remote_code: TrustRemoteCode = field(default=None, metadata=LEFT_OUT)
     family: Family = field(default=None, metadata=LEFT_OUT)
     baseline: Baseline = CONTEXT_TOWER
+    baseline_revision: BaselineRevision = field(default=None, metadata=LEFT_OUT)
+    baseline_trust_remote_code: BaselineTrustRemoteCode = field(default=None, metadata=LEFT_OUT)
     baseline_family: BaselineFamily = field(default=None, metadata=LEFT_OUT)
     baseline_decoder: BaselineDecoder = field(default=None, metadata=LEFT_OUT)
     baseline_set: BaselineSet = field(default=None, metadata=LEFT_OUT)
@@ -149,8 +164,12 @@ class SpeedPlan:
     """
 
     model: Model = None
+    revision: Revision = field(default=None, metadata=LEFT_OUT)
+    trust_remote_code: TrustRemoteCode = field(default=None, metadata=LEFT_OUT)
     family: Family = field(default=None, metadata=LEFT_OUT)
     baseline: Baseline = CONTEXT_TOWER
+    baseline_revision: BaselineRevision = field(default=None, metadata=LEFT_OUT)
+    baseline_trust_remote_code: BaselineTrustRemoteCode = field(default=None, metadata=LEFT_OUT)
     baseline_family: BaselineFamily = field(default=None, metadata=LEFT_OUT)
     baseline_decoder: BaselineDecoder = field(default=None, metadata=LEFT_OUT)
     baseline_set: BaselineSet = field(default=None, metadata=LEFT_OUT)
@@ -338,28 +357,11 @@ def merge(plan: P, overrides: JsonObject) -> P:
     return plan_from_json(type(plan), held | given)
 
 
-def model_source(plan: Plan | VerifyPlan) -> Source:
-    """The model that a plan is about: the shipped miniature pair unless it names another."""
-    return read_source(SHIPPED_PAIR if plan.model is None else plan.model)
-
-
-def baseline_source(plan: Plan) -> Source | None:
-    """The baseline's model; None where it is the candidate's own context tower."""
-    return None if plan.baseline == CONTEXT_TOWER else read_source(plan.baseline)
-
-
-def arm_sources(plan: Plan) -> tuple[tuple[Source | None, str | None], ...]:
-    """The model of the candidate and of every baseline, with the family that the plan chooses for it."""
-    baselines = ((baseline_source(single), single.baseline_family) for single in each_baseline(plan))
-    return (model_source(plan), plan.family), *baselines
-
-
-def check_checkpoints(plan: Plan | VerifyPlan) -> None:
-    """UserError, before anything heavy is imported, for checkpoints of a plan that are not there."""
-    arms = ((model_source(plan), plan.family),) if isinstance(plan, VerifyPlan) else arm_sources(plan)
-    for source, family in arms:
-        if source is not None:
-            located(source, needs_config=family is None)
+def _drop_refusals(plan: Plan | VerifyPlan) -> None:
+    """Foreign code is not run unless that is asked for: to say so is to say nothing."""
+    for name in ("trust_remote_code", "baseline_trust_remote_code"):
+        if getattr(plan, name, None) is False:
+            object.__setattr__(plan, name, None)
 
 
 def _hold_settings(plan: Plan) -> None:
@@ -374,9 +376,12 @@ def _hold_settings(plan: Plan) -> None:
 
 
 def _check_arms(plan: Plan) -> None:
+    _drop_refusals(plan)
     if plan.baselines is not None:
         named_baselines(plan)  # each is checked as a plan with that one alone
-    elif plan.baseline_family is not None and plan.baseline == CONTEXT_TOWER:
-        raise UserError(f"baseline_family has no effect on {CONTEXT_TOWER}: drop it, or name a baseline's folder")
+    else:
+        for name in ("baseline_family", "baseline_revision", "baseline_trust_remote_code"):
+            if getattr(plan, name) is not None and plan.baseline == CONTEXT_TOWER:
+                raise UserError(f"{name} has no effect on {CONTEXT_TOWER}: drop it, or name a baseline's folder")
     check_at_least(plan, 1, "block_sizes", "steps")
     check_at_least(plan, 0, "temperature", "thresholds", "seed")

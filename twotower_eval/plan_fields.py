@@ -49,11 +49,15 @@ class Option:
 
 
 # Fields of several plans, with their help texts.
-Model = Annotated[str | None, Option(help="Checkpoint folder", metavar="CKPT", unset="the shipped miniature")]
+Model = Annotated[
+    str | None,
+    Option(help="Checkpoint folder, or org/name[@revision] of the hub", metavar="CKPT", unset="the shipped miniature"),
+]
 Baseline = Annotated[
     str,
     Option(
-        help="Baseline: checkpoint folder (ours or Hugging Face's), miniature, or context-tower; repeat it for several",
+        help="Baseline: checkpoint folder (ours or Hugging Face's), org/name[@revision] of the hub, miniature, or "
+        "context-tower; repeat it for several",
         metavar="CKPT",
         repeatable=True,
     ),
@@ -67,6 +71,15 @@ Baselines = Annotated[
     ),
 ]
 FROM_CONFIG = "what config.json says"
+REVISION = Option(
+    help="Branch, tag or commit of a model of the hub", metavar="REV", unset="what follows its @, or the default branch"
+)
+Revision = Annotated[str | None, REVISION]
+BaselineRevision = Annotated[str | None, dataclasses.replace(REVISION, help="Branch, tag or commit of the baseline")]
+TrustRemoteCode = Annotated[bool | None, Option(help="Run the Python code that comes with the model's files")]
+BaselineTrustRemoteCode = Annotated[
+    bool | None, Option(help="Run the Python code that comes with the baseline's files")
+]
 Family = Annotated[str | None, Option(help="Model family, or package.module:load", metavar="NAME", unset=FROM_CONFIG)]
 BaselineFamily = Annotated[
     str | None, Option(help="Model family of the baseline's folder", metavar="NAME", unset=FROM_CONFIG)

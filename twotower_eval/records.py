@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import operator
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -132,6 +133,9 @@ Scalar = str | Whole | float | bool | None
 HALF_PRECISION = ("float16", "bfloat16")
 ROUTINGS: tuple[Routing, ...] = typing.get_args(Routing)
 GRAPH_DEVICES = ("cuda",)  # device types that can run a whole step as one graph
+COMMIT = re.compile(r"[0-9a-f]{40}")  # of git, written out
+SINGLE_FILE = "model.safetensors"  # a checkpoint's weights, or with several files their index
+INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILES = ("config.json", "generation_config.json")  # files of a checkpoint that do not affect how text is read
 Params = Mapping[str, Scalar]
 OWN_DECODERS = ("autoregressive", "mock_ar", "block_diffusion", "reference")

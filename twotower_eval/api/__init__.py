@@ -27,7 +27,8 @@ from twotower_eval.api.given import (
 )
 from twotower_eval.api.runs import Run
 from twotower_eval.errors import UserError
-from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, check_checkpoints
+from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan
+from twotower_eval.plan_sources import check_checkpoints
 from twotower_eval.progress import Progress
 from twotower_eval.records import Claim
 
@@ -85,7 +86,7 @@ def evaluate(
     root = Path(out)
     resumed = resumed_path(resume, root)
     asked = plan_of(RunPlan, plan, resumed, fields)
-    check_checkpoints(asked)
+    asked = check_checkpoints(asked, silent=progress is False)
     from twotower_eval.api import measuring
 
     return Run(measuring.evaluated(asked, root=root, resume=resumed, progress=shown_progress(progress)))
@@ -108,7 +109,7 @@ def time(
     root = Path(out)
     resumed = resumed_path(resume, root)
     asked = plan_of(SpeedPlan, plan, resumed, fields)
-    check_checkpoints(asked)
+    asked = check_checkpoints(asked, silent=progress is False)
     from twotower_eval.api import measuring
 
     return Run(measuring.timed_and_scored(asked, root=root, resume=resumed, progress=shown_progress(progress)))
@@ -155,7 +156,7 @@ def verify(
     """
     begin()
     asked = plan_of(VerifyPlan, plan, None, {**fields, "model": model})
-    check_checkpoints(asked)
+    asked = check_checkpoints(asked)
     from twotower_eval.measure import verify as verify_room
 
     return Run(verify_room.verify(asked, root=Path(out)))

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Literal, cast
 
 from twotower_eval.engine.plugin_source import plugin_code
 from twotower_eval.errors import FileError, UserError
 from twotower_eval.names import Seam, resolve
 from twotower_eval.plugin_calls import PluginError, calls_in
-from twotower_eval.sources import GivenModel, Source, located, read_source
+from twotower_eval.sources import FOREIGN, GivenModel, Source, located, read_source
 
 if TYPE_CHECKING:
     import torch
 
     from twotower_eval.engine.models.protocol import Model
+    from twotower_eval.records import Checkpoint
 
 FAMILIES = {
     "nemotron_h": "twotower_eval.engine.models.checkpoint:load",
@@ -60,10 +61,21 @@ def family_calls(*arms: tuple[GivenModel | None, str | None]) -> Iterator[None]:
 
     families = [family or family_of(model) for model, family in arms if model is not None]
     with ExitStack() as stack:
+        for model in dict.fromkeys(read_source(model) for model, _ in arms if model is not None):
+            stack.enter_context(_foreign_calls(model))
         for family in dict.fromkeys(families):
             module = SEAM.place(family).partition(":")[0]
             stack.enter_context(calls_in(module, f"family {family}", pass_through=(UserError, torch.OutOfMemoryError)))
         yield
+
+
+def _foreign_calls(source: Source) -> AbstractContextManager[None]:
+    """Around work with a model that may bring its own code: PluginError for what that raises."""
+    import torch
+
+    if not source.trust_remote_code:
+        return nullcontext()
+    return calls_in(FOREIGN, f"code of {source.name}", pass_through=(UserError, torch.OutOfMemoryError))
 
 
 def _existing(given: GivenModel) -> Source:
@@ -89,19 +101,23 @@ def load_model(
     devices: Sequence[str | torch.device] | None = None,
     tower: Literal["context"] | None = None,
     family: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Model:
-    """Load a checkpoint folder, or the shipped pair as ``"miniature"``.
+    """Load a checkpoint folder, a model of the Hugging Face hub (``"org/name"`` or ``"org/name@revision"``), or the
+    shipped pair as ``"miniature"``.
 
     A pair gives a :class:`Denoising` model, an AR base checkpoint, ``tower="context"`` or any Hugging Face causal LM a
     :class:`Model` alone. ``devices`` places the towers, context first. ``family`` is a key of ``FAMILIES``, a name that
     an installed package registers, or a ``"module:function"`` (see docs/family.md); by default the folder's config.json
-    decides. Raises UserError with one line that says what is wrong with the checkpoint, or with the family's code.
+    decides. ``revision`` is a branch, tag or commit on the hub. ``trust_remote_code`` runs the code of a model that
+    brings its own. Raises UserError with one line that says what is wrong with the checkpoint or with such code.
     """
     import torch
 
     from twotower_eval.engine.models.identity import file_digests, folder_settings
 
-    source = _existing(path)
+    source = _existing(read_source(path, revision, trust_remote_code=trust_remote_code))
     folder = source.files
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
@@ -111,9 +127,11 @@ def load_model(
         family = family_of(folder)
     found_at = SEAM.place(family)
     options = {"devices": _usable(devices, device), "dtype": getattr(torch, dtype), "tower": tower}
+    if family == "transformers":
+        options["trust_remote_code"] = source.trust_remote_code
     load = cast("Callable[..., Model]", resolve(found_at))
     try:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), _foreign_calls(source):
             if family in FAMILIES:
                 model = load(folder, **options)
             else:
@@ -125,10 +143,19 @@ def load_model(
     except UserError as error:
         raise FileError(f"{folder}: {error}") from error
     stated = model.checkpoint if family in FAMILIES else dataclasses.replace(model.checkpoint, family=family)
-    code = plugin_code(found_at) or ()
-    model.checkpoint = dataclasses.replace(stated, files=(*file_digests(folder), *code))
+    # What came with a transformers model and ran, or a family's own code.
+    code = stated.files if family == "transformers" else plugin_code(found_at) or ()
+    model.checkpoint = _named(dataclasses.replace(stated, files=(*file_digests(folder), *code)), source)
     model.folder_settings = folder_settings(folder, getattr(model, "config", None))
     return model
+
+
+def _named(checkpoint: Checkpoint, source: Source) -> Checkpoint:
+    """A checkpoint of the hub is called as its repository is, wherever the cache keeps it."""
+    if source.repo is None:
+        return checkpoint
+    at = f"@{source.revision}" if source.revision else ""
+    return dataclasses.replace(checkpoint, name=source.name, source=f"hf://{source.repo}{at}", revision=source.commit)
 
 
 def _usable(devices: Sequence[str | torch.device] | None, device: str | torch.device) -> tuple[str, ...]:

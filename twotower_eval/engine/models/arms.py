@@ -11,7 +11,7 @@ from twotower_eval.engine.models.graphs import StepGraphs, num_sizes, stepped, u
 from twotower_eval.engine.models.protocol import Model, has_denoiser
 from twotower_eval.errors import UserError
 from twotower_eval.records import Ways
-from twotower_eval.sources import GivenModel, read_source
+from twotower_eval.sources import GivenModel, Source, read_source
 
 if TYPE_CHECKING:
     from twotower_eval.engine.models.transformers_model import TransformersModel
@@ -44,7 +44,7 @@ def load_arms(
     candidate = _load_once(held, model, dtype, devices, family)
     if baseline is None:
         return context_tower(candidate), candidate
-    if read_source(baseline).place == read_source(model).place and _read_alike(model, family, baseline_family):
+    if _is_same(read_source(baseline), read_source(model)) and _read_alike(model, family, baseline_family):
         return candidate, candidate
     return _load_once(held, baseline, dtype, devices[:1], baseline_family), candidate
 
@@ -54,6 +54,10 @@ def _load_once(loaded: Loaded, model: GivenModel, dtype: str, devices: Sequence[
     if key not in loaded:
         loaded[key] = models.load_model(model, dtype=dtype, devices=devices, family=family)
     return loaded[key]
+
+
+def _is_same(one: Source, other: Source) -> bool:
+    return one.place == other.place and one.trust_remote_code == other.trust_remote_code
 
 
 def _read_alike(model: GivenModel, *families: str | None) -> bool:

@@ -24,11 +24,11 @@ from twotower_eval.engine.models.nemotron_h import Gate, MixtureOfExperts, Tower
 from twotower_eval.engine.models.tokenizer import Tokenizer, load_tokenizer
 from twotower_eval.engine.models.twotower import Denoiser, TwoTower
 from twotower_eval.errors import FileError, UserError
+from twotower_eval.records import INDEX_FILE as INDEX_FILE
+from twotower_eval.records import SINGLE_FILE as SINGLE_FILE
 from twotower_eval.records import Checkpoint, FileDigest
 from twotower_eval.strict import parse_json, read_utf8
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 MAPPED_BYTES = 64 << 20  # bytes of tensors read per mapping of a file
 STORED_DTYPES = ("BF16", "F16", "F32", "F64")

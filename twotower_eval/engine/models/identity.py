@@ -125,7 +125,12 @@ def stated(
 def file_digests(folder: Path) -> tuple[FileDigest, ...]:
     """Digests of the files beside the weights that affect a logit or a text."""
     there = [folder / name for name in FILES if (folder / name).is_file()]
-    return tuple(FileDigest(name=file.name, sha256=hashlib.sha256(file.read_bytes()).hexdigest()) for file in there)
+    return tuple(map(file_digest, there))
+
+
+def file_digest(file: Path) -> FileDigest:
+    """A file's name, and the sha256 of its bytes."""
+    return FileDigest(name=file.name, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
 
 
 def folder_settings(folder: Path, read: object = None) -> dict[str, object]:

@@ -1,4 +1,5 @@
-"""Any Hugging Face causal language model as autoregressive baseline: safetensors only, local files, no foreign code.
+"""Any Hugging Face causal language model as autoregressive baseline: safetensors only, local files, and foreign code
+only where it was asked for.
 
 What is loaded has proved itself: see models.proof.
 """
@@ -6,6 +7,8 @@ What is loaded has proved itself: see models.proof.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,14 +26,18 @@ from twotower_eval.engine.models.checkpoint import (
     tensor_files,
 )
 from twotower_eval.engine.models.config import as_ids
-from twotower_eval.engine.models.identity import stated, stored_tensors
+from twotower_eval.engine.models.identity import file_digest, stated, stored_tensors
 from twotower_eval.engine.models.proof import prove
 from twotower_eval.engine.models.tokenizer import load_tokenizer
 from twotower_eval.engine.models.transformers_model import TransformersModel
 from twotower_eval.engine.models.transformers_types import CausalLM, Config, Loaded
 from twotower_eval.errors import FileError
+from twotower_eval.records import FileDigest
+from twotower_eval.sources import FOREIGN
 from twotower_eval.strict import JsonObject
 
+AUTO_CLASS = "AutoModelForCausalLM"  # of transformers' auto_map, which names a checkpoint's own classes
+TRUST = "to run its code, give --trust-remote-code (a baseline: --baseline-trust-remote-code)"
 ADAPTER_FILE = "adapter_config.json"
 LENGTH_NAMES = ("n_positions", "max_position_embeddings", "n_ctx")  # in lm-eval's order
 OWN_LENGTH_NAMES = ("max_seq_len", "max_target_positions")  # MPT's and Whisper's: lm-eval takes its default
@@ -48,19 +55,28 @@ LOAD_ERRORS = (  # what transformers raises for folders that are wrong in one wa
 
 
 def load(
-    folder: Path, *, devices: tuple[str, ...], dtype: torch.dtype, tower: Literal["context"] | None = None
+    folder: Path,
+    *,
+    devices: tuple[str, ...],
+    dtype: torch.dtype,
+    tower: Literal["context"] | None = None,
+    trust_remote_code: bool = False,
 ) -> TransformersModel:
-    """Load a causal language model. UserError with one line for whatever is wrong with the folder."""
+    """Load a causal language model. UserError with one line for whatever is wrong with the folder.
+
+    ``trust_remote_code``: a class that comes with the folder is run; the checkpoint's ``files`` are then its code.
+    """
     if tower is not None:
         raise FileError(f"{folder}: is no two-tower checkpoint, so it has no context tower to take out")
     data = read_json(folder / "config.json")
-    _check_config(folder, data)
+    _check_config(folder, data, trust_remote_code=trust_remote_code)
     files = tensor_files(folder)
-    inner = _load_inner(folder, dtype)
+    inner = _load_inner(folder, dtype, trust_remote_code=trust_remote_code)
     model = TransformersModel(inner.to(devices[0]).eval().requires_grad_(False))
     digests = {name: tensor_digest(name, tensor) for name, tensor in stored_tensors(files)}
     model.context_digest = joint_digest(digests)
     model.checkpoint = stated(folder, files, digests, family="transformers", dtype=dtype, devices=devices[:1])
+    model.checkpoint = dataclasses.replace(model.checkpoint, files=_foreign_code(inner))
     model.vocab_size = inner.get_output_embeddings().weight.shape[0]
     model.tokenizer = load_tokenizer(folder, vocab_size=model.vocab_size, unnamed=_class_tokens)
     model.max_length = _max_length(folder, inner)
@@ -103,11 +119,14 @@ def knows(kind: object) -> bool:
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def _check_config(folder: Path, data: JsonObject) -> None:
+def _check_config(folder: Path, data: JsonObject, *, trust_remote_code: bool) -> None:
     kind = data.get("model_type")
-    if not knows(kind):
-        own = "; it needs code of its own, which is never run" if "auto_map" in data else ""
-        raise FileError(f"{folder}: transformers {transformers.__version__} has no causal language model {kind!r}{own}")
+    brings_own = isinstance(own := data.get("auto_map"), dict) and AUTO_CLASS in own
+    if not knows(kind) and not (brings_own and trust_remote_code):
+        only = f": run the code that comes with it by --trust-remote-code ({TRUST})" if brings_own else ""
+        raise FileError(
+            f"{folder}: transformers {transformers.__version__} has no causal language model {kind!r}{only}"
+        )
     if kind == "nemotron_h":  # transformers clamps its time steps otherwise than the released model
         raise FileError(f"{folder}: nemotron_h is read by this project's own family; leave family out")
     if data.get("quantization_config"):
@@ -118,7 +137,7 @@ def _check_config(folder: Path, data: JsonObject) -> None:
         raise FileError(f"{folder}: {ADAPTER_FILE} adds an adapter to the weights; merge it into them, or remove it")
 
 
-def _load_inner(folder: Path, dtype: torch.dtype) -> CausalLM:
+def _load_inner(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> CausalLM:
     """The transformers model; missing, unexpected or misshapen weights are errors, not warnings."""
     auto: Any = transformers.AutoModelForCausalLM
     try:
@@ -127,7 +146,7 @@ def _load_inner(folder: Path, dtype: torch.dtype) -> CausalLM:
                 str(folder),
                 dtype=dtype,
                 local_files_only=True,
-                trust_remote_code=False,
+                trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
             )
@@ -141,6 +160,15 @@ def _load_inner(folder: Path, dtype: torch.dtype) -> CausalLM:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise FileError(f"{folder}: checkpoint {problem} tensor {names[0]}{more}; it does not fit its config.json")
     return inner
+
+
+def _foreign_code(inner: CausalLM) -> tuple[FileDigest, ...]:
+    """The files that came with a model and were run: those of its class and of its config's, and what these import."""
+    homes = {kind.__module__.rpartition(".")[0] for one in (inner, inner.config) for kind in type(one).__mro__}
+    foreign = tuple(f"{home}." for home in homes if home.partition(".")[0] == FOREIGN)
+    ran = (module for name, module in [*sys.modules.items()] if name.startswith(foreign))
+    files = {Path(file) for module in ran if (file := getattr(module, "__file__", None))}
+    return tuple(file_digest(file) for file in sorted(files) if file.stem != "__init__")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,8 @@ from twotower_eval.measure.harness.answers import Key
 from twotower_eval.measure.harness.scoring import Row, score_rows
 from twotower_eval.measure.suites import FEWSHOT_SEED, BuiltTask, resolve_tasks, settle
 from twotower_eval.measure.suites.lm_types import Instance
-from twotower_eval.plan import RunPlan, baseline_source, each_baseline, model_source, named_baselines
+from twotower_eval.plan import RunPlan, each_baseline, named_baselines
+from twotower_eval.plan_sources import baseline_source, model_source
 from twotower_eval.records import (
     Aggregate,
     Arm,

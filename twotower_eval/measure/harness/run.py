@@ -30,7 +30,8 @@ from twotower_eval.measure.harness.scoring import Row, aggregate_rows, score_row
 from twotower_eval.measure.suites import BuiltTask, resolve_tasks
 from twotower_eval.measure.suites.lm_types import Instance
 from twotower_eval.names import plural
-from twotower_eval.plan import RunPlan, SpeedPlan, arm_sources, model_source, plan_from_json
+from twotower_eval.plan import RunPlan, SpeedPlan, plan_from_json
+from twotower_eval.plan_sources import arm_sources, model_source
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import Aggregate, Cell, RunManifest, Score, Witnessed, derive_seed, draws
 from twotower_eval.rules import EXTENDED, asked_and_not_done, joined_lines, slower_lines, truncation_line

@@ -37,7 +37,8 @@ from twotower_eval.measure.speed.workloads import (
     scored_tasks,
     untimed_tasks_text,
 )
-from twotower_eval.plan import SpeedPlan, arm_sources, baseline_source, each_baseline, model_source
+from twotower_eval.plan import SpeedPlan, each_baseline
+from twotower_eval.plan_sources import arm_sources, baseline_source, model_source
 from twotower_eval.plugin_calls import TRACEBACK_VARIABLE, is_own
 from twotower_eval.progress import Progress, SilentProgress, choose_progress
 from twotower_eval.records import (

@@ -29,7 +29,8 @@ from twotower_eval.measure.verify.checks import (
 )
 from twotower_eval.measure.verify.golden import NAMES as GOLDEN_NAMES
 from twotower_eval.measure.verify.golden import Golden, golden_results, load_golden
-from twotower_eval.plan import VerifyPlan, model_source
+from twotower_eval.plan import VerifyPlan
+from twotower_eval.plan_sources import model_source
 from twotower_eval.records import (
     Cell,
     Check,

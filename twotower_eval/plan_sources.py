@@ -1,0 +1,78 @@
+"""The models of a plan: what they are read from, and the commits behind those of the hub."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TypeVar
+
+from twotower_eval.plan import CONTEXT_TOWER, Plan, RunPlan, SpeedPlan, VerifyPlan, each_baseline, named_baselines
+from twotower_eval.plan_baselines import MODEL, NAME
+from twotower_eval.sources import SHIPPED_PAIR, Source, located, read_source
+
+
+def model_source(plan: Plan | VerifyPlan) -> Source:
+    """The model that a plan is about: the shipped miniature pair unless it names another."""
+    given = SHIPPED_PAIR if plan.model is None else plan.model
+    return read_source(given, plan.revision, trust_remote_code=bool(plan.trust_remote_code))
+
+
+def baseline_source(plan: Plan) -> Source | None:
+    """The baseline's model; None where it is the candidate's own context tower."""
+    if plan.baseline == CONTEXT_TOWER:
+        return None
+    return read_source(plan.baseline, plan.baseline_revision, trust_remote_code=bool(plan.baseline_trust_remote_code))
+
+
+def arm_sources(plan: Plan) -> tuple[tuple[Source | None, str | None], ...]:
+    """The model of the candidate and of every baseline, with the family that the plan chooses for it."""
+    baselines = ((baseline_source(single), single.baseline_family) for single in each_baseline(plan))
+    return (model_source(plan), plan.family), *baselines
+
+
+D = TypeVar("D", RunPlan, SpeedPlan, VerifyPlan)
+
+
+def check_checkpoints(plan: D, *, silent: bool = False) -> D:
+    """The plan with the commit of every model of the hub, whose files are then here.
+
+    UserError, before anything heavy is imported and anything long is downloaded, for checkpoints that are not there.
+    ``silent``: downloads show no progress.
+    """
+    arms = ((model_source(plan), plan.family),) if isinstance(plan, VerifyPlan) else arm_sources(plan)
+    found = [
+        source and located(source, extent="settings", needs_config=family is None, silent=silent)
+        for source, family in arms
+    ]
+    for one in filter(None, found):
+        located(one, needs_config=False, silent=silent)
+    return _pinned(plan, found)
+
+
+def _pinned(plan: D, sources: Sequence[Source | None]) -> D:
+    """A plan that says which commits its models of the hub are, candidate first.
+
+    Two commits of one name have it in their names, too.
+    """
+    hub = [one for one in sources if one is not None and one.kind == "hub"]
+    alike = len({one.name for one in hub}) < len({(one.repo, one.commit) for one in hub})
+
+    def pins(source: Source | None) -> tuple[str, str] | None:
+        if source is None or source.repo is None or source.commit is None or source.kind != "hub":
+            return None
+        shown = source.commit if alike else source.revision
+        return f"{source.repo}@{shown}" if shown else source.repo, source.commit
+
+    candidate, *baselines = map(pins, sources)
+    if candidate is not None:
+        plan = dataclasses.replace(plan, model=candidate[0], revision=candidate[1])
+    if isinstance(plan, VerifyPlan) or not any(baselines):
+        return plan
+    if plan.baselines is None:
+        ((name, commit),) = filter(None, baselines)
+        return dataclasses.replace(plan, baseline=name, baseline_revision=commit)
+    tables = [
+        {**table, **({} if pin is None else {MODEL: pin[0], "revision": pin[1], NAME: name})}
+        for table, pin, (name, _) in zip(plan.baselines, baselines, named_baselines(plan), strict=True)
+    ]
+    return dataclasses.replace(plan, baselines=tuple(tables))
