@@ -232,7 +232,7 @@ def test_unlike_temperatures_are_refused(tmp_path: Path, own: Own) -> None:
 def test_a_suites_samples_are_asked_for(tmp_path: Path, own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
     """At temperature 0 one sample stood for the suite's twenty, and only a note in the manifest said so."""
     member = groups.SuiteTask(name="own", parts={"": own.add("own")}, samples=20)
-    monkeypatch.setattr("twotower_eval.measure.suites.build.select", lambda names: [member])
+    monkeypatch.setattr("twotower_eval.measure.suites.build.select", lambda names, included: [member])
     with pytest.raises(ValueError, match=r"asks for 20 samples of each problem, .* give --samples 1"):
         run(tmp_path / "nowhere", tmp_path, "own")
 

@@ -34,9 +34,10 @@ ALLOWED: dict[str, set[str]] = {
     "sources": {"hub"},
     "rules": set(),
     "decoder_settings": {"decoders"},
-    "plan_fields": {"decoder_settings"},
+    "task_options": set(),
+    "plan_fields": {"decoder_settings", "task_options"},
     "plan_baselines": {"plan_fields"},
-    "plan": {"decoder_settings", "plan_baselines", "plan_fields"},
+    "plan": {"decoder_settings", "plan_baselines", "plan_fields", "task_options"},
     "plan_sources": {"plan", "plan_baselines"},
     "store": set(),
     "plugin_calls": set(),
@@ -47,9 +48,10 @@ ALLOWED: dict[str, set[str]] = {
     "decoders": {"models", "plugin_source"},
     "scorers": {"models", "decoders"},
     # measure
-    "suites": set(),
-    "harness": {"plan", "plan_sources", "decoder_settings", "rules", "store", "progress", "suites", "scorers", *ENGINE},
-    "speed": {"plan", "plan_sources", "decoder_settings", "rules", "store", "progress", *ENGINE},
+    "suites": {"task_options"},
+    "harness": {"plan", "plan_sources", "task_options", "decoder_settings", "rules", "store", "progress", "suites"}
+    | {"scorers", *ENGINE},
+    "speed": {"plan", "plan_sources", "task_options", "decoder_settings", "rules", "store", "progress", *ENGINE},
     "sizing": {"plan", "store", "progress", "speed", "models"},
     "verify": {"plan", "plan_sources", "rules", "store", "ops", "models", "decoders"},
     # analyse
@@ -59,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "words": {"rules", "stats", "compare"},
     "claims": {"plan", "decoder_settings", "store", "stats", "compare", "words"},
     "report": {"rules", "store", "stats", "compare", "claims", "words", "plan"}
-    | {"decoder_settings", "plan_baselines"},
+    | {"decoder_settings", "plan_baselines", "task_options"},
     # what sees both arms
     "miniature": {"store", "ops", "models", "decoders"},
     "api": {

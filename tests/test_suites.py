@@ -218,7 +218,7 @@ DEEP = "[" * 60 + '"v"' + "]" * 60
 )  # fmt: skip
 def test_what_no_table_carries_is_refused_with_its_line(tmp_path: Path, lines: list[str], words: str) -> None:
     """A whole number beyond 64 bits was a traceback of pyarrow; other misfits named no line."""
-    from twotower_eval.measure.suites.lm_tasks import _read_dataset
+    from twotower_eval.measure.suites.local_data import _read_dataset
 
     (tmp_path / "test.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=r"test\.jsonl, line ") as caught:
@@ -366,7 +366,9 @@ def test_a_suites_metric_must_exist(own_task: Path, monkeypatch: pytest.MonkeyPa
     (own_task / "own.yaml").write_text(OWN)
     for change, message in (({"metric": "acc"}, "no metric 'acc'"), ({"filter": "strict"}, "no filter 'strict'")):
         member = groups.SuiteTask(name="own", parts={"": "own"}, **change)  # type: ignore[arg-type]
-        monkeypatch.setattr("twotower_eval.measure.suites.build.select", lambda names, member=member: [member])
+        monkeypatch.setattr(
+            "twotower_eval.measure.suites.build.select", lambda names, included, member=member: [member]
+        )
         with pytest.raises(ValueError, match=message):
             suites.resolve_tasks(["own"])
 
@@ -379,7 +381,7 @@ def test_languages_become_tasks_of_a_group(data_dir: Path, tmp_path: Path) -> No
     )
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
-        patch.setattr("twotower_eval.measure.suites.build.select", lambda names: [member])
+        patch.setattr("twotower_eval.measure.suites.build.select", lambda names, included: [member])
         english, french = suites.resolve_tasks(["mgsm"], data_dir=tmp_path)
     gsm8k = suites.resolve_tasks(["gsm8k"], data_dir=tmp_path)[0]
     assert [(task.name, task.group) for task in (english, french)] == [("mgsm_en", "mgsm"), ("mgsm_fr", "mgsm")]

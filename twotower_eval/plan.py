@@ -34,13 +34,17 @@ from twotower_eval.plan_fields import (
     Devices,
     Family,
     Further,
+    GivenGenKwargs,
+    IncludePath,
     MinSeconds,
     Model,
     NumberType,
+    NumFewshot,
     Option,
     Revision,
     Seed,
     Tasks,
+    TaskSeed,
     Temperature,
     Threads,
     Thresholds,
@@ -55,6 +59,7 @@ from twotower_eval.plan_fields import (
 from twotower_eval.records import LEFT_OUT, LikelihoodKind, sizing_config
 from twotower_eval.resources import read_toml
 from twotower_eval.strict import JsonObject
+from twotower_eval.task_options import read_gen_kwargs, read_seed
 
 CONTEXT_TOWER = "context-tower"
 
@@ -99,8 +104,10 @@ class RunPlan:
     Block sizes, steps, thresholds and then the parameters of ``set`` are crossed; steps ``auto`` means the block size.
     Those that are ``None`` are the decoder's own defaults.
     ``set`` reaches any parameter of the decoder, in TOML as a table: ``set = { width = [4, 8] }``. ``temperature``,
-    ``samples`` per problem and ``max_new_tokens`` are what suite and task say unless given. ``limit`` is documents per
-    task, of which ``trace`` have their denoising journalled. ``cuda_graphs`` launches small steps as a whole.
+    ``samples`` per problem and ``max_new_tokens`` are what suite and task say unless given; so are ``num_fewshot`` and
+    ``gen_kwargs``, which mean what they do in lm-eval. ``include_path`` are folders of tasks. ``seed`` is one number
+    or lm-eval's list of python's, numpy's, torch's and that of few-shot examples. ``limit`` is documents per task, of
+    which ``trace`` have their denoising journalled. ``cuda_graphs`` launches small steps as a whole.
     """
 
     model: Model = None
@@ -115,6 +122,9 @@ class RunPlan:
     baseline_set: BaselineSet = field(default=None, metadata=LEFT_OUT)
     baselines: Baselines = field(default=None, metadata=LEFT_OUT)
     tasks: Tasks = ("miniature",)
+    include_path: IncludePath = field(default=None, metadata=LEFT_OUT)
+    num_fewshot: NumFewshot = field(default=None, metadata=LEFT_OUT)
+    gen_kwargs: GivenGenKwargs = field(default=None, metadata=LEFT_OUT)
     decoder: DecoderKind = "block_diffusion"
     block_sizes: BlockSizes = None
     steps: AllSteps = None
@@ -131,7 +141,7 @@ class RunPlan:
         int, Option(help="Documents per task whose denoising steps are recorded for the report", metavar="N")
     ] = 2
     likelihood: Annotated[LikelihoodKind, Option(help="{choices}", metavar="KIND")] = "context_tower"
-    seed: Seed = 0
+    seed: TaskSeed = 0
     dtype: NumberType = "float32"
     devices: Devices = ("cpu",)
     cuda_graphs: CudaGraphs = False
@@ -140,6 +150,7 @@ class RunPlan:
     def __post_init__(self) -> None:
         _hold_settings(self)
         hold_baselines(self)
+        _hold_task_options(self)
         check_fields(self)
         check_cuda_graphs(self)
         _check_arms(self)
@@ -175,6 +186,9 @@ class SpeedPlan:
     baseline_set: BaselineSet = field(default=None, metadata=LEFT_OUT)
     baselines: Baselines = field(default=None, metadata=LEFT_OUT)
     tasks: Tasks = ("miniature",)
+    include_path: IncludePath = field(default=None, metadata=LEFT_OUT)
+    num_fewshot: NumFewshot = field(default=None, metadata=LEFT_OUT)
+    gen_kwargs: GivenGenKwargs = field(default=None, metadata=LEFT_OUT)
     decoder: DecoderKind = "block_diffusion"
     block_sizes: BlockSizes = None
     steps: AllSteps = None
@@ -215,7 +229,7 @@ class SpeedPlan:
         int, Option(help="Prompts per cell and round that nothing has read before, 0 for none", metavar="N")
     ] = 2
     threads: Threads = None
-    seed: Seed = 0
+    seed: TaskSeed = 0
     dtype: NumberType = "float32"
     devices: Devices = ("cpu",)
     cuda_graphs: CudaGraphs = False
@@ -224,6 +238,7 @@ class SpeedPlan:
     def __post_init__(self) -> None:
         _hold_settings(self)
         hold_baselines(self)
+        _hold_task_options(self)
         check_fields(self)
         check_cuda_graphs(self)
         _check_arms(self)
@@ -375,6 +390,12 @@ def _hold_settings(plan: Plan) -> None:
         object.__setattr__(plan, "baseline_set", one_value_each(plan.baseline_set) or None)
 
 
+def _hold_task_options(plan: Plan) -> None:
+    """``seed`` and ``gen_kwargs`` read from whatever form they are given in."""
+    object.__setattr__(plan, "seed", read_seed(plan.seed))
+    object.__setattr__(plan, "gen_kwargs", read_gen_kwargs(plan.gen_kwargs))
+
+
 def _check_arms(plan: Plan) -> None:
     _drop_refusals(plan)
     if plan.baselines is not None:
@@ -384,4 +405,4 @@ def _check_arms(plan: Plan) -> None:
             if getattr(plan, name) is not None and plan.baseline == CONTEXT_TOWER:
                 raise UserError(f"{name} has no effect on {CONTEXT_TOWER}: drop it, or name a baseline's folder")
     check_at_least(plan, 1, "block_sizes", "steps")
-    check_at_least(plan, 0, "temperature", "thresholds", "seed")
+    check_at_least(plan, 0, "temperature", "thresholds", "num_fewshot")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
@@ -13,6 +13,7 @@ from twotower_eval.decoder_settings import Settings
 from twotower_eval.errors import UserError
 from twotower_eval.records import GRAPH_DEVICES
 from twotower_eval.strict import check_value, plain
+from twotower_eval.task_options import GenKwargs, GivenSeed, read_gen_kwargs, read_seed
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -37,7 +38,8 @@ class Option:
 
     ``{choices}`` in ``help`` is replaced by the field's possible words; its default follows in brackets, or ``unset``
     if that is ``None``. ``other_names`` are further names of the option. An ``argument`` is positional. What is
-    ``repeatable`` may be given several times.
+    ``repeatable`` may be given several times. ``read`` makes the field's value of the option's text. Values of a list
+    are ``distinct`` unless it says otherwise.
     """
 
     help: str
@@ -46,6 +48,8 @@ class Option:
     other_names: tuple[str, ...] = ()
     argument: bool = False
     repeatable: bool = False
+    read: Callable[[str], object] | None = None
+    distinct: bool = True
 
 
 # Fields of several plans, with their help texts.
@@ -84,7 +88,12 @@ Family = Annotated[str | None, Option(help="Model family, or package.module:load
 BaselineFamily = Annotated[
     str | None, Option(help="Model family of the baseline's folder", metavar="NAME", unset=FROM_CONFIG)
 ]
-Tasks = Annotated[tuple[str, ...], Option(help="Tasks and suites; -NAME leaves one out", metavar="A,B")]
+Tasks = Annotated[
+    tuple[str, ...],
+    Option(
+        help="Tasks, groups, tags and suites, also as arc_* or by a file's path; -NAME leaves one out", metavar="A,B"
+    ),
+]
 DecoderKind = Annotated[str, Option(help="Decoder, or package.module:Class", metavar="KIND")]
 OWN = "the decoder's own, "  # a default of its Params; behind it that of block_diffusion
 BlockSizes = Annotated[tuple[int, ...] | None, Option(help="Block sizes, crossed", metavar="N,N", unset=f"{OWN}16")]
@@ -114,6 +123,31 @@ MinSeconds = Annotated[float, Option(help="Minimum seconds of rounds", metavar="
 WarmupRounds = Annotated[int, Option(help="Warm-up rounds: recorded, not reported", metavar="R")]
 Threads = Annotated[int | None, Option(help="CPU threads", metavar="N", unset="torch's own choice")]
 Seed = Annotated[int, Option(help="Random seed", metavar="S")]
+TaskSeed = Annotated[
+    GivenSeed,
+    Option(
+        help="Random seed, or lm-eval's list (python, numpy, torch, few-shot), in which None stands for its default",
+        metavar="S[,S,S,S]",
+        read=read_seed,
+        distinct=False,
+    ),
+]
+NumFewshot = Annotated[
+    int | None,
+    Option(help="Examples in each prompt; tasks that set 0 keep it", metavar="N", unset="as suite and task say"),
+]
+GivenGenKwargs = Annotated[
+    GenKwargs | None,
+    Option(
+        help="Settings over those of generation tasks, as temperature=0,max_gen_toks=64 or JSON",
+        metavar="K=V,K=V",
+        read=read_gen_kwargs,
+    ),
+]
+IncludePath = Annotated[
+    tuple[str, ...] | None,
+    Option(help="Folder with tasks of your own; may be given several times", metavar="DIR", repeatable=True),
+]
 NumberType = Annotated[Literal["float32", "bfloat16", "float16"], Option(help="{choices}", metavar="TYPE")]
 Devices = Annotated[
     tuple[str, ...],
@@ -173,6 +207,8 @@ def check_fields(plan: DataclassInstance) -> None:
         if isinstance(value, tuple):
             if not value:
                 raise UserError(f"{field.name} is empty: name at least one")
+            if not option_of(type(plan), field.name)[0].distinct:
+                continue
             twice = sorted({str(item) for item in value if value.count(item) > 1})
             if twice:
                 raise UserError(f"{field.name} names {', '.join(twice)} twice")

@@ -650,17 +650,19 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Override:
-    """Something that a task asks for and that does not hold, because an option of the plan says so.
+    """Something that a task or its suite asks for and that does not hold, because an option of the plan says so.
 
     ``setting`` is the task's own key; ``asked`` its value, as JSON text where it is a list or a table. ``done`` is what
-    holds instead, ``None`` where nothing of the kind is done.
+    holds instead, ``None`` where nothing of the kind is done; ``asked`` itself where the option does not count, as with
+    a task that sets 0 examples. ``published``: the suite says that ``asked`` was published.
     """
 
     task: str
     setting: str
     asked: Scalar
     done: Scalar
-    option: Literal["temperature", "samples"]
+    option: Literal["temperature", "samples", "num_fewshot", "gen_kwargs"]
+    published: bool | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True, kw_only=True)

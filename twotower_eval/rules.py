@@ -3,6 +3,7 @@ call."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -200,14 +201,23 @@ def asked_and_not_done(manifest: RunManifest) -> list[str]:
 
 def override_lines(overrides: Sequence[Override]) -> list[str]:
     """One line for each overridden setting, with all tasks that ask for it."""
-    tasks: dict[tuple[str, str, str], list[str]] = {}
+    tasks: dict[Override, list[str]] = {}
     for one in overrides:
-        held = "not done" if one.done is None else f"done with {_plain(one.done)}"
-        tasks.setdefault((f"{one.setting}: {_plain(one.asked)}", held, one.option), []).append(one.task)
-    return [
-        f"{', '.join(names)} ask{'s' if len(names) == 1 else ''} for {asked}, {held}: --{option} overrides it"
-        for (asked, held, option), names in tasks.items()
-    ]
+        tasks.setdefault(dataclasses.replace(one, task=""), []).append(one.task)
+    return [_override_line(one, list(dict.fromkeys(names))) for one, names in tasks.items()]
+
+
+def _override_line(one: Override, tasks: Sequence[str]) -> str:
+    named, single = ", ".join(tasks), len(tasks) == 1
+    option = f"--{one.option.replace('_', '-')}"
+    setting = f"{one.setting}: {_plain(one.asked)}"
+    if one.done == one.asked:
+        return (
+            f"{named} set{'s' if single else ''} {setting}, which is kept, as in lm-eval: {option} does not count there"
+        )
+    verb = ("is" if single else "are") + " published with" if one.published else f"ask{'s' if single else ''} for"
+    held = "not done" if one.done is None else f"done with {_plain(one.done)}"
+    return f"{named} {verb} {setting}, {held}: {option} overrides it"
 
 
 def unheeded_lines(unheeded: Mapping[str, Mapping[str, object]]) -> list[str]:
@@ -238,4 +248,4 @@ def truncation_line(task: str, arm: str, num_requests: int | None, num_truncated
 def _plain(value: Scalar) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("\n", "\\n")

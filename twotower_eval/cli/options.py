@@ -95,7 +95,8 @@ def _parameter(cls: type, name: str, *, hidden: bool) -> inspect.Parameter:
     else:
         info = option(text, *option_names(cls, name), metavar=declared.metavar, hidden=hidden)
     kind = _inner(hint)
-    taken = list[str] if _is_table(kind) or declared.repeatable else bool if kind is bool else str
+    several = declared.repeatable or (_is_table(kind) and declared.read is None)
+    taken = list[str] if several else bool if kind is bool else str
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[taken | None, info]
     )
@@ -134,10 +135,14 @@ def read(cls: type, name: str, value: object) -> object:
     """A value from the command line, converted to the field's type; UserError names the option."""
     declared, hint = option_of(cls, name)
     kind = _inner(hint)
+    if declared.read is not None:
+        return None if value is None else declared.read(str(value))
     if _is_table(kind):
         return parse_set(cast(Sequence[str], value)) if value else None
     if declared.repeatable:
         given = tuple(cast(Sequence[str], value or ()))
+        if kind == tuple[str, ...]:
+            return given or None
         if kind is not str:
             return tuple(map(table_of, given)) or None
         return given if len(given) > 1 else next(iter(given), None)

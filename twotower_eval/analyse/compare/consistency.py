@@ -272,7 +272,8 @@ def _ids_with(cell: Cell, extras: Sequence[Params]) -> Iterator[str]:
 def _older_extras(run: Run) -> Iterator[Params]:
     """What older versions added to cell ids without recording it."""
     plan = run.manifest.plan
-    seeds = dict.fromkeys((None, plan.get("seed")))
+    seed = plan.get("seed")
+    seeds = dict.fromkeys((None, run.manifest.seeds.get("run") if isinstance(seed, list) else seed))
     yield {}
     yield from ({"seed": seed} for seed in seeds)
     samples = dict.fromkeys((1, plan.get("samples"), *range(2, 65)))

@@ -28,6 +28,7 @@ from twotower_eval.rules import asked_and_not_done, joined_lines, named_ways, wa
 from twotower_eval.store import TRAINING_LOG, Run
 from twotower_eval.store.journal import read_objects
 from twotower_eval.strict import JsonObject
+from twotower_eval.task_options import GenKwargs, gen_kwargs_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -314,6 +315,10 @@ def command(plan: AnyPlan) -> list[str]:
         option = field.name.replace("_", "-")
         if field.name == SEVERAL:
             words += _baseline_words(value)
+        elif field.name == "gen_kwargs":
+            words += [f"--{option}", gen_kwargs_text(cast(GenKwargs, value))]
+        elif field.name == "include_path":
+            words += [word for folder in value for word in (f"--{option}", folder)]
         elif isinstance(value, Mapping):
             words += [word for name, values in value.items() for word in (f"--{option}", set_text(name, values))]
         elif isinstance(value, bool):
@@ -342,6 +347,6 @@ def _quoted(word: str) -> str:
     return f"{home}{slash}{shlex.quote(rest) if rest else ''}" if home == "~" else shlex.quote(word)
 
 
-def _text(value: str | int | float) -> str:
+def _text(value: str | int | float | None) -> str:
     """A number with all its digits and no more."""
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)

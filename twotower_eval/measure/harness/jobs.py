@@ -18,9 +18,9 @@ from twotower_eval.errors import UserError
 from twotower_eval.measure.harness.adapter import HarnessLM
 from twotower_eval.measure.harness.answers import Key
 from twotower_eval.measure.harness.scoring import Row, score_rows
-from twotower_eval.measure.suites import FEWSHOT_SEED, BuiltTask, resolve_tasks, settle
+from twotower_eval.measure.suites import BuiltTask, resolve_tasks, settle
 from twotower_eval.measure.suites.lm_types import Instance
-from twotower_eval.plan import RunPlan, each_baseline, named_baselines
+from twotower_eval.plan import RunPlan, SpeedPlan, each_baseline, named_baselines
 from twotower_eval.plan_sources import baseline_source, model_source
 from twotower_eval.records import (
     Aggregate,
@@ -40,6 +40,7 @@ from twotower_eval.records import (
 )
 from twotower_eval.rules import refuse_same
 from twotower_eval.store.environment import new_manifest
+from twotower_eval.task_options import recorded_seeds, run_seed
 
 if TYPE_CHECKING:
     from twotower_eval.engine.models.arms import Loaded
@@ -132,7 +133,17 @@ def _tasks(plan: RunPlan) -> list[BuiltTask]:
         samples=plan.samples,
         max_new_tokens=plan.max_new_tokens,
         temperature=plan.temperature,
+        **task_options(plan),
     )
+
+
+def task_options(plan: RunPlan | SpeedPlan) -> dict[str, Any]:
+    """What both verbs pass on to the tasks as the plan says it."""
+    return {
+        "include_path": plan.include_path,
+        "num_fewshot": plan.num_fewshot,
+        "gen_kwargs": plan.gen_kwargs,
+    }
 
 
 def _refuse_unreadable(jobs: Sequence[Job]) -> None:
@@ -316,7 +327,7 @@ def _cell(plan: RunPlan, arm: _Arm, task: BuiltTask, kind: LikelihoodKind) -> Ce
     workload = Workload(kind="task", name=task.name, digest=task.digest, max_new_tokens=task.max_new_tokens)
     random = (task.generates and (plan.temperature or 0) > 0) or (not task.generates and kind == "bound")
     extra = {
-        "seed": plan.seed if random else None,
+        "seed": run_seed(plan.seed) if random else None,
         "likelihood": None if task.generates else kind,
         "samples": task.samples,
         **({"pools_samples": True} if task.pools_samples else {}),
@@ -341,7 +352,7 @@ def make_manifest(
         plan=plan,
         cells=[job.cell for job in jobs],
         devices=plan.devices,
-        seeds={"run": plan.seed, "fewshot": FEWSHOT_SEED + plan.seed},
+        seeds=recorded_seeds(plan.seed),
         notes=tuple(_notes(jobs)),
         tasks={task.name: task.parts for task in tasks},
         overrides=overrides,

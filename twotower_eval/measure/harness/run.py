@@ -25,6 +25,7 @@ from twotower_eval.measure.harness.jobs import (
     make_manifest,
     make_scorer_of,
     prepare,
+    task_options,
 )
 from twotower_eval.measure.harness.scoring import Row, aggregate_rows, score_rows
 from twotower_eval.measure.suites import BuiltTask, resolve_tasks
@@ -38,6 +39,7 @@ from twotower_eval.rules import EXTENDED, asked_and_not_done, joined_lines, slow
 from twotower_eval.sources import Source
 from twotower_eval.store import TRAINING_LOG
 from twotower_eval.store.environment import with_scoring_of_now
+from twotower_eval.task_options import run_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +200,12 @@ def score_journal(path: Path) -> Path:
 def timed_tasks(plan: SpeedPlan) -> list[BuiltTask]:
     """The tasks whose prompts a speed run times and whose answers are scored."""
     return resolve_tasks(
-        plan.tasks, data_dir=plan.data_dir, seed=plan.seed, samples=plan.samples, temperature=plan.temperature
+        plan.tasks,
+        data_dir=plan.data_dir,
+        seed=plan.seed,
+        samples=plan.samples,
+        temperature=plan.temperature,
+        **task_options(plan),
     )
 
 
@@ -337,7 +344,7 @@ class _Evaluation:
             scorer=None if generates else make_scorer_of(job.model, job.kind, spec),
             kind=job.kind,
             batch_size=self._plan.batch_size,
-            seed=self._plan.seed,
+            seed=run_seed(self._plan.seed),
             journal=self._journal(job),
             advance=advance,
             traced=_first_documents(job, self._plan.trace),
@@ -349,7 +356,9 @@ class _Evaluation:
         """The requests of a job that are decoded with a witness: a few, chosen by the seed."""
         if not job.task.generates or draws(job.cell):
             return frozenset()
-        keys = sorted((key for _, key in job.requests), key=lambda key: derive_seed(self._plan.seed, "witness", *key))
+        keys = sorted(
+            (key for _, key in job.requests), key=lambda key: derive_seed(run_seed(self._plan.seed), "witness", *key)
+        )
         return frozenset(keys[: min(MOST_WITNESSED, -(-len(keys) // WITNESSED_OF))])
 
     def _testify(self, row: Witnessed) -> None:

@@ -42,6 +42,7 @@ from twotower_eval.records import (
     make_cell,
 )
 from twotower_eval.rules import refuse_same
+from twotower_eval.task_options import run_seed
 
 FINISH_SHARE, FINISH_S = 1e-3, 1e-4  # how far a finish may lie after the end: two readings of one clock
 
@@ -221,7 +222,7 @@ def make_lanes(
                 text_cost=own.text_cost,
                 devices=Devices(cell.checkpoint.devices),
                 ids=own.ids,
-                seed=plan.seed,
+                seed=run_seed(plan.seed),
             )
             # An AR model timed against itself is one cell; its copy is the only other lane.
             found.setdefault((cell.id, arm.replica), lane)
@@ -281,5 +282,5 @@ def with_decoders(lanes: Mapping[int, tuple[Lane, ...]], clock: CallClock) -> di
 def _cell(plan: SpeedPlan, calls: Sequence[Call], size: int, arm: _Arm) -> Cell:
     checkpoint = arm.model.checkpoint
     workload = make_workload(plan, calls, size, len(checkpoint.devices))
-    extra = {"seed": plan.seed if (plan.temperature or 0) > 0 else None}
+    extra = {"seed": run_seed(plan.seed) if (plan.temperature or 0) > 0 else None}
     return make_cell(arm.arm, checkpoint, arm.spec, workload, extra, arm.name)

@@ -55,6 +55,7 @@ from twotower_eval.records import (
 )
 from twotower_eval.rules import asked_and_not_done, slower_lines, truncation_line
 from twotower_eval.store.environment import new_manifest
+from twotower_eval.task_options import recorded_seeds
 
 if TYPE_CHECKING:
     from twotower_eval.engine.models.arms import Loaded
@@ -212,7 +213,7 @@ def _manifest(
         plan=plan,
         cells=[lane.cell for lane in lanes if lane.replica == 0],
         devices=plan.devices,
-        seeds={"run": plan.seed},
+        seeds={"run": plan.seed} if isinstance(plan.seed, int) else recorded_seeds(plan.seed),
         notes=NOTES,
         tasks=scored_tasks(plan, chain.from_iterable(calls.values())),
         overrides=overrides,

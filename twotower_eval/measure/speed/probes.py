@@ -21,6 +21,7 @@ from twotower_eval.records import (
     run_and_launch,
     sha256_text,
 )
+from twotower_eval.task_options import run_seed
 
 NUM_AS_THEY_ARE, NUM_ALONE = 8, 4  # timed prompts of a launch: of a batch size of 1, and of larger ones
 NUM_MADE_UP, NUM_DOCUMENTS = 8, 2  # of every candidate
@@ -245,8 +246,8 @@ class Probes:
     ) -> None:
         self._plan, self._calls, self._requests = plan, calls, requests
         self._launch = run_and_launch(launch_id)[1]
-        self._prompts = NewPrompts(calls, requests, derive_seed(plan.seed, "new prompts", launch_id))
-        self._random = random.Random(derive_seed(plan.seed, "calls that are probed", launch_id))
+        self._prompts = NewPrompts(calls, requests, derive_seed(run_seed(plan.seed), "new prompts", launch_id))
+        self._random = random.Random(derive_seed(run_seed(plan.seed), "calls that are probed", launch_id))
         self._num_made: Counter[str] = Counter()  # by cell
         self._seen: list[tuple[str, int, Call]] = []  # cell, batch size and call of the last round
         self._num_alone = 0

@@ -52,6 +52,7 @@ from twotower_eval.records import (
 )
 from twotower_eval.rules import EXTENDED, finite, time_fault, total_finite_s
 from twotower_eval.store.journal import now_text
+from twotower_eval.task_options import run_seed
 
 ENOUGH_ROUNDS = 12  # in a single launch; with fewer, a fifth or more of all runs can decide nothing
 
@@ -304,14 +305,14 @@ class Session(RoundLoop):
         The first warm-up round also decodes the witnessed calls. Parts that a call of this round is the first to need
         are timed at its end.
         """
-        order = random.Random(derive_seed(self._plan.seed, phase, number))
+        order = random.Random(derive_seed(run_seed(self._plan.seed), phase, number))
         gc.collect()
         lanes = with_decoders(self._lanes, self._clock)
         positions = [(size, call) for size, calls in self._calls.items() for call in calls]
         probes = self._probes.of_round(lanes) if phase == "measure" else []
         is_first = phase == "warmup" and number == 0
         chance = random.Random(
-            derive_seed(self._plan.seed, "witness", self._launch_id)
+            derive_seed(run_seed(self._plan.seed), "witness", self._launch_id)
         )  # a different choice in every launch
         self._watched = watched_calls(self._calls, chance) if is_first else frozenset()
         besides = list(witnessings(lanes, self._calls, self._probes, chance)) if is_first else []

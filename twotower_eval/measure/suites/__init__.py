@@ -1,7 +1,7 @@
 """Suites and tasks: which documents and requests a name stands for, the same for every model."""
 
 from twotower_eval.measure.suites.asked import Decoding, DecodingRequest, read_decoding_request, settings_text, settle
-from twotower_eval.measure.suites.build import BuiltTask, TimedPrompt, build_requests, resolve_tasks, select
+from twotower_eval.measure.suites.build import BuiltTask, TimedPrompt, build_requests, resolve_tasks
 from twotower_eval.measure.suites.documents import (
     DEFAULT_MAX_NEW_TOKENS,
     FEWSHOT_SEED,
@@ -10,7 +10,9 @@ from twotower_eval.measure.suites.documents import (
     stops_and_budget,
 )
 from twotower_eval.measure.suites.groups import Suite, SuiteTask, load_suite, suite_names
+from twotower_eval.measure.suites.included import Included, read_included
 from twotower_eval.measure.suites.lm_tasks import LACKING, MISTAKEN, aggregation, aggregation_name, is_lacking, needing
+from twotower_eval.measure.suites.selection import select
 
 __all__ = [
     "DEFAULT_MAX_NEW_TOKENS",
@@ -21,6 +23,7 @@ __all__ = [
     "BuiltTask",
     "Decoding",
     "DecodingRequest",
+    "Included",
     "Suite",
     "SuiteTask",
     "TimedPrompt",
@@ -32,6 +35,7 @@ __all__ = [
     "load_suite",
     "needing",
     "read_decoding_request",
+    "read_included",
     "resolve_tasks",
     "select",
     "settings_text",

@@ -16,6 +16,7 @@ from twotower_eval.errors import UserError
 from twotower_eval.names import did_you_mean
 from twotower_eval.records import Override, Scalar
 from twotower_eval.strict import JsonObject
+from twotower_eval.task_options import GenKwargs
 
 # Settings that change nothing at these values; ``None`` changes nothing anywhere. Those of sampling and of beams change
 # nothing without sampling and without beams, as in transformers.
@@ -79,6 +80,8 @@ class DecodingTask(Protocol):
     def asked_samples(self) -> int | None: ...
     @property
     def samples(self) -> int: ...
+    @property
+    def overrides(self) -> tuple[Override, ...]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +142,16 @@ def settle(
         temperature = _common_temperature(asking)
     _refuse_samples(asking, temperature, samples or 1, timed)
     overrides = [one for task in asking for one in _overrides(task, temperature, samples)]
+    overrides += [one for task in tasks for one in task.overrides]
     return Decoding(temperature=temperature, overrides=tuple(overrides))
+
+
+def given_overrides(task: str, own: JsonObject, given: GenKwargs) -> Iterator[Override]:
+    """What the plan's ``gen_kwargs`` change of a task's own settings."""
+    for key, value in given.items():
+        if own.get(key) is not None and own[key] != value:
+            common = {"task": task, "setting": key, "option": "gen_kwargs"}
+            yield Override(asked=_scalar(own[key]), done=_scalar(value), **common)  # type: ignore[arg-type]
 
 
 def settings_text(asked: Iterable[tuple[str, Scalar]]) -> str:

@@ -26,12 +26,14 @@ from twotower_eval.measure.suites.documents import (
     joined,
     joins,
 )
-from twotower_eval.measure.suites.groups import SuiteTask, load_suite, suite_names
+from twotower_eval.measure.suites.groups import SuiteTask
+from twotower_eval.measure.suites.included import read_included
 from twotower_eval.measure.suites.lm_types import Task
 from twotower_eval.measure.suites.parts import task_parts
-from twotower_eval.names import did_you_mean
-from twotower_eval.records import MEAN, canonical_json, sha256_text
+from twotower_eval.measure.suites.selection import select
+from twotower_eval.records import MEAN, Override, canonical_json, sha256_text
 from twotower_eval.strict import JsonObject
+from twotower_eval.task_options import BUDGET_NAMES, GenKwargs, GivenSeed, seeds_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +43,8 @@ class BuiltTask:
     ``digest`` covers every document and request of the task, independent of the limit, and the code that asks and
     scores; ``parts`` are its components (see suites.parts). ``asked_samples`` is the number that the task or the suite
     names. ``pools_samples``: the task's filters take all samples of a problem together, as in lm-eval, so its score is
-    no mean over samples. ``joins``: clusters to merge because they hold near-duplicates.
+    no mean over samples. ``joins``: clusters to merge because they hold near-duplicates. ``overrides``: what
+    ``num_fewshot`` and ``gen_kwargs`` change of what suite and task say.
     """
 
     name: str
@@ -62,6 +65,7 @@ class BuiltTask:
     spec: SuiteTask
     by_size: bool = False  # the group's mean weighs it by its documents
     joins: tuple[tuple[str, str], ...] = ()
+    overrides: tuple[Override, ...] = ()
 
     @property
     def generates(self) -> bool:
@@ -88,30 +92,55 @@ def resolve_tasks(
     *,
     data_dir: str | Path | None = None,
     limit: int | None = None,
-    seed: int = 0,
+    seed: GivenSeed = 0,
     samples: int | None = None,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
+    include_path: Sequence[str] | None = None,
+    num_fewshot: int | None = None,
+    gen_kwargs: GenKwargs | None = None,
 ) -> list[BuiltTask]:
-    """Build the named tasks: suites, members (``SUITE/TASK``), tasks under ``tasks/``, stock lm-eval tasks.
+    """Build the named tasks: suites, members (``SUITE/TASK``), tasks of the folders ``include_path``, tasks under
+    ``tasks/``, stock lm-eval tasks, and paths of task and suite files (see :func:`select`).
 
     ``-NAME`` leaves a task out. ``limit`` keeps the first documents of each task (of each subject, if lm-eval's task is
-    a group). ``seed`` changes the few-shot examples of tasks that draw them. ``samples``, ``max_new_tokens`` and
-    ``temperature`` override suite and task; :func:`settle` reports that. UserError for unknown names, tasks that
-    execute model output, settings that no decoder here follows, and data that is missing or does not fit.
+    a group). ``seed`` changes the few-shot examples of tasks that draw them, and whatever else tasks draw.
+    ``num_fewshot`` and ``gen_kwargs`` override suite and task as in lm-eval, ``samples``, ``max_new_tokens`` and
+    ``temperature`` these too; :func:`settle` reports that. UserError for unknown names, tasks that execute model
+    output, settings that no decoder here follows, and data that is missing or does not fit.
     """
     if data_dir is not None and not Path(data_dir).is_dir():
         raise UserError(f"--data-dir {data_dir}: no such folder; `twotower-eval data prepare` makes one")
+    _refuse_twice("temperature", temperature, ("temperature", "do_sample"), gen_kwargs or {})
+    _refuse_twice("max_new_tokens", max_new_tokens, BUDGET_NAMES, gen_kwargs or {})
+    included = read_included(include_path or (), names)
     build_options = BuildOptions(
-        None if data_dir is None else Path(data_dir), limit, seed, samples, max_new_tokens, temperature
+        data_dir=None if data_dir is None else Path(data_dir),
+        limit=limit,
+        seeds=seeds_of(seed),
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        included=included,
+        num_fewshot=num_fewshot,
+        gen_kwargs=gen_kwargs or {},
     )
+    built: list[BuiltTask] = []
     with lm_tasks.quiet():
-        built = [task for member in select(names) for task in _build(member, build_options)]
+        for member in select(names, included):
+            lm_tasks.seed_tasks(build_options.seeds)
+            built += _build(member, build_options)
     twice = {task.name for task in built if sum(other.name == task.name for other in built) > 1}
     if twice:
         raise UserError(f"task {min(twice)!r} is named twice, alone and as a part of another")
     pairs = [*chain.from_iterable(task.joins for task in built)]
     return [dataclasses.replace(task, docs=joined(task.docs, pairs)) for task in built] if pairs else built
+
+
+def _refuse_twice(option: str, value: object, same: Sequence[str], gen_kwargs: GenKwargs) -> None:
+    twice = [] if value is None else [one for one in same if one in gen_kwargs]
+    if twice:
+        raise UserError(f"{option} and {twice[0]} of gen_kwargs say the same: give one of them")
 
 
 def build_requests(tasks: Sequence[BuiltTask], num: int | None = None) -> list[TimedPrompt]:
@@ -140,54 +169,14 @@ def build_requests(tasks: Sequence[BuiltTask], num: int | None = None) -> list[T
     return prompts
 
 
-def select(names: Sequence[str]) -> list[SuiteTask]:
-    """The tasks that names stand for, before any data is read; UserError for tasks that execute model output."""
-    chosen: dict[str, SuiteTask] = {}
-    for name in names:
-        if name.startswith("-"):
-            continue
-        for task in _named(name):
-            if chosen.setdefault(task.name, task) != task:
-                raise UserError(f"task {task.name!r} is named twice with different settings (by {name!r} and before)")
-    for name in names:
-        if name.startswith("-") and chosen.pop(name[1:], None) is None:
-            raise UserError(f"cannot leave out {name[1:]!r}: not among the tasks{did_you_mean(name[1:], chosen)}")
-    if not chosen:
-        raise UserError("no task is left to run")
-    _refuse_code([task.name for task in chosen.values() if task.executes_code], names)
-    return list(chosen.values())
-
-
-def _refuse_code(tasks: Sequence[str], names: Sequence[str]) -> None:
-    if tasks:
-        without = ",".join([name for name in names if name not in tasks] + [f"-{task}" for task in tasks])
-        alone = all(name in tasks for name in names)
-        hint = "" if alone else f"; to run without: --tasks {without}"
-        raise UserError(f"{', '.join(tasks)}: scoring executes model output, refused while there is no sandbox{hint}")
-
-
-def _named(name: str) -> Sequence[SuiteTask]:
-    suite, slash, member = name.partition("/")
-    if slash:
-        tasks = {task.name: task for task in load_suite(suite).tasks}
-        if member not in tasks:
-            raise UserError(f"suite {suite!r} has no task {member!r}{did_you_mean(member, tasks)}")
-        return [tasks[member]]
-    if name in suite_names():
-        return load_suite(name).tasks
-    if name.partition(groups.WITHIN)[0] not in lm_tasks.index_of(name.partition(groups.WITHIN)[0]):
-        known = [*suite_names(), *lm_tasks.local_index(), *lm_tasks.stock_index()]
-        raise UserError(f"unknown task {name!r}{did_you_mean(name, known)}: no suite, local task or lm-eval task")
-    single = groups.apart(groups.node(name))
-    return [SuiteTask(name=one.name, parts={"": one.path}, executes_code=groups.executes_code(one)) for one in single]
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Loaded:
-    """A single lm-eval task with the settings that override its own."""
+    """A single lm-eval task with the settings that override its own; ``own_shots`` is the number of examples that its
+    YAML and its groups say."""
 
     node: groups.Node
     given: JsonObject
+    own_shots: object
     source: Task
 
 
@@ -195,7 +184,7 @@ def _build(member: SuiteTask, build_options: BuildOptions) -> Iterator[BuiltTask
     """A task for each part. A group whose members cannot be scored as one task gives a task for each member."""
     for label, path in member.parts.items():
         name = f"{member.name}_{label}" if label else member.name
-        top = groups.node(path)
+        top = groups.node(path, build_options.included.indexes)
         loaded = [_load(leaf, member, build_options) for leaf in groups.leaves(top)]
         known = [groups.facts(one.node.name, one.source) for one in loaded]
         figure = groups.figure(name, top.rules, known, member.metric, member.filter)
@@ -227,9 +216,25 @@ def _members(
 
 
 def _load(leaf: groups.Node, member: SuiteTask, build_options: BuildOptions) -> _Loaded:
-    shots = {} if member.num_fewshot is None else {"num_fewshot": member.num_fewshot}
-    given = {**leaf.settings, **shots}
-    return _Loaded(node=leaf, given=given, source=lm_tasks.load_task(leaf.name, given, build_options.data_dir))
+    included = build_options.included.indexes
+    own = {**lm_tasks.load_yaml(leaf.yamls[-1], resolve_func=False), **leaf.settings}.get("num_fewshot")
+    wanted = _wanted_shots(own, member, build_options)
+    given = {**leaf.settings, **({} if wanted is None else {"num_fewshot": wanted})}
+    return _Loaded(
+        node=leaf,
+        given=given,
+        own_shots=own,
+        source=lm_tasks.load_task(leaf.name, given, build_options.data_dir, included),
+    )
+
+
+def _wanted_shots(own: object, member: SuiteTask, build_options: BuildOptions) -> int | None:
+    """The number of examples to set; None where the task's own number holds. As in lm-eval, a task that says 0 keeps
+    it."""
+    wanted = build_options.num_fewshot
+    if wanted is None or (own == 0 and not member.num_fewshot):
+        return member.num_fewshot
+    return None if member.num_fewshot is None and wanted == (own or 0) else wanted
 
 
 def _build_part(
@@ -254,7 +259,9 @@ def _build_part(
     sources = [one.source for one in loaded]
     for source in sources:
         _check_samples(name, source, sampled["samples"])
-    parts = task_parts(top, [one.given for one in loaded], sources, every, member)
+    parts = task_parts(
+        top, [one.given for one in loaded], sources, every, member, folders=build_options.included.folders
+    )
     return BuiltTask(
         name=name,
         group=group,
@@ -272,7 +279,25 @@ def _build_part(
         joins=joins(every),
         parts=parts,
         spec=member,
+        overrides=tuple(dict.fromkeys(_overrides(name, loaded, kept, member, build_options))),
     )
+
+
+def _overrides(
+    name: str, loaded: Sequence[_Loaded], docs: Sequence[BuiltDoc], member: SuiteTask, build_options: BuildOptions
+) -> Iterator[Override]:
+    """What the options ``num_fewshot`` and ``gen_kwargs`` change, or leave as it is, of what suite and task say."""
+    shots = build_options.num_fewshot
+    for one in loaded if shots is not None else ():
+        suites_own = member.num_fewshot
+        asked = one.own_shots if suites_own is None else suites_own
+        done = one.given.get("num_fewshot", one.own_shots)
+        if isinstance(asked, int) and isinstance(done, int) and (asked != shots or done != shots):
+            published = True if suites_own is not None and member.origin("num_fewshot") == "published" else None
+            common = {"task": name, "setting": "num_fewshot", "option": "num_fewshot", "published": published}
+            yield Override(asked=asked, done=done, **common)  # type: ignore[arg-type]
+    for doc in docs:
+        yield from (dataclasses.replace(one, task=name) for one in doc.overrides)
 
 
 def _largest_budget(docs: Sequence[BuiltDoc]) -> int | None:

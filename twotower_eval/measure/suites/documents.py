@@ -22,11 +22,18 @@ from numpy.typing import NDArray
 
 from twotower_eval.errors import UserError
 from twotower_eval.measure.suites import lm_tasks
-from twotower_eval.measure.suites.asked import DecodingRequest, read_decoding_request
+from twotower_eval.measure.suites.asked import (
+    DecodingRequest,
+    given_overrides,
+    read_decoding_request,
+    settings_text,
+)
 from twotower_eval.measure.suites.groups import SuiteTask, cluster_id
+from twotower_eval.measure.suites.included import Included
 from twotower_eval.measure.suites.lm_types import Doc, Instance, Task
-from twotower_eval.records import MEAN, SUMMED_AGGREGATIONS, canonical_json, sha256_text
+from twotower_eval.records import MEAN, SUMMED_AGGREGATIONS, Override, canonical_json, sha256_text
 from twotower_eval.strict import JsonObject
+from twotower_eval.task_options import BUDGET_NAMES, OTHER_SEED, GenKwargs, Seeds
 
 T = TypeVar("T")
 FIRST_NATS, FAR_NATS, WITHOUT_CONTEXT_NATS = -1e-6, -1e6, -1.0  # by far, whatever length they are divided by
@@ -226,8 +233,7 @@ def _join(firsts: list[int], one: int, other: int) -> None:
 
 
 DEFAULT_MAX_NEW_TOKENS = 256  # for tasks without a budget; the default of lm-eval's own models
-FEWSHOT_SEED = 1234  # lm-eval's own default, so that seed 0 gives the prompts that lm-eval gives
-BUDGET_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+FEWSHOT_SEED = OTHER_SEED  # with seed 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -243,6 +249,7 @@ class BuiltDoc:
     prompt_sha256: str
     target_sha256: str
     asked: frozenset[DecodingRequest]  # decoding settings of its requests
+    overrides: tuple[Override, ...] = ()  # what the plan's gen_kwargs change of these
 
     @cached_property
     def chance(self) -> Mapping[str, float]:
@@ -250,16 +257,19 @@ class BuiltDoc:
         return chance_by_metric(self.source, self.doc, self.instances)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BuildOptions:
     """Options of :func:`resolve_tasks` beside the names."""
 
     data_dir: Path | None
     limit: int | None
-    seed: int
+    seeds: Seeds
     samples: int | None
     max_new_tokens: int | None
     temperature: float | None
+    included: Included
+    num_fewshot: int | None
+    gen_kwargs: GenKwargs
 
 
 def build_docs(
@@ -267,23 +277,27 @@ def build_docs(
 ) -> list[BuiltDoc]:
     """All documents of the lm-eval task ``leaf``, numbered from ``first_id``, as documents of ``name``."""
     by_doc = defaultdict(list)
-    for instance in lm_tasks.build_instances(leaf, source, FEWSHOT_SEED + build_options.seed):
+    for instance in lm_tasks.build_instances(leaf, source, build_options.seeds.fewshot):
         by_doc[instance.doc_id].append(instance)
     docs = []
     for index in sorted(by_doc):
         instances = sorted(by_doc[index], key=lambda instance: instance.idx)
-        asked = set()
+        asked: set[DecodingRequest] = set()
+        overrides: dict[Override, None] = {}
         for instance in instances:
             instance.metadata = (name, first_id + index, 1)
             instance.task_name, instance.doc_id, instance.repeats = instance.metadata
             if generates(instance):
+                own = instance.args[1]
                 try:
-                    asked.add(read_decoding_request(instance.args[1]))
-                    settings = _generation_settings(instance.args[1], member, build_options)
+                    request = _decoding_request(own, build_options)
+                    settings = _generation_settings(own, member, build_options)
                 except UserError as error:
                     raise UserError(f"task {name!r}: {error}") from error
+                asked.add(request)
+                overrides |= dict.fromkeys(given_overrides(name, own, build_options.gen_kwargs))
                 instance.arguments = (instance.args[0], settings)
-        docs.append(_doc(name, leaf, source, index, instances, frozenset(asked)))
+        docs.append(_doc(name, leaf, source, index, instances, frozenset(asked), tuple(overrides)))
     for doc in docs[:1]:
         _check_scoring(name, source, doc)
     return docs
@@ -308,7 +322,13 @@ def _check_scoring(name: str, source: Task, doc: BuiltDoc) -> None:
 
 
 def _doc(
-    name: str, leaf: str, source: Task, index: int, instances: Sequence[Instance], asked: frozenset[DecodingRequest]
+    name: str,
+    leaf: str,
+    source: Task,
+    index: int,
+    instances: Sequence[Instance],
+    asked: frozenset[DecodingRequest],
+    overrides: tuple[Override, ...],
 ) -> BuiltDoc:
     # doc and target hashes are lm-eval's own, so that they can be compared with its sample logs.
     from lm_eval.utils import handle_non_serializable
@@ -326,6 +346,7 @@ def _doc(
         prompt_sha256=prompts[0] if len(prompts) == 1 else sha256_text("".join(prompts)),
         target_sha256=sha256_text(str(source.doc_to_target(doc))),
         asked=asked,
+        overrides=overrides,
     )
 
 
@@ -410,12 +431,34 @@ def _num_tokens(name: str, value: object) -> int:
     return int(number)
 
 
+def _decoding_request(own: JsonObject, build_options: BuildOptions) -> DecodingRequest:
+    """How a request asks to be decoded, with the plan's ``gen_kwargs`` over its own settings.
+
+    UserError for one of these that no decoder here follows.
+    """
+    given = build_options.gen_kwargs
+    request = read_decoding_request({**own, **given})
+    if not_done := [pair for pair in request.unsupported if pair[0] in given]:
+        raise UserError(f"--gen-kwargs asks for {settings_text(not_done)}: no decoder here does that: leave it out")
+    return request
+
+
 def _generation_settings(own: JsonObject, member: SuiteTask, build_options: BuildOptions) -> dict[str, object]:
-    """The stops, budget and temperature that apply here; ``BuiltTask.asked`` has everything else that a task asks."""
-    stops, own_budget = stops_and_budget(own, DEFAULT_MAX_NEW_TOKENS)
-    budget = build_options.max_new_tokens or member.max_new_tokens or own_budget
+    """The stops, budget and temperature that apply here; ``BuiltTask.asked`` has everything else that a task asks.
+
+    The plan's own options count before its ``gen_kwargs``, these before the suite, and the suite before the task. A
+    budget among ``gen_kwargs`` replaces the task's, whatever either is called.
+    """
+    given = build_options.gen_kwargs
+    budget_given = any(given.get(name) is not None for name in BUDGET_NAMES)
+    kept = {key: value for key, value in own.items() if not (budget_given and key in BUDGET_NAMES)}
+    asked = {**kept, **given}
+    stops, own_budget = stops_and_budget(asked, DEFAULT_MAX_NEW_TOKENS)
+    suites_budget = None if budget_given else member.max_new_tokens
+    budget = build_options.max_new_tokens or suites_budget or own_budget
     temperature = (
-        read_decoding_request(own).temperature if build_options.temperature is None else build_options.temperature
+        read_decoding_request(asked).temperature if build_options.temperature is None else build_options.temperature
     )
     sampling = {} if temperature is None else {"do_sample": temperature > 0, "temperature": temperature}
-    return {"until": list(stops if member.stop is None else member.stop), "max_gen_toks": budget, **sampling}
+    suites_stops = None if "until" in given else member.stop
+    return {"until": list(stops if suites_stops is None else suites_stops), "max_gen_toks": budget, **sampling}

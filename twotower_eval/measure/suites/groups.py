@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from twotower_eval.errors import UserError
 from twotower_eval.measure.suites import lm_tasks
-from twotower_eval.measure.suites.lm_types import Task
+from twotower_eval.measure.suites.included import SUITE_FILE, nearest_path
+from twotower_eval.measure.suites.lm_types import Entry, Task
 from twotower_eval.names import did_you_mean
 from twotower_eval.records import MEAN
 from twotower_eval.resources import data_path, read_toml
@@ -67,7 +68,13 @@ def suite_names() -> list[str]:
 
 
 def load_suite(name: str) -> Suite:
-    """Read a shipped suite; an unknown name or a broken file is a UserError."""
+    """Read a suite by its path, ``DIR/NAME.toml``, or a shipped one by its name; an unknown name or a broken file is a
+    UserError."""
+    if name.endswith(SUITE_FILE):
+        file = Path(name).expanduser()
+        if not file.is_file():
+            raise UserError(f"no suite file {name}{nearest_path(file)}")
+        return read_suite(file)
     path = data_path("tasks", "suites", f"{name}.toml")
     if not path.is_file():
         raise UserError(f"unknown suite {name!r}{did_you_mean(name, suite_names())}")
@@ -163,6 +170,18 @@ class Rule:
     by_size: bool
 
 
+Indexes = Sequence[Mapping[str, Entry]]  # the user's own tasks, the first that has a name counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Way:
+    """How a node is reached: through the YAML files of enclosing groups, by names that the user's own tasks may
+    have."""
+
+    yamls: tuple[Path, ...] = ()
+    included: Indexes = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Node:
     """A task, or a group or tag with ``members``. ``path`` finds it again: ``GROUP::NAME`` inside a group."""
@@ -175,9 +194,9 @@ class Node:
     yamls: tuple[Path, ...] = ()  # its own and those of groups on the way
 
 
-def node(path: str) -> Node:
+def node(path: str, included: Indexes = ()) -> Node:
     """The node at a path. UserError for what lm-eval does not have or what cannot be a task here."""
-    root = _indexed(path.partition(WITHIN)[0], {}, None, ())
+    root = _indexed(path.partition(WITHIN)[0], {}, None, _Way(included=included))
     found = next((one for one in _all(root) if one.path == path), None)
     if found is None:
         raise UserError(f"lm-eval has no task {path!r}{did_you_mean(path, [one.path for one in _all(root)])}")
@@ -237,29 +256,31 @@ def _all(top: Node) -> Iterator[Node]:
         yield from _all(member)
 
 
-def _indexed(name: str, settings: JsonObject, parent: str | None, above: tuple[Path, ...]) -> Node:
+def _indexed(name: str, settings: JsonObject, parent: str | None, way: _Way) -> Node:
     """A task, group or tag by its lm-eval name, with the ``settings`` of enclosing groups."""
-    if len(above) > MOST_LEVELS:
+    if len(way.yamls) > MOST_LEVELS:
         raise UserError(f"group {name!r} contains itself, or groups more than {MOST_LEVELS} deep")
-    index = lm_tasks.index_of(name)
+    index = lm_tasks.index_of(name, way.included)
     if name not in index:
         inside = f", which group {parent!r} names" if parent else ""
-        raise UserError(f"lm-eval has no task {name!r}{inside}{did_you_mean(name, index)}")
+        own = [one for several in way.included for one in several]
+        raise UserError(f"lm-eval has no task {name!r}{inside}{did_you_mean(name, [*own, *index])}")
     entry = index[name]
     path = name if parent is None or not settings else f"{parent}{WITHIN}{name}"
-    yamls = above if entry.yaml_path is None else (*above, Path(entry.yaml_path))
+    if entry.yaml_path is not None:
+        way = dataclasses.replace(way, yamls=(*way.yamls, Path(entry.yaml_path)))
     if entry.kind.name == "TAG":
-        members = tuple(_indexed(one, settings, parent, above) for one in sorted(entry.tags))
-        return Node(name=name, path=path, settings=settings, members=members, yamls=yamls)
+        members = tuple(_indexed(one, settings, parent, way) for one in sorted(entry.tags))
+        return Node(name=name, path=path, settings=settings, members=members, yamls=way.yamls)
     if entry.kind.name == "GROUP":
         sets = any(key not in STRUCTURE for key in entry.cfg)
         # The index does not resolve functions in the settings of a group's members.
         config = lm_tasks.load_yaml(entry.yaml_path) if sets else entry.cfg
-        return _group(name, path, config, settings, yamls)
-    return Node(name=name, path=path, settings=settings, yamls=yamls)
+        return _group(name, path, config, settings, way)
+    return Node(name=name, path=path, settings=settings, yamls=way.yamls)
 
 
-def _group(name: str, path: str, config: JsonObject, settings: JsonObject, yamls: tuple[Path, ...]) -> Node:
+def _group(name: str, path: str, config: JsonObject, settings: JsonObject, way: _Way) -> Node:
     """A group from its YAML, or from its definition inside another group."""
     own = {key: value for key, value in config.items() if key not in STRUCTURE}
     together = {**own, **settings}
@@ -269,26 +290,26 @@ def _group(name: str, path: str, config: JsonObject, settings: JsonObject, yamls
         path=path,
         settings=together,
         members=tuple(
-            _member(path, one, together, yamls) for one in (members if isinstance(members, list) else [members])
+            _member(path, one, together, way) for one in (members if isinstance(members, list) else [members])
         ),
         rules=tuple(_rules(name, config.get("aggregate_metric_list") or [])),
-        yamls=yamls,
+        yamls=way.yamls,
     )
 
 
-def _member(group: str, given: str | JsonObject, settings: JsonObject, yamls: tuple[Path, ...]) -> Node:
+def _member(group: str, given: str | JsonObject, settings: JsonObject, way: _Way) -> Node:
     if isinstance(given, str):
-        return _indexed(given, settings, group, yamls)
+        return _indexed(given, settings, group, way)
     own = {key: value for key, value in given.items() if key not in STRUCTURE}
     known = given.get("group", given.get("task"))
     if not isinstance(known, str):
         raise UserError(f"group {group!r} names a member without a name: {dict(given)!r}")
-    if known in lm_tasks.index_of(known):
-        return _indexed(known, {**settings, **own}, group, yamls)
+    if known in lm_tasks.index_of(known, way.included):
+        return _indexed(known, {**settings, **own}, group, way)
     if "group" in given:
         # lm-eval gives these only the settings of the enclosing group.
         inner = f"{group}{WITHIN}{known}"
-        return _group(inner, inner, given, settings, yamls)
+        return _group(inner, inner, given, settings, way)
     raise UserError(
         f"group {group!r} defines task {known!r} inside itself, without a file of its own, which is not supported: "
         "name the tasks you want instead"

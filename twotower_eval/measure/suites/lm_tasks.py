@@ -7,22 +7,23 @@ filters. tests/test_suites.py checks what is relied on.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from twotower_eval.errors import UserError
-from twotower_eval.measure.suites.datafiles import folders, numbered_rows
 from twotower_eval.measure.suites.lm_types import Aggregation, Entry, Filter, Instance, Task
+from twotower_eval.measure.suites.local_data import Origin, first_line, on_local_files, places
+from twotower_eval.names import did_you_mean
 from twotower_eval.records import MEAN
 from twotower_eval.resources import data_path
 from twotower_eval.strict import JsonObject
-
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+from twotower_eval.task_options import Seeds
 
 T = TypeVar("T")
 # What a task's own code may raise on items that it cannot handle, or without a package, a file or the network.
@@ -37,7 +38,8 @@ MISTAKEN = (
     NameError,
 )
 LACKING = (ImportError, OSError)
-SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+EXTRAS = {"math": {"math_verify", "sympy", "antlr4", "antlr4-python3-runtime", "latex2sympy2_extended"}}
+NOT_OF_CONFIG = ("group", "task_list", "class", "include", "dataset_config")  # keys of a YAML that are no setting
 
 
 @cache
@@ -65,18 +67,71 @@ def roots() -> tuple[Path, ...]:
     return (data_path("tasks").resolve(), *(Path(path).resolve() for path in lm_eval.tasks.__path__))
 
 
-def index_of(name: str) -> Mapping[str, Entry]:
-    """The index that holds ``name``, local tasks first."""
-    return local_index() if name in local_index() else stock_index()
+def folder_index(folder: Path, say: Callable[[str], None]) -> Mapping[str, Entry]:
+    """The tasks, groups and tags in a folder and below it; ``say`` receives a line for each file that is no YAML."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import TaskIndex
+
+    with _no_notes():
+        index: Mapping[str, Entry] = TaskManager(include_path=str(folder), include_defaults=False).task_index
+    read = {Path(entry.yaml_path) for entry in index.values() if entry.yaml_path is not None}
+    for file in TaskIndex._iter_yaml_files(folder):
+        if file not in read:
+            try:
+                load_yaml(file, resolve_func=False)
+            except UserError as error:
+                say(str(error))
+    return index
 
 
-def load_task(name: str, settings: JsonObject, data_dir: Path | None) -> Task:
+def file_entry(file: Path) -> Entry:
+    """The task or group of a YAML file; UserError if it is none."""
+    from lm_eval.tasks._index import TaskIndex
+
+    config = load_yaml(file, resolve_func=False)
+    found: dict[str, Entry] = {}
+    if isinstance(config.get("task" if "group" not in config else "group"), str):
+        TaskIndex.process_cfg(config, file, found)
+    entry = next((one for one in found.values() if one.yaml_path == file), None)
+    if entry is None:
+        raise UserError(f"{file} is no task: it has neither `task: NAME` nor `group: NAME`")
+    return entry
+
+
+def is_task_file(file: Path) -> bool:
+    """Whether a YAML file is a task or a group, not a part that others include."""
+    config = load_yaml(file, resolve_func=False)
+    return isinstance(config.get("task"), str) or "group" in config
+
+
+def index_of(name: str, included: Sequence[Mapping[str, Entry]] = ()) -> Mapping[str, Entry]:
+    """The index that holds ``name``: the user's own first, then shipped tasks, then lm-eval's."""
+    for index in (*included, local_index()):
+        if name in index:
+            return index
+    return stock_index()
+
+
+def origin_of(name: str, included: Sequence[Mapping[str, Entry]] = ()) -> Origin:
+    """Whose task a name stands for."""
+    if any(name in index for index in included):
+        return "own"
+    return "shipped" if name in local_index() else "lm-eval"
+
+
+def load_task(
+    name: str, settings: JsonObject, data_dir: Path | None, included: Sequence[Mapping[str, Entry]] = ()
+) -> Task:
     """Load one lm-eval task with ``settings`` over its own. UserError that says what to do.
 
-    Local tasks read the files beside their YAML; stock tasks those under ``data_dir`` if given, else the hub.
+    Local tasks read the files beside their YAML; the user's own those that their YAML names, from the current folder
+    or from beside it; stock tasks those under ``data_dir`` if given, else the hub.
     """
-    config = _with_data(name, {**_resolved(name), **settings}, data_dir)
     where = f"task {name!r}"
+    entry = index_of(name, included)[name]
+    own = {**_resolved(name, entry), **settings}
+    _check_keys(where, own)
+    config = on_local_files(name, own, Path(entry.yaml_path), data_dir, origin_of(name, included))
     from lm_eval.tasks import TaskManager
 
     try:
@@ -85,16 +140,25 @@ def load_task(name: str, settings: JsonObject, data_dir: Path | None) -> Task:
         if data_dir is not None or "custom_dataset" in config:
             raise UserError(f"{where}: {error}") from error
         raise UserError(
-            f"{where}: its data {config.get('dataset_path')!r} cannot be reached ({_first_line(error)}); "
-            f"give it with --data-dir DIR, as {_places(name, config)}"
+            f"{where}: its data {config.get('dataset_path')!r} cannot be reached ({first_line(error)}); "
+            f"give it with --data-dir DIR, as {places(name, config)}"
         ) from error
     except misfits() as error:
-        raise UserError(f"{where}: its data lacks what the task reads ({_first_line(error)})") from error
+        raise UserError(f"{where}: its data lacks what the task reads ({first_line(error)})") from error
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
     if getattr(task, "MULTIMODAL", False):
         raise UserError(f"{where}: needs images or audio, which no model here takes")
+    _check_metrics(where, task)
     return task
+
+
+def seed_tasks(seeds: Seeds) -> None:
+    """Seed what the code of tasks draws from, as lm-eval does before it loads them; inside :func:`quiet`."""
+    import numpy as np
+
+    random.seed(seeds.python)
+    np.random.seed(seeds.numpy % 2**32)
 
 
 def build_instances(name: str, task: Task, fewshot_seed: int) -> list[Instance]:
@@ -103,11 +167,11 @@ def build_instances(name: str, task: Task, fewshot_seed: int) -> list[Instance]:
     try:
         task.build_all_requests()
     except misfits() as error:
-        raise UserError(f"task {name!r}: its data lacks what the prompts read ({_first_line(error)})") from error
+        raise UserError(f"task {name!r}: its data lacks what the prompts read ({first_line(error)})") from error
     except UserError:
         raise
     except MISTAKEN as error:
-        raise UserError(f"task {name!r}: its own code fails on its documents ({_first_line(error)})") from error
+        raise UserError(f"task {name!r}: its own code fails on its documents ({first_line(error)})") from error
     return list(task.instances)
 
 
@@ -168,100 +232,96 @@ def needing(name: str, what: str, *, made_up: bool = False) -> Iterator[None]:
             raise
 
 
-def _resolved(name: str) -> dict[str, Any]:
+def _resolved(name: str, entry: Entry) -> dict[str, Any]:
+    """A task's YAML with the functions that it names."""
+    where = f"task {name!r}"
     try:
-        return {**load_yaml(index_of(name)[name].yaml_path), "task": name}
-    except (ImportError, AssertionError) as error:
-        # Only lm-eval's mathematics tasks import more than lm-eval installs.
-        raise UserError(
-            f"task {name!r}: {_first_line(error)} (for mathematics tasks: pip install 'lm-eval[math]')"
-        ) from error
+        return {**load_yaml(entry.yaml_path), "task": name}
+    except (ImportError, AssertionError) as error:  # lm-eval asserts the version of a package
+        raise UserError(f"{where}: {first_line(error)}{extra_hint(error)}") from error
     except OSError as error:
-        raise UserError(f"task {name!r}: its code needs what is not here ({_first_line(error)})") from error
+        raise UserError(f"{where}: its code needs what is not here ({first_line(error)})") from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except (*MISTAKEN, SyntaxError) as error:
+        raise UserError(f"{where}: its code fails as it is read ({first_line(error)})") from error
 
 
-def _with_data(name: str, config: dict[str, Any], data_dir: Path | None) -> dict[str, Any]:
-    """``config`` reading local files, where there are any for it."""
-    if name in local_index():
-        files = (config.get("dataset_kwargs") or {}).get("data_files")
-        if config.get("dataset_path") != "json" or not isinstance(files, Mapping):
-            return config
-        beside = Path(index_of(name)[name].yaml_path).parent
-        return _on_files(config, {split: beside / file for split, file in files.items()})
-    if data_dir is None:
-        return config
-    names = folders(name, config.get("dataset_path"), config.get("dataset_name"))
-    folder = next((data_dir / candidate for candidate in names if (data_dir / candidate).is_dir()), None)
-    if folder is None:
-        raise UserError(f"task {name!r}: {data_dir} has no folder {' or '.join(names)}")
-    files = {split: folder / f"{split}.jsonl" for split in {config[key] for key in SPLITS if config.get(key)}}
-    there = {split: path for split, path in files.items() if path.is_file()}
-    _check_splits(name, config, files, there)
-    lacking = {key: None for key in SPLITS if config.get(key) and config[key] not in there}
-    return _on_files({**config, **lacking}, there)
+def extra_hint(error: BaseException | None) -> str:
+    """How to install what an error says is missing, if one of this project's extras brings it."""
+    while error is not None:
+        words = set(re.findall(r"\w+", str(error)))
+        for extra, packages in EXTRAS.items():
+            if words & packages:
+                return f"; to install it: pip install 'twotower-eval[{extra}]'"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
-def _places(name: str, config: JsonObject) -> str:
-    """``DIR/hellaswag/SPLIT.jsonl, SPLIT being train and validation``: where a data folder holds a task's data."""
-    folder = folders(name, *(str(config.get(key)) for key in ("dataset_path", "dataset_name")))[-1]
-    splits = dict.fromkeys(str(config[key]) for key in SPLITS if config.get(key))
-    return f"DIR/{folder}/SPLIT.jsonl, SPLIT being {' and '.join(splits)}"
+def _check_keys(where: str, config: JsonObject) -> None:
+    """UserError for a key of a task's YAML that lm-eval does not know."""
+    from lm_eval.api.task import ALL_OUTPUT_TYPES, TaskConfig
+
+    known = [*(field.name for field in dataclasses.fields(TaskConfig)), *NOT_OF_CONFIG]
+    for key in config if "class" not in config else ():
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}")
+    output_type = config.get("output_type", ALL_OUTPUT_TYPES[0])
+    if output_type not in ALL_OUTPUT_TYPES:
+        raise UserError(
+            f"{where}: unknown output_type {output_type!r}{did_you_mean(str(output_type), ALL_OUTPUT_TYPES)}"
+        )
 
 
-def _check_splits(name: str, config: JsonObject, files: Mapping[str, Path], there: Mapping[str, Path]) -> None:
-    """Documents and few-shot examples must come from the split that the stock task takes them from, or fail."""
-    documents = str(config.get("test_split") or config.get("validation_split") or "")
-    if documents not in there:
-        raise UserError(f"task {name!r}: file {files.get(documents, 'with its documents')} is missing")
-    shots = config.get("num_fewshot")
-    own = config.get("fewshot_config")
-    if shots and not (isinstance(own, Mapping) and own.get("samples")):
-        order = ("fewshot_split", "training_split", "validation_split", "test_split")
-        split = next((str(config[key]) for key in order if config.get(key)), "")
-        if split not in there:
-            raise UserError(f"task {name!r}: file {files[split]} is missing, which its {shots} examples come from")
+def _check_metrics(where: str, task: Task) -> None:
+    """UserError for a metric or an aggregation that lm-eval does not know: it would score nothing."""
+    from lm_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
+
+    if getattr(task.config, "process_results", None) is not None:
+        return
+    for what, held, known in (
+        ("metric", getattr(task, "_metric_fn_list", {}), METRIC_REGISTRY),
+        ("aggregation", getattr(task, "_aggregation_list", {}), AGGREGATION_REGISTRY),
+    ):
+        for name, function in held.items():
+            if function is None:
+                said = name if what == "metric" else _aggregation_of(task, name)
+                raise UserError(f"{where}: unknown {what} {said!r}{did_you_mean(str(said), list(known))}")
 
 
-def _on_files(config: JsonObject, files: Mapping[str, Path]) -> dict[str, object]:
-    # Not the "json" builder of datasets: it writes a copy into the user's cache and takes 0.3 s a file.
-    return {**config, "dataset_kwargs": None, "custom_dataset": partial(_read_dataset, dict(files))}
-
-
-def _read_dataset(files: Mapping[str, Path], **_metadata: object) -> DatasetDict:
-    from datasets import DatasetDict
-
-    return DatasetDict({split: _split(path, numbered_rows(path)) for split, path in files.items()})
-
-
-def _split(path: Path, rows: Sequence[tuple[int, JsonObject]]) -> Dataset:
-    """The rows as a data set; UserError with the first line that does not fit the earlier ones."""
-    from datasets import Dataset
-    from pyarrow import ArrowException
-
-    def made(num: int) -> Dataset:
-        return Dataset.from_list([dict(row) for _, row in rows[:num]])
-
-    misfits = (ArrowException, OverflowError, RecursionError)
-    try:
-        return made(len(rows))
-    except misfits as error:
-        fitting, failing, why = 0, len(rows), error
-    while failing - fitting > 1:
-        middle = (fitting + failing) // 2
-        try:
-            made(middle)
-            fitting = middle
-        except misfits as error:
-            failing, why = middle, error
-    line = rows[failing - 1][0]
-    raise UserError(f"{path}, line {line}: values that do not fit those of the lines before ({_first_line(why)})")
+def _aggregation_of(task: Task, metric: str) -> object:
+    """The aggregation that a task's YAML names for a metric."""
+    listed = task.config.metric_list
+    entries = [one for one in (listed if isinstance(listed, list) else []) if isinstance(one, Mapping)]
+    return next((one.get("aggregation") for one in entries if one.get("metric") == metric), metric)
 
 
 def load_yaml(path: Path, *, resolve_func: bool = True, recursive: bool = True) -> dict[str, object]:
-    """A task's or group's YAML with its includes; ``resolve_func`` imports the functions it names."""
+    """A task's or group's YAML with its includes; ``resolve_func`` imports the functions it names.
+
+    UserError, in one line with its place, for a file that is not valid YAML or that includes one that is missing.
+    """
+    import yaml
     from lm_eval.tasks import _yaml_loader
 
-    config: dict[str, object] = _yaml_loader.load_yaml(path, resolve_func=resolve_func, recursive=recursive)
+    try:
+        config: dict[str, object] = _yaml_loader.load_yaml(path, resolve_func=resolve_func, recursive=recursive)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{path}{place}: not valid YAML ({error.problem or error.context})") from error
+    except yaml.YAMLError as error:  # such as a character that YAML does not allow
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text") from error
+    except FileNotFoundError as error:
+        if error.filename is None or Path(error.filename).suffix == ".py":
+            raise
+        raise UserError(f"{path}: it includes {error.filename}, which is not there") from error
+    except ValueError as error:
+        if not str(error).startswith(("Include cycle", "Expected YAML dict")):
+            raise
+        raise UserError(f"{path}: {error}") from error
     return config
 
 
@@ -285,8 +345,16 @@ def misfits() -> tuple[type[Exception], ...]:
     return (TemplateError, KeyError, IndexError, TypeError, AttributeError, AssertionError)
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+@contextlib.contextmanager
+def _no_notes() -> Iterator[None]:
+    """lm-eval without its notes on tasks that are defined twice."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -93,6 +93,7 @@ class Kind(Protocol):
 class Entry(Protocol):
     """An entry of lm-eval's index."""
 
+    name: str
     kind: Kind
     yaml_path: Path
     cfg: Mapping[str, object]

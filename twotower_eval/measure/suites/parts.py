@@ -39,34 +39,36 @@ def task_parts(
     sources: Sequence[Task],
     docs: Sequence[BuiltDoc],
     member: SuiteTask,
+    folders: Sequence[Path] = (),
 ) -> dict[str, str]:
     """Part -> digest: the task's settings, all of its documents (independent of the limit), each file.
 
-    ``sources`` are the single tasks below ``node``, ``given`` the settings that override theirs.
+    ``sources`` are the single tasks below ``node``, ``given`` the settings that override theirs. ``folders`` hold the
+    user's own tasks: their files are called by their place in them.
     """
     scoring = [[s.config.output_type, s.config.metric_list, s.config.filter_list] for s in sources]
     stops = sorted({canonical_json(i.args[1]["until"]) for doc in docs for i in doc.instances if generates(i)})
     chosen = [member.metric, member.filter, member.headline]
     settings = json.dumps([scoring, stops, chosen, list(given)], default=_name_of, sort_keys=True)
     documents = canonical_json([[doc.doc_sha256, doc.prompt_sha256, doc.target_sha256] for doc in docs])
-    return {"settings": sha256_text(settings), "documents": sha256_text(documents), **_file_digests(node)}
+    return {"settings": sha256_text(settings), "documents": sha256_text(documents), **_file_digests(node, folders)}
 
 
 def _name_of(part: object) -> str:
     return str(getattr(part, "__qualname__", type(part).__name__))
 
 
-def _file_digests(node: groups.Node) -> dict[str, str]:
+def _file_digests(node: groups.Node, folders: Sequence[Path]) -> dict[str, str]:
     yamls = set(groups.yaml_files(node))
     code = with_imports(file for yaml in yamls for file in _named_code(yaml))
-    files = shown_names(yamls | code)
+    files = shown_names(yamls | code, folders)
     return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in sorted(files.items())}
 
 
-def shown_names(files: Collection[Path]) -> dict[str, Path]:
-    """Files by names that do not depend on where the checkout lies: relative to the tasks folder, else by name with as
-    many parent folders as it takes to tell files apart."""
-    num_parts = {file: _num_parts(file) for file in files}
+def shown_names(files: Collection[Path], folders: Sequence[Path] = ()) -> dict[str, Path]:
+    """Files by names that do not depend on where the checkout lies: relative to the tasks folder, or to one of
+    ``folders``, else by name with as many parent folders as it takes to tell files apart."""
+    num_parts = {file: _num_parts(file, folders) for file in files}
     while True:
         names = {file: "/".join(file.parts[-num:]) for file, num in num_parts.items()}
         used = Counter(names.values())
@@ -75,8 +77,8 @@ def shown_names(files: Collection[Path]) -> dict[str, Path]:
         num_parts = {file: num + (used[names[file]] > 1) for file, num in num_parts.items()}
 
 
-def _num_parts(file: Path) -> int:
-    for root in lm_tasks.roots():
+def _num_parts(file: Path, folders: Sequence[Path]) -> int:
+    for root in (*folders, *lm_tasks.roots()):
         if file.is_relative_to(root):
             return len(file.relative_to(root).parts)
     return 2
