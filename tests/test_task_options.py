@@ -9,9 +9,8 @@ import pytest
 from test_task_sources import write_task
 
 from tests.tiny_pair import write_pair
-from twotower_eval import cli, store
+from twotower_eval import store
 from twotower_eval.analyse import report
-from twotower_eval.analyse.report.provenance import command
 from twotower_eval.errors import UserError
 from twotower_eval.measure import harness, suites
 from twotower_eval.plan import RunPlan, SpeedPlan, load_plan
@@ -140,18 +139,6 @@ def test_what_is_said_twice_is_refused(options: dict[str, Any]) -> None:
 def test_there_are_no_fewer_examples_than_none() -> None:
     with pytest.raises(UserError, match="num_fewshot must be 0 or more"):
         RunPlan(num_fewshot=-1)
-
-
-def test_a_reports_command_gives_them_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    plan = RunPlan(include_path=("a b", "c,d"), gen_kwargs={"until": ["\n", "'"]}, seed=(0, None, 3), num_fewshot=0)
-    words = command(plan)
-    found: dict[str, Any] = {}
-    monkeypatch.setattr("twotower_eval.api.evaluate", lambda *_, **given: found.update(given) or pytest.exit)
-    monkeypatch.setattr("typer.echo", lambda *_, **__: None)
-    with pytest.raises(AttributeError):  # the verb prints the run's path
-        cli.main(words[1:])
-    given = {key: value for key, value in found.items() if key not in ("out", "resume")}
-    assert RunPlan(**given) == plan
 
 
 @pytest.mark.parametrize(

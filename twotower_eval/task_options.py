@@ -80,7 +80,7 @@ def read_seed(given: object) -> GivenSeed:
     if len(seeds) > 1:
         return seeds
     if seeds[0] is None:
-        raise UserError("seed None leaves nothing to repeat a run by: give a whole number")
+        raise UserError("seed must be a whole number, not None: a run has to be repeatable")
     return seeds[0]
 
 
