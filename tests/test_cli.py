@@ -84,7 +84,7 @@ def test_help_imports_nothing_heavy(verb: list[str], record_property: Any) -> No
         (["run", "--steps", "auto,all"], "--steps takes whole numbers or auto separated by commas"),
         (["run", "--thresholds", ","], "thresholds is empty"),
         (["run", "--limit", "0"], "limit must be 1 or more"),
-        (["run", "--dtype", "float8"], "dtype must be float32"),
+        (["run", "--dtype", "float8"], "dtype must be auto or float32"),
         (["run", "--plan", "nowhere.toml"], "cannot read plan nowhere.toml"),
         (["run", "--resume", "nothing"], "'nothing' is no run"),
         (["speed", "--workload", "fast"], "workload must be fixed or answer"),
@@ -218,7 +218,10 @@ def test_what_help_says_of_a_number_of_prompts_is_what_is_taken() -> None:
 
 
 def test_choices_in_help_are_those_of_the_plan() -> None:
-    assert options_of("run")["dtype"].help == "float32, bfloat16 or float16 [float32]."
+    assert (
+        options_of("run")["dtype"].help
+        == "auto, float32, bfloat16 or float16; auto: the checkpoint's own, float32 on a CPU [auto]."
+    )
     kinds = "exact, context_tower, denoiser_left_to_right or bound"
     assert options_of("run")["likelihood"].help == f"{kinds} [context_tower]."
 

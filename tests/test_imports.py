@@ -49,11 +49,13 @@ ALLOWED: dict[str, set[str]] = {
     "scorers": {"models", "decoders"},
     # measure
     "suites": {"task_options"},
-    "harness": {"plan", "plan_sources", "task_options", "decoder_settings", "rules", "store", "progress", "suites"}
-    | {"scorers", *ENGINE},
-    "speed": {"plan", "plan_sources", "task_options", "decoder_settings", "rules", "store", "progress", *ENGINE},
-    "sizing": {"plan", "store", "progress", "speed", "models"},
-    "verify": {"plan", "plan_sources", "rules", "store", "ops", "models", "decoders"},
+    "chosen": {"plan", "plan_baselines", "plan_sources", "models"},
+    "harness": {"plan", "plan_sources", "task_options", "chosen", "decoder_settings", "rules", "store", "progress"}
+    | {"suites", "scorers", *ENGINE},
+    "speed": {"plan", "plan_sources", "task_options", "chosen", "decoder_settings", "rules", "store", "progress"}
+    | ENGINE,
+    "sizing": {"plan", "chosen", "rules", "store", "progress", "speed", "models"},
+    "verify": {"plan", "plan_sources", "chosen", "rules", "store", "ops", "models", "decoders"},
     # analyse
     "stats": set(),
     "calibration": {"stats", "progress"},

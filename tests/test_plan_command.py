@@ -40,7 +40,9 @@ DECODING: dict[str, Any] = {
     "set": {"patience": (4, 1), "choice": ("second", "first")},
     "seed": (0, None, 1234, 11),
     "dtype": "bfloat16",
+    "baseline_dtype": "float32",
     "devices": ("cuda:0", "cuda:1"),
+    "baseline_device": "cuda:2",
     "cuda_graphs": True,
     "data_dir": "~/bench marks",
 }

@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 
 from twotower_eval.errors import UserError
 from twotower_eval.names import did_you_mean
-from twotower_eval.records import Cell, DecoderSpec
+from twotower_eval.records import AUTO, Cell, DecoderSpec
 from twotower_eval.strict import check_value, plain
 
 SHORTHANDS = {
@@ -26,8 +26,10 @@ SHORTHANDS = {
     "thresholds": "threshold",
     "temperature": "temperature",
 }  # shorthand fields of plans -> the parameters that they set
+# AUTO of steps is the block size; as a decoder it is what fits the model, and the usual one before a model is known.
 BASELINE_DECODER = "autoregressive"
-AUTO = "auto"  # of steps: the block size
+USUAL = "block_diffusion"
+SHORT_NAMES = {"ar": "autoregressive"}
 BEFORE: Mapping[str, tuple[Any, ...]] = {"block_sizes": (16,), "steps": (AUTO,), "thresholds": (0.8,)}
 HAVE_BEFORE = ("block_diffusion", "reference")  # decoders whose own defaults these are
 Value = str | int | float | bool | None
@@ -76,12 +78,13 @@ def cross_decoders(plan: Decoding) -> tuple[DecoderSpec, ...]:
     fastest. What is not given is what the decoder's own ``Params`` say, except for the temperature: without one, specs
     are greedy, as both arms decode at the same. UserError for whatever is given and the decoder does not have.
     """
-    names = _names(plan.decoder)
-    given = _shorthands(plan, names) | (_checked(plan.decoder, plan.set) if plan.set else {})
+    kind = _meant(plan.decoder)
+    names = _names(kind)
+    given = _shorthands(plan, names) | (_checked(kind, plan.set) if plan.set else {})
     axes = {param: given[param] for param in (*SHORTHANDS.values(), *given) if param in given}
     specs: dict[tuple[tuple[str, bool, Any], ...], DecoderSpec] = {}
     for values in product(*axes.values()):
-        spec = _spec(plan.decoder, dict(zip(axes, values, strict=True)))
+        spec = _spec(kind, dict(zip(axes, values, strict=True)))
         key = tuple((name, isinstance(value, bool), value) for name, value in spec.params.items())  # 1 is not True
         specs.setdefault(key, spec)
     return tuple(specs.values())
@@ -105,6 +108,7 @@ def baseline_spec(plan: DecodesBaseline) -> DecoderSpec:
 def _shorthands(plan: Decoding, names: Sequence[str]) -> dict[str, tuple[Value, ...]]:
     """The parameters that a plan's own fields give, each with its values."""
     given: dict[str, tuple[Value, ...]] = {}
+    kind = _meant(plan.decoder)
     for field, param in SHORTHANDS.items():
         value = getattr(plan, field)
         if param == "temperature":
@@ -113,9 +117,9 @@ def _shorthands(plan: Decoding, names: Sequence[str]) -> dict[str, tuple[Value, 
             continue
         option = field.replace("_", "-")
         if param not in names:
-            raise UserError(f"decoder {plan.decoder!r} has no {param}: drop {option} or change decoder")
+            raise UserError(f"decoder {kind!r} has no {param}: drop {option} or change decoder")
         if AUTO in value and "block_size" not in names:
-            raise UserError(f"steps {AUTO} are the block size, and decoder {plan.decoder!r} has none: give a number")
+            raise UserError(f"steps {AUTO} are the block size, and decoder {kind!r} has none: give a number")
         given[param] = value
     return given
 
@@ -253,6 +257,7 @@ def typed_settings(
     ``none`` is None if the parameter may be that; ``true`` and ``false`` are truth values. What stood in quotes, or
     is a text in Python, stays one if the parameter may be a text.
     """
+    kind = _meant(kind)
     hints = _hints(kind)
     _check_known(kind, given, hints)
     return {
@@ -282,6 +287,11 @@ def _text(value: object) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def _meant(kind: str) -> str:
+    """The decoder that a name stands for before any model is known."""
+    return USUAL if kind == AUTO else SHORT_NAMES.get(kind, kind)
 
 
 def _names(kind: str) -> list[str]:

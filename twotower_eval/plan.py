@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from twotower_eval.decoder_settings import SHORTHANDS, check_given_once, one_value_each, settings_from
+from twotower_eval.decoder_settings import SHORT_NAMES, SHORTHANDS, check_given_once, one_value_each, settings_from
 from twotower_eval.decoder_settings import cross_decoders as cross_decoders
 from twotower_eval.errors import UserError
 from twotower_eval.names import did_you_mean, nearest
@@ -22,7 +22,9 @@ from twotower_eval.plan_fields import (
     AllSteps,
     Baseline,
     BaselineDecoder,
+    BaselineDevice,
     BaselineFamily,
+    BaselineNumberType,
     BaselineRevision,
     Baselines,
     BaselineSet,
@@ -43,6 +45,7 @@ from twotower_eval.plan_fields import (
     Option,
     Revision,
     Seed,
+    SizeNumberType,
     Tasks,
     TaskSeed,
     Temperature,
@@ -51,12 +54,12 @@ from twotower_eval.plan_fields import (
     TrustRemoteCode,
     WarmupRounds,
     check_at_least,
-    check_cuda_graphs,
+    check_devices,
     check_fields,
     list_fields,
     option_of,
 )
-from twotower_eval.records import LEFT_OUT, LikelihoodKind, sizing_config
+from twotower_eval.records import AUTO, LEFT_OUT, LikelihoodKind, sizing_config
 from twotower_eval.resources import read_toml
 from twotower_eval.strict import JsonObject
 from twotower_eval.task_options import read_gen_kwargs, read_seed
@@ -82,12 +85,13 @@ class VerifyPlan:
     family: Family = field(default=None, metadata=LEFT_OUT)
     golden: Annotated[str | None, Option(help="Folder of reference outputs and their checkpoint", metavar="DIR")] = None
     seed: Seed = 0
-    dtype: NumberType = "float32"
-    devices: Devices = ("cpu",)
+    dtype: NumberType = AUTO
+    devices: Devices = (AUTO,)
 
     def __post_init__(self) -> None:
         check_fields(self)
         _drop_refusals(self)
+        check_devices(self)
         check_at_least(self, 0, "seed")
 
 
@@ -108,6 +112,10 @@ class RunPlan:
     ``gen_kwargs``, which mean what they do in lm-eval. ``include_path`` are folders of tasks. ``seed`` is one number
     or lm-eval's list of python's, numpy's, torch's and that of few-shot examples. ``limit`` is documents per task, of
     which ``trace`` have their denoising journalled. ``cuda_graphs`` launches small steps as a whole.
+
+    ``decoder``, ``dtype``, ``devices`` and ``batch_size`` may be ``auto``: what that becomes depends on checkpoints and
+    machine, and a run's own plan says what it became. ``baseline_dtype`` and ``baseline_device`` are for the baseline
+    alone, by default as for the candidate.
     """
 
     model: Model = None
@@ -125,14 +133,19 @@ class RunPlan:
     include_path: IncludePath = field(default=None, metadata=LEFT_OUT)
     num_fewshot: NumFewshot = field(default=None, metadata=LEFT_OUT)
     gen_kwargs: GivenGenKwargs = field(default=None, metadata=LEFT_OUT)
-    decoder: DecoderKind = "block_diffusion"
+    decoder: DecoderKind = AUTO
     block_sizes: BlockSizes = None
     steps: AllSteps = None
     thresholds: Thresholds = None
     temperature: Temperature = None
     set: Further = field(default=None, metadata=LEFT_OUT)
     samples: Annotated[int | None, Option(help="Samples per problem", metavar="N", unset="as the tasks ask")] = None
-    batch_size: Annotated[int, Option(help="Prompts per batch; scores do not depend on it", metavar="N")] = 8
+    batch_size: Annotated[
+        int | Literal["auto"],
+        Option(
+            help="Prompts per batch; scores do not depend on it; auto: as many as fit on a GPU, else 8", metavar="N"
+        ),
+    ] = 8
     limit: Annotated[int | None, Option(help="First N documents of each task only", metavar="N")] = None
     max_new_tokens: Annotated[
         int | None, Option(help="Token budget per answer", metavar="N", unset="the task's own")
@@ -142,8 +155,10 @@ class RunPlan:
     ] = 2
     likelihood: Annotated[LikelihoodKind, Option(help="{choices}", metavar="KIND")] = "context_tower"
     seed: TaskSeed = 0
-    dtype: NumberType = "float32"
-    devices: Devices = ("cpu",)
+    dtype: NumberType = AUTO
+    baseline_dtype: BaselineNumberType = field(default=None, metadata=LEFT_OUT)
+    devices: Devices = (AUTO,)
+    baseline_device: BaselineDevice = field(default=None, metadata=LEFT_OUT)
     cuda_graphs: CudaGraphs = False
     data_dir: DataDir = None
 
@@ -152,7 +167,7 @@ class RunPlan:
         hold_baselines(self)
         _hold_task_options(self)
         check_fields(self)
-        check_cuda_graphs(self)
+        check_devices(self)
         _check_arms(self)
         check_at_least(self, 1, "samples", "batch_size", "limit", "max_new_tokens")
         check_at_least(self, 0, "trace")
@@ -189,7 +204,7 @@ class SpeedPlan:
     include_path: IncludePath = field(default=None, metadata=LEFT_OUT)
     num_fewshot: NumFewshot = field(default=None, metadata=LEFT_OUT)
     gen_kwargs: GivenGenKwargs = field(default=None, metadata=LEFT_OUT)
-    decoder: DecoderKind = "block_diffusion"
+    decoder: DecoderKind = AUTO
     block_sizes: BlockSizes = None
     steps: AllSteps = None
     thresholds: Thresholds = None
@@ -230,8 +245,10 @@ class SpeedPlan:
     ] = 2
     threads: Threads = None
     seed: TaskSeed = 0
-    dtype: NumberType = "float32"
-    devices: Devices = ("cpu",)
+    dtype: NumberType = AUTO
+    baseline_dtype: BaselineNumberType = field(default=None, metadata=LEFT_OUT)
+    devices: Devices = (AUTO,)
+    baseline_device: BaselineDevice = field(default=None, metadata=LEFT_OUT)
     cuda_graphs: CudaGraphs = False
     data_dir: DataDir = None
 
@@ -240,7 +257,7 @@ class SpeedPlan:
         hold_baselines(self)
         _hold_task_options(self)
         check_fields(self)
-        check_cuda_graphs(self)
+        check_devices(self)
         _check_arms(self)
         check_at_least(self, 1, "batch_sizes", "prompt_tokens", "new_tokens", "num_prompts", "min_rounds", "threads")
         check_at_least(self, 1, "launches")
@@ -287,13 +304,13 @@ class SizingPlan:
     warmup_rounds: WarmupRounds = 1
     threads: Threads = None
     seed: Seed = 0
-    dtype: NumberType = "bfloat16"
-    devices: Devices = ("cpu",)
+    dtype: SizeNumberType = "bfloat16"
+    devices: Devices = (AUTO,)
     cuda_graphs: CudaGraphs = False
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_cuda_graphs(self)
+        check_devices(self)
         if not self.config:
             raise UserError("name the config.json whose size is to be measured: twotower-eval size CONFIG")
         check_at_least(self, 1, "layers", "block_sizes", "batch_sizes", "prompt_tokens", "tokens_per_nfe", "repeats")
@@ -379,9 +396,17 @@ def _drop_refusals(plan: Plan | VerifyPlan) -> None:
             object.__setattr__(plan, name, None)
 
 
+def devices_of(plan: Plan) -> tuple[str, ...]:
+    """The devices of all arms, the candidate's first, each once."""
+    own = (single.baseline_device for single in each_baseline(plan))
+    return tuple(dict.fromkeys((*plan.devices, *(device for device in own if device is not None))))
+
+
 def _hold_settings(plan: Plan) -> None:
     """``set`` and ``baseline_set`` with a tuple for each parameter; UserError for one that a field off its default
-    says, too."""
+    says, too. ``ar`` is short for ``autoregressive``."""
+    for name in ("decoder", "baseline_decoder"):
+        object.__setattr__(plan, name, SHORT_NAMES.get(getattr(plan, name), getattr(plan, name)))
     if plan.set is not None:
         settings = settings_from(plan.set)
         object.__setattr__(plan, "set", settings or None)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from twotower_eval.decoder_settings import Settings
 from twotower_eval.errors import UserError
-from twotower_eval.records import GRAPH_DEVICES
+from twotower_eval.records import AUTO, GRAPH_DEVICES
 from twotower_eval.strict import check_value, plain
 from twotower_eval.task_options import GenKwargs, GivenSeed, read_gen_kwargs, read_seed
 
@@ -28,8 +28,6 @@ class OnDevices(Protocol):
 
     @property
     def devices(self) -> tuple[str, ...]: ...
-    @property
-    def cuda_graphs(self) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,10 +146,28 @@ IncludePath = Annotated[
     tuple[str, ...] | None,
     Option(help="Folder with tasks of your own; may be given several times", metavar="DIR", repeatable=True),
 ]
-NumberType = Annotated[Literal["float32", "bfloat16", "float16"], Option(help="{choices}", metavar="TYPE")]
+SizeNumberType = Annotated[Literal["float32", "bfloat16", "float16"], Option(help="{choices}", metavar="TYPE")]
+NumberType = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    Option(help="{choices}; auto: the checkpoint's own, float32 on a CPU", metavar="TYPE"),
+]
+BaselineNumberType = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"] | None,
+    Option(help="The same for the baseline alone", metavar="TYPE", unset="as --dtype"),
+]
 Devices = Annotated[
     tuple[str, ...],
-    Option(help="Devices, the context tower's first, e.g. cuda:0,cuda:1", metavar="D,D", other_names=("device",)),
+    Option(
+        help="Devices, the context tower's first, e.g. cuda:0,cuda:1; auto: CUDA, then MPS, then the CPU",
+        metavar="D,D",
+        other_names=("device",),
+    ),
+]
+BaselineDevice = Annotated[
+    str | None,
+    Option(
+        help="The baseline's device", metavar="D", unset="the first of --devices", other_names=("baseline_devices",)
+    ),
 ]
 CudaGraphs = Annotated[bool, Option(help="Run small steps of both arms as CUDA graphs")]
 DataDir = Annotated[str | None, Option(help="Folder with TASK/SPLIT.jsonl, as `data prepare` makes it", metavar="DIR")]
@@ -199,8 +215,9 @@ def check_fields(plan: DataclassInstance) -> None:
     list that is empty or has duplicates.
     """
     hints = _hints(type(plan))
-    if (meant := DTYPE_WORDS.get(str(getattr(plan, "dtype", "")))) is not None:
-        raise UserError(f"dtype {getattr(plan, 'dtype', '')!r} is unknown; did you mean {meant}?")
+    for name in ("dtype", "baseline_dtype"):
+        if (meant := DTYPE_WORDS.get(str(getattr(plan, name, "")))) is not None:
+            raise UserError(f"{name} {getattr(plan, name, '')!r} is unknown; did you mean {meant}?")
     for field in dataclasses.fields(plan):
         value = check_value(field.name, _parted(hints[field.name])[1], plain(getattr(plan, field.name)))
         object.__setattr__(plan, field.name, value)
@@ -224,7 +241,12 @@ def check_at_least(plan: object, least: int, *names: str) -> None:
                 raise UserError(f"{name} must be {least} or more, not {item}")
 
 
-def check_cuda_graphs(plan: OnDevices) -> None:
-    """UserError for CUDA graphs on other devices, known from the plan before anything is loaded."""
-    if plan.cuda_graphs and any(device.partition(":")[0] not in GRAPH_DEVICES for device in plan.devices):
+def check_devices(plan: OnDevices) -> None:
+    """UserError for ``auto`` beside other devices, as it stands for one, and for CUDA graphs on devices that have none;
+    both are known from the plan before anything is loaded."""
+    if AUTO in plan.devices and len(plan.devices) > 1:
+        raise UserError("devices: auto stands for one device; name each tower's, or give auto alone")
+    places = {*plan.devices, getattr(plan, "baseline_device", None)} - {AUTO, None}
+    graphs = getattr(plan, "cuda_graphs", False)
+    if graphs and any(str(device).partition(":")[0] not in GRAPH_DEVICES for device in places):
         raise UserError("CUDA graphs need CUDA devices: name some with --devices, or drop --cuda-graphs")

@@ -15,7 +15,7 @@ import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta
 
@@ -130,6 +130,7 @@ Quantity = Literal[
 ]
 
 Scalar = str | Whole | float | bool | None
+AUTO: Final = "auto"  # of a plan's field: what fits the checkpoint and the machine
 HALF_PRECISION = ("float16", "bfloat16")
 ROUTINGS: tuple[Routing, ...] = typing.get_args(Routing)
 GRAPH_DEVICES = ("cuda",)  # device types that can run a whole step as one graph
@@ -713,6 +714,37 @@ class Ways:
     failed: tuple[FailedTrial, ...] = ()
 
 
+ChosenSetting = Literal["device", "dtype", "decoder", "batch_size"]
+ChosenReason = Literal[
+    "first there is",
+    "no accelerator",
+    "needs float64",
+    "as stored",
+    "slow on CPUs",
+    "not computed in",
+    "not stated",
+    "no denoiser",
+    "usual",
+    "fits",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What ``auto`` became for one setting of a run, and why; what was named by the user has no entry.
+
+    ``arm`` is ``None`` where it holds for both, ``name`` that of one of several baselines. ``stored`` is the dtype that
+    the checkpoint is stored in.
+    """
+
+    setting: ChosenSetting
+    value: str
+    reason: ChosenReason
+    arm: Arm | None = None
+    stored: str | None = None
+    name: str | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunManifest:
     """First file of a run, written once. ``plan`` is the resolved plan as JSON; ``packages`` name -> version.
@@ -721,7 +753,8 @@ class RunManifest:
     ``ways`` has one entry for each Hugging Face model. ``unheeded``: by checkpoint what its generation settings ask of
     greedy decoding and is not done. ``joined``: by task how many documents are nearly the same as others, which no
     cluster id of the task's own says, and share their clusters. ``omp_wait_policy`` is the variable that says whether
-    idle threads of torch sleep (``PASSIVE``) or spin; ``None`` where it was not set, and in older runs.
+    idle threads of torch sleep (``PASSIVE``) or spin; ``None`` where it was not set, and in older runs. ``chosen``:
+    what ``auto`` became; the plan holds it as well.
     """
 
     schema: Whole
@@ -745,6 +778,7 @@ class RunManifest:
     joined: Mapping[str, Whole] = field(default_factory=dict)
     ways: tuple[Ways, ...] = ()
     omp_wait_policy: str | None = None
+    chosen: tuple[Chosen, ...] = ()
 
 
 def sizing_config(verb: str, plan: Mapping[str, object]) -> str | None:

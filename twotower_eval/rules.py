@@ -15,6 +15,8 @@ from twotower_eval.records import (
     HALF_PRECISION,
     Arm,
     Cell,
+    Chosen,
+    ChosenReason,
     FailedTrial,
     Override,
     RunManifest,
@@ -236,6 +238,38 @@ def joined_lines(manifest: RunManifest) -> list[str]:
         f"{'' if num > 1 else 's'} their clusters, in which they count once"
         for task, num in manifest.joined.items()
     ]
+
+
+CHOSEN_WORDS: dict[ChosenReason, str] = {
+    "first there is": "the first of CUDA, MPS and CPU that torch can use here",
+    "no accelerator": "torch finds neither CUDA nor MPS here",
+    "needs float64": "these towers compute in float64, which MPS lacks",
+    "as stored": "as its checkpoint is stored",
+    "slow on CPUs": "stored in {stored}, in which most CPUs are slow: {option} {stored} keeps it",
+    "not computed in": "stored in {stored}, in which no model is run here",
+    "not stated": "its checkpoint does not say what it is stored in",
+    "no denoiser": "the model has no denoiser",
+    "usual": "the usual one; a CPU gains nothing from more",
+    "fits": "the largest power of two that fits into memory",
+}
+
+
+def chosen_line(chosen: Sequence[Chosen]) -> str:
+    """``auto: device cpu (torch finds neither CUDA nor MPS here); dtype float32 (as its checkpoint is stored)``."""
+    return "auto: " + "; ".join(map(_chosen_text, chosen))
+
+
+def chosen_lines(manifest: RunManifest) -> list[str]:
+    """The line on what ``auto`` became in a run, if it became anything."""
+    return [chosen_line(manifest.chosen)] if manifest.chosen else []
+
+
+def _chosen_text(one: Chosen) -> str:
+    what = one.setting.replace("_", " ")
+    whose = "" if one.arm is None else f" of the {one.arm}{'' if one.name is None else f' {one.name}'}"
+    option = "--baseline-dtype" if one.arm == "baseline" else "--dtype"
+    reason = CHOSEN_WORDS[one.reason].format(stored=one.stored, option=option)
+    return f"{what}{whose} {one.value} ({reason})"
 
 
 def truncation_line(task: str, arm: str, num_requests: int | None, num_truncated: int) -> str:

@@ -146,8 +146,10 @@ def read(cls: type, name: str, value: object) -> object:
         if kind is not str:
             return tuple(map(table_of, given)) or None
         return given if len(given) > 1 else next(iter(given), None)
-    if value is not None and kind in (int, float):
-        return _number(str(value), kind, option_names(cls, name)[0])
+    number = next((arg for arg in typing.get_args(kind) if arg in (int, float)), kind)
+    words = [word for arg in typing.get_args(kind) for word in typing.get_args(arg)]
+    if value is not None and number in (int, float) and typing.get_origin(kind) is not tuple:
+        return value if value in words else _number(str(value), number, option_names(cls, name)[0], words)
     if value is None or typing.get_origin(kind) is not tuple:
         return value
     item = typing.get_args(kind)[0]
@@ -155,11 +157,12 @@ def read(cls: type, name: str, value: object) -> object:
     return numbers(text, item, option_names(cls, name)[0]) if item is not str else texts(text)
 
 
-def _number(text: str, kind: object, option: str) -> int | float:
+def _number(text: str, kind: object, option: str, words: Sequence[object] = ()) -> int | float:
     try:
         return float(text) if kind is float else int(text)
     except ValueError as error:
-        raise UserError(f"{option} takes a {'' if kind is float else 'whole '}number, not {text!r}") from error
+        wanted = " or ".join([f"a {'' if kind is float else 'whole '}number", *map(str, words)])
+        raise UserError(f"{option} takes {wanted}, not {text!r}") from error
 
 
 def _is_table(kind: object) -> bool:

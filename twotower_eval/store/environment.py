@@ -16,6 +16,7 @@ from pathlib import Path
 from twotower_eval.records import (
     SCHEMA_VERSION,
     Cell,
+    Chosen,
     Override,
     RunManifest,
     Verb,
@@ -75,6 +76,7 @@ def new_manifest(
     unheeded: Mapping[str, Mapping[str, object]] | None = None,
     joined: Mapping[str, int] | None = None,
     ways: Sequence[Ways] = (),
+    chosen: Sequence[Chosen] = (),
 ) -> RunManifest:
     """The manifest of a run that starts now, on this machine, with this command line. ``plan`` is a record."""
     commit, dirty = git_state()
@@ -102,6 +104,7 @@ def new_manifest(
         joined=dict(joined or {}),
         ways=tuple(ways),
         omp_wait_policy=os.environ.get(WAIT_POLICY),
+        chosen=tuple(chosen),
     )
 
 

@@ -335,7 +335,7 @@ def measuring_command(claim: Claim) -> list[str]:
         words += [] if value is None else [option, f"{value}"]
     for name, value in params.items():
         words += ["--set", set_text(name, [value])]
-    words += [] if point.dtype in (None, "float32") else ["--dtype", str(point.dtype)]
+    words += [] if point.dtype is None else ["--dtype", str(point.dtype)]
     if not timed:
         return words
     words += [] if point.batch_size in (None, 1) else ["--batch-sizes", str(point.batch_size)]

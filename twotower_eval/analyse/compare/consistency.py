@@ -236,13 +236,18 @@ def _plan_and_cells(run: Run) -> Iterator[Place]:
     """Settings that a plan and its cells both record."""
     plan = run.manifest.plan
     cells = [cell for cell in run.manifest.cells if cell.workload.kind in ("task", "fixed", "answer")]
+    of_several = [table.get("dtype") for table in plan.get("baselines") or ()]
     recorded: list[tuple[str, set[Any], set[Any]]] = [
         ("workload", {plan.get("workload")}, {cell.workload.kind for cell in cells} - {"task"}),
         ("batch sizes", set(plan.get("batch_sizes") or ()), {cell.workload.batch_size for cell in cells} - {None}),
-        ("dtype", {plan.get("dtype")}, {cell.checkpoint.dtype for cell in cells}),
+        (
+            "dtype",
+            {plan.get("dtype"), plan.get("baseline_dtype"), *of_several},
+            {cell.checkpoint.dtype for cell in cells},
+        ),
     ]
     for name, planned, there in recorded:
-        if planned - {None} and there and not there <= planned:
+        if planned - {None} and "auto" not in planned and there and not there <= planned:
             plan_says, cells_say = (tuple(sorted(map(str, values))) for values in (planned, there))
             yield Place(file=MANIFEST, field=name, stated=plan_says, found=cells_say)
 

@@ -19,12 +19,12 @@ from twotower_eval.analyse.compare.sizing import is_sizing_run
 from twotower_eval.analyse.report.plots import COLOURS, GREY, png
 from twotower_eval.analyse.report.rendering import Column, frame_of, ids, markdown, optional, words
 from twotower_eval.analyse.report.text import Section, bullets, code, count, details, escape, run_list
-from twotower_eval.decoder_settings import given_settings, set_text
+from twotower_eval.decoder_settings import USUAL, given_settings, set_text
 from twotower_eval.errors import UserError
 from twotower_eval.plan import AnyPlan, RunPlan, SizingPlan, SpeedPlan, VerifyPlan, plan_from_json
 from twotower_eval.plan_baselines import MODEL, ONE, SEVERAL, Table, table_text
 from twotower_eval.records import Cell, Checkpoint, DecoderSpec, FileDigest, RunManifest, sizing_config
-from twotower_eval.rules import asked_and_not_done, joined_lines, named_ways, ways_text
+from twotower_eval.rules import asked_and_not_done, chosen_lines, joined_lines, named_ways, ways_text
 from twotower_eval.store import TRAINING_LOG, Run
 from twotower_eval.store.journal import read_objects
 from twotower_eval.strict import JsonObject
@@ -169,6 +169,7 @@ def _run(run: Run) -> str:
         f"machine: {_flat(manifest.machine)}",
         *([f"idle threads: OMP_WAIT_POLICY {escape(policy)}"] if (policy := manifest.omp_wait_policy) else []),
         f"packages: {_flat(manifest.packages)}",
+        *map(escape, chosen_lines(manifest)),
         *([f"steps: {_steps(manifest.plan)}"] if "cuda_graphs" in manifest.plan else []),
         f"seeds: {_flat(manifest.seeds)}",
         f"documents: {_documents(run)}",
@@ -302,7 +303,7 @@ def plan_of(verb: str, values: JsonObject) -> AnyPlan:
 
 
 def command(plan: AnyPlan) -> list[str]:
-    """The words of a command line that makes this plan; fields at their default are left out.
+    """The words of a command line that makes this plan; fields at their default, and the usual decoder, are left out.
 
     Options are called as fields are; only the checkpoint of ``verify`` and the config of ``size`` have none.
     """
@@ -310,7 +311,7 @@ def command(plan: AnyPlan) -> list[str]:
     words = [PROGRAM, verb]
     for field in dataclasses.fields(plan):
         value = getattr(plan, field.name)
-        if value == field.default:
+        if value == field.default or (field.name, value) == ("decoder", USUAL):
             continue
         option = field.name.replace("_", "-")
         if field.name == SEVERAL:

@@ -11,6 +11,7 @@ from twotower_eval.engine.plugin_source import plugin_code
 from twotower_eval.errors import FileError, UserError
 from twotower_eval.names import Seam, resolve
 from twotower_eval.plugin_calls import PluginError, calls_in
+from twotower_eval.records import AUTO
 from twotower_eval.sources import FOREIGN, GivenModel, Source, located, read_source
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ def load_model(
     """Load a checkpoint folder, a model of the Hugging Face hub (``"org/name"`` or ``"org/name@revision"``), or the
     shipped pair as ``"miniature"``.
 
-    A pair gives a :class:`Denoising` model, an AR base checkpoint, ``tower="context"`` or any Hugging Face causal LM a
+    ``device`` and ``dtype`` may be ``"auto"``, which means what it does on the command line. A pair gives a
+    :class:`Denoising` model, an AR base checkpoint, ``tower="context"`` or any Hugging Face causal LM a
     :class:`Model` alone. ``devices`` places the towers, context first. ``family`` is a key of ``FAMILIES``, a name that
     an installed package registers, or a ``"module:function"`` (see docs/family.md); by default the folder's config.json
     decides. ``revision`` is a branch, tag or commit on the hub. ``trust_remote_code`` runs the code of a model that
@@ -115,18 +117,21 @@ def load_model(
     """
     import torch
 
+    from twotower_eval.engine.models.choices import choose_device, choose_dtype
     from twotower_eval.engine.models.identity import file_digests, folder_settings
 
     source = _existing(read_source(path, revision, trust_remote_code=trust_remote_code))
     folder = source.files
     dtype = str(dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
+    if dtype not in (*DTYPES, AUTO):
         raise UserError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
     located(source, needs_config=family is None)
     if family is None:
         family = family_of(folder)
     found_at = SEAM.place(family)
-    options = {"devices": _usable(devices, device), "dtype": getattr(torch, dtype), "tower": tower}
+    devices = _usable(devices, choose_device([family]).value if str(device) == AUTO else device)
+    dtype = choose_dtype(folder, devices[0]).value if dtype == AUTO else dtype
+    options = {"devices": devices, "dtype": getattr(torch, dtype), "tower": tower}
     if family == "transformers":
         options["trust_remote_code"] = source.trust_remote_code
     load = cast("Callable[..., Model]", resolve(found_at))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from twotower_eval.engine import models
 from twotower_eval.engine.models.graphs import StepGraphs, num_sizes, stepped, use_graphs
@@ -26,6 +26,8 @@ def load_arms(
     *,
     dtype: str,
     devices: Sequence[str],
+    baseline_dtype: str | None = None,
+    baseline_device: str | None = None,
     cuda_graphs: bool = False,
     family: str | None = None,
     baseline_family: str | None = None,
@@ -33,26 +35,41 @@ def load_arms(
 ) -> tuple[Model, Model]:
     """Load baseline and candidate: one object if they are the same, shared tensors if one is part of the other.
 
-    Without ``baseline`` it is the candidate's own context tower. A separate baseline goes on the first device. The
-    families are as in ``models.load_model``; None: the folder's own. ``cuda_graphs``: UserError, before anything loads,
-    if one arm cannot run its steps as graphs. What is in ``loaded`` is not loaded again, and what is loaded is put
-    there: one candidate has several baselines, which may share a checkpoint.
+    Without ``baseline`` it is the candidate's own context tower. ``baseline_dtype`` and ``baseline_device`` are by
+    default the candidate's dtype and first device; a baseline that has others shares nothing with it. The families are
+    as in ``models.load_model``; None: the folder's own. ``cuda_graphs``: UserError, before anything loads, if one arm
+    cannot run its steps as graphs. What is in ``loaded`` is not loaded again, and what is loaded is put there: one
+    candidate has several baselines, which may share a checkpoint.
     """
     if cuda_graphs:
         _refuse_without_graphs({model: family, **({} if baseline is None else {baseline: baseline_family})})
     held = {} if loaded is None else loaded
     candidate = _load_once(held, model, dtype, devices, family)
+    own_dtype, own_devices = baseline_dtype or dtype, (baseline_device or devices[0],)
+    alike = (own_dtype, own_devices[0]) == (dtype, devices[0])
     if baseline is None:
-        return context_tower(candidate), candidate
-    if _is_same(read_source(baseline), read_source(model)) and _read_alike(model, family, baseline_family):
+        if alike:
+            return context_tower(candidate), candidate
+        tower: Literal["context"] | None = "context" if candidate.has_denoiser else None
+        return _load_once(held, model, own_dtype, own_devices, family, tower), candidate
+    same = _is_same(read_source(baseline), read_source(model)) and _read_alike(model, family, baseline_family)
+    if alike and same:
         return candidate, candidate
-    return _load_once(held, baseline, dtype, devices[:1], baseline_family), candidate
+    return _load_once(held, baseline, own_dtype, own_devices, baseline_family), candidate
 
 
-def _load_once(loaded: Loaded, model: GivenModel, dtype: str, devices: Sequence[str], family: str | None) -> Model:
-    key = (read_source(model).place, dtype, tuple(devices), models.family_of(model) if family is None else family)
+def _load_once(
+    loaded: Loaded,
+    model: GivenModel,
+    dtype: str,
+    devices: Sequence[str],
+    family: str | None,
+    tower: Literal["context"] | None = None,
+) -> Model:
+    family = models.family_of(model) if family is None else family
+    key = (read_source(model).place, dtype, tuple(devices), family, tower)
     if key not in loaded:
-        loaded[key] = models.load_model(model, dtype=dtype, devices=devices, family=family)
+        loaded[key] = models.load_model(model, dtype=dtype, devices=devices, family=family, tower=tower)
     return loaded[key]
 
 

@@ -268,7 +268,7 @@ def difference(ours_NV: Tensor, theirs_NV: Tensor, dtype: str) -> float:
     """
     if not (torch.isfinite(ours_NV).all() and torch.isfinite(theirs_NV).all()):
         return float("inf")
-    ours_NV, theirs_NV = ours_NV.double(), theirs_NV.double()
+    ours_NV, theirs_NV = ours_NV.cpu().double(), theirs_NV.cpu().double()  # MPS has no float64
     spread_N = torch.maximum(theirs_NV.std(-1), LEAST_SPREAD * theirs_NV.abs().amax(-1)).clamp(min=1e-30)
     apart_N = (ours_NV - theirs_NV).abs().amax(-1) / spread_N
     return float(apart_N.mean() if dtype in HALF_PRECISION else apart_N.max())

@@ -15,17 +15,20 @@ from twotower_eval.decoder_settings import baseline_spec, block_sizes, cross_dec
 from twotower_eval.engine.models.protocol import Model, text_codec
 from twotower_eval.engine.scorers import Scorer
 from twotower_eval.errors import UserError
+from twotower_eval.measure.chosen import choose_batch_size, without_auto
 from twotower_eval.measure.harness.adapter import HarnessLM
 from twotower_eval.measure.harness.answers import Key
 from twotower_eval.measure.harness.scoring import Row, score_rows
 from twotower_eval.measure.suites import BuiltTask, resolve_tasks, settle
 from twotower_eval.measure.suites.lm_types import Instance
-from twotower_eval.plan import RunPlan, SpeedPlan, each_baseline, named_baselines
+from twotower_eval.plan import RunPlan, SpeedPlan, devices_of, each_baseline, named_baselines
 from twotower_eval.plan_sources import baseline_source, model_source
 from twotower_eval.records import (
+    AUTO,
     Aggregate,
     Arm,
     Cell,
+    Chosen,
     DecoderSpec,
     GenerationRow,
     LikelihoodKind,
@@ -87,6 +90,7 @@ class Prepared:
     jobs: Sequence[Job]
     overrides: Sequence[Override]
     ways: Sequence[Ways]
+    chosen: Sequence[Chosen] = ()
 
     @property
     def compares(self) -> bool:
@@ -109,6 +113,7 @@ def prepare(plan: RunPlan) -> Prepared:
     """
     from twotower_eval.engine.models.arms import prove_arms
 
+    plan, chosen = without_auto(plan)
     tasks = _tasks(plan)
     decoding = settle(tasks, temperature=plan.temperature, samples=plan.samples)
     held = dataclasses.replace(plan, temperature=decoding.temperature)
@@ -120,8 +125,12 @@ def prepare(plan: RunPlan) -> Prepared:
     use_graphs(plan, tasks, arms)
     jobs = make_jobs(held, tasks, specs, arms)
     _refuse_unreadable(jobs)
-    ways = prove_arms(arms, partial(longest_context, tasks))
-    return Prepared(plan=plan, tasks=tasks, jobs=jobs, overrides=decoding.overrides, ways=ways)
+    longest = partial(longest_context, tasks)
+    ways = prove_arms(arms, longest)
+    if plan.batch_size == AUTO:
+        batch = choose_batch_size(arms, longest, num_requests=max(len(job.requests) for job in jobs))
+        plan, chosen = dataclasses.replace(plan, batch_size=int(batch.value)), (*chosen, batch)
+    return Prepared(plan=plan, tasks=tasks, jobs=jobs, overrides=decoding.overrides, ways=ways, chosen=chosen)
 
 
 def _tasks(plan: RunPlan) -> list[BuiltTask]:
@@ -187,6 +196,8 @@ def _load_pair(plan: RunPlan, loaded: Loaded) -> tuple[Model, Model]:
         baseline_source(plan),
         dtype=plan.dtype,
         devices=plan.devices,
+        baseline_dtype=plan.baseline_dtype,
+        baseline_device=plan.baseline_device,
         cuda_graphs=plan.cuda_graphs,
         family=plan.family,
         baseline_family=plan.baseline_family,
@@ -286,7 +297,8 @@ def make_jobs(
                 make_scorer_of(answering, kind, arm.spec)
             # An AR model compared with itself is one cell, not two.
             jobs.setdefault(cell.id, Job(cell=cell, task=task, model=answering, kind=kind, likelihoods_of=donor))
-        refuse_same(of_task)
+        if plan.baselines:
+            refuse_same(of_task)
     return list(jobs.values())
 
 
@@ -336,29 +348,24 @@ def _cell(plan: RunPlan, arm: _Arm, task: BuiltTask, kind: LikelihoodKind) -> Ce
     return make_cell(arm.arm, arm.model.checkpoint, arm.spec, workload, extra, arm.name)
 
 
-def make_manifest(
-    plan: RunPlan,
-    jobs: Sequence[Job],
-    tasks: Sequence[BuiltTask],
-    overrides: Sequence[Override],
-    ways: Sequence[Ways],
-    resume: Path | None,
-) -> RunManifest:
+def make_manifest(prepared: Prepared, resume: Path | None) -> RunManifest:
     from twotower_eval.engine.models.identity import unheeded_settings
 
+    plan, jobs, tasks = prepared.plan, prepared.jobs, prepared.tasks
     return new_manifest(
         "run",
         run_id=store.new_run_id("run") if resume is None else resume.name,
         plan=plan,
         cells=[job.cell for job in jobs],
-        devices=plan.devices,
+        devices=devices_of(plan),
         seeds=recorded_seeds(plan.seed),
         notes=tuple(_notes(jobs)),
         tasks={task.name: task.parts for task in tasks},
-        overrides=overrides,
+        overrides=prepared.overrides,
         joined={task.name: len(task.joins) for task in tasks if task.joins},
         unheeded=unheeded_settings(job.model for job in jobs if job.task.generates),
-        ways=ways,
+        ways=prepared.ways,
+        chosen=prepared.chosen,
     )
 
 

@@ -35,7 +35,7 @@ from twotower_eval.plan import RunPlan, SpeedPlan, plan_from_json
 from twotower_eval.plan_sources import arm_sources, model_source
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import Aggregate, Cell, RunManifest, Score, Witnessed, derive_seed, draws
-from twotower_eval.rules import EXTENDED, asked_and_not_done, joined_lines, slower_lines, truncation_line
+from twotower_eval.rules import EXTENDED, asked_and_not_done, chosen_lines, joined_lines, slower_lines, truncation_line
 from twotower_eval.sources import Source
 from twotower_eval.store import TRAINING_LOG
 from twotower_eval.store.environment import with_scoring_of_now
@@ -125,11 +125,11 @@ def answer(prepared: Prepared, *, root: Path, resume: Path | None = None, progre
     for whatever the user can mend.
     """
     progress = progress or SilentProgress()
-    plan, tasks, jobs = prepared.plan, prepared.tasks, prepared.jobs
-    manifest = make_manifest(plan, jobs, tasks, prepared.overrides, prepared.ways, resume)
+    plan, jobs = prepared.plan, prepared.jobs
+    manifest = make_manifest(prepared, resume)
     with _open(root, resume, manifest, jobs) as writer, family_calls(*arm_sources(plan)):
         warnings = [f"warning: {text}" for text in (*writer.warnings, *asked_and_not_done(manifest))]
-        for line in (*warnings, *joined_lines(manifest), *slower_lines(manifest)):
+        for line in (*chosen_lines(manifest), *warnings, *joined_lines(manifest), *slower_lines(manifest)):
             progress.note(line)
         _keep_training_log(model_source(plan), writer.path)
         evaluation = _Evaluation(plan, writer, jobs, progress)
@@ -287,7 +287,7 @@ class _Evaluation:
             batches = self._prepared[job.cell.id] = self._batches(job)
             batches.pop(len(batches) // 2)()
             return
-        size = self._plan.batch_size
+        size = int(self._plan.batch_size)
         chosen = self._witnessed(job)  # decoded alone, which takes longer
         usual = [item for item in self._missing(job) if item[1] not in chosen]
         missing = sorted(usual or self._missing(job), key=lambda item: len(item[0].args[0]))
@@ -343,7 +343,7 @@ class _Evaluation:
             decoder=from_spec(job.model, spec) if generates else None,
             scorer=None if generates else make_scorer_of(job.model, job.kind, spec),
             kind=job.kind,
-            batch_size=self._plan.batch_size,
+            batch_size=int(self._plan.batch_size),
             seed=run_seed(self._plan.seed),
             journal=self._journal(job),
             advance=advance,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import random
 import time
@@ -17,6 +18,7 @@ from twotower_eval.engine.models.checkpoint import read_json
 from twotower_eval.engine.models.config import NemotronHConfig, parse_config
 from twotower_eval.engine.models.graphs import use_graphs
 from twotower_eval.errors import UserError
+from twotower_eval.measure.chosen import size_without_auto
 from twotower_eval.measure.sizing.card import (
     CostCard,
     cut,
@@ -53,6 +55,7 @@ from twotower_eval.records import (
     to_json,
 )
 from twotower_eval.resources import data_path
+from twotower_eval.rules import chosen_line
 from twotower_eval.store.environment import new_manifest
 from twotower_eval.store.journal import now_text
 
@@ -177,6 +180,9 @@ def run(
     user can mend, before anything is built where possible.
     """
     progress = progress or SilentProgress()
+    plan, chosen = size_without_auto(plan)
+    if chosen:
+        progress.note(chosen_line(chosen))
     config = read_config(plan)
     parts = measured_layers(config.pattern, plan.layers)
     profiles = make_profiles(plan)
@@ -195,7 +201,7 @@ def run(
         progress.note("making the weights; this takes a while")
         rigs, routing = _build(plan, config, parts, dtype)
         progress.note(f"weights made in {duration_text(time.monotonic() - began_s)}")
-        manifest = _manifest(plan, rigs, resume)
+        manifest = dataclasses.replace(_manifest(plan, rigs, resume), chosen=chosen)
         writer = store.create(root, manifest) if resume is None else store.resume(resume, manifest)
         with writer:
             for warning in writer.warnings:

@@ -28,8 +28,9 @@ class Devices:
 
     def __init__(self, names: Sequence[str]) -> None:
         kinds = {torch.device(name).type for name in names}
-        if kinds - {"cpu", "cuda"}:
-            raise UserError(f"cannot wait for a device of type {min(kinds - {'cpu', 'cuda'})!r}, only for cpu and cuda")
+        if others := kinds - {"cpu", "cuda", "mps"}:
+            raise UserError(f"cannot wait for a device of type {min(others)!r}, only for cpu, cuda and mps")
+        self._has_mps = "mps" in kinds
         self.cuda = [torch.device(name) for name in names if torch.device(name).type == "cuda"]
         self._indexes = {0 if device.index is None else device.index for device in self.cuda}
         self.energy = EnergyMeter(self.cuda)
@@ -40,6 +41,8 @@ class Devices:
             torch.cuda.synchronize(device)
         for index in self.others():
             torch.cuda.synchronize(index)
+        if self._has_mps:
+            torch.mps.synchronize()
 
     def others(self) -> list[int]:
         """CUDA devices that this process uses besides these."""
@@ -57,7 +60,7 @@ class Devices:
     def peak_memory(self) -> tuple[int | None, str | None]:
         """Peak bytes of tensors since :meth:`forget_peak`, all devices added up, or why they are unknown."""
         if not self.cuda:
-            return None, "not measured on a CPU"
+            return None, "not measured on MPS" if self._has_mps else "not measured on a CPU"
         return sum(torch.cuda.max_memory_allocated(device) for device in self.cuda), None
 
 

@@ -29,8 +29,8 @@ from twotower_eval.records import BaselineBest, Prompt, SpeedPhase
 from twotower_eval.store import RunWriter
 
 NUM_TRIALS = 5
-COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}  # well beyond any cache
-PRODUCT_SIZE = {"cuda": 8192, "cpu": 768}
+COPY_BYTES = {"cuda": 1 << 30, "mps": 1 << 28, "cpu": 1 << 27}  # well beyond any cache
+PRODUCT_SIZE = {"cuda": 8192, "mps": 4096, "cpu": 768}
 
 
 @dataclass(frozen=True, kw_only=True)

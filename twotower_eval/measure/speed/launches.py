@@ -23,6 +23,7 @@ from twotower_eval import store
 from twotower_eval.decoder_settings import baseline_spec, cross_decoders
 from twotower_eval.engine.models.protocol import Model
 from twotower_eval.errors import UserError
+from twotower_eval.measure.chosen import without_auto
 from twotower_eval.measure.speed.clock import CallClock, Devices, torch_threads
 from twotower_eval.measure.speed.conditions import Captures, graphs_for, hint, measured_conditions, refuse_uneven
 from twotower_eval.measure.speed.costs import TimedParts
@@ -37,7 +38,7 @@ from twotower_eval.measure.speed.workloads import (
     scored_tasks,
     untimed_tasks_text,
 )
-from twotower_eval.plan import SpeedPlan, each_baseline
+from twotower_eval.plan import SpeedPlan, devices_of, each_baseline
 from twotower_eval.plan_sources import arm_sources, baseline_source, model_source
 from twotower_eval.plugin_calls import TRACEBACK_VARIABLE, is_own
 from twotower_eval.progress import Progress, SilentProgress, choose_progress
@@ -53,7 +54,7 @@ from twotower_eval.records import (
     launch_id_of,
     to_json,
 )
-from twotower_eval.rules import asked_and_not_done, slower_lines, truncation_line
+from twotower_eval.rules import asked_and_not_done, chosen_lines, slower_lines, truncation_line
 from twotower_eval.store.environment import new_manifest
 from twotower_eval.task_options import recorded_seeds
 
@@ -88,6 +89,7 @@ def run_launch(
     from twotower_eval.engine.models.arms import prove_arms
 
     progress = progress or SilentProgress()
+    plan, chosen = without_auto(plan)
     held = dataclasses.replace(plan, temperature=temperature if plan.temperature is None else plan.temperature)
     specs = cross_decoders(held)
     for single in each_baseline(held):
@@ -95,7 +97,7 @@ def run_launch(
     calls = make_calls(plan, requests)
     if plan.cuda_graphs:
         refuse_uneven(plan.batch_sizes, _block_sizes(specs))
-    devices = Devices(plan.devices)
+    devices = Devices(devices_of(plan))
     with torch_threads(plan.threads), family_calls(*arm_sources(plan)):
         models = _load(plan)
         if text := hint(plan):
@@ -106,13 +108,14 @@ def run_launch(
         parts = TimedParts(calls, lanes) if plan.costs else None
         graphs = graphs_for(plan, calls, lanes, models)
         manifest = _manifest(plan, calls, [*chain.from_iterable(lanes.values())], overrides, ways, models, resume)
+        manifest = dataclasses.replace(manifest, chosen=chosen)
         if resume is not None and _is_scored(plan, resume, manifest, calls_per_round(calls, lanes)):
             # Its scores are checked before the run is complete again.
             return Launched(path=resume, num_missing=0)
         with store.create(root, manifest) if resume is None else store.resume(resume, manifest) as writer:
             truncated = _truncated(plan, writer, calls, lanes)
             warnings = [f"warning: {text}" for text in (*writer.warnings, *asked_and_not_done(manifest), *truncated)]
-            for line in (*warnings, *slower_lines(manifest)):
+            for line in (*chosen_lines(manifest), *warnings, *slower_lines(manifest)):
                 progress.note(line)
             if plan.costs:
                 for best in measured_conditions(lanes, calls, clock, cuda_graphs=plan.cuda_graphs):
@@ -146,6 +149,8 @@ def _load_pair(plan: SpeedPlan, loaded: Loaded) -> tuple[Model, Model]:
         baseline_source(plan),
         dtype=plan.dtype,
         devices=plan.devices,
+        baseline_dtype=plan.baseline_dtype,
+        baseline_device=plan.baseline_device,
         cuda_graphs=plan.cuda_graphs,
         family=plan.family,
         baseline_family=plan.baseline_family,
@@ -212,7 +217,7 @@ def _manifest(
         run_id=store.new_run_id("speed") if resume is None else resume.name,
         plan=plan,
         cells=[lane.cell for lane in lanes if lane.replica == 0],
-        devices=plan.devices,
+        devices=devices_of(plan),
         seeds={"run": plan.seed} if isinstance(plan.seed, int) else recorded_seeds(plan.seed),
         notes=NOTES,
         tasks=scored_tasks(plan, chain.from_iterable(calls.values())),

@@ -13,6 +13,7 @@ from twotower_eval import store
 from twotower_eval.engine.models.protocol import Model
 from twotower_eval.engine.models.tokenizer import naming, prompt_ids
 from twotower_eval.engine.ops import kernels
+from twotower_eval.measure.chosen import without_auto
 from twotower_eval.measure.verify.checks import (
     NUM_TOKENS,
     CheckResult,
@@ -34,6 +35,7 @@ from twotower_eval.plan_sources import model_source
 from twotower_eval.records import (
     Cell,
     Check,
+    Chosen,
     Prompt,
     RunManifest,
     Ways,
@@ -60,6 +62,7 @@ def verify(plan: VerifyPlan, *, root: Path) -> Path:
     from twotower_eval.engine.models import family_calls, load_model
     from twotower_eval.engine.models.arms import prove_arms
 
+    plan, chosen = without_auto(plan)
     with torch.inference_mode(), family_calls((model_source(plan), plan.family)):
         model = load_model(model_source(plan), dtype=plan.dtype, devices=plan.devices, family=plan.family)
         golden = None if plan.golden is None else load_golden(Path(plan.golden), model, plan.devices[0])
@@ -67,7 +70,7 @@ def verify(plan: VerifyPlan, *, root: Path) -> Path:
         longest = max(len(prompt.token_ids) for prompt in prompts) + NUM_TOKENS
         ways = prove_arms((model,), lambda _: longest)
         cell = _cell(plan, model, prompts)
-        with store.create(root, _manifest(plan, cell, ways)) as writer:
+        with store.create(root, _manifest(plan, cell, ways, chosen)) as writer:
             for result in (*map(proved, ways), *_results(plan, model, prompts, golden)):
                 writer.append(Check(cell=cell.id, **dataclasses.asdict(result)))
             writer.finish()
@@ -143,7 +146,7 @@ def _cell(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt]) -> Cell:
     return make_cell("candidate", model.checkpoint, spec, workload)
 
 
-def _manifest(plan: VerifyPlan, cell: Cell, ways: Sequence[Ways]) -> RunManifest:
+def _manifest(plan: VerifyPlan, cell: Cell, ways: Sequence[Ways], chosen: Sequence[Chosen]) -> RunManifest:
     return new_manifest(
         "verify",
         run_id=store.new_run_id("verify"),
@@ -152,4 +155,5 @@ def _manifest(plan: VerifyPlan, cell: Cell, ways: Sequence[Ways]) -> RunManifest
         devices=plan.devices,
         seeds={"run": plan.seed},
         ways=ways,
+        chosen=chosen,
     )
