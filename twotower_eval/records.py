@@ -204,6 +204,12 @@ class Checkpoint:
             return self.digest
         return sha256_text(canonical_json([self.digest, sorted([file.name, file.sha256] for file in self.files)]))
 
+    @property
+    def foreign_code(self) -> tuple[FileDigest, ...]:
+        """The source files that came with a Hugging Face model and were run."""
+        of_others = self.family == "transformers"
+        return tuple(file for file in self.files if of_others and file.name.endswith(".py"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec:

@@ -134,12 +134,19 @@ def _checkpoints(runs: Runs, frame: pd.DataFrame) -> str:
         Column(header="devices", show=words("devices")),
     ]
     beside = list(dict.fromkeys(_files(checkpoint) for checkpoint in _arms(runs) if checkpoint.files))
+    beside += dict.fromkeys(_foreign(checkpoint) for checkpoint in _arms(runs) if checkpoint.foreign_code)
     beside += dict.fromkeys(_code(cell.decoder) for run in runs for cell in run.manifest.cells if cell.decoder.code)
     return markdown(frame, columns, left=len(columns)) + (f"\n{bullets(beside)}" if beside else "")
 
 
 def _files(checkpoint: Checkpoint) -> str:
-    return f"{escape(checkpoint.name)} beside its tensors: {_digests(checkpoint.files)}"
+    beside = [file for file in checkpoint.files if file not in checkpoint.foreign_code]
+    return f"{escape(checkpoint.name)} beside its tensors: {_digests(beside)}"
+
+
+def _foreign(checkpoint: Checkpoint) -> str:
+    ran = _digests(checkpoint.foreign_code)
+    return f"**{escape(checkpoint.name)} ran code that came with it**, as --trust-remote-code allowed: {ran}"
 
 
 def _code(decoder: DecoderSpec) -> str:

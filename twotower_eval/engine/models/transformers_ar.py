@@ -123,7 +123,7 @@ def _check_config(folder: Path, data: JsonObject, *, trust_remote_code: bool) ->
     kind = data.get("model_type")
     brings_own = isinstance(own := data.get("auto_map"), dict) and AUTO_CLASS in own
     if not knows(kind) and not (brings_own and trust_remote_code):
-        only = f": run the code that comes with it by --trust-remote-code ({TRUST})" if brings_own else ""
+        only = f", but one comes with it: {TRUST}" if brings_own else ""
         raise FileError(
             f"{folder}: transformers {transformers.__version__} has no causal language model {kind!r}{only}"
         )
@@ -168,7 +168,10 @@ def _foreign_code(inner: CausalLM) -> tuple[FileDigest, ...]:
     foreign = tuple(f"{home}." for home in homes if home.partition(".")[0] == FOREIGN)
     ran = (module for name, module in [*sys.modules.items()] if name.startswith(foreign))
     files = {Path(file) for module in ran if (file := getattr(module, "__file__", None))}
-    return tuple(file_digest(file) for file in sorted(files) if file.stem != "__init__")
+    # The config's class may have been copied a second time for the model's.
+    return tuple(
+        dict.fromkeys(file_digest(file) for file in sorted(files, key=lambda one: one.name) if file.stem != "__init__")
+    )
 
 
 @contextlib.contextmanager
@@ -206,6 +209,7 @@ def _eos_ids(folder: Path, inner: CausalLM, model: TransformersModel) -> tuple[i
     file = folder / "generation_config.json"
     chosen = as_ids(file.name, read_json(file).get("eos_token_id")) if file.exists() else ()
     own = model.tokenizer.eos_token_id if model.tokenizer else None
-    settings = (inner.generation_config, inner.config.get_text_config())
-    named = [value for one in settings for value in as_ids(type(one).__name__, one.eos_token_id)]
+    # A class that comes with its checkpoint need not have generation settings.
+    settings = (getattr(inner, "generation_config", None), inner.config.get_text_config())
+    named = [value for one in settings if one for value in as_ids(type(one).__name__, one.eos_token_id)]
     return tuple(dict.fromkeys([*chosen, *named, *([] if own is None else [own])]))
