@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import report_fixture as made
 import torch
+from golden_files import SHIPPED
 from hf_models import save_tiny
 from pages import write_files
 from test_decoders import assert_same, cut_by_hand, model_with_text
@@ -29,6 +30,8 @@ from twotower_eval.records import Generation, Prompt
 DECODER_ENTRIES: list[tuple[str, dict[str, Any]]] = [
     ("autoregressive", {}),
     ("autoregressive", {"temperature": 0.8}),
+    ("prompt_lookup", {"prompt_lookup_num_tokens": 4}),
+    ("draft", {"draft": str(SHIPPED / "public"), "num_assistant_tokens": 3}),
     ("mock_ar", {"temperature": 0.8}),
     ("block_diffusion", {"block_size": 5, "threshold": 0.1}),
     ("block_diffusion", {"block_size": 4, "steps_per_block": 2, "temperature": 0.8}),

@@ -139,7 +139,7 @@ SINGLE_FILE = "model.safetensors"  # a checkpoint's weights, or with several fil
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILES = ("config.json", "generation_config.json")  # files of a checkpoint that do not affect how text is read
 Params = Mapping[str, Scalar]
-OWN_DECODERS = ("autoregressive", "mock_ar", "block_diffusion", "reference")
+OWN_DECODERS = ("autoregressive", "prompt_lookup", "draft", "mock_ar", "block_diffusion", "reference")
 
 # Of a generation, what its row of a timed call repeats.
 GENERATION_COUNTS = (
@@ -216,13 +216,15 @@ class DecoderSpec:
     """A decoder's kind, its full parameters and the version that is raised when its outputs may change.
 
     ``code`` are the source files of a plug-in, ``None`` for the decoders of this project, whose version says it, and
-    where it was not recorded; what is ``None`` is no part of a cell's id.
+    where it was not recorded; ``draft`` is a digest of the draft model's files, ``None`` for decoders without one. What
+    is ``None`` is no part of a cell's id.
     """
 
     kind: str
     params: Params = field(default_factory=dict)
     version: Whole = 1
     code: tuple[FileDigest, ...] | None = field(default=None, metadata=LEFT_OUT)
+    draft: str | None = field(default=None, metadata=LEFT_OUT)
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or not self.kind:
@@ -349,7 +351,8 @@ class Generation:
     """The answer to one prompt. Useful tokens only: those before the first EOS or stop string, neither counted.
 
     ``num_context_forwards`` counts the prefill as one and each extension as one; ``num_denoiser_forwards`` (NFE)
-    counts denoiser calls. ``num_forced_commits`` counts tokens that the step floor committed although their
+    counts denoiser calls. ``num_draft_forwards`` counts those of a draft model (``None`` where there is none), which
+    are no forwards of this model. ``num_forced_commits`` counts tokens that the step floor committed although their
     confidence did not exceed the threshold (``None`` where the decoder has no threshold).
     """
 
@@ -365,6 +368,7 @@ class Generation:
     num_forced_commits: Count | None = None
     finish_s: NotNegative | None = None
     trace: tuple[CommitStep, ...] | None = None
+    num_draft_forwards: Count | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -489,6 +493,7 @@ class PromptTiming:
     finish: FinishReason
     finish_s: float
     tokens_sha256: str
+    num_draft_forwards: Count | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

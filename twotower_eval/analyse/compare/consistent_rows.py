@@ -23,7 +23,7 @@ from twotower_eval.records import (
 from twotower_eval.store import Run
 
 SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "pass@1", "pass_at_1")
-COUNTED = (*GENERATION_COUNTS, "num_forced_commits", "finish")
+COUNTED = (*GENERATION_COUNTS, "num_forced_commits", "num_draft_forwards", "finish")
 of_counts = attrgetter(*COUNTED)
 OF_CODE = ("pass@", "pass_at_", "pass_")  # how metrics begin that run the answer: it may run out of time by chance
 CLOSE = 1e-9

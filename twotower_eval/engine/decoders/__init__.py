@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 DECODERS = {
     "autoregressive": "twotower_eval.engine.decoders.autoregressive:Autoregressive",
+    "prompt_lookup": "twotower_eval.engine.decoders.speculative:PromptLookup",
+    "draft": "twotower_eval.engine.decoders.draft:Draft",
     "mock_ar": "twotower_eval.engine.decoders.autoregressive:MockAR",
     "block_diffusion": "twotower_eval.engine.decoders.block_diffusion:BlockDiffusion",
     "reference": "twotower_eval.engine.decoders.reference:Reference",
@@ -104,11 +106,13 @@ def _check_calls(kind: str, cls: DecoderClass) -> None:
 def decoder_spec(kind: str, /, **params: object) -> DecoderSpec:
     """A full specification: parameters checked, defaults filled in, the class's version, a plug-in's code."""
     cls = decoder_class(kind)
-    filled = dataclasses.asdict(_checked(cls, kind, params))
+    checked = _checked(cls, kind, params)
+    filled = dataclasses.asdict(checked)
     for name, value in filled.items():
         check_number(f"decoder {kind!r}: its parameter {name}", value)  # it may be a default that nothing has read
     code = plugin_code(SEAM.place(kind))
-    return DecoderSpec(kind=kind, params=filled, version=cls.VERSION, code=code)
+    draft: str | None = cls.draft_digest(checked) if kind in DECODERS and hasattr(cls, "draft_digest") else None
+    return DecoderSpec(kind=kind, params=filled, version=cls.VERSION, code=code, draft=draft)
 
 
 def make_decoder(model: Model, kind: str, *, clock: Clock | None = None, **params: object) -> Decoder:

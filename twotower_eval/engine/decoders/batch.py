@@ -5,7 +5,7 @@ A decoder only defines how tokens are made (:meth:`BatchDecoder._decode`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, TypeVar
 
@@ -71,6 +71,7 @@ class Call:
         self._read: CountedContext | None = None  # prefilled prompts, the first of which have places
         self._num_placed = 0
         self.generations: dict[int, Generation] = {}
+        self.num_draft_forwards: Callable[[int], int | None] = lambda row: None  # of a row's draft model
 
     def admit(self, running: CountedContext | None = None, *, without_last: int = 0) -> CountedContext | None:
         """The running rows and as many waiting prompts as there is room for, without their last tokens if
@@ -114,6 +115,20 @@ class Call:
                 self._finish(index)
         return going
 
+    def absorb_verified(self, rows: Sequence[int], new_tokens: Sequence[Sequence[int]]) -> list[int]:
+        """As :meth:`absorb`, token by token: what lies behind the end of an answer was drafted, and is not produced."""
+        going = []
+        for position, (index, tokens) in enumerate(zip(rows, new_tokens, strict=True)):
+            produced = self.rows[index].produced
+            for token in tokens:
+                produced.append(token)
+                if is_finished(produced, 1, self.rules):
+                    self._finish(index)
+                    break
+            else:
+                going.append(position)
+        return going
+
     def last_token(self, row: int) -> int:
         """The last token of a row, the prompt's if it has none of its own."""
         return (self.rows[row].produced or self.prompts[row].token_ids)[-1]
@@ -127,6 +142,7 @@ class Call:
             self.rules,
             num_context_forwards=self.counted.num_context_forwards[index],
             num_denoiser_forwards=self.counted.num_denoiser_forwards[index],
+            num_draft_forwards=self.num_draft_forwards(index),
             num_forced_commits=row.num_forced,
             finish_s=self.clock() - self.started if self.clock else None,
             trace=None if row.steps is None else tuple(row.steps),
@@ -168,8 +184,8 @@ class BatchDecoder(Generic[ParamsT]):
         rules = make_rules(self.model, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, stop=stop)
         check_prompts(self.model, prompts)
         width = check_batch_size(max_batch_size) or len(prompts)
-        if not getattr(self.model, "rows_together", True):
-            width = 1  # a model that is only right with one prompt at a time
+        if self._rows_alone:
+            width = 1
         steady = self._depends_on_neighbours or (len(prompts) > 1 and not self.model.joins_contexts)
         capacity = width if steady else self._capacity(width)
         call = Call(
@@ -193,6 +209,11 @@ class BatchDecoder(Generic[ParamsT]):
     def _depends_on_neighbours(self) -> bool:
         """Whether a row's tokens depend on its neighbours, so that batches must keep their rows."""
         return False
+
+    @property
+    def _rows_alone(self) -> bool:
+        """Whether the model is only right with one prompt at a time."""
+        return not getattr(self.model, "rows_together", True)
 
     def _capacity(self, width: int) -> int:
         """Maximum of rows in progress if ``width`` of them run at a time."""

@@ -38,6 +38,8 @@ class ContextTower(LanguageModel):
     """
 
     branch_tokens = 2048
+    verifies = uneven_rows = True
+    verified_up_to = None
 
     def __init__(self, config: NemotronHConfig) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
-from twotower_eval.engine.models.protocol import Context, Denoising, Model, Segment
+from twotower_eval.engine.models.protocol import Context, Denoising, Model, Segment, Verifying
 from twotower_eval.engine.models.witness import Lengths, Witness
 from twotower_eval.records import Passes, PassKind
 
@@ -50,6 +50,12 @@ class CountedContext:
             if within:
                 chosen.append(part.select(within))
         return CountedContext(chosen)
+
+    def cut(self, num_fewer_B: Sequence[int], logits_BV: Tensor) -> CountedContext | None:
+        """The context without each row's last tokens, see :class:`protocol.Verifying`; None where it cannot be cut."""
+        cut: Callable[..., Context | None] = getattr(self.inner, "cut", lambda *_: None)
+        context = cut(num_fewer_B, logits_BV)
+        return None if context is None else CountedContext([whole(context, self.rows)])
 
     def join(self, other: CountedContext) -> CountedContext:
         """The context of these rows, then of the other's."""
@@ -124,6 +130,18 @@ class CountingModel:
         extended = self.model.extend(context.inner, ids_BK)
         self._count(self.num_context_forwards, context.rows)
         return CountedContext([whole(extended, context.rows)])
+
+    def extend_logits(
+        self,
+        context: CountedContext,
+        ids_BK: Tensor,
+        lengths_B: Sequence[int],
+        wanted: Sequence[tuple[int, int]],
+    ) -> tuple[CountedContext, Tensor]:
+        """Each row's new tokens, padded on the right, and logits (M, V) behind the wanted (row, column)."""
+        extended, logits_MV = cast(Verifying, self.model).extend_logits(context.inner, ids_BK, lengths_B, wanted)
+        self._count(self.num_context_forwards, context.rows)
+        return CountedContext([whole(extended, context.rows)]), logits_MV
 
     def denoise(self, block_BK: Tensor, context: CountedContext, t_B: Sequence[float] | None) -> Tensor:
         """Denoiser logits (B, K, V) for each row of the context."""

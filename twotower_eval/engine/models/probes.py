@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from twotower_eval.engine.models.protocol import Segment
-from twotower_eval.engine.models.transformers_model import CacheContext, TransformersModel
+from twotower_eval.engine.models.transformers_cache import CacheContext
+from twotower_eval.engine.models.transformers_model import TransformersModel
 from twotower_eval.records import HALF_PRECISION
 from twotower_eval.strict import JsonObject
 

@@ -63,6 +63,7 @@ def prove(model: TransformersModel) -> None:
     Contexts beyond a length that was not tried are read the plain way. UserError if the model cannot be right.
     """
     model.run_by(replace(model.ways, options_packed=model.may_pack))
+    model.try_several = reads_several
     with _refusing(model):
         with _in_float32(model):
             row = _prove(model)
@@ -139,6 +140,28 @@ def _check_reach(model: TransformersModel, longest: int) -> None:
         except ForwardError as error:
             raise UserError(f"{model.kind} cannot read {length:,} tokens, as its settings allow: {error}") from error
         _check_finite(model, logits)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def reads_several(model: TransformersModel) -> bool:
+    """Whether several tokens that are read in one pass behind a context give the logits of rows that end with each.
+
+    Attention does. Some states do, others begin anew; where rotary factors depend on how long the row is, none do.
+    """
+    row, known, num = drawn_tokens(model, min(BASE_TOKENS, _room(model))), 3, 4
+    row_1S, found = torch.tensor([row]), math.inf
+    with suppress(ForwardError), _in_float32(model):
+        context = model.prefill(row_1S[:, :known])
+        wanted = [(0, column) for column in range(num)]
+        context, logits_NV = model.extend_logits(context, row_1S[:, known : known + num], [num], wanted)
+        ours = [logits_NV]
+        for at in range(known + num, len(row)):
+            context = model.extend(context, row_1S[:, at : at + 1])
+            ours.append(model.next_logits(context))
+        theirs = [whole(model, row[: at + 1], 1) for at in range(known, len(row))]
+        found = difference(torch.cat(ours), torch.cat(theirs), model.precision)
+    return found <= LIMITS[model.precision]
 
 
 @contextmanager

@@ -126,6 +126,24 @@ class Branching(Model, Protocol):
         """Logits (M, V) behind the wanted positions of a token tree on a context of one row."""
 
 
+class Verifying(Model, Protocol):
+    """A model that gives logits behind each of several tokens that it reads in one pass; see :func:`verifying`.
+
+    ``uneven_rows``: rows of a batch may read different numbers of tokens. ``verified_up_to``: the longest context
+    behind which it may read several tokens at once, None for any. Its contexts may have ``cut(num_fewer_B,
+    logits_BV)``: the context without each row's last tokens, given the logits behind those that are left; None where it
+    cannot be cut back, as states cannot.
+    """
+
+    uneven_rows: bool
+    verified_up_to: int | None
+
+    def extend_logits(
+        self, context: Context, ids_BK: Tensor, lengths_B: Sequence[int], wanted: Sequence[tuple[int, int]]
+    ) -> tuple[Context, Tensor]:
+        """The context after each row's new tokens, and logits (M, V) float32 behind the wanted (row, column)."""
+
+
 class Family(Protocol[ContextT]):
     """A family's own class, whose contexts are of one kind."""
 
@@ -168,6 +186,13 @@ def two_tower(model: Model, needed_by: str) -> Denoising:
 def branching(model: Model) -> Branching | None:
     """The model if it reads token trees, else None."""
     return cast(Branching, model) if getattr(model, "branch_tokens", 0) else None
+
+
+def verifying(model: Model, needed_by: str) -> Verifying:
+    """The model as one that can verify drafted tokens. UserError with the message ``needed_by`` if it cannot."""
+    if not getattr(model, "verifies", False):
+        raise UserError(needed_by)
+    return cast(Verifying, model)
 
 
 def text_codec(model: Model) -> TextCodec:

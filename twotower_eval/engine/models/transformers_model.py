@@ -1,145 +1,35 @@
 """A transformers model behind the project's protocol of causal models, run in the ways that it was proved to run: its
-caches as values, forked before they are extended, and token trees as one row.
+caches forked before they are extended, drafts verified in one pass, and token trees as one row.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from torch.nn import functional
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from twotower_eval.engine.models.autoregressive import host_lengths
 from twotower_eval.engine.models.base import LanguageModel
 from twotower_eval.engine.models.protocol import Segment
+from twotower_eval.engine.models.transformers_cache import (
+    CacheContext,
+    Part,
+    Tokens,
+    can_join,
+    cut_part,
+    forked,
+    keeps_all,
+)
 from twotower_eval.engine.models.transformers_types import Cache, CacheLayer, CausalLM, Config
 from twotower_eval.errors import UserError
 from twotower_eval.records import Ways
-
-Tokens = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows of a context that share a cache, or have none (``None``); ``rows`` are their positions in the context."""
-
-    rows: tuple[int, ...]
-    cache: Cache | None
-    padding: tuple[int, ...]
-    last_logits_BV: Tensor
-
-    def select(self, wanted: Mapping[int, Sequence[int]]) -> Part | None:
-        """The rows named by ``wanted`` (old position -> new positions); None where there are none."""
-        chosen = [(i, new) for i, row in enumerate(self.rows) for new in wanted.get(row, ())]
-        if not chosen:
-            return None
-        index = torch.tensor([i for i, _ in chosen], device=self.last_logits_BV.device)
-        cache = None if self.cache is None else forked(self.cache)
-        if cache is not None:
-            cache.reorder_cache(index)
-        rows, padding = tuple(new for _, new in chosen), tuple(self.padding[i] for i, _ in chosen)
-        return Part(rows, cache, padding, self.last_logits_BV.index_select(0, index))
-
-
-@dataclass(frozen=True)
-class CacheContext:
-    """Committed tokens of B rows. A value: extending it leaves it usable."""
-
-    tokens: tuple[Tokens, ...]
-    parts: tuple[Part, ...]
-
-    @property
-    def batch_size(self) -> int:
-        """Number of rows."""
-        return len(self.tokens)
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens of each row."""
-        return tuple(len(row) for row in self.tokens)
-
-    def select(self, rows: Sequence[int]) -> CacheContext:
-        """A context of the given rows, in that order; a row may be repeated."""
-        wanted: dict[int, list[int]] = {}
-        for new, row in enumerate(rows):
-            wanted.setdefault(row, []).append(new)
-        parts = [part.select(wanted) for part in self.parts]
-        return CacheContext(tuple(self.tokens[row] for row in rows), tuple(part for part in parts if part))
-
-    def join(self, other: CacheContext) -> CacheContext:
-        """The context of these rows, then of the other's; for caches of attention layers alone, padded on the left."""
-        tokens = self.tokens + other.tokens
-        shifted = [replace(part, rows=tuple(self.batch_size + row for row in part.rows)) for part in other.parts]
-        parts = [*self.parts, *shifted]
-        plain = [part for part in parts if part.cache is None]
-        cached = [part for part in parts if part.cache is not None]
-        if len(cached) == 2:
-            cached = [_joined(cached[0], cached[1], [len(row) for row in tokens])]
-        return CacheContext(tokens, (*cached, *plain))
-
-
-def _joined(ours: Part, theirs: Part, lengths: Sequence[int]) -> Part:
-    """Both as one, as wide as its longest row."""
-    rows = (*ours.rows, *theirs.rows)
-    width = max(lengths[row] for row in rows)
-    assert ours.cache is not None
-    assert theirs.cache is not None
-    cache = forked(ours.cache)
-    cache.layers = [_joined_layer(*pair, width) for pair in zip(ours.cache.layers, theirs.cache.layers, strict=True)]
-    padding = tuple(width - lengths[row] for row in rows)
-    return Part(rows, cache, padding, torch.cat([ours.last_logits_BV, theirs.last_logits_BV]))
-
-
-def can_join(layers: Sequence[CacheLayer]) -> bool:
-    """Whether caches of such layers can be joined: attention over all columns, or over a window of the last ones."""
-    kinds: set[type[object]] = set(map(type, layers))
-    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
-
-
-def _joined_layer(ours: CacheLayer, theirs: CacheLayer, width: int) -> CacheLayer:
-    """Rows of both, all ``width`` columns wide: padding that nobody needs goes, what is missing is put on the left."""
-    layer = copy.copy(ours)
-    if not ours.is_initialized:  # a layer that shares another's keys keeps none
-        return layer
-    kept = width
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        kept, layer.cumulative_length = min(width, layer.sliding_window - 1), width
-    layer.keys = torch.cat([_fitted(ours.keys, kept), _fitted(theirs.keys, kept)])
-    layer.values = torch.cat([_fitted(ours.values, kept), _fitted(theirs.values, kept)])
-    return layer
-
-
-def _fitted(columns_BJTD: Tensor, num_columns: int) -> Tensor:
-    """The last columns, with zeros before them where there are too few."""
-    missing = num_columns - columns_BJTD.shape[2]
-    return functional.pad(columns_BJTD, (0, 0, missing, 0))  # negative: cut off
-
-
-def forked(cache: Cache) -> Cache:
-    """A copy that may be extended. Attention layers replace their tensors and need no copy of them; states are
-    overwritten in place and do."""
-    fork = copy.copy(cache)
-    fork.layers = [_forked_layer(layer) for layer in cache.layers]
-    return fork
-
-
-def _forked_layer(layer: CacheLayer) -> CacheLayer:
-    fork = copy.copy(layer)
-    if isinstance(layer, LinearAttentionCacheLayerMixin):
-        for name, value in vars(layer).items():
-            if isinstance(value, dict):
-                copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()}
-                setattr(fork, name, copies)
-    return fork
-
 
 # Rotary embeddings that depend on how long the whole row is: what is read first would have to be read again.
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -208,6 +98,9 @@ class TransformersModel(LanguageModel):
             and not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
         )
         self.may_pack = self.pads_left and keeps_all_keys(inner.config, layers)
+        self.reads_several: bool | None = None  # in one pass behind a context; None: not tried yet
+        self.try_several: Callable[[TransformersModel], bool] | None = None  # how that is tried; models.proof has it
+        self._keeps_all = all(keeps_all(layer) for layer in layers)
         self._can_join = self.pads_left and can_join(layers)
         cached = self.cache_argument is not None
         self.run_by(Ways(cached=cached, unlike_lengths_together=self.pads_left or not cached))
@@ -219,6 +112,23 @@ class TransformersModel(LanguageModel):
         self.plain_beyond = min((limit for limit in limits if limit is not None), default=None)
         self.joins_contexts = not ways.cached or (self._can_join and ways.rows_together)
         self.branch_tokens = BRANCH_TOKENS if ways.options_packed else 0
+
+    @property
+    def uneven_rows(self) -> bool:
+        """Whether rows of a batch may read different numbers of tokens in one pass."""
+        return not self.ways.cached or (self.joins_contexts and self._keeps_all)
+
+    @property
+    def verifies(self) -> bool:
+        """Whether several tokens behind a context may be read in one pass; tried once."""
+        if self.reads_several is None:
+            self.reads_several = self.plain_beyond != 0 and self.try_several is not None and self.try_several(self)
+        return self.reads_several
+
+    @property
+    def verified_up_to(self) -> int | None:
+        """The longest context behind which that holds; None: any."""
+        return self.plain_beyond if self.ways.cached else None
 
     @property
     def kind(self) -> str:
@@ -274,6 +184,47 @@ class TransformersModel(LanguageModel):
             if kept is not None:
                 parts.append(self._extend_part(kept, ids_BK, context.lengths))
         return CacheContext(tokens, (*parts, *self._read(tokens, anew)))
+
+    def extend_logits(
+        self, context: CacheContext, ids_BK: Tensor, lengths_B: Sequence[int], wanted: Sequence[tuple[int, int]]
+    ) -> tuple[CacheContext, Tensor]:
+        """The context after each row's first ``lengths_B`` of K tokens, and logits (M, V) float32 behind the wanted
+        (row, column). Only where ``verifies``; rows of unlike lengths only where there are ``uneven_rows``."""
+        new = [row[:length] for row, length in zip(ids_BK.tolist(), lengths_B, strict=True)]
+        tokens = tuple((*old, *more) for old, more in zip(context.tokens, new, strict=True))
+        ids_BK = ids_BK.to(device=self.device, dtype=torch.int64)
+        parts: list[Part] = []
+        behind: dict[int, Tensor] = {}  # row -> logits (K, V)
+        anew: list[int] = []
+        for part in context.parts:
+            going = [row for row in part.rows if part.cache is not None and not self._is_plain(len(tokens[row]))]
+            anew += sorted({*part.rows} - {*going})
+            kept = part if len(going) == len(part.rows) else part.select({row: (row,) for row in going})
+            if kept is not None:
+                extended, logits_BKV = self._verify_part(kept, ids_BK, context.lengths, lengths_B)
+                parts.append(extended)
+                behind.update(zip(kept.rows, logits_BKV, strict=True))
+        for row in anew:
+            behind[row] = self.context_logits(torch.tensor([tokens[row]]), last=lengths_B[row])[0]
+            if self._is_plain(len(tokens[row])):
+                parts.append(Part((row,), None, (0,), behind[row][-1:]))
+            else:  # the second token of a row without neighbours: its cache begins here
+                parts += self._read(tokens, [row])
+        return CacheContext(tokens, tuple(parts)), torch.stack([behind[row][column] for row, column in wanted])
+
+    def _verify_part(
+        self, part: Part, ids_BK: Tensor, lengths: Sequence[int], new: Sequence[int]
+    ) -> tuple[Part, Tensor]:
+        """A part after each row's new tokens, and logits (B, K, V) behind all of them, padding included."""
+        cache, known = forked(_cache_of(part)), lengths[part.rows[0]] + part.padding[0]
+        num_new = max(new[row] for row in part.rows)
+        logits_BKV = self._forward(ids_BK[list(part.rows), :num_new], cache, part.padding, known, last=num_new)
+        ends_B = torch.tensor([new[row] - 1 for row in part.rows], device=logits_BKV.device)
+        last_BV = logits_BKV[torch.arange(len(part.rows), device=ends_B.device), ends_B]
+        extended = replace(part, cache=cache, last_logits_BV=last_BV)
+        if any(new[row] < num_new for row in part.rows):
+            extended = cut_part(extended, [old + more for old, more in zip(lengths, new, strict=True)], last_BV)
+        return extended, logits_BKV
 
     def next_logits(self, context: CacheContext) -> Tensor:
         """Logits of each row's next token, (B, V) float32."""
@@ -370,13 +321,13 @@ class TransformersModel(LanguageModel):
         padding = tuple(max(lengths) - length for length in lengths)
         left_BS = torch.stack([row_S.roll(shift) for row_S, shift in zip(ids_BS, padding, strict=True)])
         cache = self._new_cache()
-        return Part(rows, cache, padding, self._forward(left_BS.to(self.device), cache, padding, 0))
+        return Part(rows, cache, padding, self._forward(left_BS.to(self.device), cache, padding, 0)[:, 0])
 
     def _extend_part(self, part: Part, ids_BK: Tensor, lengths: Sequence[int]) -> Part:
         cache, known = forked(_cache_of(part)), lengths[part.rows[0]] + part.padding[0]
         logits_BV = part.last_logits_BV
         for piece_BK in [ids_BK[list(part.rows)]] if self.pads_left else ids_BK[list(part.rows)].split(1, dim=1):
-            logits_BV = self._forward(piece_BK, cache, part.padding, known)
+            logits_BV = self._forward(piece_BK, cache, part.padding, known)[:, 0]
             known += piece_BK.shape[1]
         return replace(part, cache=cache, last_logits_BV=logits_BV)
 
@@ -385,8 +336,9 @@ class TransformersModel(LanguageModel):
         cache: Cache = make(config=self.inner.config)
         return cache
 
-    def _forward(self, ids_BS: Tensor, cache: Cache, padding: Sequence[int], known: int) -> Tensor:
-        """Logits (B, V) behind the last column; the cache takes the columns up. ``known`` columns are in it already."""
+    def _forward(self, ids_BS: Tensor, cache: Cache, padding: Sequence[int], known: int, last: int = 1) -> Tensor:
+        """Logits (B, last, V) behind the last columns; the cache takes all of them up. ``known`` columns are in it
+        already."""
         assert self.cache_argument is not None
         more: dict[str, Any] = {self.cache_argument: cache}
         if any(padding) or self.ways.positions_passed:
@@ -396,8 +348,8 @@ class TransformersModel(LanguageModel):
             if any(padding):
                 more["attention_mask"] = (position_BT >= 0).long()
         if self.keeps_logits:
-            more["logits_to_keep"] = 1
-        return self._logits(input_ids=ids_BS, use_cache=True, **more)[:, -1].float()
+            more["logits_to_keep"] = last
+        return self._logits(input_ids=ids_BS, use_cache=True, **more)[:, -last:].float()
 
     def _pass(self, ids_BS: Tensor, lengths: Sequence[int], last: int | None) -> Tensor:
         """See :meth:`context_logits`; all rows at once."""

@@ -129,6 +129,8 @@ class TwoTower(LanguageModel):
     """A pair: ``prefill`` and ``extend`` run the context tower, ``denoise`` the denoiser on one block."""
 
     branch_tokens = ContextTower.branch_tokens
+    verifies = uneven_rows = True
+    verified_up_to = None
 
     def __init__(self, config: NemotronHConfig) -> None:
         super().__init__()
@@ -158,6 +160,12 @@ class TwoTower(LanguageModel):
     def extend(self, context: Context, ids_BK: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Context:
         """See :meth:`ContextTower.extend`."""
         return self.context_tower.extend(context, ids_BK, lengths_B)
+
+    def extend_logits(
+        self, context: Context, ids_BK: Tensor, lengths_B: Sequence[int], wanted: Sequence[tuple[int, int]]
+    ) -> tuple[Context, Tensor]:
+        """See :meth:`ContextTower.extend_logits`."""
+        return self.context_tower.extend_logits(context, ids_BK, lengths_B, wanted)
 
     def tree_logits(self, context: Context | None, segments: Sequence[Segment]) -> Tensor:
         """See :meth:`ContextTower.tree_logits`."""

@@ -466,6 +466,7 @@ def _prompt_timing(generation: Generation, wall_s: float) -> PromptTiming:
         num_discarded_tokens=generation.num_discarded_tokens,
         num_context_forwards=generation.num_context_forwards,
         num_denoiser_forwards=generation.num_denoiser_forwards,
+        num_draft_forwards=generation.num_draft_forwards,
         num_forced_commits=generation.num_forced_commits,
         finish=generation.finish,
         finish_s=_finish_s(generation, finite(wall_s)),

@@ -1,0 +1,207 @@
+"""Speculative decoding: drafts from the prompt or a smaller model, verified in one pass, give the greedy tokens."""
+
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from golden_files import checkpoint_folders, golden
+from hf_models import CONFIGS, ODD, SMALL, save_reading, save_tiny
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
+
+from twotower_eval.engine.decoders import decoder_spec, make_decoder
+from twotower_eval.engine.decoders.speculative import Lookup
+from twotower_eval.engine.models import load_model
+from twotower_eval.engine.models.counting import WatchedModel
+from twotower_eval.engine.models.protocol import Model
+from twotower_eval.errors import UserError
+from twotower_eval.records import Generation, Prompt
+
+LLAMA_FAMILY = {"qwen2": transformers.Qwen2Config(**SMALL)}
+# Attention that is cut back, with a window that is not, states that read several tokens at once, states beside
+# attention, no cache at all, a window inside the modules, positions that end, rotary factors that switch.
+KINDS = ["llama", "qwen2", "gpt2", "mistral", "mamba2", "lfm2", "openai-gpt", "gpt_neo", "bert_decoder", "longrope"]
+BUDGET = 16
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function from a kind of model to the folder of a tiny one, and of one that is nearly the same."""
+    root = tmp_path_factory.mktemp("models")
+
+    def folder(kind: str, noise: float = 0.0) -> Path:
+        made = root / f"{kind}-{noise}"
+        if made.is_dir():
+            return made
+        if kind in LLAMA_FAMILY:
+            CONFIGS.setdefault(kind, LLAMA_FAMILY[kind])
+        if not noise:
+            return save_tiny(kind, made)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder(kind))
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.add_(torch.randn_like(parameter) * noise * parameter.std())
+        model.save_pretrained(made)
+        return made
+
+    yield folder
+    for kind in LLAMA_FAMILY:
+        CONFIGS.pop(kind, None)
+
+
+def prompts_that_repeat(num: int = 5, vocab: int = 60) -> list[Prompt]:
+    """Prompts of unlike lengths, some of whose n-grams come again."""
+    chance = random.Random(0)
+    parts = [[chance.randrange(3, vocab) for _ in range(6)] for _ in range(num)]
+    return [Prompt(id=str(i), token_ids=tuple((part * 3)[: 4 + 2 * i])) for i, part in enumerate(parts)]
+
+
+def said(made: Sequence[Generation]) -> list[Any]:
+    """All of an answer that a reader sees; how many forwards it took is none of it."""
+    return [(one.token_ids, one.text, one.finish, one.num_tokens, one.num_discarded_tokens) for one in made]
+
+
+def decoded(model: Model, kind: str, prompts: Sequence[Prompt], params: Any = {}, **asked: Any) -> list[Generation]:  # noqa: B006
+    asked = {"max_new_tokens": BUDGET, "eos_token_ids": model.eos_token_ids, **asked}
+    return make_decoder(model, kind, **params).generate(prompts, **asked)
+
+
+def check_greedy(model: Model, kind: str, params: Any, prompts: Sequence[Prompt], **asked: Any) -> list[Generation]:
+    """The answers, equal to the autoregressive decoder's in every batch size; no row depends on its neighbours."""
+    plain = decoded(model, "autoregressive", prompts, **asked)
+    made = decoded(model, kind, prompts, params, **asked)
+    for found in (made, *(decoded(model, kind, prompts, params, max_batch_size=size, **asked) for size in (1, 2))):
+        assert said(found) == said(plain)
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_looked_up_gives_the_greedy_tokens(folders: Any, kind: str) -> None:
+    model = load_model(folders(kind))
+    params = {"prompt_lookup_num_tokens": 6, "max_matching_ngram_size": 1 + len(kind) % 2}
+    made = check_greedy(model, "prompt_lookup", params, prompts_that_repeat())
+    assert all(one.num_context_forwards <= one.num_tokens + one.num_discarded_tokens for one in made)
+    assert all(one.num_draft_forwards is None for one in made)
+
+
+@pytest.mark.parametrize(
+    ("kind", "draft"),
+    [("llama", "near"), ("llama", "mamba2"), ("gpt2", "itself"), ("mistral", "near"), ("mamba2", "near")],
+)
+def test_what_a_model_drafts_gives_the_greedy_tokens(folders: Any, kind: str, draft: str) -> None:
+    model = load_model(folders(kind))
+    folder = folders(kind, 0.0 if draft == "itself" else 0.05) if draft in ("itself", "near") else folders(draft)
+    params = {"draft": str(folder), "num_assistant_tokens": 4}
+    made = check_greedy(model, "draft", params, prompts_that_repeat())
+    alone = decoded(model, "draft", prompts_that_repeat(), params, max_batch_size=1)
+    assert [one.num_draft_forwards for one in made] == [one.num_draft_forwards for one in alone]
+    if draft == "itself":  # every draft is right: 5 tokens a pass, and the prefill's one
+        assert {one.num_context_forwards for one in made if one.num_tokens == BUDGET} <= {4}
+        assert sum(one.num_tokens for one in made) > 3 * sum(one.num_context_forwards for one in made)
+
+
+@pytest.mark.parametrize("params", [("prompt_lookup", {}), ("draft", {"draft": "miniature"})], ids=["lookup", "draft"])
+def test_the_miniatures_answers_are_the_same_whatever_ends_them(params: tuple[str, Any]) -> None:
+    """A budget of one, a stop string inside a draft, an end-of-text inside a draft; the tower alone and in its pair."""
+    pair = load_model("miniature")
+    texts = ["copy: banana banana banana\n", "reverse: abcabcabcabc\n", "sort: 3 1 2\n", "abababababab", "x"]
+    prompts = [Prompt.from_text(text, pair) for text in texts]
+    prompts = [Prompt(id=str(i), token_ids=one.token_ids) for i, one in enumerate(prompts)]
+    for model in (pair, load_model("miniature", tower="context")):
+        for asked in ({}, {"max_new_tokens": 1}, {"stop": ("a", "\n"), "eos_token_ids": ()}):
+            check_greedy(model, *params, prompts, **asked)
+
+
+@pytest.mark.parametrize("folder", checkpoint_folders(), ids=lambda folder: folder.name)
+def test_golden_checkpoints_give_their_greedy_tokens(folder: Path) -> None:
+    gold = golden(folder)
+    for name in sorted(gold.meta["prompts"])[:4]:
+        check_greedy(gold.model, "prompt_lookup", {}, gold.prompts(name), eos_token_ids=())
+        check_greedy(gold.model, "draft", {"draft": str(folder)}, gold.prompts(name), eos_token_ids=())
+
+
+def test_forwards_are_counted_as_the_harness_counts_them(folders: Any) -> None:
+    """Every pass of the target, with the tokens that it reads; those of a draft model are no forwards of it."""
+    for kind in ("llama", "mamba2"):
+        watched: Any = WatchedModel(load_model(folders(kind)))
+        for decoder, params in (("prompt_lookup", {}), ("draft", {"draft": str(folders(kind))})):
+            watched.forget()
+            made = decoded(watched, decoder, prompts_that_repeat(), params)
+            counted = sum(watched.prefills.rows) + sum(watched.extensions.rows)
+            assert counted == sum(one.num_context_forwards for one in made)
+            assert max(watched.extensions.tokens) > 1
+    assert all((one.num_draft_forwards or 0) > one.num_context_forwards for one in made)
+
+
+def test_the_lookup_drafts_what_transformers_does() -> None:
+    chance = random.Random(1)
+    for _ in range(300):
+        ids = [chance.randrange(4) for _ in range(chance.randrange(2, 24))]
+        num, longest = chance.randrange(1, 6), chance.randrange(1, 4)
+        theirs = PromptLookupCandidateGenerator(None, num, longest, max_length=1000)
+        found, _ = theirs.get_candidates(torch.tensor([ids]))
+        assert Lookup(ids, longest).draft(num) == found[0, len(ids) :].tolist()
+
+
+def test_transformers_own_prompt_lookup_says_the_same(folders: Any) -> None:
+    model: Any = load_model(folders("gpt2"))
+    for prompt in prompts_that_repeat(3):
+        ids_1S = torch.tensor([prompt.token_ids])
+        asked = {"max_new_tokens": BUDGET, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        theirs = model.inner.generate(
+            ids_1S, attention_mask=torch.ones_like(ids_1S), prompt_lookup_num_tokens=10, **asked
+        )
+        [made] = decoded(model, "prompt_lookup", [prompt], eos_token_ids=())
+        assert list(made.token_ids) == theirs[0, len(prompt.token_ids) :].tolist()
+
+
+def test_a_model_that_reads_one_token_at_a_time_is_refused_in_one_line(folders: Any) -> None:
+    model = load_model(folders("recurrent_gemma"))
+    with pytest.raises(UserError, match="gives logits behind one at a time only: take autoregressive") as error:
+        make_decoder(model, "prompt_lookup")
+    assert "\n" not in str(error.value)
+    assert "recurrent_gemma" in ODD
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "words"),
+    [
+        ("prompt_lookup", {"prompt_lookup_num_tokens": 0}, "must be a whole number of at least 1"),
+        ("prompt_lookup", {"max_matching_ngram_size": True}, "must be a whole number of at least 1"),
+        ("prompt_lookup", {"temperature": 0.5}, "has no parameter 'temperature'"),
+        ("draft", {}, "set draft to a checkpoint"),
+        ("draft", {"draft": "/nowhere/at/all"}, "no such checkpoint folder"),
+        ("draft", {"draft": "miniature", "num_assistant_tokens": 0}, "must be a whole number of at least 1"),
+    ],
+)
+def test_a_slip_is_one_line(kind: str, params: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        decoder_spec(kind, **params)
+    assert "\n" not in str(error.value)
+
+
+def test_a_draft_model_has_the_same_tokenizer(tmp_path: Path) -> None:
+    model = load_model(save_reading("llama", tmp_path / "one"))
+    other = save_reading("gpt2", tmp_path / "other")
+    make_decoder(model, "draft", draft=str(other))
+    text = (other / "tokenizer.json").read_text().replace('"a"', '"\\u00e4"')
+    (other / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match="draft model other has another tokenizer than one"):
+        make_decoder(model, "draft", draft=str(other))
+
+
+def test_the_draft_models_content_is_part_of_the_operating_point(folders: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(folders("llama"), tmp_path / "draft")
+    before = decoder_spec("draft", draft=str(folder))
+    assert before == decoder_spec("draft", draft=str(folder))
+    shutil.copytree(folders("llama", 0.05), folder, dirs_exist_ok=True)
+    after = decoder_spec("draft", draft=str(folder))
+    assert before.params == after.params
+    assert before.draft != after.draft
+    assert decoder_spec("prompt_lookup").draft is None
