@@ -78,6 +78,7 @@ ALLOWED: dict[str, set[str]] = {
         "sizing",
         "verify",
         "suites",
+        "models",
         "stats",
         "calibration",
     }

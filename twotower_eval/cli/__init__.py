@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from twotower_eval.cli import analyse, measure
+from twotower_eval.cli import listing as listing_verb
 from twotower_eval.cli.options import listing
 from twotower_eval.cli.runs import EXIT_INTERRUPTED
 from twotower_eval.errors import UserError
@@ -50,6 +51,10 @@ app.command(
 app.command(help="Check the statistics on simulated data with known truth: interval coverage and wrong verdicts.")(
     analyse.calibrate
 )
+app.command(
+    "list",
+    help="List tasks, suites, decoders, families, claims or sections: what can be named, and whether it is here.",
+)(listing_verb.names)
 
 claims_app = typer.Typer(help="Judge claims that were written before measuring.", rich_markup_mode=None)
 claims_app.command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from twotower_eval.errors import UserError
 from twotower_eval.measure.suites.datafiles import folders, numbered_rows
+from twotower_eval.measure.suites.lm_types import Entry
 from twotower_eval.names import nearest
 from twotower_eval.strict import JsonObject
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
+HERE, NOT_HERE = "here", "not here"
 Origin = Literal["own", "shipped", "lm-eval"]  # of a task: the user's, this project's, lm-eval's
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
@@ -73,6 +76,35 @@ def _on_named_files(name: str, config: dict[str, Any], named: object, beside: Pa
                 raise UserError(f"task {name!r}: there is no data file {path}, here or beside its YAML{hint}")
             return _on_files(config, paths)
     return {**config, "dataset_kwargs": {**config["dataset_kwargs"], "data_files": files}}
+
+
+def where_data_is(name: str, entry: Entry, data_dir: Path | None, origin: Origin) -> str:
+    """Whether a task's documents are on this machine: ``here``, ``in the hub's cache``, or ``not here``."""
+    config = entry.cfg or {}
+    dataset = str(config.get("dataset_path") or "")
+    kwargs = config.get("dataset_kwargs")
+    named = kwargs.get("data_files") if isinstance(kwargs, Mapping) else None
+    if origin != "lm-eval" and named is not None:
+        files = named.values() if isinstance(named, Mapping) else [named]
+        listed = [str(one) for several in files for one in (several if isinstance(several, list) else [several])]
+        beside = Path(entry.yaml_path).parent
+        return HERE if all(Path(one).exists() or (beside / one).exists() for one in listed) else NOT_HERE
+    if config.get("custom_dataset"):
+        return "made by its own code"
+    if data_dir is not None:
+        there = (data_dir / folder for folder in folders(name, dataset, str(config.get("dataset_name"))))
+        return HERE if any(folder.is_dir() for folder in there) else NOT_HERE
+    if Path(dataset).exists() and dataset:
+        return HERE
+    cached = data_cache() / f"datasets--{dataset.replace('/', '--')}"
+    return "in the hub's cache" if dataset and cached.is_dir() else NOT_HERE
+
+
+def data_cache() -> Path:
+    """The folder in which the Hugging Face hub's client keeps data sets."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return Path(given or Path(home, "hub")).expanduser()
 
 
 def places(name: str, config: JsonObject) -> str:
