@@ -70,7 +70,7 @@ def test_what_installed_packages_register_is_listed(site: Path) -> None:
     assert by_name(listed("decoders"))["mocked"] == Listed(
         name="mocked", source="installed package", facts={"parameters": {"temperature": 0.0}}
     )
-    assert by_name(listed("families"))["own"].facts == {"place": "a:b"}
+    assert by_name(listed("families"))["own"].facts == {"place": "pkg.mod:load"}
 
 
 @pytest.mark.parametrize("what", ["suites", "decoders", "families", "claims", "sections"])
