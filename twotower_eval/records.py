@@ -956,7 +956,8 @@ class GateLimits:
 class Claim:
     """A claim written down before measuring.
 
-    ``subject`` and ``baseline`` name checkpoints (or begin their digests; ``context-tower`` is the subject's own).
+    ``subject`` and ``baseline`` name checkpoints (or begin their digests; ``context-tower`` is the subject's own). A
+    ``baseline`` may also be the name of a decoder or, among several, a baseline's own; empty, it is any.
     ``scope`` names the tasks of a quality claim. ``expected`` is a fraction of 1, or a factor for speedups;
     ``margin`` is in the same unit, for speedups a share of ``expected``. A ``joint`` claim has ``parts``, the names
     of other claims at the same point, and neither ``expected`` nor ``margin``.
@@ -1017,6 +1018,20 @@ class Gate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AgainstBaseline:
+    """Which baseline a verdict is against, of how many in its runs; ``decoder`` is its label.
+
+    ``strongest`` is another one with more useful tokens per second, and ``speedup`` the one over that.
+    """
+
+    name: str
+    decoder: str
+    num_baselines: Size = 1
+    strongest: str | None = None
+    speedup: Estimate | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What the evidence says about a claim, and which runs it rests on.
 
@@ -1028,7 +1043,7 @@ class Verdict:
     ``not_given`` among them, which lie beside those that were.
     ``num_launches`` are those that a speedup was timed in. With too few of them to see how they differ, what is decided
     holds in them alone: ``scope`` says so. ``high_retention`` is a share of the baseline's score so far above 1 that
-    the baseline may be broken.
+    the baseline may be broken. ``against`` is the baseline, where it is one of several or no plain one.
     """
 
     claim: str
@@ -1047,6 +1062,7 @@ class Verdict:
     level: float = 0.95
     not_given: tuple[str, ...] = ()
     high_retention: float | None = None
+    against: AgainstBaseline | None = field(default=None, metadata=LEFT_OUT)
 
 
 def canonical_json(value: object) -> str:

@@ -12,6 +12,7 @@ from twotower_eval.analyse.claims import ruling
 from twotower_eval.analyse.compare import Measured, QualityPoint, Runs, SpeedPoint
 from twotower_eval.analyse.compare.figures import PERCENT, TIMES, Unit, interval
 from twotower_eval.analyse.compare.points import checkpoint_name
+from twotower_eval.analyse.compare.several import baseline_name, least_speedup, strongest
 from twotower_eval.analyse.words import gate_text, kind_text
 from twotower_eval.records import Cell, Estimate, Gate
 
@@ -81,13 +82,32 @@ class Comparison:
     @cached_property
     def points(self) -> tuple[ComparedPoint, ...]:
         """All points in the order of the plan; a point timed in several ways (batch sizes, workloads) is there once for
-        each."""
+        each, and once for each of several baselines."""
         found = []
         for key in self.runs.points:
             quality = self.runs.quality_at(key)
             timed: list[SpeedPoint | None] = [point for point in self.runs.speed if point.key == key]
-            found += [_compared(self.runs, quality, speed) for speed in timed or [None]]
+            for speed in timed or [None]:
+                each = self.runs.each_baseline(key, speed)
+                found += [_compared(self.runs.against(one.name), one.quality, one.speed) for one in each]
+                found += [] if each else [_compared(self.runs, quality, speed)]
         return tuple(found)
+
+    @cached_property
+    def strongest(self) -> ComparedPoint | None:
+        """The first point against the strongest of several baselines, that with the most useful tokens per second;
+        ``None`` where fewer than two were timed."""
+        first = self.runs.first
+        best = strongest(self.runs.each_baseline(first.key, first.speed)) if first.key else None
+        return None if best is None else next(one for one in self.points if one.speed is best.speed)
+
+    @property
+    def speedup_over_strongest(self) -> Estimate | None:
+        """The speedup over the strongest of several baselines at the first point, whichever that is: the least over all
+        of them, with an interval that holds for the choice; ``None`` where fewer than two were timed."""
+        first = self.runs.first
+        each = self.runs.each_baseline(first.key, first.speed) if first.key else ()
+        return None if strongest(each) is None else least_speedup(each).estimate
 
     @cached_property
     def first(self) -> ComparedPoint | None:
@@ -96,7 +116,7 @@ class Comparison:
         first = self.runs.first
         if first.key is None:
             return None
-        return next(one for one in self.points if (one.quality, one.speed) == (first.quality, first.speed))
+        return next(one for one in self.points if one.quality is first.quality and one.speed is first.speed)
 
     @property
     def retention(self) -> Estimate | None:
@@ -135,7 +155,7 @@ class Comparison:
         )
 
     def __repr__(self) -> str:
-        lines = [f"{point.name}: retention {point.text('retention')}; {_speed_text(point)}" for point in self.points]
+        lines = [f"{_name(point)}: retention {point.text('retention')}; {_speed_text(point)}" for point in self.points]
         return "\n".join(lines or [NOTHING])
 
     def _repr_html_(self) -> str:
@@ -143,7 +163,7 @@ class Comparison:
 
         rows = [
             {
-                "operating point": point.name,
+                "operating point": _name(point),
                 "retention": point.text("retention"),
                 "of which the decoder answers": point.text("exercised_retention"),
                 "speedup": _speed_text(point),
@@ -184,6 +204,11 @@ def _compared(runs: Runs, quality: QualityPoint | None, speed: SpeedPoint | None
     )
 
 
+def _name(point: ComparedPoint) -> str:
+    """A point's name, with that of the baseline where there are several."""
+    return point.name if point.baseline.baseline is None else f"{point.name} against {point.baseline.baseline}"
+
+
 def _speed_text(point: ComparedPoint) -> str:
     if point.speed is None:
         return point.text("speedup")
@@ -195,7 +220,7 @@ def _of_point(point: ComparedPoint) -> dict[str, object]:
     return {
         "point": point.name,
         "model": checkpoint_name(point.candidate.checkpoint),
-        "baseline": checkpoint_name(point.baseline.checkpoint),
+        "baseline": baseline_name(point.baseline),
         "dtype": point.candidate.checkpoint.dtype,
         "decoder": point.candidate.decoder.kind,
     }

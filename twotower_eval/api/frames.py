@@ -265,9 +265,14 @@ def _dtype(values: Iterable[object]) -> Literal["Int64", "boolean"] | None:
 def _frame(run: Run, rows: Sequence[R], columns: Columns[R]) -> pd.DataFrame:
     cells = run.cells
     params: dict[str, None] = dict.fromkeys(name for cell in run.manifest.cells for name in cell.decoder.params)
+    several: tuple[str, ...] = ("baseline",) if any(cell.baseline for cell in run.manifest.cells) else ()
     of_cells = {cell: _of_cell(run, cells[cell], params) for cell in {row.cell for row in rows}}
-    names = [*OF_CELLS, *parameter_columns(params, {*OF_CELLS, *columns}).values()]
-    beside = {name: [of_cells[row.cell][place] for row in rows] for place, name in enumerate(names)}
+    own: tuple[str, ...] = (*OF_CELLS, *several)
+    names = [*OF_CELLS, *parameter_columns(params, {*own, *columns}).values()]
+    beside: dict[str, Sequence[object]] = {
+        name: [of_cells[row.cell][place] for row in rows] for place, name in enumerate(names)
+    }
+    beside |= {name: [cells[row.cell].baseline for row in rows] for name in several}
     return table({**beside, **{name: [get(row) for row in rows] for name, get in columns.items()}})
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from twotower_eval.analyse.compare.figures import Measured
-from twotower_eval.analyse.compare.points import QualityPoint, checkpoint_name
+from twotower_eval.analyse.compare.points import QualityPoint
 from twotower_eval.analyse.compare.runs import Runs, TimedAlone
+from twotower_eval.analyse.compare.several import baseline_name, strongest
 from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.analyse.report.alone import model_name, scores
 from twotower_eval.analyse.report.quality_frames import AVERAGE, TASK, by_task
@@ -48,8 +49,9 @@ def _by_task(runs: Runs) -> Iterator[Table]:
     shown = [row for row in rows if row["level"] == TASK]
     average = [row for row in rows if row["level"] == AVERAGE and row["task"] == HEADLINE and row["num_tasks"] > 1]
     outputs = f"timed answers, batch {point.candidate.workload.batch_size}" if point.timed else "whole tasks"
+    against = f" against {runs.baseline}" if runs.baselines else ""
     yield Table(
-        title=f"Quality at {runs.name(point.candidate)} ({outputs})",
+        title=f"Quality at {runs.name(point.candidate)}{against} ({outputs})",
         header=("task", "n", "baseline", "candidate", "retention [95 %]"),
         rows=tuple(_task_row(row) for row in (*shown, *average)),
     )
@@ -64,39 +66,51 @@ def _task_row(row: Raw) -> tuple[str, ...]:
 def _points(runs: Runs) -> Iterator[Table]:
     """Every operating point, once for each way in which it was timed."""
     found: list[tuple[QualityPoint | None, SpeedPoint | None]] = []
+    marked: dict[int, str] = {}  # the strongest of several baselines, by the timing against it
     for key in runs.points:
         timed: list[SpeedPoint | None] = [point for point in runs.speed if point.key == key]
-        found += [(runs.quality_at(key), speed) for speed in timed or [None]]
+        for speed in timed or [None]:
+            each = runs.each_baseline(key, speed)
+            found += [(one.quality, one.speed) for one in each] or [(runs.quality_at(key), speed)]
+            if (best := strongest(each)) is not None:
+                marked[id(best.speed)] = " (strongest)"
     if not runs.speed:
         if len(found) > 1:
+            several = bool(runs.baselines)
             yield Table(
                 title="All operating points",
-                header=("point", "n", "retention [95 %]"),
-                rows=tuple(_quality(runs, quality) for quality, _ in found if quality),
+                header=("point", *(["baseline"] if several else []), "n", "retention [95 %]"),
+                rows=tuple(_quality(runs, quality, several) for quality, _ in found if quality),
+                num_left=1 + several,
             )
         return
-    several = len({checkpoint_name(point.baseline.checkpoint) for point in runs.speed}) > 1
+    several = len({baseline_name(point.baseline) for _, point in found if point}) > 1
     yield Table(
         title="Speed (baseline / candidate)",
         header=(
             *("point", *(["baseline"] if several else []), "workload, batch", "retention [95 %]", "speedup [95 %]"),
             *("A/A null [99 %]", "useful tokens/s", "answers/s"),
         ),
-        rows=tuple(_speed(runs, quality, speed, several) for quality, speed in found if speed),
+        rows=tuple(
+            _speed(runs, quality, speed, [baseline_name(speed.baseline) + marked.get(id(speed), "")] if several else [])
+            for quality, speed in found
+            if speed
+        ),
         num_left=2 + several,
     )
 
 
-def _quality(runs: Runs, point: QualityPoint) -> tuple[str, ...]:
+def _quality(runs: Runs, point: QualityPoint, several: bool) -> tuple[str, ...]:
     num = sum(task.num_documents for task in point.tasks)
-    return (runs.name(point.candidate), count(num), retention(point.headline))
+    whose = [baseline_name(point.baseline)] if several else []
+    return (runs.name(point.candidate), *whose, count(num), retention(point.headline))
 
 
-def _speed(runs: Runs, quality: QualityPoint | None, point: SpeedPoint, several: bool) -> tuple[str, ...]:
+def _speed(runs: Runs, quality: QualityPoint | None, point: SpeedPoint, baseline: Sequence[str]) -> tuple[str, ...]:
     marked = f" {INVALID}" if point.invalid and point.time.estimate else ""
     return (
         runs.name(point.candidate),
-        *([checkpoint_name(point.baseline.checkpoint)] if several else []),
+        *baseline,
         f"{point.workload}, {point.batch_size}",
         NONE if quality is None else retention(quality.headline),
         times(point.time) + marked,

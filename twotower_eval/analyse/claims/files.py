@@ -141,7 +141,7 @@ def _claim(table: JsonObject, points: Mapping[str, OperatingPoint]) -> Claim:
         name=value_of(where, table, "name", str),
         quantity=quantity,
         subject=value_of(where, table, "subject", str),
-        baseline=value_of(where, table, "baseline", str),
+        baseline=value_of(where, table, "baseline", str, ""),
         point=points[point],
         source=value_of(where, table, "source", str),
         scope=_scope(where, quantity, texts(where, table, "scope")),

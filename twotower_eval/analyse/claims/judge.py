@@ -29,6 +29,7 @@ from twotower_eval.analyse.claims.match import (
     own_score,
     quality_at,
     quality_estimate,
+    runs_for,
     same_point,
     speed_at,
     speed_readings,
@@ -36,13 +37,14 @@ from twotower_eval.analyse.claims.match import (
 )
 from twotower_eval.analyse.claims.ruling import DECIDED, Amount, doubt, outcome_of, ruled, timed_amount
 from twotower_eval.analyse.claims.terms import SPEED_QUANTITIES
-from twotower_eval.analyse.compare import Measured, QualityPoint, SpeedPoint, gates
+from twotower_eval.analyse.compare import Measured, QualityPoint, Runs, SpeedPoint, gates
 from twotower_eval.analyse.compare.figures import measured
 from twotower_eval.analyse.compare.gates import speed_gates
-from twotower_eval.analyse.compare.same import same_prompts_gates
+from twotower_eval.analyse.compare.same import run_ids_of, same_prompts_gates
+from twotower_eval.analyse.compare.several import PLAIN, baseline_name, baselines_of, strongest
 from twotower_eval.analyse.compare.witness import scored_witness_gates
 from twotower_eval.analyse.words import gate_text
-from twotower_eval.records import Claim, Gate, Outcome, Verdict, VerdictScope
+from twotower_eval.records import AgainstBaseline, Claim, Gate, Outcome, Verdict, VerdictScope
 from twotower_eval.store import Run
 
 EXIT_CODES: Mapping[Outcome, int] = {
@@ -56,18 +58,46 @@ EXIT_CODES: Mapping[Outcome, int] = {
 
 def judge(claims: Sequence[Claim], runs: Sequence[Run], names: Sequence[str] = ()) -> tuple[Verdict, ...]:
     """A verdict for each named claim, or for all without names, in the file's order."""
-    evidence = gather(runs)
+    together = runs if isinstance(runs, Runs) else Runs(runs)
     wanted = select(claims, names)
     needed = {claim.name for claim in wanted} | {part for claim in wanted for part in claim.parts}
+    known: dict[int, Evidence] = {}
+
+    def evidence(claim: Claim) -> Evidence:
+        seen = runs_for(claim, together)
+        if id(seen) not in known:
+            known[id(seen)] = gather(seen)
+        return known[id(seen)]
+
     single = {
-        claim.name: _judge_one(claim, evidence)
+        claim.name: _judge_one(claim, evidence(claim))
         for claim in claims
         if claim.name in needed and claim.quantity != "joint"
     }
     judged = [
-        single.get(claim.name) or _joined(claim, [single[part] for part in claim.parts], evidence) for claim in wanted
+        single.get(claim.name) or _joined(claim, [single[part] for part in claim.parts], evidence(claim))
+        for claim in wanted
     ]
-    return tuple(found.verdict for found in judged)
+    return tuple(_against(found, together).verdict for found in judged)
+
+
+def _against(judged: _Judged, runs: Runs) -> _Judged:
+    """The verdict with the baseline that it is against, where a run has several or it is not decoded plainly."""
+    point = judged.point
+    if point is None or (point.baseline.baseline is None and point.baseline.decoder.kind == PLAIN):
+        return judged
+    own = [run for run in runs.whole if run.manifest.run_id in run_ids_of(point)]
+    each = runs.each_baseline(point.key, point if isinstance(point, SpeedPoint) else None)
+    best = strongest(each)
+    other = best if best is not None and best.name != point.baseline.baseline else None
+    against = AgainstBaseline(
+        name=baseline_name(point.baseline),
+        decoder=point.baseline.decoder.label,
+        num_baselines=max(1, len({name for run in own for name in baselines_of(run)})),
+        strongest=None if other is None else other.name,
+        speedup=None if other is None or other.speed is None else other.speed.time.estimate,
+    )
+    return dataclasses.replace(judged, verdict=dataclasses.replace(judged.verdict, against=against))
 
 
 def first_outcome(outcomes: Sequence[Outcome]) -> Outcome:

@@ -15,6 +15,7 @@ from twotower_eval import store
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.claims.files import SCORE_QUANTITIES, meant_tasks
 from twotower_eval.analyse.claims.match import (
+    ANY,
     UNSTATED,
     Evidence,
     cell_fits,
@@ -25,6 +26,7 @@ from twotower_eval.analyse.claims.match import (
     num_documents,
     quality_at,
     quality_near,
+    runs_for,
     scores_of,
     speed_at,
     subject_of,
@@ -34,7 +36,7 @@ from twotower_eval.analyse.claims.match import (
     workload_fits,
 )
 from twotower_eval.analyse.claims.terms import SPEED_QUANTITIES
-from twotower_eval.analyse.compare import QualityPoint, SpeedPoint
+from twotower_eval.analyse.compare import QualityPoint, Runs, SpeedPoint
 from twotower_eval.analyse.compare.contradiction import was_cut_short
 from twotower_eval.analyse.compare.points import OtherScore, checkpoint_name, long_name
 from twotower_eval.analyse.compare.several import whole
@@ -44,7 +46,7 @@ from twotower_eval.decoder_settings import SHORTHANDS, set_text
 from twotower_eval.errors import UserError
 from twotower_eval.names import plural
 from twotower_eval.plan import CONTEXT_TOWER
-from twotower_eval.records import Cell, Claim, RunManifest, Score, SpeedSample
+from twotower_eval.records import OWN_DECODERS, Cell, Claim, RunManifest, Score, SpeedSample
 from twotower_eval.resources import SHIPPED
 from twotower_eval.store import Row, Run
 
@@ -85,7 +87,7 @@ def looks_at_speed(claim: Claim, evidence: Evidence, found: Sequence[SpeedPoint]
         declared=claim.looks,
         not_given=tuple(run.manifest.run_id for run in beside),
     )
-    return looks, [*found[1:], *(point for one in _each(beside) for point in speed_at(claim, one))]
+    return looks, [*found[1:], *(point for one in _each(claim, beside) for point in speed_at(claim, one))]
 
 
 def looks_at_quality(
@@ -112,7 +114,7 @@ def looks_at_quality(
         declared=claim.looks,
         not_given=tuple(sorted(apart_beside.values())),
     )
-    unseen = [point for one in _each(beside) for point in quality_at(claim, one)]
+    unseen = [point for one in _each(claim, beside) for point in quality_at(claim, one)]
     return looks, [*others, *(point for point in unseen if not point.timed and _is_telling(claim, point))]
 
 
@@ -164,7 +166,7 @@ def scored_by(claim: Claim, run: Run, *, timed: bool, num_rows: int | None = Non
 
 def _is_of(claim: Claim, cell: Cell, *, timed: bool) -> bool:
     """Whether a cell is one of the claim's two arms, with timed answers or with whole tasks."""
-    named = names_baseline(claim, cell.checkpoint) if cell.arm == "baseline" else cell_fits(claim, cell)
+    named = names_baseline(claim, cell) if cell.arm == "baseline" else cell_fits(claim, cell)
     return named and (cell.workload.kind != "task") == timed
 
 
@@ -196,7 +198,7 @@ def _has_both(claim: Claim, manifest: RunManifest, fits: Callable[[Cell], bool])
     """Whether a run has the claim's candidate, with a workload that fits, and its baseline."""
     cells = manifest.cells
     return any(cell.arm == "candidate" and cell_fits(claim, cell) and fits(cell) for cell in cells) and any(
-        cell.arm == "baseline" and names_baseline(claim, cell.checkpoint) for cell in cells
+        cell.arm == "baseline" and names_baseline(claim, cell) for cell in cells
     )
 
 
@@ -234,11 +236,11 @@ def _manifest_at(path: Path, _changed_ns: int) -> RunManifest:
     return store.read_manifest(path)
 
 
-def _each(runs: Iterable[Run]) -> Iterator[Evidence]:
+def _each(claim: Claim, runs: Iterable[Run]) -> Iterator[Evidence]:
     """The points of every single run; a run that raises is skipped, as it was not given."""
     for run in runs:
         try:
-            yield gather([run])
+            yield gather(runs_for(claim, Runs([run])))
         except UserError:
             continue
 
@@ -257,7 +259,7 @@ OPTIONS = {param: f"--{field.replace('_', '-')}" for field, param in SHORTHANDS.
 
 def missing(claim: Claim, points: Sequence[QualityPoint | SpeedPoint], alone: Sequence[str] = ()) -> str:
     """Why a claim is NOT MEASURED, and the command that measures it. ``alone``: models measured without a baseline."""
-    found = _nearby(claim, points, alone) + _left_open(claim, points) + _meant(claim)
+    found = _nearby(claim, points, alone) + _left_open(claim, points) + _other_baseline(claim, points) + _meant(claim)
     words = measuring_command(claim)
     where = f" on {claim.point.hardware}" if claim.point.hardware else ""
     refused = "" if claim.subject == SHIPPED else "; tasks that execute model-written code to score it are refused"
@@ -325,7 +327,7 @@ def measuring_command(claim: Claim) -> list[str]:
         params["threshold"] = point.decoder.params.get("threshold") or 0.0
     words = ["twotower-eval", "speed" if timed else "run"]
     words += [] if shipped else ["--model", "CKPT"]
-    words += [] if claim.baseline == CONTEXT_TOWER else ["--baseline", "BASELINE"]
+    words += _baseline_words(claim)
     tasks = ",".join(point.timed_tasks if timed else claim.scope) or ("" if shipped else "TASKS")
     words += ["--tasks", tasks] if tasks else []
     words += [] if point.decoder.kind == "block_diffusion" else ["--decoder", point.decoder.kind]
@@ -341,6 +343,19 @@ def measuring_command(claim: Claim) -> list[str]:
     words += [] if point.batch_size in (None, 1) else ["--batch-sizes", str(point.batch_size)]
     words += [] if point.workload in (None, "answer") else ["--workload", str(point.workload)]
     return words if (point.num_devices or 1) < 2 else [*words, "--devices", "D,D"]
+
+
+def _baseline_words(claim: Claim) -> list[str]:
+    if claim.baseline in OWN_DECODERS or ":" in claim.baseline:
+        return ["--baseline-decoder", claim.baseline]
+    return [] if claim.baseline in (CONTEXT_TOWER, ANY) else ["--baseline", "BASELINE"]
+
+
+def _other_baseline(claim: Claim, points: Sequence[QualityPoint | SpeedPoint]) -> str:
+    """A hint where the model was measured against a plug-in's decoding of its baseline, which a claim has to name."""
+    kinds = [point.baseline.decoder for point in points if names_subject(claim, subject_of(point))]
+    kind = next((one.kind for one in kinds if one.is_plug_in and claim.baseline != one.kind), None)
+    return "" if kind is None else f"; only a claim with baseline = {kind!r} is about a baseline that {kind} decodes"
 
 
 def _nearby(claim: Claim, points: Sequence[QualityPoint | SpeedPoint], alone: Sequence[str]) -> str:

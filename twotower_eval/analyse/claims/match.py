@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from twotower_eval.analyse.compare.figures import measured
 from twotower_eval.analyse.compare.points import OtherScore, candidate_mean, checkpoint_name
 from twotower_eval.analyse.compare.quality import quality_points
 from twotower_eval.analyse.compare.runs import is_alone
+from twotower_eval.analyse.compare.several import PLAIN, against, baselines_of, default_baseline, whole
 from twotower_eval.analyse.compare.timing import speed_points
 from twotower_eval.analyse.compare.wholes import WholeScore
 from twotower_eval.analyse.stats.decide import DECISION_LEVEL
@@ -27,6 +29,8 @@ from twotower_eval.store import Run
 from twotower_eval.strict import JsonObject
 
 MIN_DIGEST = 8  # hex digits of a digest that name a checkpoint
+HEX = re.compile(rf"[0-9a-fA-F]{{{MIN_DIGEST},}}")
+ANY = ""  # the baseline of a claim that names none
 UNSTATED = (None, False, 0, 0.0)
 WITHOUT_EFFECT = ("trace",)  # keeps a record of decoding and changes nothing
 
@@ -110,7 +114,7 @@ def quality_at(claim: Claim, evidence: Evidence) -> list[QualityPoint]:
     found = [
         point
         for point in evidence.quality
-        if cell_fits(claim, point.candidate) and names_pair(claim, point.baseline.checkpoint, subject_of(point))
+        if cell_fits(claim, point.candidate) and names_pair(claim, point.baseline, subject_of(point))
         if set(claim.scope) <= {task.name for task in point.tasks} or own_score(claim, point) is not None
         if claim.metric is None or own_score(claim, point) is not None or _is_headline(claim, point)
     ]
@@ -171,7 +175,7 @@ def _speed_at_decoder(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
     found = [
         point
         for point in evidence.speed
-        if cell_fits(claim, point.candidate) and names_pair(claim, point.baseline.checkpoint, subject_of(point))
+        if cell_fits(claim, point.candidate) and names_pair(claim, point.baseline, subject_of(point))
         if hardware_fits(claim, _machines(point, evidence))
     ]
     return sorted(found, key=lambda point: max(point.run_ids), reverse=True)
@@ -231,29 +235,59 @@ def has_subject(claim: Claim, run: Run) -> bool:
     return any(cell.arm == "candidate" and names_subject(claim, cell.checkpoint) for cell in run.manifest.cells)
 
 
-def names_baseline(claim: Claim, checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is the claim's baseline; ``context-tower`` is the subject's own context tower."""
-    if claim.baseline == CONTEXT_TOWER:
-        return checkpoint.tower == "context"
-    return _names(claim.baseline, checkpoint)
+def names_baseline(claim: Claim, cell: Cell) -> bool:
+    """Whether a cell is the claim's baseline; ``context-tower`` is the subject's own context tower.
+
+    A claim names a baseline by its checkpoint, by its decoder, or by its name among several. A claim that names none
+    is about any. What a plug-in decodes has to be named as such: nobody knows whether that is a baseline's best.
+    """
+    wanted = claim.baseline
+    if wanted == CONTEXT_TOWER:
+        return cell.checkpoint.tower == "context" and not cell.decoder.is_plug_in
+    if wanted == cell.decoder.kind or (wanted == cell.baseline and not HEX.fullmatch(wanted)):
+        return True
+    return not cell.decoder.is_plug_in and (wanted == ANY or _names(wanted, cell.checkpoint))
 
 
-def names_pair(claim: Claim, baseline: Checkpoint, candidate: Checkpoint) -> bool:
+def names_pair(claim: Claim, baseline: Cell, candidate: Checkpoint) -> bool:
     """Whether these are the claim's two models. A ``context-tower`` baseline comes from the candidate's folder."""
-    own = claim.baseline != CONTEXT_TOWER or baseline.source == candidate.source
+    own = claim.baseline != CONTEXT_TOWER or baseline.checkpoint.source == candidate.source
     return own and names_subject(claim, candidate) and names_baseline(claim, baseline)
+
+
+def chosen_baseline(claim: Claim, run: Run) -> str | None:
+    """Which of a run's baselines a claim is judged against; ``None`` where the run has only one.
+
+    The one of that name if there is one. Else, of those that the claim's ``baseline`` fits, the first of the plan that
+    decodes one token at a time, and where none does the first. No result decides.
+    """
+    names = baselines_of(run)
+    if claim.baseline in names or len(names) < 2:
+        return claim.baseline if claim.baseline in names else None
+    cells = [cell for cell in run.manifest.cells if cell.arm == "baseline" and names_baseline(claim, cell)]
+    plain = [cell for cell in cells if cell.decoder.kind == PLAIN]
+    return next((cell.baseline for cell in (*plain, *cells)), default_baseline(run))
+
+
+def runs_for(claim: Claim, runs: Runs) -> Runs:
+    """The runs, those with several baselines against the one that the claim is judged against."""
+    chosen = tuple(chosen_baseline(claim, run) for run in runs.whole)
+    views = tuple(against(run, name) for run, name in zip(runs.whole, chosen, strict=True))
+    if not any(chosen) or all(view is run for view, run in zip(views, runs, strict=True)):
+        return runs
+    return runs.seen_as(views)
 
 
 def is_about(claim: Claim, runs: Iterable[Run]) -> bool:
     """Whether some run has the claim's two models, or its subject measured without a baseline."""
-    for run in runs:
-        arms: dict[Arm, list[Checkpoint]] = {"baseline": [], "candidate": []}
+    for run in map(whole, runs):
+        arms: dict[Arm, list[Cell]] = {"baseline": [], "candidate": []}
         for cell in run.manifest.cells:
-            arms[cell.arm].append(cell.checkpoint)
+            arms[cell.arm].append(cell)
         alone = is_alone(run) or not arms["baseline"]
-        if any(names_pair(claim, one, other) for one in arms["baseline"] for other in arms["candidate"]):
+        if any(names_pair(claim, one, other.checkpoint) for one in arms["baseline"] for other in arms["candidate"]):
             return True
-        if alone and any(names_subject(claim, one) for one in arms["candidate"]):
+        if alone and any(names_subject(claim, one.checkpoint) for one in arms["candidate"]):
             return True
     return False
 

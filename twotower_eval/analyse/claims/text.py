@@ -11,7 +11,7 @@ from twotower_eval.analyse.claims.judge import EXIT_CODES, outcome_text
 from twotower_eval.analyse.claims.recomputed import AuditLine
 from twotower_eval.analyse.claims.ruling import look_text, unit_of
 from twotower_eval.analyse.claims.terms import terms_text
-from twotower_eval.analyse.compare.figures import high_retention_text, interval
+from twotower_eval.analyse.compare.figures import TIMES, high_retention_text, interval
 from twotower_eval.analyse.compare.gates import NAMED_WITH_SPEED
 from twotower_eval.analyse.words import found_text, kind_text
 from twotower_eval.names import plural
@@ -28,7 +28,7 @@ def verdict_lines(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> list[
     for verdict in verdicts:
         shown = estimate_text(by_name[verdict.claim], verdict.estimate, verdict.metric)
         words = [f"{outcome_text(verdict):{widest}}", f"{verdict.claim:{width}}", f"{shown} {verdict.reason}".strip()]
-        remarks = scope_text(verdict) + retention_text(verdict) + unchecked_text(verdict)
+        remarks = against_text(verdict) + scope_text(verdict) + retention_text(verdict) + unchecked_text(verdict)
         remarks += chance_text(by_name[verdict.claim], verdict)
         remarks += f"; claimed: {terms_text(by_name[verdict.claim], metrics, claims)}" + looks_text(
             by_name[verdict.claim], verdict
@@ -58,6 +58,20 @@ def scope_text(verdict: Verdict) -> str:
     if verdict.scope is None:
         return ""
     return f"; holds {verdict.scope} only: `twotower-eval speed --launches {stats.MIN_LAUNCHES}` decides for others"
+
+
+def against_text(verdict: Verdict) -> str:
+    """The baseline of a verdict, where it is one of several or is not decoded one token at a time; else empty."""
+    found = verdict.against
+    if found is None:
+        return ""
+    decoded = "" if found.name in found.decoder else f" ({found.decoder})"
+    text = f"; against {found.name}{decoded}"
+    text += f", one of {found.num_baselines} baselines" if found.num_baselines > 1 else ""
+    if found.strongest is not None:
+        shown = "" if found.speedup is None else f", over which the speedup is {interval(TIMES, found.speedup)} (95 %)"
+        text += f"; the strongest baseline in its runs is {found.strongest}{shown}"
+    return text
 
 
 def retention_text(verdict: Verdict) -> str:

@@ -68,15 +68,27 @@ class WithinCalls:
 
 
 def pools(runs: Sequence[Run], arm: Arm) -> list[tuple[list[Run], Cell]]:
-    """Timed cells of an arm with their runs; cells that differ only in their launch are pooled."""
+    """Timed cells of an arm with their runs; cells that differ only in their launch are pooled.
+
+    A candidate's runs are pooled where they have the same baseline, too.
+    """
     found: dict[tuple[str, str], tuple[list[Run], Cell]] = {}
     for run in runs:
         made, timed = run.manifest, {sample.cell for sample in run.speed}
         setting = canonical_json([made.machine, made.packages, made.project_version, made.omp_wait_policy])
         for cell in made.cells:
             if cell.arm == arm and cell.id in timed:
-                found.setdefault((cell.id, setting), ([], cell))[0].append(run)
+                beside = (
+                    [] if arm == "baseline" else sorted(other.id for other in made.cells if _is_beside(other, cell))
+                )
+                found.setdefault((" ".join([cell.id, *beside]), setting), ([], cell))[0].append(run)
     return list(found.values())
+
+
+def _is_beside(other: Cell, cell: Cell) -> bool:
+    """Whether a cell is a baseline that is timed on a candidate's prompts."""
+    own, its = cell.workload, other.workload
+    return other.arm == "baseline" and (its.name, its.batch_size) == (own.name, own.batch_size)
 
 
 def grid_of(runs: list[Run], cell: Cell, replica: int) -> Grid:

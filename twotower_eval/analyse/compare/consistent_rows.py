@@ -300,12 +300,14 @@ def _scores_of_one_likelihood(run: Run) -> Iterator[Place]:
     answering: dict[str, set[str]] = defaultdict(set)
     for row in run.likelihoods:
         answering[row.task].add(row.cell)
-    given: dict[tuple[str, int, str, str, str], set[Any]] = defaultdict(set)
+    given: dict[tuple[object, ...], set[Any]] = defaultdict(set)
     for score in run.scores:
         if score.cell in answering[score.task]:
-            given[_likelihood_key(score)].add((score.value, score.parts))
+            for whose in (None, score.cell):
+                given[whose, *_likelihood_key(score)].add((score.value, score.parts))
     for score in run.scores:
-        known = given.get(_likelihood_key(score), set())
+        donor = run.cells[score.cell].likelihoods_of  # recorded beside several baselines
+        known = given.get((donor, *_likelihood_key(score)), set())
         if score.scored_by != "generation" and known and (score.value, score.parts) not in known:
             yield Place(row=score, field="value", stated=next(iter(known))[0], found=score.value)
 

@@ -292,7 +292,7 @@ class Runs(Sequence[Run]):
     :meth:`against` gives the others. ``whole`` are the runs with all their baselines.
     """
 
-    def __init__(self, runs: Sequence[Run], *, baseline: str | None = None) -> None:
+    def __init__(self, runs: Sequence[Run], *, views: Sequence[Run] | None = None) -> None:
         self.whole = tuple(sorted(map(several.whole, runs), key=lambda run: run.manifest.run_id))
         ids = [run.manifest.run_id for run in self.whole]
         twice = sorted({run_id for run_id in ids if ids.count(run_id) > 1})
@@ -300,8 +300,13 @@ class Runs(Sequence[Run]):
             raise UserError(f"run {twice[0]} is named twice")
         if not ids:
             raise UserError("no run to report on")
-        self.baseline = baseline or next(filter(None, map(several.default_baseline, self.whole)), None)
-        self._runs = [*several.views(self.whole, baseline)]
+        self._look_at(several.views(self.whole, None) if views is None else views)
+
+    def _look_at(self, views: Sequence[Run]) -> None:
+        """Read the runs as these views of them are, each against one baseline."""
+        self._runs = sorted(views, key=lambda run: run.manifest.run_id)
+        named = (several.baselines_of(view) for view in self._runs)
+        self.baseline = next((names[0] for names in named if names), None)
 
     @cached_property
     def baselines(self) -> tuple[str, ...]:
@@ -311,16 +316,19 @@ class Runs(Sequence[Run]):
 
     def against(self, name: str) -> Runs:
         """The runs as they are against one of :attr:`baselines`."""
-        if name == self.baseline:
-            return self
-        if name not in self._against:
-            other = Runs(self.whole, baseline=name)
+        return self if name == self.baseline else self.seen_as(several.views(self.whole, name))
+
+    def seen_as(self, views: Sequence[Run]) -> Runs:
+        """The runs with each as this view of it is, made once."""
+        key = tuple(map(id, views))
+        if key not in self._seen:
+            other = Runs(self.whole, views=views)
             other.__dict__["contradictions"] = self.contradictions  # they are of whole runs
-            self._against[name] = other
-        return self._against[name]
+            self._seen[key] = other
+        return self._seen[key]
 
     @cached_property
-    def _against(self) -> dict[str, Runs]:
+    def _seen(self) -> dict[tuple[int, ...], Runs]:
         return {}
 
     def each_baseline(self, key: PointKey, speed: SpeedPoint | None = None) -> tuple[AgainstOne, ...]:

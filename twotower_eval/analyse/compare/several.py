@@ -39,7 +39,7 @@ def default_baseline(run: Run) -> str | None:
 
 def against(run: Run, name: str | None) -> Run:
     """The run with the candidates and that baseline alone; the run itself where it has no baselines with names."""
-    if name is None or not baselines_of(run):
+    if name is None or len(baselines_of(run)) < 2:
         return run
     return once([run], ("against", name), lambda: _against(run, name))
 
@@ -105,9 +105,18 @@ class AgainstOne:
     @property
     def cell(self) -> Cell:
         """The baseline's."""
+        return self._point.baseline
+
+    @property
+    def candidate(self) -> Cell:
+        """The candidate's."""
+        return self._point.candidate
+
+    @property
+    def _point(self) -> QualityPoint | SpeedPoint:
         point = self.quality or self.speed
         assert point is not None, "what was measured in no way is no row"
-        return point.baseline
+        return point
 
     @property
     def tokens_per_s(self) -> float | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from twotower_eval import store
 from twotower_eval.analyse.claims import load_claims
@@ -17,6 +17,7 @@ from twotower_eval.analyse.compare.points import checkpoint_name
 from twotower_eval.analyse.compare.runs import Runs, is_alone
 from twotower_eval.analyse.compare.sizing import is_sizing_run
 from twotower_eval.analyse.report.alone import names_alone
+from twotower_eval.analyse.report.baselines import of_all
 from twotower_eval.analyse.report.publishing import publish
 from twotower_eval.analyse.report.rendering import csv as csv_of
 from twotower_eval.analyse.report.rendering import table
@@ -31,11 +32,15 @@ from twotower_eval.records import (
     time_and_verb,
 )
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 __all__ = ["SECTIONS", "JudgedRuns", "Runs", "Section", "publish", "read", "report_id", "table", "write", "write_of"]
 
 SECTIONS = {
     "headline": "twotower_eval.analyse.report.verdicts:headline",
     "claims": "twotower_eval.analyse.report.verdicts:claims",
+    "baselines": "twotower_eval.analyse.report.baselines:baselines",
     "quality": "twotower_eval.analyse.report.tables:quality",
     "speed": "twotower_eval.analyse.report.speed_tables:speed",
     "tradeoff": "twotower_eval.analyse.report.tradeoff:tradeoff",
@@ -137,11 +142,11 @@ def _csv_files(runs: JudgedRuns, rendered: Sequence[tuple[str, Section]]) -> dic
 
     with_tables = dict.fromkeys([*_concerning(runs), *(["claims"] if runs.claims is not None else [])])
     shown = {name for name, _ in rendered}
-    hidden = [_rendered(name, runs) for name in with_tables if name not in shown]
+    hidden = [(name, _rendered(name, runs)) for name in with_tables if name not in shown]
     own = [section for name, section in rendered if name not in SECTIONS]
-    shipped = [section for name, section in rendered if name in SECTIONS]
+    shipped = [(one.title, _tables_of(name, one, runs)) for name, one in (*hidden, *rendered) if name in SECTIONS]
     found: dict[str, bytes] = {}
-    for title, frames in [("", tables(runs)), *((one.title, one.tables) for one in (*hidden, *shipped, *own))]:
+    for title, frames in [("", of_all(runs, tables)), *shipped, *((one.title, one.tables) for one in own)]:
         for name, frame in frames.items():
             file = f"{TABLES}/{name}.csv"
             if file in found:
@@ -151,6 +156,13 @@ def _csv_files(runs: JudgedRuns, rendered: Sequence[tuple[str, Section]]) -> dic
     return found
 
 
+def _tables_of(name: str, section: Section, runs: JudgedRuns) -> Mapping[str, pd.DataFrame]:
+    """A shipped section's tables, with several baselines those against each."""
+    if name in ("claims", "baselines") or not runs.baselines:
+        return section.tables
+    return of_all(runs, lambda one: section.tables if one is runs else _rendered(name, one).tables)
+
+
 def _concerning(runs: JudgedRuns) -> list[str]:
     """Shipped sections that these runs call for: the one on sizing with sizing runs only, and alone without others."""
     of_size = [is_sizing_run(run) for run in runs]
@@ -158,7 +170,8 @@ def _concerning(runs: JudgedRuns) -> list[str]:
         return ["sizing", "setup", "reproduce"]
     if not runs.compare:
         return _concerning_one(runs)
-    return [name for name in SECTIONS if name != "sizing" or any(of_size)]
+    unasked = {"sizing": not any(of_size), "baselines": not runs.baselines}
+    return [name for name in SECTIONS if not unasked.get(name)]
 
 
 def _concerning_one(runs: JudgedRuns) -> list[str]:
@@ -190,7 +203,7 @@ def _chosen(names: Sequence[str], runs: JudgedRuns) -> list[str]:
     return [*(name for name in shipped if name not in LAST), *names, *(name for name in shipped if name in LAST)]
 
 
-def _rendered(name: str, runs: JudgedRuns) -> Section:
+def _rendered(name: str, runs: Runs) -> Section:
     """One section. A user's own that raises, or returns something else, is a one-line error."""
     render = cast(Callable[[Runs], Section], resolve(SEAM.place(name)))
     if not callable(render):
@@ -257,6 +270,6 @@ def _title(runs: Runs) -> str:
 
 def _names(runs: Runs, arm: str) -> list[str]:
     """Checkpoints of an arm, those measured alone left out; those of random weights where there are no others."""
-    named = [run for run in runs if not is_alone(run) and not is_sizing_run(run)] or runs
+    named = [run for run in runs.whole if not is_alone(run) and not is_sizing_run(run)] or runs.whole
     cells = [cell for run in named for cell in run.manifest.cells if cell.arm == arm]
     return sorted({escape(checkpoint_name(cell.checkpoint)) for cell in cells})

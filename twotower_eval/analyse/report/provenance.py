@@ -48,7 +48,7 @@ class Row(TypedDict, total=False):
 def training(runs: Runs) -> Section:
     """Loss curves and the learning curve in the terms of the claim; nothing for a checkpoint without a log."""
     title = "How the candidate learned"
-    logs = ([cast(Row, row) for _, row in read_objects(run.path / TRAINING_LOG)] for run in runs)
+    logs = ([cast(Row, row) for _, row in read_objects(run.path / TRAINING_LOG)] for run in runs.whole)
     rows = next(filter(None, logs), None)
     if rows is None:
         return Section(title=title, markdown="No training log lay beside the candidate's weights.\n")
@@ -91,7 +91,7 @@ def setup(runs: Runs) -> Section:
     """Checkpoints with their digests, documents, machine, packages, commit and seeds of every run."""
     frame = checkpoints_frame(runs)
     parts = ["Checkpoints, each with the sha256 of its tensors:\n", _checkpoints(runs, frame)]
-    parts += [_run(run) for run in runs]
+    parts += [_run(run) for run in runs.whole]
     title = "Environment: what was run on what"
     return Section(title=title, markdown="\n".join(parts), tables={"checkpoints": frame})
 
@@ -99,7 +99,7 @@ def setup(runs: Runs) -> Section:
 def _arms(runs: Runs) -> dict[Checkpoint, set[str]]:
     """Every checkpoint with what it was in the runs."""
     used: dict[Checkpoint, set[str]] = {}
-    for run in runs:
+    for run in runs.whole:
         for cell in run.manifest.cells:
             used.setdefault(cell.checkpoint, set()).add(_arm(run, cell))
     return used
@@ -135,7 +135,8 @@ def _checkpoints(runs: Runs, frame: pd.DataFrame) -> str:
     ]
     beside = list(dict.fromkeys(_files(checkpoint) for checkpoint in _arms(runs) if checkpoint.files))
     beside += dict.fromkeys(_foreign(checkpoint) for checkpoint in _arms(runs) if checkpoint.foreign_code)
-    beside += dict.fromkeys(_code(cell.decoder) for run in runs for cell in run.manifest.cells if cell.decoder.code)
+    decoders = (cell.decoder for run in runs.whole for cell in run.manifest.cells)
+    beside += dict.fromkeys(_code(decoder) for decoder in decoders if decoder.code)
     return markdown(frame, columns, left=len(columns)) + (f"\n{bullets(beside)}" if beside else "")
 
 
@@ -161,7 +162,7 @@ def _arm(run: Run, cell: Cell) -> str:
     """What a checkpoint was in a run."""
     if run.manifest.verb == "verify":
         return "checked"
-    return "alone" if is_alone(run) else cell.arm
+    return "alone" if is_alone(run) else cell.who
 
 
 def _run(run: Run) -> str:
@@ -251,13 +252,13 @@ HOME = re.compile(r"(?:/home/[^/,=]+|/Users/[^/,=]+|/root)(?=/|$)")
 def reproduce(runs: Runs) -> Section:
     """The command lines in order, made from the plans, and the commit of each run."""
     lines = []
-    for run in runs:
+    for run in runs.whole:
         commit = run.manifest.commit
         where = f"commit {commit}" if commit else f"version {run.manifest.project_version}"
         lines.append(f"# {run.manifest.run_id}, {where}{', edited checkout' if run.manifest.dirty else ''}")
         lines.append(_command(run.manifest))
     lines.append("# this report, from the run folders")
-    lines.append(typed([PROGRAM, "report", *(_folder(run) for run in runs)]))
+    lines.append(typed([PROGRAM, "report", *(_folder(run) for run in runs.whole)]))
     text = "\n".join(line.replace("```", "` ` `") for line in lines)
     return Section(title="How to reproduce it", markdown=f"```sh\n{text}\n```\n")
 

@@ -10,9 +10,10 @@ import pandas as pd
 
 from twotower_eval.analyse.claims import ClaimFile, judge, load_claims, ruling
 from twotower_eval.analyse.claims.judge import outcome_text
-from twotower_eval.analyse.claims.match import at_point, gather, is_about, names_subject
+from twotower_eval.analyse.claims.match import at_point, gather, is_about, names_subject, runs_for
 from twotower_eval.analyse.claims.terms import SPEED_QUANTITIES, claimed_text, limits_text, own_limits, terms_text
 from twotower_eval.analyse.claims.text import (
+    against_text,
     chance_text,
     count_line,
     figure_text,
@@ -25,6 +26,7 @@ from twotower_eval.analyse.compare.points import QualityPoint, checkpoint_name, 
 from twotower_eval.analyse.compare.runs import Headline, Runs
 from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.analyse.report import alone
+from twotower_eval.analyse.report.baselines import headline_lines
 from twotower_eval.analyse.report.rendering import Column, Raw, frame_of, markdown, measured_at, words
 from twotower_eval.analyse.report.tables import without_unclear
 from twotower_eval.analyse.report.text import (
@@ -57,6 +59,8 @@ class JudgedRuns(Runs):
     def __init__(self, runs: Sequence[Run], claims: ClaimFile | None = None) -> None:
         super().__init__(runs)
         self.claims = claims
+        if self.headline_claim is not None:  # then everything is against that claim's baseline first
+            self._look_at([*runs_for(self.headline_claim, Runs(runs))])
 
     @cached_property
     def verdicts(self) -> tuple[tuple[Claim, Verdict], ...]:
@@ -135,7 +139,7 @@ def verdict_line(runs: Runs) -> str:
     claimed = escape(" and ".join(claimed_text(part, metrics.get(part.name)) for part in parts))
     timed = any(part.quantity in SPEED_QUANTITIES for part in parts)
     outcome, at = outcome_text(verdict), _short_at(claim.point, timed)
-    beside = retention_text(verdict) + unchecked_text(verdict)
+    beside = against_text(verdict) + retention_text(verdict) + unchecked_text(verdict)
     beside += "".join(chance_text(part, found) for part, found in runs.verdicts if part in parts)
     at += escape(limits_text(parts))
     beside += "".join(f"; {remark}" for remark in look_remarks(claim, verdict))
@@ -230,7 +234,7 @@ def _with_another_baseline(runs: Runs) -> str:
     files = [load_claims(path) for path in sorted(data_path("tasks", "claims").glob("*.toml"))]
     found = [one.claims for one in files if any(names_subject(c, cell) for c in one.claims for cell in candidates)]
     named = sorted({(claim.subject, claim.baseline) for claims in found for claim in claims})
-    pairs = ", ".join(f"{escape(subject)} against {escape(baseline)}" for subject, baseline in named)
+    pairs = ", ".join(f"{escape(subject)} against {escape(baseline or 'any')}" for subject, baseline in named)
     return f"\nThe shipped claims are about other models ({pairs}), so none of them is judged.\n" if pairs else ""
 
 
@@ -240,7 +244,7 @@ def _about_others(runs: JudgedRuns) -> str:
     if not others:
         return ""
     named = ", ".join(escape(claim.name) for claim in others)
-    pairs = sorted({f"{escape(claim.subject)} against {escape(claim.baseline)}" for claim in others})
+    pairs = sorted({f"{escape(claim.subject)} against {escape(claim.baseline or 'any')}" for claim in others})
     return f"About other models than these runs have ({', '.join(pairs)}): {named}."
 
 
@@ -281,7 +285,7 @@ def _reason(claim: Claim, verdict: Verdict) -> str:
     n = f", n {verdict.estimate.n:,}" if verdict.estimate else ""
     if verdict.estimate and verdict.estimate.method_kind != "equal_by_construction":  # its reason says it already
         n += f", {method_text(verdict.estimate)}"
-    beside = f"{retention_text(verdict)}{unchecked_text(verdict)}{chance_text(claim, verdict)}"
+    beside = f"{against_text(verdict)}{retention_text(verdict)}{unchecked_text(verdict)}{chance_text(claim, verdict)}"
     beside += "".join(f"; {remark}" for remark in look_remarks(claim, verdict))
     reason = with_commands(f"{verdict.reason}{n}{beside}")
     return f"**{escape(claim.name)}** {outcome_text(verdict)}: {reason}. {evidence} Source: {escape(claim.source)}."
@@ -296,7 +300,7 @@ def headline(runs: Runs) -> Section:
     if not runs.points:
         lines.append("**Nothing has been scored or timed completely yet, so there is nothing to quote.**")
     else:
-        lines.append(_sentence(runs, found))
+        lines += [_sentence(runs, found), *headline_lines(runs, found)]
     lines.append(bullets(_caveats(runs, found)))
     lines += [alone.sentence(runs)] if runs.scored_alone or runs.timed_alone else []
     return Section(title="Verdict", markdown="\n\n".join(line for line in lines if line) + "\n")
