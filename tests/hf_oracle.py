@@ -18,11 +18,13 @@ from twotower_eval.engine.scorers import make_scorer
 from twotower_eval.measure.harness.adapter import HarnessLM
 
 
-def lm_evals_hf(folder: Path) -> Any:
+def lm_evals_hf(folder: Path, **options: Any) -> Any:
     """lm-eval's ``hf`` on a checkpoint folder, without its cache of logits, which can give a wrong answer."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    return _module().HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1, logits_cache=False)
+    return _module().HFLM(
+        pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1, logits_cache=False, **options
+    )
 
 
 def _module() -> Any:

@@ -37,7 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "task_options": set(),
     "plan_fields": {"decoder_settings", "task_options"},
     "plan_baselines": {"plan_fields"},
-    "plan": {"decoder_settings", "plan_baselines", "plan_fields", "task_options"},
+    "plan_chat": set(),
+    "plan": {"decoder_settings", "plan_baselines", "plan_chat", "plan_fields", "task_options"},
     "plan_sources": {"plan", "plan_baselines"},
     "store": set(),
     "plugin_calls": set(),
@@ -50,10 +51,10 @@ ALLOWED: dict[str, set[str]] = {
     # measure
     "suites": {"task_options"},
     "chosen": {"plan", "plan_baselines", "plan_sources", "models"},
-    "harness": {"plan", "plan_sources", "task_options", "chosen", "decoder_settings", "rules", "store", "progress"}
-    | {"suites", "scorers", *ENGINE},
-    "speed": {"plan", "plan_sources", "task_options", "chosen", "decoder_settings", "rules", "store", "progress"}
-    | ENGINE,
+    "harness": {"plan", "plan_chat", "plan_sources", "task_options", "chosen", "decoder_settings", "rules", "store"}
+    | {"progress", "suites", "scorers", *ENGINE},
+    "speed": {"plan", "plan_chat", "plan_sources", "task_options", "chosen", "decoder_settings", "rules", "store"}
+    | {"progress", *ENGINE},
     "sizing": {"plan", "chosen", "rules", "store", "progress", "speed", "models"},
     "verify": {"plan", "plan_sources", "chosen", "rules", "store", "ops", "models", "decoders"},
     # analyse

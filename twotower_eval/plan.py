@@ -18,8 +18,10 @@ from twotower_eval.names import did_you_mean, nearest
 from twotower_eval.plan_baselines import each_baseline as each_baseline
 from twotower_eval.plan_baselines import hold_baselines, overridden, with_baselines
 from twotower_eval.plan_baselines import named_baselines as named_baselines
+from twotower_eval.plan_chat import hold_chat
 from twotower_eval.plan_fields import (
     AllSteps,
+    ApplyChatTemplate,
     Baseline,
     BaselineDecoder,
     BaselineDevice,
@@ -34,8 +36,11 @@ from twotower_eval.plan_fields import (
     DataDir,
     DecoderKind,
     Devices,
+    EnableThinking,
     Family,
+    FewshotAsMultiturn,
     Further,
+    GenPrefix,
     GivenGenKwargs,
     IncludePath,
     MinSeconds,
@@ -46,9 +51,11 @@ from twotower_eval.plan_fields import (
     Revision,
     Seed,
     SizeNumberType,
+    SystemInstruction,
     Tasks,
     TaskSeed,
     Temperature,
+    ThinkEndToken,
     Threads,
     Thresholds,
     TrustRemoteCode,
@@ -115,7 +122,8 @@ class RunPlan:
 
     ``decoder``, ``dtype``, ``devices`` and ``batch_size`` may be ``auto``: what that becomes depends on checkpoints and
     machine, and a run's own plan says what it became. ``baseline_dtype`` and ``baseline_device`` are for the baseline
-    alone, by default as for the candidate.
+    alone, by default as for the candidate. The last six say how prompts are asked and where answers begin, as in
+    lm-eval: see ChatOptions.
     """
 
     model: Model = None
@@ -161,6 +169,12 @@ class RunPlan:
     baseline_device: BaselineDevice = field(default=None, metadata=LEFT_OUT)
     cuda_graphs: CudaGraphs = False
     data_dir: DataDir = None
+    apply_chat_template: ApplyChatTemplate = field(default=None, metadata=LEFT_OUT)
+    system_instruction: SystemInstruction = field(default=None, metadata=LEFT_OUT)
+    fewshot_as_multiturn: FewshotAsMultiturn = field(default=None, metadata=LEFT_OUT)
+    gen_prefix: GenPrefix = field(default=None, metadata=LEFT_OUT)
+    enable_thinking: EnableThinking = field(default=None, metadata=LEFT_OUT)
+    think_end_token: ThinkEndToken = field(default=None, metadata=LEFT_OUT)
 
     def __post_init__(self) -> None:
         _hold_settings(self)
@@ -169,6 +183,7 @@ class RunPlan:
         check_fields(self)
         check_devices(self)
         _check_arms(self)
+        hold_chat(self)
         check_at_least(self, 1, "samples", "batch_size", "limit", "max_new_tokens")
         check_at_least(self, 0, "trace")
 
@@ -251,6 +266,12 @@ class SpeedPlan:
     baseline_device: BaselineDevice = field(default=None, metadata=LEFT_OUT)
     cuda_graphs: CudaGraphs = False
     data_dir: DataDir = None
+    apply_chat_template: ApplyChatTemplate = field(default=None, metadata=LEFT_OUT)
+    system_instruction: SystemInstruction = field(default=None, metadata=LEFT_OUT)
+    fewshot_as_multiturn: FewshotAsMultiturn = field(default=None, metadata=LEFT_OUT)
+    gen_prefix: GenPrefix = field(default=None, metadata=LEFT_OUT)
+    enable_thinking: EnableThinking = field(default=None, metadata=LEFT_OUT)
+    think_end_token: ThinkEndToken = field(default=None, metadata=LEFT_OUT)
 
     def __post_init__(self) -> None:
         _hold_settings(self)
@@ -259,6 +280,7 @@ class SpeedPlan:
         check_fields(self)
         check_devices(self)
         _check_arms(self)
+        hold_chat(self)
         check_at_least(self, 1, "batch_sizes", "prompt_tokens", "new_tokens", "num_prompts", "min_rounds", "threads")
         check_at_least(self, 1, "launches")
         check_at_least(self, 0, "min_seconds", "warmup_rounds", "probes")

@@ -117,6 +117,24 @@ BaselineSet = Annotated[
     Settings | None,
     Option(help="Any parameter of the baseline's decoder; one --baseline-set for each", metavar="NAME=V"),
 ]
+ApplyChatTemplate = Annotated[
+    bool | str | None,
+    Option(help="Ask through each model's own chat template, or the one of that name", metavar="[NAME]", unset="no"),
+]
+SystemInstruction = Annotated[str | None, Option(help="System instruction in front of every prompt", metavar="TEXT")]
+FewshotAsMultiturn = Annotated[
+    bool | None, Option(help="Examples as turns of the chat, not in one message", unset="with a chat template")
+]
+GenPrefix = Annotated[
+    str | None, Option(help="What every answer begins with, given to the model", metavar="TEXT", unset="the task's own")
+]
+EnableThinking = Annotated[
+    bool | None, Option(help="Tell the chat template whether the model may think", unset="the template's default")
+]
+ThinkEndToken = Annotated[
+    str | int | None,
+    Option(help="Text or id of the token that ends thinking; answers begin behind it", metavar="TOKEN"),
+]
 MinSeconds = Annotated[float, Option(help="Minimum seconds of rounds", metavar="S")]
 WarmupRounds = Annotated[int, Option(help="Warm-up rounds: recorded, not reported", metavar="R")]
 Threads = Annotated[int | None, Option(help="CPU threads", metavar="N", unset="torch's own choice")]

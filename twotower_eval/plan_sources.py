@@ -33,6 +33,12 @@ def arm_sources(plan: Plan) -> tuple[tuple[Source | None, str | None], ...]:
 D = TypeVar("D", RunPlan, SpeedPlan, VerifyPlan)
 
 
+def chat_sources(plan: Plan) -> tuple[Source, ...]:
+    """The model whose tokenizer the candidate reads with, then that of every baseline."""
+    own = model_source(plan)
+    return (own, *(baseline_source(single) or own for single in each_baseline(plan)))
+
+
 def check_checkpoints(plan: D, *, silent: bool = False) -> D:
     """The plan with the commit of every model of the hub, whose files are then here.
 

@@ -13,7 +13,7 @@ import json
 import operator
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal
 
@@ -297,6 +297,77 @@ class Prompt:
         return cls(id=named, token_ids=token_ids, text=text, seed=seed, trace=trace)
 
 
+class ChatPrompt(str):
+    """A prompt that is asked as a chat: the text of one model's template, and in ``asked`` what every model is asked.
+
+    ``asked`` is JSON of the messages and of whether the template begins the answer; other models write their own text
+    of it. What a task's own code makes of such a text is a plain text again.
+    """
+
+    asked: str
+
+    def __new__(cls, text: str, asked: str) -> ChatPrompt:
+        made = super().__new__(cls, text)
+        made.asked = asked
+        return made
+
+    def __reduce__(self) -> tuple[type[ChatPrompt], tuple[str, str]]:  # for the processes of launches
+        return ChatPrompt, (str(self), self.asked)
+
+
+def chat_json(messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+    """``ChatPrompt.asked``; the task's digest is over it, so that it is the same under every template."""
+    return canonical_json({"messages": [dict(one) for one in messages], "add_generation_prompt": add_generation_prompt})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """How prompts are asked and answers read, beside what tasks say; the names and meanings are lm-eval's.
+
+    ``template`` is True for a tokenizer's own chat template, or the name of one of several; None: prompts are plain
+    text. ``enable_thinking`` is handed to the template. ``think_end_token`` ends the thinking, which is no part of the
+    answer: its text, or its id.
+    """
+
+    template: bool | str | None = None
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool = False
+    gen_prefix: str | None = None
+    enable_thinking: bool | None = None
+    think_end_token: str | int | None = None
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """What changes answers without changing what is asked, as a part of a task's identity; empty by default."""
+        chosen = [self.template, self.enable_thinking, self.think_end_token]
+        return {} if chosen == [None, None, None] else {"chat options": sha256_text(canonical_json(chosen))}
+
+
+PLAIN_TEXT = ChatOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatUse:
+    """How one model of a run reads prompts, if its tokenizer has a chat template.
+
+    ``applied``: through that template, else as plain text. ``template`` is its source and ``name`` that of one among
+    several; ``sha256`` is over all that decides its text. ``drops_system``: it takes no system message, and the
+    descriptions of tasks are left out, as in lm-eval. ``is_dated``: it writes today's date. ``generates``: some task is
+    answered by generated text. ``reads_alike``: its texts are those that the candidate reads.
+    """
+
+    arm: Arm
+    checkpoint: str
+    applied: bool
+    generates: bool = True
+    name: str | None = None
+    template: str | None = None
+    sha256: str | None = None
+    drops_system: bool = False
+    is_dated: bool = False
+    reads_alike: bool = True
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """What a cell is made to do: a task with its documents' digest, or a timed workload."""
@@ -384,7 +455,12 @@ class Likelihood:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationRow:
-    """One line of ``generations.jsonl``. Key: cell, task, doc_id, request_index, repeat."""
+    """One line of ``generations.jsonl``. Key: cell, task, doc_id, request_index, repeat.
+
+    ``prompt_sha256`` is over what was asked: a text, or the messages of a chat, which each model's template writes.
+    ``answer`` is what is scored where thinking is left out of it (``None``: the whole text), and the thinking took the
+    first ``num_thinking_tokens`` of the useful tokens; ``None`` where no end of it was found.
+    """
 
     cell: str
     task: str
@@ -393,6 +469,8 @@ class GenerationRow:
     repeat: Count
     prompt_sha256: str
     generation: Generation
+    answer: str | None = field(default=None, metadata=LEFT_OUT)
+    num_thinking_tokens: Count | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -765,7 +843,8 @@ class RunManifest:
     greedy decoding and is not done. ``joined``: by task how many documents are nearly the same as others, which no
     cluster id of the task's own says, and share their clusters. ``omp_wait_policy`` is the variable that says whether
     idle threads of torch sleep (``PASSIVE``) or spin; ``None`` where it was not set, and in older runs. ``chosen``:
-    what ``auto`` became; the plan holds it as well.
+    what ``auto`` became; the plan holds it as well. ``chats`` has one entry for each arm whose tokenizer has a chat
+    template; ``None``: no arm's has.
     """
 
     schema: Whole
@@ -790,6 +869,7 @@ class RunManifest:
     ways: tuple[Ways, ...] = ()
     omp_wait_policy: str | None = None
     chosen: tuple[Chosen, ...] = ()
+    chats: tuple[ChatUse, ...] | None = field(default=None, metadata=LEFT_OUT)
 
 
 def sizing_config(verb: str, plan: Mapping[str, object]) -> str | None:

@@ -15,6 +15,7 @@ from twotower_eval.records import (
     HALF_PRECISION,
     Arm,
     Cell,
+    ChatUse,
     Chosen,
     ChosenReason,
     FailedTrial,
@@ -229,6 +230,42 @@ def unheeded_lines(unheeded: Mapping[str, Mapping[str, object]]) -> list[str]:
         "which is not done here and would be by transformers' generate: texts are those of plain decoding"
         for name, asked in unheeded.items()
     ]
+
+
+def chat_lines(manifest: RunManifest) -> list[str]:
+    """Warnings on chat templates: one that is there and not used, a system message that was left out, today's date."""
+    return [line for use in _by_checkpoint(manifest) for line in _chat_warnings(use)]
+
+
+def _chat_warnings(use: ChatUse) -> Iterator[str]:
+    if not use.applied and use.generates:
+        yield (
+            f"{use.checkpoint} has a chat template and is asked without it: an instruct model may score far below what "
+            "it can do, a base model will not (--apply-chat-template asks through it)"
+        )
+    if use.drops_system:
+        yield f"the chat template of {use.checkpoint} takes no system message: the tasks' descriptions were left out"
+    if use.is_dated:
+        yield f"the chat template of {use.checkpoint} writes today's date: prompts of another day are not the same"
+
+
+def chat_facts(manifest: RunManifest) -> list[str]:
+    """One line for each model that was asked through its chat template, and one where these gave unlike texts."""
+    applied = [use for use in _by_checkpoint(manifest) if use.applied]
+    lines = [f"{use.checkpoint} was asked through {_template_text(use)}" for use in applied]
+    if any(not use.reads_alike for use in applied):
+        lines.append("baseline and candidate were asked the same messages, each through its own chat template")
+    return lines
+
+
+def _template_text(use: ChatUse) -> str:
+    named = f"its chat template {use.name!r}" if use.name else "its chat template"
+    return f"{named} (sha256 {(use.sha256 or '')[:16]})"
+
+
+def _by_checkpoint(manifest: RunManifest) -> list[ChatUse]:
+    """Each model once, also where it is both arms."""
+    return list({(use.checkpoint, use.sha256): use for use in manifest.chats or ()}.values())
 
 
 def joined_lines(manifest: RunManifest) -> list[str]:

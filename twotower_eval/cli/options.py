@@ -37,13 +37,28 @@ Resume = Annotated[
 ]
 
 
+SWITCHED: Mapping[str, bool] = {"true": True, "false": False}
+
+
+class PlanCommand(TyperCommand):
+    """A command with options that may be given without their value, as ``--apply-chat-template``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give a value to such options that are given alone: in front of another option, or at the end."""
+        bare = {name for param in self.params if str(param.metavar).startswith("[") for name in param.opts}
+        whole: list[str] = []
+        for arg, following in zip(args, [*args, "-"][1:], strict=True):
+            whole.append(f"{arg}=true" if arg in bare and following.startswith("-") else arg)
+        return super().parse_args(ctx, whole)
+
+
 def listing(*kinds: str) -> type[TyperCommand]:
     """A command class whose help ends with the names that installed packages register.
 
     ``kinds`` are keys of names.GROUPS. Packages are searched only when that help is shown.
     """
 
-    class Listing(TyperCommand):
+    class Listing(PlanCommand):
         def format_epilog(self, ctx: Any, formatter: Any) -> None:
             super().format_epilog(ctx, formatter)
             for kind in kinds:
@@ -103,11 +118,13 @@ def _parameter(cls: type, name: str, *, hidden: bool) -> inspect.Parameter:
 
 
 def option_names(cls: type, name: str) -> list[str]:
-    """The names of a field's option, such as ``--devices`` and ``--device``; a switch that is on by default has
-    ``--no-…`` too."""
-    declared = option_of(cls, name)[0]
+    """The names of a field's option, such as ``--devices`` and ``--device``; a switch that is on by default, or that
+    may also be left open, has ``--no-…`` too."""
+    declared, hint = option_of(cls, name)
     names = [f"--{one.replace('_', '-')}" for one in (name, *declared.other_names)]
-    return [f"{names[0]}/--no-{names[0][2:]}"] if default_of(cls, name) is True else names
+    default = default_of(cls, name)
+    has_no = default is True or (default is None and _inner(hint) is bool)
+    return [f"{names[0]}/--no-{names[0][2:]}"] if has_no else names
 
 
 def help_of(cls: type, name: str) -> str:
@@ -137,6 +154,8 @@ def read(cls: type, name: str, value: object) -> object:
     kind = _inner(hint)
     if declared.read is not None:
         return None if value is None else declared.read(str(value))
+    if _is_switch_or_value(kind) and isinstance(value, str):
+        return SWITCHED.get(value.lower(), value)
     if _is_table(kind):
         return parse_set(cast(Sequence[str], value)) if value else None
     if declared.repeatable:
@@ -163,6 +182,11 @@ def _number(text: str, kind: object, option: str, words: Sequence[object] = ()) 
     except ValueError as error:
         wanted = " or ".join([f"a {'' if kind is float else 'whole '}number", *map(str, words)])
         raise UserError(f"{option} takes {wanted}, not {text!r}") from error
+
+
+def _is_switch_or_value(kind: object) -> bool:
+    """Whether a field's option may be given with a value or alone, as a switch."""
+    return bool in typing.get_args(kind)
 
 
 def _is_table(kind: object) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from twotower_eval.records import (
     SCHEMA_VERSION,
     Cell,
+    ChatUse,
     Chosen,
     Override,
     RunManifest,
@@ -77,6 +78,7 @@ def new_manifest(
     joined: Mapping[str, int] | None = None,
     ways: Sequence[Ways] = (),
     chosen: Sequence[Chosen] = (),
+    chats: tuple[ChatUse, ...] | None = None,
 ) -> RunManifest:
     """The manifest of a run that starts now, on this machine, with this command line. ``plan`` is a record."""
     commit, dirty = git_state()
@@ -105,6 +107,7 @@ def new_manifest(
         ways=tuple(ways),
         omp_wait_policy=os.environ.get(WAIT_POLICY),
         chosen=tuple(chosen),
+        chats=chats,
     )
 
 

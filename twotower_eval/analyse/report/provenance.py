@@ -24,7 +24,15 @@ from twotower_eval.errors import UserError
 from twotower_eval.plan import AnyPlan, RunPlan, SizingPlan, SpeedPlan, VerifyPlan, plan_from_json
 from twotower_eval.plan_baselines import MODEL, ONE, SEVERAL, Table, table_text
 from twotower_eval.records import Cell, Checkpoint, DecoderSpec, FileDigest, RunManifest, sizing_config
-from twotower_eval.rules import asked_and_not_done, chosen_lines, joined_lines, named_ways, ways_text
+from twotower_eval.rules import (
+    asked_and_not_done,
+    chat_facts,
+    chat_lines,
+    chosen_lines,
+    joined_lines,
+    named_ways,
+    ways_text,
+)
 from twotower_eval.store import TRAINING_LOG, Run
 from twotower_eval.store.journal import read_objects
 from twotower_eval.strict import JsonObject
@@ -182,6 +190,9 @@ def _run(run: Run) -> str:
         f"seeds: {_flat(manifest.seeds)}",
         f"documents: {_documents(run)}",
         *(f"asked and not done: {escape(line)}" for line in asked_and_not_done(manifest)),
+        *(f"**warning**: {escape(line)}" for line in chat_lines(manifest)),
+        *(f"prompts: {escape(line)}" for line in chat_facts(manifest)),
+        *(f"thinking: {escape(line)}" for line in thinking_lines(run)),
         *(f"near-duplicates: {escape(line)}" for line in joined_lines(manifest)),
         *(f"{escape(name)} was run {escape(ways_text(ways))}" for name, ways in named_ways(manifest)),
         *(f"note: {escape(note)}" for note in manifest.notes),
@@ -193,6 +204,21 @@ def _run(run: Run) -> str:
     plan = json.dumps(plan_shown, indent=1, sort_keys=True, ensure_ascii=False).replace("```", "` ` `")
     folded = details(f"plan (sha256 {manifest.plan_sha256[:16]})", f"```json\n{plan}\n```")
     return f"### Run {code(manifest.run_id)}\n\n{bullets(facts)}\n{folded}"
+
+
+def thinking_lines(run: Run) -> list[str]:
+    """For each arm whose answers begin behind thinking: how many end it, and how much of their tokens it takes."""
+    arms = {cell.id: cell.arm for cell in run.manifest.cells}
+    lines = []
+    for arm in ("candidate", "baseline"):
+        rows = [row for row in run.generations if row.answer is not None and arms.get(row.cell) == arm]
+        ended = [row for row in rows if row.num_thinking_tokens is not None]
+        num_tokens = sum(row.generation.num_tokens for row in ended)
+        if rows:
+            share = sum(row.num_thinking_tokens or 0 for row in ended) / num_tokens if num_tokens else 0.0
+            which = f", in which it takes {share:.1%} of the useful tokens" if ended else ""
+            lines.append(f"{count(len(ended))} of {count(len(rows))} answers of the {arm} end their thinking{which}")
+    return lines
 
 
 def _steps(plan: JsonObject) -> str:

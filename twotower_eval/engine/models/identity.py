@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.models.base import source_text
+from twotower_eval.engine.models.chat import TEMPLATE_FOLDER
 from twotower_eval.engine.models.checkpoint import file_weights, joint_digest, opened, tensor_digest, tensor_files
 from twotower_eval.engine.models.protocol import Model, text_codec
 from twotower_eval.errors import FileError
@@ -124,13 +125,18 @@ def stated(
 
 def file_digests(folder: Path) -> tuple[FileDigest, ...]:
     """Digests of the files beside the weights that affect a logit or a text."""
-    there = [folder / name for name in FILES if (folder / name).is_file()]
-    return tuple(map(file_digest, there))
+    return tuple(dataclasses.replace(file_digest(folder / name), name=name) for name in _names_there(folder))
 
 
 def file_digest(file: Path) -> FileDigest:
     """A file's name, and the sha256 of its bytes."""
     return FileDigest(name=file.name, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+def _names_there(folder: Path) -> list[str]:
+    """Those of the files that a folder has, and its chat templates with names of their own."""
+    named = sorted(file.relative_to(folder).as_posix() for file in (folder / TEMPLATE_FOLDER).glob("*.jinja"))
+    return [*(name for name in FILES if (folder / name).is_file()), *named]
 
 
 def folder_settings(folder: Path, read: object = None) -> dict[str, object]:
@@ -139,7 +145,7 @@ def folder_settings(folder: Path, read: object = None) -> dict[str, object]:
     ``read`` is a family's record of its config: its fields replace the config's own, so that a stated and an omitted
     default are equal.
     """
-    said = {name: _content(folder / name) for name in FILES if (folder / name).is_file()}
+    said = {name: _content(folder / name) for name in _names_there(folder)}
     config, generation = _settings(said.get(CONFIG)), _settings(said.pop(GENERATION_CONFIG, None))
     if dataclasses.is_dataclass(read) and not isinstance(read, type):
         config = {**config, **{field.name: getattr(read, field.name) for field in dataclasses.fields(read)}}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tokenizers
 
+from twotower_eval.engine.models.chat import format_of
 from twotower_eval.engine.models.protocol import Model, TextCodec, text_codec
 from twotower_eval.errors import FileError, UserError
 from twotower_eval.strict import JsonObject, parse_json, read_utf8
@@ -236,9 +237,10 @@ def _end_of_text_ids(model: Model) -> list[int]:
 
 def prompt_ids(model: Model, text: str) -> list[int]:
     """Token ids of a generation's prompt, with the special tokens that the tokenizer adds itself, unless it begins with
-    BOS."""
+    BOS. A chat is read through the model's own template."""
     bos = text_codec(model).bos_token_id
-    return encode_once(text_codec(model), text, None if bos is None else int(bos)) or [prefix_id(model)]
+    read = format_of(model).text(text)
+    return encode_once(text_codec(model), read, None if bos is None else int(bos)) or [prefix_id(model)]
 
 
 def text_ids(model: Model, text: str) -> list[int]:

@@ -25,6 +25,7 @@ from twotower_eval.engine.decoders.reported import (
     finished,
 )
 from twotower_eval.engine.models import tokenizer
+from twotower_eval.engine.models.chat import ChatTemplate, format_of, with_answer
 from twotower_eval.engine.models.counting import UncountedForwards, watched_in_place
 from twotower_eval.engine.models.protocol import Model, text_codec
 from twotower_eval.engine.scorers import Scorer
@@ -34,6 +35,7 @@ from twotower_eval.measure.harness.answers import (
     CellJournal,
     DecoderCall,
     Key,
+    answer_text,
     check_asked,
     generation_row,
     join_likelihoods,
@@ -136,6 +138,29 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             return list(self._text_ids(string))
         return list(self._codec.encode(string, add_special_tokens))
 
+    # Chats, as lm-eval's evaluator asks for them
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The checkpoint's name."""
+        return self.model.checkpoint.name
+
+    def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """The messages as the model's own template writes them. UserError if none is attached."""
+        return self._template.render(chat_history, add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The source of the attached template, which lm-eval logs."""
+        return self._template.source if chat_template else None
+
+    @property
+    def _template(self) -> ChatTemplate:
+        template = format_of(self.model).template
+        if template is None:
+            name = self.model.checkpoint.name
+            raise UserError(f"no chat template is attached to {name}: load it with chat.load_format, and attach it")
+        return template
+
     # Generation
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -143,7 +168,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         numbered = with_repeats(requests)
         for answer in self.batches(numbered):
             answer()
-        return [self.journal.generations[key].generation.text or "" for _, key in numbered]
+        return [answer_text(self.journal.generations[key]) for _, key in numbered]
 
     def check_texts(self, numbered: Sequence[tuple[Instance, Key]]) -> None:
         """UserError, naming the document, for the first request whose texts this model cannot read."""
@@ -182,7 +207,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             if rest:
                 yield partial(self._generate, rest, budget, stop)
 
-    def _prompt(self, text: str, key: Key, budget: int) -> Prompt:
+    def _prompt(self, prompt: str, key: Key, budget: int) -> Prompt:
+        text = format_of(self.model).text(prompt)
         with tokenizer.naming(_where(key)):
             ids, is_truncated = self._prompt_ids(text, budget)
         self.num_truncated += is_truncated
@@ -233,7 +259,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         return DecoderCall(decoder=self.decoder, batch_size=self.batch_size, uncounted=self._uncounted)
 
     def _keep(self, request: Instance, key: Key, generation: Generation) -> None:
-        self.journal.add(generation_row(self.journal.cell, key, request, generation))
+        self.journal.add(with_answer(generation_row(self.journal.cell, key, request, generation), self.model))
         self.advance()
 
     # Log-likelihoods
@@ -313,7 +339,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
                 self._room_for(*pair)
         return _PendingLikelihood(request, key, pairs)
 
-    def _context_and_continuation(self, context: str, continuation: str) -> list[Pair]:
+    def _context_and_continuation(self, prompt: str, continuation: str) -> list[Pair]:
+        context = format_of(self.model).text(prompt)
         if context == "":
             before, after = [], self.tok_encode(continuation, add_special_tokens=False)
         else:

@@ -111,6 +111,11 @@ def generation_row(cell: str, key: Key, request: Instance, generation: Generatio
     )
 
 
+def answer_text(row: GenerationRow) -> str:
+    """What filters and metrics receive: the answer behind the model's thinking, else the whole text."""
+    return (row.generation.text or "") if row.answer is None else row.answer
+
+
 def likelihood_row(cell: str, key: Key, request: Instance, likelihood: Likelihood, num_tokens: int) -> LikelihoodRow:
     """The journal row of a log-likelihood that lm-eval requests."""
     task, doc_id, index, repeat = key

@@ -12,22 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 from twotower_eval import store
 from twotower_eval.decoder_settings import baseline_spec, block_sizes, cross_decoders
+from twotower_eval.engine.models.chat import arm_chats, attach_formats, chat_extra
 from twotower_eval.engine.models.protocol import Model, text_codec
 from twotower_eval.engine.scorers import Scorer
 from twotower_eval.errors import UserError
 from twotower_eval.measure.chosen import choose_batch_size, without_auto
 from twotower_eval.measure.harness.adapter import HarnessLM
 from twotower_eval.measure.harness.answers import Key
+from twotower_eval.measure.harness.prompts import asked_chats, built_tasks, longest_context, uses_of
 from twotower_eval.measure.harness.scoring import Row, score_rows
-from twotower_eval.measure.suites import BuiltTask, resolve_tasks, settle
+from twotower_eval.measure.suites import BuiltTask, settle
 from twotower_eval.measure.suites.lm_types import Instance
-from twotower_eval.plan import RunPlan, SpeedPlan, devices_of, each_baseline, named_baselines
-from twotower_eval.plan_sources import baseline_source, model_source
+from twotower_eval.plan import RunPlan, devices_of, each_baseline, named_baselines
+from twotower_eval.plan_chat import chat_options
+from twotower_eval.plan_sources import baseline_source, chat_sources, model_source
 from twotower_eval.records import (
     AUTO,
     Aggregate,
     Arm,
     Cell,
+    ChatUse,
     Chosen,
     DecoderSpec,
     GenerationRow,
@@ -48,7 +52,6 @@ from twotower_eval.task_options import recorded_seeds, run_seed
 if TYPE_CHECKING:
     from twotower_eval.engine.models.arms import Loaded
 
-SPARE_TOKENS = 8  # more special tokens than a tokenizer adds to a text
 DENOISER_KINDS: tuple[LikelihoodKind, ...] = ("denoiser_left_to_right", "bound")
 
 
@@ -91,6 +94,7 @@ class Prepared:
     overrides: Sequence[Override]
     ways: Sequence[Ways]
     chosen: Sequence[Chosen] = ()
+    chats: tuple[ChatUse, ...] | None = None
 
     @property
     def compares(self) -> bool:
@@ -114,14 +118,18 @@ def prepare(plan: RunPlan) -> Prepared:
     from twotower_eval.engine.models.arms import prove_arms
 
     plan, chosen = without_auto(plan)
-    tasks = _tasks(plan)
+    asked = asked_chats(plan)
+    tasks = built_tasks(plan, asked)
     decoding = settle(tasks, temperature=plan.temperature, samples=plan.samples)
     held = dataclasses.replace(plan, temperature=decoding.temperature)
     specs = cross_decoders(held)
     for single in each_baseline(held):
         baseline_spec(single)  # a slip in it is found before weights are loaded
     check_scorers(plan, tasks)
+    chats = asked or arm_chats(chat_sources(plan), chat_options(plan))
+    uses = uses_of(tasks, chats)
     arms = load_models(plan)
+    attach_formats(arms, chats)
     use_graphs(plan, tasks, arms)
     jobs = make_jobs(held, tasks, specs, arms)
     _refuse_unreadable(jobs)
@@ -130,29 +138,9 @@ def prepare(plan: RunPlan) -> Prepared:
     if plan.batch_size == AUTO:
         batch = choose_batch_size(arms, longest, num_requests=max(len(job.requests) for job in jobs))
         plan, chosen = dataclasses.replace(plan, batch_size=int(batch.value)), (*chosen, batch)
-    return Prepared(plan=plan, tasks=tasks, jobs=jobs, overrides=decoding.overrides, ways=ways, chosen=chosen)
-
-
-def _tasks(plan: RunPlan) -> list[BuiltTask]:
-    return resolve_tasks(
-        plan.tasks,
-        data_dir=plan.data_dir,
-        limit=plan.limit,
-        seed=plan.seed,
-        samples=plan.samples,
-        max_new_tokens=plan.max_new_tokens,
-        temperature=plan.temperature,
-        **task_options(plan),
+    return Prepared(
+        plan=plan, tasks=tasks, jobs=jobs, overrides=decoding.overrides, ways=ways, chosen=chosen, chats=uses
     )
-
-
-def task_options(plan: RunPlan | SpeedPlan) -> dict[str, Any]:
-    """What both verbs pass on to the tasks as the plan says it."""
-    return {
-        "include_path": plan.include_path,
-        "num_fewshot": plan.num_fewshot,
-        "gen_kwargs": plan.gen_kwargs,
-    }
 
 
 def _refuse_unreadable(jobs: Sequence[Job]) -> None:
@@ -222,24 +210,6 @@ def use_graphs(plan: RunPlan, tasks: Sequence[BuiltTask], arms: Sequence[Model])
     longest = min(longest, *(arm.max_length or longest for arm in arms))
     # Scorers choose their own number of rows.
     enable_cuda_graphs(arms, max_rows=MAX_NEW, block_sizes=block_sizes(plan), longest=longest)
-
-
-def longest_context(tasks: Sequence[BuiltTask], model: Model) -> int:
-    """Tokens of the longest context that a model sees in these tasks, or slightly more.
-
-    Texts are encoded only if their bytes, an upper bound, reach a length at which nothing was tried.
-    """
-    asked = [
-        ("".join(str(part) for part in instance.args if isinstance(part, str)), task.max_new_tokens or 0)
-        for task in tasks
-        for doc in task.docs
-        for instance in doc.instances
-    ]
-    found = max((len(text.encode()) + budget for text, budget in asked), default=0)
-    unproved: Sequence[int] = getattr(model, "unproved", ())
-    if unproved and found + SPARE_TOKENS > unproved[0] - 2:
-        found = max(len(text_codec(model).encode(text)) + budget for text, budget in asked)
-    return min(found + SPARE_TOKENS, model.max_length or found + SPARE_TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,6 +314,7 @@ def _cell(plan: RunPlan, arm: _Arm, task: BuiltTask, kind: LikelihoodKind) -> Ce
         "samples": task.samples,
         **({"pools_samples": True} if task.pools_samples else {}),
         **({"cuda_graphs": True} if plan.cuda_graphs else {}),  # sums may run in another order
+        **chat_extra(arm.model),
     }
     return make_cell(arm.arm, arm.model.checkpoint, arm.spec, workload, extra, arm.name)
 
@@ -366,6 +337,7 @@ def make_manifest(prepared: Prepared, resume: Path | None) -> RunManifest:
         unheeded=unheeded_settings(job.model for job in jobs if job.task.generates),
         ways=prepared.ways,
         chosen=prepared.chosen,
+        chats=prepared.chats,
     )
 
 

@@ -25,17 +25,26 @@ from twotower_eval.measure.harness.jobs import (
     make_manifest,
     make_scorer_of,
     prepare,
-    task_options,
 )
+from twotower_eval.measure.harness.prompts import timed_tasks
 from twotower_eval.measure.harness.scoring import Row, aggregate_rows, score_rows
-from twotower_eval.measure.suites import BuiltTask, resolve_tasks
+from twotower_eval.measure.suites import BuiltTask
 from twotower_eval.measure.suites.lm_types import Instance
 from twotower_eval.names import plural
 from twotower_eval.plan import RunPlan, SpeedPlan, plan_from_json
 from twotower_eval.plan_sources import arm_sources, model_source
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import Aggregate, Cell, RunManifest, Score, Witnessed, derive_seed, draws
-from twotower_eval.rules import EXTENDED, asked_and_not_done, chosen_lines, joined_lines, slower_lines, truncation_line
+from twotower_eval.rules import (
+    EXTENDED,
+    asked_and_not_done,
+    chat_facts,
+    chat_lines,
+    chosen_lines,
+    joined_lines,
+    slower_lines,
+    truncation_line,
+)
 from twotower_eval.sources import Source
 from twotower_eval.store import TRAINING_LOG
 from twotower_eval.store.environment import with_scoring_of_now
@@ -128,8 +137,9 @@ def answer(prepared: Prepared, *, root: Path, resume: Path | None = None, progre
     plan, jobs = prepared.plan, prepared.jobs
     manifest = make_manifest(prepared, resume)
     with _open(root, resume, manifest, jobs) as writer, family_calls(*arm_sources(plan)):
-        warnings = [f"warning: {text}" for text in (*writer.warnings, *asked_and_not_done(manifest))]
-        for line in (*chosen_lines(manifest), *warnings, *joined_lines(manifest), *slower_lines(manifest)):
+        said = (*writer.warnings, *asked_and_not_done(manifest), *chat_lines(manifest))
+        ways = (*joined_lines(manifest), *slower_lines(manifest), *chat_facts(manifest))
+        for line in (*chosen_lines(manifest), *(f"warning: {text}" for text in said), *ways):
             progress.note(line)
         _keep_training_log(model_source(plan), writer.path)
         evaluation = _Evaluation(plan, writer, jobs, progress)
@@ -195,18 +205,6 @@ def score_journal(path: Path) -> Path:
             writer.append(made)
         writer.finish()
     return path
-
-
-def timed_tasks(plan: SpeedPlan) -> list[BuiltTask]:
-    """The tasks whose prompts a speed run times and whose answers are scored."""
-    return resolve_tasks(
-        plan.tasks,
-        data_dir=plan.data_dir,
-        seed=plan.seed,
-        samples=plan.samples,
-        temperature=plan.temperature,
-        **task_options(plan),
-    )
 
 
 class _Evaluation:

@@ -17,6 +17,7 @@ from typing import Any, Protocol, SupportsFloat, cast
 import numpy as np
 
 from twotower_eval.errors import UserError
+from twotower_eval.measure.harness.answers import answer_text
 from twotower_eval.measure.suites import (
     LACKING,
     MISTAKEN,
@@ -322,7 +323,7 @@ def _pools(source: Task, filter_name: str) -> bool:
 def _response(row: Row) -> object:
     """An answer in the form that lm-eval's models return."""
     if isinstance(row, GenerationRow):
-        return row.generation.text or ""
+        return answer_text(row)
     if row.request == "loglikelihood_rolling":
         return row.likelihood.logprob_nats
     return (row.likelihood.logprob_nats, row.likelihood.is_greedy)

@@ -16,6 +16,7 @@ from twotower_eval.engine.decoders.reported import (
     finished,
     generating,
 )
+from twotower_eval.engine.models.chat import chat_extra
 from twotower_eval.engine.models.counting import UncountedForwards
 from twotower_eval.engine.models.protocol import Model
 from twotower_eval.engine.models.tokenizer import stops_of
@@ -282,5 +283,5 @@ def with_decoders(lanes: Mapping[int, tuple[Lane, ...]], clock: CallClock) -> di
 def _cell(plan: SpeedPlan, calls: Sequence[Call], size: int, arm: _Arm) -> Cell:
     checkpoint = arm.model.checkpoint
     workload = make_workload(plan, calls, size, len(checkpoint.devices))
-    extra = {"seed": run_seed(plan.seed) if (plan.temperature or 0) > 0 else None}
+    extra = {"seed": run_seed(plan.seed) if (plan.temperature or 0) > 0 else None, **chat_extra(arm.model)}
     return make_cell(arm.arm, checkpoint, arm.spec, workload, extra, arm.name)

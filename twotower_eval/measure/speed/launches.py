@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from twotower_eval import store
 from twotower_eval.decoder_settings import baseline_spec, cross_decoders
+from twotower_eval.engine.models.chat import ArmChat, arm_chats, attach_formats, chat_uses
 from twotower_eval.engine.models.protocol import Model
 from twotower_eval.errors import UserError
 from twotower_eval.measure.chosen import without_auto
@@ -39,11 +40,13 @@ from twotower_eval.measure.speed.workloads import (
     untimed_tasks_text,
 )
 from twotower_eval.plan import SpeedPlan, devices_of, each_baseline
-from twotower_eval.plan_sources import arm_sources, baseline_source, model_source
+from twotower_eval.plan_chat import chat_options
+from twotower_eval.plan_sources import arm_sources, baseline_source, chat_sources, model_source
 from twotower_eval.plugin_calls import TRACEBACK_VARIABLE, is_own
 from twotower_eval.progress import Progress, SilentProgress, choose_progress
 from twotower_eval.records import (
     Arm,
+    ChatUse,
     CostSample,
     DecoderSpec,
     Override,
@@ -54,7 +57,7 @@ from twotower_eval.records import (
     launch_id_of,
     to_json,
 )
-from twotower_eval.rules import asked_and_not_done, chosen_lines, slower_lines, truncation_line
+from twotower_eval.rules import asked_and_not_done, chat_facts, chat_lines, chosen_lines, slower_lines, truncation_line
 from twotower_eval.store.environment import new_manifest
 from twotower_eval.task_options import recorded_seeds
 
@@ -98,8 +101,10 @@ def run_launch(
     if plan.cuda_graphs:
         refuse_uneven(plan.batch_sizes, _block_sizes(specs))
     devices = Devices(devices_of(plan))
+    chats, uses = _chats(plan, requests)
     with torch_threads(plan.threads), family_calls(*arm_sources(plan)):
         models = _load(plan)
+        attach_formats(models, chats)
         if text := hint(plan):
             progress.note(text)
         clock = CallClock(devices, now)
@@ -108,14 +113,12 @@ def run_launch(
         parts = TimedParts(calls, lanes) if plan.costs else None
         graphs = graphs_for(plan, calls, lanes, models)
         manifest = _manifest(plan, calls, [*chain.from_iterable(lanes.values())], overrides, ways, models, resume)
-        manifest = dataclasses.replace(manifest, chosen=chosen)
+        manifest = dataclasses.replace(manifest, chosen=chosen, chats=uses)
         if resume is not None and _is_scored(plan, resume, manifest, calls_per_round(calls, lanes)):
             # Its scores are checked before the run is complete again.
             return Launched(path=resume, num_missing=0)
         with store.create(root, manifest) if resume is None else store.resume(resume, manifest) as writer:
-            truncated = _truncated(plan, writer, calls, lanes)
-            warnings = [f"warning: {text}" for text in (*writer.warnings, *asked_and_not_done(manifest), *truncated)]
-            for line in (*chosen_lines(manifest), *warnings, *slower_lines(manifest)):
+            for line in _said(writer, manifest, _truncated(plan, writer, calls, lanes)):
                 progress.note(line)
             if plan.costs:
                 for best in measured_conditions(lanes, calls, clock, cuda_graphs=plan.cuda_graphs):
@@ -128,6 +131,20 @@ def run_launch(
             if not num_missing:
                 writer.finish()
     return Launched(path=writer.path, num_missing=num_missing)
+
+
+def _chats(plan: SpeedPlan, requests: Sequence[Request]) -> tuple[tuple[ArmChat, ...], tuple[ChatUse, ...] | None]:
+    """In what format each model reads prompts. UserError if a chat template fails on one of them."""
+    chats = arm_chats(chat_sources(plan), chat_options(plan))
+    texts = [request.text for request in requests]
+    return chats, chat_uses(chats, texts, generates=plan.workload == "answer")
+
+
+def _said(writer: store.RunWriter, manifest: RunManifest, truncated: Sequence[str]) -> list[str]:
+    """What is said before the first call: warnings, and how each model is run and asked."""
+    found = (*writer.warnings, *asked_and_not_done(manifest), *chat_lines(manifest), *truncated)
+    warnings = [f"warning: {text}" for text in found]
+    return [*chosen_lines(manifest), *warnings, *slower_lines(manifest), *chat_facts(manifest)]
 
 
 def _block_sizes(specs: Sequence[DecoderSpec]) -> list[int]:

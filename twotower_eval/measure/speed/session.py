@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from twotower_eval import store
+from twotower_eval.engine.models.chat import with_answer
 from twotower_eval.measure.speed.clock import CallClock
 from twotower_eval.measure.speed.conditions import Captures
 from twotower_eval.measure.speed.costs import CostItem, TimedParts
@@ -404,7 +405,7 @@ class Session(RoundLoop):
             for request, generation in zip(call.requests, timing.generations, strict=True):
                 # The time to finish is unknown if the clock went wrong.
                 kept = generation if fault is None else dataclasses.replace(generation, finish_s=None)
-                self._writer.append(_generation_row(lane, request, kept, number))
+                self._writer.append(with_answer(_generation_row(lane, request, kept, number), lane.model))
         sample = SpeedSample(
             call_id=call.id,
             launch_id=self._launch_id,

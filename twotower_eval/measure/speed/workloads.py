@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import chain, cycle, islice, pairwise
 from typing import Any, Protocol
 
+from twotower_eval.engine.models.chat import format_of
 from twotower_eval.engine.models.protocol import Model, text_codec
 from twotower_eval.engine.models.tokenizer import fitted_prompt_ids, naming, prompt_ids
 from twotower_eval.errors import UserError
@@ -227,7 +228,8 @@ def _fixed_ids(plan: SpeedPlan, request: Request, requests: Sequence[Request], m
         for other in cycle([*requests[first + 1 :], *requests[: first + 1]]):
             if len(ids) >= plan.prompt_tokens:
                 break
-            ids = [*ids, *(text_codec(model).encode(f"\n{other.text}") if other.text else ids[:1])]
+            text = format_of(model).text(other.text)
+            ids = [*ids, *(text_codec(model).encode(f"\n{text}") if text else ids[:1])]
         ids = ids[: plan.prompt_tokens]
     needed = len(ids) + (plan.new_tokens or 0)
     if model.max_length is not None and needed > model.max_length:

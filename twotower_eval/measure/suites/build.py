@@ -31,7 +31,7 @@ from twotower_eval.measure.suites.included import read_included
 from twotower_eval.measure.suites.lm_types import Task
 from twotower_eval.measure.suites.parts import task_parts
 from twotower_eval.measure.suites.selection import select
-from twotower_eval.records import MEAN, Override, canonical_json, sha256_text
+from twotower_eval.records import MEAN, PLAIN_TEXT, ChatOptions, Override, canonical_json, sha256_text
 from twotower_eval.strict import JsonObject
 from twotower_eval.task_options import BUDGET_NAMES, GenKwargs, GivenSeed, seeds_of
 
@@ -99,6 +99,8 @@ def resolve_tasks(
     include_path: Sequence[str] | None = None,
     num_fewshot: int | None = None,
     gen_kwargs: GenKwargs | None = None,
+    chat: ChatOptions = PLAIN_TEXT,
+    render: lm_tasks.Render | None = None,
 ) -> list[BuiltTask]:
     """Build the named tasks: suites, members (``SUITE/TASK``), tasks of the folders ``include_path``, tasks under
     ``tasks/``, stock lm-eval tasks, and paths of task and suite files (see :func:`select`).
@@ -106,8 +108,9 @@ def resolve_tasks(
     ``-NAME`` leaves a task out. ``limit`` keeps the first documents of each task (of each subject, if lm-eval's task is
     a group). ``seed`` changes the few-shot examples of tasks that draw them, and whatever else tasks draw.
     ``num_fewshot`` and ``gen_kwargs`` override suite and task as in lm-eval, ``samples``, ``max_new_tokens`` and
-    ``temperature`` these too; :func:`settle` reports that. UserError for unknown names, tasks that execute model
-    output, settings that no decoder here follows, and data that is missing or does not fit.
+    ``temperature`` these too; :func:`settle` reports that. ``render`` writes chats as the candidate reads them, asked
+    as ``chat`` says; other models write the same messages in their own way. UserError for unknown names, tasks that
+    execute model output, settings that no decoder here follows, and data that is missing or does not fit.
     """
     if data_dir is not None and not Path(data_dir).is_dir():
         raise UserError(f"--data-dir {data_dir}: no such folder; `twotower-eval data prepare` makes one")
@@ -124,6 +127,8 @@ def resolve_tasks(
         included=included,
         num_fewshot=num_fewshot,
         gen_kwargs=gen_kwargs or {},
+        chat=chat,
+        render=render,
     )
     built: list[BuiltTask] = []
     with lm_tasks.quiet():
@@ -219,7 +224,9 @@ def _load(leaf: groups.Node, member: SuiteTask, build_options: BuildOptions) -> 
     included = build_options.included.indexes
     own = {**lm_tasks.load_yaml(leaf.yamls[-1], resolve_func=False), **leaf.settings}.get("num_fewshot")
     wanted = _wanted_shots(own, member, build_options)
+    prefix = build_options.chat.gen_prefix
     given = {**leaf.settings, **({} if wanted is None else {"num_fewshot": wanted})}
+    given |= {} if prefix is None else {"gen_prefix": prefix}
     return _Loaded(
         node=leaf,
         given=given,
@@ -259,9 +266,9 @@ def _build_part(
     sources = [one.source for one in loaded]
     for source in sources:
         _check_samples(name, source, sampled["samples"])
-    parts = task_parts(
-        top, [one.given for one in loaded], sources, every, member, folders=build_options.included.folders
-    )
+    given = [one.given for one in loaded]
+    parts = task_parts(top, given, sources, every, member, folders=build_options.included.folders)
+    parts |= build_options.chat.parts
     return BuiltTask(
         name=name,
         group=group,

@@ -31,7 +31,16 @@ from twotower_eval.measure.suites.asked import (
 from twotower_eval.measure.suites.groups import SuiteTask, cluster_id
 from twotower_eval.measure.suites.included import Included
 from twotower_eval.measure.suites.lm_types import Doc, Instance, Task
-from twotower_eval.records import MEAN, SUMMED_AGGREGATIONS, Override, canonical_json, sha256_text
+from twotower_eval.records import (
+    MEAN,
+    PLAIN_TEXT,
+    SUMMED_AGGREGATIONS,
+    ChatOptions,
+    ChatPrompt,
+    Override,
+    canonical_json,
+    sha256_text,
+)
 from twotower_eval.strict import JsonObject
 from twotower_eval.task_options import BUDGET_NAMES, OTHER_SEED, GenKwargs, Seeds
 
@@ -270,6 +279,8 @@ class BuildOptions:
     included: Included
     num_fewshot: int | None
     gen_kwargs: GenKwargs
+    chat: ChatOptions = PLAIN_TEXT
+    render: lm_tasks.Render | None = None
 
 
 def build_docs(
@@ -277,7 +288,8 @@ def build_docs(
 ) -> list[BuiltDoc]:
     """All documents of the lm-eval task ``leaf``, numbered from ``first_id``, as documents of ``name``."""
     by_doc = defaultdict(list)
-    for instance in lm_tasks.build_instances(leaf, source, build_options.seeds.fewshot):
+    how = (build_options.chat, build_options.render)
+    for instance in lm_tasks.build_instances(leaf, source, build_options.seeds.fewshot, *how):
         by_doc[instance.doc_id].append(instance)
     docs = []
     for index in sorted(by_doc):
@@ -381,8 +393,8 @@ def own_text(doc: BuiltDoc) -> str:
 
 
 def instance_sha256(instance: Instance) -> str:
-    """Hash of a request: the prompt of a generation, else all of its texts."""
-    texts = [arg for arg in instance.args if isinstance(arg, str)]
+    """Hash of a request: the prompt of a generation, else all of its texts; of a chat its messages."""
+    texts = [arg.asked if isinstance(arg, ChatPrompt) else arg for arg in instance.args if isinstance(arg, str)]
     return sha256_text(texts[0]) if len(texts) == 1 else sha256_text(canonical_json(texts))
 
 

@@ -20,12 +20,14 @@ from twotower_eval.errors import UserError
 from twotower_eval.measure.suites.lm_types import Aggregation, Entry, Filter, Instance, Task
 from twotower_eval.measure.suites.local_data import Origin, first_line, on_local_files, places
 from twotower_eval.names import did_you_mean
-from twotower_eval.records import MEAN
+from twotower_eval.records import MEAN, PLAIN_TEXT, ChatOptions, ChatPrompt, chat_json
 from twotower_eval.resources import data_path
 from twotower_eval.strict import JsonObject
 from twotower_eval.task_options import Seeds
 
 T = TypeVar("T")
+Messages = Sequence[Mapping[str, str]]
+Render = Callable[[Messages, bool], str]  # the messages of a chat, and whether an answer begins behind them
 # What a task's own code may raise on items that it cannot handle, or without a package, a file or the network.
 MISTAKEN = (
     ArithmeticError,
@@ -161,11 +163,13 @@ def seed_tasks(seeds: Seeds) -> None:
     np.random.seed(seeds.numpy % 2**32)
 
 
-def build_instances(name: str, task: Task, fewshot_seed: int) -> list[Instance]:
-    """lm-eval's requests for every document of the task."""
+def build_instances(
+    name: str, task: Task, fewshot_seed: int, chat: ChatOptions = PLAIN_TEXT, render: Render | None = None
+) -> list[Instance]:
+    """lm-eval's requests for every document of the task; ``render`` writes the messages of a chat as text."""
     task.set_fewshot_seed(fewshot_seed)
     try:
-        task.build_all_requests()
+        task.build_all_requests(**_how(chat, render))
     except misfits() as error:
         raise UserError(f"task {name!r}: its data lacks what the prompts read ({first_line(error)})") from error
     except UserError:
@@ -173,6 +177,22 @@ def build_instances(name: str, task: Task, fewshot_seed: int) -> list[Instance]:
     except MISTAKEN as error:
         raise UserError(f"task {name!r}: its own code fails on its documents ({first_line(error)})") from error
     return list(task.instances)
+
+
+def _how(chat: ChatOptions, render: Render | None) -> dict[str, object]:
+    """What lm-eval's evaluator passes on; nothing by default."""
+    how: dict[str, object] = {}
+    if chat.system_instruction is not None:
+        how["system_instruction"] = chat.system_instruction
+    if render is not None:
+        how |= {"apply_chat_template": True, "fewshot_as_multiturn": chat.fewshot_as_multiturn}
+        how["chat_template"] = partial(_chat_prompt, render)
+    return how
+
+
+def _chat_prompt(render: Render, messages: Messages, add_generation_prompt: bool = True) -> ChatPrompt:
+    """A chat as one template writes it, with the messages beside it."""
+    return ChatPrompt(render(messages, add_generation_prompt), chat_json(messages, add_generation_prompt))
 
 
 def aggregation(task: Task, metric: str) -> Aggregation:

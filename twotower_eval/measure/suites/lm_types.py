@@ -62,8 +62,8 @@ class Task(Protocol):
     def set_fewshot_seed(self, seed: int) -> None:
         """Set the seed of the few-shot examples."""
 
-    def build_all_requests(self) -> None:
-        """Fill ``instances``."""
+    def build_all_requests(self, **how: object) -> None:
+        """Fill ``instances``; ``how`` prompts are asked."""
 
     def doc_to_text(self, doc: Doc) -> object:
         """The question of a document."""

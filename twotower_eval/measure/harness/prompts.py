@@ -1,0 +1,92 @@
+"""The prompts of a plan: its tasks as the candidate reads them, how each arm reads them, and how long they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from twotower_eval.engine.models.chat import ArmChat, arm_chats, chat_uses, format_of
+from twotower_eval.engine.models.protocol import Model, text_codec
+from twotower_eval.errors import UserError
+from twotower_eval.measure.suites import BuiltTask, resolve_tasks
+from twotower_eval.plan import RunPlan, SpeedPlan
+from twotower_eval.plan_chat import chat_options
+from twotower_eval.plan_sources import chat_sources
+from twotower_eval.records import ChatUse
+
+SPARE_TOKENS = 8  # more special tokens than a tokenizer adds to a text
+
+
+def asked_chats(plan: RunPlan | SpeedPlan) -> tuple[ArmChat, ...]:
+    """The chat template of each arm, the candidate's first; none where the plan asks for none."""
+    return arm_chats(chat_sources(plan), chat_options(plan)) if plan.apply_chat_template else ()
+
+
+def built_tasks(plan: RunPlan, asked: Sequence[ArmChat]) -> list[BuiltTask]:
+    """The tasks of a run, as the candidate reads them. UserError for a task that cannot be asked so."""
+    tasks = resolve_tasks(
+        plan.tasks,
+        data_dir=plan.data_dir,
+        limit=plan.limit,
+        seed=plan.seed,
+        samples=plan.samples,
+        max_new_tokens=plan.max_new_tokens,
+        temperature=plan.temperature,
+        **_task_options(plan, asked),
+    )
+    scored = [task.name for task in tasks if task.request == "loglikelihood"]
+    if plan.enable_thinking and scored:
+        raise UserError(
+            f"{', '.join(scored)}: options are scored and nothing is thought before them, so that lm-eval refuses "
+            "enable_thinking there: leave them out, or drop --enable-thinking"
+        )
+    return tasks
+
+
+def timed_tasks(plan: SpeedPlan) -> list[BuiltTask]:
+    """The tasks whose prompts a speed run times and whose answers are scored."""
+    return resolve_tasks(
+        plan.tasks,
+        data_dir=plan.data_dir,
+        seed=plan.seed,
+        samples=plan.samples,
+        temperature=plan.temperature,
+        **_task_options(plan, asked_chats(plan)),
+    )
+
+
+def _task_options(plan: RunPlan | SpeedPlan, asked: Sequence[ArmChat]) -> dict[str, Any]:
+    """What both verbs pass on to the tasks as the plan says it."""
+    return {
+        "include_path": plan.include_path,
+        "num_fewshot": plan.num_fewshot,
+        "gen_kwargs": plan.gen_kwargs,
+        "chat": chat_options(plan),
+        "render": asked[0].render if asked else None,  # as the candidate reads them
+    }
+
+
+def uses_of(tasks: Sequence[BuiltTask], chats: Sequence[ArmChat]) -> tuple[ChatUse, ...] | None:
+    """How each arm reads the prompts of tasks. UserError if an arm's chat template fails on one of them."""
+    firsts = (instance.args[0] for task in tasks for doc in task.docs for instance in doc.instances)
+    prompts = {getattr(prompt, "asked", prompt): prompt for prompt in firsts}  # options share theirs
+    return chat_uses(chats, list(prompts.values()), generates=any(task.generates for task in tasks))
+
+
+def longest_context(tasks: Sequence[BuiltTask], model: Model) -> int:
+    """Tokens of the longest context that a model sees in these tasks, or slightly more.
+
+    Texts are encoded only if their bytes, an upper bound, reach a length at which nothing was tried.
+    """
+    read = format_of(model).text
+    asked = [
+        ("".join(read(part) for part in instance.args if isinstance(part, str)), task.max_new_tokens or 0)
+        for task in tasks
+        for doc in task.docs
+        for instance in doc.instances
+    ]
+    found = max((len(text.encode()) + budget for text, budget in asked), default=0)
+    unproved: Sequence[int] = getattr(model, "unproved", ())
+    if unproved and found + SPARE_TOKENS > unproved[0] - 2:
+        found = max(len(text_codec(model).encode(text)) + budget for text, budget in asked)
+    return min(found + SPARE_TOKENS, model.max_length or found + SPARE_TOKENS)
