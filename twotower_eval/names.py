@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from twotower_eval.errors import UserError
 from twotower_eval.plugin_calls import imported
+from twotower_eval.records import COMMIT
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
@@ -164,7 +165,8 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def config_name(path: str) -> str:
-    """A name for a size of model: its config's file, or that file's folder, without the path."""
+    """A name for a size of model: its config's file, or that file's folder, without the path, and without a commit."""
+    path = re.sub(rf"@{COMMIT.pattern}$", "", path)
     last = path.replace("\\", "/").rstrip("/").rpartition("/")[2]
     return last.removesuffix(".json").removesuffix(".config")
 

@@ -296,17 +296,19 @@ class SpeedPlan:
 class SizingPlan:
     """What ``twotower-eval size`` does: costs of a size of model, without its weights.
 
-    ``config`` is a ``config.json``, a folder that holds one, or the name of a shipped one. ``layers`` builds the
-    first so many of each tower and measures parts of them, to extrapolate; ``None`` builds all. ``share_towers`` gives
-    both towers one set of weights; ``cuda_graphs`` launches each small step as a whole. Commits follow every rate of
-    ``tokens_per_nfe`` that a block size can have, and the blocks that the run folder ``profile`` holds. Contexts are
-    ``prompt_tokens`` long. A timed sample is ``repeats`` repetitions; rounds as in SpeedPlan.
+    ``config`` is a ``config.json``, a folder that holds one, or the name of a shipped one or of the hub. ``layers``
+    builds the first so many of each tower and measures parts of them, to extrapolate; ``None`` builds all.
+    ``share_towers`` gives both towers one set of weights; ``cuda_graphs`` launches each small step as a whole. Commits
+    follow every rate of ``tokens_per_nfe`` that a block size can have, and the blocks that the run folder ``profile``
+    holds. Contexts are ``prompt_tokens`` long. A timed sample is ``repeats`` repetitions; rounds as in SpeedPlan.
     """
 
     config: Annotated[
         str,
         Option(
-            help="A config.json, a folder that holds one, or the name of a shipped one", metavar="CONFIG", argument=True
+            help="A config.json, a folder that holds one, or the name of a shipped one or of the hub",
+            metavar="CONFIG",
+            argument=True,
         ),
     ] = ""
     layers: Annotated[

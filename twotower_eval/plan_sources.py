@@ -6,9 +6,18 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TypeVar
 
-from twotower_eval.plan import CONTEXT_TOWER, Plan, RunPlan, SpeedPlan, VerifyPlan, each_baseline, named_baselines
+from twotower_eval.plan import (
+    CONTEXT_TOWER,
+    Plan,
+    RunPlan,
+    SizingPlan,
+    SpeedPlan,
+    VerifyPlan,
+    each_baseline,
+    named_baselines,
+)
 from twotower_eval.plan_baselines import MODEL, NAME
-from twotower_eval.sources import SHIPPED_PAIR, Source, located, read_source
+from twotower_eval.sources import SHIPPED_PAIR, Source, is_repo, located, read_source
 
 
 def model_source(plan: Plan | VerifyPlan) -> Source:
@@ -53,6 +62,14 @@ def check_checkpoints(plan: D, *, silent: bool = False) -> D:
     for one in filter(None, found):
         located(one, needs_config=False, silent=silent)
     return _pinned(plan, found)
+
+
+def check_config(plan: SizingPlan, *, silent: bool = False) -> SizingPlan:
+    """The plan with the commit of a config of the hub, which is then here."""
+    if not is_repo(plan.config):
+        return plan
+    source = located(read_source(plan.config), extent="config", silent=silent)
+    return dataclasses.replace(plan, config=f"{source.repo}@{source.commit}")
 
 
 def _pinned(plan: D, sources: Sequence[Source | None]) -> D:

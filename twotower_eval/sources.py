@@ -122,6 +122,13 @@ def _shown(repo: str, revision: str) -> str:
     return f"{repo}@{revision[:SHOWN_COMMIT] if COMMIT.fullmatch(revision) else revision}"
 
 
+def is_repo(text: str) -> bool:
+    """Whether a text names a repository of the hub with its owner or a revision, and no folder that is here."""
+    repo, at, revision = text.partition("@")
+    named = HUB_NAME.fullmatch(repo) is not None and bool("/" in repo or (at and revision))
+    return named and not Path(text).exists()
+
+
 def _of_folder(folder: Path) -> Source:
     """A folder, which may be one of a snapshot in the Hugging Face cache: then it is called as its repository is."""
     resolved = folder.resolve()

@@ -28,7 +28,7 @@ from twotower_eval.api.given import (
 from twotower_eval.api.runs import Run
 from twotower_eval.errors import UserError
 from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan
-from twotower_eval.plan_sources import check_checkpoints
+from twotower_eval.plan_sources import check_checkpoints, check_config
 from twotower_eval.progress import Progress
 from twotower_eval.records import Claim
 
@@ -127,8 +127,8 @@ def size(
 ) -> Run:
     """Measure what a size of model costs on random weights; the run. No checkpoint is needed.
 
-    ``config`` is a ``config.json``, a folder with one, or the name of a shipped one; keywords are the fields of
-    :class:`SizingPlan`. ``profile`` may be a run's id under ``out``. Everything else is as in :func:`evaluate`.
+    ``config`` is a ``config.json``, a folder with one, or the name of a shipped one or of the hub; keywords are the
+    fields of :class:`SizingPlan`. ``profile`` may be a run's id under ``out``. All else is as in :func:`evaluate`.
     """
     begin()
     root = Path(out)
@@ -136,7 +136,7 @@ def size(
     given = {**fields, "config": config}
     if isinstance(profile := fields.get("profile"), str | os.PathLike):
         given["profile"] = run_path(profile, root)
-    asked = plan_of(SizingPlan, plan, resumed, given)
+    asked = check_config(plan_of(SizingPlan, plan, resumed, given), silent=progress is False)
     from twotower_eval.measure import sizing
 
     return Run(sizing.run(asked, root=root, resume=resumed, progress=shown_progress(progress)))

@@ -46,6 +46,7 @@ from twotower_eval.names import config_name, plural
 from twotower_eval.plan import SizingPlan
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
 from twotower_eval.records import (
+    CONFIG_FILES,
     CostSample,
     RunManifest,
     SpeedPhase,
@@ -56,6 +57,7 @@ from twotower_eval.records import (
 )
 from twotower_eval.resources import data_path
 from twotower_eval.rules import chosen_line
+from twotower_eval.sources import is_repo, located, read_source
 from twotower_eval.store.environment import new_manifest
 from twotower_eval.store.journal import now_text
 
@@ -230,7 +232,7 @@ def read_config(plan: SizingPlan) -> NemotronHConfig:
 
 
 def config_file(name: str) -> Path:
-    """The config file of a name: its path, a folder with a ``config.json``, or the name of a shipped one.
+    """The config file of a name: its path, a folder with a ``config.json``, the name of a shipped one, or of the hub.
 
     UserError, listing the shipped names, if there is none.
     """
@@ -238,12 +240,14 @@ def config_file(name: str) -> Path:
         if file.is_file():
             return file
     shipped = {config_name(path.name): path for path in sorted(data_path("tasks", "configs").glob("*.json"))}
-    if name not in shipped:
-        raise UserError(
-            f"{name!r} is neither a config.json, nor a folder with one, nor a shipped config; shipped are "
-            f"{', '.join(shipped)}"
-        )
-    return shipped[name]
+    if name in shipped:
+        return shipped[name]
+    if is_repo(name):
+        return located(read_source(name), extent="config").files / CONFIG_FILES[0]
+    raise UserError(
+        f"{name!r} is neither a config.json, nor a folder with one, nor a shipped config; shipped are "
+        f"{', '.join(shipped)}"
+    )
 
 
 def make_profiles(plan: SizingPlan) -> tuple[Profile, ...]:
