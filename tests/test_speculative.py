@@ -13,12 +13,14 @@ from golden_files import checkpoint_folders, golden
 from hf_models import CONFIGS, ODD, SMALL, save_reading, save_tiny
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
+from twotower_eval import cli, store
 from twotower_eval.engine.decoders import decoder_spec, make_decoder
 from twotower_eval.engine.decoders.speculative import Lookup
 from twotower_eval.engine.models import load_model
 from twotower_eval.engine.models.counting import WatchedModel
 from twotower_eval.engine.models.protocol import Model
 from twotower_eval.errors import UserError
+from twotower_eval.measure.verify.checks import drafts_verified
 from twotower_eval.records import Generation, Prompt
 
 LLAMA_FAMILY = {"qwen2": transformers.Qwen2Config(**SMALL)}
@@ -205,3 +207,48 @@ def test_the_draft_models_content_is_part_of_the_operating_point(folders: Any, t
     assert before.params == after.params
     assert before.draft != after.draft
     assert decoder_spec("prompt_lookup").draft is None
+
+
+def test_verify_holds_drafts_against_the_greedy_tokens(folders: Any) -> None:
+    model = load_model(folders("llama"))
+    prompts = prompts_that_repeat()
+    same, per_pass = drafts_verified(model, prompts, "float32")
+    assert (same.name, same.outcome, same.value) == ("drafts_equal_greedy", "passed", 0.0)
+    assert per_pass.value is not None
+    assert per_pass.value > 1
+    half, _ = drafts_verified(model, prompts, "bfloat16")
+    assert "answers of prompt_lookup are those of autoregressive, in bfloat16" in half.detail
+    assert half.limit is None
+    alone = load_model(folders("recurrent_gemma"))
+    assert {one.outcome for one in drafts_verified(alone, prompts, "float32")} == {"not_checked"}
+
+
+def test_a_witness_finds_a_row_of_logits_for_every_token(folders: Any) -> None:
+    """However much was drafted, and though states read accepted tokens again."""
+    for kind in ("llama", "mamba2"):
+        model: Any = WatchedModel(load_model(folders(kind)))
+        for decoder, params in (("prompt_lookup", {}), ("draft", {"draft": str(folders(kind, 0.05))})):
+            for prompt in prompts_that_repeat():
+                with model.witnessed(prompt.token_ids) as heard:
+                    [made] = decoded(model, decoder, [prompt], params)
+                tally = heard.tally(made.token_ids)
+                assert tally.num_witnessed == tally.num_tokens == made.num_tokens
+
+
+def test_a_baseline_that_drafts_is_timed_and_reported_with_what_it_cost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--tasks", "miniature_sort", "--out", str(tmp_path), "--threads", "1", "--no-costs", "--probes", "0"]
+    common += ["--num-prompts", "1", "--min-rounds", "2", "--warmup-rounds", "0"]
+    drafts = ["--baseline-decoder", "draft", "--baseline-set", "draft=miniature"]
+    assert cli.main(["speed", *common, *drafts, "--baseline-set", "num_assistant_tokens=3"]) == 0
+    [path] = store.find_runs(tmp_path, "speed")
+    run = store.load(path)
+    [baseline] = [cell for cell in run.manifest.cells if cell.arm == "baseline"]
+    assert dict(baseline.decoder.params) == {"draft": "miniature", "num_assistant_tokens": 3}
+    assert baseline.decoder.draft == decoder_spec("draft", draft="miniature").draft
+    prompts = [(call.cell == baseline.id, one) for call in run.speed for one in call.prompts]
+    assert all((one.num_draft_forwards is not None) == is_baseline for is_baseline, one in prompts)
+    assert cli.main(["report", str(path), "--out", str(tmp_path / "reports")]) == 0
+    [report] = (tmp_path / "reports").glob("*/report.md")
+    assert "draft model's forwards" in report.read_text(encoding="utf-8")

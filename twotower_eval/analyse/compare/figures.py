@@ -65,7 +65,9 @@ def measured(compute: Callable[[], Estimate]) -> Measured:
 class Counts:
     """Totals over ``num_prompts`` prompts; ``num_forced_commits`` is ``None`` where the decoder forces none.
 
-    ``num_prefill_forwards`` are the context forwards that read prompts, one for each prompt with any.
+    ``num_prefill_forwards`` are the context forwards that read prompts, one for each prompt with any;
+    ``num_draft_forwards`` those of a draft model, ``None`` where there is none. These are in no rate of tokens: a pass
+    is one of the model that is measured.
     """
 
     num_prompts: int
@@ -76,6 +78,7 @@ class Counts:
     num_forced_commits: int | None
     num_finished: dict[str, int]
     num_prefill_forwards: int = 0
+    num_draft_forwards: int | None = None
 
     @property
     def tokens_per_forward(self) -> float | None:
@@ -107,6 +110,7 @@ def count(prompts: Iterable[Generation | PromptTiming]) -> Counts:
     """Add up generations, or the prompts of timed calls."""
     rows = list(prompts)
     forced = [row.num_forced_commits for row in rows if row.num_forced_commits is not None]
+    drafted = [row.num_draft_forwards for row in rows if row.num_draft_forwards is not None]
     finished = [row.finish for row in rows]
     return Counts(
         num_prompts=len(rows),
@@ -117,6 +121,7 @@ def count(prompts: Iterable[Generation | PromptTiming]) -> Counts:
         num_forced_commits=sum(forced) if rows and len(forced) == len(rows) else None,
         num_finished={reason: finished.count(reason) for reason in ("eos", "stop", "length")},
         num_prefill_forwards=sum(min(1, row.num_context_forwards) for row in rows),
+        num_draft_forwards=sum(drafted) if rows and len(drafted) == len(rows) else None,
     )
 
 

@@ -162,9 +162,9 @@ def counts(runs: Runs, frame: pd.DataFrame) -> str:
     ]
     name, run = Column(header=runs.point_header, show=_arm), Column(header="run", show=ids("runs"))
     outputs = Column(header="outputs", show=whole("num_prompts"))
-    tables = [markdown(timed, [name, *where, *_count_columns()], left=2)] if len(timed) else []
+    tables = [markdown(timed, [name, *where, *_count_columns(timed)], left=2)] if len(timed) else []
     if len(scored):
-        tables.append(f"In the scored runs:\n\n{markdown(scored, [name, outputs, *_count_columns(), run])}")
+        tables.append(f"In the scored runs:\n\n{markdown(scored, [name, outputs, *_count_columns(scored), run])}")
     return details("Tokens and forwards", "\n\n".join(part.strip() for part in (COST_WORDS, *tables)))
 
 
@@ -210,18 +210,24 @@ def counted(counts: Counts) -> Row:
     return {name.removeprefix("_"): value for name, value in count_columns("", counts).items()}
 
 
-def _count_columns() -> list[Column]:
+def _count_columns(frame: pd.DataFrame) -> list[Column]:
+    drafts = [Column(header="draft model's forwards", show=_draft_forwards)]
     return [
         Column(header="tokens per NFE", show=fixed("tokens_per_nfe", 2)),
         Column(header="with commits", show=fixed("tokens_per_nfe_and_commit", 2)),
         Column(header="with prefill and all else", show=fixed("tokens_per_forward", 2)),
         Column(header="denoiser forwards (NFE)", show=_denoiser_forwards),
         Column(header="context forwards", show=whole("num_context_forwards")),
+        *(drafts if frame["num_draft_forwards"].notna().any() else ()),
         Column(header="useful tokens", show=whole("num_tokens")),
         Column(header="discarded tokens", show=whole("num_discarded_tokens")),
         Column(header="forced commits", show=share("forced_share")),
         Column(header="ended by EOS / stop / length", show=endings()),
     ]
+
+
+def _draft_forwards(row: Raw) -> str:
+    return NONE if pd.isna(row["num_draft_forwards"]) else whole("num_draft_forwards")(row)
 
 
 def _denoiser_forwards(row: Raw) -> str:

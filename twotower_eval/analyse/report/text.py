@@ -80,6 +80,7 @@ def count_columns(arm: str, counts: Counts) -> Row:
         f"{arm}_num_context_forwards": counts.num_context_forwards,
         f"{arm}_num_prefill_forwards": counts.num_prefill_forwards,
         f"{arm}_num_denoiser_forwards": counts.num_denoiser_forwards,
+        f"{arm}_num_draft_forwards": counts.num_draft_forwards,
         f"{arm}_num_forced_commits": counts.num_forced_commits,
         f"{arm}_tokens_per_nfe": counts.tokens_per_nfe,
         f"{arm}_tokens_per_nfe_and_commit": counts.tokens_per_nfe_and_commit,

@@ -20,7 +20,7 @@ from twotower_eval.engine.models.probes import LIMITS, difference
 from twotower_eval.engine.models.protocol import Denoising, Model, has_denoiser, two_tower
 from twotower_eval.engine.ops.ssd import ssd, ssd_chunked, ssd_reference
 from twotower_eval.names import plural
-from twotower_eval.records import CheckOutcome, CommitStep, Generation, Prompt, Ways
+from twotower_eval.records import HALF_PRECISION, CheckOutcome, CommitStep, Generation, Prompt, Ways
 from twotower_eval.rules import proof_outcome, ways_text
 
 
@@ -270,6 +270,36 @@ def _logits_of_step(model: Model, prompt: Prompt, before: Sequence[CommitStep], 
 def _top2(logits_V: Tensor) -> float:
     best = logits_V.float().topk(2).values
     return float(best[0] - best[1])
+
+
+def drafts_verified(model: Model, prompts: Sequence[Prompt], dtype: str) -> tuple[CheckResult, CheckResult]:
+    """Whether drafts that are verified in one pass leave the greedy tokens as they are, and the tokens of a pass.
+
+    As in :func:`batch_logic` a difference must come from two tokens that nearly tie; in half precision these are too
+    common for a limit, and are counted.
+    """
+    names = ("drafts_equal_greedy", "tokens_per_pass")
+    if not getattr(model, "verifies", False):
+        reason = "the model gives logits behind one token at a time, so no decoder verifies drafts with it"
+        return not_checked(names[0], reason), not_checked(names[1], reason)
+    plain, made = (
+        make_decoder(model, kind).generate(prompts, max_new_tokens=NUM_TOKENS)
+        for kind in ("autoregressive", "prompt_lookup")
+    )
+    answers = zip(prompts, made, plain, strict=True)
+    margins = [_token_margin(model, p, a.token_ids, b.token_ids) for p, a, b in answers if a.token_ids != b.token_ids]
+    num_tokens, num_passes = sum(one.num_tokens for one in made), sum(one.num_context_forwards for one in made)
+    per_pass = informative(
+        names[1],
+        f"prompt_lookup: {num_tokens} useful tokens in {num_passes} passes of the model, prefills included",
+        value=num_tokens / num_passes,
+    )
+    num_same = len(prompts) - len(margins)
+    same = f"{num_same} of {len(prompts)} answers of prompt_lookup are those of autoregressive"
+    if dtype in HALF_PRECISION:
+        return informative(names[0], f"{same}, in {dtype}", value=1 - len(margins) / len(prompts)), per_pass
+    worst = max((margin if margin == margin else float("inf") for margin in margins), default=0.0)
+    return pass_or_fail(names[0], worst <= MARGIN, same, value=worst, limit=MARGIN), per_pass
 
 
 NO_DENOISER = "the model has no denoiser"

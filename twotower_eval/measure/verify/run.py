@@ -21,6 +21,7 @@ from twotower_eval.measure.verify.checks import (
     batch_numerics,
     block_sample,
     blockwise_context,
+    drafts_verified,
     finite_logits,
     informative,
     mock_ar_agreement,
@@ -103,6 +104,7 @@ def _results(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt], golden: 
     yield blockwise_context(model, prompts, plan.dtype)
     yield _batch_gate(plan, model, prompts)
     yield batch_numerics(model, prompts, plan.dtype)
+    yield from drafts_verified(model, prompts, plan.dtype)
     yield mock_ar_agreement(model, prompts)
     yield from block_sample(model, prompts)
     if golden is None:
