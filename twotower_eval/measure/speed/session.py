@@ -476,6 +476,5 @@ def _prompt_timing(generation: Generation, wall_s: float) -> PromptTiming:
 
 
 def _finish_s(generation: Generation, wall_s: float) -> float:
-    """The finish time, clipped to the call: the decoder's clock may start slightly before or end after the
-    harness's."""
+    """The finish time, clipped to the call: a decoder's clock may start slightly before it or end after it."""
     return wall_s if generation.finish_s is None else max(0.0, min(finite(generation.finish_s), wall_s))
