@@ -494,9 +494,9 @@ def test_data_and_training_are_functions_too(
     row = {"question": "2 + 2?", "answer": "4 #### 4"}
     for split in ("train", "test"):
         (tmp_path / "published" / "gsm8k" / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
-    written = api.prepare_data(tmp_path / "published", str(tmp_path / "data"), only="gsm8k")
+    written = api.prepare_data(tmp_path / "published", str(tmp_path / "data"), only="gsm8k", partial=True)
     assert {file.path.read_text(encoding="utf-8") for file in written} == {json.dumps(row) + "\n"}
-    assert cli.main(["data", "prepare", str(tmp_path / "published"), str(tmp_path / "data")]) == 0
+    assert cli.main(["data", "prepare", str(tmp_path / "published"), str(tmp_path / "data"), "--partial"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"{file.path}: 1 rows" for file in written]
     calls: list[object] = []
     monkeypatch.setattr(train, "train_pair", lambda folder, **given: calls.append((folder, given)) or folder / "pair")

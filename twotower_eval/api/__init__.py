@@ -293,13 +293,16 @@ def calibrate(
     return calibration.calibrate(Path(out), num_repetitions=repetitions, seed=seed, progress=shown)
 
 
-def prepare_data(source: PathText, target: PathText, *, only: str | Sequence[str] | None = None) -> list[PreparedFile]:
+def prepare_data(
+    source: PathText, target: PathText, *, only: str | Sequence[str] | None = None, partial: bool = False
+) -> list[PreparedFile]:
     """Make ``TARGET/TASK/SPLIT.jsonl``, which ``data_dir`` reads, from the files that benchmarks publish; what was
-    written. ``only`` names some of the benchmarks; by default all that have a folder in ``source``."""
+    written. ``only`` names some of the benchmarks; by default all that have a folder in ``source``. ``partial``
+    also takes files with another number of rows than was published."""
     from twotower_eval.measure.suites import datafiles
 
     names = [only] if isinstance(only, str) else only
-    return datafiles.prepare(Path(source), Path(target), names)
+    return datafiles.prepare(Path(source), Path(target), names, whole=not partial)
 
 
 def train(

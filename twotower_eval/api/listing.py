@@ -10,11 +10,14 @@ import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from twotower_eval.errors import UserError
 from twotower_eval.names import did_you_mean, registered
 from twotower_eval.resources import data_path
+
+if TYPE_CHECKING:
+    from twotower_eval.measure.suites.published import Benchmark
 
 What = Literal["tasks", "suites", "decoders", "families", "claims", "sections"]
 SHIPPED = "shipped"
@@ -60,6 +63,13 @@ def listed(
     if not matches:
         raise UserError(f"none of the {what} matches {pattern!r}{did_you_mean(pattern, [one.name for one in found])}")
     return [one for one in found if one.name in matches]
+
+
+def benchmarks() -> tuple[Benchmark, ...]:
+    """The benchmarks that ``data prepare`` reads: where they are published, under which licence, and their files."""
+    from twotower_eval.measure.suites.published import PUBLISHED
+
+    return tuple(PUBLISHED.values())
 
 
 def _matching(pattern: str, names: Sequence[str]) -> set[str]:

@@ -78,6 +78,9 @@ data_app = typer.Typer(help="Prepare benchmark files.", rich_markup_mode=None)
 data_app.command(help="Make DIR/TASK/SPLIT.jsonl for --data-dir from the files that benchmarks publish.")(
     measure.prepare
 )
+data_app.command(help="Say where benchmarks are published, under which licence, and which files to put where.")(
+    measure.sources
+)
 app.add_typer(data_app, name="data")
 
 

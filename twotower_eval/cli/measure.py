@@ -126,12 +126,26 @@ def prepare(
     source: Annotated[Path, typer.Argument(help="Folder with gsm8k/, mgsm/, mmlu/, …", metavar="SOURCE")],
     target: Annotated[Path, typer.Argument(help="Folder to write to.", metavar="TARGET")],
     only: Annotated[str | None, option("Only these benchmarks [all found in SOURCE].", metavar="A,B")] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Also take files with another number of rows than was published.")
+    ] = False,
 ) -> None:
     """Verb ``data prepare``."""
     from twotower_eval import api
 
-    for file in api.prepare_data(source, target, only=texts(only)):
+    for file in api.prepare_data(source, target, only=texts(only), partial=partial):
         typer.echo(f"{file.path}: {file.num_rows} rows")
+
+
+def sources() -> None:
+    """Verb ``data sources``."""
+    from twotower_eval.api.listing import benchmarks
+
+    for one in benchmarks():
+        scored = "" if one.scored else "; its scoring executes model output, which is refused"
+        typer.echo(f"{one.name}: licence {one.licence}; upstream {one.upstream}{scored}")
+        typer.echo(f"  fetch: {one.fetch()}")
+        typer.echo(f"  files below SOURCE/{one.name}: {'; or '.join(one.files)}")
 
 
 def miniature(

@@ -1,8 +1,8 @@
 """Benchmark files in the columns that lm-eval's stock tasks expect: converted from the published files, and read.
 
-``prepare`` turns the files as gsm8k, MGSM, MMLU, MATH-500 and HellaSwag publish them into ``DIR/NAME/SPLIT.jsonl``.
-``run --data-dir DIR`` then reads ``DIR/TASK/SPLIT.jsonl``, or the folder of the data set that several stock tasks share
-(:func:`folders`). Standard library only.
+``prepare`` turns the files that benchmarks publish (:mod:`published`) into ``DIR/NAME/SPLIT.jsonl``. ``run --data-dir
+DIR`` then reads ``DIR/TASK/SPLIT.jsonl``, or the folder of the data set that several stock tasks share
+(:func:`folders`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twotower_eval.errors import UserError
+from twotower_eval.measure.suites.published import PUBLISHED, checked_rows, first_file, num_published
 from twotower_eval.names import did_you_mean
 from twotower_eval.strict import (
     BOM,
@@ -37,6 +38,13 @@ SHARED_FOLDERS = {
     "cais/mmlu": "mmlu_{}",
     "HuggingFaceH4/MATH-500": "math500",
     "Rowan/hellaswag": "hellaswag",
+    "allenai/ai2_arc": "{}",
+    "allenai/winogrande": "{}",
+    "EleutherAI/race": "race_{}",
+    "TIGER-Lab/MMLU-Pro": "mmlu_pro",
+    "CohereLabs/Global-MMLU-Lite": "global_mmlu_lite_{}",
+    "google-research-datasets/mbpp": "mbpp_{}",
+    "openai/openai_humaneval": "humaneval",
 }
 
 
@@ -51,14 +59,18 @@ class PreparedFile:
 def folders(task: str, dataset: str | None, configuration: str | None) -> list[str]:
     """Folders under a data directory that may hold a stock task's data, the task's own name first."""
     shared = SHARED_FOLDERS.get(dataset or "")
-    return [task] if shared is None else list(dict.fromkeys([task, shared.format(configuration)]))
+    own = str(configuration).lower().replace("-", "_")
+    return [task] if shared is None else list(dict.fromkeys([task, shared.format(own)]))
 
 
-def prepare(source: Path, target: Path, names: Sequence[str] | None = None) -> list[PreparedFile]:
+def prepare(
+    source: Path, target: Path, names: Sequence[str] | None = None, *, whole: bool = False
+) -> list[PreparedFile]:
     """Write stock-column files under ``target`` from the published files under ``source``.
 
-    ``names`` are some of gsm8k, mgsm, mmlu, math500, hellaswag; by default all that have a folder under ``source``.
-    UserError for a missing file or an unexpected line. Each file is replaced whole or not at all.
+    ``names`` are some of ``BENCHMARKS``; by default all that have a folder under ``source``. ``whole`` refuses a file
+    with another number of rows than was published. UserError for a missing file or an unexpected line, with the
+    command that fetches what is missing. Each file is replaced whole or not at all.
     """
     for name in names or ():
         if name not in BENCHMARKS:
@@ -71,10 +83,17 @@ def prepare(source: Path, target: Path, names: Sequence[str] | None = None) -> l
     written = []
     for name in chosen:
         if not (source / name).is_dir():
-            raise UserError(f"{source} has no folder {name}")
+            raise UserError(f"{source} has no folder {name}; to fetch it: {PUBLISHED[name].fetch(str(source))}")
         for folder, split, rows in BENCHMARKS[name](source / name):
             path = target / folder / f"{split}.jsonl"
-            written.append(PreparedFile(path=path, num_rows=_write_jsonl(path, rows)))
+            held = list(rows)
+            expected = num_published(folder, split) if whole else None
+            if expected is not None and len(held) != expected:
+                raise UserError(
+                    f"{source / name}: {folder} {split} has {len(held):,} rows, but {expected:,} are published: the "
+                    "file is cut or of another version; --partial takes it as it is"
+                )
+            written.append(PreparedFile(path=path, num_rows=_write_jsonl(path, held)))
     return written
 
 
@@ -116,7 +135,84 @@ def _kind(value: object) -> str:
     return words.get(type(value), "an object")
 
 
+Made = Iterator[tuple[str, str, Rows]]  # folder, split, rows
+
+
+def _splits(source: Path, folder: str, splits: Mapping[str, tuple[str, ...]], columns: Mapping[str, type]) -> Made:
+    """The splits of one folder, each from the first of its patterns that has a file."""
+    for split, patterns in splits.items():
+        path = first_file(source, patterns)
+        if path is None:
+            fetch = PUBLISHED[source.name].fetch(str(source.parent))
+            raise UserError(f"{source}: no file {' or '.join(patterns)}; to fetch it: {fetch}")
+        yield folder, split, checked_rows(path, columns)
+
+
+def _hub(place: str, *splits: str) -> dict[str, tuple[str, ...]]:
+    """The patterns of a data set's files as the hub has them."""
+    return {split: (f"{place}/{split}-*.parquet",) for split in splits}
+
+
+def _arc(source: Path) -> Made:
+    columns = {"id": str, "question": str, "choices": dict, "answerKey": str}
+    for place in [one for one in ("ARC-Challenge", "ARC-Easy") if (source / one).is_dir()] or ["ARC-Challenge"]:
+        yield from _splits(source, place.lower().replace("-", "_"), _hub(place, "train", "validation", "test"), columns)
+
+
+def _winogrande(source: Path) -> Made:
+    places = {"train": "train_xl.jsonl", "validation": "dev.jsonl"}
+    splits = {split: (*_hub("winogrande_xl", split)[split], file) for split, file in places.items()}
+    columns = {"sentence": str, "option1": str, "option2": str, "answer": str}
+    yield from _splits(source, "winogrande_xl", splits, columns)
+
+
+def _race(source: Path) -> Made:
+    yield from _splits(source, "race_high", _hub("high", "test"), {"article": str, "problems": str})
+
+
+def _mmlu_pro(source: Path) -> Made:
+    columns = {"question_id": int, "question": str, "options": list, "answer": str, "answer_index": int}
+    columns |= {"cot_content": str, "category": str, "src": str}
+    yield from _splits(source, "mmlu_pro", _hub("data", "test", "validation"), columns)
+
+
+def _global_mmlu_lite(source: Path) -> Made:
+    columns = {"sample_id": str, "subject": str, "subject_category": str, "question": str, "answer": str}
+    columns |= {f"option_{letter}": str for letter in "abcd"}
+    languages = sorted({path.parent.name for path in source.glob("*/test-*.parquet")}) or ["en"]
+    for language in languages:
+        yield from _splits(source, f"global_mmlu_lite_{language}", _hub(language, "test", "dev"), columns)
+
+
+MBPP_IDS = {"prompt": range(1, 11), "test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)}
+
+
+def _mbpp(source: Path) -> Made:
+    """Both sets: from the hub in their splits, from upstream in one file, whose splits go by number."""
+    full = {"task_id": int, "text": str, "code": str, "test_list": list, "test_setup_code": str}
+    full |= {"challenge_test_list": list}
+    sanitized = {"task_id": int, "prompt": str, "code": str, "test_list": list, "test_imports": list}
+    forms = (("full", full, "mbpp.jsonl"), ("sanitized", sanitized, "sanitized-mbpp.json"))
+    there = [form for form in forms if (source / form[0]).is_dir() or (source / form[2]).is_file()]
+    for place, columns, file in there or forms[:1]:
+        if not (source / file).is_file():
+            yield from _splits(source, f"mbpp_{place}", _hub(place, *MBPP_IDS), columns)
+            continue
+        rows = list(checked_rows(source / file, columns))
+        for split, ids in MBPP_IDS.items():
+            yield f"mbpp_{place}", split, iter([row for row in rows if row["task_id"] in ids])
+
+
+def _humaneval(source: Path) -> Made:
+    columns = dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), str)
+    patterns = (*_hub("openai_humaneval", "test")["test"], "HumanEval.jsonl.gz", "HumanEval.jsonl")
+    yield from _splits(source, "humaneval", {"test": patterns}, columns)
+
+
 def _gsm8k(source: Path) -> Iterator[tuple[str, str, Rows]]:
+    if (source / "main").is_dir():
+        yield from _splits(source, "gsm8k", _hub("main", "test", "train"), {"question": str, "answer": str})
+        return
     for split in ("test", "train"):
         yield "gsm8k", split, _copied(source / f"{split}.jsonl", {"question": str, "answer": str})
 
@@ -157,6 +253,12 @@ def _mgsm_rows(path: Path) -> Rows:
 
 
 def _mmlu(source: Path) -> Iterator[tuple[str, str, Rows]]:
+    columns = {"question": str, "subject": str, "choices": list, "answer": int}
+    subjects = sorted({path.parent.name for path in source.glob("*/test-*.parquet")} - {"all", "auxiliary_train"})
+    for subject in subjects:
+        yield from _splits(source, f"mmlu_{subject}", _hub(subject, "test", "dev"), columns)
+    if subjects:
+        return
     for split in ("test", "dev"):
         paths = sorted((source / split).glob(f"*_{split}.csv"))
         if not paths:
@@ -225,6 +327,13 @@ def _hellaswag_rows(path: Path) -> Rows:
 
 
 BENCHMARKS: dict[str, Callable[[Path], Iterator[tuple[str, str, Rows]]]] = {
+    "arc": _arc,
+    "winogrande": _winogrande,
+    "race": _race,
+    "mmlu_pro": _mmlu_pro,
+    "global_mmlu_lite": _global_mmlu_lite,
+    "mbpp": _mbpp,
+    "humaneval": _humaneval,
     "gsm8k": _gsm8k,
     "mgsm": _mgsm,
     "mmlu": _mmlu,
