@@ -312,9 +312,8 @@ class Session(RoundLoop):
         positions = [(size, call) for size, calls in self._calls.items() for call in calls]
         probes = self._probes.of_round(lanes) if phase == "measure" else []
         is_first = phase == "warmup" and number == 0
-        chance = random.Random(
-            derive_seed(run_seed(self._plan.seed), "witness", self._launch_id)
-        )  # a different choice in every launch
+        # A different choice in every launch.
+        chance = random.Random(derive_seed(run_seed(self._plan.seed), "witness", self._launch_id))
         self._watched = watched_calls(self._calls, chance) if is_first else frozenset()
         besides = list(witnessings(lanes, self._calls, self._probes, chance)) if is_first else []
         steps: list[tuple[int, Call] | Probe | Witnessing | CostItem] = [
