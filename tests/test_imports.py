@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibration": {"stats", "progress"},
     "compare": {"rules", "store", "stats"},
     "words": {"rules", "stats", "compare"},
-    "claims": {"plan", "decoder_settings", "store", "stats", "compare", "words"},
+    "claims": {"plan", "rules", "decoder_settings", "store", "stats", "compare", "words"},
     "report": {"rules", "store", "stats", "compare", "claims", "words", "plan"}
     | {"decoder_settings", "plan_baselines", "task_options"},
     # what sees both arms

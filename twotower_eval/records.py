@@ -86,6 +86,7 @@ WarningKind = Literal[
     "unscored_documents",
     "standard_errors_differ",
     "lone_clusters",
+    "unlike_arms",
 ]
 FindingKind = Literal[GateKind, WarningKind]
 Severity = Literal["invalid", "warning", "note"]
@@ -177,6 +178,24 @@ class FileDigest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quantisation:
+    """How a checkpoint's weights are quantised, by its config.json.
+
+    ``method`` is the library's name there, ``scheme`` what it says of numbers and widths. ``dequantised``: the weights
+    were widened as they were loaded, since nothing here computes with them as they are stored.
+    """
+
+    method: str
+    scheme: str | None = None
+    dequantised: bool = False
+
+    def __str__(self) -> str:
+        """``int8 weight-only by torchao``."""
+        how = f"{self.scheme} by {self.method}" if self.scheme else f"quantised by {self.method}"
+        return f"{how}, dequantised as it was loaded" if self.dequantised else how
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """Identity of a model, stated and never inferred from a path.
 
@@ -184,6 +203,7 @@ class Checkpoint:
     ``"context"`` where only the context tower of a pair is used (the AR baseline ``context-tower``). ``files`` are
     those beside the weights that affect a logit or a text: config, generation settings, tokenizer; older runs have
     none. ``weights`` are the files of a whole checkpoint's tensors, each with a sha256 over those in it.
+    ``quantisation`` is ``None`` where weights are stored as plain numbers.
     """
 
     name: str
@@ -196,6 +216,7 @@ class Checkpoint:
     revision: str | None = None
     files: tuple[FileDigest, ...] = ()
     weights: tuple[FileDigest, ...] = ()
+    quantisation: Quantisation | None = field(default=None, metadata=LEFT_OUT)
 
     @property
     def identity(self) -> str:
@@ -1112,6 +1133,15 @@ class AgainstBaseline:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UnlikeSetting:
+    """A setting of how models are run that differs between the arms."""
+
+    setting: Literal["dtype", "device", "weights"]
+    baseline: str
+    candidate: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What the evidence says about a claim, and which runs it rests on.
 
@@ -1124,6 +1154,7 @@ class Verdict:
     ``num_launches`` are those that a speedup was timed in. With too few of them to see how they differ, what is decided
     holds in them alone: ``scope`` says so. ``high_retention`` is a share of the baseline's score so far above 1 that
     the baseline may be broken. ``against`` is the baseline, where it is one of several or no plain one.
+    ``unlike_arms``: what the arms differ in besides model and decoder.
     """
 
     claim: str
@@ -1143,6 +1174,7 @@ class Verdict:
     not_given: tuple[str, ...] = ()
     high_retention: float | None = None
     against: AgainstBaseline | None = field(default=None, metadata=LEFT_OUT)
+    unlike_arms: tuple[UnlikeSetting, ...] = ()
 
 
 def canonical_json(value: object) -> str:

@@ -16,6 +16,7 @@ from twotower_eval.records import (
     Arm,
     Cell,
     ChatUse,
+    Checkpoint,
     Chosen,
     ChosenReason,
     FailedTrial,
@@ -24,6 +25,7 @@ from twotower_eval.records import (
     Scalar,
     SpeedSample,
     TimeFault,
+    UnlikeSetting,
     Ways,
 )
 
@@ -299,6 +301,27 @@ def chosen_line(chosen: Sequence[Chosen]) -> str:
 def chosen_lines(manifest: RunManifest) -> list[str]:
     """The line on what ``auto`` became in a run, if it became anything."""
     return [chosen_line(manifest.chosen)] if manifest.chosen else []
+
+
+def unlike_settings(baseline: Checkpoint, candidate: Checkpoint) -> tuple[UnlikeSetting, ...]:
+    """What two arms differ in besides model and decoder: dtype, type of device, how weights are stored."""
+
+    def settings(of: Checkpoint) -> dict[Literal["dtype", "device", "weights"], str]:
+        weights = "as plain numbers" if of.quantisation is None else str(of.quantisation)
+        return {"dtype": of.dtype, "device": of.devices[0].partition(":")[0], "weights": weights}
+
+    pairs = zip(settings(baseline).items(), settings(candidate).values(), strict=True)
+    return tuple(UnlikeSetting(setting=name, baseline=one, candidate=two) for (name, one), two in pairs if one != two)
+
+
+def unlike_text(found: Sequence[UnlikeSetting]) -> str:
+    """``bfloat16 against the baseline's float32: the arms differ in more than model and decoder``."""
+    parts = [f"{one.candidate} against the baseline's {one.baseline}" for one in found if one.setting != "weights"]
+    parts += [
+        f"weights {one.candidate} against the baseline's {one.baseline}" for one in found if one.setting == "weights"
+    ]
+    settings = " and ".join(one.setting for one in found)
+    return f"{'; '.join(parts)}: a difference may be due to {settings}, not to the decoder"
 
 
 def _chosen_text(one: Chosen) -> str:

@@ -45,6 +45,7 @@ from twotower_eval.analyse.compare.several import PLAIN, baseline_name, baseline
 from twotower_eval.analyse.compare.witness import scored_witness_gates
 from twotower_eval.analyse.words import gate_text
 from twotower_eval.records import AgainstBaseline, Claim, Gate, Outcome, Verdict, VerdictScope
+from twotower_eval.rules import unlike_settings
 from twotower_eval.store import Run
 
 EXIT_CODES: Mapping[Outcome, int] = {
@@ -178,7 +179,8 @@ def _judge_quality(claim: Claim, evidence: Evidence) -> _Judged:
     estimated, amount = _quality_reading(claim, point, looks)
     outcomes = {other.run_id: outcome_of(claim, *_quality_reading(claim, other, looks)) for other in others}
     judged = _ruled(claim, point, (point.run_id,), looks, checks, [estimated], amount, outcomes)
-    return _warned(_beside_chance(judged, claim, point, stand, looks), kept_of(claim, point, estimated.estimate))
+    kept = kept_of(claim, point, estimated.estimate)
+    return _warned(_beside_chance(judged, claim, point, stand, looks), point, kept)
 
 
 def _quality_reading(claim: Claim, point: QualityPoint, looks: Looks) -> tuple[Measured, Amount]:
@@ -238,14 +240,17 @@ def _judge_speed(claim: Claim, evidence: Evidence) -> _Judged:
         for other in others
     }
     verdict = _ruled(claim, point, point.run_ids, looks, checks, readings, timed_amount(point), outcomes)
-    return _warned(verdict, max((kept_at(one) for one in quality), default=0.0))
+    return _warned(verdict, point, max((kept_at(one) for one in quality), default=0.0))
 
 
-def _warned(judged: _Judged, kept: float | None) -> _Judged:
-    """The verdict with its retention noted where that is above the claim's ``warn_retention``."""
+def _warned(judged: _Judged, point: QualityPoint | SpeedPoint, kept: float | None) -> _Judged:
+    """The verdict with its retention noted where that is above the claim's ``warn_retention``, and with what the arms
+    differ in besides model and decoder."""
+    unlike = unlike_settings(point.baseline.checkpoint, point.candidate.checkpoint)
     if kept is None or kept <= judged.claim.limits.warn_retention:
-        return judged
-    return dataclasses.replace(judged, verdict=dataclasses.replace(judged.verdict, high_retention=kept))
+        kept = None
+    verdict = dataclasses.replace(judged.verdict, high_retention=kept, unlike_arms=unlike)
+    return dataclasses.replace(judged, verdict=verdict)
 
 
 def _ruled(
@@ -327,6 +332,7 @@ def _joined(claim: Claim, parts: Sequence[_Judged], evidence: Evidence) -> _Judg
         num_launches=next((one.num_launches for one in verdicts if one.num_launches is not None), None),
         scope=_joint_scope(outcome, verdicts),
         high_retention=max((one.high_retention for one in verdicts if one.high_retention is not None), default=None),
+        unlike_arms=tuple(dict.fromkeys(found for one in verdicts for found in one.unlike_arms)),
     )
     return _Judged(claim=claim, verdict=verdict, point=next((part.point for part in parts), None))
 

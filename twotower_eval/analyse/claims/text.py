@@ -16,6 +16,7 @@ from twotower_eval.analyse.compare.gates import NAMED_WITH_SPEED
 from twotower_eval.analyse.words import found_text, kind_text
 from twotower_eval.names import plural
 from twotower_eval.records import MIN_LAUNCH_ROUNDS, Claim, Estimate, Quantity, Verdict
+from twotower_eval.rules import unlike_text
 
 
 def verdict_lines(claims: Sequence[Claim], verdicts: Sequence[Verdict]) -> list[str]:
@@ -75,10 +76,12 @@ def against_text(verdict: Verdict) -> str:
 
 
 def retention_text(verdict: Verdict) -> str:
-    """A warning where the candidate scores far better than its baseline, else empty."""
+    """Warnings where the arms differ in more than the decoder, and where the candidate scores far better than its
+    baseline; else empty."""
+    unlike = f"; WARNING: {unlike_text(verdict.unlike_arms)}" if verdict.unlike_arms else ""
     if verdict.high_retention is None:
-        return ""
-    return f"; WARNING: {high_retention_text(verdict.high_retention)}"
+        return unlike
+    return f"{unlike}; WARNING: {high_retention_text(verdict.high_retention)}"
 
 
 def unchecked_text(verdict: Verdict) -> str:

@@ -45,7 +45,13 @@ from twotower_eval.analyse.compare.figures import ArmsDifferError, Counts, Measu
 from twotower_eval.analyse.compare.lengths import Lengths, with_lengths
 from twotower_eval.analyse.compare.points import PointKey, baseline_of, point_key
 from twotower_eval.analyse.compare.unseen import UNCHECKED, Unseen, unseen
-from twotower_eval.analyse.compare.warned import FarAboveFloor, LengthsDiffer, SlowerThanGenerate, UnlikeLengths
+from twotower_eval.analyse.compare.warned import (
+    FarAboveFloor,
+    LengthsDiffer,
+    SlowerThanGenerate,
+    UnlikeLengths,
+    unlike_arms,
+)
 from twotower_eval.records import (
     BaselineBest,
     Cell,
@@ -298,7 +304,13 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
         clean=clean_speed(timed, _dropped_calls([arm.flags for arm in arms], calls)),
         costs=costs(*arms),
         samples=answer_samples(*arms),
-        warnings=(*left_out(there), *remarks(runs), *_warnings(length, lengths), *_few_rounds(time, timed)),
+        warnings=(
+            *unlike_arms(baseline, candidate),
+            *left_out(there),
+            *remarks(runs),
+            *_warnings(length, lengths),
+            *_few_rounds(time, timed),
+        ),
         timed=timed,
         null_timed=null_calls(runs, baseline),
         handicaps=_handicaps(*arms),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from twotower_eval.records import Estimate, Fact, TimeFault
+from twotower_eval.records import Cell, Estimate, Fact, Finding, TimeFault, UnlikeSetting
+from twotower_eval.rules import unlike_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,19 @@ class StandardErrorsDiffer(Fact):
     bootstrap: float
     linear: float
     tolerance: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnlikeArms(Fact):
+    """Arms that differ in dtype, device or storage, besides model and decoder."""
+
+    settings: tuple[UnlikeSetting, ...]
+
+
+def unlike_arms(baseline: Cell, candidate: Cell) -> tuple[Finding, ...]:
+    """The warning of unlike arms, where there is one."""
+    found = unlike_settings(baseline.checkpoint, candidate.checkpoint)
+    return (Finding(kind="unlike_arms", severity="warning", facts=UnlikeArms(settings=found)),) if found else ()
 
 
 @dataclass(frozen=True, kw_only=True)

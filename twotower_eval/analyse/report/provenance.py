@@ -124,6 +124,7 @@ def checkpoints_frame(runs: Runs) -> pd.DataFrame:
             "revision": checkpoint.revision or None,
             "sha256": checkpoint.digest,
             "dtype": checkpoint.dtype,
+            "weights": None if checkpoint.quantisation is None else str(checkpoint.quantisation),
             "devices": ", ".join(checkpoint.devices),
         }
         for checkpoint, arms in _arms(runs).items()
@@ -141,6 +142,8 @@ def _checkpoints(runs: Runs, frame: pd.DataFrame) -> str:
         Column(header="dtype", show=words("dtype")),
         Column(header="devices", show=words("devices")),
     ]
+    if frame["weights"].notna().any():
+        columns.insert(-1, Column(header="weights", show=optional("weights", escape)))
     beside = list(dict.fromkeys(_files(checkpoint) for checkpoint in _arms(runs) if checkpoint.files))
     beside += dict.fromkeys(_foreign(checkpoint) for checkpoint in _arms(runs) if checkpoint.foreign_code)
     decoders = (cell.decoder for run in runs.whole for cell in run.manifest.cells)

@@ -12,7 +12,7 @@ from twotower_eval.analyse.compare.timing import Best
 from twotower_eval.analyse.compare.witness import Likeness
 from twotower_eval.names import plural
 from twotower_eval.records import MIN_LAUNCH_ROUNDS, MIN_LAUNCHES, TELLING_ROUNDS, Estimate, Fact, FindingKind, Method
-from twotower_eval.rules import void_text
+from twotower_eval.rules import unlike_text, void_text
 
 EQUAL = "equal by construction: one computation scored both arms"
 
@@ -192,6 +192,11 @@ def _no_headline(fact: warned.NoHeadline) -> str:
 def _standard_errors(fact: warned.StandardErrorsDiffer) -> str:
     figures = f"{100 * fact.bootstrap:.2f} points by bootstrap, {100 * fact.linear:.2f} by linearisation"
     return f"the headline's standard errors by two methods differ by more than {100 * fact.tolerance:g} %: {figures}"
+
+
+@fact_text.register
+def _unlike_arms(fact: warned.UnlikeArms) -> str:
+    return unlike_text(fact.settings)
 
 
 @fact_text.register

@@ -97,9 +97,19 @@ def stored_tensors(files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
         with opened(file) as handle:
             for name in sorted(name for name, where in files.items() if where == file):
                 tensor = handle.get_tensor(name)
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                wide = tensor.float() if tensor.element_size() == 1 and tensor.is_floating_point() else tensor
+                if tensor.is_floating_point() and not torch.isfinite(wide).all():
                     raise FileError(f"{file}: {name} holds NaN or infinite values")
                 yield name, tensor
+
+
+def metadata_digests(files: Mapping[str, Path]) -> dict[str, str]:
+    """One digest of what the files say beside their tensors: how packed ones are to be read."""
+    held: dict[str, str] = {}
+    for file in sorted(set(files.values())):
+        with opened(file) as handle:
+            held |= dict(handle.metadata() or {})
+    return {"__metadata__": sha256_text(json.dumps(held, sort_keys=True))}
 
 
 def stated(

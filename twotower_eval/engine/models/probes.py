@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower_eval.engine.models.protocol import Segment
+from twotower_eval.engine.models.quantised import is_packed
 from twotower_eval.engine.models.transformers_cache import CacheContext
 from twotower_eval.engine.models.transformers_model import TransformersModel
 from twotower_eval.records import HALF_PRECISION
@@ -84,7 +85,7 @@ def _parts(inner: nn.Module) -> tuple[list[Tensor], list[list[Tensor]]]:
 
 def _half(module: nn.Module) -> list[Tensor]:
     tensors = [*module.parameters(), *module.buffers()]
-    return [tensor for tensor in tensors if tensor.dtype in (torch.float16, torch.bfloat16)]
+    return [tensor for tensor in tensors if tensor.dtype in (torch.float16, torch.bfloat16) and not is_packed(tensor)]
 
 
 def _needed(tensors: Sequence[Tensor]) -> float:

@@ -17,6 +17,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from twotower_eval.engine.models.checkpoint import (
     SINGLE_FILE,
@@ -26,13 +27,14 @@ from twotower_eval.engine.models.checkpoint import (
     tensor_files,
 )
 from twotower_eval.engine.models.config import as_ids
-from twotower_eval.engine.models.identity import file_digest, stated, stored_tensors
+from twotower_eval.engine.models.identity import file_digest, metadata_digests, stated, stored_tensors
 from twotower_eval.engine.models.proof import prove
+from twotower_eval.engine.models.quantised import quantisation_of
 from twotower_eval.engine.models.tokenizer import load_tokenizer
 from twotower_eval.engine.models.transformers_model import TransformersModel
 from twotower_eval.engine.models.transformers_types import CausalLM, Config, Loaded
 from twotower_eval.errors import FileError
-from twotower_eval.records import FileDigest
+from twotower_eval.records import FileDigest, Quantisation
 from twotower_eval.sources import FOREIGN
 from twotower_eval.strict import JsonObject
 
@@ -71,12 +73,21 @@ def load(
     data = read_json(folder / "config.json")
     _check_config(folder, data, trust_remote_code=trust_remote_code)
     files = tensor_files(folder)
-    inner = _load_inner(folder, dtype, trust_remote_code=trust_remote_code)
-    model = TransformersModel(inner.to(devices[0]).eval().requires_grad_(False))
+    quantised = quantisation_of(data) is not None
+    # Packed weights of some methods cannot be moved once they are loaded.
+    place: dict[str, Any] = {"device_map": {"": devices[0]}} if quantised and devices[0] != "cpu" else {}
+    inner = _load_inner(folder, dtype, trust_remote_code=trust_remote_code, **place)
+    inner = inner if place else inner.to(devices[0])
+    model = TransformersModel(inner.eval().requires_grad_(False))
     digests = {name: tensor_digest(name, tensor) for name, tensor in stored_tensors(files)}
-    model.context_digest = joint_digest(digests)
+    model.context_digest = joint_digest({**digests, **(metadata_digests(files) if quantised else {})})
     model.checkpoint = stated(folder, files, digests, family="transformers", dtype=dtype, devices=devices[:1])
-    model.checkpoint = dataclasses.replace(model.checkpoint, files=_foreign_code(inner))
+    model.checkpoint = dataclasses.replace(
+        model.checkpoint,
+        digest=model.context_digest,
+        files=_foreign_code(inner),
+        quantisation=_quantisation(data, inner),
+    )
     model.vocab_size = inner.get_output_embeddings().weight.shape[0]
     model.tokenizer = load_tokenizer(folder, vocab_size=model.vocab_size, unnamed=_class_tokens)
     model.max_length = _max_length(folder, inner)
@@ -84,6 +95,15 @@ def load(
     with _quiet():
         prove(model)
     return model
+
+
+def _quantisation(data: JsonObject, inner: CausalLM) -> Quantisation | None:
+    """How the weights are quantised, and whether they still are."""
+    found = quantisation_of(data)
+    held = getattr(inner.config, "quantization_config", None)
+    if found is None or (held is not None and not getattr(held, "dequantize", False)):
+        return found
+    return dataclasses.replace(found, dequantised=True)
 
 
 def _max_length(folder: Path, inner: CausalLM) -> int | None:
@@ -129,15 +149,22 @@ def _check_config(folder: Path, data: JsonObject, *, trust_remote_code: bool) ->
         )
     if kind == "nemotron_h":  # transformers clamps its time steps otherwise than the released model
         raise FileError(f"{folder}: nemotron_h is read by this project's own family; leave family out")
-    if data.get("quantization_config"):
-        raise FileError(f"{folder}: quantised weights are not supported; give the full-precision checkpoint")
+    quantised = quantisation_of(data)
+    known = AUTO_QUANTIZATION_CONFIG_MAPPING  # some with a width behind the method's name
+    if quantised is not None and not any(
+        name.partition("_")[0] == quantised.method.partition("_")[0] for name in known
+    ):
+        raise FileError(
+            f"{folder}: transformers {transformers.__version__} does not know the quantisation {quantised.method!r} of "
+            "its config.json, and would read the weights as if they were not quantised"
+        )
     if (named := data.get("transformers_weights")) is not None:
         raise FileError(f"{folder}: transformers_weights names {named!r} for its weights; call them {SINGLE_FILE}")
     if (folder / ADAPTER_FILE).exists():  # transformers adds it to the weights where peft is installed, else not
         raise FileError(f"{folder}: {ADAPTER_FILE} adds an adapter to the weights; merge it into them, or remove it")
 
 
-def _load_inner(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) -> CausalLM:
+def _load_inner(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool, **more: Any) -> CausalLM:
     """The transformers model; missing, unexpected or misshapen weights are errors, not warnings."""
     auto: Any = transformers.AutoModelForCausalLM
     try:
@@ -149,6 +176,7 @@ def _load_inner(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) ->
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
+                **more,
             )
     except LOAD_ERRORS as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -157,8 +185,8 @@ def _load_inner(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool) ->
     for problem, key in (("lacks", "missing_keys"), ("has unexpected", "unexpected_keys")):
         names = sorted(map(str, report[key]))
         if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise FileError(f"{folder}: checkpoint {problem} tensor {names[0]}{more}; it does not fit its config.json")
+            also = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise FileError(f"{folder}: checkpoint {problem} tensor {names[0]}{also}; it does not fit its config.json")
     return inner
 
 

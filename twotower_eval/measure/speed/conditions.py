@@ -18,6 +18,7 @@ from twotower_eval.engine.models.arms import enable_cuda_graphs
 from twotower_eval.engine.models.config import NemotronHConfig, Step, step_bytes
 from twotower_eval.engine.models.graphs import MAX_NEW, StepGraphs
 from twotower_eval.engine.models.protocol import Model, as_model
+from twotower_eval.engine.models.quantised import held_bytes
 from twotower_eval.engine.models.transformers_model import ForwardError, TransformersModel
 from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.clock import CallClock, Devices
@@ -29,6 +30,8 @@ from twotower_eval.records import BaselineBest, Prompt, SpeedPhase
 from twotower_eval.store import RunWriter
 
 NUM_TRIALS = 5
+PACKED_DTYPES = (torch.uint8, torch.int8, torch.int32)
+LEAST_PACKED = 1024  # smaller ones are settings
 COPY_BYTES = {"cuda": 1 << 30, "mps": 1 << 28, "cpu": 1 << 27}  # well beyond any cache
 PRODUCT_SIZE = {"cuda": 8192, "mps": 4096, "cpu": 768}
 
@@ -168,11 +171,17 @@ def _step_bytes(model: Model, batch_size: int, context_tokens: int) -> float | N
             routing="independent",
         )
         return step_bytes(step, config, next(iter(parameters.values())).element_size())
-    total = float(sum(weight.numel() * weight.element_size() for weight in parameters.values()))
+    total = held_bytes([*parameters.values(), *_packed_buffers(model)])
     if (theirs := _of_transformers(model)) is not None:
         table, head = theirs.inner.get_input_embeddings().weight, theirs.inner.get_output_embeddings().weight
-        total -= 0 if table is head else table.numel() * table.element_size()
+        total -= 0 if table is head else held_bytes([table])
     return total
+
+
+def _packed_buffers(model: Model) -> list[torch.Tensor]:
+    """Quantised weights that a module keeps as buffers, as GPTQ's and AWQ's do; other buffers are no weights."""
+    buffers = model.buffers() if hasattr(model, "buffers") else ()
+    return [buffer for buffer in buffers if buffer.dtype in PACKED_DTYPES and buffer.numel() > LEAST_PACKED]
 
 
 def _beside_generate(
