@@ -1,16 +1,20 @@
 """Speculative decoding: drafts from the prompt or a smaller model, verified in one pass, give the greedy tokens."""
 
+import json
 import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import bench
 import pytest
 import torch
 import transformers
+from bench import drafts as bench_of_drafts
 from golden_files import checkpoint_folders, golden
 from hf_models import CONFIGS, ODD, SMALL, save_reading, save_tiny
+from pages import commands
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from twotower_eval import cli, store
@@ -252,3 +256,24 @@ def test_a_baseline_that_drafts_is_timed_and_reported_with_what_it_cost(
     assert cli.main(["report", str(path), "--out", str(tmp_path / "reports")]) == 0
     [report] = (tmp_path / "reports").glob("*/report.md")
     assert "draft model's forwards" in report.read_text(encoding="utf-8")
+
+
+def test_the_bench_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_of_drafts, "SMALL", (4, 6))
+    said: list[str] = []
+    bench.run(["drafts"], threads=torch.get_num_threads(), rounds=1, say=said.append)
+    figures = json.loads(said[-1])["figures"]
+    assert figures["autoregressive"]["tokens_per_pass"] <= 1 < figures["draft"]["tokens_per_pass"]
+    assert figures["autoregressive"]["ratio"]["median"] == 1
+
+
+def test_the_pages_commands_on_strong_baselines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = [words for words in commands("your-model.md") if "--baseline-decoder" in words]
+    assert len(own) == 2
+    for _, *arguments in own:
+        assert cli.main([*arguments, "--probes", "0", "--warmup-rounds", "0", "--threads", "1"]) == 0
+    kinds = [
+        {c.arm: c.decoder.kind for c in store.load(path).manifest.cells} for path in store.find_runs(Path("results"))
+    ]
+    assert {one["baseline"] for one in kinds} == {"prompt_lookup", "draft"}

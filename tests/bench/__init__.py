@@ -20,6 +20,7 @@ from twotower_eval.store.environment import describe_machine, package_versions
 BENCHES = {
     "engine": "bench.engine:run",
     "batching": "bench.batching:run",
+    "drafts": "bench.drafts:run",
     "scoring": "bench.scoring:run",
     "opening": "bench.opening:run",
 }
