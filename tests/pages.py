@@ -23,17 +23,19 @@ def write_files(page: str, folder: Path) -> list[str]:
     return [name for name, _ in found]
 
 
-def commands(page: str) -> list[list[str]]:
-    """The lines of a page's console blocks, as a shell takes them apart."""
+def commands(page: str, section: str | None = None) -> list[list[str]]:
+    """The lines of a page's console blocks, or of one section's, as a shell takes them apart."""
     text = (DOCS / page).read_text(encoding="utf-8")
+    if section is not None:
+        text = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"```console\n(.*?)```\n", text, re.S)
     return [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
-def run_commands(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run a page's commands in a folder, one after the other; each has to end well."""
+def run_commands(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch, section: str | None = None) -> None:
+    """Run a page's commands in a folder, or one section's, one after the other; each has to end well."""
     monkeypatch.chdir(folder)
-    for program, *arguments in commands(page):
+    for program, *arguments in commands(page, section):
         if program == "export":
             assert arguments == ["PYTHONPATH=."]
             monkeypatch.syspath_prepend(str(folder))

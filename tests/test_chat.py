@@ -289,6 +289,7 @@ def test_the_defaults_are_lm_evals() -> None:
             RunPlan(apply_chat_template=True, fewshot_as_multiturn=False, system_instruction="Be brief."),
         ),
         (["--gen-prefix", "So: ", "--think-end-token", "7"], RunPlan(gen_prefix="So: ", think_end_token=7)),
+        (["--think-end-token", "</think>"], RunPlan(think_end_token="</think>")),
     ],
 )
 def test_what_is_typed_is_the_plan_and_back(words: list[str], plan: RunPlan, monkeypatch: pytest.MonkeyPatch) -> None:

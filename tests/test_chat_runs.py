@@ -4,14 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_models import CHATML, LLAMA_3, save_chat, write_chat_tasks
+from chat_models import CHATML, LLAMA_3, QWEN_3, save_chat, write_chat_tasks
 from hf_oracle import continued, lm_evals_hf, our_lm
 from own_tasks import use_tasks
+from pages import run_commands
 from scripted_llama import byte_tokenizer, save_saying, save_tokenizer
 
 import twotower_eval as tt
 from twotower_eval import cli, store
 from twotower_eval.engine.models.chat import ChatFormat, attach_format
+from twotower_eval.errors import UserError
+from twotower_eval.measure.suites import lm_tasks
 
 NAMES = ("sums_generate_until", "sums_multiple_choice", "sums_loglikelihood")
 FAST: dict[str, Any] = {"num_prompts": 2, "min_rounds": 1, "warmup_rounds": 0, "probes": 0, "costs": False}
@@ -85,6 +88,16 @@ def test_two_models_of_one_template_read_alike(
     assert run.manifest.chats is not None
     assert [use.reads_alike for use in run.manifest.chats] == [True, True]
     assert len({use.sha256 for use in run.manifest.chats}) == 1
+
+
+def test_a_task_that_changes_the_written_text_needs_one_template(
+    two: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_tasks(monkeypatch, write_chat_tasks(tmp_path / "tasks"))
+    written = lm_tasks._chat_prompt
+    monkeypatch.setattr(lm_tasks, "_chat_prompt", lambda *given, **more: written(*given, **more) + " Well,")
+    with pytest.raises(UserError, match="baseline and candidate have unlike templates: evaluate them apart"):
+        evaluated(*two, tmp_path / "out", apply_chat_template=True, tasks=NAMES[:1])
 
 
 def test_what_may_change_answers_makes_another_cell(
@@ -166,3 +179,11 @@ def test_how_much_of_the_answers_is_thinking_is_said(
     run = evaluated(*two, tmp_path / "out", **fields)
     text = tt.report(run.path, out=tmp_path / "report").markdown
     assert "0 of 3 answers of the baseline end their thinking" in text
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_chat(tmp_path / "instruct", QWEN_3)
+    save_chat(tmp_path / "other", LLAMA_3)
+    run_commands("your-model.md", tmp_path, monkeypatch, "Chat models")
+    runs = [store.load(path).manifest for path in store.find_runs(tmp_path / "results", "run")]
+    assert [len(run.chats or ()) for run in runs] == [2, 2, 2]

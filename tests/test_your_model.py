@@ -41,7 +41,7 @@ def ref(cache: Path, name: str) -> str:
 
 
 def test_the_page_runs(here: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_commands(PAGE, here, monkeypatch)
+    run_commands(PAGE, here, monkeypatch, "Names")
     runs = [store.load(path) for path in reversed(store.find_runs(here / "results", "run"))]
     named = [{cell.arm: cell.checkpoint for cell in run.manifest.cells} for run in runs]
     assert [(one["candidate"].name, one["baseline"].name) for one in named] == [

@@ -133,7 +133,7 @@ EnableThinking = Annotated[
 ]
 ThinkEndToken = Annotated[
     str | int | None,
-    Option(help="Text or id of the token that ends thinking; answers begin behind it", metavar="TOKEN"),
+    Option(help="Text or id of the token that ends thinking; answers begin behind it", metavar="TOKEN", read=str),
 ]
 MinSeconds = Annotated[float, Option(help="Minimum seconds of rounds", metavar="S")]
 WarmupRounds = Annotated[int, Option(help="Warm-up rounds: recorded, not reported", metavar="R")]

@@ -325,6 +325,15 @@ def arm_chats(sources: Sequence[Source], options: ChatOptions) -> tuple[ArmChat,
 
 
 def chat_uses(chats: Sequence[ArmChat], prompts: Sequence[str], *, generates: bool) -> tuple[ChatUse, ...] | None:
-    """How each arm reads these prompts; ``None`` where no tokenizer has a chat template."""
+    """How each arm reads these prompts; ``None`` where no tokenizer has a chat template.
+
+    UserError if templates differ and a prompt is no longer the text of messages, so that it is of one template only.
+    """
+    templates = {chat.format.template.sha256 for chat in chats if chat.format.template is not None}
+    if len(templates) > 1 and any(prompt and not isinstance(prompt, ChatPrompt) for prompt in prompts):
+        raise UserError(
+            "a task changes the text that a chat template wrote, and baseline and candidate have unlike templates: "
+            "evaluate them apart, or leave the task out"
+        )
     found = (chat.use(prompts, generates=generates) for chat in chats)
     return tuple(use for use in found if use is not None) or None

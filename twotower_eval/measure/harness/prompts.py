@@ -68,7 +68,8 @@ def _task_options(plan: RunPlan | SpeedPlan, asked: Sequence[ArmChat]) -> dict[s
 
 def uses_of(tasks: Sequence[BuiltTask], chats: Sequence[ArmChat]) -> tuple[ChatUse, ...] | None:
     """How each arm reads the prompts of tasks. UserError if an arm's chat template fails on one of them."""
-    firsts = (instance.args[0] for task in tasks for doc in task.docs for instance in doc.instances)
+    asking = (task for task in tasks if task.request != "loglikelihood_rolling")  # whose texts are asked as they are
+    firsts = (instance.args[0] for task in asking for doc in task.docs for instance in doc.instances)
     prompts = {getattr(prompt, "asked", prompt): prompt for prompt in firsts}  # options share theirs
     return chat_uses(chats, list(prompts.values()), generates=any(task.generates for task in tasks))
 
