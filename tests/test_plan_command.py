@@ -46,7 +46,9 @@ DECODING: dict[str, Any] = {
     "cuda_graphs": True,
     "data_dir": "~/bench marks",
 }
-RUN = RunPlan(**DECODING, samples=4, batch_size=32, limit=5, likelihood="bound", max_new_tokens=9, trace=0)
+RUN = RunPlan(
+    **DECODING, samples=4, batch_size=32, limit=5, likelihood="bound", max_new_tokens=9, trace=0, log_samples=False
+)
 SPEED = SpeedPlan(
     **DECODING, batch_sizes=(1, 8), workload="fixed", prompt_tokens=100, new_tokens=64, num_prompts=3, min_rounds=2,
     min_seconds=1.5, warmup_rounds=0, costs=False, probes=3, threads=2, samples=1,

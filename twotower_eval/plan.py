@@ -118,7 +118,8 @@ class RunPlan:
     ``samples`` per problem and ``max_new_tokens`` are what suite and task say unless given; so are ``num_fewshot`` and
     ``gen_kwargs``, which mean what they do in lm-eval. ``include_path`` are folders of tasks. ``seed`` is one number
     or lm-eval's list of python's, numpy's, torch's and that of few-shot examples. ``limit`` is documents per task, of
-    which ``trace`` have their denoising journalled. ``cuda_graphs`` launches small steps as a whole.
+    which ``trace`` have their denoising journalled. ``log_samples`` keeps the documents' texts. ``cuda_graphs``
+    launches small steps as a whole.
 
     ``decoder``, ``dtype``, ``devices`` and ``batch_size`` may be ``auto``: what that becomes depends on checkpoints and
     machine, and a run's own plan says what it became. ``baseline_dtype`` and ``baseline_device`` are for the baseline
@@ -161,6 +162,9 @@ class RunPlan:
     trace: Annotated[
         int, Option(help="Documents per task whose denoising steps are recorded for the report", metavar="N")
     ] = 2
+    log_samples: Annotated[
+        bool, Option(help="Keep questions and targets for reports, and lm-eval's samples_*.jsonl with every prompt")
+    ] = True
     likelihood: Annotated[LikelihoodKind, Option(help="{choices}", metavar="KIND")] = "context_tower"
     seed: TaskSeed = 0
     dtype: NumberType = AUTO

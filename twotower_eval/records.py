@@ -532,6 +532,8 @@ class Score:
     to guess among.
 
     ``main``: metric and filter are those that stand for the task (``None``: rows of versions that did not say).
+
+    ``filtered`` is what the filter made of the first sample's answer, where that is another text: what was scored.
     """
 
     cell: str
@@ -554,6 +556,28 @@ class Score:
     by_size: bool = False
     chance: Share | None = None
     main: bool | None = None
+    filtered: str | None = field(default=None, metadata=LEFT_OUT)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentText:
+    """One line of ``documents.jsonl``: a document's own texts, the same for all cells.
+
+    ``question`` is its part of the prompt, without examples and templates; ``target`` is what the task calls the right
+    answer, whose hash is the ``target_sha256`` of its scores: of ``choices``, where it has some, often the place.
+    """
+
+    task: str
+    doc_id: Count
+    question: str
+    target: str
+    choices: tuple[str, ...] = ()
+
+    @property
+    def gold(self) -> str:
+        """The right answer as a text: a choice where the target is the place of one."""
+        at = int(self.target) if self.target.isdecimal() else -1
+        return self.choices[at] if 0 <= at < len(self.choices) else self.target
 
 
 @dataclass(frozen=True, kw_only=True)

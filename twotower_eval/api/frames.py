@@ -41,13 +41,14 @@ class Text:
 
 
 def known_texts(run: Run) -> dict[str, Text]:
-    """sha256 -> text, for those prompts and targets of the run that files on this machine hold.
+    """sha256 -> text, for those prompts and targets of the run that it keeps itself or files on this machine hold.
 
     Prompts with few-shot examples, and prompts that lm-eval builds from several fields, are in no file and are not
     found.
     """
     wanted = _recorded(run)
-    found: dict[str, Text] = {}
+    own = (text for one in run.documents for text in (one.question, one.target))
+    found = {digest: Text(text=text) for text in own if (digest := sha256_text(text)) in wanted}
     for file in _files(run):
         with contextlib.suppress(UserError):  # not a JSONL file of ours: no text to find in it
             for _, row in read_objects(file):

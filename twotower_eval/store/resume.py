@@ -16,6 +16,7 @@ from twotower_eval.errors import UserError
 from twotower_eval.records import (
     Arm,
     Cell,
+    DocumentText,
     RunManifest,
     run_id_of,
     to_json,
@@ -257,7 +258,7 @@ class RunWriter:
         self._cells = set(run.cells)
         self._files: dict[str, Journal] = {}
         rows: tuple[Row, ...] = (*run.generations, *run.likelihoods, *run.scores, *run.speed, *run.costs, *run.checks)
-        rows += (*run.aggregates, *run.witnessed)
+        rows += (*run.aggregates, *run.witnessed, *run.documents)
         self._keys = {(type(row), *JOURNALS[type(row)][1](row)) for row in rows}
         for name in (EVENTS, *(name for name, _ in JOURNALS.values())):
             truncate_torn_line(self.path / name)
@@ -275,7 +276,7 @@ class RunWriter:
             raise UserError(f"{self.path / name}: {error}") from error
         if key in self._keys:
             raise UserError(f"{self.path / name}: row {key[1:]} is there already")
-        if row.cell not in self._cells:
+        if not isinstance(row, DocumentText) and row.cell not in self._cells:
             raise ValueError(f"{self.path / name}: cell {row.cell!r} is not in the run's manifest")
         self._file(name).append(data)
         self._keys.add(key)

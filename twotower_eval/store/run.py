@@ -23,6 +23,7 @@ from twotower_eval.records import (
     Cell,
     Check,
     CostSample,
+    DocumentText,
     GenerationRow,
     LikelihoodRow,
     RunManifest,
@@ -44,10 +45,12 @@ from twotower_eval.strict import decode_utf8, from_json, line_reader, parse_json
 
 EVENTS = "events.jsonl"
 
-Row = GenerationRow | LikelihoodRow | Score | Aggregate | SpeedSample | CostSample | Witnessed | Check
+OfCell = GenerationRow | LikelihoodRow | Score | Aggregate | SpeedSample | CostSample | Witnessed | Check
+Row = OfCell | DocumentText
 Key = tuple[str | int, ...]
 R = TypeVar("R", bound=Row)
-Placed = tuple[list[int], list[R]]  # a journal's position of each row by key, and the rows
+C = TypeVar("C", bound=OfCell)
+Placed = tuple[list[int], list[C]]  # a journal's position of each row by key, and the rows
 
 
 def _request_key(row: GenerationRow | LikelihoodRow) -> Key:
@@ -77,6 +80,7 @@ JOURNALS: dict[type[Row], tuple[str, Callable[[Any], Key]]] = {
     CostSample: ("costs.jsonl", _cost_key),
     Witnessed: ("witness.jsonl", lambda row: (row.launch_id, row.cell, row.round, row.call_id)),
     Check: ("checks.jsonl", lambda row: (row.cell, row.name)),
+    DocumentText: ("documents.jsonl", lambda row: (row.task, row.doc_id)),
 }
 FILES = (MANIFEST, EVENTS, *(name for name, _ in JOURNALS.values()), TRAINING_LOG)  # all but the closing file
 
@@ -100,6 +104,7 @@ class Run:
     complete: bool
     aggregates: list[Aggregate] = field(default_factory=list)
     witnessed: list[Witnessed] = field(default_factory=list)
+    documents: list[DocumentText] = field(default_factory=list)
     found: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -132,8 +137,8 @@ class Run:
         return _by_cell(self.speed)
 
 
-def _by_cell(rows: Sequence[R]) -> dict[str, Placed[R]]:
-    found: dict[str, Placed[R]] = {}
+def _by_cell(rows: Sequence[C]) -> dict[str, Placed[C]]:
+    found: dict[str, Placed[C]] = {}
     for place, row in enumerate(rows):
         places, own = found.setdefault(row.cell, ([], []))
         places.append(place)
@@ -141,7 +146,7 @@ def _by_cell(rows: Sequence[R]) -> dict[str, Placed[R]]:
     return found
 
 
-def _merged(by_cell: Mapping[str, Placed[R]], cells: Collection[str]) -> list[R]:
+def _merged(by_cell: Mapping[str, Placed[C]], cells: Collection[str]) -> list[C]:
     found = [by_cell[cell] for cell in dict.fromkeys(cells) if cell in by_cell]
     if len(found) == 1:
         return found[0][1]
@@ -171,6 +176,7 @@ def load(path: Path) -> Run:
         checks=rows(Check),
         aggregates=rows(Aggregate),
         witnessed=rows(Witnessed),
+        documents=rows(DocumentText),
         events=_read_events(path / EVENTS),
         complete=agrees_with_closing(path, FILES, seen),
     )
@@ -260,7 +266,7 @@ def _keyed_rows(
         earlier = lines.setdefault(key, number)
         if earlier != number:
             raise UserError(f"{file}, line {number}: repeats the row of line {earlier}, key {key}")
-        if row.cell not in cells:
+        if not isinstance(row, DocumentText) and row.cell not in cells:
             raise UserError(f"{file}, line {number}: cell {row.cell!r} is not in the run's manifest")
         rows.append(row)
     return rows

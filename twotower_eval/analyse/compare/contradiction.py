@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from twotower_eval.analyse.compare.figures import once
 from twotower_eval.analyse.compare.warned import ResumedWithFewer
 from twotower_eval.records import Finding, GenerationRow, Score, SpeedSample
-from twotower_eval.store import EVENTS, JOURNALS, MANIFEST, Row, Run
+from twotower_eval.store import EVENTS, JOURNALS, MANIFEST, OfCell, Run
 
 ContradictionKind = Literal[
     "plan hash",
@@ -101,7 +101,7 @@ class Place:
     The row names its cell, round and call; ``prompt`` names one prompt of the call.
     """
 
-    row: Row | None = None
+    row: OfCell | None = None
     file: str = ""
     line: int | None = None
     field: str | None = None
@@ -131,14 +131,14 @@ def contradiction_of(kind: ContradictionKind, places: Sequence[Place], run: Run)
     )
 
 
-def _line(run: Run, row: Row) -> int | None:
+def _line(run: Run, row: OfCell) -> int | None:
     """The line of a row in its journal; ``None`` for a row that is not the run's."""
-    rows: Sequence[Row] = run.speed if isinstance(row, SpeedSample) else run.generations
+    rows: Sequence[OfCell] = run.speed if isinstance(row, SpeedSample) else run.generations
     rows = run.scores if isinstance(row, Score) else rows
     return next((number for number, one in enumerate(rows, start=1) if one is row), None)
 
 
-def _location(row: Row, prompt: str | None) -> Location:
+def _location(row: OfCell, prompt: str | None) -> Location:
     if isinstance(row, SpeedSample):
         return Location(cell=row.cell, launch=row.launch_id, round=row.round, call=row.call_id, prompt=prompt)
     if isinstance(row, GenerationRow):

@@ -17,12 +17,14 @@ from twotower_eval.errors import UserError
 from twotower_eval.records import (
     Arm,
     Cell,
+    DocumentText,
     FinishReason,
     Generation,
     GenerationRow,
     Score,
     SpeedSample,
     document_prompt_id,
+    sha256_text,
 )
 from twotower_eval.store import Run
 from twotower_eval.strict import JsonObject
@@ -97,7 +99,8 @@ Key = tuple[str, int]  # task, number
 @dataclass(frozen=True, kw_only=True)
 class DocumentPair:
     """One document under its headline metric, in both arms. Outputs are those of its first request and sample, for
-    timed answers of the first round; ``None`` for likelihoods.
+    timed answers of the first round; ``None`` for likelihoods. ``…_filtered`` is what the task's filter made of them,
+    where that is another text. ``text`` holds question and right answer, where the run keeps them.
     """
 
     run_id: str
@@ -109,6 +112,9 @@ class DocumentPair:
     candidate_score: float | None
     baseline: Generation | None
     candidate: Generation | None
+    baseline_filtered: str | None = None
+    candidate_filtered: str | None = None
+    text: DocumentText | None = None
 
     @property
     def change(self) -> str | None:
@@ -124,16 +130,15 @@ def document_pairs(runs: Sequence[Run], point: QualityPoint) -> list[DocumentPai
     ids = cells_of(run, point)
     scores = [{(s.task, s.doc_id): s for s in run.scores if s.cell in arm and s.headline} for arm in ids]
     outputs = [_first_outputs(run, arm) for arm in ids]
-    return list(_joined(run.manifest.run_id, scores, outputs))
+    return list(_joined(run, scores, outputs))
 
 
-def _joined(
-    run_id: str, scores: list[dict[Key, Score]], outputs: list[dict[Key, Generation]]
-) -> Iterator[DocumentPair]:
+def _joined(run: Run, scores: list[dict[Key, Score]], outputs: list[dict[Key, Generation]]) -> Iterator[DocumentPair]:
+    texts = {(one.task, one.doc_id): one for one in run.documents}
     for key in sorted(scores[0].keys() & scores[1].keys()):
         baseline, candidate = scores[0][key], scores[1][key]
         yield DocumentPair(
-            run_id=run_id,
+            run_id=run.manifest.run_id,
             task=key[0],
             doc_id=key[1],
             cluster_id=baseline.cluster_id,
@@ -142,7 +147,15 @@ def _joined(
             candidate_score=candidate.value,
             baseline=outputs[0].get(key),
             candidate=outputs[1].get(key),
+            baseline_filtered=baseline.filtered,
+            candidate_filtered=candidate.filtered,
+            text=_own(texts.get(key), baseline),
         )
+
+
+def _own(text: DocumentText | None, score: Score) -> DocumentText | None:
+    """A document's texts, if its target is the one that was scored."""
+    return text if text is not None and sha256_text(text.target) == score.target_sha256 else None
 
 
 def _first_outputs(run: Run, cells: set[str]) -> dict[Key, Generation]:

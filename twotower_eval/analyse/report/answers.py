@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_LOST, MAX_GAINED = 3, 1  # of each task; losses are what a claim is about
-MAX_CHARACTERS = 400
+MAX_CHARACTERS, MAX_FILTERED = 400, 80
+GIVEN = {"question": "question", "right answer": "gold"}  # headers and columns
 
 
 def flips(runs: Runs) -> Section:
@@ -83,16 +84,19 @@ def flips_frame(flipped: Iterable[tuple[QualityPoint, DocumentPair]]) -> pd.Data
             "change": pair.change,
             "baseline_score": pair.baseline_score,
             "candidate_score": pair.candidate_score,
-            **_answer("baseline", pair.baseline),
-            **_answer("candidate", pair.candidate),
+            **_answer("baseline", pair.baseline, pair.baseline_filtered),
+            **_answer("candidate", pair.candidate, pair.candidate_filtered),
+            "question": None if pair.text is None else pair.text.question,
+            "gold": None if pair.text is None else pair.text.gold,
         }
         for point, pair in flipped
     )
 
 
-def _answer(arm: str, made: Generation | None) -> Row:
+def _answer(arm: str, made: Generation | None, filtered: str | None) -> Row:
     return {
         f"{arm}_text": None if made is None else made.text,
+        f"{arm}_filtered": filtered,
         f"{arm}_num_tokens": None if made is None else made.num_tokens,
         f"{arm}_flags": None if made is None else " ".join(flags(made).names),
     }
@@ -101,18 +105,32 @@ def _answer(arm: str, made: Generation | None) -> Row:
 def _of_task(point: QualityPoint, task: str, flipped: Sequence[DocumentPair]) -> str:
     """Some of a task's flips, lost ones first."""
     lost, gained = ([pair for pair in flipped if pair.change == change] for change in ("lost", "gained"))
+    chosen = flips_frame((point, pair) for pair in (*lost[:MAX_LOST], *gained[:MAX_GAINED]))
+    asked = [Column(header=header, show=_end_of(name)) for header, name in GIVEN.items()]
     columns = [
         Column(header="document", show=_document),
+        *(asked if chosen["gold"].notna().any() else []),
         Column(header="baseline says", show=_text("baseline")),
         Column(header="candidate says", show=_text("candidate")),
     ]
-    chosen = flips_frame((point, pair) for pair in (*lost[:MAX_LOST], *gained[:MAX_GAINED]))
     summary = f"{task}: {count(len(lost))} lost, {count(len(gained))} gained"
-    return details(summary, markdown(chosen, columns, left=3, verbatim=True))
+    return details(summary, markdown(chosen, columns, left=len(columns), verbatim=True))
 
 
 def _document(row: Raw) -> str:
     return f"{row['doc_id']}: **{row['change']}**, {row['baseline_score']:g} to {row['candidate_score']:g}"
+
+
+def _end_of(name: str) -> Show:
+    """A text as it is; of a long one the end, where a question asks and a solution has its result."""
+
+    def show(row: Raw) -> str:
+        text = row[name]
+        if text is None:
+            return NONE
+        return ("… " if len(text) > MAX_CHARACTERS else "") + (lines_of(text[-MAX_CHARACTERS:]) or NONE)
+
+    return show
 
 
 def _text(arm: str) -> Show:
@@ -125,6 +143,8 @@ def _text(arm: str) -> Show:
         more = len(text) - MAX_CHARACTERS
         shown = lines_of(text[:MAX_CHARACTERS]) or NONE
         notes = [f"{count(more)} more characters"] if more > 0 else []
+        filtered = row[f"{arm}_filtered"]
+        notes += [] if filtered is None else [f"read as {escape(filtered[:MAX_FILTERED]) or 'nothing'}"]
         notes += [name.replace("_", " ") for name in row[f"{arm}_flags"].split()]
         return f"{shown} *({', '.join(notes)})*" if notes else shown
 

@@ -19,8 +19,9 @@ from twotower_eval.errors import UserError
 from twotower_eval.measure.chosen import choose_batch_size, without_auto
 from twotower_eval.measure.harness.adapter import HarnessLM
 from twotower_eval.measure.harness.answers import Key
+from twotower_eval.measure.harness.filtered import Row
 from twotower_eval.measure.harness.prompts import asked_chats, built_tasks, longest_context, uses_of
-from twotower_eval.measure.harness.scoring import Row, score_rows
+from twotower_eval.measure.harness.scoring import score_rows
 from twotower_eval.measure.suites import BuiltTask, settle
 from twotower_eval.measure.suites.lm_types import Instance
 from twotower_eval.plan import RunPlan, devices_of, each_baseline, named_baselines
@@ -370,6 +371,8 @@ class KnownScores:
                 new.append(score)
                 continue
             line, row = self._there[key]
+            if row.filtered is None:  # as rows of versions that did not keep it
+                score = dataclasses.replace(score, filtered=None)
             if canonical_json(to_json(row)) != canonical_json(to_json(score)):
                 raise self._refusal(line, row, f"{self._reason} ({_difference(row, score)})")
             self._left.pop(key, None)
@@ -441,6 +444,6 @@ def _whole_documents(task: BuiltTask, answered: Mapping[Key, Row]) -> Iterator[R
 def _difference(row: Score, score: Score) -> str:
     """The first differing field, ``value`` before all others."""
     fields: tuple[dict[str, Any], dict[str, Any]] = (to_json(row), to_json(score))
-    names = sorted(fields[1], key=lambda name: name != "value")
-    name = next(name for name in names if fields[0][name] != fields[1][name])
-    return f"{name} is {fields[0][name]!r} there, {fields[1][name]!r} by its answer under {row.metric!r}"
+    names = sorted({**fields[1], **fields[0]}, key=lambda name: name != "value")
+    name = next(name for name in names if fields[0].get(name) != fields[1].get(name))
+    return f"{name} is {fields[0].get(name)!r} there, {fields[1][name]!r} by its answer under {row.metric!r}"

@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from twotower_eval.engine.models import family_calls
 from twotower_eval.errors import UserError
 from twotower_eval.measure.harness.adapter import Batch, HarnessLM
 from twotower_eval.measure.harness.answers import CellJournal, Key
+from twotower_eval.measure.harness.filtered import Row, filter_rows
 from twotower_eval.measure.harness.jobs import (
     Job,
     KnownScores,
@@ -26,9 +27,10 @@ from twotower_eval.measure.harness.jobs import (
     make_scorer_of,
     prepare,
 )
+from twotower_eval.measure.harness.lm_files import LmEvalFiles
 from twotower_eval.measure.harness.prompts import timed_tasks
-from twotower_eval.measure.harness.scoring import Row, aggregate_rows, score_rows
-from twotower_eval.measure.suites import BuiltTask
+from twotower_eval.measure.harness.scoring import aggregate_rows, aggregates_of, score_rows, scores_of
+from twotower_eval.measure.suites import BuiltTask, document_text, lm_tasks
 from twotower_eval.measure.suites.lm_types import Instance
 from twotower_eval.names import plural
 from twotower_eval.plan import RunPlan, SpeedPlan, plan_from_json
@@ -201,6 +203,7 @@ def score_journal(path: Path) -> Path:
         )
     known.check_all_made()
     with store.resume(path, manifest, event="scored") as writer:
+        keep_texts(writer, tasks, {(row.task, row.doc_id) for row in found.generations})
         for made in new:
             writer.append(made)
         writer.finish()
@@ -226,6 +229,9 @@ class _Evaluation:
         self._warned: set[tuple[str, str]] = set()
         self._advance: Advance = lambda num=1, /: None
         self._known = KnownScores(writer.run)
+        limited = {**writer.run.manifest.plan, "limit": plan.limit}  # a resume may raise it
+        manifest = dataclasses.replace(writer.run.manifest, plan=limited)
+        self._files = LmEvalFiles(writer.path, manifest, with_samples=plan.log_samples)
         self._testified = {(row.cell, row.call_id) for row in writer.run.witnessed}
         self._journals = {job.cell.id: CellJournal(cell=job.cell.id, append=writer.append) for job in jobs}
         rows: list[Row] = [*writer.run.generations, *writer.run.likelihoods]
@@ -245,7 +251,9 @@ class _Evaluation:
             f"{plural(len(self._jobs), 'cell')} over {plural(num_tasks, 'task')}, {plural(total, 'request')}"
         )
         figures: list[TaskFigure] = []
-        with self._progress.track(total, "run") as self._advance:
+        if self._plan.log_samples:
+            keep_texts(self._writer, [job.task for job in self._jobs])
+        with self._files, self._progress.track(total, "run") as self._advance:
             self._estimate()
             for number, job in enumerate(self._jobs, start=1):
                 started_s = time.monotonic()
@@ -366,14 +374,26 @@ class _Evaluation:
 
     def _score(self, job: Job) -> TaskFigure:
         """Write the job's scores, if missing, and return the task's figure."""
-        rows = list(self._answered(job).values())
-        scores = score_rows(job.task, job.cell.id, rows)
-        aggregates = aggregate_rows(job.task, job.cell.id, rows, self._known.stored, self._progress)
+        filtered = filter_rows(job.task, self._answered(job).values())
+        scores = scores_of(job.task, job.cell.id, filtered)
+        aggregates = aggregates_of(job.task, job.cell.id, filtered, self._known.stored, self._progress)
+        self._files.add(job.cell, job.task, filtered, job.model)
         new: list[Score | Aggregate] = [*self._known.new(scores), *self._known.new_aggregates(aggregates)]
         for made in new:
             self._writer.append(made)
         self._writer.event("cell_done", cell=job.cell.id, task=job.task.name, num_documents=len(job.task.docs))
         return task_figure(job.task, job.cell, scores, aggregates)
+
+
+def keep_texts(writer: store.RunWriter, tasks: Iterable[BuiltTask], only: Set[tuple[str, int]] | None = None) -> None:
+    """Journal the texts of documents that are not there yet; ``only`` of these tasks and numbers."""
+    known = {(row.task, row.doc_id) for row in writer.run.documents}
+    with lm_tasks.quiet():
+        for task in {task.name: task for task in tasks}.values():
+            for doc in task.docs:
+                at = (task.name, doc.doc_id)
+                if at not in known and (only is None or at in only):
+                    writer.append(document_text(doc))
 
 
 def _first_documents(job: Job, number: int) -> frozenset[int]:

@@ -8,7 +8,6 @@ import dataclasses
 import math
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -16,30 +15,24 @@ from typing import Any, Protocol, SupportsFloat, cast
 
 import numpy as np
 
-from twotower_eval.errors import UserError
-from twotower_eval.measure.harness.answers import answer_text
+from twotower_eval.measure.harness.filtered import FAILURES, Filtered, Row, filter_rows
 from twotower_eval.measure.suites import (
-    LACKING,
-    MISTAKEN,
     BuiltDoc,
     BuiltTask,
     aggregation,
     aggregation_name,
-    instance_sha256,
     is_lacking,
     lm_tasks,
     needing,
 )
 from twotower_eval.measure.suites.lm_tasks import sacrebleu_pair
-from twotower_eval.measure.suites.lm_types import Aggregation, Filter, Instance, Task
+from twotower_eval.measure.suites.lm_types import Aggregation, Task
 from twotower_eval.progress import Advance, Progress
 from twotower_eval.records import (
     LABEL_AGGREGATIONS,
     MEAN,
     SUMMED_AGGREGATIONS,
     Aggregate,
-    GenerationRow,
-    LikelihoodRow,
     Score,
     sha256_text,
 )
@@ -49,7 +42,6 @@ LEAST_REPLICATES, NUM_REPLICATES = 100, 1_000
 BUDGET_S = 60.0  # of one metric in one cell
 SLOW_S = 5.0  # longer work shows progress
 SEED = 0
-FAILURES = (*MISTAKEN, *LACKING)  # lm-eval would fail as well
 
 Items = Sequence[object]  # one of each document
 Parts = tuple[float, ...]
@@ -180,37 +172,33 @@ def _sacrebleu(name: str) -> _SacreBleu:
     return metric
 
 
-POOLING = ("majority_vote", "take_first_k")  # filters over all samples of a problem together
-
-Row = GenerationRow | LikelihoodRow
 Stored = Callable[[Aggregate], Aggregate | None]
-Samples = list[list[Row]]  # of one document: per sample, one answer for each request
+
+
+def score_rows(task: BuiltTask, cell: str, rows: Iterable[Row]) -> list[Score]:
+    """The scores of these answers; see :func:`filter_rows` and :func:`scores_of`."""
+    return scores_of(task, cell, filter_rows(task, rows))
 
 
 @lm_tasks.quiet()
-def score_rows(task: BuiltTask, cell: str, rows: Iterable[Row]) -> list[Score]:
+def scores_of(task: BuiltTask, cell: str, filtered: Sequence[Filtered]) -> list[Score]:
     """Scores of every completely answered document, for each metric and filter of the task.
 
     A document's value is the mean over its samples; if the task itself asks for several, it is lm-eval's value of all
-    of them. UserError for rows of another prompt.
+    of them.
     """
-    samples = _samples(task, rows)
     scores = []
-    for docs in _by_source(task, samples):
-        for filter_ in lm_tasks.filters_of(docs[0].source):
-            items = _metrics(task, filter_, docs, samples)
-            found = _values(docs, items)
-            for doc in docs:
-                first = samples[doc.doc_id][0][0]
-                by = "generation" if isinstance(first, GenerationRow) else first.likelihood.kind
-                for metric in items[doc.doc_id]:
-                    scores.append(_score(task, cell, doc, metric, filter_.name, by, found[metric][doc.doc_id]))
-                if not items[doc.doc_id] and aggregation_name(doc.source, task.metric) == MEAN:
-                    scores.append(_score(task, cell, doc, task.metric, filter_.name, by, NOTHING_GIVEN))
+    for found in filtered:
+        values = _values(found.docs, found.items)
+        for doc in found.docs:
+            made = partial(_score, task, cell, doc, found)
+            for metric in found.items[doc.doc_id]:
+                scores.append(made(metric, values[metric][doc.doc_id]))
+            if not found.items[doc.doc_id] and aggregation_name(doc.source, task.metric) == MEAN:
+                scores.append(made(task.metric, NOTHING_GIVEN))
     return scores
 
 
-@lm_tasks.quiet()
 def aggregate_rows(
     task: BuiltTask,
     cell: str,
@@ -218,115 +206,31 @@ def aggregate_rows(
     stored: Stored = lambda made: None,
     progress: Progress | None = None,
 ) -> list[Aggregate]:
+    """The aggregates of these answers; see :func:`filter_rows` and :func:`aggregates_of`."""
+    return aggregates_of(task, cell, filter_rows(task, rows), stored, progress)
+
+
+@lm_tasks.quiet()
+def aggregates_of(
+    task: BuiltTask,
+    cell: str,
+    filtered: Sequence[Filtered],
+    stored: Stored = lambda made: None,
+    progress: Progress | None = None,
+) -> list[Aggregate]:
     """lm-eval's aggregates over all documents, for each filter and metric that is no mean.
 
     ``stored`` gives the row on disk of the same score, whose replicates are reused.
     """
-    samples = _samples(task, rows)
     made = []
-    for docs in _by_source(task, samples):
-        source = docs[0].source
-        if all(aggregation_name(source, metric) == MEAN for metric in source.aggregation()):
-            continue
-        for filter_ in lm_tasks.filters_of(source):
-            items = _metrics(task, filter_, docs, samples)
-            for metric in {metric: None for doc in docs for metric in items[doc.doc_id]}:
-                if aggregation_name(source, metric) != MEAN:
-                    there = [doc for doc in docs if metric in items[doc.doc_id]]
-                    of_document = [items[doc.doc_id][metric] for doc in there]
-                    one = _aggregate(task, cell, there, metric, filter_.name, of_document)
-                    made.append(_with_replicates(one, there, of_document, stored, progress))
+    for found in filtered:
+        for metric in {metric: None for doc in found.docs for metric in found.items[doc.doc_id]}:
+            if aggregation_name(found.source, metric) != MEAN:
+                there = [doc for doc in found.docs if metric in found.items[doc.doc_id]]
+                of_document = [found.items[doc.doc_id][metric] for doc in there]
+                one = _aggregate(task, cell, there, metric, found.filter, of_document)
+                made.append(_with_replicates(one, there, of_document, stored, progress))
     return made
-
-
-def _by_source(task: BuiltTask, samples: Mapping[int, Samples]) -> Iterable[list[BuiltDoc]]:
-    """Answered documents, grouped by the lm-eval task that scores them."""
-    by_source: dict[int, list[BuiltDoc]] = defaultdict(list)
-    for doc in task.docs:
-        if doc.doc_id in samples:
-            by_source[id(doc.source)].append(doc)
-    return by_source.values()
-
-
-def _samples(task: BuiltTask, rows: Iterable[Row]) -> dict[int, Samples]:
-    """Document -> its complete samples, in order of their numbers."""
-    found: dict[int, dict[int, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
-        if row.task == task.name:
-            found[row.doc_id][row.repeat][row.request_index] = row
-    complete: dict[int, Samples] = {}
-    for doc in task.docs:
-        for _, answers in sorted(found[doc.doc_id].items()):
-            if all(instance.idx in answers for instance in doc.instances):
-                _check_prompts(task, doc, answers)
-                sample = [answers[instance.idx] for instance in doc.instances]
-                complete.setdefault(doc.doc_id, []).append(sample)
-    return complete
-
-
-def _check_prompts(task: BuiltTask, doc: BuiltDoc, answers: Mapping[int, Row]) -> None:
-    for instance in doc.instances:
-        if answers[instance.idx].prompt_sha256 != instance_sha256(instance):
-            raise UserError(
-                f"task {task.name!r}, document {doc.doc_id}: the journalled answer belongs to another prompt"
-            )
-
-
-def _metrics(
-    task: BuiltTask, filter_: Filter, docs: Sequence[BuiltDoc], samples: Mapping[int, Samples]
-) -> dict[int, dict[str, list[object]]]:
-    """lm-eval's scores under one filter: document and metric -> a value per sample."""
-    pooled = task.pools_samples or _pools(docs[0].source, filter_.name)
-    found: dict[int, dict[str, list[object]]] = defaultdict(lambda: defaultdict(list))
-    for number in range(1 if pooled else max(len(samples[doc.doc_id]) for doc in docs)):
-        present = [doc for doc in docs if number < len(samples[doc.doc_id])]
-        asked = {}
-        for doc in present:
-            taken = samples[doc.doc_id] if pooled else samples[doc.doc_id][number : number + 1]
-            asked[doc.doc_id] = [
-                dataclasses.replace(instance, resps=[_response(sample[at]) for sample in taken], filtered_resps={})
-                for at, instance in enumerate(doc.instances)
-            ]
-        _apply(task, filter_, [instance for doc in present for instance in asked[doc.doc_id]])
-        for doc in present:
-            results = [instance.filtered_resps[filter_.name] for instance in asked[doc.doc_id]]
-            for metric, value in _given(task, doc, results).items():
-                found[doc.doc_id][metric].append(value)
-    return found
-
-
-def _apply(task: BuiltTask, filter_: Filter, instances: list[Instance]) -> None:
-    try:
-        filter_.apply(instances)
-    except FAILURES as error:
-        raise UserError(
-            f"task {task.name!r}: its filter {filter_.name!r} fails on these answers ({type(error).__name__}: {error})"
-        ) from error
-
-
-def _given(task: BuiltTask, doc: BuiltDoc, results: list[object]) -> dict[str, object]:
-    """The metrics that the task's own code gives for an answer; UserError if it fails, as lm-eval would."""
-    try:
-        return dict(doc.source.process_results(doc.doc, results))
-    except FAILURES as error:
-        raise UserError(
-            f"task {task.name!r}, document {doc.doc_id}: its own code fails on this answer "
-            f"({type(error).__name__}: {error})"
-        ) from error
-
-
-def _pools(source: Task, filter_name: str) -> bool:
-    own = [f for f in source.config.filter_list or [] if f["name"] == filter_name]
-    return any(step["function"] in POOLING for f in own for step in f["filter"])
-
-
-def _response(row: Row) -> object:
-    """An answer in the form that lm-eval's models return."""
-    if isinstance(row, GenerationRow):
-        return answer_text(row)
-    if row.request == "loglikelihood_rolling":
-        return row.likelihood.logprob_nats
-    return (row.likelihood.logprob_nats, row.likelihood.is_greedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,10 +302,8 @@ def _number(source: Task, metric: str, item: object) -> float | str:
     return number if math.isfinite(number) else f"{metric} of this document is {number}"
 
 
-def _score(
-    task: BuiltTask, cell: str, doc: BuiltDoc, metric: str, filter_name: str, scored_by: str, found: _Value
-) -> Score:
-    chosen = (metric, filter_name) == (task.metric, task.filter)
+def _score(task: BuiltTask, cell: str, doc: BuiltDoc, filtered: Filtered, metric: str, found: _Value) -> Score:
+    chosen = (metric, filtered.filter) == (task.metric, task.filter)
     return Score(
         cell=cell,
         task=task.name,
@@ -411,10 +313,10 @@ def _score(
         prompt_sha256=doc.prompt_sha256,
         target_sha256=doc.target_sha256,
         metric=metric,
-        filter=filter_name,
+        filter=filtered.filter,
         higher_is_better=doc.source.higher_is_better().get(metric, True) is not False,
         headline=task.headline and chosen,
-        scored_by=scored_by,
+        scored_by=filtered.scored_by(doc.doc_id),
         value=found.value,
         missing_reason=found.missing_reason,
         group=task.group if chosen else None,
@@ -423,6 +325,7 @@ def _score(
         parts=found.parts,
         chance=doc.chance.get(metric),
         main=chosen,
+        filtered=filtered.other_text(doc.doc_id),
     )
 
 

@@ -7,7 +7,7 @@ type, so callers check it or catch the errors.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -55,9 +55,14 @@ class Task(Protocol):
     """A loaded task."""
 
     OUTPUT_TYPE: str
+    VERSION: object
     config: Config
+    eval_docs: Sized
     instances: list[Instance]
     _filters: Sequence[Filter]
+
+    def dump_config(self) -> Mapping[str, Any]:
+        """What its YAML says."""
 
     def set_fewshot_seed(self, seed: int) -> None:
         """Set the seed of the few-shot examples."""
