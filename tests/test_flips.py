@@ -12,12 +12,12 @@ from twotower_eval import store
 from twotower_eval.analyse import report
 from twotower_eval.records import DocumentText, Score, sha256_text
 
-PIPE = "what is 1 | 2?\nthink"
+QUESTION = "Q" * 500 + "what is 1 | 2?\nthink"
 
 
 def documents(target: str) -> list[DocumentText]:
     return [
-        DocumentText(task=task, doc_id=doc_id, question=PIPE if task == "sorting" else "Q" * 500, target=target)
+        DocumentText(task=task, doc_id=doc_id, question=QUESTION, target=target)
         for task in ("arithmetic", "sorting")
         for doc_id in range(40)
     ]
@@ -45,16 +45,15 @@ def test_question_right_answer_and_filtered_answer_are_shown(tmp_path: Path) -> 
     path = known(tmp_path, documents("42"), "17 <b>")
     markdown = flips(tmp_path, path)
     assert "| document | question | right answer | baseline says | candidate says |" in markdown
-    row = next(line for line in markdown.splitlines() if "**lost**" in line and "what is" in line)
-    assert r"what is 1 \| 2?<br>think" in row
+    row = next(line for line in markdown.splitlines() if "**lost**" in line)
+    assert r"what is 1 \| 2?<br>think |" in row
+    assert f"| … {'Q' * (400 - 20)}what" in row, "of a long question the end, where it asks"
     assert "| 42 |" in row
     assert "*(read as 17 &lt;b&gt;" in row
-    long = next(line for line in markdown.splitlines() if "**lost**" in line and "QQQ" in line)
-    assert f"… {'Q' * 400} |" in long
     [table] = (tmp_path / "reports").glob("*/tables/flips.csv")
     frame = pd.read_csv(table)
     assert set(frame["gold"]) == {42}
-    assert frame["question"].str.len().max() == 500, "a table for programs is cut nowhere"
+    assert set(frame["question"].str.len()) == {520}, "a table for programs is cut nowhere"
     assert set(frame["candidate_filtered"]) == {"17 <b>"}
 
 
