@@ -271,7 +271,7 @@ def _group(name: str, model: _Model, members: Sequence[str]) -> Json:
 
 def _of_execution(model: _Model, manifest: RunManifest) -> Json:
     """What ``simple_evaluate`` tells of the model and the machine."""
-    plan, checkpoint, packages = manifest.plan, model.cell.checkpoint, manifest.packages
+    plan, seeds, checkpoint, packages = manifest.plan, manifest.seeds, model.cell.checkpoint, manifest.packages
     return {
         "config": {
             "model": SOURCE,
@@ -285,11 +285,11 @@ def _of_execution(model: _Model, manifest: RunManifest) -> Json:
             "use_cache": None,
             "limit": plan.get("limit"),
             "bootstrap_iters": 0,
-            "gen_kwargs": None,
-            "random_seed": plan.get("seed"),
-            "numpy_seed": plan.get("seed"),
-            "torch_seed": plan.get("seed"),
-            "fewshot_seed": manifest.seeds.get("fewshot"),
+            "gen_kwargs": plan.get("gen_kwargs"),
+            "random_seed": seeds.get("python", seeds.get("run")),
+            "numpy_seed": seeds.get("numpy", seeds.get("run")),
+            "torch_seed": seeds.get("run"),
+            "fewshot_seed": seeds.get("fewshot"),
         },
         "git_hash": manifest.commit,
         "date": datetime.fromisoformat(manifest.started_at).timestamp(),
