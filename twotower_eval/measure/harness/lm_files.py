@@ -45,6 +45,7 @@ class _Model:
     hashes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     members: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # of groups
     by_size: dict[str, bool] = field(default_factory=dict)
+    metrics: dict[str, str] = field(default_factory=dict)  # of groups: the one that they average
 
 
 class LmEvalFiles:
@@ -89,11 +90,11 @@ class LmEvalFiles:
             held.results[leaf] = _task_results(leaf, own, task.samples)
             if len(by_source) > 1:
                 held.members[task.name].append(leaf)
-                held.by_size[task.name] = True
+                held.by_size[task.name], held.metrics[task.name] = True, task.metric
             self._write_samples(held, leaf, own, first_id=min(doc.doc_id for doc in own[0].docs))
         if task.group is not None:
             held.members[task.group].append(task.name)
-            held.by_size[task.group] = task.by_size
+            held.by_size[task.group], held.metrics[task.group] = task.by_size, task.metric
 
     def _write_samples(self, model: _Model, leaf: str, filtered: Sequence[Filtered], first_id: int) -> None:
         with contextlib.ExitStack() as stack:
@@ -248,13 +249,13 @@ def _results(model: _Model, manifest: RunManifest) -> Json:
 
 
 def _group(name: str, model: _Model, members: Sequence[str]) -> Json:
-    """A group's entry: of each metric that all members have the mean, by documents or equally."""
+    """A group's entry: the mean of its metric over its members, by documents or equally, under every filter."""
     from lm_eval.api.metrics import aggregate_subtask_metrics, pooled_sample_stderr, unweighted_mean_stderr
 
     entries = [model.results[member] for member in members if member in model.results]
     sizes = [entry["sample_len"] for entry in entries]
     made: Json = {"name": name, "alias": name, "sample_len": sum(sizes)}
-    keys = [key for key in entries[0] if "," in key and "_stderr," not in key] if entries else []
+    keys = [key for key in entries[0] if key.startswith(f"{model.metrics[name]},")] if entries else []
     for key in keys:
         error_key = key.replace(",", "_stderr,", 1)
         if any(key not in entry or not isinstance(entry[key], int | float) for entry in entries):
