@@ -11,7 +11,7 @@ from twotower_eval.errors import UserError
 from twotower_eval.measure.harness.answers import answer_text
 from twotower_eval.measure.suites import LACKING, MISTAKEN, BuiltDoc, BuiltTask, instance_sha256, lm_tasks
 from twotower_eval.measure.suites.lm_types import Filter, Instance, Task
-from twotower_eval.records import GenerationRow, LikelihoodRow
+from twotower_eval.records import DocumentText, GenerationRow, LikelihoodRow
 
 FAILURES = (*MISTAKEN, *LACKING)  # lm-eval would fail as well
 POOLING = ("majority_vote", "take_first_k")  # filters over all samples of a problem together
@@ -150,3 +150,18 @@ def response(row: Row) -> object:
     if row.request == "loglikelihood_rolling":
         return row.likelihood.logprob_nats
     return (row.likelihood.logprob_nats, row.likelihood.is_greedy)
+
+
+def document_text(doc: BuiltDoc) -> DocumentText:
+    """A document's own texts, for reports."""
+    question: object = doc.source.doc_to_text(dict(doc.doc))
+    choices = [] if doc.source.config.doc_to_choice is None else list(map(str, doc.source.doc_to_choice(dict(doc.doc))))
+    if not isinstance(question, str):  # the place of the right one of several beginnings, as in WinoGrande
+        question, choices = " / ".join(choices), []
+    return DocumentText(
+        task=doc.instances[0].task_name,
+        doc_id=doc.doc_id,
+        question=question,
+        target=str(doc.source.doc_to_target(dict(doc.doc))),
+        choices=tuple(choices),
+    )

@@ -17,7 +17,7 @@ from twotower_eval.engine.models import family_calls
 from twotower_eval.errors import UserError
 from twotower_eval.measure.harness.adapter import Batch, HarnessLM
 from twotower_eval.measure.harness.answers import CellJournal, Key
-from twotower_eval.measure.harness.filtered import Row, filter_rows
+from twotower_eval.measure.harness.filtered import Row, document_text, filter_rows
 from twotower_eval.measure.harness.jobs import (
     Job,
     KnownScores,
@@ -30,7 +30,7 @@ from twotower_eval.measure.harness.jobs import (
 from twotower_eval.measure.harness.lm_files import LmEvalFiles
 from twotower_eval.measure.harness.prompts import timed_tasks
 from twotower_eval.measure.harness.scoring import aggregate_rows, aggregates_of, score_rows, scores_of
-from twotower_eval.measure.suites import BuiltTask, document_text, lm_tasks
+from twotower_eval.measure.suites import BuiltTask, lm_tasks
 from twotower_eval.measure.suites.lm_types import Instance
 from twotower_eval.names import plural
 from twotower_eval.plan import RunPlan, SpeedPlan, plan_from_json

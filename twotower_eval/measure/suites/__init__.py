@@ -6,7 +6,6 @@ from twotower_eval.measure.suites.documents import (
     DEFAULT_MAX_NEW_TOKENS,
     FEWSHOT_SEED,
     BuiltDoc,
-    document_text,
     instance_sha256,
     stops_and_budget,
 )
@@ -31,7 +30,6 @@ __all__ = [
     "aggregation",
     "aggregation_name",
     "build_requests",
-    "document_text",
     "instance_sha256",
     "is_lacking",
     "load_suite",

@@ -37,7 +37,6 @@ from twotower_eval.records import (
     SUMMED_AGGREGATIONS,
     ChatOptions,
     ChatPrompt,
-    DocumentText,
     Override,
     canonical_json,
     sha256_text,
@@ -383,21 +382,6 @@ def joined(docs: Sequence[BuiltDoc], pairs: Iterable[tuple[str, str]]) -> tuple[
         if root(later) != root(earlier):
             into[root(later)] = root(earlier)
     return tuple(dataclasses.replace(doc, cluster_id=root(doc.cluster_id)) for doc in docs)
-
-
-def document_text(doc: BuiltDoc) -> DocumentText:
-    """A document's own texts, for reports."""
-    question: object = doc.source.doc_to_text(dict(doc.doc))
-    choices = [] if doc.source.config.doc_to_choice is None else list(map(str, doc.source.doc_to_choice(dict(doc.doc))))
-    if not isinstance(question, str):  # the place of the right one of several beginnings, as in WinoGrande
-        question, choices = " / ".join(choices), []
-    return DocumentText(
-        task=doc.instances[0].task_name,
-        doc_id=doc.doc_id,
-        question=question,
-        target=str(doc.source.doc_to_target(dict(doc.doc))),
-        choices=tuple(choices),
-    )
 
 
 def own_text(doc: BuiltDoc) -> str:
