@@ -1,6 +1,8 @@
 """Tiny random Hugging Face models, saved as folders."""
 
 import copy
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -119,4 +121,17 @@ def save_reading(name: str, folder: Path) -> Path:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
     model.save_pretrained(folder)
     write_tokenizer(folder)
+    return folder
+
+
+def quantised(full: Path, folder: Path) -> Path:
+    """A saved model with int8 weights by torchao, as transformers saves it, beside its tokenizer."""
+    shutil.copytree(full, folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchao's own, as it is imported
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        how = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+        model = transformers.AutoModelForCausalLM.from_pretrained(full, quantization_config=how)
+        model.save_pretrained(folder)
     return folder

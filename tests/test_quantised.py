@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from hf_models import save_reading
+from hf_models import quantised, save_reading
 
 import twotower_eval as tt
 from twotower_eval.analyse.claims.text import retention_text
@@ -22,16 +21,7 @@ from twotower_eval.records import Claim, DecoderSpec, OperatingPoint, Quantisati
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny Llama in float32, and the same with int8 weights by torchao, as transformers saves it."""
     full = save_reading("llama", tmp_path_factory.mktemp("models") / "full")
-    packed = full.parent / "packed"
-    shutil.copytree(full, packed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchao's own, as it is imported
-        from torchao.quantization import Int8WeightOnlyConfig
-
-        how = transformers.TorchAoConfig(Int8WeightOnlyConfig())
-        model = transformers.AutoModelForCausalLM.from_pretrained(full, quantization_config=how)
-        model.save_pretrained(packed)
-    return full, packed
+    return full, quantised(full, full.parent / "packed")
 
 
 def test_a_quantised_model_is_loaded_and_proved(folders: tuple[Path, Path]) -> None:

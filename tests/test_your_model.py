@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from fake_hub import files_in, use_cache, write_cache
-from hf_models import save_reading
+from hf_models import quantised, save_reading
 from own_code import save_own
 from pages import DOCS, run_commands
 from transformers import dynamic_module_utils
@@ -24,6 +24,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_cache(folder, "example/pair", files_in(data_path("miniature", "pair")))
     write_cache(folder, "example/llama", files_in(save_reading("llama", folder / "llama")))
     write_cache(folder, "example/llama", files_in(save_reading("gpt2", folder / "gpt2")), refs=("v2",))
+    write_cache(folder, "example/llama-int8", files_in(quantised(folder / "llama", folder / "int8")))
     write_cache(folder, "example/own", files_in(save_own(folder / "own")))
     return folder
 
@@ -49,7 +50,12 @@ def test_the_page_runs(here: Path, cache: Path, monkeypatch: pytest.MonkeyPatch)
         ("example/pair", "example/llama@v2"),
         ("example/llama@v2", "example/llama"),
         ("example/own", "example/llama"),
+        ("example/llama", "example/llama"),
+        ("example/llama-int8", "example/llama"),
+        ("example/llama@v2", "example/llama"),
     ]
+    assert (named[4]["baseline"].dtype, named[4]["candidate"].dtype) == ("bfloat16", "float32")
+    assert str(named[5]["candidate"].quantisation) == "int8 weight-only by torchao"
     assert named[2]["candidate"].revision == named[1]["baseline"].revision == ref(cache, "v2")
     assert named[2]["baseline"].revision == named[0]["baseline"].revision == ref(cache, "main")
     assert named[2]["candidate"].identity == named[1]["baseline"].identity != named[2]["baseline"].identity
