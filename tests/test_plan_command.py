@@ -45,6 +45,12 @@ DECODING: dict[str, Any] = {
     "baseline_device": "cuda:2",
     "cuda_graphs": True,
     "data_dir": "~/bench marks",
+    "apply_chat_template": "rag",
+    "system_instruction": 'Be brief,\nand "kind".',
+    "fewshot_as_multiturn": False,
+    "gen_prefix": "- so",
+    "enable_thinking": True,
+    "think_end_token": "</think>",
 }
 RUN = RunPlan(
     **DECODING, samples=4, batch_size=32, limit=5, likelihood="bound", max_new_tokens=9, trace=0, log_samples=False
