@@ -61,8 +61,9 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_every_shipped_entry_is_held_to_it(models: dict[str, Any]) -> None:
-    assert set(DECODERS) <= {kind for kind, _ in DECODER_ENTRIES}
-    assert set(FAMILIES) <= {model.checkpoint.family for model in models.values()}
+    """But for models behind a server, which compute nothing here: tests/test_endpoints.py."""
+    assert set(DECODERS) <= {"endpoint", *(kind for kind, _ in DECODER_ENTRIES)}
+    assert set(FAMILIES) <= {"openai", *(model.checkpoint.family for model in models.values())}
 
 
 # --- families ------------------------------------------------------------------------------------------------------

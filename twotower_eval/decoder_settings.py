@@ -27,7 +27,7 @@ SHORTHANDS = {
     "temperature": "temperature",
 }  # shorthand fields of plans -> the parameters that they set
 # AUTO of steps is the block size; as a decoder it is what fits the model, and the usual one before a model is known.
-BASELINE_DECODER = "autoregressive"
+BASELINE_DECODER, ENDPOINT_DECODER = "autoregressive", "endpoint"
 USUAL = "block_diffusion"
 SHORT_NAMES = {"ar": "autoregressive"}
 BEFORE: Mapping[str, tuple[Any, ...]] = {"block_sizes": (16,), "steps": (AUTO,), "thresholds": (0.8,)}
@@ -64,6 +64,8 @@ class DecodesBaseline(Protocol):
     """The fields of a plan that say how its baseline is decoded."""
 
     @property
+    def serves_baseline(self) -> bool: ...
+    @property
     def baseline_decoder(self) -> str | None: ...
     @property
     def baseline_set(self) -> Settings | None: ...
@@ -95,7 +97,7 @@ def baseline_spec(plan: DecodesBaseline) -> DecoderSpec:
 
     UserError for whatever is given and that decoder does not have.
     """
-    kind = plan.baseline_decoder or BASELINE_DECODER
+    kind = plan.baseline_decoder or (ENDPOINT_DECODER if plan.serves_baseline else BASELINE_DECODER)
     given = {name: values[0] for name, values in _checked(kind, plan.baseline_set or {}, "baseline_set").items()}
     temperature = float(plan.temperature or 0)
     if "temperature" in _names(kind):

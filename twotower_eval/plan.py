@@ -15,8 +15,10 @@ from twotower_eval.decoder_settings import SHORT_NAMES, SHORTHANDS, check_given_
 from twotower_eval.decoder_settings import cross_decoders as cross_decoders
 from twotower_eval.errors import UserError
 from twotower_eval.names import did_you_mean, nearest
+from twotower_eval.plan_baselines import CONTEXT_TOWER as CONTEXT_TOWER
+from twotower_eval.plan_baselines import OfTwoArms, check_endpoints, hold_baselines, overridden, with_baselines
+from twotower_eval.plan_baselines import baseline_name as baseline_name
 from twotower_eval.plan_baselines import each_baseline as each_baseline
-from twotower_eval.plan_baselines import hold_baselines, overridden, with_baselines
 from twotower_eval.plan_baselines import named_baselines as named_baselines
 from twotower_eval.plan_chat import hold_chat
 from twotower_eval.plan_fields import (
@@ -32,6 +34,7 @@ from twotower_eval.plan_fields import (
     BaselineSet,
     BaselineTrustRemoteCode,
     BlockSizes,
+    CountingTokenizer,
     CudaGraphs,
     DataDir,
     DecoderKind,
@@ -48,6 +51,7 @@ from twotower_eval.plan_fields import (
     NumberType,
     NumFewshot,
     Option,
+    RequestTimeout,
     Revision,
     Seed,
     SizeNumberType,
@@ -70,8 +74,6 @@ from twotower_eval.records import AUTO, LEFT_OUT, LikelihoodKind, sizing_config
 from twotower_eval.resources import read_toml
 from twotower_eval.strict import JsonObject
 from twotower_eval.task_options import read_gen_kwargs, read_seed
-
-CONTEXT_TOWER = "context-tower"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,7 @@ class VerifyPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunPlan:
+class RunPlan(OfTwoArms):
     """What ``twotower-eval run`` does.
 
     ``model`` is a checkpoint folder, ``None`` the shipped miniature. ``baseline`` is a checkpoint folder, a Hugging
@@ -179,6 +181,8 @@ class RunPlan:
     gen_prefix: GenPrefix = field(default=None, metadata=LEFT_OUT)
     enable_thinking: EnableThinking = field(default=None, metadata=LEFT_OUT)
     think_end_token: ThinkEndToken = field(default=None, metadata=LEFT_OUT)
+    tokenizer: CountingTokenizer = field(default=None, metadata=LEFT_OUT)
+    request_timeout: RequestTimeout = field(default=None, metadata=LEFT_OUT)
 
     def __post_init__(self) -> None:
         _hold_settings(self)
@@ -193,7 +197,7 @@ class RunPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeedPlan:
+class SpeedPlan(OfTwoArms):
     """What ``twotower-eval speed`` does; models, families, decoder options and graphs mean what they do in RunPlan.
 
     ``fixed`` workloads make exactly ``new_tokens`` tokens whatever the model says; ``answer`` workloads stop where
@@ -276,6 +280,8 @@ class SpeedPlan:
     gen_prefix: GenPrefix = field(default=None, metadata=LEFT_OUT)
     enable_thinking: EnableThinking = field(default=None, metadata=LEFT_OUT)
     think_end_token: ThinkEndToken = field(default=None, metadata=LEFT_OUT)
+    tokenizer: CountingTokenizer = field(default=None, metadata=LEFT_OUT)
+    request_timeout: RequestTimeout = field(default=None, metadata=LEFT_OUT)
 
     def __post_init__(self) -> None:
         _hold_settings(self)
@@ -457,5 +463,6 @@ def _check_arms(plan: Plan) -> None:
         for name in ("baseline_family", "baseline_revision", "baseline_trust_remote_code"):
             if getattr(plan, name) is not None and plan.baseline == CONTEXT_TOWER:
                 raise UserError(f"{name} has no effect on {CONTEXT_TOWER}: drop it, or name a baseline's folder")
+    check_endpoints(plan)
     check_at_least(plan, 1, "block_sizes", "steps")
     check_at_least(plan, 0, "temperature", "thresholds", "num_fewshot")

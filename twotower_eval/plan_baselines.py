@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from twotower_eval.errors import UserError
 from twotower_eval.names import did_you_mean
 from twotower_eval.plan_fields import list_fields
+from twotower_eval.records import AUTO
+from twotower_eval.sources import ENDPOINT
 from twotower_eval.strict import JsonObject, plain
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ MODEL, NAME = "model", "name"  # keys of a table
 SPLIT = ("baseline_decoder",)  # texts that may name several, as no single one has a comma
 UNSAID = {"decoder": "autoregressive"}
 MOST_LETTERS = 80
+CONTEXT_TOWER = "context-tower"
 
 
 def keys_of(cls: type) -> dict[str, str]:
@@ -209,3 +212,34 @@ def table_text(value: object) -> str:
 
 def _key_text(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
+
+
+class OfTwoArms:
+    """A plan with a baseline and a candidate."""
+
+    model: str | None
+    baseline: str
+    decoder: str
+    request_timeout: float | None
+
+    @property
+    def serves_baseline(self) -> bool:
+        """Whether the baseline is behind a server."""
+        return baseline_name(self).startswith(ENDPOINT)
+
+
+def baseline_name(plan: OfTwoArms) -> str:
+    """How a plan's baseline is named; the candidate's own tower like the candidate."""
+    return (plan.model or "") if plan.baseline == CONTEXT_TOWER else plan.baseline
+
+
+def check_endpoints(plan: OfTwoArms) -> None:
+    """Endpoints have their own decoder; UserError for what no endpoint does."""
+    model = plan.model or ""
+    if plan.request_timeout is not None and not plan.request_timeout > 0:
+        raise UserError(f"request_timeout must be above 0 seconds, not {plan.request_timeout}")
+    if model.startswith(ENDPOINT) and plan.decoder == AUTO:
+        object.__setattr__(plan, "decoder", "endpoint")
+    served = model.startswith(ENDPOINT) or plan.serves_baseline
+    if served and getattr(plan, "workload", None) == "fixed":
+        raise UserError("no server makes an exact number of tokens: time an endpoint on the answer workload")

@@ -188,6 +188,16 @@ BaselineDevice = Annotated[
     ),
 ]
 CudaGraphs = Annotated[bool, Option(help="Run small steps of both arms as CUDA graphs")]
+CountingTokenizer = Annotated[
+    str | None,
+    Option(
+        help="Of an endpoint: the tokenizer that counts tokens in both arms", metavar="FOLDER", unset="the other arm's"
+    ),
+]
+RequestTimeout = Annotated[
+    float | None,
+    Option(help="Of an endpoint: seconds that its server may be silent", metavar="S", unset="600"),
+]
 DataDir = Annotated[str | None, Option(help="Folder with TASK/SPLIT.jsonl, as `data prepare` makes it", metavar="DIR")]
 
 

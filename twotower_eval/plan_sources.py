@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TypeVar
 
+from twotower_eval.errors import UserError
 from twotower_eval.plan import (
     CONTEXT_TOWER,
     Plan,
@@ -13,11 +14,12 @@ from twotower_eval.plan import (
     SizingPlan,
     SpeedPlan,
     VerifyPlan,
+    baseline_name,
     each_baseline,
     named_baselines,
 )
 from twotower_eval.plan_baselines import MODEL, NAME
-from twotower_eval.sources import SHIPPED_PAIR, Source, is_repo, located, read_source
+from twotower_eval.sources import ENDPOINT, SHIPPED_PAIR, Source, is_repo, located, read_source
 
 
 def model_source(plan: Plan | VerifyPlan) -> Source:
@@ -39,6 +41,20 @@ def arm_sources(plan: Plan) -> tuple[tuple[Source | None, str | None], ...]:
     return (model_source(plan), plan.family), *baselines
 
 
+def _refuse_unused(plan: Plan) -> None:
+    """UserError for what has no effect on endpoints, or without one."""
+    names = [plan.model or "", *(baseline_name(single) for single in each_baseline(plan))]
+    served = [name.startswith(ENDPOINT) for name in names]
+    for name in ("tokenizer", "request_timeout") if not any(served) else ():
+        if getattr(plan, name) is not None:
+            raise UserError(f"{name} is for endpoints, and no model here is one ({ENDPOINT}http://HOST:PORT/v1#NAME)")
+    if any(served) and plan.apply_chat_template:
+        raise UserError("chat templates are not applied for models behind a server yet: drop apply_chat_template")
+    for name in ("dtype", "devices") if all(served) else ():
+        if getattr(plan, name) != next(field.default for field in dataclasses.fields(plan) if field.name == name):
+            raise UserError(f"{name} has no effect on models behind a server: drop it")
+
+
 D = TypeVar("D", RunPlan, SpeedPlan, VerifyPlan)
 
 
@@ -51,9 +67,14 @@ def chat_sources(plan: Plan) -> tuple[Source, ...]:
 def check_checkpoints(plan: D, *, silent: bool = False) -> D:
     """The plan with the commit of every model of the hub, whose files are then here.
 
-    UserError, before anything heavy is imported and anything long is downloaded, for checkpoints that are not there.
+    UserError, before anything heavy is imported and anything long is downloaded, for checkpoints that are not there and
+    for settings that have no effect on them.
     ``silent``: downloads show no progress.
     """
+    if not isinstance(plan, VerifyPlan):
+        _refuse_unused(plan)
+    elif (plan.model or "").startswith(ENDPOINT):
+        raise UserError(f"verify looks at logits, and {plan.model} is behind a server, which gives texts")
     arms = ((model_source(plan), plan.family),) if isinstance(plan, VerifyPlan) else arm_sources(plan)
     found = [
         source and located(source, extent="settings", needs_config=family is None, silent=silent)

@@ -38,6 +38,7 @@ LikelihoodKind = Literal["exact", "context_tower", "denoiser_left_to_right", "bo
 SpeedPhase = Literal["warmup", "measure", "probe"]
 TimeFault = Literal["not finite", "negative", "no time", "after the end", "graph made", "clock stood"]
 WorkloadKind = Literal["task", "fixed", "answer", "costs", "checks"]
+RequestFault = Literal["refused for now", "server error", "dropped", "timed out", "broken reply"]
 PassKind = Literal["prefill", "extend", "denoise"]
 CostPart = Literal["prefill", "ar_step", "bookkeeping", "denoise", "context_pass", "forced_block"]
 WitnessedKind = Literal["timed", "document", "made up", "scored"]
@@ -140,7 +141,8 @@ SINGLE_FILE = "model.safetensors"  # a checkpoint's weights, or with several fil
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILES = ("config.json", "generation_config.json")  # files of a checkpoint that do not affect how text is read
 Params = Mapping[str, Scalar]
-OWN_DECODERS = ("autoregressive", "prompt_lookup", "draft", "mock_ar", "block_diffusion", "reference")
+ENDPOINT_FAMILY = "openai"  # of models behind an OpenAI-compatible server
+OWN_DECODERS = ("autoregressive", "prompt_lookup", "draft", "mock_ar", "block_diffusion", "reference", "endpoint")
 
 # Of a generation, what its row of a timed call repeats.
 GENERATION_COUNTS = (
@@ -196,6 +198,21 @@ class Quantisation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """What is known of a model behind a server; its weights are not.
+
+    ``url`` and ``name`` are how it is asked for, ``facts`` what the server lists of it, as JSON texts. ``prompts`` says
+    how they are sent, ``tokenizer`` names the one that counts the tokens of its prompts and answers here.
+    """
+
+    url: str
+    name: str
+    facts: tuple[tuple[str, str], ...]
+    prompts: Literal["token ids", "text"]
+    tokenizer: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """Identity of a model, stated and never inferred from a path.
 
@@ -204,6 +221,9 @@ class Checkpoint:
     those beside the weights that affect a logit or a text: config, generation settings, tokenizer; older runs have
     none. ``weights`` are the files of a whole checkpoint's tensors, each with a sha256 over those in it.
     ``quantisation`` is ``None`` where weights are stored as plain numbers.
+
+    A model behind a server is ``served``: its ``digest`` is over what is said there, so that two of them are the same
+    by name only, and its ``dtype`` is ``unknown``.
     """
 
     name: str
@@ -217,6 +237,7 @@ class Checkpoint:
     files: tuple[FileDigest, ...] = ()
     weights: tuple[FileDigest, ...] = ()
     quantisation: Quantisation | None = field(default=None, metadata=LEFT_OUT)
+    served: ServedModel | None = field(default=None, metadata=LEFT_OUT)
 
     @property
     def identity(self) -> str:
@@ -439,6 +460,36 @@ class CommitStep:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """How a server gave an answer. Tokens are as it counts them, ``None`` where it does not.
+
+    ``num_retries`` attempts failed before it. What follows is of answers that came in pieces: ``num_pieces`` of text in
+    ``num_arrivals`` groups that lie apart, the first and the last so many seconds after the request was sent.
+    """
+
+    num_prompt_tokens: Count | None
+    num_tokens: Count | None
+    num_retries: Count = 0
+    num_pieces: Count | None = None
+    num_arrivals: Count | None = None
+    first_s: NotNegative | None = None
+    last_s: NotNegative | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retried:
+    """A request to a server that failed and is asked again after ``wait_s``: what it was for, the number of its failed
+    attempt, and what went wrong. The ``retried`` event of a run holds it.
+    """
+
+    label: str
+    attempt: Size
+    fault: RequestFault
+    detail: str
+    wait_s: NotNegative
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
     """The answer to one prompt. Useful tokens only: those before the first EOS or stop string, neither counted.
 
@@ -446,6 +497,8 @@ class Generation:
     counts denoiser calls. ``num_draft_forwards`` counts those of a draft model (``None`` where there is none), which
     are no forwards of this model. ``num_forced_commits`` counts tokens that the step floor committed although their
     confidence did not exceed the threshold (``None`` where the decoder has no threshold).
+
+    Of an answer that a server gave (``served``), ``token_ids`` are those of its useful text, and no forward is counted.
     """
 
     prompt_id: str
@@ -461,6 +514,7 @@ class Generation:
     finish_s: NotNegative | None = None
     trace: tuple[CommitStep, ...] | None = None
     num_draft_forwards: Count | None = field(default=None, metadata=LEFT_OUT)
+    served: Served | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,6 +21,7 @@ from twotower_eval.records import (
     ChosenReason,
     FailedTrial,
     Override,
+    Retried,
     RunManifest,
     Scalar,
     SpeedSample,
@@ -331,6 +332,11 @@ def _chosen_text(one: Chosen) -> str:
     option = "--baseline-dtype" if one.arm == "baseline" else "--dtype"
     reason = CHOSEN_WORDS[one.reason].format(stored=one.stored, option=option)
     return f"{what}{whose} {one.value} ({reason})"
+
+
+def retried_line(arm: str, retried: Retried) -> str:
+    """A failed request of an arm's server; all of them are in the run's events."""
+    return f"{arm}: a request failed ({retried.detail}) and is asked again; see events.jsonl"
 
 
 def truncation_line(task: str, arm: str, num_requests: int | None, num_truncated: int) -> str:

@@ -243,7 +243,7 @@ def _plan_and_cells(run: Run) -> Iterator[Place]:
         (
             "dtype",
             {plan.get("dtype"), plan.get("baseline_dtype"), *of_several},
-            {cell.checkpoint.dtype for cell in cells},
+            {cell.checkpoint.dtype for cell in cells if not cell.checkpoint.served},
         ),
     ]
     for name, planned, there in recorded:

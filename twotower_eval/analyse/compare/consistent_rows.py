@@ -93,7 +93,8 @@ def _lengths_of_hashes(run: Run) -> Iterator[Place]:
 
 
 def _beyond_budget(run: Run) -> Iterator[Place]:
-    budgets = {cell.id: cell.workload.max_new_tokens for cell in run.manifest.cells}
+    # A server keeps to the budget in its own tokens, which are counted in those of another tokenizer here.
+    budgets = {cell.id: None if cell.checkpoint.served else cell.workload.max_new_tokens for cell in run.manifest.cells}
     for call, prompt in _prompts(run):
         budget = budgets[call.cell]
         if budget is not None and prompt.num_tokens > budget:

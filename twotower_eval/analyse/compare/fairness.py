@@ -46,6 +46,8 @@ class Busy:
 def busy_of(runs: Sequence[Run], point: SpeedPoint) -> Busy | str:
     """How busy both arms of a point were, or why it is not known."""
     cells = (point.baseline, point.candidate)
+    if any(cell.checkpoint.served is not None for cell in cells):
+        return "an arm decodes behind a server, and how busy that is cannot be seen from here"
     if any(not device.startswith("cpu") for cell in cells for device in cell.checkpoint.devices):
         return "on a GPU the processor waits for it, whatever an arm does"
     own = [run for run in runs if run.manifest.run_id in point.run_ids]

@@ -43,7 +43,7 @@ MANY_DRAFTED = 0.3  # of the tokens of known prompts, from which on it matters w
 FAR_LESS = 10.0  # times as many drafted tokens on known prompts as on made-up ones: no drafter knows so much less
 ENOUGH_MADE_UP, ENOUGH_TOKENS = 8, 24  # made-up prompts, and tokens of their answers, to tell that
 UNLIKE, ENOUGH_CALLS = 0.5, 4  # of how like the baseline's answers are, on made-up prompts against timed ones
-Unknown = Literal["no call", "at random", "several prompts", "no token"]
+Unknown = Literal["no call", "at random", "several prompts", "no token", "behind a server"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +187,8 @@ def _arm(runs: Sequence[Run], cell: Cell, ids: Collection[str]) -> ArmWitnessed:
     rows = [row for run in runs for row in run.witnessed if row.cell in ids]
     own = [row for row in rows if len(row.answers) == 1]
     unknown: Unknown | None = "at random" if draws(cell) else "no call" if not rows else None
+    if cell.checkpoint.served is not None:
+        unknown = "behind a server"
     if unknown is None and not own:
         unknown = "several prompts"
     if unknown is None and not any(row.num_tokens for row in own):

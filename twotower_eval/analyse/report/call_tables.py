@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import pandas as pd
 
@@ -216,8 +217,8 @@ def _count_columns(frame: pd.DataFrame) -> list[Column]:
         Column(header="tokens per NFE", show=fixed("tokens_per_nfe", 2)),
         Column(header="with commits", show=fixed("tokens_per_nfe_and_commit", 2)),
         Column(header="with prefill and all else", show=fixed("tokens_per_forward", 2)),
-        Column(header="denoiser forwards (NFE)", show=_denoiser_forwards),
-        Column(header="context forwards", show=whole("num_context_forwards")),
+        Column(header="denoiser forwards (NFE)", show=partial(_forwards, "num_denoiser_forwards")),
+        Column(header="context forwards", show=partial(_forwards, "num_context_forwards")),
         *(drafts if frame["num_draft_forwards"].notna().any() else ()),
         Column(header="useful tokens", show=whole("num_tokens")),
         Column(header="discarded tokens", show=whole("num_discarded_tokens")),
@@ -230,8 +231,9 @@ def _draft_forwards(row: Raw) -> str:
     return NONE if pd.isna(row["num_draft_forwards"]) else whole("num_draft_forwards")(row)
 
 
-def _denoiser_forwards(row: Raw) -> str:
-    return whole("num_denoiser_forwards")(row) if row["num_denoiser_forwards"] else NONE
+def _forwards(name: str, row: Raw) -> str:
+    """Forwards of a kind; a decoder without a denoiser has none of one, and behind a server none are counted."""
+    return whole(name)(row) if row[name] else NONE
 
 
 def forwards_frame(runs: Runs) -> pd.DataFrame:

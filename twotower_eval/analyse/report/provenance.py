@@ -23,7 +23,7 @@ from twotower_eval.decoder_settings import USUAL, given_settings, set_text
 from twotower_eval.errors import UserError
 from twotower_eval.plan import AnyPlan, RunPlan, SizingPlan, SpeedPlan, VerifyPlan, plan_from_json
 from twotower_eval.plan_baselines import MODEL, ONE, SEVERAL, Table, table_text
-from twotower_eval.records import Cell, Checkpoint, DecoderSpec, FileDigest, RunManifest, sizing_config
+from twotower_eval.records import Cell, Checkpoint, DecoderSpec, FileDigest, RunManifest, ServedModel, sizing_config
 from twotower_eval.rules import (
     asked_and_not_done,
     chat_facts,
@@ -144,7 +144,8 @@ def _checkpoints(runs: Runs, frame: pd.DataFrame) -> str:
     ]
     if frame["weights"].notna().any():
         columns.insert(-1, Column(header="weights", show=optional("weights", escape)))
-    beside = list(dict.fromkeys(_files(checkpoint) for checkpoint in _arms(runs) if checkpoint.files))
+    beside = [_served(checkpoint, one) for checkpoint in _arms(runs) if (one := checkpoint.served) is not None]
+    beside += list(dict.fromkeys(_files(checkpoint) for checkpoint in _arms(runs) if checkpoint.files))
     beside += dict.fromkeys(_foreign(checkpoint) for checkpoint in _arms(runs) if checkpoint.foreign_code)
     decoders = (cell.decoder for run in runs.whole for cell in run.manifest.cells)
     beside += dict.fromkeys(_code(decoder) for decoder in decoders if decoder.code)
@@ -159,6 +160,17 @@ def _files(checkpoint: Checkpoint) -> str:
 def _foreign(checkpoint: Checkpoint) -> str:
     ran = _digests(checkpoint.foreign_code)
     return f"**{escape(checkpoint.name)} ran code that came with it**, as --trust-remote-code allowed: {ran}"
+
+
+def _served(checkpoint: Checkpoint, served: ServedModel) -> str:
+    """What is known of a model behind a server, and what is not."""
+    facts = ", ".join(f"{escape(name)} {code(value)}" for name, value in served.facts) or "nothing"
+    return (
+        f"{escape(checkpoint.name)} is behind a server, and its weights are unknown: the sha256 is over what is said "
+        f"here, and two runs are of the same model by name only. Asked for as {code(served.name)} at "
+        f"{code(served.url)}, which lists of it: {facts}. Prompts are sent as {served.prompts}; tokens, of both "
+        f"prompts and answers, are counted with the tokenizer of {escape(served.tokenizer)}"
+    )
 
 
 def _code(decoder: DecoderSpec) -> str:

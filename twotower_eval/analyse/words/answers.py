@@ -17,6 +17,7 @@ UNKNOWN: dict[Unknown, str] = {
     "several prompts": "its witnessed calls have several prompts each, whose rows of logits cannot be told apart",
     "no token": "has no token in any witnessed answer",
     "no call": "no call of these runs was witnessed",
+    "behind a server": "decodes behind a server, which shows no logits",
 }
 
 

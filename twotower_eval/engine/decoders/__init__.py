@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from twotower_eval.engine.decoders.rows import Clock, OnFinish
-from twotower_eval.engine.models.protocol import Model
+from twotower_eval.engine.models.protocol import Model, remote
 from twotower_eval.engine.plugin_source import plugin_code
 from twotower_eval.errors import UserError
 from twotower_eval.names import Seam, nearest, resolve
@@ -26,6 +26,7 @@ DECODERS = {
     "mock_ar": "twotower_eval.engine.decoders.autoregressive:MockAR",
     "block_diffusion": "twotower_eval.engine.decoders.block_diffusion:BlockDiffusion",
     "reference": "twotower_eval.engine.decoders.reference:Reference",
+    "endpoint": "twotower_eval.engine.endpoints.decoder:EndpointDecoder",
 }
 OTHER_WORDS = {"greedy": "autoregressive", "ar": "autoregressive"}
 GIVEN = ("max_new_tokens", "eos_token_ids", "stop")  # the keywords with which every verb calls generate
@@ -138,6 +139,11 @@ def _made(model: Model, kind: str, params: Mapping[str, object], clock: Clock | 
     cls = decoder_class(kind)
     if kind not in DECODERS:
         _check_calls(kind, cls)
+    if remote(model) is not None and kind != "endpoint":
+        raise UserError(
+            f"decoder {kind!r} reads a model's logits, and {model.checkpoint.name} is behind a server, which gives "
+            "texts: take decoder 'endpoint'"
+        )
     checked = _checked(cls, kind, params)
     with calls_of(module_of(cls), f"decoder {kind}", "__init__"):
         return cls(model, checked, clock=clock)

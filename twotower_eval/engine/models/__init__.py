@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from twotower_eval.engine.plugin_source import plugin_code
 from twotower_eval.errors import FileError, UserError
 from twotower_eval.names import Seam, resolve
 from twotower_eval.plugin_calls import PluginError, calls_in
-from twotower_eval.records import AUTO
-from twotower_eval.sources import FOREIGN, GivenModel, Source, located, read_source
+from twotower_eval.records import AUTO, ENDPOINT_FAMILY
+from twotower_eval.sources import ENDPOINT, FOREIGN, GivenModel, Source, located, read_source
 
 if TYPE_CHECKING:
     import torch
@@ -23,21 +23,25 @@ if TYPE_CHECKING:
 FAMILIES = {
     "nemotron_h": "twotower_eval.engine.models.checkpoint:load",
     "transformers": "twotower_eval.engine.models.transformers_ar:load",
+    ENDPOINT_FAMILY: "twotower_eval.engine.endpoints.model:connect",
 }
 SEAM = Seam(what="model family", form="package.module:load", shipped=FAMILIES)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def family_of(path: GivenModel) -> str:
-    """The family of a checkpoint folder, by its config.json: ours, a registered one for its ``model_type``, else
-    ``transformers``.
+    """The family of a model: ``openai`` of an endpoint; of a folder, by its config.json, ours, a registered one for
+    its ``model_type``, else ``transformers``.
 
     UserError without a config.json, or if both transformers and an installed package know that type.
     """
     from twotower_eval.engine.models.checkpoint import read_json
 
-    kind = read_json(_existing(path).files / "config.json").get("model_type")
-    if kind in FAMILIES and kind != "transformers":
+    source = _existing(path)
+    if source.kind == "endpoint":
+        return ENDPOINT_FAMILY
+    kind = read_json(source.files / "config.json").get("model_type")
+    if kind in FAMILIES and kind not in ("transformers", ENDPOINT_FAMILY):
         return str(kind)
     if kind not in SEAM.registered():
         return "transformers"
@@ -104,16 +108,21 @@ def load_model(
     family: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    tokenizer: GivenModel | None = None,
+    request_timeout: float | None = None,
+    other: Model | None = None,
 ) -> Model:
-    """Load a checkpoint folder, a model of the Hugging Face hub (``"org/name"`` or ``"org/name@revision"``), or the
-    shipped pair as ``"miniature"``.
+    """Load a checkpoint folder, a model of the Hugging Face hub (``"org/name"`` or ``"org/name@revision"``), the
+    shipped pair as ``"miniature"``, or an endpoint such as ``"openai:http://localhost:8000/v1#name"``.
 
     ``device`` and ``dtype`` may be ``"auto"``, which means what it does on the command line. A pair gives a
     :class:`Denoising` model, an AR base checkpoint, ``tower="context"`` or any Hugging Face causal LM a
     :class:`Model` alone. ``devices`` places the towers, context first. ``family`` is a key of ``FAMILIES``, a name that
     an installed package registers, or a ``"module:function"`` (see docs/family.md); by default the folder's config.json
     decides. ``revision`` is a branch, tag or commit on the hub. ``trust_remote_code`` runs the code of a model that
-    brings its own. Raises UserError with one line that says what is wrong with the checkpoint or with such code.
+    brings its own. An endpoint's tokens are counted with ``tokenizer``, a folder, else with that of the ``other`` arm;
+    its server may be silent for ``request_timeout`` seconds. Raises UserError with one line that says what is wrong
+    with the checkpoint, with such code, or with the server.
     """
     import torch
 
@@ -121,6 +130,8 @@ def load_model(
     from twotower_eval.engine.models.identity import file_digests, folder_settings
 
     source = _existing(read_source(path, revision, trust_remote_code=trust_remote_code))
+    if source.kind == "endpoint" or family == ENDPOINT_FAMILY:
+        return _connected(source, family, tokenizer, request_timeout, other)
     folder = source.files
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in (*DTYPES, AUTO):
@@ -134,19 +145,7 @@ def load_model(
     options = {"devices": devices, "dtype": getattr(torch, dtype), "tower": tower}
     if family == "transformers":
         options["trust_remote_code"] = source.trust_remote_code
-    load = cast("Callable[..., Model]", resolve(found_at))
-    try:
-        with torch.inference_mode(False), _foreign_calls(source):
-            if family in FAMILIES:
-                model = load(folder, **options)
-            else:
-                from twotower_eval.engine.models.contract import load_own
-
-                model = load_own(family, load, folder, **options)
-    except (PluginError, FileError):
-        raise
-    except UserError as error:
-        raise FileError(f"{folder}: {error}") from error
+    model = _loaded(source, family, cast("Callable[..., Model]", resolve(found_at)), options)
     stated = model.checkpoint if family in FAMILIES else dataclasses.replace(model.checkpoint, family=family)
     # What came with a transformers model and ran, or a family's own code.
     code = stated.files if family == "transformers" else plugin_code(found_at) or ()
@@ -161,6 +160,41 @@ def _named(checkpoint: Checkpoint, source: Source) -> Checkpoint:
         return checkpoint
     at = f"@{source.revision}" if source.revision else ""
     return dataclasses.replace(checkpoint, name=source.name, source=f"hf://{source.repo}{at}", revision=source.commit)
+
+
+def _loaded(source: Source, family: str, load: Callable[..., Model], options: dict[str, Any]) -> Model:
+    """The model that a family's ``load`` makes of a source's files; errors name the folder."""
+    import torch
+
+    folder = source.files
+    try:
+        with torch.inference_mode(False), _foreign_calls(source):
+            if family in FAMILIES:
+                return load(folder, **options)
+            from twotower_eval.engine.models.contract import load_own
+
+            return load_own(family, load, folder, **options)
+    except (PluginError, FileError):
+        raise
+    except UserError as error:
+        raise FileError(f"{folder}: {error}") from error
+
+
+def _connected(
+    source: Source,
+    family: str | None,
+    tokenizer: GivenModel | None,
+    timeout_s: float | None,
+    other: Model | None,
+) -> Model:
+    """The model behind a server."""
+    if source.url is None:
+        raise UserError(f"{source}: family {ENDPOINT_FAMILY} is for servers, as in {ENDPOINT}http://HOST:PORT/v1#NAME")
+    if family not in (None, ENDPOINT_FAMILY):
+        raise UserError(f"{source}: family {family} reads files, and a server gives none: leave the family out")
+    folder = None if tokenizer is None else _existing(tokenizer).files
+    connect = cast("Callable[..., Model]", resolve(FAMILIES[ENDPOINT_FAMILY]))
+    return connect(source.url, tokenizer=folder, other=other, timeout_s=timeout_s)
 
 
 def _usable(devices: Sequence[str | torch.device] | None, device: str | torch.device) -> tuple[str, ...]:

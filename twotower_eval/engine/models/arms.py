@@ -32,6 +32,8 @@ def load_arms(
     family: str | None = None,
     baseline_family: str | None = None,
     loaded: Loaded | None = None,
+    tokenizer: str | None = None,
+    request_timeout: float | None = None,
 ) -> tuple[Model, Model]:
     """Load baseline and candidate: one object if they are the same, shared tensors if one is part of the other.
 
@@ -39,11 +41,21 @@ def load_arms(
     default the candidate's dtype and first device; a baseline that has others shares nothing with it. The families are
     as in ``models.load_model``; None: the folder's own. ``cuda_graphs``: UserError, before anything loads, if one arm
     cannot run its steps as graphs. What is in ``loaded`` is not loaded again, and what is loaded is put there: one
-    candidate has several baselines, which may share a checkpoint.
+    candidate has several baselines, which may share a checkpoint. Of an endpoint ``tokenizer`` counts the
+    tokens, by default the other arm's; see ``models.load_model``.
     """
     if cuda_graphs:
         _refuse_without_graphs({model: family, **({} if baseline is None else {baseline: baseline_family})})
     held = {} if loaded is None else loaded
+    given = model if baseline is None else baseline
+    if _is_served(model) or _is_served(given):
+        own = _Given(
+            given,
+            baseline_dtype or dtype,
+            (baseline_device or devices[0],),
+            family if baseline is None else baseline_family,
+        )
+        return _load_served(held, own, _Given(model, dtype, devices, family), tokenizer, request_timeout)
     candidate = _load_once(held, model, dtype, devices, family)
     own_dtype, own_devices = baseline_dtype or dtype, (baseline_device or devices[0],)
     alike = (own_dtype, own_devices[0]) == (dtype, devices[0])
@@ -75,6 +87,45 @@ def _load_once(
 
 def _is_same(one: Source, other: Source) -> bool:
     return one.place == other.place and one.trust_remote_code == other.trust_remote_code
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """An arm as it is asked for."""
+
+    model: GivenModel
+    dtype: str
+    devices: Sequence[str]
+    family: str | None
+
+
+def _load_served(
+    held: Loaded, baseline: _Given, candidate: _Given, tokenizer: str | None, request_timeout: float | None
+) -> tuple[Model, Model]:
+    """Both arms where one is or both are behind servers; a local one is loaded first, as its tokenizer may count the
+    tokens of the other."""
+    arms = (baseline, candidate)
+    found: dict[int, Model] = {}
+    for at in sorted(range(len(arms)), key=lambda at: _is_served(arms[at].model)):
+        one = arms[at]
+        if not _is_served(one.model):
+            found[at] = _load_once(held, one.model, one.dtype, one.devices, one.family)
+            continue
+        key = (read_source(one.model).place, one.family)
+        if key not in held:
+            held[key] = models.load_model(
+                one.model,
+                family=one.family,
+                tokenizer=tokenizer,
+                request_timeout=request_timeout,
+                other=found.get(1 - at),
+            )
+        found[at] = held[key]
+    return found[0], found[1]
+
+
+def _is_served(given: GivenModel) -> bool:
+    return read_source(given).kind == "endpoint"
 
 
 def _read_alike(model: GivenModel, *families: str | None) -> bool:

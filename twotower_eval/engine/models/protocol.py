@@ -6,7 +6,7 @@ Shape letters: B batch, S prompt, K block, M wanted positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self, TypeGuard, TypeVar, cast
 
@@ -15,7 +15,7 @@ from twotower_eval.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from twotower_eval.records import Checkpoint
+    from twotower_eval.records import Checkpoint, Retried
 
 
 class Context(Protocol):
@@ -144,6 +144,13 @@ class Verifying(Model, Protocol):
         """The context after each row's new tokens, and logits (M, V) float32 behind the wanted (row, column)."""
 
 
+class Remote(Model, Protocol):
+    """A model behind a server: it computes nothing here. ``on_retry`` hears of every request that is asked again."""
+
+    is_remote: bool
+    on_retry: Callable[[Retried], None]
+
+
 class Family(Protocol[ContextT]):
     """A family's own class, whose contexts are of one kind."""
 
@@ -193,6 +200,11 @@ def verifying(model: Model, needed_by: str) -> Verifying:
     if not getattr(model, "verifies", False):
         raise UserError(needed_by)
     return cast(Verifying, model)
+
+
+def remote(model: Model) -> Remote | None:
+    """The model if it is behind a server, else None."""
+    return cast(Remote, model) if getattr(model, "is_remote", False) else None
 
 
 def text_codec(model: Model) -> TextCodec:

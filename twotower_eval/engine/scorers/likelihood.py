@@ -16,13 +16,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders.rows import padded_ids
 from twotower_eval.engine.models.context import Branch, branches, walk
-from twotower_eval.engine.models.protocol import Context, Denoising, Model, branching, two_tower
+from twotower_eval.engine.models.protocol import Context, Denoising, Model, branching, remote, two_tower
 from twotower_eval.engine.scorers.pieces import (
     Chunk,
     PathContexts,
@@ -37,6 +38,7 @@ from twotower_eval.engine.scorers.pieces import (
     target_logprobs,
 )
 from twotower_eval.errors import UserError
+from twotower_eval.names import resolve
 from twotower_eval.records import Likelihood, LikelihoodKind
 
 MAX_ROWS = 64  # denoiser rows per call
@@ -231,6 +233,9 @@ class BoundScorer(_DenoiserScorer):
 
 def make(model: Model, kind: LikelihoodKind, *, block_size: int, num_draws: int) -> Scorer:
     """The scorer of a kind; UserError where the model cannot give it."""
+    if remote(model) is not None:
+        own = cast("Callable[..., Scorer]", resolve("twotower_eval.engine.endpoints.scorer:EndpointScorer"))
+        return own(model, kind)
     if kind in ("exact", "context_tower"):
         if (kind == "context_tower") != model.has_denoiser and model.checkpoint.tower != "context":
             name, is_pair = model.checkpoint.name, model.has_denoiser

@@ -191,6 +191,8 @@ def _load_pair(plan: RunPlan, loaded: Loaded) -> tuple[Model, Model]:
         family=plan.family,
         baseline_family=plan.baseline_family,
         loaded=loaded,
+        tokenizer=plan.tokenizer,
+        request_timeout=plan.request_timeout,
     )
     for arm in arms:
         text_codec(arm)

@@ -8,12 +8,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from twotower_eval import store
 from twotower_eval.engine.decoders.reported import ReportError
 from twotower_eval.engine.models import family_calls
+from twotower_eval.engine.models.protocol import remote
 from twotower_eval.errors import UserError
 from twotower_eval.measure.harness.adapter import Batch, HarnessLM
 from twotower_eval.measure.harness.answers import CellJournal, Key
@@ -36,7 +38,7 @@ from twotower_eval.names import plural
 from twotower_eval.plan import RunPlan, SpeedPlan, plan_from_json
 from twotower_eval.plan_sources import arm_sources, model_source
 from twotower_eval.progress import Advance, Progress, SilentProgress, duration_text
-from twotower_eval.records import Aggregate, Cell, RunManifest, Score, Witnessed, derive_seed, draws
+from twotower_eval.records import Aggregate, Cell, Retried, RunManifest, Score, Witnessed, derive_seed, draws, to_json
 from twotower_eval.rules import (
     EXTENDED,
     asked_and_not_done,
@@ -44,6 +46,7 @@ from twotower_eval.rules import (
     chat_lines,
     chosen_lines,
     joined_lines,
+    retried_line,
     slower_lines,
     truncation_line,
 )
@@ -344,6 +347,8 @@ class _Evaluation:
         from twotower_eval.engine.decoders import from_spec
 
         spec, generates = job.cell.decoder, job.task.generates
+        if (served := remote(job.model)) is not None:
+            served.on_retry = partial(self._retried, job)
         return HarnessLM(
             job.model,
             decoder=from_spec(job.model, spec) if generates else None,
@@ -360,7 +365,7 @@ class _Evaluation:
 
     def _witnessed(self, job: Job) -> frozenset[Key]:
         """The requests of a job that are decoded with a witness: a few, chosen by the seed."""
-        if not job.task.generates or draws(job.cell):
+        if not job.task.generates or draws(job.cell) or job.cell.checkpoint.served is not None:
             return frozenset()
         keys = sorted(
             (key for _, key in job.requests), key=lambda key: derive_seed(run_seed(self._plan.seed), "witness", *key)
@@ -371,6 +376,13 @@ class _Evaluation:
         """Journal a witness row, once: a run killed between a witness and its answer decodes that request again."""
         if (row.cell, row.call_id) not in self._testified:
             self._writer.append(row)
+
+    def _retried(self, job: Job, retried: Retried) -> None:
+        """Journal a request that failed and is asked again; say so once for each arm."""
+        self._writer.event("retried", cell=job.cell.id, task=job.task.name, **to_json(retried))
+        if (who := ("retried", job.cell.arm)) not in self._warned:
+            self._warned.add(who)
+            self._progress.note(f"warning: {retried_line(job.cell.arm, retried)}")
 
     def _score(self, job: Job) -> TaskFigure:
         """Write the job's scores, if missing, and return the task's figure."""

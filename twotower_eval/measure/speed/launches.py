@@ -172,6 +172,8 @@ def _load_pair(plan: SpeedPlan, loaded: Loaded) -> tuple[Model, Model]:
         family=plan.family,
         baseline_family=plan.baseline_family,
         loaded=loaded,
+        tokenizer=plan.tokenizer,
+        request_timeout=plan.request_timeout,
     )
 
 

@@ -1,0 +1,162 @@
+"""The decoder of a model behind a server: it asks for completions, several at a time.
+
+How the server makes tokens is its own affair. Answers are counted in tokens of one tokenizer, the same for both arms of
+a comparison, from the text before the first stop string.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from twotower_eval.engine.decoders.rows import (
+    Clock,
+    OnFinish,
+    check_batch_size,
+    check_prompts,
+    check_temperature,
+    make_rules,
+)
+from twotower_eval.engine.endpoints.client import Ask
+from twotower_eval.engine.endpoints.model import COMPLETIONS, EndpointModel
+from twotower_eval.engine.endpoints.streams import Reply
+from twotower_eval.engine.models.protocol import Model, TextCodec, remote
+from twotower_eval.errors import UserError
+from twotower_eval.records import FinishReason, Generation, Prompt, Served
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointParams:
+    """``temperature`` 0 is greedy. All else is the server's own."""
+
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+
+
+class EndpointDecoder:
+    """Completions of a server. With a ``clock`` replies are streamed and timed, and texts are read behind the last."""
+
+    KIND = "endpoint"
+    Params = EndpointParams
+    VERSION = 1
+
+    def __init__(self, model: Model, params: EndpointParams, *, clock: Clock | None = None) -> None:
+        if remote(model) is None:
+            raise UserError(
+                f"decoder 'endpoint' is for models behind a server, and {model.checkpoint.name} is here: "
+                "leave --decoder out or take another"
+            )
+        self.model: EndpointModel = model  # type: ignore[assignment]
+        self.params, self.clock = params, clock
+        self._counts = clock is not None and self.model.counts_streams  # asked for now, not on a clock
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        eos_token_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        max_batch_size: int | None = None,
+        on_finish: OnFinish | None = None,
+    ) -> list[Generation]:
+        """See :class:`twotower_eval.engine.decoders.Decoder`; ``max_batch_size`` requests at a time."""
+        model = self.model
+        make_rules(model, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, stop=stop)  # type: ignore[arg-type]
+        check_prompts(model, prompts)  # type: ignore[arg-type]
+        sent_stop = [text for text in stop if text not in _texts_of(model, eos_token_ids)]  # those the server knows
+        asks = [self._ask(prompt, max_new_tokens, sent_stop) for prompt in prompts]
+        replies: dict[int, Reply] = {}
+        made: dict[int, Generation] = {}
+        now = self.clock or time.perf_counter
+        began_s = now()
+
+        def read(index: int) -> None:
+            made[index] = self._generation(prompts[index], replies[index], stop, bool(sent_stop), began_s)
+            if on_finish:
+                on_finish(made[index])
+
+        def hear(index: int, reply: Reply) -> None:
+            replies[index] = reply
+            if self.clock is None:  # a clock stands while texts are read, and the other requests go on
+                read(index)
+
+        model.client.ask(
+            asks, at_once=check_batch_size(max_batch_size), on_reply=hear, on_retry=model.on_retry, now=now
+        )
+        for index in replies if self.clock else ():
+            read(index)
+        return [made[index] for index in range(len(prompts))]
+
+    def _ask(self, prompt: Prompt, max_new_tokens: int, stop: Sequence[str]) -> Ask:
+        temperature = self.params.temperature
+        more: dict[str, object] = {"temperature": temperature, **({"stop": list(stop)} if stop else {})}
+        if temperature > 0:
+            more["seed"] = prompt.seed % 2**31  # more bits than some servers read
+        if self.clock is not None:
+            more["stream"] = True
+            if self._counts:
+                more["stream_options"] = {"include_usage": True}
+        body = self.model.body(self.model.sent(prompt), max_new_tokens, **more)
+        return Ask(path=COMPLETIONS, body=body, label=prompt.id)
+
+    def _generation(
+        self, prompt: Prompt, reply: Reply, stop: Sequence[str], asked_to_stop: bool, began_s: float
+    ) -> Generation:
+        codec, (text, finish) = self.model.tokenizer, cut(reply, stop, asked_to_stop)
+        ids = ids_of(codec, text)
+        whole = ids if text == reply.text else ids_of(codec, reply.text)
+        timed = self.clock is not None
+        return Generation(
+            prompt_id=prompt.id,
+            token_ids=ids,
+            text=text,
+            finish=finish,
+            num_prompt_tokens=len(prompt.token_ids),
+            num_tokens=len(ids),
+            num_discarded_tokens=max(0, len(whole) - len(ids)),
+            num_context_forwards=0,
+            num_denoiser_forwards=0,
+            finish_s=reply.ended_s - began_s if timed else None,
+            served=Served(
+                num_tokens=reply.num_tokens,
+                num_prompt_tokens=reply.num_prompt_tokens,
+                num_retries=reply.num_retries,
+                num_pieces=len(reply.arrivals_s) if timed else None,
+                num_arrivals=reply.num_arrivals if timed else None,
+                first_s=reply.arrivals_s[0] - reply.sent_s if reply.arrivals_s else None,
+                last_s=reply.arrivals_s[-1] - reply.sent_s if reply.arrivals_s else None,
+            ),
+        )
+
+
+def ids_of(codec: TextCodec, text: str) -> tuple[int, ...]:
+    """The tokens of an answer; none of a text that the tokenizer cannot read."""
+    try:
+        return tuple(codec.encode(text)) if text else ()
+    except UserError:
+        return ()
+
+
+def cut(reply: Reply, stop: Sequence[str], asked_to_stop: bool) -> tuple[str, FinishReason]:
+    """The useful text of a reply, before the first stop string, and why it ended.
+
+    Servers call both a stop string and the model's own end ``stop``. Where one does not tell which it was, and was
+    given stop strings (``asked_to_stop``), it is taken for one of them.
+    """
+    text = reply.text
+    for one in stop:
+        text = text.split(one, 1)[0]
+    if text != reply.text:
+        return text, "stop"
+    if reply.finish == "length":
+        return text, "length"
+    by_string = isinstance(reply.stop_reason, str) if reply.tells_stop else asked_to_stop
+    return text, "stop" if by_string else "eos"
+
+
+def _texts_of(model: EndpointModel, token_ids: Sequence[int]) -> set[str]:
+    return {model.tokenizer.decode_with_special([token]) for token in token_ids}

@@ -1,0 +1,172 @@
+"""What a server answers, read from one JSON document or from a stream of pieces (server-sent events).
+
+A reply that is cut off, malformed or an error in disguise is :class:`Broken`, never a short answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+DATA, DONE = "data:", "[DONE]"
+SHOWN = 200  # characters of a server's own message
+TOGETHER = 0.1  # of the mean gap between pieces: pieces that lie closer arrived together
+Seconds = Callable[[], float]
+
+
+class Broken(Exception):
+    """A reply that cannot be read to its end; asking again may help."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """One answer of a server.
+
+    ``finish`` is its ``finish_reason``, ``stop_reason`` what else it says of the end: a stop string, a token id, or
+    nothing (``tells_stop``: whether it says it at all). Tokens are as the server counts them. ``arrivals_s`` are the
+    moments at which pieces of text came, of a reply that was not streamed none; ``sent_s`` and ``ended_s`` enclose the
+    last attempt. ``choice`` is the whole choice of a reply that was not streamed.
+    """
+
+    text: str
+    finish: str
+    stop_reason: object = None
+    tells_stop: bool = False
+    num_prompt_tokens: int | None = None
+    num_tokens: int | None = None
+    arrivals_s: tuple[float, ...] = ()
+    sent_s: float = 0.0
+    ended_s: float = 0.0
+    num_retries: int = 0
+    choice: Mapping[str, object] | None = None
+
+    @property
+    def num_arrivals(self) -> int:
+        """Pieces of text, those that arrived together counted once."""
+        return num_apart(self.arrivals_s)
+
+
+def num_apart(moments_s: Sequence[float]) -> int:
+    """How many of ascending moments lie apart: further than a tenth of the mean gap behind the one before.
+
+    >>> num_apart([0.0, 1.0, 2.0]), num_apart([0.0, 0.001, 0.002, 1.0, 1.001, 1.002])
+    (3, 2)
+    """
+    if len(moments_s) < 2:
+        return len(moments_s)
+    near_s = TOGETHER * (moments_s[-1] - moments_s[0]) / (len(moments_s) - 1)
+    return 1 + sum(late - early > near_s for early, late in pairwise(moments_s))
+
+
+def error_text(body: str) -> str:
+    """A server's own error message from its body: OpenAI's form, FastAPI's, or the beginning of whatever it is."""
+    try:
+        said: Any = json.loads(body)
+    except ValueError:
+        said = body
+    for name in ("error", "detail", "message"):
+        while isinstance(said, dict) and name in said:
+            said = said[name]
+    text = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
+    return " ".join(text.split())[:SHOWN]
+
+
+def read_document(body: bytes) -> dict[str, object]:
+    """A JSON object. Broken for anything else."""
+    try:
+        said = json.loads(body)
+    except ValueError as error:
+        raise Broken(f"its reply is no JSON ({body[:60].decode('utf-8', 'replace')!r})") from error
+    if not isinstance(said, dict):
+        raise Broken("its reply is no JSON object")
+    return said
+
+
+def read_reply(said: Mapping[str, object]) -> Reply:
+    """The reply in a whole document. Broken where it holds no finished answer."""
+    if "error" in said:
+        raise Broken(f"its reply is an error: {error_text(json.dumps(said))}")
+    choice = first_choice(said)
+    text, finish = _text_of(choice), choice.get("finish_reason")
+    if choice is None or text is None or not isinstance(finish, str):
+        raise Broken("its reply holds no finished answer")
+    asked, made = _usage(said)
+    return Reply(
+        text=text,
+        finish=finish,
+        **_stop_of(choice),
+        num_prompt_tokens=asked,
+        num_tokens=made,
+        choice=choice,
+    )
+
+
+async def read_stream(lines: AsyncIterator[str], now: Seconds) -> Reply:
+    """The reply in a stream of events, with the moment of every piece of text. Broken where it ends before its end."""
+    texts: list[str] = []
+    arrivals_s: list[float] = []
+    finish: str | None = None
+    stop: dict[str, Any] = {}
+    counts: tuple[int | None, int | None] = (None, None)
+    done = False
+    async for line in lines:
+        if not line.startswith(DATA):
+            continue
+        content = line[len(DATA) :].strip()
+        if content == DONE:
+            done = True
+            break
+        event = read_document(content.encode())
+        if "error" in event:
+            raise Broken(f"its stream reports an error: {error_text(content)}")
+        if event.get("usage"):
+            counts = _usage(event)
+        choice = first_choice(event)
+        if text := _text_of(choice):
+            texts.append(text)
+            arrivals_s.append(now())
+        if isinstance(choice.get("finish_reason"), str):
+            finish, stop = str(choice["finish_reason"]), _stop_of(choice)
+    if finish is None:
+        raise Broken(f"its stream {'says no reason for its end' if done else 'is cut off'} after {len(texts)} pieces")
+    return Reply(
+        text="".join(texts),
+        finish=finish,
+        **stop,
+        num_prompt_tokens=counts[0],
+        num_tokens=counts[1],
+        arrivals_s=tuple(arrivals_s),
+    )
+
+
+def first_choice(said: Mapping[str, object]) -> Mapping[str, object]:
+    """The first of a reply's choices; empty where there is none, as in the last event of a stream with its counts."""
+    choices = said.get("choices")
+    found = choices[0] if isinstance(choices, list) and choices else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _text_of(choice: Mapping[str, object]) -> str | None:
+    """The text of a completion, of a chat message, or of a piece of either."""
+    if isinstance(choice.get("text"), str):
+        return cast(str, choice["text"])
+    for name in ("message", "delta"):
+        part = choice.get(name)
+        if isinstance(part, dict):
+            content = part.get("content")
+            return content if isinstance(content, str) else "" if content is None else None
+    return None
+
+
+def _stop_of(choice: Mapping[str, object]) -> dict[str, Any]:
+    return {"stop_reason": choice.get("stop_reason"), "tells_stop": "stop_reason" in choice}
+
+
+def _usage(said: Mapping[str, object]) -> tuple[int | None, int | None]:
+    usage = said.get("usage")
+    counts = usage if isinstance(usage, dict) else {}
+    asked, made = (counts.get(name) for name in ("prompt_tokens", "completion_tokens"))
+    return (asked if isinstance(asked, int) else None), (made if isinstance(made, int) else None)
