@@ -36,7 +36,7 @@ LogProbability = Annotated[float, Meta(le=0)]
 FinishReason = Literal["eos", "stop", "length"]
 LikelihoodKind = Literal["exact", "context_tower", "denoiser_left_to_right", "bound"]
 SpeedPhase = Literal["warmup", "measure", "probe"]
-TimeFault = Literal["not finite", "negative", "no time", "after the end", "graph made", "clock stood"]
+TimeFault = Literal["not finite", "negative", "no time", "after the end", "graph made", "clock stood", "retried"]
 WorkloadKind = Literal["task", "fixed", "answer", "costs", "checks"]
 RequestFault = Literal["refused for now", "server error", "dropped", "timed out", "broken reply"]
 PassKind = Literal["prefill", "extend", "denoise"]
@@ -134,6 +134,7 @@ Quantity = Literal[
 Scalar = str | Whole | float | bool | None
 AUTO: Final = "auto"  # of a plan's field: what fits the checkpoint and the machine
 HALF_PRECISION = ("float16", "bfloat16")
+ROUNDED = (*HALF_PRECISION, "unknown")  # number types in which rounding parts answers, or may: a server does not say
 ROUTINGS: tuple[Routing, ...] = typing.get_args(Routing)
 GRAPH_DEVICES = ("cuda",)  # device types that can run a whole step as one graph
 COMMIT = re.compile(r"[0-9a-f]{40}")  # of git, written out
@@ -658,7 +659,11 @@ class Aggregate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptTiming:
-    """Counts of one prompt within one timed call; ``finish_s`` is from the call's start to its last useful id."""
+    """Counts of one prompt within one timed call; ``finish_s`` is from the call's start to its last useful id.
+
+    Where an arm of the run is behind a server, ``num_recounted`` are the useful tokens of the answer's text by the one
+    tokenizer that counts those of both arms. ``served`` says how a server gave the answer.
+    """
 
     prompt_id: str
     num_prompt_tokens: Count
@@ -671,6 +676,13 @@ class PromptTiming:
     finish_s: float
     tokens_sha256: str
     num_draft_forwards: Count | None = field(default=None, metadata=LEFT_OUT)
+    num_recounted: Count | None = field(default=None, metadata=LEFT_OUT)
+    served: Served | None = field(default=None, metadata=LEFT_OUT)
+
+    @property
+    def num_useful(self) -> int:
+        """Useful tokens as both arms count them."""
+        return self.num_tokens if self.num_recounted is None else self.num_recounted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

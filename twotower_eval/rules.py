@@ -40,6 +40,7 @@ WORDS: dict[TimeFault, str] = {
     "after the end": "a moment after the call's end",
     "graph made": "a CUDA graph made meanwhile",
     "clock stood": "too long a stop of the clock for its texts",
+    "retried": "a request that failed and was asked again",
 }
 
 

@@ -19,7 +19,7 @@ from twotower_eval.analyse.compare.points import QualityPoint, cells_of
 from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.records import (
     CONFIG_FILES,
-    HALF_PRECISION,
+    ROUNDED,
     Arm,
     Cell,
     Generation,
@@ -81,7 +81,7 @@ class Agreement:
     @property
     def is_exact(self) -> bool:
         """Whether the arithmetic is precise enough that rounding does not change tokens."""
-        return self.dtype not in HALF_PRECISION
+        return self.dtype not in ROUNDED
 
 
 # From round to round

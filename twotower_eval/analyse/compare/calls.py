@@ -20,6 +20,7 @@ from twotower_eval.records import (
     Arm,
     Cell,
     Finding,
+    PromptTiming,
     SpeedSample,
     TimeFault,
     canonical_json,
@@ -31,6 +32,7 @@ from twotower_eval.store import Run
 Round = tuple[str, int]  # launch, number
 Call = tuple[str, ...]  # prompt ids
 LATE: TimeFault = "after the end"
+TOKEN_BY_TOKEN = 1.25  # tokens per arrival: up to that many a stream is taken for one of single tokens
 
 
 class Grid(dict[tuple[Round, Call], SpeedSample]):
@@ -52,12 +54,27 @@ class Latency:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Streamed:
+    """How the answers of a server arrived, over ``num_answers`` of them in pieces; medians.
+
+    ``tokens_per_arrival``: tokens as the server counts them, else as here, over groups of pieces that lie apart. Where
+    that is about one, ``first_s`` is the time to the first token and ``between_s`` the time between two; of a stream
+    that comes in canvases both would be of canvases, and are ``None``.
+    """
+
+    num_answers: int
+    tokens_per_arrival: float
+    first_s: float | None
+    between_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class WithinCalls:
     """What the measured calls of a cell recorded besides their time; ``None`` where none recorded it.
 
     Medians over calls, in seconds from the start: ``prefill_s`` until all prompts are read, ``first_output_s`` until
     the first token (for block decoders, the first block) is there. ``peak_memory_bytes`` is the largest of any call,
-    ``energy_j`` what all calls together drew.
+    ``energy_j`` what all calls together drew. ``streamed`` says how answers arrived from a server.
     """
 
     num_calls: int
@@ -65,6 +82,7 @@ class WithinCalls:
     first_output_s: float | None
     peak_memory_bytes: int | None
     energy_j: float | None = None
+    streamed: Streamed | None = None
 
 
 def pools(runs: Sequence[Run], arm: Arm) -> list[tuple[list[Run], Cell]]:
@@ -222,7 +240,7 @@ class Lane:
     @cached_property
     def tokens_RC(self) -> Floats:
         """Useful tokens of each call, rounds by calls."""
-        rows = [[sum(prompt.num_tokens for prompt in sample.prompts) for sample in row] for row in self.samples_RC]
+        rows = [[sum(prompt.num_useful for prompt in sample.prompts) for sample in row] for row in self.samples_RC]
         return np.array(rows, dtype=float)
 
     @cached_property
@@ -248,6 +266,7 @@ class Lane:
         peaks = [sample.peak_memory_bytes for sample in self.samples if sample.peak_memory_bytes is not None]
         energies_j = [sample.energy_j for sample in self.samples if sample.energy_j is not None]
         return WithinCalls(
+            streamed=streamed(prompt for sample in self.samples for prompt in sample.prompts),
             num_calls=len(self.samples),
             prefill_s=_median(sample.prefill_s for sample in self.samples),
             first_output_s=_median(sample.first_output_s for sample in self.samples),
@@ -264,6 +283,28 @@ class Lane:
             rows = (row for row in run.generations_of({self.cell.id}) if row.repeat in numbers)
             found |= outputs(run.manifest.run_id, rows, {self.cell.id})
         return found
+
+
+def streamed(prompts: Iterable[PromptTiming]) -> Streamed | None:
+    """How the answers to these prompts arrived; ``None`` if none came in pieces."""
+    found = [(prompt.num_tokens, one) for prompt in prompts if (one := prompt.served) is not None and one.num_arrivals]
+    if not found:
+        return None
+    rates = [(num if one.num_tokens is None else one.num_tokens) / (one.num_arrivals or 1) for num, one in found]
+    rate = float(np.median(rates))
+    if rate > TOKEN_BY_TOKEN:
+        return Streamed(num_answers=len(found), tokens_per_arrival=rate, first_s=None, between_s=None)
+    gaps_s = [
+        (one.last_s - one.first_s) / (one.num_arrivals - 1)
+        for _, one in found
+        if one.first_s is not None and one.last_s is not None and one.num_arrivals and one.num_arrivals > 1
+    ]
+    return Streamed(
+        num_answers=len(found),
+        tokens_per_arrival=rate,
+        first_s=_median(one.first_s for _, one in found),
+        between_s=_median(gaps_s),
+    )
 
 
 def lane_of(runs: list[Run], cell: Cell, replica: int, there: Usable) -> Lane:

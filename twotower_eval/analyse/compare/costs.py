@@ -21,6 +21,7 @@ from twotower_eval.store import Run
 Point = tuple[CostPart, int | None, int, int]  # part, block size, rows, context tokens
 Call = Sequence[stats.PartPasses]
 NOT_TIMED = "the parts of decoding were not timed alone"
+SERVED = "an arm decodes behind a server, which does not show its forwards"
 MAX_CONTEXTS = 8  # context lengths at which passes of one kind are looked up, for each call
 NOT_COUNTED = "how many rows each pass of a batch served was not counted"
 
@@ -106,6 +107,8 @@ def _arm(parts: list[CostSample], samples: Sequence[SpeedSample], block_size: in
     found = _explained(parts, samples, block_size, cell)
     # Only runs that count passes note how busy the processor was, so that no pass at all is known to be none.
     idle = [sample for sample in samples if sample.cpu_s is not None and not sample.passes and _num_tokens(sample)]
+    if cell.checkpoint.served is not None:  # its forwards are the server's affair
+        return _unexplained((), SERVED)
     return replace(found, residual=replace(found.residual, num_idle_calls=len(idle))) if idle else found
 
 

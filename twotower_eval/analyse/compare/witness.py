@@ -22,7 +22,7 @@ from twotower_eval.analyse.compare.points import QualityPoint, cells_of
 from twotower_eval.analyse.compare.same import run_ids_of
 from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.records import (
-    HALF_PRECISION,
+    ROUNDED,
     Arm,
     Cell,
     CheckOutcome,
@@ -97,7 +97,7 @@ class ArmWitnessed:
     def is_two_faced(self, limits: GateLimits) -> bool:
         """Whether more answers differ than rounding explains; in half precision, by a lower bound."""
         num, of = len(self.differing), self.num_compared
-        if self.dtype in HALF_PRECISION:
+        if self.dtype in ROUNDED:
             return _least(num, of) > limits.differing_answers_half
         return of > 0 and num / of > limits.differing_answers
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import pandas as pd
 
-from twotower_eval.analyse.compare.calls import Latency, WithinCalls
+from twotower_eval.analyse.compare.calls import Latency, Streamed, WithinCalls
 from twotower_eval.analyse.compare.figures import Counts
 from twotower_eval.analyse.compare.lengths import Lengths
 from twotower_eval.analyse.compare.runs import Runs
@@ -32,6 +32,7 @@ from twotower_eval.analyse.report.text import (
     NONE,
     Row,
     Section,
+    bullets,
     count_columns,
     details,
     escape,
@@ -43,6 +44,7 @@ from twotower_eval.analyse.report.text import (
     run_list,
     seconds,
 )
+from twotower_eval.names import plural
 from twotower_eval.records import Cell
 
 MAX_SHOWN = 6  # measurements; of more than these, only the headline's stay unfolded
@@ -275,9 +277,35 @@ def latency(runs: Runs) -> Section:
         body = markdown(inside, [*where, *_inside_columns(with_memory)], left=2)
         lead = INSIDE + MEMORY if with_memory else INSIDE
         text += f"\n{lead}\n\n{_folded(runs, len(inside), 'Within calls', body)}"
+    text += bullets(_arrivals(runs))
     run_ids = [i for point in runs.speed for i in point.run_ids] + [i for one in runs.timed_alone for i in one.run_ids]
     markdown_text = f"{text}\nRuns: {run_list(run_ids)}.\n"
     return Section(title="Latency", markdown=markdown_text, tables={"latency": frame})
+
+
+def _arrivals(runs: Runs) -> Iterator[str]:
+    """How answers arrived that servers gave in pieces, each timed cell once."""
+    found: dict[str, tuple[str, WithinCalls]] = {}
+    for one in runs.timed_alone:
+        found.setdefault(one.baseline.id, (model_name(one.baseline), one.within))
+    for point in sorted(runs.speed, key=order):
+        found.setdefault(point.baseline.id, ("baseline", point.baseline_within))
+        found.setdefault(point.candidate.id, (runs.name(point.candidate), point.within))
+    sizes = {cell.id: cell.workload.batch_size for run in runs for cell in run.manifest.cells}
+    for cell, (name, within) in found.items():
+        if (came := within.streamed) is not None:
+            yield f"{escape(name)}, batch {sizes[cell]}: {_arrival_text(came)}"
+
+
+def _arrival_text(found: Streamed) -> str:
+    of = f"(medians of {plural(found.num_answers, 'answer')})"
+    if found.first_s is None:
+        return (
+            f"answers arrive in groups of about {found.tokens_per_arrival:.3g} tokens {of}, as those of parallel "
+            "decoders do: there is no time to the first token and none between tokens, only that of whole answers"
+        )
+    after = "" if found.between_s is None else f", then one every {seconds(found.between_s)}"
+    return f"answers arrive token by token: the first after {seconds(found.first_s)}{after} {of}"
 
 
 def _inside_columns(with_memory: bool) -> list[Column]:

@@ -24,9 +24,10 @@ T = TypeVar("T")
 
 
 class Devices:
-    """Devices to wait for, and their memory."""
+    """Devices to wait for, and their memory; ``unmeasured`` is why that is not known without CUDA."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], unmeasured: str = "not measured on a CPU") -> None:
+        self._unmeasured = unmeasured
         kinds = {torch.device(name).type for name in names}
         if others := kinds - {"cpu", "cuda", "mps"}:
             raise UserError(f"cannot wait for a device of type {min(others)!r}, only for cpu, cuda and mps")
@@ -60,7 +61,7 @@ class Devices:
     def peak_memory(self) -> tuple[int | None, str | None]:
         """Peak bytes of tensors since :meth:`forget_peak`, all devices added up, or why they are unknown."""
         if not self.cuda:
-            return None, "not measured on MPS" if self._has_mps else "not measured on a CPU"
+            return None, "not measured on MPS" if self._has_mps else self._unmeasured
         return sum(torch.cuda.max_memory_allocated(device) for device in self.cuda), None
 
 

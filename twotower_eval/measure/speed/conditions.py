@@ -127,7 +127,7 @@ def measured_conditions(
         (size, lane)
         for size, of_size in lanes.items()
         for lane in of_size
-        if lane.cell.arm == "baseline" and lane.replica == 0
+        if lane.cell.arm == "baseline" and lane.replica == 0 and lane.cell.checkpoint.served is None
     ]
     devices = dict.fromkeys(lane.cell.checkpoint.devices[0] for _, lane in of_baselines)
     rates = {device: copy_bytes_per_s(device) for device in devices}

@@ -18,7 +18,7 @@ from twotower_eval.engine.decoders.reported import (
 )
 from twotower_eval.engine.models.chat import chat_extra
 from twotower_eval.engine.models.counting import UncountedForwards
-from twotower_eval.engine.models.protocol import Model
+from twotower_eval.engine.models.protocol import Model, TextCodec, remote
 from twotower_eval.engine.models.tokenizer import stops_of
 from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.clock import CallClock, Devices, TimedModel, no_garbage_collection
@@ -38,11 +38,14 @@ from twotower_eval.records import (
     Generation,
     Passes,
     Prompt,
+    PromptTiming,
+    canonical_json,
     derive_seed,
     document_prompt_id,
     make_cell,
+    sha256_text,
 )
-from twotower_eval.rules import refuse_same
+from twotower_eval.rules import finite, refuse_same
 from twotower_eval.task_options import run_seed
 
 FINISH_SHARE, FINISH_S = 1e-3, 1e-4  # how far a finish may lie after the end: two readings of one clock
@@ -70,7 +73,8 @@ class Lane:
     """One cell as it is timed. ``replica`` is 1 for the second copy of a baseline; ``ids`` are by call id.
 
     ``decoder`` is set only during a round, see :func:`with_decoders`. ``watch`` and ``uncounted`` check that a call
-    does only what it reports. ``text_cost`` is None without a tokenizer. ``untimed`` is the model itself.
+    does only what it reports. ``text_cost`` is None without a tokenizer. ``untimed`` is the model itself. ``counter``
+    counts the tokens of both arms where one is behind a server.
     """
 
     cell: Cell
@@ -84,14 +88,26 @@ class Lane:
     devices: Devices
     ids: Mapping[str, tuple[tuple[int, ...], ...]]
     seed: int
+    counter: TextCodec | None = None
 
     def prompts(self, call: Call, sample: int) -> list[Prompt]:
         """The call's prompts; their seeds differ from ``sample`` to ``sample``, as between samples of an evaluation."""
         prompts = []
         for request, ids in zip(call.requests, self.ids[call.id], strict=True):
             seed = derive_seed(self.seed, request.task, request.doc_id, 0, sample)
-            prompts.append(Prompt(id=document_prompt_id(request.task, request.doc_id), token_ids=ids, seed=seed))
+            text = None if self.cell.checkpoint.served is None else request.text
+            name = document_prompt_id(request.task, request.doc_id)
+            prompts.append(Prompt(id=name, token_ids=ids, text=text, seed=seed))
         return prompts
+
+    def recounted(self, generation: Generation) -> int | None:
+        """The tokens of an answer's text as both arms count them; None where each arm's own count."""
+        if self.counter is None or generation.text is None:
+            return None
+        try:
+            return len(self.counter.encode(generation.text)) if generation.text else 0
+        except UserError:  # a text that this tokenizer cannot read
+            return 0
 
     def time(self, call: Call, sample: int) -> Timing:
         """Decode the call once, from prompt ids on the host to the last id on the host."""
@@ -121,6 +137,7 @@ class Lane:
         moments_s = (self.model.prefilled_at_s, self.model.extended_at_s)
         prefill_s, extended_s = (None if moment is None else moment - look.started_s for moment in moments_s)
         ends_s = [wall_s, *(g.finish_s for g in generations if g.finish_s is not None)]
+        ends_s += [g.served.first_s for g in generations if g.served and g.served.first_s is not None]
         return Timing(
             generations=generations,
             wall_s=wall_s,
@@ -200,6 +217,7 @@ def make_lanes(
     """Batch size -> lanes: every baseline with its copy, then every candidate. ``models`` are those of the baselines in
     their order, and the candidate's."""
     watch, uncounted = Watch(clock), UncountedForwards(models)
+    counter = next((model.tokenizer for model in models if remote(model) is not None), None)
     ready: dict[int, _Ready] = {}
     for model in models:
         if id(model) not in ready:
@@ -221,9 +239,10 @@ def make_lanes(
                 watch=watch,
                 uncounted=uncounted,
                 text_cost=own.text_cost,
-                devices=Devices(cell.checkpoint.devices),
+                devices=_devices(cell),
                 ids=own.ids,
                 seed=run_seed(plan.seed),
+                counter=counter,
             )
             # An AR model timed against itself is one cell; its copy is the only other lane.
             found.setdefault((cell.id, arm.replica), lane)
@@ -241,7 +260,9 @@ class _Ready:
 
 
 def _ready(plan: SpeedPlan, calls: Calls, requests: Sequence[Request], model: Model, clock: CallClock) -> _Ready:
-    cost = None if model.tokenizer is None else text_cost(model.tokenizer, model.vocab_size, clock.now)
+    # A server's answers are read behind the last of them, when nothing is left that could run beside it.
+    is_here = remote(model) is None
+    cost = None if model.tokenizer is None or not is_here else text_cost(model.tokenizer, model.vocab_size, clock.now)
     ids = encode_calls(plan, calls, requests, model)
     return _Ready(timed=TimedModel(model, clock), text_cost=cost, ids=ids)
 
@@ -266,6 +287,13 @@ def _arms(plan: SpeedPlan, specs: Sequence[DecoderSpec], models: Sequence[Model]
     return found + [_Arm(arm="candidate", name=None, replica=0, model=models[-1], spec=spec) for spec in specs]
 
 
+def _devices(cell: Cell) -> Devices:
+    """The devices that a cell computes on, none of them here for a model behind a server."""
+    if cell.checkpoint.served is not None:
+        return Devices((), unmeasured="not measured behind a server")
+    return Devices(cell.checkpoint.devices)
+
+
 def without_decoders(lanes: Mapping[int, tuple[Lane, ...]]) -> dict[int, tuple[Lane, ...]]:
     """The lanes without decoders, between two rounds."""
     return {size: tuple(replace(lane, decoder=None) for lane in of_size) for size, of_size in lanes.items()}
@@ -282,6 +310,30 @@ def with_decoders(lanes: Mapping[int, tuple[Lane, ...]], clock: CallClock) -> di
 
 def _cell(plan: SpeedPlan, calls: Sequence[Call], size: int, arm: _Arm) -> Cell:
     checkpoint = arm.model.checkpoint
-    workload = make_workload(plan, calls, size, len(checkpoint.devices))
+    workload = make_workload(plan, calls, size, None if checkpoint.served else len(checkpoint.devices))
     extra = {"seed": run_seed(plan.seed) if (plan.temperature or 0) > 0 else None, **chat_extra(arm.model)}
     return make_cell(arm.arm, checkpoint, arm.spec, workload, extra, arm.name)
+
+
+def prompt_timing(lane: Lane, generation: Generation, wall_s: float) -> PromptTiming:
+    """The timing of one prompt; without a reported finish time, the prompt finishes at the end of the call."""
+    return PromptTiming(
+        prompt_id=generation.prompt_id,
+        num_prompt_tokens=generation.num_prompt_tokens,
+        num_tokens=generation.num_tokens,
+        num_discarded_tokens=generation.num_discarded_tokens,
+        num_context_forwards=generation.num_context_forwards,
+        num_denoiser_forwards=generation.num_denoiser_forwards,
+        num_draft_forwards=generation.num_draft_forwards,
+        num_forced_commits=generation.num_forced_commits,
+        finish=generation.finish,
+        finish_s=_finish_s(generation, finite(wall_s)),
+        tokens_sha256=sha256_text(canonical_json(list(generation.token_ids))),
+        num_recounted=lane.recounted(generation),
+        served=generation.served,
+    )
+
+
+def _finish_s(generation: Generation, wall_s: float) -> float:
+    """The finish time, clipped to the call: a decoder's clock may start slightly before it or end after it."""
+    return wall_s if generation.finish_s is None else max(0.0, min(finite(generation.finish_s), wall_s))

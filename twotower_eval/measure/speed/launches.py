@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from twotower_eval import store
 from twotower_eval.decoder_settings import baseline_spec, cross_decoders
 from twotower_eval.engine.models.chat import ArmChat, arm_chats, attach_formats, chat_uses
-from twotower_eval.engine.models.protocol import Model
+from twotower_eval.engine.models.protocol import Model, remote
 from twotower_eval.errors import UserError
 from twotower_eval.measure.chosen import without_auto
 from twotower_eval.measure.speed.clock import CallClock, Devices, torch_threads
@@ -50,6 +50,7 @@ from twotower_eval.records import (
     CostSample,
     DecoderSpec,
     Override,
+    Retried,
     RunManifest,
     SpeedSample,
     Ways,
@@ -57,7 +58,15 @@ from twotower_eval.records import (
     launch_id_of,
     to_json,
 )
-from twotower_eval.rules import asked_and_not_done, chat_facts, chat_lines, chosen_lines, slower_lines, truncation_line
+from twotower_eval.rules import (
+    asked_and_not_done,
+    chat_facts,
+    chat_lines,
+    chosen_lines,
+    retried_line,
+    slower_lines,
+    truncation_line,
+)
 from twotower_eval.store.environment import new_manifest
 from twotower_eval.task_options import recorded_seeds
 
@@ -68,6 +77,10 @@ NOTES = (
     "Timed answers of the measured rounds are journalled, the round as the sample's number; warm-ups and the second "
     "copy of the baseline leave their counts and the hash of their tokens only.",
     "Peak memory is that of the process on the cell's devices: weights of both arms that lie there are in it.",
+)
+SERVED_NOTE = (
+    "A batch is so many requests sent together to a server; the call ends with the last answer. Prompts repeat from "
+    "round to round: a server that caches prefixes reads them faster than new ones, and the probes show by how much."
 )
 
 
@@ -123,8 +136,8 @@ def run_launch(
             if plan.costs:
                 for best in measured_conditions(lanes, calls, clock, cuda_graphs=plan.cuda_graphs):
                     writer.event("baseline_best", **to_json(best))
-            launch_id = _launch_id(writer.run)
-            probes = Probes(held, calls, requests, launch_id)
+            _hear_retries(lanes, writer, progress)
+            probes = Probes(held, calls, requests, launch_id := _launch_id(writer.run))
             idle, captures = without_decoders(lanes), Captures(graphs, writer)
             session = Session(plan, writer, launch_id, calls, idle, probes, parts, clock, captures, progress)
             num_missing = session.run()
@@ -145,6 +158,21 @@ def _said(writer: store.RunWriter, manifest: RunManifest, truncated: Sequence[st
     found = (*writer.warnings, *asked_and_not_done(manifest), *chat_lines(manifest), *truncated)
     warnings = [f"warning: {text}" for text in found]
     return [*chosen_lines(manifest), *warnings, *slower_lines(manifest), *chat_facts(manifest)]
+
+
+def _hear_retries(lanes: Mapping[int, Sequence[Lane]], writer: store.RunWriter, progress: Progress) -> None:
+    """Journal every request to a server that failed and is asked again; say so once for each model."""
+    told: set[str] = set()
+
+    def heard(who: str, retried: Retried) -> None:
+        writer.event("retried", who=who, **to_json(retried))
+        if who not in told:
+            told.add(who)
+            progress.note(f"warning: {retried_line(who, retried)}")
+
+    for lane in chain.from_iterable(lanes.values()):
+        if (served := remote(lane.untimed)) is not None:
+            served.on_retry = partial(heard, lane.cell.who)
 
 
 def _block_sizes(specs: Sequence[DecoderSpec]) -> list[int]:
@@ -238,7 +266,7 @@ def _manifest(
         cells=[lane.cell for lane in lanes if lane.replica == 0],
         devices=devices_of(plan),
         seeds={"run": plan.seed} if isinstance(plan.seed, int) else recorded_seeds(plan.seed),
-        notes=NOTES,
+        notes=(*NOTES, *((SERVED_NOTE,) if any(lane.cell.checkpoint.served for lane in lanes) else ())),
         tasks=scored_tasks(plan, chain.from_iterable(calls.values())),
         overrides=overrides,
         unheeded=unheeded_settings(models),

@@ -61,8 +61,8 @@ def witnessings(
 
 
 def is_watched(lane: Lane) -> bool:
-    """Whether a lane has witnessed calls: not the baseline's copy, and nothing that samples."""
-    return lane.replica == 0 and not draws(lane.cell)
+    """Whether a lane has witnessed calls: not the baseline's copy, nothing that samples, nothing behind a server."""
+    return lane.replica == 0 and not draws(lane.cell) and lane.cell.checkpoint.served is None
 
 
 def _of_timed(calls: Sequence[Call], lanes: Sequence[Lane], chance: random.Random) -> Iterator[Witnessing]:

@@ -20,7 +20,7 @@ from twotower_eval.engine.models.chat import with_answer
 from twotower_eval.measure.speed.clock import CallClock
 from twotower_eval.measure.speed.conditions import Captures
 from twotower_eval.measure.speed.costs import CostItem, TimedParts
-from twotower_eval.measure.speed.lanes import Lane, Timing, with_decoders
+from twotower_eval.measure.speed.lanes import Lane, Timing, prompt_timing, with_decoders
 from twotower_eval.measure.speed.probes import (
     Probe,
     Probes,
@@ -43,13 +43,10 @@ from twotower_eval.records import (
     CostSample,
     Generation,
     GenerationRow,
-    PromptTiming,
     SpeedPhase,
     SpeedSample,
     TimeFault,
-    canonical_json,
     derive_seed,
-    sha256_text,
 )
 from twotower_eval.rules import EXTENDED, finite, time_fault, total_finite_s
 from twotower_eval.store.journal import now_text
@@ -419,7 +416,7 @@ class Session(RoundLoop):
             peak_memory_bytes=timing.peak_memory_bytes,
             peak_memory_reason=timing.peak_memory_reason,
             started_at=started_at,
-            prompts=tuple(_prompt_timing(generation, timing.wall_s) for generation in timing.generations),
+            prompts=tuple(prompt_timing(lane, generation, timing.wall_s) for generation in timing.generations),
             passes=timing.passes,
             cpu_s=timing.busy.cpu_s,
             caller_cpu_s=timing.busy.caller_cpu_s,
@@ -442,6 +439,8 @@ def _fault(timing: Timing) -> TimeFault | None:
     finishes_s = (generation.finish_s for generation in timing.generations)
     moments_s = (timing.prefill_s, timing.first_output_s, *finishes_s)
     fault = time_fault(timing.wall_s, [moment for moment in moments_s if moment is not None])
+    if fault is None and any(one.served and one.served.num_retries for one in timing.generations):
+        return "retried"
     return fault or ("clock stood" if timing.is_stalled else None)
 
 
@@ -455,25 +454,3 @@ def _generation_row(lane: Lane, request: Request, generation: Generation, number
         prompt_sha256=request.prompt_sha256,
         generation=generation,
     )
-
-
-def _prompt_timing(generation: Generation, wall_s: float) -> PromptTiming:
-    """The timing of one prompt; without a reported finish time, the prompt finishes at the end of the call."""
-    return PromptTiming(
-        prompt_id=generation.prompt_id,
-        num_prompt_tokens=generation.num_prompt_tokens,
-        num_tokens=generation.num_tokens,
-        num_discarded_tokens=generation.num_discarded_tokens,
-        num_context_forwards=generation.num_context_forwards,
-        num_denoiser_forwards=generation.num_denoiser_forwards,
-        num_draft_forwards=generation.num_draft_forwards,
-        num_forced_commits=generation.num_forced_commits,
-        finish=generation.finish,
-        finish_s=_finish_s(generation, finite(wall_s)),
-        tokens_sha256=sha256_text(canonical_json(list(generation.token_ids))),
-    )
-
-
-def _finish_s(generation: Generation, wall_s: float) -> float:
-    """The finish time, clipped to the call: a decoder's clock may start slightly before it or end after it."""
-    return wall_s if generation.finish_s is None else max(0.0, min(finite(generation.finish_s), wall_s))

@@ -153,7 +153,7 @@ def _cut(plan: SpeedPlan, chosen: Sequence[Request], size: int) -> tuple[Call, .
     return tuple(calls)
 
 
-def make_workload(plan: SpeedPlan, calls: Sequence[Call], size: int, num_devices: int) -> Workload:
+def make_workload(plan: SpeedPlan, calls: Sequence[Call], size: int, num_devices: int | None) -> Workload:
     """The workload of a cell. Its digest covers the prompts, what ends them and what scores the answers, but not the
     cut into batches."""
     asked: list[Any] = [
