@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.pages import commands
 from tests.scripted_server import Script, serving
-from twotower_eval import store
+from twotower_eval import cli, store
 from twotower_eval.analyse import report
 from twotower_eval.analyse.compare.calls import streamed
 from twotower_eval.analyse.compare.consistency import contradictions
@@ -149,6 +150,21 @@ def test_a_report_gives_token_times_only_of_single_tokens(
     outcomes = {gate.kind: gate.outcome for gate in point.gates}
     unchecked = ("busy_arms", "witnessed_answers", "residual")
     assert {outcomes[kind] for kind in unchecked} == {"not_checked"}  # type: ignore[index]
+
+
+def test_the_page_runs(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands as they stand, but for the address of the server."""
+    monkeypatch.chdir(tmp_path)
+    quick = {"run": [], "speed": ["--probes", "0", "--warmup-rounds", "0", "--no-costs", "--new-tokens", "8"]}
+    found = commands("your-model.md", "Endpoints")
+    with serving(script) as url:
+        for _, verb, *words in found:
+            there = [url if word.startswith("openai:") else word for word in words]
+            assert cli.main([verb, *there, *quick[verb]]) == 0
+    verbs = [store.load(path).manifest.verb for path in store.find_runs(Path("results"))]
+    assert sorted(verbs) == sorted(verb for _, verb, *_ in found) == ["run", "speed"]
+    plans = {run.manifest.verb: run.manifest.plan for run in map(store.load, store.find_runs(Path("results")))}
+    assert (plans["run"]["batch_size"], tuple(plans["speed"]["batch_sizes"])) == (4, (1, 2))
 
 
 def timing(**served: object) -> PromptTiming:

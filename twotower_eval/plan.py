@@ -154,7 +154,10 @@ class RunPlan(OfTwoArms):
     batch_size: Annotated[
         int | Literal["auto"],
         Option(
-            help="Prompts per batch; scores do not depend on it; auto: as many as fit on a GPU, else 8", metavar="N"
+            help="Prompts per batch, of an endpoint concurrent requests; scores do not depend on it; auto: as many as "
+            "fit on a GPU, else 8",
+            metavar="N",
+            other_names=("concurrency",),
         ),
     ] = 8
     limit: Annotated[int | None, Option(help="First N documents of each task only", metavar="N")] = None
@@ -237,7 +240,14 @@ class SpeedPlan(OfTwoArms):
         int | None,
         Option(help="Can only be 1: each round times one sample, even if a task asks for several", metavar="1"),
     ] = None
-    batch_sizes: Annotated[tuple[int, ...], Option(help="Prompts per timed call, crossed", metavar="N,N")] = (1,)
+    batch_sizes: Annotated[
+        tuple[int, ...],
+        Option(
+            help="Prompts per timed call, crossed; of an endpoint concurrent requests",
+            metavar="N,N",
+            other_names=("concurrency",),
+        ),
+    ] = (1,)
     workload: Annotated[
         Literal["fixed", "answer"],
         Option(help="answer: stop where the task stops; fixed: exactly --new-tokens", metavar="KIND"),
