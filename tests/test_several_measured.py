@@ -131,3 +131,11 @@ def test_the_tables_of_the_page_are_a_plan(tmp_path: Path) -> None:
     (tmp_path / "plan.toml").write_text(block, encoding="utf-8")
     found = load_plan(tmp_path / "plan.toml", SpeedPlan)
     assert [name for name, _ in named_baselines(found)] == ["autoregressive", "lookup"]
+
+
+def test_a_model_against_itself_is_still_one_model_alone(
+    pair: Path, requests: list[suites.TimedPrompt], tmp_path: Path
+) -> None:
+    itself = plan(pair, baseline=str(pair), decoder="autoregressive", block_sizes=None, min_rounds=1, probes=0)
+    [cell] = store.load(speed.run(itself, requests, root=tmp_path)).manifest.cells
+    assert (cell.arm, cell.baseline) == ("baseline", None)
