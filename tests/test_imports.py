@@ -84,18 +84,19 @@ ALLOWED: dict[str, set[str]] = {
         "stats",
         "calibration",
     }
-    | {"compare", "claims", "words", "report", "miniature"},
+    | {"compare", "claims", "words", "report", "miniature", "lm_eval"},
+    "lm_eval": {"plan", "decoder_settings", "chosen", "harness", *ENGINE},
     "cli": {"plan", "plan_baselines", "plan_fields", "decoder_settings", "store", "api"},
 }
 # Packages that cost or weigh something -> the only rooms that may import them, anywhere in their files.
 HEAVY = {
     "torch": {"ops", "models", "decoders", "scorers", "speed", "sizing", "miniature", "verify"},
     "transformers": {"models"},
-    "huggingface_hub": {"hub", "models"},
+    "huggingface_hub": {"hub", "models", "report"},
     "httpx2": {"endpoints", "hub"},
     "safetensors": {"models", "miniature", "verify"},
     "tokenizers": {"models", "endpoints"},
-    "lm_eval": {"harness", "suites"},
+    "lm_eval": {"harness", "suites", "lm_eval"},
     "datasets": {"suites"},
     "pandas": {"report", "api"},
     "matplotlib": {"report"},

@@ -15,6 +15,7 @@ from lm_eval.utils import get_results_filenames, get_sample_results_filenames, h
 from own_tasks import task_yaml, use_tasks, write_tasks
 
 import twotower_eval as tt
+from twotower_eval import cli, store
 from twotower_eval.measure.harness.lm_files import model_args, model_names
 from twotower_eval.measure.suites import lm_tasks
 from twotower_eval.records import Checkpoint, DecoderSpec, Workload, make_cell
@@ -207,3 +208,21 @@ def test_every_model_of_a_run_has_a_folder_of_its_own() -> None:
     assert len(set(names.values())) == 4
     assert model_args(cells[0]) == {"pretrained": "org/m", "dtype": "float32", "decoder": "d", "x": 1}
     assert json.dumps(names, default=handle_non_serializable)
+
+
+def test_files_are_written_again_from_the_journals(
+    folder: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also those of an arm whose scores rest on the other's log-likelihoods."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_tasks(patch, tasks)
+        given: dict[str, Any] = {"tasks": ("warm", "asked"), "limit": 2, "max_new_tokens": 4, "out": tmp_path}
+        run = tt.evaluate(block_sizes=4, thresholds=0.9, log_samples=False, progress=False, **given)
+        before = {path.parent.name: json.loads(path.read_text()) for path in run.path.glob("lm_eval/*/results_*")}
+        assert cli.main(["report", str(run.path), "--out", str(tmp_path / "reports"), "--format", "lm-eval"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(run.path / "lm_eval")
+    after = {path.parent.name: json.loads(path.read_text()) for path in run.path.glob("lm_eval/*/results_*")}
+    assert len(after) == 2
+    assert {name: one["results"] for name, one in after.items()} == {n: one["results"] for n, one in before.items()}
+    assert len(list(run.path.glob("lm_eval/*/samples_*"))) == 4
+    assert store.load(run.path).complete, "they are no part of the journals"

@@ -46,6 +46,7 @@ __all__ = [
     "compare",
     "evaluate",
     "judge",
+    "lm_eval",
     "load_run",
     "newest_runs",
     "prepare_data",
@@ -56,6 +57,7 @@ __all__ = [
     "time",
     "train",
     "verify",
+    "write_lm_files",
 ]
 
 Runs = GivenRun | Sequence[GivenRun]
@@ -242,6 +244,7 @@ def report(
     claims: PathText | None = None,
     html: bool = False,
     csv: bool = False,
+    model_card: bool = False,
     results: PathText = "results",
 ) -> Page:
     """Write a report of these runs under ``out``: verdicts, tables and plots. Needs neither torch nor a GPU.
@@ -249,7 +252,7 @@ def report(
     Without runs it covers the newest complete one of each verb in ``results``. ``sections`` names the shipped sections
     to show, and adds your own (``package.module:function``). ``claims`` is a claim file or the name of a shipped one;
     by default the shipped one about these models. ``html`` adds one self-contained page, ``csv`` the tables with all
-    their digits.
+    their digits, ``model_card`` the evaluation results of a model card for the Hugging Face hub.
     """
     from twotower_eval.analyse import report as report_room
     from twotower_eval.api.shown import Page
@@ -258,8 +261,28 @@ def report(
     paths = run_paths(runs, Path(results))
     file = None if claims is None else os.fspath(claims)
     runs_read = report_room.read(paths, file)
-    folder = report_room.write_of(runs_read, Path(out), sections=named or None, html=html, csv=csv)
+    folder = report_room.write_of(
+        runs_read, Path(out), sections=named or None, html=html, csv=csv, model_card=model_card
+    )
     return Page(folder, report_room.PAGE if html else report_room.MARKDOWN, runs_read)
+
+
+def write_lm_files(run: GivenRun, *, results: PathText = "results") -> Path:
+    """Write lm-eval's ``results_*.json`` and ``samples_*.jsonl`` of a finished ``run`` again; their folder.
+
+    Needs lm-eval and the data of the tasks, but neither torch nor the models.
+    """
+    from twotower_eval.measure import harness
+
+    return harness.write_lm_files(run_path(run, Path(results)))
+
+
+def lm_eval(arguments: Sequence[str]) -> None:
+    """lm-eval's own command, which knows our models as ``--model twotower``."""
+    begin()
+    from twotower_eval import lm_eval as ours
+
+    ours.main(arguments)
 
 
 def publish(

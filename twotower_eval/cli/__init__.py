@@ -84,6 +84,18 @@ data_app.command(help="Say where benchmarks are published, under which licence, 
 app.add_typer(data_app, name="data")
 
 
+@app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    help="lm-eval's own command, which knows our models: lm-eval run --model twotower --model_args pretrained=CKPT,"
+    "decoder=block_diffusion,threshold=0.9 --tasks …",
+)
+def _lm_eval(context: typer.Context) -> None:
+    from twotower_eval import api
+
+    api.lm_eval(context.args)
+
+
 @app.command("bench", hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def _bench() -> None:
     """A verb of earlier versions."""

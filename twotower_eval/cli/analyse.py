@@ -7,11 +7,15 @@ from typing import Annotated
 
 import typer
 
+from twotower_eval import store
 from twotower_eval.cli.options import REPORTS, RESULTS, option
 from twotower_eval.cli.runs import EXIT_INTERRUPTED, chosen
 from twotower_eval.cli.tables import show
 from twotower_eval.errors import UserError
+from twotower_eval.records import verb_of
 from twotower_eval.store.environment import read_on_one_thread
+
+MODEL_CARD, LM_EVAL = "model-card", "lm-eval"  # kinds of --format
 
 
 def report(
@@ -36,21 +40,36 @@ def report(
         option("Claim file, or the name of a shipped one [a shipped one about this model].", metavar="FILE"),
     ] = None,
     html: Annotated[bool, typer.Option("--html", help="Also write one self-contained HTML file.")] = False,
-    format: Annotated[str | None, option("csv: also write the tables as CSV, with all digits.", metavar="csv")] = None,
+    format: Annotated[
+        str | None,
+        option(
+            "csv: also write the tables, with all digits. model-card: also write evaluation results for a card of the "
+            "Hugging Face hub. lm-eval: also write lm-eval's result files into the folders of run.",
+            metavar="KIND",
+        ),
+    ] = None,
     publish: Annotated[
         bool, typer.Option("--publish", help="Copy the runs and the report to published/ in their folders.")
     ] = False,
 ) -> None:
     """Verb ``report``."""
-    if format not in (None, "csv"):
-        raise UserError(f"--format can be csv, not {format!r}: Markdown is always written, --html adds HTML")
+    if format not in (None, "csv", MODEL_CARD, LM_EVAL):
+        kinds = f"csv, {MODEL_CARD} or {LM_EVAL}"
+        raise UserError(f"--format can be {kinds}, not {format!r}: Markdown is always written, --html adds HTML")
     read_on_one_thread()
     from twotower_eval import api
 
     named = chosen(runs, results, count_others=True)
-    page = api.report(*named, out=out, sections=section, claims=claims, html=html, csv=format == "csv", results=results)
+    kinds_of = {"csv": format == "csv", "model_card": format == MODEL_CARD}
+    page = api.report(*named, out=out, sections=section, claims=claims, html=html, results=results, **kinds_of)
     show(lambda: page.tables)
     typer.echo(page.path)
+    if format == MODEL_CARD:
+        typer.echo(page.folder / "model-card.md")
+    if format == LM_EVAL:
+        for path in (api.run_path(one, results) for one in named):
+            if verb_of(store.read_manifest(path)) == "run":
+                typer.echo(api.write_lm_files(path))
     if publish:
         for target in api.publish(page, *named, results=results, reports=out, say=typer.echo):
             typer.echo(target)

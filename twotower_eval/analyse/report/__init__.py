@@ -83,18 +83,28 @@ def write(
 
 
 def write_of(
-    runs: JudgedRuns, out_root: Path, *, sections: Sequence[str] | None = None, html: bool = False, csv: bool = False
+    runs: JudgedRuns,
+    out_root: Path,
+    *,
+    sections: Sequence[str] | None = None,
+    html: bool = False,
+    csv: bool = False,
+    model_card: bool = False,
 ) -> Path:
     """Write ``out_root/<id>/report.md`` and its pictures; return the folder.
 
     The id follows from the run ids, and the same runs give the same bytes. ``sections`` names entries of
     :data:`SECTIONS`, of which by default all that concern these runs are shown, and sections of the user's own
     (``package.module:render``, or as installed packages call theirs), which are added to them. ``html`` adds
-    ``report.html``, all in one file; ``csv`` adds the tables with all their digits under ``tables/``. Raises UserError
-    where the arms of the runs are no pair.
+    ``report.html``, all in one file; ``csv`` adds the tables with all their digits under ``tables/``, ``model_card``
+    the metadata of a model card. Raises UserError where the arms of the runs are no pair.
     """
     with store.paused_garbage_collection():
         folder, files = _made(runs, out_root, sections or (), html=html, csv=csv)
+        if model_card:
+            from twotower_eval.analyse.report import model_card as card
+
+            files[card.FILE] = card.model_card(runs, MARKDOWN).encode()
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)

@@ -146,6 +146,16 @@ def verdict_line(runs: Runs) -> str:
     return f"**{outcome}**: claim {escape(claim.name)}, {claimed} at {at}: {escape(verdict.reason + beside)}."
 
 
+NOTHING_TO_QUOTE = "**Nothing has been scored or timed completely yet, so there is nothing to quote.**"
+
+
+def headline_sentence(runs: Runs) -> str:
+    """The sentence to quote; of models that were measured alone, one for each."""
+    if not runs.compare:
+        return alone.sentence(runs)
+    return _sentence(runs, runs.headline) if runs.points else NOTHING_TO_QUOTE
+
+
 def points_text(runs: Runs) -> str:
     """How many operating points and measurements there were to choose from."""
     return (
@@ -297,10 +307,7 @@ def headline(runs: Runs) -> Section:
         return _alone(runs)
     found = runs.headline
     lines = [*_contradicting(runs), verdict_line(runs), *(_incomplete(run) for run in runs if not run.complete)]
-    if not runs.points:
-        lines.append("**Nothing has been scored or timed completely yet, so there is nothing to quote.**")
-    else:
-        lines += [_sentence(runs, found), *headline_lines(runs, found)]
+    lines += [headline_sentence(runs), *(headline_lines(runs, found) if runs.points else [])]
     lines.append(bullets(_caveats(runs, found)))
     lines += [alone.sentence(runs)] if runs.scored_alone or runs.timed_alone else []
     return Section(title="Verdict", markdown="\n\n".join(line for line in lines if line) + "\n")

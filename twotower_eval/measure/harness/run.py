@@ -19,7 +19,7 @@ from twotower_eval.engine.models.protocol import remote
 from twotower_eval.errors import UserError
 from twotower_eval.measure.harness.adapter import Batch, HarnessLM
 from twotower_eval.measure.harness.answers import CellJournal, Key
-from twotower_eval.measure.harness.filtered import Row, document_text, filter_rows
+from twotower_eval.measure.harness.filtered import Filtered, Row, document_text, filter_rows
 from twotower_eval.measure.harness.jobs import (
     Job,
     KnownScores,
@@ -29,8 +29,8 @@ from twotower_eval.measure.harness.jobs import (
     make_scorer_of,
     prepare,
 )
-from twotower_eval.measure.harness.lm_files import LmEvalFiles
-from twotower_eval.measure.harness.prompts import timed_tasks
+from twotower_eval.measure.harness.lm_files import FOLDER, LmEvalFiles
+from twotower_eval.measure.harness.prompts import asked_chats, built_tasks, timed_tasks
 from twotower_eval.measure.harness.scoring import aggregate_rows, aggregates_of, score_rows, scores_of
 from twotower_eval.measure.suites import BuiltTask, lm_tasks
 from twotower_eval.measure.suites.lm_types import Instance
@@ -211,6 +211,46 @@ def score_journal(path: Path) -> Path:
             writer.append(made)
         writer.finish()
     return path
+
+
+def write_lm_files(path: Path) -> Path:
+    """Write lm-eval's files of a ``run`` anew from its journals, samples included; their folder.
+
+    No model is loaded. UserError for a run of another verb, and where a task is no longer what was asked.
+    """
+    found = store.load(path)
+    manifest = found.manifest
+    if manifest.verb != "run":
+        raise UserError(f"{path} is a {manifest.verb!r} run: only run answers whole tasks, as lm-eval does")
+    plan = plan_from_json(RunPlan, manifest.plan)
+    tasks = {task.name: task for task in built_tasks(plan, asked_chats(plan))}
+    for name, parts in manifest.tasks.items():
+        if name not in tasks or dict(tasks[name].parts) != dict(parts):
+            raise UserError(f"{path}: task {name!r} is no longer what the run asked: restore its files, or run anew")
+    with LmEvalFiles(path, manifest, with_samples=True) as files:
+        for cell in manifest.cells:
+            task = tasks[cell.workload.name]
+            files.add(cell, task, _filtered_again(found, cell, task))
+    return path / FOLDER
+
+
+def _filtered_again(run: store.Run, cell: Cell, task: BuiltTask) -> Sequence[Filtered]:
+    """A cell's answers; those of another cell where that one's log-likelihoods score it, which its scores tell."""
+    if task.generates:
+        return filter_rows(task, run.generations_of({cell.id}))
+    rows: dict[str, list[Row]] = defaultdict(list)
+    for row in run.likelihoods:
+        if row.task == task.name:
+            rows[row.cell].append(row)
+    if cell.id in rows:
+        return filter_rows(task, rows[cell.id])
+    scored = {(one.doc_id, one.metric, one.filter, one.value, one.scored_by) for one in run.scores_of({cell.id})}
+    for donor in rows.values():
+        filtered = filter_rows(task, donor)
+        made = scores_of(task, cell.id, filtered)
+        if {(one.doc_id, one.metric, one.filter, one.value, one.scored_by) for one in made} == scored:
+            return filtered
+    raise UserError(f"{run.path}: task {task.name!r} has no answers that give the scores of cell {cell.id}")
 
 
 class _Evaluation:
