@@ -142,7 +142,7 @@ def _checkpoints(runs: Runs, frame: pd.DataFrame) -> str:
         Column(header="dtype", show=words("dtype")),
         Column(header="devices", show=words("devices")),
     ]
-    if frame["weights"].notna().any():
+    if "weights" in frame and frame["weights"].notna().any():
         columns.insert(-1, Column(header="weights", show=optional("weights", escape)))
     beside = [_served(checkpoint, one) for checkpoint in _arms(runs) if (one := checkpoint.served) is not None]
     beside += list(dict.fromkeys(_files(checkpoint) for checkpoint in _arms(runs) if checkpoint.files))
