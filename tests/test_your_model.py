@@ -15,7 +15,9 @@ from twotower_eval import cli, store
 from twotower_eval.resources import data_path
 
 PAGE = "your-model.md"
-HEADINGS = ["Names", "Devices, dtypes and quantised models", "Chat models", "Tasks", "Results that other tools read"]
+# The other sections are run by tests of their own.
+RUN_HERE = ["Names", "Devices, dtypes and quantised models", "Two models of your own"]
+HEADINGS = [*RUN_HERE, "Chat models", "Tasks", "Results that other tools read"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,8 @@ def ref(cache: Path, name: str) -> str:
 
 
 def test_the_page_runs(here: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_commands(PAGE, here, monkeypatch, "Names")
+    for section in RUN_HERE:
+        run_commands(PAGE, here, monkeypatch, section)
     runs = [store.load(path) for path in reversed(store.find_runs(here / "results", "run"))]
     named = [{cell.arm: cell.checkpoint for cell in run.manifest.cells} for run in runs]
     assert [(one["candidate"].name, one["baseline"].name) for one in named] == [
