@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from twotower_eval.errors import UserError
 from twotower_eval.names import did_you_mean
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     P = TypeVar("P", bound=DataclassInstance)
 
-Table = Mapping[str, Any]
+Table = Mapping[str, object]
 ONE, PREFIX, SEVERAL = (
     "baseline",
     "baseline_",
@@ -46,7 +46,7 @@ def keys_of(cls: type) -> dict[str, str]:
     return {MODEL: ONE, **{name.removeprefix(PREFIX): name for name in fields}}
 
 
-def with_baselines(cls: type, values: JsonObject) -> dict[str, Any]:
+def with_baselines(cls: type, values: JsonObject) -> dict[str, object]:
     """A plan's values in which lists of baselines, and of what else one is, are crossed to tables.
 
     A list of one is a single value. UserError for lists beside tables.

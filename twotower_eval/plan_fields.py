@@ -7,7 +7,7 @@ import functools
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from twotower_eval.decoder_settings import Settings
 from twotower_eval.errors import UserError
@@ -65,7 +65,7 @@ Baseline = Annotated[
     ),
 ]
 Baselines = Annotated[
-    tuple[Mapping[str, Any], ...] | None,
+    tuple[Mapping[str, object], ...] | None,
     Option(
         help="One of several baselines as a table of what --baseline… say, and a name; repeat it for each",
         metavar="{KEY=V,…}",

@@ -7,12 +7,11 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from twotower_eval.errors import UserError
 from twotower_eval.strict import check_number, parse_json, plain, walk
 
-GenKwargs = Mapping[str, Any]
+GenKwargs = Mapping[str, object]
 GivenSeed = int | tuple[int | None, ...]
 # lm_eval's own for python and numpy, few-shot examples included, so that seed 0 gives the documents that lm_eval gives.
 PYTHON_SEED, OTHER_SEED = 0, 1234

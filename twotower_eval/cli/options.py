@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from typer.core import TyperCommand
@@ -19,6 +19,9 @@ from twotower_eval.errors import UserError
 from twotower_eval.names import registered
 from twotower_eval.plan_baselines import table_of
 from twotower_eval.plan_fields import option_of
+
+if TYPE_CHECKING:
+    from typer._click import Context
 
 Given = dict[str, object]  # values from the command line by field; what was not given is not there
 RESULTS, REPORTS, TRAINING = Path("results"), Path("reports"), Path("training/miniature")
@@ -43,7 +46,7 @@ SWITCHED: Mapping[str, bool] = {"true": True, "false": False}
 class PlanCommand(TyperCommand):
     """A command with options that may be given without their value, as ``--apply-chat-template``."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         """Give a value to such options that are given alone: in front of another option, or at the end."""
         bare = {name for param in self.params if str(param.metavar).startswith("[") for name in param.opts}
         whole: list[str] = []

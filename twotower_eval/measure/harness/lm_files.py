@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, SupportsFloat, cast
+from typing import IO, SupportsFloat, cast
 
 from twotower_eval.engine.models.protocol import Model
 from twotower_eval.measure.harness.filtered import Filtered, response
@@ -30,7 +30,7 @@ from twotower_eval.records import MEAN, Cell, RunManifest, sha256_text
 FOLDER, TEMPORARY, OLD = "lm_eval", "lm_eval.tmp", "lm_eval.old"  # within a run's folder
 SOURCE = "twotower"  # how lm-eval knows our models
 NOT_AVAILABLE = "N/A"
-Json = dict[str, Any]
+Json = dict[str, object]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -189,15 +189,16 @@ def _item(source: Task, metric: str, held: Sequence[object]) -> object:
 def _task_results(leaf: str, filtered: Sequence[Filtered], num_samples: int) -> Json:
     """A task's entry under ``results``: every metric of every filter, aggregated as lm-eval does."""
     config = _config(filtered[0].source)
-    made: Json = {"name": leaf, "alias": config.get("task_alias") or leaf, "sample_len": 0}
+    made: Json = {}
+    most = 0
     for found in filtered:
         for metric in dict.fromkeys(metric for doc in found.docs for metric in found.items[doc.doc_id]):
             held = [found.items[doc.doc_id][metric] for doc in found.docs if metric in found.items[doc.doc_id]]
             items = [_item(found.source, metric, one) for one in held]
             value, error = _aggregated(found.source, metric, items)
             made |= {f"{metric},{found.filter}": value, f"{metric}_stderr,{found.filter}": error}
-            made["sample_len"] = max(made["sample_len"], len(items))
-    return made
+            most = max(most, len(items))
+    return {"name": leaf, "alias": config.get("task_alias") or leaf, "sample_len": most, **made}
 
 
 def _aggregated(source: Task, metric: str, items: Sequence[object]) -> tuple[object, object]:
@@ -253,7 +254,7 @@ def _group(name: str, model: _Model, members: Sequence[str]) -> Json:
     from lm_eval.api.metrics import aggregate_subtask_metrics, pooled_sample_stderr, unweighted_mean_stderr
 
     entries = [model.results[member] for member in members if member in model.results]
-    sizes = [entry["sample_len"] for entry in entries]
+    sizes = [cast(int, entry["sample_len"]) for entry in entries]
     made: Json = {"name": name, "alias": name, "sample_len": sum(sizes)}
     keys = [key for key in entries[0] if key.startswith(f"{model.metrics[name]},")] if entries else []
     for key in keys:

@@ -61,7 +61,7 @@ class Task(Protocol):
     instances: list[Instance]
     _filters: Sequence[Filter]
 
-    def dump_config(self) -> Mapping[str, Any]:
+    def dump_config(self) -> Mapping[str, object]:
         """What its YAML says."""
 
     def set_fewshot_seed(self, seed: int) -> None:

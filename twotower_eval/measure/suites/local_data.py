@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from twotower_eval.errors import UserError
 from twotower_eval.measure.suites.datafiles import folders, numbered_rows
@@ -23,13 +23,13 @@ SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
 def on_local_files(
-    name: str, config: dict[str, Any], yaml: Path, data_dir: Path | None, origin: Origin
-) -> dict[str, Any]:
+    name: str, config: dict[str, object], yaml: Path, data_dir: Path | None, origin: Origin
+) -> dict[str, object]:
     """``config`` reading local files, where there are any for it; ``yaml`` is the task's own file.
 
     A shipped task reads files beside its YAML, a user's own those that it names, any other those under ``data_dir``.
     """
-    named = (config.get("dataset_kwargs") or {}).get("data_files")
+    named = _kwargs(config).get("data_files")
     beside = yaml.parent
     if origin == "shipped":
         if config.get("dataset_path") != "json" or not isinstance(named, Mapping):
@@ -39,18 +39,24 @@ def on_local_files(
         return _on_named_files(name, config, named, beside)
     if data_dir is None or (origin == "own" and config.get("custom_dataset")):
         return config
-    names = folders(name, config.get("dataset_path"), config.get("dataset_name"))
+    names = folders(name, str(config.get("dataset_path") or ""), str(config.get("dataset_name")))
     folder = next((data_dir / candidate for candidate in names if (data_dir / candidate).is_dir()), None)
     if folder is None:
         raise UserError(f"task {name!r}: {data_dir} has no folder {' or '.join(names)}")
-    files = {split: folder / f"{split}.jsonl" for split in {config[key] for key in SPLITS if config.get(key)}}
+    files = {split: folder / f"{split}.jsonl" for split in {str(config[key]) for key in SPLITS if config.get(key)}}
     there = {split: path for split, path in files.items() if path.is_file()}
     _check_splits(name, config, files, there)
     lacking = {key: None for key in SPLITS if config.get(key) and config[key] not in there}
     return _on_files({**config, **lacking}, there)
 
 
-def _on_named_files(name: str, config: dict[str, Any], named: object, beside: Path) -> dict[str, Any]:
+def _kwargs(config: JsonObject) -> JsonObject:
+    """What a task's YAML hands to the reader of its data set; nothing where it is no table."""
+    kwargs = config.get("dataset_kwargs")
+    return kwargs if isinstance(kwargs, Mapping) else {}
+
+
+def _on_named_files(name: str, config: dict[str, object], named: object, beside: Path) -> dict[str, object]:
     """``config`` of a user's own task, reading the files that it names.
 
     lm-eval looks for them in the current folder; those that are not there may lie beside the YAML.
@@ -66,7 +72,7 @@ def _on_named_files(name: str, config: dict[str, Any], named: object, beside: Pa
         return str(beside / given)
 
     files = found(named)
-    plain = set(config.get("dataset_kwargs") or {}) == {"data_files"} and config.get("dataset_path") == "json"
+    plain = set(_kwargs(config)) == {"data_files"} and config.get("dataset_path") == "json"
     if plain and isinstance(files, Mapping):
         paths = {split: Path(one) for split, one in files.items() if isinstance(one, str) and one.endswith(".jsonl")}
         if len(paths) == len(files):
@@ -75,15 +81,14 @@ def _on_named_files(name: str, config: dict[str, Any], named: object, beside: Pa
                 hint = f" (did you mean {near!r}?)" if near else ""
                 raise UserError(f"task {name!r}: there is no data file {path}, here or beside its YAML{hint}")
             return _on_files(config, paths)
-    return {**config, "dataset_kwargs": {**config["dataset_kwargs"], "data_files": files}}
+    return {**config, "dataset_kwargs": {**_kwargs(config), "data_files": files}}
 
 
 def where_data_is(name: str, entry: Entry, data_dir: Path | None, origin: Origin) -> str:
     """Whether a task's documents are on this machine: ``here``, ``in the hub's cache``, or ``not here``."""
     config = entry.cfg or {}
     dataset = str(config.get("dataset_path") or "")
-    kwargs = config.get("dataset_kwargs")
-    named = kwargs.get("data_files") if isinstance(kwargs, Mapping) else None
+    named = _kwargs(config).get("data_files")
     if origin != "lm-eval" and named is not None:
         files = named.values() if isinstance(named, Mapping) else [named]
         listed = [str(one) for several in files for one in (several if isinstance(several, list) else [several])]
