@@ -279,7 +279,7 @@ NORM = "model.layers.0.input_layernorm.weight"
             "but one comes with it: to run its code, give --trust-remote-code",
         ),
         (lambda f: reconfigure(f, model_type="t5"), "has no causal language model 't5'"),
-        (lambda f: reconfigure(f, quantization_config={"quant_method": "gptq"}), "pip install"),
+        (lambda f: reconfigure(f, quantization_config={"quant_method": "gptq", "bits": 4}), "pip install"),
         (lambda f: rewrite(f, {NORM: None}), f"lacks tensor {NORM}"),
         (lambda f: rewrite(f, {"extra.weight": torch.ones(2)}), "has unexpected tensor extra.weight"),
         (lambda f: rewrite(f, {NORM: torch.ones(31)}), "cannot load it"),
