@@ -593,7 +593,7 @@ def test_a_device_is_taken_as_on_the_command_line(tmp_path: Path) -> None:
     wanted = RunPlan(devices=("cuda:0",), thresholds=(0.9,))
     assert plan_of(RunPlan, None, None, {"device": "cuda:0", "thresholds": 0.9}) == wanted
     assert plan_of(RunPlan, file, None, {}) == wanted
-    assert plan_of(RunPlan, file, None, {"device": "cpu"}) == RunPlan(thresholds=(0.9,))
+    assert plan_of(RunPlan, file, None, {"device": "cpu"}) == RunPlan(devices=("cpu",), thresholds=(0.9,))
     with pytest.raises(tt.UserError, match="device and devices are the same: give one of them"):
         plan_of(RunPlan, None, None, {"device": "cpu", "devices": ["cpu"]})
 

@@ -482,9 +482,10 @@ def test_progress_counts_every_request_once(plan: RunPlan, tmp_path: Path, batch
     harness.run(plan, root=tmp_path, resume=path, progress=again)
     total = 2 * 4 + 4 * 4 + 4
     assert (first.total, first.done) == (again.total, again.done) == (total, total)
-    assert first.notes[0] == f"6 cells over 3 tasks, {total} requests"
-    assert first.notes[1].startswith("estimated duration: about")
-    assert [note.startswith(f"[{at}/6]") for at, note in enumerate(first.notes[2:], start=1)] == [True] * 6
+    said = [note for note in first.notes if not note.startswith("auto: ")]
+    assert said[0] == f"6 cells over 3 tasks, {total} requests"
+    assert said[1].startswith("estimated duration: about")
+    assert [note.startswith(f"[{at}/6]") for at, note in enumerate(said[2:], start=1)] == [True] * 6
     assert not any("estimated" in note for note in again.notes)
 
 
@@ -693,8 +694,11 @@ def test_denoiser_likelihoods_are_the_candidates_and_are_named(plan: RunPlan, tm
     assert all((error is not None) == (kind == "bound") for error in errors)
 
 
-def test_a_scorer_that_the_decoder_lacks_fails_before_weights_load(plan: RunPlan, tmp_path: Path) -> None:
-    plan = RunPlan(model=str(tmp_path / "nowhere"), tasks=TASKS, decoder="autoregressive", likelihood="bound", limit=1)
+def test_a_scorer_that_the_decoder_lacks_fails_before_weights_load(
+    plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("twotower_eval.engine.models.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    plan = RunPlan(model=plan.model, tasks=TASKS, decoder="autoregressive", likelihood="bound", limit=1)
     with pytest.raises(ValueError, match="miniature_choice, miniature_perplexity need log-likelihoods"):
         harness.run(plan, root=tmp_path)
     assert not store.find_runs(tmp_path)
@@ -702,7 +706,7 @@ def test_a_scorer_that_the_decoder_lacks_fails_before_weights_load(plan: RunPlan
 
 def test_an_ar_model_against_itself_is_one_cell(plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def context_alone(path: Path, **options: Any) -> Any:
-        return load_model(path, tower="context", **options)
+        return load_model(path, **{**options, "tower": "context"})
 
     monkeypatch.setattr("twotower_eval.engine.models.load_model", context_alone)
     plan = RunPlan(model=plan.model, tasks=TASKS, decoder="autoregressive", limit=2, max_new_tokens=8)

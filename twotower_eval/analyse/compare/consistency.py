@@ -247,7 +247,8 @@ def _plan_and_cells(run: Run) -> Iterator[Place]:
         ),
     ]
     for name, planned, there in recorded:
-        if planned - {None} and "auto" not in planned and there and not there <= planned:
+        planned = planned - {None}
+        if planned and "auto" not in planned and there and not there <= planned:
             plan_says, cells_say = (tuple(sorted(map(str, values))) for values in (planned, there))
             yield Place(file=MANIFEST, field=name, stated=plan_says, found=cells_say)
 

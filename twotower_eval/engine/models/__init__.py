@@ -126,7 +126,7 @@ def load_model(
     """
     import torch
 
-    from twotower_eval.engine.models.choices import choose_device, choose_dtype
+    from twotower_eval.engine.models.choices import choose_dtype
     from twotower_eval.engine.models.identity import file_digests, folder_settings
 
     source = _existing(read_source(path, revision, trust_remote_code=trust_remote_code))
@@ -140,7 +140,7 @@ def load_model(
     if family is None:
         family = family_of(folder)
     found_at = SEAM.place(family)
-    devices = _usable(devices, choose_device([family]).value if str(device) == AUTO else device)
+    devices = _usable(devices, device, family)
     dtype = choose_dtype(folder, devices[0]).value if dtype == AUTO else dtype
     options = {"devices": devices, "dtype": getattr(torch, dtype), "tower": tower}
     if family == "transformers":
@@ -197,11 +197,18 @@ def _connected(
     return connect(source.url, tokenizer=folder, other=other, timeout_s=timeout_s)
 
 
-def _usable(devices: Sequence[str | torch.device] | None, device: str | torch.device) -> tuple[str, ...]:
-    """Names of the towers' devices, by default the single one. UserError for devices that torch cannot use."""
+def _usable(
+    devices: Sequence[str | torch.device] | None, device: str | torch.device, family: str
+) -> tuple[str, ...]:
+    """Names of the towers' devices, by default the single one; ``auto`` is the first that torch can use. UserError for
+    devices that torch cannot use."""
+    from twotower_eval.engine.models.choices import choose_device
+
     if isinstance(devices, str):
         raise UserError(f"devices names one for each tower, as in ({devices!r},): for a single one take device")
     places = tuple(str(place) for place in devices or (device,))
+    if places == (AUTO,):
+        places = (choose_device([family]).value,)
     if len(places) > 2:
         raise UserError(f"a pair has two towers, but {len(places)} devices are named")
     for place in places:
