@@ -202,6 +202,13 @@ def test_a_budget_may_be_written_as_a_text() -> None:
 # Refused by default, before any model loads
 
 
+def weightless(folder: Path) -> Path:
+    """A checkpoint that ends in another error as soon as its weights are read: there are none."""
+    (folder / "weightless").mkdir()
+    (folder / "weightless" / "config.json").write_text('{"model_type": "llama"}')
+    return folder / "weightless"
+
+
 @pytest.mark.parametrize(
     ("more", "end", "message"),
     [
@@ -218,7 +225,7 @@ def test_what_is_not_done_is_refused(tmp_path: Path, own: Own, more: str, end: s
     """It was decoded greedily, one sample, without a word."""
     own.add("own", more, end)
     with pytest.raises(ValueError, match=f"task 'own' asks for {message}") as caught:
-        run(tmp_path / "nowhere", tmp_path, "own")
+        run(weightless(tmp_path), tmp_path, "own")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "runs").exists()
 
@@ -226,7 +233,7 @@ def test_what_is_not_done_is_refused(tmp_path: Path, own: Own, more: str, end: s
 def test_unlike_temperatures_are_refused(tmp_path: Path, own: Own) -> None:
     own.add("plain"), own.add("warm", "temperature: 0.7")
     with pytest.raises(ValueError, match=r"'plain' asks for temperature 0 and 'warm' for 0.7, .* run them"):
-        run(tmp_path / "nowhere", tmp_path, "plain", "warm")
+        run(weightless(tmp_path), tmp_path, "plain", "warm")
 
 
 def test_a_suites_samples_are_asked_for(tmp_path: Path, own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +241,7 @@ def test_a_suites_samples_are_asked_for(tmp_path: Path, own: Own, monkeypatch: p
     member = groups.SuiteTask(name="own", parts={"": own.add("own")}, samples=20)
     monkeypatch.setattr("twotower_eval.measure.suites.build.select", lambda names, included: [member])
     with pytest.raises(ValueError, match=r"asks for 20 samples of each problem, .* give --samples 1"):
-        run(tmp_path / "nowhere", tmp_path, "own")
+        run(weightless(tmp_path), tmp_path, "own")
 
 
 def test_the_adapter_refuses_by_itself(model: Any) -> None:
@@ -377,7 +384,7 @@ def test_sampling_from_greedy_tasks_is_an_override_too(pair: Path, tmp_path: Pat
 def test_temperature_zero_needs_a_word_on_samples_too(tmp_path: Path, own: Own) -> None:
     own.add("own", "do_sample: true, temperature: 1.5", "repeats: 3\n")
     with pytest.raises(ValueError, match=r"3 samples of each problem, which greedy .* give --samples 1"):
-        run(tmp_path / "nowhere", tmp_path, "own", temperature=0.0)
+        run(weightless(tmp_path), tmp_path, "own", temperature=0.0)
 
 
 def test_options_of_the_command_line_override(tmp_path: Path, pair: Path, own: Own, capsys: Any) -> None:
