@@ -177,9 +177,7 @@ def test_rounds_go_on_until_both_minima_hold(sleepy: SpeedPlan, requests: Any, t
         assert [event["num_rounds"] for event in measured] == [expected]
         assert measured[0]["timed_s"] == pytest.approx(expected * round_s)
     first = next(note for note in notes.notes if not note.startswith("auto: "))
-    assert first.startswith(
-        "4 cells and 2 copies of the baseline, answer workload, batch sizes 1, 2; 4 prompts"
-    )
+    assert first.startswith("4 cells and 2 copies of the baseline, answer workload, batch sizes 1, 2; 4 prompts")
     assert any(note.startswith("estimated duration: about ") for note in notes.notes)
 
 

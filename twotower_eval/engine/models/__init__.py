@@ -197,9 +197,7 @@ def _connected(
     return connect(source.url, tokenizer=folder, other=other, timeout_s=timeout_s)
 
 
-def _usable(
-    devices: Sequence[str | torch.device] | None, device: str | torch.device, family: str
-) -> tuple[str, ...]:
+def _usable(devices: Sequence[str | torch.device] | None, device: str | torch.device, family: str) -> tuple[str, ...]:
     """Names of the towers' devices, by default the single one; ``auto`` is the first that torch can use. UserError for
     devices that torch cannot use."""
     from twotower_eval.engine.models.choices import choose_device
