@@ -43,6 +43,8 @@ DECODING: dict[str, Any] = {
     "baseline_dtype": "float32",
     "devices": ("cuda:0", "cuda:1"),
     "baseline_device": "cuda:2",
+    "attention": "sdpa",
+    "baseline_attention": "eager",
     "cuda_graphs": True,
     "data_dir": "~/bench marks",
     "apply_chat_template": "rag",
@@ -74,6 +76,7 @@ VERIFY = VerifyPlan(
     devices=("cuda:1",),
     revision="v1.0",
     trust_remote_code=True,
+    attention="flex_attention",
 )
 SERVED = {"model": "openai:http://localhost:8000/v1#a", "baseline": "b", "tokenizer": "t", "request_timeout": 2.5}
 SERVED_RUN, SERVED_SPEED = RunPlan(**SERVED), SpeedPlan(**SERVED)

@@ -24,7 +24,9 @@ from twotower_eval.plan_chat import hold_chat
 from twotower_eval.plan_fields import (
     AllSteps,
     ApplyChatTemplate,
+    AttentionKind,
     Baseline,
+    BaselineAttentionKind,
     BaselineDecoder,
     BaselineDevice,
     BaselineFamily,
@@ -67,6 +69,7 @@ from twotower_eval.plan_fields import (
     check_at_least,
     check_devices,
     check_fields,
+    drop_refusals,
     list_fields,
     option_of,
 )
@@ -96,10 +99,11 @@ class VerifyPlan:
     seed: Seed = 0
     dtype: NumberType = AUTO
     devices: Devices = (AUTO,)
+    attention: AttentionKind = field(default=None, metadata=LEFT_OUT)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _drop_refusals(self)
+        drop_refusals(self)
         check_devices(self)
         check_at_least(self, 0, "seed")
 
@@ -176,6 +180,8 @@ class RunPlan(OfTwoArms):
     baseline_dtype: BaselineNumberType = field(default=None, metadata=LEFT_OUT)
     devices: Devices = (AUTO,)
     baseline_device: BaselineDevice = field(default=None, metadata=LEFT_OUT)
+    attention: AttentionKind = field(default=None, metadata=LEFT_OUT)
+    baseline_attention: BaselineAttentionKind = field(default=None, metadata=LEFT_OUT)
     cuda_graphs: CudaGraphs = False
     data_dir: DataDir = None
     apply_chat_template: ApplyChatTemplate = field(default=None, metadata=LEFT_OUT)
@@ -282,6 +288,8 @@ class SpeedPlan(OfTwoArms):
     baseline_dtype: BaselineNumberType = field(default=None, metadata=LEFT_OUT)
     devices: Devices = (AUTO,)
     baseline_device: BaselineDevice = field(default=None, metadata=LEFT_OUT)
+    attention: AttentionKind = field(default=None, metadata=LEFT_OUT)
+    baseline_attention: BaselineAttentionKind = field(default=None, metadata=LEFT_OUT)
     cuda_graphs: CudaGraphs = False
     data_dir: DataDir = None
     apply_chat_template: ApplyChatTemplate = field(default=None, metadata=LEFT_OUT)
@@ -433,13 +441,6 @@ def merge(plan: P, overrides: JsonObject) -> P:
     return plan_from_json(type(plan), held | given)
 
 
-def _drop_refusals(plan: Plan | VerifyPlan) -> None:
-    """Foreign code is not run unless that is asked for: to say so is to say nothing."""
-    for name in ("trust_remote_code", "baseline_trust_remote_code"):
-        if getattr(plan, name, None) is False:
-            object.__setattr__(plan, name, None)
-
-
 def devices_of(plan: Plan) -> tuple[str, ...]:
     """The devices of all arms, the candidate's first, each once."""
     own = (single.baseline_device for single in each_baseline(plan))
@@ -466,11 +467,11 @@ def _hold_task_options(plan: Plan) -> None:
 
 
 def _check_arms(plan: Plan) -> None:
-    _drop_refusals(plan)
+    drop_refusals(plan)
     if plan.baselines is not None:
         named_baselines(plan)  # each is checked as a plan with that one alone
     else:
-        for name in ("baseline_family", "baseline_revision", "baseline_trust_remote_code"):
+        for name in ("baseline_family", "baseline_revision", "baseline_trust_remote_code", "baseline_attention"):
             if getattr(plan, name) is not None and plan.baseline == CONTEXT_TOWER:
                 raise UserError(f"{name} has no effect on {CONTEXT_TOWER}: drop it, or name a baseline's folder")
     check_endpoints(plan)

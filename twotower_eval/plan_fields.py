@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from twotower_eval.decoder_settings import Settings
 from twotower_eval.errors import UserError
-from twotower_eval.records import AUTO, GRAPH_DEVICES
+from twotower_eval.records import AUTO, GRAPH_DEVICES, Attention
 from twotower_eval.strict import check_value, plain
 from twotower_eval.task_options import GenKwargs, GivenSeed, read_gen_kwargs, read_seed
 
@@ -85,6 +85,13 @@ BaselineTrustRemoteCode = Annotated[
 Family = Annotated[str | None, Option(help="Model family, or package.module:load", metavar="NAME", unset=FROM_CONFIG)]
 BaselineFamily = Annotated[
     str | None, Option(help="Model family of the baseline's folder", metavar="NAME", unset=FROM_CONFIG)
+]
+AttentionKind = Annotated[
+    Attention | None,
+    Option(help="Attention of Hugging Face models: {choices}", metavar="KIND", unset="transformers' own"),
+]
+BaselineAttentionKind = Annotated[
+    Attention | None, Option(help="The same for the baseline alone", metavar="KIND", unset="as --attention")
 ]
 Tasks = Annotated[
     tuple[str, ...],
@@ -257,6 +264,13 @@ def check_fields(plan: DataclassInstance) -> None:
             twice = sorted({str(item) for item in value if value.count(item) > 1})
             if twice:
                 raise UserError(f"{field.name} names {', '.join(twice)} twice")
+
+
+def drop_refusals(plan: DataclassInstance) -> None:
+    """Foreign code is not run unless that is asked for: to say so is to say nothing."""
+    for name in ("trust_remote_code", "baseline_trust_remote_code"):
+        if getattr(plan, name, None) is False:
+            object.__setattr__(plan, name, None)
 
 
 def check_at_least(plan: object, least: int, *names: str) -> None:

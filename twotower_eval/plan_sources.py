@@ -25,14 +25,19 @@ from twotower_eval.sources import ENDPOINT, SHIPPED_PAIR, Source, is_repo, locat
 def model_source(plan: Plan | VerifyPlan) -> Source:
     """The model that a plan is about: the shipped miniature pair unless it names another."""
     given = SHIPPED_PAIR if plan.model is None else plan.model
-    return read_source(given, plan.revision, trust_remote_code=bool(plan.trust_remote_code))
+    return read_source(given, plan.revision, trust_remote_code=bool(plan.trust_remote_code), attention=plan.attention)
 
 
 def baseline_source(plan: Plan) -> Source | None:
     """The baseline's model; None where it is the candidate's own context tower."""
     if plan.baseline == CONTEXT_TOWER:
         return None
-    return read_source(plan.baseline, plan.baseline_revision, trust_remote_code=bool(plan.baseline_trust_remote_code))
+    return read_source(
+        plan.baseline,
+        plan.baseline_revision,
+        trust_remote_code=bool(plan.baseline_trust_remote_code),
+        attention=plan.baseline_attention or plan.attention,
+    )
 
 
 def arm_sources(plan: Plan) -> tuple[tuple[Source | None, str | None], ...]:

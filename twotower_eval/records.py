@@ -169,6 +169,7 @@ SUMMED_AGGREGATIONS = LABEL_AGGREGATIONS | {
 
 
 # Of a field that came later: left out of JSON where it is None, so that ids over the whole record stay what they were.
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]  # of Hugging Face models
 LEFT_OUT: Mapping[str, bool] = {"left out where None": True}
 
 
@@ -221,7 +222,8 @@ class Checkpoint:
     ``"context"`` where only the context tower of a pair is used (the AR baseline ``context-tower``). ``files`` are
     those beside the weights that affect a logit or a text: config, generation settings, tokenizer; older runs have
     none. ``weights`` are the files of a whole checkpoint's tensors, each with a sha256 over those in it.
-    ``quantisation`` is ``None`` where weights are stored as plain numbers.
+    ``quantisation`` is ``None`` where weights are stored as plain numbers, ``attention`` where a Hugging Face model
+    computes it by transformers' own choice.
 
     A model behind a server is ``served``: its ``digest`` is over what is said there, so that two of them are the same
     by name only, and its ``dtype`` is ``unknown``.
@@ -239,6 +241,7 @@ class Checkpoint:
     weights: tuple[FileDigest, ...] = ()
     quantisation: Quantisation | None = field(default=None, metadata=LEFT_OUT)
     served: ServedModel | None = field(default=None, metadata=LEFT_OUT)
+    attention: Attention | None = field(default=None, metadata=LEFT_OUT)
 
     @property
     def identity(self) -> str:
@@ -1369,8 +1372,10 @@ def cell_id(checkpoint: Checkpoint, decoder: DecoderSpec, workload: Workload, ex
 
 def cell_identity(checkpoint: Checkpoint, decoder: DecoderSpec, workload: Workload) -> dict[str, object]:
     """What :func:`cell_id` hashes, without ``extra``."""
+    attention = [] if checkpoint.attention is None else [checkpoint.attention]
+    device = checkpoint.devices[0].split(":")[0]
     return {
-        "checkpoint": [checkpoint.identity, checkpoint.tower, checkpoint.dtype, checkpoint.devices[0].split(":")[0]],
+        "checkpoint": [checkpoint.identity, checkpoint.tower, checkpoint.dtype, device, *attention],
         "decoder": to_json(decoder),
         "workload": to_json(workload),
     }

@@ -36,7 +36,7 @@ class Source:
     the default branch), the ``commit`` behind it once that is known, and once it is located the ``folder`` of its
     files. Such a folder that is named by its path in the Hugging Face cache has ``repo`` and ``commit``, too. An
     ``endpoint`` has the ``url`` that follows ``openai:``. ``trust_remote_code``: Python code that comes with its files
-    may be run.
+    may be run. ``attention`` is how a Hugging Face model computes it, where that is said.
     """
 
     kind: Literal["folder", "hub", "endpoint"]
@@ -47,6 +47,7 @@ class Source:
     revision: str | None = None
     commit: str | None = None
     trust_remote_code: bool = False
+    attention: str | None = None
 
     def __str__(self) -> str:
         """How errors name it."""
@@ -71,7 +72,9 @@ SHIPPED_PAIR = Source(kind="folder", name=SHIPPED, folder=data_path("miniature",
 GivenModel = str | os.PathLike[str] | Source
 
 
-def read_source(given: GivenModel, revision: str | None = None, *, trust_remote_code: bool = False) -> Source:
+def read_source(
+    given: GivenModel, revision: str | None = None, *, trust_remote_code: bool = False, attention: str | None = None
+) -> Source:
     """What a user's text means: an existing folder of that path, the shipped pair's name, an endpoint, a hub name.
 
     A hub name may end with ``@revision``; ``revision`` beside it then says the same, or which commit that was. Nothing
@@ -87,6 +90,8 @@ def read_source(given: GivenModel, revision: str | None = None, *, trust_remote_
     source = given if isinstance(given, Source) else _read(given)
     if trust_remote_code:
         source = dataclasses.replace(source, trust_remote_code=True)
+    if attention is not None:
+        source = dataclasses.replace(source, attention=attention)
     if revision is None:
         return source
     if source.kind != "hub" or source.repo is None:

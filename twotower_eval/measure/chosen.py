@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from twotower_eval.errors import UserError
 from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, each_baseline, named_baselines
 from twotower_eval.plan_baselines import PREFIX
 from twotower_eval.plan_sources import baseline_source, model_source
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from twotower_eval.engine.models.protocol import Model
 
 P = TypeVar("P", RunPlan, SpeedPlan, VerifyPlan)
+FOREIGN_FAMILY = "transformers"
 USUAL_BATCH = 8
 MAX_BATCH = 256  # larger ones gain nothing: by then weights are read for more rows than a step needs
 
@@ -43,6 +45,7 @@ def without_auto(plan: P) -> tuple[P, tuple[Chosen, ...]]:
     """
     candidate = _model("candidate", None, model_source(plan), plan.family, plan.devices[0], plan.dtype)
     models = [candidate, *_baselines(plan)]
+    _check_attention(plan, models)
     found: list[Chosen] = []
     models = list(_on_devices(models, found))
     models = list(_in_dtypes(models, found))
@@ -57,6 +60,20 @@ def without_auto(plan: P) -> tuple[P, tuple[Chosen, ...]]:
         changes["decoder"] = decoder.value
     made = dataclasses.replace(plan, **changes)
     return made, tuple(_joined(_named(made, found), len(models)))
+
+
+def _check_attention(plan: RunPlan | SpeedPlan | VerifyPlan, models: Sequence[_Model]) -> None:
+    """UserError for an attention that is asked of no Hugging Face model."""
+    if plan.attention is not None and not any(model.family == FOREIGN_FAMILY for model in models):
+        raise UserError(f"attention {plan.attention!r} has no effect: no model here is a Hugging Face model; drop it")
+    if isinstance(plan, VerifyPlan):
+        return
+    for one, model in zip(each_baseline(plan), models[1:], strict=True):
+        if one.baseline_attention is not None and model.family != FOREIGN_FAMILY:
+            raise UserError(
+                f"baseline_attention {one.baseline_attention!r} has no effect: {one.baseline} is no Hugging Face "
+                "model; drop it"
+            )
 
 
 def size_without_auto(plan: SizingPlan) -> tuple[SizingPlan, tuple[Chosen, ...]]:

@@ -125,6 +125,7 @@ def checkpoints_frame(runs: Runs) -> pd.DataFrame:
             "sha256": checkpoint.digest,
             "dtype": checkpoint.dtype,
             "weights": None if checkpoint.quantisation is None else str(checkpoint.quantisation),
+            "attention": checkpoint.attention,
             "devices": ", ".join(checkpoint.devices),
         }
         for checkpoint, arms in _arms(runs).items()
@@ -144,6 +145,8 @@ def _checkpoints(runs: Runs, frame: pd.DataFrame) -> str:
     ]
     if "weights" in frame and frame["weights"].notna().any():
         columns.insert(-1, Column(header="weights", show=optional("weights", escape)))
+    if frame["attention"].notna().any():
+        columns.insert(-1, Column(header="attention", show=optional("attention", code)))
     beside = [_served(checkpoint, one) for checkpoint in _arms(runs) if (one := checkpoint.served) is not None]
     beside += list(dict.fromkeys(_files(checkpoint) for checkpoint in _arms(runs) if checkpoint.files))
     beside += dict.fromkeys(_foreign(checkpoint) for checkpoint in _arms(runs) if checkpoint.foreign_code)

@@ -108,6 +108,7 @@ def load_model(
     family: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    attention: str | None = None,
     tokenizer: GivenModel | None = None,
     request_timeout: float | None = None,
     other: Model | None = None,
@@ -120,16 +121,19 @@ def load_model(
     :class:`Model` alone. ``devices`` places the towers, context first. ``family`` is a key of ``FAMILIES``, a name that
     an installed package registers, or a ``"module:function"`` (see docs/family.md); by default the folder's config.json
     decides. ``revision`` is a branch, tag or commit on the hub. ``trust_remote_code`` runs the code of a model that
-    brings its own. An endpoint's tokens are counted with ``tokenizer``, a folder, else with that of the ``other`` arm;
-    its server may be silent for ``request_timeout`` seconds. Raises UserError with one line that says what is wrong
-    with the checkpoint, with such code, or with the server.
+    brings its own. ``attention`` is how a Hugging Face model computes it: ``sdpa``, ``eager``, ``flash_attention_2``
+    or ``flex_attention``. An endpoint's tokens are counted with ``tokenizer``, a folder, else with that of the
+    ``other`` arm; its server may be silent for ``request_timeout`` seconds. Raises UserError with one line that says
+    what is wrong with the checkpoint, with such code, or with the server.
     """
     import torch
 
     from twotower_eval.engine.models.choices import choose_dtype
     from twotower_eval.engine.models.identity import file_digests, folder_settings
 
-    source = _existing(read_source(path, revision, trust_remote_code=trust_remote_code))
+    source = _existing(read_source(path, revision, trust_remote_code=trust_remote_code, attention=attention))
+    if attention is not None and (family or family_of(source)) != "transformers":
+        raise UserError(f"{source} is no Hugging Face model, so attention {attention!r} has no effect on it: drop it")
     if source.kind == "endpoint" or family == ENDPOINT_FAMILY:
         return _connected(source, family, tokenizer, request_timeout, other)
     folder = source.files
@@ -144,7 +148,7 @@ def load_model(
     dtype = choose_dtype(folder, devices[0]).value if dtype == AUTO else dtype
     options = {"devices": devices, "dtype": getattr(torch, dtype), "tower": tower}
     if family == "transformers":
-        options["trust_remote_code"] = source.trust_remote_code
+        options |= {"trust_remote_code": source.trust_remote_code, "attention": source.attention}
     model = _loaded(source, family, cast("Callable[..., Model]", resolve(found_at)), options)
     stated = model.checkpoint if family in FAMILIES else dataclasses.replace(model.checkpoint, family=family)
     # What came with a transformers model and ran, or a family's own code.

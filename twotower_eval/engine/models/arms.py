@@ -79,14 +79,15 @@ def _load_once(
     tower: Literal["context"] | None = None,
 ) -> Model:
     family = models.family_of(model) if family is None else family
-    key = (read_source(model).place, dtype, tuple(devices), family, tower)
+    source = read_source(model)
+    key = (source.place, source.attention, dtype, tuple(devices), family, tower)
     if key not in loaded:
         loaded[key] = models.load_model(model, dtype=dtype, devices=devices, family=family, tower=tower)
     return loaded[key]
 
 
 def _is_same(one: Source, other: Source) -> bool:
-    return one.place == other.place and one.trust_remote_code == other.trust_remote_code
+    return (one.place, one.trust_remote_code, one.attention) == (other.place, other.trust_remote_code, other.attention)
 
 
 @dataclasses.dataclass(frozen=True)

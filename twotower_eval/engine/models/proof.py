@@ -22,7 +22,7 @@ from dataclasses import replace
 
 import torch
 
-from twotower_eval.engine.models import probes
+from twotower_eval.engine.models import probes, transformers_types
 from twotower_eval.engine.models.probes import (
     LIMITS,
     Pairs,
@@ -171,12 +171,26 @@ def _in_float32(model: TransformersModel) -> Iterator[None]:
     how = widening(model.inner, model.device)
     if how == "by layer":
         try:
-            with widened(model.inner, how):
+            with widened(model.inner, how), _wide_attention(model, how):
                 whole(model, (0, 0), 1)
         except ForwardError:
             how = None
-    with widened(model.inner, how):
+    with widened(model.inner, how), _wide_attention(model, how):
         yield
+
+
+@contextmanager
+def _wide_attention(model: TransformersModel, how: str | None) -> Iterator[None]:
+    """Torch's own attention in the place of kernels that take no float32, which are tried in their own dtype later."""
+    kernel = model.checkpoint.attention
+    if how is None or kernel not in transformers_types.HALF_ONLY:
+        yield
+        return
+    model.inner.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.inner.set_attn_implementation(kernel)
 
 
 @contextmanager

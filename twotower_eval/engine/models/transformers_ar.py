@@ -11,7 +11,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
@@ -19,6 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from twotower_eval.engine.models import transformers_types
 from twotower_eval.engine.models.checkpoint import (
     SINGLE_FILE,
     joint_digest,
@@ -34,7 +35,7 @@ from twotower_eval.engine.models.tokenizer import load_tokenizer
 from twotower_eval.engine.models.transformers_model import TransformersModel
 from twotower_eval.engine.models.transformers_types import CausalLM, Config, Loaded
 from twotower_eval.errors import FileError
-from twotower_eval.records import FileDigest, Quantisation
+from twotower_eval.records import HALF_PRECISION, Attention, FileDigest, Quantisation
 from twotower_eval.sources import FOREIGN
 from twotower_eval.strict import JsonObject
 
@@ -63,10 +64,12 @@ def load(
     dtype: torch.dtype,
     tower: Literal["context"] | None = None,
     trust_remote_code: bool = False,
+    attention: Attention | None = None,
 ) -> TransformersModel:
     """Load a causal language model. UserError with one line for whatever is wrong with the folder.
 
     ``trust_remote_code``: a class that comes with the folder is run; the checkpoint's ``files`` are then its code.
+    ``attention`` is transformers' ``attn_implementation``; None: its own choice.
     """
     if tower is not None:
         raise FileError(f"{folder}: is no two-tower checkpoint, so it has no context tower to take out")
@@ -76,8 +79,14 @@ def load(
     quantised = quantisation_of(data) is not None
     # Packed weights of some methods cannot be moved once they are loaded.
     place: dict[str, Any] = {"device_map": {"": devices[0]}} if quantised and devices[0] != "cpu" else {}
-    inner = _load_inner(folder, dtype, trust_remote_code=trust_remote_code, **place)
+    how: dict[str, Any] = {} if attention is None else {"attn_implementation": _known_attention(attention)}
+    inner = _load_inner(folder, dtype, trust_remote_code=trust_remote_code, **place, **how)
     inner = inner if place else inner.to(devices[0])
+    if attention in transformers_types.HALF_ONLY and str(dtype).removeprefix("torch.") not in HALF_PRECISION:
+        raise FileError(
+            f"{folder}: {attention} computes in bfloat16 and float16 only, not in {str(dtype).removeprefix('torch.')}: "
+            "give --dtype bfloat16, or another attention"
+        )
     model = TransformersModel(inner.eval().requires_grad_(False))
     digests = {name: tensor_digest(name, tensor) for name, tensor in stored_tensors(files)}
     model.context_digest = joint_digest({**digests, **(metadata_digests(files) if quantised else {})})
@@ -87,6 +96,7 @@ def load(
         digest=model.context_digest,
         files=_foreign_code(inner),
         quantisation=_quantisation(data, inner),
+        attention=attention,
     )
     model.vocab_size = inner.get_output_embeddings().weight.shape[0]
     model.tokenizer = load_tokenizer(folder, vocab_size=model.vocab_size, unnamed=_class_tokens)
@@ -95,6 +105,13 @@ def load(
     with _quiet():
         prove(model)
     return model
+
+
+def _known_attention(name: Attention) -> str:
+    """UserError for a name that is not among those of the plans: transformers would look it up on the hub."""
+    if name not in get_args(Attention):
+        raise FileError(f"attention {name!r} is unknown; choose from {', '.join(get_args(Attention))}")
+    return name
 
 
 def _quantisation(data: JsonObject, inner: CausalLM) -> Quantisation | None:

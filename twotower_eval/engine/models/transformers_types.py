@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch.nn import Embedding, Linear
 
 
+HALF_ONLY = ("flash_attention_2",)  # kernels of attention that take numbers of half precision alone
+
+
 class Config(Protocol):
     """A model's settings, or the part of them that is about text."""
 
@@ -74,6 +77,9 @@ class CausalLM(nn.Module):
 
         def generate(self, inputs: Tensor, **settings: object) -> Tensor:
             """Token ids (B, T), the prompt in front."""
+
+        def set_attn_implementation(self, attn_implementation: str) -> None:
+            """Compute attention by other kernels."""
 
         def get_input_embeddings(self) -> Embedding:
             """The table of tokens."""
