@@ -71,13 +71,15 @@ class TwoTowerLM(HarnessLM):
         self.spec: DecoderSpec = spec
 
     @classmethod
-    def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> TwoTowerLM:
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: Mapping[str, object] | None = None
+    ) -> TwoTowerLM:
         """From ``pretrained=org/name,threshold=0.9``."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @classmethod
     def create_from_arg_obj(
-        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+        cls, arg_dict: Mapping[str, object], additional_config: Mapping[str, object] | None = None
     ) -> TwoTowerLM:
         """From a dictionary; what lm-eval adds (batch size, device) gives way to it."""
         added = {name: value for name, value in (additional_config or {}).items() if value is not None}
