@@ -22,6 +22,7 @@ BENCHES = {
     "batching": "bench.batching:run",
     "drafts": "bench.drafts:run",
     "scoring": "bench.scoring:run",
+    "generation": "bench.generation:run",
     "opening": "bench.opening:run",
 }
 

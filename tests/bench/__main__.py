@@ -19,9 +19,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads [1]")
     parser.add_argument("--rounds", type=int, help=f"timed rounds [{bench.ROUNDS}, with --full {bench.FULL_ROUNDS}]")
     parser.add_argument("--full", action="store_true", help="the sizes of the published tables, not small ones")
-    parser.add_argument("--model", type=Path, help="scoring: folder of a Hugging Face causal model")
-    parser.add_argument("--data-dir", type=Path, help="scoring: files made by twotower-eval data prepare")
-    parser.add_argument("--limit", type=int, help="scoring: questions per task [12, with --full 200]")
+    parser.add_argument("--model", type=Path, help="scoring, generation: folder of a Hugging Face causal model")
+    parser.add_argument("--data-dir", type=Path, help="scoring, generation: files made by twotower-eval data prepare")
+    parser.add_argument(
+        "--limit", type=int, help="scoring, generation: questions per task [12 and 16, with --full 200 and 64]"
+    )
     given = vars(parser.parse_args(argv))
     try:
         bench.run(given.pop("names"), say=print, **given)

@@ -77,7 +77,7 @@ def run(*, rounds: int, full: bool, say: Say, model: Path, data_dir: Path, limit
     if not rounds <= limit:
         raise ValueError(f"{rounds} rounds need as many questions, and the limit is {limit}: raise --limit")
     comparisons = _comparisons(data_dir, limit)
-    hf, ours = _load_hf(model), load_model(model)
+    hf, ours = load_hf(model), load_model(model)
     for comparison in comparisons:
         say(_card(comparison, ours))
         _compare(comparison, hf, ours, rounds, say)
@@ -93,19 +93,20 @@ def _comparisons(data_dir: Path, limit: int) -> list[Comparison]:
     if (data_dir / "hellaswag").is_dir():
         found.append(Comparison(name="HellaSwag, endings", questions=_hellaswag(data_dir, limit)))
     if (data_dir / LETTERS).is_dir():
-        questions = _questions(LETTERS, {"num_fewshot": NUM_SHOTS}, data_dir, limit)
+        questions = questions_of(LETTERS, {"num_fewshot": NUM_SHOTS}, data_dir, limit)
         found.append(Comparison(name="MMLU anatomy, letters", questions=questions))
     if not found:
         raise ValueError(f"{data_dir} has neither hellaswag nor {LETTERS}: twotower-eval data prepare makes them")
     return found
 
 
-def _load_hf(model: Path) -> Any:
+def load_hf(model: Path, batch_size: int = 1) -> Any:
+    """lm-eval's hf on a folder. ValueError where it is not installed whole."""
     try:
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise ValueError(f"lm-eval's hf needs {error.name}: pip install 'lm-eval[hf]'") from error
-    return HFLM(pretrained=str(model), dtype="float32", device="cpu", batch_size=1)
+    return HFLM(pretrained=str(model), dtype="float32", device="cpu", batch_size=batch_size)
 
 
 def _hellaswag(data_dir: Path, limit: int) -> list[list[Any]]:
@@ -121,10 +122,11 @@ def _hellaswag(data_dir: Path, limit: int) -> list[list[Any]]:
         for split, found in (("train", shots), ("validation", chosen)):
             (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
         settings = {"num_fewshot": NUM_SHOTS, "fewshot_config": {"sampler": "first_n"}}
-        return _questions("hellaswag", settings, Path(name), limit)
+        return questions_of("hellaswag", settings, Path(name), limit)
 
 
-def _questions(name: str, settings: dict[str, Any], data_dir: Path, limit: int) -> list[list[Any]]:
+def questions_of(name: str, settings: dict[str, Any], data_dir: Path, limit: int) -> list[list[Any]]:
+    """The first ``limit`` documents of a task, each a list of its requests."""
     with lm_tasks.quiet():
         task = lm_tasks.load_task(name, settings, data_dir)
         instances = lm_tasks.build_instances(name, task, FEWSHOT_SEED)
@@ -160,7 +162,7 @@ def _compare(comparison: Comparison, hf: Any, model: Any, rounds: int, say: Say)
             requests = [request for question in block for request in question]
             for arm in list(arms)[:: -1 if number % 2 else 1]:
                 lm, embeddings, answers = arms[arm]
-                with _counting(embeddings, comparison.num_tokens[arm]):
+                with counting_tokens(embeddings, comparison.num_tokens[arm]):
                     wall_s, cpu_s, found = _timed(lm, requests)
                 comparison.wall_s[arm].append(wall_s)
                 comparison.cpu_s[arm].append(cpu_s)
@@ -215,7 +217,7 @@ def _embeddings(model: Any) -> Any:
 
 
 @contextmanager
-def _counting(embeddings: Any, counts: list[int]) -> Iterator[None]:
+def counting_tokens(embeddings: Any, counts: list[int]) -> Iterator[None]:
     """Count the tokens that a model reads, padding too."""
     handle = embeddings.register_forward_pre_hook(lambda _module, inputs: counts.append(inputs[0].numel()))
     try:

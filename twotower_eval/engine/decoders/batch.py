@@ -12,6 +12,7 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from twotower_eval.engine.decoders.beginnings import Beginnings, shared_beginnings
 from twotower_eval.engine.decoders.rows import (
     Clock,
     OnFinish,
@@ -24,7 +25,7 @@ from twotower_eval.engine.decoders.rows import (
     make_rules,
     padded_ids,
 )
-from twotower_eval.engine.models.counting import CountedContext, CountingModel
+from twotower_eval.engine.models.counting import CountedContext, CountingModel, joined
 from twotower_eval.engine.models.protocol import Model, two_tower
 from twotower_eval.records import CommitStep, Generation, Prompt
 
@@ -46,7 +47,8 @@ class Call:
 
     ``width`` is the maximum of rows per forward, ``capacity`` that of rows in progress. Prompts are prefilled ``width``
     at a time, so up to that many contexts wait for a place. ``steady`` keeps rows together that started together:
-    waiting prompts enter only when the last row of the batch has finished.
+    waiting prompts enter only when the last row of the batch has finished. ``ordered``: prompts of like length are
+    prefilled together, the longest first. ``share``: what prompts have in common at their beginning is read once.
     """
 
     def __init__(
@@ -60,6 +62,8 @@ class Call:
         capacity: int,
         steady: bool,
         on_finish: OnFinish | None,
+        ordered: bool = False,
+        share: bool = False,
     ) -> None:
         self.prompts, self.rules, self.clock = prompts, rules, clock
         self.width, self.capacity, self.steady, self.on_finish = width, capacity, steady, on_finish
@@ -68,6 +72,8 @@ class Call:
         self.noise = RowNoise(prompts)
         self.rows = [Row() for _ in prompts]
         self.waiting = list(range(len(prompts)))
+        self._ordered, self._share = ordered, share
+        self._beginnings: Beginnings | None = None
         self._read: CountedContext | None = None  # prefilled prompts, the first of which have places
         self._num_placed = 0
         self.generations: dict[int, Generation] = {}
@@ -94,9 +100,26 @@ class Call:
 
     def _prefill(self, without_last: int) -> CountedContext:
         """Prefill as many prompts as a forward serves."""
+        if self._share:
+            self._find_beginnings(without_last)
         new, self.waiting = self.waiting[: self.width], self.waiting[self.width :]
-        ids = [self.prompts[row].token_ids for row in new]
-        return self.counted.prefill(new, *padded_ids([row[: len(row) - without_last] for row in ids]))
+        if self._beginnings is None:
+            return self._read_whole(new, without_last)
+        parts = self._beginnings.prefill(new)
+        if alone := self._beginnings.alone(new):
+            parts.append(self._read_whole(alone, without_last))
+        return joined(parts)
+
+    def _read_whole(self, rows: Sequence[int], without_last: int) -> CountedContext:
+        ids = [self.prompts[row].token_ids for row in rows]
+        return self.counted.prefill(rows, *padded_ids([row[: len(row) - without_last] for row in ids]))
+
+    def _find_beginnings(self, without_last: int) -> None:
+        """Before the first prompts are read."""
+        self._share = False
+        self._beginnings = shared_beginnings(self.counted.model, self.counted, self.prompts, without_last=without_last)
+        if self._beginnings and self._ordered:
+            self.waiting = self._beginnings.in_order(self.waiting)
 
     def extended(self, context: CountedContext, going: Sequence[int], ids_BK: Tensor) -> CountedContext | None:
         """The context of the rows at ``going`` extended by their ids; None if no row continues."""
@@ -179,8 +202,13 @@ class BatchDecoder(Generic[ParamsT]):
         stop: Sequence[str] = (),
         max_batch_size: int | None = None,
         on_finish: OnFinish | None = None,
+        share_beginnings: bool = False,
     ) -> list[Generation]:
-        """See :class:`twotower_eval.engine.decoders.Decoder`."""
+        """See :class:`twotower_eval.engine.decoders.Decoder`.
+
+        ``share_beginnings``: what prompts have in common at their beginning is read once, by models that were proved to
+        go on from it. Never where a call is timed: each prompt costs there what it costs a user who brings it alone.
+        """
         rules = make_rules(self.model, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, stop=stop)
         check_prompts(self.model, prompts)
         width = check_batch_size(max_batch_size) or len(prompts)
@@ -188,6 +216,8 @@ class BatchDecoder(Generic[ParamsT]):
             width = 1
         steady = self._depends_on_neighbours or (len(prompts) > 1 and not self.model.joins_contexts)
         capacity = width if steady else self._capacity(width)
+        # Prompts of like length are prefilled together without padding, and the longest do not come last.
+        ordered = width < len(prompts) and not self._depends_on_neighbours
         call = Call(
             self.model,
             prompts,
@@ -196,10 +226,11 @@ class BatchDecoder(Generic[ParamsT]):
             width=width,
             capacity=capacity,
             steady=steady,
+            ordered=ordered,
+            share=share_beginnings and not self._depends_on_neighbours and (self.model.joins_contexts or width == 1),
             on_finish=on_finish,
         )
-        if width < len(prompts) and not self._depends_on_neighbours:
-            # Prompts of like length are prefilled together without padding, and the longest do not come last.
+        if ordered:
             call.waiting.sort(key=lambda row: -len(prompts[row].token_ids))
         if prompts:
             self._decode(call)

@@ -18,6 +18,14 @@ WELL_FILLED = 256  # tokens of a pass, with padding, above which it is no faster
 LEAST_FILL = 0.75  # of the longest row
 
 
+def common_length(one: Sequence[int], other: Sequence[int], start: int = 0) -> int:
+    """How long the common beginning is, known to be at least ``start``."""
+    for at in range(start, min(len(one), len(other))):
+        if one[at] != other[at]:
+            return at
+    return min(len(one), len(other))
+
+
 @dataclass
 class Branch:
     """A segment as read by rows. ``wanted``: positions in ``tokens``, and the number of the result at each."""

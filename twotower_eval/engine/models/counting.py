@@ -51,6 +51,10 @@ class CountedContext:
                 chosen.append(part.select(within))
         return CountedContext(chosen)
 
+    def repeated(self, rows: Sequence[int]) -> CountedContext:
+        """The context of this single row, for each of the given rows."""
+        return CountedContext([whole(self.inner.select([0] * len(rows)), rows)])
+
     def cut(self, num_fewer_B: Sequence[int], logits_BV: Tensor) -> CountedContext | None:
         """The context without each row's last tokens, see :class:`protocol.Verifying`; None where it cannot be cut."""
         cut: Callable[..., Context | None] = getattr(self.inner, "cut", lambda *_: None)
@@ -96,6 +100,11 @@ class Part:
 def whole(context: Context, rows: Sequence[int]) -> Part:
     """A context of just these rows."""
     return Part(context, len(rows), tuple(rows), tuple(range(len(rows))))
+
+
+def joined(contexts: Sequence[CountedContext]) -> CountedContext:
+    """The context of all rows of several."""
+    return contexts[0] if len(contexts) == 1 else CountedContext([part for one in contexts for part in one._parts])
 
 
 def _gathered(parts: Sequence[Part]) -> Context:

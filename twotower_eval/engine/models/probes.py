@@ -235,6 +235,22 @@ def rows_together(model: TransformersModel, probe: Probe) -> Pairs:
     yield model.next_logits(context), _behind(probe, rows)
 
 
+def beginnings(model: TransformersModel, probe: Probe) -> Pairs:
+    """Rows that go on from one beginning, two by several tokens in one pass, another by fewer; where contexts can be
+    joined, beside each other from then on."""
+    start = max(1, probe.at - 2)
+    beginning = model.prefill(_ids(probe.row[:start]))
+    several = torch.tensor([tokens[start : probe.at + 2] for tokens in (probe.row, probe.row)])
+    two = model.extend(beginning.select([0, 0]), several)
+    yield model.next_logits(two), probe.behind(probe.at + 2).expand(2, -1)
+    one = model.extend(beginning.select([0]), _ids(probe.row[start : probe.at]))
+    yield model.next_logits(one), probe.behind(probe.at)
+    if model.joins_contexts:
+        rows = [(probe.row, probe.at + 2), (probe.row, probe.at + 2), (probe.row, probe.at)]
+        context, rows = _stepped(model, two.join(one), rows)
+        yield model.next_logits(context), _behind(probe, rows)
+
+
 def passes(model: TransformersModel, probe: Probe) -> Pairs:
     """Whole rows in one pass: each beside a longer one, then another number of them."""
     three = model.context_logits(*_padded([probe.other, probe.row, probe.other[:1]]), last=2)

@@ -63,7 +63,7 @@ def prove(model: TransformersModel) -> None:
     Contexts beyond a length that was not tried are read the plain way. UserError if the model cannot be right.
     """
     model.run_by(replace(model.ways, options_packed=model.may_pack))
-    model.try_several = reads_several
+    model.try_several, model.try_beginnings = reads_several, goes_on
     with _refusing(model):
         with _in_float32(model):
             row = _prove(model)
@@ -161,6 +161,17 @@ def reads_several(model: TransformersModel) -> bool:
             ours.append(model.next_logits(context))
         theirs = [whole(model, row[: at + 1], 1) for at in range(known, len(row))]
         found = difference(torch.cat(ours), torch.cat(theirs), model.precision)
+    return found <= LIMITS[model.precision]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def goes_on(model: TransformersModel) -> bool:
+    """Whether rows that go on beside each other from a beginning that was read once, by several tokens in one pass,
+    give the logits of whole rows."""
+    found = math.inf
+    with suppress(ForwardError), _in_float32(model):
+        found = apart(probes.beginnings(model, _base_probe(model)), model.precision)
     return found <= LIMITS[model.precision]
 
 

@@ -151,6 +151,13 @@ class Remote(Model, Protocol):
     on_retry: Callable[[Retried], None]
 
 
+class ReadsOn(Model, Protocol):
+    """A model whose ``extend`` reads several tokens of each row in one pass, as it reads whole rows; see
+    :func:`reads_on`. ``verified_up_to``: the longest row for which that is known, None for any."""
+
+    verified_up_to: int | None
+
+
 class Family(Protocol[ContextT]):
     """A family's own class, whose contexts are of one kind."""
 
@@ -205,6 +212,11 @@ def verifying(model: Model, needed_by: str) -> Verifying:
 def remote(model: Model) -> Remote | None:
     """The model if it is behind a server, else None."""
     return cast(Remote, model) if getattr(model, "is_remote", False) else None
+
+
+def reads_on(model: Model) -> ReadsOn | None:
+    """The model if it goes on from a beginning that several rows share, rows beside each other, else None."""
+    return cast(ReadsOn, model) if getattr(model, "shares_beginnings", False) else None
 
 
 def text_codec(model: Model) -> TextCodec:

@@ -78,26 +78,39 @@ class CacheContext:
 
     def join(self, other: CacheContext) -> CacheContext:
         """The context of these rows, then of the other's; for caches of attention layers alone, padded on the left."""
-        tokens = self.tokens + other.tokens
-        shifted = [replace(part, rows=tuple(self.batch_size + row for row in part.rows)) for part in other.parts]
-        parts = [*self.parts, *shifted]
-        plain = [part for part in parts if part.cache is None]
-        cached = [part for part in parts if part.cache is not None]
-        if len(cached) == 2:
-            cached = [_joined(cached[0], cached[1], [len(row) for row in tokens])]
-        return CacheContext(tokens, (*cached, *plain))
+        return _joined([self, other])
+
+    @staticmethod
+    def gathered(parts: Sequence[tuple[CacheContext, Sequence[int]]]) -> CacheContext:
+        """The context of the given rows of several contexts, caches of all of them joined at once."""
+        return _joined([context.select(rows) for context, rows in parts])
 
 
-def _joined(ours: Part, theirs: Part, lengths: Sequence[int]) -> Part:
-    """Both as one, as wide as its longest row."""
-    rows = (*ours.rows, *theirs.rows)
+def _joined(contexts: Sequence[CacheContext]) -> CacheContext:
+    """All rows of several contexts, in that order."""
+    tokens = tuple(row for context in contexts for row in context.tokens)
+    parts: list[Part] = []
+    start = 0
+    for context in contexts:
+        parts += [replace(part, rows=tuple(start + row for row in part.rows)) for part in context.parts]
+        start += context.batch_size
+    plain = [part for part in parts if part.cache is None]
+    cached = [part for part in parts if part.cache is not None]
+    if len(cached) > 1 and len(contexts) > 1:
+        cached = [_joined_part(cached, [len(row) for row in tokens])]
+    return CacheContext(tokens, (*cached, *plain))
+
+
+def _joined_part(parts: Sequence[Part], lengths: Sequence[int]) -> Part:
+    """All as one, as wide as its longest row."""
+    rows = tuple(row for part in parts for row in part.rows)
     width = max(lengths[row] for row in rows)
-    assert ours.cache is not None
-    assert theirs.cache is not None
-    cache = forked(ours.cache)
-    cache.layers = [_joined_layer(*pair, width) for pair in zip(ours.cache.layers, theirs.cache.layers, strict=True)]
+    caches = [part.cache for part in parts if part.cache is not None]
+    cache = forked(caches[0])
+    layers = zip(*(one.layers for one in caches), strict=True)
+    cache.layers = [_joined_layer(of_parts, width) for of_parts in layers]
     padding = tuple(width - lengths[row] for row in rows)
-    return Part(rows, cache, padding, torch.cat([ours.last_logits_BV, theirs.last_logits_BV]))
+    return Part(rows, cache, padding, torch.cat([part.last_logits_BV for part in parts]))
 
 
 def keeps_all(layer: CacheLayer) -> bool:
@@ -138,16 +151,16 @@ def can_join(layers: Sequence[CacheLayer]) -> bool:
     return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
-def _joined_layer(ours: CacheLayer, theirs: CacheLayer, width: int) -> CacheLayer:
-    """Rows of both, all ``width`` columns wide: padding that nobody needs goes, what is missing is put on the left."""
-    layer = copy.copy(ours)
-    if not ours.is_initialized:  # a layer that shares another's keys keeps none
+def _joined_layer(layers: Sequence[CacheLayer], width: int) -> CacheLayer:
+    """Rows of all, ``width`` columns wide: padding that nobody needs goes, what is missing is put on the left."""
+    layer = copy.copy(layers[0])
+    if not layer.is_initialized:  # a layer that shares another's keys keeps none
         return layer
     kept = width
     if isinstance(layer, DynamicSlidingWindowLayer):
         kept, layer.cumulative_length = min(width, layer.sliding_window - 1), width
-    layer.keys = torch.cat([_fitted(ours.keys, kept), _fitted(theirs.keys, kept)])
-    layer.values = torch.cat([_fitted(ours.values, kept), _fitted(theirs.values, kept)])
+    layer.keys = torch.cat([_fitted(one.keys, kept) for one in layers])
+    layer.values = torch.cat([_fitted(one.values, kept) for one in layers])
     return layer
 
 

@@ -100,6 +100,8 @@ class TransformersModel(LanguageModel):
         self.may_pack = self.pads_left and keeps_all_keys(inner.config, layers)
         self.reads_several: bool | None = None  # in one pass behind a context; None: not tried yet
         self.try_several: Callable[[TransformersModel], bool] | None = None  # how that is tried; models.proof has it
+        self._goes_on: bool | None = None  # from a shared beginning; None: not tried yet
+        self.try_beginnings: Callable[[TransformersModel], bool] | None = None
         self._keeps_all = all(keeps_all(layer) for layer in layers)
         self._can_join = self.pads_left and can_join(layers)
         cached = self.cache_argument is not None
@@ -124,6 +126,15 @@ class TransformersModel(LanguageModel):
         if self.reads_several is None:
             self.reads_several = self.plain_beyond != 0 and self.try_several is not None and self.try_several(self)
         return self.reads_several
+
+    @property
+    def shares_beginnings(self) -> bool:
+        """Whether rows may go on beside each other from a beginning that was read once; tried once."""
+        if not (self.ways.cached and self.pads_left and self.plain_beyond != 0):
+            return False
+        if self._goes_on is None:
+            self._goes_on = self.try_beginnings is not None and self.try_beginnings(self)
+        return self._goes_on
 
     @property
     def verified_up_to(self) -> int | None:

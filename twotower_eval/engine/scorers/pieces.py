@@ -9,6 +9,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from twotower_eval.engine.models.context import common_length
 from twotower_eval.engine.models.protocol import Context, Model, Segment
 from twotower_eval.errors import UserError
 from twotower_eval.records import Likelihood
@@ -70,14 +71,6 @@ def plan(rows: Sequence[Row], max_tokens: int) -> list[Chunk]:
         chunks += [_chunk(rows, bundle, depth, path) for bundle in bundles if bundle]
         work += reversed(deeper)
     return chunks
-
-
-def common_length(one: Tokens, other: Tokens, start: int = 0) -> int:
-    """How long the common beginning is, known to be at least ``start``."""
-    for at in range(start, min(len(one), len(other))):
-        if one[at] != other[at]:
-            return at
-    return min(len(one), len(other))
 
 
 def _groups(rows: Sequence[Row], members: Sequence[int], depth: int) -> Iterator[tuple[list[int], int]]:

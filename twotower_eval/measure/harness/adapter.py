@@ -41,6 +41,7 @@ from twotower_eval.measure.harness.answers import (
     join_likelihoods,
     likelihood_row,
     missing_of,
+    shares_beginnings,
     with_repeats,
     witnessed_answer,
     witnessed_row,
@@ -120,6 +121,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         self.traced = traced
         self.witnessed, self.testify = witnessed, testify
         self._uncounted = UncountedForwards([model])
+        self._shares = decoder is not None and shares_beginnings(decoder, model)
 
     @property
     def eot_token_id(self) -> int:
@@ -256,7 +258,12 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     @property
     def _call(self) -> DecoderCall:
         assert self.decoder is not None, "a generation task without a decoder"
-        return DecoderCall(decoder=self.decoder, batch_size=self.batch_size, uncounted=self._uncounted)
+        return DecoderCall(
+            decoder=self.decoder,
+            batch_size=self.batch_size,
+            uncounted=self._uncounted,
+            shares_beginnings=self._shares,
+        )
 
     def _keep(self, request: Instance, key: Key, generation: Generation) -> None:
         self.journal.add(with_answer(generation_row(self.journal.cell, key, request, generation), self.model))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from twotower_eval.engine.decoders import Decoder
 from twotower_eval.engine.decoders.reported import (
@@ -17,7 +19,7 @@ from twotower_eval.engine.decoders.reported import (
     generating,
 )
 from twotower_eval.engine.models.counting import UncountedForwards, WatchedModel, watched_in_place
-from twotower_eval.engine.models.protocol import Model
+from twotower_eval.engine.models.protocol import Model, reads_on
 from twotower_eval.engine.models.witness import Tally
 from twotower_eval.errors import UserError
 from twotower_eval.measure.suites import instance_sha256, read_decoding_request, settings_text
@@ -146,13 +148,21 @@ def check_asked(request: Instance, key: Key, decoder: Decoder | None) -> None:
         )
 
 
+def shares_beginnings(decoder: Decoder, model: Model) -> bool:
+    """Whether a decoder reads once what prompts share, on a model that goes on from it as it reads whole rows. What the
+    model has to show for that it shows here, where no forwards are counted."""
+    return "share_beginnings" in inspect.signature(decoder.generate).parameters and reads_on(model) is not None
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderCall:
-    """Calls a decoder for texts; ``uncounted`` counts forwards that bypass the watched model."""
+    """Calls a decoder for texts; ``uncounted`` counts forwards that bypass the watched model. ``shares_beginnings``:
+    what prompts have in common is read once, as no clock runs."""
 
     decoder: Decoder
     batch_size: int
     uncounted: UncountedForwards
+    shares_beginnings: bool = False
 
     def __call__(
         self,
@@ -163,6 +173,7 @@ class DecoderCall:
         failed: Sequence[BaseException] = (),
     ) -> object:
         """The decoder's generations for prompts; ``failed`` collects what ``on_finish`` raised."""
+        more: dict[str, Any] = {"share_beginnings": True} if self.shares_beginnings else {}
         with self.uncounted.noted(watched), generating(self.decoder, asked.name, "--batch-size", failed):
             return self.decoder.generate(
                 prompts,
@@ -171,6 +182,7 @@ class DecoderCall:
                 stop=asked.stop,
                 max_batch_size=self.batch_size,
                 on_finish=on_finish,
+                **more,
             )
 
     def check(self, made: Sequence[Generation], asked: CallRequest, watched: WatchedModel) -> None:
