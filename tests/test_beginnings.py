@@ -183,6 +183,7 @@ def test_the_harness_shares_examples_and_gives_lm_evals_texts(folders: Any, monk
     requests = continued(prompts, ["\n"], budget=10)
     folder = folders("llama")
     model = load_model(folder)
+    ours = HarnessLM(model, decoder=make_decoder(model, "autoregressive"), batch_size=2)
     read: list[int] = []
     own = model.prefill
 
@@ -191,7 +192,6 @@ def test_the_harness_shares_examples_and_gives_lm_evals_texts(folders: Any, monk
         return own(ids_BS, *more)
 
     monkeypatch.setattr(model, "prefill", prefill)
-    ours = HarnessLM(model, decoder=make_decoder(model, "autoregressive"), batch_size=2)
     assert ours.generate_until(requests) == lm_evals_hf(folder).generate_until(requests, disable_tqdm=True)
     assert len(read) == 1  # the examples
     assert read[0] >= len(ours.tok_encode(examples)) - 1
