@@ -102,7 +102,7 @@ def test_help_imports_nothing_heavy(verb: list[str], record_property: Any) -> No
         (["claims"], "twotower-eval claims needs a command after it: check or audit"),
         (["data"], "twotower-eval data needs a command after it: prepare"),
         (["train"], "twotower-eval train needs a command after it: miniature"),
-        (["run", "--batch-size", "auto"], "--batch-size takes a whole number, not 'auto'"),
+        (["run", "--batch-size", "many"], "--batch-size takes a whole number or auto, not 'many'"),
         (["run", "--limit", "0.1"], "--limit takes a whole number, not '0.1'"),
         (["run", "--temperature", "warm"], "--temperature takes a number, not 'warm'"),
         (["run", "--dtype", "bf16"], "dtype 'bf16' is unknown; did you mean bfloat16?"),
@@ -204,10 +204,12 @@ def test_the_default_that_help_shows_is_the_plans(verb: str) -> None:
             assert shown == option_of(PLANS[verb], field.name)[0].unset, field.name
             continue
         if field.default is True:
-            assert (shown, option.secondary_opts) == (field.name, [f"--no-{field.name}"])
+            assert (shown, option.secondary_opts) == (field.name, [f"--no-{field.name.replace('_', '-')}"])
             continue
         hint = get_type_hints(PLANS[verb])[field.name]
         given = float(shown) if hint is float else int(shown) if hint is int else shown
+        if field.name == "baseline":  # an option that may be given several times
+            given = [shown]
         assert cli.options.read(PLANS[verb], field.name, given) == field.default, field.name
 
 
@@ -356,22 +358,28 @@ def test_report_takes_the_newest_run_of_each_verb(
 
     calls: list[Any] = []
 
-    def write(paths: list[Path], out: Path, **options: Any) -> Path:
-        calls.append((list(paths), out, options))
+    def read(paths: list[Path], claims: str | None) -> Any:
+        calls.append([list(paths), claims])
+        return reading(paths)
+
+    def write_of(runs: Any, out: Path, **options: Any) -> Path:
+        calls[-1] += [out, options]
         return out / "id"
 
-    monkeypatch.setattr(report, "write", write)
+    reading = report.read
+    monkeypatch.setattr(report, "read", read)
+    monkeypatch.setattr(report, "write_of", write_of)
     path = make_run(tmp_path / "results", RunPlan())
     monkeypatch.chdir(tmp_path)
     assert cli.main(["report"]) == 0
     assert cli.main(["report", path.name, "--out", "elsewhere", "--section", "a:b", "--section", "c"]) == 0
     assert cli.main(["report", "--html", "--format", "csv", "--claims", "mine.toml"]) == 0
     there = Path("results") / path.name
-    plain = {"sections": None, "claims": None, "html": False, "csv": False}
+    plain = {"sections": None, "html": False, "csv": False, "model_card": False}
     assert calls == [
-        ([there], Path("reports"), plain),
-        ([there], Path("elsewhere"), plain | {"sections": ["a:b", "c"]}),
-        ([there], Path("reports"), plain | {"html": True, "csv": True, "claims": "mine.toml"}),
+        [[there], None, Path("reports"), plain],
+        [[there], None, Path("elsewhere"), plain | {"sections": ["a:b", "c"]}],
+        [[there], "mine.toml", Path("reports"), plain | {"html": True, "csv": True}],
     ]
     said = capsys.readouterr()
     assert said.out == "reports/id/report.md\nelsewhere/id/report.md\nreports/id/report.html\n"

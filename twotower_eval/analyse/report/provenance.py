@@ -132,6 +132,11 @@ def checkpoints_frame(runs: Runs) -> pd.DataFrame:
     )
 
 
+def _says(frame: pd.DataFrame, name: str) -> bool:
+    """Whether any row says something there; without rows there is no such column."""
+    return name in frame and bool(frame[name].notna().any())
+
+
 def _checkpoints(runs: Runs, frame: pd.DataFrame) -> str:
     columns = [
         Column(header="checkpoint", show=words("checkpoint")),
@@ -143,9 +148,9 @@ def _checkpoints(runs: Runs, frame: pd.DataFrame) -> str:
         Column(header="dtype", show=words("dtype")),
         Column(header="devices", show=words("devices")),
     ]
-    if "weights" in frame and frame["weights"].notna().any():
+    if _says(frame, "weights"):
         columns.insert(-1, Column(header="weights", show=optional("weights", escape)))
-    if frame["attention"].notna().any():
+    if _says(frame, "attention"):
         columns.insert(-1, Column(header="attention", show=optional("attention", code)))
     beside = [_served(checkpoint, one) for checkpoint in _arms(runs) if (one := checkpoint.served) is not None]
     beside += list(dict.fromkeys(_files(checkpoint) for checkpoint in _arms(runs) if checkpoint.files))

@@ -94,7 +94,7 @@ def check_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # torch raises either
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].partition(". ")[0]  # behind it torch lists every backend
         raise UserError(f"device {name!r} cannot be used here: {reason}") from error
 
 
