@@ -19,6 +19,7 @@ import msgspec
 
 from twotower_eval.errors import FileError, UserError
 from twotower_eval.records import (
+    LEFT_OUT,
     MOST,
     SUMMED_AGGREGATIONS,
     Aggregate,
@@ -220,13 +221,15 @@ def check_number(name: str, value: object) -> None:
 def line_reader(cls: type[T]) -> Callable[[bytes, str], T]:
     """A function from a journal's line and its place to a record; UserError, with the place, if it is none."""
     decode, contradiction = msgspec.json.Decoder(cls, strict=True).decode, CONTRADICTIONS.get(cls)
+    unsaid = _unsaid(cls)
 
     def read(line: bytes, where: str) -> T:
         try:
             record = decode(line)
         except (msgspec.DecodeError, RecursionError):
             return _placed(where, from_json, cls, parse_object(line, where))
-        if not _begins(ENCODE(record), line):
+        written = ENCODE(record)
+        if not (_begins(written, line) or _begins(unsaid(b"", written), line)):
             _placed(where, _check_surplus, cls, _object_of(line, where), msgspec.to_builtins(record))
         if contradiction is not None and (said := contradiction(record)):
             raise FileError(f"{where}: {cls.__name__}: {said}")
@@ -245,6 +248,27 @@ def _begins(written: bytes, line: bytes) -> bool:
         return True
     said = line.rstrip(b"}")
     return written.startswith(said) and written[len(said) : len(said) + 1] == b","
+
+
+def _unsaid(cls: type) -> Callable[[bytes, bytes], bytes]:
+    """A substitution for what msgspec writes of fields that journals leave out where they are None, in this record and
+    in those that it holds. A quote inside a text is escaped, so that no text is taken for such a field."""
+    names, seen, rest = set[str](), set[type](), [cls]
+    while rest:
+        found = rest.pop()
+        seen.add(found)
+        for field in fields(found):
+            names |= {field.name} if field.metadata == LEFT_OUT else set()
+        rest += [
+            part for hint in typing.get_type_hints(found).values() for part in _dataclasses_in(hint) if part not in seen
+        ]
+    return re.compile(rb',"(?:%s)":null' % b"|".join(name.encode() for name in sorted(names or {""}))).sub
+
+
+def _dataclasses_in(hint: object) -> list[type]:
+    """The records that an annotation names."""
+    own = [hint] if isinstance(hint, type) and is_dataclass(hint) else []
+    return own + [part for argument in typing.get_args(hint) for part in _dataclasses_in(argument)]
 
 
 def _object_of(line: bytes, where: str) -> dict[str, object]:
