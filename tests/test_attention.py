@@ -46,6 +46,7 @@ def test_attention_that_is_not_there_is_one_line(llama: Path, monkeypatch: pytes
 
     assert "attention 'fast' is unknown; choose from sdpa, eager, flash" in told(llama, "fast")
     assert "FlashAttention2 has been toggled on, but" in told(llama, "flash_attention_2")
+    assert "flex_attention compiles anew for every length on a CPU" in told(llama, "flex_attention")
     assert "no Hugging Face model, so attention 'sdpa' has no effect" in told("miniature", "sdpa")
     monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "sdpa", _raising)
     assert "cannot be run, not even without a cache: its forward raised RuntimeError: no kernel" in told(llama, "sdpa")

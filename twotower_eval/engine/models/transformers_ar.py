@@ -80,6 +80,8 @@ def load(
     # Packed weights of some methods cannot be moved once they are loaded.
     place: dict[str, Any] = {"device_map": {"": devices[0]}} if quantised and devices[0] != "cpu" else {}
     how: dict[str, Any] = {} if attention is None else {"attn_implementation": _known_attention(attention)}
+    if attention == "flex_attention" and devices[0] == "cpu":  # not loaded after two minutes: a kernel for every length
+        raise FileError(f"{folder}: flex_attention compiles anew for every length on a CPU: take sdpa or eager there")
     inner = _load_inner(folder, dtype, trust_remote_code=trust_remote_code, **place, **how)
     inner = inner if place else inner.to(devices[0])
     if attention in transformers_types.HALF_ONLY and str(dtype).removeprefix("torch.") not in HALF_PRECISION:
