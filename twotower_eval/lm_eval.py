@@ -30,7 +30,7 @@ from twotower_eval.names import did_you_mean
 from twotower_eval.plan import RunPlan
 from twotower_eval.records import AUTO, DecoderSpec, LikelihoodKind
 
-LOADING = ("pretrained", "revision", "dtype", "device", "devices", "tower", "family", "trust_remote_code")
+LOADING = ("pretrained", "revision", "dtype", "device", "devices", "tower", "family", "trust_remote_code", "attention")
 RUNNING = ("decoder", "likelihood", "batch_size", "max_batch_size", "seed")
 
 

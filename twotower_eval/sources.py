@@ -24,8 +24,6 @@ ENDPOINT = "openai:"  # what the name of a server's model begins with
 SHOWN_COMMIT = 8  # digits of a commit in a name; the report has all of them beside the checkpoint
 CACHED = re.compile(r"models--(.+)")  # the folder of a repository in the Hugging Face cache; its snapshots lie below
 HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
-SHOWN_COMMIT = 8  # digits of a commit in a name; the report shows all of them beside the checkpoint
-CACHED = re.compile(r"models--(.+)")  # the folder of a repository in the Hugging Face cache; its snapshots lie below
 
 
 @dataclass(frozen=True, kw_only=True)
