@@ -122,11 +122,14 @@ def resumed(folder: Path, kind: str, params: dict[str, Any], **plan: Any) -> Run
     return plan_of(RunPlan, None, made.write(folder, manifest, []), {})
 
 
+PAIRS = cross_decoders(RunPlan())[0]  # what a pair is decoded by unless a plan says otherwise
+
+
 def test_an_older_run_goes_on_as_it_was(tmp_path: Path) -> None:
     """A decoder that has the parameter was run with what the manifest says; one that lacks it was not."""
     kind = "a_package:All"
     assert resumed(tmp_path / "a", "mock_ar", {"temperature": 0.0}) == RunPlan(decoder="mock_ar")
-    assert resumed(tmp_path / "b", "block_diffusion", cross_decoders(RunPlan())[0].params) == RunPlan()  # type: ignore[arg-type]
+    assert resumed(tmp_path / "b", "block_diffusion", PAIRS.params) == RunPlan(decoder=PAIRS.kind)  # type: ignore[arg-type]
     params = {"block_size": 16, "steps_per_block": 16, "threshold": 0.8, "temperature": 0.0}
     plan = resumed(tmp_path / "c", kind, params)
     assert [dict(spec.params) for spec in cross_decoders(plan)] == [params]
@@ -154,7 +157,7 @@ def test_an_older_runs_command_can_be_typed(kind: str, params: Any, options: str
 
 
 def test_the_report_prints_it(tmp_path: Path) -> None:
-    plan = {**to_json(RunPlan(tasks=("arithmetic",))), **OLD}
+    plan = {**to_json(RunPlan(tasks=("arithmetic",), decoder=PAIRS.kind)), **OLD}
     path = made.quality_run(tmp_path, num_docs=20, tasks=("arithmetic",), plan=plan)
     folder = report.write([path], tmp_path / "reports", sections=["reproduce"])
     assert "twotower-eval run --tasks arithmetic --out" in (folder / "report.md").read_text(encoding="utf-8")

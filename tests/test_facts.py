@@ -170,6 +170,19 @@ SENTENCES = {"reason", "remark", "warning", "message", "method", "detail", "labe
 SENTENCES |= {"reasons", "remarks", "warnings", "messages", "said", "told", "words", "why", "title", "header"}
 # What looks into a text -> why that is no sentence of our own. Modules may be joined, so files are not named.
 ALLOWED = {
+    "text.removeprefix(ENDPOINT)": "what a user typed",
+    "text.startswith(ENDPOINT)": "what a user typed",
+    "baseline_name(self).startswith(ENDPOINT)": "what a user typed",
+    "text.partition('@')": "what a user typed",
+    "text.partition(':')": "what a user typed",
+    "text.startswith('{')": "what a user typed",
+    "text.split(one, 1)": "a model's answer",
+    "text.removeprefix(codec.decode_with_special([bos]))": "a prompt",
+    "text.startswith(before)": "a prompt",
+    "'error' in said": "a key of a server's document",
+    "quantised.method.partition('_')": "a library's name in a config.json",
+    "re.findall('\\\\w+', str(error))": "lm-eval's own error, which has no field",
+    "str(error).startswith(('Include cycle', 'Expected YAML dict'))": "lm-eval's own error, which has no field",
     "_WORDS.findall(text)": "a model's answer",
     "NEXT_ITEM.search(text)": "a model's answer",
     "_SPACES.sub(' ', text)": "a model's answer",

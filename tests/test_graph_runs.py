@@ -232,7 +232,9 @@ def test_a_timed_run_goes_on_with_the_same_steps_only(plan, requests, made, tmp_
 @pytest.mark.parametrize("verb", ["run", "speed"])
 def test_a_device_without_graphs_is_refused_before_anything_loads(verb, tmp_path, capsys):
     """The checkpoint is not even there."""
-    assert cli.main([verb, "--cuda-graphs", "--model", "nowhere", "--out", str(tmp_path / "r")]) == 2
+    assert (
+        cli.main([verb, "--cuda-graphs", "--devices", "cpu", "--model", "nowhere", "--out", str(tmp_path / "r")]) == 2
+    )
     assert "CUDA graphs need CUDA devices: name some with --devices" in capsys.readouterr().err
     assert cli.main([verb, "--cuda-graphs", "--devices", "cuda:0,cpu", "--out", str(tmp_path / "r")]) == 2
     assert "CUDA graphs need CUDA devices" in capsys.readouterr().err

@@ -340,7 +340,7 @@ def test_command_lines_are_made_plain() -> None:
 
 def test_an_unknown_format_is_refused(capsys) -> None:
     assert main(["report", "--format", "pdf"]) == 2
-    assert "--format can be csv, not 'pdf'" in capsys.readouterr().err
+    assert "--format can be csv, model-card or lm-eval, not 'pdf'" in capsys.readouterr().err
 
 
 # --- claims --------------------------------------------------------------------------------------------------------

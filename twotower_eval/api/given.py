@@ -129,7 +129,7 @@ def _values(cls: type, given: Mapping[str, object]) -> dict[str, object]:
     for name, value in given.items():
         if value is UNSET:
             continue
-        if isinstance(value, Mapping) and name == "set":
+        if isinstance(value, Mapping) and name in ("set", "baseline_set"):
             value = {str(key): as_tuple(held) for key, held in value.items()}
         values[name] = as_tuple(value) if name in listed and value is not None else value
     return values
