@@ -1,11 +1,14 @@
 """A checkpoint that brings its own classes: a causal language model that transformers does not know."""
 
 import json
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from hf_models import READING_VOCAB
 from safetensors.torch import save_file
+from transformers import dynamic_module_utils
 
 from twotower_eval.miniature.export import EOS_ID, write_tokenizer
 
@@ -60,6 +63,16 @@ def running_mean(states_BSH, mask_BS):
     return (states_BSH * kept).cumsum(1) / kept.cumsum(1).clamp(min=1) + states_BSH
 """
 CODE = {"configuration_own.py": CONFIGURATION, "modeling_own.py": MODELLING, "parts_own.py": PARTS}
+
+
+def use_modules(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Have transformers copy such code into this folder. A process has one such folder: what other tests imported from
+    theirs is forgotten, as its package would be looked into for ours."""
+    package = "transformers_modules"
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        del sys.modules[name]
+    monkeypatch.setattr(sys, "path", [one for one in sys.path if not (Path(one) / package).is_dir()])
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
 
 
 def save_own(folder: Path) -> Path:

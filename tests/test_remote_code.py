@@ -7,8 +7,7 @@ import pytest
 import torch
 import transformers
 from hf_models import save_reading
-from own_code import CODE, save_own
-from transformers import dynamic_module_utils
+from own_code import CODE, save_own, use_modules
 
 import twotower_eval as tt
 from twotower_eval import cli, store
@@ -25,7 +24,7 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def own(tmp_path: Path, modules: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
+    use_modules(monkeypatch, modules)
     monkeypatch.chdir(tmp_path)
     return save_own(tmp_path / "own")
 

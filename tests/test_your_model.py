@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 from fake_hub import files_in, use_cache, write_cache
 from hf_models import quantised, save_reading
-from own_code import save_own
+from own_code import save_own, use_modules
 from pages import DOCS, run_commands
-from transformers import dynamic_module_utils
 
 import twotower_eval as tt
 from twotower_eval import cli, store
@@ -34,7 +33,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def here(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     use_cache(monkeypatch, cache)
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(cache / "modules"))
+    use_modules(monkeypatch, cache / "modules")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
