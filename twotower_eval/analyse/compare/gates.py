@@ -302,8 +302,8 @@ def exercised_retention(point: QualityPoint) -> Measured:
     names = [task.name for task in point.tasks if task.exercises_decoder]
     if point.scores is None or not names:
         return Measured(estimate=None, reason="no task is scored through the candidate's decoder")
-    table = point.scores.table
-    weights_K, draws = table.weights_K(names), stats.draw_task_means(table)
+    table, draws = point.scores.table, point.scores.draws
+    weights_K = table.weights_K(names)
     rule = stats.retention_above_chance if _can_be_guessed(point) else stats.retention
     return measured(lambda: rule(table, draws, weights_K, level=DECISION_LEVEL))
 

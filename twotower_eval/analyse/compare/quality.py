@@ -232,7 +232,7 @@ def _headline_quality(scores: stats.PairedScores, pairs: list[Pair], answered_on
         fields = {"headline": none, "exercised": none, "mean_of_ratios": none, "leave_one_out": ()}
         chance = AgainstChance(standings=(), headline=none, exercised=none, clear_headline=none, clear_exercised=none)
         return {"tasks": (), "warnings": (), "chance": chance, **fields}
-    table, draws = scores.table, stats.draw_task_means(scores.table)
+    table, draws = scores.table, scores.draws
     flips = {found.task: found for found in stats.flips(scores)}
     standings = stats.standings(table)
     tasks = tuple(

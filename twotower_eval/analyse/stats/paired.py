@@ -45,6 +45,11 @@ class PairedScores:
         """The sums that everything else is computed from; a ValueError says what is wrong with the scores."""
         return _tabulate(self)
 
+    @cached_property
+    def draws(self) -> Draws:
+        """The table's bootstrap draws; several figures of one point share them."""
+        return draw_task_means(self.table)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScoreTable:
