@@ -25,6 +25,8 @@ DECODERS = {
     "draft": "twotower_eval.engine.decoders.draft:Draft",
     "mock_ar": "twotower_eval.engine.decoders.autoregressive:MockAR",
     "block_diffusion": "twotower_eval.engine.decoders.block_diffusion:BlockDiffusion",
+    "low_confidence": "twotower_eval.engine.decoders.low_confidence:LowConfidence",
+    "dream": "twotower_eval.engine.decoders.dream:Dream",
     "reference": "twotower_eval.engine.decoders.reference:Reference",
     "endpoint": "twotower_eval.engine.endpoints.decoder:EndpointDecoder",
 }

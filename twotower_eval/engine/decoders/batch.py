@@ -15,6 +15,7 @@ from torch import Tensor
 from twotower_eval.engine.decoders.beginnings import Beginnings, shared_beginnings
 from twotower_eval.engine.decoders.rows import (
     Clock,
+    Noise,
     OnFinish,
     RowNoise,
     Rules,
@@ -64,12 +65,13 @@ class Call:
         on_finish: OnFinish | None,
         ordered: bool = False,
         share: bool = False,
+        make_noise: Callable[[Sequence[Prompt]], Noise] = RowNoise,
     ) -> None:
         self.prompts, self.rules, self.clock = prompts, rules, clock
         self.width, self.capacity, self.steady, self.on_finish = width, capacity, steady, on_finish
         self.started = clock() if clock else 0.0
         self.counted = CountingModel(model, len(prompts))
-        self.noise = RowNoise(prompts)
+        self.noise = make_noise(prompts)
         self.rows = [Row() for _ in prompts]
         self.waiting = list(range(len(prompts)))
         self._ordered, self._share = ordered, share
@@ -186,6 +188,7 @@ class BatchDecoder(Generic[ParamsT]):
 
     KIND: ClassVar[str]
     NEEDS_DENOISER: ClassVar[bool] = True
+    make_noise: Callable[[Sequence[Prompt]], Noise] = RowNoise  # replaced where recorded draws are played back
 
     def __init__(self, model: Model, params: ParamsT, *, clock: Clock | None = None) -> None:
         if self.NEEDS_DENOISER:
@@ -229,6 +232,7 @@ class BatchDecoder(Generic[ParamsT]):
             ordered=ordered,
             share=share_beginnings and not self._depends_on_neighbours and (self.model.joins_contexts or width == 1),
             on_finish=on_finish,
+            make_noise=self.make_noise,
         )
         if ordered:
             call.waiting.sort(key=lambda row: -len(prompts[row].token_ids))

@@ -12,10 +12,16 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders.batch import BatchDecoder, Call, no_denoiser
-from twotower_eval.engine.decoders.rows import RowNoise, check_temperature, choose, on_host
+from twotower_eval.engine.decoders.rows import (
+    Noise,
+    check_counts,
+    check_not_negative,
+    check_temperature,
+    choose,
+    on_host,
+)
 from twotower_eval.engine.models.counting import CountedContext
 from twotower_eval.engine.models.protocol import two_tower
-from twotower_eval.errors import UserError
 from twotower_eval.records import CommitStep
 
 
@@ -56,12 +62,8 @@ class Params:
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
-        for name in ("block_size", "steps_per_block"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if not self.threshold >= 0:
-            raise UserError(f"threshold must be a number of at least 0, not {self.threshold}")
+        check_counts(self, "block_size", "steps_per_block")
+        check_not_negative(self, "threshold")
 
     @property
     def num_steps(self) -> int:
@@ -247,7 +249,7 @@ def _record(
 
 
 def _predict(
-    logits_BKV: Tensor, mask_id: int, temperature: float, noise: RowNoise, rows: Sequence[int]
+    logits_BKV: Tensor, mask_id: int, temperature: float, noise: Noise, rows: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Tokens and their probabilities at temperature 1, mask excluded, (B, K) each, where the logits are."""
     logits_BKV[..., mask_id] = -torch.inf

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -188,6 +189,22 @@ def check_temperature(temperature: float) -> None:
         raise UserError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
 
 
+def check_counts(params: object, *names: str) -> None:
+    """UserError unless each of these parameters is None or a whole number of at least 1."""
+    for name in names:
+        value = getattr(params, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def check_not_negative(params: object, *names: str) -> None:
+    """UserError unless each of these parameters is None or a number of at least 0."""
+    for name in names:
+        value = getattr(params, name)
+        if value is not None and not value >= 0:
+            raise UserError(f"{name} must be a number of at least 0, not {value!r}")
+
+
 def on_host(tokens: Tensor, confidence: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens and confidence on the host, with a single wait: the only one of a denoiser step."""
     if tokens.device.type == "cpu":
@@ -205,6 +222,16 @@ def unpacked(both: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return both[0].to(torch.int64), both[1].to(dtype)
 
 
+class Noise(Protocol):
+    """Where a call's random numbers come from: each row has a stream of its own."""
+
+    def gumbel(self, rows: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Standard Gumbel noise (len(rows), *shape)."""
+
+    def uniform(self, row: int, num: int) -> Tensor:
+        """So many numbers of [0, 1), float32."""
+
+
 class RowNoise:
     """Gumbel noise from one generator per row, seeded by its prompt, so that a row never depends on its neighbours.
 
@@ -219,8 +246,12 @@ class RowNoise:
         uniform = torch.stack([torch.rand(shape, generator=self.generators[row]) for row in rows])
         return -torch.log(-torch.log(uniform.clamp(min=1e-20, max=1 - 1e-7))).to(device)
 
+    def uniform(self, row: int, num: int) -> Tensor:
+        """So many numbers of [0, 1) from a row's stream, float32."""
+        return torch.rand(num, generator=self.generators[row])
 
-def choose(logits: Tensor, temperature: float, noise: RowNoise, rows: Sequence[int]) -> Tensor:
+
+def choose(logits: Tensor, temperature: float, noise: Noise, rows: Sequence[int]) -> Tensor:
     """Token ids (B, ...) from logits (B, ..., V): argmax, or a Gumbel-max sample of logits / temperature."""
     if temperature > 0:
         logits = logits / temperature + noise.gumbel(rows, tuple(logits.shape[1:]), logits.device)

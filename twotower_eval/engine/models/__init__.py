@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from twotower_eval.records import Checkpoint
 
 FAMILIES = {
+    "dream": "twotower_eval.engine.families.dream:load",
+    "llada": "twotower_eval.engine.families.llada:load",
     "nemotron_h": "twotower_eval.engine.models.checkpoint:load",
     "transformers": "twotower_eval.engine.models.transformers_ar:load",
     ENDPOINT_FAMILY: "twotower_eval.engine.endpoints.model:connect",
 }
+MODEL_TYPES = {"Dream": "dream"}  # model_type of a config.json -> family, where they are not the same
 SEAM = Seam(what="model family", form="package.module:load", shipped=FAMILIES)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -41,6 +44,7 @@ def family_of(path: GivenModel) -> str:
     if source.kind == "endpoint":
         return ENDPOINT_FAMILY
     kind = read_json(source.files / "config.json").get("model_type")
+    kind = MODEL_TYPES.get(str(kind), kind)
     if kind in FAMILIES and kind not in ("transformers", ENDPOINT_FAMILY):
         return str(kind)
     if kind not in SEAM.registered():

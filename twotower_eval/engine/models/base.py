@@ -30,7 +30,8 @@ class LanguageModel(nn.Module):
     prefilled together, so that a batch may admit new rows as others finish. ``branch_tokens`` is about the best number
     of tree tokens per call of ``tree_logits``; 0 if the model has no such method. ``rows_together``: prompts of a batch
     may run together. Contexts longer than ``plain_beyond`` are scored as whole rows. ``ways``: how a foreign model has
-    to be run to be right.
+    to be run to be right. ``reads_prompts``: whether ``prefill`` and ``extend`` are forwards; not where a family keeps
+    the tokens alone, and reads them in every call.
     """
 
     checkpoint: Checkpoint
@@ -47,3 +48,4 @@ class LanguageModel(nn.Module):
     rows_together: bool = True
     plain_beyond: int | None = None
     ways: Ways | None = None
+    reads_prompts: bool = True

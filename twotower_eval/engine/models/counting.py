@@ -119,6 +119,11 @@ def _gathered(parts: Sequence[Part]) -> Context:
     return first
 
 
+def reads_prompts(model: object) -> bool:
+    """Whether ``prefill`` and ``extend`` are forwards of this model."""
+    return bool(getattr(model, "reads_prompts", True))
+
+
 class CountingModel:
     """A model as decoders see it; counts ``num_context_forwards`` and ``num_denoiser_forwards`` per batch row."""
 
@@ -131,13 +136,15 @@ class CountingModel:
     def prefill(self, rows: Sequence[int], ids_BS: Tensor, lengths: Sequence[int]) -> CountedContext:
         """Prompts of the given rows."""
         context = self.model.prefill(ids_BS, lengths)
-        self._count(self.num_context_forwards, rows)
+        if reads_prompts(self.model):
+            self._count(self.num_context_forwards, rows)
         return CountedContext([whole(context, rows)])
 
     def extend(self, context: CountedContext, ids_BK: Tensor) -> CountedContext:
         """K more tokens for each row of the context."""
         extended = self.model.extend(context.inner, ids_BK)
-        self._count(self.num_context_forwards, context.rows)
+        if reads_prompts(self.model):
+            self._count(self.num_context_forwards, context.rows)
         return CountedContext([whole(extended, context.rows)])
 
     def extend_logits(

@@ -24,6 +24,7 @@ from twotower_eval.engine.models.context import Context as OwnContext
 from twotower_eval.engine.models.protocol import Context, Model, two_tower
 from twotower_eval.errors import UserError
 from twotower_eval.measure.verify.checks import CheckResult, not_checked, pass_or_fail
+from twotower_eval.measure.verify.replay import Reference, replay_results, replays
 from twotower_eval.names import plural
 from twotower_eval.records import Prompt
 from twotower_eval.strict import parse_json, read_utf8
@@ -60,7 +61,7 @@ def load_golden(folder: Path, model: Model, device: str) -> Golden:
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: --golden wants a folder of reference outputs")
     meta = parse_json(read_utf8(folder / DESCRIPTION), str(folder / DESCRIPTION), infinities=True)
-    if not isinstance(meta, dict) or not isinstance(meta.get("prompts"), dict):
+    if not isinstance(meta, dict) or not (replays(meta) or isinstance(meta.get("prompts"), dict)):
         raise UserError(f"{folder / DESCRIPTION}: no prompts are described in it")
     own = load_model(folder, device=device) if (folder / "config.json").is_file() else model
     try:
@@ -72,6 +73,9 @@ def load_golden(folder: Path, model: Model, device: str) -> Golden:
 
 def golden_results(golden: Golden) -> Iterator[CheckResult]:
     """Results for context, denoiser, states and tokens, each over everything that the folder holds."""
+    if replays(golden.meta):
+        yield from replay_results(golden.model, Reference(meta=golden.meta, tensors=golden.tensors))
+        return
     differences = {"golden_context": _context, "golden_denoiser": _denoiser, "golden_states": _states}
     for name, compare in differences.items():
         if name != "golden_context" and not golden.model.has_denoiser:

@@ -1,0 +1,128 @@
+"""Transformers' own Llama, Qwen2 and Qwen3 under masks and positions of ours.
+
+Diffusion families share these layers and differ in what a token may see: nothing is hidden, or whatever lies in later
+blocks. Shape letters: B rows, S new tokens, T key columns (those of the past first), V vocabulary, J key-value heads,
+D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from twotower_eval.engine.models.transformers_ar import LOAD_ERRORS
+from twotower_eval.engine.models.transformers_ar import _quiet as quiet
+from twotower_eval.engine.models.transformers_types import CausalLM, Loaded, Output
+from twotower_eval.errors import FileError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+KINDS = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # transformers' model_type -> the name of its classes
+
+
+@dataclass(frozen=True)
+class Past:
+    """Keys and values of all layers, each (B, J, T, D). A value: reading with it leaves it as it is."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @property
+    def num_columns(self) -> int:
+        """Key columns, padding included."""
+        return self.keys[0].shape[2]
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """Some rows, in that order."""
+        chosen = list(rows)
+        return type(self)(tuple(k[chosen] for k in self.keys), tuple(v[chosen] for v in self.values))
+
+    def first(self, num: int) -> Self:
+        """The first columns."""
+        return type(self)(tuple(k[:, :, :num] for k in self.keys), tuple(v[:, :, :num] for v in self.values))
+
+    def joined(self, other: Self) -> Self:
+        """These rows, then the other's, padded on the right to as many columns."""
+        width = max(self.num_columns, other.num_columns)
+        return type(self)(_stacked(self.keys, other.keys, width), _stacked(self.values, other.values, width))
+
+
+def _stacked(first: Sequence[Tensor], second: Sequence[Tensor], width: int) -> tuple[Tensor, ...]:
+    def wide(tensor: Tensor) -> Tensor:
+        return nn.functional.pad(tensor, (0, 0, 0, width - tensor.shape[2]))
+
+    return tuple(torch.cat([wide(a), wide(b)]) for a, b in zip(first, second, strict=True))
+
+
+class Backbone(nn.Module):
+    """A decoder of transformers with its head. Whoever calls it says what each token sees."""
+
+    def __init__(self, inner: CausalLM) -> None:
+        super().__init__()
+        self.inner = cast(nn.Module, inner)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.inner.parameters()).device
+
+    def read(
+        self, ids_BS: Tensor, positions_BS: Tensor, visible_BST: Tensor, past: Past | None = None
+    ) -> tuple[Tensor, Past]:
+        """Logits (B, S, V) float32 behind every token, and keys and values of the past's columns, then of these.
+
+        ``visible_BST`` says which key columns a token sees; a token that sees none is padding, and gets to see its own.
+        """
+        from transformers import DynamicCache
+
+        held = None if past is None else list(zip(past.keys, past.values, strict=True))
+        cache: Any = DynamicCache(ddp_cache_data=held)
+        before = 0 if past is None else past.num_columns
+        own_BST = torch.eye(ids_BS.shape[1], visible_BST.shape[2] - before, dtype=torch.bool, device=visible_BST.device)
+        blind_BS1 = ~visible_BST.any(2, keepdim=True)
+        seen_BST = visible_BST.clone()
+        seen_BST[:, :, before:] |= blind_BS1 & own_BST
+        device = self.device
+        output: Output = self.inner(
+            input_ids=ids_BS.to(device),
+            position_ids=positions_BS.to(device),
+            attention_mask=seen_BST[:, None].to(device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        kept = Past(tuple(layer.keys for layer in cache.layers), tuple(layer.values for layer in cache.layers))
+        return output.logits.float(), kept
+
+
+def load_backbone(
+    folder: Path, kind: str, settings: Mapping[str, object], tensors: Mapping[str, Tensor], *, dtype: torch.dtype, device: str
+) -> Backbone:
+    """Transformers' model of a kind of :data:`KINDS` with these settings and tensors, both by its own names.
+
+    FileError for names or shapes that do not fit. A tied head may be absent from the tensors.
+    """
+    import transformers
+
+    config = getattr(transformers, f"{KINDS[kind]}Config")(**settings, attn_implementation="sdpa")
+    model_class: Any = getattr(transformers, f"{KINDS[kind]}ForCausalLM")
+    try:
+        with quiet():
+            loaded: Loaded = model_class.from_pretrained(
+                None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+            )
+    except LOAD_ERRORS as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise FileError(f"{folder}: transformers cannot load it ({reason})") from error
+    inner, report = loaded
+    for problem, key in (("lacks", "missing_keys"), ("has unexpected", "unexpected_keys")):
+        names = sorted(map(str, report[key]))
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise FileError(f"{folder}: checkpoint {problem} tensor {names[0]}{more}; it does not fit its config.json")
+    return Backbone(inner.to(device).eval().requires_grad_(False))

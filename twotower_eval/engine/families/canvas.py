@@ -1,0 +1,86 @@
+"""Families without a cache: every call reads prompt and answer together, and nothing hides one token from another.
+
+Prompts are clamped: they stand before the block that is denoised and never change. Shape letters: B rows, S positions
+of a canvas (prompt and block), K block, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from twotower_eval.engine.models.base import LanguageModel
+from twotower_eval.errors import UserError
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of B rows. Nothing is computed for them until a canvas is read."""
+
+    rows: tuple[tuple[int, ...], ...]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each row."""
+        return tuple(len(row) for row in self.rows)
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """Some rows, in that order."""
+        return type(self)(tuple(self.rows[row] for row in rows))
+
+    def join(self, other: Self) -> Self:
+        """These rows, then the other's."""
+        return type(self)(self.rows + other.rows)
+
+
+class CanvasModel(LanguageModel):
+    """Base of these families: they define :meth:`canvas_logits`, and ``shift`` where row p of it predicts token
+    p + ``shift``."""
+
+    mask_token_id: int
+    has_denoiser = True
+    reads_prompts = False
+    shift = 0
+
+    def canvas_logits(self, ids_BS: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Raw logits (B, S, V) float32 of whole canvases, rows padded on the right to S positions."""
+        raise AssertionError(f"{type(self).__name__} does not define canvas_logits")
+
+    def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Tokens:
+        """The prompts as they are; no forward."""
+        lengths = [ids_BS.shape[1]] * len(ids_BS) if lengths_B is None else [int(length) for length in lengths_B]
+        return Tokens(tuple(tuple(row[:length]) for row, length in zip(ids_BS.tolist(), lengths, strict=True)))
+
+    def extend(self, context: Tokens, ids_BK: Tensor) -> Tokens:
+        """The rows with K more tokens each; no forward."""
+        return Tokens(tuple(row + tuple(new) for row, new in zip(context.rows, ids_BK.tolist(), strict=True)))
+
+    def denoise(self, block_BK: Tensor, context: Tokens, t_B: object = None) -> Tensor:
+        """Logits (B, K, V) float32 of the token at each position of the block, from one call over the whole canvas.
+
+        ``t_B`` has no effect: these families take no time.
+        """
+        rows = [row + tuple(block) for row, block in zip(context.rows, block_BK.tolist(), strict=True)]
+        lengths = [len(row) for row in rows]
+        padded = [row + (0,) * (max(lengths) - len(row)) for row in rows]
+        logits_BSV = self.canvas_logits(torch.tensor(padded), lengths)
+        first_B1 = torch.tensor(context.lengths)[:, None] - self.shift
+        places_BK = (first_B1 + torch.arange(block_BK.shape[1])).clamp(min=0)
+        return logits_BSV[torch.arange(len(rows))[:, None], places_BK.to(logits_BSV.device)]
+
+    def next_logits(self, context: Tokens) -> Tensor:
+        """Logits (B, V) of a single masked token behind each row: a forward, unlike that of a causal model."""
+        return self.denoise(torch.full((len(context.rows), 1), self.mask_token_id), context)[:, 0]
+
+    def context_logits(
+        self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None, *, last: int | None = None
+    ) -> Tensor:
+        """UserError: the model predicts a token from those on both sides of it."""
+        raise UserError(
+            f"{self.checkpoint.name} ({self.checkpoint.family}) has no causal log-likelihoods: "
+            "take --likelihood denoiser_left_to_right or bound"
+        )

@@ -1,0 +1,52 @@
+"""Dream: a Qwen2 whose tokens all see each other (Ye et al., arXiv 2508.15487). Logits at p predict the token at p + 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from twotower_eval.engine.families.backbone import Backbone, load_backbone
+from twotower_eval.engine.families.canvas import CanvasModel
+from twotower_eval.engine.families.settings import identify, transformers_settings, whole_number
+from twotower_eval.engine.models.checkpoint import read_json
+from twotower_eval.engine.models.identity import read_whole
+
+
+class Dream(CanvasModel):
+    """The network; ``backbone`` is transformers' Qwen2."""
+
+    shift = 1
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def canvas_logits(self, ids_BS: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Every token sees every token of its row; positions count from 0, and padding neither sees nor is seen."""
+        positions_S = torch.arange(ids_BS.shape[1])
+        real_BS = positions_S < torch.tensor(lengths)[:, None]
+        visible_BSS = real_BS[:, :, None] & real_BS[:, None, :]
+        return self.backbone.read(ids_BS, positions_S.expand_as(ids_BS), visible_BSS)[0]
+
+
+def load(
+    folder: Path, *, devices: tuple[str, ...], dtype: torch.dtype, tower: Literal["context"] | None = None
+) -> Dream:
+    """Load a checkpoint in the public layout. UserError for what is wrong with it."""
+    config = read_json(folder / "config.json")
+    tensors, checkpoint = read_whole(folder, family="dream", dtype=dtype, devices=devices[:1])
+    settings = transformers_settings(folder, config)
+    model = Dream(load_backbone(folder, "qwen2", settings, tensors, dtype=dtype, device=devices[0]))
+    return identify(
+        model,
+        folder,
+        config,
+        checkpoint,
+        vocab_size=whole_number(folder, config, "vocab_size"),
+        max_length=whole_number(folder, config, "max_position_embeddings"),
+        mask_token_id=whole_number(folder, config, "mask_token_id", default=151666),
+    )

@@ -1,0 +1,185 @@
+"""Replays of a diffusion family's reference outputs: forwards, sampler runs with the order of their commits, bounds.
+
+``golden.json`` names the family, and its ``forwards``, ``runs`` and likelihoods; tensors lie in ``golden.safetensors``
+beside it. What one family's entries mean is said in a file of that family, by functions that give a :class:`Compared`
+for each entry. An entry that its folder marks as not comparable is counted, and says why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from twotower_eval.engine.models.protocol import Model
+from twotower_eval.errors import UserError
+from twotower_eval.measure.verify.checks import CheckResult, not_checked, pass_or_fail
+from twotower_eval.names import Seam, plural, resolve
+from twotower_eval.records import Generation
+
+Kind = Literal["logits", "run", "count", "likelihood"]
+ATOL = RTOL = 5e-5  # of float32 logits, log-probabilities and losses: what another order of sums makes of them
+NAMES = ("golden_logits", "golden_runs", "golden_counts", "golden_likelihoods")
+REPLAYS = {
+    "dream": "twotower_eval.measure.verify.replay_canvas:dream",
+    "llada": "twotower_eval.measure.verify.replay_canvas:llada",
+}
+SEAM = Seam(what="family of reference outputs", form="package.module:replay", shipped=REPLAYS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A folder's description and tensors."""
+
+    meta: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    def tensor(self, name: object) -> Tensor:
+        """A tensor by name; what follows a space in the name is a remark. UserError where there is none."""
+        found = self.tensors.get(str(name).split(" ")[0])
+        if found is None:
+            raise UserError(f"golden.safetensors has no tensor {name!r}, which golden.json names")
+        return found
+
+    def entries(self, *keys: str) -> list[dict[str, Any]]:
+        """The entries of a list of the description; none where it has no such list."""
+        found = next((self.meta[key] for key in keys if key in self.meta), [])
+        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+            raise UserError(f"golden.json: {keys[0]} must be a list of tables")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One entry replayed. ``value`` is the largest difference of numbers; ``exact`` is for tokens and counts.
+
+    ``skipped`` says why an entry is not compared.
+    """
+
+    kind: Kind
+    name: str
+    value: float = 0.0
+    limit: float = 0.0
+    exact: bool = True
+    skipped: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether it agrees; NaN never does."""
+        return self.exact and self.value <= self.limit
+
+
+@dataclass(frozen=True)
+class Found:
+    """Entries of one kind so far."""
+
+    entries: list[Compared] = field(default_factory=list)
+
+    @property
+    def compared(self) -> list[Compared]:
+        """Those that are no quirk."""
+        return [entry for entry in self.entries if not entry.skipped]
+
+
+Replay = Callable[[Model, Reference], Iterator[Compared]]
+
+
+def replays(meta: Mapping[str, Any]) -> bool:
+    """Whether a description is that of a family's reference outputs."""
+    return isinstance(meta.get("family"), str)
+
+
+def replay_results(model: Model, reference: Reference) -> Iterator[CheckResult]:
+    """One result for logits, runs, counts and likelihoods each. UserError for a family without a replay."""
+    family = str(reference.meta["family"])
+    replay: Any = resolve(SEAM.place(family))
+    by_kind: dict[str, list[Compared]] = {"logits": [], "run": [], "count": [], "likelihood": []}
+    with torch.inference_mode():
+        for entry in replay(model, reference):
+            by_kind[entry.kind].append(entry)
+    for name, entries in zip(NAMES, by_kind.values(), strict=True):
+        yield _result(name, entries)
+
+
+def _result(name: str, entries: Sequence[Compared]) -> CheckResult:
+    compared = [entry for entry in entries if not entry.skipped]
+    skipped = [entry for entry in entries if entry.skipped]
+    left_out = f"; {len(skipped)} not comparable ({skipped[0].name}: {skipped[0].skipped})" if skipped else ""
+    if not compared:
+        return not_checked(name, f"the folder holds nothing of this kind{left_out}")
+    wrong = [entry for entry in compared if not entry.passed]
+    first = f"; not {wrong[0].name}" if wrong else ""
+    if name in ("golden_runs", "golden_counts"):
+        what = "runs give the same tokens" if name == "golden_runs" else "counts and orders of commits are the same"
+        detail = f"{len(compared) - len(wrong)} of {len(compared)} {what}{first}{left_out}"
+        return pass_or_fail(name, not wrong, detail, value=len(wrong), limit=0)
+    worst = max(compared, key=lambda entry: entry.value / (entry.limit or 1) if entry.value == entry.value else float("inf"))
+    what = plural(len(compared), "forward" if name == "golden_logits" else "value")
+    detail = f"{what}, the largest difference in {worst.name}{first}{left_out}"
+    return pass_or_fail(name, not wrong, detail, value=worst.value, limit=worst.limit)
+
+
+def logits(name: str, ours: Tensor, theirs: Tensor) -> Compared:
+    """Tensors of numbers, within the tolerances of float32."""
+    if ours.shape != theirs.shape:
+        raise UserError(f"golden {name} has shape {tuple(theirs.shape)}, the model gives {tuple(ours.shape)}")
+    return _close("logits", name, ours, theirs)
+
+
+def likelihood(name: str, ours: float | Tensor, theirs: float | Tensor) -> Compared:
+    """A log-likelihood or a bound, within the tolerances of float32."""
+    return _close("likelihood", name, torch.as_tensor(ours), torch.as_tensor(theirs))
+
+
+def _close(kind: Kind, name: str, ours: Tensor, theirs: Tensor) -> Compared:
+    ours, theirs = ours.double().cpu(), theirs.double()
+    apart = (ours - theirs).abs()
+    limit = ATOL + RTOL * float(theirs.abs().max())
+    return Compared(kind=kind, name=name, value=float(apart.max()), limit=limit)
+
+
+class Recorded:
+    """Recorded draws in place of a random stream, in the order in which they were made."""
+
+    def __init__(self, draws: Sequence[Tensor]) -> None:
+        self._draws = list(draws)
+
+    def uniform(self, row: int, num: int) -> Tensor:
+        """The next draw. UserError where the recording has another number of them."""
+        if not self._draws or self._draws[0].numel() != num:
+            raise UserError(f"golden.safetensors has no draw of {num} numbers where the decoder makes one")
+        return self._draws.pop(0).flatten()
+
+    def gumbel(self, rows: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Gumbel noise from the next draw."""
+        return -torch.log(-torch.log(self.uniform(0, len(rows) * math.prod(shape)).reshape(len(rows), *shape))).to(device)
+
+
+def tokens(name: str, ours: Sequence[int], theirs: Sequence[int], *, quirk: str = "") -> Compared:
+    """A sampler's tokens, exactly."""
+    return Compared(kind="run", name=name, exact=list(ours) == list(theirs), skipped=quirk)
+
+
+def counts(name: str, ours: object, theirs: object, *, quirk: str = "") -> Compared:
+    """Calls, or the order of commits, exactly."""
+    return Compared(kind="count", name=name, exact=ours == theirs, skipped=quirk)
+
+
+def quirk_of(run: Mapping[str, Any]) -> str:
+    """Why a run is not to be compared; empty for those that are."""
+    if run.get("compare") is False:
+        return "recorded to document a quirk"
+    return "its order hangs on how equal values are sorted" if run.get("tie_order_dependent") else ""
+
+
+def commit_calls(generation: Generation, length: int) -> list[int | None]:
+    """For each position behind the prompt the 1-based denoiser call that committed it; None: still masked."""
+    found: list[int | None] = [None] * length
+    for call, step in enumerate(generation.trace or (), 1):
+        for position in step.positions:
+            found[position] = call
+    return found
