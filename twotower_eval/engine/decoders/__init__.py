@@ -27,6 +27,7 @@ DECODERS = {
     "block_diffusion": "twotower_eval.engine.decoders.block_diffusion:BlockDiffusion",
     "low_confidence": "twotower_eval.engine.decoders.low_confidence:LowConfidence",
     "dream": "twotower_eval.engine.decoders.dream:Dream",
+    "sdar": "twotower_eval.engine.decoders.sdar:SDAR",
     "reference": "twotower_eval.engine.decoders.reference:Reference",
     "endpoint": "twotower_eval.engine.endpoints.decoder:EndpointDecoder",
 }

@@ -76,6 +76,7 @@ class Call:
         self.waiting = list(range(len(prompts)))
         self._ordered, self._share = ordered, share
         self._beginnings: Beginnings | None = None
+        self.read_up_to: Callable[[int], int] | None = None  # how much of a prompt is read before decoding; None: all
         self._read: CountedContext | None = None  # prefilled prompts, the first of which have places
         self._num_placed = 0
         self.generations: dict[int, Generation] = {}
@@ -102,7 +103,7 @@ class Call:
 
     def _prefill(self, without_last: int) -> CountedContext:
         """Prefill as many prompts as a forward serves."""
-        if self._share:
+        if self._share and self.read_up_to is None:
             self._find_beginnings(without_last)
         new, self.waiting = self.waiting[: self.width], self.waiting[self.width :]
         if self._beginnings is None:
@@ -114,7 +115,8 @@ class Call:
 
     def _read_whole(self, rows: Sequence[int], without_last: int) -> CountedContext:
         ids = [self.prompts[row].token_ids for row in rows]
-        return self.counted.prefill(rows, *padded_ids([row[: len(row) - without_last] for row in ids]))
+        ends = [(self.read_up_to(len(row)) if self.read_up_to else len(row)) - without_last for row in ids]
+        return self.counted.prefill(rows, *padded_ids([row[:end] for row, end in zip(ids, ends, strict=True)]))
 
     def _find_beginnings(self, without_last: int) -> None:
         """Before the first prompts are read."""

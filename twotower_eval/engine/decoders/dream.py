@@ -14,6 +14,7 @@ from torch import Tensor
 from twotower_eval.engine.decoders.batch import Call
 from twotower_eval.engine.decoders.canvas import Canvas, CanvasDecoder, Predicted, Shape
 from twotower_eval.engine.decoders.commits import most_confident
+from twotower_eval.engine.decoders.limits import within_top_k, within_top_p
 from twotower_eval.engine.decoders.rows import check_counts, check_not_negative, check_temperature
 from twotower_eval.errors import UserError
 
@@ -67,8 +68,7 @@ class Dream(CanvasDecoder[Params]):
         if self.params.top_p is not None and self.params.top_p < 1:
             logits_BGV = within_top_p(logits_BGV, self.params.top_p)
         if self.params.top_k is not None:
-            least_BG1 = logits_BGV.topk(min(self.params.top_k, logits_BGV.shape[-1]), dim=-1).values[..., -1:]
-            logits_BGV = logits_BGV.masked_fill(logits_BGV < least_BG1, torch.finfo(logits_BGV.dtype).min)
+            logits_BGV = within_top_k(logits_BGV, self.params.top_k)
         return logits_BGV
 
     def confidence(self, logits_BGV: Tensor, tokens_BG: Tensor) -> Tensor:
@@ -109,12 +109,3 @@ def _drawn(eligible_G: Tensor, probability: float, call: Call, row: int) -> Tens
     taken_G = torch.zeros_like(eligible_G)
     taken_G[eligible_G] = call.noise.uniform(row, int(eligible_G.sum())) < probability
     return taken_G
-
-
-def within_top_p(logits_BGV: Tensor, top_p: float) -> Tensor:
-    """Logits outside of the smallest set of tokens that holds ``top_p`` of the probability at the dtype's minimum."""
-    sorted_BGV, order_BGV = logits_BGV.sort(descending=True, dim=-1)
-    before_BGV = sorted_BGV.softmax(-1).cumsum(-1) > top_p
-    outside_BGV = torch.cat([torch.zeros_like(before_BGV[..., :1]), before_BGV[..., :-1]], dim=-1)
-    outside_BGV = torch.zeros_like(outside_BGV).scatter(-1, order_BGV, outside_BGV)
-    return logits_BGV.masked_fill(outside_BGV, torch.finfo(logits_BGV.dtype).min)

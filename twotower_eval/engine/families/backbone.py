@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from twotower_eval.engine.models.transformers_ar import LOAD_ERRORS
 from twotower_eval.engine.models.transformers_ar import _quiet as quiet
-from twotower_eval.engine.models.transformers_types import CausalLM, Loaded, Output
+from twotower_eval.engine.models.transformers_types import CausalLM, Loaded
 from twotower_eval.errors import FileError
 
 if TYPE_CHECKING:
@@ -32,6 +32,15 @@ class Past:
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+
+    @classmethod
+    def nothing(cls, num_rows: int, backbone: Backbone) -> Self:
+        """No columns yet."""
+        config = backbone.inner.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        weight = next(backbone.inner.parameters())
+        empty = weight.new_zeros(num_rows, config.num_key_value_heads, 0, head_dim)
+        return cls((empty,) * config.num_hidden_layers, (empty,) * config.num_hidden_layers)
 
     @property
     def num_columns(self) -> int:
@@ -65,7 +74,7 @@ class Backbone(nn.Module):
 
     def __init__(self, inner: CausalLM) -> None:
         super().__init__()
-        self.inner = cast(nn.Module, inner)
+        self.inner: Any = inner
 
     @property
     def device(self) -> torch.device:
@@ -73,9 +82,16 @@ class Backbone(nn.Module):
         return next(self.inner.parameters()).device
 
     def read(
-        self, ids_BS: Tensor, positions_BS: Tensor, visible_BST: Tensor, past: Past | None = None
+        self,
+        ids_BS: Tensor,
+        positions_BS: Tensor,
+        visible_BST: Tensor,
+        past: Past | None = None,
+        *,
+        places_BM: Tensor | None = None,
     ) -> tuple[Tensor, Past]:
-        """Logits (B, S, V) float32 behind every token, and keys and values of the past's columns, then of these.
+        """Logits float32 behind every token (B, S, V), or at the wanted places (B, M, V); and keys and values of the
+        past's columns, then of these.
 
         ``visible_BST`` says which key columns a token sees; a token that sees none is padding, and gets to see its own.
         """
@@ -83,21 +99,27 @@ class Backbone(nn.Module):
 
         held = None if past is None else list(zip(past.keys, past.values, strict=True))
         cache: Any = DynamicCache(ddp_cache_data=held)
-        before = 0 if past is None else past.num_columns
-        own_BST = torch.eye(ids_BS.shape[1], visible_BST.shape[2] - before, dtype=torch.bool, device=visible_BST.device)
-        blind_BS1 = ~visible_BST.any(2, keepdim=True)
-        seen_BST = visible_BST.clone()
-        seen_BST[:, :, before:] |= blind_BS1 & own_BST
         device = self.device
-        output: Output = self.inner(
+        output: Any = self.inner.model(
             input_ids=ids_BS.to(device),
             position_ids=positions_BS.to(device),
-            attention_mask=seen_BST[:, None].to(device),
+            attention_mask=_not_blind(visible_BST).to(device)[:, None],
             past_key_values=cache,
             use_cache=True,
         )
+        hidden_BSH: Tensor = output.last_hidden_state
+        if places_BM is not None:
+            hidden_BSH = hidden_BSH[torch.arange(len(ids_BS), device=device)[:, None], places_BM.to(device)]
         kept = Past(tuple(layer.keys for layer in cache.layers), tuple(layer.values for layer in cache.layers))
-        return output.logits.float(), kept
+        return self.inner.get_output_embeddings()(hidden_BSH).float(), kept
+
+
+def _not_blind(visible_BST: Tensor) -> Tensor:
+    """The same, but a token that would see nothing sees its own column: a softmax over nothing is no number."""
+    num, before = visible_BST.shape[1], visible_BST.shape[2] - visible_BST.shape[1]
+    own_ST = torch.eye(num, dtype=torch.bool, device=visible_BST.device)
+    own_ST = nn.functional.pad(own_ST, (before, 0))
+    return visible_BST | (own_ST & ~visible_BST.any(2, keepdim=True))
 
 
 def load_backbone(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FAMILIES = {
     "dream": "twotower_eval.engine.families.dream:load",
     "llada": "twotower_eval.engine.families.llada:load",
+    "sdar": "twotower_eval.engine.families.sdar:load",
     "nemotron_h": "twotower_eval.engine.models.checkpoint:load",
     "transformers": "twotower_eval.engine.models.transformers_ar:load",
     ENDPOINT_FAMILY: "twotower_eval.engine.endpoints.model:connect",

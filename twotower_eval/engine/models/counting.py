@@ -137,7 +137,7 @@ class CountingModel:
         """Prompts of the given rows."""
         context = self.model.prefill(ids_BS, lengths)
         if reads_prompts(self.model):
-            self._count(self.num_context_forwards, rows)
+            self._count(self.num_context_forwards, [row for row, length in zip(rows, lengths, strict=True) if length])
         return CountedContext([whole(context, rows)])
 
     def extend(self, context: CountedContext, ids_BK: Tensor) -> CountedContext:

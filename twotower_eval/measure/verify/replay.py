@@ -27,6 +27,7 @@ NAMES = ("golden_logits", "golden_runs", "golden_counts", "golden_likelihoods")
 REPLAYS = {
     "dream": "twotower_eval.measure.verify.replay_canvas:dream",
     "llada": "twotower_eval.measure.verify.replay_canvas:llada",
+    "sdar": "twotower_eval.measure.verify.replay_blocks:sdar",
 }
 SEAM = Seam(what="family of reference outputs", form="package.module:replay", shipped=REPLAYS)
 

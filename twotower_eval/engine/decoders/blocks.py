@@ -1,0 +1,152 @@
+"""Decoding block after block behind a cache: a block of masks is denoised, then read into the context.
+
+Blocks are counted from the first token of a row: what the prompt has of its last block, the head, is given in the first
+block that is decoded, and never changes. What a step commits is a decoder's own rule (:meth:`BlockDecoder.taken`). The
+block behind which a row ends is not read into the context: nothing would use it. Shape letters: B rows, K block, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from twotower_eval.engine.decoders.batch import BatchDecoder, Call, no_denoiser
+from twotower_eval.engine.decoders.rows import choose, on_host
+from twotower_eval.engine.models.counting import CountedContext
+from twotower_eval.engine.models.protocol import two_tower
+from twotower_eval.records import CommitStep
+
+
+class BlockParams(Protocol):
+    """Parameters that every decoder of blocks has. ``commit_mask``: see decoders.canvas."""
+
+    temperature: float
+    commit_mask: bool
+    trace: bool
+
+
+ParamsT = TypeVar("ParamsT", bound=BlockParams)
+
+
+@dataclass
+class Block:
+    """One row's block in progress; its first ``num_known`` tokens were given. ``number`` and ``step`` count from 0."""
+
+    tokens_K: Tensor
+    masked_K: Tensor
+    num_known: int
+    number: int = 0
+    step: int = 0
+    quotas: list[int] = field(default_factory=list)
+
+    @classmethod
+    def behind(cls, known: Sequence[int], size: int, mask_id: int, *, number: int = 0) -> Block:
+        """A block whose first tokens are known."""
+        tokens_K = torch.tensor([*known, *[mask_id] * (size - len(known))])
+        return cls(tokens_K, torch.arange(size) >= len(known), len(known), number)
+
+
+class Predicted(NamedTuple):
+    """Tokens and confidences of every position, (B, K) each, on the host."""
+
+    tokens_BK: Tensor
+    confidence_BK: Tensor
+
+
+class BlockDecoder(BatchDecoder[ParamsT]):
+    """Base of decoders of blocks: the loop. They define :meth:`block_size` and :meth:`taken`, and may define the rest."""
+
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        raise AssertionError(f"{type(self).__name__} does not define block_size")
+
+    def taken(self, predicted: Predicted, blocks: Sequence[Block]) -> Tensor:
+        """What this step commits, (B, K) boolean; only masks count."""
+        raise AssertionError(f"{type(self).__name__} does not define taken")
+
+    def opened(self, block: Block) -> None:
+        """A block begins."""
+
+    def limited(self, logits_BKV: Tensor) -> Tensor:
+        """The logits that tokens are chosen by, and confidence is taken from."""
+        return logits_BKV
+
+    def num_forced(self, taken_K: Tensor, confidence_K: Tensor) -> int | None:
+        """Commits whose confidence the rule alone would not have let through; None for rules without a threshold."""
+        return None
+
+    def _decode(self, call: Call) -> None:
+        mask_id, size = two_tower(self.model, no_denoiser(self.KIND)).mask_token_id, self.block_size()
+        blocks = []
+        for row, prompt in zip(call.rows, call.prompts, strict=True):
+            row.steps = [] if self.params.trace or prompt.trace else None
+            ids = prompt.token_ids
+            blocks.append(Block.behind(ids[len(ids) - len(ids) % size :], size, mask_id))
+            self.opened(blocks[-1])
+        call.read_up_to = lambda length: length - length % size
+        context = call.admit()
+        while context is not None:
+            rows = list(context.rows)
+            tokens_BK = torch.stack([blocks[row].tokens_K for row in rows])
+            predicted = self._predict(call, call.counted.denoise(tokens_BK, context, None), mask_id, rows)
+            self._commit(call, [blocks[row] for row in rows], rows, predicted)
+            context = call.admit(self._advance(call, blocks, context, mask_id))
+
+    def _predict(self, call: Call, logits_BKV: Tensor, mask_id: int, rows: Sequence[int]) -> Predicted:
+        """Tokens, and their probabilities under the distribution that they are chosen from."""
+        if not self.params.commit_mask:
+            logits_BKV[..., mask_id] = -torch.inf
+        temperature = self.params.temperature
+        logits_BKV = self.limited(logits_BKV if temperature == 0 else logits_BKV / temperature)
+        tokens_BK = choose(logits_BKV, 1.0, call.noise, rows) if temperature > 0 else logits_BKV.argmax(-1)
+        confidence_BK = logits_BKV.softmax(-1).gather(-1, tokens_BK[..., None])[..., 0]
+        return Predicted(*on_host(tokens_BK, confidence_BK))
+
+    def _commit(self, call: Call, blocks: Sequence[Block], rows: Sequence[int], predicted: Predicted) -> None:
+        """Commit what the rule takes."""
+        taken_BK = self.taken(predicted, blocks)
+        for block, index, tokens_K, confidence_K, taken_K in zip(blocks, rows, *predicted, taken_BK, strict=True):
+            block.tokens_K = torch.where(taken_K, tokens_K, block.tokens_K)
+            block.masked_K = block.masked_K & ~(taken_K & (tokens_K != self.model.mask_token_id))
+            row, forced = call.rows[index], self.num_forced(taken_K, confidence_K)
+            if forced is not None:
+                row.num_forced = (row.num_forced or 0) + forced
+            if row.steps is not None:
+                row.steps.append(_step(block, taken_K, tokens_K, confidence_K, forced or 0))
+            block.step += 1
+
+    def _advance(
+        self, call: Call, blocks: list[Block], context: CountedContext, mask_id: int
+    ) -> CountedContext | None:
+        """Hand over finished blocks; read those of rows that go on into the context, all in one call."""
+        rows = list(context.rows)
+        closed = [position for position, row in enumerate(rows) if not blocks[row].masked_K.any()]
+        made = [blocks[rows[position]] for position in closed]
+        new = [block.tokens_K[block.num_known :].tolist() for block in made]
+        going = [closed[i] for i in call.absorb([rows[position] for position in closed], new)]
+        still_open = [position for position in range(len(rows)) if position not in closed]
+        if not going:
+            return context.select(still_open) if still_open else None
+        view = context.select(going)
+        extended = call.counted.extend(view, torch.stack([blocks[row].tokens_K for row in view.rows]))
+        for row in view.rows:
+            blocks[row] = Block.behind((), len(blocks[row].tokens_K), mask_id, number=blocks[row].number + 1)
+            self.opened(blocks[row])
+        return context.select(still_open).join(extended) if still_open else extended
+
+
+def _step(block: Block, taken_K: Tensor, tokens_K: Tensor, confidence_K: Tensor, forced: int) -> CommitStep:
+    where = taken_K.nonzero().flatten()
+    return CommitStep(
+        block=block.number,
+        step=block.step,
+        positions=tuple(where.tolist()),
+        token_ids=tuple(tokens_K[where].tolist()),
+        confidences=tuple(confidence_K[where].tolist()),
+        num_forced=forced,
+    )

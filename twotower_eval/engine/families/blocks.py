@@ -1,0 +1,127 @@
+"""Families that keep the prompt and finished blocks in a cache: a token sees its own block and all earlier ones.
+
+Blocks are counted from the first token of a row, prompt included. A pass over whole blocks and passes block after block
+give the same, so that the cache is exact. Shape letters: B rows, S new tokens, T key columns, K block, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from twotower_eval.engine.families.backbone import Backbone, Past
+from twotower_eval.engine.models.base import LanguageModel
+from twotower_eval.errors import UserError
+
+NOBODY = -1  # in place of a position: a column of padding
+
+
+@dataclass(frozen=True)
+class BlockContext:
+    """What was read of B rows: keys and values, the position of every column, and each row's last raw logits (B, V)."""
+
+    past: Past
+    position_BT: Tensor
+    last_BV: Tensor
+    lengths: tuple[int, ...]
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """Some rows, in that order."""
+        chosen = list(rows)
+        lengths = tuple(self.lengths[row] for row in chosen)
+        return type(self)(self.past.select(chosen), self.position_BT[chosen], self.last_BV[chosen], lengths)
+
+    def join(self, other: Self) -> Self:
+        """These rows, then the other's."""
+        width = max(self.position_BT.shape[1], other.position_BT.shape[1])
+        position_BT = torch.cat([_wide(self.position_BT, width), _wide(other.position_BT, width)])
+        last_BV = torch.cat([self.last_BV, other.last_BV])
+        return type(self)(self.past.joined(other.past), position_BT, last_BV, self.lengths + other.lengths)
+
+
+def _wide(position_BT: Tensor, width: int) -> Tensor:
+    return nn.functional.pad(position_BT, (0, width - position_BT.shape[1]), value=NOBODY)
+
+
+class BlockModel(LanguageModel):
+    """Base of these families. ``block_size`` is that of the attention; where ``shift`` is 1, row p predicts the token
+    p + 1, and the first token of a block is predicted by the last row before it."""
+
+    mask_token_id: int
+    has_denoiser = True
+    block_size: int
+    shift = 0
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> BlockContext:
+        """Read prompts, rows padded on the right; a row may have no token."""
+        num = len(ids_BS)
+        empty = Past.nothing(num, self.backbone)
+        none_BT = torch.zeros(num, 0, dtype=torch.int64)
+        nothing = BlockContext(empty, none_BT, torch.zeros(num, self.vocab_size), (0,) * num)
+        lengths = [ids_BS.shape[1]] * num if lengths_B is None else [int(length) for length in lengths_B]
+        return nothing if max(lengths) == 0 else self._read(nothing, ids_BS, lengths)
+
+    def extend(
+        self, context: BlockContext, ids_BK: Tensor, lengths_B: Tensor | Sequence[int] | None = None
+    ) -> BlockContext:
+        """The context after K more tokens in every row, or each row's own number of them. The old one stays valid."""
+        lengths = [ids_BK.shape[1]] * len(ids_BK) if lengths_B is None else [int(length) for length in lengths_B]
+        return self._read(context, ids_BK, lengths)
+
+    def denoise(self, block_BK: Tensor, context: BlockContext, t_B: object = None) -> Tensor:
+        """Logits (B, K, V) float32 of the token at each position of a block behind the context, which is not changed.
+
+        ``t_B`` has no effect: these families take no time.
+        """
+        positions_BK, visible_BKT = self._seen(context, block_BK.shape[1], [block_BK.shape[1]] * len(block_BK))
+        logits_BKV = self.backbone.read(block_BK, positions_BK, visible_BKT, context.past)[0]
+        if self.shift == 0:
+            return logits_BKV
+        return torch.cat([context.last_BV.to(logits_BKV.device)[:, None], logits_BKV[:, :-1]], dim=1)
+
+    def next_logits(self, context: BlockContext) -> Tensor:
+        """Logits (B, V) of each row's next token: known already where rows predict the token behind them, else those of
+        a single mask, which is a forward."""
+        if self.shift:
+            return context.last_BV
+        return self.denoise(torch.full((len(context.lengths), 1), self.mask_token_id), context)[:, 0]
+
+    def context_logits(
+        self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None, *, last: int | None = None
+    ) -> Tensor:
+        """UserError: within a block the model predicts a token from those on both sides of it."""
+        raise UserError(
+            f"{self.checkpoint.name} ({self.checkpoint.family}) has no causal log-likelihoods: "
+            "take --likelihood denoiser_left_to_right or bound"
+        )
+
+    def _read(self, context: BlockContext, ids_BS: Tensor, lengths: Sequence[int]) -> BlockContext:
+        positions_BS, visible_BST = self._seen(context, ids_BS.shape[1], lengths)
+        last_B1 = torch.tensor([[max(length - 1, 0)] for length in lengths])
+        last_B1V, past = self.backbone.read(ids_BS, positions_BS, visible_BST, context.past, places_BM=last_B1)
+        own_BS = torch.where(_real(lengths, ids_BS.shape[1]), positions_BS, NOBODY)
+        position_BT = torch.cat([context.position_BT, own_BS], dim=1)
+        read_B = torch.tensor([length > 0 for length in lengths], device=last_B1V.device)
+        last_BV = torch.where(read_B[:, None], last_B1V[:, 0], context.last_BV.to(last_B1V.device))
+        total = tuple(before + new for before, new in zip(context.lengths, lengths, strict=True))
+        return BlockContext(past, position_BT, last_BV, total)
+
+    def _seen(self, context: BlockContext, num_new: int, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Positions (B, S) of new tokens, and the columns (B, S, T) that they see: theirs and earlier blocks'."""
+        positions_BS = torch.tensor(context.lengths)[:, None] + torch.arange(num_new)
+        own_BS = torch.where(_real(lengths, num_new), positions_BS, NOBODY)
+        column_BT = torch.cat([context.position_BT, own_BS], dim=1)
+        seen_BST = (column_BT // self.block_size)[:, None] <= (positions_BS // self.block_size)[:, :, None]
+        return positions_BS, seen_BST & (column_BT != NOBODY)[:, None]
+
+
+def _real(lengths: Sequence[int], width: int) -> Tensor:
+    return torch.arange(width) < torch.tensor(list(lengths))[:, None]
