@@ -85,17 +85,30 @@ class BlockDecoder(BatchDecoder[ParamsT]):
         blocks = []
         for row, prompt in zip(call.rows, call.prompts, strict=True):
             row.steps = [] if self.params.trace or prompt.trace else None
-            ids = prompt.token_ids
-            blocks.append(Block.behind(ids[len(ids) - len(ids) % size :], size, mask_id))
+            known = prompt.token_ids[self._num_read(len(prompt.token_ids)) :]
+            blocks.append(Block.behind(known, self._width(call, 0, known), mask_id))
             self.opened(blocks[-1])
-        call.read_up_to = lambda length: length - length % size
+        call.read_up_to = self._num_read
         context = call.admit()
         while context is not None:
-            rows = list(context.rows)
-            tokens_BK = torch.stack([blocks[row].tokens_K for row in rows])
-            predicted = self._predict(call, call.counted.denoise(tokens_BK, context, None), mask_id, rows)
-            self._commit(call, [blocks[row] for row in rows], rows, predicted)
+            for positions in _by_width(blocks, context):
+                view = context.select(positions)
+                rows = list(view.rows)
+                tokens_BK = torch.stack([blocks[row].tokens_K for row in rows])
+                predicted = self._predict(call, call.counted.denoise(tokens_BK, view, None), mask_id, rows)
+                self._commit(call, [blocks[row] for row in rows], rows, predicted)
             context = call.admit(self._advance(call, blocks, context, mask_id))
+
+    def _num_read(self, num_prompt_tokens: int) -> int:
+        """Tokens of a prompt that are read before decoding: its whole blocks, or all where a block ends with it."""
+        ends = getattr(self.model, "ends_with_prompt", False)
+        return num_prompt_tokens if ends else num_prompt_tokens - num_prompt_tokens % self.block_size()
+
+    def _width(self, call: Call, num_made: int, known: Sequence[int] = ()) -> int:
+        """Tokens of a block; the last one of an answer is shorter where the family's sampler makes it so."""
+        size = self.block_size()
+        short = getattr(self.model, "ends_with_prompt", False)
+        return min(size, call.rules.max_new_tokens - num_made + len(known)) if short else size
 
     def _predict(self, call: Call, logits_BKV: Tensor, mask_id: int, rows: Sequence[int]) -> Predicted:
         """Tokens, and their probabilities under the distribution that they are chosen from."""
@@ -135,9 +148,18 @@ class BlockDecoder(BatchDecoder[ParamsT]):
         view = context.select(going)
         extended = call.counted.extend(view, torch.stack([blocks[row].tokens_K for row in view.rows]))
         for row in view.rows:
-            blocks[row] = Block.behind((), len(blocks[row].tokens_K), mask_id, number=blocks[row].number + 1)
+            width = self._width(call, len(call.rows[row].produced))
+            blocks[row] = Block.behind((), width, mask_id, number=blocks[row].number + 1)
             self.opened(blocks[row])
         return context.select(still_open).join(extended) if still_open else extended
+
+
+def _by_width(blocks: Sequence[Block], context: CountedContext) -> list[list[int]]:
+    """Positions in the context of rows whose blocks are equally long."""
+    found: dict[int, list[int]] = {}
+    for position, row in enumerate(context.rows):
+        found.setdefault(len(blocks[row].tokens_K), []).append(position)
+    return list(found.values())
 
 
 def _step(block: Block, taken_K: Tensor, tokens_K: Tensor, confidence_K: Tensor, forced: int) -> CommitStep:

@@ -38,16 +38,16 @@ ParamsT = TypeVar("ParamsT", bound=CanvasParams)
 
 
 class Shape(NamedTuple):
-    """Blocks of a canvas: how many, how long, and the steps planned for each."""
+    """Blocks of a canvas of ``length`` tokens, the last of which may be shorter, and the steps planned for each."""
 
-    num_blocks: int
+    length: int
     block_length: int
     num_steps: int
 
     @property
-    def length(self) -> int:
-        """Tokens of the whole canvas."""
-        return self.num_blocks * self.block_length
+    def num_blocks(self) -> int:
+        """The last one included."""
+        return -(-self.length // self.block_length)
 
 
 @dataclass
@@ -69,7 +69,8 @@ class Canvas:
     @property
     def span(self) -> slice:
         """The places of the current block."""
-        return slice(self.block * self.shape.block_length, (self.block + 1) * self.shape.block_length)
+        start = self.block * self.shape.block_length
+        return slice(start, min(start + self.shape.block_length, self.shape.length))
 
     def eligible(self, *, earlier_too: bool) -> Tensor:
         """The masks of the current block, (G,); with ``earlier_too`` those that earlier blocks have left as well."""

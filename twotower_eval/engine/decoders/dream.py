@@ -57,7 +57,7 @@ class Dream(CanvasDecoder[Params]):
 
     def shape(self, max_new_tokens: int) -> Shape:
         """One block."""
-        return Shape(1, max_new_tokens, self.params.steps or max_new_tokens)
+        return Shape(max_new_tokens, max_new_tokens, self.params.steps or max_new_tokens)
 
     def is_open(self, canvas: Canvas) -> bool:
         """All steps are made, also those that commit nothing."""

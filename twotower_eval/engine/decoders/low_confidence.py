@@ -64,17 +64,17 @@ class LowConfidence(CanvasDecoder[Params]):
         return self.params.threshold is None and self.params.factor is None
 
     def shape(self, max_new_tokens: int) -> Shape:
-        """Whole blocks; UserError where even quotas cannot share the steps."""
+        """UserError where even quotas cannot share the steps."""
         block_length = self.params.block_length or max_new_tokens
         num_blocks = -(-max_new_tokens // block_length)
         steps = self.params.steps
         if steps is None:
-            return Shape(num_blocks, block_length, block_length)
+            return Shape(max_new_tokens, block_length, block_length)
         if steps % num_blocks and self._by_quota and self.params.quotas == "even":
             raise UserError(
                 f"steps are shared by {num_blocks} blocks of {block_length} tokens: {steps} is no multiple of {num_blocks}"
             )
-        return Shape(num_blocks, block_length, -(-steps // num_blocks))
+        return Shape(max_new_tokens, block_length, -(-steps // num_blocks))
 
     def opened(self, canvas: Canvas) -> None:
         """How many commits each step of the block makes."""

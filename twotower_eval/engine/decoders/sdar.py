@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders.blocks import Block, BlockDecoder, Predicted
-from twotower_eval.engine.decoders.commits import even_quotas, most_confident
+from twotower_eval.engine.decoders.commits import even_quotas, most_confident, scheduled_quotas
 from twotower_eval.engine.decoders.limits import within_top_k, within_top_p
 from twotower_eval.engine.decoders.rows import check_counts, check_not_negative, check_temperature
 from twotower_eval.errors import UserError
@@ -23,8 +23,8 @@ STRATEGIES = ("low_confidence_dynamic", "low_confidence_static", "sequential")
 
 @dataclass(frozen=True, kw_only=True)
 class Params:
-    """``block_size`` None: that of the model. ``steps`` per block, None: a token a step; a step's quota is the block's
-    size shared evenly over them. ``low_confidence_static`` commits the quota's most confident masks;
+    """``block_size`` None: that of the model. ``steps`` per block, None: a token a step. A step's quota is the block's
+    size shared evenly over them, or its masks as ``scheduled`` by dLLM (see decoders.commits). ``low_confidence_static`` commits the quota's most confident masks;
     ``low_confidence_dynamic`` all masks above the ``threshold`` where these are as many as the quota, else as static;
     ``sequential`` the quota's first masks. ``top_k`` and ``top_p`` cut the distribution before confidence is taken
     from it. The original has no temperature 0: here that is the likeliest token with its own probability.
@@ -32,6 +32,7 @@ class Params:
 
     block_size: int | None = None
     steps: int | None = None
+    quotas: Literal["even", "scheduled"] = "even"
     strategy: Literal["low_confidence_dynamic", "low_confidence_static", "sequential"] = "low_confidence_dynamic"
     threshold: float = 0.85
     top_k: int | None = None
@@ -44,6 +45,8 @@ class Params:
         check_temperature(self.temperature)
         check_counts(self, "block_size", "steps", "top_k")
         check_not_negative(self, "threshold", "top_p")
+        if self.quotas not in ("even", "scheduled"):
+            raise UserError(f"quotas must be even or scheduled, not {self.quotas!r}")
         if self.strategy not in STRATEGIES:
             raise UserError(f"strategy must be one of {', '.join(STRATEGIES)}, not {self.strategy!r}")
 
@@ -64,9 +67,10 @@ class SDAR(BlockDecoder[Params]):
         return size
 
     def opened(self, block: Block) -> None:
-        """Quotas of the block's steps, by its size: a head that is known does not change them."""
-        size = len(block.tokens_K)
-        block.quotas = list(even_quotas(size, self.params.steps or size))
+        """Even quotas are of the block's size, whatever of it is known; scheduled ones are of its masks."""
+        size, steps = len(block.tokens_K), self.params.steps or len(block.tokens_K)
+        even = self.params.quotas == "even"
+        block.quotas = list(even_quotas(size, steps) if even else scheduled_quotas(int(block.masked_K.sum()), steps))
 
     def limited(self, logits_BKV: Tensor) -> Tensor:
         """``top_k``, then ``top_p``."""

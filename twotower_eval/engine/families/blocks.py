@@ -17,44 +17,49 @@ from twotower_eval.engine.families.backbone import Backbone, Past
 from twotower_eval.engine.models.base import LanguageModel
 from twotower_eval.errors import UserError
 
-NOBODY = -1  # in place of a position: a column of padding
+NOBODY = -1  # in place of a block's number: a column of padding
 
 
 @dataclass(frozen=True)
 class BlockContext:
-    """What was read of B rows: keys and values, the position of every column, and each row's last raw logits (B, V)."""
+    """What was read of B rows: keys and values, the number of the block of every column, and each row's last raw logits
+    (B, V). ``offsets`` are the places of a row's first block that stand empty before its first token."""
 
     past: Past
-    position_BT: Tensor
+    block_BT: Tensor
     last_BV: Tensor
     lengths: tuple[int, ...]
+    offsets: tuple[int, ...]
 
     def select(self, rows: Sequence[int]) -> Self:
         """Some rows, in that order."""
         chosen = list(rows)
-        lengths = tuple(self.lengths[row] for row in chosen)
-        return type(self)(self.past.select(chosen), self.position_BT[chosen], self.last_BV[chosen], lengths)
+        lengths, offsets = (tuple(of[row] for row in chosen) for of in (self.lengths, self.offsets))
+        return type(self)(self.past.select(chosen), self.block_BT[chosen], self.last_BV[chosen], lengths, offsets)
 
     def join(self, other: Self) -> Self:
         """These rows, then the other's."""
-        width = max(self.position_BT.shape[1], other.position_BT.shape[1])
-        position_BT = torch.cat([_wide(self.position_BT, width), _wide(other.position_BT, width)])
+        width = max(self.block_BT.shape[1], other.block_BT.shape[1])
+        block_BT = torch.cat([_wide(self.block_BT, width), _wide(other.block_BT, width)])
         last_BV = torch.cat([self.last_BV, other.last_BV])
-        return type(self)(self.past.joined(other.past), position_BT, last_BV, self.lengths + other.lengths)
+        lengths, offsets = self.lengths + other.lengths, self.offsets + other.offsets
+        return type(self)(self.past.joined(other.past), block_BT, last_BV, lengths, offsets)
 
 
-def _wide(position_BT: Tensor, width: int) -> Tensor:
-    return nn.functional.pad(position_BT, (0, width - position_BT.shape[1]), value=NOBODY)
+def _wide(block_BT: Tensor, width: int) -> Tensor:
+    return nn.functional.pad(block_BT, (0, width - block_BT.shape[1]), value=NOBODY)
 
 
 class BlockModel(LanguageModel):
     """Base of these families. ``block_size`` is that of the attention; where ``shift`` is 1, row p predicts the token
-    p + 1, and the first token of a block is predicted by the last row before it."""
+    p + 1, and the first token of a block is predicted by the last row before it. ``ends_with_prompt``: blocks are
+    counted so that one ends where the prompt does, and the first may be shorter."""
 
     mask_token_id: int
     has_denoiser = True
     block_size: int
     shift = 0
+    ends_with_prompt = False
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -65,8 +70,9 @@ class BlockModel(LanguageModel):
         num = len(ids_BS)
         empty = Past.nothing(num, self.backbone)
         none_BT = torch.zeros(num, 0, dtype=torch.int64)
-        nothing = BlockContext(empty, none_BT, torch.zeros(num, self.vocab_size), (0,) * num)
         lengths = [ids_BS.shape[1]] * num if lengths_B is None else [int(length) for length in lengths_B]
+        offsets = tuple(-length % self.block_size if self.ends_with_prompt else 0 for length in lengths)
+        nothing = BlockContext(empty, none_BT, torch.zeros(num, self.vocab_size), (0,) * num, offsets)
         return nothing if max(lengths) == 0 else self._read(nothing, ids_BS, lengths)
 
     def extend(
@@ -81,7 +87,7 @@ class BlockModel(LanguageModel):
 
         ``t_B`` has no effect: these families take no time.
         """
-        positions_BK, visible_BKT = self._seen(context, block_BK.shape[1], [block_BK.shape[1]] * len(block_BK))
+        positions_BK, visible_BKT, _ = self.seen(context, block_BK.shape[1], [block_BK.shape[1]] * len(block_BK))
         logits_BKV = self.backbone.read(block_BK, positions_BK, visible_BKT, context.past)[0]
         if self.shift == 0:
             return logits_BKV
@@ -104,24 +110,20 @@ class BlockModel(LanguageModel):
         )
 
     def _read(self, context: BlockContext, ids_BS: Tensor, lengths: Sequence[int]) -> BlockContext:
-        positions_BS, visible_BST = self._seen(context, ids_BS.shape[1], lengths)
+        positions_BS, visible_BST, block_BT = self.seen(context, ids_BS.shape[1], lengths)
         last_B1 = torch.tensor([[max(length - 1, 0)] for length in lengths])
         last_B1V, past = self.backbone.read(ids_BS, positions_BS, visible_BST, context.past, places_BM=last_B1)
-        own_BS = torch.where(_real(lengths, ids_BS.shape[1]), positions_BS, NOBODY)
-        position_BT = torch.cat([context.position_BT, own_BS], dim=1)
         read_B = torch.tensor([length > 0 for length in lengths], device=last_B1V.device)
         last_BV = torch.where(read_B[:, None], last_B1V[:, 0], context.last_BV.to(last_B1V.device))
         total = tuple(before + new for before, new in zip(context.lengths, lengths, strict=True))
-        return BlockContext(past, position_BT, last_BV, total)
+        return BlockContext(past, block_BT, last_BV, total, context.offsets)
 
-    def _seen(self, context: BlockContext, num_new: int, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Positions (B, S) of new tokens, and the columns (B, S, T) that they see: theirs and earlier blocks'."""
+    def seen(self, context: BlockContext, num_new: int, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions (B, S) of new tokens, the columns (B, S, T) that they see, theirs and earlier blocks', and the
+        number of every column's block (B, T)."""
         positions_BS = torch.tensor(context.lengths)[:, None] + torch.arange(num_new)
-        own_BS = torch.where(_real(lengths, num_new), positions_BS, NOBODY)
-        column_BT = torch.cat([context.position_BT, own_BS], dim=1)
-        seen_BST = (column_BT // self.block_size)[:, None] <= (positions_BS // self.block_size)[:, :, None]
-        return positions_BS, seen_BST & (column_BT != NOBODY)[:, None]
-
-
-def _real(lengths: Sequence[int], width: int) -> Tensor:
-    return torch.arange(width) < torch.tensor(list(lengths))[:, None]
+        number_BS = (positions_BS + torch.tensor(context.offsets)[:, None]) // self.block_size
+        real_BS = torch.arange(num_new) < torch.tensor(list(lengths))[:, None]
+        block_BT = torch.cat([context.block_BT, torch.where(real_BS, number_BS, NOBODY)], dim=1)
+        visible_BST = (block_BT[:, None] <= number_BS[:, :, None]) & (block_BT != NOBODY)[:, None]
+        return positions_BS, visible_BST, block_BT

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from twotower_eval.engine.families.backbone import Backbone, load_backbone
 from twotower_eval.engine.families.canvas import CanvasModel
-from twotower_eval.engine.families.settings import identify, whole_number
+from twotower_eval.engine.families.settings import identify, mask_token, whole_number
 from twotower_eval.engine.models.checkpoint import read_json
 from twotower_eval.engine.models.identity import read_whole
 from twotower_eval.errors import FileError
 from twotower_eval.strict import JsonObject
 
+MASK_TOKEN_ID = 126336  # of the published checkpoints
 PREFIX = "model.transformer."
 TOP = {"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head"}
 IN_BLOCK = {
@@ -67,6 +68,7 @@ def load(
     for name, known in UNLIKE_LLAMA.items():
         if config.get(name, known) != known:
             raise FileError(f"{folder}: config.json has {name} {config[name]!r}; LLaDA is known with {known!r} only")
+    vocab_size = whole_number(folder, config, "embedding_size", default=config.get("vocab_size"))
     tensors, checkpoint = read_whole(folder, family="llada", dtype=dtype, devices=devices[:1])
     named = {_llama_name(folder, name): tensor for name, tensor in tensors.items()}
     model = LLaDA(load_backbone(folder, "llama", _llama_settings(config), named, dtype=dtype, device=devices[0]))
@@ -75,9 +77,9 @@ def load(
         folder,
         config,
         checkpoint,
-        vocab_size=whole_number(folder, config, "embedding_size", default=config.get("vocab_size")),
+        vocab_size=vocab_size,
         max_length=whole_number(folder, config, "max_sequence_length"),
-        mask_token_id=whole_number(folder, config, "mask_token_id", default=126336),
+        mask_token_id=mask_token(folder, config, vocab_size=vocab_size, published=MASK_TOKEN_ID),
     )
 
 

@@ -10,9 +10,11 @@ import torch
 
 from twotower_eval.engine.families.backbone import load_backbone
 from twotower_eval.engine.families.blocks import BlockModel
-from twotower_eval.engine.families.settings import identify, transformers_settings, whole_number
+from twotower_eval.engine.families.settings import identify, mask_token, transformers_settings, whole_number
 from twotower_eval.engine.models.checkpoint import read_json
 from twotower_eval.engine.models.identity import read_whole
+
+MASK_TOKEN_ID = 151669  # of the published checkpoints
 
 
 class SDAR(BlockModel):
@@ -22,6 +24,7 @@ class SDAR(BlockModel):
 def load(folder: Path, *, devices: tuple[str, ...], dtype: torch.dtype, tower: Literal["context"] | None = None) -> SDAR:
     """Load a checkpoint in the public layout. UserError for what is wrong with it."""
     config = read_json(folder / "config.json")
+    vocab_size = whole_number(folder, config, "vocab_size")
     tensors, checkpoint = read_whole(folder, family="sdar", dtype=dtype, devices=devices[:1])
     settings = transformers_settings(folder, config)
     model = SDAR(load_backbone(folder, "qwen3", settings, tensors, dtype=dtype, device=devices[0]))
@@ -31,7 +34,7 @@ def load(folder: Path, *, devices: tuple[str, ...], dtype: torch.dtype, tower: L
         folder,
         config,
         checkpoint,
-        vocab_size=whole_number(folder, config, "vocab_size"),
+        vocab_size=vocab_size,
         max_length=whole_number(folder, config, "max_position_embeddings"),
-        mask_token_id=whole_number(folder, config, "mask_token_id", default=151669),
+        mask_token_id=mask_token(folder, config, vocab_size=vocab_size, published=MASK_TOKEN_ID),
     )

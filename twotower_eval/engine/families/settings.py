@@ -53,6 +53,23 @@ def transformers_settings(folder: Path, config: JsonObject) -> dict[str, object]
     return {name: config[name] for name in NETWORK if config.get(name) is not None}
 
 
+def mask_token(folder: Path, config: JsonObject, *, vocab_size: int, published: int | None = None) -> int | None:
+    """The id of the mask token: the config's, else that of the tokenizer's ``mask_token``, else the one that the family
+    publishes, if the vocabulary has it; None where nothing names one, and whoever decodes has to."""
+    if config.get("mask_token_id") is not None:
+        return whole_number(folder, config, "mask_token_id")
+    named = _named_mask(folder, vocab_size)
+    return named if named is not None else published if published is not None and published < vocab_size else None
+
+
+def _named_mask(folder: Path, vocab_size: int) -> int | None:
+    file, tokenizer = folder / "tokenizer_config.json", load_tokenizer(folder, vocab_size=vocab_size)
+    named = read_json(file).get("mask_token") if tokenizer is not None and file.exists() else None
+    content = named.get("content") if isinstance(named, dict) else named
+    ids = tokenizer.encode(content) if tokenizer is not None and isinstance(content, str) else []
+    return ids[0] if len(ids) == 1 else None
+
+
 def identify(
     model: ModelT,
     folder: Path,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from twotower_eval.records import Checkpoint
 
 FAMILIES = {
+    "a2d_bd3lm": "twotower_eval.engine.families.a2d:load_blocks",
+    "a2d_mdlm": "twotower_eval.engine.families.a2d:load",
     "dream": "twotower_eval.engine.families.dream:load",
     "llada": "twotower_eval.engine.families.llada:load",
     "sdar": "twotower_eval.engine.families.sdar:load",
@@ -28,7 +30,7 @@ FAMILIES = {
     "transformers": "twotower_eval.engine.models.transformers_ar:load",
     ENDPOINT_FAMILY: "twotower_eval.engine.endpoints.model:connect",
 }
-MODEL_TYPES = {"Dream": "dream"}  # model_type of a config.json -> family, where they are not the same
+MODEL_TYPES = {"Dream": "dream", "a2d-qwen3": "a2d_mdlm"}  # model_type of a config.json -> family, where they are not the same
 SEAM = Seam(what="model family", form="package.module:load", shipped=FAMILIES)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

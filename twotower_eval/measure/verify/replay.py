@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from twotower_eval.engine.models.base import LanguageModel
 from twotower_eval.engine.models.protocol import Model
 from twotower_eval.errors import UserError
 from twotower_eval.measure.verify.checks import CheckResult, not_checked, pass_or_fail
@@ -25,6 +26,7 @@ Kind = Literal["logits", "run", "count", "likelihood"]
 ATOL = RTOL = 5e-5  # of float32 logits, log-probabilities and losses: what another order of sums makes of them
 NAMES = ("golden_logits", "golden_runs", "golden_counts", "golden_likelihoods")
 REPLAYS = {
+    "a2d_qwen3": "twotower_eval.measure.verify.replay_a2d:a2d",
     "dream": "twotower_eval.measure.verify.replay_canvas:dream",
     "llada": "twotower_eval.measure.verify.replay_canvas:llada",
     "sdar": "twotower_eval.measure.verify.replay_blocks:sdar",
@@ -98,6 +100,8 @@ def replay_results(model: Model, reference: Reference) -> Iterator[CheckResult]:
     """One result for logits, runs, counts and likelihoods each. UserError for a family without a replay."""
     family = str(reference.meta["family"])
     replay: Any = resolve(SEAM.place(family))
+    if model.mask_token_id is None and isinstance(mask := reference.meta.get("mask_id"), int):
+        cast(LanguageModel, model).mask_token_id = mask  # some families name it nowhere in a checkpoint
     by_kind: dict[str, list[Compared]] = {"logits": [], "run": [], "count": [], "likelihood": []}
     with torch.inference_mode():
         for entry in replay(model, reference):

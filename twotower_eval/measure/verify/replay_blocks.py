@@ -19,8 +19,8 @@ def raw_logits(model: BlockModel, ids_BS: Tensor, block_size: int) -> Tensor:
     """Logits (B, S, V) of whole rows under blocks of this size, as the backbone gives them."""
     model.block_size, own = block_size, model.block_size
     try:
-        nothing = model.prefill(ids_BS[:, :0], [0] * len(ids_BS))
-        positions_BS, visible_BSS = model._seen(nothing, ids_BS.shape[1], [ids_BS.shape[1]] * len(ids_BS))
+        nothing = model.prefill(ids_BS[:, :0], [0] * len(ids_BS))  # blocks from the first token on
+        positions_BS, visible_BSS, _ = model.seen(nothing, ids_BS.shape[1], [ids_BS.shape[1]] * len(ids_BS))
         return model.backbone.read(ids_BS, positions_BS, visible_BSS)[0]
     finally:
         model.block_size = own
