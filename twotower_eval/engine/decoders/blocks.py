@@ -25,9 +25,12 @@ from twotower_eval.records import CommitStep
 class BlockParams(Protocol):
     """Parameters that every decoder of blocks has. ``commit_mask``: see decoders.canvas."""
 
-    temperature: float
-    commit_mask: bool
-    trace: bool
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def commit_mask(self) -> bool: ...
+    @property
+    def trace(self) -> bool: ...
 
 
 ParamsT = TypeVar("ParamsT", bound=BlockParams)
@@ -59,7 +62,7 @@ class Predicted(NamedTuple):
 
 
 class BlockDecoder(BatchDecoder[ParamsT]):
-    """Base of decoders of blocks: the loop. They define :meth:`block_size` and :meth:`taken`, and may define the rest."""
+    """Base of decoders of blocks: the loop. They define :meth:`block_size` and :meth:`taken`, maybe the rest."""
 
     def block_size(self) -> int:
         """Tokens of a block."""
@@ -81,7 +84,7 @@ class BlockDecoder(BatchDecoder[ParamsT]):
         return None
 
     def _decode(self, call: Call) -> None:
-        mask_id, size = two_tower(self.model, no_denoiser(self.KIND)).mask_token_id, self.block_size()
+        mask_id = two_tower(self.model, no_denoiser(self.KIND)).mask_token_id
         blocks = []
         for row, prompt in zip(call.rows, call.prompts, strict=True):
             row.steps = [] if self.params.trace or prompt.trace else None
@@ -133,9 +136,7 @@ class BlockDecoder(BatchDecoder[ParamsT]):
                 row.steps.append(_step(block, taken_K, tokens_K, confidence_K, forced or 0))
             block.step += 1
 
-    def _advance(
-        self, call: Call, blocks: list[Block], context: CountedContext, mask_id: int
-    ) -> CountedContext | None:
+    def _advance(self, call: Call, blocks: list[Block], context: CountedContext, mask_id: int) -> CountedContext | None:
         """Hand over finished blocks; read those of rows that go on into the context, all in one call."""
         rows = list(context.rows)
         closed = [position for position, row in enumerate(rows) if not blocks[row].masked_K.any()]

@@ -28,10 +28,14 @@ class CanvasParams(Protocol):
     lets the mask token win, as published samplers do: such a position stays masked, and its commit is spent.
     """
 
-    temperature: float
-    cfg_scale: float
-    commit_mask: bool
-    trace: bool
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def cfg_scale(self) -> float: ...
+    @property
+    def commit_mask(self) -> bool: ...
+    @property
+    def trace(self) -> bool: ...
 
 
 ParamsT = TypeVar("ParamsT", bound=CanvasParams)

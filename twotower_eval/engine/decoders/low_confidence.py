@@ -1,5 +1,5 @@
-"""The most confident masks first: LLaDA's sampler (arXiv 2502.09992, low-confidence remasking), and with ``threshold`` or
-``factor`` that of Fast-dLLM v1 (arXiv 2505.22618) without its caches. Shape letters: B rows, G tokens of a canvas.
+"""The most confident masks first: LLaDA's sampler (arXiv 2502.09992, low-confidence remasking), and with ``threshold``
+or ``factor`` that of Fast-dLLM v1 (arXiv 2505.22618) without its caches. Shape letters: B rows, G tokens of a canvas.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class LowConfidence(CanvasDecoder[Params]):
             return Shape(max_new_tokens, block_length, block_length)
         if steps % num_blocks and self._by_quota and self.params.quotas == "even":
             raise UserError(
-                f"steps are shared by {num_blocks} blocks of {block_length} tokens: {steps} is no multiple of {num_blocks}"
+                f"steps are shared by {num_blocks} blocks of {block_length} tokens: "
+                f"{steps} is no multiple of {num_blocks}"
             )
         return Shape(max_new_tokens, block_length, -(-steps // num_blocks))
 

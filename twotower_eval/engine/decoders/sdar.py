@@ -24,11 +24,12 @@ STRATEGIES = ("low_confidence_dynamic", "low_confidence_static", "sequential")
 @dataclass(frozen=True, kw_only=True)
 class Params:
     """``block_size`` None: that of the model. ``steps`` per block, None: a token a step. A step's quota is the block's
-    size shared evenly over them, or its masks as ``scheduled`` by dLLM (see decoders.commits). ``low_confidence_static`` commits the quota's most confident masks;
-    ``low_confidence_dynamic`` all masks above the ``threshold`` where these are as many as the quota, else as static;
-    ``sequential`` the quota's first masks. ``top_k`` and ``top_p`` cut the distribution before confidence is taken
-    from it. The original has no temperature 0: here that is the likeliest token with its own probability.
-    ``commit_mask``: see decoders.canvas."""
+    size shared evenly over them, or its masks as ``scheduled`` by dLLM (see decoders.commits).
+
+    ``low_confidence_static`` commits the quota's most confident masks; ``low_confidence_dynamic`` all masks above the
+    ``threshold`` where these are as many as the quota, else as static; ``sequential`` the quota's first masks.
+    ``top_k`` and ``top_p`` cut the distribution before confidence is taken from it. The original has no temperature 0:
+    here that is the likeliest token with its own probability. ``commit_mask``: see decoders.canvas."""
 
     block_size: int | None = None
     steps: int | None = None

@@ -20,8 +20,6 @@ from twotower_eval.engine.families.settings import identify, mask_token, transfo
 from twotower_eval.engine.models.checkpoint import read_json
 from twotower_eval.engine.models.identity import read_whole
 
-ModelT = TypeVar("ModelT", CanvasModel, BlockModel)
-
 
 class A2DCanvas(CanvasModel):
     """Every token sees every token."""
@@ -44,6 +42,9 @@ class A2DBlocks(BlockModel):
     block_size = 32  # dLLM's default: a checkpoint names none
 
 
+ModelT = TypeVar("ModelT", A2DCanvas, A2DBlocks)
+
+
 def load(
     folder: Path, *, devices: tuple[str, ...], dtype: torch.dtype, tower: Literal["context"] | None = None
 ) -> A2DCanvas:
@@ -58,9 +59,7 @@ def load_blocks(
     return _loaded(A2DBlocks, "a2d_bd3lm", folder, devices, dtype)
 
 
-def _loaded(
-    kind: type[ModelT], family: str, folder: Path, devices: tuple[str, ...], dtype: torch.dtype
-) -> ModelT:
+def _loaded(kind: type[ModelT], family: str, folder: Path, devices: tuple[str, ...], dtype: torch.dtype) -> ModelT:
     config = read_json(folder / "config.json")
     tensors, checkpoint = read_whole(folder, family=family, dtype=dtype, devices=devices[:1])
     backbone = load_backbone(

@@ -79,7 +79,8 @@ class Backbone(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.inner.parameters()).device
+        first: Tensor = next(self.inner.parameters())
+        return first.device
 
     def read(
         self,
@@ -123,7 +124,13 @@ def _not_blind(visible_BST: Tensor) -> Tensor:
 
 
 def load_backbone(
-    folder: Path, kind: str, settings: Mapping[str, object], tensors: Mapping[str, Tensor], *, dtype: torch.dtype, device: str
+    folder: Path,
+    kind: str,
+    settings: Mapping[str, object],
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    device: str,
 ) -> Backbone:
     """Transformers' model of a kind of :data:`KINDS` with these settings and tensors, both by its own names.
 

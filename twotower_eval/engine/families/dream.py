@@ -1,4 +1,4 @@
-"""Dream: a Qwen2 whose tokens all see each other (Ye et al., arXiv 2508.15487). Logits at p predict the token at p + 1."""
+"""Dream: a Qwen2 whose tokens all see each other (Ye et al., arXiv 2508.15487). Logits at p predict token p + 1."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""SDAR: a Qwen3 whose tokens see their own block and all earlier ones (Cheng et al., arXiv 2510.06303). Logits at p predict
-the token at p."""
+"""SDAR: a Qwen3 whose tokens see their own block and all earlier ones (Cheng et al., arXiv 2510.06303). Logits at p
+predict the token at p."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ class SDAR(BlockModel):
     """The network; its backbone is transformers' Qwen3."""
 
 
-def load(folder: Path, *, devices: tuple[str, ...], dtype: torch.dtype, tower: Literal["context"] | None = None) -> SDAR:
+def load(
+    folder: Path, *, devices: tuple[str, ...], dtype: torch.dtype, tower: Literal["context"] | None = None
+) -> SDAR:
     """Load a checkpoint in the public layout. UserError for what is wrong with it."""
     config = read_json(folder / "config.json")
     vocab_size = whole_number(folder, config, "vocab_size")

@@ -1,4 +1,4 @@
-"""What all families read alike: numbers of a config.json, ids that end a text, the tokenizer, and a model's identity."""
+"""What all families read alike: numbers of a config.json, special ids, the tokenizer, and a model's identity."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def identify(
 ) -> ModelT:
     """The model with its identity, tokenizer and limits. FileError for a mask token outside the vocabulary."""
     if mask_token_id is not None and not 0 <= mask_token_id < vocab_size:
-        raise FileError(f"{folder}: config.json: mask_token_id {mask_token_id} is outside the vocabulary of {vocab_size}")
+        raise FileError(
+            f"{folder}: config.json: mask_token_id {mask_token_id} is outside the vocabulary of {vocab_size}"
+        )
     model.checkpoint, model.context_digest = checkpoint, checkpoint.digest
     model.vocab_size, model.max_length, model.mask_token_id = vocab_size, max_length, mask_token_id
     model.tokenizer = load_tokenizer(folder, vocab_size=vocab_size)

@@ -30,7 +30,10 @@ FAMILIES = {
     "transformers": "twotower_eval.engine.models.transformers_ar:load",
     ENDPOINT_FAMILY: "twotower_eval.engine.endpoints.model:connect",
 }
-MODEL_TYPES = {"Dream": "dream", "a2d-qwen3": "a2d_mdlm"}  # model_type of a config.json -> family, where they are not the same
+MODEL_TYPES = {
+    "Dream": "dream",
+    "a2d-qwen3": "a2d_mdlm",
+}  # model_type of a config.json -> family, where they are not the same
 SEAM = Seam(what="model family", form="package.module:load", shipped=FAMILIES)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

@@ -87,12 +87,19 @@ class Model(Protocol):
         """Logits after every position of whole rows, (B, S, V), or after each row's ``last`` ones."""
 
 
-class Denoising(Model, Protocol):
-    """A two-tower model: a causal model with a denoiser that reads its context. See :func:`two_tower`."""
+class Masked(Model, Protocol):
+    """A model that predicts masked tokens behind a context."""
 
     @property
     def mask_token_id(self) -> int:
         """The token at positions of a block that are not committed yet."""
+
+    def denoise(self, block_BK: Tensor, context: Context, t_B: Tensor | Sequence[float] | float | None) -> Tensor:
+        """Logits (B, K, V) for one noisy block per row, masked to the fraction ``t_B``; None: no time conditioning."""
+
+
+class Denoising(Masked, Protocol):
+    """A two-tower model: a causal model with a denoiser that reads its context. See :func:`two_tower`."""
 
     @property
     def context_tower(self) -> Model:
@@ -100,9 +107,6 @@ class Denoising(Model, Protocol):
 
     def extend(self, context: Context, ids_BK: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Context:
         """As in every model; rows may be extended by different numbers of tokens."""
-
-    def denoise(self, block_BK: Tensor, context: Context, t_B: Tensor | Sequence[float] | float | None) -> Tensor:
-        """Logits (B, K, V) for one noisy block per row, masked to the fraction ``t_B``; None: no time conditioning."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,11 @@ class PairFamily(Family[ContextT], Protocol[ContextT]):
 def as_model(family: Family[ContextT]) -> Model:
     """The model, its contexts opaque."""
     return cast(Model, family)
+
+
+def as_masked(family: PairFamily[ContextT]) -> Masked:
+    """The same for a model that predicts masked tokens."""
+    return cast(Masked, family)
 
 
 def as_pair(family: PairFamily[ContextT]) -> Denoising:

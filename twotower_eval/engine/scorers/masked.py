@@ -10,14 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twotower_eval.engine.models.protocol import Denoising
+from twotower_eval.engine.models.protocol import Masked
 
 ROWS = 64  # of one call
 
 
-def sampled_masks_logprob(
-    model: Denoising, prompt: Sequence[int], answer: Sequence[int], masked_NT: Tensor
-) -> float:
+def sampled_masks_logprob(model: Masked, prompt: Sequence[int], answer: Sequence[int], masked_NT: Tensor) -> float:
     """Monte-Carlo bound on log p(answer | prompt) in nats: the mean over the draws of T / m times the log-probabilities
     of the m masked tokens (LLaDA, arXiv 2502.09992, equation 6).
 
@@ -28,7 +26,7 @@ def sampled_masks_logprob(
 
 
 def weighted_masks_logprob(
-    model: Denoising, prompt: Sequence[int], answer: Sequence[int], masked_NT: Tensor, weight_N: Tensor
+    model: Masked, prompt: Sequence[int], answer: Sequence[int], masked_NT: Tensor, weight_N: Tensor
 ) -> float:
     """The mean over the draws of a weight times the log-probabilities (nats) of the masked tokens.
 
@@ -38,13 +36,13 @@ def weighted_masks_logprob(
     return float((weight_N * (logprob_NT * masked_NT).sum(1)).mean())
 
 
-def left_to_right_logprob(model: Denoising, prompt: Sequence[int], answer: Sequence[int]) -> float:
+def left_to_right_logprob(model: Masked, prompt: Sequence[int], answer: Sequence[int]) -> float:
     """The sum over tokens of the log-probability (nats) of each, where it and all behind it are masked."""
     masked_TT = torch.ones(len(answer), len(answer), dtype=torch.bool).triu()
     return float(_logprobs(model, prompt, answer, masked_TT).diagonal().sum())
 
 
-def _logprobs(model: Denoising, prompt: Sequence[int], answer: Sequence[int], masked_NT: Tensor) -> Tensor:
+def _logprobs(model: Masked, prompt: Sequence[int], answer: Sequence[int], masked_NT: Tensor) -> Tensor:
     """Log-probability (nats) of every token of the answer where the given ones are masked, (N, T)."""
     answer_T = torch.tensor(list(answer))
     noisy_NT = torch.where(masked_NT, model.mask_token_id, answer_T)
@@ -57,8 +55,8 @@ def _logprobs(model: Denoising, prompt: Sequence[int], answer: Sequence[int], ma
     return torch.cat(found)
 
 
-def greedy_match(model: Denoising, prompt: Sequence[int], answer: Sequence[int]) -> bool:
-    """Whether filling the answer's masks one by one, the most confident first, gives the answer (LLaDA's evaluation)."""
+def greedy_match(model: Masked, prompt: Sequence[int], answer: Sequence[int]) -> bool:
+    """Whether filling the answer's masks one by one, the most confident first, gives the answer (LLaDA's way)."""
     context = model.prefill(torch.tensor([list(prompt)]))
     canvas_1T = torch.full((1, len(answer)), model.mask_token_id)
     for _ in answer:

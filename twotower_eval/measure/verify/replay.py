@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -50,7 +50,7 @@ class Reference:
 
     def entries(self, *keys: str) -> list[dict[str, Any]]:
         """The entries of a list of the description; none where it has no such list."""
-        found = next((self.meta[key] for key in keys if key in self.meta), [])
+        found: object = next((self.meta[key] for key in keys if key in self.meta), [])
         if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
             raise UserError(f"golden.json: {keys[0]} must be a list of tables")
         return found
@@ -74,18 +74,6 @@ class Compared:
     def passed(self) -> bool:
         """Whether it agrees; NaN never does."""
         return self.exact and self.value <= self.limit
-
-
-@dataclass(frozen=True)
-class Found:
-    """Entries of one kind so far."""
-
-    entries: list[Compared] = field(default_factory=list)
-
-    @property
-    def compared(self) -> list[Compared]:
-        """Those that are no quirk."""
-        return [entry for entry in self.entries if not entry.skipped]
 
 
 Replay = Callable[[Model, Reference], Iterator[Compared]]
@@ -122,7 +110,9 @@ def _result(name: str, entries: Sequence[Compared]) -> CheckResult:
         what = "runs give the same tokens" if name == "golden_runs" else "counts and orders of commits are the same"
         detail = f"{len(compared) - len(wrong)} of {len(compared)} {what}{first}{left_out}"
         return pass_or_fail(name, not wrong, detail, value=len(wrong), limit=0)
-    worst = max(compared, key=lambda entry: entry.value / (entry.limit or 1) if entry.value == entry.value else float("inf"))
+    worst = max(
+        compared, key=lambda entry: entry.value / (entry.limit or 1) if entry.value == entry.value else float("inf")
+    )
     what = plural(len(compared), "forward" if name == "golden_logits" else "value")
     detail = f"{what}, the largest difference in {worst.name}{first}{left_out}"
     return pass_or_fail(name, not wrong, detail, value=worst.value, limit=worst.limit)
@@ -161,7 +151,9 @@ class Recorded:
 
     def gumbel(self, rows: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Gumbel noise from the next draw."""
-        return -torch.log(-torch.log(self.uniform(0, len(rows) * math.prod(shape)).reshape(len(rows), *shape))).to(device)
+        return -torch.log(-torch.log(self.uniform(0, len(rows) * math.prod(shape)).reshape(len(rows), *shape))).to(
+            device
+        )
 
 
 def tokens(name: str, ours: Sequence[int], theirs: Sequence[int], *, quirk: str = "") -> Compared:

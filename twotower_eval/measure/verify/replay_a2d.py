@@ -9,7 +9,7 @@ import torch
 
 from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.families.a2d import A2DBlocks, A2DCanvas
-from twotower_eval.engine.models.protocol import Model
+from twotower_eval.engine.models.protocol import Model, as_masked
 from twotower_eval.measure.verify.replay import Compared, Reference, commit_calls, counts, logits, quirk_of, tokens
 from twotower_eval.measure.verify.replay_blocks import calls_of, commit_calls_of_blocks, raw_logits
 from twotower_eval.records import Prompt
@@ -65,13 +65,20 @@ def _canvas_run(model: A2DCanvas, run: Mapping[str, Any]) -> Iterator[Compared]:
     finals = run["final"] if isinstance(run["final"][0], list) else [run["final"]]
     model.shift = int(args.get("right_shift_logits", False))
     decoder = make_decoder(
-        model, "low_confidence", block_length=args["block_size"], steps=args["steps"], quotas="scheduled", commit_mask=True
+        as_masked(model),
+        "low_confidence",
+        block_length=args["block_size"],
+        steps=args["steps"],
+        quotas="scheduled",
+        commit_mask=True,
     )
     length = args["max_new_tokens"]
     asked = [Prompt(id=f"{run['name']}/{i}", token_ids=row, trace=True) for i, row in enumerate(prompts)]
     made = decoder.generate(asked, max_new_tokens=length)
     wanted = [final[len(row) : len(row) + length] for row, final in zip(prompts, finals, strict=True)]
-    yield tokens(run["name"], [list(one.token_ids) for one in made], wanted, quirk=quirk)
+    both = zip([one.token_ids for one in made], wanted, strict=True)
+    for index, (found, theirs) in enumerate(both):
+        yield tokens(f"{run['name']}/{index}", found, theirs, quirk=quirk)
     calls = {one.num_denoiser_forwards for one in made}
     yield counts(f"{run['name']}: calls", calls, {run["nfe"]["model_calls"]}, quirk=quirk)
     if run["commit_step"] is not None:
@@ -85,9 +92,9 @@ def _block_run(model: A2DBlocks, reference: Reference, run: Mapping[str, Any]) -
     model.block_size, model.shift = size, int(args.get("right_shift_logits", False))
     steps = args.get("steps_per_block") or -(-args["steps"] // -(-length // size))
     decoder = make_decoder(
-        model, "sdar", steps=steps, quotas="scheduled", strategy="low_confidence_static", commit_mask=True
+        as_masked(model), "sdar", steps=steps, quotas="scheduled", strategy="low_confidence_static", commit_mask=True
     )
-    asked = [Prompt(id=run["name"], token_ids=prompt, trace=True)]
+    asked = [Prompt(id=run["name"], token_ids=tuple(prompt), trace=True)]
     made = decoder.generate(asked, max_new_tokens=length, eos_token_ids=[args["eos"]])[0]
     num_pads = -len(prompt) % size
     final = run["final"][num_pads + len(prompt) :]

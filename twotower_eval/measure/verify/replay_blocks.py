@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.families.blocks import BlockModel
-from twotower_eval.engine.models.protocol import Model
+from twotower_eval.engine.models.protocol import Model, as_masked
 from twotower_eval.measure.verify.replay import Compared, Reference, counts, logits, quirk_of, tokens
 from twotower_eval.records import Generation, Prompt
 
@@ -53,7 +53,11 @@ def sdar(model: Model, reference: Reference) -> Iterator[Compared]:
     """SDAR's forwards and runs with the likeliest token in place of a draw."""
     own = cast(BlockModel, model)
     for entry in reference.entries("forwards"):
-        ids_BS, theirs, size = reference.tensor(entry["input_ids"]), reference.tensor(entry["logits"]), entry["block_length"]
+        ids_BS, theirs, size = (
+            reference.tensor(entry["input_ids"]),
+            reference.tensor(entry["logits"]),
+            entry["block_length"],
+        )
         if entry["name"] != "cached":
             yield logits(entry["name"], raw_logits(own, ids_BS, size), theirs)
             continue
@@ -71,7 +75,7 @@ def _sdar_run(model: BlockModel, run: Mapping[str, Any]) -> Iterator[Compared]:
     args, prompt, quirk = run["args"], list(run["prompt"]), quirk_of(run)
     size = model.block_size = args["block_length"]
     decoder = make_decoder(
-        model,
+        as_masked(model),
         "sdar",
         steps=args["denoising_steps"],
         strategy=args["remasking_strategy"],
@@ -81,7 +85,9 @@ def _sdar_run(model: BlockModel, run: Mapping[str, Any]) -> Iterator[Compared]:
     )
     length = len(run["final"]) - len(prompt)
     stops = args.get("stopping_criteria_idx", ())
-    made = decoder.generate([Prompt(id=run["name"], token_ids=prompt, trace=True)], max_new_tokens=length, eos_token_ids=stops)[0]
+    made = decoder.generate(
+        [Prompt(id=run["name"], token_ids=tuple(prompt), trace=True)], max_new_tokens=length, eos_token_ids=stops
+    )[0]
     wanted = _until(run["final"][len(prompt) :], stops)
     yield tokens(run["name"], made.token_ids, wanted, quirk=quirk)
     calls = calls_of(made, prompt, size)

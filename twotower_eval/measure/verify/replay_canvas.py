@@ -9,16 +9,27 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders import make_decoder
+from twotower_eval.engine.decoders.dream import Dream as DreamDecoder
 from twotower_eval.engine.families.dream import Dream
 from twotower_eval.engine.families.llada import LLaDA
-from twotower_eval.engine.models.protocol import Model
+from twotower_eval.engine.models.protocol import Model, as_masked
 from twotower_eval.engine.scorers.masked import (
     greedy_match,
     left_to_right_logprob,
     sampled_masks_logprob,
     weighted_masks_logprob,
 )
-from twotower_eval.measure.verify.replay import Compared, Recorded, Reference, commit_calls, counts, likelihood, logits, quirk_of, tokens
+from twotower_eval.measure.verify.replay import (
+    Compared,
+    Recorded,
+    Reference,
+    commit_calls,
+    counts,
+    likelihood,
+    logits,
+    quirk_of,
+    tokens,
+)
 from twotower_eval.records import Prompt
 
 
@@ -31,14 +42,14 @@ def llada(model: Model, reference: Reference) -> Iterator[Compared]:
         yield from _run(own, run)
     for number, entry in enumerate(reference.entries("likelihood")):
         masks_NBT = reference.tensor(entry["masks"])
-        found = sampled_masks_logprob(own, entry["prompt"], entry["answer"], masks_NBT.flatten(0, 1).bool())
+        found = sampled_masks_logprob(as_masked(own), entry["prompt"], entry["answer"], masks_NBT.flatten(0, 1).bool())
         yield likelihood(f"likelihood {number}", found, entry["value"])
-        matched = greedy_match(own, entry["prompt"], entry["answer"])
+        matched = greedy_match(as_masked(own), entry["prompt"], entry["answer"])
         yield counts(f"greedy match of likelihood {number}", matched, entry["greedy_match"])
     for name in ("greedy_match_case", "greedy_mismatch_case"):
         if name in reference.meta:
             case = reference.meta[name]
-            yield counts(name, greedy_match(own, case["prompt"], case["answer"]), case["result"])
+            yield counts(name, greedy_match(as_masked(own), case["prompt"], case["answer"]), case["result"])
 
 
 def _forward(model: LLaDA, reference: Reference, entry: Mapping[str, Any]) -> Compared:
@@ -66,7 +77,7 @@ def _behind_cache(model: LLaDA, ids_BS: Tensor, start: int) -> Tensor:
 def _run(model: LLaDA, run: Mapping[str, Any]) -> Iterator[Compared]:
     args, prompt = run["args"], run["prompt"]
     decoder = make_decoder(
-        model,
+        as_masked(model),
         "low_confidence",
         block_length=args["block_length"],
         steps=args["steps"],
@@ -100,9 +111,9 @@ def dream(model: Model, reference: Reference) -> Iterator[Compared]:
     for number, entry in enumerate(reference.entries("likelihood")):
         prompt, answer = entry["prompt"], entry["answer"]
         masks_NBT, p_NB = reference.tensor(entry["masks"]).bool(), reference.tensor(entry["p_mask"])
-        found = -weighted_masks_logprob(own, prompt, answer, masks_NBT.flatten(0, 1), 1 / p_NB.flatten())
+        found = -weighted_masks_logprob(as_masked(own), prompt, answer, masks_NBT.flatten(0, 1), 1 / p_NB.flatten())
         yield likelihood(f"likelihood {number}: mc", found, entry["nll_mc_ftb"])
-        found = -left_to_right_logprob(own, prompt, answer)
+        found = -left_to_right_logprob(as_masked(own), prompt, answer)
         yield likelihood(f"likelihood {number}: ar", found, entry["nll_ar_ftb"])
 
 
@@ -110,11 +121,11 @@ def _dream_run(model: Dream, reference: Reference, run: Mapping[str, Any]) -> It
     real = run.get("attention_mask", [1] * len(run["prompt"]))  # pads on the left, which nothing sees
     args, prompt = dict(run["args"]), [token for token, there in zip(run["prompt"], real, strict=False) if there]
     length = args.pop("max_new_tokens")
-    decoder = make_decoder(model, "dream", **args, commit_mask=True)
+    decoder = make_decoder(as_masked(model), "dream", **args, commit_mask=True)
     draws = [reference.tensor(name) for name in run.get("uniform_draws", ())]
     if draws:
-        decoder.make_noise = lambda prompts: Recorded(draws)
-    made = decoder.generate([Prompt(id=run["name"], token_ids=prompt, trace=True)], max_new_tokens=length)[0]
+        cast(DreamDecoder, decoder).make_noise = lambda prompts: Recorded(draws)
+    made = decoder.generate([Prompt(id=run["name"], token_ids=tuple(prompt), trace=True)], max_new_tokens=length)[0]
     quirk = quirk_of(run)
     yield tokens(run["name"], made.token_ids, run["final"][-length:], quirk=quirk)
     order = [0] * len(prompt) + commit_calls(made, length)
