@@ -45,9 +45,11 @@ ALLOWED: dict[str, set[str]] = {
     # engine
     "ops": set(),
     "plugin_source": set(),
+    "schedules": set(),
     "models": {"ops", "plugin_source"},
-    "decoders": {"models", "plugin_source"},
-    "scorers": {"models", "decoders"},
+    "families": {"models", "schedules"},
+    "decoders": {"models", "plugin_source", "schedules"},
+    "scorers": {"models", "decoders", "schedules"},
     "endpoints": {"models", "decoders", "scorers"},
     # measure
     "suites": {"task_options"},
@@ -57,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "speed": {"plan", "plan_chat", "plan_sources", "task_options", "chosen", "decoder_settings", "rules", "store"}
     | {"progress", *ENGINE},
     "sizing": {"plan", "chosen", "rules", "store", "progress", "speed", "models"},
-    "verify": {"plan", "plan_sources", "chosen", "rules", "store", "ops", "models", "decoders"},
+    "verify": {"plan", "plan_sources", "chosen", "rules", "store", "ops", "families", "scorers", *ENGINE},
     # analyse
     "stats": set(),
     "calibration": {"stats", "progress"},
@@ -90,8 +92,9 @@ ALLOWED: dict[str, set[str]] = {
 }
 # Packages that cost or weigh something -> the only rooms that may import them, anywhere in their files.
 HEAVY = {
-    "torch": {"ops", "models", "decoders", "scorers", "speed", "sizing", "miniature", "verify"},
-    "transformers": {"models"},
+    "torch": {"ops", "schedules", "models", "families", "decoders", "scorers"}
+    | {"speed", "sizing", "miniature", "verify"},
+    "transformers": {"models", "families"},
     "huggingface_hub": {"hub", "models", "report"},
     "httpx2": {"endpoints", "hub"},
     "safetensors": {"models", "miniature", "verify"},

@@ -25,6 +25,7 @@ DECODERS = {
     "draft": "twotower_eval.engine.decoders.draft:Draft",
     "mock_ar": "twotower_eval.engine.decoders.autoregressive:MockAR",
     "block_diffusion": "twotower_eval.engine.decoders.block_diffusion:BlockDiffusion",
+    "ancestral": "twotower_eval.engine.decoders.ancestral:Ancestral",
     "low_confidence": "twotower_eval.engine.decoders.low_confidence:LowConfidence",
     "dream": "twotower_eval.engine.decoders.dream:Dream",
     "sdar": "twotower_eval.engine.decoders.sdar:SDAR",

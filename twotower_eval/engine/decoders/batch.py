@@ -190,6 +190,7 @@ class BatchDecoder(Generic[ParamsT]):
 
     KIND: ClassVar[str]
     NEEDS_DENOISER: ClassVar[bool] = True
+    NEEDS_PROMPT: ClassVar[bool] = True  # of at least one token
     make_noise: Callable[[Sequence[Prompt]], Noise] = RowNoise  # replaced where recorded draws are played back
 
     def __init__(self, model: Model, params: ParamsT, *, clock: Clock | None = None) -> None:
@@ -215,7 +216,7 @@ class BatchDecoder(Generic[ParamsT]):
         go on from it. Never where a call is timed: each prompt costs there what it costs a user who brings it alone.
         """
         rules = make_rules(self.model, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, stop=stop)
-        check_prompts(self.model, prompts)
+        check_prompts(self.model, prompts, may_be_empty=not self.NEEDS_PROMPT)
         width = check_batch_size(max_batch_size) or len(prompts)
         if self._rows_alone:
             width = 1

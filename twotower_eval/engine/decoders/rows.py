@@ -57,14 +57,14 @@ def check_batch_size(max_batch_size: int | None) -> int | None:
     return max_batch_size
 
 
-def check_prompts(model: Model, prompts: Sequence[Prompt]) -> None:
-    """UserError unless all prompts have at least one token, all within the vocabulary."""
+def check_prompts(model: Model, prompts: Sequence[Prompt], *, may_be_empty: bool = False) -> None:
+    """UserError unless all prompts have at least one token (or none, if they may), all within the vocabulary."""
     for prompt in prompts:
         if not isinstance(prompt, Prompt):
             raise UserError(f"a decoder takes Prompts, not {prompt!r:.40}: tt.Prompt.from_text(text, model) makes one")
-        if not prompt.token_ids:
+        if not (prompt.token_ids or may_be_empty):
             raise UserError(f"prompt {prompt.id!r} is empty; give it at least one token")
-        if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < model.vocab_size:
+        if not 0 <= min(prompt.token_ids, default=0) <= max(prompt.token_ids, default=0) < model.vocab_size:
             raise UserError(f"prompt {prompt.id!r} has a token id outside the vocabulary of {model.vocab_size}")
 
 

@@ -50,6 +50,10 @@ class CanvasModel(LanguageModel):
         """Raw logits (B, S, V) float32 of whole canvases, rows padded on the right to S positions."""
         raise AssertionError(f"{type(self).__name__} does not define canvas_logits")
 
+    def timed_logits(self, ids_BS: Tensor, lengths: Sequence[int], t_B: object) -> Tensor:
+        """The same at times of a call; the few families that take a time define it."""
+        return self.canvas_logits(ids_BS, lengths)
+
     def prefill(self, ids_BS: Tensor, lengths_B: Tensor | Sequence[int] | None = None) -> Tokens:
         """The prompts as they are; no forward."""
         lengths = [ids_BS.shape[1]] * len(ids_BS) if lengths_B is None else [int(length) for length in lengths_B]
@@ -62,12 +66,12 @@ class CanvasModel(LanguageModel):
     def denoise(self, block_BK: Tensor, context: Tokens, t_B: object = None) -> Tensor:
         """Logits (B, K, V) float32 of the token at each position of the block, from one call over the whole canvas.
 
-        ``t_B`` has no effect: these families take no time.
+        ``t_B`` has no effect on most of these families: they take no time.
         """
         rows = [row + tuple(block) for row, block in zip(context.rows, block_BK.tolist(), strict=True)]
         lengths = [len(row) for row in rows]
         padded = [row + (0,) * (max(lengths) - len(row)) for row in rows]
-        logits_BSV = self.canvas_logits(torch.tensor(padded), lengths)
+        logits_BSV = self.timed_logits(torch.tensor(padded), lengths, t_B)
         first_B1 = torch.tensor(context.lengths)[:, None] - self.shift
         places_BK = (first_B1 + torch.arange(block_BK.shape[1])).clamp(min=0)
         return logits_BSV[torch.arange(len(rows))[:, None], places_BK.to(logits_BSV.device)]

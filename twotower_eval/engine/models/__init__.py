@@ -25,6 +25,7 @@ FAMILIES = {
     "a2d_mdlm": "twotower_eval.engine.families.a2d:load",
     "dream": "twotower_eval.engine.families.dream:load",
     "llada": "twotower_eval.engine.families.llada:load",
+    "mdlm": "twotower_eval.engine.families.mdlm:load",
     "sdar": "twotower_eval.engine.families.sdar:load",
     "nemotron_h": "twotower_eval.engine.models.checkpoint:load",
     "transformers": "twotower_eval.engine.models.transformers_ar:load",

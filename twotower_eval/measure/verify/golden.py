@@ -24,7 +24,8 @@ from twotower_eval.engine.models.context import Context as OwnContext
 from twotower_eval.engine.models.protocol import Context, Model, two_tower
 from twotower_eval.errors import UserError
 from twotower_eval.measure.verify.checks import CheckResult, not_checked, pass_or_fail
-from twotower_eval.measure.verify.replay import Reference, replay_results, replays
+from twotower_eval.measure.verify.replay import Reference
+from twotower_eval.measure.verify.replays import replay_results, replays
 from twotower_eval.names import plural
 from twotower_eval.records import Prompt
 from twotower_eval.strict import parse_json, read_utf8

@@ -1,4 +1,4 @@
-"""Replays of a diffusion family's reference outputs: forwards, sampler runs with the order of their commits, bounds.
+"""What replays of reference outputs share: forwards, sampler runs with the order of their commits, bounds.
 
 ``golden.json`` names the family, and its ``forwards``, ``runs`` and likelihoods; tensors lie in ``golden.safetensors``
 beside it. What one family's entries mean is said in a file of that family, by functions that give a :class:`Compared`
@@ -8,30 +8,18 @@ for each entry. An entry that its folder marks as not comparable is counted, and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from twotower_eval.engine.models.base import LanguageModel
-from twotower_eval.engine.models.protocol import Model
 from twotower_eval.errors import UserError
-from twotower_eval.measure.verify.checks import CheckResult, not_checked, pass_or_fail
-from twotower_eval.names import Seam, plural, resolve
 from twotower_eval.records import Generation
 
 Kind = Literal["logits", "run", "count", "likelihood"]
 ATOL = RTOL = 5e-5  # of float32 logits, log-probabilities and losses: what another order of sums makes of them
-NAMES = ("golden_logits", "golden_runs", "golden_counts", "golden_likelihoods")
-REPLAYS = {
-    "a2d_qwen3": "twotower_eval.measure.verify.replay_a2d:a2d",
-    "dream": "twotower_eval.measure.verify.replay_canvas:dream",
-    "llada": "twotower_eval.measure.verify.replay_canvas:llada",
-    "sdar": "twotower_eval.measure.verify.replay_blocks:sdar",
-}
-SEAM = Seam(what="family of reference outputs", form="package.module:replay", shipped=REPLAYS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,48 +64,6 @@ class Compared:
         return self.exact and self.value <= self.limit
 
 
-Replay = Callable[[Model, Reference], Iterator[Compared]]
-
-
-def replays(meta: Mapping[str, Any]) -> bool:
-    """Whether a description is that of a family's reference outputs."""
-    return isinstance(meta.get("family"), str)
-
-
-def replay_results(model: Model, reference: Reference) -> Iterator[CheckResult]:
-    """One result for logits, runs, counts and likelihoods each. UserError for a family without a replay."""
-    family = str(reference.meta["family"])
-    replay: Any = resolve(SEAM.place(family))
-    if model.mask_token_id is None and isinstance(mask := reference.meta.get("mask_id"), int):
-        cast(LanguageModel, model).mask_token_id = mask  # some families name it nowhere in a checkpoint
-    by_kind: dict[str, list[Compared]] = {"logits": [], "run": [], "count": [], "likelihood": []}
-    with torch.inference_mode():
-        for entry in replay(model, reference):
-            by_kind[entry.kind].append(entry)
-    for name, entries in zip(NAMES, by_kind.values(), strict=True):
-        yield _result(name, entries)
-
-
-def _result(name: str, entries: Sequence[Compared]) -> CheckResult:
-    compared = [entry for entry in entries if not entry.skipped]
-    skipped = [entry for entry in entries if entry.skipped]
-    left_out = f"; {len(skipped)} not comparable ({skipped[0].name}: {skipped[0].skipped})" if skipped else ""
-    if not compared:
-        return not_checked(name, f"the folder holds nothing of this kind{left_out}")
-    wrong = [entry for entry in compared if not entry.passed]
-    first = f"; not {wrong[0].name}" if wrong else ""
-    if name in ("golden_runs", "golden_counts"):
-        what = "runs give the same tokens" if name == "golden_runs" else "counts and orders of commits are the same"
-        detail = f"{len(compared) - len(wrong)} of {len(compared)} {what}{first}{left_out}"
-        return pass_or_fail(name, not wrong, detail, value=len(wrong), limit=0)
-    worst = max(
-        compared, key=lambda entry: entry.value / (entry.limit or 1) if entry.value == entry.value else float("inf")
-    )
-    what = plural(len(compared), "forward" if name == "golden_logits" else "value")
-    detail = f"{what}, the largest difference in {worst.name}{first}{left_out}"
-    return pass_or_fail(name, not wrong, detail, value=worst.value, limit=worst.limit)
-
-
 def logits(name: str, ours: Tensor, theirs: Tensor) -> Compared:
     """Tensors of numbers, within the tolerances of float32."""
     if ours.shape != theirs.shape:
@@ -142,6 +88,11 @@ class Recorded:
 
     def __init__(self, draws: Sequence[Tensor]) -> None:
         self._draws = list(draws)
+
+    @property
+    def left(self) -> int:
+        """Draws that nothing has asked for."""
+        return len(self._draws)
 
     def uniform(self, row: int, num: int) -> Tensor:
         """The next draw. UserError where the recording has another number of them."""

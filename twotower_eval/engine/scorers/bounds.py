@@ -1,0 +1,77 @@
+"""Bounds of masked diffusion models as their papers estimate them, from random numbers that the caller draws.
+
+Each paper has its own times, probabilities of a mask and weights: :class:`Noised`. All else they share. Values are in
+nats; a bound is a bound only in the mean over draws. Shape letters: B rows, L tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twotower_eval.engine.schedules import LogLinear
+
+NEVER = -1e6  # stands for the logarithm of no probability at all
+LEAST_TIME = 1e-3
+LAST_TIME = 1 - 1e-4  # no weight is taken from beyond it
+SCHEDULE = LogLinear()
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Times, the probability that a token is masked, and the weight of a masked token's negative log-probability; each
+    (B,), or (B, L) where blocks have times of their own."""
+
+    t: Tensor
+    masked: Tensor
+    weight: Tensor
+
+
+def subs_logprobs(logits_BLV: Tensor, ids_BL: Tensor, mask_id: int) -> Tensor:
+    """Log-probabilities (B, L, V) in MDLM's parameterisation: no mask is predicted, and what is no mask stays."""
+    logits_BLV = logits_BLV.clone()
+    logits_BLV[..., mask_id] += NEVER
+    logprob_BLV = logits_BLV.log_softmax(-1)
+    clean_BL1 = (ids_BL != mask_id)[..., None]
+    stays_BLV = torch.full_like(logprob_BLV, NEVER).scatter(-1, ids_BL[..., None], 0.0)
+    return torch.where(clean_BL1, stays_BLV, logprob_BLV)
+
+
+def nll(logprob_BLV: Tensor, ids_BL: Tensor, noised: Noised, counted_BL: Tensor) -> Tensor:
+    """What each token contributes to the negative bound, (B, L); 0 where it is not counted."""
+    weight = noised.weight if noised.weight.ndim == 2 else noised.weight[:, None]
+    return -logprob_BLV.gather(-1, ids_BL[..., None])[..., 0] * weight * counted_BL
+
+
+def spread(uniform: Tensor) -> Tensor:
+    """Random numbers of [0, 1), one in each of as many equal parts of it, so that their mean varies less."""
+    flat = uniform.flatten()
+    return ((flat / len(flat) + torch.arange(len(flat)) / len(flat)) % 1).view_as(uniform)
+
+
+def mdlm_noised(
+    uniform_B: Tensor, *, num_steps: int = 0, importance: bool = False, change_of_variables: bool = False
+) -> Noised:
+    """MDLM's: continuous, of ``num_steps`` steps, or with times drawn so that all weights are equal, which the paper
+    has in two forms. ``t`` are times as drawn, before they are moved to the end of their step."""
+    t = (1 - LEAST_TIME) * spread(uniform_B) + LEAST_TIME
+    if importance or change_of_variables:
+        return _evenly_weighted(t, as_times=importance)
+    if not num_steps:
+        return Noised(t, SCHEDULE.masked(t), SCHEDULE.weight(t))
+    end = (t * num_steps).int() / num_steps + 1 / num_steps
+    return Noised(t, SCHEDULE.masked(end), 1 / end.clamp(max=LAST_TIME))
+
+
+def _evenly_weighted(t: Tensor, *, as_times: bool) -> Noised:
+    """Times by which the probability of a mask is even in its logarithm; ``as_times``: they are warped to that."""
+    first, last = math.log1p(-math.exp(-LEAST_TIME)), math.log1p(-LEAST_TIME)
+    weight = torch.full_like(t, -first)
+    if not as_times:
+        return Noised(t, torch.exp(first + t * (last - first)), weight)
+    sigma = -torch.log1p(-torch.exp(t * last + (1 - t) * first))
+    warped = -torch.expm1(-sigma) / (1 - SCHEDULE.eps)
+    return Noised(warped, SCHEDULE.masked(warped), weight)
