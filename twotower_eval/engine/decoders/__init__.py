@@ -29,6 +29,7 @@ DECODERS = {
     "low_confidence": "twotower_eval.engine.decoders.low_confidence:LowConfidence",
     "dream": "twotower_eval.engine.decoders.dream:Dream",
     "sdar": "twotower_eval.engine.decoders.sdar:SDAR",
+    "fast_dllm_v2": "twotower_eval.engine.decoders.fast_dllm_v2:FastDLLMv2",
     "reference": "twotower_eval.engine.decoders.reference:Reference",
     "endpoint": "twotower_eval.engine.endpoints.decoder:EndpointDecoder",
 }

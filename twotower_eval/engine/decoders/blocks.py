@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders.batch import BatchDecoder, Call, no_denoiser
+from twotower_eval.engine.decoders.parts import Held, alike
 from twotower_eval.engine.decoders.rows import choose, on_host
 from twotower_eval.engine.models.counting import CountedContext
 from twotower_eval.engine.models.protocol import two_tower
@@ -46,6 +47,7 @@ class Block:
     number: int = 0
     step: int = 0
     quotas: list[int] = field(default_factory=list)
+    kept: Held | None = None
 
     @classmethod
     def behind(cls, known: Sequence[int], size: int, mask_id: int, *, number: int = 0) -> Block:
@@ -83,6 +85,19 @@ class BlockDecoder(BatchDecoder[ParamsT]):
         """Commits whose confidence the rule alone would not have let through; None for rules without a threshold."""
         return None
 
+    def begun(self, call: Call, blocks: Sequence[Block], context: CountedContext) -> CountedContext | None:
+        """Before every step: the rows that take part in it, None where all of them are finished."""
+        return context
+
+    def together(self, blocks: Sequence[Block], context: CountedContext) -> list[list[int]]:
+        """Positions in the context of rows that share a call."""
+        return alike(len(blocks[row].tokens_K) for row in context.rows)
+
+    def predicted(self, call: Call, own: Sequence[Block], view: CountedContext, mask_id: int) -> Predicted:
+        """Tokens and confidences of every position of these rows' blocks, from one call."""
+        tokens_BK = torch.stack([block.tokens_K for block in own])
+        return self._predict(call, call.counted.denoise(tokens_BK, view, None), mask_id, view.rows)
+
     def _decode(self, call: Call) -> None:
         mask_id = two_tower(self.model, no_denoiser(self.KIND)).mask_token_id
         blocks = []
@@ -94,13 +109,15 @@ class BlockDecoder(BatchDecoder[ParamsT]):
         call.read_up_to = self._num_read
         context = call.admit()
         while context is not None:
-            for positions in _by_width(blocks, context):
-                view = context.select(positions)
-                rows = list(view.rows)
-                tokens_BK = torch.stack([blocks[row].tokens_K for row in rows])
-                predicted = self._predict(call, call.counted.denoise(tokens_BK, view, None), mask_id, rows)
-                self._commit(call, [blocks[row] for row in rows], rows, predicted)
-            context = call.admit(self._advance(call, blocks, context, mask_id))
+            running = self.begun(call, blocks, context)
+            if running is None:
+                context = call.admit()
+                continue
+            for positions in self.together(blocks, running):
+                view = running.select(positions)
+                own = [blocks[row] for row in view.rows]
+                self._commit(call, own, view.rows, self.predicted(call, own, view, mask_id))
+            context = call.admit(self._advance(call, blocks, running, mask_id))
 
     def _num_read(self, num_prompt_tokens: int) -> int:
         """Tokens of a prompt that are read before decoding: its whole blocks, or all where a block ends with it."""
@@ -133,7 +150,7 @@ class BlockDecoder(BatchDecoder[ParamsT]):
             if forced is not None:
                 row.num_forced = (row.num_forced or 0) + forced
             if row.steps is not None:
-                row.steps.append(_step(block, taken_K, tokens_K, confidence_K, forced or 0))
+                row.steps.append(commit_step(block, taken_K, tokens_K, confidence_K, forced or 0))
             block.step += 1
 
     def _advance(self, call: Call, blocks: list[Block], context: CountedContext, mask_id: int) -> CountedContext | None:
@@ -155,15 +172,8 @@ class BlockDecoder(BatchDecoder[ParamsT]):
         return context.select(still_open).join(extended) if still_open else extended
 
 
-def _by_width(blocks: Sequence[Block], context: CountedContext) -> list[list[int]]:
-    """Positions in the context of rows whose blocks are equally long."""
-    found: dict[int, list[int]] = {}
-    for position, row in enumerate(context.rows):
-        found.setdefault(len(blocks[row].tokens_K), []).append(position)
-    return list(found.values())
-
-
-def _step(block: Block, taken_K: Tensor, tokens_K: Tensor, confidence_K: Tensor, forced: int) -> CommitStep:
+def commit_step(block: Block, taken_K: Tensor, tokens_K: Tensor, confidence_K: Tensor, forced: int) -> CommitStep:
+    """The record of a step on one row's block."""
     where = taken_K.nonzero().flatten()
     return CommitStep(
         block=block.number,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower_eval.engine.families.backbone import Backbone, Past
+from twotower_eval.engine.families.kept import Kept, read_part
 from twotower_eval.engine.models.base import LanguageModel
 from twotower_eval.errors import UserError
 
@@ -87,11 +88,25 @@ class BlockModel(LanguageModel):
 
         ``t_B`` has no effect: these families take no time.
         """
-        positions_BK, visible_BKT, _ = self.seen(context, block_BK.shape[1], [block_BK.shape[1]] * len(block_BK))
-        logits_BKV = self.backbone.read(block_BK, positions_BK, visible_BKT, context.past)[0]
-        if self.shift == 0:
-            return logits_BKV
-        return torch.cat([context.last_BV.to(logits_BKV.device)[:, None], logits_BKV[:, :-1]], dim=1)
+        return self.denoise_kept(block_BK, context)[0]
+
+    def denoise_kept(self, block_BK: Tensor, context: BlockContext, t_B: object = None) -> tuple[Tensor, Kept]:
+        """As :meth:`denoise`; and the keys and values of context and block, for :meth:`denoise_part`."""
+        num_new = block_BK.shape[1]
+        positions_BK, visible_BKT, block_BT = self.seen(context, num_new, [num_new] * len(block_BK))
+        logits_BKV, past = self.backbone.read(block_BK, positions_BK, visible_BKT, context.past)
+        if self.shift:
+            logits_BKV = torch.cat([context.last_BV.to(logits_BKV.device)[:, None], logits_BKV[:, :-1]], dim=1)
+        return logits_BKV, Kept(past, block_BT != NOBODY, (past.num_columns - num_new,) * len(block_BK))
+
+    def denoise_part(self, part_BM: Tensor, starts: Sequence[int], context: BlockContext, kept: Kept) -> Tensor:
+        """Logits (B, M, V) of the tokens at each row's places ``starts`` and behind it in the block, all else as it was
+        when it was kept: approximate.
+
+        With a shift, the first of them is predicted by its own row: nothing that is known here predicts it.
+        """
+        logits_BMV = read_part(self.backbone, part_BM, starts, context.lengths, kept)
+        return torch.cat([logits_BMV[:, :1], logits_BMV[:, :-1]], dim=1) if self.shift else logits_BMV
 
     def next_logits(self, context: BlockContext) -> Tensor:
         """Logits (B, V) of each row's next token: known already where rows predict the token behind them, else those of

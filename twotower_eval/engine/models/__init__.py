@@ -24,6 +24,7 @@ FAMILIES = {
     "a2d_bd3lm": "twotower_eval.engine.families.a2d:load_blocks",
     "a2d_mdlm": "twotower_eval.engine.families.a2d:load",
     "dream": "twotower_eval.engine.families.dream:load",
+    "fast_dllm_v2": "twotower_eval.engine.families.fast_dllm_v2:load",
     "llada": "twotower_eval.engine.families.llada:load",
     "mdlm": "twotower_eval.engine.families.mdlm:load",
     "sdar": "twotower_eval.engine.families.sdar:load",
@@ -33,6 +34,7 @@ FAMILIES = {
 }
 MODEL_TYPES = {
     "Dream": "dream",
+    "Fast_dLLM_Qwen": "fast_dllm_v2",
     "a2d-qwen3": "a2d_mdlm",
 }  # model_type of a config.json -> family, where they are not the same
 SEAM = Seam(what="model family", form="package.module:load", shipped=FAMILIES)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
-from twotower_eval.engine.models.protocol import Context, Denoising, Model, Segment, Verifying
+from twotower_eval.engine.models.protocol import Context, Denoising, Keeping, Kept, Model, Segment, Verifying
 from twotower_eval.engine.models.witness import Lengths, Witness
 from twotower_eval.records import Passes, PassKind
 
@@ -165,6 +165,18 @@ class CountingModel:
         self._count(self.num_denoiser_forwards, context.rows)
         return logits
 
+    def denoise_kept(self, block_BK: Tensor, context: CountedContext) -> tuple[Tensor, Kept]:
+        """As denoise, and what it has read, for :meth:`denoise_part`."""
+        logits, kept = cast(Keeping, self.model).denoise_kept(block_BK, context.inner)
+        self._count(self.num_denoiser_forwards, context.rows)
+        return logits, kept
+
+    def denoise_part(self, part_BM: Tensor, starts: Sequence[int], context: CountedContext, kept: Kept) -> Tensor:
+        """Denoiser logits (B, M, V) for a part of each row's block, all else as it was kept."""
+        logits = cast(Keeping, self.model).denoise_part(part_BM, starts, context.inner, kept)
+        self._count(self.num_denoiser_forwards, context.rows)
+        return logits
+
     def next_logits(self, context: CountedContext) -> Tensor:
         """Logits (B, V) from the context as it is: no forward, so not counted."""
         return self.model.next_logits(context.inner)
@@ -288,6 +300,23 @@ class WatchedModel:
         logits: Tensor = self._run(self.denoisings, block_BK.shape, self._model.denoise, block_BK, *more, **options)
         for witness in self._listening():
             witness.denoised(block_BK, logits, _held(more[0] if more else options.get("context")))
+        return logits
+
+    def denoise_kept(self, block_BK: Tensor, context: Context) -> tuple[Tensor, Kept]:
+        """The model's own, recorded."""
+        call = self._model.denoise_kept
+        made: tuple[Tensor, Kept] = self._run(self.denoisings, block_BK.shape, call, block_BK, context)
+        for witness in self._listening():
+            witness.denoised(block_BK, made[0], _held(context))
+        return made
+
+    def denoise_part(self, part_BM: Tensor, starts: Sequence[int], context: Context, kept: Kept) -> Tensor:
+        """The model's own, recorded with the tokens that it reads."""
+        call = self._model.denoise_part
+        logits: Tensor = self._run(self.denoisings, part_BM.shape, call, part_BM, starts, context, kept)
+        for witness in self._listening():
+            held = [length + start for length, start in zip(context.lengths, starts, strict=True)]
+            witness.denoised(part_BM, logits, held)
         return logits
 
     def next_logits(self, context: Context) -> Tensor:

@@ -98,6 +98,31 @@ class Masked(Model, Protocol):
         """Logits (B, K, V) for one noisy block per row, masked to the fraction ``t_B``; None: no time conditioning."""
 
 
+class Kept(Protocol):
+    """What a pass over a block has read for B rows, in a model's own form."""
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """Some rows, in that order."""
+
+    def join(self, other: Self) -> Self:
+        """These rows, then the other's."""
+
+
+class Keeping(Masked, Protocol):
+    """A model that can read a part of a block again while all else stays as an earlier pass has read it, which is an
+    approximation wherever tokens see each other."""
+
+    def denoise_kept(self, block_BK: Tensor, context: Context) -> tuple[Tensor, Kept]:
+        """As ``denoise``, and what the pass has read."""
+
+    def denoise_part(self, part_BM: Tensor, starts: Sequence[int], context: Context, kept: Kept) -> Tensor:
+        """Logits (B, M, V) of M tokens of each row's block from place ``starts`` on."""
+
+
 class Denoising(Masked, Protocol):
     """A two-tower model: a causal model with a denoiser that reads its context. See :func:`two_tower`."""
 

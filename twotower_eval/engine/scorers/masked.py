@@ -65,3 +65,17 @@ def greedy_match(model: Masked, prompt: Sequence[int], answer: Sequence[int]) ->
         best = int(confidence_T.masked_fill(canvas_1T[0] != model.mask_token_id, -torch.inf).argmax())
         canvas_1T[0, best] = token_T[best]
     return canvas_1T[0].tolist() == list(answer)
+
+
+def first_token_logprob(model: Masked, prompt: Sequence[int], answer: Sequence[int], *, eos_token_id: int) -> float:
+    """Log-probability (nats) of an answer's first token where only that is masked, and all that stands behind it in its
+    block is given: the rest of the answer, one end of text, masks (Fast-dLLM v2's evaluation).
+
+    Meant for answers of one token: later tokens of a longer one tell of the first.
+    """
+    size: int = model.block_size  # type: ignore[attr-defined]
+    num_read = len(prompt) - len(prompt) % size
+    given = [*prompt[num_read:], model.mask_token_id, *answer[1:], eos_token_id, *[model.mask_token_id] * size]
+    context = model.prefill(torch.tensor([list(prompt[:num_read])], dtype=torch.int64))
+    logits_1KV = model.denoise(torch.tensor([given[:size]]), context, None)
+    return float(logits_1KV[0, len(prompt) - num_read].log_softmax(-1)[answer[0]])

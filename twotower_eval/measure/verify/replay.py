@@ -7,14 +7,16 @@ for each entry. An entry that its folder marks as not comparable is counted, and
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from twotower_eval.engine.models.counting import reads_prompts
 from twotower_eval.errors import UserError
 from twotower_eval.records import Generation
 
@@ -124,6 +126,11 @@ def quirk_of(run: Mapping[str, Any]) -> str:
     return "its order hangs on how equal values are sorted" if run.get("tie_order_dependent") else ""
 
 
+def until(token_ids: Sequence[int], stops: Container[int]) -> list[int]:
+    """The tokens before the first stop."""
+    return list(itertools.takewhile(lambda token: token not in stops, token_ids))
+
+
 def commit_calls(generation: Generation, length: int) -> list[int | None]:
     """For each position behind the prompt the 1-based denoiser call that committed it; None: still masked."""
     found: list[int | None] = [None] * length
@@ -131,3 +138,42 @@ def commit_calls(generation: Generation, length: int) -> list[int | None]:
         for position in step.positions:
             found[position] = call
     return found
+
+
+class Noted:
+    """A model that notes its forwards in order, a letter each: P a prefill, S an extension, D a denoise, and for a part
+    of a block d, or what ``letter_of_part`` says of its places."""
+
+    def __init__(self, model: object, letter_of_part: Callable[[Tensor, Sequence[int]], str] = lambda *_: "d") -> None:
+        self._model: Any = model
+        self._letter_of_part = letter_of_part
+        self.calls = ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def prefill(self, ids_BS: Tensor, lengths_B: Sequence[int] | None = None) -> Any:
+        """The model's own; noted where there is something to read, and that is a forward."""
+        if ids_BS.shape[1] and (lengths_B is None or max(lengths_B)) and reads_prompts(self._model):
+            self.calls += "P"
+        return self._model.prefill(ids_BS, lengths_B)
+
+    def extend(self, context: object, ids_BK: Tensor) -> Any:
+        """The model's own, noted where it is a forward."""
+        self.calls += "S" if reads_prompts(self._model) else ""
+        return self._model.extend(context, ids_BK)
+
+    def denoise(self, *given: object) -> Any:
+        """The model's own, noted."""
+        self.calls += "D"
+        return self._model.denoise(*given)
+
+    def denoise_kept(self, *given: object) -> Any:
+        """The model's own, noted."""
+        self.calls += "D"
+        return self._model.denoise_kept(*given)
+
+    def denoise_part(self, part_BM: Tensor, starts: Sequence[int], *given: object) -> Any:
+        """The model's own, noted."""
+        self.calls += self._letter_of_part(part_BM, starts)
+        return self._model.denoise_part(part_BM, starts, *given)

@@ -11,7 +11,7 @@ from torch import Tensor
 from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.families.blocks import BlockModel
 from twotower_eval.engine.models.protocol import Model, as_masked
-from twotower_eval.measure.verify.replay import Compared, Reference, counts, logits, quirk_of, tokens
+from twotower_eval.measure.verify.replay import Compared, Reference, counts, logits, quirk_of, tokens, until
 from twotower_eval.records import Generation, Prompt
 
 
@@ -88,16 +88,10 @@ def _sdar_run(model: BlockModel, run: Mapping[str, Any]) -> Iterator[Compared]:
     made = decoder.generate(
         [Prompt(id=run["name"], token_ids=tuple(prompt), trace=True)], max_new_tokens=length, eos_token_ids=stops
     )[0]
-    wanted = _until(run["final"][len(prompt) :], stops)
+    wanted = until(run["final"][len(prompt) :], stops)
     yield tokens(run["name"], made.token_ids, wanted, quirk=quirk)
     calls = calls_of(made, prompt, size)
     # The original reads its last block as well, which nothing uses.
     yield counts(f"{run['name']}: calls", calls + "S", "".join(run["calls"]), quirk=quirk)
     order = commit_calls_of_blocks(made, prompt, size, calls)
     yield counts(f"{run['name']}: order of commits", order, run["commit_step"][: len(order)], quirk=quirk)
-
-
-def _until(token_ids: list[int], stops: object) -> list[int]:
-    """The tokens before the first stop."""
-    ends = [position for position, token in enumerate(token_ids) if token in stops]  # type: ignore[operator]
-    return token_ids[: ends[0]] if ends else token_ids

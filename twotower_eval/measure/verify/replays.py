@@ -21,6 +21,7 @@ NAMES = ("golden_logits", "golden_runs", "golden_counts", "golden_likelihoods")
 REPLAYS = {
     "a2d_qwen3": "twotower_eval.measure.verify.replay_a2d:a2d",
     "dream": "twotower_eval.measure.verify.replay_canvas:dream",
+    "fast_dllm_v2": "twotower_eval.measure.verify.replay_fast_dllm:v2",
     "llada": "twotower_eval.measure.verify.replay_canvas:llada",
     "mdlm": "twotower_eval.measure.verify.replay_dit:mdlm",
     "sdar": "twotower_eval.measure.verify.replay_blocks:sdar",

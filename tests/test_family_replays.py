@@ -1,0 +1,90 @@
+"""Reference outputs of whole families are replayed exactly, and whatever is changed in them is noticed."""
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from twotower_eval.measure.verify.golden import Golden, golden_results, load_golden
+from twotower_eval.measure.verify.replays import REPLAYS
+
+GOLDEN = os.environ.get("TWOTOWER_EVAL_GOLDEN")
+pytestmark = pytest.mark.skipif(not GOLDEN, reason="needs the reference outputs (TWOTOWER_EVAL_GOLDEN)")
+
+
+def _golden(family: str) -> Golden:
+    folder = Path(GOLDEN or "", "families", family)
+    if not folder.is_dir():
+        pytest.skip(f"there are no reference outputs of {family}")
+    return load_golden(folder, None, "cpu")  # type: ignore[arg-type]  # its own checkpoint is loaded
+
+
+def _outcomes(golden: Golden) -> dict[str, str]:
+    return {result.name: result.outcome for result in golden_results(golden)}
+
+
+@pytest.mark.parametrize("family", sorted(REPLAYS))
+def test_a_familys_reference_outputs_are_replayed_exactly(family: str) -> None:
+    golden = _golden(family)
+    outcomes = _outcomes(golden)
+    assert "failed" not in outcomes.values()
+    assert (outcomes["golden_logits"], outcomes["golden_runs"]) == ("passed", "passed")
+
+
+def _one_run(golden: Golden) -> tuple[Golden, dict[str, Any]]:
+    """The same with nothing but the shortest run that is to be compared."""
+    meta = copy.deepcopy(dict(golden.meta))
+    able = [run for run in meta.get("runs", ()) if run.get("compare", True) and not run.get("tie_order_dependent")]
+    if not able or not isinstance(able[0].get("final"), list):
+        pytest.skip("its runs are tensors of recorded draws")
+    run = min(able, key=lambda run: len(str(run["final"])) * run["nfe"]["model_calls"])
+    for name in ("forwards", "likelihood"):
+        meta.pop(name, None)
+    return Golden(golden.model, golden.tensors, {**meta, "runs": [run]}), run
+
+
+def _token(run: dict[str, Any], place: int) -> None:
+    final = run["final"][0] if isinstance(run["final"][0], list) else run["final"]
+    final[place] = 1 if final[place] == 0 else final[place] - 1
+
+
+def _counts(run: dict[str, Any]) -> None:
+    run["nfe"] = {name: num + 1 for name, num in run["nfe"].items()}
+    if "calls" in run:
+        run["calls"] = [*run["calls"], run["calls"][-1]]
+    if "window_lengths" in run:
+        run["window_lengths"].append(run["window_lengths"][-1])
+
+
+CHANGES: dict[str, tuple[str, Callable[[dict[str, Any]], None]]] = {
+    "a token": ("golden_runs", lambda run: _token(run, -2)),
+    "the number of calls": ("golden_counts", _counts),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("family", sorted(REPLAYS))
+def test_a_changed_run_is_noticed(family: str, change: str) -> None:
+    golden, run = _one_run(_golden(family))
+    result, make = CHANGES[change]
+    make(run)
+    assert _outcomes(golden)[result] == "failed"
+
+
+@pytest.mark.parametrize("family", sorted(REPLAYS))
+def test_changed_logits_are_noticed(family: str) -> None:
+    golden = _golden(family)
+    named = [entry["logits"] for entry in golden.meta.get("forwards", ()) if "logits" in entry]
+    if not named or named[0] not in golden.tensors:
+        pytest.skip("its forwards are named otherwise")
+    name = named[0]
+    changed = golden.tensors[name].clone()
+    changed.view(-1)[changed.numel() // 2] += 0.01
+    meta = {**golden.meta, "runs": [], "likelihood": []}
+    other = Golden(golden.model, {**golden.tensors, name: changed}, meta)
+    assert _outcomes(other)["golden_logits"] == "failed"
+    assert torch.equal(golden.tensors[name].isnan(), changed.isnan())

@@ -1,0 +1,54 @@
+"""Keys and values of a pass over a whole block or canvas, kept so that later passes read only a part of it.
+
+What is not read again stays as the earlier tokens made it: where tokens see each other in both directions, that is an
+approximation. Shape letters: B rows, M tokens of the part, T key columns, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from twotower_eval.engine.families.backbone import Backbone, Past
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Keys and values of B rows, which columns are no padding (B, T), and each row's first column of the block."""
+
+    past: Past
+    real_BT: Tensor
+    firsts: tuple[int, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.firsts)
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """Some rows, in that order."""
+        chosen = list(rows)
+        return type(self)(self.past.select(chosen), self.real_BT[chosen], tuple(self.firsts[row] for row in chosen))
+
+    def join(self, other: Self) -> Self:
+        """These rows, then the other's."""
+        width = max(self.real_BT.shape[1], other.real_BT.shape[1])
+        wide = [nn.functional.pad(one.real_BT, (0, width - one.real_BT.shape[1])) for one in (self, other)]
+        return type(self)(self.past.joined(other.past), torch.cat(wide), self.firsts + other.firsts)
+
+
+def read_part(backbone: Backbone, part_BM: Tensor, starts: Sequence[int], lengths: Sequence[int], kept: Kept) -> Tensor:
+    """Raw logits (B, M, V) of each row's tokens at the places ``starts`` and behind it in the block, which stands
+    behind ``lengths`` tokens. They see each other, and every kept column but those in whose stead they come."""
+    places_M = torch.arange(part_BM.shape[1])
+    starts_B1 = torch.tensor(list(starts))[:, None]
+    replaced_BM = torch.tensor(kept.firsts)[:, None] + starts_B1 + places_M
+    seen_BT = kept.real_BT.scatter(1, replaced_BM, torch.zeros_like(replaced_BM, dtype=torch.bool))
+    visible_BT = torch.cat([seen_BT, torch.ones_like(replaced_BM, dtype=torch.bool)], dim=1)
+    visible_BMT = visible_BT[:, None].expand(-1, part_BM.shape[1], -1)
+    positions_BM = torch.tensor(list(lengths))[:, None] + starts_B1 + places_M
+    return backbone.read(part_BM, positions_BM, visible_BMT, kept.past)[0]
