@@ -28,6 +28,7 @@ DECODERS = {
     "ancestral": "twotower_eval.engine.decoders.ancestral:Ancestral",
     "low_confidence": "twotower_eval.engine.decoders.low_confidence:LowConfidence",
     "dream": "twotower_eval.engine.decoders.dream:Dream",
+    "radd": "twotower_eval.engine.decoders.radd:RADD",
     "sdar": "twotower_eval.engine.decoders.sdar:SDAR",
     "fast_dllm_v2": "twotower_eval.engine.decoders.fast_dllm_v2:FastDLLMv2",
     "reference": "twotower_eval.engine.decoders.reference:Reference",

@@ -27,6 +27,7 @@ FAMILIES = {
     "fast_dllm_v2": "twotower_eval.engine.families.fast_dllm_v2:load",
     "llada": "twotower_eval.engine.families.llada:load",
     "mdlm": "twotower_eval.engine.families.mdlm:load",
+    "radd": "twotower_eval.engine.families.radd:load",
     "sdar": "twotower_eval.engine.families.sdar:load",
     "nemotron_h": "twotower_eval.engine.models.checkpoint:load",
     "transformers": "twotower_eval.engine.models.transformers_ar:load",
@@ -37,6 +38,7 @@ MODEL_TYPES = {
     "Fast_dLLM_Qwen": "fast_dllm_v2",
     "a2d-qwen3": "a2d_mdlm",
 }  # model_type of a config.json -> family, where they are not the same
+RADD_KEYS = {"tokens", "model", "noise", "training"}  # of a config.json that names no model_type: that of its training
 SEAM = Seam(what="model family", form="package.module:load", shipped=FAMILIES)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -52,7 +54,8 @@ def family_of(path: GivenModel) -> str:
     source = _existing(path)
     if source.kind == "endpoint":
         return ENDPOINT_FAMILY
-    kind = read_json(source.files / "config.json").get("model_type")
+    config = read_json(source.files / "config.json")
+    kind = config.get("model_type", "radd" if config.keys() >= RADD_KEYS else None)
     kind = MODEL_TYPES.get(str(kind), kind)
     if kind in FAMILIES and kind not in ("transformers", ENDPOINT_FAMILY):
         return str(kind)

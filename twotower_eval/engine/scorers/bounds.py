@@ -7,6 +7,7 @@ nats; a bound is a bound only in the mean over draws. Shape letters: B rows, L t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,3 +76,59 @@ def _evenly_weighted(t: Tensor, *, as_times: bool) -> Noised:
     sigma = -torch.log1p(-torch.exp(t * last + (1 - t) * first))
     warped = -torch.expm1(-sigma) / (1 - SCHEDULE.eps)
     return Noised(warped, SCHEDULE.masked(warped), weight)
+
+
+def unmasked_logprobs(logits_BLV: Tensor, mask_id: int) -> Tensor:
+    """RADD's log-probabilities (B, L, V): over all tokens but the mask, whose channel keeps its raw logit."""
+    logits_BLV = logits_BLV.clone()
+    kept = logits_BLV[..., mask_id].clone()
+    logits_BLV[..., mask_id] = -torch.inf
+    logprob_BLV = logits_BLV.log_softmax(-1)
+    logprob_BLV[..., mask_id] = kept
+    return logprob_BLV
+
+
+def spread_from(uniform: Tensor, num: int) -> Tensor:
+    """``num`` evenly spaced numbers of [0, 1) from one random number."""
+    return (uniform + torch.arange(num) / num) % 1
+
+
+def radd_noised(uniform: Tensor, num: int) -> Noised:
+    """RADD's times from one random number, and their weights in its bounds over time."""
+    t = (1 - LEAST_TIME) * spread_from(uniform, num) + LEAST_TIME
+    return Noised(t, SCHEDULE.masked(t), SCHEDULE.weight(t))
+
+
+def lambda_bound(logprob_BL: Tensor, masked_BL: Tensor, masked_B: Tensor) -> Tensor:
+    """RADD's bound by the probability of a mask itself: ``logprob_BL`` are those of the tokens, (B,) float64."""
+    return -(logprob_BL.double() * masked_BL).sum(1) / masked_B.double()
+
+
+def cross_entropy_bound(logprob_BL: Tensor, masked_BL: Tensor, noised: Noised, *, as_published: bool) -> Tensor:
+    """RADD's bound over time, (B,). ``as_published`` adds a term whose integral is 0, so that it only adds variance."""
+    extra_B = torch.log(torch.expm1(SCHEDULE.sigma(noised.t))) if as_published else torch.zeros_like(noised.t)
+    return noised.weight * ((extra_B[:, None] - logprob_BL) * masked_BL).sum(1)
+
+
+def score_entropy_bound(logprob_BLV: Tensor, ids_BL: Tensor, masked_BL: Tensor, noised: Noised) -> Tensor:
+    """The same by the entropy of the scores, (B,): equal up to rounding. The mask is the last token."""
+    sigma_B11 = SCHEDULE.sigma(noised.t)[:, None, None]
+    log_score_BLV = logprob_BLV[..., :-1] - torch.log(torch.expm1(sigma_B11))
+    ratio_B1 = 1 / torch.expm1(sigma_B11[..., 0])
+    own_BL = log_score_BLV.gather(-1, ids_BL[..., None])[..., 0]
+    entropy_BL = log_score_BLV.exp().sum(-1) - ratio_B1 * own_BL + ratio_B1 * (ratio_B1.log() - 1)
+    return SCHEDULE.rate(noised.t) * (entropy_BL * masked_BL).sum(1)
+
+
+def count_bound(logprob_BL: Tensor, masked_BL: Tensor) -> Tensor:
+    """RADD's bound by the number of masks: the tokens over it times the log-probabilities of the masked ones, (B,)."""
+    return -logprob_BL.shape[1] / masked_BL.sum(1) * (logprob_BL * masked_BL).sum(1)
+
+
+def in_order(logprobs: Callable[[Tensor], Tensor], ids_BL: Tensor, order: Sequence[int], mask_id: int) -> Tensor:
+    """The exact log-likelihood (B,) of filling positions in an order, one call of ``logprobs`` (B, L, V) for each."""
+    noisy_BL, total_B = torch.full_like(ids_BL, mask_id), torch.zeros(len(ids_BL))
+    for place in order:
+        total_B = total_B + logprobs(noisy_BL)[:, place].gather(-1, ids_BL[:, place, None])[:, 0]
+        noisy_BL[:, place] = ids_BL[:, place]
+    return total_B

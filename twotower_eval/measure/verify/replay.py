@@ -109,6 +109,25 @@ class Recorded:
         )
 
 
+class Stream(Recorded):
+    """Recorded draws whose bounds do not matter: one row takes the numbers of a draw that another leaves."""
+
+    def __init__(self, draws: Sequence[Tensor]) -> None:
+        super().__init__([torch.cat([draw.flatten() for draw in draws])] if draws else [])
+
+    @property
+    def left(self) -> int:
+        """Numbers that nothing has asked for."""
+        return sum(draw.numel() for draw in self._draws)
+
+    def uniform(self, row: int, num: int) -> Tensor:
+        """The next numbers. UserError where the recording has fewer."""
+        if self.left < num:
+            raise UserError(f"golden.safetensors has {self.left} numbers left where the decoder draws {num}")
+        taken, self._draws = self._draws[0][:num], [self._draws[0][num:]]
+        return taken
+
+
 def tokens(name: str, ours: Sequence[int], theirs: Sequence[int], *, quirk: str = "") -> Compared:
     """A sampler's tokens, exactly."""
     return Compared(kind="run", name=name, exact=list(ours) == list(theirs), skipped=quirk)

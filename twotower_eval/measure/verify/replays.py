@@ -24,6 +24,7 @@ REPLAYS = {
     "fast_dllm_v2": "twotower_eval.measure.verify.replay_fast_dllm:v2",
     "llada": "twotower_eval.measure.verify.replay_canvas:llada",
     "mdlm": "twotower_eval.measure.verify.replay_dit:mdlm",
+    "radd": "twotower_eval.measure.verify.replay_radd:radd",
     "sdar": "twotower_eval.measure.verify.replay_blocks:sdar",
 }
 SEAM = Seam(what="family of reference outputs", form="package.module:replay", shipped=REPLAYS)
