@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,6 +25,7 @@ from twotower_eval.measure.verify.replay import (
     tokens,
 )
 from twotower_eval.measure.verify.replay_dit import numbered, played
+from twotower_eval.records import Generation
 
 
 def radd(model: Model, reference: Reference) -> Iterator[Compared]:
@@ -86,7 +87,7 @@ def _run(model: RADD, reference: Reference, run: Mapping[str, Any]) -> Iterator[
     yield counts(f"{name}: draws left over", noise.left, 0, quirk=quirk)
 
 
-def _updates(made: Any, run: Mapping[str, Any]) -> int | None:
+def _updates(made: Sequence[Generation], run: Mapping[str, Any]) -> int | None:
     """What the original counts: rows that have changed, rows that were read, or nothing."""
     if run["method"] == "ordered":
         return None
