@@ -59,7 +59,8 @@ ALLOWED: dict[str, set[str]] = {
     "speed": {"plan", "plan_chat", "plan_sources", "task_options", "chosen", "decoder_settings", "rules", "store"}
     | {"progress", *ENGINE},
     "sizing": {"plan", "chosen", "rules", "store", "progress", "speed", "models"},
-    "verify": {"plan", "plan_sources", "chosen", "rules", "store", "ops", "families", "scorers", *ENGINE},
+    "verify": {"plan", "plan_sources", "chosen", "rules", "store", "ops", "schedules", "families", "scorers"}
+    | {*ENGINE},
     # analyse
     "stats": set(),
     "calibration": {"stats", "progress"},
