@@ -25,7 +25,7 @@ from twotower_eval.engine.models.protocol import Context, Model, two_tower
 from twotower_eval.errors import UserError
 from twotower_eval.measure.verify.checks import CheckResult, not_checked, pass_or_fail
 from twotower_eval.measure.verify.replay import Reference
-from twotower_eval.measure.verify.replays import replay_results, replays
+from twotower_eval.measure.verify.replays import needs_model, replay_results, replays
 from twotower_eval.names import plural
 from twotower_eval.records import Prompt
 from twotower_eval.strict import parse_json, read_utf8
@@ -64,7 +64,8 @@ def load_golden(folder: Path, model: Model, device: str) -> Golden:
     meta = parse_json(read_utf8(folder / DESCRIPTION), str(folder / DESCRIPTION), infinities=True)
     if not isinstance(meta, dict) or not (replays(meta) or isinstance(meta.get("prompts"), dict)):
         raise UserError(f"{folder / DESCRIPTION}: no prompts are described in it")
-    own = load_model(folder, device=device) if (folder / "config.json").is_file() else model
+    brings_own = (folder / "config.json").is_file() and needs_model(meta)
+    own = load_model(folder, device=device) if brings_own else model
     try:
         tensors = load_file(folder / TENSORS)
     except SafetensorError as error:

@@ -20,13 +20,16 @@ from twotower_eval.names import Seam, plural, resolve
 NAMES = ("golden_logits", "golden_runs", "golden_counts", "golden_likelihoods")
 REPLAYS = {
     "a2d_qwen3": "twotower_eval.measure.verify.replay_a2d:a2d",
+    "d3pm_absorbing_text": "twotower_eval.measure.verify.replay_numbers:d3pm",
     "dream": "twotower_eval.measure.verify.replay_canvas:dream",
     "fast_dllm_v2": "twotower_eval.measure.verify.replay_fast_dllm:v2",
     "llada": "twotower_eval.measure.verify.replay_canvas:llada",
+    "md4": "twotower_eval.measure.verify.replay_numbers:md4",
     "mdlm": "twotower_eval.measure.verify.replay_dit:mdlm",
     "radd": "twotower_eval.measure.verify.replay_radd:radd",
     "sdar": "twotower_eval.measure.verify.replay_blocks:sdar",
 }
+NUMBERS = ("d3pm_absorbing_text", "md4")  # families of which there are no checkpoints, only numbers
 SEAM = Seam(what="family of reference outputs", form="package.module:replay", shipped=REPLAYS)
 Replay = Callable[[Model, Reference], Iterator[Compared]]
 
@@ -36,11 +39,17 @@ def replays(meta: Mapping[str, Any]) -> bool:
     return isinstance(meta.get("family"), str)
 
 
+def needs_model(meta: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint belongs to the reference outputs."""
+    return meta.get("family") not in NUMBERS
+
+
 def replay_results(model: Model, reference: Reference) -> Iterator[CheckResult]:
     """One result for logits, runs, counts and likelihoods each. UserError for a family without a replay."""
     family = str(reference.meta["family"])
     replay: Any = resolve(SEAM.place(family))
-    if model.mask_token_id is None and isinstance(mask := reference.meta.get("mask_id"), int):
+    names_mask = isinstance(mask := reference.meta.get("mask_id"), int)
+    if names_mask and needs_model(reference.meta) and model.mask_token_id is None:
         cast(LanguageModel, model).mask_token_id = mask  # some families name it nowhere in a checkpoint
     by_kind: dict[str, list[Compared]] = {"logits": [], "run": [], "count": [], "likelihood": []}
     with torch.inference_mode():
