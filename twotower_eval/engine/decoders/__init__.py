@@ -30,6 +30,7 @@ DECODERS = {
     "dream": "twotower_eval.engine.decoders.dream:Dream",
     "radd": "twotower_eval.engine.decoders.radd:RADD",
     "sdar": "twotower_eval.engine.decoders.sdar:SDAR",
+    "fast_dllm_v1": "twotower_eval.engine.decoders.fast_dllm_v1:FastDLLMv1",
     "fast_dllm_v2": "twotower_eval.engine.decoders.fast_dllm_v2:FastDLLMv2",
     "reference": "twotower_eval.engine.decoders.reference:Reference",
     "endpoint": "twotower_eval.engine.endpoints.decoder:EndpointDecoder",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders.batch import BatchDecoder, Call, no_denoiser
+from twotower_eval.engine.decoders.parts import Held
 from twotower_eval.engine.decoders.rows import choose, on_host, padded_ids
 from twotower_eval.engine.models.counting import CountedContext
 from twotower_eval.engine.models.protocol import two_tower
@@ -64,6 +65,7 @@ class Canvas:
     block: int = 0
     step: int = 0
     quotas: list[int] = field(default_factory=list)
+    kept: Held | None = None
 
     @classmethod
     def empty(cls, shape: Shape, mask_id: int) -> Canvas:
@@ -132,20 +134,29 @@ class CanvasDecoder(BatchDecoder[ParamsT]):
             self.opened(canvas)
         context = call.admit()
         while context is not None:
-            rows = list(context.rows)
-            predicted = self._predict(call, context, torch.stack([canvases[row].tokens_G for row in rows]), mask_id)
-            self._commit(call, [canvases[row] for row in rows], rows, predicted)
+            for positions in self.together(canvases, context):
+                view = context.select(positions)
+                own = [canvases[row] for row in view.rows]
+                self._commit(call, own, view.rows, self.predicted(call, own, view, mask_id))
             context = self._advance(call, canvases, context)
 
-    def _predict(self, call: Call, context: CountedContext, tokens_BG: Tensor, mask_id: int) -> Predicted:
-        """Tokens and confidences from one call, or two if it is guided."""
-        logits_BGV = self._logits(call, context, tokens_BG, mask_id)
+    def together(self, canvases: Sequence[Canvas], context: CountedContext) -> list[list[int]]:
+        """Positions in the context of rows that share a call."""
+        return [list(range(len(context.rows)))]
+
+    def predicted(self, call: Call, own: Sequence[Canvas], view: CountedContext, mask_id: int) -> Predicted:
+        """Tokens and confidences of every position of these rows' canvases, from one call, or two if it is guided."""
+        tokens_BG = torch.stack([canvas.tokens_G for canvas in own])
+        return self._chosen(call, self._logits(call, view, tokens_BG, mask_id), mask_id, view.rows)
+
+    def _chosen(self, call: Call, logits_BGV: Tensor, mask_id: int, rows: Sequence[int]) -> Predicted:
+        """Tokens and confidences from logits."""
         if not self.params.commit_mask:
             logits_BGV[..., mask_id] = -torch.inf
         logits_BGV = self.limited(logits_BGV)
         temperature = self.params.temperature
         drawn = temperature > 0
-        new_BG = choose(logits_BGV, temperature, call.noise, context.rows) if drawn else logits_BGV.argmax(-1)
+        new_BG = choose(logits_BGV, temperature, call.noise, rows) if drawn else logits_BGV.argmax(-1)
         return Predicted(*on_host(new_BG, self.confidence(logits_BGV, new_BG)))
 
     def _logits(self, call: Call, context: CountedContext, tokens_BG: Tensor, mask_id: int) -> Tensor:

@@ -67,3 +67,13 @@ def num_by_factor(sorted_confidence: Sequence[float], factor: float) -> int:
     failing = (i for i, (value, limit) in enumerate(zip(sorted_confidence, limits, strict=True)) if value < limit)
     first = next(failing, num - 1)
     return first + (first in (0, num - 1))
+
+
+def num_within_factor(sorted_confidence: Sequence[float], factor: float) -> int:
+    """As :func:`num_by_factor` by dLLM's rule: as many as reach their limits, whatever fails among them.
+
+    >>> num_within_factor([0.9, 0.6, 0.76], factor=1.0)
+    2
+    """
+    limits = [-1.0, *(1 - factor / (rank + 1) for rank in range(2, len(sorted_confidence) + 1))]
+    return sum(value >= limit for value, limit in zip(sorted_confidence, limits, strict=True))

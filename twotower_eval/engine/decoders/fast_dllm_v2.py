@@ -15,13 +15,11 @@ from torch import Tensor
 from twotower_eval.engine.decoders.batch import Call
 from twotower_eval.engine.decoders.blocks import Block, BlockDecoder, Predicted, commit_step
 from twotower_eval.engine.decoders.commits import above_threshold
-from twotower_eval.engine.decoders.parts import alike, check_keeps, gathered, spread
+from twotower_eval.engine.decoders.parts import STEPS_PER_TOKEN, alike, check_keeps, gathered, spread
 from twotower_eval.engine.decoders.rows import Clock, check_counts, check_not_negative, check_temperature
 from twotower_eval.engine.models.counting import CountedContext
 from twotower_eval.engine.models.protocol import Model
 from twotower_eval.errors import UserError
-
-STEPS_PER_TOKEN = 8  # more of them only where the mask token wins again and again
 
 
 @dataclass(frozen=True, kw_only=True)

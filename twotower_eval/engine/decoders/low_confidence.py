@@ -95,15 +95,24 @@ class LowConfidence(CanvasDecoder[Params]):
         if params.threshold is not None:
             return above_threshold(confidence_BG, eligible_BG, params.threshold, strict=False)
         if params.factor is None:
-            return most_confident(confidence_BG, eligible_BG, [canvas.quotas.pop(0) for canvas in canvases])
+            return most_confident(confidence_BG, eligible_BG, [_quota(canvas) for canvas in canvases])
         ordered = [
             confidence_G[eligible_G].sort(descending=True).values.tolist()
             for confidence_G, eligible_G in zip(confidence_BG, eligible_BG, strict=True)
         ]
-        return most_confident(confidence_BG, eligible_BG, [num_by_factor(row, params.factor) for row in ordered])
+        return most_confident(confidence_BG, eligible_BG, [self.num_by_factor(row, params.factor) for row in ordered])
+
+    def num_by_factor(self, sorted_confidence: Sequence[float], factor: float) -> int:
+        """How many of a row's eligible positions a factor lets through."""
+        return num_by_factor(sorted_confidence, factor)
 
     def num_forced(self, taken_G: Tensor, confidence_G: Tensor) -> int | None:
         """Commits below the threshold."""
         if self.params.threshold is None:
             return None
         return int((taken_G & (confidence_G < self.params.threshold)).sum())
+
+
+def _quota(canvas: Canvas) -> int:
+    """What this step commits; one where the schedule is at its end."""
+    return canvas.quotas.pop(0) if canvas.quotas else 1

@@ -6,33 +6,21 @@ so that one ends where the prompt does. The checkpoints do not say which of them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor
 
-from twotower_eval.engine.families.backbone import Backbone, load_backbone
+from twotower_eval.engine.families.backbone import load_backbone
 from twotower_eval.engine.families.blocks import BlockModel
-from twotower_eval.engine.families.canvas import CanvasModel
+from twotower_eval.engine.families.kept import BackboneCanvas
 from twotower_eval.engine.families.settings import identify, mask_token, transformers_settings, whole_number
 from twotower_eval.engine.models.checkpoint import read_json
 from twotower_eval.engine.models.identity import read_whole
 
 
-class A2DCanvas(CanvasModel):
+class A2DCanvas(BackboneCanvas):
     """Every token sees every token."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def canvas_logits(self, ids_BS: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Positions count from 0, and padding is hidden."""
-        positions_S = torch.arange(ids_BS.shape[1])
-        visible_B1S = positions_S < torch.tensor(list(lengths))[:, None, None]
-        return self.backbone.read(ids_BS, positions_S.expand_as(ids_BS), visible_B1S.expand(-1, ids_BS.shape[1], -1))[0]
 
 
 class A2DBlocks(BlockModel):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from twotower_eval.engine.families.backbone import Backbone, Past
+from twotower_eval.engine.families.canvas import CanvasModel, Tokens
+from twotower_eval.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,40 @@ def read_part(backbone: Backbone, part_BM: Tensor, starts: Sequence[int], length
     visible_BMT = visible_BT[:, None].expand(-1, part_BM.shape[1], -1)
     positions_BM = torch.tensor(list(lengths))[:, None] + starts_B1 + places_M
     return backbone.read(part_BM, positions_BM, visible_BMT, kept.past)[0]
+
+
+class BackboneCanvas(CanvasModel):
+    """A canvas read by transformers' layers: every token sees every token of its row, and padding is hidden."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def canvas_logits(self, ids_BS: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Positions count from 0."""
+        return self._read(ids_BS, lengths)[0]
+
+    def denoise_kept(self, block_BK: Tensor, context: Tokens) -> tuple[Tensor, Kept]:
+        """As :meth:`denoise`; and the keys and values of the whole canvas, for :meth:`denoise_part`."""
+        rows = [row + tuple(block) for row, block in zip(context.rows, block_BK.tolist(), strict=True)]
+        lengths = [len(row) for row in rows]
+        width = max(lengths)
+        ids_BS = torch.tensor([row + (0,) * (width - len(row)) for row in rows])
+        logits_BSV, past = self._read(ids_BS, lengths)
+        first_B1 = torch.tensor(context.lengths)[:, None] - self.shift
+        places_BK = (first_B1 + torch.arange(block_BK.shape[1])).clamp(min=0).to(logits_BSV.device)
+        real_BS = torch.arange(width) < torch.tensor(lengths)[:, None]
+        return logits_BSV[torch.arange(len(rows))[:, None], places_BK], Kept(past, real_BS, context.lengths)
+
+    def denoise_part(self, part_BM: Tensor, starts: Sequence[int], context: Tokens, kept: Kept) -> Tensor:
+        """Logits (B, M, V) of the tokens at each row's places ``starts`` and behind it in the block, all else as it was
+        when it was kept: approximate. UserError for a family whose rows predict the token behind them."""
+        if self.shift:
+            raise UserError(f"family {self.checkpoint.family} predicts the first token of a part outside of the part")
+        return read_part(self.backbone, part_BM, starts, context.lengths, kept)
+
+    def _read(self, ids_BS: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Past]:
+        positions_S = torch.arange(ids_BS.shape[1])
+        visible_B1S = positions_S < torch.tensor(list(lengths))[:, None, None]
+        visible_BSS = visible_B1S.expand(-1, ids_BS.shape[1], -1)
+        return self.backbone.read(ids_BS, positions_S.expand_as(ids_BS), visible_BSS)

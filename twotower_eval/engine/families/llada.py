@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from twotower_eval.engine.families.backbone import Backbone, load_backbone
-from twotower_eval.engine.families.canvas import CanvasModel
+from twotower_eval.engine.families.backbone import load_backbone
+from twotower_eval.engine.families.kept import BackboneCanvas
 from twotower_eval.engine.families.settings import identify, mask_token, whole_number
 from twotower_eval.engine.models.checkpoint import read_json
 from twotower_eval.engine.models.identity import read_whole
@@ -45,19 +44,8 @@ UNLIKE_LLAMA = {  # settings of the public code that would make another network,
 }
 
 
-class LLaDA(CanvasModel):
-    """The network; ``backbone`` is transformers' Llama."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def canvas_logits(self, ids_BS: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Every token sees every token of its row; positions count from 0, and padding is hidden."""
-        positions_S = torch.arange(ids_BS.shape[1])
-        visible_B1S = positions_S < torch.tensor(lengths)[:, None, None]
-        visible_BSS = visible_B1S.expand(-1, ids_BS.shape[1], -1)
-        return self.backbone.read(ids_BS, positions_S.expand_as(ids_BS), visible_BSS)[0]
+class LLaDA(BackboneCanvas):
+    """The network; its backbone is transformers' Llama."""
 
 
 def load(

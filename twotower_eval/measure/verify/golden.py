@@ -64,6 +64,8 @@ def load_golden(folder: Path, model: Model, device: str) -> Golden:
     meta = parse_json(read_utf8(folder / DESCRIPTION), str(folder / DESCRIPTION), infinities=True)
     if not isinstance(meta, dict) or not (replays(meta) or isinstance(meta.get("prompts"), dict)):
         raise UserError(f"{folder / DESCRIPTION}: no prompts are described in it")
+    for port in sorted(folder.glob("*_port.json")):  # the same settings by another implementation
+        meta = {**meta, "ports": [*meta.get("ports", ()), parse_json(read_utf8(port), str(port), infinities=True)]}
     brings_own = (folder / "config.json").is_file() and needs_model(meta)
     own = load_model(folder, device=device) if brings_own else model
     try:

@@ -1,18 +1,22 @@
-"""Replays of Fast-dLLM: v2 behind its cache of blocks."""
+"""Replays of Fast-dLLM: v1 on LLaDA with approximate caches, v2 behind its cache of blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import torch
+
 from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.families.fast_dllm_v2 import FastDLLMv2
+from twotower_eval.engine.families.llada import LLaDA
 from twotower_eval.engine.models.protocol import Model, as_masked
 from twotower_eval.engine.scorers.masked import first_token_logprob
 from twotower_eval.measure.verify.replay import (
     Compared,
     Noted,
     Reference,
+    commit_calls,
     counts,
     likelihood,
     logits,
@@ -21,6 +25,64 @@ from twotower_eval.measure.verify.replay import (
 )
 from twotower_eval.measure.verify.replay_blocks import raw_logits
 from twotower_eval.records import Generation, Prompt
+
+
+def v1(model: Model, reference: Reference) -> Iterator[Compared]:
+    """Forwards behind caches, and runs by the original and by ports of it."""
+    own = cast(LLaDA, model)
+    for entry in reference.entries("forwards"):
+        yield from _approximated(own, reference, entry)
+    for run in reference.entries("runs"):
+        yield from _v1_run(own, run, factor_rule="until_first_failure")
+    for port in reference.entries("ports"):
+        for run in port["runs"]:
+            yield from _v1_run(own, run, factor_rule="all_within")
+
+
+def _approximated(model: LLaDA, reference: Reference, entry: Mapping[str, Any]) -> Iterator[Compared]:
+    name, (start, stop) = entry["name"], entry["block"]
+    before_BS, after_BS = reference.tensor(entry["ids_before"]), reference.tensor(entry["ids_after"])
+    nothing = model.prefill(before_BS[:, :0])
+    ours, kept = model.denoise_kept(before_BS, nothing)
+    yield logits(f"{name}: before", ours, reference.tensor(entry["full_logits_before"]))
+    exact = model.canvas_logits(after_BS, [after_BS.shape[1]] * len(after_BS))
+    yield logits(f"{name}: after", exact, reference.tensor(entry["full_logits_after"]))
+    for cache, part in (("prefix", slice(start, None)), ("dual", slice(start, stop))):
+        ours = model.denoise_part(after_BS[:, part], [start] * len(after_BS), nothing, kept)
+        yield logits(f"{name}: {cache}", ours, reference.tensor(entry[f"{cache}_logits"]))
+        gap = reference.meta.get("approximation_gap", {}).get(cache)
+        if gap is not None:
+            yield logits(f"{name}: gap of {cache}", (ours - exact[:, part]).abs().max(), torch.tensor(gap))
+
+
+def _v1_run(model: LLaDA, run: Mapping[str, Any], *, factor_rule: str) -> Iterator[Compared]:
+    args, prompt, quirk = run["args"], run["prompt"], quirk_of(run)
+    if run.get("masks_left"):
+        quirk = quirk or "the port leaves masks in its answer"
+    cache = next((kind for kind in ("prefix", "dual") if kind in run["sampler"]), "none")
+    noted = Noted(model, lambda *_: "S" if cache == "prefix" else "B")
+    decoder = make_decoder(
+        cast(Model, noted),
+        "fast_dllm_v1",
+        **{name: args.get(name) for name in ("block_length", "steps", "threshold", "factor")},
+        cache=cache,
+        factor_rule=factor_rule,
+        extra_step="2025-06-27" in run["sampler"],
+        commit_mask=True,
+    )
+    asked, length = [Prompt(id=run["name"], token_ids=tuple(prompt), trace=True)], args["gen_length"]
+    made = decoder.generate(asked, max_new_tokens=length)[0]
+    yield tokens(run["name"], [*prompt, *made.token_ids], run["final"], quirk=quirk)
+    calls = noted.calls.replace("D", "F")
+    yield counts(f"{run['name']}: calls", calls, run["calls"], quirk=quirk)
+    kinds = {"model_calls": "FSB", "full_canvas_calls": "F", "suffix_calls": "S", "block_calls": "B"}
+    found = {name: sum(call in letters for call in calls) for name, letters in kinds.items()}
+    found["calls_that_committed_nothing"] = sum(not step.positions for step in made.trace or ())
+    found["reported_by_original"] = len(calls)
+    given = run["nfe"]
+    yield counts(f"{run['name']}: numbers of calls", {name: found[name] for name in given}, given, quirk=quirk)
+    order = [0] * len(prompt) + commit_calls(made, length)
+    yield counts(f"{run['name']}: order of commits", order, run["commit_step"], quirk=quirk)
 
 
 def v2(model: Model, reference: Reference) -> Iterator[Compared]:

@@ -22,6 +22,7 @@ REPLAYS = {
     "a2d_qwen3": "twotower_eval.measure.verify.replay_a2d:a2d",
     "d3pm_absorbing_text": "twotower_eval.measure.verify.replay_numbers:d3pm",
     "dream": "twotower_eval.measure.verify.replay_canvas:dream",
+    "fast_dllm_v1": "twotower_eval.measure.verify.replay_fast_dllm:v1",
     "fast_dllm_v2": "twotower_eval.measure.verify.replay_fast_dllm:v2",
     "llada": "twotower_eval.measure.verify.replay_canvas:llada",
     "md4": "twotower_eval.measure.verify.replay_numbers:md4",
