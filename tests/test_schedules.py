@@ -54,7 +54,7 @@ def test_a_step_of_d3pm_is_the_linear_weight() -> None:
     logits[:, 5] = -1e9
     ids, noisy = torch.tensor([0, 1, 2, 3]), torch.tensor([5, 1, 5, 5])
     surprise = -logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0] * (noisy == 5)
-    for start in (1, 4, 7):
+    for start in (1, 4, 6):
         divergence, _ = discrete.d3pm_terms(logits, ids, noisy, start, 1, 8, 5)
         assert torch.allclose(divergence, surprise / (start + 1), atol=1e-5)
     _, entropy = discrete.d3pm_terms(logits, ids, noisy, 0, 1, 8, 5)

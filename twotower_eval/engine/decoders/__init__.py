@@ -28,6 +28,7 @@ DECODERS = {
     "ancestral": "twotower_eval.engine.decoders.ancestral:Ancestral",
     "low_confidence": "twotower_eval.engine.decoders.low_confidence:LowConfidence",
     "dream": "twotower_eval.engine.decoders.dream:Dream",
+    "bd3lm": "twotower_eval.engine.decoders.bd3lm:BD3LM",
     "radd": "twotower_eval.engine.decoders.radd:RADD",
     "sdar": "twotower_eval.engine.decoders.sdar:SDAR",
     "fast_dllm_v1": "twotower_eval.engine.decoders.fast_dllm_v1:FastDLLMv1",

@@ -36,12 +36,14 @@ ParamsT = TypeVar("ParamsT", bound=SampledParams)
 @dataclass
 class Draft:
     """One row's canvas in progress. ``logits_GV`` None: they have to be read. ``start``: tokens made before it;
-    ``order`` is that in which positions are filled, for samplers that have one."""
+    ``num_known``: its first tokens that the prompt gave; ``order`` is that in which positions are filled, for samplers
+    that have one."""
 
     tokens_G: Tensor
     mask_id: int
     number: int = 0
     start: int = 0
+    num_known: int = 0
     step: int = 0
     logits_GV: Tensor | None = None
     was_read: bool = False
@@ -60,9 +62,18 @@ class Draft:
 
 
 class SampledDecoder(BatchDecoder[ParamsT]):
-    """Base of samplers: the loop. They define :meth:`num_steps` and :meth:`drawn`, and may define the rest."""
+    """Base of samplers: the loop. They define :meth:`num_steps` and :meth:`drawn`, and may define the rest.
+
+    ``READS_BLOCKS``: canvases are blocks, counted from the first token of a row, and each is read into the context when
+    it is finished; what the prompt has of its last block is given in the first.
+    """
 
     NEEDS_PROMPT: ClassVar[bool] = False
+    READS_BLOCKS: ClassVar[bool] = False
+
+    def block_size(self) -> int:
+        """Tokens of a block, if blocks are read."""
+        raise AssertionError(f"{type(self).__name__} does not define block_size")
 
     def num_steps(self, draft: Draft) -> int:
         """Steps of a canvas, all of them counted."""
@@ -93,7 +104,7 @@ class SampledDecoder(BatchDecoder[ParamsT]):
 
     @property
     def reads_together(self) -> bool:
-        """Whether a change in one row has all rows of the batch read again."""
+        """Whether a change in one row has all rows of the batch read again, and blocks end together."""
         return False
 
     def width(self, call: Call, row: int) -> int:
@@ -110,6 +121,7 @@ class SampledDecoder(BatchDecoder[ParamsT]):
         for index, prompt in enumerate(call.prompts):
             call.rows[index].steps = [] if self.params.trace or prompt.trace else None
             drafts.append(self._opened(call, index, mask_id, number=0))
+        call.read_up_to = self._num_read
         context = call.admit()
         while context is not None:
             self._read(call, drafts, context)
@@ -127,8 +139,10 @@ class SampledDecoder(BatchDecoder[ParamsT]):
             context = call.admit(self._advance(call, drafts, context, mask_id))
 
     def _opened(self, call: Call, row: int, mask_id: int, *, number: int) -> Draft:
-        masks_G = torch.full((self.width(call, row),), mask_id)
-        draft = Draft(masks_G, mask_id, number=number, start=len(call.rows[row].produced))
+        prompt, start = call.prompts[row].token_ids, len(call.rows[row].produced)
+        known = prompt[self._num_read(len(prompt)) :] if number == 0 else ()
+        tokens_G = torch.tensor([*known, *[mask_id] * (self.width(call, row) - len(known))])
+        draft = Draft(tokens_G, mask_id, number=number, start=start, num_known=len(known))
         self.opened(draft, call.noise, row)
         return draft
 
@@ -154,15 +168,32 @@ class SampledDecoder(BatchDecoder[ParamsT]):
 
     def _advance(self, call: Call, drafts: list[Draft], context: CountedContext, mask_id: int) -> CountedContext | None:
         """Hand over finished canvases; rows that need more tokens begin another."""
-        going = []
-        for position, row in enumerate(context.rows):
-            draft = drafts[row]
-            if not self.is_done(draft):
-                going.append(position)
-            elif call.absorb([row], [draft.tokens_G.tolist()]):
-                drafts[row] = self._opened(call, row, mask_id, number=draft.number + 1)
-                going.append(position)
-        return context.select(going) if going else None
+        rows = list(context.rows)
+        done = [self.is_done(drafts[row]) for row in rows]
+        if self.READS_BLOCKS and self.reads_together and not all(done):
+            done = [False] * len(rows)
+        still_open = [position for position, over in enumerate(done) if not over]
+        closed = [position for position, over in enumerate(done) if over]
+        made = [drafts[rows[position]] for position in closed]
+        new = [draft.tokens_G[draft.num_known :].tolist() for draft in made]
+        going = [closed[i] for i in call.absorb([rows[position] for position in closed], new)]
+        read = self._followed(call, drafts, context.select(going)) if going else None
+        for position in going:
+            row = rows[position]
+            drafts[row] = self._opened(call, row, mask_id, number=drafts[row].number + 1)
+        if not still_open or read is None:
+            return context.select(still_open) if still_open else read
+        return context.select(still_open).join(read)
+
+    def _followed(self, call: Call, drafts: Sequence[Draft], view: CountedContext) -> CountedContext:
+        """The context behind finished canvases."""
+        if not self.READS_BLOCKS:
+            return view
+        return call.counted.extend(view, torch.stack([drafts[row].tokens_G for row in view.rows]))
+
+    def _num_read(self, num_prompt_tokens: int) -> int:
+        """Tokens of a prompt that are read before decoding: its whole blocks, or all."""
+        return num_prompt_tokens - num_prompt_tokens % self.block_size() if self.READS_BLOCKS else num_prompt_tokens
 
 
 def _record(call: Call, index: int, draft: Draft, tokens_G: Tensor) -> None:
@@ -175,7 +206,7 @@ def _record(call: Call, index: int, draft: Draft, tokens_G: Tensor) -> None:
         CommitStep(
             block=draft.number,
             step=draft.step,
-            positions=tuple((where + draft.start).tolist()),
+            positions=tuple((where + draft.start - draft.num_known).tolist()),
             token_ids=tuple(tokens_G[where].tolist()),
             confidences=tuple(probabilities.tolist()),
             num_forced=0,

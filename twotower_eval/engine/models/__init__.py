@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FAMILIES = {
     "a2d_bd3lm": "twotower_eval.engine.families.a2d:load_blocks",
     "a2d_mdlm": "twotower_eval.engine.families.a2d:load",
+    "bd3lm": "twotower_eval.engine.families.bd3lm:load",
     "dream": "twotower_eval.engine.families.dream:load",
     "fast_dllm_v2": "twotower_eval.engine.families.fast_dllm_v2:load",
     "llada": "twotower_eval.engine.families.llada:load",

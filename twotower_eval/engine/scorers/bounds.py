@@ -78,6 +78,17 @@ def _evenly_weighted(t: Tensor, *, as_times: bool) -> Noised:
     return Noised(warped, SCHEDULE.masked(warped), weight)
 
 
+def bd3lm_noised(uniform_BN: Tensor, block_size: int, *, low: float, high: float, mdlm_weight: bool) -> Noised:
+    """BD3-LM's, with a time for each of N blocks of a row, between the two limits: a bound only from 0.001 to 1.
+
+    Above 0.5 as the lower limit nothing is weighted; ``mdlm_weight`` takes MDLM's probabilities and weights.
+    """
+    t = (spread(uniform_BN) * (high - low) + low).repeat_interleave(block_size, dim=1)
+    if mdlm_weight:
+        return Noised(t, SCHEDULE.masked(t), SCHEDULE.weight(t))
+    return Noised(t, t, torch.ones_like(t) if low > 0.5 else 1 / t)
+
+
 def unmasked_logprobs(logits_BLV: Tensor, mask_id: int) -> Tensor:
     """RADD's log-probabilities (B, L, V): over all tokens but the mask, whose channel keeps its raw logit."""
     logits_BLV = logits_BLV.clone()

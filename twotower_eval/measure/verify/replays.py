@@ -20,6 +20,7 @@ from twotower_eval.names import Seam, plural, resolve
 NAMES = ("golden_logits", "golden_runs", "golden_counts", "golden_likelihoods")
 REPLAYS = {
     "a2d_qwen3": "twotower_eval.measure.verify.replay_a2d:a2d",
+    "bd3lm": "twotower_eval.measure.verify.replay_bd3lm:bd3lm",
     "d3pm_absorbing_text": "twotower_eval.measure.verify.replay_numbers:d3pm",
     "dream": "twotower_eval.measure.verify.replay_canvas:dream",
     "fast_dllm_v1": "twotower_eval.measure.verify.replay_fast_dllm:v1",
