@@ -31,6 +31,7 @@ DECODERS = {
     "bd3lm": "twotower_eval.engine.decoders.bd3lm:BD3LM",
     "radd": "twotower_eval.engine.decoders.radd:RADD",
     "sdar": "twotower_eval.engine.decoders.sdar:SDAR",
+    "llada2": "twotower_eval.engine.decoders.llada2:LLaDA2",
     "fast_dllm_v1": "twotower_eval.engine.decoders.fast_dllm_v1:FastDLLMv1",
     "fast_dllm_v2": "twotower_eval.engine.decoders.fast_dllm_v2:FastDLLMv2",
     "reference": "twotower_eval.engine.decoders.reference:Reference",

@@ -48,6 +48,7 @@ class Block:
     step: int = 0
     quotas: list[int] = field(default_factory=list)
     kept: Held | None = None
+    taken_K: Tensor | None = None  # what its last step committed
 
     @classmethod
     def behind(cls, known: Sequence[int], size: int, mask_id: int, *, number: int = 0) -> Block:
@@ -88,6 +89,10 @@ class BlockDecoder(BatchDecoder[ParamsT]):
     def begun(self, call: Call, blocks: Sequence[Block], context: CountedContext) -> CountedContext | None:
         """Before every step: the rows that take part in it, None where all of them are finished."""
         return context
+
+    def made(self, call: Call, row: int, block: Block) -> list[int] | None:
+        """The tokens that a block gives its row, once it is finished; before that None."""
+        return None if block.masked_K.any() else block.tokens_K[block.num_known :].tolist()
 
     def together(self, blocks: Sequence[Block], context: CountedContext) -> list[list[int]]:
         """Positions in the context of rows that share a call."""
@@ -151,14 +156,14 @@ class BlockDecoder(BatchDecoder[ParamsT]):
                 row.num_forced = (row.num_forced or 0) + forced
             if row.steps is not None:
                 row.steps.append(commit_step(block, taken_K, tokens_K, confidence_K, forced or 0))
-            block.step += 1
+            block.step, block.taken_K = block.step + 1, taken_K
 
     def _advance(self, call: Call, blocks: list[Block], context: CountedContext, mask_id: int) -> CountedContext | None:
         """Hand over finished blocks; read those of rows that go on into the context, all in one call."""
         rows = list(context.rows)
-        closed = [position for position, row in enumerate(rows) if not blocks[row].masked_K.any()]
-        made = [blocks[rows[position]] for position in closed]
-        new = [block.tokens_K[block.num_known :].tolist() for block in made]
+        handed_over = [self.made(call, row, blocks[row]) for row in rows]
+        closed = [position for position, made in enumerate(handed_over) if made is not None]
+        new = [made for made in handed_over if made is not None]
         going = [closed[i] for i in call.absorb([rows[position] for position in closed], new)]
         still_open = [position for position in range(len(rows)) if position not in closed]
         if not going:

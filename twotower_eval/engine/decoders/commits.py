@@ -53,6 +53,14 @@ def above_threshold(confidence_BK: Tensor, eligible_BK: Tensor, threshold: float
     return (passes_BK & eligible_BK) | first_BK
 
 
+def threshold_or_quota(confidence_BK: Tensor, eligible_BK: Tensor, threshold: float, num_B: Sequence[int]) -> Tensor:
+    """Every eligible position above the threshold where these are at least as many as the row's quota, else the quota's
+    most confident ones (SDAR, LLaDA2)."""
+    above_BK = eligible_BK & (confidence_BK > threshold)
+    enough_B1 = above_BK.sum(1, keepdim=True) >= torch.tensor(list(num_B))[:, None]
+    return torch.where(enough_B1, above_BK, most_confident(confidence_BK, eligible_BK, num_B))
+
+
 def num_by_factor(sorted_confidence: Sequence[float], factor: float) -> int:
     """How many of a row's eligible positions a factor lets through; confidences descending (Fast-dLLM v1, "factor").
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders.blocks import Block, BlockDecoder, Predicted
-from twotower_eval.engine.decoders.commits import even_quotas, most_confident, scheduled_quotas
+from twotower_eval.engine.decoders.commits import even_quotas, most_confident, scheduled_quotas, threshold_or_quota
 from twotower_eval.engine.decoders.limits import within_top_k, within_top_p
 from twotower_eval.engine.decoders.rows import check_counts, check_not_negative, check_temperature
 from twotower_eval.errors import UserError
@@ -85,12 +85,9 @@ class SDAR(BlockDecoder[Params]):
         quotas = [block.quotas[min(block.step, len(block.quotas) - 1)] for block in blocks]
         if self.params.strategy == "sequential":
             return masked_BK & (masked_BK.cumsum(1) <= torch.tensor(quotas)[:, None])
-        chosen_BK = most_confident(predicted.confidence_BK, masked_BK, quotas)
         if self.params.strategy == "low_confidence_static":
-            return chosen_BK
-        above_BK = masked_BK & (predicted.confidence_BK > self.params.threshold)
-        enough_B1 = above_BK.sum(1, keepdim=True) >= torch.tensor(quotas)[:, None]
-        return torch.where(enough_B1, above_BK, chosen_BK)
+            return most_confident(predicted.confidence_BK, masked_BK, quotas)
+        return threshold_or_quota(predicted.confidence_BK, masked_BK, self.params.threshold, quotas)
 
     def num_forced(self, taken_K: Tensor, confidence_K: Tensor) -> int | None:
         """Commits that the threshold alone would not have let through."""

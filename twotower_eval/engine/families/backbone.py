@@ -104,7 +104,7 @@ class Backbone(nn.Module):
         output: Any = self.inner.model(
             input_ids=ids_BS.to(device),
             position_ids=positions_BS.to(device),
-            attention_mask=_not_blind(visible_BST).to(device)[:, None],
+            attention_mask=not_blind(visible_BST).to(device)[:, None],
             past_key_values=cache,
             use_cache=True,
         )
@@ -115,7 +115,7 @@ class Backbone(nn.Module):
         return self.inner.get_output_embeddings()(hidden_BSH).float(), kept
 
 
-def _not_blind(visible_BST: Tensor) -> Tensor:
+def not_blind(visible_BST: Tensor) -> Tensor:
     """The same, but a token that would see nothing sees its own column: a softmax over nothing is no number."""
     num, before = visible_BST.shape[1], visible_BST.shape[2] - visible_BST.shape[1]
     own_ST = torch.eye(num, dtype=torch.bool, device=visible_BST.device)

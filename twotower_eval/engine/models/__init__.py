@@ -27,6 +27,7 @@ FAMILIES = {
     "dream": "twotower_eval.engine.families.dream:load",
     "fast_dllm_v2": "twotower_eval.engine.families.fast_dllm_v2:load",
     "llada": "twotower_eval.engine.families.llada:load",
+    "llada2_moe": "twotower_eval.engine.families.llada2_moe:load",
     "mdlm": "twotower_eval.engine.families.mdlm:load",
     "radd": "twotower_eval.engine.families.radd:load",
     "sdar": "twotower_eval.engine.families.sdar:load",

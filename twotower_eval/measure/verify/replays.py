@@ -25,6 +25,7 @@ REPLAYS = {
     "dream": "twotower_eval.measure.verify.replay_canvas:dream",
     "fast_dllm_v1": "twotower_eval.measure.verify.replay_fast_dllm:v1",
     "fast_dllm_v2": "twotower_eval.measure.verify.replay_fast_dllm:v2",
+    "llada2_moe": "twotower_eval.measure.verify.replay_llada2:llada2",
     "llada": "twotower_eval.measure.verify.replay_canvas:llada",
     "md4": "twotower_eval.measure.verify.replay_numbers:md4",
     "mdlm": "twotower_eval.measure.verify.replay_dit:mdlm",
