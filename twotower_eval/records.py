@@ -261,6 +261,7 @@ class Checkpoint:
 class DecoderSpec:
     """A decoder's kind, its full parameters and the version that is raised when its outputs may change.
 
+    ``approximate``: tokens are predicted from keys and values of earlier tokens than those that stand there.
     ``code`` are the source files of a plug-in, ``None`` for the decoders of this project, whose version says it, and
     where it was not recorded; ``draft`` is a digest of the draft model's files, ``None`` for decoders without one. What
     is ``None`` is no part of a cell's id.
@@ -271,6 +272,7 @@ class DecoderSpec:
     version: Whole = 1
     code: tuple[FileDigest, ...] | None = field(default=None, metadata=LEFT_OUT)
     draft: str | None = field(default=None, metadata=LEFT_OUT)
+    approximate: bool | None = field(default=None, metadata=LEFT_OUT)  # never False, so that ids stay what they were
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or not self.kind:
@@ -287,9 +289,10 @@ class DecoderSpec:
     def label(self) -> str:
         """Short name with parameters in their declared order, as in ``block_diffusion(block_size=16, threshold=0.8)``.
 
-        Switches that are off are left out.
+        Switches that are off are left out. An approximate cache is named.
         """
-        inside = ", ".join(f"{key}={value}" for key, value in self.params.items() if value is not False)
+        parts = [f"{key}={value}" for key, value in self.params.items() if value is not False]
+        inside = ", ".join([*parts, *(["approximate cache"] if self.approximate else [])])
         return f"{self.kind}({inside})" if inside else self.kind
 
 

@@ -122,7 +122,14 @@ def decoder_spec(kind: str, /, **params: object) -> DecoderSpec:
         check_number(f"decoder {kind!r}: its parameter {name}", value)  # it may be a default that nothing has read
     code = plugin_code(SEAM.place(kind))
     draft: str | None = cls.draft_digest(checked) if kind in DECODERS and hasattr(cls, "draft_digest") else None
-    return DecoderSpec(kind=kind, params=filled, version=cls.VERSION, code=code, draft=draft)
+    return DecoderSpec(
+        kind=kind,
+        params=filled,
+        version=cls.VERSION,
+        code=code,
+        draft=draft,
+        approximate=getattr(checked, "approximate", None) or None,
+    )
 
 
 def make_decoder(model: Model, kind: str, *, clock: Clock | None = None, **params: object) -> Decoder:
