@@ -1,5 +1,6 @@
 """Names on the Hugging Face hub, asked of a hub on this machine's loopback, and of caches made by hand."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from huggingface_hub import constants
 
 from twotower_eval.errors import UserError
 from twotower_eval.hub import snapshot
+from twotower_eval.plan import RunPlan, SpeedPlan, VerifyPlan, each_baseline, load_plan, merge
+from twotower_eval.plan_sources import arm_sources, check_checkpoints
 from twotower_eval.sources import located, read_source
 
 FILES = {
@@ -182,3 +185,47 @@ def test_what_other_programs_cached_is_completed_or_taken_as_it_is(
     go_online(monkeypatch, url)
     assert names(get("org/name")[0]) == READ
     assert hub.downloaded() == ["chat_template.jinja", "tokenizer.json"]
+
+
+def test_a_plan_file_says_revisions_of_both_arms(cache: Path, tmp_path: Path) -> None:
+    first = write_cache(cache, "org/name", FILES, refs=("main",))
+    second = write_cache(cache, "org/name", {**FILES, "config.json": b"{ }"}, refs=("v2",))
+    file = tmp_path / "plan.toml"
+    file.write_text('model = "org/name"\nrevision = "v2"\nbaseline = "org/name"\nbaseline_revision = "main"\n')
+    for cls in (RunPlan, SpeedPlan):
+        plan = check_checkpoints(load_plan(file, cls))
+        assert (plan.revision, plan.baseline_revision) == (second, first)
+        candidate, baseline = arm_sources(plan)
+        assert [one[0].commit for one in (candidate, baseline) if one[0] is not None] == [second, first]
+    assert merge(load_plan(file, RunPlan), {"revision": "main"}).revision == "main"
+    file.write_text('model = "org/name"\nrevision = "v2"\n')
+    assert check_checkpoints(load_plan(file, VerifyPlan)).revision == second
+
+
+def test_tables_of_baselines_say_their_revisions(cache: Path, tmp_path: Path) -> None:
+    first = write_cache(cache, "org/name", FILES, refs=("main",))
+    second = write_cache(cache, "org/name", {**FILES, "config.json": b"{ }"}, refs=("v2",))
+    file = tmp_path / "plan.toml"
+    tables = '[[baselines]]\nmodel = "org/name"\n[[baselines]]\nmodel = "org/name"\nrevision = "v2"\n'
+    file.write_text(tables)
+    plan = check_checkpoints(load_plan(file, RunPlan))
+    assert [one.baseline_revision for one in each_baseline(plan)] == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('revision = "v2"', "revision 'v2' has no effect on miniature: only models of the hub have revisions"),
+        ('baseline_revision = "v2"', "baseline_revision has no effect on context-tower"),
+        ('model = "org/name@v1"\nrevision = "v2"', "org/name@v1 and revision 'v2' say different things"),
+        ('model = "org/name"\nrevision = "v9"', "org/name is no folder here, nor at revision 'v9' in the Hugging Face"),
+        ('model = "org/name"\nrevison = "v2"', "unknown key 'revison' (did you mean 'revision'?)"),
+        ('model = "org/name"\nrevision = 2', "revision must be a text, not 2"),
+    ],
+)
+def test_revisions_that_cannot_be_are_refused(cache: Path, tmp_path: Path, text: str, words: str) -> None:
+    write_cache(cache, "org/name", FILES)
+    file = tmp_path / "plan.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=re.escape(words)):
+        check_checkpoints(load_plan(file, RunPlan))

@@ -138,6 +138,7 @@ ROUNDED = (*HALF_PRECISION, "unknown")  # number types in which rounding parts a
 ROUTINGS: tuple[Routing, ...] = typing.get_args(Routing)
 GRAPH_DEVICES = ("cuda",)  # device types that can run a whole step as one graph
 COMMIT = re.compile(r"[0-9a-f]{40}")  # of git, written out
+HUB = "hf://"  # what the source of a checkpoint of the Hugging Face hub begins with
 SINGLE_FILE = "model.safetensors"  # a checkpoint's weights, or with several files their index
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILES = ("config.json", "generation_config.json")  # files of a checkpoint that do not affect how text is read

@@ -24,7 +24,7 @@ from twotower_eval.analyse.compare.wholes import WholeScore
 from twotower_eval.analyse.stats.decide import DECISION_LEVEL
 from twotower_eval.errors import NoEstimate
 from twotower_eval.plan import CONTEXT_TOWER
-from twotower_eval.records import Arm, Cell, Checkpoint, Claim, DecoderSpec, Estimate, Workload
+from twotower_eval.records import HUB, Arm, Cell, Checkpoint, Claim, DecoderSpec, Estimate, Workload
 from twotower_eval.store import Run
 from twotower_eval.strict import JsonObject
 
@@ -295,7 +295,23 @@ def is_about(claim: Claim, runs: Iterable[Run]) -> bool:
 def _names(name: str, checkpoint: Checkpoint) -> bool:
     digests = (checkpoint.digest, checkpoint.identity)
     by_digest = len(name) >= MIN_DIGEST and any(digest.startswith(name.lower()) for digest in digests)
-    return by_digest or name in (checkpoint.name, checkpoint_name(checkpoint))
+    return by_digest or name in (checkpoint.name, checkpoint_name(checkpoint)) or _names_on_hub(name, checkpoint)
+
+
+def _names_on_hub(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether a claim's ``org/name`` or ``org/name@revision`` is a checkpoint of the hub.
+
+    Without a revision it is the model at any. A revision is the one that was asked for, or the beginning of a commit.
+    """
+    if not checkpoint.source.startswith(HUB):
+        return False
+    tower = checkpoint_name(checkpoint).removeprefix(checkpoint.name)
+    repo, at, wanted = name.removesuffix(tower).partition("@")
+    asked_repo, _, asked = checkpoint.source.removeprefix(HUB).partition("@")
+    if repo != asked_repo or (at and not wanted):
+        return False
+    commit = checkpoint.revision or ""
+    return not at or wanted == asked or bool(HEX.fullmatch(wanted) and commit.startswith(wanted.lower()))
 
 
 def cell_fits(claim: Claim, cell: Cell) -> bool:

@@ -11,7 +11,7 @@ from twotower_eval.engine.plugin_source import plugin_code
 from twotower_eval.errors import FileError, UserError
 from twotower_eval.names import Seam, resolve
 from twotower_eval.plugin_calls import PluginError, calls_in
-from twotower_eval.records import AUTO, ENDPOINT_FAMILY
+from twotower_eval.records import AUTO, ENDPOINT_FAMILY, HUB
 from twotower_eval.sources import ENDPOINT, FOREIGN, GivenModel, Source, located, read_source
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _named(checkpoint: Checkpoint, source: Source) -> Checkpoint:
     if source.repo is None:
         return checkpoint
     at = f"@{source.revision}" if source.revision else ""
-    return dataclasses.replace(checkpoint, name=source.name, source=f"hf://{source.repo}{at}", revision=source.commit)
+    return dataclasses.replace(checkpoint, name=source.name, source=f"{HUB}{source.repo}{at}", revision=source.commit)
 
 
 def _loaded(source: Source, family: str, load: Callable[..., Model], options: dict[str, Any]) -> Model:
