@@ -51,7 +51,7 @@ COMMIT = "0123456789abcdef" + "0" * 24
 
 def of_hub(at: str = "", tower: Literal["context"] | None = None) -> Checkpoint:
     """A checkpoint of the hub as load_model names it; ``at``: the revision that was asked for."""
-    name = "org/name@" + at[:8] if COMMIT == at else "org/name" + (f"@{at}" if at else "")
+    name = "org/name@" + at[:8] if at == COMMIT else "org/name" + (f"@{at}" if at else "")
     source = "hf://org/name" + (f"@{at}" if at else "")
     return Checkpoint(
         name=name, source=source, revision=COMMIT, family="llama", digest="f" * 64, dtype="float32", devices=("cpu",),
