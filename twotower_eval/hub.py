@@ -33,8 +33,10 @@ from huggingface_hub.utils import filter_repo_objects, tqdm, validate_repo_id  #
 from twotower_eval.errors import UserError
 from twotower_eval.records import COMMIT, CONFIG_FILES, INDEX_FILE, SINGLE_FILE
 
-# What is read of a model: "config" its config.json, "settings" also the tokenizer's files, "all" also its weights.
-Extent = Literal["config", "settings", "all"]
+# What is read of a model: "config" its config.json, "tokenizer" all small files, "settings" the same of a model whose
+# weights are to follow, "all" also its weights.
+Extent = Literal["config", "tokenizer", "settings", "all"]
+WITHOUT_WEIGHTS = ("config", "tokenizer")
 SETTINGS_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 CODE_PATTERNS = ("*.py",)
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".ot", ".onnx", ".safetensors")
@@ -133,7 +135,7 @@ class _Getter:
         )
         folder = Path(get(allow_patterns=self._patterns))
         files = self._files(commit)
-        if self.extent != "config":
+        if self.extent not in WITHOUT_WEIGHTS:
             weights = _weights(self.name, files, folder)
             if self.extent == "all":
                 get(allow_patterns=[glob.escape(file) for file in weights])
@@ -167,6 +169,8 @@ class _Getter:
             has_shards = (folder / INDEX_FILE).is_file() and not (folder / SINGLE_FILE).is_file()
             links = sorted(path.name for path in folder.iterdir() if path.is_symlink() and not path.exists())
             cut = filter_repo_objects(links, allow_patterns=self._patterns)  # linked to what is not there
+            if self.extent == "tokenizer":
+                return [*cut]
             return [*cut, *(sorted(_shards(folder)) if has_shards else [SINGLE_FILE])]
         small = filter_repo_objects(files, allow_patterns=self._patterns, ignore_patterns=[NESTED])
         return [*small, *(_weights(self.name, files, folder) if self.extent == "all" else ())]

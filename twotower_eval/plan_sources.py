@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from twotower_eval.errors import UserError
 from twotower_eval.plan import (
@@ -69,12 +69,19 @@ def chat_sources(plan: Plan) -> tuple[Source, ...]:
     return (own, *(baseline_source(single) or own for single in each_baseline(plan)))
 
 
-def check_checkpoints(plan: D, *, silent: bool = False) -> D:
+class Check(Protocol):
+    """Refuses a model by its small files (see ``engine.models.check_settings``), which nothing here can read."""
+
+    def __call__(self, source: Source, family: str | None, *, device: str, reads_text: bool) -> None:
+        """UserError for a model that could not be used."""
+
+
+def check_checkpoints(plan: D, *, check: Check | None = None, silent: bool = False) -> D:
     """The plan with the commit of every model of the hub, whose files are then here.
 
-    UserError, before anything heavy is imported and anything long is downloaded, for checkpoints that are not there and
-    for settings that have no effect on them.
-    ``silent``: downloads show no progress.
+    UserError for checkpoints that are not there and settings that have no effect on them, before anything heavy is
+    imported; then, of ``check``, for whatever their small files show, before any weights are downloaded. ``silent``:
+    downloads show no progress.
     """
     if not isinstance(plan, VerifyPlan):
         _refuse_unused(plan)
@@ -85,9 +92,20 @@ def check_checkpoints(plan: D, *, silent: bool = False) -> D:
         source and located(source, extent="settings", needs_config=family is None, silent=silent)
         for source, family in arms
     ]
+    for one, (_, family), device in zip(found, arms, _arm_devices(plan), strict=True):
+        if one is not None and check is not None:
+            check(one, family, device=device, reads_text=not isinstance(plan, VerifyPlan))
     for one in filter(None, found):
         located(one, needs_config=False, silent=silent)
     return _pinned(plan, found)
+
+
+def _arm_devices(plan: Plan | VerifyPlan) -> tuple[str, ...]:
+    """The first device of the candidate and of every baseline, which may be ``auto``."""
+    own = plan.devices[0]
+    if isinstance(plan, VerifyPlan):
+        return (own,)
+    return own, *(single.baseline_device or own for single in each_baseline(plan))
 
 
 def check_config(plan: SizingPlan, *, silent: bool = False) -> SizingPlan:

@@ -26,6 +26,7 @@ from twotower_eval.api.given import (
     takes_fields,
 )
 from twotower_eval.api.runs import Run
+from twotower_eval.engine.models import check_settings
 from twotower_eval.errors import UserError
 from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan
 from twotower_eval.plan_sources import check_checkpoints, check_config
@@ -88,7 +89,7 @@ def evaluate(
     root = Path(out)
     resumed = resumed_path(resume, root)
     asked = plan_of(RunPlan, plan, resumed, fields)
-    asked = check_checkpoints(asked, silent=progress is False)
+    asked = check_checkpoints(asked, check=check_settings, silent=progress is False)
     from twotower_eval.api import measuring
 
     return Run(measuring.evaluated(asked, root=root, resume=resumed, progress=shown_progress(progress)))
@@ -111,7 +112,7 @@ def time(
     root = Path(out)
     resumed = resumed_path(resume, root)
     asked = plan_of(SpeedPlan, plan, resumed, fields)
-    asked = check_checkpoints(asked, silent=progress is False)
+    asked = check_checkpoints(asked, check=check_settings, silent=progress is False)
     from twotower_eval.api import measuring
 
     return Run(measuring.timed_and_scored(asked, root=root, resume=resumed, progress=shown_progress(progress)))
@@ -158,7 +159,7 @@ def verify(
     """
     begin()
     asked = plan_of(VerifyPlan, plan, None, {**fields, "model": model})
-    asked = check_checkpoints(asked)
+    asked = check_checkpoints(asked, check=check_settings)
     from twotower_eval.measure import verify as verify_room
 
     return Run(verify_room.verify(asked, root=Path(out)))

@@ -14,14 +14,14 @@ import torch
 from twotower_eval.engine.decoders.batch import Call
 from twotower_eval.engine.decoders.rows import Clock, padded_ids
 from twotower_eval.engine.decoders.speculative import Drafter, Speculative, check_positive
-from twotower_eval.engine.models import load_model
+from twotower_eval.engine.models import load_model, with_weights
 from twotower_eval.engine.models.checkpoint import tensor_files
 from twotower_eval.engine.models.counting import CountedContext, CountingModel
 from twotower_eval.engine.models.identity import file_digests
 from twotower_eval.engine.models.protocol import Model
 from twotower_eval.errors import UserError
 from twotower_eval.records import canonical_json, sha256_text
-from twotower_eval.sources import located, read_source
+from twotower_eval.sources import read_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def _weights_digest(stamps: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def _folder(draft: str) -> Path:
-    return located(read_source(draft)).files.resolve()
+    return with_weights(read_source(draft)).files.resolve()
 
 
 @cache

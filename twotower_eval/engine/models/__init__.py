@@ -11,10 +11,12 @@ from twotower_eval.engine.plugin_source import plugin_code
 from twotower_eval.errors import FileError, UserError
 from twotower_eval.names import Seam, resolve
 from twotower_eval.plugin_calls import PluginError, calls_in
-from twotower_eval.records import AUTO, ENDPOINT_FAMILY, HUB
+from twotower_eval.records import AUTO, CONFIG_FILES, ENDPOINT_FAMILY, HUB
 from twotower_eval.sources import ENDPOINT, FOREIGN, GivenModel, Source, located, read_source
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from twotower_eval.engine.models.protocol import Model
@@ -42,6 +44,8 @@ MODEL_TYPES = {
 }  # model_type of a config.json -> family, where they are not the same
 RADD_KEYS = {"tokens", "model", "noise", "training"}  # of a config.json that names no model_type: that of its training
 SEAM = Seam(what="model family", form="package.module:load", shipped=FAMILIES)
+TOKENIZER_FILE = "tokenizer.json"
+OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -102,7 +106,80 @@ def _foreign_calls(source: Source) -> AbstractContextManager[None]:
 
 
 def _existing(given: GivenModel) -> Source:
-    return located(read_source(given), needs_config=False)
+    """A model whose small files are here; its weights may not be."""
+    return located(read_source(given), extent="settings", needs_config=False)
+
+
+def with_weights(source: Source, family: str | None = None, *, device: str = AUTO) -> Source:
+    """A source whose files are all here; UserError before weights are downloaded that could not be used."""
+    found = located(source, extent="settings", needs_config=family is None)
+    check_settings(found, family, device=device)
+    return located(found, needs_config=family is None)
+
+
+def check_settings(source: Source, family: str | None = None, *, device: str = AUTO, reads_text: bool = False) -> None:
+    """UserError for what a model's small files alone show: its weights, which may not be here yet, could not be used.
+
+    Checked are the family, what its config.json says of architecture and quantisation, and with ``reads_text`` that
+    there is a tokenizer. What a family of the user's own reads is its own affair. A model behind a server has no files.
+    """
+    _check_served(source, family)
+    if source.kind == "endpoint":
+        return
+    folder = source.files
+    family = family_of(folder) if family is None else family
+    found_at = SEAM.place(family)
+    if family not in FAMILIES:
+        resolve(found_at)
+        return
+    try:
+        with _foreign_calls(source):
+            _check_shipped(source, family, device)
+    except (PluginError, FileError):
+        raise
+    except UserError as error:
+        raise FileError(f"{source}: {error}") from error
+    if reads_text and not (folder / TOKENIZER_FILE).is_file():
+        raise FileError(
+            f"{source}: has no {TOKENIZER_FILE}{_other_tokenizer(folder)}, and tasks are text: it needs one"
+        )
+
+
+def _check_shipped(source: Source, family: str, device: str) -> None:
+    """The part that depends on the family, of those that this project reads."""
+    from twotower_eval.engine.models.checkpoint import read_json
+    from twotower_eval.engine.models.quantised import quantisation_of
+
+    data = read_json(source.files / CONFIG_FILES[0])
+    if family == "transformers":
+        from twotower_eval.engine.models.choices import choose_device
+        from twotower_eval.engine.models.transformers_ar import check_files
+
+        place = choose_device([family]).value if device == AUTO else device
+        check_files(source.files, data, named=str(source), trust_remote_code=source.trust_remote_code, device=place)
+        return
+    if (quantised := quantisation_of(data)) is not None:
+        raise UserError(f"is quantised ({quantised}), and family {family} reads weights that are plain numbers")
+    if family == "nemotron_h":
+        from twotower_eval.engine.models.config import parse_config
+
+        parse_config(data)
+
+
+def _other_tokenizer(folder: Path) -> str:
+    """What a folder without a fast tokenizer has instead, and how to get one from it."""
+    there = next((name for name in OTHER_TOKENIZERS if (folder / name).is_file()), None)
+    if there is None:
+        return ""
+    return f", only {there} (transformers writes one: AutoTokenizer.from_pretrained(…).save_pretrained(…))"
+
+
+def _check_served(source: Source, family: str | None) -> None:
+    """UserError for a family that reads no files and a model that has some, or the other way round."""
+    if source.kind != "endpoint" and family == ENDPOINT_FAMILY:
+        raise UserError(f"{source}: family {ENDPOINT_FAMILY} is for servers, as in {ENDPOINT}http://HOST:PORT/v1#NAME")
+    if source.kind == "endpoint" and family not in (None, ENDPOINT_FAMILY):
+        raise UserError(f"{source}: family {family} reads files, and a server gives none: leave the family out")
 
 
 def check_device(name: str) -> None:
@@ -158,11 +235,12 @@ def load_model(
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in (*DTYPES, AUTO):
         raise UserError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
-    located(source, needs_config=family is None)
+    located(source, extent="settings", needs_config=family is None)
     if family is None:
         family = family_of(folder)
     found_at = SEAM.place(family)
     devices = _usable(devices, device, family)
+    source = with_weights(source, family, device=devices[0])
     dtype = choose_dtype(folder, devices[0]).value if dtype == AUTO else dtype
     options = {"devices": devices, "dtype": getattr(torch, dtype), "tower": tower}
     if family == "transformers":
@@ -210,13 +288,12 @@ def _connected(
     other: Model | None,
 ) -> Model:
     """The model behind a server."""
-    if source.url is None:
-        raise UserError(f"{source}: family {ENDPOINT_FAMILY} is for servers, as in {ENDPOINT}http://HOST:PORT/v1#NAME")
-    if family not in (None, ENDPOINT_FAMILY):
-        raise UserError(f"{source}: family {family} reads files, and a server gives none: leave the family out")
-    folder = None if tokenizer is None else _existing(tokenizer).files
+    _check_served(source, family)
+    folder = None
+    if tokenizer is not None:
+        folder = located(read_source(tokenizer), extent="tokenizer", needs_config=False).files
     connect = cast("Callable[..., Model]", resolve(FAMILIES[ENDPOINT_FAMILY]))
-    return connect(source.url, tokenizer=folder, other=other, timeout_s=timeout_s)
+    return connect(source.url or "", tokenizer=folder, other=other, timeout_s=timeout_s)
 
 
 def _usable(devices: Sequence[str | torch.device] | None, device: str | torch.device, family: str) -> tuple[str, ...]:

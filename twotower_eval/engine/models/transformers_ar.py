@@ -17,7 +17,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, get_hf_quantizer
 
 from twotower_eval.engine.models import transformers_types
 from twotower_eval.engine.models.checkpoint import (
@@ -74,11 +74,10 @@ def load(
     if tower is not None:
         raise FileError(f"{folder}: is no two-tower checkpoint, so it has no context tower to take out")
     data = read_json(folder / "config.json")
-    _check_config(folder, data, trust_remote_code=trust_remote_code)
+    _check_config(str(folder), folder, data, trust_remote_code=trust_remote_code)
     files = tensor_files(folder)
     quantised = quantisation_of(data) is not None
-    # Packed weights of some methods cannot be moved once they are loaded.
-    place: dict[str, Any] = {"device_map": {"": devices[0]}} if quantised and devices[0] != "cpu" else {}
+    place = _place(data, devices[0])
     how: dict[str, Any] = {} if attention is None else {"attn_implementation": _known_attention(attention)}
     if attention == "flex_attention" and devices[0] == "cpu":  # not loaded after two minutes: a kernel for every length
         raise FileError(f"{folder}: flex_attention compiles anew for every length on a CPU: take sdpa or eager there")
@@ -158,29 +157,56 @@ def knows(kind: object) -> bool:
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def _check_config(folder: Path, data: JsonObject, *, trust_remote_code: bool) -> None:
+def _place(data: JsonObject, device: str) -> dict[str, Any]:
+    """Where weights are loaded to at once: packed ones of some methods cannot be moved once they are loaded."""
+    return {"device_map": {"": device}} if quantisation_of(data) is not None and device != "cpu" else {}
+
+
+def check_files(folder: Path, data: JsonObject, *, named: str, trust_remote_code: bool, device: str) -> None:
+    """UserError, in which the model is ``named``, for what transformers would refuse before it reads a weight.
+
+    That is a config.json (``data``) that it cannot read, or whose quantisation needs a package or a device that is
+    not here.
+    """
+    _check_config(named, folder, data, trust_remote_code=trust_remote_code)
+    auto: Any = transformers.AutoConfig
+    check_quantisation: Any = get_hf_quantizer
+    try:
+        with _quiet():
+            config = auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+            check_quantisation(config, None, _place(data, device).get("device_map"), True, {})
+    except LOAD_ERRORS as error:
+        raise _cannot_load(named, error) from error
+
+
+def _cannot_load(named: str, error: BaseException) -> FileError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return FileError(f"{named}: transformers cannot load it ({reason})")
+
+
+def _check_config(named: str, folder: Path, data: JsonObject, *, trust_remote_code: bool) -> None:
+    """Without trust a class that comes with a checkpoint is ignored where transformers has one of its own, as
+    transformers does."""
     kind = data.get("model_type")
     brings_own = isinstance(own := data.get("auto_map"), dict) and AUTO_CLASS in own
     if not knows(kind) and not (brings_own and trust_remote_code):
         only = f", but one comes with it: {TRUST}" if brings_own else ""
-        raise FileError(
-            f"{folder}: transformers {transformers.__version__} has no causal language model {kind!r}{only}"
-        )
+        raise FileError(f"{named}: transformers {transformers.__version__} has no causal language model {kind!r}{only}")
     if kind == "nemotron_h":  # transformers clamps its time steps otherwise than the released model
-        raise FileError(f"{folder}: nemotron_h is read by this project's own family; leave family out")
+        raise FileError(f"{named}: nemotron_h is read by this project's own family; leave family out")
     quantised = quantisation_of(data)
     known = AUTO_QUANTIZATION_CONFIG_MAPPING  # some with a width behind the method's name
     if quantised is not None and not any(
         name.partition("_")[0] == quantised.method.partition("_")[0] for name in known
     ):
         raise FileError(
-            f"{folder}: transformers {transformers.__version__} does not know the quantisation {quantised.method!r} of "
+            f"{named}: transformers {transformers.__version__} does not know the quantisation {quantised.method!r} of "
             "its config.json, and would read the weights as if they were not quantised"
         )
-    if (named := data.get("transformers_weights")) is not None:
-        raise FileError(f"{folder}: transformers_weights names {named!r} for its weights; call them {SINGLE_FILE}")
+    if (others := data.get("transformers_weights")) is not None:
+        raise FileError(f"{named}: transformers_weights names {others!r} for its weights; call them {SINGLE_FILE}")
     if (folder / ADAPTER_FILE).exists():  # transformers adds it to the weights where peft is installed, else not
-        raise FileError(f"{folder}: {ADAPTER_FILE} adds an adapter to the weights; merge it into them, or remove it")
+        raise FileError(f"{named}: {ADAPTER_FILE} adds an adapter to the weights; merge it into them, or remove it")
 
 
 def _load_inner(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool, **more: Any) -> CausalLM:
@@ -198,8 +224,7 @@ def _load_inner(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool, **
                 **more,
             )
     except LOAD_ERRORS as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise FileError(f"{folder}: transformers cannot load it ({reason})") from error
+        raise _cannot_load(str(folder), error) from error
     inner, report = loaded
     for problem, key in (("lacks", "missing_keys"), ("has unexpected", "unexpected_keys")):
         names = sorted(map(str, report[key]))
