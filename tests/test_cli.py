@@ -1,6 +1,9 @@
 """The command line: what it accepts, one-line errors, instant help, and how it ends after Ctrl-C."""
 
 import dataclasses
+import importlib
+import importlib.util
+import logging
 import os
 import re
 import signal
@@ -391,3 +394,28 @@ def test_report_takes_the_newest_run_of_each_verb(
         capsys.readouterr().err
         == f"the newest of each verb: {taken}; 1 older run in results is not used; name runs to use them\n"
     )
+
+
+def test_noise_of_imports_is_not_shown_and_all_else_is() -> None:
+    """torchao and torch wrote six lines to the terminal as transformers imported them."""
+    torchao = importlib.util.find_spec("torchao")
+    sources = {"torch.utils._pytree": Path(importlib.import_module("torch.utils._pytree").__file__ or "")}
+    sources |= {"torchao": Path(torchao.origin)} if torchao is not None and torchao.origin else {}
+    for name, noise in cli.IMPORT_NOISE.items():
+        logger = logging.getLogger(name)
+        if name in sources:
+            assert noise in sources[name].read_text(encoding="utf-8"), f"{name} no longer says it so"
+
+        def shown(level: int, text: str, logger: logging.Logger = logger) -> bool:
+            return bool(logger.filter(logging.LogRecord(logger.name, level, "file", 1, text, (), None)))
+
+        assert not shown(logging.WARNING, f"{noise} and more")
+        assert shown(logging.ERROR, f"{noise} and more")
+        assert shown(logging.WARNING, "out of memory")
+        assert shown(logging.WARNING, f"something else, then {noise}")
+
+
+def test_a_library_user_keeps_the_loggers_as_they_are() -> None:
+    code = "import logging, twotower_eval; twotower_eval.evaluate; print(logging.getLogger('torchao').filters)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -21,6 +22,23 @@ from twotower_eval.version import __version__
 
 EXIT_USER_ERROR = 2
 BUG = "This is a bug of twotower-eval or of a plug-in: please report it with this traceback and the command: {command}"
+
+# What torchao, where it is installed, writes to a terminal while transformers imports it: logger -> how it begins.
+# Kernels of other machines are not loaded, and names of its own are registered twice over; users can mend neither.
+IMPORT_NOISE = {"torchao": "Failed to load ", "torch.utils._pytree": "%s is an Enum subclass and is now natively "}
+
+
+class _WithoutNoise(logging.Filter):
+    """Keeps all records of a logger but warnings of :data:`IMPORT_NOISE`."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is shown."""
+        noise = IMPORT_NOISE[record.name]
+        return record.levelno != logging.WARNING or not str(record.msg).startswith(noise)
+
+
+for _name in IMPORT_NOISE:  # here, not in main: a process that a verb starts only imports this module
+    logging.getLogger(_name).addFilter(_WithoutNoise())
 
 app = typer.Typer(
     help="Does a parallel decoder keep its quality, and is it faster? Evaluate, time and report two-tower models.",
