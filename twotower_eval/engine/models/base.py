@@ -31,7 +31,8 @@ class LanguageModel(nn.Module):
     of tree tokens per call of ``tree_logits``; 0 if the model has no such method. ``rows_together``: prompts of a batch
     may run together. Contexts longer than ``plain_beyond`` are scored as whole rows. ``ways``: how a foreign model has
     to be run to be right. ``reads_prompts``: whether ``prefill`` and ``extend`` are forwards; not where a family keeps
-    the tokens alone, and reads them in every call.
+    the tokens alone, and reads them in every call. ``two_way``: tokens that are read in one pass see each other in both
+    directions, so that a row must not be read in other parts than it is decoded in.
     """
 
     checkpoint: Checkpoint
@@ -49,3 +50,4 @@ class LanguageModel(nn.Module):
     plain_beyond: int | None = None
     ways: Ways | None = None
     reads_prompts: bool = True
+    two_way: bool = False

@@ -90,7 +90,12 @@ class _DenoiserScorer(Scorer):
                 f"a continuation to be scored holds the mask token {mask}, which a denoiser never writes: its "
                 "likelihood there is 0. Score it by --likelihood context_tower, or leave its task out"
             )
-        chunks = plan([self._row(request) for request in requests], MAX_TOKENS)
+        rows = [self._row(request) for request in requests]
+        if getattr(self.model, "two_way", False):  # what requests share is not read as a part: it would see less
+            alone = [plan([row], MAX_TOKENS)[0] for row in rows]
+            each = zip(alone, requests, strict=True)
+            return [Piece((i,), partial(self._score_chunk, chunk, [one])) for i, (chunk, one) in enumerate(each)]
+        chunks = plan(rows, MAX_TOKENS)
         return [Piece(tuple(chunk.places), partial(self._score_chunk, chunk, requests)) for chunk in chunks]
 
     def _row(self, request: ScoreRequest) -> Row:
