@@ -13,6 +13,7 @@ from twotower_eval.measure.verify.golden import Golden, golden_results, load_gol
 from twotower_eval.measure.verify.replays import NUMBERS, REPLAYS
 
 GOLDEN = os.environ.get("TWOTOWER_EVAL_GOLDEN")
+FOLDERS = sorted([*REPLAYS, "e2d2_sharekv"])  # one of each family, and both forms of E2D2
 pytestmark = pytest.mark.skipif(not GOLDEN, reason="needs the reference outputs (TWOTOWER_EVAL_GOLDEN)")
 
 
@@ -27,7 +28,7 @@ def _outcomes(golden: Golden) -> dict[str, str]:
     return {result.name: result.outcome for result in golden_results(golden)}
 
 
-@pytest.mark.parametrize("family", sorted(REPLAYS))
+@pytest.mark.parametrize("family", FOLDERS)
 def test_a_familys_reference_outputs_are_replayed_exactly(family: str) -> None:
     golden = _golden(family)
     outcomes = _outcomes(golden)
@@ -100,6 +101,15 @@ def test_changed_logits_are_noticed(family: str) -> None:
         ("radd", "sample.tweedie_direct.final", "golden_runs"),
         ("radd", "fwd.0.logits", "golden_logits"),
         ("radd", "bound.k_DCE.loss_per_sequence", "golden_likelihoods"),
+        ("e2d2", "sample.posterior.final", "golden_runs"),
+        ("e2d2", "sample.unaligned_offset.trajectory", "golden_counts"),
+        ("e2d2", "stage.prefill_hidden", "golden_logits"),
+        ("e2d2", "bound.3.log_probs", "golden_logits"),
+        ("e2d2", "bound.1.nlls", "golden_likelihoods"),
+        ("e2d2_sharekv", "sample.nocache.final", "golden_runs"),
+        ("e2d2_sharekv", "sample.posterior_first_hitting.trajectory", "golden_counts"),
+        ("e2d2_sharekv", "stage.block1.step1.logits", "golden_logits"),
+        ("e2d2_sharekv", "bound.2.xt", "golden_counts"),
         ("md4", "case0.linear.cont.loss_diff", "golden_likelihoods"),
         ("d3pm_absorbing_text", "T8.case1.step1.term", "golden_likelihoods"),
     ],
@@ -113,7 +123,17 @@ def test_changed_tensors_are_noticed(family: str, tensor: str, result: str) -> N
     assert _outcomes(other)[result] == "failed"
 
 
-@pytest.mark.parametrize(("family", "count"), [("mdlm", "backbone_calls_total"), ("radd", "rows_evaluated")])
+@pytest.mark.parametrize(
+    ("family", "count"),
+    [
+        ("mdlm", "backbone_calls_total"),
+        ("radd", "rows_evaluated"),
+        ("e2d2", "encoder_calls"),
+        ("e2d2_sharekv", "reported_nfe"),
+        ("e2d2_sharekv", "masks_left_in_output"),
+        ("e2d2", "steps"),
+    ],
+)
 def test_changed_counts_of_samplers_are_noticed(family: str, count: str) -> None:
     golden = _golden(family)
     run = dict(golden.meta["sampler_runs"][0])

@@ -29,6 +29,7 @@ DECODERS = {
     "low_confidence": "twotower_eval.engine.decoders.low_confidence:LowConfidence",
     "dream": "twotower_eval.engine.decoders.dream:Dream",
     "bd3lm": "twotower_eval.engine.decoders.bd3lm:BD3LM",
+    "e2d2": "twotower_eval.engine.decoders.e2d2:E2D2",
     "radd": "twotower_eval.engine.decoders.radd:RADD",
     "sdar": "twotower_eval.engine.decoders.sdar:SDAR",
     "llada2": "twotower_eval.engine.decoders.llada2:LLaDA2",

@@ -36,8 +36,8 @@ ParamsT = TypeVar("ParamsT", bound=SampledParams)
 @dataclass
 class Draft:
     """One row's canvas in progress. ``logits_GV`` None: they have to be read. ``start``: tokens made before it;
-    ``num_known``: its first tokens that the prompt gave; ``order`` is that in which positions are filled, for samplers
-    that have one."""
+    ``num_known``: its first tokens that the prompt gave; ``order`` is that in which positions are filled, and ``times``
+    are those of all of a row's canvases, for samplers that have them."""
 
     tokens_G: Tensor
     mask_id: int
@@ -48,6 +48,7 @@ class Draft:
     logits_GV: Tensor | None = None
     was_read: bool = False
     order: Tensor | None = None
+    times: Tensor | None = None
 
     @property
     def masked_G(self) -> Tensor:
@@ -107,6 +108,14 @@ class SampledDecoder(BatchDecoder[ParamsT]):
         """Whether a change in one row has all rows of the batch read again, and blocks end together."""
         return False
 
+    def num_read(self, num_prompt_tokens: int) -> int:
+        """Tokens of a prompt that stand before the first canvas: its whole blocks, or all."""
+        return num_prompt_tokens - num_prompt_tokens % self.block_size() if self.READS_BLOCKS else num_prompt_tokens
+
+    def num_prefilled(self, num_prompt_tokens: int) -> int:
+        """Those of them that are read before decoding."""
+        return self.num_read(num_prompt_tokens)
+
     def width(self, call: Call, row: int) -> int:
         """Tokens of the next canvas of a row: the whole answer."""
         return call.rules.max_new_tokens
@@ -120,8 +129,8 @@ class SampledDecoder(BatchDecoder[ParamsT]):
         drafts = []
         for index, prompt in enumerate(call.prompts):
             call.rows[index].steps = [] if self.params.trace or prompt.trace else None
-            drafts.append(self._opened(call, index, mask_id, number=0))
-        call.read_up_to = self._num_read
+            drafts.append(self._opened(call, index, mask_id, None))
+        call.read_up_to = self.num_prefilled
         context = call.admit()
         while context is not None:
             self._read(call, drafts, context)
@@ -138,11 +147,12 @@ class SampledDecoder(BatchDecoder[ParamsT]):
                     draft.logits_GV = None
             context = call.admit(self._advance(call, drafts, context, mask_id))
 
-    def _opened(self, call: Call, row: int, mask_id: int, *, number: int) -> Draft:
+    def _opened(self, call: Call, row: int, mask_id: int, before: Draft | None) -> Draft:
         prompt, start = call.prompts[row].token_ids, len(call.rows[row].produced)
-        known = prompt[self._num_read(len(prompt)) :] if number == 0 else ()
+        known = () if before else prompt[self.num_read(len(prompt)) :]
         tokens_G = torch.tensor([*known, *[mask_id] * (self.width(call, row) - len(known))])
-        draft = Draft(tokens_G, mask_id, number=number, start=start, num_known=len(known))
+        number, times = (before.number + 1, before.times) if before else (0, None)
+        draft = Draft(tokens_G, mask_id, number=number, start=start, num_known=len(known), times=times)
         self.opened(draft, call.noise, row)
         return draft
 
@@ -180,7 +190,7 @@ class SampledDecoder(BatchDecoder[ParamsT]):
         read = self._followed(call, drafts, context.select(going)) if going else None
         for position in going:
             row = rows[position]
-            drafts[row] = self._opened(call, row, mask_id, number=drafts[row].number + 1)
+            drafts[row] = self._opened(call, row, mask_id, drafts[row])
         if not still_open or read is None:
             return context.select(still_open) if still_open else read
         return context.select(still_open).join(read)
@@ -190,10 +200,6 @@ class SampledDecoder(BatchDecoder[ParamsT]):
         if not self.READS_BLOCKS:
             return view
         return call.counted.extend(view, torch.stack([drafts[row].tokens_G for row in view.rows]))
-
-    def _num_read(self, num_prompt_tokens: int) -> int:
-        """Tokens of a prompt that are read before decoding: its whole blocks, or all."""
-        return num_prompt_tokens - num_prompt_tokens % self.block_size() if self.READS_BLOCKS else num_prompt_tokens
 
 
 def _record(call: Call, index: int, draft: Draft, tokens_G: Tensor) -> None:

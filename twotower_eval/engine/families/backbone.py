@@ -96,6 +96,16 @@ class Backbone(nn.Module):
 
         ``visible_BST`` says which key columns a token sees; a token that sees none is padding, and gets to see its own.
         """
+        hidden_BSH, kept = self.states(ids_BS, positions_BS, visible_BST, past)
+        if places_BM is not None:
+            rows_B1 = torch.arange(len(ids_BS), device=self.device)[:, None]
+            hidden_BSH = hidden_BSH[rows_B1, places_BM.to(self.device)]
+        return self.inner.get_output_embeddings()(hidden_BSH).float(), kept
+
+    def states(
+        self, ids_BS: Tensor, positions_BS: Tensor, visible_BST: Tensor, past: Past | None = None
+    ) -> tuple[Tensor, Past]:
+        """As :meth:`read`, but what the head would read (B, S, H): the last layer's output after the final norm."""
         from transformers import DynamicCache
 
         held = None if past is None else list(zip(past.keys, past.values, strict=True))
@@ -109,10 +119,7 @@ class Backbone(nn.Module):
             use_cache=True,
         )
         hidden_BSH: Tensor = output.last_hidden_state
-        if places_BM is not None:
-            hidden_BSH = hidden_BSH[torch.arange(len(ids_BS), device=device)[:, None], places_BM.to(device)]
-        kept = Past(tuple(layer.keys for layer in cache.layers), tuple(layer.values for layer in cache.layers))
-        return self.inner.get_output_embeddings()(hidden_BSH).float(), kept
+        return hidden_BSH, Past(tuple(each.keys for each in cache.layers), tuple(each.values for each in cache.layers))
 
 
 def not_blind(visible_BST: Tensor) -> Tensor:

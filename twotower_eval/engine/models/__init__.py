@@ -27,6 +27,7 @@ FAMILIES = {
     "a2d_mdlm": "twotower_eval.engine.families.a2d:load",
     "bd3lm": "twotower_eval.engine.families.bd3lm:load",
     "dream": "twotower_eval.engine.families.dream:load",
+    "e2d2": "twotower_eval.engine.families.e2d2:load",
     "fast_dllm_v2": "twotower_eval.engine.families.fast_dllm_v2:load",
     "llada": "twotower_eval.engine.families.llada:load",
     "llada2_moe": "twotower_eval.engine.families.llada2_moe:load",
@@ -248,7 +249,7 @@ def load_model(
     model = _loaded(source, family, cast("Callable[..., Model]", resolve(found_at)), options)
     stated = model.checkpoint if family in FAMILIES else dataclasses.replace(model.checkpoint, family=family)
     # What came with a transformers model and ran, or a family's own code.
-    code = stated.files if family == "transformers" else plugin_code(found_at) or ()
+    code = stated.files if family in FAMILIES else plugin_code(found_at) or ()
     model.checkpoint = _named(dataclasses.replace(stated, files=(*file_digests(folder), *code)), source)
     model.folder_settings = folder_settings(folder, getattr(model, "config", None))
     return model

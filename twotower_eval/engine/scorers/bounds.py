@@ -31,13 +31,13 @@ class Noised:
     weight: Tensor
 
 
-def subs_logprobs(logits_BLV: Tensor, ids_BL: Tensor, mask_id: int) -> Tensor:
+def subs_logprobs(logits_BLV: Tensor, ids_BL: Tensor, mask_id: int, *, never: float = NEVER) -> Tensor:
     """Log-probabilities (B, L, V) in MDLM's parameterisation: no mask is predicted, and what is no mask stays."""
     logits_BLV = logits_BLV.clone()
-    logits_BLV[..., mask_id] += NEVER
+    logits_BLV[..., mask_id] += never
     logprob_BLV = logits_BLV.log_softmax(-1)
     clean_BL1 = (ids_BL != mask_id)[..., None]
-    stays_BLV = torch.full_like(logprob_BLV, NEVER).scatter(-1, ids_BL[..., None], 0.0)
+    stays_BLV = torch.full_like(logprob_BLV, never).scatter(-1, ids_BL[..., None], 0.0)
     return torch.where(clean_BL1, stays_BLV, logprob_BLV)
 
 
@@ -86,7 +86,17 @@ def bd3lm_noised(uniform_BN: Tensor, block_size: int, *, low: float, high: float
     t = (spread(uniform_BN) * (high - low) + low).repeat_interleave(block_size, dim=1)
     if mdlm_weight:
         return Noised(t, SCHEDULE.masked(t), SCHEDULE.weight(t))
-    return Noised(t, t, torch.ones_like(t) if low > 0.5 else 1 / t)
+    return Noised(t, t, torch.ones_like(t)) if low > 0.5 else at_times(t)
+
+
+def e2d2_noised(uniform_BN: Tensor, block_size: int) -> Noised:
+    """E2D2's, with a time for each of N blocks of a row: a token is masked with probability t."""
+    return at_times(((1 - LEAST_TIME) * uniform_BN + LEAST_TIME).repeat_interleave(block_size, dim=1))
+
+
+def at_times(t_BL: Tensor) -> Noised:
+    """For times of every token, each as likely to be masked as its time."""
+    return Noised(t_BL, t_BL, 1 / t_BL)
 
 
 def unmasked_logprobs(logits_BLV: Tensor, mask_id: int) -> Tensor:

@@ -23,6 +23,7 @@ REPLAYS = {
     "bd3lm": "twotower_eval.measure.verify.replay_bd3lm:bd3lm",
     "d3pm_absorbing_text": "twotower_eval.measure.verify.replay_numbers:d3pm",
     "dream": "twotower_eval.measure.verify.replay_canvas:dream",
+    "e2d2": "twotower_eval.measure.verify.replay_e2d2:e2d2",
     "fast_dllm_v1": "twotower_eval.measure.verify.replay_fast_dllm:v1",
     "fast_dllm_v2": "twotower_eval.measure.verify.replay_fast_dllm:v2",
     "llada2_moe": "twotower_eval.measure.verify.replay_llada2:llada2",
