@@ -143,7 +143,8 @@ def sources() -> None:
 
     for one in benchmarks():
         scored = "" if one.scored else "; its scoring executes model output, which is refused"
-        typer.echo(f"{one.name}: licence {one.licence}; upstream {one.upstream}{scored}")
+        licence = f"{one.licence}{' (not checked here)' if 'licence' in one.unchecked else ''}"
+        typer.echo(f"{one.name}: licence {licence}; upstream {one.upstream}{scored}")
         typer.echo(f"  fetch: {one.fetch()}")
         typer.echo(f"  files below SOURCE/{one.name}: {'; or '.join(one.files)}")
 

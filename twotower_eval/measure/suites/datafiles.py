@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twotower_eval.errors import UserError
+from twotower_eval.measure.suites import archives
 from twotower_eval.measure.suites.published import PUBLISHED, checked_rows, first_file, num_published
 from twotower_eval.names import did_you_mean
 from twotower_eval.strict import (
@@ -31,21 +32,7 @@ from twotower_eval.strict import (
 
 Rows = Iterator[dict[str, object]]
 
-# Data set on the hub -> folder under the data directory; {} is the data set's configuration (subject, language).
-SHARED_FOLDERS = {
-    "openai/gsm8k": "gsm8k",
-    "juletxara/mgsm": "mgsm_{}",
-    "cais/mmlu": "mmlu_{}",
-    "HuggingFaceH4/MATH-500": "math500",
-    "Rowan/hellaswag": "hellaswag",
-    "allenai/ai2_arc": "{}",
-    "allenai/winogrande": "{}",
-    "EleutherAI/race": "race_{}",
-    "TIGER-Lab/MMLU-Pro": "mmlu_pro",
-    "CohereLabs/Global-MMLU-Lite": "global_mmlu_lite_{}",
-    "google-research-datasets/mbpp": "mbpp_{}",
-    "openai/openai_humaneval": "humaneval",
-}
+SHARED_FOLDERS = {one.dataset: one.folder for one in PUBLISHED.values()}  # data set on the hub -> folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +74,13 @@ def prepare(
         for folder, split, rows in BENCHMARKS[name](source / name):
             path = target / folder / f"{split}.jsonl"
             held = list(rows)
-            expected = num_published(folder, split) if whole else None
+            expected = num_published(name, folder, split) if whole else None
             if expected is not None and len(held) != expected:
+                known = "num_rows" not in PUBLISHED[name].unchecked
                 raise UserError(
-                    f"{source / name}: {folder} {split} has {len(held):,} rows, but {expected:,} are published: the "
-                    "file is cut or of another version; --partial takes it as it is"
+                    f"{source / name}: {folder} {split} has {len(held):,} rows, but {expected:,} are published"
+                    f"{'' if known else ' (a number that was not checked here)'}: the file is cut or of another "
+                    "version; --partial takes it as it is"
                 )
             written.append(PreparedFile(path=path, num_rows=_write_jsonl(path, held)))
     return written
@@ -155,7 +144,11 @@ def _hub(place: str, *splits: str) -> dict[str, tuple[str, ...]]:
 
 def _arc(source: Path) -> Made:
     columns = {"id": str, "question": str, "choices": dict, "answerKey": str}
-    for place in [one for one in ("ARC-Challenge", "ARC-Easy") if (source / one).is_dir()] or ["ARC-Challenge"]:
+    places = [one for one in ("ARC-Challenge", "ARC-Easy") if (source / one).is_dir()]
+    if not places and (archive := first_file(source, ("ARC-V1-Feb2018*.zip",))) is not None:
+        yield from archives.arc(archive)
+        return
+    for place in places or ["ARC-Challenge"]:
         yield from _splits(source, place.lower().replace("-", "_"), _hub(place, "train", "validation", "test"), columns)
 
 
@@ -163,11 +156,19 @@ def _winogrande(source: Path) -> Made:
     places = {"train": "train_xl.jsonl", "validation": "dev.jsonl"}
     splits = {split: (*_hub("winogrande_xl", split)[split], file) for split, file in places.items()}
     columns = {"sentence": str, "option1": str, "option2": str, "answer": str}
+    archive = first_file(source, ("winogrande_*.zip",))
+    if archive is not None and all(first_file(source, patterns) is None for patterns in splits.values()):
+        yield from archives.winogrande(archive, columns)
+        return
     yield from _splits(source, "winogrande_xl", splits, columns)
 
 
 def _race(source: Path) -> Made:
-    yield from _splits(source, "race_high", _hub("high", "test"), {"article": str, "problems": str})
+    patterns, archive = _hub("high", "test"), source / "RACE.tar.gz"
+    if archive.is_file() and first_file(source, patterns["test"]) is None:
+        yield from archives.race(archive)
+        return
+    yield from _splits(source, "race_high", patterns, {"article": str, "problems": str})
 
 
 def _mmlu_pro(source: Path) -> Made:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from twotower_eval.errors import UserError
 from twotower_eval.strict import decode_utf8, parse_json
@@ -20,8 +21,13 @@ class Benchmark:
     """A benchmark as it is published.
 
     ``dataset`` is its name on the Hugging Face hub, ``upstream`` its authors' own place, ``licence`` what is stated
-    there, ``files`` what :func:`datafiles.prepare` reads below ``SOURCE/NAME``, in any of these forms. ``scored`` is
-    False where scoring executes model output, which is refused.
+    there, ``files`` what :func:`datafiles.prepare` reads below ``SOURCE/NAME``, in any of these forms. It writes to
+    ``folder`` under the data directory, in which {} is the configuration (subject, language). ``num_rows`` are those of
+    each folder's splits as published; * stands for any configuration. ``scored`` is False where scoring executes model
+    output, which is refused.
+
+    Licences and numbers of rows are those that published files show, unless they are ``unchecked``: nothing here could
+    confirm these.
     """
 
     name: str
@@ -29,6 +35,9 @@ class Benchmark:
     upstream: str
     licence: str
     files: tuple[str, ...]
+    folder: str
+    num_rows: Mapping[str, Mapping[str, int]]
+    unchecked: frozenset[Literal["licence", "num_rows"]] = frozenset()
     scored: bool = True
 
     def fetch(self, source: str = "SOURCE") -> str:
@@ -42,23 +51,35 @@ PUBLISHED = {
         Benchmark(
             name="arc",
             dataset="allenai/ai2_arc",
-            upstream="https://allenai.org/data/arc (ARC-V1-Feb2018.zip)",
+            upstream="https://allenai.org/data/arc (ARC-V1-Feb2018-2.zip)",
             licence="CC-BY-SA-4.0",
-            files=("ARC-Challenge/SPLIT-*.parquet", "ARC-Easy/SPLIT-*.parquet"),
+            files=("ARC-Challenge/SPLIT-*.parquet", "ARC-Easy/SPLIT-*.parquet", "ARC-V1-Feb2018-2.zip"),
+            folder="{}",
+            num_rows={
+                "arc_challenge": {"train": 1_119, "validation": 299, "test": 1_172},
+                "arc_easy": {"train": 2_251, "validation": 570, "test": 2_376},
+            },
+            unchecked=frozenset({"licence", "num_rows"}),
         ),
         Benchmark(
             name="winogrande",
             dataset="allenai/winogrande",
             upstream="https://github.com/allenai/winogrande (winogrande_1.1.zip)",
-            licence="CC-BY (as upstream states for the data)",
-            files=("winogrande_xl/SPLIT-*.parquet", "train_xl.jsonl and dev.jsonl"),
+            licence="CC-BY",
+            files=("winogrande_xl/SPLIT-*.parquet", "train_xl.jsonl and dev.jsonl", "winogrande_1.1.zip"),
+            folder="{}",
+            num_rows={"winogrande_xl": {"train": 40_398, "validation": 1_267}},
+            unchecked=frozenset({"licence", "num_rows"}),
         ),
         Benchmark(
             name="race",
             dataset="EleutherAI/race",
             upstream="https://www.cs.cmu.edu/~glai1/data/race (RACE.tar.gz)",
             licence="for non-commercial research only",
-            files=("high/test-*.parquet",),
+            files=("high/test-*.parquet", "RACE.tar.gz"),
+            folder="race_{}",
+            num_rows={"race_high": {"test": 1_045}},
+            unchecked=frozenset({"licence", "num_rows"}),
         ),
         Benchmark(
             name="mmlu",
@@ -66,6 +87,8 @@ PUBLISHED = {
             upstream="https://github.com/hendrycks/test (data.tar)",
             licence="MIT",
             files=("SUBJECT/test-*.parquet and SUBJECT/dev-*.parquet", "test/SUBJECT_test.csv and dev/SUBJECT_dev.csv"),
+            folder="mmlu_{}",
+            num_rows={"mmlu_*": {"dev": 5}},
         ),
         Benchmark(
             name="mmlu_pro",
@@ -73,6 +96,9 @@ PUBLISHED = {
             upstream="https://github.com/TIGER-AI-Lab/MMLU-Pro",
             licence="MIT",
             files=("data/test-*.parquet and data/validation-*.parquet",),
+            folder="mmlu_pro",
+            num_rows={"mmlu_pro": {"test": 12_032, "validation": 70}},
+            unchecked=frozenset({"licence", "num_rows"}),
         ),
         Benchmark(
             name="global_mmlu_lite",
@@ -80,6 +106,9 @@ PUBLISHED = {
             upstream="the same",
             licence="Apache-2.0",
             files=("LANGUAGE/test-*.parquet and LANGUAGE/dev-*.parquet",),
+            folder="global_mmlu_lite_{}",
+            num_rows={"global_mmlu_lite_*": {"test": 400, "dev": 215}},
+            unchecked=frozenset({"licence", "num_rows"}),
         ),
         Benchmark(
             name="math500",
@@ -87,6 +116,8 @@ PUBLISHED = {
             upstream="https://github.com/openai/prm800k",
             licence="MIT",
             files=("test.jsonl",),
+            folder="math500",
+            num_rows={"math500": {"test": 500}},
         ),
         Benchmark(
             name="mbpp",
@@ -94,6 +125,12 @@ PUBLISHED = {
             upstream="https://github.com/google-research/google-research/tree/master/mbpp",
             licence="CC-BY-4.0",
             files=("full/SPLIT-*.parquet", "sanitized/SPLIT-*.parquet", "mbpp.jsonl", "sanitized-mbpp.json"),
+            folder="mbpp_{}",
+            num_rows={
+                "mbpp_full": {"train": 374, "test": 500, "validation": 90, "prompt": 10},
+                "mbpp_sanitized": {"train": 120, "test": 257, "validation": 43, "prompt": 7},
+            },
+            unchecked=frozenset({"licence"}),
             scored=False,
         ),
         Benchmark(
@@ -102,6 +139,8 @@ PUBLISHED = {
             upstream="https://github.com/openai/human-eval (data/HumanEval.jsonl.gz)",
             licence="MIT",
             files=("openai_humaneval/test-*.parquet", "HumanEval.jsonl.gz", "HumanEval.jsonl"),
+            folder="humaneval",
+            num_rows={"humaneval": {"test": 164}},
             scored=False,
         ),
         Benchmark(
@@ -110,13 +149,17 @@ PUBLISHED = {
             upstream="https://github.com/openai/grade-school-math",
             licence="MIT",
             files=("main/test-*.parquet and main/train-*.parquet", "test.jsonl and train.jsonl"),
+            folder="gsm8k",
+            num_rows={"gsm8k": {"train": 7_473, "test": 1_319}},
         ),
         Benchmark(
             name="mgsm",
             dataset="juletxara/mgsm",
             upstream="https://github.com/google-research/url-nlp/tree/main/mgsm",
-            licence="CC-BY-SA-4.0 on the hub, CC-BY-4.0 upstream",
+            licence="CC-BY-4.0",
             files=("mgsm_LANGUAGE.tsv",),
+            folder="mgsm_{}",
+            num_rows={"mgsm_*": {"test": 250}},
         ),
         Benchmark(
             name="hellaswag",
@@ -124,35 +167,18 @@ PUBLISHED = {
             upstream="https://github.com/rowanz/hellaswag",
             licence="MIT",
             files=("hellaswag_val_full.txt.bz2",),
+            folder="hellaswag",
+            num_rows={"hellaswag": {"validation": 10_042}},
         ),
     )
 }
 
-# Folder under the data directory -> split -> rows as published; * stands for any language.
-NUM_ROWS: Mapping[str, Mapping[str, int]] = {
-    "arc_challenge": {"train": 1_119, "validation": 299, "test": 1_172},
-    "arc_easy": {"train": 2_251, "validation": 570, "test": 2_376},
-    "winogrande_xl": {"train": 40_398, "validation": 1_267},
-    "race_high": {"test": 1_045},
-    "mmlu_pro": {"test": 12_032, "validation": 70},
-    "global_mmlu_lite_*": {"test": 400, "dev": 215},
-    "math500": {"test": 500},
-    "mbpp_full": {"train": 374, "test": 500, "validation": 90, "prompt": 10},
-    "mbpp_sanitized": {"train": 120, "test": 257, "validation": 43, "prompt": 7},
-    "humaneval": {"test": 164},
-    "gsm8k": {"train": 7_473, "test": 1_319},
-    "mgsm_*": {"test": 250},
-    "mmlu_*": {"dev": 5},
-    "hellaswag": {"validation": 10_042},
-}
 
-
-def num_published(folder: str, split: str) -> int | None:
-    """The number of rows that a split has as published; None where that is not known."""
-    if folder in NUM_ROWS:
-        return NUM_ROWS[folder].get(split)
-    near = next((name for name in NUM_ROWS if name.endswith("*") and folder.startswith(name[:-1])), None)
-    return None if near is None else NUM_ROWS[near].get(split)
+def num_published(name: str, folder: str, split: str) -> int | None:
+    """The number of rows that a split of a benchmark's folder has as published; None where that is not known."""
+    known = PUBLISHED[name].num_rows
+    near = next((one for one in known if one.endswith("*") and folder.startswith(one[:-1])), "")
+    return known.get(folder, known.get(near, {})).get(split)
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, Row]]:
@@ -212,9 +238,14 @@ def first_file(source: Path, patterns: tuple[str, ...]) -> Path | None:
 
 
 def checked_rows(path: Path, columns: Mapping[str, type]) -> Iterator[Row]:
-    """The rows of a file in these columns alone; UserError, with the place, for one that lacks a column or whose value
-    is of another type."""
-    for where, row in rows_of(path):
+    """The rows of a file in these columns alone, as :func:`checked` gives them."""
+    return checked(rows_of(path), columns)
+
+
+def checked(rows: Iterable[tuple[str, Mapping[str, object]]], columns: Mapping[str, type]) -> Iterator[Row]:
+    """Rows in these columns alone; UserError, with the place, for one that lacks a column or whose value is of another
+    type."""
+    for where, row in rows:
         for column, kind in columns.items():
             if type(row.get(column)) is not kind:  # true is no int
                 raise UserError(f"{where}: column {column!r} is missing or no {kind.__name__}")
