@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,13 +18,19 @@ class Script:
     """What the server does. ``faults`` holds, by the text of a prompt, what happens to its first requests, one each.
 
     ``answer`` gives a prompt's text as a list of pieces; ``decode`` reads token ids, None: they are refused. Of a
-    ``logprobs`` function of ids the server serves ``ways``. ``gap_s`` passes between pieces, ``slow_s`` before a slow
-    answer.
+    ``chat`` is a template that begins an answer; None: no chats are answered. ``continues``: a last message of the
+    assistant goes on where that is asked for. ``thinks`` are pieces in front of a chat's answer, ``refused`` fields of
+    bodies. Of a ``logprobs`` function of ids the server serves ``ways``. ``gap_s`` passes between pieces, ``slow_s``
+    before a slow answer.
     """
 
     answer: Callable[[str], Sequence[str]] = lambda text: [" four", " five", "."]
     decode: Callable[[Sequence[int]], str] | None = None
     count: Callable[[str], int] = lambda text: len(text.split())
+    chat: Callable[[Sequence[Mapping[str, str]]], str] | None = None
+    continues: bool = True
+    thinks: Sequence[str] = ()
+    refused: Sequence[str] = ()
     logprobs: Callable[[Sequence[int]], list[Any]] | None = None
     ways: tuple[str, ...] = ()
     listed: Any = field(default_factory=lambda: [{"id": NAME, "object": "model", "created": 1, "owned_by": "tests"}])
@@ -75,9 +81,15 @@ class _Handler(BaseHTTPRequestHandler):
                 script.num_at_once -= 1
 
     def _complete(self, script: Script, body: dict[str, Any]) -> None:
+        is_chat = self.path.endswith("/chat/completions")
         if body["model"] != NAME:
             return self._send({"error": {"message": f"The model `{body['model']}` does not exist."}}, 404)
-        prompt = body["prompt"]
+        for name in script.refused:
+            if name in body:
+                return self._send({"error": {"message": f"Unsupported parameter: '{name}'"}}, 400)
+        if is_chat and script.chat is None:
+            return self._send({"detail": "Not Found"}, 404)
+        prompt = _chat_text(script, body) if is_chat else body["prompt"]
         if isinstance(prompt, list):
             if script.decode is None:
                 return self._send({"detail": "prompt must be a string."}, 400)
@@ -95,8 +107,12 @@ class _Handler(BaseHTTPRequestHandler):
         usage = {"prompt_tokens": num_prompt, "completion_tokens": len(pieces), "total_tokens": 0}
         end = {"finish_reason": finish, **({"stop_reason": stop} if script.tells_stop else {})}
         if body.get("stream"):
-            return self._stream(script, pieces, end, usage if "stream_options" in body else None)
+            return self._stream(script, pieces, end, usage if "stream_options" in body else None, is_chat=is_chat)
         choice: dict[str, Any] = {"index": 0, "text": "".join(pieces), **end}
+        if is_chat:
+            thoughts = {"reasoning_content": "".join(script.thinks)} if script.thinks else {}
+            message = {"role": "assistant", "content": choice.pop("text"), **thoughts}
+            choice["message"] = message
         if script.logprobs is not None and isinstance(prompt, list):
             choice |= _logprobs(script, prompt, body)
         return self._send({"object": "text_completion", "choices": [choice], "usage": usage})
@@ -135,12 +151,25 @@ class _Handler(BaseHTTPRequestHandler):
             self._send({"error": {"message": f"made to fail with {fault}"}}, int(fault))
         return True
 
-    def _stream(self, script: Script, pieces: Sequence[str], end: dict[str, Any], usage: dict[str, int] | None) -> None:
+    def _stream(
+        self,
+        script: Script,
+        pieces: Sequence[str],
+        end: dict[str, Any],
+        usage: dict[str, int] | None,
+        *,
+        is_chat: bool,
+    ) -> None:
         self._begin_stream()
+        if is_chat:
+            self._event({"choices": [{"index": 0, "delta": {"role": "assistant"}}]})
+        for piece in script.thinks if is_chat else ():
+            self._event({"choices": [{"index": 0, "delta": {"reasoning_content": piece}}]})
         for piece in pieces:
-            self._event({"choices": [{"index": 0, "text": piece, "finish_reason": None}]})
+            said = {"delta": {"content": piece}} if is_chat else {"text": piece}
+            self._event({"choices": [{"index": 0, **said, "finish_reason": None}]})
             time.sleep(script.gap_s)
-        self._event({"choices": [{"index": 0, "text": "", **end}]})
+        self._event({"choices": [{"index": 0, **({"delta": {}} if is_chat else {"text": ""}), **end}]})
         if usage is not None:
             self._event({"choices": [], "usage": usage})
         self._chunk(b"data: [DONE]\n\n")
@@ -172,10 +201,23 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
 
+def _chat_text(script: Script, body: dict[str, Any]) -> str:
+    """The messages as the server's template writes them; what it does not know of a body it ignores."""
+    assert script.chat is not None
+    *before, last = body["messages"]
+    if last["role"] == "assistant" and body.get("continue_final_message") and script.continues:
+        return script.chat(before) + last["content"]
+    return script.chat(body["messages"])
+
+
+def _budget(body: dict[str, Any]) -> int:
+    return int(body.get("max_tokens", body.get("max_completion_tokens", 16)))
+
+
 def _ended(pieces: list[str], body: dict[str, Any]) -> tuple[list[str], str, Any]:
     """Pieces within the budget and before a stop string, which is left out as vLLM does."""
-    finish, stop = ("length", None) if len(pieces) > body["max_tokens"] else ("stop", None)
-    pieces = pieces[: body["max_tokens"]]
+    finish, stop = ("length", None) if len(pieces) > _budget(body) else ("stop", None)
+    pieces = pieces[: _budget(body)]
     found = [(at, one) for one in body.get("stop", ()) if (at := "".join(pieces).find(one)) >= 0]
     if found:
         at, stop = min(found)

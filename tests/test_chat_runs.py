@@ -186,4 +186,4 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_chat(tmp_path / "other", LLAMA_3)
     run_commands("your-model.md", tmp_path, monkeypatch, "Chat models")
     runs = [store.load(path).manifest for path in store.find_runs(tmp_path / "results", "run")]
-    assert [len(run.chats or ()) for run in runs] == [2, 2, 2]
+    assert [len(run.chats or ()) for run in runs] == [2, 2, 2, 2]

@@ -465,8 +465,10 @@ def test_what_has_no_effect_on_an_endpoint_is_refused() -> None:
     with pytest.raises(UserError, match="dtype has no effect on models behind a server"):
         check_checkpoints(RunPlan(model=url, dtype="bfloat16"))
     check_checkpoints(RunPlan(model=url, dtype="bfloat16", baseline="miniature"))
-    with pytest.raises(UserError, match="chat templates are not applied"):
-        check_checkpoints(RunPlan(model=url, apply_chat_template=True))
+    check_checkpoints(RunPlan(model=url, apply_chat_template=True))
+    with pytest.raises(UserError, match="a server applies its own chat template, and 'tools' names none of it"):
+        check_checkpoints(RunPlan(model=url, apply_chat_template="tools"))
+    check_checkpoints(RunPlan(model=url, baseline="miniature", apply_chat_template="tools"))
     with pytest.raises(UserError, match="verify looks at logits"):
         check_checkpoints(VerifyPlan(model=url))
     with pytest.raises(UserError, match="request_timeout must be above 0"):

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "task_options": set(),
     "plan_fields": {"decoder_settings", "task_options"},
     "plan_baselines": {"plan_fields"},
-    "plan_chat": set(),
+    "plan_chat": {"task_options"},
     "plan": {"decoder_settings", "plan_baselines", "plan_chat", "plan_fields", "task_options"},
     "plan_sources": {"plan", "plan_baselines"},
     "store": set(),

@@ -53,6 +53,7 @@ DECODING: dict[str, Any] = {
     "gen_prefix": "- so",
     "enable_thinking": True,
     "think_end_token": "</think>",
+    "chat_template_args": {"tone": "a 'dry' one", "depth": 2, "tools": [True, None]},
 }
 RUN = RunPlan(
     **DECODING, samples=4, batch_size=32, limit=5, likelihood="bound", max_new_tokens=9, trace=0, log_samples=False

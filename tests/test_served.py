@@ -6,16 +6,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
 import pytest
+from chat_models import QWEN_3, save_chat, write_chat_tasks
+from own_tasks import use_tasks
 
 from tests.hf_models import save_reading
 from twotower_eval import store
 from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.endpoints.model import EndpointModel
 from twotower_eval.engine.models import load_model
+from twotower_eval.errors import UserError
 from twotower_eval.measure import harness
 from twotower_eval.plan import RunPlan
 from twotower_eval.records import Prompt
@@ -32,20 +36,36 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with served(llama, tmp_path_factory.mktemp("cache")) as there:
+        yield there
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_chat(tmp_path_factory.mktemp("chat") / "instruct", QWEN_3, adds_bos=False)
+
+
+@pytest.fixture(scope="module")
+def chat_url(chat: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with served(chat, tmp_path_factory.mktemp("cache")) as there:
+        yield there
+
+
+@contextmanager
+def served(model: Path, cache: Path) -> Iterator[str]:
     """The endpoint of a server that is up; it lists what a cache holds, which is nothing."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    cache = tmp_path_factory.mktemp("cache")
     (cache / "hub").mkdir()
-    command = [Path(sys.executable).parent / "transformers", "serve", llama, "--host", "127.0.0.1", "--port", str(port)]
+    command = [Path(sys.executable).parent / "transformers", "serve", model, "--host", "127.0.0.1", "--port", str(port)]
     said = (cache / "log").open("w")
     server = subprocess.Popen(
         [*command, "--device", "cpu"], env={**os.environ, "HF_HOME": str(cache)}, stdout=said, stderr=said
     )
     try:
         _wait_for(f"http://127.0.0.1:{port}/health", server, cache / "log")
-        yield f"openai:http://127.0.0.1:{port}/v1#{llama}"
+        yield f"openai:http://127.0.0.1:{port}/v1#{model}"
     finally:
         server.terminate()
         server.wait(10)
@@ -90,3 +110,41 @@ def test_a_run_scores_both_alike(url: str, llama: Path, tmp_path: Path) -> None:
     one, other = texts.values()
     assert one == other
     assert run.complete
+
+
+@pytest.mark.parametrize("told", [{}, {"chat_template_args": {"enable_thinking": False}}])
+def test_chats_are_answered_as_by_the_same_model_here(
+    told: dict[str, object], chat_url: str, chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same greedy texts for the same messages through the same template, and the same number of tokens. A tokenizer
+    that adds BOS itself would do so here, as in lm-eval's hf, and not there."""
+    use_tasks(monkeypatch, write_chat_tasks(tmp_path / "tasks", 1))
+    plan = RunPlan(
+        model=chat_url, baseline=str(chat), tasks=("sums_generate_until",), batch_size=2, max_new_tokens=12,
+        apply_chat_template=True, system_instruction="Be brief.", **told,
+    )  # fmt: skip
+    run = store.load(harness.run(plan, root=tmp_path / "out"))
+    texts: dict[str, list[str | None]] = {}
+    counts: dict[str, list[int | None]] = {}
+    for row in sorted(run.generations, key=lambda row: row.doc_id):
+        made = row.generation
+        texts.setdefault(row.cell, []).append(made.text)
+        counts.setdefault(row.cell, []).append(
+            made.num_prompt_tokens if made.served is None else made.served.num_prompt_tokens
+        )
+    one, other = texts.values()
+    assert one == other
+    assert any(one)
+    first, second = counts.values()
+    assert first == second
+
+
+def test_a_chat_that_this_server_would_not_continue_is_refused(
+    chat_url: str, chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_tasks(monkeypatch, write_chat_tasks(tmp_path / "tasks"))
+    plan = RunPlan(
+        model=chat_url, baseline=str(chat), tasks=("sums_generate_until",), apply_chat_template=True, gen_prefix="So:"
+    )
+    with pytest.raises(UserError, match="begins another message where an answer is begun for it"):
+        harness.prepare(plan)

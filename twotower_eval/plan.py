@@ -36,6 +36,7 @@ from twotower_eval.plan_fields import (
     BaselineSet,
     BaselineTrustRemoteCode,
     BlockSizes,
+    ChatTemplateArgs,
     CountingTokenizer,
     CudaGraphs,
     DataDir,
@@ -76,7 +77,7 @@ from twotower_eval.plan_fields import (
 from twotower_eval.records import AUTO, LEFT_OUT, LikelihoodKind, sizing_config
 from twotower_eval.resources import read_toml
 from twotower_eval.strict import JsonObject
-from twotower_eval.task_options import read_gen_kwargs, read_seed
+from twotower_eval.task_options import read_gen_kwargs, read_seed, read_template_args
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +130,8 @@ class RunPlan(OfTwoArms):
 
     ``decoder``, ``dtype``, ``devices`` and ``batch_size`` may be ``auto``: what that becomes depends on checkpoints and
     machine, and a run's own plan says what it became. ``baseline_dtype`` and ``baseline_device`` are for the baseline
-    alone, by default as for the candidate. The last six say how prompts are asked and where answers begin, as in
-    lm-eval: see ChatOptions.
+    alone, by default as for the candidate. ``apply_chat_template`` and what follows say how prompts
+    are asked and where answers begin, as in lm-eval: see ChatOptions.
     """
 
     model: Model = None
@@ -190,13 +191,13 @@ class RunPlan(OfTwoArms):
     gen_prefix: GenPrefix = field(default=None, metadata=LEFT_OUT)
     enable_thinking: EnableThinking = field(default=None, metadata=LEFT_OUT)
     think_end_token: ThinkEndToken = field(default=None, metadata=LEFT_OUT)
+    chat_template_args: ChatTemplateArgs = field(default=None, metadata=LEFT_OUT)
     tokenizer: CountingTokenizer = field(default=None, metadata=LEFT_OUT)
     request_timeout: RequestTimeout = field(default=None, metadata=LEFT_OUT)
 
     def __post_init__(self) -> None:
         _hold_settings(self)
         hold_baselines(self)
-        _hold_task_options(self)
         check_fields(self)
         check_devices(self)
         _check_arms(self)
@@ -298,13 +299,13 @@ class SpeedPlan(OfTwoArms):
     gen_prefix: GenPrefix = field(default=None, metadata=LEFT_OUT)
     enable_thinking: EnableThinking = field(default=None, metadata=LEFT_OUT)
     think_end_token: ThinkEndToken = field(default=None, metadata=LEFT_OUT)
+    chat_template_args: ChatTemplateArgs = field(default=None, metadata=LEFT_OUT)
     tokenizer: CountingTokenizer = field(default=None, metadata=LEFT_OUT)
     request_timeout: RequestTimeout = field(default=None, metadata=LEFT_OUT)
 
     def __post_init__(self) -> None:
         _hold_settings(self)
         hold_baselines(self)
-        _hold_task_options(self)
         check_fields(self)
         check_devices(self)
         _check_arms(self)
@@ -449,7 +450,10 @@ def devices_of(plan: Plan) -> tuple[str, ...]:
 
 def _hold_settings(plan: Plan) -> None:
     """``set`` and ``baseline_set`` with a tuple for each parameter; UserError for one that a field off its default
-    says, too. ``ar`` is short for ``autoregressive``."""
+    says, too. ``ar`` is short for ``autoregressive``. Task options are read from whatever form they have."""
+    object.__setattr__(plan, "seed", read_seed(plan.seed))
+    object.__setattr__(plan, "gen_kwargs", read_gen_kwargs(plan.gen_kwargs))
+    object.__setattr__(plan, "chat_template_args", read_template_args(plan.chat_template_args))
     for name in ("decoder", "baseline_decoder"):
         object.__setattr__(plan, name, SHORT_NAMES.get(getattr(plan, name), getattr(plan, name)))
     if plan.set is not None:
@@ -458,12 +462,6 @@ def _hold_settings(plan: Plan) -> None:
         check_given_once(settings, {name: True for name in SHORTHANDS if getattr(plan, name) is not None})
     if plan.baseline_set is not None:
         object.__setattr__(plan, "baseline_set", one_value_each(plan.baseline_set) or None)
-
-
-def _hold_task_options(plan: Plan) -> None:
-    """``seed`` and ``gen_kwargs`` read from whatever form they are given in."""
-    object.__setattr__(plan, "seed", read_seed(plan.seed))
-    object.__setattr__(plan, "gen_kwargs", read_gen_kwargs(plan.gen_kwargs))
 
 
 def _check_arms(plan: Plan) -> None:

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from twotower_eval.errors import UserError
 from twotower_eval.records import ChatOptions
+from twotower_eval.task_options import GivenArguments
 
 
 class AsksChats(Protocol):
@@ -23,6 +24,8 @@ class AsksChats(Protocol):
     def enable_thinking(self) -> bool | None: ...
     @property
     def think_end_token(self) -> str | int | None: ...
+    @property
+    def chat_template_args(self) -> GivenArguments | None: ...
 
 
 def chat_options(plan: AsksChats) -> ChatOptions:
@@ -35,6 +38,7 @@ def chat_options(plan: AsksChats) -> ChatOptions:
         gen_prefix=plan.gen_prefix,
         enable_thinking=plan.enable_thinking,
         think_end_token=plan.think_end_token,
+        template_args=plan.chat_template_args,
     )
 
 
@@ -51,7 +55,8 @@ def hold_chat(plan: AsksChats) -> None:
         object.__setattr__(plan, "system_instruction", None)
     if plan.fewshot_as_multiturn and not plan.apply_chat_template:
         raise UserError("fewshot_as_multiturn makes examples turns of a chat: give apply_chat_template, too")
-    if plan.enable_thinking is not None and not plan.apply_chat_template:
-        raise UserError("enable_thinking is told to the chat template: give apply_chat_template, too")
+    for name in ("enable_thinking", "chat_template_args"):
+        if getattr(plan, name) is not None and not plan.apply_chat_template:
+            raise UserError(f"{name} is told to the chat template: give apply_chat_template, too")
     if plan.enable_thinking and plan.think_end_token is None:
         raise UserError("enable_thinking needs think_end_token, behind which answers begin, such as </think>")

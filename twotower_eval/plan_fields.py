@@ -13,7 +13,14 @@ from twotower_eval.decoder_settings import Settings
 from twotower_eval.errors import UserError
 from twotower_eval.records import AUTO, GRAPH_DEVICES, Attention
 from twotower_eval.strict import check_value, plain
-from twotower_eval.task_options import GenKwargs, GivenSeed, read_gen_kwargs, read_seed
+from twotower_eval.task_options import (
+    GenKwargs,
+    GivenArguments,
+    GivenSeed,
+    read_gen_kwargs,
+    read_seed,
+    read_template_args,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -141,6 +148,16 @@ EnableThinking = Annotated[
 ThinkEndToken = Annotated[
     str | int | None,
     Option(help="Text or id of the token that ends thinking; answers begin behind it", metavar="TOKEN", read=str),
+]
+ChatTemplateArgs = Annotated[
+    GivenArguments | None,
+    Option(
+        help="What else the chat template is told, as key=value,… or JSON; a server hears it as chat_template_kwargs",
+        metavar="K=V,…",
+        unset="nothing",
+        other_names=("chat_template_kwargs",),
+        read=read_template_args,
+    ),
 ]
 MinSeconds = Annotated[float, Option(help="Minimum seconds of rounds", metavar="S")]
 WarmupRounds = Annotated[int, Option(help="Warm-up rounds: recorded, not reported", metavar="R")]

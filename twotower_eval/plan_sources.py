@@ -53,8 +53,11 @@ def _refuse_unused(plan: Plan) -> None:
     for name in ("tokenizer", "request_timeout") if not any(served) else ():
         if getattr(plan, name) is not None:
             raise UserError(f"{name} is for endpoints, and no model here is one ({ENDPOINT}http://HOST:PORT/v1#NAME)")
-    if any(served) and plan.apply_chat_template:
-        raise UserError("chat templates are not applied for models behind a server yet: drop apply_chat_template")
+    if all(served) and isinstance(plan.apply_chat_template, str):
+        raise UserError(
+            f"a server applies its own chat template, and {plan.apply_chat_template!r} names none of it: give "
+            "apply_chat_template without a name"
+        )
     for name in ("dtype", "devices") if all(served) else ():
         if getattr(plan, name) != next(field.default for field in dataclasses.fields(plan) if field.name == name):
             raise UserError(f"{name} has no effect on models behind a server: drop it")

@@ -205,13 +205,14 @@ class ServedModel:
     """What is known of a model behind a server; its weights are not.
 
     ``url`` and ``name`` are how it is asked for, ``facts`` what the server lists of it, as JSON texts. ``prompts`` says
-    how they are sent, ``tokenizer`` names the one that counts the tokens of its prompts and answers here.
+    how they are sent: ``messages`` go to its chat completions, where the server applies its own chat template.
+    ``tokenizer`` names the one that counts the tokens of its prompts and answers here.
     """
 
     url: str
     name: str
     facts: tuple[tuple[str, str], ...]
-    prompts: Literal["token ids", "text"]
+    prompts: Literal["token ids", "text", "messages"]
     tokenizer: str
 
 
@@ -370,12 +371,18 @@ def chat_json(messages: Sequence[Mapping[str, str]], add_generation_prompt: bool
     return canonical_json({"messages": [dict(one) for one in messages], "add_generation_prompt": add_generation_prompt})
 
 
+def plain_chat(messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+    """What is said in a chat, without any template: a text for counting, as that of a server's template is unknown."""
+    return "\n".join(one["content"] for one in messages)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions:
     """How prompts are asked and answers read, beside what tasks say; the names and meanings are lm-eval's.
 
     ``template`` is True for a tokenizer's own chat template, or the name of one of several; None: prompts are plain
-    text. ``enable_thinking`` is handed to the template. ``think_end_token`` ends the thinking, which is no part of the
+    text. ``template_args`` and ``enable_thinking`` are handed to the template, which reads what it knows of them.
+    ``think_end_token`` ends the thinking, which is no part of the
     answer: its text, or its id.
     """
 
@@ -385,11 +392,20 @@ class ChatOptions:
     gen_prefix: str | None = None
     enable_thinking: bool | None = None
     think_end_token: str | int | None = None
+    template_args: Mapping[str, object] | None = None
+
+    @property
+    def handed(self) -> dict[str, object]:
+        """All that is handed to the template beside the messages; ``enable_thinking`` counts before the others."""
+        thinking = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        return {**(self.template_args or {}), **thinking}
 
     @property
     def parts(self) -> dict[str, str]:
         """What changes answers without changing what is asked, as a part of a task's identity; empty by default."""
-        chosen = [self.template, self.enable_thinking, self.think_end_token]
+        chosen: list[object] = [self.template, self.enable_thinking, self.think_end_token]
+        if self.template_args:
+            chosen.append(dict(self.template_args))
         return {} if chosen == [None, None, None] else {"chat options": sha256_text(canonical_json(chosen))}
 
 
@@ -403,7 +419,8 @@ class ChatUse:
     ``applied``: through that template, else as plain text. ``template`` is its source and ``name`` that of one among
     several; ``sha256`` is over all that decides its text. ``drops_system``: it takes no system message, and the
     descriptions of tasks are left out, as in lm-eval. ``is_dated``: it writes today's date. ``generates``: some task is
-    answered by generated text. ``reads_alike``: its texts are those that the candidate reads.
+    answered by generated text. ``reads_alike``: its texts are those that the candidate reads. ``served``: its server
+    applies a template of its own, of which nothing is known here.
     """
 
     arm: Arm
@@ -416,6 +433,7 @@ class ChatUse:
     drops_system: bool = False
     is_dated: bool = False
     reads_alike: bool = True
+    served: bool | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -257,15 +257,17 @@ def _chat_warnings(use: ChatUse) -> Iterator[str]:
 def chat_facts(manifest: RunManifest) -> list[str]:
     """One line for each model that was asked through its chat template, and one where these gave unlike texts."""
     applied = [use for use in _by_checkpoint(manifest) if use.applied]
-    lines = [f"{use.checkpoint} was asked through {_template_text(use)}" for use in applied]
+    lines = [f"{use.checkpoint} was {_template_text(use)}" for use in applied]
     if any(not use.reads_alike for use in applied):
         lines.append("baseline and candidate were asked the same messages, each through its own chat template")
     return lines
 
 
 def _template_text(use: ChatUse) -> str:
+    if use.served:
+        return "sent the messages themselves, which its server wrote with its own chat template"
     named = f"its chat template {use.name!r}" if use.name else "its chat template"
-    return f"{named} (sha256 {(use.sha256 or '')[:16]})"
+    return f"asked through {named} (sha256 {(use.sha256 or '')[:16]})"
 
 
 def _by_checkpoint(manifest: RunManifest) -> list[ChatUse]:

@@ -12,6 +12,7 @@ from twotower_eval.errors import UserError
 from twotower_eval.strict import check_number, parse_json, plain, walk
 
 GenKwargs = Mapping[str, object]
+GivenArguments = Mapping[str, object]  # of a chat template
 GivenSeed = int | tuple[int | None, ...]
 # lm_eval's own for python and numpy, few-shot examples included, so that seed 0 gives the documents that lm_eval gives.
 PYTHON_SEED, OTHER_SEED = 0, 1234
@@ -106,24 +107,37 @@ def read_gen_kwargs(given: object) -> GenKwargs | None:
     >>> read_gen_kwargs('temperature=0.7, until=["Q:", "a,b"]')
     {'temperature': 0.7, 'until': ['Q:', 'a,b']}
     """
+    return _read_table(given, "gen_kwargs")
+
+
+def read_template_args(given: object) -> GivenArguments | None:
+    """What a chat template is told beside the messages, written as generation settings are.
+
+    >>> read_template_args('{"enable_thinking": false}')
+    {'enable_thinking': False}
+    """
+    return _read_table(given, "chat_template_args")
+
+
+def _read_table(given: object, what: str) -> dict[str, object] | None:
     if isinstance(given, str):
         text = given.strip()
-        found: object = parse_json(text, "gen_kwargs") if text.startswith("{") else dict(_pairs(text))
+        found: object = parse_json(text, what) if text.startswith("{") else dict(_pairs(text, what))
     else:
         found = given
     if found is None or found == {}:
         return None
     if not isinstance(found, Mapping):
-        raise UserError(f"gen_kwargs must be a table, or key=value with commas between, not {given!r}")
+        raise UserError(f"{what} must be a table, or key=value with commas between, not {given!r}")
     settings = {str(key): _as_json(value) for key, value in found.items()}
     for path, value in walk(settings):
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"gen_kwargs: {path} must be a finite number, not {value!r}")
-        check_number(f"gen_kwargs: {path}", value)
+            raise UserError(f"{what}: {path} must be a finite number, not {value!r}")
+        check_number(f"{what}: {path}", value)
     try:
         json.dumps(settings)
     except TypeError as error:
-        raise UserError(f"gen_kwargs: {error}: JSON has no such value") from error
+        raise UserError(f"{what}: {error}: JSON has no such value") from error
     return settings
 
 
@@ -139,14 +153,14 @@ def _as_json(value: object) -> object:
     return [_as_json(inner) for inner in held] if isinstance(held, tuple) else held
 
 
-def _pairs(text: str) -> Iterator[tuple[str, object]]:
+def _pairs(text: str, what: str) -> Iterator[tuple[str, object]]:
     names: set[str] = set()
     for item in _parts(text):
         name, equals, value = (part.strip() for part in item.partition("="))
         if not (name and equals):
-            raise UserError(f"gen_kwargs takes key=value with commas between, or JSON, not {item.strip()!r}")
+            raise UserError(f"{what} takes key=value with commas between, or JSON, not {item.strip()!r}")
         if name in names:
-            raise UserError(f"gen_kwargs names {name} twice")
+            raise UserError(f"{what} names {name} twice")
         names.add(name)
         yield name, _value(value)
 

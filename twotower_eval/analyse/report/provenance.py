@@ -373,7 +373,7 @@ def command(plan: AnyPlan) -> list[str]:
         option = field.name.replace("_", "-")
         if field.name == SEVERAL:
             words += _baseline_words(value)
-        elif field.name == "gen_kwargs":
+        elif field.name in ("gen_kwargs", "chat_template_args"):
             words += [f"--{option}", gen_kwargs_text(cast(GenKwargs, value))]
         elif field.name == "include_path":
             words += [word for folder in value for word in (f"--{option}", folder)]

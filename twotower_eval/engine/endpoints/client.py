@@ -29,6 +29,7 @@ from twotower_eval.sources import ENDPOINT
 T = TypeVar("T")
 KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_TRIES, FIRST_WAIT_S, MAX_WAIT_S = 5, 0.5, 60.0
+PROBE = "One, two, three, four, five, six, seven,"  # any plain text, to try a server with
 TIMEOUT_S, CONNECT_S, CLOSE_S = 600.0, 10.0, 1.0
 LATER = (408, 425, 429)  # statuses that may be another one a moment later; so may all from 500 on
 NO_ENTRY = (401, 403)

@@ -19,8 +19,9 @@ from twotower_eval.engine.decoders.rows import (
     make_rules,
 )
 from twotower_eval.engine.endpoints.client import Ask
-from twotower_eval.engine.endpoints.model import COMPLETIONS, EndpointModel
+from twotower_eval.engine.endpoints.model import EndpointModel
 from twotower_eval.engine.endpoints.streams import Reply
+from twotower_eval.engine.models.chat import format_of
 from twotower_eval.engine.models.protocol import Model, TextCodec, remote
 from twotower_eval.errors import UserError
 from twotower_eval.records import FinishReason, Generation, Prompt, Served
@@ -101,14 +102,14 @@ class EndpointDecoder:
             if self._counts:
                 more["stream_options"] = {"include_usage": True}
         body = self.model.body(self.model.sent(prompt), max_new_tokens, **more)
-        return Ask(path=COMPLETIONS, body=body, label=prompt.id)
+        return Ask(path=self.model.path, body=body, label=prompt.id)
 
     def _generation(
         self, prompt: Prompt, reply: Reply, stop: Sequence[str], asked_to_stop: bool, began_s: float
     ) -> Generation:
-        codec, (text, finish) = self.model.tokenizer, cut(reply, stop, asked_to_stop)
-        ids = ids_of(codec, text)
-        whole = ids if text == reply.text else ids_of(codec, reply.text)
+        answer, finish = cut(reply, stop, asked_to_stop)
+        text, ids = self._whole(reply, answer)
+        num_made = len(ids) if text == reply.text and not reply.reasoning else self._num_made(reply)
         timed = self.clock is not None
         return Generation(
             prompt_id=prompt.id,
@@ -117,7 +118,7 @@ class EndpointDecoder:
             finish=finish,
             num_prompt_tokens=len(prompt.token_ids),
             num_tokens=len(ids),
-            num_discarded_tokens=max(0, len(whole) - len(ids)),
+            num_discarded_tokens=max(0, num_made - len(ids)),
             num_context_forwards=0,
             num_denoiser_forwards=0,
             finish_s=reply.ended_s - began_s if timed else None,
@@ -131,6 +132,24 @@ class EndpointDecoder:
                 last_s=reply.arrivals_s[-1] - reply.sent_s if reply.arrivals_s else None,
             ),
         )
+
+    def _whole(self, reply: Reply, answer: str) -> tuple[str, tuple[int, ...]]:
+        """The text up to the end of an answer, and its tokens. What a server tells apart as thoughts stands in front of
+        the answer, as models here write it, where it is known what ends thoughts; else it is left out."""
+        codec, end = self.model.tokenizer, format_of(self.model).think_end_token
+        if not reply.reasoning or end is None:
+            return answer, ids_of(codec, answer)
+        has_ended = bool(reply.text) or reply.finish != "length"
+        if isinstance(end, int):  # a special token, which is no part of a text
+            ending = (end,) if has_ended else ()
+            return reply.reasoning + answer, (*ids_of(codec, reply.reasoning), *ending, *ids_of(codec, answer))
+        text = reply.reasoning + (end if has_ended else "") + answer
+        return text, ids_of(codec, text)
+
+    def _num_made(self, reply: Reply) -> int:
+        """Tokens of all that a server gave."""
+        text, ids = self._whole(reply, reply.text)
+        return len(ids_of(self.model.tokenizer, reply.reasoning + text)) if text == reply.text else len(ids)
 
 
 def ids_of(codec: TextCodec, text: str) -> tuple[int, ...]:

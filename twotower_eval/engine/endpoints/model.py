@@ -1,12 +1,13 @@
 """A model behind a server, as decoders, scorers and records see it: texts go in and come out, its weights are unknown.
 
 What is known of it is stated: the URL, its name there, and what the server lists of it. Prompts are sent as token ids
-where the server takes them and reads them like their text; else as text.
+where the server takes them and reads them like their text; else as text. Chats are sent as messages, which the server
+writes with its own template.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +15,16 @@ from typing import NoReturn
 
 import tokenizers
 
-from twotower_eval.engine.endpoints.client import NO_ENTRY, Address, Ask, Client, EndpointError, read_address
+from twotower_eval.engine.endpoints.chats import (
+    BUDGETS,
+    chat_body,
+    check_continues,
+    check_template_args,
+    find_budget_name,
+)
+from twotower_eval.engine.endpoints.client import NO_ENTRY, PROBE, Address, Ask, Client, EndpointError, read_address
 from twotower_eval.engine.endpoints.streams import Broken, Reply, read_reply
+from twotower_eval.engine.models.chat import format_of
 from twotower_eval.engine.models.identity import file_digests
 from twotower_eval.engine.models.protocol import Model, TextCodec
 from twotower_eval.engine.models.tokenizer import load_tokenizer, prompt_ids
@@ -32,8 +41,7 @@ from twotower_eval.records import (
     sha256_text,
 )
 
-COMPLETIONS, MODELS = "completions", "models"
-PROBE = "One, two, three, four, five, six, seven,"  # any plain text
+COMPLETIONS, CHATS, MODELS = "completions", "chat/completions", "models"
 NUM_PROBED = 8
 # Of what a server lists: what changes from one request or start to the next.
 PASSING = ("created", "permission", "object", "status", "meta")
@@ -85,7 +93,8 @@ class EndpointModel:
     """A model behind a server. It has the fields of every model and no forward: a decoder or a scorer of its own asks
     its server.
 
-    ``sends_ids``: prompts are sent as token ids. ``on_retry`` hears of every request that failed and is asked again.
+    ``asks_chats``: prompts are sent as messages, to its chat completions. ``sends_ids``: they are sent as token ids.
+    ``on_retry`` hears of every request that failed and is asked again.
     """
 
     is_remote = True
@@ -94,13 +103,19 @@ class EndpointModel:
     mask_token_id = None
     folder_settings: Mapping[str, object]
 
-    def __init__(self, client: Client, name: str, listed: Mapping[str, object], reader: Reader) -> None:
-        self.client, self.name, self.reader = client, name, reader
+    def __init__(
+        self, client: Client, name: str, listed: Mapping[str, object], reader: Reader, *, asks_chats: bool = False
+    ) -> None:
+        self.client, self.name, self.reader, self.asks_chats = client, name, reader, asks_chats
+        self.path = CHATS if asks_chats else COMPLETIONS
         self.tokenizer = reader.codec
         self.vocab_size = int(getattr(reader.codec, "vocab_size", 2**31))
         eos = reader.codec.eos_token_id
         self.eos_token_ids = () if eos is None else (int(eos),)
-        self.sends_ids = self._reads_ids_like_text()
+        self.budget_name = BUDGETS[0]
+        if asks_chats:
+            find_budget_name(self)
+        self.sends_ids = not asks_chats and self._reads_ids_like_text()
         longest = listed.get("max_model_len")
         # Only where a prompt is cut token by token does the server read what is left of it.
         self.max_length = longest if self.sends_ids and isinstance(longest, int) else None
@@ -120,20 +135,25 @@ class EndpointModel:
                 url=client.address.url,
                 name=name,
                 facts=facts,
-                prompts="token ids" if self.sends_ids else "text",
+                prompts="messages" if asks_chats else "token ids" if self.sends_ids else "text",
                 tokenizer=reader.name,
             ),
         )
 
     def body(self, prompt: str | Sequence[int], max_tokens: int, **more: object) -> dict[str, object]:
-        """The body of a completion at temperature 0, unless ``more`` says otherwise."""
+        """The body of a completion or a chat at temperature 0, unless ``more`` says otherwise."""
+        common = {"model": self.name, self.budget_name: max_tokens, "temperature": 0.0}
+        if self.asks_chats and isinstance(prompt, str):
+            return {**common, **chat_body(prompt, format_of(self).template_args), **more}
         asked = prompt if isinstance(prompt, str) else list(prompt)
-        return {"model": self.name, "prompt": asked, "max_tokens": max_tokens, "temperature": 0.0, **more}
+        return {**common, "prompt": asked, **more}
 
     def sent(self, prompt: Prompt) -> str | tuple[int, ...]:
         """A prompt as it is sent. A text goes without the BOS that the server's tokenizer adds itself."""
         if self.sends_ids:
             return prompt.token_ids
+        if self.asks_chats:
+            return self.tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
         codec = self.tokenizer
         text = codec.decode_with_special(prompt.token_ids) if prompt.text is None else prompt.text
         bos = codec.bos_token_id
@@ -144,27 +164,36 @@ class EndpointModel:
     def _reads_ids_like_text(self) -> bool:
         """Whether the server takes token ids and reads those of a text as it reads the text: the same count, and the
         same answer. UserError if it does not even complete the text."""
-        of_text = self._probed(PROBE)
+        of_text = self.probed(PROBE)
         ids = prompt_ids(self, PROBE)  # type: ignore[arg-type]
         try:
-            of_ids = self._probed(ids)
+            of_ids = self.probed(ids)
         except EndpointError:
             return False
         counts = {len(ids), of_text.num_prompt_tokens, of_ids.num_prompt_tokens} - {None}
         return len(counts) == 1 and of_text.text == of_ids.text
 
-    def _probed(self, prompt: str | Sequence[int]) -> Reply:
+    def check_chats(self, prompts: Iterable[str]) -> None:
+        """UserError, before they are asked, if the server would answer something else than these prompts."""
+        told = format_of(self).template_args
+        if told:
+            check_template_args(self, told)
+        check_continues(self, prompts, self.client.address.url)
+
+    def probed(self, prompt: str | Sequence[int]) -> Reply:
+        """The answer to a short question, asked once."""
         try:
-            return read_reply(self.client.post(COMPLETIONS, self.body(prompt, NUM_PROBED)))
+            return read_reply(self.client.post(self.path, self.body(prompt, NUM_PROBED)))
         except Broken as error:
-            raise EndpointError(f"{self.client.address.url}: a completion of {self.name!r}: {error}") from error
+            what = "an answer" if self.asks_chats else "a completion"
+            raise EndpointError(f"{self.client.address.url}: {what} of {self.name!r}: {error}") from error
 
     @cached_property
     def counts_streams(self) -> bool:
         """Whether the server takes being asked for the number of tokens at the end of a stream."""
         body = self.body(PROBE, 1, stream=True, stream_options={"include_usage": True})
         try:
-            self.client.ask([Ask(path=COMPLETIONS, body=body, label="a stream")], on_reply=lambda at, reply: None)
+            self.client.ask([Ask(path=self.path, body=body, label="a stream")], on_reply=lambda at, reply: None)
         except EndpointError as error:
             if error.status is None or error.status in NO_ENTRY:
                 raise
@@ -180,9 +209,14 @@ class EndpointModel:
 
 
 def connect(
-    given: str, *, tokenizer: Path | None = None, other: Model | None = None, timeout_s: float | None = None
+    given: str,
+    *,
+    tokenizer: Path | None = None,
+    other: Model | None = None,
+    timeout_s: float | None = None,
+    chat: bool = False,
 ) -> EndpointModel:
-    """The model of an endpoint, such as ``openai:http://localhost:8000/v1#name``.
+    """The model of an endpoint, such as ``openai:http://localhost:8000/v1#name``; ``chat``: it is sent messages.
 
     Its tokens are counted by the tokenizer in the folder ``tokenizer``, else by that of ``other``, a local model it is
     compared with, else by that in the folder that the server names as the model's own. UserError for a server that
@@ -195,7 +229,7 @@ def connect(
         name = address.name or _only_name(address, listed)
         reader = _reader(address, name, listed.get(name, {}), tokenizer, other)
         try:
-            return EndpointModel(client, name, listed.get(name, {}), reader)
+            return EndpointModel(client, name, listed.get(name, {}), reader, asks_chats=chat)
         except EndpointError as error:
             there = f"; it lists {', '.join(listed)}" if listed and name not in listed else ""
             raise EndpointError(f"{error} for the model {name!r}{there}") from error

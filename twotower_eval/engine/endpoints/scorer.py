@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from twotower_eval.engine.endpoints.client import Ask, EndpointError
-from twotower_eval.engine.endpoints.model import COMPLETIONS, PROBE, EndpointModel
+from twotower_eval.engine.endpoints.client import PROBE, Ask, EndpointError
+from twotower_eval.engine.endpoints.model import COMPLETIONS, EndpointModel
 from twotower_eval.engine.endpoints.streams import Reply
 from twotower_eval.engine.models.tokenizer import prompt_ids
 from twotower_eval.engine.scorers.pieces import Piece, Scorer, ScoreRequest, check_requests
@@ -33,6 +33,8 @@ class EndpointScorer(Scorer):
     def __init__(self, model: EndpointModel, kind: LikelihoodKind) -> None:
         if kind != "exact":
             raise UserError(f"likelihood {kind!r} needs a model that is here, not one behind a server: take exact")
+        if model.asks_chats:
+            raise UserError(f"{model.checkpoint.source}: chat completions give no log-likelihoods")
         self.model, self.kind = model, kind
         self._way = self._probed()
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 DATA, DONE = "data:", "[DONE]"
+REASONING = ("reasoning_content", "reasoning")
 SHOWN = 200  # characters of a server's own message
 TOGETHER = 0.1  # of the mean gap between pieces: pieces that lie closer arrived together
 Seconds = Callable[[], float]
@@ -27,12 +28,14 @@ class Reply:
 
     ``finish`` is its ``finish_reason``, ``stop_reason`` what else it says of the end: a stop string, a token id, or
     nothing (``tells_stop``: whether it says it at all). Tokens are as the server counts them. ``arrivals_s`` are the
-    moments at which pieces of text came, of a reply that was not streamed none; ``sent_s`` and ``ended_s`` enclose the
-    last attempt. ``choice`` is the whole choice of a reply that was not streamed.
+    moments at which pieces of text came, thoughts among them, of a reply that was not streamed none; ``sent_s`` and
+    ``ended_s`` enclose the last attempt. ``choice`` is the whole choice of a reply that was not streamed.
+    ``reasoning`` is what a chat model thought, where the server tells it apart from the answer.
     """
 
     text: str
     finish: str
+    reasoning: str = ""
     stop_reason: object = None
     tells_stop: bool = False
     num_prompt_tokens: int | None = None
@@ -97,6 +100,7 @@ def read_reply(said: Mapping[str, object]) -> Reply:
     return Reply(
         text=text,
         finish=finish,
+        reasoning=_reasoning_of(choice),
         **_stop_of(choice),
         num_prompt_tokens=asked,
         num_tokens=made,
@@ -107,6 +111,7 @@ def read_reply(said: Mapping[str, object]) -> Reply:
 async def read_stream(lines: AsyncIterator[str], now: Seconds) -> Reply:
     """The reply in a stream of events, with the moment of every piece of text. Broken where it ends before its end."""
     texts: list[str] = []
+    thoughts: list[str] = []
     arrivals_s: list[float] = []
     finish: str | None = None
     stop: dict[str, Any] = {}
@@ -125,9 +130,11 @@ async def read_stream(lines: AsyncIterator[str], now: Seconds) -> Reply:
         if event.get("usage"):
             counts = _usage(event)
         choice = first_choice(event)
-        if text := _text_of(choice):
-            texts.append(text)
+        text, thought = _text_of(choice), _reasoning_of(choice)
+        if text or thought:
             arrivals_s.append(now())
+            texts.append(text or "")
+            thoughts.append(thought)
         if isinstance(choice.get("finish_reason"), str):
             finish, stop = str(choice["finish_reason"]), _stop_of(choice)
     if finish is None:
@@ -135,6 +142,7 @@ async def read_stream(lines: AsyncIterator[str], now: Seconds) -> Reply:
     return Reply(
         text="".join(texts),
         finish=finish,
+        reasoning="".join(thoughts),
         **stop,
         num_prompt_tokens=counts[0],
         num_tokens=counts[1],
@@ -159,6 +167,13 @@ def _text_of(choice: Mapping[str, object]) -> str | None:
             content = part.get("content")
             return content if isinstance(content, str) else "" if content is None else None
     return None
+
+
+def _reasoning_of(choice: Mapping[str, object]) -> str:
+    """What was thought, under either of the names that servers give it; empty where a reply tells nothing of it."""
+    part = choice.get("message", choice.get("delta"))
+    found = (part.get(name) for name in REASONING) if isinstance(part, dict) else ()
+    return next((one for one in found if isinstance(one, str)), "")
 
 
 def _stop_of(choice: Mapping[str, object]) -> dict[str, Any]:

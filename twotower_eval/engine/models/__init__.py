@@ -208,6 +208,7 @@ def load_model(
     tokenizer: GivenModel | None = None,
     request_timeout: float | None = None,
     other: Model | None = None,
+    chat: bool = False,
 ) -> Model:
     """Load a checkpoint folder, a model of the Hugging Face hub (``"org/name"`` or ``"org/name@revision"``), the
     shipped pair as ``"miniature"``, or an endpoint such as ``"openai:http://localhost:8000/v1#name"``.
@@ -219,8 +220,9 @@ def load_model(
     decides. ``revision`` is a branch, tag or commit on the hub. ``trust_remote_code`` runs the code of a model that
     brings its own. ``attention`` is how a Hugging Face model computes it: ``sdpa``, ``eager``, ``flash_attention_2``
     or ``flex_attention``. An endpoint's tokens are counted with ``tokenizer``, a folder, else with that of the
-    ``other`` arm; its server may be silent for ``request_timeout`` seconds. Raises UserError with one line that says
-    what is wrong with the checkpoint, with such code, or with the server.
+    ``other`` arm; its server may be silent for ``request_timeout`` seconds, and with ``chat`` it is sent
+    messages, to its chat completions. Raises UserError with one line that says what is wrong with the checkpoint, with
+    such code, or with the server.
     """
     import torch
 
@@ -231,7 +233,7 @@ def load_model(
     if attention is not None and (family or family_of(source)) != "transformers":
         raise UserError(f"{source} is no Hugging Face model, so attention {attention!r} has no effect on it: drop it")
     if source.kind == "endpoint" or family == ENDPOINT_FAMILY:
-        return _connected(source, family, tokenizer, request_timeout, other)
+        return _connected(source, family, tokenizer, other=other, timeout_s=request_timeout, chat=chat)
     folder = source.files
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in (*DTYPES, AUTO):
@@ -281,20 +283,14 @@ def _loaded(source: Source, family: str, load: Callable[..., Model], options: di
         raise FileError(f"{folder}: {error}") from error
 
 
-def _connected(
-    source: Source,
-    family: str | None,
-    tokenizer: GivenModel | None,
-    timeout_s: float | None,
-    other: Model | None,
-) -> Model:
-    """The model behind a server."""
+def _connected(source: Source, family: str | None, tokenizer: GivenModel | None, **options: object) -> Model:
+    """The model behind a server; further options are those of its ``connect``."""
     _check_served(source, family)
     folder = None
     if tokenizer is not None:
         folder = located(read_source(tokenizer), extent="tokenizer", needs_config=False).files
     connect = cast("Callable[..., Model]", resolve(FAMILIES[ENDPOINT_FAMILY]))
-    return connect(source.url or "", tokenizer=folder, other=other, timeout_s=timeout_s)
+    return connect(source.url or "", tokenizer=folder, **options)
 
 
 def _usable(devices: Sequence[str | torch.device] | None, device: str | torch.device, family: str) -> tuple[str, ...]:

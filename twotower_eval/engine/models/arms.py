@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from twotower_eval.engine import models
 from twotower_eval.engine.models.graphs import StepGraphs, num_sizes, stepped, use_graphs
@@ -34,6 +34,7 @@ def load_arms(
     loaded: Loaded | None = None,
     tokenizer: str | None = None,
     request_timeout: float | None = None,
+    chat: bool = False,
 ) -> tuple[Model, Model]:
     """Load baseline and candidate: one object if they are the same, shared tensors if one is part of the other.
 
@@ -42,7 +43,7 @@ def load_arms(
     as in ``models.load_model``; None: the folder's own. ``cuda_graphs``: UserError, before anything loads, if one arm
     cannot run its steps as graphs. What is in ``loaded`` is not loaded again, and what is loaded is put there: one
     candidate has several baselines, which may share a checkpoint. Of an endpoint ``tokenizer`` counts the
-    tokens, by default the other arm's; see ``models.load_model``.
+    tokens, by default the other arm's, and with ``chat`` it is sent messages; see ``models.load_model``.
     """
     if cuda_graphs:
         _refuse_without_graphs({model: family, **({} if baseline is None else {baseline: baseline_family})})
@@ -55,7 +56,8 @@ def load_arms(
             (baseline_device or devices[0],),
             family if baseline is None else baseline_family,
         )
-        return _load_served(held, own, _Given(model, dtype, devices, family), tokenizer, request_timeout)
+        there = {"tokenizer": tokenizer, "request_timeout": request_timeout, "chat": chat}
+        return _load_served(held, own, _Given(model, dtype, devices, family), there)
     candidate = _load_once(held, model, dtype, devices, family)
     own_dtype, own_devices = baseline_dtype or dtype, (baseline_device or devices[0],)
     alike = (own_dtype, own_devices[0]) == (dtype, devices[0])
@@ -100,11 +102,9 @@ class _Given:
     family: str | None
 
 
-def _load_served(
-    held: Loaded, baseline: _Given, candidate: _Given, tokenizer: str | None, request_timeout: float | None
-) -> tuple[Model, Model]:
+def _load_served(held: Loaded, baseline: _Given, candidate: _Given, there: Mapping[str, Any]) -> tuple[Model, Model]:
     """Both arms where one is or both are behind servers; a local one is loaded first, as its tokenizer may count the
-    tokens of the other."""
+    tokens of the other. ``there`` are options of load_model for servers."""
     arms = (baseline, candidate)
     found: dict[int, Model] = {}
     for at in sorted(range(len(arms)), key=lambda at: _is_served(arms[at].model)):
@@ -114,13 +114,7 @@ def _load_served(
             continue
         key = (read_source(one.model).place, one.family)
         if key not in held:
-            held[key] = models.load_model(
-                one.model,
-                family=one.family,
-                tokenizer=tokenizer,
-                request_timeout=request_timeout,
-                other=found.get(1 - at),
-            )
+            held[key] = models.load_model(one.model, family=one.family, other=found.get(1 - at), **there)
         found[at] = held[key]
     return found[0], found[1]
 

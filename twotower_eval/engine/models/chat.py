@@ -7,12 +7,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from twotower_eval.engine.models.protocol import Model, text_codec
+from twotower_eval.engine.models.protocol import Model, remote, text_codec
 from twotower_eval.errors import UserError
 from twotower_eval.records import (
     Arm,
@@ -22,7 +22,7 @@ from twotower_eval.records import (
     Generation,
     GenerationRow,
     canonical_json,
-    chat_json,
+    plain_chat,
     sha256_text,
 )
 from twotower_eval.sources import Source, located
@@ -34,7 +34,10 @@ FAILURES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
 DATE_CALL = "strftime_now"  # transformers' function for templates, by which some write today's date
 NUM_KEPT = 64  # texts of one template: the options of a question share theirs
 
+SERVERS_OWN = "the server's own"  # in the place of a template's digest, which nobody here knows
+
 Messages = Sequence[Mapping[str, str]]
+EMPTY: Mapping[str, object] = {}
 
 
 class TemplateTokenizer(Protocol):
@@ -70,12 +73,12 @@ class ChatTemplate:
         checkpoint: str,
         source: str,
         name: str | None = None,
-        enable_thinking: bool | None = None,
+        template_args: Mapping[str, object] = EMPTY,
         keeps_system: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self.checkpoint, self.source, self.name = checkpoint, source, name
-        self._given = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        self._given = dict(template_args)
         self._keeps_system = keeps_system
         self.drops_system = False
         self.text = lru_cache(maxsize=NUM_KEPT)(self._text)
@@ -143,16 +146,22 @@ class ChatTemplate:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ChatFormat:
-    """How a model reads prompts and where its answers begin; without anything given, as plain text and at once."""
+    """How a model reads prompts and where its answers begin; without anything given, as plain text and at once.
+
+    ``served``: it is given messages, and its server writes them with the template there, which is told
+    ``template_args``.
+    """
 
     template: ChatTemplate | None = None
+    served: bool = False
+    template_args: Mapping[str, object] = field(default_factory=dict)
     think_end_token: str | int | None = None
 
     def text(self, prompt: str) -> str:
-        """The text that a model of this format reads for a prompt."""
+        """The text that a model of this format reads for a prompt; a server's has the messages with it."""
         if isinstance(prompt, ChatPrompt) and self.template is not None:
             return self.template.text(prompt.asked)
-        return str(prompt)
+        return prompt if self.served else str(prompt)
 
 
 PLAIN = ChatFormat()
@@ -160,8 +169,10 @@ PLAIN = ChatFormat()
 
 def load_format(source: Source, options: ChatOptions) -> ChatFormat:
     """The format of a located model. UserError if it has no such template. A server applies its own."""
-    if not options.template or source.kind == "endpoint":
+    if not options.template:
         return ChatFormat(think_end_token=options.think_end_token)
+    if source.kind == "endpoint":
+        return ChatFormat(served=True, template_args=options.handed, think_end_token=options.think_end_token)
     name, tokenizer = source.name, _tokenizer(source)
     chosen = None if options.template is True else str(options.template)
     template = ChatTemplate(
@@ -169,7 +180,7 @@ def load_format(source: Source, options: ChatOptions) -> ChatFormat:
         checkpoint=name,
         source=_source(tokenizer.chat_template, chosen, name),
         name=chosen,
-        enable_thinking=options.enable_thinking,
+        template_args=options.handed,
         keeps_system=options.system_instruction is not None,
     )
     return ChatFormat(template=template, think_end_token=options.think_end_token)
@@ -212,10 +223,13 @@ def attach_format(model: Model, chat: ChatFormat) -> None:
     cast(Any, model).chat = chat
 
 
-def attach_formats(models: Sequence[Model], chats: Sequence[ArmChat]) -> None:
-    """The same for the models of every baseline and, behind them, of the candidate."""
+def attach_formats(models: Sequence[Model], chats: Sequence[ArmChat], prompts: Sequence[str] = ()) -> None:
+    """The same for the models of every baseline and, behind them, of the candidate. UserError for a server that would
+    answer something else than ``prompts``."""
     for model, chat in zip((models[-1], *models[:-1]), chats, strict=True):
         attach_format(model, chat.format)
+        if (served := remote(model)) is not None and served.asks_chats:
+            served.check_chats(prompts)
 
 
 def format_of(model: object) -> ChatFormat:
@@ -226,8 +240,10 @@ def format_of(model: object) -> ChatFormat:
 
 def chat_extra(model: Model) -> dict[str, str]:
     """What a cell's id is over beside its checkpoint: the template that its prompts are read through."""
-    template = format_of(model).template
-    return {} if template is None else {"chat_template": template.sha256}
+    read = format_of(model)
+    if read.served:
+        return {"chat_template": SERVERS_OWN}
+    return {} if read.template is None else {"chat_template": read.template.sha256}
 
 
 def with_answer(row: GenerationRow, model: Model) -> GenerationRow:
@@ -282,10 +298,11 @@ class ArmChat:
 
     @property
     def render(self) -> Callable[[Messages, bool], str] | None:
-        """What writes messages as text; ``None`` where prompts are plain text. A server writes them itself."""
+        """What writes messages as text; ``None`` where prompts are plain text. Of a server's template nothing is known
+        here."""
         if self.format.template is not None:
             return self.format.template.render
-        return chat_json if self.options.template else None
+        return plain_chat if self.format.served else None
 
     def use(self, prompts: Iterable[str], *, generates: bool) -> ChatUse | None:
         """How the arm reads these prompts, for a manifest; ``None`` if its tokenizer has no chat template.
@@ -294,6 +311,14 @@ class ArmChat:
         """
         alike = [self.format.text(prompt) == str(prompt) for prompt in prompts]
         template = self.format.template
+        if self.format.served:
+            return ChatUse(
+                arm=self.arm,
+                checkpoint=self.source.name,
+                applied=True,
+                generates=generates,
+                served=True,
+            )
         if template is None:
             plain = ChatUse(arm=self.arm, checkpoint=self.source.name, applied=False, generates=generates)
             return plain if self.source.folder is not None and has_chat_template(self.source.folder) else None
@@ -327,13 +352,21 @@ def arm_chats(sources: Sequence[Source], options: ChatOptions) -> tuple[ArmChat,
 def chat_uses(chats: Sequence[ArmChat], prompts: Sequence[str], *, generates: bool) -> tuple[ChatUse, ...] | None:
     """How each arm reads these prompts; ``None`` where no tokenizer has a chat template.
 
-    UserError if templates differ and a prompt is no longer the text of messages, so that it is of one template only.
+    UserError if templates differ, or one is a server's, and a prompt is no longer the text of messages, so that it is
+    of one template only.
     """
     templates = {chat.format.template.sha256 for chat in chats if chat.format.template is not None}
-    if len(templates) > 1 and any(prompt and not isinstance(prompt, ChatPrompt) for prompt in prompts):
+    is_served = any(chat.format.served for chat in chats)
+    is_changed = any(not isinstance(prompt, ChatPrompt) for prompt in prompts if prompt or is_served)
+    if is_changed and is_served:
+        raise UserError("a task changes the text that a chat template wrote, and servers take messages: leave it out")
+    if is_changed and len(templates) > 1:
         raise UserError(
             "a task changes the text that a chat template wrote, and baseline and candidate have unlike templates: "
             "evaluate them apart, or leave the task out"
         )
-    found = (chat.use(prompts, generates=generates) for chat in chats)
-    return tuple(use for use in found if use is not None) or None
+    found = [(chat, chat.use(prompts, generates=generates)) for chat in chats]
+    if is_served:  # of the texts of a server's template nothing is known
+        own = chats[0].source.place
+        found = [(chat, use and dataclasses.replace(use, reads_alike=chat.source.place == own)) for chat, use in found]
+    return tuple(use for _, use in found if use is not None) or None

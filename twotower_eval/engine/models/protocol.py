@@ -6,7 +6,7 @@ Shape letters: B batch, S prompt, K block, M wanted positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self, TypeGuard, TypeVar, cast
 
@@ -174,10 +174,14 @@ class Verifying(Model, Protocol):
 
 
 class Remote(Model, Protocol):
-    """A model behind a server: it computes nothing here. ``on_retry`` hears of every request that is asked again."""
+    """A model behind a server: it computes nothing here. ``on_retry`` hears of every request that is asked again.
+    ``asks_chats``: it is sent messages, after ``check_chats`` found that its server answers what these say."""
 
     is_remote: bool
+    asks_chats: bool
     on_retry: Callable[[Retried], None]
+
+    def check_chats(self, prompts: Iterable[str]) -> None: ...
 
 
 class ReadsOn(Model, Protocol):

@@ -20,7 +20,7 @@ from twotower_eval.measure.chosen import choose_batch_size, without_auto
 from twotower_eval.measure.harness.adapter import HarnessLM
 from twotower_eval.measure.harness.answers import Key
 from twotower_eval.measure.harness.filtered import Row
-from twotower_eval.measure.harness.prompts import asked_chats, built_tasks, longest_context, uses_of
+from twotower_eval.measure.harness.prompts import asked_chats, built_tasks, first_texts, longest_context, uses_of
 from twotower_eval.measure.harness.scoring import score_rows
 from twotower_eval.measure.suites import BuiltTask, settle
 from twotower_eval.measure.suites.lm_types import Instance
@@ -130,7 +130,7 @@ def prepare(plan: RunPlan) -> Prepared:
     chats = asked or arm_chats(chat_sources(plan), chat_options(plan))
     uses = uses_of(tasks, chats)
     arms = load_models(plan)
-    attach_formats(arms, chats)
+    attach_formats(arms, chats, first_texts(tasks))
     use_graphs(plan, tasks, arms)
     jobs = make_jobs(held, tasks, specs, arms)
     _refuse_unreadable(jobs)
@@ -158,8 +158,14 @@ def _refuse_unreadable(jobs: Sequence[Job]) -> None:
 
 
 def check_scorers(plan: RunPlan, tasks: Sequence[BuiltTask]) -> None:
-    """UserError, before weights are loaded, for a denoiser likelihood with a decoder that has no denoiser."""
+    """UserError, before weights are loaded, for log-likelihoods of chats behind a server, and for a denoiser likelihood
+    with a decoder that has no denoiser."""
     needy = [task.name for task in tasks if not task.generates]
+    if needy and plan.apply_chat_template and any(source.kind == "endpoint" for source in chat_sources(plan)):
+        raise UserError(
+            f"{', '.join(needy)} need log-likelihoods, which no server gives of chats: leave them out, or drop "
+            "--apply-chat-template"
+        )
     if needy and plan.likelihood in DENOISER_KINDS and plan.decoder == "autoregressive":
         raise UserError(
             f"{', '.join(needy)} need log-likelihoods, and decoder 'autoregressive' has none of kind "
@@ -193,6 +199,7 @@ def _load_pair(plan: RunPlan, loaded: Loaded) -> tuple[Model, Model]:
         loaded=loaded,
         tokenizer=plan.tokenizer,
         request_timeout=plan.request_timeout,
+        chat=bool(plan.apply_chat_template),
     )
     for arm in arms:
         text_codec(arm)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from twotower_eval.engine.models.chat import ArmChat, arm_chats, chat_uses, format_of
+from twotower_eval.engine.models.chat import ArmChat, Messages, arm_chats, chat_uses, format_of
 from twotower_eval.engine.models.protocol import Model, text_codec
 from twotower_eval.errors import UserError
 from twotower_eval.measure.suites import BuiltTask, resolve_tasks
@@ -62,16 +62,27 @@ def _task_options(plan: RunPlan | SpeedPlan, asked: Sequence[ArmChat]) -> dict[s
         "num_fewshot": plan.num_fewshot,
         "gen_kwargs": plan.gen_kwargs,
         "chat": chat_options(plan),
-        "render": asked[0].render if asked else None,  # as the candidate reads them
+        "render": _render(asked),
     }
+
+
+def _render(asked: Sequence[ArmChat]) -> Callable[[Messages, bool], str] | None:
+    """What writes chats as the candidate reads them; beside a server, whose template is its own, as the first arm
+    does that has one here."""
+    here = [chat.render for chat in asked if chat.format.template is not None]
+    return next(iter((*here, *(chat.render for chat in asked))), None)
 
 
 def uses_of(tasks: Sequence[BuiltTask], chats: Sequence[ArmChat]) -> tuple[ChatUse, ...] | None:
     """How each arm reads the prompts of tasks. UserError if an arm's chat template fails on one of them."""
+    return chat_uses(chats, first_texts(tasks), generates=any(task.generates for task in tasks))
+
+
+def first_texts(tasks: Sequence[BuiltTask]) -> list[str]:
+    """What is asked in these tasks, each text once."""
     asking = (task for task in tasks if task.request != "loglikelihood_rolling")  # whose texts are asked as they are
     firsts = (instance.args[0] for task in asking for doc in task.docs for instance in doc.instances)
-    prompts = {getattr(prompt, "asked", prompt): prompt for prompt in firsts}  # options share theirs
-    return chat_uses(chats, list(prompts.values()), generates=any(task.generates for task in tasks))
+    return list({getattr(prompt, "asked", prompt): prompt for prompt in firsts}.values())  # options share theirs
 
 
 def longest_context(tasks: Sequence[BuiltTask], model: Model) -> int:

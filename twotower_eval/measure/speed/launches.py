@@ -117,7 +117,7 @@ def run_launch(
     chats, uses = _chats(plan, requests)
     with torch_threads(plan.threads), family_calls(*arm_sources(plan)):
         models = _load(plan)
-        attach_formats(models, chats)
+        attach_formats(models, chats, [request.text for request in requests])
         if text := hint(plan):
             progress.note(text)
         clock = CallClock(devices, now)
@@ -202,6 +202,7 @@ def _load_pair(plan: SpeedPlan, loaded: Loaded) -> tuple[Model, Model]:
         loaded=loaded,
         tokenizer=plan.tokenizer,
         request_timeout=plan.request_timeout,
+        chat=bool(plan.apply_chat_template),
     )
 
 

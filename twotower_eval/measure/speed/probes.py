@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections import Counter, defaultdict
@@ -13,11 +14,14 @@ from twotower_eval.measure.speed.lanes import Lane, Timing
 from twotower_eval.measure.speed.workloads import Call, Calls, Request, encode_calls
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import (
+    ChatPrompt,
     Witnessed,
     WitnessedAnswer,
     WitnessedKind,
+    chat_json,
     derive_seed,
     draws,
+    plain_chat,
     run_and_launch,
     sha256_text,
 )
@@ -170,7 +174,7 @@ class NewPrompts:
             self._beginnings[kind] = self._beginnings[kind] or list(known)
             first = _taken(self._beginnings[kind], length)
             near = sorted((one for one in known if one is not first), key=lambda one: abs(len(one.text) - length))
-            text = joined(first.text, self._random.choice(near[:NUM_NEAR]).text, self._random) if near else first.text
+            text = _joined(first.text, self._random.choice(near[:NUM_NEAR]).text, self._random) if near else first.text
             if text not in self._texts:
                 self._texts.add(text)
                 self._next_id += 1
@@ -215,6 +219,18 @@ def joined(first: str, second: str, chance: random.Random) -> str:
     cut = chance.randint(1, max(1, len(own[0]) // 2))
     other = min(max(1, round(cut / max(1, len(own[0])) * len(own[1]))), max(1, len(own[1]) - 1))
     return turned(shared, chance) + "".join([*own[0][:cut], *own[1][other:]])
+
+
+def _joined(first: str, second: str, chance: random.Random) -> str:
+    """The same of two chats: the first, with a last question that is made of both."""
+    if not (isinstance(first, ChatPrompt) and isinstance(second, ChatPrompt)):
+        return joined(first, second, chance)
+    asked, other = json.loads(first.asked), json.loads(second.asked)
+    own, others = ([one for one in said["messages"] if one["role"] == "user"] for said in (asked, other))
+    if not (own and others):
+        return joined(first, second, chance)
+    own[-1]["content"] = joined(own[-1]["content"], others[-1]["content"], chance)
+    return ChatPrompt(plain_chat(asked["messages"]), chat_json(**asked))
 
 
 def turned(shared: str, chance: random.Random) -> str:
