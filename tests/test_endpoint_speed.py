@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages import commands
 from tests.chat_models import QWEN_3, save_chat
+from tests.pages import commands
 from tests.scripted_server import Script, serving
 from twotower_eval import cli, store
 from twotower_eval.analyse import report
