@@ -220,9 +220,8 @@ def load_model(
     decides. ``revision`` is a branch, tag or commit on the hub. ``trust_remote_code`` runs the code of a model that
     brings its own. ``attention`` is how a Hugging Face model computes it: ``sdpa``, ``eager``, ``flash_attention_2``
     or ``flex_attention``. An endpoint's tokens are counted with ``tokenizer``, a folder, else with that of the
-    ``other`` arm; its server may be silent for ``request_timeout`` seconds, and with ``chat`` it is sent
-    messages, to its chat completions. Raises UserError with one line that says what is wrong with the checkpoint, with
-    such code, or with the server.
+    ``other`` arm; its server may be silent for ``request_timeout`` seconds, and with ``chat`` it is sent messages.
+    UserError with one line that says what is wrong with the checkpoint, with such code, or with the server.
     """
     import torch
 
