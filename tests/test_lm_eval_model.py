@@ -1,17 +1,25 @@
 """Our models and decoders within lm-eval, as ``--model twotower``: the scores of ``twotower-eval run``."""
 
+import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lm_eval
 import pytest
+from datasets.packaged_modules.json.json import Json
+from fake_hub import files_in, use_cache, write_cache
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
+from pages import DOCS
 from tiny_pair import write_pair
 
 import twotower_eval as tt
 from twotower_eval import cli
+from twotower_eval.engine.models.choices import choose_device
 from twotower_eval.errors import UserError
 from twotower_eval.lm_eval import TwoTowerLM, main
 from twotower_eval.measure.suites import lm_tasks
@@ -111,3 +119,58 @@ def test_the_verb_is_lm_evals_own_command(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", fails)
     assert cli.main(["lm-eval", "run"]) == 2
     assert capsys.readouterr().err == "error: no argument 'x'\n"
+
+
+def cached_gsm8k(cache: Path, rows: dict[str, list[dict[str, str]]]) -> None:
+    """The data set as its library leaves it in its cache once it was downloaded."""
+    cache.mkdir()
+    files = {split: str(cache / f"{split}.jsonl") for split in rows}
+    for split, held in rows.items():
+        Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in held), encoding="utf-8")
+    options = {"dataset_name": "gsm8k", "config_name": "main", "hash": "0" * 40}
+    builder = Json(cache_dir=str(cache), data_files=files, **options)  # type: ignore[no-untyped-call]
+    builder.download_and_prepare()
+    made = Path(builder.cache_dir)
+    home = cache / "openai___gsm8k" / "main" / made.parent.name / made.name
+    home.parent.mkdir(parents=True)
+    made.rename(home)
+
+
+def lm_eval_lines() -> list[str]:
+    """Commands of the page on one's own models that call lm-eval's command."""
+    page = (DOCS / "your-model.md").read_text(encoding="utf-8")
+    blocks = "".join(re.findall(r"```bash\n(.*?)```\n", page, re.S)).replace("\\\n", " ")
+    return [line for line in blocks.splitlines() if line.startswith("twotower-eval lm-eval ")]
+
+
+@pytest.mark.parametrize("verb", ["run ", ""], ids=["with run", "in the older form without it"])
+def test_the_line_in_the_docs_runs_as_it_stands(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ended in "device 'cuda:0' cannot be used here", as that is what lm-eval's command gives without --device."""
+    [line] = lm_eval_lines()
+    rows = [{"question": f"What is {n} + 1?", "answer": f"{n + 1}\n#### {n + 1}"} for n in range(6)]
+    cached_gsm8k(tmp_path / "datasets", {"train": rows, "test": rows[:2]})
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    use_cache(monkeypatch, tmp_path / "hub")
+    write_cache(tmp_path / "hub", "example/pair", files_in(data_path("miniature", "pair")))
+    stock = {"include_path": [str(lm_tasks.roots()[1] / "gsm8k")], "include_defaults": False}
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda *_, **__: TaskManager(**stock))
+    monkeypatch.chdir(tmp_path)
+    _, _, *rest = shlex.split(line.replace("lm-eval run ", f"lm-eval {verb}"))
+    with lm_tasks.quiet():
+        assert cli.main(["lm-eval", *rest]) == 0
+    assert "|gsm8k|" in capsys.readouterr().out
+    [results] = (tmp_path / "out").rglob("results_*.json")
+    config = json.loads(results.read_text(encoding="utf-8"))["config"]
+    assert config["decoder"].startswith("block_diffusion(block_size=16, steps_per_block=16, threshold=0.9")
+    [samples] = (tmp_path / "out").rglob("samples_gsm8k_*.jsonl")
+    assert len(samples.read_text(encoding="utf-8").splitlines()) == 4, "two documents under two filters"
+
+
+def test_a_device_that_was_asked_for_is_held_to() -> None:
+    for asked in ({"device": "cuda:7"}, {"device": "cuda:0"}):
+        with pytest.raises(UserError, match="cannot be used here"):
+            TwoTowerLM.create_from_arg_obj({"pretrained": "miniature", **asked}, {"device": "cuda:0"})
+    made = TwoTowerLM.create_from_arg_obj({"pretrained": "miniature", "tower": "context"}, {"device": "cuda:0"})
+    assert made.model.checkpoint.devices == (choose_device(["nemotron_h"]).value,)

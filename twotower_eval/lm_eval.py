@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import lm_eval.models  # noqa: F401  # fills the registry, which lm-eval does itself only while it is empty
 from lm_eval.api.registry import model_registry
+from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import simple_parse_args_string
 
 from twotower_eval.decoder_settings import cross_decoders
@@ -32,6 +33,8 @@ from twotower_eval.records import AUTO, DecoderSpec, LikelihoodKind
 
 LOADING = ("pretrained", "revision", "dtype", "device", "devices", "tower", "family", "trust_remote_code", "attention")
 RUNNING = ("decoder", "likelihood", "batch_size", "max_batch_size", "seed")
+# The device of lm-eval's command without --device, whatever the machine has.
+UNASKED_DEVICE = next(field.default for field in dataclasses.fields(EvaluatorConfig) if field.name == "device")
 
 
 class TwoTowerLM(HarnessLM):
@@ -81,8 +84,13 @@ class TwoTowerLM(HarnessLM):
     def create_from_arg_obj(
         cls, arg_dict: Mapping[str, object], additional_config: Mapping[str, object] | None = None
     ) -> TwoTowerLM:
-        """From a dictionary; what lm-eval adds (batch size, device) gives way to it."""
+        """From a dictionary; what lm-eval adds (batch size, device) gives way to it.
+
+        lm-eval's command adds a GPU that nobody asked for; as for its own ``hf`` it is the first device there is.
+        """
         added = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if added.get("device") == UNASKED_DEVICE:
+            del added["device"]
         return cls(**{**added, **arg_dict})
 
     def get_model_info(self) -> dict[str, object]:
