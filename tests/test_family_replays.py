@@ -2,13 +2,16 @@
 
 import copy
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pages import DOCS
 
+from twotower_eval.measure.verify.checks import CheckResult
 from twotower_eval.measure.verify.golden import Golden, golden_results, load_golden
 from twotower_eval.measure.verify.replays import NUMBERS, REPLAYS
 
@@ -28,11 +31,20 @@ def _outcomes(golden: Golden) -> dict[str, str]:
     return {result.name: result.outcome for result in golden_results(golden)}
 
 
+def _exact_runs(results: Sequence[CheckResult]) -> str | None:
+    """Runs given again exactly, as docs/families.md states them; None without runs."""
+    (runs,) = [result for result in results if result.name == "golden_runs"]
+    found = re.match(r"(\d+) of (\d+) runs", runs.detail)
+    return f"{found[1]}/{found[2]}" if found else None
+
+
 @pytest.mark.parametrize("family", FOLDERS)
 def test_a_familys_reference_outputs_are_replayed_exactly(family: str) -> None:
-    golden = _golden(family)
-    outcomes = _outcomes(golden)
+    results = list(golden_results(_golden(family)))
+    outcomes = {result.name: result.outcome for result in results}
+    stated = dict(re.findall(r"(\w+) (\d+/\d+)", (DOCS / "families.md").read_text(encoding="utf-8")))
     assert "failed" not in outcomes.values()
+    assert _exact_runs(results) == stated.get(family.removesuffix("_absorbing_text"))
     held = ("golden_likelihoods",) if family in NUMBERS else ("golden_logits", "golden_runs")
     assert {outcomes[name] for name in held} == {"passed"}
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders import decoder_spec, make_decoder
 from twotower_eval.engine.decoders.batch import no_denoiser
+from twotower_eval.engine.decoders.rows import padded_ids
 from twotower_eval.engine.models.nemotron_h import Mamba
 from twotower_eval.engine.models.probes import LIMITS, difference
-from twotower_eval.engine.models.protocol import Denoising, Model, has_denoiser, two_tower
+from twotower_eval.engine.models.protocol import Denoising, Masked, Model, has_denoiser, two_tower
 from twotower_eval.engine.ops.ssd import ssd, ssd_chunked, ssd_reference
 from twotower_eval.names import plural
 from twotower_eval.records import HALF_PRECISION, CheckOutcome, CommitStep, Generation, Prompt, Ways
@@ -362,3 +363,33 @@ def block_sample(model: Model, prompts: Sequence[Prompt]) -> tuple[CheckResult, 
     value = num_tokens / num_passes
     detail = f"{num_tokens} useful tokens in {num_passes} denoiser passes; block 16, 16 steps, threshold 0.8"
     return pass_or_fail(names[0], value > 1, detail, value=value, limit=1), forced
+
+
+ONLY_MASKED = "the family has no autoregressive part"
+OF_BOTH = ("blockwise_context", "batch_numerics", "drafts_equal_greedy", "tokens_per_pass", "mock_ar_agreement")
+OF_PAIRS = ("tokens_per_nfe", "forced_share")  # at the default operating point of pairs
+
+
+def only_masked(model: Model) -> TypeGuard[Masked]:
+    """Whether a model predicts masked tokens and has no autoregressive part."""
+    return model.has_denoiser and not hasattr(model, "context_tower")
+
+
+def masked_results(model: Masked, prompts: Sequence[Prompt], dtype: str) -> Iterator[CheckResult]:
+    """The checks of such a model: a block of masks behind each prompt, in a batch and alone."""
+    size = getattr(model, "block_size", BLOCK_SIZE)
+    ids_BS, lengths = padded_ids([prompt.token_ids for prompt in prompts])
+    masks_BK = torch.full((len(prompts), size), model.mask_token_id)
+    together_BKV = model.denoise(masks_BK, model.prefill(ids_BS, lengths), [1.0] * len(prompts))
+    num_bad = int((~torch.isfinite(together_BKV)).sum())
+    behind = f"a block of {size} masks behind {plural(len(prompts), 'prompt')}"
+    detail = f"{num_bad} of {together_BKV.numel():,} logits are not finite, of {behind}"
+    yield pass_or_fail("finite_logits", num_bad == 0, detail, value=num_bad, limit=0)
+    worst = 0.0
+    for row, length in enumerate(lengths):
+        alone_1KV = model.denoise(masks_BK[:1], model.prefill(ids_BS[row : row + 1, :length]), [1.0])
+        worst = max(worst, difference(together_BKV[row], alone_1KV[0], dtype))
+    detail = f"logits of {behind}, in a batch and alone, relative to their spread"
+    yield pass_or_fail("batch_equals_single", worst <= LIMITS[dtype], detail, value=worst, limit=LIMITS[dtype])
+    yield not_checked("seeded_scan", "the model has no Mamba layer of ours")
+    yield from (not_checked(name, ONLY_MASKED) for name in (*OF_BOTH, *OF_PAIRS))

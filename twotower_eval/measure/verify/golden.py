@@ -19,7 +19,7 @@ from torch import Tensor
 
 from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.decoders.batch import no_denoiser
-from twotower_eval.engine.models import load_model
+from twotower_eval.engine.models import FAMILIES, load_model
 from twotower_eval.engine.models.context import Context as OwnContext
 from twotower_eval.engine.models.protocol import Context, Model, two_tower
 from twotower_eval.errors import UserError
@@ -56,8 +56,11 @@ class Golden:
         return sorted(k.removesuffix(end) for k in self.tensors if k.startswith(start) and k.endswith(end))
 
 
-def load_golden(folder: Path, model: Model, device: str) -> Golden:
-    """Read a folder. A checkpoint in it replaces ``model``. UserError for what is missing."""
+def load_golden(folder: Path, model: Model, device: str, *, family: str | None = None) -> Golden:
+    """Read a folder. A checkpoint in it replaces ``model``, read by ``family`` where that is a user's own.
+
+    UserError for what is missing.
+    """
     for name in (TENSORS, DESCRIPTION):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: --golden wants a folder of reference outputs")
@@ -67,7 +70,8 @@ def load_golden(folder: Path, model: Model, device: str) -> Golden:
     for port in sorted(folder.glob("*_port.json")):  # the same settings by another implementation
         meta = {**meta, "ports": [*meta.get("ports", ()), parse_json(read_utf8(port), str(port), infinities=True)]}
     brings_own = (folder / "config.json").is_file() and needs_model(meta)
-    own = load_model(folder, device=device) if brings_own else model
+    own_family = None if family in FAMILIES else family  # else its config.json says it
+    own = load_model(folder, device=device, family=own_family) if brings_own else model
     try:
         tensors = load_file(folder / TENSORS)
     except SafetensorError as error:

@@ -24,8 +24,10 @@ from twotower_eval.measure.verify.checks import (
     drafts_verified,
     finite_logits,
     informative,
+    masked_results,
     mock_ar_agreement,
     not_checked,
+    only_masked,
     proved,
     seeded_scan,
 )
@@ -66,7 +68,9 @@ def verify(plan: VerifyPlan, *, root: Path) -> Path:
     plan, chosen = without_auto(plan)
     with torch.inference_mode(), family_calls((model_source(plan), plan.family)):
         model = load_model(model_source(plan), dtype=plan.dtype, devices=plan.devices, family=plan.family)
-        golden = None if plan.golden is None else load_golden(Path(plan.golden), model, plan.devices[0])
+        golden = None
+        if plan.golden is not None:
+            golden = load_golden(Path(plan.golden), model, plan.devices[0], family=plan.family)
         prompts = make_prompts(model, plan.seed)
         longest = max(len(prompt.token_ids) for prompt in prompts) + NUM_TOKENS
         ways = prove_arms((model,), lambda _: longest)
@@ -99,6 +103,18 @@ def make_prompts(model: Model, seed: int) -> list[Prompt]:
 
 
 def _results(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt], golden: Golden | None) -> Iterator[CheckResult]:
+    if only_masked(model):
+        yield from masked_results(model, prompts, plan.dtype)
+    else:
+        yield from _causal_results(plan, model, prompts)
+    if golden is None:
+        yield from (not_checked(name, "no reference outputs named: --golden DIR") for name in GOLDEN_NAMES)
+    else:
+        yield from golden_results(golden)
+    yield _kernels(plan)
+
+
+def _causal_results(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt]) -> Iterator[CheckResult]:
     yield finite_logits(model, prompts)
     yield seeded_scan(model, plan.seed)
     yield blockwise_context(model, prompts, plan.dtype)
@@ -107,11 +123,6 @@ def _results(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt], golden: 
     yield from drafts_verified(model, prompts, plan.dtype)
     yield mock_ar_agreement(model, prompts)
     yield from block_sample(model, prompts)
-    if golden is None:
-        yield from (not_checked(name, "no reference outputs named: --golden DIR") for name in GOLDEN_NAMES)
-    else:
-        yield from golden_results(golden)
-    yield _kernels(plan)
 
 
 def _batch_gate(plan: VerifyPlan, model: Model, prompts: Sequence[Prompt]) -> CheckResult:
