@@ -70,7 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"rules", "store", "stats", "compare", "claims", "words", "plan"}
     | {"decoder_settings", "plan_baselines", "task_options"},
     # what sees both arms
-    "miniature": {"store", "ops", "models", "decoders"},
+    "miniature": {"store", "ops", "models", "families", "decoders"},
     "api": {
         "plan",
         "plan_sources",

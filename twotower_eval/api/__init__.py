@@ -332,16 +332,24 @@ def prepare_data(
 def train(
     out: PathText = "training/miniature",
     *,
+    family: str = "twotower",
     recipe: PathText | None = None,
     threads: int = 2,
     device: str | None = None,
 ) -> Path:
-    """Train the miniature pair in ``out``, continuing what is there; the folder of the exported pair.
+    """Train a miniature in ``out``, continuing what is there; the folder of the exported checkpoint.
 
-    ``recipe`` is a TOML file, by default the shipped one; ``device`` by default a GPU if there is one.
+    ``family``: ``twotower`` (the pair), or a small model of ``ar``, ``sdar``, ``mdlm``, ``bd3lm`` or ``e2d2`` on the
+    same corpus. ``recipe`` is a TOML file, by default the shipped one; ``device`` by default a GPU if there is one.
     """
     begin()
+    from twotower_eval.miniature import family_training
     from twotower_eval.miniature import train as training
+    from twotower_eval.miniature.networks import TRAINABLE
 
     file = None if recipe is None else Path(recipe)
+    if family in TRAINABLE:
+        return family_training.train_family(Path(out), family, recipe_file=file, threads=threads, device=device)
+    if family != "twotower":
+        raise UserError(f"unknown family {family!r} to train; choose from twotower, {', '.join(TRAINABLE)}")
     return training.train_pair(Path(out), recipe_file=file, threads=threads, device=device)

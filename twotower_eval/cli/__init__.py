@@ -87,9 +87,9 @@ claims_app.command(help="Recompute published numbers from one another; exit code
 app.add_typer(claims_app, name="claims")
 
 train_app = typer.Typer(help="Train the models that the project ships.", rich_markup_mode=None)
-train_app.command(help="Train the miniature pair from scratch; the same command continues a stopped training.")(
-    measure.miniature
-)
+train_app.command(
+    help="Train the miniature pair, or a small model of another family; the same command continues a stopped training."
+)(measure.miniature)
 app.add_typer(train_app, name="train")
 
 data_app = typer.Typer(help="Prepare benchmark files.", rich_markup_mode=None)

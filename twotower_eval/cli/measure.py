@@ -150,7 +150,8 @@ def sources() -> None:
 
 
 def miniature(
-    out: Annotated[Path, option("Folder of the training state and the pair.", metavar="DIR")] = TRAINING,
+    out: Annotated[Path, option("Folder of the training state and the checkpoint.", metavar="DIR")] = TRAINING,
+    family: Annotated[str, option("twotower (the pair), ar, sdar, mdlm, bd3lm or e2d2.", metavar="NAME")] = "twotower",
     recipe: Annotated[Path | None, option("TOML recipe [the shipped one].", metavar="FILE")] = None,
     threads: Annotated[int, option("CPU threads [2].", metavar="N")] = 2,
     device: Annotated[str | None, option("Device [a GPU if there is one].", metavar="D")] = None,
@@ -159,8 +160,9 @@ def miniature(
     from twotower_eval import api
 
     try:
-        pair = api.train(out, recipe=recipe, threads=threads, device=device)
+        checkpoint = api.train(out, family=family, recipe=recipe, threads=threads, device=device)
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; to continue: twotower-eval train miniature --out {out}", err=True)
+        named = "" if family == "twotower" else f" --family {family}"
+        typer.echo(f"interrupted; to continue: twotower-eval train miniature{named} --out {out}", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    typer.echo(pair)
+    typer.echo(checkpoint)

@@ -70,7 +70,7 @@ def training_batches(
     rng = Random(f"batches {seed}")
     stream = training_documents(seed, corpus=corpus)
     while True:
-        pool = [_encoded(document, rng) for document in islice(stream, pool_size)]
+        pool = [encoded(document, rng) for document in islice(stream, pool_size)]
         pool.sort(key=lambda d: (_rounded_up(len(d[1]), multiple), _rounded_up(len(d[0]), multiple), rng.random()))
         batches, rest = [], pool
         while rest:
@@ -81,7 +81,8 @@ def training_batches(
         yield from batches
 
 
-def _encoded(document: Document, rng: Random) -> tuple[list[int], list[int]]:
+def encoded(document: Document, rng: Random) -> tuple[list[int], list[int]]:
+    """The ids of a document's prompt, sometimes behind an EOS as in running text, and of its answer with EOS."""
     separator = [EOS_ID] if rng.random() < SEPARATOR_SHARE else []
     return separator + encode(document.prompt), [*encode(document.answer), EOS_ID]
 

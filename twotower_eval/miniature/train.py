@@ -263,10 +263,11 @@ def _evaluate(stage: Stage, model: TwoTower, corpus: Corpus, folder: Path) -> No
     else:
         stage.ar_accuracy = stage.ar_accuracy or context_point(model, corpus)["ar_accuracy"]
         point = learning_point(model, stage.ar_accuracy, corpus)
-    _append(folder, {"stage": stage.tower, "step": stage.step, "num_tokens": stage.num_tokens, **point})
+    append_row(folder, {"stage": stage.tower, "step": stage.step, "num_tokens": stage.num_tokens, **point})
 
 
-def _append(folder: Path, row: JsonObject) -> None:
+def append_row(folder: Path, row: JsonObject) -> None:
+    """Add a row to the training's log, and print it."""
     with (folder / TRAINING_LOG).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)
@@ -282,7 +283,7 @@ def _log(stage: Stage, totals: Sequence[Mapping[str, float | None]], folder: Pat
         "seconds": round(stage.seconds, 1),
         **{key: float(f"{value:.5g}") for key, value in mean.items()},
     }
-    _append(folder, row)
+    append_row(folder, row)
 
 
 def train_pair(folder: Path, *, recipe_file: Path | None = None, threads: int = 2, device: str | None = None) -> Path:
@@ -294,12 +295,12 @@ def train_pair(folder: Path, *, recipe_file: Path | None = None, threads: int = 
     if device is not None:
         check_device(device)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with _signals_save_first(), _one_thread():
+    with signals_save_first(), one_thread():
         return _train(folder, recipe, place, threads)
 
 
 @contextmanager
-def _signals_save_first() -> Iterator[None]:
+def signals_save_first() -> Iterator[None]:
     """Make SIGTERM, and SIGINT where a shell's background jobs ignore it, interrupt as Ctrl-C does, so that training is
     saved. Only the main thread can set or receive signals."""
     if threading.current_thread() is not threading.main_thread():
@@ -314,7 +315,7 @@ def _signals_save_first() -> Iterator[None]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Run torch on one thread, as micro-batches run in parallel."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -130,6 +130,16 @@ def not_blind(visible_BST: Tensor) -> Tensor:
     return visible_BST | (own_ST & ~visible_BST.any(2, keepdim=True))
 
 
+def new_backbone(kind: str, settings: Mapping[str, object]) -> Backbone:
+    """One to be trained: weights drawn from torch's generator."""
+    import transformers
+
+    config = getattr(transformers, f"{KINDS[kind]}Config")(**settings, attn_implementation="sdpa")
+    model_class: Any = getattr(transformers, f"{KINDS[kind]}ForCausalLM")
+    with quiet():
+        return Backbone(model_class(config))
+
+
 def load_backbone(
     folder: Path,
     kind: str,

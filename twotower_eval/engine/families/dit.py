@@ -223,6 +223,21 @@ class DiT(nn.Module):
         return self.read(ids_BS, View(positions_BS, positions_BS, visible_BST), sigma_B=sigma_B)[0]
 
 
+def new_dit(sizes: Sizes, std: float = 0.05) -> DiT:
+    """One to be trained: weights drawn from torch's generator, and all gates closed, so that each block begins as the
+    identity (adaLN-Zero, arXiv 2212.09748)."""
+    network = DiT(sizes)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith("bias") or "adaLN_modulation" in name:
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, std)
+    return network
+
+
 def load_dit(folder: Path, sizes: Sizes, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, device: str) -> DiT:
     """The network with these tensors. FileError for names or shapes that do not fit; rotary frequencies, which follow
     from the sizes, may be absent."""
