@@ -21,7 +21,7 @@ from twotower_eval.miniature.export import EOS_ID, PAD_ID, encode
 
 SEPARATOR_SHARE = 0.1  # share of documents that follow an EOS, as in running text
 PROMPT_WEIGHT = 0.1  # weight of a prompt token's loss in AR training: most prompts are random by design
-FILLER_WEIGHT = 0.1  # weight of an EOS after the first one in the denoiser's loss
+FILLER_WEIGHT = 0.1  # weight of an EOS after the first one in a denoiser's loss
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,17 @@ from twotower_eval.miniature.networks import (
 )
 from twotower_eval.miniature.recipes import Settings
 from twotower_eval.miniature.stages import learning_rate, make_optimizers
-from twotower_eval.miniature.train import CLIP_NORM, LOG_EVERY_STEPS, SAVE_EVERY_S, append_row, signals_save_first
+from twotower_eval.miniature.train import (
+    CLIP_NORM,
+    LOG_EVERY_STEPS,
+    POOL_SIZE,
+    SAVE_EVERY_S,
+    append_row,
+    signals_save_first,
+)
 from twotower_eval.store.journal import TRAINING_LOG
 
 RECIPE_FILE = Path(__file__).with_name("families.toml")
-POOL_SIZE = 1024  # documents sorted by shape at a time
 
 
 class FamilyRecipe(TypedDict):

@@ -16,10 +16,9 @@ from twotower_eval.engine.families.bd3lm import doubled_mask
 from twotower_eval.engine.families.dit import DiT, Sizes, View, new_dit
 from twotower_eval.engine.families.e2d2 import DECODER, E2D2, ENCODER, HEAD
 from twotower_eval.engine.families.mdlm import PREFIX
+from twotower_eval.miniature.blocks import FILLER_WEIGHT, PROMPT_WEIGHT
 from twotower_eval.miniature.export import BOS_ID, EOS_ID, MASK_ID, PAD_ID, VOCABULARY
 
-PROMPT_WEIGHT = 0.1  # of a prompt token's loss in training from left to right: most prompts are random by design
-FILLER_WEIGHT = 0.1  # of the loss at an EOS after the first one
 MAX_LENGTH = 1024  # tokens; any bound above the longest document with its answer
 DIT_MASK_ID = len(VOCABULARY)  # MDLM's and BD3-LM's mask is the last entry of their vocabulary
 
