@@ -42,8 +42,6 @@ OPTIONS = {  # of a run -> what the original does where it is not given
     "use_model_output_cache": True,
     "min_t": 1e-5,
 }
-Entry = Mapping[str, Any]  # of golden.json
-Settings = dict[str, Any]
 CLOSE = 1e-3  # between the states of a prompt that was read in one direction and in both
 
 
@@ -100,7 +98,7 @@ def _logprobs(
     yield logits(name, ours[~none], theirs[~none])
 
 
-def _params(run: Entry) -> Settings:
+def _params(run: Mapping[str, Any]) -> dict[str, Any]:
     """Our decoder's parameters for the settings of a run, with all of its original's ways."""
     given = run["options"]
     unknown = given.keys() - OPTIONS
@@ -127,7 +125,7 @@ def _params(run: Entry) -> Settings:
     return params
 
 
-def _run(model: E2D2, reference: Reference, run: Entry) -> Iterator[Compared]:
+def _run(model: E2D2, reference: Reference, run: Mapping[str, Any]) -> Iterator[Compared]:
     name, quirk = run["name"], quirk_of(run)
     if "error" in run:
         yield tokens(name, (), (), quirk="its original fails")
@@ -181,7 +179,7 @@ def _trajectory(made: Generation, first_K: Tensor, num_known: int, mask_id: int,
     return found
 
 
-def _bound(model: E2D2, reference: Reference, entry: Entry) -> Iterator[Compared]:
+def _bound(model: E2D2, reference: Reference, entry: Mapping[str, Any]) -> Iterator[Compared]:
     """Logits, what is masked, and what each token contributes, for recorded times and draws."""
     name = f"bound.{entry['index']}"
     held = {what: reference.tensor(f"{name}.{what}") for what in ("input_ids", "attention_mask", "context_mask", "t")}
