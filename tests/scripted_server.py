@@ -21,7 +21,8 @@ class Script:
     ``chat`` is a template that begins an answer; None: no chats are answered. ``continues``: a last message of the
     assistant goes on where that is asked for. ``thinks`` are pieces in front of a chat's answer, ``refused`` fields of
     bodies. Of a ``logprobs`` function of ids the server serves ``ways``. ``gap_s`` passes between pieces, ``slow_s``
-    before a slow answer.
+    before a slow answer. ``places`` requests are answered at a time, the others wait. ``cached`` says how many tokens
+    of a prompt are in a cache. ``refuses`` gives the status of a request that is refused, by how many came before it.
     """
 
     answer: Callable[[str], Sequence[str]] = lambda text: [" four", " five", "."]
@@ -40,11 +41,17 @@ class Script:
     slow_s: float = 1.0
     tells_stop: bool = True
     takes_stream_options: bool = True
+    places: int | None = None
+    cached: Callable[[int], int] | None = None
+    refuses: Callable[[int], Fault | None] = lambda number: None
     # What was seen.
     bodies: list[dict[str, Any]] = field(default_factory=list)
     num_at_once: int = 0
     most_at_once: int = 0
     lock: Any = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.free = threading.Semaphore(self.places or 10_000)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -73,7 +80,8 @@ class _Handler(BaseHTTPRequestHandler):
             script.num_at_once += 1
             script.most_at_once = max(script.most_at_once, script.num_at_once)
         try:
-            self._complete(script, body)
+            with script.free:
+                self._complete(script, body)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True  # who asked has gone
         finally:
@@ -100,11 +108,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send({"detail": "Unexpected fields"}, 422)
         with script.lock:
             fault = next((own.pop(0) for key, own in script.faults.items() if own and key in text), None)
+        fault = fault or script.refuses(len(script.bodies))
         if fault is not None and self._fails(script, fault, body):
             return None
         num_prompt = len(prompt) if isinstance(prompt, list) else script.count(prompt)
         pieces, finish, stop = _ended(list(script.answer(text)), body)
-        usage = {"prompt_tokens": num_prompt, "completion_tokens": len(pieces), "total_tokens": 0}
+        usage: dict[str, Any] = {"prompt_tokens": num_prompt, "completion_tokens": len(pieces), "total_tokens": 0}
+        if script.cached is not None:
+            usage["prompt_tokens_details"] = {"cached_tokens": script.cached(num_prompt)}
         end = {"finish_reason": finish, **({"stop_reason": stop} if script.tells_stop else {})}
         if body.get("stream"):
             return self._stream(script, pieces, end, usage if "stream_options" in body else None, is_chat=is_chat)
@@ -156,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
         script: Script,
         pieces: Sequence[str],
         end: dict[str, Any],
-        usage: dict[str, int] | None,
+        usage: dict[str, Any] | None,
         *,
         is_chat: bool,
     ) -> None:

@@ -38,7 +38,8 @@ ALLOWED: dict[str, set[str]] = {
     "plan_fields": {"decoder_settings", "task_options"},
     "plan_baselines": {"plan_fields"},
     "plan_chat": {"task_options"},
-    "plan": {"decoder_settings", "plan_baselines", "plan_chat", "plan_fields", "task_options"},
+    "plan_speed": {"plan_baselines", "plan_fields"},
+    "plan": {"decoder_settings", "plan_baselines", "plan_chat", "plan_fields", "plan_speed", "task_options"},
     "plan_sources": {"plan", "plan_baselines"},
     "store": set(),
     "plugin_calls": set(),
@@ -57,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "harness": {"plan", "plan_chat", "plan_sources", "task_options", "chosen", "decoder_settings", "rules", "store"}
     | {"progress", "suites", "scorers", *ENGINE},
     "speed": {"plan", "plan_chat", "plan_sources", "task_options", "chosen", "decoder_settings", "rules", "store"}
-    | {"progress", *ENGINE},
+    | {"plan_speed", "progress", "endpoints", *ENGINE},
     "sizing": {"plan", "chosen", "rules", "store", "progress", "speed", "models"},
     "verify": {"plan", "plan_sources", "chosen", "rules", "store", "ops", "schedules", "families", "scorers"}
     | {*ENGINE},
@@ -76,6 +77,7 @@ ALLOWED: dict[str, set[str]] = {
         "plan_sources",
         "plan_fields",
         "decoder_settings",
+        "rules",
         "progress",
         "store",
         "harness",

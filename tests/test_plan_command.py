@@ -80,7 +80,9 @@ VERIFY = VerifyPlan(
     attention="flex_attention",
 )
 SERVED = {"model": "openai:http://localhost:8000/v1#a", "baseline": "b", "tokenizer": "t", "request_timeout": 2.5}
+SENT = {"model": SERVED["model"], "baseline": "openai:http://localhost:8001/v1#b", "request_rates": (0.5, 4.0)}
 SERVED_RUN, SERVED_SPEED = RunPlan(**SERVED), SpeedPlan(**SERVED)
+SENT_SPEED = SpeedPlan(**SENT, arrivals="constant")
 PLAIN = (RunPlan(), SpeedPlan(), SizingPlan(config="c.json"), VerifyPlan())
 
 
@@ -113,7 +115,9 @@ def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    "plan", [RUN, SPEED, SIZING, VERIFY, SERVED_RUN, SERVED_SPEED, *PLAIN], ids=lambda plan: type(plan).__name__
+    "plan",
+    [RUN, SPEED, SIZING, VERIFY, SERVED_RUN, SERVED_SPEED, SENT_SPEED, *PLAIN],
+    ids=lambda plan: type(plan).__name__,
 )
 def test_a_plan_is_what_its_command_line_makes(plan: AnyPlan, parse) -> None:
     if isinstance(plan, SizingPlan) and plan.profile:
@@ -127,7 +131,7 @@ def test_a_plan_is_what_its_command_line_makes(plan: AnyPlan, parse) -> None:
 @pytest.mark.parametrize("plan", [RUN, SPEED, SIZING, VERIFY], ids=lambda plan: type(plan).__name__)
 def test_every_field_of_a_plan_is_tried(plan: AnyPlan) -> None:
     """A new field of a plan fails here until the plans above hold it, and then above unless an option sets it."""
-    served = SERVED if isinstance(plan, RunPlan | SpeedPlan) else {}
+    served = {**SERVED, **SENT, "arrivals": "constant"} if isinstance(plan, RunPlan | SpeedPlan) else {}
     fields = [field for field in dataclasses.fields(plan) if field.name not in served]
     untried = [field.name for field in fields if getattr(plan, field.name) == field.default]
     assert untried == []

@@ -24,6 +24,7 @@ from twotower_eval.plan_chat import hold_chat
 from twotower_eval.plan_fields import (
     AllSteps,
     ApplyChatTemplate,
+    Arrivals,
     AttentionKind,
     Baseline,
     BaselineAttentionKind,
@@ -54,6 +55,7 @@ from twotower_eval.plan_fields import (
     NumberType,
     NumFewshot,
     Option,
+    RequestRates,
     RequestTimeout,
     Revision,
     Seed,
@@ -74,6 +76,7 @@ from twotower_eval.plan_fields import (
     list_fields,
     option_of,
 )
+from twotower_eval.plan_speed import OfSpeed, check_speed
 from twotower_eval.records import AUTO, LEFT_OUT, LikelihoodKind, sizing_config
 from twotower_eval.resources import read_toml
 from twotower_eval.strict import JsonObject
@@ -207,7 +210,7 @@ class RunPlan(OfTwoArms):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeedPlan(OfTwoArms):
+class SpeedPlan(OfSpeed):
     """What ``twotower-eval speed`` does; models, families, decoder options and graphs mean what they do in RunPlan.
 
     ``fixed`` workloads make exactly ``new_tokens`` tokens whatever the model says; ``answer`` workloads stop where
@@ -218,6 +221,8 @@ class SpeedPlan(OfTwoArms):
     ``samples`` can only be 1: said where a task asks for several. Rounds go on until both
     ``min_rounds`` and ``min_seconds`` are reached. ``costs`` times the parts of decoding alone in the same rounds,
     ``probes`` are prompts per cell and round that nothing has read before: what remembers is slower on them.
+    ``request_rates`` send requests to servers at so many a second, whatever these do, each rate a cell of its own, at
+    the moments of ``arrivals``. Without them servers are kept at ``batch_sizes`` requests in flight.
     ``launches`` are separate processes, one after the other: each takes its part of ``min_rounds`` and of
     ``min_seconds``. Of two to four each makes at least 5 rounds, of more at least 4.
     """
@@ -255,6 +260,8 @@ class SpeedPlan(OfTwoArms):
             other_names=("concurrency",),
         ),
     ] = (1,)
+    request_rates: RequestRates = field(default=None, metadata=LEFT_OUT)
+    arrivals: Arrivals = field(default=None, metadata=LEFT_OUT)
     workload: Annotated[
         Literal["fixed", "answer"],
         Option(help="answer: stop where the task stops; fixed: exactly --new-tokens", metavar="KIND"),
@@ -310,15 +317,7 @@ class SpeedPlan(OfTwoArms):
         check_devices(self)
         _check_arms(self)
         hold_chat(self)
-        check_at_least(self, 1, "batch_sizes", "prompt_tokens", "new_tokens", "num_prompts", "min_rounds", "threads")
-        check_at_least(self, 1, "launches")
-        check_at_least(self, 0, "min_seconds", "warmup_rounds", "probes")
-        if self.samples not in (None, 1):
-            raise UserError(f"speed times one sample a round: samples can be 1 only, not {self.samples}")
-        if self.workload == "answer" and self.prompt_tokens is not None:
-            raise UserError("prompt_tokens has no effect on the answer workload: drop it or take workload fixed")
-        if self.workload == "fixed" and self.new_tokens is None:
-            raise UserError("the fixed workload needs new_tokens: say how many tokens each prompt shall produce")
+        check_speed(self)
 
 
 @dataclass(frozen=True, kw_only=True)

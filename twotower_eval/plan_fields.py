@@ -159,6 +159,19 @@ ChatTemplateArgs = Annotated[
         read=read_template_args,
     ),
 ]
+RequestRates = Annotated[
+    tuple[float, ...] | None,
+    Option(
+        help="Of endpoints only: send so many requests a second whatever the server does, crossed",
+        metavar="R,R",
+        unset="--concurrency in flight",
+        other_names=("request_rate",),
+    ),
+]
+Arrivals = Annotated[
+    Literal["poisson", "constant"] | None,
+    Option(help="Moments of --request-rates: {choices}", metavar="KIND", unset="poisson, by the seed"),
+]
 MinSeconds = Annotated[float, Option(help="Minimum seconds of rounds", metavar="S")]
 WarmupRounds = Annotated[int, Option(help="Warm-up rounds: recorded, not reported", metavar="R")]
 Threads = Annotated[int | None, Option(help="CPU threads", metavar="N", unset="torch's own choice")]

@@ -30,15 +30,19 @@ Count = Annotated[int, Meta(ge=0, le=MOST)]
 Size = Annotated[int, Meta(ge=1, le=MOST)]
 Replica = Annotated[int, Meta(ge=0, le=1)]
 NotNegative = Annotated[float, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 LogProbability = Annotated[float, Meta(le=0)]
 
 FinishReason = Literal["eos", "stop", "length"]
 LikelihoodKind = Literal["exact", "context_tower", "denoiser_left_to_right", "bound"]
 SpeedPhase = Literal["warmup", "measure", "probe"]
-TimeFault = Literal["not finite", "negative", "no time", "after the end", "graph made", "clock stood", "retried"]
+TimeFault = Literal[
+    "not finite", "negative", "no time", "after the end", "graph made", "clock stood", "retried", "failed"
+]
 WorkloadKind = Literal["task", "fixed", "answer", "costs", "checks"]
 RequestFault = Literal["refused for now", "server error", "dropped", "timed out", "broken reply"]
+RequestKind = Literal["closed", "poisson", "constant"]
 PassKind = Literal["prefill", "extend", "denoise"]
 CostPart = Literal["prefill", "ar_step", "bookkeeping", "denoise", "context_pass", "forced_block"]
 WitnessedKind = Literal["timed", "document", "made up", "scored"]
@@ -59,6 +63,7 @@ GateKind = Literal[
     "busy_arms",
     "own_generate",
     "possible_times",
+    "kept_up",
     "probes",
     "witnessed_answers",
     "drafts",
@@ -88,6 +93,8 @@ WarningKind = Literal[
     "standard_errors_differ",
     "lone_clusters",
     "unlike_arms",
+    "cached_prompts",
+    "late_requests",
 ]
 FindingKind = Literal[GateKind, WarningKind]
 Severity = Literal["invalid", "warning", "note"]
@@ -438,7 +445,12 @@ class ChatUse:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What a cell is made to do: a task with its documents' digest, or a timed workload."""
+    """What a cell is made to do: a task with its documents' digest, or a timed workload.
+
+    ``requests`` says how a server is sent all prompts of a round in one stream, each of which is a timed call: in a
+    ``closed`` loop that keeps ``batch_size`` of them in flight, or at ``request_rate`` a second whatever the server
+    does, at random moments (``poisson``) or evenly (``constant``). ``None``: the prompts of a call are given together.
+    """
 
     kind: WorkloadKind
     name: str
@@ -447,6 +459,13 @@ class Workload:
     batch_size: Size | None = None  # only for timed workloads: quality must not depend on it
     prompt_tokens: Size | None = None
     num_devices: Size | None = None
+    requests: RequestKind | None = field(default=None, metadata=LEFT_OUT)
+    request_rate: Positive | None = field(default=None, metadata=LEFT_OUT)
+
+    @property
+    def prompts_per_call(self) -> int:
+        """Prompts of one timed call."""
+        return 1 if self.requests is not None else self.batch_size or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -491,6 +510,8 @@ class Served:
 
     ``num_retries`` attempts failed before it. What follows is of answers that came in pieces: ``num_pieces`` of text in
     ``num_arrivals`` groups that lie apart, the first and the last so many seconds after the request was sent.
+    ``num_cached_tokens`` of the prompt were in the server's cache, where it says so. ``failure``: what kept the server
+    from a whole answer, which then has no token.
     """
 
     num_prompt_tokens: Count | None
@@ -500,6 +521,8 @@ class Served:
     num_arrivals: Count | None = None
     first_s: NotNegative | None = None
     last_s: NotNegative | None = None
+    num_cached_tokens: Count | None = field(default=None, metadata=LEFT_OUT)
+    failure: RequestFault | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -745,6 +768,9 @@ class SpeedSample:
     those of the thread that called the decoder; both from the call's start to its end, ``off_clock_s`` included: the
     time for texts, which is no part of ``wall_s``. Older runs have none of these. ``energy_j`` are the joules that the
     cell's GPUs drew meanwhile by their own counters, which tick some ten times a second: short calls tell it together.
+
+    Of a request in a stream to a server, ``due_s`` is when it was to be sent, from the stream's start, and ``late_s``
+    how much later it was. All its times are from the moment when it was due.
     """
 
     call_id: str
@@ -768,6 +794,8 @@ class SpeedSample:
     fault: TimeFault | None = None
     held_out: bool = False
     energy_j: NotNegative | None = field(default=None, metadata=LEFT_OUT)
+    due_s: NotNegative | None = field(default=None, metadata=LEFT_OUT)
+    late_s: NotNegative | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1107,7 +1135,8 @@ class OperatingPoint:
     A decoder parameter that is not named has to be off (0, false, absent) in what is measured. ``dtype`` and
     ``hardware`` (part of a device's name, such as ``H100``) are ``None`` where the claim leaves them open.
     ``timed_tasks`` are those whose prompts are timed, of a group its members; without them a speed beside a quality is
-    of all tasks that the quality is over and that are generated.
+    of all tasks that the quality is over and that are generated. ``requests`` and ``request_rate`` are as in Workload,
+    of arms behind servers, whose devices nobody counts.
     """
 
     name: str
@@ -1118,6 +1147,8 @@ class OperatingPoint:
     dtype: str | None = None
     hardware: str | None = None
     timed_tasks: tuple[str, ...] = ()
+    requests: RequestKind | None = field(default=None, metadata=LEFT_OUT)
+    request_rate: Positive | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from twotower_eval.records import (
     Checkpoint,
     Chosen,
     ChosenReason,
+    CostSample,
     FailedTrial,
     Override,
     Retried,
@@ -28,6 +29,7 @@ from twotower_eval.records import (
     TimeFault,
     UnlikeSetting,
     Ways,
+    Workload,
 )
 
 EXTENDED = "this run was complete; extending it counts as another look"
@@ -41,6 +43,7 @@ WORDS: dict[TimeFault, str] = {
     "graph made": "a CUDA graph made meanwhile",
     "clock stood": "too long a stop of the clock for its texts",
     "retried": "a request that failed and was asked again",
+    "failed": "a request that got no whole answer",
 }
 
 
@@ -81,6 +84,28 @@ def finite(seconds: float) -> float:
 def total_finite_s(walls_s: Iterable[float]) -> float:
     """Sum of the finite, positive times."""
     return sum(wall_s for wall_s in walls_s if math.isfinite(wall_s) and wall_s > 0)
+
+
+def clocked_s(samples: Iterable[SpeedSample | CostSample]) -> float:
+    """Seconds on the clock of timed calls: their finite, positive times, and of every stream of requests to a server,
+    which overlap, the time until its last one ended.
+    """
+    walls_s, streams_s = [], dict[tuple[object, ...], float]()
+    for one in samples:
+        if isinstance(one, SpeedSample) and one.due_s is not None:
+            stream = (one.launch_id, one.round, one.phase, one.cell, one.replica)
+            streams_s[stream] = max(streams_s.get(stream, 0.0), one.due_s + max(0.0, one.wall_s))
+        else:
+            walls_s.append(one.wall_s)
+    return total_finite_s(walls_s) + total_finite_s(streams_s.values())
+
+
+def load_text(workload: Workload) -> str:
+    """``batch 8``, ``8 in flight``, ``4 requests/s (poisson)``: how many prompts a timed model is given at a time."""
+    if workload.request_rate is not None:
+        return f"{workload.request_rate:g} requests/s ({workload.requests})"
+    size = workload.batch_size or 1
+    return f"{size} in flight" if workload.requests is not None else f"batch {size}"
 
 
 def void_text(num_timed: int, faults: Sequence[TimeFault]) -> str:

@@ -15,6 +15,7 @@ from twotower_eval.analyse.compare.points import checkpoint_name
 from twotower_eval.analyse.compare.several import baseline_name, least_speedup, strongest
 from twotower_eval.analyse.words import gate_text, kind_text
 from twotower_eval.records import Cell, Estimate, Gate
+from twotower_eval.rules import load_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -212,7 +213,7 @@ def _name(point: ComparedPoint) -> str:
 def _speed_text(point: ComparedPoint) -> str:
     if point.speed is None:
         return point.text("speedup")
-    timed = f"{point.speed.workload} workload, batch {point.speed.batch_size}"
+    timed = f"{point.speed.workload} workload, {load_text(point.speed.candidate.workload)}"
     return f"{point.text('speedup')} ({timed}{', INVALID: a gate failed' if point.invalid else ''})"
 
 

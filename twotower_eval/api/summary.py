@@ -16,6 +16,8 @@ from twotower_eval.analyse.report.rendering import Raw, measured_at, raw_rows
 from twotower_eval.analyse.report.text import NONE, count, rate, retention, significant, times
 from twotower_eval.analyse.words import INVALID
 from twotower_eval.names import plural
+from twotower_eval.records import Workload
+from twotower_eval.rules import load_text
 
 HEADLINE = "(headline)"  # the row of the average that is quoted
 
@@ -111,13 +113,18 @@ def _speed(runs: Runs, quality: QualityPoint | None, point: SpeedPoint, baseline
     return (
         runs.name(point.candidate),
         *baseline,
-        f"{point.workload}, {point.batch_size}",
+        _load(point.candidate.workload),
         NONE if quality is None else retention(quality.headline),
         times(point.time) + marked,
         times(point.null),
         _both(point.baseline_rate, point.candidate_rate),
         _both(point.baseline_answers, point.candidate_answers),
     )
+
+
+def _load(workload: Workload) -> str:
+    """``answer, 8``; of a stream of requests ``answer, 4 requests/s (poisson)``."""
+    return f"{workload.kind}, {workload.batch_size or 1 if workload.requests is None else load_text(workload)}"
 
 
 def _both(*arms: Measured) -> str:
@@ -161,7 +168,7 @@ def _alone_row(one: TimedAlone) -> tuple[str, ...]:
     marked = f" {INVALID}" if one.null_fault else ""
     return (
         model_name(one.baseline),
-        f"{workload.kind}, {workload.batch_size or 1}",
+        _load(workload),
         rate(one.rate) + marked,
         rate(one.answers),
         times(one.null),

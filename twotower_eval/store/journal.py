@@ -204,7 +204,17 @@ def fsync_folder(path: Path) -> None:
 
 def now_text() -> str:
     """The time in UTC, ISO 8601 with milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+    return moment_text(moment_now())
+
+
+def moment_now() -> datetime:
+    """The time in UTC."""
+    return datetime.now(UTC)
+
+
+def moment_text(moment: datetime) -> str:
+    """A time as the journals hold it, ISO 8601 with milliseconds."""
+    return moment.isoformat(timespec="milliseconds")
 
 
 MANIFEST, DONE = "manifest.json", "done.json"

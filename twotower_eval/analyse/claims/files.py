@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from twotower_eval.analyse.claims.published import Published, published_from
 from twotower_eval.analyse.claims.terms import SPEED_QUANTITIES as SPEED_QUANTITIES
@@ -122,9 +123,26 @@ def _point(table: JsonObject) -> OperatingPoint:
         dtype=value_of(where, table, "dtype", str, None),
         hardware=value_of(where, table, "hardware", str, None),
         timed_tasks=texts(where, table, "timed_tasks"),
+        **_requests(where, table),
     )
     at_least(where, 1, point, "batch_size", "num_devices")
     return point
+
+
+def _requests(where: str, table: JsonObject) -> dict[str, Any]:
+    """How servers are sent requests: a rate, at random moments unless ``requests`` says otherwise, or a closed loop."""
+    rate = value_of(where, table, "request_rate", float, None)
+    kind = value_of(where, table, "requests", str, None if rate is None else "poisson")
+    kinds = ("closed",) if rate is None else ("poisson", "constant")
+    if kind is not None and kind not in kinds:
+        raise UserError(f"{where}: requests must be {' or '.join(kinds)} {'with' if rate else 'without'} request_rate")
+    if rate is not None and not 0 < rate < math.inf:
+        raise UserError(f"{where}: request_rate must be above 0, not {rate:g}")
+    if rate is not None and "batch_size" in table:
+        raise UserError(f"{where}: batch_size and request_rate are two ways to load a server: drop one")
+    if kind is not None and "num_devices" in table:
+        raise UserError(f"{where}: nobody counts the devices behind a server: drop num_devices")
+    return {"requests": kind, "request_rate": rate}
 
 
 def _claim(table: JsonObject, points: Mapping[str, OperatingPoint]) -> Claim:
@@ -257,9 +275,13 @@ def _check_speed(where: str, claim: Claim, table: JsonObject) -> None:
             raise UserError(f"{where}: {key} has no effect on a speedup: drop it")
     if claim.expected == 0:
         raise UserError(f"{where}: a speedup of 0 cannot be claimed")
-    for key in ("batch_size", "num_devices", "workload"):
+    needed = ["batch_size"] if claim.point.request_rate is None else []
+    needed += ["num_devices"] if claim.point.requests is None else []
+    for key in (*needed, "workload"):
         if getattr(claim.point, key) is None:
             raise UserError(f"{where}: point {claim.point.name!r} lacks {key}, which a speedup needs")
+    if claim.quantity != "speedup_time" and claim.point.request_rate is not None:
+        raise UserError(f"{where}: at a request_rate a speedup is one of latencies: claim speedup_time")
     if claim.quantity == "speedup_throughput" and claim.point.workload == "fixed":
         raise UserError(f"{where}: on the fixed workload both arms make equally many tokens: claim speedup_time")
 

@@ -48,6 +48,7 @@ from twotower_eval.names import plural
 from twotower_eval.plan import CONTEXT_TOWER
 from twotower_eval.records import OWN_DECODERS, Cell, Claim, RunManifest, Score, SpeedSample
 from twotower_eval.resources import SHIPPED
+from twotower_eval.rules import load_text
 from twotower_eval.store import Row, Run
 
 Scored = frozenset[tuple[object, ...]]  # every score of one run in a claim's scope, of both arms
@@ -341,6 +342,8 @@ def measuring_command(claim: Claim) -> list[str]:
     if not timed:
         return words
     words += [] if point.batch_size in (None, 1) else ["--batch-sizes", str(point.batch_size)]
+    words += [] if point.request_rate is None else ["--request-rates", f"{point.request_rate:g}"]
+    words += ["--arrivals", "constant"] if point.requests == "constant" else []
     words += [] if point.workload in (None, "answer") else ["--workload", str(point.workload)]
     return words if (point.num_devices or 1) < 2 else [*words, "--devices", "D,D"]
 
@@ -388,7 +391,7 @@ def _described(point: QualityPoint | SpeedPoint, *, with_tasks: bool) -> str:
     if isinstance(point, SpeedPoint):
         parts += [
             f"{point.workload} workload",
-            f"batch {point.batch_size}",
+            load_text(cell.workload),
             plural(cell.workload.num_devices or 0, "device"),
         ]
         parts += [f"on prompts of {', '.join(point.tasks)}"] if with_tasks else []

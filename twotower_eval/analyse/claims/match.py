@@ -24,7 +24,7 @@ from twotower_eval.analyse.compare.wholes import WholeScore
 from twotower_eval.analyse.stats.decide import DECISION_LEVEL
 from twotower_eval.errors import NoEstimate
 from twotower_eval.plan import CONTEXT_TOWER
-from twotower_eval.records import HUB, Arm, Cell, Checkpoint, Claim, DecoderSpec, Estimate, Workload
+from twotower_eval.records import HUB, Arm, Cell, Checkpoint, Claim, DecoderSpec, Estimate, RequestKind, Workload
 from twotower_eval.store import Run
 from twotower_eval.strict import JsonObject
 
@@ -215,7 +215,11 @@ def _speed_near(claim: Claim, evidence: Evidence) -> list[SpeedPoint]:
         workload = point.candidate.workload
         asked = (claim.point.batch_size, claim.point.num_devices, claim.point.workload)
         pairs = zip(asked, (point.batch_size, workload.num_devices, point.workload), strict=True)
-        if all(wanted in (None, there) for wanted, there in pairs) and tasks_fit(claim, point.tasks):
+        if (
+            claim.point.request_rate == workload.request_rate
+            and all(wanted in (None, there) for wanted, there in pairs)
+            and tasks_fit(claim, point.tasks)
+        ):
             found.append(point)
     return found
 
@@ -337,8 +341,12 @@ def timing_fits(claim: Claim, point: SpeedPoint) -> bool:
 
 
 def workload_fits(claim: Claim, workload: Workload) -> bool:
-    asked = (claim.point.batch_size, claim.point.num_devices, claim.point.workload)
-    return asked == (workload.batch_size, workload.num_devices, workload.kind)
+    point = claim.point
+    sent: RequestKind | None = workload.requests
+    if point.requests == "closed" and workload.num_devices is None and workload.batch_size == 1:
+        sent = "closed"  # one request at a time is a closed loop of one
+    asked = (point.batch_size, point.num_devices, point.workload, point.requests, point.request_rate)
+    return asked == (workload.batch_size, workload.num_devices, workload.kind, sent, workload.request_rate)
 
 
 def tasks_fit(claim: Claim, timed_tasks: Iterable[str]) -> bool:

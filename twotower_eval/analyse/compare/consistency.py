@@ -40,6 +40,7 @@ from twotower_eval.records import (
     run_and_launch,
     sha256_text,
 )
+from twotower_eval.rules import clocked_s
 from twotower_eval.store import EVENTS, JOURNALS, MANIFEST, Run
 from twotower_eval.store.journal import changed_journals, short_journals
 
@@ -329,7 +330,7 @@ def _measured(run: Run) -> Iterator[_MeasuredEvent]:
 
 def _whole_s(calls: Iterable[SpeedSample]) -> list[float]:
     """Seconds of every complete round."""
-    return [sum(call.wall_s for call in own if call.wall_s > 0) for own in whole_rounds(calls)]
+    return [clocked_s(own) for own in whole_rounds(calls)]
 
 
 def _readings(event: _MeasuredEvent) -> list[list[float]]:
@@ -395,7 +396,8 @@ def _overlaps(run: Run) -> Iterator[Place]:
     """Calls that overlap within a launch, which times one call after the other. Calls without moments are left out."""
     by_launch: dict[str, list[SpeedSample]] = defaultdict(list)
     for sample in run.speed:
-        by_launch[sample.launch_id].append(sample)
+        if sample.due_s is None:  # requests of one stream overlap
+            by_launch[sample.launch_id].append(sample)
     for calls in by_launch.values():
         found = list(_overlaps_of(calls))
         beyond_s = sum(call.wall_s - gap_s for call, gap_s in found)

@@ -34,7 +34,8 @@ Answers = dict[tuple[str, str, int], list[GenerationRow]]  # by cell, task and d
 def _batch_sizes(run: Run) -> Iterator[Place]:
     cells = run.cells
     for call in run.speed:
-        planned = cells[call.cell].workload.batch_size
+        workload = cells[call.cell].workload
+        planned = None if workload.batch_size is None and workload.requests is None else workload.prompts_per_call
         if planned is not None and call.batch_size != planned:
             yield Place(row=call, field="batch_size", stated=planned, found=call.batch_size)
 
@@ -167,7 +168,8 @@ def _calls_without_answers(run: Run) -> Iterator[Place]:
     answers = _timed_answers(run)
     kept = {cell for cell, *_ in answers.keys() & _call_keys(run)}  # cells whose answers are named like their prompts
     for call, prompt in _kept_calls(run):
-        if call.cell in kept and (call.cell, call.round, prompt.prompt_id) not in answers:
+        is_answered = prompt.served is None or prompt.served.failure is None
+        if is_answered and call.cell in kept and (call.cell, call.round, prompt.prompt_id) not in answers:
             yield _of_prompt(call, prompt)
 
 
@@ -176,10 +178,21 @@ def _answers_without_calls(run: Run) -> Iterator[Place]:
     calls, answers = _call_keys(run), _timed_answers(run)
     kept = {cell for cell, *_ in answers.keys() & calls} if run.complete else set()
     lone = [key for key in answers if key not in calls and key[0] in kept]
-    widest = max((call.batch_size for call in run.speed), default=0)
+    # All answers of a stream are written before its calls.
+    widest = max((len(prompts) for prompts in _of_streams(run).values()), default=0)
+    widest = max([widest, *(call.batch_size for call in run.speed)])
     stops = sum(event["kind"] in ("resumed", "failed", "launched") for event in run.events)
     if len(lone) > widest * stops:
         yield from (Place(row=answers[key]) for key in lone)
+
+
+def _of_streams(run: Run) -> dict[tuple[object, ...], list[SpeedSample]]:
+    """The requests of every stream to a server."""
+    found: dict[tuple[object, ...], list[SpeedSample]] = defaultdict(list)
+    for call in run.speed:
+        if call.due_s is not None:
+            found[call.launch_id, call.round, call.phase, call.cell, call.replica].append(call)
+    return found
 
 
 def _texts_of_equal_tokens(run: Run) -> Iterator[Place]:

@@ -289,6 +289,22 @@ class OneThing(Fact):
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeptUp(Fact):
+    """Servers at ``rate`` requests a second. ``grown``: arms whose latencies grow from the first third of a stream to
+    its last, by how much, and the answers a second that they gave. ``unknown``: those of which it cannot be told.
+    """
+
+    rate: float
+    grown: tuple[tuple[Arm, float | None, float | None], ...] = ()
+    unknown: tuple[Arm, ...] = ()
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """The same arms at the same rate."""
+        return (self.rate, tuple(arm for arm, *_ in self.grown), self.unknown)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SameTasks(Fact):
     """Timed tasks against those of the quality; ``None``: the claim's point names the timed tasks."""
 

@@ -22,6 +22,7 @@ from twotower_eval.analyse.compare.gate_facts import (
     DegenerateOutputs,
     FilesAgree,
     Handicaps,
+    KeptUp,
     Null,
     OwnGenerate,
     PossibleTimes,
@@ -180,6 +181,28 @@ def times_gate(point: SpeedPoint, limits: GateLimits) -> Gate:
     )
     outcome: CheckOutcome = "failed" if many else "passed"
     return Gate(kind="possible_times", outcome=outcome, facts=facts, evidence=point.run_ids)
+
+
+def kept_up_gate(point: SpeedPoint) -> Gate | None:
+    """Both arms' servers keep up with the rate: of one that does not, latencies grow for as long as it is asked.
+
+    ``None`` where nothing was sent at a rate.
+    """
+    rate = point.candidate.workload.request_rate
+    if rate is None:
+        return None
+    arms = [one for one in (point.baseline_requests, point.requests) if one is not None]
+    behind = [one for one in arms if one.keeps_up is False]
+    values = [
+        [None if of.estimate is None else of.estimate.value for of in (one.growth, one.answers)] for one in behind
+    ]
+    facts = KeptUp(
+        rate=rate,
+        grown=tuple((one.cell.arm, growth, answers) for one, (growth, answers) in zip(behind, values, strict=True)),
+        unknown=tuple(one.cell.arm for one in arms if one.keeps_up is None),
+    )
+    outcome: CheckOutcome = "failed" if facts.grown else "not_checked" if facts.unknown else "passed"
+    return Gate(kind="kept_up", outcome=outcome, facts=facts, evidence=point.run_ids)
 
 
 def probes_gate(point: SpeedPoint, limits: GateLimits) -> Gate:
@@ -349,6 +372,8 @@ def _gates(point: SpeedPoint, runs: Sequence[Run], own: Sequence[QualityPoint], 
         yield beside
     if point.faults:
         yield times_gate(point, limits)
+    if (kept_up := kept_up_gate(point)) is not None:
+        yield kept_up
     yield probes_gate(point, limits)
     yield from witness_gates(runs, point, limits)
     yield residual_gate(point, limits)

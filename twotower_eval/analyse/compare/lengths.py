@@ -164,7 +164,7 @@ def _documents(baseline: _Arm, candidate: _Arm, known: set[Document], whole: boo
         candidate_tokens=np.array([candidate.tokens_of(document) for document in documents]),
         longest_baseline=float(max(baseline.longest)),
         longest_candidate=float(max(candidate.longest)),
-        batch_size=candidate.cell.workload.batch_size or 1,
+        batch_size=candidate.cell.workload.prompts_per_call,
         weights=np.array([timed[task] / every[task] for task, _ in documents]),
         whole=whole,
         budgets=None if budgets[0] is None or budgets[1] is None else (float(budgets[0]), float(budgets[1])),

@@ -41,6 +41,7 @@ from twotower_eval.analyse.compare.points import (
     short_name,
 )
 from twotower_eval.analyse.compare.quality import quality_points
+from twotower_eval.analyse.compare.requests import Requests, requests_of
 from twotower_eval.analyse.compare.several import AgainstOne
 from twotower_eval.analyse.compare.sizing import is_sizing_run
 from twotower_eval.analyse.compare.timing import SpeedPoint, speed_points
@@ -79,6 +80,7 @@ class TimedAlone:
     null_fault: NullFault | None = None
     num_timed: int = 0
     faults: tuple[TimeFault, ...] = ()
+    requests: Requests | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +239,8 @@ def _timed(runs: list[Run], cell: Cell) -> TimedAlone | str:
         return f"{names_of(runs)}: cell {cell.id} ({cell.decoder.label}) has {nothing_usable(there)}"
     lane = lane_of(runs, cell, 0, there)
     timed = timed_calls(lane, lane)
+    sent = requests_of(runs, cell)
+    is_stream = sent is not None and sent.is_stream
     return TimedAlone(
         run_ids=tuple(run.manifest.run_id for run in runs),
         complete=all(run.complete for run in runs),
@@ -247,8 +251,9 @@ def _timed(runs: list[Run], cell: Cell) -> TimedAlone | str:
         num_dropped_rounds=there.num_incomplete,
         num_timed=there.num_timed,
         faults=there.faults,
-        rate=measured(lambda: stats.speedup(timed, "baseline_rate")),
-        answers=answers_per_s(timed, lane)[0],
+        rate=sent.tokens if sent and is_stream else measured(lambda: stats.speedup(timed, "baseline_rate")),
+        answers=sent.answers if sent and is_stream else answers_per_s(timed, lane)[0],
+        requests=sent,
         call_s=sum(sample.wall_s for sample in lane.samples) / len(lane.samples),
         null=null_of(runs, cell),
         null_timed=null_calls(runs, cell),

@@ -119,6 +119,11 @@ class AgainstOne:
         return point
 
     @property
+    def at_a_rate(self) -> bool:
+        """Whether it was timed at a given rate of requests, at which every baseline gives equally many tokens."""
+        return self.speed is not None and self.speed.candidate.workload.request_rate is not None
+
+    @property
     def tokens_per_s(self) -> float | None:
         """Useful tokens per second of the baseline."""
         rate = None if self.speed is None else self.speed.baseline_rate.estimate
@@ -126,8 +131,13 @@ class AgainstOne:
 
 
 def strongest(found: Iterable[AgainstOne]) -> AgainstOne | None:
-    """The baseline with the most useful tokens per second, as measured; ``None`` where fewer than two were timed."""
+    """The baseline with the most useful tokens per second, as measured, and at a given rate of requests the one with
+    the least speedup over it; ``None`` where fewer than two were timed.
+    """
     timed = [one for one in found if one.tokens_per_s is not None]
+    times = [(one.speed.time.estimate.value, one) for one in timed if one.speed and one.speed.time.estimate]
+    if len(times) > 1 and all(one.at_a_rate for _, one in times):
+        return min(times, key=lambda pair: pair[0])[1]
     return max(timed, key=lambda one: one.tokens_per_s or 0.0) if len(timed) > 1 else None
 
 

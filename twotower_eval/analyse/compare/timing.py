@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
+from typing import Any
 
 from twotower_eval.analyse import stats
 from twotower_eval.analyse.compare.calls import (
@@ -44,6 +45,7 @@ from twotower_eval.analyse.compare.documents import Sample, answer_samples
 from twotower_eval.analyse.compare.figures import ArmsDifferError, Counts, Measured, measured, once
 from twotower_eval.analyse.compare.lengths import Lengths, with_lengths
 from twotower_eval.analyse.compare.points import PointKey, baseline_of, point_key
+from twotower_eval.analyse.compare.requests import Requests, request_warnings, requests_of
 from twotower_eval.analyse.compare.unseen import UNCHECKED, Unseen, unseen
 from twotower_eval.analyse.compare.warned import (
     FarAboveFloor,
@@ -139,6 +141,11 @@ def best_warning(best: Best | None) -> Finding | None:
 Asked = tuple[tuple[str, int, int], str]  # task, document and request; the hash of its prompt
 
 
+AT_A_RATE = Measured(
+    estimate=None, reason="at a given rate of requests both arms are given equally much to do: compare latencies"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SpeedPoint:
     """Speed of one candidate cell against its baseline cell; ``null`` is the baseline against itself. Rates are useful
@@ -149,7 +156,8 @@ class SpeedPoint:
     the baseline is at its best, ``None`` if not recorded. ``timed`` and ``null_timed`` are the calls behind the
     figures, for other levels. ``tasks`` are those of the timed prompts, empty where their ids name none. ``lengths``
     are of baseline and candidate, empty for fixed prompts. ``faults`` are those of ``num_paired`` calls in complete
-    rounds with impossible times in either arm. ``unseen``: what new prompts show of memory.
+    rounds with impossible times in either arm. ``unseen``: what new prompts show of memory. ``requests`` are those to
+    arms behind servers.
     """
 
     run_ids: tuple[str, ...]
@@ -189,6 +197,8 @@ class SpeedPoint:
     num_paired: int = 0
     faults: tuple[TimeFault, ...] = ()
     unseen: Unseen = UNCHECKED
+    requests: Requests | None = None
+    baseline_requests: Requests | None = None
 
     @cached_property
     def key(self) -> PointKey:
@@ -275,8 +285,7 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
     timed, lengths = with_lengths(timed_calls(*arms), everyone, arms)
     length = measured(lambda: stats.speedup(timed, "length"))
     time = measured(lambda: stats.speedup(timed))
-    rate = measured(lambda: stats.speedup(timed, "baseline_rate"))
-    answers = answers_per_s(timed, *arms)
+    rates = _rates(timed, arms)
     return SpeedPoint(
         run_ids=tuple(run.manifest.run_id for run in runs),
         complete=all(run.complete for run in runs),
@@ -286,14 +295,11 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
         num_calls=len(calls),
         num_launches=len(set(timed.launches)),
         time=time,
-        throughput=measured(lambda: stats.speedup(timed, "throughput")),
+        throughput=_throughput(timed, candidate),
         length=length,
         geometric=measured(lambda: stats.geometric_speedup(timed)),
         null=null_of(runs, baseline),
-        baseline_rate=rate,
-        candidate_rate=measured(lambda: stats.speedup(timed, "candidate_rate")),
-        baseline_answers=answers[0],
-        candidate_answers=answers[1],
+        **rates,
         counts=arms[1].counts,
         baseline_counts=arms[0].counts,
         latency=arms[1].latency,
@@ -310,17 +316,42 @@ def _point(runs: list[Run], candidate: Cell, everyone: Sequence[Run]) -> SpeedPo
             *remarks(runs),
             *_warnings(length, lengths),
             *_few_rounds(time, timed),
+            *request_warnings(rates["baseline_requests"], rates["requests"]),
         ),
         timed=timed,
         null_timed=null_calls(runs, baseline),
         handicaps=_handicaps(*arms),
-        best=best_of(runs, baseline, None if rate.estimate is None else rate.estimate.value),
+        best=best_of(runs, baseline, _value(rates["baseline_rate"])),
         tasks=tasks_of(chain.from_iterable(calls)),
         lengths=lengths,
         num_paired=there.num_timed,
         faults=there.faults,
         unseen=unseen(runs, (baseline, candidate), grids, there),
     )
+
+
+def _throughput(timed: stats.TimedCalls, candidate: Cell) -> Measured:
+    """The speedup in useful tokens per second; none at a rate of requests."""
+    if candidate.workload.request_rate is not None:
+        return AT_A_RATE
+    return measured(lambda: stats.speedup(timed, "throughput"))
+
+
+def _rates(timed: stats.TimedCalls, arms: tuple[Lane, Lane]) -> dict[str, Any]:
+    """Fields of a point: useful tokens and answers per second of both arms, of streams of requests those of their
+    steady time; and the requests."""
+    baseline, candidate = (requests_of(list(arm.runs), arm.cell) for arm in arms)
+    found: dict[str, Any] = {"baseline_requests": baseline, "requests": candidate}
+    if baseline is not None and candidate is not None and candidate.is_stream:
+        found |= {"baseline_rate": baseline.tokens, "candidate_rate": candidate.tokens}
+        return found | {"baseline_answers": baseline.answers, "candidate_answers": candidate.answers}
+    found["baseline_rate"] = measured(lambda: stats.speedup(timed, "baseline_rate"))
+    found["candidate_rate"] = measured(lambda: stats.speedup(timed, "candidate_rate"))
+    return found | dict(zip(("baseline_answers", "candidate_answers"), answers_per_s(timed, *arms), strict=True))
+
+
+def _value(figure: Measured) -> float | None:
+    return None if figure.estimate is None else figure.estimate.value
 
 
 def tasks_of(prompt_ids: Iterable[str]) -> tuple[str, ...]:

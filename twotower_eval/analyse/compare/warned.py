@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from twotower_eval.records import Cell, Estimate, Fact, Finding, TimeFault, UnlikeSetting
+from twotower_eval.records import Arm, Cell, Estimate, Fact, Finding, TimeFault, UnlikeSetting
 from twotower_eval.rules import unlike_settings
 
 
@@ -110,6 +110,28 @@ def unlike_arms(baseline: Cell, candidate: Cell) -> tuple[Finding, ...]:
     """The warning of unlike arms, where there is one."""
     found = unlike_settings(baseline.checkpoint, candidate.checkpoint)
     return (Finding(kind="unlike_arms", severity="warning", facts=UnlikeArms(settings=found)),) if found else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedPrompts(Fact):
+    """Shares of prompt tokens that each arm's server had in its cache; ``None`` where it does not say."""
+
+    baseline: float | None
+    candidate: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LateRequests(Fact):
+    """Requests that left this machine late: the 99th percentile, beside the median latency."""
+
+    arm: Arm
+    late_s: float
+    median_s: float | None
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """Of the same arm."""
+        return (self.arm,)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,7 @@ from twotower_eval.analyse.report.text import (
     details,
     ends,
     escape,
+    load_columns,
     mean_of,
     measured_columns,
     operating_point,
@@ -58,7 +59,7 @@ from twotower_eval.analyse.words import INVALID, fact_text
 from twotower_eval.analyse.words.facts import method_line
 from twotower_eval.names import plural
 from twotower_eval.records import MEAN, Cell, Score
-from twotower_eval.rules import override_lines, void_text
+from twotower_eval.rules import load_text, override_lines, void_text
 from twotower_eval.store import Run
 
 LEAD = "Useful tokens over the seconds of their calls, as the model decodes by itself.\n\n"
@@ -122,7 +123,7 @@ def _timed(runs: Runs, cell: Cell) -> list[str]:
     found = min(own, key=lambda one: (one.baseline.workload.kind != "answer", batch_of(one)), default=None)
     if found is None:
         return []
-    setting = f"{found.baseline.workload.kind} workload, batch {batch_of(found)}"
+    setting = f"{found.baseline.workload.kind} workload, {load_text(found.baseline.workload)}"
     if found.rate.estimate is None:
         return [f"timed on the {setting} ({escape(found.rate.reason)})"]
     invalid = " (INVALID timing, see below)" if found.null_fault else ""
@@ -167,7 +168,7 @@ def _speed_remarks(found: Sequence[TimedAlone]) -> Iterator[str]:
     if not_resampled:
         yield f"{plural(min(not_resampled), 'launch', 'launches')}: variation between launches was not measured."
     for one in found:
-        name = f"{escape(model_name(one.baseline))}, {one.baseline.workload.kind}, batch {batch_of(one)}"
+        name = f"{escape(model_name(one.baseline))}, {one.baseline.workload.kind}, {load_text(one.baseline.workload)}"
         lines = [] if one.complete else ["**the run is INCOMPLETE**"]
         lines += [_left_out(one.num_dropped_rounds)] if one.num_dropped_rounds else []
         lines += [f"{void_text(one.num_timed, one.faults)} and are left out"] if one.faults else []
@@ -415,8 +416,7 @@ def _speed_row(one: TimedAlone) -> Row:
         "runs": " ".join(one.run_ids),
         "complete": one.complete,
         **operating_point(one.baseline),
-        "workload": one.baseline.workload.kind,
-        "batch_size": batch_of(one),
+        **load_columns(one.baseline.workload),
         "num_rounds": one.num_rounds,
         "num_calls": one.num_calls,
         "num_launches": one.num_launches,

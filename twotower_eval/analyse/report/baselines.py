@@ -28,6 +28,7 @@ from twotower_eval.analyse.report.text import (
     Section,
     details,
     escape,
+    load_columns,
     measured_columns,
     operating_point,
     rate,
@@ -68,8 +69,7 @@ def _row(runs: Runs, one: AgainstOne, least: Measured, is_strongest: bool) -> Ro
         "baseline_dtype": one.cell.checkpoint.dtype,
         **operating_point(one.candidate),
         "operating_point": runs.name(one.candidate),
-        "workload": None if point is None else point.workload,
-        "batch_size": None if point is None else point.batch_size,
+        **({"workload": None, "batch_size": None} if point is None else load_columns(point.candidate.workload)),
         **measured_columns("baseline_tokens_per_s", none if point is None else point.baseline_rate),
         **measured_columns("candidate_tokens_per_s", none if point is None else point.candidate_rate),
         **measured_columns("retention", none if kept is None else kept.headline),
@@ -104,7 +104,8 @@ def _named(row: Raw) -> str:
 
 
 def _timed_so(row: Raw) -> str:
-    return NONE if row["workload"] is None else f"{row['workload']}, {row['batch_size']}"
+    size = "" if row["batch_size"] is None else f", {int(row['batch_size'])}"
+    return NONE if row["workload"] is None else f"{row['workload']}{size}"
 
 
 def headline_lines(runs: Runs, found: Headline) -> list[str]:

@@ -12,7 +12,7 @@ from twotower_eval.analyse.compare.figures import Counts
 from twotower_eval.analyse.compare.lengths import Lengths
 from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.compare.timing import SpeedPoint
-from twotower_eval.analyse.report.alone import batch_of, model_name
+from twotower_eval.analyse.report.alone import model_name
 from twotower_eval.analyse.report.rates import gibibytes
 from twotower_eval.analyse.report.rendering import (
     Column,
@@ -28,6 +28,7 @@ from twotower_eval.analyse.report.rendering import (
     share,
     whole,
 )
+from twotower_eval.analyse.report.requests import requests_frame, requests_table
 from twotower_eval.analyse.report.text import (
     NONE,
     Row,
@@ -36,6 +37,7 @@ from twotower_eval.analyse.report.text import (
     count_columns,
     details,
     escape,
+    load_columns,
     measured_columns,
     operating_point,
     outputs_columns,
@@ -46,6 +48,7 @@ from twotower_eval.analyse.report.text import (
 )
 from twotower_eval.names import plural
 from twotower_eval.records import Cell
+from twotower_eval.rules import load_text
 
 MAX_SHOWN = 6  # measurements; of more than these, only the headline's stay unfolded
 LENGTH_WORDS = (
@@ -84,8 +87,7 @@ def lengths_frame(runs: Runs) -> pd.DataFrame:
             "arm": one.arm,
             **operating_point(point.candidate),
             "operating_point": runs.name(point.candidate),
-            "workload": point.workload,
-            "batch_size": point.batch_size,
+            **load_columns(point.candidate.workload),
             **_length_values(one),
             "num_calls": point.timed.tail.num_calls,
             "effective_calls": point.timed.tail.effective_calls,
@@ -182,7 +184,7 @@ def counts_frame(runs: Runs) -> pd.DataFrame:
 def _timed_counts(runs: Runs) -> Iterator[Row]:
     baselines = set()
     for point in sorted(runs.speed, key=order):
-        setting = {"outputs": "timed", "workload": point.workload, "batch_size": point.batch_size}
+        setting = {"outputs": "timed", **load_columns(point.candidate.workload)}
         run_ids = {"runs": " ".join(point.run_ids)}
         same = (point.baseline.id, point.run_ids)
         if same not in baselines:
@@ -277,10 +279,15 @@ def latency(runs: Runs) -> Section:
         body = markdown(inside, [*where, *_inside_columns(with_memory)], left=2)
         lead = INSIDE + MEMORY if with_memory else INSIDE
         text += f"\n{lead}\n\n{_folded(runs, len(inside), 'Within calls', body)}"
+    if sent := requests_table(runs):
+        text += f"\n{sent}\n"
     text += bullets(_arrivals(runs))
     run_ids = [i for point in runs.speed for i in point.run_ids] + [i for one in runs.timed_alone for i in one.run_ids]
+    tables = {"latency": frame}
+    if not (of_servers := requests_frame(runs)).empty:
+        tables["requests"] = of_servers
     markdown_text = f"{text}\nRuns: {run_list(run_ids)}.\n"
-    return Section(title="Latency", markdown=markdown_text, tables={"latency": frame})
+    return Section(title="Latency", markdown=markdown_text, tables=tables)
 
 
 def _arrivals(runs: Runs) -> Iterator[str]:
@@ -291,10 +298,10 @@ def _arrivals(runs: Runs) -> Iterator[str]:
     for point in sorted(runs.speed, key=order):
         found.setdefault(point.baseline.id, ("baseline", point.baseline_within))
         found.setdefault(point.candidate.id, (runs.name(point.candidate), point.within))
-    sizes = {cell.id: cell.workload.batch_size for run in runs for cell in run.manifest.cells}
+    sizes = {cell.id: load_text(cell.workload) for run in runs for cell in run.manifest.cells}
     for cell, (name, within) in found.items():
         if (came := within.streamed) is not None:
-            yield f"{escape(name)}, batch {sizes[cell]}: {_arrival_text(came)}"
+            yield f"{escape(name)}, {sizes[cell]}: {_arrival_text(came)}"
 
 
 def _arrival_text(found: Streamed) -> str:
@@ -325,30 +332,24 @@ def latency_frame(runs: Runs) -> pd.DataFrame:
 
 def _latency_alone(runs: Runs) -> Iterator[Row]:
     for one in runs.timed_alone:
-        workload, batch_size = one.baseline.workload.kind, batch_of(one)
-        yield _latency(
-            model_name(one.baseline), one.baseline, workload, batch_size, one.latency, one.within, one.run_ids
-        )
+        yield _latency(model_name(one.baseline), one.baseline, one.latency, one.within, one.run_ids)
 
 
 def _latency_compared(runs: Runs) -> Iterator[Row]:
     baselines = set()
     for point in sorted(runs.speed, key=order):
-        setting = (point.workload, point.batch_size)
         same = (point.baseline.id, point.run_ids)
         if same not in baselines:
             baselines.add(same)
             found, within = point.baseline_latency, point.baseline_within
-            yield _latency("baseline", point.baseline, *setting, found, within, point.run_ids)
+            yield _latency("baseline", point.baseline, found, within, point.run_ids)
         name = runs.name(point.candidate)
-        yield _latency(name, point.candidate, *setting, point.latency, point.within, point.run_ids)
+        yield _latency(name, point.candidate, point.latency, point.within, point.run_ids)
 
 
 def _latency(
     name: str,
     cell: Cell,
-    workload: str,
-    batch_size: int,
     found: Latency,
     within: WithinCalls,
     run_ids: Sequence[str],
@@ -357,8 +358,7 @@ def _latency(
         "name": name,
         "arm": cell.arm,
         **operating_point(cell),
-        "workload": workload,
-        "batch_size": batch_size,
+        **load_columns(cell.workload),
         "num_prompts": found.n,
         "latency_median_s": found.median_s,
         "latency_p95_s": found.p95_s,

@@ -48,7 +48,7 @@ from twotower_eval.analyse.words import fact_text, found_text, kind_text
 from twotower_eval.analyse.words.gates import NO_DIGESTS, contradictions_text
 from twotower_eval.names import plural
 from twotower_eval.records import Gate, GateKind, GateLimits
-from twotower_eval.rules import ProofOutcome, named_ways, proof_outcome, truncation_line, ways_text
+from twotower_eval.rules import ProofOutcome, load_text, named_ways, proof_outcome, truncation_line, ways_text
 
 OUTCOMES = {"passed": "passed", "failed": "**FAILED**", "not_checked": "not checked", "slower": "slower way"}
 ORDER = typing.get_args(GateKind)
@@ -156,7 +156,7 @@ def _timed(runs: Runs) -> list[Row]:
     for point in runs.speed:
         for gate in (gate for gate in point.gates if gate.kind not in OF_RUNS):
             is_null, failed = gate.kind == "aa_null", gate.outcome == "failed"
-            where = f", {point.workload}, batch {point.batch_size}" if failed or is_null else ""
+            where = f", {point.workload}, {load_text(point.candidate.workload)}" if failed or is_null else ""
             which = f"{runs.name(point.candidate)}: " if failed and not is_null else ""
             same: object = gate.facts if failed or is_null else gate.facts.alike if gate.outcome != "passed" else ()
             found.setdefault((gate.kind, gate.outcome, where, which, same), []).append((point, gate))

@@ -11,7 +11,16 @@ from twotower_eval.analyse.compare.figures import Counts, Measured
 from twotower_eval.analyse.compare.runs import Runs, TimedAlone
 from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.analyse.report.rendering import Column, Raw, Show, frame_of, interval, markdown, optional, whole
-from twotower_eval.analyse.report.text import Row, escape, measured_columns, operating_point, rate, seconds, significant
+from twotower_eval.analyse.report.text import (
+    Row,
+    escape,
+    load_columns,
+    measured_columns,
+    operating_point,
+    rate,
+    seconds,
+    significant,
+)
 from twotower_eval.records import Cell
 
 ANSWERS = 1_000
@@ -53,8 +62,7 @@ def _setting(cell: Cell, run_ids: Sequence[str], name: str | None = None) -> Row
         "arm": cell.arm,
         "operating_point": name,
         **operating_point(cell),
-        "workload": cell.workload.kind,
-        "batch_size": cell.workload.batch_size or 1,
+        **load_columns(cell.workload),
         "num_devices": cell.workload.num_devices,
         "runs": " ".join(run_ids),
     }

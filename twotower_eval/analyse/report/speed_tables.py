@@ -41,6 +41,7 @@ from twotower_eval.analyse.report.text import (
     count_columns,
     details,
     escape,
+    load_columns,
     measured_columns,
     operating_point,
     ratio,
@@ -52,6 +53,7 @@ from twotower_eval.analyse.report.text import (
 from twotower_eval.analyse.words import finding_text
 from twotower_eval.analyse.words.facts import best_text, method_line
 from twotower_eval.records import Finding
+from twotower_eval.rules import load_text
 
 LEAD = (
     "S_time is the wall-clock speedup: the baseline's seconds over the candidate's for the same prompts, so above 1x "
@@ -121,8 +123,7 @@ def _speed(runs: Runs, point: SpeedPoint) -> Row:
         "runs": " ".join(point.run_ids),
         "complete": point.complete,
         **operating_point(point.candidate),
-        "workload": point.workload,
-        "batch_size": point.batch_size,
+        **load_columns(point.candidate.workload),
         "num_rounds": point.num_rounds,
         "num_calls": point.num_calls,
         "num_launches": point.num_launches,
@@ -244,7 +245,7 @@ def _warnings(runs: Runs) -> Iterator[str]:
             concerned.setdefault((one.severity, one.kind, one.facts.alike), []).append((one, point))
     for found in concerned.values():
         first, point = found[0]
-        name = f"{escape(runs.name(point.candidate))}, {point.workload}, batch {point.batch_size}"
+        name = f"{escape(runs.name(point.candidate))}, {point.workload}, {load_text(point.candidate.workload)}"
         differing = any(one != first for one, _ in found)
         figures = f" (the figures of {name}; those of the others differ)" if differing else ""
         every = f"every one of {len(found)} measurements" if len(found) > 1 else name

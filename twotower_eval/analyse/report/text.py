@@ -15,7 +15,8 @@ from twotower_eval.analyse.compare.timing import SpeedPoint, best_warning
 from twotower_eval.analyse.compare.tradeoff import MeasuredOn
 from twotower_eval.analyse.words import INVALID
 from twotower_eval.analyse.words.facts import method_text
-from twotower_eval.records import Cell, Estimate, Finding
+from twotower_eval.records import Cell, Estimate, Finding, Workload
+from twotower_eval.rules import load_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,6 +55,13 @@ def operating_point(cell: Cell) -> Row:
         others = (name for name in cell.decoder.params if name not in NAMED)
         named |= {f"param_{name}": cell.decoder.params[name] for name in others}
     return {"checkpoint": checkpoint_name(cell.checkpoint), "decoder": cell.decoder.label, **named}
+
+
+def load_columns(workload: Workload) -> Row:
+    """What was timed and how many prompts at a time, of which there is no number at a rate of requests."""
+    sent = "" if workload.requests is None else f", {load_text(workload)}"
+    size = None if workload.request_rate is not None else workload.batch_size or 1
+    return {"workload": f"{workload.kind}{sent}", "batch_size": size}
 
 
 def outputs_columns(cell: Cell) -> Row:

@@ -50,6 +50,7 @@ from twotower_eval.analyse.words.gates import contradictions_text
 from twotower_eval.names import config_name, plural
 from twotower_eval.records import Checkpoint, Claim, Gate, GateLimits, OperatingPoint, Verdict, sizing_config
 from twotower_eval.resources import data_path
+from twotower_eval.rules import load_text
 from twotower_eval.store import Run
 
 
@@ -279,6 +280,7 @@ def _short_at(point: OperatingPoint, timed: bool) -> str:
     parts = [short_name(point.decoder) + (f" ({'/'.join(names)})" if "block_size" in point.decoder.params else "")]
     if timed:
         parts += [f"batch {point.batch_size}"] if point.batch_size is not None else []
+        parts += [f"{point.request_rate:g} requests/s"] if point.request_rate is not None else []
         parts += [f"{point.workload} workload"] if point.workload is not None else []
     return escape(", ".join(parts))
 
@@ -286,6 +288,7 @@ def _short_at(point: OperatingPoint, timed: bool) -> str:
 def timing_text(point: OperatingPoint) -> str:
     """``batch 1, workload answer, devices 1``: how a point says that it is timed; empty where it leaves that open."""
     settings: list[tuple[str, Any]] = [("batch", point.batch_size), ("workload", point.workload)]
+    settings += [("requests", point.requests), ("requests a second", point.request_rate)]
     settings += [("devices", point.num_devices), ("on", point.hardware)]
     return ", ".join(f"{name} {value}" for name, value in settings if value is not None)
 
@@ -447,7 +450,7 @@ def _caveats(runs: Runs, found: Headline) -> list[str]:
         lines.append(f"**Read this first:** {high_retention_text(kept)}.")
     lines += _of_quality(quality) if quality and quality.tasks else []
     if speed and speed.time.estimate:
-        setting = f"{speed.workload} workload, batch {speed.batch_size}"
+        setting = f"{speed.workload} workload, {load_text(speed.candidate.workload)}"
         size = f"{plural(speed.num_rounds, 'round')} of {plural(speed.num_calls, 'timed call')}"
         useful = ""
         if speed.workload == "answer" and speed.throughput.estimate:

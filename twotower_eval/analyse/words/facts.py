@@ -195,6 +195,27 @@ def _standard_errors(fact: warned.StandardErrorsDiffer) -> str:
 
 
 @fact_text.register
+def _cached_prompts(fact: warned.CachedPrompts) -> str:
+    told = [
+        f"{100 * share:.0f} % of the {arm}'s prompt tokens" if share is not None else f"nothing said of the {arm}'s"
+        for arm, share in (("baseline", fact.baseline), ("candidate", fact.candidate))
+    ]
+    return (
+        f"the servers' caches held {told[0]} and {told[1]}: prompts repeat from round to round, so that the speedup "
+        "may be that of a cache; time both servers with it or both without"
+    )
+
+
+@fact_text.register
+def _late_requests(fact: warned.LateRequests) -> str:
+    beside = "" if fact.median_s is None else f", beside a median latency of {1000 * fact.median_s:.0f} ms"
+    return (
+        f"requests to the {fact.arm} left this machine up to {1000 * fact.late_s:.0f} ms late (99th percentile){beside}"
+        ": latencies hold that too, take a lower rate or a machine with nothing else to do"
+    )
+
+
+@fact_text.register
 def _unlike_arms(fact: warned.UnlikeArms) -> str:
     return unlike_text(fact.settings)
 

@@ -206,6 +206,23 @@ def _possible_times(fact: facts.PossibleTimes) -> str:
 
 
 @fact_text.register
+def _kept_up(fact: facts.KeptUp) -> str:
+    asked = f"{fact.rate:g} requests a second"
+    if not fact.grown and fact.unknown:
+        return f"one round does not tell whether latencies of the {' and the '.join(fact.unknown)} grow at {asked}"
+    if not fact.grown:
+        return f"latencies do not grow at {asked}"
+    grown = []
+    for arm, growth, answers_per_s in fact.grown:
+        gave = "" if answers_per_s is None else f", at {answers_per_s:.3g} answers a second"
+        grown.append(f"the {arm}'s grow by {growth:.2f}x within a round{gave}")
+    return (
+        f"latencies at {asked} are not steady, and would be others if it went on: {'; '.join(grown)}. The server does "
+        "not keep up (take a lower rate), or there are too few prompts (take more)"
+    )
+
+
+@fact_text.register
 def _probes(fact: facts.Probes) -> str:
     """What the probes found, and which arm remembers earlier prompts."""
     found, limit = fact.unseen, fact.limit

@@ -88,6 +88,16 @@ class Ask:
         return bool(self.body.get("stream"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A request that got no whole answer, and was asked once: what went wrong, and the moments that enclose it."""
+
+    fault: RequestFault
+    detail: str
+    sent_s: float
+    ended_s: float
+
+
 class _Failed(Exception):
     """An attempt that may be repeated; ``wait_s`` as the server asked for, if it did."""
 
@@ -135,37 +145,51 @@ class Client:
         at_once: int | None = None,
         on_reply: Callable[[int, Reply], None],
         on_retry: Callable[[Retried], None] = lambda retried: None,
+        on_failure: Callable[[int, Failure], None] | None = None,
         now: Seconds = time.perf_counter,
     ) -> None:
         """Ask everything, at most ``at_once`` beside each other, in their order; replies as they come.
 
-        Both callbacks run in the caller's thread. EndpointError as soon as one request is refused or has failed
-        ``MAX_TRIES`` times; the others are then given up. Moments in the replies are ``now()``.
+        The callbacks run in the caller's thread. EndpointError as soon as one request is refused or has failed
+        ``MAX_TRIES`` times; the others are then given up. With ``on_failure`` each is asked once, and it hears of those
+        that failed. Moments in the replies are ``now()``.
         """
-        heard: SimpleQueue[tuple[int, Reply] | Retried | None] = SimpleQueue()
-        future = self._run(self._all(asks, at_once or max(1, len(asks)), heard, now))
+        heard: SimpleQueue[tuple[int, Reply | Failure] | Retried | None] = SimpleQueue()
+        once = on_failure is not None
+        future = self._run(self._all(asks, at_once or max(1, len(asks)), heard, now, once))
         future.add_done_callback(lambda _: heard.put(None))
         try:
             while (item := heard.get()) is not None:
                 if isinstance(item, Retried):
                     on_retry(item)
-                else:
-                    on_reply(*item)
+                elif isinstance(item[1], Reply):
+                    on_reply(item[0], item[1])
+                elif on_failure is not None:
+                    on_failure(item[0], item[1])
             self._waited(future, "")
         finally:
             future.cancel()
 
-    async def _all(self, asks: Sequence[Ask], at_once: int, heard: SimpleQueue[Any], now: Seconds) -> None:
+    async def _all(self, asks: Sequence[Ask], at_once: int, heard: SimpleQueue[Any], now: Seconds, once: bool) -> None:
         places, began_s = asyncio.Semaphore(at_once), now()
 
         async def one(index: int, ask: Ask) -> None:
             await asyncio.sleep(max(0.0, began_s + ask.start_s - now()))
             async with places:
-                heard.put((index, await self._until_answered(ask, heard, now)))
+                heard.put(
+                    (index, await (self._or_failure(ask, now) if once else self._until_answered(ask, heard, now)))
+                )
 
         async with asyncio.TaskGroup() as group:
             for index, ask in enumerate(asks):
                 group.create_task(one(index, ask))
+
+    async def _or_failure(self, ask: Ask, now: Seconds) -> Reply | Failure:
+        sent_s = now()
+        try:
+            return replace(await self._once(ask, now), sent_s=sent_s, ended_s=now())
+        except _Failed as failed:
+            return Failure(fault=failed.fault, detail=failed.detail, sent_s=sent_s, ended_s=now())
 
     async def _until_answered(self, ask: Ask, heard: SimpleQueue[Any], now: Seconds) -> Reply:
         for attempt in range(1, MAX_TRIES + 1):

@@ -18,7 +18,7 @@ from twotower_eval.engine.decoders.rows import (
     check_temperature,
     make_rules,
 )
-from twotower_eval.engine.endpoints.client import Ask
+from twotower_eval.engine.endpoints.client import Ask, EndpointError, Failure
 from twotower_eval.engine.endpoints.model import EndpointModel
 from twotower_eval.engine.endpoints.streams import Reply
 from twotower_eval.engine.models.chat import format_of
@@ -35,6 +35,27 @@ class EndpointParams:
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """One request of a stream; ``due_s`` is when it is to be sent, in seconds from the stream's start."""
+
+    prompt: Prompt
+    max_new_tokens: int
+    eos_token_ids: Sequence[int]
+    stop: Sequence[str]
+    due_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """What became of an :class:`Order`: its answer, or what failed. Moments are in seconds from the stream's start."""
+
+    result: Generation | Failure
+    due_s: float
+    sent_s: float
+    ended_s: float
 
 
 class EndpointDecoder:
@@ -68,7 +89,7 @@ class EndpointDecoder:
         model = self.model
         make_rules(model, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids, stop=stop)  # type: ignore[arg-type]
         check_prompts(model, prompts)  # type: ignore[arg-type]
-        sent_stop = [text for text in stop if text not in _texts_of(model, eos_token_ids)]  # those the server knows
+        sent_stop = self._sent_stop(stop, eos_token_ids)
         asks = [self._ask(prompt, max_new_tokens, sent_stop) for prompt in prompts]
         replies: dict[int, Reply] = {}
         made: dict[int, Generation] = {}
@@ -92,7 +113,47 @@ class EndpointDecoder:
             read(index)
         return [made[index] for index in range(len(prompts))]
 
-    def _ask(self, prompt: Prompt, max_new_tokens: int, stop: Sequence[str]) -> Ask:
+    def stream(self, orders: Sequence[Order], *, in_flight: int | None = None) -> list[Answered]:
+        """Send every order once, and what became of each.
+
+        With ``in_flight`` in a closed loop: so many at a time, each due as soon as a place is free. Else each when it
+        is due, whatever the server does. An answer's ``finish_s`` is from the moment when it was due. EndpointError
+        where a request is refused, as another one would be, or where none is answered.
+        """
+        now = self.clock or time.perf_counter
+        found: dict[int, Reply | Failure] = {}
+        stops = [self._sent_stop(order.stop, order.eos_token_ids) for order in orders]
+        asks = [
+            self._ask(order.prompt, order.max_new_tokens, stop, order.due_s)
+            for order, stop in zip(orders, stops, strict=True)
+        ]
+        began_s = now()
+        self.model.client.ask(
+            asks, at_once=in_flight, on_reply=found.__setitem__, on_failure=found.__setitem__, now=now
+        )
+        failures = [one for one in found.values() if isinstance(one, Failure)]
+        if len(failures) == len(orders) > 0:
+            url = self.model.client.address.url
+            raise EndpointError(f"{url}: none of {len(orders)} requests was answered: {failures[0].detail}")
+        answered = []
+        for at, order in enumerate(orders):
+            one = found[at]
+            due_s = one.sent_s - began_s if in_flight is not None else order.due_s
+            made: Generation | Failure = (
+                one
+                if isinstance(one, Failure)
+                else self._generation(order.prompt, one, order.stop, bool(stops[at]), began_s + due_s)
+            )
+            answered.append(
+                Answered(result=made, due_s=due_s, sent_s=one.sent_s - began_s, ended_s=one.ended_s - began_s)
+            )
+        return answered
+
+    def _sent_stop(self, stop: Sequence[str], eos_token_ids: Sequence[int]) -> list[str]:
+        """The stop strings but for those that the server knows."""
+        return [text for text in stop if text not in _texts_of(self.model, eos_token_ids)]
+
+    def _ask(self, prompt: Prompt, max_new_tokens: int, stop: Sequence[str], due_s: float = 0.0) -> Ask:
         temperature = self.params.temperature
         more: dict[str, object] = {"temperature": temperature, **({"stop": list(stop)} if stop else {})}
         if temperature > 0:
@@ -102,7 +163,7 @@ class EndpointDecoder:
             if self._counts:
                 more["stream_options"] = {"include_usage": True}
         body = self.model.body(self.model.sent(prompt), max_new_tokens, **more)
-        return Ask(path=self.model.path, body=body, label=prompt.id)
+        return Ask(path=self.model.path, body=body, label=prompt.id, start_s=due_s)
 
     def _generation(
         self, prompt: Prompt, reply: Reply, stop: Sequence[str], asked_to_stop: bool, began_s: float
@@ -126,6 +187,7 @@ class EndpointDecoder:
                 num_tokens=reply.num_tokens,
                 num_prompt_tokens=reply.num_prompt_tokens,
                 num_retries=reply.num_retries,
+                num_cached_tokens=reply.num_cached_tokens,
                 num_pieces=len(reply.arrivals_s) if timed else None,
                 num_arrivals=reply.num_arrivals if timed else None,
                 first_s=reply.arrivals_s[0] - reply.sent_s if reply.arrivals_s else None,

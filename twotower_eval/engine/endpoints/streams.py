@@ -31,6 +31,7 @@ class Reply:
     moments at which pieces of text came, thoughts among them, of a reply that was not streamed none; ``sent_s`` and
     ``ended_s`` enclose the last attempt. ``choice`` is the whole choice of a reply that was not streamed.
     ``reasoning`` is what a chat model thought, where the server tells it apart from the answer.
+    ``num_cached_tokens`` of the prompt were in the server's cache; ``None`` where it does not say.
     """
 
     text: str
@@ -45,6 +46,7 @@ class Reply:
     ended_s: float = 0.0
     num_retries: int = 0
     choice: Mapping[str, object] | None = None
+    num_cached_tokens: int | None = None
 
     @property
     def num_arrivals(self) -> int:
@@ -96,15 +98,8 @@ def read_reply(said: Mapping[str, object]) -> Reply:
     text, finish = _text_of(choice), choice.get("finish_reason")
     if choice is None or text is None or not isinstance(finish, str):
         raise Broken("its reply holds no finished answer")
-    asked, made = _usage(said)
     return Reply(
-        text=text,
-        finish=finish,
-        reasoning=_reasoning_of(choice),
-        **_stop_of(choice),
-        num_prompt_tokens=asked,
-        num_tokens=made,
-        choice=choice,
+        text=text, finish=finish, reasoning=_reasoning_of(choice), **_stop_of(choice), **_usage(said), choice=choice
     )
 
 
@@ -115,7 +110,7 @@ async def read_stream(lines: AsyncIterator[str], now: Seconds) -> Reply:
     arrivals_s: list[float] = []
     finish: str | None = None
     stop: dict[str, Any] = {}
-    counts: tuple[int | None, int | None] = (None, None)
+    counts: dict[str, Any] = {}
     done = False
     async for line in lines:
         if not line.startswith(DATA):
@@ -144,8 +139,7 @@ async def read_stream(lines: AsyncIterator[str], now: Seconds) -> Reply:
         finish=finish,
         reasoning="".join(thoughts),
         **stop,
-        num_prompt_tokens=counts[0],
-        num_tokens=counts[1],
+        **counts,
         arrivals_s=tuple(arrivals_s),
     )
 
@@ -180,8 +174,16 @@ def _stop_of(choice: Mapping[str, object]) -> dict[str, Any]:
     return {"stop_reason": choice.get("stop_reason"), "tells_stop": "stop_reason" in choice}
 
 
-def _usage(said: Mapping[str, object]) -> tuple[int | None, int | None]:
-    usage = said.get("usage")
-    counts = usage if isinstance(usage, dict) else {}
-    asked, made = (counts.get(name) for name in ("prompt_tokens", "completion_tokens"))
-    return (asked if isinstance(asked, int) else None), (made if isinstance(made, int) else None)
+def _usage(said: Mapping[str, object]) -> dict[str, Any]:
+    """A server's own counts of tokens, by the names of a Reply's fields; ``None`` for those that it does not give."""
+    usage = _table(said.get("usage"))
+    counts = {
+        "num_prompt_tokens": usage.get("prompt_tokens"),
+        "num_tokens": usage.get("completion_tokens"),
+        "num_cached_tokens": _table(usage.get("prompt_tokens_details")).get("cached_tokens"),
+    }
+    return {name: num if isinstance(num, int) and num >= 0 else None for name, num in counts.items()}
+
+
+def _table(said: object) -> Mapping[str, object]:
+    return said if isinstance(said, dict) else {}

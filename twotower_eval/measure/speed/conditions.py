@@ -24,7 +24,7 @@ from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.clock import CallClock, Devices
 from twotower_eval.measure.speed.costs import REPEATS
 from twotower_eval.measure.speed.lanes import Lane
-from twotower_eval.measure.speed.workloads import Calls
+from twotower_eval.measure.speed.workloads import Calls, Load
 from twotower_eval.plan import SizingPlan, SpeedPlan
 from twotower_eval.records import BaselineBest, Prompt, SpeedPhase
 from twotower_eval.store import RunWriter
@@ -120,7 +120,7 @@ NUM_PROMPTS, NUM_TOKENS = 5, 24  # prompts decoded to compare with transformers'
 
 
 def measured_conditions(
-    lanes: Mapping[int, Sequence[Lane]], calls: Calls, clock: CallClock, *, cuda_graphs: bool
+    lanes: Mapping[Load, Sequence[Lane]], calls: Calls, clock: CallClock, *, cuda_graphs: bool
 ) -> Iterator[BaselineBest]:
     """One record per baseline and batch size."""
     of_baselines = [
@@ -143,7 +143,7 @@ def measured_conditions(
             cuda_graphs=cuda_graphs,
             attention=None if theirs is None else getattr(theirs.inner.config, "_attn_implementation", None),
             num_threads=torch.get_num_threads(),
-            step_bytes=_step_bytes(model, size, middle),
+            step_bytes=_step_bytes(model, lane.cell.workload.batch_size or 1, middle),
             bytes_per_s=rates[model.checkpoint.devices[0]],
             **({} if theirs is None else _beside_generate(theirs, rows, min(NUM_TOKENS, budget), clock)),
         )
@@ -257,7 +257,7 @@ def refuse_uneven(batch_sizes: Iterable[int], block_sizes: Iterable[int]) -> Non
 
 
 def graphs_for(
-    plan: SpeedPlan, calls: Calls, lanes: Mapping[int, Sequence[Lane]], models: Sequence[Model]
+    plan: SpeedPlan, calls: Calls, lanes: Mapping[Load, Sequence[Lane]], models: Sequence[Model]
 ) -> tuple[StepGraphs, ...]:
     """Both arms' CUDA graphs, as many as this plan's prompts and budgets can need; none unless the plan wants them."""
     if not plan.cuda_graphs:

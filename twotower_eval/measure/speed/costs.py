@@ -21,7 +21,7 @@ from twotower_eval.engine.models.protocol import Context, Denoising, Model, two_
 from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.clock import CallClock, no_garbage_collection
 from twotower_eval.measure.speed.lanes import Lane
-from twotower_eval.measure.speed.workloads import Call, Calls
+from twotower_eval.measure.speed.workloads import Call, Calls, Load
 from twotower_eval.records import CostPart, Passes, Prompt
 
 Repeat = Callable[[], None]  # one repetition of a phase
@@ -199,7 +199,7 @@ class TimedParts:
     A part is timed once per baseline, for the candidates once, and per batch size, under the first cell that needed it.
     """
 
-    def __init__(self, calls: Calls, lanes: Mapping[int, Sequence[Lane]]) -> None:
+    def __init__(self, calls: Calls, lanes: Mapping[Load, Sequence[Lane]]) -> None:
         self._calls = calls
         self._lanes = {lane.cell.id: lane for of_size in lanes.values() for lane in of_size if lane.replica == 0}
         self._seen: dict[str, set[Passes]] = defaultdict(set)  # by cell

@@ -26,8 +26,10 @@ from twotower_eval.measure.speed.watch import Busy, TextCost, Watch, text_cost
 from twotower_eval.measure.speed.workloads import (
     Call,
     Calls,
+    Load,
     Request,
     encode_calls,
+    loads_of,
     make_workload,
 )
 from twotower_eval.plan import SpeedPlan, named_baselines
@@ -165,7 +167,9 @@ class Lane:
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self.cell.who} {self.cell.decoder.label}, batch size {self.cell.workload.batch_size}"
+        workload = self.cell.workload
+        load = f"batch size {workload.batch_size}" if workload.request_rate is None else f"{workload.request_rate:g}/s"
+        return f"{self.cell.who} {self.cell.decoder.label}, {load}"
 
     def _check_count(self, call: Call, generations: Sequence[Generation]) -> None:
         short = [g.num_tokens for g in generations if call.ignore_eos and g.num_tokens != call.max_new_tokens]
@@ -213,9 +217,9 @@ def make_lanes(
     specs: Sequence[DecoderSpec],
     models: Sequence[Model],
     clock: CallClock,
-) -> dict[int, tuple[Lane, ...]]:
-    """Batch size -> lanes: every baseline with its copy, then every candidate. ``models`` are those of the baselines in
-    their order, and the candidate's."""
+) -> dict[Load, tuple[Lane, ...]]:
+    """Batch size or request rate -> lanes: every baseline with its copy, then every candidate. ``models`` are those of
+    the baselines in their order, and the candidate's."""
     watch, uncounted = Watch(clock), UncountedForwards(models)
     counter = next((model.tokenizer for model in models if remote(model) is not None), None)
     ready: dict[int, _Ready] = {}
@@ -223,8 +227,8 @@ def make_lanes(
         if id(model) not in ready:
             ready[id(model)] = _ready(plan, calls, requests, model, clock)
     arms = _arms(plan, specs, models)
-    lanes: dict[int, tuple[Lane, ...]] = {}
-    for size in plan.batch_sizes:
+    lanes: dict[Load, tuple[Lane, ...]] = {}
+    for size in loads_of(plan):
         found: dict[tuple[str, int], Lane] = {}
         cells = [_cell(plan, calls[size], size, arm) for arm in arms]
         refuse_same(cells)
@@ -294,12 +298,12 @@ def _devices(cell: Cell) -> Devices:
     return Devices(cell.checkpoint.devices)
 
 
-def without_decoders(lanes: Mapping[int, tuple[Lane, ...]]) -> dict[int, tuple[Lane, ...]]:
+def without_decoders(lanes: Mapping[Load, tuple[Lane, ...]]) -> dict[Load, tuple[Lane, ...]]:
     """The lanes without decoders, between two rounds."""
     return {size: tuple(replace(lane, decoder=None) for lane in of_size) for size, of_size in lanes.items()}
 
 
-def with_decoders(lanes: Mapping[int, tuple[Lane, ...]], clock: CallClock) -> dict[int, tuple[Lane, ...]]:
+def with_decoders(lanes: Mapping[Load, tuple[Lane, ...]], clock: CallClock) -> dict[Load, tuple[Lane, ...]]:
     """The lanes, each with a new decoder: what a decoder keeps ends with its round."""
 
     def renewed(lane: Lane) -> Lane:
@@ -308,7 +312,7 @@ def with_decoders(lanes: Mapping[int, tuple[Lane, ...]], clock: CallClock) -> di
     return {size: tuple(renewed(lane) for lane in of_size) for size, of_size in lanes.items()}
 
 
-def _cell(plan: SpeedPlan, calls: Sequence[Call], size: int, arm: _Arm) -> Cell:
+def _cell(plan: SpeedPlan, calls: Sequence[Call], size: Load, arm: _Arm) -> Cell:
     checkpoint = arm.model.checkpoint
     workload = make_workload(plan, calls, size, None if checkpoint.served else len(checkpoint.devices))
     extra = {"seed": run_seed(plan.seed) if (plan.temperature or 0) > 0 else None, **chat_extra(arm.model)}

@@ -30,9 +30,11 @@ from twotower_eval.measure.speed.conditions import Captures, graphs_for, hint, m
 from twotower_eval.measure.speed.costs import TimedParts
 from twotower_eval.measure.speed.lanes import Lane, make_lanes, without_decoders
 from twotower_eval.measure.speed.probes import Probes
-from twotower_eval.measure.speed.session import Launched, Session, calls_per_round, launches_missing, whole_rounds
+from twotower_eval.measure.speed.rounds import launches_missing, whole_rounds
+from twotower_eval.measure.speed.session import Launched, Session, calls_per_round
 from twotower_eval.measure.speed.workloads import (
     Calls,
+    Load,
     Request,
     count_truncated,
     make_calls,
@@ -82,6 +84,11 @@ SERVED_NOTE = (
     "A batch is so many requests sent together to a server; the call ends with the last answer. Prompts repeat from "
     "round to round: a server that caches prefixes reads them faster than new ones, and the probes show by how much."
 )
+STREAM_NOTE = (
+    "All prompts of a round are sent to a server as one stream of requests, each asked once and timed from when it was "
+    "due. Prompts repeat from round to round: a server that caches prefixes reads them faster than new ones, and the "
+    "probes show by how much."
+)
 
 
 def run_launch(
@@ -104,7 +111,7 @@ def run_launch(
     from twotower_eval.engine.models import family_calls
     from twotower_eval.engine.models.arms import prove_arms
 
-    progress = progress or SilentProgress()
+    began_s, progress = time.monotonic(), progress or SilentProgress()
     plan, chosen = without_auto(plan)
     held = dataclasses.replace(plan, temperature=temperature if plan.temperature is None else plan.temperature)
     specs = cross_decoders(held)
@@ -139,7 +146,7 @@ def run_launch(
             _hear_retries(lanes, writer, progress)
             probes = Probes(held, calls, requests, launch_id := _launch_id(writer.run))
             idle, captures = without_decoders(lanes), Captures(graphs, writer)
-            session = Session(plan, writer, launch_id, calls, idle, probes, parts, clock, captures, progress)
+            session = Session(plan, writer, launch_id, calls, idle, probes, parts, clock, captures, progress, began_s)
             num_missing = session.run()
             if not num_missing:
                 writer.finish()
@@ -160,7 +167,7 @@ def _said(writer: store.RunWriter, manifest: RunManifest, truncated: Sequence[st
     return [*chosen_lines(manifest), *warnings, *slower_lines(manifest), *chat_facts(manifest)]
 
 
-def _hear_retries(lanes: Mapping[int, Sequence[Lane]], writer: store.RunWriter, progress: Progress) -> None:
+def _hear_retries(lanes: Mapping[Load, Sequence[Lane]], writer: store.RunWriter, progress: Progress) -> None:
     """Journal every request to a server that failed and is asked again; say so once for each model."""
     told: set[str] = set()
 
@@ -207,7 +214,7 @@ def _load_pair(plan: SpeedPlan, loaded: Loaded) -> tuple[Model, Model]:
 
 
 def _truncated(
-    plan: SpeedPlan, writer: store.RunWriter, calls: Calls, lanes: Mapping[int, Sequence[Lane]]
+    plan: SpeedPlan, writer: store.RunWriter, calls: Calls, lanes: Mapping[Load, Sequence[Lane]]
 ) -> list[str]:
     """Journal for every cell how many prompts were truncated, unless a resumed run has it already; the warnings of
     it."""
@@ -227,7 +234,7 @@ def _truncated(
     return list(dict.fromkeys(lines))
 
 
-def _longest(calls: Calls, lanes: dict[int, tuple[Lane, ...]]) -> int:
+def _longest(calls: Calls, lanes: dict[Load, tuple[Lane, ...]]) -> int:
     """Tokens of the longest context of any lane, with its budget."""
     rows = (ids for of_size in lanes.values() for lane in of_size for own in lane.ids.values() for ids in own)
     return max(map(len, rows)) + max(call.max_new_tokens for of_size in calls.values() for call in of_size)
@@ -267,12 +274,18 @@ def _manifest(
         cells=[lane.cell for lane in lanes if lane.replica == 0],
         devices=devices_of(plan),
         seeds={"run": plan.seed} if isinstance(plan.seed, int) else recorded_seeds(plan.seed),
-        notes=(*NOTES, *((SERVED_NOTE,) if any(lane.cell.checkpoint.served for lane in lanes) else ())),
+        notes=(*NOTES, *_served_notes(lanes)),
         tasks=scored_tasks(plan, chain.from_iterable(calls.values())),
         overrides=overrides,
         unheeded=unheeded_settings(models),
         ways=ways,
     )
+
+
+def _served_notes(lanes: Sequence[Lane]) -> list[str]:
+    """How models behind servers are timed, for each way in which they are."""
+    streams = {lane.cell.workload.requests is not None for lane in lanes if lane.cell.checkpoint.served}
+    return [STREAM_NOTE if is_stream else SERVED_NOTE for is_stream in sorted(streams)]
 
 
 def _launch_id(run: store.Run) -> str:

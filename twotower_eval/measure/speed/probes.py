@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from twotower_eval.engine.models.witness import Tally
 from twotower_eval.measure.speed.lanes import Lane, Timing
-from twotower_eval.measure.speed.workloads import Call, Calls, Request, encode_calls
+from twotower_eval.measure.speed.workloads import Call, Calls, Load, Request, encode_calls, prefix_of
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.records import (
     ChatPrompt,
@@ -48,12 +48,12 @@ def watched_calls(calls: Calls, chance: random.Random) -> frozenset[str]:
 
 
 def witnessings(
-    lanes: Mapping[int, Sequence[Lane]], calls: Calls, probes: Probes, chance: random.Random
+    lanes: Mapping[Load, Sequence[Lane]], calls: Calls, probes: Probes, chance: random.Random
 ) -> Iterator[Witnessing]:
     """The witnessed calls of a launch."""
     for size, of_size in lanes.items():
         watched = tuple(lane for lane in of_size if is_watched(lane))
-        if size > 1 and watched:
+        if size != 1 and watched:
             yield from _of_timed(calls[size], watched, chance)
         for lane in watched:
             beside = tuple(other for other in watched if other.cell.arm == "baseline" and other is not lane)
@@ -265,11 +265,11 @@ class Probes:
         self._prompts = NewPrompts(calls, requests, derive_seed(run_seed(plan.seed), "new prompts", launch_id))
         self._random = random.Random(derive_seed(run_seed(plan.seed), "calls that are probed", launch_id))
         self._num_made: Counter[str] = Counter()  # by cell
-        self._seen: list[tuple[str, int, Call]] = []  # cell, batch size and call of the last round
+        self._seen: list[tuple[str, Load, Call]] = []  # cell, batch size and call of the last round
         self._num_alone = 0
         self._ids: dict[str, dict[str, Ids]] = {}  # by call and cell
 
-    def num_timings(self, lanes: Mapping[int, tuple[Lane, ...]], num_rounds: int) -> int:
+    def num_timings(self, lanes: Mapping[Load, tuple[Lane, ...]], num_rounds: int) -> int:
         """Number of probe timings in the first ``num_rounds``: the first has none of the round before again."""
         if not num_rounds:
             return 0
@@ -280,10 +280,10 @@ class Probes:
             num += self._num_calls(size) * ((2 * len(arms) + beside) * num_rounds - len(arms))
         return num
 
-    def _num_calls(self, size: int) -> int:
-        return -(-self._plan.probes // size)
+    def _num_calls(self, size: Load) -> int:
+        return -(-self._plan.probes // len(self._calls[size][0].requests))
 
-    def of_round(self, lanes: Mapping[int, tuple[Lane, ...]]) -> list[Probe]:
+    def of_round(self, lanes: Mapping[Load, tuple[Lane, ...]]) -> list[Probe]:
         """The probes of the next round, on that round's lanes."""
         again = self._seen
         self._seen = [made for size, of_size in lanes.items() for made in self._make(size, of_size)]
@@ -294,33 +294,33 @@ class Probes:
             *(self._probe(cell, size, call, lanes[size], controlled=False) for cell, size, call in again),
         ]
 
-    def alone(self, size: int, lanes: tuple[Lane, ...], num_made_up: int, num_documents: int) -> Iterator[Probe]:
+    def alone(self, size: Load, lanes: tuple[Lane, ...], num_made_up: int, num_documents: int) -> Iterator[Probe]:
         """New prompts, each alone, that are not timed; none if a plan has no probes."""
         for number in range(num_made_up + num_documents if self._plan.probes else 0):
             timed = self._random.choice(self._calls[size])
             like = replace(timed, requests=(self._random.choice(timed.requests),))
-            call_id = f"b{size}-alone{self._launch}-{self._num_alone}"
+            call_id = f"{prefix_of(size)}-alone{self._launch}-{self._num_alone}"
             call = self._prompts.similar_call(like, call_id, of_documents=number >= num_made_up)
             self._num_alone += 1
             if call is not None:
                 ids = self._encoded(call, lanes, size)
                 yield Probe(call=call, lanes=tuple(replace(one, ids={call.id: ids[one.cell.id]}) for one in lanes))
 
-    def _make(self, size: int, lanes: Sequence[Lane]) -> Iterator[tuple[str, int, Call]]:
+    def _make(self, size: Load, lanes: Sequence[Lane]) -> Iterator[tuple[str, Load, Call]]:
         """Make new calls of every cell of a batch size, with their token ids."""
         for lane in (lane for lane in lanes if lane.replica == 0):
             for _ in range(self._num_calls(size)):
                 cell, number = lane.cell.id, self._num_made.total()
                 like, of_documents = self._random.choice(self._calls[size]), self._num_made[cell] % 2 == 0
                 call = self._prompts.similar_call(
-                    like, f"b{size}-new{self._launch}-{number}", of_documents=of_documents
+                    like, f"{prefix_of(size)}-new{self._launch}-{number}", of_documents=of_documents
                 )
                 self._num_made[cell] += 1
                 if call is not None:
                     self._ids[call.id] = self._encoded(call, lanes, size)
                     yield cell, size, call
 
-    def _encoded(self, call: Call, lanes: Sequence[Lane], size: int) -> dict[str, Ids]:
+    def _encoded(self, call: Call, lanes: Sequence[Lane], size: Load) -> dict[str, Ids]:
         """Cell -> token ids, with the beginning cut off if they are longer than any timed prompt of that batch size."""
         found: dict[int, Ids] = {}  # by model
         requests = [*call.requests, *self._requests]
@@ -331,7 +331,7 @@ class Probes:
                 found[id(lane.untimed)] = tuple(row[-most:] for row in ids)
         return {lane.cell.id: found[id(lane.untimed)] for lane in lanes}
 
-    def _probe(self, cell: str, size: int, call: Call, lanes: Sequence[Lane], *, controlled: bool) -> Probe:
+    def _probe(self, cell: str, size: Load, call: Call, lanes: Sequence[Lane], *, controlled: bool) -> Probe:
         own = [lane for lane in lanes if lane.replica == 0 and lane.cell.id == cell]
         if controlled and own[0].cell.arm == "candidate":
             own += [lane for lane in lanes if lane.replica == 0 and lane.cell.arm == "baseline"]

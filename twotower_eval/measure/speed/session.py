@@ -7,13 +7,10 @@ import gc
 import random
 import secrets
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import ceil
 from pathlib import Path
-from typing import Protocol
 
 from twotower_eval import store
 from twotower_eval.engine.models.chat import with_answer
@@ -32,14 +29,20 @@ from twotower_eval.measure.speed.probes import (
     witnessed_row,
     witnessings,
 )
-from twotower_eval.measure.speed.workloads import Call, Calls, Request
+from twotower_eval.measure.speed.rounds import (
+    RoundLoop,
+    launches_missing,
+    rounds_by_launch,
+    share_of_launch,
+    undecided_text,
+    whole_rounds,
+)
+from twotower_eval.measure.speed.streams import schedule, time_stream
+from twotower_eval.measure.speed.workloads import Call, Calls, Load, Request, is_stream
 from twotower_eval.names import plural
 from twotower_eval.plan import SpeedPlan
 from twotower_eval.progress import Advance, Progress, duration_text
 from twotower_eval.records import (
-    MIN_LAUNCH_ROUNDS,
-    MIN_LAUNCHES,
-    TELLING_ROUNDS,
     CostSample,
     Generation,
     GenerationRow,
@@ -48,11 +51,9 @@ from twotower_eval.records import (
     TimeFault,
     derive_seed,
 )
-from twotower_eval.rules import EXTENDED, finite, time_fault, total_finite_s
+from twotower_eval.rules import EXTENDED, clocked_s, finite, time_fault
 from twotower_eval.store.journal import now_text
 from twotower_eval.task_options import run_seed
-
-ENOUGH_ROUNDS = 12  # in a single launch; with fewer, a fifth or more of all runs can decide nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,140 +64,10 @@ class Launched:
     num_missing: int
 
 
-class RoundSettings(Protocol):
-    """The round settings of a plan."""
-
-    @property
-    def min_rounds(self) -> int: ...
-    @property
-    def min_seconds(self) -> float: ...
-    @property
-    def warmup_rounds(self) -> int: ...
-
-
-class RoundLoop:
-    """Base of the sessions. ``whole_s`` are the seconds on the clock of the rounds that exist already."""
-
-    def __init__(
-        self,
-        settings: RoundSettings,
-        progress: Progress,
-        *,
-        whole_s: Sequence[float],
-        next_round: int,
-        steps_per_round: int,
-    ) -> None:
-        self._settings, self._progress = settings, progress
-        self._num_done, self._timed_s = len(whole_s), sum(whole_s)
-        self._next_round, self._steps_per_round = next_round, steps_per_round
-        self._besides_s = 0.0  # seconds of a round spent on what measured rounds do not have
-
-    def _rounds(self) -> None:
-        """Warm up, report the estimated duration, and measure until both minimums are reached; nothing if they are."""
-        if not is_enough(self._settings, self._num_done, self._timed_s):
-            self._measure(self._warm_up())
-
-    def _num_steps(self, phase: SpeedPhase, num_rounds: int) -> int:
-        """How often so many rounds from now on advance the progress."""
-        return num_rounds * self._steps_per_round
-
-    def _warm_up(self) -> float | None:
-        """Duration of a round from the last warm-up, including everything around the clock."""
-        duration_s = None
-        with self._progress.track(self._num_steps("warmup", self._settings.warmup_rounds), "warm-up") as advance:
-            for number in range(self._settings.warmup_rounds):
-                began_s, self._besides_s = time.monotonic(), 0.0
-                self._round("warmup", number, advance)
-                duration_s = time.monotonic() - began_s - self._besides_s
-        return duration_s
-
-    def _measure(self, round_s: float | None) -> None:
-        num_left = max(0, self._settings.min_rounds - self._num_done)
-        if round_s:
-            num_left = max(num_left, round((self._settings.min_seconds - self._timed_s) / round_s))
-            self._progress.note(f"estimated duration: about {duration_text(num_left * round_s)} for {num_left} rounds")
-        self._forecast(num_left)
-        with self._progress.track(self._num_steps("measure", num_left), "measure") as advance:
-            while not is_enough(self._settings, self._num_done, self._timed_s):
-                self._timed_s += self._round("measure", self._next_round, advance)
-                self._next_round += 1
-                self._num_done += 1
-
-    def _forecast(self, num_left: int) -> None:
-        """Report what that many more rounds cannot decide; nothing in sessions without verdicts."""
-
-    def _round(self, phase: SpeedPhase, number: int, advance: Advance) -> float:
-        """Time everything once; the seconds on the clock."""
-        raise AssertionError(f"{type(self).__name__} says nothing about what a round times")
-
-
-def is_enough(settings: RoundSettings, num_rounds: int, timed_s: float) -> bool:
-    """Whether both the minimum rounds and the minimum seconds are reached."""
-    return num_rounds >= settings.min_rounds and timed_s >= settings.min_seconds
-
-
-def whole_rounds(samples: Sequence[SpeedSample] | Sequence[CostSample], samples_per_round: int) -> list[float]:
-    """Seconds on the clock of every measured round that is complete."""
-    return [seconds for launch in _by_launch(samples, samples_per_round) for seconds in launch]
-
-
-def share_of_launch(plan: SpeedPlan) -> SpeedPlan:
-    """The share of a plan that each launch has to reach, with at least as many rounds as can decide something."""
-    if plan.launches == 1:
-        return plan
-    least = TELLING_ROUNDS if plan.launches < MIN_LAUNCHES else MIN_LAUNCH_ROUNDS
-    rounds = max(least, ceil(plan.min_rounds / plan.launches))
-    return dataclasses.replace(plan, min_rounds=rounds, min_seconds=plan.min_seconds / plan.launches)
-
-
-def undecided_text(rounds_of_launches: Sequence[int]) -> str:
-    """A warning that this many rounds per launch cannot, or often do not, decide a claim; empty if they do."""
-    num_launches, num = len(rounds_of_launches), sum(rounds_of_launches)
-    resampled = num_launches >= MIN_LAUNCHES
-    enough = MIN_LAUNCH_ROUNDS * num_launches if resampled else max(ENOUGH_ROUNDS, TELLING_ROUNDS * num_launches)
-    if num >= enough:
-        return ""
-    there = f"{plural(num, 'round')} in {plural(num_launches, 'launch', 'launches')}"
-    needed = f"time {enough} or more (--min-rounds)"
-    if not resampled and num < TELLING_ROUNDS * num_launches:
-        return f"warning: {there} cannot decide a claim, with fewer than {TELLING_ROUNDS} per launch: {needed}"
-    return f"warning: {there} often cannot decide a claim: {needed}"
-
-
-def rounds_by_launch(samples: Sequence[SpeedSample], samples_per_round: int) -> list[int]:
-    """Number of complete measured rounds per launch."""
-    return [len(launch) for launch in _by_launch(samples, samples_per_round)]
-
-
-def launches_missing(plan: SpeedPlan, samples: Sequence[SpeedSample], samples_per_round: int) -> int:
-    """How many launches are still missing. An interrupted one keeps its rounds and is made again.
-
-    A plan of one launch counts its rounds whatever launches they come from, so that a resumed run is enough.
-    """
-    by_launch = _by_launch(samples, samples_per_round)
-    if plan.launches == 1:
-        whole_s = [seconds for launch in by_launch for seconds in launch]
-        return 0 if is_enough(plan, len(whole_s), sum(whole_s)) else 1
-    share = share_of_launch(plan)
-    return max(0, plan.launches - sum(is_enough(share, len(launch), sum(launch)) for launch in by_launch))
-
-
-def _by_launch(samples: Sequence[SpeedSample] | Sequence[CostSample], samples_per_round: int) -> list[list[float]]:
-    """Seconds of the complete measured rounds per launch."""
-    rounds: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for sample in samples:
-        if sample.phase == "measure":
-            rounds[sample.launch_id][sample.round].append(sample.wall_s)
-    return [
-        [total_finite_s(walls_s) for walls_s in launch.values() if len(walls_s) == samples_per_round]
-        for launch in rounds.values()
-    ]
-
-
 PROCESS = secrets.token_hex(8)  # identifies this process: launches inside one process are not independent
 
 
-def calls_per_round(calls: Calls, lanes: dict[int, tuple[Lane, ...]]) -> int:
+def calls_per_round(calls: Calls, lanes: dict[Load, tuple[Lane, ...]]) -> int:
     """Timed calls per round, without probes."""
     return sum(len(calls[size]) * len(lanes[size]) for size in calls)
 
@@ -210,14 +81,17 @@ class Session(RoundLoop):
         writer: store.RunWriter,
         launch_id: str,
         calls: Calls,
-        lanes: dict[int, tuple[Lane, ...]],
+        lanes: dict[Load, tuple[Lane, ...]],
         probes: Probes,
         parts: TimedParts | None,
         clock: CallClock,
         captures: Captures,
         progress: Progress,
+        began_s: float,
     ) -> None:
+        """``began_s`` is when the launch began, before anything was loaded, by the monotonic clock."""
         self._plan, self._writer, self._calls, self._lanes = plan, writer, calls, lanes
+        self._began_s, self._call_s = began_s, list[float]()  # seconds of timed calls, to estimate others
         self._launch_id, self._probes = launch_id, probes
         self._watched: frozenset[str] = frozenset()  # calls of this round that are witnessed
         self._parts, self._clock, self._captures = parts, clock, captures
@@ -263,6 +137,7 @@ class Session(RoundLoop):
 
     def _announce(self) -> None:
         sizes = ", ".join(map(str, self._lanes))
+        what = "batch sizes" if self._plan.request_rates is None else "rates"
         num_lanes = sum(map(len, self._lanes.values()))
         num_prompts = sum(len(call.requests) for call in next(iter(self._calls.values())))
         num_cells = sum(lane.replica == 0 for lanes in self._lanes.values() for lane in lanes)
@@ -270,7 +145,7 @@ class Session(RoundLoop):
         self._progress.note(
             f"{plural(num_cells, 'cell')} and {plural(num_lanes - num_cells, 'copy', 'copies')} of the baseline"
             f"{'s' * several}, "
-            f"{self._plan.workload} workload, batch sizes {sizes}; {plural(num_prompts, 'prompt')}, "
+            f"{self._plan.workload} workload, {what} {sizes}; {plural(num_prompts, 'prompt')}, "
             f"{plural(self._calls_per_round, 'timed call')} per round"
         )
         self._progress.note(self._planned_text())
@@ -287,6 +162,24 @@ class Session(RoundLoop):
             f"{plural(timed, 'timed call')}{fresh} in {plural(num_rounds, 'round')}, {timed + probes:,} in all; "
             "fewer: --num-prompts, --min-rounds"
         )
+
+    def _estimate(self, num_left: int, round_s: float) -> str:
+        """Of all that is left: these rounds with their probes, the launches behind this one, and the scoring."""
+        num_probes = self._num_probes(num_left)
+        call_s = sum(self._call_s) / max(1, len(self._call_s))
+        rounds_s = num_left * round_s + num_probes * call_s
+        # Another launch also opens, warms up and witnesses; this one has done so in the time since it began.
+        others_s = (self._num_missing - 1) * (rounds_s + time.monotonic() - self._began_s)
+        parts = [plural(num_left, "round")]
+        parts += [f"{plural(num_probes, 'call')} on new prompts"] if num_probes else []
+        parts += [f"{plural(self._num_missing - 1, 'further launch', 'further launches')}"] if others_s > 0 else []
+        scored = ""
+        if self._plan.workload == "answer":
+            num_cells = sum(lane.replica == 0 for lanes in self._lanes.values() for lane in lanes)
+            num_prompts = sum(len(call.requests) for call in next(iter(self._calls.values())))
+            num_rounds = (self._num_done + num_left) * max(1, self._num_missing)
+            scored = f"; then {num_cells * num_prompts * num_rounds:,} timed answers are scored"
+        return f"estimated duration: about {duration_text(rounds_s + others_s)} for {', '.join(parts)}{scored}"
 
     def _forecast(self, num_left: int) -> None:
         """Warn of too few rounds before they are measured; with several launches once, before the first."""
@@ -306,14 +199,18 @@ class Session(RoundLoop):
         order = random.Random(derive_seed(run_seed(self._plan.seed), phase, number))
         gc.collect()
         lanes = with_decoders(self._lanes, self._clock)
-        positions = [(size, call) for size, calls in self._calls.items() for call in calls]
+        positions = [
+            (load, part)
+            for load, calls in self._calls.items()
+            for part in ([calls] if is_stream(self._plan, load) else [(call,) for call in calls])
+        ]
         probes = self._probes.of_round(lanes) if phase == "measure" else []
         is_first = phase == "warmup" and number == 0
         # A different choice in every launch.
         chance = random.Random(derive_seed(run_seed(self._plan.seed), "witness", self._launch_id))
         self._watched = watched_calls(self._calls, chance) if is_first else frozenset()
         besides = list(witnessings(lanes, self._calls, self._probes, chance)) if is_first else []
-        steps: list[tuple[int, Call] | Probe | Witnessing | CostItem] = [
+        steps: list[tuple[Load, tuple[Call, ...]] | Probe | Witnessing | CostItem] = [
             *positions,
             *probes,
             *(one for one in besides if one.kind != "timed"),
@@ -321,7 +218,7 @@ class Session(RoundLoop):
         ]
         order.shuffle(steps)
         steps += [one for one in besides if one.kind == "timed"]  # what calls read first, they read for the first time
-        walls_s = []
+        clock_s = 0.0
         for step in steps:
             if isinstance(step, CostItem):
                 self._time_part(step, phase, number)
@@ -332,16 +229,34 @@ class Session(RoundLoop):
                     self._time_call(lane, step.call, "probe", number)
                     advance()
             else:
-                size, call = step
-                for lane in order.sample(lanes[size], len(lanes[size])):
-                    walls_s.append(self._time_call(lane, call, phase, number))
-                    advance()
+                load, part = step
+                for lane in order.sample(lanes[load], len(lanes[load])):
+                    clock_s += self._time_calls(lane, load, part, phase, number)
+                    advance(len(part))
         if phase == "measure":
             advance(self._num_probes(1) - sum(len(probe.lanes) for probe in probes))  # where no new prompt was left
             self._num_probed += 1
         for item in self._parts.take_new() if self._parts else ():
             self._time_part(item, phase, number)
-        return total_finite_s(walls_s)
+        return clock_s
+
+    def _time_calls(self, lane: Lane, load: Load, calls: Sequence[Call], phase: SpeedPhase, number: int) -> float:
+        """Time one call, or all of them as one stream, and journal them; the seconds on the clock."""
+        if not is_stream(self._plan, load):
+            wall_s = self._time_call(lane, calls[0], phase, number)
+            return max(0.0, finite(wall_s))
+        scheduled = schedule(load, calls, run_seed(self._plan.seed), "stream", phase, number)
+        in_flight = load if isinstance(load, int) else None
+        launch = self._launch_id
+        sent = [*time_stream(lane, scheduled, in_flight=in_flight, launch_id=launch, phase=phase, number=number)]
+        if phase == "measure" and lane.replica == 0:
+            for one in sent:
+                if one.generation is not None:
+                    self._keep(lane, one.call.requests[0], one.generation, number, one.sample.fault)
+        for one in sent:
+            self._writer.append(one.sample)
+            self._call_s.append(one.sample.wall_s)
+        return clocked_s(one.sample for one in sent)
 
     def _time_call(self, lane: Lane, call: Call, phase: SpeedPhase, number: int) -> float:
         """Time a call and journal it; the seconds on the clock. A probe is sampled the same way each time."""
@@ -386,6 +301,11 @@ class Session(RoundLoop):
         )
         self._writer.append(sample)
 
+    def _keep(self, lane: Lane, request: Request, generation: Generation, number: int, fault: TimeFault | None) -> None:
+        """Journal an answer; its time to finish is unknown if the clock went wrong."""
+        kept = generation if fault is None else dataclasses.replace(generation, finish_s=None)
+        self._writer.append(with_answer(_generation_row(lane, request, kept, number), lane.model))
+
     def _write(
         self,
         lane: Lane,
@@ -399,9 +319,7 @@ class Session(RoundLoop):
         # Generations first, so that a sample on disk implies its whole call.
         if phase == "measure" and lane.replica == 0 and self._plan.workload == "answer":
             for request, generation in zip(call.requests, timing.generations, strict=True):
-                # The time to finish is unknown if the clock went wrong.
-                kept = generation if fault is None else dataclasses.replace(generation, finish_s=None)
-                self._writer.append(with_answer(_generation_row(lane, request, kept, number), lane.model))
+                self._keep(lane, request, generation, number, fault)
         sample = SpeedSample(
             call_id=call.id,
             launch_id=self._launch_id,
@@ -426,6 +344,7 @@ class Session(RoundLoop):
             energy_j=timing.energy_j,
         )
         self._writer.append(sample)
+        self._call_s.append(sample.wall_s)
         if self._parts and phase != "probe":  # predictions are of measured calls
             self._parts.note_call(lane, sample.passes)
 

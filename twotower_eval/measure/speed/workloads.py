@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, cycle, islice, pairwise
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from twotower_eval.engine.models.chat import format_of
 from twotower_eval.engine.models.protocol import Model, text_codec
@@ -15,7 +15,9 @@ from twotower_eval.engine.models.tokenizer import fitted_prompt_ids, naming, pro
 from twotower_eval.errors import UserError
 from twotower_eval.names import plural
 from twotower_eval.plan import SpeedPlan
+from twotower_eval.plan_speed import all_served
 from twotower_eval.records import (
+    RequestKind,
     Workload,
     canonical_json,
     sha256_text,
@@ -55,7 +57,45 @@ class Call:
     max_new_tokens: int
 
 
-Calls = Mapping[int, tuple[Call, ...]]  # by batch size
+@dataclass(frozen=True)
+class PerSecond:
+    """A rate of requests to servers, sent whatever these do."""
+
+    rate: float
+    arrivals: Literal["poisson", "constant"]
+
+    def __str__(self) -> str:
+        """``4 requests/s (poisson)``."""
+        return f"{self.rate:g} requests/s ({self.arrivals})"
+
+
+Load = int | PerSecond  # prompts of a call, of servers requests in flight; or a rate of requests
+Calls = Mapping[Load, tuple[Call, ...]]
+
+
+def prefix_of(load: Load) -> str:
+    """How the ids of a load's calls begin."""
+    return f"r{load.rate:g}" if isinstance(load, PerSecond) else f"b{load}"
+
+
+def loads_of(plan: SpeedPlan) -> tuple[Load, ...]:
+    """In which ways a plan's prompts are given to both arms."""
+    if plan.request_rates is None:
+        return plan.batch_sizes
+    return tuple(PerSecond(rate, plan.arrivals or "poisson") for rate in plan.request_rates)
+
+
+def is_stream(plan: SpeedPlan, load: Load) -> bool:
+    """Whether all prompts of a round go to a server as one stream: at a rate, or several at a time in a closed loop.
+
+    A model that is here takes the prompts of a call together, and so does a server that is compared with it.
+    """
+    return isinstance(load, PerSecond) or (load > 1 and all_served(plan))
+
+
+def _together(plan: SpeedPlan) -> int:
+    """Prompts that make whole calls of every size."""
+    return math.lcm(*(load for load in loads_of(plan) if isinstance(load, int) and not is_stream(plan, load)), 1)
 
 
 def make_calls(plan: SpeedPlan, requests: Sequence[Request]) -> Calls:
@@ -65,7 +105,7 @@ def make_calls(plan: SpeedPlan, requests: Sequence[Request]) -> Calls:
     spread over all of its lengths. Without a number, ``ENOUGH_PROMPTS`` are chosen, or as many as make whole batches.
     UserError if there are fewer than asked for, or no whole batch.
     """
-    together = math.lcm(*plan.batch_sizes)
+    together = _together(plan)
     wanted = _wanted(plan, together)
     if plan.workload == "answer":
         chosen = _spread(requests, together, wanted)
@@ -76,7 +116,13 @@ def make_calls(plan: SpeedPlan, requests: Sequence[Request]) -> Calls:
     if not chosen or (len(chosen) < wanted and plan.num_prompts is not None):
         batches = f" in batches of {together} from one task" if plan.workload == "answer" and together > 1 else ""
         raise UserError(f"{wanted} prompts wanted{batches}, the tasks give {len(chosen)}: name more tasks")
-    return {size: _cut(plan, chosen, size) for size in plan.batch_sizes}
+    widest = max((load for load in loads_of(plan) if isinstance(load, int) and is_stream(plan, load)), default=0)
+    if len(chosen) < 2 * widest:
+        raise UserError(
+            f"{plural(len(chosen), 'prompt')} cannot keep {widest} requests in flight for long: take at least "
+            f"{2 * widest} prompts (--num-prompts), or fewer requests (--concurrency)"
+        )
+    return {load: _cut(plan, chosen, load) for load in loads_of(plan)}
 
 
 def untimed_tasks_text(plan: SpeedPlan, requests: Sequence[Request]) -> str:
@@ -86,7 +132,7 @@ def untimed_tasks_text(plan: SpeedPlan, requests: Sequence[Request]) -> str:
     untimed = sorted({*tasks} - {request.task for request in chosen})
     if not untimed or plan.num_prompts is None:
         return ""
-    enough = len(tasks) * math.lcm(*plan.batch_sizes)
+    enough = len(tasks) * _together(plan)
     more = f"--num-prompts {enough} or more" if enough > plan.num_prompts else "more prompts (--num-prompts)"
     return (
         f"warning: {plural(plan.num_prompts, 'prompt')} of {plural(len(tasks), 'task')}: not timed: "
@@ -137,13 +183,14 @@ def _strata(group: Sequence[Request], num: int) -> list[Request]:
     return [group[place] for place in places]
 
 
-def _cut(plan: SpeedPlan, chosen: Sequence[Request], size: int) -> tuple[Call, ...]:
+def _cut(plan: SpeedPlan, chosen: Sequence[Request], load: Load) -> tuple[Call, ...]:
     calls = []
+    size = 1 if isinstance(load, PerSecond) or is_stream(plan, load) else load
     for index, start in enumerate(range(0, len(chosen), size)):
         batch = tuple(chosen[start : start + size])
         fixed = plan.workload == "fixed"
         call = Call(
-            id=f"b{size}-{index}",
+            id=f"{prefix_of(load)}-{index}",
             requests=batch,
             stop=() if fixed else batch[0].stop,
             ignore_eos=fixed,
@@ -153,7 +200,7 @@ def _cut(plan: SpeedPlan, chosen: Sequence[Request], size: int) -> tuple[Call, .
     return tuple(calls)
 
 
-def make_workload(plan: SpeedPlan, calls: Sequence[Call], size: int, num_devices: int | None) -> Workload:
+def make_workload(plan: SpeedPlan, calls: Sequence[Call], load: Load, num_devices: int | None) -> Workload:
     """The workload of a cell. Its digest covers the prompts, what ends them and what scores the answers, but not the
     cut into batches."""
     asked: list[Any] = [
@@ -162,14 +209,18 @@ def make_workload(plan: SpeedPlan, calls: Sequence[Call], size: int, num_devices
     asked.append(scored_tasks(plan, calls))
     # Part of the name, and so of the cell: times with and without graphs are never pooled.
     graphs = ", CUDA graphs" if plan.cuda_graphs else ""
+    requests: RequestKind | None = "closed" if is_stream(plan, load) else None
+    sent = f", {load}" if isinstance(load, PerSecond) else ", closed loop" if requests else ""
     return Workload(
         kind=plan.workload,
-        name=f"{plan.workload}: {', '.join(plan.tasks)}{graphs}",
+        name=f"{plan.workload}: {', '.join(plan.tasks)}{graphs}{sent}",
         digest=sha256_text(canonical_json(asked)),
         max_new_tokens=max(call.max_new_tokens for call in calls),
-        batch_size=size,
+        batch_size=load if isinstance(load, int) else None,
         prompt_tokens=plan.prompt_tokens,
         num_devices=num_devices,
+        requests=load.arrivals if isinstance(load, PerSecond) else requests,
+        request_rate=load.rate if isinstance(load, PerSecond) else None,
     )
 
 
