@@ -12,7 +12,10 @@ import lm_eval
 import pytest
 from datasets.packaged_modules.json.json import Json
 from fake_hub import files_in, use_cache, write_cache
+from chat_models import QWEN_3, save_chat, write_chat_tasks
+from hf_oracle import lm_evals_hf
 from lm_eval.api.registry import get_model
+from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from pages import DOCS
 from tiny_pair import write_pair
@@ -20,6 +23,7 @@ from tiny_pair import write_pair
 import twotower_eval as tt
 from twotower_eval import cli
 from twotower_eval.engine.models.choices import choose_device
+from twotower_eval.engine.models.chat import format_of
 from twotower_eval.errors import UserError
 from twotower_eval.lm_eval import TwoTowerLM, main
 from twotower_eval.measure.suites import lm_tasks
@@ -65,6 +69,60 @@ def test_its_scores_are_those_of_run(pair: Path, tmp_path: Path, monkeypatch: py
     assert {sample["doc_id"]: sample["resps"][0][0] for sample in theirs["samples"]["miniature_sort"]} == texts
     assert theirs["config"]["decoder"].startswith("block_diffusion(block_size=4")
     assert theirs["config"]["model_dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"apply_chat_template": True, "fewshot_as_multiturn": True, "system_instruction": "Be brief."},
+        {"apply_chat_template": True, "fewshot_as_multiturn": False},
+        {"apply_chat_template": "default", "fewshot_as_multiturn": True},
+    ],
+)
+def test_a_chat_model_is_asked_what_lm_evals_hf_is_token_for_token(asked: dict[str, Any], tmp_path: Path) -> None:
+    chat, tasks = save_chat(tmp_path / "chat", QWEN_3), write_chat_tasks(tmp_path / "tasks", 1)
+    told = {"enable_thinking": False}
+    hf, ours = lm_evals_hf(chat, chat_template_args=told), TwoTowerLM(pretrained=str(chat), chat_template_args=told)
+
+    def evaluated(model: Any) -> Any:
+        with lm_tasks.quiet():
+            return lm_eval.simple_evaluate(
+                model=model,
+                model_args={"pretrained": str(chat)},
+                tasks=["sums_generate_until", "sums_multiple_choice", "sums_loglikelihood"],
+                task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+                evaluation_tracker=EvaluationTracker(),
+                bootstrap_iters=0,
+                **asked,
+            )
+
+    theirs, found = evaluated(hf), evaluated(ours)
+    for task, samples in theirs["samples"].items():
+        texts = [sample["arguments"][0][0] for sample in samples]
+        own = [sample["arguments"][0][0] for sample in found["samples"][task]]
+        assert own == texts
+        assert all(text.endswith("<think>\n\n</think>\n\n") for text in texts)
+        for text in texts:
+            assert ours.tok_encode(text) == hf.tok_encode(text)
+        for one, other in zip(found["samples"][task], samples, strict=True):
+            for metric in other["metrics"]:
+                assert one[metric] == other[metric]
+            assert task != "sums_generate_until" or one["resps"] == other["resps"]
+    assert ours.chat_template(True) == hf.chat_template(True)
+
+
+def test_thinking_has_an_end_and_scores_no_options(tmp_path: Path) -> None:
+    chat = str(save_chat(tmp_path / "chat", QWEN_3))
+    with pytest.raises(UserError, match="enable_thinking needs think_end_token"):
+        TwoTowerLM(pretrained=chat, enable_thinking=True)
+    thinking = TwoTowerLM.create_from_arg_string(f"pretrained={chat},enable_thinking=True,think_end_token=</think>")
+    assert format_of(thinking.model).think_end_token == "</think>"
+    with pytest.raises(UserError, match="enable_thinking has no effect on tasks that score options"):
+        thinking.loglikelihood([])
+    assert thinking.apply_chat_template([{"role": "user", "content": "Hello"}]).endswith("assistant\n")
+    plain = TwoTowerLM(pretrained=str(save_chat(tmp_path / "plain", None)))
+    with pytest.raises(UserError, match="has no chat template"):
+        plain.apply_chat_template([{"role": "user", "content": "Hello"}])
 
 
 def test_without_a_decoder_a_pair_decodes_in_blocks_and_a_tower_token_by_token(pair: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import lm_eval
 import pandas as pd
 import pytest
+from chat_models import CHATML, save_chat, write_chat_tasks
 from hf_models import save_reading
 from hf_oracle import lm_evals_hf
 from lm_eval.loggers import EvaluationTracker
@@ -160,6 +161,45 @@ def test_documents_keep_their_question_and_their_gold(ours: tt.Run) -> None:
     assert documents["chosen", 1].gold == "blue"
     assert documents["cold", 2].question == "never say green="
     assert set(ours.scores["target"]) >= {"blue", "1"}, "frames find them, too"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"apply_chat_template": True, "system_instruction": "Be brief."},
+        {"apply_chat_template": True, "fewshot_as_multiturn": False},
+        {"system_instruction": "Be brief."},
+    ],
+)
+def test_how_prompts_were_asked_is_said_as_by_lm_eval(asked: dict[str, Any], tmp_path: Path) -> None:
+    """The template and its sha256, the system instruction, examples as turns; and the prompts themselves."""
+    model, tasks = save_chat(tmp_path / "chat", CHATML), write_chat_tasks(tmp_path / "tasks", 1)
+    names = ("sums_generate_until", "sums_multiple_choice")
+    with pytest.MonkeyPatch.context() as patch:
+        use_tasks(patch, tasks)
+        run = tt.evaluate(
+            model=model, baseline=model, decoder="ar", tasks=names, out=tmp_path / "ours", progress=False, **asked
+        )
+    tracker = EvaluationTracker(output_path=str(tmp_path / "theirs"))
+    multiturn = asked.get("fewshot_as_multiturn", True if "apply_chat_template" in asked else None)
+    with lm_tasks.quiet():
+        results: Any = lm_eval.simple_evaluate(
+            lm_evals_hf(model),
+            model_args={"pretrained": str(model)},
+            tasks=list(names),
+            task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+            evaluation_tracker=tracker,
+            bootstrap_iters=0,
+            **{**asked, "fewshot_as_multiturn": multiturn},  # as its command line fills it
+        )
+    tracker.save_results_aggregated(results=results, samples=results.pop("samples"))
+    [file] = (tmp_path / "theirs").glob("*/results_*.json")
+    expected, made = json.loads(file.read_text(encoding="utf-8")), read(run.path / "lm_eval")[0]
+    for name in (
+        "chat_template", "chat_template_sha", "system_instruction", "system_instruction_sha", "fewshot_as_multiturn",
+    ):  # fmt: skip
+        assert made[name] == expected[name], name
+    assert made["task_hashes"] == expected["task_hashes"], "of every prompt"
 
 
 def test_without_samples_there_are_results_and_no_texts(folder: Path, tasks: Path, tmp_path: Path) -> None:

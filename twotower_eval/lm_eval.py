@@ -21,6 +21,7 @@ from lm_eval.utils import simple_parse_args_string
 from twotower_eval.decoder_settings import cross_decoders
 from twotower_eval.engine.decoders import decoder_class, from_spec
 from twotower_eval.engine.models import load_model
+from twotower_eval.engine.models.chat import Messages, attach_format, format_of, load_format
 from twotower_eval.engine.models.protocol import Model
 from twotower_eval.errors import UserError
 from twotower_eval.measure.chosen import USUAL_BATCH
@@ -29,10 +30,13 @@ from twotower_eval.measure.harness.jobs import DENOISER_KINDS, make_scorer_of
 from twotower_eval.measure.harness.lm_files import SOURCE
 from twotower_eval.names import did_you_mean
 from twotower_eval.plan import RunPlan
-from twotower_eval.records import AUTO, DecoderSpec, LikelihoodKind
+from twotower_eval.plan_chat import chat_options
+from twotower_eval.records import AUTO, ChatOptions, DecoderSpec, LikelihoodKind
+from twotower_eval.sources import Source, located, read_source
 
 LOADING = ("pretrained", "revision", "dtype", "device", "devices", "tower", "family", "trust_remote_code", "attention")
 RUNNING = ("decoder", "likelihood", "batch_size", "max_batch_size", "seed")
+ASKING = ("enable_thinking", "think_end_token", "chat_template_args")
 # The device of lm-eval's command without --device, whatever the machine has.
 UNASKED_DEVICE = next(field.default for field in dataclasses.fields(EvaluatorConfig) if field.name == "device")
 
@@ -43,7 +47,9 @@ class TwoTowerLM(HarnessLM):
     ``pretrained`` is what ``--model`` of ``twotower-eval run`` takes; every parameter of the decoder is an argument of
     its own: ``pretrained=org/name,decoder=block_diffusion,block_size=16,threshold=0.9``. Without ``decoder`` a pair
     decodes by block diffusion and any other model autoregressively. Scores are those of ``twotower-eval run``.
-    UserError for an unknown argument and for whatever keeps the model from being loaded.
+    ``--apply_chat_template`` asks through the checkpoint's own template, with ``enable_thinking``, ``think_end_token``
+    and ``chat_template_args`` as lm-eval's ``hf`` takes them. UserError for an unknown argument and for whatever keeps
+    the model from being loaded.
     """
 
     def __init__(self, **arguments: object) -> None:
@@ -52,6 +58,8 @@ class TwoTowerLM(HarnessLM):
             raise UserError("--model twotower needs pretrained=CHECKPOINT among its --model_args")
         loading = {name: given.pop(name) for name in LOADING if given.get(name) is not None}
         running = {name: given.pop(name) for name in RUNNING if given.get(name) is not None}
+        self._asking = _chat_options({name: given.pop(name) for name in ASKING if name in given})
+        self._source = _source(loading)
         kind = None if running.get("decoder") is None else str(running["decoder"])
         if kind is not None:
             _refuse_unknown(kind, given)  # before weights are loaded
@@ -72,6 +80,29 @@ class TwoTowerLM(HarnessLM):
             seed=int(str(running.get("seed", 0))),
         )
         self.spec: DecoderSpec = spec
+        attach_format(model, load_format(self._source, self._asking))  # its template is read where it is asked for
+
+    def apply_chat_template(self, chat_history: Messages, add_generation_prompt: bool = True) -> str:
+        """The messages as the checkpoint's own template writes them, which is read the first time."""
+        if format_of(self.model).template is None:
+            self.chat_template(True)
+        return super().apply_chat_template(chat_history, add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The source of the checkpoint's template, or of the one of several that has this name; messages are then
+        written by it. UserError if there is none."""
+        if chat_template:
+            if self._source.kind == "endpoint":
+                raise UserError("a server applies its own chat template: take lm_eval --model local-chat-completions")
+            found = located(self._source, extent="settings", needs_config=False)
+            attach_format(self.model, load_format(found, dataclasses.replace(self._asking, template=chat_template)))
+        return super().chat_template(chat_template)
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """See HarnessLM; refused with ``enable_thinking``, as by lm-eval's ``hf``: options are scored unthought."""
+        if self._asking.enable_thinking:
+            raise UserError("enable_thinking has no effect on tasks that score options: leave them out, or drop it")
+        return super().loglikelihood(requests)
 
     @classmethod
     def create_from_arg_string(
@@ -104,6 +135,17 @@ class TwoTowerLM(HarnessLM):
         }
 
 
+def _chat_options(given: Mapping[str, object]) -> ChatOptions:
+    """What is told to a chat template, and where answers begin. UserError for thinking without an end."""
+    plan = RunPlan(apply_chat_template=True, **cast(Any, given))
+    return dataclasses.replace(chat_options(plan), template=None)
+
+
+def _source(given: Mapping[str, object]) -> Source:
+    revision, code = given.get("revision"), bool(given.get("trust_remote_code"))
+    return read_source(str(given["pretrained"]), cast("str | None", revision), trust_remote_code=code)
+
+
 def _loaded(given: Mapping[str, object]) -> Model:
     named = {name: value for name, value in given.items() if name not in ("pretrained", "devices")}
     options = {"dtype": AUTO, "device": AUTO, **named}
@@ -119,7 +161,7 @@ def _kind(model: Model, asked: LikelihoodKind) -> LikelihoodKind:
 
 def _refuse_unknown(kind: str, given: Mapping[str, object]) -> None:
     own = [field.name for field in dataclasses.fields(decoder_class(kind).Params)]
-    known = [*LOADING, *RUNNING, *own]
+    known = [*LOADING, *RUNNING, *ASKING, *own]
     for name in given:
         if name not in known:
             raise UserError(

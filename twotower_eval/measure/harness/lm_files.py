@@ -25,7 +25,7 @@ from twotower_eval.measure.harness.filtered import Filtered, response
 from twotower_eval.measure.harness.scoring import mean_item
 from twotower_eval.measure.suites import BuiltDoc, BuiltTask, aggregation, aggregation_name, lm_tasks
 from twotower_eval.measure.suites.lm_types import Task
-from twotower_eval.records import MEAN, Cell, RunManifest, sha256_text
+from twotower_eval.records import MEAN, Cell, ChatUse, RunManifest, sha256_text
 
 FOLDER, TEMPORARY, OLD = "lm_eval", "lm_eval.tmp", "lm_eval.old"  # within a run's folder
 SOURCE = "twotower"  # how lm-eval knows our models
@@ -246,6 +246,7 @@ def _results(model: _Model, manifest: RunManifest) -> Json:
         **_of_execution(model, manifest),
         "task_hashes": {name: sha256_text("".join(hashes)) for name, hashes in model.hashes.items()},
         **_of_model(model.name),
+        **_of_chats(model.cell, manifest),
     }
 
 
@@ -336,13 +337,31 @@ def _of_model(name: str) -> Json:
         "model_source": SOURCE,
         "model_name": name,
         "model_name_sanitized": sanitize_model_name(name),
-        "system_instruction": None,
-        "system_instruction_sha": None,
-        "fewshot_as_multiturn": None,
-        "chat_template": None,
-        "chat_template_sha": None,
         "total_evaluation_time_seconds": None,
     }
+
+
+def _of_chats(cell: Cell, manifest: RunManifest) -> Json:
+    """How prompts were asked, as lm-eval's tracker says it; of a server's template it knows nothing but an empty
+    text."""
+    plan, use = manifest.plan, _use_of(cell, manifest)
+    said, multiturn = plan.get("system_instruction"), plan.get("fewshot_as_multiturn")
+    template = None if use is None else use.template or ""
+    return {
+        "system_instruction": said,
+        "system_instruction_sha": sha256_text(str(said)) if said else None,
+        "fewshot_as_multiturn": True if multiturn is None and plan.get("apply_chat_template") else multiturn,
+        "chat_template": template,
+        "chat_template_sha": sha256_text(template) if template else None,
+    }
+
+
+def _use_of(cell: Cell, manifest: RunManifest) -> ChatUse | None:
+    """How the cell's model was asked through a chat template, if it was."""
+    is_served = cell.checkpoint.served is not None
+    own = [use for use in manifest.chats or () if use.applied and (use.arm, bool(use.served)) == (cell.arm, is_served)]
+    named = [use for use in own if use.checkpoint == cell.checkpoint.name]
+    return next(iter((*named, *own)), None)
 
 
 def _plain(value: object) -> object:
