@@ -10,9 +10,9 @@ from typing import Any
 import datasets
 import lm_eval
 import pytest
+from chat_models import QWEN_3, save_chat, write_chat_tasks
 from datasets.packaged_modules.json.json import Json
 from fake_hub import files_in, use_cache, write_cache
-from chat_models import QWEN_3, save_chat, write_chat_tasks
 from hf_oracle import lm_evals_hf
 from lm_eval.api.registry import get_model
 from lm_eval.loggers import EvaluationTracker
@@ -22,8 +22,8 @@ from tiny_pair import write_pair
 
 import twotower_eval as tt
 from twotower_eval import cli
-from twotower_eval.engine.models.choices import choose_device
 from twotower_eval.engine.models.chat import format_of
+from twotower_eval.engine.models.choices import choose_device
 from twotower_eval.errors import UserError
 from twotower_eval.lm_eval import TwoTowerLM, main
 from twotower_eval.measure.suites import lm_tasks
