@@ -379,7 +379,8 @@ def masked_results(model: Masked, prompts: Sequence[Prompt], dtype: str) -> Iter
     """The checks of such a model: a block of masks behind each prompt, in a batch and alone."""
     size = getattr(model, "block_size", BLOCK_SIZE)
     ids_BS, lengths = padded_ids([prompt.token_ids for prompt in prompts])
-    masks_BK = torch.full((len(prompts), size), model.mask_token_id)
+    mask: int | None = model.mask_token_id  # a family that starts from random tokens has none
+    masks_BK = torch.full((len(prompts), size), 0 if mask is None else mask)
     together_BKV = model.denoise(masks_BK, model.prefill(ids_BS, lengths), [1.0] * len(prompts))
     num_bad = int((~torch.isfinite(together_BKV)).sum())
     behind = f"a block of {size} masks behind {plural(len(prompts), 'prompt')}"
