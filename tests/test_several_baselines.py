@@ -15,6 +15,7 @@ from twotower_eval.analyse.claims import judge
 from twotower_eval.analyse.claims.text import verdict_lines
 from twotower_eval.analyse.compare.runs import Runs
 from twotower_eval.analyse.compare.several import baselines_of, least_speedup, strongest
+from twotower_eval.analyse.report.baselines import baselines as baselines_section
 from twotower_eval.records import Cell, Claim, DecoderSpec, GateLimits, OperatingPoint, SpeedSample, to_json
 from twotower_eval.strict import from_json
 
@@ -151,6 +152,15 @@ def test_the_report_shows_each_and_the_strongest_first(paths: list[Path], tmp_pa
     lines = (folder / "tables" / "speed.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("baseline,")
     assert [line.partition(",")[0] for line in lines[1:]] == ["plain", "lookup", "slower"]
+
+
+def test_each_has_its_own_absolute_figures(runs: Runs) -> None:
+    """Beside each ratio: useful tokens and answers per second of that baseline."""
+    found = baselines_section(runs)
+    table = found.tables["baselines"]
+    assert table["baseline_answers_per_s"].nunique() == len(table) == 3
+    assert table["candidate_answers_per_s"].nunique() == 1
+    assert "its answers/s [95 %]" in found.markdown
 
 
 def test_one_baseline_has_no_such_section_and_no_column(tmp_path: Path) -> None:

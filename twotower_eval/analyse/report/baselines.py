@@ -11,12 +11,14 @@ from twotower_eval.analyse.compare.runs import Headline, Runs
 from twotower_eval.analyse.compare.several import AgainstOne, least_speedup, strongest
 from twotower_eval.analyse.compare.timing import SpeedPoint
 from twotower_eval.analyse.report.gates import gates
+from twotower_eval.analyse.report.rates import gibibytes
 from twotower_eval.analyse.report.rendering import (
     Column,
     Raw,
     frame_of,
     interval,
     markdown,
+    optional,
     speedup_or_invalid,
     words,
 )
@@ -72,6 +74,10 @@ def _row(runs: Runs, one: AgainstOne, least: Measured, is_strongest: bool) -> Ro
         **({"workload": None, "batch_size": None} if point is None else load_columns(point.candidate.workload)),
         **measured_columns("baseline_tokens_per_s", none if point is None else point.baseline_rate),
         **measured_columns("candidate_tokens_per_s", none if point is None else point.candidate_rate),
+        **measured_columns("baseline_answers_per_s", none if point is None else point.baseline_answers),
+        **measured_columns("candidate_answers_per_s", none if point is None else point.candidate_answers),
+        "baseline_peak_memory_bytes": None if point is None else point.baseline_within.peak_memory_bytes,
+        "candidate_peak_memory_bytes": None if point is None else point.within.peak_memory_bytes,
         **measured_columns("retention", none if kept is None else kept.headline),
         **measured_columns("time_speedup", none if point is None else point.time),
         **measured_columns("throughput_speedup", none if point is None else point.throughput),
@@ -94,8 +100,11 @@ def _table(found: pd.DataFrame) -> str:
             Column(header="S_time [95 %]", show=speedup_or_invalid("time_speedup")),
             Column(header="S_throughput [95 %]", show=speedup_or_invalid("throughput_speedup")),
             Column(header="baseline's useful tokens/s [95 %]", show=interval("baseline_tokens_per_s", rate)),
+            Column(header="its answers/s [95 %]", show=interval("baseline_answers_per_s", rate)),
             Column(header="A/A null [99 %]", show=interval("baseline_against_itself", times)),
         ]
+        if found["baseline_peak_memory_bytes"].notna().any():
+            columns.append(Column(header="its peak memory", show=optional("baseline_peak_memory_bytes", gibibytes)))
     return markdown(found, columns, left=2 + several + timed)
 
 

@@ -135,6 +135,8 @@ def _speed(runs: Runs, point: SpeedPoint) -> Row:
         **measured_columns("baseline_against_itself", point.null),
         **measured_columns("baseline_tokens_per_s", point.baseline_rate),
         **measured_columns("candidate_tokens_per_s", point.candidate_rate),
+        **measured_columns("baseline_answers_per_s", point.baseline_answers),
+        **measured_columns("candidate_answers_per_s", point.candidate_answers),
         **count_columns("baseline", point.baseline_counts),
         **count_columns("candidate", point.counts),
         **within_columns("baseline", point.baseline_within),
