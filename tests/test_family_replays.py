@@ -122,6 +122,13 @@ def test_changed_logits_are_noticed(family: str) -> None:
         ("e2d2_sharekv", "sample.posterior_first_hitting.trajectory", "golden_counts"),
         ("e2d2_sharekv", "stage.block1.step1.logits", "golden_logits"),
         ("e2d2_sharekv", "bound.2.xt", "golden_counts"),
+        ("diffusion_gemma", "fwd.0.logits_next_canvas", "golden_logits"),
+        ("diffusion_gemma", "gen.default.processed_logits_per_step", "golden_logits"),
+        ("diffusion_gemma", "gen.early_stop.sequences", "golden_runs"),
+        ("diffusion_gemma", "gen.left_padded.sequences", "golden_runs"),
+        ("diffusion_gemma", "gen.batch2.argmax_canvas_per_step", "golden_counts"),
+        ("diffusion_gemma", "gen.batch2.canvas_per_step", "golden_counts"),
+        ("diffusion_gemma", "gen.eos.tokens_per_forward", "golden_counts"),
         ("md4", "case0.linear.cont.loss_diff", "golden_likelihoods"),
         ("d3pm_absorbing_text", "T8.case1.step1.term", "golden_likelihoods"),
     ],
@@ -129,15 +136,21 @@ def test_changed_logits_are_noticed(family: str) -> None:
 def test_changed_tensors_are_noticed(family: str, tensor: str, result: str) -> None:
     golden = _golden(family)
     changed = golden.tensors[tensor].clone()
-    changed.view(-1)[-2] += 1
-    runs = [run for run in golden.meta.get("sampler_runs", ()) if tensor.startswith(f"sample.{run['name']}.")]
-    other = Golden(golden.model, {**golden.tensors, tensor: changed}, {**golden.meta, "sampler_runs": runs})
+    changed.view(-1)[-min(2, changed.numel())] += 1
+    lists = {"sampler_runs": "sample", "generate_runs": "gen"}
+    runs = {
+        name: [run for run in golden.meta.get(name, ()) if tensor.startswith(f"{prefix}.{run['name']}.")]
+        for name, prefix in lists.items()
+    }
+    other = Golden(golden.model, {**golden.tensors, tensor: changed}, {**golden.meta, **runs})
     assert _outcomes(other)[result] == "failed"
 
 
 @pytest.mark.parametrize(
     ("family", "count"),
     [
+        ("diffusion_gemma", "encoder_calls"),
+        ("diffusion_gemma", "decoder_calls"),
         ("mdlm", "backbone_calls_total"),
         ("radd", "rows_evaluated"),
         ("e2d2", "encoder_calls"),
@@ -148,8 +161,7 @@ def test_changed_tensors_are_noticed(family: str, tensor: str, result: str) -> N
 )
 def test_changed_counts_of_samplers_are_noticed(family: str, count: str) -> None:
     golden = _golden(family)
-    run = dict(golden.meta["sampler_runs"][0])
+    runs = "sampler_runs" if "sampler_runs" in golden.meta else "generate_runs"
+    run = dict(golden.meta[runs][0])
     run[count] += 1
-    assert _outcomes(Golden(golden.model, golden.tensors, {**golden.meta, "sampler_runs": [run]}))["golden_counts"] == (
-        "failed"
-    )
+    assert _outcomes(Golden(golden.model, golden.tensors, {**golden.meta, runs: [run]}))["golden_counts"] == "failed"

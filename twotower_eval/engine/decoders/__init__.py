@@ -30,6 +30,7 @@ DECODERS = {
     "dream": "twotower_eval.engine.decoders.dream:Dream",
     "bd3lm": "twotower_eval.engine.decoders.bd3lm:BD3LM",
     "e2d2": "twotower_eval.engine.decoders.e2d2:E2D2",
+    "entropy_bound": "twotower_eval.engine.decoders.entropy_bound:EntropyBound",
     "radd": "twotower_eval.engine.decoders.radd:RADD",
     "sdar": "twotower_eval.engine.decoders.sdar:SDAR",
     "llada2": "twotower_eval.engine.decoders.llada2:LLaDA2",
@@ -38,7 +39,7 @@ DECODERS = {
     "reference": "twotower_eval.engine.decoders.reference:Reference",
     "endpoint": "twotower_eval.engine.endpoints.decoder:EndpointDecoder",
 }
-OTHER_WORDS = {"greedy": "autoregressive", "ar": "autoregressive"}
+OTHER_WORDS = {"greedy": "autoregressive", "ar": "autoregressive", "diffusion_gemma": "entropy_bound"}
 GIVEN = ("max_new_tokens", "eos_token_ids", "stop")  # the keywords with which every verb calls generate
 SEAM = Seam(what="decoder", form="package.module:Class", shipped=DECODERS, other_words=OTHER_WORDS)
 

@@ -28,6 +28,7 @@ from twotower_eval.engine.decoders.rows import (
 )
 from twotower_eval.engine.models.counting import CountedContext, CountingModel, joined
 from twotower_eval.engine.models.protocol import Model, two_tower
+from twotower_eval.errors import UserError
 from twotower_eval.records import CommitStep, Generation, Prompt
 
 ParamsT = TypeVar("ParamsT")
@@ -185,17 +186,30 @@ def no_denoiser(decoder: str) -> str:
     )
 
 
+def check_mask(model: Model, what: str) -> None:
+    """UserError for a model without a mask token, of which ``what`` would fill some."""
+    if model.mask_token_id is not None:
+        return
+    other = ": give --decoder entropy_bound" if hasattr(model, "denoise_after") else ""
+    raise UserError(
+        f"{what} fills masks, and {model.checkpoint.name} ({model.checkpoint.family}) has no mask token{other}"
+    )
+
+
 class BatchDecoder(Generic[ParamsT]):
     """Base of the decoders that run the prompts of a call in batches."""
 
     KIND: ClassVar[str]
     NEEDS_DENOISER: ClassVar[bool] = True
+    NEEDS_MASK: ClassVar[bool] = True  # of the denoiser: a token that stands for what is to be filled
     NEEDS_PROMPT: ClassVar[bool] = True  # of at least one token
     make_noise: Callable[[Sequence[Prompt]], Noise] = RowNoise  # replaced where recorded draws are played back
 
     def __init__(self, model: Model, params: ParamsT, *, clock: Clock | None = None) -> None:
         if self.NEEDS_DENOISER:
             two_tower(model, no_denoiser(self.KIND))
+            if self.NEEDS_MASK:
+                check_mask(model, f"decoder {self.KIND!r}")
         self.model, self.params, self.clock = model, params, clock
 
     @torch.inference_mode()

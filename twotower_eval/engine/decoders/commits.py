@@ -85,3 +85,17 @@ def num_within_factor(sorted_confidence: Sequence[float], factor: float) -> int:
     """
     limits = [-1.0, *(1 - factor / (rank + 1) for rank in range(2, len(sorted_confidence) + 1))]
     return sum(value >= limit for value, limit in zip(sorted_confidence, limits, strict=True))
+
+
+def within_entropy(entropy_BK: Tensor, bound: float) -> Tensor:
+    """The positions of lowest entropy (nats) of each row, as many as the entropies of those before each one sum up to
+    ``bound`` at most; the lowest is always among them. (B, K) boolean (DiffusionGemma).
+
+    >>> within_entropy(torch.tensor([[0.3, 0.1, 0.3]]), 0.2).tolist()
+    [[True, True, False]]
+    """
+    ordered_BK, order_BK = entropy_BK.sort(dim=1, stable=True)
+    before_BK = ordered_BK.cumsum(1) - ordered_BK
+    inside_BK = before_BK <= bound
+    inside_BK[:, 0] = True
+    return torch.zeros_like(inside_BK).scatter(1, order_BK, inside_BK)

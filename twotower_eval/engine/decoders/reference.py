@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from twotower_eval.engine.decoders.batch import no_denoiser
+from twotower_eval.engine.decoders.batch import check_mask, no_denoiser
 from twotower_eval.engine.decoders.block_diffusion import Params as BlockParams
 from twotower_eval.engine.decoders.rows import (
     Clock,
@@ -60,6 +60,8 @@ class Reference:
 
     def __init__(self, model: Model, params: _Params, *, clock: Clock | None = None) -> None:
         self._pair = None if params.mode == "autoregressive" else two_tower(model, no_denoiser(params.mode))
+        if self._pair is not None:
+            check_mask(model, f"decoder {params.mode!r}")
         self.model, self.params, self.clock = model, params, clock
 
     @torch.inference_mode()

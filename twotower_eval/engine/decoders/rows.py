@@ -231,6 +231,9 @@ class Noise(Protocol):
     def uniform(self, row: int, num: int) -> Tensor:
         """So many numbers of [0, 1), float32."""
 
+    def drawn(self, rows: Sequence[int], probability_BKV: Tensor) -> Tensor:
+        """One token (len(rows), K) of each distribution, with one number of the row's stream each."""
+
 
 class RowNoise:
     """Gumbel noise from one generator per row, seeded by its prompt, so that a row never depends on its neighbours.
@@ -249,6 +252,22 @@ class RowNoise:
     def uniform(self, row: int, num: int) -> Tensor:
         """So many numbers of [0, 1) from a row's stream, float32."""
         return torch.rand(num, generator=self.generators[row])
+
+    def drawn(self, rows: Sequence[int], probability_BKV: Tensor) -> Tensor:
+        """One token (len(rows), K) of each distribution: the first whose cumulated probability is above the number."""
+        uniform_BK = torch.stack([self.uniform(row, probability_BKV.shape[1]) for row in rows])
+        return quantile(probability_BKV, uniform_BK.to(probability_BKV.device))
+
+
+def quantile(probability: Tensor, uniform: Tensor) -> Tensor:
+    """The first tokens (...) whose cumulated probabilities (..., V) are above numbers of [0, 1); never one of none.
+
+    >>> quantile(torch.tensor([[0.5, 0.0, 0.5, 0.0]]), torch.tensor([0.5]))
+    tensor([2])
+    """
+    total = probability.double().cumsum(-1)
+    wanted = uniform.double()[..., None] * total[..., -1:]
+    return torch.searchsorted(total, wanted, right=True)[..., 0]
 
 
 def choose(logits: Tensor, temperature: float, noise: Noise, rows: Sequence[int]) -> Tensor:

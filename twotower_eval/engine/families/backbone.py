@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from twotower_eval.engine.models.transformers_ar import LOAD_ERRORS
 from twotower_eval.engine.models.transformers_ar import _quiet as quiet
-from twotower_eval.engine.models.transformers_types import CausalLM, Loaded
+from twotower_eval.engine.models.transformers_types import CausalLM, Config, Loaded
 from twotower_eval.errors import FileError
 
 if TYPE_CHECKING:
@@ -156,7 +156,16 @@ def load_backbone(
     import transformers
 
     config = getattr(transformers, f"{KINDS[kind]}Config")(**settings, attn_implementation="sdpa")
-    model_class: Any = getattr(transformers, f"{KINDS[kind]}ForCausalLM")
+    model_class: object = getattr(transformers, f"{KINDS[kind]}ForCausalLM")
+    return Backbone(load_inner(folder, model_class, config, tensors, dtype=dtype, device=device))
+
+
+def load_inner(
+    folder: Path, kind: object, config: Config, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, device: str
+) -> CausalLM:
+    """A model of transformers' class ``kind`` with this config and these tensors, by its own names; see
+    :func:`load_backbone`."""
+    model_class: Any = kind
     try:
         with quiet():
             loaded: Loaded = model_class.from_pretrained(
@@ -171,4 +180,5 @@ def load_backbone(
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise FileError(f"{folder}: checkpoint {problem} tensor {names[0]}{more}; it does not fit its config.json")
-    return Backbone(inner.to(device).eval().requires_grad_(False))
+    inner.to(device).eval().requires_grad_(False)
+    return inner

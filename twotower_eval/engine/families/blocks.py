@@ -18,7 +18,7 @@ from twotower_eval.engine.families.kept import Kept, read_part
 from twotower_eval.engine.models.base import LanguageModel
 from twotower_eval.errors import UserError
 
-NOBODY = -1  # in place of a block's number: a column of padding
+NOBODY = -1  # in place of a block's number or a token's position: a column of padding
 
 
 @dataclass(frozen=True)

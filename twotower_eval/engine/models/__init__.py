@@ -26,6 +26,7 @@ FAMILIES = {
     "a2d_bd3lm": "twotower_eval.engine.families.a2d:load_blocks",
     "a2d_mdlm": "twotower_eval.engine.families.a2d:load",
     "bd3lm": "twotower_eval.engine.families.bd3lm:load",
+    "diffusion_gemma": "twotower_eval.engine.families.diffusion_gemma:load",
     "dream": "twotower_eval.engine.families.dream:load",
     "e2d2": "twotower_eval.engine.families.e2d2:load",
     "fast_dllm_v2": "twotower_eval.engine.families.fast_dllm_v2:load",

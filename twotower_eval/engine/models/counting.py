@@ -13,7 +13,16 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
-from twotower_eval.engine.models.protocol import Context, Denoising, Keeping, Kept, Model, Segment, Verifying
+from twotower_eval.engine.models.protocol import (
+    Context,
+    Denoising,
+    Keeping,
+    Kept,
+    Model,
+    Segment,
+    SelfConditioned,
+    Verifying,
+)
 from twotower_eval.engine.models.witness import Lengths, Witness
 from twotower_eval.records import Passes, PassKind
 
@@ -177,6 +186,12 @@ class CountingModel:
         self._count(self.num_denoiser_forwards, context.rows)
         return logits
 
+    def denoise_after(self, canvas_BK: Tensor, context: CountedContext, previous: Sequence[Tensor | None]) -> Tensor:
+        """Denoiser logits (B, K, V) of a canvas of which each row's earlier logits are known."""
+        logits = cast(SelfConditioned, self.model).denoise_after(canvas_BK, context.inner, previous)
+        self._count(self.num_denoiser_forwards, context.rows)
+        return logits
+
     def next_logits(self, context: CountedContext) -> Tensor:
         """Logits (B, V) from the context as it is: no forward, so not counted."""
         return self.model.next_logits(context.inner)
@@ -319,6 +334,14 @@ class WatchedModel:
             witness.denoised(part_BM, logits, held)
         return logits
 
+    def denoise_after(self, canvas_BK: Tensor, context: Context, previous: Sequence[Tensor | None]) -> Tensor:
+        """The model's own, recorded."""
+        call = self._model.denoise_after
+        logits: Tensor = self._run(self.denoisings, canvas_BK.shape, call, canvas_BK, context, previous)
+        for witness in self._listening():
+            witness.denoised(canvas_BK, logits, _held(context))
+        return logits
+
     def next_logits(self, context: Context) -> Tensor:
         """The model's own: no forward, so only a witness receives it."""
         logits: Tensor = self._model.next_logits(context)
@@ -361,7 +384,16 @@ def _lengths(more: Sequence[object], options: Mapping[str, object]) -> Lengths:
     return cast(Lengths, options["lengths_B"] if "lengths_B" in options else more[0] if more else None)
 
 
-NOTED = ("prefill", "extend", "denoise", "context_logits", "extend_logits", "tree_logits", "next_logits")
+NOTED = (
+    "prefill",
+    "extend",
+    "denoise",
+    "denoise_after",
+    "context_logits",
+    "extend_logits",
+    "tree_logits",
+    "next_logits",
+)
 
 
 @contextmanager

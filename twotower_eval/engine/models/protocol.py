@@ -123,6 +123,17 @@ class Keeping(Masked, Protocol):
         """Logits (B, M, V) of M tokens of each row's block from place ``starts`` on."""
 
 
+class SelfConditioned(Model, Protocol):
+    """A model that denoises a canvas of any tokens, none of which is a mask, and is told what it thought of that canvas
+    before; see :func:`self_conditioned`. ``block_size`` is the canvas's length."""
+
+    block_size: int
+
+    def denoise_after(self, canvas_BK: Tensor, context: Context, previous: Sequence[Tensor | None]) -> Tensor:
+        """Logits (B, K, V) float32 of the token at each place of a canvas behind the context; ``previous`` are each
+        row's logits (K, V) of the step before, as they were sampled from, None at a canvas's first step."""
+
+
 class Denoising(Masked, Protocol):
     """A two-tower model: a causal model with a denoiser that reads its context. See :func:`two_tower`."""
 
@@ -233,6 +244,13 @@ def two_tower(model: Model, needed_by: str) -> Denoising:
     if not has_denoiser(model):
         raise UserError(needed_by)
     return model
+
+
+def self_conditioned(model: Model, needed_by: str) -> SelfConditioned:
+    """The model as one that is told its earlier logits. UserError with the message ``needed_by`` if it is not."""
+    if not hasattr(model, "denoise_after"):
+        raise UserError(needed_by)
+    return cast(SelfConditioned, model)
 
 
 def branching(model: Model) -> Branching | None:

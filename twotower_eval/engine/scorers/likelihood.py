@@ -21,6 +21,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from twotower_eval.engine.decoders.batch import check_mask
 from twotower_eval.engine.decoders.rows import padded_ids
 from twotower_eval.engine.models.context import Branch, branches, walk
 from twotower_eval.engine.models.protocol import Context, Denoising, Model, branching, remote, two_tower
@@ -253,6 +254,7 @@ def make(model: Model, kind: LikelihoodKind, *, block_size: int, num_draws: int)
     if kind not in ("denoiser_left_to_right", "bound"):
         raise UserError(f"likelihood {kind!r} is unknown; choose exact, context_tower, denoiser_left_to_right or bound")
     pair = two_tower(model, f"likelihood {kind!r} needs a denoiser, and {model.checkpoint.name} has none")
+    check_mask(model, f"likelihood {kind!r}")
     if block_size < 1 or (kind == "bound" and num_draws < 2):
         raise UserError("a denoiser likelihood needs block_size of at least 1, a bound at least 2 draws")
     if kind == "bound":

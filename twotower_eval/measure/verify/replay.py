@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from twotower_eval.engine.decoders.rows import quantile
 from twotower_eval.engine.models.counting import reads_prompts
 from twotower_eval.errors import UserError
 from twotower_eval.records import Generation
@@ -101,6 +102,11 @@ class Recorded:
         if not self._draws or self._draws[0].numel() != num:
             raise UserError(f"golden.safetensors has no draw of {num} numbers where the decoder makes one")
         return self._draws.pop(0).flatten()
+
+    def drawn(self, rows: Sequence[int], probability_BKV: Tensor) -> Tensor:
+        """Tokens (len(rows), K) of distributions, by the next draws."""
+        draws = [self.uniform(row, probability_BKV.shape[1]) for row in rows]
+        return quantile(probability_BKV, torch.stack(draws).to(probability_BKV.device))
 
     def gumbel(self, rows: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Gumbel noise from the next draw."""

@@ -22,6 +22,7 @@ REPLAYS = {
     "a2d_qwen3": "twotower_eval.measure.verify.replay_a2d:a2d",
     "bd3lm": "twotower_eval.measure.verify.replay_bd3lm:bd3lm",
     "d3pm_absorbing_text": "twotower_eval.measure.verify.replay_numbers:d3pm",
+    "diffusion_gemma": "twotower_eval.measure.verify.replay_gemma:diffusion_gemma",
     "dream": "twotower_eval.measure.verify.replay_canvas:dream",
     "e2d2": "twotower_eval.measure.verify.replay_e2d2:e2d2",
     "fast_dllm_v1": "twotower_eval.measure.verify.replay_fast_dllm:v1",
