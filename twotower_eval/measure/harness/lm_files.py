@@ -2,8 +2,7 @@
 
 A model here is a checkpoint with a decoder, which is what lm-eval calls a model. The files lie where
 ``lm_eval --output_path RUN/lm_eval --log_samples`` would put them, and hold what it would: the same keys, hashes,
-targets, filtered answers and scores. Standard errors are lm-eval's closed forms; where it would run a bootstrap for
-minutes, ``N/A``, as it writes itself with ``bootstrap_iters=0``: reports have their own intervals.
+targets, filtered answers, scores and standard errors, ``N/A`` where it has none; reports have their own intervals.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from types import TracebackType
 from typing import IO, SupportsFloat, cast
 
 from twotower_eval.engine.models.protocol import Model
+from twotower_eval.measure.harness.bootstrap import NUM_DRAWS, standard_error
 from twotower_eval.measure.harness.filtered import Filtered, response
 from twotower_eval.measure.harness.scoring import mean_item
 from twotower_eval.measure.suites import BuiltDoc, BuiltTask, aggregation, aggregation_name, lm_tasks
@@ -202,11 +202,9 @@ def _task_results(leaf: str, filtered: Sequence[Filtered], num_samples: int) -> 
 
 
 def _aggregated(source: Task, metric: str, items: Sequence[object]) -> tuple[object, object]:
-    from lm_eval.api.metrics import acc_all, acc_all_stderr, mean, mean_stderr
-
     function = aggregation(source, metric)
-    closed_form = {mean: mean_stderr, acc_all: acc_all_stderr}.get(function)
-    return function(items), closed_form(items) if closed_form and len(items) > 1 else NOT_AVAILABLE
+    error = standard_error(metric, function, items)
+    return function(items), NOT_AVAILABLE if error is None else error
 
 
 def _task_name(source: Task) -> str:
@@ -287,7 +285,7 @@ def _of_execution(model: _Model, manifest: RunManifest) -> Json:
             "device": ",".join(checkpoint.devices),
             "use_cache": None,
             "limit": plan.get("limit"),
-            "bootstrap_iters": 0,
+            "bootstrap_iters": NUM_DRAWS,
             "gen_kwargs": plan.get("gen_kwargs"),
             "random_seed": seeds.get("python", seeds.get("run")),
             "numpy_seed": seeds.get("numpy", seeds.get("run")),
