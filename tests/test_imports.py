@@ -18,7 +18,7 @@ HALVES = {"engine", "measure", "analyse"}
 ENGINE = {"models", "decoders"}
 
 # Everyone may import these: they know nothing of the rest.
-COMMON = {"version", "errors", "records", "names", "strict", "resources", "sources", "plugin_calls"}
+COMMON = {"version", "errors", "records", "names", "strict", "resources", "sources", "plugin_calls", "usual"}
 # Room -> further rooms of this package that it may import, directly and anywhere in its files.
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"models", "decoders", "scorers", "moved", "api", "plan"},
@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
     "records": set(),
+    "usual": set(),
     "names": set(),
     "strict": set(),
     "progress": set(),
@@ -54,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "endpoints": {"models", "decoders", "scorers"},
     # measure
     "suites": {"task_options"},
-    "chosen": {"plan", "plan_baselines", "plan_sources", "models"},
+    "chosen": {"plan", "plan_baselines", "plan_sources", "decoder_settings", "models"},
     "harness": {"plan", "plan_chat", "plan_sources", "task_options", "chosen", "decoder_settings", "rules", "store"}
     | {"progress", "suites", "scorers", *ENGINE},
     "speed": {"plan", "plan_chat", "plan_sources", "task_options", "chosen", "decoder_settings", "rules", "store"}

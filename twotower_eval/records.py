@@ -967,7 +967,7 @@ class Ways:
     failed: tuple[FailedTrial, ...] = ()
 
 
-ChosenSetting = Literal["device", "dtype", "decoder", "batch_size"]
+ChosenSetting = Literal["device", "dtype", "decoder", "batch_size", "likelihood"]
 ChosenReason = Literal[
     "first there is",
     "no accelerator",
@@ -977,6 +977,8 @@ ChosenReason = Literal[
     "not computed in",
     "not stated",
     "no denoiser",
+    "of the family",
+    "no causal tower",
     "usual",
     "fits",
 ]

@@ -318,6 +318,8 @@ CHOSEN_WORDS: dict[ChosenReason, str] = {
     "not computed in": "stored in {stored}, in which no model is run here",
     "not stated": "its checkpoint does not say what it is stored in",
     "no denoiser": "the model has no denoiser",
+    "of the family": "its family's own",
+    "no causal tower": "its family has no causal tower",
     "usual": "the usual one; a CPU gains nothing from more",
     "fits": "the largest power of two that fits into memory",
 }

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from twotower_eval.decoder_settings import USUAL
 from twotower_eval.errors import UserError
 from twotower_eval.plan import RunPlan, SizingPlan, SpeedPlan, VerifyPlan, each_baseline, named_baselines
 from twotower_eval.plan_baselines import PREFIX
 from twotower_eval.plan_sources import baseline_source, model_source
-from twotower_eval.records import AUTO, Arm, Chosen
+from twotower_eval.records import AUTO, Arm, Chosen, ChosenReason
 from twotower_eval.sources import Source, located
+from twotower_eval.usual import OWN_TOWER, has_own_form, needs_baseline, usual_of
 
 if TYPE_CHECKING:
     from twotower_eval.engine.models.protocol import Model
@@ -54,10 +56,15 @@ def without_auto(plan: P) -> tuple[P, tuple[Chosen, ...]]:
     changes["devices"] = (own.device, *plan.devices[1:])
     if not isinstance(plan, VerifyPlan):
         changes |= _of_baselines(plan, own, others)
+    if isinstance(plan, RunPlan | SpeedPlan):
+        _check_baselines(plan, own)
     if getattr(plan, "decoder", None) == AUTO:
         decoder = _decoder(own)
         found += [decoder] if decoder.reason != "usual" else []
         changes["decoder"] = decoder.value
+    if isinstance(plan, RunPlan) and (likelihood := _likelihood(plan, own)) is not None:
+        found.append(likelihood)
+        changes["likelihood"] = likelihood.value
     made = dataclasses.replace(plan, **changes)
     return made, tuple(_joined(_named(made, found), len(models)))
 
@@ -160,7 +167,23 @@ def _decoder(model: _Model) -> Chosen:
 
     if model.folder is None or may_denoise(model.folder, model.family) is False:
         return Chosen(setting="decoder", value="autoregressive", reason="no denoiser")
-    return Chosen(setting="decoder", value="block_diffusion", reason="usual")
+    usual = usual_of(model.family).decoder
+    reason: ChosenReason = "usual" if usual == USUAL else "of the family"
+    return Chosen(setting="decoder", value=usual, reason=reason)
+
+
+def _likelihood(plan: RunPlan, model: _Model) -> Chosen | None:
+    """The kind of log-likelihoods in place of a context tower's, where the family has none."""
+    kinds = usual_of(model.family).kinds
+    if plan.likelihood != OWN_TOWER or has_own_form(model.family) or not kinds:
+        return None
+    return Chosen(setting="likelihood", value=kinds[0], reason="no causal tower")
+
+
+def _check_baselines(plan: RunPlan | SpeedPlan, model: _Model) -> None:
+    """UserError, before anything is loaded, where a candidate is to be its own baseline and cannot be."""
+    if not has_own_form(model.family) and any(baseline_source(one) is None for one in each_baseline(plan)):
+        raise UserError(needs_baseline(model_source(plan).name, model.family))
 
 
 def _number_text(model: _Model) -> str | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from twotower_eval.engine.decoders.batch import misfit
 from twotower_eval.engine.decoders.rows import Clock, OnFinish
 from twotower_eval.engine.models.protocol import Model, remote
 from twotower_eval.engine.plugin_source import plugin_code
@@ -15,6 +17,7 @@ from twotower_eval.names import Seam, nearest, resolve
 from twotower_eval.plugin_calls import calls_of, module_of
 from twotower_eval.records import DecoderSpec, Generation, Prompt
 from twotower_eval.strict import check_number
+from twotower_eval.usual import usual_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -40,6 +43,7 @@ DECODERS = {
     "endpoint": "twotower_eval.engine.endpoints.decoder:EndpointDecoder",
 }
 OTHER_WORDS = {"greedy": "autoregressive", "ar": "autoregressive", "diffusion_gemma": "entropy_bound"}
+UNASKED = ("prompt_lookup", "draft", "mock_ar")  # they give another decoder's tokens, or none that anyone would want
 GIVEN = ("max_new_tokens", "eos_token_ids", "stop")  # the keywords with which every verb calls generate
 SEAM = Seam(what="decoder", form="package.module:Class", shipped=DECODERS, other_words=OTHER_WORDS)
 
@@ -163,8 +167,26 @@ def _made(model: Model, kind: str, params: Mapping[str, object], clock: Clock | 
             "texts: take decoder 'endpoint'"
         )
     checked = _checked(cls, kind, params)
+    needs = getattr(cls, "needs", None)
+    if needs is not None and (reason := misfit(kind, needs(), model)):
+        raise UserError(f"{reason}: give --decoder {' or '.join(fitting(model))}")
     with calls_of(module_of(cls), f"decoder {kind}", "__init__"):
         return cls(model, checked, clock=clock)
+
+
+def fitting(model: Model) -> list[str]:
+    """Decoders that can use a model with their own defaults, the usual one of its family first; those that serve as
+    references or need another model are left out."""
+    found = []
+    for kind in DECODERS:
+        cls = decoder_class(kind)
+        if kind in UNASKED or not hasattr(cls, "needs"):
+            continue
+        with contextlib.suppress(UserError):
+            cls(model, cls.Params())
+            found.append(kind)
+    usual = usual_of(model.checkpoint.family).decoder
+    return sorted(found, key=lambda kind: kind != usual)
 
 
 def _checked(cls: DecoderClass, kind: str, params: Mapping[str, object]) -> DataclassInstance:

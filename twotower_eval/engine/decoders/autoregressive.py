@@ -42,6 +42,7 @@ class MockAR(BatchDecoder[Params]):
     """One denoiser and one context forward per token."""
 
     KIND = "mock_ar"
+    NEEDS = "two towers"
     Params = Params
     VERSION = 1
 

@@ -5,7 +5,7 @@ A decoder only defines how tokens are made (:meth:`BatchDecoder._decode`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, TypeVar
 
@@ -27,7 +27,7 @@ from twotower_eval.engine.decoders.rows import (
     padded_ids,
 )
 from twotower_eval.engine.models.counting import CountedContext, CountingModel, joined
-from twotower_eval.engine.models.protocol import Model, two_tower
+from twotower_eval.engine.models.protocol import Ability, Model, lacks
 from twotower_eval.errors import UserError
 from twotower_eval.records import CommitStep, Generation, Prompt
 
@@ -179,6 +179,13 @@ class Call:
             self.on_finish(made)
 
 
+NEEDED: Mapping[Ability, str] = {
+    "causal": "a model that predicts the next token",
+    "masked": "a model that predicts masked tokens",
+    "two towers": "a two-tower checkpoint",
+}
+
+
 def no_denoiser(decoder: str) -> str:
     """Why a decoder cannot use a model, and which one can."""
     return (
@@ -190,10 +197,24 @@ def check_mask(model: Model, what: str) -> None:
     """UserError for a model without a mask token, of which ``what`` would fill some."""
     if model.mask_token_id is not None:
         return
-    other = ": give --decoder entropy_bound" if hasattr(model, "denoise_after") else ""
+    other = (
+        ": give --decoder entropy_bound"
+        if hasattr(model, "denoise_after")
+        else ": add mask_token_id to its config.json, or mask_token to its tokenizer_config.json"
+    )
     raise UserError(
         f"{what} fills masks, and {model.checkpoint.name} ({model.checkpoint.family}) has no mask token{other}"
     )
+
+
+def misfit(decoder: str, needed: Ability, model: Model) -> str | None:
+    """Why a decoder with this need cannot use a model; None where it can."""
+    if not lacks(model, needed):
+        return None
+    if not model.has_denoiser:
+        return f"decoder {decoder!r} needs {NEEDED[needed]}, and this one has no denoiser"
+    checkpoint = model.checkpoint
+    return f"decoder {decoder!r} needs {NEEDED[needed]}, and {checkpoint.name} is of family {checkpoint.family}"
 
 
 class BatchDecoder(Generic[ParamsT]):
@@ -202,15 +223,23 @@ class BatchDecoder(Generic[ParamsT]):
     KIND: ClassVar[str]
     NEEDS_DENOISER: ClassVar[bool] = True
     NEEDS_MASK: ClassVar[bool] = True  # of the denoiser: a token that stands for what is to be filled
+    NEEDS: ClassVar[Ability | None] = None  # None: masked tokens, or the next one where it needs no denoiser
+    SAMPLES: ClassVar[bool] = False  # whether tokens are drawn also at temperature 0
     NEEDS_PROMPT: ClassVar[bool] = True  # of at least one token
     make_noise: Callable[[Sequence[Prompt]], Noise] = RowNoise  # replaced where recorded draws are played back
 
     def __init__(self, model: Model, params: ParamsT, *, clock: Clock | None = None) -> None:
-        if self.NEEDS_DENOISER:
-            two_tower(model, no_denoiser(self.KIND))
-            if self.NEEDS_MASK:
-                check_mask(model, f"decoder {self.KIND!r}")
+        needed = self.needs()
+        if reason := misfit(getattr(self, "KIND", type(self).__name__), needed, model):
+            raise UserError(reason)
+        if needed == "masked" and self.NEEDS_MASK:
+            check_mask(model, f"decoder {self.KIND!r}")
         self.model, self.params, self.clock = model, params, clock
+
+    @classmethod
+    def needs(cls) -> Ability:
+        """What a model has to be able to do."""
+        return cls.NEEDS or ("masked" if cls.NEEDS_DENOISER else "causal")
 
     @torch.inference_mode()
     def generate(

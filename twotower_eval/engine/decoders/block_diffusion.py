@@ -113,6 +113,7 @@ class BlockDiffusion(BatchDecoder[Params]):
     """
 
     KIND = "block_diffusion"
+    NEEDS = "two towers"
     Params = Params
     VERSION = 1
 

@@ -15,11 +15,11 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from twotower_eval.engine.decoders.batch import BatchDecoder, Call, no_denoiser
+from twotower_eval.engine.decoders.batch import BatchDecoder, Call
 from twotower_eval.engine.decoders.parts import Held, alike
-from twotower_eval.engine.decoders.rows import choose, on_host
+from twotower_eval.engine.decoders.rows import Clock, choose, on_host
 from twotower_eval.engine.models.counting import CountedContext
-from twotower_eval.engine.models.protocol import two_tower
+from twotower_eval.engine.models.protocol import Model, masked
 from twotower_eval.records import CommitStep
 
 
@@ -67,6 +67,10 @@ class Predicted(NamedTuple):
 class BlockDecoder(BatchDecoder[ParamsT]):
     """Base of decoders of blocks: the loop. They define :meth:`block_size` and :meth:`taken`, maybe the rest."""
 
+    def __init__(self, model: Model, params: ParamsT, *, clock: Clock | None = None) -> None:
+        super().__init__(model, params, clock=clock)
+        self.block_size()  # a model without blocks is refused now
+
     def block_size(self) -> int:
         """Tokens of a block."""
         raise AssertionError(f"{type(self).__name__} does not define block_size")
@@ -104,7 +108,7 @@ class BlockDecoder(BatchDecoder[ParamsT]):
         return self._predict(call, call.counted.denoise(tokens_BK, view, None), mask_id, view.rows)
 
     def _decode(self, call: Call) -> None:
-        mask_id = two_tower(self.model, no_denoiser(self.KIND)).mask_token_id
+        mask_id = masked(self.model).mask_token_id
         blocks = []
         for row, prompt in zip(call.rows, call.prompts, strict=True):
             row.steps = [] if self.params.trace or prompt.trace else None

@@ -14,11 +14,11 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from twotower_eval.engine.decoders.batch import BatchDecoder, Call, no_denoiser
+from twotower_eval.engine.decoders.batch import BatchDecoder, Call
 from twotower_eval.engine.decoders.parts import Held
 from twotower_eval.engine.decoders.rows import choose, on_host, padded_ids
 from twotower_eval.engine.models.counting import CountedContext
-from twotower_eval.engine.models.protocol import two_tower
+from twotower_eval.engine.models.protocol import masked
 from twotower_eval.records import CommitStep
 
 
@@ -126,7 +126,7 @@ class CanvasDecoder(BatchDecoder[ParamsT]):
         return None
 
     def _decode(self, call: Call) -> None:
-        mask_id = two_tower(self.model, no_denoiser(self.KIND)).mask_token_id
+        mask_id = masked(self.model).mask_token_id
         shape = self.shape(call.rules.max_new_tokens)
         canvases = [Canvas.empty(shape, mask_id) for _ in call.prompts]
         for row, prompt, canvas in zip(call.rows, call.prompts, canvases, strict=True):

@@ -72,8 +72,10 @@ class FastDLLMv2(BlockDecoder[Params]):
             raise UserError(f"small_block_size {part} does not divide the block of {size}")
 
     def block_size(self) -> int:
-        """The model's."""
-        size: int = self.model.block_size  # type: ignore[attr-defined]
+        """The model's. UserError for a model that has none."""
+        size: int | None = getattr(self.model, "block_size", None)
+        if size is None:
+            raise UserError(f"decoder {self.KIND!r} needs a model that reads blocks behind a cache")
         return size
 
     def begun(self, call: Call, blocks: Sequence[Block], context: CountedContext) -> CountedContext | None:

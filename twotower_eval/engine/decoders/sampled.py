@@ -14,10 +14,10 @@ from typing import ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from twotower_eval.engine.decoders.batch import BatchDecoder, Call, no_denoiser
-from twotower_eval.engine.decoders.rows import Noise, padded_ids
+from twotower_eval.engine.decoders.batch import BatchDecoder, Call
+from twotower_eval.engine.decoders.rows import Clock, Noise, padded_ids
 from twotower_eval.engine.models.counting import CountedContext
-from twotower_eval.engine.models.protocol import two_tower
+from twotower_eval.engine.models.protocol import Model, masked
 from twotower_eval.records import CommitStep
 
 LEAST = 1e-10  # keeps a draw of 0 and its logarithm apart from infinity, as published samplers do
@@ -71,6 +71,12 @@ class SampledDecoder(BatchDecoder[ParamsT]):
 
     NEEDS_PROMPT: ClassVar[bool] = False
     READS_BLOCKS: ClassVar[bool] = False
+    SAMPLES: ClassVar[bool] = True
+
+    def __init__(self, model: Model, params: ParamsT, *, clock: Clock | None = None) -> None:
+        super().__init__(model, params, clock=clock)
+        if self.READS_BLOCKS:
+            self.block_size()  # a model without blocks is refused now
 
     def block_size(self) -> int:
         """Tokens of a block, if blocks are read."""
@@ -125,7 +131,7 @@ class SampledDecoder(BatchDecoder[ParamsT]):
         return None
 
     def _decode(self, call: Call) -> None:
-        mask_id = two_tower(self.model, no_denoiser(self.KIND)).mask_token_id
+        mask_id = masked(self.model).mask_token_id
         drafts = []
         for index, prompt in enumerate(call.prompts):
             call.rows[index].steps = [] if self.params.trace or prompt.trace else None

@@ -58,7 +58,7 @@ class BD3LM(LanguageModel):
     """The network."""
 
     mask_token_id: int
-    has_denoiser = two_way = True
+    has_denoiser = two_way = one_network = True
     max_length: int
 
     def __init__(self, network: DiT, block_size: int) -> None:

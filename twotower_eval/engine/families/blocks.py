@@ -57,7 +57,7 @@ class BlockModel(LanguageModel):
     counted so that one ends where the prompt does, and the first may be shorter."""
 
     mask_token_id: int
-    has_denoiser = two_way = True
+    has_denoiser = two_way = one_network = True
     block_size: int
     shift = 0
     ends_with_prompt = False

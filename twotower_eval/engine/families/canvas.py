@@ -43,6 +43,7 @@ class CanvasModel(LanguageModel):
 
     mask_token_id: int
     has_denoiser = True
+    one_network = True
     reads_prompts = False
     shift = 0
 

@@ -56,7 +56,7 @@ def _wide(position_BT: Tensor, width: int) -> Tensor:
 class DiffusionGemma(LanguageModel):
     """The network behind a cache. ``block_size`` is the length of its canvas."""
 
-    has_denoiser = True
+    has_denoiser = one_network = True
 
     def __init__(self, inner: CausalLM) -> None:
         super().__init__()

@@ -68,7 +68,7 @@ class E2D2(LanguageModel):
     """
 
     mask_token_id: int
-    has_denoiser = two_way = True
+    has_denoiser = two_way = one_network = True
     causal = causal_cache = keeps_first = False
 
     def __init__(self, encoder: Backbone, decoder: Backbone, places: Sequence[int] | None, block_size: int) -> None:

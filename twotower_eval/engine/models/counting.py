@@ -272,7 +272,8 @@ class WatchedModel:
 
     def prefill(self, ids_BS: Tensor, *more: object, **options: object) -> Context:
         """The model's own, recorded."""
-        made: Context = self._run(self.prefills, ids_BS.shape, self._model.prefill, ids_BS, *more, **options)
+        steps = self.prefills if reads_prompts(self._model) else None
+        made: Context = self._run(steps, ids_BS.shape, self._model.prefill, ids_BS, *more, **options)
         for witness in self._listening():
             witness.prefilled(ids_BS, _lengths(more, options))
         return made
@@ -294,7 +295,8 @@ class WatchedModel:
 
     def extend(self, context: Context, ids_BK: Tensor, *more: object, **options: object) -> Context:
         """The model's own, recorded."""
-        made: Context = self._run(self.extensions, ids_BK.shape, self._model.extend, context, ids_BK, *more, **options)
+        steps = self.extensions if reads_prompts(self._model) else None
+        made: Context = self._run(steps, ids_BK.shape, self._model.extend, context, ids_BK, *more, **options)
         for witness in self._listening():
             witness.extended(ids_BK, _lengths(more, options))
         return made
@@ -354,10 +356,11 @@ class WatchedModel:
         return () if not self._witnesses or get_ident() in self.running else self._witnesses
 
     def _run(
-        self, steps: RowSteps, size: Sequence[int], call: Callable[..., T], *given: object, **options: object
+        self, steps: RowSteps | None, size: Sequence[int], call: Callable[..., T], *given: object, **options: object
     ) -> T:
+        """``steps`` None: no forward, of a model that keeps the tokens alone."""
         thread = get_ident()
-        if thread in self.running:  # part of a recorded forward
+        if steps is None or thread in self.running:  # the latter is part of a recorded forward
             return call(*given, **options)
         self._before()
         rows, tokens = size
@@ -389,6 +392,8 @@ NOTED = (
     "extend",
     "denoise",
     "denoise_after",
+    "denoise_kept",
+    "denoise_part",
     "context_logits",
     "extend_logits",
     "tree_logits",
@@ -402,7 +407,8 @@ def watched_in_place(model: Model) -> Iterator[WatchedModel]:
     for the duration of the context."""
     parts: list[object] = [model, *(part for part in (getattr(model, "context_tower", None),) if part is not None)]
     own = [{name: getattr(part, name) for name in NOTED if hasattr(part, name)} for part in parts]
-    watched = WatchedModel(SimpleNamespace(**own[0], mask_token_id=getattr(model, "mask_token_id", None)))
+    facts = {"mask_token_id": getattr(model, "mask_token_id", None), "reads_prompts": reads_prompts(model)}
+    watched = WatchedModel(SimpleNamespace(**own[0], **facts))
     with ExitStack() as stack:
         for part, methods in zip(parts, own, strict=True):
             noted = watched if part is model else WatchedModel(SimpleNamespace(**methods), of=watched)

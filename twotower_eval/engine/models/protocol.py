@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, Self, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeGuard, TypeVar, cast
 
 from twotower_eval.errors import UserError
 
@@ -33,6 +33,8 @@ class Context(Protocol):
 
 
 ContextT = TypeVar("ContextT", bound=Context)
+# What decoders and scorers need of a model: logits of the next token, of masked ones, or a two-tower model.
+Ability = Literal["causal", "masked", "two towers"]
 
 
 class TextCodec(Protocol):
@@ -235,12 +237,12 @@ def as_pair(family: PairFamily[ContextT]) -> Denoising:
 
 
 def has_denoiser(model: Model) -> TypeGuard[Denoising]:
-    """Whether a model is a two-tower model."""
-    return model.has_denoiser
+    """Whether a model is a two-tower model: one network predicts masks, and a causal one reads the context."""
+    return model.has_denoiser and not getattr(model, "one_network", False)
 
 
 def two_tower(model: Model, needed_by: str) -> Denoising:
-    """The model as a two-tower model. UserError with the message ``needed_by`` if it has no denoiser."""
+    """The model as a two-tower model. UserError with the message ``needed_by`` if it is none."""
     if not has_denoiser(model):
         raise UserError(needed_by)
     return model
@@ -251,6 +253,18 @@ def self_conditioned(model: Model, needed_by: str) -> SelfConditioned:
     if not hasattr(model, "denoise_after"):
         raise UserError(needed_by)
     return cast(SelfConditioned, model)
+
+
+def masked(model: Model) -> Masked:
+    """The model as one that predicts masked tokens; whether it does is told by :func:`lacks`."""
+    return cast(Masked, model)
+
+
+def lacks(model: Model, ability: Ability) -> bool:
+    """Whether a model cannot do what is needed."""
+    if ability == "causal":
+        return model.has_denoiser and not has_denoiser(model)
+    return not (has_denoiser(model) if ability == "two towers" else model.has_denoiser)
 
 
 def branching(model: Model) -> Branching | None:
