@@ -18,7 +18,7 @@ HALVES = {"engine", "measure", "analyse"}
 ENGINE = {"models", "decoders"}
 
 # Everyone may import these: they know nothing of the rest.
-COMMON = {"version", "errors", "records", "names", "strict", "resources", "sources", "plugin_calls", "usual"}
+COMMON = {"version", "errors", "records", "names", "strict", "resources", "sources", "plugin_calls"}
 # Room -> further rooms of this package that it may import, directly and anywhere in its files.
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"models", "decoders", "scorers", "moved", "api", "plan"},
@@ -50,12 +50,12 @@ ALLOWED: dict[str, set[str]] = {
     "schedules": set(),
     "models": {"ops", "plugin_source"},
     "families": {"models", "schedules"},
-    "decoders": {"models", "plugin_source", "schedules"},
+    "decoders": {"models", "plugin_source", "schedules", "usual"},
     "scorers": {"models", "decoders", "schedules"},
     "endpoints": {"models", "decoders", "scorers"},
     # measure
     "suites": {"task_options"},
-    "chosen": {"plan", "plan_baselines", "plan_sources", "decoder_settings", "models"},
+    "chosen": {"plan", "plan_baselines", "plan_sources", "decoder_settings", "usual", "models"},
     "harness": {"plan", "plan_chat", "plan_sources", "task_options", "chosen", "decoder_settings", "rules", "store"}
     | {"progress", "suites", "scorers", *ENGINE},
     "speed": {"plan", "plan_chat", "plan_sources", "task_options", "chosen", "decoder_settings", "rules", "store"}

@@ -32,8 +32,8 @@ class LanguageModel(nn.Module):
     may run together. Contexts longer than ``plain_beyond`` are scored as whole rows. ``ways``: how a foreign model has
     to be run to be right. ``reads_prompts``: whether ``prefill`` and ``extend`` are forwards; not where a family keeps
     the tokens alone, and reads them in every call. ``two_way``: tokens that are read in one pass see each other in both
-    directions, so that a row must not be read in other parts than it is decoded in. ``one_network``: what predicts masks
-    reads the context, too, so that there is no causal tower.
+    directions, so that a row must not be read in other parts than it is decoded in. ``one_network``: what predicts
+    masks reads the context, too, so that there is no causal tower.
     """
 
     checkpoint: Checkpoint
