@@ -33,10 +33,9 @@ class Usual:
     is_causal: bool = False
 
 
+TWO_TOWERS = Usual(decoder="block_diffusion", kinds=(OWN_TOWER, "denoiser_left_to_right", "bound"), is_causal=True)
 USUAL: Mapping[str, Usual] = {
-    "nemotron_h": Usual(
-        decoder="block_diffusion", kinds=(OWN_TOWER, "denoiser_left_to_right", "bound"), is_causal=True
-    ),
+    "nemotron_h": TWO_TOWERS,
     "transformers": Usual(decoder="autoregressive", kinds=("exact",), is_causal=True),
     "openai": Usual(decoder="endpoint", kinds=("exact",), is_causal=True),
     "a2d_bd3lm": Usual(decoder="sdar", baseline="Qwen/Qwen3"),
@@ -52,12 +51,11 @@ USUAL: Mapping[str, Usual] = {
     "radd": Usual(decoder="radd"),
     "sdar": Usual(decoder="sdar", baseline="Qwen/Qwen3"),
 }
-UNKNOWN = Usual(decoder="block_diffusion", kinds=(OWN_TOWER, "denoiser_left_to_right", "bound"), is_causal=True)
 
 
 def usual_of(family: str) -> Usual:
     """That of a family; of one that is not this project's, what a two-tower model has."""
-    return USUAL.get(family, UNKNOWN)
+    return USUAL.get(family, TWO_TOWERS)
 
 
 def has_own_form(family: str) -> bool:

@@ -387,10 +387,8 @@ def _lengths(more: Sequence[object], options: Mapping[str, object]) -> Lengths:
     return cast(Lengths, options["lengths_B"] if "lengths_B" in options else more[0] if more else None)
 
 
-NOTED = tuple(
-    "prefill extend denoise denoise_after denoise_kept denoise_part context_logits extend_logits tree_logits "
-    "next_logits".split()
-)
+OF_BLOCKS = ("prefill", "extend", "denoise", "denoise_after", "denoise_kept", "denoise_part")
+NOTED = (*OF_BLOCKS, "context_logits", "extend_logits", "tree_logits", "next_logits")
 
 
 @contextmanager
