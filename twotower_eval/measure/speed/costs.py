@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders.batch import Call as DecoderCall
-from twotower_eval.engine.decoders.batch import no_denoiser
 from twotower_eval.engine.decoders.rows import Rules, on_host
-from twotower_eval.engine.models.protocol import Context, Denoising, Model, two_tower
+from twotower_eval.engine.models.protocol import Context, Denoising, Masked, Model, masked
 from twotower_eval.errors import UserError
 from twotower_eval.measure.speed.clock import CallClock, no_garbage_collection
 from twotower_eval.measure.speed.lanes import Lane
@@ -78,7 +77,7 @@ class _Still:
         return self
 
 
-def denoise(model: Denoising, context: Context, block_BK: Tensor, t_B: Sequence[float] | float | None) -> Repeat:
+def denoise(model: Masked, context: Context, block_BK: Tensor, t_B: Sequence[float] | float | None) -> Repeat:
     """One denoiser pass over a block, with the choice of a token and its probability at every position.
 
     ``t_B`` is the mask fraction given to the denoiser, as in :meth:`TwoTower.denoise`.
@@ -296,7 +295,7 @@ def _item(
         if block_size is None:
             return _ar_step(model, ids_BS)
         if part == "denoise":
-            return _denoise(two_tower(model, no_denoiser(lane.cell.decoder.kind)), ids_BS, block_size)
+            return _denoise(masked(model), ids_BS, block_size)
         return _context_pass(model, ids_BS, block_size)
 
     return CostItem(
@@ -326,7 +325,7 @@ def _bookkeeping(lane: Lane, call: Call, rows: Sequence[tuple[int, ...]]) -> Rep
     return bookkeeping(prompts, rules)
 
 
-def _denoise(model: Denoising, ids_BS: Tensor, block_size: int) -> Repeat:
+def _denoise(model: Masked, ids_BS: Tensor, block_size: int) -> Repeat:
     """A denoise step with half of the block masked: masks alone would all route to the same experts."""
     block_BK = _block(ids_BS, block_size)
     if model.mask_token_id is not None:
