@@ -62,6 +62,7 @@ HANDLERS = {
     "engine.models.probes.free_bytes": PLAIN,
     "engine.models.tokenizer.load_tokenizer": "tokenizers raises nothing finer than Exception",
     "engine.models.transformers_ar._load_inner": FOREIGN,
+    "engine.families.backbone.load_inner": FOREIGN,
     "engine.models.transformers_ar._class_tokens": FOREIGN,
     "engine.models.transformers_model.TransformersModel.own_generate": FOREIGN,
     "engine.models.transformers_model.TransformersModel._logits": FOREIGN,

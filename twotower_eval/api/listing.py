@@ -167,8 +167,13 @@ def _plain(value: ast.expr) -> object:
 
 
 def _class(tree: ast.Module, name: str) -> ast.ClassDef | None:
-    """A class of a module, or of the module that it imports it from."""
+    """A class of a module, or of the module that it imports it from, as ``Name`` or as ``module.Name``."""
+    module, _, inside = name.rpartition(".")
     for statement in tree.body:
+        if module and isinstance(statement, ast.ImportFrom) and not statement.level:
+            imported = [alias.name for alias in statement.names if (alias.asname or alias.name) == module]
+            if imported:
+                return _class(_source(f"{statement.module}.{imported[0]}"), inside)
         if isinstance(statement, ast.ClassDef) and statement.name == name:
             return statement
         if isinstance(statement, ast.ImportFrom) and statement.module and not statement.level:

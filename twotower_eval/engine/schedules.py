@@ -6,6 +6,7 @@ Pure functions of tensors of times, in the dtype of these.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -93,11 +94,8 @@ class Masking:
 
 
 def _power(name: str) -> float | None:
-    try:
-        power = float(name.removeprefix("poly")) if name.startswith("poly") else 0.0
-    except ValueError:
-        return None
-    return power if power > 0 else None
+    found = re.fullmatch(r"poly(\d+(?:\.\d+)?)", name)
+    return (float(found[1]) or None) if found else None
 
 
 def time_grid(num_steps: int, *, cosine: bool) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders.batch import BatchDecoder, Call
-from twotower_eval.engine.decoders.parts import Held, alike
+from twotower_eval.engine.decoders.parts import STEPS_PER_TOKEN, Held, alike
 from twotower_eval.engine.decoders.rows import Clock, choose, on_host
 from twotower_eval.engine.models.counting import CountedContext
 from twotower_eval.engine.models.protocol import Model, masked
@@ -95,8 +95,11 @@ class BlockDecoder(BatchDecoder[ParamsT]):
         return context
 
     def made(self, call: Call, row: int, block: Block) -> list[int] | None:
-        """The tokens that a block gives its row, once it is finished; before that None."""
-        return None if block.masked_K.any() else block.tokens_K[block.num_known :].tolist()
+        """The tokens that a block gives its row, once it is finished; before that None. Where the mask token may win, a
+        block ends with its schedule, or some time without one, also with masks in it."""
+        most = len(block.quotas) or STEPS_PER_TOKEN * len(block.tokens_K)
+        is_over = self.params.commit_mask and block.step >= most
+        return None if block.masked_K.any() and not is_over else block.tokens_K[block.num_known :].tolist()
 
     def together(self, blocks: Sequence[Block], context: CountedContext) -> list[list[int]]:
         """Positions in the context of rows that share a call."""

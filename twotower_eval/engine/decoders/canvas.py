@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders.batch import BatchDecoder, Call
-from twotower_eval.engine.decoders.parts import Held
+from twotower_eval.engine.decoders.parts import STEPS_PER_TOKEN, Held
 from twotower_eval.engine.decoders.rows import choose, on_host, padded_ids
 from twotower_eval.engine.models.counting import CountedContext
 from twotower_eval.engine.models.protocol import masked
@@ -26,7 +26,8 @@ class CanvasParams(Protocol):
     """Parameters that every decoder on a canvas has.
 
     ``cfg_scale`` above 0 guides away from the answer to a masked prompt, by twice as many forwards. ``commit_mask``
-    lets the mask token win, as published samplers do: such a position stays masked, and its commit is spent.
+    lets the mask token win, as published samplers do: such a position stays masked, and its commit is spent. A block
+    ends with its schedule, or after twice as many steps as it has tokens, also with masks in it.
     """
 
     @property
@@ -110,7 +111,9 @@ class CanvasDecoder(BatchDecoder[ParamsT]):
         """A block begins."""
 
     def is_open(self, canvas: Canvas) -> bool:
-        """Whether the current block needs another step."""
+        """Whether the current block needs another step; where the mask token may win, it ends some time."""
+        if self.params.commit_mask and canvas.step >= STEPS_PER_TOKEN * (canvas.span.stop - canvas.span.start):
+            return False
         return bool(canvas.eligible(earlier_too=self.params.commit_mask).any())
 
     def limited(self, logits_BGV: Tensor) -> Tensor:

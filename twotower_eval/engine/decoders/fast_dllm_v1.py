@@ -73,11 +73,18 @@ class FastDLLMv1(low_confidence.LowConfidence):
             check_keeps(model, self.KIND, f"cache={self.params.cache}")
 
     def is_open(self, canvas: Canvas) -> bool:
-        """While the block has masks, whatever a schedule says."""
-        if canvas.step > STEPS_PER_TOKEN * canvas.shape.block_length + canvas.shape.num_steps:
-            raise UserError("the mask token is the likeliest again and again: decode without commit_mask")
+        """While the block has masks, whatever a schedule says; where the mask token may win, it ends some time."""
         another = self.params.extra_step and self.params.approximate and canvas.step == 1
-        return another or bool(canvas.masked_G[canvas.span].any())
+        is_over = self.params.commit_mask and canvas.step >= STEPS_PER_TOKEN * canvas.shape.block_length
+        return another or (not is_over and bool(canvas.masked_G[canvas.span].any()))
+
+    def taken(
+        self, predicted: Predicted, eligible_BG: Tensor, canvases: Sequence[Canvas], call: Call, rows: Sequence[int]
+    ) -> Tensor:
+        """By threshold, factor or quota; behind a cache only of the block, as nothing before it is read again."""
+        if self.params.approximate:
+            eligible_BG = torch.stack([canvas.eligible(earlier_too=False) for canvas in canvases])
+        return super().taken(predicted, eligible_BG, canvases, call, rows)
 
     def confidence(self, logits_BGV: Tensor, tokens_BG: Tensor) -> Tensor:
         """The token's probability, in float64."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from twotower_eval.engine.decoders.batch import Call
 from twotower_eval.engine.decoders.blocks import Block, BlockDecoder, Predicted, commit_step
 from twotower_eval.engine.decoders.commits import above_threshold
-from twotower_eval.engine.decoders.parts import STEPS_PER_TOKEN, alike, check_keeps, gathered, spread
+from twotower_eval.engine.decoders.parts import alike, check_keeps, gathered, spread
 from twotower_eval.engine.decoders.rows import Clock, check_counts, check_not_negative, check_temperature
 from twotower_eval.engine.models.counting import CountedContext
 from twotower_eval.engine.models.protocol import Model
@@ -129,10 +129,8 @@ class FastDLLMv2(BlockDecoder[Params]):
         return Predicted(*(spread(values_BM, starts, tokens_BK.shape[1]) for values_BM in found))
 
     def taken(self, predicted: Predicted, blocks: Sequence[Block]) -> Tensor:
-        """By the threshold, within each row's sub-block. UserError where masks are predicted for ever."""
+        """By the threshold, within each row's sub-block."""
         size = self.params.small_block_size
-        if any(block.step > STEPS_PER_TOKEN * len(block.tokens_K) for block in blocks):
-            raise UserError("the mask token is the likeliest again and again: decode without commit_mask")
         starts_B1 = torch.tensor([self._start(block) for block in blocks])[:, None]
         places_K = torch.arange(self.block_size())
         within_BK = (places_K >= starts_B1) & (places_K < starts_B1 + size)

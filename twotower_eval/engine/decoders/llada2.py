@@ -94,6 +94,4 @@ class LLaDA2(BlockDecoder[Params]):
                 first = int(ends.int().argmax())
                 if not block.masked_K[:first].any():
                     return block.tokens_K[block.num_known : first + 1].tolist()
-        if self.params.commit_mask and block.step >= len(block.quotas):
-            return block.tokens_K[block.num_known :].tolist()
         return super().made(call, row, block)

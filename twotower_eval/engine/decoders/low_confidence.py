@@ -80,8 +80,9 @@ class LowConfidence(CanvasDecoder[Params]):
     def opened(self, canvas: Canvas) -> None:
         """How many commits each step of the block makes."""
         if self._by_quota:
-            num_masked = int(canvas.eligible(earlier_too=self.params.commit_mask).sum())
-            canvas.quotas = list(QUOTAS[self.params.quotas](num_masked, canvas.shape.num_steps))
+            num_masked = canvas.span.stop - canvas.span.start
+            num_steps = num_masked if self.params.steps is None else canvas.shape.num_steps
+            canvas.quotas = list(QUOTAS[self.params.quotas](num_masked, num_steps))
 
     def is_open(self, canvas: Canvas) -> bool:
         """A schedule is kept to its end, also where its last steps commit nothing."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from twotower_eval.engine.models.protocol import Keeping, Kept, Model
 from twotower_eval.errors import UserError
 
-STEPS_PER_TOKEN = 8  # more of them only where the mask token wins again and again
+STEPS_PER_TOKEN = 2  # of a block without a schedule: more are needed only where the mask token wins again and again
 Held = tuple[Kept, int]  # what a pass kept of several rows, and the place of one of them in it
 
 

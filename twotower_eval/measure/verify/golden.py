@@ -24,7 +24,7 @@ from twotower_eval.engine.models.context import Context as OwnContext
 from twotower_eval.engine.models.protocol import Context, Model, two_tower
 from twotower_eval.errors import UserError
 from twotower_eval.measure.verify.checks import CheckResult, not_checked, pass_or_fail
-from twotower_eval.measure.verify.replay import Reference
+from twotower_eval.measure.verify.replay import Reference, table
 from twotower_eval.measure.verify.replays import needs_model, replay_results, replays
 from twotower_eval.names import plural
 from twotower_eval.records import Prompt
@@ -82,7 +82,7 @@ def load_golden(folder: Path, model: Model, device: str, *, family: str | None =
 def golden_results(golden: Golden) -> Iterator[CheckResult]:
     """Results for context, denoiser, states and tokens, each over everything that the folder holds."""
     if replays(golden.meta):
-        yield from replay_results(golden.model, Reference(meta=golden.meta, tensors=golden.tensors))
+        yield from replay_results(golden.model, Reference(meta=table(golden.meta), tensors=golden.tensors))
         return
     differences = {"golden_context": _context, "golden_denoiser": _denoiser, "golden_states": _states}
     for name, compare in differences.items():

@@ -25,11 +25,30 @@ Kind = Literal["logits", "run", "count", "likelihood"]
 ATOL = RTOL = 5e-5  # of float32 logits, log-probabilities and losses: what another order of sums makes of them
 
 
+class Table(dict[str, Any]):
+    """A table of a golden.json. UserError, naming the key, where it lacks what is asked of it."""
+
+    def __missing__(self, key: str) -> object:
+        where = f" of {self['name']}" if "name" in self else ""
+        raise UserError(f"golden.json: a table{where} has no {key!r}")
+
+
+def table(found: Mapping[str, object]) -> Table:
+    """The same table; each table inside is a :class:`Table`, too."""
+    return Table((key, _with_tables(value)) for key, value in found.items())
+
+
+def _with_tables(value: object) -> object:
+    if isinstance(value, Mapping):
+        return table(value)
+    return [_with_tables(one) for one in value] if isinstance(value, list) else value
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reference:
     """A folder's description and tensors."""
 
-    meta: Mapping[str, Any]
+    meta: Table
     tensors: Mapping[str, Tensor]
 
     def tensor(self, name: object) -> Tensor:
@@ -39,10 +58,10 @@ class Reference:
             raise UserError(f"golden.safetensors has no tensor {name!r}, which golden.json names")
         return found
 
-    def entries(self, *keys: str) -> list[dict[str, Any]]:
+    def entries(self, *keys: str) -> list[Table]:
         """The entries of a list of the description; none where it has no such list."""
         found: object = next((self.meta[key] for key in keys if key in self.meta), [])
-        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        if not isinstance(found, list) or not all(isinstance(entry, Table) for entry in found):
             raise UserError(f"golden.json: {keys[0]} must be a list of tables")
         return found
 
@@ -144,7 +163,7 @@ def counts(name: str, ours: object, theirs: object, *, quirk: str = "") -> Compa
     return Compared(kind="count", name=name, exact=ours == theirs, skipped=quirk)
 
 
-def quirk_of(run: Mapping[str, Any]) -> str:
+def quirk_of(run: Table) -> str:
     """Why a run is not to be compared; empty for those that are."""
     if run.get("compare") is False:
         return "recorded to document a quirk"
@@ -174,31 +193,31 @@ class Noted:
         self._letter_of_part = letter_of_part
         self.calls = ""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._model, name)
 
-    def prefill(self, ids_BS: Tensor, lengths_B: Sequence[int] | None = None) -> Any:
+    def prefill(self, ids_BS: Tensor, lengths_B: Sequence[int] | None = None) -> object:
         """The model's own; noted where there is something to read, and that is a forward."""
         if ids_BS.shape[1] and (lengths_B is None or max(lengths_B)) and reads_prompts(self._model):
             self.calls += "P"
         return self._model.prefill(ids_BS, lengths_B)
 
-    def extend(self, context: object, ids_BK: Tensor) -> Any:
+    def extend(self, context: object, ids_BK: Tensor) -> object:
         """The model's own, noted where it is a forward."""
         self.calls += "S" if reads_prompts(self._model) else ""
         return self._model.extend(context, ids_BK)
 
-    def denoise(self, *given: object) -> Any:
+    def denoise(self, *given: object) -> object:
         """The model's own, noted."""
         self.calls += "D"
         return self._model.denoise(*given)
 
-    def denoise_kept(self, *given: object) -> Any:
+    def denoise_kept(self, *given: object) -> object:
         """The model's own, noted."""
         self.calls += "D"
         return self._model.denoise_kept(*given)
 
-    def denoise_part(self, part_BM: Tensor, starts: Sequence[int], *given: object) -> Any:
+    def denoise_part(self, part_BM: Tensor, starts: Sequence[int], *given: object) -> object:
         """The model's own, noted."""
         self.calls += self._letter_of_part(part_BM, starts)
         return self._model.denoise_part(part_BM, starts, *given)

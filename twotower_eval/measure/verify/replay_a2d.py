@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,16 @@ import torch
 from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.families.a2d import A2DBlocks, A2DCanvas
 from twotower_eval.engine.models.protocol import Model, as_masked
-from twotower_eval.measure.verify.replay import Compared, Reference, commit_calls, counts, logits, quirk_of, tokens
+from twotower_eval.measure.verify.replay import (
+    Compared,
+    Reference,
+    Table,
+    commit_calls,
+    counts,
+    logits,
+    quirk_of,
+    tokens,
+)
 from twotower_eval.measure.verify.replay_blocks import calls_of, commit_calls_of_blocks, raw_logits
 from twotower_eval.records import Prompt
 
@@ -36,7 +45,7 @@ def _as(kind: Any, given: A2DCanvas | A2DBlocks) -> Any:
     return made
 
 
-def _forward(canvas: A2DCanvas, blocks: A2DBlocks, reference: Reference, entry: Mapping[str, Any]) -> Compared:
+def _forward(canvas: A2DCanvas, blocks: A2DBlocks, reference: Reference, entry: Table) -> Compared:
     ids_BS, theirs = reference.tensor(entry["input_ids"]), reference.tensor(entry["logits"])
     length, size = ids_BS.shape[1], reference.meta["block_size"]
     if "position_ids" in entry:  # pads on the left, which fill up the first block
@@ -59,7 +68,7 @@ def _forward(canvas: A2DCanvas, blocks: A2DBlocks, reference: Reference, entry: 
     return logits(entry["name"], canvas.canvas_logits(ids_BS, [length] * len(ids_BS)), theirs)
 
 
-def _canvas_run(model: A2DCanvas, run: Mapping[str, Any]) -> Iterator[Compared]:
+def _canvas_run(model: A2DCanvas, run: Table) -> Iterator[Compared]:
     args, quirk = run["args"], quirk_of(run)
     prompts = run["prompt"] if isinstance(run["prompt"][0], list) else [run["prompt"]]
     finals = run["final"] if isinstance(run["final"][0], list) else [run["final"]]
@@ -86,7 +95,7 @@ def _canvas_run(model: A2DCanvas, run: Mapping[str, Any]) -> Iterator[Compared]:
         yield counts(f"{run['name']}: order of commits", order, run["commit_step"], quirk=quirk)
 
 
-def _block_run(model: A2DBlocks, reference: Reference, run: Mapping[str, Any]) -> Iterator[Compared]:
+def _block_run(model: A2DBlocks, reference: Reference, run: Table) -> Iterator[Compared]:
     args, quirk, prompt = run["args"], quirk_of(run), list(run["prompt"])
     size, length = args["block_size"], args["max_new_tokens"]
     model.block_size, model.shift = size, int(args.get("right_shift_logits", False))

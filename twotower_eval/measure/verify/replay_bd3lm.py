@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from twotower_eval.engine.families.bd3lm import BD3LM, doubled_mask, uncached
-from twotower_eval.engine.models.protocol import Model
+from twotower_eval.engine.models.protocol import Model, as_masked
 from twotower_eval.engine.scorers.bounds import bd3lm_noised, nll, subs_logprobs
 from twotower_eval.errors import UserError
 from twotower_eval.measure.verify.replay import (
     Compared,
     Recorded,
     Reference,
+    Table,
     counts,
     likelihood,
     logits,
@@ -56,7 +57,7 @@ def _forwards(model: BD3LM, reference: Reference) -> Iterator[Compared]:
         yield counts("mask_2x", doubled_mask(len(theirs) // 2, model.block_size).tolist(), theirs.tolist())
 
 
-def _run(model: BD3LM, reference: Reference, run: Mapping[str, Any]) -> Iterator[Compared]:
+def _run(model: BD3LM, reference: Reference, run: Table) -> Iterator[Compared]:
     name, options, quirk = run["name"], run["options"], quirk_of(run)
     unknown = options.keys() - {"sampling__kv_cache", "sampling__first_hitting", "sampling__nucleus_p"}
     if unknown:
@@ -72,7 +73,8 @@ def _run(model: BD3LM, reference: Reference, run: Mapping[str, Any]) -> Iterator
     noise = Recorded(_ordered(draws, picks, model.block_size))
     bos = [[reference.meta["bos"]]] * num_rows
     is_cached = options["sampling__kv_cache"]
-    made, seen = played(model if is_cached else uncached(model), "bd3lm", params, bos, final_BS.shape[1] - 1, noise)
+    reader = as_masked(model) if is_cached else as_masked(uncached(model))
+    made, seen = played(reader, "bd3lm", params, bos, final_BS.shape[1] - 1, noise)
     for index, (one, theirs) in enumerate(zip(made, final_BS.tolist(), strict=True)):
         yield tokens(f"{name}/{index}", [*bos[0], *one.token_ids], theirs, quirk=quirk)
     changed = {(step.block, step.step) for one in made for step in one.trace or () if step.positions}
@@ -123,7 +125,7 @@ def _windows(model: BD3LM, made: Sequence[Generation], bos: list[int], path: Ten
     return torch.stack(found)
 
 
-def _bound(model: BD3LM, reference: Reference, entry: Mapping[str, Any]) -> Iterator[Compared]:
+def _bound(model: BD3LM, reference: Reference, entry: Table) -> Iterator[Compared]:
     name, options = f"bound.{entry['name']}", entry["options"]
     unknown = options.keys() - {"algo__var_min", "algo__mdlm_loss_scale"}
     if unknown:

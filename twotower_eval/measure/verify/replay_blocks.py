@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.families.blocks import BlockModel
 from twotower_eval.engine.models.protocol import Model, as_masked
-from twotower_eval.measure.verify.replay import Compared, Reference, counts, logits, quirk_of, tokens, until
+from twotower_eval.measure.verify.replay import Compared, Reference, Table, counts, logits, quirk_of, tokens, until
 from twotower_eval.records import Generation, Prompt
 
 
@@ -71,7 +71,7 @@ def sdar(model: Model, reference: Reference) -> Iterator[Compared]:
         yield from _sdar_run(own, run)
 
 
-def _sdar_run(model: BlockModel, run: Mapping[str, Any]) -> Iterator[Compared]:
+def _sdar_run(model: BlockModel, run: Table) -> Iterator[Compared]:
     args, prompt, quirk = run["args"], list(run["prompt"]), quirk_of(run)
     size = model.block_size = args["block_length"]
     decoder = make_decoder(

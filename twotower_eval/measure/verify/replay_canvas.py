@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from twotower_eval.measure.verify.replay import (
     Compared,
     Recorded,
     Reference,
+    Table,
     commit_calls,
     counts,
     likelihood,
@@ -52,7 +53,7 @@ def llada(model: Model, reference: Reference) -> Iterator[Compared]:
             yield counts(name, greedy_match(as_masked(own), case["prompt"], case["answer"]), case["result"])
 
 
-def _forward(model: LLaDA, reference: Reference, entry: Mapping[str, Any]) -> Compared:
+def _forward(model: LLaDA, reference: Reference, entry: Table) -> Compared:
     ids_BS, theirs = reference.tensor(entry["input_ids"]), reference.tensor(entry["logits"])
     length = ids_BS.shape[1]
     if entry["name"] == "prefix_cache":
@@ -74,7 +75,7 @@ def _behind_cache(model: LLaDA, ids_BS: Tensor, start: int) -> Tensor:
     return model.backbone.read(ids_BS[:, start:], positions_BS[:, start:], visible_BSS[:, start:], past)[0]
 
 
-def _run(model: LLaDA, run: Mapping[str, Any]) -> Iterator[Compared]:
+def _run(model: LLaDA, run: Table) -> Iterator[Compared]:
     args, prompt = run["args"], run["prompt"]
     decoder = make_decoder(
         as_masked(model),
@@ -117,7 +118,7 @@ def dream(model: Model, reference: Reference) -> Iterator[Compared]:
         yield likelihood(f"likelihood {number}: ar", found, entry["nll_ar_ftb"])
 
 
-def _dream_run(model: Dream, reference: Reference, run: Mapping[str, Any]) -> Iterator[Compared]:
+def _dream_run(model: Dream, reference: Reference, run: Table) -> Iterator[Compared]:
     real = run.get("attention_mask", [1] * len(run["prompt"]))  # pads on the left, which nothing sees
     args, prompt = dict(run["args"]), [token for token, there in zip(run["prompt"], real, strict=False) if there]
     length = args.pop("max_new_tokens")

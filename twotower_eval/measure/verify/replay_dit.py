@@ -11,14 +11,16 @@ from torch import Tensor
 
 from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.decoders.batch import BatchDecoder
+from twotower_eval.engine.decoders.rows import Noise
 from twotower_eval.engine.families.mdlm import MDLM
-from twotower_eval.engine.models.protocol import Model, as_masked
+from twotower_eval.engine.models.protocol import Context, Masked, Model, as_masked
 from twotower_eval.engine.scorers.bounds import NEVER, mdlm_noised, nll, subs_logprobs
 from twotower_eval.errors import UserError
 from twotower_eval.measure.verify.replay import (
     Compared,
     Recorded,
     Reference,
+    Table,
     counts,
     likelihood,
     logits,
@@ -75,17 +77,17 @@ def subs_compared(name: str, ours_BSV: Tensor, ids_BS: Tensor, mask_id: int, the
 
 
 @contextmanager
-def watched(model: Any) -> Iterator[list[Tensor]]:
+def watched(model: Masked) -> Iterator[list[Tensor]]:
     """The blocks that the model denoises meanwhile, with what stands before them."""
     seen: list[Tensor] = []
     denoise: Callable[..., Tensor] = model.denoise
 
-    def watching(block_BK: Tensor, context: Any, t_B: object) -> Tensor:
+    def watching(block_BK: Tensor, context: Context, t_B: object) -> Tensor:
         before_BS = torch.tensor(context.rows) if hasattr(context, "rows") else block_BK[:, :0]
         seen.append(torch.cat([before_BS.view(len(block_BK), -1).to(block_BK.dtype), block_BK], dim=1))
         return denoise(block_BK, context, t_B)
 
-    model.denoise = watching
+    model.denoise = watching  # type: ignore[method-assign]  # of this model alone
     try:
         yield seen
     finally:
@@ -98,11 +100,11 @@ def by_row(draws: Tensor) -> list[Tensor]:
 
 
 def played(
-    model: Any, kind: str, params: Mapping[str, object], prompts: Sequence[Sequence[int]], length: int, noise: Any
+    model: Masked, kind: str, params: Mapping[str, object], prompts: Sequence[Sequence[int]], length: int, noise: Noise
 ) -> tuple[list[Generation], list[Tensor]]:
     """What a decoder makes of recorded draws, one generation for each prompt, and what the model read."""
     given: dict[str, Any] = {**params, "trace": True}
-    decoder = cast("BatchDecoder[Any]", make_decoder(as_masked(model), kind, **given))
+    decoder = cast("BatchDecoder[Any]", make_decoder(model, kind, **given))
     decoder.make_noise = lambda prompts: noise
     asked = [Prompt(id=str(index), token_ids=tuple(prompt)) for index, prompt in enumerate(prompts)]
     with watched(model) as seen:
@@ -121,7 +123,7 @@ def trajectory(made: Generation, length: int, mask_id: int, num_steps: int) -> T
     return torch.stack(found)
 
 
-def _mdlm_run(model: MDLM, reference: Reference, run: Mapping[str, Any]) -> Iterator[Compared]:
+def _mdlm_run(model: MDLM, reference: Reference, run: Table) -> Iterator[Compared]:
     name = run["name"]
     draws, final, path = (reference.tensor(f"sample.{name}.{what}") for what in ("uniforms", "final", "trajectory"))
     quirk, num_rows, per_row = quirk_of(run), draws.shape[1], by_row(draws)
@@ -136,7 +138,7 @@ def _mdlm_run(model: MDLM, reference: Reference, run: Mapping[str, Any]) -> Iter
         params = {"predictor": predictor, "steps": num_steps, "eps": run["eps"]}
     params |= {"all_steps": True, "whole_batch": True}
     noise = Recorded(per_row)
-    made, seen = played(model, "ancestral", params, [()] * num_rows, final.shape[-1], noise)
+    made, seen = played(as_masked(model), "ancestral", params, [()] * num_rows, final.shape[-1], noise)
     finals = final.view(num_rows, -1).tolist()
     for index, (one, theirs) in enumerate(zip(made, finals, strict=True)):
         yield tokens(f"{name}/{index}", one.token_ids, theirs, quirk=quirk)
@@ -170,7 +172,7 @@ def _of_windows(made: Generation, length: int, stride: int, num_steps: int, mask
     return torch.stack(found)
 
 
-def _mdlm_bound(model: MDLM, reference: Reference, entry: Mapping[str, Any]) -> Iterator[Compared]:
+def _mdlm_bound(model: MDLM, reference: Reference, entry: Table) -> Iterator[Compared]:
     name, config = f"bound.{entry['name']}", entry["config"]
     ids_BL, counted_BL = reference.tensor("bound.input_ids"), reference.tensor("bound.attention_mask")
     unknown = config.keys() - {"T", "training__importance_sampling", "training__change_of_variables"}
@@ -194,7 +196,7 @@ def _mdlm_bound(model: MDLM, reference: Reference, entry: Mapping[str, Any]) -> 
 
 
 def bound_compared(
-    reference: Reference, entry: Mapping[str, Any], nll_BL: Tensor, counted_BL: Tensor | None = None
+    reference: Reference, entry: Table, nll_BL: Tensor, counted_BL: Tensor | None = None
 ) -> Iterator[Compared]:
     """Contributions of all tokens, and what is made of their sum."""
     name = f"bound.{entry['name']}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -16,6 +16,7 @@ from twotower_eval.measure.verify.replay import (
     Compared,
     Noted,
     Reference,
+    Table,
     commit_calls,
     counts,
     likelihood,
@@ -39,7 +40,7 @@ def v1(model: Model, reference: Reference) -> Iterator[Compared]:
             yield from _v1_run(own, run, factor_rule="all_within")
 
 
-def _approximated(model: LLaDA, reference: Reference, entry: Mapping[str, Any]) -> Iterator[Compared]:
+def _approximated(model: LLaDA, reference: Reference, entry: Table) -> Iterator[Compared]:
     name, (start, stop) = entry["name"], entry["block"]
     before_BS, after_BS = reference.tensor(entry["ids_before"]), reference.tensor(entry["ids_after"])
     nothing = model.prefill(before_BS[:, :0])
@@ -55,7 +56,7 @@ def _approximated(model: LLaDA, reference: Reference, entry: Mapping[str, Any]) 
             yield logits(f"{name}: gap of {cache}", (ours - exact[:, part]).abs().max(), torch.tensor(gap))
 
 
-def _v1_run(model: LLaDA, run: Mapping[str, Any], *, factor_rule: str) -> Iterator[Compared]:
+def _v1_run(model: LLaDA, run: Table, *, factor_rule: str) -> Iterator[Compared]:
     args, prompt, quirk = run["args"], run["prompt"], quirk_of(run)
     if run.get("masks_left"):
         quirk = quirk or "the port leaves masks in its answer"
@@ -104,7 +105,7 @@ def v2(model: Model, reference: Reference) -> Iterator[Compared]:
         yield likelihood(f"likelihood {number}", found, entry["value"])
 
 
-def _cached(model: FastDLLMv2, reference: Reference, entry: Mapping[str, Any]) -> Iterator[Compared]:
+def _cached(model: FastDLLMv2, reference: Reference, entry: Table) -> Iterator[Compared]:
     """A block behind a prefix, then a part of the changed block behind what the first pass kept; logits unshifted."""
     model.block_size, model.shift = reference.meta["block_size"], 0
     try:
@@ -119,7 +120,7 @@ def _cached(model: FastDLLMv2, reference: Reference, entry: Mapping[str, Any]) -
         model.shift = 1
 
 
-def _v2_run(model: FastDLLMv2, run: Mapping[str, Any]) -> Iterator[Compared]:
+def _v2_run(model: FastDLLMv2, run: Table) -> Iterator[Compared]:
     args, quirk = run["args"], quirk_of(run)
     in_batch = isinstance(run["prompt"][0], list)
     prompts, finals = (run["prompt"], run["final"]) if in_batch else ([run["prompt"]], [run["final"]])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from twotower_eval.engine.decoders import make_decoder
 from twotower_eval.engine.families.llada2_moe import Layer, Layers, LLaDA2, Router
 from twotower_eval.engine.models.protocol import Model, as_masked
-from twotower_eval.measure.verify.replay import Compared, Reference, counts, logits, quirk_of, tokens
+from twotower_eval.measure.verify.replay import Compared, Reference, Table, counts, logits, quirk_of, tokens
 from twotower_eval.measure.verify.replay_blocks import raw_logits
 from twotower_eval.records import Prompt
 
@@ -54,7 +54,7 @@ def _trace(model: LLaDA2, reference: Reference, ids_BS: Tensor, block_size: int)
         yield counts(f"experts {number}", same, True)
 
 
-def _run(model: LLaDA2, run: Mapping[str, Any]) -> Iterator[Compared]:
+def _run(model: LLaDA2, run: Table) -> Iterator[Compared]:
     args, prompt, quirk = run["args"], list(run["prompt"]), quirk_of(run)
     size, length = args["block_length"], args["gen_length"]
     model.block_size = size

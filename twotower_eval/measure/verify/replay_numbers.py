@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 
 from twotower_eval.engine.models.protocol import Model
 from twotower_eval.engine.schedules import Masking, time_grid
 from twotower_eval.engine.scorers import discrete
-from twotower_eval.measure.verify.replay import Compared, Reference, likelihood
+from twotower_eval.measure.verify.replay import Compared, Reference, Table, likelihood
 
 NEAR_ZERO = 1e-3  # times at which one minus a probability close to 1 has lost digits
 
@@ -54,7 +53,7 @@ def _schedule(schedule: Masking, reference: Reference) -> Iterator[Compared]:
             yield likelihood(f"grid {grid} of {name}: {column}", columns[column][known], theirs[known, index])
 
 
-def _md4_case(reference: Reference, entry: Mapping[str, Any]) -> Iterator[Compared]:
+def _md4_case(reference: Reference, entry: Table) -> Iterator[Compared]:
     meta, case = reference.meta, f"case{entry['case']}"
     schedule, num_steps = Masking(entry["schedule"], meta["eps"]), 0 if entry["cont_time"] else entry["timesteps"]
     name = f"{case}.{entry['schedule']}.{f'T{num_steps}' if num_steps else 'cont'}"
@@ -89,7 +88,7 @@ def d3pm(model: Model | None, reference: Reference) -> Iterator[Compared]:
         yield from _d3pm_case(reference, entry)
 
 
-def _d3pm_case(reference: Reference, entry: Mapping[str, Any]) -> Iterator[Compared]:
+def _d3pm_case(reference: Reference, entry: Table) -> Iterator[Compared]:
     mask_id, num_steps, num = reference.meta["mask_index"], entry["T"], entry["eval_step_size"]
     case = f"T{num_steps}.case{entry['case']}"
     name = f"{case}.step{num}"

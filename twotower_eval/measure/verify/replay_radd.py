@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from twotower_eval.engine.decoders.radd import rates
 from twotower_eval.engine.families.radd import RADD
-from twotower_eval.engine.models.protocol import Model
+from twotower_eval.engine.models.protocol import Model, as_masked
 from twotower_eval.engine.schedules import LogLinear
 from twotower_eval.engine.scorers import bounds
 from twotower_eval.errors import UserError
@@ -18,6 +18,7 @@ from twotower_eval.measure.verify.replay import (
     Compared,
     Reference,
     Stream,
+    Table,
     counts,
     likelihood,
     logits,
@@ -52,7 +53,7 @@ def _logits(model: RADD, ids_BS: Tensor) -> Tensor:
     return model.canvas_logits(ids_BS, [ids_BS.shape[1]] * len(ids_BS))
 
 
-def _run(model: RADD, reference: Reference, run: Mapping[str, Any]) -> Iterator[Compared]:
+def _run(model: RADD, reference: Reference, run: Table) -> Iterator[Compared]:
     name, method, quirk = run["name"], run["method"], quirk_of(run)
     final_BS = reference.tensor(f"sample.{name}.final")
     draws = [reference.tensor(f"sample.{name}.draw{index:03d}") for index in range(len(run["draw_kinds"]))]
@@ -69,7 +70,7 @@ def _run(model: RADD, reference: Reference, run: Mapping[str, Any]) -> Iterator[
         theirs = reference.tensor(f"sample.{name}.update_rate")
         yield likelihood(f"{name}: rates", rates(run["steps"], run["eps"], euler=method == "euler"), theirs)
     noise = Stream(draws)
-    made, seen = played(model, "radd", params, [known] * run["batch"], run["length"] - len(known), noise)
+    made, seen = played(as_masked(model), "radd", params, [known] * run["batch"], run["length"] - len(known), noise)
     for index, (one, theirs) in enumerate(zip(made, final_BS, strict=True)):
         yield tokens(f"{name}/{index}", [*known, *one.token_ids], theirs.tolist(), quirk=quirk)
     found = {
@@ -87,7 +88,7 @@ def _run(model: RADD, reference: Reference, run: Mapping[str, Any]) -> Iterator[
     yield counts(f"{name}: draws left over", noise.left, 0, quirk=quirk)
 
 
-def _updates(made: Sequence[Generation], run: Mapping[str, Any]) -> int | None:
+def _updates(made: Sequence[Generation], run: Table) -> int | None:
     """What the original counts: rows that have changed, rows that were read, or nothing."""
     if run["method"] == "ordered":
         return None
@@ -96,7 +97,7 @@ def _updates(made: Sequence[Generation], run: Mapping[str, Any]) -> int | None:
     return sum(one.num_denoiser_forwards for one in made)
 
 
-def _bound(model: RADD, reference: Reference, entry: Mapping[str, Any]) -> Iterator[Compared]:
+def _bound(model: RADD, reference: Reference, entry: Table) -> Iterator[Compared]:
     kind, ids_BL = entry["loss_type"], reference.tensor("bound.input_ids")
     name, mask_id, (num_rows, length) = f"bound.{kind}", model.mask_token_id, ids_BL.shape
 

@@ -39,12 +39,12 @@ SEAM = Seam(what="family of reference outputs", form="package.module:replay", sh
 Replay = Callable[[Model, Reference], Iterator[Compared]]
 
 
-def replays(meta: Mapping[str, Any]) -> bool:
+def replays(meta: Mapping[str, object]) -> bool:
     """Whether a description is that of a family's reference outputs."""
     return isinstance(meta.get("family"), str)
 
 
-def needs_model(meta: Mapping[str, Any]) -> bool:
+def needs_model(meta: Mapping[str, object]) -> bool:
     """Whether a checkpoint belongs to the reference outputs."""
     return meta.get("family") not in NUMBERS
 
