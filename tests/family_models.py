@@ -97,6 +97,13 @@ def _llada2() -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
+def _e2d2() -> dict[str, tuple[int, ...]]:
+    own = _hugging_face("Qwen3")
+    decoder = {name: shape for name, shape in own.items() if "embed_tokens" not in name}
+    both = (("encoder", own), ("decoder", decoder))
+    return {f"backbone.{part}.{name}": shape for part, shapes in both for name, shape in shapes.items()}
+
+
 def _dit(prefix: str, condition: int | None) -> dict[str, tuple[int, ...]]:
     state = DiT(Sizes(vocab_size=VOCAB, hidden_size=32, num_blocks=2, num_heads=4, condition=condition)).state_dict()
     return {prefix + name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -111,6 +118,8 @@ class Made:
     decoders: tuple[tuple[str, dict[str, Any]], ...]  # that fit it, with parameters under which they differ
     eos_token_ids: tuple[int, ...] = ()
     changes: dict[str, Any] = field(default_factory=dict)  # attributes set on the loaded model: smaller blocks
+    prompt_is_one: bool = False  # its tokens all see each other, so that reading it in parts is something else
+    base: dict[str, Any] = field(default_factory=dict)  # base/config.json, of a family that needs one
 
 
 LOW_CONFIDENCE: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -201,6 +210,27 @@ FAMILIES: dict[str, Made] = {
             ("bd3lm", {"top_p": 0.7, "drop_crossing": True}),
         ),
     ),
+    "e2d2": Made(
+        config={
+            "model_type": "e2d2",
+            "vocab_size": VOCAB,
+            "mask_token_id": MASK,
+            "block_size": 4,
+            "backbone_config": {
+                "_target_": "backbone_encoder_decoder.LLMasEncoderDecoder",
+                "pretrained_model_name_or_path": "base",
+            },
+        },
+        base={"model_type": "qwen3", **WORDS},
+        prompt_is_one=True,
+        shapes=_e2d2,
+        decoders=(
+            ("e2d2", {}),
+            ("e2d2", {"threshold": 0.3, "align": False}),
+            ("e2d2", {"strategy": "margin", "do_sample": True, "steps": 2}),
+            ("e2d2", {"strategy": "posterior", "use_cache": False, "commit_mask": True}),
+        ),
+    ),
     "radd": Made(
         config=RADD,
         shapes=lambda: _dit("", None),
@@ -220,6 +250,9 @@ def write_family(family: str, folder: Path) -> Path:
     made, draw = FAMILIES[family], torch.Generator().manual_seed(3)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(made.config))
+    if made.base:
+        (folder / "base").mkdir(exist_ok=True)
+        (folder / "base" / "config.json").write_text(json.dumps(made.base))
     drawn = {name: _drawn(name, shape, draw) for name, shape in made.shapes().items()}
     save_file(drawn, folder / "model.safetensors")
     return folder

@@ -63,6 +63,8 @@ HANDLERS = {
     "engine.models.tokenizer.load_tokenizer": "tokenizers raises nothing finer than Exception",
     "engine.models.transformers_ar._load_inner": FOREIGN,
     "engine.families.backbone.load_inner": FOREIGN,
+    "engine.models.transformers_ar.check_files": FOREIGN,
+    "miniature.family_training.read_recipe": PLAIN,
     "engine.models.transformers_ar._class_tokens": FOREIGN,
     "engine.models.transformers_model.TransformersModel.own_generate": FOREIGN,
     "engine.models.transformers_model.TransformersModel._logits": FOREIGN,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import cast
 
 import torch
 
 from twotower_eval.engine.decoders import make_decoder
-from twotower_eval.engine.families.a2d import A2DBlocks, A2DCanvas
+from twotower_eval.engine.families.a2d import A2DBlocks, A2DCanvas, ModelT
 from twotower_eval.engine.models.protocol import Model, as_masked
 from twotower_eval.measure.verify.replay import (
     Compared,
@@ -37,7 +37,7 @@ def a2d(model: Model, reference: Reference) -> Iterator[Compared]:
             yield from _block_run(blocks, reference, run)
 
 
-def _as(kind: Any, given: A2DCanvas | A2DBlocks) -> Any:
+def _as(kind: type[ModelT], given: A2DCanvas | A2DBlocks) -> ModelT:
     """The same network as the other form."""
     made = kind(given.backbone)
     for name in ("checkpoint", "vocab_size", "max_length", "mask_token_id", "eos_token_ids", "tokenizer"):

@@ -3,7 +3,7 @@ bounds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,7 @@ from twotower_eval.measure.verify.replay import (
     Compared,
     Recorded,
     Reference,
+    Table,
     counts,
     likelihood,
     logits,
@@ -98,7 +99,7 @@ def _logprobs(
     yield logits(name, ours[~none], theirs[~none])
 
 
-def _params(run: Mapping[str, Any]) -> dict[str, Any]:
+def _params(run: Table) -> dict[str, Any]:
     """Our decoder's parameters for the settings of a run, with all of its original's ways."""
     given = run["options"]
     unknown = given.keys() - OPTIONS
@@ -125,7 +126,7 @@ def _params(run: Mapping[str, Any]) -> dict[str, Any]:
     return params
 
 
-def _run(model: E2D2, reference: Reference, run: Mapping[str, Any]) -> Iterator[Compared]:
+def _run(model: E2D2, reference: Reference, run: Table) -> Iterator[Compared]:
     name, quirk = run["name"], quirk_of(run)
     if "error" in run:
         yield tokens(name, (), (), quirk="its original fails")
@@ -179,7 +180,7 @@ def _trajectory(made: Generation, first_K: Tensor, num_known: int, mask_id: int,
     return found
 
 
-def _bound(model: E2D2, reference: Reference, entry: Mapping[str, Any]) -> Iterator[Compared]:
+def _bound(model: E2D2, reference: Reference, entry: Table) -> Iterator[Compared]:
     """Logits, what is masked, and what each token contributes, for recorded times and draws."""
     name = f"bound.{entry['index']}"
     held = {what: reference.tensor(f"{name}.{what}") for what in ("input_ids", "attention_mask", "context_mask", "t")}
