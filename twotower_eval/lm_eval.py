@@ -28,6 +28,7 @@ from twotower_eval.measure.chosen import USUAL_BATCH
 from twotower_eval.measure.harness.adapter import HarnessLM
 from twotower_eval.measure.harness.jobs import DENOISER_KINDS, make_scorer_of
 from twotower_eval.measure.harness.lm_files import SOURCE
+from twotower_eval.measure.suites.lm_types import Instance
 from twotower_eval.names import did_you_mean
 from twotower_eval.plan import RunPlan
 from twotower_eval.plan_chat import chat_options
@@ -98,7 +99,7 @@ class TwoTowerLM(HarnessLM):
             attach_format(self.model, load_format(found, dataclasses.replace(self._asking, template=chat_template)))
         return super().chat_template(chat_template)
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """See HarnessLM; refused with ``enable_thinking``, as by lm-eval's ``hf``: options are scored unthought."""
         if self._asking.enable_thinking:
             raise UserError("enable_thinking has no effect on tasks that score options: leave them out, or drop it")
