@@ -63,6 +63,7 @@ HANDLERS = {
     "engine.models.tokenizer.load_tokenizer": "tokenizers raises nothing finer than Exception",
     "engine.models.transformers_ar._load_inner": FOREIGN,
     "engine.families.backbone.load_inner": FOREIGN,
+    "engine.families.diffusion_gemma._config": FOREIGN,
     "engine.models.transformers_ar.check_files": FOREIGN,
     "miniature.family_training.read_recipe": PLAIN,
     "engine.models.transformers_ar._class_tokens": FOREIGN,

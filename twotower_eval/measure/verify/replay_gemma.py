@@ -21,7 +21,7 @@ from twotower_eval.engine.decoders.entropy_bound import EntropyBound
 from twotower_eval.engine.families.diffusion_gemma import CacheContext, DiffusionGemma
 from twotower_eval.engine.models.protocol import Model, as_masked
 from twotower_eval.errors import UserError
-from twotower_eval.measure.verify.replay import Compared, Reference, counts, logits, quirk_of, tokens
+from twotower_eval.measure.verify.replay import Compared, Reference, Table, counts, logits, quirk_of, tokens
 from twotower_eval.records import Generation, Prompt
 
 SETTINGS = ("max_denoising_steps", "t_min", "t_max", "stability_threshold", "confidence_threshold")
@@ -131,7 +131,7 @@ def num_steps(draws: Sequence[str]) -> list[int]:
 class _Run:
     """One of the original's runs, and ours with its draws."""
 
-    def __init__(self, model: DiffusionGemma, reference: Reference, run: Mapping[str, Any]) -> None:
+    def __init__(self, model: DiffusionGemma, reference: Reference, run: Table) -> None:
         self.model, self.reference, self.run, self.name = model, reference, run, str(run["name"])
         self.quirk = quirk_of(run)
         chosen = model.folder_settings.get("generation_config.json")
