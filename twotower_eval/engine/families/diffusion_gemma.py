@@ -178,7 +178,7 @@ class DiffusionGemma(LanguageModel):
         )
 
 
-def _cache(past: Past) -> object:
+def _cache(past: Past) -> Any:
     """Transformers' cache of these keys and values; it keeps all columns in layers with a window too, where masks hide
     them, so that rows of all lengths go together."""
     from transformers import DynamicCache

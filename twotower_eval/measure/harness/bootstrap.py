@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ OF_TEXTS = ("bleu", "chrf", "chrf++", "ter")
 NUM_AT_ONCE = 4_000_000  # indices in memory
 
 
-def standard_error(metric: str, function: Aggregation, items: Sequence[Any]) -> float | None:
+def standard_error(metric: str, function: Aggregation, items: Sequence[object]) -> float | None:
     """lm-eval's standard error of an aggregation over documents' items; None where it gives none."""
     from lm_eval.api import metrics
 
@@ -58,12 +58,12 @@ def _draws(num_items: int) -> Iterator[Indices]:
             yield (chance.random_sample((num, num_items)) * num_items).astype(np.intp)
 
 
-def _many(function: Aggregation, items: Sequence[Any]) -> Callable[[Indices], Figures] | None:
+def _many(function: Aggregation, items: Sequence[object]) -> Callable[[Indices], Figures] | None:
     """The aggregation of many draws of these items; None if it is not one of lm-eval's that are known here."""
     from lm_eval.api import metrics
 
     if function in (metrics.f1_score, metrics.matthews_corrcoef):
-        golds, answers = zip(*items, strict=True)
+        golds, answers = zip(*cast("Sequence[tuple[object, object]]", items), strict=True)
         return _f1(golds, answers) if function is metrics.f1_score else _matthews(golds, answers)
     if function not in (metrics.perplexity, metrics.median, metrics.nanmean):
         return None
@@ -75,7 +75,7 @@ def _many(function: Aggregation, items: Sequence[Any]) -> Callable[[Indices], Fi
     return lambda drawn_DN: np.nanmean(values_N[drawn_DN], axis=1)
 
 
-def _f1(golds: Sequence[Any], answers: Sequence[Any]) -> Callable[[Indices], Figures]:
+def _f1(golds: Sequence[object], answers: Sequence[object]) -> Callable[[Indices], Figures]:
     """F1 of the class 1; 0 of a draw that has none of it."""
     gold_N, said_N = (np.array([one == 1 for one in side]) for side in (golds, answers))
     found_N, either_N = gold_N & said_N, gold_N.astype(int) + said_N
@@ -87,7 +87,7 @@ def _f1(golds: Sequence[Any], answers: Sequence[Any]) -> Callable[[Indices], Fig
     return scores
 
 
-def _matthews(golds: Sequence[Any], answers: Sequence[Any]) -> Callable[[Indices], Figures]:
+def _matthews(golds: Sequence[object], answers: Sequence[object]) -> Callable[[Indices], Figures]:
     """Matthews' correlation of any number of classes; 0 of a draw with a single one on either side."""
     classes = list(dict.fromkeys([*golds, *answers]))
     gold_N, said_N = (np.array([classes.index(one) for one in side]) for side in (golds, answers))

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from twotower_eval.engine.decoders import make_decoder
+from twotower_eval.engine.decoders import decoder_spec, from_spec
 from twotower_eval.engine.decoders.batch import no_denoiser
 from twotower_eval.engine.models import FAMILIES, load_model
 from twotower_eval.engine.models.context import Context as OwnContext
@@ -27,7 +27,7 @@ from twotower_eval.measure.verify.checks import CheckResult, not_checked, pass_o
 from twotower_eval.measure.verify.replay import Reference, table
 from twotower_eval.measure.verify.replays import needs_model, replay_results, replays
 from twotower_eval.names import plural
-from twotower_eval.records import Prompt
+from twotower_eval.records import DecoderSpec, Prompt
 from twotower_eval.strict import parse_json, read_utf8
 
 TENSORS, DESCRIPTION = "golden.safetensors", "golden.json"
@@ -158,13 +158,13 @@ def _state(context: Context, layer: int, what: str) -> Tensor:
 def _tokens(golden: Golden) -> CheckResult:
     """Autoregressive, mock-autoregressive and block-diffusion tokens, exactly; a batch by the reference's mean t."""
     wrong, num = [], 0
-    for key, kind, params in _token_cases(golden):
+    for key, spec in _token_cases(golden):
         name, wanted = key.split(".")[0], golden.tensors[key]
-        if kind != "autoregressive" and not golden.model.has_denoiser:
+        if spec.kind != "autoregressive" and not golden.model.has_denoiser:
             continue
         rows = golden.tensors[f"{name}.ids"].tolist()
         prompts = [Prompt(id=f"{name}.{i}", token_ids=row) for i, row in enumerate(rows)]
-        found = make_decoder(golden.model, kind, **params).generate(prompts, max_new_tokens=wanted.shape[1])
+        found = from_spec(golden.model, spec).generate(prompts, max_new_tokens=wanted.shape[1])
         num += 1
         if [list(generation.token_ids) for generation in found] != wanted.tolist():
             wrong.append(key)
@@ -174,19 +174,20 @@ def _tokens(golden: Golden) -> CheckResult:
     return pass_or_fail("golden_tokens", not wrong, detail, value=len(wrong), limit=0)
 
 
-def _token_cases(golden: Golden) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _token_cases(golden: Golden) -> Iterator[tuple[str, DecoderSpec]]:
     for name in golden.prompts:
         for mode, kind in (("ar", "autoregressive"), ("mock_ar", "mock_ar")):
             if f"{name}.{mode}.tokens" in golden.tensors:
-                yield f"{name}.{mode}.tokens", kind, {}
+                yield f"{name}.{mode}.tokens", decoder_spec(kind)
         for case, settings in golden.meta["prompts"][name].get("diffusion", {}).items():
             key = f"{name}.diff.{case}.tokens"
             # Cases with an end-of-sequence token keep what we cut; sampled ones hang on the generator's order.
             if key in golden.tensors and settings.get("eos_token_id") is None and not settings.get("temperature"):
-                params = {"block_size": settings["block_size"], "steps_per_block": settings["steps_per_block"]}
-                mean_t = len(golden.tensors[f"{name}.ids"]) > 1
-                yield (
-                    key,
+                spec = decoder_spec(
                     "block_diffusion",
-                    {**params, "threshold": settings["confidence_threshold"], "batch_mean_t": mean_t},
+                    block_size=settings["block_size"],
+                    steps_per_block=settings["steps_per_block"],
+                    threshold=settings["confidence_threshold"],
+                    batch_mean_t=len(golden.tensors[f"{name}.ids"]) > 1,
                 )
+                yield key, spec
