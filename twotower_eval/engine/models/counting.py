@@ -272,9 +272,9 @@ class WatchedModel:
 
     def prefill(self, ids_BS: Tensor, *more: object, **options: object) -> Context:
         """The model's own, recorded; rows without a token to be read are no part of the forward."""
-        num_read = _num_read(ids_BS, _lengths(more, options))
-        steps = self.prefills if num_read and reads_prompts(self._model) else None
-        size = (num_read, ids_BS.shape[1])
+        lengths = _lengths(more, options)
+        num_read = sum(int(length) > 0 for length in (ids_BS.shape[1:] * len(ids_BS) if lengths is None else lengths))
+        steps, size = self.prefills if num_read and reads_prompts(self._model) else None, (num_read, ids_BS.shape[1])
         made: Context = self._run(steps, size, self._model.prefill, ids_BS, *more, **options)
         for witness in self._listening():
             witness.prefilled(ids_BS, _lengths(more, options))
@@ -387,13 +387,6 @@ def _held(context: object) -> Sequence[int] | None:
 def _lengths(more: Sequence[object], options: Mapping[str, object]) -> Lengths:
     """The rows' lengths, the first argument after the ids; None if all rows are full."""
     return cast(Lengths, options["lengths_B"] if "lengths_B" in options else more[0] if more else None)
-
-
-def _num_read(ids_BS: Tensor, lengths: Lengths) -> int:
-    """Rows with at least one token."""
-    if lengths is None:
-        return len(ids_BS) if ids_BS.shape[1] else 0
-    return sum(int(length) > 0 for length in lengths)
 
 
 OF_BLOCKS = ("prefill", "extend", "denoise", "denoise_after", "denoise_kept", "denoise_part")
